@@ -1,0 +1,36 @@
+"""Back ends by name. A new one is a folder and a line here."""
+
+from importlib import import_module
+
+from elastickv.backends.protocol import Backend
+from elastickv.errors import UsageError
+
+BACKENDS: dict[str, str] = {
+    "cuda": "elastickv.backends.cuda",
+    "cpu": "elastickv.backends.cpu",
+}
+
+
+def load(name: str = "auto", device: int | None = None) -> tuple[Backend, str | None]:
+    """Return the back end called `name` and, for 'auto', why a faster one was passed over (None if none was).
+
+    Raises
+    ------
+    UsageError : if the name is unknown, or the back end cannot run here; the message says what to install.
+    """
+    if name != "auto":
+        if name not in BACKENDS:
+            raise UsageError(f"back end {name!r} is unknown: choose auto, {', '.join(BACKENDS)}")
+        return _open(name, device), None
+    reason = None
+    for candidate in BACKENDS:
+        try:
+            return _open(candidate, device if candidate == "cuda" else None), reason
+        except UsageError as error:
+            reason = reason or str(error)
+    raise UsageError(reason or "no back end can run here")
+
+
+def _open(name: str, device: int | None) -> Backend:
+    backend: Backend = import_module(BACKENDS[name]).open_backend(device)
+    return backend

@@ -1,0 +1,92 @@
+"""What every back end's cache of one layer can do."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.attention.reference import Float64
+from elastickv.recipe import AttentionShape, Recipe
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StoredHead:
+    """What a cache holds of one KV head of one sequence, dequantised: the codes that the oracle must be given.
+
+    Attributes
+    ----------
+    cold_keys, cold_values : (kept cold tokens, head_dim) float64, oldest first.
+    exact_keys, exact_values : (sinks + recent tokens, head_dim) float64, oldest first.
+    """
+
+    cold_keys: Float64
+    cold_values: Float64
+    exact_keys: Float64
+    exact_values: Float64
+
+
+class LayerCache(Protocol):
+    """Keys and values of one layer on one device, in the storage of one recipe.
+
+    A decode step is one `append` followed by one `decode`. The steps after a prefill are numbered 0, 1, 2, ...; step s is an
+    anchor when `recipe.age(s) == 0`. `step` is -1 right after `prefill` or `fill_random`, and a decode then is an anchor.
+    `decode` changes nothing but the reused output that an anchor refreshes, so repeating it repeats its result.
+    All arrays at this border are float32 NumPy arrays on the host.
+
+    Attributes
+    ----------
+    shape : batch, heads, head_dim.
+    recipe : what is stored how.
+    dtype : the model's own dtype: 'fp32', 'fp16' or 'bf16'.
+    capacity : tokens that a sequence can grow to.
+    lengths : (batch,) int64, tokens held by each sequence.
+    step : number of the last appended token's step.
+    """
+
+    shape: AttentionShape
+    recipe: Recipe
+    dtype: str
+    capacity: int
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+
+    @property
+    def step(self) -> int: ...
+
+    def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
+        """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
+
+    def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
+        """Store seeded random normal tokens, made where they are stored."""
+
+    def append(self, keys: Float32, values: Float32) -> None:
+        """Store one token per sequence: (batch, kv_heads, head_dim). Quantises the page that leaves the window, if one does."""
+
+    def decode(self, queries: Float32) -> tuple[Float32, Float32]:
+        """Attend with one query per sequence.
+
+        Parameters
+        ----------
+        queries : (batch, query_heads, head_dim); query head h reads KV head h // group.
+
+        Returns
+        -------
+        outputs : (batch, query_heads, head_dim).
+        lse : (batch, query_heads), natural-log sum of exponentials.
+        """
+
+    def stored(self, row: int, kv_head: int) -> StoredHead:
+        """Return what is stored of one KV head of one sequence."""
+
+    def mark(self) -> None:
+        """Remember the present state."""
+
+    def rewind(self) -> None:
+        """Return to the marked state; everything appended since is forgotten."""
+
+    def raise_non_finite(self) -> None:
+        """Raise NonFiniteError, naming sequence, KV head and position, if a NaN or infinity was ever stored."""

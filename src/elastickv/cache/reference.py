@@ -1,0 +1,94 @@
+"""The cache of one layer in plain NumPy: what the back ends' storage is tested against."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.attention.reference import Float64
+from elastickv.cache.bits import rounded
+from elastickv.cache.layer import Float32, StoredHead
+from elastickv.cache.oracle import Oracle
+from elastickv.cache.quantise import stored_values
+from elastickv.errors import NonFiniteError, UsageError
+from elastickv.recipe import AttentionShape, Recipe, regions
+
+
+class ReferenceCache:
+    """A `LayerCache` that keeps every token in float32 and derives the stored form when asked; decodes in float64."""
+
+    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> None:
+        self.shape, self.capacity, self.dtype, self.recipe = shape, capacity, dtype, recipe
+        rows = (shape.batch, shape.kv_heads, capacity, shape.head_dim)
+        self._keys, self._values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
+        self._lengths = np.zeros(shape.batch, np.int64)
+        self._step = -1
+        self._marked: tuple[NDArray[np.int64], int] = (self._lengths.copy(), -1)
+        self._oracle = Oracle(self)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return self._lengths
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
+        """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
+        tokens = keys.shape[2]
+        if max(lengths, default=0) > min(tokens, self.capacity):
+            raise UsageError(f"a sequence of {max(lengths)} tokens does not fit a capacity of {self.capacity}")
+        exact = self.recipe.exact_dtype(self.dtype)
+        self._keys[:, :, :tokens], self._values[:, :, :tokens] = rounded(keys, exact), rounded(values, exact)
+        self._lengths, self._step = np.array(lengths, np.int64), -1
+
+    def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
+        """Store seeded random normal tokens."""
+        rng = np.random.default_rng(seed)
+        keys, values = rng.standard_normal((2, *self._keys.shape), dtype=np.float32)
+        self.prefill(keys, values, lengths)
+
+    def append(self, keys: Float32, values: Float32) -> None:
+        """Store one token per sequence: (batch, kv_heads, head_dim)."""
+        exact = self.recipe.exact_dtype(self.dtype)
+        for row, length in enumerate(self._lengths):
+            if length >= self.capacity:
+                raise UsageError(f"the cache is full: sequence {row} holds {length} of {self.capacity} tokens")
+            self._keys[row, :, length], self._values[row, :, length] = rounded(keys[row], exact), rounded(values[row], exact)
+        self._lengths = self._lengths + 1
+        self._step += 1
+
+    def decode(self, queries: Float32) -> tuple[Float64, Float64]:  # type: ignore[override]
+        """Attend with one query per sequence, in float64."""
+        return self._oracle.decode(queries)
+
+    def stored(self, row: int, kv_head: int) -> StoredHead:
+        """Return what a back end would hold of one KV head of one sequence."""
+        length = int(self._lengths[row])
+        keys, values = self._keys[row, kv_head, :length], self._values[row, kv_head, :length]
+        if self.recipe.cold_format is None:
+            empty = np.zeros((0, self.shape.head_dim))
+            return StoredHead(empty, empty, keys.astype(np.float64), values.astype(np.float64))
+        split = regions(length, self.recipe.sinks, self.recipe.window)
+        cold = slice(split.sinks, split.sinks + split.cold, self.recipe.stride)
+        exact = np.r_[0 : split.sinks, split.sinks + split.cold : length]
+        return StoredHead(
+            stored_values(keys[cold], self.recipe.cold_format),
+            stored_values(values[cold], self.recipe.cold_format),
+            keys[exact].astype(np.float64),
+            values[exact].astype(np.float64),
+        )
+
+    def mark(self) -> None:
+        """Remember the present state."""
+        self._marked = (self._lengths.copy(), self._step)
+
+    def rewind(self) -> None:
+        """Return to the marked state."""
+        self._lengths, self._step = self._marked[0].copy(), self._marked[1]
+
+    def raise_non_finite(self) -> None:
+        """Raise NonFiniteError if a NaN or infinity is stored."""
+        bad = np.argwhere(~np.isfinite(self._keys) | ~np.isfinite(self._values))
+        for row, head, position, _ in bad:
+            if position < self._lengths[row]:
+                raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")

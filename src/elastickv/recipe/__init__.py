@@ -1,0 +1,38 @@
+"""What is kept, in which format, refreshed when. Pure values: nothing here touches an array."""
+
+from elastickv.recipe.accounting import (
+    StepBytes,
+    dense_bytes,
+    largest_step_bytes,
+    read_ratio,
+    step_bytes,
+    stored_bytes,
+    stored_ratio,
+)
+from elastickv.recipe.formats import DTYPES, FORMATS, Format
+from elastickv.recipe.pages import PAGE_TOKENS, Regions, regions
+from elastickv.recipe.recipe import DENSE, Recipe
+from elastickv.recipe.shape import HEAD_DIMS, AttentionShape
+from elastickv.recipe.solver import for_ratio, resolve
+
+__all__ = [
+    "DENSE",
+    "DTYPES",
+    "FORMATS",
+    "HEAD_DIMS",
+    "PAGE_TOKENS",
+    "AttentionShape",
+    "Format",
+    "Recipe",
+    "Regions",
+    "StepBytes",
+    "dense_bytes",
+    "for_ratio",
+    "largest_step_bytes",
+    "read_ratio",
+    "regions",
+    "resolve",
+    "step_bytes",
+    "stored_bytes",
+    "stored_ratio",
+]

@@ -1,0 +1,130 @@
+"""Exact bytes of a decode step: what is read, what is stored, and the two ratios that follow.
+
+DRAM sectors (32 bytes) are counted, not requested bytes: every contiguous plane of one (sequence, KV head) is rounded up.
+The dense side is always 2 bytes per element, on every back end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, FORMATS, round_up, sectors
+from elastickv.recipe.pages import kept, regions
+from elastickv.recipe.recipe import Recipe
+from elastickv.recipe.shape import AttentionShape
+
+_PLANES = 2  # K and V
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes that one decode step of one layer moves.
+
+    Attributes
+    ----------
+    codes : cold rows read, K and V.
+    scales : their scales.
+    exact : rows of sinks and window read.
+    cached : reused outputs and their log-sum-exps read (itemised, not counted in C).
+    query, output : float32 queries read and outputs written (itemised, not counted in C).
+    """
+
+    codes: float = 0
+    scales: float = 0
+    exact: float = 0
+    cached: float = 0
+    query: float = 0
+    output: float = 0
+
+    @property
+    def kv(self) -> float:
+        """What C counts: every byte read from the KV cache."""
+        return self.codes + self.scales + self.exact
+
+    @property
+    def moved(self) -> float:
+        """What the bandwidth figure counts."""
+        return self.kv + self.cached + self.query + self.output
+
+    def __add__(self, other: "StepBytes") -> "StepBytes":
+        return StepBytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __truediv__(self, divisor: float) -> "StepBytes":
+        return StepBytes(*(getattr(self, f.name) / divisor for f in fields(self)))
+
+
+def dense_bytes(lengths: Sequence[int], shape: AttentionShape) -> int:
+    """Return the KV bytes that a dense 16-bit cache reads in one step of one layer."""
+    return sum(lengths) * shape.kv_heads * shape.head_dim * DENSE_BYTES_PER_ELEMENT * _PLANES
+
+
+def step_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16", age: int = 0) -> StepBytes:
+    """Return the bytes of one step over sequences of `lengths` tokens, `age` steps after an anchor."""
+    total = StepBytes()
+    for length in lengths:
+        total += _head_bytes(recipe, length, shape.head_dim, model_dtype, age, shape.group)
+    heads = shape.kv_heads
+    per_query = shape.batch * shape.query_heads * shape.head_dim * _FLOAT_BYTES
+    return StepBytes(
+        codes=total.codes * heads,
+        scales=total.scales * heads,
+        exact=total.exact * heads,
+        cached=total.cached * heads,
+        query=per_query,
+        output=per_query,
+    )
+
+
+def _head_bytes(recipe: Recipe, length: int, head_dim: int, model_dtype: str, age: int, group: int) -> StepBytes:
+    split = regions(length, recipe.sinks, recipe.window)
+    exact_row = FORMATS[recipe.exact_dtype(model_dtype)].row_bytes(head_dim)
+    if recipe.cold_format is None:
+        return StepBytes(exact=_PLANES * sectors(length * exact_row))
+    rows = kept(split.cold, recipe.stride)
+    cached = 0
+    if age:
+        rows -= regions(max(length - age, 0), recipe.sinks, recipe.window).cold
+        cached = group * (head_dim + 1) * _FLOAT_BYTES
+    cold = FORMATS[recipe.cold_format]
+    return StepBytes(
+        codes=_PLANES * sectors(rows * cold.row_bytes(head_dim)),
+        scales=_PLANES * sectors(rows * cold.scale_bytes),
+        exact=_PLANES * sectors(split.exact * exact_row),
+        cached=cached,
+    )
+
+
+def interval_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:
+    """Return the bytes of a step averaged over one anchor interval at a stated context."""
+    total = StepBytes()
+    for age in range(recipe.anchor_every):
+        total += step_bytes(recipe, lengths, shape, model_dtype, age)
+    return total / recipe.anchor_every
+
+
+def read_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> float:
+    """Return C: dense bytes / recipe bytes read, averaged over one anchor interval."""
+    return dense_bytes(lengths, shape) / interval_bytes(recipe, lengths, shape, model_dtype).kv
+
+
+def largest_step_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:
+    """Return the bytes of the costliest step of an anchor interval."""
+    return max(
+        (step_bytes(recipe, lengths, shape, model_dtype, age) for age in range(recipe.anchor_every)), key=lambda s: s.kv
+    )
+
+
+def stored_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> int:
+    """Return the bytes that hold the tokens of one layer (live rows and scales; spare capacity is not counted)."""
+    total = 0.0
+    for length in lengths:
+        head = _head_bytes(recipe, length, shape.head_dim, model_dtype, 0, shape.group)
+        total += head.kv
+        if recipe.selection == "reuse":
+            total += round_up(shape.group * (shape.head_dim + 1) * _FLOAT_BYTES, 4)
+    return int(total) * shape.kv_heads
+
+
+def stored_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> float:
+    """Return dense 16-bit bytes / bytes stored."""
+    return dense_bytes(lengths, shape) / stored_bytes(recipe, lengths, shape, model_dtype)

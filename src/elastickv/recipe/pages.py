@@ -1,0 +1,42 @@
+"""The life of a page: which tokens are sinks, cold, or still exact, at a given context."""
+
+from dataclasses import dataclass
+
+PAGE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Regions:
+    """How many tokens of one sequence lie in each region.
+
+    Attributes
+    ----------
+    sinks : first tokens, always kept exact.
+    cold : tokens in full pages that are older than the window.
+    recent : the window and the page that is still filling up behind it.
+    """
+
+    sinks: int
+    cold: int
+    recent: int
+
+    @property
+    def exact(self) -> int:
+        """Tokens kept in 16 bit: sinks and recent ones."""
+        return self.sinks + self.recent
+
+
+def regions(context: int, sinks: int, window: int) -> Regions:
+    """Split `context` tokens into regions.
+
+    Pages of 32 tokens start after the sinks; a page turns cold once all its tokens are older than the last `window`
+    tokens, so between `window` and `window + 31` recent tokens are exact.
+    """
+    n_sinks = min(context, sinks)
+    cold = max(0, context - sinks - window) // PAGE_TOKENS * PAGE_TOKENS
+    return Regions(n_sinks, cold, context - n_sinks - cold)
+
+
+def kept(cold: int, stride: int) -> int:
+    """Tokens that a stride stores of the first `cold` cold tokens: numbers 0, stride, 2 stride, ..."""
+    return -(-cold // stride)
