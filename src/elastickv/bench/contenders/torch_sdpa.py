@@ -1,0 +1,112 @@
+"""PyTorch's scaled_dot_product_attention: flash, cuDNN, memory-efficient on CUDA; flash on the CPU."""
+
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+from elastickv.backends import Backend
+from elastickv.bench.contenders.base import Contender
+from elastickv.bench.contenders.rotation import Rotation
+from elastickv.recipe import FORMATS, AttentionShape
+
+_VARIANTS = {"cuda": ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"), "cpu": ("FLASH_ATTENTION",)}
+_DTYPES = {"cuda": ("bf16",), "cpu": ("fp32", "bf16")}
+_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class TorchSdpa:
+    """One query per sequence over the whole context, `enable_gqa` for groups, inputs rotated as ours are."""
+
+    name = "torch-sdpa"
+
+    def version(self) -> str | None:
+        """Return PyTorch's version, or None."""
+        try:
+            return metadata.version("torch")
+        except metadata.PackageNotFoundError:
+            return None
+
+    def contenders(
+        self, backend: Backend, shape: AttentionShape, context: int, rotation: Rotation, seed: int, graph: bool
+    ) -> tuple[list[Contender], dict[str, str]]:
+        """Return the SDPA back ends that run this shape, and why the others do not."""
+        import torch
+
+        kind = backend.device.kind
+        if kind == "cuda" and not torch.cuda.is_available():
+            return [], {self.name: f"PyTorch {torch.__version__} is built without CUDA"}
+        if kind == "cpu":
+            torch.set_num_threads(backend.device.compute_units)
+        ready, refused = [], {}
+        for dtype in _DTYPES[kind]:
+            inputs = _inputs(torch, kind, shape, context, rotation.copies, dtype, seed)
+            for variant in _VARIANTS[kind]:
+                short = variant.removesuffix("_ATTENTION").lower()
+                name = f"torch-sdpa-{short}-{dtype}"
+                try:
+                    timed = _timed(torch, kind, variant, inputs, rotation.steps, graph)
+                    timed()
+                except RuntimeError as error:
+                    refused[name] = str(error).splitlines()[0]
+                    continue
+                kv_bytes = 2 * shape.batch * shape.kv_heads * context * FORMATS[dtype].row_bytes(shape.head_dim)
+                captured = kind == "cuda" and graph
+                ready.append(
+                    Contender(name, "peer", torch.__version__, dtype, kv_bytes, rotation, timed, captured, None)
+                )
+        return ready, refused
+
+
+def _inputs(torch: Any, kind: str, shape: AttentionShape, context: int, copies: int, dtype: str, seed: int) -> list[Any]:
+    generator = torch.Generator(device=kind).manual_seed(seed)
+
+    def random(*size: int) -> Any:
+        return torch.randn(*size, device=kind, dtype=getattr(torch, _TORCH_NAMES[dtype]), generator=generator)
+
+    keys = (shape.batch, shape.kv_heads, context, shape.head_dim)
+    return [
+        (random(shape.batch, shape.query_heads, 1, shape.head_dim), random(*keys), random(*keys)) for _ in range(copies)
+    ]
+
+
+def _timed(torch: Any, kind: str, variant: str, inputs: list[Any], steps: int, graph: bool) -> Callable[[], float]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    grouped = inputs[0][0].shape[1] != inputs[0][1].shape[1]
+
+    def attend() -> None:
+        with torch.inference_mode(), sdpa_kernel(getattr(SDPBackend, variant)):
+            for i in range(steps):
+                q, k, v = inputs[i % len(inputs)]
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+
+    if kind == "cpu":
+
+        def on_cpu() -> float:
+            start = time.perf_counter_ns()
+            attend()
+            return (time.perf_counter_ns() - start) / 1e6 / steps
+
+        return on_cpu
+    run: Callable[[], None] = attend
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        attend()
+        torch.cuda.synchronize()
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured, stream=stream):
+                attend()
+            run = captured.replay
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def on_cuda() -> float:
+        with torch.cuda.stream(stream):
+            events[0].record()
+            run()
+            events[1].record()
+        events[1].synchronize()
+        return float(events[0].elapsed_time(events[1])) / steps
+
+    return on_cuda
