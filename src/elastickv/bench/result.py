@@ -45,7 +45,7 @@ class Configuration:
     seq_len: int
     heads: int
     head_dim: int
-    compression: float
+    compression: int | float
     reps: int
     warmup: int
     batch: int

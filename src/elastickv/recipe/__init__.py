@@ -3,6 +3,7 @@
 from elastickv.recipe.accounting import (
     StepBytes,
     dense_bytes,
+    interval_bytes,
     largest_step_bytes,
     read_ratio,
     step_bytes,
@@ -28,6 +29,7 @@ __all__ = [
     "StepBytes",
     "dense_bytes",
     "for_ratio",
+    "interval_bytes",
     "largest_step_bytes",
     "read_ratio",
     "regions",

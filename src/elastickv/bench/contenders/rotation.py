@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from elastickv.recipe.formats import round_up
+
 COLD_FACTOR = 2.0
 MAX_COPIES = 512
 
@@ -33,10 +35,10 @@ def plan_rotation(kv_bytes: float, inner_loops: int, anchor_every: int, cache_by
     cache_bytes : of the last-level cache.
     limit : copies that the memory holds.
     """
-    copies = math.ceil(COLD_FACTOR * cache_bytes / kv_bytes) if cold else 1
-    copies = max(1, min(copies, limit, MAX_COPIES))
-    copies = max(anchor_every, copies // anchor_every * anchor_every if copies < MAX_COPIES else copies)
-    copies = math.ceil(copies / anchor_every) * anchor_every
-    steps = math.ceil(max(inner_loops, copies) / anchor_every) * anchor_every
+    wanted = math.ceil(COLD_FACTOR * cache_bytes / kv_bytes) if cold else 1
+    whole_intervals = round_up(wanted, anchor_every)
+    most = max(min(limit, MAX_COPIES) // anchor_every * anchor_every, anchor_every)
+    copies = min(whole_intervals, most)
+    steps = round_up(max(inner_loops, copies), anchor_every)
     touched = copies * kv_bytes
     return Rotation(copies, steps, touched, touched >= COLD_FACTOR * cache_bytes)

@@ -1,0 +1,146 @@
+"""Before the clock runs: will it fit, which dense variant is the fastest, and does everybody compute attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+
+from elastickv.attention.errors import ErrorSummary
+from elastickv.backends import Backend
+from elastickv.bench.contenders import Contender, Rotation, installed_peers, ours, plan_rotation, random_queries
+from elastickv.bench.options import Options
+from elastickv.bench.receipt import timed_kernel_error
+from elastickv.errors import UsageError
+from elastickv.recipe import DENSE, DTYPES, Recipe, interval_bytes
+
+PREVIEW_SAMPLES = 3
+MEMORY_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class Field:
+    """Who will be measured.
+
+    Attributes
+    ----------
+    baseline : the fastest dense contender.
+    elastic : the recipe's contender.
+    peers : every peer variant that runs, the baseline included if it is one.
+    own_dense : our fastest dense contender.
+    candidates_ms : preview of every dense contender, milliseconds per step.
+    not_run : contenders that were not measured, and why.
+    kernel_error : of our own contenders.
+    """
+
+    baseline: Contender
+    elastic: Contender
+    peers: list[Contender]
+    own_dense: Contender
+    candidates_ms: dict[str, float]
+    not_run: dict[str, str]
+    kernel_error: dict[str, ErrorSummary] = field(default_factory=dict)
+
+
+def check_memory(backend: Backend, options: Options, recipe: Recipe) -> None:
+    """Refuse, before anything is allocated, what the device cannot hold: one dense and one elastic cache.
+
+    Raises
+    ------
+    UsageError : saying the bytes needed, the bytes free, and the context that would fit.
+    """
+    free = int(MEMORY_SHARE * backend.device.free_bytes)
+    dense_dtype = sixteen_bit(options.dtype)
+
+    def needed(context: int) -> int:
+        dense = backend.cache_bytes(options.shape, context, dense_dtype, DENSE)
+        return dense + backend.cache_bytes(options.shape, context, options.dtype, recipe) * recipe.anchor_every
+
+    if needed(options.seq) <= free:
+        return
+    low, high = 0, options.seq
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(middle) <= free else (low, middle)
+    fits = f"a context of {low} would fit" if low else "no context fits: give fewer heads or sequences"
+    raise UsageError(
+        f"--seq {options.seq} needs {needed(options.seq) / 2**30:.2f} GiB for a dense and an elastic cache; "
+        f"{free / 2**30:.2f} GiB of {backend.device.name} can be used; {fits}"
+    )
+
+
+def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float, phase: Callable[[str], None]) -> Field:
+    """Allocate, check and preview every contender; keep the fastest dense one.
+
+    Raises
+    ------
+    KernelMismatch : if one of our contenders is not within its kernel error.
+    """
+    shape, context, seed = options.shape, options.seq, options.seed
+    kernel_error: dict[str, ErrorSummary] = {}
+    not_run: dict[str, str] = {}
+
+    def own(name: str, dtype: str, kept: Recipe) -> Contender:
+        kv_bytes = interval_bytes(kept, [context] * shape.batch, shape, dtype).kv
+        # A third each for dense and elastic; the last is left to the inference cycle and to peers.
+        limit = int(MEMORY_SHARE / 3 * backend.device.free_bytes // backend.cache_bytes(shape, context, dtype, kept))
+        rotation = plan_rotation(
+            kv_bytes,
+            options.inner_loops,
+            kept.anchor_every,
+            backend.device.last_level_cache_bytes,
+            options.cache == "cold",
+            max(1, limit),
+        )
+        contender, caches = ours(
+            name, backend, shape, context, dtype, kept, rotation, seed, options.graphs, query_rms
+        )
+        kernel_error[name] = timed_kernel_error(caches[0], random_queries(shape, seed, query_rms))
+        return contender
+
+    best: tuple[float, Contender] | None = None
+    candidates: dict[str, float] = {}
+    for dtype in DTYPES:
+        name = f"dense-{dtype}"
+        if backend.cache_bytes(shape, context, dtype, DENSE) > MEMORY_SHARE / 2 * backend.device.free_bytes:
+            not_run[name] = "does not fit beside the others"
+            continue
+        phase(f"preparing {name}")
+        contender = own(name, dtype, DENSE)
+        candidates[name] = _preview(contender)
+        if best is None or candidates[name] < best[0]:
+            best = (candidates[name], contender)
+    if best is None:
+        raise UsageError(f"--seq {context}: no dense cache fits {backend.device.name}; give a shorter context")
+    own_dense = best[1]
+    phase(f"preparing {recipe}")
+    elastic = own("elastic", options.dtype, recipe)
+    peers: list[Contender] = []
+    if options.peers:
+        phase("preparing peers")
+        peers = _peers(backend, options, own_dense.rotation, not_run)
+        candidates |= {peer.name: _preview(peer) for peer in peers}
+    rivals = {contender.name: contender for contender in [own_dense, *peers]}
+    baseline = rivals[min(rivals, key=lambda name: candidates[name])]
+    return Field(baseline, elastic, peers, own_dense, candidates, not_run, kernel_error)
+
+
+def sixteen_bit(dtype: str) -> str:
+    """Return the 16-bit dtype that stands for `dtype`."""
+    return "bf16" if dtype == "fp32" else dtype
+
+
+def _peers(backend: Backend, options: Options, rotation: Rotation, not_run: dict[str, str]) -> list[Contender]:
+    present, missing = installed_peers()
+    not_run |= missing
+    contenders = []
+    for peer in present:
+        ready, refused = peer.contenders(
+            backend, options.shape, options.seq, rotation, options.seed, options.graphs
+        )
+        contenders += ready
+        not_run |= refused
+    return contenders
+
+
+def _preview(contender: Contender) -> float:
+    contender.sample()
+    return median(contender.sample() for _ in range(PREVIEW_SAMPLES))

@@ -1,0 +1,133 @@
+"""One benchmark run, from options to a result."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from elastickv.backends import Backend, load
+from elastickv.bench.cycle import CycleSamples, run_cycle
+from elastickv.bench.options import Options
+from elastickv.bench.preparation import Field, check_memory, prepare
+from elastickv.bench.receipt import SampleReceipt, replay, sample_shape
+from elastickv.bench.result import Fidelity, Result
+from elastickv.bench.sampler import Samples, collect
+from elastickv.bench.summary import AGAIN, Summary, speedup_interval
+from elastickv.bench.telemetry import Telemetry
+from elastickv.data import Sample, load_sample
+from elastickv.errors import UsageError
+from elastickv.recipe import Recipe
+
+CYCLE_SHARE = 1 / 3
+WARMUP_SHARE = 0.1
+
+
+class Reporter(Protocol):
+    """Told what is going on."""
+
+    def phase(self, name: str) -> None: ...
+
+    def progress(self, done: int, total: int) -> None: ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def phase(self, name: str) -> None:
+        """Ignore."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Ignore."""
+
+
+def run(options: Options, reporter: Reporter | None = None) -> Result:
+    """Measure dense and elastic decode attention as `options` say.
+
+    Raises
+    ------
+    UsageError : if the options cannot be met on this machine.
+    KernelMismatch, NonFiniteError : if a figure would be wrong.
+    KeyboardInterrupt : if interrupted before anything was measured; later, the result is marked incomplete.
+    """
+    report = reporter or Silent()
+    sample = load_sample(options.input)
+    backend, passed_over = load(options.backend, options.device)
+    recipe = options.resolved_recipe
+    check_memory(backend, options, recipe)
+    report.phase(f"checking {recipe} on real activations")
+    receipt, refused = _sample_receipt(backend, options, sample)
+    report.phase("measuring the ceilings of the device")
+    ceilings = backend.ceilings()
+    field = prepare(backend, options, recipe, sample.query_rms, report.phase)
+    with Telemetry(backend.device.kind, options.device or 0) as telemetry:
+        report.phase(f"measuring {recipe} against {field.baseline.name}")
+        samples = _measure(options, field, report.progress)
+        cycle = None
+        if options.inference and samples.complete:
+            report.phase("inference cycle")
+            cycle = _cycle(backend, options, recipe, field, sample, report.progress)
+    complete = samples.complete and (cycle is None or cycle.complete)
+    return Summary(options, backend, recipe, field, ceilings, samples, cycle, complete).result(
+        Fidelity(sample.name, field.kernel_error, receipt, refused), telemetry, passed_over
+    )
+
+
+def _sample_receipt(backend: Backend, options: Options, sample: Sample) -> tuple[SampleReceipt | None, str | None]:
+    shape = sample_shape(sample)
+    try:
+        recipe = options.recipe_at(sample.k.shape[2], shape)
+    except UsageError as error:
+        return None, str(error)
+    return replay(backend, sample, recipe, options.dtype), None
+
+
+def _measure(options: Options, field: Field, progress: Callable[[int, int], None]) -> Samples:
+    entrants = {"baseline": field.baseline, "elastic": field.elastic, AGAIN: field.baseline}
+    entrants |= {peer.name: peer for peer in field.peers if peer is not field.baseline}
+    if field.own_dense is not field.baseline:
+        entrants[field.own_dense.name] = field.own_dense
+    timed = {name: contender.sample for name, contender in entrants.items()}
+    limit = options.time_limit_s
+    if limit is not None and options.inference:
+        limit *= 1 - CYCLE_SHARE
+    if options.warmup:
+        collect(
+            timed, options.warmup, paired=True, seed=options.seed, time_limit_s=None if limit is None else limit * WARMUP_SHARE
+        )
+    target = options.until_ci_percent
+
+    def converged(samples: Samples) -> bool:
+        if target is None or samples.rounds < 10:
+            return False
+        return speedup_interval(samples, options).half_width * 100 <= target
+
+    samples = collect(
+        timed,
+        options.reps,
+        paired=options.paired,
+        seed=options.seed,
+        time_limit_s=limit,
+        converged=converged if target is not None else None,
+        progress=progress,
+    )
+    if samples.rounds < 2:
+        raise KeyboardInterrupt
+    return samples
+
+
+def _cycle(
+    backend: Backend, options: Options, recipe: Recipe, field: Field, sample: Sample, progress: Callable[[int, int], None]
+) -> CycleSamples:
+    return run_cycle(
+        backend,
+        recipe,
+        options.shape,
+        options.seq,
+        options.decode_tokens,
+        options.dtype,
+        field.own_dense.dtype,
+        sample,
+        layers=options.layers,
+        graph=options.graphs,
+        seed=options.seed,
+        time_limit_s=None if options.time_limit_s is None else options.time_limit_s * CYCLE_SHARE,
+        progress=progress,
+    )

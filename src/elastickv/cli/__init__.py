@@ -1,0 +1,44 @@
+"""The command line: parses, calls, prints. One file a subcommand, imported when it is asked for."""
+
+from importlib import import_module
+
+import click
+
+from elastickv import __version__
+from elastickv.cli.errors import exit_with
+
+COMMANDS: dict[str, str] = {
+    "bench": "Measure decode attention at 1/C of the KV bytes against a dense baseline.",
+    "doctor": "Say what was found, what will be used, what is missing and how to get it.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand only to run it: `elastickv --help` stays fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the subcommands' names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a subcommand."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"elastickv.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="elastickv")
+def root() -> None:
+    """ElasticKV: a byte budget for the KV cache of decoding language models."""
+
+
+def main() -> None:
+    """Run `elastickv`."""
+    exit_with(root, "elastickv")

@@ -1,0 +1,118 @@
+"""`elastickv bench`, and the options that it shares with the original's entry point."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+DEFAULTS: dict[str, int] = {"seq": 1024, "heads": 16, "dim": 64, "compress": 2}
+_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
+
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--seq", type=int, help="Context, tokens.  [default: 1024]"),
+    click.option("--heads", type=int, help="Query heads.  [default: 16]"),
+    click.option("--dim", type=int, help="Elements of a head.  [default: 64]"),
+    click.option("--compress", type=float, help="Budget C: read at most 1/C of the dense KV bytes.  [default: 2]"),
+    click.option("--reps", type=int, default=200, show_default=True, help="Samples of each contender."),
+    click.option("--warmup", type=int, default=20, show_default=True, help="Samples thrown away before."),
+    click.option("--inner-loops", type=int, default=64, show_default=True, help="Decode steps to a sample."),
+    click.option("--truncate", type=float, default=5.0, show_default=True, help="Percent of samples cut at either end."),
+    click.option("--paired-baseline", "paired", is_flag=True, help="Interleave dense and elastic in randomised ABBA blocks."),
+    click.option("--inference", is_flag=True, help="Run the inference cycle too."),
+    click.option("--decode-tokens", type=int, default=64, show_default=True, help="Tokens of the inference cycle."),
+    click.option("--no-graphs", is_flag=True, help="Launch kernels one by one instead of a captured graph."),
+    click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together."),
+    click.option("--kv-heads", type=int, help="KV heads.  [default: as many as query heads]"),
+    click.option("--dtype", default="bf16", show_default=True, help="The model's own dtype: fp32, fp16 or bf16."),
+    click.option("--recipe", default="auto", show_default=True, help="auto, or a recipe text such as int8,stride=2."),
+    click.option("--backend", default="auto", show_default=True, help="auto, cpu or cuda."),
+    click.option("--device", type=int, help="Number of the CUDA device.  [default: 0]"),
+    click.option("--sinks", type=int, help="Exact tokens at the start.  [default: 4]"),
+    click.option("--window", type=int, help="Exact tokens at the end.  [default: 128]"),
+    click.option("--anchor-every", type=int, help="Steps from one anchor to the next."),
+    click.option("--layers", type=int, help="Caches of the inference cycle.  [default: enough to exceed the last-level cache]"),
+    click.option("--cache", default="cold", show_default=True, help="cold rotates copies past the last-level cache; hot repeats one."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers."),
+    click.option("--preset", help="long = 4096x32x128 C=4, short = 1024x16x64 C=2."),
+    click.option("--peers", is_flag=True, help="Measure the attention of installed peers in the same run."),
+    click.option("--time-limit", "time_limit_s", type=float, help="Stop measuring after this many seconds."),
+    click.option("--until-ci", "until_ci_percent", type=float, help="Stop at this half-width of the interval, percent."),
+    click.option("--output", type=click.Path(path_type=Path), help="Write the result here; the suffix tells the format."),
+    click.option("--format", "format_", help="What stdout shows: table, json, jsonl, csv or md."),
+    click.option("--json/--no-json", "json_", default=None, help="Short for --format json, --format table."),
+    click.option("--input", type=click.Path(path_type=Path), help="Safetensors file with q, k, v of real layers.  [default: shipped]"),
+    click.option("--gate", help="Verdict: golden, or bounds such as speedup>=1.5,cv<=5. Exit 0 pass, 1 fail, 3 inconclusive."),
+)
+
+
+def hyphenated(name: str) -> str:
+    """Return an option's name as we spell it: the original wrote some with underscores."""
+    return name.replace("_", "-")
+
+
+def build_command(name: str, doc: str, default_format: str) -> click.Command:
+    """Return the benchmark as a command whose stdout is `default_format` unless asked otherwise."""
+
+    def callback(**given: Any) -> int:
+        return _run(given, default_format)
+
+    callback.__doc__ = doc
+    for option in reversed(_OPTIONS):
+        callback = option(callback)
+    settings = {"token_normalize_func": hyphenated, "help_option_names": ["-h", "--help"], "max_content_width": 110}
+    return click.command(name, context_settings=settings)(callback)
+
+
+def _run(given: dict[str, Any], default_format: str) -> int:
+    from elastickv.bench import Gate, Options, run
+    from elastickv.bench.gate import EXIT_CODES
+    from elastickv.cli.errors import INTERRUPTED
+    from elastickv.cli.progress import Bar
+    from elastickv.errors import UsageError
+    from elastickv.report import FORMATS, write_text
+    from elastickv.report.files import check_writable
+
+    shown = _format(given, default_format)
+    output: Path | None = given.pop("output")
+    if output is not None:
+        check_writable(output)
+    filled = _with_preset(given)
+    gate = filled.pop("gate")
+    graphs = not filled.pop("no_graphs")
+    for name in ("format_", "json_", "preset"):
+        filled.pop(name)
+    options = Options(**filled, graphs=graphs, gate=None if gate is None else Gate.parse(gate))
+    if shown not in FORMATS:
+        raise UsageError(f"--format {shown} is unknown: choose {', '.join(FORMATS)}")
+    with Bar() as bar:
+        result = run(options, bar)
+    plain = result.as_dict()
+    if output is not None:
+        write_text(output, FORMATS[_SUFFIXES.get(output.suffix.lower(), "json")](plain))
+    click.echo(FORMATS[shown](plain), nl=False)
+    if not result.complete:
+        return INTERRUPTED
+    return EXIT_CODES[result.verdict.outcome] if result.verdict else 0
+
+
+def _format(given: dict[str, Any], default_format: str) -> str:
+    if given["format_"] is not None:
+        return str(given["format_"])
+    if given["json_"] is None:
+        return default_format
+    return "json" if given["json_"] else "table"
+
+
+def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
+    from elastickv.bench import PRESETS
+    from elastickv.errors import UsageError
+
+    preset = given["preset"]
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
+    base = PRESETS[preset] if preset else DEFAULTS
+    return given | {name: value if given[name] is None else given[name] for name, value in base.items()}
+
+
+command = build_command("bench", "Measure decode attention at 1/C of the KV bytes against a dense baseline.", "table")

@@ -1,0 +1,72 @@
+"""A result on a terminal."""
+
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """Return what a person wants to see first: who was measured, the ratio, its price, and every warning."""
+    out = io.StringIO()
+    console = Console(file=out, width=100, highlight=False)
+    configuration, recipe, gpu = result["configuration"], result["recipe"], result["gpu"]
+    console.print(
+        f"[bold]{escape(gpu['name'])}[/]  context {configuration['seq_len']}, batch {configuration['batch']}, "
+        f"{configuration['heads']} query / {configuration['kv_heads']} KV heads x {configuration['head_dim']}, "
+        f"compress={configuration['compression']:g}"
+    )
+    console.print(
+        f"recipe [bold]{escape(recipe['text'])}[/] ({recipe['hash']}): reads 1/{recipe['ratio_read']:.2f}, "
+        f"stores 1/{recipe['ratio_stored']:.2f} of dense 16-bit bytes"
+    )
+    table = Table(box=None, pad_edge=False)
+    for header in ("decode step", "ms", "CV %", "KV GB/s"):
+        table.add_column(header, justify="left" if header == "decode step" else "right")
+    for timing in result["contenders"]:
+        mark = " (baseline)" if timing["name"] == result["baseline"]["name"] else ""
+        table.add_row(
+            escape(timing["name"] + mark),
+            f"{timing['time_ms']:.4f}",
+            f"{100 * timing['coefficient_of_variation']:.2f}",
+            f"{timing['kv_bandwidth_gbs']:.1f}",
+        )
+    console.print(table)
+    for line in _sentences(result):
+        console.print(escape(line))
+    for warning in result["warnings"]:
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
+    return out.getvalue()
+
+
+def _sentences(result: dict[str, Any]) -> list[str]:
+    speedup, floor, roofline = result["speedup"], result["noise_floor"], result["roofline"]
+    verdict = "" if result["faster"] else "; not beyond the noise floor"
+    lines = [
+        f"speed-up {speedup['estimate']:.3f}x [{speedup['low']:.3f}, {speedup['high']:.3f}] at 95 %; "
+        f"A/A {floor['estimate']:.3f} [{floor['low']:.3f}, {floor['high']:.3f}]{verdict}",
+        f"bandwidth: dense {roofline['dense']['bandwidth_gbs']:.1f}, elastic {roofline['elastic']['bandwidth_gbs']:.1f}, "
+        f"read ceiling {result['ceilings']['read_gbs']:.1f} GB/s; roofline score: dense {roofline['dense']['score']:.2f}, "
+        f"elastic {roofline['elastic']['score']:.2f}",
+    ]
+    sample = result["fidelity"]["sample"]
+    if sample:
+        error, kernel = sample["recipe_error"], sample["kernel_error"]
+        lines.append(
+            f"recipe error on {result['fidelity']['source']} ({sample['recipe']}, context {sample['context'][1]}): "
+            f"mean {error['mean']:.4f}, p95 {error['p95']:.4f}, max {error['max']:.4f}; kernel error {kernel['mean']:.1e}"
+        )
+    cycle = result["inference_cycle"]
+    if cycle:
+        lines.append(
+            f"inference cycle, {cycle['decode_tokens']} tokens, {cycle['layers']} layers, per layer: dense "
+            f"{cycle['baseline_total_ms']:.3f} ms, elastic {cycle['elastic_total_ms']:.3f} ms, "
+            f"{cycle['speedup_vs_baseline']:.3f}x; token latency p99/p50 "
+            f"{cycle['elastic_token_latency_ms']['p99'] / cycle['elastic_token_latency_ms']['p50']:.2f}"
+        )
+    if result["verdict"]:
+        parts = ", ".join(f"{j['criterion']} {j['outcome']}" for j in result["verdict"]["criteria"])
+        lines.append(f"gate {result['verdict']['gate']}: {result['verdict']['outcome'].upper()} ({parts})")
+    return lines

@@ -1,0 +1,84 @@
+"""Bytes are exact: they equal a count of rows that knows nothing of the formulas."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastickv.recipe import (
+    DENSE,
+    HEAD_DIMS,
+    AttentionShape,
+    Recipe,
+    dense_bytes,
+    interval_bytes,
+    largest_step_bytes,
+    read_ratio,
+    step_bytes,
+    stored_ratio,
+)
+
+shapes = st.builds(
+    lambda batch, kv, group, dim: AttentionShape(batch, kv * group, kv, dim),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.sampled_from(HEAD_DIMS),
+)
+
+
+def up_to_sectors(n_bytes):
+    return (n_bytes + 31) // 32 * 32
+
+
+def counted(recipe, length, dim):
+    """KV bytes of one head, from a walk over the tokens."""
+    exact = cold = 0
+    for position in range(length):
+        page = (position - recipe.sinks) // 32
+        is_cold = position >= recipe.sinks and recipe.sinks + 32 * (page + 1) <= length - recipe.window
+        if not is_cold:
+            exact += 1
+        elif (position - recipe.sinks) % recipe.stride == 0:
+            cold += 1
+    row, scale = (dim, 2) if recipe.cold_format == "int8" else (2 * dim, 0)
+    return 2 * (up_to_sectors(exact * 2 * dim) + up_to_sectors(cold * row) + up_to_sectors(cold * scale))
+
+
+@given(shapes, st.integers(1, 700), st.sampled_from(["bf16", "int8", "bf16,stride=3", "int8,stride=5,sinks=0,window=7"]))
+def test_kv_bytes_are_those_of_the_rows_read(shape, length, text):
+    recipe = Recipe.parse(text)
+    expected = counted(recipe, length, shape.head_dim) * shape.kv_heads * shape.batch
+    assert step_bytes(recipe, [length] * shape.batch, shape).kv == expected
+
+
+@given(shapes, st.integers(1, 100_000))
+def test_dense_16_bit_has_ratio_one_and_fp32_a_half(shape, length):
+    lengths = [length] * shape.batch
+    assert read_ratio(DENSE, lengths, shape, "bf16") == pytest.approx(1, abs=1e-12)
+    assert read_ratio(DENSE, lengths, shape, "fp32") == pytest.approx(0.5, abs=1e-12)
+    assert dense_bytes(lengths, shape) == length * shape.batch * shape.kv_heads * shape.head_dim * 4
+
+
+def test_reuse_averages_one_anchor_interval_and_reports_the_anchor_as_the_largest_step():
+    shape = AttentionShape(1, 8, 2, 64)
+    recipe = Recipe.parse("reuse,anchor_every=4,sinks=0,window=0")
+    anchor, *between = (step_bytes(recipe, [4096], shape, age=age).kv for age in range(4))
+    assert anchor == dense_bytes([4096], shape)
+    # At 4096 tokens the newest page turned cold after each of the earlier anchors: its 32 rows are read until the next.
+    assert between == [32 * 2 * 2 * 64 * 2] * 3
+    assert interval_bytes(recipe, [4096], shape).kv == (anchor + sum(between)) / 4
+    assert largest_step_bytes(recipe, [4096], shape).kv == anchor
+
+
+def test_selection_by_reuse_saves_reads_only():
+    shape = AttentionShape(1, 8, 2, 64)
+    recipe = Recipe.parse("reuse,anchor_every=4,sinks=0,window=0")
+    assert read_ratio(recipe, [8192], shape) > 3.9
+    assert stored_ratio(recipe, [8192], shape) < 1
+
+
+def test_outputs_and_queries_are_itemised_and_do_not_count_in_c():
+    shape = AttentionShape(2, 8, 2, 64)
+    step = step_bytes(Recipe.parse("int8"), [500, 300], shape)
+    assert step.query == step.output == 2 * 8 * 64 * 4
+    assert step.moved == step.kv + step.query + step.output

@@ -1,0 +1,85 @@
+"""Recipes are values: they round-trip through text, hash alike in every process, and refuse what does not combine."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastickv.errors import UsageError
+from elastickv.recipe import DENSE, Recipe
+
+
+@st.composite
+def recipes(draw):
+    selection = draw(st.sampled_from(["all", "stride", "reuse", "dense"]))
+    if selection == "dense":
+        return DENSE
+    return Recipe(
+        draw(st.sampled_from(["bf16", "fp16", "int8"])),
+        selection,
+        stride=draw(st.integers(1, 64)) if selection == "stride" else 1,
+        anchor_every=draw(st.integers(1, 4096)) if selection == "reuse" else 1,
+        decay=draw(st.floats(1e-6, 1)) if selection == "reuse" else 1.0,
+        sinks=draw(st.integers(0, 64)),
+        window=draw(st.integers(0, 4096)),
+    )
+
+
+@given(recipes())
+def test_text_round_trips(recipe):
+    assert Recipe.parse(str(recipe)) == recipe
+
+
+@given(recipes(), recipes())
+def test_equal_recipes_and_only_they_share_a_hash(one, other):
+    assert (one.hash == other.hash) == (one == other)
+
+
+def test_the_hash_never_changes_between_versions():
+    assert DENSE.hash == "01fc659b2e0a"
+    assert Recipe.parse("int8").hash == "71e641100f41"
+    assert Recipe.parse("int8,stride=2").hash == "d25d6cbcd663"
+
+
+@pytest.mark.parametrize("text", ["int8,stride=3", " int8 , stride=3 ", "stride=3,int8"])
+def test_order_and_spaces_do_not_matter(text):
+    assert Recipe.parse(text) == Recipe("int8", "stride", stride=3)
+
+
+def test_the_schedule_of_the_original_reads():
+    assert Recipe.parse("reuse,anchor-every=4,decay=0.95,sinks=0,window=0") == Recipe(
+        "bf16", "reuse", anchor_every=4, decay=0.95, sinks=0, window=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "''"),
+        ("int9", "int9"),
+        ("stride", "stride=N"),
+        ("reuse", "anchor_every=N"),
+        ("stride=0", "stride=0"),
+        ("stride=2.5", "stride=2.5"),
+        ("stride=-1", "stride=-1"),
+        ("stride=2,stride=3", "twice"),
+        ("int8,bf16", "twice"),
+        ("stride=2,reuse,anchor_every=2", "twice"),
+        ("dense,sinks=4", "dense"),
+        ("decay=0.5", "decay=0.5"),
+        ("reuse,anchor_every=2,decay=1.5", "decay=1.5"),
+        ("reuse,anchor_every=2,decay=0", "decay=0"),
+        ("reuse,anchor_every=2,decay=nan", "nan"),
+        ("sinks=99999999999999", "sinks"),
+        ("window", "window"),
+        ("__import__('os')", "__import__"),
+    ],
+)
+def test_what_is_no_recipe_is_refused_by_name(text, named):
+    with pytest.raises(UsageError, match=named.replace("(", r"\(").replace(")", r"\)")):
+        Recipe.parse(text)
+
+
+def test_the_window_keeps_the_models_16_bit_dtype():
+    assert Recipe.parse("int8").exact_dtype("fp16") == "fp16"
+    assert Recipe.parse("int8").exact_dtype("fp32") == "bf16"
+    assert DENSE.exact_dtype("fp32") == "fp32"
