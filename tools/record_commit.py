@@ -1,0 +1,42 @@
+"""Build hook: put the commit that is built into the wheel and the sdist, as `elastickv/commit.txt`."""
+
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+NAME = "commit.txt"
+
+
+class RecordCommit(BuildHookInterface):  # type: ignore[misc]
+    """Includes a file that is not in the tree, so that building changes nothing in the checkout."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version == "editable":
+            return
+        commit = self._commit()
+        if not commit:
+            return
+        self._folder = tempfile.TemporaryDirectory()
+        path = Path(self._folder.name) / NAME
+        path.write_text(commit + "\n", encoding="ascii")
+        inside = "elastickv" if self.target_name == "wheel" else "src/elastickv"
+        build_data["force_include"][str(path)] = f"{inside}/{NAME}"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if hasattr(self, "_folder"):
+            self._folder.cleanup()
+
+    def _commit(self) -> str | None:
+        if not (Path(self.root) / ".git").exists():
+            return None  # an sdist brings its own file, which the wheel takes as package data
+        try:
+            head = ["git", "-C", self.root, "rev-parse", "HEAD"]
+            changes = ["git", "-C", self.root, "status", "--porcelain", "--", "src"]
+            commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+            changed = subprocess.run(changes, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return commit + ("+changes" if changed else "")
