@@ -51,7 +51,9 @@ def bundled_model() -> Path:
     return Path(spec.origin).parent / GGUF_NAME
 
 
-def capture(model_path: Path, text: str, tokens_of: Callable[[transformers.PretrainedConfig], int]) -> tuple[Capture, int, dict]:
+def capture(
+    model_path: Path, text: str, tokens_of: Callable[[transformers.PretrainedConfig], int]
+) -> tuple[Capture, int, dict]:
     """Run the first tokens of `text` through the model; return (heads, tokens, head_dim) q, k, v of every layer."""
     source = {"gguf_file": model_path.name} if model_path.suffix == ".gguf" else {}
     folder = model_path.parent if source else model_path
@@ -137,9 +139,13 @@ def main() -> None:
     print("relative L2 error of rounding:", loss, "largest magnitude:", max(float(np.abs(x).max()) for x in stacked.values()))
     if not np.isfinite(loss["fp16"]) or loss["fp16"] > loss["bf16"]:
         raise SystemExit("values do not fit fp16: this model needs bf16, which this script does not write")
-    described = {layer: why + ": " + ", ".join(f"{n} {v:.3g}" for n, v in table[layer].items()) for layer, why in chosen.items()}
+    described = {
+        layer: why + ": " + ", ".join(f"{n} {v:.3g}" for n, v in table[layer].items()) for layer, why in chosen.items()
+    }
     metadata = {
-        "model": f"SmolLM2-135M-Instruct ({model_path.name}, dequantised to float32)" if options.model is None else model_path.name,
+        "model": f"SmolLM2-135M-Instruct ({model_path.name}, dequantised to float32)"
+        if options.model is None
+        else model_path.name,
         "model_source": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
         "licence": "Apache-2.0 (model)",
         "text": f"{options.text.name}, first {tokens} tokens (public domain)",

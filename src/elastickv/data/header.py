@@ -80,14 +80,21 @@ def _refuse(path: Path, what: str) -> NoReturn:
 
 def _refuse_other_formats(path: Path, start: bytes, raw: bytes, length: int) -> None:
     # A pickle is never opened, not even to say more about it: loading one runs its code.
-    known = {b"\x80": "a pickle", b"PK\x03\x04": "a zip archive (torch.save or .npz)", b"\x93NUMPY": "a .npy file", b"GGUF": "GGUF"}
+    known = {
+        b"\x80": "a pickle",
+        b"PK\x03\x04": "a zip archive (torch.save or .npz)",
+        b"\x93NUMPY": "a .npy file",
+        b"GGUF": "GGUF",
+    }
     for magic, name in known.items():
         if start.startswith(magic) and not raw.startswith(b"{"):
             raise UsageError(f"input {path} is {name}: only safetensors is accepted; {_REMEDY}")
     if len(start) < _LENGTH_BYTES:
         _refuse(path, f"is not a safetensors file: it holds {len(start)} bytes")
     if length > MAX_HEADER_BYTES:
-        _refuse(path, f"is not a safetensors file: its header claims {length} bytes and at most {MAX_HEADER_BYTES} are accepted")
+        _refuse(
+            path, f"is not a safetensors file: its header claims {length} bytes and at most {MAX_HEADER_BYTES} are accepted"
+        )
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int, file_bytes: int) -> TensorEntry:
@@ -104,7 +111,9 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, file_bytes: int) 
     for size in shape:
         n_bytes *= size
     if end - begin != n_bytes:
-        _refuse(path, f"is corrupt: {name!r} of shape {list(shape)} in {dtype} is {n_bytes} bytes, its offsets span {end - begin}")
+        _refuse(
+            path, f"is corrupt: {name!r} of shape {list(shape)} in {dtype} is {n_bytes} bytes, its offsets span {end - begin}"
+        )
     if data_start + end > file_bytes:
         _refuse(path, f"is cut short: {name!r} ends at byte {data_start + end} and the file has {file_bytes}")
     return TensorEntry(dtype, shape, data_start + begin, n_bytes)

@@ -47,17 +47,17 @@ class Sample:
     @property
     def layers(self) -> int:
         """How many layers were captured."""
-        return self.k.shape[0]
+        return int(self.k.shape[0])
 
     @property
     def tokens(self) -> int:
         """Positions that have a key and a value."""
-        return self.k.shape[2]
+        return int(self.k.shape[2])
 
     @property
     def queries(self) -> int:
         """Positions that have a query: the last ones."""
-        return self.q.shape[2]
+        return int(self.q.shape[2])
 
     @property
     def shape(self) -> AttentionShape:
@@ -107,7 +107,7 @@ def _check_shapes(source: Path, shapes: dict[str, tuple[int, ...]]) -> None:
                 f"({', '.join(_AXES[name])}) is needed, every size at least 1"
             )
     if shapes["k"] != shapes["v"]:
-        raise UsageError(f"input {source}: 'k' is {list(shapes['k'])} and 'v' is {list(shapes['v'])}: give both the same shape")
+        raise UsageError(f"input {source}: 'k' is {list(shapes['k'])} and 'v' is {list(shapes['v'])}: give both one shape")
     (layers, query_heads, queries, head_dim), (kv_layers, kv_heads, tokens, kv_head_dim) = shapes["q"], shapes["k"]
     for what, of_q, of_k in (("layers", layers, kv_layers), ("elements a head", head_dim, kv_head_dim)):
         if of_q != of_k:
