@@ -1,0 +1,18 @@
+"""The CPU back end: decode attention in Numba. Kernels are compiled on first use and kept on disk."""
+
+from elastickv.backends.cpu.backend import CpuBackend
+from elastickv.errors import UsageError
+
+__all__ = ["CpuBackend", "open_backend"]
+
+
+def open_backend(device: int | None) -> CpuBackend:
+    """Return the CPU back end.
+
+    Raises
+    ------
+    UsageError : if a device number other than 0 is asked for.
+    """
+    if device not in (None, 0):
+        raise UsageError(f"device {device} does not exist: the cpu back end has one device, 0")
+    return CpuBackend()

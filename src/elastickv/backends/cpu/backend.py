@@ -1,0 +1,80 @@
+"""The back end object: refuses what does not fit, and hands out caches, programs and limits."""
+
+from collections.abc import Sequence
+
+from elastickv.attention.feedback import Feedback
+from elastickv.backends.cpu import threads
+from elastickv.backends.cpu.cache import CpuCache
+from elastickv.backends.cpu.ceilings import measure
+from elastickv.backends.cpu.device import describe
+from elastickv.backends.cpu.layout import layout
+from elastickv.backends.cpu.programs import AttentionProgram, CycleProgram
+from elastickv.backends.protocol import Ceilings, DeviceInfo
+from elastickv.cache.layer import Float32, LayerCache
+from elastickv.errors import UsageError
+from elastickv.recipe import DTYPES, AttentionShape, Recipe
+from elastickv.recipe.shape import MAX_CONTEXT
+
+GIB = 1 << 30
+
+
+class CpuBackend:
+    """The host's processor, through Numba's threads."""
+
+    name = "cpu"
+
+    @property
+    def device(self) -> DeviceInfo:
+        return describe()
+
+    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> CpuCache:
+        """Allocate the cache of one layer.
+
+        Raises
+        ------
+        UsageError : if dtype or capacity are not supported, or it does not fit the free memory; before any allocation.
+        """
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(DTYPES)}")
+        if capacity < 1:
+            raise UsageError(f"a capacity of {capacity} tokens holds nothing: give a whole number from 1 up")
+        needed, free = self.cache_bytes(shape, capacity, dtype, recipe), self.device.free_bytes
+        if needed > free:
+            fits = self._fitting_context(shape, capacity, dtype, recipe, free)
+            remedy = f"a context of {fits} tokens would fit" if fits else "no context fits: give a smaller batch or fewer heads"
+            raise UsageError(
+                f"a cache of {capacity} tokens ({recipe}) needs {needed} bytes ({needed / GIB:.1f} GiB); "
+                f"{free} ({free / GIB:.1f} GiB) are free; {remedy}"
+            )
+        return CpuCache(shape, capacity, dtype, recipe)
+
+    def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
+        """Return the bytes that `cache` allocates: pages, scratch for each thread and partial result, and the mark's copy."""
+        return layout(shape, capacity, dtype, recipe, threads.count()).total_bytes
+
+    def _fitting_context(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, free: int) -> int:
+        low, high = 0, min(capacity, MAX_CONTEXT)
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.cache_bytes(shape, middle, dtype, recipe) <= free
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    def attention(self, caches: Sequence[LayerCache], queries: Sequence[Float32], steps: int, graph: bool) -> AttentionProgram:
+        """Return a program of `steps` decodes that go round `caches`; `graph` is for devices that have graphs."""
+        return AttentionProgram(_own(caches), queries, steps)
+
+    def cycle(self, caches: Sequence[LayerCache], first: Float32, feedback: Feedback, graph: bool) -> CycleProgram:
+        """Return a program whose launch is one token through all `caches` as layers."""
+        return CycleProgram(_own(caches), first, feedback)
+
+    def ceilings(self) -> Ceilings:
+        """Measure the read, copy and multiply-add limits (about a second)."""
+        return measure(self.device)
+
+
+def _own(caches: Sequence[LayerCache]) -> list[CpuCache]:
+    mine = [cache for cache in caches if isinstance(cache, CpuCache)]
+    if not mine or len(mine) != len(caches):
+        raise TypeError("the cpu back end runs its own caches, and at least one")
+    return mine

@@ -1,0 +1,165 @@
+"""The CPU back end's cache of one layer."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.attention.reference import Float64
+from elastickv.backends.cpu import decode, steps, storage, threads
+from elastickv.backends.cpu.layout import STATE_WORDS, Field, Layout, State, layout
+from elastickv.backends.cpu.unpack import unpack_rows
+from elastickv.cache.layer import Float32, StoredHead
+from elastickv.errors import NonFiniteError, UsageError
+from elastickv.recipe import AttentionShape, Recipe, regions
+from elastickv.recipe.pages import PAGE_TOKENS, kept
+
+ALIGNMENT_BYTES = 64
+
+
+class CpuCache:
+    """A `LayerCache` in one block of host memory; see `layout` for what lies where."""
+
+    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> None:
+        self.shape, self.capacity, self.dtype, self.recipe = shape, capacity, dtype, recipe
+        self.thread_count = threads.count()
+        self.layout: Layout = layout(shape, capacity, dtype, recipe, self.thread_count)
+        # Zeros, not empty: what lies behind a short page is multiplied by zero, and must not be a NaN.
+        self._buffer = np.zeros(self.layout.total_bytes - self.layout.snapshot_bytes, np.uint8)
+        self._skew = -self._buffer.ctypes.data % ALIGNMENT_BYTES
+        self.descriptor = np.array(self.layout.fields, np.int64)
+        for field in Field:
+            if field.name.endswith("_BASE"):
+                self.descriptor[field] += self._buffer.ctypes.data + self._skew - ALIGNMENT_BYTES
+        self.descriptor[Field.PAGE_KERNEL] = decode.attend_page.address
+        self.descriptor[Field.ITEM_KERNEL] = decode.decode_item.address
+        self.descriptor[Field.APPEND_KERNEL] = storage.append_token.address
+        self._state = self._section("state").view(np.int64).reshape(shape.batch, shape.kv_heads, STATE_WORDS)
+        self._clear()
+        wraps = self.layout.snapshot_bytes > sum(self.layout.section(n)[1] for n in ("state", "reused"))
+        self._marked_sections = [self._section(name) for name in (("exact",) if wraps else ()) + ("state", "reused")]
+        self._snapshot = [np.empty_like(section) for section in self._marked_sections]
+        self.mark()
+
+    def _clear(self) -> None:
+        self._state[:] = 0
+        self._state[..., State.STEP] = -1
+        self._state[..., State.BAD_POSITION] = -1
+        self._state[..., State.ANCHOR_STEP] = -2  # no step has this number
+
+    def _section(self, name: str) -> NDArray[np.uint8]:
+        start, size = self.layout.section(name)
+        start += self._skew - ALIGNMENT_BYTES
+        return self._buffer[start : start + size]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return self._state[:, 0, State.LENGTH].copy()
+
+    @property
+    def step(self) -> int:
+        return int(self._state[0, 0, State.STEP])
+
+    def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
+        """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
+        rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
+        k, v = host_array(keys, rows, "keys"), host_array(values, rows, "values")
+        used = self._checked(lengths, rows[2])
+        self._clear()
+        self._store(k, v, rows[2], used)
+
+    def _store(self, keys: Float32, values: Float32, tokens: int, lengths: NDArray[np.int64]) -> None:
+        counters = np.zeros(steps.TICKET_WORDS, np.int64)
+        tables = (a.ctypes.data for a in (counters, keys, values))
+        threads.run(steps.store_block, self.thread_count, [self.descriptor.ctypes.data, *tables, tokens, lengths.ctypes.data])
+
+    def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
+        """Store seeded random normal tokens, made where they are stored."""
+        table = np.random.default_rng(seed).standard_normal(1 << steps.TABLE_BITS, dtype=np.float32)
+        used = self._checked(lengths, self.capacity)
+        counters = np.zeros(steps.TICKET_WORDS, np.int64)
+        scratch = np.empty((self.shape.batch * self.shape.kv_heads, 3, self.shape.head_dim), np.float32)
+        self._clear()
+        addresses = [a.ctypes.data for a in (self.descriptor, counters, table)]
+        threads.run(
+            steps.store_random, self.thread_count, [*addresses, seed % (1 << 63), scratch.ctypes.data, used.ctypes.data]
+        )
+
+    def _checked(self, lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+        used = np.asarray(lengths, np.int64)
+        if max(used, default=0) > min(tokens, self.capacity):
+            raise UsageError(f"a sequence of {max(used)} tokens does not fit a capacity of {min(tokens, self.capacity)}")
+        return used
+
+    def append(self, keys: Float32, values: Float32) -> None:
+        """Store one token per sequence: (batch, kv_heads, head_dim)."""
+        rows = (self.shape.batch, self.shape.kv_heads, self.shape.head_dim)
+        k, v = host_array(keys, rows, "keys"), host_array(values, rows, "values")
+        self.check_room(1)
+        self._store(k, v, 1, np.ones(self.shape.batch, np.int64))
+        self._state[..., State.STEP] += 1
+
+    def check_room(self, tokens: int) -> None:
+        """Raise UsageError if a sequence can't take `tokens` more."""
+        for row, length in enumerate(self.lengths):
+            if length + tokens > self.capacity:
+                raise UsageError(f"the cache is full: sequence {row} holds {length} of {self.capacity} tokens")
+
+    def check_anchor(self, step: int) -> None:
+        """Raise RuntimeError if a decode at `step` would reuse an output that was never computed."""
+        anchor = step - self.recipe.age(step)
+        seen = int(self._state[0, 0, State.ANCHOR_STEP])
+        if self.recipe.age(step) and seen != anchor:
+            raise RuntimeError(f"step {step} reuses the cold output of anchor {anchor}, which was not decoded")
+
+    def decode(self, queries: Float32) -> tuple[Float32, Float32]:
+        """Attend with one query per sequence: (batch, query_heads, head_dim) -> outputs and (batch, query_heads) lse."""
+        self.check_anchor(self.step)
+        q = host_array(queries, (self.shape.batch, self.shape.query_heads, self.shape.head_dim), "queries")
+        output, lse = np.empty_like(q), np.empty(q.shape[:2], np.float32)
+        tables = [np.array([a.ctypes.data], np.int64) for a in (self.descriptor, q, output, lse)]
+        counters = np.zeros(steps.TICKET_WORDS, np.int64)
+        addresses = [a.ctypes.data for a in (counters, *tables)]
+        threads.run(steps.attend, self.thread_count, [1, 1, *addresses])
+        return output, lse
+
+    def stored(self, row: int, kv_head: int) -> StoredHead:
+        """Return what is stored of one KV head of one sequence, dequantised."""
+        length = int(self._state[row, kv_head, State.LENGTH])
+        split = regions(length, self.recipe.sinks, self.recipe.window)
+        cold = 0 if self.recipe.is_dense else split.cold
+        cold_rows = np.arange(kept(cold, self.recipe.stride))
+        sinks, after = np.arange(split.sinks), np.arange(cold, length - split.sinks)
+        ring = max(1, self.layout.fields[Field.RING_PAGES])
+        slots = self.layout.fields[Field.SINK_PAGES] + after // PAGE_TOKENS % ring
+        exact_rows = np.r_[sinks, slots * PAGE_TOKENS + after % PAGE_TOKENS].astype(np.int64)
+        head = row * self.shape.kv_heads + kv_head
+        exact_format = self.recipe.exact_dtype(self.dtype)
+        cold_keys, cold_values = self._rows("cold", head, self.recipe.cold_format or exact_format, cold_rows)
+        return StoredHead(cold_keys, cold_values, *self._rows("exact", head, exact_format, exact_rows))
+
+    def _rows(self, section: str, head: int, fmt: str, rows: NDArray[np.int64]) -> tuple[Float64, Float64]:
+        stride = self.layout.fields[Field.COLD_HEAD_BYTES if section == "cold" else Field.EXACT_HEAD_BYTES]
+        raw = self._section(section)[head * stride : (head + 1) * stride]
+        return unpack_rows(raw, fmt, self.shape.head_dim, rows)
+
+    def mark(self) -> None:
+        """Remember the present state."""
+        for copy, section in zip(self._snapshot, self._marked_sections, strict=True):
+            copy[:] = section
+
+    def rewind(self) -> None:
+        """Return to the marked state; everything appended since is forgotten."""
+        for copy, section in zip(self._snapshot, self._marked_sections, strict=True):
+            section[:] = copy
+
+    def raise_non_finite(self) -> None:
+        """Raise NonFiniteError, naming sequence, KV head and position, if a NaN or infinity was ever stored."""
+        for row, head in np.argwhere(self._state[..., State.BAD_POSITION] >= 0):
+            position = self._state[row, head, State.BAD_POSITION]
+            raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")
+
+
+def host_array(array: Float32, shape: tuple[int, ...], name: str) -> Float32:
+    """Return contiguous float32 `array`: the kernels take addresses, so a wrong shape must stop here."""
+    if array.shape != shape:
+        raise ValueError(f"{name} of shape {array.shape}: {shape} is needed")
+    return np.ascontiguousarray(array, np.float32)

@@ -1,0 +1,210 @@
+"""What a cache stores, refuses, remembers and reports."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastickv.backends.cpu import CpuBackend
+from elastickv.backends.cpu import backend as backend_module
+from elastickv.backends.cpu.cache import CpuCache
+from elastickv.cache import LayerCache, Oracle, ReferenceCache
+from elastickv.errors import NonFiniteError, UsageError
+from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
+
+RECIPES = (
+    "dense",
+    "bf16",
+    "fp16,window=0",
+    "int8",
+    "int8,sinks=33,window=31",
+    "int8,stride=3,window=64",
+    "bf16,stride=5,sinks=0",
+    "int8,reuse,anchor_every=4",
+)
+
+
+def assert_same_storage(cache: LayerCache, twin: LayerCache) -> None:
+    assert np.array_equal(cache.lengths, twin.lengths)
+    for row in range(cache.shape.batch):
+        for head in range(cache.shape.kv_heads):
+            ours, theirs = cache.stored(row, head), twin.stored(row, head)
+            for field in dataclasses.fields(ours):
+                assert np.array_equal(getattr(ours, field.name), getattr(theirs, field.name)), field.name
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("text", RECIPES)
+def test_codes_and_scales_are_those_of_the_reference(text: str, dtype: str, backend: CpuBackend, driver: Any) -> None:
+    shape, recipe = AttentionShape(2, 4, 2, 80), Recipe.parse(text)
+    cache, twin = backend.cache(shape, 420, dtype, recipe), ReferenceCache(shape, 420, dtype, recipe)
+    keys, values = driver.tokens(cache, 350)
+    # Magnitudes from subnormal to overflowing halves, a row of zeros, and exact ties.
+    keys *= np.float32(10.0) ** driver.rng.integers(-9, 4, keys.shape).astype(np.float32)
+    values[:, :, 7] = 0
+    values[:, :, 9] = np.linspace(-127, 127, 80).round() / 2
+    for c in (cache, twin):
+        c.prefill(keys, values, np.array([350, 165]))
+    assert_same_storage(cache, twin)
+    for _ in range(40):
+        k, v = (a[:, :, 0] for a in driver.tokens(cache, 1))
+        for c in (cache, twin):
+            c.append(k, v)
+    assert_same_storage(cache, twin)
+    assert cache.step == twin.step == 39
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim_is_stored_as_the_reference_stores_it(head_dim: int, backend: CpuBackend, driver: Any) -> None:
+    shape, recipe = AttentionShape(1, 1, 1, head_dim), Recipe.parse("int8,window=32")
+    cache, twin = backend.cache(shape, 100, "fp16", recipe), ReferenceCache(shape, 100, "fp16", recipe)
+    keys, values = driver.tokens(cache, 100)
+    for c in (cache, twin):
+        c.prefill(keys, values, np.array([100]))
+    assert_same_storage(cache, twin)
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_appending_one_by_one_equals_a_prefill(text: str, backend: CpuBackend, driver: Any) -> None:
+    shape, recipe = AttentionShape(1, 2, 2, 64), Recipe.parse(text)
+    block, single = backend.cache(shape, 300, "bf16", recipe), backend.cache(shape, 300, "bf16", recipe)
+    keys, values = driver.tokens(block, 300)
+    block.prefill(keys, values, np.array([300]))
+    for token in range(300):
+        single.append(keys[:, :, token], values[:, :, token])
+    assert_same_storage(block, single)
+
+
+@pytest.mark.parametrize("text", [*RECIPES, "bf16,reuse,anchor_every=3,decay=0.9,sinks=0,window=0"])
+def test_rewinding_restores_everything(text: str, backend: CpuBackend, driver: Any) -> None:
+    recipe = Recipe.parse(text)
+    cache = backend.cache(AttentionShape(2, 4, 2, 64), 500, "bf16", recipe)
+    cache.prefill(*driver.tokens(cache, 300), np.array([300, 140]))
+    for _ in range(5):
+        driver.append(cache)
+        cache.decode(driver.queries(cache))
+    script = [(driver.tokens(cache, 1), driver.queries(cache)) for _ in range(150)]
+
+    def play() -> list[np.ndarray]:
+        outputs = []
+        for (keys, values), queries in script:
+            cache.append(keys[:, :, 0], values[:, :, 0])
+            outputs.append(cache.decode(queries)[0])
+        return outputs
+
+    cache.mark()
+    lengths, step, first = cache.lengths, cache.step, play()
+    cache.rewind()
+    assert np.array_equal(cache.lengths, lengths)
+    assert cache.step == step
+    assert np.array_equal(first, play())
+
+
+def test_random_tokens_repeat_by_seed_and_look_normal(backend: CpuBackend) -> None:
+    shape = AttentionShape(2, 4, 2, 64)
+    caches = [backend.cache(shape, 600, "fp32", Recipe.parse("dense")) for _ in range(3)]
+    for cache, seed in zip(caches, (5, 5, 6), strict=True):
+        cache.fill_random(np.array([600, 33]), seed)
+    assert_same_storage(caches[0], caches[1])
+    keys = [cache.stored(0, head).exact_keys for cache in caches for head in range(2)]
+    assert not np.array_equal(keys[0], keys[1])
+    assert not np.array_equal(keys[0], keys[4])
+    # 600 x 64 samples: the standard error of the mean is 0.005, of the variance 0.007.
+    assert abs(keys[0].mean()) < 0.03
+    assert abs(keys[0].var() - 1) < 0.04
+    assert caches[0].step == -1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("text", ["dense", "int8,stride=7"])
+def test_a_value_that_is_not_finite_is_raised_with_its_position(
+    text: str, bad: float, backend: CpuBackend, driver: Any
+) -> None:
+    cache = backend.cache(AttentionShape(2, 2, 2, 64), 300, "fp16", Recipe.parse(text))
+    keys, values = driver.tokens(cache, 260)
+    values[1, 1, 43, 9] = bad  # a half holds no 1e30
+    cache.prefill(keys, values, np.array([260, 200]))
+    with pytest.raises(NonFiniteError, match="sequence 1, KV head 1, position 43"):
+        cache.raise_non_finite()
+    cache.prefill(*driver.tokens(cache, 260), np.array([260, 200]))
+    cache.raise_non_finite()
+    cache.mark()
+    k, v = (a[:, :, 0] for a in driver.tokens(cache, 1))
+    k[0, 0, 63] = bad
+    cache.append(k, v)
+    with pytest.raises(NonFiniteError, match="sequence 0, KV head 0, position 260"):
+        cache.raise_non_finite()
+    cache.rewind()
+    cache.raise_non_finite()
+    assert np.isfinite(cache.decode(driver.queries(cache))[0]).all()
+
+
+def test_a_full_cache_refuses_another_token(backend: CpuBackend, driver: Any) -> None:
+    cache = backend.cache(AttentionShape(2, 2, 2, 64), 40, "bf16", Recipe.parse("bf16"))
+    with pytest.raises(UsageError, match="41 tokens does not fit a capacity of 40"):
+        cache.prefill(*driver.tokens(cache, 41), np.array([41, 1]))
+    cache.prefill(*driver.tokens(cache, 40), np.array([3, 40]))
+    with pytest.raises(UsageError, match="sequence 1 holds 40 of 40 tokens"):
+        driver.append(cache)
+    assert np.array_equal(cache.lengths, [3, 40])
+
+
+def test_arrays_of_a_wrong_shape_are_refused(backend: CpuBackend) -> None:
+    cache = backend.cache(AttentionShape(1, 2, 1, 64), 40, "bf16", Recipe.parse("dense"))
+    with pytest.raises(ValueError, match="queries of shape"):
+        cache.decode(np.zeros((1, 1, 64), np.float32))
+    with pytest.raises(ValueError, match="keys of shape"):
+        cache.append(*np.zeros((2, 1, 1, 80), np.float32))
+
+
+def test_a_reused_output_that_was_never_computed_is_refused(backend: CpuBackend, driver: Any) -> None:
+    cache = backend.cache(AttentionShape(1, 2, 1, 64), 400, "bf16", Recipe.parse("bf16,reuse,anchor_every=2"))
+    cache.prefill(*driver.tokens(cache, 300), np.array([300]))
+    driver.append(cache)
+    driver.append(cache)
+    with pytest.raises(RuntimeError, match="anchor 0, which was not decoded"):
+        cache.decode(driver.queries(cache))
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_cache_bytes_are_the_bytes_allocated(text: str, backend: CpuBackend) -> None:
+    shape, recipe = AttentionShape(2, 8, 2, 96), Recipe.parse(text)
+    cache = backend.cache(shape, 5000, "bf16", recipe)
+    allocated = cache._buffer.nbytes + sum(copy.nbytes for copy in cache._snapshot)
+    assert backend.cache_bytes(shape, 5000, "bf16", recipe) == allocated
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(
+    backend: CpuBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, recipe = AttentionShape(1, 8, 8, 128), Recipe.parse("int8")
+    fits = 10_000
+    free = backend.cache_bytes(shape, fits, "bf16", recipe)
+    described = dataclasses.replace(backend.device, free_bytes=free)
+    monkeypatch.setattr(backend_module, "describe", lambda: described)
+    monkeypatch.setattr(CpuCache, "__init__", lambda *_: pytest.fail("allocated"))
+    needed = backend.cache_bytes(shape, 20_000, "bf16", recipe)
+    with pytest.raises(UsageError, match=rf"needs {needed} bytes .*; {free} .* are free; a context of (\d+) tokens") as refusal:
+        backend.cache(shape, 20_000, "bf16", recipe)
+    named = int(str(refusal.value).split("a context of ")[1].split()[0])
+    assert fits <= named < fits + 32
+    assert backend.cache_bytes(shape, named, "bf16", recipe) <= free
+
+
+def test_bad_arguments_are_refused_with_what_is_accepted(backend: CpuBackend) -> None:
+    shape = AttentionShape(1, 1, 1, 64)
+    with pytest.raises(UsageError, match="fp32, fp16, bf16"):
+        backend.cache(shape, 10, "fp64", Recipe.parse("dense"))
+    with pytest.raises(UsageError, match="capacity of 0"):
+        backend.cache(shape, 0, "fp32", Recipe.parse("dense"))
+
+
+def test_decoding_an_int8_cache_of_zeros_gives_zeros(backend: CpuBackend, driver: Any) -> None:
+    cache = backend.cache(AttentionShape(1, 2, 1, 64), 300, "bf16", Recipe.parse("int8"))
+    zeros = np.zeros((1, 1, 300, 64), np.float32)
+    cache.prefill(zeros, zeros, np.array([300]))
+    output, lse = cache.decode(driver.queries(cache))
+    assert not output.any()
+    assert np.allclose(lse, np.log(300))
+    assert np.array_equal(output, Oracle(cache).decode(driver.queries(cache))[0])

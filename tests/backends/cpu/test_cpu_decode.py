@@ -1,0 +1,145 @@
+"""Decoding agrees with the float64 reference on what the cache says it stores."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastickv.backends.cpu import open_backend
+from elastickv.cache import Oracle
+from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
+
+LIMIT = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-3}
+RECIPES = (
+    "dense",
+    "bf16",
+    "fp16",
+    "int8",
+    "int8,sinks=0,window=0",
+    "bf16,sinks=40,window=17",
+    "bf16,stride=2,window=32",
+    "int8,stride=3",
+    "fp16,stride=64,sinks=1,window=0",
+    "bf16,reuse,anchor_every=3,decay=0.9,window=32",
+    "int8,reuse,anchor_every=2,sinks=0,window=0",
+    "fp16,window=5000",
+)
+GROUPS = (1, 2, 3, 4, 5, 7, 8, 9, 16)
+
+
+def limit(dtype: str, recipe: Recipe) -> float:
+    return LIMIT[dtype if recipe.is_dense else "bf16"]
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("text", RECIPES)
+def test_every_recipe_decodes_like_the_reference_while_the_context_grows(text: str, dtype: str, driver: Any) -> None:
+    recipe = Recipe.parse(text)
+    cache = open_backend(None).cache(AttentionShape(2, 6, 2, 64), 400, dtype, recipe)
+    oracle = Oracle(cache)
+    cache.prefill(*driver.tokens(cache, 300), np.array([300, 129]))
+    assert driver.error(cache, oracle) < limit(dtype, recipe)
+    for _ in range(40):
+        driver.append(cache)
+        assert driver.error(cache, oracle) < limit(dtype, recipe)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("text", ["dense", "int8,window=32", "bf16,stride=2,window=0"])
+def test_every_head_dim_decodes_like_the_reference(text: str, head_dim: int, driver: Any) -> None:
+    for dtype in LIMIT:
+        recipe = Recipe.parse(text)
+        cache = open_backend(None).cache(AttentionShape(1, 4, 2, head_dim), 161, dtype, recipe)
+        cache.prefill(*driver.tokens(cache, 161), np.array([161]))
+        assert driver.error(cache, Oracle(cache)) < limit(dtype, recipe)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("text", ["dense", "int8"])
+def test_every_group_size_decodes_like_the_reference(text: str, group: int, driver: Any) -> None:
+    recipe = Recipe.parse(text)
+    cache = open_backend(None).cache(AttentionShape(1, 2 * group, 2, 80), 333, "fp32", recipe)
+    cache.prefill(*driver.tokens(cache, 333), np.array([333]))
+    assert driver.error(cache, Oracle(cache)) < limit("fp32", recipe)
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 63, 64, 65, 131, 132, 163, 164, 165, 4095, 4096, 4097, 9000])
+def test_every_length_decodes_like_the_reference(length: int, driver: Any) -> None:
+    for text in ("dense", "int8", "bf16,stride=4"):
+        recipe = Recipe.parse(text)
+        cache = open_backend(None).cache(AttentionShape(1, 2, 1, 64), length, "bf16", recipe)
+        cache.prefill(*driver.tokens(cache, length), np.array([length]))
+        assert driver.error(cache, Oracle(cache)) < limit("bf16", recipe)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_shape_and_recipe_decodes_like_the_reference(new_driver: Callable[[int], Any], data: st.DataObject) -> None:
+    pick = data.draw
+    kv_heads, group, batch = pick(st.integers(1, 3)), pick(st.sampled_from(GROUPS)), pick(st.integers(1, 3))
+    shape = AttentionShape(batch, kv_heads * group, kv_heads, pick(st.sampled_from(HEAD_DIMS)))
+    fields = {"sinks": pick(st.integers(0, 70)), "window": pick(st.integers(0, 200))}
+    selection = pick(st.sampled_from(["all", "stride", "reuse"]))
+    if selection == "stride":
+        fields["stride"] = pick(st.integers(1, 64))
+    if selection == "reuse":
+        fields |= {"anchor_every": pick(st.integers(1, 5)), "decay": pick(st.sampled_from([1.0, 0.95]))}
+    recipe = Recipe(pick(st.sampled_from(["bf16", "fp16", "int8"])), selection, **fields)
+    lengths = np.array(pick(st.lists(st.integers(1, 700), min_size=batch, max_size=batch)))
+    dtype = pick(st.sampled_from(sorted(LIMIT)))
+    driver = new_driver(pick(st.integers(0, 1000)))
+    cache = open_backend(None).cache(shape, int(lengths.max()) + 6, dtype, recipe)
+    oracle = Oracle(cache)
+    cache.prefill(*driver.tokens(cache, int(lengths.max())), lengths)
+    assert driver.error(cache, oracle) < limit(dtype, recipe)
+    for _ in range(6):
+        driver.append(cache)
+        assert driver.error(cache, oracle) < limit(dtype, recipe)
+
+
+def test_a_context_longer_than_one_float_sum_can_hold_stays_within_the_limit(driver: Any) -> None:
+    cache = open_backend(None).cache(AttentionShape(1, 1, 1, 64), 1 << 18, "fp32", Recipe.parse("dense"))
+    cache.fill_random(np.array([1 << 18]), seed=3)
+    assert driver.error(cache, Oracle(cache)) < LIMIT["fp32"]
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_one_token_that_outweighs_all_others_is_returned(dtype: str) -> None:
+    for text in ("dense", "int8,sinks=0,window=0"):
+        recipe = Recipe.parse(text)
+        cache = open_backend(None).cache(AttentionShape(1, 1, 1, 64), 320, dtype, recipe)
+        keys, values = np.zeros((2, 1, 1, 320, 64), np.float32)
+        keys[0, 0, 77], values[0, 0, 77] = 8, np.arange(64)
+        keys[0, 0, 78:] = -8
+        cache.prefill(keys, values, np.array([320]))
+        output, lse = cache.decode(np.full((1, 1, 64), 8, np.float32))
+        assert np.allclose(output[0, 0], np.arange(64), rtol=1e-2)
+        assert np.allclose(lse, 64 * 64 / 8, rtol=1e-2)
+
+
+def test_decoding_again_repeats_the_result_bit_for_bit(driver: Any) -> None:
+    for text in ("dense", "int8", "bf16,reuse,anchor_every=2,window=32"):
+        cache = open_backend(None).cache(AttentionShape(2, 8, 2, 128), 700, "bf16", Recipe.parse(text))
+        cache.prefill(*driver.tokens(cache, 650), np.array([650, 20]))
+        queries = driver.queries(cache)
+        for _ in range(3):
+            first, first_lse = cache.decode(queries)
+            for _ in range(5):
+                again, again_lse = cache.decode(queries)
+                assert np.array_equal(first, again)
+                assert np.array_equal(first_lse, again_lse)
+            driver.append(cache)
+
+
+def test_a_query_that_is_not_finite_leaves_no_finite_output(driver: Any) -> None:
+    for text in ("dense", "int8"):
+        cache = open_backend(None).cache(AttentionShape(1, 2, 1, 64), 400, "bf16", Recipe.parse(text))
+        cache.prefill(*driver.tokens(cache, 400), np.array([400]))
+        queries = driver.queries(cache)
+        queries[0, 1, 5] = np.nan
+        output, _ = cache.decode(queries)
+        assert np.isfinite(output[0, 0]).all()
+        assert not np.isfinite(output[0, 1]).any()

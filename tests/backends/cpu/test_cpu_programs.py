@@ -1,0 +1,140 @@
+"""Programs do what the same steps do one by one."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastickv.attention.errors import relative_l2
+from elastickv.attention.feedback import Feedback
+from elastickv.backends import load
+from elastickv.backends.cpu import CpuBackend, open_backend
+from elastickv.cache import Oracle
+from elastickv.errors import UsageError
+from elastickv.recipe import AttentionShape, Recipe
+
+SHAPE = AttentionShape(2, 6, 2, 64)
+
+
+def filled(backend: CpuBackend, text: str, seeds: range, capacity: int = 400, dtype: str = "bf16") -> list:
+    caches = [backend.cache(SHAPE, capacity, dtype, Recipe.parse(text)) for _ in seeds]
+    for cache, seed in zip(caches, seeds, strict=True):
+        cache.fill_random(np.array([300, 170]), seed)
+    return caches
+
+
+def test_an_attention_program_decodes_each_cache_with_its_own_queries(backend: CpuBackend, driver: Any) -> None:
+    for text in ("dense", "int8", "bf16,stride=3"):
+        caches = filled(backend, text, range(3))
+        queries = [driver.queries(cache) for cache in caches]
+        program = backend.attention(caches, queries, steps=7, graph=True)
+        assert np.isnan(program.outputs()).all()
+        times = program.run(4)
+        assert len(times) == 4
+        assert min(times) > 0
+        for cache, query, output in zip(caches, queries, program.outputs(), strict=True):
+            assert np.array_equal(output, cache.decode(query)[0])
+
+
+def test_a_program_of_fewer_steps_than_caches_leaves_the_rest_poisoned(backend: CpuBackend, driver: Any) -> None:
+    caches = filled(backend, "dense", range(3))
+    program = backend.attention(caches, [driver.queries(cache) for cache in caches], steps=2, graph=False)
+    program.run()
+    finite = [bool(np.isfinite(output).all()) for output in program.outputs()]
+    assert finite == [True, True, False]
+
+
+def test_a_program_tells_that_it_is_no_graph(backend: CpuBackend, driver: Any) -> None:
+    cache = filled(backend, "dense", range(1))[0]
+    program = backend.attention([cache], [driver.queries(cache)], steps=1, graph=True)
+    assert (program.captured, program.nodes, program.kernels_per_step) == (False, None, 1)
+
+
+@pytest.mark.parametrize("text", ["dense", "int8,window=32", "bf16,stride=2", "bf16,reuse,anchor_every=3,decay=0.95,window=0"])
+def test_a_cycle_equals_the_same_steps_in_numpy(text: str, backend: CpuBackend, driver: Any) -> None:
+    caches = filled(backend, text, range(3), dtype="fp32")
+    feedback = Feedback.seeded(SHAPE.head_dim, seed=4, query_rms=1.5, key_rms=1.1, value_rms=0.7)
+    fed = driver.queries(caches[0])
+    program = backend.cycle(caches, fed, feedback, graph=True)
+    twins = filled(backend, text, range(3), dtype="fp32")
+    oracles = [Oracle(twin) for twin in twins]
+    for _ in range(40):
+        program.run()
+        # The recurrence is chaotic: the twin is fed what the program computed, so that every step is held to one step's error.
+        for output, twin, oracle in zip(program.outputs(), twins, oracles, strict=True):
+            queries, keys, values = feedback(fed, SHAPE.group)
+            twin.append(keys, values)
+            assert relative_l2(output, oracle.decode(queries)[0]).max() < (1e-5 if text == "dense" else 4e-3)
+            fed = output
+    for cache, twin in zip(caches, twins, strict=True):
+        assert np.array_equal(cache.lengths, twin.lengths)
+        assert cache.step == twin.step == 39
+    program.reset()
+    assert [cache.step for cache in caches] == [-1, -1, -1]
+
+
+def test_a_reset_cycle_repeats_itself_bit_for_bit(backend: CpuBackend, driver: Any) -> None:
+    caches = filled(backend, "int8,reuse,anchor_every=4,window=32", range(2))
+    program = backend.cycle(caches, driver.queries(caches[0]), Feedback.seeded(64, 1, 1.0, 1.0, 1.0), graph=False)
+    program.run(50)
+    first = program.outputs()
+    program.reset()
+    program.run(20)
+    program.run(30)
+    assert np.array_equal(first, program.outputs())
+
+
+def test_a_cycle_that_would_outgrow_its_caches_is_refused_before_it_starts(backend: CpuBackend, driver: Any) -> None:
+    caches = filled(backend, "dense", range(2), capacity=310)
+    program = backend.cycle(caches, driver.queries(caches[0]), Feedback.seeded(64, 1, 1.0, 1.0, 1.0), graph=False)
+    with pytest.raises(UsageError, match="the cache is full"):
+        program.run(11)
+    assert np.array_equal(caches[0].lengths, [300, 170])
+    program.run(10)
+    assert np.array_equal(caches[0].lengths, [310, 180])
+
+
+def test_the_host_is_described_and_its_limits_are_numbers(backend: CpuBackend) -> None:
+    device = backend.device
+    assert device.kind == "cpu"
+    assert device.name
+    assert device.compute_units >= 1
+    assert 0 < device.free_bytes <= device.memory_bytes
+    assert device.last_level_cache_bytes >= 1 << 18
+    limits = backend.ceilings()
+    assert min(limits.read_gbs, limits.copy_gbs, limits.flops) > 0
+
+
+def test_only_device_0_exists() -> None:
+    assert open_backend(0).name == "cpu"
+    with pytest.raises(UsageError, match="one device, 0"):
+        open_backend(1)
+    assert load("cpu")[0].name == "cpu"
+
+
+def test_numba_is_imported_only_when_the_back_end_is_opened() -> None:
+    code = "import sys, elastickv.backends; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0
+
+
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_more_or_fewer_threads_than_cores_give_correct_results(threads: str) -> None:
+    code = """
+import numpy as np
+from elastickv.backends import load
+from elastickv.cache import Oracle
+from elastickv.recipe import AttentionShape, Recipe
+backend, _ = load("cpu")
+cache = backend.cache(AttentionShape(1, 8, 2, 64), 3000, "fp32", Recipe.parse("dense"))
+cache.fill_random(np.array([3000]), 1)
+queries = np.random.default_rng(0).standard_normal((1, 8, 64), dtype=np.float32)
+expected = Oracle(cache).decode(queries)[0]
+program = backend.attention([cache], [queries], 20, False)
+program.run(5)
+assert np.allclose(program.outputs()[0], expected, atol=1e-6)
+"""
+    environment = dict(os.environ, NUMBA_NUM_THREADS=threads)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
