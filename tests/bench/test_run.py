@@ -1,0 +1,196 @@
+"""A whole run on the reference back end: what the result says is what was measured."""
+
+import json
+import re
+import sys
+
+import jsonschema
+import numpy as np
+import pytest
+
+from elastickv.bench import Gate, Options, run
+from elastickv.bench import run as _run_function
+from elastickv.bench.schema import SCHEMA_PATH, result_schema
+from elastickv.errors import KernelMismatch, UsageError
+from elastickv.recipe import AttentionShape, read_ratio
+from elastickv.report import FORMATS
+from tests.helpers.reference_backend import ReferenceBackend
+
+RUN_MODULE = sys.modules[_run_function.__module__]
+SMALL = {"seq": 300, "heads": 2, "dim": 64, "reps": 12, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    backend = ReferenceBackend()
+    monkeypatch.setattr(RUN_MODULE, "load", lambda name, device: (backend, None))
+    return backend
+
+
+@pytest.fixture
+def plain(backend):
+    options = Options(**SMALL, compress=1.3, inference=True, decode_tokens=4, layers=2, gate=Gate.parse("speedup>=1.1"))
+    return run(options).as_dict()
+
+
+def test_the_result_is_what_the_schema_file_describes(plain):
+    schema = json.loads(SCHEMA_PATH.read_text())
+    assert schema == result_schema(), "run: python -m elastickv.bench.schema"
+    jsonschema.validate(json.loads(FORMATS["json"](plain)), schema)
+
+
+def test_the_originals_keys_are_all_there_in_order(plain):
+    assert list(plain)[:7] == [
+        "benchmark_type", "brand", "build", "gpu", "configuration", "results", "inference_cycle",
+    ]  # fmt: skip
+    assert {"cuda_graphs", "inner_loops", "truncate_percent"} <= plain["build"].keys()
+    assert {"name", "sm", "theoretical_bw_gbs"} <= plain["gpu"].keys()
+    assert {"seq_len", "heads", "head_dim", "compression", "reps", "warmup"} <= plain["configuration"].keys()
+    assert {
+        "attention_time_ms", "attention_time_std", "coefficient_of_variation", "tokens_per_sec", "baseline_tokens_per_sec",
+        "speedup_vs_baseline", "memory_bandwidth_gbs", "memory_efficiency_percent", "roofline_score",
+    } <= plain["results"].keys()  # fmt: skip
+    assert {
+        "decode_tokens", "baseline_total_ms", "elastic_total_ms", "baseline_tokens_per_sec", "elastic_tokens_per_sec",
+        "speedup_vs_baseline",
+    } <= plain["inference_cycle"].keys()  # fmt: skip
+
+
+def test_time_proportional_to_bytes_gives_the_byte_ratio_as_speedup(plain):
+    recipe, speedup = plain["recipe"], plain["speedup"]
+    assert speedup["low"] <= recipe["ratio_read"] <= speedup["high"]
+    assert plain["results"]["speedup_vs_baseline"] == speedup["estimate"]
+    assert plain["verdict"]["outcome"] == "pass"
+    assert plain["faster"]
+
+
+def test_equal_contenders_are_not_called_faster(backend):
+    result = run(Options(**SMALL, compress=1))
+    assert str(result.recipe.text) == "dense"
+    assert result.noise_floor.contains(1.0)
+    assert not result.faster
+
+
+def test_reps_is_an_exact_count_and_raw_samples_are_kept(plain):
+    assert {len(times) for times in plain["samples"].values()} == {12}
+    assert len(plain["sample_order"]) == 36
+    assert plain["convergence"]["stopped_by"] == "reps"
+
+
+def test_the_fastest_dense_variant_is_the_baseline(plain):
+    candidates = plain["baseline"]["candidates_ms"]
+    assert set(candidates) == {"dense-fp32", "dense-fp16", "dense-bf16"}
+    assert plain["baseline"]["name"] == min(candidates, key=candidates.get)
+    # Twice the bytes, twice the time.
+    assert candidates["dense-fp32"] > 1.7 * candidates["dense-bf16"]
+
+
+def test_figures_agree_with_each_other(plain):
+    results, roofline = plain["results"], plain["roofline"]["elastic"]
+    milliseconds = results["attention_time_ms"]
+    assert results["tokens_per_sec"] == pytest.approx(1e3 / milliseconds)
+    assert results["memory_bandwidth_gbs"] == pytest.approx(roofline["bytes_per_step"] / milliseconds / 1e6)
+    assert results["memory_efficiency_percent"] == pytest.approx(100 * results["memory_bandwidth_gbs"] / 12.0)
+    assert results["memory_efficiency_reference"] == "measured read ceiling"
+    cycle = plain["inference_cycle"]
+    assert cycle["raw_elastic_total_ms"] == pytest.approx(cycle["elastic_total_ms"] * cycle["layers"])
+    assert cycle["elastic_tokens_per_sec"] == pytest.approx(4 / cycle["elastic_total_ms"] * 1e3)
+
+
+def test_the_receipt_is_of_the_recipe_solved_for_the_samples_context(plain):
+    sample = plain["fidelity"]["sample"]
+    shape = AttentionShape(1, 9, 3, 64)
+    from elastickv.recipe import Recipe
+
+    assert read_ratio(Recipe.parse(sample["recipe"]), [sample["context"][1]], shape) >= 1.3
+    assert sample["kernel_error"]["max"] < 1e-12
+    assert 0 < sample["recipe_error"]["mean"] < 0.1
+    assert sample["recipe_error"]["count"] >= 64 * 4 * 9
+
+
+def test_a_sample_too_short_for_the_ratio_is_said_and_not_fatal(backend):
+    result = run(Options(**(SMALL | {"seq": 4096}), compress=16))
+    assert result.fidelity.sample is None
+    assert "cannot be met at a context of" in str(result.fidelity.sample_refused)
+    assert any("no recipe error" in warning for warning in result.warnings)
+
+
+def test_a_wrong_kernel_is_never_timed(backend, monkeypatch):
+    original = ReferenceBackend.cache
+
+    def wrong(self, *arguments):
+        cache = original(self, *arguments)
+        right = cache.decode
+        cache.decode = lambda q: tuple(1.01 * x for x in right(q))
+        return cache
+
+    monkeypatch.setattr(ReferenceBackend, "cache", wrong)
+    with pytest.raises(KernelMismatch, match="kernel error"):
+        run(Options(**SMALL))
+
+
+def test_nan_is_never_a_figure(backend, monkeypatch):
+    monkeypatch.setattr(ReferenceBackend, "_clock", lambda self, moved: iter([1.0] * 10 + [float("nan")] * 400))
+    with pytest.raises(ValueError, match="not a finite positive"):
+        run(Options(**SMALL))
+
+
+def test_ctrl_c_leaves_a_result_marked_incomplete(backend, monkeypatch):
+    def clock(self, moved):
+        yield from (1.0 for _ in range(14))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReferenceBackend, "_clock", clock)
+    result = run(Options(**SMALL, compress=1.3))
+    assert not result.complete
+    assert "interrupted: incomplete" in result.warnings
+    assert result.convergence.stopped_by == "interrupt"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seq": 0}, "--seq=0"),
+        ({"seq": 10**9}, "--seq=1000000000"),
+        ({"heads": 3, "kv_heads": 2}, "3 query heads are not a multiple of 2"),
+        ({"dim": 65}, "supported are 64, 80"),
+        ({"compress": 0.5}, "out of range"),
+        ({"compress": float("nan")}, "out of range"),
+        ({"compress": 100}, "cannot be met"),
+        ({"reps": 1}, "--reps=1"),
+        ({"truncate": 50}, "--truncate=50"),
+        ({"dtype": "fp8"}, "--dtype=fp8"),
+        ({"cache": "warm"}, "--cache=warm"),
+        ({"recipe": "int3"}, "int3"),
+        ({"anchor_every": 4}, "--recipe reuse"),
+        ({"until_ci_percent": 1.0, "paired": False}, "--paired-baseline"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(change, named):
+    with pytest.raises(UsageError, match=named.replace("(", r"\(")):
+        Options(**(SMALL | change))
+
+
+def test_more_bytes_than_the_device_has_are_refused_with_what_would_fit(backend):
+    with pytest.raises(UsageError, match=r"needs .* GiB .* a context of \d+ would fit"):
+        run(Options(seq=1 << 20, heads=32, dim=128))
+
+
+def test_telling_formats_hold_the_same_figures(plain):
+    row = dict(zip(*(line.split(",") for line in FORMATS["csv"](plain).splitlines()), strict=True))
+    assert float(row["speedup"]) == plain["speedup"]["estimate"]
+    assert json.loads(FORMATS["jsonl"](plain))["recipe"]["hash"] == row["recipe_hash"]
+    assert plain["recipe"]["hash"] in FORMATS["md"](plain)
+    assert "Reference <CPU> [1]" in FORMATS["table"](plain)
+    numbers = re.findall(r": (-?[0-9][^,\n]*)", FORMATS["json"](plain))
+    assert numbers
+    assert all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", number) for number in numbers)
+
+
+def test_seeded_timing_data_is_neither_zero_nor_equal_between_copies(backend):
+    from elastickv.bench.contenders import filled_caches
+    from elastickv.recipe import Recipe
+
+    one, two = filled_caches(backend, AttentionShape(1, 2, 2, 64), 200, "bf16", Recipe.parse("int8"), 2, 0)
+    assert np.abs(one.stored(0, 0).exact_keys).min() > 0
+    assert (one.stored(0, 0).exact_keys != two.stored(0, 0).exact_keys).any()

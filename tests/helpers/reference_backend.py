@@ -1,0 +1,80 @@
+"""A back end on the NumPy reference: exact, slow, and a clock that the test sets."""
+
+from itertools import count
+
+import numpy as np
+
+from elastickv.backends import Ceilings, DeviceInfo
+from elastickv.cache import ReferenceCache
+
+
+class ReferenceProgram:
+    """Runs the steps for real; its times are `milliseconds` of a made-up device."""
+
+    captured, nodes, kernels_per_step = False, None, 1
+
+    def __init__(self, caches, step, milliseconds):
+        self._caches, self._step, self._milliseconds = caches, step, milliseconds
+        self._outputs = [None] * len(caches)
+
+    def run(self, launches=1):
+        for _ in range(launches):
+            self._step(self._outputs)
+        return [next(self._milliseconds) for _ in range(launches)]
+
+    def reset(self):
+        for cache in self._caches:
+            cache.rewind()
+
+    def outputs(self):
+        return self._outputs
+
+
+class ReferenceBackend:
+    """`seconds_per_byte` makes a step's time proportional to the KV bytes it reads, with seeded noise."""
+
+    name = "reference"
+    device = DeviceInfo("cpu", "Reference <CPU> [1]", None, 1, None, 1 << 16, 1 << 32, 1 << 31, None)
+
+    def __init__(self, noise=0.01, seed=0):
+        self._rng, self._noise = np.random.default_rng(seed), noise
+
+    def cache(self, shape, capacity, dtype, recipe):
+        return ReferenceCache(shape, capacity, dtype, recipe)
+
+    def cache_bytes(self, shape, capacity, dtype, recipe):
+        return shape.batch * shape.kv_heads * capacity * shape.head_dim * 8
+
+    def _clock(self, bytes_per_launch):
+        for _ in count():
+            yield bytes_per_launch * 1e-7 * float(np.exp(self._rng.standard_normal() * self._noise))
+
+    def attention(self, caches, queries, steps, graph):
+        from elastickv.recipe import interval_bytes
+
+        first = caches[0]
+        moved = interval_bytes(first.recipe, first.lengths.tolist(), first.shape, first.dtype).kv
+
+        def step(outputs):
+            for i in range(min(steps, len(caches))):
+                outputs[i] = caches[i].decode(queries[i])[0]
+
+        return ReferenceProgram(caches, step, self._clock(moved * steps))
+
+    def cycle(self, caches, first, feedback, graph):
+        from elastickv.recipe import interval_bytes
+
+        start = caches[0]
+        moved = interval_bytes(start.recipe, start.lengths.tolist(), start.shape, start.dtype).kv
+        state = {"x": first}
+
+        def step(outputs):
+            for i, cache in enumerate(caches):
+                q, k, v = feedback(state["x"], cache.shape.group)
+                cache.append(k, v)
+                state["x"] = outputs[i] = cache.decode(q)[0].astype(np.float32)
+
+        return ReferenceProgram(caches, step, self._clock(moved * len(caches)))
+
+    def ceilings(self):
+        return Ceilings(read_gbs=12.0, copy_gbs=10.0, flops=1e12)
