@@ -102,7 +102,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, file_bytes: int) 
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         _refuse(path, f"is corrupt: the header's entry of {name!r} lacks dtype, shape or data_offsets")
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise UsageError(f"input {path}: tensor {name!r} is {dtype}; {', '.join(DTYPE_BYTES)} are accepted: convert it")
     numbers = (*shape, begin, end)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):

@@ -118,8 +118,8 @@ def _check_shapes(source: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         raise UsageError(f"input {source}: {error}") from error
     if not MIN_QUERIES <= queries <= tokens:
         raise UsageError(
-            f"input {source}: 'q' has {queries} queries for {tokens} tokens: give from {MIN_QUERIES} queries up to one a token, "
-            "of the last consecutive positions"
+            f"input {source}: 'q' has {queries} queries for {tokens} tokens: give from {MIN_QUERIES} queries up to one "
+            "a token, of the last consecutive positions"
         )
 
 
