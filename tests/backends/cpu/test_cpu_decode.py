@@ -75,7 +75,7 @@ def test_every_length_decodes_like_the_reference(length: int, driver: Any) -> No
         assert driver.error(cache, Oracle(cache)) < limit("bf16", recipe)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_any_shape_and_recipe_decodes_like_the_reference(new_driver: Callable[[int], Any], data: st.DataObject) -> None:
     pick = data.draw

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import elastickv
 from elastickv.attention.errors import relative_l2
 from elastickv.attention.feedback import Feedback
 from elastickv.backends import load
@@ -16,6 +18,7 @@ from elastickv.cache import Oracle
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(elastickv.__file__).parents[1])}
 SHAPE = AttentionShape(2, 6, 2, 64)
 
 
@@ -117,24 +120,28 @@ def test_only_device_0_exists() -> None:
 
 def test_numba_is_imported_only_when_the_back_end_is_opened() -> None:
     code = "import sys, elastickv.backends; sys.exit('numba' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("threads", ["1", "3"])
-def test_more_or_fewer_threads_than_cores_give_correct_results(threads: str) -> None:
+PLAIN_PROCESSOR = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+
+
+@pytest.mark.parametrize("variables", [{"NUMBA_NUM_THREADS": "1"}, {"NUMBA_NUM_THREADS": "3"}, PLAIN_PROCESSOR], ids=str)
+def test_any_number_of_threads_and_any_processor_give_correct_results(variables: dict[str, str]) -> None:
     code = """
 import numpy as np
 from elastickv.backends import load
 from elastickv.cache import Oracle
 from elastickv.recipe import AttentionShape, Recipe
 backend, _ = load("cpu")
-cache = backend.cache(AttentionShape(1, 8, 2, 64), 3000, "fp32", Recipe.parse("dense"))
-cache.fill_random(np.array([3000]), 1)
-queries = np.random.default_rng(0).standard_normal((1, 8, 64), dtype=np.float32)
-expected = Oracle(cache).decode(queries)[0]
-program = backend.attention([cache], [queries], 20, False)
-program.run(5)
-assert np.allclose(program.outputs()[0], expected, atol=1e-6)
+for dtype, recipe in (("fp32", "dense"), ("fp16", "dense"), ("bf16", "dense"), ("bf16", "int8")):
+    cache = backend.cache(AttentionShape(1, 10, 2, 64), 3000, dtype, Recipe.parse(recipe))
+    cache.fill_random(np.array([3000]), 1)
+    queries = np.random.default_rng(0).standard_normal((1, 10, 64), dtype=np.float32)
+    expected = Oracle(cache).decode(queries)[0]
+    program = backend.attention([cache], [queries], 20, False)
+    program.run(5)
+    assert np.allclose(program.outputs()[0], expected, atol=1e-6 if recipe == "dense" else 1e-4)
 """
-    environment = dict(os.environ, NUMBA_NUM_THREADS=threads)
+    environment = ENVIRONMENT | variables
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

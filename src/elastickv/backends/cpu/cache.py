@@ -66,10 +66,18 @@ class CpuCache:
         self._clear()
         self._store(k, v, rows[2], used)
 
+    def threads_worth(self, tokens: int) -> int:
+        """Return how many of the cache's threads to use on `tokens` tokens of all KV heads."""
+        return min(self.thread_count, threads.worth(2 * tokens * self.shape.kv_heads * self.shape.head_dim))
+
     def _store(self, keys: Float32, values: Float32, tokens: int, lengths: NDArray[np.int64]) -> None:
         counters = np.zeros(steps.TICKET_WORDS, np.int64)
         tables = (a.ctypes.data for a in (counters, keys, values))
-        threads.run(steps.store_block, self.thread_count, [self.descriptor.ctypes.data, *tables, tokens, lengths.ctypes.data])
+        threads.run(
+            steps.store_block,
+            self.threads_worth(int(lengths.sum())),
+            [self.descriptor.ctypes.data, *tables, tokens, lengths.ctypes.data],
+        )
 
     def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
         """Store seeded random normal tokens, made where they are stored."""
@@ -118,7 +126,7 @@ class CpuCache:
         tables = [np.array([a.ctypes.data], np.int64) for a in (self.descriptor, q, output, lse)]
         counters = np.zeros(steps.TICKET_WORDS, np.int64)
         addresses = [a.ctypes.data for a in (counters, *tables)]
-        threads.run(steps.attend, self.thread_count, [1, 1, *addresses])
+        threads.run(steps.attend, self.threads_worth(int(self.lengths.sum())), [1, 1, *addresses])
         return output, lse
 
     def stored(self, row: int, kv_head: int) -> StoredHead:

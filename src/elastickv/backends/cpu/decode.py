@@ -12,10 +12,11 @@ from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.intrinsics import (
     BLOCK,
     COLUMNS,
+    FP32,
     INT8,
     atomic_add,
     double_from_bits,
-    invoke_6,
+    invoke_5,
     load_f32,
     load_i64,
     store_f32,
@@ -52,6 +53,8 @@ STATE_BYTES, MIN_PAGES, EXTRA = 8 * layout.STATE_WORDS, layout.SPLIT_MIN_PAGES, 
 LOG2_E, LN_2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
 ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
 INT16_MAX = np.float32(32767)
+# Prefetch distances: the processor's own prefetchers do most; further ahead, software's requests fill their queues.
+AHEAD_FP32_BYTES, AHEAD_NARROW_BYTES = 512, 2048
 
 
 @njit(error_model="numpy")
@@ -90,14 +93,15 @@ def _prepare(c, thread, q, fmt):  # type: ignore[no-untyped-def]
         store_f32(accumulators + 4 * i, ZERO)
 
 
-@cfunc("void(int64, int64, int64, int64, int64, int64)", cache=True, error_model="numpy")
-def attend_page(descriptor, thread, fmt, page, page_bytes, valid):  # type: ignore[no-untyped-def]
+@cfunc("void(int64, int64, int64, int64, int64)", cache=True, error_model="numpy")
+def attend_page(descriptor, thread, fmt, page, valid):  # type: ignore[no-untyped-def]
     """Add the `valid` first tokens of one page to the running softmax of all queries of a group."""
     c = words(descriptor)
     accumulators, padded, queries, narrow, scales, state, factors, scores = _work(c, thread)
     weights, weight_scales = scores + BLOCK * COLUMNS * 4, scores + BLOCK * COLUMNS * 6
     group, dim = c[GROUP], c[DIM]
     width = element_bytes(fmt)
+    ahead = AHEAD_FP32_BYTES if fmt == FP32 else AHEAD_NARROW_BYTES
     plane = PAGE_TOKENS * dim * width
     first = 0
     while first < group:
@@ -107,11 +111,11 @@ def attend_page(descriptor, thread, fmt, page, page_bytes, valid):  # type: igno
         if fmt == INT8:
             query = narrow + first * dim * 2
             multiply_page(
-                fmt, block, page, 2 * COLUMNS, dim // 2, query, dim * 2, scores, COLUMNS * 4, scales + 4 * first, 0, page_bytes
+                fmt, block, page, 2 * COLUMNS, dim // 2, query, dim * 2, scores, COLUMNS * 4, scales + 4 * first, 0, ahead
             )
         else:
             query = queries + first * dim * 4
-            multiply_page(fmt, block, page, COLUMNS * width, dim, query, dim * 4, scores, COLUMNS * 4, scales, 0, page_bytes)
+            multiply_page(fmt, block, page, COLUMNS * width, dim, query, dim * 4, scores, COLUMNS * 4, scales, 0, ahead)
         for g in range(block):
             row, running, factor = scores + g * COLUMNS * 4, state + 8 * (first + g), factors + 4 * g
             if fmt == INT8:
@@ -126,12 +130,12 @@ def attend_page(descriptor, thread, fmt, page, page_bytes, valid):  # type: igno
             if fmt == INT8:
                 accumulate_page(
                     fmt, block, chunk, 2 * columns, (valid + 1) // 2, weights, COLUMNS * 2, out, padded * 4,
-                    weight_scales, factors, page_bytes,
+                    weight_scales, factors, ahead,
                 )  # fmt: skip
             else:
                 accumulate_page(
                     fmt, block, chunk, columns * width, valid, scores, COLUMNS * 4, out, padded * 4,
-                    scales, factors, page_bytes,
+                    scales, factors, ahead,
                 )  # fmt: skip
         first += block
 
@@ -142,7 +146,7 @@ def _attend_cold(descriptor, thread, head, first, last, tokens):  # type: ignore
     for page in range(first, last):
         where = c[COLD_BASE] + head * c[COLD_HEAD_BYTES] + page * c[COLD_PAGE_BYTES]
         valid = min(PAGE_TOKENS, tokens - page * PAGE_TOKENS)
-        invoke_6(c[PAGE_KERNEL], descriptor, thread, c[COLD_FORMAT], where, c[COLD_PAGE_BYTES], valid)
+        invoke_5(c[PAGE_KERNEL], descriptor, thread, c[COLD_FORMAT], where, valid)
 
 
 @njit(error_model="numpy")
@@ -158,7 +162,7 @@ def _attend_exact(descriptor, thread, head, first, last, length, cold):  # type:
             slot = c[SINK_PAGES] + page % c[RING_PAGES]
             valid = min(PAGE_TOKENS, length - sinks - page * PAGE_TOKENS)
         where = c[EXACT_BASE] + head * c[EXACT_HEAD_BYTES] + slot * c[EXACT_PAGE_BYTES]
-        invoke_6(c[PAGE_KERNEL], descriptor, thread, c[EXACT_FORMAT], where, c[EXACT_PAGE_BYTES], valid)
+        invoke_5(c[PAGE_KERNEL], descriptor, thread, c[EXACT_FORMAT], where, valid)
 
 
 @njit(error_model="numpy")

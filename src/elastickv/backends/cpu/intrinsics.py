@@ -10,7 +10,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 FP32, FP16, BF16, INT8 = range(4)
@@ -18,7 +18,15 @@ FORMAT_CODES = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8}
 LANES = 16
 COLUMNS = 32
 
-_HOST = llvm.get_host_cpu_features()
+
+def _features() -> dict[str, bool]:
+    """Return the features that Numba compiles for: the host's, unless its environment variables name a processor."""
+    if config.CPU_NAME is None and config.CPU_FEATURES is None:
+        return dict(llvm.get_host_cpu_features())
+    return {word[1:]: word[0] == "+" for word in (config.CPU_FEATURES or "").split(",") if word}
+
+
+_HOST = _features()
 _X86 = any(word in llvm.get_process_triple() for word in ("x86_64", "i386", "i686", "AMD64"))
 _HALF_IN_HARDWARE = not _X86 or bool(_HOST.get("f16c", False))
 # 4 queries x 32 columns are 8 registers of 512 bits, or 16 of 256: all that AVX2 has. There, 2 at a time.
@@ -197,7 +205,7 @@ def invoke(count: int) -> Any:
     return addressed(count + 1, types.void, body)
 
 
-invoke_2, invoke_4, invoke_6 = invoke(2), invoke(4), invoke(6)
+invoke_2, invoke_4, invoke_5, invoke_6 = invoke(2), invoke(4), invoke(5), invoke(6)
 
 
 @intrinsic

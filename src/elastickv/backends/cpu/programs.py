@@ -29,7 +29,7 @@ class _Program:
     def __init__(self, caches: Sequence[CpuCache]) -> None:
         self._caches = list(caches)
         shape = caches[0].shape
-        self._threads = max(1, min(cache.thread_count for cache in caches))
+        self._threads = min(cache.threads_worth(int(cache.lengths.sum())) for cache in caches)
         self._outputs = [_unset(cache) for cache in caches]
         self._lse = np.empty((max(c.shape.batch * c.shape.query_heads for c in caches),), np.float32)
         self._descriptors = _addresses([cache.descriptor for cache in caches])
@@ -102,12 +102,21 @@ class CycleProgram(_Program):
         )
         self._maps: list[NDArray[Any]] = []
         for m, rms in maps:
-            tables = (m.reflector, m.permutation.astype(np.int64), m.sign, np.array([rms], np.float32))
+            tables = (m.reflector, m.permutation.astype(np.int64), m.sign, np.full(1, rms, np.float32))
             self._maps += [np.ascontiguousarray(table) for table in tables]
         self._counters = np.zeros(2 * len(caches) * steps.TICKET_WORDS, np.int64)
-        self._kept = [query, scratch, _addresses(self._maps)]
-        arrays = (self._counters, self._source, query, self._lse, scratch, self._kept[2], self._descriptors, self._output_table)
-        self._parallel = threads.Launch(steps.one_token, self._threads, [len(caches), *(array.ctypes.data for array in arrays)])
+        # Kept here, because the compiled code holds nothing but their addresses.
+        self._arrays: list[NDArray[Any]] = [
+            self._counters,
+            self._source,
+            query,
+            self._lse,
+            scratch,
+            _addresses(self._maps),
+            self._descriptors,
+            self._output_table,
+        ]
+        self._parallel = threads.Launch(steps.one_token, self._threads, [len(caches), *_addresses(self._arrays).tolist()])
 
     def reset(self) -> None:
         """Rewind the caches, and feed the first layer with `first` again."""

@@ -12,11 +12,22 @@ from elastickv.backends.cpu.intrinsics import invoke_2
 
 # Numba's 'workqueue' layer, the only one present everywhere, aborts the process when two Python threads enter it at once.
 _LOCK = threading.Lock()
+MIN_PARALLEL_ELEMENTS = 1 << 17
 
 
 def count() -> int:
     """Return the threads in use: NUMBA_NUM_THREADS, or all that the process may run on; `numba.set_num_threads` lowers it."""
     return int(numba.get_num_threads())
+
+
+def worth(elements: int) -> int:
+    """Return the threads that work on `elements` of K and V is worth: waking a second one costs up to tens of microseconds."""
+    return count() if elements >= MIN_PARALLEL_ELEMENTS else 1
+
+
+@njit(nogil=True, cache=True)
+def _on_one(function, arguments):  # type: ignore[no-untyped-def]
+    invoke_2(function, arguments, 0)
 
 
 @njit(nogil=True, parallel=True, cache=True)
@@ -29,12 +40,16 @@ class Launch:
     """`run` with everything prepared: a call costs little more than waking the threads."""
 
     def __init__(self, function: Any, threads: int, arguments: Sequence[int]) -> None:
+        self._threads = threads
         self._arguments = np.array(arguments, np.int64)
-        self._call = (threads, function.address, self._arguments.ctypes.data)
+        self._call = (function.address, self._arguments.ctypes.data)
 
     def __call__(self) -> None:
+        if self._threads == 1:
+            _on_one(*self._call)
+            return
         with _LOCK:
-            _on_all(*self._call)
+            _on_all(self._threads, *self._call)
 
 
 def run(function: Any, threads: int, arguments: Sequence[int]) -> None:
