@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from elastickv.backends.presence import gpu_present
 from elastickv.backends.protocol import Backend
 from elastickv.errors import UsageError
 
@@ -12,7 +13,7 @@ BACKENDS: dict[str, str] = {
 
 
 def load(name: str = "auto", device: int | None = None) -> tuple[Backend, str | None]:
-    """Return the back end called `name` and, for 'auto', why a faster one was passed over (None if none was).
+    """Return the back end called `name` and, for 'auto' on a machine with a GPU, why the GPU was passed over.
 
     Raises
     ------
@@ -27,7 +28,7 @@ def load(name: str = "auto", device: int | None = None) -> tuple[Backend, str | 
         try:
             return _open(candidate, device if candidate == "cuda" else None), reason
         except UsageError as error:
-            reason = reason or str(error)
+            reason = reason or (str(error) if gpu_present() else None)
     raise UsageError(reason or "no back end can run here")
 
 

@@ -1,0 +1,150 @@
+"""Write the figures in README and docs from the result files; with --check only say whether they are up to date.
+
+A block between `<!-- figures: NAME -->` and `<!-- end -->` is what the function of that name returns.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "BENCHMARKS.md")
+_BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(path: str) -> Any:
+    return json.loads((RESULTS / path).read_text(encoding="utf-8"))
+
+
+def times_us(result: dict[str, Any]) -> dict[str, float]:
+    return {timing["name"]: 1e3 * timing["time_ms"] for timing in result["contenders"]}
+
+
+def source(result: dict[str, Any]) -> str:
+    versions = result["environment"]["versions"]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    driver = f", driver {result['gpu']['driver']}" if result["gpu"]["driver"] else ""
+    return f"{result['gpu']['name']}{driver}; {named}; {result['date_utc'][:10]}"
+
+
+def table(headers: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers), *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def interval(speedup: dict[str, float]) -> str:
+    return f"{speedup['estimate']:.2f}x [{speedup['low']:.2f}, {speedup['high']:.2f}]"
+
+
+def preset_row(name: str, label: str) -> list[str]:
+    result = load(name)
+    cycle, sample = result["inference_cycle"], result["fidelity"]["sample"]
+    return [
+        label,
+        f"`{result['recipe']['text']}`",
+        f"{result['recipe']['ratio_read']:.2f}",
+        interval(result["speedup"]),
+        f"{cycle['speedup_vs_baseline']:.2f}x" if cycle else "",
+        f"{sample['recipe_error']['mean']:.4f}",
+        f"{result['noise_floor']['low']:.3f}..{result['noise_floor']['high']:.3f}",
+    ]
+
+
+PRESET_HEADERS = ["run", "recipe", "bytes read 1/", "decode step, against the fastest dense", "inference cycle", "recipe error", "A/A"]
+
+
+def headline() -> list[str]:
+    rows = [
+        preset_row("h100/131072.json", "H100, 131072 tokens, 32/8 heads x 128, C=4"),
+        preset_row("h100/long.json", "H100, long preset (4096 x 32 x 128), C=4"),
+        preset_row("h100/long-original-schedule.json", "the same, the original's schedule"),
+        preset_row("cpu/short.json", "CPU, 2 threads, short preset (1024 x 16 x 64), C=2"),
+    ]
+    return [*table(PRESET_HEADERS, rows), "", "Recipe error: relative L2 of a head's output on real activations, mean. Figures: `benchmarks/results/`."]
+
+
+def h100() -> list[str]:
+    presets = [
+        ("short", "short"),
+        ("long", "long"),
+        ("long-stride", "long, 16 bit"),
+        ("long-original-schedule", "long, the original's schedule"),
+        ("131072", "131072 tokens"),
+        ("131072-original-schedule", "131072, the original's schedule"),
+    ]
+    lines = [source(load("h100/long.json")), ""]
+    lines += table(PRESET_HEADERS, [preset_row(f"h100/{name}.json", label) for name, label in presets])
+    rows = []
+    for path in sorted((RESULTS / "h100").glob("shape-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        times = times_us(result)
+        peers = {name: time for name, time in times.items() if name.startswith("torch")}
+        own = min(time for name, time in times.items() if name.startswith("dense"))
+        best = min(peers, key=peers.__getitem__)
+        floor = result["recipe"]["dense_bytes_per_step"] / result["ceilings"]["read_gbs"] / 1e3
+        rows.append(
+            [
+                path.stem.removeprefix("shape-").replace("-", ","),
+                f"{result['recipe']['dense_bytes_per_step'] / 1e6:.0f}",
+                f"{floor:.1f}",
+                f"{peers[best]:.1f} ({best.removeprefix('torch-sdpa-').removesuffix('-bf16')})",
+                f"{own:.1f}",
+                f"{peers[best] / own:.2f}",
+                f"{times['elastic']:.1f}",
+                interval(result["speedup"]),
+            ]
+        )
+    rows.sort(key=lambda row: float(row[1]))
+    headers = ["batch, heads, KV heads, head_dim, context", "KV MB", "bytes / read ceiling, us", "best SDPA, us", "our dense, us",
+               "SDPA / ours", "`int8`, us", "`int8` against the fastest dense"]  # fmt: skip
+    return [*lines, "", *table(headers, rows)]
+
+
+def cpu() -> list[str]:
+    record = load("cpu/decode.json")
+    return record["table"] if isinstance(record.get("table"), list) else [json.dumps(record)]
+
+
+def aa() -> list[str]:
+    record = load("cpu/aa_study.json")
+    return [
+        f"{record['device']}, {record['environment']['date_utc'][:10]}: {record['contained_1']} of {record['comparisons']} "
+        f"A/A intervals contain 1.0 (expected 57, at least 53 asked for); {record['false_faster']} falsely say \"faster\"."
+    ]
+
+
+def recipe_errors() -> list[str]:
+    record = load("sample/recipe_errors.json")
+    return [json.dumps(record)]
+
+
+def render(document: Path) -> str:
+    def block(match: re.Match[str]) -> str:
+        lines = globals()[match[2]]()
+        return match[1] + "\n".join(lines) + "\n" + match[3]
+
+    return _BLOCK.sub(block, document.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for document in DOCUMENTS:
+        text = render(document)
+        if text != document.read_text(encoding="utf-8"):
+            stale.append(document)
+            if not check:
+                document.write_text(text, encoding="utf-8")
+    if check and stale:
+        print(f"out of date: {', '.join(str(path.relative_to(ROOT)) for path in stale)}; run python tools/render_figures.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
