@@ -37,7 +37,27 @@ class CpuCache:
         wraps = self.layout.snapshot_bytes > sum(self.layout.section(n)[1] for n in ("state", "reused"))
         self._marked_sections = [self._section(name) for name in (("exact",) if wraps else ()) + ("state", "reused")]
         self._snapshot = [np.empty_like(section) for section in self._marked_sections]
+        rows = (shape.batch, shape.kv_heads, shape.head_dim)
+        heads = (shape.batch, shape.query_heads)
+        self._counters = self._section("counters").view(np.int64)
+        self._keys, self._values = (self._floats(f"step_{name}", rows) for name in ("keys", "values"))
+        self._queries, self._outputs = (
+            self._floats(f"step_{name}", (*heads, shape.head_dim)) for name in ("queries", "outputs")
+        )
+        self._lse = self._floats("step_lse", heads)
+        self._one = np.ones(shape.batch, np.int64)
+        arrays = (self.descriptor, self._queries, self._outputs, self._lse)
+        self._tables = np.array([array.ctypes.data for array in arrays], np.int64)
+        tables = self._tables.ctypes.data
+        decode_words = [1, 1, self._counters.ctypes.data, *(tables + 8 * i for i in range(len(arrays)))]
+        self._decodes = {n: threads.Launch(steps.attend, n, decode_words) for n in {1, self.thread_count}}
+        append_arrays = (self.descriptor, self._counters, self._keys, self._values)
+        append_words = [*(array.ctypes.data for array in append_arrays), 1, self._one.ctypes.data]
+        self._append = threads.Launch(steps.store_block, self.threads_worth(shape.batch), append_words)
         self.mark()
+
+    def _floats(self, section: str, shape: tuple[int, ...]) -> Float32:
+        return self._section(section).view(np.float32).reshape(shape)
 
     def _clear(self) -> None:
         self._state[:] = 0
@@ -68,7 +88,7 @@ class CpuCache:
 
     def threads_worth(self, tokens: int) -> int:
         """Return how many of the cache's threads to use on `tokens` tokens of all KV heads."""
-        return min(self.thread_count, threads.worth(2 * tokens * self.shape.kv_heads * self.shape.head_dim))
+        return threads.worth(2 * tokens * self.shape.kv_heads * self.shape.head_dim, self.thread_count)
 
     def _store(self, keys: Float32, values: Float32, tokens: int, lengths: NDArray[np.int64]) -> None:
         counters = np.zeros(steps.TICKET_WORDS, np.int64)
@@ -99,10 +119,12 @@ class CpuCache:
 
     def append(self, keys: Float32, values: Float32) -> None:
         """Store one token per sequence: (batch, kv_heads, head_dim)."""
-        rows = (self.shape.batch, self.shape.kv_heads, self.shape.head_dim)
-        k, v = host_array(keys, rows, "keys"), host_array(values, rows, "values")
+        check_shape(keys, self._keys.shape, "keys")
+        check_shape(values, self._values.shape, "values")
         self.check_room(1)
-        self._store(k, v, 1, np.ones(self.shape.batch, np.int64))
+        self._keys[...], self._values[...] = keys, values
+        self._counters[:] = 0
+        self._append()
         self._state[..., State.STEP] += 1
 
     def check_room(self, tokens: int) -> None:
@@ -121,13 +143,11 @@ class CpuCache:
     def decode(self, queries: Float32) -> tuple[Float32, Float32]:
         """Attend with one query per sequence: (batch, query_heads, head_dim) -> outputs and (batch, query_heads) lse."""
         self.check_anchor(self.step)
-        q = host_array(queries, (self.shape.batch, self.shape.query_heads, self.shape.head_dim), "queries")
-        output, lse = np.empty_like(q), np.empty(q.shape[:2], np.float32)
-        tables = [np.array([a.ctypes.data], np.int64) for a in (self.descriptor, q, output, lse)]
-        counters = np.zeros(steps.TICKET_WORDS, np.int64)
-        addresses = [a.ctypes.data for a in (counters, *tables)]
-        threads.run(steps.attend, self.threads_worth(int(self.lengths.sum())), [1, 1, *addresses])
-        return output, lse
+        check_shape(queries, self._queries.shape, "queries")
+        self._queries[...] = queries
+        self._counters[:] = 0
+        self._decodes[self.threads_worth(int(self.lengths.sum()))]()
+        return self._outputs.copy(), self._lse.copy()
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what is stored of one KV head of one sequence, dequantised."""
@@ -166,8 +186,13 @@ class CpuCache:
             raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")
 
 
-def host_array(array: Float32, shape: tuple[int, ...], name: str) -> Float32:
-    """Return contiguous float32 `array`: the kernels take addresses, so a wrong shape must stop here."""
+def check_shape(array: Float32, shape: tuple[int, ...], name: str) -> None:
+    """Raise ValueError if a shape is not the one needed: the kernels take addresses, so a wrong one must stop here."""
     if array.shape != shape:
         raise ValueError(f"{name} of shape {array.shape}: {shape} is needed")
+
+
+def host_array(array: Float32, shape: tuple[int, ...], name: str) -> Float32:
+    """Return contiguous float32 `array` after checking its shape."""
+    check_shape(array, shape, name)
     return np.ascontiguousarray(array, np.float32)

@@ -22,6 +22,7 @@ from elastickv.recipe.pages import kept
 
 LINE_BYTES = 64
 STATE_WORDS = 8
+COUNTER_BYTES = 2 * LINE_BYTES
 SPLIT_MAX_PAGES = 128  # also bounds the rounding error of a float32 running sum
 SPLIT_MIN_PAGES = 4
 ITEMS_PER_THREAD = 8
@@ -136,6 +137,12 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
         "reused": heads * shape.group * partial if reuse else 0,
         "partial": heads * (cold_splits + exact_splits) * shape.group * partial,
         "work": threads * work,
+        "counters": COUNTER_BYTES,
+        "step_keys": heads * shape.head_dim * 4,
+        "step_values": heads * shape.head_dim * 4,
+        "step_queries": heads * shape.group * shape.head_dim * 4,
+        "step_outputs": heads * shape.group * shape.head_dim * 4,
+        "step_lse": heads * shape.group * 4,
     }
     starts, total = [], LINE_BYTES  # the first line aligns the rest
     for name, size in sizes.items():

@@ -20,9 +20,9 @@ def count() -> int:
     return int(numba.get_num_threads())
 
 
-def worth(elements: int) -> int:
-    """Return the threads that work on `elements` of K and V is worth: waking a second one costs up to tens of microseconds."""
-    return count() if elements >= MIN_PARALLEL_ELEMENTS else 1
+def worth(elements: int, available: int) -> int:
+    """Return 1 or `available` threads for work on `elements` of K and V: waking a second one costs up to tens of microseconds."""
+    return available if elements >= MIN_PARALLEL_ELEMENTS else 1
 
 
 @njit(nogil=True, cache=True)
