@@ -39,7 +39,14 @@ def presets() -> dict[str, dict]:
         "long-original-schedule": LONG | cycle | {"recipe": ORIGINAL},
         "long-stride": LONG | cycle | {"recipe": "stride"},
         "131072": {"seq": 131072, "heads": 32, "kv_heads": 8, "dim": 128, "compress": 4.0} | cycle,
-        "131072-original-schedule": {"seq": 131072, "heads": 32, "kv_heads": 8, "dim": 128, "compress": 4.0, "recipe": ORIGINAL},
+        "131072-original-schedule": {
+            "seq": 131072,
+            "heads": 32,
+            "kv_heads": 8,
+            "dim": 128,
+            "compress": 4.0,
+            "recipe": ORIGINAL,
+        },
     }
 
 

@@ -53,7 +53,15 @@ def preset_row(name: str, label: str) -> list[str]:
     ]
 
 
-PRESET_HEADERS = ["run", "recipe", "bytes read 1/", "decode step, against the fastest dense", "inference cycle", "recipe error", "A/A"]
+PRESET_HEADERS = [
+    "run",
+    "recipe",
+    "bytes read 1/",
+    "decode step, against the fastest dense",
+    "inference cycle",
+    "recipe error",
+    "A/A",
+]
 
 
 def headline() -> list[str]:
@@ -63,7 +71,11 @@ def headline() -> list[str]:
         preset_row("h100/long-original-schedule.json", "the same, the original's schedule"),
         preset_row("cpu/short.json", "CPU, 2 threads, short preset (1024 x 16 x 64), C=2"),
     ]
-    return [*table(PRESET_HEADERS, rows), "", "Recipe error: relative L2 of a head's output on real activations, mean. Figures: `benchmarks/results/`."]
+    return [
+        *table(PRESET_HEADERS, rows),
+        "",
+        "Recipe error: relative L2 of a head's output on real activations, mean. Figures: `benchmarks/results/`.",
+    ]
 
 
 def h100() -> list[str]:
@@ -98,8 +110,16 @@ def h100() -> list[str]:
             ]
         )
     rows.sort(key=lambda row: float(row[1]))
-    headers = ["batch, heads, KV heads, head_dim, context", "KV MB", "bytes / read ceiling, us", "best SDPA, us", "our dense, us",
-               "SDPA / ours", "`int8`, us", "`int8` against the fastest dense"]  # fmt: skip
+    headers = [
+        "batch, heads, KV heads, head_dim, context",
+        "KV MB",
+        "bytes / read ceiling, us",
+        "best SDPA, us",
+        "our dense, us",
+        "SDPA / ours",
+        "`int8`, us",
+        "`int8` against the fastest dense",
+    ]
     return [*lines, "", *table(headers, rows)]
 
 
@@ -112,7 +132,7 @@ def aa() -> list[str]:
     record = load("cpu/aa_study.json")
     return [
         f"{record['device']}, {record['environment']['date_utc'][:10]}: {record['contained_1']} of {record['comparisons']} "
-        f"A/A intervals contain 1.0 (expected 57, at least 53 asked for); {record['false_faster']} falsely say \"faster\"."
+        f'A/A intervals contain 1.0 (expected 57, at least 53 asked for); {record["false_faster"]} falsely say "faster".'
     ]
 
 

@@ -65,8 +65,8 @@ class Feedback:
     @classmethod
     def seeded(cls, head_dim: int, seed: int, query_rms: float, key_rms: float, value_rms: float) -> "Feedback":
         """Return the recurrence of a seed, scaled to the given magnitudes."""
-        maps = (OrthogonalMap.seeded(head_dim, 3 * seed + i) for i in range(3))
-        return cls(*maps, query_rms, key_rms, value_rms)
+        query, key, value = (OrthogonalMap.seeded(head_dim, 3 * seed + i) for i in range(3))
+        return cls(query, key, value, query_rms, key_rms, value_rms)
 
     def __call__(self, outputs: Float32, group: int) -> tuple[Float32, Float32, Float32]:
         """Return the next queries, keys and values.

@@ -96,7 +96,7 @@ class Backend(Protocol):
         """Return the device bytes that `cache` would allocate, its scratch included."""
 
     def attention(self, caches: Sequence[LayerCache], queries: Sequence[Float32], steps: int, graph: bool) -> Program:
-        """Return a program of `steps` decodes that go round `caches`, each with its own (batch, query_heads, head_dim) queries."""
+        """Return a program of `steps` decodes going round `caches`, each with its (batch, query_heads, head_dim) queries."""
 
     def cycle(self, caches: Sequence[LayerCache], first: Float32, feedback: Feedback, graph: bool) -> Program:
         """Return a program whose launch is one token through all `caches` as layers.

@@ -8,10 +8,11 @@ import numpy as np
 
 from elastickv.attention.feedback import Feedback
 from elastickv.backends import Backend, Program
-from elastickv.bench.contenders import filled_caches, random_queries
+from elastickv.bench.contenders import random_queries
 from elastickv.bench.contenders.rotation import COLD_FACTOR
 from elastickv.bench.sampler import collect
 from elastickv.bench.statistics import Interval, ratio_interval
+from elastickv.cache import LayerCache
 from elastickv.data import Sample
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import DENSE, AttentionShape, Recipe, interval_bytes
@@ -50,7 +51,14 @@ class CycleSamples:
 
 
 def choose_layers(
-    backend: Backend, recipe: Recipe, shape: AttentionShape, context: int, capacity: int, dtype: str, dense_dtype: str, asked: int | None
+    backend: Backend,
+    recipe: Recipe,
+    shape: AttentionShape,
+    context: int,
+    capacity: int,
+    dtype: str,
+    dense_dtype: str,
+    asked: int | None,
 ) -> int:
     """Return the layers of a cycle: as asked, else enough that the elastic bytes exceed the last-level cache twice.
 
@@ -63,7 +71,7 @@ def choose_layers(
     if asked is not None:
         if asked > fit:
             raise UsageError(
-                f"--layers {asked} needs {asked * per_layer / 2**30:.2f} GiB for dense and elastic caches at {capacity} tokens; "
+                f"--layers {asked} needs {asked * per_layer / 2**30:.2f} GiB for its caches at {capacity} tokens; "
                 f"{backend.device.free_bytes / 2**30:.2f} GiB are free: {fit} layers fit"
             )
         return asked
@@ -95,7 +103,7 @@ def run_cycle(
     first = random_queries(shape, seed, 1.0)
     recipes = {"dense": (DENSE, dense_dtype), "elastic": (recipe, dtype)}
     programs: dict[str, Program] = {}
-    caches = {}
+    caches: dict[str, list[LayerCache]] = {}
     for name, (kept, kept_dtype) in recipes.items():
         caches[name] = []
         for layer in range(n_layers):

@@ -109,8 +109,8 @@ def judge(gate: Gate, figures: dict[str, tuple[float, float] | None], complete: 
         outcome = criterion.judge(*bounds) if bounds else "inconclusive"
         judgements.append(Judgement(str(criterion), outcome, *(bounds or (None, None))))
     outcomes = {j.outcome for j in judgements}
-    if "fail" in outcomes and complete:
-        overall = "fail"
+    if not complete or outcomes == {"pass", "inconclusive"} or outcomes == {"inconclusive"}:
+        overall = "inconclusive"
     else:
-        overall = "pass" if outcomes == {"pass"} and complete else "inconclusive"
+        overall = "fail" if "fail" in outcomes else "pass"
     return Verdict(gate.name, overall, tuple(judgements))

@@ -90,9 +90,7 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
             options.cache == "cold",
             max(1, limit),
         )
-        contender, caches = ours(
-            name, backend, shape, context, dtype, kept, rotation, seed, options.graphs, query_rms
-        )
+        contender, caches = ours(name, backend, shape, context, dtype, kept, rotation, seed, options.graphs, query_rms)
         kernel_error[name] = timed_kernel_error(caches[0], random_queries(shape, seed, query_rms))
         return contender
 
@@ -133,9 +131,7 @@ def _peers(backend: Backend, options: Options, rotation: Rotation, not_run: dict
     not_run |= missing
     contenders = []
     for peer in present:
-        ready, refused = peer.contenders(
-            backend, options.shape, options.seq, rotation, options.seed, options.graphs
-        )
+        ready, refused = peer.contenders(backend, options.shape, options.seq, rotation, options.seed, options.graphs)
         contenders += ready
         not_run |= refused
     return contenders

@@ -86,7 +86,9 @@ def check_kernel_error(error: ErrorSummary, dtype: str, what: str) -> None:
     """Refuse to time a back end that computes something else."""
     limit = KERNEL_ERROR_LIMITS[dtype]
     if not error.p95 <= limit:
-        raise KernelMismatch(f"{what}: kernel error {error.p95:.2g} (p95) is above {limit:g} for {dtype}; no figure is reported")
+        raise KernelMismatch(
+            f"{what}: kernel error {error.p95:.2g} (p95) is above {limit:g} for {dtype}; no figure is reported"
+        )
 
 
 def _dense(sample: Sample, queries: np.ndarray, length: int) -> np.ndarray:

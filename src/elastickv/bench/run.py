@@ -23,9 +23,11 @@ WARMUP_SHARE = 0.1
 class Reporter(Protocol):
     """Told what is going on."""
 
-    def phase(self, name: str) -> None: ...
+    def phase(self, name: str) -> None:
+        """A phase begins."""
 
-    def progress(self, done: int, total: int) -> None: ...
+    def progress(self, done: int, total: int) -> None:
+        """`done` of `total` samples are taken."""
 
 
 class Silent:

@@ -101,7 +101,7 @@ def block_length(series: ArrayLike) -> int:
         return 1
     rho = min(rho, 0.97)
     best = (2 * rho**2 / (1 - rho**2) ** 2) ** (1 / 3) * n ** (1 / 3)
-    return max(1, min(math.ceil(best), n // 10))
+    return max(1, min(math.ceil(float(best)), n // 10))
 
 
 def student_quantile(probability: float, freedom: float) -> float:

@@ -28,7 +28,16 @@ from elastickv.bench.roofline import RooflinePoint, attention_flops, roofline_po
 from elastickv.bench.sampler import Samples
 from elastickv.bench.statistics import Interval, ratio_interval, truncated
 from elastickv.bench.telemetry import Telemetry
-from elastickv.recipe import DENSE, Recipe, dense_bytes, interval_bytes, largest_step_bytes, read_ratio, stored_bytes, stored_ratio
+from elastickv.recipe import (
+    DENSE,
+    Recipe,
+    dense_bytes,
+    interval_bytes,
+    largest_step_bytes,
+    read_ratio,
+    stored_bytes,
+    stored_ratio,
+)
 
 CONVERGED_PERCENT = 1.0
 AGAIN = "baseline-again"

@@ -1,7 +1,7 @@
 """What every back end's cache of one layer can do."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from elastickv.attention.reference import Float64
 from elastickv.recipe import AttentionShape, Recipe
 
 Float32 = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class LayerCache(Protocol):
     def append(self, keys: Float32, values: Float32) -> None:
         """Store one token per sequence: (batch, kv_heads, head_dim). Quantises the page that leaves the window, if one does."""
 
-    def decode(self, queries: Float32) -> tuple[Float32, Float32]:
+    def decode(self, queries: Float32) -> tuple[Floats, Floats]:
         """Attend with one query per sequence.
 
         Parameters

@@ -57,7 +57,7 @@ class ReferenceCache:
         self._lengths = self._lengths + 1
         self._step += 1
 
-    def decode(self, queries: Float32) -> tuple[Float64, Float64]:  # type: ignore[override]
+    def decode(self, queries: Float32) -> tuple[Float64, Float64]:
         """Attend with one query per sequence, in float64."""
         return self._oracle.decode(queries)
 

@@ -32,7 +32,9 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--window", type=int, help="Exact tokens at the end.  [default: 128]"),
     click.option("--anchor-every", type=int, help="Steps from one anchor to the next."),
     click.option("--layers", type=int, help="Caches of the inference cycle.  [default: enough to exceed the last-level cache]"),
-    click.option("--cache", default="cold", show_default=True, help="cold rotates copies past the last-level cache; hot repeats one."),
+    click.option(
+        "--cache", default="cold", show_default=True, help="cold rotates copies past the last-level cache; hot repeats one."
+    ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers."),
     click.option("--preset", help="long = 4096x32x128 C=4, short = 1024x16x64 C=2."),
     click.option("--peers", is_flag=True, help="Measure the attention of installed peers in the same run."),
@@ -41,7 +43,9 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--output", type=click.Path(path_type=Path), help="Write the result here; the suffix tells the format."),
     click.option("--format", "format_", help="What stdout shows: table, json, jsonl, csv or md."),
     click.option("--json/--no-json", "json_", default=None, help="Short for --format json, --format table."),
-    click.option("--input", type=click.Path(path_type=Path), help="Safetensors file with q, k, v of real layers.  [default: shipped]"),
+    click.option(
+        "--input", type=click.Path(path_type=Path), help="Safetensors file with q, k, v of real layers.  [default: shipped]"
+    ),
     click.option("--gate", help="Verdict: golden, or bounds such as speedup>=1.5,cv<=5. Exit 0 pass, 1 fail, 3 inconclusive."),
 )
 

@@ -8,7 +8,9 @@ _MARKS = {"ok": ("ok", "green"), "absent": ("--", "yellow"), "broken": ("!!", "r
 
 
 @click.command("doctor")
-@click.option("--compile-all", "compile_all_", is_flag=True, help="Compile every kernel for every architecture, print the table.")
+@click.option(
+    "--compile-all", "compile_all_", is_flag=True, help="Compile every kernel for every architecture, print the table."
+)
 @click.option("--no-ceilings", is_flag=True, help="Skip the measurement of the device's limits.")
 def command(compile_all_: bool, no_ceilings: bool) -> int:
     """Say what was found, what will be used, what is missing and how to get it.

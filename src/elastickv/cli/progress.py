@@ -12,7 +12,12 @@ class Bar:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("starting", total=None)
 

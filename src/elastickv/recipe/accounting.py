@@ -58,7 +58,9 @@ def dense_bytes(lengths: Sequence[int], shape: AttentionShape) -> int:
     return sum(lengths) * shape.kv_heads * shape.head_dim * DENSE_BYTES_PER_ELEMENT * _PLANES
 
 
-def step_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16", age: int = 0) -> StepBytes:
+def step_bytes(
+    recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16", age: int = 0
+) -> StepBytes:
     """Return the bytes of one step over sequences of `lengths` tokens, `age` steps after an anchor."""
     total = StepBytes()
     for length in lengths:
@@ -109,9 +111,7 @@ def read_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, mo
 
 def largest_step_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:
     """Return the bytes of the costliest step of an anchor interval."""
-    return max(
-        (step_bytes(recipe, lengths, shape, model_dtype, age) for age in range(recipe.anchor_every)), key=lambda s: s.kv
-    )
+    return max((step_bytes(recipe, lengths, shape, model_dtype, age) for age in range(recipe.anchor_every)), key=lambda s: s.kv)
 
 
 def stored_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> int:

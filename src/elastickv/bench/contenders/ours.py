@@ -9,6 +9,7 @@ from elastickv.bench.contenders.rotation import MAX_COPIES, Rotation
 from elastickv.cache import LayerCache
 from elastickv.recipe import AttentionShape, Recipe, step_bytes
 
+
 def random_queries(shape: AttentionShape, seed: int, rms: float) -> np.ndarray:
     """Return seeded normal queries (batch, query_heads, head_dim) of a root mean square element."""
     rng = np.random.default_rng([seed, 7])

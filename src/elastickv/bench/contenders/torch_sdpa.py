@@ -52,9 +52,7 @@ class TorchSdpa:
                     continue
                 kv_bytes = 2 * shape.batch * shape.kv_heads * context * FORMATS[dtype].row_bytes(shape.head_dim)
                 captured = kind == "cuda" and graph
-                ready.append(
-                    Contender(name, "peer", torch.__version__, dtype, kv_bytes, rotation, timed, captured, None)
-                )
+                ready.append(Contender(name, "peer", torch.__version__, dtype, kv_bytes, rotation, timed, captured, None))
         return ready, refused
 
 
@@ -65,9 +63,7 @@ def _inputs(torch: Any, kind: str, shape: AttentionShape, context: int, copies: 
         return torch.randn(*size, device=kind, dtype=getattr(torch, _TORCH_NAMES[dtype]), generator=generator)
 
     keys = (shape.batch, shape.kv_heads, context, shape.head_dim)
-    return [
-        (random(shape.batch, shape.query_heads, 1, shape.head_dim), random(*keys), random(*keys)) for _ in range(copies)
-    ]
+    return [(random(shape.batch, shape.query_heads, 1, shape.head_dim), random(*keys), random(*keys)) for _ in range(copies)]
 
 
 def _timed(torch: Any, kind: str, variant: str, inputs: list[Any], steps: int, graph: bool) -> Callable[[], float]:
