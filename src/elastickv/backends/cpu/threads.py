@@ -21,7 +21,7 @@ def count() -> int:
 
 
 def worth(elements: int, available: int) -> int:
-    """Return 1 or `available` threads for work on `elements` of K and V: waking a second one costs up to tens of microseconds."""
+    """Return 1 or `available` threads for `elements` of K and V: waking a second one costs up to tens of microseconds."""
     return available if elements >= MIN_PARALLEL_ELEMENTS else 1
 
 
