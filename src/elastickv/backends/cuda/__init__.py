@@ -1,0 +1,18 @@
+"""The CUDA back end: CUDA C++ compiled at run time, from Pascal (6.1) to Blackwell (12.0)."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from elastickv.backends.protocol import Backend
+
+
+def open_backend(device: int | None) -> "Backend":
+    """Return the back end for a CUDA device; None is the first.
+
+    Raises
+    ------
+    UsageError : if a package, the driver, the device or a compiler for it is missing; the message says what to do.
+    """
+    from elastickv.backends.cuda.backend import CudaBackend
+
+    return CudaBackend(device)

@@ -1,0 +1,96 @@
+"""The CUDA back end: one device, its caches and programs."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from elastickv.attention.feedback import Feedback
+from elastickv.backends.cuda.cache import CudaLayerCache
+from elastickv.backends.cuda.ceilings import measure
+from elastickv.backends.cuda.device import CudaDevice
+from elastickv.backends.cuda.programs import CudaProgram, attention_program, cycle_program
+from elastickv.backends.cuda.storage import Layout, Scratch, ScratchSize
+from elastickv.backends.cuda.variants import Variant, decode_variant
+from elastickv.backends.protocol import Ceilings, DeviceInfo
+from elastickv.cache.layer import Float32, LayerCache
+from elastickv.errors import UsageError
+from elastickv.recipe import AttentionShape, Recipe
+
+_SPARE_BYTES = 64 << 20  # contexts, kernels and staging that a full device must still hold
+
+
+class CudaBackend:
+    """Runs decode attention on one CUDA device.
+
+    `kind` forces the 'mma' or the 'simt' kernels; `arch` builds them for an older part ('61' runs nowhere else, but '80'
+    runs on every part from 8.0 to 8.9). Both are for tests and measurements.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device: int | None = None, kind: str = "auto", extra_macros: dict[str, int] | None = None) -> None:
+        self._device = CudaDevice(device)
+        self._kind = kind
+        self._extra = extra_macros or {}
+        self._scratch: Scratch | None = None
+
+    @property
+    def device(self) -> DeviceInfo:
+        return self._device.info()
+
+    def _variant(self, shape: AttentionShape, dtype: str, recipe: Recipe) -> Variant:
+        variant = decode_variant(shape.head_dim, shape.group, dtype, recipe, self._device.arch, self._kind)
+        macros = tuple(sorted((dict(variant.macros) | self._extra).items()))
+        return Variant(variant.source, variant.arch, macros)
+
+    def _grid(self, shape: AttentionShape, variant: Variant) -> tuple[int, ScratchSize]:
+        blocks = self._device.multiprocessors * self._device.blocks_per_multiprocessor(variant, "decode")
+        problems = shape.batch * shape.kv_heads * -(-shape.group // variant.rows)
+        return blocks, ScratchSize.of(variant, blocks, problems)
+
+    def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
+        """Return the device bytes that `cache` would allocate, its scratch included."""
+        _, scratch = self._grid(shape, self._variant(shape, dtype, recipe))
+        return Layout.of(shape, capacity, dtype, recipe).n_bytes + scratch.n_bytes
+
+    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> LayerCache:
+        """Allocate the cache of one layer.
+
+        Raises
+        ------
+        UsageError : if it does not fit the device, before any allocation; the message says what would.
+        """
+        if capacity < 1:
+            raise UsageError(f"a capacity of {capacity} tokens holds nothing: give at least 1")
+        variant = self._variant(shape, dtype, recipe)
+        blocks, size = self._grid(shape, variant)
+        shared = self._scratch is not None and self._scratch.holds(size)
+        needed = Layout.of(shape, capacity, dtype, recipe).n_bytes + (0 if shared else size.n_bytes)
+        free = self._device.free_bytes - _SPARE_BYTES
+        if needed > free:
+            fits = self._largest_capacity(shape, capacity, dtype, recipe, free - size.n_bytes)
+            remedy = f"a context of {fits} tokens fits" if fits else "not even one token fits"
+            raise UsageError(f"a cache of {capacity} tokens needs {needed} bytes, {max(free, 0)} are free: {remedy}")
+        if not shared:
+            self._scratch = Scratch(self._device, size)
+        assert self._scratch is not None
+        return CudaLayerCache(self._device, shape, capacity, dtype, recipe, variant, blocks, self._scratch)
+
+    @staticmethod
+    def _largest_capacity(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, free: int) -> int:
+        low, high = 0, capacity
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if Layout.of(shape, middle, dtype, recipe).n_bytes <= free else (low, middle)
+        return low
+
+    def attention(self, caches: Sequence[LayerCache], queries: Sequence[Float32], steps: int, graph: bool) -> CudaProgram:
+        """Return a program of `steps` decodes that go round `caches`, each with its own queries."""
+        return attention_program(self._device, cast(Sequence[CudaLayerCache], caches), queries, steps, graph)
+
+    def cycle(self, caches: Sequence[LayerCache], first: Float32, feedback: Feedback, graph: bool) -> CudaProgram:
+        """Return a program whose launch is one token through all `caches` as layers."""
+        return cycle_program(self._device, cast(Sequence[CudaLayerCache], caches), first, feedback, graph)
+
+    def ceilings(self) -> Ceilings:
+        """Measure the device's limits (about a second)."""
+        return measure(self._device)

@@ -1,0 +1,238 @@
+"""The cache of one layer on a CUDA device."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.attention.feedback import Feedback
+from elastickv.backends.cuda.device import CudaDevice, Memory, f32, i32, i64, u64
+from elastickv.backends.cuda.storage import Layout, Scratch, Storage
+from elastickv.backends.cuda.variants import Variant
+from elastickv.cache.bits import from_bf16_bits
+from elastickv.cache.layer import Float32, StoredHead
+from elastickv.errors import NonFiniteError, UsageError
+from elastickv.recipe import AttentionShape, Recipe, regions
+from elastickv.recipe.pages import kept
+
+_CHUNK_TOKENS = 1 << 15
+_V_CODE_OFFSET = 128
+
+
+class CudaLayerCache:
+    """A `LayerCache` in device memory."""
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        shape: AttentionShape,
+        capacity: int,
+        dtype: str,
+        recipe: Recipe,
+        variant: Variant,
+        blocks: int,
+        scratch: Scratch,
+    ) -> None:
+        self.shape, self.capacity, self.dtype, self.recipe = shape, capacity, dtype, recipe
+        self.variant, self.blocks = variant, blocks
+        self._device, self._scratch = device, scratch
+        self.storage = Storage(device, Layout.of(shape, capacity, dtype, recipe))
+        self._lengths = np.zeros(shape.batch, np.int64)
+        self._step = -1
+        self._marked: tuple[NDArray[np.int64], int] = (self._lengths.copy(), -1)
+        self._stream = device.stream
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return self._lengths
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @property
+    def passes(self) -> int:
+        """Passes over the query heads of a KV head."""
+        return -(-self.shape.group // self.variant.rows)
+
+    def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
+        """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
+        longest = int(max(lengths, default=0))
+        if longest > min(keys.shape[2], self.capacity):
+            raise UsageError(f"a sequence of {longest} tokens does not fit a capacity of {self.capacity}")
+        self._restart(lengths)
+        dim = self.shape.head_dim
+        rows = max(min(longest, _CHUNK_TOKENS), 1)
+        staged = [self._device.allocate(rows * dim * 4) for _ in range(2)]
+        for head in range(self.storage.layout.heads):
+            row, kv_head = divmod(head, self.shape.kv_heads)
+            length = int(self._lengths[row])
+            for first in range(0, length, rows):
+                count = min(rows, length - first)
+                for memory, array in zip(staged, (keys, values), strict=True):
+                    self._device.upload(memory, np.asarray(array[row, kv_head, first : first + count], np.float32))
+                grid = (min(-(-count // 8), 4096), 2)
+                arguments = (*staged, i64(head), i32(first), i32(count), i32(length))
+                self._device.launch(self.variant.storing(), "store_rows", grid, 256, *self._store_arguments(), *arguments)
+        self._stream.sync()
+
+    def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
+        """Store seeded random normal tokens, made where they are stored."""
+        if max(lengths, default=0) > self.capacity:
+            raise UsageError(f"a sequence of {max(lengths)} tokens does not fit a capacity of {self.capacity}")
+        self._restart(lengths)
+        heads = self.storage.layout.heads
+        grid = (max(1, min(-(-int(max(lengths)) // 8), 16384 // heads + 1)), 2, min(heads, 65535))
+        arguments = (self.storage.state, i32(heads), i32(self.shape.kv_heads), u64(seed % (1 << 64)))
+        self._device.launch(self.variant.storing(), "fill_random", grid, 256, *self._store_arguments(), *arguments)
+        self._stream.sync()
+
+    def _restart(self, lengths: NDArray[np.int64]) -> None:
+        self._lengths, self._step = np.array(lengths, np.int64), -1
+        heads = self.storage.layout.heads
+        on_device = self._device.allocate(4 * self.shape.batch)
+        self._device.upload(on_device, self._lengths.astype(np.int32))
+        arguments = (self.storage.state, on_device, i32(self.shape.kv_heads), i32(heads), i32(-1), self.storage.bad)
+        self._device.launch(self.variant.storing(), "set_state", (-(-heads // 256),), 256, *arguments)
+        self._stream.sync()
+
+    def append(self, keys: Float32, values: Float32) -> None:
+        """Store one token per sequence: (batch, kv_heads, head_dim). Quantises the page that leaves the window, if one does."""
+        self.check_room(1)
+        n_bytes = self.shape.batch * self.shape.kv_heads * self.shape.head_dim * 4
+        staged = [self._device.allocate(n_bytes) for _ in range(2)]
+        for memory, array in zip(staged, (keys, values), strict=True):
+            self._device.upload(memory, np.asarray(array, np.float32))
+        self._launch_append(staged[0], staged[1], None, None, None, (0.0, 0.0, 0.0))
+        self._stream.sync()
+        self.count(1)
+
+    def launch_feedback(self, outputs: Memory, queries: Memory, tables: Memory, feedback: Feedback) -> None:
+        """Queue the append of what `feedback` makes of `outputs`, and leave the next `queries`."""
+        rms = (feedback.query_rms, feedback.key_rms, feedback.value_rms)
+        self._launch_append(None, None, outputs, queries, tables, rms)
+
+    def _launch_append(
+        self,
+        keys: Memory | None,
+        values: Memory | None,
+        outputs: Memory | None,
+        queries: Memory | None,
+        tables: Memory | None,
+        rms: tuple[float, float, float],
+    ) -> None:
+        arguments = (self.storage.state, i32(self.capacity), keys, values, outputs, queries, i32(self.shape.group), tables)
+        self._device.launch(
+            self.variant.storing(),
+            "append",
+            (self.storage.layout.heads,),
+            256,
+            *self._store_arguments(),
+            *arguments,
+            *(f32(x) for x in rms),
+        )
+
+    def decode(self, queries: Float32) -> tuple[Float32, Float32]:
+        """Attend with one query per sequence; returns outputs and log-sum-exps."""
+        shape = self.shape
+        self._device.upload(self.storage.queries, np.asarray(queries, np.float32))
+        self.launch_decode(self.storage.queries, self.storage.outputs, self.storage.lse)
+        dims = (shape.batch, shape.query_heads, shape.head_dim)
+        outputs = self._device.download(self.storage.outputs, dims, np.float32)
+        return outputs, self._device.download(self.storage.lse, dims[:2], np.float32)
+
+    def launch_decode(self, queries: Memory, outputs: Memory, lse: Memory) -> None:
+        """Queue a decode."""
+        shape, storage, recipe, layout = self.shape, self.storage, self.recipe, self.storage.layout
+        reused = storage.cached_output
+        lse_offset = shape.batch * shape.query_heads * shape.head_dim * 4
+        whole = (shape.batch, shape.kv_heads, shape.group, self.passes, recipe.sinks, recipe.window, layout.ring)
+        whole = (*whole, recipe.stride, recipe.anchor_every, layout.exact_rows, layout.cold_rows)
+        scale = math.log2(math.e) / math.sqrt(shape.head_dim)
+        self._device.launch(
+            self.variant,
+            "decode",
+            (self.blocks,),
+            self.variant.threads,
+            queries,
+            outputs,
+            lse,
+            *(storage.exact_k, storage.exact_v, storage.cold_k, storage.cold_v, storage.k_scale, storage.v_scale),
+            storage.state,
+            *(self._scratch.partial, self._scratch.partial_ml, self._scratch.counters),
+            *(reused, reused.pointer + lse_offset),
+            *(i32(x) for x in whole),
+            f32(math.log2(recipe.decay)),
+            f32(scale),
+        )
+
+    def _store_arguments(self) -> tuple[Any, ...]:
+        s, recipe, layout = self.storage, self.recipe, self.storage.layout
+        numbers = (recipe.sinks, recipe.window, layout.ring, recipe.stride, layout.exact_rows, layout.cold_rows)
+        return (s.exact_k, s.exact_v, s.cold_k, s.cold_v, s.k_scale, s.v_scale, s.bad, *(i32(x) for x in numbers))
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse to grow past the capacity."""
+        for row, length in enumerate(self._lengths):
+            if length + tokens > self.capacity:
+                raise UsageError(f"the cache is full: sequence {row} holds {length} of {self.capacity} tokens")
+
+    def count(self, tokens: int) -> None:
+        """Note that the device appended `tokens` to every sequence."""
+        self._lengths = self._lengths + tokens
+        self._step += tokens
+
+    def stored(self, row: int, kv_head: int) -> StoredHead:
+        """Return what is stored of one KV head of one sequence."""
+        recipe, layout, storage = self.recipe, self.storage.layout, self.storage
+        head, length = row * self.shape.kv_heads + kv_head, int(self._lengths[row])
+        exact_keys, exact_values = (self._rows(m, head, layout.exact_rows) for m in (storage.exact_k, storage.exact_v))
+        if recipe.is_dense:
+            empty = np.zeros((0, self.shape.head_dim))
+            return StoredHead(empty, empty, exact_keys[:length], exact_values[:length])
+        split = regions(length, recipe.sinks, recipe.window)
+        recent = recipe.sinks + np.arange(split.cold, split.cold + split.recent) % layout.ring
+        exact = np.r_[0 : split.sinks, recent].astype(np.int64)
+        count = kept(split.cold, recipe.stride)
+        if recipe.cold_format == "int8":
+            cold_keys = self._codes(storage.k_scale, storage.cold_k, head, 0)
+            cold_values = self._codes(storage.v_scale, storage.cold_v, head, _V_CODE_OFFSET)
+        else:
+            cold_keys, cold_values = (self._rows(m, head, layout.cold_rows) for m in (storage.cold_k, storage.cold_v))
+        return StoredHead(cold_keys[:count], cold_values[:count], exact_keys[exact], exact_values[exact])
+
+    def _rows(self, plane: Memory, head: int, rows: int) -> NDArray[np.float64]:
+        dim, dtype = self.shape.head_dim, self.recipe.exact_dtype(self.dtype)
+        kinds: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+        kind = np.dtype(kinds[dtype])
+        raw = self._device.download(plane, (rows, dim), kind, head * rows * dim * kind.itemsize)
+        return (from_bf16_bits(raw) if dtype == "bf16" else raw).astype(np.float64)
+
+    def _codes(self, scales: Memory, plane: Memory, head: int, offset: int) -> NDArray[np.float64]:
+        rows, dim = self.storage.layout.cold_rows, self.shape.head_dim
+        codes = self._device.download(plane, (rows, dim), np.uint8, head * rows * dim)
+        bits = self._device.download(scales, (rows,), np.uint16, head * rows * 2)
+        signed = (codes - np.uint8(offset)).view(np.int8)
+        return signed.astype(np.float64) * from_bf16_bits(bits).astype(np.float64)[:, None]
+
+    def mark(self) -> None:
+        """Remember the present state."""
+        self.storage.save()
+        self._stream.sync()
+        self._marked = (self._lengths.copy(), self._step)
+
+    def rewind(self) -> None:
+        """Return to the marked state; everything appended since is forgotten."""
+        self.storage.restore()
+        self._stream.sync()
+        self._lengths, self._step = self._marked[0].copy(), self._marked[1]
+
+    def raise_non_finite(self) -> None:
+        """Raise NonFiniteError, naming sequence, KV head and position, if a NaN or infinity was ever stored."""
+        word = int(self._device.download(self.storage.bad, (1,), np.uint64)[0])
+        if word != (1 << 64) - 1:
+            row, head = divmod(word >> 32, self.shape.kv_heads)
+            raise NonFiniteError(
+                f"a value that is not finite: sequence {row}, KV head {head}, position {word & 0xFFFFFFFF}"
+            )

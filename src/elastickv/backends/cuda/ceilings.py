@@ -1,0 +1,65 @@
+"""The device's limits, measured: the best of several read kernels, a copy, multiply-adds."""
+
+from collections.abc import Callable
+
+from elastickv.backends.cuda.device import CudaDevice, check, i64
+from elastickv.backends.cuda.variants import ceilings_variant
+from elastickv.backends.protocol import Ceilings
+
+_MOST_BYTES = 2 << 30
+_REPEATS = 7
+_UNROLLS = (2, 4, 8)
+_BLOCKS = (1, 2, 4, 8, 16)
+_THREADS = 256
+
+
+def measure(device: CudaDevice) -> Ceilings:
+    """Return the ceilings of `device`."""
+    n_bytes = min(_MOST_BYTES, device.free_bytes // 3) // (1 << 20) * (1 << 20)
+    source, target = device.allocate(n_bytes, 0x3F8CCCCD), device.allocate(n_bytes, 0)
+    sink, vectors = device.allocate(16, 0), i64(n_bytes // 16)
+    read_ms, copy_ms = float("inf"), float("inf")
+    for unroll in _UNROLLS:
+        variant = ceilings_variant(device.arch, unroll)
+        for per_unit in _BLOCKS:
+            grid = (device.multiprocessors * per_unit,)
+            for name in ("read", "read_chunks"):
+                ms = _best_ms(
+                    device, lambda v=variant, n=name, g=grid: device.launch(v, n, g, _THREADS, source, vectors, sink)
+                )
+                read_ms = min(read_ms, ms)
+            ms = _best_ms(
+                device, lambda v=variant, g=grid: device.launch(v, "copy", g, _THREADS, source, target, vectors)
+            )
+            copy_ms = min(copy_ms, ms)
+    return Ceilings(n_bytes / read_ms / 1e6, 2 * n_bytes / copy_ms / 1e6, _flops(device))
+
+
+def _flops(device: CudaDevice) -> float:
+    """Return float32-accumulating operations per second: tensor cores on 16-bit operands where attention uses them."""
+    variant = ceilings_variant(device.arch)
+    blocks = device.multiprocessors * 4
+    sink = device.allocate(16, 0)
+    ms = _best_ms(device, lambda: device.launch(variant, "multiply_add", (blocks,), _THREADS, sink))
+    rounds = 4096
+    if variant["TENSOR"]:
+        operations = blocks * (_THREADS // 32) * rounds * 8 * (2 * 16 * 8 * 16)
+    else:
+        operations = blocks * _THREADS * rounds * 16 * 2
+    return operations / ms * 1e3
+
+
+def _best_ms(device: CudaDevice, launch: Callable[[], None]) -> float:
+    driver, stream = device.driver, device.stream
+    events = [check(driver.cuEventCreate(0)) for _ in range(_REPEATS + 1)]
+    launch()
+    check(driver.cuEventRecord(events[0], stream.handle))
+    for event in events[1:]:
+        launch()
+        check(driver.cuEventRecord(event, stream.handle))
+    stream.sync()
+    elapsed = getattr(driver, "cuEventElapsedTime_v2", driver.cuEventElapsedTime)
+    times = sorted(float(check(elapsed(a, b))) for a, b in zip(events, events[1:], strict=False))
+    for event in events:
+        driver.cuEventDestroy(event)
+    return times[len(times) // 2]

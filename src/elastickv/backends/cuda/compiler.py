@@ -1,0 +1,194 @@
+"""CUDA C++ to cubin through NVRTC, for any architecture and without a driver; compiled kernels are kept on disk."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from elastickv.errors import UsageError
+
+KERNELS = Path(__file__).parent / "kernels"
+ARCHITECTURES = ("61", "70", "75", "80", "86", "89", "90", "100", "120")
+_INSTALL = 'pip install "elastickv[cuda]"'
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas reports of one kernel: registers a thread, spilled bytes, static shared bytes."""
+
+    kernel: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A cubin and the resources of its kernels."""
+
+    cubin: bytes
+    resources: tuple[Resources, ...]
+
+
+def nvrtc() -> Any:
+    """Return `cuda.bindings.nvrtc`, its library loaded.
+
+    Raises
+    ------
+    UsageError : if it is not installed; the message says what to install.
+    """
+    try:
+        from cuda.bindings import nvrtc as module
+
+        module.nvrtcVersion()
+    except Exception as error:  # the loader raises its own types
+        raise UsageError(f"NVRTC, the CUDA run-time compiler, cannot be loaded: {_INSTALL}") from error
+    return module
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Return NVRTC's version."""
+    _, major, minor = nvrtc().nvrtcVersion()
+    return major, minor
+
+
+@cache
+def supported_architectures() -> tuple[int, ...]:
+    """Return the compute capabilities (61, 90, ...) that this NVRTC compiles for."""
+    _, architectures = nvrtc().nvrtcGetSupportedArchs()
+    return tuple(architectures)
+
+
+@cache
+def include_directory() -> str:
+    """Return the folder of cuda_fp16.h.
+
+    Raises
+    ------
+    UsageError : if the headers are not installed.
+    """
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+
+        found = find_nvidia_header_directory("cudart")
+    except Exception:  # a missing or old pathfinder
+        found = None
+    if not found or not (Path(found) / "cuda_fp16.h").is_file():
+        raise UsageError(f"the CUDA headers (cuda_fp16.h) are not found: {_INSTALL}")
+    return str(found)
+
+
+@cache
+def _headers_digest() -> str:
+    digest = hashlib.sha256()
+    for path in (*sorted(KERNELS.glob("*.cuh")), *sorted(Path(include_directory()).glob("cuda_[bf]*16.h*"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def cache_directory() -> Path:
+    """Return where compiled kernels are kept: ELASTICKV_CACHE_DIR, or the user's cache folder."""
+    if given := os.environ.get("ELASTICKV_CACHE_DIR"):
+        return Path(given)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "elastickv" / "kernels"
+
+
+def compile_source(name: str, arch: str, macros: Mapping[str, int]) -> Compiled:
+    """Compile `kernels/<name>.cu` for compute capability `arch` ('90') with `macros`, or take it from the disk cache."""
+    source = (KERNELS / f"{name}.cu").read_bytes()
+    options = _options(arch, macros)
+    key = hashlib.sha256(
+        json.dumps([name, options[:-1], nvrtc_version(), _headers_digest(), hashlib.sha256(source).hexdigest()]).encode()
+    ).hexdigest()
+    path = cache_directory() / f"{key}.kernel"
+    kept = _read(path)
+    if kept is None:
+        kept = _compile(name, source, options)
+        _write(path, kept)
+    return kept
+
+
+def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
+    return [
+        f"--gpu-architecture=sm_{arch}",
+        "--std=c++17",
+        "--ptxas-options=-v",
+        f"--include-path={KERNELS}",
+        *(f"--define-macro={name}={value}" for name, value in sorted(macros.items())),
+        f"--include-path={include_directory()}",
+    ]
+
+
+def _compile(name: str, source: bytes, options: list[str]) -> Compiled:
+    module = nvrtc()
+
+    status, program = module.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], [])
+    if int(status):
+        raise RuntimeError(f"NVRTC cannot create a program: {status}")
+    try:
+        (status,) = module.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+        _, size = module.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        module.nvrtcGetProgramLog(program, log)
+        if int(status):
+            raise RuntimeError(f"{name}.cu does not compile with {' '.join(options)}:\n{log.decode(errors='replace')}")
+        _, size = module.nvrtcGetCUBINSize(program)
+        cubin = b" " * size
+        module.nvrtcGetCUBIN(program, cubin)
+    finally:
+        module.nvrtcDestroyProgram(program)
+    return Compiled(cubin, _resources(log.decode(errors="replace")))
+
+
+def _resources(log: str) -> tuple[Resources, ...]:
+    found = []
+    for part in re.split(r"Compiling entry function '", log)[1:]:
+        registers, spilled = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes spill stores", part)
+        shared = re.search(r"(\d+)(?:\+\d+)? bytes smem", part)
+        if not registers or not spilled:
+            raise RuntimeError(f"ptxas's resource report is not understood: {part[:300]}")
+        found.append(
+            Resources(part.partition("'")[0], int(registers[1]), int(spilled[1]), int(shared[1]) if shared else 0)
+        )
+    return tuple(found)
+
+
+def _read(path: Path) -> Compiled | None:
+    """Return a cached kernel; None if it is absent or damaged in any way."""
+    try:
+        data = path.read_bytes()
+        digest, body = data[:32], data[32:]
+        if hashlib.sha256(body).digest() != digest:
+            return None
+        header, _, cubin = body.partition(b"\n")
+        return Compiled(cubin, tuple(Resources(**r) for r in json.loads(header)))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(path: Path, compiled: Compiled) -> None:
+    """Keep a kernel; atomic for readers. A folder that cannot be written costs the next start a compilation, no more."""
+    body = json.dumps([asdict(r) for r in compiled.resources]).encode() + b"\n" + compiled.cubin
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            file.write(hashlib.sha256(body).digest() + body)
+        os.replace(temporary, path)
+    except OSError:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,235 @@
+"""One CUDA device: what it is, its stream, its memory, and kernels loaded on it."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.backends.cuda.compiler import nvrtc_version, supported_architectures
+from elastickv.backends.cuda.variants import Variant
+from elastickv.backends.protocol import DeviceInfo
+from elastickv.errors import UsageError
+
+_OLDEST = 61
+_INSTALL = 'pip install "elastickv[cuda]"'
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """Return what a driver call returned beside its status.
+
+    Raises
+    ------
+    RuntimeError : if the status is not success.
+    """
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"CUDA driver: {status!r}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def driver_api() -> Any:
+    """Return `cuda.bindings.driver`, initialised.
+
+    Raises
+    ------
+    UsageError : if a package, the driver or a device is missing.
+    """
+    try:
+        import cuda.core  # noqa: F401
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise UsageError(f"the CUDA back end is not installed: {_INSTALL}") from error
+    try:
+        check(driver.cuInit(0))
+        count = check(driver.cuDeviceGetCount())
+    except Exception as error:  # without a driver the bindings raise types of their own
+        raise UsageError(f"no CUDA device can be used ({error}): install an NVIDIA driver, or use --backend cpu") from error
+    if not count:
+        raise UsageError("no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend cpu")
+    return driver
+
+
+class Memory:
+    """A plain device allocation, freed with the object."""
+
+    def __init__(self, device: "CudaDevice", n_bytes: int) -> None:
+        self._driver = device.driver
+        self.n_bytes = max(n_bytes, 16)
+        self.pointer = int(check(device.driver.cuMemAlloc(self.n_bytes)))
+
+    def __del__(self) -> None:
+        pointer = getattr(self, "pointer", 0)
+        if pointer:
+            self._driver.cuMemFree(pointer)
+
+
+class CudaDevice:
+    """A device with its primary context current and one stream that everything runs on."""
+
+    def __init__(self, ordinal: int | None) -> None:
+        self.driver = driver_api()
+        from cuda.core import Device
+
+        count = check(self.driver.cuDeviceGetCount())
+        self.ordinal = ordinal or 0
+        if not 0 <= self.ordinal < count:
+            raise UsageError(f"CUDA device {ordinal} does not exist: choose 0 to {count - 1}")
+        self._handle = check(self.driver.cuDeviceGet(self.ordinal))
+        self.arch = self._choose_arch()
+        self.core = Device(self.ordinal)
+        self.core.set_current()
+        self.stream = self.core.create_stream()
+        self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
+        self._kernels: dict[tuple[Variant, str], Any] = {}
+
+    def _attribute(self, name: str) -> int:
+        which = getattr(self.driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(check(self.driver.cuDeviceGetAttribute(which, self._handle)))
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability, (9, 0)."""
+        return self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
+
+    def _choose_arch(self) -> str:
+        major, minor = self.capability
+        if major * 10 + minor < _OLDEST:
+            raise UsageError(f"compute capability {major}.{minor} is too old: 6.1 (Pascal) is the least; use --backend cpu")
+        compiler = nvrtc_version()
+        version = int(check(self.driver.cuDriverGetVersion()))
+        if version // 1000 < compiler[0]:
+            raise UsageError(
+                f"the driver is too old: it runs CUDA {version // 1000}.{version % 1000 // 10}, NVRTC is {compiler[0]}."
+                f"{compiler[1]}; update the driver, or {_INSTALL} for CUDA 12"
+            )
+        fits = [a for a in supported_architectures() if a // 10 == major and a % 10 <= minor]
+        if not fits:
+            raise UsageError(
+                f"NVRTC {compiler[0]}.{compiler[1]} does not compile for compute capability {major}.{minor}: "
+                f"{_INSTALL if major < 8 else 'pip install ' + chr(34) + 'elastickv[cuda13]' + chr(34)}"
+            )
+        return str(max(fits))
+
+    def info(self) -> DeviceInfo:
+        """Return what the figures are about."""
+        free, total = check(self.driver.cuMemGetInfo())
+        name = check(self.driver.cuDeviceGetName(128, self._handle))
+        major, minor = self.capability
+        return DeviceInfo(
+            kind="cuda",
+            name=name.split(b"\0")[0].decode() if isinstance(name, bytes) else str(name),
+            sm=f"{major}.{minor}",
+            compute_units=self.multiprocessors,
+            theoretical_bw_gbs=self._theoretical_gbs(),
+            last_level_cache_bytes=self._attribute("L2_CACHE_SIZE"),
+            memory_bytes=int(total),
+            free_bytes=int(free),
+            driver=self._driver_version(),
+        )
+
+    def _theoretical_gbs(self) -> float | None:
+        width = self._attribute("GLOBAL_MEMORY_BUS_WIDTH")
+        try:
+            clock_khz = self._attribute("MEMORY_CLOCK_RATE")
+        except (AttributeError, RuntimeError):
+            clock_khz = 0
+        if not clock_khz:
+            clock_khz = 1000 * (self._from_nvml("memory clock") or 0)
+        return clock_khz * 1e3 * 2 * width / 8 / 1e9 if clock_khz and width else None
+
+    def _driver_version(self) -> str:
+        version = self._from_nvml("driver")
+        runs = int(check(self.driver.cuDriverGetVersion()))
+        return str(version) if version else f"CUDA {runs // 1000}.{runs % 1000 // 10}"
+
+    def _from_nvml(self, what: str) -> Any:
+        """Return what NVML tells, or None: it is optional."""
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            if what == "driver":
+                version = pynvml.nvmlSystemGetDriverVersion()
+                return version.decode() if isinstance(version, bytes) else version
+            bus = check(self.driver.cuDeviceGetPCIBusId(32, self._handle)).split(b"\0")[0]
+            return pynvml.nvmlDeviceGetMaxClockInfo(pynvml.nvmlDeviceGetHandleByPciBusId(bus), pynvml.NVML_CLOCK_MEM)
+        except Exception:  # absent, unsupported or not permitted: all the same here
+            return None
+
+    @property
+    def free_bytes(self) -> int:
+        """Device memory that can still be allocated."""
+        return int(check(self.driver.cuMemGetInfo())[0])
+
+    def allocate(self, n_bytes: int, fill: int | None = None) -> Memory:
+        """Allocate device memory; `fill` is a 32-bit word to fill it with."""
+        memory = Memory(self, n_bytes)
+        if fill is not None:
+            check(self.driver.cuMemsetD32Async(memory.pointer, fill, memory.n_bytes // 4, self.stream.handle))
+        return memory
+
+    def kernel(self, variant: Variant, name: str) -> Any:
+        """Return a kernel loaded on this device."""
+        from cuda.core import ObjectCode
+
+        key = (variant, name)
+        if key not in self._kernels:
+            code = ObjectCode.from_cubin(variant.compiled().cubin)
+            self._kernels[key] = code.get_kernel(name)
+        return self._kernels[key]
+
+    def blocks_per_multiprocessor(self, variant: Variant, name: str) -> int:
+        """Return how many blocks of a kernel fit a multiprocessor at once."""
+        return max(1, int(self.kernel(variant, name).occupancy.max_active_blocks_per_multiprocessor(variant.threads, 0)))
+
+    def launch(self, variant: Variant, name: str, grid: tuple[int, ...], threads: int, *args: Any) -> None:
+        """Launch on the stream. Arguments: Memory, None (null pointer) or a ctypes scalar."""
+        from cuda.core import LaunchConfig, launch
+
+        values = [a.pointer if isinstance(a, Memory) else 0 if a is None else a for a in args]
+        launch(self.stream, LaunchConfig(grid=tuple(int(n) for n in grid), block=threads), self.kernel(variant, name), *values)
+
+    def upload(self, memory: Memory, array: NDArray[Any], offset: int = 0) -> None:
+        """Copy a host array to the device."""
+        host = np.ascontiguousarray(array)
+        if host.nbytes:
+            check(
+                self.driver.cuMemcpyHtoDAsync(memory.pointer + offset, host.ctypes.data, host.nbytes, self.stream.handle)
+            )
+            self.stream.sync()
+
+    def download(self, memory: Memory, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> NDArray[Any]:
+        """Copy from the device to a new host array."""
+        host = np.empty(shape, dtype)
+        if host.nbytes:
+            check(
+                self.driver.cuMemcpyDtoHAsync(host.ctypes.data, memory.pointer + offset, host.nbytes, self.stream.handle)
+            )
+        self.stream.sync()
+        return host
+
+    def copy(self, target: Memory, source: Memory, n_bytes: int) -> None:
+        """Copy on the device."""
+        if n_bytes:
+            check(self.driver.cuMemcpyDtoDAsync(target.pointer, source.pointer, n_bytes, self.stream.handle))
+
+
+def i32(value: int) -> ctypes.c_int:
+    """Return a kernel argument of 32 bits."""
+    return ctypes.c_int(value)
+
+
+def i64(value: int) -> ctypes.c_longlong:
+    """Return a kernel argument of 64 bits."""
+    return ctypes.c_longlong(value)
+
+
+def u64(value: int) -> ctypes.c_ulonglong:
+    """Return an unsigned kernel argument of 64 bits."""
+    return ctypes.c_ulonglong(value)
+
+
+def f32(value: float) -> ctypes.c_float:
+    """Return a kernel argument of type float."""
+    return ctypes.c_float(value)

@@ -1,0 +1,255 @@
+// Storing tokens: prefill, random fill, and the append that is fused with the inference cycle's recurrence.
+#include "common.cuh"
+
+#define ELEMENTS ((D + 31) / 32)  // of a row, a lane: dim = lane + 32 i
+
+struct Store {
+    char *exact_k, *exact_v, *cold_k, *cold_v;
+    u16 *k_scale, *v_scale;
+    u64* bad;  // least (sequence * KV heads + head) << 32 | position of a value that is not finite
+    int sinks, window, ring, stride, exact_rows, cold_rows;
+};
+
+__device__ __forceinline__ int store_cold_tokens(const Store& s, int length) {
+    int beyond = length - s.sinks - s.window;
+    return COLD_TYPE != COLD_NONE && beyond > 0 ? beyond / PAGE * PAGE : 0;
+}
+
+__device__ __forceinline__ float round_exact(float x) {
+#if EXACT_TYPE == BF16
+    return __bfloat162float(__float2bfloat16_rn(x));
+#elif EXACT_TYPE == FP16
+    return __half2float(__float2half_rn(x));
+#else
+    return x;
+#endif
+}
+
+__device__ __forceinline__ void put_exact(char* row, int dim, float x) {
+#if EXACT_TYPE == BF16
+    reinterpret_cast<__nv_bfloat16*>(row)[dim] = __float2bfloat16_rn(x);
+#elif EXACT_TYPE == FP16
+    reinterpret_cast<__half*>(row)[dim] = __float2half_rn(x);
+#else
+    reinterpret_cast<float*>(row)[dim] = x;
+#endif
+}
+
+__device__ __forceinline__ float get_exact(const char* row, int dim) {
+#if EXACT_TYPE == BF16
+    return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(row)[dim]);
+#elif EXACT_TYPE == FP16
+    return __half2float(reinterpret_cast<const __half*>(row)[dim]);
+#else
+    return reinterpret_cast<const float*>(row)[dim];
+#endif
+}
+
+__device__ __forceinline__ char* exact_at(const Store& s, bool value, size_t head, int position) {
+    int row = COLD_TYPE == COLD_NONE || position < s.sinks ? position : s.sinks + (position - s.sinks) % s.ring;
+    return (value ? s.exact_v : s.exact_k) + (head * s.exact_rows + row) * EXACT_ROW;
+}
+
+// One warp stores one exact row; `x` is rounded already.
+__device__ __forceinline__ void store_exact(const Store& s, bool value, size_t head, int position, const float (&x)[ELEMENTS]) {
+    char* row = exact_at(s, value, head, position);
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) {
+        int dim = (threadIdx.x & 31) + 32 * i;
+        if (dim < D) put_exact(row, dim, x[i]);
+    }
+}
+
+// One warp stores cold row `index`. The int8 codes and scales are those of cache/quantise.py, bit for bit; V codes are kept
+// with 128 added, which saves decode an operation a word.
+__device__ __forceinline__ void store_cold(const Store& s, bool value, size_t head, int index, const float (&x)[ELEMENTS]) {
+    const int lane = threadIdx.x & 31;
+    char* row = (value ? s.cold_v : s.cold_k) + (head * s.cold_rows + index) * COLD_ROW;
+#if COLD_TYPE == COLD_INT8
+    float most = 0.f;
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) most = fmaxf(most, fabsf(x[i]));
+    for (int i = 16; i; i >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, i));
+    const u32 scale = (__float_as_uint(__fdiv_rn(most, 127.f)) + 0xffffu) >> 16;
+    const float divisor = __uint_as_float(scale << 16);
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) {
+        int dim = lane + 32 * i;
+        int code = divisor > 0.f ? __float2int_rn(__fdiv_rn(x[i], divisor)) : 0;
+        if (dim < D) row[dim] = (char)(value ? code + 128 : code);
+    }
+    if (lane == 0) (value ? s.v_scale : s.k_scale)[head * s.cold_rows + index] = (u16)scale;
+#elif COLD_TYPE == COLD_SAME
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++)
+        if (lane + 32 * i < D) put_exact(row, lane + 32 * i, x[i]);
+#endif
+}
+
+__device__ __forceinline__ void note_bad(const Store& s, size_t head, int position, const float (&x)[ELEMENTS]) {
+    bool bad = false;
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) bad |= !(fabsf(x[i]) <= 3.402823466e38f);
+    if (__any_sync(FULL, bad) && (threadIdx.x & 31) == 0) atomicMin(s.bad, (u64)head << 32 | (u32)position);
+}
+
+// Stores a token of a sequence that will hold `length` tokens, wherever it belongs then.
+__device__ __forceinline__ void store_token(const Store& s, bool value, size_t head, int position, int length,
+                                            float (&x)[ELEMENTS]) {
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) x[i] = round_exact(x[i]);
+    note_bad(s, head, position, x);
+    const int cold = store_cold_tokens(s, length), number = position - s.sinks;
+    if (number >= 0 && number < cold) {
+        if (number % s.stride == 0) store_cold(s, value, head, number / s.stride, x);
+    } else {
+        store_exact(s, value, head, position, x);
+    }
+}
+
+#define STORE_SIGNATURE                                                                                              \
+    char *exact_k, char *exact_v, char *cold_k, char *cold_v, u16 *k_scale, u16 *v_scale, u64 *bad, int sinks,      \
+        int window, int ring, int stride, int exact_rows, int cold_rows
+#define STORE_VALUE \
+    Store { exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, bad, sinks, window, ring, stride, exact_rows, cold_rows }
+
+// Tokens first .. first + count - 1 of one head; keys and values are (count, head_dim). grid.y: keys, values.
+extern "C" __global__ void store_rows(STORE_SIGNATURE, const float* keys, const float* values, long long head, int first,
+                                      int count, int length) {
+    const Store s = STORE_VALUE;
+    const bool value = blockIdx.y;
+    for (int i = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); i < count; i += gridDim.x * (blockDim.x >> 5)) {
+        const float* from = (value ? values : keys) + (size_t)i * D;
+        float x[ELEMENTS];
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; e++) x[e] = (threadIdx.x & 31) + 32 * e < D ? from[(threadIdx.x & 31) + 32 * e] : 0.f;
+        store_token(s, value, head, first + i, length, x);
+    }
+}
+
+__device__ __forceinline__ u64 mix(u64 z) {  // SplitMix64 (Steele, Lea, Flood 2014)
+    z += 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+// Normal numbers (Box-Muller) from a counter: element = f(seed, plane, head, position, dim). grid.y: keys, values.
+extern "C" __global__ void fill_random(STORE_SIGNATURE, const int2* state, int heads, int kv_heads, u64 seed) {
+    const Store s = STORE_VALUE;
+    const bool value = blockIdx.y;
+    const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+    for (int head = blockIdx.z; head < heads; head += gridDim.z) {
+        const int length = state[head].x;
+        for (int i = blockIdx.x * warps + (threadIdx.x >> 5); i < length; i += gridDim.x * warps) {
+            const u64 row = mix(seed * 2 + value) + ((u64)head << 32 | (u32)i) * 256;
+            float x[ELEMENTS];
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; e += 2) {
+                u64 bits = mix(row + lane + 32 * e);
+                float radius = sqrtf(-2.f * logf(((u32)(bits >> 40) + 1) * 0x1p-24f)), angle = ((u32)bits >> 8) * 0x1p-23f;
+                x[e] = lane + 32 * e < D ? radius * cospif(angle) : 0.f;
+                if (e + 1 < ELEMENTS) x[e + 1 < ELEMENTS ? e + 1 : e] = lane + 32 * (e + 1) < D ? radius * sinpif(angle) : 0.f;
+            }
+            store_token(s, value, head, i, length, x);
+        }
+    }
+}
+
+extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_heads, int heads, int step, u64* bad) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < heads) state[i] = make_int2(lengths[i / kv_heads], step);
+    if (i == 0) *bad = ~0ull;
+}
+
+// x -> sign * (x - 2 u (u . x))[permutation], times `rms`. `row` is shared memory of this warp.
+__device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const float* reflector, const int* permutation,
+                                          const float* sign, float rms, float* row, float (&out)[ELEMENTS]) {
+    const int lane = threadIdx.x & 31;
+    float dot = 0.f;
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++)
+        if (lane + 32 * i < D) dot = fmaf(x[i], reflector[lane + 32 * i], dot);
+    for (int i = 16; i; i >>= 1) dot += __shfl_xor_sync(FULL, dot, i);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++)
+        if (lane + 32 * i < D) row[lane + 32 * i] = x[i] - 2.f * reflector[lane + 32 * i] * dot;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) {
+        const int dim = lane + 32 * i;
+        out[i] = dim < D ? rms * sign[dim] * row[permutation[dim]] : 0.f;
+    }
+}
+
+// One block a (sequence, KV head): [outputs -> next query, key, value,] store the token, quantise the page that leaves the
+// window, count the token. `keys` null: take them from `outputs` through the maps. `tables`: three (reflector, sign,
+// permutation) of head_dim each.
+extern "C" __global__ void __launch_bounds__(256) append(STORE_SIGNATURE, int2* state, int capacity, const float* keys,
+                                                         const float* values, const float* outputs, float* queries, int group,
+                                                         const float* tables, float query_rms, float key_rms, float value_rms) {
+    const Store s = STORE_VALUE;
+    __shared__ float rows[8][D];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const size_t head = blockIdx.x;
+    const int2 was = state[head];
+    const int position = was.x, length = was.x + 1;
+    if (position >= capacity) return;
+    float x[ELEMENTS], y[ELEMENTS];
+    if (keys) {
+        if (warp < 2) {
+#pragma unroll
+            for (int i = 0; i < ELEMENTS; i++)
+                x[i] = lane + 32 * i < D ? (warp ? values : keys)[head * D + lane + 32 * i] : 0.f;
+#pragma unroll
+            for (int i = 0; i < ELEMENTS; i++) x[i] = round_exact(x[i]);
+            note_bad(s, head, position, x);
+            store_exact(s, warp, head, position, x);
+        }
+    } else {
+        // Jobs: key, value, then the group's queries.
+        for (int job = warp; job < group + 2; job += 8) {
+            const int source = job < 2 ? 0 : job - 2, map = job < 2 ? job + 1 : 0;
+            const float* from = outputs + (head * group + source) * D;
+            float square = 0.f;
+#pragma unroll
+            for (int i = 0; i < ELEMENTS; i++) {
+                x[i] = lane + 32 * i < D ? from[lane + 32 * i] : 0.f;
+                square = fmaf(x[i], x[i], square);
+            }
+            for (int i = 16; i; i >>= 1) square += __shfl_xor_sync(FULL, square, i);
+            const float norm = sqrtf(square / D + 1e-12f);
+#pragma unroll
+            for (int i = 0; i < ELEMENTS; i++) x[i] /= norm;
+            const float* table = tables + map * 3 * D;
+            apply_map(x, table, reinterpret_cast<const int*>(table + 2 * D), table + D,
+                      job == 0 ? key_rms : job == 1 ? value_rms : query_rms, rows[warp], y);
+            if (job < 2) {
+#pragma unroll
+                for (int i = 0; i < ELEMENTS; i++) y[i] = round_exact(y[i]);
+                note_bad(s, head, position, y);
+                store_exact(s, job, head, position, y);
+            } else {
+#pragma unroll
+                for (int i = 0; i < ELEMENTS; i++)
+                    if (lane + 32 * i < D) queries[(head * group + source) * D + lane + 32 * i] = y[i];
+            }
+        }
+    }
+#if COLD_TYPE != COLD_NONE
+    const int cold = store_cold_tokens(s, length);
+    if (cold > store_cold_tokens(s, position)) {
+        __syncthreads();
+        for (int i = warp; i < 2 * PAGE; i += 8) {
+            const int number = cold - PAGE + i % PAGE;
+            if (number % s.stride) continue;
+            const char* row = exact_at(s, i >= PAGE, head, s.sinks + number);
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; e++) x[e] = lane + 32 * e < D ? get_exact(row, lane + 32 * e) : 0.f;
+            store_cold(s, i >= PAGE, head, number / s.stride, x);
+        }
+    }
+#endif
+    if (threadIdx.x == 0) state[head] = make_int2(length, was.y + 1);
+}

@@ -1,0 +1,399 @@
+// What every decode variant shares: the work split, partial results and their merge.
+//
+// Work is cut into units of equal bytes. A problem is one (sequence, KV head, pass over query heads). All problems' units
+// laid end to end are cut into equal ranges, one a block, from the lengths in device memory: one captured grid serves every
+// step and ragged batches balance by themselves. Block j's part of problem p lies in slot j + p: unique, because along the
+// staircase of (block, problem) pairs the sum grows by one at every step.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// Macros: HEAD_DIM, EXACT_TYPE (0 fp32, 1 fp16, 2 bf16), COLD_TYPE (0 none, 1 as exact, 2 int8), REUSE, QTILES, WARPS, MIN_BLOCKS;
+// OLD_PART, if given, builds what parts before SM 7.0 run.
+#define FP32 0
+#define FP16 1
+#define BF16 2
+#define COLD_NONE 0
+#define COLD_SAME 1
+#define COLD_INT8 2
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+#define D HEAD_DIM
+#define THREADS (WARPS * 32)
+#define WARPS_PER_TILE (WARPS / QTILES)
+#define EXACT_BYTES (EXACT_TYPE == FP32 ? 4 : 2)
+#define EXACT_ROW (D * EXACT_BYTES)
+#define COLD_ROW (COLD_TYPE == COLD_INT8 ? D : EXACT_ROW)
+#define EXACT_UNIT 16
+#define COLD_UNIT (COLD_TYPE == COLD_INT8 ? 32 : 16)
+#define PAGE 32
+#define FULL 0xffffffffu
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+#define NOTHING (-1e30f)  // a running maximum over no scores: finite, so that differences are never NaN
+#define SEGMENTS (REUSE ? 2 : 1)
+
+struct Args {
+    const float* query;
+    float* output;
+    float* lse;
+    const char *exact_k, *exact_v, *cold_k, *cold_v;
+    const u16 *k_scale, *v_scale;
+    const int2* state;
+    float* partial;
+    float2* partial_ml;
+    u32* counters;
+    float* cached_output;
+    float* cached_lse;
+    int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, exact_rows, cold_rows;
+    float log2_decay, scale_log2;
+};
+
+#define ARGS_SIGNATURE                                                                                                     \
+    const float *query, float *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,          \
+        const char *cold_v, const u16 *k_scale, const u16 *v_scale, const int2 *state, float *partial, float2 *partial_ml, \
+        u32 *counters, float *cached_output, float *cached_lse, int batch, int kv_heads, int group, int passes, int sinks, \
+        int window, int ring, int stride, int anchor_every, int exact_rows, int cold_rows, float log2_decay,              \
+        float scale_log2
+#define ARGS_VALUE                                                                                                       \
+    Args {                                                                                                               \
+        query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, state, partial, partial_ml, counters,    \
+            cached_output, cached_lse, batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every,        \
+            exact_rows, cold_rows, log2_decay, scale_log2                                                                \
+    }
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Large heads leave no registers for loads that the compiler moves up.
+#if HEAD_DIM > 192
+#define LOAD_ORDER volatile
+#else
+#define LOAD_ORDER
+#endif
+
+__device__ __forceinline__ uint4 load16(const char* p) {
+#if __CUDA_ARCH__ >= 700 && !defined(OLD_PART)
+    uint4 v;
+    asm LOAD_ORDER("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+#else
+    return __ldg(reinterpret_cast<const uint4*>(p));
+#endif
+}
+
+// Starts a warp's first unit on its way from memory while the query is still being fetched.
+__device__ __forceinline__ void prefetch(const char* keys, const char* values, size_t base, u32 unit, u32 end, u32 unit_bytes,
+                                         size_t limit) {
+    if (unit >= end) return;
+    for (u32 i = (threadIdx.x & 31) * 128; i < unit_bytes; i += 32 * 128) {
+        const size_t at = (size_t)unit * unit_bytes + i;
+        if (at >= limit) break;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + base + at));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(values + base + at));
+    }
+}
+
+// What one decode step reads of one sequence.
+struct Span {
+    int cold_first, cold;  // rows of the cold planes: first one and count
+    int exact, sinks, ring_start;
+    int cold_units, units, age;
+    float bias;  // log2 of the tokens that one kept token stands for
+};
+
+__device__ __forceinline__ int cold_tokens(const Args& a, int length) {
+    int beyond = length - a.sinks - a.window;
+    return beyond > 0 ? beyond / PAGE * PAGE : 0;
+}
+
+__device__ __forceinline__ Span span_of(const Args& a, int2 state) {
+    Span s;
+    int length = state.x;
+    s.bias = 0.f;
+    s.age = 0;
+#if COLD_TYPE == COLD_NONE
+    s.cold_first = s.cold = s.sinks = s.ring_start = s.cold_units = 0;
+    s.exact = length;
+#else
+    int cold = cold_tokens(a, length);
+    s.sinks = min(length, a.sinks);
+    s.exact = length - cold;
+    s.ring_start = cold % a.ring;
+    s.cold_first = 0;
+    s.cold = (cold + a.stride - 1) / a.stride;
+    if (a.stride > 1 && cold) s.bias = log2f((float)cold / (float)s.cold);
+#if REUSE
+    s.age = max(state.y, 0) % a.anchor_every;
+    if (s.age) s.cold_first = cold_tokens(a, length - s.age);
+    s.cold -= s.cold_first;
+#endif
+    s.cold_units = (s.cold + COLD_UNIT - 1) / COLD_UNIT;
+#endif
+    s.units = max(1, s.cold_units + (s.exact + EXACT_UNIT - 1) / EXACT_UNIT);
+    return s;
+}
+
+// Row of the exact plane that holds the exact token number `e` of a span.
+__device__ __forceinline__ int exact_row(const Args& a, const Span& s, int e) {
+#if COLD_TYPE == COLD_NONE
+    return e;
+#else
+    int x = s.ring_start + e - s.sinks;
+    x = x >= a.ring ? x - a.ring : x;
+    return e < s.sinks ? e : a.sinks + x;
+#endif
+}
+
+// One block's range of units, and where it starts.
+struct Work {
+    u32 per, left;           // units a block, units left to this block
+    u32 problem, problems;   // present problem
+    u32 base, offset;        // first unit of the present problem; this block's first unit in it
+    u32 pad;                 // units of a problem rounded up so that blocks do not straddle problems; 0 if they may
+    int row;
+};
+
+__device__ __forceinline__ u32 warp_sum(u32 v) {
+    for (int i = 16; i; i >>= 1) v += __shfl_xor_sync(FULL, v, i);
+    return v;
+}
+
+__device__ __forceinline__ Work find_work(const Args& a) {
+    const int lane = threadIdx.x & 31;
+    const u32 per_row = a.kv_heads * a.passes;
+    u32 total = 0, most = 0, least = 0xffffffffu;
+    if (a.batch == 1) {
+        total = most = least = span_of(a, a.state[0]).units;
+    } else {
+        for (int r = lane; r < a.batch; r += 32) {
+            u32 u = span_of(a, a.state[(size_t)r * a.kv_heads]).units;
+            total += u;
+            most = max(most, u);
+            least = min(least, u);
+        }
+        total = warp_sum(total);
+        for (int i = 16; i; i >>= 1) {
+            most = max(most, __shfl_xor_sync(FULL, most, i));
+            least = min(least, __shfl_xor_sync(FULL, least, i));
+        }
+    }
+    Work w;
+    w.problems = a.batch * per_row;
+    const u32 all = total * per_row, blocks = gridDim.x;
+    w.per = max((all + blocks - 1) / blocks, (u32)WARPS_PER_TILE);
+    w.pad = 0;
+    if (most == least && w.problems <= blocks) {
+        // A block within one problem fills and drains its loads once: worth up to an eighth of idle blocks.
+        u32 splits = blocks / w.problems, aligned = max((most + splits - 1) / splits, (u32)WARPS_PER_TILE);
+        if (aligned <= w.per + w.per / 8) {
+            w.per = aligned;
+            w.pad = (most + aligned - 1) / aligned * aligned;
+        }
+    }
+    const u32 start = blockIdx.x * w.per;
+    w.left = w.per;
+    if (most == least) {
+        u32 size = w.pad ? w.pad : most;
+        w.problem = start / size;
+        w.base = w.problem * size;
+        w.row = w.problem / per_row;
+    } else {
+        w.problem = w.problems;
+        w.base = w.row = 0;
+        u32 before = 0;
+        for (int first = 0; first < a.batch; first += 32) {
+            int r = first + lane;
+            u32 u = r < a.batch ? span_of(a, a.state[(size_t)r * a.kv_heads]).units : 0, sum = u * per_row;
+            for (int i = 1; i < 32; i <<= 1) {
+                u32 other = __shfl_up_sync(FULL, sum, i);
+                if (lane >= i) sum += other;
+            }
+            u32 hit = __ballot_sync(FULL, before + sum > start);
+            if (hit) {
+                int at = __ffs(hit) - 1;
+                u32 units = __shfl_sync(FULL, u, at), from = before + __shfl_sync(FULL, sum, at) - units * per_row;
+                u32 index = (start - from) / units;
+                w.row = first + at;
+                w.problem = w.row * per_row + index;
+                w.base = from + index * units;
+                break;
+            }
+            before += __shfl_sync(FULL, sum, 31);
+        }
+    }
+    w.offset = start - w.base;
+    return w;
+}
+
+// Where one block leaves what it has of one problem.
+struct Place {
+    size_t head;     // row * kv_heads + head
+    int first_query; // of the group
+    int queries;     // query heads of this pass
+    u32 slot, problem, first_block, last_block;
+};
+
+#define GROUP_FROM 24  // partials of one problem from which on they are merged in two levels
+
+__device__ __forceinline__ size_t partial_row(const Place& p, u32 block, int segment, int q, int rows) {
+    return ((size_t)(block + p.problem) * SEGMENTS + segment) * rows + q;
+}
+
+struct Merged {
+    float4 o;
+    float m, l;
+};
+
+__device__ __forceinline__ void fold(Merged& r, float4 o, float m, float l) {
+    float top = fmaxf(r.m, m), x = exp2_fast(r.m - top), y = exp2_fast(m - top);
+    r.o.x = r.o.x * x + o.x * y;
+    r.o.y = r.o.y * x + o.y * y;
+    r.o.z = r.o.z * x + o.z * y;
+    r.o.w = r.o.w * x + o.w * y;
+    r.l = r.l * x + l * y;
+    r.m = top;
+}
+
+// Sum of every `stride`th partial of blocks first..last for one (query, 4 dims) item; spread over `subs` threads an item.
+__device__ __forceinline__ Merged gather(const Args& a, const Place& p, size_t level, int segment, u32 first, u32 last, u32 stride,
+                                         int q, int dim, int sub, int subs, int rows) {
+    const int UNROLL = 8;
+    Merged r = {{0.f, 0.f, 0.f, 0.f}, NOTHING, 0.f};
+    for (u32 b = first + sub * stride; b <= last; b += subs * UNROLL * stride) {
+        float2 ml[UNROLL];
+        float4 o[UNROLL];
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            u32 at = b + i * subs * stride;
+            bool in = at <= last;
+            size_t row = level + partial_row(p, in ? at : first, segment, q, rows);
+            ml[i] = __ldcg(a.partial_ml + row);
+            o[i] = __ldcg(reinterpret_cast<const float4*>(a.partial + row * D + dim));
+            if (!in) ml[i] = make_float2(NOTHING, 0.f);
+        }
+        float top = r.m;
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) top = fmaxf(top, ml[i].x);
+        float x = exp2_fast(r.m - top);
+        r.m = top;
+        r.l *= x;
+        r.o = make_float4(r.o.x * x, r.o.y * x, r.o.z * x, r.o.w * x);
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            bool in = b + i * subs * stride <= last;
+            float y = in ? exp2_fast(ml[i].x - top) : 0.f;
+            r.l += ml[i].y * y;
+            r.o.x += o[i].x * y;
+            r.o.y += o[i].y * y;
+            r.o.z += o[i].z * y;
+            r.o.w += o[i].w * y;
+        }
+    }
+    return r;
+}
+
+__device__ __forceinline__ void write_result(const Args& a, const Place& p, int q, int dim, const Merged& r) {
+    size_t head = p.head * a.group + p.first_query + q;
+    float inverse = r.l > 0.f ? 1.f / r.l : (r.l == 0.f ? 0.f : r.l);
+    *reinterpret_cast<float4*>(a.output + head * D + dim) =
+        make_float4(r.o.x * inverse, r.o.y * inverse, r.o.z * inverse, r.o.w * inverse);
+    if (dim == 0) a.lse[head] = r.l == 0.f ? -INFINITY : (r.m + log2f(r.l)) * 0.6931471805599453f;
+}
+
+// True in the block that arrives last of `blocks`; everything the others wrote before is visible to it.
+__device__ __forceinline__ bool arrive(u32* counter, u32 blocks) {
+    __shared__ u32 arrived;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        arrived = blocks == 1 ? 0 : atomicAdd(counter, 1);
+        if (arrived == blocks - 1 && blocks > 1) *counter = 0;
+    }
+    __syncthreads();
+    const bool last = arrived == blocks - 1;
+    __threadfence();
+    return last;
+}
+
+// Merges every `stride`th partial of blocks first..last. FINAL: into the outputs; else into the next level's partial of `first`.
+template <bool FINAL>
+__device__ __forceinline__ void merge(const Args& a, const Place& p, const Span& s, const Work& w, size_t level, u32 first, u32 last,
+                                      u32 stride, int rows, float* scratch) {
+    const u32 count = (last - first) / stride + 1;
+    const int vectors = D / 4, items = p.queries * vectors, subs = max(1, min((int)count, THREADS / items));
+    const size_t next = (size_t)(gridDim.x + w.problems) * SEGMENTS * rows;
+    Merged* shared = reinterpret_cast<Merged*>(scratch);
+    for (int start = 0; start < items; start += THREADS) {
+        const int item = subs == 1 ? start + threadIdx.x : threadIdx.x % items, sub = subs == 1 ? 0 : threadIdx.x / items;
+        const bool in = item < items && sub < subs;
+        const int q = item / vectors, dim = item % vectors * 4;
+        Merged total = {{0.f, 0.f, 0.f, 0.f}, NOTHING, 0.f};
+#pragma unroll
+        for (int segment = 0; segment < SEGMENTS; segment++) {
+            Merged r = {{0.f, 0.f, 0.f, 0.f}, NOTHING, 0.f};
+            if (in) r = gather(a, p, level, segment, first, last, stride, q, dim, sub, subs, rows);
+            if (subs > 1) {
+                __syncthreads();
+                shared[threadIdx.x] = r;
+                __syncthreads();
+                if (in && sub == 0)
+                    for (int i = 1; i < subs; i++) {
+                        Merged other = shared[threadIdx.x + i * items];
+                        fold(r, other.o, other.m, other.l);
+                    }
+            }
+            if (!in || sub) continue;
+            if (!FINAL) {
+                const size_t row = next + partial_row(p, first, segment, q, rows);
+                __stcg(reinterpret_cast<float4*>(a.partial + row * D + dim), r.o);
+                if (dim == 0) __stcg(a.partial_ml + row, make_float2(r.m, r.l));
+                continue;
+            }
+            fold(total, r.o, r.m, r.l);
+#if REUSE
+            if (segment == 0) {
+                size_t head = p.head * a.group + p.first_query + q;
+                float4* cached = reinterpret_cast<float4*>(a.cached_output + head * D + dim);
+                float* cached_lse = a.cached_lse + head * (D / 4) + dim / 4;
+                if (s.age == 0) {
+                    float inverse = r.l == 0.f ? 0.f : 1.f / r.l;
+                    *cached = make_float4(r.o.x * inverse, r.o.y * inverse, r.o.z * inverse, r.o.w * inverse);
+                    *cached_lse = r.l == 0.f ? NOTHING : r.m + log2f(r.l);
+                } else {
+                    float lse = *cached_lse;
+                    fold(total, *cached, lse + s.age * a.log2_decay, lse == NOTHING ? 0.f : 1.f);
+                }
+            }
+#endif
+        }
+        if (FINAL && in && sub == 0) write_result(a, p, q, dim, total);
+    }
+}
+
+// The last block of a problem to arrive merges all partials, in block order: the same bits whichever block it is. Many
+// partials are merged in groups first, by the last block of each group.
+__device__ __forceinline__ void arrive_and_merge(const Args& a, const Place& p, const Span& s, const Work& w, int rows,
+                                                 float* scratch) {
+    u32 blocks = p.last_block - p.first_block + 1, stride = 1;
+    size_t level = 0;
+    if (blocks > GROUP_FROM) {
+        stride = (u32)ceilf(sqrtf((float)blocks));
+        const u32 first = p.first_block + (blockIdx.x - p.first_block) / stride * stride;
+        const u32 last = min(first + stride - 1, p.last_block);
+        if (!arrive(a.counters + w.problems + first + p.problem, last - first + 1)) return;
+        merge<false>(a, p, s, w, 0, first, last, 1, rows, scratch);
+        level = (size_t)(gridDim.x + w.problems) * SEGMENTS * rows;
+        blocks = (blocks + stride - 1) / stride;
+    }
+    if (!arrive(a.counters + p.problem, blocks)) return;
+    merge<true>(a, p, s, w, level, p.first_block, p.last_block, stride, rows, scratch);
+    __syncthreads();
+}

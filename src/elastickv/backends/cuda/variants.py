@@ -1,0 +1,150 @@
+"""Which kernel, built how, serves a shape, dtype and recipe on an architecture."""
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from elastickv.backends.cuda.compiler import ARCHITECTURES, Compiled, compile_source
+from elastickv.errors import UsageError
+from elastickv.recipe import HEAD_DIMS, Recipe
+
+_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
+_COLD_NONE, _COLD_SAME, _COLD_INT8 = 0, 1, 2
+_MMA_SINCE = 80
+_HEADS_OF_MMA_TILE = 8
+KINDS = ("auto", "mma", "simt")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build the decode kernel.
+
+    Attributes
+    ----------
+    source : file of `kernels/`, without its ending.
+    arch : compute capability, '90'.
+    macros : what the build is given.
+    """
+
+    source: str
+    arch: str
+    macros: tuple[tuple[str, int], ...]
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.macros)[name]
+
+    @property
+    def rows(self) -> int:
+        """Query heads that one pass holds."""
+        return (_HEADS_OF_MMA_TILE if self.source == "decode_mma" else self["TILE"]) * self["QTILES"]
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self["WARPS"]
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes of an element of an exact row."""
+        return 4 if self["EXACT_TYPE"] == _TYPES["fp32"] else 2
+
+    def compiled(self) -> Compiled:
+        """Compile it, or take it from the cache."""
+        return compile_source(self.source, self.arch, dict(self.macros))
+
+    def storing(self) -> "Variant":
+        """Return the variant of the storing kernels that goes with it."""
+        names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE")
+        return Variant("append", self.arch, (*((n, self[n]) for n in names), ("REUSE", 0), ("QTILES", 1), ("WARPS", 8)))
+
+
+def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: str, kind: str = "auto") -> Variant:
+    """Return the decode kernel for these parameters.
+
+    `kind` forces 'mma' or 'simt' (the kernel of older parts, which runs everywhere).
+
+    Raises
+    ------
+    UsageError : if no kernel supports the combination.
+    """
+    exact = _TYPES[recipe.exact_dtype(dtype)]
+    cold = _COLD_NONE if recipe.is_dense else _COLD_INT8 if recipe.cold_format == "int8" else _COLD_SAME
+    can_mma = int(arch) >= _MMA_SINCE and exact != _TYPES["fp32"]
+    if kind == "mma" and not can_mma:
+        raise UsageError(f"the tensor-core kernel needs 16-bit rows and SM 8.0; this is {dtype}, {recipe} on SM {arch}")
+    common = {"HEAD_DIM": head_dim, "EXACT_TYPE": exact, "COLD_TYPE": cold, "REUSE": int(recipe.selection == "reuse")}
+    if can_mma and kind != "simt":
+        tiles = _tiles(group, _HEADS_OF_MMA_TILE, 4 if head_dim <= 128 else 2)
+        # One large block a multiprocessor leaves the fewest partial results to merge.
+        blocks = 2 if head_dim <= 64 and cold != _COLD_INT8 else 1
+        warps = 8
+        if head_dim > 128:  # shared memory holds what four warps merge
+            warps, blocks = 4, 2
+        return Variant("decode_mma", arch, _macros(common, QTILES=tiles, WARPS=warps, MIN_BLOCKS=blocks))
+    slot = 16 if cold == _COLD_INT8 else 4 if exact == _TYPES["fp32"] else 8
+    words = -(-head_dim // (8 * slot)) * slot
+    tile = min(max(32 // words, 1), 4, 1 << (group - 1).bit_length())
+    return Variant("decode_simt", arch, _macros(common, QTILES=_tiles(group, tile, 4), WARPS=4, MIN_BLOCKS=2, TILE=tile))
+
+
+def _tiles(group: int, rows: int, most: int) -> int:
+    tiles = 1
+    while tiles < most and tiles * rows < group:
+        tiles *= 2
+    return tiles
+
+
+def _macros(common: dict[str, int], **others: int) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted((common | others).items()))
+
+
+@dataclass(frozen=True)
+class CompileRow:
+    """One line of the table of `doctor --compile-all`."""
+
+    kernel: str
+    arch: str
+    parameters: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    seconds: float
+
+
+RECIPES = ("dense", "bf16", "bf16,stride=2", "bf16,reuse,anchor_every=4", "int8", "int8,stride=2", "int8,reuse,anchor_every=4")
+
+
+def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Variant]:
+    """Yield every variant of every kernel, each once."""
+    seen = set()
+    for arch, head_dim, group, recipe in itertools.product(architectures, HEAD_DIMS, (1, 2, 4, 8, 16, 32), RECIPES):
+        for dtype, kind in itertools.product(_TYPES, ("mma", "simt")):
+            if kind == "mma" and (int(arch) < _MMA_SINCE or Recipe.parse(recipe).exact_dtype(dtype) == "fp32"):
+                continue
+            variant = decode_variant(head_dim, group, dtype, Recipe.parse(recipe), arch, kind)
+            for each in (variant, variant.storing()):
+                if each not in seen:
+                    seen.add(each)
+                    yield each
+        ceilings = ceilings_variant(arch)
+        if ceilings not in seen:
+            seen.add(ceilings)
+            yield ceilings
+
+
+def ceilings_variant(arch: str, unroll: int = 4) -> Variant:
+    """Return the build of the kernels that measure the device's limits."""
+    return Variant("ceilings", arch, (("TENSOR", int(int(arch) >= _MMA_SINCE)), ("UNROLL", unroll)))
+
+
+def compile_all(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[CompileRow]:
+    """Compile every variant and yield what each kernel takes."""
+    for variant in all_variants(architectures):
+        start = time.perf_counter()
+        compiled = variant.compiled()
+        seconds = time.perf_counter() - start
+        parameters = " ".join(f"{name}={value}" for name, value in variant.macros)
+        for r in compiled.resources:
+            name = f"{variant.source}:{r.kernel}"
+            yield CompileRow(name, variant.arch, parameters, r.registers, r.spill_bytes, r.shared_bytes, seconds)

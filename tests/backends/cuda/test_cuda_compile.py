@@ -1,0 +1,200 @@
+"""Without a device: every kernel compiles for every architecture, spills nothing from SM 8.0 on, and loads 16 bytes at once."""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from elastickv.backends.cuda import compiler
+from elastickv.backends.cuda.variants import ARCHITECTURES, RECIPES, ceilings_variant, compile_all, decode_variant
+from elastickv.recipe import HEAD_DIMS, Recipe
+
+pytest.importorskip("cuda.bindings.nvrtc")
+SUPPORTED = [a for a in ARCHITECTURES if int(a) in compiler.supported_architectures()]
+GROUPS = (1, 2, 4, 8, 16, 32)
+
+
+def each_source():
+    """Every kernel source for every architecture once."""
+    for arch in SUPPORTED:
+        yield decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "simt")
+        yield decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "simt").storing()
+        yield ceilings_variant(arch)
+        if int(arch) >= 80:
+            yield decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "mma")
+
+
+def pairwise():
+    """On the oldest part and on SM 9.0: every pair of (kernel kind and dtype, recipe, head_dim, group) in some variant."""
+    kinds = list(itertools.product(("mma", "simt"), ("fp32", "fp16", "bf16")))
+    for arch in ("61", "90"):
+        if arch not in SUPPORTED:
+            continue
+        for i, (dim, text) in enumerate(itertools.product(HEAD_DIMS, RECIPES)):
+            for j, (kind, dtype) in enumerate(kinds):
+                if (i + j) % 3 and not (dim == 256 and arch == "90"):
+                    continue
+                recipe = Recipe.parse(text)
+                if kind == "mma" and (arch == "61" or recipe.exact_dtype(dtype) == "fp32"):
+                    continue
+                yield decode_variant(dim, GROUPS[(i + j) % len(GROUPS)], dtype, recipe, arch, kind)
+
+
+VARIANTS = sorted({*each_source(), *pairwise()}, key=str)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """All variants, compiled side by side into a cache of their own."""
+    folder = tmp_path_factory.mktemp("kernels")
+    before = os.environ.get("ELASTICKV_CACHE_DIR")
+    os.environ["ELASTICKV_CACHE_DIR"] = str(folder)
+    try:
+        with get_context("spawn").Pool(min(os.cpu_count() or 1, 8)) as pool:
+            yield dict(zip(VARIANTS, pool.map(compile_variant, VARIANTS, chunksize=4), strict=True))
+    finally:
+        if before is None:
+            del os.environ["ELASTICKV_CACHE_DIR"]
+        else:
+            os.environ["ELASTICKV_CACHE_DIR"] = before
+
+
+def compile_variant(variant):
+    return variant.compiled()
+
+
+def test_nothing_spills_from_sm_80_on(compiled):
+    spilling = [
+        (variant, r) for variant, c in compiled.items() for r in c.resources if int(variant.arch) >= 80 and r.spill_bytes
+    ]
+    assert not spilling, "\n".join(map(str, spilling))
+
+
+def test_every_architecture_has_every_source(compiled):
+    found = {(v.arch, v.source) for v in compiled}
+    for arch in SUPPORTED:
+        for source in ("decode_simt", "append", "ceilings", *(("decode_mma",) if int(arch) >= 80 else ())):
+            assert (arch, source) in found
+    assert all(c.resources for c in compiled.values())
+
+
+def disassembler():
+    found = shutil.which("nvdisasm")
+    if found:
+        return found
+    for folder in sys.path:
+        for path in Path(folder or ".").glob("nvidia/*/bin/nvdisasm*"):
+            return str(path)
+    pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+
+
+def loop_code(cubin, tmp_path, kernel="decode"):
+    """The SASS of a kernel."""
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(cubin)
+    run = subprocess.run([disassembler(), "-c", str(file)], capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip(f"this nvdisasm does not read the cubin: {run.stderr.strip().splitlines()[:1]}")
+    section = run.stdout.partition(f".text.{kernel}:")[2]
+    assert section
+    return section.partition("\n.section")[0]
+
+
+@pytest.mark.parametrize("arch", ["75", "80", "90", "120"])
+@pytest.mark.parametrize("text", ["dense", "int8"])
+def test_rows_are_read_16_bytes_at_a_time(arch, text, tmp_path):
+    if arch not in SUPPORTED:
+        pytest.skip(f"this NVRTC does not compile for {arch}")
+    kinds = ["simt"] if int(arch) < 80 else ["simt", "mma"]
+    for kind in kinds:
+        code = loop_code(decode_variant(128, 4, "bf16", Recipe.parse(text), arch, kind).compiled().cubin, tmp_path)
+        wide = len(re.findall(r"\bLDG\.E[.\w]*\.128|\bLDGSTS[.\w]*\.128", code))
+        # A unit has at least 4 wide loads of K and 4 of V; other global loads are scales, lengths, queries and the merge.
+        assert wide >= 8, f"{kind}: {wide} wide loads"
+        if text == "int8":
+            assert re.search(r"\bIDP\.", code) if kind == "simt" else re.search(r"\bIMMA\.", code)
+        if kind == "mma":
+            assert re.search(r"\bHMMA\.16816\.F32", code)
+
+
+def test_dp4a_is_used_on_the_oldest_part(tmp_path):
+    if "61" not in SUPPORTED:
+        pytest.skip("this NVRTC starts at a newer part")
+    ptx = ptx_of(decode_variant(128, 4, "bf16", Recipe.parse("int8"), "61"))
+    assert "dp4a.s32.s32" in ptx and "ld.global.nc.v4" in ptx
+
+
+def ptx_of(variant):
+    """The PTX of a variant: for parts whose SASS today's disassembler no longer reads."""
+    from cuda.bindings import nvrtc
+
+    source = (compiler.KERNELS / f"{variant.source}.cu").read_bytes()
+    _, program = nvrtc.nvrtcCreateProgram(source, b"x.cu", 0, [], [])
+    options = [o.replace("=sm_", "=compute_") for o in compiler._options(variant.arch, dict(variant.macros)) if "ptxas" not in o]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    assert int(status) == 0
+    _, size = nvrtc.nvrtcGetPTXSize(program)
+    text = b" " * size
+    nvrtc.nvrtcGetPTX(program, text)
+    return text.decode()
+
+
+SMALL = ceilings_variant(SUPPORTED[-1], 2)
+
+
+@pytest.fixture
+def kernel_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELASTICKV_CACHE_DIR", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+def test_a_compiled_kernel_is_kept(kernel_folder, monkeypatch):
+    first = SMALL.compiled()
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert SMALL.compiled() == first
+    assert [p.suffix for p in kernel_folder.iterdir()] == [".kernel"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", None])
+def test_a_damaged_file_is_compiled_again(kernel_folder, damage):
+    first = SMALL.compiled()
+    (path,) = kernel_folder.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7] if damage is None else damage)
+    assert SMALL.compiled() == first
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("ELASTICKV_CACHE_DIR", str(blocked / "kernels"))
+    assert SMALL.compiled().cubin
+
+
+def test_two_processes_may_compile_the_same(kernel_folder):
+    with get_context("spawn").Pool(2) as pool:
+        a, b = pool.map(compile_variant, [SMALL, SMALL], chunksize=1)
+    assert a == b
+    assert [p.suffix for p in kernel_folder.iterdir()] == [".kernel"]
+
+
+def test_the_table_names_kernel_and_resources(monkeypatch):
+    monkeypatch.setattr("elastickv.backends.cuda.variants.all_variants", lambda _: iter([SMALL]))
+    rows = list(compile_all())
+    assert {r.kernel for r in rows} == {"ceilings:read", "ceilings:read_chunks", "ceilings:copy", "ceilings:multiply_add"}
+    assert all(r.registers > 0 and r.spill_bytes == 0 and r.arch == SMALL.arch for r in rows)
+
+
+def test_a_wrong_source_says_why(monkeypatch, tmp_path):
+    (tmp_path / "broken.cu").write_text("int f() { return nothing; }")
+    monkeypatch.setattr(compiler, "KERNELS", tmp_path)
+    monkeypatch.setenv("ELASTICKV_CACHE_DIR", str(tmp_path / "kernels"))
+    with pytest.raises(RuntimeError, match="nothing"):
+        compiler.compile_source("broken", SUPPORTED[-1], {})

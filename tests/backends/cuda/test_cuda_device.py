@@ -1,0 +1,269 @@
+"""On a device: every variant against the float64 oracle, storage against the NumPy twin, programs against a NumPy loop."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from elastickv.attention.errors import relative_l2
+from elastickv.attention.feedback import Feedback
+from elastickv.cache import Oracle, ReferenceCache
+from elastickv.errors import NonFiniteError, UsageError
+from elastickv.recipe import DENSE, HEAD_DIMS, AttentionShape, Recipe
+
+pytestmark = pytest.mark.gpu
+LIMITS = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-3}
+RECIPES = (
+    "dense",
+    "bf16,sinks=0,window=0",
+    "fp16",
+    "bf16,stride=3,sinks=3,window=40",
+    "bf16,reuse,anchor_every=3,decay=0.95,sinks=0,window=0",
+    "bf16,reuse,anchor_every=4",
+    "int8",
+    "int8,sinks=0,window=0",
+    "int8,stride=2,sinks=5,window=33",
+    "int8,reuse,anchor_every=2,window=20",
+)
+LENGTHS = (1, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, 128, 129, 131, 132, 133, 159, 160, 163, 164, 165, 195, 196, 197, 260, 513, 900)
+GROUPS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 20)
+
+
+def random_tokens(rng, shape, tokens):
+    return rng.standard_normal((2, shape.batch, shape.kv_heads, tokens, shape.head_dim), dtype=np.float32)
+
+
+def limit_of(recipe, dtype):
+    return LIMITS[recipe.exact_dtype(dtype)]
+
+
+def check_decode(cache, oracle, queries, limit):
+    outputs, lse = cache.decode(queries)
+    expected, expected_lse = oracle.decode(queries)
+    error = relative_l2(outputs, expected)
+    assert error.max() <= limit, f"kernel error {error.max():.2e} at {np.unravel_index(error.argmax(), error.shape)}"
+    np.testing.assert_allclose(lse, expected_lse, atol=max(limit, 2e-5) * 4)
+    return error.max()
+
+
+def cases():
+    rng = random.Random(7)
+    pool = []
+    for kind, dtype, text in itertools.product(("mma", "simt"), LIMITS, RECIPES):
+        if kind == "mma" and Recipe.parse(text).exact_dtype(dtype) == "fp32":
+            continue
+        pool.append((kind, dtype, text))
+    dims, groups = itertools.cycle(HEAD_DIMS), itertools.cycle(GROUPS)
+    for kind, dtype, text in pool:
+        for _ in range(2):
+            lengths = tuple(rng.choice(LENGTHS) for _ in range(3))
+            yield pytest.param(kind, dtype, text, next(dims), next(groups), lengths)
+        next(dims)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "text", "head_dim", "group", "lengths"), list(cases()))
+def test_decode_agrees_with_the_oracle(open_cuda, kind, dtype, text, head_dim, group, lengths):
+    recipe, shape = Recipe.parse(text), AttentionShape(3, 2 * group, 2, head_dim)
+    rng = np.random.default_rng(hash((head_dim, group, lengths)) % 2**32)
+    cache = open_cuda(kind).cache(shape, max(lengths) + 40, dtype, recipe)
+    keys, values = random_tokens(rng, shape, max(lengths))
+    cache.prefill(keys, values, np.array(lengths))
+    oracle = Oracle(cache)
+    for step in range(6):
+        queries = rng.standard_normal((3, 2 * group, head_dim), dtype=np.float32) * (1 if step % 2 else 4)
+        check_decode(cache, oracle, queries, limit_of(recipe, dtype))
+        cache.append(*rng.standard_normal((2, 3, 2, head_dim), dtype=np.float32))
+
+
+@pytest.mark.parametrize("kind", ["mma", "simt"])
+@pytest.mark.parametrize("text", ["dense", "int8", "bf16,stride=2", "bf16,reuse,anchor_every=2"])
+@pytest.mark.parametrize("shape", [AttentionShape(1, 4, 1, 128), AttentionShape(2, 64, 64, 64), AttentionShape(5, 320, 80, 64)])
+def test_long_contexts_are_split_among_blocks(open_cuda, kind, text, shape):
+    recipe, rng = Recipe.parse(text), np.random.default_rng(3)
+    longest = 20000 if shape.kv_heads == 1 else 1500
+    cache = open_cuda(kind).cache(shape, longest + 8, "bf16", recipe)
+    lengths = np.array([longest - 613 * i % longest // 2 for i in range(shape.batch)])
+    cache.fill_random(lengths, seed=11)
+    oracle = Oracle(cache)
+    for _ in range(2):
+        queries = rng.standard_normal((shape.batch, shape.query_heads, shape.head_dim), dtype=np.float32)
+        check_decode(cache, oracle, queries, 4e-3)
+        cache.append(*rng.standard_normal((2, shape.batch, shape.kv_heads, shape.head_dim), dtype=np.float32))
+
+
+@pytest.mark.parametrize("text", ["dense", "int8", "bf16,stride=2"])
+def test_kernels_of_older_parts_run_here(open_cuda, text):
+    shape, rng, recipe = AttentionShape(2, 8, 2, 128), np.random.default_rng(5), Recipe.parse(text)
+    cache = open_cuda("simt", OLD_PART=1).cache(shape, 600, "fp16", recipe)
+    cache.prefill(*random_tokens(rng, shape, 555), np.array([555, 320]))
+    queries = rng.standard_normal((2, 8, 128), dtype=np.float32)
+    check_decode(cache, Oracle(cache), queries, 4e-3)
+
+
+def test_scores_far_apart_and_tiny_values_keep_their_precision(open_cuda):
+    shape, rng = AttentionShape(1, 8, 2, 128), np.random.default_rng(9)
+    keys, values = random_tokens(rng, shape, 700)
+    keys[..., 5] *= 30
+    values *= np.exp(rng.uniform(-9, 3, (1, 2, 700, 1))).astype(np.float32)
+    for kind, text in itertools.product(("mma", "simt"), ("dense", "int8")):
+        cache = open_cuda(kind).cache(shape, 700, "bf16", Recipe.parse(text))
+        cache.prefill(keys, values, np.array([700]))
+        queries = rng.standard_normal((1, 8, 128), dtype=np.float32) * 3
+        check_decode(cache, Oracle(cache), queries, 4e-3)
+
+
+@pytest.mark.parametrize("text", RECIPES)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_storage_is_bit_equal_to_the_reference(open_cuda, text, dtype):
+    recipe, shape, rng = Recipe.parse(text), AttentionShape(2, 2, 2, 80), np.random.default_rng(1)
+    lengths = np.array([300, 161])
+    ours, reference = (make(shape, 420, dtype, recipe) for make in (open_cuda().cache, ReferenceCache))
+    keys, values = random_tokens(rng, shape, 300)
+    for cache in (ours, reference):
+        cache.prefill(keys, values, lengths)
+    for step in range(70):
+        if step % 23 == 0 or step in (1, 69):
+            for row, head in itertools.product(range(2), range(2)):
+                a, b = ours.stored(row, head), reference.stored(row, head)
+                for name in ("cold_keys", "cold_values", "exact_keys", "exact_values"):
+                    np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=f"{name}, step {step}")
+        token = rng.standard_normal((2, 2, 2, 80), dtype=np.float32)
+        for cache in (ours, reference):
+            cache.append(*token)
+    assert ours.step == reference.step == 69
+    np.testing.assert_array_equal(ours.lengths, reference.lengths)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize(("text", "dtype"), [("dense", "fp32"), ("int8", "bf16"), ("bf16,reuse,anchor_every=3", "bf16")])
+def test_a_cycle_is_the_loop_of_append_and_decode(open_cuda, text, dtype, graph):
+    shape, recipe, rng, backend = AttentionShape(2, 6, 2, 64), Recipe.parse(text), np.random.default_rng(2), open_cuda()
+    feedback = Feedback.seeded(64, 5, 1.0, 1.0, 1.0)
+    tokens = random_tokens(rng, shape, 200)
+    first = rng.standard_normal((2, 6, 64), dtype=np.float32)
+    ours = [backend.cache(shape, 260, dtype, recipe) for _ in range(2)]
+    twins = [ReferenceCache(shape, 260, dtype, recipe) for _ in range(2)]
+    for cache in (*ours, *twins):
+        cache.prefill(*tokens, np.array([200, 150]))
+    program = backend.cycle(ours, first, feedback, graph)
+    assert program.captured == graph
+    assert program.nodes == (4 if graph else None)
+    limit = 1e-4 if dtype == "fp32" else 3e-2
+    outputs = first
+    for launch in range(12):
+        times = program.run(1)
+        assert len(times) == 1 and times[0] > 0
+        for i, cache in enumerate(twins):
+            queries, keys, values = feedback(outputs.astype(np.float32), shape.group)
+            cache.append(keys, values)
+            outputs, _ = cache.decode(queries)
+            error = relative_l2(program.outputs()[i], outputs).max()
+            assert error < limit, f"launch {launch}, layer {i}: {error:.1e}"
+    before = program.outputs()
+    program.reset()
+    assert ours[0].step == -1
+    program.run(12)
+    for a, b in zip(before, program.outputs(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_program_repeats_to_the_bit_and_a_graph_changes_nothing(open_cuda):
+    backend, shape, rng = open_cuda(), AttentionShape(3, 8, 2, 128), np.random.default_rng(4)
+    caches = [backend.cache(shape, 3000, "bf16", Recipe.parse("int8")) for _ in range(2)]
+    for i, cache in enumerate(caches):
+        cache.fill_random(np.array([2999, 17, 1600]), seed=i)
+    queries = [rng.standard_normal((3, 8, 128), dtype=np.float32) for _ in caches]
+    captured = backend.attention(caches, queries, 4, True)
+    plain = backend.attention(caches, queries, 4, False)
+    assert captured.nodes == 4 and plain.nodes is None and captured.kernels_per_step == 1
+    assert len(captured.run(30)) == 30
+    first = captured.outputs()
+    for _ in range(20):
+        captured.run(3)
+        plain.run(1)
+        for a, b, c in zip(first, captured.outputs(), plain.outputs(), strict=True):
+            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(a, c)
+
+
+@pytest.mark.parametrize("text", ["dense", "int8,window=40", "bf16,reuse,anchor_every=4,window=10"])
+def test_rewind_returns_to_the_mark(open_cuda, text):
+    shape, rng = AttentionShape(2, 4, 2, 64), np.random.default_rng(6)
+    cache = open_cuda().cache(shape, 500, "bf16", Recipe.parse(text))
+    cache.prefill(*random_tokens(rng, shape, 210), np.array([210, 130]))
+    queries = rng.standard_normal((2, 4, 64), dtype=np.float32)
+    tokens = rng.standard_normal((120, 2, 2, 2, 64), dtype=np.float32)
+
+    def advance(n):
+        results = []
+        for token in tokens[:n]:
+            cache.append(*token)
+            results.append(cache.decode(queries)[0])
+        return results
+
+    cache.decode(queries)
+    advance(3)
+    cache.mark()
+    first = advance(120)
+    cache.rewind()
+    assert cache.step == 2
+    for a, b in zip(first, advance(120), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_random_fill_is_normal_and_seeded(open_cuda):
+    shape = AttentionShape(2, 2, 2, 112)
+    rows = []
+    for seed in (1, 1, 2):
+        cache = open_cuda().cache(shape, 4000, "bf16", DENSE)
+        cache.fill_random(np.array([4000, 3000]), seed)
+        rows.append(np.stack([cache.stored(0, h).exact_keys for h in range(2)] + [cache.stored(0, 1).exact_values]))
+        assert cache.stored(1, 0).exact_keys.shape == (3000, 112)
+    np.testing.assert_array_equal(rows[0], rows[1])
+    assert (rows[0] != rows[2]).mean() > 0.9
+    # Standard errors over 4000 x 112 numbers: 0.0015 of the mean, 0.001 of the deviation.
+    assert np.abs(rows[0].mean(axis=(1, 2))).max() < 0.01 and np.abs(rows[0].std(axis=(1, 2)) - 1).max() < 0.01
+    assert np.abs(np.corrcoef(rows[0].reshape(3, -1))[np.triu_indices(3, 1)]).max() < 0.01
+
+
+def test_a_value_that_is_not_finite_is_named(open_cuda):
+    shape, rng = AttentionShape(2, 2, 2, 64), np.random.default_rng(8)
+    cache = open_cuda().cache(shape, 300, "fp16", Recipe.parse("int8"))
+    keys, values = random_tokens(rng, shape, 250)
+    cache.prefill(keys, values, np.array([250, 250]))
+    cache.raise_non_finite()
+    token = rng.standard_normal((2, 2, 2, 64), dtype=np.float32)
+    token[1, 1, 0, 7] = 1e9  # beyond fp16
+    cache.append(*token)
+    with pytest.raises(NonFiniteError, match="sequence 1, KV head 0, position 250"):
+        cache.raise_non_finite()
+    cache.prefill(keys, values, np.array([250, 250]))
+    cache.raise_non_finite()
+
+
+def test_a_full_cache_and_one_too_large_are_refused(open_cuda):
+    backend, shape = open_cuda(), AttentionShape(1, 2, 1, 64)
+    cache = backend.cache(shape, 10, "bf16", DENSE)
+    cache.fill_random(np.array([10]), 0)
+    with pytest.raises(UsageError, match="full"):
+        cache.append(*np.zeros((2, 1, 1, 64), np.float32))
+    huge = AttentionShape(64, 64, 64, 256)
+    before = backend.device.free_bytes
+    with pytest.raises(UsageError, match=r"needs \d+ bytes.*a context of \d+ tokens fits"):
+        backend.cache(huge, 1 << 20, "bf16", DENSE)
+    assert backend.device.free_bytes == before
+    assert backend.cache_bytes(huge, 1 << 20, "bf16", DENSE) > (1 << 52) // (1 << 20) * 256
+
+
+def test_the_device_describes_itself(open_cuda):
+    info = open_cuda().device
+    assert info.kind == "cuda" and info.sm and info.compute_units > 0 and info.last_level_cache_bytes > 0
+    assert info.theoretical_bw_gbs is None or 50 < info.theoretical_bw_gbs < 50000
+
+
+def test_no_limit_exceeds_the_theoretical_bandwidth(open_cuda):
+    limits, info = open_cuda().ceilings(), open_cuda().device
+    assert limits.read_gbs > 0 and limits.copy_gbs > 0 and limits.flops > 1e11
+    if info.theoretical_bw_gbs:
+        assert limits.read_gbs < info.theoretical_bw_gbs and limits.copy_gbs < info.theoretical_bw_gbs
