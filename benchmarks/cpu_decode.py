@@ -84,18 +84,20 @@ def ours(backend: CpuBackend, shape: AttentionShape, context: int, dtype: str, r
     )
 
 
-def torch_sdpa(shape: AttentionShape, context: int, dtype: str, expand: bool, cold_bytes: int, threads: int) -> Contender:
+def torch_sdpa(shape: AttentionShape, context: int, dtype: str, form: str, cold_bytes: int, threads: int) -> Contender:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     torch.set_num_threads(threads)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     n_bytes = 2 * shape.batch * context * shape.kv_heads * shape.head_dim * kind.itemsize
-    heads = shape.query_heads if expand else shape.kv_heads
+    heads = shape.query_heads if form == "expanded" else shape.kv_heads
     rows = (copies(n_bytes, cold_bytes), shape.batch, heads, context, shape.head_dim)
     keys, values = torch.randn(rows, dtype=kind), torch.randn(rows, dtype=kind)
-    queries = torch.randn(shape.batch, shape.query_heads, 1, shape.head_dim, dtype=kind)
-    grouped = not expand and shape.group > 1
+    # "folded" hands the query heads of a group over as queries of one head: without a mask the same result, K and V read once.
+    per_head = (shape.kv_heads, shape.group) if form == "folded" else (shape.query_heads, 1)
+    queries = torch.randn(shape.batch, *per_head, shape.head_dim, dtype=kind)
+    grouped = form == "enable_gqa"
 
     def launch() -> float:
         start = perf_counter()
@@ -105,7 +107,6 @@ def torch_sdpa(shape: AttentionShape, context: int, dtype: str, expand: bool, co
         return (perf_counter() - start) * 1e3 / len(keys)
 
     launch()
-    form = "expanded" if expand else "enable_gqa" if grouped else "plain"
     return Contender(f"torch {dtype} {form}", f"torch {dtype}", n_bytes, len(keys), launch)
 
 
@@ -118,9 +119,9 @@ def contenders(backend: CpuBackend, shape: AttentionShape, context: int, ratios:
         found.append(ours(backend, shape, context, "bf16", recipe, f"stride C={ratio:g}"))
     try:
         for dtype in ("fp32", "bf16"):
-            for expand in (False, True) if shape.group > 1 else (False,):
+            for form in ("enable_gqa", "expanded", "folded") if shape.group > 1 else ("plain",):
                 cold = CACHES_EXCEEDED * device.last_level_cache_bytes
-                found.append(torch_sdpa(shape, context, dtype, expand, cold, device.compute_units))
+                found.append(torch_sdpa(shape, context, dtype, form, cold, device.compute_units))
     except ImportError:
         print("torch is not installed: measured without it", file=sys.stderr)
     return found
