@@ -125,7 +125,25 @@ def h100() -> list[str]:
 
 def cpu() -> list[str]:
     record = load("cpu/decode.json")
-    return record["table"] if isinstance(record.get("table"), list) else [json.dumps(record)]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    lines = [f"{record['device']['name']}, {record['device']['compute_units']} threads; {versions}; {record['date'][:10]}"]
+    for result in record["results"]:
+        rows = [
+            [
+                f"`{row['name']}`",
+                f"{row['ratio_read']:.2f}",
+                f"{row['median_ms']:.3f}",
+                f"{row['gbs']:.1f}",
+                f"{row['of_read_ceiling']:.2f}",
+                f"{row['fastest_dense_time_over_this']:.2f}",
+                "" if row["kernel_error"] is None else f"{row['kernel_error']:.0e}",
+            ]
+            for row in result["rows"]
+        ]
+        headers = ["", "C read", "median ms", "GB/s", "of read ceiling", "fastest own dense / this", "kernel error"]
+        title = f"{result['workload']}: read ceiling {result['read_gbs']:.1f} GB/s, fastest dense {result['fastest_dense']}"
+        lines += ["", title, "", *table(headers, rows)]
+    return lines
 
 
 def aa() -> list[str]:
@@ -138,7 +156,12 @@ def aa() -> list[str]:
 
 def recipe_errors() -> list[str]:
     record = load("sample/recipe_errors.json")
-    return [json.dumps(record)]
+    keys = ("mean", "p95", "max")
+    rows = [
+        [f"`{entry['recipe']}`", f"{entry['read_ratio']:.2f}", *(f"{entry['error'][key]:.4f}" for key in keys)]
+        for entry in record["recipes"]
+    ]
+    return table(["recipe", "bytes read 1/", "mean", "p95", "max"], rows)
 
 
 def render(document: Path) -> str:

@@ -82,3 +82,10 @@ def test_ctrl_c_keeps_whole_rounds_and_marks_them_incomplete():
     assert not samples.complete
     assert samples.stopped_by == "interrupt"
     assert len(samples.times["a"]) == len(samples.times["b"]) == 4
+
+
+def test_a_disturbed_sample_is_kept_and_marked():
+    states = iter([False, True, False, False, False, True])
+    samples = collect({"a": lambda: 1.0}, 6, paired=True, disturbed=lambda: next(states))
+    assert samples.times["a"] == [1.0] * 6
+    assert samples.flagged == {"a": [1, 5]}

@@ -21,7 +21,7 @@ class Build:
     truncate_percent: float
     inner_loops_requested: int
     graph_nodes: int | None
-    kernels_per_step: int
+    kernels_per_step: int | None
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,11 @@ class Convergence:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything about one run."""
+    """Everything about one run.
+
+    `samples` are milliseconds per decode step, one series a contender; `flagged_samples` are the indices of those taken while
+    telemetry saw a disturbance: they are kept, and marked.
+    """
 
     benchmark_type: str
     brand: str
@@ -202,6 +206,7 @@ class Result:
     warnings: list[str]
     samples: dict[str, list[float]] = field(repr=False)
     sample_order: list[str] = field(repr=False)
+    flagged_samples: dict[str, list[int]] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as plain values, keys in documented order."""

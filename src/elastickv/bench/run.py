@@ -61,7 +61,7 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
     field = prepare(backend, options, recipe, sample.query_rms, report.phase)
     with Telemetry(backend.device.kind, options.device or 0) as telemetry:
         report.phase(f"measuring {recipe} against {field.baseline.name}")
-        samples = _measure(options, field, report.progress)
+        samples = _measure(options, field, report.progress, lambda: bool(telemetry.snapshot()["flags"]))
         cycle = None
         if options.inference and samples.complete:
             report.phase("inference cycle")
@@ -81,7 +81,7 @@ def _sample_receipt(backend: Backend, options: Options, sample: Sample) -> tuple
     return replay(backend, sample, recipe, options.dtype), None
 
 
-def _measure(options: Options, field: Field, progress: Callable[[int, int], None]) -> Samples:
+def _measure(options: Options, field: Field, progress: Callable[[int, int], None], disturbed: Callable[[], bool]) -> Samples:
     entrants = {"baseline": field.baseline, "elastic": field.elastic, AGAIN: field.baseline}
     entrants |= {peer.name: peer for peer in field.peers if peer is not field.baseline}
     if field.own_dense is not field.baseline:
@@ -109,6 +109,7 @@ def _measure(options: Options, field: Field, progress: Callable[[int, int], None
         time_limit_s=limit,
         converged=converged if target is not None else None,
         progress=progress,
+        disturbed=disturbed,
     )
     if samples.rounds < 2:
         raise KeyboardInterrupt

@@ -17,12 +17,14 @@ class Samples:
     order : names in the order measured.
     complete : False after Ctrl-C.
     stopped_by : 'reps', 'time limit', 'interval' or 'interrupt'.
+    flagged : contender name -> indices of the samples taken while something was disturbed.
     """
 
     times: dict[str, list[float]]
     order: list[str] = field(default_factory=list)
     complete: bool = True
     stopped_by: str = "reps"
+    flagged: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def rounds(self) -> int:
@@ -57,6 +59,7 @@ def collect(
     time_limit_s: float | None = None,
     converged: Callable[[Samples], bool] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    disturbed: Callable[[], bool] = lambda: False,
 ) -> Samples:
     """Measure every contender `reps` times.
 
@@ -66,6 +69,7 @@ def collect(
     time_limit_s : stop at the end of the block in which this many seconds are over (unpaired: shared out evenly).
     converged : asked after every block of a paired run; True stops it.
     progress : told samples done and samples planned.
+    disturbed : asked after every sample; a sample for which it is True is kept and marked.
 
     Ctrl-C stops the run; what was measured is returned, marked incomplete.
     """
@@ -91,6 +95,8 @@ def collect(
                     continue
             samples.times[name].append(contenders[name]())
             samples.order.append(name)
+            if disturbed():
+                samples.flagged.setdefault(name, []).append(len(samples.times[name]) - 1)
             progress(done + 1, total)
     except KeyboardInterrupt:
         samples.complete, samples.stopped_by = False, "interrupt"
@@ -99,4 +105,5 @@ def collect(
     if paired:
         rounds = samples.rounds
         samples.times = {name: times[:rounds] for name, times in samples.times.items()}
+        samples.flagged = {name: [i for i in flagged if i < rounds] for name, flagged in samples.flagged.items()}
     return samples

@@ -93,7 +93,7 @@ class Summary:
                 options.truncate,
                 options.inner_loops,
                 self.field.elastic.nodes,
-                1,
+                self.field.elastic.kernels_per_step,
             ),
             gpu=self._gpu(),
             configuration=self._configuration(),
@@ -137,6 +137,7 @@ class Summary:
             warnings=self._warnings(telemetry, fidelity, passed_over, converged, elastic, baseline),
             samples=self.samples.times,
             sample_order=self.samples.order,
+            flagged_samples=self.samples.flagged,
         )
 
     def _mean(self, name: str) -> float:

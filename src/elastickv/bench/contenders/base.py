@@ -24,6 +24,7 @@ class Contender:
     sample : take one sample; returns milliseconds per decode step.
     captured : whether a sample is one captured graph.
     nodes : that graph's nodes.
+    kernels_per_step : kernel launches of one decode step; None where the contender does not tell.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Contender:
     sample: Callable[[], float]
     captured: bool
     nodes: int | None
+    kernels_per_step: int | None
 
 
 class Peer(Protocol):

@@ -65,5 +65,6 @@ def ours(
         lambda: program.run(1)[0] / rotation.steps,
         program.captured,
         program.nodes,
+        program.kernels_per_step,
     )
     return contender, caches

@@ -52,7 +52,7 @@ class TorchSdpa:
                     continue
                 kv_bytes = 2 * shape.batch * shape.kv_heads * context * FORMATS[dtype].row_bytes(shape.head_dim)
                 captured = kind == "cuda" and graph
-                ready.append(Contender(name, "peer", torch.__version__, dtype, kv_bytes, rotation, timed, captured, None))
+                ready.append(Contender(name, "peer", torch.__version__, dtype, kv_bytes, rotation, timed, captured, None, None))
         return ready, refused
 
 
