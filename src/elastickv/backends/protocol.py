@@ -51,6 +51,10 @@ class Ceilings:
     copy_gbs: float
     flops: float
 
+    def at_least(self, other: "Ceilings") -> "Ceilings":
+        """Return the higher of two measurements of each limit: noise only ever lowers one."""
+        return Ceilings(max(self.read_gbs, other.read_gbs), max(self.copy_gbs, other.copy_gbs), max(self.flops, other.flops))
+
 
 class Program(Protocol):
     """A fixed sequence of decode steps, launched as a whole and timed on the device.

@@ -66,6 +66,9 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
         if options.inference and samples.complete:
             report.phase("inference cycle")
             cycle = _cycle(backend, options, recipe, field, sample, report.progress)
+    if samples.complete:
+        report.phase("measuring the ceilings again")
+        ceilings = ceilings.at_least(backend.ceilings())
     complete = samples.complete and (cycle is None or cycle.complete)
     return Summary(options, backend, recipe, field, ceilings, samples, cycle, complete).result(
         Fidelity(sample.name, field.kernel_error, receipt, refused), telemetry, passed_over

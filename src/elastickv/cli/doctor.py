@@ -1,6 +1,7 @@
 """`elastickv doctor`."""
 
 import sys
+from dataclasses import astuple
 
 import click
 
@@ -46,12 +47,12 @@ def command(compile_all_: bool, no_ceilings: bool) -> int:
 
 
 def _compile_everything() -> int:
-    from elastickv.backends.cuda.matrix import compile_all
+    from elastickv.backends.cuda.variants import compile_all
 
     spilling = 0
     click.echo("kernel | architecture | parameters | registers | spills | shared bytes | seconds")
     for row in compile_all():
-        click.echo(" | ".join(map(str, row)))
+        click.echo(" | ".join(map(str, astuple(row))))
         sys.stdout.flush()
         spilling += row.spill_bytes > 0 and int(row.arch) >= 80
     return spilling
