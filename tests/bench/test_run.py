@@ -147,6 +147,17 @@ def test_ctrl_c_leaves_a_result_marked_incomplete(backend, monkeypatch):
     assert result.convergence.stopped_by == "interrupt"
 
 
+def test_ctrl_c_in_the_inference_cycle_keeps_what_came_before(backend, monkeypatch):
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReferenceBackend, "cycle", interrupted)
+    result = run(Options(**SMALL, compress=1.3, inference=True))
+    assert not result.complete
+    assert result.inference_cycle is None
+    assert {len(times) for times in result.samples.values()} == {12}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -62,14 +62,18 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
     with Telemetry(backend.device.kind, options.device or 0) as telemetry:
         report.phase(f"measuring {recipe} against {field.baseline.name}")
         samples = _measure(options, field, report.progress, lambda: bool(telemetry.snapshot()["flags"]))
-        cycle = None
-        if options.inference and samples.complete:
-            report.phase("inference cycle")
-            cycle = _cycle(backend, options, recipe, field, sample, report.progress)
-    if samples.complete:
-        report.phase("measuring the ceilings again")
-        ceilings = ceilings.at_least(backend.ceilings())
-    complete = samples.complete and (cycle is None or cycle.complete)
+        cycle, complete = None, samples.complete
+        try:
+            if complete and options.inference:
+                report.phase("inference cycle")
+                cycle = _cycle(backend, options, recipe, field, sample, report.progress)
+                complete = cycle.complete
+            if complete:
+                report.phase("measuring the ceilings again")
+                ceilings = ceilings.at_least(backend.ceilings())
+        except KeyboardInterrupt:
+            # What was measured before is kept; only the result is marked.
+            complete = False
     return Summary(options, backend, recipe, field, ceilings, samples, cycle, complete).result(
         Fidelity(sample.name, field.kernel_error, receipt, refused), telemetry, passed_over
     )
