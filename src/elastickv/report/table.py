@@ -16,7 +16,7 @@ def as_table(result: dict[str, Any]) -> str:
     console.print(
         f"[bold]{escape(gpu['name'])}[/]  context {configuration['seq_len']}, batch {configuration['batch']}, "
         f"{configuration['heads']} query / {configuration['kv_heads']} KV heads x {configuration['head_dim']}, "
-        f"compress={configuration['compression']:g}"
+        f"compress={configuration['compression']:g}, {configuration['cache']} cache"
     )
     console.print(
         f"recipe [bold]{escape(recipe['text'])}[/] ({recipe['hash']}): reads 1/{recipe['ratio_read']:.2f}, "

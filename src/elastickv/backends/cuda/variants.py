@@ -77,10 +77,12 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     if can_mma and kind != "simt":
         tiles = _tiles(group, _HEADS_OF_MMA_TILE, 4 if head_dim <= 128 else 2)
         # One large block a multiprocessor leaves the fewest partial results to merge.
-        blocks = 2 if head_dim <= 64 and cold != _COLD_INT8 else 1
+        blocks = 1
         warps = 8
         if head_dim > 128:  # shared memory holds what four warps merge
             warps, blocks = 4, 2
+        elif head_dim <= 64 and cold != _COLD_INT8:  # rows so short that latency decides: fewer warps meet at the end
+            warps, blocks = 4, 3
         return Variant("decode_mma", arch, _macros(common, QTILES=tiles, WARPS=warps, MIN_BLOCKS=blocks))
     slot = 16 if cold == _COLD_INT8 else 4 if exact == _TYPES["fp32"] else 8
     words = -(-head_dim // (8 * slot)) * slot

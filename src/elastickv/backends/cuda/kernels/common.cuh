@@ -89,15 +89,18 @@ __device__ __forceinline__ uint4 load16(const char* p) {
 #endif
 }
 
-// Starts a warp's first unit on its way from memory while the query is still being fetched.
-__device__ __forceinline__ void prefetch(const char* keys, const char* values, size_t base, u32 unit, u32 end, u32 unit_bytes,
-                                         size_t limit) {
+#ifndef AHEAD
+#define AHEAD 0  // units ahead of the present one that are fetched into L2
+#endif
+
+// Starts one unit on its way to L2.
+__device__ __forceinline__ void prefetch(const char* keys, const char* values, int unit, int end, u32 unit_bytes, size_t limit) {
     if (unit >= end) return;
     for (u32 i = (threadIdx.x & 31) * 128; i < unit_bytes; i += 32 * 128) {
         const size_t at = (size_t)unit * unit_bytes + i;
         if (at >= limit) break;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + base + at));
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(values + base + at));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + at));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(values + at));
     }
 }
 
@@ -241,7 +244,9 @@ struct Place {
     u32 slot, problem, first_block, last_block;
 };
 
+#ifndef GROUP_FROM
 #define GROUP_FROM 24  // partials of one problem from which on they are merged in two levels
+#endif
 
 __device__ __forceinline__ size_t partial_row(const Place& p, u32 block, int segment, int q, int rows) {
     return ((size_t)(block + p.problem) * SEGMENTS + segment) * rows + q;
@@ -323,10 +328,9 @@ __device__ __forceinline__ bool arrive(u32* counter, u32 blocks) {
     return last;
 }
 
-// Merges every `stride`th partial of blocks first..last. FINAL: into the outputs; else into the next level's partial of `first`.
-template <bool FINAL>
-__device__ __forceinline__ void merge(const Args& a, const Place& p, const Span& s, const Work& w, size_t level, u32 first, u32 last,
-                                      u32 stride, int rows, float* scratch) {
+// Merges every `stride`th partial of blocks first..last into the outputs, or if not `final` into the next level's of `first`.
+__device__ __forceinline__ void merge(const Args& a, const Place& p, const Span& s, const Work& w, bool final, size_t level,
+                                      u32 first, u32 last, u32 stride, int rows, float* scratch) {
     const u32 count = (last - first) / stride + 1;
     const int vectors = D / 4, items = p.queries * vectors, subs = max(1, min((int)count, THREADS / items));
     const size_t next = (size_t)(gridDim.x + w.problems) * SEGMENTS * rows;
@@ -351,7 +355,7 @@ __device__ __forceinline__ void merge(const Args& a, const Place& p, const Span&
                     }
             }
             if (!in || sub) continue;
-            if (!FINAL) {
+            if (!final) {
                 const size_t row = next + partial_row(p, first, segment, q, rows);
                 __stcg(reinterpret_cast<float4*>(a.partial + row * D + dim), r.o);
                 if (dim == 0) __stcg(a.partial_ml + row, make_float2(r.m, r.l));
@@ -374,7 +378,7 @@ __device__ __forceinline__ void merge(const Args& a, const Place& p, const Span&
             }
 #endif
         }
-        if (FINAL && in && sub == 0) write_result(a, p, q, dim, total);
+        if (final && in && sub == 0) write_result(a, p, q, dim, total);
     }
 }
 
@@ -382,18 +386,19 @@ __device__ __forceinline__ void merge(const Args& a, const Place& p, const Span&
 // partials are merged in groups first, by the last block of each group.
 __device__ __forceinline__ void arrive_and_merge(const Args& a, const Place& p, const Span& s, const Work& w, int rows,
                                                  float* scratch) {
-    u32 blocks = p.last_block - p.first_block + 1, stride = 1;
-    size_t level = 0;
-    if (blocks > GROUP_FROM) {
-        stride = (u32)ceilf(sqrtf((float)blocks));
-        const u32 first = p.first_block + (blockIdx.x - p.first_block) / stride * stride;
-        const u32 last = min(first + stride - 1, p.last_block);
-        if (!arrive(a.counters + w.problems + first + p.problem, last - first + 1)) return;
-        merge<false>(a, p, s, w, 0, first, last, 1, rows, scratch);
-        level = (size_t)(gridDim.x + w.problems) * SEGMENTS * rows;
-        blocks = (blocks + stride - 1) / stride;
+    const u32 blocks = p.last_block - p.first_block + 1;
+    const u32 size = blocks > GROUP_FROM ? (u32)ceilf(sqrtf((float)blocks)) : 1;
+    // One copy of the merge serves both levels: a short decode waits for its instructions, too.
+#pragma unroll 1
+    for (u32 stride = size > 1 ? 1 : size;; stride = size) {
+        const bool final = stride == size;
+        const u32 first = final ? p.first_block : p.first_block + (blockIdx.x - p.first_block) / size * size;
+        const u32 last = final ? p.last_block : min(first + size - 1, p.last_block);
+        u32* counter = a.counters + (final ? p.problem : w.problems + first + p.problem);
+        if (!arrive(counter, (last - first) / stride + 1)) return;
+        const size_t level = final && size > 1 ? (size_t)(gridDim.x + w.problems) * SEGMENTS * rows : 0;
+        merge(a, p, s, w, final, level, first, last, stride, rows, scratch);
+        if (final) break;
     }
-    if (!arrive(a.counters + p.problem, blocks)) return;
-    merge<true>(a, p, s, w, level, p.first_block, p.last_block, stride, rows, scratch);
     __syncthreads();
 }

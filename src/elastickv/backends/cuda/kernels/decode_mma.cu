@@ -16,6 +16,14 @@
 #define RESCALE 8.f  // log2 by which a score may exceed the running maximum before everything is rescaled
 #define V_SHIFT 7    // P x V scale reaches 2^(8 + 7) in fp16: its whole range is used
 #define ROWS (HEADS * QTILES)
+// A warp with more than EARLY_FROM units fetches EARLY of them into L2 while the query is on its way: 1.5 us less; with fewer
+// it costs more than it hides.
+#ifndef EARLY
+#define EARLY 1
+#endif
+#ifndef EARLY_FROM
+#define EARLY_FROM 3
+#endif
 
 struct Running {
     float acc[SETS][4][4];  // [set][pair of dims][dim 0: q 2t, 2t+1; dim 1: q 2t, 2t+1]
@@ -105,56 +113,71 @@ __device__ __forceinline__ void raise_maximum(Running& r, float top, int t) {
     scale_queries(r, alpha, t);
 }
 
+// Keys of a unit in flight.
+struct Keys {
+#if COLD_TYPE == COLD_INT8
+    uint4 k8[4][K8], scale;
+#endif
+    uint4 k16[2][K16];
+};
+
+template <bool RING>
+__device__ __forceinline__ size_t row16(const Args& a, const Span& s, int token, int n) {
+    token = min(token, n - 1);
+    return (size_t)(u32)(RING ? exact_row(a, s, token) : token) * EXACT_ROW;
+}
+
+template <bool RING>
+__device__ __forceinline__ void load_keys16(Keys& k, const Args& a, const Span& s, const char* keys, int n, int unit) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const char* p = keys + row16<RING>(a, s, 16 * unit + 8 * i + g, n) + 16 * t;
+#pragma unroll
+        for (int c = 0; c < K16; c++) k.k16[i][c] = 32 * c + 8 * t < D ? load16(p + 64 * c) : make_uint4(0, 0, 0, 0);
+    }
+}
+
 // 16-bit rows, 16 tokens a unit. RING: the rows are a span's exact tokens.
 template <bool RING>
-__device__ __forceinline__ void attend16(Running& r, const Args& a, const Span& s, const char* keys, const char* values, int n,
-                                         int unit, int end, const uint4* query, float bias) {
+__device__ __forceinline__ void attend16(Running& r, const Args& a, const Span& s, const char* keys,
+                                         const char* values, int n, int unit, int end, const uint4* query, float bias) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    uint4 k[2][K16], v[4][SETS];
-    auto row = [&](int token) -> size_t {
-        token = min(token, n - 1);
-        return (size_t)(u32)(RING ? exact_row(a, s, token) : token) * EXACT_ROW;
-    };
-    auto load_k = [&](int u) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const char* p = keys + row(16 * u + 8 * i + g) + 16 * t;
-#pragma unroll
-            for (int c = 0; c < K16; c++)
-                k[i][c] = 32 * c + 8 * t < D ? load16(p + 64 * c) : make_uint4(0, 0, 0, 0);
-        }
-    };
+    Keys k;
+    uint4 v[4][SETS];
     auto load_v = [&](int u) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const char* p = values + row(16 * u + 8 * (e >> 1) + 2 * t + (e & 1));
+            const char* p = values + row16<RING>(a, s, 16 * u + 8 * (e >> 1) + 2 * t + (e & 1), n);
 #pragma unroll
             for (int c = 0; c < SETS; c++)
                 v[e][c] = set_dim(c, g) < D ? load16(p + 2 * set_dim(c, g)) : make_uint4(0, 0, 0, 0);
         }
     };
     if (unit >= end) return;
-    if (PIPELINED) load_k(unit);
+    if (PIPELINED) load_keys16<RING>(k, a, s, keys, n, unit);
 #pragma unroll 1
     for (; unit < end; unit += WARPS_PER_TILE) {
+        if (AHEAD && (!RING || COLD_TYPE == COLD_NONE))
+            prefetch(keys, values, unit + AHEAD * WARPS_PER_TILE, end, EXACT_UNIT * EXACT_ROW, (size_t)n * EXACT_ROW);
         if (PIPELINED)
             load_v(unit);
         else
-            load_k(unit);
+            load_keys16<RING>(k, a, s, keys, n, unit);
         float x[2][4] = {};
 #pragma unroll
         for (int c = 0; c < K16; c++) {
             uint4 q0 = load_query(query + (2 * c) * 32 + lane), q1 = load_query(query + (2 * c + 1) * 32 + lane);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                mma_exact(x[i], q0.x, q0.y, q0.z, q0.w, k[i][c].x, k[i][c].y);
-                mma_exact(x[i], q1.x, q1.y, q1.z, q1.w, k[i][c].z, k[i][c].w);
+                mma_exact(x[i], q0.x, q0.y, q0.z, q0.w, k.k16[i][c].x, k.k16[i][c].y);
+                mma_exact(x[i], q1.x, q1.y, q1.z, q1.w, k.k16[i][c].z, k.k16[i][c].w);
             }
         }
         if (!PIPELINED)
             load_v(unit);
         else if (unit + WARPS_PER_TILE < end)
-            load_k(unit + WARPS_PER_TILE);
+            load_keys16<RING>(k, a, s, keys, n, unit + WARPS_PER_TILE);
         float score[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) score[i] = x[i >> 1][i & 1] + x[i >> 1][2 + (i & 1)] + bias;
@@ -195,31 +218,35 @@ __device__ __forceinline__ u32 codes_to_half(u32 bytes, u32 selector) {
     return *reinterpret_cast<u32*>(&x);
 }
 
+__device__ __forceinline__ size_t row8(int token, int n) { return (size_t)(u32)min(token, n - 1) * D; }
+
+__device__ __forceinline__ void load_keys8(Keys& k, const char* keys, const u16* scales, int n, int unit) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    k.scale = load16(reinterpret_cast<const char*>(scales + 32 * unit + 8 * t));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const char* p = keys + row8(32 * unit + 8 * (g >> 1) + 2 * i + (g & 1), n) + 16 * t;
+#pragma unroll
+        for (int c = 0; c < K8; c++) k.k8[i][c] = 64 * c + 16 * t < D ? load16(p + 64 * c) : make_uint4(0, 0, 0, 0);
+    }
+}
+
 // int8 rows, 32 tokens a unit; a lane's 8 tokens are 8t..8t+7, so that its scales are one load.
-__device__ __forceinline__ void attend8(Running& r, const char* keys, const char* values, const u16* key_scales,
-                                        const u16* value_scales, int n, int unit, int end, const uint4* query, float query_step,
-                                        float bias) {
+__device__ __forceinline__ void attend8(Running& r, const char* keys, const char* values,
+                                        const u16* key_scales, const u16* value_scales, int n, int unit, int end,
+                                        const uint4* query, float query_step, float bias) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    uint4 k[4][K8], v[8][V8], ks, vs;
-    auto row = [&](int token) -> size_t { return (size_t)(u32)min(token, n - 1) * D; };
-    auto load_k = [&](int u) {
-        ks = load16(reinterpret_cast<const char*>(key_scales + 32 * u + 8 * t));
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const char* p = keys + row(32 * u + 8 * (g >> 1) + 2 * i + (g & 1)) + 16 * t;
-#pragma unroll
-            for (int c = 0; c < K8; c++)
-                k[i][c] = 64 * c + 16 * t < D ? load16(p + 64 * c) : make_uint4(0, 0, 0, 0);
-        }
-    };
+    Keys k;
+    uint4 v[8][V8], vs;
     if (unit >= end) return;
-    load_k(unit);
+    load_keys8(k, keys, key_scales, n, unit);
     float value_exponent = -100.f;  // 2^this bounds the V scales seen
     for (; unit < end; unit += WARPS_PER_TILE) {
+        if (AHEAD) prefetch(keys, values, unit + AHEAD * WARPS_PER_TILE, end, COLD_UNIT * COLD_ROW, (size_t)n * COLD_ROW);
         vs = load16(reinterpret_cast<const char*>(value_scales + 32 * unit + 8 * t));
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-            const char* p = values + row(32 * unit + 8 * t + e) + 16 * g;
+            const char* p = values + row8(32 * unit + 8 * t + e, n) + 16 * g;
 #pragma unroll
             for (int c = 0; c < V8; c++)
                 v[e][c] = 128 * c + 16 * g < D ? load16(p + 128 * c) : make_uint4(0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u);
@@ -230,15 +257,15 @@ __device__ __forceinline__ void attend8(Running& r, const char* keys, const char
             uint4 q0 = load_query(query + (2 * c) * 32 + lane), q1 = load_query(query + (2 * c + 1) * 32 + lane);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                mma_int8(x[i], q0, k[i][c].x, k[i][c].y);
-                mma_int8(x[i], q1, k[i][c].z, k[i][c].w);
+                mma_int8(x[i], q0, k.k8[i][c].x, k.k8[i][c].y);
+                mma_int8(x[i], q1, k.k8[i][c].z, k.k8[i][c].w);
             }
         }
         float score[8], top = -INFINITY, largest = 0.f;
         const bool tail = 32 * unit + 32 > n;
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-            float key_scale = scale_of(ks, e);
+            float key_scale = scale_of(k.scale, e);
             score[e] = (float)(x[e >> 1][e & 1] * 128 + x[e >> 1][2 + (e & 1)]) * (query_step * key_scale) + bias;
             if (tail && 32 * unit + 8 * t + e >= n) {
                 score[e] = -INFINITY;
@@ -247,7 +274,7 @@ __device__ __forceinline__ void attend8(Running& r, const char* keys, const char
             top = fmaxf(top, score[e]);
             largest = fmaxf(largest, scale_of(vs, e));
         }
-        if (unit + WARPS_PER_TILE < end) load_k(unit + WARPS_PER_TILE);
+        if (unit + WARPS_PER_TILE < end) load_keys8(k, keys, key_scales, n, unit + WARPS_PER_TILE);
         if (__any_sync(FULL, top > r.m + RESCALE)) raise_maximum(r, top, t);
         if (__any_sync(FULL, largest > exp2_fast(value_exponent))) {
             for (int i = 1; i < 4; i <<= 1) largest = fmaxf(largest, __shfl_xor_sync(FULL, largest, i));
@@ -297,7 +324,7 @@ __device__ __forceinline__ void reduce_warps(Running& r, float4* scratch, float2
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = lane & 3;
     r.l += __shfl_xor_sync(FULL, r.l, 1);
     r.l += __shfl_xor_sync(FULL, r.l, 2);
-#pragma unroll
+#pragma unroll 1
     for (int have = WARPS, half; have > QTILES; have = half) {
         half = (have / QTILES + 1) / 2 * QTILES;
         __syncthreads();
@@ -348,6 +375,12 @@ __device__ __forceinline__ void write_partial(const Args& a, const Place& p, int
             __stcg(to + 1, make_float4(r.acc[s][2][i], r.acc[s][2][2 + i], r.acc[s][3][i], r.acc[s][3][2 + i]));
         }
     }
+}
+
+__device__ __forceinline__ void fetch_early(const char* keys, const char* values, int unit, int end, u32 unit_bytes, size_t limit) {
+    if (unit + EARLY_FROM * WARPS_PER_TILE >= end) return;
+#pragma unroll 1
+    for (int i = 0; i < EARLY; i++) prefetch(keys, values, unit + i * WARPS_PER_TILE, end, unit_bytes, limit);
 }
 
 // Leaves the queries of a problem in shared memory as A operands: high parts in rows 0-7, what they lack in rows 8-15.
@@ -418,35 +451,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         p.first_query = w.problem % a.passes * ROWS;
         p.queries = min(ROWS, a.group - p.first_query);
         p.problem = w.problem;
-        p.first_block = w.base / w.per;
-        p.last_block = (w.base + s.units - 1) / w.per;
         if (threadIdx.x == 0) {
             kept_work = w;
             kept_place = p;
             kept_span = s;
         }
+        const char *ek = a.exact_k + p.head * a.exact_rows * EXACT_ROW, *ev = a.exact_v + p.head * a.exact_rows * EXACT_ROW;
+        const int begin = max((int)w.offset - s.cold_units, 0) + stream, exact_end = s.exact ? (int)end - s.cold_units : 0;
 #if COLD_TYPE == COLD_NONE
-        prefetch(a.exact_k, a.exact_v, (p.head * a.exact_rows) * EXACT_ROW, w.offset + stream, end, EXACT_UNIT * EXACT_ROW,
-                 s.exact * EXACT_ROW);
+        fetch_early(ek, ev, begin, exact_end, EXACT_UNIT * EXACT_ROW, (size_t)s.exact * EXACT_ROW);
 #else
-        prefetch(a.cold_k, a.cold_v, (p.head * a.cold_rows + s.cold_first) * COLD_ROW, w.offset + stream,
-                 min(end, (u32)s.cold_units), COLD_UNIT * COLD_ROW, (size_t)s.cold * COLD_ROW);
+        const size_t first = p.head * a.cold_rows + s.cold_first;
+        const char *ck = a.cold_k + first * COLD_ROW, *cv = a.cold_v + first * COLD_ROW;
+        const int cold_begin = w.offset + stream, cold_end = min(end, (u32)s.cold_units);
+        fetch_early(ck, cv, cold_begin, cold_end, COLD_UNIT * COLD_ROW, (size_t)s.cold * COLD_ROW);
 #endif
         stage_query(a, p, q16, q8, steps);
         __syncthreads();
         Running r = {};
         r.m = NOTHING;
-        const char *ek = a.exact_k + p.head * a.exact_rows * EXACT_ROW, *ev = a.exact_v + p.head * a.exact_rows * EXACT_ROW;
         const uint4* query = q16 + tile * K16 * 2 * 32;
-#if COLD_TYPE != COLD_NONE
-        const size_t first = p.head * a.cold_rows + s.cold_first;
-        const char *ck = a.cold_k + first * COLD_ROW, *cv = a.cold_v + first * COLD_ROW;
-        const int cold_end = min(end, (u32)s.cold_units);
 #if COLD_TYPE == COLD_INT8
-        attend8(r, ck, cv, a.k_scale + first, a.v_scale + first, s.cold, w.offset + stream, cold_end, q8 + tile * K8 * 2 * 32,
-                steps[tile * HEADS + (threadIdx.x >> 2) % HEADS], s.bias);
-#else
-        attend16<false>(r, a, s, ck, cv, s.cold, w.offset + stream, cold_end, query, s.bias);
+        attend8(r, ck, cv, a.k_scale + first, a.v_scale + first, s.cold, cold_begin, cold_end,
+                q8 + tile * K8 * 2 * 32, steps[tile * HEADS + (threadIdx.x >> 2) % HEADS], s.bias);
+#elif COLD_TYPE == COLD_SAME
+        attend16<false>(r, a, s, ck, cv, s.cold, cold_begin, cold_end, query, s.bias);
 #endif
 #if REUSE
         reduce_warps(r, scratch, scratch_ml);
@@ -454,13 +483,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         r = Running{};
         r.m = NOTHING;
 #endif
-#endif
-        const int begin = max((int)w.offset - s.cold_units, 0) + stream;
-        attend16<true>(r, a, s, ek, ev, s.exact, begin, s.exact ? (int)end - s.cold_units : 0, query, 0.f);
+        attend16<true>(r, a, s, ek, ev, s.exact, begin, exact_end, query, 0.f);
         reduce_warps(r, scratch, scratch_ml);
         w = kept_work;
         p = kept_place;
         s = kept_span;
+        p.first_block = w.base / w.per;
+        p.last_block = (w.base + s.units - 1) / w.per;
         write_partial(a, p, SEGMENTS - 1, r);
         arrive_and_merge(a, p, s, w, ROWS, reinterpret_cast<float*>(scratch));
         const u32 size = w.pad ? w.pad : s.units;
