@@ -26,7 +26,7 @@ SHAPES = (
     (1, 8, 1, 128, 131072),
 )
 ROTATION_BYTES = 200e6  # four times the L2 of an H100
-SWEEP = ((12, 1), (4, 3))
+SWEEP = ({"EARLY": 0}, {"GROUP_FROM": 1000}, {"WARPS": 4, "MIN_BLOCKS": 3}, {"WARPS": 2, "MIN_BLOCKS": 6})
 
 
 def rotation(n_bytes):
@@ -57,14 +57,13 @@ def torch_us(row, launches=15):
 
     batch, heads, kv_heads, dim, context = row
     count = rotation(dense_bytes([context] * batch, AttentionShape(*row[:4])))
-    made = [
-        tuple(torch.randn(batch, h, n, dim, device="cuda", dtype=torch.bfloat16) for h, n in ((heads, 1), (kv_heads, context), (kv_heads, context)))
-        for _ in range(count)
-    ]
+    sizes = ((heads, 1), (kv_heads, context), (kv_heads, context))
+    made = [tuple(torch.randn(batch, h, n, dim, device="cuda", dtype=torch.bfloat16) for h, n in sizes) for _ in range(count)]
     results = {}
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
         try:
             with sdpa_kernel([getattr(SDPBackend, name)]):
+
                 def rotate():
                     for q, k, v in made:
                         torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads)
@@ -116,11 +115,11 @@ def main():
         for text in options.recipes.split(";"):
             recipe = Recipe.parse(text)
             builds = [{}]
-            if options.sweep and row[0] * row[2] * row[4] < 1 << 21:
-                builds += [{"WARPS": w, "MIN_BLOCKS": m} for w, m in SWEEP]
+            if options.sweep:
+                builds += SWEEP
             for macros in builds:
                 us, gbs = ours_us(CudaBackend(None, "auto", macros) if macros else backend, row, recipe)
-                record(row, f"{text} {macros.get('WARPS', '')} {macros.get('MIN_BLOCKS', '')}", us, gbs)
+                record(row, f"{text} {' '.join(f'{k}={v}' for k, v in macros.items())}", us, gbs)
                 gc.collect()
         if not options.no_torch:
             import torch

@@ -21,8 +21,7 @@ _SPARE_BYTES = 64 << 20  # contexts, kernels and staging that a full device must
 class CudaBackend:
     """Runs decode attention on one CUDA device.
 
-    `kind` forces the 'mma' or the 'simt' kernels; `arch` builds them for an older part ('61' runs nowhere else, but '80'
-    runs on every part from 8.0 to 8.9). Both are for tests and measurements.
+    `kind` forces the 'mma' or the 'simt' kernels and `extra_macros` adds to a build: for tests and measurements.
     """
 
     name = "cuda"

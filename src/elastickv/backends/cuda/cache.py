@@ -147,8 +147,8 @@ class CudaLayerCache:
         shape, storage, recipe, layout = self.shape, self.storage, self.recipe, self.storage.layout
         reused = storage.cached_output
         lse_offset = shape.batch * shape.query_heads * shape.head_dim * 4
-        whole = (shape.batch, shape.kv_heads, shape.group, self.passes, recipe.sinks, recipe.window, layout.ring)
-        whole = (*whole, recipe.stride, recipe.anchor_every, layout.exact_rows, layout.cold_rows)
+        sizes = (shape.batch, shape.kv_heads, shape.group, self.passes)
+        kept_how = (recipe.sinks, recipe.window, layout.ring, recipe.stride, recipe.anchor_every)
         scale = math.log2(math.e) / math.sqrt(shape.head_dim)
         self._device.launch(
             self.variant,
@@ -162,7 +162,7 @@ class CudaLayerCache:
             storage.state,
             *(self._scratch.partial, self._scratch.partial_ml, self._scratch.counters),
             *(reused, reused.pointer + lse_offset),
-            *(i32(x) for x in whole),
+            *(i32(x) for x in (*sizes, *kept_how, layout.exact_rows, layout.cold_rows)),
             f32(math.log2(recipe.decay)),
             f32(scale),
         )
@@ -207,14 +207,15 @@ class CudaLayerCache:
         kinds: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
         kind = np.dtype(kinds[dtype])
         raw = self._device.download(plane, (rows, dim), kind, head * rows * dim * kind.itemsize)
-        return (from_bf16_bits(raw) if dtype == "bf16" else raw).astype(np.float64)
+        return np.asarray(from_bf16_bits(raw) if dtype == "bf16" else raw, np.float64)
 
     def _codes(self, scales: Memory, plane: Memory, head: int, offset: int) -> NDArray[np.float64]:
         rows, dim = self.storage.layout.cold_rows, self.shape.head_dim
         codes = self._device.download(plane, (rows, dim), np.uint8, head * rows * dim)
         bits = self._device.download(scales, (rows,), np.uint16, head * rows * 2)
         signed = (codes - np.uint8(offset)).view(np.int8)
-        return signed.astype(np.float64) * from_bf16_bits(bits).astype(np.float64)[:, None]
+        values: NDArray[np.float64] = signed.astype(np.float64) * from_bf16_bits(bits).astype(np.float64)[:, None]
+        return values
 
     def mark(self) -> None:
         """Remember the present state."""
@@ -233,6 +234,4 @@ class CudaLayerCache:
         word = int(self._device.download(self.storage.bad, (1,), np.uint64)[0])
         if word != (1 << 64) - 1:
             row, head = divmod(word >> 32, self.shape.kv_heads)
-            raise NonFiniteError(
-                f"a value that is not finite: sequence {row}, KV head {head}, position {word & 0xFFFFFFFF}"
-            )
+            raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {word & 0xFFFFFFFF}")

@@ -1,6 +1,7 @@
 """The device's limits, measured: the best of several read kernels, a copy, multiply-adds."""
 
 from collections.abc import Callable
+from functools import partial
 
 from elastickv.backends.cuda.device import CudaDevice, check, i64
 from elastickv.backends.cuda.variants import ceilings_variant
@@ -24,14 +25,10 @@ def measure(device: CudaDevice) -> Ceilings:
         for per_unit in _BLOCKS:
             grid = (device.multiprocessors * per_unit,)
             for name in ("read", "read_chunks"):
-                ms = _best_ms(
-                    device, lambda v=variant, n=name, g=grid: device.launch(v, n, g, _THREADS, source, vectors, sink)
-                )
-                read_ms = min(read_ms, ms)
-            ms = _best_ms(
-                device, lambda v=variant, g=grid: device.launch(v, "copy", g, _THREADS, source, target, vectors)
-            )
-            copy_ms = min(copy_ms, ms)
+                read = partial(device.launch, variant, name, grid, _THREADS, source, vectors, sink)
+                read_ms = min(read_ms, _median_ms(device, read))
+            copy = partial(device.launch, variant, "copy", grid, _THREADS, source, target, vectors)
+            copy_ms = min(copy_ms, _median_ms(device, copy))
     return Ceilings(n_bytes / read_ms / 1e6, 2 * n_bytes / copy_ms / 1e6, _flops(device))
 
 
@@ -40,7 +37,7 @@ def _flops(device: CudaDevice) -> float:
     variant = ceilings_variant(device.arch)
     blocks = device.multiprocessors * 4
     sink = device.allocate(16, 0)
-    ms = _best_ms(device, lambda: device.launch(variant, "multiply_add", (blocks,), _THREADS, sink))
+    ms = _median_ms(device, lambda: device.launch(variant, "multiply_add", (blocks,), _THREADS, sink))
     rounds = 4096
     if variant["TENSOR"]:
         operations = blocks * (_THREADS // 32) * rounds * 8 * (2 * 16 * 8 * 16)
@@ -49,7 +46,7 @@ def _flops(device: CudaDevice) -> float:
     return operations / ms * 1e3
 
 
-def _best_ms(device: CudaDevice, launch: Callable[[], None]) -> float:
+def _median_ms(device: CudaDevice, launch: Callable[[], None]) -> float:
     driver, stream = device.driver, device.stream
     events = [check(driver.cuEventCreate(0)) for _ in range(_REPEATS + 1)]
     launch()

@@ -134,7 +134,6 @@ def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
 
 def _compile(name: str, source: bytes, options: list[str]) -> Compiled:
     module = nvrtc()
-
     status, program = module.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], [])
     if int(status):
         raise RuntimeError(f"NVRTC cannot create a program: {status}")
@@ -160,9 +159,7 @@ def _resources(log: str) -> tuple[Resources, ...]:
         shared = re.search(r"(\d+)(?:\+\d+)? bytes smem", part)
         if not registers or not spilled:
             raise RuntimeError(f"ptxas's resource report is not understood: {part[:300]}")
-        found.append(
-            Resources(part.partition("'")[0], int(registers[1]), int(spilled[1]), int(shared[1]) if shared else 0)
-        )
+        found.append(Resources(part.partition("'")[0], int(registers[1]), int(spilled[1]), int(shared[1]) if shared else 0))
     return tuple(found)
 
 

@@ -194,18 +194,14 @@ class CudaDevice:
         """Copy a host array to the device."""
         host = np.ascontiguousarray(array)
         if host.nbytes:
-            check(
-                self.driver.cuMemcpyHtoDAsync(memory.pointer + offset, host.ctypes.data, host.nbytes, self.stream.handle)
-            )
+            check(self.driver.cuMemcpyHtoDAsync(memory.pointer + offset, host.ctypes.data, host.nbytes, self.stream.handle))
             self.stream.sync()
 
     def download(self, memory: Memory, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> NDArray[Any]:
         """Copy from the device to a new host array."""
         host = np.empty(shape, dtype)
         if host.nbytes:
-            check(
-                self.driver.cuMemcpyDtoHAsync(host.ctypes.data, memory.pointer + offset, host.nbytes, self.stream.handle)
-            )
+            check(self.driver.cuMemcpyDtoHAsync(host.ctypes.data, memory.pointer + offset, host.nbytes, self.stream.handle))
         self.stream.sync()
         return host
 

@@ -95,10 +95,7 @@ class CudaProgram:
     def outputs(self) -> list[Float32]:
         """Return each cache's (batch, query_heads, head_dim) outputs of the last launch."""
         shapes = [(c.shape.batch, c.shape.query_heads, c.shape.head_dim) for c in self._caches]
-        return [
-            self._device.download(memory, shape, np.float32)
-            for memory, shape in zip(self._outputs, shapes, strict=True)
-        ]
+        return [self._device.download(memory, shape, np.float32) for memory, shape in zip(self._outputs, shapes, strict=True)]
 
 
 def _buffers(device: CudaDevice, caches: Sequence[CudaLayerCache]) -> tuple[list[Memory], list[Memory], list[Memory]]:

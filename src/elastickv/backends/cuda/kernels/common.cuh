@@ -89,10 +89,6 @@ __device__ __forceinline__ uint4 load16(const char* p) {
 #endif
 }
 
-#ifndef AHEAD
-#define AHEAD 0  // units ahead of the present one that are fetched into L2
-#endif
-
 // Starts one unit on its way to L2.
 __device__ __forceinline__ void prefetch(const char* keys, const char* values, int unit, int end, u32 unit_bytes, size_t limit) {
     if (unit >= end) return;

@@ -16,10 +16,10 @@
 #define RESCALE 8.f  // log2 by which a score may exceed the running maximum before everything is rescaled
 #define V_SHIFT 7    // P x V scale reaches 2^(8 + 7) in fp16: its whole range is used
 #define ROWS (HEADS * QTILES)
-// A warp with more than EARLY_FROM units fetches EARLY of them into L2 while the query is on its way: 1.5 us less; with fewer
-// it costs more than it hides.
+// A warp with more than EARLY_FROM units fetches EARLY of them into L2 while the query is on its way; with fewer units
+// that costs more than it hides.
 #ifndef EARLY
-#define EARLY 1
+#define EARLY 2
 #endif
 #ifndef EARLY_FROM
 #define EARLY_FROM 3
@@ -158,8 +158,6 @@ __device__ __forceinline__ void attend16(Running& r, const Args& a, const Span& 
     if (PIPELINED) load_keys16<RING>(k, a, s, keys, n, unit);
 #pragma unroll 1
     for (; unit < end; unit += WARPS_PER_TILE) {
-        if (AHEAD && (!RING || COLD_TYPE == COLD_NONE))
-            prefetch(keys, values, unit + AHEAD * WARPS_PER_TILE, end, EXACT_UNIT * EXACT_ROW, (size_t)n * EXACT_ROW);
         if (PIPELINED)
             load_v(unit);
         else
@@ -242,7 +240,6 @@ __device__ __forceinline__ void attend8(Running& r, const char* keys, const char
     load_keys8(k, keys, key_scales, n, unit);
     float value_exponent = -100.f;  // 2^this bounds the V scales seen
     for (; unit < end; unit += WARPS_PER_TILE) {
-        if (AHEAD) prefetch(keys, values, unit + AHEAD * WARPS_PER_TILE, end, COLD_UNIT * COLD_ROW, (size_t)n * COLD_ROW);
         vs = load16(reinterpret_cast<const char*>(value_scales + 32 * unit + 8 * t));
 #pragma unroll
         for (int e = 0; e < 8; e++) {
@@ -324,7 +321,7 @@ __device__ __forceinline__ void reduce_warps(Running& r, float4* scratch, float2
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = lane & 3;
     r.l += __shfl_xor_sync(FULL, r.l, 1);
     r.l += __shfl_xor_sync(FULL, r.l, 2);
-#pragma unroll 1
+#pragma unroll
     for (int have = WARPS, half; have > QTILES; have = half) {
         half = (have / QTILES + 1) / 2 * QTILES;
         __syncthreads();
@@ -451,6 +448,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         p.first_query = w.problem % a.passes * ROWS;
         p.queries = min(ROWS, a.group - p.first_query);
         p.problem = w.problem;
+        p.first_block = w.base / w.per;
+        p.last_block = (w.base + s.units - 1) / w.per;
         if (threadIdx.x == 0) {
             kept_work = w;
             kept_place = p;
@@ -488,8 +487,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         w = kept_work;
         p = kept_place;
         s = kept_span;
-        p.first_block = w.base / w.per;
-        p.last_block = (w.base + s.units - 1) / w.per;
         write_partial(a, p, SEGMENTS - 1, r);
         arrive_and_merge(a, p, s, w, ROWS, reinterpret_cast<float*>(scratch));
         const u32 size = w.pad ? w.pad : s.units;

@@ -211,7 +211,7 @@ __device__ __forceinline__ void reduce_warps(Running& r, float* scratch, float2*
 #pragma unroll
             for (int i = 0; i < WORDS; i++) r.acc[h][i] = r.acc[h][i] * mine + __shfl_xor_sync(FULL, r.acc[h][i], x) * theirs;
         }
-#pragma unroll 1
+#pragma unroll
     for (int have = WARPS, half; have > QTILES; have = half) {
         half = (have / QTILES + 1) / 2 * QTILES;
         __syncthreads();
@@ -311,6 +311,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         p.first_query = w.problem % a.passes * ROWS;
         p.queries = min(ROWS, a.group - p.first_query);
         p.problem = w.problem;
+        p.first_block = w.base / w.per;
+        p.last_block = (w.base + s.units - 1) / w.per;
         if (threadIdx.x == 0) {
             kept_work = w;
             kept_place = p;
@@ -348,8 +350,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         w = kept_work;
         p = kept_place;
         s = kept_span;
-        p.first_block = w.base / w.per;
-        p.last_block = (w.base + s.units - 1) / w.per;
         write_partial(a, p, SEGMENTS - 1, r);
         arrive_and_merge(a, p, s, w, ROWS, reinterpret_cast<float*>(scratch));
         const u32 size = w.pad ? w.pad : s.units;
