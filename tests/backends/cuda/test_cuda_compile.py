@@ -30,20 +30,36 @@ def each_source():
             yield decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "mma")
 
 
+def parameters(arch):
+    """Every combination of kind, dtype, recipe, head_dim and group that has a kernel on `arch`."""
+    for kind, dtype, text, dim, group in itertools.product(
+        ("mma", "simt"), ("fp32", "fp16", "bf16"), RECIPES, HEAD_DIMS, GROUPS
+    ):
+        if kind == "simt" or (int(arch) >= 80 and Recipe.parse(text).exact_dtype(dtype) != "fp32"):
+            yield kind, dtype, text, dim, group
+
+
+def pairs(combination):
+    return set(itertools.combinations(enumerate(combination), 2))
+
+
+def covering(combinations):
+    """A few of `combinations` that hold every pair of values that any of them holds: greedy, each time the one with most new."""
+    missing = set().union(*map(pairs, combinations))
+    chosen = []
+    while missing:
+        best = max(combinations, key=lambda c: len(pairs(c) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
 def pairwise():
-    """On the oldest part and on SM 9.0: every pair of (kernel kind and dtype, recipe, head_dim, group) in some variant."""
-    kinds = list(itertools.product(("mma", "simt"), ("fp32", "fp16", "bf16")))
+    """On the oldest part and on SM 9.0: every pair of kind, dtype, recipe, head_dim and group in some variant."""
     for arch in ("61", "90"):
-        if arch not in SUPPORTED:
-            continue
-        for i, (dim, text) in enumerate(itertools.product(HEAD_DIMS, RECIPES)):
-            for j, (kind, dtype) in enumerate(kinds):
-                if (i + j) % 6 and not (dim == 256 and arch == "90" and kind == "mma" and dtype == "bf16"):
-                    continue
-                recipe = Recipe.parse(text)
-                if kind == "mma" and (arch == "61" or recipe.exact_dtype(dtype) == "fp32"):
-                    continue
-                yield decode_variant(dim, GROUPS[(i + j) % len(GROUPS)], dtype, recipe, arch, kind)
+        if arch in SUPPORTED:
+            for kind, dtype, text, dim, group in covering(list(parameters(arch))):
+                yield decode_variant(dim, group, dtype, Recipe.parse(text), arch, kind)
 
 
 VARIANTS = sorted({*each_source(), *pairwise()}, key=str)
