@@ -44,7 +44,7 @@ def pairs(combination):
 
 
 def covering(combinations):
-    """A few of `combinations` that hold every pair of values that any of them holds: greedy, each time the one with most new."""
+    """A few of `combinations` that hold every pair of values that any holds: greedy, each time the one with most new."""
     missing = set().union(*map(pairs, combinations))
     chosen = []
     while missing:
