@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -53,15 +54,24 @@ class TorchSdpa:
             for variant, (form, folded) in itertools.product(_VARIANTS[kind], forms.items()):
                 name = f"torch-sdpa-{variant.removesuffix('_ATTENTION').lower()}{form}-{dtype}"
                 rows = [(_folded(q, shape) if folded else q, k, v) for q, k, v in inputs]
-                try:
-                    timed = _timed(torch, kind, variant, rows, rotation.steps, graph)
-                    timed()
-                except RuntimeError as error:
-                    refused[name] = str(error).splitlines()[0]
-                    continue
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    try:
+                        timed = _timed(torch, kind, variant, rows, rotation.steps, graph)
+                        timed()
+                    except RuntimeError as error:
+                        refused[name] = _reason(said, error)
+                        continue
                 captured = kind == "cuda" and graph
                 ready.append(Contender(name, "peer", torch.__version__, dtype, kv_bytes, rotation, timed, captured, None, None))
         return ready, refused
+
+
+def _reason(said: list[warnings.WarningMessage], error: RuntimeError) -> str:
+    """Return why a variant was refused: PyTorch says so in a warning, and raises "No available kernel"."""
+    told = [str(warning.message).partition(" (Triggered")[0] for warning in said]
+    told = [text for text in told if not text.endswith("because:") and "runtime disabled" not in text]
+    return told[0] if told else str(error).splitlines()[0]
 
 
 def _folded(queries: Any, shape: AttentionShape) -> Any:
