@@ -1,9 +1,11 @@
 """From samples to a result."""
 
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 
 from elastickv.backends import Backend, Ceilings
+from elastickv.bench.cautions import cautions
 from elastickv.bench.contenders import Contender
 from elastickv.bench.cycle import CycleSamples
 from elastickv.bench.environment import environment
@@ -84,7 +86,7 @@ class Summary:
         converged = self.speedup.half_width * 100 <= (options.until_ci_percent or CONVERGED_PERCENT)
         figures = self._results(elastic)
         used = [self.field.baseline, self.field.elastic]
-        return Result(
+        result = Result(
             benchmark_type="elastic_kv_cache",
             brand="ElasticKV",
             build=Build(
@@ -134,11 +136,12 @@ class Summary:
             telemetry=telemetry.record(),
             environment=environment(),
             verdict=self._verdict(fidelity),
-            warnings=self._warnings(telemetry, fidelity, passed_over, converged, elastic, baseline),
+            warnings=[f"the CPU was measured: {passed_over}"] if passed_over else [],
             samples=self.samples.times,
             sample_order=self.samples.order,
             flagged_samples=self.samples.flagged,
         )
+        return replace(result, warnings=[*result.warnings, *cautions(result)])
 
     def _mean(self, name: str) -> float:
         return float(truncated(self.samples.times[name], self.options.truncate).mean())
@@ -298,44 +301,3 @@ class Summary:
             "recipe_error": None if error is None else exactly(error),
         }
         return judge(self.options.gate, figures, self.complete)
-
-    def _warnings(
-        self,
-        telemetry: Telemetry,
-        fidelity: Fidelity,
-        passed_over: str | None,
-        converged: bool,
-        *points: RooflinePoint,
-    ) -> list[str]:
-        options, field = self.options, self.field
-        warnings = []
-        if passed_over:
-            warnings.append(f"the CPU was measured: {passed_over}")
-        ratio = read_ratio(self.recipe, self.lengths, options.shape, options.dtype)
-        if ratio < options.compress:
-            warnings.append(f"{self.recipe} reads 1/{ratio:.2f} of the dense bytes, not 1/{options.compress:g} as asked")
-        if field.elastic.rotation.steps != options.inner_loops:
-            warnings.append(
-                f"inner_loops was raised from {options.inner_loops} to {field.elastic.rotation.steps}: a sample spans whole "
-                "anchor intervals and a whole cold rotation"
-            )
-        if options.cache == "cold" and not (field.elastic.rotation.cold and field.baseline.rotation.cold):
-            warnings.append(
-                f"the rotation touches {field.elastic.rotation.touched_bytes / 2**20:.1f} MiB, which the last-level cache of "
-                f"{self.device.last_level_cache_bytes / 2**20:.0f} MiB may hold: these are not cold-cache figures"
-            )
-        if self.cycle is not None and options.decode_tokens % 32:
-            warnings.append(f"{options.decode_tokens} decoded tokens are not whole quantisation cycles of 32 tokens")
-        if fidelity.sample_refused:
-            warnings.append(f"no recipe error on the sample: {fidelity.sample_refused}")
-        if not converged:
-            warnings.append(f"not converged: the interval's half-width is {100 * self.speedup.half_width:.2f} %")
-        if self.samples.stopped_by == "time limit":
-            warnings.append(f"stopped by the time limit after {self.samples.rounds} of {options.reps} samples")
-        if not self.complete:
-            warnings.append("interrupted: incomplete")
-        if not options.paired:
-            warnings.append("dense and elastic were measured one after the other: --paired-baseline interleaves them")
-        if any(point.score > 1.02 for point in points):
-            warnings.append("an attention kernel beat the measured ceilings: the ceilings were measured too low")
-        return warnings + telemetry.flags()

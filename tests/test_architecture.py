@@ -1,0 +1,45 @@
+"""Imports point downward only, and PyTorch stays where it belongs."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "elastickv"
+FLOORS = ["errors", "recipe", "attention", "cache", "backends", "data", "bench", "report", "cli"]
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+
+
+def floor(module):
+    parts = module.split(".")
+    return FLOORS.index(parts[1]) if len(parts) > 1 and parts[0] == "elastickv" and parts[1] in FLOORS else None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_downward(path):
+    here = path.relative_to(SOURCE).with_suffix("").parts[0]
+    if here not in FLOORS:
+        return
+    for module in imported(path):
+        above = floor(module)
+        assert above is None or above <= FLOORS.index(here), f"{here} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_only_peers_import_torch(path):
+    allowed = path.relative_to(SOURCE).as_posix() == "bench/contenders/torch_sdpa.py"
+    assert allowed or not any(module.split(".")[0] == "torch" for module in imported(path))
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "backends" not in p.parts], ids=lambda path: path.name)
+def test_device_libraries_stay_in_the_back_ends(path):
+    assert not {module.split(".")[0] for module in imported(path)} & {"numba", "cuda", "llvmlite"}
