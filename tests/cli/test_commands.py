@@ -121,3 +121,10 @@ def test_help_imports_no_array_library():
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(SOURCE)}, check=True
     )
     assert done.stderr.strip() == "[]"
+
+
+def test_doctor_says_what_will_be_used():
+    done = elastickv("doctor", "--no-ceilings")
+    assert done.returncode == 0, done.stdout
+    assert "will use: " in done.stdout
+    assert "cpu back end: Numba" in done.stdout
