@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from elastickv.attention.errors import relative_l2
-from elastickv.backends.cpu import CpuBackend, open_backend
+from elastickv.backends import Backend
+from elastickv.backends.cpu import open_backend
 from elastickv.cache import Oracle
 from elastickv.recipe import DENSE, AttentionShape, Recipe, read_ratio, resolve, step_bytes
 
@@ -61,7 +62,7 @@ def copies(n_bytes: float, cold_bytes: int) -> int:
     return max(1, ceil(cold_bytes / n_bytes))
 
 
-def ours(backend: CpuBackend, shape: AttentionShape, context: int, dtype: str, recipe: Recipe, group: str) -> Contender:
+def ours(backend: Backend, shape: AttentionShape, context: int, dtype: str, recipe: Recipe, group: str) -> Contender:
     lengths = [context] * shape.batch
     n_bytes = step_bytes(recipe, lengths, shape, dtype).kv
     caches = []
@@ -110,7 +111,7 @@ def torch_sdpa(shape: AttentionShape, context: int, dtype: str, form: str, cold_
     return Contender(f"torch {dtype} {form}", f"torch {dtype}", n_bytes, len(keys), launch)
 
 
-def contenders(backend: CpuBackend, shape: AttentionShape, context: int, ratios: list[float]) -> list[Contender]:
+def contenders(backend: Backend, shape: AttentionShape, context: int, ratios: list[float]) -> list[Contender]:
     device = backend.device
     found = [ours(backend, shape, context, dtype, DENSE, "dense") for dtype in ("fp32", "fp16", "bf16")]
     found.append(ours(backend, shape, context, "bf16", Recipe.parse("int8"), "int8"))
@@ -148,7 +149,7 @@ def row(c: Contender, dense: Contender, read_gbs: float) -> dict[str, Any]:
 
 
 def measure(
-    backend: CpuBackend, name: str, shape: AttentionShape, context: int, ratios: list[float], rounds: int
+    backend: Backend, name: str, shape: AttentionShape, context: int, ratios: list[float], rounds: int
 ) -> dict[str, Any]:
     found = contenders(backend, shape, context, ratios)
     order = random.Random(0)

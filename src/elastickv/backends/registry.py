@@ -15,10 +15,14 @@ BACKENDS: dict[str, str] = {
 def load(name: str = "auto", device: int | None = None) -> tuple[Backend, str | None]:
     """Return the back end called `name` and, for 'auto' on a machine with a GPU, why the GPU was passed over.
 
+    'auto' with a device number means 'cuda': only there are devices numbered.
+
     Raises
     ------
     UsageError : if the name is unknown, or the back end cannot run here; the message says what to install.
     """
+    if name == "auto" and device is not None:
+        name = "cuda"
     if name != "auto":
         if name not in BACKENDS:
             raise UsageError(f"back end {name!r} is unknown: choose auto, {', '.join(BACKENDS)}")

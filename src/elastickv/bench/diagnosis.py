@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
+from elastickv.backends.folders import cache_folder
 from elastickv.backends.presence import gpu_present
 from elastickv.bench.environment import cpu_name
 from elastickv.errors import UsageError
@@ -54,9 +55,7 @@ def _cpu_backend() -> Finding:
 
 
 def _caches() -> Finding:
-    from elastickv.backends.cuda.compiler import cache_directory
-
-    folder = cache_directory()
+    folder = cache_folder("kernels")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(existing, os.W_OK):
         remedy = "set ELASTICKV_CACHE_DIR to a folder that can be written"

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from elastickv.attention.errors import relative_l2
-from elastickv.backends.cpu import CpuBackend, open_backend
+from elastickv.backends import Backend
+from elastickv.backends.cpu import open_backend
 from elastickv.cache import LayerCache, Oracle
 from elastickv.cache.layer import Float32
 
 
 @pytest.fixture(scope="session")
-def backend() -> CpuBackend:
+def backend() -> Backend:
     return open_backend(None)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastickv.backends.cpu import CpuBackend
+from elastickv.backends import Backend
 from elastickv.backends.cpu import backend as backend_module
 from elastickv.backends.cpu.cache import CpuCache
 from elastickv.cache import LayerCache, Oracle, ReferenceCache
@@ -36,7 +36,7 @@ def assert_same_storage(cache: LayerCache, twin: LayerCache) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("text", RECIPES)
-def test_codes_and_scales_are_those_of_the_reference(text: str, dtype: str, backend: CpuBackend, driver: Any) -> None:
+def test_codes_and_scales_are_those_of_the_reference(text: str, dtype: str, backend: Backend, driver: Any) -> None:
     shape, recipe = AttentionShape(2, 4, 2, 80), Recipe.parse(text)
     cache, twin = backend.cache(shape, 420, dtype, recipe), ReferenceCache(shape, 420, dtype, recipe)
     keys, values = driver.tokens(cache, 350)
@@ -56,7 +56,7 @@ def test_codes_and_scales_are_those_of_the_reference(text: str, dtype: str, back
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_head_dim_is_stored_as_the_reference_stores_it(head_dim: int, backend: CpuBackend, driver: Any) -> None:
+def test_every_head_dim_is_stored_as_the_reference_stores_it(head_dim: int, backend: Backend, driver: Any) -> None:
     shape, recipe = AttentionShape(1, 1, 1, head_dim), Recipe.parse("int8,window=32")
     cache, twin = backend.cache(shape, 100, "fp16", recipe), ReferenceCache(shape, 100, "fp16", recipe)
     keys, values = driver.tokens(cache, 100)
@@ -66,7 +66,7 @@ def test_every_head_dim_is_stored_as_the_reference_stores_it(head_dim: int, back
 
 
 @pytest.mark.parametrize("text", RECIPES)
-def test_appending_one_by_one_equals_a_prefill(text: str, backend: CpuBackend, driver: Any) -> None:
+def test_appending_one_by_one_equals_a_prefill(text: str, backend: Backend, driver: Any) -> None:
     shape, recipe = AttentionShape(1, 2, 2, 64), Recipe.parse(text)
     block, single = backend.cache(shape, 300, "bf16", recipe), backend.cache(shape, 300, "bf16", recipe)
     keys, values = driver.tokens(block, 300)
@@ -77,7 +77,7 @@ def test_appending_one_by_one_equals_a_prefill(text: str, backend: CpuBackend, d
 
 
 @pytest.mark.parametrize("text", [*RECIPES, "bf16,reuse,anchor_every=3,decay=0.9,sinks=0,window=0"])
-def test_rewinding_restores_everything(text: str, backend: CpuBackend, driver: Any) -> None:
+def test_rewinding_restores_everything(text: str, backend: Backend, driver: Any) -> None:
     recipe = Recipe.parse(text)
     cache = backend.cache(AttentionShape(2, 4, 2, 64), 500, "bf16", recipe)
     cache.prefill(*driver.tokens(cache, 300), np.array([300, 140]))
@@ -101,7 +101,7 @@ def test_rewinding_restores_everything(text: str, backend: CpuBackend, driver: A
     assert np.array_equal(first, play())
 
 
-def test_random_tokens_repeat_by_seed_and_look_normal(backend: CpuBackend) -> None:
+def test_random_tokens_repeat_by_seed_and_look_normal(backend: Backend) -> None:
     shape = AttentionShape(2, 4, 2, 64)
     caches = [backend.cache(shape, 600, "fp32", Recipe.parse("dense")) for _ in range(3)]
     for cache, seed in zip(caches, (5, 5, 6), strict=True):
@@ -118,9 +118,7 @@ def test_random_tokens_repeat_by_seed_and_look_normal(backend: CpuBackend) -> No
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("text", ["dense", "int8,stride=7"])
-def test_a_value_that_is_not_finite_is_raised_with_its_position(
-    text: str, bad: float, backend: CpuBackend, driver: Any
-) -> None:
+def test_a_value_that_is_not_finite_is_raised_with_its_position(text: str, bad: float, backend: Backend, driver: Any) -> None:
     cache = backend.cache(AttentionShape(2, 2, 2, 64), 300, "fp16", Recipe.parse(text))
     keys, values = driver.tokens(cache, 260)
     values[1, 1, 43, 9] = bad  # a half holds no 1e30
@@ -140,7 +138,7 @@ def test_a_value_that_is_not_finite_is_raised_with_its_position(
     assert np.isfinite(cache.decode(driver.queries(cache))[0]).all()
 
 
-def test_a_full_cache_refuses_another_token(backend: CpuBackend, driver: Any) -> None:
+def test_a_full_cache_refuses_another_token(backend: Backend, driver: Any) -> None:
     cache = backend.cache(AttentionShape(2, 2, 2, 64), 40, "bf16", Recipe.parse("bf16"))
     with pytest.raises(UsageError, match="41 tokens does not fit a capacity of 40"):
         cache.prefill(*driver.tokens(cache, 41), np.array([41, 1]))
@@ -150,7 +148,7 @@ def test_a_full_cache_refuses_another_token(backend: CpuBackend, driver: Any) ->
     assert np.array_equal(cache.lengths, [3, 40])
 
 
-def test_arrays_of_a_wrong_shape_are_refused(backend: CpuBackend) -> None:
+def test_arrays_of_a_wrong_shape_are_refused(backend: Backend) -> None:
     cache = backend.cache(AttentionShape(1, 2, 1, 64), 40, "bf16", Recipe.parse("dense"))
     with pytest.raises(ValueError, match="queries of shape"):
         cache.decode(np.zeros((1, 1, 64), np.float32))
@@ -158,7 +156,7 @@ def test_arrays_of_a_wrong_shape_are_refused(backend: CpuBackend) -> None:
         cache.append(*np.zeros((2, 1, 1, 80), np.float32))
 
 
-def test_a_reused_output_that_was_never_computed_is_refused(backend: CpuBackend, driver: Any) -> None:
+def test_a_reused_output_that_was_never_computed_is_refused(backend: Backend, driver: Any) -> None:
     cache = backend.cache(AttentionShape(1, 2, 1, 64), 400, "bf16", Recipe.parse("bf16,reuse,anchor_every=2"))
     cache.prefill(*driver.tokens(cache, 300), np.array([300]))
     driver.append(cache)
@@ -168,16 +166,14 @@ def test_a_reused_output_that_was_never_computed_is_refused(backend: CpuBackend,
 
 
 @pytest.mark.parametrize("text", RECIPES)
-def test_cache_bytes_are_the_bytes_allocated(text: str, backend: CpuBackend) -> None:
+def test_cache_bytes_are_the_bytes_allocated(text: str, backend: Backend) -> None:
     shape, recipe = AttentionShape(2, 8, 2, 96), Recipe.parse(text)
     cache = backend.cache(shape, 5000, "bf16", recipe)
     allocated = cache._buffer.nbytes + sum(copy.nbytes for copy in cache._snapshot)
     assert backend.cache_bytes(shape, 5000, "bf16", recipe) == allocated
 
 
-def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(
-    backend: CpuBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, recipe = AttentionShape(1, 8, 8, 128), Recipe.parse("int8")
     fits = 10_000
     free = backend.cache_bytes(shape, fits, "bf16", recipe)
@@ -192,7 +188,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(
     assert backend.cache_bytes(shape, named, "bf16", recipe) <= free
 
 
-def test_bad_arguments_are_refused_with_what_is_accepted(backend: CpuBackend) -> None:
+def test_bad_arguments_are_refused_with_what_is_accepted(backend: Backend) -> None:
     shape = AttentionShape(1, 1, 1, 64)
     with pytest.raises(UsageError, match="fp32, fp16, bf16"):
         backend.cache(shape, 10, "fp64", Recipe.parse("dense"))
@@ -200,7 +196,7 @@ def test_bad_arguments_are_refused_with_what_is_accepted(backend: CpuBackend) ->
         backend.cache(shape, 0, "fp32", Recipe.parse("dense"))
 
 
-def test_decoding_an_int8_cache_of_zeros_gives_zeros(backend: CpuBackend, driver: Any) -> None:
+def test_decoding_an_int8_cache_of_zeros_gives_zeros(backend: Backend, driver: Any) -> None:
     cache = backend.cache(AttentionShape(1, 2, 1, 64), 300, "bf16", Recipe.parse("int8"))
     zeros = np.zeros((1, 1, 300, 64), np.float32)
     cache.prefill(zeros, zeros, np.array([300]))

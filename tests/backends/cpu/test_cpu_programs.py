@@ -12,8 +12,8 @@ import pytest
 import elastickv
 from elastickv.attention.errors import relative_l2
 from elastickv.attention.feedback import Feedback
-from elastickv.backends import load
-from elastickv.backends.cpu import CpuBackend, open_backend
+from elastickv.backends import Backend, load
+from elastickv.backends.cpu import open_backend
 from elastickv.cache import Oracle
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
@@ -22,14 +22,14 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(elastickv.__file__).parents[1
 SHAPE = AttentionShape(2, 6, 2, 64)
 
 
-def filled(backend: CpuBackend, text: str, seeds: range, capacity: int = 400, dtype: str = "bf16") -> list:
+def filled(backend: Backend, text: str, seeds: range, capacity: int = 400, dtype: str = "bf16") -> list:
     caches = [backend.cache(SHAPE, capacity, dtype, Recipe.parse(text)) for _ in seeds]
     for cache, seed in zip(caches, seeds, strict=True):
         cache.fill_random(np.array([300, 170]), seed)
     return caches
 
 
-def test_an_attention_program_decodes_each_cache_with_its_own_queries(backend: CpuBackend, driver: Any) -> None:
+def test_an_attention_program_decodes_each_cache_with_its_own_queries(backend: Backend, driver: Any) -> None:
     for text in ("dense", "int8", "bf16,stride=3"):
         caches = filled(backend, text, range(3))
         queries = [driver.queries(cache) for cache in caches]
@@ -42,7 +42,7 @@ def test_an_attention_program_decodes_each_cache_with_its_own_queries(backend: C
             assert np.array_equal(output, cache.decode(query)[0])
 
 
-def test_a_program_of_fewer_steps_than_caches_leaves_the_rest_poisoned(backend: CpuBackend, driver: Any) -> None:
+def test_a_program_of_fewer_steps_than_caches_leaves_the_rest_poisoned(backend: Backend, driver: Any) -> None:
     caches = filled(backend, "dense", range(3))
     program = backend.attention(caches, [driver.queries(cache) for cache in caches], steps=2, graph=False)
     program.run()
@@ -50,14 +50,14 @@ def test_a_program_of_fewer_steps_than_caches_leaves_the_rest_poisoned(backend: 
     assert finite == [True, True, False]
 
 
-def test_a_program_tells_that_it_is_no_graph(backend: CpuBackend, driver: Any) -> None:
+def test_a_program_tells_that_it_is_no_graph(backend: Backend, driver: Any) -> None:
     cache = filled(backend, "dense", range(1))[0]
     program = backend.attention([cache], [driver.queries(cache)], steps=1, graph=True)
     assert (program.captured, program.nodes, program.kernels_per_step) == (False, None, 1)
 
 
 @pytest.mark.parametrize("text", ["dense", "int8,window=32", "bf16,stride=2", "bf16,reuse,anchor_every=3,decay=0.95,window=0"])
-def test_a_cycle_equals_the_same_steps_in_numpy(text: str, backend: CpuBackend, driver: Any) -> None:
+def test_a_cycle_equals_the_same_steps_in_numpy(text: str, backend: Backend, driver: Any) -> None:
     caches = filled(backend, text, range(3), dtype="fp32")
     feedback = Feedback.seeded(SHAPE.head_dim, seed=4, query_rms=1.5, key_rms=1.1, value_rms=0.7)
     fed = driver.queries(caches[0])
@@ -79,7 +79,7 @@ def test_a_cycle_equals_the_same_steps_in_numpy(text: str, backend: CpuBackend, 
     assert [cache.step for cache in caches] == [-1, -1, -1]
 
 
-def test_a_reset_cycle_repeats_itself_bit_for_bit(backend: CpuBackend, driver: Any) -> None:
+def test_a_reset_cycle_repeats_itself_bit_for_bit(backend: Backend, driver: Any) -> None:
     caches = filled(backend, "int8,reuse,anchor_every=4,window=32", range(2))
     program = backend.cycle(caches, driver.queries(caches[0]), Feedback.seeded(64, 1, 1.0, 1.0, 1.0), graph=False)
     program.run(50)
@@ -90,7 +90,7 @@ def test_a_reset_cycle_repeats_itself_bit_for_bit(backend: CpuBackend, driver: A
     assert np.array_equal(first, program.outputs())
 
 
-def test_a_cycle_that_would_outgrow_its_caches_is_refused_before_it_starts(backend: CpuBackend, driver: Any) -> None:
+def test_a_cycle_that_would_outgrow_its_caches_is_refused_before_it_starts(backend: Backend, driver: Any) -> None:
     caches = filled(backend, "dense", range(2), capacity=310)
     program = backend.cycle(caches, driver.queries(caches[0]), Feedback.seeded(64, 1, 1.0, 1.0, 1.0), graph=False)
     with pytest.raises(UsageError, match="the cache is full"):
@@ -100,7 +100,7 @@ def test_a_cycle_that_would_outgrow_its_caches_is_refused_before_it_starts(backe
     assert np.array_equal(caches[0].lengths, [310, 180])
 
 
-def test_the_host_is_described_and_its_limits_are_numbers(backend: CpuBackend) -> None:
+def test_the_host_is_described_and_its_limits_are_numbers(backend: Backend) -> None:
     device = backend.device
     assert device.kind == "cpu"
     assert device.name

@@ -1,12 +1,16 @@
 """The CPU back end: decode attention in Numba. Kernels are compiled on first use and kept on disk."""
 
-from elastickv.backends.cpu.backend import CpuBackend
+from typing import TYPE_CHECKING
+
 from elastickv.errors import UsageError
 
-__all__ = ["CpuBackend", "open_backend"]
+if TYPE_CHECKING:
+    from elastickv.backends.cpu.backend import CpuBackend
+
+__all__ = ["open_backend"]
 
 
-def open_backend(device: int | None) -> CpuBackend:
+def open_backend(device: int | None) -> "CpuBackend":
     """Return the CPU back end.
 
     Raises
@@ -15,4 +19,8 @@ def open_backend(device: int | None) -> CpuBackend:
     """
     if device not in (None, 0):
         raise UsageError(f"device {device} does not exist: the cpu back end has one device, 0")
+    from elastickv.backends.cpu.compiled import kernels_kept_on_disk
+
+    with kernels_kept_on_disk():
+        from elastickv.backends.cpu.backend import CpuBackend
     return CpuBackend()

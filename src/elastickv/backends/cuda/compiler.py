@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from elastickv.backends.folders import cache_folder
 from elastickv.errors import UsageError
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -93,19 +93,6 @@ def _headers_digest() -> str:
     return digest.hexdigest()
 
 
-def cache_directory() -> Path:
-    """Return where compiled kernels are kept: ELASTICKV_CACHE_DIR, or the user's cache folder."""
-    if given := os.environ.get("ELASTICKV_CACHE_DIR"):
-        return Path(given)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "elastickv" / "kernels"
-
-
 def compile_source(name: str, arch: str, macros: Mapping[str, int]) -> Compiled:
     """Compile `kernels/<name>.cu` for compute capability `arch` ('90') with `macros`, or take it from the disk cache."""
     source = (KERNELS / f"{name}.cu").read_bytes()
@@ -113,7 +100,7 @@ def compile_source(name: str, arch: str, macros: Mapping[str, int]) -> Compiled:
     key = hashlib.sha256(
         json.dumps([name, options[:-1], nvrtc_version(), _headers_digest(), hashlib.sha256(source).hexdigest()]).encode()
     ).hexdigest()
-    path = cache_directory() / f"{key}.kernel"
+    path = cache_folder("kernels") / f"{key}.kernel"
     kept = _read(path)
     if kept is None:
         kept = _compile(name, source, options)
