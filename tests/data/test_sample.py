@@ -87,8 +87,8 @@ def test_metadata_and_name_come_from_the_file(path: Path) -> None:
 
 
 def test_a_missing_file_and_a_folder_are_refused(path: Path, tmp_path: Path) -> None:
-    assert "cannot be read" in refusal(path)
-    assert "cannot be read" in refusal(tmp_path)
+    assert "does not exist" in refusal(path)
+    assert "is not a file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

@@ -72,3 +72,8 @@ def test_a_ratio_out_of_range_is_refused(ratio):
 
 def test_fp16_models_keep_fp16():
     assert resolve("stride", 2, 4096, SHAPE, "fp16").cold_format == "fp16"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_at_one_everything_stays_in_the_models_own_dtype(dtype):
+    assert for_ratio(1, 4096, SHAPE, dtype).is_dense

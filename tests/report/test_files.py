@@ -69,3 +69,26 @@ def test_where_nothing_can_be_written_is_said_before_measuring(tmp_path):
         check_writable(tmp_path)
     check_writable(tmp_path / "result.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_followed_and_permissions_are_kept(tmp_path):
+    target, link = tmp_path / "real.json", tmp_path / "link.json"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".json", "null\0.json"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    with pytest.raises((UsageError, ValueError)):
+        check_writable(tmp_path / name)
+
+
+def test_text_that_is_no_unicode_is_written_escaped(tmp_path):
+    write_text(tmp_path / "x.txt", "bad\udcff")
+    assert (tmp_path / "x.txt").read_text() == "bad\\udcff"
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,5 +1,6 @@
 """`elastickv bench`, and the options that it shares with the original's entry point."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def build_command(name: str, doc: str, default_format: str) -> click.Command:
     """Return the benchmark as a command whose stdout is `default_format` unless asked otherwise."""
 
     def callback(**given: Any) -> int:
-        return _run(given, default_format)
+        return _run(given, default_format, ("elastickv" if name == "bench" else name, *sys.argv[1:]))
 
     callback.__doc__ = doc
     for option in reversed(_OPTIONS):
@@ -68,7 +69,7 @@ def build_command(name: str, doc: str, default_format: str) -> click.Command:
     return click.command(name, context_settings=settings)(callback)
 
 
-def _run(given: dict[str, Any], default_format: str) -> int:
+def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -> int:
     from elastickv.bench import Gate, Options, run
     from elastickv.bench.gate import EXIT_CODES
     from elastickv.cli.errors import INTERRUPTED
@@ -86,7 +87,7 @@ def _run(given: dict[str, Any], default_format: str) -> int:
     graphs = not filled.pop("no_graphs")
     for name in ("format_", "json_", "preset"):
         filled.pop(name)
-    options = Options(**filled, graphs=graphs, gate=None if gate is None else Gate.parse(gate))
+    options = Options(**filled, graphs=graphs, command=command, gate=None if gate is None else Gate.parse(gate))
     if shown not in FORMATS:
         raise UsageError(f"--format {shown} is unknown: choose {', '.join(FORMATS)}")
     with Bar() as bar:
@@ -101,7 +102,11 @@ def _run(given: dict[str, Any], default_format: str) -> int:
 
 
 def _format(given: dict[str, Any], default_format: str) -> str:
+    from elastickv.errors import UsageError
+
     if given["format_"] is not None:
+        if given["json_"] is not None:
+            raise UsageError(f"--format {given['format_']} and --json/--no-json both say what stdout shows: give one")
         return str(given["format_"])
     if given["json_"] is None:
         return default_format

@@ -21,6 +21,9 @@ def exit_with(command: click.Command, name: str) -> None:
         code = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = BAD_INPUT
     except click.ClickException as error:
         hint = f" (see {name} --help)" if isinstance(error, click.UsageError) else ""
         code = _say(name, error.format_message() + hint, BAD_INPUT)
@@ -31,11 +34,13 @@ def exit_with(command: click.Command, name: str) -> None:
     except (KernelMismatch, NonFiniteError) as error:
         code = _say(name, str(error), WRONG)
     except (KeyboardInterrupt, click.Abort):
-        code = _say(name, "interrupted before anything was measured", INTERRUPTED)
+        code = _say(name, "interrupted before dense and elastic were both measured", INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output left; the rest must not raise again while the interpreter shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        code = _say(name, f"{error.filename or 'output'}: {error.strerror or error}; give another file or folder", BAD_INPUT)
     sys.exit(code or 0)
 
 

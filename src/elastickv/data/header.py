@@ -43,6 +43,9 @@ def read_header(path: Path, names: tuple[str, ...]) -> tuple[dict[str, TensorEnt
     UsageError : if the file cannot be read, is no safetensors file, is cut short, or lacks one of the tensors.
     """
     try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            raise UsageError(f"input {path} {what}: give a safetensors file")
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(_LENGTH_BYTES)

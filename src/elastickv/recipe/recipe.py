@@ -149,6 +149,8 @@ def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | N
     given: set[str] = set()
 
     def put(name: str, value: str | int | float) -> None:
+        if name == "selection" and name in given:
+            raise UsageError(f"recipe {text!r}: 'stride' and 'reuse' do not combine; give one of them, once")
         if name in given:
             raise UsageError(f"recipe {text!r} names {name} twice")
         given.add(name)
@@ -181,7 +183,7 @@ def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | N
 
 
 def _whole(name: str, raw: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,12}", raw):
+    if not re.fullmatch(r"[0-9]{1,30}", raw):
         raise UsageError(f"{name}={raw} is not a whole number")
     return int(raw)
 

@@ -39,6 +39,8 @@ def for_ratio(
         which one does.
     """
     check_ratio(ratio)
+    if ratio == 1:
+        return DENSE
     for recipe in candidates(dtype, sinks, window):
         if _meets(recipe, ratio, context, shape, dtype):
             return recipe

@@ -1,10 +1,13 @@
 """Files appear whole or not at all."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
 from elastickv.errors import UsageError
+
+MAX_NAME_BYTES = 255
 
 
 def check_writable(path: Path) -> None:
@@ -12,17 +15,23 @@ def check_writable(path: Path) -> None:
 
     Raises
     ------
-    UsageError : if the folder does not exist or cannot be written, or the path is a folder.
+    UsageError : if it is no regular file, its folder does not exist, or either cannot be written.
     """
-    folder = path.parent
-    if path.is_dir():
-        raise UsageError(f"--output {path} is a folder: give the name of a file")
-    if not folder.is_dir():
-        raise UsageError(f"--output {path}: the folder {folder} does not exist; create it first")
     try:
-        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.", suffix=".tmp")
+        target = path.resolve()
+        if target.is_dir():
+            raise UsageError(f"--output {path} is a folder: give the name of a file")
+        if not target.parent.is_dir():
+            raise UsageError(f"--output {path}: the folder {target.parent} does not exist; create it first")
+        if target.exists() and not target.is_file():
+            raise UsageError(f"--output {path} is not a regular file: give the name of a file")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise UsageError(f"--output {path} is write-protected: choose another name")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".elastickv.", suffix=".tmp")
         os.close(handle)
         os.unlink(name)
+        if len(target.name.encode()) > MAX_NAME_BYTES:
+            raise UsageError(f"--output: a name of {len(target.name)} characters is too long: give at most {MAX_NAME_BYTES}")
     except OSError as error:
         raise UsageError(f"--output {path} cannot be written: {error.strerror or error}; choose another folder") from None
 
@@ -30,19 +39,33 @@ def check_writable(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` under a temporary name beside `path` and rename it: atomic for readers.
 
+    A link is followed; a file that was there keeps its permissions.
+
     Raises
     ------
     UsageError : if it cannot be written; `path` is then as it was.
     """
-    name = None
+    target, temporary = path.resolve(), None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".elastickv.", suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.chmod(temporary, _mode(target))
+        os.replace(temporary, target)
+        temporary = None
     except OSError as error:
-        if name is not None and os.path.exists(name):
-            os.unlink(name)
         raise UsageError(f"--output {path} cannot be written: {error.strerror or error}; choose another folder") from None
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _mode(target: Path) -> int:
+    """Return the permissions of `target`, or those of a new file."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask

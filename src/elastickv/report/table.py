@@ -35,18 +35,18 @@ def as_table(result: dict[str, Any]) -> str:
         )
     console.print(table)
     for line in _sentences(result):
-        console.print(escape(line))
+        console.print(escape(line), soft_wrap=True)
     for warning in result["warnings"]:
-        console.print(f"[yellow]warning:[/] {escape(warning)}")
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     return out.getvalue()
 
 
 def _sentences(result: dict[str, Any]) -> list[str]:
     speedup, floor, roofline = result["speedup"], result["noise_floor"], result["roofline"]
     verdict = "" if result["faster"] else "; not beyond the noise floor"
+    noise = f"A/A {floor['estimate']:.3f} [{floor['low']:.3f}, {floor['high']:.3f}]" if floor else "A/A not measured"
     lines = [
-        f"speed-up {speedup['estimate']:.3f}x [{speedup['low']:.3f}, {speedup['high']:.3f}] at 95 %; "
-        f"A/A {floor['estimate']:.3f} [{floor['low']:.3f}, {floor['high']:.3f}]{verdict}",
+        f"speed-up {speedup['estimate']:.3f}x [{speedup['low']:.3f}, {speedup['high']:.3f}] at 95 %; {noise}{verdict}",
         f"bandwidth: dense {roofline['dense']['bandwidth_gbs']:.1f}, elastic {roofline['elastic']['bandwidth_gbs']:.1f}, "
         f"read ceiling {result['ceilings']['read_gbs']:.1f} GB/s; roofline score: dense {roofline['dense']['score']:.2f}, "
         f"elastic {roofline['elastic']['score']:.2f}",
