@@ -11,10 +11,10 @@ import pytest
 from elastickv.bench import Gate, Options, run
 from elastickv.bench import run as _run_function
 from elastickv.bench.schema import SCHEMA_PATH, result_schema
-from elastickv.errors import KernelMismatch, UsageError
+from elastickv.errors import KernelMismatch, NonFiniteError, UsageError
 from elastickv.recipe import AttentionShape, read_ratio
 from elastickv.report import FORMATS
-from tests.helpers.reference_backend import ReferenceBackend
+from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram
 
 RUN_MODULE = sys.modules[_run_function.__module__]
 SMALL = {"seq": 300, "heads": 2, "dim": 64, "reps": 12, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
@@ -129,9 +129,101 @@ def test_a_wrong_kernel_is_never_timed(backend, monkeypatch):
         run(Options(**SMALL))
 
 
+def test_one_wrong_head_among_many_is_found(backend, monkeypatch):
+    original = ReferenceBackend.cache
+
+    def wrong(self, *arguments):
+        cache = original(self, *arguments)
+        right = cache.decode
+
+        def one_head_is_zero(queries):
+            output, lse = right(queries)
+            output[0, 1] = 0
+            return output, lse
+
+        cache.decode = one_head_is_zero
+        return cache
+
+    monkeypatch.setattr(ReferenceBackend, "cache", wrong)
+    with pytest.raises(KernelMismatch, match="kernel error 1"):
+        run(Options(**SMALL))
+
+
+@pytest.mark.parametrize(("spoilt", "error"), [(np.nan, NonFiniteError), (1.0, KernelMismatch)])
+def test_a_timed_program_that_does_not_compute_is_found(backend, monkeypatch, spoilt, error):
+    original = ReferenceProgram.outputs
+
+    def outputs(self):
+        return [np.full_like(output, spoilt) for output in original(self)]
+
+    monkeypatch.setattr(ReferenceProgram, "outputs", outputs)
+    with pytest.raises(error):
+        run(Options(**SMALL))
+
+
+def test_bandwidth_is_of_the_bytes_of_an_average_step(backend):
+    result = run(Options(**SMALL, recipe="reuse,sinks=0,window=0", compress=4)).as_dict()
+    elastic = next(timing for timing in result["contenders"] if timing["name"] == "elastic")
+    read = sum(result["recipe"]["bytes_per_step"][key] for key in ("codes", "scales", "exact"))
+    assert elastic["kv_bandwidth_gbs"] * elastic["time_ms"] * 1e6 == pytest.approx(read)
+
+
+def test_an_unpaired_run_interrupted_late_keeps_dense_and_elastic(backend, monkeypatch):
+    taken = []
+
+    def clock(self, moved):
+        while True:
+            taken.append(1)
+            if len(taken) > 44:
+                raise KeyboardInterrupt
+            yield 1.0
+
+    monkeypatch.setattr(ReferenceBackend, "_clock", clock)
+    result = run(Options(**(SMALL | {"paired": False}), compress=1.3))
+    assert not result.complete
+    assert result.noise_floor is None
+    assert not result.faster
+    jsonschema.validate(json.loads(FORMATS["json"](result.as_dict())), result_schema())
+    assert "A/A not measured" in FORMATS["table"](result.as_dict())
+
+
+def test_ctrl_c_while_warming_up_ends_the_run(backend, monkeypatch):
+    taken = []
+
+    def clock(self, moved):
+        while True:
+            taken.append(1)
+            if len(taken) == 30:
+                raise KeyboardInterrupt
+            yield 1.0
+
+    monkeypatch.setattr(ReferenceBackend, "_clock", clock)
+    with pytest.raises(KeyboardInterrupt):
+        run(Options(**(SMALL | {"warmup": 100})))
+    assert len(taken) == 30
+
+
+def test_a_hot_run_is_not_judged_by_memory(backend):
+    result = run(Options(**SMALL, compress=1.3, gate=Gate.parse("roofline>=0.1")))
+    assert result.verdict.outcome == "inconclusive"
+    assert any("hot cache" in warning for warning in result.warnings)
+
+
+def test_input_that_does_not_fit_the_dtype_is_refused(backend, tmp_path):
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 2, 64, 64)).astype(np.float32)
+    k = rng.standard_normal((1, 2, 128, 64)).astype(np.float32)
+    path = tmp_path / "large.safetensors"
+    save_file({"q": q, "k": k * 1e5, "v": k}, path)
+    with pytest.raises(UsageError, match="--dtype bf16"):
+        run(Options(**SMALL, dtype="fp16", input=path))
+
+
 def test_nan_is_never_a_figure(backend, monkeypatch):
     monkeypatch.setattr(ReferenceBackend, "_clock", lambda self, moved: iter([1.0] * 10 + [float("nan")] * 400))
-    with pytest.raises(ValueError, match="not a finite positive"):
+    with pytest.raises(NonFiniteError, match="not a finite positive"):
         run(Options(**SMALL))
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.bench.statistics import block_length, ratio_interval, student_quantile, truncated
+from elastickv.errors import NonFiniteError
 
 
 def ar1(rng, n, rho, sigma=0.02):
@@ -58,7 +59,7 @@ def test_few_samples_give_a_wide_interval():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
 def test_a_time_that_is_no_time_is_refused(bad):
-    with pytest.raises(ValueError, match="not a finite positive"):
+    with pytest.raises(NonFiniteError, match="not a finite positive"):
         ratio_interval([1.0, bad], [1.0, 1.0])
 
 

@@ -39,6 +39,8 @@ def cautions(result: Result) -> Iterator[str]:
         yield "interrupted: incomplete"
     if not asked.paired_baseline:
         yield "dense and elastic were measured one after the other: --paired-baseline interleaves them"
-    if any(point.score > CEILING_SLACK for point in result.roofline.values()):
+    if asked.cache == "hot":
+        yield "hot cache: bandwidth, efficiency and roofline relate to memory, not to the cache that was read"
+    elif any(point.score > CEILING_SLACK for point in result.roofline.values()):
         yield "an attention kernel beat the measured ceilings: the ceilings were measured too low"
     yield from result.telemetry["flags"]

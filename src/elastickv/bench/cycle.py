@@ -18,6 +18,7 @@ from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import DENSE, AttentionShape, Recipe, interval_bytes
 
 MAX_LAYERS = 64
+MEMORY_SHARE = 0.85
 ROUNDS = 6
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -42,8 +43,8 @@ class CycleSamples:
     complete: bool
 
     def total_ms(self, name: str) -> float:
-        """Return the median total of a round through all layers."""
-        return float(np.median(self.latencies[name].sum(axis=1)))
+        """Return the geometric mean of the rounds' totals through all layers: their ratio is the speed-up."""
+        return float(np.exp(np.log(self.latencies[name].sum(axis=1)).mean()))
 
     def quantiles(self, name: str) -> dict[str, float]:
         """Return latency quantiles over all tokens of all rounds."""
@@ -51,14 +52,7 @@ class CycleSamples:
 
 
 def choose_layers(
-    backend: Backend,
-    recipe: Recipe,
-    shape: AttentionShape,
-    context: int,
-    capacity: int,
-    dtype: str,
-    dense_dtype: str,
-    asked: int | None,
+    backend: Backend, recipe: Recipe, shape: AttentionShape, context: int, capacity: int, dtype: str, asked: int | None
 ) -> int:
     """Return the layers of a cycle: as asked, else enough that the elastic bytes exceed the last-level cache twice.
 
@@ -66,18 +60,20 @@ def choose_layers(
     ------
     UsageError : if the layers asked for do not fit the device.
     """
-    per_layer = backend.cache_bytes(shape, capacity, dtype, recipe) + backend.cache_bytes(shape, capacity, dense_dtype, DENSE)
-    fit = int(0.9 * backend.device.free_bytes // per_layer)
-    if asked is not None:
-        if asked > fit:
-            raise UsageError(
-                f"--layers {asked} needs {asked * per_layer / 2**30:.2f} GiB for its caches at {capacity} tokens; "
-                f"{backend.device.free_bytes / 2**30:.2f} GiB are free: {fit} layers fit"
-            )
-        return asked
-    kv = interval_bytes(recipe, [context] * shape.batch, shape, dtype).kv
-    wanted = math.ceil(COLD_FACTOR * backend.device.last_level_cache_bytes / kv)
-    return max(1, min(wanted, MAX_LAYERS, fit))
+    # Which dense dtype will win is not known yet; the widest is reckoned with.
+    dense = backend.cache_bytes(shape, capacity, "fp32", DENSE)
+    per_layer = backend.cache_bytes(shape, capacity, dtype, recipe) + dense
+    fit = int(MEMORY_SHARE * backend.device.free_bytes // per_layer)
+    if asked is None:
+        kv = interval_bytes(recipe, [context] * shape.batch, shape, dtype).kv
+        wanted = math.ceil(COLD_FACTOR * backend.device.last_level_cache_bytes / kv)
+        asked = max(1, min(wanted, MAX_LAYERS, fit))
+    if asked > fit:
+        raise UsageError(
+            f"an inference cycle of {asked} layers at {capacity} tokens needs {asked * per_layer / 2**30:.2f} GiB; "
+            f"{MEMORY_SHARE * backend.device.free_bytes / 2**30:.2f} GiB can be used: {fit} layers fit"
+        )
+    return asked
 
 
 def run_cycle(
@@ -90,7 +86,7 @@ def run_cycle(
     dense_dtype: str,
     sample: Sample,
     *,
-    layers: int | None,
+    layers: int,
     graph: bool,
     seed: int,
     time_limit_s: float | None,
@@ -98,7 +94,6 @@ def run_cycle(
 ) -> CycleSamples:
     """Decode `decode_tokens` tokens from `context`, dense and elastic, in up to `ROUNDS` mirrored rounds."""
     capacity = context + decode_tokens
-    n_layers = choose_layers(backend, recipe, shape, context, capacity, dtype, dense_dtype, layers)
     feedback = Feedback.seeded(shape.head_dim, seed, sample.query_rms, sample.key_rms, sample.value_rms)
     first = random_queries(shape, seed, 1.0)
     recipes = {"dense": (DENSE, dense_dtype), "elastic": (recipe, dtype)}
@@ -106,7 +101,7 @@ def run_cycle(
     caches: dict[str, list[LayerCache]] = {}
     for name, (kept, kept_dtype) in recipes.items():
         caches[name] = []
-        for layer in range(n_layers):
+        for layer in range(layers):
             cache = backend.cache(shape, capacity, kept_dtype, kept)
             cache.fill_random(np.full(shape.batch, context), seed + layer)
             cache.mark()
@@ -140,7 +135,7 @@ def run_cycle(
     rounds_done = samples.rounds
     speedup = ratio_interval(samples.times["dense"], samples.times["elastic"], 0.0) if rounds_done >= 2 else None
     return CycleSamples(
-        n_layers,
+        layers,
         {name: np.array(rows[:rounds_done]) for name, rows in latencies.items()},
         speedup,
         {name: (program.captured, program.nodes) for name, program in programs.items()},

@@ -40,6 +40,7 @@ class Options:
     input : safetensors file of real activations; None is the shipped sample.
     gate : criteria for a verdict.
     backend, device, seed : where, and with which random numbers.
+    command : what was typed, for the record; empty when called from Python.
     """
 
     seq: int = 1024
@@ -69,6 +70,7 @@ class Options:
     input: Path | None = None
     gate: Gate | None = None
     backend: str = "auto"
+    command: tuple[str, ...] = ()
     device: int | None = None
     seed: int = 0
 

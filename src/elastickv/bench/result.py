@@ -77,7 +77,10 @@ class Results:
 
 @dataclass(frozen=True)
 class InferenceCycle:
-    """Sequential decode; totals are for one layer (raw total / layers), milliseconds."""
+    """Sequential decode, milliseconds. Totals are geometric means over rounds, for one layer: raw total / layers.
+
+    Latencies are of one token through all layers; `raw_token_latencies_ms` holds them per contender, round and token.
+    """
 
     decode_tokens: int
     baseline_total_ms: float
@@ -88,6 +91,7 @@ class InferenceCycle:
     speedup_low: float | None
     speedup_high: float | None
     layers: int
+    raw_token_latencies_ms: dict[str, list[list[float]]]
     rounds: int
     baseline_name: str
     raw_baseline_total_ms: float
@@ -195,7 +199,7 @@ class Result:
     speedup: Interval
     pairing: str
     faster: bool
-    noise_floor: Interval
+    noise_floor: Interval | None
     ceilings: dict[str, float]
     roofline: dict[str, RooflinePoint]
     fidelity: Fidelity
@@ -209,5 +213,12 @@ class Result:
     flagged_samples: dict[str, list[int]] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as plain values, keys in documented order."""
-        return asdict(self)
+        """Return the result as JSON values, keys in documented order."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -5,9 +5,10 @@ from typing import Protocol
 
 from elastickv.backends import Backend, load
 from elastickv.bench.cycle import CycleSamples, run_cycle
+from elastickv.bench.environment import environment
 from elastickv.bench.options import Options
 from elastickv.bench.preparation import Field, check_memory, prepare
-from elastickv.bench.receipt import SampleReceipt, replay, sample_shape
+from elastickv.bench.receipt import SampleReceipt, check_range, replay, sample_shape
 from elastickv.bench.result import Fidelity, Result
 from elastickv.bench.sampler import Samples, collect
 from elastickv.bench.summary import AGAIN, Summary, speedup_interval
@@ -51,9 +52,11 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
     """
     report = reporter or Silent()
     sample = load_sample(options.input)
+    check_range(sample, options.dtype)
     backend, passed_over = load(options.backend, options.device)
     recipe = options.resolved_recipe
-    check_memory(backend, options, recipe)
+    layers = check_memory(backend, options, recipe)
+    surroundings = environment()
     report.phase(f"checking {recipe} on real activations")
     receipt, refused = _sample_receipt(backend, options, sample)
     report.phase("measuring the ceilings of the device")
@@ -64,9 +67,12 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
         samples = _measure(options, field, report.progress, lambda: bool(telemetry.snapshot()["flags"]))
         cycle, complete = None, samples.complete
         try:
+            for contender in (field.own_dense, field.elastic, *field.peers):
+                contender.check()
+                contender.close()
             if complete and options.inference:
                 report.phase("inference cycle")
-                cycle = _cycle(backend, options, recipe, field, sample, report.progress)
+                cycle = _cycle(backend, options, recipe, field, sample, layers, report.progress)
                 complete = cycle.complete
             if complete:
                 report.phase("measuring the ceilings again")
@@ -75,7 +81,7 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
             # What was measured before is kept; only the result is marked.
             complete = False
     return Summary(options, backend, recipe, field, ceilings, samples, cycle, complete).result(
-        Fidelity(sample.name, field.kernel_error, receipt, refused), telemetry, passed_over
+        Fidelity(sample.name, field.kernel_error, receipt, refused), telemetry, surroundings, passed_over
     )
 
 
@@ -98,9 +104,11 @@ def _measure(options: Options, field: Field, progress: Callable[[int, int], None
     if limit is not None and options.inference:
         limit *= 1 - CYCLE_SHARE
     if options.warmup:
-        collect(
-            timed, options.warmup, paired=True, seed=options.seed, time_limit_s=None if limit is None else limit * WARMUP_SHARE
-        )
+        warming_s = None if limit is None else limit * WARMUP_SHARE
+        if not collect(timed, options.warmup, paired=True, seed=options.seed, time_limit_s=warming_s).complete:
+            raise KeyboardInterrupt
+    if limit is not None:
+        limit *= 1 - WARMUP_SHARE
     target = options.until_ci_percent
 
     def converged(samples: Samples) -> bool:
@@ -118,13 +126,19 @@ def _measure(options: Options, field: Field, progress: Callable[[int, int], None
         progress=progress,
         disturbed=disturbed,
     )
-    if samples.rounds < 2:
+    if min(len(samples.times["baseline"]), len(samples.times["elastic"])) < 2:
         raise KeyboardInterrupt
     return samples
 
 
 def _cycle(
-    backend: Backend, options: Options, recipe: Recipe, field: Field, sample: Sample, progress: Callable[[int, int], None]
+    backend: Backend,
+    options: Options,
+    recipe: Recipe,
+    field: Field,
+    sample: Sample,
+    layers: int,
+    progress: Callable[[int, int], None],
 ) -> CycleSamples:
     return run_cycle(
         backend,
@@ -135,7 +149,7 @@ def _cycle(
         options.dtype,
         field.own_dense.dtype,
         sample,
-        layers=options.layers,
+        layers=layers,
         graph=options.graphs,
         seed=options.seed,
         time_limit_s=None if options.time_limit_s is None else options.time_limit_s * CYCLE_SHARE,

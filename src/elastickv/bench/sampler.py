@@ -104,6 +104,7 @@ def collect(
         samples.stopped_by = "time limit"
     if paired:
         rounds = samples.rounds
+        samples.order = samples.order[: rounds * len(names)]
         samples.times = {name: times[:rounds] for name, times in samples.times.items()}
         samples.flagged = {name: [i for i in flagged if i < rounds] for name, flagged in samples.flagged.items()}
     return samples

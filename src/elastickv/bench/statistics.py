@@ -8,6 +8,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from elastickv.errors import NonFiniteError
+
 Float64 = NDArray[np.float64]
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -60,13 +62,14 @@ def ratio_interval(
 
     Raises
     ------
-    ValueError : if a time is not finite and positive, or there are fewer than 2 pairs.
+    ValueError : if there are fewer than 2 pairs.
+    NonFiniteError : if a time is not finite and positive.
     """
     a, b = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     if len(a) < 2 or len(b) < 2 or (paired and len(a) != len(b)):
         raise ValueError(f"{len(a)} and {len(b)} samples make no interval: at least 2 pairs are needed")
     if not (np.isfinite(a).all() and np.isfinite(b).all() and (a > 0).all() and (b > 0).all()):
-        raise ValueError("a time that is not a finite positive number")
+        raise NonFiniteError("a time that is not a finite positive number: no figure is reported")
     rng = np.random.default_rng(seed)
     series = [np.log(a) - np.log(b)] if paired else [np.log(a), -np.log(b)]
     estimate = variance = 0.0

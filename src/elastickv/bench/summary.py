@@ -1,14 +1,13 @@
 """From samples to a result."""
 
-import sys
 from dataclasses import replace
 from datetime import datetime, timezone
+from typing import Any
 
 from elastickv.backends import Backend, Ceilings
 from elastickv.bench.cautions import cautions
 from elastickv.bench.contenders import Contender
 from elastickv.bench.cycle import CycleSamples
-from elastickv.bench.environment import environment
 from elastickv.bench.gate import Verdict, judge
 from elastickv.bench.options import Options
 from elastickv.bench.preparation import Field
@@ -51,9 +50,11 @@ def speedup_interval(samples: Samples, options: Options) -> Interval:
     return ratio_interval(times["baseline"], times["elastic"], options.truncate, options.paired, options.seed)
 
 
-def noise_floor_interval(samples: Samples, options: Options) -> Interval:
-    """Return dense time / dense time: what this machine's noise alone looks like."""
+def noise_floor_interval(samples: Samples, options: Options) -> Interval | None:
+    """Return dense time / dense time: what this machine's noise alone looks like; None where it was not measured twice."""
     times = samples.times
+    if len(times[AGAIN]) < 2:
+        return None
     return ratio_interval(times["baseline"], times[AGAIN], options.truncate, options.paired, options.seed)
 
 
@@ -79,7 +80,7 @@ class Summary:
         self.reference_gbs = theoretical or ceilings.read_gbs
         self.reference = "theoretical" if theoretical else "measured read ceiling"
 
-    def result(self, fidelity: Fidelity, telemetry: Telemetry, passed_over: str | None) -> Result:
+    def result(self, fidelity: Fidelity, telemetry: Telemetry, surroundings: dict[str, Any], passed_over: str | None) -> Result:
         """Return the result; `passed_over` says why a faster device was not used."""
         options = self.options
         elastic, baseline = self._point("elastic"), self._point("baseline")
@@ -117,7 +118,7 @@ class Summary:
             contenders=self._timings(),
             speedup=self.speedup,
             pairing="abba" if options.paired else "sequential",
-            faster=self.speedup.low > max(1.0, self.noise_floor.high),
+            faster=self.noise_floor is not None and self.speedup.low > max(1.0, self.noise_floor.high),
             noise_floor=self.noise_floor,
             ceilings={
                 "read_gbs": self.ceilings.read_gbs,
@@ -134,7 +135,7 @@ class Summary:
                 self.samples.rounds,
             ),
             telemetry=telemetry.record(),
-            environment=environment(),
+            environment=surroundings,
             verdict=self._verdict(fidelity),
             warnings=[f"the CPU was measured: {passed_over}"] if passed_over else [],
             samples=self.samples.times,
@@ -187,7 +188,7 @@ class Summary:
             cache=o.cache,
             time_limit_s=o.time_limit_s,
             until_ci_percent=o.until_ci_percent,
-            command=["elastickv", *sys.argv[1:]],
+            command=list(o.command),
         )
 
     def _results(self, point: RooflinePoint) -> Results:
@@ -233,7 +234,7 @@ class Summary:
         entrants |= {peer.name: peer for peer in field.peers}
         timings = []
         for name, c in entrants.items():
-            if name not in self.samples.times:
+            if not self.samples.times.get(name):
                 continue
             mean, std, rotation = self._mean(name), self._std(name), c.rotation
             timings.append(
@@ -274,6 +275,7 @@ class Summary:
             speedup_low=cycle.speedup.low if cycle.speedup else None,
             speedup_high=cycle.speedup.high if cycle.speedup else None,
             layers=cycle.layers,
+            raw_token_latencies_ms={name: rows.tolist() for name, rows in cycle.latencies.items()},
             rounds=len(cycle.latencies["elastic"]),
             baseline_name=self.field.own_dense.name,
             raw_baseline_total_ms=raw["dense"],
@@ -293,11 +295,13 @@ class Summary:
 
         elastic, baseline = self._point("elastic"), self._point("baseline")
         error = fidelity.sample.recipe_error.mean if fidelity.sample else None
-        figures = {
+        # In a hot run the data sits in a cache: figures that relate to memory say nothing.
+        cold = self.options.cache == "cold"
+        figures: dict[str, tuple[float, float] | None] = {
             "speedup": (self.speedup.low, self.speedup.high),
             "cv": exactly(100 * self._std("elastic") / self._mean("elastic")),
-            "efficiency": exactly(100 * baseline.bandwidth_gbs / self.reference_gbs),
-            "roofline": exactly(elastic.score),
+            "efficiency": exactly(100 * baseline.bandwidth_gbs / self.reference_gbs) if cold else None,
+            "roofline": exactly(elastic.score) if cold else None,
             "recipe_error": None if error is None else exactly(error),
         }
         return judge(self.options.gate, figures, self.complete)

@@ -25,6 +25,8 @@ class Contender:
     captured : whether a sample is one captured graph.
     nodes : that graph's nodes.
     kernels_per_step : kernel launches of one decode step; None where the contender does not tell.
+    check : raise NonFiniteError if the last sample left an output that is not finite.
+    close : give back the memory; no sample can be taken afterwards.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Contender:
     captured: bool
     nodes: int | None
     kernels_per_step: int | None
+    check: Callable[[], None] = lambda: None
+    close: Callable[[], None] = lambda: None
 
 
 class Peer(Protocol):

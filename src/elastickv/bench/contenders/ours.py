@@ -3,11 +3,12 @@
 import numpy as np
 
 import elastickv
-from elastickv.backends import Backend
+from elastickv.backends import Backend, Program
 from elastickv.bench.contenders.base import Contender
 from elastickv.bench.contenders.rotation import MAX_COPIES, Rotation
 from elastickv.cache import LayerCache
-from elastickv.recipe import AttentionShape, Recipe, step_bytes
+from elastickv.errors import NonFiniteError
+from elastickv.recipe import AttentionShape, Recipe, interval_bytes
 
 
 def random_queries(shape: AttentionShape, seed: int, rms: float) -> np.ndarray:
@@ -50,21 +51,29 @@ def ours(
     seed: int,
     graph: bool,
     query_rms: float = 1.0,
-) -> tuple[Contender, list[LayerCache]]:
-    """Return a contender of our own and the caches it goes round."""
+) -> tuple[Contender, Program, list[LayerCache]]:
+    """Return a contender of our own, the program it times and the caches that goes round."""
     caches = filled_caches(backend, shape, context, dtype, recipe, rotation.copies, seed)
     query = random_queries(shape, seed, query_rms)
     program = backend.attention(caches, [query] * len(caches), rotation.steps, graph)
+    held = [program]
+
+    def check() -> None:
+        if not all(np.isfinite(output).all() for output in held[0].outputs()):
+            raise NonFiniteError(f"{name} left an output that is not finite: no figure is reported")
+
     contender = Contender(
         name,
         "dense" if recipe.is_dense else "elastic",
         elastickv.__version__,
         recipe.cold_format or dtype,
-        step_bytes(recipe, [context] * shape.batch, shape, dtype).kv,
+        interval_bytes(recipe, [context] * shape.batch, shape, dtype).kv,
         rotation,
-        lambda: program.run(1)[0] / rotation.steps,
+        lambda: held[0].run(1)[0] / rotation.steps,
         program.captured,
         program.nodes,
         program.kernels_per_step,
+        check,
+        held.clear,
     )
-    return contender, caches
+    return contender, program, caches

@@ -62,9 +62,22 @@ class TorchSdpa:
                     except RuntimeError as error:
                         refused[name] = _reason(said, error)
                         continue
-                captured = kind == "cuda" and graph
-                ready.append(Contender(name, "peer", torch.__version__, dtype, kv_bytes, rotation, timed, captured, None, None))
+                ready.append(_contender(torch, name, dtype, kv_bytes, rotation, timed, kind == "cuda" and graph))
         return ready, refused
+
+
+def _contender(
+    torch: Any, name: str, dtype: str, kv_bytes: float, rotation: Rotation, timed: Callable[[], float], captured: bool
+) -> Contender:
+    held = [timed]
+
+    def close() -> None:
+        held.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    version, take = torch.__version__, lambda: held[0]()
+    return Contender(name, "peer", version, dtype, kv_bytes, rotation, take, captured, None, None, close=close)
 
 
 def _reason(said: list[warnings.WarningMessage], error: RuntimeError) -> str:
