@@ -1,6 +1,6 @@
 """Decode attention on a CUDA device beside PyTorch's SDPA back ends: same shapes, graph replay, inputs rotated past the L2.
 
-python benchmarks/gpu_decode.py --output FILE [--sweep] [--recipes dense,int8] [--no-torch]
+python benchmarks/gpu_decode.py --output FILE [--recipes "dense;int8"] [--builds "SPLITS=0;SPLITS=8,CLUSTER=0"] [--no-torch]
 """
 
 import argparse
@@ -26,7 +26,6 @@ SHAPES = (
     (1, 8, 1, 128, 131072),
 )
 ROTATION_BYTES = 200e6  # four times the L2 of an H100
-SWEEP = ({"EARLY": 0}, {"GROUP_FROM": 1000}, {"WARPS": 4, "MIN_BLOCKS": 3}, {"WARPS": 2, "MIN_BLOCKS": 6})
 
 
 def rotation(n_bytes):
@@ -93,7 +92,7 @@ def torch_us(row, launches=15):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--builds", default="", help="macros of further builds, to compare with the one that is planned")
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--recipes", default="dense;int8")
     parser.add_argument("--shapes", default="")
@@ -114,12 +113,10 @@ def main():
     for row in shapes:
         for text in options.recipes.split(";"):
             recipe = Recipe.parse(text)
-            builds = [{}]
-            if options.sweep:
-                builds += SWEEP
-            for macros in builds:
+            for build in ["", *filter(None, options.builds.split(";"))]:
+                macros = {k: int(v) for k, v in (term.split("=") for term in build.split(",") if term)}
                 us, gbs = ours_us(CudaBackend(None, "auto", macros) if macros else backend, row, recipe)
-                record(row, f"{text} {' '.join(f'{k}={v}' for k, v in macros.items())}", us, gbs)
+                record(row, f"{text} {build}".strip(), us, gbs)
                 gc.collect()
         if not options.no_torch:
             import torch

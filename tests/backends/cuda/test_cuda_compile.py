@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from elastickv.backends.cuda import compiler
-from elastickv.backends.cuda.variants import ARCHITECTURES, RECIPES, ceilings_variant, compile_all, decode_variant
+from elastickv.backends.cuda.variants import (
+    ARCHITECTURES,
+    RECIPES,
+    ceilings_variant,
+    compile_all,
+    decode_variant,
+    plan_splits,
+    split_variant,
+)
 from elastickv.recipe import HEAD_DIMS, Recipe
 
 pytest.importorskip("cuda.bindings.nvrtc")
@@ -27,7 +35,9 @@ def each_source():
         yield decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "simt").storing()
         yield ceilings_variant(arch)
         if int(arch) >= 80:
-            yield decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "mma")
+            general = decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "mma")
+            yield general
+            yield split_variant(general, 4, 8)
 
 
 def parameters(arch):
@@ -59,7 +69,9 @@ def pairwise():
     for arch in ("61", "90"):
         if arch in SUPPORTED:
             for kind, dtype, text, dim, group in covering(list(parameters(arch))):
-                yield decode_variant(dim, group, dtype, Recipe.parse(text), arch, kind)
+                variant = decode_variant(dim, group, dtype, Recipe.parse(text), arch, kind)
+                yield variant
+                yield from filter(None, [split_variant(variant, min(group, 8), 2 if group < 4 else 8)])
 
 
 VARIANTS = sorted({*each_source(), *pairwise()}, key=str)
@@ -95,7 +107,7 @@ def test_nothing_spills_from_sm_80_on(compiled):
 def test_every_architecture_has_every_source(compiled):
     found = {(v.arch, v.source) for v in compiled}
     for arch in SUPPORTED:
-        for source in ("decode_simt", "append", "ceilings", *(("decode_mma",) if int(arch) >= 80 else ())):
+        for source in ("decode_simt", "append", "ceilings", *(("decode_mma", "decode_split") if int(arch) >= 80 else ())):
             assert (arch, source) in found
     assert all(c.resources for c in compiled.values())
 
@@ -127,16 +139,35 @@ def loop_code(cubin, tmp_path, kernel="decode"):
 def test_rows_are_read_16_bytes_at_a_time(arch, text, tmp_path):
     if arch not in SUPPORTED:
         pytest.skip(f"this NVRTC does not compile for {arch}")
-    kinds = ["simt"] if int(arch) < 80 else ["simt", "mma"]
-    for kind in kinds:
-        code = loop_code(decode_variant(128, 4, "bf16", Recipe.parse(text), arch, kind).compiled().cubin, tmp_path)
+    recipe = Recipe.parse(text)
+    variants = {"simt": decode_variant(128, 4, "bf16", recipe, arch, "simt")}
+    if int(arch) >= 80:
+        variants["mma"] = decode_variant(128, 4, "bf16", recipe, arch, "mma")
+        variants["split"] = split_variant(variants["mma"], 4, 8)
+    for kind, variant in variants.items():
+        code = loop_code(variant.compiled().cubin, tmp_path)
         wide = len(re.findall(r"\bLDG\.E[.\w]*\.128|\bLDGSTS[.\w]*\.128", code))
         # A unit has at least 4 wide loads of K and 4 of V; other global loads are scales, lengths, queries and the merge.
         assert wide >= 8, f"{kind}: {wide} wide loads"
         if text == "int8":
             assert re.search(r"\bIDP\.", code) if kind == "simt" else re.search(r"\bIMMA\.", code)
-        if kind == "mma":
+        if kind != "simt":
             assert re.search(r"\bHMMA\.16816\.F32", code)
+
+
+def test_blocks_of_a_head_start_together_and_only_short_contexts_are_split():
+    for heads, units, multiprocessors in itertools.product((1, 8, 16, 33, 66, 67, 500), (1, 64, 256, 100000), (16, 132)):
+        planned = plan_splits(heads, units, multiprocessors)
+        assert all(heads * splits <= multiprocessors and units <= 100 * splits for splits in planned)
+        assert planned or units > 64 or 2 * heads > multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("dim", "group", "text", "arch"),
+    [(256, 1, "dense", "90"), (64, 9, "dense", "90"), (64, 1, "bf16,reuse,anchor_every=4", "90"), (64, 1, "dense", "75")],
+)
+def test_no_fixed_split_is_offered_where_there_is_no_kernel(dim, group, text, arch):
+    assert split_variant(decode_variant(dim, group, "bf16", Recipe.parse(text), arch), group, 8) is None
 
 
 def test_dp4a_is_used_on_the_oldest_part(tmp_path):

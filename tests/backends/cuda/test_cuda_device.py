@@ -28,6 +28,18 @@ RECIPES = (
 )
 LENGTHS = (1, 3, 4, 5, 31, 32, 33, 63, 65, 127, 128, 129, 131, 132, 133, 159, 160, 163, 164, 165, 195, 196, 197, 513, 900)
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 20)
+# The tensor-core kernel that shares out work, those of a fixed split with and without clusters, and the one for older parts.
+KERNELS = {
+    "mma": ("mma", {"SPLITS": 0}),
+    "split": ("mma", {"SPLITS": 8}),
+    "split-scratch": ("mma", {"SPLITS": 4, "CLUSTER": 0}),
+    "simt": ("simt", {}),
+}
+
+
+def open_kernel(open_cuda, name):
+    kind, macros = KERNELS[name]
+    return open_cuda(kind, **macros)
 
 
 def random_tokens(rng, shape, tokens):
@@ -50,12 +62,16 @@ def check_decode(cache, oracle, queries, limit):
 def cases():
     rng = random.Random(7)
     pool = []
-    for kind, dtype, text in itertools.product(("mma", "simt"), LIMITS, RECIPES):
-        if kind == "mma" and Recipe.parse(text).exact_dtype(dtype) == "fp32":
+    for kind, dtype, text in itertools.product(KERNELS, LIMITS, RECIPES):
+        if kind != "simt" and Recipe.parse(text).exact_dtype(dtype) == "fp32":
+            continue
+        if kind.startswith("split") and Recipe.parse(text).selection == "reuse":
             continue
         pool.append((kind, dtype, text))
-    dims, groups = itertools.cycle(HEAD_DIMS), itertools.cycle(GROUPS)
+    every = itertools.cycle(HEAD_DIMS), itertools.cycle(GROUPS)
+    short = itertools.cycle(d for d in HEAD_DIMS if d <= 128), itertools.cycle(g for g in GROUPS if g <= 8)
     for kind, dtype, text in pool:
+        dims, groups = short if kind.startswith("split") else every
         for _ in range(2):
             lengths = tuple(rng.choice(LENGTHS) for _ in range(3))
             yield pytest.param(kind, dtype, text, next(dims), next(groups), lengths)
@@ -66,7 +82,8 @@ def cases():
 def test_decode_agrees_with_the_oracle(open_cuda, kind, dtype, text, head_dim, group, lengths):
     recipe, shape = Recipe.parse(text), AttentionShape(3, 2 * group, 2, head_dim)
     rng = np.random.default_rng([head_dim, group, *lengths])
-    cache = open_cuda(kind).cache(shape, max(lengths) + 40, dtype, recipe)
+    cache = open_kernel(open_cuda, kind).cache(shape, max(lengths) + 40, dtype, recipe)
+    assert kind.startswith("split") == bool(cache.variant.splits)
     keys, values = random_tokens(rng, shape, max(lengths))
     cache.prefill(keys, values, np.array(lengths))
     oracle = Oracle(cache)
@@ -76,13 +93,13 @@ def test_decode_agrees_with_the_oracle(open_cuda, kind, dtype, text, head_dim, g
         cache.append(*rng.standard_normal((2, 3, 2, head_dim), dtype=np.float32))
 
 
-@pytest.mark.parametrize("kind", ["mma", "simt"])
+@pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("text", ["dense", "int8", "bf16,stride=2", "bf16,reuse,anchor_every=2"])
 @pytest.mark.parametrize("shape", [AttentionShape(1, 4, 1, 128), AttentionShape(2, 64, 64, 64), AttentionShape(5, 320, 80, 64)])
 def test_long_contexts_are_split_among_blocks(open_cuda, kind, text, shape):
     recipe, rng = Recipe.parse(text), np.random.default_rng(3)
     longest = 20000 if shape.kv_heads == 1 else 1500
-    cache = open_cuda(kind).cache(shape, longest + 8, "bf16", recipe)
+    cache = open_kernel(open_cuda, kind).cache(shape, longest + 8, "bf16", recipe)
     lengths = np.array([longest - 613 * i % longest // 2 for i in range(shape.batch)])
     cache.fill_random(lengths, seed=11)
     oracle = Oracle(cache)
@@ -90,6 +107,43 @@ def test_long_contexts_are_split_among_blocks(open_cuda, kind, text, shape):
         queries = rng.standard_normal((shape.batch, shape.query_heads, shape.head_dim), dtype=np.float32)
         check_decode(cache, oracle, queries, 4e-3)
         cache.append(*rng.standard_normal((2, shape.batch, shape.kv_heads, shape.head_dim), dtype=np.float32))
+
+
+@pytest.mark.parametrize("text", ["dense", "int8", "bf16,stride=2", "int8,sinks=0,window=0"])
+@pytest.mark.parametrize("splits", [2, 4, 8])
+def test_lengths_around_the_ends_of_units_and_rounds(open_cuda, text, splits):
+    recipe, rng, shape = Recipe.parse(text), np.random.default_rng(12), AttentionShape(1, 6, 2, 64)
+    unit = 32 if recipe.cold_format == "int8" else 16
+    round_tokens = splits * 8 * unit
+    cache = open_cuda("mma", SPLITS=splits).cache(shape, 2 * round_tokens + 300, "bf16", recipe)
+    keys, values = random_tokens(rng, shape, cache.capacity)
+    around = {
+        n + d for n in (1, unit, splits * unit, round_tokens, 2 * round_tokens, 2 * round_tokens + 298) for d in (-1, 0, 1)
+    }
+    for length in sorted(around | {cache.capacity} - {0}):
+        cache.prefill(keys, values, np.array([max(length, 1)]))
+        queries = rng.standard_normal((1, 6, 64), dtype=np.float32)
+        check_decode(cache, Oracle(cache), queries, 4e-3)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("text", ["dense", "int8", "bf16,stride=2", "bf16,sinks=3,window=40"])
+def test_what_lies_behind_the_last_token_does_not_count(open_cuda, kind, text):
+    shape, rng = AttentionShape(1, 4, 2, 128), np.random.default_rng(13)
+    cache = open_kernel(open_cuda, kind).cache(shape, 900, "bf16", Recipe.parse(text))
+    keys, values = random_tokens(rng, shape, 900)
+    for length in (7, 130, 333, 700):
+        cache.prefill(np.full_like(keys, np.nan), np.full_like(values, np.nan), np.array([900]))
+        cache.prefill(keys, values, np.array([length]))
+        check_decode(cache, Oracle(cache), rng.standard_normal((1, 4, 128), dtype=np.float32), 4e-3)
+
+
+def test_short_contexts_are_split_as_planned(open_cuda):
+    backend = open_cuda()
+    units = [backend.cache(AttentionShape(1, 2, 2, 64), n, "bf16", DENSE).variant.splits for n in (100, 1 << 18)]
+    assert units[1] == 0
+    if int(backend.device.sm.replace(".", "")) >= 80:
+        assert units[0] == 8
 
 
 @pytest.mark.parametrize("text", ["dense", "int8", "bf16,stride=2"])
@@ -106,8 +160,8 @@ def test_scores_far_apart_and_tiny_values_keep_their_precision(open_cuda):
     keys, values = random_tokens(rng, shape, 700)
     keys[..., 5] *= 30
     values *= np.exp(rng.uniform(-9, 3, (1, 2, 700, 1))).astype(np.float32)
-    for kind, text in itertools.product(("mma", "simt"), ("dense", "int8")):
-        cache = open_cuda(kind).cache(shape, 700, "bf16", Recipe.parse(text))
+    for kind, text in itertools.product(KERNELS, ("dense", "int8")):
+        cache = open_kernel(open_cuda, kind).cache(shape, 700, "bf16", Recipe.parse(text))
         cache.prefill(keys, values, np.array([700]))
         queries = rng.standard_normal((1, 8, 128), dtype=np.float32) * 3
         check_decode(cache, Oracle(cache), queries, 4e-3)

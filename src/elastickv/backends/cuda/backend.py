@@ -9,7 +9,7 @@ from elastickv.backends.cuda.ceilings import measure
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.backends.cuda.programs import CudaProgram, attention_program, cycle_program
 from elastickv.backends.cuda.storage import Layout, Scratch, ScratchSize
-from elastickv.backends.cuda.variants import Variant, decode_variant
+from elastickv.backends.cuda.variants import Variant, decode_variant, plan_splits, split_variant
 from elastickv.backends.protocol import Ceilings, DeviceInfo
 from elastickv.cache.layer import Float32, LayerCache
 from elastickv.errors import UsageError
@@ -36,19 +36,33 @@ class CudaBackend:
     def device(self) -> DeviceInfo:
         return self._device.info()
 
-    def _variant(self, shape: AttentionShape, dtype: str, recipe: Recipe) -> Variant:
+    def _variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
         variant = decode_variant(shape.head_dim, shape.group, dtype, recipe, self._device.arch, self._kind)
+        variant = self._split(variant, shape, Layout.of(shape, capacity, dtype, recipe).units(recipe)) or variant
         macros = tuple(sorted((dict(variant.macros) | self._extra).items()))
         return Variant(variant.source, variant.arch, macros)
 
+    def _split(self, variant: Variant, shape: AttentionShape, units: int) -> Variant | None:
+        """Return the kernel of a fixed split if it serves: the one of most blocks whose clusters all run at once."""
+        heads = shape.batch * shape.kv_heads
+        if "SPLITS" in self._extra:
+            return split_variant(variant, shape.group, self._extra["SPLITS"])
+        for splits in plan_splits(heads, units, self._device.multiprocessors):
+            split = split_variant(variant, shape.group, splits)
+            if split and (not split["CLUSTER"] or self._device.clusters_at_once(split, "decode", splits) >= heads):
+                return split
+        return None
+
     def _grid(self, shape: AttentionShape, variant: Variant) -> tuple[int, ScratchSize]:
-        blocks = self._device.multiprocessors * self._device.blocks_per_multiprocessor(variant, "decode")
         problems = shape.batch * shape.kv_heads * -(-shape.group // variant.rows)
+        blocks = problems * variant.splits
+        if not blocks:
+            blocks = self._device.multiprocessors * self._device.blocks_per_multiprocessor(variant, "decode")
         return blocks, ScratchSize.of(variant, blocks, problems)
 
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
         """Return the device bytes that `cache` would allocate, its scratch included."""
-        _, scratch = self._grid(shape, self._variant(shape, dtype, recipe))
+        _, scratch = self._grid(shape, self._variant(shape, capacity, dtype, recipe))
         return Layout.of(shape, capacity, dtype, recipe).n_bytes + scratch.n_bytes
 
     def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> LayerCache:
@@ -60,7 +74,7 @@ class CudaBackend:
         """
         if capacity < 1:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give at least 1")
-        variant = self._variant(shape, dtype, recipe)
+        variant = self._variant(shape, capacity, dtype, recipe)
         blocks, size = self._grid(shape, variant)
         shared = self._scratch is not None and self._scratch.holds(size)
         needed = Layout.of(shape, capacity, dtype, recipe).n_bytes + (0 if shared else size.n_bytes)

@@ -183,6 +183,13 @@ class CudaDevice:
         """Return how many blocks of a kernel fit a multiprocessor at once."""
         return max(1, int(self.kernel(variant, name).occupancy.max_active_blocks_per_multiprocessor(variant.threads, 0)))
 
+    def clusters_at_once(self, variant: Variant, name: str, blocks: int) -> int:
+        """Return how many clusters of `blocks` blocks the device runs at once: they do not straddle its parts."""
+        from cuda.core import LaunchConfig
+
+        config = LaunchConfig(grid=1, cluster=blocks, block=variant.threads)
+        return int(self.kernel(variant, name).occupancy.max_active_clusters(config, stream=self.stream))
+
     def launch(self, variant: Variant, name: str, grid: tuple[int, ...], threads: int, *args: Any) -> None:
         """Launch on the stream. Arguments: Memory, None (null pointer) or a ctypes scalar."""
         from cuda.core import LaunchConfig, launch

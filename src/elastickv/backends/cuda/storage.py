@@ -17,6 +17,7 @@ from elastickv.recipe.pages import kept
 _NAN_WORD = 0x7FFFFFFF
 _FLOAT = 4
 _MERGE_LEVELS = 2
+_UNIT, _INT8_UNIT = 16, 32
 _SCALE_ROWS = 32  # a lane loads the scales of 8 tokens at once, a warp of 32
 
 
@@ -76,6 +77,11 @@ class Layout:
             lse=queries * _FLOAT,
             state=heads * 8,
         )
+
+    def units(self, recipe: Recipe) -> int:
+        """Return the units of equal bytes that a full cache's head is read in: 16 rows, or 32 of int8."""
+        per_cold = _INT8_UNIT if recipe.cold_format == "int8" else _UNIT
+        return -(-self.exact_rows // _UNIT) + -(-self.cold_rows // per_cold)
 
     @property
     def n_bytes(self) -> int:

@@ -14,6 +14,10 @@ _COLD_NONE, _COLD_SAME, _COLD_INT8 = 0, 1, 2
 _MMA_SINCE = 80
 _HEADS_OF_MMA_TILE = 8
 KINDS = ("auto", "mma", "simt")
+_SPLIT_WARPS = 8
+_MOST_ROUNDS = 4  # units of one warp up to which waiting costs more than an even split of the work gains
+LARGEST_CLUSTER = 8
+_CLUSTERS = ("90", "100")  # architectures whose blocks can write to each other's shared memory
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,12 @@ class Variant:
     @property
     def rows(self) -> int:
         """Query heads that one pass holds."""
-        return (_HEADS_OF_MMA_TILE if self.source == "decode_mma" else self["TILE"]) * self["QTILES"]
+        return (self["TILE"] if self.source == "decode_simt" else _HEADS_OF_MMA_TILE) * self["QTILES"]
+
+    @property
+    def splits(self) -> int:
+        """Blocks that attend to one KV head; 0 if blocks share out the work that they find."""
+        return self["SPLITS"] if self.source == "decode_split" else 0
 
     @property
     def threads(self) -> int:
@@ -90,6 +99,31 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     return Variant("decode_simt", arch, _macros(common, QTILES=_tiles(group, tile, 4), WARPS=4, MIN_BLOCKS=2, TILE=tile))
 
 
+def split_variant(variant: Variant, group: int, splits: int) -> Variant | None:
+    """Return the kernel for short contexts with `splits` blocks a KV head that stands for `variant`; None if there is none."""
+    if (
+        not splits
+        or variant.source != "decode_mma"
+        or variant["HEAD_DIM"] > 128
+        or variant["REUSE"]
+        or group > _HEADS_OF_MMA_TILE
+    ):
+        return None
+    macros = dict(variant.macros) | {"QTILES": 1, "WARPS": _SPLIT_WARPS, "MIN_BLOCKS": 1}
+    cluster = int(variant.arch in _CLUSTERS and splits <= LARGEST_CLUSTER)
+    return Variant("decode_split", variant.arch, _macros(macros, SPLITS=splits, CLUSTER=cluster, PREFETCH=1))
+
+
+def plan_splits(heads: int, units: int, multiprocessors: int) -> tuple[int, ...]:
+    """Return how many blocks may attend to each of `heads` KV heads of up to `units` units, best first; none if too long.
+
+    A head's blocks all start at once, so more of them than multiprocessors would be run one after the other.
+    """
+    return tuple(
+        n for n in (LARGEST_CLUSTER, 4, 2) if n * heads <= multiprocessors and units <= n * _SPLIT_WARPS * _MOST_ROUNDS
+    )
+
+
 def _tiles(group: int, rows: int, most: int) -> int:
     tiles = 1
     while tiles < most and tiles * rows < group:
@@ -125,8 +159,9 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
             if kind == "mma" and (int(arch) < _MMA_SINCE or Recipe.parse(recipe).exact_dtype(dtype) == "fp32"):
                 continue
             variant = decode_variant(head_dim, group, dtype, Recipe.parse(recipe), arch, kind)
-            for each in (variant, variant.storing()):
-                if each not in seen:
+            split = [split_variant(variant, group, n) for n in (2, 4, LARGEST_CLUSTER)]
+            for each in (variant, variant.storing(), *split):
+                if each and each not in seen:
                     seen.add(each)
                     yield each
         ceilings = ceilings_variant(arch)
