@@ -15,6 +15,7 @@ from elastickv.backends.cuda import compiler
 from elastickv.backends.cuda.variants import (
     ARCHITECTURES,
     RECIPES,
+    Split,
     ceilings_variant,
     compile_all,
     decode_variant,
@@ -37,7 +38,7 @@ def each_source():
         if int(arch) >= 80:
             general = decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "mma")
             yield general
-            yield split_variant(general, 4, 8)
+            yield split_variant(general, 4, Split(8, True))
 
 
 def parameters(arch):
@@ -71,7 +72,7 @@ def pairwise():
             for kind, dtype, text, dim, group in covering(list(parameters(arch))):
                 variant = decode_variant(dim, group, dtype, Recipe.parse(text), arch, kind)
                 yield variant
-                yield from filter(None, [split_variant(variant, min(group, 8), 2 if group < 4 else 8)])
+                yield from filter(None, [split_variant(variant, min(group, 8), Split(8, True) if group < 4 else Split(16))])
 
 
 VARIANTS = sorted({*each_source(), *pairwise()}, key=str)
@@ -143,7 +144,7 @@ def test_rows_are_read_16_bytes_at_a_time(arch, text, tmp_path):
     variants = {"simt": decode_variant(128, 4, "bf16", recipe, arch, "simt")}
     if int(arch) >= 80:
         variants["mma"] = decode_variant(128, 4, "bf16", recipe, arch, "mma")
-        variants["split"] = split_variant(variants["mma"], 4, 8)
+        variants["split"] = split_variant(variants["mma"], 4, Split(8, True))
     for kind, variant in variants.items():
         code = loop_code(variant.compiled().cubin, tmp_path)
         wide = len(re.findall(r"\bLDG\.E[.\w]*\.128|\bLDGSTS[.\w]*\.128", code))
@@ -155,11 +156,14 @@ def test_rows_are_read_16_bytes_at_a_time(arch, text, tmp_path):
             assert re.search(r"\bHMMA\.16816\.F32", code)
 
 
-def test_blocks_of_a_head_start_together_and_only_short_contexts_are_split():
-    for heads, units, multiprocessors in itertools.product((1, 8, 16, 33, 66, 67, 500), (1, 64, 256, 100000), (16, 132)):
-        planned = plan_splits(heads, units, multiprocessors)
-        assert all(heads * splits <= multiprocessors and units <= 100 * splits for splits in planned)
-        assert planned or units > 64 or 2 * heads > multiprocessors
+def test_blocks_of_a_head_start_together_and_only_what_gains_is_split():
+    heads, units = (1, 8, 16, 33, 66, 67, 500), (1, 64, 256, 100000)
+    for batch, kv_heads, most, int8, multiprocessors in itertools.product((1, 3), heads, units, (False, True), (16, 132)):
+        planned = plan_splits(batch, kv_heads, most, int8, multiprocessors)
+        assert all(batch * kv_heads * split.blocks <= multiprocessors for split in planned)
+        assert planned or most > 64 or 2 * batch * kv_heads > multiprocessors
+        if batch > 1 or not int8:
+            assert all(most <= 100 * split.blocks and split.cluster for split in planned)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_blocks_of_a_head_start_together_and_only_short_contexts_are_split():
     [(256, 1, "dense", "90"), (64, 9, "dense", "90"), (64, 1, "bf16,reuse,anchor_every=4", "90"), (64, 1, "dense", "75")],
 )
 def test_no_fixed_split_is_offered_where_there_is_no_kernel(dim, group, text, arch):
-    assert split_variant(decode_variant(dim, group, "bf16", Recipe.parse(text), arch), group, 8) is None
+    assert split_variant(decode_variant(dim, group, "bf16", Recipe.parse(text), arch), group, Split(8)) is None
 
 
 def test_dp4a_is_used_on_the_oldest_part(tmp_path):

@@ -110,7 +110,7 @@ def test_long_contexts_are_split_among_blocks(open_cuda, kind, text, shape):
 
 
 @pytest.mark.parametrize("text", ["dense", "int8", "bf16,stride=2", "int8,sinks=0,window=0"])
-@pytest.mark.parametrize("splits", [2, 4, 8])
+@pytest.mark.parametrize("splits", [2, 4, 8, 16])
 def test_lengths_around_the_ends_of_units_and_rounds(open_cuda, text, splits):
     recipe, rng, shape = Recipe.parse(text), np.random.default_rng(12), AttentionShape(1, 6, 2, 64)
     unit = 32 if recipe.cold_format == "int8" else 16

@@ -9,7 +9,7 @@ from elastickv.backends.cuda.ceilings import measure
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.backends.cuda.programs import CudaProgram, attention_program, cycle_program
 from elastickv.backends.cuda.storage import Layout, Scratch, ScratchSize
-from elastickv.backends.cuda.variants import Variant, decode_variant, plan_splits, split_variant
+from elastickv.backends.cuda.variants import LARGEST_CLUSTER, Split, Variant, decode_variant, plan_splits, split_variant
 from elastickv.backends.protocol import Ceilings, DeviceInfo
 from elastickv.cache.layer import Float32, LayerCache
 from elastickv.errors import UsageError
@@ -38,20 +38,28 @@ class CudaBackend:
 
     def _variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
         variant = decode_variant(shape.head_dim, shape.group, dtype, recipe, self._device.arch, self._kind)
-        variant = self._split(variant, shape, Layout.of(shape, capacity, dtype, recipe).units(recipe)) or variant
+        if "SPLITS" in self._extra:
+            blocks = self._extra["SPLITS"]
+            split = split_variant(variant, shape.group, Split(blocks, blocks <= LARGEST_CLUSTER)) if blocks else None
+        else:
+            split = self._planned_split(variant, shape, capacity, dtype, recipe)
+        variant = split or variant
         macros = tuple(sorted((dict(variant.macros) | self._extra).items()))
         return Variant(variant.source, variant.arch, macros)
 
-    def _split(self, variant: Variant, shape: AttentionShape, units: int) -> Variant | None:
-        """Return the kernel of a fixed split if it serves: the one of most blocks whose clusters all run at once."""
-        heads = shape.batch * shape.kv_heads
-        if "SPLITS" in self._extra:
-            return split_variant(variant, shape.group, self._extra["SPLITS"])
-        for splits in plan_splits(heads, units, self._device.multiprocessors):
-            split = split_variant(variant, shape.group, splits)
-            if split and (not split["CLUSTER"] or self._device.clusters_at_once(split, "decode", splits) >= heads):
+    def _planned_split(
+        self, variant: Variant, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe
+    ) -> Variant | None:
+        """Return the kernel of the best fixed split whose clusters all run at once, if one serves."""
+        units, int8 = Layout.of(shape, capacity, dtype, recipe).units(recipe), recipe.cold_format == "int8"
+        for planned in plan_splits(shape.batch, shape.kv_heads, units, int8, self._device.multiprocessors):
+            split = split_variant(variant, shape.group, planned)
+            if split and (not split["CLUSTER"] or self._clusters_at_once(split) >= shape.batch * shape.kv_heads):
                 return split
         return None
+
+    def _clusters_at_once(self, variant: Variant) -> int:
+        return self._device.clusters_at_once(variant, "decode", variant.splits)
 
     def _grid(self, shape: AttentionShape, variant: Variant) -> tuple[int, ScratchSize]:
         problems = shape.batch * shape.kv_heads * -(-shape.group // variant.rows)

@@ -99,29 +99,38 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     return Variant("decode_simt", arch, _macros(common, QTILES=_tiles(group, tile, 4), WARPS=4, MIN_BLOCKS=2, TILE=tile))
 
 
-def split_variant(variant: Variant, group: int, splits: int) -> Variant | None:
-    """Return the kernel for short contexts with `splits` blocks a KV head that stands for `variant`; None if there is none."""
-    if (
-        not splits
-        or variant.source != "decode_mma"
-        or variant["HEAD_DIM"] > 128
-        or variant["REUSE"]
-        or group > _HEADS_OF_MMA_TILE
-    ):
+@dataclass(frozen=True)
+class Split:
+    """A fixed number of blocks a KV head: one cluster, or blocks that merge through scratch."""
+
+    blocks: int
+    cluster: bool = False
+
+
+def split_variant(variant: Variant, group: int, split: Split) -> Variant | None:
+    """Return the kernel of a fixed split that stands for `variant`; None if there is none."""
+    if variant.source != "decode_mma" or variant["HEAD_DIM"] > 128 or variant["REUSE"] or group > _HEADS_OF_MMA_TILE:
         return None
+    cluster = split.cluster and variant.arch in _CLUSTERS
     macros = dict(variant.macros) | {"QTILES": 1, "WARPS": _SPLIT_WARPS, "MIN_BLOCKS": 1}
-    cluster = int(variant.arch in _CLUSTERS and splits <= LARGEST_CLUSTER)
-    return Variant("decode_split", variant.arch, _macros(macros, SPLITS=splits, CLUSTER=cluster, PREFETCH=1))
-
-
-def plan_splits(heads: int, units: int, multiprocessors: int) -> tuple[int, ...]:
-    """Return how many blocks may attend to each of `heads` KV heads of up to `units` units, best first; none if too long.
-
-    A head's blocks all start at once, so more of them than multiprocessors would be run one after the other.
-    """
-    return tuple(
-        n for n in (LARGEST_CLUSTER, 4, 2) if n * heads <= multiprocessors and units <= n * _SPLIT_WARPS * _MOST_ROUNDS
+    prefetched = 1 if split.cluster else 2
+    return Variant(
+        "decode_split", variant.arch, _macros(macros, SPLITS=split.blocks, CLUSTER=int(cluster), PREFETCH=prefetched)
     )
+
+
+def plan_splits(batch: int, kv_heads: int, units: int, int8: bool, multiprocessors: int) -> tuple[Split, ...]:
+    """Return the fixed splits that serve sequences of up to `units` units a KV head, best first; may be none.
+
+    A head's blocks all start at once, so more of them than multiprocessors would be run one after the other. Short contexts
+    wait more than they read: clusters merge fastest. One long int8 sequence gains from a fixed split if that fills the device;
+    lengths that differ would leave blocks idle.
+    """
+    heads = batch * kv_heads
+    fits = [n for n in (2 * LARGEST_CLUSTER, LARGEST_CLUSTER, 4, 2) if n * heads <= multiprocessors]
+    short = [Split(n, True) for n in fits if n <= LARGEST_CLUSTER and units <= n * _SPLIT_WARPS * _MOST_ROUNDS]
+    full = [Split(n) for n in fits if batch == 1 and int8 and n * heads >= 0.9 * multiprocessors]
+    return (*short, *full)
 
 
 def _tiles(group: int, rows: int, most: int) -> int:
@@ -159,7 +168,7 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
             if kind == "mma" and (int(arch) < _MMA_SINCE or Recipe.parse(recipe).exact_dtype(dtype) == "fp32"):
                 continue
             variant = decode_variant(head_dim, group, dtype, Recipe.parse(recipe), arch, kind)
-            split = [split_variant(variant, group, n) for n in (2, 4, LARGEST_CLUSTER)]
+            split = [split_variant(variant, group, Split(n, n <= LARGEST_CLUSTER)) for n in (2, 4, 8, 16)]
             for each in (variant, variant.storing(), *split):
                 if each and each not in seen:
                     seen.add(each)

@@ -1,8 +1,12 @@
-// Decode attention over short contexts on tensor cores (SM 8.0 and newer): what costs time here is waiting, not moving.
+// Decode attention by a fixed number of blocks a KV head, on tensor cores (SM 8.0 and newer): for short contexts, where what costs
+// time is waiting, not moving, and for single int8 sequences.
 //
 // SPLITS blocks, one cluster where CLUSTER, attend to one KV head. A warp's first units depend on the capacity alone, so they are
-// on their way before the length and the query have arrived; rows that turn out to be no tokens are masked. The exact plane is read in
-// the order in which its rows lie. Blocks leave what they have in each other's shared memory, or without clusters in scratch.
+// on their way before the length and the query have arrived; rows that turn out to be no tokens are masked. The exact plane is
+// read in the order in which its rows lie. Blocks leave what they have in each other's shared memory, or without clusters in
+// scratch.
+//
+// Macros: SPLITS, CLUSTER, PREFETCH units of a warp behind the first that are fetched into L2 at the start.
 #include "attend.cuh"
 
 #define STEP (SPLITS * WARPS)                // units that the blocks of a head attend to at once
