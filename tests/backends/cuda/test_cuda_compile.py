@@ -19,6 +19,7 @@ from elastickv.backends.cuda.variants import (
     ceilings_variant,
     compile_all,
     decode_variant,
+    overlapping,
     plan_splits,
     split_variant,
 )
@@ -39,6 +40,7 @@ def each_source():
             general = decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "mma")
             yield general
             yield split_variant(general, 4, Split(8, True))
+            yield overlapping(general)
 
 
 def parameters(arch):

@@ -320,3 +320,18 @@ def test_no_limit_exceeds_the_theoretical_bandwidth(open_cuda):
     assert limits.read_gbs > 0 and limits.copy_gbs > 0 and limits.flops > 1e11
     if info.theoretical_bw_gbs:
         assert limits.read_gbs < info.theoretical_bw_gbs and limits.copy_gbs < info.theoretical_bw_gbs
+
+
+@pytest.mark.gpu
+def test_blocks_that_serve_several_heads_each(open_cuda):
+    backend = open_cuda()
+    heads = backend.device.compute_units + 3
+    shape = AttentionShape(1, 2 * heads, heads, 128)
+    cache = backend.cache(shape, 700, "bf16", Recipe.parse("int8"))
+    cache.fill_random(np.array([700]), 1)
+    queries = np.random.default_rng(2).standard_normal((1, shape.query_heads, 128), dtype=np.float32)
+    output, _ = cache.decode(queries)
+    oracle = Oracle(cache)
+    for head in (0, 1, heads // 2, heads - 1):
+        expected = oracle.decode_head(0, head, queries[0, 2 * head : 2 * head + 2]).output
+        assert relative_l2(output[0, 2 * head : 2 * head + 2], expected).max() < 4e-3

@@ -9,7 +9,15 @@ from elastickv.backends.cuda.ceilings import measure
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.backends.cuda.programs import CudaProgram, attention_program, cycle_program
 from elastickv.backends.cuda.storage import Layout, Scratch, ScratchSize
-from elastickv.backends.cuda.variants import LARGEST_CLUSTER, Split, Variant, decode_variant, plan_splits, split_variant
+from elastickv.backends.cuda.variants import (
+    LARGEST_CLUSTER,
+    Split,
+    Variant,
+    decode_variant,
+    overlapping,
+    plan_splits,
+    split_variant,
+)
 from elastickv.backends.protocol import Ceilings, DeviceInfo
 from elastickv.cache.layer import Float32, LayerCache
 from elastickv.errors import UsageError
@@ -43,6 +51,8 @@ class CudaBackend:
             split = split_variant(variant, shape.group, Split(blocks, blocks <= LARGEST_CLUSTER)) if blocks else None
         else:
             split = self._planned_split(variant, shape, capacity, dtype, recipe)
+        if split is None and shape.batch * shape.kv_heads > self._device.multiprocessors:
+            variant = overlapping(variant)
         variant = split or variant
         macros = tuple(sorted((dict(variant.macros) | self._extra).items()))
         return Variant(variant.source, variant.arch, macros)

@@ -99,6 +99,21 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     return Variant("decode_simt", arch, _macros(common, QTILES=_tiles(group, tile, 4), WARPS=4, MIN_BLOCKS=2, TILE=tile))
 
 
+def overlapping(variant: Variant) -> Variant:
+    """Return the build for blocks that each serve several KV heads; `variant` itself where none is better.
+
+    Between two heads an int8 block merges and reads nothing: two half-sized blocks a multiprocessor read in turn.
+    """
+    if (
+        variant.source != "decode_mma"
+        or variant["COLD_TYPE"] != _COLD_INT8
+        or variant["HEAD_DIM"] > 128
+        or variant["QTILES"] > 1
+    ):
+        return variant
+    return Variant(variant.source, variant.arch, _macros(dict(variant.macros) | {"WARPS": 4, "MIN_BLOCKS": 2}))
+
+
 @dataclass(frozen=True)
 class Split:
     """A fixed number of blocks a KV head: one cluster, or blocks that merge through scratch."""
@@ -169,7 +184,7 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
                 continue
             variant = decode_variant(head_dim, group, dtype, Recipe.parse(recipe), arch, kind)
             split = [split_variant(variant, group, Split(n, n <= LARGEST_CLUSTER)) for n in (2, 4, 8, 16)]
-            for each in (variant, variant.storing(), *split):
+            for each in (variant, variant.storing(), overlapping(variant), *split):
                 if each and each not in seen:
                     seen.add(each)
                     yield each
