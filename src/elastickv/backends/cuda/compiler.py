@@ -127,16 +127,17 @@ def _compile(name: str, source: bytes, options: list[str]) -> Compiled:
     try:
         (status,) = module.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
         _, size = module.nvrtcGetProgramLogSize(program)
-        log = b" " * size
+        # The binding writes into these: fresh objects, never a shared one such as b" ".
+        log = bytes(size + 1)
         module.nvrtcGetProgramLog(program, log)
         if int(status):
             raise RuntimeError(f"{name}.cu does not compile with {' '.join(options)}:\n{log.decode(errors='replace')}")
         _, size = module.nvrtcGetCUBINSize(program)
-        cubin = b" " * size
+        cubin = bytes(size)
         module.nvrtcGetCUBIN(program, cubin)
     finally:
         module.nvrtcDestroyProgram(program)
-    return Compiled(cubin, _resources(log.decode(errors="replace")))
+    return Compiled(cubin, _resources(log.rstrip(b"\0").decode(errors="replace")))
 
 
 def _resources(log: str) -> tuple[Resources, ...]:
