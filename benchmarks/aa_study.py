@@ -28,7 +28,7 @@ def main() -> None:
     shape, context = AttentionShape(1, 16, 16, 64), 1024
     kv_bytes = step_bytes(DENSE, [context], shape).kv
     rotation = plan_rotation(kv_bytes, 64, 1, backend.device.last_level_cache_bytes, True, 512)
-    contender, _ = ours("dense-bf16", backend, shape, context, "bf16", DENSE, rotation, 0, True)
+    contender, _, _ = ours("dense-bf16", backend, shape, context, "bf16", DENSE, rotation, 0, True)
     timed = {"a": contender.sample, "b": contender.sample}
     collect(timed, 5, paired=True)
     intervals = []

@@ -1,9 +1,10 @@
 """One benchmark run, from options to a result."""
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Protocol
 
-from elastickv.backends import Backend, load
+from elastickv.backends import Backend, Ceilings, load
 from elastickv.bench.cycle import CycleSamples, run_cycle
 from elastickv.bench.environment import environment
 from elastickv.bench.options import Options
@@ -19,6 +20,7 @@ from elastickv.recipe import Recipe
 
 CYCLE_SHARE = 1 / 3
 WARMUP_SHARE = 0.1
+CEILING_ROUNDS = 3
 
 
 class Reporter(Protocol):
@@ -60,7 +62,7 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
     report.phase(f"checking {recipe} on real activations")
     receipt, refused = _sample_receipt(backend, options, sample)
     report.phase("measuring the ceilings of the device")
-    ceilings = backend.ceilings()
+    ceilings = _highest_ceilings(backend)
     field = prepare(backend, options, recipe, sample.query_rms, report.phase)
     with Telemetry(backend.device.kind, options.device or 0) as telemetry:
         report.phase(f"measuring {recipe} against {field.baseline.name}")
@@ -76,13 +78,18 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
                 complete = cycle.complete
             if complete:
                 report.phase("measuring the ceilings again")
-                ceilings = ceilings.at_least(backend.ceilings())
+                ceilings = ceilings.at_least(_highest_ceilings(backend))
         except KeyboardInterrupt:
             # What was measured before is kept; only the result is marked.
             complete = False
     return Summary(options, backend, recipe, field, ceilings, samples, cycle, complete).result(
         Fidelity(sample.name, field.kernel_error, receipt, refused), telemetry, surroundings, passed_over
     )
+
+
+def _highest_ceilings(backend: Backend) -> Ceilings:
+    """Return the best of a few measurements: on a shared machine one of them may meet a neighbour."""
+    return reduce(Ceilings.at_least, (backend.ceilings() for _ in range(CEILING_ROUNDS)))
 
 
 def _sample_receipt(backend: Backend, options: Options, sample: Sample) -> tuple[SampleReceipt | None, str | None]:

@@ -8,13 +8,22 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cpu import threads
 from elastickv.backends.cpu.intrinsics import atomic_add, store_f32, words
-from elastickv.backends.cpu.vector import copy_stream, multiply_add_stream, read_stream, read_stream_ahead
+from elastickv.backends.cpu.vector import (
+    copy_stream,
+    multiply_add_stream,
+    read_4_streams,
+    read_8_streams,
+    read_stream,
+    read_stream_ahead,
+)
 from elastickv.backends.protocol import Ceilings, DeviceInfo
 
 MIN_BUFFER_BYTES, MAX_BUFFER_BYTES = 64 << 20, 1 << 30
 CACHES_EXCEEDED = 8
 PIECE_BYTES = 1 << 20
-AHEAD_BYTES = (0, 512, 4096)  # prefetch distances; 0 leaves it to the processor
+FOUR_STREAMS, EIGHT_STREAMS = -4, -8
+# How a piece is read: prefetched this many bytes ahead; 0 leaves it to the processor; or in several streams.
+READ_WAYS = (0, 512, 4096, FOUR_STREAMS, EIGHT_STREAMS)
 ROUNDS = 8
 MULTIPLY_TURNS = 200_000
 FLOPS_PER_TURN = 16 * 16 * 2
@@ -27,7 +36,11 @@ def _read(arguments, thread):  # type: ignore[no-untyped-def]
     ticket, pieces, source, ahead, sums = a[0], a[1], a[2], a[3], a[4]
     piece = atomic_add(ticket, 1)
     while piece < pieces:
-        if ahead:
+        if ahead == EIGHT_STREAMS:
+            store_f32(sums + 64 * thread, read_8_streams(source + piece * PIECE_BYTES, PIECE_BYTES))
+        elif ahead == FOUR_STREAMS:
+            store_f32(sums + 64 * thread, read_4_streams(source + piece * PIECE_BYTES, PIECE_BYTES))
+        elif ahead:
             store_f32(sums + 64 * thread, read_stream_ahead(source + piece * PIECE_BYTES, PIECE_BYTES, ahead))
         else:
             store_f32(sums + 64 * thread, read_stream(source + piece * PIECE_BYTES, PIECE_BYTES, ahead))
@@ -62,9 +75,7 @@ def measure(device: DeviceInfo) -> Ceilings:
     start, half = buffer.ctypes.data, pieces // 2
     multiply = threads.Launch(_multiply_add, count, [MULTIPLY_TURNS, sums.ctypes.data])
     copy = threads.Launch(_copy, count, [ticket.ctypes.data, half, start, start + half * PIECE_BYTES])
-    reads = [
-        threads.Launch(_read, count, [ticket.ctypes.data, pieces, start, ahead, sums.ctypes.data]) for ahead in AHEAD_BYTES
-    ]
+    reads = [threads.Launch(_read, count, [ticket.ctypes.data, pieces, start, ahead, sums.ctypes.data]) for ahead in READ_WAYS]
     return Ceilings(
         read_gbs=pieces * PIECE_BYTES / min(_seconds(read, ticket) for read in reads) / 1e9,
         copy_gbs=pieces * PIECE_BYTES / _seconds(copy, ticket) / 1e9,

@@ -238,6 +238,24 @@ def _read_stream(prefetches: bool) -> Any:
     return body
 
 
+def _read_streams(count: int) -> Any:
+    """Read `count` equal parts of a buffer side by side: each is a stream of its own to the processor's prefetcher."""
+
+    def body(builder: ir.IRBuilder, base: Any, n_bytes: Any) -> Any:
+        loads = 8 // count
+        part = builder.sdiv(n_bytes, I64(count))
+        bases = [builder.add(base, builder.mul(part, I64(i))) for i in range(count)]
+        turn = loads * LANES * FLOAT_BYTES
+        with _rows(builder, builder.sdiv(part, I64(turn)), [constant(0.0)] * 8) as (index, sums, final):
+            where = builder.mul(index, I64(turn))
+            for i in range(8):
+                row = builder.add(bases[i // loads], where)
+                sums[i] = builder.fadd(sums[i], load(builder, row, VF, 64 * (i % loads)))
+        return _total(builder, final)
+
+    return body
+
+
 def _copy_stream(builder: ir.IRBuilder, target: Any, source: Any, n_bytes: Any) -> None:
     """Copy a buffer, 256 bytes a turn."""
     turn = 4 * LANES * FLOAT_BYTES
@@ -267,5 +285,8 @@ def _peak(builder: ir.IRBuilder, seed: Any, turns: Any) -> Any:
 # (address, bytes, ahead): add up a buffer in 8 independent sums, 512 bytes a turn; prefetching `ahead` bytes further on.
 read_stream = addressed(3, types.float32, _read_stream(False))
 read_stream_ahead = addressed(3, types.float32, _read_stream(True))
+# (address, bytes): the same in 4 or 8 streams.
+read_8_streams = addressed(2, types.float32, _read_streams(8))
+read_4_streams = addressed(2, types.float32, _read_streams(4))
 copy_stream = addressed(3, types.void, _copy_stream)
 multiply_add_stream = addressed(2, types.float32, _peak)
