@@ -9,22 +9,11 @@ import json
 import statistics
 
 import numpy as np
+from bench_matrix import SHAPES
 
 from elastickv.backends.cuda.backend import CudaBackend
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, step_bytes
 
-SHAPES = (
-    (1, 32, 32, 128, 4096),
-    (1, 16, 16, 64, 1024),
-    (1, 32, 8, 128, 4096),
-    (1, 32, 8, 128, 32768),
-    (1, 32, 8, 128, 131072),
-    (8, 32, 8, 128, 4096),
-    (8, 32, 8, 128, 32768),
-    (32, 32, 8, 128, 8192),
-    (32, 32, 8, 128, 32768),
-    (1, 8, 1, 128, 131072),
-)
 ROTATION_BYTES = 200e6  # four times the L2 of an H100
 
 
