@@ -1,0 +1,44 @@
+"""Every back end on the shipped activations: the kernels compute what the float64 reference does, recipe by recipe."""
+
+import pytest
+
+from elastickv.backends import load
+from elastickv.bench.receipt import replay, sample_shape
+from elastickv.data import load_sample
+from elastickv.errors import UsageError
+from elastickv.recipe import Recipe
+
+RECIPES = ("dense", "int8", "bf16,stride=3", "int8,stride=4", "bf16,reuse,anchor_every=4,decay=0.95,sinks=0,window=0")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request):
+    try:
+        return load(request.param)[0]
+    except UsageError as reason:
+        if request.param == "cpu":
+            raise
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_the_kernel_error_on_real_activations_is_within_its_limit(backend, text):
+    # `replay` raises KernelMismatch beyond the limit; what is asserted here is that something was compared.
+    receipt = replay(backend, load_sample(), Recipe.parse(text), "bf16")
+    shape = sample_shape(load_sample())
+    assert receipt.kernel_error.count == load_sample().queries * shape.batch * shape.query_heads
+    assert receipt.kernel_error.max < 4e-2
+    assert receipt.recipe_error.mean >= receipt.kernel_error.mean / 2
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-5), ("fp16", 4e-3)])
+def test_dense_is_exact_on_real_activations(backend, dtype, limit):
+    receipt = replay(backend, load_sample(), Recipe.parse("dense"), dtype)
+    assert receipt.kernel_error.p95 < limit
+    # Against unquantised keys and values: fp32 loses nothing, fp16 what rounding them costs.
+    assert receipt.recipe_error.p95 < 5 * limit
+
+
+def test_recipes_rank_on_real_activations_as_the_solver_assumes(backend):
+    errors = [replay(backend, load_sample(), Recipe.parse(t), "bf16").recipe_error.mean for t in RECIPES[:4]]
+    assert errors == sorted(errors)
