@@ -1,8 +1,10 @@
 """Which kernel, built how, serves a shape, dtype and recipe on an architecture."""
 
 import itertools
+import os
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from elastickv.backends.cuda.compiler import ARCHITECTURES, Compiled, compile_source
@@ -200,12 +202,19 @@ def ceilings_variant(arch: str, unroll: int = 4) -> Variant:
 
 
 def compile_all(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[CompileRow]:
-    """Compile every variant and yield what each kernel takes."""
-    for variant in all_variants(architectures):
-        start = time.perf_counter()
-        compiled = variant.compiled()
-        seconds = time.perf_counter() - start
-        parameters = " ".join(f"{name}={value}" for name, value in variant.macros)
-        for r in compiled.resources:
-            name = f"{variant.source}:{r.kernel}"
-            yield CompileRow(name, variant.arch, parameters, r.registers, r.spill_bytes, r.shared_bytes, seconds)
+    """Compile every variant, on all processors, and yield what each kernel takes."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for variant, compiled, seconds in pool.map(_timed, all_variants(architectures)):
+            parameters = " ".join(f"{name}={value}" for name, value in variant.macros)
+            for r in compiled.resources:
+                name = f"{variant.source}:{r.kernel}"
+                yield CompileRow(name, variant.arch, parameters, r.registers, r.spill_bytes, r.shared_bytes, seconds)
+    finally:
+        # Thousands may be waiting: whoever stops early must not wait for them.
+        pool.shutdown(cancel_futures=True)
+
+
+def _timed(variant: Variant) -> tuple[Variant, Compiled, float]:
+    start = time.perf_counter()
+    return variant, variant.compiled(), time.perf_counter() - start
