@@ -74,6 +74,7 @@ def pairwise():
             for kind, dtype, text, dim, group in covering(list(parameters(arch))):
                 variant = decode_variant(dim, group, dtype, Recipe.parse(text), arch, kind)
                 yield variant
+                yield variant.storing()
                 yield from filter(None, [split_variant(variant, min(group, 8), Split(8, True) if group < 4 else Split(16))])
 
 

@@ -186,7 +186,7 @@ __device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const floa
 // One block a (sequence, KV head): [outputs -> next query, key, value,] store the token, quantise the page that leaves the
 // window, count the token. `keys` null: take them from `outputs` through the maps. `tables`: three (reflector, sign,
 // permutation) of head_dim each.
-extern "C" __global__ void __launch_bounds__(256) append(STORE_SIGNATURE, int2* state, int capacity, const float* keys,
+extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int2* state, int capacity, const float* keys,
                                                          const float* values, const float* outputs, float* queries, int group,
                                                          const float* tables, float query_rms, float key_rms, float value_rms) {
     const Store s = STORE_VALUE;
