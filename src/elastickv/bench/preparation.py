@@ -12,6 +12,7 @@ from elastickv.bench.options import Options
 from elastickv.bench.receipt import timed_kernel_error
 from elastickv.errors import UsageError
 from elastickv.recipe import DENSE, DTYPES, Recipe, interval_bytes
+from elastickv.recipe.formats import sixteen_bit
 
 PREVIEW_SAMPLES = 3
 
@@ -130,11 +131,6 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
     rivals = {contender.name: contender for contender in [own_dense, *peers]}
     baseline = rivals[min(rivals, key=lambda name: candidates[name])]
     return Field(baseline, elastic, peers, own_dense, candidates, not_run, kernel_error)
-
-
-def sixteen_bit(dtype: str) -> str:
-    """Return the 16-bit dtype that stands for `dtype`."""
-    return "bf16" if dtype == "fp32" else dtype
 
 
 def _peers(backend: Backend, options: Options, rotation: Rotation, not_run: dict[str, str]) -> list[Contender]:

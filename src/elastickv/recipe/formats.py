@@ -32,6 +32,11 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def sixteen_bit(dtype: str) -> str:
+    """Return the 16-bit dtype in which a model of `dtype` is kept: its own, or bf16."""
+    return "bf16" if dtype == "fp32" else dtype
+
+
 def sectors(n_bytes: int) -> int:
     """Return the bytes that DRAM moves for a contiguous read: whole 32-byte sectors."""
     return round_up(n_bytes, SECTOR_BYTES)

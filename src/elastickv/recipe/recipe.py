@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from elastickv.errors import UsageError
-from elastickv.recipe.formats import COLD_FORMATS
+from elastickv.recipe.formats import COLD_FORMATS, sixteen_bit
 
 SELECTIONS: tuple[str, ...] = ("all", "stride", "reuse")
 DEFAULT_SINKS = 4
@@ -93,7 +93,7 @@ class Recipe:
             return model_dtype
         if self.cold_format in ("bf16", "fp16"):
             return self.cold_format
-        return model_dtype if model_dtype != "fp32" else "bf16"
+        return sixteen_bit(model_dtype)
 
     def __str__(self) -> str:
         """Short text that `parse` turns back into an equal recipe."""

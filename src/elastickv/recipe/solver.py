@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from elastickv.errors import UsageError
 from elastickv.recipe.accounting import read_ratio
+from elastickv.recipe.formats import sixteen_bit
 from elastickv.recipe.pages import PAGE_TOKENS
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, MAX_STRIDE, Recipe, parse_open
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
@@ -16,10 +17,9 @@ MAX_RATIO = 1024.0
 def candidates(dtype: str, sinks: int, window: int) -> Iterator[Recipe]:
     """Yield recipes from least to most recipe error: rounding to 8 bits costs less than any dropped token."""
     yield DENSE
-    sixteen_bit = "fp16" if dtype == "fp16" else "bf16"
     yield Recipe("int8", sinks=sinks, window=window)
     for stride in range(2, MAX_STRIDE + 1):
-        for cold_format in (sixteen_bit, "int8"):
+        for cold_format in (sixteen_bit(dtype), "int8"):
             yield Recipe(cold_format, "stride", stride=stride, sinks=sinks, window=window)
 
 
@@ -74,7 +74,7 @@ def resolve(
             raise UsageError(f"anchor_every={anchor_every} needs a recipe with anchors: --recipe reuse")
         regions_ = {name: value for name, value in overrides.items() if name != "anchor_every"}
         return for_ratio(ratio, context, shape, dtype, **regions_)
-    recipe, open_field = parse_open(text, "fp16" if dtype == "fp16" else "bf16")
+    recipe, open_field = parse_open(text, sixteen_bit(dtype))
     if open_field == "anchor_every" and anchor_every is None:
         recipe = replace(recipe, anchor_every=math.ceil(ratio))
     recipe = replace(recipe, **overrides)  # type: ignore[arg-type]

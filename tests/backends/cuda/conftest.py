@@ -3,10 +3,6 @@
 import pytest
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-
-
 @pytest.fixture(scope="session")
 def open_cuda():
     """Return a function that opens the back end with forced kernels; skips where there is no device."""
