@@ -40,7 +40,7 @@ def counted(recipe, length, dim):
             exact += 1
         elif (position - recipe.sinks) % recipe.stride == 0:
             cold += 1
-    row, scale = (dim, 2) if recipe.cold_format == "int8" else (2 * dim, 0)
+    row, scale = (dim, 2) if recipe.key_format == "int8" else (2 * dim, 0)
     return 2 * (up_to_sectors(exact * 2 * dim) + up_to_sectors(cold * row) + up_to_sectors(cold * scale))
 
 

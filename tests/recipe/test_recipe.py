@@ -10,14 +10,20 @@ from elastickv.recipe import DENSE, Recipe
 
 @st.composite
 def recipes(draw):
-    selection = draw(st.sampled_from(["all", "stride", "reuse", "dense"]))
+    selection = draw(st.sampled_from(["all", "stride", "reuse", "pages", "dense"]))
     if selection == "dense":
         return DENSE
+    key = "int4" if selection == "pages" else draw(st.sampled_from(["bf16", "fp16", "int8"]))
+    value = draw(st.sampled_from(["bf16", "fp8", "int8", "int4"])) if selection == "pages" else key
+    fraction = st.floats(1e-6, 1) | st.integers(1, 64).map(lambda n: 1 / n)
     return Recipe(
-        draw(st.sampled_from(["bf16", "fp16", "int8"])),
-        selection,
+        key,
+        value,
+        value_group=draw(st.sampled_from([0, 32, 64])) if value == "int4" else 0,
+        selection=selection,
+        fractions=tuple(draw(st.lists(fraction, min_size=1, max_size=8))) if selection == "pages" else (),
         stride=draw(st.integers(1, 64)) if selection == "stride" else 1,
-        anchor_every=draw(st.integers(1, 4096)) if selection == "reuse" else 1,
+        anchor_every=draw(st.integers(1, 4096)) if selection in ("reuse", "pages") else 1,
         decay=draw(st.floats(1e-6, 1)) if selection == "reuse" else 1.0,
         sinks=draw(st.integers(0, 64)),
         window=draw(st.integers(0, 4096)),
@@ -42,12 +48,12 @@ def test_the_hash_never_changes_between_versions():
 
 @pytest.mark.parametrize("text", ["int8,stride=3", " int8 , stride=3 ", "stride=3,int8"])
 def test_order_and_spaces_do_not_matter(text):
-    assert Recipe.parse(text) == Recipe("int8", "stride", stride=3)
+    assert Recipe.parse(text) == Recipe("int8", "int8", selection="stride", stride=3)
 
 
 def test_the_schedule_of_the_original_reads():
     assert Recipe.parse("reuse,anchor-every=4,decay=0.95,sinks=0,window=0") == Recipe(
-        "bf16", "reuse", anchor_every=4, decay=0.95, sinks=0, window=0
+        "bf16", "bf16", selection="reuse", anchor_every=4, decay=0.95, sinks=0, window=0
     )
 
 

@@ -31,7 +31,7 @@ def test_a_solved_recipe_meets_the_ratio_and_no_better_one_does(ratio, context, 
 
 def test_bits_first_then_stride():
     assert for_ratio(1, 4096, SHAPE).is_dense
-    assert for_ratio(1.8, 4096, SHAPE) == Recipe("int8")
+    assert for_ratio(1.8, 4096, SHAPE) == Recipe.parse("int8")
     assert for_ratio(4, 4096, SHAPE).selection == "stride"
 
 
@@ -48,9 +48,9 @@ def test_a_refusal_names_the_context_from_which_the_ratio_holds(ratio):
 
 def test_a_named_stride_takes_the_least_step_that_meets_the_ratio():
     recipe = resolve("stride", 4, 4096, SHAPE)
-    assert recipe.cold_format == "bf16"
+    assert recipe.key_format == "bf16"
     assert read_ratio(recipe, [4096], SHAPE) >= 4
-    assert read_ratio(Recipe("bf16", "stride", stride=recipe.stride - 1), [4096], SHAPE) < 4
+    assert read_ratio(Recipe("bf16", "bf16", selection="stride", stride=recipe.stride - 1), [4096], SHAPE) < 4
 
 
 def test_the_original_schedule_anchors_every_compress_steps():
@@ -71,7 +71,7 @@ def test_a_ratio_out_of_range_is_refused(ratio):
 
 
 def test_fp16_models_keep_fp16():
-    assert resolve("stride", 2, 4096, SHAPE, "fp16").cold_format == "fp16"
+    assert resolve("stride", 2, 4096, SHAPE, "fp16").key_format == "fp16"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])

@@ -34,7 +34,8 @@ class LayerCache(Protocol):
 
     A decode step is one `append` followed by one `decode`. The steps after a prefill are numbered 0, 1, 2, ...; step s is an
     anchor when `recipe.age(s) == 0`. `step` is -1 right after `prefill` or `fill_random`, and a decode then is an anchor.
-    `decode` changes nothing but the reused output that an anchor refreshes, so repeating it repeats its result.
+    `decode` changes nothing but what an anchor refreshes (the reused output, the list of pages), so repeating it repeats its
+    result.
     All arrays at this border are float32 NumPy arrays on the host.
 
     Attributes
@@ -82,6 +83,9 @@ class LayerCache(Protocol):
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what is stored of one KV head of one sequence."""
+
+    def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
+        """Return the numbers of the cold pages that the last decode read, ascending; None where the recipe selects none."""
 
     def mark(self) -> None:
         """Remember the present state."""

@@ -6,13 +6,14 @@ import numpy as np
 
 from elastickv.attention.reference import Float64, Partial, attend, merge
 from elastickv.cache.layer import Float32, LayerCache, StoredHead
-from elastickv.recipe.pages import kept, regions
+from elastickv.recipe.pages import PAGE_TOKENS, kept, regions
 
 
 class Oracle:
     """Decodes in float64 what a cache has stored.
 
-    It keeps its own reused outputs, so it must see every anchor step of a `reuse` recipe.
+    It keeps its own reused outputs, so it must see every anchor step of a `reuse` recipe; the pages that a selection reads are
+    the cache's own, as of its last decode.
     """
 
     def __init__(self, cache: LayerCache) -> None:
@@ -37,6 +38,10 @@ class Oracle:
         stored = cache.stored(row, head)
         length, age = int(cache.lengths[row]), recipe.age(cache.step)
         exact = attend(queries, stored.exact_keys, stored.exact_values)
+        pages = cache.pages_read(row, head)
+        if pages is not None:
+            tokens = (pages[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).ravel()
+            return merge(attend(queries, stored.cold_keys[tokens], stored.cold_values[tokens]), exact)
         if recipe.selection != "reuse":
             return merge(self._cold(stored, queries, 0, length), exact)
         if age == 0:

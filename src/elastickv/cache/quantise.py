@@ -1,11 +1,19 @@
-"""The quantisers, bit for bit: every back end must produce these codes and scales."""
+"""The quantisers, bit for bit: every back end must produce these codes and scales.
+
+Scales are rounded to their 16 bits before the codes are chosen, and always outwards, so that every finite input lies within
+what the codes span.
+"""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from elastickv.cache.bits import from_bf16_bits
+from elastickv.recipe.formats import PAGE_TOKENS
 
 INT8_LEVELS = 127
+INT4_LEVELS = 15
+FP8_MAX = 448.0
+FP16_MAX = 65504.0
 
 
 def quantise_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
@@ -36,8 +44,142 @@ def dequantise_int8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(codes, np.float64) * from_bf16_bits(scales).astype(np.float64)[..., None]
 
 
-def stored_values(rows: ArrayLike, cold_format: str) -> NDArray[np.float64]:
-    """Return what `rows`, already rounded to the 16-bit dtype of the window, read as once stored in `cold_format`."""
-    if cold_format == "int8":
-        return dequantise_int8(*quantise_int8(rows))
-    return np.asarray(rows, np.float64)
+def quantise_int4_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+    """Quantise each channel of a page to 4 bits with a float16 scale and zero.
+
+    The zero is the least value rounded down, the scale (greatest - zero) / 15 rounded up.
+
+    Parameters
+    ----------
+    pages : (..., 32, head_dim) float32, of a magnitude up to 65504.
+
+    Returns
+    -------
+    codes : (..., 32, head_dim) uint8, 0 to 15: round-half-even of (x - zero) / scale.
+    scales, zeros : (..., head_dim); x is about scale * code + zero.
+    """
+    x = np.asarray(pages, dtype=np.float32)
+    zeros = _float16_towards(x.min(axis=-2), -np.inf)
+    wide = zeros.astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales = _float16_towards((x.max(axis=-2) - wide) / np.float32(INT4_LEVELS), np.inf)
+    return _int4_codes(x, scales.astype(np.float32)[..., None, :], wide[..., None, :]), scales, zeros
+
+
+def quantise_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
+    """Quantise each `group` of channels of a row to 4 bits with a bfloat16 scale and zero, rounded as those of keys.
+
+    Parameters
+    ----------
+    rows : (..., head_dim) float32.
+
+    Returns
+    -------
+    codes : (..., head_dim) uint8, 0 to 15.
+    scales, zeros : (..., head_dim / group) uint16, bfloat16 bits.
+    """
+    x = np.asarray(rows, dtype=np.float32)
+    grouped = x.reshape(*x.shape[:-1], -1, group)
+    zeros = _bf16_bits_towards(grouped.min(axis=-1), -np.inf)
+    wide = from_bf16_bits(zeros)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales = _bf16_bits_towards((grouped.max(axis=-1) - wide) / np.float32(INT4_LEVELS), np.inf)
+    codes = _int4_codes(grouped, from_bf16_bits(scales)[..., None], wide[..., None])
+    return codes.reshape(x.shape), scales, zeros
+
+
+def quantise_fp8(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """Round each page to float8 e4m3 with one power of two as its scale: the least with which no element exceeds 448.
+
+    Parameters
+    ----------
+    pages : (..., 32, head_dim) float32.
+
+    Returns
+    -------
+    codes : (..., 32, head_dim) uint8, bits of OCP float8 e4m3 (round half to even, no infinity).
+    scales : (...) uint16, bfloat16 bits; 0 for a page of zeros.
+    """
+    x = np.asarray(pages, dtype=np.float32)
+    step = np.abs(x).max(axis=(-2, -1)) / np.float32(FP8_MAX)
+    power = (step.view(np.uint32) + 0x7FFFFF) & 0x7F800000
+    divisor = power.view(np.float32)[..., None, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scaled = np.where(divisor > 0, x / divisor, 0).astype(np.float32)
+    return _to_e4m3(scaled), (power >> 16).astype(np.uint16)
+
+
+def dequantise_fp8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
+    """Return the float64 values of codes and scales as `quantise_fp8` returns them."""
+    return _E4M3[np.asarray(codes, np.uint8)] * from_bf16_bits(scales).astype(np.float64)[..., None, None]
+
+
+def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray[np.float64]:
+    """Return what `rows`, already rounded to the 16-bit dtype of the window, read as once stored in a format.
+
+    Parameters
+    ----------
+    rows : (tokens, head_dim); whole pages where the format has scales of pages.
+    value : whether these are values; else keys.
+    group : channels of V that share an int4 scale.
+    """
+    x = np.asarray(rows, np.float32)
+    if fmt == "int8":
+        return dequantise_int8(*quantise_int8(x))
+    pages = x.reshape(-1, PAGE_TOKENS, x.shape[-1]) if fmt in ("fp8", "int4") else x
+    if fmt == "fp8":
+        return dequantise_fp8(*quantise_fp8(pages)).reshape(x.shape)
+    if fmt == "int4" and not value:
+        codes, scales, zeros = quantise_int4_keys(pages)
+        wide, base = scales.astype(np.float64)[..., None, :], zeros.astype(np.float64)[..., None, :]
+        return (codes * wide + base).reshape(x.shape)
+    if fmt == "int4":
+        codes, bits, zero_bits = quantise_int4_values(x, group)
+        grouped = codes.reshape(len(x), -1, group)
+        values = grouped * from_bf16_bits(bits).astype(np.float64)[..., None] + from_bf16_bits(zero_bits)[..., None]
+        return np.asarray(values, np.float64).reshape(x.shape)
+    return x.astype(np.float64)
+
+
+def _int4_codes(x: NDArray[np.float32], scales: NDArray[np.float32], zeros: NDArray[np.float32]) -> NDArray[np.uint8]:
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        codes = np.clip(np.rint((x - zeros) / scales), 0, INT4_LEVELS)
+        return np.where(scales > 0, np.nan_to_num(codes), 0).astype(np.uint8)
+
+
+def _float16_towards(x: NDArray[np.float32], direction: float) -> NDArray[np.float16]:
+    """Round float32 to float16 towards -inf or +inf."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = x.astype(np.float16)
+        wrong = near.astype(np.float32) > x if direction < 0 else near.astype(np.float32) < x
+        return np.where(wrong, np.nextafter(near, np.float16(direction)), near)
+
+
+def _bf16_bits_towards(x: NDArray[np.float32], direction: float) -> NDArray[np.uint16]:
+    """Round float32 to bfloat16 towards -inf or +inf; return the bits."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    away = np.signbit(x) == (direction < 0)
+    return np.asarray((bits + np.where(away, np.uint32(0xFFFF), np.uint32(0))) >> 16, np.uint16)
+
+
+def _e4m3_values() -> NDArray[np.float64]:
+    """Return the numbers that the 256 codes of OCP float8 e4m3 stand for (OCP OFP8 specification, 2023)."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    magnitude = np.where(exponent, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 8 * 2.0**-6)
+    return np.where(codes & 0x7F == 0x7F, np.nan, np.where(codes & 0x80, -magnitude, magnitude))
+
+
+_E4M3 = _e4m3_values()
+_E4M3_POSITIVE = _E4M3[:127]
+
+
+def _to_e4m3(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    magnitude = np.minimum(np.abs(x.astype(np.float64)), FP8_MAX)
+    above = np.searchsorted(_E4M3_POSITIVE, magnitude).clip(0, 126)
+    below = np.maximum(above - 1, 0)
+    middle = (_E4M3_POSITIVE[above] + _E4M3_POSITIVE[below]) / 2
+    up = (magnitude > middle) | ((magnitude == middle) & (above % 2 == 0))
+    codes = np.where(up, above, below).astype(np.uint8)
+    codes = np.where(np.isnan(x), np.uint8(0x7F), codes)
+    return np.where(np.signbit(x), codes | np.uint8(0x80), codes)

@@ -3,13 +3,15 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from elastickv.attention.bounds import page_bounds, score_pages, select_pages
 from elastickv.attention.reference import Float64
 from elastickv.cache.bits import rounded
 from elastickv.cache.layer import Float32, StoredHead
 from elastickv.cache.oracle import Oracle
-from elastickv.cache.quantise import stored_values
+from elastickv.cache.quantise import quantise_int4_keys, stored_values
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.recipe import AttentionShape, Recipe, regions
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
+from elastickv.recipe.pages import selected
 
 
 class ReferenceCache:
@@ -22,6 +24,8 @@ class ReferenceCache:
         self._lengths = np.zeros(shape.batch, np.int64)
         self._step = -1
         self._marked: tuple[NDArray[np.int64], int] = (self._lengths.copy(), -1)
+        recipe.check_shape(shape.head_dim, shape.kv_heads)
+        self._pages: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._oracle = Oracle(self)
 
     @property
@@ -59,21 +63,41 @@ class ReferenceCache:
 
     def decode(self, queries: Float32) -> tuple[Float64, Float64]:
         """Attend with one query per sequence, in float64."""
+        if self.recipe.selection == "pages":
+            group = self.shape.group
+            for row, head in np.ndindex(self.shape.batch, self.shape.kv_heads):
+                self._pages[row, head] = self._select(row, head, queries[row, head * group : (head + 1) * group])
         return self._oracle.decode(queries)
+
+    def _select(self, row: int, head: int, queries: Float32) -> NDArray[np.int64]:
+        recipe, length, age = self.recipe, int(self._lengths[row]), self.recipe.age(self._step)
+        cold, at_anchor = (regions(n, recipe.sinks, recipe.window).cold // PAGE_TOKENS for n in (length, length - age))
+        if age:
+            before = self._pages[row, head]
+            return np.concatenate([before[before < at_anchor], np.arange(at_anchor, cold)])
+        sinks = regions(length, recipe.sinks, recipe.window).sinks
+        keys = self._keys[row, head, sinks : sinks + cold * PAGE_TOKENS].reshape(cold, PAGE_TOKENS, -1)
+        _, scales, zeros = quantise_int4_keys(keys)
+        return select_pages(score_pages(page_bounds(queries, scales, zeros)), selected(cold, recipe.fraction(head)))
+
+    def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
+        """Return the numbers of the cold pages that the last decode read."""
+        return self._pages[row, kv_head] if self.recipe.selection == "pages" else None
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what a back end would hold of one KV head of one sequence."""
         length = int(self._lengths[row])
         keys, values = self._keys[row, kv_head, :length], self._values[row, kv_head, :length]
-        if self.recipe.cold_format is None:
+        key_format, value_format = self.recipe.key_format, self.recipe.value_format
+        if key_format is None or value_format is None:
             empty = np.zeros((0, self.shape.head_dim))
             return StoredHead(empty, empty, keys.astype(np.float64), values.astype(np.float64))
         split = regions(length, self.recipe.sinks, self.recipe.window)
         cold = slice(split.sinks, split.sinks + split.cold, self.recipe.stride)
         exact = np.r_[0 : split.sinks, split.sinks + split.cold : length]
         return StoredHead(
-            stored_values(keys[cold], self.recipe.cold_format),
-            stored_values(values[cold], self.recipe.cold_format),
+            stored_values(keys[cold], key_format, False, self.shape.head_dim),
+            stored_values(values[cold], value_format, True, self.recipe.v_group(self.shape.head_dim)),
             keys[exact].astype(np.float64),
             values[exact].astype(np.float64),
         )

@@ -4,16 +4,18 @@ DRAM sectors (32 bytes) are counted, not requested bytes: every contiguous plane
 The dense side is always 2 bytes per element, on every back end.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, FORMATS, round_up, sectors
-from elastickv.recipe.pages import kept, regions
+from elastickv.recipe.pages import PAGE_TOKENS, kept, regions, selected
 from elastickv.recipe.recipe import Recipe
 from elastickv.recipe.shape import AttentionShape
 
 _PLANES = 2  # K and V
 _FLOAT_BYTES = 4
+_LIST_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class StepBytes:
     ----------
     codes : cold rows read, K and V.
     scales : their scales.
+    scoring : what the scorer reads of all cold pages.
+    lists : numbers of the pages read.
     exact : rows of sinks and window read.
     cached : reused outputs and their log-sum-exps read (itemised, not counted in C).
     query, output : float32 queries read and outputs written (itemised, not counted in C).
@@ -31,6 +35,8 @@ class StepBytes:
 
     codes: float = 0
     scales: float = 0
+    scoring: float = 0
+    lists: float = 0
     exact: float = 0
     cached: float = 0
     query: float = 0
@@ -39,7 +45,7 @@ class StepBytes:
     @property
     def kv(self) -> float:
         """What C counts: every byte read from the KV cache."""
-        return self.codes + self.scales + self.exact
+        return self.codes + self.scales + self.scoring + self.lists + self.exact
 
     @property
     def moved(self) -> float:
@@ -48,6 +54,9 @@ class StepBytes:
 
     def __add__(self, other: "StepBytes") -> "StepBytes":
         return StepBytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, factor: float) -> "StepBytes":
+        return StepBytes(*(getattr(self, f.name) * factor for f in fields(self)))
 
     def __truediv__(self, divisor: float) -> "StepBytes":
         return StepBytes(*(getattr(self, f.name) / divisor for f in fields(self)))
@@ -63,34 +72,43 @@ def step_bytes(
 ) -> StepBytes:
     """Return the bytes of one step over sequences of `lengths` tokens, `age` steps after an anchor."""
     total = StepBytes()
-    for length in lengths:
-        total += _head_bytes(recipe, length, shape.head_dim, model_dtype, age, shape.group)
-    heads = shape.kv_heads
+    # Heads of one fraction read alike.
+    alike = Counter(recipe.fraction(head) for head in range(shape.kv_heads))
+    for length, times in Counter(lengths).items():
+        for fraction, heads in alike.items():
+            total += _head_bytes(recipe, length, shape, model_dtype, age, fraction) * (heads * times)
     per_query = shape.batch * shape.query_heads * shape.head_dim * _FLOAT_BYTES
-    return StepBytes(
-        codes=total.codes * heads,
-        scales=total.scales * heads,
-        exact=total.exact * heads,
-        cached=total.cached * heads,
-        query=per_query,
-        output=per_query,
-    )
+    return replace(total, query=per_query, output=per_query)
 
 
-def _head_bytes(recipe: Recipe, length: int, head_dim: int, model_dtype: str, age: int, group: int) -> StepBytes:
+def _head_bytes(recipe: Recipe, length: int, shape: AttentionShape, model_dtype: str, age: int, fraction: float) -> StepBytes:
+    head_dim = shape.head_dim
     split = regions(length, recipe.sinks, recipe.window)
     exact_row = FORMATS[recipe.exact_dtype(model_dtype)].row_bytes(head_dim)
-    if recipe.cold_format is None:
+    if recipe.key_format is None or recipe.value_format is None:
         return StepBytes(exact=_PLANES * sectors(length * exact_row))
     rows = kept(split.cold, recipe.stride)
-    cached = 0
-    if age:
-        rows -= regions(max(length - age, 0), recipe.sinks, recipe.window).cold
-        cached = group * (head_dim + 1) * _FLOAT_BYTES
-    cold = FORMATS[recipe.cold_format]
+    at_anchor = regions(max(length - age, 0), recipe.sinks, recipe.window).cold
+    cached = scoring = lists = 0
+    key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
+    key_scales, value_scales = key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim))
+    scales = sectors(key_scales.bytes_of(rows)) + sectors(value_scales.bytes_of(rows))
+    if recipe.selection == "pages":
+        listed = selected(at_anchor // PAGE_TOKENS, fraction)
+        pages = listed + (split.cold - at_anchor) // PAGE_TOKENS
+        rows, lists = pages * PAGE_TOKENS, sectors(listed * _LIST_BYTES)
+        # Pages lie apart: each one's scales are sectors of their own.
+        scales = pages * (sectors(key_scales.bytes_of(PAGE_TOKENS)) + sectors(value_scales.bytes_of(PAGE_TOKENS)))
+        scoring = 0 if age else sectors(key_scales.bytes_of(split.cold))
+    elif age:
+        rows -= at_anchor
+        scales = sectors(key_scales.bytes_of(rows)) + sectors(value_scales.bytes_of(rows))
+        cached = shape.group * (head_dim + 1) * _FLOAT_BYTES
     return StepBytes(
-        codes=_PLANES * sectors(rows * cold.row_bytes(head_dim)),
-        scales=_PLANES * sectors(rows * cold.scale_bytes),
+        codes=sectors(rows * key.row_bytes(head_dim)) + sectors(rows * value.row_bytes(head_dim)),
+        scales=scales,
+        scoring=scoring,
+        lists=lists,
         exact=_PLANES * sectors(split.exact * exact_row),
         cached=cached,
     )
@@ -116,13 +134,12 @@ def largest_step_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionS
 
 def stored_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> int:
     """Return the bytes that hold the tokens of one layer (live rows and scales; spare capacity is not counted)."""
-    total = 0.0
-    for length in lengths:
-        head = _head_bytes(recipe, length, shape.head_dim, model_dtype, 0, shape.group)
-        total += head.kv
-        if recipe.selection == "reuse":
-            total += round_up(shape.group * (shape.head_dim + 1) * _FLOAT_BYTES, 4)
-    return int(total) * shape.kv_heads
+    everything = replace(recipe, fractions=(), selection="all", anchor_every=1) if recipe.fractions else recipe
+    total = int(step_bytes(everything, lengths, shape, model_dtype).kv)
+    if recipe.selection == "reuse":
+        heads = len(lengths) * shape.kv_heads
+        total += heads * round_up(shape.group * (shape.head_dim + 1) * _FLOAT_BYTES, _FLOAT_BYTES)
+    return total
 
 
 def stored_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> float:

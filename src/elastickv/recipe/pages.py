@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-PAGE_TOKENS = 32
+from elastickv.recipe.formats import PAGE_TOKENS as PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,8 @@ def regions(context: int, sinks: int, window: int) -> Regions:
 def kept(cold: int, stride: int) -> int:
     """Tokens that a stride stores of the first `cold` cold tokens: numbers 0, stride, 2 stride, ..."""
     return -(-cold // stride)
+
+
+def selected(pages: int, fraction: float) -> int:
+    """Pages that a fraction reads of `pages` cold ones: at least one, if there is any."""
+    return min(pages, max(1, int(fraction * pages)))

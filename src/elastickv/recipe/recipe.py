@@ -4,20 +4,23 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.recipe.formats import COLD_FORMATS, sixteen_bit
+from elastickv.recipe.formats import COLD_FORMATS, MIN_VALUE_GROUP, sixteen_bit, value_groups
 
-SELECTIONS: tuple[str, ...] = ("all", "stride", "reuse")
+SELECTIONS: tuple[str, ...] = ("all", "stride", "reuse", "pages")
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 128
 MAX_STRIDE = 64
 MAX_ANCHOR_EVERY = 4096
 MAX_WINDOW = 1 << 20
+_BY_ROW = ("bf16", "fp16", "int8")  # formats whose scales belong to single rows: what stores single rows takes no other
 _HELP = (
     "a recipe is 'dense' or terms joined by commas: a format ("
     + ", ".join(COLD_FORMATS)
-    + "), 'stride[=N]' or 'reuse[,anchor_every=N][,decay=D]', 'sinks=N', 'window=N'; for example int8,stride=2"
+    + ") or k=FORMAT,v=FORMAT, 'vgroup=N' (channels of V to an int4 scale), 'pages[=FRACTION][,anchor_every=N]', "
+    "'stride[=N]' or 'reuse[,anchor_every=N][,decay=D]', 'sinks=N', 'window=N'; for example int4,pages=1/4,anchor_every=4"
 )
 
 
@@ -27,30 +30,36 @@ class Recipe:
 
     Attributes
     ----------
-    cold_format : format of cold K and V rows; None for `dense`, which keeps every token in the model's own dtype.
+    key_format, value_format : formats of cold K and V rows; None for `dense`, which keeps all tokens in the model's own dtype.
+    value_group : channels of V that share an int4 scale; 0 is the whole head.
     selection : 'all'; 'stride' (every `stride`-th cold token, the only ones stored, mass-compensated); 'reuse' (the cold
-        region's output is computed at anchors and reused in between).
+        region's output is computed at anchors and reused in between); 'pages' (the pages that score best at an anchor).
     stride : step of the stride, 1 unless `selection == 'stride'`.
-    anchor_every : steps from one anchor to the next, 1 unless `selection == 'reuse'`.
+    anchor_every : steps from one anchor to the next, 1 unless `selection` is 'reuse' or 'pages'.
     decay : factor on the weight of a reused output per step of age (subtracted from its log-sum-exp as -log decay).
+    fractions : 'pages': the share of the cold pages that is read, one for all KV heads or one for each.
     sinks, window : exact tokens at the start and at the end.
     """
 
-    cold_format: str | None = "bf16"
+    key_format: str | None = "bf16"
+    value_format: str | None = "bf16"
+    value_group: int = 0
     selection: str = "all"
     stride: int = 1
     anchor_every: int = 1
     decay: float = 1.0
+    fractions: tuple[float, ...] = ()
     sinks: int = DEFAULT_SINKS
     window: int = DEFAULT_WINDOW
 
     def __post_init__(self) -> None:
-        if self.cold_format is not None and self.cold_format not in COLD_FORMATS:
-            raise UsageError(f"format {self.cold_format!r} is unknown: formats are {', '.join(COLD_FORMATS)}")
+        for name in (self.key_format, self.value_format):
+            if name is not None and name not in COLD_FORMATS:
+                raise UsageError(f"format {name!r} is unknown: formats are {', '.join(COLD_FORMATS)}")
         if self.selection not in SELECTIONS:
             raise UsageError(f"selection {self.selection!r} is unknown: selections are {', '.join(SELECTIONS)}")
-        rest = (self.selection, self.stride, self.anchor_every, self.decay, self.sinks, self.window)
-        if self.is_dense and rest != ("all", 1, 1, 1.0, 0, 0):
+        rest = (self.selection, self.stride, self.anchor_every, self.decay, self.fractions, self.sinks, self.window)
+        if self.is_dense and (self.value_format is not None or rest != ("all", 1, 1, 1.0, (), 0, 0)):
             raise UsageError("'dense' keeps and reads everything: it takes no other term")
         _check("stride", self.stride, 1, MAX_STRIDE)
         _check("anchor_every", self.anchor_every, 1, MAX_ANCHOR_EVERY)
@@ -58,25 +67,88 @@ class Recipe:
         _check("window", self.window, 0, MAX_WINDOW)
         if self.stride > 1 and self.selection != "stride":
             raise UsageError(f"stride={self.stride} does not combine with selection {self.selection!r}")
-        if self.anchor_every > 1 and self.selection != "reuse":
-            raise UsageError(f"anchor_every={self.anchor_every} does not combine with {self.selection!r}: only with 'reuse'")
+        if self.anchor_every > 1 and self.selection not in ("reuse", "pages"):
+            raise UsageError(
+                f"anchor_every={self.anchor_every} does not combine with {self.selection!r}: only with 'pages' and 'reuse'"
+            )
         if not (0 < self.decay <= 1):
             raise UsageError(f"decay={self.decay} is out of range: give a number above 0 and at most 1")
         if self.decay != 1 and self.selection != "reuse":
             raise UsageError(f"decay={self.decay} does not combine with {self.selection!r}: only with 'reuse'")
+        self._check_formats()
+        self._check_fractions()
+
+    def _check_formats(self) -> None:
+        k, v = self.key_format, self.value_format
+        if v is None and not self.is_dense:
+            raise UsageError(f"keys in {k} need a format for the values: formats are {', '.join(COLD_FORMATS)}")
+        if {k, v} == {"bf16", "fp16"}:
+            raise UsageError("k=bf16 and v=fp16 do not combine, nor the other way round: sinks and window have one dtype")
+        if self.selection in ("stride", "reuse") and (k != v or k not in _BY_ROW):
+            raise UsageError(
+                f"{self.selection!r} does not combine with {self.formats}: it takes one of {', '.join(_BY_ROW)} for K and V"
+            )
+        if self.selection == "pages" and k != "int4":
+            raise UsageError(f"'pages' does not combine with keys in {k}: the scorer reads int4's scales; write k=int4")
+        if self.value_group and v != "int4":
+            raise UsageError(f"vgroup={self.value_group} does not combine with values in {v}: only with int4")
+        if self.value_group and self.value_group < MIN_VALUE_GROUP:
+            raise UsageError(f"vgroup={self.value_group} is out of range: {MIN_VALUE_GROUP} or more is accepted")
+
+    def _check_fractions(self) -> None:
+        if (self.selection == "pages") != bool(self.fractions):
+            raise UsageError("'pages' takes a fraction for all KV heads, or one for each: pages=1/4 or pages=1/4:1/2")
+        for fraction in self.fractions:
+            if not 0 < fraction <= 1:
+                raise UsageError(f"pages={fraction} is out of range: give a fraction above 0 and at most 1")
+
+    def check_shape(self, head_dim: int, kv_heads: int) -> None:
+        """Refuse a shape that the recipe does not describe.
+
+        Raises
+        ------
+        UsageError : if `vgroup` is no divisor of the head, or there is not one fraction, nor one for each KV head.
+        """
+        if self.value_group and self.value_group not in value_groups(head_dim):
+            accepted = ", ".join(map(str, value_groups(head_dim)))
+            raise UsageError(f"vgroup={self.value_group} does not divide a head of {head_dim} channels: choose {accepted}")
+        if len(self.fractions) > 1 and len(self.fractions) != kv_heads:
+            raise UsageError(f"pages= names {len(self.fractions)} fractions for {kv_heads} KV heads: give one, or {kv_heads}")
+
+    @property
+    def formats(self) -> str:
+        """Formats as the recipe's text names them: one for both, or k=FORMAT,v=FORMAT."""
+        if self.key_format is None:
+            return "dense"
+        return self.key_format if self.key_format == self.value_format else f"k={self.key_format},v={self.value_format}"
+
+    def fraction(self, kv_head: int) -> float:
+        """Share of the cold pages that one KV head reads; 1 without a selection of pages."""
+        if not self.fractions:
+            return 1.0
+        return self.fractions[kv_head] if len(self.fractions) > 1 else self.fractions[0]
+
+    def v_group(self, head_dim: int) -> int:
+        """Channels of V that share an int4 scale."""
+        return self.value_group or head_dim
 
     @property
     def is_dense(self) -> bool:
         """Whether every token is kept in the model's own dtype and read at every step."""
-        return self.cold_format is None
+        return self.key_format is None
 
     @property
     def hash(self) -> str:
         """First 12 hex digits of the SHA-256 of all fields: equal recipes, equal hashes, in every version."""
         fields = (
-            f"cold={self.cold_format or 'dense'};selection={self.selection};stride={self.stride};"
+            f"cold={self.formats};selection={self.selection};stride={self.stride};"
             f"anchor_every={self.anchor_every};decay={self.decay!r};sinks={self.sinks};window={self.window}"
         )
+        # Only what is there: recipes that were hashed before these fields existed keep their hash.
+        if self.value_group:
+            fields += f";value_group={self.value_group}"
+        if self.fractions:
+            fields += f";fractions={':'.join(map(repr, self.fractions))}"
         return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
     def age(self, step: int) -> int:
@@ -91,15 +163,22 @@ class Recipe:
         """Dtype of sinks and window: the model's own when dense or 16-bit, else the cold format, else bf16."""
         if self.is_dense:
             return model_dtype
-        if self.cold_format in ("bf16", "fp16"):
-            return self.cold_format
+        for name in (self.key_format, self.value_format):
+            if name in ("bf16", "fp16"):
+                return str(name)
         return sixteen_bit(model_dtype)
 
     def __str__(self) -> str:
         """Short text that `parse` turns back into an equal recipe."""
-        if self.cold_format is None:
+        if self.is_dense:
             return "dense"
-        terms = [self.cold_format]
+        terms = [self.formats]
+        if self.value_group:
+            terms.append(f"vgroup={self.value_group}")
+        if self.selection == "pages":
+            terms.append(f"pages={':'.join(map(_shortest, self.fractions))}")
+            if self.anchor_every != 1:
+                terms.append(f"anchor_every={self.anchor_every}")
         if self.selection == "stride":
             terms.append(f"stride={self.stride}")
         if self.selection == "reuse":
@@ -131,7 +210,7 @@ def _check(name: str, value: int, low: int, high: int) -> None:
         raise UsageError(f"{name}={value} is out of range: {low} to {high} is accepted")
 
 
-DENSE = Recipe(cold_format=None, sinks=0, window=0)
+DENSE = Recipe(key_format=None, value_format=None, sinks=0, window=0)
 
 
 def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | None]:
@@ -140,17 +219,17 @@ def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | N
     Returns
     -------
     recipe : with 1 where a number is open.
-    open_field : 'stride' or 'anchor_every' when the text says `stride` or `reuse` without one, else None.
+    open_field : 'stride', 'anchor_every' or 'pages' when the text says `stride`, `reuse` or `pages` without one, else None.
     """
     terms = [t.strip() for t in text.split(",")]
     if terms == ["dense"]:
         return DENSE, None
-    values: dict[str, str | int | float] = {}
+    values: dict[str, Any] = {}
     given: set[str] = set()
 
-    def put(name: str, value: str | int | float) -> None:
+    def put(name: str, value: Any) -> None:
         if name == "selection" and name in given:
-            raise UsageError(f"recipe {text!r}: 'stride' and 'reuse' do not combine; give one of them, once")
+            raise UsageError(f"recipe {text!r}: 'pages', 'stride' and 'reuse' do not combine; give one of them, once")
         if name in given:
             raise UsageError(f"recipe {text!r} names {name} twice")
         given.add(name)
@@ -160,26 +239,38 @@ def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | N
         name, equals, raw = term.partition("=")
         name = name.replace("-", "_")
         if not equals and name in COLD_FORMATS:
-            put("cold_format", name)
+            put("key_format", name)
+            put("value_format", name)
+        elif equals and name in ("k", "v"):
+            put("key_format" if name == "k" else "value_format", raw)
         elif not equals and name == "reuse":
             put("selection", "reuse")
         elif name == "stride":
             put("selection", "stride")
             if equals:
                 put("stride", _whole(name, raw))
+        elif name == "pages":
+            put("selection", "pages")
+            values["fractions"] = tuple(_fraction(part) for part in raw.split(":")) if equals else (1.0,)
+            given.update(["fractions"] if equals else [])
         elif equals and name in ("anchor_every", "sinks", "window"):
             put(name, _whole(name, raw))
+        elif equals and name == "vgroup":
+            put("value_group", _whole(name, raw))
         elif equals and name == "decay":
             put(name, _number(name, raw))
         else:
             raise UsageError(f"recipe {text!r}: {term!r} is not a term; {_HELP}")
-    values.setdefault("cold_format", default_format)
+    selection = values.get("selection")
+    if selection == "pages" and not {"key_format", "value_format"} & given:
+        default_format = "int4"
+    values.setdefault("key_format", values.get("value_format", default_format) if selection != "pages" else "int4")
+    values.setdefault("value_format", values["key_format"])
     open_field = None
-    if values.get("selection") == "stride" and "stride" not in given:
-        open_field = "stride"
-    if values.get("selection") == "reuse" and "anchor_every" not in given:
-        open_field = "anchor_every"
-    return replace(Recipe(), **values), open_field  # type: ignore[arg-type]
+    for name, field in (("stride", "stride"), ("reuse", "anchor_every"), ("pages", "fractions")):
+        if selection == name and field not in given:
+            open_field = "pages" if field == "fractions" else field
+    return replace(Recipe(), **values), open_field
 
 
 def _whole(name: str, raw: str) -> int:
@@ -192,3 +283,18 @@ def _number(name: str, raw: str) -> float:
     if not re.fullmatch(r"[0-9]*\.?[0-9]+([eE][-+]?[0-9]{1,3})?|[0-9]+\.", raw):
         raise UsageError(f"{name}={raw} is not a number")
     return float(raw)
+
+
+def _fraction(raw: str) -> float:
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", raw)
+    if not match:
+        return _number("pages", raw)
+    if not int(match[2]):
+        raise UsageError(f"pages={raw} divides by zero")
+    return int(match[1]) / int(match[2])
+
+
+def _shortest(fraction: float) -> str:
+    """Return `fraction` as one over a whole number where it is just that, else with all its digits."""
+    whole = round(1 / fraction)
+    return (f"1/{whole}" if whole > 1 else "1") if 1 / whole == fraction else repr(fraction)

@@ -17,10 +17,10 @@ MAX_RATIO = 1024.0
 def candidates(dtype: str, sinks: int, window: int) -> Iterator[Recipe]:
     """Yield recipes from least to most recipe error: rounding to 8 bits costs less than any dropped token."""
     yield DENSE
-    yield Recipe("int8", sinks=sinks, window=window)
+    yield Recipe("int8", "int8", sinks=sinks, window=window)
     for stride in range(2, MAX_STRIDE + 1):
         for cold_format in (sixteen_bit(dtype), "int8"):
-            yield Recipe(cold_format, "stride", stride=stride, sinks=sinks, window=window)
+            yield Recipe(cold_format, cold_format, selection="stride", stride=stride, sinks=sinks, window=window)
 
 
 def for_ratio(

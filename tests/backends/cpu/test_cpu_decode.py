@@ -87,7 +87,8 @@ def test_any_shape_and_recipe_decodes_like_the_reference(new_driver: Callable[[i
         fields["stride"] = pick(st.integers(1, 64))
     if selection == "reuse":
         fields |= {"anchor_every": pick(st.integers(1, 5)), "decay": pick(st.sampled_from([1.0, 0.95]))}
-    recipe = Recipe(pick(st.sampled_from(["bf16", "fp16", "int8"])), selection, **fields)
+    cold = pick(st.sampled_from(["bf16", "fp16", "int8"]))
+    recipe = Recipe(cold, cold, selection=selection, **fields)
     lengths = np.array(pick(st.lists(st.integers(1, 700), min_size=batch, max_size=batch)))
     dtype = pick(st.sampled_from(sorted(LIMIT)))
     driver = new_driver(pick(st.integers(0, 1000)))

@@ -113,7 +113,7 @@ def test_long_contexts_are_split_among_blocks(open_cuda, kind, text, shape):
 @pytest.mark.parametrize("splits", [2, 4, 8, 16])
 def test_lengths_around_the_ends_of_units_and_rounds(open_cuda, text, splits):
     recipe, rng, shape = Recipe.parse(text), np.random.default_rng(12), AttentionShape(1, 6, 2, 64)
-    unit = 32 if recipe.cold_format == "int8" else 16
+    unit = 32 if recipe.key_format == "int8" else 16
     round_tokens = splits * 8 * unit
     cache = open_cuda("mma", SPLITS=splits).cache(shape, 2 * round_tokens + 300, "bf16", recipe)
     keys, values = random_tokens(rng, shape, cache.capacity)

@@ -161,13 +161,17 @@ class CpuCache:
         exact_rows = np.r_[sinks, slots * PAGE_TOKENS + after % PAGE_TOKENS].astype(np.int64)
         head = row * self.shape.kv_heads + kv_head
         exact_format = self.recipe.exact_dtype(self.dtype)
-        cold_keys, cold_values = self._rows("cold", head, self.recipe.cold_format or exact_format, cold_rows)
+        cold_keys, cold_values = self._rows("cold", head, self.recipe.key_format or exact_format, cold_rows)
         return StoredHead(cold_keys, cold_values, *self._rows("exact", head, exact_format, exact_rows))
 
     def _rows(self, section: str, head: int, fmt: str, rows: NDArray[np.int64]) -> tuple[Float64, Float64]:
         stride = self.layout.fields[Field.COLD_HEAD_BYTES if section == "cold" else Field.EXACT_HEAD_BYTES]
         raw = self._section(section)[head * stride : (head + 1) * stride]
         return unpack_rows(raw, fmt, self.shape.head_dim, rows)
+
+    def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
+        """Return the numbers of the cold pages that the last decode read; None where the recipe selects none."""
+        return None
 
     def mark(self) -> None:
         """Remember the present state."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from elastickv.backends.cpu.intrinsics import BLOCK, COLUMNS, FORMAT_CODES
+from elastickv.errors import UsageError
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.pages import kept
 
@@ -80,7 +81,7 @@ class State(IntEnum):
 def page_bytes(fmt: str, head_dim: int) -> int:
     """Return the bytes of one page, K and V and scales."""
     width = FORMATS[fmt].bits // 8
-    return 2 * PAGE_TOKENS * (head_dim * width + FORMATS[fmt].scale_bytes)
+    return 2 * PAGE_TOKENS * (head_dim * width + FORMATS[fmt].key_scales(head_dim).n_bytes)
 
 
 def up(n: int, multiple: int) -> int:
@@ -109,10 +110,12 @@ class Layout:
 
 def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, threads: int) -> Layout:
     """Lay out a cache."""
+    if recipe.key_format != recipe.value_format or recipe.key_format in ("fp8", "int4"):
+        raise UsageError(f"the CPU back end does not read {recipe}")
     heads = shape.batch * shape.kv_heads
     after_sinks = max(0, capacity - recipe.sinks)
     exact_format = recipe.exact_dtype(dtype)
-    cold_format = recipe.cold_format or exact_format
+    cold_format = recipe.key_format or exact_format
     all_pages = -(-after_sinks // PAGE_TOKENS)
     cold_tokens = 0 if recipe.is_dense else max(0, after_sinks - recipe.window) // PAGE_TOKENS * PAGE_TOKENS
     cold_pages = -(-kept(cold_tokens, recipe.stride) // PAGE_TOKENS)

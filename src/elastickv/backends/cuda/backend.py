@@ -61,7 +61,7 @@ class CudaBackend:
         self, variant: Variant, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe
     ) -> Variant | None:
         """Return the kernel of the best fixed split whose clusters all run at once, if one serves."""
-        units, int8 = Layout.of(shape, capacity, dtype, recipe).units(recipe), recipe.cold_format == "int8"
+        units, int8 = Layout.of(shape, capacity, dtype, recipe).units(recipe), recipe.key_format == "int8"
         for planned in plan_splits(shape.batch, shape.kv_heads, units, int8, self._device.multiprocessors):
             split = split_variant(variant, shape.group, planned)
             if split and (not split["CLUSTER"] or self._clusters_at_once(split) >= shape.batch * shape.kv_heads):

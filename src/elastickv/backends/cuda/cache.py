@@ -195,7 +195,7 @@ class CudaLayerCache:
         recent = recipe.sinks + np.arange(split.cold, split.cold + split.recent) % layout.ring
         exact = np.r_[0 : split.sinks, recent].astype(np.int64)
         count = kept(split.cold, recipe.stride)
-        if recipe.cold_format == "int8":
+        if recipe.key_format == "int8":
             cold_keys = self._codes(storage.k_scale, storage.cold_k, head, 0)
             cold_values = self._codes(storage.v_scale, storage.cold_v, head, _V_CODE_OFFSET)
         else:
@@ -216,6 +216,10 @@ class CudaLayerCache:
         signed = (codes - np.uint8(offset)).view(np.int8)
         values: NDArray[np.float64] = signed.astype(np.float64) * from_bf16_bits(bits).astype(np.float64)[:, None]
         return values
+
+    def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
+        """Return the numbers of the cold pages that the last decode read; None where the recipe selects none."""
+        return None
 
     def mark(self) -> None:
         """Remember the present state."""

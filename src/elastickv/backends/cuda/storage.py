@@ -52,7 +52,7 @@ class Layout:
         heads, dim = shape.batch * shape.kv_heads, shape.head_dim
         exact_row = FORMATS[recipe.exact_dtype(dtype)].row_bytes(dim)
         queries = shape.batch * shape.query_heads
-        if recipe.cold_format is None:
+        if recipe.key_format is None:
             exact_rows, ring, wraps, cold_rows, cold_row, scales = capacity, 0, False, 0, 0, 0
         else:
             needed = round_up(recipe.window, PAGE_TOKENS) + PAGE_TOKENS
@@ -61,8 +61,8 @@ class Layout:
             exact_rows = recipe.sinks + ring
             cold = kept(regions(capacity, recipe.sinks, recipe.window).cold, recipe.stride)
             cold_rows = round_up(cold, _SCALE_ROWS)
-            cold_row = FORMATS[recipe.cold_format].row_bytes(dim)
-            scales = heads * cold_rows * 2 if recipe.cold_format == "int8" else 0
+            cold_row = FORMATS[recipe.key_format].row_bytes(dim)
+            scales = heads * cold_rows * 2 if recipe.key_format == "int8" else 0
         return cls(
             heads=heads,
             exact_rows=exact_rows,
@@ -80,7 +80,7 @@ class Layout:
 
     def units(self, recipe: Recipe) -> int:
         """Return the units of equal bytes that a full cache's head is read in: 16 rows, or 32 of int8."""
-        per_cold = _INT8_UNIT if recipe.cold_format == "int8" else _UNIT
+        per_cold = _INT8_UNIT if recipe.key_format == "int8" else _UNIT
         return -(-self.exact_rows // _UNIT) + -(-self.cold_rows // per_cold)
 
     @property

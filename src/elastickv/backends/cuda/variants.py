@@ -79,8 +79,10 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     ------
     UsageError : if no kernel supports the combination.
     """
+    if recipe.key_format != recipe.value_format or recipe.key_format in ("fp8", "int4"):
+        raise UsageError(f"no kernel of the CUDA back end reads {recipe}")
     exact = _TYPES[recipe.exact_dtype(dtype)]
-    cold = _COLD_NONE if recipe.is_dense else _COLD_INT8 if recipe.cold_format == "int8" else _COLD_SAME
+    cold = _COLD_NONE if recipe.is_dense else _COLD_INT8 if recipe.key_format == "int8" else _COLD_SAME
     can_mma = int(arch) >= _MMA_SINCE and exact != _TYPES["fp32"]
     if kind == "mma" and not can_mma:
         raise UsageError(f"the tensor-core kernel needs 16-bit rows and SM 8.0; this is {dtype}, {recipe} on SM {arch}")

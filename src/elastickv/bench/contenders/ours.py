@@ -66,7 +66,7 @@ def ours(
         name,
         "dense" if recipe.is_dense else "elastic",
         elastickv.__version__,
-        recipe.cold_format or dtype,
+        dtype if recipe.is_dense else recipe.formats,
         interval_bytes(recipe, [context] * shape.batch, shape, dtype).kv,
         rotation,
         lambda: held[0].run(1)[0] / rotation.steps,
