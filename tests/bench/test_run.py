@@ -297,3 +297,29 @@ def test_seeded_timing_data_is_neither_zero_nor_equal_between_copies(backend):
     one, two = filled_caches(backend, AttentionShape(1, 2, 2, 64), 200, "bf16", Recipe.parse("int8"), 2, 0)
     assert np.abs(one.stored(0, 0).exact_keys).min() > 0
     assert (one.stored(0, 0).exact_keys != two.stored(0, 0).exact_keys).any()
+
+
+def test_a_peer_with_8_bit_keys_and_values_is_measured_and_never_the_baseline(backend, monkeypatch):
+    from elastickv.bench.contenders import peers
+    from tests.helpers.peers import FakePeer, contender
+
+    fake = FakePeer(
+        fast=contender("fake-fast", "fp8", 1e-4), dense=contender("fake-dense", "bf16", 2e-4), gone="no kernel for this"
+    )
+    monkeypatch.setattr(peers, "PEERS", [fake])
+    result = run(Options(**SMALL, compress=1.3, peers="all")).as_dict()
+    assert result["baseline"]["name"] == "fake-dense"
+    assert "fake-fast" not in result["baseline"]["candidates_ms"]
+    assert result["baseline"]["not_run"]["fake-gone"] == "no kernel for this"
+    timed = {timing["name"]: timing for timing in result["contenders"]}
+    assert timed["fake-fast"]["kind"] == "peer"
+    assert timed["fake-fast"]["dtype"] == "fp8"
+    assert timed["fake-fast"]["time_ms"] == pytest.approx(1e-4)
+    # 1000 bytes a step.
+    assert timed["fake-fast"]["kv_bandwidth_gbs"] == pytest.approx(1000 / 1e-4 / 1e6)
+    assert result["sample_order"].count("fake-fast") == SMALL["reps"]
+
+
+def test_peers_not_asked_for_are_not_measured(backend):
+    result = run(Options(**SMALL, compress=1.3))
+    assert not any(timing.kind == "peer" for timing in result.contenders)

@@ -35,7 +35,7 @@ class Options:
     inference, decode_tokens, layers : the inference cycle; `layers` None is enough to exceed the last-level cache.
     graphs : capture CUDA graphs.
     cache : 'cold' rotates copies past the last-level cache, 'hot' repeats one.
-    peers : measure the installed peers too.
+    peers : peers to measure too: 'all', or beginnings of their names joined by commas; None is none.
     time_limit_s, until_ci_percent : stop early, at a time or at a half-width of the speed-up's interval.
     input : safetensors file of real activations; None is the shipped sample.
     gate : criteria for a verdict.
@@ -64,7 +64,7 @@ class Options:
     anchor_every: int | None = None
     layers: int | None = None
     cache: str = "cold"
-    peers: bool = False
+    peers: str | None = None
     time_limit_s: float | None = None
     until_ci_percent: float | None = None
     input: Path | None = None

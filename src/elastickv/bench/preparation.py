@@ -6,7 +6,7 @@ from statistics import median
 
 from elastickv.attention.errors import ErrorSummary
 from elastickv.backends import Backend
-from elastickv.bench.contenders import Contender, Rotation, installed_peers, ours, plan_rotation, random_queries
+from elastickv.bench.contenders import Contender, PeerWork, ours, plan_rotation, random_queries, ready_peers
 from elastickv.bench.cycle import MEMORY_SHARE, choose_layers
 from elastickv.bench.options import Options
 from elastickv.bench.receipt import timed_kernel_error
@@ -27,9 +27,9 @@ class Field:
     elastic : the recipe's contender.
     peers : every peer variant that runs, the baseline included if it is one.
     own_dense : our fastest dense contender.
-    candidates_ms : preview of every dense contender, milliseconds per step.
+    candidates_ms : preview of every dense contender, milliseconds per step. A peer with keys and values in 8 bit is none.
     not_run : contenders that were not measured, and why.
-    kernel_error : of our own contenders.
+    kernel_error : of our own contenders and of peers.
     """
 
     baseline: Contender
@@ -126,22 +126,14 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
     peers: list[Contender] = []
     if options.peers:
         phase("preparing peers")
-        peers = _peers(backend, options, own_dense.rotation, not_run)
-        candidates |= {peer.name: _preview(peer) for peer in peers}
-    rivals = {contender.name: contender for contender in [own_dense, *peers]}
+        work = PeerWork(backend.device, options.device or 0, shape, context, own_dense.rotation, seed, options.graphs)
+        peers, missing = ready_peers(work, options.peers)
+        not_run |= missing
+        candidates |= {peer.name: _preview(peer) for peer in peers if peer.is_dense}
+        kernel_error |= {peer.name: peer.error for peer in peers if peer.error is not None}
+    rivals = {contender.name: contender for contender in [own_dense, *peers] if contender.is_dense}
     baseline = rivals[min(rivals, key=lambda name: candidates[name])]
     return Field(baseline, elastic, peers, own_dense, candidates, not_run, kernel_error)
-
-
-def _peers(backend: Backend, options: Options, rotation: Rotation, not_run: dict[str, str]) -> list[Contender]:
-    present, missing = installed_peers()
-    not_run |= missing
-    contenders = []
-    for peer in present:
-        ready, refused = peer.contenders(backend, options.shape, options.seq, rotation, options.seed, options.graphs)
-        contenders += ready
-        not_run |= refused
-    return contenders
 
 
 def _preview(contender: Contender) -> float:

@@ -38,7 +38,12 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers."),
     click.option("--preset", help="long = 4096x32x128 C=4, short = 1024x16x64 C=2."),
-    click.option("--peers", is_flag=True, help="Measure the attention of installed peers in the same run."),
+    click.option(
+        "--peers",
+        is_flag=False,
+        flag_value="all",
+        help="Measure installed peers in the same run: all, or those whose names begin so (torch-sdpa,flashinfer-paged).",
+    ),
     click.option("--time-limit", "time_limit_s", type=float, help="Stop measuring after this many seconds."),
     click.option("--until-ci", "until_ci_percent", type=float, help="Stop at this half-width of the interval, percent."),
     click.option("--output", type=click.Path(path_type=Path), help="Write the result here; the suffix tells the format."),

@@ -1,18 +1,20 @@
 """Who is measured: our own dense and elastic attention, and the peers installed here."""
 
-from elastickv.bench.contenders.base import Contender, Peer
+from elastickv.bench.contenders.base import Contender, Peer, PeerWork
 from elastickv.bench.contenders.ours import filled_caches, ours, random_queries
-from elastickv.bench.contenders.peers import PEERS, installed_peers
+from elastickv.bench.contenders.peers import ALL_PEERS, PEERS, ready_peers
 from elastickv.bench.contenders.rotation import Rotation, plan_rotation
 
 __all__ = [
+    "ALL_PEERS",
     "PEERS",
     "Contender",
     "Peer",
+    "PeerWork",
     "Rotation",
     "filled_caches",
-    "installed_peers",
     "ours",
     "plan_rotation",
     "random_queries",
+    "ready_peers",
 ]

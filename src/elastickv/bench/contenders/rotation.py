@@ -42,3 +42,12 @@ def plan_rotation(kv_bytes: float, inner_loops: int, anchor_every: int, cache_by
     steps = round_up(max(inner_loops, copies), anchor_every)
     touched = copies * kv_bytes
     return Rotation(copies, steps, touched, touched >= COLD_FACTOR * cache_bytes)
+
+
+def as_cold(rotation: Rotation, kv_bytes: float, cache_bytes: int) -> Rotation:
+    """Return `rotation` for a contender that reads `kv_bytes` a step: with more copies where it needs them to stay cold."""
+    copies = rotation.copies
+    if rotation.cold:
+        copies = max(copies, min(math.ceil(COLD_FACTOR * cache_bytes / kv_bytes), MAX_COPIES))
+    touched = copies * kv_bytes
+    return Rotation(copies, max(rotation.steps, copies), touched, touched >= COLD_FACTOR * cache_bytes)

@@ -1,0 +1,84 @@
+"""Every peer sees the same numbers, and none is timed that computes something else."""
+
+import gc
+
+import numpy as np
+import pytest
+
+from elastickv.attention.errors import relative_l2
+from elastickv.attention.reference import attend as float64_attention
+from elastickv.bench.contenders.base import PeerWork
+from elastickv.bench.contenders.rotation import Rotation
+from elastickv.bench.contenders.torch_timing import Clock, checked, inputs
+from elastickv.errors import KernelMismatch
+from elastickv.recipe import AttentionShape
+from tests.helpers.peers import peer_work
+
+torch = pytest.importorskip("torch", reason="peers are called with PyTorch's tensors")
+
+
+def test_inputs_are_drawn_once_while_they_are_held():
+    work = peer_work()
+    one = inputs(work, "bf16")
+    assert inputs(work, "bf16") is one
+    drawn = one.rows[1][1].clone()
+    del one
+    gc.collect()
+    assert torch.equal(inputs(work, "bf16").rows[1][1], drawn)
+    assert not torch.equal(*(inputs(work, "bf16").rows[copy][1] for copy in (0, 1)))
+
+
+def test_another_layout_and_8_bit_hold_the_same_numbers():
+    work = peer_work()
+    plain, moved = inputs(work, "bf16"), inputs(work, "bf16", token_major=True)
+    eight = inputs(work, "fp8", token_major=True)
+    # The rotation of half the bytes may have more copies: those that both have are the same.
+    for row, permuted, cast in zip(plain.rows, moved.rows, eight.rows, strict=False):
+        assert torch.equal(row[0], permuted[0]) and torch.equal(row[0], cast[0])
+        for plane in (1, 2):
+            assert permuted[plane].shape == (2, 128, 2, 64)
+            assert torch.equal(permuted[plane][:, :100], row[plane].transpose(1, 2))
+            assert not permuted[plane][:, 100:].any()
+            assert torch.equal(cast[plane][:, :100].float(), row[plane].transpose(1, 2).to(torch.float8_e4m3fn).float())
+    assert eight.kv_bytes * 2 == plain.kv_bytes == 2 * 2 * 2 * 100 * 64 * 2
+    assert relative_l2(moved.expected, plain.expected).max() == 0
+    assert 0.01 < relative_l2(eight.expected, plain.expected).mean() < 0.1
+
+
+def test_expected_is_float64_attention():
+    data = inputs(peer_work(), "fp32")
+    queries, keys, values = (tensor[0].double().numpy() for tensor in data.rows[0])
+    for head in range(4):
+        wanted = float64_attention(queries[head], keys[head // 2], values[head // 2]).output
+        np.testing.assert_allclose(data.expected[0, head], wanted[0], rtol=1e-12)
+
+
+def test_a_wrong_output_is_refused():
+    work = peer_work()
+    data = inputs(work, "fp32")
+
+    def attend(copy):
+        return torch.from_numpy(data.expected)
+
+    assert checked("right", "1", "fp32", work, data, attend).error.max == 0
+    with pytest.raises(KernelMismatch, match="off by 1 of float64"):
+        checked("nothing", "1", "fp32", work, data, lambda copy: 0 * attend(copy))
+    with pytest.raises(KernelMismatch, match="off by inf"):
+        checked("nan", "1", "fp32", work, data, lambda copy: float("nan") * attend(copy))
+
+
+def test_a_sample_goes_round_the_copies():
+    seen = []
+    clock = Clock(peer_work(), lambda copy: seen.append(copy) or torch.zeros(1), Rotation(2, 5, 0.0, False), torch.no_grad)
+    assert clock.sample() > 0
+    assert seen == [0, 1, 0, 1, 0]
+
+
+def test_a_peer_of_half_the_bytes_goes_round_twice_the_copies():
+    device = peer_work().device
+    cache = device.last_level_cache_bytes
+    work = PeerWork(device, 0, AttentionShape(1, 1, 1, 64), 1, Rotation(4, 6, 2.0 * cache, True), 0, True)
+    half = work.rotation_of(cache / 4)
+    assert (half.copies, half.steps, half.cold) == (8, 8, True)
+    assert half.touched_bytes == 2 * cache
+    assert work.rotation_of(cache).copies == 4
