@@ -59,7 +59,7 @@ def test_installed_but_broken_is_one_line_a_variant(cuda_work, monkeypatch):
     work = replace(peer_work(AttentionShape(1, 4, 2, 64)), device=cuda_work.device)
     monkeypatch.setattr(
         "elastickv.bench.contenders.flash_infer.inputs",
-        lambda work, dtype, token_major: torch_timing.Inputs(replace(work, device=peer_work().device), dtype, token_major),
+        lambda work, dtype, pages: torch_timing.Inputs(replace(work, device=peer_work().device), dtype, pages),
     )
     monkeypatch.setattr(
         "elastickv.bench.contenders.flash_infer.checked",

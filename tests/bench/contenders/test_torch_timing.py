@@ -1,6 +1,7 @@
 """Every peer sees the same numbers, and none is timed that computes something else."""
 
 import gc
+import time
 
 import numpy as np
 import pytest
@@ -28,20 +29,22 @@ def test_inputs_are_drawn_once_while_they_are_held():
     assert not torch.equal(*(inputs(work, "bf16").rows[copy][1] for copy in (0, 1)))
 
 
-def test_another_layout_and_8_bit_hold_the_same_numbers():
+def test_pages_and_8_bit_hold_the_same_numbers():
     work = peer_work()
-    plain, moved = inputs(work, "bf16"), inputs(work, "bf16", token_major=True)
-    eight = inputs(work, "fp8", token_major=True)
-    # The rotation of half the bytes may have more copies: those that both have are the same.
-    for row, permuted, cast in zip(plain.rows, moved.rows, eight.rows, strict=False):
-        assert torch.equal(row[0], permuted[0]) and torch.equal(row[0], cast[0])
+    plain, paged, eight = inputs(work, "bf16"), inputs(work, "bf16", 32), inputs(work, "fp8", 32)
+    assert plain.rows[0][1].shape == (2, 2, 100, 64)
+    for row, pages, cast in zip(plain.rows, paged.rows, eight.rows, strict=True):
+        assert torch.equal(row[0], pages[0])
+        assert torch.equal(row[0], cast[0])
         for plane in (1, 2):
-            assert permuted[plane].shape == (2, 128, 2, 64)
-            assert torch.equal(permuted[plane][:, :100], row[plane].transpose(1, 2))
-            assert not permuted[plane][:, 100:].any()
-            assert torch.equal(cast[plane][:, :100].float(), row[plane].transpose(1, 2).to(torch.float8_e4m3fn).float())
-    assert eight.kv_bytes * 2 == plain.kv_bytes == 2 * 2 * 2 * 100 * 64 * 2
-    assert relative_l2(moved.expected, plain.expected).max() == 0
+            # Two sequences of four pages; the last holds four tokens.
+            assert pages[plane].shape == cast[plane].shape == (8, 2, 32, 64)
+            assert torch.equal(pages[plane][5], row[plane][1, :, 32:64])
+            assert torch.equal(pages[plane][7, :, :4], row[plane][1, :, 96:])
+            assert not pages[plane][7, :, 4:].any()
+            assert torch.equal(cast[plane].float(), pages[plane].to(torch.float8_e4m3fn).float())
+    assert eight.kv_bytes * 2 == plain.kv_bytes == paged.kv_bytes == 2 * 2 * 2 * 100 * 64 * 2
+    assert relative_l2(paged.expected, plain.expected).max() == 0
     assert 0.01 < relative_l2(eight.expected, plain.expected).mean() < 0.1
 
 
@@ -72,6 +75,19 @@ def test_a_sample_goes_round_the_copies():
     clock = Clock(peer_work(), lambda copy: seen.append(copy) or torch.zeros(1), Rotation(2, 5, 0.0, False), torch.no_grad)
     assert clock.sample() > 0
     assert seen == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("milliseconds", "steps"), [(0, 4), (3, 4), (4, 3), (20, 2)])
+def test_a_sample_of_a_slow_peer_has_fewer_steps_and_at_least_one_round(milliseconds, steps):
+    data = inputs(peer_work(), "fp32")
+    output = torch.from_numpy(data.expected)
+
+    def attend(copy):
+        time.sleep(milliseconds / 1e3)
+        return output
+
+    contender = checked("slow", "1", "fp32", peer_work(), data, attend)
+    assert (contender.rotation.copies, contender.rotation.steps) == (2, steps)
 
 
 def test_a_peer_of_half_the_bytes_goes_round_twice_the_copies():

@@ -8,7 +8,9 @@ from elastickv.bench.contenders.base import Contender, PeerWork, Variant
 from elastickv.bench.contenders.torch_timing import TORCH_NAMES, Inputs, checked, distribution_version, inputs, unusable
 
 _HEAD_DIMS = (64, 128, 256)
-_PAGE_TOKENS = 16
+# Layout and page size: what was fastest on an H100, by up to 8 % (benchmarks/NOTES.md).
+_LAYOUT = "HND"
+_PAGE_TOKENS = 32
 # What its documentation recommends, twice: the tensor-core plan of a large batch takes more.
 _WORKSPACE_BYTES = 256 << 20
 
@@ -42,19 +44,20 @@ class FlashInfer:
         return variants
 
 
+# Makes what attends one copy.
 _Call = Callable[[PeerWork, str, Inputs, bool], Callable[[int], Any]]
 
 
 def _ready(name: str, version: str, work: PeerWork, dtype: str, tensor_cores: bool, call: _Call) -> Contender:
-    data = inputs(work, dtype, token_major=True)
+    data = inputs(work, dtype, _PAGE_TOKENS if call is _paged else None)
     return checked(name, version, dtype, work, data, call(work, dtype, data, tensor_cores))
 
 
 def _single(work: PeerWork, dtype: str, data: Inputs, tensor_cores: bool) -> Callable[[int], Any]:
     from flashinfer import single_decode_with_kv_cache
 
-    rows = [(q[0, :, 0], keys[0, : work.context], values[0, : work.context]) for q, keys, values in data.rows]
-    return lambda copy: single_decode_with_kv_cache(*rows[copy], kv_layout="NHD", use_tensor_cores=tensor_cores)
+    rows = [(queries[0, :, 0], keys[0], values[0]) for queries, keys, values in data.rows]
+    return lambda copy: single_decode_with_kv_cache(*rows[copy], kv_layout=_LAYOUT, use_tensor_cores=tensor_cores)
 
 
 def _paged(work: PeerWork, dtype: str, data: Inputs, tensor_cores: bool) -> Callable[[int], Any]:
@@ -62,16 +65,14 @@ def _paged(work: PeerWork, dtype: str, data: Inputs, tensor_cores: bool) -> Call
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     shape = work.shape
+    pages = -(-work.context // _PAGE_TOKENS)
 
-    def whole(*values: int) -> Any:
-        return torch.tensor(values, dtype=torch.int32, device="cuda")
+    def count(stop: int) -> Any:
+        return torch.arange(stop, dtype=torch.int32, device="cuda")
 
-    # Padded planes are cut into pages as they lie: pages in order, as favourable as a page table can be.
-    pages = data.rows[0][1].shape[1] // _PAGE_TOKENS
-    used = -(-work.context // _PAGE_TOKENS)
-    bounds = whole(*(used * row for row in range(shape.batch + 1)))
-    indices = torch.cat([torch.arange(used, dtype=torch.int32, device="cuda") + pages * row for row in range(shape.batch)])
-    last = whole(*[(work.context - 1) % _PAGE_TOKENS + 1] * shape.batch)
+    # Pages in order: as favourable as a page table can be.
+    bounds, indices = count(shape.batch + 1) * pages, count(shape.batch * pages)
+    last = torch.full_like(bounds[1:], (work.context - 1) % _PAGE_TOKENS + 1)
     buffers = {
         "paged_kv_indptr_buffer": bounds.clone(),
         "paged_kv_indices_buffer": indices.clone(),
@@ -79,7 +80,7 @@ def _paged(work: PeerWork, dtype: str, data: Inputs, tensor_cores: bool) -> Call
     }
     workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "NHD", use_cuda_graph=work.graph, use_tensor_cores=tensor_cores, **(buffers if work.graph else {})
+        workspace, _LAYOUT, use_cuda_graph=work.graph, use_tensor_cores=tensor_cores, **(buffers if work.graph else {})
     )
     wrapper.plan(
         bounds,
@@ -92,6 +93,5 @@ def _paged(work: PeerWork, dtype: str, data: Inputs, tensor_cores: bool) -> Call
         q_data_type=torch.bfloat16,
         kv_data_type=getattr(torch, TORCH_NAMES[dtype]),
     )
-    size = (-1, _PAGE_TOKENS, shape.kv_heads, shape.head_dim)
-    rows = [(q[:, :, 0], (keys.view(size), values.view(size))) for q, keys, values in data.rows]
+    rows = [(queries[:, :, 0], (keys, values)) for queries, keys, values in data.rows]
     return lambda copy: wrapper.run(*rows[copy])

@@ -1,6 +1,5 @@
 """PyTorch's FlexAttention, compiled."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +35,4 @@ def _ready(name: str, work: PeerWork, dtype: str) -> Contender:
     def attend(copy: int) -> Any:
         return compiled(*data.rows[copy], enable_gqa=work.shape.group > 1)
 
-    # Where it cannot split the context it is 20 times slower than others: one round of the copies is a sample.
-    rotation = replace(data.rotation, steps=data.rotation.copies)
-    return checked(name, torch.__version__, dtype, work, data, attend, rotation)
+    return checked(name, torch.__version__, dtype, work, data, attend)

@@ -2,7 +2,6 @@
 
 import itertools
 import warnings
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,13 +45,11 @@ def _ready(name: str, work: PeerWork, backend: str, folded: bool, dtype: str) ->
     def attend(copy: int) -> Any:
         return torch.nn.functional.scaled_dot_product_attention(*rows[copy], enable_gqa=grouped)
 
-    # PyTorch's CPU path can be 50 times slower than ours: one round of the copies is a sample.
-    rotation = data.rotation if work.device.kind == "cuda" else replace(data.rotation, steps=data.rotation.copies)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             return checked(
-                name, torch.__version__, dtype, work, data, attend, rotation, lambda: sdpa_kernel(getattr(SDPBackend, backend))
+                name, torch.__version__, dtype, work, data, attend, lambda: sdpa_kernel(getattr(SDPBackend, backend))
             )
         except RuntimeError as error:
             raise RuntimeError(_reason(said, error)) from error

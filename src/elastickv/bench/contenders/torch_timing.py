@@ -1,7 +1,9 @@
 """What peers on PyTorch tensors share: the device, the same random inputs, the clock, the check of what they compute."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from importlib import metadata
 from time import perf_counter_ns
@@ -18,8 +20,8 @@ from elastickv.errors import KernelMismatch
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 # Relative L2 of a head's output. Rounding q, p and o to bf16 explains 3e-3; somebody else's kernel may round once more.
 ERROR_LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2, "fp8": 1e-2}
-# Tokens that the token-major layout is padded to.
-PADDED_TO = 32
+# A peer can be 50 times slower than ours: a sample of it need not be longer than this.
+SAMPLE_MS = 10.0
 
 
 def distribution_version(name: str) -> str | None:
@@ -49,32 +51,32 @@ class Inputs:
     Attributes
     ----------
     rows : (queries, keys, values) of each copy; queries (batch, query_heads, 1, head_dim); keys and values (batch, kv_heads,
-        context, head_dim), or token-major (batch, context padded with zeros, kv_heads, head_dim).
+        context, head_dim), or in pages (batch * pages, kv_heads, page_tokens, head_dim), the last one padded with zeros.
     kv_bytes : of the keys and values of one copy, without padding.
     rotation : round the copies.
     """
 
-    def __init__(self, work: PeerWork, dtype: str, token_major: bool) -> None:
+    def __init__(self, work: PeerWork, dtype: str, page_tokens: int | None) -> None:
         import torch
 
-        self._context, self._token_major = work.context, token_major
+        self._work, self._page_tokens = work, page_tokens
         shape, kind = work.shape, work.device.kind
         generator = torch.Generator(device=kind).manual_seed(work.seed)
         # What is stored in 8 bit is drawn in bf16 and cast, with a scale of 1.
         drawn = getattr(torch, TORCH_NAMES["bf16" if dtype == "fp8" else dtype])
         stored = getattr(torch, TORCH_NAMES[dtype])
-        padded = -(-work.context // PADDED_TO) * PADDED_TO
 
         def random(*size: int) -> Any:
             return torch.randn(*size, device=kind, dtype=drawn, generator=generator)
 
         def plane() -> Any:
             rows = random(shape.batch, shape.kv_heads, work.context, shape.head_dim).to(stored)
-            if not token_major:
+            if page_tokens is None:
                 return rows
-            moved = torch.zeros(shape.batch, padded, shape.kv_heads, shape.head_dim, device=kind, dtype=stored)
-            moved[:, : work.context] = rows.transpose(1, 2)
-            return moved
+            pages = -(-work.context // page_tokens)
+            padded = torch.zeros(shape.batch, shape.kv_heads, pages * page_tokens, shape.head_dim, device=kind, dtype=stored)
+            padded[:, :, : work.context] = rows
+            return padded.unflatten(2, (pages, page_tokens)).transpose(1, 2).flatten(0, 1)
 
         self.kv_bytes = 2 * shape.batch * shape.kv_heads * work.context * shape.head_dim * stored.itemsize
         self.rotation = work.rotation_of(self.kv_bytes)
@@ -86,35 +88,39 @@ class Inputs:
         """Float64 attention on copy 0: (batch, query_heads, head_dim)."""
         import torch
 
+        shape = self._work.shape
         queries, keys, values = self.rows[0]
-        if self._token_major:
-            keys, values = (plane[:, : self._context].transpose(1, 2) for plane in (keys, values))
-        batch, kv_heads, _, head_dim = keys.shape
-        output = torch.empty(batch, queries.shape[1], head_dim, dtype=torch.float64, device=queries.device)
-        group = queries.shape[1] // kv_heads
-        for row in range(batch):
+        output = torch.empty(shape.batch, shape.query_heads, shape.head_dim, dtype=torch.float64, device=queries.device)
+        for row in range(shape.batch):
             # Head by head: float64 copies of all of them may not fit.
-            for head in range(kv_heads):
-                heads = slice(head * group, (head + 1) * group)
-                scores = queries[row, heads, 0].double() @ keys[row, head].double().T * head_dim**-0.5
-                output[row, heads] = torch.softmax(scores, -1) @ values[row, head].double()
+            for head in range(shape.kv_heads):
+                heads = slice(head * shape.group, (head + 1) * shape.group)
+                scores = queries[row, heads, 0].double() @ self._of_head(keys, row, head).T * shape.head_dim**-0.5
+                output[row, heads] = torch.softmax(scores, -1) @ self._of_head(values, row, head)
         return np.asarray(output.cpu().numpy())
+
+    def _of_head(self, plane: Any, row: int, head: int) -> Any:
+        if self._page_tokens is None:
+            return plane[row, head].double()
+        pages = plane.unflatten(0, (self._work.shape.batch, -1))[row, :, head]
+        return pages.flatten(0, 1)[: self._work.context].double()
 
 
 _drawn: WeakValueDictionary[tuple[object, ...], Inputs] = WeakValueDictionary()
 
 
-def inputs(work: PeerWork, dtype: str, token_major: bool = False) -> Inputs:
+def inputs(work: PeerWork, dtype: str, page_tokens: int | None = None) -> Inputs:
     """Return the inputs, drawn once for as long as a contender holds them.
 
     Parameters
     ----------
     dtype : of keys and values, 'fp32', 'fp16', 'bf16' or 'fp8'; with 'fp8' queries are bf16.
+    page_tokens : size of the pages that keys and values lie in; None where they lie in one piece.
     """
-    key = (work, dtype, token_major)
+    key = (work, dtype, page_tokens)
     drawn = _drawn.get(key)
     if drawn is None:
-        drawn = _drawn[key] = Inputs(work, dtype, token_major)
+        drawn = _drawn[key] = Inputs(work, dtype, page_tokens)
     return drawn
 
 
@@ -194,23 +200,25 @@ def checked(
     work: PeerWork,
     data: Inputs,
     attend: Callable[[int], Any],
-    rotation: Rotation | None = None,
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Contender:
-    """Return a peer's contender, whose output is right.
+    """Return a peer's contender, whose output is right; a sample of a slow one has fewer steps, at least one round.
 
     Parameters
     ----------
     attend : attend copy i of `data`; returns the output.
-    rotation : of a sample; that of `data` if None.
     around : what the steps of one sample run within.
 
     Raises
     ------
     KernelMismatch : if the output on copy 0 is not float64 attention within the error of the dtype.
     """
-    rotation = rotation or data.rotation
+    rotation = replace(data.rotation, steps=data.rotation.copies)
     clock = Clock(work, attend, rotation, around)
+    steps = min(data.rotation.steps, max(rotation.steps, math.ceil(SAMPLE_MS / clock.sample())))
+    if steps > rotation.steps:
+        rotation = replace(rotation, steps=steps)
+        clock = Clock(work, attend, rotation, around)
     errors = relative_l2(clock.fresh_output().reshape(data.expected.shape), data.expected)
     if not errors.max() <= ERROR_LIMITS[dtype]:
         raise KernelMismatch(f"its output is off by {errors.max():.2g} of float64 attention, above {ERROR_LIMITS[dtype]:g}")
