@@ -9,7 +9,7 @@ import json
 import statistics
 
 import numpy as np
-from bench_matrix import SHAPES
+from kernels import SHAPES
 
 from elastickv.backends.cuda.backend import CudaBackend
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, step_bytes

@@ -96,19 +96,19 @@ def h100() -> list[str]:
     lines = [source(load("h100/long.json")), ""]
     lines += table(PRESET_HEADERS, [preset_row(f"h100/{name}.json", label) for name, label in presets])
     rows = []
-    for path in sorted((RESULTS / "h100").glob("shape-*.json")):
+    for path in sorted((RESULTS / "h100" / "kernels").glob("*--int8.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         times = times_us(result)
-        peers = {name: time for name, time in times.items() if name.startswith("torch")}
+        peers = {t["name"]: times[t["name"]] for t in result["contenders"] if t["kind"] == "peer" and t["dtype"] == "bf16"}
         own = min(time for name, time in times.items() if name.startswith("dense"))
         best = min(peers, key=peers.__getitem__)
         floor = result["recipe"]["dense_bytes_per_step"] / result["ceilings"]["read_gbs"] / 1e3
         rows.append(
             [
-                path.stem.removeprefix("shape-").replace("-", ","),
+                path.stem.removesuffix("--int8").replace("-", ","),
                 f"{result['recipe']['dense_bytes_per_step'] / 1e6:.0f}",
                 f"{floor:.1f}",
-                f"{peers[best]:.1f} ({best.removeprefix('torch-sdpa-').removesuffix('-bf16')})",
+                f"{peers[best]:.1f} ({best.removesuffix('-bf16')})",
                 f"{own:.1f}",
                 f"{peers[best] / own:.2f}",
                 f"{times['elastic']:.1f}",
@@ -120,9 +120,9 @@ def h100() -> list[str]:
         "batch, heads, KV heads, head_dim, context",
         "KV MB",
         "bytes / read ceiling, us",
-        "best SDPA, us",
+        "best peer, us",
         "our dense, us",
-        "SDPA / ours",
+        "peer / ours",
         "`int8`, us",
         "`int8` against the fastest dense",
     ]
