@@ -10,6 +10,7 @@ from elastickv.attention.reference import Float64
 from elastickv.recipe import AttentionShape, Recipe
 
 Float32 = NDArray[np.float32]
+INT4_KEY_MAX = 65504.0  # the largest half: scales and zeros of int4 keys are halves
 Floats = NDArray[np.floating[Any]]
 
 
@@ -95,3 +96,11 @@ class LayerCache(Protocol):
 
     def raise_non_finite(self) -> None:
         """Raise NonFiniteError, naming sequence, KV head and position, if a NaN or infinity was ever stored."""
+
+
+def beyond_int4(row: int, kv_head: int, position: int) -> str:
+    """Return what to say of a key that is too large for the scales of int4."""
+    return (
+        f"a key beyond what int4 holds: sequence {row}, KV head {kv_head}, position {position}; "
+        f"int4 keys hold magnitudes up to {INT4_KEY_MAX:.0f}: choose another format for K"
+    )
