@@ -117,9 +117,19 @@ def _head_bytes(recipe: Recipe, length: int, shape: AttentionShape, model_dtype:
 def interval_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:
     """Return the bytes of a step averaged over one anchor interval at a stated context."""
     total = StepBytes()
-    for age in range(recipe.anchor_every):
-        total += step_bytes(recipe, lengths, shape, model_dtype, age)
+    for age, times in _distinct_ages(recipe, lengths):
+        total += step_bytes(recipe, lengths, shape, model_dtype, age) * times
     return total / recipe.anchor_every
+
+
+def _distinct_ages(recipe: Recipe, lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (age, how many ages read as much): the steps of an interval differ only by the pages cold at their anchor."""
+    first: dict[tuple[int, ...], int] = {}
+    times: Counter[int] = Counter()
+    for age in range(recipe.anchor_every):
+        at_anchor = (regions(max(length - age, 0), recipe.sinks, recipe.window).cold for length in set(lengths))
+        times[first.setdefault((min(age, 1), *at_anchor), age)] += 1
+    return list(times.items())
 
 
 def read_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> float:
@@ -129,7 +139,8 @@ def read_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, mo
 
 def largest_step_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:
     """Return the bytes of the costliest step of an anchor interval."""
-    return max((step_bytes(recipe, lengths, shape, model_dtype, age) for age in range(recipe.anchor_every)), key=lambda s: s.kv)
+    ages = (age for age, _ in _distinct_ages(recipe, lengths))
+    return max((step_bytes(recipe, lengths, shape, model_dtype, age) for age in ages), key=lambda step: step.kv)
 
 
 def stored_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> int:
