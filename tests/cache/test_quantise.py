@@ -1,12 +1,21 @@
-"""Quantised rows: bounded error, no clamping, no overflow."""
+"""Quantised rows and pages: bounded error, no clamping, no overflow, scales that round outwards."""
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from elastickv.cache.bits import from_bf16_bits, rounded, to_bf16_bits
-from elastickv.cache.quantise import dequantise_int8, quantise_int8
+from elastickv.cache.quantise import (
+    dequantise_fp8,
+    dequantise_int8,
+    quantise_fp8,
+    quantise_int4_keys,
+    quantise_int4_values,
+    quantise_int8,
+    stored_values,
+)
 
 finite_rows = hnp.arrays(np.float32, (3, 64), elements=st.floats(-(2.0**127), 2.0**127, width=32))
 
@@ -43,3 +52,146 @@ def test_bf16_rounds_to_nearest_even(value):
 def test_nan_stays_nan():
     assert np.isnan(rounded([np.nan], "bf16")).all()
     assert np.isnan(rounded([np.nan], "fp16")).all()
+
+
+def fp16_pages(limit=65504.0):
+    return hnp.arrays(np.float32, (2, 32, 8), elements=st.floats(-limit, limit, width=16))
+
+
+def bf16_rows(limit=2.0**126):
+    return hnp.arrays(np.float32, (3, 64), elements=st.floats(-limit, limit, width=32)).map(lambda x: rounded(x, "bf16"))
+
+
+@settings(deadline=None)
+@given(fp16_pages())
+def test_int4_keys_lie_within_what_scale_and_zero_span_and_within_half_a_step(pages):
+    codes, scales, zeros = quantise_int4_keys(pages)
+    assert scales.dtype == zeros.dtype == np.float16 and codes.max() <= 15
+    low, step = zeros.astype(np.float64)[:, None], scales.astype(np.float64)[:, None]
+    assert (low <= pages).all()
+    assert (pages <= low + 15 * step).all() or not np.isfinite(step).all()
+    error = np.abs(codes * step + low - pages)
+    assert (error <= 0.5001 * step + 1e-7 * np.abs(pages)).all()
+
+
+@settings(deadline=None)
+@given(fp16_pages())
+def test_the_scales_of_keys_are_the_least_that_span_them(pages):
+    _, scales, zeros = quantise_int4_keys(pages)
+    least, most = pages.min(axis=1), pages.max(axis=1)
+    # fp16 inputs: their least value is its own zero.
+    np.testing.assert_array_equal(zeros.astype(np.float32), least)
+    wide = (most - least) / np.float32(15)
+    assert (scales.astype(np.float32) >= wide).all()
+    assert (np.nextafter(scales, np.float16(-np.inf)).astype(np.float32)[scales > 0] < wide[scales > 0]).all()
+
+
+@settings(deadline=None)
+@given(bf16_rows(), st.sampled_from([32, 64]))
+def test_int4_values_are_within_half_a_step_of_their_group(rows, group):
+    codes, scale_bits, zero_bits = quantise_int4_values(rows, group)
+    assert codes.max() <= 15 and scale_bits.shape == (3, 64 // group)
+    low, step = (from_bf16_bits(bits).astype(np.float64)[..., None] for bits in (zero_bits, scale_bits))
+    grouped = rows.reshape(3, -1, group).astype(np.float64)
+    assert (low <= grouped).all() and (grouped <= low + 15 * step * (1 + 1e-6)).all()
+    error = np.abs(codes.reshape(grouped.shape) * step + low - grouped)
+    # The code is chosen in float32, whose rounding of (x - zero) counts where the zero is large beside the step.
+    assert (error <= 0.5001 * step + 2e-7 * (np.abs(grouped) + np.abs(low))).all()
+
+
+@settings(deadline=None)
+@given(bf16_rows())
+def test_a_smaller_group_never_has_a_larger_scale(rows):
+    whole, parts = (from_bf16_bits(quantise_int4_values(rows, group)[1]) for group in (64, 32))
+    # Its zero is at or above the whole's, but rounding the zero down can widen a part by one bfloat16 step of it.
+    slack = np.abs(rows).max(axis=1, keepdims=True) * 2.0**-7 / 15
+    assert (parts <= whole * (1 + 2.0**-7) + slack).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.140625, 2.0**-24, -65504.0, 65504.0])
+def test_a_constant_page_is_kept_exactly(value):
+    page = np.full((1, 32, 64), value, np.float32)
+    for fmt, is_value, group in (("int4", False, 64), ("int4", True, 32)):
+        kept = rounded(page, "fp16" if not is_value else "bf16")
+        np.testing.assert_array_equal(stored_values(kept[0], fmt, is_value, group), kept[0])
+
+
+def test_denormal_keys_keep_their_order_of_magnitude():
+    page = np.zeros((1, 32, 8), np.float32)
+    page[0, :, 0] = np.arange(32) * np.float32(2.0**-24)
+    codes, scales, zeros = quantise_int4_keys(page)
+    read = codes * scales.astype(np.float64)[:, None] + zeros.astype(np.float64)[:, None]
+    assert scales[0, 0] == np.float16(3 * 2.0**-24)
+    assert np.abs(read - page).max() <= 1.5 * 2.0**-24
+    assert not read[..., 1:].any()
+
+
+def test_keys_over_the_range_of_fp16_are_not_turned_into_nan_codes():
+    page = np.zeros((1, 32, 8), np.float32)
+    page[0, 0, 0], page[0, 1, 0] = -65504, 65504
+    codes, scales, zeros = quantise_int4_keys(page)
+    assert np.isfinite(scales).all() and np.isfinite(zeros).all()
+    read = codes * scales.astype(np.float64)[:, None] + zeros.astype(np.float64)[:, None]
+    assert np.abs(read - page).max() <= scales.max() / 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("fmt", ["int4", "fp8", "int8"])
+def test_a_value_that_is_not_finite_leaves_the_other_pages_alone(bad, fmt):
+    rng = np.random.default_rng(0)
+    rows = rounded(rng.standard_normal((64, 64)), "bf16")
+    spoilt = rows.copy()
+    spoilt[40, 3] = bad
+    with np.errstate(invalid="ignore", over="ignore"):
+        for value in (False, True):
+            good = stored_values(rows, fmt, value, 32)
+            np.testing.assert_array_equal(stored_values(spoilt, fmt, value, 32)[:32], good[:32])
+
+
+fp8_values = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+@settings(deadline=None)
+@given(hnp.arrays(np.float32, (2, 32, 8), elements=fp8_values))
+def test_fp8_is_within_half_a_unit_in_the_last_place(pages):
+    codes, scales = quantise_fp8(pages)
+    scale = from_bf16_bits(scales).astype(np.float64)[:, None, None]
+    read = dequantise_fp8(codes, scales)
+    # Three bits of mantissa; below 2^-6 of the scale steps are 2^-9 of it.
+    assert (np.abs(read - pages) <= np.maximum(np.abs(pages) * 2.0**-4, scale * 2.0**-10) * (1 + 1e-6)).all()
+    assert (np.abs(read) <= 448 * scale).all()
+
+
+@settings(deadline=None)
+@given(hnp.arrays(np.float32, (2, 32, 8), elements=fp8_values))
+def test_the_scale_of_fp8_is_the_least_power_of_two_that_holds_the_page(pages):
+    _, bits = quantise_fp8(pages)
+    for page, scale in zip(pages, from_bf16_bits(bits).astype(np.float64), strict=True):
+        largest = float(np.abs(page).max())
+        # Ratios in float32, as every back end computes them; below the least normal float32 the scale is the least normal.
+        step = float(np.float32(largest) / np.float32(448))
+        assert scale == 0 if step == 0 else np.log2(scale) == int(np.log2(scale))
+        assert step <= scale
+        assert scale <= 2.0**-126 or step > scale / 2
+
+
+def test_fp8_codes_are_those_of_the_specification():
+    # OCP OFP8: S.EEEE.MMM, bias 7; largest 448 = 0x7E, one 0x38, least normal 2^-6 = 0x08, least subnormal 2^-9 = 0x01.
+    page = np.zeros((1, 32, 8), np.float32)
+    page[0, 0] = [448, 1, 2.0**-6, 2.0**-9, -448, -1, 2.0**-10, 1.0625]
+    codes, scales = quantise_fp8(page)
+    assert from_bf16_bits(scales)[0] == 1
+    # 2^-10 and 1.0625 are halfway between two numbers: to the even one.
+    np.testing.assert_array_equal(codes[0, 0], [0x7E, 0x38, 0x08, 0x01, 0xFE, 0xB8, 0x00, 0x38])
+
+
+def test_fp8_reads_back_every_number_it_has():
+    every = np.arange(256, dtype=np.uint8)
+    every = every[(every & 0x7F) != 0x7F]
+    one = np.array([0x3F80], np.uint16)
+    numbers = dequantise_fp8(every[None, None], one)[0, 0].astype(np.float32)
+    page = np.zeros((1, 32, 8), np.float32)
+    page.reshape(-1)[: len(numbers)] = numbers
+    codes, scales = quantise_fp8(page)
+    assert from_bf16_bits(scales)[0] == 1
+    np.testing.assert_array_equal(codes.reshape(-1)[: len(numbers)], every)
