@@ -1,0 +1,343 @@
+// Selection of pages: scores of all cold pages from the scales of their keys, and the best of them listed, in one launch.
+//
+// The scorer is attention/bounds.py without its constant factor: a page's score is linear in its scales and zeros as they lie,
+// score = sum over channels of 7.5 (q + |q| / 2) . scale + q . zero, summed over the query heads of the group.
+//
+// Grid (blocks, heads): a head's pages, as many as there truly are, are dealt out evenly over its blocks. The last block to
+// arrive selects: it looks for the bucket among equal ranges of score that holds the last page of the selection, then for as
+// many digits as it takes until few candidates are left, which are ranked one against the other.
+//
+// Between anchors nothing happens. Elsewhere list[head * page_capacity ...] gets the page numbers, ascending, and listed[head]
+// their count and the number of pages; (0, 0) if all are to be read, which costs no scoring. Of equal pages the first win.
+//   query: (heads, group, head_dim); key_scales: [head][page_capacity][scale, zero][padded channel], fp16
+//   counts[kv_head * counts_stride + pages]: how many of so many pages to list
+//   scores: heads * (page_capacity rounded up to 32) floats; counters: one a head, zero before and after
+//
+// Macros: HEAD_DIM, K_FORMAT = 3, WARPS, MIN_BLOCKS, what else common.cuh takes; IN_FLIGHT (16-byte loads of a lane, 8 or 16).
+#include "pages.cuh"
+
+#ifndef IN_FLIGHT
+#define IN_FLIGHT 16
+#endif
+#define PAGE_BYTES (4 * PADDED)
+// Eight lanes hold a page's scales and zeros in LOADS pieces of 16 bytes each; a warp takes 4 * ROWS pages at once.
+#define LOADS (PADDED / 32)
+#define ROWS (8 * LOADS <= IN_FLIGHT ? 8 : 4 * LOADS <= IN_FLIGHT ? 4 : 2)
+#define STEP (4 * ROWS)
+#define LEAST 32  // pages of a block
+#ifndef KEPT
+#define KEPT 8192  // scores that shared memory holds
+#endif
+#define BUCKETS 2048
+#define DIGIT 11
+#define CANDIDATES 128
+#define BATCH 8
+
+struct Shared {
+    float4 weights[2 * PADDED / 4];
+    float kept[KEPT];
+    u32 counts[BUCKETS];
+    u64 candidates[CANDIDATES], threshold;
+    u32 high[WARPS], low[WARPS], totals[WARPS], found, digit, need, members;
+};
+
+// What a page's scales and zeros are multiplied by.
+__device__ __forceinline__ void stage_weights(Shared& sh, const float* query, int group) {
+    float* weights = reinterpret_cast<float*>(sh.weights);
+    for (int dim = threadIdx.x; dim < PADDED; dim += THREADS) {
+        float plain = 0.f, size = 0.f;
+        if (dim < D) {
+#pragma unroll 4
+            for (int h = 0; h < group; h++) {
+                const float x = __ldg(query + h * D + dim);
+                plain += x;
+                size += fabsf(x);
+            }
+        }
+        weights[dim] = 7.5f * fmaf(0.5f, size, plain);
+        weights[PADDED + dim] = plain;
+    }
+}
+
+__device__ __forceinline__ void load_pages(uint4 (&to)[ROWS][LOADS], const char* plane, int first, int end) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const char* p = plane + (size_t)min(first + (lane >> 3) * ROWS + i, end - 1) * PAGE_BYTES + (lane & 7) * 16;
+#pragma unroll
+        for (int c = 0; c < LOADS; c++) to[i][c] = load16(p + 128 * c);
+    }
+}
+
+// Score of page first + lane * ROWS / 8.
+__device__ __forceinline__ float score(const Shared& sh, const uint4 (&in)[ROWS][LOADS]) {
+    const int lane = threadIdx.x & 31;
+    float sum[ROWS] = {};
+#pragma unroll
+    for (int c = 0; c < LOADS; c++) {
+        const float4 a = sh.weights[(8 * c + (lane & 7)) * 2], b = sh.weights[(8 * c + (lane & 7)) * 2 + 1];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            const __half2* x = reinterpret_cast<const __half2*>(&in[i][c]);
+            const float2 p = __half22float2(x[0]), q = __half22float2(x[1]), r = __half22float2(x[2]), s = __half22float2(x[3]);
+            sum[i] = fmaf(a.x, p.x, fmaf(a.y, p.y, fmaf(a.z, q.x, fmaf(a.w, q.y, sum[i]))));
+            sum[i] = fmaf(b.x, r.x, fmaf(b.y, r.y, fmaf(b.z, s.x, fmaf(b.w, s.y, sum[i]))));
+        }
+    }
+    // Each exchange leaves a lane half of the rows, then half of what is missing.
+    int bit = 4;
+#pragma unroll
+    for (int n = ROWS / 2; n; n >>= 1, bit >>= 1)
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const float mine = lane & bit ? sum[i + n] : sum[i], theirs = lane & bit ? sum[i] : sum[i + n];
+            sum[i] = mine + __shfl_xor_sync(FULL, theirs, bit);
+        }
+    for (; bit; bit >>= 1) sum[0] += __shfl_xor_sync(FULL, sum[0], bit);
+    return sum[0];
+}
+
+// Sorted ascending, these are the pages from the best to the worst, and of equals the first page first.
+__device__ __forceinline__ u32 ascending(float score) {
+    const int bits = __float_as_int(score);
+    return bits ^ (bits >> 31 | 0x80000000);
+}
+
+__device__ __forceinline__ float score_of(u32 ascending) {
+    return __uint_as_float(ascending & 0x80000000 ? ascending ^ 0x80000000 : ~ascending);
+}
+
+__device__ __forceinline__ u64 order(float score, int page) { return (u64)~ascending(score) << 32 | (u32)page; }
+
+__device__ __forceinline__ u32 warp_max(u32 x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(FULL, x);
+#else
+    for (int i = 16; i; i >>= 1) x = max(x, __shfl_xor_sync(FULL, x, i));
+    return x;
+#endif
+}
+
+// The pages among which the last of the selection must be: those of one bucket of scores, and of these the ones whose order
+// begins with `prefix`.
+struct Boundary {
+    float high, per_score;
+    u32 bucket;
+    int shift;
+    u64 prefix;
+
+    __device__ __forceinline__ u32 bucket_of(float score) const {
+        return min(__float2uint_rz((high - score) * per_score), (u32)BUCKETS - 1);
+    }
+    // -1: selected; 0: among these; 1: neither.
+    __device__ __forceinline__ int side(float score, int page) const {
+        const u32 mine = bucket_of(score);
+        if (mine != bucket) return mine < bucket ? -1 : 1;
+        if (shift > 63) return 0;
+        const u64 begin = order(score, page) >> shift;
+        return begin < prefix ? -1 : begin > prefix;
+    }
+};
+
+__device__ __forceinline__ void clear_counts(Shared& sh) {
+    for (int i = threadIdx.x; i < BUCKETS; i += THREADS) sh.counts[i] = 0;
+}
+
+__device__ __forceinline__ u32 totals_before(const Shared& sh) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const u32 mine = lane < warp ? sh.totals[lane] : 0;
+#if __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(FULL, mine);
+#else
+    return warp_sum(mine);
+#endif
+}
+
+// The digit at which the counts, summed up from 0, reach `need`; what is needed of it, and how many have it.
+__device__ __forceinline__ void find_digit(Shared& sh, u32 need) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, each = BUCKETS / THREADS;
+    u32 mine[each], sum = 0;
+#pragma unroll
+    for (int i = 0; i < each; i++) sum += mine[i] = sh.counts[threadIdx.x * each + i];
+    u32 seen = sum;
+    for (int i = 1; i < 32; i <<= 1) {
+        const u32 other = __shfl_up_sync(FULL, seen, i);
+        if (lane >= i) seen += other;
+    }
+    if (lane == 31) sh.totals[warp] = seen;
+    __syncthreads();
+    seen += totals_before(sh) - sum;
+    if (seen < need && need <= seen + sum) {
+#pragma unroll
+        for (int i = 0; i < each; i++) {
+            if (seen < need && need <= seen + mine[i]) {
+                sh.digit = threadIdx.x * each + i;
+                sh.need = need - seen;
+                sh.members = mine[i];
+            }
+            seen += mine[i];
+        }
+    }
+    __syncthreads();
+}
+
+// Narrows the boundary down to what one more digit leaves.
+__device__ __forceinline__ void narrow(Shared& sh, Boundary& at, const float* kept, int begin, int end) {
+    const int lane = threadIdx.x & 31, bits = min(at.shift, DIGIT), shift = at.shift - bits;
+    const u32 need = sh.need;
+    clear_counts(sh);
+    __syncthreads();
+#pragma unroll 1
+    for (int page = begin + lane; page - lane < end; page += 32) {
+        const float x = page < end ? kept[page] : 0.f;
+        const bool in = page < end && at.side(x, page) == 0;
+        const u32 present = __ballot_sync(FULL, in), digit = (u32)(order(x, page) >> shift) & ((1u << bits) - 1);
+        if (!present) continue;
+        // Equal digits would wait for each other.
+        const int leader = __ffs(present) - 1;
+        const u32 common = __shfl_sync(FULL, digit, leader);
+        if (__all_sync(FULL, !in || digit == common)) {
+            if (lane == leader) atomicAdd(sh.counts + common, __popc(present));
+        } else if (in) {
+            atomicAdd(sh.counts + digit, 1);
+        }
+    }
+    __syncthreads();
+    find_digit(sh, need);
+    at.prefix = at.prefix << bits | sh.digit;
+    at.shift = shift;
+}
+
+// Lists the `need` best of `pages` pages; one block.
+__device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages, u32 need, int* list) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    // Each warp has a range of pages, each lane every 32nd of it, BATCH at once.
+    float* kept = pages <= KEPT ? sh.kept : scores;
+    const int per_warp = ((pages + 31) / 32 + WARPS - 1) / WARPS * 32;
+    const int begin = min(warp * per_warp, pages), end = min(begin + per_warp, pages);
+    float x[BATCH];
+    u32 high = 0, low = 0;
+#pragma unroll 1
+    for (int first = begin + lane; first < end; first += 32 * BATCH) {
+#pragma unroll
+        for (int u = 0; u < BATCH; u++)
+            if (first + 32 * u < end) x[u] = __ldcg(scores + first + 32 * u);
+#pragma unroll
+        for (int u = 0; u < BATCH; u++)
+            if (first + 32 * u < end) {
+                kept[first + 32 * u] = x[u];
+                high = max(high, ascending(x[u]));
+                low = max(low, ~ascending(x[u]));
+            }
+    }
+    high = warp_max(high);
+    low = warp_max(low);
+    if (lane == 0) {
+        sh.high[warp] = high;
+        sh.low[warp] = low;
+    }
+    clear_counts(sh);
+    if (threadIdx.x == 0) sh.found = 0;
+    __syncthreads();
+    high = warp_max(sh.high[lane % WARPS]);
+    low = ~warp_max(sh.low[lane % WARPS]);
+    Boundary at;
+    at.high = score_of(high);
+    at.per_score = high > low ? (BUCKETS - 1) / (at.high - score_of(low)) : 0.f;
+    if (high > low) {
+#pragma unroll 1
+        for (int first = begin + lane; first < end; first += 32 * BATCH)
+#pragma unroll
+            for (int u = 0; u < BATCH; u++)
+                if (first + 32 * u < end) atomicAdd(sh.counts + at.bucket_of(kept[first + 32 * u]), 1);
+    } else if (threadIdx.x == 0) {
+        sh.counts[0] = pages;
+    }
+    __syncthreads();
+    find_digit(sh, need);
+    at.bucket = sh.digit;
+    at.shift = 64;
+    at.prefix = 0;
+    while (sh.members > CANDIDATES) narrow(sh, at, kept, begin, end);
+
+    u32 selected = 0;
+#pragma unroll 1
+    for (int first = begin + lane; first < end; first += 32 * BATCH) {
+        u32 open = 0;
+#pragma unroll
+        for (int u = 0; u < BATCH; u++)
+            if (first + 32 * u < end) {
+                const int side = at.side(kept[first + 32 * u], first + 32 * u);
+                selected += side < 0;
+                open |= (side == 0) << u;
+            }
+        for (; open; open &= open - 1) {
+            const int page = first + 32 * (__ffs(open) - 1);
+            sh.candidates[atomicAdd(&sh.found, 1)] = order(kept[page], page);
+        }
+    }
+    selected = warp_sum(selected);
+    if (lane == 0) sh.totals[warp] = selected;
+    __syncthreads();
+    if (threadIdx.x < sh.found) {
+        const u64 mine = sh.candidates[threadIdx.x];
+        u32 better = 0;
+#pragma unroll 4
+        for (u32 i = 0; i < sh.found; i++) better += sh.candidates[i] < mine;
+        if (better < sh.need) atomicAdd(sh.totals + (u32)mine / per_warp, 1);
+        if (better == sh.need - 1) sh.threshold = mine;
+    }
+    __syncthreads();
+    const u64 threshold = sh.threshold;
+    u32 place = totals_before(sh);
+#pragma unroll 1
+    for (int first = begin; first < end; first += 32 * BATCH)
+#pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+            const int page = first + 32 * u + lane;
+            const bool in = page < end && order(kept[page], page) <= threshold;
+            const u32 all = __ballot_sync(FULL, in);
+            if (in) list[place + __popc(all & ((1u << lane) - 1))] = page;
+            place += __popc(all);
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    select(const float* query, const u16* key_scales, const int2* state, const int* counts, int counts_stride, float* scores,
+           u32* counters, int* list, int2* listed, int kv_heads, int group, int sinks, int window, int anchor_every,
+           int page_capacity) {
+    __shared__ Shared sh;
+    wait_for_previous();
+    let_next_start();
+    const size_t head = blockIdx.y;
+    const int2 now = state[head];
+    if (max(now.y, 0) % anchor_every) return;
+    const int pages = max(now.x - sinks - window, 0) / PAGE;
+    const int need = pages ? max(counts[head % kv_heads * counts_stride + pages], 1) : 0;
+    if (need >= pages) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) listed[head] = make_int2(0, 0);
+        return;
+    }
+    u32 per = (pages + gridDim.x - 1) / gridDim.x;
+    per = max((per + STEP - 1) / STEP * STEP, (u32)LEAST);
+    const u32 blocks = (pages + per - 1) / per;
+    if (blockIdx.x >= blocks) return;
+
+    const int lane = threadIdx.x & 31, end = min(blockIdx.x * per + per, (u32)pages);
+    const char* plane = reinterpret_cast<const char*>(key_scales) + head * page_capacity * PAGE_BYTES;
+    scores += head * ((page_capacity + 31) / 32 * 32);
+    int page = blockIdx.x * per + (threadIdx.x >> 5) * STEP;
+    uint4 in[ROWS][LOADS];
+    if (page < end) load_pages(in, plane, page, end);
+    stage_weights(sh, query + head * group * D, group);
+    __syncthreads();
+    for (; page < end; page += WARPS * STEP) {
+        const float x = score(sh, in);
+        if (page + WARPS * STEP < end) load_pages(in, plane, page + WARPS * STEP, end);
+        const int mine = page + lane * ROWS / 8;
+        if (lane % (8 / ROWS) == 0 && mine < end) __stcg(scores + mine, x + 0.f);  // one zero only
+    }
+    if (!arrive(counters + head, blocks)) return;
+    select_best(sh, scores, pages, need, list + head * page_capacity);
+    if (threadIdx.x == 0) listed[head] = make_int2(need, pages);
+}
