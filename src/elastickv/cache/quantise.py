@@ -79,7 +79,7 @@ def quantise_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8]
     scales, zeros : (..., head_dim / group) uint16, bfloat16 bits.
     """
     x = np.asarray(rows, dtype=np.float32)
-    grouped = x.reshape(*x.shape[:-1], -1, group)
+    grouped = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
     zeros = _bf16_bits_towards(grouped.min(axis=-1), -np.inf)
     wide = from_bf16_bits(zeros)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -126,7 +126,7 @@ def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray
     x = np.asarray(rows, np.float32)
     if fmt == "int8":
         return dequantise_int8(*quantise_int8(x))
-    pages = x.reshape(-1, PAGE_TOKENS, x.shape[-1]) if fmt in ("fp8", "int4") else x
+    pages = x.reshape(len(x) // PAGE_TOKENS, PAGE_TOKENS, x.shape[-1]) if fmt in ("fp8", "int4") else x
     if fmt == "fp8":
         return dequantise_fp8(*quantise_fp8(pages)).reshape(x.shape)
     if fmt == "int4" and not value:
@@ -135,7 +135,7 @@ def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray
         return (codes * wide + base).reshape(x.shape)
     if fmt == "int4":
         codes, bits, zero_bits = quantise_int4_values(x, group)
-        grouped = codes.reshape(len(x), -1, group)
+        grouped = codes.reshape(len(x), x.shape[1] // group, group)
         values = grouped * from_bf16_bits(bits).astype(np.float64)[..., None] + from_bf16_bits(zero_bits)[..., None]
         return np.asarray(values, np.float64).reshape(x.shape)
     return x.astype(np.float64)

@@ -6,11 +6,15 @@ import random
 import numpy as np
 import pytest
 
+from elastickv.attention.bounds import page_bounds, score_pages
 from elastickv.attention.errors import relative_l2
 from elastickv.attention.feedback import Feedback
 from elastickv.cache import Oracle, ReferenceCache
+from elastickv.cache.quantise import quantise_int4_keys
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.recipe import DENSE, HEAD_DIMS, AttentionShape, Recipe
+from elastickv.recipe import DENSE, HEAD_DIMS, PAGE_TOKENS, AttentionShape, Recipe, regions
+from elastickv.recipe.formats import value_groups
+from elastickv.recipe.pages import selected
 
 pytestmark = pytest.mark.gpu
 LIMITS = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-3}
@@ -26,6 +30,20 @@ RECIPES = (
     "int8,stride=2,sinks=5,window=33",
     "int8,reuse,anchor_every=2,window=20",
 )
+# Recipes whose cold tokens lie in pages; V means the least group of V channels that the head allows.
+PAGED = (
+    "int4",
+    "int4,vgroup=V,sinks=0,window=0",
+    "fp8",
+    "fp8,sinks=7,window=45",
+    "k=int8,v=int4",
+    "k=int4,v=int8,window=1",
+    "k=fp8,v=int4,vgroup=V",
+    "k=fp16,v=int4",
+    "k=int4,v=bf16,sinks=1",
+    "k=int8,v=fp8,window=64",
+    "k=bf16,v=int8",
+)
 LENGTHS = (1, 3, 4, 5, 31, 32, 33, 63, 65, 127, 128, 129, 131, 132, 133, 159, 160, 163, 164, 165, 195, 196, 197, 513, 900)
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 20)
 # The tensor-core kernel that shares out work, those of a fixed split with and without clusters, and the one for older parts.
@@ -40,6 +58,10 @@ KERNELS = {
 def open_kernel(open_cuda, name):
     kind, macros = KERNELS[name]
     return open_cuda(kind, **macros)
+
+
+def paged_recipe(text, head_dim):
+    return Recipe.parse(text.replace("=V", f"={value_groups(head_dim)[0]}"))
 
 
 def random_tokens(rng, shape, tokens):
@@ -91,6 +113,104 @@ def test_decode_agrees_with_the_oracle(open_cuda, kind, dtype, text, head_dim, g
         queries = rng.standard_normal((3, 2 * group, head_dim), dtype=np.float32) * (1 if step % 2 else 4)
         check_decode(cache, oracle, queries, limit_of(recipe, dtype))
         cache.append(*rng.standard_normal((2, 3, 2, head_dim), dtype=np.float32))
+
+
+def paged_cases():
+    rng, dims, groups = random.Random(8), itertools.cycle(HEAD_DIMS), itertools.cycle(GROUPS)
+    kinds = [(kind, text) for text in (*PAGED, "int8", "bf16") for kind in ("pages", "simt") if kind == "pages" or "," in text]
+    for (kind, text), dtype in itertools.product(kinds, ("bf16", "fp16", "fp32")):
+        for _ in range(2):
+            yield pytest.param(kind, dtype, text, next(dims), next(groups), tuple(rng.choice(LENGTHS) for _ in range(3)))
+        next(dims)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "text", "head_dim", "group", "lengths"), list(paged_cases()))
+def test_pages_of_every_format_agree_with_the_oracle(open_cuda, kind, dtype, text, head_dim, group, lengths):
+    recipe, shape = paged_recipe(text, head_dim), AttentionShape(3, 2 * group, 2, head_dim)
+    rng = np.random.default_rng([head_dim, group, *lengths])
+    cache = open_cuda(kind).cache(shape, max(lengths) + 40, dtype, recipe)
+    assert cache.variant.paged
+    keys, values = random_tokens(rng, shape, max(lengths))
+    keys[..., 3] += 6
+    cache.prefill(keys, values, np.array(lengths))
+    oracle = Oracle(cache)
+    for step in range(6):
+        queries = rng.standard_normal((3, 2 * group, head_dim), dtype=np.float32) * (1 if step % 2 else 4)
+        check_decode(cache, oracle, queries, limit_of(recipe, dtype))
+        cache.append(*rng.standard_normal((2, 3, 2, head_dim), dtype=np.float32))
+
+
+def assert_best(cache, twin, queries, row, head):
+    """The pages that an anchor lists are those of the highest scores, up to the rounding of scores."""
+    recipe, group = cache.recipe, cache.shape.group
+    split = regions(int(cache.lengths[row]), recipe.sinks, recipe.window)
+    count = split.cold // PAGE_TOKENS
+    pages = cache.pages_read(row, head)
+    assert len(pages) == selected(count, recipe.fraction(head)) and np.array_equal(pages, np.unique(pages))
+    if not count:
+        return
+    keys = twin.stored(row, head).exact_keys[split.sinks : split.sinks + split.cold].reshape(count, PAGE_TOKENS, -1)
+    _, scales, zeros = quantise_int4_keys(keys)
+    scores = score_pages(page_bounds(queries[row, head * group : (head + 1) * group], scales, zeros))
+    left = np.setdiff1d(np.arange(count), pages)
+    if len(left):
+        assert scores[pages].min() >= scores[left].max() - 1e-3 * np.abs(scores).max()
+
+
+SELECTING = (
+    ("int4,pages=1/4", 128, 4, (700, 133, 5)),
+    ("int4,pages=1/3:1/8,window=0,sinks=0", 64, 3, (31, 32, 900)),
+    ("k=int4,v=int8,pages=1/2,anchor_every=4", 80, 7, (500, 195, 340)),
+    ("int4,vgroup=V,pages=0.1,anchor_every=3,window=33", 256, 1, (900, 900, 900)),
+    ("k=int4,v=fp8,pages=1:1/16,anchor_every=2", 96, 8, (1500, 164, 163)),
+    ("k=int4,v=bf16,pages=1/8,anchor_every=5,sinks=3", 112, 16, (640, 645, 650)),
+    ("int4,pages=1/64,anchor_every=33,window=20", 192, 2, (4000, 60, 2500)),
+)
+
+
+@pytest.mark.parametrize("kind", ["auto", "simt"])
+@pytest.mark.parametrize(("text", "dim", "group", "lengths"), SELECTING)
+def test_the_best_pages_are_read_and_kept_between_anchors(open_cuda, kind, text, dim, group, lengths):
+    recipe, shape, rng = paged_recipe(text, dim), AttentionShape(3, 2 * group, 2, dim), np.random.default_rng(dim)
+    cache = open_cuda(kind).cache(shape, max(lengths) + 80, "bf16", recipe)
+    twin = ReferenceCache(shape, max(lengths) + 80, "bf16", Recipe("bf16", "bf16", sinks=0, window=1 << 20))
+    tokens = random_tokens(rng, shape, max(lengths)) * np.exp(rng.normal(0, 0.5, (1, 1, 1, max(lengths), 1))).astype(np.float32)
+    for each in (cache, twin):
+        each.prefill(*tokens, np.array(lengths))
+    oracle, before = Oracle(cache), {}
+    for step in range(-1, 72):
+        queries = rng.standard_normal((3, 2 * group, dim), dtype=np.float32)
+        if step < 8 or step % 31 < 4:
+            check_decode(cache, oracle, queries, 4e-3)
+        else:
+            cache.decode(queries)
+        for row, head in itertools.product(range(3), range(2)):
+            pages = cache.pages_read(row, head)
+            cold = regions(int(cache.lengths[row]), recipe.sinks, recipe.window).cold // PAGE_TOKENS
+            if recipe.age(step) == 0:
+                assert_best(cache, twin, queries, row, head)
+                before[row, head] = pages, cold
+            else:
+                kept, at_anchor = before[row, head]
+                np.testing.assert_array_equal(pages, np.r_[kept, at_anchor:cold])
+        token = rng.standard_normal((2, 3, 2, dim), dtype=np.float32)
+        for each in (cache, twin):
+            each.append(*token)
+
+
+def test_many_pages_are_selected_from(open_cuda):
+    recipe, shape, rng = Recipe.parse("int4,pages=1/16"), AttentionShape(1, 8, 2, 64), np.random.default_rng(3)
+    cache = open_cuda().cache(shape, 600_000, "bf16", recipe)
+    cache.fill_random(np.array([599_990]), seed=5)
+    queries = rng.standard_normal((1, 8, 64), dtype=np.float32)
+    check_decode(cache, Oracle(cache), queries, 4e-3)
+    first = cache.pages_read(0, 1)
+    assert len(first) == regions(599_990, recipe.sinks, recipe.window).cold // PAGE_TOKENS // 16
+    stored = cache.stored(0, 1).cold_keys.reshape(-1, PAGE_TOKENS, 64)
+    low, high = stored.min(axis=1), stored.max(axis=1)
+    scores = score_pages(page_bounds(queries[0, 4:], (high - low) / 15, low))
+    # Codes need not reach both ends of their range: the order is that of the scales up to a little.
+    assert np.isin(np.argsort(-scores)[: len(first)], first).mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", KERNELS)
@@ -167,10 +287,10 @@ def test_scores_far_apart_and_tiny_values_keep_their_precision(open_cuda):
         check_decode(cache, Oracle(cache), queries, 4e-3)
 
 
-@pytest.mark.parametrize("text", RECIPES)
+@pytest.mark.parametrize(("text", "dim"), [*((t, 80) for t in RECIPES), *((t, d) for t in PAGED for d in (80, 128))])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-def test_storage_is_bit_equal_to_the_reference(open_cuda, text, dtype):
-    recipe, shape, rng = Recipe.parse(text), AttentionShape(2, 2, 2, 80), np.random.default_rng(1)
+def test_storage_is_bit_equal_to_the_reference(open_cuda, text, dim, dtype):
+    recipe, shape, rng = paged_recipe(text, dim), AttentionShape(2, 2, 2, dim), np.random.default_rng(1)
     lengths = np.array([300, 161])
     ours, reference = (make(shape, 420, dtype, recipe) for make in (open_cuda().cache, ReferenceCache))
     keys, values = random_tokens(rng, shape, 300)
@@ -182,7 +302,7 @@ def test_storage_is_bit_equal_to_the_reference(open_cuda, text, dtype):
                 a, b = ours.stored(row, head), reference.stored(row, head)
                 for name in ("cold_keys", "cold_values", "exact_keys", "exact_values"):
                     np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=f"{name}, step {step}")
-        token = rng.standard_normal((2, 2, 2, 80), dtype=np.float32)
+        token = rng.standard_normal((2, 2, 2, dim), dtype=np.float32)
         for cache in (ours, reference):
             cache.append(*token)
     assert ours.step == reference.step == 69
@@ -190,7 +310,16 @@ def test_storage_is_bit_equal_to_the_reference(open_cuda, text, dtype):
 
 
 @pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize(("text", "dtype"), [("dense", "fp32"), ("int8", "bf16"), ("bf16,reuse,anchor_every=3", "bf16")])
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("dense", "fp32"),
+        ("int8", "bf16"),
+        ("bf16,reuse,anchor_every=3", "bf16"),
+        ("int4,window=20", "bf16"),
+        ("int4,pages=1,anchor_every=2,window=20", "fp16"),
+    ],
+)
 def test_a_cycle_is_the_loop_of_append_and_decode(open_cuda, text, dtype, graph):
     shape, recipe, rng, backend = AttentionShape(2, 6, 2, 64), Recipe.parse(text), np.random.default_rng(2), open_cuda()
     feedback = Feedback.seeded(64, 5, 1.0, 1.0, 1.0)
@@ -202,7 +331,8 @@ def test_a_cycle_is_the_loop_of_append_and_decode(open_cuda, text, dtype, graph)
         cache.prefill(*tokens, np.array([200, 150]))
     program = backend.cycle(ours, first, feedback, graph)
     assert program.captured == graph
-    assert program.nodes == (4 if graph else None)
+    per_layer = 3 if recipe.selection == "pages" else 2
+    assert program.kernels_per_step == per_layer and program.nodes == (2 * per_layer if graph else None)
     limit = 1e-4 if dtype == "fp32" else 3e-2
     outputs = first
     for launch in range(12):
@@ -241,7 +371,9 @@ def test_a_program_repeats_to_the_bit_and_a_graph_changes_nothing(open_cuda):
             np.testing.assert_array_equal(a, c)
 
 
-@pytest.mark.parametrize("text", ["dense", "int8,window=40", "bf16,reuse,anchor_every=4,window=10"])
+@pytest.mark.parametrize(
+    "text", ["dense", "int8,window=40", "bf16,reuse,anchor_every=4,window=10", "int4,pages=1/3,anchor_every=5"]
+)
 def test_rewind_returns_to_the_mark(open_cuda, text):
     shape, rng = AttentionShape(2, 4, 2, 64), np.random.default_rng(6)
     cache = open_cuda().cache(shape, 500, "bf16", Recipe.parse(text))
@@ -335,3 +467,22 @@ def test_blocks_that_serve_several_heads_each(open_cuda):
     for head in (0, 1, heads // 2, heads - 1):
         expected = oracle.decode_head(0, head, queries[0, 2 * head : 2 * head + 2]).output
         assert relative_l2(output[0, 2 * head : 2 * head + 2], expected).max() < 4e-3
+
+
+def test_an_int4_key_beyond_the_largest_half_is_named(open_cuda):
+    shape, rng = AttentionShape(1, 2, 2, 64), np.random.default_rng(8)
+    cache = open_cuda().cache(shape, 400, "bf16", Recipe.parse("int4,window=0"))
+    keys, values = random_tokens(rng, shape, 250)
+    keys[0, 1, 77, 3] = -1e6
+    cache.prefill(keys, values, np.array([250]))
+    with pytest.raises(NonFiniteError, match=r"KV head 1, position 77.*65504"):
+        cache.raise_non_finite()
+    keys[0, 1, 77, 3] = 0
+    cache.prefill(keys, values, np.array([250]))
+    token = rng.standard_normal((2, 1, 2, 64), dtype=np.float32)
+    token[0, 0, 0, 1] = 7e4
+    cache.append(*token)
+    for _ in range(32):
+        cache.append(*rng.standard_normal((2, 1, 2, 64), dtype=np.float32))
+    with pytest.raises(NonFiniteError, match=r"KV head 0, position 250.*65504"):
+        cache.raise_non_finite()

@@ -21,7 +21,8 @@ from elastickv.backends.cuda.variants import (
 from elastickv.backends.protocol import Ceilings, DeviceInfo
 from elastickv.cache.layer import Float32, LayerCache
 from elastickv.errors import UsageError
-from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe.formats import round_up
 
 _SPARE_BYTES = 64 << 20  # contexts, kernels and staging that a full device must still hold
 
@@ -45,7 +46,10 @@ class CudaBackend:
         return self._device.info()
 
     def _variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
+        recipe.check_shape(shape.head_dim, shape.kv_heads)
         variant = decode_variant(shape.head_dim, shape.group, dtype, recipe, self._device.arch, self._kind)
+        if variant.paged:
+            return Variant(variant.source, variant.arch, tuple(sorted((dict(variant.macros) | self._extra).items())))
         if "SPLITS" in self._extra:
             blocks = self._extra["SPLITS"]
             split = split_variant(variant, shape.group, Split(blocks, blocks <= LARGEST_CLUSTER)) if blocks else None
@@ -71,17 +75,20 @@ class CudaBackend:
     def _clusters_at_once(self, variant: Variant) -> int:
         return self._device.clusters_at_once(variant, "decode", variant.splits)
 
-    def _grid(self, shape: AttentionShape, variant: Variant) -> tuple[int, ScratchSize]:
+    def _grid(self, shape: AttentionShape, variant: Variant, layout: Layout) -> tuple[int, ScratchSize]:
         problems = shape.batch * shape.kv_heads * -(-shape.group // variant.rows)
         blocks = problems * variant.splits
         if not blocks:
             blocks = self._device.multiprocessors * self._device.blocks_per_multiprocessor(variant, "decode")
-        return blocks, ScratchSize.of(variant, blocks, problems)
+        scores = layout.heads * round_up(layout.page_capacity, PAGE_TOKENS) if layout.lists else 0
+        return blocks, ScratchSize.of(variant, blocks, problems, scores)
 
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
         """Return the device bytes that `cache` would allocate, its scratch included."""
-        _, scratch = self._grid(shape, self._variant(shape, capacity, dtype, recipe))
-        return Layout.of(shape, capacity, dtype, recipe).n_bytes + scratch.n_bytes
+        variant = self._variant(shape, capacity, dtype, recipe)
+        layout = Layout.of(shape, capacity, dtype, recipe, variant.paged)
+        _, scratch = self._grid(shape, variant, layout)
+        return layout.n_bytes + scratch.n_bytes
 
     def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> LayerCache:
         """Allocate the cache of one layer.
@@ -93,25 +100,26 @@ class CudaBackend:
         if capacity < 1:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give at least 1")
         variant = self._variant(shape, capacity, dtype, recipe)
-        blocks, size = self._grid(shape, variant)
-        shared = self._scratch is not None and self._scratch.holds(size)
-        needed = Layout.of(shape, capacity, dtype, recipe).n_bytes + (0 if shared else size.n_bytes)
+        layout = Layout.of(shape, capacity, dtype, recipe, variant.paged)
+        blocks, size = self._grid(shape, variant, layout)
+        shared = self._scratch is not None and self._scratch.size.covers(size)
+        needed = layout.n_bytes + (0 if shared else size.n_bytes)
         free = self._device.free_bytes - _SPARE_BYTES
         if needed > free:
-            fits = self._largest_capacity(shape, capacity, dtype, recipe, free - size.n_bytes)
+            fits = self._largest_capacity(shape, capacity, dtype, recipe, variant.paged, free - size.n_bytes)
             remedy = f"a context of {fits} tokens fits" if fits else "not even one token fits"
             raise UsageError(f"a cache of {capacity} tokens needs {needed} bytes, {max(free, 0)} are free: {remedy}")
         if not shared:
             self._scratch = Scratch(self._device, size)
         assert self._scratch is not None
-        return CudaLayerCache(self._device, shape, capacity, dtype, recipe, variant, blocks, self._scratch)
+        return CudaLayerCache(self._device, shape, capacity, dtype, recipe, variant, blocks, layout, self._scratch)
 
     @staticmethod
-    def _largest_capacity(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, free: int) -> int:
+    def _largest_capacity(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool, free: int) -> int:
         low, high = 0, capacity
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if Layout.of(shape, middle, dtype, recipe).n_bytes <= free else (low, middle)
+            low, high = (middle, high) if Layout.of(shape, middle, dtype, recipe, paged).n_bytes <= free else (low, middle)
         return low
 
     def attention(self, caches: Sequence[LayerCache], queries: Sequence[Float32], steps: int, graph: bool) -> CudaProgram:

@@ -1,5 +1,6 @@
 """The cache of one layer on a CUDA device."""
 
+import itertools
 import math
 from typing import Any
 
@@ -8,16 +9,18 @@ from numpy.typing import NDArray
 
 from elastickv.attention.feedback import Feedback
 from elastickv.backends.cuda.device import CudaDevice, Memory, f32, i32, i64, u64
+from elastickv.backends.cuda.pages import codes_of, dequantised, key_places, value_places
 from elastickv.backends.cuda.storage import Layout, Scratch, Storage
-from elastickv.backends.cuda.variants import Variant
+from elastickv.backends.cuda.variants import Variant, fixed_blocks, selecting_blocks, selecting_shared_bytes
 from elastickv.cache.bits import from_bf16_bits
-from elastickv.cache.layer import Float32, StoredHead
+from elastickv.cache.layer import Float32, StoredHead, beyond_int4
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.recipe import AttentionShape, Recipe, regions
-from elastickv.recipe.pages import kept
+from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe, regions
+from elastickv.recipe.pages import kept, selected
 
 _CHUNK_TOKENS = 1 << 15
 _V_CODE_OFFSET = 128
+_TOO_LARGE = 1 << 31
 
 
 class CudaLayerCache:
@@ -32,12 +35,21 @@ class CudaLayerCache:
         recipe: Recipe,
         variant: Variant,
         blocks: int,
+        layout: Layout,
         scratch: Scratch,
     ) -> None:
         self.shape, self.capacity, self.dtype, self.recipe = shape, capacity, dtype, recipe
         self.variant, self.blocks = variant, blocks
         self._device, self._scratch = device, scratch
-        self.storage = Storage(device, Layout.of(shape, capacity, dtype, recipe))
+        self.storage = Storage(device, layout)
+        if layout.counts:
+            pages = range(layout.page_capacity + 1)
+            table = [[selected(n, fraction) for n in pages] for fraction in recipe.fractions]
+            device.upload(self.storage.counts, np.array(table, np.int32))
+        problems = shape.batch * shape.kv_heads * self.passes
+        fixed = variant.fixed() if len(set(recipe.fractions)) <= 1 else None
+        equal = fixed_blocks(problems, device.multiprocessors)
+        self._fixed = (fixed, equal) if fixed and equal else None
         self._lengths = np.zeros(shape.batch, np.int64)
         self._step = -1
         self._marked: tuple[NDArray[np.int64], int] = (self._lengths.copy(), -1)
@@ -63,18 +75,25 @@ class CudaLayerCache:
             raise UsageError(f"a sequence of {longest} tokens does not fit a capacity of {self.capacity}")
         self._restart(lengths)
         dim = self.shape.head_dim
-        rows = max(min(longest, _CHUNK_TOKENS), 1)
+        # Chunks end where pages do.
+        sinks = min(self.recipe.sinks, longest)
+        edges = [0, *range(sinks + _CHUNK_TOKENS, longest, _CHUNK_TOKENS), longest]
+        rows = max(min(longest, sinks + _CHUNK_TOKENS), 1)
         staged = [self._device.allocate(rows * dim * 4) for _ in range(2)]
+        storing = self.variant.storing()
         for head in range(self.storage.layout.heads):
             row, kv_head = divmod(head, self.shape.kv_heads)
             length = int(self._lengths[row])
-            for first in range(0, length, rows):
-                count = min(rows, length - first)
+            for first, end in itertools.pairwise(edges):
+                count = min(end, length) - first
+                if count <= 0:
+                    break
                 for memory, array in zip(staged, (keys, values), strict=True):
                     self._device.upload(memory, np.asarray(array[row, kv_head, first : first + count], np.float32))
-                grid = (min(-(-count // 8), 4096), 2)
-                arguments = (*staged, i64(head), i32(first), i32(count), i32(length))
-                self._device.launch(self.variant.storing(), "store_rows", grid, 256, *self._store_arguments(), *arguments)
+                arguments = (*self._store_arguments(), *staged, i64(head), i32(first), i32(count), i32(length))
+                self._device.launch(storing, "store_rows", (min(-(-count // 8), 4096), 2), 256, *arguments)
+                if self.variant.paged:
+                    self._device.launch(storing, "store_pages", (min(-(-count // PAGE_TOKENS), 4096), 2), 256, *arguments)
         self._stream.sync()
 
     def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
@@ -84,8 +103,10 @@ class CudaLayerCache:
         self._restart(lengths)
         heads = self.storage.layout.heads
         grid = (max(1, min(-(-int(max(lengths)) // 8), 16384 // heads + 1)), 2, min(heads, 65535))
-        arguments = (self.storage.state, i32(heads), i32(self.shape.kv_heads), u64(seed % (1 << 64)))
-        self._device.launch(self.variant.storing(), "fill_random", grid, 256, *self._store_arguments(), *arguments)
+        arguments = (*self._store_arguments(), self.storage.state, i32(heads), u64(seed % (1 << 64)))
+        self._device.launch(self.variant.storing(), "fill_random", grid, 256, *arguments)
+        if self.variant.paged:
+            self._device.launch(self.variant.storing(), "fill_pages", grid, 256, *arguments)
         self._stream.sync()
 
     def _restart(self, lengths: NDArray[np.int64]) -> None:
@@ -126,7 +147,7 @@ class CudaLayerCache:
         self._device.launch(
             self.variant.storing(),
             "append",
-            (self.storage.layout.heads,),
+            (self.storage.layout.heads, 2),
             256,
             *self._store_arguments(),
             *arguments,
@@ -142,29 +163,66 @@ class CudaLayerCache:
         outputs = self._device.download(self.storage.outputs, dims, np.float32)
         return outputs, self._device.download(self.storage.lse, dims[:2], np.float32)
 
+    @property
+    def kernels_to_decode(self) -> int:
+        """Kernels that a decode launches."""
+        return 2 if self.recipe.selection == "pages" else 1
+
+    def load(self) -> None:
+        """Load every kernel of a step: that is not allowed during a capture."""
+        self._device.kernel(self._decoding()[0], "decode")
+        self._device.kernel(self.variant.storing(), "append")
+        if self.recipe.selection == "pages":
+            self._device.kernel(self.variant.selecting(), "select")
+
+    def _decoding(self) -> tuple[Variant, int]:
+        """Return kernel and blocks of a decode: what sequences of one length have to read is the same for every KV head."""
+        equal = self._fixed if len(set(self._lengths.tolist())) <= 1 else None
+        return equal or (self.variant, self.blocks)
+
+    def _launch_select(self, queries: Memory) -> None:
+        shape, storage, recipe, layout = self.shape, self.storage, self.recipe, self.storage.layout
+        stride = layout.page_capacity + 1 if len(recipe.fractions) > 1 else 0
+        numbers = (shape.kv_heads, shape.group, recipe.sinks, recipe.window, recipe.anchor_every, layout.page_capacity)
+        variant = self.variant.selecting()
+        self._device.launch(
+            variant,
+            "select",
+            (selecting_blocks(layout.page_capacity, layout.heads, self._device.multiprocessors), layout.heads),
+            variant.threads,
+            *(queries, storage.k_scale, storage.state, storage.counts, i32(stride)),
+            *(self._scratch.scores, self._scratch.counters, storage.lists, storage.listed),
+            *(i32(x) for x in numbers),
+            shared=selecting_shared_bytes(variant),
+        )
+
     def launch_decode(self, queries: Memory, outputs: Memory, lse: Memory) -> None:
         """Queue a decode."""
+        if self.recipe.selection == "pages":
+            self._launch_select(queries)
         shape, storage, recipe, layout = self.shape, self.storage, self.recipe, self.storage.layout
         reused = storage.cached_output
         lse_offset = shape.batch * shape.query_heads * shape.head_dim * 4
         sizes = (shape.batch, shape.kv_heads, shape.group, self.passes)
         kept_how = (recipe.sinks, recipe.window, layout.ring, recipe.stride, recipe.anchor_every)
         scale = math.log2(math.e) / math.sqrt(shape.head_dim)
+        variant, blocks = self._decoding()
         self._device.launch(
-            self.variant,
+            variant,
             "decode",
-            (self.blocks,),
-            self.variant.threads,
+            (blocks,),
+            variant.threads,
             queries,
             outputs,
             lse,
             *(storage.exact_k, storage.exact_v, storage.cold_k, storage.cold_v, storage.k_scale, storage.v_scale),
             storage.state,
             *(self._scratch.partial, self._scratch.partial_ml, self._scratch.counters),
-            *(reused, reused.pointer + lse_offset),
-            *(i32(x) for x in (*sizes, *kept_how, layout.exact_rows, layout.cold_rows)),
+            *(reused, reused.pointer + lse_offset, storage.lists, storage.listed),
+            *(i32(x) for x in (*sizes, *kept_how, layout.exact_rows, layout.cold_rows, layout.page_capacity)),
             f32(math.log2(recipe.decay)),
             f32(scale),
+            shared=variant.shared_bytes,
         )
 
     def _store_arguments(self) -> tuple[Any, ...]:
@@ -195,7 +253,10 @@ class CudaLayerCache:
         recent = recipe.sinks + np.arange(split.cold, split.cold + split.recent) % layout.ring
         exact = np.r_[0 : split.sinks, recent].astype(np.int64)
         count = kept(split.cold, recipe.stride)
-        if recipe.key_format == "int8":
+        if self.variant.paged:
+            pages = split.cold // PAGE_TOKENS
+            cold_keys, cold_values = (self._pages(head, value, pages) for value in (False, True))
+        elif recipe.key_format == "int8":
             cold_keys = self._codes(storage.k_scale, storage.cold_k, head, 0)
             cold_values = self._codes(storage.v_scale, storage.cold_v, head, _V_CODE_OFFSET)
         else:
@@ -209,6 +270,21 @@ class CudaLayerCache:
         raw = self._device.download(plane, (rows, dim), kind, head * rows * dim * kind.itemsize)
         return np.asarray(from_bf16_bits(raw) if dtype == "bf16" else raw, np.float64)
 
+    def _pages(self, head: int, value: bool, count: int) -> NDArray[np.float64]:
+        """Return the (tokens, head_dim) numbers of the first pages of a head."""
+        recipe, dim, storage = self.recipe, self.shape.head_dim, self.storage
+        fmt = str(recipe.value_format if value else recipe.key_format)
+        group = recipe.v_group(dim)
+        per_page = PAGE_TOKENS * FORMATS[fmt].row_bytes(dim)
+        scales = FORMATS[fmt].value_scales(dim, group) if value else FORMATS[fmt].key_scales(dim)
+        words = scales.bytes_of(PAGE_TOKENS) // 2
+        first = head * storage.layout.page_capacity
+        plane, scale_plane = (storage.cold_v, storage.v_scale) if value else (storage.cold_k, storage.k_scale)
+        raw = self._device.download(plane, (count, per_page), np.uint8, first * per_page)
+        bits = self._device.download(scale_plane, (count, words), np.uint16, first * words * 2)
+        places = value_places(fmt, dim, group) if value else key_places(fmt, dim)
+        return dequantised(codes_of(raw, fmt, places, dim), bits, fmt, value, recipe.exact_dtype(self.dtype), group)
+
     def _codes(self, scales: Memory, plane: Memory, head: int, offset: int) -> NDArray[np.float64]:
         rows, dim = self.storage.layout.cold_rows, self.shape.head_dim
         codes = self._device.download(plane, (rows, dim), np.uint8, head * rows * dim)
@@ -219,7 +295,13 @@ class CudaLayerCache:
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
         """Return the numbers of the cold pages that the last decode read; None where the recipe selects none."""
-        return None
+        if self.recipe.selection != "pages":
+            return None
+        head = row * self.shape.kv_heads + kv_head
+        cold = regions(int(self._lengths[row]), self.recipe.sinks, self.recipe.window).cold // PAGE_TOKENS
+        count, fresh = (int(n) for n in self._device.download(self.storage.listed, (2,), np.int32, head * 8))
+        numbers = self._device.download(self.storage.lists, (count,), np.int32, head * self.storage.layout.page_capacity * 4)
+        return np.concatenate([numbers.astype(np.int64), np.arange(fresh, cold)])
 
     def mark(self) -> None:
         """Remember the present state."""
@@ -238,4 +320,7 @@ class CudaLayerCache:
         word = int(self._device.download(self.storage.bad, (1,), np.uint64)[0])
         if word != (1 << 64) - 1:
             row, head = divmod(word >> 32, self.shape.kv_heads)
-            raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {word & 0xFFFFFFFF}")
+            position = word & 0x7FFFFFFF
+            if word & _TOO_LARGE:
+                raise NonFiniteError(beyond_int4(row, head, position))
+            raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")

@@ -88,7 +88,7 @@ def include_directory() -> str:
 @cache
 def _headers_digest() -> str:
     digest = hashlib.sha256()
-    for path in (*sorted(KERNELS.glob("*.cuh")), *sorted(Path(include_directory()).glob("cuda_[bf]*16.h*"))):
+    for path in (*sorted(KERNELS.glob("*.cuh")), *sorted(Path(include_directory()).glob("cuda_[bf]*[168].h*"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -64,6 +64,12 @@ class Memory:
             self._driver.cuMemFree(pointer)
 
 
+OVERLAPPING = frozenset({"append", "select", "decode"})
+_OVERLAPS_SINCE = 90
+_SCALARS = (ctypes.c_int, ctypes.c_longlong, ctypes.c_ulonglong, ctypes.c_float)
+_pointer = ctypes.c_void_p
+
+
 class CudaDevice:
     """A device with its primary context current and one stream that everything runs on."""
 
@@ -176,12 +182,17 @@ class CudaDevice:
         key = (variant, name)
         if key not in self._kernels:
             code = ObjectCode.from_cubin(variant.compiled().cubin)
-            self._kernels[key] = code.get_kernel(name)
+            kernel = code.get_kernel(name)
+            if variant.shared_bytes and name == "decode":
+                most = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                check(self.driver.cuKernelSetAttribute(most, variant.shared_bytes, kernel.handle, self._handle))
+            self._kernels[key] = kernel
         return self._kernels[key]
 
     def blocks_per_multiprocessor(self, variant: Variant, name: str) -> int:
         """Return how many blocks of a kernel fit a multiprocessor at once."""
-        return max(1, int(self.kernel(variant, name).occupancy.max_active_blocks_per_multiprocessor(variant.threads, 0)))
+        occupancy = self.kernel(variant, name).occupancy
+        return max(1, int(occupancy.max_active_blocks_per_multiprocessor(variant.threads, variant.shared_bytes)))
 
     def clusters_at_once(self, variant: Variant, name: str, blocks: int) -> int:
         """Return how many clusters of `blocks` blocks the device runs at once: they do not straddle its parts."""
@@ -190,12 +201,29 @@ class CudaDevice:
         config = LaunchConfig(grid=1, cluster=blocks, block=variant.threads)
         return int(self.kernel(variant, name).occupancy.max_active_clusters(config, stream=self.stream))
 
-    def launch(self, variant: Variant, name: str, grid: tuple[int, ...], threads: int, *args: Any) -> None:
-        """Launch on the stream. Arguments: Memory, None (null pointer) or a ctypes scalar."""
-        from cuda.core import LaunchConfig, launch
+    def launch(self, variant: Variant, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
+        """Launch on the stream with `shared` bytes of dynamic shared memory. Arguments: Memory, None (a null pointer), scalars.
 
-        values = [a.pointer if isinstance(a, Memory) else 0 if a is None else a for a in args]
-        launch(self.stream, LaunchConfig(grid=tuple(int(n) for n in grid), block=threads), self.kernel(variant, name), *values)
+        From SM 9.0 on kernels of `OVERLAPPING` may be set up while the one before still runs: they wait for it themselves.
+        """
+        driver = self.driver
+        values = [
+            _pointer(a.pointer) if isinstance(a, Memory) else _pointer(a or 0) if not isinstance(a, _SCALARS) else a
+            for a in args
+        ]
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*(int(n) for n in grid), 1, 1)[:3]
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared
+        config.hStream = self.stream.handle
+        if name in OVERLAPPING and int(variant.arch) >= _OVERLAPS_SINCE:
+            early = driver.CUlaunchAttribute()
+            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [early], 1
+        function = driver.CUfunction(int(self.kernel(variant, name).handle))
+        check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0))
 
     def upload(self, memory: Memory, array: NDArray[Any], offset: int = 0) -> None:
         """Copy a host array to the device."""

@@ -42,8 +42,7 @@ class CudaProgram:
     def _capture(self) -> None:
         driver, stream = self._device.driver, self._device.stream
         for cache in self._caches:  # loading a kernel is not allowed during a capture
-            self._device.kernel(cache.variant, "decode")
-            self._device.kernel(cache.variant.storing(), "append")
+            cache.load()
         stream.sync()
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         check(driver.cuStreamBeginCapture(stream.handle, mode))
@@ -121,7 +120,7 @@ def attention_program(
             i = step % len(caches)
             caches[i].launch_decode(asked[i], outputs[i], lse[i])
 
-    return CudaProgram(device, caches, outputs, queue, lambda: None, 0, graph, 1)
+    return CudaProgram(device, caches, outputs, queue, lambda: None, 0, graph, caches[0].kernels_to_decode)
 
 
 def cycle_program(
@@ -145,4 +144,4 @@ def cycle_program(
         # The first layer reads the last layer's output of one token ago: before the first token that is `first`.
         device.upload(outputs[-1], np.asarray(first, np.float32))
 
-    return CudaProgram(device, caches, outputs, queue, prepare, 1, graph, 2)
+    return CudaProgram(device, caches, outputs, queue, prepare, 1, graph, 1 + caches[0].kernels_to_decode)

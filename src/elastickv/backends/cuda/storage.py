@@ -1,11 +1,12 @@
 """Where the tokens of one layer lie in device memory.
 
 Everything is sized for the capacity and contiguous per (sequence, KV head). Exact plane: `dense` keeps all tokens in it; else
-the sinks, then a ring of whole pages for the window and the page that fills up behind it. Cold planes: kept rows, oldest
-first; scales in planes of their own. A sequence's length and step stand together, once per KV head, so that a block can
-count its own head's token without waiting for others.
+the sinks, then a ring of whole pages for the window and the page that fills up behind it. Cold planes: kept rows or pages,
+oldest first; scales in planes of their own. A sequence's length and step stand together, once per KV head for K and once for
+V, so that a block can count its own token without waiting for others.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from elastickv.backends.cuda.device import CudaDevice, Memory
@@ -19,6 +20,7 @@ _FLOAT = 4
 _MERGE_LEVELS = 2
 _UNIT, _INT8_UNIT = 16, 32
 _SCALE_ROWS = 32  # a lane loads the scales of 8 tokens at once, a warp of 32
+_PAGES_ALIGNED = 8  # whose fp8 scales are the least that a copy moves
 
 
 @dataclass(frozen=True)
@@ -39,30 +41,39 @@ class Layout:
     ring: int
     wraps: bool
     exact_plane: int
-    cold_plane: int
-    scale_plane: int
+    key_plane: int
+    value_plane: int
+    key_scales: int
+    value_scales: int
+    lists: int
+    counts: int
     reused: int
     outputs: int
     lse: int
     state: int
 
     @classmethod
-    def of(cls, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> "Layout":
-        """Return the layout of a cache."""
+    def of(cls, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool = False) -> "Layout":
+        """Return the layout of a cache; `paged`: cold tokens lie in pages."""
         heads, dim = shape.batch * shape.kv_heads, shape.head_dim
         exact_row = FORMATS[recipe.exact_dtype(dtype)].row_bytes(dim)
         queries = shape.batch * shape.query_heads
-        if recipe.key_format is None:
-            exact_rows, ring, wraps, cold_rows, cold_row, scales = capacity, 0, False, 0, 0, 0
-        else:
+        exact_rows, ring, wraps, cold_rows = capacity, 0, False, 0
+        key_plane = value_plane = key_scales = value_scales = lists = counts = 0
+        if recipe.key_format is not None and recipe.value_format is not None:
             needed = round_up(recipe.window, PAGE_TOKENS) + PAGE_TOKENS
             all_tokens = max(round_up(capacity - recipe.sinks, PAGE_TOKENS), PAGE_TOKENS)
             ring, wraps = min(needed, all_tokens), needed < capacity - recipe.sinks
             exact_rows = recipe.sinks + ring
             cold = kept(regions(capacity, recipe.sinks, recipe.window).cold, recipe.stride)
-            cold_rows = round_up(cold, _SCALE_ROWS)
-            cold_row = FORMATS[recipe.key_format].row_bytes(dim)
-            scales = heads * cold_rows * 2 if recipe.key_format == "int8" else 0
+            cold_rows = round_up(cold, PAGE_TOKENS * _PAGES_ALIGNED if paged else _SCALE_ROWS)
+            key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
+            key_plane, value_plane = (heads * cold_rows * f.row_bytes(dim) for f in (key, value))
+            key_scales = heads * key.key_scales(dim).bytes_of(cold_rows)
+            value_scales = heads * value.value_scales(dim, recipe.v_group(dim)).bytes_of(cold_rows)
+            if recipe.selection == "pages":
+                lists = heads * cold_rows // PAGE_TOKENS * 4
+                counts = len(recipe.fractions) * (cold_rows // PAGE_TOKENS + 1) * 4
         return cls(
             heads=heads,
             exact_rows=exact_rows,
@@ -70,12 +81,16 @@ class Layout:
             ring=ring,
             wraps=wraps,
             exact_plane=heads * exact_rows * exact_row,
-            cold_plane=heads * cold_rows * cold_row,
-            scale_plane=scales,
+            key_plane=key_plane,
+            value_plane=value_plane,
+            key_scales=key_scales,
+            value_scales=value_scales,
+            lists=lists,
+            counts=counts,
             reused=queries * (dim + dim // 4) * _FLOAT if recipe.selection == "reuse" else 0,
             outputs=queries * dim * _FLOAT,
             lse=queries * _FLOAT,
-            state=heads * 8,
+            state=2 * heads * 8,
         )
 
     def units(self, recipe: Recipe) -> int:
@@ -87,8 +102,19 @@ class Layout:
     def n_bytes(self) -> int:
         """Everything a cache allocates for itself, copies for `mark` included."""
         marked = 2 * self.exact_plane if self.wraps else 0
-        planes = 2 * (self.exact_plane + self.cold_plane + self.scale_plane) + marked
-        return planes + 2 * self.reused + 2 * self.state + 8 + 2 * self.outputs + self.lse
+        planes = 2 * self.exact_plane + self.key_plane + self.value_plane + self.key_scales + self.value_scales + marked
+        listed = 2 * (self.lists + self.listed) + self.counts
+        return planes + listed + 2 * self.reused + 2 * self.state + 8 + 2 * self.outputs + self.lse
+
+    @property
+    def listed(self) -> int:
+        """Bytes of the lists' sizes."""
+        return 8 * self.heads if self.lists else 0
+
+    @property
+    def page_capacity(self) -> int:
+        """Pages of a head."""
+        return self.cold_rows // PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -98,18 +124,24 @@ class ScratchSize:
     partial: int
     partial_ml: int
     counters: int
+    scores: int
 
     @classmethod
-    def of(cls, variant: Variant, blocks: int, problems: int) -> "ScratchSize":
-        """Return the sizes for a grid of `blocks` over `problems`."""
+    def of(cls, variant: Variant, blocks: int, problems: int, scores: int) -> "ScratchSize":
+        """Return the sizes for a grid of `blocks` over `problems`, and `scores` page scores."""
         slots = blocks + problems
         rows = _MERGE_LEVELS * slots * (1 + variant["REUSE"]) * variant.rows
-        return cls(rows * variant["HEAD_DIM"] * _FLOAT, rows * 2 * _FLOAT, (problems + slots) * 4)
+        return cls(rows * variant["HEAD_DIM"] * _FLOAT, rows * 2 * _FLOAT, (problems + slots) * 4, scores * _FLOAT)
 
     @property
     def n_bytes(self) -> int:
         """All of it."""
-        return self.partial + self.partial_ml + self.counters
+        return self.partial + self.partial_ml + self.counters + self.scores
+
+    def covers(self, other: "ScratchSize") -> bool:
+        """Return whether every part is as large as another's."""
+        mine, theirs = (dataclasses.astuple(size) for size in (self, other))
+        return all(m >= t for m, t in zip(mine, theirs, strict=True))
 
 
 class Scratch:
@@ -120,11 +152,7 @@ class Scratch:
         self.partial = device.allocate(size.partial, _NAN_WORD)
         self.partial_ml = device.allocate(size.partial_ml, _NAN_WORD)
         self.counters = device.allocate(size.counters, 0)
-
-    def holds(self, size: ScratchSize) -> bool:
-        """Return whether a decode of `size` can use it."""
-        mine = self.size
-        return size.partial <= mine.partial and size.partial_ml <= mine.partial_ml and size.counters <= mine.counters
+        self.scores = device.allocate(size.scores, _NAN_WORD)
 
 
 class Storage:
@@ -134,10 +162,13 @@ class Storage:
         self._device, self.layout = device, layout
         self.exact_k = device.allocate(layout.exact_plane, 0)
         self.exact_v = device.allocate(layout.exact_plane, 0)
-        self.cold_k = device.allocate(layout.cold_plane, 0)
-        self.cold_v = device.allocate(layout.cold_plane, 0)
-        self.k_scale = device.allocate(layout.scale_plane, 0)
-        self.v_scale = device.allocate(layout.scale_plane, 0)
+        self.cold_k = device.allocate(layout.key_plane, 0)
+        self.cold_v = device.allocate(layout.value_plane, 0)
+        self.k_scale = device.allocate(layout.key_scales, 0)
+        self.v_scale = device.allocate(layout.value_scales, 0)
+        self.lists = device.allocate(layout.lists, 0)
+        self.listed = device.allocate(layout.listed, 0)
+        self.counts = device.allocate(layout.counts, 0)
         self.state = device.allocate(layout.state, 0)
         self.bad = device.allocate(8, 0xFFFFFFFF)
         self.cached_output = device.allocate(layout.reused, _NAN_WORD)
@@ -145,6 +176,8 @@ class Storage:
         self.outputs = device.allocate(layout.outputs, _NAN_WORD)
         self.lse = device.allocate(layout.lse, _NAN_WORD)
         copied = [(self.state, layout.state), (self.cached_output, layout.reused)]
+        if layout.lists:
+            copied += [(self.lists, layout.lists), (self.listed, layout.listed)]
         if layout.wraps:
             copied += [(self.exact_k, layout.exact_plane), (self.exact_v, layout.exact_plane)]
         self._copies: list[tuple[Memory, Memory, int]] = [(m, device.allocate(n, 0), n) for m, n in copied]

@@ -9,16 +9,20 @@ from dataclasses import dataclass
 
 from elastickv.backends.cuda.compiler import ARCHITECTURES, Compiled, compile_source
 from elastickv.errors import UsageError
-from elastickv.recipe import HEAD_DIMS, Recipe
+from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, Recipe
+from elastickv.recipe.formats import round_up
 
 _TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
-_COLD_NONE, _COLD_SAME, _COLD_INT8 = 0, 1, 2
+_COLD_NONE, _COLD_SAME, _COLD_INT8, _COLD_PAGES = range(4)
+_PAGE_FORMATS = {"bf16": 0, "fp16": 0, "int8": 1, "fp8": 2, "int4": 3}
+_ONE_QUERY_TILE = (("REUSE", 0), ("QTILES", 1))
 _MMA_SINCE = 80
 _HEADS_OF_MMA_TILE = 8
-KINDS = ("auto", "mma", "simt")
+KINDS = ("auto", "mma", "simt", "pages")
 _SPLIT_WARPS = 8
 _MOST_ROUNDS = 4  # units of one warp up to which waiting costs more than an even split of the work gains
 LARGEST_CLUSTER = 8
+_LEAST_BUSY = 0.9  # share of the multiprocessors that a fixed split must fill
 _CLUSTERS = ("90", "100")  # architectures whose blocks can write to each other's shared memory
 
 
@@ -43,7 +47,9 @@ class Variant:
     @property
     def rows(self) -> int:
         """Query heads that one pass holds."""
-        return (self["TILE"] if self.source == "decode_simt" else _HEADS_OF_MMA_TILE) * self["QTILES"]
+        if self.source == "decode_pages":
+            return _HEADS_OF_MMA_TILE * self["TILES"]
+        return (self["TILE"] if "TILE" in dict(self.macros) else _HEADS_OF_MMA_TILE) * self["QTILES"]
 
     @property
     def splits(self) -> int:
@@ -56,6 +62,16 @@ class Variant:
         return 32 * self["WARPS"]
 
     @property
+    def paged(self) -> bool:
+        """Whether cold tokens are kept in pages of their formats, rather than in rows of one."""
+        return self["COLD_TYPE"] == _COLD_PAGES
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return dict(self.macros).get("SHARED_BYTES", 0)
+
+    @property
     def exact_bytes(self) -> int:
         """Bytes of an element of an exact row."""
         return 4 if self["EXACT_TYPE"] == _TYPES["fp32"] else 2
@@ -64,29 +80,41 @@ class Variant:
         """Compile it, or take it from the cache."""
         return compile_source(self.source, self.arch, dict(self.macros))
 
+    def fixed(self) -> "Variant | None":
+        """Return the variant that gives every KV head equally many blocks, where there is one."""
+        if self.source != "decode_pages":
+            return None
+        return Variant(self.source, self.arch, _macros(dict(self.macros) | {"FIXED": 1}))
+
     def storing(self) -> "Variant":
         """Return the variant of the storing kernels that goes with it."""
-        names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE")
-        return Variant("append", self.arch, (*((n, self[n]) for n in names), ("REUSE", 0), ("QTILES", 1), ("WARPS", 8)))
+        names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE", *(("K_FORMAT", "V_FORMAT", "V_GROUP") if self.paged else ()))
+        return Variant("append", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 8)))
+
+    def selecting(self) -> "Variant":
+        """Return the variant of the selecting kernel that goes with it."""
+        names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE", "K_FORMAT", "V_FORMAT", "V_GROUP")
+        return Variant("select", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 16), ("MIN_BLOCKS", 1)))
 
 
 def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: str, kind: str = "auto") -> Variant:
     """Return the decode kernel for these parameters.
 
-    `kind` forces 'mma' or 'simt' (the kernel of older parts, which runs everywhere).
+    `kind` forces 'mma', 'simt' (the kernels of older parts, which run everywhere) or 'pages' (which else only recipes get that
+    need it).
 
     Raises
     ------
     UsageError : if no kernel supports the combination.
     """
-    if recipe.key_format != recipe.value_format or recipe.key_format in ("fp8", "int4"):
-        raise UsageError(f"no kernel of the CUDA back end reads {recipe}")
     exact = _TYPES[recipe.exact_dtype(dtype)]
     cold = _COLD_NONE if recipe.is_dense else _COLD_INT8 if recipe.key_format == "int8" else _COLD_SAME
     can_mma = int(arch) >= _MMA_SINCE and exact != _TYPES["fp32"]
     if kind == "mma" and not can_mma:
         raise UsageError(f"the tensor-core kernel needs 16-bit rows and SM 8.0; this is {dtype}, {recipe} on SM {arch}")
     common = {"HEAD_DIM": head_dim, "EXACT_TYPE": exact, "COLD_TYPE": cold, "REUSE": int(recipe.selection == "reuse")}
+    if needs_pages(recipe) or kind == "pages":
+        return _pages_variant(common, group, recipe, arch, can_mma and kind != "simt")
     if can_mma and kind != "simt":
         tiles = _tiles(group, _HEADS_OF_MMA_TILE, 4 if head_dim <= 128 else 2)
         # One large block a multiprocessor leaves the fewest partial results to merge.
@@ -101,6 +129,72 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     words = -(-head_dim // (8 * slot)) * slot
     tile = min(max(32 // words, 1), 4, 1 << (group - 1).bit_length())
     return Variant("decode_simt", arch, _macros(common, QTILES=_tiles(group, tile, 4), WARPS=4, MIN_BLOCKS=2, TILE=tile))
+
+
+def needs_pages(recipe: Recipe) -> bool:
+    """Return whether a recipe keeps whole pages: scales of pages, formats of K and V apart, or a selection of pages."""
+    return recipe.key_format != recipe.value_format or recipe.key_format in ("fp8", "int4") or recipe.selection == "pages"
+
+
+def _pages_variant(common: dict[str, int], group: int, recipe: Recipe, arch: str, mma: bool) -> Variant:
+    head_dim = common["HEAD_DIM"]
+    common = common | {
+        "COLD_TYPE": _COLD_PAGES,
+        "K_FORMAT": _PAGE_FORMATS[recipe.key_format or ""],
+        "V_FORMAT": _PAGE_FORMATS[recipe.value_format or ""],
+        "V_GROUP": recipe.v_group(head_dim) if recipe.value_format == "int4" else head_dim,
+        "SELECT": int(recipe.selection == "pages"),
+        "QTILES": 1,
+        "MIN_BLOCKS": 1,
+    }
+    if not mma:
+        tile = min(max(32 * 8 // head_dim, 1), 4, 1 << (group - 1).bit_length())
+        return Variant("decode_pages_simt", arch, _macros(common, WARPS=4, TILE=tile))
+    tiles = 2 if group > _HEADS_OF_MMA_TILE and head_dim <= 128 else 1
+    limit = _SHARED_BYTES.get(arch, _LEAST_SHARED_BYTES)
+    for warps, stages in _RINGS:
+        shared = _pages_shared_bytes(common, warps, tiles, stages)
+        if shared + _STATIC_SHARED_BYTES <= limit:
+            return Variant(
+                "decode_pages", arch, _macros(common, WARPS=warps, TILES=tiles, STAGES=stages, FIXED=0, SHARED_BYTES=shared)
+            )
+    raise UsageError(f"SM {arch} has too little shared memory for {recipe} and heads of {head_dim}: use kind='simt'")
+
+
+_SHARED_BYTES = {"80": 163 << 10, "87": 163 << 10, "90": 227 << 10, "100": 227 << 10, "103": 227 << 10}
+_LEAST_SHARED_BYTES = 99 << 10
+_STATIC_SHARED_BYTES = 256
+_RINGS = ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2))  # warps of a block, stages of each
+
+
+def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: int) -> int:
+    """Return the size of `Shared` of decode_pages.cu, which asserts it."""
+    dim = macros["HEAD_DIM"]
+    padded = round_up(dim, 32)
+    words = {0: 2, 1: 1, 2: 1, 3: 0.5}  # bytes of an element
+
+    def part(name: str, scales: int) -> int:
+        fmt = macros[name]
+        width = padded if fmt == _PAGE_FORMATS["int4"] else dim
+        return int(PAGE_TOKENS * width * words[fmt]) + {0: 0, 1: 2 * PAGE_TOKENS, 2: 16, 3: scales}[fmt]
+
+    stage = round_up(part("K_FORMAT", 4 * padded) + part("V_FORMAT", 4 * PAGE_TOKENS * (dim // macros["V_GROUP"])), 128)
+    queries = _HEADS_OF_MMA_TILE * tiles
+    tile_steps = padded // 16 if macros["K_FORMAT"] == _PAGE_FORMATS["int4"] else dim // 16
+    steps = -(-tile_steps // 2) if macros["K_FORMAT"] == _PAGE_FORMATS["int8"] else tile_steps
+    sums = warps * (queries // 2 * (2 * dim + 8) * 4 + queries * 8)
+    operands = tiles * (padded // 32 * 2 + steps) * 32 * 16
+    return round_up(warps * stages * stage + sums + operands + queries * 4 + warps * stages * 8, 16)
+
+
+def selecting_blocks(page_capacity: int, heads: int, multiprocessors: int) -> int:
+    """Return the blocks that score one head's pages."""
+    return max(1, min(-(-page_capacity // 64), -(-2 * multiprocessors // heads)))
+
+
+def selecting_shared_bytes(variant: Variant) -> int:
+    """Return the dynamic shared memory of a selecting block."""
+    return 0
 
 
 def overlapping(variant: Variant) -> Variant:
@@ -138,6 +232,12 @@ def split_variant(variant: Variant, group: int, split: Split) -> Variant | None:
     )
 
 
+def fixed_blocks(problems: int, multiprocessors: int) -> int | None:
+    """Return the blocks of a grid in which each problem has equally many, all at once; None where that leaves too many idle."""
+    blocks = multiprocessors // problems * problems
+    return blocks if blocks >= _LEAST_BUSY * multiprocessors else None
+
+
 def plan_splits(batch: int, kv_heads: int, units: int, int8: bool, multiprocessors: int) -> tuple[Split, ...]:
     """Return the fixed splits that serve sequences of up to `units` units a KV head, best first; may be none.
 
@@ -148,7 +248,7 @@ def plan_splits(batch: int, kv_heads: int, units: int, int8: bool, multiprocesso
     heads = batch * kv_heads
     fits = [n for n in (2 * LARGEST_CLUSTER, LARGEST_CLUSTER, 4, 2) if n * heads <= multiprocessors]
     short = [Split(n, True) for n in fits if n <= LARGEST_CLUSTER and units <= n * _SPLIT_WARPS * _MOST_ROUNDS]
-    full = [Split(n) for n in fits if batch == 1 and int8 and n * heads >= 0.9 * multiprocessors]
+    full = [Split(n) for n in fits if batch == 1 and int8 and n * heads >= _LEAST_BUSY * multiprocessors]
     return (*short, *full)
 
 

@@ -1,12 +1,15 @@
 // Storing tokens: prefill, random fill, and the append that is fused with the inference cycle's recurrence.
 #include "common.cuh"
+#if COLD_TYPE == COLD_PAGES
+#include "quantise.cuh"
+#endif
 
 #define ELEMENTS ((D + 31) / 32)  // of a row, a lane: dim = lane + 32 i
 
 struct Store {
     char *exact_k, *exact_v, *cold_k, *cold_v;
     u16 *k_scale, *v_scale;
-    u64* bad;  // least (sequence * KV heads + head) << 32 | position of a value that is not finite
+    u64* bad;  // least (sequence * KV heads + head) << 32 | TOO_LARGE? | position of a value that is not finite or not to be stored
     int sinks, window, ring, stride, exact_rows, cold_rows;
 };
 
@@ -93,6 +96,38 @@ __device__ __forceinline__ void note_bad(const Store& s, size_t head, int positi
     if (__any_sync(FULL, bad) && (threadIdx.x & 31) == 0) atomicMin(s.bad, (u64)head << 32 | (u32)position);
 }
 
+#if COLD_TYPE == COLD_PAGES
+#define TOO_LARGE 0x80000000u
+#define LARGEST_HALF 65504.f
+
+// One warp puts row `token` of a page into the tile.
+__device__ __forceinline__ void put_row(const Store& s, PageTile& tile, bool value, size_t head, int page, int token,
+                                        const float (&x)[ELEMENTS]) {
+    bool large = false;
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) {
+        const int dim = (threadIdx.x & 31) + 32 * i;
+        if (dim < D) tile.x[token][dim] = x[i];
+        large |= fabsf(x[i]) > LARGEST_HALF;
+    }
+    if (K_FORMAT == INT4 && !value && __any_sync(FULL, large) && (threadIdx.x & 31) == 0)
+        atomicMin(s.bad, (u64)head << 32 | TOO_LARGE | (u32)(s.sinks + page * PAGE + token));
+}
+
+// One block quantises the page in the tile and stores it.
+__device__ __forceinline__ void store_page(const Store& s, PageTile& tile, bool value, size_t head, int page) {
+    const size_t at = head * (s.cold_rows / PAGE) + page;
+    __syncthreads();
+    if (value)
+        quantise_values(tile, reinterpret_cast<u32*>(s.cold_v + at * VALUE_PAGE),
+                        reinterpret_cast<u16*>(reinterpret_cast<char*>(s.v_scale) + at * VALUE_SCALES));
+    else
+        quantise_keys(tile, reinterpret_cast<u32*>(s.cold_k + at * KEY_PAGE),
+                      reinterpret_cast<u16*>(reinterpret_cast<char*>(s.k_scale) + at * KEY_SCALES));
+    __syncthreads();
+}
+#endif
+
 // Stores a token of a sequence that will hold `length` tokens, wherever it belongs then.
 __device__ __forceinline__ void store_token(const Store& s, bool value, size_t head, int position, int length,
                                             float (&x)[ELEMENTS]) {
@@ -134,31 +169,80 @@ __device__ __forceinline__ u64 mix(u64 z) {  // SplitMix64 (Steele, Lea, Flood 2
     return z ^ (z >> 31);
 }
 
-// Normal numbers (Box-Muller) from a counter: element = f(seed, plane, head, position, dim). grid.y: keys, values.
-extern "C" __global__ void fill_random(STORE_SIGNATURE, const int2* state, int heads, int kv_heads, u64 seed) {
+// One row of normal numbers (Box-Muller) from a counter: element = f(seed, plane, head, position, dim).
+__device__ __forceinline__ void random_row(u64 seed, bool value, size_t head, int position, float (&x)[ELEMENTS]) {
+    const int lane = threadIdx.x & 31;
+    const u64 row = mix(seed * 2 + value) + ((u64)head << 32 | (u32)position) * 256;
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; e += 2) {
+        u64 bits = mix(row + lane + 32 * e);
+        float radius = sqrtf(-2.f * logf(((u32)(bits >> 40) + 1) * 0x1p-24f)), angle = ((u32)bits >> 8) * 0x1p-23f;
+        x[e] = lane + 32 * e < D ? radius * cospif(angle) : 0.f;
+        if (e + 1 < ELEMENTS) x[e + 1 < ELEMENTS ? e + 1 : e] = lane + 32 * (e + 1) < D ? radius * sinpif(angle) : 0.f;
+    }
+}
+
+// grid.y: keys, values.
+extern "C" __global__ void fill_random(STORE_SIGNATURE, const int2* state, int heads, u64 seed) {
     const Store s = STORE_VALUE;
     const bool value = blockIdx.y;
-    const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+    const int warps = blockDim.x >> 5;
     for (int head = blockIdx.z; head < heads; head += gridDim.z) {
         const int length = state[head].x;
         for (int i = blockIdx.x * warps + (threadIdx.x >> 5); i < length; i += gridDim.x * warps) {
-            const u64 row = mix(seed * 2 + value) + ((u64)head << 32 | (u32)i) * 256;
             float x[ELEMENTS];
-#pragma unroll
-            for (int e = 0; e < ELEMENTS; e += 2) {
-                u64 bits = mix(row + lane + 32 * e);
-                float radius = sqrtf(-2.f * logf(((u32)(bits >> 40) + 1) * 0x1p-24f)), angle = ((u32)bits >> 8) * 0x1p-23f;
-                x[e] = lane + 32 * e < D ? radius * cospif(angle) : 0.f;
-                if (e + 1 < ELEMENTS) x[e + 1 < ELEMENTS ? e + 1 : e] = lane + 32 * (e + 1) < D ? radius * sinpif(angle) : 0.f;
-            }
+            random_row(seed, value, head, i, x);
             store_token(s, value, head, i, length, x);
         }
     }
 }
 
+#if COLD_TYPE == COLD_PAGES
+// Cold pages of one head, of which tokens `first` to `first` + `count` are given; others as `store_rows`.
+extern "C" __global__ void __launch_bounds__(STORE_THREADS) store_pages(STORE_SIGNATURE, const float* keys, const float* values,
+                                                                        long long head, int first, int count, int length) {
+    const Store s = STORE_VALUE;
+    __shared__ PageTile tile;
+    const bool value = blockIdx.y;
+    const int lane = threadIdx.x & 31, pages = store_cold_tokens(s, length) / PAGE;
+    for (int page = max(first - s.sinks, 0) / PAGE + blockIdx.x; page < pages; page += gridDim.x) {
+        const int start = s.sinks + page * PAGE - first;
+        if (start + PAGE > count) break;
+        for (int token = threadIdx.x >> 5; token < PAGE; token += STORE_THREADS / 32) {
+            const float* from = (value ? values : keys) + (size_t)(start + token) * D;
+            float x[ELEMENTS];
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; e++) x[e] = lane + 32 * e < D ? round_exact(from[lane + 32 * e]) : 0.f;
+            put_row(s, tile, value, head, page, token, x);
+        }
+        store_page(s, tile, value, head, page);
+    }
+}
+
+// The same of random rows.
+extern "C" __global__ void __launch_bounds__(STORE_THREADS) fill_pages(STORE_SIGNATURE, const int2* state, int heads, u64 seed) {
+    const Store s = STORE_VALUE;
+    __shared__ PageTile tile;
+    const bool value = blockIdx.y;
+    for (int head = blockIdx.z; head < heads; head += gridDim.z) {
+        const int pages = store_cold_tokens(s, state[head].x) / PAGE;
+        for (int page = blockIdx.x; page < pages; page += gridDim.x) {
+            for (int token = threadIdx.x >> 5; token < PAGE; token += STORE_THREADS / 32) {
+                float x[ELEMENTS];
+                random_row(seed, value, head, s.sinks + page * PAGE + token, x);
+#pragma unroll
+                for (int e = 0; e < ELEMENTS; e++) x[e] = round_exact(x[e]);
+                put_row(s, tile, value, head, page, token, x);
+            }
+            store_page(s, tile, value, head, page);
+        }
+    }
+}
+#endif
+
 extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_heads, int heads, int step, u64* bad) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < heads) state[i] = make_int2(lengths[i / kv_heads], step);
+    if (i < heads) state[i] = state[heads + i] = make_int2(lengths[i / kv_heads], step);
     if (i == 0) *bad = ~0ull;
 }
 
@@ -183,9 +267,9 @@ __device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const floa
     }
 }
 
-// One block a (sequence, KV head): [outputs -> next query, key, value,] store the token, quantise the page that leaves the
-// window, count the token. `keys` null: take them from `outputs` through the maps. `tables`: three (reflector, sign,
-// permutation) of head_dim each.
+// Two blocks a (sequence, KV head), one for K and one for V: [outputs -> next queries, key, value,] store the token, quantise the
+// page that leaves the window, count the token, each in a state of its own, so that neither waits for the other. `keys` null:
+// take them from `outputs` through the maps. `tables`: three (reflector, sign, permutation) of head_dim each.
 extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int2* state, int capacity, const float* keys,
                                                          const float* values, const float* outputs, float* queries, int group,
                                                          const float* tables, float query_rms, float key_rms, float value_rms) {
@@ -193,24 +277,26 @@ extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int
     __shared__ float rows[8][D];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const size_t head = blockIdx.x;
-    const int2 was = state[head];
+    const bool value = blockIdx.y;
+    wait_for_previous();
+    let_next_start();
+    int2* mine = state + (value ? gridDim.x : 0) + head;
+    const int2 was = *mine;
     const int position = was.x, length = was.x + 1;
     if (position >= capacity) return;
     float x[ELEMENTS], y[ELEMENTS];
     if (keys) {
-        if (warp < 2) {
+        if (warp == 0) {
 #pragma unroll
             for (int i = 0; i < ELEMENTS; i++)
-                x[i] = lane + 32 * i < D ? (warp ? values : keys)[head * D + lane + 32 * i] : 0.f;
-#pragma unroll
-            for (int i = 0; i < ELEMENTS; i++) x[i] = round_exact(x[i]);
+                x[i] = lane + 32 * i < D ? round_exact((value ? values : keys)[head * D + lane + 32 * i]) : 0.f;
             note_bad(s, head, position, x);
-            store_exact(s, warp, head, position, x);
+            store_exact(s, value, head, position, x);
         }
     } else {
-        // Jobs: key, value, then the group's queries.
-        for (int job = warp; job < group + 2; job += 8) {
-            const int source = job < 2 ? 0 : job - 2, map = job < 2 ? job + 1 : 0;
+        // Jobs: this block's token, then every other query of the group.
+        for (int job = warp; job < (group + 1 - value) / 2 + 1; job += 8) {
+            const int query = 2 * (job - 1) + value, source = job ? query : 0, map = job ? 0 : 1 + value;
             const float* from = outputs + (head * group + source) * D;
             float square = 0.f;
 #pragma unroll
@@ -224,16 +310,16 @@ extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int
             for (int i = 0; i < ELEMENTS; i++) x[i] /= norm;
             const float* table = tables + map * 3 * D;
             apply_map(x, table, reinterpret_cast<const int*>(table + 2 * D), table + D,
-                      job == 0 ? key_rms : job == 1 ? value_rms : query_rms, rows[warp], y);
-            if (job < 2) {
+                      job ? query_rms : value ? value_rms : key_rms, rows[warp], y);
+            if (job == 0) {
 #pragma unroll
                 for (int i = 0; i < ELEMENTS; i++) y[i] = round_exact(y[i]);
                 note_bad(s, head, position, y);
-                store_exact(s, job, head, position, y);
+                store_exact(s, value, head, position, y);
             } else {
 #pragma unroll
                 for (int i = 0; i < ELEMENTS; i++)
-                    if (lane + 32 * i < D) queries[(head * group + source) * D + lane + 32 * i] = y[i];
+                    if (lane + 32 * i < D) queries[(head * group + query) * D + lane + 32 * i] = y[i];
             }
         }
     }
@@ -241,15 +327,25 @@ extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int
     const int cold = store_cold_tokens(s, length);
     if (cold > store_cold_tokens(s, position)) {
         __syncthreads();
-        for (int i = warp; i < 2 * PAGE; i += 8) {
-            const int number = cold - PAGE + i % PAGE;
+#if COLD_TYPE == COLD_PAGES
+        __shared__ PageTile tile;
+#endif
+        for (int i = warp; i < PAGE; i += 8) {
+            const int number = cold - PAGE + i;
             if (number % s.stride) continue;
-            const char* row = exact_at(s, i >= PAGE, head, s.sinks + number);
+            const char* row = exact_at(s, value, head, s.sinks + number);
 #pragma unroll
             for (int e = 0; e < ELEMENTS; e++) x[e] = lane + 32 * e < D ? get_exact(row, lane + 32 * e) : 0.f;
-            store_cold(s, i >= PAGE, head, number / s.stride, x);
+#if COLD_TYPE == COLD_PAGES
+            put_row(s, tile, value, head, cold / PAGE - 1, i, x);
+#else
+            store_cold(s, value, head, number / s.stride, x);
+#endif
         }
+#if COLD_TYPE == COLD_PAGES
+        store_page(s, tile, value, head, cold / PAGE - 1);
+#endif
     }
 #endif
-    if (threadIdx.x == 0) state[head] = make_int2(length, was.y + 1);
+    if (threadIdx.x == 0) *mine = make_int2(length, was.y + 1);
 }

@@ -8,14 +8,18 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// Macros: HEAD_DIM, EXACT_TYPE (0 fp32, 1 fp16, 2 bf16), COLD_TYPE (0 none, 1 as exact, 2 int8), REUSE, QTILES, WARPS, MIN_BLOCKS;
-// OLD_PART, if given, builds what parts before SM 7.0 run.
+// Macros: HEAD_DIM, EXACT_TYPE (0 fp32, 1 fp16, 2 bf16), COLD_TYPE (0 none, 1 as exact, 2 int8, 3 pages), REUSE, SELECT (pages are
+// listed), QTILES, WARPS, MIN_BLOCKS; OLD_PART, if given, builds what parts before SM 7.0 run.
 #define FP32 0
 #define FP16 1
 #define BF16 2
 #define COLD_NONE 0
 #define COLD_SAME 1
 #define COLD_INT8 2
+#define COLD_PAGES 3
+#ifndef SELECT
+#define SELECT 0
+#endif
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -28,8 +32,8 @@ typedef unsigned long long u64;
 #define EXACT_ROW (D * EXACT_BYTES)
 #define COLD_ROW (COLD_TYPE == COLD_INT8 ? D : EXACT_ROW)
 #define EXACT_UNIT 16
-#define COLD_UNIT (COLD_TYPE == COLD_INT8 ? 32 : 16)
 #define PAGE 32
+#define COLD_UNIT (COLD_TYPE == COLD_INT8 || COLD_TYPE == COLD_PAGES ? PAGE : 16)
 #define FULL 0xffffffffu
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
@@ -49,27 +53,42 @@ struct Args {
     u32* counters;
     float* cached_output;
     float* cached_lse;
-    int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, exact_rows, cold_rows;
+    const int* pages;    // numbers of the listed pages, page_capacity a head
+    const int2* listed;  // their count, and the first page that is read beside them
+    int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, exact_rows, cold_rows, page_capacity;
     float log2_decay, scale_log2;
 };
 
 #define ARGS_SIGNATURE                                                                                                     \
     const float *query, float *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,          \
         const char *cold_v, const u16 *k_scale, const u16 *v_scale, const int2 *state, float *partial, float2 *partial_ml, \
-        u32 *counters, float *cached_output, float *cached_lse, int batch, int kv_heads, int group, int passes, int sinks, \
-        int window, int ring, int stride, int anchor_every, int exact_rows, int cold_rows, float log2_decay,              \
-        float scale_log2
+        u32 *counters, float *cached_output, float *cached_lse, const int *pages, const int2 *listed, int batch,           \
+        int kv_heads, int group, int passes, int sinks, int window, int ring, int stride, int anchor_every,                \
+        int exact_rows, int cold_rows, int page_capacity, float log2_decay, float scale_log2
 #define ARGS_VALUE                                                                                                       \
     Args {                                                                                                               \
         query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, state, partial, partial_ml, counters,    \
-            cached_output, cached_lse, batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every,        \
-            exact_rows, cold_rows, log2_decay, scale_log2                                                                \
+            cached_output, cached_lse, pages, listed, batch, kv_heads, group, passes, sinks, window, ring, stride,       \
+            anchor_every, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2                                   \
     }
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// Programmatic dependent launch, from SM 9.0 on. Nothing that the kernel before wrote may be read before `wait_for_previous`.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // Large heads leave no registers for loads that the compiler moves up.
@@ -106,6 +125,7 @@ struct Span {
     int exact, sinks, ring_start;
     int cold_units, units, age;
     float bias;  // log2 of the tokens that one kept token stands for
+    int listed, fresh;  // pages: how many are listed, and the first of those that are read beside them
 };
 
 __device__ __forceinline__ int cold_tokens(const Args& a, int length) {
@@ -117,7 +137,7 @@ __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     Span s;
     int length = state.x;
     s.bias = 0.f;
-    s.age = 0;
+    s.age = s.listed = s.fresh = 0;
 #if COLD_TYPE == COLD_NONE
     s.cold_first = s.cold = s.sinks = s.ring_start = s.cold_units = 0;
     s.exact = length;
@@ -140,6 +160,29 @@ __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     return s;
 }
 
+// The same of one (sequence, KV head), with its list of pages.
+__device__ __forceinline__ Span span_at(const Args& a, size_t head) {
+    Span s = span_of(a, a.state[head]);
+#if SELECT
+    const int2 listed = a.listed[head];
+    s.listed = listed.x;
+    s.fresh = listed.y;
+    s.units -= s.cold_units;
+    s.cold_units += s.listed - s.fresh;
+    s.units += s.cold_units;
+#endif
+    return s;
+}
+
+// Number of the `unit`th page that is read.
+__device__ __forceinline__ int page_at(const Args& a, const Span& s, size_t head, int unit) {
+#if SELECT
+    return unit < s.listed ? a.pages[head * a.page_capacity + unit] : s.fresh + unit - s.listed;
+#else
+    return unit;
+#endif
+}
+
 // Row of the exact plane that holds the exact token number `e` of a span.
 __device__ __forceinline__ int exact_row(const Args& a, const Span& s, int e) {
 #if COLD_TYPE == COLD_NONE
@@ -157,7 +200,6 @@ struct Work {
     u32 problem, problems;   // present problem
     u32 base, offset;        // first unit of the present problem; this block's first unit in it
     u32 pad;                 // units of a problem rounded up so that blocks do not straddle problems; 0 if they may
-    int row;
 };
 
 __device__ __forceinline__ u32 warp_sum(u32 v) {
@@ -167,13 +209,15 @@ __device__ __forceinline__ u32 warp_sum(u32 v) {
 
 __device__ __forceinline__ Work find_work(const Args& a) {
     const int lane = threadIdx.x & 31;
-    const u32 per_row = a.kv_heads * a.passes;
+    // Problems of one row have equal units: of one sequence, or, where pages are listed, of one KV head.
+    const int rows = SELECT ? a.batch * a.kv_heads : a.batch, heads = SELECT ? 1 : a.kv_heads;
+    const u32 per_row = heads * a.passes;
     u32 total = 0, most = 0, least = 0xffffffffu;
-    if (a.batch == 1) {
-        total = most = least = span_of(a, a.state[0]).units;
+    if (rows == 1) {
+        total = most = least = span_at(a, 0).units;
     } else {
-        for (int r = lane; r < a.batch; r += 32) {
-            u32 u = span_of(a, a.state[(size_t)r * a.kv_heads]).units;
+        for (int r = lane; r < rows; r += 32) {
+            u32 u = span_at(a, (size_t)r * heads).units;
             total += u;
             most = max(most, u);
             least = min(least, u);
@@ -185,7 +229,7 @@ __device__ __forceinline__ Work find_work(const Args& a) {
         }
     }
     Work w;
-    w.problems = a.batch * per_row;
+    w.problems = rows * per_row;
     const u32 all = total * per_row, blocks = gridDim.x;
     w.per = max((all + blocks - 1) / blocks, (u32)WARPS_PER_TILE);
     w.pad = 0;
@@ -203,14 +247,13 @@ __device__ __forceinline__ Work find_work(const Args& a) {
         u32 size = w.pad ? w.pad : most;
         w.problem = start / size;
         w.base = w.problem * size;
-        w.row = w.problem / per_row;
     } else {
         w.problem = w.problems;
-        w.base = w.row = 0;
+        w.base = 0;
         u32 before = 0;
-        for (int first = 0; first < a.batch; first += 32) {
+        for (int first = 0; first < rows; first += 32) {
             int r = first + lane;
-            u32 u = r < a.batch ? span_of(a, a.state[(size_t)r * a.kv_heads]).units : 0, sum = u * per_row;
+            u32 u = r < rows ? span_at(a, (size_t)r * heads).units : 0, sum = u * per_row;
             for (int i = 1; i < 32; i <<= 1) {
                 u32 other = __shfl_up_sync(FULL, sum, i);
                 if (lane >= i) sum += other;
@@ -220,8 +263,7 @@ __device__ __forceinline__ Work find_work(const Args& a) {
                 int at = __ffs(hit) - 1;
                 u32 units = __shfl_sync(FULL, u, at), from = before + __shfl_sync(FULL, sum, at) - units * per_row;
                 u32 index = (start - from) / units;
-                w.row = first + at;
-                w.problem = w.row * per_row + index;
+                w.problem = (first + at) * per_row + index;
                 w.base = from + index * units;
                 break;
             }
@@ -261,6 +303,30 @@ __device__ __forceinline__ void fold(Merged& r, float4 o, float m, float l) {
     r.o.w = r.o.w * x + o.w * y;
     r.l = r.l * x + l * y;
     r.m = top;
+}
+
+// Adds up COUNT partials of one item.
+template <int COUNT, class ReadMl, class ReadO>
+__device__ __forceinline__ Merged add_up(ReadMl read_ml, ReadO read_o) {
+    float2 ml[COUNT];
+    float top = NOTHING;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        ml[i] = read_ml(i);
+        top = fmaxf(top, ml[i].x);
+    }
+    Merged r = {{0.f, 0.f, 0.f, 0.f}, top, 0.f};
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const float weight = exp2_fast(ml[i].x - top);
+        const float4 o = read_o(i);
+        r.l += ml[i].y * weight;
+        r.o.x += o.x * weight;
+        r.o.y += o.y * weight;
+        r.o.z += o.z * weight;
+        r.o.w += o.w * weight;
+    }
+    return r;
 }
 
 // Sum of every `stride`th partial of blocks first..last for one (query, 4 dims) item; spread over `subs` threads an item.

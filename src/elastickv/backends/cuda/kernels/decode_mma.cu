@@ -118,10 +118,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     __shared__ Work kept_work;
     __shared__ Place kept_place;
     __shared__ Span kept_span;
+    wait_for_previous();
+    let_next_start();
     Work w = find_work(a);
     while (w.left && w.problem < w.problems) {
         __syncthreads();
-        Span s = span_of(a, a.state[(size_t)w.row * a.kv_heads]);
+        Span s = span_at(a, w.problem / a.passes);
         const u32 take = min(w.left, (u32)s.units - w.offset), end = w.offset + take;
         Place p;
         p.head = w.problem / a.passes;
@@ -178,6 +180,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         w.base += size;
         w.offset = 0;
         w.problem++;
-        w.row = w.problem / (a.kv_heads * a.passes);
     }
 }

@@ -90,30 +90,6 @@ __device__ __forceinline__ void wait_for_mail(const Inbox& inbox) {
 }
 #endif
 
-// Adds up COUNT partials of one item.
-template <int COUNT, class ReadMl, class ReadO>
-__device__ __forceinline__ Merged add_up(ReadMl read_ml, ReadO read_o) {
-    float2 ml[COUNT];
-    float top = NOTHING;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        ml[i] = read_ml(i);
-        top = fmaxf(top, ml[i].x);
-    }
-    Merged r = {{0.f, 0.f, 0.f, 0.f}, top, 0.f};
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        const float weight = exp2_fast(ml[i].x - top);
-        const float4 o = read_o(i);
-        r.l += ml[i].y * weight;
-        r.o.x += o.x * weight;
-        r.o.y += o.y * weight;
-        r.o.z += o.z * weight;
-        r.o.w += o.w * weight;
-    }
-    return r;
-}
-
 extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SIGNATURE) {
     const Args a = ARGS_VALUE;
     __shared__ uint4 q16[OPERANDS];
@@ -136,6 +112,8 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
 #endif
     const int exact_units = (a.exact_rows + EXACT_UNIT - 1) / EXACT_UNIT;
 
+    wait_for_previous();
+    let_next_start();
     const int2 now = load_state(a.state + head);
     const float* queries = a.query + (size_t)head * a.group * D;
     float4 words[(OPERANDS + THREADS - 1) / THREADS];
