@@ -29,6 +29,8 @@ class Field:
     own_dense : our fastest dense contender.
     candidates_ms : preview of every dense contender, milliseconds per step. A peer with keys and values in 8 bit is none.
     not_run : contenders that were not measured, and why.
+    recipe, dtype : what the elastic contender runs, and the model's own dtype that it takes.
+    fallback : why that is not the recipe that `auto` chose; None where it is.
     kernel_error : of our own contenders and of peers.
     """
 
@@ -36,6 +38,9 @@ class Field:
     elastic: Contender
     peers: list[Contender]
     own_dense: Contender
+    recipe: Recipe
+    dtype: str
+    fallback: str | None
     candidates_ms: dict[str, float]
     not_run: dict[str, str]
     kernel_error: dict[str, ErrorSummary] = field(default_factory=dict)
@@ -122,7 +127,17 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
         raise UsageError(f"--seq {context}: no dense cache fits {backend.device.name}; give a shorter context")
     own_dense = best[1]
     phase(f"preparing {recipe}")
-    elastic = own("elastic", options.dtype, recipe)
+    elastic, used, used_dtype, fallback = own("elastic", options.dtype, recipe), recipe, options.dtype, None
+    if options.recipe.strip() == "auto" and not recipe.is_dense:
+        taken = _preview(elastic)
+        if taken > best[0]:
+            # Where launches cost more than bytes, fewer bytes are no faster.
+            elastic.close()
+            used, used_dtype = DENSE, own_dense.dtype
+            elastic = own("elastic", used_dtype, used)
+            fallback = (
+                f"auto fell back to dense: {recipe} took {taken * 1e3:.3g} us a step, {own_dense.name} {best[0] * 1e3:.3g} us"
+            )
     peers: list[Contender] = []
     if options.peers:
         phase("preparing peers")
@@ -133,7 +148,9 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
         kernel_error |= {peer.name: peer.error for peer in peers if peer.error is not None}
     rivals = {contender.name: contender for contender in [own_dense, *peers] if contender.is_dense}
     baseline = rivals[min(rivals, key=lambda name: candidates[name])]
-    return Field(baseline, elastic, peers, own_dense, candidates, not_run, kernel_error)
+    return Field(
+        baseline, elastic, peers, own_dense, used, used_dtype, fallback, candidates, not_run, kernel_error=kernel_error
+    )
 
 
 def _preview(contender: Contender) -> float:

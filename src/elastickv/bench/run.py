@@ -16,7 +16,6 @@ from elastickv.bench.summary import AGAIN, Summary, speedup_interval
 from elastickv.bench.telemetry import Telemetry
 from elastickv.data import Sample, load_sample
 from elastickv.errors import UsageError
-from elastickv.recipe import Recipe
 
 CYCLE_SHARE = 1 / 3
 WARMUP_SHARE = 0.1
@@ -64,6 +63,9 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
     report.phase("measuring the ceilings of the device")
     ceilings = _highest_ceilings(backend)
     field = prepare(backend, options, recipe, sample.query_rms, report.phase)
+    recipe = field.recipe
+    if field.fallback:
+        receipt, refused = replay(backend, sample, recipe, field.dtype), None
     with Telemetry(backend.device.kind, options.device or 0) as telemetry:
         report.phase(f"measuring {recipe} against {field.baseline.name}")
         samples = _measure(options, field, report.progress, lambda: bool(telemetry.snapshot()["flags"]))
@@ -74,7 +76,7 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
                 contender.close()
             if complete and options.inference:
                 report.phase("inference cycle")
-                cycle = _cycle(backend, options, recipe, field, sample, layers, report.progress)
+                cycle = _cycle(backend, options, field, sample, layers, report.progress)
                 complete = cycle.complete
             if complete:
                 report.phase("measuring the ceilings again")
@@ -82,7 +84,7 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
         except KeyboardInterrupt:
             # What was measured before is kept; only the result is marked.
             complete = False
-    return Summary(options, backend, recipe, field, ceilings, samples, cycle, complete).result(
+    return Summary(options, backend, field, ceilings, samples, cycle, complete).result(
         Fidelity(sample.name, field.kernel_error, receipt, refused), telemetry, surroundings, passed_over
     )
 
@@ -141,7 +143,6 @@ def _measure(options: Options, field: Field, progress: Callable[[int, int], None
 def _cycle(
     backend: Backend,
     options: Options,
-    recipe: Recipe,
     field: Field,
     sample: Sample,
     layers: int,
@@ -149,11 +150,11 @@ def _cycle(
 ) -> CycleSamples:
     return run_cycle(
         backend,
-        recipe,
+        field.recipe,
         options.shape,
         options.seq,
         options.decode_tokens,
-        options.dtype,
+        field.dtype,
         field.own_dense.dtype,
         sample,
         layers=layers,

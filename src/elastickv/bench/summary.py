@@ -65,14 +65,13 @@ class Summary:
         self,
         options: Options,
         backend: Backend,
-        recipe: Recipe,
         field: Field,
         ceilings: Ceilings,
         samples: Samples,
         cycle: CycleSamples | None,
         complete: bool,
     ) -> None:
-        self.options, self.device, self.recipe, self.field = options, backend.device, recipe, field
+        self.options, self.device, self.recipe, self.field = options, backend.device, field.recipe, field
         self.ceilings, self.samples, self.cycle, self.complete = ceilings, samples, cycle, complete
         self.lengths = [options.seq] * options.batch
         self.speedup, self.noise_floor = speedup_interval(samples, options), noise_floor_interval(samples, options)
@@ -137,7 +136,7 @@ class Summary:
             telemetry=telemetry.record(),
             environment=surroundings,
             verdict=self._verdict(fidelity),
-            warnings=[f"the CPU was measured: {passed_over}"] if passed_over else [],
+            warnings=[text for text in (passed_over and f"the CPU was measured: {passed_over}", self.field.fallback) if text],
             samples=self.samples.times,
             sample_order=self.samples.order,
             flagged_samples=self.samples.flagged,
@@ -161,7 +160,7 @@ class Summary:
         elastic = name == "elastic"
         contender = self.field.elastic if elastic else self.field.baseline
         recipe = self.recipe if elastic else DENSE
-        moved = self._moved(contender, recipe, self.options.dtype if elastic else contender.dtype)
+        moved = self._moved(contender, recipe, self.field.dtype if elastic else contender.dtype)
         flops = attention_flops(recipe, self.lengths, self.options.shape)
         return roofline_point(self._mean(name) / 1e3, moved, flops, self.ceilings)
 
@@ -207,7 +206,7 @@ class Summary:
         )
 
     def _recipe(self) -> RecipeUsed:
-        recipe, shape, dtype = self.recipe, self.options.shape, self.options.dtype
+        recipe, shape, dtype = self.recipe, self.options.shape, self.field.dtype
         step = interval_bytes(recipe, self.lengths, shape, dtype)
         return RecipeUsed(
             text=str(recipe),
@@ -219,6 +218,8 @@ class Summary:
             bytes_per_step={
                 "codes": step.codes,
                 "scales": step.scales,
+                "scoring": step.scoring,
+                "lists": step.lists,
                 "exact": step.exact,
                 "cached": step.cached,
                 "query": step.query,
