@@ -8,7 +8,20 @@ from elastickv.data import load_sample
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 
-RECIPES = ("dense", "int8", "bf16,stride=3", "int8,stride=4", "bf16,reuse,anchor_every=4,decay=0.95,sinks=0,window=0")
+RECIPES = (
+    "dense",
+    "int8",
+    "bf16,stride=3",
+    "int8,stride=4",
+    "bf16,reuse,anchor_every=4,decay=0.95,sinks=0,window=0",
+    "int4",
+    "int4,vgroup=32",
+    "fp8",
+    "k=int8,v=int4",
+    "k=int4,v=bf16",
+    "int4,pages=1/4",
+    "int4,pages=1/2,anchor_every=4,window=0",
+)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

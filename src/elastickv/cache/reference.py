@@ -76,7 +76,7 @@ class ReferenceCache:
             before = self._pages[row, head]
             return np.concatenate([before[before < at_anchor], np.arange(at_anchor, cold)])
         sinks = regions(length, recipe.sinks, recipe.window).sinks
-        keys = self._keys[row, head, sinks : sinks + cold * PAGE_TOKENS].reshape(cold, PAGE_TOKENS, -1)
+        keys = self._keys[row, head, sinks : sinks + cold * PAGE_TOKENS].reshape(cold, PAGE_TOKENS, self.shape.head_dim)
         _, scales, zeros = quantise_int4_keys(keys)
         return select_pages(score_pages(page_bounds(queries, scales, zeros)), selected(cold, recipe.fraction(head)))
 

@@ -11,7 +11,8 @@ from elastickv.backends.cpu import backend as backend_module
 from elastickv.backends.cpu.cache import CpuCache
 from elastickv.cache import LayerCache, Oracle, ReferenceCache
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
+from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe, stored_bytes
+from elastickv.recipe.formats import value_groups
 
 RECIPES = (
     "dense",
@@ -22,6 +23,13 @@ RECIPES = (
     "int8,stride=3,window=64",
     "bf16,stride=5,sinks=0",
     "int8,reuse,anchor_every=4",
+    "int4",
+    "fp8,sinks=33,window=31",
+    "k=int8,v=int4,window=0",
+    "k=int4,v=bf16,sinks=0",
+    "k=fp8,v=int8",
+    "int4,pages=1/4:1/2,anchor_every=4",
+    "k=int4,v=fp8,pages=1/3,sinks=5,window=32",
 )
 
 
@@ -65,6 +73,18 @@ def test_every_head_dim_is_stored_as_the_reference_stores_it(head_dim: int, back
     assert_same_storage(cache, twin)
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_group_of_values_is_stored_as_the_reference_stores_it(head_dim: int, backend: Backend, driver: Any) -> None:
+    shape = AttentionShape(1, 1, 1, head_dim)
+    for group in value_groups(head_dim):
+        recipe = Recipe.parse(f"k=fp8,v=int4,window=32,vgroup={group}")
+        cache, twin = backend.cache(shape, 100, "bf16", recipe), ReferenceCache(shape, 100, "bf16", recipe)
+        keys, values = driver.tokens(cache, 100)
+        for c in (cache, twin):
+            c.prefill(keys, values, np.array([100]))
+        assert_same_storage(cache, twin)
+
+
 @pytest.mark.parametrize("text", RECIPES)
 def test_appending_one_by_one_equals_a_prefill(text: str, backend: Backend, driver: Any) -> None:
     shape, recipe = AttentionShape(1, 2, 2, 64), Recipe.parse(text)
@@ -86,6 +106,10 @@ def test_rewinding_restores_everything(text: str, backend: Backend, driver: Any)
         cache.decode(driver.queries(cache))
     script = [(driver.tokens(cache, 1), driver.queries(cache)) for _ in range(150)]
 
+    def pages() -> list[int]:
+        read = [cache.pages_read(row, head) for row in range(2) for head in range(2)]
+        return [-1 if numbers is None else page for numbers in read for page in (numbers if numbers is not None else [0])]
+
     def play() -> list[np.ndarray]:
         outputs = []
         for (keys, values), queries in script:
@@ -94,8 +118,9 @@ def test_rewinding_restores_everything(text: str, backend: Backend, driver: Any)
         return outputs
 
     cache.mark()
-    lengths, step, first = cache.lengths, cache.step, play()
+    lengths, step, listed, first = cache.lengths, cache.step, pages(), play()
     cache.rewind()
+    assert pages() == listed
     assert np.array_equal(cache.lengths, lengths)
     assert cache.step == step
     assert np.array_equal(first, play())
@@ -117,7 +142,7 @@ def test_random_tokens_repeat_by_seed_and_look_normal(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("text", ["dense", "int8,stride=7"])
+@pytest.mark.parametrize("text", ["dense", "int8,stride=7", "int4", "fp8", "int4,pages=1/2"])
 def test_a_value_that_is_not_finite_is_raised_with_its_position(text: str, bad: float, backend: Backend, driver: Any) -> None:
     cache = backend.cache(AttentionShape(2, 2, 2, 64), 300, "fp16", Recipe.parse(text))
     keys, values = driver.tokens(cache, 260)
@@ -136,6 +161,20 @@ def test_a_value_that_is_not_finite_is_raised_with_its_position(text: str, bad: 
     cache.rewind()
     cache.raise_non_finite()
     assert np.isfinite(cache.decode(driver.queries(cache))[0]).all()
+
+
+@pytest.mark.parametrize("text", ["int4", "k=int4,v=fp8,pages=1/4"])
+def test_a_key_beyond_the_halves_of_int4_is_raised_once_it_is_quantised(text: str, backend: Backend, driver: Any) -> None:
+    cache = backend.cache(AttentionShape(2, 2, 2, 64), 300, "bf16", Recipe.parse(text))
+    keys, values = driver.tokens(cache, 260)
+    keys[0, 1, [2, 250], 3] = 70000  # a sink and a token of the window: kept as they are
+    keys[1, 0, 20, 5], keys[1, 1, 21, 6], values[1, 1, 30] = -65280, 65280, 1e30
+    cache.prefill(keys, values, np.array([260, 200]))
+    cache.raise_non_finite()
+    keys[1, 1, 43, 9] = -70000
+    cache.prefill(keys, values, np.array([260, 200]))
+    with pytest.raises(NonFiniteError, match="sequence 1, KV head 1, position 43; int4 keys hold magnitudes up to 65504"):
+        cache.raise_non_finite()
 
 
 def test_a_full_cache_refuses_another_token(backend: Backend, driver: Any) -> None:
@@ -163,6 +202,12 @@ def test_a_reused_output_that_was_never_computed_is_refused(backend: Backend, dr
     driver.append(cache)
     with pytest.raises(RuntimeError, match="anchor 0, which was not decoded"):
         cache.decode(driver.queries(cache))
+    listing = backend.cache(AttentionShape(1, 2, 1, 64), 400, "bf16", Recipe.parse("int4,pages=1/2,anchor_every=2"))
+    listing.prefill(*driver.tokens(listing, 300), np.array([300]))
+    driver.append(listing)
+    driver.append(listing)
+    with pytest.raises(RuntimeError, match="list of pages of anchor 0, which was not decoded"):
+        listing.decode(driver.queries(listing))
 
 
 @pytest.mark.parametrize("text", RECIPES)
@@ -171,6 +216,15 @@ def test_cache_bytes_are_the_bytes_allocated(text: str, backend: Backend) -> Non
     cache = backend.cache(shape, 5000, "bf16", recipe)
     allocated = cache._buffer.nbytes + sum(copy.nbytes for copy in cache._snapshot)
     assert backend.cache_bytes(shape, 5000, "bf16", recipe) == allocated
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_what_is_allocated_is_what_is_counted_but_for_padding(text: str, backend: Backend) -> None:
+    shape, recipe, context = AttentionShape(1, 8, 8, 128), Recipe.parse(text.replace("1/4:1/2", "1/2")), 32768
+    counted = stored_bytes(recipe, [context], shape, "bf16")
+    allocated = backend.cache_bytes(shape, context, "bf16", recipe)
+    # A ring of one more page than the window needs, its copy, partial results, scores.
+    assert counted - 4096 <= allocated < 1.04 * counted
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,10 +248,15 @@ def test_bad_arguments_are_refused_with_what_is_accepted(backend: Backend) -> No
         backend.cache(shape, 10, "fp64", Recipe.parse("dense"))
     with pytest.raises(UsageError, match="capacity of 0"):
         backend.cache(shape, 0, "fp32", Recipe.parse("dense"))
+    with pytest.raises(UsageError, match="vgroup=48 does not divide a head of 64"):
+        backend.cache(shape, 10, "bf16", Recipe.parse("int4,vgroup=48"))
+    with pytest.raises(UsageError, match="2 fractions for 1 KV heads"):
+        backend.cache(shape, 10, "bf16", Recipe.parse("int4,pages=1/2:1/4"))
 
 
-def test_decoding_an_int8_cache_of_zeros_gives_zeros(backend: Backend, driver: Any) -> None:
-    cache = backend.cache(AttentionShape(1, 2, 1, 64), 300, "bf16", Recipe.parse("int8"))
+@pytest.mark.parametrize("text", ["int8", "int4", "fp8", "int4,pages=1"])
+def test_decoding_a_cache_of_zeros_gives_zeros(text: str, backend: Backend, driver: Any) -> None:
+    cache = backend.cache(AttentionShape(1, 2, 1, 64), 300, "bf16", Recipe.parse(text))
     zeros = np.zeros((1, 1, 300, 64), np.float32)
     cache.prefill(zeros, zeros, np.array([300]))
     output, lse = cache.decode(driver.queries(cache))

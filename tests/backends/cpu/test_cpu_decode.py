@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from elastickv.backends.cpu import open_backend
 from elastickv.cache import Oracle
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
+from elastickv.recipe.formats import value_groups
 
 LIMIT = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-3}
 RECIPES = (
@@ -26,7 +27,17 @@ RECIPES = (
     "bf16,reuse,anchor_every=3,decay=0.9,window=32",
     "int8,reuse,anchor_every=2,sinks=0,window=0",
     "fp16,window=5000",
+    "int4",
+    "int4,vgroup=32,window=0",
+    "fp8,sinks=0",
+    "k=int8,v=int4",
+    "k=int4,v=bf16,window=17",
+    "k=fp16,v=fp8",
+    "int4,pages=1/4",
+    "int4,pages=1/2:1/5,anchor_every=4,window=0",
+    "k=int4,v=int8,pages=1/8,anchor_every=33,sinks=0,window=0",
 )
+NARROW = ("int4", "int4,pages=1/4", "fp8")
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 9, 16)
 
 
@@ -48,7 +59,9 @@ def test_every_recipe_decodes_like_the_reference_while_the_context_grows(text: s
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("text", ["dense", "int8,window=32", "bf16,stride=2,window=0"])
+@pytest.mark.parametrize(
+    "text", ["dense", "int8,window=32", "bf16,stride=2,window=0", "int4,window=32", "fp8,window=0", "int4,pages=1/2,window=0"]
+)
 def test_every_head_dim_decodes_like_the_reference(text: str, head_dim: int, driver: Any) -> None:
     for dtype in LIMIT:
         recipe = Recipe.parse(text)
@@ -58,7 +71,7 @@ def test_every_head_dim_decodes_like_the_reference(text: str, head_dim: int, dri
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("text", ["dense", "int8"])
+@pytest.mark.parametrize("text", ["dense", "int8", *NARROW])
 def test_every_group_size_decodes_like_the_reference(text: str, group: int, driver: Any) -> None:
     recipe = Recipe.parse(text)
     cache = open_backend(None).cache(AttentionShape(1, 2 * group, 2, 80), 333, "fp32", recipe)
@@ -68,7 +81,7 @@ def test_every_group_size_decodes_like_the_reference(text: str, group: int, driv
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 63, 64, 65, 131, 132, 163, 164, 165, 4095, 4096, 4097, 9000])
 def test_every_length_decodes_like_the_reference(length: int, driver: Any) -> None:
-    for text in ("dense", "int8", "bf16,stride=4"):
+    for text in ("dense", "int8", "bf16,stride=4", *NARROW):
         recipe = Recipe.parse(text)
         cache = open_backend(None).cache(AttentionShape(1, 2, 1, 64), length, "bf16", recipe)
         cache.prefill(*driver.tokens(cache, length), np.array([length]))
@@ -82,13 +95,21 @@ def test_any_shape_and_recipe_decodes_like_the_reference(new_driver: Callable[[i
     kv_heads, group, batch = pick(st.integers(1, 3)), pick(st.sampled_from(GROUPS)), pick(st.integers(1, 3))
     shape = AttentionShape(batch, kv_heads * group, kv_heads, pick(st.sampled_from(HEAD_DIMS)))
     fields = {"sinks": pick(st.integers(0, 70)), "window": pick(st.integers(0, 200))}
-    selection = pick(st.sampled_from(["all", "stride", "reuse"]))
+    selection = pick(st.sampled_from(["all", "stride", "reuse", "pages"]))
     if selection == "stride":
         fields["stride"] = pick(st.integers(1, 64))
     if selection == "reuse":
         fields |= {"anchor_every": pick(st.integers(1, 5)), "decay": pick(st.sampled_from([1.0, 0.95]))}
-    cold = pick(st.sampled_from(["bf16", "fp16", "int8"]))
-    recipe = Recipe(cold, cold, selection=selection, **fields)
+    key = value = pick(st.sampled_from(["bf16", "fp16", "int8"]))
+    if selection in ("all", "pages"):
+        key = "int4" if selection == "pages" else pick(st.sampled_from(["bf16", "fp8", "int8", "int4"]))
+        value = pick(st.sampled_from(["bf16", "fp8", "int8", "int4"]))
+        fields["value_group"] = pick(st.sampled_from([0, *value_groups(shape.head_dim)])) if value == "int4" else 0
+    if selection == "pages":
+        heads = pick(st.sampled_from([1, kv_heads]))
+        fields["fractions"] = tuple(pick(st.lists(st.sampled_from([1.0, 0.5, 0.3, 1 / 8]), min_size=heads, max_size=heads)))
+        fields["anchor_every"] = pick(st.integers(1, 5))
+    recipe = Recipe(key, value, selection=selection, **fields)
     lengths = np.array(pick(st.lists(st.integers(1, 700), min_size=batch, max_size=batch)))
     dtype = pick(st.sampled_from(sorted(LIMIT)))
     driver = new_driver(pick(st.integers(0, 1000)))
@@ -109,7 +130,8 @@ def test_a_context_longer_than_one_float_sum_can_hold_stays_within_the_limit(dri
 
 @pytest.mark.parametrize("dtype", LIMIT)
 def test_one_token_that_outweighs_all_others_is_returned(dtype: str) -> None:
-    for text in ("dense", "int8,sinks=0,window=0"):
+    narrow = ("int8", "k=int4,v=bf16", "k=fp8,v=int8", "k=int4,v=int8,pages=1/8")
+    for text in ("dense", *(f"{formats},sinks=0,window=0" for formats in narrow)):
         recipe = Recipe.parse(text)
         cache = open_backend(None).cache(AttentionShape(1, 1, 1, 64), 320, dtype, recipe)
         keys, values = np.zeros((2, 1, 1, 320, 64), np.float32)
@@ -122,7 +144,7 @@ def test_one_token_that_outweighs_all_others_is_returned(dtype: str) -> None:
 
 
 def test_decoding_again_repeats_the_result_bit_for_bit(driver: Any) -> None:
-    for text in ("dense", "int8", "bf16,reuse,anchor_every=2,window=32"):
+    for text in ("dense", "int8", "bf16,reuse,anchor_every=2,window=32", "int4", "int4,pages=1/3,anchor_every=2"):
         cache = open_backend(None).cache(AttentionShape(2, 8, 2, 128), 700, "bf16", Recipe.parse(text))
         cache.prefill(*driver.tokens(cache, 650), np.array([650, 20]))
         queries = driver.queries(cache)
@@ -136,7 +158,7 @@ def test_decoding_again_repeats_the_result_bit_for_bit(driver: Any) -> None:
 
 
 def test_a_query_that_is_not_finite_leaves_no_finite_output(driver: Any) -> None:
-    for text in ("dense", "int8"):
+    for text in ("dense", "int8", "fp8", "int4", "k=bf16,v=int4"):
         cache = open_backend(None).cache(AttentionShape(1, 2, 1, 64), 400, "bf16", Recipe.parse(text))
         cache.prefill(*driver.tokens(cache, 400), np.array([400]))
         queries = driver.queries(cache)

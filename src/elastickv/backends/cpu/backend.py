@@ -32,12 +32,14 @@ class CpuBackend:
 
         Raises
         ------
-        UsageError : if dtype or capacity are not supported, or it does not fit the free memory; before any allocation.
+        UsageError : if dtype, capacity or the recipe on this shape are not supported, or it does not fit the free memory;
+            before any allocation.
         """
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(DTYPES)}")
         if capacity < 1:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give a whole number from 1 up")
+        recipe.check_shape(shape.head_dim, shape.kv_heads)
         needed, free = self.cache_bytes(shape, capacity, dtype, recipe), self.device.free_bytes
         if needed > free:
             fits = self._fitting_context(shape, capacity, dtype, recipe, free)

@@ -4,10 +4,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.attention.reference import Float64
-from elastickv.backends.cpu import decode, steps, storage, threads
-from elastickv.backends.cpu.layout import STATE_WORDS, Field, Layout, State, layout
+from elastickv.backends.cpu import decode, page, selection, steps, storage, threads
+from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, STATE_WORDS, Field, Layout, State, layout
 from elastickv.backends.cpu.unpack import unpack_rows
-from elastickv.cache.layer import Float32, StoredHead
+from elastickv.cache.layer import Float32, StoredHead, beyond_int4
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import AttentionShape, Recipe, regions
 from elastickv.recipe.pages import PAGE_TOKENS, kept
@@ -29,13 +29,17 @@ class CpuCache:
         for field in Field:
             if field.name.endswith("_BASE"):
                 self.descriptor[field] += self._buffer.ctypes.data + self._skew - ALIGNMENT_BYTES
-        self.descriptor[Field.PAGE_KERNEL] = decode.attend_page.address
+        self.descriptor[Field.PAGE_KERNEL] = page.attend_page.address
         self.descriptor[Field.ITEM_KERNEL] = decode.decode_item.address
         self.descriptor[Field.APPEND_KERNEL] = storage.append_token.address
+        self.descriptor[Field.SCORE_KERNEL] = selection.score_item.address
+        if recipe.selection == "pages":
+            fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
+            self._section("fractions").view(np.float64)[:] = fractions
         self._state = self._section("state").view(np.int64).reshape(shape.batch, shape.kv_heads, STATE_WORDS)
         self._clear()
-        wraps = self.layout.snapshot_bytes > sum(self.layout.section(n)[1] for n in ("state", "reused"))
-        self._marked_sections = [self._section(name) for name in (("exact",) if wraps else ()) + ("state", "reused")]
+        wraps = self.layout.snapshot_bytes > sum(self.layout.section(name)[1] for name in MARKED)
+        self._marked_sections = [self._section(name) for name in (("exact",) if wraps else ()) + MARKED]
         self._snapshot = [np.empty_like(section) for section in self._marked_sections]
         rows = (shape.batch, shape.kv_heads, shape.head_dim)
         heads = (shape.batch, shape.query_heads)
@@ -62,7 +66,7 @@ class CpuCache:
     def _clear(self) -> None:
         self._state[:] = 0
         self._state[..., State.STEP] = -1
-        self._state[..., State.BAD_POSITION] = -1
+        self._state[..., [State.BAD_POSITION, State.BEYOND_POSITION]] = -1
         self._state[..., State.ANCHOR_STEP] = -2  # no step has this number
 
     def _section(self, name: str) -> NDArray[np.uint8]:
@@ -134,11 +138,12 @@ class CpuCache:
                 raise UsageError(f"the cache is full: sequence {row} holds {length} of {self.capacity} tokens")
 
     def check_anchor(self, step: int) -> None:
-        """Raise RuntimeError if a decode at `step` would reuse an output that was never computed."""
+        """Raise RuntimeError if a decode at `step` would reuse an output or a list of pages that was never computed."""
         anchor = step - self.recipe.age(step)
         seen = int(self._state[0, 0, State.ANCHOR_STEP])
         if self.recipe.age(step) and seen != anchor:
-            raise RuntimeError(f"step {step} reuses the cold output of anchor {anchor}, which was not decoded")
+            what = "list of pages" if self.recipe.selection == "pages" else "cold output"
+            raise RuntimeError(f"step {step} reuses the {what} of anchor {anchor}, which was not decoded")
 
     def decode(self, queries: Float32) -> tuple[Float32, Float32]:
         """Attend with one query per sequence: (batch, query_heads, head_dim) -> outputs and (batch, query_heads) lse."""
@@ -160,18 +165,29 @@ class CpuCache:
         slots = self.layout.fields[Field.SINK_PAGES] + after // PAGE_TOKENS % ring
         exact_rows = np.r_[sinks, slots * PAGE_TOKENS + after % PAGE_TOKENS].astype(np.int64)
         head = row * self.shape.kv_heads + kv_head
-        exact_format = self.recipe.exact_dtype(self.dtype)
-        cold_keys, cold_values = self._rows("cold", head, self.recipe.key_format or exact_format, cold_rows)
-        return StoredHead(cold_keys, cold_values, *self._rows("exact", head, exact_format, exact_rows))
+        exact = self.recipe.exact_dtype(self.dtype)
+        formats = (self.recipe.key_format or exact, self.recipe.value_format or exact)
+        cold_keys, cold_values = self._rows("cold", head, formats, self.recipe.v_group(self.shape.head_dim), cold_rows)
+        return StoredHead(cold_keys, cold_values, *self._rows("exact", head, (exact, exact), self.shape.head_dim, exact_rows))
 
-    def _rows(self, section: str, head: int, fmt: str, rows: NDArray[np.int64]) -> tuple[Float64, Float64]:
-        stride = self.layout.fields[Field.COLD_HEAD_BYTES if section == "cold" else Field.EXACT_HEAD_BYTES]
-        raw = self._section(section)[head * stride : (head + 1) * stride]
-        return unpack_rows(raw, fmt, self.shape.head_dim, rows)
+    def _rows(
+        self, section: str, head: int, formats: tuple[str, str], group: int, rows: NDArray[np.int64]
+    ) -> tuple[Float64, Float64]:
+        def of_head(name: str, size: Field) -> NDArray[np.uint8]:
+            stride = self.layout.fields[size]
+            return self._section(name)[head * stride : (head + 1) * stride]
+
+        raw = of_head(section, Field.COLD_HEAD_BYTES if section == "cold" else Field.EXACT_HEAD_BYTES)
+        return unpack_rows(raw, of_head("bounds", Field.BOUNDS_HEAD_BYTES), formats, self.shape.head_dim, group, rows)
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
         """Return the numbers of the cold pages that the last decode read; None where the recipe selects none."""
-        return None
+        if self.recipe.selection != "pages":
+            return None
+        start = (row * self.shape.kv_heads + kv_head) * self.layout.fields[Field.LISTS_HEAD_BYTES]
+        state = self._state[row, kv_head]
+        listed = self._section("lists")[start : start + LIST_BYTES * state[State.LISTED]].view(np.int32)
+        return np.r_[listed.astype(np.int64), np.arange(state[State.ANCHOR_PAGES], state[State.READ_PAGES])]
 
     def mark(self) -> None:
         """Remember the present state."""
@@ -188,6 +204,8 @@ class CpuCache:
         for row, head in np.argwhere(self._state[..., State.BAD_POSITION] >= 0):
             position = self._state[row, head, State.BAD_POSITION]
             raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")
+        for row, head in np.argwhere(self._state[..., State.BEYOND_POSITION] >= 0):
+            raise NonFiniteError(beyond_int4(row, head, self._state[row, head, State.BEYOND_POSITION]))
 
 
 def check_shape(array: Float32, shape: tuple[int, ...], name: str) -> None:

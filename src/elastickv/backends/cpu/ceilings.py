@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cpu import threads
 from elastickv.backends.cpu.intrinsics import atomic_add, store_f32, words
-from elastickv.backends.cpu.vector import (
+from elastickv.backends.cpu.streams import (
     copy_stream,
     multiply_add_stream,
     read_4_streams,

@@ -4,7 +4,8 @@ Auto-vectorisation can't be relied on for 16-bit and 8-bit loads, so the inner l
 them to whatever vectors the processor has.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -13,8 +14,9 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-FP32, FP16, BF16, INT8 = range(4)
-FORMAT_CODES = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8}
+FP32, FP16, BF16, INT8, FP8, INT4 = range(6)
+FORMAT_CODES = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8, "fp8": FP8, "int4": INT4}
+FLOAT_BYTES = 4
 LANES = 16
 COLUMNS = 32
 
@@ -104,6 +106,17 @@ def widen_fp16(builder: ir.IRBuilder, bits: Any) -> Any:
     return builder.bitcast(builder.or_(builder.select(large, special, scaled), sign), VF)
 
 
+def widen_fp8(builder: ir.IRBuilder, bits: Any) -> Any:
+    """Return 2**-8 of the float32 values of 16 float8 e4m3s: their bits, moved, are halves."""
+    wide = builder.sext(bits, ir.VectorType(I16, LANES))
+    halves = builder.and_(builder.shl(wide, _every_16(7)), _every_16(-0x4001))
+    return widen_fp16(builder, halves)
+
+
+def _every_16(value: int) -> Any:
+    return ir.Constant(ir.VectorType(I16, LANES), [value] * LANES)
+
+
 def exp2(builder: ir.IRBuilder, x: Any) -> Any:
     """Return 2**x of 16 float32s that are at most 0, to 1e-7; below -126 it is 0; NaN stays NaN.
 
@@ -151,6 +164,29 @@ def larger(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
+@contextmanager
+def loop(builder: ir.IRBuilder, count: Any, starts: list[Any]) -> Iterator[tuple[Any, list[Any], list[Any]]]:
+    """Loop `count` >= 1 times with values carried in registers; the body must replace the items of the second list."""
+    before, body, after = builder.block, builder.append_basic_block("rows"), builder.append_basic_block("rows.end")
+    builder.branch(body)
+    builder.position_at_end(body)
+    index = builder.phi(I64)
+    index.add_incoming(I64(0), before)
+    carried = [builder.phi(start.type) for start in starts]
+    for phi, start in zip(carried, starts, strict=True):
+        phi.add_incoming(start, before)
+    results = list(carried)
+    final: list[Any] = []
+    yield index, results, final
+    following = builder.add(index, I64(1))
+    index.add_incoming(following, builder.block)
+    for phi, result in zip(carried, results, strict=True):
+        phi.add_incoming(result, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), body, after)
+    builder.position_at_end(after)
+    final.extend(results)
+
+
 def addressed(count: int, returns: Any, body: Callable[..., Any], floats: int = 0) -> Any:
     """Make a Numba intrinsic of `count` int64 and then `floats` float32 arguments from `body(builder, *args)`."""
     names = ", ".join(f"a{i}" for i in range(count + floats))
@@ -178,12 +214,18 @@ def _write_i64(builder: ir.IRBuilder, address: Any, value: Any) -> None:
     builder.store(value, at(builder, address, I64))
 
 
+def _write_i32(builder: ir.IRBuilder, address: Any, value: Any) -> None:
+    builder.store(builder.trunc(value, I32), at(builder, address, I32))
+
+
 load_i64 = addressed(1, types.int64, _read(I64))
+load_i32 = addressed(1, types.int32, _read(I32))
 load_f32 = addressed(1, types.float32, _read(F32))
 load_f64 = addressed(1, types.float64, _read(ir.DoubleType()))
 load_u16 = addressed(1, types.uint16, _read(I16))
 load_i8 = addressed(1, types.int8, _read(I8))
 store_i64 = addressed(2, types.void, _write_i64)
+store_i32 = addressed(2, types.void, _write_i32)
 pause = addressed(0, types.void, _pause)
 double_from_bits = addressed(1, types.float64, lambda builder, bits: builder.bitcast(bits, ir.DoubleType()))
 atomic_add = addressed(
@@ -205,7 +247,7 @@ def invoke(count: int) -> Any:
     return addressed(count + 1, types.void, body)
 
 
-invoke_2, invoke_4, invoke_5, invoke_6 = invoke(2), invoke(4), invoke(5), invoke(6)
+invoke_2, invoke_4, invoke_6, invoke_7 = invoke(2), invoke(4), invoke(6), invoke(7)
 
 
 @intrinsic

@@ -2,13 +2,19 @@
 
 A page holds 32 tokens of one KV head, K before V, in one contiguous stream:
 
-- K transposed, [head_dim][32 tokens]; int8 by pairs of elements, [head_dim / 2][32 tokens][2];
-- V in chunks of 32 columns (the last may have 16), [chunk][32 tokens][columns]; int8 by pairs of tokens,
-  [chunk][16 pairs][columns][2];
-- int8 only: 32 bfloat16 scales of K, then 32 of V.
+- K transposed, [head_dim][32 tokens]; int8 by pairs of elements, [head_dim / 2][32 tokens][2]; int4 by eights,
+  [head_dim / 8][32 tokens][4 bytes];
+- V in chunks of up to 32 columns, [chunk][32 tokens][columns]; int8 by pairs of tokens, [chunk][16 pairs][columns][2]; int4
+  by eights, [chunk][4 eights][columns][4 bytes]. A chunk of int4 lies within one group of channels that share a scale;
+- scales of K, then of V, bfloat16: int8 one for each token; fp8 one; int4 (V only) [group][32 scales, 32 zeros].
+
+Element 2i + h of eight int4 codes is the i-th nibble of the h-th 16-bit word: a shift and a mask give pairs to multiply.
+
+Scales of int4 K lie in a plane of their own, which the scorer of pages reads alone: [page][scale, zero][head_dim] halves.
 
 Each (sequence, KV head) has cold pages, which hold the kept cold tokens without gaps, and exact pages: those of the sinks,
-then a ring that tokens after the sinks go round. `dense` is all ring, as long as the capacity.
+then a ring that tokens after the sinks go round. `dense` is all ring, as long as the capacity. Where pages are selected, it
+also has the list of an anchor's pages (int32) and room for its pages' scores.
 """
 
 import math
@@ -16,19 +22,22 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-from elastickv.backends.cpu.intrinsics import BLOCK, COLUMNS, FORMAT_CODES
-from elastickv.errors import UsageError
+from elastickv.backends.cpu.intrinsics import BLOCK, COLUMNS, FORMAT_CODES, LANES
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.pages import kept
+from elastickv.recipe.pages import kept, selected
 
 LINE_BYTES = 64
-STATE_WORDS = 8
-COUNTER_BYTES = 2 * LINE_BYTES
+STATE_WORDS = 16
+COUNTER_BYTES = 4 * LINE_BYTES  # of two phases: score, attend
 SPLIT_MAX_PAGES = 128  # also bounds the rounding error of a float32 running sum
 SPLIT_MIN_PAGES = 4
 ITEMS_PER_THREAD = 8
+MARKED = ("state", "lists", "reused")  # sections that `mark` copies, beside a ring that wraps
 PARTIAL_EXTRA = 16  # running maximum and sum behind a partial's row, padded to a line
-TAIL_BYTES = 4096  # 32 columns are loaded of the last row of a chunk of 16, and the next page is prefetched
+TAIL_BYTES = 4096  # 32 columns are loaded of the last row of a narrower chunk
+LIST_BYTES = 4
+FP8_SCALE_BYTES = 32
+BLOCK_WORDS = 8  # floats of block scratch for each query: factors and such
 
 
 class Field(IntEnum):
@@ -44,7 +53,7 @@ class Field(IntEnum):
     ANCHOR_EVERY = 7
     IS_DENSE = 8
     IS_REUSE = 9
-    COLD_FORMAT = 10
+    COLD_KEY_FORMAT = 10
     COLD_BASE = 11
     COLD_PAGE_BYTES = 12
     COLD_HEAD_BYTES = 13
@@ -66,6 +75,19 @@ class Field(IntEnum):
     PAGE_KERNEL = 29  # addresses of compiled functions, filled in by the cache
     ITEM_KERNEL = 30
     APPEND_KERNEL = 31
+    COLD_VALUE_FORMAT = 32
+    VALUE_GROUP = 33  # channels of cold V that share a scale
+    PADDED = 34  # accumulators of one query: chunks x 32
+    BOUNDS_BASE = 35  # scales and zeros of int4 K
+    BOUNDS_HEAD_BYTES = 36
+    IS_PAGES = 37
+    LISTS_BASE = 38
+    LISTS_HEAD_BYTES = 39
+    SCORES_BASE = 40
+    SCORES_HEAD_BYTES = 41
+    SCORE_SPLITS = 42
+    FRACTIONS_BASE = 43  # one float64 for each KV head
+    SCORE_KERNEL = 44
 
 
 class State(IntEnum):
@@ -74,14 +96,38 @@ class State(IntEnum):
     LENGTH = 0
     STEP = 1
     BAD_POSITION = 2  # first non-finite one, or -1
-    ANCHOR_STEP = 3  # step at which the reused partial was computed
-    PENDING = 4  # splits finished of the step at hand
+    ANCHOR_STEP = 3  # step at which the reused partial or the list of pages was computed
+    PENDING = 4  # splits finished of the phase at hand
+    LISTED = 5  # pages in the list
+    ANCHOR_PAGES = 6  # cold pages at the anchor: those that follow are read without being listed
+    READ_PAGES = 7  # cold pages at the last decode
+    BEYOND_POSITION = 8  # first key that int4's scales can't hold, or -1
 
 
-def page_bytes(fmt: str, head_dim: int) -> int:
-    """Return the bytes of one page, K and V and scales."""
-    width = FORMATS[fmt].bits // 8
-    return 2 * PAGE_TOKENS * (head_dim * width + FORMATS[fmt].key_scales(head_dim).n_bytes)
+def plane_bytes(fmt: str, head_dim: int) -> int:
+    """Return the bytes of one page's codes, K or V."""
+    return PAGE_TOKENS * head_dim * FORMATS[fmt].bits // 8
+
+
+def scale_bytes(fmt: str, head_dim: int, group: int, value: bool) -> int:
+    """Return the bytes of one page's scales of K or V inside the page."""
+    if fmt == "fp8":
+        return FP8_SCALE_BYTES
+    if fmt == "int8":
+        return 2 * PAGE_TOKENS
+    return 4 * PAGE_TOKENS * (head_dim // group) if fmt == "int4" and value else 0
+
+
+def page_bytes(key_format: str, value_format: str, head_dim: int, group: int) -> int:
+    """Return the bytes of one page, K and V and scales; `group` channels of V share an int4 scale."""
+    codes = plane_bytes(key_format, head_dim) + plane_bytes(value_format, head_dim)
+    scales = scale_bytes(key_format, head_dim, group, False) + scale_bytes(value_format, head_dim, group, True)
+    return up(codes + scales, LINE_BYTES)
+
+
+def bounds_bytes(key_format: str, head_dim: int) -> int:
+    """Return the bytes of one page's scales and zeros of K outside the page."""
+    return 4 * head_dim if key_format == "int4" else 0
 
 
 def up(n: int, multiple: int) -> int:
@@ -110,41 +156,50 @@ class Layout:
 
 def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, threads: int) -> Layout:
     """Lay out a cache."""
-    if recipe.key_format != recipe.value_format or recipe.key_format in ("fp8", "int4"):
-        raise UsageError(f"the CPU back end does not read {recipe}")
-    heads = shape.batch * shape.kv_heads
+    heads, dim = shape.batch * shape.kv_heads, shape.head_dim
     after_sinks = max(0, capacity - recipe.sinks)
     exact_format = recipe.exact_dtype(dtype)
-    cold_format = recipe.key_format or exact_format
+    key_format, value_format = recipe.key_format or exact_format, recipe.value_format or exact_format
+    v_group = recipe.v_group(dim)
     all_pages = -(-after_sinks // PAGE_TOKENS)
     cold_tokens = 0 if recipe.is_dense else max(0, after_sinks - recipe.window) // PAGE_TOKENS * PAGE_TOKENS
     cold_pages = -(-kept(cold_tokens, recipe.stride) // PAGE_TOKENS)
     ring_pages = all_pages if recipe.is_dense else min(-(-recipe.window // PAGE_TOKENS) + 1, all_pages)
     sink_pages = -(-min(recipe.sinks, capacity) // PAGE_TOKENS)
-    cold_page, exact_page = page_bytes(cold_format, shape.head_dim), page_bytes(exact_format, shape.head_dim)
-    cold_splits = _splits(cold_pages, heads, threads)
+    cold_page, exact_page = page_bytes(key_format, value_format, dim, v_group), page_bytes(exact_format, exact_format, dim, dim)
+    bounds_head = up(cold_pages * bounds_bytes(key_format, dim), LINE_BYTES)
+    pages = recipe.selection == "pages"
+    listed = max(selected(cold_pages, recipe.fraction(head)) for head in range(shape.kv_heads)) if pages else 0
+    between = -(-(recipe.anchor_every - 1) // PAGE_TOKENS)  # pages that turn cold from one anchor to the next
+    cold_splits = _splits(min(cold_pages, listed + between) if pages else cold_pages, heads, threads)
     exact_splits = _splits(sink_pages + ring_pages, heads, threads)
-    partial = (shape.head_dim + PARTIAL_EXTRA) * 4
-    padded = up(shape.head_dim, COLUMNS)
-    work = up(
-        shape.group * (shape.head_dim * 4 + shape.head_dim * 2 + padded * 4 + 4 * 4) + BLOCK * (COLUMNS * 6 + 8) + LINE_BYTES,
-        LINE_BYTES,
-    )
+    score_splits = max(1, _splits(cold_pages, heads, threads)) if pages else 0
+    partial = (dim + PARTIAL_EXTRA) * 4
+    padded = max(dim // v_group * up(v_group, COLUMNS), up(dim, COLUMNS))
+    # Of each query: accumulators, queries in float32 and int16, their scales, running state, sums of p x zero.
+    per_query = padded * 4 + dim * 4 + dim * 2 + 4 * 4 + dim // v_group * LANES * 4
+    work = up(shape.group * per_query + BLOCK * (COLUMNS * 6 + BLOCK_WORDS * 4) + LINE_BYTES, LINE_BYTES)
+    score_row = up(cold_pages, LANES) * 4 if pages else 0
     reuse = recipe.selection == "reuse"
     wraps = ring_pages < all_pages
+    lists_head = up(listed * LIST_BYTES, LINE_BYTES)
     sizes = {
         "cold": heads * cold_pages * cold_page,
         "exact": heads * (sink_pages + ring_pages) * exact_page,
         "tail": TAIL_BYTES,
+        "bounds": heads * bounds_head,
         "state": heads * STATE_WORDS * 8,
+        "lists": heads * lists_head,
         "reused": heads * shape.group * partial if reuse else 0,
         "partial": heads * (cold_splits + exact_splits) * shape.group * partial,
+        "scores": heads * score_row,
+        "fractions": shape.kv_heads * 8 if pages else 0,
         "work": threads * work,
         "counters": COUNTER_BYTES,
-        "step_keys": heads * shape.head_dim * 4,
-        "step_values": heads * shape.head_dim * 4,
-        "step_queries": heads * shape.group * shape.head_dim * 4,
-        "step_outputs": heads * shape.group * shape.head_dim * 4,
+        "step_keys": heads * dim * 4,
+        "step_values": heads * dim * 4,
+        "step_queries": heads * shape.group * dim * 4,
+        "step_outputs": heads * shape.group * dim * 4,
         "step_lse": heads * shape.group * 4,
     }
     starts, total = [], LINE_BYTES  # the first line aligns the rest
@@ -152,19 +207,19 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
         starts.append((name, total, size))
         total += up(size, LINE_BYTES)
     at = {name: start for name, start, _ in starts}
-    snapshot = (sizes["exact"] if wraps else 0) + sizes["state"] + sizes["reused"]
+    snapshot = (sizes["exact"] if wraps else 0) + sum(sizes[name] for name in MARKED)
     fields = {
         Field.HEADS: heads,
         Field.KV_HEADS: shape.kv_heads,
         Field.GROUP: shape.group,
-        Field.DIM: shape.head_dim,
+        Field.DIM: dim,
         Field.SINKS: recipe.sinks,
         Field.WINDOW: recipe.window,
         Field.STRIDE: recipe.stride,
         Field.ANCHOR_EVERY: recipe.anchor_every,
         Field.IS_DENSE: int(recipe.is_dense),
         Field.IS_REUSE: int(reuse),
-        Field.COLD_FORMAT: FORMAT_CODES[cold_format],
+        Field.COLD_KEY_FORMAT: FORMAT_CODES[key_format],
         Field.COLD_BASE: at["cold"],
         Field.COLD_PAGE_BYTES: cold_page,
         Field.COLD_HEAD_BYTES: cold_pages * cold_page,
@@ -183,8 +238,17 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
         Field.WORK_THREAD_BYTES: work,
         Field.CAPACITY: capacity,
         Field.LOG2_DECAY: struct.unpack("q", struct.pack("d", math.log2(recipe.decay)))[0],
-        Field.PAGE_KERNEL: 0,
-        Field.ITEM_KERNEL: 0,
-        Field.APPEND_KERNEL: 0,
+        Field.COLD_VALUE_FORMAT: FORMAT_CODES[value_format],
+        Field.VALUE_GROUP: v_group,
+        Field.PADDED: padded,
+        Field.BOUNDS_BASE: at["bounds"],
+        Field.BOUNDS_HEAD_BYTES: bounds_head,
+        Field.IS_PAGES: int(pages),
+        Field.LISTS_BASE: at["lists"],
+        Field.LISTS_HEAD_BYTES: lists_head,
+        Field.SCORES_BASE: at["scores"],
+        Field.SCORES_HEAD_BYTES: score_row,
+        Field.SCORE_SPLITS: score_splits,
+        Field.FRACTIONS_BASE: at["fractions"],
     }
-    return Layout(tuple(fields[f] for f in Field), tuple(starts), total + snapshot, snapshot)
+    return Layout(tuple(fields.get(f, 0) for f in Field), tuple(starts), total + snapshot, snapshot)

@@ -67,7 +67,7 @@ class AttentionProgram(_Program):
             raise ValueError(f"{len(queries)} query arrays for {len(caches)} caches: one for each is needed")
         shapes = [output.shape for output in self._outputs]
         self._queries = [host_array(q, shape, "queries").copy() for q, shape in zip(queries, shapes, strict=True)]
-        self._counters = np.zeros(steps_ * steps.TICKET_WORDS, np.int64)
+        self._counters = np.zeros(2 * steps_ * steps.TICKET_WORDS, np.int64)
         self._tables = [self._descriptors, _addresses(self._queries), self._output_table, _addresses([self._lse] * len(caches))]
         addresses = [table.ctypes.data for table in (self._counters, *self._tables)]
         self._parallel = threads.Launch(steps.attend, self._threads, [steps_, len(caches), *addresses])
@@ -104,7 +104,7 @@ class CycleProgram(_Program):
         for m, rms in maps:
             tables = (m.reflector, m.permutation.astype(np.int64), m.sign, np.full(1, rms, np.float32))
             self._maps += [np.ascontiguousarray(table) for table in tables]
-        self._counters = np.zeros(2 * len(caches) * steps.TICKET_WORDS, np.int64)
+        self._counters = np.zeros(3 * len(caches) * steps.TICKET_WORDS, np.int64)
         # Kept here, because the compiled code holds nothing but their addresses.
         self._arrays: list[NDArray[Any]] = [
             self._counters,

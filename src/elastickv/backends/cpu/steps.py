@@ -26,7 +26,8 @@ from elastickv.backends.cpu.intrinsics import (
 _F = layout.Field
 HEADS, KV_HEADS, GROUP, DIM = int(_F.HEADS), int(_F.KV_HEADS), int(_F.GROUP), int(_F.DIM)
 COLD_SPLITS, EXACT_SPLITS, STATE_BASE = int(_F.COLD_SPLITS), int(_F.EXACT_SPLITS), int(_F.STATE_BASE)
-ITEM_KERNEL, APPEND_KERNEL = int(_F.ITEM_KERNEL), int(_F.APPEND_KERNEL)
+ITEM_KERNEL, APPEND_KERNEL, SCORE_KERNEL = int(_F.ITEM_KERNEL), int(_F.APPEND_KERNEL), int(_F.SCORE_KERNEL)
+IS_PAGES, ANCHOR_EVERY, SCORE_SPLITS = int(_F.IS_PAGES), int(_F.ANCHOR_EVERY), int(_F.SCORE_SPLITS)
 STEP, STATE_BYTES = 8 * int(layout.State.STEP), 8 * layout.STATE_WORDS
 TICKET_WORDS = 16  # a counter of items taken and one of items done, each on a cache line of its own
 TABLE_BITS = 16
@@ -54,7 +55,18 @@ def _wait(counters, phase, items):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _decode(descriptor, q, out, lse, counters, phase, thread):  # type: ignore[no-untyped-def]
+    """Decode once, in two phases: at an anchor of a selection the pages are scored and listed, then attended to."""
     c = words(descriptor)
+    step = load_i64(c[STATE_BASE] + STEP)
+    if c[IS_PAGES] and max(step, 0) % c[ANCHOR_EVERY] == 0:
+        items = c[HEADS] * c[SCORE_SPLITS]
+        item = _take(counters, phase)
+        while item < items:
+            invoke_4(c[SCORE_KERNEL], descriptor, item, q, thread)
+            _finish(counters, phase)
+            item = _take(counters, phase)
+        _wait(counters, phase, items)
+    phase += 1
     items = c[HEADS] * (c[COLD_SPLITS] + c[EXACT_SPLITS])
     item = _take(counters, phase)
     while item < items:
@@ -72,7 +84,7 @@ def attend(arguments, thread):  # type: ignore[no-untyped-def]
     descriptors, queries, outputs, lses = words(a[3]), words(a[4]), words(a[5]), words(a[6])
     for step in range(steps):
         i = step % caches
-        _decode(descriptors[i], queries[i], outputs[i], lses[i], counters, step, thread)
+        _decode(descriptors[i], queries[i], outputs[i], lses[i], counters, 2 * step, thread)
 
 
 @njit(error_model="numpy")
@@ -130,13 +142,13 @@ def one_token(arguments, thread):  # type: ignore[no-untyped-def]
     for layer in range(layers):
         c = words(descriptors[layer])
         source = first if layer == 0 else outputs[layer - 1]
-        head = _take(counters, 2 * layer)
+        head = _take(counters, 3 * layer)
         while head < c[HEADS]:
             _feed(descriptors[layer], head, source, q, scratch + head * c[DIM] * 12, tables)
-            _finish(counters, 2 * layer)
-            head = _take(counters, 2 * layer)
-        _wait(counters, 2 * layer, c[HEADS])
-        _decode(descriptors[layer], q, outputs[layer], lse, counters, 2 * layer + 1, thread)
+            _finish(counters, 3 * layer)
+            head = _take(counters, 3 * layer)
+        _wait(counters, 3 * layer, c[HEADS])
+        _decode(descriptors[layer], q, outputs[layer], lse, counters, 3 * layer + 1, thread)
 
 
 @cfunc(_SIGNATURE, cache=True, error_model="numpy")

@@ -1,57 +1,106 @@
 """Reading pages back as rows, for tests and the float64 reference. The twin of `storage`, in NumPy."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.attention.reference import Float64
 from elastickv.backends.cpu.intrinsics import COLUMNS
-from elastickv.backends.cpu.layout import page_bytes
+from elastickv.backends.cpu.layout import page_bytes, plane_bytes, scale_bytes
 from elastickv.cache.bits import from_bf16_bits
-from elastickv.cache.quantise import dequantise_int8
-from elastickv.recipe import FORMATS, PAGE_TOKENS
+from elastickv.cache.quantise import dequantise_fp8, dequantise_int8
+from elastickv.recipe import PAGE_TOKENS
+
+Bytes = NDArray[np.uint8]
+Numbers = NDArray[Any]
 
 
-def unpack_rows(raw: NDArray[np.uint8], fmt: str, head_dim: int, rows: NDArray[np.int64]) -> tuple[Float64, Float64]:
-    """Return (rows, head_dim) keys and values, dequantised, of token slots `rows` of a KV head's pages `raw`."""
+def unpack_rows(
+    raw: Bytes, bounds: Bytes, formats: tuple[str, str], head_dim: int, group: int, rows: NDArray[np.int64]
+) -> tuple[Float64, Float64]:
+    """Return (rows, head_dim) keys and values, dequantised, of token slots `rows` of a KV head.
+
+    Parameters
+    ----------
+    raw : its pages.
+    bounds : its scales and zeros of int4 keys.
+    formats : of K and V.
+    group : channels of V that share an int4 scale.
+    """
     if not len(rows):
         return np.zeros((0, head_dim)), np.zeros((0, head_dim))
     used, inverse = np.unique(rows // PAGE_TOKENS, return_inverse=True)
-    pages = raw.reshape(-1, page_bytes(fmt, head_dim))[used]
-    plane = PAGE_TOKENS * head_dim * FORMATS[fmt].bits // 8
-    keys, values = _keys(pages[:, :plane], fmt, head_dim), _values(pages[:, plane : 2 * plane], fmt, head_dim)
+    pages = raw.reshape(-1, page_bytes(*formats, head_dim, group))[used]
+    key, value = formats
+    sizes = (plane_bytes(key, head_dim), plane_bytes(value, head_dim), scale_bytes(key, head_dim, group, False))
+    parts = np.split(pages, np.cumsum(sizes), axis=1)
+    keys = _keys(parts[0], key, head_dim)
+    values = _values(parts[1], value, head_dim, group)
+    plane = bounds[: len(bounds) // (4 * head_dim) * 4 * head_dim].view(np.float16).reshape(-1, 2, 1, head_dim)
+    read_keys = _key_numbers(keys, parts[2], plane[used].astype(np.float64) if key == "int4" else None, key)
+    read_values = _value_numbers(values, parts[3], value, group)
     slots = rows % PAGE_TOKENS
-    if fmt != "int8":
-        return _floats(keys[inverse, slots], fmt), _floats(values[inverse, slots], fmt)
-    scales = np.ascontiguousarray(pages[:, 2 * plane :]).view(np.uint16).reshape(-1, 2, PAGE_TOKENS)[inverse, :, slots]
-    return dequantise_int8(keys[inverse, slots], scales[:, 0]), dequantise_int8(values[inverse, slots], scales[:, 1])
+    return read_keys[inverse, slots], read_values[inverse, slots]
 
 
-def _elements(plane: NDArray[np.uint8], fmt: str) -> NDArray[np.generic]:
-    kinds = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.int8}
+def _key_numbers(codes: Numbers, scales: Bytes, bounds: Float64 | None, fmt: str) -> Float64:
+    if bounds is not None:
+        return np.asarray(codes * bounds[:, 0] + bounds[:, 1])
+    return _numbers(codes, scales, fmt)
+
+
+def _value_numbers(codes: Numbers, scales: Bytes, fmt: str, group: int) -> Float64:
+    if fmt != "int4":
+        return _numbers(codes, scales, fmt)
+    pages, tokens, head_dim = codes.shape
+    size = 4 * PAGE_TOKENS * (head_dim // group)
+    bits = np.ascontiguousarray(scales[:, :size]).view(np.uint16).reshape(pages, head_dim // group, 2, PAGE_TOKENS)
+    scale, zero = from_bf16_bits(bits).astype(np.float64).transpose(2, 0, 3, 1)[..., None]
+    return np.asarray(codes.reshape(pages, tokens, -1, group) * scale + zero).reshape(codes.shape)
+
+
+def _numbers(codes: Numbers, scales: Bytes, fmt: str) -> Float64:
+    if fmt in ("int8", "fp8"):
+        bits = np.ascontiguousarray(scales).view(np.uint16)
+        return dequantise_int8(codes, bits[:, :PAGE_TOKENS]) if fmt == "int8" else dequantise_fp8(codes, bits[:, 0])
+    return (from_bf16_bits(codes) if fmt == "bf16" else codes).astype(np.float64)
+
+
+def _elements(plane: Bytes, fmt: str) -> Numbers:
+    kinds = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.int8, "fp8": np.uint8, "int4": np.uint16}
     return np.ascontiguousarray(plane).view(kinds[fmt])
 
 
-def _keys(plane: NDArray[np.uint8], fmt: str, head_dim: int) -> NDArray[np.generic]:
+def _nibbles(words: Numbers) -> Numbers:
+    """(..., 2) 16-bit words -> (..., 8) codes: number 2i + h is nibble i of word h."""
+    shifts = 4 * np.arange(4, dtype=np.uint16)[:, None]
+    return np.asarray(words[..., None, :] >> shifts & 15, np.uint8).reshape(*words.shape[:-1], 8)
+
+
+def _keys(plane: Bytes, fmt: str, head_dim: int) -> Numbers:
     """(pages, bytes) -> (pages, 32 tokens, head_dim) elements as stored."""
     elements = _elements(plane, fmt)
+    if fmt == "int4":
+        codes = _nibbles(elements.reshape(-1, head_dim // 8, PAGE_TOKENS, 2))
+        return codes.transpose(0, 2, 1, 3).reshape(-1, PAGE_TOKENS, head_dim)
     if fmt == "int8":
         pairs = elements.reshape(-1, head_dim // 2, PAGE_TOKENS, 2)
         return pairs.transpose(0, 2, 1, 3).reshape(-1, PAGE_TOKENS, head_dim)
     return elements.reshape(-1, head_dim, PAGE_TOKENS).transpose(0, 2, 1)
 
 
-def _values(plane: NDArray[np.uint8], fmt: str, head_dim: int) -> NDArray[np.generic]:
+def _values(plane: Bytes, fmt: str, head_dim: int, group: int) -> Numbers:
     """(pages, bytes) -> (pages, 32 tokens, head_dim) elements as stored."""
-    elements = _elements(plane, fmt)
     chunks = []
-    for column in range(0, head_dim, COLUMNS):
-        columns = min(COLUMNS, head_dim - column)
-        chunk = elements[:, PAGE_TOKENS * column : PAGE_TOKENS * (column + columns)]
-        if fmt == "int8":
-            chunk = chunk.reshape(-1, PAGE_TOKENS // 2, columns, 2).transpose(0, 1, 3, 2)
-        chunks.append(chunk.reshape(-1, PAGE_TOKENS, columns))
+    for start in range(0, head_dim, group):
+        for column in range(start, start + group, COLUMNS):
+            columns = min(COLUMNS, start + group - column)
+            first, last = (plane_bytes(fmt, column), plane_bytes(fmt, column + columns))
+            chunk = _elements(plane[:, first:last], fmt)
+            if fmt == "int4":
+                chunk = _nibbles(chunk.reshape(-1, PAGE_TOKENS // 8, columns, 2)).transpose(0, 1, 3, 2)
+            if fmt == "int8":
+                chunk = chunk.reshape(-1, PAGE_TOKENS // 2, columns, 2).transpose(0, 1, 3, 2)
+            chunks.append(chunk.reshape(-1, PAGE_TOKENS, columns))
     return np.concatenate(chunks, axis=2)
-
-
-def _floats(elements: NDArray[np.generic], fmt: str) -> Float64:
-    return (from_bf16_bits(elements) if fmt == "bf16" else elements).astype(np.float64)

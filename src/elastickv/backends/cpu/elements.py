@@ -1,0 +1,205 @@
+"""Elements: where they lie in a page, and rounding them to 16 and 8 bits. Layouts are `layout`'s."""
+
+import numpy as np
+from numba import njit
+
+from elastickv.backends.cpu import layout
+from elastickv.backends.cpu.intrinsics import (
+    BF16,
+    COLUMNS,
+    FP8,
+    FP32,
+    INT4,
+    INT8,
+    float_bits,
+    float_from_bits,
+    load_f32,
+    load_u16,
+    store_f32,
+    store_u16,
+)
+from elastickv.recipe import PAGE_TOKENS
+
+_F = layout.Field
+SINKS, WINDOW, IS_DENSE = int(_F.SINKS), int(_F.WINDOW), int(_F.IS_DENSE)
+COLD_BASE, COLD_PAGE_BYTES, COLD_HEAD_BYTES = int(_F.COLD_BASE), int(_F.COLD_PAGE_BYTES), int(_F.COLD_HEAD_BYTES)
+EXACT_BASE, EXACT_PAGE_BYTES, EXACT_HEAD_BYTES = int(_F.EXACT_BASE), int(_F.EXACT_PAGE_BYTES), int(_F.EXACT_HEAD_BYTES)
+SINK_PAGES, RING_PAGES = int(_F.SINK_PAGES), int(_F.RING_PAGES)
+MAGIC = np.float32(12582912.0)
+SUBNORMAL_MAGIC = np.float32(0.5)
+TWO_112 = np.float32(2.0**112)
+E4M3_MAX, E4M3_LEAST_NORMAL, E4M3_STEPS = np.float32(448), np.float32(2.0**-6), np.float32(512)
+
+
+@njit(error_model="numpy")
+def plane_bytes(fmt, dim):  # type: ignore[no-untyped-def]
+    """Return the bytes of one page's codes, K or V."""
+    if fmt == FP32:
+        return PAGE_TOKENS * dim * 4
+    if fmt == INT4:
+        return PAGE_TOKENS * dim // 2
+    return PAGE_TOKENS * dim * (1 if fmt in (INT8, FP8) else 2)
+
+
+@njit(error_model="numpy")
+def scale_bytes(fmt, dim, group, is_value):  # type: ignore[no-untyped-def]
+    """Return the bytes of one page's scales of K or V inside the page."""
+    if fmt == FP8:
+        return layout.FP8_SCALE_BYTES
+    if fmt == INT8:
+        return 2 * PAGE_TOKENS
+    return 4 * PAGE_TOKENS * (dim // group) if fmt == INT4 and is_value else 0
+
+
+@njit(error_model="numpy")
+def cold_tokens(c, length):  # type: ignore[no-untyped-def]
+    """Return how many of `length` tokens are cold, kept or not."""
+    if c[IS_DENSE]:
+        return 0
+    return max(0, length - c[SINKS] - c[WINDOW]) // PAGE_TOKENS * PAGE_TOKENS
+
+
+@njit(error_model="numpy")
+def bf16_bits(x):  # type: ignore[no-untyped-def]
+    """Round to bfloat16, ties to even; NaN stays NaN."""
+    bits = float_bits(x)
+    if x != x:
+        return np.uint16(0x7FC0)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@njit(error_model="numpy")
+def fp16_bits(x):  # type: ignore[no-untyped-def]
+    """Round to half precision, ties to even; too large becomes infinite. In integers: not every host converts in hardware."""
+    bits = np.int64(float_bits(x))
+    sign, magnitude = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
+    if magnitude > 0x7F800000:
+        return np.uint16(sign | 0x7E00)
+    if magnitude >= 0x47800000:
+        return np.uint16(sign | 0x7C00)
+    if magnitude < 0x38800000:
+        # Adding 0.5 leaves the half's subnormal bits at the bottom, rounded by the processor.
+        small = float_from_bits(np.uint32(magnitude)) + SUBNORMAL_MAGIC
+        return np.uint16(sign | (np.int64(float_bits(small)) - 0x3F000000))
+    return np.uint16(sign | ((magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13))
+
+
+@njit(error_model="numpy")
+def fp16_value(bits):  # type: ignore[no-untyped-def]
+    """Return the float32 value of a half's bits."""
+    magnitude, sign = np.uint32((bits & 0x7FFF) << 13), np.uint32((bits & 0x8000) << 16)
+    if magnitude >= np.uint32(0x7C00 << 13):
+        return float_from_bits(magnitude | np.uint32(0x7F800000) | sign)
+    return float_from_bits(float_bits(float_from_bits(magnitude) * TWO_112) | sign)
+
+
+@njit(error_model="numpy")
+def bf16_value(bits):  # type: ignore[no-untyped-def]
+    """Return the float32 value of a bfloat16's bits."""
+    return float_from_bits(np.uint32(bits) << np.uint32(16))
+
+
+@njit(error_model="numpy")
+def whole(x):  # type: ignore[no-untyped-def]
+    """Round a magnitude below 2^22 to a whole number, half to even."""
+    return (x + MAGIC) - MAGIC
+
+
+@njit(error_model="numpy")
+def e4m3_bits(x):  # type: ignore[no-untyped-def]
+    """Round to float8 e4m3, ties to even; too large becomes 448."""
+    bits = float_bits(x)
+    sign, magnitude = (bits >> np.uint32(24)) & np.uint32(0x80), min(abs(x), E4M3_MAX)
+    if x != x:
+        return sign | np.uint32(0x7F)
+    if magnitude < E4M3_LEAST_NORMAL:
+        return sign | np.uint32(whole(magnitude * E4M3_STEPS))
+    size = float_bits(magnitude)
+    rounded = (size + np.uint32(0x7FFFF) + ((size >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
+    return sign | (rounded - np.uint32(120 << 3))
+
+
+@njit(error_model="numpy")
+def fp16_towards(x, up):  # type: ignore[no-untyped-def]
+    """Round to half precision towards +infinity if `up`, else towards -infinity; return the bits."""
+    bits = fp16_bits(x)
+    near = fp16_value(bits)
+    if up and near < x:
+        return np.uint16(bits - 1 if bits > 0x8000 else (1 if bits == 0x8000 else bits + 1))
+    if not up and near > x:
+        return np.uint16(bits + 1 if bits >= 0x8000 else (0x8001 if bits == 0 else bits - 1))
+    return bits
+
+
+@njit(error_model="numpy")
+def bf16_towards(x, up):  # type: ignore[no-untyped-def]
+    """Round to bfloat16 towards +infinity if `up`, else towards -infinity; return the bits."""
+    bits = float_bits(x)
+    negative = (bits >> np.uint32(31)) == np.uint32(1)
+    return np.uint16((bits + (np.uint32(0) if negative == up else np.uint32(0xFFFF))) >> np.uint32(16))
+
+
+@njit(error_model="numpy")
+def key_offset(fmt, token, d):  # type: ignore[no-untyped-def]
+    """Return the bytes from a page's start to element `d` of the key of its token number `token`; of int4, its 16-bit word."""
+    if fmt == INT4:
+        return (d // 8 * PAGE_TOKENS + token) * 4 + d % 2 * 2
+    if fmt == INT8:
+        return d // 2 * 2 * PAGE_TOKENS + 2 * token + d % 2
+    return plane_bytes(fmt, d) + token * (plane_bytes(fmt, 1) // PAGE_TOKENS)
+
+
+@njit(error_model="numpy")
+def value_offset(fmt, group, token, d):  # type: ignore[no-untyped-def]
+    """Return the bytes from V's start to element `d` of the value of token `token`, in groups of `group` channels."""
+    column = d % group % COLUMNS
+    chunk = d - column
+    columns = min(COLUMNS, group - chunk % group)
+    start = plane_bytes(fmt, chunk)
+    if fmt == INT4:
+        return start + (token // 8 * columns + column) * 4 + token % 2 * 2
+    if fmt == INT8:
+        return start + token // 2 * 2 * columns + 2 * column + token % 2
+    return start + (token * columns + column) * (plane_bytes(fmt, 1) // PAGE_TOKENS)
+
+
+@njit(error_model="numpy")
+def put(fmt, where, x):  # type: ignore[no-untyped-def]
+    """Round and store one element of a float format; return whether it is finite as stored."""
+    if fmt == FP32:
+        store_f32(where, x)
+        return x - x == np.float32(0)
+    if fmt == BF16:
+        bits = bf16_bits(x)
+        store_u16(where, bits)
+        return (bits & 0x7F80) != 0x7F80
+    bits = fp16_bits(x)
+    store_u16(where, bits)
+    return (bits & 0x7C00) != 0x7C00
+
+
+@njit(error_model="numpy")
+def get(fmt, where):  # type: ignore[no-untyped-def]
+    """Return one stored element of a float format."""
+    if fmt == FP32:
+        return load_f32(where)
+    if fmt == BF16:
+        return bf16_value(load_u16(where))
+    return fp16_value(load_u16(where))
+
+
+@njit(error_model="numpy")
+def cold_page(c, head, page):  # type: ignore[no-untyped-def]
+    """Return the address of a cold page of a (sequence, KV head)."""
+    return c[COLD_BASE] + head * c[COLD_HEAD_BYTES] + page * c[COLD_PAGE_BYTES]
+
+
+@njit(error_model="numpy")
+def exact_page(c, head, position):  # type: ignore[no-untyped-def]
+    """Return the address of the exact page of a token, and the token's number in it."""
+    start = c[EXACT_BASE] + head * c[EXACT_HEAD_BYTES]
+    if position < c[SINKS]:
+        return start + position // PAGE_TOKENS * c[EXACT_PAGE_BYTES], position % PAGE_TOKENS
+    after = position - c[SINKS]
+    slot = c[SINK_PAGES] + after // PAGE_TOKENS % c[RING_PAGES]
+    return start + slot * c[EXACT_PAGE_BYTES], after % PAGE_TOKENS

@@ -1,0 +1,124 @@
+"""Folding scales into what integer rows are multiplied by: queries (K int4) and probabilities (V int8 and int4).
+
+q . (scale x code + zero) = (q x scale) . code + q . zero, and sum of p x (scale x code + zero) = sum of (p x scale) x code
++ sum of p x zero: no code is ever multiplied by its scale. The folded numbers become 16-bit integers with one unit each.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from elastickv.backends.cpu.intrinsics import (
+    F32,
+    FLOAT_BYTES,
+    I16,
+    I64,
+    INT4,
+    INT8,
+    LANES,
+    VF,
+    VI,
+    addressed,
+    call,
+    constant,
+    larger,
+    load,
+    loop,
+    multiply_add,
+    reduce,
+    splat,
+    store,
+    widen_fp16,
+)
+from elastickv.backends.cpu.vector import HALVES, by_width, load_bf16
+
+INT16_MAX = 32767.0
+HALF_LANES = ir.VectorType(I16, LANES)
+MAGIC = 12582912.0  # 1.5 x 2^23: the sum ends in the whole number, rounded half to even
+
+
+def _inverse(builder: ir.IRBuilder, peak: Any) -> Any:
+    """Return 32767 / peak; 0 for a peak so small that its inverse would overflow: it weighs nothing in float32."""
+    safe = builder.fcmp_ordered(">", peak, F32(2.0**-110))
+    return builder.select(safe, builder.fdiv(F32(INT16_MAX), builder.select(safe, peak, F32(1.0))), F32(0.0))
+
+
+def _store_whole(builder: ir.IRBuilder, shifted: Any, address: Any, offset: Any) -> None:
+    store(builder, builder.trunc(builder.bitcast(shifted, VI), HALF_LANES), address, offset)
+
+
+def halves(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
+    """Load 16 halves as float32."""
+    return widen_fp16(builder, load(builder, address, HALF_LANES, offset))
+
+
+def _fold(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) -> None:
+    bounds, dim, queries, query_bytes, narrow, narrow_bytes, units, biases = args
+    turns, zeros = builder.sdiv(dim, I64(LANES)), builder.mul(dim, I64(2))
+    none = constant(0.0)
+    with loop(builder, turns, [none] * (2 * width)) as (index, carried, final):
+        where = builder.mul(index, I64(2 * LANES))
+        scale = halves(builder, bounds, where)
+        zero = halves(builder, bounds, builder.add(where, zeros))
+        for query in range(width):
+            at = builder.add(builder.mul(index, I64(FLOAT_BYTES * LANES)), builder.mul(query_bytes, I64(query)))
+            q = load(builder, queries, VF, at)
+            size = call(builder, f"llvm.fabs.v{LANES}f32", VF, builder.fmul(q, scale))
+            carried[query] = multiply_add(builder, q, zero, carried[query])
+            carried[width + query] = larger(builder, size, carried[width + query])
+    inverses = []
+    for query in range(width):
+        bias = reduce(builder, final[query], builder.fadd)
+        peak = reduce(builder, final[width + query], lambda a, b: larger(builder, a, b))
+        store(builder, bias, biases, query * FLOAT_BYTES)
+        store(builder, builder.fmul(peak, F32(1 / INT16_MAX)), units, query * FLOAT_BYTES)
+        inverses.append(splat(builder, _inverse(builder, peak)))
+    with loop(builder, turns, []) as (index, _, _):
+        where = builder.mul(index, I64(2 * LANES))
+        scale = halves(builder, bounds, where)
+        for query in range(width):
+            at = builder.add(builder.mul(index, I64(FLOAT_BYTES * LANES)), builder.mul(query_bytes, I64(query)))
+            scaled = builder.fmul(load(builder, queries, VF, at), inverses[query])
+            shifted = multiply_add(builder, scaled, scale, constant(MAGIC))
+            _store_whole(builder, shifted, narrow, builder.add(where, builder.mul(narrow_bytes, I64(query))))
+
+
+# (0, width, bounds, head_dim, queries, query_bytes, int16 queries, their bytes, units, biases): folds one page's scales into
+# its queries; a NaN or infinity among them reaches the scores through the bias.
+fold_page = addressed(10, types.void, by_width([0], _fold))
+
+
+def _weigh(builder: ir.IRBuilder, fmt: int, args: tuple[Any, ...]) -> None:
+    probabilities, scales, weights, unit, factor, zero_sums = args
+    folded, zero_sum = [], None
+    if fmt == INT4:
+        rescale = splat(builder, load(builder, factor, F32))
+        zero_sum = builder.fmul(load(builder, zero_sums, VF), rescale)
+    for half in range(HALVES):
+        p = load(builder, probabilities, VF, half * LANES * FLOAT_BYTES)
+        used = builder.fcmp_unordered("!=", p, constant(0.0))  # what lies behind a short page may be anything
+        folded.append(builder.select(used, builder.fmul(p, load_bf16(builder, scales, half)), constant(0.0)))
+        if fmt == INT4:
+            zero_sum = multiply_add(builder, p, load_bf16(builder, scales, HALVES + half), zero_sum)
+    if fmt == INT4:
+        store(builder, zero_sum, zero_sums)
+    peak = reduce(builder, larger(builder, *folded), lambda a, b: larger(builder, a, b))
+    store(builder, builder.fmul(peak, F32(1 / INT16_MAX)), unit)
+    inverse = splat(builder, _inverse(builder, peak))
+    for half, weight in enumerate(folded):
+        _store_whole(builder, multiply_add(builder, weight, inverse, constant(MAGIC)), weights, half * LANES * 2)
+
+
+# (probabilities, the tokens' bf16 scales, int16 weights, their unit).
+weigh_int8 = addressed(4, types.void, lambda builder, *args: _weigh(builder, INT8, (*args, None, None)))
+# The same with 32 zeros behind the 32 scales: zero_sums = factor x zero_sums + p x zero, 16 lanes to be added up at the end.
+weigh_int4 = addressed(6, types.void, lambda builder, *args: _weigh(builder, INT4, args))
+
+
+def _total(builder: ir.IRBuilder, address: Any) -> Any:
+    return reduce(builder, load(builder, address, VF), builder.fadd)
+
+
+# (address): the sum of 16 floats.
+total_of = addressed(1, types.float32, _total)

@@ -1,0 +1,220 @@
+"""Attention to one page: scores, online softmax, weighted values, in a thread's scratch.
+
+`c` is a cache's descriptor (see `layout.Field`), `descriptor` its address.
+"""
+
+import math
+
+import numpy as np
+from numba import cfunc, njit
+
+from elastickv.backends.cpu import layout
+from elastickv.backends.cpu.elements import bf16_value, plane_bytes, scale_bytes
+from elastickv.backends.cpu.fold import fold_page, total_of, weigh_int4, weigh_int8
+from elastickv.backends.cpu.intrinsics import (
+    BLOCK,
+    COLUMNS,
+    FP8,
+    FP32,
+    INT4,
+    INT8,
+    LANES,
+    load_f32,
+    load_u16,
+    store_f32,
+    store_u16,
+    words,
+)
+from elastickv.backends.cpu.vector import accumulate_page, multiply_page, scale_into, softmax_page
+from elastickv.recipe import PAGE_TOKENS
+
+_F = layout.Field
+GROUP, DIM, VALUE_GROUP, PADDED = int(_F.GROUP), int(_F.DIM), int(_F.VALUE_GROUP), int(_F.PADDED)
+WORK_BASE, WORK_THREAD_BYTES = int(_F.WORK_BASE), int(_F.WORK_THREAD_BYTES)
+EXTRA = layout.PARTIAL_EXTRA
+LOG2_E = np.float32(1 / math.log(2))
+ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
+INT16_MAX = np.float32(32767)
+FP8_FACTOR = np.float32(256)  # what the vector kernels read of fp8 is 1/256 of its value
+# Prefetch distances: the processor's own prefetchers do most; further ahead, software's requests fill their queues.
+AHEAD_FP32_BYTES, AHEAD_NARROW_BYTES = 512, 2048
+
+
+@njit(error_model="numpy")
+def _work(c, thread):  # type: ignore[no-untyped-def]
+    """Return the addresses of a thread's scratch.
+
+    By query: accumulators, queries, int16 queries, their scales, running state, factors, sums of p x zero; and of the block
+    of queries at hand.
+    """
+    accumulators = c[WORK_BASE] + thread * c[WORK_THREAD_BYTES]
+    queries = accumulators + c[GROUP] * c[PADDED] * 4
+    narrow = queries + c[GROUP] * c[DIM] * 4
+    scales = narrow + c[GROUP] * c[DIM] * 2
+    state = scales + c[GROUP] * 4
+    factors = state + c[GROUP] * 8
+    zero_sums = factors + c[GROUP] * 4
+    return accumulators, queries, narrow, scales, state, factors, zero_sums, zero_sums + c[GROUP] * _zero_bytes(c)
+
+
+@njit(error_model="numpy")
+def _zero_bytes(c):  # type: ignore[no-untyped-def]
+    return c[DIM] // c[VALUE_GROUP] * LANES * 4
+
+
+@njit(error_model="numpy")
+def prepare(c, thread, q, key):  # type: ignore[no-untyped-def]
+    """Scale a group's queries (float32, and int16 with a scale for int8 keys) and clear the running state."""
+    accumulators, queries, narrow, scales, state, _, zero_sums, _ = _work(c, thread)
+    scale = LOG2_E / np.float32(math.sqrt(c[DIM]))
+    scale_into(queries, q, c[GROUP] * c[DIM], scale * FP8_FACTOR if key == FP8 else scale)
+    for g in range(c[GROUP]):
+        store_f32(state + 8 * g, NOTHING)
+        store_f32(state + 8 * g + 4, ZERO)
+        if key == INT8:
+            row, peak, total = queries + g * c[DIM] * 4, ZERO, ZERO
+            for d in range(c[DIM]):
+                x = load_f32(row + 4 * d)
+                peak, total = max(peak, abs(x)), total + x
+            inverse = INT16_MAX / peak if peak > np.float32(1e-30) else ZERO
+            for d in range(c[DIM]):
+                store_u16(narrow + (g * c[DIM] + d) * 2, np.uint16(np.int64(np.rint(load_f32(row + 4 * d) * inverse)) & 0xFFFF))
+            # A NaN or infinity in the query reaches the scores through the scale.
+            store_f32(scales + 4 * g, peak / INT16_MAX + ZERO * total)
+    for i in range(c[GROUP] * c[PADDED]):
+        store_f32(accumulators + 4 * i, ZERO)
+    for i in range(c[GROUP] * _zero_bytes(c) // 4):
+        store_f32(zero_sums + 4 * i, ZERO)
+
+
+@njit(error_model="numpy")
+def _fill(units, block, scale):  # type: ignore[no-untyped-def]
+    for g in range(block):
+        store_f32(units + 4 * g, scale)
+
+
+@njit(error_model="numpy")
+def _ahead(fmt):  # type: ignore[no-untyped-def]
+    return AHEAD_FP32_BYTES if fmt == FP32 else AHEAD_NARROW_BYTES
+
+
+@njit(error_model="numpy")
+def _scores(c, thread, first, block, key, page, scales_at, bounds):  # type: ignore[no-untyped-def]
+    """Write the scores of one page's 32 tokens for a block of queries."""
+    _, queries, narrow, scales, _, _, _, scores = _work(c, thread)
+    units = scores + BLOCK * COLUMNS * 6
+    biases, dim, stride = units + BLOCK * 4, c[DIM], COLUMNS * 4
+    query = queries + first * dim * 4
+    if key == INT4:
+        fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases)
+        multiply_page(
+            key, block, page, 4 * COLUMNS, dim // 8, narrow, dim * 2, scores, stride, units, biases, AHEAD_NARROW_BYTES
+        )
+    elif key == INT8:
+        integers, query_scales = narrow + first * dim * 2, scales + 4 * first
+        multiply_page(
+            key,
+            block,
+            page,
+            2 * COLUMNS,
+            dim // 2,
+            integers,
+            dim * 2,
+            scores,
+            stride,
+            query_scales,
+            scales_at,
+            AHEAD_NARROW_BYTES,
+        )
+    else:
+        if key == FP8:
+            _fill(units, block, bf16_value(load_u16(scales_at)))
+        row_bytes = plane_bytes(key, 1)
+        multiply_page(key, block, page, row_bytes, dim, query, dim * 4, scores, stride, units, 0, _ahead(key))
+
+
+@njit(error_model="numpy")
+def _values(c, thread, first, block, value, plane, scales_at, valid):  # type: ignore[no-untyped-def]
+    """Add the values of one page's tokens, weighted, to what a block of queries has accumulated."""
+    accumulators, _, _, _, _, factors, zero_sums, scores = _work(c, thread)
+    weights, units = scores + BLOCK * COLUMNS * 4, scores + BLOCK * COLUMNS * 6
+    dim, zero_bytes, out_bytes = c[DIM], _zero_bytes(c), c[PADDED] * 4
+    group = c[VALUE_GROUP] if value == INT4 else dim
+    out, factor = accumulators + first * out_bytes, factors + 4 * first
+    if value == FP8:
+        _fill(units, block, bf16_value(load_u16(scales_at)))
+    for start in range(0, dim, group):
+        if value == INT8:
+            for g in range(block):
+                weigh_int8(scores + g * COLUMNS * 4, scales_at, weights + g * COLUMNS * 2, units + 4 * g)
+        elif value == INT4:
+            number = start // group
+            sums = zero_sums + first * zero_bytes + number * LANES * 4
+            for g in range(block):
+                weigh_int4(
+                    scores + g * COLUMNS * 4, scales_at + number * 4 * PAGE_TOKENS, weights + g * COLUMNS * 2, units + 4 * g,
+                    factor + 4 * g, sums + g * zero_bytes,
+                )  # fmt: skip
+        for column in range(0, group, COLUMNS):
+            columns, chunk = min(COLUMNS, group - column), plane + plane_bytes(value, start + column)
+            if value == INT8:
+                accumulate_page(
+                    value, block, chunk, 2 * columns, (valid + 1) // 2, weights, COLUMNS * 2, out, out_bytes, units, factor,
+                    AHEAD_NARROW_BYTES,
+                )  # fmt: skip
+            elif value == INT4:
+                accumulate_page(
+                    value, block, chunk, 4 * columns, (valid + 7) // 8, weights, COLUMNS * 2, out, out_bytes, units, factor,
+                    AHEAD_NARROW_BYTES,
+                )  # fmt: skip
+            else:
+                accumulate_page(
+                    value, block, chunk, plane_bytes(value, columns) // PAGE_TOKENS, valid, scores, COLUMNS * 4, out, out_bytes,
+                    units, factor, _ahead(value),
+                )  # fmt: skip
+            out += COLUMNS * 4
+
+
+@cfunc("void(int64, int64, int64, int64, int64, int64, int64)", cache=True, error_model="numpy")
+def attend_page(descriptor, thread, key, value, page, bounds, valid):  # type: ignore[no-untyped-def]
+    """Add the `valid` first tokens of one page to the running softmax of all queries of a group.
+
+    `key` and `value` are its formats, `bounds` where int4 keys have their scales.
+    """
+    c = words(descriptor)
+    _, _, _, _, state, factors, _, scores = _work(c, thread)
+    group, dim = c[GROUP], c[DIM]
+    values = page + plane_bytes(key, dim)
+    key_scales = values + plane_bytes(value, dim)
+    value_scales = key_scales + scale_bytes(key, dim, dim, False)
+    first = 0
+    while first < group:
+        block = min(BLOCK, group - first)
+        if block == 3:
+            block = 2
+        _scores(c, thread, first, block, key, page, key_scales, bounds)
+        for g in range(block):
+            row = scores + g * COLUMNS * 4
+            softmax_page(row, valid, state + 8 * (first + g), factors + 4 * (first + g), row)
+        _values(c, thread, first, block, value, values, value_scales, valid)
+        first += block
+
+
+@njit(error_model="numpy")
+def leave(c, thread, value, partial):  # type: ignore[no-untyped-def]
+    """Write what a thread has accumulated of a group's queries as partial results, their columns without gaps."""
+    accumulators, _, _, _, running, _, zero_sums, _ = _work(c, thread)
+    dim = c[DIM]
+    group = c[VALUE_GROUP] if value == INT4 else dim
+    for g in range(c[GROUP]):
+        target, source = partial + g * (dim + EXTRA) * 4, accumulators + g * c[PADDED] * 4
+        for start in range(0, dim, group):
+            if value == INT4:
+                added = total_of(zero_sums + g * _zero_bytes(c) + start // group * LANES * 4)
+                for d in range(group):
+                    store_f32(target + 4 * (start + d), load_f32(source + 4 * d) + added)
+            else:
+                scale_into(target, source, dim, FP8_FACTOR if value == FP8 else ONE)
+            source += (group + COLUMNS - 1) // COLUMNS * COLUMNS * 4
+        store_f32(target + 4 * dim, load_f32(running + 8 * g))
+        store_f32(target + 4 * dim + 4, load_f32(running + 8 * g + 4))
