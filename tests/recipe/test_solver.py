@@ -1,77 +1,199 @@
 """The solver keeps the budget, loses as little as it can, and says from which context a budget holds."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastickv.errors import UsageError
-from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe, for_ratio, read_ratio, resolve
-from elastickv.recipe.solver import candidates
+from elastickv.recipe import (
+    HEAD_DIMS,
+    AttentionShape,
+    Recipe,
+    explanation,
+    for_ratio,
+    largest_ratio_scoring_every_step,
+    predicted_loss,
+    read_ratio,
+)
+from elastickv.recipe.formats import value_groups
+from elastickv.recipe.solver import candidates, fraction_of, solve_fraction
 
-SHAPE = AttentionShape(1, 16, 16, 64)
+SHAPE = AttentionShape(1, 32, 8, 128)
+shapes = st.builds(
+    lambda batch, group, kv, dim: AttentionShape(batch, kv * group, kv, dim),
+    st.sampled_from([1, 7]),
+    st.sampled_from([1, 4, 7]),
+    st.sampled_from([1, 8]),
+    st.sampled_from(HEAD_DIMS),
+)
+contexts = st.integers(1, 1 << 20) | st.integers(100, 5000)
+dtypes = st.sampled_from(["fp32", "fp16", "bf16"])
+
+
+def solved(ratio, context, shape, dtype="bf16", **fixed):
+    try:
+        return for_ratio(ratio, context, shape, dtype, **fixed)
+    except UsageError:
+        return None
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(1, 16), st.integers(1, 40_000), st.sampled_from(HEAD_DIMS))
-def test_a_solved_recipe_meets_the_ratio_and_no_better_one_does(ratio, context, dim):
-    shape = AttentionShape(1, 8, 2, dim)
-    try:
-        chosen = for_ratio(ratio, context, shape)
-    except UsageError:
-        assert all(read_ratio(r, [context], shape) < ratio for r in candidates("bf16", 4, 128))
+@given(st.floats(1, 128), contexts, shapes, dtypes)
+def test_what_is_solved_meets_the_ratio_and_its_shape(ratio, context, shape, dtype):
+    recipe = solved(ratio, context, shape, dtype)
+    if recipe is None or ratio == 1:
         return
-    assert read_ratio(chosen, [context], shape) >= ratio
-    for better in candidates("bf16", 4, 128):
-        if better == chosen:
-            break
-        assert read_ratio(better, [context], shape) < ratio
+    assert read_ratio(recipe, [context], shape, dtype) >= ratio
+    assert read_ratio(recipe, [context] * shape.batch, shape, dtype) >= ratio
+    recipe.check_shape(shape.head_dim, shape.kv_heads)
+    assert Recipe.parse(str(recipe)) == recipe
+    assert solved(ratio, context, shape, dtype) == recipe
 
 
-def test_bits_first_then_stride():
-    assert for_ratio(1, 4096, SHAPE).is_dense
-    assert for_ratio(1.8, 4096, SHAPE) == Recipe.parse("int8")
-    assert for_ratio(4, 4096, SHAPE).selection == "stride"
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(1, 40), min_size=2, max_size=5), contexts, shapes, dtypes)
+def test_a_larger_ratio_never_loses_less_and_never_holds_where_a_smaller_one_does_not(ratios, context, shape, dtype):
+    recipes = [solved(ratio, context, shape, dtype) for ratio in sorted(ratios)]
+    kept = [recipe for recipe in recipes if recipe is not None]
+    assert recipes[: len(kept)] == kept
+    losses = [predicted_loss(recipe, shape.head_dim) for recipe in kept]
+    assert losses == sorted(losses)
 
 
-@pytest.mark.parametrize("ratio", [2, 4, 8])
-def test_a_refusal_names_the_context_from_which_the_ratio_holds(ratio):
+@settings(max_examples=15, deadline=None)
+@given(st.floats(1.5, 20), st.integers(300, 3000), shapes)
+def test_no_recipe_that_meets_the_ratio_loses_less(ratio, context, shape):
+    """Every format, every group, every schedule, every number of pages: by trying them all."""
+    chosen = solved(ratio, context, shape)
+    met = [
+        recipe
+        for values in (("int8", 0), ("fp8", 0), *(("int4", group) for group in value_groups(shape.head_dim)))
+        for recipe in every_recipe(*values, pages=max(0, context - 132) // 32)
+        if read_ratio(recipe, [context], shape) >= ratio
+    ]
+    if chosen is None:
+        assert not met
+    else:
+        assert predicted_loss(chosen, shape.head_dim) <= min(predicted_loss(r, shape.head_dim) for r in met) + 1e-12
+
+
+def every_recipe(value, group, pages):
+    yield from (Recipe(key, value, group) for key in ("int8", "fp8", "int4"))
+    for count in range(1, pages + 1):
+        fraction = fraction_of(count, pages)
+        for anchor_every in (1, 2, 4, 8, 16):
+            yield Recipe("int4", value, group, selection="pages", fractions=(fraction,), anchor_every=anchor_every)
+
+
+def test_bits_first_then_pages():
+    assert Recipe.for_ratio(8, 32768, SHAPE) == for_ratio(8, 32768, SHAPE)
+    assert for_ratio(1, 32768, SHAPE).is_dense
+    assert for_ratio(1.9, 32768, SHAPE) == Recipe.parse("int8")
+    assert for_ratio(3, 32768, SHAPE).formats == "int4" and for_ratio(3, 32768, SHAPE).selection == "all"
+    assert for_ratio(8, 32768, SHAPE).selection == "pages"
+    assert not any(recipe.selection == "stride" for recipe in candidates(SHAPE, 4, 128))
+
+
+def test_what_is_left_of_the_budget_goes_to_finer_scales():
+    assert for_ratio(2.9, 4096, SHAPE).value_group == 32
+
+
+@pytest.mark.parametrize("context", [4096, 32768, 131072, 1 << 20])
+@pytest.mark.parametrize("ratio", [4, 8])
+def test_a_budget_is_used_to_the_page(ratio, context):
+    recipe = for_ratio(ratio, context, SHAPE)
+    pages = (context - 132) // 32
+    count = int(recipe.fractions[0] * pages)
+    one_more = Recipe(
+        recipe.key_format,
+        recipe.value_format,
+        recipe.value_group,
+        "pages",
+        anchor_every=recipe.anchor_every,
+        fractions=(fraction_of(count + 1, pages),),
+    )
+    assert read_ratio(one_more, [context], SHAPE) < ratio <= read_ratio(recipe, [context], SHAPE)
+
+
+@given(st.integers(1, 40_000).flatmap(lambda pages: st.tuples(st.integers(1, pages), st.just(pages))))
+def test_a_fraction_of_few_digits_reads_just_so_many_pages(case):
+    count, pages = case
+    fraction = fraction_of(count, pages)
+    assert 0 < fraction <= 1
+    assert max(1, int(fraction * pages)) == count
+
+
+@pytest.mark.parametrize("shape", [SHAPE, AttentionShape(1, 3, 3, 80), AttentionShape(1, 16, 16, 64)])
+@pytest.mark.parametrize(("sinks", "window"), [(4, 128), (0, 0), (64, 500)])
+@pytest.mark.parametrize("ratio", [2, 3.3, 8, 40])
+def test_a_refusal_names_the_context_from_which_the_ratio_holds(shape, sinks, window, ratio):
+    regions = {"sinks": sinks, "window": window}
     with pytest.raises(UsageError) as refusal:
-        for_ratio(ratio, 150, SHAPE)
+        for_ratio(ratio, 20, shape, **regions)
     start = int(re.search(r"from a context of (\d+)", str(refusal.value))[1])
-    for context in range(start, start + 64):
-        assert read_ratio(for_ratio(ratio, context, SHAPE), [context], SHAPE) >= ratio
-    with pytest.raises(UsageError):
-        for_ratio(ratio, start - 1, SHAPE)
+    assert solved(ratio, start - 1, shape, **regions) is None
+    for context in (*range(start, start + 200), *range(start + 200, start + 20_000, 487)):
+        assert smallest_ratio_reached(context, shape, regions) >= ratio
+    assert solved(ratio, start, shape, **regions) is not None
 
 
-def test_a_named_stride_takes_the_least_step_that_meets_the_ratio():
-    recipe = resolve("stride", 4, 4096, SHAPE)
-    assert recipe.key_format == "bf16"
-    assert read_ratio(recipe, [4096], SHAPE) >= 4
-    assert read_ratio(Recipe("bf16", "bf16", selection="stride", stride=recipe.stride - 1), [4096], SHAPE) < 4
+def smallest_ratio_reached(context, shape, regions):
+    whole = Recipe("int4", "int4", **regions)
+    one_page = replace(whole, selection="pages", fractions=(1e-9,))
+    recipes = [whole, *(replace(one_page, anchor_every=anchor_every) for anchor_every in (1, 2, 4, 8, 16))]
+    return max(read_ratio(recipe, [context], shape) for recipe in recipes)
 
 
-def test_the_original_schedule_anchors_every_compress_steps():
-    assert resolve("reuse,decay=0.95,sinks=0,window=0", 4, 4096, SHAPE).anchor_every == 4
+def test_a_ratio_that_no_context_meets_is_refused_as_such():
+    with pytest.raises(UsageError, match="no context up to 1048576"):
+        for_ratio(1000, 4096, SHAPE)
+    with pytest.raises(UsageError, match="no context up to 1048576"):
+        for_ratio(33, 4096, SHAPE, anchor_every=1)
 
 
-def test_overrides_win_over_the_text():
-    recipe = resolve("int8,window=64", 1, 4096, SHAPE, sinks=8, window=32)
-    assert (recipe.sinks, recipe.window) == (8, 32)
+@pytest.mark.parametrize("context", [1000, 4096, 131072])
+@pytest.mark.parametrize("shape", [SHAPE, AttentionShape(2, 4, 2, 80)])
+def test_the_largest_ratio_of_scoring_every_step_is_reached_and_not_exceeded(context, shape):
+    most = largest_ratio_scoring_every_step(context, shape)
+    recipe = for_ratio(most, context, shape, anchor_every=1)
+    assert recipe.anchor_every == 1
+    assert solved(most * 1.001, context, shape, anchor_every=1) is None
+    # K's scales are 4 bytes a channel and 32 tokens, of 4 bytes a channel and token.
+    assert most < 32
+
+
+def test_the_refusal_says_what_scoring_every_step_allows():
+    most = largest_ratio_scoring_every_step(4096, SHAPE)
+    with pytest.raises(UsageError, match=f"{most:.2f} with the pages scored every step"):
+        for_ratio(60, 4096, SHAPE)
+
+
+def test_the_explanation_names_ratio_and_loss():
+    recipe = for_ratio(8, 32768, SHAPE)
+    text = explanation(recipe, 32768, SHAPE)
+    assert f"1/{read_ratio(recipe, [32768], SHAPE):.2f}" in text
+    assert f"expected loss {predicted_loss(recipe, 128):.3f}" in text
+    assert f"{largest_ratio_scoring_every_step(32768, SHAPE):.2f}" in text
+
+
+def test_anchors_can_be_fixed():
+    for anchor_every in (1, 3, 100):
+        assert for_ratio(8, 32768, SHAPE, anchor_every=anchor_every).anchor_every == anchor_every
+
+
+def test_a_recipe_without_pages_is_solved_as_it_is_or_not_at_all():
+    int8 = Recipe.parse("int8")
+    assert solve_fraction(int8, 1.9, 32768, SHAPE, "bf16") == int8
+    assert solve_fraction(int8, 2, 32768, SHAPE, "bf16") is None
 
 
 @pytest.mark.parametrize("ratio", [0, 0.99, -1, float("nan"), float("inf"), 1e9])
 def test_a_ratio_out_of_range_is_refused(ratio):
     with pytest.raises(UsageError, match="out of range"):
         for_ratio(ratio, 4096, SHAPE)
-    with pytest.raises(UsageError, match="out of range"):
-        resolve("int8", ratio, 4096, SHAPE)
-
-
-def test_fp16_models_keep_fp16():
-    assert resolve("stride", 2, 4096, SHAPE, "fp16").key_format == "fp16"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])

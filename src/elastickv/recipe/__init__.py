@@ -10,11 +10,14 @@ from elastickv.recipe.accounting import (
     stored_bytes,
     stored_ratio,
 )
+from elastickv.recipe.calibration import Calibration
 from elastickv.recipe.formats import DTYPES, FORMATS, Format
+from elastickv.recipe.losses import predicted_loss
 from elastickv.recipe.pages import PAGE_TOKENS, Regions, regions
 from elastickv.recipe.recipe import DENSE, Recipe
+from elastickv.recipe.resolve import resolve
 from elastickv.recipe.shape import HEAD_DIMS, AttentionShape
-from elastickv.recipe.solver import for_ratio, resolve
+from elastickv.recipe.solver import explanation, for_ratio, largest_ratio_scoring_every_step
 
 __all__ = [
     "DENSE",
@@ -23,14 +26,18 @@ __all__ = [
     "HEAD_DIMS",
     "PAGE_TOKENS",
     "AttentionShape",
+    "Calibration",
     "Format",
     "Recipe",
     "Regions",
     "StepBytes",
     "dense_bytes",
+    "explanation",
     "for_ratio",
     "interval_bytes",
+    "largest_ratio_scoring_every_step",
     "largest_step_bytes",
+    "predicted_loss",
     "read_ratio",
     "regions",
     "resolve",

@@ -8,6 +8,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.recipe.formats import COLD_FORMATS, MIN_VALUE_GROUP, sixteen_bit, value_groups
+from elastickv.recipe.shape import AttentionShape
 
 SELECTIONS: tuple[str, ...] = ("all", "stride", "reuse", "pages")
 DEFAULT_SINKS = 4
@@ -190,6 +191,14 @@ class Recipe:
         if self.window != DEFAULT_WINDOW:
             terms.append(f"window={self.window}")
         return ",".join(terms)
+
+    @classmethod
+    def for_ratio(cls, ratio: float, context: int, shape: AttentionShape, dtype: str = "bf16") -> "Recipe":
+        """Return the recipe of least predicted loss that reads at most 1/ratio of the dense bytes: `recipe.for_ratio`."""
+        # The solver builds recipes: it stands above this module.
+        from elastickv.recipe.solver import for_ratio
+
+        return for_ratio(ratio, context, shape, dtype)
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":

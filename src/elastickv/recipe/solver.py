@@ -1,26 +1,21 @@
-"""From a budget to a recipe: the least predicted recipe error among those that read at most 1/C of the dense bytes."""
+"""From a budget to a recipe: the least predicted loss among those that read at most 1/C of the dense bytes."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from elastickv.errors import UsageError
 from elastickv.recipe.accounting import read_ratio
-from elastickv.recipe.formats import sixteen_bit
-from elastickv.recipe.pages import PAGE_TOKENS
-from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, MAX_STRIDE, Recipe, parse_open
+from elastickv.recipe.calibration import Calibration, allot, check_calibration
+from elastickv.recipe.formats import value_groups
+from elastickv.recipe.losses import predicted_loss
+from elastickv.recipe.pages import PAGE_TOKENS, regions, selected
+from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
 
 MAX_RATIO = 1024.0
-
-
-def candidates(dtype: str, sinks: int, window: int) -> Iterator[Recipe]:
-    """Yield recipes from least to most recipe error: rounding to 8 bits costs less than any dropped token."""
-    yield DENSE
-    yield Recipe("int8", "int8", sinks=sinks, window=window)
-    for stride in range(2, MAX_STRIDE + 1):
-        for cold_format in (sixteen_bit(dtype), "int8"):
-            yield Recipe(cold_format, cold_format, selection="stride", stride=stride, sinks=sinks, window=window)
+ANCHORS = (1, 2, 4, 8, 16)
+NARROW = ("int8", "fp8", "int4")
+LEAST_FRACTION = 0.5 / MAX_CONTEXT
 
 
 def for_ratio(
@@ -30,8 +25,18 @@ def for_ratio(
     dtype: str = "bf16",
     sinks: int = DEFAULT_SINKS,
     window: int = DEFAULT_WINDOW,
+    anchor_every: int | None = None,
+    calibration: Calibration | None = None,
 ) -> Recipe:
-    """Return the recipe of least predicted error that reads at most 1/ratio of the dense bytes at `context` tokens.
+    """Return the recipe of least predicted loss that reads at most 1/ratio of the dense bytes at `context` tokens.
+
+    Formats of K and V, the group of V's scales, the share of the pages and the steps between anchors are its to choose; of
+    two recipes that lose the same, the one that reads less.
+
+    Parameters
+    ----------
+    anchor_every : the steps between anchors, where pages are selected.
+    calibration : errors of each KV head by fraction, measured on this layer: the pages are then allotted to the heads by them.
 
     Raises
     ------
@@ -39,52 +44,103 @@ def for_ratio(
         which one does.
     """
     check_ratio(ratio)
+    if calibration is not None:
+        check_calibration(calibration, shape.kv_heads)
     if ratio == 1:
         return DENSE
-    for recipe in candidates(dtype, sinks, window):
-        if _meets(recipe, ratio, context, shape, dtype):
-            return recipe
-    raise UsageError(_unmet(ratio, context, shape, dtype, list(candidates(dtype, sinks, window))))
+    schedules = ANCHORS if anchor_every is None else (anchor_every,)
+    best = None
+    for recipe in candidates(shape, sinks, window, schedules):
+        solved = solve_fraction(recipe, ratio, context, shape, dtype)
+        if solved is None:
+            continue
+        rank = (predicted_loss(solved, shape.head_dim) or 0.0, -read_ratio(solved, [context], shape, dtype))
+        if best is None or rank < best[0]:
+            best = rank, solved
+    if best is None:
+        raise UsageError(unmet(ratio, context, shape, dtype, _smallest(sinks, window, schedules)))
+    if calibration is not None and best[1].selection == "pages":
+        return _allotted(best[1], ratio, context, shape, dtype, calibration)
+    return best[1]
 
 
-def resolve(
-    text: str,
-    ratio: float,
+def candidates(shape: AttentionShape, sinks: int, window: int, schedules: tuple[int, ...] = ANCHORS) -> Iterator[Recipe]:
+    """Yield the recipes among which the solver chooses, those with pages at a fraction of 1 that is still to be solved.
+
+    Without a stride: at equal bytes pages lose a fraction of what a stride does (benchmarks/NOTES.md).
+    """
+    groups = [0 if group == shape.head_dim else group for group in value_groups(shape.head_dim)]
+    values = [("int8", 0), ("fp8", 0), *(("int4", group) for group in groups)]
+    for value, group in values:
+        for key in NARROW:
+            yield Recipe(key, value, value_group=group, sinks=sinks, window=window)
+        for anchor_every in schedules:
+            whole = Recipe("int4", value, value_group=group, selection="pages", fractions=(1.0,), sinks=sinks, window=window)
+            yield replace(whole, anchor_every=anchor_every)
+
+
+def solve_fraction(recipe: Recipe, ratio: float, context: int, shape: AttentionShape, dtype: str) -> Recipe | None:
+    """Return `recipe` with the largest fraction of pages that meets the ratio, or as it is; None if it can't be met."""
+    if recipe.selection != "pages":
+        return recipe if meets(recipe, ratio, context, shape, dtype) else None
+    pages = regions(context, recipe.sinks, recipe.window).cold // PAGE_TOKENS
+
+    def reading(count: int) -> Recipe:
+        return replace(recipe, fractions=(fraction_of(count, pages),))
+
+    if not pages or not meets(reading(1), ratio, context, shape, dtype):
+        return None
+    if meets(reading(pages), ratio, context, shape, dtype):
+        return reading(pages)
+    # Bytes are a line in the pages read but for the rounding to sectors, so two points of it lead next to the answer.
+    few, many = (1 / read_ratio(reading(count), [context], shape, dtype) for count in (1, pages))
+    guess = 1 + int((1 / ratio - few) / (many - few) * (pages - 1))
+    low, high = 1, pages
+    for near in (guess - 1, guess + 1):
+        if low < near < high:
+            low, high = (near, high) if meets(reading(near), ratio, context, shape, dtype) else (low, near)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if meets(reading(middle), ratio, context, shape, dtype) else (low, middle)
+    return reading(low)
+
+
+def fraction_of(count: int, pages: int) -> float:
+    """Return the fraction of fewest digits with which `count` of `pages` pages are read."""
+    one_over = 1 / (pages // count)
+    # Half a page more where the product of a float and the pages would be rounded below the count.
+    decimals: Iterator[float] = (
+        -(-(2 * count + half) * 10**places // (2 * pages)) / 10**places for places in range(1, 17) for half in (0, 1)
+    )
+    for fraction in (one_over, *decimals):
+        if fraction <= 1 and selected(pages, fraction) == count:
+            return fraction
+    return count / pages
+
+
+def largest_ratio_scoring_every_step(
     context: int,
     shape: AttentionShape,
     dtype: str = "bf16",
-    sinks: int | None = None,
-    window: int | None = None,
-    anchor_every: int | None = None,
-) -> Recipe:
-    """Return the recipe that `text` asks for, its open number decided by `ratio`.
+    sinks: int = DEFAULT_SINKS,
+    window: int = DEFAULT_WINDOW,
+) -> float:
+    """Return the largest C at which every page can still be scored at every step: int4, one page read.
 
-    `auto` is `for_ratio`. `stride` without a number takes the least step that meets the ratio. `reuse` without one anchors
-    every `ceil(ratio)` steps, the original micro-benchmark's schedule. `sinks`, `window` and `anchor_every` override.
-
-    Raises
-    ------
-    UsageError : if the text is no recipe, or a number is open and no value meets the ratio.
+    K's scales are 1/32 of the dense bytes, so it is below 32 at any context.
     """
-    check_ratio(ratio)
-    fixed = {"sinks": sinks, "window": window, "anchor_every": anchor_every}
-    overrides = {name: value for name, value in fixed.items() if value is not None}
-    if text.strip() == "auto":
-        if anchor_every not in (None, 1):
-            raise UsageError(f"anchor_every={anchor_every} needs a recipe with anchors: --recipe reuse")
-        regions_ = {name: value for name, value in overrides.items() if name != "anchor_every"}
-        return for_ratio(ratio, context, shape, dtype, **regions_)
-    recipe, open_field = parse_open(text, sixteen_bit(dtype))
-    if open_field == "anchor_every" and anchor_every is None:
-        recipe = replace(recipe, anchor_every=math.ceil(ratio))
-    recipe = replace(recipe, **overrides)  # type: ignore[arg-type]
-    if open_field != "stride":
-        return recipe
-    steps = [replace(recipe, stride=stride) for stride in range(1, MAX_STRIDE + 1)]
-    for candidate in steps:
-        if _meets(candidate, ratio, context, shape, dtype):
-            return candidate
-    raise UsageError(_unmet(ratio, context, shape, dtype, steps))
+    return max(read_ratio(recipe, [context], shape, dtype) for recipe in _smallest(sinks, window, (1,)))
+
+
+def explanation(recipe: Recipe, context: int, shape: AttentionShape, dtype: str = "bf16") -> str:
+    """Return a line that says what a recipe reads, what it is predicted to lose, and what scoring every step would allow."""
+    loss = predicted_loss(recipe, shape.head_dim)
+    text = f"{recipe} reads 1/{read_ratio(recipe, [context], shape, dtype):.2f} of the dense bytes at {context} tokens"
+    text += f"; expected loss {loss:.3f}" if loss is not None else ""
+    if recipe.selection != "pages":
+        return text
+    most = largest_ratio_scoring_every_step(context, shape, dtype, recipe.sinks, recipe.window)
+    return f"{text}; scoring every step allows up to 1/{most:.2f}"
 
 
 def check_ratio(ratio: float) -> None:
@@ -93,34 +149,69 @@ def check_ratio(ratio: float) -> None:
         raise UsageError(f"compress={ratio:g} is out of range: give a number from 1 to {MAX_RATIO:g}")
 
 
-def _meets(recipe: Recipe, ratio: float, context: int, shape: AttentionShape, dtype: str) -> bool:
+def meets(recipe: Recipe, ratio: float, context: int, shape: AttentionShape, dtype: str) -> bool:
+    """Whether a recipe reads at most 1/ratio of the dense bytes."""
     return read_ratio(recipe, [context], shape, dtype) >= ratio
 
 
-def _unmet(ratio: float, context: int, shape: AttentionShape, dtype: str, recipes: list[Recipe]) -> str:
+def unmet(ratio: float, context: int, shape: AttentionShape, dtype: str, recipes: list[Recipe]) -> str:
+    """Return the refusal of a ratio that none of `recipes`, those of fewest bytes, meets."""
     best = max(recipes, key=lambda r: read_ratio(r, [context], shape, dtype))
     reached = read_ratio(best, [context], shape, dtype)
-    start = _holds_from(ratio, context, shape, dtype, recipes)
+    start = holds_from(ratio, context, shape, dtype, recipes)
     remedy = f"it can be met from a context of {start}" if start else f"no context up to {MAX_CONTEXT} meets it"
+    least = f"{best.formats} and one page" if best.selection == "pages" else str(best)
+    largest = f"the largest ratio is {reached:.2f} ({least})"
+    if best.selection == "pages" and best.anchor_every > 1:
+        every_step = largest_ratio_scoring_every_step(context, shape, dtype, best.sinks, best.window)
+        largest += f", and {every_step:.2f} with the pages scored every step"
     return (
-        f"compress={ratio:g} cannot be met at a context of {context}: the largest ratio is {reached:.2f} ({best}); {remedy}; "
+        f"compress={ratio:g} cannot be met at a context of {context}: {largest}; {remedy}; "
         "give a smaller --compress, a longer context, or fewer --sinks and --window"
     )
 
 
-def _holds_from(ratio: float, context: int, shape: AttentionShape, dtype: str, recipes: list[Recipe]) -> int | None:
-    """Return the least context from which on `ratio` can be met at every context, or None below the longest supported."""
+def holds_from(ratio: float, context: int, shape: AttentionShape, dtype: str, recipes: list[Recipe]) -> int | None:
+    """Return the least context from `context` on from which one of `recipes` meets `ratio` throughout; None if none does.
+
+    A page turns cold every 32 tokens, and between two such tokens the ratio falls, so that the last is the worst; but from
+    page to page it rises.
+    """
+    last_of_page = (recipes[0].sinks + recipes[0].window - 1) % PAGE_TOKENS
 
     def met(n: int) -> bool:
-        return any(_meets(r, ratio, n, shape, dtype) for r in recipes)
+        return any(meets(r, ratio, n, shape, dtype) for r in recipes)
 
-    def met_throughout(n: int) -> bool:
-        return all(met(m) for m in range(n, n + PAGE_TOKENS))
+    def seems_met(n: int) -> bool:
+        return met(n + (last_of_page - n) % PAGE_TOKENS) and met(n) and met(n + PAGE_TOKENS - 1)
 
-    if not met_throughout(MAX_CONTEXT - PAGE_TOKENS):
+    last = MAX_CONTEXT - PAGE_TOKENS + 1
+    if not seems_met(last):
         return None
-    low, high = context, MAX_CONTEXT - PAGE_TOKENS
+    low, high = context, last
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if met_throughout(middle) else (middle, high)
-    return high
+        low, high = (low, middle) if seems_met(middle) else (middle, high)
+    around = [n for n in range(max(context, high - PAGE_TOKENS), min(last, high + PAGE_TOKENS)) if not met(n)]
+    return around[-1] + 1 if around else high
+
+
+def _smallest(sinks: int, window: int, schedules: tuple[int, ...]) -> list[Recipe]:
+    """Return the candidates of fewest bytes: int4 with one scale a row of V, and of its pages one, whatever the context."""
+    whole = Recipe("int4", "int4", sinks=sinks, window=window)
+    pages = replace(whole, selection="pages", fractions=(LEAST_FRACTION,))
+    return [*(replace(pages, anchor_every=schedule) for schedule in reversed(schedules)), whole]
+
+
+def _allotted(
+    recipe: Recipe, ratio: float, context: int, shape: AttentionShape, dtype: str, calibration: Calibration
+) -> Recipe:
+    """Return `recipe` with its pages allotted to the KV heads by a calibration; rounding may cost a page or two."""
+    pages = regions(context, recipe.sinks, recipe.window).cold // PAGE_TOKENS
+    total = shape.kv_heads * selected(pages, recipe.fractions[0])
+    while True:
+        counts = allot(calibration, pages, total)
+        solved = replace(recipe, fractions=tuple(fraction_of(count, pages) for count in counts))
+        if meets(solved, ratio, context, shape, dtype) or total <= shape.kv_heads:
+            return solved
+        total -= 1

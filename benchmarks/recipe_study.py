@@ -1,0 +1,302 @@
+"""What recipes cost on real activations: the tables behind the solver. NumPy, no back end's rounding.
+
+    python benchmarks/recipe_study.py [--input FILE ...]
+    python benchmarks/recipe_study.py --losses
+
+Writes `results/sample/recipe_study.json` (every study, the shipped sample and, if given, captures of every layer as
+`capture_sample.py --tokens` writes them: two windows of one text, the first to calibrate on and the second to test on) and
+prints Markdown tables. `--losses` writes the solver's table, `src/elastickv/recipe/losses.json`, from that file's captures.
+
+A loss is a recipe error as the receipt defines it: relative L2 of a head's output against dense attention on the unquantised
+keys and values, one per layer x query head x query; the solver's is the root mean square of all.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from replay import Bools, Float32, Head, listed
+from storage import package, shared_scale, tried
+
+from elastickv import __version__
+from elastickv.attention.bounds import page_bounds, score_pages
+from elastickv.cache.quantise import quantise_int4_keys
+from elastickv.data import SAMPLE_PATH, load_sample
+from elastickv.recipe.pages import selected
+
+FRACTIONS = (1.0, 7 / 8, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16, 1 / 32, 1 / 64)
+ANCHORS = (1, 2, 4, 8, 16)
+FORMATS = ("bf16", "fp8", "int8", "int4")
+GROUPS = (32, 64, 128, 192)
+COMBINED = ("k=int4,v=int4/64", "k=int4,v=int4/32", "k=int4,v=int8")
+RESULTS = Path(__file__).parent / "results" / "sample" / "recipe_study.json"
+LOSSES = Path(__file__).parents[1] / "src" / "elastickv" / "recipe" / "losses.json"
+Errors = dict[str, Float32]
+
+
+def heads_of(path: Path) -> Iterator[tuple[int, int, Head, Float32]]:
+    """Yield layer, KV head, the head, and the values of all KV heads of the layer, starting with its own."""
+    sample = load_sample(path)
+    group = sample.shape.group
+    for layer in range(sample.layers):
+        for kv in range(sample.shape.kv_heads):
+            rows = slice(kv * group, (kv + 1) * group)
+            yield (
+                layer,
+                kv,
+                Head(sample.q[layer, rows], sample.k[layer, kv], sample.v[layer, kv]),
+                np.roll(sample.v[layer], -kv, axis=0),
+            )
+
+
+def stored_pages(head: Head, all_values: Float32) -> tuple[dict[str, Float32], dict[str, Float32]]:
+    """Return keys and values as each format of the package reads them, int4 values by `int4/group`."""
+    keys, values = head.pages
+    dim = keys.shape[-1]
+    stored_keys = {fmt: package(fmt, False, dim, dim).store(keys) for fmt in FORMATS}
+    stored_values = {fmt: package(fmt, True, dim, dim).store(values) for fmt in FORMATS if fmt != "int4"}
+    for group in GROUPS:
+        if group <= dim:
+            stored_values[f"int4/{group}"] = package("int4", True, group, dim).store(values)
+        elif group <= dim * len(all_values):
+            # A group wider than this model's head: its scale is shared with channels of the neighbouring heads.
+            wide = np.concatenate([Head(head.q, head.k, v).pages[1] for v in all_values[: group // dim]], axis=-1)
+            stored_values[f"int4/{group}"] = shared_scale(wide, 15, group)[..., :dim]
+    return stored_keys, stored_values
+
+
+def whole_head_scores(head: Head, span: float = 0.5) -> tuple[Float32, Float32]:
+    """Return ((group, queries, pages) bounds, their (queries, pages) score)."""
+    _, scales, zeros = quantise_int4_keys(head.pages[0])
+    bounds = page_bounds(head.q.reshape(-1, head.q.shape[-1]), scales, zeros, span=span)
+    bounds = np.where(head.all_pages, bounds.reshape(*head.q.shape[:2], -1), -1e30)
+    return bounds.astype(np.float32), score_pages(bounds).astype(np.float32)
+
+
+def counts(head: Head, fraction: float) -> np.ndarray:
+    return np.array([selected(int(pages), fraction) for pages in head.cold_pages])
+
+
+def study_formats(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
+    found = {f"k={k},v={v}": head.errors(head.output(keys[k], values[v])) for k in FORMATS for v in values}
+    for name, (k, v) in tried(head.q.shape[-1]).items():
+        found[name] = head.errors(head.output(k.store(head.pages[0]), v.store(head.pages[1])))
+    return found
+
+
+def study_pages(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
+    """Fractions x anchors on 16-bit keys and values (the selection's own loss), and on some formats (the combination's)."""
+    _, scores = whole_head_scores(head)
+    found = {"nothing": head.errors(head.output(keys["bf16"], values["bf16"], np.zeros_like(head.all_pages)))}
+    for fraction in FRACTIONS[1:]:
+        for anchor in ANCHORS:
+            read = listed(head, scores, counts(head, fraction), anchor)
+            found[f"{fraction}@{anchor}"] = head.errors(head.output(keys["bf16"], values["bf16"], read))
+            for pair in COMBINED if anchor in (1, 4) else ():
+                k, v = (part.partition("=")[2] for part in pair.split(","))
+                found[f"{pair},{fraction}@{anchor}"] = head.errors(head.output(keys[k], values[v], read))
+    return found
+
+
+def study_scorers(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
+    """How the bounds of a group's query heads become one score a page, and how wide the bounds are."""
+    found = {}
+    for span in (0.0, 0.25, 0.5, 0.75, 1.0):
+        bounds, total = whole_head_scores(head, span)
+        top = bounds.max(-1, keepdims=True)
+        log_votes = bounds - top - np.log(np.exp(bounds - top).sum(-1, keepdims=True))
+        ways = {
+            "sum of bounds": total,
+            "largest bound": bounds.max(0),
+            "largest softmax": log_votes.max(0),
+            "sum of softmaxes": np.exp(log_votes).sum(0),
+        }
+        for fraction in (1 / 2, 1 / 4, 1 / 8, 1 / 16):
+            for name, scores in ways.items():
+                read = listed(head, scores, counts(head, fraction), 1)
+                found[f"{name},span {span},{fraction}"] = head.errors(head.output(keys["int4"], values["int4/64"], read))
+    return found
+
+
+def study_halves(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
+    """Selection of 16 tokens, their codes under the page's 32-token scales, at the bytes that 32 take.
+
+    `fp16`: exact minima and maxima of 16 tokens in fp16 are scored instead of the scales; `int4`: in 4 bits, under the page's
+    scale and zero, which are read too.
+    """
+    pages = head.pages[0]
+    dim = pages.shape[-1]
+    codes, scales, zeros = quantise_int4_keys(pages)
+    wide, base = scales.astype(np.float32)[:, None], zeros.astype(np.float32)[:, None]
+    low, high = (fold(pages.reshape(-1, 16, dim), axis=1) for fold in (np.min, np.max))
+    halves = codes.reshape(len(pages), 2, 16, dim)
+    coded = [(fold(halves, axis=2) * wide + base).reshape(-1, dim) for fold in (np.min, np.max)]
+    per_token, per_page, number = dim + 4, 4 * dim, head.cold_pages
+    found = {}
+    for fraction in (1 / 2, 1 / 4, 1 / 8):
+        for anchor in (1, 4):
+            whole = counts(head, fraction) * (32 * per_token + per_page)
+            for name, (least, most), extra in (("fp16", (low, high), per_page), ("int4", coded, per_page / 2)):
+                budget = whole - number * extra / anchor
+                count = np.maximum(budget // (16 * per_token + per_page), 1).astype(int)
+                scores = score_pages(
+                    page_bounds(head.q.reshape(-1, dim), (most - least) / 15, least).reshape(*head.q.shape[:2], -1)
+                ).astype(np.float32)
+                read = listed(head, scores, count, anchor, halves=2)
+                found[f"{name},{fraction}@{anchor}"] = head.errors(head.output(keys["int4"], values["int4/64"], read))
+    return found
+
+
+def of_head(item: tuple[int, int, Head, Float32]) -> tuple[int, int, dict[str, Errors]]:
+    layer, kv, head, all_values = item
+    keys, values = stored_pages(head, all_values)
+    studies = {"formats": study_formats, "pages": study_pages, "scorers": study_scorers, "halves": study_halves}
+    return layer, kv, {name: study(head, keys, values) for name, study in studies.items()}
+
+
+def ragged(head: Head, all_values: Float32, fraction: float, anchor: int) -> Float32:
+    keys, values = stored_pages(head, all_values)
+    read: Bools = listed(head, whole_head_scores(head)[1], counts(head, fraction), anchor)
+    return head.errors(head.output(keys["int4"], values["int4/64"], read))
+
+
+def allotted(losses: np.ndarray, share: float) -> np.ndarray:
+    """Return the fraction of each head: least total loss with a mean fraction of `share`, steps along the convex hull.
+
+    Parameters
+    ----------
+    losses : (heads, fractions) in the order of FRACTIONS.
+    """
+    steps = []
+    for number, row in enumerate(losses):
+        at = len(FRACTIONS) - 1
+        while at > 0:
+            slopes = [(row[at] - row[to]) / (FRACTIONS[to] - FRACTIONS[at]) for to in range(at)]
+            to = int(np.argmax(slopes))
+            steps.append((-slopes[to], number, FRACTIONS[at], FRACTIONS[to]))
+            at = to
+    fractions = np.full(len(losses), FRACTIONS[-1])
+    left = share * len(losses) - fractions.sum()
+    for slope, number, start, stop in sorted(steps):
+        if left <= 0 or slope >= 0:
+            break
+        fractions[number] = start + min(stop - start, left)
+        left -= stop - start
+    return fractions
+
+
+def study_calibration(first: Path, second: Path, found: list[tuple[int, int, dict[str, Errors]]]) -> dict[str, Any]:
+    """Fractions per (layer, KV head) from the first window, tested on the second, at equal pages."""
+    table = {}
+    for anchor in (1, 4):
+        name = "k=int4,v=int4/64"
+        pages = [[f["pages"][f"{name},{fr}@{anchor}"] for fr in FRACTIONS[1:]] for *_, f in found]
+        base = [f["formats"][name] for *_, f in found]
+        losses = np.array([[e.mean() for e in (b, *p)] for b, p in zip(base, pages, strict=True)])
+        layers = np.array([layer for layer, *_ in found])
+        tests = list(heads_of(second))
+        for share in (1 / 2, 1 / 4, 1 / 8):
+            by_layer = np.concatenate([allotted(losses[layers == n], share) for n in np.unique(layers)])
+            for way, fractions in (
+                ("uniform", np.full(len(layers), share)),
+                ("per head of a layer", by_layer),
+                ("per head of the model", allotted(losses, share)),
+            ):
+                errors = [
+                    ragged(head, values, float(f), anchor) for (*_, head, values), f in zip(tests, fractions, strict=True)
+                ]
+                table[f"{way},{share}@{anchor}"] = summary(errors)
+    return table
+
+
+def summary(errors: list[Float32]) -> dict[str, float]:
+    every = np.concatenate([e.ravel() for e in errors]).astype(np.float64)
+    return {
+        "mean": float(every.mean()),
+        "rms": float(np.sqrt((every**2).mean())),
+        "p95": float(np.quantile(every, 0.95)),
+        "max": float(every.max()),
+    }
+
+
+def summaries(found: list[tuple[int, int, dict[str, Errors]]]) -> dict[str, dict[str, Any]]:
+    first = found[0][2]
+    return {study: {name: summary([f[study][name] for *_, f in found]) for name in first[study]} for study in first}
+
+
+def provenance(paths: list[Path]) -> dict[str, Any]:
+    inputs = []
+    for path in paths:
+        sample = load_sample(path)
+        inputs.append(
+            {
+                "model": sample.metadata["model"],
+                "text": sample.metadata["text"],
+                "layers": sample.layers,
+                "tokens": sample.tokens,
+                "queries": sample.queries,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+        )
+    return {
+        "date_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"elastickv": __version__, "numpy": version("numpy")},
+        "script": "benchmarks/recipe_study.py",
+        "inputs": inputs,
+    }
+
+
+def losses(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the solver's figures: root mean square errors of format pairs, of selections, and of reading nothing cold."""
+    rms = {study: {name: round(row["rms"], 5) for name, row in rows.items()} for study, rows in table.items()}
+    pages = {str(r): [[fraction, rms["pages"][f"{fraction}@{r}"]] for fraction in FRACTIONS[1:]] for r in ANCHORS}
+    return {
+        "formats": {name: rms["formats"][name] for name in pair_names()},
+        "pages": pages,
+        "nothing": rms["pages"]["nothing"],
+    }
+
+
+def pair_names() -> list[str]:
+    values = [fmt for fmt in FORMATS if fmt != "int4"] + [f"int4/{group}" for group in GROUPS]
+    return [f"k={k},v={v}" for k in FORMATS for v in values]
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--input", type=Path, nargs="*", default=[], help="captures of every layer, two windows")
+    parser.add_argument("--losses", action="store_true", help="only write the solver's table, from the results there are")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    if options.losses:
+        captures = json.loads(RESULTS.read_text(encoding="utf-8"))["captures"]
+        write(LOSSES, {**{k: v for k, v in captures.items() if k not in ("studies", "windows")}, **losses(captures["studies"])})
+        return
+    record: dict[str, Any] = {"sample": provenance([SAMPLE_PATH]), "captures": provenance(options.input)}
+    with ProcessPoolExecutor(options.processes) as pool:
+        record["sample"]["studies"] = summaries(list(pool.map(of_head, heads_of(SAMPLE_PATH))))
+        found = [list(pool.map(of_head, heads_of(path), chunksize=1)) for path in options.input]
+    if found:
+        record["captures"]["studies"] = summaries([head for window in found for head in window])
+        record["captures"]["windows"] = [summaries(window)["pages"] for window in found]
+    if len(found) > 1:
+        record["captures"]["studies"]["calibration"] = study_calibration(*options.input[:2], found[0])
+    write(RESULTS, record)
+
+
+if __name__ == "__main__":
+    main()

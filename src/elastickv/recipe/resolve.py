@@ -1,0 +1,81 @@
+"""From what a user wrote to a recipe: `auto`, a recipe, or a recipe with one number for the budget to decide."""
+
+import math
+from dataclasses import replace
+
+from elastickv.errors import UsageError
+from elastickv.recipe.formats import sixteen_bit
+from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, MAX_STRIDE, Recipe, parse_open
+from elastickv.recipe.shape import AttentionShape
+from elastickv.recipe.solver import LEAST_FRACTION, check_ratio, meets, solve_fraction, unmet
+
+
+def resolve(
+    text: str,
+    ratio: float,
+    context: int,
+    shape: AttentionShape,
+    dtype: str = "bf16",
+    sinks: int | None = None,
+    window: int | None = None,
+    anchor_every: int | None = None,
+) -> Recipe:
+    """Return the recipe that `text` asks for, its open number decided by `ratio`.
+
+    `auto` is `for_ratio`. `pages` without a fraction takes as many pages as the ratio allows, `stride` without a number the
+    least step that meets it. `reuse` without one anchors every `ceil(ratio)` steps, the original micro-benchmark's schedule.
+    `sinks`, `window` and `anchor_every` override; with `auto` an `anchor_every` binds the recipes that have anchors.
+
+    Raises
+    ------
+    UsageError : if the text is no recipe, or a number is open and no value meets the ratio.
+    """
+    check_ratio(ratio)
+    fixed = {"sinks": sinks, "window": window, "anchor_every": anchor_every}
+    overrides = {name: value for name, value in fixed.items() if value is not None}
+    if text.strip() == "auto":
+        return _by_stride(ratio, context, shape, dtype, sinks, window, anchor_every)
+    recipe, open_field = parse_open(text, sixteen_bit(dtype))
+    if open_field == "anchor_every" and anchor_every is None:
+        recipe = replace(recipe, anchor_every=math.ceil(ratio))
+    recipe = replace(recipe, **overrides)  # type: ignore[arg-type]
+    if open_field == "pages":
+        recipe.check_shape(shape.head_dim, shape.kv_heads)
+        solved = solve_fraction(recipe, ratio, context, shape, dtype)
+        least = [replace(recipe, fractions=(LEAST_FRACTION,))]
+    elif open_field == "stride":
+        steps = [replace(recipe, stride=stride) for stride in range(1, MAX_STRIDE + 1)]
+        solved = next((step for step in steps if meets(step, ratio, context, shape, dtype)), None)
+        least = steps
+    else:
+        return recipe
+    if solved is None:
+        raise UsageError(unmet(ratio, context, shape, dtype, least))
+    return solved
+
+
+def _by_stride(
+    ratio: float,
+    context: int,
+    shape: AttentionShape,
+    dtype: str,
+    sinks: int | None,
+    window: int | None,
+    anchor_every: int | None,
+) -> Recipe:
+    """Return what `auto` is until every back end reads pages: 8 bits, then the least stride."""
+    if anchor_every not in (None, 1):
+        raise UsageError(f"anchor_every={anchor_every} needs a recipe with anchors: --recipe reuse")
+    if ratio == 1:
+        return DENSE
+    sinks, window = DEFAULT_SINKS if sinks is None else sinks, DEFAULT_WINDOW if window is None else window
+    recipes = [Recipe("int8", "int8", sinks=sinks, window=window)]
+    recipes += [
+        Recipe(name, name, selection="stride", stride=stride, sinks=sinks, window=window)
+        for stride in range(2, MAX_STRIDE + 1)
+        for name in (sixteen_bit(dtype), "int8")
+    ]
+    for recipe in recipes:
+        if meets(recipe, ratio, context, shape, dtype):
+            return recipe
+    raise UsageError(unmet(ratio, context, shape, dtype, recipes))
