@@ -17,7 +17,7 @@ from elastickv.report import FORMATS
 from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram
 
 RUN_MODULE = sys.modules[_run_function.__module__]
-SMALL = {"seq": 300, "heads": 2, "dim": 64, "reps": 12, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
+SMALL = {"seq": 340, "heads": 2, "dim": 64, "reps": 12, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_ctrl_c_in_the_inference_cycle_keeps_what_came_before(backend, monkeypat
         ({"dtype": "fp8"}, "--dtype=fp8"),
         ({"cache": "warm"}, "--cache=warm"),
         ({"recipe": "int3"}, "int3"),
-        ({"anchor_every": 4}, "--recipe reuse"),
+        ({"recipe": "int8", "anchor_every": 4}, "anchor_every=4 does not combine"),
         ({"until_ci_percent": 1.0, "paired": False}, "--paired-baseline"),
     ],
 )

@@ -3,9 +3,18 @@
 import pytest
 
 from elastickv.errors import UsageError
-from elastickv.recipe import AttentionShape, Recipe, read_ratio, resolve
+from elastickv.recipe import AttentionShape, Recipe, for_ratio, read_ratio, resolve
 
 SHAPE = AttentionShape(1, 16, 16, 64)
+
+
+def test_auto_is_the_solver_with_what_is_fixed():
+    assert resolve("auto", 4, 4096, SHAPE) == for_ratio(4, 4096, SHAPE)
+    fixed = {"anchor_every": 2, "sinks": 8, "window": 64}
+    assert resolve(" auto ", 6, 4096, SHAPE, **fixed) == for_ratio(6, 4096, SHAPE, **fixed)
+    recipe = resolve("auto", 6, 4096, SHAPE, **fixed)
+    assert (recipe.anchor_every, recipe.sinks, recipe.window) == (2, 8, 64)
+    assert resolve("auto", 1.5, 4096, SHAPE, anchor_every=2).selection == "all"
 
 
 def test_a_named_stride_takes_the_least_step_that_meets_the_ratio():

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from elastickv.errors import UsageError
 from elastickv.recipe.formats import sixteen_bit
-from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, MAX_STRIDE, Recipe, parse_open
+from elastickv.recipe.recipe import MAX_STRIDE, Recipe, parse_open
 from elastickv.recipe.shape import AttentionShape
-from elastickv.recipe.solver import LEAST_FRACTION, check_ratio, meets, solve_fraction, unmet
+from elastickv.recipe.solver import LEAST_FRACTION, check_ratio, for_ratio, meets, solve_fraction, unmet
 
 
 def resolve(
@@ -34,7 +34,7 @@ def resolve(
     fixed = {"sinks": sinks, "window": window, "anchor_every": anchor_every}
     overrides = {name: value for name, value in fixed.items() if value is not None}
     if text.strip() == "auto":
-        return _by_stride(ratio, context, shape, dtype, sinks, window, anchor_every)
+        return for_ratio(ratio, context, shape, dtype, **overrides)  # type: ignore[arg-type]
     recipe, open_field = parse_open(text, sixteen_bit(dtype))
     if open_field == "anchor_every" and anchor_every is None:
         recipe = replace(recipe, anchor_every=math.ceil(ratio))
@@ -52,30 +52,3 @@ def resolve(
     if solved is None:
         raise UsageError(unmet(ratio, context, shape, dtype, least))
     return solved
-
-
-def _by_stride(
-    ratio: float,
-    context: int,
-    shape: AttentionShape,
-    dtype: str,
-    sinks: int | None,
-    window: int | None,
-    anchor_every: int | None,
-) -> Recipe:
-    """Return what `auto` is until every back end reads pages: 8 bits, then the least stride."""
-    if anchor_every not in (None, 1):
-        raise UsageError(f"anchor_every={anchor_every} needs a recipe with anchors: --recipe reuse")
-    if ratio == 1:
-        return DENSE
-    sinks, window = DEFAULT_SINKS if sinks is None else sinks, DEFAULT_WINDOW if window is None else window
-    recipes = [Recipe("int8", "int8", sinks=sinks, window=window)]
-    recipes += [
-        Recipe(name, name, selection="stride", stride=stride, sinks=sinks, window=window)
-        for stride in range(2, MAX_STRIDE + 1)
-        for name in (sixteen_bit(dtype), "int8")
-    ]
-    for recipe in recipes:
-        if meets(recipe, ratio, context, shape, dtype):
-            return recipe
-    raise UsageError(unmet(ratio, context, shape, dtype, recipes))
