@@ -13,7 +13,7 @@ from elastickv.backends.cpu.elements import cold_tokens
 from elastickv.backends.cpu.intrinsics import (
     atomic_add,
     double_from_bits,
-    invoke_7,
+    invoke_8,
     load_f32,
     load_i64,
     store_f32,
@@ -49,15 +49,19 @@ def _attend_cold(descriptor, thread, head, first, last, tokens):  # type: ignore
     c = words(descriptor)
     state = c[STATE_BASE] + head * STATE_BYTES
     listed, anchor_pages = load_i64(state + LISTED), load_i64(state + ANCHOR_PAGES)
+    following = listed_page(c, head, first, listed, anchor_pages) if c[IS_PAGES] else first
     for number in range(first, last):
-        page, valid = number, PAGE_TOKENS
+        page, valid, ahead = following, PAGE_TOKENS, 0
+        following = number + 1
         if c[IS_PAGES]:
-            page = listed_page(c, head, number, listed, anchor_pages)
+            # Pages lie apart: only the list tells what comes next.
+            following = listed_page(c, head, min(number + 1, last - 1), listed, anchor_pages)
+            ahead = following - page
         else:
             valid = min(PAGE_TOKENS, tokens - page * PAGE_TOKENS)
         where = c[COLD_BASE] + head * c[COLD_HEAD_BYTES] + page * c[COLD_PAGE_BYTES]
         bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * c[DIM] * 4
-        invoke_7(c[PAGE_KERNEL], descriptor, thread, c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], where, bounds, valid)
+        invoke_8(c[PAGE_KERNEL], descriptor, thread, c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], where, bounds, valid, ahead)
 
 
 @njit(error_model="numpy")
@@ -73,7 +77,7 @@ def _attend_exact(descriptor, thread, head, first, last, length, cold):  # type:
             slot = c[SINK_PAGES] + page % c[RING_PAGES]
             valid = min(PAGE_TOKENS, length - sinks - page * PAGE_TOKENS)
         where = c[EXACT_BASE] + head * c[EXACT_HEAD_BYTES] + slot * c[EXACT_PAGE_BYTES]
-        invoke_7(c[PAGE_KERNEL], descriptor, thread, c[EXACT_FORMAT], c[EXACT_FORMAT], where, 0, valid)
+        invoke_8(c[PAGE_KERNEL], descriptor, thread, c[EXACT_FORMAT], c[EXACT_FORMAT], where, 0, valid, 0)
 
 
 @njit(error_model="numpy")

@@ -26,6 +26,7 @@ from elastickv.backends.cpu.intrinsics import (
     load,
     loop,
     multiply_add,
+    prefetch,
     reduce,
     splat,
     store,
@@ -54,11 +55,12 @@ def halves(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
 
 
 def _fold(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) -> None:
-    bounds, dim, queries, query_bytes, narrow, narrow_bytes, units, biases = args
+    bounds, dim, queries, query_bytes, narrow, narrow_bytes, units, biases, ahead = args
     turns, zeros = builder.sdiv(dim, I64(LANES)), builder.mul(dim, I64(2))
     none = constant(0.0)
     with loop(builder, turns, [none] * (2 * width)) as (index, carried, final):
         where = builder.mul(index, I64(2 * LANES))
+        prefetch(builder, bounds, builder.add(ahead, builder.mul(where, I64(2))))  # scales and zeros: twice as many bytes
         scale = halves(builder, bounds, where)
         zero = halves(builder, bounds, builder.add(where, zeros))
         for query in range(width):
@@ -84,9 +86,30 @@ def _fold(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) -
             _store_whole(builder, shifted, narrow, builder.add(where, builder.mul(narrow_bytes, I64(query))))
 
 
-# (0, width, bounds, head_dim, queries, query_bytes, int16 queries, their bytes, units, biases): folds one page's scales into
-# its queries; a NaN or infinity among them reaches the scores through the bias.
-fold_page = addressed(10, types.void, by_width([0], _fold))
+# (0, width, bounds, head_dim, queries, query_bytes, int16 queries, their bytes, units, biases, ahead): folds one page's scales
+# into its queries; a NaN or infinity among them reaches the scores through the bias.
+fold_page = addressed(11, types.void, by_width([0], _fold))
+
+
+def _to_integers(builder: ir.IRBuilder, queries: Any, dim: Any, narrow: Any, unit: Any) -> None:
+    turns, none = builder.sdiv(dim, I64(LANES)), constant(0.0)
+    with loop(builder, turns, [none, none]) as (index, carried, final):
+        q = load(builder, queries, VF, builder.mul(index, I64(FLOAT_BYTES * LANES)))
+        carried[0] = larger(builder, call(builder, f"llvm.fabs.v{LANES}f32", VF, q), carried[0])
+        carried[1] = builder.fadd(q, carried[1])
+    peak = reduce(builder, final[0], lambda a, b: larger(builder, a, b))
+    total = reduce(builder, final[1], builder.fadd)
+    # A NaN or infinity in the query reaches the scores through the unit.
+    store(builder, builder.fadd(builder.fmul(peak, F32(1 / INT16_MAX)), builder.fmul(total, F32(0.0))), unit)
+    inverse = splat(builder, _inverse(builder, peak))
+    with loop(builder, turns, []) as (index, _, _):
+        q = load(builder, queries, VF, builder.mul(index, I64(FLOAT_BYTES * LANES)))
+        shifted = multiply_add(builder, q, inverse, constant(MAGIC))
+        _store_whole(builder, shifted, narrow, builder.mul(index, I64(2 * LANES)))
+
+
+# (query, head_dim, int16 query, its unit).
+to_integers = addressed(4, types.void, _to_integers)
 
 
 def _weigh(builder: ir.IRBuilder, fmt: int, args: tuple[Any, ...]) -> None:

@@ -226,6 +226,7 @@ load_u16 = addressed(1, types.uint16, _read(I16))
 load_i8 = addressed(1, types.int8, _read(I8))
 store_i64 = addressed(2, types.void, _write_i64)
 store_i32 = addressed(2, types.void, _write_i32)
+prefetch_line = addressed(1, types.void, lambda builder, address: prefetch(builder, address, I64(0)))
 pause = addressed(0, types.void, _pause)
 double_from_bits = addressed(1, types.float64, lambda builder, bits: builder.bitcast(bits, ir.DoubleType()))
 atomic_add = addressed(
@@ -247,7 +248,7 @@ def invoke(count: int) -> Any:
     return addressed(count + 1, types.void, body)
 
 
-invoke_2, invoke_4, invoke_6, invoke_7 = invoke(2), invoke(4), invoke(6), invoke(7)
+invoke_2, invoke_4, invoke_6, invoke_8 = invoke(2), invoke(4), invoke(6), invoke(8)
 
 
 @intrinsic

@@ -10,7 +10,7 @@ from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import bf16_value, plane_bytes, scale_bytes
-from elastickv.backends.cpu.fold import fold_page, total_of, weigh_int4, weigh_int8
+from elastickv.backends.cpu.fold import fold_page, to_integers, total_of, weigh_int4, weigh_int8
 from elastickv.backends.cpu.intrinsics import (
     BLOCK,
     COLUMNS,
@@ -21,20 +21,20 @@ from elastickv.backends.cpu.intrinsics import (
     LANES,
     load_f32,
     load_u16,
+    prefetch_line,
     store_f32,
-    store_u16,
     words,
 )
-from elastickv.backends.cpu.vector import accumulate_page, multiply_page, scale_into, softmax_page
+from elastickv.backends.cpu.vector import accumulate_page, clear, multiply_page, scale_into, softmax_page
 from elastickv.recipe import PAGE_TOKENS
 
 _F = layout.Field
 GROUP, DIM, VALUE_GROUP, PADDED = int(_F.GROUP), int(_F.DIM), int(_F.VALUE_GROUP), int(_F.PADDED)
+COLD_PAGE_BYTES, LINE_BYTES = int(_F.COLD_PAGE_BYTES), layout.LINE_BYTES
 WORK_BASE, WORK_THREAD_BYTES = int(_F.WORK_BASE), int(_F.WORK_THREAD_BYTES)
 EXTRA = layout.PARTIAL_EXTRA
 LOG2_E = np.float32(1 / math.log(2))
 ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
-INT16_MAX = np.float32(32767)
 FP8_FACTOR = np.float32(256)  # what the vector kernels read of fp8 is 1/256 of its value
 # Prefetch distances: the processor's own prefetchers do most; further ahead, software's requests fill their queues.
 AHEAD_FP32_BYTES, AHEAD_NARROW_BYTES = 512, 2048
@@ -72,19 +72,9 @@ def prepare(c, thread, q, key):  # type: ignore[no-untyped-def]
         store_f32(state + 8 * g, NOTHING)
         store_f32(state + 8 * g + 4, ZERO)
         if key == INT8:
-            row, peak, total = queries + g * c[DIM] * 4, ZERO, ZERO
-            for d in range(c[DIM]):
-                x = load_f32(row + 4 * d)
-                peak, total = max(peak, abs(x)), total + x
-            inverse = INT16_MAX / peak if peak > np.float32(1e-30) else ZERO
-            for d in range(c[DIM]):
-                store_u16(narrow + (g * c[DIM] + d) * 2, np.uint16(np.int64(np.rint(load_f32(row + 4 * d) * inverse)) & 0xFFFF))
-            # A NaN or infinity in the query reaches the scores through the scale.
-            store_f32(scales + 4 * g, peak / INT16_MAX + ZERO * total)
-    for i in range(c[GROUP] * c[PADDED]):
-        store_f32(accumulators + 4 * i, ZERO)
-    for i in range(c[GROUP] * _zero_bytes(c) // 4):
-        store_f32(zero_sums + 4 * i, ZERO)
+            to_integers(queries + g * c[DIM] * 4, c[DIM], narrow + g * c[DIM] * 2, scales + 4 * g)
+    clear(accumulators, c[GROUP] * c[PADDED])
+    clear(zero_sums, c[GROUP] * _zero_bytes(c) // 4)
 
 
 @njit(error_model="numpy")
@@ -94,22 +84,23 @@ def _fill(units, block, scale):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _ahead(fmt):  # type: ignore[no-untyped-def]
+def _ahead(c, fmt, pages_ahead):  # type: ignore[no-untyped-def]
+    """Return how many bytes further on to prefetch: in a page that lies apart, or in the stream."""
+    if pages_ahead != 0:
+        return pages_ahead * c[COLD_PAGE_BYTES]
     return AHEAD_FP32_BYTES if fmt == FP32 else AHEAD_NARROW_BYTES
 
 
 @njit(error_model="numpy")
-def _scores(c, thread, first, block, key, page, scales_at, bounds):  # type: ignore[no-untyped-def]
+def _scores(c, thread, first, block, key, page, scales_at, bounds, pages_ahead):  # type: ignore[no-untyped-def]
     """Write the scores of one page's 32 tokens for a block of queries."""
     _, queries, narrow, scales, _, _, _, scores = _work(c, thread)
-    units = scores + BLOCK * COLUMNS * 6
+    units, ahead = scores + BLOCK * COLUMNS * 6, _ahead(c, key, pages_ahead)
     biases, dim, stride = units + BLOCK * 4, c[DIM], COLUMNS * 4
     query = queries + first * dim * 4
     if key == INT4:
-        fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases)
-        multiply_page(
-            key, block, page, 4 * COLUMNS, dim // 8, narrow, dim * 2, scores, stride, units, biases, AHEAD_NARROW_BYTES
-        )
+        fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases, pages_ahead * dim * 4)
+        multiply_page(key, block, page, 4 * COLUMNS, dim // 8, narrow, dim * 2, scores, stride, units, biases, ahead)
     elif key == INT8:
         integers, query_scales = narrow + first * dim * 2, scales + 4 * first
         multiply_page(
@@ -124,22 +115,25 @@ def _scores(c, thread, first, block, key, page, scales_at, bounds):  # type: ign
             stride,
             query_scales,
             scales_at,
-            AHEAD_NARROW_BYTES,
+            ahead,
         )
     else:
         if key == FP8:
             _fill(units, block, bf16_value(load_u16(scales_at)))
         row_bytes = plane_bytes(key, 1)
-        multiply_page(key, block, page, row_bytes, dim, query, dim * 4, scores, stride, units, 0, _ahead(key))
+        multiply_page(key, block, page, row_bytes, dim, query, dim * 4, scores, stride, units, 0, ahead)
 
 
 @njit(error_model="numpy")
-def _values(c, thread, first, block, value, plane, scales_at, valid):  # type: ignore[no-untyped-def]
+def _values(c, thread, first, block, value, plane, scales_at, valid, pages_ahead):  # type: ignore[no-untyped-def]
     """Add the values of one page's tokens, weighted, to what a block of queries has accumulated."""
     accumulators, _, _, _, _, factors, zero_sums, scores = _work(c, thread)
     weights, units = scores + BLOCK * COLUMNS * 4, scores + BLOCK * COLUMNS * 6
     dim, zero_bytes, out_bytes = c[DIM], _zero_bytes(c), c[PADDED] * 4
-    group = c[VALUE_GROUP] if value == INT4 else dim
+    group, ahead = c[VALUE_GROUP] if value == INT4 else dim, _ahead(c, value, pages_ahead)
+    if pages_ahead != 0:
+        for line in range(0, scale_bytes(value, dim, group, True), LINE_BYTES):
+            prefetch_line(scales_at + ahead + line)
     out, factor = accumulators + first * out_bytes, factors + 4 * first
     if value == FP8:
         _fill(units, block, bf16_value(load_u16(scales_at)))
@@ -160,26 +154,27 @@ def _values(c, thread, first, block, value, plane, scales_at, valid):  # type: i
             if value == INT8:
                 accumulate_page(
                     value, block, chunk, 2 * columns, (valid + 1) // 2, weights, COLUMNS * 2, out, out_bytes, units, factor,
-                    AHEAD_NARROW_BYTES,
+                    ahead,
                 )  # fmt: skip
             elif value == INT4:
                 accumulate_page(
                     value, block, chunk, 4 * columns, (valid + 7) // 8, weights, COLUMNS * 2, out, out_bytes, units, factor,
-                    AHEAD_NARROW_BYTES,
+                    ahead,
                 )  # fmt: skip
             else:
                 accumulate_page(
                     value, block, chunk, plane_bytes(value, columns) // PAGE_TOKENS, valid, scores, COLUMNS * 4, out, out_bytes,
-                    units, factor, _ahead(value),
+                    units, factor, ahead,
                 )  # fmt: skip
             out += COLUMNS * 4
 
 
-@cfunc("void(int64, int64, int64, int64, int64, int64, int64)", cache=True, error_model="numpy")
-def attend_page(descriptor, thread, key, value, page, bounds, valid):  # type: ignore[no-untyped-def]
+@cfunc("void(int64, int64, int64, int64, int64, int64, int64, int64)", cache=True, error_model="numpy")
+def attend_page(descriptor, thread, key, value, page, bounds, valid, pages_ahead):  # type: ignore[no-untyped-def]
     """Add the `valid` first tokens of one page to the running softmax of all queries of a group.
 
-    `key` and `value` are its formats, `bounds` where int4 keys have their scales.
+    `key` and `value` are its formats, `bounds` where int4 keys have their scales; the page `pages_ahead` from it comes next, if
+    that is not 0.
     """
     c = words(descriptor)
     _, _, _, _, state, factors, _, scores = _work(c, thread)
@@ -192,11 +187,11 @@ def attend_page(descriptor, thread, key, value, page, bounds, valid):  # type: i
         block = min(BLOCK, group - first)
         if block == 3:
             block = 2
-        _scores(c, thread, first, block, key, page, key_scales, bounds)
+        _scores(c, thread, first, block, key, page, key_scales, bounds, pages_ahead)
         for g in range(block):
             row = scores + g * COLUMNS * 4
             softmax_page(row, valid, state + 8 * (first + g), factors + 4 * (first + g), row)
-        _values(c, thread, first, block, value, values, value_scales, valid)
+        _values(c, thread, first, block, value, values, value_scales, valid, pages_ahead)
         first += block
 
 

@@ -174,14 +174,18 @@ def _softmax(builder: ir.IRBuilder, scores: Any, valid: Any, state: Any, factor:
     top = reduce(builder, larger(builder, *values), lambda a, b: larger(builder, a, b))
     top = larger(builder, old_top, top)
     tops = splat(builder, top)
-    rescale = builder.extract_element(exp2(builder, splat(builder, builder.fsub(old_top, top))), I32(0))
     exps = [exp2(builder, builder.fsub(value, tops)) for value in values]
     total = reduce(builder, builder.fadd(*exps), builder.fadd)
-    store(builder, top, state)
-    store(builder, builder.fadd(builder.fmul(old_total, rescale), total), state, FLOAT_BYTES)
-    store(builder, rescale, factor)
     for half, weight in enumerate(exps):
         store(builder, weight, weights, half * LANES * FLOAT_BYTES)
+    store(builder, top, state)
+    store(builder, F32(1.0), factor)
+    store(builder, builder.fadd(old_total, total), state, FLOAT_BYTES)
+    # A new maximum is rare after the first pages. Not "greater": a NaN must go this way, too.
+    with builder.if_then(builder.fcmp_unordered("!=", old_top, top), likely=False):
+        rescale = builder.extract_element(exp2(builder, splat(builder, builder.fsub(old_top, top))), I32(0))
+        store(builder, builder.fadd(builder.fmul(old_total, rescale), total), state, FLOAT_BYTES)
+        store(builder, rescale, factor)
 
 
 # (scores, valid tokens, state: running maximum and sum, factor on what was accumulated before, weights): float32.
@@ -203,6 +207,13 @@ def _scale(builder: ir.IRBuilder, out: Any, x: Any, count: Any, scale: Any) -> N
         store(builder, builder.fmul(load(builder, x, VF, where), scales), out, where)
 
 
+def _clear(builder: ir.IRBuilder, out: Any, count: Any) -> None:
+    with loop(builder, builder.sdiv(count, I64(LANES)), []) as (index, _, _):
+        store(builder, constant(0.0), out, builder.mul(index, I64(LANES * FLOAT_BYTES)))
+
+
+# (out, count): out = 0 over `count` floats, a multiple of 16.
+clear = addressed(2, types.void, _clear)
 # (out, x, count, factor, scale): out = factor x out + scale x x over `count` floats, a multiple of 16.
 blend = addressed(3, types.void, _blend, floats=2)
 # (out, x, count, scale): out = scale x x.
