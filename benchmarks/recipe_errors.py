@@ -4,6 +4,7 @@
 
 The sample's first tokens are the prefill; the tokens that have queries are appended and decoded one by one, so that anchors
 and ageing pages show. One error per layer x query head x query: relative L2 of the head's output. Prints a Markdown table.
+These are recipes as they are; what went into them, and what did not, is `recipe_study.py`'s.
 """
 
 import argparse
@@ -26,6 +27,14 @@ from elastickv.recipe import read_ratio, stored_ratio
 DTYPE = "bf16"
 RECIPES = (
     "int8",
+    "fp8",
+    "k=int8,v=int4,vgroup=32",
+    "k=int8,v=int4",
+    "k=int4,v=int8",
+    "int4,vgroup=32",
+    "int4",
+    *(f"int4,pages={fraction}" for fraction in ("1/2", "1/4", "1/8", "1/16")),
+    *(f"int4,pages={fraction},anchor_every={steps}" for fraction in ("1/2", "1/4", "1/8") for steps in (4, 16)),
     *(f"{cold}stride={stride}" for stride in (2, 3, 4, 5, 6, 8) for cold in ("bf16,", "int8,")),
     "reuse,anchor_every=4,decay=0.95,sinks=0,window=0",
     "reuse,anchor_every=4,decay=0.95",
