@@ -14,6 +14,7 @@ from elastickv.backends.cuda.variants import (
     Split,
     Variant,
     decode_variant,
+    kept_as,
     overlapping,
     plan_splits,
     split_variant,
@@ -45,9 +46,14 @@ class CudaBackend:
     def device(self) -> DeviceInfo:
         return self._device.info()
 
+    def _kept(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Recipe:
+        return kept_as(recipe, shape, capacity, dtype, self._device.arch) if self._kind == "auto" else recipe
+
     def _variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
         recipe.check_shape(shape.head_dim, shape.kv_heads)
-        variant = decode_variant(shape.head_dim, shape.group, dtype, recipe, self._device.arch, self._kind)
+        kept = self._kept(shape, capacity, dtype, recipe)
+        kind = self._kind if kept is recipe else "pages"
+        variant = decode_variant(shape.head_dim, shape.group, dtype, kept, self._device.arch, kind)
         if variant.paged:
             return Variant(variant.source, variant.arch, tuple(sorted((dict(variant.macros) | self._extra).items())))
         if "SPLITS" in self._extra:
@@ -86,7 +92,7 @@ class CudaBackend:
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
         """Return the device bytes that `cache` would allocate, its scratch included."""
         variant = self._variant(shape, capacity, dtype, recipe)
-        layout = Layout.of(shape, capacity, dtype, recipe, variant.paged)
+        layout = Layout.of(shape, capacity, dtype, self._kept(shape, capacity, dtype, recipe), variant.paged)
         _, scratch = self._grid(shape, variant, layout)
         return layout.n_bytes + scratch.n_bytes
 
@@ -100,19 +106,20 @@ class CudaBackend:
         if capacity < 1:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give at least 1")
         variant = self._variant(shape, capacity, dtype, recipe)
-        layout = Layout.of(shape, capacity, dtype, recipe, variant.paged)
+        kept = self._kept(shape, capacity, dtype, recipe)
+        layout = Layout.of(shape, capacity, dtype, kept, variant.paged)
         blocks, size = self._grid(shape, variant, layout)
         shared = self._scratch is not None and self._scratch.size.covers(size)
         needed = layout.n_bytes + (0 if shared else size.n_bytes)
         free = self._device.free_bytes - _SPARE_BYTES
         if needed > free:
-            fits = self._largest_capacity(shape, capacity, dtype, recipe, variant.paged, free - size.n_bytes)
+            fits = self._largest_capacity(shape, capacity, dtype, kept, variant.paged, free - size.n_bytes)
             remedy = f"a context of {fits} tokens fits" if fits else "not even one token fits"
             raise UsageError(f"a cache of {capacity} tokens needs {needed} bytes, {max(free, 0)} are free: {remedy}")
         if not shared:
             self._scratch = Scratch(self._device, size)
         assert self._scratch is not None
-        return CudaLayerCache(self._device, shape, capacity, dtype, recipe, variant, blocks, layout, self._scratch)
+        return CudaLayerCache(self._device, shape, capacity, dtype, recipe, kept, variant, blocks, layout, self._scratch)
 
     @staticmethod
     def _largest_capacity(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool, free: int) -> int:

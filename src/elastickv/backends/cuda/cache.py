@@ -24,7 +24,7 @@ _TOO_LARGE = 1 << 31
 
 
 class CudaLayerCache:
-    """A `LayerCache` in device memory."""
+    """A `LayerCache` in device memory, whose tokens are kept as another recipe of equal results may keep them."""
 
     def __init__(
         self,
@@ -33,13 +33,14 @@ class CudaLayerCache:
         capacity: int,
         dtype: str,
         recipe: Recipe,
+        kept: Recipe,
         variant: Variant,
         blocks: int,
         layout: Layout,
         scratch: Scratch,
     ) -> None:
         self.shape, self.capacity, self.dtype, self.recipe = shape, capacity, dtype, recipe
-        self.variant, self.blocks = variant, blocks
+        self._kept, self.variant, self.blocks = kept, variant, blocks
         self._device, self._scratch = device, scratch
         self.storage = Storage(device, layout)
         if layout.counts:
@@ -76,7 +77,7 @@ class CudaLayerCache:
         self._restart(lengths)
         dim = self.shape.head_dim
         # Chunks end where pages do.
-        sinks = min(self.recipe.sinks, longest)
+        sinks = min(self._kept.sinks, longest)
         edges = [0, *range(sinks + _CHUNK_TOKENS, longest, _CHUNK_TOKENS), longest]
         rows = max(min(longest, sinks + _CHUNK_TOKENS), 1)
         staged = [self._device.allocate(rows * dim * 4) for _ in range(2)]
@@ -181,7 +182,7 @@ class CudaLayerCache:
         return equal or (self.variant, self.blocks)
 
     def _launch_select(self, queries: Memory) -> None:
-        shape, storage, recipe, layout = self.shape, self.storage, self.recipe, self.storage.layout
+        shape, storage, recipe, layout = self.shape, self.storage, self._kept, self.storage.layout
         stride = layout.page_capacity + 1 if len(recipe.fractions) > 1 else 0
         numbers = (shape.kv_heads, shape.group, recipe.sinks, recipe.window, recipe.anchor_every, layout.page_capacity)
         variant = self.variant.selecting()
@@ -200,7 +201,7 @@ class CudaLayerCache:
         """Queue a decode."""
         if self.recipe.selection == "pages":
             self._launch_select(queries)
-        shape, storage, recipe, layout = self.shape, self.storage, self.recipe, self.storage.layout
+        shape, storage, recipe, layout = self.shape, self.storage, self._kept, self.storage.layout
         reused = storage.cached_output
         lse_offset = shape.batch * shape.query_heads * shape.head_dim * 4
         sizes = (shape.batch, shape.kv_heads, shape.group, self.passes)
@@ -226,7 +227,7 @@ class CudaLayerCache:
         )
 
     def _store_arguments(self) -> tuple[Any, ...]:
-        s, recipe, layout = self.storage, self.recipe, self.storage.layout
+        s, recipe, layout = self.storage, self._kept, self.storage.layout
         numbers = (recipe.sinks, recipe.window, layout.ring, recipe.stride, layout.exact_rows, layout.cold_rows)
         return (s.exact_k, s.exact_v, s.cold_k, s.cold_v, s.k_scale, s.v_scale, s.bad, *(i32(x) for x in numbers))
 
@@ -243,7 +244,7 @@ class CudaLayerCache:
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what is stored of one KV head of one sequence."""
-        recipe, layout, storage = self.recipe, self.storage.layout, self.storage
+        recipe, layout, storage = self._kept, self.storage.layout, self.storage
         head, length = row * self.shape.kv_heads + kv_head, int(self._lengths[row])
         exact_keys, exact_values = (self._rows(m, head, layout.exact_rows) for m in (storage.exact_k, storage.exact_v))
         if recipe.is_dense:
@@ -261,7 +262,13 @@ class CudaLayerCache:
             cold_values = self._codes(storage.v_scale, storage.cold_v, head, _V_CODE_OFFSET)
         else:
             cold_keys, cold_values = (self._rows(m, head, layout.cold_rows) for m in (storage.cold_k, storage.cold_v))
-        return StoredHead(cold_keys[:count], cold_values[:count], exact_keys[exact], exact_values[exact])
+        held = StoredHead(cold_keys[:count], cold_values[:count], exact_keys[exact], exact_values[exact])
+        if self.recipe.is_dense:
+            keys, values = (
+                np.concatenate(p) for p in ((held.cold_keys, held.exact_keys), (held.cold_values, held.exact_values))
+            )
+            return StoredHead(keys[:0], values[:0], keys, values)
+        return held
 
     def _rows(self, plane: Memory, head: int, rows: int) -> NDArray[np.float64]:
         dim, dtype = self.shape.head_dim, self.recipe.exact_dtype(self.dtype)
@@ -272,7 +279,7 @@ class CudaLayerCache:
 
     def _pages(self, head: int, value: bool, count: int) -> NDArray[np.float64]:
         """Return the (tokens, head_dim) numbers of the first pages of a head."""
-        recipe, dim, storage = self.recipe, self.shape.head_dim, self.storage
+        recipe, dim, storage = self._kept, self.shape.head_dim, self.storage
         fmt = str(recipe.value_format if value else recipe.key_format)
         group = recipe.v_group(dim)
         per_page = PAGE_TOKENS * FORMATS[fmt].row_bytes(dim)

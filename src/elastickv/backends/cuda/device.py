@@ -64,6 +64,7 @@ class Memory:
             self._driver.cuMemFree(pointer)
 
 
+_SHARING_ALIKE = frozenset({"append", "select", "decode_pages"})
 OVERLAPPING = frozenset({"append", "select", "decode"})
 _OVERLAPS_SINCE = 90
 _SCALARS = (ctypes.c_int, ctypes.c_longlong, ctypes.c_ulonglong, ctypes.c_float)
@@ -186,6 +187,10 @@ class CudaDevice:
             if variant.shared_bytes and name == "decode":
                 most = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 check(self.driver.cuKernelSetAttribute(most, variant.shared_bytes, kernel.handle, self._handle))
+            if variant.source in _SHARING_ALIKE and "K_FORMAT" in dict(variant.macros):
+                # A multiprocessor divides its memory anew, and waits, where kernels in turn want it divided differently.
+                divided = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                check(self.driver.cuKernelSetAttribute(divided, 100, kernel.handle, self._handle))
             self._kernels[key] = kernel
         return self._kernels[key]
 

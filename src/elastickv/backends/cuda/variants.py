@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from elastickv.backends.cuda.compiler import ARCHITECTURES, Compiled, compile_source
 from elastickv.errors import UsageError
-from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, Recipe
+from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.formats import round_up
 
 _TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
@@ -17,6 +17,8 @@ _COLD_NONE, _COLD_SAME, _COLD_INT8, _COLD_PAGES = range(4)
 _PAGE_FORMATS = {"bf16": 0, "fp16": 0, "int8": 1, "fp8": 2, "int4": 3}
 _ONE_QUERY_TILE = (("REUSE", 0), ("QTILES", 1))
 _MMA_SINCE = 80
+_BULK_SINCE = 90
+_DENSE_PAGES_FROM = 400 << 20  # bytes of K and V
 _HEADS_OF_MMA_TILE = 8
 KINDS = ("auto", "mma", "simt", "pages")
 _SPLIT_WARPS = 8
@@ -94,7 +96,9 @@ class Variant:
     def selecting(self) -> "Variant":
         """Return the variant of the selecting kernel that goes with it."""
         names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE", "K_FORMAT", "V_FORMAT", "V_GROUP")
-        return Variant("select", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 16), ("MIN_BLOCKS", 1)))
+        return Variant(
+            "select", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 16), ("MIN_BLOCKS", 1))
+        )
 
 
 def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: str, kind: str = "auto") -> Variant:
@@ -131,6 +135,14 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     return Variant("decode_simt", arch, _macros(common, QTILES=_tiles(group, tile, 4), WARPS=4, MIN_BLOCKS=2, TILE=tile))
 
 
+def kept_as(recipe: Recipe, shape: AttentionShape, capacity: int, dtype: str, arch: str) -> Recipe:
+    """Return how a recipe's tokens are kept: large dense caches as 16-bit pages, which bulk copies read faster than rows."""
+    size = 4 * shape.batch * shape.kv_heads * shape.head_dim * capacity
+    if not recipe.is_dense or dtype == "fp32" or int(arch) < _BULK_SINCE or size < _DENSE_PAGES_FROM:
+        return recipe
+    return Recipe(dtype, dtype, sinks=0, window=0)
+
+
 def needs_pages(recipe: Recipe) -> bool:
     """Return whether a recipe keeps whole pages: scales of pages, formats of K and V apart, or a selection of pages."""
     return recipe.key_format != recipe.value_format or recipe.key_format in ("fp8", "int4") or recipe.selection == "pages"
@@ -152,6 +164,8 @@ def _pages_variant(common: dict[str, int], group: int, recipe: Recipe, arch: str
         return Variant("decode_pages_simt", arch, _macros(common, WARPS=4, TILE=tile))
     tiles = 2 if group > _HEADS_OF_MMA_TILE and head_dim <= 128 else 1
     limit = _SHARED_BYTES.get(arch, _LEAST_SHARED_BYTES)
+    if limit == _SHARED_BYTES["90"] and _PAGE_FORMATS["bf16"] not in (common["K_FORMAT"], common["V_FORMAT"]):
+        limit -= _NEXT_KERNEL_BYTES
     for warps, stages in _RINGS:
         shared = _pages_shared_bytes(common, warps, tiles, stages)
         if shared + _STATIC_SHARED_BYTES <= limit:
@@ -162,6 +176,7 @@ def _pages_variant(common: dict[str, int], group: int, recipe: Recipe, arch: str
 
 
 _SHARED_BYTES = {"80": 163 << 10, "87": 163 << 10, "90": 227 << 10, "100": 227 << 10, "103": 227 << 10}
+_NEXT_KERNEL_BYTES = 44 << 10  # of a block of append or select, which is to fit beside one of decode
 _LEAST_SHARED_BYTES = 99 << 10
 _STATIC_SHARED_BYTES = 256
 _RINGS = ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2))  # warps of a block, stages of each
@@ -189,7 +204,7 @@ def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: 
 
 def selecting_blocks(page_capacity: int, heads: int, multiprocessors: int) -> int:
     """Return the blocks that score one head's pages."""
-    return max(1, min(-(-page_capacity // 64), -(-2 * multiprocessors // heads)))
+    return max(1, min(-(-page_capacity // 64), multiprocessors // heads))
 
 
 def selecting_shared_bytes(variant: Variant) -> int:

@@ -246,24 +246,37 @@ extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_hea
     if (i == 0) *bad = ~0ull;
 }
 
+// One map of the recurrence, a lane's part.
+struct Map {
+    float reflector[ELEMENTS], sign[ELEMENTS];
+    int permutation[ELEMENTS];
+};
+
+__device__ __forceinline__ void load_map(Map& map, const float* table) {
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) {
+        const int dim = (threadIdx.x & 31) + 32 * i;
+        map.reflector[i] = dim < D ? table[dim] : 0.f;
+        map.sign[i] = dim < D ? table[D + dim] : 0.f;
+        map.permutation[i] = dim < D ? reinterpret_cast<const int*>(table + 2 * D)[dim] : 0;
+    }
+}
+
 // x -> sign * (x - 2 u (u . x))[permutation], times `rms`. `row` is shared memory of this warp.
-__device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const float* reflector, const int* permutation,
-                                          const float* sign, float rms, float* row, float (&out)[ELEMENTS]) {
+__device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const Map& map, float rms, float* row, float (&out)[ELEMENTS]) {
     const int lane = threadIdx.x & 31;
     float dot = 0.f;
 #pragma unroll
-    for (int i = 0; i < ELEMENTS; i++)
-        if (lane + 32 * i < D) dot = fmaf(x[i], reflector[lane + 32 * i], dot);
+    for (int i = 0; i < ELEMENTS; i++) dot = fmaf(x[i], map.reflector[i], dot);
     for (int i = 16; i; i >>= 1) dot += __shfl_xor_sync(FULL, dot, i);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++)
-        if (lane + 32 * i < D) row[lane + 32 * i] = x[i] - 2.f * reflector[lane + 32 * i] * dot;
+        if (lane + 32 * i < D) row[lane + 32 * i] = x[i] - 2.f * map.reflector[i] * dot;
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++) {
-        const int dim = lane + 32 * i;
-        out[i] = dim < D ? rms * sign[dim] * row[permutation[dim]] : 0.f;
+        out[i] = lane + 32 * i < D ? rms * map.sign[i] * row[map.permutation[i]] : 0.f;
     }
 }
 
@@ -278,6 +291,10 @@ extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const size_t head = blockIdx.x;
     const bool value = blockIdx.y;
+    // Jobs: this block's token, then every other query of the group. Nothing writes the tables: they come before the wait.
+    Map map;
+    int mapped = warp ? 0 : 1 + value;
+    if (!keys) load_map(map, tables + mapped * 3 * D);
     wait_for_previous();
     let_next_start();
     int2* mine = state + (value ? gridDim.x : 0) + head;
@@ -294,9 +311,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int
             store_exact(s, value, head, position, x);
         }
     } else {
-        // Jobs: this block's token, then every other query of the group.
         for (int job = warp; job < (group + 1 - value) / 2 + 1; job += 8) {
-            const int query = 2 * (job - 1) + value, source = job ? query : 0, map = job ? 0 : 1 + value;
+            const int query = 2 * (job - 1) + value, source = job ? query : 0;
             const float* from = outputs + (head * group + source) * D;
             float square = 0.f;
 #pragma unroll
@@ -308,9 +324,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int
             const float norm = sqrtf(square / D + 1e-12f);
 #pragma unroll
             for (int i = 0; i < ELEMENTS; i++) x[i] /= norm;
-            const float* table = tables + map * 3 * D;
-            apply_map(x, table, reinterpret_cast<const int*>(table + 2 * D), table + D,
-                      job ? query_rms : value ? value_rms : key_rms, rows[warp], y);
+            if (job && mapped) load_map(map, tables + (mapped = 0));
+            apply_map(x, map, job ? query_rms : value ? value_rms : key_rms, rows[warp], y);
             if (job == 0) {
 #pragma unroll
                 for (int i = 0; i < ELEMENTS; i++) y[i] = round_exact(y[i]);
@@ -330,16 +345,21 @@ extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int
 #if COLD_TYPE == COLD_PAGES
         __shared__ PageTile tile;
 #endif
-        for (int i = warp; i < PAGE; i += 8) {
-            const int number = cold - PAGE + i;
-            if (number % s.stride) continue;
-            const char* row = exact_at(s, value, head, s.sinks + number);
+        float page[PAGE / 8][ELEMENTS];
 #pragma unroll
-            for (int e = 0; e < ELEMENTS; e++) x[e] = lane + 32 * e < D ? get_exact(row, lane + 32 * e) : 0.f;
+        for (int j = 0; j < PAGE / 8; j++) {
+            const char* row = exact_at(s, value, head, s.sinks + cold - PAGE + warp + 8 * j);
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; e++) page[j][e] = lane + 32 * e < D ? get_exact(row, lane + 32 * e) : 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < PAGE / 8; j++) {
+            const int token = warp + 8 * j;
 #if COLD_TYPE == COLD_PAGES
-            put_row(s, tile, value, head, cold / PAGE - 1, i, x);
+            put_row(s, tile, value, head, cold / PAGE - 1, token, page[j]);
 #else
-            store_cold(s, value, head, number / s.stride, x);
+            const int number = cold - PAGE + token;
+            if (number % s.stride == 0) store_cold(s, value, head, number / s.stride, page[j]);
 #endif
         }
 #if COLD_TYPE == COLD_PAGES

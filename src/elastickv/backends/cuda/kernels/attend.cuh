@@ -146,6 +146,23 @@ struct First {
     __device__ __forceinline__ bool holds(int row) const { return row < n; }
 };
 
+__device__ __forceinline__ int2 load_state(const int2* p) {
+    int2 v;
+    asm volatile("ld.global.v2.s32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
+// Tokens of the exact plane: the sinks, then the ring.
+struct InRing {
+    int sinks, ring, start, exact;
+    __device__ __forceinline__ bool all(int, int) const { return false; }
+    __device__ __forceinline__ bool holds(int row) const {
+        int at = row - sinks - start;
+        at = at < 0 ? at + ring : at;
+        return row < sinks ? row < exact : row < sinks + ring && sinks + at < exact;
+    }
+};
+
 // 16-bit rows, 16 tokens a unit; every `step`th from `unit` on. RING: the rows are a span's exact tokens. LOADED: the caller has
 // loaded the first unit, from `rows` rows of which not all need be tokens; else `rows` are the tokens.
 template <bool RING, bool LOADED, class Tokens>

@@ -161,8 +161,8 @@ __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
 }
 
 // The same of one (sequence, KV head), with its list of pages.
-__device__ __forceinline__ Span span_at(const Args& a, size_t head) {
-    Span s = span_of(a, a.state[head]);
+__device__ __forceinline__ Span span_with(const Args& a, size_t head, int2 state) {
+    Span s = span_of(a, state);
 #if SELECT
     const int2 listed = a.listed[head];
     s.listed = listed.x;
@@ -173,6 +173,8 @@ __device__ __forceinline__ Span span_at(const Args& a, size_t head) {
 #endif
     return s;
 }
+
+__device__ __forceinline__ Span span_at(const Args& a, size_t head) { return span_with(a, head, a.state[head]); }
 
 // Number of the `unit`th page that is read.
 __device__ __forceinline__ int page_at(const Args& a, const Span& s, size_t head, int unit) {
@@ -378,6 +380,17 @@ __device__ __forceinline__ void write_result(const Args& a, const Place& p, int 
 // True in the block that arrives last of `blocks`; everything the others wrote before is visible to it.
 __device__ __forceinline__ bool arrive(u32* counter, u32 blocks) {
     __shared__ u32 arrived;
+#if __CUDA_ARCH__ >= 700 && !defined(OLD_PART)
+    // One thread releases what all wrote before the barrier, and acquires for all after it; what it guards is read past L1.
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        arrived = 0;
+        if (blocks > 1) asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(arrived) : "l"(counter) : "memory");
+        if (arrived == blocks - 1 && blocks > 1) *counter = 0;
+    }
+    __syncthreads();
+    return arrived == blocks - 1;
+#else
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -388,6 +401,7 @@ __device__ __forceinline__ bool arrive(u32* counter, u32 blocks) {
     const bool last = arrived == blocks - 1;
     __threadfence();
     return last;
+#endif
 }
 
 // Merges every `stride`th partial of blocks first..last into the outputs, or if not `final` into the next level's of `first`.

@@ -6,7 +6,8 @@
 // nibble is an fp16 number by itself (n 2^-24, or, four bits higher, n 2^-20). Scales of K go into the query, high and low
 // part; scales of V into the probabilities. Before a block adds up what it has of a KV head, it starts its loads of the next.
 //
-// FIXED: equally many blocks attend to each KV head, for when all have equally much to read; else blocks share out what they find.
+// FIXED: equally many blocks attend to each KV head, for when all have equally much to read. What a warp reads first then follows
+// from the capacity alone and is on its way before the length is known. Else blocks share out what they find.
 //
 // Macros, beside those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES.
 #include "attend.cuh"
@@ -104,16 +105,22 @@ __device__ __forceinline__ void wait_for_page(u32 arrived, u32 parity) {
 #endif
 }
 
-// The pages that a warp goes through: every WARPS-th unit from `first` on.
+// The pages that a warp goes through: every `step`-th unit from `first` on.
 struct Walk {
     Planes planes;
-    int first, end;
+    int first, end, step;
     int numbers;  // lane i holds the number of the page that is i ahead of the last multiple of 32
 };
 
 __device__ __forceinline__ void look_ahead(Walk& walk, const Args& a, const Span& s, size_t head, int index) {
-    const int unit = walk.first + (index + (threadIdx.x & 31)) * WARPS;
-    walk.numbers = unit < walk.end ? page_at(a, s, head, unit) : 0;
+    const int unit = walk.first + (index + (threadIdx.x & 31)) * walk.step;
+#if SELECT
+    // The list is read before its end is known.
+    const int listed = unit < a.page_capacity ? a.pages[head * a.page_capacity + unit] : 0;
+    walk.numbers = unit < s.listed ? listed : s.fresh + unit - s.listed;
+#else
+    walk.numbers = unit;
+#endif
 }
 
 // Running results of one warp.
@@ -568,9 +575,11 @@ struct Task {
     Span s;
     Place p;
     int cold_begin, cold_end, exact_begin, exact_end;  // units
+    int stride;  // between units of a block
 };
 
 __device__ __forceinline__ void take_units(Task& task, u32 begin, u32 end) {
+    task.stride = 1;
     const u32 exact = task.s.exact ? task.s.units - task.s.cold_units : 0;
     task.exact_begin = (u64)begin * exact / task.s.units;
     task.exact_end = (u64)end * exact / task.s.units;
@@ -610,53 +619,99 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncwarp();
 #endif
-    wait_for_previous();
-    let_next_start();
-    u32 used = 0;  // pages that this warp has gone through
+    u32 used = 0;    // pages that this warp has gone through
+    int issued = 0;  // of those under way before the first of a problem was used
     Walk walk;
     Unit16 exact;
-    auto begin = [&](const Task& task) {
-        walk.planes = planes_of(a, task.p.head);
-        // Exact units go to the first warps, pages from the last on.
-        const int exact_unit = task.exact_begin + warp;
+    Words words;
+    Task task = {};
+    auto start = [&](int end) {
+        issued = 0;
+#pragma unroll 1
+        for (int i = 0; i < STAGES; i++) {
+            const u32 stage = (used + i) % STAGES;
+            const int page = __shfl_sync(FULL, walk.numbers, i);
+            if (walk.first + i * walk.step < end) {
+                start_page(stages + stage * STAGE, arrived + 8 * stage, walk.planes, page);
+                issued++;
+            }
+            end_group();
+        }
+    };
+    // Exact units go to the first warps, pages from the last on.
+    auto first_page = [&] { return task.cold_begin + (WARPS - 1 - warp) * task.stride; };
+    auto first_exact = [&](const Task& task) { return task.exact_begin + warp * task.stride; };
+#if FIXED
+    const u32 problems = a.batch * a.kv_heads * a.passes, splits = gridDim.x / problems, split = blockIdx.x % splits;
+    Work w = {};
+    w.problems = problems;
+    task.p = place_of(a, blockIdx.x / splits);
+    task.p.first_block = blockIdx.x - split;
+    task.p.last_block = task.p.first_block + splits - 1;
+    task.stride = splits;
+    task.cold_begin = split;
+    task.exact_begin = splits - 1 - split;
+    task.exact_end = (a.exact_rows + EXACT_UNIT - 1) / EXACT_UNIT;
+    const size_t head = task.p.head;
+    walk.planes = planes_of(a, head);
+    walk.first = first_page();
+    walk.step = splits * WARPS;
+    // What was written two launches ago or earlier may be read before this one waits for the last: without a list (append came
+    // last) all pages but one that append quantises; with one (select came last) everything but a list that is made just now.
+#if !SELECT
+    look_ahead(walk, a, task.s, head, 0);
+    start(a.page_capacity);
+    wait_for_previous();
+#endif
+    let_next_start();
+    const int2 length = load_state(a.state + head);
+    if (EARLY && first_exact(task) < task.exact_end) {
+        load_keys16<false>(exact, a, task.s, a.exact_k + head * a.exact_rows * EXACT_ROW, a.exact_rows, first_exact(task));
+        load_values16<false>(exact, a, task.s, a.exact_v + head * a.exact_rows * EXACT_ROW, a.exact_rows, first_exact(task));
+    }
+    if (EARLY) load_queries(words, a, task.p);
+#if SELECT
+    const bool anchor = max(length.y, 0) % a.anchor_every == 0;
+    if (anchor) wait_for_previous();
+#endif
+    task.s = span_with(a, head, length);
+    walk.end = task.cold_end = task.s.cold_units;
+#if SELECT
+    look_ahead(walk, a, task.s, head, 0);
+    start(walk.end);
+    if (!anchor) wait_for_previous();
+#else
+    const int newest = walk.end - 1 - walk.first;
+    if (cold_tokens(a, length.x) > cold_tokens(a, length.x - 1) && newest >= 0 && newest % walk.step == 0 &&
+        newest / walk.step < STAGES) {
+        // This warp may have the newest page as it was before append: once more.
+        for (; issued; issued--, used++) wait_for_page(arrived + 8 * (used % STAGES), used / STAGES & 1);
+        __syncwarp();
+        start(walk.end);
+    }
+#endif
+#else
+    auto begin = [&] {
+        const int exact_unit = first_exact(task);
         if (EARLY && exact_unit < task.exact_end) {
             const size_t first = task.p.head * a.exact_rows * EXACT_ROW;
             load_keys16<true>(exact, a, task.s, a.exact_k + first, task.s.exact, exact_unit);
             load_values16<true>(exact, a, task.s, a.exact_v + first, task.s.exact, exact_unit);
         }
-        walk.first = task.cold_begin + WARPS - 1 - warp;
+        walk.planes = planes_of(a, task.p.head);
+        walk.first = first_page();
         walk.end = task.cold_end;
+        walk.step = WARPS;
         look_ahead(walk, a, task.s, task.p.head, 0);
-#pragma unroll 1
-        for (int i = 0; i < STAGES; i++) {
-            const u32 stage = (used + i) % STAGES;
-            const int page = __shfl_sync(FULL, walk.numbers, i);
-            if (walk.first + i * WARPS < walk.end) start_page(stages + stage * STAGE, arrived + 8 * stage, walk.planes, page);
-            end_group();
-        }
+        start(walk.end);
+        if (EARLY) load_queries(words, a, task.p);
     };
-
-    Words words;
-    Task task;
-#if FIXED
-    const u32 problems = a.batch * a.kv_heads * a.passes, splits = gridDim.x / problems, split = blockIdx.x % splits;
-    task.p = place_of(a, blockIdx.x / splits);
-    if (EARLY) load_queries(words, a, task.p);
-    task.s = span_at(a, task.p.head);
-    Work w = {};
-    w.problems = problems;
-    const u32 per = max((task.s.units + splits - 1) / splits, (u32)WARPS);
-    if (split * per >= task.s.units) return;
-    take_units(task, split * per, min(split * per + per, (u32)task.s.units));
-    task.p.first_block = blockIdx.x - split;
-    task.p.last_block = task.p.first_block + (task.s.units - 1) / per;
-    begin(task);
-#else
+    wait_for_previous();
+    let_next_start();
     Work w = find_work(a);
     if (!w.left || w.problem >= w.problems) return;
     task = task_of(a, w);
-    begin(task);
-    if (EARLY) load_queries(words, a, task.p);
+    begin();
 #endif
     while (true) {
         __syncthreads();
@@ -668,23 +723,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         stage_queries(words, a, shared);
         __syncthreads();
         // Exact rows first: meanwhile the first pages arrive.
-        const int exact_unit = kept.exact_begin + warp;
+        const int exact_unit = first_exact(kept), exact_step = WARPS * kept.stride;
         const bool has_exact = exact_unit < kept.exact_end;
         if (has_exact) {
             const size_t first = kept.p.head * a.exact_rows * EXACT_ROW;
             const Span s = kept.s;
-            const First tokens = {s.exact};
             const char *keys = a.exact_k + first, *values = a.exact_v + first;
+#if FIXED
+            const InRing tokens = {a.sinks, a.ring, s.ring_start, s.exact};
+            const int rows = a.exact_rows;
+#else
+            const First tokens = {s.exact};
+            const int rows = s.exact;
+#endif
             Running r = {};
             r.m = NOTHING;
-            attend16<true, EARLY>(r, exact, a, s, keys, values, s.exact, tokens, exact_unit, kept.exact_end, WARPS,
-                                 shared.exact_query, 0.f);
+            attend16<!FIXED, EARLY>(r, exact, a, s, keys, values, rows, tokens, exact_unit, kept.exact_end, exact_step,
+                                    shared.exact_query, 0.f);
             leave_exact(r, shared.sums[warp], shared.sums_ml[warp]);
 #if TILES > 1
             r = Running{};
             r.m = NOTHING;
-            attend16<true, false>(r, exact, a, s, keys, values, s.exact, tokens, exact_unit, kept.exact_end, WARPS,
-                                  shared.exact_query + K16 * 2 * 32, 0.f);
+            attend16<!FIXED, false>(r, exact, a, s, keys, values, rows, tokens, exact_unit, kept.exact_end, exact_step,
+                                    shared.exact_query + K16 * 2 * 32, 0.f);
             leave_exact(r, shared.sums[warp] + 4 * PAIR, shared.sums_ml[warp] + HEADS);
 #endif
             __syncwarp();
@@ -696,7 +757,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             r.exponent = -100.f;
             int now = walk.numbers;  // numbers of the pages in use; `walk` is ahead of them
 #pragma unroll 1
-            for (int i = 0, unit = walk.first; unit < walk.end; i++, unit += WARPS) {
+            for (int i = 0, unit = walk.first; unit < walk.end; i++, unit += walk.step) {
                 const u32 stage = used % STAGES;
                 wait_for_page(arrived + 8 * stage, used / STAGES & 1);
                 const char* at = shared.stages[warp][stage];
@@ -710,10 +771,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
                 const int ahead = i + STAGES;
                 if ((ahead & 31) == 0) look_ahead(walk, a, kept.s, kept.p.head, ahead);
                 const int next = __shfl_sync(FULL, walk.numbers, ahead & 31);
-                if (unit + STAGES * WARPS < walk.end) start_page(stages + stage * STAGE, arrived + 8 * stage, walk.planes, next);
+                if (unit + STAGES * walk.step < walk.end) start_page(stages + stage * STAGE, arrived + 8 * stage, walk.planes, next);
                 end_group();
                 used++;
+                issued--;
             }
+#pragma unroll 1
+            for (; issued > 0; issued--, used++) wait_for_page(arrived + 8 * (used % STAGES), used / STAGES & 1);
             leave_pages(r, shared.sums[warp], shared.sums_ml[warp], has_exact);
         }
         w = kept_work;
@@ -730,8 +794,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         const bool more = next.left && next.problem < next.problems;
         if (more) {
             task = task_of(a, next);
-            begin(task);
-            if (EARLY) load_queries(words, a, task.p);
+            begin();
         }
 #endif
         __syncthreads();

@@ -20,23 +20,6 @@
 #define CLUSTER_OF
 #endif
 
-__device__ __forceinline__ int2 load_state(const int2* p) {
-    int2 v;
-    asm volatile("ld.global.v2.s32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-    return v;
-}
-
-// Tokens of the exact plane: the sinks, then the ring.
-struct InRing {
-    int sinks, ring, start, exact;
-    __device__ __forceinline__ bool all(int, int) const { return false; }
-    __device__ __forceinline__ bool holds(int row) const {
-        int at = row - sinks - start;
-        at = at < 0 ? at + ring : at;
-        return row < sinks ? row < exact : row < sinks + ring && sinks + at < exact;
-    }
-};
-
 #if CLUSTER
 // What the blocks of a cluster send each other: data and word of its arrival in one, so that nobody fences.
 struct Inbox {
@@ -112,6 +95,10 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
 #endif
     const int exact_units = (a.exact_rows + EXACT_UNIT - 1) / EXACT_UNIT;
 
+    // Into L2, where append's writes arrive too, may go before it has ended.
+    const size_t first_exact = (size_t)head * a.exact_rows;
+    const char *ek = a.exact_k + first_exact * EXACT_ROW, *ev = a.exact_v + first_exact * EXACT_ROW;
+    prefetch(ek, ev, unit, exact_units, EXACT_UNIT * EXACT_ROW, (size_t)a.exact_rows * EXACT_ROW);
     wait_for_previous();
     let_next_start();
     const int2 now = load_state(a.state + head);
@@ -134,8 +121,6 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
         }
 #endif
     Span s = {};
-    const size_t first_exact = (size_t)head * a.exact_rows;
-    const char *ek = a.exact_k + first_exact * EXACT_ROW, *ev = a.exact_v + first_exact * EXACT_ROW;
     Unit16 exact;
     if (unit < exact_units) {
         load_keys16<false>(exact, a, s, ek, a.exact_rows, unit);
