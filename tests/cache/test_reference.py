@@ -38,7 +38,19 @@ def test_dense_fp32_is_plain_attention():
     np.testing.assert_allclose(lse[1, 2:], expected.lse)
 
 
-@pytest.mark.parametrize("text", ["int8", "bf16,stride=3", "int8,stride=5", "bf16,reuse,anchor_every=3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int8",
+        "fp8",
+        "int4,vgroup=32",
+        "k=int8,v=int4",
+        "int4,pages=1/2,anchor_every=4",
+        "bf16,stride=3",
+        "int8,stride=5",
+        "bf16,reuse,anchor_every=3",
+    ],
+)
 def test_appending_one_by_one_stores_what_a_block_stores(text):
     block, steps = filled(text, [330, 250]), filled(text, [200, 120])
     keys, values = tokens(330)
@@ -112,3 +124,67 @@ def test_a_nan_is_raised_with_its_position():
     cache.append(bad[0], bad[1])
     with pytest.raises(NonFiniteError, match="sequence 1, KV head 0, position 150"):
         cache.raise_non_finite()
+
+
+def walk(text, start=300, steps=70):
+    """The pages read of row 0, head 1 at every step, beside the cold pages there."""
+    cache, (keys, values) = filled(text, [start, start]), tokens(400)
+    for i in range(steps):
+        cache.append(keys[:, :, start + i], values[:, :, start + i])
+        cache.decode(queries(i))
+        yield cache, i, cache.pages_read(0, 1), max(0, start + i + 1 - 4 - 128) // 32
+
+
+def test_the_best_pages_by_their_scales_are_read_at_an_anchor():
+    for cache, i, read, cold in walk("int4,pages=1/2", steps=3):
+        stored = cache.stored(0, 1)
+        pages = rounded(tokens(400)[0][0, 1, 4 : 4 + 32 * cold], "bf16").reshape(cold, 32, 64).astype(np.float64)
+        low, high = pages.min(axis=1), pages.max(axis=1)
+        middle, half = (low + high) / 2, (high - low) / 4
+        q = queries(i)[0, 2:].astype(np.float64)
+        scores = (q @ middle.T + np.abs(q) @ half.T).sum(axis=0)
+        assert set(read) == set(np.argsort(-scores)[: cold // 2])
+        assert len(stored.cold_keys) == 32 * cold
+
+
+def test_between_anchors_the_list_stays_and_pages_that_turned_cold_are_added():
+    list_, at_anchor, grown = None, 0, 0
+    for _, i, read, cold in walk("int4,pages=1/4,anchor_every=40"):
+        if i % 40 == 0:
+            list_, at_anchor = read, cold
+            assert len(read) == max(1, cold // 4)
+        np.testing.assert_array_equal(read, np.r_[list_, at_anchor:cold])
+        grown += cold > at_anchor
+    assert grown
+
+
+def test_every_head_reads_its_own_share():
+    for cache, _, _, cold in walk("pages=1/5:1", steps=2):
+        assert [len(cache.pages_read(0, head)) for head in range(2)] == [cold // 5, cold]
+        assert cold == 5
+
+
+def test_reading_every_page_is_reading_everything():
+    everything, pages = filled("int4", [330, 250]), filled("int4,pages=1", [330, 250])
+    np.testing.assert_allclose(pages.decode(queries())[0], everything.decode(queries())[0], rtol=1e-12)
+
+
+def test_a_decode_at_an_anchor_can_be_repeated():
+    cache = filled("int4,pages=1/2,anchor_every=4", [300, 200])
+    first = cache.decode(queries())[0]
+    np.testing.assert_array_equal(cache.decode(queries())[0], first)
+
+
+@pytest.mark.parametrize("text", ["int4", "fp8", "k=fp8,v=int4,vgroup=32", "k=int4,v=int8"])
+def test_the_window_is_exact_and_cold_rows_are_near(text):
+    cache = filled(text, [300, 300])
+    keys, values = (rounded(x[0, 0], "bf16") for x in tokens(300))
+    stored = cache.stored(0, 0)
+    assert len(stored.cold_keys) == len(stored.cold_values) == 160
+    np.testing.assert_array_equal(stored.exact_keys, np.r_[keys[:4], keys[164:]])
+    for got, given, fmt in (
+        (stored.cold_keys, keys[4:164], cache.recipe.key_format),
+        (stored.cold_values, values[4:164], cache.recipe.value_format),
+    ):
+        # Standard normal numbers stay below 5: a step of int4 is at most 10 / 15, fp8 has 4 bits of significand, int8 7.
+        assert 0 < np.abs(got - given).max() <= {"int4": 1 / 3, "fp8": 5 / 32, "int8": 5 / 254}[fmt] * 1.02
