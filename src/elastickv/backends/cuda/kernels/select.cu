@@ -13,9 +13,12 @@
 //   counts[kv_head * counts_stride + pages]: how many of so many pages to list
 //   scores: heads * (page_capacity rounded up to 32) floats; counters: one a head, zero before and after
 //
-// Macros: HEAD_DIM, K_FORMAT = 3, WARPS, MIN_BLOCKS, what else common.cuh takes; IN_FLIGHT (16-byte loads of a lane, 8 or 16).
+// Macros: HEAD_DIM, K_FORMAT = 3, WARPS, what else common.cuh takes; MIN_BLOCKS, IN_FLIGHT (16-byte loads of a lane, 8 or 16).
 #include "pages.cuh"
 
+#ifndef MIN_BLOCKS
+#define MIN_BLOCKS 1
+#endif
 #ifndef IN_FLIGHT
 #define IN_FLIGHT 16
 #endif
