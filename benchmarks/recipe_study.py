@@ -1,11 +1,12 @@
 """What recipes cost on real activations: the tables behind the solver. NumPy, no back end's rounding.
 
-    python benchmarks/recipe_study.py [--input FILE ...]
+    python benchmarks/recipe_study.py [--input FILE ...] [--only STUDY ...]
     python benchmarks/recipe_study.py --losses
 
 Writes `results/sample/recipe_study.json` (every study, the shipped sample and, if given, captures of every layer as
-`capture_sample.py --tokens` writes them: two windows of one text, the first to calibrate on and the second to test on) and
-prints Markdown tables. `--losses` writes the solver's table, `src/elastickv/recipe/losses.json`, from that file's captures.
+`capture_sample.py --tokens` writes them: two windows of one text, the first to calibrate on and the second to test on);
+`study_tables.py` prints it as tables. `--losses` writes the solver's figures, `src/elastickv/recipe/losses.json`, from that
+file's captures.
 
 A loss is a recipe error as the receipt defines it: relative L2 of a head's output against dense attention on the unquantised
 keys and values, one per layer x query head x query; the solver's is the root mean square of all.
@@ -17,12 +18,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from replay import Bools, Float32, Head, listed
+from scipy.linalg import hadamard
 from storage import package, shared_scale, tried
 
 from elastickv import __version__
@@ -154,17 +157,42 @@ def study_halves(head: Head, keys: dict[str, Float32], values: dict[str, Float32
     return found
 
 
-def of_head(item: tuple[int, int, Head, Float32]) -> tuple[int, int, dict[str, Errors]]:
+def study_rotation(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
+    """Pages by the bounds of Hadamard-rotated int4 keys, and values rotated alone."""
+    dim = head.q.shape[-1]
+    turn = (hadamard(dim) / np.sqrt(dim)).astype(np.float32)
+    turned = Head(head.q @ turn, head.k @ turn, head.v)
+    rotated_keys = package("int4", False, dim, dim).store(head.pages[0] @ turn) @ turn.T
+    rotated_values = package("int4", True, dim, dim).store(head.pages[1] @ turn) @ turn.T
+    found = {}
+    for fraction in (1 / 2, 1 / 4, 1 / 8):
+        ways = {"rot k": (turned, rotated_keys, values["int4/64"]), "rot v": (head, keys["int4"], rotated_values)}
+        for name, (scored, k, v) in ways.items():
+            read = listed(head, whole_head_scores(scored)[1], counts(head, fraction), 1)
+            found[f"{name},{fraction}@1"] = head.errors(head.output(k, v, read))
+    return found
+
+
+STUDIES = {
+    "formats": study_formats,
+    "pages": study_pages,
+    "scorers": study_scorers,
+    "halves": study_halves,
+    "rotation": study_rotation,
+}
+
+
+def of_head(names: list[str], item: tuple[int, int, Head, Float32]) -> tuple[int, int, dict[str, Errors]]:
     layer, kv, head, all_values = item
     keys, values = stored_pages(head, all_values)
-    studies = {"formats": study_formats, "pages": study_pages, "scorers": study_scorers, "halves": study_halves}
-    return layer, kv, {name: study(head, keys, values) for name, study in studies.items()}
+    return layer, kv, {name: STUDIES[name](head, keys, values) for name in names}
 
 
-def ragged(head: Head, all_values: Float32, fraction: float, anchor: int) -> Float32:
-    keys, values = stored_pages(head, all_values)
+def ragged(head: Head, fraction: float, anchor: int) -> Float32:
+    dim = head.q.shape[-1]
+    keys, values = (package("int4", is_value, dim, dim).store(pages) for is_value, pages in enumerate(head.pages))
     read: Bools = listed(head, whole_head_scores(head)[1], counts(head, fraction), anchor)
-    return head.errors(head.output(keys["int4"], values["int4/64"], read))
+    return head.errors(head.output(keys, values, read))
 
 
 def allotted(losses: np.ndarray, share: float) -> np.ndarray:
@@ -193,13 +221,13 @@ def allotted(losses: np.ndarray, share: float) -> np.ndarray:
 
 
 def study_calibration(first: Path, second: Path, found: list[tuple[int, int, dict[str, Errors]]]) -> dict[str, Any]:
-    """Fractions per (layer, KV head) from the first window, tested on the second, at equal pages."""
+    """Fractions per (layer, KV head) from the first window, tested on the second, at equal pages; least summed squares."""
     table = {}
     for anchor in (1, 4):
         name = "k=int4,v=int4/64"
         pages = [[f["pages"][f"{name},{fr}@{anchor}"] for fr in FRACTIONS[1:]] for *_, f in found]
         base = [f["formats"][name] for *_, f in found]
-        losses = np.array([[e.mean() for e in (b, *p)] for b, p in zip(base, pages, strict=True)])
+        losses = np.array([[np.square(e).mean() for e in (b, *p)] for b, p in zip(base, pages, strict=True)])
         layers = np.array([layer for layer, *_ in found])
         tests = list(heads_of(second))
         for share in (1 / 2, 1 / 4, 1 / 8):
@@ -209,9 +237,7 @@ def study_calibration(first: Path, second: Path, found: list[tuple[int, int, dic
                 ("per head of a layer", by_layer),
                 ("per head of the model", allotted(losses, share)),
             ):
-                errors = [
-                    ragged(head, values, float(f), anchor) for (*_, head, values), f in zip(tests, fractions, strict=True)
-                ]
+                errors = [ragged(head, float(f), anchor) for (*_, head, _), f in zip(tests, fractions, strict=True)]
                 table[f"{way},{share}@{anchor}"] = summary(errors)
     return table
 
@@ -226,9 +252,33 @@ def summary(errors: list[Float32]) -> dict[str, float]:
     }
 
 
-def summaries(found: list[tuple[int, int, dict[str, Errors]]]) -> dict[str, dict[str, Any]]:
+def summaries(found: list[tuple[int, int, dict[str, Errors]]], names: list[str]) -> dict[str, dict[str, Any]]:
     first = found[0][2]
-    return {study: {name: summary([f[study][name] for *_, f in found]) for name in first[study]} for study in first}
+    return {study: {name: summary([f[study][name] for *_, f in found]) for name in first[study]} for study in names}
+
+
+def equal_bytes(table: dict[str, dict[str, Any]], head_dim: int = 64) -> dict[str, Any]:
+    """Return what int4 with pages loses at the cold bytes of each storage that was tried, and the fraction it reads.
+
+    Of int4 with pages, the better of anchors every step and every four; between measured fractions, on the line over their
+    logarithm.
+    """
+    key, value = package("int4", False, head_dim, head_dim), package("int4", True, head_dim, head_dim)
+    whole, plane = key.bytes_per_token + value.bytes_per_token, 4 * head_dim / 32
+    at, rows = -np.log2(FRACTIONS), {}
+    for name, (k, v) in tried(head_dim).items():
+        budget, found = k.bytes_per_token + v.bytes_per_token, {}
+        for anchor in (1, 4):
+            fraction = (budget - plane / anchor) / whole
+            if 0 < fraction < 1:
+                curve = [table["pages"][f"{COMBINED[0]},{f}@{anchor}"] for f in FRACTIONS[1:]]
+                curve = [table["formats"][COMBINED[0]], *curve]
+                loss = {m: float(np.interp(-np.log2(fraction), at, [point[m] for point in curve])) for m in ("mean", "rms")}
+                found[anchor] = {"fraction": fraction, "anchor_every": anchor, **loss}
+        own = {measure: table["formats"][name][measure] for measure in ("mean", "rms")}
+        best = min(found.values(), key=lambda row: row["rms"]) if budget < whole else table["formats"][COMBINED[0]]
+        rows[name] = {"cold_ratio": 4 * head_dim / budget, **own, "int4_pages": best}
+    return rows
 
 
 def provenance(paths: list[Path]) -> dict[str, Any]:
@@ -280,21 +330,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--input", type=Path, nargs="*", default=[], help="captures of every layer, two windows")
     parser.add_argument("--losses", action="store_true", help="only write the solver's table, from the results there are")
+    parser.add_argument(
+        "--only", nargs="*", choices=[*STUDIES, "calibration"], help="renew these studies of the results there are"
+    )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if options.losses or options.only else None
     if options.losses:
-        captures = json.loads(RESULTS.read_text(encoding="utf-8"))["captures"]
-        write(LOSSES, {**{k: v for k, v in captures.items() if k not in ("studies", "windows")}, **losses(captures["studies"])})
+        captures = before["captures"]
+        source = {key: captures[key] for key in ("versions", "script", "inputs")}
+        write(LOSSES, {"date_utc": captures["dates_utc"]["pages"], **source, **losses(captures["studies"])})
         return
-    record: dict[str, Any] = {"sample": provenance([SAMPLE_PATH]), "captures": provenance(options.input)}
+    names = options.only or [*STUDIES, "calibration"]
+    record = {"sample": provenance([SAMPLE_PATH]), "captures": provenance(options.input)}
+    for key in record:
+        record[key]["studies"] = before[key]["studies"] if before else {}
+        record[key]["dates_utc"] = (before[key]["dates_utc"] if before else {}) | dict.fromkeys(names, record[key]["date_utc"])
+    per_head = [name for name in names if name != "calibration"]
+    # Calibration reads what the first window lost by format and fraction.
+    needed = sorted({*per_head, *(("formats", "pages") if "calibration" in names else ())})
     with ProcessPoolExecutor(options.processes) as pool:
-        record["sample"]["studies"] = summaries(list(pool.map(of_head, heads_of(SAMPLE_PATH))))
-        found = [list(pool.map(of_head, heads_of(path), chunksize=1)) for path in options.input]
+        record["sample"]["studies"] |= summaries(list(pool.map(partial(of_head, per_head), heads_of(SAMPLE_PATH))), per_head)
+        wanted = [needed if number == 0 else per_head for number in range(len(options.input))]
+        found = [list(pool.map(partial(of_head, w), heads_of(p))) for w, p in zip(wanted, options.input, strict=True)]
     if found:
-        record["captures"]["studies"] = summaries([head for window in found for head in window])
-        record["captures"]["windows"] = [summaries(window)["pages"] for window in found]
-    if len(found) > 1:
+        record["captures"]["studies"] |= summaries([head for window in found for head in window], per_head)
+    if len(found) > 1 and "calibration" in names:
         record["captures"]["studies"]["calibration"] = study_calibration(*options.input[:2], found[0])
+    for part in record.values():
+        if part["studies"]:
+            part["equal_bytes"] = equal_bytes(part["studies"])
     write(RESULTS, record)
 
 
