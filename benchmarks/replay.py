@@ -1,7 +1,7 @@
 """Replay of captured attention inputs in NumPy: any stored keys and values, any lists of pages, against dense attention.
 
 One (layer, KV head) at a time, all of its queries at once in float32; the regions, the ages of pages and the anchors are those
-that decoding token by token would have (`recipe_study.py --check` holds it against the reference cache).
+that decoding token by token would have, as the reference cache has them.
 """
 
 from dataclasses import dataclass
