@@ -5,7 +5,8 @@
 
 A shape is batch,query heads,KV heads,head_dim,context; a recipe may end in @C, the budget it is solved for. The first cell of
 a shape is measured beside every installed peer, the others beside the fastest 16-bit and the fastest 8-bit one of that cell.
-Each cell's whole result is a file; `table.json` holds the rows, `summary.md` shows them. A cell that fails or does not fit is
+A solved recipe is measured in the inference cycle too: its whole step is append, score, select, decode and merge, over whole
+anchor intervals and the quantisation of pages. Each cell's whole result is a file; `table.json` holds the rows, `summary.md` shows them. A cell that fails or does not fit is
 a row with the reason. `--resume` keeps the cells whose files are there, `--tables` measures nothing.
 
 Ceiling: (dense bytes / bytes read) x (read ceiling / bandwidth of the fastest 16-bit peer), the most that any kernel can gain.
@@ -32,7 +33,7 @@ SHAPES = [
     (32, 32, 8, 128, 32768),
     (1, 8, 1, 128, 131072),
 ]
-RECIPES = ("dense", "int8", "fp8", "int4", "auto@4", "auto@8")
+RECIPES = ("int4", "int8", "fp8", "int4,vgroup=32", "auto@4", "auto@8")
 # Column -> beginnings of the names and whether keys and values are 16 bit: the fastest of them is shown.
 PEER_COLUMNS = {
     "SDPA flash": ("torch-sdpa-flash", True),
@@ -72,6 +73,7 @@ def cell_options(shape: tuple[int, ...], recipe: str) -> list[str]:
         *(f"{name}={size}" for name, size in zip(names, shape, strict=True)),
         *(f"--recipe={text}", f"--compress={budget or 1}"),
         f"--inner-loops={max(8, min(64, int(SAMPLE_BYTES / dense_bytes(shape))))}",
+        *(["--inference"] if budget else []),
     ]
 
 
@@ -105,10 +107,10 @@ def fastest(result: dict, dense: bool, beginning: str = "") -> dict | None:
     return min((t for t in peers if (t["dtype"] in DENSE_DTYPES) == dense), key=lambda t: t["time_ms"], default=None)
 
 
-def asked_peers(result: dict | None) -> str:
-    """Return whom the further cells of a shape are measured beside: all where there is no first cell yet."""
+def asked_peers(result: dict | None, first: str) -> str:
+    """Return whom the further cells of a shape are measured beside: those of the first cell where there is none yet."""
     best = [fastest(result, dense) for dense in (True, False)] if result else []
-    return ",".join(timing["name"] for timing in best if timing) or "all"
+    return ",".join(timing["name"] for timing in best if timing) or first
 
 
 def row(name: str, result: dict) -> dict:
@@ -122,7 +124,8 @@ def row(name: str, result: dict) -> dict:
     rival = peer or times[result["baseline"]["name"]]
     gain = rival["time_ms"] / elastic["time_ms"]
     ceiling = recipe["ratio_read"] * result["ceilings"]["read_gbs"] / rival["kv_bandwidth_gbs"]
-    cycle, kernel = result["inference_cycle"], result["fidelity"]["kernel_error"].get("elastic")
+    cycle, step = result["inference_cycle"], whole_step(result)
+    kernel = result["fidelity"]["kernel_error"].get("elastic")
 
     def shown(timing: dict | None) -> dict | None:
         keys = ("name", "version", "dtype", "kv_bandwidth_gbs")
@@ -147,21 +150,30 @@ def row(name: str, result: dict) -> dict:
         "of_ceiling": gain / ceiling,
         "speedup": result["speedup"],
         "cycle_speedup": cycle["speedup_vs_baseline"] if cycle else None,
+        "whole_step_us": step,
+        "gain_of_whole_step": 1e3 * rival["time_ms"] / step if step else None,
+        "token_latency_ms": cycle["elastic_token_latency_ms"] if cycle else None,
         "kernel_error": kernel["max"] if kernel else None,
         "recipe_error": sample["recipe_error"] if sample else None,
         "recipe_error_refused": result["fidelity"]["sample_refused"],
     }
 
 
+def whole_step(result: dict) -> float | None:
+    """Return the microseconds of a layer's whole step in the inference cycle."""
+    cycle = result["inference_cycle"]
+    return cycle and 1e3 * cycle["elastic_total_ms"] / cycle["decode_tokens"]
+
+
 def cells_table(rows: list[dict]) -> list[str]:
     lines = [
         "| cell | recipe | hash | bytes read 1/ | us | GB/s | rival, us | rival / this | ceiling | of it | 8-bit peer / this | "
-        "kernel error | recipe error | against the fastest dense | cycle |",
-        "|" + "---|" * 15,
+        "kernel error | recipe error | against the fastest dense | cycle | whole step, us | rival / whole step |",
+        "|" + "---|" * 17,
     ]
     for r in rows:
         if "not_run" in r:
-            lines.append(f"| {r['cell']} | not run: {r['not_run'].replace('|', '/')} |" + " |" * 13)
+            lines.append(f"| {r['cell']} | not run: {r['not_run'].replace('|', '/')} |" + " |" * 15)
             continue
         peer = r["fastest_dense_peer"] or r["own_dense"]
         speedup = r["speedup"]
@@ -170,7 +182,8 @@ def cells_table(rows: list[dict]) -> list[str]:
             f"{peer['us']:.1f} ({r['rival']}) | {r['gain_over_rival']:.2f} | {r['ceiling']:.2f} | {r['of_ceiling']:.2f} | "
             f"{optional(r['gain_over_narrow_peer'], '.2f')} | {optional(r['kernel_error'], '.1e')} | "
             f"{optional(r['recipe_error'] and r['recipe_error']['mean'], '.4f')} | "
-            f"{speedup['estimate']:.3f} [{speedup['low']:.3f}, {speedup['high']:.3f}] | {optional(r['cycle_speedup'], '.3f')} |"
+            f"{speedup['estimate']:.3f} [{speedup['low']:.3f}, {speedup['high']:.3f}] | {optional(r['cycle_speedup'], '.3f')} | "
+            f"{optional(r['whole_step_us'], '.1f')} | {optional(r['gain_of_whole_step'], '.2f')} |"
         )
     return lines
 
@@ -233,6 +246,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=lambda text: [parse_shape(one) for one in text.split(";")], default=SHAPES)
     parser.add_argument("--recipes", type=lambda text: text.split(";"), default=list(RECIPES))
     parser.add_argument("--no-peers", action="store_true", help="measure beside our own dense attention alone")
+    parser.add_argument("--peers", default="all", help="beginnings of the names of those measured in a shape's first cell")
     parser.add_argument("--presets", action="store_true", help="measure the presets and the original's schedule instead")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--reps", type=int, default=40)
@@ -250,6 +264,8 @@ def main() -> None:
         if failed is None:
             results[name] = json.loads(target.read_text(encoding="utf-8"))
             rows.append(row(name, results[name]))
+        elif arguments.tables:
+            return None
         else:
             rows.append({"cell": name, "not_run": failed})
         print(f"{cells_table(rows[-1:])[-1]}  ({time.monotonic() - start:.1f} s)", flush=True)
@@ -263,7 +279,7 @@ def main() -> None:
     for shape in arguments.shapes:
         first: dict | None = None
         for recipe in arguments.recipes:
-            peers = [] if arguments.no_peers else [f"--peers={asked_peers(first)}"]
+            peers = [] if arguments.no_peers else [f"--peers={asked_peers(first, arguments.peers)}"]
             result = cell(cell_name(shape, recipe), [*cell_options(shape, recipe), *peers])
             first = first or result
 

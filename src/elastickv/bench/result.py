@@ -100,6 +100,7 @@ class InferenceCycle:
     elastic_token_latency_ms: dict[str, float]
     cuda_graphs: bool
     graph_nodes: int | None
+    kernel_nodes_per_layer_step: float | None = None
 
 
 @dataclass(frozen=True)

@@ -285,6 +285,7 @@ class Summary:
             elastic_token_latency_ms=cycle.quantiles("elastic"),
             cuda_graphs=captured,
             graph_nodes=nodes,
+            kernel_nodes_per_layer_step=None if nodes is None else nodes / cycle.layers,
         )
 
     def _verdict(self, fidelity: Fidelity) -> Verdict | None:

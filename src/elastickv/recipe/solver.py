@@ -15,6 +15,7 @@ from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
 MAX_RATIO = 1024.0
 ANCHORS = (1, 2, 4, 8, 16)
 NARROW = ("int8", "fp8", "int4")
+ALIKE = 1.03  # losses this close are one: another text moves them by more
 LEAST_FRACTION = 0.5 / MAX_CONTEXT
 
 
@@ -30,8 +31,8 @@ def for_ratio(
 ) -> Recipe:
     """Return the recipe of least predicted loss that reads at most 1/ratio of the dense bytes at `context` tokens.
 
-    Formats of K and V, the group of V's scales, the share of the pages and the steps between anchors are its to choose; of
-    two recipes that lose the same, the one that reads less.
+    Formats of K and V, the group of V's scales, the share of the pages and the steps between anchors are its to choose. Of
+    recipes that lose as good as the same (`ALIKE`), the one that selects least often, for selecting takes time beside bytes.
 
     Parameters
     ----------
@@ -49,19 +50,20 @@ def for_ratio(
     if ratio == 1:
         return DENSE
     schedules = ANCHORS if anchor_every is None else (anchor_every,)
-    best = None
-    for recipe in candidates(shape, sinks, window, schedules):
-        solved = solve_fraction(recipe, ratio, context, shape, dtype)
-        if solved is None:
-            continue
-        rank = (predicted_loss(solved, shape.head_dim) or 0.0, -read_ratio(solved, [context], shape, dtype))
-        if best is None or rank < best[0]:
-            best = rank, solved
-    if best is None:
+    solved = [solve_fraction(recipe, ratio, context, shape, dtype) for recipe in candidates(shape, sinks, window, schedules)]
+    losses = {recipe: predicted_loss(recipe, shape.head_dim) or 0.0 for recipe in solved if recipe is not None}
+    if not losses:
         raise UsageError(unmet(ratio, context, shape, dtype, _smallest(sinks, window, schedules)))
-    if calibration is not None and best[1].selection == "pages":
-        return _allotted(best[1], ratio, context, shape, dtype, calibration)
-    return best[1]
+    alike = [recipe for recipe, loss in losses.items() if loss <= ALIKE * min(losses.values())]
+
+    def rank(recipe: Recipe) -> tuple[float, float, float]:
+        selections_a_step = 1 / recipe.anchor_every if recipe.selection == "pages" else 0.0
+        return selections_a_step, losses[recipe], -read_ratio(recipe, [context], shape, dtype)
+
+    best = min(alike, key=rank)
+    if calibration is not None and best.selection == "pages":
+        return _allotted(best, ratio, context, shape, dtype, calibration)
+    return best
 
 
 def candidates(shape: AttentionShape, sinks: int, window: int, schedules: tuple[int, ...] = ANCHORS) -> Iterator[Recipe]:
