@@ -167,19 +167,19 @@ def chill(c, head, page):  # type: ignore[no-untyped-def]
         state = c[STATE_BASE] + head * STATE_BYTES
         if beyond >= 0 and load_i64(state + BEYOND) < 0:
             store_i64(state + BEYOND, c[SINKS] + page * PAGE_TOKENS + beyond)
-    elif key == FP8:
-        _page_fp8(exact, source, target, key_scales, dim, False)
     if value == INT4:
         _values_int4(exact, values, target_values, value_scales, dim, group)
-    elif value == FP8:
-        _page_fp8(exact, values, target_values, value_scales, dim, True)
-    for token in range(PAGE_TOKENS):
-        cold = page * PAGE_TOKENS + token
-        if cold % c[STRIDE] != 0:
+    for plane in range(2):
+        fmt, start, out, scales = key, source, target, key_scales
+        if plane == 1:
+            fmt, start, out, scales = value, values, target_values, value_scales
+        if fmt == FP8:
+            _page_fp8(exact, start, out, scales, dim, plane == 1)
+        if fmt in (FP8, INT4):
             continue
-        number = cold // c[STRIDE]
-        slot, shift = number % PAGE_TOKENS, cold_page(c, head, number // PAGE_TOKENS) - target
-        if key != INT4 and key != FP8:
-            _row(exact, source, token, key, target + shift, slot, key_scales + shift, dim, False)
-        if value != INT4 and value != FP8:
-            _row(exact, values, token, value, target_values + shift, slot, value_scales + shift, dim, True)
+        for token in range(PAGE_TOKENS):
+            cold = page * PAGE_TOKENS + token
+            if cold % c[STRIDE] == 0:
+                number = cold // c[STRIDE]
+                shift = cold_page(c, head, number // PAGE_TOKENS) - target
+                _row(exact, start, token, fmt, out + shift, number % PAGE_TOKENS, scales + shift, dim, plane == 1)

@@ -92,36 +92,31 @@ def _ahead(c, fmt, pages_ahead):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
+def _rows_at_once(fmt):  # type: ignore[no-untyped-def]
+    """Return how many rows lie interleaved."""
+    if fmt == INT4:
+        return 8
+    return 2 if fmt == INT8 else 1
+
+
+@njit(error_model="numpy")
 def _scores(c, thread, first, block, key, page, scales_at, bounds, pages_ahead):  # type: ignore[no-untyped-def]
     """Write the scores of one page's 32 tokens for a block of queries."""
     _, queries, narrow, scales, _, _, _, scores = _work(c, thread)
     units, ahead = scores + BLOCK * COLUMNS * 6, _ahead(c, key, pages_ahead)
     biases, dim, stride = units + BLOCK * 4, c[DIM], COLUMNS * 4
-    query = queries + first * dim * 4
+    query, query_bytes, extra = queries + first * dim * 4, dim * 4, scales_at
     if key == INT4:
         fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases, pages_ahead * dim * 4)
-        multiply_page(key, block, page, 4 * COLUMNS, dim // 8, narrow, dim * 2, scores, stride, units, biases, ahead)
+        query, query_bytes, extra = narrow, dim * 2, biases
     elif key == INT8:
-        integers, query_scales = narrow + first * dim * 2, scales + 4 * first
-        multiply_page(
-            key,
-            block,
-            page,
-            2 * COLUMNS,
-            dim // 2,
-            integers,
-            dim * 2,
-            scores,
-            stride,
-            query_scales,
-            scales_at,
-            ahead,
-        )
-    else:
-        if key == FP8:
-            _fill(units, block, bf16_value(load_u16(scales_at)))
-        row_bytes = plane_bytes(key, 1)
-        multiply_page(key, block, page, row_bytes, dim, query, dim * 4, scores, stride, units, 0, ahead)
+        query, query_bytes, units = narrow + first * dim * 2, dim * 2, scales + 4 * first
+    elif key == FP8:
+        _fill(units, block, bf16_value(load_u16(scales_at)))
+    rows = _rows_at_once(key)
+    multiply_page(
+        key, block, page, plane_bytes(key, rows), dim // rows, query, query_bytes, scores, stride, units, extra, ahead
+    )  # fmt: skip
 
 
 @njit(error_model="numpy")
@@ -137,6 +132,8 @@ def _values(c, thread, first, block, value, plane, scales_at, valid, pages_ahead
     out, factor = accumulators + first * out_bytes, factors + 4 * first
     if value == FP8:
         _fill(units, block, bf16_value(load_u16(scales_at)))
+    rows = _rows_at_once(value)
+    source, source_bytes = (weights, COLUMNS * 2) if rows > 1 else (scores, COLUMNS * 4)
     for start in range(0, dim, group):
         if value == INT8:
             for g in range(block):
@@ -150,22 +147,11 @@ def _values(c, thread, first, block, value, plane, scales_at, valid, pages_ahead
                     factor + 4 * g, sums + g * zero_bytes,
                 )  # fmt: skip
         for column in range(0, group, COLUMNS):
-            columns, chunk = min(COLUMNS, group - column), plane + plane_bytes(value, start + column)
-            if value == INT8:
-                accumulate_page(
-                    value, block, chunk, 2 * columns, (valid + 1) // 2, weights, COLUMNS * 2, out, out_bytes, units, factor,
-                    ahead,
-                )  # fmt: skip
-            elif value == INT4:
-                accumulate_page(
-                    value, block, chunk, 4 * columns, (valid + 7) // 8, weights, COLUMNS * 2, out, out_bytes, units, factor,
-                    ahead,
-                )  # fmt: skip
-            else:
-                accumulate_page(
-                    value, block, chunk, plane_bytes(value, columns) // PAGE_TOKENS, valid, scores, COLUMNS * 4, out, out_bytes,
-                    units, factor, ahead,
-                )  # fmt: skip
+            width = plane_bytes(value, min(COLUMNS, group - column))
+            accumulate_page(
+                value, block, plane + plane_bytes(value, start + column), width * rows // PAGE_TOKENS,
+                (valid + rows - 1) // rows, source, source_bytes, out, out_bytes, units, factor, ahead,
+            )  # fmt: skip
             out += COLUMNS * 4
 
 
