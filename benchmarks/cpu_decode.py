@@ -3,7 +3,9 @@
     python benchmarks/cpu_decode.py --output benchmarks/results/cpu/decode.json
 
 Every contender is launched once a round, in random order, on buffers that rotate past the last-level cache. Figures are
-medians; the least time is beside each, because on a shared machine the median also measures the neighbours.
+medians; the least time is beside each, because on a shared machine the median also measures the neighbours. Caches of a recipe
+with anchors stand at every age, so that a launch is whole anchor intervals, each with its scoring and selecting. A cycle also
+maps and appends, for whole anchor intervals and whole pages: every page that leaves the window is quantised in the time.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
-from math import ceil
+from math import ceil, lcm
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -25,13 +27,17 @@ from typing import Any
 import numpy as np
 
 from elastickv.attention.errors import relative_l2
+from elastickv.attention.feedback import Feedback
 from elastickv.backends import Backend
 from elastickv.backends.cpu import open_backend
+from elastickv.bench.contenders.ours import filled_caches
 from elastickv.cache import Oracle
-from elastickv.recipe import DENSE, AttentionShape, Recipe, read_ratio, resolve, step_bytes
+from elastickv.recipe import DENSE, PAGE_TOKENS, AttentionShape, Recipe, for_ratio, interval_bytes, read_ratio, resolve
 
+FORMATS = ("int8", "int4", "fp8", "k=int8,v=int4", "int4,vgroup=32")
 CACHES_EXCEEDED = 3
 CEILING_ROUNDS = 5
+LEAST_PAGES_RATIO = 8
 
 
 @dataclass
@@ -44,6 +50,7 @@ class Contender:
     steps: int
     launch: Callable[[], float]
     ratio: float = 1.0
+    recipe_hash: str | None = None
     kernel_error: float | None = None
     samples_ms: list[float] = field(default_factory=list)
 
@@ -64,11 +71,10 @@ def copies(n_bytes: float, cold_bytes: int) -> int:
 
 def ours(backend: Backend, shape: AttentionShape, context: int, dtype: str, recipe: Recipe, group: str) -> Contender:
     lengths = [context] * shape.batch
-    n_bytes = step_bytes(recipe, lengths, shape, dtype).kv
-    caches = []
-    for seed in range(copies(n_bytes, CACHES_EXCEEDED * backend.device.last_level_cache_bytes)):
-        caches.append(backend.cache(shape, context, dtype, recipe))
-        caches[-1].fill_random(np.array(lengths), seed)
+    n_bytes = interval_bytes(recipe, lengths, shape, dtype).kv
+    count = copies(n_bytes, CACHES_EXCEEDED * backend.device.last_level_cache_bytes)
+    count = ceil(count / recipe.anchor_every) * recipe.anchor_every
+    caches = filled_caches(backend, shape, context, dtype, recipe, count, seed=0)
     rng = np.random.default_rng(0)
     queries = rng.standard_normal((len(caches), shape.batch, shape.query_heads, shape.head_dim), dtype=np.float32)
     program = backend.attention(caches, list(queries), len(caches), graph=False)
@@ -81,8 +87,31 @@ def ours(backend: Backend, shape: AttentionShape, context: int, dtype: str, reci
         len(caches),
         lambda: program.run()[0] / len(caches),
         read_ratio(recipe, lengths, shape, dtype),
+        recipe.hash,
         float(error),
     )
+
+
+def cycle(backend: Backend, shape: AttentionShape, context: int, dtype: str, recipe: Recipe, group: str) -> Contender:
+    lengths = [context] * shape.batch
+    n_bytes = interval_bytes(recipe, lengths, shape, dtype).kv
+    layers = copies(n_bytes, CACHES_EXCEEDED * backend.device.last_level_cache_bytes)
+    tokens = lcm(recipe.anchor_every, PAGE_TOKENS)
+    caches = [backend.cache(shape, context + tokens, dtype, recipe) for _ in range(layers)]
+    for seed, cache in enumerate(caches):
+        cache.fill_random(np.array(lengths), seed)
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((shape.batch, shape.query_heads, shape.head_dim), dtype=np.float32)
+    program = backend.cycle(caches, first, Feedback.seeded(shape.head_dim, 0, 1.0, 1.0, 1.0), graph=False)
+
+    def launch() -> float:
+        program.reset()
+        return sum(program.run(tokens)) / (tokens * layers)
+
+    launch()
+    name = f"cycle {dtype} dense" if recipe.is_dense else f"cycle {recipe}"
+    ratio = read_ratio(recipe, lengths, shape, dtype)
+    return Contender(name, group, n_bytes, tokens * layers, launch, ratio, recipe.hash)
 
 
 def torch_sdpa(shape: AttentionShape, context: int, dtype: str, form: str, cold_bytes: int, threads: int) -> Contender:
@@ -111,13 +140,24 @@ def torch_sdpa(shape: AttentionShape, context: int, dtype: str, form: str, cold_
     return Contender(f"torch {dtype} {form}", f"torch {dtype}", n_bytes, len(keys), launch)
 
 
-def contenders(backend: Backend, shape: AttentionShape, context: int, ratios: list[float]) -> list[Contender]:
+def contenders(backend: Backend, shape: AttentionShape, context: int, ratios: list[float], peers: bool) -> list[Contender]:
     device = backend.device
     found = [ours(backend, shape, context, dtype, DENSE, "dense") for dtype in ("fp32", "fp16", "bf16")]
-    found.append(ours(backend, shape, context, "bf16", Recipe.parse("int8"), "int8"))
+    found += [ours(backend, shape, context, "bf16", Recipe.parse(text), text) for text in FORMATS]
     for ratio in ratios:
-        recipe = resolve("stride", ratio, context, shape)
-        found.append(ours(backend, shape, context, "bf16", recipe, f"stride C={ratio:g}"))
+        if ratio < LEAST_PAGES_RATIO:
+            found.append(ours(backend, shape, context, "bf16", resolve("stride", ratio, context, shape), f"stride C={ratio:g}"))
+            continue
+        solved = [resolve("int4,pages", ratio, context, shape, anchor_every=every) for every in (1, 4)]
+        for recipe in [*solved, for_ratio(ratio, context, shape)]:
+            found.append(ours(backend, shape, context, "bf16", recipe, f"pages C={ratio:g}"))
+            found.append(cycle(backend, shape, context, "bf16", recipe, f"cycle C={ratio:g}"))
+    for dtype in ("fp16", "bf16"):
+        found.append(cycle(backend, shape, context, dtype, DENSE, "cycle dense"))
+    for text in ("int8", "int4"):
+        found.append(cycle(backend, shape, context, "bf16", Recipe.parse(text), f"cycle {text}"))
+    if not peers:
+        return found
     try:
         for dtype in ("fp32", "bf16"):
             for form in ("enable_gqa", "expanded", "folded") if shape.group > 1 else ("plain",):
@@ -133,6 +173,7 @@ def row(c: Contender, dense: Contender, read_gbs: float) -> dict[str, Any]:
     return {
         "name": c.name,
         "group": c.group,
+        "recipe_hash": c.recipe_hash,
         "ratio_read": round(c.ratio, 4),
         "bytes_per_step": c.bytes_per_step,
         "rotation_steps": c.steps,
@@ -149,9 +190,9 @@ def row(c: Contender, dense: Contender, read_gbs: float) -> dict[str, Any]:
 
 
 def measure(
-    backend: Backend, name: str, shape: AttentionShape, context: int, ratios: list[float], rounds: int
+    backend: Backend, name: str, shape: AttentionShape, context: int, ratios: list[float], rounds: int, peers: bool
 ) -> dict[str, Any]:
-    found = contenders(backend, shape, context, ratios)
+    found = contenders(backend, shape, context, ratios, peers)
     order = random.Random(0)
     for i in range(rounds):
         print(f"\r{name}: round {i + 1} of {rounds}", end="", file=sys.stderr, flush=True)
@@ -161,6 +202,7 @@ def measure(
     ceilings = [backend.ceilings() for _ in range(CEILING_ROUNDS)]
     read_gbs = max(ceiling.read_gbs for ceiling in ceilings)
     dense = min((c for c in found if c.group == "dense"), key=lambda c: c.median_ms)
+    dense_cycle = min((c for c in found if c.group == "cycle dense"), key=lambda c: c.median_ms)
     return {
         "workload": name,
         "shape": asdict(shape),
@@ -169,17 +211,17 @@ def measure(
         "read_gbs": read_gbs,
         "copy_gbs": max(ceiling.copy_gbs for ceiling in ceilings),
         "flops": max(ceiling.flops for ceiling in ceilings),
-        "rows": [row(c, dense, read_gbs) for c in found],
+        "rows": [row(c, dense_cycle if c.group.startswith("cycle") else dense, read_gbs) for c in found],
     }
 
 
 def show(result: dict[str, Any]) -> None:
     print(f"{result['workload']}: read ceiling {result['read_gbs']:.1f} GB/s, fastest dense {result['fastest_dense']}")
-    print(f"{'':34} {'median ms':>10} {'least ms':>9} {'GB/s':>7} {'ceiling':>8} {'x dense':>8} {'(least)':>8} {'error':>9}")
+    print(f"{'':46} {'median ms':>10} {'least ms':>9} {'GB/s':>7} {'ceiling':>8} {'x dense':>8} {'(least)':>8} {'error':>9}")
     for line in result["rows"]:
         error = "" if line["kernel_error"] is None else f"{line['kernel_error']:.1e}"
         print(
-            f"{line['name']:34} {line['median_ms']:10.3f} {line['least_ms']:9.3f} {line['gbs']:7.1f} "
+            f"{line['name']:46} {line['median_ms']:10.3f} {line['least_ms']:9.3f} {line['gbs']:7.1f} "
             f"{line['of_read_ceiling']:8.2f} "
             f"{line['fastest_dense_time_over_this']:8.2f} {line['fastest_dense_time_over_this_at_least_times']:8.2f} {error:>9}"
         )
@@ -203,12 +245,17 @@ def write(path: Path, document: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--no-peers", dest="peers", action="store_false", help="leave PyTorch out, which takes most of the time"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     backend = open_backend(None)
     results = [
-        measure(backend, "long context, grouped", AttentionShape(1, 32, 8, 128), 32768, [2, 4], options.rounds),
-        measure(backend, "short preset", AttentionShape(1, 16, 16, 64), 1024, [2], options.rounds),
+        measure(
+            backend, "long context, grouped", AttentionShape(1, 32, 8, 128), 32768, [2, 4, 8], options.rounds, options.peers
+        ),
+        measure(backend, "short preset", AttentionShape(1, 16, 16, 64), 1024, [2], options.rounds, options.peers),
     ]
     for result in results:
         show(result)
