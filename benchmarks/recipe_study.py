@@ -173,12 +173,31 @@ def study_rotation(head: Head, keys: dict[str, Float32], values: dict[str, Float
     return found
 
 
+def study_lookups(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
+    """Of queries with over 30 % of all mass on one cold token, those whose page is not read: 1 where missed, 0 where read."""
+    _, scores = whole_head_scores(head)
+    cold = np.einsum("gnd,ptd->gnpt", head.q, keys["bf16"]) / np.sqrt(np.float32(head.q.shape[-1]))
+    cold = np.where(head.all_pages[None, :, :, None], cold, -np.inf)
+    top = np.maximum(cold.max((-1, -2)), head.exact_lse)
+    mass = np.exp(cold - top[..., None, None])
+    mass /= (mass.sum((-1, -2)) + np.exp(head.exact_lse - top))[..., None, None]
+    heaviest = mass.max(-1)
+    asks, page = heaviest.max(-1) > 0.3, heaviest.argmax(-1)
+    found = {}
+    for fraction in (1 / 2, 1 / 4, 1 / 8):
+        for anchor in ANCHORS:
+            read = np.broadcast_to(listed(head, scores, counts(head, fraction), anchor), heaviest.shape)
+            found[f"{fraction}@{anchor}"] = 1 - np.take_along_axis(read, page[..., None], -1)[..., 0][asks].astype(np.float32)
+    return found
+
+
 STUDIES = {
     "formats": study_formats,
     "pages": study_pages,
     "scorers": study_scorers,
     "halves": study_halves,
     "rotation": study_rotation,
+    "lookups": study_lookups,
 }
 
 
@@ -244,7 +263,10 @@ def study_calibration(first: Path, second: Path, found: list[tuple[int, int, dic
 
 def summary(errors: list[Float32]) -> dict[str, float]:
     every = np.concatenate([e.ravel() for e in errors]).astype(np.float64)
+    if not every.size:
+        return {"count": 0}
     return {
+        "count": every.size,
         "mean": float(every.mean()),
         "rms": float(np.sqrt((every**2).mean())),
         "p95": float(np.quantile(every, 0.95)),

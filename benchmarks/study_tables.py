@@ -52,6 +52,10 @@ def main() -> None:
         rows = [[str(r), *(cell(found["pages"][f"{f}@{r}"]) for f in fractions)] for r in (1, 2, 4, 8, 16)]
         table([f"{title}: anchor_every \\ fraction", *fractions], rows)
 
+    found = studies[1]["lookups"]
+    rows = [[f, *(f"{found[f'{f}@{r}']['mean']:.3f}" for r in (1, 2, 4, 8, 16))] for f in ("0.5", "0.25", "0.125")]
+    table([f"30: missed of {found['0.5@1']['count']} lookups", "1", "2", "4", "8", "16"], rows)
+
     rows = []
     for span in ("0.0", "0.25", "0.5", "0.75", "1.0"):
         for way in ("sum of bounds", "largest bound", "sum of softmaxes", "largest softmax"):
