@@ -69,7 +69,8 @@ def test_int4_keys_lie_within_what_scale_and_zero_span_and_within_half_a_step(pa
     assert scales.dtype == zeros.dtype == np.float16 and codes.max() <= 15
     low, step = zeros.astype(np.float64)[:, None], scales.astype(np.float64)[:, None]
     assert (low <= pages).all()
-    assert (pages <= low + 15 * step).all() or not np.isfinite(step).all()
+    # The range is a difference in float32: it may be short by half a unit of its last place.
+    assert (pages <= low + 15 * step * (1 + 2.0**-23)).all()
     error = np.abs(codes * step + low - pages)
     assert (error <= 0.5001 * step + 1e-7 * np.abs(pages)).all()
 
