@@ -123,14 +123,16 @@ __device__ __forceinline__ float2 pair16(u32 word) {
 }
 
 #if K_FORMAT == INT8
+#define PARTS 2  // of the query
 typedef int Dot;
 #else
+#define PARTS 1
 typedef float Dot;
 #endif
 
 // Adds q.k over the channels of `COUNT` vectors of K, for tokens 8 i + g.
 template <int COUNT>
-__device__ __forceinline__ void multiply_keys(Dot (&dots)[TILE][4][K_FORMAT == INT8 ? 2 : 1], const uint4 (&k)[COUNT], int first,
+__device__ __forceinline__ void multiply_keys(Dot (&dots)[TILE][4][PARTS], const uint4 (&k)[COUNT], int first,
                                               const float4 (*query)[PADDED / 4], const int2* codes) {
     const int t = threadIdx.x & 3;
 #pragma unroll
@@ -269,7 +271,8 @@ __device__ __forceinline__ float warp_sum(float v) {
 }
 
 // Every WARPS_PER_TILEth of pages `unit`..`end` - 1 of those that are read.
-__device__ __forceinline__ void attend_pages(Paged& r, const Args& a, const Span& s, size_t head, Staged& staged, int unit, int end) {
+__device__ __forceinline__ void attend_pages(Paged& r, const Args& a, const Span& s, size_t head, Staged& staged, int unit,
+                                             int end) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = warp % QTILES * TILE;
     const size_t base = head * a.page_capacity;
     const char *keys = a.cold_k + base * KEY_PAGE, *values = a.cold_v + base * VALUE_PAGE;
@@ -286,7 +289,7 @@ __device__ __forceinline__ void attend_pages(Paged& r, const Args& a, const Span
         load_rows(v, values + page * VALUE_PAGE, 0);
         const ValueScales value_scale = value_scales(v_scales, page);
 
-        Dot dots[TILE][4][K_FORMAT == INT8 ? 2 : 1] = {};
+        Dot dots[TILE][4][PARTS] = {};
         const float4(*query)[PADDED / 4] = staged.query + row;
         const int2* codes = nullptr;
 #if K_FORMAT == INT4
@@ -354,7 +357,8 @@ __device__ __forceinline__ void attend_pages(Paged& r, const Args& a, const Span
 #if V_FORMAT == INT4
 #pragma unroll
             for (int i = 0; i < GROUPS; i++) {
-                const float scale = __uint_as_float(value_scale.pair[i] << 16), zero = __uint_as_float(value_scale.pair[i] & 0xffff0000u);
+                const u32 pair = value_scale.pair[i];
+                const float scale = __uint_as_float(pair << 16), zero = __uint_as_float(pair & 0xffff0000u);
                 r.zero[h][i] = fmaf(p[h], fmaf(-16.f, scale, zero), r.zero[h][i]);
             }
 #else

@@ -3,9 +3,9 @@
 // The scorer is attention/bounds.py without its constant factor: a page's score is linear in its scales and zeros as they lie,
 // score = sum over channels of 7.5 (q + |q| / 2) . scale + q . zero, summed over the query heads of the group.
 //
-// Grid (blocks, heads): a head's pages, as many as there truly are, are dealt out evenly over its blocks. The last block to
-// arrive selects: it looks for the bucket among equal ranges of score that holds the last page of the selection, then for as
-// many digits as it takes until few candidates are left, which are ranked one against the other.
+// Grid (blocks, heads), as many in all as run at once: a head's pages, as many as there truly are, are dealt out evenly over
+// its blocks. The last block to arrive selects: it looks for the bucket among equal ranges of score that holds the last page of
+// the selection, then for as many digits as it takes until few candidates are left, which are ranked one against the other.
 //
 // Between anchors nothing happens. Elsewhere list[head * page_capacity ...] gets the page numbers, ascending, and listed[head]
 // their count and the number of pages; (0, 0) if all are to be read, which costs no scoring. Of equal pages the first win.
@@ -13,14 +13,14 @@
 //   counts[kv_head * counts_stride + pages]: how many of so many pages to list
 //   scores: heads * (page_capacity rounded up to 32) floats; counters: one a head, zero before and after
 //
-// Macros: HEAD_DIM, K_FORMAT = 3, WARPS, what else common.cuh takes; MIN_BLOCKS, IN_FLIGHT (16-byte loads of a lane, 8 or 16).
+// Macros: HEAD_DIM, K_FORMAT = 3, WARPS, what else common.cuh takes; those that have a value below may be given another.
 #include "pages.cuh"
 
 #ifndef MIN_BLOCKS
 #define MIN_BLOCKS 1
 #endif
 #ifndef IN_FLIGHT
-#define IN_FLIGHT 16
+#define IN_FLIGHT 16  // 16-byte loads of a lane
 #endif
 #define PAGE_BYTES (4 * PADDED)
 // Eight lanes hold a page's scales and zeros in LOADS pieces of 16 bytes each; a warp takes 4 * ROWS pages at once.
@@ -34,13 +34,16 @@
 #define BUCKETS 2048
 #define DIGIT 11
 #define CANDIDATES 128
-#define BATCH 8
+#ifndef BATCH
+#define BATCH 4  // scores of a lane at once: more are idle work for heads of 1024 pages
+#endif
 
 struct Shared {
     float4 weights[2 * PADDED / 4];
     float kept[KEPT];
     u32 counts[BUCKETS];
     u64 candidates[CANDIDATES], threshold;
+    u32 owner[CANDIDATES];
     u32 high[WARPS], low[WARPS], totals[WARPS], found, digit, need, members;
 };
 
@@ -100,7 +103,7 @@ __device__ __forceinline__ float score(const Shared& sh, const uint4 (&in)[ROWS]
     return sum[0];
 }
 
-// Sorted ascending, these are the pages from the best to the worst, and of equals the first page first.
+// The greater a score, the greater this.
 __device__ __forceinline__ u32 ascending(float score) {
     const int bits = __float_as_int(score);
     return bits ^ (bits >> 31 | 0x80000000);
@@ -110,7 +113,8 @@ __device__ __forceinline__ float score_of(u32 ascending) {
     return __uint_as_float(ascending & 0x80000000 ? ascending ^ 0x80000000 : ~ascending);
 }
 
-__device__ __forceinline__ u64 order(float score, int page) { return (u64)~ascending(score) << 32 | (u32)page; }
+// Sorted ascending, these are the pages from the best to the worst, and of equals the first page first.
+__device__ __forceinline__ u64 order(float score, u32 page) { return (u64)~ascending(score) << 32 | page; }
 
 __device__ __forceinline__ u32 warp_max(u32 x) {
 #if __CUDA_ARCH__ >= 800
@@ -132,11 +136,10 @@ struct Boundary {
     __device__ __forceinline__ u32 bucket_of(float score) const {
         return min(__float2uint_rz((high - score) * per_score), (u32)BUCKETS - 1);
     }
-    // -1: selected; 0: among these; 1: neither.
-    __device__ __forceinline__ int side(float score, int page) const {
-        const u32 mine = bucket_of(score);
-        if (mine != bucket) return mine < bucket ? -1 : 1;
-        if (shift > 63) return 0;
+    // Less than 0: selected; 0: among these.
+    __device__ __forceinline__ int side(float score, u32 page) const {
+        const int beyond = bucket_of(score) - bucket;
+        if (beyond || shift > 63) return beyond;
         const u64 begin = order(score, page) >> shift;
         return begin < prefix ? -1 : begin > prefix;
     }
@@ -211,15 +214,24 @@ __device__ __forceinline__ void narrow(Shared& sh, Boundary& at, const float* ke
     at.shift = shift;
 }
 
-// Lists the `need` best of `pages` pages; one block.
+// Scores of pages first, first + 32, ... as far as they are before `end`. Without branches, so that all loads are under way.
+__device__ __forceinline__ void read_batch(float (&x)[BATCH], const float* kept, int first, int end) {
+#pragma unroll
+    for (int u = 0; u < BATCH; u++) x[u] = kept[min(first + 32 * u, end - 1)];
+#pragma unroll
+    for (int u = 0; u < BATCH; u++) x[u] = first + 32 * u < end ? x[u] : -INFINITY;
+}
+
+// Lists the `need` best of `pages` pages; one block. SHARED: shared memory holds all scores.
+template <bool SHARED>
 __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages, u32 need, int* list) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     // Each warp has a range of pages, each lane every 32nd of it, BATCH at once.
-    float* kept = pages <= KEPT ? sh.kept : scores;
+    float* kept = SHARED ? sh.kept : scores;
     const int per_warp = ((pages + 31) / 32 + WARPS - 1) / WARPS * 32;
     const int begin = min(warp * per_warp, pages), end = min(begin + per_warp, pages);
     float x[BATCH];
-    u32 high = 0, low = 0;
+    float best = -INFINITY, worst = INFINITY;
 #pragma unroll 1
     for (int first = begin + lane; first < end; first += 32 * BATCH) {
 #pragma unroll
@@ -229,12 +241,11 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
         for (int u = 0; u < BATCH; u++)
             if (first + 32 * u < end) {
                 kept[first + 32 * u] = x[u];
-                high = max(high, ascending(x[u]));
-                low = max(low, ~ascending(x[u]));
+                best = fmaxf(best, x[u]);
+                worst = fminf(worst, x[u]);
             }
     }
-    high = warp_max(high);
-    low = warp_max(low);
+    u32 high = warp_max(ascending(best)), low = warp_max(~ascending(worst));
     if (lane == 0) {
         sh.high[warp] = high;
         sh.low[warp] = low;
@@ -249,10 +260,15 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
     at.per_score = high > low ? (BUCKETS - 1) / (at.high - score_of(low)) : 0.f;
     if (high > low) {
 #pragma unroll 1
-        for (int first = begin + lane; first < end; first += 32 * BATCH)
+        for (int first = begin + lane; first < end; first += 32 * BATCH) {
+            u32 bucket[BATCH];
+            read_batch(x, kept, first, end);
+#pragma unroll
+            for (int u = 0; u < BATCH; u++) bucket[u] = at.bucket_of(x[u]);
 #pragma unroll
             for (int u = 0; u < BATCH; u++)
-                if (first + 32 * u < end) atomicAdd(sh.counts + at.bucket_of(kept[first + 32 * u]), 1);
+                if (first + 32 * u < end) atomicAdd(sh.counts + bucket[u], 1);
+        }
     } else if (threadIdx.x == 0) {
         sh.counts[0] = pages;
     }
@@ -267,16 +283,23 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
 #pragma unroll 1
     for (int first = begin + lane; first < end; first += 32 * BATCH) {
         u32 open = 0;
+        read_batch(x, kept, first, end);
 #pragma unroll
-        for (int u = 0; u < BATCH; u++)
-            if (first + 32 * u < end) {
-                const int side = at.side(kept[first + 32 * u], first + 32 * u);
-                selected += side < 0;
-                open |= (side == 0) << u;
-            }
+        for (int u = 0; u < BATCH; u++) {
+            const int beyond = at.bucket_of(x[u]) - at.bucket;
+            selected += (u32)beyond >> 31;
+            open |= (beyond == 0) << u;
+        }
+        const int there = (end - first + 31) / 32;
+        open &= there < BATCH ? (1u << there) - 1 : ~0u;
+#pragma unroll 1
         for (; open; open &= open - 1) {
-            const int page = first + 32 * (__ffs(open) - 1);
-            sh.candidates[atomicAdd(&sh.found, 1)] = order(kept[page], page);
+            const int page = first + 32 * (__ffs(open) - 1), side = at.side(kept[page], page);
+            selected += side < 0;
+            if (side) continue;
+            const u32 slot = atomicAdd(&sh.found, 1);
+            sh.candidates[slot] = order(kept[page], page);
+            sh.owner[slot] = warp;
         }
     }
     selected = warp_sum(selected);
@@ -287,22 +310,24 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
         u32 better = 0;
 #pragma unroll 4
         for (u32 i = 0; i < sh.found; i++) better += sh.candidates[i] < mine;
-        if (better < sh.need) atomicAdd(sh.totals + (u32)mine / per_warp, 1);
+        if (better < sh.need) atomicAdd(sh.totals + sh.owner[threadIdx.x], 1);
         if (better == sh.need - 1) sh.threshold = mine;
     }
     __syncthreads();
-    const u64 threshold = sh.threshold;
-    u32 place = totals_before(sh);
+    const u32 least = ~(u32)(sh.threshold >> 32), last = (u32)sh.threshold, below = (1u << lane) - 1;
+    list += totals_before(sh);
 #pragma unroll 1
-    for (int first = begin; first < end; first += 32 * BATCH)
+    for (int first = begin + lane; first - lane < end; first += 32 * BATCH) {
+        read_batch(x, kept, first, end);
 #pragma unroll
         for (int u = 0; u < BATCH; u++) {
-            const int page = first + 32 * u + lane;
-            const bool in = page < end && order(kept[page], page) <= threshold;
+            const u32 page = first + 32 * u, score = ascending(x[u]);
+            const bool in = (int)page < end && (score > least || (score == least && page <= last));
             const u32 all = __ballot_sync(FULL, in);
-            if (in) list[place + __popc(all & ((1u << lane) - 1))] = page;
-            place += __popc(all);
+            if (in) list[__popc(all & below)] = page;
+            list += __popc(all);
         }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
@@ -341,6 +366,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         if (lane % (8 / ROWS) == 0 && mine < end) __stcg(scores + mine, x + 0.f);  // one zero only
     }
     if (!arrive(counters + head, blocks)) return;
-    select_best(sh, scores, pages, need, list + head * page_capacity);
+    if (pages <= KEPT)
+        select_best<true>(sh, scores, pages, need, list + head * page_capacity);
+    else
+        select_best<false>(sh, scores, pages, need, list + head * page_capacity);
     if (threadIdx.x == 0) listed[head] = make_int2(need, pages);
 }
