@@ -1,5 +1,6 @@
 """Recipes are values: they round-trip through text, hash alike in every process, and refuse what does not combine."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ def recipes(draw):
         return DENSE
     key = "int4" if selection == "pages" else draw(st.sampled_from(["bf16", "fp16", "int8"]))
     value = draw(st.sampled_from(["bf16", "fp8", "int8", "int4"])) if selection == "pages" else key
-    fraction = st.floats(1e-6, 1) | st.integers(1, 64).map(lambda n: 1 / n)
+    fraction = st.floats(0, 1, exclude_min=True) | st.integers(1, 64).map(lambda n: 1 / n)
     return Recipe(
         key,
         value,
@@ -24,7 +25,7 @@ def recipes(draw):
         fractions=tuple(draw(st.lists(fraction, min_size=1, max_size=8))) if selection == "pages" else (),
         stride=draw(st.integers(1, 64)) if selection == "stride" else 1,
         anchor_every=draw(st.integers(1, 4096)) if selection in ("reuse", "pages") else 1,
-        decay=draw(st.floats(1e-6, 1)) if selection == "reuse" else 1.0,
+        decay=draw(st.floats(0, 1, exclude_min=True)) if selection == "reuse" else 1.0,
         sinks=draw(st.integers(0, 64)),
         window=draw(st.integers(0, 4096)),
     )
@@ -33,6 +34,19 @@ def recipes(draw):
 @given(recipes())
 def test_text_round_trips(recipe):
     assert Recipe.parse(str(recipe)) == recipe
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1e-10, 1 / 999_999_999, 1e-300, 5e-324])
+def test_the_smallest_fractions_round_trip(fraction):
+    recipe = Recipe("int4", "int4", selection="pages", fractions=(fraction,))
+    assert Recipe.parse(str(recipe)) == recipe
+
+
+def test_numbers_of_any_type_are_one_recipe():
+    plain = Recipe("int4", "int4", selection="pages", fractions=(1.0, 0.3))
+    odd = Recipe("int4", "int4", selection="pages", fractions=(1, np.float64(0.3)))
+    assert (str(odd), odd.hash) == (str(plain), plain.hash)
+    assert Recipe(selection="reuse", decay=1).hash == Recipe(selection="reuse", decay=1.0).hash
 
 
 @given(recipes(), recipes())

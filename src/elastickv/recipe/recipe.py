@@ -16,6 +16,7 @@ DEFAULT_WINDOW = 128
 MAX_STRIDE = 64
 MAX_ANCHOR_EVERY = 4096
 MAX_WINDOW = 1 << 20
+_MAX_DENOMINATOR = 999_999_999
 _BY_ROW = ("bf16", "fp16", "int8")  # formats whose scales belong to single rows: what stores single rows takes no other
 _HELP = (
     "a recipe is 'dense' or terms joined by commas: a format ("
@@ -62,6 +63,9 @@ class Recipe:
         rest = (self.selection, self.stride, self.anchor_every, self.decay, self.fractions, self.sinks, self.window)
         if self.is_dense and (self.value_format is not None or rest != ("all", 1, 1, 1.0, (), 0, 0)):
             raise UsageError("'dense' keeps and reads everything: it takes no other term")
+        # 1, 1.0 and NumPy's 1.0 are equal: text and hash must be too.
+        object.__setattr__(self, "decay", float(self.decay))
+        object.__setattr__(self, "fractions", tuple(map(float, self.fractions)))
         _check("stride", self.stride, 1, MAX_STRIDE)
         _check("anchor_every", self.anchor_every, 1, MAX_ANCHOR_EVERY)
         _check("sinks", self.sinks, 0, MAX_WINDOW)
@@ -304,6 +308,6 @@ def _fraction(raw: str) -> float:
 
 
 def _shortest(fraction: float) -> str:
-    """Return `fraction` as one over a whole number where it is just that, else with all its digits."""
-    whole = round(1 / fraction)
+    """Return `fraction` as one over a whole number where it is just that (and can be read back), else with all its digits."""
+    whole = round(1 / max(fraction, 1 / _MAX_DENOMINATOR))
     return (f"1/{whole}" if whole > 1 else "1") if 1 / whole == fraction else repr(fraction)
