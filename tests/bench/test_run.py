@@ -56,6 +56,19 @@ def test_the_originals_keys_are_all_there_in_order(plain):
     } <= plain["inference_cycle"].keys()  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("recipe", "shape", "why"),
+    [
+        ("int4,pages=1/2:1/4", {"heads": 4, "kv_heads": 2}, "names 2 fractions for 3 KV heads"),
+        ("int4,vgroup=40", {"dim": 80}, "vgroup=40 does not divide a head of 64 channels"),
+    ],
+)
+def test_a_recipe_that_the_sample_has_no_shape_for_is_measured_without_its_error(backend, recipe, shape, why):
+    result = run(Options(**SMALL | shape, recipe=recipe, compress=1)).as_dict()
+    assert result["fidelity"]["sample"] is None
+    assert why in result["fidelity"]["sample_refused"]
+
+
 def test_time_proportional_to_bytes_gives_the_byte_ratio_as_speedup(plain):
     recipe, speedup = plain["recipe"], plain["speedup"]
     assert speedup["low"] <= recipe["ratio_read"] <= speedup["high"]

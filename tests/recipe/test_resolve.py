@@ -43,8 +43,14 @@ def test_open_pages_that_cannot_meet_the_ratio_are_refused_with_a_context():
 
 
 def test_a_group_that_does_not_divide_the_head_is_refused_before_anything_is_solved():
-    with pytest.raises(UsageError, match="vgroup=48 does not divide"):
-        resolve("int4,vgroup=48,pages", 4, 4096, SHAPE)
+    for text in ("int4,vgroup=48,pages", "int4,vgroup=48", "int4,vgroup=48,pages=1/4"):
+        with pytest.raises(UsageError, match="vgroup=48 does not divide"):
+            resolve(text, 4, 4096, SHAPE)
+
+
+def test_fractions_that_are_not_one_for_each_head_are_refused():
+    with pytest.raises(UsageError, match="names 2 fractions for 16 KV heads"):
+        resolve("int4,pages=1/2:1/4", 4, 4096, SHAPE)
 
 
 def test_the_original_schedule_anchors_every_compress_steps():
@@ -62,6 +68,13 @@ def test_overrides_win_over_the_text():
 def test_a_ratio_out_of_range_is_refused(ratio):
     with pytest.raises(UsageError, match="out of range"):
         resolve("int8", ratio, 4096, SHAPE)
+
+
+@pytest.mark.parametrize("fixed", [{"sinks": -1}, {"window": 1 << 21}, {"anchor_every": 0}])
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_an_override_out_of_range_is_refused_at_every_ratio(fixed, ratio):
+    with pytest.raises(UsageError, match="out of range"):
+        resolve("auto", ratio, 4096, SHAPE, **fixed)
 
 
 def test_fp16_models_keep_fp16():

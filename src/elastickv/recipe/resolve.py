@@ -28,7 +28,7 @@ def resolve(
 
     Raises
     ------
-    UsageError : if the text is no recipe, or a number is open and no value meets the ratio.
+    UsageError : if the text is no recipe, or none of this shape, or a number is open and no value meets the ratio.
     """
     check_ratio(ratio)
     fixed = {"sinks": sinks, "window": window, "anchor_every": anchor_every}
@@ -39,8 +39,8 @@ def resolve(
     if open_field == "anchor_every" and anchor_every is None:
         recipe = replace(recipe, anchor_every=math.ceil(ratio))
     recipe = replace(recipe, **overrides)  # type: ignore[arg-type]
+    recipe.check_shape(shape.head_dim, shape.kv_heads)
     if open_field == "pages":
-        recipe.check_shape(shape.head_dim, shape.kv_heads)
         solved = solve_fraction(recipe, ratio, context, shape, dtype)
         least = [replace(recipe, fractions=(LEAST_FRACTION,))]
     elif open_field == "stride":

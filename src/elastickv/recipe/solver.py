@@ -47,10 +47,11 @@ def for_ratio(
     check_ratio(ratio)
     if calibration is not None:
         check_calibration(calibration, shape.kv_heads)
+    schedules = ANCHORS if anchor_every is None else (anchor_every,)
+    possible = list(candidates(shape, sinks, window, schedules))
     if ratio == 1:
         return DENSE
-    schedules = ANCHORS if anchor_every is None else (anchor_every,)
-    solved = [solve_fraction(recipe, ratio, context, shape, dtype) for recipe in candidates(shape, sinks, window, schedules)]
+    solved = [solve_fraction(recipe, ratio, context, shape, dtype) for recipe in possible]
     losses = {recipe: predicted_loss(recipe, shape.head_dim) or 0.0 for recipe in solved if recipe is not None}
     if not losses:
         raise UsageError(unmet(ratio, context, shape, dtype, _smallest(sinks, window, schedules)))
