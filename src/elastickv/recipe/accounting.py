@@ -73,7 +73,8 @@ def step_bytes(
     """Return the bytes of one step over sequences of `lengths` tokens, `age` steps after an anchor."""
     total = StepBytes()
     # Heads of one fraction read alike.
-    alike = Counter(recipe.fraction(head) for head in range(shape.kv_heads))
+    ragged = len(recipe.fractions) > 1
+    alike = Counter(map(recipe.fraction, range(shape.kv_heads))) if ragged else {recipe.fraction(0): shape.kv_heads}
     for length, times in Counter(lengths).items():
         for fraction, heads in alike.items():
             total += _head_bytes(recipe, length, shape, model_dtype, age, fraction) * (heads * times)
