@@ -6,8 +6,9 @@
 A shape is batch,query heads,KV heads,head_dim,context; a recipe may end in @C, the budget it is solved for. The first cell of
 a shape is measured beside every installed peer, the others beside the fastest 16-bit and the fastest 8-bit one of that cell.
 A solved recipe is measured in the inference cycle too: its whole step is append, score, select, decode and merge, over whole
-anchor intervals and the quantisation of pages. Each cell's whole result is a file; `table.json` holds the rows, `summary.md` shows them. A cell that fails or does not fit is
-a row with the reason. `--resume` keeps the cells whose files are there, `--tables` measures nothing.
+anchor intervals and the quantisation of pages. Each cell's whole result is a file; `table.json` holds the rows, `summary.md`
+shows them. A cell that fails or does not fit is a row with the reason. `--resume` keeps the cells whose files are there,
+`--tables` measures nothing.
 
 Ceiling: (dense bytes / bytes read) x (read ceiling / bandwidth of the fastest 16-bit peer), the most that any kernel can gain.
 """
@@ -182,8 +183,9 @@ def cells_table(rows: list[dict]) -> list[str]:
             f"{peer['us']:.1f} ({r['rival']}) | {r['gain_over_rival']:.2f} | {r['ceiling']:.2f} | {r['of_ceiling']:.2f} | "
             f"{optional(r['gain_over_narrow_peer'], '.2f')} | {optional(r['kernel_error'], '.1e')} | "
             f"{optional(r['recipe_error'] and r['recipe_error']['mean'], '.4f')} | "
-            f"{speedup['estimate']:.3f} [{speedup['low']:.3f}, {speedup['high']:.3f}] | {optional(r['cycle_speedup'], '.3f')} | "
-            f"{optional(r['whole_step_us'], '.1f')} | {optional(r['gain_of_whole_step'], '.2f')} |"
+            f"{speedup['estimate']:.3f} [{speedup['low']:.3f}, {speedup['high']:.3f}] | "
+            f"{optional(r['cycle_speedup'], '.3f')} | {optional(r['whole_step_us'], '.1f')} | "
+            f"{optional(r['gain_of_whole_step'], '.2f')} |"
         )
     return lines
 
@@ -264,8 +266,6 @@ def main() -> None:
         if failed is None:
             results[name] = json.loads(target.read_text(encoding="utf-8"))
             rows.append(row(name, results[name]))
-        elif arguments.tables:
-            return None
         else:
             rows.append({"cell": name, "not_run": failed})
         print(f"{cells_table(rows[-1:])[-1]}  ({time.monotonic() - start:.1f} s)", flush=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from elastickv.backends.cuda.compiler import ARCHITECTURES, Compiled, compile_source
 from elastickv.errors import UsageError
 from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.formats import round_up
+from elastickv.recipe.formats import round_up, value_groups
 
 _TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
 _COLD_NONE, _COLD_SAME, _COLD_INT8, _COLD_PAGES = range(4)
@@ -291,7 +291,28 @@ class CompileRow:
     seconds: float
 
 
-RECIPES = ("dense", "bf16", "bf16,stride=2", "bf16,reuse,anchor_every=4", "int8", "int8,stride=2", "int8,reuse,anchor_every=4")
+RECIPES = (
+    "dense",
+    "bf16",
+    "bf16,stride=2",
+    "bf16,reuse,anchor_every=4",
+    "int8",
+    "int8,stride=2",
+    "int8,reuse,anchor_every=4",
+    "int4",
+    "int4,vgroup=V",
+    "fp8",
+    "k=int8,v=int4",
+    "k=bf16,v=int4",
+    "int4,pages=1/4",
+    "k=int4,v=int8,pages=1/4",
+    "k=int4,v=bf16,pages=1/4",
+)
+
+
+def recipe_for(text: str, head_dim: int) -> Recipe:
+    """Return a recipe of `RECIPES`; V is the least group of V channels that the head allows."""
+    return Recipe.parse(text.replace("=V", f"={value_groups(head_dim)[0]}"))
 
 
 def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Variant]:
@@ -299,11 +320,13 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
     seen = set()
     for arch, head_dim, group, recipe in itertools.product(architectures, HEAD_DIMS, (1, 2, 4, 8, 16, 32), RECIPES):
         for dtype, kind in itertools.product(_TYPES, ("mma", "simt")):
-            if kind == "mma" and (int(arch) < _MMA_SINCE or Recipe.parse(recipe).exact_dtype(dtype) == "fp32"):
+            asked = recipe_for(recipe, head_dim)
+            if kind == "mma" and (int(arch) < _MMA_SINCE or asked.exact_dtype(dtype) == "fp32"):
                 continue
-            variant = decode_variant(head_dim, group, dtype, Recipe.parse(recipe), arch, kind)
+            variant = decode_variant(head_dim, group, dtype, asked, arch, kind)
             split = [split_variant(variant, group, Split(n, n <= LARGEST_CLUSTER)) for n in (2, 4, 8, 16)]
-            for each in (variant, variant.storing(), overlapping(variant), *split):
+            selecting = variant.selecting() if asked.selection == "pages" else None
+            for each in (variant, variant.fixed(), variant.storing(), selecting, overlapping(variant), *split):
                 if each and each not in seen:
                     seen.add(each)
                     yield each
