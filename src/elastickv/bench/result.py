@@ -105,7 +105,11 @@ class InferenceCycle:
 
 @dataclass(frozen=True)
 class RecipeUsed:
-    """The recipe, and the bytes of one step averaged over an anchor interval."""
+    """The recipe, and the bytes of one step averaged over an anchor interval.
+
+    `predicted_loss` is the recipe error (root mean square) that the solver expects; None where none was measured.
+    `largest_ratio_scoring_every_step` is told of recipes that select pages.
+    """
 
     text: str
     hash: str
@@ -116,6 +120,8 @@ class RecipeUsed:
     bytes_per_step: dict[str, float]
     largest_step_bytes: float
     stored_bytes: int
+    predicted_loss: float | None = None
+    largest_ratio_scoring_every_step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -155,8 +161,8 @@ class Baseline:
 class Fidelity:
     """What the code path that was timed does to the output.
 
-    `kernel_error` holds the timing data's per contender; `sample` is None where the recipe cannot be solved for the
-    sample's context, and `sample_refused` says why.
+    `kernel_error` holds the timing data's per contender; `sample` is of the recipe as solved for the sample's context. Where
+    that can't be, `sample_refused` says why, and `sample` is of the very recipe that is timed; None if it doesn't fit either.
     """
 
     source: str

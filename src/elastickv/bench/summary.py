@@ -34,7 +34,9 @@ from elastickv.recipe import (
     Recipe,
     dense_bytes,
     interval_bytes,
+    largest_ratio_scoring_every_step,
     largest_step_bytes,
+    predicted_loss,
     read_ratio,
     stored_bytes,
     stored_ratio,
@@ -208,6 +210,7 @@ class Summary:
     def _recipe(self) -> RecipeUsed:
         recipe, shape, dtype = self.recipe, self.options.shape, self.field.dtype
         step = interval_bytes(recipe, self.lengths, shape, dtype)
+        most = largest_ratio_scoring_every_step(self.options.seq, shape, dtype, recipe.sinks, recipe.window)
         return RecipeUsed(
             text=str(recipe),
             hash=recipe.hash,
@@ -227,6 +230,8 @@ class Summary:
             },
             largest_step_bytes=largest_step_bytes(recipe, self.lengths, shape, dtype).kv,
             stored_bytes=stored_bytes(recipe, self.lengths, shape, dtype),
+            predicted_loss=predicted_loss(recipe, shape.head_dim),
+            largest_ratio_scoring_every_step=most if recipe.selection == "pages" else None,
         )
 
     def _timings(self) -> list[Timing]:

@@ -20,7 +20,7 @@ def as_table(result: dict[str, Any]) -> str:
     )
     console.print(
         f"recipe [bold]{escape(recipe['text'])}[/] ({recipe['hash']}): reads 1/{recipe['ratio_read']:.2f}, "
-        f"stores 1/{recipe['ratio_stored']:.2f} of dense 16-bit bytes"
+        f"stores 1/{recipe['ratio_stored']:.2f} of dense 16-bit bytes{_expected(recipe)}"
     )
     table = Table(box=None, pad_edge=False)
     for header in ("decode step", "ms", "CV %", "KV GB/s"):
@@ -39,6 +39,13 @@ def as_table(result: dict[str, Any]) -> str:
     for warning in result["warnings"]:
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     return out.getvalue()
+
+
+def _expected(recipe: dict[str, Any]) -> str:
+    """Return what the solver expects of a recipe, where the file tells it: older ones do not."""
+    loss, most = recipe.get("predicted_loss"), recipe.get("largest_ratio_scoring_every_step")
+    text = f"; expected loss {loss:.3f}" if loss is not None else ""
+    return text + (f"; scoring every step would allow up to 1/{most:.1f}" if most is not None else "")
 
 
 def _sentences(result: dict[str, Any]) -> list[str]:
