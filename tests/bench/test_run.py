@@ -64,9 +64,9 @@ def test_the_originals_keys_are_all_there_in_order(plain):
     ],
 )
 def test_a_recipe_that_the_sample_has_no_shape_for_is_measured_without_its_error(backend, recipe, shape, why):
-    result = run(Options(**SMALL | shape, recipe=recipe, compress=1)).as_dict()
-    assert result["fidelity"]["sample"] is None
-    assert why in result["fidelity"]["sample_refused"]
+    result = run(Options(**SMALL | shape, recipe=recipe, compress=1))
+    assert result.fidelity.sample is None
+    assert any(warning.startswith("no recipe error on the sample: ") and why in warning for warning in result.warnings)
 
 
 def test_time_proportional_to_bytes_gives_the_byte_ratio_as_speedup(plain):
@@ -121,11 +121,12 @@ def test_the_receipt_is_of_the_recipe_solved_for_the_samples_context(plain):
     assert sample["recipe_error"]["count"] >= 64 * 4 * 9
 
 
-def test_a_sample_too_short_for_the_ratio_is_said_and_not_fatal(backend):
+def test_a_sample_too_short_for_the_ratio_gives_the_error_of_the_timed_recipe_and_says_so(backend):
     result = run(Options(**(SMALL | {"seq": 4096}), compress=16))
-    assert result.fidelity.sample is None
+    assert result.fidelity.sample.recipe == result.recipe.text
+    assert result.fidelity.sample.recipe_error.mean > 0
     assert "cannot be met at a context of" in str(result.fidelity.sample_refused)
-    assert any("no recipe error" in warning for warning in result.warnings)
+    assert any(f"is of {result.recipe.text} as timed" in warning for warning in result.warnings)
 
 
 def test_a_wrong_kernel_is_never_timed(backend, monkeypatch):

@@ -29,8 +29,10 @@ def cautions(result: Result) -> Iterator[str]:
     cycle = result.inference_cycle
     if cycle is not None and cycle.decode_tokens % PAGE_TOKENS:
         yield f"{cycle.decode_tokens} decoded tokens are not whole quantisation cycles of {PAGE_TOKENS} tokens"
-    if result.fidelity.sample_refused:
-        yield f"no recipe error on the sample: {result.fidelity.sample_refused}"
+    refused, receipt = result.fidelity.sample_refused, result.fidelity.sample
+    if refused:
+        what = f"the recipe error on the sample is of {receipt.recipe} as timed" if receipt else "no recipe error on the sample"
+        yield f"{what}: {refused}"
     if not result.convergence.converged:
         yield f"not converged: the interval's half-width is {result.convergence.half_width_percent:.2f} %"
     if result.convergence.stopped_by == "time limit":

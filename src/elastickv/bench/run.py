@@ -16,6 +16,7 @@ from elastickv.bench.summary import AGAIN, Summary, speedup_interval
 from elastickv.bench.telemetry import Telemetry
 from elastickv.data import Sample, load_sample
 from elastickv.errors import UsageError
+from elastickv.recipe import Recipe
 
 CYCLE_SHARE = 1 / 3
 WARMUP_SHARE = 0.1
@@ -59,7 +60,7 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
     layers = check_memory(backend, options, recipe)
     surroundings = environment()
     report.phase(f"checking {recipe} on real activations")
-    receipt, refused = _sample_receipt(backend, options, sample)
+    receipt, refused = _sample_receipt(backend, options, sample, recipe)
     report.phase("measuring the ceilings of the device")
     ceilings = _highest_ceilings(backend)
     field = prepare(backend, options, recipe, sample.query_rms, report.phase)
@@ -94,13 +95,20 @@ def _highest_ceilings(backend: Backend) -> Ceilings:
     return reduce(Ceilings.at_least, (backend.ceilings() for _ in range(CEILING_ROUNDS)))
 
 
-def _sample_receipt(backend: Backend, options: Options, sample: Sample) -> tuple[SampleReceipt | None, str | None]:
+def _sample_receipt(
+    backend: Backend, options: Options, sample: Sample, timed: Recipe
+) -> tuple[SampleReceipt | None, str | None]:
+    """Return the receipt of the recipe as solved for the sample or, where that can't be, of the one that is timed; and why."""
     shape = sample_shape(sample)
     try:
-        recipe = options.recipe_at(sample.k.shape[2], shape)
+        recipe, refused = options.recipe_at(sample.k.shape[2], shape), None
+    except UsageError as error:
+        recipe, refused = timed, str(error)
+    try:
+        recipe.check_shape(shape.head_dim, shape.kv_heads)
     except UsageError as error:
         return None, str(error)
-    return replay(backend, sample, recipe, options.dtype), None
+    return replay(backend, sample, recipe, options.dtype), refused
 
 
 def _measure(options: Options, field: Field, progress: Callable[[int, int], None], disturbed: Callable[[], bool]) -> Samples:
