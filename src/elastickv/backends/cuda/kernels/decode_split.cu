@@ -28,8 +28,6 @@ struct Inbox {
     u64 arrived;
 };
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 // Makes ready for `bytes` to arrive. Every thread of a cluster's blocks calls this, and `wait_for_blocks` before it sends.
 __device__ __forceinline__ void open_inbox(Inbox& inbox, u32 bytes) {
     if (threadIdx.x == 0) {

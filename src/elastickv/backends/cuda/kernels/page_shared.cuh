@@ -28,8 +28,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host allocates another size");
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 // Queries on their way to shared memory: for exact rows and for pages.
 struct Words {
     float4 exact[(TILES * K16 * 2 * 32 + THREADS - 1) / THREADS];
