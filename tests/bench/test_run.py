@@ -3,12 +3,14 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
 import pytest
 
-from elastickv.bench import Gate, Options, run
+from elastickv.attention.errors import ErrorSummary
+from elastickv.bench import Gate, Options, preparation, run
 from elastickv.bench import run as _run_function
 from elastickv.bench.schema import SCHEMA_PATH, result_schema
 from elastickv.errors import KernelMismatch, NonFiniteError, UsageError
@@ -17,6 +19,7 @@ from elastickv.report import FORMATS
 from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram
 
 RUN_MODULE = sys.modules[_run_function.__module__]
+PREPARATION = preparation
 SMALL = {"seq": 340, "heads": 2, "dim": 64, "reps": 12, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
 
 
@@ -337,3 +340,30 @@ def test_a_peer_with_8_bit_keys_and_values_is_measured_and_never_the_baseline(ba
 def test_peers_not_asked_for_are_not_measured(backend):
     result = run(Options(**SMALL, compress=1.3))
     assert not any(timing.kind == "peer" for timing in result.contenders)
+
+
+@pytest.mark.parametrize(("elastic_ms", "used"), [(2.0, "dense"), (1.05, "dense"), (0.9, "int8")])
+def test_auto_falls_back_to_dense_where_dense_is_faster_and_says_so(backend, monkeypatch, elastic_ms, used):
+    real = PREPARATION.ours
+
+    def timed(name, *args):
+        contender, program, caches = real(name, *args)
+        recipe = args[4]
+        return replace(contender, sample=lambda: 1.0 if recipe.is_dense else elastic_ms), program, caches
+
+    monkeypatch.setattr(PREPARATION, "ours", timed)
+    monkeypatch.setattr(PREPARATION, "timed_kernel_error", lambda *_: ErrorSummary(0.0, 0.0, 0.0, 1))
+    monkeypatch.setattr(ReferenceProgram, "outputs", lambda self: [np.zeros((1, 2, 64), np.float32)])
+    result = run(Options(**SMALL, compress=1.3)).as_dict()
+    assert result["recipe"]["text"] == used
+    said = [warning for warning in result["warnings"] if "fell back to dense" in warning]
+    assert len(said) == (used == "dense")
+    if used == "dense":
+        assert re.search(r"int8 took [\d.e+]+ us a step, dense-\w+ [\d.e+]+ us", said[0])
+        assert result["recipe"]["ratio_read"] == 0.5  # all dense take the same time here, and fp32 is the first of them
+        assert result["results"]["speedup_vs_baseline"] == pytest.approx(1)
+        assert result["fidelity"]["sample"]["recipe"] == "dense"
+
+
+def test_a_recipe_that_was_asked_for_by_name_never_falls_back(backend):
+    assert run(Options(**SMALL, recipe="bf16,stride=2")).as_dict()["recipe"]["text"] == "bf16,stride=2"

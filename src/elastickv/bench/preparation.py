@@ -1,5 +1,6 @@
 """Before the clock runs: will it fit, which dense variant is the fastest, and does everybody compute attention."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -15,6 +16,7 @@ from elastickv.recipe import DENSE, DTYPES, Recipe, interval_bytes
 from elastickv.recipe.formats import sixteen_bit
 
 PREVIEW_SAMPLES = 3
+CLOSE = 0.1  # of the logarithm of two times
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,13 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
     phase(f"preparing {recipe}")
     elastic, used, used_dtype, fallback = own("elastic", options.dtype, recipe), recipe, options.dtype, None
     if options.recipe.strip() == "auto" and not recipe.is_dense:
-        taken = _preview(elastic)
-        if taken > best[0]:
+        gain, taken = _paired_preview(own_dense, elastic)
+        if gain < 1:
             # Where launches cost more than bytes, fewer bytes are no faster.
             elastic.close()
             used, used_dtype = DENSE, own_dense.dtype
             elastic = own("elastic", used_dtype, used)
-            fallback = (
-                f"auto fell back to dense: {recipe} took {taken * 1e3:.3g} us a step, {own_dense.name} {best[0] * 1e3:.3g} us"
-            )
+            fallback = f"auto fell back to dense: {recipe} took {taken * 1e3:.3g} us a step, {own_dense.name} {taken * gain * 1e3:.3g} us"
     peers: list[Contender] = []
     if options.peers:
         phase("preparing peers")
@@ -156,3 +156,15 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
 def _preview(contender: Contender) -> float:
     contender.sample()
     return median(contender.sample() for _ in range(PREVIEW_SAMPLES))
+
+
+def _paired_preview(dense: Contender, elastic: Contender) -> tuple[float, float]:
+    """Return dense / elastic and the milliseconds of elastic, medians of samples in turn: more of them where it is close."""
+    pairs = [(dense.sample(), elastic.sample()) for _ in range(PREVIEW_SAMPLES)]
+    if abs(math.log(_ratio(pairs))) < CLOSE:
+        pairs += [(dense.sample(), elastic.sample()) for _ in range(2 * PREVIEW_SAMPLES)]
+    return _ratio(pairs), median(time for _, time in pairs)
+
+
+def _ratio(pairs: list[tuple[float, float]]) -> float:
+    return median(first / second for first, second in pairs)
