@@ -3,7 +3,7 @@
     python benchmarks/break_even.py --output benchmarks/results/h100/break_even.json [--cells 200] [--time-limit 600]
 
 Cells are drawn with a fixed seed from batch 1..64 x context 1k..256k x query heads to a KV head x head_dim x compress, evenly:
-the additive recurrence of Roberts (2018) in four dimensions, which fills space however many of its points are taken. A cell
+the additive recurrence of Roberts (2018) in five dimensions, which fills space however many of its points are taken. A cell
 that does not fit the device, or whose budget cannot be met, is kept with the reason.
 """
 
@@ -40,14 +40,12 @@ def points(count: int, dimensions: int):
 
 
 def cells(count: int):
-    for batch, context, kind, budget in points(count, 4):
-        pairs = [(group, dim) for group in GROUPS for dim in HEAD_DIMS]
-        group, dim = pairs[int(kind * len(pairs))]
+    for batch, context, group, dim, budget in points(count, 5):
         yield {
             "batch": round(64**batch),
             "seq": round(1024 * 256**context / 32) * 32,
-            "group": group,
-            "dim": dim,
+            "group": GROUPS[int(group * len(GROUPS))],
+            "dim": HEAD_DIMS[int(dim * len(HEAD_DIMS))],
             "compress": RATIOS[int(budget * len(RATIOS))],
         }
 
