@@ -48,7 +48,7 @@ def preset_row(name: str, label: str) -> list[str]:
         f"{result['recipe']['ratio_read']:.2f}",
         interval(result["speedup"]),
         f"{cycle['speedup_vs_baseline']:.2f}x" if cycle else "",
-        f"{sample['recipe_error']['mean']:.4f}",
+        f"{sample['recipe_error']['mean']:.4f}" if sample else "-",
         f"{result['noise_floor']['low']:.3f}..{result['noise_floor']['high']:.3f}",
     ]
 
@@ -72,8 +72,10 @@ ERROR_NOTE = (
 
 def headline() -> list[str]:
     rows = [
-        preset_row("h100/131072.json", "H100, 131072 tokens, 32/8 heads x 128, C=4"),
-        preset_row("h100/long.json", "H100, long preset (4096 x 32 x 128), C=4"),
+        preset_row("h100/kernels/8-32-8-128-32768--int4.json", "H100, 8 x 32768 tokens, 32/8 heads x 128"),
+        preset_row("h100/kernels/1-32-8-128-131072--int4.json", "H100, 131072 tokens, 32/8 heads x 128"),
+        preset_row("h100/131072.json", "the same, C=4 as solved by 0.1.0"),
+        preset_row("h100/long.json", "H100, long preset (4096 x 32 x 128), C=4 as solved by 0.1.0"),
         preset_row("h100/long-original-schedule.json", "the same, the original's schedule"),
         preset_row("cpu/short.json", "CPU, 2 threads, short preset (1024 x 16 x 64), C=2"),
     ]
@@ -126,7 +128,42 @@ def h100() -> list[str]:
         "`int8`, us",
         "`int8` against the fastest dense",
     ]
-    return [*lines, "", ERROR_NOTE, "", *table(headers, rows)]
+    return [*lines, "", ERROR_NOTE, "", *table(headers, rows), "", *narrow()]
+
+
+def narrow() -> list[str]:
+    """Return the rows of the formats and selections that are kept in pages, beside the peers of the same run."""
+    rows = []
+    for path in sorted((RESULTS / "h100" / "kernels").glob("*--*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        recipe, times, sample = result["recipe"], times_us(result), result["fidelity"]["sample"]
+        if recipe["text"] in ("dense", "int8"):
+            continue
+        peers = {t["name"]: t["dtype"] for t in result["contenders"] if t["kind"] == "peer"}
+        entries = []
+        for wide in (True, False):
+            named = [name for name, dtype in peers.items() if (dtype in ("bf16", "fp16", "fp32")) == wide]
+            best = min(named, key=times.__getitem__, default=None)
+            entries += [f"{times[best]:.1f} ({best})", f"{times[best] / times['elastic']:.2f}"] if best else ["-", "-"]
+        cycle = result["inference_cycle"]
+        step = f"{1e3 * cycle['elastic_total_ms'] / cycle['decode_tokens']:.1f}" if cycle else "-"
+        shape = path.stem.partition("--")[0].replace("-", ",")
+        error = f"{sample['recipe_error']['mean']:.4f}" if sample else "-"
+        row = [shape, f"`{recipe['text']}`", f"{recipe['ratio_read']:.2f}", f"{times['elastic']:.1f}", *entries, step, error]
+        rows.append((recipe["dense_bytes_per_step"], row))
+    headers = [
+        "batch, heads, KV heads, head_dim, context",
+        "recipe",
+        "bytes read 1/",
+        "decode, us",
+        "best 16-bit peer, us",
+        "peer / this",
+        "best 8-bit peer, us",
+        "peer / this",
+        "whole step with append, us",
+        "recipe error",
+    ]
+    return table(headers, [row for _, row in sorted(rows, key=lambda entry: entry[0])])
 
 
 def cpu() -> list[str]:
