@@ -128,3 +128,13 @@ def test_doctor_says_what_will_be_used():
     assert done.returncode == 0, done.stdout
     assert "will use: " in done.stdout
     assert "cpu back end: Numba" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--compile-all", "--arch=5.2"], "--arch=5.2 is unknown: choose 6.1, 7.0"), (["--arch=9.0"], "--compile-all")],
+)
+def test_doctor_refuses_an_architecture_that_it_does_not_compile_for(arguments, said):
+    done = elastickv("doctor", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1

@@ -137,7 +137,8 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
             elastic.close()
             used, used_dtype = DENSE, own_dense.dtype
             elastic = own("elastic", used_dtype, used)
-            fallback = f"auto fell back to dense: {recipe} took {taken * 1e3:.3g} us a step, {own_dense.name} {taken * gain * 1e3:.3g} us"
+            slow, fast = 1e3 * taken, 1e3 * taken * gain
+            fallback = f"auto fell back to dense: {recipe} took {slow:.3g} us a step, {own_dense.name} {fast:.3g} us"
     peers: list[Contender] = []
     if options.peers:
         phase("preparing peers")

@@ -14,8 +14,9 @@ _MARKS = {"ok": ("ok", "green"), "absent": ("--", "yellow"), "broken": ("!!", "r
 @click.option(
     "--compile-all", "compile_all_", is_flag=True, help="Compile every kernel for every architecture, print the table."
 )
+@click.option("--arch", help="With --compile-all: one architecture only, such as 9.0 or 90.")
 @click.option("--no-ceilings", is_flag=True, help="Skip the measurement of the device's limits.")
-def command(compile_all_: bool, no_ceilings: bool) -> int:
+def command(compile_all_: bool, arch: str | None, no_ceilings: bool) -> int:
     """Say what was found, what will be used, what is missing and how to get it.
 
     Exit 0 when something can be measured and nothing that is here is broken, else 1.
@@ -24,6 +25,7 @@ def command(compile_all_: bool, no_ceilings: bool) -> int:
     from elastickv.bench.diagnosis import findings
     from elastickv.errors import UsageError
 
+    architectures = _architectures(arch, compile_all_)
     broken = 0
     for finding in findings():
         mark, colour = _MARKS[finding.state]
@@ -47,16 +49,30 @@ def command(compile_all_: bool, no_ceilings: bool) -> int:
             f"{limits.flops / 1e9:.0f} GFLOP/s"
         )
     if compile_all_:
-        broken += _compile_everything()
+        broken += _compile_everything(architectures)
     return 1 if broken else 0
 
 
-def _compile_everything() -> int:
+def _architectures(arch: str | None, compiling: bool) -> tuple[str, ...]:
+    from elastickv.backends.cuda.compiler import ARCHITECTURES
+    from elastickv.errors import UsageError
+
+    if arch is None:
+        return ARCHITECTURES
+    if not compiling:
+        raise UsageError("--arch says what --compile-all compiles: give both")
+    if arch.replace(".", "") not in ARCHITECTURES:
+        accepted = ", ".join(f"{a[:-1]}.{a[-1]}" for a in ARCHITECTURES)
+        raise UsageError(f"--arch={arch} is unknown: choose {accepted}")
+    return (arch.replace(".", ""),)
+
+
+def _compile_everything(architectures: tuple[str, ...]) -> int:
     from elastickv.backends.cuda.variants import compile_all
 
     spilling = 0
     click.echo("kernel | architecture | parameters | registers | spills | shared bytes | seconds")
-    for row in compile_all():
+    for row in compile_all(architectures):
         click.echo(" | ".join(map(str, astuple(row))))
         sys.stdout.flush()
         spilling += row.spill_bytes > 0 and int(row.arch) >= 80

@@ -94,11 +94,11 @@ class Variant:
         return Variant("append", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 8)))
 
     def selecting(self) -> "Variant":
-        """Return the variant of the selecting kernel that goes with it."""
-        names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE", "K_FORMAT", "V_FORMAT", "V_GROUP")
-        return Variant(
-            "select", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 16), ("MIN_BLOCKS", 1))
-        )
+        """Return the variant of the selecting kernel that goes with it: the scales of its keys are all that it reads."""
+        names = ("HEAD_DIM", "COLD_TYPE", "K_FORMAT")
+        unread = {"EXACT_TYPE": _TYPES["bf16"], "V_FORMAT": _PAGE_FORMATS["bf16"], "V_GROUP": self["HEAD_DIM"]}
+        macros = {name: self[name] for name in names} | unread | dict(_ONE_QUERY_TILE)
+        return Variant("select", self.arch, _macros(macros, WARPS=16, MIN_BLOCKS=1))
 
 
 def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: str, kind: str = "auto") -> Variant:
