@@ -29,6 +29,8 @@ def cautions(result: Result) -> Iterator[str]:
     cycle = result.inference_cycle
     if cycle is not None and cycle.decode_tokens % PAGE_TOKENS:
         yield f"{cycle.decode_tokens} decoded tokens are not whole quantisation cycles of {PAGE_TOKENS} tokens"
+    for name, why in result.baseline.not_run.items():
+        yield f"{name} was not measured: {why}"
     refused, receipt = result.fidelity.sample_refused, result.fidelity.sample
     if refused:
         what = f"the recipe error on the sample is of {receipt.recipe} as timed" if receipt else "no recipe error on the sample"

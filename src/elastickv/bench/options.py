@@ -97,6 +97,8 @@ class Options:
             raise UsageError("--until-ci watches the interval of pairs: add --paired-baseline")
         if self.device is not None:
             _within("--device", self.device, 0, 1023)
+        if self.peers is not None and not self.peers.strip(" ,"):
+            raise UsageError(f"--peers={self.peers} names nobody: give 'all', or beginnings of names joined by commas")
         _within("--seed", self.seed, 0, 2**31 - 1)
         _one_of("--dtype", self.dtype, DTYPES)
         _one_of("--cache", self.cache, CACHE_STATES)
