@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -40,6 +41,17 @@ def test_the_result_is_what_the_schema_file_describes(plain):
     schema = json.loads(SCHEMA_PATH.read_text())
     assert schema == result_schema(), "run: python -m elastickv.bench.schema"
     jsonschema.validate(json.loads(FORMATS["json"](plain)), schema)
+
+
+COMMITTED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("**/*.json"))
+COMMITTED = [path for path in COMMITTED if '"benchmark_type"' in path.read_text(encoding="utf-8")[:200]]
+
+
+def test_the_committed_results_are_what_the_schema_file_describes():
+    schema = json.loads(SCHEMA_PATH.read_text())
+    assert len(COMMITTED) > 20
+    for path in COMMITTED:
+        jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), schema)
 
 
 def test_the_originals_keys_are_all_there_in_order(plain):

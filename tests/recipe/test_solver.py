@@ -91,7 +91,8 @@ def every_recipe(value, group, pages):
 
 
 def test_bits_first_then_pages():
-    assert Recipe.for_ratio(8, 32768, SHAPE) == for_ratio(8, 32768, SHAPE)
+    assert Recipe.for_ratio(8, 32768, SHAPE) == for_ratio(8, 32768, SHAPE) == Recipe.for_ratio(8, 32768)
+    assert Recipe.for_ratio(8, 32768, anchor_every=2, window=64).window == 64
     assert for_ratio(1, 32768, SHAPE).is_dense
     assert for_ratio(1.9, 32768, SHAPE) == Recipe.parse("int8")
     assert for_ratio(3, 32768, SHAPE).formats == "int4" and for_ratio(3, 32768, SHAPE).selection == "all"

@@ -5,7 +5,7 @@
 
 import json
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from inspect import getdoc
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -36,7 +36,8 @@ def _schema(kind: Any) -> dict[str, Any]:
             "type": "object",
             "description": (getdoc(kind) or "").split("\n\n")[0].replace("\n", " "),
             "properties": {f.name: _schema(hints[f.name]) for f in fields(kind)},
-            "required": [f.name for f in fields(kind)],
+            # A field with a default came later: older files lack it.
+            "required": [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING],
             "additionalProperties": False,
         }
     origin, arguments = get_origin(kind), get_args(kind)

@@ -1,7 +1,8 @@
 """The quantisers, bit for bit: every back end must produce these codes and scales.
 
 Scales are rounded to their 16 bits before the codes are chosen, and always outwards, so that every finite input lies within
-what the codes span, but for half a unit in the last place of float32, in which the range is computed.
+what the codes span, but for half a unit in the last place of float32, in which the range is computed. int4 keys are finite up
+to 65504, and so are int4 values whose group spans what float32 can hold.
 """
 
 import numpy as np

@@ -197,12 +197,15 @@ class Recipe:
         return ",".join(terms)
 
     @classmethod
-    def for_ratio(cls, ratio: float, context: int, shape: AttentionShape, dtype: str = "bf16") -> "Recipe":
-        """Return the recipe of least predicted loss that reads at most 1/ratio of the dense bytes: `recipe.for_ratio`."""
+    def for_ratio(cls, ratio: float, context: int, shape: AttentionShape | None = None, **options: Any) -> "Recipe":
+        """Return the recipe of least predicted loss that reads at most 1/ratio of the dense bytes: `recipe.for_ratio`.
+
+        Without a shape that is reckoned for one sequence of 32 query and 8 KV heads of 128 channels.
+        """
         # The solver builds recipes: it stands above this module.
         from elastickv.recipe.solver import for_ratio
 
-        return for_ratio(ratio, context, shape, dtype)
+        return for_ratio(ratio, context, shape or AttentionShape(1, 32, 8, 128), **options)
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
