@@ -104,3 +104,9 @@ def beyond_int4(row: int, kv_head: int, position: int) -> str:
         f"a key beyond what int4 holds: sequence {row}, KV head {kv_head}, position {position}; "
         f"int4 keys hold magnitudes up to {INT4_KEY_MAX:.0f}: choose another format for K"
     )
+
+
+def check_shape(array: Float32, shape: tuple[int, ...], name: str) -> None:
+    """Raise ValueError if a shape is not the one needed: the kernels take addresses, so a wrong one must stop here."""
+    if array.shape != shape:
+        raise ValueError(f"{name} of shape {array.shape}: {shape} is needed")

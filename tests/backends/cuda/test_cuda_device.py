@@ -258,6 +258,64 @@ def test_what_lies_behind_the_last_token_does_not_count(open_cuda, kind, text):
         check_decode(cache, Oracle(cache), rng.standard_normal((1, 4, 128), dtype=np.float32), 4e-3)
 
 
+@pytest.mark.parametrize("text", ["int4,window=40", "k=bf16,v=fp8", "bf16,sinks=0,window=0"])
+@pytest.mark.parametrize(("dim", "group"), [(128, 4), (128, 16), (256, 4)])
+def test_what_lies_in_unused_rows_of_the_ring_does_not_count(open_cuda, text, dim, group):
+    shape, rng = AttentionShape(1, 2 * group, 2, dim), np.random.default_rng(13)
+    cache = open_cuda("pages").cache(shape, 900, "bf16", Recipe.parse(text))
+    keys, values = random_tokens(rng, shape, 900)
+    for length in (7, 130, 333, 700):
+        cache.prefill(np.full_like(keys, np.nan), np.full_like(values, np.nan), np.array([900]))
+        cache.prefill(keys, values, np.array([length]))
+        check_decode(cache, Oracle(cache), rng.standard_normal((1, 2 * group, dim), dtype=np.float32), 4e-3)
+
+
+def test_a_capacity_without_cold_pages_selects_none_and_harms_nothing(open_cuda):
+    shape, rng = AttentionShape(32, 16, 8, 64), np.random.default_rng(14)
+    cache = open_cuda().cache(shape, 100, "bf16", Recipe.parse("int4,pages=1/4"))
+    cache.prefill(*random_tokens(rng, shape, 90), np.full(32, 90))
+    queries = rng.standard_normal((32, 16, 64), dtype=np.float32)
+    for _ in range(3):
+        check_decode(cache, Oracle(cache), queries, 4e-3)
+        assert all(len(cache.pages_read(row, head)) == 0 for row in (0, 31) for head in (0, 7))
+        cache.append(*rng.standard_normal((2, 32, 8, 64), dtype=np.float32))
+
+
+@pytest.mark.parametrize("text", ["int8", "bf16,reuse,anchor_every=2", "int4,pages=1/2,anchor_every=2"])
+def test_a_new_cache_is_empty_and_marked(open_cuda, text):
+    shape, rng = AttentionShape(1, 4, 2, 64), np.random.default_rng(15)
+    cache = open_cuda().cache(shape, 300, "bf16", Recipe.parse(text))
+    for _ in range(2):
+        assert cache.step == -1 and cache.lengths.tolist() == [0]
+        oracle = Oracle(cache)
+        for _ in range(5):
+            cache.append(*rng.standard_normal((2, 1, 2, 64), dtype=np.float32))
+            check_decode(cache, oracle, rng.standard_normal((1, 4, 64), dtype=np.float32), 4e-3)
+        cache.rewind()
+
+
+@pytest.mark.parametrize("text", ["bf16,reuse,anchor_every=4", "int4,pages=1/4,anchor_every=4"])
+def test_an_anchor_that_was_not_decoded_is_not_reused(open_cuda, text):
+    shape, rng = AttentionShape(1, 4, 2, 64), np.random.default_rng(16)
+    cache = open_cuda().cache(shape, 1200, "bf16", Recipe.parse(text))
+    tokens, queries = random_tokens(rng, shape, 1000), rng.standard_normal((1, 4, 64), dtype=np.float32)
+    for length in (1000, 500):
+        cache.prefill(*tokens, np.array([length]))
+        cache.decode(queries)
+        for _ in range(2):
+            cache.append(*rng.standard_normal((2, 1, 2, 64), dtype=np.float32))
+        with pytest.raises(RuntimeError, match="anchor 0, which was not decoded"):
+            cache.decode(queries)
+
+
+def test_arrays_of_another_shape_are_refused(open_cuda):
+    cache = open_cuda().cache(AttentionShape(1, 4, 2, 64), 100, "bf16", DENSE)
+    with pytest.raises(ValueError, match="queries of shape"):
+        cache.decode(np.zeros((1, 5, 64), np.float32))
+    with pytest.raises(ValueError, match="values of shape"):
+        cache.append(np.zeros((1, 2, 64), np.float32), np.zeros((2, 2, 64), np.float32))
+
+
 def test_short_contexts_are_split_as_planned(open_cuda):
     backend = open_cuda()
     units = [backend.cache(AttentionShape(1, 2, 2, 64), n, "bf16", DENSE).variant.splits for n in (100, 1 << 18)]

@@ -7,7 +7,7 @@ import pytest
 
 from elastickv.backends.cuda.pages import codes_of, dequantised, key_places, value_places
 from elastickv.cache.quantise import quantise_int4_keys, stored_values
-from elastickv.recipe import HEAD_DIMS
+from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, value_groups
 
 CASES = [(fmt, dim, group) for fmt in ("bf16", "fp8", "int8", "int4") for dim in HEAD_DIMS for group in value_groups(dim)]
@@ -34,3 +34,11 @@ def test_codes_in_page_order_become_the_quantisers_numbers():
     np.testing.assert_array_equal(back, codes)
     numbers = dequantised(back, plane, "int4", False, "bf16", 80)
     np.testing.assert_array_equal(numbers, stored_values(rows, "int4", False, 80))
+
+
+def test_a_selection_has_room_for_its_lists_sizes_even_where_no_page_fits():
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from elastickv.backends.cuda.storage import Layout
+
+    layout = Layout.of(AttentionShape(32, 16, 8, 64), 100, "bf16", Recipe.parse("int4,pages=1/4"), paged=True)
+    assert layout.lists == 0 and layout.listed == 8 * 32 * 8

@@ -7,7 +7,7 @@ from elastickv.attention.reference import Float64
 from elastickv.backends.cpu import decode, page, selection, steps, storage, threads
 from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, STATE_WORDS, Field, Layout, State, layout
 from elastickv.backends.cpu.unpack import unpack_rows
-from elastickv.cache.layer import Float32, StoredHead, beyond_int4
+from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_shape
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import AttentionShape, Recipe, regions
 from elastickv.recipe.pages import PAGE_TOKENS, kept
@@ -206,12 +206,6 @@ class CpuCache:
             raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")
         for row, head in np.argwhere(self._state[..., State.BEYOND_POSITION] >= 0):
             raise NonFiniteError(beyond_int4(row, head, self._state[row, head, State.BEYOND_POSITION]))
-
-
-def check_shape(array: Float32, shape: tuple[int, ...], name: str) -> None:
-    """Raise ValueError if a shape is not the one needed: the kernels take addresses, so a wrong one must stop here."""
-    if array.shape != shape:
-        raise ValueError(f"{name} of shape {array.shape}: {shape} is needed")
 
 
 def host_array(array: Float32, shape: tuple[int, ...], name: str) -> Float32:

@@ -25,7 +25,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.formats import round_up
 
-_SPARE_BYTES = 64 << 20  # contexts, kernels and staging that a full device must still hold
+_SPARE_BYTES = 128 << 20  # contexts, kernels and staging that a full device must still hold
 
 
 class CudaBackend:

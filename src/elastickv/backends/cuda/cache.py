@@ -13,7 +13,7 @@ from elastickv.backends.cuda.pages import codes_of, dequantised, key_places, val
 from elastickv.backends.cuda.storage import Layout, Scratch, Storage
 from elastickv.backends.cuda.variants import Variant, fixed_blocks, selecting_blocks, selecting_shared_bytes
 from elastickv.cache.bits import from_bf16_bits
-from elastickv.cache.layer import Float32, StoredHead, beyond_int4
+from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_shape
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.pages import kept, selected
@@ -53,8 +53,10 @@ class CudaLayerCache:
         self._fixed = (fixed, equal) if fixed and equal else None
         self._lengths = np.zeros(shape.batch, np.int64)
         self._step = -1
-        self._marked: tuple[NDArray[np.int64], int] = (self._lengths.copy(), -1)
+        self._anchor: int | None = None  # step of the last anchor that was decoded
         self._stream = device.stream
+        self._restart(self._lengths)
+        self.mark()
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -111,7 +113,9 @@ class CudaLayerCache:
         self._stream.sync()
 
     def _restart(self, lengths: NDArray[np.int64]) -> None:
-        self._lengths, self._step = np.array(lengths, np.int64), -1
+        self._lengths, self._step, self._anchor = np.array(lengths, np.int64), -1, None
+        if self.storage.layout.listed:
+            self._device.upload(self.storage.listed, np.zeros((self.storage.layout.heads, 2), np.int32))
         heads = self.storage.layout.heads
         on_device = self._device.allocate(4 * self.shape.batch)
         self._device.upload(on_device, self._lengths.astype(np.int32))
@@ -122,6 +126,8 @@ class CudaLayerCache:
     def append(self, keys: Float32, values: Float32) -> None:
         """Store one token per sequence: (batch, kv_heads, head_dim). Quantises the page that leaves the window, if one does."""
         self.check_room(1)
+        for name, array in (("keys", keys), ("values", values)):
+            check_shape(array, (self.shape.batch, self.shape.kv_heads, self.shape.head_dim), name)
         n_bytes = self.shape.batch * self.shape.kv_heads * self.shape.head_dim * 4
         staged = [self._device.allocate(n_bytes) for _ in range(2)]
         for memory, array in zip(staged, (keys, values), strict=True):
@@ -158,9 +164,11 @@ class CudaLayerCache:
     def decode(self, queries: Float32) -> tuple[Float32, Float32]:
         """Attend with one query per sequence; returns outputs and log-sum-exps."""
         shape = self.shape
+        dims = (shape.batch, shape.query_heads, shape.head_dim)
+        check_shape(queries, dims, "queries")
+        self.note_decodes(self.step, self.step)
         self._device.upload(self.storage.queries, np.asarray(queries, np.float32))
         self.launch_decode(self.storage.queries, self.storage.outputs, self.storage.lse)
-        dims = (shape.batch, shape.query_heads, shape.head_dim)
         outputs = self._device.download(self.storage.outputs, dims, np.float32)
         return outputs, self._device.download(self.storage.lse, dims[:2], np.float32)
 
@@ -230,6 +238,19 @@ class CudaLayerCache:
         s, recipe, layout = self.storage, self._kept, self.storage.layout
         numbers = (recipe.sinks, recipe.window, layout.ring, recipe.stride, layout.exact_rows, layout.cold_rows)
         return (s.exact_k, s.exact_v, s.cold_k, s.cold_v, s.k_scale, s.v_scale, s.bad, *(i32(x) for x in numbers))
+
+    def note_decodes(self, first: int, last: int) -> None:
+        """Note that every step from `first` to `last` is decoded.
+
+        Raises
+        ------
+        RuntimeError : if the first would reuse an output or a list of pages that was never computed.
+        """
+        anchor = first - self.recipe.age(first)
+        if self.recipe.age(first) and self._anchor != anchor:
+            what = "list of pages" if self.recipe.selection == "pages" else "cold output"
+            raise RuntimeError(f"step {first} reuses the {what} of anchor {anchor}, which was not decoded")
+        self._anchor = last - self.recipe.age(last)
 
     def check_room(self, tokens: int) -> None:
         """Refuse to grow past the capacity."""
@@ -314,13 +335,14 @@ class CudaLayerCache:
         """Remember the present state."""
         self.storage.save()
         self._stream.sync()
-        self._marked = (self._lengths.copy(), self._step)
+        self._marked = (self._lengths.copy(), self._step, self._anchor)
 
     def rewind(self) -> None:
         """Return to the marked state; everything appended since is forgotten."""
         self.storage.restore()
         self._stream.sync()
-        self._lengths, self._step = self._marked[0].copy(), self._marked[1]
+        lengths, self._step, self._anchor = self._marked
+        self._lengths = lengths.copy()
 
     def raise_non_finite(self) -> None:
         """Raise NonFiniteError, naming sequence, KV head and position, if a NaN or infinity was ever stored."""

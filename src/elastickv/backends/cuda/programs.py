@@ -65,6 +65,7 @@ class CudaProgram:
         """Launch `launches` times in sequence and return the milliseconds of each."""
         for cache in self._caches:
             cache.check_room(self._appends * launches)
+            cache.note_decodes(cache.step + bool(self._appends), cache.step + self._appends * launches)
         driver, stream = self._device.driver, self._device.stream
         flags = 0  # CU_EVENT_DEFAULT: with timing
         events = [check(driver.cuEventCreate(flags)) for _ in range(2 * launches)]

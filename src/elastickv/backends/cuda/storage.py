@@ -109,7 +109,7 @@ class Layout:
     @property
     def listed(self) -> int:
         """Bytes of the lists' sizes."""
-        return 8 * self.heads if self.lists else 0
+        return 8 * self.heads if self.counts else 0
 
     @property
     def page_capacity(self) -> int:
@@ -176,7 +176,7 @@ class Storage:
         self.outputs = device.allocate(layout.outputs, _NAN_WORD)
         self.lse = device.allocate(layout.lse, _NAN_WORD)
         copied = [(self.state, layout.state), (self.cached_output, layout.reused)]
-        if layout.lists:
+        if layout.counts:
             copied += [(self.lists, layout.lists), (self.listed, layout.listed)]
         if layout.wraps:
             copied += [(self.exact_k, layout.exact_plane), (self.exact_v, layout.exact_plane)]

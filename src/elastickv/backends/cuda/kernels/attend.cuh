@@ -143,6 +143,7 @@ __device__ __forceinline__ void load_values16(Unit16& in, const Args& a, const S
 
 // The first n rows of what is attended to are tokens.
 struct First {
+    static constexpr bool others = false;  // whether rows are loaded that are no tokens, and may hold anything
     int n;
     __device__ __forceinline__ bool all(int row, int rows) const { return row + rows <= n; }
     __device__ __forceinline__ bool holds(int row) const { return row < n; }
@@ -156,6 +157,7 @@ __device__ __forceinline__ int2 load_state(const int2* p) {
 
 // Tokens of the exact plane: the sinks, then the ring.
 struct InRing {
+    static constexpr bool others = true;
     int sinks, ring, start, exact;
     __device__ __forceinline__ bool all(int, int) const { return false; }
     __device__ __forceinline__ bool holds(int row) const {
@@ -202,7 +204,7 @@ __device__ __forceinline__ void attend16(Running& r, Unit16& in, const Args& a, 
                 if (!tokens.holds(16 * unit + 8 * (i >> 1) + 2 * t + (i & 1))) {
                     score[i] = -INFINITY;
 #pragma unroll
-                    for (int c = 0; LOADED && c < SETS; c++) in.v[i][c] = make_uint4(0, 0, 0, 0);
+                    for (int c = 0; (LOADED || Tokens::others) && c < SETS; c++) in.v[i][c] = make_uint4(0, 0, 0, 0);
                 }
         }
         float top = fmaxf(fmaxf(score[0], score[1]), fmaxf(score[2], score[3]));

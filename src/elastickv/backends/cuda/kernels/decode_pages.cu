@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     look_ahead(walk, a, task.s, head, 0);
     start(walk.end);
     if (!anchor) wait_for_previous();
-#else
+#elif BULK  // older parts have waited
     const int newest = walk.end - 1 - walk.first;
     if (cold_tokens(a, length.x) > cold_tokens(a, length.x - 1) && newest >= 0 && newest % walk.step == 0 &&
         newest / walk.step < STAGES) {
