@@ -53,7 +53,8 @@ def test_a_recipe_may_name_its_budget():
     assert kernels.cell_name(SHAPE, "int8,stride=2@4") == "1-32-8-128-32768--int8-stride=2-4"
 
 
-def test_a_cell_that_cannot_run_is_a_reason(tmp_path):
+def test_a_cell_that_cannot_run_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(kernels.__file__).parents[1] / "src"))
     arguments = Namespace(tables=False, resume=False, reps=2, time_limit=1.0, backend="cpu", cell_timeout=100)
     said = kernels.measure(kernels.cell_options(SHAPE, "int99"), tmp_path / "cell.json", arguments)
     assert said.startswith("exit 2: ")
