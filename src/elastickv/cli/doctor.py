@@ -68,7 +68,7 @@ def _architectures(arch: str | None, compiling: bool) -> tuple[str, ...]:
 
 
 def _compile_everything(architectures: tuple[str, ...]) -> int:
-    from elastickv.backends.cuda.variants import compile_all
+    from elastickv.backends.cuda.builds import compile_all
 
     spilling = 0
     click.echo("kernel | architecture | parameters | registers | spills | shared bytes | seconds")

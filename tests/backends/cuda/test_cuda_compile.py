@@ -12,17 +12,15 @@ from pathlib import Path
 import pytest
 
 from elastickv.backends.cuda import compiler
+from elastickv.backends.cuda.builds import RECIPES, compile_all, recipe_for
+from elastickv.backends.cuda.compiler import ARCHITECTURES
 from elastickv.backends.cuda.variants import (
-    ARCHITECTURES,
-    RECIPES,
     Split,
     ceilings_variant,
-    compile_all,
     decode_variant,
     needs_pages,
     overlapping,
     plan_splits,
-    recipe_for,
     split_variant,
 )
 from elastickv.recipe import HEAD_DIMS, Recipe
@@ -272,7 +270,7 @@ def test_two_processes_may_compile_the_same(kernel_folder):
 
 
 def test_the_table_names_kernel_and_resources(monkeypatch):
-    monkeypatch.setattr("elastickv.backends.cuda.variants.all_variants", lambda _: iter([SMALL]))
+    monkeypatch.setattr("elastickv.backends.cuda.builds.all_variants", lambda _: iter([SMALL]))
     rows = list(compile_all())
     assert {r.kernel for r in rows} == {"ceilings:read", "ceilings:read_chunks", "ceilings:copy", "ceilings:multiply_add"}
     assert all(r.registers > 0 and r.spill_bytes == 0 and r.arch == SMALL.arch for r in rows)

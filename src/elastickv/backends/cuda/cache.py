@@ -240,12 +240,7 @@ class CudaLayerCache:
         return (s.exact_k, s.exact_v, s.cold_k, s.cold_v, s.k_scale, s.v_scale, s.bad, *(i32(x) for x in numbers))
 
     def note_decodes(self, first: int, last: int) -> None:
-        """Note that every step from `first` to `last` is decoded.
-
-        Raises
-        ------
-        RuntimeError : if the first would reuse an output or a list of pages that was never computed.
-        """
+        """Note that steps `first` to `last` are decoded; RuntimeError if the first reuses what was never computed."""
         anchor = first - self.recipe.age(first)
         if self.recipe.age(first) and self._anchor != anchor:
             what = "list of pages" if self.recipe.selection == "pages" else "cold output"

@@ -1,22 +1,17 @@
 """Which kernel, built how, serves a shape, dtype and recipe on an architecture."""
 
-import itertools
-import os
-import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from elastickv.backends.cuda.compiler import ARCHITECTURES, Compiled, compile_source
+from elastickv.backends.cuda.compiler import Compiled, compile_source
 from elastickv.errors import UsageError
-from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.formats import round_up, value_groups
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe.formats import round_up
 
 _TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
 _COLD_NONE, _COLD_SAME, _COLD_INT8, _COLD_PAGES = range(4)
 _PAGE_FORMATS = {"bf16": 0, "fp16": 0, "int8": 1, "fp8": 2, "int4": 3}
 _ONE_QUERY_TILE = (("REUSE", 0), ("QTILES", 1))
-_MMA_SINCE = 80
+MMA_SINCE = 80
 _BULK_SINCE = 90
 _DENSE_PAGES_FROM = 400 << 20  # bytes of K and V
 _HEADS_OF_MMA_TILE = 8
@@ -113,7 +108,7 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     """
     exact = _TYPES[recipe.exact_dtype(dtype)]
     cold = _COLD_NONE if recipe.is_dense else _COLD_INT8 if recipe.key_format == "int8" else _COLD_SAME
-    can_mma = int(arch) >= _MMA_SINCE and exact != _TYPES["fp32"]
+    can_mma = int(arch) >= MMA_SINCE and exact != _TYPES["fp32"]
     if kind == "mma" and not can_mma:
         raise UsageError(f"the tensor-core kernel needs 16-bit rows and SM 8.0; this is {dtype}, {recipe} on SM {arch}")
     common = {"HEAD_DIM": head_dim, "EXACT_TYPE": exact, "COLD_TYPE": cold, "REUSE": int(recipe.selection == "reuse")}
@@ -278,83 +273,6 @@ def _macros(common: dict[str, int], **others: int) -> tuple[tuple[str, int], ...
     return tuple(sorted((common | others).items()))
 
 
-@dataclass(frozen=True)
-class CompileRow:
-    """One line of the table of `doctor --compile-all`."""
-
-    kernel: str
-    arch: str
-    parameters: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    seconds: float
-
-
-RECIPES = (
-    "dense",
-    "bf16",
-    "bf16,stride=2",
-    "bf16,reuse,anchor_every=4",
-    "int8",
-    "int8,stride=2",
-    "int8,reuse,anchor_every=4",
-    "int4",
-    "int4,vgroup=V",
-    "fp8",
-    "k=int8,v=int4",
-    "k=bf16,v=int4",
-    "int4,pages=1/4",
-    "k=int4,v=int8,pages=1/4",
-    "k=int4,v=bf16,pages=1/4",
-)
-
-
-def recipe_for(text: str, head_dim: int) -> Recipe:
-    """Return a recipe of `RECIPES`; V is the least group of V channels that the head allows."""
-    return Recipe.parse(text.replace("=V", f"={value_groups(head_dim)[0]}"))
-
-
-def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Variant]:
-    """Yield every variant of every kernel, each once."""
-    seen = set()
-    for arch, head_dim, group, recipe in itertools.product(architectures, HEAD_DIMS, (1, 2, 4, 8, 16, 32), RECIPES):
-        for dtype, kind in itertools.product(_TYPES, ("mma", "simt")):
-            asked = recipe_for(recipe, head_dim)
-            if kind == "mma" and (int(arch) < _MMA_SINCE or asked.exact_dtype(dtype) == "fp32"):
-                continue
-            variant = decode_variant(head_dim, group, dtype, asked, arch, kind)
-            split = [split_variant(variant, group, Split(n, n <= LARGEST_CLUSTER)) for n in (2, 4, 8, 16)]
-            selecting = variant.selecting() if asked.selection == "pages" else None
-            for each in (variant, variant.fixed(), variant.storing(), selecting, overlapping(variant), *split):
-                if each and each not in seen:
-                    seen.add(each)
-                    yield each
-        ceilings = ceilings_variant(arch)
-        if ceilings not in seen:
-            seen.add(ceilings)
-            yield ceilings
-
-
 def ceilings_variant(arch: str, unroll: int = 4) -> Variant:
     """Return the build of the kernels that measure the device's limits."""
-    return Variant("ceilings", arch, (("TENSOR", int(int(arch) >= _MMA_SINCE)), ("UNROLL", unroll)))
-
-
-def compile_all(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[CompileRow]:
-    """Compile every variant, on all processors, and yield what each kernel takes."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        for variant, compiled, seconds in pool.map(_timed, all_variants(architectures)):
-            parameters = " ".join(f"{name}={value}" for name, value in variant.macros)
-            for r in compiled.resources:
-                name = f"{variant.source}:{r.kernel}"
-                yield CompileRow(name, variant.arch, parameters, r.registers, r.spill_bytes, r.shared_bytes, seconds)
-    finally:
-        # Thousands may be waiting: whoever stops early must not wait for them.
-        pool.shutdown(cancel_futures=True)
-
-
-def _timed(variant: Variant) -> tuple[Variant, Compiled, float]:
-    start = time.perf_counter()
-    return variant, variant.compiled(), time.perf_counter() - start
+    return Variant("ceilings", arch, (("TENSOR", int(int(arch) >= MMA_SINCE)), ("UNROLL", unroll)))
