@@ -20,7 +20,6 @@ from elastickv.report import FORMATS
 from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram
 
 RUN_MODULE = sys.modules[_run_function.__module__]
-PREPARATION = preparation
 SMALL = {"seq": 340, "heads": 2, "dim": 64, "reps": 12, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
 
 
@@ -359,15 +358,15 @@ def test_peers_not_asked_for_are_not_measured(backend):
 
 @pytest.mark.parametrize(("elastic_ms", "used"), [(2.0, "dense"), (1.05, "dense"), (0.9, "int8")])
 def test_auto_falls_back_to_dense_where_dense_is_faster_and_says_so(backend, monkeypatch, elastic_ms, used):
-    real = PREPARATION.ours
+    real = preparation.ours
 
     def timed(name, *args):
         contender, program, caches = real(name, *args)
         recipe = args[4]
         return replace(contender, sample=lambda: 1.0 if recipe.is_dense else elastic_ms), program, caches
 
-    monkeypatch.setattr(PREPARATION, "ours", timed)
-    monkeypatch.setattr(PREPARATION, "timed_kernel_error", lambda *_: ErrorSummary(0.0, 0.0, 0.0, 1))
+    monkeypatch.setattr(preparation, "ours", timed)
+    monkeypatch.setattr(preparation, "timed_kernel_error", lambda *_: ErrorSummary(0.0, 0.0, 0.0, 1))
     monkeypatch.setattr(ReferenceProgram, "outputs", lambda self: [np.zeros((1, 2, 64), np.float32)])
     result = run(Options(**SMALL, compress=1.3)).as_dict()
     assert result["recipe"]["text"] == used

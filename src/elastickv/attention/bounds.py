@@ -4,7 +4,8 @@ After Quest (Tang et al. 2024), whose per-channel minima and maxima are here tho
 The bound over the whole range is reached by no key once there are many channels; over its middle half it ranks pages better
 (benchmarks/NOTES.md). A sum over heads is linear in what each head contributes, so a page costs one product of length
 2 head_dim whatever the group, and no page's score depends on the others'.
-To try another scorer, write another file with `score_pages` and name it in `SCORER` (and its kernel in the back ends).
+To try another scorer, write another file with these functions and call it where this one is called: the reference cache, the
+CPU's `selection.py` and the CUDA kernel `select.cu`.
 """
 
 import numpy as np
@@ -14,7 +15,6 @@ from elastickv.attention.reference import Float64
 
 LEVELS = 15
 SPAN = 0.5
-SCORER = "bounds"
 
 
 def page_bounds(queries: ArrayLike, scales: ArrayLike, zeros: ArrayLike, span: float = SPAN) -> Float64:
