@@ -9,6 +9,7 @@ from elastickv.cli.errors import exit_with
 
 COMMANDS: dict[str, str] = {
     "bench": "Measure decode attention at 1/C of the KV bytes against a dense baseline.",
+    "calibrate": "Measure what each KV head of a model loses, for recipes to be solved from.",
     "doctor": "Say what was found, what will be used, what is missing and how to get it.",
 }
 

@@ -13,6 +13,8 @@ from elastickv.recipe.accounting import (
 from elastickv.recipe.calibration import Calibration
 from elastickv.recipe.formats import DTYPES, FORMATS, Format
 from elastickv.recipe.losses import predicted_loss
+from elastickv.recipe.model_calibration import ModelCalibration
+from elastickv.recipe.model_solver import LayerPlan, for_ratio_by_layer
 from elastickv.recipe.pages import PAGE_TOKENS, Regions, regions
 from elastickv.recipe.recipe import DENSE, Recipe
 from elastickv.recipe.resolve import resolve
@@ -28,12 +30,15 @@ __all__ = [
     "AttentionShape",
     "Calibration",
     "Format",
+    "LayerPlan",
+    "ModelCalibration",
     "Recipe",
     "Regions",
     "StepBytes",
     "dense_bytes",
     "explanation",
     "for_ratio",
+    "for_ratio_by_layer",
     "interval_bytes",
     "largest_ratio_scoring_every_step",
     "largest_step_bytes",

@@ -1,0 +1,42 @@
+"""`elastickv calibrate`."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command("calibrate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("--text", type=click.Path(path_type=Path), help="Text to read.  [default: one that is shipped]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: MODEL.calibration.json]")
+@click.option("--tokens", type=int, help="Tokens of the text to read.  [default: 16384, or all there are]")
+@click.option("--dtype", default="fp32", show_default=True, help="Load the model's weights as fp32, fp16 or bf16.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu or cuda.")
+def command(model: str, text: Path | None, output: Path | None, tokens: int | None, dtype: str, device: str) -> int:
+    """Measure what each KV head of MODEL loses at each fraction of its pages, for recipes to be solved from.
+
+    MODEL is a local directory, a .gguf file or a hub id.
+    """
+    from elastickv.cli.progress import Bar
+    from elastickv.errors import UsageError
+    from elastickv.report.files import check_writable, write_text
+    from elastickv.transformers.models import NEEDED, load_model, require
+
+    require(*NEEDED)
+    from elastickv.fidelity.calibrate import DEFAULT_TOKENS, calibrate
+    from elastickv.fidelity.texts import calibration_text, read_text
+
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--tokens={tokens} is out of range: give a whole number from 1 up")
+    target = output or Path(f"{Path(model).name.removesuffix('.gguf')}.calibration.json")
+    check_writable(target)
+    source = calibration_text() if text is None else read_text(text)
+    with Bar() as bar:
+        bar.phase("loading")
+        loaded = load_model(model, dtype, device)
+        bar.phase("calibrating")
+        result = calibrate(loaded, source, tokens or DEFAULT_TOKENS, bar.progress)
+    write_text(target, result.dumps())
+    heads = f"{len(result.layers)} layers x {result.kv_heads} KV heads"
+    click.echo(f"{target}: {heads} of {result.model} ({result.fingerprint}) on {result.tokens} tokens of {result.text}")
+    return 0

@@ -1,0 +1,103 @@
+"""Texts to score and to calibrate on: those shipped, or files that a user names; cut into windows of tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastickv.errors import UsageError
+
+SHIPPED = Path(__file__).parents[1] / "data" / "texts"
+EVALUATION = ("morris.txt", "macdowell.txt")
+CALIBRATION = "calibration.txt"
+MAX_TEXT_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text by name."""
+
+    name: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive tokens of one text.
+
+    Attributes
+    ----------
+    text : the text's name.
+    first : number of the window's first token in its text.
+    ids : the tokens.
+    """
+
+    text: str
+    first: int
+    ids: tuple[int, ...]
+
+
+def evaluation_texts() -> list[Text]:
+    """Return the texts that the package ships to be scored."""
+    return [read_text(SHIPPED / name) for name in EVALUATION]
+
+
+def calibration_text() -> Text:
+    """Return the text that the package ships to calibrate on: no part of it is in `evaluation_texts`."""
+    return read_text(SHIPPED / CALIBRATION)
+
+
+def read_text(path: Path) -> Text:
+    """Read a UTF-8 text.
+
+    Raises
+    ------
+    UsageError : if it cannot be read, is no text, or is empty.
+    """
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise UsageError(f"text {path} is larger than {MAX_TEXT_BYTES >> 20} MiB: give an excerpt")
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"text {path} is not UTF-8: convert it, or give another file") from None
+    except OSError as error:
+        raise UsageError(f"text {path}: {error.strerror or error}; give a text file") from None
+    if not content.strip():
+        raise UsageError(f"text {path} is empty: give a text of a few thousand words")
+    return Text(path.name, content)
+
+
+def windows(texts: Sequence[Text], tokenizer: Any, tokens: int, count: int) -> list[Window]:
+    """Return `count` windows of `tokens` tokens, shared out evenly over the texts and evenly spaced within each.
+
+    They overlap only where a text is too short for all of them side by side.
+
+    Raises
+    ------
+    UsageError : if a text has fewer than `tokens` tokens.
+    """
+    found = []
+    for number, text in enumerate(texts):
+        share = count // len(texts) + (number < count % len(texts))
+        if not share:
+            continue
+        ids = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+        if len(ids) < tokens:
+            raise UsageError(
+                f"text {text.name} has {len(ids)} tokens and a window needs {tokens}: give a longer text or a shorter context"
+            )
+        step = (len(ids) - tokens) / max(1, share - 1)
+        for i in range(share):
+            first = int(i * min(step, (len(ids) // share)))
+            found.append(Window(text.name, first, tuple(ids[first : first + tokens])))
+    return found
+
+
+def overlap(first: Sequence[Text], second: Sequence[Text], characters: int = 200) -> bool:
+    """Whether a passage of `characters` of one of `first` stands in one of `second`, looked up at every such distance."""
+    return any(
+        text.content[i : i + characters] in other.content
+        for text in first
+        for i in range(0, max(1, len(text.content) - characters), characters)
+        for other in second
+    )

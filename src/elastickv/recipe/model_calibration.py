@@ -1,0 +1,148 @@
+"""What a model loses head by head: the errors that `elastickv calibrate` measures, and the file that holds them.
+
+The file stores errors, not an allotment: `model_solver` turns them into recipes for any ratio and context. JSON, so that
+reading it runs no code.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from elastickv.errors import UsageError
+
+FORMAT = "elastickv-calibration"
+VERSION = 1
+FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+MAX_FILE_BYTES = 1 << 28
+
+HeadErrors = tuple[tuple[float, ...], ...]
+"""[layer][KV head] -> error."""
+
+
+@dataclass(frozen=True)
+class ModelCalibration:
+    """Errors of one model, each the mean over queries of ||W_o change of the head's output||^2 / ||residual||^2.
+
+    The change is that of all query heads of a KV head together; the residual is what the layer was given. What is measured
+    apart is taken to err independently: the errors of keys, values and selection add up.
+
+    Attributes
+    ----------
+    model : the name it was given, for people.
+    fingerprint : of configuration and weights; what other files are compared by.
+    layers : numbers of the layers measured, ascending; those with a sliding window have no errors.
+    query_heads, kv_heads, head_dim : of each of these layers.
+    text, tokens, queries : what was read, and how many positions of it were scored.
+    pages : anchor_every -> fraction of the cold pages that is read -> errors.
+    keys : format of K -> errors of storing cold keys so.
+    values : format of V, int4 with its group as 'int4/32' -> errors of storing cold values so.
+    """
+
+    model: str
+    fingerprint: str
+    layers: tuple[int, ...]
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    text: str
+    tokens: int
+    queries: int
+    pages: Mapping[int, Mapping[float, HeadErrors]]
+    keys: Mapping[str, HeadErrors]
+    values: Mapping[str, HeadErrors]
+
+    def check_model(self, fingerprint: str, name: str = "this model") -> None:
+        """Refuse to be used with another model.
+
+        Raises
+        ------
+        UsageError : if `fingerprint` is not the calibration's.
+        """
+        if fingerprint != self.fingerprint:
+            raise UsageError(
+                f"the calibration is of {self.model} (fingerprint {self.fingerprint}), not of {name} ({fingerprint}): "
+                f"run `elastickv calibrate` on {name}"
+            )
+
+    def dumps(self) -> str:
+        """Return the file's text."""
+        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def loads(cls, text: str, name: str = "the calibration") -> "ModelCalibration":
+        """Return the calibration that a file's text holds.
+
+        Raises
+        ------
+        UsageError : if it is no calibration, of another version, or does not hold together.
+        """
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"{name} is no calibration: not JSON ({error}); write one with `elastickv calibrate`") from None
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise UsageError(f"{name} is no calibration: no format {FORMAT!r}; write one with `elastickv calibrate`")
+        if record.get("version") != VERSION:
+            raise UsageError(
+                f"{name} is a calibration of version {record.get('version')!r}, and this elastickv reads version {VERSION}: "
+                "run `elastickv calibrate` again"
+            )
+        try:
+            return cls._from(record)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{name} is damaged ({error}): run `elastickv calibrate` again") from None
+
+    @classmethod
+    def load(cls, path: Path | str) -> "ModelCalibration":
+        """Read a calibration file.
+
+        Raises
+        ------
+        UsageError : if it cannot be read, or `loads` refuses it.
+        """
+        try:
+            if Path(path).stat().st_size > MAX_FILE_BYTES:
+                raise UsageError(f"{path} is no calibration: it is larger than {MAX_FILE_BYTES >> 20} MiB")
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise UsageError(f"calibration {path}: {reason}; give a file that `elastickv calibrate` wrote") from None
+        return cls.loads(text, str(path))
+
+    @classmethod
+    def _from(cls, record: dict[str, Any]) -> "ModelCalibration":
+        layers = tuple(int(layer) for layer in record["layers"])
+        heads = int(record["kv_heads"])
+
+        def errors(rows: Any) -> HeadErrors:
+            table = tuple(tuple(float(error) for error in row) for row in rows)
+            if len(table) != len(layers) or any(len(row) != heads for row in table):
+                raise ValueError(f"{len(layers)} layers of {heads} KV heads are needed")
+            if not all(error >= 0 and math.isfinite(error) for row in table for error in row):
+                raise ValueError("an error that is negative or not finite")
+            return table
+
+        pages = {int(r): {float(f): errors(rows) for f, rows in curve.items()} for r, curve in record["pages"].items()}
+        if not layers or not pages or any(1.0 not in curve or len(curve) < 2 for curve in pages.values()):
+            raise ValueError("errors at fraction 1 and another are needed")
+        if not record["keys"] or not record["values"]:
+            raise ValueError("errors of formats are needed")
+        if any(not 0 < fraction <= 1 for curve in pages.values() for fraction in curve):
+            raise ValueError("a fraction that is not above 0 and at most 1")
+        return cls(
+            model=str(record["model"]),
+            fingerprint=str(record["fingerprint"]),
+            text=str(record["text"]),
+            query_heads=int(record["query_heads"]),
+            head_dim=int(record["head_dim"]),
+            tokens=int(record["tokens"]),
+            queries=int(record["queries"]),
+            layers=layers,
+            kv_heads=heads,
+            pages=pages,
+            keys={str(name): errors(rows) for name, rows in record["keys"].items()},
+            values={str(name): errors(rows) for name, rows in record["values"].items()},
+        )

@@ -1,0 +1,168 @@
+"""Recipes of a whole model: the budget goes to the layers and heads that lose most without it."""
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from elastickv.errors import UsageError
+from elastickv.recipe import DENSE, AttentionShape, Recipe, dense_bytes, interval_bytes, regions
+from elastickv.recipe.model_calibration import ModelCalibration
+from elastickv.recipe.model_solver import for_ratio_by_layer
+from elastickv.recipe.pages import PAGE_TOKENS, selected
+
+FRACTIONS = (1.0, 1 / 2, 1 / 4, 1 / 8)
+LAYERS, KV_HEADS = 3, 2
+
+
+def table(value):
+    return tuple(tuple(value(layer, head) for head in range(KV_HEADS)) for layer in range(LAYERS))
+
+
+def need(layer, head):
+    return 10.0 ** (layer - head)
+
+
+CALIBRATION = ModelCalibration(
+    model="tiny",
+    fingerprint="0123456789abcdef",
+    layers=(0, 1, 3),
+    query_heads=4,
+    kv_heads=KV_HEADS,
+    head_dim=64,
+    text="a text",
+    tokens=100,
+    queries=10,
+    pages={
+        steps: {f: table(lambda layer, head, f=f, steps=steps: need(layer, head) * (1 / f - 1) * steps) for f in FRACTIONS}
+        for steps in (1, 4)
+    },
+    keys={name: table(lambda *_, e=e: e) for name, e in (("int8", 1e-6), ("int4", 1e-4))},
+    values={name: table(lambda *_, e=e: e) for name, e in (("int8", 1e-6), ("int4/32", 1e-4), ("int4/64", 3e-4))},
+)
+SHAPE = AttentionShape(1, 4, KV_HEADS, 64)
+
+
+def ratio_of(recipes, context):
+    return LAYERS * dense_bytes([context], SHAPE) / sum(interval_bytes(r, [context], SHAPE).kv for r in recipes)
+
+
+@pytest.mark.parametrize("context", [2048, 32768])
+@pytest.mark.parametrize("ratio", [2, 3, 4, 8])
+def test_the_budget_is_kept_and_spent(ratio, context):
+    plan = for_ratio_by_layer(CALIBRATION, ratio, context)
+    assert plan.ratio == pytest.approx(ratio_of(plan.recipes, context))
+    assert ratio <= plan.ratio < ratio * 1.3
+    for recipe in plan.recipes:
+        recipe.check_shape(64, KV_HEADS)
+        assert Recipe.parse(str(recipe)) == recipe
+
+
+def test_no_other_choice_of_as_few_bytes_errs_less():
+    """A Lagrangian solution is the best of all that read no more than it does."""
+    context, few = 4096, (1.0, 1 / 4)
+    small = replace(
+        CALIBRATION,
+        layers=(0, 1),
+        pages={1: {f: CALIBRATION.pages[1][f][:2] for f in few}},
+        keys={"int4": CALIBRATION.keys["int4"][:2]},
+        values={"int4/64": CALIBRATION.values["int4/64"][:2]},
+    )
+    plan = for_ratio_by_layer(small, 5, context)
+    plain = Recipe("int4", "int4")
+    options = [
+        (plain, 0.0, None),
+        *((replace(plain, selection="pages", fractions=pair), None, pair) for pair in product(few, repeat=2)),
+    ]
+
+    def error(layer, pair):
+        return sum(4e-4 + (small.pages[1][pair[head]][layer][head] if pair else 0) for head in range(KV_HEADS))
+
+    best = min(
+        error(0, first[2]) + error(1, second[2])
+        for first, second in product(options, repeat=2)
+        if 2 * dense_bytes([context], SHAPE) / sum(interval_bytes(o[0], [context], SHAPE).kv for o in (first, second))
+        >= plan.ratio - 1e-9
+    )
+    assert plan.error == pytest.approx(best)
+
+
+def test_hungry_heads_get_the_pages_and_every_head_reads_one():
+    plan = for_ratio_by_layer(CALIBRATION, 10, 4096, anchor_every=4)
+    shares = [[recipe.fraction(head) for head in range(KV_HEADS)] for recipe in plan.recipes]
+    flat = sorted((need(layer, head), shares[layer][head]) for layer in range(LAYERS) for head in range(KV_HEADS))
+    assert [share for _, share in flat] == sorted(share for _, share in flat)
+    assert flat[0][1] < flat[-1][1]
+    pages = regions(4096, 4, 128).cold // PAGE_TOKENS
+    assert all(selected(pages, share) >= 1 for row in shares for share in row)
+    assert {recipe.anchor_every for recipe in plan.recipes if recipe.selection == "pages"} == {4}
+
+
+def test_a_larger_ratio_never_errs_less():
+    errors = [for_ratio_by_layer(CALIBRATION, ratio, 8192).error for ratio in (1, 2, 3, 4, 6, 8, 12)]
+    assert errors == sorted(errors)
+
+
+def test_ratio_one_is_dense():
+    assert for_ratio_by_layer(CALIBRATION, 1, 4096).recipes == (DENSE,) * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((64, 4096), "compress=64 cannot be met"), ((4, 200), "from a context of"), ((0.5, 4096), "compress=0.5")],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(arguments, named):
+    with pytest.raises(UsageError, match=named):
+        for_ratio_by_layer(CALIBRATION, *arguments)
+
+
+def test_an_anchor_that_was_not_calibrated_is_refused():
+    with pytest.raises(UsageError, match="choose 1, 4"):
+        for_ratio_by_layer(CALIBRATION, 8, 4096, anchor_every=3)
+
+
+def test_a_calibration_file_round_trips(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(CALIBRATION.dumps(), encoding="utf-8")
+    assert ModelCalibration.load(path) == CALIBRATION
+
+
+def test_a_calibration_of_another_model_is_refused():
+    CALIBRATION.check_model("0123456789abcdef")
+    with pytest.raises(UsageError, match=r"is of tiny .* not of other .* `elastickv calibrate`"):
+        CALIBRATION.check_model("fedcba9876543210", "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"format": "something"}, "no calibration"),
+        ({"version": 2}, "version 2"),
+        ({"layers": [0, 1]}, "2 layers of 2 KV heads"),
+        ({"layers": []}, "damaged"),
+        ({"pages": {}}, "fraction 1 and another"),
+        ({"keys": {"int4": [[-1, 0]] * 3}}, "negative"),
+        ({"keys": {"int4": [[float("nan"), 0]] * 3}}, "not finite"),
+        ({"keys": None}, "damaged"),
+        ({"tokens": "many"}, "damaged"),
+    ],
+)
+def test_a_damaged_or_newer_file_is_refused_in_one_line(change, named):
+    record = json.loads(CALIBRATION.dumps()) | change
+    with pytest.raises(UsageError, match=named) as refusal:
+        ModelCalibration.loads(json.dumps(record), "file.json")
+    assert "file.json" in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x04pickle", b"", b"[1]", b"{}"])
+def test_what_is_no_calibration_is_refused(tmp_path, content):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=str(path)):
+        ModelCalibration.load(path)
+
+
+def test_a_calibration_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        ModelCalibration.load(tmp_path / "absent.json")
