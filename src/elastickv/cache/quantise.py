@@ -112,7 +112,7 @@ def quantise_fp8(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.uint16
 
 def dequantise_fp8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
     """Return the float64 values of codes and scales as `quantise_fp8` returns them."""
-    return _E4M3[np.asarray(codes, np.uint8)] * from_bf16_bits(scales).astype(np.float64)[..., None, None]
+    return E4M3_VALUES[np.asarray(codes, np.uint8)] * from_bf16_bits(scales).astype(np.float64)[..., None, None]
 
 
 def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray[np.float64]:
@@ -171,8 +171,8 @@ def _e4m3_values() -> NDArray[np.float64]:
     return np.where(codes & 0x7F == 0x7F, np.nan, np.where(codes & 0x80, -magnitude, magnitude))
 
 
-_E4M3 = _e4m3_values()
-_E4M3_POSITIVE = _E4M3[:127]
+E4M3_VALUES = _e4m3_values()
+_E4M3_POSITIVE = E4M3_VALUES[:127]
 
 
 def _to_e4m3(x: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from elastickv.attention.reference import Float64
 from elastickv.backends.cpu import decode, page, selection, steps, storage, threads
 from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, STATE_WORDS, Field, Layout, State, layout
+from elastickv.backends.cpu.rows import Rows
 from elastickv.backends.cpu.unpack import unpack_rows
 from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_shape
 from elastickv.errors import NonFiniteError, UsageError
@@ -15,8 +16,8 @@ from elastickv.recipe.pages import PAGE_TOKENS, kept
 ALIGNMENT_BYTES = 64
 
 
-class CpuCache:
-    """A `LayerCache` in one block of host memory; see `layout` for what lies where."""
+class CpuCache(Rows):
+    """An `EditableCache` in one block of host memory; see `layout` for what lies where."""
 
     def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> None:
         self.shape, self.capacity, self.dtype, self.recipe = shape, capacity, dtype, recipe

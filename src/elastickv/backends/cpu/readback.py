@@ -1,0 +1,134 @@
+"""Reading tokens back in bulk, and writing them into the window again. The twin of `storage` and `chill`."""
+
+import numpy as np
+from numba import cfunc, njit
+
+from elastickv.backends.cpu import layout
+from elastickv.backends.cpu.elements import (
+    bf16_value,
+    cold_page,
+    cold_tokens,
+    exact_page,
+    fp16_value,
+    get,
+    key_offset,
+    plane_bytes,
+    put,
+    scale_bytes,
+    value_offset,
+)
+from elastickv.backends.cpu.intrinsics import (
+    FP8,
+    INT4,
+    INT8,
+    atomic_add,
+    load_f32,
+    load_i8,
+    load_i64,
+    load_u16,
+    store_f32,
+    words,
+)
+from elastickv.cache.quantise import E4M3_VALUES
+from elastickv.recipe import PAGE_TOKENS
+
+_F = layout.Field
+HEADS, KV_HEADS, DIM, SINKS, STRIDE = int(_F.HEADS), int(_F.KV_HEADS), int(_F.DIM), int(_F.SINKS), int(_F.STRIDE)
+COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
+EXACT_FORMAT, VALUE_GROUP, STATE_BASE = int(_F.EXACT_FORMAT), int(_F.VALUE_GROUP), int(_F.STATE_BASE)
+BOUNDS_BASE, BOUNDS_HEAD_BYTES = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES)
+LENGTH, STATE_BYTES = 8 * int(layout.State.LENGTH), 8 * layout.STATE_WORDS
+
+
+@njit(error_model="numpy")
+def _nibble(where, number):  # type: ignore[no-untyped-def]
+    return np.float64(np.int64(load_u16(where)) >> (4 * (number // 2)) & 15)
+
+
+@njit(error_model="numpy")
+def _eight_bits(fmt, where, scale):  # type: ignore[no-untyped-def]
+    code = np.int64(load_i8(where))
+    return (E4M3_VALUES[code & 255] if fmt == FP8 else np.float64(code)) * scale
+
+
+@njit(error_model="numpy")
+def _read_cold(c, head, number, keys, values):  # type: ignore[no-untyped-def]
+    """Write the key and value of kept cold token `number` as float32 rows."""
+    page, token = number // PAGE_TOKENS, number % PAGE_TOKENS
+    key, value, dim, group = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], c[DIM], c[VALUE_GROUP]
+    codes = cold_page(c, head, page)
+    value_codes = codes + plane_bytes(key, dim)
+    key_scales = value_codes + plane_bytes(value, dim)
+    value_scales = key_scales + scale_bytes(key, dim, group, False)
+    bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4
+    scale = np.float64(bf16_value(load_u16(key_scales + (2 * token if key == INT8 else 0))))
+    value_scale = np.float64(bf16_value(load_u16(value_scales + (2 * token if value == INT8 else 0))))
+    for d in range(dim):
+        where = codes + key_offset(key, token, d)
+        if key == INT4:
+            step = np.float64(fp16_value(load_u16(bounds + 2 * d)))
+            zero = np.float64(fp16_value(load_u16(bounds + 2 * (dim + d))))
+            x = _nibble(where, d % 8) * step + zero
+        elif key in (INT8, FP8):
+            x = _eight_bits(key, where, scale)
+        else:
+            x = np.float64(get(key, where))
+        store_f32(keys + 4 * d, np.float32(x))
+        where = value_codes + value_offset(value, group if value == INT4 else dim, token, d)
+        if value == INT4:
+            at = value_scales + d // group * 4 * PAGE_TOKENS + 2 * token
+            step = np.float64(bf16_value(load_u16(at)))
+            zero = np.float64(bf16_value(load_u16(at + 2 * PAGE_TOKENS)))
+            x = _nibble(where, token % 8) * step + zero
+        elif value in (INT8, FP8):
+            x = _eight_bits(value, where, value_scale)
+        else:
+            x = np.float64(get(value, where))
+        store_f32(values + 4 * d, np.float32(x))
+
+
+@njit(error_model="numpy")
+def _read_exact(c, head, position, keys, values):  # type: ignore[no-untyped-def]
+    fmt, dim = c[EXACT_FORMAT], c[DIM]
+    page, token = exact_page(c, head, position)
+    start = page + plane_bytes(fmt, dim)
+    for d in range(dim):
+        store_f32(keys + 4 * d, get(fmt, page + key_offset(fmt, token, d)))
+        store_f32(values + 4 * d, get(fmt, start + value_offset(fmt, dim, token, d)))
+
+
+@cfunc("void(int64, int64)", cache=True, error_model="numpy")
+def read_block(arguments, thread):  # type: ignore[no-untyped-def]
+    """Write tokens `first` to `last` - 1 of every (sequence, KV head) into (heads, last - first, head_dim) float32 rows."""
+    a = words(arguments)
+    descriptor, counters, keys, values, first, last = a[0], a[1], a[2], a[3], a[4], a[5]
+    c = words(descriptor)
+    head = atomic_add(counters, 1)
+    while head < c[HEADS]:
+        length = load_i64(c[STATE_BASE] + head * STATE_BYTES + LENGTH)
+        cold = cold_tokens(c, length)
+        for position in range(first, min(last, length)):
+            at = (head * (last - first) + position - first) * c[DIM] * 4
+            number = position - c[SINKS]
+            if number < 0 or number >= cold:
+                _read_exact(c, head, position, keys + at, values + at)
+            elif number % c[STRIDE] == 0:
+                _read_cold(c, head, number // c[STRIDE], keys + at, values + at)
+        head = atomic_add(counters, 1)
+
+
+@cfunc("void(int64, int64)", cache=True, error_model="numpy")
+def write_window(arguments, thread):  # type: ignore[no-untyped-def]
+    """Write (kv_heads, tokens, head_dim) float32 rows of one sequence into its window from position `first` on."""
+    a = words(arguments)
+    descriptor, row, keys, values, first, tokens = a[0], a[1], a[2], a[3], a[4], a[5]
+    c = words(descriptor)
+    fmt, dim = c[EXACT_FORMAT], c[DIM]
+    for kv_head in range(c[KV_HEADS]):
+        for number in range(tokens):
+            page, token = exact_page(c, row * c[KV_HEADS] + kv_head, first + number)
+            start = page + plane_bytes(fmt, dim)
+            source = (kv_head * tokens + number) * dim * 4
+            for d in range(dim):
+                put(fmt, page + key_offset(fmt, token, d), load_f32(keys + source + 4 * d))
+                put(fmt, start + value_offset(fmt, dim, token, d), load_f32(values + source + 4 * d))

@@ -1,0 +1,166 @@
+"""The part of a cache that serves a model: further chunks, rows that move, tokens taken back (see `cache.editable`)."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.backends.cpu import readback, steps, threads
+from elastickv.backends.cpu.layout import STATE_WORDS, Field, Layout, State
+from elastickv.cache.editable import CacheState
+from elastickv.cache.layer import Float32, check_shape
+from elastickv.errors import UsageError
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
+from elastickv.recipe.pages import kept
+
+if TYPE_CHECKING:
+    from elastickv.backends.cpu.cache import CpuCache
+
+_SECTIONS = ("cold", "exact", "bounds", "state", "lists", "reused")
+
+
+class Rows:
+    """What `CpuCache` adds to a `LayerCache` to be an `EditableCache`."""
+
+    shape: AttentionShape
+    recipe: Recipe
+    dtype: str
+    capacity: int
+    layout: Layout
+    descriptor: NDArray[np.int64]
+    thread_count: int
+    _state: NDArray[np.int64]
+
+    if TYPE_CHECKING:
+
+        @property
+        def lengths(self) -> NDArray[np.int64]: ...
+        def threads_worth(self, tokens: int) -> int: ...
+        def mark(self) -> None: ...
+        def _store(self, keys: Float32, values: Float32, tokens: int, lengths: NDArray[np.int64]) -> None: ...
+        def _section(self, name: str) -> NDArray[np.uint8]: ...
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self.layout.total_bytes
+
+    def extend(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
+        rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
+        check_shape(keys, rows, "keys")
+        check_shape(values, rows, "values")
+        used = np.asarray(lengths, np.int64)
+        for row, (held, more) in enumerate(zip(self.lengths, used, strict=True)):
+            if more > rows[2] or held + more > self.capacity:
+                raise UsageError(f"the cache is full: sequence {row} holds {held} of {self.capacity} tokens, {more} are added")
+        self._store(np.ascontiguousarray(keys, np.float32), np.ascontiguousarray(values, np.float32), rows[2], used)
+        self._restart_steps()
+
+    def _restart_steps(self) -> None:
+        self._state[..., State.STEP] = -1
+        self._state[..., State.ANCHOR_STEP] = -2
+
+    def read(self, first: int, last: int) -> tuple[Float32, Float32]:
+        rows = (self.shape.batch, self.shape.kv_heads, last - first, self.shape.head_dim)
+        keys, values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
+        counters = np.zeros(steps.TICKET_WORDS, np.int64)
+        arrays = (self.descriptor, counters, keys, values)
+        number = self.threads_worth(self.shape.batch * (last - first))
+        threads.run(readback.read_block, number, [*(array.ctypes.data for array in arrays), first, last])
+        return keys, values
+
+    def gather(self, rows: NDArray[np.int64], capacity: int) -> "CpuCache":
+        from elastickv.backends.cpu.cache import CpuCache
+
+        other = CpuCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe)
+        used = self._used()
+        for name in _SECTIONS:
+            other._of_rows(name)[:, :, : used[name]] = self._of_rows(name)[:, :, : used[name]][rows]
+        other._section("fractions")[:] = self._section("fractions")
+        other.mark()
+        return other
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "CpuCache":
+        return self.gather(np.arange(self.shape.batch), self.capacity)
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        moved = np.flatnonzero(rows != np.arange(self.shape.batch))
+        if not len(moved):
+            return
+        used = self._used()
+        for name in _SECTIONS:
+            held = self._of_rows(name)[:, :, : used[name]]
+            held[moved] = held[rows[moved]]
+
+    def _of_rows(self, name: str) -> NDArray[np.uint8]:
+        """Return a section as (batch, kv_heads, bytes)."""
+        size = self.layout.section(name)[1] // (self.shape.batch * self.shape.kv_heads)
+        return self._section(name).reshape(self.shape.batch, self.shape.kv_heads, size)
+
+    def _used(self) -> dict[str, int]:
+        """Return the bytes of each section that a (sequence, KV head) uses at the longest of the lengths."""
+        fields, recipe = self.layout.fields, self.recipe
+        longest = int(self.lengths.max(initial=0))
+        split = regions(longest, recipe.sinks, recipe.window)
+        pages = 0 if recipe.is_dense else -(-kept(split.cold, recipe.stride) // PAGE_TOKENS)
+        whole = {name: self._of_rows(name).shape[2] for name in _SECTIONS}
+        exact = -(-longest // PAGE_TOKENS) * fields[Field.EXACT_PAGE_BYTES] if recipe.is_dense else whole["exact"]
+        used = {"cold": pages * fields[Field.COLD_PAGE_BYTES], "bounds": pages * 4 * self.shape.head_dim, "exact": exact}
+        return {name: min(used.get(name, size), size) for name, size in whole.items()}
+
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        recipe, before = self.recipe, self.lengths
+        after = np.asarray(lengths, np.int64)
+        if any(after > before) or any(after < 0):
+            raise UsageError(
+                f"a cache of {before.tolist()} tokens cannot be cropped to {after.tolist()}: give fewer, from 0 up"
+            )
+        cold = [(self._cold(old), self._cold(new)) for old, new in zip(before, after, strict=True)]
+        if recipe.stride > 1 and any(old > new for old, new in cold):
+            raise UsageError(
+                f"{recipe} has dropped tokens that a crop to {after.tolist()} needs again: choose another selection"
+            )
+        first = recipe.sinks + min((new for old, new in cold if old > new), default=0)
+        last = recipe.sinks + max((old for old, new in cold if old > new), default=0)
+        if last > first:
+            keys, values = self.read(first, last)
+            for row, (old, new) in enumerate(cold):
+                span = slice(recipe.sinks + new - first, min(recipe.sinks + old, int(after[row])) - first)
+                if old > new and span.stop > span.start:
+                    rows = [np.ascontiguousarray(array[row, :, span]) for array in (keys, values)]
+                    words = [row, *(array.ctypes.data for array in rows), first + span.start, span.stop - span.start]
+                    threads.run(readback.write_window, 1, [self.descriptor.ctypes.data, *words])
+        self._state[..., State.LENGTH] = after[:, None]
+        for word in (State.BAD_POSITION, State.BEYOND_POSITION):
+            positions = self._state[..., word]
+            positions[positions >= after[:, None]] = -1
+        self._restart_steps()
+
+    def _cold(self, length: int) -> int:
+        return 0 if self.recipe.is_dense else regions(int(length), self.recipe.sinks, self.recipe.window).cold
+
+    def read_everything(self, everything: bool) -> None:
+        if self.recipe.selection != "pages":
+            return
+        fractions = [1.0 if everything else self.recipe.fraction(head) for head in range(self.shape.kv_heads)]
+        held = self._section("fractions").view(np.float64)
+        if not np.array_equal(held, fractions):
+            held[:] = fractions
+            self._restart_steps()
+
+    def state(self) -> CacheState:
+        used = self._used()
+        return {name: self._of_rows(name)[:, :, : used[name]].copy() for name in _SECTIONS}
+
+    def load_state(self, state: CacheState) -> None:
+        fits = {name: self._of_rows(name).shape for name in _SECTIONS}
+        for name, (batch, heads, size) in fits.items():
+            given = state[name].shape if name in state else None
+            if given is None or given[:2] != (batch, heads) or given[2] > size or state[name].dtype != np.uint8:
+                raise ValueError(f"the saved {name} of shape {given} do not fit a cache of {(batch, heads, size)} bytes")
+        numbers = np.ascontiguousarray(state["state"]).view(np.int64).reshape(*fits["state"][:2], STATE_WORDS)
+        if numbers[..., State.LENGTH].max(initial=0) > self.capacity:
+            raise ValueError(f"the saved tokens do not fit a capacity of {self.capacity}")
+        for name in _SECTIONS:
+            self._of_rows(name)[:, :, : state[name].shape[2]] = state[name]
+        self.mark()

@@ -1,0 +1,71 @@
+"""What a cache needs to serve a model's `generate` beside `LayerCache`: further chunks, rows that move, tokens taken back."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.cache.layer import Float32, LayerCache
+
+CacheState = dict[str, NDArray[Any]]
+
+
+class EditableCache(LayerCache, Protocol):
+    """A `LayerCache` whose rows can be extended, read back, moved, cropped and saved.
+
+    `extend`, `crop` and a change by `read_everything` restart the count of steps: the next decode is an anchor.
+
+    Attributes
+    ----------
+    allocated_bytes : memory that the cache holds, scratch included.
+    """
+
+    @property
+    def allocated_bytes(self) -> int: ...
+
+    def extend(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
+        """Store (batch, kv_heads, tokens, head_dim) further tokens; row b takes the first `lengths[b]` of its own.
+
+        Raises
+        ------
+        UsageError : if a sequence would outgrow the capacity; nothing is stored then.
+        """
+
+    def read(self, first: int, last: int) -> tuple[Float32, Float32]:
+        """Return tokens `first` to `last` - 1 of all rows as they are stored, dequantised.
+
+        Returns
+        -------
+        keys, values : (batch, kv_heads, last - first, head_dim) float32; zeros where a row ends earlier or a stride keeps
+            no such token.
+        """
+
+    def gather(self, rows: NDArray[np.int64], capacity: int) -> "EditableCache":
+        """Return a cache of `capacity` tokens whose row i is a copy of row `rows[i]`: codes, scales, lists, window and step."""
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Make row i a copy of what row `rows[i]` was, in place; (batch,) int64."""
+
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        """Keep the first `lengths[b]` tokens of row b.
+
+        Tokens that were quantised and come to lie in the window again keep the values that their codes stand for.
+
+        Raises
+        ------
+        UsageError : if a row would grow, or a stride has dropped tokens that are needed again.
+        """
+
+    def read_everything(self, everything: bool) -> None:
+        """Say whether decodes read all pages, whatever the recipe selects."""
+
+    def state(self) -> CacheState:
+        """Return copies of all that a cache of the same shape, dtype and recipe needs to go on from here."""
+
+    def load_state(self, state: CacheState) -> None:
+        """Take over what `state` returned.
+
+        Raises
+        ------
+        ValueError : if the arrays are not those of a cache like this one, or do not fit its capacity.
+        """
