@@ -1,5 +1,6 @@
 """What a cache needs to serve a model's `generate` beside `LayerCache`: further chunks, rows that move, tokens taken back."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ CacheState = dict[str, NDArray[Any]]
 class EditableCache(LayerCache, Protocol):
     """A `LayerCache` whose rows can be extended, read back, moved, cropped and saved.
 
-    `extend`, `crop` and a change by `read_everything` restart the count of steps: the next decode is an anchor.
+    `extend`, `crop` and a change by `set_fractions` restart the count of steps: the next decode is an anchor.
 
     Attributes
     ----------
@@ -56,8 +57,11 @@ class EditableCache(LayerCache, Protocol):
         UsageError : if a row would grow, or a stride has dropped tokens that are needed again.
         """
 
-    def read_everything(self, everything: bool) -> None:
-        """Say whether decodes read all pages, whatever the recipe selects."""
+    def set_fractions(self, fractions: Sequence[float]) -> None:
+        """Let decodes read these shares of the cold pages, one for each KV head, instead of the recipe's; 1 reads all.
+
+        Of no effect where the recipe selects no pages.
+        """
 
     def state(self) -> CacheState:
         """Return copies of all that a cache of the same shape, dtype and recipe needs to go on from here."""

@@ -180,16 +180,16 @@ def test_everything_is_read_on_request_and_the_selection_comes_back():
     cache = filled("int4,pages=1/8,anchor_every=4", [400, 300, 211])
     step(cache, 1)
     assert len(cache.pages_read(0, 0)) == 1
-    cache.read_everything(True)
+    cache.set_fractions([1.0, 1.0])
     assert cache.step == -1
     outputs, _ = step(cache, 2)
     assert cache.pages_read(0, 0).tolist() == list(range(8))
     whole = filled("int4", [400, 300, 211])
     step(whole, 1)
     np.testing.assert_allclose(outputs, step(whole, 2)[0], rtol=1e-5, atol=1e-6)
-    cache.read_everything(False)
+    cache.set_fractions([1 / 8, 1 / 2])
     step(cache, 3)
-    assert len(cache.pages_read(0, 0)) == 1
+    assert [len(cache.pages_read(0, head)) for head in (0, 1)] == [1, 4]
 
 
 @pytest.mark.parametrize("text", RECIPES)

@@ -182,7 +182,7 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
     score_row = up(cold_pages, LANES) * 4 if pages else 0
     reuse = recipe.selection == "reuse"
     wraps = ring_pages < all_pages
-    # Room for all pages: `read_everything` lists them.
+    # Room for all pages: `set_fractions` may ask for them.
     lists_head = up(cold_pages * LIST_BYTES, LINE_BYTES) if pages else 0
     sizes = {
         "cold": heads * cold_pages * cold_page,

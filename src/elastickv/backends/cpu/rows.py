@@ -1,5 +1,6 @@
 """The part of a cache that serves a model: further chunks, rows that move, tokens taken back (see `cache.editable`)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -139,10 +140,9 @@ class Rows:
     def _cold(self, length: int) -> int:
         return 0 if self.recipe.is_dense else regions(int(length), self.recipe.sinks, self.recipe.window).cold
 
-    def read_everything(self, everything: bool) -> None:
+    def set_fractions(self, fractions: Sequence[float]) -> None:
         if self.recipe.selection != "pages":
             return
-        fractions = [1.0 if everything else self.recipe.fraction(head) for head in range(self.shape.kv_heads)]
         held = self._section("fractions").view(np.float64)
         if not np.array_equal(held, fractions):
             held[:] = fractions

@@ -1,0 +1,264 @@
+"""`ElasticCache`: what `generate` takes as `past_key_values`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from elastickv.errors import UsageError
+from elastickv.recipe import Recipe
+from elastickv.recipe.model_calibration import ModelCalibration
+from elastickv.transformers.attention import IMPLEMENTATION
+from elastickv.transformers.guard import Guard
+from elastickv.transformers.layer import ElasticLayer
+from elastickv.transformers.models import fingerprint
+from elastickv.transformers.plan import Plan, RecipeLike, plan_for
+from elastickv.transformers.report import CacheReport, Ledger, by_context, held_bytes
+from elastickv.transformers.support import sizes_of, stock_layers
+
+
+class ElasticCache(Cache):  # type: ignore[misc]
+    """A KV cache with a byte budget, for models of Hugging Face Transformers.
+
+    Made by `for_model`. Layers that attend to the whole context are elastic; windowed layers keep Transformers' own.
+    One cache serves one model and the batch that first fills it. What Transformers calls its length counts padding, which is
+    neither stored nor scored.
+    """
+
+    def __init__(self, layers: list[Any], plan: Plan, guard: Guard, ledger: Ledger) -> None:
+        super().__init__(layers=layers)
+        self._plan, self._guard, self._ledger = plan, guard, ledger
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Any,
+        compress: float | None = None,
+        *,
+        recipe: RecipeLike | Path | Mapping[int, RecipeLike] | Sequence[RecipeLike] | None = None,
+        layers: Mapping[int, RecipeLike] | None = None,
+        calibration: ModelCalibration | Path | str | None = None,
+        context: int | None = None,
+        capacity: int | None = None,
+        prefill: str = "stored",
+    ) -> ElasticCache:
+        """Return an empty cache for a model, and set the model's attention implementation to 'elastickv'.
+
+        That implementation is the framework's own fast attention wherever no elastic cache is in play, so the model goes on
+        working with every other cache; `ekv.elastic` restores it when done.
+
+        Parameters
+        ----------
+        compress : C: decodes read at most 1/C of the bytes of a dense 16-bit cache. 1 keeps and reads everything, in the
+            model's own dtype.
+        recipe : instead of `compress`, what is stored and read: a `Recipe`, its text, one for each full-attention layer, a
+            mapping of layer numbers, or a file. A text may leave a number open for `compress` to decide ('int4,pages').
+        layers : recipes of single layers, whatever the others have.
+        calibration : what `elastickv calibrate` wrote, or its file; with `compress`.
+        context : tokens from which on `compress` holds, with recipes solved for just that context. None: they are solved for
+            the prompt, and the share of pages follows the context as it grows.
+        capacity : tokens that a sequence may have, reserved with the prompt. None: what `generate` is asked for, growing.
+        prefill : 'stored': chunks after the first read what is stored of those before; 'exact': a prompt stays in the model's
+            dtype until its first single-token pass.
+
+        Raises
+        ------
+        UsageError : if the model cannot be served, telling why, or the arguments do not go together.
+        """
+        sizes = sizes_of(model)
+        plan = plan_for(sizes, compress, recipe, layers, calibration, context, capacity, prefill)
+        if plan.calibration is not None:
+            plan.calibration.check_model(fingerprint(model), type(model).__name__)
+        plan.warn_uncalibrated(getattr(model.config, "_name_or_path", "") or "MODEL")
+        if not sizes.elastic:
+            plan.warn_windowed(type(model).__name__)
+        model.set_attn_implementation(IMPLEMENTATION)
+        return cls._made(model, plan)
+
+    @classmethod
+    def _made(cls, model: Any, plan: Plan) -> ElasticCache:
+        elastic = plan.sizes.elastic
+        guard, ledger = Guard(model), Ledger(elastic[0] if elastic else 0)
+        stock = stock_layers(model)
+        made = [ElasticLayer(n, plan, guard, ledger) if n in elastic else layer for n, layer in enumerate(stock)]
+        return cls(made, plan, guard, ledger)
+
+    def another(self) -> ElasticCache:
+        """Return an empty cache for the same model, made with the same arguments.
+
+        Raises
+        ------
+        UsageError : if the model is gone.
+        """
+        model = self._guard.model
+        if model is None:
+            raise UsageError("the model that the cache was made for is gone: make one with ElasticCache.for_model(model)")
+        plan = self._plan.copy()
+        plan.forget()
+        return self._made(model, plan)
+
+    @property
+    def elastic_layers(self) -> list[ElasticLayer]:
+        """The layers that are not Transformers' own."""
+        return [layer for layer in self.layers if isinstance(layer, ElasticLayer)]
+
+    @property
+    def recipes(self) -> dict[int, Recipe]:
+        """Layer -> recipe in force; empty until the first prompt has settled them."""
+        budget = self._plan.budget
+        return {} if budget is None else {layer: budget.recipe_at(layer, max(1, self._longest)) for layer in budget.recipes}
+
+    @property
+    def _longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence, padding not counted."""
+        for layer in self.elastic_layers:
+            return tuple(int(n) for n in layer.lengths) if layer.slots.length else ()
+        return ()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new keys and values of a layer; see `Cache.update`."""
+        if layer_idx >= len(self.layers):
+            raise UsageError(
+                f"the cache was made for another model: {self._guard.model_name} has {len(self.layers)} layers, and layer "
+                f"{layer_idx} is asked for"
+            )
+        elastic = self._plan.sizes.elastic
+        if elastic and layer_idx == elastic[0]:
+            self._guard.check_answered()
+            self._guard.check_whole(self.elastic_layers)
+        taken: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return taken
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the places so far, padding included: what positions and masks start from."""
+        self._guard.check_answered()
+        self._look_ahead(sys._getframe(1))
+        return int(super().get_seq_length(layer_idx))
+
+    def _look_ahead(self, caller: FrameType) -> None:
+        """Note how long the running `generate` will go on.
+
+        Transformers tells a cache nothing of it. It asks for the length once before the prompt, from a function that has the
+        generation's configuration at hand: read there, a prompt that will not fit is refused before any work, and room is made
+        once. Where that function is not met, the cache grows and refuses as it goes.
+        """
+        if caller.f_code.co_name != "_prefill":
+            return
+        known = caller.f_locals
+        config, inputs, kwargs = known.get("generation_config"), known.get("input_ids"), known.get("model_kwargs") or {}
+        if config is None or not isinstance(inputs, torch.Tensor) or not isinstance(getattr(config, "max_length", None), int):
+            return
+        mask = kwargs.get("attention_mask")
+        padding = int((mask == 0).sum(dim=1).min()) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
+        places = mask.shape[1] if isinstance(mask, torch.Tensor) else max(getattr(config, "_mask_length", 0), inputs.shape[1])
+        # The last token that is generated is never given to the model.
+        self._plan.expect(config.max_length - inputs.shape[1] + places - 1, padding)
+
+    def reset(self) -> None:
+        """Forget everything and free the memory; the cache can then be filled anew."""
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, ElasticLayer) or layer.is_initialized:
+                layer.reset()
+            if not isinstance(layer, ElasticLayer) and hasattr(layer, "cumulative_length"):
+                self.layers[number].cumulative_length = 0
+        self._plan.forget()
+        self._guard.forget()
+        self._ledger.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ElasticCache:
+        import copy
+
+        plan, guard, ledger = self._plan.copy(), self._guard.copy(), self._ledger.copy()
+        layers = [
+            layer.copy(plan, guard, ledger) if isinstance(layer, ElasticLayer) else copy.deepcopy(layer, memo)
+            for layer in self.layers
+        ]
+        return type(self)(layers, plan, guard, ledger)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Memory that the elastic layers hold, spare room and scratch included."""
+        total = 0
+        for layer in self.elastic_layers:
+            if layer.store is not None:
+                total += layer.store.cache.allocated_bytes
+            if layer.held is not None:
+                total += sum(tensor.nbytes for tensor in layer.held)
+        return total
+
+    def report(self) -> CacheReport:
+        """Return what the cache holds and has read, and the ratio by context; print it to see a table.
+
+        Raises
+        ------
+        NonFiniteError : if a NaN or infinity was ever stored.
+        """
+        for layer in self.elastic_layers:
+            layer.raise_non_finite()
+        limit, plan = self._plan.sizes.max_positions, self._plan
+        budget = plan.budget or plan.budget_for(plan.context or plan.usual, "bf16")
+        longest = self._longest
+        stored, dense = held_bytes(budget, self.lengths) if plan.sizes.elastic else (0, 0)
+        read, dense_read = self._ledger.bytes_read(budget)
+        stock = [
+            layer for layer in self.layers if not isinstance(layer, ElasticLayer) and getattr(layer, "keys", None) is not None
+        ]
+        return CacheReport(
+            compress=plan.ratio,
+            holds_from=budget.holds_from,
+            recipes={layer: budget.recipe_at(layer, longest or budget.context) for layer in budget.recipes},
+            calibrated=plan.calibration is not None,
+            lengths=self.lengths,
+            stored_bytes=stored,
+            dense_bytes=dense,
+            allocated_bytes=self.allocated_bytes,
+            stock_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in stock),
+            decodes=self._ledger.steps,
+            chunks=self._ledger.chunks,
+            read_bytes=read,
+            dense_read_bytes=dense_read,
+            prompt_seconds=self._ledger.prompt_seconds,
+            quantise_seconds=self._ledger.quantise_seconds,
+            by_context=by_context(budget, longest, limit) if plan.sizes.elastic else (),
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Write the cache to a safetensors file; `load` reads it.
+
+        Raises
+        ------
+        UsageError : if it holds layers that cannot be saved, or the file cannot be written.
+        """
+        from elastickv.transformers.saving import save
+
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: Path | str, model: Any) -> ElasticCache:
+        """Return the cache that `save` wrote, for the model it was made for.
+
+        Raises
+        ------
+        UsageError : if the file is no saved cache, is damaged, or of another model.
+        """
+        from elastickv.transformers.saving import load
+
+        return load(cls, Path(path), model)
+
+    def __repr__(self) -> str:
+        plan = self._plan
+        asked = f"compress={plan.ratio:g}" if plan.ratio is not None else "recipes"
+        layers = f"{len(self.elastic_layers)} of {len(self.layers)} layers elastic"
+        return f"ElasticCache({asked}, {layers}, tokens {list(self.lengths)})"

@@ -1,0 +1,292 @@
+"""One layer of an elastic cache: a prompt that is stored, tokens that are appended, chunks that attend to what is stored."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import CacheLayerMixin
+
+from elastickv.errors import NonFiniteError, UsageError
+from elastickv.recipe import AttentionShape
+from elastickv.transformers.attention import Call, Pending, carrying
+from elastickv.transformers.budget import Reading, scaled
+from elastickv.transformers.guard import Guard
+from elastickv.transformers.memory import check_memory, first_capacity
+from elastickv.transformers.plan import Plan
+from elastickv.transformers.report import Ledger
+from elastickv.transformers.slots import Slots
+from elastickv.transformers.store import HostStore, backend_for, dtype_name, padded_head_dim
+from elastickv.transformers.stored_attention import Scoring, attend_stored
+from elastickv.transformers.visibility import real_tokens, visible_new
+
+CHECK_EVERY = 32  # decodes from one look for values that are not finite to the next
+
+
+class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer with full attention.
+
+    Its life: empty; `held` in the model's dtype while a prompt with `prefill='exact'` lasts; then in the `store`. What
+    Transformers calls the length counts padding, what the store holds does not.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, number: int, plan: Plan, guard: Guard, ledger: Ledger) -> None:
+        super().__init__()
+        self.number, self._plan, self._guard, self._ledger = number, plan, guard, ledger
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens and free what held them."""
+        self.store: HostStore | None = None
+        self.held: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.slots = Slots()
+        self.batch = 0
+        self._reading: Reading | None = None
+        self.is_initialized = False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` leaves no trace: where nothing is quantised."""
+        return self._plan.budget is not None and self._plan.budget.recipes[self.number].is_dense
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Do nothing: the store is made when the prompt is known."""
+
+    def offload(self) -> None:
+        """Do nothing: what is stored stays on its device."""
+
+    def prefetch(self) -> None:
+        """Do nothing: what is stored stays on its device."""
+
+    def get_seq_length(self) -> int:
+        """Return the places so far, padding included."""
+        return self.slots.length
+
+    def get_max_length(self) -> int:
+        """Return the capacity, or -1 where there is none."""
+        return self._plan.capacity or -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (keys, first key) that a mask has to cover: the new tokens, for what is stored knows its padding."""
+        self._guard.check_answered()
+        if self.held is not None and query_length > 1:
+            return self.slots.length + query_length, 0
+        return query_length, self.slots.length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new tokens, (batch, kv_heads, new, head_dim), and return them so that attention finds this layer."""
+        if key_states.shape != value_states.shape:
+            raise UsageError(
+                f"keys of shape {tuple(key_states.shape)} and values of shape {tuple(value_states.shape)}: ElasticCache serves "
+                "keys and values of one size"
+            )
+        if self.slots.length and key_states.shape[0] != self.batch:
+            raise UsageError(
+                f"the cache holds {self.batch} sequences and {key_states.shape[0]} are given: reset() it, make another, or "
+                "batch_repeat_interleave() or batch_select_indices() it"
+            )
+        pending = Pending(self, key_states, value_states)
+        self._guard.expect(pending)
+        self.is_initialized = True
+        return carrying(key_states, pending), value_states
+
+    def attend(self, pending: Pending, call: Call) -> torch.Tensor:
+        """Attend with the queries of the new tokens, and store these.
+
+        Returns
+        -------
+        outputs : (batch, new, query_heads, head_dim) of the query's dtype.
+        """
+        self._guard.take(pending, call.module)
+        self._check(call)
+        new = call.query.shape[2]
+        real = real_tokens(call.mask, new, call.query.shape[0], self.slots)
+        self._check_room(real, call.query.shape[0], new)
+        self.batch = call.query.shape[0]
+        if self.store is None and (self.held is None or new > 1):
+            return self._prompt(pending, call, real)
+        if self.store is None:
+            self._seal(call)
+        assert self.store is not None
+        scoring = Scoring(call.scaling, call.softcap, call.sinks)
+        if new == 1 and real is None and call.softcap is None:
+            output = self._decode(self.store, pending, call, scoring).unsqueeze(1)
+        else:
+            visible = visible_new(call.mask, new)
+            output = attend_stored(call.query, pending.keys, pending.values, visible, self.store, scoring).transpose(1, 2)
+            self._ledger.note_chunk(self.number)
+            self.store.extend(*_without_padding(pending.keys, pending.values, real))
+            self._check_finite()
+        self.slots.add(new, real)
+        return output.to(call.query.dtype).contiguous()
+
+    def _check(self, call: Call) -> None:
+        for word in ("sliding_window", "position_bias", "block_table"):
+            if call.rest.get(word) is not None:
+                raise UsageError(f"{self._guard.model_name}: layer {self.number} attends with {word}, which is not supported")
+
+    def _check_room(self, real: NDArray[np.bool_] | None, batch: int, new: int) -> None:
+        """Raise UsageError if the new tokens go beyond the capacity or the model's positions."""
+        capacity, positions = self._plan.capacity, self._plan.sizes.max_positions
+        if capacity is None and positions is None:
+            return
+        held = np.zeros(batch, np.int64) if not self.slots.length else self.lengths
+        longest = int((held + (new if real is None else real.sum(axis=1))).max())
+        self._plan.check_length(longest, int(held.max()))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row, padding not counted: (batch,) int64."""
+        if self.store is not None:
+            return self.store.lengths
+        return np.asarray(self.slots.real(self.batch).sum(axis=1), np.int64)
+
+    def _prompt(self, pending: Pending, call: Call, real: NDArray[np.bool_] | None) -> torch.Tensor:
+        """Attend exactly to the prompt so far, and store it unless it is to stay exact until it ends."""
+        self._ledger.begin(self.number)
+        keys, values = pending.keys, pending.values
+        if self.held is not None:
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.held, (keys, values), strict=True))
+        output = call.stock(keys, values)
+        self.slots.add(call.query.shape[2], real)
+        self.held = (keys, values)
+        if self._plan.prefill != "exact":
+            self._seal(call)
+        self._ledger.end_prompt()
+        return output
+
+    def _seal(self, call: Call) -> None:
+        """Store what is held: cold tokens in their formats, the rest in 16 bit or the model's dtype."""
+        assert self.held is not None
+        started = time.perf_counter()
+        keys, values = self.held
+        real = self.slots.real(self.batch)
+        keys, values, lengths = _without_padding(keys, values, None if real.all() else real)
+        heads, head_dim = keys.shape[1], keys.shape[3]
+        dtype = dtype_name(keys.dtype)
+        longest = int(lengths.max())
+        budget = self._plan.settle(longest, dtype)
+        recipe = budget.recipes[self.number]
+        shape = AttentionShape(self.batch, call.query.shape[1], heads, padded_head_dim(head_dim))
+        recipe.check_shape(shape.head_dim, heads)
+        backend = backend_for(keys.device)
+        capacity = first_capacity(self._plan, longest, self.slots.length)
+        if self.number == self._plan.sizes.elastic[0]:
+            check_memory(backend, self._plan, shape, capacity, dtype)
+        store = HostStore(backend, shape, capacity, dtype, recipe, head_dim, keys.device)
+        store.extend(keys, values, lengths)
+        self.store, self.held = store, None
+        self._check_finite()
+        self._ledger.quantised(time.perf_counter() - started)
+
+    def _decode(self, store: HostStore, pending: Pending, call: Call, scoring: Scoring) -> torch.Tensor:
+        longest = int(store.lengths.max()) + 1
+        reading = self._plan.reading(longest)
+        if reading is not self._reading:
+            recipe = scaled(store.cache.recipe, reading.scale)
+            store.cache.set_fractions([recipe.fraction(head) for head in range(store.cache.shape.kv_heads)])
+            self._reading = reading
+        store.append(pending.keys, pending.values)
+        output, lse = store.decode(call.query[:, :, 0], call.scaling)
+        self._ledger.note_step(self.number, store.cache, reading.scale)
+        if store.cache.step % CHECK_EVERY == CHECK_EVERY - 1:
+            self._check_finite()
+        return scoring.with_sinks(output, lse)
+
+    def _check_finite(self) -> None:
+        if self.store is not None:
+            self.raise_non_finite()
+
+    def raise_non_finite(self) -> None:
+        """Raise NonFiniteError, naming layer, sequence, KV head and position, if a NaN or infinity was ever stored."""
+        if self.store is None:
+            return
+        try:
+            self.store.cache.raise_non_finite()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"layer {self.number}: {error}") from None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row i what row `beam_idx[i]` was."""
+        self._take_rows(beam_idx.detach().to("cpu", torch.int64).numpy())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._take_rows(np.repeat(np.arange(self.batch), repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, numbers or booleans."""
+        self._take_rows(np.arange(self.batch)[np.asarray(indices.detach().cpu())])
+
+    def _take_rows(self, rows: NDArray[np.int64]) -> None:
+        if not self.slots.length:
+            return
+        if self.held is not None:
+            index = torch.as_tensor(rows, device=self.held[0].device)
+            self.held = (self.held[0].index_select(0, index), self.held[1].index_select(0, index))
+        if self.store is not None:
+            self.store.gather(rows)
+        self.slots.gather(rows)
+        self.batch = len(rows)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` places.
+
+        Tokens that were quantised and lie in the window again keep the values that their codes stand for; the next decode
+        selects afresh.
+
+        Raises
+        ------
+        UsageError : if the number is positive, larger than the length, or a stride has dropped tokens needed again.
+        """
+        count = -int(tokens_to_remove)
+        if count < 0 or count > self.slots.length:
+            raise UsageError(
+                f"crop({tokens_to_remove}) of {self.slots.length} tokens: give minus the number of tokens to remove"
+            )
+        if count == 0:
+            return
+        if count == self.slots.length:
+            self.reset()
+            return
+        before = self.slots.copy()
+        lost = self.slots.remove(count, self.batch)
+        if self.held is not None:
+            self.held = (self.held[0][:, :, :-count], self.held[1][:, :, :-count])
+        if self.store is not None:
+            try:
+                self.store.cache.crop(self.store.lengths - lost)
+            except UsageError:
+                self.slots = before
+                raise
+
+    def copy(self, plan: Plan, guard: Guard, ledger: Ledger) -> ElasticLayer:
+        """Return a layer of the same tokens that shares nothing with this one but what it is told to."""
+        other = ElasticLayer(self.number, plan, guard, ledger)
+        other.store = None if self.store is None else self.store.copy()
+        other.held = None if self.held is None else (self.held[0].clone(), self.held[1].clone())
+        other.slots, other.batch = self.slots.copy(), self.batch
+        other._reading, other.is_initialized = self._reading, self.is_initialized
+        return other
+
+
+def _without_padding(
+    keys: torch.Tensor, values: torch.Tensor, real: NDArray[np.bool_] | None
+) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
+    """Return keys and values with every row's tokens first, and how many there are."""
+    batch, heads, tokens, dim = keys.shape
+    if real is None:
+        return keys, values, np.full(batch, tokens, np.int64)
+    lengths = real.sum(axis=1).astype(np.int64)
+    order = np.argsort(~real, axis=1, kind="stable")[:, : max(1, int(lengths.max()))]
+    index = torch.as_tensor(order, device=keys.device)[:, None, :, None].expand(-1, heads, -1, dim)
+    return keys.gather(2, index), values.gather(2, index), lengths

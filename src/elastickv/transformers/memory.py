@@ -1,0 +1,60 @@
+"""How many tokens to make room for, and whether there is the memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from elastickv.backends import Backend
+from elastickv.errors import UsageError
+from elastickv.recipe import AttentionShape, for_ratio
+from elastickv.recipe.shape import MAX_CONTEXT
+from elastickv.transformers.plan import Plan
+from elastickv.transformers.store import GIB
+
+_ROUNDING = 64
+_LEAST_SPARE = 256
+_SPARE = 8
+_TRIED = (2.0, 4.0, 8.0, 16.0, 32.0)
+
+
+def first_capacity(plan: Plan, longest: int, places: int) -> int:
+    """Return the tokens to make room for: the capacity asked for, else what the running `generate` can reach, else some more.
+
+    Parameters
+    ----------
+    longest : tokens of the longest row.
+    places : of the prompt, padding included.
+    """
+    if plan.capacity is not None:
+        return plan.capacity
+    if plan.expected is not None and plan.expected >= places:
+        needed = longest + plan.expected - places
+    else:
+        needed = longest + max(_LEAST_SPARE, longest // _SPARE)
+    return min(-(-needed // _ROUNDING) * _ROUNDING, MAX_CONTEXT)
+
+
+def check_memory(backend: Backend, plan: Plan, shape: AttentionShape, capacity: int, dtype: str) -> None:
+    """Refuse, before a layer is stored, what all layers together have no memory for.
+
+    Raises
+    ------
+    UsageError : telling how much the context needs, and which ratio would fit.
+    """
+    assert plan.budget is not None
+    layers = len(plan.sizes.elastic)
+    needed = sum(backend.cache_bytes(shape, capacity, dtype, recipe) for recipe in plan.budget.recipes.values())
+    free = backend.device.free_bytes
+    if needed <= free:
+        return
+    one = replace(shape, batch=1)
+    fitting = [
+        ratio
+        for ratio in _TRIED
+        if layers * backend.cache_bytes(shape, capacity, dtype, for_ratio(ratio, MAX_CONTEXT, one, dtype)) <= free
+    ]
+    remedy = f"compress={fitting[0]:g} would fit" if fitting else "no compress would fit: give fewer tokens or sequences"
+    raise UsageError(
+        f"{shape.batch} sequences of {capacity} tokens need {needed / GIB:.2f} GiB in {layers} layers and {free / GIB:.2f} GiB "
+        f"are free; {remedy}"
+    )

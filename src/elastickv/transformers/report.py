@@ -1,0 +1,221 @@
+"""What a cache holds, what it read, and the ratio by context."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from elastickv.cache import LayerCache
+from elastickv.recipe import AttentionShape, Recipe, dense_bytes, step_bytes, stored_bytes
+from elastickv.transformers.budget import Budget, scaled
+
+_CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+
+
+@dataclass
+class _Run:
+    """Decodes in a row: lengths at the first, its step number, how many, and the factor on the shares of pages."""
+
+    lengths: tuple[int, ...]
+    step: int
+    count: int
+    scale: float | None
+
+    def goes_on(self, lengths: tuple[int, ...], step: int, scale: float | None) -> bool:
+        """Whether a decode is the next of the run."""
+        grown = tuple(n + self.count for n in self.lengths)
+        return (grown, self.step + self.count, self.scale) == (lengths, step, scale)
+
+
+class Ledger:
+    """Counts what a cache's layers do, at the first of them."""
+
+    def __init__(self, first_layer: int) -> None:
+        self._first = first_layer
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._runs: list[_Run] = []
+        self._began: float | None = None
+        self.chunks = 0
+        self.prompt_seconds = 0.0
+        self.quantise_seconds = 0.0
+
+    def begin(self, layer: int) -> None:
+        """Note that a prompt reaches a layer."""
+        if layer == self._first:
+            self._began = time.perf_counter()
+
+    def quantised(self, seconds: float) -> None:
+        """Note that a layer's prompt was stored."""
+        self.quantise_seconds += seconds
+
+    def end_prompt(self) -> None:
+        """Note that a layer is done with a prompt."""
+        if self._began is not None:
+            now = time.perf_counter()
+            self.prompt_seconds += now - self._began
+            self._began = now
+
+    def note_chunk(self, layer: int) -> None:
+        """Note a pass of several tokens that read everything."""
+        self.chunks += layer == self._first
+
+    def note_step(self, layer: int, cache: LayerCache, scale: float | None) -> None:
+        """Note a decode."""
+        if layer != self._first:
+            return
+        step, lengths = cache.step, tuple(int(n) for n in cache.lengths)
+        last = self._runs[-1] if self._runs else None
+        if last is not None and last.goes_on(lengths, step, scale):
+            last.count += 1
+        else:
+            self._runs.append(_Run(lengths, step, 1, scale))
+
+    @property
+    def steps(self) -> int:
+        """Decodes so far."""
+        return sum(run.count for run in self._runs)
+
+    def bytes_read(self, budget: Budget) -> tuple[float, float]:
+        """Return (read, dense): bytes of all decodes, and what a dense 16-bit cache would have read."""
+        recipes = Counter(budget.recipes.values())
+        read = dense = 0.0
+        for run in self._runs:
+            for number in range(run.count):
+                lengths = [n + number for n in run.lengths]
+                shape = replace(budget.shape, batch=len(lengths))
+                dense += len(budget.recipes) * dense_bytes(lengths, shape)
+                for recipe, times in recipes.items():
+                    age = recipe.age(run.step + number)
+                    read += times * step_bytes(scaled(recipe, run.scale), lengths, shape, budget.dtype, age).kv
+        return read, dense
+
+    def copy(self) -> Ledger:
+        """Return a ledger that goes its own way from here."""
+        other = Ledger(self._first)
+        other.__dict__.update(self.__dict__)
+        other._runs = [replace(run) for run in self._runs]
+        return other
+
+
+@dataclass(frozen=True)
+class ContextRow:
+    """What holds at one context.
+
+    Attributes
+    ----------
+    context : tokens of a sequence.
+    read_ratio : dense 16-bit bytes / bytes read, averaged over an anchor interval, all elastic layers together.
+    stored_ratio : dense 16-bit bytes / bytes stored.
+    everything : whether everything stored is read.
+    """
+
+    context: int
+    read_ratio: float
+    stored_ratio: float
+    everything: bool
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache is, holds and has read. Bytes are of the elastic layers; stock layers are told apart.
+
+    Attributes
+    ----------
+    compress : C as asked for, or None where recipes were given.
+    holds_from : the context from which on C is kept; everything is read below it.
+    recipes : layer -> recipe in force.
+    calibrated : whether the shares of pages come from a calibration.
+    lengths : tokens of each sequence, padding not counted.
+    stored_bytes, dense_bytes : what the tokens take, and would take in a dense 16-bit cache.
+    allocated_bytes : what the store holds from the system: spare room and scratch included.
+    stock_bytes : of layers that keep Transformers' own cache.
+    decodes, chunks : passes of one token, and passes of several that read all that was stored.
+    read_bytes, dense_read_bytes : of all decodes, and what a dense 16-bit cache would have read.
+    prompt_seconds, quantise_seconds : of the attention layers' prompt passes, and of storing within them.
+    by_context : what holds at other contexts.
+    """
+
+    compress: float | None
+    holds_from: int
+    recipes: Mapping[int, Recipe]
+    calibrated: bool
+    lengths: tuple[int, ...]
+    stored_bytes: int
+    dense_bytes: int
+    allocated_bytes: int
+    stock_bytes: int
+    decodes: int
+    chunks: int
+    read_bytes: float
+    dense_read_bytes: float
+    prompt_seconds: float
+    quantise_seconds: float
+    by_context: tuple[ContextRow, ...]
+
+    @property
+    def read_ratio(self) -> float | None:
+        """Dense bytes / bytes read of all decodes so far; None before the first."""
+        return self.dense_read_bytes / self.read_bytes if self.read_bytes else None
+
+    @property
+    def stored_ratio(self) -> float | None:
+        """Dense 16-bit bytes / bytes stored now; None while nothing is."""
+        return self.dense_bytes / self.stored_bytes if self.stored_bytes else None
+
+    def __str__(self) -> str:
+        asked = "recipes as given" if self.compress is None else f"compress={self.compress:g}"
+        lines = [f"ElasticCache: {asked}, {len(self.recipes)} elastic layers, {'' if self.calibrated else 'not '}calibrated"]
+        for recipe, layers in _grouped(self.recipes):
+            lines.append(f"  {recipe}: layers {layers}")
+        if self.holds_from > 1:
+            lines.append(f"  the ratio holds from {self.holds_from} tokens on; below, everything is read")
+        if self.lengths:
+            ratio = f", {self.stored_ratio:.2f}x less than dense" if self.stored_ratio else ""
+            lines.append(
+                f"  holds {list(self.lengths)} tokens in {self.stored_bytes} bytes{ratio} ({self.allocated_bytes} allocated)"
+            )
+        if self.stock_bytes:
+            lines.append(f"  stock layers hold {self.stock_bytes} bytes")
+        if self.read_ratio is not None:
+            lines.append(f"  {self.decodes} decodes read {self.read_bytes:.0f} bytes, {self.read_ratio:.2f}x less than dense")
+        if self.prompt_seconds:
+            share = 100 * self.quantise_seconds / self.prompt_seconds
+            lines.append(f"  prompt {self.prompt_seconds:.3f} s, of it storing {self.quantise_seconds:.3f} s ({share:.1f} %)")
+        lines.append("  context   read ratio   stored ratio")
+        for row in self.by_context:
+            note = "   everything is read" if row.everything else ""
+            lines.append(f"  {row.context:7d}   {row.read_ratio:10.2f}   {row.stored_ratio:12.2f}{note}")
+        return "\n".join(lines)
+
+
+def by_context(budget: Budget, longest: int, limit: int | None) -> tuple[ContextRow, ...]:
+    """Return what holds at round contexts up to the model's limit, and at the present one."""
+    contexts = sorted({n for n in (*_CONTEXTS, longest) if n and (limit is None or n <= limit)}) or [limit or longest]
+    rows = []
+    for context in contexts:
+        scale = budget.reading(context).scale
+        stored = sum(stored_bytes(recipe, [context], budget.shape, budget.dtype) for recipe in budget.recipes.values())
+        dense = len(budget.recipes) * dense_bytes([context], budget.shape)
+        rows.append(ContextRow(context, budget.ratio_at(context, scale), dense / stored, scale is None))
+    return tuple(rows)
+
+
+def held_bytes(budget: Budget, lengths: Sequence[int]) -> tuple[int, int]:
+    """Return (stored, dense) bytes of the elastic layers."""
+    if not lengths:
+        return 0, 0
+    shape: AttentionShape = replace(budget.shape, batch=len(lengths))
+    stored = sum(stored_bytes(recipe, lengths, shape, budget.dtype) for recipe in budget.recipes.values())
+    return stored, len(budget.recipes) * dense_bytes(lengths, shape)
+
+
+def _grouped(recipes: Mapping[int, Recipe]) -> list[tuple[Recipe, str]]:
+    found: dict[Recipe, list[int]] = {}
+    for layer, recipe in recipes.items():
+        found.setdefault(recipe, []).append(layer)
+    return [(recipe, ", ".join(map(str, layers))) for recipe, layers in found.items()]

@@ -1,0 +1,185 @@
+"""A cache in a safetensors file: arrays and one line of JSON, nothing that is run when it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from elastickv.errors import UsageError
+from elastickv.recipe import AttentionShape, Recipe
+from elastickv.transformers.budget import Budget
+from elastickv.transformers.layer import ElasticLayer
+from elastickv.transformers.models import fingerprint
+from elastickv.transformers.plan import Plan
+from elastickv.transformers.slots import Slots
+from elastickv.transformers.store import HostStore, backend_for
+from elastickv.transformers.support import sizes_of
+
+if TYPE_CHECKING:
+    from elastickv.transformers.cache import ElasticCache
+
+FORMAT = "elastickv-cache"
+VERSION = 1
+_KEY = "elastickv"
+
+
+def save(cache: ElasticCache, path: Path) -> None:
+    """Write a cache to `path`."""
+    model = cache._guard.model
+    if model is None:
+        raise UsageError("the model that the cache was made for is gone: a cache is saved with its model's fingerprint")
+    tensors: dict[str, torch.Tensor] = {}
+    plan = cache._plan
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": fingerprint(model),
+        "model": type(model).__name__,
+        "plan": {
+            "ratio": plan.ratio,
+            "recipe": None if plan.recipe is None else str(plan.recipe),
+            "layers": {str(n): str(r) for n, r in plan.layers.items()},
+            "context": plan.context,
+            "capacity": plan.capacity,
+            "prefill": plan.prefill,
+        },
+        "budget": _budget_record(plan.budget),
+        "layers": [_layer_record(n, layer, tensors) for n, layer in enumerate(cache.layers)],
+    }
+    try:
+        save_file(tensors or {"empty": torch.zeros(1)}, path, metadata={_KEY: json.dumps(record)})
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the cache cannot be written to {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def load(kind: type[ElasticCache], path: Path, model: Any) -> ElasticCache:
+    """Return the cache of a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{path} is no saved cache: {getattr(error, 'strerror', None) or error}") from None
+    if record.get("format") != FORMAT:
+        raise UsageError(f"{path} is no saved cache: ElasticCache.save writes them")
+    if record.get("version") != VERSION:
+        raise UsageError(f"{path} is a cache of version {record.get('version')!r}, and this elastickv reads version {VERSION}")
+    if record.get("fingerprint") != fingerprint(model):
+        raise UsageError(f"{path} is a cache of another model ({record.get('model')}) than this {type(model).__name__}")
+    try:
+        return _loaded(kind, record, tensors, model)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
+
+
+def _loaded(kind: type[ElasticCache], record: dict[str, Any], tensors: dict[str, torch.Tensor], model: Any) -> ElasticCache:
+    from elastickv.transformers.attention import IMPLEMENTATION
+
+    said = record["plan"]
+    text = said["recipe"]
+    recipe = None if text is None else Recipe.parse(text) if record["budget"] is None or said["ratio"] is None else text
+    layers = {int(number): Recipe.parse(value) for number, value in said["layers"].items()}
+    plan = Plan(sizes_of(model), said["ratio"], recipe, layers, None, said["context"], said["capacity"], said["prefill"])
+    plan.budget = _budget(record["budget"])
+    cache = kind._made(model, plan)
+    if len(record["layers"]) != len(cache.layers):
+        raise ValueError(f"{len(record['layers'])} layers for a model of {len(cache.layers)}")
+    device = next(model.parameters()).device
+    for number, (layer, entry) in enumerate(zip(cache.layers, record["layers"], strict=True)):
+        if isinstance(layer, ElasticLayer):
+            _fill(
+                layer, entry, {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == str(number)}, device
+            )
+        elif entry["length"]:
+            layer.update(tensors[f"{number}.keys"].to(device), tensors[f"{number}.values"].to(device))
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = int(entry["length"])
+    model.set_attn_implementation(IMPLEMENTATION)
+    return cache
+
+
+def _budget_record(budget: Budget | None) -> dict[str, Any] | None:
+    if budget is None:
+        return None
+    shape = budget.shape
+    return {
+        "recipes": {str(layer): str(recipe) for layer, recipe in budget.recipes.items()},
+        "shape": [shape.batch, shape.query_heads, shape.kv_heads, shape.head_dim],
+        "dtype": budget.dtype,
+        "ratio": budget.ratio,
+        "context": budget.context,
+        "fixed": budget.fixed,
+    }
+
+
+def _budget(record: dict[str, Any] | None) -> Budget | None:
+    if record is None:
+        return None
+    recipes = {int(layer): Recipe.parse(text) for layer, text in record["recipes"].items()}
+    rest = (record["dtype"], record["ratio"], record["context"], record["fixed"])
+    return Budget(recipes, AttentionShape(*record["shape"]), *rest)
+
+
+def _layer_record(number: int, layer: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    if not isinstance(layer, ElasticLayer):
+        if not isinstance(layer, DynamicLayer) or (type(layer) is not DynamicSlidingWindowLayer):
+            raise UsageError(
+                f"layer {number} is cached as {type(layer).__name__}, which cannot be saved: keep the cache in memory"
+            )
+        if layer.keys is None:
+            return {"length": 0}
+        tensors[f"{number}.keys"], tensors[f"{number}.values"] = layer.keys.contiguous(), layer.values.contiguous()
+        return {"length": layer.get_seq_length()}
+    if layer.slots.length:
+        tensors[f"{number}.real"] = torch.from_numpy(layer.slots.real(layer.batch).copy())
+    if layer.held is not None:
+        tensors[f"{number}.held_keys"], tensors[f"{number}.held_values"] = (tensor.contiguous() for tensor in layer.held)
+    entry: dict[str, Any] = {"length": layer.slots.length, "batch": layer.batch, "store": None}
+    if layer.store is not None:
+        cache, shape = layer.store.cache, layer.store.cache.shape
+        entry["store"] = {
+            "backend": layer.store.backend_name,
+            "shape": [shape.batch, shape.query_heads, shape.kv_heads, shape.head_dim],
+            "head_dim": layer.store.head_dim,
+            "capacity": cache.capacity,
+            "dtype": cache.dtype,
+            "recipe": str(cache.recipe),
+        }
+        tensors.update({f"{number}.{name}": torch.from_numpy(array) for name, array in layer.store.state().items()})
+    return entry
+
+
+def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    if not entry["length"]:
+        return
+    real = tensors["real"].numpy()
+    slots = Slots()
+    ragged = np.flatnonzero(~real.all(axis=0))
+    edge = int(ragged[-1]) + 1 if len(ragged) else 0
+    slots.add(edge, real[:, :edge])
+    slots.add(entry["length"] - edge, None)
+    layer.slots, layer.batch, layer.is_initialized = slots, int(entry["batch"]), True
+    if "held_keys" in tensors:
+        layer.held = (tensors["held_keys"].to(device), tensors["held_values"].to(device))
+    said = entry["store"]
+    if said is None:
+        return
+    backend = backend_for(device)
+    if backend.name != said["backend"]:
+        raise UsageError(
+            f"the cache was saved from the {said['backend']} back end, and the model is on {device}: move the model"
+        )
+    shape = AttentionShape(*said["shape"])
+    recipe = Recipe.parse(said["recipe"])
+    store = HostStore(backend, shape, int(said["capacity"]), said["dtype"], recipe, int(said["head_dim"]), device)
+    store.cache.load_state(
+        {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("real", "held_keys", "held_values")}
+    )
+    layer.store = store

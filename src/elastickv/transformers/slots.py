@@ -1,0 +1,59 @@
+"""Which places of a batch hold tokens, and which are padding."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bools = NDArray[np.bool_]
+
+
+class Slots:
+    """The places that a model counts: all that it was ever given, row by row, padding included.
+
+    Runs without padding are kept as a number alone.
+
+    Attributes
+    ----------
+    length : places so far, the same for every row.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._runs: list[tuple[int, Bools | None]] = []
+
+    def add(self, count: int, real: Bools | None) -> None:
+        """Count `count` more places; `real`, (batch, count), tells tokens from padding, None that there is no padding."""
+        self.length += count
+        if real is None and self._runs and self._runs[-1][1] is None:
+            self._runs[-1] = (self._runs[-1][0] + count, None)
+        elif count:
+            self._runs.append((count, None if real is None else np.array(real, np.bool_)))
+
+    def remove(self, count: int, batch: int) -> NDArray[np.int64]:
+        """Forget the last `count` places; return how many tokens each row loses."""
+        lost = np.zeros(batch, np.int64)
+        while count:
+            size, real = self._runs.pop()
+            taken = min(size, count)
+            lost += taken if real is None else real[:, size - taken :].sum(axis=1)
+            if taken < size:
+                self._runs.append((size - taken, None if real is None else real[:, : size - taken]))
+            count -= taken
+            self.length -= taken
+        return lost
+
+    def gather(self, rows: NDArray[np.int64]) -> None:
+        """Take copies of `rows` for rows."""
+        self._runs = [(size, None if real is None else real[rows]) for size, real in self._runs]
+
+    def real(self, batch: int) -> Bools:
+        """Return (batch, length): whether a place holds a token."""
+        parts = [np.ones((batch, size), np.bool_) if real is None else real for size, real in self._runs]
+        return np.concatenate(parts, axis=1) if parts else np.zeros((batch, 0), np.bool_)
+
+    def copy(self) -> Slots:
+        """Return an equal object that shares nothing that changes."""
+        other = Slots()
+        other.length, other._runs = self.length, list(self._runs)
+        return other

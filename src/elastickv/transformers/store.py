@@ -1,0 +1,186 @@
+"""Between torch tensors and a back end's cache of one layer.
+
+The one place where tensors become what a back end takes. `HostStore` hands over host memory: without a copy where a tensor is
+float32 on the CPU, through a copy elsewhere. A back end that works on device addresses gets a store of its own here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from elastickv.backends import Backend, load
+from elastickv.cache.editable import CacheState, EditableCache
+from elastickv.errors import UsageError
+from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+GIB = 1 << 30
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Return the least size of a head, from `head_dim` up, that the kernels are built for; the channels between are zeros.
+
+    Raises
+    ------
+    UsageError : if the head is larger than any of them.
+    """
+    fitting = [size for size in HEAD_DIMS if size >= head_dim]
+    if not fitting:
+        raise UsageError(f"heads of {head_dim} channels are not supported: at most {max(HEAD_DIMS)} are")
+    return min(fitting)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the recipe's name of a dtype.
+
+    Raises
+    ------
+    UsageError : if no kernel stores it.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"keys of {dtype} are not supported: load the model in {', '.join(map(str, DTYPES))}")
+    return DTYPES[dtype]
+
+
+def backend_for(device: torch.device) -> Backend:
+    """Return the back end that works where a layer's tensors lie.
+
+    Raises
+    ------
+    UsageError : if there is none, or it cannot run here.
+    """
+    if device.type == "cpu":
+        return load("cpu")[0]
+    if device.type == "cuda":
+        return load("cuda", device.index or 0)[0]
+    raise UsageError(f"layers on {device} are not supported: move the model to cpu or cuda")
+
+
+class HostStore:
+    """The tokens of one layer in a back end's cache, reached through host memory.
+
+    Tensors are (batch, kv_heads, tokens, head_dim) of the model's dtype; what comes back is float32 on the layer's device.
+
+    Parameters
+    ----------
+    backend : where the cache lives.
+    shape : of the layer, with the padded head.
+    head_dim : the model's own.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        shape: AttentionShape,
+        capacity: int,
+        dtype: str,
+        recipe: Recipe,
+        head_dim: int,
+        device: torch.device,
+    ) -> None:
+        cache = backend.cache(shape, capacity, dtype, recipe)
+        if not hasattr(cache, "extend"):
+            raise UsageError(f"the {backend.name} back end cannot serve a model yet: move the model to the CPU")
+        self._backend, self.head_dim, self._device = backend, head_dim, device
+        self.cache = cast(EditableCache, cache)
+
+    @property
+    def backend_name(self) -> str:
+        """Name of the back end that holds the tokens."""
+        return self._backend.name
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens held of each row, (batch,)."""
+        return self.cache.lengths
+
+    def _host(self, tensor: torch.Tensor) -> NDArray[np.float32]:
+        missing = self.cache.shape.head_dim - self.head_dim
+        wide = torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+        return cast("NDArray[np.float32]", wide.detach().to("cpu", torch.float32).contiguous().numpy())
+
+    def _tensor(self, array: NDArray[np.floating]) -> torch.Tensor:
+        # A view of the first channels: what was padded is zeros.
+        return torch.from_numpy(np.asarray(array, np.float32)).to(self._device)[..., : self.head_dim]
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor, lengths: NDArray[np.int64]) -> None:
+        """Store further tokens, of row b the first `lengths[b]`; the next decode is an anchor."""
+        self._grow(lengths)
+        self.cache.extend(self._host(keys), self._host(values), lengths)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store one token a row: (batch, kv_heads, 1, head_dim)."""
+        self._grow(np.ones(self.cache.shape.batch, np.int64))
+        self.cache.append(self._host(keys)[:, :, 0], self._host(values)[:, :, 0])
+
+    def decode(self, queries: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend with one query a row.
+
+        Parameters
+        ----------
+        queries : (batch, query_heads, head_dim).
+        scaling : what products of queries and keys are multiplied by.
+
+        Returns
+        -------
+        outputs : (batch, query_heads, head_dim) float32.
+        lse : (batch, query_heads) float32, natural logarithm.
+        """
+        # Back ends divide by the root of the padded head.
+        scaled = queries.to(torch.float32) * (scaling * self.cache.shape.head_dim**0.5)
+        outputs, lse = self.cache.decode(self._host(scaled))
+        return self._tensor(outputs), torch.from_numpy(np.asarray(lse, np.float32)).to(self._device)
+
+    def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens `first` to `last` - 1 as stored, float32; zeros where there are none."""
+        keys, values = self.cache.read(first, last)
+        return self._tensor(keys), self._tensor(values)
+
+    def _grow(self, more: NDArray[np.int64]) -> None:
+        needed = int((self.lengths + more).max())
+        if needed > self.cache.capacity:
+            # An eighth more: copied rarely, and little is held that is not used.
+            capacity = _rounded(needed + max(needed // 8, 256))
+            self._check_memory(self.cache.shape, capacity)
+            self._replace(lambda: self.cache.gather(np.arange(self.cache.shape.batch), capacity))
+
+    def gather(self, rows: NDArray[np.int64]) -> None:
+        """Take copies of `rows` for rows, as many as there are numbers."""
+        if len(rows) == self.cache.shape.batch:
+            self.cache.reorder(rows)
+        else:
+            self._replace(lambda: self.cache.gather(rows, self.cache.capacity))
+
+    def _replace(self, make: Callable[[], EditableCache]) -> None:
+        self.cache = make()
+
+    def _check_memory(self, shape: AttentionShape, capacity: int) -> None:
+        needed = self._backend.cache_bytes(shape, capacity, self.cache.dtype, self.cache.recipe)
+        free = self._backend.device.free_bytes
+        if needed > free:
+            raise UsageError(
+                f"a layer's cache of {capacity} tokens needs {needed / GIB:.2f} GiB and {free / GIB:.2f} GiB are free: "
+                "generate fewer tokens, or give a larger compress"
+            )
+
+    def copy(self) -> HostStore:
+        """Return a store that shares nothing with this one."""
+        other = object.__new__(type(self))
+        other._backend, other.head_dim, other._device = self._backend, self.head_dim, self._device
+        other.cache = self.cache.gather(np.arange(self.cache.shape.batch), self.cache.capacity)
+        return other
+
+    def state(self) -> CacheState:
+        """Return copies of all that `load_state` needs."""
+        return self.cache.state()
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // 64) * 64

@@ -1,0 +1,131 @@
+"""Which models a cache can serve, and what of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from elastickv.errors import UsageError
+from elastickv.transformers.store import padded_head_dim
+
+STOCK_LAYERS = (DynamicSlidingWindowLayer, LinearAttentionLayer)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's configuration says of its attention.
+
+    Attributes
+    ----------
+    model_type : Transformers' word for the architecture.
+    elastic : numbers of the layers that attend to the whole context.
+    query_heads, kv_heads, head_dim : of these layers.
+    max_positions : tokens that the model can count; None where it has no limit.
+    softcap : whether scores are capped, so that decodes cannot use the kernels.
+    """
+
+    model_type: str
+    elastic: tuple[int, ...]
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int | None
+    softcap: bool
+
+    @property
+    def stored_head_dim(self) -> int:
+        """Channels of a head as it is stored: the least size that kernels are built for."""
+        return padded_head_dim(self.head_dim)
+
+
+def text_config(model: Any) -> Any:
+    """Return the configuration of a model's decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def stock_layers(model: Any) -> list[Any]:
+    """Return the layers that Transformers' own cache has for a model."""
+    return list(DynamicCache(config=text_config(model)).layers)
+
+
+def sizes_of(model: Any) -> Sizes:
+    """Return what a cache must know of a model.
+
+    Raises
+    ------
+    UsageError : naming why, for a model that cannot be served.
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UsageError(f"{name} is no Transformers model: give one that AutoModelForCausalLM.from_pretrained returned")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(f"{name} is an encoder-decoder: ElasticCache serves decoder-only language models")
+    text = text_config(model)
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int) or (not getattr(text, "use_cache", True) and not model.can_generate()):
+        raise UsageError(f"{name} ({text.model_type}) has no KV cache: ElasticCache serves models that decode with attention")
+    if hasattr(text, "is_decoder") and not text.is_decoder and not model.can_generate() and not _takes_cache(model):
+        raise UsageError(f"{name} ({text.model_type}) is an encoder and has no KV cache: ElasticCache serves decoders")
+    if "is_decoder" in text.to_dict() and not text.is_decoder and _is_encoder_family(text):
+        raise UsageError(
+            f"{name} ({text.model_type}) is an encoder and has no KV cache: set is_decoder=True if it is to decode"
+        )
+    _check_attention(model, name, text)
+    layers = stock_layers(model)
+    for number, layer in enumerate(layers):
+        if type(layer) is not DynamicLayer and type(layer) not in STOCK_LAYERS:
+            raise UsageError(
+                f"{name} ({text.model_type}): layer {number} is cached as {type(layer).__name__}, which ElasticCache does not "
+                "know; it serves full attention, and keeps stock layers for sliding windows and linear attention"
+            )
+    elastic = tuple(number for number, layer in enumerate(layers) if type(layer) is DynamicLayer)
+    if not any(isinstance(layer, DynamicLayer) for layer in layers):
+        raise UsageError(f"{name} ({text.model_type}) has no KV cache: none of its layers has softmax attention")
+    kv_heads = getattr(text, "num_key_value_heads", None) or (1 if getattr(text, "multi_query", False) else heads)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if elastic:
+        padded_head_dim(head_dim)
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    return Sizes(text.model_type, elastic, heads, kv_heads, head_dim, _positions(text), softcap is not None)
+
+
+def _takes_cache(model: Any) -> bool:
+    return "past_key_values" in type(model).forward.__code__.co_varnames
+
+
+def _is_encoder_family(text: Any) -> bool:
+    """Whether a configuration is of those that are encoders unless they are told to decode."""
+    return bool(
+        getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention") and hasattr(text, "type_vocab_size")
+    )
+
+
+def _check_attention(model: Any, name: str, text: Any) -> None:
+    if getattr(text, "kv_lora_rank", None):
+        raise UsageError(
+            f"{name} ({text.model_type}) has latent attention (kv_lora_rank={text.kv_lora_rank}): keys and values differ in "
+            "size, and ElasticCache serves those of one head size"
+        )
+    if getattr(text, "num_kv_shared_layers", None):
+        raise UsageError(
+            f"{name} ({text.model_type}): its last {text.num_kv_shared_layers} layers read the cache of others "
+            "(num_kv_shared_layers), which ElasticCache does not support"
+        )
+    can_set = getattr(model, "_can_set_attn_implementation", None)
+    if can_set is None or not can_set():
+        raise UsageError(
+            f"{name} ({text.model_type}) does not call its attention through Transformers' attention interface: "
+            "ElasticCache has no way to serve it"
+        )
+
+
+def _positions(text: Any) -> int | None:
+    limit = getattr(text, "max_position_embeddings", None)
+    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+    # Dynamic scaling stretches with the context: it has no end.
+    return None if kind == "dynamic" or not isinstance(limit, int) or limit < 1 else limit
