@@ -27,10 +27,20 @@ def tiny_llama(seed=0, layers=2, **sizes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    settings = dict(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, head_dim=64,
-        vocab_size=128, max_position_embeddings=4096, initializer_range=0.3, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "vocab_size": 128,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     model = LlamaForCausalLM(LlamaConfig(**(settings | sizes))).eval()
     return Loaded("tiny", model, CharacterTokenizer(128))
 

@@ -166,3 +166,7 @@ def test_what_is_no_calibration_is_refused(tmp_path, content):
 def test_a_calibration_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(UsageError, match="No such file"):
         ModelCalibration.load(tmp_path / "absent.json")
+
+
+def test_a_calibration_file_has_a_line_for_every_layer_of_a_table():
+    assert "[1e-06, 1e-06]" in {line.strip(" ,") for line in CALIBRATION.dumps().splitlines()}

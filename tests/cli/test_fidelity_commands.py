@@ -1,0 +1,148 @@
+"""`elastickv calibrate` and `elastickv eval` as a shell sees them, on a model of a few thousand weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from elastickv.cli import main
+from elastickv.recipe import ModelCalibration
+from tests.helpers.tiny_models import TEXT, tiny_llama
+
+ROOT = Path(__file__).parents[2]
+QUICK = [
+    "--context=500", "--windows=2", "--scored=4", "--compress=1,2,64", "--needle=450", "--depths=2", "--greedy=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def elastickv(monkeypatch, capsys):
+    """Run the program in this process: a new one would import PyTorch anew."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["elastickv", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        shown = capsys.readouterr()
+        return SimpleNamespace(returncode=stop.value.code, stdout=shown.out, stderr=shown.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's folder as Transformers writes it, with a tokenizer of one token a character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama().model.save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="\x00"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\x00").save_pretrained(path)
+    (path.parent / "text.txt").write_text(TEXT, encoding="utf-8")
+    (path.parent / "other.txt").write_text(TEXT[::-1], encoding="utf-8")
+    return path
+
+
+def test_a_model_is_calibrated_and_evaluated(elastickv, folder, tmp_path):
+    calibration, result, text = tmp_path / "tiny.json", tmp_path / "result.json", folder.parent / "text.txt"
+    done = elastickv("calibrate", str(folder), f"--text={folder.parent / 'other.txt'}", f"-o{calibration}", "--tokens=1000")
+    assert done.returncode == 0, done.stderr
+    assert "2 layers x 1 KV heads of tiny" in done.stdout
+    assert ModelCalibration.load(calibration).tokens == 1000
+    done = elastickv(
+        "eval", str(folder), f"--text={text}", f"--calibration={calibration}", f"-o{result}", "--tolerance=kl=0.001", *QUICK
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(result.read_text(encoding="utf-8"))
+    assert [row["cache"] for row in record["rows"]] == ["C=1", "C=2"]
+    assert "compress=64 cannot be met" in done.stdout and "Largest C within kl=0.001: 1" in done.stdout
+    assert "warning" not in done.stderr
+
+
+def test_without_a_calibration_one_warning_names_the_command(elastickv, folder):
+    done = elastickv("eval", str(folder), f"--text={folder.parent / 'text.txt'}", *QUICK, "--needle=none", "--greedy=0")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning") == 1 and f"elastickv calibrate {folder}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--compress=four"], "--compress=four"),
+        (["--compress=0"], "--compress=0"),
+        (["--context=-1"], "--context=-1"),
+        (["--windows=0"], "--windows=0"),
+        (["--tolerance=ppl"], "write ppl=0.5%"),
+        (["--reference=eager"], "choose stock-quantized"),
+        (["--text=/no/such/file"], "/no/such/file"),
+        (["--calibration=/no/such/file"], "/no/such/file"),
+        (["--output=/no/such/folder/x.json"], "does not exist"),
+        (["--plot=figure.txt"], ".png, .svg, .pdf"),
+        (["--dtype=int8"], "choose fp32, fp16, bf16"),
+    ],
+)
+def test_bad_input_of_eval_is_one_line_and_exit_2(elastickv, folder, arguments, named):
+    done = elastickv("eval", str(folder), *QUICK, *arguments)
+    assert done.returncode == 2
+    assert named in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ("/no/such/folder", "does not exist"),
+        ("no such model", "does not exist"),
+        ("absent.gguf", "absent.gguf does not exist"),
+        (".", "without a config.json"),
+        ("pyproject.toml", "neither a folder nor a .gguf file"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused(elastickv, monkeypatch, model, named, tmp_path):
+    monkeypatch.chdir(ROOT)
+    done = elastickv("calibrate", model, f"-o{tmp_path / 'x.json'}")
+    assert done.returncode == 2
+    assert named in done.stderr and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["t5", "mamba"])
+def test_a_model_without_a_decoders_cache_is_refused(elastickv, kind, tmp_path):
+    import transformers
+
+    config = {"t5": transformers.T5Config(), "mamba": transformers.MambaConfig()}[kind]
+    config.save_pretrained(tmp_path / kind)
+    done = elastickv("calibrate", str(tmp_path / kind), f"-o{tmp_path / 'x.json'}")
+    assert done.returncode == 2
+    assert {"t5": "encoder-decoder", "mamba": "no KV cache"}[kind] in done.stderr
+
+
+def test_a_calibration_of_another_model_or_version_is_refused(elastickv, folder, tmp_path):
+    path = tmp_path / "tiny.json"
+    done = elastickv("calibrate", str(folder), f"--text={folder.parent / 'other.txt'}", f"-o{path}", "--tokens=1000")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for change, named in (({"fingerprint": "0" * 16}, "is of tiny"), ({"version": 99}, "version 99")):
+        path.write_text(json.dumps(record | change), encoding="utf-8")
+        done = elastickv("eval", str(folder), f"--text={folder.parent / 'text.txt'}", *QUICK, f"--calibration={path}")
+        assert done.returncode == 2
+        assert named in done.stderr and "elastickv calibrate" in done.stderr
+
+
+def test_a_missing_extra_is_one_line_with_the_command(folder):
+    program = (
+        "import importlib.util, sys\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else found(name, *rest)\n"
+        f"sys.argv = ['elastickv', 'eval', {str(folder)!r}]\n"
+        "from elastickv.cli import main; main()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert 'pip install "elastickv[transformers]"' in done.stderr and done.stderr.count("\n") == 1
