@@ -8,11 +8,13 @@ framework's own attention.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from elastickv.transformers.layer import ElasticLayer
 
 IMPLEMENTATION = "elastickv"
+EAGER_IMPLEMENTATION = "elastickv_eager"
 _CARRIES = "elastickv_pending"
 
 
@@ -43,37 +46,59 @@ class Call:
     module : the attention module that calls.
     query : (batch, query_heads, new, head_dim).
     mask : bool or additive, (batch or 1, 1, new, keys); None: every query sees the tokens up to its own.
-    dropout, scaling : as Transformers gives them.
-    softcap : cap of the scores, or None.
-    sinks : (query_heads,) scores of attention sinks, or None.
+    scaling : factor on the products of queries and keys.
+    eager : the model's own attention, where the framework would call that; None where it would call its fast one.
     rest : what else the model passes on.
     """
 
     module: torch.nn.Module
     query: torch.Tensor
     mask: torch.Tensor | None
-    dropout: float
     scaling: float
-    softcap: float | None
-    sinks: torch.Tensor | None
+    eager: Callable[..., Any] | None
     rest: dict[str, Any]
+
+    @property
+    def softcap(self) -> float | None:
+        """Cap of the scores, or None: where the framework's fast attention is called, nothing is capped."""
+        return None if self.eager is None else self.rest.get("softcap")
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """(query_heads,) scores of attention sinks, or None."""
+        return None if self.eager is None else self.rest.get("s_aux")
 
     def stock(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Return what the framework's attention makes of all the keys and values: (batch, new, query_heads, head_dim)."""
-        if self.softcap is None and self.sinks is None:
-            arguments = (self.module, self.query, key, value, self.mask)
-            output, _ = sdpa_attention_forward(*arguments, dropout=self.dropout, scaling=self.scaling, **self.rest)
-            return output
-        name = type(self.module).__module__
-        eager = getattr(sys.modules[name], "eager_attention_forward", None)
-        if eager is None:
-            raise UsageError(f"{type(self.module).__name__} caps scores or has sinks, and {name} has no attention that does")
-        own = {"softcap": self.softcap, "s_aux": self.sinks}
-        given = {word: what for word, what in own.items() if what is not None}
-        mask = additive(self.mask, self.query, key.shape[2])
-        arguments = (self.module, self.query, key, value, mask)
-        output, _ = eager(*arguments, dropout=self.dropout, scaling=self.scaling, **given, **self.rest)
+        mask, attention = self.mask, self.eager
+        if attention is None:
+            attention = sdpa_attention_forward
+        else:
+            mask = additive(mask, self.query, key.shape[2])
+        output: torch.Tensor = attention(self.module, self.query, key, value, mask, scaling=self.scaling, **self.rest)[0]
         return output
+
+
+@cache
+def supports_sdpa(kind: Any) -> bool:
+    """Whether the models of the file that an attention module comes from may use the framework's fast attention."""
+    home = vars(sys.modules[kind.__module__])
+    models: list[Any] = [value for value in home.values() if isinstance(value, type) and issubclass(value, PreTrainedModel)]
+    return all(model._supports_sdpa for model in models if model.__module__ == kind.__module__)
+
+
+def eager_of(module: torch.nn.Module) -> Callable[..., Any]:
+    """Return the attention that a model's file defines for itself.
+
+    Raises
+    ------
+    UsageError : if it defines none.
+    """
+    name = type(module).__module__
+    eager: Callable[..., Any] | None = getattr(sys.modules[name], "eager_attention_forward", None)
+    if eager is None:
+        raise UsageError(f"{type(module).__name__} cannot use sdpa, and {name} defines no eager_attention_forward")
+    return eager
 
 
 def additive(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> torch.Tensor | None:
@@ -89,9 +114,9 @@ def additive(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> torch
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
 
 
-def carrying(keys: torch.Tensor, pending: Pending) -> torch.Tensor:
-    """Return the same keys, which lead the attention function to their layer."""
-    alias = keys.detach()
+def carrying(tensor: torch.Tensor, pending: Pending) -> torch.Tensor:
+    """Return the same keys or values, which lead the attention function to their layer."""
+    alias = tensor.detach()
     setattr(alias, _CARRIES, pending)
     return alias
 
@@ -102,10 +127,7 @@ def elastic_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
     scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend through the elastic layer that the keys carry, or as the framework does.
@@ -120,12 +142,39 @@ def elastic_attention(
     outputs : (batch, new, query_heads, head_dim) of the query's dtype.
     weights : None.
     """
+    kind: Any = type(module)
+    eager = None if supports_sdpa(kind) else eager_of(module)
+    return _attend(module, query, key, value, attention_mask, scaling, eager, kwargs), None
+
+
+def elastic_attention_eager(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Do as `elastic_attention`, for a model that was told to use its own attention: 'eager'."""
+    return _attend(module, query, key, value, attention_mask, scaling, eager_of(module), kwargs), None
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    eager: Callable[..., Any] | None,
+    rest: dict[str, Any],
+) -> torch.Tensor:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(module, query, attention_mask, dropout, scale, softcap, s_aux, kwargs)
-    pending: Pending | None = getattr(key, _CARRIES, None)
-    if pending is None:
-        return call.stock(key, value), None
-    return pending.layer.attend(pending, call), None
+    call = Call(module, query, mask, scale, eager, rest)
+    # Some models convert one of the two on the way, which leaves the mark behind.
+    pending: Pending | None = getattr(key, _CARRIES, None) or getattr(value, _CARRIES, None)
+    return call.stock(key, value) if pending is None else pending.layer.attend(pending, call)
 
 
 def elastic_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -137,10 +186,16 @@ def elastic_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return mask
 
 
+def implementation_for(present: str | None) -> str:
+    """Return the implementation that goes on doing what the `present` one does where no elastic cache is in play."""
+    return EAGER_IMPLEMENTATION if present in ("eager", EAGER_IMPLEMENTATION) else IMPLEMENTATION
+
+
 def register() -> None:
     """Make 'elastickv' known to Transformers; importing this module does."""
-    AttentionInterface.register(IMPLEMENTATION, elastic_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, elastic_mask)
+    for name, function in ((IMPLEMENTATION, elastic_attention), (EAGER_IMPLEMENTATION, elastic_attention_eager)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, elastic_mask)
 
 
 register()

@@ -14,13 +14,18 @@ from transformers import Cache
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.recipe.model_calibration import ModelCalibration
-from elastickv.transformers.attention import IMPLEMENTATION
+from elastickv.transformers.attention import implementation_for
 from elastickv.transformers.guard import Guard
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.models import fingerprint
 from elastickv.transformers.plan import Plan, RecipeLike, plan_for
 from elastickv.transformers.report import CacheReport, Ledger, by_context, held_bytes
-from elastickv.transformers.support import sizes_of, stock_layers
+from elastickv.transformers.support import sizes_of, stock_layers, text_config
+
+
+def use_elastic_attention(model: Any) -> None:
+    """Set a model's attention implementation to 'elastickv', or to 'elastickv_eager' if it was told to be 'eager'."""
+    model.set_attn_implementation(implementation_for(model.config._attn_implementation))
 
 
 class ElasticCache(Cache):  # type: ignore[misc]
@@ -78,14 +83,14 @@ class ElasticCache(Cache):  # type: ignore[misc]
         plan.warn_uncalibrated(getattr(model.config, "_name_or_path", "") or "MODEL")
         if not sizes.elastic:
             plan.warn_windowed(type(model).__name__)
-        model.set_attn_implementation(IMPLEMENTATION)
+        use_elastic_attention(model)
         return cls._made(model, plan)
 
     @classmethod
     def _made(cls, model: Any, plan: Plan) -> ElasticCache:
         elastic = plan.sizes.elastic
         guard, ledger = Guard(model), Ledger(elastic[0] if elastic else 0)
-        stock = stock_layers(model)
+        stock = stock_layers(text_config(model))
         made = [ElasticLayer(n, plan, guard, ledger) if n in elastic else layer for n, layer in enumerate(stock)]
         return cls(made, plan, guard, ledger)
 
@@ -163,16 +168,23 @@ class ElasticCache(Cache):  # type: ignore[misc]
         mask = kwargs.get("attention_mask")
         padding = int((mask == 0).sum(dim=1).min()) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
         places = mask.shape[1] if isinstance(mask, torch.Tensor) else max(getattr(config, "_mask_length", 0), inputs.shape[1])
+        held = super().get_seq_length()
+        if held and mask is not None and mask.shape[1] == inputs.shape[1] and places <= held:
+            raise UsageError(
+                f"the cache already holds {held} tokens and the prompt has {places}: a later turn repeats what came before and "
+                "adds to it; reset() the cache for another text"
+            )
         # The last token that is generated is never given to the model.
         self._plan.expect(config.max_length - inputs.shape[1] + places - 1, padding)
 
     def reset(self) -> None:
         """Forget everything and free the memory; the cache can then be filled anew."""
-        for number, layer in enumerate(self.layers):
-            if isinstance(layer, ElasticLayer) or layer.is_initialized:
-                layer.reset()
-            if not isinstance(layer, ElasticLayer) and hasattr(layer, "cumulative_length"):
-                self.layers[number].cumulative_length = 0
+        for number, fresh in enumerate(stock_layers(self._guard.config)):
+            if isinstance(self.layers[number], ElasticLayer):
+                self.layers[number].reset()
+            else:
+                # Stock layers of some releases keep the shape of what they held.
+                self.layers[number] = fresh
         self._plan.forget()
         self._guard.forget()
         self._ledger.forget()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from elastickv.errors import UsageError
-from elastickv.transformers.attention import IMPLEMENTATION, Pending
+from elastickv.transformers.attention import EAGER_IMPLEMENTATION, IMPLEMENTATION, Pending
 from elastickv.transformers.support import text_config
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Guard:
     def __init__(self, model: Any) -> None:
         self.model_name = type(model).__name__
         self._model = weakref.ref(model)
-        self._config = text_config(model)
+        self.config = text_config(model)
         self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}
         self._waiting: Pending | None = None
 
@@ -61,8 +61,8 @@ class Guard:
         self.check_answered()
         if torch.is_grad_enabled() and (pending.keys.requires_grad or pending.values.requires_grad):
             raise UsageError("a cache in 8 or 4 bits has no gradient: run the model under torch.no_grad() or inference_mode()")
-        implementation = self._config._attn_implementation
-        if implementation != IMPLEMENTATION:
+        implementation = self.config._attn_implementation
+        if implementation not in (IMPLEMENTATION, EAGER_IMPLEMENTATION):
             raise UsageError(
                 f"the attention of {self.model_name} is {implementation!r}, and an ElasticCache needs {IMPLEMENTATION!r}: "
                 f"call model.set_attn_implementation({IMPLEMENTATION!r}), or generate inside `with ekv.elastic(model, ...)`"

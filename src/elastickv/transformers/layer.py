@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from transformers.cache_utils import CacheLayerMixin
 
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.recipe import AttentionShape
+from elastickv.recipe import AttentionShape, Recipe
 from elastickv.transformers.attention import Call, Pending, carrying
 from elastickv.transformers.budget import Reading, scaled
 from elastickv.transformers.guard import Guard
@@ -97,7 +98,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         pending = Pending(self, key_states, value_states)
         self._guard.expect(pending)
         self.is_initialized = True
-        return carrying(key_states, pending), value_states
+        return carrying(key_states, pending), carrying(value_states, pending)
 
     def attend(self, pending: Pending, call: Call) -> torch.Tensor:
         """Attend with the queries of the new tokens, and store these.
@@ -133,6 +134,8 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         for word in ("sliding_window", "position_bias", "block_table"):
             if call.rest.get(word) is not None:
                 raise UsageError(f"{self._guard.model_name}: layer {self.number} attends with {word}, which is not supported")
+        if getattr(call.module, "is_causal", True) is False or call.rest.get("is_causal") is False:
+            raise UsageError(f"{self._guard.model_name}: layer {self.number} attends to later tokens, which no cache can hold")
 
     def _check_room(self, real: NDArray[np.bool_] | None, batch: int, new: int) -> None:
         """Raise UsageError if the new tokens go beyond the capacity or the model's positions."""
@@ -175,7 +178,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         dtype = dtype_name(keys.dtype)
         longest = int(lengths.max())
         budget = self._plan.settle(longest, dtype)
-        recipe = budget.recipes[self.number]
+        recipe = of_rank(budget.recipes[self.number], self._plan.sizes.kv_heads, heads)
         shape = AttentionShape(self.batch, call.query.shape[1], heads, padded_head_dim(head_dim))
         recipe.check_shape(shape.head_dim, heads)
         backend = backend_for(keys.device)
@@ -277,6 +280,15 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         other.slots, other.batch = self.slots.copy(), self.batch
         other._reading, other.is_initialized = self._reading, self.is_initialized
         return other
+
+
+def of_rank(recipe: Recipe, kv_heads: int, local: int) -> Recipe:
+    """Return the recipe of this rank's KV heads, where a model's heads are split over devices (tensor parallelism)."""
+    if len(recipe.fractions) != kv_heads or local == kv_heads:
+        return recipe
+    rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    first = rank % (kv_heads // local) * local
+    return replace(recipe, fractions=recipe.fractions[first : first + local])
 
 
 def _without_padding(

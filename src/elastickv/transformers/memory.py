@@ -13,6 +13,7 @@ from elastickv.transformers.store import GIB
 
 _ROUNDING = 64
 _LEAST_SPARE = 256
+_LEAST_RESERVE = 4096
 _SPARE = 8
 _TRIED = (2.0, 4.0, 8.0, 16.0, 32.0)
 
@@ -28,7 +29,8 @@ def first_capacity(plan: Plan, longest: int, places: int) -> int:
     if plan.capacity is not None:
         return plan.capacity
     if plan.expected is not None and plan.expected >= places:
-        needed = longest + plan.expected - places
+        # A limit that is far off is no plan: then it grows as it goes.
+        needed = longest + min(plan.expected - places, max(_LEAST_RESERVE, longest))
     else:
         needed = longest + max(_LEAST_SPARE, longest // _SPARE)
     return min(-(-needed // _ROUNDING) * _ROUNDING, MAX_CONTEXT)

@@ -80,7 +80,7 @@ def load(kind: type[ElasticCache], path: Path, model: Any) -> ElasticCache:
 
 
 def _loaded(kind: type[ElasticCache], record: dict[str, Any], tensors: dict[str, torch.Tensor], model: Any) -> ElasticCache:
-    from elastickv.transformers.attention import IMPLEMENTATION
+    from elastickv.transformers.cache import use_elastic_attention
 
     said = record["plan"]
     text = said["recipe"]
@@ -101,7 +101,7 @@ def _loaded(kind: type[ElasticCache], record: dict[str, Any], tensors: dict[str,
             layer.update(tensors[f"{number}.keys"].to(device), tensors[f"{number}.values"].to(device))
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = int(entry["length"])
-    model.set_attn_implementation(IMPLEMENTATION)
+    use_elastic_attention(model)
     return cache
 
 

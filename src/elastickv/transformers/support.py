@@ -24,7 +24,6 @@ class Sizes:
     elastic : numbers of the layers that attend to the whole context.
     query_heads, kv_heads, head_dim : of these layers.
     max_positions : tokens that the model can count; None where it has no limit.
-    softcap : whether scores are capped, so that decodes cannot use the kernels.
     """
 
     model_type: str
@@ -33,7 +32,6 @@ class Sizes:
     kv_heads: int
     head_dim: int
     max_positions: int | None
-    softcap: bool
 
     @property
     def stored_head_dim(self) -> int:
@@ -46,9 +44,9 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def stock_layers(model: Any) -> list[Any]:
-    """Return the layers that Transformers' own cache has for a model."""
-    return list(DynamicCache(config=text_config(model)).layers)
+def stock_layers(config: Any) -> list[Any]:
+    """Return the layers that Transformers' own cache has for a decoder's configuration."""
+    return list(DynamicCache(config=config).layers)
 
 
 def sizes_of(model: Any) -> Sizes:
@@ -75,7 +73,7 @@ def sizes_of(model: Any) -> Sizes:
             f"{name} ({text.model_type}) is an encoder and has no KV cache: set is_decoder=True if it is to decode"
         )
     _check_attention(model, name, text)
-    layers = stock_layers(model)
+    layers = stock_layers(text)
     for number, layer in enumerate(layers):
         if type(layer) is not DynamicLayer and type(layer) not in STOCK_LAYERS:
             raise UsageError(
@@ -89,8 +87,7 @@ def sizes_of(model: Any) -> Sizes:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     if elastic:
         padded_head_dim(head_dim)
-    softcap = getattr(text, "attn_logit_softcapping", None)
-    return Sizes(text.model_type, elastic, heads, kv_heads, head_dim, _positions(text), softcap is not None)
+    return Sizes(text.model_type, elastic, heads, kv_heads, head_dim, _positions(text))
 
 
 def _takes_cache(model: Any) -> bool:
