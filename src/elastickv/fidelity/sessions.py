@@ -11,6 +11,8 @@ import transformers
 from elastickv.errors import UsageError
 from elastickv.fidelity.prefill import Prefill, Tensor
 from elastickv.recipe import Recipe
+from elastickv.transformers.attention import IMPLEMENTATION
+from elastickv.transformers.cache import ElasticCache
 
 QUANTISED_BITS = {"quanto": 4, "hqq": 4, "fp8": 8}
 _PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
@@ -40,9 +42,6 @@ def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) 
     The layers are put where `prefill="exact"` leaves them before a prompt's last token: holding exact keys and values, which
     the first step stores.
     """
-    from elastickv.transformers.attention import IMPLEMENTATION
-    from elastickv.transformers.cache import ElasticCache
-
     cache = ElasticCache.for_model(model, recipe=list(recipes), capacity=start.tokens + tokens, prefill="exact")
     for layer, held in zip(cache.layers, zip(start.keys, start.values, strict=True), strict=True):
         layer.held, layer.batch, layer.is_initialized = held, start.rows, True
