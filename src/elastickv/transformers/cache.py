@@ -167,9 +167,10 @@ class ElasticCache(Cache):  # type: ignore[misc]
             return
         mask = kwargs.get("attention_mask")
         padding = int((mask == 0).sum(dim=1).min()) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
-        places = mask.shape[1] if isinstance(mask, torch.Tensor) else max(getattr(config, "_mask_length", 0), inputs.shape[1])
+        covered = mask.shape[1] if isinstance(mask, torch.Tensor) else getattr(config, "_mask_length", -1)
+        places = max(covered, inputs.shape[1])
         held = super().get_seq_length()
-        if held and mask is not None and mask.shape[1] == inputs.shape[1] and places <= held:
+        if held and covered == inputs.shape[1] and places <= held:
             raise UsageError(
                 f"the cache already holds {held} tokens and the prompt has {places}: a later turn repeats what came before and "
                 "adds to it; reset() the cache for another text"

@@ -205,6 +205,10 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
             self._check_finite()
         return scoring.with_sinks(output, lse)
 
+    def go_on(self, store: HostStore) -> None:
+        """Take over a store that was filled under the plan's present reading."""
+        self.store, self._reading = store, self._plan.present
+
     def _check_finite(self) -> None:
         if self.store is not None:
             self.raise_non_finite()

@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Plan:
     prefill : 'stored': a prompt's later chunks read what is stored; 'exact': 16 bit until the prompt ends.
     expected : places that the running `generate` will fill, prompt included, or None.
     budget : the recipes, once the prompt is known.
+    present : what is read at present.
     """
 
     sizes: Sizes
@@ -58,14 +59,14 @@ class Plan:
     prefill: str
     expected: int | None = None
     budget: Budget | None = None
-    _reading: Reading | None = field(default=None, repr=False)
+    present: Reading | None = None
 
     def settle(self, longest: int, dtype: str) -> Budget:
         """Choose the recipes for a prompt whose longest row has `longest` tokens."""
         if self.budget is None:
             # Formats are for what the conversation may come to; the share of pages follows the context.
             self.budget = self.budget_for(self.context or max(longest, self.usual), dtype)
-            self._reading = None
+            self.present = None
         return self.budget
 
     @property
@@ -75,14 +76,14 @@ class Plan:
 
     def forget(self) -> None:
         """Go back to before the prompt."""
-        self.budget, self._reading, self.expected = None, None, None
+        self.budget, self.present, self.expected = None, None, None
 
     def reading(self, longest: int) -> Reading:
         """Return what is read when the longest row has `longest` tokens."""
         assert self.budget is not None
-        if self._reading is None or not self._reading.since <= longest < self._reading.until:
-            self._reading = self.budget.reading(longest)
-        return self._reading
+        if self.present is None or not self.present.since <= longest < self.present.until:
+            self.present = self.budget.reading(longest)
+        return self.present
 
     def budget_for(self, context: int, dtype: str) -> Budget:
         """Return the recipes for a context, or for the nearest at which the ratio can be kept.
@@ -239,6 +240,9 @@ def plan_for(
         single = dict(zip(sizes.elastic, given, strict=True)) | single
     if isinstance(calibration, Path | str):
         calibration = ModelCalibration.load(calibration)
+    for named in (chosen, *single.values()):
+        if isinstance(named, Recipe) and sizes.elastic:
+            named.check_shape(sizes.stored_head_dim, sizes.kv_heads)
     covered = set(sizes.elastic) <= set(single)
     if strange := sorted(set(single) - set(sizes.elastic)):
         raise UsageError(f"layer {strange[0]} has no full attention: recipes can be given for {_numbers(sizes.elastic)}")

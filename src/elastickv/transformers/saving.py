@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
-from elastickv.transformers.budget import Budget
+from elastickv.transformers.budget import Budget, Reading
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.models import fingerprint
 from elastickv.transformers.plan import Plan
@@ -51,6 +51,7 @@ def save(cache: ElasticCache, path: Path) -> None:
             "prefill": plan.prefill,
         },
         "budget": _budget_record(plan.budget),
+        "reading": None if plan.present is None else [plan.present.since, plan.present.until, plan.present.scale],
         "layers": [_layer_record(n, layer, tensors) for n, layer in enumerate(cache.layers)],
     }
     try:
@@ -88,6 +89,7 @@ def _loaded(kind: type[ElasticCache], record: dict[str, Any], tensors: dict[str,
     layers = {int(number): Recipe.parse(value) for number, value in said["layers"].items()}
     plan = Plan(sizes_of(model), said["ratio"], recipe, layers, None, said["context"], said["capacity"], said["prefill"])
     plan.budget = _budget(record["budget"])
+    plan.present = None if record["reading"] is None else Reading(*record["reading"])
     cache = kind._made(model, plan)
     if len(record["layers"]) != len(cache.layers):
         raise ValueError(f"{len(record['layers'])} layers for a model of {len(cache.layers)}")
@@ -182,4 +184,4 @@ def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.T
     store.cache.load_state(
         {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("real", "held_keys", "held_values")}
     )
-    layer.store = store
+    layer.go_on(store)

@@ -150,7 +150,8 @@ class Rows:
 
     def state(self) -> CacheState:
         used = self._used()
-        return {name: self._of_rows(name)[:, :, : used[name]].copy() for name in _SECTIONS}
+        held = {name: self._of_rows(name)[:, :, : used[name]].copy() for name in _SECTIONS}
+        return held | {"fractions": self._section("fractions").copy()}
 
     def load_state(self, state: CacheState) -> None:
         fits = {name: self._of_rows(name).shape for name in _SECTIONS}
@@ -158,9 +159,13 @@ class Rows:
             given = state[name].shape if name in state else None
             if given is None or given[:2] != (batch, heads) or given[2] > size or state[name].dtype != np.uint8:
                 raise ValueError(f"the saved {name} of shape {given} do not fit a cache of {(batch, heads, size)} bytes")
+        fractions = state.get("fractions")
+        if fractions is None or fractions.shape != self._section("fractions").shape or fractions.dtype != np.uint8:
+            raise ValueError("the saved fractions are not those of a cache of these heads and this recipe")
         numbers = np.ascontiguousarray(state["state"]).view(np.int64).reshape(*fits["state"][:2], STATE_WORDS)
         if numbers[..., State.LENGTH].max(initial=0) > self.capacity:
             raise ValueError(f"the saved tokens do not fit a capacity of {self.capacity}")
         for name in _SECTIONS:
             self._of_rows(name)[:, :, : state[name].shape[2]] = state[name]
+        self._section("fractions")[:] = fractions
         self.mark()
