@@ -11,6 +11,7 @@ import elastickv.transformers as ekv
 from elastickv.attention.reference import attend
 from elastickv.cache import Oracle
 from elastickv.recipe import Recipe
+from elastickv.transformers import stored_attention
 from elastickv.transformers.stored_attention import Scoring, attend_stored
 from tests.helpers.model_matrix import model, padded, prompt
 
@@ -123,7 +124,12 @@ def expected_chunk(before, call, pending, real, stride: int, recipe: Recipe) -> 
 
 @pytest.mark.parametrize("text", [text for text in RECIPES if "stride" not in text])
 @pytest.mark.parametrize("padding", [0, 4])
-def test_chunks_read_all_that_is_stored_as_its_codes_say(tiny, watch, text, padding):
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "blocks"])
+def test_chunks_read_all_that_is_stored_as_its_codes_say(tiny, watch, monkeypatch, text, padding, whole):
+    if not whole:
+        monkeypatch.setattr(stored_attention, "WHOLE_ELEMENTS", 0)
+        monkeypatch.setattr(stored_attention, "BLOCK_TOKENS", 70)
+    monkeypatch.setattr(stored_attention, "SCORES_AT_ONCE", 5000)
     inputs = padded([300, 211])
     cache = ekv.ElasticCache.for_model(tiny, recipe=text)
     run(tiny, cache, inputs)

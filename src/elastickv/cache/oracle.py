@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elastickv.attention.reference import Float64, Partial, attend, merge
 from elastickv.cache.layer import Float32, LayerCache, StoredHead
@@ -19,6 +20,12 @@ class Oracle:
     def __init__(self, cache: LayerCache) -> None:
         self._cache = cache
         self._reused: dict[tuple[int, int], Partial] = {}
+
+    def take_rows(self, other: "Oracle", rows: NDArray[np.int64]) -> None:
+        """Reuse what `other` would reuse: row i what its row `rows[i]` does."""
+        heads = range(self._cache.shape.kv_heads)
+        kept = {(i, h): other._reused.get((r, h)) for i, r in enumerate(rows.tolist()) for h in heads}
+        self._reused = {place: partial for place, partial in kept.items() if partial is not None}
 
     def decode(self, queries: Float32) -> tuple[Float64, Float64]:
         """Return outputs and log-sum-exps as `LayerCache.decode` does, in float64."""

@@ -1,11 +1,15 @@
 """The cache of one layer in plain NumPy: what the back ends' storage is tested against."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.attention.bounds import page_bounds, score_pages, select_pages
 from elastickv.attention.reference import Float64
 from elastickv.cache.bits import rounded
+from elastickv.cache.editable import CacheState
 from elastickv.cache.layer import Float32, StoredHead
 from elastickv.cache.oracle import Oracle
 from elastickv.cache.quantise import quantise_int4_keys, stored_values
@@ -15,7 +19,7 @@ from elastickv.recipe.pages import selected
 
 
 class ReferenceCache:
-    """A `LayerCache` that keeps every token in float32 and derives the stored form when asked; decodes in float64."""
+    """An `EditableCache` that keeps every token in float32 and derives the stored form when asked; decodes in float64."""
 
     def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> None:
         self.shape, self.capacity, self.dtype, self.recipe = shape, capacity, dtype, recipe
@@ -25,6 +29,7 @@ class ReferenceCache:
         self._step = -1
         self._marked: tuple[NDArray[np.int64], int] = (self._lengths.copy(), -1)
         recipe.check_shape(shape.head_dim, shape.kv_heads)
+        self._fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
         self._pages: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._oracle = Oracle(self)
 
@@ -78,7 +83,7 @@ class ReferenceCache:
         sinks = regions(length, recipe.sinks, recipe.window).sinks
         keys = self._keys[row, head, sinks : sinks + cold * PAGE_TOKENS].reshape(cold, PAGE_TOKENS, self.shape.head_dim)
         _, scales, zeros = quantise_int4_keys(keys)
-        return select_pages(score_pages(page_bounds(queries, scales, zeros)), selected(cold, recipe.fraction(head)))
+        return select_pages(score_pages(page_bounds(queries, scales, zeros)), selected(cold, self._fractions[head]))
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
         """Return the numbers of the cold pages that the last decode read."""
@@ -101,6 +106,89 @@ class ReferenceCache:
             keys[exact].astype(np.float64),
             values[exact].astype(np.float64),
         )
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Memory of the tokens kept."""
+        return self._keys.nbytes + self._values.nbytes
+
+    def extend(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
+        """Store further tokens; row b takes the first `lengths[b]` of its own."""
+        exact, after = self.recipe.exact_dtype(self.dtype), self._lengths + lengths
+        if max(after) > self.capacity:
+            raise UsageError(f"sequences of {after.tolist()} tokens do not fit a capacity of {self.capacity}")
+        for row, (first, last) in enumerate(zip(self._lengths, after, strict=True)):
+            for held, more in ((self._keys, keys), (self._values, values)):
+                held[row, :, first:last] = rounded(more[row, :, : last - first], exact)
+        self._lengths, self._step = after, -1
+
+    def read(self, first: int, last: int) -> tuple[Float32, Float32]:
+        """Return tokens `first` to `last` - 1 as stored; zeros where there are none."""
+        rows = (self.shape.batch, self.shape.kv_heads, last - first, self.shape.head_dim)
+        keys, values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
+        for row, head in np.ndindex(rows[:2]):
+            stored, length = self.stored(row, head), int(self._lengths[row])
+            split = regions(length, self.recipe.sinks, self.recipe.window)
+            cold = range(0) if self.recipe.is_dense else range(split.sinks, split.sinks + split.cold, self.recipe.stride)
+            exact = np.setdiff1d(np.arange(length), np.arange(split.sinks, split.sinks + split.cold) if len(cold) else [])
+            places = np.r_[np.array(cold, np.int64), exact]
+            seen = (places >= first) & (places < last)
+            for out, parts in (
+                (keys, (stored.cold_keys, stored.exact_keys)),
+                (values, (stored.cold_values, stored.exact_values)),
+            ):
+                out[row, head, places[seen] - first] = np.concatenate(parts)[seen]
+        return keys, values
+
+    def gather(self, rows: NDArray[np.int64], capacity: int) -> "ReferenceCache":
+        """Return a cache of `capacity` tokens whose row i is a copy of row `rows[i]`."""
+        other = ReferenceCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe)
+        longest = int(self._lengths.max(initial=0))
+        for mine, copied in ((self._keys, other._keys), (self._values, other._values)):
+            copied[:, :, :longest] = mine[rows, :, :longest]
+        other._lengths, other._step, other._fractions = self._lengths[rows], self._step, list(self._fractions)
+        heads = range(self.shape.kv_heads)
+        other._pages = {(i, h): self._pages[r, h] for i, r in enumerate(rows.tolist()) for h in heads if (r, h) in self._pages}
+        other._oracle.take_rows(self._oracle, rows)
+        return other
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Make row i a copy of what row `rows[i]` was."""
+        other = self.gather(rows, self.capacity)
+        self._keys, self._values, self._lengths, self._pages = other._keys, other._values, other._lengths, other._pages
+        self._oracle.take_rows(other._oracle, np.arange(self.shape.batch))
+
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        """Keep the first tokens of every row; what was quantised keeps what its codes stand for."""
+        exact = self.recipe.exact_dtype(self.dtype)
+        keys, values = self.read(0, int(self._lengths.max(initial=0)))
+        for row, (before, after) in enumerate(zip(self._lengths, lengths, strict=True)):
+            old, new = (regions(int(n), self.recipe.sinks, self.recipe.window).cold for n in (before, after))
+            if old > new and not self.recipe.is_dense:
+                if self.recipe.stride > 1:
+                    raise UsageError(f"{self.recipe} has dropped tokens that a crop to {after} needs again")
+                span = slice(self.recipe.sinks + new, self.recipe.sinks + old)
+                self._keys[row, :, span] = rounded(keys[row, :, span], exact)
+                self._values[row, :, span] = rounded(values[row, :, span], exact)
+        self._lengths, self._step = np.array(lengths, np.int64), -1
+
+    def set_fractions(self, fractions: Sequence[float]) -> None:
+        """Read these shares of the cold pages from here on."""
+        if self.recipe.selection == "pages" and list(fractions) != self._fractions:
+            self._fractions, self._step = list(fractions), -1
+
+    def state(self) -> CacheState:
+        """Return copies of the tokens and counts; the next decode after `load_state` is an anchor."""
+        longest = int(self._lengths.max(initial=0))
+        held = {"keys": self._keys[:, :, :longest].copy(), "values": self._values[:, :, :longest].copy()}
+        return held | {"lengths": self._lengths.copy(), "fractions": np.array(self._fractions)}
+
+    def load_state(self, state: CacheState) -> None:
+        """Take over what `state` returned."""
+        if state["keys"].shape[2] > self.capacity or state["keys"].shape[:2] != self._keys.shape[:2]:
+            raise ValueError(f"the saved tokens of shape {state['keys'].shape} do not fit a cache of {self._keys.shape}")
+        self.prefill(state["keys"], state["values"], state["lengths"])
+        self._fractions = state["fractions"].tolist()
 
     def mark(self) -> None:
         """Remember the present state."""

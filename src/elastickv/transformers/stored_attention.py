@@ -1,7 +1,8 @@
 """Attention of many queries over what is stored, without a selection: later chunks and turns.
 
-Every query attends to all stored tokens, as their codes say, and to the new ones up to its own. Block by block with a running
-maximum and sum (Milakov and Gimelshein 2018), so that no more than a block is ever dequantised.
+Every query attends to all stored tokens, as their codes say, and to the new ones up to its own. A layer's tokens are
+dequantised together for the framework's fast attention, or, where that cannot tell what is asked for or the layer is large,
+block by block with a running maximum and sum (Milakov and Gimelshein 2018).
 """
 
 import math
@@ -15,6 +16,7 @@ from elastickv.transformers.store import HostStore
 
 BLOCK_TOKENS = 2048
 SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32
+WHOLE_ELEMENTS = 1 << 26  # of a layer's keys: 256 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,13 @@ def attend_stored(
     batch, heads, new, dim = queries.shape
     kv_heads = keys.shape[1]
     grouped = queries.to(torch.float32).reshape(batch, kv_heads, heads // kv_heads, new, dim)
-    running = _Running(grouped)
     lengths = store.lengths
     longest, recipe = int(lengths.max(initial=0)), store.cache.recipe
     ends = torch.as_tensor(lengths, device=queries.device)
+    plain = scoring.softcap is None and scoring.sinks is None and recipe.stride == 1
+    if plain and batch * kv_heads * (longest + new) * dim <= WHOLE_ELEMENTS:
+        return _attend_whole(grouped, keys, values, visible, store, scoring.scaling, ends)
+    running = _Running(grouped)
     for first in range(0, longest, BLOCK_TOKENS):
         last = min(first + BLOCK_TOKENS, longest)
         stored_keys, stored_values = (tensor.unsqueeze(2) for tensor in store.read(first, last))
@@ -113,6 +118,35 @@ def attend_stored(
         running.add(rows, scores.masked_fill(~seen[:, None, None], -math.inf), own_values)
     outputs, lse = running.finished()
     return scoring.with_sinks(outputs.reshape(batch, heads, new, dim), lse.reshape(batch, heads, new))
+
+
+def _attend_whole(
+    grouped: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor | None,
+    store: HostStore,
+    scaling: float,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    """Do as `attend_stored` with all keys of the layer at once; `grouped` is (batch, kv_heads, group, new, head_dim)."""
+    batch, kv_heads, group, new, dim = grouped.shape
+    longest = int(ends.max())
+    both = [torch.cat([s, n.to(torch.float32)], dim=2) for s, n in zip(store.read(0, longest), (keys, values), strict=True)]
+    held = torch.arange(longest, device=ends.device) < ends[:, None]
+    own = torch.ones(1, new, new, dtype=torch.bool, device=ends.device).tril() if visible is None else visible[:, 0]
+    outputs = torch.empty_like(grouped)
+    for rows in _slices(new, batch * kv_heads * group * (longest + new)):
+        count = len(range(new)[rows])
+        seen = torch.cat([held[:, None].expand(-1, count, -1), own[:, rows].expand(batch, -1, -1)], dim=2)[:, None]
+        # The heads of a group lie one after another as if they were queries: no key is repeated.
+        queries = grouped[:, :, :, rows].reshape(batch, kv_heads, group * count, dim)
+        mask = seen.repeat(1, 1, group, 1)
+        found = torch.nn.functional.scaled_dot_product_attention(queries, *both, attn_mask=mask, scale=scaling)
+        # A query that sees nothing is padding.
+        found = torch.where(mask.any(-1, keepdim=True), found, torch.zeros_like(found))
+        outputs[:, :, :, rows] = found.reshape(batch, kv_heads, group, count, dim)
+    return outputs.reshape(batch, kv_heads * group, new, dim)
 
 
 def _slices(count: int, scores_of_one: int) -> list[slice]:

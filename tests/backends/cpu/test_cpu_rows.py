@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elastickv.backends.cpu.backend import CpuBackend
-from elastickv.cache import Oracle
+from elastickv.cache import Oracle, ReferenceCache
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe, regions
 
@@ -206,3 +206,40 @@ def test_a_state_that_does_not_fit_is_refused():
     small = CpuBackend().cache(SHAPE, 100, "fp32", Recipe.parse("int4"))
     with pytest.raises(ValueError, match="do not fit"):
         small.load_state(filled("int4", [400, 7, 211]).state())
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_the_float64_twin_does_the_same(text):
+    mine, twin = (kind(SHAPE, CAPACITY, "fp32", Recipe.parse(text)) for kind in (CpuBackend().cache, ReferenceCache))
+    both: list = [mine, twin]
+
+    def agree() -> None:
+        assert mine.lengths.tolist() == twin.lengths.tolist()
+        for a, b in zip(mine.read(0, CAPACITY), twin.read(0, CAPACITY), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=0)
+        (outputs, lse), (expected, expected_lse) = (step(cache, 50) for cache in both)
+        assert np.linalg.norm(outputs - expected) < 1e-4 * np.linalg.norm(expected)
+        np.testing.assert_allclose(lse, expected_lse, rtol=1e-4)
+
+    for cache in both:
+        cache.prefill(*tokens(0, 300), np.array([300, 5, 211]))
+    agree()
+    for cache in both:
+        cache.extend(*tokens(1, 40), np.array([40, 3, 0]))
+    agree()
+    for cache in both:
+        cache.reorder(np.array([2, 0, 0]))
+        cache.set_fractions([1.0, 0.3])
+    agree()
+    both = [cache.gather(np.array([1, 2, 0]), 600) for cache in both]
+    mine, twin = both
+    shorter = mine.lengths - (np.array([7, 0, 3]) if "stride" in text else np.array([7, 150, 90]))
+    for cache in both:
+        cache.crop(shorter)
+    agree()
+    both = [kind(SHAPE, 600, "fp32", Recipe.parse(text)) for kind in (CpuBackend().cache, ReferenceCache)]
+    for cache, before in zip(both, (mine, twin), strict=True):
+        before.extend(*tokens(2, 1), np.ones(3, np.int64))
+        cache.load_state(before.state())
+    mine, twin = both
+    agree()
