@@ -45,9 +45,9 @@ class Guard:
         """Raise UsageError if keys were given to a layer and its attention was never asked for."""
         if self._waiting is not None:
             raise UsageError(
-                f"layer {self._waiting.layer.number} got keys and its attention was never called: the model is not the "
-                f"{self.model_name} that the cache was made for, or its attention is not {IMPLEMENTATION!r}; make the cache "
-                f"with ElasticCache.for_model(model), or model.set_attn_implementation({IMPLEMENTATION!r}), and reset() it"
+                f"layer {self._waiting.layer.number} got keys and {IMPLEMENTATION!r} attention was never asked for them: the model "
+                f"is not the {self.model_name} that the cache was made for (make one with ElasticCache.for_model(model)), its "
+                f"attention was set to another, or {self.model_name} alters keys on the way and is not supported; reset() the cache"
             )
 
     def expect(self, pending: Pending) -> None:

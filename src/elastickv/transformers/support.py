@@ -63,59 +63,77 @@ def sizes_of(model: Any) -> Sizes:
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(f"{name} is an encoder-decoder: ElasticCache serves decoder-only language models")
     text = text_config(model)
-    heads = getattr(text, "num_attention_heads", None)
-    if not isinstance(heads, int) or (not getattr(text, "use_cache", True) and not model.can_generate()):
-        raise UsageError(f"{name} ({text.model_type}) has no KV cache: ElasticCache serves models that decode with attention")
-    if hasattr(text, "is_decoder") and not text.is_decoder and not model.can_generate() and not _takes_cache(model):
-        raise UsageError(f"{name} ({text.model_type}) is an encoder and has no KV cache: ElasticCache serves decoders")
-    if "is_decoder" in text.to_dict() and not text.is_decoder and _is_encoder_family(text):
+    called = f"{name} ({text.model_type})"
+    if _is_encoder(text):
+        raise UsageError(f"{called} is an encoder and has no KV cache: set is_decoder=True if it is to decode")
+    if not isinstance(getattr(text, "num_attention_heads", None), int):
+        raise UsageError(f"{called} has no KV cache: ElasticCache serves models that decode with attention")
+    _check_attention(model, called, text)
+    elastic = _elastic_layers(called, text)
+    heads = {_heads(text, number) for number in elastic or (0,)}
+    if len(heads) > 1:
         raise UsageError(
-            f"{name} ({text.model_type}) is an encoder and has no KV cache: set is_decoder=True if it is to decode"
+            f"{called}: layers with full attention differ in their heads ({sorted(heads)}), which is not supported"
         )
-    _check_attention(model, name, text)
-    layers = stock_layers(text)
-    for number, layer in enumerate(layers):
-        if type(layer) is not DynamicLayer and type(layer) not in STOCK_LAYERS:
-            raise UsageError(
-                f"{name} ({text.model_type}): layer {number} is cached as {type(layer).__name__}, which ElasticCache does not "
-                "know; it serves full attention, and keeps stock layers for sliding windows and linear attention"
-            )
-    elastic = tuple(number for number, layer in enumerate(layers) if type(layer) is DynamicLayer)
-    if not any(isinstance(layer, DynamicLayer) for layer in layers):
-        raise UsageError(f"{name} ({text.model_type}) has no KV cache: none of its layers has softmax attention")
-    kv_heads = getattr(text, "num_key_value_heads", None) or (1 if getattr(text, "multi_query", False) else heads)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    query_heads, kv_heads, head_dim = heads.pop()
     if elastic:
         padded_head_dim(head_dim)
-    return Sizes(text.model_type, elastic, heads, kv_heads, head_dim, _positions(text))
+    return Sizes(text.model_type, elastic, query_heads, kv_heads, head_dim, _positions(text))
 
 
-def _takes_cache(model: Any) -> bool:
-    return "past_key_values" in type(model).forward.__code__.co_varnames
-
-
-def _is_encoder_family(text: Any) -> bool:
+def _is_encoder(text: Any) -> bool:
     """Whether a configuration is of those that are encoders unless they are told to decode."""
-    return bool(
+    return (
         getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention") and hasattr(text, "type_vocab_size")
     )
 
 
-def _check_attention(model: Any, name: str, text: Any) -> None:
+def _elastic_layers(called: str, text: Any) -> tuple[int, ...]:
+    layers = stock_layers(text)
+    shared = getattr(text, "kv_sharing_modes", None) is not None
+    for number, layer in enumerate(layers):
+        kind = type(layer)
+        # A dummy holds nothing, because its layer attends to nothing, or to what another layer holds.
+        if kind.__name__ == "DummyLayer" and not shared:
+            continue
+        if kind is not DynamicLayer and kind not in STOCK_LAYERS:
+            what = "reads the cache of another" if kind.__name__ == "DummyLayer" else f"is cached as {kind.__name__}"
+            raise UsageError(
+                f"{called}: layer {number} {what}, which ElasticCache does not support; it serves full attention, and keeps "
+                "stock layers for sliding windows and linear attention"
+            )
+    if not any(isinstance(layer, DynamicLayer) for layer in layers):
+        raise UsageError(f"{called} has no KV cache: none of its layers has softmax attention")
+    return tuple(number for number, layer in enumerate(layers) if type(layer) is DynamicLayer)
+
+
+def _heads(text: Any, layer: int) -> tuple[int, int, int]:
+    """Return query heads, KV heads and head size of a layer."""
+    each = getattr(text, "per_layer_config", None)
+    of_layer = text if each is None else each[layer]
+    heads = int(of_layer.num_attention_heads)
+    kv_heads = getattr(of_layer, "num_key_value_heads", None) or (1 if getattr(of_layer, "multi_query", False) else heads)
+    return heads, int(kv_heads), int(getattr(of_layer, "head_dim", None) or of_layer.hidden_size // heads)
+
+
+def _check_attention(model: Any, called: str, text: Any) -> None:
     if getattr(text, "kv_lora_rank", None):
         raise UsageError(
-            f"{name} ({text.model_type}) has latent attention (kv_lora_rank={text.kv_lora_rank}): keys and values differ in "
+            f"{called} has latent attention (kv_lora_rank={text.kv_lora_rank}): keys and values differ in "
             "size, and ElasticCache serves those of one head size"
         )
     if getattr(text, "num_kv_shared_layers", None):
         raise UsageError(
-            f"{name} ({text.model_type}): its last {text.num_kv_shared_layers} layers read the cache of others "
+            f"{called}: its last {text.num_kv_shared_layers} layers read the cache of others "
             "(num_kv_shared_layers), which ElasticCache does not support"
         )
+    default = getattr(model, "_supports_default_dynamic_cache", None)
+    if default is not None and not default():
+        raise UsageError(f"{called} has a cache of its own and takes no other")
     can_set = getattr(model, "_can_set_attn_implementation", None)
     if can_set is None or not can_set():
         raise UsageError(
-            f"{name} ({text.model_type}) does not call its attention through Transformers' attention interface: "
+            f"{called} does not call its attention through Transformers' attention interface: "
             "ElasticCache has no way to serve it"
         )
 
