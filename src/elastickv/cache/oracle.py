@@ -19,6 +19,15 @@ class Oracle:
     def __init__(self, cache: LayerCache) -> None:
         self._cache = cache
         self._reused: dict[tuple[int, int], Partial] = {}
+        self._marked: dict[tuple[int, int], Partial] = {}
+
+    def mark(self) -> None:
+        """Remember the reused outputs, when the cache is marked."""
+        self._marked = dict(self._reused)
+
+    def rewind(self) -> None:
+        """Return to the reused outputs as marked, when the cache is rewound."""
+        self._reused = dict(self._marked)
 
     def decode(self, queries: Float32) -> tuple[Float64, Float64]:
         """Return outputs and log-sum-exps as `LayerCache.decode` does, in float64."""
@@ -36,7 +45,7 @@ class Oracle:
         """Return the attention of (group, head_dim) `queries` over one KV head of one sequence."""
         cache, recipe = self._cache, self._cache.recipe
         stored = cache.stored(row, head)
-        length, age = int(cache.lengths[row]), recipe.age(cache.step)
+        length, age = int(cache.lengths[row]), recipe.age(cache.step, cache.phase)
         exact = attend(queries, stored.exact_keys, stored.exact_values)
         pages = cache.pages_read(row, head)
         if pages is not None:
