@@ -485,6 +485,35 @@ def test_what_is_loaded_before_the_kernel_before_has_ended_changes_nothing(open_
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("kind", ["auto", "simt"])
+@pytest.mark.parametrize("appends", [0, 1, 3, 4, 6])
+def test_a_cycle_finds_its_anchors_whatever_came_before(open_cuda, kind, appends):
+    """Tokens appended, and not all decoded, before a program: what its kernels expect must still be so."""
+    recipe, shape, backend = Recipe.parse("int4,pages=1/4,anchor_every=4"), AttentionShape(1, 8, 2, 64), open_cuda(kind)
+    rng, feedback = np.random.default_rng(appends), Feedback.seeded(64, 5, 1.0, 1.0, 1.0)
+    ours = [backend.cache(shape, 900, "bf16", recipe, phase) for phase in (0, 2)]
+    twins = [ReferenceCache(shape, 900, "bf16", recipe, phase) for phase in (0, 2)]
+    prompt = random_tokens(rng, shape, 800)
+    for each in (*ours, *twins):
+        each.prefill(*prompt, np.array([800]))
+    for _ in range(appends):
+        token, queries = rng.standard_normal((2, 1, 2, 64), dtype=np.float32), rng.standard_normal((1, 8, 64), dtype=np.float32)
+        for each in (*ours, *twins):
+            each.append(*token)
+            each.decode(queries)
+            each.decode(queries)
+    first = rng.standard_normal((1, 8, 64), dtype=np.float32)
+    program, outputs = backend.cycle(ours, first, feedback, True), first
+    for _ in range(9):
+        program.run(1)
+        for cache, twin in zip(ours, twins, strict=True):
+            queries, keys, values = feedback(outputs.astype(np.float32), shape.group)
+            twin.append(keys, values)
+            outputs, _ = twin.decode(queries)
+            assert twin.step == cache.step
+            assert np.isin(cache.pages_read(0, 1), twin.pages_read(0, 1)).mean() > 0.8
+
+
 @pytest.mark.parametrize("text", ["int4,pages=1/4,anchor_every=4", "bf16,reuse,anchor_every=5"])
 def test_a_phase_moves_the_anchors(open_cuda, text):
     recipe, shape, rng = Recipe.parse(text), AttentionShape(2, 8, 2, 64), np.random.default_rng(6)

@@ -11,7 +11,7 @@ from elastickv.attention.feedback import Feedback
 from elastickv.backends.cuda.contents import Contents
 from elastickv.backends.cuda.device import CudaDevice, Memory, f32, i32, i64, u64
 from elastickv.backends.cuda.storage import Layout, Scratch, Storage
-from elastickv.backends.cuda.variants import Variant, fixed_blocks, selecting_blocks, selecting_shared_bytes
+from elastickv.backends.cuda.variants import Variant, fixed_blocks, selecting_blocks
 from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_shape
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
@@ -188,7 +188,7 @@ class CudaLayerCache:
         equal = self._fixed if len(set(self._lengths.tolist())) <= 1 else None
         return equal or (self.variant, self.blocks)
 
-    def _launch_select(self, queries: Memory) -> None:
+    def _launch_select(self, queries: Memory, after_append: bool) -> None:
         shape, storage, recipe, layout = self.shape, self.storage, self._kept, self.storage.layout
         stride = layout.page_capacity + 1 if len(recipe.fractions) > 1 else 0
         numbers = (
@@ -208,14 +208,13 @@ class CudaLayerCache:
             variant.threads,
             *(queries, storage.k_scale, storage.state, storage.counts, i32(stride)),
             *(self._scratch.scores, self._scratch.counters, storage.lists, storage.listed),
-            *(i32(x) for x in numbers),
-            shared=selecting_shared_bytes(variant),
+            *(i32(x) for x in (*numbers, int(after_append))),
         )
 
-    def launch_decode(self, queries: Memory, outputs: Memory, lse: Memory) -> None:
-        """Queue a decode."""
+    def launch_decode(self, queries: Memory, outputs: Memory, lse: Memory, after_append: bool = False) -> None:
+        """Queue a decode. `after_append`: since the last, one token was appended and kernels of another cache were queued."""
         if self.recipe.selection == "pages":
-            self._launch_select(queries)
+            self._launch_select(queries, after_append)
         shape, storage, recipe, layout = self.shape, self.storage, self._kept, self.storage.layout
         reused = storage.cached_output
         lse_offset = shape.batch * shape.query_heads * shape.head_dim * 4

@@ -217,11 +217,6 @@ def selecting_blocks(page_capacity: int, heads: int, multiprocessors: int) -> in
     return max(1, min(-(-page_capacity // 64), at_once // heads))
 
 
-def selecting_shared_bytes(variant: Variant) -> int:
-    """Return the dynamic shared memory of a selecting block."""
-    return 0
-
-
 def overlapping(variant: Variant) -> Variant:
     """Return the build for blocks that each serve several KV heads; `variant` itself where none is better.
 

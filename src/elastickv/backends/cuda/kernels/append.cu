@@ -398,5 +398,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int
         if (!early) __syncthreads();
     }
 #endif
-    if (threadIdx.x == 0) *mine = make_int2(length, was.y + 1);
+    if (threadIdx.x == 0) {
+        *mine = make_int2(length, was.y + 1);
+        if (keys && !value) state[2 * gridDim.x + head] = make_int2(length + 1, was.y + 2);  // no decode need follow
+    }
 }

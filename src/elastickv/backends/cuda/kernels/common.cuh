@@ -182,8 +182,8 @@ __device__ __forceinline__ Span span_with(const Args& a, size_t head, int2 state
     return s;
 }
 
-// Leaves the length and step that the next decode will find, in the third row of states: what it, and select, may expect before
-// append has told. Only a guess: a decode may be repeated.
+// Leaves the length and step that a sequence has after one more append, in the third row of states: what the next decode, and
+// select, may expect before append has told.
 __device__ __forceinline__ void foretell(const Args& a, size_t head, int2 now) {
     __stcg(a.state + 2 * a.batch * a.kv_heads + head, make_int2(now.x + 1, now.y + 1));
     __threadfence();

@@ -9,7 +9,7 @@
 //
 // A block of decode fits beside one of this kernel and one of append: it is let in before append has ended, to load what it
 // expects to need. This one does likewise: the decode before has left the length and step that it expects in the third row of
-// states, so at an anchor the first scales are on their way.
+// states, so at an anchor the first scales are on their way. `sure`: it is as expected, since each decode follows an append.
 //
 // Between anchors nothing happens. Elsewhere list[head * page_capacity ...] gets the page numbers, ascending, and listed[head]
 // their count and the number of pages; (0, 0) if all are to be read, which costs no scoring. Of equal pages the first win.
@@ -350,7 +350,7 @@ struct Share {
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     select(const float* query, const u16* key_scales, const int2* state, const int* counts, int counts_stride, float* scores,
            u32* counters, int* list, int2* listed, int kv_heads, int group, int sinks, int window, int anchor_every, int phase,
-           int page_capacity) {
+           int page_capacity, int sure) {
     __shared__ Shared sh;
     const size_t head = blockIdx.y;
     const int lane = threadIdx.x & 31, first = (threadIdx.x >> 5) * STEP;
@@ -361,12 +361,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     // What append may be writing just now, a page that has become cold, is loaded once more.
     const int2 expected = __ldcg(state + 2 * gridDim.y + head);
     int loaded = 0;
-    if (age_of(expected.y, anchor_every, phase) == 0) {
+    const bool anchor = age_of(expected.y, anchor_every, phase) == 0;
+    if (anchor) {
         loaded = min(pages_of(expected.x), page_capacity);
         const Share share(loaded);
         if (share.begin + first < share.end) load_pages(in, plane, share.begin + first, share.end);
     }
     wait_for_previous();
+    if (sure && !anchor) return;
     const int2 now = __ldcg(state + head);
     if (age_of(now.y, anchor_every, phase)) return;
     const int pages = pages_of(now.x);
