@@ -58,11 +58,11 @@ def run_cases(limit: float) -> None:
         cache = backend.cache(shape, capacity, "bf16", recipe)
         cache.prefill(*tokens(rng, shape, max(lengths)), np.array(lengths))
         oracle = Oracle(cache)
-        for step in range(34):
+        for _ in range(34):
             cache.append(*(t[:, :, 0] for t in tokens(rng, shape, 1)))
             queries = rng.standard_normal((shape.batch, shape.query_heads, shape.head_dim), dtype=np.float32)
-            outputs, expected = cache.decode(queries)[0], oracle.decode(queries)[0] if step % 8 == 1 else None
-            if expected is not None and (error := relative_l2(outputs, expected).max()) > 4e-3:
+            outputs, expected = cache.decode(queries)[0], oracle.decode(queries)[0]
+            if (error := relative_l2(outputs, expected).max()) > 4e-3:
                 raise SystemExit(f"case {kind} {text}: kernel error {error:.1e}")
         caches = [backend.cache(shape, capacity, "bf16", recipe) for _ in range(2)]
         for cache in caches:
