@@ -21,7 +21,7 @@ from elastickv.bench.preparation import check_memory, prepare
 from elastickv.bench.sampler import collect
 from elastickv.bench.statistics import ratio_interval
 from elastickv.data import load_sample
-from elastickv.errors import UsageError
+from elastickv.errors import KernelMismatch, UsageError
 
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 16)
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -99,7 +99,7 @@ def main() -> None:
             break
         try:
             rows.append(measure(cell, arguments, sample, backend))
-        except UsageError as error:
+        except (UsageError, KernelMismatch) as error:
             rows.append(cell | {"not_run": str(error)[:300]})
         print(rows[-1], flush=True)
     measured = [row for row in rows if "gain" in row]

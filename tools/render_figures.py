@@ -74,8 +74,9 @@ def headline() -> list[str]:
     rows = [
         preset_row("h100/kernels/8-32-8-128-32768--int4.json", "H100, 8 x 32768 tokens, 32/8 heads x 128"),
         preset_row("h100/kernels/1-32-8-128-131072--int4.json", "H100, 131072 tokens, 32/8 heads x 128"),
-        preset_row("h100/131072.json", "the same, C=4 as solved by 0.1.0"),
-        preset_row("h100/long.json", "H100, long preset (4096 x 32 x 128), C=4 as solved by 0.1.0"),
+        preset_row("h100/kernels/1-32-8-128-131072--auto-8.json", "the same, C=8"),
+        preset_row("h100/131072.json", "the same, C=4"),
+        preset_row("h100/long.json", "H100, long preset (4096 x 32 x 128), C=4"),
         preset_row("h100/long-original-schedule.json", "the same, the original's schedule"),
         preset_row("cpu/short.json", "CPU, 2 threads, short preset (1024 x 16 x 64), C=2"),
     ]

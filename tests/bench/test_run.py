@@ -124,6 +124,41 @@ def test_figures_agree_with_each_other(plain):
     assert cycle["elastic_tokens_per_sec"] == pytest.approx(4 / cycle["elastic_total_ms"] * 1e3)
 
 
+def test_the_layers_of_the_cycle_have_their_anchors_at_different_tokens(backend, monkeypatch):
+    anchors, one_launch = [], ReferenceProgram.run
+
+    def noting(self, launches=1):
+        times = []
+        for token in range(launches):
+            if launches == 4 and token == 0:
+                assert {(*cache.lengths, cache.step) for cache in self._caches} == {(SMALL["seq"], 0)}
+            times += one_launch(self)
+            if launches == 4:
+                anchors.append([cache.recipe.age(cache.step, cache.phase) == 0 for cache in self._caches])
+        return times
+
+    monkeypatch.setattr(ReferenceProgram, "run", noting)
+    options = Options(**SMALL, recipe="int4,pages=1/2,anchor_every=4", inference=True, decode_tokens=4, layers=6)
+    result = run(options).as_dict()["inference_cycle"]
+    assert result["anchor_phases"] == [0, 0, 1, 2, 2, 3]
+    # Dense layers have no anchors: they are at one at every step. Every round begins at the same token.
+    elastic = [token for token in anchors if not all(token)]
+    assert elastic
+    for start in range(0, len(elastic), 4):
+        rows = elastic[start : start + 4]
+        assert [sum(token) for token in rows] == [1, 2, 1, 2]
+        assert [sum(layer) for layer in zip(*rows, strict=True)] == [1] * 6
+
+
+def test_a_context_of_one_token_has_a_cycle(backend):
+    result = run(Options(**SMALL | {"seq": 1}, recipe="int8", compress=1, inference=True, decode_tokens=2, layers=2))
+    assert result.inference_cycle.decode_tokens == 2
+
+
+def test_without_anchors_every_layer_has_the_same_phase(plain):
+    assert plain["inference_cycle"]["anchor_phases"] == [0, 0]
+
+
 def test_the_receipt_is_of_the_recipe_solved_for_the_samples_context(plain):
     sample = plain["fidelity"]["sample"]
     shape = AttentionShape(1, 9, 3, 64)

@@ -23,8 +23,8 @@ def queries(seed=1):
     return rng.standard_normal((SHAPE.batch, SHAPE.query_heads, SHAPE.head_dim)).astype(np.float32)
 
 
-def filled(text, lengths, capacity=400, dtype="bf16"):
-    cache = ReferenceCache(SHAPE, capacity, dtype, Recipe.parse(text))
+def filled(text, lengths, capacity=400, dtype="bf16", phase=0):
+    cache = ReferenceCache(SHAPE, capacity, dtype, Recipe.parse(text), phase)
     cache.prefill(*tokens(max(lengths)), np.array(lengths))
     return cache
 
@@ -111,6 +111,42 @@ def test_rewind_forgets_what_was_appended():
     np.testing.assert_array_equal(cache.decode(queries())[0], before)
 
 
+@pytest.mark.parametrize("text", ["int4,pages=1/4,anchor_every=5,window=0", "bf16,reuse,anchor_every=5,window=0"])
+def test_rewinding_to_between_anchors_brings_back_what_is_reused(text):
+    cache, (keys, values) = filled(text, [200, 150], phase=3), tokens(12, seed=5)
+
+    def play(first, end):
+        outputs = []
+        for i in range(first, end):
+            cache.append(keys[:, :, i], values[:, :, i])
+            outputs.append(cache.decode(queries(i))[0])
+        return outputs
+
+    play(0, 4)
+    cache.mark()
+    assert cache.recipe.age(cache.step, cache.phase) == 1
+    once = play(4, 12)
+    cache.rewind()
+    np.testing.assert_array_equal(play(4, 12), once)
+
+
+def test_the_oldest_age_in_a_phase_weighs_least_and_the_first_step_is_an_anchor():
+    recipe = "bf16,reuse,anchor_every=3,decay=0.5,sinks=0,window=0"
+    cache, (keys, values) = filled(recipe, [96, 96], phase=2), tokens(101)
+    masses = []
+    for i in range(5):
+        cache.append(keys[:, :, 96 + i], values[:, :, 96 + i])
+        # All scores are 0: the mass is the number of tokens, that of reused ones halved at every step.
+        masses.append(np.exp(cache.decode(np.zeros_like(queries()))[1][0, 0]))
+    np.testing.assert_allclose(masses, [96 + 1, 96 + 2, 96 / 2 + 3, 96 / 4 + 4, 96 + 5])
+
+
+@pytest.mark.parametrize("phase", [-1, 3])
+def test_a_phase_outside_the_interval_is_refused(phase):
+    with pytest.raises(ValueError, match="takes 0 to 2"):
+        filled("bf16,reuse,anchor_every=3", [10, 10], phase=phase)
+
+
 def test_a_full_cache_says_so():
     cache = filled("dense", [10, 4], capacity=10)
     with pytest.raises(UsageError, match="sequence 0 holds 10 of 10"):
@@ -126,9 +162,9 @@ def test_a_nan_is_raised_with_its_position():
         cache.raise_non_finite()
 
 
-def walk(text, start=300, steps=70):
+def walk(text, start=300, steps=70, phase=0):
     """The pages read of row 0, head 1 at every step, beside the cold pages there."""
-    cache, (keys, values) = filled(text, [start, start]), tokens(400)
+    cache, (keys, values) = filled(text, [start, start], phase=phase), tokens(400)
     for i in range(steps):
         cache.append(keys[:, :, start + i], values[:, :, start + i])
         cache.decode(queries(i))
@@ -147,10 +183,11 @@ def test_the_best_pages_by_their_scales_are_read_at_an_anchor():
         assert len(stored.cold_keys) == 32 * cold
 
 
-def test_between_anchors_the_list_stays_and_pages_that_turned_cold_are_added():
+@pytest.mark.parametrize("phase", [0, 1, 17, 39])
+def test_between_anchors_the_list_stays_and_pages_that_turned_cold_are_added(phase):
     list_, at_anchor, grown = None, 0, 0
-    for _, i, read, cold in walk("int4,pages=1/4,anchor_every=40"):
-        if i % 40 == 0:
+    for _, i, read, cold in walk("int4,pages=1/4,anchor_every=40", phase=phase):
+        if i == 0 or (i + phase) % 40 == 0:
             list_, at_anchor = read, cold
             assert len(read) == max(1, cold // 4)
         np.testing.assert_array_equal(read, np.r_[list_, at_anchor:cold])

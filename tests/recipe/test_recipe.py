@@ -49,6 +49,38 @@ def test_numbers_of_any_type_are_one_recipe():
     assert Recipe(selection="reuse", decay=1).hash == Recipe(selection="reuse", decay=1.0).hash
 
 
+@given(st.integers(1, 40), st.data())
+def test_ages_count_from_step_0_and_then_from_the_anchors_of_the_phase(anchor_every, data):
+    recipe, phase = Recipe(selection="reuse", anchor_every=anchor_every), data.draw(st.integers(0, anchor_every - 1))
+    ages = [recipe.age(step, phase) for step in range(3 * anchor_every + 2)]
+    anchors = {0} | {step for step in range(len(ages)) if (step + phase) % anchor_every == 0}
+    assert ages == [step - max(a for a in anchors if a <= step) for step in range(len(ages))]
+    assert max(ages) == anchor_every - 1 or phase
+    assert recipe.age(-1, phase) == 0
+
+
+def test_without_a_phase_anchors_are_multiples_of_the_interval():
+    recipe = Recipe.parse("int4,pages=1/2,anchor_every=3")
+    assert [recipe.age(step) for step in range(-1, 7)] == [0, 0, 1, 2, 0, 1, 2, 0]
+    assert [recipe.age(step, 1) for step in range(-1, 7)] == [0, 0, 1, 0, 1, 2, 0, 1]
+
+
+@given(st.integers(1, 64), st.integers(1, 80))
+def test_the_phases_of_layers_spread_their_anchors_evenly(anchor_every, layers):
+    recipe = Recipe(selection="reuse", anchor_every=anchor_every)
+    phases = [recipe.layer_phase(layer, layers) for layer in range(layers)]
+    for phase in phases:
+        recipe.check_phase(phase)
+    times = [phases.count(phase) for phase in range(anchor_every)]
+    assert max(times) - min(times) <= 1
+
+
+@pytest.mark.parametrize("phase", [-1, 4, 100])
+def test_a_phase_outside_the_interval_is_refused(phase):
+    with pytest.raises(ValueError, match=rf"phase of {phase} is out of range: .* takes 0 to 3"):
+        Recipe.parse("bf16,reuse,anchor_every=4").check_phase(phase)
+
+
 @given(recipes(), recipes())
 def test_equal_recipes_and_only_they_share_a_hash(one, other):
     assert (one.hash == other.hash) == (one == other)

@@ -429,3 +429,12 @@ def test_a_value_that_is_not_finite_is_told_with_its_place():
         broken.model.layers[1].self_attn.k_proj.weight[70] = torch.nan
     with pytest.raises(NonFiniteError, match=r"layer 1: .*sequence 0, KV head 1, position 0"):
         generate(broken, prompt(1, 40), past_key_values=elastic(broken, 4))
+
+
+def test_layers_have_their_anchors_apart(tiny, tmp_path):
+    cache = elastic(tiny, None, recipe="int4,pages=1/4,anchor_every=4")
+    generate(tiny, prompt(1, 500), 30, past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    cache.save(tmp_path / "c")
+    for one in (cache, copy.deepcopy(cache), ekv.ElasticCache.load(tmp_path / "c", tiny)):
+        assert [layer.store.cache.phase for layer in one.elastic_layers] == [0, 2]

@@ -88,12 +88,17 @@ class Backend(Protocol):
     @property
     def device(self) -> DeviceInfo: ...
 
-    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> LayerCache:
+    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> LayerCache:
         """Allocate the cache of one layer.
+
+        Parameters
+        ----------
+        phase : steps by which the layer's anchors come early (see `LayerCache`), 0 to recipe.anchor_every - 1.
 
         Raises
         ------
         UsageError : if no kernel supports the combination, or it does not fit the device; before any allocation.
+        ValueError : if the phase is out of range.
         """
 
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:

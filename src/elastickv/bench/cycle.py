@@ -31,12 +31,14 @@ class CycleSamples:
     ----------
     layers : distinct caches that a token passes through.
     latencies : contender -> (rounds, decode_tokens).
+    phases : of each layer's elastic cache: their anchors are spread over the steps of an interval.
     speedup : ratio of the paired totals; None below two rounds.
     programs : contender -> (captured, graph nodes).
     complete : False after Ctrl-C.
     """
 
     layers: int
+    phases: list[int]
     latencies: dict[str, np.ndarray]
     speedup: Interval | None
     programs: dict[str, tuple[bool, int | None]]
@@ -92,7 +94,11 @@ def run_cycle(
     time_limit_s: float | None,
     progress: Callable[[int, int], None],
 ) -> CycleSamples:
-    """Decode `decode_tokens` tokens from `context`, dense and elastic, in up to `ROUNDS` mirrored rounds."""
+    """Decode `decode_tokens` tokens from `context`, dense and elastic, in up to `ROUNDS` mirrored rounds.
+
+    The last token of the context is decoded before the clock runs: that step is an anchor of all layers. From there on their
+    anchors are spread, and every layer has one in each `anchor_every` tokens.
+    """
     capacity = context + decode_tokens
     feedback = Feedback.seeded(shape.head_dim, seed, sample.query_rms, sample.key_rms, sample.value_rms)
     first = random_queries(shape, seed, 1.0)
@@ -102,8 +108,11 @@ def run_cycle(
     for name, (kept, kept_dtype) in recipes.items():
         caches[name] = []
         for layer in range(layers):
-            cache = backend.cache(shape, capacity, kept_dtype, kept)
-            cache.fill_random(np.full(shape.batch, context), seed + layer)
+            cache = backend.cache(shape, capacity, kept_dtype, kept, kept.layer_phase(layer, layers))
+            cache.fill_random(np.full(shape.batch, context - 1), seed + layer)
+            rng = np.random.default_rng([seed, layer, 13])
+            cache.append(*rng.standard_normal((2, shape.batch, shape.kv_heads, shape.head_dim), dtype=np.float32))
+            cache.decode(first)
             cache.mark()
             caches[name].append(cache)
         programs[name] = backend.cycle(caches[name], first, feedback, graph)
@@ -136,6 +145,7 @@ def run_cycle(
     speedup = ratio_interval(samples.times["dense"], samples.times["elastic"], 0.0) if rounds_done >= 2 else None
     return CycleSamples(
         layers,
+        [cache.phase for cache in caches["elastic"]],
         {name: np.array(rows[:rounds_done]) for name, rows in latencies.items()},
         speedup,
         {name: (program.captured, program.nodes) for name, program in programs.items()},

@@ -83,7 +83,7 @@ def timed_kernel_error(cache: LayerCache, output: np.ndarray, queries: np.ndarra
     ------
     KernelMismatch : if an output is further from its reference than its dtype allows.
     """
-    if cache.recipe.age(cache.step):
+    if cache.recipe.age(cache.step, cache.phase):
         raise ValueError("a cache between anchors has no reference: its anchor was not seen")
     shape, oracle = cache.shape, Oracle(cache)
     what, dtype = f"{cache.recipe} on the timing data", cache.recipe.exact_dtype(cache.dtype)

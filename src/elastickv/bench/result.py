@@ -80,6 +80,8 @@ class InferenceCycle:
     """Sequential decode, milliseconds. Totals are geometric means over rounds, for one layer: raw total / layers.
 
     Latencies are of one token through all layers; `raw_token_latencies_ms` holds them per contender, round and token.
+    `anchor_phases` are the steps by which each layer's anchors come early: layers of different phases have them at different
+    tokens. Where it is null, all layers had them at the same ones, the first token's among them.
     """
 
     decode_tokens: int
@@ -101,6 +103,7 @@ class InferenceCycle:
     cuda_graphs: bool
     graph_nodes: int | None
     kernel_nodes_per_layer_step: float | None = None
+    anchor_phases: list[int] | None = None
 
 
 @dataclass(frozen=True)

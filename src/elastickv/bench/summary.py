@@ -291,6 +291,7 @@ class Summary:
             cuda_graphs=captured,
             graph_nodes=nodes,
             kernel_nodes_per_layer_step=None if nodes is None else nodes / cycle.layers,
+            anchor_phases=cycle.phases,
         )
 
     def _verdict(self, fidelity: Fidelity) -> Verdict | None:

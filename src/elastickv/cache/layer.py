@@ -34,7 +34,7 @@ class LayerCache(Protocol):
     """Keys and values of one layer on one device, in the storage of one recipe.
 
     A decode step is one `append` followed by one `decode`. The steps after a prefill are numbered 0, 1, 2, ...; step s is an
-    anchor when `recipe.age(s) == 0`. `step` is -1 right after `prefill` or `fill_random`, and a decode then is an anchor.
+    anchor when `recipe.age(s, phase)` is 0. `step` is -1 right after `prefill` or `fill_random`, and a decode then is one.
     `decode` changes nothing but what an anchor refreshes (the reused output, the list of pages), so repeating it repeats its
     result.
     All arrays at this border are float32 NumPy arrays on the host.
@@ -45,6 +45,8 @@ class LayerCache(Protocol):
     recipe : what is stored how.
     dtype : the model's own dtype: 'fp32', 'fp16' or 'bf16'.
     capacity : tokens that a sequence can grow to.
+    phase : 0 to recipe.anchor_every - 1, steps by which the anchors after step 0 come early: layers whose phases differ
+        (`Recipe.layer_phase`) have their costly steps apart.
     lengths : (batch,) int64, tokens held by each sequence.
     step : number of the last appended token's step.
     """
@@ -53,6 +55,7 @@ class LayerCache(Protocol):
     recipe: Recipe
     dtype: str
     capacity: int
+    phase: int
 
     @property
     def lengths(self) -> NDArray[np.int64]: ...

@@ -20,6 +20,15 @@ class Oracle:
     def __init__(self, cache: LayerCache) -> None:
         self._cache = cache
         self._reused: dict[tuple[int, int], Partial] = {}
+        self._marked: dict[tuple[int, int], Partial] = {}
+
+    def mark(self) -> None:
+        """Remember the reused outputs, when the cache is marked."""
+        self._marked = dict(self._reused)
+
+    def rewind(self) -> None:
+        """Return to the reused outputs as marked, when the cache is rewound."""
+        self._reused = dict(self._marked)
 
     def take_rows(self, other: "Oracle", rows: NDArray[np.int64]) -> None:
         """Reuse what `other` would reuse: row i what its row `rows[i]` does."""
@@ -43,7 +52,7 @@ class Oracle:
         """Return the attention of (group, head_dim) `queries` over one KV head of one sequence."""
         cache, recipe = self._cache, self._cache.recipe
         stored = cache.stored(row, head)
-        length, age = int(cache.lengths[row]), recipe.age(cache.step)
+        length, age = int(cache.lengths[row]), recipe.age(cache.step, cache.phase)
         exact = attend(queries, stored.exact_keys, stored.exact_values)
         pages = cache.pages_read(row, head)
         if pages is not None:

@@ -21,17 +21,18 @@ from elastickv.recipe.pages import selected
 class ReferenceCache:
     """An `EditableCache` that keeps every token in float32 and derives the stored form when asked; decodes in float64."""
 
-    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> None:
-        self.shape, self.capacity, self.dtype, self.recipe = shape, capacity, dtype, recipe
+    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> None:
+        self.shape, self.capacity, self.dtype, self.recipe, self.phase = shape, capacity, dtype, recipe, phase
         rows = (shape.batch, shape.kv_heads, capacity, shape.head_dim)
         self._keys, self._values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self._lengths = np.zeros(shape.batch, np.int64)
         self._step = -1
-        self._marked: tuple[NDArray[np.int64], int] = (self._lengths.copy(), -1)
         recipe.check_shape(shape.head_dim, shape.kv_heads)
         self._fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
+        recipe.check_phase(phase)
         self._pages: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._oracle = Oracle(self)
+        self.mark()
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -75,7 +76,7 @@ class ReferenceCache:
         return self._oracle.decode(queries)
 
     def _select(self, row: int, head: int, queries: Float32) -> NDArray[np.int64]:
-        recipe, length, age = self.recipe, int(self._lengths[row]), self.recipe.age(self._step)
+        recipe, length, age = self.recipe, int(self._lengths[row]), self.recipe.age(self._step, self.phase)
         cold, at_anchor = (regions(n, recipe.sinks, recipe.window).cold // PAGE_TOKENS for n in (length, length - age))
         if age:
             before = self._pages[row, head]
@@ -142,7 +143,7 @@ class ReferenceCache:
 
     def gather(self, rows: NDArray[np.int64], capacity: int) -> "ReferenceCache":
         """Return a cache of `capacity` tokens whose row i is a copy of row `rows[i]`."""
-        other = ReferenceCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe)
+        other = ReferenceCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe, self.phase)
         longest = int(self._lengths.max(initial=0))
         for mine, copied in ((self._keys, other._keys), (self._values, other._values)):
             copied[:, :, :longest] = mine[rows, :, :longest]
@@ -192,11 +193,14 @@ class ReferenceCache:
 
     def mark(self) -> None:
         """Remember the present state."""
-        self._marked = (self._lengths.copy(), self._step)
+        self._marked = (self._lengths.copy(), self._step, dict(self._pages))
+        self._oracle.mark()
 
     def rewind(self) -> None:
         """Return to the marked state."""
-        self._lengths, self._step = self._marked[0].copy(), self._marked[1]
+        lengths, self._step, pages = self._marked
+        self._lengths, self._pages = lengths.copy(), dict(pages)
+        self._oracle.rewind()
 
     def raise_non_finite(self) -> None:
         """Raise NonFiniteError if a NaN or infinity is stored."""

@@ -156,9 +156,24 @@ class Recipe:
             fields += f";fractions={':'.join(map(repr, self.fractions))}"
         return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
-    def age(self, step: int) -> int:
-        """Steps since the last anchor at decode step `step` (0 is the first after prefill)."""
-        return max(step, 0) % self.anchor_every
+    def age(self, step: int, phase: int = 0) -> int:
+        """Steps since the last anchor at decode step `step` (0 is the first after prefill, and an anchor in every phase).
+
+        Parameters
+        ----------
+        phase : 0 to anchor_every - 1: from step 1 on, anchors are the steps for which (step + phase) % anchor_every is 0.
+        """
+        step = max(step, 0)
+        return min(step, (step + phase) % self.anchor_every)
+
+    def layer_phase(self, layer: int, layers: int) -> int:
+        """Phase of one of `layers` layers that spreads their anchors evenly over the steps of an interval."""
+        return layer * self.anchor_every // layers % self.anchor_every
+
+    def check_phase(self, phase: int) -> None:
+        """Raise ValueError if a phase is not 0 to anchor_every - 1."""
+        if not 0 <= phase < self.anchor_every:
+            raise ValueError(f"a phase of {phase} is out of range: {self} takes 0 to {self.anchor_every - 1}")
 
     def cached_log_weight(self, age: int) -> float:
         """What a reused output's log-sum-exp is moved by at `age` steps."""

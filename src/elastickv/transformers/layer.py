@@ -185,7 +185,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         capacity = first_capacity(self._plan, longest, self.slots.length)
         if self.number == self._plan.sizes.elastic[0]:
             check_memory(backend, self._plan, shape, capacity, dtype)
-        store = HostStore(backend, shape, capacity, dtype, recipe, head_dim, keys.device)
+        store = HostStore(backend, shape, capacity, dtype, recipe, head_dim, keys.device, budget.phase(self.number))
         store.extend(keys, values, lengths)
         self.store, self.held = store, None
         self._check_finite()

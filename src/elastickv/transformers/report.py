@@ -82,15 +82,15 @@ class Ledger:
 
     def bytes_read(self, budget: Budget) -> tuple[float, float]:
         """Return (read, dense): bytes of all decodes, and what a dense 16-bit cache would have read."""
-        recipes = Counter(budget.recipes.values())
+        recipes = Counter((recipe, budget.phase(layer)) for layer, recipe in budget.recipes.items())
         read = dense = 0.0
         for run in self._runs:
             for number in range(run.count):
                 lengths = [n + number for n in run.lengths]
                 shape = replace(budget.shape, batch=len(lengths))
                 dense += len(budget.recipes) * dense_bytes(lengths, shape)
-                for recipe, times in recipes.items():
-                    age = recipe.age(run.step + number)
+                for (recipe, phase), times in recipes.items():
+                    age = recipe.age(run.step + number, phase)
                     read += times * step_bytes(scaled(recipe, run.scale), lengths, shape, budget.dtype, age).kv
         return read, dense
 

@@ -153,6 +153,7 @@ def _layer_record(number: int, layer: Any, tensors: dict[str, torch.Tensor]) -> 
             "capacity": cache.capacity,
             "dtype": cache.dtype,
             "recipe": str(cache.recipe),
+            "phase": cache.phase,
         }
         tensors.update({f"{number}.{name}": torch.from_numpy(array) for name, array in layer.store.state().items()})
     return entry
@@ -180,7 +181,9 @@ def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.T
         )
     shape = AttentionShape(*said["shape"])
     recipe = Recipe.parse(said["recipe"])
-    store = HostStore(backend, shape, int(said["capacity"]), said["dtype"], recipe, int(said["head_dim"]), device)
+    store = HostStore(
+        backend, shape, int(said["capacity"]), said["dtype"], recipe, int(said["head_dim"]), device, said["phase"]
+    )
     store.cache.load_state(
         {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("real", "held_keys", "held_values")}
     )

@@ -73,6 +73,7 @@ class HostStore:
     backend : where the cache lives.
     shape : of the layer, with the padded head.
     head_dim : the model's own.
+    phase : steps by which the layer's anchors come early.
     """
 
     def __init__(
@@ -84,8 +85,9 @@ class HostStore:
         recipe: Recipe,
         head_dim: int,
         device: torch.device,
+        phase: int = 0,
     ) -> None:
-        cache = backend.cache(shape, capacity, dtype, recipe)
+        cache = backend.cache(shape, capacity, dtype, recipe, phase)
         if not hasattr(cache, "extend"):
             raise UsageError(f"the {backend.name} back end cannot serve a model yet: move the model to the CPU")
         self._backend, self.head_dim, self._device = backend, head_dim, device

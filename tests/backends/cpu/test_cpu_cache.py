@@ -126,6 +126,27 @@ def test_rewinding_restores_everything(text: str, backend: Backend, driver: Any)
     assert np.array_equal(first, play())
 
 
+@pytest.mark.parametrize("phase", range(4))
+@pytest.mark.parametrize("text", ["int8,reuse,anchor_every=4,window=0", "int4,pages=1/4,anchor_every=4,window=0"])
+def test_rewinding_to_any_age_of_any_phase_repeats_what_followed(text: str, phase: int, backend: Backend, driver: Any) -> None:
+    cache = backend.cache(AttentionShape(2, 4, 2, 64), 400, "bf16", Recipe.parse(text), phase)
+    cache.prefill(*driver.tokens(cache, 300), np.array([300, 140]))
+    script = [(driver.tokens(cache, 1), driver.queries(cache)) for _ in range(12)]
+    for marked in (1, 2, 3, 4):
+        (keys, values), queries = script[marked - 1]
+        cache.append(keys[:, :, 0], values[:, :, 0])
+        cache.decode(queries)
+        cache.mark()
+        played = []
+        for _ in range(2):
+            cache.rewind()
+            for (keys, values), queries in script[marked:]:
+                cache.append(keys[:, :, 0], values[:, :, 0])
+                played.append(cache.decode(queries)[0])
+        assert np.array_equal(*np.split(np.array(played), 2))
+        cache.rewind()
+
+
 def test_random_tokens_repeat_by_seed_and_look_normal(backend: Backend) -> None:
     shape = AttentionShape(2, 4, 2, 64)
     caches = [backend.cache(shape, 600, "fp32", Recipe.parse("dense")) for _ in range(3)]
@@ -195,6 +216,19 @@ def test_arrays_of_a_wrong_shape_are_refused(backend: Backend) -> None:
         cache.append(*np.zeros((2, 1, 1, 80), np.float32))
 
 
+def test_the_anchor_that_a_phase_needs_must_have_been_decoded(backend: Backend, driver: Any) -> None:
+    recipe = Recipe.parse("bf16,reuse,anchor_every=4")
+    cache = backend.cache(AttentionShape(1, 2, 1, 64), 400, "bf16", recipe, phase=2)
+    assert cache.phase == 2
+    cache.prefill(*driver.tokens(cache, 300), np.array([300]))
+    for step in range(4):
+        driver.append(cache)
+        if step < 2:
+            cache.decode(driver.queries(cache))
+    with pytest.raises(RuntimeError, match="step 3 reuses the cold output of anchor 2, which was not decoded"):
+        cache.decode(driver.queries(cache))
+
+
 def test_a_reused_output_that_was_never_computed_is_refused(backend: Backend, driver: Any) -> None:
     cache = backend.cache(AttentionShape(1, 2, 1, 64), 400, "bf16", Recipe.parse("bf16,reuse,anchor_every=2"))
     cache.prefill(*driver.tokens(cache, 300), np.array([300]))
@@ -252,6 +286,9 @@ def test_bad_arguments_are_refused_with_what_is_accepted(backend: Backend) -> No
         backend.cache(shape, 10, "bf16", Recipe.parse("int4,vgroup=48"))
     with pytest.raises(UsageError, match="2 fractions for 1 KV heads"):
         backend.cache(shape, 10, "bf16", Recipe.parse("int4,pages=1/2:1/4"))
+    for phase in (-1, 4):
+        with pytest.raises(ValueError, match=rf"phase of {phase} is out of range: .* takes 0 to 3"):
+            backend.cache(shape, 10, "bf16", Recipe.parse("bf16,reuse,anchor_every=4"), phase)
 
 
 @pytest.mark.parametrize("text", ["int8", "int4", "fp8", "int4,pages=1"])

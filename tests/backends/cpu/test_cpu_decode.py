@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastickv.attention.errors import relative_l2
 from elastickv.backends.cpu import open_backend
-from elastickv.cache import Oracle
+from elastickv.cache import Oracle, ReferenceCache
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 from elastickv.recipe.formats import value_groups
 
@@ -56,6 +57,33 @@ def test_every_recipe_decodes_like_the_reference_while_the_context_grows(text: s
     for _ in range(40):
         driver.append(cache)
         assert driver.error(cache, oracle) < limit(dtype, recipe)
+
+
+@pytest.mark.parametrize("phase", [1, 2, 4])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bf16,reuse,anchor_every=5,decay=0.9,window=32",
+        "int8,reuse,anchor_every=5,sinks=0,window=0",
+        "int4,pages=1/2:1/5,anchor_every=5,window=0",
+        "k=int4,v=int8,pages=1/8,anchor_every=5",
+    ],
+)
+def test_every_phase_decodes_and_reads_like_the_reference(text: str, phase: int, driver: Any) -> None:
+    recipe, shape = Recipe.parse(text), AttentionShape(2, 6, 2, 64)
+    cache, twin = (new(shape, 400, "bf16", recipe, phase) for new in (open_backend(None).cache, ReferenceCache))
+    tokens = driver.tokens(cache, 300)
+    for c in (cache, twin):
+        c.prefill(*tokens, np.array([300, 190]))
+    for step in range(38):
+        keys, values = (a[:, :, 0] for a in driver.tokens(cache, 1))
+        queries = driver.queries(cache)
+        for c in (cache, twin):
+            c.append(keys, values)
+        output, expected = cache.decode(queries)[0], twin.decode(queries)[0]
+        assert relative_l2(output, expected).max() < LIMIT["bf16"], step
+        for row, head in np.ndindex(2, 2):
+            assert np.array_equal(cache.pages_read(row, head), twin.pages_read(row, head)), step
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -113,7 +141,8 @@ def test_any_shape_and_recipe_decodes_like_the_reference(new_driver: Callable[[i
     lengths = np.array(pick(st.lists(st.integers(1, 700), min_size=batch, max_size=batch)))
     dtype = pick(st.sampled_from(sorted(LIMIT)))
     driver = new_driver(pick(st.integers(0, 1000)))
-    cache = open_backend(None).cache(shape, int(lengths.max()) + 6, dtype, recipe)
+    phase = pick(st.integers(0, recipe.anchor_every - 1))
+    cache = open_backend(None).cache(shape, int(lengths.max()) + 6, dtype, recipe, phase)
     oracle = Oracle(cache)
     cache.prefill(*driver.tokens(cache, int(lengths.max())), lengths)
     assert driver.error(cache, oracle) < limit(dtype, recipe)

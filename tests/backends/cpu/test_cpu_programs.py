@@ -22,8 +22,12 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(elastickv.__file__).parents[1
 SHAPE = AttentionShape(2, 6, 2, 64)
 
 
-def filled(backend: Backend, text: str, seeds: range, capacity: int = 400, dtype: str = "bf16") -> list:
-    caches = [backend.cache(SHAPE, capacity, dtype, Recipe.parse(text)) for _ in seeds]
+def filled(
+    backend: Backend, text: str, seeds: range, capacity: int = 400, dtype: str = "bf16", staggered: bool = False
+) -> list:
+    recipe, layers = Recipe.parse(text), len(seeds)
+    phases = [recipe.layer_phase(i, layers) if staggered else 0 for i in range(layers)]
+    caches = [backend.cache(SHAPE, capacity, dtype, recipe, phase) for phase in phases]
     for cache, seed in zip(caches, seeds, strict=True):
         cache.fill_random(np.array([300, 170]), seed)
     return caches
@@ -88,11 +92,12 @@ def test_a_program_tells_that_it_is_no_graph(backend: Backend, driver: Any) -> N
     ],
 )
 def test_a_cycle_equals_the_same_steps_in_numpy(text: str, backend: Backend, driver: Any) -> None:
-    caches = filled(backend, text, range(3), dtype="fp32")
+    caches = filled(backend, text, range(3), dtype="fp32", staggered=True)
     feedback = Feedback.seeded(SHAPE.head_dim, seed=4, query_rms=1.5, key_rms=1.1, value_rms=0.7)
     fed = driver.queries(caches[0])
     program = backend.cycle(caches, fed, feedback, graph=True)
-    twins = filled(backend, text, range(3), dtype="fp32")
+    twins = filled(backend, text, range(3), dtype="fp32", staggered=True)
+    assert len({cache.phase for cache in caches}) == min(3, caches[0].recipe.anchor_every)
     oracles = [Oracle(twin) for twin in twins]
     for _ in range(40):
         program.run()
@@ -112,7 +117,7 @@ def test_a_cycle_equals_the_same_steps_in_numpy(text: str, backend: Backend, dri
 
 @pytest.mark.parametrize("text", ["int8,reuse,anchor_every=4,window=32", "int4,pages=1/2,anchor_every=7,window=32"])
 def test_a_reset_cycle_repeats_itself_bit_for_bit(text: str, backend: Backend, driver: Any) -> None:
-    caches = filled(backend, text, range(2))
+    caches = filled(backend, text, range(2), staggered=True)
     program = backend.cycle(caches, driver.queries(caches[0]), Feedback.seeded(64, 1, 1.0, 1.0, 1.0), graph=False)
     program.run(50)
     first = program.outputs()

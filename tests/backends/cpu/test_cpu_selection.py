@@ -56,28 +56,33 @@ def read(cache: LayerCache) -> list[list[int]]:
     return [list(cache.pages_read(row, head)) for row in range(2) for head in range(2)]
 
 
-@pytest.mark.parametrize("anchor_every", [1, 4, 70])
+@pytest.mark.parametrize(("anchor_every", "phase"), [(1, 0), (4, 0), (4, 2), (4, 3), (70, 0), (70, 33), (70, 69)])
 def test_between_anchors_the_list_stays_and_pages_that_turn_cold_are_read(
-    anchor_every: int, backend: Backend, driver: Any
+    anchor_every: int, phase: int, backend: Backend, driver: Any
 ) -> None:
     shape, recipe = AttentionShape(2, 6, 2, 64), Recipe.parse(f"int4,pages=1/4:1/2,anchor_every={anchor_every},window=16")
-    cache, twin = backend.cache(shape, 800, "bf16", recipe), ReferenceCache(shape, 800, "bf16", recipe)
+    cache, twin = (new(shape, 800, "bf16", recipe, phase) for new in (backend.cache, ReferenceCache))
     tokens = driver.tokens(cache, 500)
     for c in (cache, twin):
         c.prefill(*tokens, np.array([500, 20]))
-    grown = 0
-    for _ in range(150):
+    grown, listed_at = 0, []
+    for step in range(150):
         keys, values = (a[:, :, 0] for a in driver.tokens(cache, 1))
         queries = driver.queries(cache)
-        before = read(cache) if cache.step >= 0 else []
+        before = read(cache) if step else [[]] * 4
         for c in (cache, twin):
             c.append(keys, values)
             c.decode(queries)
         assert read(cache) == read(twin)
-        if recipe.age(cache.step):
-            assert all(now[: len(then)] == then for now, then in zip(read(cache), before, strict=True))
+        kept = all(now[: len(then)] == then for now, then in zip(read(cache), before, strict=True))
+        if recipe.age(cache.step, phase):
+            assert kept
             grown += read(cache) != before
+        elif not kept or step == 0:
+            listed_at.append(step)
     assert bool(grown) == (anchor_every > 1)
+    # Random queries list other pages at every anchor, and nowhere else.
+    assert listed_at == [step for step in range(150) if step == 0 or (step + phase) % anchor_every == 0]
 
 
 def test_equal_scores_list_the_first_pages(backend: Backend) -> None:

@@ -9,6 +9,7 @@ import pytest
 from elastickv.attention.bounds import page_bounds, score_pages
 from elastickv.attention.errors import relative_l2
 from elastickv.attention.feedback import Feedback
+from elastickv.backends.cuda import device as device_module
 from elastickv.cache import Oracle, ReferenceCache
 from elastickv.cache.quantise import quantise_int4_keys
 from elastickv.errors import NonFiniteError, UsageError
@@ -408,6 +409,132 @@ def test_a_cycle_is_the_loop_of_append_and_decode(open_cuda, text, dtype, graph)
     program.run(12)
     for a, b in zip(before, program.outputs(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+TOGETHER = (  # shapes whose KV heads have equally many blocks: on 132 multiprocessors 16, 16, 4, 8, 2, 6, 1
+    AttentionShape(1, 32, 8, 128),
+    AttentionShape(2, 12, 4, 64),
+    AttentionShape(1, 32, 32, 128),
+    AttentionShape(2, 16, 8, 256),
+    AttentionShape(8, 64, 8, 80),
+    AttentionShape(3, 14, 7, 96),
+    AttentionShape(3, 80, 40, 64),
+)
+
+
+@pytest.mark.parametrize("shape", TOGETHER)
+@pytest.mark.parametrize("text", ["int4", "k=int8,v=int4,vgroup=V", "int4,pages=1/4,anchor_every=3", "bf16,sinks=0,window=0"])
+def test_blocks_of_a_head_add_up_what_they_have(open_cuda, text, shape):
+    recipe, rng = paged_recipe(text, shape.head_dim), np.random.default_rng(shape.query_heads)
+    cache = open_cuda("pages").cache(shape, 1200, "bf16", recipe)
+    variant, blocks = cache._decoding()
+    assert variant.mails and blocks % (shape.batch * shape.kv_heads) == 0
+    cache.prefill(*random_tokens(rng, shape, 1090), np.full(shape.batch, 1090))
+    oracle = Oracle(cache)
+    for step in range(40):
+        cache.append(*rng.standard_normal((2, shape.batch, shape.kv_heads, shape.head_dim), dtype=np.float32))
+        queries = rng.standard_normal((shape.batch, shape.query_heads, shape.head_dim), dtype=np.float32)
+        if step % 8 < 2 or step > 36:
+            check_decode(cache, oracle, queries, 4e-3)
+            first = cache.decode(queries)
+            np.testing.assert_array_equal(first[0], cache.decode(queries)[0])
+        else:
+            cache.decode(queries)
+
+
+@pytest.mark.parametrize("shape", [AttentionShape(1, 32, 8, 128), AttentionShape(2, 32, 32, 64), AttentionShape(1, 6, 3, 80)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int4,pages=1/4,anchor_every=4",
+        "int4,pages=1/8,window=1",
+        "int4,pages=1/3,anchor_every=33,sinks=0,window=0",
+        "fp8,window=40",
+        "int8",
+        "int8,stride=2",
+        "k=int8,v=int4,sinks=0,window=0",
+        "bf16,reuse,anchor_every=5",
+        "dense",
+    ],
+)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_what_is_loaded_before_the_kernel_before_has_ended_changes_nothing(open_cuda, monkeypatch, text, shape, layers):
+    """Kernels that overlap, against the same kernels one after the other: equal to the bit, token by token."""
+    recipe, backend = Recipe.parse(text), open_cuda()
+    feedback = Feedback.seeded(shape.head_dim, 5, 1.0, 1.0, 1.0)
+    first = np.random.default_rng(2).standard_normal((shape.batch, shape.query_heads, shape.head_dim), dtype=np.float32)
+    seen = []
+    for overlapping in (device_module.OVERLAPPING, frozenset()):
+        monkeypatch.setattr(device_module, "OVERLAPPING", overlapping)
+        phases = [i * recipe.anchor_every // layers for i in range(layers)]
+        caches = [backend.cache(shape, 3000, "bf16", recipe, phase) for phase in phases]
+        for i, cache in enumerate(caches):
+            cache.fill_random(np.full(shape.batch, 2900), seed=i)
+        program = backend.cycle(caches, first, feedback, True)
+        outputs = []
+        for token in range(72):
+            program.run(1)
+            outputs.append(np.stack(program.outputs()))
+            if token == 40:
+                program.reset()
+        pages = [cache.pages_read(0, 0) for cache in caches]
+        seen.append((np.stack(outputs), pages))
+    assert np.isfinite(seen[0][0]).all()
+    np.testing.assert_array_equal(seen[0][0], seen[1][0])
+    for a, b in zip(seen[0][1], seen[1][1], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["auto", "simt"])
+@pytest.mark.parametrize("appends", [0, 1, 3, 4, 6])
+def test_a_cycle_finds_its_anchors_whatever_came_before(open_cuda, kind, appends):
+    """Tokens appended, and not all decoded, before a program: what its kernels expect must still be so."""
+    recipe, shape, backend = Recipe.parse("int4,pages=1/4,anchor_every=4"), AttentionShape(1, 8, 2, 64), open_cuda(kind)
+    rng, feedback = np.random.default_rng(appends), Feedback.seeded(64, 5, 1.0, 1.0, 1.0)
+    ours = [backend.cache(shape, 900, "bf16", recipe, phase) for phase in (0, 2)]
+    twins = [ReferenceCache(shape, 900, "bf16", recipe, phase) for phase in (0, 2)]
+    prompt = random_tokens(rng, shape, 800)
+    for each in (*ours, *twins):
+        each.prefill(*prompt, np.array([800]))
+    for _ in range(appends):
+        token, queries = rng.standard_normal((2, 1, 2, 64), dtype=np.float32), rng.standard_normal((1, 8, 64), dtype=np.float32)
+        for each in (*ours, *twins):
+            each.append(*token)
+            each.decode(queries)
+            each.decode(queries)
+    first = rng.standard_normal((1, 8, 64), dtype=np.float32)
+    program, outputs = backend.cycle(ours, first, feedback, True), first
+    for _ in range(9):
+        program.run(1)
+        for cache, twin in zip(ours, twins, strict=True):
+            queries, keys, values = feedback(outputs.astype(np.float32), shape.group)
+            twin.append(keys, values)
+            outputs, _ = twin.decode(queries)
+            assert twin.step == cache.step
+            assert np.isin(cache.pages_read(0, 1), twin.pages_read(0, 1)).mean() > 0.8
+
+
+@pytest.mark.parametrize("text", ["int4,pages=1/4,anchor_every=4", "bf16,reuse,anchor_every=5"])
+def test_a_phase_moves_the_anchors(open_cuda, text):
+    recipe, shape, rng = Recipe.parse(text), AttentionShape(2, 8, 2, 64), np.random.default_rng(6)
+    for phase in range(recipe.anchor_every):
+        cache, twin = open_cuda().cache(shape, 800, "fp16", recipe, phase), ReferenceCache(shape, 800, "fp16", recipe, phase)
+        tokens = random_tokens(rng, shape, 700)
+        for each in (cache, twin):
+            each.prefill(*tokens, np.array([700, 640]))
+        oracle = Oracle(cache)
+        for _ in range(2 * recipe.anchor_every + 2):
+            token = rng.standard_normal((2, 2, 2, 64), dtype=np.float32)
+            for each in (cache, twin):
+                each.append(*token)
+            queries = rng.standard_normal((2, 8, 64), dtype=np.float32)
+            check_decode(cache, oracle, queries, 4e-3)
+            twin.decode(queries)
+            if recipe.selection == "pages":
+                for row, head in itertools.product(range(2), range(2)):
+                    np.testing.assert_array_equal(cache.pages_read(row, head), twin.pages_read(row, head))
+    with pytest.raises(ValueError, match="phase"):
+        open_cuda().cache(shape, 800, "fp16", recipe, recipe.anchor_every)
 
 
 def test_a_program_repeats_to_the_bit_and_a_graph_changes_nothing(open_cuda):

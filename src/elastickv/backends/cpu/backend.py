@@ -27,19 +27,21 @@ class CpuBackend:
     def device(self) -> DeviceInfo:
         return describe()
 
-    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> CpuCache:
-        """Allocate the cache of one layer.
+    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> CpuCache:
+        """Allocate the cache of one layer, whose anchors come `phase` steps early.
 
         Raises
         ------
         UsageError : if dtype, capacity or the recipe on this shape are not supported, or it does not fit the free memory;
             before any allocation.
+        ValueError : if the phase is not 0 to recipe.anchor_every - 1.
         """
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(DTYPES)}")
         if capacity < 1:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give a whole number from 1 up")
         recipe.check_shape(shape.head_dim, shape.kv_heads)
+        recipe.check_phase(phase)
         needed, free = self.cache_bytes(shape, capacity, dtype, recipe), self.device.free_bytes
         if needed > free:
             fits = self._fitting_context(shape, capacity, dtype, recipe, free)
@@ -48,7 +50,7 @@ class CpuBackend:
                 f"a cache of {capacity} tokens ({recipe}) needs {needed} bytes ({needed / GIB:.1f} GiB); "
                 f"{free} ({free / GIB:.1f} GiB) are free; {remedy}"
             )
-        return CpuCache(shape, capacity, dtype, recipe)
+        return CpuCache(shape, capacity, dtype, recipe, phase)
 
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
         """Return the bytes that `cache` allocates: pages, scratch for each thread and partial result, and the mark's copy."""

@@ -19,8 +19,9 @@ ALIGNMENT_BYTES = 64
 class CpuCache(Rows):
     """An `EditableCache` in one block of host memory; see `layout` for what lies where."""
 
-    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> None:
-        self.shape, self.capacity, self.dtype, self.recipe = shape, capacity, dtype, recipe
+    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> None:
+        recipe.check_phase(phase)
+        self.shape, self.capacity, self.dtype, self.recipe, self.phase = shape, capacity, dtype, recipe, phase
         self.thread_count = threads.count()
         self.layout: Layout = layout(shape, capacity, dtype, recipe, self.thread_count)
         # Zeros, not empty: what lies behind a short page is multiplied by zero, and must not be a NaN.
@@ -30,6 +31,7 @@ class CpuCache(Rows):
         for field in Field:
             if field.name.endswith("_BASE"):
                 self.descriptor[field] += self._buffer.ctypes.data + self._skew - ALIGNMENT_BYTES
+        self.descriptor[Field.PHASE] = phase
         self.descriptor[Field.PAGE_KERNEL] = page.attend_page.address
         self.descriptor[Field.ITEM_KERNEL] = decode.decode_item.address
         self.descriptor[Field.APPEND_KERNEL] = storage.append_token.address
@@ -140,9 +142,10 @@ class CpuCache(Rows):
 
     def check_anchor(self, step: int) -> None:
         """Raise RuntimeError if a decode at `step` would reuse an output or a list of pages that was never computed."""
-        anchor = step - self.recipe.age(step)
+        age = self.recipe.age(step, self.phase)
+        anchor = step - age
         seen = int(self._state[0, 0, State.ANCHOR_STEP])
-        if self.recipe.age(step) and seen != anchor:
+        if age and seen != anchor:
             what = "list of pages" if self.recipe.selection == "pages" else "cold output"
             raise RuntimeError(f"step {step} reuses the {what} of anchor {anchor}, which was not decoded")
 

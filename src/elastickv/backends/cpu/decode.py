@@ -9,7 +9,7 @@ import numpy as np
 from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.elements import cold_tokens
+from elastickv.backends.cpu.elements import age_at, cold_tokens
 from elastickv.backends.cpu.intrinsics import (
     atomic_add,
     double_from_bits,
@@ -26,7 +26,7 @@ from elastickv.backends.cpu.vector import blend, scale_into
 from elastickv.recipe import PAGE_TOKENS
 
 _F, _S = layout.Field, layout.State
-GROUP, DIM, SINKS, STRIDE, ANCHOR_EVERY = int(_F.GROUP), int(_F.DIM), int(_F.SINKS), int(_F.STRIDE), int(_F.ANCHOR_EVERY)
+GROUP, DIM, SINKS, STRIDE = int(_F.GROUP), int(_F.DIM), int(_F.SINKS), int(_F.STRIDE)
 IS_REUSE, IS_PAGES = int(_F.IS_REUSE), int(_F.IS_PAGES)
 COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
 COLD_BASE, COLD_PAGE_BYTES = int(_F.COLD_BASE), int(_F.COLD_PAGE_BYTES)
@@ -117,7 +117,7 @@ def _merge(c, head, out, lse):  # type: ignore[no-untyped-def]
     row = (dim + EXTRA) * 4
     state = c[STATE_BASE] + head * STATE_BYTES
     length, step = load_i64(state + LENGTH), load_i64(state + STEP)
-    age = max(step, 0) % c[ANCHOR_EVERY]
+    age = age_at(c, step)
     cold = cold_tokens(c, length)
     weight = ZERO
     if c[STRIDE] > 1 and cold > 0:
@@ -162,7 +162,7 @@ def decode_item(descriptor, item, q, out, lse, thread):  # type: ignore[no-untyp
     cold_part = split < c[COLD_SPLITS]
     if cold_part:
         tokens = (cold + c[STRIDE] - 1) // c[STRIDE]
-        age, skipped = max(step, 0) % c[ANCHOR_EVERY], 0
+        age, skipped = age_at(c, step), 0
         if c[IS_REUSE] and age > 0:
             skipped = cold_tokens(c, length - age) // PAGE_TOKENS
         pages = (tokens + PAGE_TOKENS - 1) // PAGE_TOKENS - skipped

@@ -22,6 +22,7 @@ from elastickv.recipe import PAGE_TOKENS
 
 _F = layout.Field
 SINKS, WINDOW, IS_DENSE = int(_F.SINKS), int(_F.WINDOW), int(_F.IS_DENSE)
+ANCHOR_EVERY, PHASE = int(_F.ANCHOR_EVERY), int(_F.PHASE)
 COLD_BASE, COLD_PAGE_BYTES, COLD_HEAD_BYTES = int(_F.COLD_BASE), int(_F.COLD_PAGE_BYTES), int(_F.COLD_HEAD_BYTES)
 EXACT_BASE, EXACT_PAGE_BYTES, EXACT_HEAD_BYTES = int(_F.EXACT_BASE), int(_F.EXACT_PAGE_BYTES), int(_F.EXACT_HEAD_BYTES)
 SINK_PAGES, RING_PAGES = int(_F.SINK_PAGES), int(_F.RING_PAGES)
@@ -57,6 +58,13 @@ def cold_tokens(c, length):  # type: ignore[no-untyped-def]
     if c[IS_DENSE]:
         return 0
     return max(0, length - c[SINKS] - c[WINDOW]) // PAGE_TOKENS * PAGE_TOKENS
+
+
+@njit(error_model="numpy")
+def age_at(c, step):  # type: ignore[no-untyped-def]
+    """Return the steps since the last anchor, as `Recipe.age` does."""
+    step = max(step, 0)
+    return min(step, (step + c[PHASE]) % c[ANCHOR_EVERY])
 
 
 @njit(error_model="numpy")

@@ -88,6 +88,7 @@ class Field(IntEnum):
     SCORE_SPLITS = 42
     FRACTIONS_BASE = 43  # one float64 for each KV head
     SCORE_KERNEL = 44
+    PHASE = 45  # steps by which anchors come early, filled in by the cache
 
 
 class State(IntEnum):

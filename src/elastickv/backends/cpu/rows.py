@@ -27,6 +27,7 @@ class Rows:
     shape: AttentionShape
     recipe: Recipe
     dtype: str
+    phase: int
     capacity: int
     layout: Layout
     descriptor: NDArray[np.int64]
@@ -73,7 +74,7 @@ class Rows:
     def gather(self, rows: NDArray[np.int64], capacity: int) -> "CpuCache":
         from elastickv.backends.cpu.cache import CpuCache
 
-        other = CpuCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe)
+        other = CpuCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe, self.phase)
         used = self._used()
         for name in _SECTIONS:
             other._of_rows(name)[:, :, : used[name]] = self._of_rows(name)[:, :, : used[name]][rows]

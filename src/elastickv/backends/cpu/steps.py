@@ -10,6 +10,7 @@ import numpy as np
 from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
+from elastickv.backends.cpu.elements import age_at
 from elastickv.backends.cpu.intrinsics import (
     atomic_add,
     atomic_load,
@@ -27,7 +28,7 @@ _F = layout.Field
 HEADS, KV_HEADS, GROUP, DIM = int(_F.HEADS), int(_F.KV_HEADS), int(_F.GROUP), int(_F.DIM)
 COLD_SPLITS, EXACT_SPLITS, STATE_BASE = int(_F.COLD_SPLITS), int(_F.EXACT_SPLITS), int(_F.STATE_BASE)
 ITEM_KERNEL, APPEND_KERNEL, SCORE_KERNEL = int(_F.ITEM_KERNEL), int(_F.APPEND_KERNEL), int(_F.SCORE_KERNEL)
-IS_PAGES, ANCHOR_EVERY, SCORE_SPLITS = int(_F.IS_PAGES), int(_F.ANCHOR_EVERY), int(_F.SCORE_SPLITS)
+IS_PAGES, SCORE_SPLITS = int(_F.IS_PAGES), int(_F.SCORE_SPLITS)
 STEP, STATE_BYTES = 8 * int(layout.State.STEP), 8 * layout.STATE_WORDS
 TICKET_WORDS = 16  # a counter of items taken and one of items done, each on a cache line of its own
 TABLE_BITS = 16
@@ -58,7 +59,7 @@ def _decode(descriptor, q, out, lse, counters, phase, thread):  # type: ignore[n
     """Decode once, in two phases: at an anchor of a selection the pages are scored and listed, then attended to."""
     c = words(descriptor)
     step = load_i64(c[STATE_BASE] + STEP)
-    if c[IS_PAGES] and max(step, 0) % c[ANCHOR_EVERY] == 0:
+    if c[IS_PAGES] and age_at(c, step) == 0:
         items = c[HEADS] * c[SCORE_SPLITS]
         item = _take(counters, phase)
         while item < items:

@@ -14,6 +14,7 @@ from elastickv.backends.cuda.variants import (
     Split,
     Variant,
     decode_variant,
+    gains_from_pages,
     kept_as,
     overlapping,
     plan_splits,
@@ -52,7 +53,10 @@ class CudaBackend:
     def _variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
         recipe.check_shape(shape.head_dim, shape.kv_heads)
         kept = self._kept(shape, capacity, dtype, recipe)
-        kind = self._kind if kept is recipe else "pages"
+        paged = kept is not recipe
+        if self._kind == "auto" and not paged:
+            paged = gains_from_pages(recipe, shape, self._device.arch, self._device.multiprocessors)
+        kind = "pages" if paged else self._kind
         variant = decode_variant(shape.head_dim, shape.group, dtype, kept, self._device.arch, kind)
         if variant.paged:
             return Variant(variant.source, variant.arch, tuple(sorted((dict(variant.macros) | self._extra).items())))
@@ -96,7 +100,7 @@ class CudaBackend:
         _, scratch = self._grid(shape, variant, layout)
         return layout.n_bytes + scratch.n_bytes
 
-    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> LayerCache:
+    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> LayerCache:
         """Allocate the cache of one layer.
 
         Raises
@@ -119,7 +123,7 @@ class CudaBackend:
         if not shared:
             self._scratch = Scratch(self._device, size)
         assert self._scratch is not None
-        return CudaLayerCache(self._device, shape, capacity, dtype, recipe, kept, variant, blocks, layout, self._scratch)
+        return CudaLayerCache(self._device, shape, capacity, dtype, recipe, kept, variant, blocks, layout, self._scratch, phase)
 
     @staticmethod
     def _largest_capacity(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool, free: int) -> int:

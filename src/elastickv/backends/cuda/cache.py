@@ -8,18 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.attention.feedback import Feedback
+from elastickv.backends.cuda.contents import Contents
 from elastickv.backends.cuda.device import CudaDevice, Memory, f32, i32, i64, u64
-from elastickv.backends.cuda.pages import codes_of, dequantised, key_places, value_places
 from elastickv.backends.cuda.storage import Layout, Scratch, Storage
-from elastickv.backends.cuda.variants import Variant, fixed_blocks, selecting_blocks, selecting_shared_bytes
-from elastickv.cache.bits import from_bf16_bits
+from elastickv.backends.cuda.variants import Variant, fixed_blocks, selecting_blocks
 from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_shape
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe, regions
-from elastickv.recipe.pages import kept, selected
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
+from elastickv.recipe.pages import selected
 
 _CHUNK_TOKENS = 1 << 15
-_V_CODE_OFFSET = 128
 _TOO_LARGE = 1 << 31
 
 
@@ -38,8 +36,10 @@ class CudaLayerCache:
         blocks: int,
         layout: Layout,
         scratch: Scratch,
+        phase: int = 0,
     ) -> None:
-        self.shape, self.capacity, self.dtype, self.recipe = shape, capacity, dtype, recipe
+        self.shape, self.capacity, self.dtype, self.recipe, self.phase = shape, capacity, dtype, recipe, phase
+        recipe.check_phase(phase)
         self._kept, self.variant, self.blocks = kept, variant, blocks
         self._device, self._scratch = device, scratch
         self.storage = Storage(device, layout)
@@ -47,9 +47,8 @@ class CudaLayerCache:
             pages = range(layout.page_capacity + 1)
             table = [[selected(n, fraction) for n in pages] for fraction in recipe.fractions]
             device.upload(self.storage.counts, np.array(table, np.int32))
-        problems = shape.batch * shape.kv_heads * self.passes
         fixed = variant.fixed() if len(set(recipe.fractions)) <= 1 else None
-        equal = fixed_blocks(problems, device.multiprocessors)
+        equal = fixed_blocks(shape.batch * shape.kv_heads * self.passes, device.multiprocessors)
         self._fixed = (fixed, equal) if fixed and equal else None
         self._lengths = np.zeros(shape.batch, np.int64)
         self._step = -1
@@ -189,10 +188,18 @@ class CudaLayerCache:
         equal = self._fixed if len(set(self._lengths.tolist())) <= 1 else None
         return equal or (self.variant, self.blocks)
 
-    def _launch_select(self, queries: Memory) -> None:
+    def _launch_select(self, queries: Memory, after_append: bool) -> None:
         shape, storage, recipe, layout = self.shape, self.storage, self._kept, self.storage.layout
         stride = layout.page_capacity + 1 if len(recipe.fractions) > 1 else 0
-        numbers = (shape.kv_heads, shape.group, recipe.sinks, recipe.window, recipe.anchor_every, layout.page_capacity)
+        numbers = (
+            shape.kv_heads,
+            shape.group,
+            recipe.sinks,
+            recipe.window,
+            recipe.anchor_every,
+            self.phase,
+            layout.page_capacity,
+        )
         variant = self.variant.selecting()
         self._device.launch(
             variant,
@@ -201,21 +208,22 @@ class CudaLayerCache:
             variant.threads,
             *(queries, storage.k_scale, storage.state, storage.counts, i32(stride)),
             *(self._scratch.scores, self._scratch.counters, storage.lists, storage.listed),
-            *(i32(x) for x in numbers),
-            shared=selecting_shared_bytes(variant),
+            *(i32(x) for x in (*numbers, int(after_append))),
         )
 
-    def launch_decode(self, queries: Memory, outputs: Memory, lse: Memory) -> None:
-        """Queue a decode."""
+    def launch_decode(self, queries: Memory, outputs: Memory, lse: Memory, after_append: bool = False) -> None:
+        """Queue a decode. `after_append`: since the last, one token was appended and kernels of another cache were queued."""
         if self.recipe.selection == "pages":
-            self._launch_select(queries)
+            self._launch_select(queries, after_append)
         shape, storage, recipe, layout = self.shape, self.storage, self._kept, self.storage.layout
         reused = storage.cached_output
         lse_offset = shape.batch * shape.query_heads * shape.head_dim * 4
         sizes = (shape.batch, shape.kv_heads, shape.group, self.passes)
-        kept_how = (recipe.sinks, recipe.window, layout.ring, recipe.stride, recipe.anchor_every)
+        kept_how = (recipe.sinks, recipe.window, layout.ring, recipe.stride, recipe.anchor_every, self.phase)
         scale = math.log2(math.e) / math.sqrt(shape.head_dim)
         variant, blocks = self._decoding()
+        scratch = self._scratch
+        partial = (scratch.mail, scratch.mail_ml) if variant.mails else (scratch.partial, scratch.partial_ml)
         self._device.launch(
             variant,
             "decode",
@@ -226,7 +234,7 @@ class CudaLayerCache:
             lse,
             *(storage.exact_k, storage.exact_v, storage.cold_k, storage.cold_v, storage.k_scale, storage.v_scale),
             storage.state,
-            *(self._scratch.partial, self._scratch.partial_ml, self._scratch.counters),
+            *(*partial, scratch.counters),
             *(reused, reused.pointer + lse_offset, storage.lists, storage.listed),
             *(i32(x) for x in (*sizes, *kept_how, layout.exact_rows, layout.cold_rows, layout.page_capacity)),
             f32(math.log2(recipe.decay)),
@@ -241,11 +249,11 @@ class CudaLayerCache:
 
     def note_decodes(self, first: int, last: int) -> None:
         """Note that steps `first` to `last` are decoded; RuntimeError if the first reuses what was never computed."""
-        anchor = first - self.recipe.age(first)
-        if self.recipe.age(first) and self._anchor != anchor:
+        anchor = first - self.recipe.age(first, self.phase)
+        if self.recipe.age(first, self.phase) and self._anchor != anchor:
             what = "list of pages" if self.recipe.selection == "pages" else "cold output"
             raise RuntimeError(f"step {first} reuses the {what} of anchor {anchor}, which was not decoded")
-        self._anchor = last - self.recipe.age(last)
+        self._anchor = last - self.recipe.age(last, self.phase)
 
     def check_room(self, tokens: int) -> None:
         """Refuse to grow past the capacity."""
@@ -260,61 +268,15 @@ class CudaLayerCache:
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what is stored of one KV head of one sequence."""
-        recipe, layout, storage = self._kept, self.storage.layout, self.storage
-        head, length = row * self.shape.kv_heads + kv_head, int(self._lengths[row])
-        exact_keys, exact_values = (self._rows(m, head, layout.exact_rows) for m in (storage.exact_k, storage.exact_v))
-        if recipe.is_dense:
-            empty = np.zeros((0, self.shape.head_dim))
-            return StoredHead(empty, empty, exact_keys[:length], exact_values[:length])
-        split = regions(length, recipe.sinks, recipe.window)
-        recent = recipe.sinks + np.arange(split.cold, split.cold + split.recent) % layout.ring
-        exact = np.r_[0 : split.sinks, recent].astype(np.int64)
-        count = kept(split.cold, recipe.stride)
-        if self.variant.paged:
-            pages = split.cold // PAGE_TOKENS
-            cold_keys, cold_values = (self._pages(head, value, pages) for value in (False, True))
-        elif recipe.key_format == "int8":
-            cold_keys = self._codes(storage.k_scale, storage.cold_k, head, 0)
-            cold_values = self._codes(storage.v_scale, storage.cold_v, head, _V_CODE_OFFSET)
-        else:
-            cold_keys, cold_values = (self._rows(m, head, layout.cold_rows) for m in (storage.cold_k, storage.cold_v))
-        held = StoredHead(cold_keys[:count], cold_values[:count], exact_keys[exact], exact_values[exact])
+        head = row * self.shape.kv_heads + kv_head
+        contents = Contents(self._device, self.storage, self.shape.head_dim, self._kept, self.dtype, self.variant.paged)
+        held = contents.of(head, int(self._lengths[row]))
         if self.recipe.is_dense:
             keys, values = (
                 np.concatenate(p) for p in ((held.cold_keys, held.exact_keys), (held.cold_values, held.exact_values))
             )
             return StoredHead(keys[:0], values[:0], keys, values)
         return held
-
-    def _rows(self, plane: Memory, head: int, rows: int) -> NDArray[np.float64]:
-        dim, dtype = self.shape.head_dim, self.recipe.exact_dtype(self.dtype)
-        kinds: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
-        kind = np.dtype(kinds[dtype])
-        raw = self._device.download(plane, (rows, dim), kind, head * rows * dim * kind.itemsize)
-        return np.asarray(from_bf16_bits(raw) if dtype == "bf16" else raw, np.float64)
-
-    def _pages(self, head: int, value: bool, count: int) -> NDArray[np.float64]:
-        """Return the (tokens, head_dim) numbers of the first pages of a head."""
-        recipe, dim, storage = self._kept, self.shape.head_dim, self.storage
-        fmt = str(recipe.value_format if value else recipe.key_format)
-        group = recipe.v_group(dim)
-        per_page = PAGE_TOKENS * FORMATS[fmt].row_bytes(dim)
-        scales = FORMATS[fmt].value_scales(dim, group) if value else FORMATS[fmt].key_scales(dim)
-        words = scales.bytes_of(PAGE_TOKENS) // 2
-        first = head * storage.layout.page_capacity
-        plane, scale_plane = (storage.cold_v, storage.v_scale) if value else (storage.cold_k, storage.k_scale)
-        raw = self._device.download(plane, (count, per_page), np.uint8, first * per_page)
-        bits = self._device.download(scale_plane, (count, words), np.uint16, first * words * 2)
-        places = value_places(fmt, dim, group) if value else key_places(fmt, dim)
-        return dequantised(codes_of(raw, fmt, places, dim), bits, fmt, value, recipe.exact_dtype(self.dtype), group)
-
-    def _codes(self, scales: Memory, plane: Memory, head: int, offset: int) -> NDArray[np.float64]:
-        rows, dim = self.storage.layout.cold_rows, self.shape.head_dim
-        codes = self._device.download(plane, (rows, dim), np.uint8, head * rows * dim)
-        bits = self._device.download(scales, (rows,), np.uint16, head * rows * 2)
-        signed = (codes - np.uint8(offset)).view(np.int8)
-        values: NDArray[np.float64] = signed.astype(np.float64) * from_bf16_bits(bits).astype(np.float64)[:, None]
-        return values
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
         """Return the numbers of the cold pages that the last decode read; None where the recipe selects none."""

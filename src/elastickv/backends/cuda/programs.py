@@ -139,7 +139,7 @@ def cycle_program(
     def queue() -> None:
         for i, cache in enumerate(caches):
             cache.launch_feedback(outputs[i - 1], asked[i], on_device, feedback)
-            cache.launch_decode(asked[i], outputs[i], lse[i])
+            cache.launch_decode(asked[i], outputs[i], lse[i], len(caches) > 1)
 
     def prepare() -> None:
         # The first layer reads the last layer's output of one token ago: before the first token that is `first`.

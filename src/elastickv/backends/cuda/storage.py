@@ -3,7 +3,7 @@
 Everything is sized for the capacity and contiguous per (sequence, KV head). Exact plane: `dense` keeps all tokens in it; else
 the sinks, then a ring of whole pages for the window and the page that fills up behind it. Cold planes: kept rows or pages,
 oldest first; scales in planes of their own. A sequence's length and step stand together, once per KV head for K and once for
-V, so that a block can count its own token without waiting for others.
+V, so that a block can count its own token without waiting for others, and once more as the next decode will find them.
 """
 
 import dataclasses
@@ -16,9 +16,11 @@ from elastickv.recipe.formats import FORMATS, round_up
 from elastickv.recipe.pages import kept
 
 _NAN_WORD = 0x7FFFFFFF
+_EMPTY_WORD = 0xFFFF1E77  # EMPTY of kernels/mail.cuh
 _FLOAT = 4
 _MERGE_LEVELS = 2
 _UNIT, _INT8_UNIT = 16, 32
+_STATES = 3
 _SCALE_ROWS = 32  # a lane loads the scales of 8 tokens at once, a warp of 32
 _PAGES_ALIGNED = 8  # whose fp8 scales are the least that a copy moves
 
@@ -90,7 +92,7 @@ class Layout:
             reused=queries * (dim + dim // 4) * _FLOAT if recipe.selection == "reuse" else 0,
             outputs=queries * dim * _FLOAT,
             lse=queries * _FLOAT,
-            state=2 * heads * 8,
+            state=_STATES * heads * 8,
         )
 
     def units(self, recipe: Recipe) -> int:
@@ -125,18 +127,22 @@ class ScratchSize:
     partial_ml: int
     counters: int
     scores: int
+    mail: int
+    mail_ml: int
 
     @classmethod
     def of(cls, variant: Variant, blocks: int, problems: int, scores: int) -> "ScratchSize":
         """Return the sizes for a grid of `blocks` over `problems`, and `scores` page scores."""
         slots = blocks + problems
         rows = _MERGE_LEVELS * slots * (1 + variant["REUSE"]) * variant.rows
-        return cls(rows * variant["HEAD_DIM"] * _FLOAT, rows * 2 * _FLOAT, (problems + slots) * 4, scores * _FLOAT)
+        row = variant["HEAD_DIM"] * _FLOAT
+        mail = blocks * variant.rows * row if variant.fixed() else 0
+        return cls(rows * row, rows * 2 * _FLOAT, (problems + slots) * 4, scores * _FLOAT, mail, mail // 2)
 
     @property
     def n_bytes(self) -> int:
         """All of it."""
-        return self.partial + self.partial_ml + self.counters + self.scores
+        return sum(dataclasses.astuple(self))
 
     def covers(self, other: "ScratchSize") -> bool:
         """Return whether every part is as large as another's."""
@@ -153,6 +159,8 @@ class Scratch:
         self.partial_ml = device.allocate(size.partial_ml, _NAN_WORD)
         self.counters = device.allocate(size.counters, 0)
         self.scores = device.allocate(size.scores, _NAN_WORD)
+        self.mail = device.allocate(size.mail, _EMPTY_WORD)
+        self.mail_ml = device.allocate(size.mail_ml, _EMPTY_WORD)
 
 
 class Storage:

@@ -14,6 +14,7 @@ _ONE_QUERY_TILE = (("REUSE", 0), ("QTILES", 1))
 MMA_SINCE = 80
 _BULK_SINCE = 90
 _DENSE_PAGES_FROM = 400 << 20  # bytes of K and V
+_PAGED_INT8_FROM = 32  # (sequence, KV head) pairs
 _HEADS_OF_MMA_TILE = 8
 KINDS = ("auto", "mma", "simt", "pages")
 _SPLIT_WARPS = 8
@@ -59,6 +60,11 @@ class Variant:
         return 32 * self["WARPS"]
 
     @property
+    def mails(self) -> bool:
+        """Whether its blocks merge what they have through `Scratch.mail`."""
+        return self.source == "decode_pages" and self["FIXED"] == 1
+
+    @property
     def paged(self) -> bool:
         """Whether cold tokens are kept in pages of their formats, rather than in rows of one."""
         return self["COLD_TYPE"] == _COLD_PAGES
@@ -93,7 +99,7 @@ class Variant:
         names = ("HEAD_DIM", "COLD_TYPE", "K_FORMAT")
         unread = {"EXACT_TYPE": _TYPES["bf16"], "V_FORMAT": _PAGE_FORMATS["bf16"], "V_GROUP": self["HEAD_DIM"]}
         macros = {name: self[name] for name in names} | unread | dict(_ONE_QUERY_TILE)
-        return Variant("select", self.arch, _macros(macros, WARPS=16, MIN_BLOCKS=1))
+        return Variant("select", self.arch, _macros(macros, WARPS=8, MIN_BLOCKS=3))
 
 
 def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: str, kind: str = "auto") -> Variant:
@@ -136,6 +142,13 @@ def kept_as(recipe: Recipe, shape: AttentionShape, capacity: int, dtype: str, ar
     if not recipe.is_dense or dtype == "fp32" or int(arch) < _BULK_SINCE or size < _DENSE_PAGES_FROM:
         return recipe
     return Recipe(dtype, dtype, sinks=0, window=0)
+
+
+def gains_from_pages(recipe: Recipe, shape: AttentionShape, arch: str, multiprocessors: int) -> bool:
+    """Return whether int8 is read faster from pages than from rows: where a KV head has few blocks, and all are busy."""
+    heads = shape.batch * shape.kv_heads
+    int8 = recipe.key_format == recipe.value_format == "int8" and recipe.selection == "all"
+    return int8 and int(arch) >= _BULK_SINCE and heads >= _PAGED_INT8_FROM and bool(fixed_blocks(heads, multiprocessors))
 
 
 def needs_pages(recipe: Recipe) -> bool:
@@ -198,13 +211,10 @@ def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: 
 
 
 def selecting_blocks(page_capacity: int, heads: int, multiprocessors: int) -> int:
-    """Return the blocks that score one head's pages."""
-    return max(1, min(-(-page_capacity // 64), multiprocessors // heads))
-
-
-def selecting_shared_bytes(variant: Variant) -> int:
-    """Return the dynamic shared memory of a selecting block."""
-    return 0
+    """Return the blocks that score one head's pages: all at once, beside append's where that leaves half of the device."""
+    spare = multiprocessors - 2 * heads
+    at_once = spare if 2 * spare >= multiprocessors else multiprocessors
+    return max(1, min(-(-page_capacity // 64), at_once // heads))
 
 
 def overlapping(variant: Variant) -> Variant:

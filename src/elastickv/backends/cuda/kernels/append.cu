@@ -40,11 +40,11 @@ __device__ __forceinline__ void put_exact(char* row, int dim, float x) {
 
 __device__ __forceinline__ float get_exact(const char* row, int dim) {
 #if EXACT_TYPE == BF16
-    return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(row)[dim]);
+    return __uint_as_float((u32)__ldcg(reinterpret_cast<const u16*>(row) + dim) << 16);
 #elif EXACT_TYPE == FP16
-    return __half2float(reinterpret_cast<const __half*>(row)[dim]);
+    return __half2float(__ushort_as_half(__ldcg(reinterpret_cast<const u16*>(row) + dim)));
 #else
-    return reinterpret_cast<const float*>(row)[dim];
+    return __ldcg(reinterpret_cast<const float*>(row) + dim);
 #endif
 }
 
@@ -242,7 +242,10 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS) fill_pages(STORE_SIG
 
 extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_heads, int heads, int step, u64* bad) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < heads) state[i] = state[heads + i] = make_int2(lengths[i / kv_heads], step);
+    if (i < heads) {
+        state[i] = state[heads + i] = make_int2(lengths[i / kv_heads], step);
+        state[2 * heads + i] = make_int2(lengths[i / kv_heads] + 1, step + 1);
+    }
     if (i == 0) *bad = ~0ull;
 }
 
@@ -262,110 +265,141 @@ __device__ __forceinline__ void load_map(Map& map, const float* table) {
     }
 }
 
-// x -> sign * (x - 2 u (u . x))[permutation], times `rms`. `row` is shared memory of this warp.
+// x, its RMS made 1, -> sign * (x - 2 u (u . x))[permutation], times `rms`. `row` is shared memory of this warp.
 __device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const Map& map, float rms, float* row, float (&out)[ELEMENTS]) {
     const int lane = threadIdx.x & 31;
-    float dot = 0.f;
+    float square = 0.f, dot = 0.f;
 #pragma unroll
-    for (int i = 0; i < ELEMENTS; i++) dot = fmaf(x[i], map.reflector[i], dot);
-    for (int i = 16; i; i >>= 1) dot += __shfl_xor_sync(FULL, dot, i);
+    for (int i = 0; i < ELEMENTS; i++) {
+        square = fmaf(x[i], x[i], square);
+        dot = fmaf(x[i], map.reflector[i], dot);
+    }
+    for (int i = 16; i; i >>= 1) {
+        square += __shfl_xor_sync(FULL, square, i);
+        dot += __shfl_xor_sync(FULL, dot, i);
+    }
+    const float by = rms / sqrtf(square / D + 1e-12f);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++)
-        if (lane + 32 * i < D) row[lane + 32 * i] = x[i] - 2.f * map.reflector[i] * dot;
+        if (lane + 32 * i < D) row[lane + 32 * i] = by * (x[i] - 2.f * map.reflector[i] * dot);
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < ELEMENTS; i++) {
-        out[i] = lane + 32 * i < D ? rms * map.sign[i] * row[map.permutation[i]] : 0.f;
+    for (int i = 0; i < ELEMENTS; i++) out[i] = lane + 32 * i < D ? map.sign[i] * row[map.permutation[i]] : 0.f;
+}
+
+#if COLD_TYPE != COLD_NONE
+// One block quantises the page of which `cold` is the end. Its rows may have come from other multiprocessors since: past L1.
+__device__ __forceinline__ void chill(const Store& s, bool value, size_t head, int cold) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#if COLD_TYPE == COLD_PAGES
+    __shared__ PageTile tile;
+#endif
+    float page[PAGE / 8][ELEMENTS];
+#pragma unroll
+    for (int j = 0; j < PAGE / 8; j++) {
+        const char* row = exact_at(s, value, head, s.sinks + cold - PAGE + warp + 8 * j);
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; e++) page[j][e] = lane + 32 * e < D ? get_exact(row, lane + 32 * e) : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < PAGE / 8; j++) {
+        const int token = warp + 8 * j;
+#if COLD_TYPE == COLD_PAGES
+        put_row(s, tile, value, head, cold / PAGE - 1, token, page[j]);
+#else
+        const int number = cold - PAGE + token;
+        if (number % s.stride == 0) store_cold(s, value, head, number / s.stride, page[j]);
+#endif
+    }
+#if COLD_TYPE == COLD_PAGES
+    store_page(s, tile, value, head, cold / PAGE - 1);
+#endif
+}
+#endif
+
+// Where the next queries, key and value come from: [(sequence, KV head)][head_dim] rows, or if `keys` is null the outputs of the
+// layer before, through three maps (reflector, sign, permutation of head_dim each) in `tables`: of queries, keys, values.
+struct Source {
+    const float *keys, *values, *outputs;
+    float* queries;
+    const float* tables;
+    int group;
+    float query_rms, key_rms, value_rms;
+};
+
+// One block stores K or V of the token at `position`, and leaves half of the next queries. `map`: the first that this warp needs.
+__device__ __forceinline__ void take_token(const Store& s, const Source& from, Map& map, int mapped, bool value, size_t head,
+                                           int position) {
+    __shared__ float rows[8][D];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    float x[ELEMENTS], y[ELEMENTS];
+    // Jobs: this block's token, then every other query of the group.
+    const int jobs = from.keys ? 1 : (from.group + 1 - value) / 2 + 1;
+    for (int job = warp; job < jobs; job += 8) {
+        const int query = 2 * (job - 1) + value;
+        const float* row = from.keys ? (value ? from.values : from.keys) + head * D
+                                     : from.outputs + (head * from.group + (job ? query : 0)) * D;
+#pragma unroll
+        for (int i = 0; i < ELEMENTS; i++) x[i] = y[i] = lane + 32 * i < D ? row[lane + 32 * i] : 0.f;
+        if (!from.keys) {
+            if (job && mapped) load_map(map, from.tables + (mapped = 0));
+            apply_map(x, map, job ? from.query_rms : value ? from.value_rms : from.key_rms, rows[warp], y);
+        }
+        if (job) {
+#pragma unroll
+            for (int i = 0; i < ELEMENTS; i++)
+                if (lane + 32 * i < D) from.queries[(head * from.group + query) * D + lane + 32 * i] = y[i];
+        } else {
+#pragma unroll
+            for (int i = 0; i < ELEMENTS; i++) y[i] = round_exact(y[i]);
+            note_bad(s, head, position, y);
+            store_exact(s, value, head, position, y);
+        }
     }
 }
 
-// Two blocks a (sequence, KV head), one for K and one for V: [outputs -> next queries, key, value,] store the token, quantise the
-// page that leaves the window, count the token, each in a state of its own, so that neither waits for the other. `keys` null:
-// take them from `outputs` through the maps. `tables`: three (reflector, sign, permutation) of head_dim each.
+// Two blocks a (sequence, KV head), one for K and one for V: quantise the page that leaves the window, store the token, count it,
+// each in a state of its own, so that neither waits for the other.
+//
+// A decode of this cache lies between two appends to it, and lets others start only after its own wait: what the append before
+// wrote can be read before the wait here. So the page is quantised while the kernel before is still at work, unless there is no
+// window: then the token may be part of it. What follows is let in at once: a decode loads its pages when the one before it
+// leaves a multiprocessor.
 extern "C" __global__ void __launch_bounds__(256, 1) append(STORE_SIGNATURE, int2* state, int capacity, const float* keys,
                                                          const float* values, const float* outputs, float* queries, int group,
                                                          const float* tables, float query_rms, float key_rms, float value_rms) {
     const Store s = STORE_VALUE;
-    __shared__ float rows[8][D];
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const Source from = {keys, values, outputs, queries, tables, group, query_rms, key_rms, value_rms};
     const size_t head = blockIdx.x;
     const bool value = blockIdx.y;
-    // Jobs: this block's token, then every other query of the group. Nothing writes the tables: they come before the wait.
-    Map map;
-    int mapped = warp ? 0 : 1 + value;
-    if (!keys) load_map(map, tables + mapped * 3 * D);
-    wait_for_previous();
+    const int mapped = threadIdx.x >> 5 ? 0 : 1 + value;
     let_next_start();
+    Map map;
+    if (!keys) load_map(map, tables + mapped * 3 * D);
     int2* mine = state + (value ? gridDim.x : 0) + head;
-    const int2 was = *mine;
+    const int2 was = __ldcg(mine);
     const int position = was.x, length = was.x + 1;
+#if COLD_TYPE == COLD_NONE
+    wait_for_previous();
     if (position >= capacity) return;
-    float x[ELEMENTS], y[ELEMENTS];
-    if (keys) {
-        if (warp == 0) {
-#pragma unroll
-            for (int i = 0; i < ELEMENTS; i++)
-                x[i] = lane + 32 * i < D ? round_exact((value ? values : keys)[head * D + lane + 32 * i]) : 0.f;
-            note_bad(s, head, position, x);
-            store_exact(s, value, head, position, x);
-        }
-    } else {
-        for (int job = warp; job < (group + 1 - value) / 2 + 1; job += 8) {
-            const int query = 2 * (job - 1) + value, source = job ? query : 0;
-            const float* from = outputs + (head * group + source) * D;
-            float square = 0.f;
-#pragma unroll
-            for (int i = 0; i < ELEMENTS; i++) {
-                x[i] = lane + 32 * i < D ? from[lane + 32 * i] : 0.f;
-                square = fmaf(x[i], x[i], square);
-            }
-            for (int i = 16; i; i >>= 1) square += __shfl_xor_sync(FULL, square, i);
-            const float norm = sqrtf(square / D + 1e-12f);
-#pragma unroll
-            for (int i = 0; i < ELEMENTS; i++) x[i] /= norm;
-            if (job && mapped) load_map(map, tables + (mapped = 0));
-            apply_map(x, map, job ? query_rms : value ? value_rms : key_rms, rows[warp], y);
-            if (job == 0) {
-#pragma unroll
-                for (int i = 0; i < ELEMENTS; i++) y[i] = round_exact(y[i]);
-                note_bad(s, head, position, y);
-                store_exact(s, value, head, position, y);
-            } else {
-#pragma unroll
-                for (int i = 0; i < ELEMENTS; i++)
-                    if (lane + 32 * i < D) queries[(head * group + query) * D + lane + 32 * i] = y[i];
-            }
-        }
-    }
-#if COLD_TYPE != COLD_NONE
-    const int cold = store_cold_tokens(s, length);
-    if (cold > store_cold_tokens(s, position)) {
-        __syncthreads();
-#if COLD_TYPE == COLD_PAGES
-        __shared__ PageTile tile;
-#endif
-        float page[PAGE / 8][ELEMENTS];
-#pragma unroll
-        for (int j = 0; j < PAGE / 8; j++) {
-            const char* row = exact_at(s, value, head, s.sinks + cold - PAGE + warp + 8 * j);
-#pragma unroll
-            for (int e = 0; e < ELEMENTS; e++) page[j][e] = lane + 32 * e < D ? get_exact(row, lane + 32 * e) : 0.f;
-        }
-#pragma unroll
-        for (int j = 0; j < PAGE / 8; j++) {
-            const int token = warp + 8 * j;
-#if COLD_TYPE == COLD_PAGES
-            put_row(s, tile, value, head, cold / PAGE - 1, token, page[j]);
+    take_token(s, from, map, mapped, value, head, position);
 #else
-            const int number = cold - PAGE + token;
-            if (number % s.stride == 0) store_cold(s, value, head, number / s.stride, page[j]);
-#endif
-        }
-#if COLD_TYPE == COLD_PAGES
-        store_page(s, tile, value, head, cold / PAGE - 1);
-#endif
+    const int cold = store_cold_tokens(s, length);
+    const bool leaves = position < capacity && cold > store_cold_tokens(s, position), early = s.window;
+    // One copy of the code for either order.
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {
+        if (leaves && turn != early) chill(s, value, head, cold);
+        if (turn) break;
+        wait_for_previous();
+        if (position >= capacity) return;
+        take_token(s, from, map, mapped, value, head, position);
+        if (!early) __syncthreads();
     }
 #endif
-    if (threadIdx.x == 0) *mine = make_int2(length, was.y + 1);
+    if (threadIdx.x == 0) {
+        *mine = make_int2(length, was.y + 1);
+        if (keys && !value) state[2 * gridDim.x + head] = make_int2(length + 1, was.y + 2);  // no decode need follow
+    }
 }

@@ -73,8 +73,6 @@ __device__ __forceinline__ void mma_int8(int (&c)[4], uint4 a, u32 b0, u32 b1) {
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 // Volatile: hoisted out of the loop, the query would take the registers that loads in flight need.
 __device__ __forceinline__ uint4 load_query(const uint4* p) {
     uint4 v;

@@ -47,7 +47,7 @@ struct Args {
     float* lse;
     const char *exact_k, *exact_v, *cold_k, *cold_v;
     const u16 *k_scale, *v_scale;
-    const int2* state;
+    int2* state;
     float* partial;
     float2* partial_ml;
     u32* counters;
@@ -55,22 +55,24 @@ struct Args {
     float* cached_lse;
     const int* pages;    // numbers of the listed pages, page_capacity a head
     const int2* listed;  // their count, and the first page that is read beside them
-    int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, exact_rows, cold_rows, page_capacity;
+    int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, phase, exact_rows, cold_rows, page_capacity;
     float log2_decay, scale_log2;
 };
 
 #define ARGS_SIGNATURE                                                                                                     \
     const float *query, float *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,          \
-        const char *cold_v, const u16 *k_scale, const u16 *v_scale, const int2 *state, float *partial, float2 *partial_ml, \
+        const char *cold_v, const u16 *k_scale, const u16 *v_scale, int2 *state, float *partial, float2 *partial_ml,       \
         u32 *counters, float *cached_output, float *cached_lse, const int *pages, const int2 *listed, int batch,           \
-        int kv_heads, int group, int passes, int sinks, int window, int ring, int stride, int anchor_every,                \
+        int kv_heads, int group, int passes, int sinks, int window, int ring, int stride, int anchor_every, int phase,     \
         int exact_rows, int cold_rows, int page_capacity, float log2_decay, float scale_log2
 #define ARGS_VALUE                                                                                                       \
     Args {                                                                                                               \
         query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, state, partial, partial_ml, counters,    \
             cached_output, cached_lse, pages, listed, batch, kv_heads, group, passes, sinks, window, ring, stride,       \
-            anchor_every, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2                                   \
+            anchor_every, phase, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2                            \
     }
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -133,6 +135,12 @@ __device__ __forceinline__ int cold_tokens(const Args& a, int length) {
     return beyond > 0 ? beyond / PAGE * PAGE : 0;
 }
 
+// Steps since the last anchor: the first step is one, and every step whose number and phase add up to a multiple.
+__device__ __forceinline__ int age_of(int step, int anchor_every, int phase) {
+    step = max(step, 0);
+    return min(step, (step + phase) % anchor_every);
+}
+
 __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     Span s;
     int length = state.x;
@@ -150,7 +158,7 @@ __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     s.cold = (cold + a.stride - 1) / a.stride;
     if (a.stride > 1 && cold) s.bias = log2f((float)cold / (float)s.cold);
 #if REUSE
-    s.age = max(state.y, 0) % a.anchor_every;
+    s.age = age_of(state.y, a.anchor_every, a.phase);
     if (s.age) s.cold_first = cold_tokens(a, length - s.age);
     s.cold -= s.cold_first;
 #endif
@@ -164,7 +172,7 @@ __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
 __device__ __forceinline__ Span span_with(const Args& a, size_t head, int2 state) {
     Span s = span_of(a, state);
 #if SELECT
-    const int2 listed = a.listed[head];
+    const int2 listed = __ldcg(a.listed + head);
     s.listed = listed.x;
     s.fresh = listed.y;
     s.units -= s.cold_units;
@@ -174,12 +182,19 @@ __device__ __forceinline__ Span span_with(const Args& a, size_t head, int2 state
     return s;
 }
 
+// Leaves the length and step that a sequence has after one more append, in the third row of states: what the next decode, and
+// select, may expect before append has told.
+__device__ __forceinline__ void foretell(const Args& a, size_t head, int2 now) {
+    __stcg(a.state + 2 * a.batch * a.kv_heads + head, make_int2(now.x + 1, now.y + 1));
+    __threadfence();
+}
+
 __device__ __forceinline__ Span span_at(const Args& a, size_t head) { return span_with(a, head, a.state[head]); }
 
 // Number of the `unit`th page that is read.
 __device__ __forceinline__ int page_at(const Args& a, const Span& s, size_t head, int unit) {
 #if SELECT
-    return unit < s.listed ? a.pages[head * a.page_capacity + unit] : s.fresh + unit - s.listed;
+    return unit < s.listed ? __ldcg(a.pages + head * a.page_capacity + unit) : s.fresh + unit - s.listed;
 #else
     return unit;
 #endif

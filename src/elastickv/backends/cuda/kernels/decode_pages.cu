@@ -9,9 +9,19 @@
 // FIXED: equally many blocks attend to each KV head, for when all have equally much to read. What a warp reads first then follows
 // from the capacity alone and is on its way before the length is known. Else blocks share out what they find.
 //
-// Macros, beside those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES.
+// Macros, beside those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES; those that have a value
+// below may be given another.
+#include "mail.cuh"
 #include "page_attend.cuh"
 #include "page_ring.cuh"
+
+// What a warp starts while kernels before are at work: few at a time, for their loads queue behind these.
+#ifndef PAGES_EARLY
+#define PAGES_EARLY 2
+#endif
+#ifndef UNDER_WAY_EARLY
+#define UNDER_WAY_EARLY 1
+#endif
 
 // A part of a problem that one block attends to. Its exact units are as large a share of them as its pages are: under way
 // behind everybody's pages they take long, and one block must not have them all.
@@ -69,18 +79,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     Unit16 exact;
     Words words;
     Task task = {};
-    auto start = [&](int end) {
-        issued = 0;
+    // Starts pages from number `from` on, up to `most` of the ring's stages, at most `under_way` at a time.
+    auto start = [&](int from, int end, int most = STAGES, int under_way = STAGES) {
 #pragma unroll 1
-        for (int i = 0; i < STAGES; i++) {
-            const u32 stage = (used + i) % STAGES;
+        for (int i = from; i < most; i++) {
+            const u32 stage = (used + i) % STAGES, before = used + i - under_way;
             const int page = __shfl_sync(FULL, walk.numbers, i);
             if (walk.first + i * walk.step < end) {
+                if (i >= from + under_way) wait_for_page(arrived + 8 * (before % STAGES), before / STAGES & 1);
                 start_page(stages + stage * STAGE, arrived + 8 * stage, walk.planes, page);
-                issued++;
+                issued = i + 1;
             }
             end_group();
         }
+    };
+    auto drain = [&] {
+#pragma unroll 1
+        for (; issued > 0; issued--, used++) wait_for_page(arrived + 8 * (used % STAGES), used / STAGES & 1);
     };
     // Exact units go to the first warps, pages from the last on.
     auto first_page = [&] { return task.cold_begin + (WARPS - 1 - warp) * task.stride; };
@@ -100,39 +115,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     walk.planes = planes_of(a, head);
     walk.first = first_page();
     walk.step = splits * WARPS;
-    // What was written two launches ago or earlier may be read before this one waits for the last: without a list (append came
-    // last) all pages but one that append quantises; with one (select came last) everything but a list that is made just now.
-#if !SELECT
-    look_ahead(walk, a, task.s, head, 0);
-    start(a.page_capacity);
-    wait_for_previous();
-#endif
-    let_next_start();
-    const int2 length = load_state(a.state + head);
-    if (EARLY && first_exact(task) < task.exact_end) {
-        load_keys16<false>(exact, a, task.s, a.exact_k + head * a.exact_rows * EXACT_ROW, a.exact_rows, first_exact(task));
-        load_values16<false>(exact, a, task.s, a.exact_v + head * a.exact_rows * EXACT_ROW, a.exact_rows, first_exact(task));
+    // Append, and at an anchor select, may still be at work. What they do not write is on its way before they end: all pages but
+    // one that append quantises, or those of the list if it is to be used once more; exact rows but the newest.
+    const char *keys = a.exact_k + head * a.exact_rows * EXACT_ROW, *values = a.exact_v + head * a.exact_rows * EXACT_ROW;
+    auto load_exact = [&] {
+        load_keys16<false>(exact, a, task.s, keys, a.exact_rows, first_exact(task));
+        load_values16<false>(exact, a, task.s, values, a.exact_rows, first_exact(task));
+    };
+    const bool has_first = EARLY && first_exact(task) < task.exact_end;
+#if BULK  // older parts have waited
+#if SELECT
+    const bool again = age_of(__ldcg(a.state + 2 * a.batch * a.kv_heads + head).y, a.anchor_every, a.phase);
+    if (again) {
+        const int2 listed = __ldcg(a.listed + head);
+        task.s.listed = listed.x;
+        task.s.fresh = listed.y;
+        look_ahead(walk, a, task.s, head, 0);
+        start(0, listed.x, PAGES_EARLY, UNDER_WAY_EARLY);
     }
+#else
+    look_ahead(walk, a, task.s, head, 0);
+    start(0, a.page_capacity, PAGES_EARLY, UNDER_WAY_EARLY);
+#endif
+    if (has_first) load_exact();
+#endif
+    wait_for_previous();
+    const int2 now = __ldcg(a.state + head);
     if (EARLY) load_queries(words, a, task.p);
 #if SELECT
-    const bool anchor = max(length.y, 0) % a.anchor_every == 0;
-    if (anchor) wait_for_previous();
+    if (threadIdx.x == 0 && split == 0 && task.p.first_query == 0) foretell(a, head, now);
 #endif
-    task.s = span_with(a, head, length);
+    let_next_start();
+    task.s = span_with(a, head, now);
     walk.end = task.cold_end = task.s.cold_units;
+#if BULK
+    if (has_first && first_exact(task) == exact_row(a, task.s, task.s.exact - 1) / EXACT_UNIT) load_exact();
 #if SELECT
-    look_ahead(walk, a, task.s, head, 0);
-    start(walk.end);
-    if (!anchor) wait_for_previous();
-#elif BULK  // older parts have waited
+    if (again && age_of(now.y, a.anchor_every, a.phase)) {
+        start(issued, walk.end);
+    } else {
+        drain();
+        __syncwarp();
+        look_ahead(walk, a, task.s, head, 0);
+        start(0, walk.end);
+    }
+#else
     const int newest = walk.end - 1 - walk.first;
-    if (cold_tokens(a, length.x) > cold_tokens(a, length.x - 1) && newest >= 0 && newest % walk.step == 0 &&
+    if (cold_tokens(a, now.x) > cold_tokens(a, now.x - 1) && newest >= 0 && newest % walk.step == 0 &&
         newest / walk.step < STAGES) {
         // This warp may have the newest page as it was before append: once more.
-        for (; issued; issued--, used++) wait_for_page(arrived + 8 * (used % STAGES), used / STAGES & 1);
+        drain();
         __syncwarp();
-        start(walk.end);
     }
+    start(issued, walk.end);
+#endif
+#else
+    if (has_first) load_exact();
+    look_ahead(walk, a, task.s, head, 0);
+    start(0, walk.end);
 #endif
 #else
     auto begin = [&] {
@@ -147,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         walk.end = task.cold_end;
         walk.step = WARPS;
         look_ahead(walk, a, task.s, task.p.head, 0);
-        start(walk.end);
+        start(0, walk.end);
         if (EARLY) load_queries(words, a, task.p);
     };
     wait_for_previous();
@@ -170,8 +210,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         const int exact_unit = first_exact(kept), exact_step = WARPS * kept.stride;
         const bool has_exact = exact_unit < kept.exact_end;
         if (has_exact) {
-            const size_t first = kept.p.head * a.exact_rows * EXACT_ROW;
             const Span s = kept.s;
+            const size_t first = kept.p.head * a.exact_rows * EXACT_ROW;
             const char *keys = a.exact_k + first, *values = a.exact_v + first;
 #if FIXED
             const InRing tokens = {a.sinks, a.ring, s.ring_start, s.exact};
@@ -220,8 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
                 used++;
                 issued--;
             }
-#pragma unroll 1
-            for (; issued > 0; issued--, used++) wait_for_page(arrived + 8 * (used % STAGES), used / STAGES & 1);
+            drain();
             leave_pages(r, shared.sums[warp], shared.sums_ml[warp], has_exact);
         }
         w = kept_work;
@@ -243,8 +282,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #endif
         __syncthreads();
         const bool alone = p.first_block == p.last_block;
-        const int items = p.queries * (D / 4);
-        for (int item = threadIdx.x; item < items; item += THREADS) {
+        const u32 items = p.queries * (D / 4);
+#if FIXED
+        const size_t mail = (size_t)p.problem * splits * (QUERIES * D / 4);
+        auto place = [&](u32 from, u32 item) { return mail + from * items + item; };
+        float4* mail_o = reinterpret_cast<float4*>(a.partial);
+#endif
+        for (u32 item = threadIdx.x; item < items; item += THREADS) {
             const int q = item / (D / 4), dim = item % (D / 4) * 4;
             const Merged sum = add_up<WARPS>([&](int i) { return shared.sums_ml[i][q]; },
                                              [&](int i) {
@@ -255,11 +299,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
                 write_result(a, p, q, dim, sum);
                 continue;
             }
+#if FIXED
+            send(mail_o + place(split, item), a.partial_ml + place(split, item), sum);
+#else
             const size_t row = partial_row(p, blockIdx.x, 0, q, QUERIES);
             __stcg(reinterpret_cast<float4*>(a.partial + row * D + dim), sum.o);
             if (dim == 0) __stcg(a.partial_ml + row, make_float2(sum.m, sum.l));
+#endif
         }
+#if FIXED
+        if (!alone) {
+            // A share of the items, as many at once as leave every partial a thread of its own.
+            const u32 share = (items + splits - 1) / splits, begin = split * share, end = min(begin + share, items);
+            const u32 at_once = max(THREADS / splits, 1u);
+            Merged* got = reinterpret_cast<Merged*>(&shared.sums[0][0]);
+#pragma unroll 1
+            for (u32 first = begin; first < end; first += at_once) {
+                __syncthreads();
+                for (u32 i = threadIdx.x; i < splits * at_once; i += THREADS) {
+                    const u32 item = first + i % at_once;
+                    if (item < end) got[i] = receive(mail_o + place(i / at_once, item), a.partial_ml + place(i / at_once, item));
+                }
+                __syncthreads();
+                const u32 item = first + threadIdx.x;
+                if (threadIdx.x >= at_once || item >= end) continue;
+                Merged sum = got[threadIdx.x];
+#pragma unroll 4
+                for (u32 b = 1; b < splits; b++) {
+                    const Merged other = got[b * at_once + threadIdx.x];
+                    fold(sum, other.o, other.m, other.l);
+                }
+                write_result(a, p, item / (D / 4), item % (D / 4) * 4, sum);
+            }
+        }
+#else
         if (!alone) arrive_and_merge(a, p, kept.s, w, QUERIES, &shared.sums[0][0]);
+#endif
+#if SELECT && !FIXED
+        if (threadIdx.x == 0 && blockIdx.x == p.first_block && p.first_query == 0) foretell(a, p.head, __ldcg(a.state + p.head));
+#endif
         if (!more) return;
 #if !FIXED
         w = next;

@@ -501,6 +501,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         w = kept_work;
         p = kept_place;
         s = kept_span;
+#if SELECT
+        if (threadIdx.x == 0 && w.offset == 0 && p.first_query == 0) foretell(a, p.head, __ldcg(a.state + p.head));
+#endif
         write_partial(a, p, SEGMENTS - 1, r);
         arrive_and_merge(a, p, s, w, ROWS, reinterpret_cast<float*>(scratch));
         const u32 size = w.pad ? w.pad : s.units;

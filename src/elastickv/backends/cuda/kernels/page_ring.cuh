@@ -78,7 +78,7 @@ __device__ __forceinline__ void look_ahead(Walk& walk, const Args& a, const Span
     const int unit = walk.first + (index + (threadIdx.x & 31)) * walk.step;
 #if SELECT
     // The list is read before its end is known.
-    const int listed = unit < a.page_capacity ? a.pages[head * a.page_capacity + unit] : 0;
+    const int listed = unit < a.page_capacity ? __ldcg(a.pages + head * a.page_capacity + unit) : 0;
     walk.numbers = unit < s.listed ? listed : s.fresh + unit - s.listed;
 #else
     walk.numbers = unit;

@@ -7,6 +7,10 @@
 // its blocks. The last block to arrive selects: it looks for the bucket among equal ranges of score that holds the last page of
 // the selection, then for as many digits as it takes until few candidates are left, which are ranked one against the other.
 //
+// A block of decode fits beside one of this kernel and one of append: it is let in before append has ended, to load what it
+// expects to need. This one does likewise: the decode before has left the length and step that it expects in the third row of
+// states, so at an anchor the first scales are on their way. `sure`: it is as expected, since each decode follows an append.
+//
 // Between anchors nothing happens. Elsewhere list[head * page_capacity ...] gets the page numbers, ascending, and listed[head]
 // their count and the number of pages; (0, 0) if all are to be read, which costs no scoring. Of equal pages the first win.
 //   query: (heads, group, head_dim); key_scales: [head][page_capacity][scale, zero][padded channel], fp16
@@ -20,7 +24,7 @@
 #define MIN_BLOCKS 1
 #endif
 #ifndef IN_FLIGHT
-#define IN_FLIGHT 16  // 16-byte loads of a lane
+#define IN_FLIGHT 8  // 16-byte loads of a lane
 #endif
 #define PAGE_BYTES (4 * PADDED)
 // Eight lanes hold a page's scales and zeros in LOADS pieces of 16 bytes each; a warp takes 4 * ROWS pages at once.
@@ -31,8 +35,8 @@
 #ifndef KEPT
 #define KEPT 8192  // scores that shared memory holds
 #endif
-#define BUCKETS 2048
-#define DIGIT 11
+#define BUCKETS 1024
+#define DIGIT 10
 #define CANDIDATES 128
 #ifndef BATCH
 #define BATCH 4  // scores of a lane at once: more are idle work for heads of 1024 pages
@@ -330,33 +334,56 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
     }
 }
 
+// The pages of one head that a block scores: `pages` dealt out evenly over `blocks` blocks of the grid.
+struct Share {
+    u32 begin, end, blocks;
+
+    __device__ __forceinline__ explicit Share(u32 pages) {
+        u32 per = (pages + gridDim.x - 1) / gridDim.x;
+        per = max((per + STEP - 1) / STEP * STEP, (u32)LEAST);
+        blocks = (pages + per - 1) / per;
+        begin = min(blockIdx.x * per, pages);
+        end = min(begin + per, pages);
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     select(const float* query, const u16* key_scales, const int2* state, const int* counts, int counts_stride, float* scores,
-           u32* counters, int* list, int2* listed, int kv_heads, int group, int sinks, int window, int anchor_every,
-           int page_capacity) {
+           u32* counters, int* list, int2* listed, int kv_heads, int group, int sinks, int window, int anchor_every, int phase,
+           int page_capacity, int sure) {
     __shared__ Shared sh;
-    wait_for_previous();
-    let_next_start();
     const size_t head = blockIdx.y;
-    const int2 now = state[head];
-    if (max(now.y, 0) % anchor_every) return;
-    const int pages = max(now.x - sinks - window, 0) / PAGE;
+    const int lane = threadIdx.x & 31, first = (threadIdx.x >> 5) * STEP;
+    const char* plane = reinterpret_cast<const char*>(key_scales) + head * page_capacity * PAGE_BYTES;
+    auto pages_of = [&](int length) { return max(length - sinks - window, 0) / PAGE; };
+    uint4 in[ROWS][LOADS];
+    let_next_start();
+    // What append may be writing just now, a page that has become cold, is loaded once more.
+    const int2 expected = __ldcg(state + 2 * gridDim.y + head);
+    int loaded = 0;
+    const bool anchor = age_of(expected.y, anchor_every, phase) == 0;
+    if (anchor) {
+        loaded = min(pages_of(expected.x), page_capacity);
+        const Share share(loaded);
+        if (share.begin + first < share.end) load_pages(in, plane, share.begin + first, share.end);
+    }
+    wait_for_previous();
+    if (sure && !anchor) return;
+    const int2 now = __ldcg(state + head);
+    if (age_of(now.y, anchor_every, phase)) return;
+    const int pages = pages_of(now.x);
     const int need = pages ? max(counts[head % kv_heads * counts_stride + pages], 1) : 0;
     if (need >= pages) {
         if (blockIdx.x == 0 && threadIdx.x == 0) listed[head] = make_int2(0, 0);
         return;
     }
-    u32 per = (pages + gridDim.x - 1) / gridDim.x;
-    per = max((per + STEP - 1) / STEP * STEP, (u32)LEAST);
-    const u32 blocks = (pages + per - 1) / per;
-    if (blockIdx.x >= blocks) return;
-
-    const int lane = threadIdx.x & 31, end = min(blockIdx.x * per + per, (u32)pages);
-    const char* plane = reinterpret_cast<const char*>(key_scales) + head * page_capacity * PAGE_BYTES;
+    const Share share(pages);
+    if (share.begin >= share.end) return;
+    const int end = share.end;
     scores += head * ((page_capacity + 31) / 32 * 32);
-    int page = blockIdx.x * per + (threadIdx.x >> 5) * STEP;
-    uint4 in[ROWS][LOADS];
-    if (page < end) load_pages(in, plane, page, end);
+    int page = share.begin + first;
+    const bool grown = pages_of(now.x - 1) < pages && page + STEP >= pages;
+    if (page < end && (loaded != pages || grown)) load_pages(in, plane, page, end);
     stage_weights(sh, query + head * group * D, group);
     __syncthreads();
     for (; page < end; page += WARPS * STEP) {
@@ -365,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         const int mine = page + lane * ROWS / 8;
         if (lane % (8 / ROWS) == 0 && mine < end) __stcg(scores + mine, x + 0.f);  // one zero only
     }
-    if (!arrive(counters + head, blocks)) return;
+    if (!arrive(counters + head, share.blocks)) return;
     if (pages <= KEPT)
         select_best<true>(sh, scores, pages, need, list + head * page_capacity);
     else
