@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from elastickv.errors import UsageError
-from elastickv.recipe import DENSE, AttentionShape, Recipe, dense_bytes, interval_bytes, regions
+from elastickv.recipe import DENSE, AttentionShape, Recipe, dense_bytes, interval_bytes, regions, stored_ratio
 from elastickv.recipe.model_calibration import ModelCalibration
 from elastickv.recipe.model_solver import for_ratio_by_layer
 from elastickv.recipe.pages import PAGE_TOKENS, selected
@@ -102,6 +102,18 @@ def test_hungry_heads_get_the_pages_and_every_head_reads_one():
 def test_a_larger_ratio_never_errs_less():
     errors = [for_ratio_by_layer(CALIBRATION, ratio, 8192).error for ratio in (1, 2, 3, 4, 6, 8, 12)]
     assert errors == sorted(errors)
+
+
+def test_who_asks_for_fewer_bytes_read_gets_fewer_stored():
+    for ratio, least in ((2, 1.5), (4, 3), (8, 3)):
+        plan = for_ratio_by_layer(CALIBRATION, ratio, 32768)
+        assert min(stored_ratio(recipe, [1 << 20], SHAPE) for recipe in plan.recipes) >= least
+    coarse = replace(CALIBRATION, values=CALIBRATION.values | {f"int4/{g}": table(lambda *_: 99.0) for g in (32, 64)})
+    free = for_ratio_by_layer(coarse, 4, 32768, stored=1)
+    assert {recipe.value_format for recipe in free.recipes} == {"int8"}
+    assert free.error < for_ratio_by_layer(coarse, 4, 32768).error
+    with pytest.raises(UsageError, match="no calibrated format stores"):
+        for_ratio_by_layer(CALIBRATION, 4, 32768, stored=5)
 
 
 def test_ratio_one_is_dense():

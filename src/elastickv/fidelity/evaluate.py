@@ -47,11 +47,11 @@ class Options:
     ratios: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     contexts: tuple[int, ...] = (2048, 4096)
     window_count: int = 8
-    scored: int = 128
+    scored: int = 96
     needle_lengths: tuple[int, ...] = (1024, 3500)
     needle_depths: int = 5
     needle_texts: int = 1
-    greedy_tokens: int = 32
+    greedy_tokens: int = 16
     reference: bool = False
     tolerance: Tolerance | None = None
 

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from elastickv.errors import UsageError
-from elastickv.recipe.accounting import interval_bytes
+from elastickv.recipe.accounting import interval_bytes, stored_ratio
 from elastickv.recipe.model_calibration import HeadErrors, ModelCalibration
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe
-from elastickv.recipe.shape import AttentionShape
+from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
 from elastickv.recipe.solver import check_ratio, unmet
 
 _HALVINGS = 44  # of the logarithm of lambda, between these powers of e: to 1e-11 of it
+_STORED_SHARE, _MOST_STORED = 0.75, 3.0
 _LEAST, _MOST = -80.0, 80.0
 
 
@@ -60,6 +61,7 @@ def for_ratio_by_layer(
     sinks: int = DEFAULT_SINKS,
     window: int = DEFAULT_WINDOW,
     anchor_every: int | None = None,
+    stored: float | None = None,
 ) -> LayerPlan:
     """Return the recipes of least calibrated error that together read at most 1/ratio of the dense bytes at `context`.
 
@@ -67,6 +69,8 @@ def for_ratio_by_layer(
     ----------
     dtype : the model's own dtype.
     anchor_every : the steps between anchors where pages are selected; free among the calibrated ones if None.
+    stored : formats whose cold tokens take more than 1/stored of the dense bytes are left out. None: three quarters of
+        `ratio`, but at most 3: who asks for fewer bytes read expects fewer stored, and 4 bits with their scales reach 3.2.
 
     Raises
     ------
@@ -79,7 +83,8 @@ def for_ratio_by_layer(
     dense = layers * calibration.kv_heads * interval_bytes(DENSE, [context], head).kv
     if ratio == 1:
         return LayerPlan((DENSE,) * layers, 1.0, 0.0)
-    options = _options(calibration, context, head, dtype, sinks, window, anchor_every)
+    least = min(_STORED_SHARE * ratio, _MOST_STORED) if stored is None else stored
+    options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least)
     budget = dense / ratio
 
     def chosen(price: float) -> list[_Choice]:
@@ -88,8 +93,10 @@ def for_ratio_by_layer(
     low, high = _LEAST, _MOST
     if _bytes(chosen(math.exp(high))) > budget:
         smallest = min(options, key=lambda option: min(option.bytes_at))
-        least = replace(smallest.recipe, fractions=(min(smallest.fractions),)) if smallest.recipe.fractions else smallest.recipe
-        raise UsageError(unmet(ratio, context, replace(head, batch=1), dtype, [least]))
+        fewest = (
+            replace(smallest.recipe, fractions=(min(smallest.fractions),)) if smallest.recipe.fractions else smallest.recipe
+        )
+        raise UsageError(unmet(ratio, context, replace(head, batch=1), dtype, [fewest]))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if _bytes(chosen(math.exp(middle))) <= budget else (middle, high)
@@ -105,6 +112,7 @@ def _options(
     sinks: int,
     window: int,
     anchor_every: int | None,
+    stored: float,
 ) -> list[_Option]:
     if anchor_every is not None and anchor_every not in calibration.pages:
         raise UsageError(
@@ -116,6 +124,8 @@ def _options(
         v_group = 0 if int(channels or 0) == head.head_dim else int(channels or 0)
         for key, key_errors in calibration.keys.items():
             recipe = Recipe(key, name, value_group=v_group, sinks=sinks, window=window)
+            if stored_ratio(recipe, [MAX_CONTEXT], head, dtype) < stored:
+                continue
             rounding = _added(key_errors, value_errors)
             found.append(_Option(recipe, (interval_bytes(recipe, [context], head, dtype).kv,), (rounding,), (1.0,)))
             if key != "int4":
@@ -124,6 +134,8 @@ def _options(
                 if anchor_every in (None, steps):
                     by_pages = replace(recipe, selection="pages", fractions=(1.0,), anchor_every=steps)
                     found.append(_pages_option(by_pages, curve, rounding, context, head, dtype))
+    if not found:
+        raise UsageError(f"no calibrated format stores cold tokens in 1/{stored:g} of the dense bytes: ask for less")
     return found
 
 
