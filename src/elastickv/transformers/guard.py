@@ -45,8 +45,8 @@ class Guard:
         """Raise UsageError if keys were given to a layer and its attention was never asked for."""
         if self._waiting is not None:
             raise UsageError(
-                f"layer {self._waiting.layer.number} got keys and {IMPLEMENTATION!r} attention never asked for them: the model is "
-                f"not the {self.model_name} that the cache was made for (make one with ElasticCache.for_model(model)), its "
+                f"layer {self._waiting.layer.number} got keys and {IMPLEMENTATION!r} attention never asked for them: the model "
+                f"is not the {self.model_name} that the cache was made for (make one with ElasticCache.for_model(model)), its "
                 f"attention was set to another, or {self.model_name} alters keys on the way and is not supported; reset() "
                 "the cache"
             )
