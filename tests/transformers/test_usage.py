@@ -15,6 +15,7 @@ from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import DENSE, Recipe, read_ratio, stored_ratio
 from elastickv.recipe.shape import AttentionShape
 from elastickv.transformers.budget import Budget
+from elastickv.transformers.layer import of_rank
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
 
@@ -429,3 +430,10 @@ def test_a_value_that_is_not_finite_is_told_with_its_place():
         broken.model.layers[1].self_attn.k_proj.weight[70] = torch.nan
     with pytest.raises(NonFiniteError, match=r"layer 1: .*sequence 0, KV head 1, position 0"):
         generate(broken, prompt(1, 40), past_key_values=elastic(broken, 4))
+
+
+def test_a_rank_takes_the_shares_of_its_own_heads():
+    recipe = Recipe.parse("int4,pages=1/2:1/4:1/8:1/16")
+    assert of_rank(recipe, 4, 2).fractions == (1 / 2, 1 / 4)
+    assert of_rank(recipe, 4, 4) == recipe
+    assert of_rank(Recipe.parse("int4,pages=1/2"), 4, 2).fractions == (1 / 2,)
