@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,12 @@ def test_a_missing_extra_is_one_line_with_the_command(folder):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert 'pip install "elastickv[transformers]"' in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_every_option_in_the_document_exists():
+    from elastickv.cli import calibrate
+    from elastickv.cli import eval as evaluation
+
+    known = {name for module in (calibrate, evaluation) for parameter in module.command.params for name in parameter.opts}
+    used = set(re.findall(r"(--[a-z-]+)", (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")))
+    assert used and used <= known

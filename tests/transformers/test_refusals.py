@@ -243,6 +243,11 @@ def test_a_calibration_gives_heads_shares_of_their_own_without_a_warning(tiny, t
         assert report.calibrated
         assert report.recipes[0].fractions[0] != report.recipes[0].fractions[1]
         assert all(row.read_ratio >= 6 for row in report.by_context if not row.everything)
+        cache.save(tmp_path / "cache")
+        again = ekv.ElasticCache.load(tmp_path / "cache", tiny)
+        assert again.recipes == cache.recipes
+        again.reset()
+        assert again.report().calibrated
     assert not [w for w in recwarn if issubclass(w.category, ekv.UncalibratedWarning)]
 
 

@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "bench": "Measure decode attention at 1/C of the KV bytes against a dense baseline.",
     "calibrate": "Measure what each KV head of a model loses, for recipes to be solved from.",
     "eval": "Measure what a model's predictions lose at each C, through the real decode path.",
+    "run": "Generate text with a model through an elastic KV cache, and say what it took.",
     "doctor": "Say what was found, what will be used, what is missing and how to get it.",
 }
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,10 @@ def plan_for(
     if context is not None and capacity is not None and context > capacity:
         raise UsageError(f"context={context} is beyond capacity={capacity}: no row can reach it")
     if compress is not None:
-        if isinstance(compress, bool) or not isinstance(compress, int | float):
-            raise UsageError(f"compress={compress!r} is no number: give one from 1 to 1024")
+        number: Any = compress
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise UsageError(f"compress={number!r} is no number: give one from 1 to 1024")
+        compress = float(number)
         check_ratio(compress)
     single = {} if layers is None else {layer: _parsed(value) for layer, value in layers.items()}
     chosen: RecipeLike | None = None

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe.model_calibration import ModelCalibration
 from elastickv.transformers.budget import Budget, Reading
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.models import fingerprint
@@ -49,6 +50,7 @@ def save(cache: ElasticCache, path: Path) -> None:
             "context": plan.context,
             "capacity": plan.capacity,
             "prefill": plan.prefill,
+            "calibration": None if plan.calibration is None else plan.calibration.dumps(),
         },
         "budget": _budget_record(plan.budget),
         "reading": None if plan.present is None else [plan.present.since, plan.present.until, plan.present.scale],
@@ -87,7 +89,8 @@ def _loaded(kind: type[ElasticCache], record: dict[str, Any], tensors: dict[str,
     text = said["recipe"]
     recipe = None if text is None else Recipe.parse(text) if record["budget"] is None or said["ratio"] is None else text
     layers = {int(number): Recipe.parse(value) for number, value in said["layers"].items()}
-    plan = Plan(sizes_of(model), said["ratio"], recipe, layers, None, said["context"], said["capacity"], said["prefill"])
+    errors = None if said["calibration"] is None else ModelCalibration.loads(said["calibration"])
+    plan = Plan(sizes_of(model), said["ratio"], recipe, layers, errors, said["context"], said["capacity"], said["prefill"])
     plan.budget = _budget(record["budget"])
     plan.present = None if record["reading"] is None else Reading(*record["reading"])
     cache = kind._made(model, plan)

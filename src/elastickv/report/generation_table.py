@@ -1,0 +1,69 @@
+"""What generated text took, as text: of `elastickv run` and `elastickv bench --model`."""
+
+from collections.abc import Callable
+from typing import Any
+
+_GIB, _MIB = 1 << 30, 1 << 20
+
+
+def generation_table(result: dict[str, Any]) -> str:
+    """Return a column for each cache that was measured, then the speed-up and what was not run."""
+    caches = result["caches"]
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("tokens/s", lambda c: _number(c["tokens_per_s"], 2)),
+        ("first token, s", lambda c: _number(c["first_token_s"], 3)),
+        ("  of it storing", lambda c: _storing(c)),
+        ("tokens: prompt + new", lambda c: f"{_times(c['rows'])}{c['prompt_tokens']} + {c['new_tokens']}"),
+        ("KV read", lambda c: _bytes(c["kv_read_bytes"])),
+        ("  1/C of 16 bit", lambda c: _ratio(c.get("read_ratio"))),
+        ("KV stored", lambda c: _bytes(c["kv_stored_bytes"])),
+        ("  1/x of 16 bit", lambda c: _ratio(c.get("stored_ratio"))),
+        ("KV allocated", lambda c: _bytes(c["kv_allocated_bytes"])),
+        ("peak beyond weights", lambda c: "" if c["peak_bytes"] is None else _bytes(c["peak_bytes"])),
+    ]
+    cells = [["", *(cache["cache"] for cache in caches)]]
+    cells += [[name, *(figure(cache) for cache in caches)] for name, figure in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]) for row in cells
+    ]
+    lines = [_heading(result), *(line.rstrip() for line in lines)]
+    for baseline, ratio in (result.get("speedups") or {"stock": result.get("speedup")}).items():
+        if ratio is not None:
+            lines.append(f"elastic / {baseline}: {_interval(ratio)} times as fast, {ratio['samples']} pairs")
+    if result.get("noise_floor"):
+        lines.append(f"noise floor: {_interval(result['noise_floor'])}")
+    lines += [f"not run: {name}: {reason}" for name, reason in result.get("not_run", {}).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _heading(result: dict[str, Any]) -> str:
+    model = result["model"]
+    budget = f"recipe {result['recipe']}" if result["compress"] is None else f"compress={result['compress']:g}"
+    place = model["device_name"] or result["environment"]["cpu"] or model["device"]
+    return f"{model['name']}, {model['dtype']}, {_bytes(model['weights_bytes'])} of weights, {budget}, {place}"
+
+
+def _interval(figure: dict[str, Any]) -> str:
+    return f"{figure['estimate']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
+def _storing(cache: dict[str, Any]) -> str:
+    share = cache.get("storing_share_of_first_token")
+    return "" if share is None else f"{cache['storing_s']:.3f} ({100 * share:.1f} %)"
+
+
+def _times(rows: int) -> str:
+    return "" if rows == 1 else f"{rows} x "
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _number(value: float | None, places: int) -> str:
+    return "-" if value is None else f"{value:.{places}f}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / _MIB:.1f} MiB"
