@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from elastickv.bench.probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
 from elastickv.recipe import DTYPES, AttentionShape
 from elastickv.recipe.shape import MAX_CONTEXT
@@ -131,8 +132,17 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Progress) -
             "--context, a smaller --batch or a larger --compress"
         ) from None
     progress.phase("measuring")
+    probe = _host_probe()
     take_turns(generations, options.rounds, options.tokens + 1, options.seed, progress=progress.progress)
-    return _result(options, command, loaded, generations, not_run)
+    return _result(options, command, loaded, generations, not_run) | {"host": None if probe is None else probe.read()}
+
+
+def _host_probe() -> ProcfsProbe | None:
+    """Return what tells, when it is read, how busy others kept the host in the meantime; None where nothing does."""
+    try:
+        return ProcfsProbe()
+    except UnavailableError:
+        return None
 
 
 def _begun(generation: Generation, progress: Progress) -> Generation:
