@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "BENCHMARKS.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "BENCHMARKS.md", ROOT / "docs" / "fidelity.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -206,6 +206,44 @@ def recipe_errors() -> list[str]:
         for entry in record["recipes"]
     ]
     return table(["recipe", "bytes read 1/", "mean", "p95", "max"], rows)
+
+
+def bootstrap(figure: dict[str, float], places: int) -> str:
+    return f"{figure['mean']:.{places}f} [{figure['low']:.{places}f}, {figure['high']:.{places}f}]"
+
+
+def fidelity() -> list[str]:
+    paths = sorted((RESULTS / "cpu").glob("fidelity-smollm2-135m-[0-9]*.json"), key=lambda path: int(path.stem.split("-")[-1]))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    rows = [
+        [
+            str(row["context"]),
+            f"{row['compress']:g}",
+            f"`{row['recipe_hash']}`",
+            f"{row['read_ratio']:.2f}",
+            f"{row['stored_ratio']:.2f}",
+            bootstrap(row["ppl_change_percent"], 2),
+            bootstrap(row["kl"], 4),
+            bootstrap(row["top1_percent"], 1),
+            f"{row['windows']} x {row['scored_tokens'] // row['windows']}",
+        ]
+        for record in records
+        for row in record["rows"]
+    ]
+    first = records[0]
+    environment, calibration = first["environment"], first["calibration"]
+    headers = ["context", "C", "recipes", "read 1/", "stored 1/", "d-PPL %", "KL", "top-1 %", "windows x tokens scored"]
+    lines = [
+        f"{first['model']['name']} in float32 on {environment['cpu']}; torch {environment['torch']}, transformers "
+        f"{environment['transformers']}; {environment['date_utc'][:10]}. Calibrated on {calibration['tokens']} tokens of "
+        f"{calibration['text']}; scored on {', '.join(first['texts'])}.",
+        "",
+        *table(headers, rows),
+    ]
+    for row in load("cpu/fidelity-smollm2-135m-needle.json")["needle"]:
+        counts = ", ".join(f"{name} {sum(hits)}" for name, hits in row["found"].items())
+        lines += ["", f"Pass keys found of {len(row['depths'])} in {row['tokens']} tokens: {counts}."]
+    return lines
 
 
 def render(document: Path) -> str:

@@ -7,11 +7,15 @@ from typing import Any
 
 import click
 
+from elastickv.cli.bench_model import run_model_bench
+
 DEFAULTS: dict[str, int] = {"seq": 1024, "heads": 16, "dim": 64, "compress": 2}
 _SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.option("--seq", type=int, help="Context, tokens.  [default: 1024]"),
+    click.option("--model", help="Measure this model's tokens/s end to end: a folder, .gguf file, hub id, or shape:8b."),
+    click.option("--calibration", type=click.Path(path_type=Path), help="With --model: file of `elastickv calibrate`."),
+    click.option("--seq", "--context", "seq", type=int, help="Context, tokens.  [default: 1024; 4096 with --model]"),
     click.option("--heads", type=int, help="Query heads.  [default: 16]"),
     click.option("--dim", type=int, help="Elements of a head.  [default: 64]"),
     click.option("--compress", type=float, help="Budget C: read at most 1/C of the dense KV bytes.  [default: 2]"),
@@ -65,7 +69,10 @@ def build_command(name: str, doc: str, default_format: str) -> click.Command:
     """Return the benchmark as a command whose stdout is `default_format` unless asked otherwise."""
 
     def callback(**given: Any) -> int:
-        return _run(given, default_format, ("elastickv" if name == "bench" else name, *sys.argv[1:]))
+        command = ("elastickv" if name == "bench" else name, *sys.argv[1:])
+        if given["model"] is not None:
+            return run_model_bench(given, command)
+        return _run(given, default_format, command)
 
     callback.__doc__ = doc
     for option in reversed(_OPTIONS):
@@ -87,6 +94,9 @@ def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -
     output: Path | None = given.pop("output")
     if output is not None:
         check_writable(output)
+    if given.pop("calibration") is not None:
+        raise UsageError("--calibration is of a model: give --model too")
+    given.pop("model")
     filled = _with_preset(given)
     gate = filled.pop("gate")
     graphs = not filled.pop("no_graphs")

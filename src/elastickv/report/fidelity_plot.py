@@ -7,6 +7,7 @@ from typing import Any
 from elastickv.errors import UsageError
 
 SUFFIXES = (".png", ".svg", ".pdf")
+_MOST_TICKS = 5
 _FIGURES = (("ppl_change_percent", "perplexity change, %"), ("kl", "KL, nats"), ("top1_percent", "same top-1, %"))
 
 
@@ -64,6 +65,8 @@ def _map(axes: Any, needle: list[dict[str, Any]], name: str) -> None:
     grid = [[float(hit) for hit in row["found"].get(name, [float("nan")] * len(row["depths"]))] for row in needle]
     axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     axes.set_yticks(range(len(needle)), [str(row["tokens"]) for row in needle])
-    axes.set_xticks(range(len(needle[0]["depths"])), [f"{depth:.0%}" for depth in needle[0]["depths"]])
+    depths = needle[0]["depths"]
+    shown = range(0, len(depths), -(-len(depths) // _MOST_TICKS))
+    axes.set_xticks(shown, [f"{depths[i]:.0%}" for i in shown])
     axes.set_xlabel("depth of the pass key")
     axes.set_title(name)

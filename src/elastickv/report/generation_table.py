@@ -33,6 +33,7 @@ def generation_table(result: dict[str, Any]) -> str:
             lines.append(f"elastic / {baseline}: {_interval(ratio)} times as fast, {ratio['samples']} pairs")
     if result.get("noise_floor"):
         lines.append(f"noise floor: {_interval(result['noise_floor'])}")
+    lines += [f"beware: {flag}" for flag in (result.get("host") or {}).get("flags", [])]
     lines += [f"not run: {name}: {reason}" for name, reason in result.get("not_run", {}).items()]
     return "\n".join(lines) + "\n"
 

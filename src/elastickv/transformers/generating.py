@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from elastickv.bench.sampler import schedule
 from elastickv.bench.statistics import Interval, ratio_interval
 from elastickv.errors import UsageError
+from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.context import implementations
 from elastickv.transformers.footprint import Footprint
@@ -109,7 +111,7 @@ class Generation:
 
     def __init__(self, name: str, model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling) -> None:
         self.name, self.model, self.cache, self.sampling = name, model, cache, sampling
-        self.ids, self._mask, self.prompt_tokens = ids.to(model.device), mask.to(model.device), ids.shape[1]
+        self.ids, self._mask, self.prompt_tokens = ids.to(model.device), mask.to(model.device), int(ids.shape[1])
         self.pieces: list[Piece] = []
         self.footprint = Footprint(self.ids.device)
         self._implementation = implementations(model)
@@ -119,7 +121,8 @@ class Generation:
     @property
     def new_tokens(self) -> int:
         """Tokens generated so far, a row."""
-        return int(self.ids.shape[1]) - self.prompt_tokens
+        grown: int = self.ids.shape[1]
+        return grown - self.prompt_tokens
 
     @property
     def ended(self) -> bool:
@@ -195,7 +198,7 @@ class Generation:
     def _stock_bytes(self) -> int:
         """Return the bytes of layers that are Transformers' own."""
         tensors = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
-        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+        return sum(int(tensor.nbytes) for tensor in tensors if isinstance(tensor, torch.Tensor))
 
     def receipt(self) -> dict[str, Any]:
         """Return what this text took, as JSON values.
@@ -231,8 +234,17 @@ class Generation:
             "storing_share_of_first_token": report.quantise_seconds / self.pieces[0].first_s,
             "holds_from": report.holds_from,
             "calibrated": report.calibrated,
+            "recipe_hash": _hash(report.recipes.values()),
             "recipes": {str(layer): str(recipe) for layer, recipe in report.recipes.items()},
         }
+
+
+def _hash(recipes: Iterable[Recipe]) -> str | None:
+    """Return the recipe's hash; where layers differ, 12 hex digits of the SHA-256 of all of theirs in order."""
+    hashes = [recipe.hash for recipe in recipes]
+    if len(set(hashes)) <= 1:
+        return hashes[0] if hashes else None
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
 
 
 def stock(model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling) -> Generation:

@@ -1,0 +1,198 @@
+"""`elastickv run` and `elastickv bench --model` as a shell sees them, on models of a few thousand weights."""
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from elastickv.cli import main
+from tests.helpers.tiny_models import TEXT, tiny_llama
+
+PROMPT = TEXT[:300]
+
+
+@pytest.fixture
+def elastickv(monkeypatch, capsys):
+    """Run the program in this process: a new one would import PyTorch anew."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["elastickv", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        shown = capsys.readouterr()
+        return SimpleNamespace(returncode=stop.value.code, stdout=shown.out, stderr=shown.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's folder as Transformers writes it, with a tokenizer of one token a character and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama().model.save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="\x00"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\x00")
+    whole.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    whole.save_pretrained(path)
+    return path
+
+
+def generated(folder, prompt, tokens):
+    """Return the text that `generate` alone makes, character by character."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.tensor([[ord(c) for c in prompt]])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return "".join(chr(int(i)) for i in found[0, len(prompt) :])
+
+
+def test_a_prompt_goes_in_and_the_text_comes_out(elastickv, folder, tmp_path):
+    target = tmp_path / "receipt.json"
+    done = elastickv("run", folder, "--raw", "--prompt", PROMPT, "--compress=1", "--max-new-tokens=6", f"-o{target}")
+    assert done.returncode == 0, done.stderr
+    text = generated(folder, PROMPT, 6)
+    assert done.stdout == text + ("" if text.endswith("\n") else "\n")
+    record = json.loads(target.read_text(encoding="utf-8"))
+    assert record["text"] == text and record["speedup"] is None
+    (cache,) = record["caches"]
+    assert (cache["cache"], cache["prompt_tokens"], cache["new_tokens"]) == ("elastic", 300, 6)
+    assert "tokens/s" in done.stderr and "first token" in done.stderr and "KV stored" in done.stderr
+
+
+def test_the_prompt_may_be_a_file_or_come_through_a_pipe(elastickv, folder, tmp_path):
+    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
+    options = ("--raw", "--compress=1", "--max-new-tokens=3")
+    of_file = elastickv("run", folder, f"--file={tmp_path / 'prompt.txt'}", *options)
+    piped = elastickv("run", folder, *options, stdin=PROMPT)
+    assert of_file.returncode == piped.returncode == 0, of_file.stderr + piped.stderr
+    assert of_file.stdout == piped.stdout == generated(folder, PROMPT, 3).rstrip("\n") + "\n"
+
+
+def test_a_chat_template_is_applied_unless_the_prompt_is_raw(elastickv, folder, tmp_path):
+    for options, tokens in (((), 302), (("--raw",), 300)):
+        elastickv("run", folder, f"-p{PROMPT}", "--max-new-tokens=2", "--recipe=int8", f"-o{tmp_path / 'x.json'}", *options)
+        record = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+        assert record["caches"][0]["prompt_tokens"] == tokens
+        assert (record["compress"], record["recipe"]) == (None, "int8")
+
+
+def test_a_paired_baseline_has_a_receipt_and_the_ratio_an_interval(elastickv, folder, tmp_path):
+    done = elastickv(
+        "run", folder, f"-p{PROMPT}", "--compress=1", "--max-new-tokens=70", "--paired-baseline", f"-o{tmp_path / 'x.json'}"
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert [(cache["cache"], cache["new_tokens"]) for cache in record["caches"]] == [("stock", 70), ("elastic", 70)]
+    assert record["same_text"] is True and len(record["text"]) == 70
+    # Turns of 32, 32 and 6 tokens; the first carries the prompt.
+    assert record["speedup"]["samples"] == 2
+    assert "times as fast, 2 pairs" in done.stderr
+
+
+def test_without_a_calibration_one_warning_says_so(elastickv, folder):
+    done = elastickv("run", folder, f"-p{PROMPT}", "--max-new-tokens=2", "--compress=8")
+    assert done.stderr.count("warning") == 1 and "elastickv calibrate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["-pa", "-fb"], "give one"),
+        (["-f/no/such/file"], "/no/such/file"),
+        ([], "the prompt is empty"),
+        (["-p", "  "], "the prompt is empty"),
+        (["-pa", "--max-new-tokens=0"], "--max-new-tokens=0"),
+        (["-pa", "--max-new-tokens=9999"], "4096 positions"),
+        (["-pa", "--compress=0.5"], "compress=0.5"),
+        (["-pa", "--compress=4", "--recipe=int4"], "give one"),
+        (["-pa", "--recipe=int3"], "int3"),
+        (["-pa", "--temperature=-1"], "temperature -1"),
+        (["-pa", "--dtype=int8"], "choose fp32, fp16, bf16"),
+        (["-pa", "--calibration=/no/such/file"], "/no/such/file"),
+        (["-pa", "--output=/no/such/folder/x.json"], "does not exist"),
+    ],
+)
+def test_bad_input_of_run_is_one_line_and_exit_2(elastickv, folder, arguments, named):
+    done = elastickv("run", folder, *arguments)
+    assert done.returncode == 2
+    assert named in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert sum("error:" in line for line in done.stderr.splitlines()) == 1
+
+
+QUICK = ("--context=300", "--reps=4", "--decode-tokens=2")
+
+
+def test_a_shape_is_measured_with_stock_and_elastic_caches(elastickv, tmp_path):
+    target = tmp_path / "x.json"
+    done = elastickv("bench", "--model=shape:tiny", "--batch=2", "--compress=2", *QUICK, f"--output={target}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(target.read_text(encoding="utf-8"))
+    assert [cache["cache"] for cache in record["caches"]] == ["stock", "elastic"]
+    assert record["not_run"] == {"stock static+compile": "needs CUDA"} and "needs CUDA" in done.stdout
+    for cache in record["caches"]:
+        # Two tokens to begin with; then samples of two steps behind one that is not counted.
+        assert (cache["rows"], cache["new_tokens"]) == (2, 2 + 4 * 3)
+        assert [len(sample) for sample in cache["step_s"]] == [2] * 4
+        counted = [step for sample in cache["step_s"] for step in sample]
+        assert cache["tokens_per_s"] == pytest.approx(2 * len(counted) / sum(counted))
+    stock, ours = record["caches"]
+    assert ours["kv_stored_bytes"] < stock["kv_stored_bytes"] and ours["kv_read_bytes"] < stock["kv_read_bytes"]
+    assert ours["storing_share_of_first_token"] == ours["storing_s"] / ours["first_token_s"]
+    assert record["speedups"]["stock"]["samples"] == 4 and record["noise_floor"]["samples"] == 2
+    assert len(ours["recipe_hash"]) == 12 and record["baseline"] == "stock"
+
+
+def test_a_models_own_folder_is_measured_and_shown_as_json(elastickv, folder):
+    done = elastickv("bench", f"--model={folder}", "--recipe=int8", "--json", *QUICK)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["model"]["name"] == "tiny" and record["model"]["random_weights"] is False
+    assert set(record["caches"][1]["recipes"].values()) == {"int8"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model=shape:9b"], "shape:8b"),
+        (["--model=shape:tiny", "--heads=2"], "--heads"),
+        (["--model=shape:tiny", "--context=1"], "--context=1"),
+        (["--model=shape:tiny", "--context=9000"], "8192 positions"),
+        (["--model=shape:tiny", "--batch=0"], "--batch=0"),
+        (["--model=shape:tiny", "--reps=1"], "--reps=1"),
+        (["--model=shape:tiny", "--decode-tokens=0"], "--decode-tokens=0"),
+        (["--model=shape:tiny", "--compress=0.5"], "compress=0.5"),
+        (["--model=shape:tiny", "--dtype=int8"], "--dtype=int8"),
+        (["--model=shape:tiny", "--backend=tpu"], "auto, cuda, cpu"),
+        (["--model=shape:tiny", "--format=csv"], "table or json"),
+        (["--model=/no/such/folder"], "does not exist"),
+        (["--calibration=x.json"], "--model"),
+    ],
+)
+def test_bad_input_of_a_models_benchmark_is_one_line_and_exit_2(elastickv, arguments, named):
+    done = elastickv("bench", *arguments)
+    assert done.returncode == 2
+    assert named in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_a_shape_too_large_for_the_machine_is_refused_with_what_would_fit(elastickv, monkeypatch):
+    from elastickv.transformers import model_bench
+
+    arguments = ("bench", "--model=shape:1b", "--context=100000", "--compress=1", "--dtype=bf16")
+    weights = 1_235_814_400 * 2
+    # Weights, a prompt's pass of 100866 tokens (7.6 GiB) and 3.2 GiB of keys and values at 16 bit, but not at 4.
+    monkeypatch.setattr(model_bench, "free_bytes", lambda device: weights + (9 << 30))
+    done = elastickv(*arguments)
+    assert done.returncode == 2
+    assert "--compress" in done.stderr and "--context 65536" in done.stderr and "would fit" in done.stderr
+    monkeypatch.setattr(model_bench, "free_bytes", lambda device: weights // 2)
+    assert "nothing shorter would fit" in elastickv(*arguments).stderr
