@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from elastickv.transformers.generating import (
 )
 from elastickv.transformers.models import Loaded, load_model
 from elastickv.transformers.needs import Needs, free_bytes
+from elastickv.transformers.plan import UncalibratedWarning
 from elastickv.transformers.running import WARM_UP_PROMPT, WARM_UP_TOKENS, described, surroundings
 from elastickv.transformers.shapes import DTYPE_BYTES, built, shape_named
 from elastickv.transformers.support import sizes_of, text_config
@@ -75,7 +77,7 @@ class ModelBench:
     text: str
 
     def __post_init__(self) -> None:
-        # Two samples make a noise floor of nothing; four make one of two pairs.
+        # Two samples of each make an interval; a noise floor takes four.
         for name, value, least in (("--context", self.context, 2), ("--batch", self.batch, 1), ("--reps", self.rounds, 2)):
             if value < least:
                 raise UsageError(f"{name}={value} is out of range: give a whole number from {least} up")
@@ -115,7 +117,11 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Progress) -
     # The elastic one sets the model's attention: it is checked first and begun last.
     before = model.config._attn_implementation
     wanted = dict(options.wanted) | ({"context": options.context} if options.wanted.get("compress") else {})
-    ours = elastic(model, ids, mask, sampling, options.capacity, wanted)
+    with warnings.catch_warnings():
+        if loaded.tokenizer is None:
+            # Random weights have nothing to lose.
+            warnings.simplefilter("ignore", UncalibratedWarning)
+        ours = elastic(model, ids, mask, sampling, options.capacity, wanted)
     model.set_attn_implementation(before)
     generations = []
     for make, name in zip(made, (STOCK, STATIC), strict=False):
