@@ -64,7 +64,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     __shared__ Task kept;  // while the loops need the registers
+#if !FIXED
     __shared__ Work kept_work;
+#endif
     const Args a = ARGS_VALUE;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const u32 stages = shared_address(shared.stages[warp]), arrived = shared_address(shared.arrived[warp]);
@@ -102,8 +104,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     auto first_exact = [&](const Task& task) { return task.exact_begin + warp * task.stride; };
 #if FIXED
     const u32 problems = a.batch * a.kv_heads * a.passes, splits = gridDim.x / problems, split = blockIdx.x % splits;
-    Work w = {};
-    w.problems = problems;
     task.p = place_of(a, blockIdx.x / splits);
     task.p.first_block = blockIdx.x - split;
     task.p.last_block = task.p.first_block + splits - 1;
@@ -201,7 +201,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         __syncthreads();
         if (threadIdx.x == 0) {
             kept = task;
+#if !FIXED
             kept_work = w;
+#endif
         }
         if (!EARLY) load_queries(words, a, task.p);
         stage_queries(words, a, shared);
@@ -263,11 +265,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             drain();
             leave_pages(r, shared.sums[warp], shared.sums_ml[warp], has_exact);
         }
-        w = kept_work;
         const Place p = kept.p;
-#if FIXED
-        const bool more = false;
-#else
+#if !FIXED
+        w = kept_work;
         const u32 size = w.pad ? w.pad : kept.s.units;
         Work next = w;
         next.left -= min(w.left, size - w.offset);
@@ -338,8 +338,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #if SELECT && !FIXED
         if (threadIdx.x == 0 && blockIdx.x == p.first_block && p.first_query == 0) foretell(a, p.head, __ldcg(a.state + p.head));
 #endif
+#if FIXED
+        return;
+#else
         if (!more) return;
-#if !FIXED
         w = next;
 #endif
     }
