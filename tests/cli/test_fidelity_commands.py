@@ -6,49 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from elastickv.cli import main
 from elastickv.recipe import ModelCalibration
-from tests.helpers.tiny_models import TEXT, tiny_llama
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
     "--context=500", "--windows=2", "--scored=4", "--compress=1,2,64", "--needle=450", "--depths=2", "--greedy=2",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def elastickv(monkeypatch, capsys):
-    """Run the program in this process: a new one would import PyTorch anew."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["elastickv", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        shown = capsys.readouterr()
-        return SimpleNamespace(returncode=stop.value.code, stdout=shown.out, stderr=shown.err)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model's folder as Transformers writes it, with a tokenizer of one token a character."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama().model.save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="\x00"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\x00").save_pretrained(path)
-    (path.parent / "text.txt").write_text(TEXT, encoding="utf-8")
-    (path.parent / "other.txt").write_text(TEXT[::-1], encoding="utf-8")
-    return path
 
 
 def test_a_model_is_calibrated_and_evaluated(elastickv, folder, tmp_path):
