@@ -11,7 +11,7 @@ import torch
 
 from elastickv.bench.probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
-from elastickv.recipe import DTYPES, AttentionShape
+from elastickv.recipe import DTYPES, FORMATS, AttentionShape
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.transformers.generating import (
     ELASTIC,
@@ -30,7 +30,7 @@ from elastickv.transformers.models import Loaded, load_model
 from elastickv.transformers.needs import Needs, free_bytes
 from elastickv.transformers.plan import UncalibratedWarning
 from elastickv.transformers.running import WARM_UP_PROMPT, WARM_UP_TOKENS, described, surroundings
-from elastickv.transformers.shapes import DTYPE_BYTES, built, shape_named
+from elastickv.transformers.shapes import built, shape_named
 from elastickv.transformers.support import sizes_of, text_config
 
 KIND = "elastickv-model-bench"
@@ -169,7 +169,7 @@ def _loaded(options: ModelBench) -> Loaded:
     device = options.device
     if shape is not None:
         attention = AttentionShape(options.batch, shape.query_heads, shape.kv_heads, shape.head_dim)
-        weights, size = shape.weights_bytes(options.dtype), DTYPE_BYTES[options.dtype]
+        weights, size = shape.weights_bytes(options.dtype), FORMATS[options.dtype].bits // 8
         needs = Needs(options.model, weights, shape.layers, attention, shape.hidden, shape.intermediate, options.dtype, size)
         if options.capacity > shape.positions:
             raise UsageError(f"{options.capacity} tokens are beyond the {shape.positions} positions of {options.model}")
@@ -179,7 +179,7 @@ def _loaded(options: ModelBench) -> Loaded:
     sizes, text = sizes_of(loaded.model), text_config(loaded.model)
     attention = AttentionShape(options.batch, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
     intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    weights, size = sum(w.nbytes for w in loaded.model.parameters()), DTYPE_BYTES[options.dtype]
+    weights, size = sum(w.nbytes for w in loaded.model.parameters()), FORMATS[options.dtype].bits // 8
     needs = Needs(loaded.name, weights, len(sizes.elastic), attention, text.hidden_size, intermediate, options.dtype, size)
     needs.check(options.capacity, options.wanted, free_bytes(device), loaded=True)
     return loaded

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.recipe import FORMATS
 from elastickv.transformers.models import NEEDED, Loaded, require
 
 PREFIX = "shape:"
-DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Shape:
 
     def weights_bytes(self, dtype: str) -> int:
         """Bytes of the weights."""
-        return self.parameters * DTYPE_BYTES[dtype]
+        return self.parameters * FORMATS[dtype].bits // 8
 
     def config(self) -> Any:
         """Return Transformers' configuration."""
