@@ -198,8 +198,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
             recipe = scaled(store.cache.recipe, reading.scale)
             store.cache.set_fractions([recipe.fraction(head) for head in range(store.cache.shape.kv_heads)])
             self._reading = reading
-        store.append(pending.keys, pending.values)
-        output, lse = store.decode(call.query[:, :, 0], call.scaling)
+        output, lse = store.step(pending.keys, pending.values, call.query[:, :, 0], call.scaling)
         self._ledger.note_step(self.number, store.cache, reading.scale)
         if store.cache.step % CHECK_EVERY == CHECK_EVERY - 1:
             self._check_finite()

@@ -117,16 +117,14 @@ class HostStore:
         self._grow(lengths)
         self.cache.extend(self._host(keys), self._host(values), lengths)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store one token a row: (batch, kv_heads, 1, head_dim)."""
-        self._grow(np.ones(self.cache.shape.batch, np.int64))
-        self.cache.append(self._host(keys)[:, :, 0], self._host(values)[:, :, 0])
-
-    def decode(self, queries: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend with one query a row.
+    def step(
+        self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store one token a row and attend with one query a row.
 
         Parameters
         ----------
+        keys, values : (batch, kv_heads, 1, head_dim).
         queries : (batch, query_heads, head_dim).
         scaling : what products of queries and keys are multiplied by.
 
@@ -135,10 +133,27 @@ class HostStore:
         outputs : (batch, query_heads, head_dim) float32.
         lse : (batch, query_heads) float32, natural logarithm.
         """
+        self.ready_step()
+        found = self.queue_step(keys, values, queries, scaling)
+        self.count_step()
+        return found
+
+    def ready_step(self) -> None:
+        """Make room for one more token a row."""
+        self._grow(np.ones(self.cache.shape.batch, np.int64))
+
+    def queue_step(
+        self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what `step` does between `ready_step` and `count_step`."""
+        self.cache.append(self._host(keys)[:, :, 0], self._host(values)[:, :, 0])
         # Back ends divide by the root of the padded head.
         scaled = queries.to(torch.float32) * (scaling * self.cache.shape.head_dim**0.5)
         outputs, lse = self.cache.decode(self._host(scaled))
         return self._tensor(outputs), torch.from_numpy(np.asarray(lse, np.float32)).to(self._device)
+
+    def count_step(self) -> None:
+        """Note what `queue_step` stored: a cache in host memory has counted it."""
 
     def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens `first` to `last` - 1 as stored, float32; zeros where there are none."""
