@@ -208,7 +208,7 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
             self.device = type("Device", (), {"free_bytes": needed})()
             self.cache, self.cache_bytes = backend.cache, backend.cache_bytes
 
-    monkeypatch.setattr("elastickv.transformers.layer.backend_for", lambda device: Full())
+    monkeypatch.setattr("elastickv.transformers.store.backend_for", lambda device: Full())
     with pytest.raises(UsageError, match=r"need .* GiB in 2 layers and .* are free; compress=\d+ would fit"):
         tiny.generate(**prompt(1, 1000), max_new_tokens=20, past_key_values=cache)
 

@@ -20,7 +20,7 @@ from elastickv.transformers.memory import check_memory, first_capacity
 from elastickv.transformers.plan import Plan
 from elastickv.transformers.report import Ledger
 from elastickv.transformers.slots import Slots
-from elastickv.transformers.store import HostStore, backend_for, dtype_name, padded_head_dim
+from elastickv.transformers.store import Store, dtype_name, new_store, padded_head_dim
 from elastickv.transformers.stored_attention import Scoring, attend_stored
 from elastickv.transformers.visibility import real_tokens, visible_new
 
@@ -45,7 +45,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all tokens and free what held them."""
-        self.store: HostStore | None = None
+        self.store: Store | None = None
         self.held: tuple[torch.Tensor, torch.Tensor] | None = None
         self.slots = Slots()
         self.batch = 0
@@ -181,17 +181,17 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         recipe = of_rank(budget.recipes[self.number], self._plan.sizes.kv_heads, heads)
         shape = AttentionShape(self.batch, call.query.shape[1], heads, padded_head_dim(head_dim))
         recipe.check_shape(shape.head_dim, heads)
-        backend = backend_for(keys.device)
+        backend = self._plan.backends.at(keys.device)
         capacity = first_capacity(self._plan, longest, self.slots.length)
         if self.number == self._plan.sizes.elastic[0]:
             check_memory(backend, self._plan, shape, capacity, dtype)
-        store = HostStore(backend, shape, capacity, dtype, recipe, head_dim, keys.device, budget.phase(self.number))
+        store = new_store(backend, shape, capacity, dtype, recipe, head_dim, keys.device, budget.phase(self.number))
         store.extend(keys, values, lengths)
         self.store, self.held = store, None
         self._check_finite()
         self._ledger.quantised(time.perf_counter() - started)
 
-    def _decode(self, store: HostStore, pending: Pending, call: Call, scoring: Scoring) -> torch.Tensor:
+    def _decode(self, store: Store, pending: Pending, call: Call, scoring: Scoring) -> torch.Tensor:
         longest = int(store.lengths.max()) + 1
         reading = self._plan.reading(longest)
         if reading is not self._reading:
@@ -204,7 +204,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
             self._check_finite()
         return scoring.with_sinks(output, lse)
 
-    def go_on(self, store: HostStore) -> None:
+    def go_on(self, store: Store) -> None:
         """Take over a store that was filled under the plan's present reading."""
         self.store, self._reading = store, self._plan.present
 

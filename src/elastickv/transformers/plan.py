@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from elastickv.recipe.model_solver import for_ratio_by_layer
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import check_ratio
 from elastickv.transformers.budget import Budget, Reading
+from elastickv.transformers.store import Backends
 from elastickv.transformers.support import Sizes
 
 USUAL_CONTEXT = 4096
@@ -48,6 +49,7 @@ class Plan:
     expected : places that the running `generate` will fill, prompt included, or None.
     budget : the recipes, once the prompt is known.
     present : what is read at present.
+    backends : where its layers are stored.
     """
 
     sizes: Sizes
@@ -61,6 +63,7 @@ class Plan:
     expected: int | None = None
     budget: Budget | None = None
     present: Reading | None = None
+    backends: Backends = field(default_factory=Backends)
 
     def settle(self, longest: int, dtype: str) -> Budget:
         """Choose the recipes for a prompt whose longest row has `longest` tokens."""
@@ -189,7 +192,7 @@ class Plan:
 
     def copy(self) -> Plan:
         """Return a plan that goes its own way from here."""
-        return replace(self)
+        return replace(self, backends=Backends())
 
 
 def plan_for(

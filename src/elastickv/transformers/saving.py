@@ -20,7 +20,7 @@ from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.models import fingerprint
 from elastickv.transformers.plan import Plan
 from elastickv.transformers.slots import Slots
-from elastickv.transformers.store import HostStore, backend_for
+from elastickv.transformers.store import new_store
 from elastickv.transformers.support import sizes_of
 
 if TYPE_CHECKING:
@@ -177,14 +177,14 @@ def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.T
     said = entry["store"]
     if said is None:
         return
-    backend = backend_for(device)
+    backend = layer._plan.backends.at(device)
     if backend.name != said["backend"]:
         raise UsageError(
             f"the cache was saved from the {said['backend']} back end, and the model is on {device}: move the model"
         )
     shape = AttentionShape(*said["shape"])
     recipe = Recipe.parse(said["recipe"])
-    store = HostStore(
+    store = new_store(
         backend, shape, int(said["capacity"]), said["dtype"], recipe, int(said["head_dim"]), device, said["phase"]
     )
     store.cache.load_state(

@@ -1,11 +1,13 @@
 """Between torch tensors and a back end's cache of one layer.
 
-The one place where tensors become what a back end takes. `HostStore` hands over host memory: without a copy where a tensor is
-float32 on the CPU, through a copy elsewhere. A back end that works on device addresses gets a store of its own here.
+The one place where tensors become what a back end takes. `HostStore` hands over host memory, without a copy where a tensor is
+float32 on the CPU; `DeviceStore`, in a file of its own, hands over device addresses.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -19,6 +21,8 @@ from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from typing_extensions import Self
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 GIB = 1 << 30
@@ -50,7 +54,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def backend_for(device: torch.device) -> Backend:
-    """Return the back end that works where a layer's tensors lie.
+    """Return a back end that works where a layer's tensors lie. Caches of one such decode one after the other.
 
     Raises
     ------
@@ -59,39 +63,60 @@ def backend_for(device: torch.device) -> Backend:
     if device.type == "cpu":
         return load("cpu")[0]
     if device.type == "cuda":
-        return load("cuda", device.index or 0)[0]
+        from elastickv.transformers.device_store import open_backend
+
+        return open_backend(device)
     raise UsageError(f"layers on {device} are not supported: move the model to cpu or cuda")
 
 
-class HostStore:
-    """The tokens of one layer in a back end's cache, reached through host memory.
+class Backends:
+    """The back ends of one model cache's layers: one for each device."""
 
-    Tensors are (batch, kv_heads, tokens, head_dim) of the model's dtype; what comes back is float32 on the layer's device.
+    def __init__(self) -> None:
+        self._opened: dict[torch.device, Backend] = {}
+
+    def at(self, device: torch.device) -> Backend:
+        """Return the back end of a device; see `backend_for`."""
+        if device not in self._opened:
+            self._opened[device] = backend_for(device)
+        return self._opened[device]
+
+
+def new_store(
+    backend: Backend,
+    shape: AttentionShape,
+    capacity: int,
+    dtype: str,
+    recipe: Recipe,
+    head_dim: int,
+    device: torch.device,
+    phase: int = 0,
+) -> Store:
+    """Return an empty store.
 
     Parameters
     ----------
-    backend : where the cache lives.
+    backend : where its cache lives.
     shape : of the layer, with the padded head.
     head_dim : the model's own.
     phase : steps by which the layer's anchors come early.
     """
+    cache = cast(EditableCache, backend.cache(shape, capacity, dtype, recipe, phase))
+    if backend.name == "cuda":
+        from elastickv.transformers.device_store import DeviceStore
 
-    def __init__(
-        self,
-        backend: Backend,
-        shape: AttentionShape,
-        capacity: int,
-        dtype: str,
-        recipe: Recipe,
-        head_dim: int,
-        device: torch.device,
-        phase: int = 0,
-    ) -> None:
-        cache = backend.cache(shape, capacity, dtype, recipe, phase)
-        if not hasattr(cache, "extend"):
-            raise UsageError(f"the {backend.name} back end cannot serve a model yet: move the model to the CPU")
-        self._backend, self.head_dim, self._device = backend, head_dim, device
-        self.cache = cast(EditableCache, cache)
+        return DeviceStore(backend, cache, head_dim, device)
+    return HostStore(backend, cache, head_dim, device)
+
+
+class Store(ABC):
+    """The tokens of one layer in a back end's cache.
+
+    Tensors are (batch, kv_heads, tokens, head_dim) of the model's dtype; what comes back is float32 on the layer's device.
+    """
+
+    def __init__(self, backend: Backend, cache: EditableCache, head_dim: int, device: torch.device) -> None:
+        self._backend, self.cache, self.head_dim, self._device = backend, cache, head_dim, device
 
     @property
     def backend_name(self) -> str:
@@ -103,19 +128,18 @@ class HostStore:
         """Tokens held of each row, (batch,)."""
         return self.cache.lengths
 
-    def _host(self, tensor: torch.Tensor) -> NDArray[np.float32]:
-        missing = self.cache.shape.head_dim - self.head_dim
-        wide = torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
-        return cast("NDArray[np.float32]", wide.detach().to("cpu", torch.float32).contiguous().numpy())
+    @property
+    @abstractmethod
+    def launch_key(self) -> Hashable:
+        """What changes when `queue_step` would queue something else than before."""
 
-    def _tensor(self, array: NDArray[np.floating]) -> torch.Tensor:
-        # A view of the first channels: what was padded is zeros.
-        return torch.from_numpy(np.asarray(array, np.float32)).to(self._device)[..., : self.head_dim]
-
+    @abstractmethod
     def extend(self, keys: torch.Tensor, values: torch.Tensor, lengths: NDArray[np.int64]) -> None:
         """Store further tokens, of row b the first `lengths[b]`; the next decode is an anchor."""
-        self._grow(lengths)
-        self.cache.extend(self._host(keys), self._host(values), lengths)
+
+    @abstractmethod
+    def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens `first` to `last` - 1 as stored, float32; zeros where there are none."""
 
     def step(
         self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
@@ -142,23 +166,15 @@ class HostStore:
         """Make room for one more token a row."""
         self._grow(np.ones(self.cache.shape.batch, np.int64))
 
+    @abstractmethod
     def queue_step(
         self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Do what `step` does between `ready_step` and `count_step`."""
-        self.cache.append(self._host(keys)[:, :, 0], self._host(values)[:, :, 0])
-        # Back ends divide by the root of the padded head.
-        scaled = queries.to(torch.float32) * (scaling * self.cache.shape.head_dim**0.5)
-        outputs, lse = self.cache.decode(self._host(scaled))
-        return self._tensor(outputs), torch.from_numpy(np.asarray(lse, np.float32)).to(self._device)
 
+    @abstractmethod
     def count_step(self) -> None:
-        """Note what `queue_step` stored: a cache in host memory has counted it."""
-
-    def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return tokens `first` to `last` - 1 as stored, float32; zeros where there are none."""
-        keys, values = self.cache.read(first, last)
-        return self._tensor(keys), self._tensor(values)
+        """Note what `queue_step` stored."""
 
     def _grow(self, more: NDArray[np.int64]) -> None:
         needed = int((self.lengths + more).max())
@@ -187,16 +203,51 @@ class HostStore:
                 "generate fewer tokens, or give a larger compress"
             )
 
-    def copy(self) -> HostStore:
+    def copy(self) -> Self:
         """Return a store that shares nothing with this one."""
-        other = object.__new__(type(self))
-        other._backend, other.head_dim, other._device = self._backend, self.head_dim, self._device
-        other.cache = self.cache.gather(np.arange(self.cache.shape.batch), self.cache.capacity)
-        return other
+        cache = self.cache.gather(np.arange(self.cache.shape.batch), self.cache.capacity)
+        return type(self)(self._backend, cache, self.head_dim, self._device)
 
     def state(self) -> CacheState:
         """Return copies of all that `load_state` needs."""
         return self.cache.state()
+
+
+class HostStore(Store):
+    """A store whose cache takes arrays of the host."""
+
+    @property
+    def launch_key(self) -> Hashable:
+        return id(self.cache)
+
+    def _host(self, tensor: torch.Tensor) -> NDArray[np.float32]:
+        missing = self.cache.shape.head_dim - self.head_dim
+        wide = torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+        return cast("NDArray[np.float32]", wide.detach().to("cpu", torch.float32).contiguous().numpy())
+
+    def _tensor(self, array: NDArray[np.floating]) -> torch.Tensor:
+        # A view of the first channels: what was padded is zeros.
+        return torch.from_numpy(np.asarray(array, np.float32)).to(self._device)[..., : self.head_dim]
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor, lengths: NDArray[np.int64]) -> None:
+        self._grow(lengths)
+        self.cache.extend(self._host(keys), self._host(values), lengths)
+
+    def queue_step(
+        self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.cache.append(self._host(keys)[:, :, 0], self._host(values)[:, :, 0])
+        # Back ends divide by the root of the padded head.
+        scaled = queries.to(torch.float32) * (scaling * self.cache.shape.head_dim**0.5)
+        outputs, lse = self.cache.decode(self._host(scaled))
+        return self._tensor(outputs), torch.from_numpy(np.asarray(lse, np.float32)).to(self._device)
+
+    def count_step(self) -> None:
+        """Do nothing: the cache has counted what it stored."""
+
+    def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.cache.read(first, last)
+        return self._tensor(keys), self._tensor(values)
 
 
 def _rounded(tokens: int) -> int:

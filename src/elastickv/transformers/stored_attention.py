@@ -12,7 +12,7 @@ import torch
 
 from elastickv.recipe import Recipe, regions
 from elastickv.recipe.pages import kept
-from elastickv.transformers.store import HostStore
+from elastickv.transformers.store import Store
 
 BLOCK_TOKENS = 2048
 SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32
@@ -77,7 +77,7 @@ def attend_stored(
     keys: torch.Tensor,
     values: torch.Tensor,
     visible: torch.Tensor | None,
-    store: HostStore,
+    store: Store,
     scoring: Scoring,
 ) -> torch.Tensor:
     """Return the attention of new tokens over the stored ones and themselves.
@@ -125,7 +125,7 @@ def _attend_whole(
     keys: torch.Tensor,
     values: torch.Tensor,
     visible: torch.Tensor | None,
-    store: HostStore,
+    store: Store,
     scaling: float,
     ends: torch.Tensor,
 ) -> torch.Tensor:

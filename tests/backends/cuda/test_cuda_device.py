@@ -620,7 +620,8 @@ def test_a_full_cache_and_one_too_large_are_refused(open_cuda, monkeypatch):
     with pytest.raises(UsageError, match="full"):
         cache.append(*np.zeros((2, 1, 1, 64), np.float32))
     huge = AttentionShape(64, 64, 64, 256)
-    monkeypatch.setattr("elastickv.backends.cuda.device.Memory", lambda *_: pytest.fail("allocated before refusing"))
+    allocate = "elastickv.backends.cuda.device.DriverAllocator.allocate"
+    monkeypatch.setattr(allocate, lambda *_: pytest.fail("allocated before refusing"))
     with pytest.raises(UsageError, match=r"needs \d+ bytes.*a context of \d+ tokens fits"):
         backend.cache(huge, 1 << 20, "bf16", DENSE)
     assert backend.cache_bytes(huge, 1 << 20, "bf16", DENSE) > 2 * 64 * 64 * 256 * 2 * (1 << 20)

@@ -1,12 +1,13 @@
 """The CUDA back end: one device, its caches and programs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from elastickv.attention.feedback import Feedback
 from elastickv.backends.cuda.cache import CudaLayerCache
 from elastickv.backends.cuda.ceilings import measure
-from elastickv.backends.cuda.device import CudaDevice
+from elastickv.backends.cuda.device import Allocator, CudaDevice
 from elastickv.backends.cuda.programs import CudaProgram, attention_program, cycle_program
 from elastickv.backends.cuda.storage import Layout, Scratch, ScratchSize
 from elastickv.backends.cuda.variants import (
@@ -32,13 +33,21 @@ _SPARE_BYTES = 128 << 20  # contexts, kernels and staging that a full device mus
 class CudaBackend:
     """Runs decode attention on one CUDA device.
 
-    `kind` forces the 'mma' or the 'simt' kernels and `extra_macros` adds to a build: for tests and measurements.
+    `kind` forces the 'mma' or the 'simt' kernels and `extra_macros` adds to a build: for tests and measurements. Memory comes
+    from `allocator`, the driver's own unless given. The blocks of its caches' decodes leave partial results in one scratch, so
+    its caches decode one after the other, on one stream.
     """
 
     name = "cuda"
 
-    def __init__(self, device: int | None = None, kind: str = "auto", extra_macros: dict[str, int] | None = None) -> None:
-        self._device = CudaDevice(device)
+    def __init__(
+        self,
+        device: int | None = None,
+        kind: str = "auto",
+        extra_macros: dict[str, int] | None = None,
+        allocator: Allocator | None = None,
+    ) -> None:
+        self._device = CudaDevice(device, allocator)
         self._kind = kind
         self._extra = extra_macros or {}
         self._scratch: Scratch | None = None
@@ -46,6 +55,10 @@ class CudaBackend:
     @property
     def device(self) -> DeviceInfo:
         return self._device.info()
+
+    def follow(self, stream: int) -> None:
+        """Queue on the stream with this handle from now on."""
+        self._device.follow(stream)
 
     def _kept(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Recipe:
         return kept_as(recipe, shape, capacity, dtype, self._device.arch) if self._kind == "auto" else recipe
@@ -98,7 +111,7 @@ class CudaBackend:
         variant = self._variant(shape, capacity, dtype, recipe)
         layout = Layout.of(shape, capacity, dtype, self._kept(shape, capacity, dtype, recipe), variant.paged)
         _, scratch = self._grid(shape, variant, layout)
-        return layout.n_bytes + scratch.n_bytes
+        return layout.n_bytes + layout.marked_bytes + scratch.n_bytes
 
     def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> LayerCache:
         """Allocate the cache of one layer.
@@ -109,12 +122,29 @@ class CudaBackend:
         """
         if capacity < 1:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give at least 1")
-        variant = self._variant(shape, capacity, dtype, recipe)
         kept = self._kept(shape, capacity, dtype, recipe)
+        return self._made(shape, capacity, dtype, recipe, phase, kept, self._variant(shape, capacity, dtype, recipe))
+
+    def resized(self, cache: CudaLayerCache, batch: int, capacity: int) -> CudaLayerCache:
+        """Return an empty cache for `batch` sequences of `capacity` tokens that lie as those of another do.
+
+        Raises
+        ------
+        UsageError : if it does not fit the device.
+        """
+        shape = replace(cache.shape, batch=batch)
+        variant = self._variant(shape, capacity, cache.dtype, cache.recipe)
+        if (variant.paged, self._kept(shape, capacity, cache.dtype, cache.recipe)) != (cache.variant.paged, cache.kept):
+            variant = cache.variant
+        return self._made(shape, capacity, cache.dtype, cache.recipe, cache.phase, cache.kept, variant)
+
+    def _made(
+        self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int, kept: Recipe, variant: Variant
+    ) -> CudaLayerCache:
         layout = Layout.of(shape, capacity, dtype, kept, variant.paged)
         blocks, size = self._grid(shape, variant, layout)
         shared = self._scratch is not None and self._scratch.size.covers(size)
-        needed = layout.n_bytes + (0 if shared else size.n_bytes)
+        needed = layout.n_bytes + layout.marked_bytes + (0 if shared else size.n_bytes)
         free = self._device.free_bytes - _SPARE_BYTES
         if needed > free:
             fits = self._largest_capacity(shape, capacity, dtype, kept, variant.paged, free - size.n_bytes)
@@ -123,7 +153,8 @@ class CudaBackend:
         if not shared:
             self._scratch = Scratch(self._device, size)
         assert self._scratch is not None
-        return CudaLayerCache(self._device, shape, capacity, dtype, recipe, kept, variant, blocks, layout, self._scratch, phase)
+        held = (kept, variant, blocks, layout, self._scratch)
+        return CudaLayerCache(self._device, shape, capacity, dtype, recipe, phase, *held, self.resized)
 
     @staticmethod
     def _largest_capacity(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool, free: int) -> int:

@@ -70,7 +70,15 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
             variant = decode_variant(head_dim, group, dtype, asked, arch, kind)
             split = [split_variant(variant, group, Split(n, n <= LARGEST_CLUSTER)) for n in (2, 4, 8, 16)]
             selecting = variant.selecting() if asked.selection == "pages" else None
-            for each in (variant, variant.fixed(), variant.storing(), selecting, overlapping(variant), *split):
+            for each in (
+                variant,
+                variant.fixed(),
+                variant.storing(),
+                variant.editing(),
+                selecting,
+                overlapping(variant),
+                *split,
+            ):
                 if each and each not in seen:
                     seen.add(each)
                     yield each

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,19 +11,19 @@ from numpy.typing import NDArray
 from elastickv.attention.feedback import Feedback
 from elastickv.backends.cuda.contents import Contents
 from elastickv.backends.cuda.device import CudaDevice, Memory, f32, i32, i64, u64
+from elastickv.backends.cuda.rows import DeviceRows, Given, Rows
 from elastickv.backends.cuda.storage import Layout, Scratch, Storage
 from elastickv.backends.cuda.variants import Variant, fixed_blocks, selecting_blocks
 from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_shape
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
-from elastickv.recipe.pages import selected
 
-_CHUNK_TOKENS = 1 << 15
+_NUMBERS = itertools.count()
 _TOO_LARGE = 1 << 31
 
 
-class CudaLayerCache:
-    """A `LayerCache` in device memory, whose tokens are kept as another recipe of equal results may keep them."""
+class CudaLayerCache(Rows):
+    """An `EditableCache` in device memory, whose tokens are kept as another recipe of equal results may keep them."""
 
     def __init__(
         self,
@@ -31,31 +32,30 @@ class CudaLayerCache:
         capacity: int,
         dtype: str,
         recipe: Recipe,
+        phase: int,
         kept: Recipe,
         variant: Variant,
         blocks: int,
         layout: Layout,
         scratch: Scratch,
-        phase: int = 0,
+        resized: Callable[["CudaLayerCache", int, int], "CudaLayerCache"],
     ) -> None:
         self.shape, self.capacity, self.dtype, self.recipe, self.phase = shape, capacity, dtype, recipe, phase
         recipe.check_phase(phase)
-        self._kept, self.variant, self.blocks = kept, variant, blocks
-        self._device, self._scratch = device, scratch
+        self.kept, self.variant, self.blocks = kept, variant, blocks
+        self._device, self._scratch, self._resized = device, scratch, resized
         self.storage = Storage(device, layout)
-        if layout.counts:
-            pages = range(layout.page_capacity + 1)
-            table = [[selected(n, fraction) for n in pages] for fraction in recipe.fractions]
-            device.upload(self.storage.counts, np.array(table, np.int32))
-        fixed = variant.fixed() if len(set(recipe.fractions)) <= 1 else None
-        equal = fixed_blocks(shape.batch * shape.kv_heads * self.passes, device.multiprocessors)
-        self._fixed = (fixed, equal) if fixed and equal else None
+        self._number = next(_NUMBERS)
         self._lengths = np.zeros(shape.batch, np.int64)
         self._step = -1
         self._anchor: int | None = None  # step of the last anchor that was decoded
-        self._stream = device.stream
+        self._marked: tuple[NDArray[np.int64], int, int | None] | None = None
+        fixed = variant.fixed()
+        equal = fixed_blocks(shape.batch * shape.kv_heads * self.passes, device.multiprocessors)
+        self._fixed = (fixed, equal) if fixed and equal else None
+        self._fractions: tuple[float, ...] = ()
+        self._put_fractions([recipe.fraction(head) for head in range(shape.kv_heads)])
         self._restart(self._lengths)
-        self.mark()
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -75,28 +75,8 @@ class CudaLayerCache:
         longest = int(max(lengths, default=0))
         if longest > min(keys.shape[2], self.capacity):
             raise UsageError(f"a sequence of {longest} tokens does not fit a capacity of {self.capacity}")
-        self._restart(lengths)
-        dim = self.shape.head_dim
-        # Chunks end where pages do.
-        sinks = min(self._kept.sinks, longest)
-        edges = [0, *range(sinks + _CHUNK_TOKENS, longest, _CHUNK_TOKENS), longest]
-        rows = max(min(longest, sinks + _CHUNK_TOKENS), 1)
-        staged = [self._device.allocate(rows * dim * 4) for _ in range(2)]
-        storing = self.variant.storing()
-        for head in range(self.storage.layout.heads):
-            row, kv_head = divmod(head, self.shape.kv_heads)
-            length = int(self._lengths[row])
-            for first, end in itertools.pairwise(edges):
-                count = min(end, length) - first
-                if count <= 0:
-                    break
-                for memory, array in zip(staged, (keys, values), strict=True):
-                    self._device.upload(memory, np.asarray(array[row, kv_head, first : first + count], np.float32))
-                arguments = (*self._store_arguments(), *staged, i64(head), i32(first), i32(count), i32(length))
-                self._device.launch(storing, "store_rows", (min(-(-count // 8), 4096), 2), 256, *arguments)
-                if self.variant.paged:
-                    self._device.launch(storing, "store_pages", (min(-(-count // PAGE_TOKENS), 4096), 2), 256, *arguments)
-        self._stream.sync()
+        self._restart(np.zeros(self.shape.batch, np.int64))
+        self.extend(keys, values, lengths)
 
     def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
         """Store seeded random normal tokens, made where they are stored."""
@@ -109,54 +89,80 @@ class CudaLayerCache:
         self._device.launch(self.variant.storing(), "fill_random", grid, 256, *arguments)
         if self.variant.paged:
             self._device.launch(self.variant.storing(), "fill_pages", grid, 256, *arguments)
-        self._stream.sync()
+        self._device.stream.sync()
 
     def _restart(self, lengths: NDArray[np.int64]) -> None:
+        """Hold `lengths` tokens, all of them finite, before the first step."""
+        self._set_lengths(lengths, self.storage.bad)
+
+    def _set_lengths(self, lengths: NDArray[np.int64], forgiven: Memory | None = None) -> None:
+        """Hold `lengths` tokens, before the first step; `forgiven`: where to forget what was not finite."""
         self._lengths, self._step, self._anchor = np.array(lengths, np.int64), -1, None
-        if self.storage.layout.listed:
-            self._device.upload(self.storage.listed, np.zeros((self.storage.layout.heads, 2), np.int32))
-        heads = self.storage.layout.heads
-        on_device = self._device.allocate(4 * self.shape.batch)
-        self._device.upload(on_device, self._lengths.astype(np.int32))
-        arguments = (self.storage.state, on_device, i32(self.shape.kv_heads), i32(heads), i32(-1), self.storage.bad)
+        storage, heads = self.storage, self.storage.layout.heads
+        if storage.layout.listed:
+            self._device.fill(storage.listed, 0)
+        self._device.upload(storage.lengths, self._lengths.astype(np.int32))
+        arguments = (storage.state, storage.lengths, i32(self.shape.kv_heads), i32(heads), i32(-1), forgiven)
         self._device.launch(self.variant.storing(), "set_state", (-(-heads // 256),), 256, *arguments)
-        self._stream.sync()
 
     def append(self, keys: Float32, values: Float32) -> None:
         """Store one token per sequence: (batch, kv_heads, head_dim). Quantises the page that leaves the window, if one does."""
         self.check_room(1)
         for name, array in (("keys", keys), ("values", values)):
             check_shape(array, (self.shape.batch, self.shape.kv_heads, self.shape.head_dim), name)
-        n_bytes = self.shape.batch * self.shape.kv_heads * self.shape.head_dim * 4
-        staged = [self._device.allocate(n_bytes) for _ in range(2)]
-        for memory, array in zip(staged, (keys, values), strict=True):
-            self._device.upload(memory, np.asarray(array, np.float32))
-        self._launch_append(staged[0], staged[1], None, None, None, (0.0, 0.0, 0.0))
-        self._stream.sync()
+        staged = [self._staged(np.asarray(array, np.float32)) for array in (keys, values)]
+        given = Given(*(self._given_rows(memory, 1) for memory in staged))
+        self._launch_append_rows(given, None, 1.0)
+        self._device.stream.sync()
         self.count(1)
+
+    def _staged(self, array: Float32) -> Memory:
+        memory = self._device.allocate(array.nbytes)
+        self._device.upload(memory, array)
+        return memory
+
+    def _given_rows(self, memory: Memory, tokens: int) -> DeviceRows:
+        """Return (batch, kv_heads, tokens, head_dim) float32 that lie without gaps."""
+        dim = self.shape.head_dim
+        return DeviceRows(memory.pointer, "fp32", (self.shape.kv_heads * tokens * dim, tokens * dim, dim), dim)
+
+    def _launch_append_rows(self, given: Given, queries: DeviceRows | None, query_scale: float) -> None:
+        storage, shape = self.storage, self.shape
+        asked = (None, i64(0), i64(0)) if queries is None else (queries.pointer, *(i64(n) for n in queries.strides[:2]))
+        self._device.launch(
+            self.variant.storing(),
+            "append_rows",
+            (storage.layout.heads, 2),
+            256,
+            *self._store_arguments(),
+            *(storage.state, i32(self.capacity), *given.arguments, i32(shape.kv_heads), *asked),
+            *(storage.queries, i32(shape.group), f32(query_scale)),
+        )
+
+    def queue_step(self, given: Given, queries: DeviceRows, query_scale: float, outputs: int, lse: int) -> None:
+        """Queue the append of one token a sequence and a decode, and nothing else: a capture may record it.
+
+        `count` is to be called when it has run.
+
+        Parameters
+        ----------
+        given : keys and values of the token.
+        queries : (batch, query_heads, 1, head_dim), of the same dtype; they are multiplied by `query_scale`.
+        outputs, lse : addresses of (batch, query_heads, head_dim) and (batch, query_heads) float32.
+        """
+        self._launch_append_rows(given, queries, query_scale)
+        self.launch_decode(self.storage.queries, outputs, lse, after_append=True)
 
     def launch_feedback(self, outputs: Memory, queries: Memory, tables: Memory, feedback: Feedback) -> None:
         """Queue the append of what `feedback` makes of `outputs`, and leave the next `queries`."""
-        rms = (feedback.query_rms, feedback.key_rms, feedback.value_rms)
-        self._launch_append(None, None, outputs, queries, tables, rms)
-
-    def _launch_append(
-        self,
-        keys: Memory | None,
-        values: Memory | None,
-        outputs: Memory | None,
-        queries: Memory | None,
-        tables: Memory | None,
-        rms: tuple[float, float, float],
-    ) -> None:
-        arguments = (self.storage.state, i32(self.capacity), keys, values, outputs, queries, i32(self.shape.group), tables)
+        storage, rms = self.storage, (feedback.query_rms, feedback.key_rms, feedback.value_rms)
         self._device.launch(
             self.variant.storing(),
             "append",
-            (self.storage.layout.heads, 2),
+            (storage.layout.heads, 2),
             256,
             *self._store_arguments(),
-            *arguments,
+            *(storage.state, i32(self.capacity), outputs, queries, i32(self.shape.group), tables),
             *(f32(x) for x in rms),
         )
 
@@ -184,13 +190,17 @@ class CudaLayerCache:
             self._device.kernel(self.variant.selecting(), "select")
 
     def _decoding(self) -> tuple[Variant, int]:
-        """Return kernel and blocks of a decode: what sequences of one length have to read is the same for every KV head."""
-        equal = self._fixed if len(set(self._lengths.tolist())) <= 1 else None
-        return equal or (self.variant, self.blocks)
+        """Return kernel and blocks of a decode: those of equal work for every KV head where that is so."""
+        alike = len(set(self._fractions)) <= 1 and len(set(self._lengths.tolist())) <= 1
+        return (self._fixed if alike else None) or (self.variant, self.blocks)
+
+    @property
+    def launch_key(self) -> tuple[int, bool]:
+        """What changes when `queue_step` would queue something else: other memory, another kernel."""
+        return self._number, self._decoding()[0] is self.variant
 
     def _launch_select(self, queries: Memory, after_append: bool) -> None:
-        shape, storage, recipe, layout = self.shape, self.storage, self._kept, self.storage.layout
-        stride = layout.page_capacity + 1 if len(recipe.fractions) > 1 else 0
+        shape, storage, recipe, layout = self.shape, self.storage, self.kept, self.storage.layout
         numbers = (
             shape.kv_heads,
             shape.group,
@@ -206,16 +216,16 @@ class CudaLayerCache:
             "select",
             (selecting_blocks(layout.page_capacity, layout.heads, self._device.multiprocessors), layout.heads),
             variant.threads,
-            *(queries, storage.k_scale, storage.state, storage.counts, i32(stride)),
+            *(queries, storage.k_scale, storage.state, storage.counts, i32(layout.page_capacity + 1)),
             *(self._scratch.scores, self._scratch.counters, storage.lists, storage.listed),
             *(i32(x) for x in (*numbers, int(after_append))),
         )
 
-    def launch_decode(self, queries: Memory, outputs: Memory, lse: Memory, after_append: bool = False) -> None:
+    def launch_decode(self, queries: Memory, outputs: Memory | int, lse: Memory | int, after_append: bool = False) -> None:
         """Queue a decode. `after_append`: since the last, one token was appended and kernels of another cache were queued."""
         if self.recipe.selection == "pages":
             self._launch_select(queries, after_append)
-        shape, storage, recipe, layout = self.shape, self.storage, self._kept, self.storage.layout
+        shape, storage, recipe, layout = self.shape, self.storage, self.kept, self.storage.layout
         reused = storage.cached_output
         lse_offset = shape.batch * shape.query_heads * shape.head_dim * 4
         sizes = (shape.batch, shape.kv_heads, shape.group, self.passes)
@@ -243,7 +253,7 @@ class CudaLayerCache:
         )
 
     def _store_arguments(self) -> tuple[Any, ...]:
-        s, recipe, layout = self.storage, self._kept, self.storage.layout
+        s, recipe, layout = self.storage, self.kept, self.storage.layout
         numbers = (recipe.sinks, recipe.window, layout.ring, recipe.stride, layout.exact_rows, layout.cold_rows)
         return (s.exact_k, s.exact_v, s.cold_k, s.cold_v, s.k_scale, s.v_scale, s.bad, *(i32(x) for x in numbers))
 
@@ -269,7 +279,7 @@ class CudaLayerCache:
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what is stored of one KV head of one sequence."""
         head = row * self.shape.kv_heads + kv_head
-        contents = Contents(self._device, self.storage, self.shape.head_dim, self._kept, self.dtype, self.variant.paged)
+        contents = Contents(self._device, self.storage, self.shape.head_dim, self.kept, self.dtype, self.variant.paged)
         held = contents.of(head, int(self._lengths[row]))
         if self.recipe.is_dense:
             keys, values = (
@@ -291,13 +301,20 @@ class CudaLayerCache:
     def mark(self) -> None:
         """Remember the present state."""
         self.storage.save()
-        self._stream.sync()
+        self._device.stream.sync()
         self._marked = (self._lengths.copy(), self._step, self._anchor)
 
     def rewind(self) -> None:
-        """Return to the marked state; everything appended since is forgotten."""
+        """Return to the marked state; everything appended since is forgotten.
+
+        Raises
+        ------
+        RuntimeError : if none was marked.
+        """
+        if self._marked is None:
+            raise RuntimeError("rewind() without mark(): no state was remembered")
         self.storage.restore()
-        self._stream.sync()
+        self._device.stream.sync()
         lengths, self._step, self._anchor = self._marked
         self._lengths = lengths.copy()
 

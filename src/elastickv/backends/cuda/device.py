@@ -1,7 +1,8 @@
 """One CUDA device: what it is, its stream, its memory, and kernels loaded on it."""
 
 import ctypes
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,13 +51,35 @@ def driver_api() -> Any:
     return driver
 
 
-class Memory:
-    """A plain device allocation, freed with the object."""
+class Memory(Protocol):
+    """A device allocation, freed with the object.
 
-    def __init__(self, device: "CudaDevice", n_bytes: int) -> None:
-        self._driver = device.driver
-        self.n_bytes = max(n_bytes, 16)
-        self.pointer = int(check(device.driver.cuMemAlloc(self.n_bytes)))
+    Attributes
+    ----------
+    pointer : its address.
+    n_bytes : its size.
+    """
+
+    @property
+    def pointer(self) -> int: ...
+    @property
+    def n_bytes(self) -> int: ...
+
+
+class Allocator(Protocol):
+    """Where device memory comes from."""
+
+    def allocate(self, n_bytes: int) -> Memory:
+        """Return memory of at least 16-byte alignment, for use on the device's present stream."""
+
+    def free_bytes(self) -> int:
+        """Return the bytes that can still be allocated."""
+
+
+class _DriverMemory:
+    def __init__(self, driver: Any, n_bytes: int) -> None:
+        self._driver, self.n_bytes = driver, n_bytes
+        self.pointer = int(check(driver.cuMemAlloc(n_bytes)))
 
     def __del__(self) -> None:
         pointer = getattr(self, "pointer", 0)
@@ -64,17 +87,53 @@ class Memory:
             self._driver.cuMemFree(pointer)
 
 
+class DriverAllocator:
+    """The driver's own."""
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+
+    def allocate(self, n_bytes: int) -> Memory:
+        """Allocate."""
+        return _DriverMemory(self._driver, n_bytes)
+
+    def free_bytes(self) -> int:
+        """Return what the driver has left."""
+        return int(check(self._driver.cuMemGetInfo())[0])
+
+
+class BorrowedStream:
+    """A stream of somebody else's, by its handle."""
+
+    def __init__(self, driver: Any, handle: int) -> None:
+        self._driver, self.number = driver, handle
+        self.handle = driver.CUstream(handle)
+
+    def sync(self) -> None:
+        """Wait for all that is queued."""
+        check(self._driver.cuStreamSynchronize(self.handle))
+
+
 _SHARING_ALIKE = frozenset({"append", "select", "decode_pages"})
-OVERLAPPING = frozenset({"append", "select", "decode"})
+OVERLAPPING = frozenset({"append", "append_rows", "select", "decode"})
 _OVERLAPS_SINCE = 90
 _SCALARS = (ctypes.c_int, ctypes.c_longlong, ctypes.c_ulonglong, ctypes.c_float)
 _pointer = ctypes.c_void_p
 
 
-class CudaDevice:
-    """A device with its primary context current and one stream that everything runs on."""
+@cache
+def _loaded_on(ordinal: int) -> dict[tuple[Variant, str], Any]:
+    """Return the kernels loaded on a device: its context is one, however many use it."""
+    return {}
 
-    def __init__(self, ordinal: int | None) -> None:
+
+class CudaDevice:
+    """A device with its primary context current and one stream that everything runs on: its own, or one that it follows.
+
+    `allocator` is where its memory comes from: the driver, unless told otherwise.
+    """
+
+    def __init__(self, ordinal: int | None, allocator: Allocator | None = None) -> None:
         self.driver = driver_api()
         from cuda.core import Device
 
@@ -86,9 +145,16 @@ class CudaDevice:
         self.arch = self._choose_arch()
         self.core = Device(self.ordinal)
         self.core.set_current()
-        self.stream = self.core.create_stream()
+        self._own_stream = self.core.create_stream()
+        self.stream: Any = self._own_stream
+        self.allocator = allocator or DriverAllocator(self.driver)
         self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
-        self._kernels: dict[tuple[Variant, str], Any] = {}
+        self._kernels = _loaded_on(self.ordinal)
+
+    def follow(self, stream: int) -> None:
+        """Queue on the stream with this handle from now on."""
+        if getattr(self.stream, "number", None) != stream:
+            self.stream = BorrowedStream(self.driver, stream)
 
     def _attribute(self, name: str) -> int:
         which = getattr(self.driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
@@ -120,7 +186,7 @@ class CudaDevice:
 
     def info(self) -> DeviceInfo:
         """Return what the figures are about."""
-        free, total = check(self.driver.cuMemGetInfo())
+        total = check(self.driver.cuMemGetInfo())[1]
         name = check(self.driver.cuDeviceGetName(128, self._handle))
         major, minor = self.capability
         return DeviceInfo(
@@ -131,7 +197,7 @@ class CudaDevice:
             theoretical_bw_gbs=self._theoretical_gbs(),
             last_level_cache_bytes=self._attribute("L2_CACHE_SIZE"),
             memory_bytes=int(total),
-            free_bytes=int(free),
+            free_bytes=self.free_bytes,
             driver=self._driver_version(),
         )
 
@@ -167,14 +233,18 @@ class CudaDevice:
     @property
     def free_bytes(self) -> int:
         """Device memory that can still be allocated."""
-        return int(check(self.driver.cuMemGetInfo())[0])
+        return self.allocator.free_bytes()
 
     def allocate(self, n_bytes: int, fill: int | None = None) -> Memory:
         """Allocate device memory; `fill` is a 32-bit word to fill it with."""
-        memory = Memory(self, n_bytes)
+        memory = self.allocator.allocate(max(n_bytes, 16))
         if fill is not None:
-            check(self.driver.cuMemsetD32Async(memory.pointer, fill, memory.n_bytes // 4, self.stream.handle))
+            self.fill(memory, fill)
         return memory
+
+    def fill(self, memory: Memory, word: int) -> None:
+        """Fill memory with a 32-bit word."""
+        check(self.driver.cuMemsetD32Async(memory.pointer, word, memory.n_bytes // 4, self.stream.handle))
 
     def kernel(self, variant: Variant, name: str) -> Any:
         """Return a kernel loaded on this device."""
@@ -204,18 +274,15 @@ class CudaDevice:
         from cuda.core import LaunchConfig
 
         config = LaunchConfig(grid=1, cluster=blocks, block=variant.threads)
-        return int(self.kernel(variant, name).occupancy.max_active_clusters(config, stream=self.stream))
+        return int(self.kernel(variant, name).occupancy.max_active_clusters(config, stream=self._own_stream))
 
     def launch(self, variant: Variant, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
-        """Launch on the stream with `shared` bytes of dynamic shared memory. Arguments: Memory, None (a null pointer), scalars.
+        """Launch on the stream with `shared` bytes of dynamic shared memory; `args`: Memory, addresses, None for null, scalars.
 
         From SM 9.0 on kernels of `OVERLAPPING` may be set up while the one before still runs: they wait for it themselves.
         """
         driver = self.driver
-        values = [
-            _pointer(a.pointer) if isinstance(a, Memory) else _pointer(a or 0) if not isinstance(a, _SCALARS) else a
-            for a in args
-        ]
+        values = [a if isinstance(a, _SCALARS) else _pointer(getattr(a, "pointer", a) or 0) for a in args]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*(int(n) for n in grid), 1, 1)[:3]

@@ -53,6 +53,7 @@ class Layout:
     outputs: int
     lse: int
     state: int
+    lengths: int
 
     @classmethod
     def of(cls, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool = False) -> "Layout":
@@ -75,7 +76,7 @@ class Layout:
             value_scales = heads * value.value_scales(dim, recipe.v_group(dim)).bytes_of(cold_rows)
             if recipe.selection == "pages":
                 lists = heads * cold_rows // PAGE_TOKENS * 4
-                counts = len(recipe.fractions) * (cold_rows // PAGE_TOKENS + 1) * 4
+                counts = shape.kv_heads * (cold_rows // PAGE_TOKENS + 1) * 4
         return cls(
             heads=heads,
             exact_rows=exact_rows,
@@ -93,6 +94,7 @@ class Layout:
             outputs=queries * dim * _FLOAT,
             lse=queries * _FLOAT,
             state=_STATES * heads * 8,
+            lengths=2 * shape.batch * 4,
         )
 
     def units(self, recipe: Recipe) -> int:
@@ -102,11 +104,15 @@ class Layout:
 
     @property
     def n_bytes(self) -> int:
-        """Everything a cache allocates for itself, copies for `mark` included."""
-        marked = 2 * self.exact_plane if self.wraps else 0
-        planes = 2 * self.exact_plane + self.key_plane + self.value_plane + self.key_scales + self.value_scales + marked
-        listed = 2 * (self.lists + self.listed) + self.counts
-        return planes + listed + 2 * self.reused + 2 * self.state + 8 + 2 * self.outputs + self.lse
+        """What a cache allocates for itself, without the copies that `mark` makes."""
+        planes = 2 * self.exact_plane + self.key_plane + self.value_plane + self.key_scales + self.value_scales
+        own = self.lists + self.listed + self.counts + self.reused + self.state + 8 + self.lengths
+        return planes + own + 2 * self.outputs + self.lse
+
+    @property
+    def marked_bytes(self) -> int:
+        """What `mark` copies."""
+        return (2 * self.exact_plane if self.wraps else 0) + self.lists + self.listed + self.reused + self.state
 
     @property
     def listed(self) -> int:
@@ -183,19 +189,34 @@ class Storage:
         self.queries = device.allocate(layout.outputs, _NAN_WORD)
         self.outputs = device.allocate(layout.outputs, _NAN_WORD)
         self.lse = device.allocate(layout.lse, _NAN_WORD)
-        copied = [(self.state, layout.state), (self.cached_output, layout.reused)]
+        self.lengths = device.allocate(layout.lengths, 0)
+        self._copies: list[tuple[Memory, Memory]] | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """All that is held, copies of `save` included."""
+        return self.layout.n_bytes + (0 if self._copies is None else self.layout.marked_bytes)
+
+    def _marked(self) -> list[Memory]:
+        """Return what later appends and decodes overwrite."""
+        layout, overwritten = self.layout, [self.state]
+        if layout.reused:
+            overwritten.append(self.cached_output)
         if layout.counts:
-            copied += [(self.lists, layout.lists), (self.listed, layout.listed)]
+            overwritten += [self.lists, self.listed]
         if layout.wraps:
-            copied += [(self.exact_k, layout.exact_plane), (self.exact_v, layout.exact_plane)]
-        self._copies: list[tuple[Memory, Memory, int]] = [(m, device.allocate(n, 0), n) for m, n in copied]
+            overwritten += [self.exact_k, self.exact_v]
+        return overwritten
 
     def save(self) -> None:
         """Copy what later appends and decodes overwrite."""
-        for memory, kept_copy, n_bytes in self._copies:
-            self._device.copy(kept_copy, memory, n_bytes)
+        if self._copies is None:
+            self._copies = [(memory, self._device.allocate(memory.n_bytes)) for memory in self._marked()]
+        for memory, kept_copy in self._copies:
+            self._device.copy(kept_copy, memory, memory.n_bytes)
 
     def restore(self) -> None:
         """Return to what `save` copied."""
-        for memory, kept_copy, n_bytes in self._copies:
-            self._device.copy(memory, kept_copy, n_bytes)
+        assert self._copies is not None, "nothing was saved"
+        for memory, kept_copy in self._copies:
+            self._device.copy(memory, kept_copy, memory.n_bytes)

@@ -7,7 +7,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.formats import round_up
 
-_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
+TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
 _COLD_NONE, _COLD_SAME, _COLD_INT8, _COLD_PAGES = range(4)
 _PAGE_FORMATS = {"bf16": 0, "fp16": 0, "int8": 1, "fp8": 2, "int4": 3}
 _ONE_QUERY_TILE = (("REUSE", 0), ("QTILES", 1))
@@ -77,7 +77,7 @@ class Variant:
     @property
     def exact_bytes(self) -> int:
         """Bytes of an element of an exact row."""
-        return 4 if self["EXACT_TYPE"] == _TYPES["fp32"] else 2
+        return 4 if self["EXACT_TYPE"] == TYPES["fp32"] else 2
 
     def compiled(self) -> Compiled:
         """Compile it, or take it from the cache."""
@@ -94,10 +94,14 @@ class Variant:
         names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE", *(("K_FORMAT", "V_FORMAT", "V_GROUP") if self.paged else ()))
         return Variant("append", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 8)))
 
+    def editing(self) -> "Variant":
+        """Return the variant of the kernels that serve a model beside decode steps."""
+        return Variant("edit", self.arch, self.storing().macros)
+
     def selecting(self) -> "Variant":
         """Return the variant of the selecting kernel that goes with it: the scales of its keys are all that it reads."""
         names = ("HEAD_DIM", "COLD_TYPE", "K_FORMAT")
-        unread = {"EXACT_TYPE": _TYPES["bf16"], "V_FORMAT": _PAGE_FORMATS["bf16"], "V_GROUP": self["HEAD_DIM"]}
+        unread = {"EXACT_TYPE": TYPES["bf16"], "V_FORMAT": _PAGE_FORMATS["bf16"], "V_GROUP": self["HEAD_DIM"]}
         macros = {name: self[name] for name in names} | unread | dict(_ONE_QUERY_TILE)
         return Variant("select", self.arch, _macros(macros, WARPS=8, MIN_BLOCKS=3))
 
@@ -112,9 +116,9 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     ------
     UsageError : if no kernel supports the combination.
     """
-    exact = _TYPES[recipe.exact_dtype(dtype)]
+    exact = TYPES[recipe.exact_dtype(dtype)]
     cold = _COLD_NONE if recipe.is_dense else _COLD_INT8 if recipe.key_format == "int8" else _COLD_SAME
-    can_mma = int(arch) >= MMA_SINCE and exact != _TYPES["fp32"]
+    can_mma = int(arch) >= MMA_SINCE and exact != TYPES["fp32"]
     if kind == "mma" and not can_mma:
         raise UsageError(f"the tensor-core kernel needs 16-bit rows and SM 8.0; this is {dtype}, {recipe} on SM {arch}")
     common = {"HEAD_DIM": head_dim, "EXACT_TYPE": exact, "COLD_TYPE": cold, "REUSE": int(recipe.selection == "reuse")}
@@ -130,7 +134,7 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
         elif head_dim <= 64 and cold != _COLD_INT8:  # rows so short that latency decides: fewer warps meet at the end
             warps, blocks = 4, 3
         return Variant("decode_mma", arch, _macros(common, QTILES=tiles, WARPS=warps, MIN_BLOCKS=blocks))
-    slot = 16 if cold == _COLD_INT8 else 4 if exact == _TYPES["fp32"] else 8
+    slot = 16 if cold == _COLD_INT8 else 4 if exact == TYPES["fp32"] else 8
     words = -(-head_dim // (8 * slot)) * slot
     tile = min(max(32 // words, 1), 4, 1 << (group - 1).bit_length())
     return Variant("decode_simt", arch, _macros(common, QTILES=_tiles(group, tile, 4), WARPS=4, MIN_BLOCKS=2, TILE=tile))

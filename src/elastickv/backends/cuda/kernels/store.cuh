@@ -1,0 +1,171 @@
+// Where tokens are put, and how they are read again: what every kernel that stores, reads back or moves tokens shares.
+#pragma once
+#include "common.cuh"
+#if COLD_TYPE == COLD_PAGES
+#include "quantise.cuh"
+#endif
+
+#define ELEMENTS ((D + 31) / 32)  // of a row, a lane: dim = lane + 32 i
+
+struct Store {
+    char *exact_k, *exact_v, *cold_k, *cold_v;
+    u16 *k_scale, *v_scale;
+    u64* bad;  // least (sequence * KV heads + head) << 32 | TOO_LARGE? | position of a value that is not finite or not to be stored
+    int sinks, window, ring, stride, exact_rows, cold_rows;
+};
+
+__device__ __forceinline__ int store_cold_tokens(const Store& s, int length) {
+    int beyond = length - s.sinks - s.window;
+    return COLD_TYPE != COLD_NONE && beyond > 0 ? beyond / PAGE * PAGE : 0;
+}
+
+__device__ __forceinline__ float round_exact(float x) {
+#if EXACT_TYPE == BF16
+    return __bfloat162float(__float2bfloat16_rn(x));
+#elif EXACT_TYPE == FP16
+    return __half2float(__float2half_rn(x));
+#else
+    return x;
+#endif
+}
+
+__device__ __forceinline__ void put_exact(char* row, int dim, float x) {
+#if EXACT_TYPE == BF16
+    reinterpret_cast<__nv_bfloat16*>(row)[dim] = __float2bfloat16_rn(x);
+#elif EXACT_TYPE == FP16
+    reinterpret_cast<__half*>(row)[dim] = __float2half_rn(x);
+#else
+    reinterpret_cast<float*>(row)[dim] = x;
+#endif
+}
+
+__device__ __forceinline__ float get_exact(const char* row, int dim) {
+#if EXACT_TYPE == BF16
+    return __uint_as_float((u32)__ldcg(reinterpret_cast<const u16*>(row) + dim) << 16);
+#elif EXACT_TYPE == FP16
+    return __half2float(__ushort_as_half(__ldcg(reinterpret_cast<const u16*>(row) + dim)));
+#else
+    return __ldcg(reinterpret_cast<const float*>(row) + dim);
+#endif
+}
+
+__device__ __forceinline__ char* exact_at(const Store& s, bool value, size_t head, int position) {
+    int row = COLD_TYPE == COLD_NONE || position < s.sinks ? position : s.sinks + (position - s.sinks) % s.ring;
+    return (value ? s.exact_v : s.exact_k) + (head * s.exact_rows + row) * EXACT_ROW;
+}
+
+// One warp stores one exact row; `x` is rounded already.
+__device__ __forceinline__ void store_exact(const Store& s, bool value, size_t head, int position, const float (&x)[ELEMENTS]) {
+    char* row = exact_at(s, value, head, position);
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) {
+        int dim = (threadIdx.x & 31) + 32 * i;
+        if (dim < D) put_exact(row, dim, x[i]);
+    }
+}
+
+// One warp stores cold row `index`. The int8 codes and scales are those of cache/quantise.py, bit for bit; V codes are kept
+// with 128 added, which saves decode an operation a word.
+__device__ __forceinline__ void store_cold(const Store& s, bool value, size_t head, int index, const float (&x)[ELEMENTS]) {
+    const int lane = threadIdx.x & 31;
+    char* row = (value ? s.cold_v : s.cold_k) + (head * s.cold_rows + index) * COLD_ROW;
+#if COLD_TYPE == COLD_INT8
+    float most = 0.f;
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) most = fmaxf(most, fabsf(x[i]));
+    for (int i = 16; i; i >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, i));
+    const u32 scale = (__float_as_uint(__fdiv_rn(most, 127.f)) + 0xffffu) >> 16;
+    const float divisor = __uint_as_float(scale << 16);
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) {
+        int dim = lane + 32 * i;
+        int code = divisor > 0.f ? __float2int_rn(__fdiv_rn(x[i], divisor)) : 0;
+        if (dim < D) row[dim] = (char)(value ? code + 128 : code);
+    }
+    if (lane == 0) (value ? s.v_scale : s.k_scale)[head * s.cold_rows + index] = (u16)scale;
+#elif COLD_TYPE == COLD_SAME
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++)
+        if (lane + 32 * i < D) put_exact(row, lane + 32 * i, x[i]);
+#endif
+}
+
+__device__ __forceinline__ void note_bad(const Store& s, size_t head, int position, const float (&x)[ELEMENTS]) {
+    bool bad = false;
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) bad |= !(fabsf(x[i]) <= 3.402823466e38f);
+    if (__any_sync(FULL, bad) && (threadIdx.x & 31) == 0) atomicMin(s.bad, (u64)head << 32 | (u32)position);
+}
+
+#if COLD_TYPE == COLD_PAGES
+#define TOO_LARGE 0x80000000u
+#define LARGEST_HALF 65504.f
+
+// One warp puts row `token` of a page into the tile.
+__device__ __forceinline__ void put_row(const Store& s, PageTile& tile, bool value, size_t head, int page, int token,
+                                        const float (&x)[ELEMENTS]) {
+    bool large = false;
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) {
+        const int dim = (threadIdx.x & 31) + 32 * i;
+        if (dim < D) tile.x[token][dim] = x[i];
+        large |= fabsf(x[i]) > LARGEST_HALF;
+    }
+    if (K_FORMAT == INT4 && !value && __any_sync(FULL, large) && (threadIdx.x & 31) == 0)
+        atomicMin(s.bad, (u64)head << 32 | TOO_LARGE | (u32)(s.sinks + page * PAGE + token));
+}
+
+// One block quantises the page in the tile and stores it.
+__device__ __forceinline__ void store_page(const Store& s, PageTile& tile, bool value, size_t head, int page) {
+    const size_t at = head * (s.cold_rows / PAGE) + page;
+    __syncthreads();
+    if (value)
+        quantise_values(tile, reinterpret_cast<u32*>(s.cold_v + at * VALUE_PAGE),
+                        reinterpret_cast<u16*>(reinterpret_cast<char*>(s.v_scale) + at * VALUE_SCALES));
+    else
+        quantise_keys(tile, reinterpret_cast<u32*>(s.cold_k + at * KEY_PAGE),
+                      reinterpret_cast<u16*>(reinterpret_cast<char*>(s.k_scale) + at * KEY_SCALES));
+    __syncthreads();
+}
+#endif
+
+#define STORE_SIGNATURE                                                                                              \
+    char *exact_k, char *exact_v, char *cold_k, char *cold_v, u16 *k_scale, u16 *v_scale, u64 *bad, int sinks,      \
+        int window, int ring, int stride, int exact_rows, int cold_rows
+#define STORE_VALUE \
+    Store { exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, bad, sinks, window, ring, stride, exact_rows, cold_rows }
+
+
+// Rows that the host names: (sequence, KV head, token) each, of one of three types. `dim` channels are there, the rest are zeros.
+struct Given {
+    const char *keys, *values;
+    long long key_batch, key_head, key_token, value_batch, value_head, value_token;  // elements from one to the next
+    int type, dim;
+};
+
+#define GIVEN_SIGNATURE                                                                                              \
+    const char *keys, const char *values, long long key_batch, long long key_head, long long key_token,             \
+        long long value_batch, long long value_head, long long value_token, int type, int dim
+#define GIVEN_VALUE \
+    Given { keys, values, key_batch, key_head, key_token, value_batch, value_head, value_token, type, dim }
+
+__device__ __forceinline__ void load_given(float (&x)[ELEMENTS], const char* from, size_t row, int type, int dim) {
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; i++) {
+        const int d = (threadIdx.x & 31) + 32 * i;
+        x[i] = 0.f;
+        if (d >= dim) continue;
+        if (type == FP32)
+            x[i] = reinterpret_cast<const float*>(from)[row + d];
+        else if (type == BF16)
+            x[i] = __uint_as_float((u32) reinterpret_cast<const u16*>(from)[row + d] << 16);
+        else
+            x[i] = __half2float(reinterpret_cast<const __half*>(from)[row + d]);
+    }
+}
+
+__device__ __forceinline__ void load_token(float (&x)[ELEMENTS], const Given& g, bool value, int batch, int kv_head, int token) {
+    const size_t row = value ? batch * g.value_batch + kv_head * g.value_head + token * g.value_token
+                             : batch * g.key_batch + kv_head * g.key_head + token * g.key_token;
+    load_given(x, value ? g.values : g.keys, row, g.type, g.dim);
+}

@@ -1,0 +1,128 @@
+"""Between torch tensors on a GPU and the CUDA back end's cache of one layer: addresses, PyTorch's stream and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from elastickv.backends import Backend
+from elastickv.backends.cuda.backend import CudaBackend
+from elastickv.backends.cuda.cache import CudaLayerCache
+from elastickv.backends.cuda.rows import DeviceRows, Given
+from elastickv.transformers.store import DTYPES, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from elastickv.cache.editable import EditableCache
+
+
+class _Memory:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self.pointer, self.n_bytes = tensor, tensor.data_ptr(), tensor.nbytes
+
+
+class TorchAllocator:
+    """PyTorch's: it counts what a cache holds, and hands out again what a prompt has left behind."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def allocate(self, n_bytes: int) -> _Memory:
+        """Allocate, for use on the present stream."""
+        return _Memory(torch.empty(-(-n_bytes // 16) * 16, dtype=torch.uint8, device=self._device))
+
+    def free_bytes(self) -> int:
+        """Return what the driver has left, and what PyTorch holds unused."""
+        held: int = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return held + int(torch.cuda.mem_get_info(self._device)[0])
+
+
+def open_backend(device: torch.device) -> CudaBackend:
+    """Return a back end that shares a device with PyTorch.
+
+    Raises
+    ------
+    UsageError : if the CUDA back end is not installed, or cannot run there.
+    """
+    with torch.cuda.device(device):
+        backend = CudaBackend(torch.cuda.current_device(), allocator=TorchAllocator(device))
+        backend.follow(torch.cuda.current_stream(device).cuda_stream)
+    return backend
+
+
+class DeviceStore(Store):
+    """A store whose cache takes addresses. All it does is queued on PyTorch's present stream."""
+
+    cache: CudaLayerCache
+    _backend: CudaBackend
+
+    def __init__(self, backend: Backend, cache: EditableCache, head_dim: int, device: torch.device) -> None:
+        super().__init__(backend, cache, head_dim, device)
+        self._make_room_for_results()
+
+    def _make_room_for_results(self) -> None:
+        shape = self.cache.shape
+        heads = (shape.batch, shape.query_heads)
+        self._outputs = torch.empty((*heads, shape.head_dim), dtype=torch.float32, device=self._device)
+        self._lse = torch.empty(heads, dtype=torch.float32, device=self._device)
+
+    def _here(self) -> torch.cuda.device:
+        """Return a context in which the device is current, and the cache follows PyTorch's present stream."""
+        self._backend.follow(torch.cuda.current_stream(self._device).cuda_stream)
+        return torch.cuda.device(self._device)
+
+    @property
+    def launch_key(self) -> Hashable:
+        return self.cache.launch_key, self._outputs.data_ptr()
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor, lengths: NDArray[np.int64]) -> None:
+        with self._here():
+            self._grow(lengths)
+            self.cache.extend_by(Given(*_alike(keys, values)), lengths)
+
+    def ready_step(self) -> None:
+        with self._here():
+            super().ready_step()
+        following = self.cache.step + 1
+        self.cache.note_decodes(following, following)
+
+    def queue_step(
+        self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        given_keys, given_values, asked = _alike(keys, values, queries.unsqueeze(2))
+        # Kernels divide by the root of the padded head.
+        scale = scaling * self.cache.shape.head_dim**0.5
+        with self._here():
+            results = (self._outputs.data_ptr(), self._lse.data_ptr())
+            self.cache.queue_step(Given(given_keys, given_values), asked, scale, *results)
+        return self._outputs[..., : self.head_dim], self._lse
+
+    def count_step(self) -> None:
+        self.cache.count(1)
+
+    def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (self.cache.shape.batch, self.cache.shape.kv_heads, max(last - first, 0), self.head_dim)
+        keys, values = (torch.empty(shape, dtype=torch.float32, device=self._device) for _ in range(2))
+        with self._here():
+            self.cache.read_to(keys.data_ptr(), values.data_ptr(), "fp32", self.head_dim, first, last)
+        return keys, values
+
+    def gather(self, rows: NDArray[np.int64]) -> None:
+        with self._here():
+            super().gather(rows)
+
+    def _replace(self, make: Callable[[], EditableCache]) -> None:
+        super()._replace(make)
+        self._make_room_for_results()
+
+
+def _alike(*tensors: torch.Tensor) -> tuple[DeviceRows, ...]:
+    """Return where (batch, heads, tokens, head_dim) tensors lie, after giving them one dtype and channels without gaps."""
+    dtype = tensors[0].dtype if len({tensor.dtype for tensor in tensors}) == 1 else torch.float32
+    dense = [t if t.stride(3) == 1 and t.dtype == dtype else t.to(dtype).contiguous() for t in tensors]
+    return tuple(DeviceRows(t.data_ptr(), DTYPES[dtype], t.stride()[:3], t.shape[3]) for t in dense)
