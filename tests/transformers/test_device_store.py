@@ -1,4 +1,4 @@
-"""On a device: a store of tensors against the float64 twin, whatever their dtype, strides and heads; PyTorch owns its memory."""
+"""On a device: a store of tensors against the float64 twin, whatever their dtype, strides and heads; torch owns memory."""
 
 import gc
 

@@ -40,6 +40,7 @@ def each_source():
         paged = Recipe.parse("int4,pages=1/4")
         yield decode_variant(128, 4, "bf16", paged, arch, "simt")
         yield decode_variant(128, 4, "bf16", paged, arch).storing()
+        yield decode_variant(128, 4, "bf16", paged, arch).editing()
         yield decode_variant(128, 4, "bf16", paged, arch).selecting()
         if int(arch) >= 80:
             yield decode_variant(128, 4, "bf16", paged, arch)
@@ -82,6 +83,7 @@ def pairwise():
                 variant = decode_variant(dim, group, dtype, Recipe.parse(text), arch, kind)
                 yield variant
                 yield variant.storing()
+                yield variant.editing()
                 yield from filter(None, [split_variant(variant, min(group, 8), Split(8, True) if group < 4 else Split(16))])
 
 
@@ -95,7 +97,8 @@ def paged():
             yield decode_variant(dim, group, "bf16", recipe_for(text, dim), "61")
         if "90" in SUPPORTED:
             yield decode_variant(dim, group, "fp16", recipe_for(text, dim), "90")
-            yield decode_variant(dim, group, "fp16", recipe_for(text, dim), "90").storing()
+            yield (variant := decode_variant(dim, group, "fp16", recipe_for(text, dim), "90")).storing()
+            yield variant.editing()
             yield decode_variant(other, group, "bf16", recipe_for(text, other), "90").fixed()
 
 

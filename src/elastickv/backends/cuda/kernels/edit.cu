@@ -30,7 +30,7 @@ __device__ __forceinline__ void load_either(float (&x)[ELEMENTS], const Store& s
 }
 
 // Stores what becomes cold when sequence b grows by its first more[b] given tokens. grid.y: keys, values; grid.z: heads.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
     extend_cold(STORE_SIGNATURE, const int2* state, const int* more, int kv_heads, int heads, GIVEN_SIGNATURE) {
     const Store s = STORE_VALUE;
     const Given given = GIVEN_VALUE;
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // Stores those that stay exact. A kernel of its own: it overwrites rows that `extend_cold` reads.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
     extend_exact(STORE_SIGNATURE, const int2* state, const int* more, int kv_heads, int heads, GIVEN_SIGNATURE) {
     const Store s = STORE_VALUE;
     const Given given = GIVEN_VALUE;
@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // Writes tokens `first` to `last` - 1 as they are stored to (heads, last - first, dim) rows of `type`: zeros where a sequence has
 // ended or a stride has dropped the token. grid.y: keys, values; grid.z: heads.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
     read_rows(STORE_SIGNATURE, const int2* state, int heads, int first, int last, char* keys, char* values, int type, int dim) {
     const Store s = STORE_VALUE;
     const bool value = blockIdx.y;
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // Sequence b keeps its first lengths[b] tokens: cold ones that lie in the window again become exact rows. Whoever was not finite
 // and is no more is forgotten.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
     crop_rows(STORE_SIGNATURE, const int2* state, const int* lengths, int kv_heads, int heads) {
     const Store s = STORE_VALUE;
     const bool value = blockIdx.y;
@@ -178,7 +178,7 @@ struct Plane {
 };
 
 // Row to_rows[i] of one cache becomes row from_rows[i] of another. grid.y: planes; grid.z: heads.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
     copy_rows(const Plane* planes, const int* from_rows, const int* to_rows, int kv_heads, int heads) {
     const Plane p = planes[blockIdx.y];
     for (int head = blockIdx.z; head < heads; head += gridDim.z) {
