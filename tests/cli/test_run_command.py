@@ -150,7 +150,7 @@ def test_bad_input_of_a_models_benchmark_is_one_line_and_exit_2(elastickv, argum
 
 
 def test_a_shape_too_large_for_the_machine_is_refused_with_what_would_fit(elastickv, monkeypatch):
-    from elastickv.transformers import model_bench
+    from elastickv.transformers.speed import model_bench
 
     arguments = ("bench", "--model=shape:1b", "--context=100000", "--compress=1", "--dtype=bf16")
     weights = 1_235_814_400 * 2

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from elastickv.errors import UsageError
-from elastickv.transformers.generating import Sampling, elastic, noise_floor, speedup, stock, take_turns
-from elastickv.transformers.shapes import SHAPES, built, shape_named
+from elastickv.transformers.speed.generating import Sampling, elastic, noise_floor, speedup, stock, take_turns
+from elastickv.transformers.speed.shapes import SHAPES, built, shape_named
 from tests.helpers.tiny_models import tiny_llama
 
 PROMPT = 300

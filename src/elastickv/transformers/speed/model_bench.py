@@ -13,7 +13,9 @@ from elastickv.bench.probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
 from elastickv.recipe import DTYPES, FORMATS, AttentionShape
 from elastickv.recipe.shape import MAX_CONTEXT
-from elastickv.transformers.generating import (
+from elastickv.transformers.models import Loaded, load_model
+from elastickv.transformers.plan import UncalibratedWarning
+from elastickv.transformers.speed.generating import (
     ELASTIC,
     STATIC,
     STOCK,
@@ -26,11 +28,9 @@ from elastickv.transformers.generating import (
     stock_static,
     take_turns,
 )
-from elastickv.transformers.models import Loaded, load_model
-from elastickv.transformers.needs import Needs, free_bytes
-from elastickv.transformers.plan import UncalibratedWarning
-from elastickv.transformers.running import WARM_UP_PROMPT, WARM_UP_TOKENS, described, surroundings
-from elastickv.transformers.shapes import built, shape_named
+from elastickv.transformers.speed.needs import Needs, free_bytes
+from elastickv.transformers.speed.running import WARM_UP_PROMPT, WARM_UP_TOKENS, described, surroundings
+from elastickv.transformers.speed.shapes import built, shape_named
 from elastickv.transformers.support import sizes_of, text_config
 
 KIND = "elastickv-model-bench"

@@ -11,7 +11,8 @@ import torch
 
 from elastickv.bench.environment import environment
 from elastickv.errors import UsageError
-from elastickv.transformers.generating import (
+from elastickv.transformers.models import Loaded
+from elastickv.transformers.speed.generating import (
     ELASTIC,
     Generation,
     Heard,
@@ -23,7 +24,6 @@ from elastickv.transformers.generating import (
     stock,
     take_turns,
 )
-from elastickv.transformers.models import Loaded
 from elastickv.transformers.support import sizes_of
 
 KIND = "elastickv-run"

@@ -19,7 +19,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.context import implementations
-from elastickv.transformers.footprint import Footprint
+from elastickv.transformers.speed.footprint import Footprint
 from elastickv.transformers.support import sizes_of, text_config
 
 STOCK, STATIC, ELASTIC = "stock", "stock static+compile", "elastic"
