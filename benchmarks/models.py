@@ -70,7 +70,8 @@ def line(result: dict) -> str:
         parts.append(
             f"{cache['cache']} {cache['tokens_per_s']:.1f} tokens/s, {step['estimate']:.2f} ms [{step['low']:.2f}, "
             f"{step['high']:.2f}], {cache['of_floor']:.2f}x the floor of {cache['floor_ms']:.2f}, first token "
-            f"{cache['first_token_s']:.2f} s{_storing(cache)}, holds {_gb(cache['held_bytes'])}, peak {_gb(cache['peak_bytes'])}"
+            f"{cache['first_token_s']:.2f} s{_storing(cache)}, holds {_gb(cache['held_bytes'])}, "
+            f"peak {_gb(cache['peak_bytes'])}"
         )
     for name, ratio in result["speedups"].items():
         if ratio is not None:
