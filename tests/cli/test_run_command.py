@@ -1,6 +1,7 @@
 """`elastickv run` and `elastickv bench --model` as a shell sees them, on models of a few thousand weights."""
 
 import json
+import statistics
 
 import pytest
 
@@ -104,11 +105,25 @@ def test_a_shape_is_measured_with_stock_and_elastic_caches(elastickv, tmp_path):
     assert [cache["cache"] for cache in record["caches"]] == ["stock", "elastic"]
     assert record["not_run"] == {"stock static+compile": "needs CUDA"} and "needs CUDA" in done.stdout
     for cache in record["caches"]:
-        # Two tokens to begin with; then samples of two steps behind one that is not counted.
-        assert (cache["rows"], cache["new_tokens"]) == (2, 2 + 4 * 3)
+        # Six tokens to begin with; then samples of two steps behind one that is not counted.
+        assert (cache["rows"], cache["new_tokens"]) == (2, 6 + 4 * 3)
         assert [len(sample) for sample in cache["step_s"]] == [2] * 4
         counted = [step for sample in cache["step_s"] for step in sample]
         assert cache["tokens_per_s"] == pytest.approx(2 * len(counted) / sum(counted))
+        assert cache["median_step_ms"] == pytest.approx(1e3 * statistics.median(counted))
+        assert cache["step_ms"]["low"] <= cache["step_ms"]["estimate"] <= cache["step_ms"]["high"]
+        # What a step reads, at the speed that this machine reads at.
+        assert cache["kv_read_bytes_per_step"] == cache["kv_read_bytes"] / (cache["new_tokens"] - 1)
+        floor_s = (record["model"]["read_weights_bytes"] + cache["kv_read_bytes_per_step"]) / record["machine"][
+            "read_ceiling_gbs"
+        ]
+        assert cache["floor_ms"] == pytest.approx(floor_s / 1e6)
+        assert cache["of_floor"] == pytest.approx(2e3 / cache["tokens_per_s"] / cache["floor_ms"])
+        # Two layers of one KV head with 64 channels, keys and values: the last token is not in the cache.
+        assert cache["kv_dense_bytes"] == 2 * (300 + 17) * 2 * 2 * 64 * 2
+    assert record["machine"]["name"] == record["environment"]["cpu"] and record["machine"]["read_ceiling_gbs"] > 0
+    # The output matrix is read whole, of the embedding a row.
+    assert record["model"]["weights_bytes"] - record["model"]["read_weights_bytes"] == 128 * 64 * 4
     stock, ours = record["caches"]
     assert ours["kv_stored_bytes"] < stock["kv_stored_bytes"] and ours["kv_read_bytes"] < stock["kv_read_bytes"]
     assert ours["storing_share_of_first_token"] == ours["storing_s"] / ours["first_token_s"]
@@ -150,7 +165,7 @@ def test_bad_input_of_a_models_benchmark_is_one_line_and_exit_2(elastickv, argum
 
 
 def test_a_shape_too_large_for_the_machine_is_refused_with_what_would_fit(elastickv, monkeypatch):
-    from elastickv.transformers import model_bench
+    from elastickv.transformers.speed import model_bench
 
     arguments = ("bench", "--model=shape:1b", "--context=100000", "--compress=1", "--dtype=bf16")
     weights = 1_235_814_400 * 2
@@ -161,3 +176,57 @@ def test_a_shape_too_large_for_the_machine_is_refused_with_what_would_fit(elasti
     assert "--compress" in done.stderr and "--context 65536" in done.stderr and "would fit" in done.stderr
     monkeypatch.setattr(model_bench, "free_bytes", lambda device: weights // 2)
     assert "nothing shorter would fit" in elastickv(*arguments).stderr
+
+
+def failing(of, error, times):
+    """Return what a generation's prompt meets: `error`, the first `times` that one with the cache named `of` begins."""
+    from elastickv.transformers.speed.generating import Generation
+
+    begun, left = Generation.advance, [times]
+
+    def advance(self, tokens, heard=None):
+        if self.name == of and self.prompt_tokens > 192 and left[0]:
+            left[0] -= 1
+            begun(self, 1)
+            raise error
+        return begun(self, tokens, heard)
+
+    return advance
+
+
+def test_a_stock_cache_that_fails_is_not_run_and_the_rest_goes_on(elastickv, monkeypatch):
+    import torch
+
+    from elastickv.transformers.speed.generating import Generation
+
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GiB.\nMore.")
+    monkeypatch.setattr(Generation, "advance", failing("stock", error, 1))
+    done = elastickv("bench", "--model=shape:tiny", "--json", *QUICK)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert [cache["cache"] for cache in record["caches"]] == ["elastic"]
+    assert record["not_run"]["stock"] == "out of memory: CUDA out of memory. Tried to allocate 34 GiB."
+    assert record["speedups"] == {} and record["baseline"] is None and record["faster"] is None
+
+
+def test_the_elastic_cache_is_measured_alone_where_nothing_fits_beside_it(elastickv, monkeypatch):
+    from elastickv.transformers.speed.generating import Generation
+
+    error = RuntimeError("CUDA driver: CUDA_ERROR_OUT_OF_MEMORY")
+    monkeypatch.setattr(Generation, "advance", failing("elastic", error, 1))
+    done = elastickv("bench", "--model=shape:tiny", "--json", *QUICK)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    (ours,) = record["caches"]
+    assert (ours["cache"], ours["new_tokens"]) == ("elastic", 6 + 4 * 3)
+    assert "left no memory" in record["not_run"]["stock"] and "OUT_OF_MEMORY" in record["not_run"]["stock"]
+
+
+def test_an_elastic_cache_that_does_not_fit_alone_is_a_line(elastickv, monkeypatch):
+    import torch
+
+    from elastickv.transformers.speed.generating import Generation
+
+    monkeypatch.setattr(Generation, "advance", failing("elastic", torch.OutOfMemoryError("no 9 GiB"), 2))
+    done = elastickv("bench", "--model=shape:tiny", *QUICK)
+    assert done.returncode == 2 and "no 9 GiB" in done.stderr and "--context" in done.stderr

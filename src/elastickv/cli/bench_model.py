@@ -35,8 +35,8 @@ def run_model_bench(given: dict[str, Any], command: tuple[str, ...]) -> int:
         check_writable(output)
     from elastickv.fidelity.texts import calibration_text
     from elastickv.recipe import ModelCalibration
-    from elastickv.transformers.model_bench import ModelBench, measure
-    from elastickv.transformers.shapes import usual_device, usual_dtype
+    from elastickv.transformers.speed.model_bench import ModelBench, measure
+    from elastickv.transformers.speed.shapes import usual_device, usual_dtype
 
     filled = given | {name: value for name, value in _DEFAULTS.items() if name not in typed}
     recipe = given["recipe"] if "recipe" in typed and given["recipe"] != "auto" else None

@@ -48,9 +48,9 @@ def command(**given: Any) -> int:
     if output is not None:
         check_writable(output)
     from elastickv.recipe import ModelCalibration
-    from elastickv.transformers.generating import Sampling
-    from elastickv.transformers.running import Request, Run
-    from elastickv.transformers.shapes import usual_device, usual_dtype
+    from elastickv.transformers.speed.generating import Sampling
+    from elastickv.transformers.speed.running import Request, Run
+    from elastickv.transformers.speed.shapes import usual_device, usual_dtype
 
     sampling = Sampling(given["temperature"], given["seed"])
     calibration = None if given["calibration"] is None else ModelCalibration.load(given["calibration"])

@@ -6,11 +6,22 @@ from typing import Any
 _GIB, _MIB = 1 << 30, 1 << 20
 
 
+# Of a benchmark alone, whose steps are read beside what the machine's memory allows.
+_STEP: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("ms a step", lambda c: _number(1e3 * c["rows"] / c["tokens_per_s"], 2)),
+    ("  interval", lambda c: f"{c['step_ms']['low']:.2f}..{c['step_ms']['high']:.2f}"),
+    ("  floor: weights + KV, once", lambda c: _number(c["floor_ms"], 2)),
+    ("  x of the floor", lambda c: _number(c["of_floor"], 2)),
+)
+_HELD: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (("  1/x of 16 bit", lambda c: _ratio(c["held_ratio"])),)
+
+
 def generation_table(result: dict[str, Any]) -> str:
     """Return a column for each cache that was measured, then the speed-up and what was not run."""
     caches = result["caches"]
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("tokens/s", lambda c: _number(c["tokens_per_s"], 2)),
+        *(_STEP if "step_ms" in caches[0] else ()),
         ("first token, s", lambda c: _number(c["first_token_s"], 3)),
         ("  of it storing", lambda c: _storing(c)),
         ("tokens: prompt + new", lambda c: f"{_times(c['rows'])}{c['prompt_tokens']} + {c['new_tokens']}"),
@@ -19,7 +30,9 @@ def generation_table(result: dict[str, Any]) -> str:
         ("KV stored", lambda c: _bytes(c["kv_stored_bytes"])),
         ("  1/x of 16 bit", lambda c: _ratio(c.get("stored_ratio"))),
         ("KV allocated", lambda c: _bytes(c["kv_allocated_bytes"])),
-        ("peak beyond weights", lambda c: "" if c["peak_bytes"] is None else _bytes(c["peak_bytes"])),
+        ("held, as measured", lambda c: _bytes(c["held_bytes"])),
+        *(_HELD if "held_ratio" in caches[0] else ()),
+        ("peak beyond weights", lambda c: _bytes(c["peak_bytes"])),
     ]
     cells = [["", *(cache["cache"] for cache in caches)]]
     cells += [[name, *(figure(cache) for cache in caches)] for name, figure in rows]
@@ -42,7 +55,9 @@ def _heading(result: dict[str, Any]) -> str:
     model = result["model"]
     budget = f"recipe {result['recipe']}" if result["compress"] is None else f"compress={result['compress']:g}"
     place = model["device_name"] or result["environment"]["cpu"] or model["device"]
-    return f"{model['name']}, {model['dtype']}, {_bytes(model['weights_bytes'])} of weights, {budget}, {place}"
+    heading = f"{model['name']}, {model['dtype']}, {_bytes(model['weights_bytes'])} of weights, {budget}, {place}"
+    machine = result.get("machine")
+    return heading if machine is None else f"{heading}, reads {machine['read_ceiling_gbs']:.0f} GB/s"
 
 
 def _interval(figure: dict[str, Any]) -> str:
@@ -66,5 +81,7 @@ def _number(value: float | None, places: int) -> str:
     return "-" if value is None else f"{value:.{places}f}"
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: float | None) -> str:
+    if count is None:
+        return ""
     return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / _MIB:.1f} MiB"

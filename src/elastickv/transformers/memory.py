@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import replace
 
 from elastickv.backends import Backend
@@ -60,3 +62,12 @@ def check_memory(backend: Backend, plan: Plan, shape: AttentionShape, capacity: 
         f"{shape.batch} sequences of {capacity} tokens need {needed / GIB:.2f} GiB in {layers} layers and {free / GIB:.2f} GiB "
         f"are free; {remedy}"
     )
+
+
+def trim_heap() -> None:
+    """Hand what the C library keeps of freed memory back to the system; where it is not glibc, nothing is done."""
+    if not sys.platform.startswith("linux"):
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -3,9 +3,10 @@
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
         raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(dtypes)}")
     folder, options = _source(name)
     try:
-        with _quiet(transformers):
+        with _quiet(transformers, bars="gguf_file" in options):
             if "gguf_file" not in options:
                 check_config(transformers.AutoConfig.from_pretrained(folder, **options), name)
                 weights = options | {"use_safetensors": True}
@@ -79,6 +80,8 @@ def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
                 weights = options
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype], **weights)
             check_config(model.config, name)
+            # Of a .gguf file Transformers notes the folder.
+            model.config.name_or_path = name
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         if isinstance(error, UsageError):
@@ -121,17 +124,23 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep progress bars and notes of the loader off the terminal: errors are ours to tell."""
+def _quiet(transformers: Any, bars: bool) -> Iterator[None]:
+    """Keep progress bars and notes of the loader off the terminal: errors are ours to tell.
+
+    Parameters
+    ----------
+    bars : whether the loader shows progress bars that Transformers' own switch does not reach, as for .gguf files.
+    """
     logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, enabled = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(StringIO()) if bars else nullcontext():
+            yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+        if enabled:
             logging.enable_progress_bar()
 
 

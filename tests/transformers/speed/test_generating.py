@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from elastickv.errors import UsageError
-from elastickv.transformers.generating import Sampling, elastic, noise_floor, speedup, stock, take_turns
-from elastickv.transformers.shapes import SHAPES, built, shape_named
+from elastickv.transformers.speed.generating import (
+    Sampling,
+    elastic,
+    noise_floor,
+    speedup,
+    stock,
+    stock_static,
+    take_turns,
+)
+from elastickv.transformers.speed.shapes import SHAPES, built, shape_named
 from tests.helpers.tiny_models import tiny_llama
 
 PROMPT = 300
@@ -107,9 +115,35 @@ def test_a_text_that_has_ended_sits_out(model, prompt):
 
 
 def test_a_rehearsal_leaves_the_generation_as_it_was(model, prompt):
-    for generation in both(model, prompt, Sampling(), 4, compress=2):
-        generation.rehearsal(192).advance(2)
-        assert generation.new_tokens == 0 and generation.cache.get_seq_length() == 0
+    plain, ours = both(model, prompt, Sampling(), 4, compress=1)
+    model.set_attn_implementation("sdpa")
+    static = stock_static(model, *prompt, Sampling(), PROMPT + 4)
+    for generation in (plain, static, ours):
+        generation.rehearse(192, 3)
+        assert generation.new_tokens == 0 and int(generation.cache.get_seq_length()) == 0
+        generation.advance(4)
+    assert plain.text_ids() == static.text_ids() == ours.text_ids()
+
+
+def test_a_static_cache_has_room_for_the_capacity_and_its_rehearsal_counts_as_its_own(model, prompt):
+    model.set_attn_implementation("sdpa")
+    static = stock_static(model, *prompt, Sampling(), PROMPT + 5)
+    static.rehearse(192, 3)
+    held = static.footprint.held_bytes
+    static.advance(2)
+    assert static.cache.layers[0].keys.shape[2] == 320
+    if held is not None:
+        assert static.footprint.peak_bytes >= static.cache.layers[0].keys.nbytes
+
+
+def test_a_generation_starts_anew(model, prompt):
+    _, ours = both(model, prompt, Sampling(0.9, seed=4), 6, compress=2)
+    ours.advance(3)
+    text = ours.text_ids()
+    ours.restart()
+    assert ours.new_tokens == 0 and not ours.pieces and ours.cache.get_seq_length() == 0
+    ours.advance(3)
+    assert ours.text_ids() == text and ours.receipt()["new_tokens"] == 3
 
 
 def test_prompt_and_text_beyond_the_models_positions_are_refused(model, prompt):

@@ -11,7 +11,9 @@ import torch
 
 from elastickv.bench.environment import environment
 from elastickv.errors import UsageError
-from elastickv.transformers.generating import (
+from elastickv.transformers.models import Loaded
+from elastickv.transformers.speed.figures import read_weights_bytes
+from elastickv.transformers.speed.generating import (
     ELASTIC,
     Generation,
     Heard,
@@ -23,12 +25,12 @@ from elastickv.transformers.generating import (
     stock,
     take_turns,
 )
-from elastickv.transformers.models import Loaded
 from elastickv.transformers.support import sizes_of
 
 KIND = "elastickv-run"
 VERSION = 1
-WARM_UP_PROMPT, WARM_UP_TOKENS = 192, 3  # beyond sinks and window, so that pages are stored and read
+# Beyond sinks and window, so that pages are stored and read; steps enough for what is compiled at one and captured at another.
+WARM_UP_PROMPT, WARM_UP_TOKENS = 192, 6
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Run:
     def warm_up(self) -> None:
         """Run a short prompt through every cache, so that what is compiled or loaded once is not timed."""
         for generation in self._generations:
-            generation.rehearsal(WARM_UP_PROMPT).advance(WARM_UP_TOKENS)
+            generation.rehearse(WARM_UP_PROMPT, WARM_UP_TOKENS)
 
     def generate(self, heard: Heard) -> None:
         """Generate; `heard` is given each token of the elastic cache's text."""
@@ -144,6 +146,7 @@ def described(loaded: Loaded) -> dict[str, Any]:
         "device": str(model.device),
         "device_name": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "weights_bytes": sum(weight.nbytes for weight in model.parameters()),
+        "read_weights_bytes": read_weights_bytes(model),
         "elastic_layers": len(sizes.elastic),
         "query_heads": sizes.query_heads,
         "kv_heads": sizes.kv_heads,

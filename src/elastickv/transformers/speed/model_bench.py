@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from traceback import clear_frames
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +15,10 @@ from elastickv.bench.probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
 from elastickv.recipe import DTYPES, FORMATS, AttentionShape
 from elastickv.recipe.shape import MAX_CONTEXT
-from elastickv.transformers.generating import (
+from elastickv.transformers.models import Loaded, load_model
+from elastickv.transformers.plan import UncalibratedWarning
+from elastickv.transformers.speed.figures import SKIPPED, cache_figures, machine
+from elastickv.transformers.speed.generating import (
     ELASTIC,
     STATIC,
     STOCK,
@@ -26,16 +31,14 @@ from elastickv.transformers.generating import (
     stock_static,
     take_turns,
 )
-from elastickv.transformers.models import Loaded, load_model
-from elastickv.transformers.needs import Needs, free_bytes
-from elastickv.transformers.plan import UncalibratedWarning
-from elastickv.transformers.running import WARM_UP_PROMPT, WARM_UP_TOKENS, described, surroundings
-from elastickv.transformers.shapes import built, shape_named
+from elastickv.transformers.speed.needs import Needs, free_bytes
+from elastickv.transformers.speed.running import WARM_UP_PROMPT, WARM_UP_TOKENS, described, surroundings
+from elastickv.transformers.speed.shapes import built, shape_named
 from elastickv.transformers.support import sizes_of, text_config
 
 KIND = "elastickv-model-bench"
 VERSION = 1
-_FIRST_TOKENS = 2  # the prompt's, and a step that is not counted
+_FIRST_TOKENS = 6  # the prompt's, and steps that are not counted: at some of them graphs are captured
 
 
 class Progress(Protocol):
@@ -98,7 +101,8 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Progress) -
     """Return the result as JSON values.
 
     A sample is `tokens` steps of one `generate` that goes on with the text so far; its first step, which every cache takes
-    uncompiled, is not counted. Samples are taken in randomised mirrored blocks.
+    uncompiled, is not counted. Samples are taken in randomised mirrored blocks. A stock cache that fails, or that the elastic
+    cache has no memory beside, is not run, and the reason is told.
 
     Raises
     ------
@@ -108,12 +112,10 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Progress) -
     loaded = _loaded(options)
     ids = _prompts(loaded, options)
     mask, model, sampling = torch.ones_like(ids), loaded.model, Sampling(seed=options.seed, ends=False)
-    not_run: dict[str, str] = {}
-    made: list[Callable[[], Generation]] = [lambda: stock(model, ids, mask, sampling)]
-    if model.device.type == "cuda":
-        made.append(lambda: stock_static(model, ids, mask, sampling, options.capacity))
-    else:
-        not_run[STATIC] = "needs CUDA"
+    made: list[Callable[[], Generation]] = [
+        lambda: stock(model, ids, mask, sampling),
+        lambda: stock_static(model, ids, mask, sampling, options.capacity),
+    ]
     # The elastic one sets the model's attention: it is checked first and begun last.
     before = model.config._attn_implementation
     wanted = dict(options.wanted) | ({"context": options.context} if options.wanted.get("compress") else {})
@@ -123,24 +125,74 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Progress) -
             warnings.simplefilter("ignore", UncalibratedWarning)
         ours = elastic(model, ids, mask, sampling, options.capacity, wanted)
     model.set_attn_implementation(before)
-    generations = []
-    for make, name in zip(made, (STOCK, STATIC), strict=False):
-        try:
-            generations.append(_begun(make(), progress))
-        except torch.OutOfMemoryError as error:
-            not_run[name] = f"out of memory: {str(error).splitlines()[0]}"
-            _free(model)
-    try:
-        generations.append(_begun(ours, progress))
-    except torch.OutOfMemoryError:
-        raise UsageError(
-            f"{options.batch} x {options.context} tokens do not fit beside {len(generations)} stock caches: give a shorter "
-            "--context, a smaller --batch or a larger --compress"
-        ) from None
+    progress.phase("measuring the device")
+    device = machine(model.device)
+    not_run: dict[str, str] = {}
+    generations: list[Generation] = []
+    for make, name in zip(made, (STOCK, STATIC), strict=True):
+        if name == STATIC and model.device.type != "cuda":
+            not_run[name] = "needs CUDA"
+        elif name == STATIC and STOCK in not_run:
+            not_run[name] = f"holds at least as much as {STOCK}, which did not run"
+        else:
+            not_run |= _tried(make, name, generations, progress)
+    _begin_beside(ours, generations, not_run, progress)
+    generations.append(ours)
     progress.phase("measuring")
     probe = _host_probe()
     take_turns(generations, options.rounds, options.tokens + 1, options.seed, progress=progress.progress)
-    return _result(options, command, loaded, generations, not_run) | {"host": None if probe is None else probe.read()}
+    host = None if probe is None else probe.read()
+    return _result(options, command, loaded, generations, device) | {"not_run": not_run, "host": host}
+
+
+def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], progress: Progress) -> dict[str, str]:
+    """Begin a generation with a stock cache and add it to `begun`; if it fails, free what it held and return why."""
+    try:
+        begun.append(_begun(make(), progress))
+    except RuntimeError as error:
+        # Out of memory, also as the driver's or the compiler's own error, or nothing there that compiles.
+        reason = _reason(error)
+        clear_frames(error.__traceback__)
+    else:
+        return {}
+    _forget_compiled()
+    return {name: reason}
+
+
+def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, str], progress: Progress) -> None:
+    """Begin the elastic generation; for want of memory stock ones are dropped from `begun`, the last one first.
+
+    Raises
+    ------
+    UsageError : if it does not fit alone.
+    """
+    while True:
+        try:
+            _begun(ours, progress)
+            return
+        except (RuntimeError, UsageError) as error:
+            if not begun:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise UsageError(
+                        f"{_reason(error)}: give a shorter --context, a smaller --batch or a larger --compress"
+                    ) from None
+                raise
+            not_run[begun.pop().name] = f"left no memory for the elastic cache: {_reason(error)}"
+            clear_frames(error.__traceback__)
+        ours.restart()
+        _forget_compiled()
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's first sentence."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"out of memory: {text}" if isinstance(error, torch.OutOfMemoryError) else text
+
+
+def _forget_compiled() -> None:
+    """Free what compiled steps hold: they are the static cache's, which is gone."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _host_probe() -> ProcfsProbe | None:
@@ -153,15 +205,10 @@ def _host_probe() -> ProcfsProbe | None:
 
 def _begun(generation: Generation, progress: Progress) -> Generation:
     progress.phase(f"{generation.name}: warming up")
-    generation.rehearsal(WARM_UP_PROMPT).advance(WARM_UP_TOKENS)
+    generation.rehearse(WARM_UP_PROMPT, WARM_UP_TOKENS)
     progress.phase(f"{generation.name}: prompt of {generation.prompt_tokens} tokens")
     generation.advance(_FIRST_TOKENS)
     return generation
-
-
-def _free(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _loaded(options: ModelBench) -> Loaded:
@@ -197,19 +244,21 @@ def _prompts(loaded: Loaded, options: ModelBench) -> torch.Tensor:
 
 
 def _result(
-    options: ModelBench, command: tuple[str, ...], loaded: Loaded, generations: list[Generation], not_run: dict[str, str]
+    options: ModelBench, command: tuple[str, ...], loaded: Loaded, generations: list[Generation], device: dict[str, Any]
 ) -> dict[str, Any]:
-    ours = generations[-1]
-    baselines = {generation.name: speedup(generation, ours, skipped=1) for generation in generations[:-1]}
-    floor = noise_floor(generations[0], skipped=1)
+    ours, model = generations[-1], described(loaded)
+    caches = [cache_figures(g, model["read_weights_bytes"], device["read_ceiling_gbs"]) for g in generations]
+    baselines = {generation.name: speedup(generation, ours, SKIPPED) for generation in generations[:-1]}
+    floor = noise_floor(generations[0], SKIPPED)
     figures = {name: None if ratio is None else asdict(ratio) for name, ratio in baselines.items()}
     fastest = min(((figure["estimate"], name) for name, figure in figures.items() if figure), default=None)
     return {
         "kind": KIND,
         "version": VERSION,
         "environment": surroundings(),
+        "machine": device,
         "command": list(command),
-        "model": described(loaded) | {"random_weights": loaded.tokenizer is None},
+        "model": model | {"random_weights": loaded.tokenizer is None},
         "compress": options.wanted.get("compress"),
         "recipe": options.wanted.get("recipe"),
         "calibrated": options.wanted.get("calibration") is not None,
@@ -219,29 +268,17 @@ def _result(
         "tokens": options.tokens,
         "seed": options.seed,
         "pairing": "abba",
-        "caches": [_receipt(generation) for generation in generations],
+        "caches": caches,
         "speedups": figures,
         "baseline": None if fastest is None else fastest[1],
         "noise_floor_of": generations[0].name,
         "noise_floor": None if floor is None else asdict(floor),
         "faster": None if fastest is None or floor is None else _beyond_noise(figures[fastest[1]], asdict(floor)),
-        "not_run": not_run,
     }
 
 
 def _beyond_noise(ratio: Mapping[str, float] | None, floor: Mapping[str, float]) -> bool:
     return ratio is not None and ratio["low"] > max(1.0, floor["high"])
-
-
-def _receipt(generation: Generation) -> dict[str, Any]:
-    """Return a generation's receipt with the speed of the counted samples, and the samples."""
-    counted = generation.pieces[1:]
-    steps = [step for piece in counted for step in piece.step_s]
-    rows = generation.ids.shape[0]
-    return generation.receipt() | {
-        "tokens_per_s": rows * len(steps) / sum(steps),
-        "step_s": [list(piece.step_s) for piece in counted],
-    }
 
 
 __all__ = ["ELASTIC", "STATIC", "STOCK", "ModelBench", "measure"]

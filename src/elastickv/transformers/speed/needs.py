@@ -114,5 +114,7 @@ def free_bytes(device: str) -> int:
     """Return the memory that is free on a device."""
     import torch
 
+    from elastickv.transformers.speed import footprint
+
     place = torch.device(device)
-    return int(torch.cuda.mem_get_info(place)[0]) if place.type == "cuda" else load("cpu")[0].device.free_bytes
+    return footprint.free_bytes(place) if place.type == "cuda" else load("cpu")[0].device.free_bytes

@@ -19,10 +19,11 @@ from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.context import implementations
-from elastickv.transformers.footprint import Footprint
+from elastickv.transformers.speed.footprint import Footprint
 from elastickv.transformers.support import sizes_of, text_config
 
 STOCK, STATIC, ELASTIC = "stock", "stock static+compile", "elastic"
+_STATIC_ROUNDING = 64
 Heard = Callable[[torch.Tensor], None]
 
 
@@ -158,19 +159,32 @@ class Generation:
         self.pieces.append(piece)
         return piece
 
-    def rehearsal(self, tokens: int) -> Generation:
-        """Return a generation of the prompt's first `tokens` tokens, with an empty cache of the same kind."""
+    def rehearse(self, prompt_tokens: int, tokens: int) -> None:
+        """Generate after the prompt's first `prompt_tokens` tokens with an empty cache of the same kind, and forget it.
+
+        Kernels are compiled and loaded then. A static cache rehearses itself, for its steps are compiled for its very buffers;
+        what these take counts as the generation's.
+        """
+        static = isinstance(self.cache, StaticCache)
         if isinstance(self.cache, ElasticCache):
             cache: Any = self.cache.another()
-        elif isinstance(self.cache, StaticCache):
-            # What is compiled is compiled for these very buffers.
-            self.cache.reset()
-            cache = self.cache
         else:
-            cache = DynamicCache(config=text_config(self.model))
+            cache = self.cache if static else DynamicCache(config=text_config(self.model))
         self.model.set_attn_implementation(self._implementation)
-        prompt = slice(0, tokens)
-        return Generation(self.name, self.model, cache, self.ids[:, prompt], self._mask[:, prompt], self.sampling)
+        prompt = slice(0, prompt_tokens)
+        other = Generation(self.name, self.model, cache, self.ids[:, prompt], self._mask[:, prompt], self.sampling)
+        if static:
+            other.footprint = self.footprint
+        other.advance(tokens)
+        if static:
+            self.cache.reset()
+
+    def restart(self) -> None:
+        """Forget all that was generated with an elastic cache, or was begun when memory ran out."""
+        self.cache.reset()
+        self.ids, self._mask = self.ids[:, : self.prompt_tokens], self._mask[:, : self.prompt_tokens]
+        self.pieces.clear()
+        self.footprint, self._random, self._stock_read_bytes = Footprint(self.ids.device), None, 0.0
 
     def text_ids(self) -> list[list[int]]:
         """Return the ids of each row's text, without the prompt."""
@@ -200,6 +214,12 @@ class Generation:
         tensors = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
         return sum(int(tensor.nbytes) for tensor in tensors if isinstance(tensor, torch.Tensor))
 
+    def _dense_bytes(self) -> int:
+        """Return the bytes that all tokens would take in 16 bit in the layers with full attention."""
+        tokens: int = self.ids.shape[0] * int(self.cache.get_seq_length())
+        sizes = sizes_of(self.model)
+        return tokens * len(sizes.elastic) * 2 * sizes.kv_heads * sizes.head_dim * 2
+
     def receipt(self) -> dict[str, Any]:
         """Return what this text took, as JSON values.
 
@@ -217,7 +237,9 @@ class Generation:
             "tokens_per_s": rows * len(steps) / sum(steps) if steps else None,
             "kv_read_bytes": self._stock_read_bytes,
             "kv_stored_bytes": stock,
+            "kv_dense_bytes": self._dense_bytes(),
             "kv_allocated_bytes": stock,
+            "held_bytes": self.footprint.held_bytes,
             "peak_bytes": self.footprint.peak_bytes,
             "peak_source": self.footprint.source,
         }
@@ -254,7 +276,9 @@ def stock(model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling)
 
 def stock_static(model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, capacity: int) -> Generation:
     """Return a generation with Transformers' static cache of `capacity` tokens, whose steps `generate` compiles on CUDA."""
-    return Generation(STATIC, model, StaticCache(text_config(model), max_cache_len=capacity), ids, mask, sampling)
+    # Masks of odd lengths would be copied to aligned ones at every step.
+    places = -(-capacity // _STATIC_ROUNDING) * _STATIC_ROUNDING
+    return Generation(STATIC, model, StaticCache(text_config(model), max_cache_len=places), ids, mask, sampling)
 
 
 def elastic(
