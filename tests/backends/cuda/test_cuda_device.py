@@ -9,6 +9,7 @@ import pytest
 from elastickv.attention.bounds import page_bounds, score_pages
 from elastickv.attention.errors import relative_l2
 from elastickv.attention.feedback import Feedback
+from elastickv.backends.cuda import cache as cache_module
 from elastickv.backends.cuda import device as device_module
 from elastickv.cache import Oracle, ReferenceCache
 from elastickv.cache.quantise import quantise_int4_keys
@@ -228,6 +229,22 @@ def test_long_contexts_are_split_among_blocks(open_cuda, kind, text, shape):
         queries = rng.standard_normal((shape.batch, shape.query_heads, shape.head_dim), dtype=np.float32)
         check_decode(cache, oracle, queries, 4e-3)
         cache.append(*rng.standard_normal((2, shape.batch, shape.kv_heads, shape.head_dim), dtype=np.float32))
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("text", ["int4", "k=int8,v=int4", "k=int4,v=int8", "int4,pages=1", "fp8"])
+@pytest.mark.parametrize(("dim", "group"), [(64, 4), (128, 16)])
+def test_sums_over_a_thousand_pages_keep_what_is_small_beside_them(open_cuda, monkeypatch, text, dim, group, fixed):
+    """One block alone goes through a whole context of values that cancel: sums of codes are hundreds of times the output."""
+    monkeypatch.setattr(cache_module, "fixed_blocks", lambda heads, _: heads * fixed)
+    recipe, shape, tokens = Recipe.parse(text), AttentionShape(1, group, 1, dim), 1 << 18
+    cache = open_cuda("pages").cache(shape, tokens, "bf16", recipe)
+    cache.blocks = 1
+    variant, blocks = cache._decoding()
+    assert blocks == 1 and variant.mails == fixed and tokens // PAGE_TOKENS // variant["WARPS"] >= 1000
+    cache.fill_random(np.array([tokens]), seed=3)
+    queries = np.random.default_rng(3).standard_normal((1, group, dim), dtype=np.float32)
+    check_decode(cache, Oracle(cache), queries, 4e-3)
 
 
 @pytest.mark.parametrize("text", ["dense", "int8", "bf16,stride=2", "int8,sinks=0,window=0"])

@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             const int page = __shfl_sync(FULL, walk.numbers, i);
             if (walk.first + i * walk.step < end) {
                 if (i >= from + under_way) wait_for_page(arrived + 8 * (before % STAGES), before / STAGES & 1);
-                start_page(stages + stage * STAGE, arrived + 8 * stage, walk.planes, page);
+                start_page(stages + stage * STAGE, arrived + 8 * stage, a, page);
                 issued = i + 1;
             }
             end_group();
@@ -112,7 +112,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     task.exact_begin = splits - 1 - split;
     task.exact_end = (a.exact_rows + EXACT_UNIT - 1) / EXACT_UNIT;
     const size_t head = task.p.head;
-    walk.planes = planes_of(a, head);
     walk.first = first_page();
     walk.step = splits * WARPS;
     // Append, and at an anchor select, may still be at work. What they do not write is on its way before they end: all pages but
@@ -182,7 +181,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             load_keys16<true>(exact, a, task.s, a.exact_k + first, task.s.exact, exact_unit);
             load_values16<true>(exact, a, task.s, a.exact_v + first, task.s.exact, exact_unit);
         }
-        walk.planes = planes_of(a, task.p.head);
         walk.first = first_page();
         walk.end = task.cold_end;
         walk.step = WARPS;
@@ -243,10 +241,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             r.exponent = -100.f;
             int now = walk.numbers;  // numbers of the pages in use; `walk` is ahead of them
 #pragma unroll 1
-            for (int i = 0, unit = walk.first; unit < walk.end; i++, unit += walk.step) {
+            for (int i = 0; walk.first + i * walk.step < walk.end; i++) {
                 const u32 stage = used % STAGES;
                 wait_for_page(arrived + 8 * stage, used / STAGES & 1);
-                const char* at = shared.stages[warp][stage];
+                const char* at = memory + (warp * STAGES + stage) * STAGE;
                 const int page = __shfl_sync(FULL, now, i & 31);
                 float score[TILES][8];
                 score_page(score, at, shared, page);
@@ -257,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
                 const int ahead = i + STAGES;
                 if ((ahead & 31) == 0) look_ahead(walk, a, kept.s, kept.p.head, ahead);
                 const int next = __shfl_sync(FULL, walk.numbers, ahead & 31);
-                if (unit + STAGES * walk.step < walk.end) start_page(stages + stage * STAGE, arrived + 8 * stage, walk.planes, next);
+                if (walk.first + ahead * walk.step < walk.end) start_page(stages + stage * STAGE, arrived + 8 * stage, a, next);
                 end_group();
                 used++;
                 issued--;

@@ -296,15 +296,27 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[TILES][
         }
 #endif
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
+        for (int tile = 0; tile < TILES; tile++) {
+#if ZEROS
+            // Tensor cores truncate what they add up. Codes count from zero: their sums grow far beyond what is left without the
+            // zeros, and the loss with them. So a page's sums start from nothing, and pages are added up as floats.
+            float sum[4] = {};
+#else
+            float(&sum)[4] = r.acc[tile][m];
+#endif
 #pragma unroll
             for (int k = 0; k < 2; k++) {
 #if V_FORMAT == SIXTEEN_BIT
-                mma_exact(r.acc[tile][m], a[k][0], a[k][1], a[k][2], a[k][3], p[tile][2 * k], p[tile][2 * k + 1]);
+                mma_exact(sum, a[k][0], a[k][1], a[k][2], a[k][3], p[tile][2 * k], p[tile][2 * k + 1]);
 #else
-                mma_half(r.acc[tile][m], a[k][0], a[k][1], a[k][2], a[k][3], p[tile][2 * k], p[tile][2 * k + 1]);
+                mma_half(sum, a[k][0], a[k][1], a[k][2], a[k][3], p[tile][2 * k], p[tile][2 * k + 1]);
 #endif
             }
+#if ZEROS
+#pragma unroll
+            for (int e = 0; e < 4; e++) r.acc[tile][m][e] += sum[e];
+#endif
+        }
     }
 }
 

@@ -2,20 +2,9 @@
 #pragma once
 #include "page_shared.cuh"
 
-// The planes of one (sequence, KV head).
-struct Planes {
-    const char *keys, *key_scales, *values, *value_scales;
-};
-
-__device__ __forceinline__ Planes planes_of(const Args& a, size_t head) {
-    const size_t first = head * a.page_capacity;
-    return {a.cold_k + first * KEY_PAGE, reinterpret_cast<const char*>(a.k_scale) + first * KEY_SCALES,
-            a.cold_v + first * VALUE_PAGE, reinterpret_cast<const char*>(a.v_scale) + first * VALUE_SCALES};
-}
-
 // Where the scales of a page start; fp8 has those of eight pages in the 16 bytes that a copy moves at least.
-__device__ __forceinline__ const char* scales_of(const char* plane, int page, int format, int bytes) {
-    return plane + (format == FP8 ? (size_t)(page * 2 & ~15) : (size_t)page * bytes);
+__device__ __forceinline__ const char* scales_of(const void* plane, int page, int format, int bytes) {
+    return static_cast<const char*>(plane) + (format == FP8 ? (size_t)(page * 2 & ~15) : (size_t)page * bytes);
 }
 
 template <int BYTES>
@@ -35,16 +24,15 @@ __device__ __forceinline__ void copy_part(u32 to, const char* from, u32 arrived)
 }
 
 // Starts a page on its way into a stage.
-__device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Planes& from, int page) {
+__device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a, int page) {
 #if BULK
     if (threadIdx.x & 31) return;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(PAGE_BYTES) : "memory");
 #endif
-    copy_part<KEY_PAGE>(stage, from.keys + (size_t)page * KEY_PAGE, arrived);
-    copy_part<VALUES_AT - KEY_SCALES_AT>(stage + KEY_SCALES_AT, scales_of(from.key_scales, page, K_FORMAT, KEY_SCALES), arrived);
-    copy_part<VALUE_PAGE>(stage + VALUES_AT, from.values + (size_t)page * VALUE_PAGE, arrived);
-    copy_part<PAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(from.value_scales, page, V_FORMAT, VALUE_SCALES),
-                                            arrived);
+    copy_part<KEY_PAGE>(stage, a.cold_k + (size_t)page * KEY_PAGE, arrived);
+    copy_part<VALUES_AT - KEY_SCALES_AT>(stage + KEY_SCALES_AT, scales_of(a.k_scale, page, K_FORMAT, KEY_SCALES), arrived);
+    copy_part<VALUE_PAGE>(stage + VALUES_AT, a.cold_v + (size_t)page * VALUE_PAGE, arrived);
+    copy_part<PAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(a.v_scale, page, V_FORMAT, VALUE_SCALES), arrived);
 }
 
 __device__ __forceinline__ void end_group() {
@@ -69,18 +57,17 @@ __device__ __forceinline__ void wait_for_page(u32 arrived, u32 parity) {
 
 // The pages that a warp goes through: every `step`-th unit from `first` on.
 struct Walk {
-    Planes planes;
     int first, end, step;
-    int numbers;  // lane i holds the number of the page that is i ahead of the last multiple of 32
+    int numbers;  // lane i holds the number, among all heads' pages, of the page that is i ahead of the last multiple of 32
 };
 
 __device__ __forceinline__ void look_ahead(Walk& walk, const Args& a, const Span& s, size_t head, int index) {
-    const int unit = walk.first + (index + (threadIdx.x & 31)) * walk.step;
+    const int unit = walk.first + (index + (threadIdx.x & 31)) * walk.step, base = head * a.page_capacity;
 #if SELECT
     // The list is read before its end is known.
-    const int listed = unit < a.page_capacity ? __ldcg(a.pages + head * a.page_capacity + unit) : 0;
-    walk.numbers = unit < s.listed ? listed : s.fresh + unit - s.listed;
+    const int listed = unit < a.page_capacity ? __ldcg(a.pages + base + unit) : 0;
+    walk.numbers = base + (unit < s.listed ? listed : s.fresh + unit - s.listed);
 #else
-    walk.numbers = unit;
+    walk.numbers = base + unit;
 #endif
 }
