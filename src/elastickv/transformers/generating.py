@@ -18,8 +18,8 @@ from elastickv.bench.statistics import Interval, ratio_interval
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
-from elastickv.transformers.context import implementations
 from elastickv.transformers.footprint import Footprint
+from elastickv.transformers.seam import implementations
 from elastickv.transformers.support import sizes_of, text_config
 
 STOCK, STATIC, ELASTIC = "stock", "stock static+compile", "elastic"

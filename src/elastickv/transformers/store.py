@@ -18,7 +18,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 GIB = 1 << 30
@@ -137,6 +137,11 @@ class HostStore:
         found = self.queue_step(keys, values, queries, scaling)
         self.count_step()
         return found
+
+    @property
+    def launch_key(self) -> Hashable:
+        """What a graph of `queue_step` is good for: another key, another graph."""
+        return id(self.cache)
 
     def ready_step(self) -> None:
         """Make room for one more token a row."""
