@@ -16,7 +16,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import elastickv.transformers as ekv
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.transformers import captured, seam
+from elastickv.transformers import captured
+from elastickv.transformers import recorder as recorders
 from elastickv.transformers.store import HostStore
 from tests.helpers.model_matrix import model, padded, prompt
 
@@ -56,7 +57,7 @@ def queue_nothing(store, keys, values, queries, scaling):
 @pytest.fixture
 def recorder(monkeypatch):
     made = Recorder()
-    for module in (captured, seam):
+    for module in (captured, recorders):
         monkeypatch.setattr(module, "recorder_for", lambda device: made)
     return made
 
@@ -350,7 +351,8 @@ class TestFallback:
         with warnings.catch_warnings():
             warnings.simplefilter("error", ekv.NotCapturedWarning)
             generate(tiny, prompt(1, 100), past_key_values=cache)
-        assert cache.report().captured == 0
+        report = cache.report()
+        assert (report.captured, report.not_captured) == (0, "the model is on the cpu")
 
     def test_a_pass_that_breaks_off_is_told_and_the_model_goes_on(self, recorder, tiny):
         cache = ekv.ElasticCache.for_model(tiny, 4)

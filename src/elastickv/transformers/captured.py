@@ -19,14 +19,14 @@ from transformers.utils import ModelOutput
 from elastickv.transformers.capturable import NotCapturable, check_mode, signature_of, structure_of
 from elastickv.transformers.guard import Guard, Recording
 from elastickv.transformers.plan import outside
-from elastickv.transformers.recorder import Recorder, recorder_for
+from elastickv.transformers.recorder import Recorder, recorder_for, why_not
 
 if TYPE_CHECKING:
     from elastickv.transformers.cache import ElasticCache
     from elastickv.transformers.layer import ElasticLayer
 
 GRAPHS = 4  # of one cache: calls may take turns
-_FIRST = "the first decodes are not"
+_FIRST = "it takes three decodes of a kind"
 
 
 class NotCapturedWarning(UserWarning):
@@ -57,7 +57,7 @@ class Captured:
     def __init__(self, guard: Guard, wanted: bool) -> None:
         self._guard, self.wanted = guard, wanted
         self.count = 0
-        self._given_up: str | None = None if wanted else "capture=False"
+        self._given_up = why_not(guard.model, wanted)
         self._recorder: Recorder | None = None
         self._warned = False
         self.forget()
@@ -71,8 +71,10 @@ class Captured:
 
     def copy(self, guard: Guard) -> Captured:
         """Return the same for a copy of the cache, which needs graphs of its own."""
-        other = Captured(guard, self.wanted)
-        other.count, other._given_up, other._warned = self.count, self._given_up, self._warned
+        other = object.__new__(Captured)
+        other.__dict__.update(self.__dict__)
+        other._guard, other._recorder = guard, None
+        other.forget()
         return other
 
     @property
@@ -156,11 +158,10 @@ class Captured:
             self._give_up("layers with a window or linear attention keep Transformers' cache")
         if any(layer.capped for layer in layers):
             self._give_up("its attention caps scores")
-        if self._recorder is None:
-            self._recorder = recorder_for(device)
+        self._structure = structure_of(model, device)
+        self._recorder = self._recorder or recorder_for(device)
         if self._recorder is None:
             self._give_up(f"the model is on the {device.type}")
-        self._structure = structure_of(model, device)
 
     def _rehearse(self, cache: ElasticCache, layers: list[ElasticLayer], run: Callable[..., Any]) -> Any:
         """Take a decode as it would be recorded."""
@@ -217,10 +218,7 @@ class Captured:
             )
 
 
-def _first_line(error: BaseException) -> str:
-    """Return what went wrong first: a broken capture raises again when it is ended."""
-    while error.__context__ is not None:
-        error = error.__context__
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 

@@ -32,6 +32,14 @@ def recorder_for(device: torch.device) -> Recorder | None:
     return GraphRecorder(device) if device.type == "cuda" else None
 
 
+def why_not(model: Any, wanted: bool) -> str | None:
+    """Return why a model's passes are not even tried to be recorded, or None."""
+    device = next(model.parameters()).device
+    if not wanted:
+        return "capture=False"
+    return f"the model is on the {device.type}" if recorder_for(device) is None else None
+
+
 @cache
 def _capture_stream(index: int) -> Any:
     """Return the stream that passes are recorded on: one a device, because libraries keep a workspace for each."""
@@ -73,14 +81,20 @@ class GraphRecorder:
         graph = torch.cuda.CUDAGraph()
         with self._on_device(), _collecting_nothing():
             present, stream = torch.cuda.current_stream(), _capture_stream(self._index)
+            first: BaseException | None = None
             try:
                 # Other threads, such as a communication library's, may go on meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                    outputs = run()
-            except BaseException:
+                    try:
+                        outputs = run()
+                    except BaseException as error:
+                        first = error
+                        raise
+            except BaseException as error:
                 torch.cuda.set_stream(present)
                 self._recover()
-                raise
+                # Ending a capture that is broken raises again, and says less.
+                raise first or error from None
 
         def replay() -> Any:
             graph.replay()

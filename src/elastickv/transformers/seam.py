@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from elastickv.transformers.attention import EAGER_IMPLEMENTATION, IMPLEMENTATION, implementation_for
-from elastickv.transformers.recorder import recorder_for
+from elastickv.transformers.recorder import why_not
 
 _OURS = (IMPLEMENTATION, EAGER_IMPLEMENTATION)
 # By identity, beside the models: neither copies nor files of a model carry it.
@@ -87,7 +87,7 @@ def join(model: Any, capture: bool) -> None:
     """Let a model work with elastic caches, its decodes captured if that is asked for and can be; more than once is once."""
     use_elastic_attention(model)
     own = forward_of(model)
-    if capture and not isinstance(own, Forward) and recorder_for(next(model.parameters()).device) is not None:
+    if why_not(model, capture) is None and not isinstance(own, Forward):
         model.forward = Forward(model, own)
 
 
