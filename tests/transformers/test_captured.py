@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import elastickv.transformers as ekv
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.transformers import captured
+from elastickv.transformers import captured, generating
 from elastickv.transformers import recorder as recorders
 from elastickv.transformers.store import HostStore
 from tests.helpers.model_matrix import model, padded, prompt
@@ -427,6 +427,16 @@ class TestSeam:
         assert torch.equal(generate(tiny, inputs), stock)
         assert torch.equal(generate(tiny, inputs, use_cache=False), stock)
         assert recorder.replayed == 0
+
+    def test_stock_texts_that_take_turns_run_without_it(self, recorder, tiny):
+        ids, sampling = prompt(1, 200)["input_ids"], generating.Sampling(ends=False)
+        mask = torch.ones_like(ids)
+        stock = generating.stock(tiny, ids, mask, sampling)
+        ours = generating.elastic(tiny, ids, mask, sampling, 256, {"compress": 4})
+        for text in (ours, stock, ours):
+            text.advance(8)
+            assert ("forward" in vars(tiny)) == (text is ours)
+        assert ours.receipt()["captured_share"] == 14 / 15
 
     def test_the_model_is_freed_with_its_last_reference(self, recorder):
         made = model("llama")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from elastickv.transformers.layer import ElasticLayer
 
 GRAPHS = 4  # of one cache: calls may take turns
-_FIRST = "it takes three decodes of a kind"
+_FIRST = "it takes two decodes of a kind"
 
 
 class NotCapturedWarning(UserWarning):
@@ -87,8 +87,8 @@ class Captured:
     ) -> Any:
         """Return what a model's `forward` makes of `inputs`, through a graph where that can be.
 
-        A pass of several tokens, the first decode after it, and calls that cannot be captured run as they are. The first of
-        its kind is a rehearsal, in which nothing is captured; the second is captured.
+        A pass of several tokens and calls that cannot be captured run as they are. The first decode of a kind is a rehearsal,
+        the second is recorded and replayed, as are those after it.
         """
         if not _is_decode(inputs):
             self._structure = None

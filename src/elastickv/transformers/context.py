@@ -8,7 +8,7 @@ from typing import Any
 
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.report import CacheReport
-from elastickv.transformers.seam import forward_of, implementations, restore_forward
+from elastickv.transformers.seam import restore, seam_of
 
 
 class Session:
@@ -38,7 +38,7 @@ def elastic(model: Any, compress: float | None = None, **options: Any) -> Iterat
     ------
     UsageError : as `ElasticCache.for_model`, before the block is entered.
     """
-    before, forward = implementations(model), forward_of(model)
+    before = seam_of(model)
     shadowed = "generate" in vars(model)
     own = vars(model).get("generate")
     generate = model.generate
@@ -64,5 +64,4 @@ def elastic(model: Any, compress: float | None = None, **options: Any) -> Iterat
             model.generate = own
         else:
             del model.generate
-        restore_forward(model, forward)
-        model.set_attn_implementation(before)
+        restore(model, before)

@@ -19,7 +19,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.footprint import Footprint
-from elastickv.transformers.seam import implementations
+from elastickv.transformers.seam import restore, seam_of
 from elastickv.transformers.support import sizes_of, text_config
 
 STOCK, STATIC, ELASTIC = "stock", "stock static+compile", "elastic"
@@ -114,7 +114,7 @@ class Generation:
         self.ids, self._mask, self.prompt_tokens = ids.to(model.device), mask.to(model.device), int(ids.shape[1])
         self.pieces: list[Piece] = []
         self.footprint = Footprint(self.ids.device)
-        self._implementation = implementations(model)
+        self._seam = seam_of(model)
         self._random: dict[str, torch.Tensor] | None = None
         self._stock_read_bytes = 0.0
 
@@ -138,7 +138,7 @@ class Generation:
 
         The model's attention is the one that this cache was made for, the random numbers are this text's own.
         """
-        self.model.set_attn_implementation(self._implementation)
+        restore(self.model, self._seam)
         before = self._stock_bytes()
         with self._own_random(), self.footprint.watched():
             clock = _Clock(heard)
@@ -168,7 +168,7 @@ class Generation:
             cache = self.cache
         else:
             cache = DynamicCache(config=text_config(self.model))
-        self.model.set_attn_implementation(self._implementation)
+        restore(self.model, self._seam)
         prompt = slice(0, tokens)
         return Generation(self.name, self.model, cache, self.ids[:, prompt], self._mask[:, prompt], self.sampling)
 
@@ -233,6 +233,8 @@ class Generation:
             "storing_s": report.quantise_seconds,
             "storing_share_of_first_token": report.quantise_seconds / self.pieces[0].first_s,
             "holds_from": report.holds_from,
+            "captured_share": report.captured / report.decodes if report.decodes else None,
+            "not_captured": report.not_captured,
             "calibrated": report.calibrated,
             "recipe_hash": _hash(report.recipes.values()),
             "recipes": {str(layer): str(recipe) for layer, recipe in report.recipes.items()},

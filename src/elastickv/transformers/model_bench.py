@@ -30,6 +30,7 @@ from elastickv.transformers.models import Loaded, load_model
 from elastickv.transformers.needs import Needs, free_bytes
 from elastickv.transformers.plan import UncalibratedWarning
 from elastickv.transformers.running import WARM_UP_PROMPT, WARM_UP_TOKENS, described, surroundings
+from elastickv.transformers.seam import release
 from elastickv.transformers.shapes import built, shape_named
 from elastickv.transformers.support import sizes_of, text_config
 
@@ -59,7 +60,7 @@ class ModelBench:
     batch : rows.
     rounds : samples of each cache.
     tokens : steps of a sample.
-    wanted : what `ElasticCache.for_model` takes: compress, recipe, calibration.
+    wanted : what `ElasticCache.for_model` takes: compress, recipe, calibration, capture.
     dtype, device : of the model.
     seed : of the order, the prompts and random weights.
     text : what prompts are cut from, where the model has a tokenizer.
@@ -115,14 +116,13 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Progress) -
     else:
         not_run[STATIC] = "needs CUDA"
     # The elastic one sets the model's attention: it is checked first and begun last.
-    before = model.config._attn_implementation
     wanted = dict(options.wanted) | ({"context": options.context} if options.wanted.get("compress") else {})
     with warnings.catch_warnings():
         if loaded.tokenizer is None:
             # Random weights have nothing to lose.
             warnings.simplefilter("ignore", UncalibratedWarning)
         ours = elastic(model, ids, mask, sampling, options.capacity, wanted)
-    model.set_attn_implementation(before)
+    release(model)
     generations = []
     for make, name in zip(made, (STOCK, STATIC), strict=False):
         try:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,24 +87,40 @@ def use_elastic_attention(model: Any) -> None:
 def join(model: Any, capture: bool) -> None:
     """Let a model work with elastic caches, its decodes captured if that is asked for and can be; more than once is once."""
     use_elastic_attention(model)
-    own = forward_of(model)
+    own = vars(model).get("forward")
     if why_not(model, capture) is None and not isinstance(own, Forward):
         model.forward = Forward(model, own)
 
 
-def forward_of(model: Any) -> Any:
-    """Return the `forward` that an instance has of its own, for `restore_forward`; None where it has its class's."""
-    return vars(model).get("forward")
+@dataclass(frozen=True)
+class Seam:
+    """What a model's attention and `forward` are at a time.
+
+    Attributes
+    ----------
+    implementation : of its attention, for `set_attn_implementation`.
+    forward : the instance's own, or None where it has its class's.
+    """
+
+    implementation: Any
+    forward: Any
 
 
-def restore_forward(model: Any, own: Any) -> None:
-    """Give an instance back the `forward` that `forward_of` returned, unless somebody has put another on top of ours."""
-    if not isinstance(vars(model).get("forward"), Forward):
-        return
-    if own is None:
-        del model.forward
-    else:
-        model.forward = own
+def seam_of(model: Any) -> Seam:
+    """Return what `restore` gives back."""
+    return Seam(implementations(model), vars(model).get("forward"))
+
+
+def restore(model: Any, seam: Seam) -> None:
+    """Give a model the attention and the `forward` that it had, unless somebody has put another `forward` on top since."""
+    present, wanted = vars(model).get("forward"), seam.forward
+    known = present is None or isinstance(present, Forward) or present is getattr(wanted, "own", None)
+    if known and present is not wanted:
+        if wanted is None:
+            del model.forward
+        else:
+            model.forward = wanted
+    model.set_attn_implementation(seam.implementation)
 
 
 def release(model: Any) -> None:
@@ -112,9 +129,10 @@ def release(model: Any) -> None:
     Caches made for the model need another `for_model` before they are of use again. A model that was given nothing is left
     as it is.
     """
-    present = forward_of(model)
-    if isinstance(present, Forward):
-        restore_forward(model, present.own)
     if model.config._attn_implementation in _OURS:
         usual = "sdpa" if model.config._attn_implementation == IMPLEMENTATION and model._supports_sdpa else "eager"
-        model.set_attn_implementation(_before.pop(model, usual))
+        implementation = _before.pop(model, usual)
+    else:
+        implementation = implementations(model)
+    present = vars(model).get("forward")
+    restore(model, Seam(implementation, present.own if isinstance(present, Forward) else present))
