@@ -24,6 +24,7 @@ PIECE_TOKENS = 32
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random numbers.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
 @click.option("--paired-baseline", "paired", is_flag=True, help="Generate with the stock cache too, taking turns.")
+@click.option("--no-graphs", is_flag=True, help="Run decodes operation by operation instead of as captured CUDA graphs.")
 @click.option("--dtype", help="Load the weights as fp32, fp16 or bf16.  [default: bf16 on cuda, fp32 on cpu]")
 @click.option("--device", help="Where the model runs: cpu or cuda.  [default: cuda where there is one]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the receipt here, as JSON.")
@@ -60,6 +61,7 @@ def command(**given: Any) -> int:
         bar.phase("loading")
         loaded = load_model(given["model"], given["dtype"] or usual_dtype(device), device)
         wanted = {"compress": compress, "recipe": given["recipe"], "calibration": calibration}
+        wanted |= {"capture": not given["no_graphs"]}
         request = Request(text, not given["raw"], given["max_new_tokens"], sampling, wanted, given["paired"], PIECE_TOKENS)
         prepared = Run(loaded, request)
         bar.phase("warming up")

@@ -25,6 +25,7 @@ def generation_table(result: dict[str, Any]) -> str:
         ("first token, s", lambda c: _number(c["first_token_s"], 3)),
         ("  of it storing", lambda c: _storing(c)),
         ("tokens: prompt + new", lambda c: f"{_times(c['rows'])}{c['prompt_tokens']} + {c['new_tokens']}"),
+        ("decodes captured", lambda c: _percent(c.get("captured_share"))),
         ("KV read", lambda c: _bytes(c["kv_read_bytes"])),
         ("  1/C of 16 bit", lambda c: _ratio(c.get("read_ratio"))),
         ("KV stored", lambda c: _bytes(c["kv_stored_bytes"])),
@@ -67,6 +68,10 @@ def _interval(figure: dict[str, Any]) -> str:
 def _storing(cache: dict[str, Any]) -> str:
     share = cache.get("storing_share_of_first_token")
     return "" if share is None else f"{cache['storing_s']:.3f} ({100 * share:.1f} %)"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _times(rows: int) -> str:

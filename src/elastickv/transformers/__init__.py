@@ -9,20 +9,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elastickv.transformers.attention import IMPLEMENTATION, register
     from elastickv.transformers.cache import ElasticCache
+    from elastickv.transformers.captured import NotCapturedWarning
     from elastickv.transformers.context import Session, elastic
     from elastickv.transformers.plan import UncalibratedWarning
     from elastickv.transformers.report import CacheReport
+    from elastickv.transformers.seam import release
 
-__all__ = ["IMPLEMENTATION", "CacheReport", "ElasticCache", "Session", "UncalibratedWarning", "elastic", "register"]
+__all__ = [
+    "IMPLEMENTATION",
+    "CacheReport",
+    "ElasticCache",
+    "NotCapturedWarning",
+    "Session",
+    "UncalibratedWarning",
+    "elastic",
+    "register",
+    "release",
+]
 
 _HOMES = {
     "IMPLEMENTATION": "attention",
     "register": "attention",
     "ElasticCache": "cache",
+    "NotCapturedWarning": "captured",
     "Session": "context",
     "elastic": "context",
     "UncalibratedWarning": "plan",
     "CacheReport": "report",
+    "release": "seam",
 }
 
 

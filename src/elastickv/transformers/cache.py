@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,18 +14,14 @@ from transformers import Cache
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.recipe.model_calibration import ModelCalibration
-from elastickv.transformers.attention import implementation_for
+from elastickv.transformers.captured import Captured
 from elastickv.transformers.guard import Guard
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.models import fingerprint
 from elastickv.transformers.plan import Plan, RecipeLike, plan_for
 from elastickv.transformers.report import CacheReport, Ledger, by_context, held_bytes
+from elastickv.transformers.seam import join
 from elastickv.transformers.support import sizes_of, stock_layers, text_config
-
-
-def use_elastic_attention(model: Any) -> None:
-    """Set a model's attention implementation to 'elastickv', or to 'elastickv_eager' if it was told to be 'eager'."""
-    model.set_attn_implementation(implementation_for(model.config._attn_implementation))
 
 
 class ElasticCache(Cache):  # type: ignore[misc]
@@ -36,9 +32,9 @@ class ElasticCache(Cache):  # type: ignore[misc]
     neither stored nor scored.
     """
 
-    def __init__(self, layers: list[Any], plan: Plan, guard: Guard, ledger: Ledger) -> None:
+    def __init__(self, layers: list[Any], plan: Plan, guard: Guard, ledger: Ledger, captured: Captured) -> None:
         super().__init__(layers=layers)
-        self._plan, self._guard, self._ledger = plan, guard, ledger
+        self._plan, self._guard, self._ledger, self._captured = plan, guard, ledger, captured
 
     @classmethod
     def for_model(
@@ -52,11 +48,12 @@ class ElasticCache(Cache):  # type: ignore[misc]
         context: int | None = None,
         capacity: int | None = None,
         prefill: str = "stored",
+        capture: bool = True,
     ) -> ElasticCache:
         """Return an empty cache for a model, and set the model's attention implementation to 'elastickv'.
 
         That implementation is the framework's own fast attention wherever no elastic cache is in play, so the model goes on
-        working with every other cache; `ekv.elastic` restores it when done.
+        working with every other cache; `ekv.elastic` restores it when done, and `ekv.release(model)` at any time.
 
         Parameters
         ----------
@@ -71,6 +68,8 @@ class ElasticCache(Cache):  # type: ignore[misc]
         capacity : tokens that a sequence may have, reserved with the prompt. None: what `generate` is asked for, growing.
         prefill : 'stored': chunks after the first read what is stored of those before; 'exact': a prompt stays in the model's
             dtype until its first single-token pass.
+        capture : on a CUDA device, replay decodes as captured graphs; the instance gets a `forward` of its own for it. False:
+            run them operation by operation.
 
         Raises
         ------
@@ -83,16 +82,16 @@ class ElasticCache(Cache):  # type: ignore[misc]
         plan.warn_uncalibrated(getattr(model.config, "_name_or_path", "") or "MODEL")
         if not sizes.elastic:
             plan.warn_windowed(type(model).__name__)
-        use_elastic_attention(model)
-        return cls._made(model, plan)
+        join(model, capture)
+        return cls._made(model, plan, capture)
 
     @classmethod
-    def _made(cls, model: Any, plan: Plan) -> ElasticCache:
+    def _made(cls, model: Any, plan: Plan, capture: bool) -> ElasticCache:
         elastic = plan.sizes.elastic
         guard, ledger = Guard(model), Ledger(elastic[0] if elastic else 0)
         stock = stock_layers(text_config(model))
         made = [ElasticLayer(n, plan, guard, ledger) if n in elastic else layer for n, layer in enumerate(stock)]
-        return cls(made, plan, guard, ledger)
+        return cls(made, plan, guard, ledger, Captured(guard, capture))
 
     def another(self) -> ElasticCache:
         """Return an empty cache for the same model, made with the same arguments.
@@ -106,7 +105,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
             raise UsageError("the model that the cache was made for is gone: make one with ElasticCache.for_model(model)")
         plan = self._plan.copy()
         plan.forget()
-        return self._made(model, plan)
+        return self._made(model, plan, self._captured.wanted)
 
     @property
     def elastic_layers(self) -> list[ElasticLayer]:
@@ -149,7 +148,13 @@ class ElasticCache(Cache):  # type: ignore[misc]
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the places so far, padding included: what positions and masks start from."""
         self._guard.check_answered()
+        self._guard.note_length_read()
         self._look_ahead(sys._getframe(1))
+        return int(super().get_seq_length(layer_idx))
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return what a mask's queries start from: the places so far. Elastic layers ask no mask where their tokens are."""
+        self._guard.check_answered()
         return int(super().get_seq_length(layer_idx))
 
     def _look_ahead(self, caller: FrameType) -> None:
@@ -189,6 +194,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         self._plan.forget()
         self._guard.forget()
         self._ledger.forget()
+        self._captured.forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ElasticCache:
         import copy
@@ -198,7 +204,38 @@ class ElasticCache(Cache):  # type: ignore[misc]
             layer.copy(plan, guard, ledger) if isinstance(layer, ElasticLayer) else copy.deepcopy(layer, memo)
             for layer in self.layers
         ]
-        return type(self)(layers, plan, guard, ledger)
+        return type(self)(layers, plan, guard, ledger, self._captured.copy(guard))
+
+    def captured_decode(self, model: Any, forward: Callable[..., Any], inputs: dict[str, Any], takes_positions: bool) -> Any:
+        """Return what a model's `forward` makes of `inputs`, replaying a captured graph where that can be."""
+        return self._captured(self, model, forward, inputs, takes_positions)
+
+    def begin_step(self, layers: list[ElasticLayer]) -> None:
+        """Make layers ready for one more token a row, and settle what it reads.
+
+        Raises
+        ------
+        UsageError : if there is no room for it, or the pass before broke off.
+        """
+        self._guard.check_answered()
+        self._guard.check_whole(layers)
+        layers[0].check_step()
+        reading = self._plan.reading(int(layers[0].lengths.max()) + 1)
+        for layer in layers:
+            layer.begin_step(reading)
+
+    def end_step(self, layers: list[ElasticLayer]) -> None:
+        """Count what layers have stored.
+
+        Raises
+        ------
+        NonFiniteError : at every 32nd, if a NaN or infinity was stored.
+        """
+        for layer in layers:
+            layer.end_step()
+        if layers and layers[0].check_is_due:
+            for layer in layers:
+                layer.raise_non_finite()
 
     @property
     def allocated_bytes(self) -> int:
@@ -239,6 +276,8 @@ class ElasticCache(Cache):  # type: ignore[misc]
             allocated_bytes=self.allocated_bytes,
             stock_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in stock),
             decodes=self._ledger.steps,
+            captured=self._captured.count,
+            not_captured=self._captured.reason,
             chunks=self._ledger.chunks,
             read_bytes=read,
             dense_read_bytes=dense_read,
@@ -259,8 +298,8 @@ class ElasticCache(Cache):  # type: ignore[misc]
         save(self, Path(path))
 
     @classmethod
-    def load(cls, path: Path | str, model: Any) -> ElasticCache:
-        """Return the cache that `save` wrote, for the model it was made for.
+    def load(cls, path: Path | str, model: Any, capture: bool = True) -> ElasticCache:
+        """Return the cache that `save` wrote, for the model it was made for; `capture` as in `for_model`.
 
         Raises
         ------
@@ -268,7 +307,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         """
         from elastickv.transformers.saving import load
 
-        return load(cls, Path(path), model)
+        return load(cls, Path(path), model, capture)
 
     def __repr__(self) -> str:
         plan = self._plan

@@ -8,6 +8,7 @@ from typing import Any
 
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.report import CacheReport
+from elastickv.transformers.seam import restore, seam_of
 
 
 class Session:
@@ -26,29 +27,18 @@ class Session:
         return None if self.cache is None else self.cache.report()
 
 
-def implementations(model: Any) -> Any:
-    """Return the attention implementation of a model, for `set_attn_implementation`: a name, or one for each part."""
-    parts = {
-        name: getattr(model.config, name)._attn_implementation
-        for name in model.config.sub_configs
-        if getattr(model.config, name, None)
-    }
-    whole = model.config._attn_implementation
-    return {"": whole, **parts} if parts else whole
-
-
 @contextmanager
 def elastic(model: Any, compress: float | None = None, **options: Any) -> Iterator[Session]:
     """Let every `model.generate` inside the block use a new `ElasticCache.for_model(model, compress, **options)`.
 
     A call that brings `past_key_values` of its own, or `use_cache=False`, is left alone. On the way out, by an exception too,
-    the model's attention implementation is what it was before.
+    the model's attention implementation and its `forward` are what they were before.
 
     Raises
     ------
     UsageError : as `ElasticCache.for_model`, before the block is entered.
     """
-    before = implementations(model)
+    before = seam_of(model)
     shadowed = "generate" in vars(model)
     own = vars(model).get("generate")
     generate = model.generate
@@ -74,4 +64,4 @@ def elastic(model: Any, compress: float | None = None, **options: Any) -> Iterat
             model.generate = own
         else:
             del model.generate
-        model.set_attn_implementation(before)
+        restore(model, before)

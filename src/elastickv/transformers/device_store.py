@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from elastickv.backends import Backend
 from elastickv.backends.cuda.backend import CudaBackend
 from elastickv.backends.cuda.cache import CudaLayerCache
 from elastickv.backends.cuda.rows import DeviceRows, Given
@@ -61,11 +60,8 @@ class DeviceStore(Store):
     cache: CudaLayerCache
     _backend: CudaBackend
 
-    def __init__(self, backend: Backend, cache: EditableCache, head_dim: int, device: torch.device) -> None:
-        super().__init__(backend, cache, head_dim, device)
-        self._make_room_for_results()
-
-    def _make_room_for_results(self) -> None:
+    def _replace(self, make: Callable[[], EditableCache]) -> None:
+        super()._replace(make)
         shape = self.cache.shape
         heads = (shape.batch, shape.query_heads)
         self._outputs = torch.empty((*heads, shape.head_dim), dtype=torch.float32, device=self._device)
@@ -86,8 +82,7 @@ class DeviceStore(Store):
             self.cache.extend_by(Given(*_alike(keys, values)), lengths)
 
     def ready_step(self) -> None:
-        with self._here():
-            super().ready_step()
+        super().ready_step()
         following = self.cache.step + 1
         self.cache.note_decodes(following, following)
 
@@ -111,14 +106,6 @@ class DeviceStore(Store):
         with self._here():
             self.cache.read_to(keys.data_ptr(), values.data_ptr(), "fp32", self.head_dim, first, last)
         return keys, values
-
-    def gather(self, rows: NDArray[np.int64]) -> None:
-        with self._here():
-            super().gather(rows)
-
-    def _replace(self, make: Callable[[], EditableCache]) -> None:
-        super()._replace(make)
-        self._make_room_for_results()
 
 
 def _alike(*tensors: torch.Tensor) -> tuple[DeviceRows, ...]:

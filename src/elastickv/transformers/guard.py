@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +18,20 @@ if TYPE_CHECKING:
     from elastickv.transformers.layer import ElasticLayer
 
 
+@dataclass
+class Recording:
+    """A pass in which layers queue a decode and count nothing.
+
+    Attributes
+    ----------
+    queued : the layers that have queued theirs, in order.
+    length_read : whether the model asked for the number of tokens: a replay would go on with this pass's.
+    """
+
+    queued: list[ElasticLayer] = field(default_factory=list)
+    length_read: bool = False
+
+
 class Guard:
     """Watches that a cache's layers are asked by the model that they were made for."""
 
@@ -24,6 +41,7 @@ class Guard:
         self.config = text_config(model)
         self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}
         self._waiting: Pending | None = None
+        self.recording: Recording | None = None
 
     @property
     def model(self) -> Any:
@@ -34,12 +52,34 @@ class Guard:
         """Return a guard for a copy of the cache."""
         other = object.__new__(Guard)
         other.__dict__.update(self.__dict__)
-        other._modules, other._waiting = dict(self._modules), None
+        other._modules, other._waiting, other.recording = dict(self._modules), None, None
         return other
 
     def forget(self) -> None:
         """Expect nothing any more."""
         self._waiting = None
+
+    @contextmanager
+    def records(self, recording: Recording) -> Iterator[None]:
+        """Let layers queue decodes and count nothing inside the block; one that breaks off leaves nothing expected."""
+        self.recording = recording
+        try:
+            yield
+        except BaseException:
+            self._waiting = None
+            raise
+        finally:
+            self.recording = None
+
+    def note_length_read(self) -> None:
+        """Note that the number of tokens was asked for."""
+        if self.recording is not None:
+            self.recording.length_read = True
+
+    @property
+    def attention_is_ours(self) -> bool:
+        """Whether the model's attention is one that finds the layers."""
+        return self.config._attn_implementation in (IMPLEMENTATION, EAGER_IMPLEMENTATION)
 
     def check_answered(self) -> None:
         """Raise UsageError if keys were given to a layer and its attention was never asked for."""
@@ -62,10 +102,10 @@ class Guard:
         self.check_answered()
         if torch.is_grad_enabled() and (pending.keys.requires_grad or pending.values.requires_grad):
             raise UsageError("a cache in 8 or 4 bits has no gradient: run the model under torch.no_grad() or inference_mode()")
-        implementation = self.config._attn_implementation
-        if implementation not in (IMPLEMENTATION, EAGER_IMPLEMENTATION):
+        if not self.attention_is_ours:
+            present = self.config._attn_implementation
             raise UsageError(
-                f"the attention of {self.model_name} is {implementation!r}, and an ElasticCache needs {IMPLEMENTATION!r}: "
+                f"the attention of {self.model_name} is {present!r}, and an ElasticCache needs {IMPLEMENTATION!r}: "
                 f"call model.set_attn_implementation({IMPLEMENTATION!r}), or generate inside `with ekv.elastic(model, ...)`"
             )
         self._waiting = pending

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,8 @@ from elastickv.recipe import AttentionShape, Recipe
 from elastickv.transformers.attention import Call, Pending, carrying
 from elastickv.transformers.budget import Reading, scaled
 from elastickv.transformers.guard import Guard
-from elastickv.transformers.memory import check_memory, first_capacity
+from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
+from elastickv.transformers.moments import now
 from elastickv.transformers.plan import Plan
 from elastickv.transformers.report import Ledger
 from elastickv.transformers.slots import Slots
@@ -32,6 +32,12 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
 
     Its life: empty; `held` in the model's dtype while a prompt with `prefill='exact'` lasts; then in the `store`. What
     Transformers calls the length counts padding, what the store holds does not.
+
+    A decode is three parts: `begin_step` and `end_step` are the host's, `queue_step` is all that a captured graph replays.
+
+    Attributes
+    ----------
+    capped : whether the model caps its scores; None until its attention was first asked for.
     """
 
     is_sliding = False
@@ -49,6 +55,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         self.held: tuple[torch.Tensor, torch.Tensor] | None = None
         self.slots = Slots()
         self.batch = 0
+        self.capped: bool | None = None
         self._reading: Reading | None = None
         self.is_initialized = False
 
@@ -108,7 +115,11 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         outputs : (batch, new, query_heads, head_dim) of the query's dtype.
         """
         self._guard.take(pending, call.module)
+        if self._guard.recording is not None:
+            self._guard.recording.queued.append(self)
+            return self.queue_step(pending, call)
         self._check(call)
+        self.capped = call.softcap is not None
         new = call.query.shape[2]
         real = real_tokens(call.mask, new, call.query.shape[0], self.slots)
         self._check_room(real, call.query.shape[0], new)
@@ -118,15 +129,13 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.store is None:
             self._seal(call)
         assert self.store is not None
-        scoring = Scoring(call.scaling, call.softcap, call.sinks)
-        if new == 1 and real is None and call.softcap is None:
-            output = self._decode(self.store, pending, call, scoring).unsqueeze(1)
-        else:
-            visible = visible_new(call.mask, new)
-            output = attend_stored(call.query, pending.keys, pending.values, visible, self.store, scoring).transpose(1, 2)
-            self._ledger.note_chunk(self.number)
-            self.store.extend(*_without_padding(pending.keys, pending.values, real))
-            self._check_finite()
+        if new == 1 and real is None and not self.capped:
+            return self._decode(pending, call)
+        visible, scoring = visible_new(call.mask, new), Scoring(call.scaling, call.softcap, call.sinks)
+        output = attend_stored(call.query, pending.keys, pending.values, visible, self.store, scoring).transpose(1, 2)
+        self._ledger.note_chunk(self.number)
+        self.store.extend(*_without_padding(pending.keys, pending.values, real))
+        self.raise_non_finite()
         self.slots.add(new, real)
         return output.to(call.query.dtype).contiguous()
 
@@ -136,6 +145,10 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
                 raise UsageError(f"{self._guard.model_name}: layer {self.number} attends with {word}, which is not supported")
         if getattr(call.module, "is_causal", True) is False or call.rest.get("is_causal") is False:
             raise UsageError(f"{self._guard.model_name}: layer {self.number} attends to later tokens, which no cache can hold")
+
+    def check_step(self) -> None:
+        """Raise UsageError if one more token a row goes beyond the capacity or the model's positions."""
+        self._check_room(None, self.batch, 1)
 
     def _check_room(self, real: NDArray[np.bool_] | None, batch: int, new: int) -> None:
         """Raise UsageError if the new tokens go beyond the capacity or the model's positions."""
@@ -155,7 +168,8 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _prompt(self, pending: Pending, call: Call, real: NDArray[np.bool_] | None) -> torch.Tensor:
         """Attend exactly to the prompt so far, and store it unless it is to stay exact until it ends."""
-        self._ledger.begin(self.number)
+        device = pending.keys.device
+        self._ledger.begin(self.number, now(device))
         keys, values = pending.keys, pending.values
         if self.held is not None:
             keys, values = (torch.cat(pair, dim=2) for pair in zip(self.held, (keys, values), strict=True))
@@ -164,14 +178,14 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         self.held = (keys, values)
         if self._plan.prefill != "exact":
             self._seal(call)
-        self._ledger.end_prompt()
+        self._ledger.end_prompt(now(device))
         return output
 
     def _seal(self, call: Call) -> None:
         """Store what is held: cold tokens in their formats, the rest in 16 bit or the model's dtype."""
         assert self.held is not None
-        started = time.perf_counter()
         keys, values = self.held
+        device, started = keys.device, now(keys.device)
         real = self.slots.real(self.batch)
         keys, values, lengths = _without_padding(keys, values, None if real.all() else real)
         heads, head_dim = keys.shape[1], keys.shape[3]
@@ -188,36 +202,59 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         store = new_store(backend, shape, capacity, dtype, recipe, head_dim, keys.device, budget.phase(self.number))
         store.extend(keys, values, lengths)
         self.store, self.held = store, None
-        self._check_finite()
-        self._ledger.quantised(time.perf_counter() - started)
+        self.raise_non_finite()
+        del keys, values
+        if device.type == "cpu":
+            trim_heap()
+        self._ledger.quantised(started, now(device))
 
-    def _decode(self, store: Store, pending: Pending, call: Call, scoring: Scoring) -> torch.Tensor:
-        longest = int(store.lengths.max()) + 1
-        reading = self._plan.reading(longest)
+    def _decode(self, pending: Pending, call: Call) -> torch.Tensor:
+        self.begin_step(self._plan.reading(int(self.lengths.max()) + 1))
+        output = self.queue_step(pending, call)
+        self.end_step()
+        if self.check_is_due:
+            self.raise_non_finite()
+        return output
+
+    def begin_step(self, reading: Reading) -> None:
+        """Make room for a token a row, and let the decode read what `reading` says. Nothing is counted yet."""
+        assert self.store is not None
         if reading is not self._reading:
-            recipe = scaled(store.cache.recipe, reading.scale)
-            store.cache.set_fractions([recipe.fraction(head) for head in range(store.cache.shape.kv_heads)])
+            cache = self.store.cache
+            recipe = scaled(cache.recipe, reading.scale)
+            self.store.set_fractions([recipe.fraction(head) for head in range(cache.shape.kv_heads)])
             self._reading = reading
-        output, lse = store.step(pending.keys, pending.values, call.query[:, :, 0], call.scaling)
-        self._ledger.note_step(self.number, store.cache, reading.scale)
-        if store.cache.step % CHECK_EVERY == CHECK_EVERY - 1:
-            self._check_finite()
-        return scoring.with_sinks(output, lse)
+        self.store.ready_step()
+
+    def queue_step(self, pending: Pending, call: Call) -> torch.Tensor:
+        """Store a token a row and attend: (batch, 1, query_heads, head_dim). Nothing that the host would have to wait for."""
+        assert self.store is not None
+        found = self.store.queue_step(pending.keys, pending.values, call.query[:, :, 0], call.scaling)
+        output = Scoring(call.scaling, sinks=call.sinks).with_sinks(*found)
+        return output.unsqueeze(1).to(call.query.dtype).contiguous()
+
+    def end_step(self) -> None:
+        """Count what `queue_step` stored."""
+        assert self.store is not None and self._reading is not None
+        self.store.count_step()
+        self._ledger.note_step(self.number, self.store.cache, self._reading.scale)
+        self.slots.add(1, None)
+
+    @property
+    def check_is_due(self) -> bool:
+        """Whether it is time to look for values that are not finite."""
+        return self.store is not None and self.store.cache.step % CHECK_EVERY == CHECK_EVERY - 1
 
     def go_on(self, store: Store) -> None:
         """Take over a store that was filled under the plan's present reading."""
         self.store, self._reading = store, self._plan.present
-
-    def _check_finite(self) -> None:
-        if self.store is not None:
-            self.raise_non_finite()
 
     def raise_non_finite(self) -> None:
         """Raise NonFiniteError, naming layer, sequence, KV head and position, if a NaN or infinity was ever stored."""
         if self.store is None:
             return
         try:
-            self.store.cache.raise_non_finite()
+            self.store.raise_non_finite()
         except NonFiniteError as error:
             raise NonFiniteError(f"layer {self.number}: {error}") from None
 
@@ -270,7 +307,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
             self.held = (self.held[0][:, :, :-count], self.held[1][:, :, :-count])
         if self.store is not None:
             try:
-                self.store.cache.crop(self.store.lengths - lost)
+                self.store.crop(self.store.lengths - lost)
             except UsageError:
                 self.slots = before
                 raise
@@ -280,7 +317,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         other = ElasticLayer(self.number, plan, guard, ledger)
         other.store = None if self.store is None else self.store.copy()
         other.held = None if self.held is None else (self.held[0].clone(), self.held[1].clone())
-        other.slots, other.batch = self.slots.copy(), self.batch
+        other.slots, other.batch, other.capped = self.slots.copy(), self.batch, self.capped
         other._reading, other.is_initialized = self._reading, self.is_initialized
         return other
 

@@ -147,7 +147,7 @@ class Plan:
             f"tokens that is {recipe}, expected loss {loss:.3f}; "
             f"to lose less: elastickv calibrate {model_name} --text FILE, then calibration=FILE",
             UncalibratedWarning,
-            stacklevel=_outside(),
+            stacklevel=outside(),
         )
 
     def warn_windowed(self, model_name: str) -> None:
@@ -157,7 +157,7 @@ class Plan:
         warnings.warn(
             f"every layer of {model_name} attends to a window, and keeps Transformers' own cache: nothing is compressed",
             UserWarning,
-            stacklevel=_outside(),
+            stacklevel=outside(),
         )
 
     def expect(self, places: int, padding: int) -> None:
@@ -263,10 +263,11 @@ def plan_for(
     return Plan(sizes, compress, chosen, single, calibration, context, capacity, prefill)
 
 
-def _outside() -> int:
-    """Return the level of the first caller that is not ours: warnings are about its line."""
+def outside(*others: str) -> int:
+    """Return the level of the first caller that is neither ours nor of the packages `others`: warnings are about its line."""
+    inside = ("elastickv", "contextlib", *others)
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("elastickv", "contextlib"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         frame, level = frame.f_back, level + 1
     return level
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
 
 from elastickv.cache import LayerCache
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, step_bytes, stored_bytes
 from elastickv.transformers.budget import Budget, scaled
+from elastickv.transformers.moments import Moment, seconds
 
 _CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -39,26 +40,35 @@ class Ledger:
     def forget(self) -> None:
         """Start anew."""
         self._runs: list[_Run] = []
-        self._began: float | None = None
+        self._prompts: list[tuple[Moment, Moment]] = []
+        self._quantised: list[tuple[Moment, Moment]] = []
+        self._began: Moment | None = None
         self.chunks = 0
-        self.prompt_seconds = 0.0
-        self.quantise_seconds = 0.0
 
-    def begin(self, layer: int) -> None:
+    def begin(self, layer: int, moment: Moment) -> None:
         """Note that a prompt reaches a layer."""
         if layer == self._first:
-            self._began = time.perf_counter()
+            self._began = moment
 
-    def quantised(self, seconds: float) -> None:
+    def quantised(self, since: Moment, until: Moment) -> None:
         """Note that a layer's prompt was stored."""
-        self.quantise_seconds += seconds
+        self._quantised.append((since, until))
 
-    def end_prompt(self) -> None:
+    def end_prompt(self, moment: Moment) -> None:
         """Note that a layer is done with a prompt."""
         if self._began is not None:
-            now = time.perf_counter()
-            self.prompt_seconds += now - self._began
-            self._began = now
+            self._prompts.append((self._began, moment))
+            self._began = moment
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Seconds of prompts, from their first layer to their last; those of layers on one device."""
+        return sum(starmap(seconds, self._prompts))
+
+    @property
+    def quantise_seconds(self) -> float:
+        """Of these, seconds in which layers were stored."""
+        return sum(starmap(seconds, self._quantised))
 
     def note_chunk(self, layer: int) -> None:
         """Note a pass of several tokens that read everything."""
@@ -99,6 +109,7 @@ class Ledger:
         other = Ledger(self._first)
         other.__dict__.update(self.__dict__)
         other._runs = [replace(run) for run in self._runs]
+        other._prompts, other._quantised = list(self._prompts), list(self._quantised)
         return other
 
 
@@ -135,6 +146,8 @@ class CacheReport:
     allocated_bytes : what the store holds from the system: spare room and scratch included.
     stock_bytes : of layers that keep Transformers' own cache.
     decodes, chunks : passes of one token, and passes of several that read all that was stored.
+    captured : decodes that were replays of a captured graph.
+    not_captured : why none was, or None.
     read_bytes, dense_read_bytes : of all decodes, and what a dense 16-bit cache would have read.
     prompt_seconds, quantise_seconds : of the attention layers' prompt passes, and of storing within them.
     by_context : what holds at other contexts.
@@ -150,6 +163,8 @@ class CacheReport:
     allocated_bytes: int
     stock_bytes: int
     decodes: int
+    captured: int
+    not_captured: str | None
     chunks: int
     read_bytes: float
     dense_read_bytes: float
@@ -183,6 +198,7 @@ class CacheReport:
             lines.append(f"  stock layers hold {self.stock_bytes} bytes")
         if self.read_ratio is not None:
             lines.append(f"  {self.decodes} decodes read {self.read_bytes:.0f} bytes, {self.read_ratio:.2f}x less than dense")
+            lines.append(f"  {self.captured} of them captured{f': {self.not_captured}' if self.not_captured else ''}")
         if self.prompt_seconds:
             share = 100 * self.quantise_seconds / self.prompt_seconds
             lines.append(f"  prompt {self.prompt_seconds:.3f} s, of it storing {self.quantise_seconds:.3f} s ({share:.1f} %)")

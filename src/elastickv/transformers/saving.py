@@ -19,6 +19,7 @@ from elastickv.transformers.budget import Budget, Reading
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.models import fingerprint
 from elastickv.transformers.plan import Plan
+from elastickv.transformers.seam import join
 from elastickv.transformers.slots import Slots
 from elastickv.transformers.store import new_store
 from elastickv.transformers.support import sizes_of
@@ -62,7 +63,7 @@ def save(cache: ElasticCache, path: Path) -> None:
         raise UsageError(f"the cache cannot be written to {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def load(kind: type[ElasticCache], path: Path, model: Any) -> ElasticCache:
+def load(kind: type[ElasticCache], path: Path, model: Any, capture: bool) -> ElasticCache:
     """Return the cache of a file."""
     try:
         with safe_open(path, "pt") as file:
@@ -77,14 +78,16 @@ def load(kind: type[ElasticCache], path: Path, model: Any) -> ElasticCache:
     if record.get("fingerprint") != fingerprint(model):
         raise UsageError(f"{path} is a cache of another model ({record.get('model')}) than this {type(model).__name__}")
     try:
-        return _loaded(kind, record, tensors, model)
+        made = _loaded(kind, record, tensors, model, capture)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UsageError(f"{path} is damaged: {error}") from None
+    join(model, capture)
+    return made
 
 
-def _loaded(kind: type[ElasticCache], record: dict[str, Any], tensors: dict[str, torch.Tensor], model: Any) -> ElasticCache:
-    from elastickv.transformers.cache import use_elastic_attention
-
+def _loaded(
+    kind: type[ElasticCache], record: dict[str, Any], tensors: dict[str, torch.Tensor], model: Any, capture: bool
+) -> ElasticCache:
     said = record["plan"]
     text = said["recipe"]
     recipe = None if text is None else Recipe.parse(text) if record["budget"] is None or said["ratio"] is None else text
@@ -93,7 +96,7 @@ def _loaded(kind: type[ElasticCache], record: dict[str, Any], tensors: dict[str,
     plan = Plan(sizes_of(model), said["ratio"], recipe, layers, errors, said["context"], said["capacity"], said["prefill"])
     plan.budget = _budget(record["budget"])
     plan.present = None if record["reading"] is None else Reading(*record["reading"])
-    cache = kind._made(model, plan)
+    cache = kind._made(model, plan, capture)
     if len(record["layers"]) != len(cache.layers):
         raise ValueError(f"{len(record['layers'])} layers for a model of {len(cache.layers)}")
     device = next(model.parameters()).device
@@ -106,7 +109,6 @@ def _loaded(kind: type[ElasticCache], record: dict[str, Any], tensors: dict[str,
             layer.update(tensors[f"{number}.keys"].to(device), tensors[f"{number}.values"].to(device))
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = int(entry["length"])
-    use_elastic_attention(model)
     return cache
 
 
@@ -187,7 +189,7 @@ def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.T
     store = new_store(
         backend, shape, int(said["capacity"]), said["dtype"], recipe, int(said["head_dim"]), device, said["phase"]
     )
-    store.cache.load_state(
+    store.load_state(
         {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("real", "held_keys", "held_values")}
     )
     layer.go_on(store)

@@ -7,8 +7,9 @@ float32 on the CPU; `DeviceStore`, in a file of its own, hands over device addre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, cast
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -116,7 +117,12 @@ class Store(ABC):
     """
 
     def __init__(self, backend: Backend, cache: EditableCache, head_dim: int, device: torch.device) -> None:
-        self._backend, self.cache, self.head_dim, self._device = backend, cache, head_dim, device
+        self._backend, self.head_dim, self._device = backend, head_dim, device
+        self._replace(lambda: cache)
+
+    def _here(self) -> AbstractContextManager[Any]:
+        """Return a context in which the cache may be used."""
+        return nullcontext()
 
     @property
     def backend_name(self) -> str:
@@ -131,7 +137,7 @@ class Store(ABC):
     @property
     @abstractmethod
     def launch_key(self) -> Hashable:
-        """What changes when `queue_step` would queue something else than before."""
+        """What a graph of `queue_step` is good for: another key, another graph."""
 
     @abstractmethod
     def extend(self, keys: torch.Tensor, values: torch.Tensor, lengths: NDArray[np.int64]) -> None:
@@ -164,7 +170,7 @@ class Store(ABC):
 
     def ready_step(self) -> None:
         """Make room for one more token a row."""
-        self._grow(np.ones(self.cache.shape.batch, np.int64))
+        self._grow(self._one)
 
     @abstractmethod
     def queue_step(
@@ -181,18 +187,21 @@ class Store(ABC):
         if needed > self.cache.capacity:
             # An eighth more: copied rarely, and little is held that is not used.
             capacity = _rounded(needed + max(needed // 8, 256))
-            self._check_memory(self.cache.shape, capacity)
-            self._replace(lambda: self.cache.gather(np.arange(self.cache.shape.batch), capacity))
+            with self._here():
+                self._check_memory(self.cache.shape, capacity)
+                self._replace(lambda: self.cache.gather(np.arange(self.cache.shape.batch), capacity))
 
     def gather(self, rows: NDArray[np.int64]) -> None:
         """Take copies of `rows` for rows, as many as there are numbers."""
-        if len(rows) == self.cache.shape.batch:
-            self.cache.reorder(rows)
-        else:
-            self._replace(lambda: self.cache.gather(rows, self.cache.capacity))
+        with self._here():
+            if len(rows) == self.cache.shape.batch:
+                self.cache.reorder(rows)
+            else:
+                self._replace(lambda: self.cache.gather(rows, self.cache.capacity))
 
     def _replace(self, make: Callable[[], EditableCache]) -> None:
         self.cache = make()
+        self._one = np.ones(self.cache.shape.batch, np.int64)
 
     def _check_memory(self, shape: AttentionShape, capacity: int) -> None:
         needed = self._backend.cache_bytes(shape, capacity, self.cache.dtype, self.cache.recipe)
@@ -203,14 +212,36 @@ class Store(ABC):
                 "generate fewer tokens, or give a larger compress"
             )
 
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        """Keep the first `lengths[b]` tokens of row b; see `EditableCache.crop`."""
+        with self._here():
+            self.cache.crop(lengths)
+
+    def set_fractions(self, fractions: Sequence[float]) -> None:
+        """Let decodes read these shares of the cold pages; see `EditableCache.set_fractions`."""
+        with self._here():
+            self.cache.set_fractions(fractions)
+
+    def raise_non_finite(self) -> None:
+        """Raise NonFiniteError if a NaN or infinity was ever stored."""
+        with self._here():
+            self.cache.raise_non_finite()
+
     def copy(self) -> Self:
         """Return a store that shares nothing with this one."""
-        cache = self.cache.gather(np.arange(self.cache.shape.batch), self.cache.capacity)
-        return type(self)(self._backend, cache, self.head_dim, self._device)
+        with self._here():
+            cache = self.cache.gather(np.arange(self.cache.shape.batch), self.cache.capacity)
+            return type(self)(self._backend, cache, self.head_dim, self._device)
 
     def state(self) -> CacheState:
         """Return copies of all that `load_state` needs."""
-        return self.cache.state()
+        with self._here():
+            return self.cache.state()
+
+    def load_state(self, state: CacheState) -> None:
+        """Take over what `state` returned; see `EditableCache.load_state`."""
+        with self._here():
+            self.cache.load_state(state)
 
 
 class HostStore(Store):

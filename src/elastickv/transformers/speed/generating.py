@@ -18,7 +18,7 @@ from elastickv.bench.statistics import Interval, ratio_interval
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
-from elastickv.transformers.context import implementations
+from elastickv.transformers.seam import restore, seam_of
 from elastickv.transformers.speed.footprint import Footprint
 from elastickv.transformers.support import sizes_of, text_config
 
@@ -115,7 +115,7 @@ class Generation:
         self.ids, self._mask, self.prompt_tokens = ids.to(model.device), mask.to(model.device), int(ids.shape[1])
         self.pieces: list[Piece] = []
         self.footprint = Footprint(self.ids.device)
-        self._implementation = implementations(model)
+        self._seam = seam_of(model)
         self._random: dict[str, torch.Tensor] | None = None
         self._stock_read_bytes = 0.0
 
@@ -139,7 +139,7 @@ class Generation:
 
         The model's attention is the one that this cache was made for, the random numbers are this text's own.
         """
-        self.model.set_attn_implementation(self._implementation)
+        restore(self.model, self._seam)
         before = self._stock_bytes()
         with self._own_random(), self.footprint.watched():
             clock = _Clock(heard)
@@ -170,7 +170,7 @@ class Generation:
             cache: Any = self.cache.another()
         else:
             cache = self.cache if static else DynamicCache(config=text_config(self.model))
-        self.model.set_attn_implementation(self._implementation)
+        restore(self.model, self._seam)
         prompt = slice(0, prompt_tokens)
         other = Generation(self.name, self.model, cache, self.ids[:, prompt], self._mask[:, prompt], self.sampling)
         if static:
@@ -255,6 +255,8 @@ class Generation:
             "storing_s": report.quantise_seconds,
             "storing_share_of_first_token": report.quantise_seconds / self.pieces[0].first_s,
             "holds_from": report.holds_from,
+            "captured_share": report.captured / report.decodes if report.decodes else None,
+            "not_captured": report.not_captured,
             "calibrated": report.calibrated,
             "recipe_hash": _hash(report.recipes.values()),
             "recipes": {str(layer): str(recipe) for layer, recipe in report.recipes.items()},

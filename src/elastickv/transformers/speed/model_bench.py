@@ -17,6 +17,7 @@ from elastickv.recipe import DTYPES, FORMATS, AttentionShape
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.transformers.models import Loaded, load_model
 from elastickv.transformers.plan import UncalibratedWarning
+from elastickv.transformers.seam import release
 from elastickv.transformers.speed.figures import SKIPPED, cache_figures, machine
 from elastickv.transformers.speed.generating import (
     ELASTIC,
@@ -62,7 +63,7 @@ class ModelBench:
     batch : rows.
     rounds : samples of each cache.
     tokens : steps of a sample.
-    wanted : what `ElasticCache.for_model` takes: compress, recipe, calibration.
+    wanted : what `ElasticCache.for_model` takes: compress, recipe, calibration, capture.
     dtype, device : of the model.
     seed : of the order, the prompts and random weights.
     text : what prompts are cut from, where the model has a tokenizer.
@@ -117,14 +118,13 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Progress) -
         lambda: stock_static(model, ids, mask, sampling, options.capacity),
     ]
     # The elastic one sets the model's attention: it is checked first and begun last.
-    before = model.config._attn_implementation
     wanted = dict(options.wanted) | ({"context": options.context} if options.wanted.get("compress") else {})
     with warnings.catch_warnings():
         if loaded.tokenizer is None:
             # Random weights have nothing to lose.
             warnings.simplefilter("ignore", UncalibratedWarning)
         ours = elastic(model, ids, mask, sampling, options.capacity, wanted)
-    model.set_attn_implementation(before)
+    release(model)
     progress.phase("measuring the device")
     device = machine(model.device)
     not_run: dict[str, str] = {}

@@ -43,7 +43,7 @@ class Request:
     chat : whether a tokenizer that has a chat template applies it.
     tokens : to generate at most.
     sampling : how a token is chosen.
-    wanted : what `ElasticCache.for_model` takes: compress, recipe, calibration.
+    wanted : what `ElasticCache.for_model` takes: compress, recipe, calibration, capture.
     paired : whether the stock cache generates too, taking turns.
     piece_tokens : tokens of a turn.
     """
