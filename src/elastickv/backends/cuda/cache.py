@@ -305,14 +305,10 @@ class CudaLayerCache(Rows):
         self._marked = (self._lengths.copy(), self._step, self._anchor)
 
     def rewind(self) -> None:
-        """Return to the marked state; everything appended since is forgotten.
-
-        Raises
-        ------
-        RuntimeError : if none was marked.
-        """
+        """Return to the marked state, or to an empty one; everything appended since is forgotten."""
         if self._marked is None:
-            raise RuntimeError("rewind() without mark(): no state was remembered")
+            self._restart(np.zeros(self.shape.batch, np.int64))
+            return
         self.storage.restore()
         self._device.stream.sync()
         lengths, self._step, self._anchor = self._marked

@@ -1,6 +1,8 @@
 """Fixed sequences of decode steps, captured once as a graph and timed with events on the device."""
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,11 +47,12 @@ class CudaProgram:
             cache.load()
         stream.sync()
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        check(driver.cuStreamBeginCapture(stream.handle, mode))
-        try:
-            self._queue()
-        finally:
-            graph = check(driver.cuStreamEndCapture(stream.handle))
+        with _no_garbage_collected():  # freeing what others left is not allowed either
+            check(driver.cuStreamBeginCapture(stream.handle, mode))
+            try:
+                self._queue()
+            finally:
+                graph = check(driver.cuStreamEndCapture(stream.handle))
         self.nodes = int(check(driver.cuGraphGetNodes(graph, 0))[1])
         self._executable = check(driver.cuGraphInstantiate(graph, 0))
         check(driver.cuGraphDestroy(graph))
@@ -96,6 +99,17 @@ class CudaProgram:
         """Return each cache's (batch, query_heads, head_dim) outputs of the last launch."""
         shapes = [(c.shape.batch, c.shape.query_heads, c.shape.head_dim) for c in self._caches]
         return [self._device.download(memory, shape, np.float32) for memory, shape in zip(self._outputs, shapes, strict=True)]
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _buffers(device: CudaDevice, caches: Sequence[CudaLayerCache]) -> tuple[list[Memory], list[Memory], list[Memory]]:
