@@ -140,6 +140,7 @@ class Captured:
                 self._rehearsed = key
                 return self._rehearse(cache, layers, run)
             graph = self._record(run, {n: v for n, v in fixed.items() if isinstance(v, torch.Tensor)})
+            cache.begin_step(layers)  # back from the recorder's stream
             self._graphs[key] = graph
             if len(self._graphs) > GRAPHS:
                 self._graphs.popitem(last=False)
@@ -174,6 +175,7 @@ class Captured:
             for layer in recording.queued:
                 layer.end_step()
             raise
+        cache.begin_step(layers)  # back from the recorder's stream
         cache.end_step(recording.queued)
         found = _fresh(outputs, cache)
         try:
