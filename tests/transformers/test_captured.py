@@ -28,6 +28,8 @@ FULL = ["llama", "llama-mqa", "llama-small-heads", "mistral", "qwen2", "qwen3", 
 class Recorder:
     """Stands for CUDA graphs: recording stores nothing, a replay runs the pass on the tensors that it was recorded with."""
 
+    looks_ahead = False
+
     def __init__(self):
         self.rehearsed = self.recorded = self.replayed = 0
         self.waits = self.fails = None

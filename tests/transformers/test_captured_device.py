@@ -10,6 +10,7 @@ import transformers as tf
 
 import elastickv.transformers as ekv
 from tests.helpers.model_matrix import model, padded, prompt
+from tests.transformers.test_ahead import Swerve
 
 pytestmark = pytest.mark.gpu
 CAPTURED = [
@@ -82,6 +83,50 @@ def test_every_recipe_is_captured(tiny, text):
     plain, found, cache = both(tiny, padded([400, 343]), 70, wanted={"recipe": text})
     assert torch.equal(found, plain)
     assert cache.report().captured == 68
+
+
+def held(cache):
+    """Return all that a cache's layers hold, as it is stored."""
+    last = max(cache.lengths)
+    return [tensor for layer in cache.elastic_layers for tensor in layer.store.read(0, last)]
+
+
+@pytest.mark.parametrize("text", [*RECIPES, "int4,pages=1/4,anchor_every=4", "int8,reuse,anchor_every=3", "fp8,window=0"])
+@pytest.mark.parametrize("start", [306, 325, 334])
+def test_decodes_launched_ahead_leave_no_trace(tiny, text, start):
+    inputs, options = prompt(2, 290), {"logits_processor": tf.LogitsProcessorList([Swerve(start)])}
+    found = []
+    for capture in (False, True):
+        cache = ekv.ElasticCache.for_model(tiny, recipe=text, capture=capture)
+        tokens = generate(tiny, inputs, 60, past_key_values=cache, **options)
+        found.append((tokens, held(cache), cache))
+    (plain, stored, _), (tokens, same, cache) = found
+    assert torch.equal(tokens, plain)
+    assert all(torch.equal(a, b) for a, b in zip(same, stored, strict=True))
+    assert 0 < cache.report().ahead < 60 - 10
+    assert cache.lengths == (349, 349)
+
+
+def test_greedy_texts_are_launched_ahead(tiny):
+    plain, found, cache = both(tiny, prompt(1, 400), 80)
+    assert torch.equal(found, plain)
+    assert cache.report().ahead == 79 - 3
+    cache.reset()
+    assert cache.backends.ahead is None
+
+
+def test_what_is_under_way_does_not_write_to_freed_memory(tiny):
+    for _ in range(20):
+        cache = ekv.ElasticCache.for_model(tiny, 4)
+        with torch.no_grad():
+            ids = prompt(1, 600)["input_ids"].to("cuda")
+            for _ in range(6):
+                ids = tiny(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        assert cache.backends.ahead is not None
+        del cache
+        taken = [torch.zeros(1 << 18, device="cuda") for _ in range(16)]
+        torch.cuda.synchronize()
+        assert not any(tensor.any() for tensor in taken)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "gemma2"])

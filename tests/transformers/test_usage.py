@@ -297,12 +297,10 @@ class TestBudget:
         cache = elastic(tiny, 4)
         layer = cache.elastic_layers[0]
         keys = torch.randn(1, 2, 32768, 64)
-        from elastickv.transformers.store import backend_for, new_store
+        from elastickv.transformers.store import Backends, new_store
 
         budget = cache._plan.settle(32768, "bf16")
-        layer.store = new_store(
-            backend_for(keys.device), AttentionShape(1, 4, 2, 64), 32832, "bf16", budget.recipes[0], 64, keys.device
-        )
+        layer.store = new_store(Backends(), AttentionShape(1, 4, 2, 64), 32832, "bf16", budget.recipes[0], 64, keys.device)
         import numpy as np
 
         layer.store.extend(keys, keys, np.array([32768]))

@@ -26,6 +26,7 @@ def generation_table(result: dict[str, Any]) -> str:
         ("  of it storing", lambda c: _storing(c)),
         ("tokens: prompt + new", lambda c: f"{_times(c['rows'])}{c['prompt_tokens']} + {c['new_tokens']}"),
         ("decodes captured", lambda c: _percent(c.get("captured_share"))),
+        ("decodes launched ahead", lambda c: _percent(c.get("ahead_share"))),
         ("KV read", lambda c: _bytes(c["kv_read_bytes"])),
         ("  1/C of 16 bit", lambda c: _ratio(c.get("read_ratio"))),
         ("KV stored", lambda c: _bytes(c["kv_stored_bytes"])),

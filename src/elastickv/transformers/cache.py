@@ -21,6 +21,7 @@ from elastickv.transformers.models import fingerprint
 from elastickv.transformers.plan import Plan, RecipeLike, plan_for
 from elastickv.transformers.report import CacheReport, Ledger, by_context, held_bytes
 from elastickv.transformers.seam import join
+from elastickv.transformers.store import Backends
 from elastickv.transformers.support import sizes_of, stock_layers, text_config
 
 
@@ -210,6 +211,18 @@ class ElasticCache(Cache):  # type: ignore[misc]
         """Return what a model's `forward` makes of `inputs`, replaying a captured graph where that can be."""
         return self._captured(self, model, forward, inputs, takes_positions)
 
+    @property
+    def backends(self) -> Backends:
+        """Where the layers are stored."""
+        return self._plan.backends
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more token is to come, as far as the running `generate` is known, and fits what is allocated."""
+        layers, expected = self.elastic_layers, self._plan.expected
+        ends = expected is not None and layers[0].slots.length >= expected
+        return not ends and all(layer.store is not None and layer.store.spare for layer in layers)
+
     def begin_step(self, layers: list[ElasticLayer]) -> None:
         """Make layers ready for one more token a row, and settle what it reads.
 
@@ -278,6 +291,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
             decodes=self._ledger.steps,
             captured=self._captured.count,
             not_captured=self._captured.reason,
+            ahead=self._captured.ahead.count,
             chunks=self._ledger.chunks,
             read_bytes=read,
             dense_read_bytes=dense_read,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import ModelOutput
 
+from elastickv.errors import UsageError
+from elastickv.transformers.ahead import Graph, LookAhead
 from elastickv.transformers.capturable import NotCapturable, check_mode, signature_of, structure_of
 from elastickv.transformers.guard import Guard, Recording
 from elastickv.transformers.plan import outside
@@ -37,21 +38,14 @@ class _Here:
     """Where a pass's outputs hold the cache: a graph that held it too would keep it alive."""
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """A recorded pass and the tensors that it reads, by name."""
-
-    inputs: dict[str, torch.Tensor]
-    replay: Callable[[], Any]
-
-
 class Captured:
     """The graphs of one cache.
 
     Attributes
     ----------
     count : decodes that were replayed.
-    reason : why none is, or None.
+    ahead : launches decodes before they are asked for.
+    reason : why none is replayed, or None.
     """
 
     def __init__(self, guard: Guard, wanted: bool) -> None:
@@ -60,11 +54,15 @@ class Captured:
         self._given_up = why_not(guard.model, wanted)
         self._recorder: Recorder | None = None
         self._warned = False
+        self.ahead = LookAhead()
         self.forget()
 
     def forget(self) -> None:
         """Free all graphs."""
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self.ahead.end()
+        self._ready: tuple[int, int] | None = None
+        self._keys: tuple[Hashable, ...] = ()
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._rehearsed: Hashable = None
         self._structure: Hashable = None
         self._reason: str | None = None
@@ -73,7 +71,7 @@ class Captured:
         """Return the same for a copy of the cache, which needs graphs of its own."""
         other = object.__new__(Captured)
         other.__dict__.update(self.__dict__)
-        other._guard, other._recorder = guard, None
+        other._guard, other._recorder, other.ahead = guard, None, LookAhead()
         other.forget()
         return other
 
@@ -92,6 +90,7 @@ class Captured:
         """
         if not _is_decode(inputs):
             self._structure = None
+            self.ahead.begin()
             return forward(**inputs)
         layers = cache.elastic_layers
         if self._given_up or not layers or any(layer.store is None or layer.capped is None for layer in layers):
@@ -103,7 +102,10 @@ class Captured:
         except NotCapturable as reason:
             self._say(str(reason))
             found = None
-        return forward(**inputs) if found is None else found
+        if found is not None:
+            return found
+        cache.backends.note_use()
+        return forward(**inputs)
 
     def _decode(
         self,
@@ -127,8 +129,9 @@ class Captured:
         fixed = _fixed(inputs, layers[0], takes_positions)
         if fixed is None:
             return None
-        cache.begin_step(layers)
-        key = (signature_of(fixed, device), self._structure, tuple(layer.store.launch_key for layer in layers if layer.store))
+        if self._ready != (cache.backends.uses, layers[0].slots.length):
+            self._make_ready(cache, layers)
+        key = (signature_of(fixed, device), self._structure, self._keys)
 
         def run(recording: Recording, **tensors: torch.Tensor) -> Any:
             with self._guard.records(recording):
@@ -136,22 +139,43 @@ class Captured:
 
         graph = self._graphs.get(key)
         if graph is None:
+            cache.backends.note_use()
             if key != self._rehearsed:
                 self._rehearsed = key
                 return self._rehearse(cache, layers, run)
             graph = self._record(run, {n: v for n, v in fixed.items() if isinstance(v, torch.Tensor)})
-            cache.begin_step(layers)  # back from the recorder's stream
             self._graphs[key] = graph
             if len(self._graphs) > GRAPHS:
                 self._graphs.popitem(last=False)
-        else:
-            self._graphs.move_to_end(key)
+        self._graphs.move_to_end(key)
+        kept = self.ahead.landed(cache, graph, fixed)
+        if kept is None:
+            self.ahead.compare(fixed)
             for name, tensor in graph.inputs.items():
                 tensor.copy_(fixed[name], non_blocking=True)
-        outputs = _fresh(graph.replay(), cache)
+            kept = graph.replay()
+        outputs = _fresh(kept, cache)
         self.count += 1
         cache.end_step(layers)
+        follows = cache.has_room and self._follows(cache, layers, key)
+        if follows and self._recorder is not None and self._recorder.looks_ahead:
+            self.ahead.foresee(graph, outputs)
+            self.ahead.launch(cache, graph, kept, self._recorder)
         return outputs
+
+    def _make_ready(self, cache: ElasticCache, layers: list[ElasticLayer]) -> None:
+        """Make layers ready for a token, and note what it will find."""
+        cache.begin_step(layers)
+        self._keys = tuple(layer.store.launch_key for layer in layers if layer.store)
+        self._ready = (cache.backends.uses, layers[0].slots.length)
+
+    def _follows(self, cache: ElasticCache, layers: list[ElasticLayer], key: tuple[Hashable, ...]) -> bool:
+        """Make layers ready while the device is at work; return whether one more decode is a replay of the same graph."""
+        try:
+            self._make_ready(cache, layers)
+        except UsageError:
+            return False  # who asks for it will be told
+        return self._keys == key[-1]
 
     def _look(self, cache: ElasticCache, layers: list[ElasticLayer], model: Any, device: torch.device) -> None:
         """Look at what does not change within a text."""
@@ -189,7 +213,7 @@ class Captured:
             self._say(str(reason))
         return found
 
-    def _record(self, run: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> _Graph:
+    def _record(self, run: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> Graph:
         """Record a decode that reads copies of `tensors`; nothing is stored or counted yet."""
         assert self._recorder is not None
         with torch.inference_mode(False):
@@ -201,7 +225,7 @@ class Captured:
             replay = self._recorder.record(partial(run, Recording(), **copies))
         except Exception as error:
             self._give_up(f"the capture failed: {_first_line(error)}")
-        return _Graph(copies, replay)
+        return Graph(copies, replay)
 
     def _give_up(self, reason: str) -> None:
         self._given_up = reason

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from elastickv.cache.editable import EditableCache
 
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
 
 class _Memory:
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -64,10 +66,20 @@ class DeviceStore(Store):
         super()._replace(make)
         shape = self.cache.shape
         heads = (shape.batch, shape.query_heads)
-        self._outputs = torch.empty((*heads, shape.head_dim), dtype=torch.float32, device=self._device)
+        self._outputs = torch.empty((*heads, shape.head_dim), dtype=TORCH_DTYPES[self.cache.dtype], device=self._device)
         self._lse = torch.empty(heads, dtype=torch.float32, device=self._device)
 
+    def __del__(self) -> None:
+        # What was launched ahead on another stream still writes to memory that is about to be handed out again.
+        backends = getattr(self, "_backends", None)
+        if backends is not None and backends.ahead is not None:
+            backends.ahead.wait()
+
     def _here(self) -> torch.cuda.device:
+        self._backends.note_use()
+        return self._on_stream()
+
+    def _on_stream(self) -> torch.cuda.device:
         """Return a context in which the device is current, and the cache follows PyTorch's present stream."""
         self._backend.follow(torch.cuda.current_stream(self._device).cuda_stream)
         return torch.cuda.device(self._device)
@@ -82,7 +94,8 @@ class DeviceStore(Store):
             self.cache.extend_by(Given(*_alike(keys, values)), lengths)
 
     def ready_step(self) -> None:
-        super().ready_step()
+        if not self.spare:
+            super().ready_step()
         following = self.cache.step + 1
         self.cache.note_decodes(following, following)
 
@@ -93,12 +106,21 @@ class DeviceStore(Store):
         # Kernels divide by the root of the padded head.
         scale = scaling * self.cache.shape.head_dim**0.5
         with self._here():
-            results = (self._outputs.data_ptr(), self._lse.data_ptr())
+            results = (self._outputs.data_ptr(), self._lse.data_ptr(), self.cache.dtype)
             self.cache.queue_step(Given(given_keys, given_values), asked, scale, *results)
         return self._outputs[..., : self.head_dim], self._lse
 
     def count_step(self) -> None:
         self.cache.count(1)
+
+    @property
+    def spare(self) -> int:
+        return self.cache.capacity - self.cache.longest
+
+    def take_back(self) -> None:
+        """Queue what undoes a `queue_step` that was not counted: repeated, it then does what it would have done."""
+        with self._on_stream():
+            self.cache.take_back()
 
     def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (self.cache.shape.batch, self.cache.shape.kv_heads, max(last - first, 0), self.head_dim)

@@ -199,7 +199,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         capacity = first_capacity(self._plan, longest, self.slots.length)
         if self.number == self._plan.sizes.elastic[0]:
             check_memory(backend, self._plan, shape, capacity, dtype)
-        store = new_store(backend, shape, capacity, dtype, recipe, head_dim, keys.device, budget.phase(self.number))
+        store = new_store(self._plan.backends, shape, capacity, dtype, recipe, head_dim, keys.device, budget.phase(self.number))
         store.extend(keys, values, lengths)
         self.store, self.held = store, None
         self.raise_non_finite()
@@ -308,7 +308,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
             self.held = (self.held[0][:, :, :-count], self.held[1][:, :, :-count])
         if self.store is not None:
             try:
-                self.store.crop(self.store.lengths - lost)
+                self.store.drop(lost)
             except UsageError:
                 self.slots = before
                 raise
@@ -316,7 +316,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
     def copy(self, plan: Plan, guard: Guard, ledger: Ledger) -> ElasticLayer:
         """Return a layer of the same tokens that shares nothing with this one but what it is told to."""
         other = ElasticLayer(self.number, plan, guard, ledger)
-        other.store = None if self.store is None else self.store.copy()
+        other.store = None if self.store is None else self.store.copy(plan.backends)
         other.held = None if self.held is None else (self.held[0].clone(), self.held[1].clone())
         other.slots, other.batch, other.capped = self.slots.copy(), self.batch, self.capped
         other._reading, other.is_initialized = self._reading, self.is_initialized

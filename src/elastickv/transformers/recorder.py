@@ -18,13 +18,23 @@ Pass = Callable[[], Any]
 
 
 class Recorder(Protocol):
-    """Makes replays of a pass whose inputs stay where they are."""
+    """Makes replays of a pass whose inputs stay where they are.
+
+    Attributes
+    ----------
+    looks_ahead : whether `beside` is of use: the host does not wait for a replay.
+    """
+
+    looks_ahead: bool
 
     def rehearse(self, run: Pass) -> tuple[Any, str | None]:
         """Run a pass as it would be recorded; return what it returns, and where the host waits for the device, or None."""
 
     def record(self, run: Pass) -> Pass:
         """Record a pass without doing its work; what is returned does it, and returns the same tensors each time."""
+
+    def beside(self, run: Pass) -> tuple[Any, torch.cuda.Event]:
+        """Queue `run` behind what the caller has queued, not before what follows; return what it returns, and its end."""
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -48,6 +58,8 @@ def _capture_stream(index: int) -> Any:
 
 class GraphRecorder:
     """Records CUDA graphs, which share one pool of memory: their replays follow each other."""
+
+    looks_ahead = True
 
     def __init__(self, device: torch.device) -> None:
         self._index = torch.cuda.current_device() if device.index is None else device.index
@@ -101,6 +113,16 @@ class GraphRecorder:
             return outputs
 
         return replay
+
+    def beside(self, run: Pass) -> tuple[Any, torch.cuda.Event]:
+        """Queue `run` on the stream of captures."""
+        with self._on_device():
+            present, stream, done = torch.cuda.current_stream(), _capture_stream(self._index), torch.cuda.Event()
+            stream.wait_stream(present)
+            with torch.cuda.stream(stream):
+                outputs = run()
+                done.record()
+        return outputs, done
 
     def _on_device(self) -> Any:
         return torch.cuda.device(self._index)

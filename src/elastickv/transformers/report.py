@@ -148,6 +148,7 @@ class CacheReport:
     decodes, chunks : passes of one token, and passes of several that read all that was stored.
     captured : decodes that were replays of a captured graph.
     not_captured : why none was, or None.
+    ahead : of those captured, how many had been launched when they were asked for.
     read_bytes, dense_read_bytes : of all decodes, and what a dense 16-bit cache would have read.
     prompt_seconds, quantise_seconds : of the attention layers' prompt passes, and of storing within them.
     by_context : what holds at other contexts.
@@ -165,6 +166,7 @@ class CacheReport:
     decodes: int
     captured: int
     not_captured: str | None
+    ahead: int
     chunks: int
     read_bytes: float
     dense_read_bytes: float
@@ -198,7 +200,8 @@ class CacheReport:
             lines.append(f"  stock layers hold {self.stock_bytes} bytes")
         if self.read_ratio is not None:
             lines.append(f"  {self.decodes} decodes read {self.read_bytes:.0f} bytes, {self.read_ratio:.2f}x less than dense")
-            lines.append(f"  {self.captured} of them captured{f': {self.not_captured}' if self.not_captured else ''}")
+            why = f": {self.not_captured}" if self.not_captured else f", {self.ahead} launched ahead"
+            lines.append(f"  {self.captured} of them captured{why}")
         if self.prompt_seconds:
             share = 100 * self.quantise_seconds / self.prompt_seconds
             lines.append(f"  prompt {self.prompt_seconds:.3f} s, of it storing {self.quantise_seconds:.3f} s ({share:.1f} %)")

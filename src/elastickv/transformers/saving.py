@@ -179,15 +179,15 @@ def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.T
     said = entry["store"]
     if said is None:
         return
-    backend = layer._plan.backends.at(device)
-    if backend.name != said["backend"]:
+    backends = layer._plan.backends
+    if backends.at(device).name != said["backend"]:
         raise UsageError(
             f"the cache was saved from the {said['backend']} back end, and the model is on {device}: move the model"
         )
     shape = AttentionShape(*said["shape"])
     recipe = Recipe.parse(said["recipe"])
     store = new_store(
-        backend, shape, int(said["capacity"]), said["dtype"], recipe, int(said["head_dim"]), device, said["phase"]
+        backends, shape, int(said["capacity"]), said["dtype"], recipe, int(said["head_dim"]), device, said["phase"]
     )
     store.load_state(
         {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("real", "held_keys", "held_values")}

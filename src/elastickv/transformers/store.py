@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -71,10 +71,18 @@ def backend_for(device: torch.device) -> Backend:
 
 
 class Backends:
-    """The back ends of one model cache's layers: one for each device."""
+    """The back ends of one model cache's layers, one for each device, and who uses what is stored there.
+
+    Attributes
+    ----------
+    uses : how often stores were used otherwise than by the next decode.
+    ahead : what a decode that was launched ahead of its call has to be told when they are, or None.
+    """
 
     def __init__(self) -> None:
         self._opened: dict[torch.device, Backend] = {}
+        self.uses = 0
+        self.ahead: Ahead | None = None
 
     def at(self, device: torch.device) -> Backend:
         """Return the back end of a device; see `backend_for`."""
@@ -82,9 +90,26 @@ class Backends:
             self._opened[device] = backend_for(device)
         return self._opened[device]
 
+    def note_use(self) -> None:
+        """Note a use: a decode that was launched ahead is taken back first."""
+        self.uses += 1
+        if self.ahead is not None:
+            ahead, self.ahead = self.ahead, None
+            ahead.take_back()
+
+
+class Ahead(Protocol):
+    """A decode of a whole model that was launched before anybody asked for it."""
+
+    def take_back(self) -> None:
+        """Let what is queued from here on find the stores as they were before."""
+
+    def wait(self) -> None:
+        """Wait until it has run."""
+
 
 def new_store(
-    backend: Backend,
+    backends: Backends,
     shape: AttentionShape,
     capacity: int,
     dtype: str,
@@ -97,31 +122,32 @@ def new_store(
 
     Parameters
     ----------
-    backend : where its cache lives.
     shape : of the layer, with the padded head.
     head_dim : the model's own.
     phase : steps by which the layer's anchors come early.
     """
+    backend = backends.at(device)
     cache = cast(EditableCache, backend.cache(shape, capacity, dtype, recipe, phase))
     if backend.name == "cuda":
         from elastickv.transformers.device_store import DeviceStore
 
-        return DeviceStore(backend, cache, head_dim, device)
-    return HostStore(backend, cache, head_dim, device)
+        return DeviceStore(backends, backend, cache, head_dim, device)
+    return HostStore(backends, backend, cache, head_dim, device)
 
 
 class Store(ABC):
     """The tokens of one layer in a back end's cache.
 
-    Tensors are (batch, kv_heads, tokens, head_dim) of the model's dtype; what comes back is float32 on the layer's device.
+    Tensors are (batch, kv_heads, tokens, head_dim) of the model's dtype; what is read back is float32 on the layer's device.
     """
 
-    def __init__(self, backend: Backend, cache: EditableCache, head_dim: int, device: torch.device) -> None:
-        self._backend, self.head_dim, self._device = backend, head_dim, device
+    def __init__(self, backends: Backends, backend: Backend, cache: EditableCache, head_dim: int, device: torch.device) -> None:
+        self._backends, self._backend, self.head_dim, self._device = backends, backend, head_dim, device
         self._replace(lambda: cache)
 
     def _here(self) -> AbstractContextManager[Any]:
-        """Return a context in which the cache may be used."""
+        """Return a context in which the cache may be used otherwise than by a decode."""
+        self._backends.note_use()
         return nullcontext()
 
     @property
@@ -160,7 +186,7 @@ class Store(ABC):
 
         Returns
         -------
-        outputs : (batch, query_heads, head_dim) float32.
+        outputs : (batch, query_heads, head_dim), float32 or the model's dtype; good until the next step.
         lse : (batch, query_heads) float32, natural logarithm.
         """
         self.ready_step()
@@ -181,6 +207,11 @@ class Store(ABC):
     @abstractmethod
     def count_step(self) -> None:
         """Note what `queue_step` stored."""
+
+    @property
+    @abstractmethod
+    def spare(self) -> int:
+        """Tokens that every row can still take without a change of what `queue_step` queues."""
 
     def _grow(self, more: NDArray[np.int64]) -> None:
         needed = int((self.lengths + more).max())
@@ -212,10 +243,10 @@ class Store(ABC):
                 "generate fewer tokens, or give a larger compress"
             )
 
-    def crop(self, lengths: NDArray[np.int64]) -> None:
-        """Keep the first `lengths[b]` tokens of row b; see `EditableCache.crop`."""
+    def drop(self, count: NDArray[np.int64]) -> None:
+        """Forget the last `count[b]` tokens of row b; see `EditableCache.crop`."""
         with self._here():
-            self.cache.crop(lengths)
+            self.cache.crop(self.lengths - count)
 
     def set_fractions(self, fractions: Sequence[float]) -> None:
         """Let decodes read these shares of the cold pages; see `EditableCache.set_fractions`."""
@@ -227,11 +258,11 @@ class Store(ABC):
         with self._here():
             self.cache.raise_non_finite()
 
-    def copy(self) -> Self:
-        """Return a store that shares nothing with this one."""
+    def copy(self, backends: Backends) -> Self:
+        """Return a store of another model cache that shares nothing with this one."""
         with self._here():
             cache = self.cache.gather(np.arange(self.cache.shape.batch), self.cache.capacity)
-            return type(self)(self._backend, cache, self.head_dim, self._device)
+            return type(self)(backends, self._backend, cache, self.head_dim, self._device)
 
     def state(self) -> CacheState:
         """Return copies of all that `load_state` needs."""
@@ -261,20 +292,26 @@ class HostStore(Store):
         return torch.from_numpy(np.asarray(array, np.float32)).to(self._device)[..., : self.head_dim]
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor, lengths: NDArray[np.int64]) -> None:
-        self._grow(lengths)
-        self.cache.extend(self._host(keys), self._host(values), lengths)
+        with self._here():
+            self._grow(lengths)
+            self.cache.extend(self._host(keys), self._host(values), lengths)
 
     def queue_step(
         self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.cache.append(self._host(keys)[:, :, 0], self._host(values)[:, :, 0])
         # Back ends divide by the root of the padded head.
         scaled = queries.to(torch.float32) * (scaling * self.cache.shape.head_dim**0.5)
-        outputs, lse = self.cache.decode(self._host(scaled))
+        with self._here():
+            self.cache.append(self._host(keys)[:, :, 0], self._host(values)[:, :, 0])
+            outputs, lse = self.cache.decode(self._host(scaled))
         return self._tensor(outputs), torch.from_numpy(np.asarray(lse, np.float32)).to(self._device)
 
     def count_step(self) -> None:
         """Do nothing: the cache has counted what it stored."""
+
+    @property
+    def spare(self) -> int:
+        return self.cache.capacity - int(self.lengths.max(initial=0))
 
     def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.cache.read(first, last)

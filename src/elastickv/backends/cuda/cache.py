@@ -13,7 +13,7 @@ from elastickv.backends.cuda.contents import Contents
 from elastickv.backends.cuda.device import CudaDevice, Memory, f32, i32, i64, u64
 from elastickv.backends.cuda.rows import DeviceRows, Given, Rows
 from elastickv.backends.cuda.storage import Layout, Scratch, Storage
-from elastickv.backends.cuda.variants import Variant, fixed_blocks, selecting_blocks
+from elastickv.backends.cuda.variants import TYPES, Variant, fixed_blocks, selecting_blocks
 from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_shape
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
@@ -54,6 +54,9 @@ class CudaLayerCache(Rows):
         equal = fixed_blocks(shape.batch * shape.kv_heads * self.passes, device.multiprocessors)
         self._fixed = (fixed, equal) if fixed and equal else None
         self._fractions: tuple[float, ...] = ()
+        self._decoding = (variant, blocks)
+        self.launch_key = (self._number, False)  # another for what `queue_step` would queue to other memory, or another kernel
+        self.longest = 0
         self._put_fractions([recipe.fraction(head) for head in range(shape.kv_heads)])
         self._restart(self._lengths)
 
@@ -93,17 +96,30 @@ class CudaLayerCache(Rows):
 
     def _restart(self, lengths: NDArray[np.int64]) -> None:
         """Hold `lengths` tokens, all of them finite, before the first step."""
-        self._set_lengths(lengths, self.storage.bad)
+        self._set_lengths(lengths, all_finite=True)
 
-    def _set_lengths(self, lengths: NDArray[np.int64], forgiven: Memory | None = None) -> None:
-        """Hold `lengths` tokens, before the first step; `forgiven`: where to forget what was not finite."""
+    def _set_lengths(self, lengths: NDArray[np.int64], all_finite: bool = False) -> None:
+        """Hold `lengths` tokens, before the first step."""
         self._lengths, self._step, self._anchor = np.array(lengths, np.int64), -1, None
+        if self.storage.layout.listed:
+            self._device.fill(self.storage.listed, 0)
+        self._put_state(all_finite)
+        self._choose()
+
+    def _put_state(self, all_finite: bool) -> None:
+        """Tell the device what the host has counted."""
         storage, heads = self.storage, self.storage.layout.heads
-        if storage.layout.listed:
-            self._device.fill(storage.listed, 0)
         self._device.upload(storage.lengths, self._lengths.astype(np.int32))
-        arguments = (storage.state, storage.lengths, i32(self.shape.kv_heads), i32(heads), i32(-1), forgiven)
+        numbers = (i32(self.shape.kv_heads), i32(heads), i32(self._step))
+        arguments = (storage.state, storage.lengths, *numbers, storage.bad, i32(all_finite))
         self._device.launch(self.variant.storing(), "set_state", (-(-heads // 256),), 256, *arguments)
+
+    def _choose(self) -> None:
+        """Choose the kernel and blocks of a decode: those of equal work for every KV head where that is so."""
+        alike = len(set(self._fractions)) <= 1 and len(set(self._lengths.tolist())) <= 1
+        fixed = self._fixed if alike else None
+        self._decoding, self.launch_key = fixed or (self.variant, self.blocks), (self._number, fixed is not None)
+        self.longest = int(self._lengths.max(initial=0))
 
     def append(self, keys: Float32, values: Float32) -> None:
         """Store one token per sequence: (batch, kv_heads, head_dim). Quantises the page that leaves the window, if one does."""
@@ -139,7 +155,9 @@ class CudaLayerCache(Rows):
             *(storage.queries, i32(shape.group), f32(query_scale)),
         )
 
-    def queue_step(self, given: Given, queries: DeviceRows, query_scale: float, outputs: int, lse: int) -> None:
+    def queue_step(
+        self, given: Given, queries: DeviceRows, query_scale: float, outputs: int, lse: int, output_dtype: str
+    ) -> None:
         """Queue the append of one token a sequence and a decode, and nothing else: a capture may record it.
 
         `count` is to be called when it has run.
@@ -148,10 +166,11 @@ class CudaLayerCache(Rows):
         ----------
         given : keys and values of the token.
         queries : (batch, query_heads, 1, head_dim), of the same dtype; they are multiplied by `query_scale`.
-        outputs, lse : addresses of (batch, query_heads, head_dim) and (batch, query_heads) float32.
+        outputs : address of (batch, query_heads, head_dim) of `output_dtype`.
+        lse : address of (batch, query_heads) float32.
         """
         self._launch_append_rows(given, queries, query_scale)
-        self.launch_decode(self.storage.queries, outputs, lse, after_append=True)
+        self.launch_decode(self.storage.queries, outputs, lse, True, output_dtype)
 
     def launch_feedback(self, outputs: Memory, queries: Memory, tables: Memory, feedback: Feedback) -> None:
         """Queue the append of what `feedback` makes of `outputs`, and leave the next `queries`."""
@@ -184,20 +203,10 @@ class CudaLayerCache(Rows):
 
     def load(self) -> None:
         """Load every kernel of a step: that is not allowed during a capture."""
-        self._device.kernel(self._decoding()[0], "decode")
+        self._device.kernel(self._decoding[0], "decode")
         self._device.kernel(self.variant.storing(), "append")
         if self.recipe.selection == "pages":
             self._device.kernel(self.variant.selecting(), "select")
-
-    def _decoding(self) -> tuple[Variant, int]:
-        """Return kernel and blocks of a decode: those of equal work for every KV head where that is so."""
-        alike = len(set(self._fractions)) <= 1 and len(set(self._lengths.tolist())) <= 1
-        return (self._fixed if alike else None) or (self.variant, self.blocks)
-
-    @property
-    def launch_key(self) -> tuple[int, bool]:
-        """What changes when `queue_step` would queue something else: other memory, another kernel."""
-        return self._number, self._decoding()[0] is self.variant
 
     def _launch_select(self, queries: Memory, after_append: bool) -> None:
         shape, storage, recipe, layout = self.shape, self.storage, self.kept, self.storage.layout
@@ -221,7 +230,14 @@ class CudaLayerCache(Rows):
             *(i32(x) for x in (*numbers, int(after_append))),
         )
 
-    def launch_decode(self, queries: Memory, outputs: Memory | int, lse: Memory | int, after_append: bool = False) -> None:
+    def launch_decode(
+        self,
+        queries: Memory,
+        outputs: Memory | int,
+        lse: Memory | int,
+        after_append: bool = False,
+        output_dtype: str = "fp32",
+    ) -> None:
         """Queue a decode. `after_append`: since the last, one token was appended and kernels of another cache were queued."""
         if self.recipe.selection == "pages":
             self._launch_select(queries, after_append)
@@ -231,7 +247,7 @@ class CudaLayerCache(Rows):
         sizes = (shape.batch, shape.kv_heads, shape.group, self.passes)
         kept_how = (recipe.sinks, recipe.window, layout.ring, recipe.stride, recipe.anchor_every, self.phase)
         scale = math.log2(math.e) / math.sqrt(shape.head_dim)
-        variant, blocks = self._decoding()
+        variant, blocks = self._decoding
         scratch = self._scratch
         partial = (scratch.mail, scratch.mail_ml) if variant.mails else (scratch.partial, scratch.partial_ml)
         self._device.launch(
@@ -249,6 +265,7 @@ class CudaLayerCache(Rows):
             *(i32(x) for x in (*sizes, *kept_how, layout.exact_rows, layout.cold_rows, layout.page_capacity)),
             f32(math.log2(recipe.decay)),
             f32(scale),
+            i32(TYPES[output_dtype]),
             shared=variant.shared_bytes,
         )
 
@@ -265,6 +282,10 @@ class CudaLayerCache(Rows):
             raise RuntimeError(f"step {first} reuses the {what} of anchor {anchor}, which was not decoded")
         self._anchor = last - self.recipe.age(last, self.phase)
 
+    def take_back(self) -> None:
+        """Queue what undoes a `queue_step` that was not counted: repeated, it then does what it would have done."""
+        self._put_state(all_finite=False)
+
     def check_room(self, tokens: int) -> None:
         """Refuse to grow past the capacity."""
         for row, length in enumerate(self._lengths):
@@ -275,6 +296,7 @@ class CudaLayerCache(Rows):
         """Note that the device appended `tokens` to every sequence."""
         self._lengths = self._lengths + tokens
         self._step += tokens
+        self.longest += tokens
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what is stored of one KV head of one sequence."""
@@ -313,6 +335,7 @@ class CudaLayerCache(Rows):
         self._device.stream.sync()
         lengths, self._step, self._anchor = self._marked
         self._lengths = lengths.copy()
+        self._choose()
 
     def raise_non_finite(self) -> None:
         """Raise NonFiniteError, naming sequence, KV head and position, if a NaN or infinity was ever stored."""

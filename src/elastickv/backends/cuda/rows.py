@@ -88,7 +88,8 @@ class Rows:
     if TYPE_CHECKING:
 
         def _store_arguments(self) -> tuple[Any, ...]: ...
-        def _set_lengths(self, lengths: NDArray[np.int64], forgiven: Memory | None = None) -> None: ...
+        def _set_lengths(self, lengths: NDArray[np.int64]) -> None: ...
+        def _choose(self) -> None: ...
         def _staged(self, array: Float32) -> Memory: ...
         def _given_rows(self, memory: Memory, tokens: int) -> DeviceRows: ...
 
@@ -179,6 +180,7 @@ class Rows:
         self._copy(to_spare, np.asarray(rows, np.int64)[moved], here)
         self._copy(from_spare, here, moved)
         self._lengths = self._lengths[rows]
+        self._choose()
 
     def _planes(self) -> list[_Plane]:
         """Return the buffers that hold tokens, with what is in use at the longest of the lengths."""
@@ -261,6 +263,7 @@ class Rows:
             shares = np.array(fractions, np.float64)[:, None]
             counts = np.minimum(pages, np.maximum(1, (shares * pages).astype(np.int64)))
             self._device.upload(self.storage.counts, counts.astype(np.int32))
+        self._choose()
 
     def state(self) -> CacheState:
         layout, batch, heads = self.storage.layout, self.shape.batch, self.shape.kv_heads

@@ -257,6 +257,7 @@ class Generation:
             "holds_from": report.holds_from,
             "captured_share": report.captured / report.decodes if report.decodes else None,
             "not_captured": report.not_captured,
+            "ahead_share": report.ahead / report.decodes if report.decodes else None,
             "calibrated": report.calibrated,
             "recipe_hash": _hash(report.recipes.values()),
             "recipes": {str(layer): str(recipe) for layer, recipe in report.recipes.items()},

@@ -43,7 +43,7 @@ typedef unsigned long long u64;
 
 struct Args {
     const float* query;
-    float* output;
+    char* output;
     float* lse;
     const char *exact_k, *exact_v, *cold_k, *cold_v;
     const u16 *k_scale, *v_scale;
@@ -57,19 +57,21 @@ struct Args {
     const int2* listed;  // their count, and the first page that is read beside them
     int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, phase, exact_rows, cold_rows, page_capacity;
     float log2_decay, scale_log2;
+    int output_type;
 };
 
 #define ARGS_SIGNATURE                                                                                                     \
-    const float *query, float *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,          \
+    const float *query, char *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,          \
         const char *cold_v, const u16 *k_scale, const u16 *v_scale, int2 *state, float *partial, float2 *partial_ml,       \
         u32 *counters, float *cached_output, float *cached_lse, const int *pages, const int2 *listed, int batch,           \
         int kv_heads, int group, int passes, int sinks, int window, int ring, int stride, int anchor_every, int phase,     \
-        int exact_rows, int cold_rows, int page_capacity, float log2_decay, float scale_log2
+        int exact_rows, int cold_rows, int page_capacity, float log2_decay, float scale_log2,       \
+        int output_type
 #define ARGS_VALUE                                                                                                       \
     Args {                                                                                                               \
         query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, state, partial, partial_ml, counters,    \
             cached_output, cached_lse, pages, listed, batch, kv_heads, group, passes, sinks, window, ring, stride,       \
-            anchor_every, phase, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2                            \
+            anchor_every, phase, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2, output_type               \
     }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -387,8 +389,17 @@ __device__ __forceinline__ Merged gather(const Args& a, const Place& p, size_t l
 __device__ __forceinline__ void write_result(const Args& a, const Place& p, int q, int dim, const Merged& r) {
     size_t head = p.head * a.group + p.first_query + q;
     float inverse = r.l > 0.f ? 1.f / r.l : (r.l == 0.f ? 0.f : r.l);
-    *reinterpret_cast<float4*>(a.output + head * D + dim) =
-        make_float4(r.o.x * inverse, r.o.y * inverse, r.o.z * inverse, r.o.w * inverse);
+    const float4 o = make_float4(r.o.x * inverse, r.o.y * inverse, r.o.z * inverse, r.o.w * inverse);
+    const size_t at = head * D + dim;
+    if (a.output_type == FP32) {
+        *reinterpret_cast<float4*>(a.output + 4 * at) = o;
+    } else if (a.output_type == BF16) {
+        __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(o.x, o.y), __floats2bfloat162_rn(o.z, o.w)};
+        *reinterpret_cast<uint2*>(a.output + 2 * at) = *reinterpret_cast<const uint2*>(pairs);
+    } else {
+        __half2 pairs[2] = {__floats2half2_rn(o.x, o.y), __floats2half2_rn(o.z, o.w)};
+        *reinterpret_cast<uint2*>(a.output + 2 * at) = *reinterpret_cast<const uint2*>(pairs);
+    }
     if (dim == 0) a.lse[head] = r.l == 0.f ? -INFINITY : (r.m + log2f(r.l)) * 0.6931471805599453f;
 }
 

@@ -136,8 +136,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     }
 }
 
-// Sequence b keeps its first lengths[b] tokens: cold ones that lie in the window again become exact rows. Whoever was not finite
-// and is no more is forgotten.
+// Sequence b keeps its first lengths[b] tokens: cold ones that lie in the window again become exact rows.
 extern "C" __global__ void __launch_bounds__(256, 1)
     crop_rows(STORE_SIGNATURE, const int2* state, const int* lengths, int kv_heads, int heads) {
     const Store s = STORE_VALUE;
@@ -166,8 +165,6 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             }
         }
     }
-    if (threadIdx.x == 0 && !blockIdx.x && !blockIdx.y && !blockIdx.z && *s.bad != ~0ull)
-        if ((int)(*s.bad & 0x7fffffff) >= lengths[(int)(*s.bad >> 32) / kv_heads]) *s.bad = ~0ull;
 }
 
 // A plane of one cache, and the same plane of another.
