@@ -219,13 +219,13 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
     def begin_step(self, reading: Reading) -> None:
         """Make room for a token a row, and let the decode read what `reading` says. Nothing is counted yet."""
         assert self.store is not None
-        # First, because it may move the cache, and lets it go on where the caller's work is queued.
-        self.store.ready_step()
         if reading is not self._reading:
             cache = self.store.cache
             recipe = scaled(cache.recipe, reading.scale)
             self.store.set_fractions([recipe.fraction(head) for head in range(cache.shape.kv_heads)])
             self._reading = reading
+        # Last: it counts on what the step will be.
+        self.store.ready_step()
 
     def queue_step(self, pending: Pending, call: Call) -> torch.Tensor:
         """Store a token a row and attend: (batch, 1, query_heads, head_dim). Nothing that the host would have to wait for."""
