@@ -31,10 +31,10 @@ def parse_cells(text: str) -> list[tuple[int, int]]:
     return [(int(match[1]), int(match[2])) for match in found if match]
 
 
-def cell_file(model: str, cell: tuple[int, int]) -> str:
+def cell_file(model: str, cell: tuple[int, int], label: str = "") -> str:
     """Return the name of a cell's result."""
     name = re.sub(r"[^\w.]+", "-", Path(model).name.removeprefix("shape:"))
-    return f"model-{name}-{cell[0]}x{cell[1]}.json"
+    return f"model-{name}-{cell[0]}x{cell[1]}{label and '-'}{label}.json"
 
 
 def measure(cell: tuple[int, int], target: Path, arguments: argparse.Namespace, seconds: float) -> str | None:
@@ -95,6 +95,7 @@ def main() -> int:
     parser.add_argument("--cells", type=parse_cells, default=parse_cells(CELLS), help=f"CONTEXTxBATCH,...  [default: {CELLS}]")
     parser.add_argument("--model", default="shape:8b")
     parser.add_argument("--compress", type=float, default=4.0)
+    parser.add_argument("--label", default="", help="what tells these files from others of the same cells")
     parser.add_argument("--reps", type=int, default=6, help="samples of each cache")
     parser.add_argument("--tokens", type=int, default=_PAGE_TOKENS, help="steps of a sample")
     parser.add_argument("--cell-timeout", type=float, default=240.0, help="seconds after which a cell is given up")
@@ -105,7 +106,7 @@ def main() -> int:
     started, failures = time.monotonic(), 0
     for cell in arguments.cells:
         began = time.monotonic()
-        target = arguments.out / cell_file(arguments.model, cell)
+        target = arguments.out / cell_file(arguments.model, cell, arguments.label)
         left = arguments.time_limit - (began - started)
         failed = measure(cell, target, arguments, min(arguments.cell_timeout, left)) if left > 0 else "no time left"
         failures += failed is not None

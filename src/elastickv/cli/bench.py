@@ -15,6 +15,7 @@ _SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".t
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--model", help="Measure this model's tokens/s end to end: a folder, .gguf file, hub id, or shape:8b."),
     click.option("--calibration", type=click.Path(path_type=Path), help="With --model: file of `elastickv calibrate`."),
+    click.option("--temperature", type=float, help="With --model: above 0 tokens are sampled.  [default: the likeliest]"),
     click.option("--seq", "--context", "seq", type=int, help="Context, tokens.  [default: 1024; 4096 with --model]"),
     click.option("--heads", type=int, help="Query heads.  [default: 16]"),
     click.option("--dim", type=int, help="Elements of a head.  [default: 64]"),
@@ -94,8 +95,9 @@ def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -
     output: Path | None = given.pop("output")
     if output is not None:
         check_writable(output)
-    if given.pop("calibration") is not None:
-        raise UsageError("--calibration is of a model: give --model too")
+    for name in ("calibration", "temperature"):
+        if given.pop(name) is not None:
+            raise UsageError(f"--{name} is of a model: give --model too")
     given.pop("model")
     filled = _with_preset(given)
     gate = filled.pop("gate")

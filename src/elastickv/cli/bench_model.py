@@ -10,7 +10,7 @@ from elastickv.errors import UsageError
 # Options of `bench` that mean something with a model; the others are refused rather than ignored.
 _USED = (
     "model", "seq", "batch", "compress", "recipe", "calibration", "dtype", "backend", "device", "reps", "decode_tokens", "seed",
-    "no_graphs", "output", "format_", "json_",
+    "temperature", "no_graphs", "output", "format_", "json_",
 )  # fmt: skip
 _DEFAULTS = {"seq": 4096, "compress": 4.0, "reps": 8, "decode_tokens": 32}
 _FORMATS = ("table", "json")
@@ -57,6 +57,7 @@ def run_model_bench(given: dict[str, Any], command: tuple[str, ...]) -> int:
         dtype=given["dtype"] if "dtype" in typed else usual_dtype(device),
         device=device,
         seed=given["seed"],
+        temperature=given["temperature"] or 0.0,
         text=calibration_text().content,
     )
     with Bar() as bar, shown_warnings():

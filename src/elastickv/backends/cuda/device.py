@@ -117,6 +117,7 @@ class BorrowedStream:
 _SHARING_ALIKE = frozenset({"append", "select", "decode_pages"})
 OVERLAPPING = frozenset({"append", "append_rows", "select", "decode"})
 _OVERLAPS_SINCE = 90
+_SMALL_BYTES, _MOST_SENT = 1 << 16, 256
 _SCALARS = (ctypes.c_int, ctypes.c_longlong, ctypes.c_ulonglong, ctypes.c_float)
 _pointer = ctypes.c_void_p
 
@@ -150,6 +151,7 @@ class CudaDevice:
         self.allocator = allocator or DriverAllocator(self.driver)
         self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
         self._kernels = _loaded_on(self.ordinal)
+        self._sent: list[NDArray[Any]] = []
 
     def follow(self, stream: int) -> None:
         """Queue on the stream with this handle from now on."""
@@ -298,11 +300,16 @@ class CudaDevice:
         check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0))
 
     def upload(self, memory: Memory, array: NDArray[Any], offset: int = 0) -> None:
-        """Copy a host array to the device."""
-        host = np.ascontiguousarray(array)
-        if host.nbytes:
-            check(self.driver.cuMemcpyHtoDAsync(memory.pointer + offset, host.ctypes.data, host.nbytes, self.stream.handle))
+        """Queue a copy of a host array to the device; waits for it if it is large."""
+        host = np.array(array, order="C") if array.nbytes <= _SMALL_BYTES else np.ascontiguousarray(array)
+        if not host.nbytes:
+            return
+        check(self.driver.cuMemcpyHtoDAsync(memory.pointer + offset, host.ctypes.data, host.nbytes, self.stream.handle))
+        # Where a GPU reads pageable memory by itself, the array has to last until it has.
+        self._sent.append(host)
+        if host.nbytes > _SMALL_BYTES or len(self._sent) > _MOST_SENT:
             self.stream.sync()
+            self._sent.clear()
 
     def download(self, memory: Memory, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> NDArray[Any]:
         """Copy from the device to a new host array."""

@@ -67,6 +67,7 @@ class ModelBench:
     dtype, device : of the model.
     seed : of the order, the prompts and random weights.
     text : what prompts are cut from, where the model has a tokenizer.
+    temperature : 0 takes the likeliest token.
     """
 
     model: str
@@ -79,6 +80,7 @@ class ModelBench:
     device: str
     seed: int
     text: str
+    temperature: float = 0.0
 
     def __post_init__(self) -> None:
         # Two samples of each make an interval; a noise floor takes four.
@@ -112,7 +114,7 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Progress) -
     progress.phase("loading")
     loaded = _loaded(options)
     ids = _prompts(loaded, options)
-    mask, model, sampling = torch.ones_like(ids), loaded.model, Sampling(seed=options.seed, ends=False)
+    mask, model, sampling = torch.ones_like(ids), loaded.model, Sampling(options.temperature, options.seed, ends=False)
     made: list[Callable[[], Generation]] = [
         lambda: stock(model, ids, mask, sampling),
         lambda: stock_static(model, ids, mask, sampling, options.capacity),
@@ -267,6 +269,7 @@ def _result(
         "rounds": options.rounds,
         "tokens": options.tokens,
         "seed": options.seed,
+        "temperature": options.temperature,
         "pairing": "abba",
         "caches": caches,
         "speedups": figures,
