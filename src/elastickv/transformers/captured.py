@@ -125,6 +125,7 @@ class Captured:
         device = _tokens(inputs).device
         if self._structure is None:
             self._look(cache, layers, model, device)
+        assert self._recorder is not None
         check_mode()
         fixed = _fixed(inputs, layers[0], takes_positions)
         if fixed is None:
@@ -140,6 +141,7 @@ class Captured:
         graph = self._graphs.get(key)
         if graph is None:
             cache.backends.note_use()
+            self._recorder.wait_for_others(host=True)
             if key != self._rehearsed:
                 self._rehearsed = key
                 return self._rehearse(cache, layers, run)
@@ -151,6 +153,7 @@ class Captured:
         kept = self.ahead.landed(cache, graph, fixed)
         if kept is None:
             self.ahead.compare(fixed)
+            self._recorder.wait_for_others()
             for name, tensor in graph.inputs.items():
                 tensor.copy_(fixed[name], non_blocking=True)
             kept = graph.replay()
@@ -158,7 +161,7 @@ class Captured:
         self.count += 1
         cache.end_step(layers)
         follows = cache.has_room and self._follows(cache, layers, key)
-        if follows and self._recorder is not None and self._recorder.looks_ahead:
+        if follows and self._recorder.looks_ahead:
             self.ahead.foresee(graph, outputs)
             self.ahead.launch(cache, graph, kept, self._recorder)
         return outputs

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from elastickv.backends import Backend
 from elastickv.backends.cuda.backend import CudaBackend
 from elastickv.backends.cuda.cache import CudaLayerCache
 from elastickv.backends.cuda.rows import DeviceRows, Given
 from elastickv.transformers.store import DTYPES, Store
+from elastickv.transformers.under_way import wait_for_others
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,9 +53,14 @@ def open_backend(device: torch.device) -> CudaBackend:
     UsageError : if the CUDA back end is not installed, or cannot run there.
     """
     with torch.cuda.device(device):
-        backend = CudaBackend(torch.cuda.current_device(), allocator=TorchAllocator(device))
-        backend.follow(torch.cuda.current_stream(device).cuda_stream)
-    return backend
+        return CudaBackend(torch.cuda.current_device(), allocator=TorchAllocator(device))
+
+
+def on_present_stream(backend: Backend, device: torch.device) -> torch.cuda.device:
+    """Return a context in which a device is current, after letting a back end follow PyTorch's present stream."""
+    cast(CudaBackend, backend).follow(torch.cuda.current_stream(device).cuda_stream)
+    wait_for_others(device)
+    return torch.cuda.device(device)
 
 
 class DeviceStore(Store):
@@ -80,9 +87,7 @@ class DeviceStore(Store):
         return self._on_stream()
 
     def _on_stream(self) -> torch.cuda.device:
-        """Return a context in which the device is current, and the cache follows PyTorch's present stream."""
-        self._backend.follow(torch.cuda.current_stream(self._device).cuda_stream)
-        return torch.cuda.device(self._device)
+        return on_present_stream(self._backend, self._device)
 
     @property
     def launch_key(self) -> Hashable:

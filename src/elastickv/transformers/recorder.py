@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from elastickv.transformers.under_way import note_under_way, wait_for_others
+
 _WAITS = "called a synchronizing CUDA operation"
 _PROTOTYPE = "Synchronization debug mode"
 
@@ -35,6 +37,9 @@ class Recorder(Protocol):
 
     def beside(self, run: Pass) -> tuple[Any, torch.cuda.Event]:
         """Queue `run` behind what the caller has queued, not before what follows; return what it returns, and its end."""
+
+    def wait_for_others(self, host: bool = False) -> None:
+        """Let what follows, or the host, wait for what was queued by `beside`, for whichever cache."""
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -122,7 +127,12 @@ class GraphRecorder:
             with torch.cuda.stream(stream):
                 outputs = run()
                 done.record()
+        note_under_way(torch.device("cuda", self._index), done)
         return outputs, done
+
+    def wait_for_others(self, host: bool = False) -> None:
+        """Let what follows on the present stream, or the host, wait for what is under way on the stream of captures."""
+        wait_for_others(torch.device("cuda", self._index), host)
 
     def _on_device(self) -> Any:
         return torch.cuda.device(self._index)

@@ -127,12 +127,14 @@ def new_store(
     phase : steps by which the layer's anchors come early.
     """
     backend = backends.at(device)
-    cache = cast(EditableCache, backend.cache(shape, capacity, dtype, recipe, phase))
+    kind, where = HostStore, nullcontext()  # type: type[Store], AbstractContextManager[Any]
     if backend.name == "cuda":
-        from elastickv.transformers.device_store import DeviceStore
+        from elastickv.transformers.device_store import DeviceStore, on_present_stream
 
-        return DeviceStore(backends, backend, cache, head_dim, device)
-    return HostStore(backends, backend, cache, head_dim, device)
+        kind, where = DeviceStore, on_present_stream(backend, device)
+    with where:
+        cache = cast(EditableCache, backend.cache(shape, capacity, dtype, recipe, phase))
+        return kind(backends, backend, cache, head_dim, device)
 
 
 class Store(ABC):

@@ -240,7 +240,8 @@ def test_sums_over_a_thousand_pages_keep_what_is_small_beside_them(open_cuda, mo
     recipe, shape, tokens = Recipe.parse(text), AttentionShape(1, group, 1, dim), 1 << 18
     cache = open_cuda("pages").cache(shape, tokens, "bf16", recipe)
     cache.blocks = 1
-    variant, blocks = cache._decoding()
+    cache._choose()
+    variant, blocks = cache._decoding
     assert blocks == 1 and variant.mails == fixed and tokens // PAGE_TOKENS // variant["WARPS"] >= 1000
     cache.fill_random(np.array([tokens]), seed=3)
     queries = np.random.default_rng(3).standard_normal((1, group, dim), dtype=np.float32)
@@ -444,7 +445,7 @@ TOGETHER = (  # shapes whose KV heads have equally many blocks: on 132 multiproc
 def test_blocks_of_a_head_add_up_what_they_have(open_cuda, text, shape):
     recipe, rng = paged_recipe(text, shape.head_dim), np.random.default_rng(shape.query_heads)
     cache = open_cuda("pages").cache(shape, 1200, "bf16", recipe)
-    variant, blocks = cache._decoding()
+    variant, blocks = cache._decoding
     assert variant.mails and blocks % (shape.batch * shape.kv_heads) == 0
     cache.prefill(*random_tokens(rng, shape, 1090), np.full(shape.batch, 1090))
     oracle = Oracle(cache)
