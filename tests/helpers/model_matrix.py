@@ -46,10 +46,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def model(name: str, seed: int = 0) -> Any:
-    """Return a random model in float32 whose choices depend on what it attends to."""
+def model(name: str, seed: int = 0, **changes: Any) -> Any:
+    """Return a random model in float32 whose choices depend on what it attends to; `changes` are to its configuration."""
     torch.manual_seed(seed)
-    made = tf.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    config = CONFIGS[name]()
+    config.update(changes)
+    made = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     if name == "gpt_oss":
         with torch.no_grad():
             for layer in made.model.layers:

@@ -15,7 +15,6 @@ from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import DENSE, Recipe, read_ratio, stored_ratio
 from elastickv.recipe.shape import AttentionShape
 from elastickv.transformers.budget import Budget
-from elastickv.transformers.layer import of_rank
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
 
@@ -437,10 +436,3 @@ def test_layers_have_their_anchors_apart(tiny, tmp_path):
     cache.save(tmp_path / "c")
     for one in (cache, copy.deepcopy(cache), ekv.ElasticCache.load(tmp_path / "c", tiny)):
         assert [layer.store.cache.phase for layer in one.elastic_layers] == [0, 2]
-
-
-def test_a_rank_takes_the_shares_of_its_own_heads():
-    recipe = Recipe.parse("int4,pages=1/2:1/4:1/8:1/16")
-    assert of_rank(recipe, 4, 2).fractions == (1 / 2, 1 / 4)
-    assert of_rank(recipe, 4, 4) == recipe
-    assert of_rank(Recipe.parse("int4,pages=1/2"), 4, 2).fractions == (1 / 2,)

@@ -29,8 +29,8 @@ class ElasticCache(Cache):  # type: ignore[misc]
     """A KV cache with a byte budget, for models of Hugging Face Transformers.
 
     Made by `for_model`. Layers that attend to the whole context are elastic; windowed layers keep Transformers' own.
-    One cache serves one model and the batch that first fills it. What Transformers calls its length counts padding, which is
-    neither stored nor scored.
+    One cache serves one model and the batch that first fills it. Each rank of a model that is split (`tp_plan`) makes its own,
+    with the same arguments. What Transformers calls its length counts padding, which is neither stored nor scored.
     """
 
     def __init__(self, layers: list[Any], plan: Plan, guard: Guard, ledger: Ledger, captured: Captured) -> None:
@@ -252,7 +252,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
 
     @property
     def allocated_bytes(self) -> int:
-        """Memory that the elastic layers hold, spare room and scratch included."""
+        """Memory that the elastic layers hold in this process, spare room and scratch included."""
         total = 0
         for layer in self.elastic_layers:
             if layer.store is not None:
@@ -298,6 +298,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
             prompt_seconds=self._ledger.prompt_seconds,
             quantise_seconds=self._ledger.quantise_seconds,
             by_context=by_context(budget, longest, limit) if plan.sizes.elastic else (),
+            ranks=self._guard.ranks.count,
         )
 
     def save(self, path: Path | str) -> None:
@@ -305,7 +306,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
 
         Raises
         ------
-        UsageError : if it holds layers that cannot be saved, or the file cannot be written.
+        UsageError : if it holds layers that cannot be saved, its model is split over ranks, or the file cannot be written.
         """
         from elastickv.transformers.saving import save
 
@@ -317,7 +318,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
 
         Raises
         ------
-        UsageError : if the file is no saved cache, is damaged, or of another model.
+        UsageError : if the file is no saved cache, is damaged, or of another model; if the model is split over ranks.
         """
         from elastickv.transformers.saving import load
 

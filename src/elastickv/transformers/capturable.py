@@ -17,9 +17,6 @@ class NotCapturable(Exception):
 def structure_of(model: Any, device: torch.device) -> Hashable:
     """Return what a graph takes for granted of a model: where its weights lie.
 
-    Every rank of a model that is split over devices decides alike: it depends on the kinds of modules and on places, and a
-    rank that captures queues the same collectives in the same order as one that does not.
-
     Raises
     ------
     NotCapturable : if weights lie elsewhere, or modules run code that a replay would leave out.

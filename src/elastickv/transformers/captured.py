@@ -161,7 +161,8 @@ class Captured:
         self.count += 1
         cache.end_step(layers)
         follows = cache.has_room and self._follows(cache, layers, key)
-        if follows and self._recorder.looks_ahead:
+        # Ranks do not look ahead: a cache that one of them alone uses would take its pass back, and not the others'.
+        if follows and self._recorder.looks_ahead and self._guard.ranks.count == 1:
             self.ahead.foresee(graph, outputs)
             self.ahead.launch(cache, graph, kept, self._recorder)
         return outputs
@@ -169,7 +170,7 @@ class Captured:
     def _make_ready(self, cache: ElasticCache, layers: list[ElasticLayer]) -> None:
         """Make layers ready for a token, and note what it will find."""
         cache.begin_step(layers)
-        self._keys = tuple(layer.store.launch_key for layer in layers if layer.store)
+        self._keys = tuple(layer.launch_key for layer in layers)
         self._ready = (cache.backends.uses, layers[0].slots.length)
 
     def _follows(self, cache: ElasticCache, layers: list[ElasticLayer], key: tuple[Hashable, ...]) -> bool:
@@ -186,7 +187,14 @@ class Captured:
             self._give_up("layers with a window or linear attention keep Transformers' cache")
         if any(layer.capped for layer in layers):
             self._give_up("its attention caps scores")
-        self._structure = structure_of(model, device)
+        reason = None
+        try:
+            structure = structure_of(model, device)
+        except NotCapturable as found:
+            reason = str(found)
+        if reason := self._agreed(reason):
+            raise NotCapturable(reason)
+        self._structure = structure
         self._recorder = self._recorder or recorder_for(device)
         if self._recorder is None:
             self._give_up(f"the model is on the {device.type}")
@@ -205,15 +213,16 @@ class Captured:
         cache.begin_step(layers)  # back from the recorder's stream
         cache.end_step(recording.queued)
         found = _fresh(outputs, cache)
-        try:
-            if waits is not None:
-                self._give_up(f"it waits for the device ({waits})")
-            if recording.length_read:
-                self._give_up("it computes with the number of tokens on the host")
-            if len(recording.queued) != len(layers):
-                self._give_up("it leaves layers out")
-        except NotCapturable as reason:
-            self._say(str(reason))
+        reason = None
+        if waits is not None:
+            reason = f"it waits for the device ({waits})"
+        elif recording.length_read:
+            reason = "it computes with the number of tokens on the host"
+        elif len(recording.queued) != len(layers):
+            reason = "it leaves layers out"
+        if reason := self._agreed(reason):
+            self._drop(reason)
+            self._say(reason)
         return found
 
     def _record(self, run: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> Graph:
@@ -224,15 +233,26 @@ class Captured:
             copies = {name: torch.empty(v.shape, dtype=v.dtype, device=v.device) for name, v in tensors.items()}
         for name, copy in copies.items():
             copy.copy_(tensors[name])
+        reason = None
         try:
             replay = self._recorder.record(partial(run, Recording(), **copies))
         except Exception as error:
-            self._give_up(f"the capture failed: {_first_line(error)}")
+            reason = f"the capture failed: {_first_line(error)}"
+        if reason := self._agreed(reason):
+            self._give_up(reason)
         return Graph(copies, replay)
 
-    def _give_up(self, reason: str) -> None:
+    def _agreed(self, reason: str | None) -> str | None:
+        """Return why decodes are not captured, here or on another rank: what talks is captured by all ranks, or by none."""
+        alike = self._guard.ranks.agree(reason is None)
+        return None if alike else reason or "another rank of the model cannot capture them"
+
+    def _drop(self, reason: str) -> None:
         self._given_up = reason
         self._graphs.clear()
+
+    def _give_up(self, reason: str) -> None:
+        self._drop(reason)
         raise NotCapturable(reason)
 
     def _say(self, reason: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from elastickv.errors import UsageError
 from elastickv.transformers.attention import EAGER_IMPLEMENTATION, IMPLEMENTATION, Pending
+from elastickv.transformers.ranks import ranks_of
 from elastickv.transformers.support import text_config
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Guard:
     def __init__(self, model: Any) -> None:
         self.model_name = type(model).__name__
         self._model = weakref.ref(model)
-        self.config = text_config(model)
+        self.config, self.ranks = text_config(model), ranks_of(model)
         self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}
         self._waiting: Pending | None = None
         self.recording: Recording | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers.cache_utils import CacheLayerMixin
 
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe import AttentionShape
 from elastickv.transformers.attention import Call, Pending, carrying
 from elastickv.transformers.budget import Reading, scaled
 from elastickv.transformers.guard import Guard
@@ -57,6 +57,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         self.batch = 0
         self.capped: bool | None = None
         self._reading: Reading | None = None
+        self._uneven: tuple[bool, ...] = ()
         self.is_initialized = False
 
     @property
@@ -192,13 +193,13 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         dtype = dtype_name(keys.dtype)
         longest = int(lengths.max())
         budget = self._plan.settle(longest, dtype)
-        recipe = of_rank(budget.recipes[self.number], self._plan.sizes.kv_heads, heads)
+        recipe = self._guard.ranks.share(budget.recipes[self.number], self._plan.sizes.kv_heads, heads)
         shape = AttentionShape(self.batch, call.query.shape[1], heads, padded_head_dim(head_dim))
         recipe.check_shape(shape.head_dim, heads)
         backend = self._plan.backends.at(keys.device)
         capacity = first_capacity(self._plan, longest, self.slots.length)
         if self.number == self._plan.sizes.elastic[0]:
-            check_memory(backend, self._plan, shape, capacity, dtype)
+            check_memory(backend, self._plan, self._guard.ranks, shape, capacity, dtype)
         store = new_store(self._plan.backends, shape, capacity, dtype, recipe, head_dim, keys.device, budget.phase(self.number))
         store.extend(keys, values, lengths)
         self.store, self.held = store, None
@@ -224,6 +225,8 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
             recipe = scaled(cache.recipe, reading.scale)
             self.store.set_fractions([recipe.fraction(head) for head in range(cache.shape.kv_heads)])
             self._reading = reading
+            assert self._plan.budget is not None
+            self._uneven = self._guard.ranks.uneven(scaled(self._plan.budget.recipes[self.number], reading.scale))
         # Last: it counts on what the step will be.
         self.store.ready_step()
 
@@ -242,6 +245,12 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         self.slots.add(1, None)
 
     @property
+    def launch_key(self) -> Hashable:
+        """What a graph of `queue_step` is good for. It changes on all ranks or on none."""
+        assert self.store is not None
+        return self.store.launch_key, self._uneven
+
+    @property
     def check_is_due(self) -> bool:
         """Whether it is time to look for values that are not finite."""
         return self.store is not None and self.store.cache.step % CHECK_EVERY == CHECK_EVERY - 1
@@ -257,7 +266,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         try:
             self.store.raise_non_finite()
         except NonFiniteError as error:
-            raise NonFiniteError(f"layer {self.number}: {error}") from None
+            raise NonFiniteError(f"layer {self.number}{self._guard.ranks}: {error}") from None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row i what row `beam_idx[i]` was."""
@@ -319,17 +328,8 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         other.store = None if self.store is None else self.store.copy(plan.backends)
         other.held = None if self.held is None else (self.held[0].clone(), self.held[1].clone())
         other.slots, other.batch, other.capped = self.slots.copy(), self.batch, self.capped
-        other._reading, other.is_initialized = self._reading, self.is_initialized
+        other._reading, other._uneven, other.is_initialized = self._reading, self._uneven, self.is_initialized
         return other
-
-
-def of_rank(recipe: Recipe, kv_heads: int, local: int) -> Recipe:
-    """Return the recipe of this rank's KV heads, where a model's heads are split over devices (tensor parallelism)."""
-    if len(recipe.fractions) != kv_heads or local == kv_heads:
-        return recipe
-    rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-    first = rank % (kv_heads // local) * local
-    return replace(recipe, fractions=recipe.fractions[first : first + local])
 
 
 def _without_padding(

@@ -11,6 +11,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, for_ratio
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.transformers.plan import Plan
+from elastickv.transformers.ranks import Ranks
 from elastickv.transformers.store import GIB
 
 _ROUNDING = 64
@@ -38,7 +39,7 @@ def first_capacity(plan: Plan, longest: int, places: int) -> int:
     return min(-(-needed // _ROUNDING) * _ROUNDING, MAX_CONTEXT)
 
 
-def check_memory(backend: Backend, plan: Plan, shape: AttentionShape, capacity: int, dtype: str) -> None:
+def check_memory(backend: Backend, plan: Plan, ranks: Ranks, shape: AttentionShape, capacity: int, dtype: str) -> None:
     """Refuse, before a layer is stored, what all layers together have no memory for.
 
     Raises
@@ -46,8 +47,8 @@ def check_memory(backend: Backend, plan: Plan, shape: AttentionShape, capacity: 
     UsageError : telling how much the context needs, and which ratio would fit.
     """
     assert plan.budget is not None
-    layers = len(plan.sizes.elastic)
-    needed = sum(backend.cache_bytes(shape, capacity, dtype, recipe) for recipe in plan.budget.recipes.values())
+    recipes = [ranks.share(recipe, plan.sizes.kv_heads, shape.kv_heads) for recipe in plan.budget.recipes.values()]
+    needed = sum(backend.cache_bytes(shape, capacity, dtype, recipe) for recipe in recipes)
     free = backend.device.free_bytes
     if needed <= free:
         return
@@ -55,12 +56,12 @@ def check_memory(backend: Backend, plan: Plan, shape: AttentionShape, capacity: 
     fitting = [
         ratio
         for ratio in _TRIED
-        if layers * backend.cache_bytes(shape, capacity, dtype, for_ratio(ratio, MAX_CONTEXT, one, dtype)) <= free
+        if len(recipes) * backend.cache_bytes(shape, capacity, dtype, for_ratio(ratio, MAX_CONTEXT, one, dtype)) <= free
     ]
     remedy = f"compress={fitting[0]:g} would fit" if fitting else "no compress would fit: give fewer tokens or sequences"
     raise UsageError(
-        f"{shape.batch} sequences of {capacity} tokens need {needed / GIB:.2f} GiB in {layers} layers and {free / GIB:.2f} GiB "
-        f"are free; {remedy}"
+        f"{shape.batch} sequences of {capacity} tokens need {needed / GIB:.2f} GiB in {len(recipes)} layers and "
+        f"{free / GIB:.2f} GiB are free; {remedy}"
     )
 
 

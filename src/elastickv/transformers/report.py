@@ -135,6 +135,9 @@ class ContextRow:
 class CacheReport:
     """What a cache is, holds and has read. Bytes are of the elastic layers; stock layers are told apart.
 
+    Where a model is split over ranks, what is held and read is of all of them, as the ratios are; what is allocated, and stock
+    layers, are of the rank that is asked.
+
     Attributes
     ----------
     compress : C as asked for, or None where recipes were given.
@@ -152,6 +155,7 @@ class CacheReport:
     read_bytes, dense_read_bytes : of all decodes, and what a dense 16-bit cache would have read.
     prompt_seconds, quantise_seconds : of the attention layers' prompt passes, and of storing within them.
     by_context : what holds at other contexts.
+    ranks : processes that the model is split over.
     """
 
     compress: float | None
@@ -173,6 +177,7 @@ class CacheReport:
     prompt_seconds: float
     quantise_seconds: float
     by_context: tuple[ContextRow, ...]
+    ranks: int = 1
 
     @property
     def read_ratio(self) -> float | None:
@@ -193,9 +198,9 @@ class CacheReport:
             lines.append(f"  the ratio holds from {self.holds_from} tokens on; below, everything is read")
         if self.lengths:
             ratio = f", {self.stored_ratio:.2f}x less than dense" if self.stored_ratio else ""
-            lines.append(
-                f"  holds {list(self.lengths)} tokens in {self.stored_bytes} bytes{ratio} ({self.allocated_bytes} allocated)"
-            )
+            here = f" on this rank, one of {self.ranks}" if self.ranks > 1 else ""
+            allocated = f"({self.allocated_bytes} allocated{here})"
+            lines.append(f"  holds {list(self.lengths)} tokens in {self.stored_bytes} bytes{ratio} {allocated}")
         if self.stock_bytes:
             lines.append(f"  stock layers hold {self.stock_bytes} bytes")
         if self.read_ratio is not None:

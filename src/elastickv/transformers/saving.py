@@ -19,6 +19,7 @@ from elastickv.transformers.budget import Budget, Reading
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.models import fingerprint
 from elastickv.transformers.plan import Plan
+from elastickv.transformers.ranks import ranks_of
 from elastickv.transformers.seam import join
 from elastickv.transformers.slots import Slots
 from elastickv.transformers.store import new_store
@@ -37,6 +38,7 @@ def save(cache: ElasticCache, path: Path) -> None:
     model = cache._guard.model
     if model is None:
         raise UsageError("the model that the cache was made for is gone: a cache is saved with its model's fingerprint")
+    _check_one_rank(model)
     tensors: dict[str, torch.Tensor] = {}
     plan = cache._plan
     record: dict[str, Any] = {
@@ -65,6 +67,7 @@ def save(cache: ElasticCache, path: Path) -> None:
 
 def load(kind: type[ElasticCache], path: Path, model: Any, capture: bool) -> ElasticCache:
     """Return the cache of a file."""
+    _check_one_rank(model)
     try:
         with safe_open(path, "pt") as file:
             record = json.loads((file.metadata() or {}).get(_KEY, "{}"))
@@ -83,6 +86,14 @@ def load(kind: type[ElasticCache], path: Path, model: Any, capture: bool) -> Ela
         raise UsageError(f"{path} is damaged: {error}") from None
     join(model, capture)
     return made
+
+
+def _check_one_rank(model: Any) -> None:
+    if (count := ranks_of(model).count) > 1:
+        raise UsageError(
+            f"{type(model).__name__} is split over {count} ranks, and a file holds the KV heads of all: save and load caches "
+            "of a model in one process, and keep these in memory"
+        )
 
 
 def _loaded(

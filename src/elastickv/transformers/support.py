@@ -9,8 +9,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from elastickv.errors import UsageError
+from elastickv.transformers.ranks import ranks_of
 from elastickv.transformers.store import padded_head_dim
 
+_KEYS = ("k_proj", "qkv_proj", "query_key_value")
 STOCK_LAYERS = (DynamicSlidingWindowLayer, LinearAttentionLayer)
 
 
@@ -78,6 +80,7 @@ def sizes_of(model: Any) -> Sizes:
     query_heads, kv_heads, head_dim = heads.pop()
     if elastic:
         padded_head_dim(head_dim)
+    _check_ranks(model, called, kv_heads)
     return Sizes(text.model_type, elastic, query_heads, kv_heads, head_dim, _positions(text))
 
 
@@ -135,6 +138,17 @@ def _check_attention(model: Any, called: str, text: Any) -> None:
         raise UsageError(
             f"{called} does not call its attention through Transformers' attention interface: "
             "ElasticCache has no way to serve it"
+        )
+
+
+def _check_ranks(model: Any, called: str, kv_heads: int) -> None:
+    """Refuse KV heads that a plan of tensor parallelism would cut through; Transformers notices in the middle of a pass."""
+    ranks = ranks_of(model).count
+    plan = getattr(model, "tp_plan", None) or {}
+    cut = any(name.rpartition(".")[2] in _KEYS and style == "colwise" for name, style in plan.items())
+    if cut and kv_heads % ranks:
+        raise UsageError(
+            f"{called} is split over {ranks} ranks and has {kv_heads} KV heads: start a number of processes that divides them"
         )
 
 
