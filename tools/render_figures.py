@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "BENCHMARKS.md", ROOT / "docs" / "fidelity.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("BENCHMARKS.md", "fidelity.md", "run.md")))
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -244,6 +244,58 @@ def fidelity() -> list[str]:
         counts = ", ".join(f"{name} {sum(hits)}" for name, hits in row["found"].items())
         lines += ["", f"Pass keys found of {len(row['depths'])} in {row['tokens']} tokens: {counts}."]
     return lines
+
+
+MODEL_CELLS = (("4096x1", "4096"), ("32768x1", "32768"), ("65536x1", "65536"), ("32768x8", "8 x 32768"))
+MODEL_NOTE = (
+    "The floor is a step's bytes (the weights that it reads, and the recipe's keys and values) at the read ceiling measured "
+    "beside it. Greedy decoding; nothing is compiled but the static cache's steps."
+)
+
+
+def models() -> list[str]:
+    """Return the whole-model figures: milliseconds a step of every cache, and what the elastic one holds."""
+    rows, result = [], {}
+    for name, label in MODEL_CELLS:
+        result = load(f"h100/model-8b-{name}.json")
+        by_name = {cache["cache"]: cache for cache in result["caches"]}
+        ours, best = by_name["elastic"], result["baseline"]
+        steps = [
+            f"{by_name[cache]['step_ms']['estimate']:.2f}" if cache in by_name else "not run: no memory"
+            for cache in ("stock", "stock static+compile", "elastic")
+        ]
+        rows.append(
+            [
+                label,
+                *steps,
+                "-" if best is None else interval(result["speedups"][best]),
+                f"{ours['of_floor']:.2f}",
+                f"{ours['held_ratio']:.2f}",
+                f"{ours['peak_bytes'] / 1e9:.1f}",
+                f"{ours['first_token_s']:.2f}",
+                f"{100 * ours['storing_share_of_first_token']:.1f} %",
+            ]
+        )
+    headers = [
+        "context",
+        "stock, ms",
+        "static cache + compile, ms",
+        "elastic, ms",
+        "elastic, against the better",
+        "x of the floor",
+    ]
+    headers += ["held, 1/x of 16 bit", "peak beyond weights, GB", "first token, s", "of it storing"]
+    environment, machine = result["environment"], result["machine"]
+    versions = environment["versions"]
+    return [
+        f"`shape:8b` (32 layers, 32/8 heads x 128, random weights, bf16) with compress=4 on {machine['name']}, driver "
+        f"{machine['driver']}, host {environment['cpu']}; torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"{environment['date_utc'][:10]}.",
+        "",
+        *table(headers, rows),
+        "",
+        MODEL_NOTE,
+    ]
 
 
 def render(document: Path) -> str:

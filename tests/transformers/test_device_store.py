@@ -29,6 +29,13 @@ def tensors(device, dtype, batch, heads, tokens, head_dim, seed):
     return keys, values
 
 
+def take_step(store, keys, values, queries, scaling):
+    store.ready_step()
+    found = store.queue_step(keys, values, queries, scaling)
+    store.count_step()
+    return found
+
+
 def arrays(keys, values, wide):
     return [np.pad(t.float().cpu().numpy(), ((0, 0), (0, 0), (0, 0), (0, wide - t.shape[3]))) for t in (keys, values)]
 
@@ -50,7 +57,7 @@ def test_chunks_and_steps_match_the_float64_twin(device, text, dtype, head_dim):
     for step in range(40):
         keys, values = tensors(device, dtype, 2, 2, 1, head_dim, 10 + step)
         queries = torch.randn(2, 8, 1, head_dim, device=device).to(dtype)[:, :, 0]
-        outputs, lse = store.step(keys, values, queries, scaling)
+        outputs, lse = take_step(store, keys, values, queries, scaling)
         k, v = arrays(keys, values, wide)
         twin.append(k[:, :, 0], v[:, :, 0])
         asked = np.pad(queries.float().cpu().numpy(), ((0, 0), (0, 0), (0, wide - head_dim))) * scaling * wide**0.5
@@ -107,7 +114,7 @@ def test_steps_run_on_a_side_stream(device):
         with torch.cuda.stream(stream if side else torch.cuda.current_stream()):
             store.extend(*given, np.array([300]))
             keys, values = tensors(device, torch.bfloat16, 1, 2, 1, 64, 1)
-            outputs, _ = store.step(keys, values, keys.repeat(1, 2, 1, 1)[:, :, 0], 0.125)
+            outputs, _ = take_step(store, keys, values, keys.repeat(1, 2, 1, 1)[:, :, 0], 0.125)
             found.append(outputs.clone())
         torch.cuda.synchronize()
     assert torch.equal(*found)

@@ -175,10 +175,15 @@ class Store(ABC):
     def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens `first` to `last` - 1 as stored, float32; zeros where there are none."""
 
-    def step(
+    def ready_step(self) -> None:
+        """Make room for one more token a row."""
+        self._grow(self._one)
+
+    @abstractmethod
+    def queue_step(
         self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store one token a row and attend with one query a row.
+        """Store one token a row and attend with one query a row, between `ready_step` and `count_step`.
 
         Parameters
         ----------
@@ -191,20 +196,6 @@ class Store(ABC):
         outputs : (batch, query_heads, head_dim), float32 or the model's dtype; good until the next step.
         lse : (batch, query_heads) float32, natural logarithm.
         """
-        self.ready_step()
-        found = self.queue_step(keys, values, queries, scaling)
-        self.count_step()
-        return found
-
-    def ready_step(self) -> None:
-        """Make room for one more token a row."""
-        self._grow(self._one)
-
-    @abstractmethod
-    def queue_step(
-        self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do what `step` does between `ready_step` and `count_step`."""
 
     @abstractmethod
     def count_step(self) -> None:

@@ -51,6 +51,7 @@ class CudaBackend:
         self._kind = kind
         self._extra = extra_macros or {}
         self._scratch: Scratch | None = None
+        self._variants: dict[tuple[AttentionShape, int, str, Recipe], Variant] = {}
 
     @property
     def device(self) -> DeviceInfo:
@@ -64,6 +65,13 @@ class CudaBackend:
         return kept_as(recipe, shape, capacity, dtype, self._device.arch) if self._kind == "auto" else recipe
 
     def _variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
+        """Return the decode kernel; layers that are alike ask for the same again and again."""
+        asked = (shape, capacity, dtype, recipe)
+        if asked not in self._variants:
+            self._variants[asked] = self._chosen_variant(*asked)
+        return self._variants[asked]
+
+    def _chosen_variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
         recipe.check_shape(shape.head_dim, shape.kv_heads)
         kept = self._kept(shape, capacity, dtype, recipe)
         paged = kept is not recipe
