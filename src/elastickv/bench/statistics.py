@@ -44,6 +44,37 @@ class Interval:
         return self.low <= value <= self.high
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What a file tells of samples that it does not hold.
+
+    Attributes
+    ----------
+    mean, std : of the samples that were kept, in one unit.
+    samples : samples taken.
+    percent : percent of them cut at either end.
+    """
+
+    mean: float
+    std: float
+    samples: int
+    percent: float = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """Standard error of the truncated mean, relative to it (Tukey & McLaughlin 1963), for normal samples.
+
+        It is the winsorised deviation that counts, and cutting has narrowed the one we know: both follow from the curve.
+        """
+        share, widened = self.percent / 100, 1.0
+        if share:
+            normal = NormalDist()
+            z = normal.inv_cdf(1 - share)
+            kept = 1 - 2 * z * normal.pdf(z) / (1 - 2 * share)
+            widened = math.sqrt((1 - 2 * share) + 2 * share * z**2 / kept) / (1 - 2 * share)
+        return widened * self.std / self.mean / math.sqrt(self.samples)
+
+
 def truncated(samples: ArrayLike, percent: float) -> Float64:
     """Return the sorted samples without `percent` % of them at either end."""
     ordered = np.sort(np.asarray(samples, np.float64))
@@ -86,6 +117,25 @@ def ratio_interval(
     return Interval(
         math.exp(estimate), math.exp(estimate - margin), math.exp(estimate + margin), LEVEL, min(len(a), len(b)), longest
     )
+
+
+def ratio_of_moments(numerator: Moments, denominator: Moments) -> Interval:
+    """Return the ratio of two means that were measured apart, with a Student-t interval of its logarithm (delta method).
+
+    Raises
+    ------
+    ValueError : if either rests on fewer than 2 samples.
+    NonFiniteError : if a mean is not finite and positive, or a deviation not finite.
+    """
+    sides = (numerator, denominator)
+    least = min(side.samples for side in sides)
+    if least < 2:
+        raise ValueError(f"{least} samples make no interval: at least 2 are needed")
+    if not all(math.isfinite(s.mean) and s.mean > 0 and math.isfinite(s.std) and s.std >= 0 for s in sides):
+        raise NonFiniteError("a time that is not a finite positive number: no figure is reported")
+    margin = student_quantile(0.5 + LEVEL / 2, least - 1) * math.hypot(*(side.relative_error for side in sides))
+    estimate = numerator.mean / denominator.mean
+    return Interval(estimate, estimate * math.exp(-margin), estimate * math.exp(margin), LEVEL, least, 1)
 
 
 def block_length(series: ArrayLike) -> int:

@@ -52,7 +52,7 @@ def as_csv(result: dict[str, Any]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     cells = row(result)
     writer.writerow(cells)
-    writer.writerow(_exact(value) for value in cells.values())
+    writer.writerow(exact(value) for value in cells.values())
     return out.getvalue()
 
 
@@ -71,7 +71,8 @@ def _at(value: Any, path: tuple[str, ...]) -> Any:
     return value
 
 
-def _exact(value: Any) -> str:
+def exact(value: Any) -> str:
+    """Return a value as a cell of a CSV file: numbers that read back, nothing for None."""
     if value is None:
         return ""
     return plain(value) if isinstance(value, float) else str(value)
