@@ -125,9 +125,11 @@ def test_a_control_is_the_same_contender_on_both_sides():
     a, b = result(quiet(0.6, 1), quiet(1.0, 2)), result(quiet(0.6, 3), quiet(1.1, 4))
     b["baseline"]["name"] = b["contenders"][0]["name"] = "dense-fp16"
     row = compare(a, b).rows[0]
-    assert row.control is None
-    assert row.verdict == "SAME"
-    assert any("no dense contender that both sides measured" in warning for warning in compare(a, b).warnings)
+    assert (row.control, row.ratio, row.verdict) == (None, None, "AMBIGUOUS")
+    assert row.raw.contains(1) or row.raw.estimate == pytest.approx(1, abs=0.01)
+    assert any("different dense contenders" in warning for warning in compare(a, b).warnings)
+    assert compare(a, b).outcome("slower") == "inconclusive"
+    assert compare(a, b, control="none").rows[0].verdict == "SAME"
 
 
 def test_a_peer_of_another_version_is_no_control():
@@ -371,3 +373,16 @@ def test_a_data_frame_has_a_row_for_each_figure(monkeypatch):
 def test_margins_that_are_none_are_refused(options):
     with pytest.raises(UsageError, match="out of range"):
         compare(result(), result(), **options)
+
+
+def test_the_example_of_the_documents_runs(tmp_path, monkeypatch, capsys):
+    document = COMMITTED.parents[1] / "docs" / "compare.md"
+    example = document.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    write(tmp_path, "before.json", result(quiet(0.6, 1), quiet(1.0, 2)))
+    write(tmp_path, "after.json", result(quiet(0.7, 3), quiet(1.0, 4)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
+    names = {}
+    exec(example, names)
+    assert names["comparison"].outcome("any") == "fail"
+    assert json.loads(capsys.readouterr().out)["counts"]["SLOWER"] == 1

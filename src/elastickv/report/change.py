@@ -50,7 +50,8 @@ class Row:
     a, b : files of the runs on each side.
     a_ms, b_ms : time on each side, as its file reports it (the mean of several runs').
     recipe_a, recipe_b, ratio_read_a, ratio_read_b : what was run, and dense bytes / bytes read.
-    ratio : B's time / A's, each against its control where there is one; None where a file tells no spread.
+    ratio : B's time / A's, each against its control where dense was measured; None without a control in common, or where a
+        file tells no spread.
     raw : B's time / A's as they stand.
     control, drift : the dense contender that both sides measured in turns, and its time in B / in A; None without one.
     verdict : 'SAME', 'FASTER', 'SLOWER' or 'AMBIGUOUS'.
@@ -133,11 +134,16 @@ def verdict(ratio: Interval | None, margin_percent: float) -> str:
 
 
 def time_change(a: Sequence[Times], b: Sequence[Times], controlled: bool) -> TimeChange:
-    """Return the ratio of the times of B and A."""
+    """Return the ratio of the times of B and A.
+
+    Where dense was measured, but not the same contender on both sides, there is none to judge: the machine may have drifted.
+    """
     raw = _raw(a, b)
-    control = _control(a, b) if controlled else None
-    if control is None:
+    if not controlled or not all(times.dense for times in (*a, *b)):
         return TimeChange(raw, raw)
+    control = _control(a, b)
+    if control is None:
+        return TimeChange(None, raw)
     dense_a, dense_b = ([times.dense[control] for times in side] for side in (a, b))
     return TimeChange(_interval(_costs(a, control), _costs(b, control)), raw, control, _interval(dense_a, dense_b))
 
@@ -159,8 +165,6 @@ def fidelity_change(a: Fidelity | None, b: Fidelity | None, margin_percent: floa
 
 def _control(a: Sequence[Times], b: Sequence[Times]) -> str | None:
     """Return a dense contender that every run timed in turns with elastic: A's baseline if it is one, for it comes first."""
-    if any(not isinstance(times.elastic, tuple) for times in (*a, *b)):
-        return None
     common = [name for name in a[0].dense if all(len(times.dense.get(name, ())) > 1 for times in (*a, *b))]
     return common[0] if common else None
 

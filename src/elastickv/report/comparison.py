@@ -147,11 +147,17 @@ def compare(
 
 
 def _about_control(rows: list[Row], controlled: bool, margin_percent: float) -> Iterator[str]:
-    without = sum(row.control is None and row.ratio is not None for row in rows)
-    if controlled and without:
+    apart = sum(row.ratio is None and row.raw is not None for row in rows)
+    if apart:
         yield (
-            f"{without} of {len(rows)} figures have no dense contender that both sides measured with samples: their times are "
-            "compared as they stand, and what the machine did between the two runs is in them"
+            f"{apart} of {len(rows)} figures were measured against different dense contenders, so that a change cannot be told "
+            "from the machine's drift: measure both sides with --dense bf16; --control none judges times as they stand"
+        )
+    alone = sum(row.ratio is not None and row.control is None for row in rows)
+    if controlled and alone:
+        yield (
+            f"{alone} of {len(rows)} figures come without samples of a dense contender: their times are judged as they stand, "
+            "and what the machine did between the two runs is in them"
         )
     drifts = [row.drift.estimate for row in rows if row.drift is not None]
     if drifts and not 1 / (1 + margin_percent / 100) <= median(drifts) <= 1 + margin_percent / 100:
