@@ -21,7 +21,7 @@ from elastickv.report.comparison import Comparison, compare
 from elastickv.report.plain_json import dumps
 
 SEQUENCES, HEADS, RECIPES = (1024, 1536, 2048, 3072, 4096), (8, 16), ("int8", "int4")
-SHOWN = ("cell", "verdict", "a_ms", "b_ms", "dense_ratio", "raw_ratio", "ratio", "ratio_low", "ratio_high", "control")
+SHOWN = ("cell", "verdict", "a_ms", "b_ms", "dense_ratio", "ratio", "ratio_low", "ratio_high", "control")
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from elastickv.report.runs import Cell, Fidelity, Run, Times
 # and a neighbour's bursts hit more than a twentieth of the samples of a shared machine. A sample spans whole anchor intervals,
 # so steps that take longer than others are in each of them and are not cut.
 TRUNCATE = 25.0
+NO_SPREAD = "a file tells no spread of it"
+NO_CONTROL = "measured against different dense contenders"
 RUNS_FOR_SPREAD = 3  # runs a side from which on their own spread, and not that within one of them, makes the interval
 _ROUNDING = KERNEL_ERROR_LIMITS["fp32"]  # what float32 may add to an error: a smaller change is none
 
@@ -50,9 +52,8 @@ class Row:
     a, b : files of the runs on each side.
     a_ms, b_ms : time on each side, as its file reports it (the mean of several runs').
     recipe_a, recipe_b, ratio_read_a, ratio_read_b : what was run, and dense bytes / bytes read.
-    ratio : B's time / A's, each against its control where dense was measured; None without a control in common, or where a
-        file tells no spread.
-    raw : B's time / A's as they stand.
+    ratio : B's time / A's, each against its control where dense was measured; None where there can be no interval.
+    why : why there can be none; empty where there is one.
     control, drift : the dense contender that both sides measured in turns, and its time in B / in A; None without one.
     verdict : 'SAME', 'FASTER', 'SLOWER' or 'AMBIGUOUS'.
     fidelity : what became of the recipe error.
@@ -69,9 +70,9 @@ class Row:
     ratio_read_a: float | None
     ratio_read_b: float | None
     ratio: Interval | None
-    raw: Interval | None
+    why: str
     control: str | None
-    drift: Interval | None
+    drift: float | None
     verdict: str
     fidelity: FidelityChange
 
@@ -82,12 +83,12 @@ class Row:
 
 @dataclass(frozen=True)
 class TimeChange:
-    """B's times over A's: against their control, as they stand, and the control's own."""
+    """B's times over A's, or why they have no interval; their control, and its own time in B over that in A."""
 
     ratio: Interval | None
-    raw: Interval | None
+    why: str = ""
     control: str | None = None
-    drift: Interval | None = None
+    drift: float | None = None
 
 
 def change(cell: Cell, figure: str, a: Sequence[Run], b: Sequence[Run], margins: tuple[float, float], controlled: bool) -> Row:
@@ -113,7 +114,7 @@ def change(cell: Cell, figure: str, a: Sequence[Run], b: Sequence[Run], margins:
         ratio_read_a=a[0].ratio_read,
         ratio_read_b=b[0].ratio_read,
         ratio=times.ratio,
-        raw=times.raw,
+        why=times.why,
         control=times.control,
         drift=times.drift,
         verdict=verdict(times.ratio, margins[0]),
@@ -138,14 +139,15 @@ def time_change(a: Sequence[Times], b: Sequence[Times], controlled: bool) -> Tim
 
     Where dense was measured, but not the same contender on both sides, there is none to judge: the machine may have drifted.
     """
-    raw = _raw(a, b)
+    if any(times.elastic is None for times in (*a, *b)):
+        return TimeChange(None, NO_SPREAD)
     if not controlled or not all(times.dense for times in (*a, *b)):
-        return TimeChange(raw, raw)
+        return TimeChange(_as_they_stand(a, b))
     control = _control(a, b)
     if control is None:
-        return TimeChange(None, raw)
-    dense_a, dense_b = ([times.dense[control] for times in side] for side in (a, b))
-    return TimeChange(_interval(_costs(a, control), _costs(b, control)), raw, control, _interval(dense_a, dense_b))
+        return TimeChange(None, NO_CONTROL)
+    centre_a, centre_b = (float(np.mean([_centre(times.dense[control]) for times in side])) for side in (a, b))
+    return TimeChange(_interval(_costs(a, control), _costs(b, control)), "", control, centre_b / centre_a)
 
 
 def fidelity_change(a: Fidelity | None, b: Fidelity | None, margin_percent: float) -> FidelityChange:
@@ -178,9 +180,7 @@ def _costs(side: Sequence[Times], control: str) -> Series:
     ]
 
 
-def _raw(a: Sequence[Times], b: Sequence[Times]) -> Interval | None:
-    if any(times.elastic is None for times in (*a, *b)):
-        return None
+def _as_they_stand(a: Sequence[Times], b: Sequence[Times]) -> Interval:
     series_a, series_b = ([t.elastic for t in side if isinstance(t.elastic, tuple)] for side in (a, b))
     if len(series_a) == len(a) and len(series_b) == len(b):
         return _interval(series_a, series_b)

@@ -7,7 +7,7 @@ from typing import Any
 
 from elastickv.bench.gate import EXIT_CODES, Criterion
 from elastickv.errors import UsageError
-from elastickv.report.change import Row, change
+from elastickv.report.change import NO_CONTROL, Row, change
 from elastickv.report.matching import cautions, match
 from elastickv.report.sides import read_side
 
@@ -147,7 +147,7 @@ def compare(
 
 
 def _about_control(rows: list[Row], controlled: bool, margin_percent: float) -> Iterator[str]:
-    apart = sum(row.ratio is None and row.raw is not None for row in rows)
+    apart = sum(row.why == NO_CONTROL for row in rows)
     if apart:
         yield (
             f"{apart} of {len(rows)} figures were measured against different dense contenders, so that a change cannot be told "
@@ -159,7 +159,7 @@ def _about_control(rows: list[Row], controlled: bool, margin_percent: float) -> 
             f"{alone} of {len(rows)} figures come without samples of a dense contender: their times are judged as they stand, "
             "and what the machine did between the two runs is in them"
         )
-    drifts = [row.drift.estimate for row in rows if row.drift is not None]
+    drifts = [row.drift for row in rows if row.drift is not None]
     if drifts and not 1 / (1 + margin_percent / 100) <= median(drifts) <= 1 + margin_percent / 100:
         yield (
             f"dense takes {median(drifts):.3f} times as long in B as in A (median), which is taken for the machine's doing and "

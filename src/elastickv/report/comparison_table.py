@@ -23,7 +23,7 @@ _HEADERS = ("cell", "figure", "A ms", "B ms", "B / A", "verdict", "dense B / A",
 
 def flat(row: Row) -> dict[str, Any]:
     """Return a row as columns with plain values; None where there is none."""
-    ratio, raw, drift, fidelity = row.ratio, row.raw, row.drift, row.fidelity
+    ratio, fidelity = row.ratio, row.fidelity
     return {
         "cell": str(row.cell),
         **dict(row.cell.pairs),
@@ -35,8 +35,7 @@ def flat(row: Row) -> dict[str, Any]:
         "ratio_high": ratio and ratio.high,
         "verdict": row.verdict,
         "control": row.control,
-        "dense_ratio": drift and drift.estimate,
-        "raw_ratio": raw and raw.estimate,
+        "dense_ratio": row.drift,
         "recipe_a": row.recipe_a,
         "recipe_b": row.recipe_b,
         "ratio_read_a": row.ratio_read_a,
@@ -136,7 +135,7 @@ def _cells(row: Row, common: Cell) -> tuple[str, ...]:
         f"{row.b_ms:.4g}",
         f"{ratio.estimate:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio else f"{row.b_ms / row.a_ms:.3f} [no interval]",
         row.verdict,
-        f"{row.drift.estimate:.3f}" if row.drift else "-",
+        f"{row.drift:.3f}" if row.drift else "-",
         f"{fidelity.a.mean:.4f}" if fidelity.a else "-",
         f"{fidelity.b.mean:.4f}" if fidelity.b else "-",
         fidelity.verdict,
@@ -152,6 +151,10 @@ def _sentences(comparison: Comparison) -> list[str]:
         lines.append(f"all cells: {common}")
     changed = {(row.recipe_a, row.recipe_b) for row in comparison.rows if row.recipe_a != row.recipe_b}
     lines += [f"recipe: {before or 'none'} in A, {after or 'none'} in B" for before, after in sorted(changed, key=str)]
+    for why in dict.fromkeys(row.why for row in comparison.rows if row.why):
+        lines.append(
+            f"no interval of {', '.join(dict.fromkeys(row.figure for row in comparison.rows if row.why == why))}: {why}"
+        )
     reasons = dict.fromkeys(row.fidelity.why for row in comparison.rows if row.fidelity.why)
     lines += [f"fidelity unknown: {why}" for why in reasons]
     for name, alone in (("A", comparison.only_a), ("B", comparison.only_b)):
