@@ -2,12 +2,14 @@
 
     python benchmarks/compare_study.py --output benchmarks/results/cpu/compare_study.json
 
-Every cell is measured three times by `elastickv.bench`, each time prepared anew: A, B, and one in which the elastic contender
-takes 10 % longer a sample (it spins). B against A should be SAME in 95 % of the cells, the slower one SLOWER in 95 %.
+Every cell is measured by `elastickv.bench` for each of the three in turns, prepared anew each time; of the third the elastic
+contender takes 10 % longer a sample (it spins). B against A should be SAME in 95 % of the cells, the third SLOWER in 95 %.
+On a machine that does other work the answer is AMBIGUOUS: what it must not be is SLOWER for the same code.
 """
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +29,8 @@ SHOWN = ("cell", "verdict", "a_ms", "b_ms", "dense_ratio", "ratio", "ratio_low",
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="cpu")
-    parser.add_argument("--cells", type=int, default=20, help="of the first %(default)s at most")
+    parser.add_argument("--cells", type=int, default=20, help="at most, of 20")
+    parser.add_argument("--rounds", type=int, default=4, help="runs of each cell and sweep; from 3 on their own spread counts")
     parser.add_argument("--reps", type=int, default=100)
     parser.add_argument("--time-limit", type=float, default=5.0, help="seconds to a cell and sweep")
     parser.add_argument("--slowdown", type=float, default=1.1)
@@ -35,28 +38,30 @@ def main() -> None:
     arguments = parser.parse_args()
     cells = list(product(SEQUENCES, HEADS, RECIPES))[: arguments.cells]
     sweeps: dict[str, list[dict[str, Any]]] = {"a": [], "b": [], "slower": []}
-    for name, results in sweeps.items():
-        for number, (seq, heads, recipe) in enumerate(cells, 1):
-            options = Options(
-                seq=seq,
-                heads=heads,
-                compress=1.0,
-                recipe=recipe,
-                reps=arguments.reps,
-                warmup=5,
-                paired=True,
-                time_limit_s=arguments.time_limit,
-                dense="bf16",
-                backend=arguments.backend,
-            )
-            results.append(measured(options, arguments.slowdown if name == "slower" else 1.0))
-            print(f"{name} {number}/{len(cells)}", flush=True)
+    for round_, (seq, heads, recipe) in product(range(arguments.rounds), cells):
+        options = Options(
+            seq=seq,
+            heads=heads,
+            compress=1.0,
+            recipe=recipe,
+            reps=arguments.reps,
+            warmup=5,
+            paired=True,
+            time_limit_s=arguments.time_limit,
+            dense="bf16",
+            backend=arguments.backend,
+            seed=round_,
+        )
+        for name in random.Random(round_).sample(list(sweeps), len(sweeps)):
+            sweeps[name].append(measured(options, arguments.slowdown if name == "slower" else 1.0))
+            print(f"round {round_ + 1}: {seq} x {heads}, {recipe}: {name}", flush=True)
     same, slower = compare(sweeps["a"], sweeps["b"]), compare(sweeps["a"], sweeps["slower"])
     record = {
         "what": "A against B: the same code; A against slower: elastic samples take longer by the slowdown",
         "device": sweeps["a"][0]["gpu"]["name"],
         "environment": environment(),
         "cells": len(cells),
+        "rounds": arguments.rounds,
         "reps": arguments.reps,
         "slowdown": arguments.slowdown,
         "same": summary(same),

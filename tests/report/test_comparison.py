@@ -29,19 +29,19 @@ def spikes(rng, n):
     return np.where(rng.random(n) < 0.04, rng.uniform(0.2, 1.5, n), 0.0)
 
 
-# What a machine does to both of a pair, and what it does to each sample by itself: logarithms, and the size of the latter.
+# What a machine does to both of a pair, and what it does to each sample by itself: logarithms.
 MACHINES = {
     "independent": (lambda rng, n: np.zeros(n), lambda rng, n: rng.standard_normal(n) * 0.02),
     "heavy tails": (lambda rng, n: np.zeros(n), lambda rng, n: rng.standard_t(2.5, n) * 0.01),
     "drift": (
-        lambda rng, n: rng.normal(0, 0.15) + np.linspace(0, rng.normal(0, 0.2), n),
+        lambda rng, n: rng.normal(0, 0.1) + np.linspace(0, rng.normal(0, 0.1), n),
         lambda rng, n: rng.standard_normal(n) * 0.01,
     ),
     "random walk": (lambda rng, n: rng.normal(0, 0.1) + walk(rng, n, 0.01), lambda rng, n: rng.standard_normal(n) * 0.01),
     "two clocks": (lambda rng, n: rng.choice([0.0, 0.12], n), lambda rng, n: rng.standard_normal(n) * 0.01),
     "spikes": (lambda rng, n: np.zeros(n), lambda rng, n: rng.standard_normal(n) * 0.01 + spikes(rng, n)),
     "drift, spikes and heavy tails": (
-        lambda rng, n: rng.normal(0, 0.15) + walk(rng, n, 0.01),
+        lambda rng, n: rng.normal(0, 0.1) + walk(rng, n, 0.01),
         lambda rng, n: rng.standard_t(3, n) * 0.008 + spikes(rng, n),
     ),
 }  # fmt: skip
@@ -89,6 +89,16 @@ def test_without_control_the_machines_drift_is_in_the_ratio():
     assert controlled.b_ms / controlled.a_ms == pytest.approx(1.2, rel=0.01)
     assert (raw.verdict, raw.control, raw.drift) == ("SLOWER", None, None)
     assert any("--control none" in warning for warning in compare(a, b).warnings)
+
+
+@pytest.mark.parametrize("factor", [3.0, 1 / 3])
+def test_a_machine_that_was_not_the_same_is_no_control(factor):
+    a, b = result(quiet(0.6, 1), quiet(1.0, 2)), result(factor * quiet(0.6, 3), factor * quiet(1.0, 4))
+    comparison = compare(a, b)
+    assert (comparison.rows[0].verdict, comparison.rows[0].ratio) == ("AMBIGUOUS", None)
+    assert comparison.rows[0].drift == pytest.approx(factor, rel=0.01)
+    assert "the machine was not the same" in FORMATS["table"](comparison)
+    assert comparison.outcome("slower") == "inconclusive"
 
 
 def test_a_change_that_slows_dense_and_elastic_alike_is_told():

@@ -17,6 +17,10 @@ from elastickv.report.runs import Cell, Fidelity, Run, Times
 TRUNCATE = 25.0
 NO_SPREAD = "a file tells no spread of it"
 NO_CONTROL = "measured against different dense contenders"
+TOO_FAR = "dense itself takes so much longer on one side that the machine was not the same, and no control"
+# Up to this ratio of dense times drift is taken for clocks and temperature, which slow elastic alike; beyond it somebody else
+# had the cores or the bandwidth, and what that does to dense and to elastic differs by more than a margin.
+DRIFT_LIMIT = 1.5
 RUNS_FOR_SPREAD = 3  # runs a side from which on their own spread, and not that within one of them, makes the interval
 _ROUNDING = KERNEL_ERROR_LIMITS["fp32"]  # what float32 may add to an error: a smaller change is none
 
@@ -138,6 +142,7 @@ def time_change(a: Sequence[Times], b: Sequence[Times], controlled: bool) -> Tim
     """Return the ratio of the times of B and A.
 
     Where dense was measured, but not the same contender on both sides, there is none to judge: the machine may have drifted.
+    Nor is there where dense drifted too far to be a control.
     """
     if any(times.elastic is None for times in (*a, *b)):
         return TimeChange(None, NO_SPREAD)
@@ -147,7 +152,10 @@ def time_change(a: Sequence[Times], b: Sequence[Times], controlled: bool) -> Tim
     if control is None:
         return TimeChange(None, NO_CONTROL)
     centre_a, centre_b = (float(np.mean([_centre(times.dense[control]) for times in side])) for side in (a, b))
-    return TimeChange(_interval(_costs(a, control), _costs(b, control)), "", control, centre_b / centre_a)
+    drift = centre_b / centre_a
+    if not 1 / DRIFT_LIMIT <= drift <= DRIFT_LIMIT:
+        return TimeChange(None, TOO_FAR, control, drift)
+    return TimeChange(_interval(_costs(a, control), _costs(b, control)), "", control, drift)
 
 
 def fidelity_change(a: Fidelity | None, b: Fidelity | None, margin_percent: float) -> FidelityChange:
