@@ -2,13 +2,17 @@
 
 import copy
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 
-from elastickv.bench import Result
+from elastickv.bench import Options, Result, run
 from elastickv.errors import UsageError
+from elastickv.report import FORMATS
 from elastickv.report.matching import cautions, match
 from elastickv.report.sides import read_side
+from tests.helpers.reference_backend import ReferenceBackend
 from tests.helpers.results import COMMITTED, ORIGINAL, result, write
 
 
@@ -234,3 +238,17 @@ def test_a_models_result_of_another_version_is_refused():
     assert read_side(made, "A").runs[0].figures["token"].mean_ms == pytest.approx(1e3 / 11.479, rel=1e-4)
     with pytest.raises(UsageError, match="version 2"):
         read_side(made | {"version": 2}, "A")
+
+
+def test_a_result_just_measured_is_read_as_its_file_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[run.__module__], "load", lambda name, device: (ReferenceBackend(), None))
+    options = {"seq": 340, "heads": 2, "dim": 64, "reps": 4, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
+    measured = run(Options(**options, compress=1.3, inference=True, decode_tokens=4, layers=2))
+    [in_memory] = read_side(measured, "A").runs
+    path = tmp_path / "result.json"
+    path.write_text(FORMATS["json"](measured.as_dict()), encoding="utf-8")
+    [from_file] = read_side(path, "A").runs
+    assert replace(from_file, source="A") == in_memory
+    assert set(in_memory.figures) == {"step", "cycle of 4"}
+    assert in_memory.figures["step"].dense
+    assert in_memory.fidelity is not None

@@ -18,7 +18,8 @@ from elastickv.report.rows import exact
 from elastickv.report.runs import Cell
 
 _COLOURS = {"SAME": "dim", "FASTER": "green", "SLOWER": "bold red", "AMBIGUOUS": "yellow"}
-_HEADERS = ("cell", "figure", "A ms", "B ms", "B / A", "verdict", "dense B / A", "recipe error A", "B", "fidelity")
+_HEADERS = ("figure", "A ms", "B ms", "B / A", "verdict", "dense B / A", "error A", "error B", "fidelity")
+_NUMBERS = ("A ms", "B ms", "B / A", "dense B / A", "error A", "error B")
 
 
 def flat(row: Row) -> dict[str, Any]:
@@ -49,16 +50,13 @@ def flat(row: Row) -> dict[str, Any]:
 def as_terminal(comparison: Comparison) -> str:
     """Return what a person wants to see first: each verdict with its interval and its price, the sum of them, every warning."""
     out = io.StringIO()
-    console = Console(file=out, width=160, highlight=False)
+    console = Console(file=out, width=200, highlight=False)
     table = Table(box=None, pad_edge=False)
-    for header in _HEADERS:
-        table.add_column(header, justify="left" if header in ("cell", "figure", "verdict", "fidelity") else "right")
-    common = _common(comparison)
-    for row in comparison.rows:
-        colour = _COLOURS[row.verdict]
-        shown = [escape(text) for text in _cells(row, common)]
-        shown[_HEADERS.index("verdict")] = f"[{colour}]{row.verdict}[/]"
-        table.add_row(*shown)
+    headers, rows = _grid(comparison)
+    for header in headers:
+        table.add_column(header, justify="right" if header in _NUMBERS else "left", no_wrap=header in _NUMBERS)
+    for cells in rows:
+        table.add_row(*(f"[{_COLOURS[text]}]{text}[/]" if text in _COLOURS else escape(text) for text in cells))
     console.print(table)
     for line in _sentences(comparison):
         console.print(escape(line), soft_wrap=True)
@@ -73,11 +71,11 @@ def as_html(comparison: Comparison) -> str:
     def line(cells: Iterable[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html_escape(text)}</{tag}>" for text in cells) + "</tr>"
 
-    common = _common(comparison)
-    rows = "".join(line(_cells(row, common), "td") for row in comparison.rows)
+    headers, rows = _grid(comparison)
+    body = "".join(line(cells, "td") for cells in rows)
     said = [*_sentences(comparison), *(f"warning: {warning}" for warning in comparison.warnings)]
     paragraphs = "".join(f"<p>{html_escape(text)}</p>" for text in said)
-    return f"<table><thead>{line(_HEADERS, 'th')}</thead><tbody>{rows}</tbody></table>{paragraphs}"
+    return f"<table><thead>{line(headers, 'th')}</thead><tbody>{body}</tbody></table>{paragraphs}"
 
 
 def as_markdown(comparison: Comparison) -> str:
@@ -86,8 +84,8 @@ def as_markdown(comparison: Comparison) -> str:
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
 
-    common = _common(comparison)
-    lines = [line(_HEADERS), "|" + " --- |" * len(_HEADERS), *(line(_cells(row, common)) for row in comparison.rows), ""]
+    headers, rows = _grid(comparison)
+    lines = [line(headers), "|" + " --- |" * len(headers), *map(line, rows), ""]
     lines += [f"- {text}" for text in _sentences(comparison)]
     lines += [f"- warning: {warning}" for warning in comparison.warnings]
     return "\n".join(lines) + "\n"
@@ -118,18 +116,32 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {
 }
 
 
+def _grid(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: what tells cells apart, a column each, and then what was found."""
+    pairs = [dict(row.cell.pairs) for row in comparison.rows]
+    common = dict(_common(comparison).pairs)
+    axes = [name for name in dict.fromkeys(name for told in pairs for name in told) if name not in common]
+    rows = [
+        [*(_short(told.get(name)) for name in axes), *_found(row)] for told, row in zip(pairs, comparison.rows, strict=True)
+    ]
+    return [*axes, *_HEADERS], rows
+
+
 def _common(comparison: Comparison) -> Cell:
-    """Return what all cells share, which is said once; nothing where there is one cell."""
-    cells = {row.cell for row in comparison.rows}
-    if len(cells) == 1:
-        return Cell((), ())
-    return Cell(tuple(pair for pair in comparison.rows[0].cell.pairs if all(pair in cell.pairs for cell in cells)), ())
+    """Return what all cells share."""
+    first, *others = (row.cell for row in comparison.rows)
+    return Cell(tuple(pair for pair in first.pairs if all(pair in cell.pairs for cell in others)), ())
 
 
-def _cells(row: Row, common: Cell) -> tuple[str, ...]:
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _found(row: Row) -> tuple[str, ...]:
     ratio, fidelity = row.ratio, row.fidelity
     return (
-        str(Cell(tuple(pair for pair in row.cell.pairs if pair not in common.pairs), ())),
         row.figure,
         f"{row.a_ms:.4g}",
         f"{row.b_ms:.4g}",
@@ -148,7 +160,7 @@ def _sentences(comparison: Comparison) -> list[str]:
     lines = [f"{comparison.b} against {comparison.a}: {counts} ({margins}; 95 % intervals)"]
     common = _common(comparison)
     if common.pairs:
-        lines.append(f"all cells: {common}")
+        lines.insert(0, f"all cells: {common}")
     changed = {(row.recipe_a, row.recipe_b) for row in comparison.rows if row.recipe_a != row.recipe_b}
     lines += [f"recipe: {before or 'none'} in A, {after or 'none'} in B" for before, after in sorted(changed, key=str)]
     for why in dict.fromkeys(row.why for row in comparison.rows if row.why):
