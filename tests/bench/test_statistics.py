@@ -75,6 +75,18 @@ def test_blocks_grow_with_autocorrelation_only():
     assert 1 < lengths[0] < lengths[1] < lengths[2]
 
 
+@pytest.mark.parametrize("few", [3, 5])
+def test_a_handful_of_runs_a_side_still_covers_the_truth(few):
+    trials = 400
+    covered = 0
+    for trial in range(trials):
+        rng = np.random.default_rng([trial, 13])
+        numerator, denominator = (mean * np.exp(rng.standard_normal(few) * 0.03) for mean in (2.0, 1.0))
+        covered += ratio_interval(numerator, denominator, 0, paired=False, seed=trial).contains(2.0)
+    # 95 % nominal: 400 trials fall below 0.92 with probability 0.005.
+    assert covered / trials >= 0.92
+
+
 @pytest.mark.parametrize("percent", [0, 5, 10])
 def test_moments_of_truncated_samples_give_the_interval_that_the_samples_would(percent):
     trials, n, covered = 300, 100, 0

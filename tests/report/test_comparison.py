@@ -319,8 +319,8 @@ def test_the_original_programs_json_is_compared_by_its_moments():
     row = compare(original(0.06), original(0.0601)).rows[0]
     assert row.verdict == "SAME"
     # Two relative errors of 1 % / sqrt(200), each 1.284 times as large: 5 % cut at either end narrow a normal curve's deviation
-    # to 0.789, and the truncated mean's error is 1.013 of the whole mean's. t(199) = 1.972.
-    expected = 1.972 * math.hypot(0.01, 0.01) / math.sqrt(200) * 1.013 / 0.789
+    # to 0.789, and the truncated mean's error is 1.013 of the whole mean's. t(398) = 1.966.
+    expected = 1.966 * math.hypot(0.01, 0.01) / math.sqrt(200) * 1.013 / 0.789
     assert math.log(row.ratio.high / row.ratio.low) / 2 == pytest.approx(expected, rel=0.01)
     assert compare(original(0.06), original(0.067)).rows[0].verdict == "SLOWER"
     assert compare(original(0.06), original(0.061, 0.01)).rows[0].verdict == "AMBIGUOUS"

@@ -156,6 +156,7 @@ def test_a_result_that_lacks_something_says_what(path):
         (("samples", "elastic"), [0.1]), (("results", "attention_time_ms"), "fast"), (("results", "attention_time_ms"), -1),
         (("samples", "baseline"), [True, 1.0]), (("build",), 3), (("contenders",), None), (("samples",), []),
         (("fidelity", "sample", "context"), 3), (("gpu",), "H100"), (("inference_cycle", "layers"), 0),
+        (("configuration", "seq_len"), 0.5),
         (("inference_cycle", "raw_token_latencies_ms", "elastic"), [3]), (("recipe", "requested"), ["int8"]),
     ],
 )  # fmt: skip

@@ -69,7 +69,10 @@ class _Reader:
 
     def count(self, *path: str) -> int:
         """Return a whole number from 1 up."""
-        return max(1, int(self.positive(*path)))
+        found = self.positive(*path)
+        if found != int(found):
+            raise self.refused(f"has {found} in {'.'.join(path)}, which is no whole number")
+        return int(found)
 
     def text(self, *path: str) -> str:
         """Return a text."""
