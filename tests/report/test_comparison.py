@@ -296,6 +296,12 @@ def test_what_was_done_otherwise_is_told(path, value, named):
     assert any(named in warning for warning in compare(a, b).warnings)
 
 
+def test_the_same_run_on_both_sides_is_told():
+    a, b = result(quiet(0.6, 1), quiet(1.0, 2)), result(quiet(0.6, 3), quiet(1.0, 4))
+    assert any("the same run in 1 of 1 cells" in warning for warning in compare(a, a).warnings)
+    assert not any("the same run" in warning for warning in compare(a, b).warnings)
+
+
 def test_cold_and_hot_are_different_cells():
     cold, hot = [result(seq=1024), result(seq=2048)], [result(seq=1024), result(seq=2048)]
     for made in hot:

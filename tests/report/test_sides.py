@@ -27,6 +27,16 @@ def test_a_file_a_folder_and_values_in_memory_give_the_same_runs(tmp_path):
     assert runs[0][0].source == str(path)
 
 
+def test_a_copy_of_a_run_is_no_repetition(tmp_path):
+    one, other = result(), result()
+    other["samples"]["elastic"] = other["samples"]["elastic"][::-1]
+    write(tmp_path, "a.json", one)
+    write(tmp_path, "b.jsonl", [one, other])
+    side = read_side(tmp_path, "A")
+    assert [run.source for run in side.runs] == [str(tmp_path / "a.json"), f"{tmp_path / 'b.jsonl'}:2"]
+    assert side.notes == [f"{tmp_path / 'b.jsonl'}:1 is the run of {tmp_path / 'a.json'} once more, and counts once"]
+
+
 def test_anything_that_gives_its_dictionary_is_a_result():
     class Measured:
         def as_dict(self):

@@ -89,6 +89,9 @@ def cautions(matched: Match) -> Iterator[str]:
     pairs = matched.pairs
     if matched.other_device:
         yield f"different devices: A {pairs[0].a[0].device}, B {pairs[0].b[0].device}; times as they stand, not against dense"
+    shared = sum(any(run.copies(other) for run in pair.a for other in pair.b) for pair in pairs)
+    if shared:
+        yield f"A and B hold the same run in {shared} of {len(pairs)} cells: nothing was measured anew there"
     differing: Counter[tuple[str, str, str]] = Counter()
     for pair in pairs:
         a, b = ([dict(run.cell.asked) | run.protocol for run in side] for side in (pair.a, pair.b))

@@ -1,6 +1,6 @@
 """What a comparison takes of a result, whichever program wrote it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from elastickv.bench.statistics import Moments
@@ -77,3 +77,7 @@ class Run:
     figures: dict[str, Times]
     fidelity: Fidelity | None
     complete: bool
+
+    def copies(self, other: "Run") -> bool:
+        """Whether both are one measurement, in whatever files."""
+        return self.cell == other.cell and self == replace(other, source=self.source)

@@ -46,7 +46,11 @@ def read_side(given: Any, name: str) -> Side:
     for document in _documents(given, side):
         run = run_of(document)
         if run is not None:
-            side.runs.append(run)
+            known = next((other.source for other in side.runs if run.copies(other)), None)
+            if known is None:
+                side.runs.append(run)
+            else:
+                side.notes.append(f"{run.source} is the run of {known} once more, and counts once")
         elif _is_cell(document.value):
             cell = " ".join(f"{key}={value}" for key, value in document.value["cell"].items())
             side.not_measured[cell] = str(document.value.get("reason") or document.value["status"])
