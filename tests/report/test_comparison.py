@@ -70,7 +70,7 @@ def test_the_verdict_is_right_in_95_percent_of_cells(machine, slowdown, expected
 def test_two_sweeps_from_files_to_verdicts(tmp_path, slowdown, expected):
     cells = 40
     for side, factor in (("a", 1.0), ("b", slowdown)):
-        lines = [{"kind": "sweep", "cells": cells}]
+        lines = [{"sweep": {"cells": cells}}]
         for cell in range(cells):
             made = result(*measured("drift", [cell, 9, ord(side)], 0.6 * factor), seq=1024 + cell)
             lines.append({"cell": {"seq": 1024 + cell}, "status": "ok", **made})

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_a_byte_order_mark_does_no_harm(tmp_path):
 
 
 def sweep(*cells):
-    return [{"kind": "sweep", "plan": {}}, *cells]
+    return [{"sweep": {"cells": len(cells)}}, *cells]
 
 
 def cell(seq, status="ok", **more):
@@ -76,6 +77,15 @@ def test_a_sweep_is_its_cells(tmp_path):
     assert [dict(run.cell.workload)["seq"] for run in side.runs] == [1024, 2048]
     assert [run.source for run in side.runs] == [f"{path}:2", f"{path}:3"]
     assert not side.notes
+
+
+def test_a_whole_sweep_in_one_object_is_its_cells(tmp_path):
+    cells = [cell(1024, **result()), cell(2048, "failed", reason="out of luck")]
+    path = write(tmp_path, "s.json", {"sweep": {"cells": 2}, "cells": cells})
+    for given in (path, {"sweep": {}, "cells": cells}, SimpleNamespace(header={}, cells=cells)):
+        side = read_side(given, "A")
+        assert len(side.runs) == 1
+        assert side.not_measured == {"seq=2048": "out of luck"}
 
 
 def test_a_cell_without_a_result_is_named_with_its_reason(tmp_path):
@@ -107,14 +117,14 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path):
         ("empty.json", b"", "is empty"),
         ("blank.jsonl", b"\n\n", "is empty"),
         ("cut.json", b'{"benchmark_type": "elastic_kv_cache", "build": {', "line 1, column"),
-        ("cut.jsonl", b'{"kind": "sweep"', "cut.jsonl:1 is no JSON"),
+        ("cut.jsonl", b'{"sweep": {}', "cut.jsonl:1 is no JSON"),
         ("binary.json", b"\x80\x02\x7d\x71", "is not UTF-8"),
         ("nan.json", b'{"a": NaN}', "NaN"),
         ("deep.json", b"[" * 100_000, "nests too deep"),
         ("list.json", b"[1, 2]", "holds no result"),
         ("other.json", b'{"kind": "something"}', "holds no result"),
-        ("empty_sweep.jsonl", b'{"kind": "sweep"}\n', "holds no result"),
-        ("none_fit.jsonl", b'{"kind": "sweep"}\n{"cell": {"seq": 1}, "status": "refused"}\n', "1 cells, none of them measured"),
+        ("empty_sweep.jsonl", b'{"sweep": {}}\n', "holds no result"),
+        ("none_fit.jsonl", b'{"sweep": {}}\n{"cell": {"seq": 1}, "status": "refused"}\n', "1 cells, none of them measured"),
     ],
 )
 def test_what_is_no_result_is_one_line_that_names_the_file(tmp_path, name, content, named):

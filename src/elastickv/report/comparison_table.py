@@ -1,6 +1,5 @@
 """A comparison as a table: for a terminal, a page, a spreadsheet."""
 
-import csv
 import io
 import json
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ from rich.table import Table
 from elastickv.report.change import Row
 from elastickv.report.comparison import Comparison
 from elastickv.report.plain_json import dumps
-from elastickv.report.rows import exact
+from elastickv.report.rows import csv_of
 from elastickv.report.runs import Cell
 
 _COLOURS = {"SAME": "dim", "FASTER": "green", "SLOWER": "bold red", "AMBIGUOUS": "yellow"}
@@ -94,11 +93,8 @@ def as_markdown(comparison: Comparison) -> str:
 def as_csv(comparison: Comparison) -> str:
     """Return a header line and a line for each figure of a cell."""
     rows = [flat(row) for row in comparison.rows]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: exact(value) for name, value in row.items()} for row in rows)
-    return out.getvalue()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return csv_of([{name: row.get(name) for name in columns} for row in rows])
 
 
 def as_jsonl(comparison: Comparison) -> str:

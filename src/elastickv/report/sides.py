@@ -34,7 +34,7 @@ def read_side(given: Any, name: str) -> Side:
 
     Parameters
     ----------
-    given : a path, a result (a `Result`, or its JSON as a dictionary), or several of either.
+    given : a path, a result (a `Result`, or its JSON as a dictionary), a sweep, or several of them.
     name : what to call it where it is no path.
 
     Raises
@@ -66,16 +66,29 @@ def read_side(given: Any, name: str) -> Side:
 
 def _documents(given: Any, side: Side) -> Iterator[Document]:
     if isinstance(given, (str, Path)):
-        yield from documents(Path(given), side.notes)
+        for document in documents(Path(given), side.notes):
+            yield from _cells(document)
     elif hasattr(given, "as_dict"):
         yield Document(side.name, given.as_dict())
     elif isinstance(given, dict):
-        yield Document(side.name, given)
+        yield from _cells(Document(side.name, given))
+    elif isinstance(getattr(given, "cells", None), list):
+        yield from _cells(Document(side.name, {"sweep": {}, "cells": given.cells}))
     elif isinstance(given, Iterable):
         for one in given:
             yield from _documents(one, side)
     else:
         raise UsageError(f"{side.name} is a {type(given).__name__}: give a path, a result, or several of either")
+
+
+def _cells(document: Document) -> Iterator[Document]:
+    """Yield the cells of a whole sweep in one JSON object; anything else as it is."""
+    value = document.value
+    if isinstance(value, dict) and "sweep" in value and isinstance(value.get("cells"), list):
+        for number, cell in enumerate(value["cells"], 1):
+            yield Document(f"{document.source}, cell {number}", cell)
+    else:
+        yield document
 
 
 def _is_cell(value: Any) -> bool:
@@ -84,4 +97,4 @@ def _is_cell(value: Any) -> bool:
 
 def _is_header(document: Document) -> bool:
     """Whether it is the line that a sweep begins with, which says what was to be measured."""
-    return document.source.endswith(".jsonl:1") and isinstance(document.value, dict) and "status" not in document.value
+    return isinstance(document.value, dict) and "sweep" in document.value
