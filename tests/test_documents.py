@@ -32,3 +32,17 @@ def test_every_bench_option_in_the_readme_exists():
     used = {option for line in commands for option in re.findall(r"(--[a-z-]+)", line.partition("#")[0])}
     assert used
     assert used <= known
+
+
+def test_the_commands_of_the_comparison_and_its_workflow_exist():
+    from elastickv.cli.bench import command as bench
+    from elastickv.cli.compare import command as compare
+
+    workflow = (ROOT / "docs" / "workflows" / "performance.yml").read_text(encoding="utf-8").replace("\\\n", " ")
+    text = workflow + (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    for command in (bench, compare):
+        lines = re.findall(rf"elastickv {command.name} (.*)$", workflow, re.MULTILINE)
+        assert lines
+        lines += re.findall(rf"^elastickv {command.name} (.*)$", text, re.MULTILINE)
+        known = {name for parameter in command.params for name in parameter.opts + parameter.secondary_opts}
+        assert {option for line in lines for option in re.findall(r"(--[a-z-]+)", line)} <= known

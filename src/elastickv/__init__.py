@@ -9,13 +9,15 @@ _HOMES = {
     "AttentionShape": "elastickv.recipe",
     "Recipe": "elastickv.recipe",
     "UsageError": "elastickv.errors",
+    "compare": "elastickv.report.comparison",
     "for_ratio": "elastickv.recipe",
 }
-__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "for_ratio"]
+__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "compare", "for_ratio"]
 
 if TYPE_CHECKING:
     from elastickv.errors import UsageError
     from elastickv.recipe import AttentionShape, Recipe, for_ratio
+    from elastickv.report.comparison import compare
 
 
 def __getattr__(name: str) -> Any:

@@ -53,6 +53,15 @@ def test_the_committed_results_are_what_the_schema_file_describes():
         jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), schema)
 
 
+def test_one_dense_dtype_is_measured_where_one_is_asked_for(backend):
+    plain = run(Options(**SMALL, compress=1.3, dense="fp32")).as_dict()
+    assert list(plain["baseline"]["candidates_ms"]) == ["dense-fp32"]
+    assert plain["configuration"]["dense"] == "fp32"
+    assert any("dense was measured in fp32 only" in warning for warning in plain["warnings"])
+    with pytest.raises(UsageError, match="--dense=int8"):
+        Options(**SMALL, dense="int8")
+
+
 def test_the_originals_keys_are_all_there_in_order(plain):
     assert list(plain)[:7] == [
         "benchmark_type", "brand", "build", "gpu", "configuration", "results", "inference_cycle",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastickv.bench.statistics import block_length, ratio_interval, student_quantile, truncated
+from elastickv.bench.statistics import Moments, block_length, ratio_interval, ratio_of_moments, student_quantile, truncated
 from elastickv.errors import NonFiniteError
 
 
@@ -73,6 +73,40 @@ def test_blocks_grow_with_autocorrelation_only():
     assert block_length(rng.standard_normal(400)) == 1
     lengths = [np.mean([block_length(ar1(np.random.default_rng(s), 400, rho)) for s in range(10)]) for rho in (0.3, 0.6, 0.9)]
     assert 1 < lengths[0] < lengths[1] < lengths[2]
+
+
+@pytest.mark.parametrize("few", [3, 5])
+def test_a_handful_of_runs_a_side_still_covers_the_truth(few):
+    trials = 400
+    covered = 0
+    for trial in range(trials):
+        rng = np.random.default_rng([trial, 13])
+        numerator, denominator = (mean * np.exp(rng.standard_normal(few) * 0.03) for mean in (2.0, 1.0))
+        covered += ratio_interval(numerator, denominator, 0, paired=False, seed=trial).contains(2.0)
+    # 95 % nominal: 400 trials fall below 0.92 with probability 0.005.
+    assert covered / trials >= 0.92
+
+
+@pytest.mark.parametrize("percent", [0, 5, 10])
+def test_moments_of_truncated_samples_give_the_interval_that_the_samples_would(percent):
+    trials, n, covered = 300, 100, 0
+    for trial in range(trials):
+        rng = np.random.default_rng([trial, 11])
+        sides = []
+        for mean in (2.0, 1.0):
+            kept = truncated(mean * (1 + 0.02 * rng.standard_normal(n)), percent)
+            sides.append(Moments(float(kept.mean()), float(kept.std()), n, percent))
+        covered += ratio_of_moments(*sides).contains(2.0)
+    # Binomial: 95 % coverage is above 0.92 and below 0.98 of 300 trials with probability 0.98.
+    assert 0.92 < covered / trials < 0.98
+
+
+@pytest.mark.parametrize("bad", [(0.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, -1.0)])
+def test_moments_that_are_none_are_refused(bad):
+    with pytest.raises(NonFiniteError):
+        ratio_of_moments(Moments(*bad, 10), Moments(1.0, 0.1, 10))
+    with pytest.raises(ValueError, match="at least 2"):
+        ratio_of_moments(Moments(1.0, 0.1, 1), Moments(1.0, 0.1, 10))
 
 
 # Student's t at 97.5 %: NIST/SEMATECH e-Handbook, table 1.3.6.7.2.

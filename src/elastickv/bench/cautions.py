@@ -14,6 +14,8 @@ def cautions(result: Result) -> Iterator[str]:
     asked, recipe, build = result.configuration, result.recipe, result.build
     if recipe.ratio_read < asked.compression:
         yield f"{recipe.text} reads 1/{recipe.ratio_read:.2f} of the dense bytes, not 1/{asked.compression:g} as asked"
+    if asked.dense is not None:
+        yield f"dense was measured in {asked.dense} only, as asked: another dtype may be faster"
     if build.inner_loops != build.inner_loops_requested:
         yield (
             f"inner_loops was raised from {build.inner_loops_requested} to {build.inner_loops}: a sample spans whole anchor "

@@ -39,6 +39,7 @@ class Options:
     time_limit_s, until_ci_percent : stop early, at a time or at a half-width of the speed-up's interval.
     input : safetensors file of real activations; None is the shipped sample.
     gate : criteria for a verdict.
+    dense : dtype of the only dense contender of ours; None tries every one and keeps the fastest.
     backend, device, seed : where, and with which random numbers.
     command : what was typed, for the record; empty when called from Python.
     """
@@ -69,6 +70,7 @@ class Options:
     until_ci_percent: float | None = None
     input: Path | None = None
     gate: Gate | None = None
+    dense: str | None = None
     backend: str = "auto"
     command: tuple[str, ...] = ()
     device: int | None = None
@@ -102,6 +104,8 @@ class Options:
         _within("--seed", self.seed, 0, 2**31 - 1)
         _one_of("--dtype", self.dtype, DTYPES)
         _one_of("--cache", self.cache, CACHE_STATES)
+        if self.dense is not None:
+            _one_of("--dense", self.dense, DTYPES)
         _ = self.shape, self.resolved_recipe
 
     @property

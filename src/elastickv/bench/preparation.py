@@ -111,7 +111,7 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
 
     best: tuple[float, Contender] | None = None
     candidates: dict[str, float] = {}
-    for dtype in DTYPES:
+    for dtype in DTYPES if options.dense is None else (options.dense,):
         name = f"dense-{dtype}"
         if backend.cache_bytes(shape, context, dtype, DENSE) > MEMORY_SHARE / 2 * backend.device.free_bytes:
             not_run[name] = "does not fit beside the others"

@@ -40,7 +40,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What was asked for."""
+    """What was asked for; `dense` where one dense dtype was, and null where the fastest was sought."""
 
     seq_len: int
     heads: int
@@ -57,6 +57,7 @@ class Configuration:
     time_limit_s: float | None
     until_ci_percent: float | None
     command: list[str]
+    dense: str | None = None
 
 
 @dataclass(frozen=True)

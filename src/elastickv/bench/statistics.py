@@ -44,6 +44,37 @@ class Interval:
         return self.low <= value <= self.high
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What a file tells of samples that it does not hold.
+
+    Attributes
+    ----------
+    mean, std : of the samples that were kept, in one unit.
+    samples : samples taken.
+    percent : percent of them cut at either end.
+    """
+
+    mean: float
+    std: float
+    samples: int
+    percent: float = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """Standard error of the truncated mean, relative to it (Tukey & McLaughlin 1963), for normal samples.
+
+        It is the winsorised deviation that counts, and cutting has narrowed the one we know: both follow from the curve.
+        """
+        share, widened = self.percent / 100, 1.0
+        if share:
+            normal = NormalDist()
+            z = normal.inv_cdf(1 - share)
+            kept = 1 - 2 * z * normal.pdf(z) / (1 - 2 * share)
+            widened = math.sqrt((1 - 2 * share) + 2 * share * z**2 / kept) / (1 - 2 * share)
+        return widened * self.std / self.mean / math.sqrt(self.samples)
+
+
 def truncated(samples: ArrayLike, percent: float) -> Float64:
     """Return the sorted samples without `percent` % of them at either end."""
     ordered = np.sort(np.asarray(samples, np.float64))
@@ -58,7 +89,8 @@ def ratio_interval(
 
     The estimate is exp of the truncated mean of log ratios of pairs (unpaired: of the difference of the truncated means of
     the logs). Its standard error comes from a circular block bootstrap (Politis & Romano 1992) with the block length for the
-    series' first-order autocorrelation (Carlstein 1986); the bounds are Student-t with as many degrees of freedom as blocks.
+    series' first-order autocorrelation (Carlstein 1986); the bounds are Student-t with as many degrees of freedom as blocks
+    (unpaired: those of Welch & Satterthwaite).
 
     Raises
     ------
@@ -72,20 +104,42 @@ def ratio_interval(
         raise NonFiniteError("a time that is not a finite positive number: no figure is reported")
     rng = np.random.default_rng(seed)
     series = [np.log(a) - np.log(b)] if paired else [np.log(a), -np.log(b)]
-    estimate = variance = 0.0
-    freedom, longest = math.inf, 1
+    estimate, longest = 0.0, 1
+    variances, freedoms = [], []
     for x in series:
         length = block_length(x)
         replicates = _trimmed_means(_resample(x, length, rng), percent)
         estimate += float(_trimmed_means(x[None], percent)[0])
         # n / (n - 1): the bootstrap's variance is that of a population, ours is a sample.
         blocks = max(2.0, len(x) / length)
-        variance += float(replicates.var()) * blocks / (blocks - 1)
-        freedom, longest = min(freedom, blocks - 1), max(longest, length)
-    margin = student_quantile(0.5 + LEVEL / 2, freedom) * math.sqrt(variance)
+        variances.append(float(replicates.var()) * blocks / (blocks - 1))
+        freedoms.append(blocks - 1)
+        longest = max(longest, length)
+    margin = student_quantile(0.5 + LEVEL / 2, _welch(variances, freedoms)) * math.sqrt(sum(variances))
     return Interval(
         math.exp(estimate), math.exp(estimate - margin), math.exp(estimate + margin), LEVEL, min(len(a), len(b)), longest
     )
+
+
+def ratio_of_moments(numerator: Moments, denominator: Moments) -> Interval:
+    """Return the ratio of two means that were measured apart, with a Student-t interval of its logarithm (delta method).
+
+    Raises
+    ------
+    ValueError : if either rests on fewer than 2 samples.
+    NonFiniteError : if a mean is not finite and positive, or a deviation not finite.
+    """
+    sides = (numerator, denominator)
+    least = min(side.samples for side in sides)
+    if least < 2:
+        raise ValueError(f"{least} samples make no interval: at least 2 are needed")
+    if not all(math.isfinite(s.mean) and s.mean > 0 and math.isfinite(s.std) and s.std >= 0 for s in sides):
+        raise NonFiniteError("a time that is not a finite positive number: no figure is reported")
+    errors = [side.relative_error for side in sides]
+    freedom = _welch([error**2 for error in errors], [side.samples - 1 for side in sides])
+    margin = student_quantile(0.5 + LEVEL / 2, freedom) * math.hypot(*errors)
+    estimate = numerator.mean / denominator.mean
+    return Interval(estimate, estimate * math.exp(-margin), estimate * math.exp(margin), LEVEL, least, 1)
 
 
 def block_length(series: ArrayLike) -> int:
@@ -122,6 +176,12 @@ def student_quantile(probability: float, freedom: float) -> float:
     g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     g4 = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
     return z + g1 / freedom + g2 / freedom**2 + g3 / freedom**3 + g4 / freedom**4
+
+
+def _welch(variances: list[float], freedoms: list[float]) -> float:
+    """Return the degrees of freedom of a sum of independent variances (Satterthwaite 1946)."""
+    spread = sum(variance**2 / freedom for variance, freedom in zip(variances, freedoms, strict=True))
+    return sum(variances) ** 2 / spread if spread else min(freedoms)
 
 
 def _resample(series: Float64, length: int, rng: np.random.Generator) -> Float64:

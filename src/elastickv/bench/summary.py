@@ -190,6 +190,7 @@ class Summary:
             time_limit_s=o.time_limit_s,
             until_ci_percent=o.until_ci_percent,
             command=list(o.command),
+            dense=o.dense,
         )
 
     def _results(self, point: RooflinePoint) -> Results:

@@ -31,6 +31,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together."),
     click.option("--kv-heads", type=int, help="KV heads.  [default: as many as query heads]"),
     click.option("--dtype", default="bf16", show_default=True, help="The model's own dtype: fp32, fp16 or bf16."),
+    click.option("--dense", help="Dtype of our dense contender, so that runs to be compared share it.  [default: the fastest]"),
     click.option("--recipe", default="auto", show_default=True, help="auto, or a recipe text such as int8,stride=2."),
     click.option("--backend", default="auto", show_default=True, help="auto, cpu or cuda."),
     click.option("--device", type=int, help="Number of the CUDA device.  [default: 0]"),

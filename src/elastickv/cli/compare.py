@@ -1,0 +1,64 @@
+"""`elastickv compare`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".html": "html", ".txt": "table"}
+
+
+@click.command("compare", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--margin", type=float, default=3.0, show_default=True, help="Times within this many percent are the same.")
+@click.option(
+    "--fidelity-margin", type=float, default=2.0, show_default=True, help="Recipe errors within this many percent are the same."
+)
+@click.option(
+    "--control",
+    default="dense",
+    show_default=True,
+    help="dense judges times against the dense ones of the same run, so that the machine's drift cancels; none as they stand.",
+)
+@click.option("--allow-different-device", is_flag=True, help="Compare results of different devices all the same.")
+@click.option("--fail-on", help="Be a gate on slower, fidelity or any: exit 1 for a regression, 3 where it is inconclusive.")
+@click.option("--format", "format_", default="table", show_default=True, help="table, json, jsonl, csv, md or html.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write it here too; the suffix tells the format.")
+def command(**given: Any) -> int:
+    """Say cell by cell whether B is as fast as A, and as faithful.
+
+    A and B are results of `elastickv bench`, sweeps, folders of either, or results of the original program: A what was, B what
+    is judged. SAME: the interval of B's time / A's lies within the margin; FASTER, SLOWER: beyond it; AMBIGUOUS: across its
+    edge.
+    """
+    from elastickv.errors import UsageError
+    from elastickv.report import write_text
+    from elastickv.report.comparison import FAIL_ON, compare
+    from elastickv.report.comparison_table import FORMATS
+    from elastickv.report.files import check_writable
+
+    shown, output, fail_on = given["format_"], given["output"], given["fail_on"]
+    if fail_on not in (None, *FAIL_ON):
+        raise UsageError(f"--fail-on {fail_on} is unknown: choose {', '.join(FAIL_ON)}")
+    if shown not in FORMATS:
+        raise UsageError(f"--format {shown} is unknown: choose {', '.join(FORMATS)}")
+    if output is not None:
+        check_writable(output)
+    comparison = compare(
+        given["a"],
+        given["b"],
+        margin_percent=given["margin"],
+        fidelity_margin_percent=given["fidelity_margin"],
+        control=given["control"],
+        allow_different_device=given["allow_different_device"],
+    )
+    if output is not None:
+        write_text(output, FORMATS[_SUFFIXES.get(output.suffix.lower(), "json")](comparison))
+    click.echo(FORMATS[shown](comparison), nl=False)
+    if shown in ("json", "jsonl", "csv"):
+        for warning in comparison.warnings:
+            click.echo(f"elastickv: warning: {warning}", err=True)
+    if fail_on is not None:
+        click.echo(f"elastickv: --fail-on {fail_on}: {comparison.outcome(fail_on)}", err=True)
+    return comparison.exit_code(fail_on)
