@@ -10,12 +10,14 @@ _HOMES = {
     "Recipe": "elastickv.recipe",
     "UsageError": "elastickv.errors",
     "for_ratio": "elastickv.recipe",
+    "sweep": "elastickv.sweeps.api",
 }
-__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "for_ratio"]
+__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "for_ratio", "sweep"]
 
 if TYPE_CHECKING:
     from elastickv.errors import UsageError
     from elastickv.recipe import AttentionShape, Recipe, for_ratio
+    from elastickv.sweeps.api import sweep
 
 
 def __getattr__(name: str) -> Any:

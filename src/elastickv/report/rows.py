@@ -48,11 +48,15 @@ def as_jsonl(result: dict[str, Any]) -> str:
 
 def as_csv(result: dict[str, Any]) -> str:
     """Return a header line and one row."""
+    return csv_of([row(result)])
+
+
+def csv_of(rows: list[dict[str, Any]]) -> str:
+    """Return a header line and `rows`, which have the same columns."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    cells = row(result)
-    writer.writerow(cells)
-    writer.writerow(_exact(value) for value in cells.values())
+    writer.writerow(rows[0])
+    writer.writerows([_exact(value) for value in cells.values()] for cells in rows)
     return out.getvalue()
 
 
@@ -60,6 +64,13 @@ def as_markdown(result: dict[str, Any]) -> str:
     """Return a table of two columns."""
     lines = ["| | |", "| --- | --- |"]
     lines += [f"| {name} | {_short(value)} |" for name, value in row(result).items()]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_of(rows: list[dict[str, Any]]) -> str:
+    """Return a table with a line a row; `rows` have the same columns."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines += ["| " + " | ".join(map(_short, cells.values())) + " |" for cells in rows]
     return "\n".join(lines) + "\n"
 
 
