@@ -156,6 +156,16 @@ def test_a_time_limit_leaves_the_rest_to_resume(tmp_path, fake):
     assert sweep(output=path, resume=True, **SMALL).complete
 
 
+def test_a_sweep_that_never_measured_does_not_occupy_its_file(tmp_path, fake):
+    path = tmp_path / "s.jsonl"
+    Journal(path, Plan.of(SMALL | {"heads": 4}), resume=False).__exit__(None, None, None)
+    assert sweep(output=path, **SMALL).complete
+    path.write_text("notes\n")
+    with pytest.raises(UsageError, match="no JSON object"):
+        sweep(output=path, **SMALL)
+    assert path.read_text() == "notes\n"
+
+
 def test_files_of_others_are_left_alone(tmp_path, fake):
     path = tmp_path / "s.jsonl"
     sweep(output=path, **SMALL)

@@ -105,6 +105,8 @@ class Journal:
 
     def _begin(self, plan: Plan, resume: bool, command: tuple[str, ...]) -> None:
         whole = self.path.read_bytes().rfind(b"\n") + 1
+        if whole and not resume and not read(self.path)[1]:
+            whole, resume = 0, True  # A sweep that ended before its first cell holds nothing to lose.
         if not whole and os.fstat(self._file).st_size and not resume:
             raise UsageError(f"--output {self.path} exists: --resume continues it, or give another name")
         here = environment()
