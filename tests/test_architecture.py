@@ -6,7 +6,20 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "elastickv"
-FLOORS = ["errors", "recipe", "attention", "cache", "backends", "data", "bench", "transformers", "fidelity", "report", "cli"]
+FLOORS = [
+    "errors",
+    "recipe",
+    "attention",
+    "cache",
+    "backends",
+    "data",
+    "bench",
+    "transformers",
+    "fidelity",
+    "report",
+    "sweeps",
+    "cli",
+]
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -11,13 +11,15 @@ _HOMES = {
     "UsageError": "elastickv.errors",
     "compare": "elastickv.report.comparison",
     "for_ratio": "elastickv.recipe",
+    "sweep": "elastickv.sweeps.api",
 }
-__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "compare", "for_ratio"]
+__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "compare", "for_ratio", "sweep"]
 
 if TYPE_CHECKING:
     from elastickv.errors import UsageError
     from elastickv.recipe import AttentionShape, Recipe, for_ratio
     from elastickv.report.comparison import compare
+    from elastickv.sweeps.api import sweep
 
 
 def __getattr__(name: str) -> Any:

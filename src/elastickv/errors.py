@@ -5,6 +5,10 @@ class UsageError(ValueError):
     """Bad input. The command line prints its message as one line and exits 2."""
 
 
+class DoesNotFit(UsageError):
+    """The device's memory is too small for what was asked."""
+
+
 class KernelMismatch(RuntimeError):
     """A back end disagrees with the float64 reference: no figure may be reported."""
 

@@ -11,7 +11,7 @@ from elastickv.bench.contenders import Contender, PeerWork, ours, plan_rotation,
 from elastickv.bench.cycle import MEMORY_SHARE, choose_layers
 from elastickv.bench.options import Options
 from elastickv.bench.receipt import timed_kernel_error
-from elastickv.errors import UsageError
+from elastickv.errors import DoesNotFit
 from elastickv.recipe import DENSE, DTYPES, Recipe, interval_bytes
 from elastickv.recipe.formats import sixteen_bit
 
@@ -53,7 +53,7 @@ def check_memory(backend: Backend, options: Options, recipe: Recipe) -> int:
 
     Raises
     ------
-    UsageError : saying the bytes needed, the bytes free, and the context that would fit.
+    DoesNotFit : saying the bytes needed, the bytes free, and the context that would fit.
     """
     free = int(MEMORY_SHARE * backend.device.free_bytes)
     dense_dtype = sixteen_bit(options.dtype)
@@ -74,7 +74,7 @@ def check_memory(backend: Backend, options: Options, recipe: Recipe) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if needed(middle) <= free else (low, middle)
     fits = f"a context of {low} would fit" if low else "no context fits: give fewer heads or sequences"
-    raise UsageError(
+    raise DoesNotFit(
         f"--seq {options.seq} needs {needed(options.seq) / 2**30:.2f} GiB for a dense and an elastic cache; "
         f"{free / 2**30:.2f} GiB of {backend.device.name} can be used; {fits}"
     )
@@ -126,7 +126,7 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
             best[1].close()
         best = (candidates[name], contender)
     if best is None:
-        raise UsageError(f"--seq {context}: no dense cache fits {backend.device.name}; give a shorter context")
+        raise DoesNotFit(f"--seq {context}: no dense cache fits {backend.device.name}; give a shorter context")
     own_dense = best[1]
     phase(f"preparing {recipe}")
     elastic, used, used_dtype, fallback = own("elastic", options.dtype, recipe), recipe, options.dtype, None

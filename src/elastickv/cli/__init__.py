@@ -12,6 +12,7 @@ COMMANDS: dict[str, str] = {
     "calibrate": "Measure what each KV head of a model loses, for recipes to be solved from.",
     "eval": "Measure what a model's predictions lose at each C, through the real decode path.",
     "run": "Generate text with a model through an elastic KV cache, and say what it took.",
+    "sweep": "Measure a whole plane of contexts, batches, ratios and recipes; resumes after a kill.",
     "compare": "Say cell by cell whether one result is as fast as another, and as faithful; a gate for CI.",
     "doctor": "Say what was found, what will be used, what is missing and how to get it.",
 }

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class Bar:
     """Shows phases and samples; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, estimate_over_s: float = 30.0) -> None:
         self._console = Console(stderr=True, highlight=False)
         columns = (
             TextColumn("{task.description}"),
@@ -18,7 +18,13 @@ class Bar:
             TextColumn("{task.percentage:>3.0f} %"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._progress = Progress(
+            *columns,
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+            speed_estimate_period=estimate_over_s,
+        )
         self._task = self._progress.add_task("starting", total=None)
 
     def __enter__(self) -> "Bar":

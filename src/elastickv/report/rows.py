@@ -67,6 +67,13 @@ def as_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def markdown_of(rows: list[dict[str, Any]]) -> str:
+    """Return a table with a line a row; `rows` have the same columns."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines += ["| " + " | ".join(map(_short, cells.values())) + " |" for cells in rows]
+    return "\n".join(lines) + "\n"
+
+
 def _at(value: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         if value is None:

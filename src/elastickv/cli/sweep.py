@@ -1,0 +1,140 @@
+"""`elastickv sweep`: the options of `bench`, as lists and ranges."""
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elastickv.cli.bench import command as bench_command
+from elastickv.cli.bench import hyphenated
+from elastickv.cli.progress import Bar
+
+# As `elastickv.sweeps.axes`, which takes NumPy to import: a test compares the two.
+AXES = ("seq", "batch", "compress", "recipe", "heads", "kv_heads", "dim", "dtype", "cache", "sinks", "window", "anchor_every")
+SETTINGS = (
+    "backend", "reps", "warmup", "inner_loops", "truncate", "until_ci_percent", "inference", "decode_tokens", "layers",
+    "no_graphs", "peers", "input", "dense", "seed",
+)  # fmt: skip
+FORMATS = ("md", "csv", "json", "none")
+
+
+class Cells(Bar):
+    """Shows the cells of a sweep and the time left; where there is no terminal, a line a cell."""
+
+    def __init__(self) -> None:
+        # One cell may take minutes: the time left is told from all that were measured.
+        super().__init__(estimate_over_s=float("inf"))
+
+    def begin(self, done: int, total: int) -> None:
+        """`done` of `total` cells are in the file already."""
+        self._before, self._done, self._total, self._start = done, done, total, time.monotonic()
+        self._progress.reset(self._task, completed=done, total=total)
+
+    def working(self, cell: dict[str, Any], phase: str, share: float) -> None:
+        """Show what a cell is at."""
+        from elastickv.sweeps.plan import name
+
+        self._progress.update(self._task, description=f"{name(cell)}: {phase}", completed=self._done, total=self._total)
+
+    def finished(self, cell: dict[str, Any], status: str, reason: str | None) -> None:
+        """Count a cell."""
+        from elastickv.sweeps.plan import name
+
+        self._done += 1
+        self._progress.update(self._task, completed=self._done, total=self._total)
+        seconds = (time.monotonic() - self._start) / (self._done - self._before) * (self._total - self._done)
+        if self._progress.disable or status != "ok":
+            said = f"{status}: {reason}" if reason else status
+            self._progress.console.print(
+                f"elastickv: {self._done} of {self._total}, {seconds:.0f} s left: {name(cell)}: {said}",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _options() -> list[click.Option]:
+    """Return `bench`'s own options: axes as texts, and nothing given where nothing is typed."""
+    found = []
+    for parameter in bench_command.params:
+        if isinstance(parameter, click.Option) and parameter.name in AXES + SETTINGS:
+            option = copy.copy(parameter)
+            if option.name in AXES:
+                option.type = click.STRING
+            if not option.is_flag:
+                option.default, option.show_default = None, False
+            found.append(option)
+    return found
+
+
+def _own(callback: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--format", "format_", default="md", show_default=True, help="What stdout shows: md, csv, json or none."),
+        click.option(
+            "--export",
+            "exports",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            help="Write .csv, .md, .json or .parquet too.",
+        ),
+        click.option("--time-limit", "time_limit_s", type=float, help="Stop after this many seconds; --resume goes on."),
+        click.option("--devices", help="CUDA devices, one process each: 0,1,2-7."),
+        click.option("--preset", help="smoke: a minute's worth on a CPU."),
+        click.option("--plan", type=click.Path(path_type=Path), help="TOML or JSON file of axes and settings."),
+        click.option("--resume", is_flag=True, help="Continue the sweep in --output, if there is one."),
+        click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The sweep's file, .jsonl."),
+    ):
+        callback = option(callback)
+    return callback
+
+
+@click.command(
+    "sweep",
+    context_settings={"token_normalize_func": hyphenated, "help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@_own
+def command(**given: Any) -> int:
+    """Measure every combination of --seq, --batch, --compress, --recipe and more, each in turns with dense.
+
+    Each of them takes lists and ranges: 1024,4096 or 2-8*2 or 1-9+4. Recipes with commas of their own are parted by semicolons.
+    """
+    from elastickv.cli.errors import INTERRUPTED
+    from elastickv.errors import UsageError
+    from elastickv.report.files import check_writable
+    from elastickv.sweeps.api import sweep
+    from elastickv.sweeps.axes import values
+    from elastickv.sweeps.table import check_export
+
+    shown, exports, devices = given.pop("format_"), given.pop("exports"), given.pop("devices")
+    output: Path = given.pop("output")
+    if shown not in FORMATS:
+        raise UsageError(f"--format {shown} is unknown: choose {', '.join(FORMATS)}")
+    for path in exports:
+        check_export(path)
+        check_writable(path)
+    own = {name: given.pop(name) for name in ("plan", "preset", "resume", "time_limit_s")}
+    asked = {name: value for name, value in given.items() if value is not None and value is not False}
+    if asked.pop("no_graphs", False):
+        asked["graphs"] = False
+    if devices is not None:
+        own["devices"] = values("device", devices)
+    try:
+        cells = Cells()
+        with cells:
+            found = sweep(output=output, watcher=cells, command=("elastickv", *sys.argv[1:]), **own, **asked)
+    except KeyboardInterrupt:
+        click.echo(f"elastickv: interrupted: --resume goes on with {output}", err=True)
+        return INTERRUPTED
+    if not found.complete:
+        click.echo(f"elastickv: {len(found.cells)} of {found.header['cells']} cells are measured: --resume goes on", err=True)
+    for path in exports if found.cells else ():
+        found.export(path)
+    if shown != "none" and found.cells:
+        click.echo({"md": found.to_markdown, "csv": found.to_csv, "json": found.to_json}[shown](), nl=False)
+    return 0
+
+
+command.params[:0] = _options()

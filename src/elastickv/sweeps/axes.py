@@ -1,0 +1,123 @@
+"""What an axis or a setting may hold: numbers, lists, ranges as llama-bench writes them, converted to the option's own type."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from elastickv.bench import Options
+from elastickv.errors import UsageError
+
+AXES = (
+    "seq", "batch", "compress", "recipe", "heads", "kv_heads", "dim", "dtype", "cache", "sinks", "window", "anchor_every",
+)  # fmt: skip
+# What all cells share. The sweep itself says the rest: devices, pairing, its own time limit.
+SETTINGS = (
+    "backend", "reps", "warmup", "inner_loops", "truncate", "until_ci_percent", "inference", "decode_tokens", "layers",
+    "graphs", "peers", "input", "dense", "seed",
+)  # fmt: skip
+MAX_CELLS = 100_000
+
+_NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
+_RANGE = re.compile(rf"{_NUMBER}-{_NUMBER}(?:([+*]){_NUMBER})?")
+
+
+def _type(hint: Any) -> type:
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) is UnionType else [hint]
+    found: type = kinds[0]
+    return found
+
+
+TYPES = {name: _type(hint) for name, hint in get_type_hints(Options).items() if name in (*AXES, *SETTINGS, "device")}
+_SAID = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "the name of a file"}
+
+
+def values(name: str, given: Any) -> list[Any]:
+    """Return what an axis takes, in order, each once.
+
+    Parameters
+    ----------
+    given : a text such as '1024,4096' or '1,2-8*2', one value, or a list of values. An element of a list is taken as it is.
+
+    Raises
+    ------
+    UsageError : if it is empty or holds what the option can't be.
+    """
+    if isinstance(given, str):
+        found = [value for term in _terms(name, given) for value in _expanded(name, term)]
+    elif isinstance(given, (list, tuple, range)):
+        found = [converted(name, value) for value in given]
+    else:
+        found = [converted(name, given)]
+    if not found:
+        raise UsageError(f"--{_option(name)} is empty: give at least one value")
+    return list(dict.fromkeys(found))
+
+
+def converted(name: str, value: Any) -> Any:
+    """Return one value as the option's type.
+
+    Raises
+    ------
+    UsageError : if it is of another.
+    """
+    kind = TYPES[name]
+    if isinstance(value, str) and kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    elif type(value) is kind:
+        return value
+    raise UsageError(f"--{_option(name)}={value} is not {_SAID[kind]}: {_hint(kind)}")
+
+
+def _hint(kind: type) -> str:
+    return "write lists as 1,2,4 and ranges as 2-8*2 or 1-9+4" if kind in (int, float) else f"give {_SAID[kind]}"
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _terms(name: str, text: str) -> list[str]:
+    """Split a list. A recipe has commas itself: `key=value` belongs to the recipe before it, and semicolons part any two."""
+    if name != "recipe":
+        return [term.strip() for term in text.split(",")] if text.strip() else []
+    if ";" in text:
+        return [term.strip() for term in text.split(";") if term.strip()]
+    terms: list[str] = []
+    for piece in filter(None, map(str.strip, text.split(","))):
+        if "=" in piece and terms:
+            terms[-1] += f",{piece}"
+        else:
+            terms.append(piece)
+    return terms
+
+
+def _expanded(name: str, term: str) -> Iterator[Any]:
+    match = _RANGE.fullmatch(term) if TYPES[name] in (int, float) else None
+    if match is None:
+        yield converted(name, term)
+        return
+    first, last = converted(name, match[1]), converted(name, match[2])
+    operation, step = match[3] or "+", converted(name, match[4] or "1")
+    grows = step > (1 if operation == "*" else 0) and not (operation == "*" and first == 0)
+    if last < first or not grows or not math.isfinite(last):
+        raise UsageError(
+            f"--{_option(name)}={term} is no range: write first-last, first-last+step or first-last*factor, upwards"
+        )
+    number, value = 0, first
+    while value <= last * (1 + 1e-12):
+        if number == MAX_CELLS:
+            raise UsageError(f"--{_option(name)}={term} has more than {MAX_CELLS} values: give a larger step")
+        yield value
+        number += 1
+        # Sums of steps would gather rounding errors.
+        value = first + number * step if operation == "+" else first * step**number

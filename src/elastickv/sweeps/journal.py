@@ -1,0 +1,146 @@
+"""The file of a sweep: a header, then one line a cell. It outlives a kill at any moment.
+
+A line is written by one call and synchronised before the next cell is counted. A line that a kill cut off has no newline at its
+end: it is dropped, and its cell is measured again.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from elastickv.bench.environment import environment
+from elastickv.errors import UsageError
+from elastickv.report.files import check_writable
+from elastickv.sweeps.plan import Plan, key, name
+
+VERSION = 1
+STATUSES = ("ok", "does not fit", "refused", "failed")
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the header and the cells of a sweep's file; a line that was cut off is left out.
+
+    Raises
+    ------
+    UsageError : naming the file and the line that is no part of a sweep.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}; give the file of a sweep") from None
+    if not lines:
+        raise UsageError(f"{path} holds no whole line: give the file of a sweep")
+    header, *records = (_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1))
+    head = header.get("sweep")
+    if not isinstance(head, dict) or not isinstance(head.get("plan_hash"), str):
+        raise UsageError(f"{path}:1 is no header of a sweep: give the file of a sweep")
+    if head.get("version") != VERSION:
+        raise UsageError(
+            f"{path} is of sweep version {head.get('version')}, this program reads {VERSION}: use the one that wrote it"
+        )
+    seen: set[str] = set()
+    for number, record in enumerate(records, 2):
+        if not isinstance(record.get("cell"), dict) or record.get("status") not in STATUSES:
+            raise UsageError(f"{path}:{number} is no cell of a sweep: the file was edited; take the line out")
+        if key(record["cell"]) in seen:
+            raise UsageError(f"{path}:{number} holds {name(record['cell'])} a second time: take one of the lines out")
+        seen.add(key(record["cell"]))
+    return head, records
+
+
+def _object(line: bytes, source: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(f"{source} is no JSON object: the file was edited or is damaged; take the line out")
+    return value
+
+
+class Journal:
+    """A sweep's file while it is written; a context manager that keeps other sweeps off the file.
+
+    Attributes
+    ----------
+    done : keys of the cells that the file holds.
+    other_version : what wrote the file's beginning where that is another version than this one; else None.
+
+    Raises
+    ------
+    UsageError : if the file holds another plan, is there and is not to be resumed, or is being written by another sweep.
+    """
+
+    def __init__(self, path: Path, plan: Plan, resume: bool, command: tuple[str, ...] = ()) -> None:
+        check_writable(path)
+        self.path, self.done = path, set[str]()
+        self.other_version: str | None = None
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            self._lock()
+            self._begin(plan, resume, command)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._file)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one cell."""
+        self._write(record)
+        self.done.add(key(record["cell"]))
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--output {self.path} is being written by another sweep: wait, or give another name") from None
+
+    def _begin(self, plan: Plan, resume: bool, command: tuple[str, ...]) -> None:
+        whole = self.path.read_bytes().rfind(b"\n") + 1
+        if whole and not resume and not read(self.path)[1]:
+            whole, resume = 0, True  # A sweep that ended before its first cell holds nothing to lose.
+        if not whole and os.fstat(self._file).st_size and not resume:
+            raise UsageError(f"--output {self.path} exists: --resume continues it, or give another name")
+        here = environment()
+        if not whole:
+            os.ftruncate(self._file, 0)
+            head = {"version": VERSION, "plan_hash": plan.hash, "cells": len(plan.cells), "axes": plan.axes}
+            self._write({"sweep": head | {"settings": plan.settings, "command": list(command), "environment": here}})
+            return
+        if not resume:
+            raise UsageError(f"--output {self.path} exists: --resume continues it, or give another name")
+        head, records = read(self.path)
+        if head["plan_hash"] != plan.hash:
+            raise UsageError(
+                f"--output {self.path} holds another plan ({head['plan_hash']}, this one is {plan.hash}): "
+                "give its options again, or another name"
+            )
+        planned = {key(cell) for cell in plan.cells}
+        for number, record in enumerate(records, 2):
+            if key(record["cell"]) not in planned:
+                raise UsageError(f"{self.path}:{number} holds a cell that the plan does not have: take the line out")
+            self.done.add(key(record["cell"]))
+        os.ftruncate(self._file, whole)
+        began = head.get("environment")
+        began = began.get("commit") if isinstance(began, dict) else None
+        self.other_version = began if began != here["commit"] else None
+
+    def _write(self, value: dict[str, Any]) -> None:
+        line = (json.dumps(value, allow_nan=False) + "\n").encode()
+        before = os.fstat(self._file).st_size
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+            os.fsync(self._file)
+        except BaseException:
+            # A full disk or Ctrl-C: no half of a line may stand before the next one.
+            os.ftruncate(self._file, before)
+            raise

@@ -1,0 +1,186 @@
+"""What a sweep measures: cells, each a set of options of `bench`, in a random order."""
+
+import hashlib
+import json
+import math
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from elastickv.bench import Options
+from elastickv.errors import UsageError
+from elastickv.sweeps.axes import AXES, MAX_CELLS, SETTINGS, converted, values
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Cell = dict[str, Any]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {
+        "seq": [512, 1024],
+        "compress": [1.5],
+        "recipe": ["auto", "int8"],
+        "heads": [4],
+        "kv_heads": [2],
+        "dim": [64],
+        "reps": 6,
+        "warmup": 2,
+        "inner_loops": 4,
+        "cache": "hot",
+    },
+}
+
+
+def key(cell: Cell) -> str:
+    """Return what tells a cell from the others."""
+    return json.dumps(cell, sort_keys=True)
+
+
+def name(cell: Cell) -> str:
+    """Return the cell as messages write it."""
+    return " ".join(f"{axis}={value:g}" if isinstance(value, float) else f"{axis}={value}" for axis, value in cell.items())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a sweep in the order they are measured.
+
+    Attributes
+    ----------
+    cells : axis -> value of each.
+    settings : what all cells share, as JSON values.
+    refused : key of a cell that `bench` refuses -> why. Cells that share each of its values are measured.
+    """
+
+    cells: tuple[Cell, ...]
+    settings: dict[str, Any]
+    refused: dict[str, str]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Plan":
+        """Return the plan that axes, settings and `cells` (tables of axes, each a Cartesian product by itself) make.
+
+        Raises
+        ------
+        UsageError : if a name is unknown, or a value one that `bench` refuses in every cell it is in.
+        """
+        given = {_known(label): value for label, value in given.items() if value is not None}
+        settings = {label: converted(label, value) for label, value in given.items() if label in SETTINGS}
+        shared = {axis: values(axis, given[axis]) for axis in AXES if axis in given}
+        tables = given.get("cells", [{}])
+        if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+            raise UsageError("cells must be a list of tables of axes, and not empty")
+        found: dict[str, Cell] = {}
+        for table in tables:
+            axes = shared | {_axis(label): values(_axis(label), value) for label, value in table.items()}
+            axes = {axis: axes[axis] for axis in AXES if axis in axes}
+            count = math.prod(map(len, axes.values()))
+            if len(found) + count > MAX_CELLS:
+                raise UsageError(f"the plan has more than {MAX_CELLS} cells: give fewer values to an axis")
+            for point in product(*axes.values()):
+                cell = dict(zip(axes, point, strict=True))
+                found[key(cell)] = cell
+        cells = list(found.values())
+        random.Random(settings.get("seed", Options.seed)).shuffle(cells)
+        plain = {label: str(value) if isinstance(value, Path) else value for label, value in settings.items()}
+        plan = cls(tuple(cells), plain, {})
+        plan.refused.update(plan._judged())
+        return plan
+
+    def options(self, cell: Cell, device: int | None = None) -> Options:
+        """Return the cell as options of `bench`: always paired.
+
+        Raises
+        ------
+        UsageError : as `bench` does.
+        """
+        settings = self.settings | ({"input": Path(self.settings["input"])} if "input" in self.settings else {})
+        return Options(**settings, **cell, paired=True, device=device)
+
+    @property
+    def hash(self) -> str:
+        """Hash of the cells, their order and their settings."""
+        return hashlib.sha256(json.dumps([self.cells, self.settings], sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def axes(self) -> dict[str, list[Any]]:
+        """Axis -> its values in any cell."""
+        found: dict[str, dict[Any, None]] = {}
+        for cell in self.cells:
+            for axis, value in cell.items():
+                found.setdefault(axis, {})[value] = None
+        return {axis: sorted(found[axis]) for axis in AXES if axis in found}
+
+    def _judged(self) -> dict[str, str]:
+        refused: dict[str, str] = {}
+        accepted: set[tuple[str, Any]] = set()
+        for cell in self.cells:
+            try:
+                self.options(cell)
+                accepted.update(cell.items())
+            except UsageError as error:
+                refused[key(cell)] = str(error)
+        for cell in self.cells:
+            # A value that no cell can have is a mistake; one that only some combinations can't is part of the plane.
+            if key(cell) in refused and (not accepted or any(item not in accepted for item in cell.items())):
+                raise UsageError(refused[key(cell)])
+        return refused
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Return a plan's file, TOML or JSON, as `Plan.of` takes it.
+
+    Raises
+    ------
+    UsageError : if it cannot be read or is neither.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        found = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"--plan {path}: {error.strerror or error}; give a TOML or JSON file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+        raise UsageError(f"--plan {path} is no {kind} ({error}): mend it, or give another file") from None
+    if not isinstance(found, dict) or not found:
+        raise UsageError(f"--plan {path} names no axis: write lines such as seq = [1024, 4096]")
+    try:
+        return {_known(label): value for label, value in found.items()}
+    except UsageError as error:
+        raise UsageError(f"--plan {path}: {error}") from None
+
+
+def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the axes and settings of all parts.
+
+    Raises
+    ------
+    UsageError : if two of them give one name.
+    """
+    found: dict[str, Any] = {}
+    for part in parts:
+        for label, value in part.items():
+            if label in found:
+                raise UsageError(f"{label} is given both in the plan and beside it: give it once")
+            found[label] = value
+    return found
+
+
+def _known(label: str) -> str:
+    spelt = label.replace("-", "_")
+    if spelt not in (*AXES, *SETTINGS, "cells"):
+        raise UsageError(f"{label} is unknown: axes are {', '.join(AXES)}; settings {', '.join(SETTINGS)}; and cells")
+    return spelt
+
+
+def _axis(label: str) -> str:
+    if label.replace("-", "_") not in AXES:
+        raise UsageError(f"{label} in cells is unknown: axes are {', '.join(AXES)}")
+    return label.replace("-", "_")
