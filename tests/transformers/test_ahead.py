@@ -8,17 +8,15 @@ import torch
 import transformers as tf
 
 import elastickv.transformers as ekv
-from elastickv.transformers import captured
+from elastickv.errors import UsageError
+from elastickv.transformers import ahead, captured
 from elastickv.transformers import recorder as recorders
-from elastickv.transformers.store import HostStore
+from elastickv.transformers.store import Backends, HostStore
 from tests.helpers.model_matrix import model, padded, prompt
 from tests.transformers.test_captured import Recorder
 
 
 class Event:
-    def wait(self):
-        pass
-
     def synchronize(self):
         pass
 
@@ -31,12 +29,32 @@ class Seer(Recorder):
     def __init__(self, stores):
         super().__init__()
         self.stores, self.launched, self.taken_back = stores, 0, 0
+        self.replaying = []
 
-    def beside(self, run):
+    def record(self, run):
+        replay = super().record(run)
+
+        def silent():
+            self.replaying.append(True)
+            try:
+                return replay()
+            finally:
+                self.replaying.pop()
+
+        return silent
+
+    def end(self):
+        return Event()
+
+    def follow(self, end):
+        pass
+
+    def beside(self, steps, ends):
         self.launched += 1
         for store in self.stores():
             store.before = copy.deepcopy(store.cache)
-        return run(), Event()
+        for step in steps:
+            step()
 
 
 @pytest.fixture
@@ -53,7 +71,10 @@ def seer(monkeypatch):
         made.taken_back += 1
         store.cache = store.before
 
-    monkeypatch.setattr(HostStore, "take_back", take_back, raising=False)
+    monkeypatch.setattr(HostStore, "take_back", take_back)
+    # A graph's replay runs no Python: nothing notes a use.
+    note, silent = Backends.note_use, made.replaying
+    monkeypatch.setattr(Backends, "note_use", lambda backends: None if silent else note(backends))
     for module in (captured, recorders):
         monkeypatch.setattr(module, "recorder_for", lambda device: made)
     made.watch = caches.append
@@ -119,16 +140,81 @@ def test_beams_are_not_launched_ahead(tiny, seer):
     assert cache.report().ahead == 0
 
 
-@pytest.mark.parametrize("use", ["report", "copy", "crop", "reset"])
-def test_whoever_uses_the_cache_finds_what_was_asked_for(tiny, seer, use):
+def under_way(tiny, seer, kind=torch.int64):
+    """Return a cache with a decode under way, one without that holds the same, and what comes next."""
     inputs, cache = prompt(1, 250), ekv.ElasticCache.for_model(tiny, 4)
     seer.watch(cache)
     other = ekv.ElasticCache.for_model(tiny, 4, capture=False)
     with torch.no_grad():
         for each in (cache, other):
-            ids = tiny(**inputs, past_key_values=each).logits[:, -1:].argmax(-1)
+            ids = tiny(**inputs, past_key_values=each).logits[:, -1:].argmax(-1).to(kind)
             for _ in range(6):
-                ids = tiny(ids, past_key_values=each).logits.argmax(-1)
+                ids = tiny(ids, past_key_values=each).logits.argmax(-1).to(kind)
+    return cache, other, ids
+
+
+def next_logits(tiny, ids, *caches):
+    with torch.no_grad():
+        return [tiny(ids, past_key_values=each).logits for each in caches]
+
+
+def test_what_is_interrupted_while_tokens_are_compared_is_taken_back(tiny, seer, monkeypatch):
+    cache, other, ids = under_way(tiny, seer)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ahead, "_same", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next_logits(tiny, ids, cache)
+    assert seer.taken_back == len(cache.elastic_layers) and cache.backends.ahead is None
+    assert torch.equal(*next_logits(tiny, ids, cache, other))
+    assert cache.lengths == other.lengths
+
+
+def test_a_cache_that_is_cropped_to_nothing_starts_anew(tiny, seer):
+    cache, other, _ = under_way(tiny, seer)
+    for each in (cache, other):
+        each.crop(-each.get_seq_length())
+    assert cache.backends.ahead is None
+    assert torch.equal(*next_logits(tiny, prompt(1, 250)["input_ids"], cache, other))
+
+
+def test_tokens_of_32_bits_are_not_launched_ahead(tiny, seer):
+    cache, other, ids = under_way(tiny, seer, torch.int32)
+    assert seer.launched == 0
+    assert torch.equal(*next_logits(tiny, ids, cache, other))
+
+
+def test_a_turn_looks_ahead_whatever_became_of_the_one_before(tiny, seer):
+    cache, _, _ = under_way(tiny, seer)
+    before = cache.report().ahead
+    tiny.generate(prompt(1, 290)["input_ids"], max_new_tokens=20, do_sample=False, past_key_values=cache)
+    assert cache.report().ahead > before + 10
+
+
+def test_a_rehearsal_that_breaks_off_in_the_last_layer_is_refused_after(tiny, seer, monkeypatch):
+    cache = ekv.ElasticCache.for_model(tiny, 4)
+    ids = next_logits(tiny, prompt(1, 250)["input_ids"], cache)[0][:, -1:].argmax(-1)
+    last, own = cache.elastic_layers[-1].store, HostStore.queue_step
+
+    def fail(store, *rest):
+        if store is last:
+            raise torch.OutOfMemoryError("no memory")
+        return own(store, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostStore, "queue_step", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            next_logits(tiny, ids, cache)
+    with pytest.raises(UsageError, match="broke off"):
+        next_logits(tiny, ids, cache)
+
+
+@pytest.mark.parametrize("use", ["report", "copy", "crop", "reset"])
+def test_whoever_uses_the_cache_finds_what_was_asked_for(tiny, seer, use):
+    cache, other, ids = under_way(tiny, seer)
     assert seer.launched and cache.backends.ahead is not None, "a loop of one's own tells nothing of its end"
     if use == "reset":
         cache.reset()
@@ -142,9 +228,7 @@ def test_whoever_uses_the_cache_finds_what_was_asked_for(tiny, seer, use):
         elif use == "report":
             each.report()
     assert cache.backends.ahead is None
-    with torch.no_grad():
-        found, expected = (tiny(ids, past_key_values=each).logits for each in (cache, other))
-    assert torch.equal(found, expected)
+    assert torch.equal(*next_logits(tiny, ids, cache, other))
     assert cache.lengths == other.lengths
 
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from elastickv.transformers.cache import ElasticCache
-    from elastickv.transformers.device_store import DeviceStore
     from elastickv.transformers.recorder import Recorder
 
 _READ = {"input_ids", "position_ids"}  # what a pass must read, and nothing else, to be launched ahead
@@ -31,21 +30,28 @@ class Graph:
     replay: Callable[[], Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Flight:
-    """A decode under way."""
+    """A decode under way; `outputs` is None until all of it is queued.
+
+    Attributes
+    ----------
+    told, done : events of when what it reads is written, and of its end.
+    """
 
     cache: weakref.ref[ElasticCache]
     graph: Graph
-    outputs: Any
+    recorder: Recorder
+    told: torch.cuda.Event
     done: torch.cuda.Event
+    outputs: Any = None
 
     def take_back(self) -> None:
         """Let what is queued from here on find the stores as they were before."""
-        self.done.wait()
+        self.recorder.follow(self.done)
         cache = self.cache()
-        for layer in () if cache is None else cache.elastic_layers:
-            cast("DeviceStore", layer.store).take_back()
+        if cache is not None:
+            cache.take_back()
 
     def wait(self) -> None:
         """Wait until it has run."""
@@ -82,19 +88,29 @@ class LookAhead:
 
     def landed(self, cache: ElasticCache, graph: Graph, inputs: dict[str, Any]) -> Any:
         """Return the outputs of a pass with these inputs, if that is what is under way; else None, and it is taken back."""
-        flight, self._flight = self._flight, None
-        if flight is None:
-            return None
-        backends = cache.backends
-        if backends.ahead is flight and flight.graph is graph and _same(graph.inputs, inputs):
-            backends.ahead = None
-            flight.done.wait()
-            self.count += 1
-            return flight.outputs
-        if backends.ahead is flight:
+        flight, backends = self._flight, cache.backends
+        if flight is not None and backends.ahead is flight and flight.graph is graph and flight.outputs is not None:
+            flight.recorder.follow(flight.told)
+            if _same(graph.inputs, inputs):
+                self._flight = backends.ahead = None
+                flight.recorder.follow(flight.done)
+                self.count += 1
+                return flight.outputs
+        if backends.ahead is not None:
             backends.note_use()
-        self._sure = False
+        # Of a text that began since, nothing is known yet.
+        if flight is not None and self._sure:
+            self._sure = False
+        self._flight = None
         return None
+
+    def abandon(self, cache: ElasticCache) -> None:
+        """Take back a decode that something broke off: what was queued of it has not been counted."""
+        if cache.backends.ahead is not None:
+            cache.backends.note_use()
+        else:
+            cache.take_back()
+        self._flight = None
 
     def compare(self, inputs: dict[str, Any]) -> None:
         """Note whether the likeliest token came."""
@@ -103,7 +119,7 @@ class LookAhead:
 
     def foresee(self, graph: Graph, outputs: Any) -> None:
         """Keep the likeliest token of a pass in mind, to see whether it comes."""
-        if self._sure is None and set(graph.inputs) == _READ and _has_logits(outputs):
+        if self._sure is None and set(graph.inputs) == _READ and _tells(graph, outputs):
             self._guess = _likeliest(outputs)
 
     def launch(self, cache: ElasticCache, graph: Graph, outputs: Any, recorder: Recorder) -> None:
@@ -111,19 +127,23 @@ class LookAhead:
         if not self._sure:
             return
 
-        def run() -> Any:
+        def tell() -> None:
             _likeliest(outputs, graph.inputs["input_ids"])
             graph.inputs["position_ids"].add_(1)
-            return graph.replay()
 
-        outputs, done = recorder.beside(run)
-        self._flight = _Flight(weakref.ref(cache), graph, outputs, done)
-        cache.backends.ahead = self._flight
+        def replay() -> None:
+            flight.outputs = graph.replay()
+
+        flight = _Flight(weakref.ref(cache), graph, recorder, recorder.end(), recorder.end())
+        self._flight = cache.backends.ahead = flight
+        recorder.beside((tell, replay), (flight.told, flight.done))
 
 
-def _has_logits(outputs: Any) -> bool:
+def _tells(graph: Graph, outputs: Any) -> bool:
+    """Return whether the next pass's token can be made of a pass's outputs."""
     logits = getattr(outputs, "logits", None)
-    return isinstance(logits, torch.Tensor) and logits.dim() == 3 and logits.shape[1] == 1
+    one = isinstance(logits, torch.Tensor) and logits.dim() == 3 and logits.shape[1] == 1
+    return one and graph.inputs["input_ids"].dtype == torch.int64
 
 
 def _likeliest(outputs: Any, to: torch.Tensor | None = None) -> torch.Tensor:

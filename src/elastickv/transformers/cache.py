@@ -250,6 +250,12 @@ class ElasticCache(Cache):  # type: ignore[misc]
             for layer in layers:
                 layer.raise_non_finite()
 
+    def take_back(self) -> None:
+        """Undo what layers have queued of a decode, and not counted."""
+        for layer in self.elastic_layers:
+            if layer.store is not None:
+                layer.store.take_back()
+
     @property
     def allocated_bytes(self) -> int:
         """Memory that the elastic layers hold in this process, spare room and scratch included."""

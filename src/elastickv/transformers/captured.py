@@ -150,16 +150,20 @@ class Captured:
             if len(self._graphs) > GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        kept = self.ahead.landed(cache, graph, fixed)
-        if kept is None:
-            self.ahead.compare(fixed)
-            self._recorder.wait_for_others()
-            for name, tensor in graph.inputs.items():
-                tensor.copy_(fixed[name], non_blocking=True)
-            kept = graph.replay()
-        outputs = _fresh(kept, cache)
-        self.count += 1
-        cache.end_step(layers)
+        try:
+            kept = self.ahead.landed(cache, graph, fixed)
+            if kept is None:
+                self.ahead.compare(fixed)
+                self._recorder.wait_for_others()
+                for name, tensor in graph.inputs.items():
+                    tensor.copy_(fixed[name], non_blocking=True)
+                kept = graph.replay()
+            outputs = _fresh(kept, cache)
+            self.count += 1
+            cache.end_step(layers)
+        except BaseException:
+            self.ahead.abandon(cache)
+            raise
         follows = cache.has_room and self._follows(cache, layers, key)
         # Ranks do not look ahead: a cache that one of them alone uses would take its pass back, and not the others'.
         if follows and self._recorder.looks_ahead and self._guard.ranks.count == 1:

@@ -123,7 +123,6 @@ class DeviceStore(Store):
         return self.cache.capacity - self.cache.longest
 
     def take_back(self) -> None:
-        """Queue what undoes a `queue_step` that was not counted: repeated, it then does what it would have done."""
         with self._on_stream():
             self.cache.take_back()
 

@@ -51,6 +51,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all tokens and free what held them."""
+        self._plan.backends.note_use()
         self.store: Store | None = None
         self.held: tuple[torch.Tensor, torch.Tensor] | None = None
         self.slots = Slots()
@@ -117,8 +118,9 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         self._guard.take(pending, call.module)
         if self._guard.recording is not None:
+            queued = self.queue_step(pending, call)
             self._guard.recording.queued.append(self)
-            return self.queue_step(pending, call)
+            return queued
         self._check(call)
         self.capped = call.softcap is not None
         new = call.query.shape[2]
@@ -283,6 +285,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
     def _take_rows(self, rows: NDArray[np.int64]) -> None:
         if not self.slots.length:
             return
+        self.raise_non_finite()  # while rows have the numbers that it names
         if self.held is not None:
             index = torch.as_tensor(rows, device=self.held[0].device)
             self.held = (self.held[0].index_select(0, index), self.held[1].index_select(0, index))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Protocol
@@ -35,8 +35,14 @@ class Recorder(Protocol):
     def record(self, run: Pass) -> Pass:
         """Record a pass without doing its work; what is returned does it, and returns the same tensors each time."""
 
-    def beside(self, run: Pass) -> tuple[Any, torch.cuda.Event]:
-        """Queue `run` behind what the caller has queued, not before what follows; return what it returns, and its end."""
+    def end(self) -> torch.cuda.Event:
+        """Return an event, for `beside` to record."""
+
+    def beside(self, steps: Sequence[Pass], ends: Sequence[torch.cuda.Event]) -> None:
+        """Queue `steps` behind what the caller has queued, not before what follows, and behind each of them its end."""
+
+    def follow(self, end: torch.cuda.Event) -> None:
+        """Let what follows wait for an end."""
 
     def wait_for_others(self, host: bool = False) -> None:
         """Let what follows, or the host, wait for what was queued by `beside`, for whichever cache."""
@@ -111,7 +117,12 @@ class GraphRecorder:
                 torch.cuda.set_stream(present)
                 self._recover()
                 # Ending a capture that is broken raises again, and says less.
-                raise first or error from None
+                cause = first or error
+                try:
+                    raise cause from None
+                finally:
+                    # An exception holds this frame, and the frame would hold it, and with it the cache.
+                    del cause, first
 
         def replay() -> Any:
             graph.replay()
@@ -119,16 +130,28 @@ class GraphRecorder:
 
         return replay
 
-    def beside(self, run: Pass) -> tuple[Any, torch.cuda.Event]:
-        """Queue `run` on the stream of captures."""
+    def end(self) -> torch.cuda.Event:
+        """Return an event."""
+        return torch.cuda.Event()
+
+    def beside(self, steps: Sequence[Pass], ends: Sequence[torch.cuda.Event]) -> None:
+        """Queue `steps` on the stream of captures."""
         with self._on_device():
-            present, stream, done = torch.cuda.current_stream(), _capture_stream(self._index), torch.cuda.Event()
+            present, stream = torch.cuda.current_stream(), _capture_stream(self._index)
             stream.wait_stream(present)
-            with torch.cuda.stream(stream):
-                outputs = run()
-                done.record()
-        note_under_way(torch.device("cuda", self._index), done)
-        return outputs, done
+            try:
+                with torch.cuda.stream(stream):
+                    for step, end in zip(steps, ends, strict=True):
+                        step()
+                        end.record()
+            finally:
+                # However far it came.
+                ends[-1].record(stream)
+                note_under_way(torch.device("cuda", self._index), ends[-1])
+
+    def follow(self, end: torch.cuda.Event) -> None:
+        """Let the present stream wait."""
+        end.wait(torch.cuda.current_stream(self._index))
 
     def wait_for_others(self, host: bool = False) -> None:
         """Let what follows on the present stream, or the host, wait for what is under way on the stream of captures."""

@@ -201,6 +201,10 @@ class Store(ABC):
     def count_step(self) -> None:
         """Note what `queue_step` stored."""
 
+    @abstractmethod
+    def take_back(self) -> None:
+        """Undo a `queue_step` that was not counted: repeated, it then does what it would have done."""
+
     @property
     @abstractmethod
     def spare(self) -> int:
@@ -301,6 +305,9 @@ class HostStore(Store):
 
     def count_step(self) -> None:
         """Do nothing: the cache has counted what it stored."""
+
+    def take_back(self) -> None:
+        """Do nothing: what was stored is counted, and stays."""
 
     @property
     def spare(self) -> int:

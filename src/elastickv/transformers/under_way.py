@@ -25,4 +25,4 @@ def wait_for_others(device: torch.device, host: bool = False) -> None:
     if end.query():
         _ends.pop(device, None)
     else:
-        end.wait()
+        end.wait(torch.cuda.current_stream(device))

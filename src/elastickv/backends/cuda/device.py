@@ -151,7 +151,7 @@ class CudaDevice:
         self.allocator = allocator or DriverAllocator(self.driver)
         self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
         self._kernels = _loaded_on(self.ordinal)
-        self._sent: list[NDArray[Any]] = []
+        self._sent: list[tuple[Any, NDArray[Any]]] = []
 
     def follow(self, stream: int) -> None:
         """Queue on the stream with this handle from now on."""
@@ -306,9 +306,10 @@ class CudaDevice:
             return
         check(self.driver.cuMemcpyHtoDAsync(memory.pointer + offset, host.ctypes.data, host.nbytes, self.stream.handle))
         # Where a GPU reads pageable memory by itself, the array has to last until it has.
-        self._sent.append(host)
+        self._sent.append((self.stream, host))
         if host.nbytes > _SMALL_BYTES or len(self._sent) > _MOST_SENT:
-            self.stream.sync()
+            for stream in {id(stream): stream for stream, _ in self._sent}.values():
+                stream.sync()
             self._sent.clear()
 
     def download(self, memory: Memory, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> NDArray[Any]:

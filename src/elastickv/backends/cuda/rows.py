@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _STAGED_BYTES = 1 << 28  # of keys, and of values, that are on their way from the host at once
 _BLOCKS = 4096
 _COPY_BLOCKS = 64
-_NUMBERS = ("lengths", "clock", "fractions")  # what `state` tells beside planes
+_NUMBERS = ("lengths", "clock", "fractions", "arrangement")  # what `state` tells beside planes
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,11 @@ class Rows:
             self._device.upload(self.storage.counts, counts.astype(np.int32))
         self._choose()
 
+    @property
+    def _arrangement(self) -> NDArray[np.int64]:
+        """What planes of equal sizes could differ in: whether tokens lie in pages, and whether as another recipe keeps them."""
+        return np.array([self.variant.paged, self.kept != self.recipe], np.int64)
+
     def state(self) -> CacheState:
         layout, batch, heads = self.storage.layout, self.shape.batch, self.shape.kv_heads
         held: CacheState = {}
@@ -275,11 +280,18 @@ class Rows:
             self._lengths,
             np.array([self._step, -2 if self._anchor is None else self._anchor]),
             np.array(self._fractions),
+            self._arrangement,
         )
         return held | dict(zip(_NUMBERS, (n.copy() for n in numbers), strict=True))
 
     def load_state(self, state: CacheState) -> None:
         batch, heads, layout = self.shape.batch, self.shape.kv_heads, self.storage.layout
+        lengths, clock, fractions, arrangement = (state.get(name) for name in _NUMBERS)
+        if arrangement is None or not np.array_equal(arrangement, self._arrangement):
+            raise UsageError(
+                "the saved tokens lie otherwise than they would here, because of the device, or of the batch and capacity that "
+                "the cache was first made for: load it on the device it was saved from, or store the prompt anew"
+            )
         planes = dict(zip(_PLANE_NAMES, self._planes(), strict=True))
         for name, plane in planes.items():
             given = state[name].shape if name in state else None
@@ -287,7 +299,6 @@ class Rows:
                 raise ValueError(
                     f"the saved {name} of shape {given} do not fit a cache of {(batch, heads, plane.stride)} bytes"
                 )
-        lengths, clock, fractions = (state.get(name) for name in _NUMBERS)
         if lengths is None or lengths.shape != (batch,) or clock is None or clock.shape != (2,):
             raise ValueError("the saved lengths are not those of a cache of this batch")
         if fractions is None or fractions.shape != (heads,):
