@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 
+from elastickv.backends.cuda.programs import collecting_nothing
 from elastickv.transformers.under_way import note_under_way, wait_for_others
 
 _WAITS = "called a synchronizing CUDA operation"
@@ -102,7 +102,7 @@ class GraphRecorder:
     def record(self, run: Pass) -> Pass:
         """Capture a graph."""
         graph = torch.cuda.CUDAGraph()
-        with self._on_device(), _collecting_nothing():
+        with self._on_device(), collecting_nothing():
             present, stream = torch.cuda.current_stream(), _capture_stream(self._index)
             first: BaseException | None = None
             try:
@@ -169,15 +169,3 @@ class GraphRecorder:
         # The generator would go on counting for the graph, and refuse every other use.
         generator = torch.cuda.default_generators[self._index]
         generator.graphsafe_set_state(generator.clone_state())
-
-
-@contextmanager
-def _collecting_nothing() -> Iterator[None]:
-    """Keep the garbage collector from freeing device memory in the middle of a capture, which would break it off."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

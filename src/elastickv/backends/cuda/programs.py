@@ -47,7 +47,7 @@ class CudaProgram:
             cache.load()
         stream.sync()
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        with _no_garbage_collected():  # freeing what others left is not allowed either
+        with collecting_nothing():
             check(driver.cuStreamBeginCapture(stream.handle, mode))
             try:
                 self._queue()
@@ -102,7 +102,8 @@ class CudaProgram:
 
 
 @contextmanager
-def _no_garbage_collected() -> Iterator[None]:
+def collecting_nothing() -> Iterator[None]:
+    """Keep the garbage collector from freeing device memory in the middle of a capture, which would break it off."""
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -74,11 +74,6 @@ class Variant:
         """Dynamic shared memory of a block."""
         return dict(self.macros).get("SHARED_BYTES", 0)
 
-    @property
-    def exact_bytes(self) -> int:
-        """Bytes of an element of an exact row."""
-        return 4 if self["EXACT_TYPE"] == TYPES["fp32"] else 2
-
     def compiled(self) -> Compiled:
         """Compile it, or take it from the cache."""
         return compile_source(self.source, self.arch, dict(self.macros))
