@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 
 from elastickv.backends import load
-from elastickv.bench.contenders import ours, plan_rotation
-from elastickv.bench.environment import environment
-from elastickv.bench.sampler import collect
-from elastickv.bench.statistics import ratio_interval
+from elastickv.measure.contenders import ours, plan_rotation
+from elastickv.measure.environment import environment
+from elastickv.measure.sampler import collect
+from elastickv.measure.statistics import ratio_interval
 from elastickv.recipe import DENSE, AttentionShape, step_bytes
 
 

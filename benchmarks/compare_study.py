@@ -2,7 +2,7 @@
 
     python benchmarks/compare_study.py --output benchmarks/results/cpu/compare_study.json
 
-Every cell is measured by `elastickv.bench` for each of the three in turns, prepared anew each time; of the third the elastic
+Every cell is measured by `elastickv.measure` for each of the three in turns, prepared anew each time; of the third the elastic
 contender takes 10 % longer a sample (it spins). B against A should be SAME in 95 % of the cells, the third SLOWER in 95 %.
 On a machine that does other work the answer is AMBIGUOUS: what it must not be is SLOWER for the same code.
 """
@@ -17,10 +17,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from elastickv.bench import Options, preparation, run
-from elastickv.bench.environment import environment
-from elastickv.report.comparison import Comparison, compare
-from elastickv.report.plain_json import dumps
+from elastickv.measure import Options, preparation, run
+from elastickv.measure.environment import environment
+from elastickv.reports.comparison import Comparison, compare
+from elastickv.reports.plain_json import dumps
 
 SEQUENCES, HEADS, RECIPES = (1024, 1536, 2048, 3072, 4096), (8, 16), ("int8", "int4")
 SHOWN = ("cell", "verdict", "a_ms", "b_ms", "dense_ratio", "ratio", "ratio_low", "ratio_high", "control")
@@ -103,7 +103,7 @@ def spinning(sample: Callable[[], float], slowdown: float) -> Callable[[], float
 
 
 def summary(comparison: Comparison) -> dict[str, Any]:
-    from elastickv.report.comparison_table import flat
+    from elastickv.reports.comparison_table import flat
 
     rows = [{name: flat(row)[name] for name in SHOWN} for row in comparison.rows]
     return {"counts": comparison.counts(), "warnings": comparison.warnings, "rows": rows}

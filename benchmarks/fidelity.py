@@ -19,8 +19,8 @@ from elastickv.fidelity.calibrate import DEFAULT_TOKENS, calibrate
 from elastickv.fidelity.evaluate import Options, evaluate
 from elastickv.fidelity.texts import calibration_text, evaluation_texts
 from elastickv.recipe import ModelCalibration
-from elastickv.report import dumps, write_text
-from elastickv.report.fidelity_table import fidelity_tables
+from elastickv.reports import dumps, write_text
+from elastickv.reports.fidelity_table import fidelity_tables
 from elastickv.transformers.models import load_model
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

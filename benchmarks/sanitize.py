@@ -91,7 +91,7 @@ def main() -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if not sanitizer or not options.output:
         sys.exit("compute-sanitizer of the CUDA toolkit must be on the PATH, and --output name a file")
-    from elastickv.bench.environment import environment
+    from elastickv.measure.environment import environment
 
     results = {}
     for tool in options.tools.split(","):

@@ -13,10 +13,10 @@ FLOORS = [
     "cache",
     "backends",
     "data",
-    "bench",
+    "measure",
     "transformers",
     "fidelity",
-    "report",
+    "reports",
     "sweeps",
     "cli",
 ]
@@ -51,16 +51,16 @@ def test_imports_point_downward(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_only_peers_import_torch(path):
     allowed = path.relative_to(SOURCE).as_posix() in (
-        "bench/contenders/flash_infer.py",
-        "bench/contenders/flex_attention.py",
-        "bench/contenders/torch_sdpa.py",
-        "bench/contenders/torch_timing.py",
+        "measure/contenders/flash_infer.py",
+        "measure/contenders/flex_attention.py",
+        "measure/contenders/torch_sdpa.py",
+        "measure/contenders/torch_timing.py",
     )
     allowed = allowed or path.relative_to(SOURCE).parts[0] in ("transformers", "fidelity")
     assert allowed or not {module.split(".")[0] for module in imported(path)} & {"flashinfer", "torch"}
 
 
-@pytest.mark.parametrize("path", sorted((SOURCE / "bench" / "contenders").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((SOURCE / "measure" / "contenders").glob("*.py")), ids=lambda path: path.name)
 def test_peers_import_torch_only_when_they_run(path):
     loaded = [
         node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, (ast.Import, ast.ImportFrom))

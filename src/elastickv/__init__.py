@@ -9,7 +9,7 @@ _HOMES = {
     "AttentionShape": "elastickv.recipe",
     "Recipe": "elastickv.recipe",
     "UsageError": "elastickv.errors",
-    "compare": "elastickv.report.comparison",
+    "compare": "elastickv.reports.comparison",
     "for_ratio": "elastickv.recipe",
     "sweep": "elastickv.sweeps.api",
 }
@@ -18,7 +18,7 @@ __all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "compare", "
 if TYPE_CHECKING:
     from elastickv.errors import UsageError
     from elastickv.recipe import AttentionShape, Recipe, for_ratio
-    from elastickv.report.comparison import compare
+    from elastickv.reports.comparison import compare
     from elastickv.sweeps.api import sweep
 
 

@@ -3,9 +3,9 @@
 import pytest
 
 from elastickv.backends import load
-from elastickv.bench.receipt import replay, sample_shape
 from elastickv.data import load_sample
 from elastickv.errors import UsageError
+from elastickv.measure.receipt import replay, sample_shape
 from elastickv.recipe import Recipe
 
 RECIPES = (

@@ -15,8 +15,8 @@ from elastickv.fidelity.scoring import score
 from elastickv.fidelity.suggestion import Tolerance
 from elastickv.fidelity.texts import Text, windows
 from elastickv.recipe import Recipe
-from elastickv.report import plain_json
-from elastickv.report.fidelity_table import fidelity_tables
+from elastickv.reports import plain_json
+from elastickv.reports.fidelity_table import fidelity_tables
 from tests.helpers.tiny_models import TEXT, tiny_llama
 
 TEXTS = [Text("letters", TEXT), Text("srettel", TEXT[::-1])]

@@ -188,8 +188,8 @@ def test_files_of_others_are_left_alone(tmp_path, fake):
 def test_the_command_measures_real_cells_and_its_options_are_those_of_bench(tmp_path):
     from click.testing import CliRunner
 
-    from elastickv.bench.result import SCHEMA_VERSION
     from elastickv.cli import sweep as cli
+    from elastickv.measure.result import SCHEMA_VERSION
 
     assert cli.AXES == AXES
     assert {name.replace("no_graphs", "graphs") for name in cli.SETTINGS} == set(SETTINGS)

@@ -84,13 +84,13 @@ def build_command(name: str, doc: str, default_format: str) -> click.Command:
 
 
 def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -> int:
-    from elastickv.bench import Gate, Options, run
-    from elastickv.bench.gate import EXIT_CODES
     from elastickv.cli.errors import INTERRUPTED
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError
-    from elastickv.report import FORMATS, write_text
-    from elastickv.report.files import check_writable
+    from elastickv.measure import Gate, Options, run
+    from elastickv.measure.gate import EXIT_CODES
+    from elastickv.reports import FORMATS, write_text
+    from elastickv.reports.files import check_writable
 
     shown = _format(given, default_format)
     output: Path | None = given.pop("output")
@@ -132,8 +132,8 @@ def _format(given: dict[str, Any], default_format: str) -> str:
 
 
 def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
-    from elastickv.bench import PRESETS
     from elastickv.errors import UsageError
+    from elastickv.measure import PRESETS
 
     preset = given["preset"]
     if preset is not None and preset not in PRESETS:

@@ -20,9 +20,9 @@ def run_model_bench(given: dict[str, Any], command: tuple[str, ...]) -> int:
     """Measure a model with stock and elastic caches and print the result."""
     from elastickv.cli.progress import Bar
     from elastickv.cli.run import shown_warnings
-    from elastickv.report import plain_json
-    from elastickv.report.files import check_writable, write_text
-    from elastickv.report.generation_table import generation_table
+    from elastickv.reports import plain_json
+    from elastickv.reports.files import check_writable, write_text
+    from elastickv.reports.generation_table import generation_table
     from elastickv.transformers.models import NEEDED, require
 
     typed = _typed(given)

@@ -19,7 +19,7 @@ def command(model: str, text: Path | None, output: Path | None, tokens: int | No
     """
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError
-    from elastickv.report.files import check_writable, write_text
+    from elastickv.reports.files import check_writable, write_text
     from elastickv.transformers.models import NEEDED, load_model, require
 
     require(*NEEDED)

@@ -33,10 +33,10 @@ def command(**given: Any) -> int:
     edge.
     """
     from elastickv.errors import UsageError
-    from elastickv.report import write_text
-    from elastickv.report.comparison import FAIL_ON, compare
-    from elastickv.report.comparison_table import FORMATS
-    from elastickv.report.files import check_writable
+    from elastickv.reports import write_text
+    from elastickv.reports.comparison import FAIL_ON, compare
+    from elastickv.reports.comparison_table import FORMATS
+    from elastickv.reports.files import check_writable
 
     shown, output, fail_on = given["format_"], given["output"], given["fail_on"]
     if fail_on not in (None, *FAIL_ON):

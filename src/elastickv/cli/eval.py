@@ -33,9 +33,9 @@ def command(**given: Any) -> int:
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError
     from elastickv.recipe import ModelCalibration
-    from elastickv.report import plain_json
-    from elastickv.report.fidelity_table import fidelity_tables
-    from elastickv.report.files import check_writable, write_text
+    from elastickv.reports import plain_json
+    from elastickv.reports.fidelity_table import fidelity_tables
+    from elastickv.reports.files import check_writable, write_text
     from elastickv.transformers.models import NEEDED, load_model, require
 
     require(*NEEDED)
@@ -43,7 +43,7 @@ def command(**given: Any) -> int:
         raise UsageError(f"--reference={given['reference']} is unknown: choose {', '.join(_REFERENCES)}")
     output, plot = given["output"], given["plot"]
     if plot is not None:
-        from elastickv.report.fidelity_plot import check_plot
+        from elastickv.reports.fidelity_plot import check_plot
 
         check_plot(plot)
     for target in (output, plot):
@@ -66,7 +66,7 @@ def command(**given: Any) -> int:
     if output is not None:
         write_text(output, fidelity_tables(result) if output.suffix.lower() == ".md" else plain_json.dumps(result))
     if plot is not None:
-        from elastickv.report.fidelity_plot import draw
+        from elastickv.reports.fidelity_plot import draw
 
         draw(result, plot)
     click.echo(fidelity_tables(result), nl=False)

@@ -37,9 +37,9 @@ def command(**given: Any) -> int:
     from elastickv.cli.live import LiveText
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError
-    from elastickv.report import plain_json
-    from elastickv.report.files import check_writable, write_text
-    from elastickv.report.generation_table import generation_table
+    from elastickv.reports import plain_json
+    from elastickv.reports.files import check_writable, write_text
+    from elastickv.reports.generation_table import generation_table
     from elastickv.transformers.models import NEEDED, load_model, require
 
     require(*NEEDED)

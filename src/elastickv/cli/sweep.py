@@ -103,7 +103,7 @@ def command(**given: Any) -> int:
     """
     from elastickv.cli.errors import INTERRUPTED
     from elastickv.errors import UsageError
-    from elastickv.report.files import check_writable
+    from elastickv.reports.files import check_writable
     from elastickv.sweeps.api import sweep
     from elastickv.sweeps.axes import values
     from elastickv.sweeps.table import check_export

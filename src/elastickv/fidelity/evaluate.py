@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
-from elastickv.bench.environment import environment
 from elastickv.errors import UsageError
 from elastickv.fidelity import sessions
 from elastickv.fidelity.generation import Divergence, divergence, end_tokens, greedy
@@ -17,6 +16,7 @@ from elastickv.fidelity.prefill import Prefill, check_layers, prefill
 from elastickv.fidelity.scoring import Open, score
 from elastickv.fidelity.suggestion import Tolerance, suggest
 from elastickv.fidelity.texts import Text, Window, windows
+from elastickv.measure.environment import environment
 from elastickv.recipe import AttentionShape, ModelCalibration
 from elastickv.transformers.models import Loaded, fingerprint
 

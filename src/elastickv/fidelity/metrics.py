@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from elastickv.bench.statistics import LEVEL, Float64
+from elastickv.measure.statistics import LEVEL, Float64
 
 RESAMPLES = 10_000
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from elastickv.bench.environment import environment
 from elastickv.errors import UsageError
-from elastickv.report.files import check_writable
+from elastickv.measure.environment import environment
+from elastickv.reports.files import check_writable
 from elastickv.sweeps.plan import Plan, key, name
 
 VERSION = 1

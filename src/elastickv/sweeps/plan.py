@@ -11,8 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from elastickv.bench import Options
 from elastickv.errors import UsageError
+from elastickv.measure import Options
 from elastickv.sweeps.axes import AXES, MAX_CELLS, SETTINGS, converted, values
 
 if sys.version_info >= (3, 11):

@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from elastickv.bench import Options
 from elastickv.errors import UsageError
+from elastickv.measure import Options
 from elastickv.sweeps.journal import Journal
 from elastickv.sweeps.plan import Cell, Plan, key
 

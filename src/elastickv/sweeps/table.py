@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.report import dumps, write_text
-from elastickv.report.rows import COLUMNS, csv_of, markdown_of, row
+from elastickv.reports import dumps, write_text
+from elastickv.reports.rows import COLUMNS, csv_of, markdown_of, row
 from elastickv.sweeps.journal import read
 
 EXPORTS = (".csv", ".md", ".json", ".parquet")

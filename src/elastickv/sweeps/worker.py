@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from elastickv.backends import load
-from elastickv.bench import Options, run
 from elastickv.data import load_sample
 from elastickv.errors import DoesNotFit, UsageError
+from elastickv.measure import Options, run
 
 
 class Told:

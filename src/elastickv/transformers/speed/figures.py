@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from elastickv.bench.statistics import ratio_interval
+from elastickv.measure.statistics import ratio_interval
 from elastickv.transformers.speed.generating import Generation
 from elastickv.transformers.store import backend_for
 

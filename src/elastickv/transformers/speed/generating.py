@@ -13,9 +13,9 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from elastickv.bench.sampler import schedule
-from elastickv.bench.statistics import Interval, ratio_interval
 from elastickv.errors import UsageError
+from elastickv.measure.sampler import schedule
+from elastickv.measure.statistics import Interval, ratio_interval
 from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.seam import restore, seam_of

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from elastickv.bench.probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
+from elastickv.measure.probes import ProcfsProbe, UnavailableError
 from elastickv.recipe import DTYPES, FORMATS, AttentionShape
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.transformers.models import Loaded, load_model

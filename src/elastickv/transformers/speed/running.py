@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from elastickv.bench.environment import environment
 from elastickv.errors import UsageError
+from elastickv.measure.environment import environment
 from elastickv.transformers.models import Loaded
 from elastickv.transformers.speed.figures import read_weights_bytes
 from elastickv.transformers.speed.generating import (

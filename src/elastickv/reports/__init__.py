@@ -1,0 +1,18 @@
+"""How a result is shown: one file a format, one line in `FORMATS`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from elastickv.reports.files import write_text
+from elastickv.reports.plain_json import dumps
+from elastickv.reports.rows import as_csv, as_jsonl, as_markdown
+from elastickv.reports.table import as_table
+
+FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "table": as_table,
+    "json": dumps,
+    "jsonl": as_jsonl,
+    "csv": as_csv,
+    "md": as_markdown,
+}
+__all__ = ["FORMATS", "dumps", "write_text"]

@@ -1,0 +1,294 @@
+"""Runs from the JSON of each program that writes results: one reader a kind, one line in `_READERS`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.measure.result import SCHEMA_VERSION
+from elastickv.measure.statistics import Moments, truncated
+from elastickv.reports.documents import Document
+from elastickv.reports.runs import Cell, Fidelity, Pairs, Run, Times
+
+UNIT_SLACK = 2.0  # a file's mean and its samples differ by less unless their units do
+
+
+def run_of(document: Document) -> Run | None:
+    """Return what a document says as a run; None where it is no result.
+
+    Raises
+    ------
+    UsageError : naming the file, if it is a result of another schema, lacks something or mixes units.
+    """
+    value = document.value
+    if not isinstance(value, dict):
+        return None
+    for holds, read in _READERS:
+        if holds(value):
+            return read(_Reader(document.source, value))
+    return None
+
+
+class _Reader:
+    """Looks figures up in a file, and names file and key where one is missing."""
+
+    def __init__(self, source: str, value: dict[str, Any]) -> None:
+        self.source, self.value = source, value
+
+    def at(self, *path: str, kind: type | None = None) -> Any:
+        """Return what is there, which must be of the kind."""
+        found: Any = self.value
+        for key in path:
+            if not isinstance(found, dict) or key not in found:
+                raise self.refused(f"lacks {'.'.join(path)}")
+            found = found[key]
+        if kind is not None and not isinstance(found, kind):
+            raise self.refused(f"has a {type(found).__name__} in {'.'.join(path)}, where a {kind.__name__} should be")
+        return found
+
+    def optional(self, *path: str) -> Any:
+        """Return what is there; None where it, or something above it, is missing or null."""
+        found: Any = self.value
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    def number(self, *path: str) -> float:
+        """Return a number that is 0 or more."""
+        found = self.at(*path)
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < math.inf:
+            raise self.refused(f"has {'.'.join(path)} = {str(found)[:40]}, which is no figure")
+        return float(found)
+
+    def positive(self, *path: str) -> float:
+        """Return a number above 0."""
+        found = self.number(*path)
+        if found == 0:
+            raise self.refused(f"has 0 in {'.'.join(path)}")
+        return found
+
+    def count(self, *path: str) -> int:
+        """Return a whole number from 1 up."""
+        found = self.positive(*path)
+        if found != int(found):
+            raise self.refused(f"has {found} in {'.'.join(path)}, which is no whole number")
+        return int(found)
+
+    def text(self, *path: str) -> str:
+        """Return a text."""
+        return str(self.at(*path, kind=str))
+
+    def times(self, found: Any, name: str) -> tuple[float, ...]:
+        """Return a list of times, each of which must be a positive number."""
+        if not isinstance(found, list) or not all(type(t) in (int, float) and 0 < t < math.inf for t in found):
+            raise self.refused(f"has {name} that are not all positive times")
+        return tuple(map(float, found))
+
+    def rounds(self, found: Any, name: str) -> tuple[float, ...]:
+        """Return the sums of lists of times."""
+        if not isinstance(found, list):
+            raise self.refused(f"has {name} that are no rounds of times")
+        return tuple(sum(self.times(tokens, name)) for tokens in found)
+
+    def refused(self, what: str) -> UsageError:
+        return UsageError(f"{self.source} {what}: cut off, edited or not of this program; measure again")
+
+
+def _shape(reader: _Reader, kv_heads: int, batch: int) -> Pairs:
+    return (
+        ("seq", reader.count("configuration", "seq_len")),
+        ("batch", batch),
+        ("heads", reader.count("configuration", "heads")),
+        ("kv_heads", kv_heads),
+        ("dim", reader.count("configuration", "head_dim")),
+    )
+
+
+def _elastickv(reader: _Reader) -> Run:
+    at = reader.at
+    written = str(at("schema_version"))
+    if written.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+        todo = "measure again" if _number(written) < _number(SCHEMA_VERSION) else "update elastickv, or measure again"
+        raise UsageError(f"{reader.source} is of schema {written}, and this program reads {SCHEMA_VERSION}: {todo}")
+    asked = (
+        ("compress", reader.number("configuration", "compression")),
+        ("recipe", reader.text("recipe", "requested")),
+        ("dtype", reader.text("configuration", "dtype")),
+        ("cache", reader.text("configuration", "cache")),
+    )
+    return Run(
+        source=reader.source,
+        cell=Cell(_shape(reader, reader.count("configuration", "kv_heads"), reader.count("configuration", "batch")), asked),
+        device=_device(reader),
+        recipe=reader.text("recipe", "text"),
+        ratio_read=reader.number("recipe", "ratio_read"),
+        protocol={
+            "program": "elastickv",
+            "driver": at("gpu", "driver"),
+            "pairing": at("pairing"),
+            "CUDA graphs": at("build", "cuda_graphs"),
+            "inner loops": at("build", "inner_loops_requested"),
+            "warm-up": reader.optional("configuration", "warmup"),
+            "truncation": at("build", "truncate_percent"),
+            "threads": reader.optional("environment", "threads"),
+        }
+        | _versions(reader),
+        figures=_step(reader) | _cycle(reader),
+        fidelity=_fidelity(reader),
+        complete=bool(at("complete")),
+    )
+
+
+def _step(reader: _Reader) -> dict[str, Times]:
+    truncate = reader.number("build", "truncate_percent")
+    elastic = reader.times(reader.at("samples", "elastic"), "samples.elastic")
+    if len(elastic) < 2:
+        raise reader.refused(f"has {len(elastic)} samples of the elastic step, and 2 make an interval")
+    mean = reader.number("results", "attention_time_ms")
+    held = float(truncated(elastic, truncate).mean())
+    if not held / UNIT_SLACK < mean < held * UNIT_SLACK:
+        raise UsageError(
+            f"{reader.source} mixes units: results.attention_time_ms is {mean:g}, the mean of its samples {held:g}; both are "
+            "milliseconds in what `elastickv bench` writes: measure again"
+        )
+    baseline = reader.text("baseline", "name")
+    timings = [timing for timing in reader.at("contenders", kind=list) if isinstance(timing, dict)]
+    names = {str(t.get("name")): t for t in timings if t.get("kind") in ("dense", "peer")}
+    dense = {}
+    for series, samples in reader.at("samples", kind=dict).items():
+        name = baseline if series == "baseline" else series
+        if name in names:
+            # A peer of another version is another program: it is no control.
+            version = f" {names[name].get('version')}" if names[name]["kind"] == "peer" else ""
+            dense[name + version] = reader.times(samples, f"samples.{series}")
+    return {"step": Times(mean, elastic, dense, truncate)}
+
+
+def _cycle(reader: _Reader) -> dict[str, Times]:
+    if reader.optional("inference_cycle") is None:
+        return {}
+    totals = {}
+    for name in ("dense", "elastic"):
+        latencies = reader.at("inference_cycle", "raw_token_latencies_ms", name)
+        totals[name] = reader.rounds(latencies, "token latencies")
+    figure = f"cycle of {reader.at('inference_cycle', 'decode_tokens')}"
+    enough = len(totals["elastic"]) > 1
+    control = {reader.text("inference_cycle", "baseline_name"): totals["dense"]} if enough else {}
+    layers = reader.count("inference_cycle", "layers")
+    per_layer = tuple(total / layers for total in totals["elastic"])
+    mean = reader.positive("inference_cycle", "elastic_total_ms")
+    return {figure: Times(mean, per_layer if enough else None, control, 0.0)}
+
+
+def _fidelity(reader: _Reader) -> Fidelity | None:
+    if reader.optional("fidelity", "sample") is None:
+        return None
+    error = ("fidelity", "sample", "recipe_error")
+    tokens = " to ".join(map(str, reader.at("fidelity", "sample", "context", kind=list)))
+    return Fidelity(
+        f"{reader.at('fidelity', 'source')}, tokens {tokens}",
+        reader.number(*error, "mean"),
+        reader.number(*error, "p95"),
+        reader.number(*error, "max"),
+        reader.number("fidelity", "sample", "kernel_error", "mean"),
+    )
+
+
+def _original(reader: _Reader) -> Run:
+    at, reps = reader.at, reader.count("configuration", "reps")
+    truncate = reader.number("build", "truncate_percent")
+    # The original cuts at most a tenth at either end, and nothing of 20 samples or fewer.
+    cut = min(truncate, 10.0) if reps > 20 else 0.0
+    mean, std = reader.positive("results", "attention_time_ms"), reader.number("results", "attention_time_std")
+    figures = {"step": Times(mean, Moments(mean, std, reps, cut) if reps > 1 else None, {}, cut)}
+    if reader.optional("inference_cycle") is not None:
+        tokens = at("inference_cycle", "decode_tokens")
+        figures[f"cycle of {tokens}"] = Times(reader.positive("inference_cycle", "elastic_total_ms"), None, {}, 0.0)
+    asked = (
+        ("compress", reader.number("configuration", "compression")),
+        ("recipe", "original"),
+        ("dtype", "fp32"),
+        ("cache", "hot"),
+    )
+    return Run(
+        source=reader.source,
+        cell=Cell(_shape(reader, reader.count("configuration", "heads"), 1), asked),
+        device=reader.text("gpu", "name"),
+        recipe=None,
+        ratio_read=None,
+        protocol={
+            "program": "the original",
+            "CUDA graphs": at("build", "cuda_graphs"),
+            "inner loops": at("build", "inner_loops"),
+            "warm-up": at("configuration", "warmup"),
+            "truncation": truncate,
+        },
+        figures=figures,
+        fidelity=None,
+        complete=True,
+    )
+
+
+def _model(reader: _Reader) -> Run:
+    at = reader.at
+    if at("version") != 1:
+        raise UsageError(f"{reader.source} is of version {at('version')}, and this program reads 1: update elastickv")
+    caches = {str(cache.get("cache")): cache for cache in at("caches", kind=list) if isinstance(cache, dict)}
+    if "elastic" not in caches:
+        raise reader.refused("lacks the elastic cache")
+    tokens = reader.count("tokens")
+    rounds = {name: reader.rounds(cache.get("step_s"), f"steps of {name}") for name, cache in caches.items()}
+    token_ms = {name: tuple(1e3 * total / tokens for total in totals) for name, totals in rounds.items()}
+    elastic = token_ms.pop("elastic")
+    if len(elastic) < 2:
+        raise reader.refused("has no two rounds of the elastic cache")
+    cache, model = _Reader(reader.source, caches["elastic"]), at("model", kind=dict)
+    workload = (("model", reader.text("model", "name")), ("context", reader.count("context")), ("batch", reader.count("batch")))
+    asked = (
+        ("compress", str(reader.optional("compress"))),
+        ("recipe", str(reader.optional("recipe"))),
+        ("calibrated", reader.at("calibrated", kind=bool)),
+        ("dtype", str(model.get("dtype"))),
+    )
+    device = model.get("device_name") or reader.optional("environment", "cpu") or model.get("device")
+    return Run(
+        source=reader.source,
+        cell=Cell(workload, asked),
+        device=str(device),
+        recipe=str(cache.at("recipe_hash")),
+        ratio_read=cache.number("read_ratio"),
+        protocol={
+            "program": "elastickv bench --model",
+            "pairing": at("pairing"),
+            "tokens of a sample": tokens,
+            "threads": reader.optional("environment", "torch_threads"),
+        }
+        | _versions(reader),
+        figures={"token": Times(sum(elastic) / len(elastic), elastic, token_ms, 0.0)},
+        fidelity=None,
+        complete=True,
+    )
+
+
+def _device(reader: _Reader) -> str:
+    """Return the device's name; a processor's with the threads that it ran, for its name does not tell its size."""
+    name = str(reader.at("gpu", "name"))
+    return f"{name} ({reader.at('gpu', 'compute_units')} threads)" if reader.at("gpu", "kind") == "cpu" else name
+
+
+def _versions(reader: _Reader) -> dict[str, Any]:
+    """Return what the times depend on beside this package, whose changes are what a comparison is for."""
+    versions = reader.optional("environment", "versions")
+    return {name: v for name, v in versions.items() if name != "elastickv"} if isinstance(versions, dict) else {}
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
+
+
+_READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[_Reader], Run]], ...] = (
+    (lambda value: "benchmark_type" in value and ("schema_version" in value or value["benchmark_type"] == "elastic_kv_cache"),
+     _elastickv),
+    (lambda value: "benchmark_type" in value and "results" in value, _original),
+    (lambda value: value.get("kind") == "elastickv-model-bench", _model),
+)  # fmt: skip

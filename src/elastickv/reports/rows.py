@@ -1,0 +1,94 @@
+"""A result as one row: CSV, JSON Lines, Markdown."""
+
+import csv
+import io
+import json
+from typing import Any
+
+from elastickv.reports.plain_json import plain
+
+COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("date_utc", ("date_utc",)),
+    ("device", ("gpu", "name")),
+    ("seq", ("configuration", "seq_len")),
+    ("batch", ("configuration", "batch")),
+    ("heads", ("configuration", "heads")),
+    ("kv_heads", ("configuration", "kv_heads")),
+    ("head_dim", ("configuration", "head_dim")),
+    ("compress", ("configuration", "compression")),
+    ("recipe", ("recipe", "text")),
+    ("recipe_hash", ("recipe", "hash")),
+    ("ratio_read", ("recipe", "ratio_read")),
+    ("ratio_stored", ("recipe", "ratio_stored")),
+    ("baseline", ("baseline", "name")),
+    ("baseline_ms", ("baseline", "time_ms")),
+    ("elastic_ms", ("results", "attention_time_ms")),
+    ("speedup", ("speedup", "estimate")),
+    ("speedup_low", ("speedup", "low")),
+    ("speedup_high", ("speedup", "high")),
+    ("cv", ("results", "coefficient_of_variation")),
+    ("bandwidth_gbs", ("results", "memory_bandwidth_gbs")),
+    ("roofline_score", ("results", "roofline_score")),
+    ("kernel_error", ("fidelity", "sample", "kernel_error", "mean")),
+    ("recipe_error", ("fidelity", "sample", "recipe_error", "mean")),
+    ("cycle_speedup", ("inference_cycle", "speedup_vs_baseline")),
+    ("complete", ("complete",)),
+)
+
+
+def row(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a result; None where it was not measured."""
+    return {name: _at(result, path) for name, path in COLUMNS}
+
+
+def as_jsonl(result: dict[str, Any]) -> str:
+    """Return the whole result on one line."""
+    return json.dumps(result, allow_nan=False) + "\n"
+
+
+def as_csv(result: dict[str, Any]) -> str:
+    """Return a header line and one row."""
+    return csv_of([row(result)])
+
+
+def csv_of(rows: list[dict[str, Any]]) -> str:
+    """Return a header line and `rows`, which have the same columns."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows([_exact(value) for value in cells.values()] for cells in rows)
+    return out.getvalue()
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """Return a table of two columns."""
+    lines = ["| | |", "| --- | --- |"]
+    lines += [f"| {name} | {_short(value)} |" for name, value in row(result).items()]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_of(rows: list[dict[str, Any]]) -> str:
+    """Return a table with a line a row; `rows` have the same columns."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines += ["| " + " | ".join(map(_short, cells.values())) + " |" for cells in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _at(value: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        if value is None:
+            return None
+        value = value[key]
+    return value
+
+
+def _exact(value: Any) -> str:
+    if value is None:
+        return ""
+    return plain(value) if isinstance(value, float) else str(value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")

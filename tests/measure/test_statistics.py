@@ -1,0 +1,125 @@
+"""Intervals cover the truth on synthetic streams; no clock is read here."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastickv.errors import NonFiniteError
+from elastickv.measure.statistics import Moments, block_length, ratio_interval, ratio_of_moments, student_quantile, truncated
+
+
+def ar1(rng, n, rho, sigma=0.02):
+    noise = rng.standard_normal(n) * sigma * math.sqrt(1 - rho**2)
+    x = np.empty(n)
+    x[0] = rng.standard_normal() * sigma
+    for i in range(1, n):
+        x[i] = rho * x[i - 1] + noise[i]
+    return x
+
+
+STREAMS = {
+    "independent": lambda rng, n: rng.standard_normal(n) * 0.02,
+    "heavy tails": lambda rng, n: rng.standard_t(3, n) * 0.02,
+    "bimodal clocks": lambda rng, n: rng.choice([-0.02, 0.02], n) + rng.standard_normal(n) * 0.002,
+    "autocorrelated": lambda rng, n: ar1(rng, n, 0.6),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_the_interval_of_a_pair_covers_the_true_ratio(name):
+    truth, trials, n = 1.9, 200, 200
+    covered = 0
+    for trial in range(trials):
+        rng = np.random.default_rng([trial, 3])
+        elastic = np.exp(rng.standard_normal(n) * 0.1)
+        dense = elastic * truth * np.exp(STREAMS[name](rng, n))
+        covered += ratio_interval(dense, elastic, seed=trial).contains(truth)
+    # 95 % nominal; 200 trials put a true 93 % coverage above 0.88 with probability 0.995.
+    assert covered / trials >= 0.88
+
+
+def test_a_common_drift_cancels_in_pairs():
+    drift = np.linspace(1, 3, 100)
+    noise = np.random.default_rng(0).standard_normal(100) * 0.001
+    paired = ratio_interval(2 * drift * np.exp(noise), drift)
+    unpaired = ratio_interval(2 * drift * np.exp(noise), drift, paired=False)
+    assert paired.half_width < 0.001
+    assert unpaired.half_width > 0.05
+    assert paired.contains(2)
+
+
+def test_few_samples_give_a_wide_interval():
+    few = ratio_interval([1.0, 1.1, 0.9], [1.0, 1.0, 1.0])
+    many = ratio_interval([1.0, 1.1, 0.9] * 30, [1.0] * 90)
+    assert few.half_width > 3 * many.half_width
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
+def test_a_time_that_is_no_time_is_refused(bad):
+    with pytest.raises(NonFiniteError, match="not a finite positive"):
+        ratio_interval([1.0, bad], [1.0, 1.0])
+
+
+def test_one_pair_makes_no_interval():
+    with pytest.raises(ValueError, match="at least 2"):
+        ratio_interval([1.0], [1.0])
+
+
+def test_blocks_grow_with_autocorrelation_only():
+    rng = np.random.default_rng(1)
+    assert block_length(rng.standard_normal(400)) == 1
+    lengths = [np.mean([block_length(ar1(np.random.default_rng(s), 400, rho)) for s in range(10)]) for rho in (0.3, 0.6, 0.9)]
+    assert 1 < lengths[0] < lengths[1] < lengths[2]
+
+
+@pytest.mark.parametrize("few", [3, 5])
+def test_a_handful_of_runs_a_side_still_covers_the_truth(few):
+    trials = 400
+    covered = 0
+    for trial in range(trials):
+        rng = np.random.default_rng([trial, 13])
+        numerator, denominator = (mean * np.exp(rng.standard_normal(few) * 0.03) for mean in (2.0, 1.0))
+        covered += ratio_interval(numerator, denominator, 0, paired=False, seed=trial).contains(2.0)
+    # 95 % nominal: 400 trials fall below 0.92 with probability 0.005.
+    assert covered / trials >= 0.92
+
+
+@pytest.mark.parametrize("percent", [0, 5, 10])
+def test_moments_of_truncated_samples_give_the_interval_that_the_samples_would(percent):
+    trials, n, covered = 300, 100, 0
+    for trial in range(trials):
+        rng = np.random.default_rng([trial, 11])
+        sides = []
+        for mean in (2.0, 1.0):
+            kept = truncated(mean * (1 + 0.02 * rng.standard_normal(n)), percent)
+            sides.append(Moments(float(kept.mean()), float(kept.std()), n, percent))
+        covered += ratio_of_moments(*sides).contains(2.0)
+    # Binomial: 95 % coverage is above 0.92 and below 0.98 of 300 trials with probability 0.98.
+    assert 0.92 < covered / trials < 0.98
+
+
+@pytest.mark.parametrize("bad", [(0.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, -1.0)])
+def test_moments_that_are_none_are_refused(bad):
+    with pytest.raises(NonFiniteError):
+        ratio_of_moments(Moments(*bad, 10), Moments(1.0, 0.1, 10))
+    with pytest.raises(ValueError, match="at least 2"):
+        ratio_of_moments(Moments(1.0, 0.1, 1), Moments(1.0, 0.1, 10))
+
+
+# Student's t at 97.5 %: NIST/SEMATECH e-Handbook, table 1.3.6.7.2.
+@pytest.mark.parametrize(
+    ("freedom", "value"), [(1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (30, 2.042), (math.inf, 1.960)]
+)
+def test_student_quantiles(freedom, value):
+    assert student_quantile(0.975, freedom) == pytest.approx(value, rel=3e-3)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=50), st.floats(0, 45))
+def test_truncation_cuts_both_ends_alike(samples, percent):
+    kept = truncated(samples, percent)
+    cut = int(len(samples) * percent / 100)
+    np.testing.assert_array_equal(kept, sorted(samples)[cut : len(samples) - cut])
+    assert len(kept) >= 1
