@@ -90,11 +90,13 @@ def tokens(rng, shape, count):
     return rng.standard_normal((2, shape.batch, shape.kv_heads, count, shape.head_dim), dtype=np.float32)
 
 
-def watch(sanitizer: str, tool: str, number: int, limit_s: float) -> dict:
-    """Run one case under one tool."""
+def watch(sanitizer: str, tool: str, number: int, limit_s: float, latest: float) -> dict:
+    """Run one case under one tool, unless it is too late to begin."""
     kind, macros, text, dims, lengths = CASES[number]
     case = {"tool": tool, "kernel": kind, "macros": macros, "recipe": text, "shape": dims, "lengths": lengths}
     start = time.monotonic()
+    if start > latest:
+        return case | {"clean": None, "summary": "left out: the time was up"}
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--case", str(number)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
@@ -112,7 +114,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--jobs", type=int, default=8, help="processes at once")
-    parser.add_argument("--time-limit", type=float, default=200.0, help="seconds a case")
+    parser.add_argument("--case-limit", type=float, default=200.0, help="seconds a case")
+    parser.add_argument("--time-limit", type=float, default=900.0, help="seconds after which no case begins")
     parser.add_argument("--case", type=int, help="run this case in this process, without a tool")
     options = parser.parse_args()
     if options.case is not None:
@@ -126,8 +129,9 @@ def main() -> None:
 
     device = load("cuda")[0].device
     runs = list(itertools.product(options.tools.split(","), range(len(CASES))))
+    latest = time.monotonic() + options.time_limit
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda run: watch(sanitizer, *run, options.time_limit), runs))
+        rows = list(pool.map(lambda run: watch(sanitizer, *run, options.case_limit, latest), runs))
     for row in rows:
         print(row["tool"], row["kernel"], row["recipe"], "clean" if row["clean"] else "NOT CLEAN", row["summary"], flush=True)
     file = {

@@ -71,6 +71,20 @@ def test_tokens_are_the_uncaptured_ones(name):
     assert (report.captured, report.decodes, report.not_captured) == (22, 23, None)
 
 
+def test_a_model_may_be_on_another_device_than_the_current_one(device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed")
+    other = torch.device("cuda", 1 - device.index)
+    made = model("llama").to(other, torch.bfloat16)
+    inputs, found = {n: t.to(other) for n, t in padded([700, 543]).items()}, []
+    for capture in (False, True):
+        cache = ekv.ElasticCache.for_model(made, compress=4, capture=capture)
+        found.append(made.generate(**inputs, max_new_tokens=24, do_sample=False, past_key_values=cache))
+    assert torch.equal(*found)
+    assert cache.report().captured == 22
+    assert torch.cuda.current_device() == device.index
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes_are_captured(dtype):
     plain, found, cache = both(on_device("llama", dtype), padded([300, 243]))
