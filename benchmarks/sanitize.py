@@ -26,6 +26,7 @@ from elastickv.cache import Oracle
 from elastickv.recipe import AttentionShape, Recipe
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BARRIERS = 1 << 16  # that synccheck tracks; a launch fails where a kernel's blocks have more between them
 # kernel, macros, recipe, (batch, query heads, KV heads, head_dim), lengths: two tokens before a page leaves the window
 CASES = [
     ("auto", {}, "int4,pages=1/4,anchor_every=2", (2, 8, 2, 128), (290, 290)),
@@ -97,7 +98,10 @@ def watch(sanitizer: str, tool: str, number: int, limit_s: float, latest: float)
     start = time.monotonic()
     if start > latest:
         return case | {"clean": None, "summary": "left out: the time was up"}
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--case", str(number)]
+    options = ["--tool", tool, "--error-exitcode", "9"]
+    if tool == "synccheck":
+        options += ["--num-cuda-barriers", str(BARRIERS)]
+    command = [sanitizer, *options, sys.executable, __file__, "--case", str(number)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
