@@ -26,7 +26,7 @@ from elastickv.cache import Oracle
 from elastickv.recipe import AttentionShape, Recipe
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-BARRIERS = 1 << 16  # that synccheck tracks; a launch fails where a kernel's blocks have more between them
+BARRIERS = 1 << 13  # that synccheck tracks; a launch fails where a kernel's blocks have more between them
 # kernel, macros, recipe, (batch, query heads, KV heads, head_dim), lengths: two tokens before a page leaves the window
 CASES = [
     ("auto", {}, "int4,pages=1/4,anchor_every=2", (2, 8, 2, 128), (290, 290)),
