@@ -11,14 +11,14 @@ import elastickv.transformers as ekv
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import Recipe
 from elastickv.recipe.model_calibration import ModelCalibration
-from elastickv.transformers import captured
-from elastickv.transformers import recorder as recorders
+from elastickv.transformers.decode import captured
+from elastickv.transformers.decode import recorder as recorders
 from elastickv.transformers.models import fingerprint
 from elastickv.transformers.ranks import Ranks
 from elastickv.transformers.store import HostStore
 from tests.helpers.model_matrix import model, padded, prompt
 from tests.helpers.ranks import found_by_ranks, split
-from tests.transformers.test_captured import Recorder
+from tests.transformers.decode.test_captured import Recorder
 
 SPLIT = ("llama", "qwen3", "olmo2")  # the heads of the last lie whole on every rank
 EVEN = {"vocab_size": 212}  # Transformers 5.17 deals out whole rows

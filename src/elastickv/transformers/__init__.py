@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elastickv.transformers.attention import IMPLEMENTATION, register
     from elastickv.transformers.cache import ElasticCache
-    from elastickv.transformers.captured import NotCapturedWarning
     from elastickv.transformers.context import Session, elastic
+    from elastickv.transformers.decode.captured import NotCapturedWarning
+    from elastickv.transformers.decode.seam import release
     from elastickv.transformers.plan import UncalibratedWarning
     from elastickv.transformers.report import CacheReport
-    from elastickv.transformers.seam import release
 
 __all__ = [
     "IMPLEMENTATION",
@@ -31,12 +31,12 @@ _HOMES = {
     "IMPLEMENTATION": "attention",
     "register": "attention",
     "ElasticCache": "cache",
-    "NotCapturedWarning": "captured",
+    "NotCapturedWarning": "decode.captured",
     "Session": "context",
     "elastic": "context",
     "UncalibratedWarning": "plan",
     "CacheReport": "report",
-    "release": "seam",
+    "release": "decode.seam",
 }
 
 

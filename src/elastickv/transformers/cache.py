@@ -14,13 +14,13 @@ from transformers import Cache
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.recipe.model_calibration import ModelCalibration
-from elastickv.transformers.captured import Captured
+from elastickv.transformers.decode.captured import Captured
+from elastickv.transformers.decode.seam import join
 from elastickv.transformers.guard import Guard
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.models import fingerprint
 from elastickv.transformers.plan import Plan, RecipeLike, plan_for
 from elastickv.transformers.report import CacheReport, Ledger, by_context, held_bytes
-from elastickv.transformers.seam import join
 from elastickv.transformers.store import Backends
 from elastickv.transformers.support import sizes_of, stock_layers, text_config
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from elastickv.transformers.cache import ElasticCache
+from elastickv.transformers.decode.seam import restore, seam_of
 from elastickv.transformers.report import CacheReport
-from elastickv.transformers.seam import restore, seam_of
 
 
 class Session:

@@ -13,8 +13,8 @@ from elastickv.backends import Backend
 from elastickv.backends.cuda.backend import CudaBackend
 from elastickv.backends.cuda.cache import CudaLayerCache
 from elastickv.backends.cuda.rows import DeviceRows, Given
+from elastickv.transformers.decode.under_way import wait_for_others
 from elastickv.transformers.store import DTYPES, Store
-from elastickv.transformers.under_way import wait_for_others
 
 if TYPE_CHECKING:
     from collections.abc import Callable

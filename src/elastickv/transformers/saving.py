@@ -16,11 +16,11 @@ from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.recipe.model_calibration import ModelCalibration
 from elastickv.transformers.budget import Budget, Reading
+from elastickv.transformers.decode.seam import join
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.models import fingerprint
 from elastickv.transformers.plan import Plan
 from elastickv.transformers.ranks import ranks_of
-from elastickv.transformers.seam import join
 from elastickv.transformers.slots import Slots
 from elastickv.transformers.store import new_store
 from elastickv.transformers.support import sizes_of

@@ -18,7 +18,7 @@ from elastickv.measure.sampler import schedule
 from elastickv.measure.statistics import Interval, ratio_interval
 from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
-from elastickv.transformers.seam import restore, seam_of
+from elastickv.transformers.decode.seam import restore, seam_of
 from elastickv.transformers.speed.footprint import Footprint
 from elastickv.transformers.support import sizes_of, text_config
 

@@ -15,9 +15,9 @@ from elastickv.errors import UsageError
 from elastickv.measure.probes import ProcfsProbe, UnavailableError
 from elastickv.recipe import DTYPES, FORMATS, AttentionShape
 from elastickv.recipe.shape import MAX_CONTEXT
+from elastickv.transformers.decode.seam import release
 from elastickv.transformers.models import Loaded, load_model
 from elastickv.transformers.plan import UncalibratedWarning
-from elastickv.transformers.seam import release
 from elastickv.transformers.speed.figures import SKIPPED, cache_figures, machine
 from elastickv.transformers.speed.generating import (
     ELASTIC,

@@ -16,8 +16,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import elastickv.transformers as ekv
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.transformers import captured
-from elastickv.transformers import recorder as recorders
+from elastickv.transformers.decode import captured
+from elastickv.transformers.decode import recorder as recorders
 from elastickv.transformers.speed import generating
 from elastickv.transformers.store import HostStore
 from tests.helpers.model_matrix import model, padded, prompt

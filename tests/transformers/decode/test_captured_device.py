@@ -10,7 +10,7 @@ import transformers as tf
 
 import elastickv.transformers as ekv
 from tests.helpers.model_matrix import model, padded, prompt
-from tests.transformers.test_ahead import Swerve
+from tests.transformers.decode.test_ahead import Swerve
 
 pytestmark = pytest.mark.gpu
 CAPTURED = [

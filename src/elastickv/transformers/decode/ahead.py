@@ -17,7 +17,7 @@ import torch
 
 if TYPE_CHECKING:
     from elastickv.transformers.cache import ElasticCache
-    from elastickv.transformers.recorder import Recorder
+    from elastickv.transformers.decode.recorder import Recorder
 
 _READ = {"input_ids", "position_ids"}  # what a pass must read, and nothing else, to be launched ahead
 

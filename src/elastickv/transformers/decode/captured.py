@@ -16,11 +16,11 @@ import torch
 from transformers.utils import ModelOutput
 
 from elastickv.errors import UsageError
-from elastickv.transformers.ahead import Graph, LookAhead
-from elastickv.transformers.capturable import NotCapturable, check_mode, signature_of, structure_of
+from elastickv.transformers.decode.ahead import Graph, LookAhead
+from elastickv.transformers.decode.capturable import NotCapturable, check_mode, signature_of, structure_of
+from elastickv.transformers.decode.recorder import Recorder, recorder_for, why_not
 from elastickv.transformers.guard import Guard, Recording
 from elastickv.transformers.plan import outside
-from elastickv.transformers.recorder import Recorder, recorder_for, why_not
 
 if TYPE_CHECKING:
     from elastickv.transformers.cache import ElasticCache

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from elastickv.transformers.attention import EAGER_IMPLEMENTATION, IMPLEMENTATION, implementation_for
-from elastickv.transformers.recorder import why_not
+from elastickv.transformers.decode.recorder import why_not
 
 _OURS = (IMPLEMENTATION, EAGER_IMPLEMENTATION)
 # By identity, beside the models: neither copies nor files of a model carry it.

@@ -9,11 +9,11 @@ import transformers as tf
 
 import elastickv.transformers as ekv
 from elastickv.errors import UsageError
-from elastickv.transformers import ahead, captured
-from elastickv.transformers import recorder as recorders
+from elastickv.transformers.decode import ahead, captured
+from elastickv.transformers.decode import recorder as recorders
 from elastickv.transformers.store import Backends, HostStore
 from tests.helpers.model_matrix import model, padded, prompt
-from tests.transformers.test_captured import Recorder
+from tests.transformers.decode.test_captured import Recorder
 
 
 class Event:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from elastickv.backends.cuda.programs import collecting_nothing
-from elastickv.transformers.under_way import note_under_way, wait_for_others
+from elastickv.transformers.decode.under_way import note_under_way, wait_for_others
 
 _WAITS = "called a synchronizing CUDA operation"
 _PROTOTYPE = "Synchronization debug mode"
