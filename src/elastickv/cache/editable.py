@@ -7,8 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.cache.layer import Float32, LayerCache
+from elastickv.errors import UsageError
+from elastickv.recipe import Recipe, regions
 
 CacheState = dict[str, NDArray[Any]]
+Lengths = NDArray[np.int64]
 
 
 class EditableCache(LayerCache, Protocol):
@@ -73,3 +76,36 @@ class EditableCache(LayerCache, Protocol):
         ------
         ValueError : if the arrays are not those of a cache like this one, or do not fit its capacity.
         """
+
+
+def check_growth(lengths: Lengths, more: Lengths, given: int, capacity: int) -> None:
+    """Refuse to store `more[b]` of `given` tokens behind the `lengths[b]` of row b, where one lacks them or the room.
+
+    Raises
+    ------
+    UsageError : naming the row.
+    """
+    for row, (held, new) in enumerate(zip(lengths.tolist(), more.tolist(), strict=True)):
+        if new > given:
+            raise UsageError(f"sequence {row} is to take {new} tokens of {given} that are given: give no more than there are")
+        if held + new > capacity:
+            raise UsageError(f"the cache is full: sequence {row} holds {held} of {capacity} tokens, {new} are added")
+
+
+def check_crop(recipe: Recipe, before: Lengths, after: Lengths) -> None:
+    """Refuse to crop rows of `before` tokens to `after`.
+
+    Raises
+    ------
+    UsageError : if a row would grow, or a stride has dropped tokens that are needed again.
+    """
+    if any(after > before) or any(after < 0):
+        raise UsageError(f"a cache of {before.tolist()} tokens cannot be cropped to {after.tolist()}: give fewer, from 0 up")
+    pairs = zip(before.tolist(), after.tolist(), strict=True)
+    if recipe.stride > 1 and any(cold_tokens(recipe, old) > cold_tokens(recipe, new) for old, new in pairs):
+        raise UsageError(f"{recipe} has dropped tokens that a crop to {after.tolist()} needs again: choose another selection")
+
+
+def cold_tokens(recipe: Recipe, length: int) -> int:
+    """Return how many of a row's tokens are cold."""
+    return 0 if recipe.is_dense else regions(length, recipe.sinks, recipe.window).cold

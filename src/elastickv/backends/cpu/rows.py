@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cpu import readback, steps, threads
 from elastickv.backends.cpu.layout import STATE_WORDS, Field, Layout, State
-from elastickv.cache.editable import CacheState
+from elastickv.cache.editable import CacheState, check_crop, check_growth, cold_tokens
 from elastickv.cache.layer import Float32, check_shape
-from elastickv.errors import UsageError
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.pages import kept
 
@@ -52,9 +51,7 @@ class Rows:
         check_shape(keys, rows, "keys")
         check_shape(values, rows, "values")
         used = np.asarray(lengths, np.int64)
-        for row, (held, more) in enumerate(zip(self.lengths, used, strict=True)):
-            if more > rows[2] or held + more > self.capacity:
-                raise UsageError(f"the cache is full: sequence {row} holds {held} of {self.capacity} tokens, {more} are added")
+        check_growth(self.lengths, used, rows[2], self.capacity)
         self._store(np.ascontiguousarray(keys, np.float32), np.ascontiguousarray(values, np.float32), rows[2], used)
         self._restart_steps()
 
@@ -113,15 +110,8 @@ class Rows:
     def crop(self, lengths: NDArray[np.int64]) -> None:
         recipe, before = self.recipe, self.lengths
         after = np.asarray(lengths, np.int64)
-        if any(after > before) or any(after < 0):
-            raise UsageError(
-                f"a cache of {before.tolist()} tokens cannot be cropped to {after.tolist()}: give fewer, from 0 up"
-            )
-        cold = [(self._cold(old), self._cold(new)) for old, new in zip(before, after, strict=True)]
-        if recipe.stride > 1 and any(old > new for old, new in cold):
-            raise UsageError(
-                f"{recipe} has dropped tokens that a crop to {after.tolist()} needs again: choose another selection"
-            )
+        check_crop(recipe, before, after)
+        cold = [(cold_tokens(recipe, old), cold_tokens(recipe, new)) for old, new in zip(before, after, strict=True)]
         first = recipe.sinks + min((new for old, new in cold if old > new), default=0)
         last = recipe.sinks + max((old for old, new in cold if old > new), default=0)
         if last > first:
@@ -137,9 +127,6 @@ class Rows:
             positions = self._state[..., word]
             positions[positions >= after[:, None]] = -1
         self._restart_steps()
-
-    def _cold(self, length: int) -> int:
-        return 0 if self.recipe.is_dense else regions(int(length), self.recipe.sinks, self.recipe.window).cold
 
     def set_fractions(self, fractions: Sequence[float]) -> None:
         if self.recipe.selection != "pages":

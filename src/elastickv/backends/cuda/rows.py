@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from elastickv.backends.cuda.device import CudaDevice, Memory, i32, i64
 from elastickv.backends.cuda.storage import Scratch, Storage
 from elastickv.backends.cuda.variants import TYPES, Variant
-from elastickv.cache.editable import CacheState
+from elastickv.cache.editable import CacheState, check_crop, check_growth, cold_tokens
 from elastickv.cache.layer import Float32, check_shape
 from elastickv.errors import UsageError
-from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.pages import kept
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Rows:
         check_shape(keys, rows, "keys")
         check_shape(values, rows, "values")
         used = np.asarray(lengths, np.int64)
-        self._check_growth(used, rows[2])
+        check_growth(self._lengths, used, rows[2], self.capacity)
         longest = int(used.max(initial=0))
         at_once = max(1, _STAGED_BYTES // (4 * rows[0] * rows[1] * rows[3]))
         for first in range(0, longest, at_once):
@@ -111,11 +111,6 @@ class Rows:
             given = Given(*(self._given_rows(memory, end - first) for memory in staged))
             self.extend_by(given, np.clip(used - first, 0, end - first))
             self._device.stream.sync()
-
-    def _check_growth(self, more: NDArray[np.int64], given: int) -> None:
-        for row, (held, new) in enumerate(zip(self._lengths, more, strict=True)):
-            if new > given or held + new > self.capacity:
-                raise UsageError(f"the cache is full: sequence {row} holds {held} of {self.capacity} tokens, {new} are added")
 
     def extend_by(self, given: Given, lengths: NDArray[np.int64]) -> None:
         """Queue what `extend` does with tokens that are in device memory.
@@ -126,7 +121,7 @@ class Rows:
         """
         more = np.asarray(lengths, np.int64)
         longest = int(more.max(initial=0))
-        self._check_growth(more, longest)
+        check_growth(self._lengths, more, longest, self.capacity)
         device, storage, heads = self._device, self.storage, self.storage.layout.heads
         device.upload(storage.lengths, more.astype(np.int32), 4 * self.shape.batch)
         added = storage.lengths.pointer + 4 * self.shape.batch
@@ -156,7 +151,7 @@ class Rows:
     def gather(self, rows: NDArray[np.int64], capacity: int) -> "CudaLayerCache":
         taken = np.asarray(rows, np.int64)
         other = self._resized(self, len(taken), capacity)  # type: ignore[arg-type]
-        fitting = list(zip(self._planes(), other._planes(), strict=True))
+        fitting = list(zip(self._planes().values(), other._planes().values(), strict=True))
         sizes = [(mine, theirs, min(mine.used, theirs.stride)) for mine, theirs in fitting]
         self._copy(sizes, taken, np.arange(len(taken)))
         self._device.copy(other.storage.bad, self.storage.bad, 8)
@@ -171,7 +166,7 @@ class Rows:
         moved = np.flatnonzero(rows != np.arange(self.shape.batch))
         if not len(moved):
             return
-        heads, planes = len(moved) * self.shape.kv_heads, self._planes()
+        heads, planes = len(moved) * self.shape.kv_heads, list(self._planes().values())
         spare = [_Plane(self._device.allocate(heads * p.used), 0, p.used, p.used) for p in planes]
         to_spare, from_spare = (
             [(a, b, a.used) for a, b in zip(*pair, strict=True)] for pair in ((planes, spare), (spare, planes))
@@ -182,31 +177,34 @@ class Rows:
         self._lengths = self._lengths[rows]
         self._choose()
 
-    def _planes(self) -> list[_Plane]:
+    def _planes(self) -> dict[str, _Plane]:
         """Return the buffers that hold tokens, with what is in use at the longest of the lengths."""
         storage, layout, recipe = self.storage, self.storage.layout, self.kept
-        longest = int(self._lengths.max(initial=0))
-        cold = 0 if recipe.is_dense else kept(regions(longest, recipe.sinks, recipe.window).cold, recipe.stride)
+        longest, heads = int(self._lengths.max(initial=0)), layout.heads
+        cold = kept(cold_tokens(recipe, longest), recipe.stride)
         cold = min(-(-cold // 256) * 256, layout.cold_rows)  # whole vectors of every plane
-        parts = []
         exact = min(longest, layout.exact_rows) if recipe.is_dense or not layout.wraps else layout.exact_rows
-        for memory, n_bytes, rows, used in (
-            (storage.exact_k, layout.exact_plane, layout.exact_rows, exact),
-            (storage.exact_v, layout.exact_plane, layout.exact_rows, exact),
-            (storage.cold_k, layout.key_plane, layout.cold_rows, cold),
-            (storage.cold_v, layout.value_plane, layout.cold_rows, cold),
-            (storage.k_scale, layout.key_scales, layout.cold_rows, cold),
-            (storage.v_scale, layout.value_scales, layout.cold_rows, cold),
-            (storage.lists, layout.lists, layout.cold_rows, cold),
-        ):
-            stride = n_bytes // layout.heads
-            parts.append(_Plane(memory, 0, stride, stride * used // max(rows, 1)))
-        parts.append(_Plane(storage.listed, 0, layout.listed // layout.heads, layout.listed // layout.heads))
-        parts += [_Plane(storage.state, 8 * layout.heads * i, 8, 8) for i in range(3)]
+
+        def plane(memory: Memory, n_bytes: int, used: int, rows: int) -> _Plane:
+            stride = n_bytes // heads
+            return _Plane(memory, 0, stride, stride * used // max(rows, 1))
+
         outputs = self.shape.group * self.shape.head_dim * 4 if layout.reused else 0
-        parts.append(_Plane(storage.cached_output, 0, outputs, outputs))
-        parts.append(_Plane(storage.cached_output, outputs * layout.heads, outputs // 4, outputs // 4))
-        return parts
+        return {
+            "exact_keys": plane(storage.exact_k, layout.exact_plane, exact, layout.exact_rows),
+            "exact_values": plane(storage.exact_v, layout.exact_plane, exact, layout.exact_rows),
+            "cold_keys": plane(storage.cold_k, layout.key_plane, cold, layout.cold_rows),
+            "cold_values": plane(storage.cold_v, layout.value_plane, cold, layout.cold_rows),
+            "key_scales": plane(storage.k_scale, layout.key_scales, cold, layout.cold_rows),
+            "value_scales": plane(storage.v_scale, layout.value_scales, cold, layout.cold_rows),
+            "lists": plane(storage.lists, layout.lists, cold, layout.cold_rows),
+            "listed": plane(storage.listed, layout.listed, 1, 1),
+            "key_state": _Plane(storage.state, 0, 8, 8),
+            "value_state": _Plane(storage.state, 8 * heads, 8, 8),
+            "next_state": _Plane(storage.state, 16 * heads, 8, 8),
+            "reused": _Plane(storage.cached_output, 0, outputs, outputs),
+            "reused_lse": _Plane(storage.cached_output, outputs * heads, outputs // 4, outputs // 4),
+        }
 
     def _copy(self, planes: list[tuple[_Plane, _Plane, int]], from_rows: NDArray[np.int64], to_rows: NDArray[np.int64]) -> None:
         """Copy the first bytes of rows from planes to others; row `from_rows[i]` becomes row `to_rows[i]`."""
@@ -230,24 +228,14 @@ class Rows:
         )
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
-        recipe, before, after = self.recipe, self._lengths, np.asarray(lengths, np.int64)
-        if any(after > before) or any(after < 0):
-            raise UsageError(
-                f"a cache of {before.tolist()} tokens cannot be cropped to {after.tolist()}: give fewer, from 0 up"
-            )
-        if recipe.stride > 1 and any(self._cold(old) > self._cold(new) for old, new in zip(before, after, strict=True)):
-            raise UsageError(
-                f"{recipe} has dropped tokens that a crop to {after.tolist()} needs again: choose another selection"
-            )
+        before, after = self._lengths, np.asarray(lengths, np.int64)
+        check_crop(self.recipe, before, after)
         device, storage, heads = self._device, self.storage, self.storage.layout.heads
         device.upload(storage.lengths, after.astype(np.int32))
         arguments = (storage.state, storage.lengths, i32(self.shape.kv_heads), i32(heads))
         grid = (_blocks(int((before - after).max()), PAGE_TOKENS), 2, min(heads, 65535))
         device.launch(self.variant.editing(), "crop_rows", grid, 256, *self._store_arguments(), *arguments)
         self._set_lengths(after)
-
-    def _cold(self, length: int) -> int:
-        return 0 if self.recipe.is_dense else regions(int(length), self.recipe.sinks, self.recipe.window).cold
 
     def set_fractions(self, fractions: Sequence[float]) -> None:
         if self.recipe.selection == "pages" and self._fractions != tuple(fractions):
@@ -273,7 +261,7 @@ class Rows:
     def state(self) -> CacheState:
         layout, batch, heads = self.storage.layout, self.shape.batch, self.shape.kv_heads
         held: CacheState = {}
-        for name, plane in zip(_PLANE_NAMES, self._planes(), strict=True):
+        for name, plane in self._planes().items():
             raw = self._device.download(plane.memory, (layout.heads, plane.stride), np.uint8, plane.offset)
             held[name] = raw.reshape(batch, heads, plane.stride)[:, :, : plane.used].copy()
         numbers = (
@@ -292,7 +280,7 @@ class Rows:
                 "the saved tokens lie otherwise than they would here, because of the device, or of the batch and capacity that "
                 "the cache was first made for: load it on the device it was saved from, or store the prompt anew"
             )
-        planes = dict(zip(_PLANE_NAMES, self._planes(), strict=True))
+        planes = self._planes()
         for name, plane in planes.items():
             given = state[name].shape if name in state else None
             if given is None or given[:2] != (batch, heads) or given[2] > plane.stride or state[name].dtype != np.uint8:
@@ -312,12 +300,6 @@ class Rows:
         self._lengths, self._step = lengths.astype(np.int64), int(clock[0])
         self._anchor = None if clock[1] == -2 else int(clock[1])
         self._put_fractions([float(share) for share in fractions])
-
-
-_PLANE_NAMES = (
-    *("exact_keys", "exact_values", "cold_keys", "cold_values", "key_scales", "value_scales"),
-    *("lists", "listed", "key_state", "value_state", "next_state", "reused", "reused_lse"),
-)
 
 
 def _blocks(tokens: int, per_block: int) -> int:
