@@ -22,7 +22,8 @@ def result():
 def test_a_row_is_the_cells_own_figures(result):
     row = kernels.row("cell", result)
     times = {timing["name"]: timing for timing in result["contenders"]}
-    best = min((t for t in times.values() if t["kind"] == "peer"), key=lambda t: t["time_ms"])
+    wide = [t for t in times.values() if t["kind"] == "peer" and t["dtype"] != "fp8"]
+    best = min(wide, key=lambda t: t["time_ms"])
     assert row["rival"] == best["name"]
     assert row["gain_over_rival"] == best["time_ms"] / times["elastic"]["time_ms"]
     # All bytes of the recipe at the read ceiling, against the peer's time.
