@@ -5,6 +5,7 @@ import io
 import json
 from typing import Any
 
+from elastickv.errors import UsageError
 from elastickv.reports.plain_json import plain
 
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -65,6 +66,20 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines = ["| | |", "| --- | --- |"]
     lines += [f"| {name} | {_short(value)} |" for name, value in row(result).items()]
     return "\n".join(lines) + "\n"
+
+
+def data_frame(rows: list[dict[str, Any]]) -> Any:
+    """Return `rows` as a `pandas.DataFrame`.
+
+    Raises
+    ------
+    UsageError : if pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise UsageError("to_pandas needs pandas: pip install pandas") from None
+    return pandas.DataFrame(rows)
 
 
 def markdown_of(rows: list[dict[str, Any]]) -> str:
