@@ -12,7 +12,7 @@ from elastickv.reports.change import NO_CONTROL, Row, change
 from elastickv.reports.files import SUFFIXES, write_text
 from elastickv.reports.matching import cautions, match
 from elastickv.reports.plain_json import dumps
-from elastickv.reports.rows import data_frame
+from elastickv.reports.rows import frame
 from elastickv.reports.sides import read_side
 
 CONTROLS = ("dense", "none")
@@ -95,7 +95,7 @@ class Comparison:
         """
         from elastickv.reports.comparison_table import flat
 
-        return data_frame([flat(row) for row in self.rows])
+        return frame([flat(row) for row in self.rows])
 
     def save(self, path: Path | str) -> None:
         """Write the comparison; the suffix names the format: .json, .jsonl, .csv, .md, .html or .txt, anything else is JSON.

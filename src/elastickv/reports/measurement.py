@@ -10,7 +10,7 @@ from elastickv.reports import FORMATS, generation_table
 from elastickv.reports.documents import Document, documents
 from elastickv.reports.files import SUFFIXES, write_text
 from elastickv.reports.readers import run_of
-from elastickv.reports.rows import data_frame, row
+from elastickv.reports.rows import frame, row
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Measurement(Mapping[str, Any]):
         ------
         UsageError : if pandas is not installed.
         """
-        return data_frame(self.rows())
+        return frame(self.rows())
 
     def save(self, path: Path | str) -> None:
         """Write the result; the suffix names the format: .json, .jsonl, .csv, .md, .html or .txt, anything else is JSON.

@@ -68,8 +68,15 @@ def as_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def data_frame(rows: list[dict[str, Any]]) -> Any:
-    """Return `rows` as a `pandas.DataFrame`.
+def markdown_of(rows: list[dict[str, Any]]) -> str:
+    """Return a table with a line a row; `rows` have the same columns."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines += ["| " + " | ".join(map(_short, cells.values())) + " |" for cells in rows]
+    return "\n".join(lines) + "\n"
+
+
+def frame(rows: list[dict[str, Any]]) -> Any:
+    """Return rows as a `pandas.DataFrame`.
 
     Raises
     ------
@@ -80,13 +87,6 @@ def data_frame(rows: list[dict[str, Any]]) -> Any:
     except ImportError:
         raise UsageError("to_pandas needs pandas: pip install pandas") from None
     return pandas.DataFrame(rows)
-
-
-def markdown_of(rows: list[dict[str, Any]]) -> str:
-    """Return a table with a line a row; `rows` have the same columns."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    lines += ["| " + " | ".join(map(_short, cells.values())) + " |" for cells in rows]
-    return "\n".join(lines) + "\n"
 
 
 def _at(value: Any, path: tuple[str, ...]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from elastickv.errors import UsageError
 from elastickv.reports import dumps, write_text
 from elastickv.reports.html import html_paragraphs, html_table
-from elastickv.reports.rows import COLUMNS, csv_of, data_frame, markdown_of, row
+from elastickv.reports.rows import COLUMNS, csv_of, frame, markdown_of, row
 from elastickv.sweeps.journal import read
 
 EXPORTS = (".csv", ".md", ".json", ".parquet")
@@ -89,7 +89,7 @@ class Sweep:
         ------
         UsageError : if pandas is not installed.
         """
-        return data_frame(self.rows())
+        return frame(self.rows())
 
     def to_parquet(self) -> bytes:
         """Return the rows as a Parquet file.
