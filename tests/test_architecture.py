@@ -18,6 +18,7 @@ FLOORS = [
     "fidelity",
     "reports",
     "sweeps",
+    "api",
     "cli",
 ]
 FILES = sorted(SOURCE.rglob("*.py"))

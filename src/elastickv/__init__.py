@@ -9,13 +9,16 @@ _HOMES = {
     "AttentionShape": "elastickv.recipe",
     "Recipe": "elastickv.recipe",
     "UsageError": "elastickv.errors",
+    "bench": "elastickv.api",
     "compare": "elastickv.reports.comparison",
     "for_ratio": "elastickv.recipe",
+    "load": "elastickv.api",
     "sweep": "elastickv.sweeps.api",
 }
-__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "compare", "for_ratio", "sweep"]
+__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "bench", "compare", "for_ratio", "load", "sweep"]
 
 if TYPE_CHECKING:
+    from elastickv.api import bench, load
     from elastickv.errors import UsageError
     from elastickv.recipe import AttentionShape, Recipe, for_ratio
     from elastickv.reports.comparison import compare

@@ -153,7 +153,7 @@ def test_a_models_own_folder_is_measured_and_shown_as_json(elastickv, folder):
         (["--model=shape:tiny", "--compress=0.5"], "compress=0.5"),
         (["--model=shape:tiny", "--dtype=int8"], "--dtype=int8"),
         (["--model=shape:tiny", "--backend=tpu"], "auto, cuda, cpu"),
-        (["--model=shape:tiny", "--format=csv"], "table or json"),
+        (["--model=shape:tiny", "--format=xml"], "table, json"),
         (["--model=/no/such/folder"], "does not exist"),
         (["--calibration=x.json"], "--model"),
     ],

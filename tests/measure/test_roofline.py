@@ -19,6 +19,20 @@ def test_a_stride_computes_only_what_it_keeps():
     assert attention_flops(Recipe.parse("bf16,stride=4"), [292], SHAPE) == 4 * (132 + 40) * 8 * 64
 
 
+def test_a_selection_computes_the_pages_that_it_reads():
+    # 452 tokens: 4 sinks, 10 cold pages, 128 recent. A quarter of 10 pages, or of 9, is 2; half of 10 is 5.
+    assert attention_flops(Recipe.parse("int4,pages=1/4"), [452], SHAPE) == 4 * (132 + 64) * 8 * 64
+    assert attention_flops(Recipe.parse("int4,pages=1/4:1/2"), [452], SHAPE) == 4 * (2 * 132 + 64 + 160) * 4 * 64
+    # The tenth page turned cold after every anchor but the one at this very step: it is read beside the list.
+    rows = (132 + 64 + 3 * (132 + 64 + 32)) / 4
+    assert attention_flops(Recipe.parse("int4,pages=1/4,anchor_every=4"), [452], SHAPE) == 4 * rows * 8 * 64
+
+
+def test_a_reused_output_is_not_computed_between_anchors():
+    rows = (132 + 320 + 3 * (132 + 32)) / 4
+    assert attention_flops(Recipe.parse("bf16,reuse,anchor_every=4"), [452, 452], SHAPE) == 2 * 4 * rows * 8 * 64
+
+
 def test_below_the_ridge_bandwidth_limits_and_above_it_compute():
     ceilings = Ceilings(read_gbs=100, copy_gbs=80, flops=1e12)
     low = roofline_point(1.0, 1e9, 1e9, ceilings)

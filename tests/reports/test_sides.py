@@ -4,7 +4,6 @@ import copy
 import json
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +12,7 @@ from elastickv.measure import Options, Result, run
 from elastickv.reports import FORMATS
 from elastickv.reports.matching import cautions, match
 from elastickv.reports.sides import read_side
+from elastickv.sweeps.table import Sweep
 from tests.helpers.reference_backend import ReferenceBackend
 from tests.helpers.results import COMMITTED, ORIGINAL, result, write
 
@@ -82,7 +82,7 @@ def test_a_sweep_is_its_cells(tmp_path):
 def test_a_whole_sweep_in_one_object_is_its_cells(tmp_path):
     cells = [cell(1024, **result()), cell(2048, "failed", reason="out of luck")]
     path = write(tmp_path, "s.json", {"sweep": {"cells": 2}, "cells": cells})
-    for given in (path, {"sweep": {}, "cells": cells}, SimpleNamespace(header={}, cells=cells)):
+    for given in (path, {"sweep": {}, "cells": cells}, Sweep({}, cells)):
         side = read_side(given, "A")
         assert len(side.runs) == 1
         assert side.not_measured == {"seq=2048": "out of luck"}

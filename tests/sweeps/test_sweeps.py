@@ -207,6 +207,8 @@ def test_the_command_measures_real_cells_and_its_options_are_those_of_bench(tmp_
     assert len(table.read_text().splitlines()) == 3
     assert "<td>int8</td>" in found._repr_html_()
     assert len(json.loads(found.to_json())["cells"]) == 2
+    found.save(tmp_path / "s.json")
+    assert elastickv.load(path) == elastickv.load(tmp_path / "s.json") == found
     assert elastickv.sweep is sweep
 
 
@@ -216,5 +218,6 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(table, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install pyarrow"):
         table.check_export(tmp_path / "s.parquet")
+    monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UsageError, match="pip install pandas"):
         Sweep({"cells": 0}, []).to_pandas()

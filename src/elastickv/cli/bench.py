@@ -2,15 +2,15 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-from elastickv.cli.bench_model import run_model_bench
-
-DEFAULTS: dict[str, int] = {"seq": 1024, "heads": 16, "dim": 64, "compress": 2}
-_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": "table"}
+# What `elastickv.bench` calls otherwise.
+_SPELT = {"no_graphs": "graphs"}
+_OF_STDOUT = ("output", "format_", "json_")
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--model", help="Measure this model's tokens/s end to end: a folder, .gguf file, hub id, or shape:8b."),
@@ -53,7 +53,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--time-limit", "time_limit_s", type=float, help="Stop measuring after this many seconds."),
     click.option("--until-ci", "until_ci_percent", type=float, help="Stop at this half-width of the interval, percent."),
     click.option("--output", type=click.Path(path_type=Path), help="Write the result here; the suffix tells the format."),
-    click.option("--format", "format_", help="What stdout shows: table, json, jsonl, csv or md."),
+    click.option("--format", "format_", help="What stdout shows: table, json, jsonl, csv, md or html."),
     click.option("--json/--no-json", "json_", default=None, help="Short for --format json, --format table."),
     click.option(
         "--input", type=click.Path(path_type=Path), help="Safetensors file with q, k, v of real layers.  [default: shipped]"
@@ -72,8 +72,6 @@ def build_command(name: str, doc: str, default_format: str) -> click.Command:
 
     def callback(**given: Any) -> int:
         command = ("elastickv" if name == "bench" else name, *sys.argv[1:])
-        if given["model"] is not None:
-            return run_model_bench(given, command)
         return _run(given, default_format, command)
 
     callback.__doc__ = doc
@@ -84,39 +82,42 @@ def build_command(name: str, doc: str, default_format: str) -> click.Command:
 
 
 def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -> int:
+    from elastickv.api import bench
     from elastickv.cli.errors import INTERRUPTED
     from elastickv.cli.progress import Bar
-    from elastickv.errors import UsageError
-    from elastickv.measure import Gate, Options, run
     from elastickv.measure.gate import EXIT_CODES
-    from elastickv.reports import FORMATS, write_text
     from elastickv.reports.files import check_writable
+    from elastickv.reports.measurement import check_format
 
     shown = _format(given, default_format)
-    output: Path | None = given.pop("output")
+    check_format(shown)
+    output: Path | None = given["output"]
     if output is not None:
         check_writable(output)
-    for name in ("calibration", "temperature"):
-        if given.pop(name) is not None:
-            raise UsageError(f"--{name} is of a model: give --model too")
-    given.pop("model")
-    filled = _with_preset(given)
-    gate = filled.pop("gate")
-    graphs = not filled.pop("no_graphs")
-    for name in ("format_", "json_", "preset"):
-        filled.pop(name)
-    options = Options(**filled, graphs=graphs, command=command, gate=None if gate is None else Gate.parse(gate))
-    if shown not in FORMATS:
-        raise UsageError(f"--format {shown} is unknown: choose {', '.join(FORMATS)}")
-    with Bar() as bar:
-        result = run(options, bar)
-    plain = result.as_dict()
+    with Bar() as bar, _of_a_model() if given["model"] is not None else nullcontext():
+        result = bench(**_typed(given), reporter=bar, command=command)
     if output is not None:
-        write_text(output, FORMATS[_SUFFIXES.get(output.suffix.lower(), "json")](plain))
-    click.echo(FORMATS[shown](plain), nl=False)
+        result.save(output)
+    click.echo(result.shown(shown), nl=False)
     if not result.complete:
         return INTERRUPTED
-    return EXIT_CODES[result.verdict.outcome] if result.verdict else 0
+    return EXIT_CODES[result.outcome] if result.outcome else 0
+
+
+def _of_a_model() -> AbstractContextManager[None]:
+    from elastickv.cli.run import shown_warnings
+    from elastickv.transformers.models import NEEDED, require
+
+    require(*NEEDED)
+    return shown_warnings()
+
+
+def _typed(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what was typed, under the names of `elastickv.bench`."""
+    context = click.get_current_context()
+    typed = {name for name in given if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT}
+    asked = {name: given[name] for name in given if name in typed and name not in _OF_STDOUT}
+    return {_SPELT.get(name, name): not value if name in _SPELT else value for name, value in asked.items()}
 
 
 def _format(given: dict[str, Any], default_format: str) -> str:
@@ -129,17 +130,6 @@ def _format(given: dict[str, Any], default_format: str) -> str:
     if given["json_"] is None:
         return default_format
     return "json" if given["json_"] else "table"
-
-
-def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
-    from elastickv.errors import UsageError
-    from elastickv.measure import PRESETS
-
-    preset = given["preset"]
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
-    base = PRESETS[preset] if preset else DEFAULTS
-    return given | {name: value if given[name] is None else given[name] for name, value in base.items()}
 
 
 command = build_command("bench", "Measure decode attention at 1/C of the KV bytes against a dense baseline.", "table")

@@ -5,8 +5,6 @@ from typing import Any
 
 import click
 
-_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".html": "html", ".txt": "table"}
-
 
 @click.command("compare", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("a", type=click.Path(path_type=Path))
@@ -33,7 +31,6 @@ def command(**given: Any) -> int:
     edge.
     """
     from elastickv.errors import UsageError
-    from elastickv.reports import write_text
     from elastickv.reports.comparison import FAIL_ON, compare
     from elastickv.reports.comparison_table import FORMATS
     from elastickv.reports.files import check_writable
@@ -54,7 +51,7 @@ def command(**given: Any) -> int:
         allow_different_device=given["allow_different_device"],
     )
     if output is not None:
-        write_text(output, FORMATS[_SUFFIXES.get(output.suffix.lower(), "json")](comparison))
+        comparison.save(output)
     click.echo(FORMATS[shown](comparison), nl=False)
     if shown in ("json", "jsonl", "csv"):
         for warning in comparison.warnings:

@@ -131,7 +131,7 @@ def command(**given: Any) -> int:
     if not found.complete:
         click.echo(f"elastickv: {len(found.cells)} of {found.header['cells']} cells are measured: --resume goes on", err=True)
     for path in exports if found.cells else ():
-        found.export(path)
+        found.save(path)
     if shown != "none" and found.cells:
         click.echo({"md": found.to_markdown, "csv": found.to_csv, "json": found.to_json}[shown](), nl=False)
     return 0

@@ -1,11 +1,12 @@
 """Where a contender stands under the roofline (Williams, Waterman & Patterson 2009)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastickv.backends import Ceilings
 from elastickv.recipe import AttentionShape, Recipe, regions
-from elastickv.recipe.pages import kept
+from elastickv.recipe.pages import PAGE_TOKENS, kept, selected
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,31 @@ class RooflinePoint:
 
 
 def attention_flops(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape) -> float:
-    """Return the floating-point operations of one step: 2 for q.k and 2 for p v per element of every row attended."""
-    rows = 0.0
-    for length in lengths:
-        if recipe.is_dense:
-            rows += length
-            continue
-        split = regions(length, recipe.sinks, recipe.window)
-        for age in range(recipe.anchor_every):
-            cold = kept(split.cold, recipe.stride)
-            if age:
-                cold -= regions(max(length - age, 0), recipe.sinks, recipe.window).cold
-            rows += (cold + split.exact) / recipe.anchor_every
-    return 4 * rows * shape.query_heads * shape.head_dim
+    """Return the floating-point operations of one step: 2 for q.k and 2 for p v per element of every row attended.
+
+    An average over one anchor interval; what scoring pages takes is not counted.
+    """
+    heads = Counter(map(recipe.fraction, range(shape.kv_heads)))
+    ages = range(recipe.anchor_every)
+    rows = sum(
+        _rows(recipe, length, age, fraction) * sequences * kv_heads
+        for length, sequences in Counter(lengths).items()
+        for fraction, kv_heads in heads.items()
+        for age in ages
+    )
+    return 4 * rows / len(ages) * shape.group * shape.head_dim
+
+
+def _rows(recipe: Recipe, length: int, age: int, fraction: float) -> int:
+    """Return the rows of one KV head that a step attends to, `age` steps after an anchor."""
+    if recipe.is_dense:
+        return length
+    split = regions(length, recipe.sinks, recipe.window)
+    before = regions(max(length - age, 0), recipe.sinks, recipe.window).cold
+    if recipe.selection == "pages":
+        return selected(before // PAGE_TOKENS, fraction) * PAGE_TOKENS + split.cold - before + split.exact
+    cold = kept(split.cold, recipe.stride)
+    return (cold - before if age else cold) + split.exact
 
 
 def roofline_point(seconds: float, moved_bytes: float, flops: float, ceilings: Ceilings) -> RooflinePoint:

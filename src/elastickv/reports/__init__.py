@@ -6,7 +6,7 @@ from typing import Any
 from elastickv.reports.files import write_text
 from elastickv.reports.plain_json import dumps
 from elastickv.reports.rows import as_csv, as_jsonl, as_markdown
-from elastickv.reports.table import as_table
+from elastickv.reports.table import as_html, as_table
 
 FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {
     "table": as_table,
@@ -14,5 +14,6 @@ FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {
     "jsonl": as_jsonl,
     "csv": as_csv,
     "md": as_markdown,
+    "html": as_html,
 }
 __all__ = ["FORMATS", "dumps", "write_text"]

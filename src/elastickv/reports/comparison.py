@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.measure.gate import EXIT_CODES, Criterion
 from elastickv.reports.change import NO_CONTROL, Row, change
+from elastickv.reports.files import SUFFIXES, write_text
 from elastickv.reports.matching import cautions, match
+from elastickv.reports.plain_json import dumps
+from elastickv.reports.rows import frame
 from elastickv.reports.sides import read_side
 
 CONTROLS = ("dense", "none")
@@ -80,24 +84,29 @@ class Comparison:
 
     def to_json(self) -> str:
         """Return it as indented JSON."""
-        from elastickv.reports.plain_json import dumps
-
         return dumps(self.as_dict())
 
     def to_pandas(self) -> Any:
-        """Return one row a figure of a cell, as a data frame.
+        """Return one row a figure of a cell, as a `pandas.DataFrame`.
 
         Raises
         ------
         UsageError : if pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise UsageError("to_pandas needs pandas: pip install pandas") from None
         from elastickv.reports.comparison_table import flat
 
-        return pandas.DataFrame([flat(row) for row in self.rows])
+        return frame([flat(row) for row in self.rows])
+
+    def save(self, path: Path | str) -> None:
+        """Write the comparison; the suffix names the format: .json, .jsonl, .csv, .md, .html or .txt, anything else is JSON.
+
+        Raises
+        ------
+        UsageError : if it cannot be written.
+        """
+        from elastickv.reports.comparison_table import FORMATS
+
+        write_text(Path(path), FORMATS[SUFFIXES.get(Path(path).suffix.lower(), "json")](self))
 
     def _repr_html_(self) -> str:
         from elastickv.reports.comparison_table import as_html

@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Callable, Iterable
-from html import escape as html_escape
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from elastickv.reports.change import Row
 from elastickv.reports.comparison import Comparison
+from elastickv.reports.html import html_table
 from elastickv.reports.plain_json import dumps
 from elastickv.reports.rows import csv_of
 from elastickv.reports.runs import Cell
@@ -66,15 +66,8 @@ def as_terminal(comparison: Comparison) -> str:
 
 def as_html(comparison: Comparison) -> str:
     """Return a table for a notebook, with everything that is said of it."""
-
-    def line(cells: Iterable[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html_escape(text)}</{tag}>" for text in cells) + "</tr>"
-
     headers, rows = _grid(comparison)
-    body = "".join(line(cells, "td") for cells in rows)
-    said = [*_sentences(comparison), *(f"warning: {warning}" for warning in comparison.warnings)]
-    paragraphs = "".join(f"<p>{html_escape(text)}</p>" for text in said)
-    return f"<table><thead>{line(headers, 'th')}</thead><tbody>{body}</tbody></table>{paragraphs}"
+    return html_table(headers, rows, [*_sentences(comparison), *(f"warning: {warning}" for warning in comparison.warnings)])
 
 
 def as_markdown(comparison: Comparison) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from elastickv.errors import UsageError
 
 MAX_NAME_BYTES = 255
+# What a file's name says of the format that is wanted in it.
+SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".html": "html", ".txt": "table"}
 
 
 def check_writable(path: Path) -> None:

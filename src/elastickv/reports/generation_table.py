@@ -3,8 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-_GIB, _MIB = 1 << 30, 1 << 20
+from elastickv.reports.html import html_paragraphs, html_table
+from elastickv.reports.plain_json import dumps
+from elastickv.reports.rows import as_jsonl, csv_of, markdown_of
 
+_GIB, _MIB = 1 << 30, 1 << 20
+_COLUMNS = (
+    "cache", "tokens_per_s", "median_step_ms", "floor_ms", "first_token_s", "read_ratio", "stored_ratio", "held_ratio",
+    "held_bytes", "peak_bytes",
+)  # fmt: skip
 
 # Of a benchmark alone, whose steps are read beside what the machine's memory allows.
 _STEP: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
@@ -18,8 +25,57 @@ _HELD: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (("  1/x of 16 
 
 def generation_table(result: dict[str, Any]) -> str:
     """Return a column for each cache that was measured, then the speed-up and what was not run."""
+    cells = _grid(result)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]) for row in cells
+    ]
+    return "\n".join([_heading(result), *(line.rstrip() for line in lines), *_sentences(result)]) + "\n"
+
+
+def as_html(result: dict[str, Any]) -> str:
+    """Return the same for a notebook."""
+    headers, *cells = _grid(result)
+    return html_paragraphs([_heading(result)]) + html_table(headers, cells, _sentences(result))
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the main figures of a model's benchmark, a row for each cache; None where there is none."""
+    model, speedups = result["model"], result["speedups"]
+    asked = {name: result[name] for name in ("context", "batch", "compress", "recipe", "calibrated")}
+    first = {"model": model["name"], "dtype": model["dtype"], "device": _place(result)} | asked
+    return [
+        first
+        | {name: cache.get(name) for name in _COLUMNS}
+        | {f"step_ms_{bound}": cache["step_ms"][bound] for bound in ("low", "high")}
+        | {f"speedup_{bound}": (speedups.get(cache["cache"]) or {}).get(bound) for bound in ("estimate", "low", "high")}
+        for cache in result["caches"]
+    ]
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    return markdown_of(rows(result))
+
+
+def _csv(result: dict[str, Any]) -> str:
+    return csv_of(rows(result))
+
+
+# Of a model's benchmark; what `run` writes has no steps to make rows of.
+FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "table": generation_table,
+    "json": dumps,
+    "jsonl": as_jsonl,
+    "csv": _csv,
+    "md": _markdown,
+    "html": as_html,
+}
+
+
+def _grid(result: dict[str, Any]) -> list[list[str]]:
+    """Return a line of headers and a line a figure."""
     caches = result["caches"]
-    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("tokens/s", lambda c: _number(c["tokens_per_s"], 2)),
         *(_STEP if "step_ms" in caches[0] else ()),
         ("first token, s", lambda c: _number(c["first_token_s"], 3)),
@@ -36,30 +92,30 @@ def generation_table(result: dict[str, Any]) -> str:
         *(_HELD if "held_ratio" in caches[0] else ()),
         ("peak beyond weights", lambda c: _bytes(c["peak_bytes"])),
     ]
-    cells = [["", *(cache["cache"] for cache in caches)]]
-    cells += [[name, *(figure(cache) for cache in caches)] for name, figure in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]) for row in cells
-    ]
-    lines = [_heading(result), *(line.rstrip() for line in lines)]
+    return [["", *(cache["cache"] for cache in caches)], *([name, *map(figure, caches)] for name, figure in lines)]
+
+
+def _sentences(result: dict[str, Any]) -> list[str]:
+    lines = []
     for baseline, ratio in (result.get("speedups") or {"stock": result.get("speedup")}).items():
         if ratio is not None:
             lines.append(f"elastic / {baseline}: {_interval(ratio)} times as fast, {ratio['samples']} pairs")
     if result.get("noise_floor"):
         lines.append(f"noise floor: {_interval(result['noise_floor'])}")
     lines += [f"beware: {flag}" for flag in (result.get("host") or {}).get("flags", [])]
-    lines += [f"not run: {name}: {reason}" for name, reason in result.get("not_run", {}).items()]
-    return "\n".join(lines) + "\n"
+    return [*lines, *(f"not run: {name}: {reason}" for name, reason in result.get("not_run", {}).items())]
 
 
 def _heading(result: dict[str, Any]) -> str:
     model = result["model"]
     budget = f"recipe {result['recipe']}" if result["compress"] is None else f"compress={result['compress']:g}"
-    place = model["device_name"] or result["environment"]["cpu"] or model["device"]
-    heading = f"{model['name']}, {model['dtype']}, {_bytes(model['weights_bytes'])} of weights, {budget}, {place}"
+    heading = f"{model['name']}, {model['dtype']}, {_bytes(model['weights_bytes'])} of weights, {budget}, {_place(result)}"
     machine = result.get("machine")
     return heading if machine is None else f"{heading}, reads {machine['read_ceiling_gbs']:.0f} GB/s"
+
+
+def _place(result: dict[str, Any]) -> str:
+    return str(result["model"]["device_name"] or result["environment"]["cpu"] or result["model"]["device"])
 
 
 def _interval(figure: dict[str, Any]) -> str:

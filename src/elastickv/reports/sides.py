@@ -34,7 +34,7 @@ def read_side(given: Any, name: str) -> Side:
 
     Parameters
     ----------
-    given : a path, a result (a `Result`, or its JSON as a dictionary), a sweep, or several of them.
+    given : a path, a result or a sweep (as a value, or its JSON as a dictionary), or several of them.
     name : what to call it where it is no path.
 
     Raises
@@ -69,11 +69,9 @@ def _documents(given: Any, side: Side) -> Iterator[Document]:
         for document in documents(Path(given), side.notes):
             yield from _cells(document)
     elif hasattr(given, "as_dict"):
-        yield Document(side.name, given.as_dict())
+        yield from _cells(Document(side.name, given.as_dict()))
     elif isinstance(given, dict):
         yield from _cells(Document(side.name, given))
-    elif isinstance(getattr(given, "cells", None), list):
-        yield from _cells(Document(side.name, {"sweep": {}, "cells": given.cells}))
     elif isinstance(given, Iterable):
         for one in given:
             yield from _documents(one, side)

@@ -1,4 +1,4 @@
-"""A result on a terminal."""
+"""A result on a terminal, and in a notebook."""
 
 import io
 from typing import Any
@@ -7,38 +7,67 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from elastickv.reports.html import html_paragraphs, html_table
+
+_HEADERS = ("decode step", "ms", "CV %", "KV GB/s")
+
 
 def as_table(result: dict[str, Any]) -> str:
     """Return what a person wants to see first: who was measured, the ratio, its price, and every warning."""
     out = io.StringIO()
     console = Console(file=out, width=100, highlight=False)
-    configuration, recipe, gpu = result["configuration"], result["recipe"], result["gpu"]
-    console.print(
-        f"[bold]{escape(gpu['name'])}[/]  context {configuration['seq_len']}, batch {configuration['batch']}, "
-        f"{configuration['heads']} query / {configuration['kv_heads']} KV heads x {configuration['head_dim']}, "
-        f"compress={configuration['compression']:g}, {configuration['cache']} cache"
-    )
-    console.print(
-        f"recipe [bold]{escape(recipe['text'])}[/] ({recipe['hash']}): reads 1/{recipe['ratio_read']:.2f}, "
-        f"stores 1/{recipe['ratio_stored']:.2f} of dense 16-bit bytes{_expected(recipe)}"
-    )
+    recipe = result["recipe"]
+    name, workload = _workload(result)
+    console.print(f"[bold]{escape(name)}[/]  {workload}")
+    console.print(f"recipe [bold]{escape(recipe['text'])}[/] {_bytes(recipe)}")
     table = Table(box=None, pad_edge=False)
-    for header in ("decode step", "ms", "CV %", "KV GB/s"):
-        table.add_column(header, justify="left" if header == "decode step" else "right")
-    for timing in result["contenders"]:
-        mark = " (baseline)" if timing["name"] == result["baseline"]["name"] else ""
-        table.add_row(
-            escape(timing["name"] + mark),
-            f"{timing['time_ms']:.4f}",
-            f"{100 * timing['coefficient_of_variation']:.2f}",
-            f"{timing['kv_bandwidth_gbs']:.1f}",
-        )
+    for header in _HEADERS:
+        table.add_column(header, justify="left" if header == _HEADERS[0] else "right")
+    for cells in _contenders(result):
+        table.add_row(*map(escape, cells))
     console.print(table)
     for line in _sentences(result):
         console.print(escape(line), soft_wrap=True)
     for warning in result["warnings"]:
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     return out.getvalue()
+
+
+def as_html(result: dict[str, Any]) -> str:
+    """Return the same for a notebook."""
+    recipe = result["recipe"]
+    first = ["  ".join(_workload(result)), f"recipe {recipe['text']} {_bytes(recipe)}"]
+    said = [*_sentences(result), *(f"warning: {warning}" for warning in result["warnings"])]
+    return html_paragraphs(first) + html_table(_HEADERS, _contenders(result), said)
+
+
+def _workload(result: dict[str, Any]) -> tuple[str, str]:
+    """Return the device's name and what it decoded."""
+    configuration = result["configuration"]
+    return result["gpu"]["name"], (
+        f"context {configuration['seq_len']}, batch {configuration['batch']}, "
+        f"{configuration['heads']} query / {configuration['kv_heads']} KV heads x {configuration['head_dim']}, "
+        f"compress={configuration['compression']:g}, {configuration['cache']} cache"
+    )
+
+
+def _bytes(recipe: dict[str, Any]) -> str:
+    return (
+        f"({recipe['hash']}): reads 1/{recipe['ratio_read']:.2f}, "
+        f"stores 1/{recipe['ratio_stored']:.2f} of dense 16-bit bytes{_expected(recipe)}"
+    )
+
+
+def _contenders(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            timing["name"] + (" (baseline)" if timing["name"] == result["baseline"]["name"] else ""),
+            f"{timing['time_ms']:.4f}",
+            f"{100 * timing['coefficient_of_variation']:.2f}",
+            f"{timing['kv_bandwidth_gbs']:.1f}",
+        )
+        for timing in result["contenders"]
+    ]
 
 
 def _expected(recipe: dict[str, Any]) -> str:

@@ -3,12 +3,10 @@
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.measure import Options
+from elastickv.measure.typed import TYPES, typed
 
 AXES = (
     "seq", "batch", "compress", "recipe", "heads", "kv_heads", "dim", "dtype", "cache", "sinks", "window", "anchor_every",
@@ -22,16 +20,6 @@ MAX_CELLS = 100_000
 
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 _RANGE = re.compile(rf"{_NUMBER}-{_NUMBER}(?:([+*]){_NUMBER})?")
-
-
-def _type(hint: Any) -> type:
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) is UnionType else [hint]
-    found: type = kinds[0]
-    return found
-
-
-TYPES = {name: _type(hint) for name, hint in get_type_hints(Options).items() if name in (*AXES, *SETTINGS, "device")}
-_SAID = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "the name of a file"}
 
 
 def values(name: str, given: Any) -> list[Any]:
@@ -63,23 +51,7 @@ def converted(name: str, value: Any) -> Any:
     ------
     UsageError : if it is of another.
     """
-    kind = TYPES[name]
-    if isinstance(value, str) and kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            pass
-    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif kind is Path and isinstance(value, (str, Path)):
-        return Path(value)
-    elif type(value) is kind:
-        return value
-    raise UsageError(f"--{_option(name)}={value} is not {_SAID[kind]}: {_hint(kind)}")
-
-
-def _hint(kind: type) -> str:
-    return "write lists as 1,2,4 and ranges as 2-8*2 or 1-9+4" if kind in (int, float) else f"give {_SAID[kind]}"
+    return typed(name, value, several=True)
 
 
 def _option(name: str) -> str:

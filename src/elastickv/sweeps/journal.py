@@ -21,19 +21,19 @@ STATUSES = ("ok", "does not fit", "refused", "failed")
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the header and the cells of a sweep's file; a line that was cut off is left out.
+    """Return the header and the cells of a sweep's file, or of one that `Sweep.save` wrote as .json.
+
+    A line that was cut off is left out.
 
     Raises
     ------
     UsageError : naming the file and the line that is no part of a sweep.
     """
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}; give the file of a sweep") from None
-    if not lines:
-        raise UsageError(f"{path} holds no whole line: give the file of a sweep")
-    header, *records = (_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1))
+    header, *records = _saved(content, path) if path.suffix.lower() == ".json" else _lines(content, path)
     head = header.get("sweep")
     if not isinstance(head, dict) or not isinstance(head.get("plan_hash"), str):
         raise UsageError(f"{path}:1 is no header of a sweep: give the file of a sweep")
@@ -49,6 +49,21 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             raise UsageError(f"{path}:{number} holds {name(record['cell'])} a second time: take one of the lines out")
         seen.add(key(record["cell"]))
     return head, records
+
+
+def _lines(content: bytes, path: Path) -> list[dict[str, Any]]:
+    lines = content.split(b"\n")[:-1]
+    if not lines:
+        raise UsageError(f"{path} holds no whole line: give the file of a sweep")
+    return [_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _saved(content: bytes, path: Path) -> list[dict[str, Any]]:
+    whole = _object(content, str(path))
+    cells = whole.get("cells")
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+        raise UsageError(f"{path} holds no cells: give the file of a sweep")
+    return [{"sweep": whole.get("sweep")}, *cells]
 
 
 def _object(line: bytes, source: str) -> dict[str, Any]:

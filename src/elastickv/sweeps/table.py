@@ -1,6 +1,5 @@
 """A sweep as a value: rows, files, a table in a notebook."""
 
-import html
 import io
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,7 +8,8 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.reports import dumps, write_text
-from elastickv.reports.rows import COLUMNS, csv_of, markdown_of, row
+from elastickv.reports.html import html_paragraphs, html_table
+from elastickv.reports.rows import COLUMNS, csv_of, frame, markdown_of, row
 from elastickv.sweeps.journal import read
 
 EXPORTS = (".csv", ".md", ".json", ".parquet")
@@ -66,9 +66,13 @@ class Sweep:
         axes = list(self.header.get("axes", {}))
         return [self._row(record, axes) for record in self.cells]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return header and cells, raw samples among them, as JSON values."""
+        return {"sweep": self.header, "cells": self.cells}
+
     def to_json(self) -> str:
-        """Return header and cells, raw samples among them, as JSON."""
-        return dumps({"sweep": self.header, "cells": self.cells})
+        """Return the same as indented JSON."""
+        return dumps(self.as_dict())
 
     def to_csv(self) -> str:
         """Return the rows as CSV."""
@@ -85,10 +89,7 @@ class Sweep:
         ------
         UsageError : if pandas is not installed.
         """
-        _require("pandas")
-        import pandas
-
-        return pandas.DataFrame(self.rows())
+        return frame(self.rows())
 
     def to_parquet(self) -> bytes:
         """Return the rows as a Parquet file.
@@ -105,13 +106,14 @@ class Sweep:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self._some_rows()), out)
         return out.getvalue()
 
-    def export(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the sweep in the format that the suffix names: one of `EXPORTS`.
 
         Raises
         ------
         UsageError : as `check_export`, and if it cannot be written.
         """
+        path = Path(path)
         check_export(path)
         if path.suffix.lower() == ".parquet":
             path.write_bytes(self.to_parquet())
@@ -121,16 +123,10 @@ class Sweep:
 
     def _repr_html_(self) -> str:
         if not self.cells:
-            return "<p>No cell is measured yet.</p>"
+            return html_paragraphs(["No cell is measured yet."])
         rows = self._brief()
-
-        def line(tag: str, values: list[Any]) -> str:
-            shown = (f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value) for value in values)
-            return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in shown) + "</tr>"
-
-        body = "".join(line("td", list(cells.values())) for cells in rows)
-        note = "" if self.complete else f"<p>{len(self.cells)} of {self.header['cells']} cells.</p>"
-        return f"<table><thead>{line('th', list(rows[0]))}</thead><tbody>{body}</tbody></table>{note}"
+        note = [] if self.complete else [f"{len(self.cells)} of {self.header['cells']} cells."]
+        return html_table(list(rows[0]), [[_shown(value) for value in cells.values()] for cells in rows], note)
 
     def _row(self, record: dict[str, Any], axes: list[str]) -> dict[str, Any]:
         figures = row(record) if record["status"] == "ok" else dict.fromkeys((name for name, _ in COLUMNS), None)
@@ -151,7 +147,7 @@ class Sweep:
 
 
 def check_export(path: Path) -> None:
-    """Refuse a file that `Sweep.export` could not write, before anything is measured.
+    """Refuse a file that `Sweep.save` could not write, before anything is measured.
 
     Raises
     ------
@@ -161,6 +157,10 @@ def check_export(path: Path) -> None:
         raise UsageError(f"--export {path}: the suffix names no format; choose {', '.join(EXPORTS)}")
     if path.suffix.lower() == ".parquet":
         _require("pyarrow")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _require(package: str) -> None:

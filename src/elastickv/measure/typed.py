@@ -1,0 +1,53 @@
+"""Values that come from outside, Python or a file, as the options of `bench` have them."""
+
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from elastickv.errors import UsageError
+from elastickv.measure.options import Options
+
+
+def _type(hint: Any) -> type:
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) is UnionType else [hint]
+    found: type = kinds[0]
+    return found
+
+
+TYPES: dict[str, type] = {
+    name: kind for name, hint in get_type_hints(Options).items() if (kind := _type(hint)) in (int, float, str, bool, Path)
+}
+_WHOLE = (int, np.integer)
+_SAID = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "the name of a file"}
+
+
+def typed(name: str, value: Any, several: bool = False) -> Any:
+    """Return one value as the type of the option; a text that spells a number is one.
+
+    Parameters
+    ----------
+    several : whether there may be more than one, which the message of an error then tells.
+
+    Raises
+    ------
+    UsageError : if it is of another type.
+    """
+    kind = TYPES[name]
+    if isinstance(value, str) and kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    elif kind is int and isinstance(value, _WHOLE) and not isinstance(value, bool):
+        return int(value)
+    elif kind is float and isinstance(value, (float, np.floating, *_WHOLE)) and not isinstance(value, bool):
+        return float(value)
+    elif kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    elif type(value) is kind:
+        return value
+    lists = several and kind in (int, float)
+    todo = "write lists as 1,2,4 and ranges as 2-8*2 or 1-9+4" if lists else f"give {_SAID[kind]}"
+    raise UsageError(f"--{name.replace('_', '-')}={value} is not {_SAID[kind]}: {todo}")

@@ -1,0 +1,189 @@
+"""`elastickv.bench` and `elastickv.load`: the command's options, a value that shows and saves itself."""
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import elastickv
+from elastickv.cli.bench import command
+from elastickv.errors import UsageError
+from elastickv.measure import Options
+from elastickv.measure import run as _run_function
+from elastickv.measure.typed import TYPES
+from elastickv.reports import FORMATS
+from elastickv.reports.measurement import Measurement
+from tests.helpers.reference_backend import ReferenceBackend
+from tests.helpers.results import ORIGINAL, result
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+MODEL = RESULTS / "h100" / "model-8b-4096x1.json"
+SMALL = {"seq": 340, "heads": 2, "dim": 64, "reps": 6, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.setattr(sys.modules[_run_function.__module__], "load", lambda name, device: (ReferenceBackend(), None))
+    return lambda **given: elastickv.bench(**SMALL | given)
+
+
+def test_a_measurement_holds_shows_and_saves_what_the_command_does(measured, tmp_path):
+    found = measured(compress=1.3, gate="speedup>=1.1", seed=np.int64(3))
+    assert found["configuration"]["seed"] == 3 and found["speedup"]["estimate"] > 1.1
+    assert found.outcome == "pass" and found.complete
+    plain = found.as_dict()
+    assert json.loads(found.to_json()) == plain and dict(found) == plain and len(found) == len(plain)
+    assert str(found) == FORMATS["table"](plain) and repr(found).startswith("<Measurement: ")
+    (row,) = found.rows()
+    assert row["speedup"] == found["speedup"]["estimate"] and row["seq"] == 340
+    for suffix, name in ((".json", "json"), (".csv", "csv"), (".md", "md"), (".html", "html"), (".txt", "table")):
+        found.save(tmp_path / f"r{suffix}")
+        assert (tmp_path / f"r{suffix}").read_text() == FORMATS[name](plain)
+    again = elastickv.load(tmp_path / "r.json")
+    assert isinstance(again, Measurement) and again == found
+    assert {row.verdict for row in elastickv.compare(found, again).rows} == {"SAME"}
+    with pytest.raises(UsageError, match="cannot be written"):
+        found.save(tmp_path / "no" / "r.json")
+
+
+def test_a_preset_gives_way_to_what_is_given_beside_it(monkeypatch):
+    import elastickv.api as api
+
+    asked = []
+    template = result()
+    monkeypatch.setattr(api, "run", lambda options, _: asked.append(options) or SimpleNamespace(as_dict=lambda: template))
+    elastickv.bench(preset="long", seq=2048, kv_heads=None)
+    assert asked == [Options(seq=2048, heads=32, dim=128, compress=4)]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"sequence": 5}, "--sequence is unknown"),
+        ({"command_": 5}, "--command- is unknown"),
+        ({"seq": "many"}, "--seq=many is not a whole number"),
+        ({"seq": 1024.5}, "--seq=1024.5 is not a whole number"),
+        ({"seq": True}, "--seq=True"),
+        ({"paired": 1}, "--paired=1 is not true or false"),
+        ({"compress": float("nan")}, "compress=nan"),
+        ({"recipe": 4}, "--recipe=4 is not a text"),
+        ({"recipe": "int3"}, "int3"),
+        ({"preset": "medium"}, "long, short"),
+        ({"gate": "silver"}, "golden"),
+        ({"calibration": "x.json"}, "--model"),
+        ({"temperature": 0.5}, "--model"),
+        ({"model": "shape:tiny", "heads": 2}, "--heads says nothing about a model"),
+        ({"model": "shape:tiny", "gate": "golden"}, "--gate says nothing about a model"),
+        ({"model": "shape:tiny", "backend": "tpu"}, "auto, cuda, cpu"),
+        ({"model": "shape:9b"}, "shape:8b"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(given, named):
+    with pytest.raises(UsageError, match=named):
+        elastickv.bench(**given)
+
+
+def test_the_command_and_the_function_have_the_same_options_and_defaults():
+    own = {"model", "preset", "gate", "calibration", "temperature"}
+    only_typed = {"output", "format_", "json_"}
+    parameters = {"graphs" if p.name == "no_graphs" else p.name: p for p in command.params}
+    assert set(parameters) - own - only_typed == set(TYPES)
+    shown = command.make_context("bench", []).params
+    for option in fields(Options):
+        if option.name not in TYPES or option.name == "graphs":
+            continue
+        if shown[option.name] is not None:
+            assert shown[option.name] == option.default, option.name
+        elif option.default is not None:
+            assert f"[default: {option.default:g}" in parameters[option.name].help, option.name
+
+
+def test_a_models_result_has_a_row_for_each_cache(tmp_path):
+    found = elastickv.load(MODEL)
+    rows = found.rows()
+    assert [row["cache"] for row in rows] == ["stock", "stock static+compile", "elastic"]
+    assert rows[0]["speedup_estimate"] == found["speedups"]["stock"]["estimate"] and rows[2]["speedup_estimate"] is None
+    assert found.to_csv().count("\n") == 4 and found.to_markdown().count("\n") == 5
+    assert "<th>elastic</th>" in found._repr_html_()
+    found.save(tmp_path / "m.json")
+    assert elastickv.load(tmp_path / "m.json") == found
+
+
+def test_a_model_is_measured():
+    found = elastickv.bench(model="shape:tiny", seq=300, reps=2, decode_tokens=2, compress=8, backend="cpu", dtype="fp32")
+    assert [cache["cache"] for cache in found["caches"]] == ["stock", "elastic"]
+    assert found["compress"] == 8 and "tokens/s" in str(found)
+
+
+@pytest.mark.parametrize("kind", ["step", "model"])
+def test_html_is_escaped(kind):
+    plain = copy.deepcopy(result() if kind == "step" else dict(elastickv.load(MODEL)))
+    evil = "<script>alert(1)</script>"
+    if kind == "step":
+        plain["gpu"]["name"] = plain["recipe"]["text"] = plain["warnings"][0:1] = plain["contenders"][0]["name"] = evil
+    else:
+        plain["model"]["name"] = plain["caches"][0]["cache"] = evil
+    assert evil not in Measurement(plain)._repr_html_() and "&lt;script&gt;" in Measurement(plain)._repr_html_()
+
+
+def test_a_data_frame_has_the_rows(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
+    assert Measurement(result()).to_pandas() == Measurement(result()).rows()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UsageError, match="pip install pandas"):
+        Measurement(result()).to_pandas()
+
+
+def damaged(**changes):
+    return {name: value for name, value in (result() | changes).items() if value is not ...}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("x.json", "{", "is no JSON"),
+        ("x.json", "", "is empty"),
+        ("x.json", "[]", "no result"),
+        ("x.json", json.dumps({"kind": "elastickv-comparison"}), "no result"),
+        ("x.json", json.dumps(ORIGINAL), "no result of `elastickv bench`"),
+        ("x.json", json.dumps(damaged(schema_version="2.0")), "schema 2.0"),
+        ("x.json", json.dumps(damaged(contenders=...)), "contenders"),
+        ("x.json", json.dumps(damaged(noise_floor={"estimate": 1})), "lacks figures"),
+        ("x.json", json.dumps(damaged(ceilings=5)), "lacks figures"),
+        ("x.jsonl", 2 * (json.dumps(result()) + "\n"), "holds 2 values"),
+        ("x.jsonl", json.dumps(result()) + "\n{", "one cut off"),
+        ("x.json", json.dumps({"sweep": {}}), "holds no cells"),
+    ],
+)
+def test_a_file_that_holds_no_result_is_named(tmp_path, name, text, named):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(UsageError, match=named) as refused:
+        elastickv.load(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_folder_and_a_missing_file_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="is a folder"):
+        elastickv.load(tmp_path)
+    with pytest.raises(UsageError, match="does not exist"):
+        elastickv.load(tmp_path / "x.json")
+
+
+def test_every_committed_result_loads_and_shows_itself():
+    kinds = ('"benchmark_type"', '"elastickv-model-bench"')
+    held = [path for path in RESULTS.glob("**/*.json") if any(kind in path.read_text(encoding="utf-8")[:200] for kind in kinds)]
+    assert len(held) > 30
+    for path in held:
+        assert "<table>" in elastickv.load(path)._repr_html_(), path
+
+
+def test_importing_a_function_needs_no_torch():
+    code = "import sys, elastickv; elastickv.bench, elastickv.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
