@@ -13,15 +13,17 @@ _HOMES = {
     "compare": "elastickv.reports.comparison",
     "for_ratio": "elastickv.recipe",
     "load": "elastickv.api",
+    "report": "elastickv.reports.page.report",
     "sweep": "elastickv.sweeps.api",
 }
-__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "bench", "compare", "for_ratio", "load", "sweep"]
+__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "bench", "compare", "for_ratio", "load", "report", "sweep"]
 
 if TYPE_CHECKING:
     from elastickv.api import bench, load
     from elastickv.errors import UsageError
     from elastickv.recipe import AttentionShape, Recipe, for_ratio
     from elastickv.reports.comparison import compare
+    from elastickv.reports.page.report import report
     from elastickv.sweeps.api import sweep
 
 

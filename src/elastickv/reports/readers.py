@@ -25,12 +25,12 @@ def run_of(document: Document) -> Run | None:
         return None
     for holds, read in _READERS:
         if holds(value):
-            return read(_Reader(document.source, value))
+            return read(Reader(document.source, value))
     return None
 
 
-class _Reader:
-    """Looks figures up in a file, and names file and key where one is missing."""
+class Reader:
+    """Looks figures up in a file, and names file and key where one is missing or no figure."""
 
     def __init__(self, source: str, value: dict[str, Any]) -> None:
         self.source, self.value = source, value
@@ -91,10 +91,11 @@ class _Reader:
         return tuple(sum(self.times(tokens, name)) for tokens in found)
 
     def refused(self, what: str) -> UsageError:
+        """Return the error that says what is wrong with the file."""
         return UsageError(f"{self.source} {what}: cut off, edited or not of this program; measure again")
 
 
-def _shape(reader: _Reader, kv_heads: int, batch: int) -> Pairs:
+def _shape(reader: Reader, kv_heads: int, batch: int) -> Pairs:
     return (
         ("seq", reader.count("configuration", "seq_len")),
         ("batch", batch),
@@ -104,7 +105,7 @@ def _shape(reader: _Reader, kv_heads: int, batch: int) -> Pairs:
     )
 
 
-def _elastickv(reader: _Reader) -> Run:
+def _elastickv(reader: Reader) -> Run:
     at = reader.at
     written = str(at("schema_version"))
     if written.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
@@ -139,7 +140,7 @@ def _elastickv(reader: _Reader) -> Run:
     )
 
 
-def _step(reader: _Reader) -> dict[str, Times]:
+def _step(reader: Reader) -> dict[str, Times]:
     truncate = reader.number("build", "truncate_percent")
     elastic = reader.times(reader.at("samples", "elastic"), "samples.elastic")
     if len(elastic) < 2:
@@ -164,7 +165,7 @@ def _step(reader: _Reader) -> dict[str, Times]:
     return {"step": Times(mean, elastic, dense, truncate)}
 
 
-def _cycle(reader: _Reader) -> dict[str, Times]:
+def _cycle(reader: Reader) -> dict[str, Times]:
     if reader.optional("inference_cycle") is None:
         return {}
     totals = {}
@@ -180,7 +181,7 @@ def _cycle(reader: _Reader) -> dict[str, Times]:
     return {figure: Times(mean, per_layer if enough else None, control, 0.0)}
 
 
-def _fidelity(reader: _Reader) -> Fidelity | None:
+def _fidelity(reader: Reader) -> Fidelity | None:
     if reader.optional("fidelity", "sample") is None:
         return None
     error = ("fidelity", "sample", "recipe_error")
@@ -194,7 +195,7 @@ def _fidelity(reader: _Reader) -> Fidelity | None:
     )
 
 
-def _original(reader: _Reader) -> Run:
+def _original(reader: Reader) -> Run:
     at, reps = reader.at, reader.count("configuration", "reps")
     truncate = reader.number("build", "truncate_percent")
     # The original cuts at most a tenth at either end, and nothing of 20 samples or fewer.
@@ -229,7 +230,7 @@ def _original(reader: _Reader) -> Run:
     )
 
 
-def _model(reader: _Reader) -> Run:
+def _model(reader: Reader) -> Run:
     at = reader.at
     if at("version") != 1:
         raise UsageError(f"{reader.source} is of version {at('version')}, and this program reads 1: update elastickv")
@@ -242,7 +243,7 @@ def _model(reader: _Reader) -> Run:
     elastic = token_ms.pop("elastic")
     if len(elastic) < 2:
         raise reader.refused("has no two rounds of the elastic cache")
-    cache, model = _Reader(reader.source, caches["elastic"]), at("model", kind=dict)
+    cache, model = Reader(reader.source, caches["elastic"]), at("model", kind=dict)
     workload = (("model", reader.text("model", "name")), ("context", reader.count("context")), ("batch", reader.count("batch")))
     asked = (
         ("compress", str(reader.optional("compress"))),
@@ -270,13 +271,13 @@ def _model(reader: _Reader) -> Run:
     )
 
 
-def _device(reader: _Reader) -> str:
+def _device(reader: Reader) -> str:
     """Return the device's name; a processor's with the threads that it ran, for its name does not tell its size."""
     name = str(reader.at("gpu", "name"))
     return f"{name} ({reader.at('gpu', 'compute_units')} threads)" if reader.at("gpu", "kind") == "cpu" else name
 
 
-def _versions(reader: _Reader) -> dict[str, Any]:
+def _versions(reader: Reader) -> dict[str, Any]:
     """Return what the times depend on beside this package, whose changes are what a comparison is for."""
     versions = reader.optional("environment", "versions")
     return {name: v for name, v in versions.items() if name != "elastickv"} if isinstance(versions, dict) else {}
@@ -286,7 +287,7 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
 
 
-_READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[_Reader], Run]], ...] = (
+_READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[Reader], Run]], ...] = (
     (lambda value: "benchmark_type" in value and ("schema_version" in value or value["benchmark_type"] == "elastic_kv_cache"),
      _elastickv),
     (lambda value: "benchmark_type" in value and "results" in value, _original),

@@ -8,6 +8,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.reports import dumps, write_text
+from elastickv.reports.files import write_bytes
 from elastickv.reports.html import html_paragraphs, html_table
 from elastickv.reports.rows import COLUMNS, csv_of, frame, markdown_of, row
 from elastickv.sweeps.journal import read
@@ -116,7 +117,7 @@ class Sweep:
         path = Path(path)
         check_export(path)
         if path.suffix.lower() == ".parquet":
-            path.write_bytes(self.to_parquet())
+            write_bytes(path, self.to_parquet())
             return
         texts = {".csv": self.to_csv, ".md": self.to_markdown, ".json": self.to_json}
         write_text(path, texts[path.suffix.lower()]())
