@@ -265,9 +265,62 @@ def _model(reader: _Reader) -> Run:
         }
         | _versions(reader),
         figures={"token": Times(sum(elastic) / len(elastic), elastic, token_ms, 0.0)},
-        fidelity=None,
+        fidelity=_price(reader, "elastic"),
         complete=True,
     )
+
+
+def _gguf(reader: _Reader) -> Run:
+    at = reader.at
+    if at("version") != 1:
+        raise UsageError(f"{reader.source} is of version {at('version')}, and this program reads 1: update elastickv")
+    caches = [_Reader(reader.source, cache) for cache in at("caches", kind=list) if isinstance(cache, dict)]
+    names = [cache.text("cache") for cache in caches]
+    reference = reader.text("baseline")
+    if reference not in names or len(set(names)) < len(names):
+        raise reader.refused(f"has the caches {', '.join(names) or 'none'}, of which {reference} should be one")
+    context, tokens, figures = reader.count("context"), reader.count("tokens"), {}
+    for figure, key, count in (("token", "decode_s", tokens), ("prompt token", "prompt_s", context)):
+        token_ms = {}
+        for name, cache in zip(names, caches, strict=True):
+            samples = cache.times(cache.at(key), f"{key} of {name}")
+            if len(samples) < 2:
+                raise reader.refused(f"has no two samples of {name}")
+            token_ms[name] = tuple(1e3 * seconds / count for seconds in samples)
+        for name, series in token_ms.items():
+            control = {} if name == reference else {reference: token_ms[reference]}
+            figures[f"{figure}, {name}"] = Times(sum(series) / len(series), series, control, 0.0)
+    prices = [price for cache in caches if (price := _price(cache, cache.text("cache"))) is not None]
+    workload = (("model", reader.text("model", "name")), ("context", context), ("batch", 1))
+    return Run(
+        source=reader.source,
+        cell=Cell(workload, (("kv types", ",".join(names)),)),
+        device=reader.text("engine", "device"),
+        recipe=None,
+        ratio_read=None,
+        protocol={
+            "program": "elastickv baseline gguf",
+            "pairing": at("pairing"),
+            "tokens of a sample": tokens,
+            "threads": reader.optional("threads"),
+            "llama.cpp": f"{reader.optional('engine', 'name')} {reader.optional('engine', 'version')}",
+        }
+        | _versions(reader),
+        figures=figures,
+        fidelity=max(prices, key=lambda price: price.mean, default=None),
+        complete=True,
+    )
+
+
+def _price(reader: _Reader, cache: str) -> Fidelity | None:
+    """Return what a model's predictions lose with a cache; older files do not tell."""
+    if reader.optional("fidelity") is None:
+        return None
+    price = ("fidelity",)
+    on = f"KL of {cache} to {reader.text(*price, 'reference')}, {reader.count(*price, 'tokens')} tokens of "
+    on += f"{reader.text(*price, 'text')} after {reader.count(*price, 'context')}"
+    mean, p95, most = (reader.number(*price, key) for key in ("kl_mean", "kl_p95", "kl_max"))
+    return Fidelity(on, mean, p95, most, None)
 
 
 def _device(reader: _Reader) -> str:
@@ -291,4 +344,5 @@ _READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[_Reader], Run]
      _elastickv),
     (lambda value: "benchmark_type" in value and "results" in value, _original),
     (lambda value: value.get("kind") == "elastickv-model-bench", _model),
+    (lambda value: value.get("kind") == "elastickv-gguf-baseline", _gguf),
 )  # fmt: skip
