@@ -11,14 +11,16 @@ _HOMES = {
     "UsageError": "elastickv.errors",
     "compare": "elastickv.reports.comparison",
     "for_ratio": "elastickv.recipe",
+    "report": "elastickv.reports.page.report",
     "sweep": "elastickv.sweeps.api",
 }
-__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "compare", "for_ratio", "sweep"]
+__all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "compare", "for_ratio", "report", "sweep"]
 
 if TYPE_CHECKING:
     from elastickv.errors import UsageError
     from elastickv.recipe import AttentionShape, Recipe, for_ratio
     from elastickv.reports.comparison import compare
+    from elastickv.reports.page.report import report
     from elastickv.sweeps.api import sweep
 
 

@@ -9,6 +9,7 @@ from elastickv.errors import UsageError
 from elastickv.measure.gate import EXIT_CODES, Criterion
 from elastickv.reports.change import NO_CONTROL, Row, change
 from elastickv.reports.matching import cautions, match
+from elastickv.reports.rows import frame
 from elastickv.reports.sides import read_side
 
 CONTROLS = ("dense", "none")
@@ -91,13 +92,9 @@ class Comparison:
         ------
         UsageError : if pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise UsageError("to_pandas needs pandas: pip install pandas") from None
         from elastickv.reports.comparison_table import flat
 
-        return pandas.DataFrame([flat(row) for row in self.rows])
+        return frame([flat(row) for row in self.rows])
 
     def _repr_html_(self) -> str:
         from elastickv.reports.comparison_table import as_html

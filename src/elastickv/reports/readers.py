@@ -1,6 +1,5 @@
 """Runs from the JSON of each program that writes results: one reader a kind, one line in `_READERS`."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,8 @@ from elastickv.errors import UsageError
 from elastickv.measure.result import SCHEMA_VERSION
 from elastickv.measure.statistics import Moments, truncated
 from elastickv.reports.documents import Document
+from elastickv.reports.model_readers import gguf_run, model_run, versions
+from elastickv.reports.reader import Reader
 from elastickv.reports.runs import Cell, Fidelity, Pairs, Run, Times
 
 UNIT_SLACK = 2.0  # a file's mean and its samples differ by less unless their units do
@@ -25,76 +26,11 @@ def run_of(document: Document) -> Run | None:
         return None
     for holds, read in _READERS:
         if holds(value):
-            return read(_Reader(document.source, value))
+            return read(Reader(document.source, value))
     return None
 
 
-class _Reader:
-    """Looks figures up in a file, and names file and key where one is missing."""
-
-    def __init__(self, source: str, value: dict[str, Any]) -> None:
-        self.source, self.value = source, value
-
-    def at(self, *path: str, kind: type | None = None) -> Any:
-        """Return what is there, which must be of the kind."""
-        found: Any = self.value
-        for key in path:
-            if not isinstance(found, dict) or key not in found:
-                raise self.refused(f"lacks {'.'.join(path)}")
-            found = found[key]
-        if kind is not None and not isinstance(found, kind):
-            raise self.refused(f"has a {type(found).__name__} in {'.'.join(path)}, where a {kind.__name__} should be")
-        return found
-
-    def optional(self, *path: str) -> Any:
-        """Return what is there; None where it, or something above it, is missing or null."""
-        found: Any = self.value
-        for key in path:
-            found = found.get(key) if isinstance(found, dict) else None
-        return found
-
-    def number(self, *path: str) -> float:
-        """Return a number that is 0 or more."""
-        found = self.at(*path)
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < math.inf:
-            raise self.refused(f"has {'.'.join(path)} = {str(found)[:40]}, which is no figure")
-        return float(found)
-
-    def positive(self, *path: str) -> float:
-        """Return a number above 0."""
-        found = self.number(*path)
-        if found == 0:
-            raise self.refused(f"has 0 in {'.'.join(path)}")
-        return found
-
-    def count(self, *path: str) -> int:
-        """Return a whole number from 1 up."""
-        found = self.positive(*path)
-        if found != int(found):
-            raise self.refused(f"has {found} in {'.'.join(path)}, which is no whole number")
-        return int(found)
-
-    def text(self, *path: str) -> str:
-        """Return a text."""
-        return str(self.at(*path, kind=str))
-
-    def times(self, found: Any, name: str) -> tuple[float, ...]:
-        """Return a list of times, each of which must be a positive number."""
-        if not isinstance(found, list) or not all(type(t) in (int, float) and 0 < t < math.inf for t in found):
-            raise self.refused(f"has {name} that are not all positive times")
-        return tuple(map(float, found))
-
-    def rounds(self, found: Any, name: str) -> tuple[float, ...]:
-        """Return the sums of lists of times."""
-        if not isinstance(found, list):
-            raise self.refused(f"has {name} that are no rounds of times")
-        return tuple(sum(self.times(tokens, name)) for tokens in found)
-
-    def refused(self, what: str) -> UsageError:
-        return UsageError(f"{self.source} {what}: cut off, edited or not of this program; measure again")
-
-
-def _shape(reader: _Reader, kv_heads: int, batch: int) -> Pairs:
+def _shape(reader: Reader, kv_heads: int, batch: int) -> Pairs:
     return (
         ("seq", reader.count("configuration", "seq_len")),
         ("batch", batch),
@@ -104,7 +40,7 @@ def _shape(reader: _Reader, kv_heads: int, batch: int) -> Pairs:
     )
 
 
-def _elastickv(reader: _Reader) -> Run:
+def _elastickv(reader: Reader) -> Run:
     at = reader.at
     written = str(at("schema_version"))
     if written.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
@@ -132,14 +68,14 @@ def _elastickv(reader: _Reader) -> Run:
             "truncation": at("build", "truncate_percent"),
             "threads": reader.optional("environment", "threads"),
         }
-        | _versions(reader),
+        | versions(reader),
         figures=_step(reader) | _cycle(reader),
         fidelity=_fidelity(reader),
         complete=bool(at("complete")),
     )
 
 
-def _step(reader: _Reader) -> dict[str, Times]:
+def _step(reader: Reader) -> dict[str, Times]:
     truncate = reader.number("build", "truncate_percent")
     elastic = reader.times(reader.at("samples", "elastic"), "samples.elastic")
     if len(elastic) < 2:
@@ -164,7 +100,7 @@ def _step(reader: _Reader) -> dict[str, Times]:
     return {"step": Times(mean, elastic, dense, truncate)}
 
 
-def _cycle(reader: _Reader) -> dict[str, Times]:
+def _cycle(reader: Reader) -> dict[str, Times]:
     if reader.optional("inference_cycle") is None:
         return {}
     totals = {}
@@ -180,7 +116,7 @@ def _cycle(reader: _Reader) -> dict[str, Times]:
     return {figure: Times(mean, per_layer if enough else None, control, 0.0)}
 
 
-def _fidelity(reader: _Reader) -> Fidelity | None:
+def _fidelity(reader: Reader) -> Fidelity | None:
     if reader.optional("fidelity", "sample") is None:
         return None
     error = ("fidelity", "sample", "recipe_error")
@@ -194,7 +130,7 @@ def _fidelity(reader: _Reader) -> Fidelity | None:
     )
 
 
-def _original(reader: _Reader) -> Run:
+def _original(reader: Reader) -> Run:
     at, reps = reader.at, reader.count("configuration", "reps")
     truncate = reader.number("build", "truncate_percent")
     # The original cuts at most a tenth at either end, and nothing of 20 samples or fewer.
@@ -229,120 +165,22 @@ def _original(reader: _Reader) -> Run:
     )
 
 
-def _model(reader: _Reader) -> Run:
-    at = reader.at
-    if at("version") != 1:
-        raise UsageError(f"{reader.source} is of version {at('version')}, and this program reads 1: update elastickv")
-    caches = {str(cache.get("cache")): cache for cache in at("caches", kind=list) if isinstance(cache, dict)}
-    if "elastic" not in caches:
-        raise reader.refused("lacks the elastic cache")
-    tokens = reader.count("tokens")
-    rounds = {name: reader.rounds(cache.get("step_s"), f"steps of {name}") for name, cache in caches.items()}
-    token_ms = {name: tuple(1e3 * total / tokens for total in totals) for name, totals in rounds.items()}
-    elastic = token_ms.pop("elastic")
-    if len(elastic) < 2:
-        raise reader.refused("has no two rounds of the elastic cache")
-    cache, model = _Reader(reader.source, caches["elastic"]), at("model", kind=dict)
-    workload = (("model", reader.text("model", "name")), ("context", reader.count("context")), ("batch", reader.count("batch")))
-    asked = (
-        ("compress", str(reader.optional("compress"))),
-        ("recipe", str(reader.optional("recipe"))),
-        ("calibrated", reader.at("calibrated", kind=bool)),
-        ("dtype", str(model.get("dtype"))),
-    )
-    device = model.get("device_name") or reader.optional("environment", "cpu") or model.get("device")
-    return Run(
-        source=reader.source,
-        cell=Cell(workload, asked),
-        device=str(device),
-        recipe=str(cache.at("recipe_hash")),
-        ratio_read=cache.number("read_ratio"),
-        protocol={
-            "program": "elastickv bench --model",
-            "pairing": at("pairing"),
-            "tokens of a sample": tokens,
-            "threads": reader.optional("environment", "torch_threads"),
-        }
-        | _versions(reader),
-        figures={"token": Times(sum(elastic) / len(elastic), elastic, token_ms, 0.0)},
-        fidelity=_price(reader, "elastic"),
-        complete=True,
-    )
-
-
-def _gguf(reader: _Reader) -> Run:
-    at = reader.at
-    if at("version") != 1:
-        raise UsageError(f"{reader.source} is of version {at('version')}, and this program reads 1: update elastickv")
-    caches = [_Reader(reader.source, cache) for cache in at("caches", kind=list) if isinstance(cache, dict)]
-    names = [cache.text("cache") for cache in caches]
-    reference = reader.text("baseline")
-    if reference not in names or len(set(names)) < len(names):
-        raise reader.refused(f"has the caches {', '.join(names) or 'none'}, of which {reference} should be one")
-    context, tokens, figures = reader.count("context"), reader.count("tokens"), {}
-    for figure, key, count in (("token", "decode_s", tokens), ("prompt token", "prompt_s", context)):
-        token_ms = {}
-        for name, cache in zip(names, caches, strict=True):
-            samples = cache.times(cache.at(key), f"{key} of {name}")
-            if len(samples) < 2:
-                raise reader.refused(f"has no two samples of {name}")
-            token_ms[name] = tuple(1e3 * seconds / count for seconds in samples)
-        for name, series in token_ms.items():
-            control = {} if name == reference else {reference: token_ms[reference]}
-            figures[f"{figure}, {name}"] = Times(sum(series) / len(series), series, control, 0.0)
-    prices = [price for cache in caches if (price := _price(cache, cache.text("cache"))) is not None]
-    workload = (("model", reader.text("model", "name")), ("context", context), ("batch", 1))
-    return Run(
-        source=reader.source,
-        cell=Cell(workload, (("kv types", ",".join(names)),)),
-        device=reader.text("engine", "device"),
-        recipe=None,
-        ratio_read=None,
-        protocol={
-            "program": "elastickv baseline gguf",
-            "pairing": at("pairing"),
-            "tokens of a sample": tokens,
-            "threads": reader.optional("threads"),
-            "llama.cpp": f"{reader.optional('engine', 'name')} {reader.optional('engine', 'version')}",
-        }
-        | _versions(reader),
-        figures=figures,
-        fidelity=max(prices, key=lambda price: price.mean, default=None),
-        complete=True,
-    )
-
-
-def _price(reader: _Reader, cache: str) -> Fidelity | None:
-    """Return what a model's predictions lose with a cache; older files do not tell."""
-    if reader.optional("fidelity") is None:
-        return None
-    price = ("fidelity",)
-    on = f"KL of {cache} to {reader.text(*price, 'reference')}, {reader.count(*price, 'tokens')} tokens of "
-    on += f"{reader.text(*price, 'text')} after {reader.count(*price, 'context')}"
-    mean, p95, most = (reader.number(*price, key) for key in ("kl_mean", "kl_p95", "kl_max"))
-    return Fidelity(on, mean, p95, most, None)
-
-
-def _device(reader: _Reader) -> str:
+def _device(reader: Reader) -> str:
     """Return the device's name; a processor's with the threads that it ran, for its name does not tell its size."""
     name = str(reader.at("gpu", "name"))
     return f"{name} ({reader.at('gpu', 'compute_units')} threads)" if reader.at("gpu", "kind") == "cpu" else name
-
-
-def _versions(reader: _Reader) -> dict[str, Any]:
-    """Return what the times depend on beside this package, whose changes are what a comparison is for."""
-    versions = reader.optional("environment", "versions")
-    return {name: v for name, v in versions.items() if name != "elastickv"} if isinstance(versions, dict) else {}
 
 
 def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
 
 
-_READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[_Reader], Run]], ...] = (
+_READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[Reader], Run]], ...] = (
     (lambda value: "benchmark_type" in value and ("schema_version" in value or value["benchmark_type"] == "elastic_kv_cache"),
      _elastickv),
     (lambda value: "benchmark_type" in value and "results" in value, _original),
-    (lambda value: value.get("kind") == "elastickv-model-bench", _model),
-    (lambda value: value.get("kind") == "elastickv-gguf-baseline", _gguf),
+    (lambda value: value.get("kind") == "elastickv-model-bench", model_run),
+    (lambda value: value.get("kind") == "elastickv-gguf-baseline", gguf_run),
 )  # fmt: skip
+
+__all__ = ["Reader", "run_of"]

@@ -5,6 +5,7 @@ import io
 import json
 from typing import Any
 
+from elastickv.errors import UsageError
 from elastickv.reports.plain_json import plain
 
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -72,6 +73,20 @@ def markdown_of(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
     lines += ["| " + " | ".join(map(_short, cells.values())) + " |" for cells in rows]
     return "\n".join(lines) + "\n"
+
+
+def frame(rows: list[dict[str, Any]]) -> Any:
+    """Return rows as a `pandas.DataFrame`.
+
+    Raises
+    ------
+    UsageError : if pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise UsageError("to_pandas needs pandas: pip install pandas") from None
+    return pandas.DataFrame(rows)
 
 
 def _at(value: Any, path: tuple[str, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""One side of a comparison: the runs of a file, a folder or a sweep, or results in memory."""
+"""What is given to a comparison or a report: the runs of a file, a folder or a sweep, or results in memory."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,18 +19,38 @@ class Side:
     ----------
     name : how messages call it: the path that was given.
     runs : what was measured.
+    documents : what the runs were read from, one each.
+    sweeps : the lines that sweeps begin with, which say what was to be measured.
+    others : what is JSON, but no run.
     not_measured : cells of a sweep that have no result, and why.
     notes : what was left out, a line each.
     """
 
     name: str
     runs: list[Run] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
+    sweeps: list[Document] = field(default_factory=list)
+    others: list[Document] = field(default_factory=list)
     not_measured: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def add(self, run: Run, document: Document) -> None:
+        """Add a run, or a note that it is there already."""
+        known = next((other.source for other in self.runs if run.copies(other)), None)
+        if known is None:
+            self.runs.append(run)
+            self.documents.append(document)
+        else:
+            self.notes.append(f"{run.source} is the run of {known} once more, and counts once")
+
+    def empty(self) -> UsageError:
+        """Return the error that says that nothing was measured."""
+        held = f"{len(self.not_measured)} cells, none of them measured" if self.not_measured else "no result"
+        return UsageError(f"{self.name} holds {held}: give a result of `elastickv bench`, a sweep, or a folder of them")
+
 
 def read_side(given: Any, name: str) -> Side:
-    """Return what is given as one side.
+    """Return what is given as one side of a comparison.
 
     Parameters
     ----------
@@ -41,26 +61,33 @@ def read_side(given: Any, name: str) -> Side:
     ------
     UsageError : naming the file that cannot be read, is no result, or holds none.
     """
+    side = gather(given, name)
+    if not side.runs:
+        raise side.empty()
+    if side.others:
+        side.notes.append(f"not compared, being no results: {', '.join(other.source for other in side.others)}")
+    return side
+
+
+def gather(given: Any, name: str) -> Side:
+    """Return what is given, as `read_side` does, runs or none.
+
+    Raises
+    ------
+    UsageError : naming the file that cannot be read, or a result that lacks something.
+    """
     side = Side(str(given) if isinstance(given, (str, Path)) else name)
-    others = []
     for document in _documents(given, side):
         run = run_of(document)
         if run is not None:
-            known = next((other.source for other in side.runs if run.copies(other)), None)
-            if known is None:
-                side.runs.append(run)
-            else:
-                side.notes.append(f"{run.source} is the run of {known} once more, and counts once")
+            side.add(run, document)
         elif _is_cell(document.value):
             cell = " ".join(f"{key}={value}" for key, value in document.value["cell"].items())
             side.not_measured[cell] = str(document.value.get("reason") or document.value["status"])
-        elif not _is_header(document):
-            others.append(document.source)
-    if not side.runs:
-        held = f"{len(side.not_measured)} cells, none of them measured" if side.not_measured else "no result"
-        raise UsageError(f"{side.name} holds {held}: give a result of `elastickv bench`, a sweep, or a folder of them")
-    if others:
-        side.notes.append(f"not compared, being no results: {', '.join(others)}")
+        elif _is_header(document):
+            side.sweeps.append(document)
+        else:
+            side.others.append(document)
     return side
 
 
@@ -73,7 +100,7 @@ def _documents(given: Any, side: Side) -> Iterator[Document]:
     elif isinstance(given, dict):
         yield from _cells(Document(side.name, given))
     elif isinstance(getattr(given, "cells", None), list):
-        yield from _cells(Document(side.name, {"sweep": {}, "cells": given.cells}))
+        yield from _cells(Document(side.name, {"sweep": getattr(given, "header", {}), "cells": given.cells}))
     elif isinstance(given, Iterable):
         for one in given:
             yield from _documents(one, side)
@@ -82,9 +109,10 @@ def _documents(given: Any, side: Side) -> Iterator[Document]:
 
 
 def _cells(document: Document) -> Iterator[Document]:
-    """Yield the cells of a whole sweep in one JSON object; anything else as it is."""
+    """Yield the header and the cells of a whole sweep in one JSON object; anything else as it is."""
     value = document.value
     if isinstance(value, dict) and "sweep" in value and isinstance(value.get("cells"), list):
+        yield Document(document.source, {"sweep": value["sweep"]})
         for number, cell in enumerate(value["cells"], 1):
             yield Document(f"{document.source}, cell {number}", cell)
     else:

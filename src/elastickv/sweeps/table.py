@@ -9,7 +9,8 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.reports import dumps, write_text
-from elastickv.reports.rows import COLUMNS, csv_of, markdown_of, row
+from elastickv.reports.files import write_bytes
+from elastickv.reports.rows import COLUMNS, csv_of, frame, markdown_of, row
 from elastickv.sweeps.journal import read
 
 EXPORTS = (".csv", ".md", ".json", ".parquet")
@@ -85,10 +86,7 @@ class Sweep:
         ------
         UsageError : if pandas is not installed.
         """
-        _require("pandas")
-        import pandas
-
-        return pandas.DataFrame(self.rows())
+        return frame(self.rows())
 
     def to_parquet(self) -> bytes:
         """Return the rows as a Parquet file.
@@ -114,7 +112,7 @@ class Sweep:
         """
         check_export(path)
         if path.suffix.lower() == ".parquet":
-            path.write_bytes(self.to_parquet())
+            write_bytes(path, self.to_parquet())
             return
         texts = {".csv": self.to_csv, ".md": self.to_markdown, ".json": self.to_json}
         write_text(path, texts[path.suffix.lower()]())

@@ -1,0 +1,41 @@
+"""`elastickv report`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_NAMES = {"html": "report.html", "md": "report.md", "pdf-ready": "report.html", "png": "report.png"}
+
+
+@click.command("report", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The page.  [default: report.html, .md or .png here]")
+@click.option(
+    "--format",
+    "format_",
+    help="html: one page that needs no network. md: tables, its figures as SVG in a folder beside it. pdf-ready: the page laid "
+    "out for paper, light, everything open, to be printed as PDF. png: one picture of the headline and the first charts.  "
+    "[default: what the suffix of --output says]",
+)
+@click.option("--title", help="What the page is called.  [default: the device]")
+def command(**given: Any) -> int:
+    """Make one page of results: what is worth it on this device, and what it costs.
+
+    FILES are results of `elastickv bench`, `bench --model`, `eval` and `baseline`, sweeps, results of the original program, or
+    folders of these.
+    """
+    from elastickv.reports.files import check_writable
+    from elastickv.reports.page.report import check_installed, chosen_format, report
+
+    wanted, output = given["format_"], given["output"]
+    check_installed()
+    shown = chosen_format(output or Path(_NAMES.get(wanted or "html", "report.html")), wanted)
+    output = output or Path(_NAMES[shown])
+    check_writable(output)
+    made = report(*given["files"], title=given["title"])
+    made.save(output, shown)
+    for note in made.facts.notes:
+        click.echo(f"elastickv: warning: {note}", err=True)
+    click.echo(f"{output}: {made.content.headline.sentence}")
+    return 0

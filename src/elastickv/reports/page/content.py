@@ -1,0 +1,79 @@
+"""What the page says: a headline, sections of charts and tables, and what there was nothing to show of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from elastickv.reports.page.facts import Facts
+from elastickv.reports.page.headline import Headline, headline_of
+from elastickv.reports.page.style import Chart
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its caption, and its cells as text. Columns whose header is in `numbers` are set right."""
+
+    caption: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes
+    ----------
+    name : its anchor.
+    how : how to read it, in a sentence or two.
+    notes : what a reader must know beside it.
+    commands : what was typed for what.
+    missing : what would have been needed, where it is empty.
+    """
+
+    name: str
+    title: str
+    how: str
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+    commands: Sequence[tuple[str, str]] = ()
+    missing: str = ""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there was nothing to show."""
+        return not self.charts and not self.tables and not self.commands
+
+
+@dataclass(frozen=True)
+class Content:
+    """A whole page."""
+
+    title: str
+    headline: Headline
+    sections: Sequence[Section]
+    absent: Sequence[Section] = field(default=())
+
+    @property
+    def charts(self) -> list[Chart]:
+        """All of them, in order."""
+        return [chart for section in self.sections for chart in section.charts]
+
+
+def content_of(facts: Facts, title: str | None) -> Content:
+    """Return the page of some facts."""
+    from elastickv.reports.page.sections import SECTIONS
+
+    sections = [make(facts) for make in SECTIONS]
+    return Content(
+        title=title or _title(facts),
+        headline=headline_of(facts),
+        sections=[section for section in sections if not section.empty],
+        absent=[section for section in sections if section.empty],
+    )
+
+
+def _title(facts: Facts) -> str:
+    devices = list(dict.fromkeys(told.device for told in facts.told))
+    return f"ElasticKV on {devices[0] if len(devices) == 1 else f'{len(devices)} devices'}"

@@ -1,0 +1,44 @@
+"""Figures as people read them."""
+
+from typing import Any
+
+_SIZES = ((1 << 30, "GiB", 2), (1 << 20, "MiB", 1), (1 << 10, "KiB", 1))
+
+
+def size(count: float | None) -> str:
+    """Return bytes in the largest unit that leaves a whole number of them; nothing for None."""
+    if count is None:
+        return ""
+    for unit, name, places in _SIZES:
+        if count >= unit:
+            return f"{count / unit:.{places}f} {name}"
+    return f"{count:.0f} B"
+
+
+def duration(milliseconds: float | None) -> str:
+    """Return a time with four digits, in microseconds below a millisecond; nothing for None."""
+    if milliseconds is None:
+        return ""
+    return f"{1e3 * milliseconds:.4g} µs" if milliseconds < 1 else f"{_digits(milliseconds)} ms"
+
+
+def interval(found: Any, places: int = 3, unit: str = "") -> str:
+    """Return an estimate with its bounds, or alone where it has none; nothing for None.
+
+    Parameters
+    ----------
+    found : has `estimate`, `low` and `high`; the bounds may be None.
+    """
+    if found is None:
+        return ""
+    alone = f"{found.estimate:.{places}f}{unit}"
+    return alone if found.low is None else f"{alone} [{found.low:.{places}f}, {found.high:.{places}f}]"
+
+
+def fixed(value: float | None, places: int) -> str:
+    """Return a number with that many places; nothing for None."""
+    return "" if value is None else f"{value:.{places}f}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
