@@ -16,6 +16,7 @@ FLOORS = [
     "measure",
     "transformers",
     "fidelity",
+    "baselines",
     "reports",
     "sweeps",
     "api",

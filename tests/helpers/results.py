@@ -26,6 +26,32 @@ ORIGINAL = {
     "inference_cycle": None,
 }  # fmt: skip
 
+# Keys of `elastickv baseline gguf` that are read; the figures are made up.
+GGUF = {
+    "kind": "elastickv-gguf-baseline",
+    "version": 1,
+    "environment": {"versions": {"elastickv": "0.1.0", "numpy": "2.5.2"}},
+    "engine": {"name": "xllamacpp", "version": "1", "device": "AMD EPYC", "backend": "CPU"},
+    "threads": 2,
+    "model": {"name": "tiny.gguf"},
+    "context": 256,
+    "tokens": 4,
+    "pairing": "abba",
+    "baseline": "f16",
+    "caches": [
+        {
+            "cache": name,
+            "prompt_s": [0.2, 0.21, 0.19],
+            "decode_s": [0.04, 0.05, 0.045],
+            "fidelity": {
+                "reference": "f16", "text": "morris.txt", "context": 256, "tokens": 8,
+                "kl_mean": kl, "kl_p95": 2 * kl, "kl_max": 3 * kl,
+            },
+        }
+        for name, kl in (("f16", 0.0), ("q8_0", 0.001))
+    ],
+}  # fmt: skip
+
 
 def result(elastic=None, dense=None, *, seq=1024, recipe_error=None, cycle=False, **gpu):
     """Return a result with these samples, milliseconds per step; others are the committed one's."""

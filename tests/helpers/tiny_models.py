@@ -46,3 +46,53 @@ def tiny_llama(seed=0, layers=2, **sizes):
 
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(6000))
+
+
+def tiny_gguf(path, positions=2048, heads=2, kv_heads=1, head_dim=64, layers=2, seed=0, **fields):
+    """Write a random Llama of about a megabyte whose tokens are bytes; return its path."""
+    import gguf
+    import numpy as np
+
+    hidden, inner, rng = heads * head_dim, 192, np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(positions)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(head_dim)
+    for key, value in fields.items():
+        writer.add_uint32(f"llama.{key.replace('__', '.')}", value)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_space_prefix(False)
+
+    def weight(name, *shape):
+        writer.add_tensor(name, (0.3 * rng.standard_normal(shape)).astype(np.float32))
+
+    weight("token_embd.weight", len(tokens), hidden)
+    weight("output.weight", len(tokens), hidden)
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    for layer in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(hidden, np.float32))
+        weight(f"blk.{layer}.attn_q.weight", hidden, hidden)
+        weight(f"blk.{layer}.attn_k.weight", kv_heads * head_dim, hidden)
+        weight(f"blk.{layer}.attn_v.weight", kv_heads * head_dim, hidden)
+        weight(f"blk.{layer}.attn_output.weight", hidden, hidden)
+        weight(f"blk.{layer}.ffn_gate.weight", inner, hidden)
+        weight(f"blk.{layer}.ffn_up.weight", inner, hidden)
+        weight(f"blk.{layer}.ffn_down.weight", hidden, inner)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

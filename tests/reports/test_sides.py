@@ -14,7 +14,7 @@ from elastickv.reports.matching import cautions, match
 from elastickv.reports.sides import read_side
 from elastickv.sweeps.table import Sweep
 from tests.helpers.reference_backend import ReferenceBackend
-from tests.helpers.results import COMMITTED, ORIGINAL, result, write
+from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, result, write
 
 
 def test_a_file_a_folder_and_values_in_memory_give_the_same_runs(tmp_path):
@@ -203,6 +203,7 @@ def places(value, path=()):
 WHOLE = {
     "elastickv": result(cycle=True),
     "original": ORIGINAL | {"inference_cycle": {"decode_tokens": 64, "baseline_total_ms": 8.0, "elastic_total_ms": 4.0}},
+    "gguf": GGUF,
     "model": json.loads((COMMITTED / "cpu" / "model-8000.json").read_text(encoding="utf-8")),
 }
 
@@ -260,6 +261,16 @@ def test_a_models_result_of_another_version_is_refused():
     assert read_side(made, "A").runs[0].figures["token"].mean_ms == pytest.approx(1e3 / tokens_per_s, rel=1e-4)
     with pytest.raises(UsageError, match="version 2"):
         read_side(made | {"version": 2}, "A")
+
+
+def test_each_kv_cache_type_of_a_gguf_baseline_is_judged_against_the_first():
+    [run] = read_side(GGUF, "A").runs
+    assert run.figures["token, q8_0"].elastic == pytest.approx((10, 12.5, 11.25))
+    assert run.figures["token, q8_0"].dense == {"f16": run.figures["token, f16"].elastic}
+    assert run.figures["prompt token, f16"].elastic[0] == pytest.approx(0.2e3 / 256) and not run.figures["token, f16"].dense
+    assert run.fidelity.measured_on == "KL of q8_0 to f16, 8 tokens of morris.txt after 256"
+    with pytest.raises(UsageError, match="version 2"):
+        read_side(GGUF | {"version": 2}, "A")
 
 
 def test_a_result_just_measured_is_read_as_its_file_is(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "sweep": "Measure a whole plane of contexts, batches, ratios and recipes; resumes after a kill.",
     "compare": "Say cell by cell whether one result is as fast as another, and as faithful; a gate for CI.",
     "report": "Make one page of results: an offline HTML page, Markdown or a picture.",
+    "baseline": "Measure a small real model as a reference: Transformers' caches, or llama.cpp's.",
     "doctor": "Say what was found, what will be used, what is missing and how to get it.",
 }
 

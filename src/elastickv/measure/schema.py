@@ -22,10 +22,16 @@ def result_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"ElasticKV benchmark result {SCHEMA_VERSION}",
     }
-    return head | _schema(Result)
+    return head | schema_of(Result)
 
 
-def _schema(kind: Any) -> dict[str, Any]:
+def schema_of(kind: Any) -> dict[str, Any]:
+    """Return the schema of a dataclass, or of a type that one's field has.
+
+    Raises
+    ------
+    TypeError : if it has no JSON form.
+    """
     if kind is Any:
         return {}
     if kind in _SCALARS:
@@ -35,21 +41,21 @@ def _schema(kind: Any) -> dict[str, Any]:
         return {
             "type": "object",
             "description": (getdoc(kind) or "").split("\n\n")[0].replace("\n", " "),
-            "properties": {f.name: _schema(hints[f.name]) for f in fields(kind)},
+            "properties": {f.name: schema_of(hints[f.name]) for f in fields(kind)},
             # A field with a default came later: older files lack it.
             "required": [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING],
             "additionalProperties": False,
         }
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return {"anyOf": [_schema(argument) for argument in arguments]}
+        return {"anyOf": [schema_of(argument) for argument in arguments]}
     if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
-        return {"type": "array", "items": _schema(arguments[0])}
+        return {"type": "array", "items": schema_of(arguments[0])}
     if origin is tuple:
         size = len(arguments)
-        return {"type": "array", "prefixItems": [_schema(a) for a in arguments], "minItems": size, "maxItems": size}
+        return {"type": "array", "prefixItems": [schema_of(a) for a in arguments], "minItems": size, "maxItems": size}
     if origin is dict:
-        return {"type": "object", "additionalProperties": _schema(arguments[1])}
+        return {"type": "object", "additionalProperties": schema_of(arguments[1])}
     raise TypeError(f"{kind} has no JSON form")
 
 

@@ -1,6 +1,5 @@
 """Runs from the JSON of each program that writes results: one reader a kind, one line in `_READERS`."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,8 @@ from elastickv.errors import UsageError
 from elastickv.measure.result import SCHEMA_VERSION
 from elastickv.measure.statistics import Moments, truncated
 from elastickv.reports.documents import Document
+from elastickv.reports.model_readers import gguf_run, model_run, versions
+from elastickv.reports.reader import Reader
 from elastickv.reports.runs import Cell, Fidelity, Pairs, Run, Times
 
 UNIT_SLACK = 2.0  # a file's mean and its samples differ by less unless their units do
@@ -27,72 +28,6 @@ def run_of(document: Document) -> Run | None:
         if holds(value):
             return read(Reader(document.source, value))
     return None
-
-
-class Reader:
-    """Looks figures up in a file, and names file and key where one is missing or no figure."""
-
-    def __init__(self, source: str, value: dict[str, Any]) -> None:
-        self.source, self.value = source, value
-
-    def at(self, *path: str, kind: type | None = None) -> Any:
-        """Return what is there, which must be of the kind."""
-        found: Any = self.value
-        for key in path:
-            if not isinstance(found, dict) or key not in found:
-                raise self.refused(f"lacks {'.'.join(path)}")
-            found = found[key]
-        if kind is not None and not isinstance(found, kind):
-            raise self.refused(f"has a {type(found).__name__} in {'.'.join(path)}, where a {kind.__name__} should be")
-        return found
-
-    def optional(self, *path: str) -> Any:
-        """Return what is there; None where it, or something above it, is missing or null."""
-        found: Any = self.value
-        for key in path:
-            found = found.get(key) if isinstance(found, dict) else None
-        return found
-
-    def number(self, *path: str) -> float:
-        """Return a number that is 0 or more."""
-        found = self.at(*path)
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < math.inf:
-            raise self.refused(f"has {'.'.join(path)} = {str(found)[:40]}, which is no figure")
-        return float(found)
-
-    def positive(self, *path: str) -> float:
-        """Return a number above 0."""
-        found = self.number(*path)
-        if found == 0:
-            raise self.refused(f"has 0 in {'.'.join(path)}")
-        return found
-
-    def count(self, *path: str) -> int:
-        """Return a whole number from 1 up."""
-        found = self.positive(*path)
-        if found != int(found):
-            raise self.refused(f"has {found} in {'.'.join(path)}, which is no whole number")
-        return int(found)
-
-    def text(self, *path: str) -> str:
-        """Return a text."""
-        return str(self.at(*path, kind=str))
-
-    def times(self, found: Any, name: str) -> tuple[float, ...]:
-        """Return a list of times, each of which must be a positive number."""
-        if not isinstance(found, list) or not all(type(t) in (int, float) and 0 < t < math.inf for t in found):
-            raise self.refused(f"has {name} that are not all positive times")
-        return tuple(map(float, found))
-
-    def rounds(self, found: Any, name: str) -> tuple[float, ...]:
-        """Return the sums of lists of times."""
-        if not isinstance(found, list):
-            raise self.refused(f"has {name} that are no rounds of times")
-        return tuple(sum(self.times(tokens, name)) for tokens in found)
-
-    def refused(self, what: str) -> UsageError:
-        """Return the error that says what is wrong with the file."""
-        return UsageError(f"{self.source} {what}: cut off, edited or not of this program; measure again")
 
 
 def _shape(reader: Reader, kv_heads: int, batch: int) -> Pairs:
@@ -133,7 +68,7 @@ def _elastickv(reader: Reader) -> Run:
             "truncation": at("build", "truncate_percent"),
             "threads": reader.optional("environment", "threads"),
         }
-        | _versions(reader),
+        | versions(reader),
         figures=_step(reader) | _cycle(reader),
         fidelity=_fidelity(reader),
         complete=bool(at("complete")),
@@ -230,57 +165,10 @@ def _original(reader: Reader) -> Run:
     )
 
 
-def _model(reader: Reader) -> Run:
-    at = reader.at
-    if at("version") != 1:
-        raise UsageError(f"{reader.source} is of version {at('version')}, and this program reads 1: update elastickv")
-    caches = {str(cache.get("cache")): cache for cache in at("caches", kind=list) if isinstance(cache, dict)}
-    if "elastic" not in caches:
-        raise reader.refused("lacks the elastic cache")
-    tokens = reader.count("tokens")
-    rounds = {name: reader.rounds(cache.get("step_s"), f"steps of {name}") for name, cache in caches.items()}
-    token_ms = {name: tuple(1e3 * total / tokens for total in totals) for name, totals in rounds.items()}
-    elastic = token_ms.pop("elastic")
-    if len(elastic) < 2:
-        raise reader.refused("has no two rounds of the elastic cache")
-    cache, model = Reader(reader.source, caches["elastic"]), at("model", kind=dict)
-    workload = (("model", reader.text("model", "name")), ("context", reader.count("context")), ("batch", reader.count("batch")))
-    asked = (
-        ("compress", str(reader.optional("compress"))),
-        ("recipe", str(reader.optional("recipe"))),
-        ("calibrated", reader.at("calibrated", kind=bool)),
-        ("dtype", str(model.get("dtype"))),
-    )
-    device = model.get("device_name") or reader.optional("environment", "cpu") or model.get("device")
-    return Run(
-        source=reader.source,
-        cell=Cell(workload, asked),
-        device=str(device),
-        recipe=str(cache.at("recipe_hash")),
-        ratio_read=cache.number("read_ratio"),
-        protocol={
-            "program": "elastickv bench --model",
-            "pairing": at("pairing"),
-            "tokens of a sample": tokens,
-            "threads": reader.optional("environment", "torch_threads"),
-        }
-        | _versions(reader),
-        figures={"token": Times(sum(elastic) / len(elastic), elastic, token_ms, 0.0)},
-        fidelity=None,
-        complete=True,
-    )
-
-
 def _device(reader: Reader) -> str:
     """Return the device's name; a processor's with the threads that it ran, for its name does not tell its size."""
     name = str(reader.at("gpu", "name"))
     return f"{name} ({reader.at('gpu', 'compute_units')} threads)" if reader.at("gpu", "kind") == "cpu" else name
-
-
-def _versions(reader: Reader) -> dict[str, Any]:
-    """Return what the times depend on beside this package, whose changes are what a comparison is for."""
-    versions = reader.optional("environment", "versions")
-    return {name: v for name, v in versions.items() if name != "elastickv"} if isinstance(versions, dict) else {}
 
 
 def _number(version: str) -> tuple[int, ...]:
@@ -291,5 +179,8 @@ _READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[Reader], Run]]
     (lambda value: "benchmark_type" in value and ("schema_version" in value or value["benchmark_type"] == "elastic_kv_cache"),
      _elastickv),
     (lambda value: "benchmark_type" in value and "results" in value, _original),
-    (lambda value: value.get("kind") == "elastickv-model-bench", _model),
+    (lambda value: value.get("kind") == "elastickv-model-bench", model_run),
+    (lambda value: value.get("kind") == "elastickv-gguf-baseline", gguf_run),
 )  # fmt: skip
+
+__all__ = ["Reader", "run_of"]

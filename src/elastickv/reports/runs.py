@@ -44,13 +44,16 @@ class Times:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The recipe error that came with the times: what it was measured on, mean, p95 and max, and the kernel error's mean."""
+    """The error that came with the times: what it was measured on, mean, p95 and max, and the kernel error's mean.
+
+    Of a step it is the recipe error; of a model what its predictions lose (KL, nats), where the kernel has no error apart.
+    """
 
     measured_on: str
     mean: float
     p95: float
     max: float
-    kernel: float
+    kernel: float | None
 
 
 @dataclass(frozen=True)

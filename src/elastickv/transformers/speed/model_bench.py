@@ -100,19 +100,24 @@ class ModelBench:
         return self.context + _FIRST_TOKENS + self.rounds * (self.tokens + 1)
 
 
-def measure(options: ModelBench, command: tuple[str, ...], progress: Progress) -> dict[str, Any]:
+def measure(options: ModelBench, command: tuple[str, ...], progress: Progress, loaded: Loaded | None = None) -> dict[str, Any]:
     """Return the result as JSON values.
 
     A sample is `tokens` steps of one `generate` that goes on with the text so far; its first step, which every cache takes
     uncompiled, is not counted. Samples are taken in randomised mirrored blocks. A stock cache that fails, or that the elastic
     cache has no memory beside, is not run, and the reason is told.
 
+    Parameters
+    ----------
+    loaded : what `load` returned for the same options, where it is wanted afterwards.
+
     Raises
     ------
     UsageError : if the model cannot be served, or there is not the memory for it and an elastic cache.
     """
-    progress.phase("loading")
-    loaded = _loaded(options)
+    if loaded is None:
+        progress.phase("loading")
+        loaded = load(options)
     ids = _prompts(loaded, options)
     mask, model, sampling = torch.ones_like(ids), loaded.model, Sampling(options.temperature, options.seed, ends=False)
     made: list[Callable[[], Generation]] = [
@@ -213,7 +218,13 @@ def _begun(generation: Generation, progress: Progress) -> Generation:
     return generation
 
 
-def _loaded(options: ModelBench) -> Loaded:
+def load(options: ModelBench) -> Loaded:
+    """Return the model, checked to fit the memory with its caches.
+
+    Raises
+    ------
+    UsageError : if it cannot be loaded, or does not fit.
+    """
     shape = shape_named(options.model)
     device = options.device
     if shape is not None:
@@ -284,4 +295,4 @@ def _beyond_noise(ratio: Mapping[str, float] | None, floor: Mapping[str, float])
     return ratio is not None and ratio["low"] > max(1.0, floor["high"])
 
 
-__all__ = ["ELASTIC", "STATIC", "STOCK", "ModelBench", "measure"]
+__all__ = ["ELASTIC", "STATIC", "STOCK", "ModelBench", "load", "measure"]
