@@ -12,8 +12,8 @@ from elastickv.fidelity.scoring import score
 from elastickv.fidelity.texts import Text, windows
 from elastickv.measure import Reporter
 from elastickv.recipe import Recipe
+from elastickv.transformers.decode.seam import release
 from elastickv.transformers.models import Loaded
-from elastickv.transformers.seam import release
 from elastickv.transformers.speed.generating import ELASTIC, STOCK
 from elastickv.transformers.speed.model_bench import ModelBench, load
 from elastickv.transformers.speed.model_bench import measure as measure_speed
