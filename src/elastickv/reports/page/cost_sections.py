@@ -19,7 +19,7 @@ def fidelity(facts: Facts) -> Section:
             "recipe": offer.name,
             "read 1/": fixed(offer.read, 2),
             "recipe error": fixed(offer.error.estimate, 4),
-            "on the front": "yes" if offer in best else "",
+            "front": "yes" if offer in best else "",
         }
         for offer in found
     )
@@ -47,7 +47,7 @@ def fidelity(facts: Facts) -> Section:
         "and top-1 are of a model that decodes through the cache.",
         charts=[*([chart] if chart else []), *loss_charts(facts.evaluations)],
         tables=[
-            *tables("Recipes by bytes, each where it reads least", recipes, ("recipe", "on the front")),
+            *tables("Recipes by bytes, each where it reads least", recipes, ("recipe", "front")),
             *tables("What a model's predictions lose, with 95 % intervals over windows", losses, ("model", "cache", "recipe")),
         ],
         notes=[evaluation.suggestion for evaluation in facts.evaluations if evaluation.suggestion],

@@ -165,12 +165,10 @@ def _loss(name: str, model: str, losses: Sequence[Loss], label: str, logarithmic
 
 
 def _beside(axes: Any, x: float, y: float, text: str, number: int) -> None:
-    """Write a short text at a point, above it and below it in turns: neighbours are told apart."""
+    """Write a short text at a point, above left and below right of it in turns: a rising curve touches neither."""
     above = number % 2 == 0
-    axes.annotate(
-        text, (x, y), xytext=(5 if above else 6, 6 if above else -7), textcoords="offset points", fontsize=9, color=INK,
-        va="bottom" if above else "top", ha="left",
-    )  # fmt: skip
+    look = {"ha": "right", "va": "bottom", "xytext": (-5, 4)} if above else {"ha": "left", "va": "top", "xytext": (6, -5)}
+    axes.annotate(text, (x, y), textcoords="offset points", fontsize=9, color=INK, **look)
 
 
 def needle_charts(evaluations: Sequence[Evaluation]) -> tuple[list[Chart], int]:

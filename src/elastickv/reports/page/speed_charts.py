@@ -41,11 +41,16 @@ def families(steps: Sequence[Step]) -> list[str]:
     return sorted(dict.fromkeys(found), key=lambda name: (-found.count(name), name))
 
 
-def speedup_chart(steps: Sequence[Step]) -> Chart | None:
-    """Return the speed-up of a decode step against C, with the line 'C = ideal'; None where no file tells one."""
+def speedup_charts(steps: Sequence[Step]) -> Iterator[Chart]:
+    """Yield the speed-up of a decode step against C on each device, with the line 'C = ideal'."""
+    found = [step for step in steps if step.speedup is not None]
+    devices = list(dict.fromkeys(step.told.device for step in found))
+    for number, device in enumerate(devices, 1):
+        yield _speedup(f"speedup-{number}", device, [step for step in found if step.told.device == device])
+
+
+def _speedup(name: str, device: str, steps: Sequence[Step]) -> Chart:
     told = [(step, step.read or step.compress, step.speedup) for step in steps if step.speedup is not None]
-    if not told:
-        return None
     present = families([step for step, *_ in told])
     guides = ["C = ideal", "as fast as dense"]
 
@@ -60,19 +65,19 @@ def speedup_chart(steps: Sequence[Step]) -> Chart | None:
         ends = [max(low, bottom), min(high, top)]
         handles = axes.plot(ends, ends, color=INK, linestyle=(0, (5, 2)), linewidth=1.3, label=guides[0])
         handles += axes.plot([low, high], [1, 1], color=MUTED, linewidth=1.2, linestyle=":", label=guides[1])
-        for place, name in enumerate(present):
-            points = [(ratio, found) for step, ratio, found in told if family(step.what) == name]
-            handles.append(_points(axes, points, place, name, len(told) <= MANY))
+        for place, kind in enumerate(present):
+            points = [(ratio, found) for step, ratio, found in told if family(step.what) == kind]
+            handles.append(_points(axes, points, place, kind, len(told) <= MANY))
         axes.set_xlabel("C: dense bytes / bytes read")
         axes.set_ylabel("speed-up: dense time / elastic time")
         legend(figure, handles)
 
     _, ratio, best = max(told, key=lambda point: point[2].estimate)
     return Chart(
-        "speedup",
-        "Speed-up of a decode step against C",
-        f"Speed-up against C for {len(told)} results; the largest is {best.estimate:.2f} at C = {ratio:.2f}. The dashed line "
-        "is C = ideal.",
+        name,
+        f"Speed-up of a decode step: {shown(device)}",
+        f"Speed-up against C for {len(told)} results on {device}; the largest is {best.estimate:.2f} at C = {ratio:.2f}. The "
+        "dashed line is C = ideal.",
         draw,
         height=300 + legend_height([*guides, *present]),
     )

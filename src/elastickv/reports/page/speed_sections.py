@@ -6,7 +6,7 @@ from elastickv.reports.page.content import Section, tables
 from elastickv.reports.page.detail_charts import latency_chart
 from elastickv.reports.page.facts import Facts, Step
 from elastickv.reports.page.headline import best_model, best_step
-from elastickv.reports.page.speed_charts import roofline_charts, speedup_chart
+from elastickv.reports.page.speed_charts import roofline_charts, speedup_charts
 from elastickv.reports.page.time_charts import time_charts
 from elastickv.reports.units import duration, fixed, interval, quantiles
 
@@ -15,13 +15,12 @@ BENCH = "a result of elastickv bench, or a sweep"
 
 def speedup(facts: Facts) -> Section:
     """Return the speed-up against C."""
-    chart = speedup_chart(facts.steps)
     return Section(
         "speedup",
         "Speed-up against C",
         "C is what a step saves: dense bytes / bytes read. On the dashed line C = ideal a recipe that reads 1/C of the bytes "
         "takes 1/C of the time. Dense is the fastest contender of the same run; bars are 95 % intervals.",
-        charts=[chart] if chart else [],
+        charts=list(speedup_charts(facts.steps)),
         missing=BENCH,
     )
 
@@ -74,8 +73,9 @@ def latency(facts: Facts) -> Section:
         "latency",
         "Latency distribution",
         "The share of raw samples that took no longer than a time; the marks are the median (p50) and the 99th percentile "
-        "(p99). Steep is steady. Drawn are the results of the largest speed-up; the table has all. A sample of a step is the "
-        "mean of steps over whole anchor intervals; a token is one token, and there the anchors show.",
+        "(p99). Steep is steady. Drawn are the results of the largest speed-up; the table has all; the peers' are in the "
+        "download. A sample of a step is the mean of steps over whole anchor intervals; a token is one token, and there the "
+        "anchors show.",
         charts=charts,
         tables=tables("Raw samples", _latencies(facts), ("recipe or model", "shape", "of")),
         missing="results that hold raw samples",
@@ -86,7 +86,7 @@ def _latencies(facts: Facts) -> Iterator[dict[str, str]]:
     for step in facts.steps:
         tokens = {f"{name}, token": series for name, series in step.token_ms.items()}
         for name, series in {**step.samples_ms, **tokens}.items():
-            if len(series) > 1 and name != "baseline-again":
+            if len(series) > 1 and name in (step.baseline, "elastic", *tokens):
                 where = {"recipe or model": step.what, "context": str(step.context), "shape": step.shape, "of": name}
                 yield where | {"samples": str(len(series))} | quantiles(series)
     for model in facts.models:

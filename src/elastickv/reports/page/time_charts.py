@@ -25,7 +25,7 @@ from elastickv.reports.page.style import (
 )
 
 MOST_CHARTS = 6
-MOST_SERIES = 9
+MOST_SERIES = 10
 Series = Mapping[str, Sequence[tuple[int, Estimate]]]
 
 
