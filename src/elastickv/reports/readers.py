@@ -1,7 +1,7 @@
 """Runs from the JSON of each program that writes results: one reader a kind, one line in `_READERS`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from elastickv.errors import UsageError
 from elastickv.measure.result import SCHEMA_VERSION
@@ -11,6 +11,7 @@ from elastickv.reports.model_readers import gguf_run, model_run, versions
 from elastickv.reports.reader import Reader
 from elastickv.reports.runs import Cell, Fidelity, Pairs, Run, Times
 
+T = TypeVar("T")
 UNIT_SLACK = 2.0  # a file's mean and its samples differ by less unless their units do
 
 
@@ -26,8 +27,25 @@ def run_of(document: Document) -> Run | None:
         return None
     for holds, read in _READERS:
         if holds(value):
-            return read(Reader(document.source, value))
+            return guarded(document, lambda: read(Reader(document.source, value)))  # noqa: B023
     return None
+
+
+def guarded(document: Document, read: Callable[[], T]) -> T:
+    """Return what `read` makes of a document.
+
+    Raises
+    ------
+    UsageError : naming the file, also where it holds a value of a kind that nobody thought of.
+    """
+    try:
+        return read()
+    except UsageError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise Reader(document.source, {}).refused(
+            f"holds what is no part of a result ({' '.join(str(error).split())})"
+        ) from None
 
 
 def _shape(reader: Reader, kv_heads: int, batch: int) -> Pairs:

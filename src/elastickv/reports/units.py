@@ -1,6 +1,9 @@
 """Figures as people read them."""
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 _SIZES = ((1 << 30, "GiB", 2), (1 << 20, "MiB", 1), (1 << 10, "KiB", 1))
 
@@ -33,6 +36,12 @@ def interval(found: Any, places: int = 3, unit: str = "") -> str:
         return ""
     alone = f"{found.estimate:.{places}f}{unit}"
     return alone if found.low is None else f"{alone} [{found.low:.{places}f}, {found.high:.{places}f}]"
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, str]:
+    """Return the median, the 90th and the 99th percentile of times in milliseconds, and how many times p50 p99 is."""
+    p50, p90, p99 = (float(quantile) for quantile in np.quantile(samples, (0.5, 0.9, 0.99)))
+    return {"p50": duration(p50), "p90": duration(p90), "p99": duration(p99), "p99 / p50": f"{p99 / p50:.2f}"}
 
 
 def fixed(value: float | None, places: int) -> str:

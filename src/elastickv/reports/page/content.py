@@ -1,11 +1,13 @@
 """What the page says: a headline, sections of charts and tables, and what there was nothing to show of."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from elastickv.reports.page.facts import Facts
 from elastickv.reports.page.headline import Headline, headline_of
 from elastickv.reports.page.style import Chart
+
+_NARROW = 5  # columns
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,20 @@ class Table:
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: Sequence[str] = ()
+
+
+def tables(caption: str, rows: Iterable[Mapping[str, str]], words: Sequence[str]) -> list[Table]:
+    """Return a table of rows, which have the same columns; none where there is no row.
+
+    Parameters
+    ----------
+    words : columns that hold words; the others hold numbers.
+    """
+    listed = list(rows)
+    if not listed:
+        return []
+    headers = list(listed[0])
+    return [Table(caption, headers, [list(row.values()) for row in listed], [name for name in headers if name not in words])]
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,11 @@ class Section:
         """Whether there was nothing to show."""
         return not self.charts and not self.tables and not self.commands
 
+    @property
+    def narrow(self) -> bool:
+        """Whether the first table is narrow enough to stand beside a chart that would stand alone."""
+        return bool(self.tables) and len(self.charts) % 2 == 1 and len(self.tables[0].headers) <= _NARROW
+
 
 @dataclass(frozen=True)
 class Content:
@@ -53,7 +74,16 @@ class Content:
     title: str
     headline: Headline
     sections: Sequence[Section]
-    absent: Sequence[Section] = field(default=())
+    absent: Sequence[Section] = ()
+
+    def is_half(self, section: Section) -> bool:
+        """Whether a section is one of two neighbours that hold one chart each: they share a row where there is room."""
+        alone = [len(one.charts) == 1 and not one.tables and not one.commands for one in self.sections]
+        place = before = self.sections.index(section)
+        while before and alone[before - 1]:
+            before -= 1
+        run = len(alone[before:]) if all(alone[before:]) else alone[before:].index(False)
+        return alone[place] and place - before < run - run % 2
 
     @property
     def charts(self) -> list[Chart]:

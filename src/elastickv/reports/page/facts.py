@@ -206,11 +206,21 @@ class Loss:
 
 @dataclass(frozen=True)
 class Needle:
-    """Pass keys found: (cache, tokens) -> depth -> (found, tried)."""
+    """Pass keys in prompts of one length with one cache: depth -> (found, tried)."""
 
     tokens: int
     cache: str
     found: Mapping[float, tuple[int, int]]
+
+    @property
+    def hits(self) -> int:
+        """How many were found, at all depths."""
+        return sum(there for there, _ in self.found.values())
+
+    @property
+    def tried(self) -> int:
+        """How many there were."""
+        return sum(count for _, count in self.found.values())
 
 
 @dataclass(frozen=True)

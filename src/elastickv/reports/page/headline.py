@@ -121,8 +121,7 @@ def _of_model(model: ModelRun, beside: Sequence[str]) -> Headline:
 def _of_evaluation(evaluation: Evaluation) -> Headline:
     told = [loss for loss in evaluation.losses if loss.read is not None]
     if not told:
-        found = sum(there for needle in evaluation.needles for there, _ in needle.found.values())
-        tried = sum(count for needle in evaluation.needles for _, count in needle.found.values())
+        found, tried = (sum(getattr(needle, name) for needle in evaluation.needles) for name in ("hits", "tried"))
         sentence = f"{evaluation.model} finds {found} of {tried} pass keys, over all caches and depths that were tried."
         return Headline(evaluation.told.source, sentence, [("pass keys", f"{found} of {tried}", "all caches")], ())
     most = max(told, key=lambda loss: (loss.read or 0, loss.context))

@@ -98,6 +98,5 @@ def _evaluations(facts: Facts) -> list[dict[str, Any]]:
             found.append(row | {"top1_percent": loss.top1_percent.estimate})
         for needle in evaluation.needles:
             row = _common(evaluation.told, "pass keys") | common | {"context": needle.tokens, "cache": needle.cache}
-            row["pass_keys_found"] = sum(there for there, _ in needle.found.values())
-            found.append(row | {"pass_keys_tried": sum(tried for _, tried in needle.found.values())})
+            found.append(row | {"pass_keys_found": needle.hits, "pass_keys_tried": needle.tried})
     return found

@@ -1,6 +1,7 @@
 """From what is given to facts: every result is read by the reader that `compare` uses."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from elastickv.errors import UsageError
@@ -8,6 +9,7 @@ from elastickv.reports.documents import Document
 from elastickv.reports.page.facts import Facts
 from elastickv.reports.page.steps import step_of
 from elastickv.reports.page.wholes import evaluation_of, is_evaluation, model_of
+from elastickv.reports.readers import guarded
 from elastickv.reports.runs import Run
 from elastickv.reports.sides import Side, gather
 
@@ -44,9 +46,9 @@ def facts_of(given: Sequence[Any]) -> Facts:
             whole.notes.append(f"not shown, being no results: {', '.join(others)}")
     pairs: list[tuple[Document, Run]] = list(zip(whole.documents, whole.runs, strict=True))
     return Facts(
-        steps=[step_of(document, run) for document, run in pairs if "caches" not in document.value],
-        models=[model_of(document, run) for document, run in pairs if "caches" in document.value],
-        evaluations=[evaluation_of(document) for document in evaluations],
+        steps=[guarded(d, partial(step_of, d, run)) for d, run in pairs if "caches" not in d.value],
+        models=[guarded(d, partial(model_of, d, run)) for d, run in pairs if "caches" in d.value],
+        evaluations=[guarded(d, partial(evaluation_of, d)) for d in evaluations],
         sweeps=[(document.source, _command(document)) for document in whole.sweeps],
         not_measured=whole.not_measured,
         notes=list(dict.fromkeys(whole.notes)),

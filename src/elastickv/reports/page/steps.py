@@ -28,10 +28,9 @@ def step_of(document: Document, run: Run) -> Step:
         "kv_heads": cell["kv_heads"],
         "head_dim": cell["dim"],
         "cache": cell["cache"],
-        "compress": cell["compress"],
+        "compress": reader.positive("configuration", "compression"),
         "requested": cell["recipe"],
         "recipe": run.recipe,
-        "read": run.ratio_read,
         "elastic_ms": run.figures["step"].mean_ms,
     }
     return _original(reader, run, common) if run.recipe is None else _own(reader, run, common)
@@ -44,7 +43,8 @@ def _own(reader: Reader, run: Run, common: dict[str, Any]) -> Step:
     return Step(
         told=told(reader, run.device, _warnings(reader)),
         **common,
-        stored=reader.number("recipe", "ratio_stored"),
+        read=reader.positive("recipe", "ratio_read"),
+        stored=reader.positive("recipe", "ratio_stored"),
         dense_ms=reader.positive("baseline", "time_ms"),
         baseline=baseline,
         speedup=estimate(reader, "speedup"),
@@ -69,10 +69,11 @@ def _original(reader: Reader, run: Run, common: dict[str, Any]) -> Step:
     return Step(
         told=told(reader, run.device, ["written by the original program: no samples, no interval, a baseline of its own"]),
         **common,
+        read=None,
         stored=None,
         dense_ms=1e3 / reader.positive("results", "baseline_tokens_per_sec") if rate else None,
         baseline="the original program's own" if rate else None,
-        speedup=None if speedup is None else Estimate(reader.number("results", "speedup_vs_baseline")),
+        speedup=None if speedup is None else Estimate(reader.positive("results", "speedup_vs_baseline")),
         noise_floor=None,
         faster=None,
         error=None,
@@ -121,7 +122,7 @@ def _cycle(reader: Reader) -> Estimate | None:
         return None
     bounds = [reader.optional("inference_cycle", name) for name in ("speedup_low", "speedup_high")]
     known = all(isinstance(bound, (int, float)) for bound in bounds)
-    return Estimate(reader.number("inference_cycle", "speedup_vs_baseline"), *(bounds if known else ()))
+    return Estimate(reader.positive("inference_cycle", "speedup_vs_baseline"), *(bounds if known else ()))
 
 
 def _tokens(reader: Reader, run: Run) -> dict[str, tuple[float, ...]]:

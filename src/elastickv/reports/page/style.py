@@ -5,13 +5,16 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log2
+from math import ceil, floor, log2, log10
 from typing import Any
+
+from elastickv.reports.page.facts import Estimate
 
 # The Okabe-Ito hues, of a lightness that stands out from white; a page gives others for a dark one.
 INK, MUTED, GRID, PAPER = "#1b1f24", "#57606a", "#d9dee4", "#ffffff"
 HUES = ("#0072b2", "#d55e00", "#008a65", "#b0568f", "#9a6a00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+WIDTH = 390  # of a chart, in pixels of the page: a phone's
 LINES = ("-", (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
     hue: f"--hue-{number}" for number, hue in enumerate(HUES, 1)
@@ -51,7 +54,7 @@ _RC = {
 _FONT = re.compile(r"(font: [^;\"]*?\d(?:\.\d+)?px) [^;\"]*")
 _TAG = re.compile(r"<[^>]*>")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
-_LONGEST = 60
+_LONGEST = 64
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Chart:
     title: str
     alt: str
     draw: Callable[[Any], None]
-    width: float = 440
-    height: float = 350
+    width: float = WIDTH
+    height: float = 330
 
     def svg(self) -> str:
         """Return it as SVG that stands by itself: dark on white."""
@@ -148,10 +151,21 @@ def line(number: int) -> Any:
     return LINES[number // len(HUES) % len(LINES)]
 
 
-def legend(figure: Any, handles: Sequence[Any], columns: int = 2, title: str | None = None) -> None:
+def legend(figure: Any, handles: Sequence[Any]) -> None:
     """Add a legend below the axes, where it covers nothing."""
     labels = [handle.get_label() for handle in handles]
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title, columnspacing=1.4, handletextpad=0.6)
+    columns = _columns(labels)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.4, handletextpad=0.6)
+
+
+def legend_height(labels: Sequence[str]) -> float:
+    """Return the pixels that a legend of these labels takes."""
+    return 14.5 * -(-len(labels) // _columns(labels)) + 8
+
+
+def _columns(labels: Sequence[str]) -> int:
+    longest = max((len(shown(label)) for label in labels), default=0)
+    return 3 if longest <= 11 else 2 if longest <= 24 else 1
 
 
 def plain_axis(axis: Any) -> None:
@@ -174,6 +188,30 @@ def log_axis(axis: Any, low: float, high: float, base: int = 10) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
+def bounds(found: Estimate) -> tuple[float, float]:
+    """Return an estimate's interval; the estimate twice where there is none."""
+    if found.low is None or found.high is None:
+        return found.estimate, found.estimate
+    return found.low, found.high
+
+
+def bars(found: Sequence[Estimate], scale: float = 1.0) -> list[list[float]]:
+    """Return the lengths of error bars, below and above."""
+    return [[scale * abs(one.estimate - bounds(one)[end]) for one in found] for end in (0, 1)]
+
+
+def rows_axes(figure: Any, labels: Sequence[str]) -> Any:
+    """Return axes with a row for each label, which stands above its row: long names leave room for the data."""
+    axes = figure.add_subplot()
+    axes.set_ylim(len(labels) - 0.45, -0.75)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y", visible=False)
+    for row, label in enumerate(labels):
+        axes.text(0, row - 0.28, shown(label), transform=axes.get_yaxis_transform(), fontsize=9.5, va="bottom", color=INK)
+    return axes
+
+
 def number(value: float) -> str:
     """Return a short plain number: 0.002, 25, 4096, 131072, 1e+07."""
     if value == 0:
@@ -191,17 +229,21 @@ def span(values: Sequence[float], room: float = 1.25) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, base: int) -> list[float]:
-    """Return round values: powers of the base, of ten also 2 and 5 times them; not more than eight."""
+    """Return three to seven round values: powers of two, or of ten and multiples of them; more closely where they are few."""
     if base == 2:
-        step = max(1, round((log2(high) - log2(low)) / 7))
-        first = -(-log2(low) // 1)
-        return [2.0 ** (first + i * step) for i in range(int((log2(high) - first) // step) + 1)]
-    exponents = range(int(log2(low) / log2(10)) - 2, int(log2(high) / log2(10)) + 2)
-    for multiples in ((1, 2, 5), (1, 3), (1,)):
-        found = [m * 10.0**e for e in exponents for m in multiples if low <= m * 10.0**e <= high]
-        if len(found) <= 7:
-            break
-    return found[:: -(-len(found) // 7)] if len(found) > 7 else found
+        exponents = range(ceil(log2(low)), floor(log2(high)) + 1)
+        found = [2.0**exponent for exponent in exponents[:: -(-len(exponents) // 7) or 1]]
+        if len(found) > 2:
+            return found
+    exponents = range(floor(log10(low)), ceil(log10(high)) + 1)
+    for multiples in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)):
+        found = [m * 10.0**exponent for exponent in exponents for m in multiples if low <= m * 10.0**exponent <= high]
+        if len(found) > 2:
+            return found[:: -(-len(found) // 7)]
+    step = 10.0 ** floor(log10(high - low))
+    while (high - low) / step < 3:
+        step /= 2
+    return [step * count for count in range(ceil(low / step), floor(high / step) + 1)]
 
 
 def _clean(svg: str, chart: Chart) -> str:

@@ -52,10 +52,10 @@ def told(reader: Reader, device: str, warnings: Iterable[Any]) -> Told:
 
 
 def estimate(reader: Reader, *path: str) -> Estimate | None:
-    """Return the interval that is there; None where it is missing or null."""
+    """Return the interval of a time or of a ratio of times; None where it is missing or null."""
     if reader.optional(*path) is None:
         return None
-    return Estimate(*(reader.number(*path, name) for name in ("estimate", "low", "high")))
+    return Estimate(*(reader.positive(*path, name) for name in ("estimate", "low", "high")))
 
 
 def lines(reader: Reader, *path: str) -> list[str]:
@@ -71,5 +71,5 @@ def reasons(reader: Reader, *path: str) -> dict[str, str]:
 
 
 def optional_number(reader: Reader, *path: str) -> float | None:
-    """Return a number that may be missing or null."""
-    return None if reader.optional(*path) is None else reader.number(*path)
+    """Return a number above 0 that may be missing or null."""
+    return None if reader.optional(*path) is None else reader.positive(*path)

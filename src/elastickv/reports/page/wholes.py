@@ -34,22 +34,19 @@ def model_of(document: Document, run: Run) -> ModelRun:
         dtype=str(cell.get("dtype", "")),
         context=cell.get("context"),
         batch=cell.get("batch"),
-        asked=_asked(cell),
+        asked=_asked(reader),
         caches=tuple(_cache(reader, cache) for cache in reader.at("caches", kind=list)),
         speedups={str(name): found for name in speedups if (found := estimate(reader, "speedups", name)) is not None},
-        baseline=reader.optional("baseline"),
+        baseline=None if reader.optional("baseline") is None else reader.text("baseline"),
         noise_floor=estimate(reader, "noise_floor"),
         not_run=not_run,
     )
 
 
-def _asked(cell: dict[str, Any]) -> str:
-    """Return C or the recipe that was asked for; the run's cell holds both as text."""
-    for name in ("compress", "recipe"):
-        value = cell.get(name)
-        if value not in (None, "None", ""):
-            return f"C={float(value):g}" if name == "compress" else str(value)
-    return ""
+def _asked(reader: Reader) -> str:
+    """Return C or the recipe that was asked for; nothing where a file tells neither."""
+    compress, recipe = (reader.optional(name) for name in ("compress", "recipe"))
+    return str(recipe or "") if compress is None else f"C={reader.positive('compress'):g}"
 
 
 def _cache(reader: Reader, cache: Any) -> ModelCache:

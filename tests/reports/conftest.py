@@ -1,0 +1,15 @@
+"""What the tests of the page share: it is drawn once."""
+
+import pytest
+
+from tests.helpers.results import COMMITTED
+
+
+@pytest.fixture(scope="session")
+def h100():
+    """The report of the committed results of the H100."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    from elastickv import report
+
+    return report(COMMITTED / "h100")
