@@ -1,19 +1,26 @@
-"""What the documents say is what the files hold."""
+"""What the documents say is what the files hold, and their examples run."""
 
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from unittest import mock
 
+import click
 import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WORKFLOWS = sorted((ROOT / "docs" / "workflows").glob("*.yml"))
+RESULT = ROOT / "benchmarks" / "results" / "cpu" / "short.json"
 
 
-def test_the_figures_in_the_documents_are_those_of_the_result_files():
+@pytest.mark.parametrize("tool", ["render_figures", "render_reference"])
+def test_what_a_tool_writes_is_up_to_date(tool):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "render_figures.py"), "--check"], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -24,25 +31,74 @@ def test_links_lead_somewhere(document):
         assert target.startswith("http") or (document.parent / target).exists(), target
 
 
-def test_every_bench_option_in_the_readme_exists():
-    from elastickv.cli.bench import command
+def commands():
+    """Yield (file, subcommand, the rest of the line) of everything that a document tells to type."""
+    for path in (*DOCUMENTS, *WORKFLOWS):
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        if path.suffix == ".md":
+            text = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+        for name, rest in re.findall(
+            r"^(?:.*[ /])?(elastickv (?!bench --model)[a-z]+|elastic_kv_cli)(?= |$)(.*)$", text, re.MULTILINE
+        ):
+            yield path, name.removeprefix("elastickv "), rest.partition(" #")[0]
 
-    known = {name for parameter in command.params for name in parameter.opts + parameter.secondary_opts}
-    commands = re.findall(r"^(?:.*\b)?(?:elastickv bench|elastic_kv_cli)(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    used = {option for line in commands for option in re.findall(r"(--[a-z-]+)", line.partition("#")[0])}
-    assert used
-    assert used <= known
+
+def test_every_command_and_option_in_the_documents_exists():
+    from elastickv.cli import original, root
+
+    group = click.Context(root)
+    seen = set()
+    for path, name, rest in commands():
+        command = original.command if name == "elastic_kv_cli" else root.get_command(group, name)
+        assert command is not None, f"{path.name}: {name}"
+        known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+        assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest.partition("|")[0])) <= known, f"{path.name}: {name}{rest}"
+        seen.add(name)
+    assert seen >= {"bench", "calibrate", "compare", "eval", "run", "sweep", "elastic_kv_cli"}
 
 
-def test_the_commands_of_the_comparison_and_its_workflow_exist():
-    from elastickv.cli.bench import command as bench
-    from elastickv.cli.compare import command as compare
+def blocks(document):
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
-    workflow = (ROOT / "docs" / "workflows" / "performance.yml").read_text(encoding="utf-8").replace("\\\n", " ")
-    text = workflow + (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
-    for command in (bench, compare):
-        lines = re.findall(rf"elastickv {command.name} (.*)$", workflow, re.MULTILINE)
-        assert lines
-        lines += re.findall(rf"^elastickv {command.name} (.*)$", text, re.MULTILINE)
-        known = {name for parameter in command.params for name in parameter.opts + parameter.secondary_opts}
-        assert {option for line in lines for option in re.findall(r"(--[a-z-]+)", line)} <= known
+
+def given(code):
+    """Return what an example's reader has at hand: a model and its inputs, where the code does not make them."""
+    if not re.search(r"\bmodel\b", code):
+        return {}
+    import torch
+
+    from tests.helpers.tiny_models import tiny_llama
+
+    model = tiny_llama().model
+    model.generation_config.max_new_tokens = 4
+    ids = torch.arange(1, 101)[None] % 127
+    return {"model": model, "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
+
+
+EXAMPLES = [document for document in DOCUMENTS if blocks(document)]
+
+
+@pytest.mark.parametrize("document", EXAMPLES, ids=lambda path: path.name)
+def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
+    from elastickv import reports
+    from elastickv.backends.registry import BACKENDS
+    from elastickv.measure.contenders import peers
+
+    for name in ("result.json", "before.json", "after.json"):
+        shutil.copyfile(RESULT, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    examples = blocks(document)
+    names = given("".join(examples))
+    # What an example adds to the program is taken away again.
+    with (
+        warnings.catch_warnings(),
+        mock.patch.dict(BACKENDS), mock.patch.dict(reports.FORMATS), mock.patch.object(peers, "PEERS", peers.PEERS),
+    ):  # fmt: skip
+        warnings.simplefilter("ignore")
+        for number, code in enumerate(examples, 1):
+            exec(compile(code, f"{document.name}, example {number}", "exec"), names)
+
+
+def test_no_docstring_holds_an_example_that_nobody_runs():
+    sources = [path for path in (ROOT / "src").rglob("*.py") if ">>>" in path.read_text(encoding="utf-8")]
+    assert not sources, "write it into a document, whose examples are run"

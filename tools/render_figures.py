@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("BENCHMARKS.md", "fidelity.md", "run.md")))
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("BENCHMARKS.md", "fidelity.md", "index.md", "run.md")))
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
