@@ -1,6 +1,6 @@
 """Runs from the JSON of each program that writes results: one reader a kind, one line in `_READERS`."""
 
-import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +10,8 @@ from elastickv.measure.statistics import Moments, truncated
 from elastickv.reports.documents import Document
 from elastickv.reports.runs import Cell, Fidelity, Pairs, Run, Times
 
+LARGEST = 1e30  # no figure of ours is larger
+LEAST_TIME, LONGEST_TIME = 1e-9, 1e9  # milliseconds or seconds: from less than a cycle to days
 UNIT_SLACK = 2.0  # a file's mean and its samples differ by less unless their units do
 
 
@@ -56,7 +58,7 @@ class _Reader:
     def number(self, *path: str) -> float:
         """Return a number that is 0 or more."""
         found = self.at(*path)
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < math.inf:
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found <= LARGEST:
             raise self.refused(f"has {'.'.join(path)} = {str(found)[:40]}, which is no figure")
         return float(found)
 
@@ -80,8 +82,8 @@ class _Reader:
 
     def times(self, found: Any, name: str) -> tuple[float, ...]:
         """Return a list of times, each of which must be a positive number."""
-        if not isinstance(found, list) or not all(type(t) in (int, float) and 0 < t < math.inf for t in found):
-            raise self.refused(f"has {name} that are not all positive times")
+        if not isinstance(found, list) or not all(type(t) in (int, float) and LEAST_TIME <= t <= LONGEST_TIME for t in found):
+            raise self.refused(f"has {name} that are not all positive times of {LEAST_TIME:g} to {LONGEST_TIME:g}")
         return tuple(map(float, found))
 
     def rounds(self, found: Any, name: str) -> tuple[float, ...]:
@@ -283,7 +285,7 @@ def _versions(reader: _Reader) -> dict[str, Any]:
 
 
 def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
+    return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else 0 for part in version.split("."))
 
 
 _READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[_Reader], Run]], ...] = (

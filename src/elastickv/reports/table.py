@@ -7,6 +7,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from elastickv.errors import printable
+
+
+def literal(text: str) -> str:
+    """Return a text as rich prints it as it stands: no markup of its own, nothing that steers the terminal."""
+    return escape(printable(text))
+
 
 def as_table(result: dict[str, Any]) -> str:
     """Return what a person wants to see first: who was measured, the ratio, its price, and every warning."""
@@ -14,12 +21,12 @@ def as_table(result: dict[str, Any]) -> str:
     console = Console(file=out, width=100, highlight=False)
     configuration, recipe, gpu = result["configuration"], result["recipe"], result["gpu"]
     console.print(
-        f"[bold]{escape(gpu['name'])}[/]  context {configuration['seq_len']}, batch {configuration['batch']}, "
+        f"[bold]{literal(gpu['name'])}[/]  context {configuration['seq_len']}, batch {configuration['batch']}, "
         f"{configuration['heads']} query / {configuration['kv_heads']} KV heads x {configuration['head_dim']}, "
         f"compress={configuration['compression']:g}, {configuration['cache']} cache"
     )
     console.print(
-        f"recipe [bold]{escape(recipe['text'])}[/] ({recipe['hash']}): reads 1/{recipe['ratio_read']:.2f}, "
+        f"recipe [bold]{literal(recipe['text'])}[/] ({recipe['hash']}): reads 1/{recipe['ratio_read']:.2f}, "
         f"stores 1/{recipe['ratio_stored']:.2f} of dense 16-bit bytes{_expected(recipe)}"
     )
     table = Table(box=None, pad_edge=False)
@@ -28,16 +35,16 @@ def as_table(result: dict[str, Any]) -> str:
     for timing in result["contenders"]:
         mark = " (baseline)" if timing["name"] == result["baseline"]["name"] else ""
         table.add_row(
-            escape(timing["name"] + mark),
+            literal(timing["name"] + mark),
             f"{timing['time_ms']:.4f}",
             f"{100 * timing['coefficient_of_variation']:.2f}",
             f"{timing['kv_bandwidth_gbs']:.1f}",
         )
     console.print(table)
     for line in _sentences(result):
-        console.print(escape(line), soft_wrap=True)
+        console.print(literal(line), soft_wrap=True)
     for warning in result["warnings"]:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {literal(warning)}", soft_wrap=True)
     return out.getvalue()
 
 

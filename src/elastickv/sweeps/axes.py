@@ -1,8 +1,8 @@
 """What an axis or a setting may hold: numbers, lists, ranges as llama-bench writes them, converted to the option's own type."""
 
-import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -19,6 +19,7 @@ SETTINGS = (
     "graphs", "peers", "input", "dense", "seed",
 )  # fmt: skip
 MAX_CELLS = 100_000
+MAX_NUMBER = 10**15
 
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 _RANGE = re.compile(rf"{_NUMBER}-{_NUMBER}(?:([+*]){_NUMBER})?")
@@ -65,17 +66,24 @@ def converted(name: str, value: Any) -> Any:
     """
     kind = TYPES[name]
     if isinstance(value, str) and kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            return _bounded(name, kind(value))
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return float(_bounded(name, value))
+    elif kind is int and type(value) is int:
+        return _bounded(name, value)
     elif kind is Path and isinstance(value, (str, Path)):
         return Path(value)
     elif type(value) is kind:
         return value
     raise UsageError(f"--{_option(name)}={value} is not {_SAID[kind]}: {_hint(kind)}")
+
+
+def _bounded(name: str, number: Any) -> Any:
+    # Not NaN, not infinite, and no whole number that would not fit into arithmetic.
+    if not -MAX_NUMBER <= number <= MAX_NUMBER:
+        raise UsageError(f"--{_option(name)}={str(number)[:40]} is out of range: at most {MAX_NUMBER:g} is accepted")
+    return number
 
 
 def _hint(kind: type) -> str:
@@ -108,8 +116,8 @@ def _expanded(name: str, term: str) -> Iterator[Any]:
         return
     first, last = converted(name, match[1]), converted(name, match[2])
     operation, step = match[3] or "+", converted(name, match[4] or "1")
-    grows = step > (1 if operation == "*" else 0) and not (operation == "*" and first == 0)
-    if last < first or not grows or not math.isfinite(last):
+    grows = (step > 1 and first > 1 / MAX_NUMBER) if operation == "*" else step > 0
+    if last < first or not grows:
         raise UsageError(
             f"--{_option(name)}={term} is no range: write first-last, first-last+step or first-last*factor, upwards"
         )

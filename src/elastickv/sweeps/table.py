@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from elastickv.errors import UsageError
+from elastickv.errors import UsageError, printable
 from elastickv.reports import dumps, write_text
 from elastickv.reports.rows import COLUMNS, csv_of, markdown_of, row
 from elastickv.sweeps.journal import read
+from elastickv.sweeps.plan import name
 
 EXPORTS = (".csv", ".md", ".json", ".parquet")
 _BRIEF = (
@@ -125,7 +126,10 @@ class Sweep:
         rows = self._brief()
 
         def line(tag: str, values: list[Any]) -> str:
-            shown = (f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value) for value in values)
+            shown = (
+                f"{value:.4g}" if isinstance(value, float) else "" if value is None else printable(str(value))
+                for value in values
+            )
             return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in shown) + "</tr>"
 
         body = "".join(line("td", list(cells.values())) for cells in rows)
@@ -133,8 +137,11 @@ class Sweep:
         return f"<table><thead>{line('th', list(rows[0]))}</thead><tbody>{body}</tbody></table>{note}"
 
     def _row(self, record: dict[str, Any], axes: list[str]) -> dict[str, Any]:
-        figures = row(record) if record["status"] == "ok" else dict.fromkeys((name for name, _ in COLUMNS), None)
-        figures = {"recipe_used": figures.pop("recipe")} | {name: v for name, v in figures.items() if name not in axes}
+        try:
+            figures = row(record) if record["status"] == "ok" else dict.fromkeys((label for label, _ in COLUMNS), None)
+        except UsageError as error:
+            raise UsageError(f"the cell {name(record['cell'])}: {error}") from None
+        figures = {"recipe_used": figures.pop("recipe")} | {label: v for label, v in figures.items() if label not in axes}
         return {axis: record["cell"].get(axis) for axis in axes} | {k: record.get(k) for k in ("status", "reason")} | figures
 
     def _some_rows(self) -> list[dict[str, Any]]:
@@ -147,7 +154,7 @@ class Sweep:
         axes = list(self.header.get("axes", {}))
         reasons = any(record.get("reason") for record in self.cells)
         kept = [*axes, *_BRIEF, *(["reason"] if reasons else [])]
-        return [{name: cells[name] for name in kept} for cells in self._some_rows()]
+        return [{label: cells[label] for label in kept} for cells in self._some_rows()]
 
 
 def check_export(path: Path) -> None:
