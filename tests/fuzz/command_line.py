@@ -144,6 +144,9 @@ def arguments(source: Source) -> list[str]:
         given += [source.pick(_FILES), source.pick(_FILES)]
     elif name == "sweep":
         given += ["-o", source.pick(("out.jsonl", "s.jsonl", *_FILES))]
+    elif name == "bench" and source.below(16):
+        # Solving `auto` takes most of the time, and is another target's.
+        given += ["--recipe", source.pick(("int8", "stride=2", "int4,pages=1/4", "reuse,anchor_every=4"))]
     elif name in ("eval", "calibrate", "run"):
         given.append(source.pick(("m.gguf", "folder", "missing.gguf", *_VALUES)))
     known = _options(name) if name in COMMANDS else ("--help",)

@@ -93,6 +93,7 @@ def edits(value, source: Source, most: int = 5):
 def as_json(value) -> bytes:
     """Return the JSON of an edited document, what Python would not write put in."""
     text = json.dumps(value)
-    for mark, raw in RAW.items():
-        text = text.replace(f'"{mark}"', raw)
+    if '"@' in text:
+        for mark, raw in RAW.items():
+            text = text.replace(f'"{mark}"', raw)
     return text.encode()

@@ -14,7 +14,7 @@ MAX_ROWS = 65535
 
 def is_whole(value: Any) -> bool:
     """Whether a number is whole by its type, NumPy's among them; True and False are not."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from elastickv.measure.statistics import Moments, truncated
 from elastickv.reports.documents import Document
 from elastickv.reports.runs import Cell, Fidelity, Pairs, Run, Times
 
-LARGEST = 1e30  # no figure of ours is larger
+LEAST, LARGEST = 1e-30, 1e30  # of figures: their ratios and products are finite
 LEAST_TIME, LONGEST_TIME = 1e-9, 1e9  # milliseconds or seconds: from less than a cycle to days
 UNIT_SLACK = 2.0  # a file's mean and its samples differ by less unless their units do
 
@@ -65,8 +65,8 @@ class _Reader:
     def positive(self, *path: str) -> float:
         """Return a number above 0."""
         found = self.number(*path)
-        if found == 0:
-            raise self.refused(f"has 0 in {'.'.join(path)}")
+        if found < LEAST:
+            raise self.refused(f"has {found:g} in {'.'.join(path)}")
         return found
 
     def count(self, *path: str) -> int:
