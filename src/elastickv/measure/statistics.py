@@ -12,6 +12,7 @@ from elastickv.errors import NonFiniteError
 
 Float64 = NDArray[np.float64]
 RESAMPLES = 2000
+WIDEST = 500.0  # half an interval of a ratio's logarithm: what is wider knows nothing either, and its bounds are numbers
 LEVEL = 0.95
 
 
@@ -115,7 +116,7 @@ def ratio_interval(
         variances.append(float(replicates.var()) * blocks / (blocks - 1))
         freedoms.append(blocks - 1)
         longest = max(longest, length)
-    margin = student_quantile(0.5 + LEVEL / 2, _welch(variances, freedoms)) * math.sqrt(sum(variances))
+    margin = min(WIDEST, student_quantile(0.5 + LEVEL / 2, _welch(variances, freedoms)) * math.sqrt(sum(variances)))
     return Interval(
         math.exp(estimate), math.exp(estimate - margin), math.exp(estimate + margin), LEVEL, min(len(a), len(b)), longest
     )
@@ -137,7 +138,7 @@ def ratio_of_moments(numerator: Moments, denominator: Moments) -> Interval:
         raise NonFiniteError("a time that is not a finite positive number: no figure is reported")
     errors = [side.relative_error for side in sides]
     freedom = _welch([error**2 for error in errors], [side.samples - 1 for side in sides])
-    margin = student_quantile(0.5 + LEVEL / 2, freedom) * math.hypot(*errors)
+    margin = min(WIDEST, student_quantile(0.5 + LEVEL / 2, freedom) * math.hypot(*errors))
     estimate = numerator.mean / denominator.mean
     return Interval(estimate, estimate * math.exp(-margin), estimate * math.exp(margin), LEVEL, least, 1)
 

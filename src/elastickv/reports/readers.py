@@ -1,5 +1,6 @@
 """Runs from the JSON of each program that writes results: one reader a kind, one line in `_READERS`."""
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -190,7 +191,7 @@ def _device(reader: Reader) -> str:
 
 
 def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
+    return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else 0 for part in version.split("."))
 
 
 _READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[Reader], Run]], ...] = (

@@ -12,6 +12,7 @@ from elastickv.reports.files import write_bytes
 from elastickv.reports.html import html_paragraphs, html_table
 from elastickv.reports.rows import COLUMNS, csv_of, frame, markdown_of, row
 from elastickv.sweeps.journal import read
+from elastickv.sweeps.plan import name
 
 EXPORTS = (".csv", ".md", ".json", ".parquet")
 _BRIEF = (
@@ -130,8 +131,11 @@ class Sweep:
         return html_table(list(rows[0]), [[_shown(value) for value in cells.values()] for cells in rows], note)
 
     def _row(self, record: dict[str, Any], axes: list[str]) -> dict[str, Any]:
-        figures = row(record) if record["status"] == "ok" else dict.fromkeys((name for name, _ in COLUMNS), None)
-        figures = {"recipe_used": figures.pop("recipe")} | {name: v for name, v in figures.items() if name not in axes}
+        try:
+            figures = row(record) if record["status"] == "ok" else dict.fromkeys((label for label, _ in COLUMNS), None)
+        except UsageError as error:
+            raise UsageError(f"the cell {name(record['cell'])}: {error}") from None
+        figures = {"recipe_used": figures.pop("recipe")} | {label: v for label, v in figures.items() if label not in axes}
         return {axis: record["cell"].get(axis) for axis in axes} | {k: record.get(k) for k in ("status", "reason")} | figures
 
     def _some_rows(self) -> list[dict[str, Any]]:
@@ -144,7 +148,7 @@ class Sweep:
         axes = list(self.header.get("axes", {}))
         reasons = any(record.get("reason") for record in self.cells)
         kept = [*axes, *_BRIEF, *(["reason"] if reasons else [])]
-        return [{name: cells[name] for name in kept} for cells in self._some_rows()]
+        return [{label: cells[label] for label in kept} for cells in self._some_rows()]
 
 
 def check_export(path: Path) -> None:
