@@ -34,7 +34,7 @@ def main() -> None:
     intervals = []
     for comparison in range(arguments.comparisons):
         samples = collect(timed, arguments.reps, paired=True, seed=comparison)
-        interval = ratio_interval(samples.times["a"], samples.times["b"], seed=comparison)
+        interval = ratio_interval(samples.times["a"], samples.times["b"])
         intervals.append({"estimate": interval.estimate, "low": interval.low, "high": interval.high})
     contained = sum(i["low"] <= 1 <= i["high"] for i in intervals)
     faster = sum(i["low"] > 1 for i in intervals)
