@@ -212,14 +212,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    planned = list(conditions(arguments.kinds))
+    planned, measured_at = list(conditions(arguments.kinds)), commit()
     with ProcessPoolExecutor(arguments.workers) as pool:
         found = list(pool.map(rates, planned, [arguments.replications] * len(planned)))
     rows = [asdict(condition) | asdict(rate) for condition, rate in zip(planned, found, strict=True)]
     record = {
         "what": "rates over synthetic streams of known ratio; AR(1): coefficient from one sample to the next",
         "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(),
+        "commit": measured_at,
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "command": ["python", "benchmarks/statistics_study.py", *sys.argv[1:]],
         "replications": arguments.replications,

@@ -101,10 +101,10 @@ def block_length(series: Float64) -> int:
     rho = np.array([float(centred[lag:] @ centred[: n - lag]) for lag in range(1, lags + 1)]) / power
     beyond_chance = np.flatnonzero(np.abs(rho) >= 2 * math.sqrt(math.log10(n) / n))
     last = 0
-    for lag in beyond_chance + 1:
-        if lag - last > patience:
+    for seen in beyond_chance.tolist():
+        if seen + 1 - last > patience:
             break
-        last = int(lag)
+        last = seen + 1
     if last == 0:
         return 1
     lag = np.arange(1, min(2 * last, lags) + 1)
@@ -114,7 +114,7 @@ def block_length(series: Float64) -> int:
     if spectrum <= 0:
         return 1
     curvature = 2 * float((window * lag) @ rho[: len(lag)])
-    return max(1, math.ceil((1.5 * curvature**2 / spectrum**2 * n) ** (1 / 3)))
+    return max(1, math.ceil(math.pow(1.5 * (curvature / spectrum) ** 2 * n, 1 / 3)))
 
 
 def _quantile(ordered: Float64, share: float) -> float:
