@@ -95,6 +95,8 @@ def main() -> int:
         python = fresh_environment(ENVIRONMENT)
     planned = steps(python, not options.here, tests)
     if not options.here and not tests:
+        if (ROOT / ".git").exists():
+            planned.append(("package", [str(python), "tools/package.py", "--no-install"]))
         other = another_python()
         print(f"==> another Python: {other or 'none is at hand'}", flush=True)
         planned += quick_steps(other) if other else []
