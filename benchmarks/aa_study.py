@@ -1,7 +1,7 @@
 """Does the interval tell the truth about nothing? Repeated A/A comparisons: dense against itself, in mirrored blocks.
 
     python benchmarks/aa_study.py --output benchmarks/results/cpu/aa_study.json
-    python benchmarks/aa_study.py --backend cuda --comparisons 400 --time-limit 40 --output benchmarks/results/h100/aa_study.json
+    python benchmarks/aa_study.py --backend cuda --comparisons 400 --time-limit 40 --output H100.json
 
 Three contenders as in a result, all of them the same dense kernel: what is told of the second must be that it is as fast. Of
 95 % intervals 93 to 97 % should contain 1, at most 2.5 % lie above it, and "faster", which a result says beyond the noise floor

@@ -83,3 +83,11 @@ def test_blocks_are_mirrored_rounds_and_there_are_enough():
     assert len(seen) > 1
     assert all(length % MIRRORED == 0 and 100 // length >= LEAST_BLOCKS for length in seen)
     assert locate([1.0, 2.0, 3.0]).block_length == 1
+
+
+def test_times_by_themselves_are_located_by_their_midmean():
+    times = RNG(9).lognormal(0, 1, 200)
+    found = locate(times, symmetric=False)
+    assert found.estimate == pytest.approx(np.sort(times)[50:150].mean())
+    drawn = [locate(RNG([seed, 10]).lognormal(0, 1, 100), symmetric=False) for seed in range(300)]
+    assert 0.8 < np.mean([where.variance for where in drawn]) / np.var([where.estimate for where in drawn]) < 1.35

@@ -38,7 +38,7 @@ class Location:
     block_length: int
 
 
-def locate(series: ArrayLike, bend: float = BEND, first: int = 0) -> Location:
+def locate(series: ArrayLike, bend: float = BEND, first: int = 0, symmetric: bool = True) -> Location:
     """Return the location of a series, in the order in which it was measured.
 
     The influence of each value on the estimate (Huber 1964) makes a series whose mean has the estimate's error. From ten values
@@ -53,10 +53,12 @@ def locate(series: ArrayLike, bend: float = BEND, first: int = 0) -> Location:
     series : (n,) values, n >= 2.
     bend : Huber's constant; infinity gives the mean.
     first : number of the first value in the sampler's order; mirrored rounds begin at even ones.
+    symmetric : whether bursts go either way, as they do in ratios. Times by themselves have them above only: there Huber's
+        scale would add an error of its own, and the estimate is the midmean.
     """
     values = np.asarray(series, np.float64)
     n = len(values)
-    estimate, influence = huber(values, bend)
+    estimate, influence = huber(values, bend) if symmetric or math.isinf(bend) else midmean(values)
     rho, length = 0.0, 1
     if n >= _FEWEST:
         rho = min(max(0.0, _first_autocorrelation(influence)), _STRONGEST)
@@ -87,6 +89,16 @@ def huber(values: Float64, bend: float = BEND) -> tuple[float, Float64]:
         if abs(step) <= _TOLERANCE * bound:
             break
     return centre, _influence(values, centre, bound)
+
+
+def midmean(values: Float64) -> tuple[float, Float64]:
+    """Return the mean without a quarter of the values at either end, and the values' influence (Tukey & McLaughlin 1963)."""
+    ordered = np.sort(values)
+    cut = len(values) // 4
+    kept = ordered[cut : len(values) - cut]
+    winsorised = np.clip(values, kept[0], kept[-1])
+    influence: Float64 = (winsorised - winsorised.mean()) * (len(values) / len(kept))
+    return float(kept.mean()), influence
 
 
 def block_length(series: Float64) -> int:

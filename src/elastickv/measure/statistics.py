@@ -87,7 +87,7 @@ def ratio_interval(
     """Return the ratio of two contenders' times with its confidence interval.
 
     The estimate is exp of the location (`locate`: Huber's) of the log ratios of pairs, in the order in which they were
-    measured; unpaired, of the difference of the locations of the logs. The bounds are Student-t; unpaired, with the degrees of
+    measured; unpaired, of the difference of the midmeans of the logs. The bounds are Student-t; unpaired, with the degrees of
     freedom of Welch & Satterthwaite. benchmarks/statistics_study.py shows how often they hold the truth.
 
     Parameters
@@ -107,7 +107,7 @@ def ratio_interval(
     if not (np.isfinite(a).all() and np.isfinite(b).all() and (a > 0).all() and (b > 0).all()):
         raise NonFiniteError("a time that is not a finite positive number: no figure is reported")
     series = [np.log(a) - np.log(b)] if paired else [np.log(a), -np.log(b)]
-    locations = [locate(x, bend, first) for x in series]
+    locations = [locate(x, bend, first, symmetric=paired) for x in series]
     estimate = sum(where.estimate for where in locations)
     variances = [where.variance for where in locations]
     freedom = _welch(variances, [where.freedom for where in locations])
