@@ -4,13 +4,17 @@ import io
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.reports import dumps, write_text
+from elastickv.reports.documents import Document
 from elastickv.reports.files import write_bytes
 from elastickv.reports.html import html_paragraphs, html_table
+from elastickv.reports.readers import run_of
 from elastickv.reports.rows import COLUMNS, csv_of, frame, markdown_of, row
+from elastickv.sweeps.baselines import is_baseline
 from elastickv.sweeps.journal import read
 
 EXPORTS = (".csv", ".md", ".json", ".parquet")
@@ -130,7 +134,7 @@ class Sweep:
         return html_table(list(rows[0]), [[_shown(value) for value in cells.values()] for cells in rows], note)
 
     def _row(self, record: dict[str, Any], axes: list[str]) -> dict[str, Any]:
-        figures = row(record) if record["status"] == "ok" else dict.fromkeys((name for name, _ in COLUMNS), None)
+        figures = _figures(record) if record["status"] == "ok" else dict.fromkeys((name for name, _ in COLUMNS), None)
         figures = {"recipe_used": figures.pop("recipe")} | {name: v for name, v in figures.items() if name not in axes}
         return {axis: record["cell"].get(axis) for axis in axes} | {k: record.get(k) for k in ("status", "reason")} | figures
 
@@ -145,6 +149,32 @@ class Sweep:
         reasons = any(record.get("reason") for record in self.cells)
         kept = [*axes, *_BRIEF, *(["reason"] if reasons else [])]
         return [{name: cells[name] for name in kept} for cells in self._some_rows()]
+
+
+def _figures(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a cell that was measured; of a baseline those that it has: a token through all layers."""
+    if not is_baseline(record["cell"]):
+        return row(record)
+    run = run_of(Document("the sweep", record))
+    assert run is not None
+    token = next(times for figure, times in run.figures.items() if figure.startswith("token"))
+    dense = record["baseline"] and token.dense.get(record["baseline"])
+    ratio = (record["speedups"].get(record["baseline"]) or {}) if dense else {}
+    known = {
+        "date_utc": record["environment"].get("date_utc"),
+        "device": run.device,
+        "seq": record["context"],
+        "recipe_hash": run.recipe,
+        "ratio_read": run.ratio_read,
+        "baseline": record["baseline"],
+        "baseline_ms": fmean(dense) if dense else token.mean_ms,
+        "elastic_ms": token.mean_ms if dense else None,
+        "speedup": ratio.get("estimate"),
+        "speedup_low": ratio.get("low"),
+        "speedup_high": ratio.get("high"),
+        "complete": run.complete,
+    }
+    return {name: known.get(name) for name, _ in COLUMNS}
 
 
 def check_export(path: Path) -> None:
