@@ -13,12 +13,14 @@ import pytest
 
 import elastickv
 from elastickv.errors import UsageError
+from elastickv.reports.sides import read_side
 from elastickv.sweeps import run
 from elastickv.sweeps.api import sweep
 from elastickv.sweeps.axes import AXES, SETTINGS, values
 from elastickv.sweeps.journal import Journal, read
 from elastickv.sweeps.plan import Plan, key, read_plan
 from elastickv.sweeps.table import Sweep
+from tests.helpers.tiny_models import tiny_gguf
 from tests.sweeps.killed import PLAN
 
 HERE = Path(__file__).parent
@@ -221,3 +223,46 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UsageError, match="pip install pandas"):
         Sweep({"cells": 0}, []).to_pandas()
+
+
+def test_baselines_are_cells_of_a_sweep(tmp_path):
+    pytest.importorskip("xllamacpp")
+    model = str(tiny_gguf(tmp_path / "tiny.gguf"))
+    path, few = tmp_path / "s.jsonl", {"backend": "cpu", "reps": 2, "decode_tokens": 1}
+    found = sweep(output=path, baseline="transformers,gguf", model=[model, "nope.gguf"], **few)
+    assert found.complete and len(found.cells) == 4
+    rows = {(row["program"], row["model"]): row for row in found.rows()}
+    assert rows["gguf", model]["baseline"] == "f16" and rows["gguf", model]["baseline_ms"] > 0
+    assert rows["transformers", model]["speedup_low"] <= rows["transformers", model]["speedup"]
+    assert rows["transformers", model]["elastic_ms"] > 0 and rows["transformers", model]["ratio_read"] > 1
+    assert {rows[program, "nope.gguf"]["status"] for program in ("transformers", "gguf")} == {"failed"}
+    assert "does not exist" in rows["gguf", "nope.gguf"]["reason"]
+    assert len(read_side(path, "A").runs) == 2 and len(read_side(path, "A").not_measured) == 2
+    again = sweep(output=path, resume=True, baseline="transformers,gguf", model=[model, "nope.gguf"], **few)
+    assert again.cells == found.cells
+    assert found.to_csv() and found.to_markdown() and "tiny.gguf" in found._repr_html_()
+
+
+def test_baselines_alone_are_the_whole_plan():
+    plan = Plan.of({"baseline": ["gguf"], "model": "a.gguf,b.gguf", "seed": 3, "backend": "cpu"})
+    assert sorted(cell["model"] for cell in plan.cells) == ["a.gguf", "b.gguf"]
+    request = plan.request(plan.cells[0], None, ("elastickv", "sweep"))
+    assert request == {"baseline": plan.cells[0] | {"seed": 3}, "command": ["elastickv", "sweep"]}
+    with_seq = Plan.of({"baseline": "transformers", "model": "m", "seq": 512, "compress": 1.2, "heads": 2, "backend": "cpu"})
+    [cell] = [cell for cell in with_seq.cells if "program" in cell]
+    assert len(with_seq.cells) == 2 and with_seq.request(cell, None, ())["baseline"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"baseline": "gguf"}, "without --model"),
+        ({"model": "a.gguf"}, "without --baseline"),
+        ({"baseline": "onnx", "model": "a"}, "--baseline onnx is unknown: choose transformers, gguf"),
+        ({"baseline": "", "model": "a"}, "no list of names"),
+        ({"baseline": 3, "model": "a"}, "no list of names"),
+    ],
+)
+def test_a_baseline_that_is_none_is_refused(given, said):
+    with pytest.raises(UsageError, match=said):
+        Plan.of(given)

@@ -82,6 +82,8 @@ def _own(callback: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--time-limit", "time_limit_s", type=float, help="Stop after this many seconds; --resume goes on."),
         click.option("--devices", help="CUDA devices, one process each: 0,1,2-7."),
+        click.option("--model", multiple=True, help="Model of the baselines: a path or a hub id; may be repeated."),
+        click.option("--baseline", help="Add `elastickv baseline` as cells: transformers,gguf; needs --model."),
         click.option("--preset", help="smoke: a minute's worth on a CPU."),
         click.option("--plan", type=click.Path(path_type=Path), help="TOML or JSON file of axes and settings."),
         click.option("--resume", is_flag=True, help="Continue the sweep in --output, if there is one."),
@@ -116,6 +118,7 @@ def command(**given: Any) -> int:
         check_export(path)
         check_writable(path)
     own = {name: given.pop(name) for name in ("plan", "preset", "resume", "time_limit_s")}
+    given["model"] = list(given["model"]) or None
     asked = {name: value for name, value in given.items() if value is not None and value is not False}
     if asked.pop("no_graphs", False):
         asked["graphs"] = False

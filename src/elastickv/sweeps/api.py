@@ -49,7 +49,8 @@ def sweep(
     watcher : told how it goes.
     command : what was typed, for the record.
     **given : axes (seq, batch, compress, recipe, heads, kv_heads, dim, dtype, cache, sinks, window, anchor_every), each a
-        value, a list or a text such as '1-64*4'; and what all cells share (backend, reps, warmup, inner_loops, seed, ...).
+        value, a list or a text such as '1-64*4'; what all cells share (backend, reps, warmup, inner_loops, seed, ...);
+        baseline ('transformers', 'gguf' or both) and model (paths or hub ids), which add a cell for each pair.
 
     Raises
     ------

@@ -43,6 +43,19 @@ def values(name: str, given: Any) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
+def listed(name: str, given: Any) -> list[str]:
+    """Return the texts that a name takes: one text with commas, or a list of texts as they are.
+
+    Raises
+    ------
+    UsageError : if it is empty, or holds what is no text.
+    """
+    found = [term.strip() for term in given.split(",")] if isinstance(given, str) else given
+    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(text, str) and text for text in found):
+        raise UsageError(f"--{_option(name)}={given} is no list of names: give at least one")
+    return list(dict.fromkeys(found))
+
+
 def converted(name: str, value: Any) -> Any:
     """Return one value as the option's type.
 

@@ -6,7 +6,7 @@ import math
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from elastickv.errors import UsageError
 from elastickv.inputs import parse_json, read_text
 from elastickv.measure import Options
+from elastickv.sweeps import baselines
 from elastickv.sweeps.axes import AXES, MAX_CELLS, SETTINGS, converted, values
 
 if sys.version_info >= (3, 11):
@@ -56,7 +57,7 @@ class Plan:
 
     Attributes
     ----------
-    cells : axis -> value of each.
+    cells : axis -> value of each; of a baseline 'program' and 'model'.
     settings : what all cells share, as JSON values.
     refused : key of a cell that `bench` refuses -> why. Cells that share each of its values are measured.
     """
@@ -69,6 +70,8 @@ class Plan:
     def of(cls, given: Mapping[str, Any]) -> "Plan":
         """Return the plan that axes, settings and `cells` (tables of axes, each a Cartesian product by itself) make.
 
+        `baseline` and `model` add a cell for each pair of theirs; given alone they are the whole plan.
+
         Raises
         ------
         UsageError : if a name is unknown, or a value one that `bench` refuses in every cell it is in.
@@ -79,7 +82,10 @@ class Plan:
         tables = given.get("cells", [{}])
         if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
             raise UsageError("cells must be a list of tables of axes, and not empty")
-        found: dict[str, Cell] = {}
+        references = baselines.cells(given)
+        if references and not shared and "cells" not in given:
+            tables = []
+        found: dict[str, Cell] = {key(cell): cell for cell in references}
         for table in tables:
             axes = shared | {_axis(label): values(_axis(label), value) for label, value in table.items()}
             axes = {axis: axes[axis] for axis in AXES if axis in axes}
@@ -106,6 +112,18 @@ class Plan:
         settings = self.settings | ({"input": Path(self.settings["input"])} if "input" in self.settings else {})
         return Options(**settings, **cell, paired=True, device=device)
 
+    def request(self, cell: Cell, device: int | None, command: tuple[str, ...]) -> dict[str, Any]:
+        """Return what the process that measures is told of a cell, as JSON values.
+
+        Raises
+        ------
+        UsageError : as `bench` does.
+        """
+        if baselines.is_baseline(cell):
+            return {"baseline": baselines.request(cell, self.settings, device), "command": list(command)}
+        plain = asdict(replace(self.options(cell, device), command=command))
+        return {"bench": plain | {"input": None if plain["input"] is None else str(plain["input"])}}
+
     @property
     def hash(self) -> str:
         """Hash of the cells, their order and their settings."""
@@ -118,18 +136,19 @@ class Plan:
         for cell in self.cells:
             for axis, value in cell.items():
                 found.setdefault(axis, {})[value] = None
-        return {axis: sorted(found[axis]) for axis in AXES if axis in found}
+        return {axis: sorted(found[axis]) for axis in (*AXES, *baselines.AXES) if axis in found}
 
     def _judged(self) -> dict[str, str]:
         refused: dict[str, str] = {}
         accepted: set[tuple[str, Any]] = set()
-        for cell in self.cells:
+        judged = [cell for cell in self.cells if not baselines.is_baseline(cell)]
+        for cell in judged:
             try:
                 self.options(cell)
                 accepted.update(cell.items())
             except UsageError as error:
                 refused[key(cell)] = str(error)
-        for cell in self.cells:
+        for cell in judged:
             # A value that no cell can have is a mistake; one that only some combinations can't is part of the plane.
             if key(cell) in refused and (not accepted or any(item not in accepted for item in cell.items())):
                 raise UsageError(refused[key(cell)])
@@ -175,8 +194,10 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known(label: str) -> str:
     spelt = label.replace("-", "_")
-    if spelt not in (*AXES, *SETTINGS, "cells"):
-        raise UsageError(f"{label} is unknown: axes are {', '.join(AXES)}; settings {', '.join(SETTINGS)}; and cells")
+    if spelt not in (*AXES, *SETTINGS, *baselines.NAMES, "cells"):
+        raise UsageError(
+            f"{label} is unknown: axes are {', '.join(AXES)}; settings {', '.join(SETTINGS)}; and cells, baseline and model"
+        )
     return spelt
 
 

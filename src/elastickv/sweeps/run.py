@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,11 +55,10 @@ class _Worker:
         chosen = {"backend": plan.settings.get("backend", Options.backend), "input": plan.settings.get("input")}
         self._send(chosen | {"device": device})
 
-    def measure(self, cell: Cell, options: Options) -> None:
+    def measure(self, cell: Cell, request: dict[str, Any]) -> None:
         """Begin a cell."""
         self.cell = cell
-        plain = asdict(options)
-        self._send(plain | {"input": None if options.input is None else str(options.input)})
+        self._send(request)
 
     def end(self) -> None:
         """Kill the process."""
@@ -162,7 +160,7 @@ def measure(
             if kind != "ended":
                 if waiting:
                     upcoming = waiting.pop()
-                    worker.measure(upcoming, replace(plan.options(upcoming, worker.device), command=command))
+                    worker.measure(upcoming, plan.request(upcoming, worker.device, command))
                 else:
                     workers.remove(worker)
                     worker.end()

@@ -4,13 +4,17 @@ import io
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.reports import dumps, write_text
+from elastickv.reports.documents import Document
 from elastickv.reports.files import write_bytes
 from elastickv.reports.html import html_paragraphs, html_table
+from elastickv.reports.readers import run_of
 from elastickv.reports.rows import COLUMNS, csv_of, frame, markdown_of, row
+from elastickv.sweeps.baselines import is_baseline
 from elastickv.sweeps.journal import read
 from elastickv.sweeps.plan import name
 
@@ -132,7 +136,7 @@ class Sweep:
 
     def _row(self, record: dict[str, Any], axes: list[str]) -> dict[str, Any]:
         try:
-            figures = row(record) if record["status"] == "ok" else dict.fromkeys((label for label, _ in COLUMNS), None)
+            figures = _figures(record) if record["status"] == "ok" else dict.fromkeys((label for label, _ in COLUMNS), None)
         except UsageError as error:
             raise UsageError(f"the cell {name(record['cell'])}: {error}") from None
         figures = {"recipe_used": figures.pop("recipe")} | {label: v for label, v in figures.items() if label not in axes}
@@ -149,6 +153,32 @@ class Sweep:
         reasons = any(record.get("reason") for record in self.cells)
         kept = [*axes, *_BRIEF, *(["reason"] if reasons else [])]
         return [{label: cells[label] for label in kept} for cells in self._some_rows()]
+
+
+def _figures(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a cell that was measured; of a baseline those that it has: a token through all layers."""
+    if not is_baseline(record["cell"]):
+        return row(record)
+    run = run_of(Document("the sweep", record))
+    assert run is not None
+    token = next(times for figure, times in run.figures.items() if figure.startswith("token"))
+    dense = record["baseline"] and token.dense.get(record["baseline"])
+    ratio = (record["speedups"].get(record["baseline"]) or {}) if dense else {}
+    known = {
+        "date_utc": record["environment"].get("date_utc"),
+        "device": run.device,
+        "seq": record["context"],
+        "recipe_hash": run.recipe,
+        "ratio_read": run.ratio_read,
+        "baseline": record["baseline"],
+        "baseline_ms": fmean(dense) if dense else token.mean_ms,
+        "elastic_ms": token.mean_ms if dense else None,
+        "speedup": ratio.get("estimate"),
+        "speedup_low": ratio.get("low"),
+        "speedup_high": ratio.get("high"),
+        "complete": run.complete,
+    }
+    return {name: known.get(name) for name, _ in COLUMNS}
 
 
 def check_export(path: Path) -> None:

@@ -13,6 +13,7 @@ from elastickv.backends import load
 from elastickv.data import load_sample
 from elastickv.errors import DoesNotFit, UsageError
 from elastickv.measure import Options, run
+from elastickv.sweeps import baselines
 
 
 class Told:
@@ -36,10 +37,10 @@ class Told:
             self.tell("progress", done / total)
 
 
-def measured(options: Options, reporter: Told) -> dict[str, Any]:
+def measured(request: dict[str, Any], reporter: Told) -> dict[str, Any]:
     """Return a cell's status with its result or the reason why it has none."""
     try:
-        result = run(options, reporter).as_dict()
+        result = _result(request, reporter)
         json.dumps(result, allow_nan=False)
     except (DoesNotFit, MemoryError) as error:
         return {"status": "does not fit", "reason": str(error) or "the process ran out of memory"}
@@ -51,6 +52,14 @@ def measured(options: Options, reporter: Told) -> dict[str, Any]:
         full = "OUT_OF_MEMORY" in reason.upper().replace(" ", "_")
         return {"status": "does not fit" if full else "failed", "reason": reason}
     return {"status": "ok", "reason": None} | result
+
+
+def _result(request: dict[str, Any], reporter: Told) -> dict[str, Any]:
+    if "baseline" in request:
+        return baselines.measured(request["baseline"], tuple(request["command"]), reporter)
+    given = request["bench"]
+    given["input"] = None if given["input"] is None else Path(given["input"])
+    return run(Options(**given | {"command": tuple(given["command"])}), reporter).as_dict()
 
 
 def main() -> None:
@@ -76,9 +85,7 @@ def main() -> None:
         return
     told.tell("ready", None)
     while True:
-        given = asked.get()
-        given["input"] = None if given["input"] is None else Path(given["input"])
-        told.tell("done", measured(Options(**given | {"command": tuple(given["command"])}), told))
+        told.tell("done", measured(asked.get(), told))
 
 
 if __name__ == "__main__":
