@@ -21,8 +21,9 @@ RESULT = ROOT / "benchmarks" / "results" / "cpu" / "short.json"
 @pytest.mark.parametrize("tool", ["render_figures", "render_reference"])
 def test_what_a_tool_writes_is_up_to_date(tool):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "--check"], capture_output=True, text=True, check=False
-    )
+        [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "--check"],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
 
