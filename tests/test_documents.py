@@ -87,7 +87,8 @@ def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
     from elastickv.backends.registry import BACKENDS
     from elastickv.measure.contenders import peers
 
-    for name in ("result.json", "before.json", "after.json"):
+    (tmp_path / "results").mkdir()
+    for name in ("result.json", "before.json", "after.json", "results/result.json"):
         shutil.copyfile(RESULT, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     # What takes long and is tested elsewhere: ceilings, and the CPU's kernels in the processes of a sweep.
