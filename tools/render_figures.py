@@ -206,7 +206,7 @@ def statistics() -> list[str]:
         f"{record['conditions'][0]['standard_error']:.1%}). Percent of intervals that hold the truth, by samples:"
     ]
     for kind, told in record["summary"].items():
-        rows = {}
+        rows: dict[str, list[str]] = {}
         for row in record["conditions"]:
             if row["kind"] == kind and row["ratio"] == 1:
                 rows.setdefault(row["stream"], [row["stream"]]).append(f"{100 * row['coverage']:.1f}")
