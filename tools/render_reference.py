@@ -64,13 +64,7 @@ def cli() -> str:
     lines = [MADE, "", "# Command line", "", *_exit_codes()]
     for name, place in PROGRAMS.items():
         module, _, attribute = place.partition(":")
-        command = getattr(import_module(module), attribute)
-        lines += _command(command, name)
-        if isinstance(command, click.Group):
-            for inner in command.list_commands(click.Context(command)):
-                found = command.get_command(click.Context(command), inner)
-                assert found is not None
-                lines += _command(found, f"{name} {inner}")
+        lines += _with_inner(getattr(import_module(module), attribute), name)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -79,6 +73,16 @@ def _exit_codes() -> Iterator[str]:
 
     yield f"`-h` and `--help` show the same. Exit codes: {(errors.__doc__ or '').strip().splitlines()[-1]}"
     yield ""
+
+
+def _with_inner(command: click.Command, name: str) -> Iterator[str]:
+    """Yield a command, and after a group all that are in it."""
+    yield from _command(command, name)
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(click.Context(command)):
+            found = command.get_command(click.Context(command), inner)
+            assert found is not None
+            yield from _with_inner(found, f"{name} {inner}")
 
 
 def _command(command: click.Command, name: str) -> Iterator[str]:
