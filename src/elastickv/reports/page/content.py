@@ -21,17 +21,16 @@ class Table:
 
 
 def tables(caption: str, rows: Iterable[Mapping[str, str]], words: Sequence[str]) -> list[Table]:
-    """Return a table of rows, which have the same columns; none where there is no row.
+    """Return a table of rows, which have the same columns, without those that are empty; none where there is no row.
 
     Parameters
     ----------
     words : columns that hold words; the others hold numbers.
     """
     listed = list(rows)
-    if not listed:
-        return []
-    headers = list(listed[0])
-    return [Table(caption, headers, [list(row.values()) for row in listed], [name for name in headers if name not in words])]
+    headers = [name for name in (listed[0] if listed else ()) if any(row[name] for row in listed)]
+    cells = [[row[name] for name in headers] for row in listed]
+    return [Table(caption, headers, cells, [name for name in headers if name not in words])] if headers else []
 
 
 @dataclass(frozen=True)
