@@ -1,5 +1,6 @@
 """What the page says: a headline, sections of charts and tables, and what there was nothing to show of."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from elastickv.reports.page.headline import Headline, headline_of
 from elastickv.reports.page.style import Chart
 
 _NARROW = 5  # columns
+_FEW = 2  # devices
 
 
 @dataclass(frozen=True)
@@ -104,5 +106,6 @@ def content_of(facts: Facts, title: str | None) -> Content:
 
 
 def _title(facts: Facts) -> str:
-    devices = list(dict.fromkeys(told.device for told in facts.told))
-    return f"ElasticKV on {devices[0] if len(devices) == 1 else f'{len(devices)} devices'}"
+    # A processor is told with its threads by some results and without by others.
+    devices = list(dict.fromkeys(re.sub(r" \(\d+ threads\)$", "", told.device) for told in facts.told))
+    return f"ElasticKV on {' and '.join(devices) if len(devices) <= _FEW else f'{len(devices)} devices'}"
