@@ -96,6 +96,8 @@ def _elastickv(reader: Reader) -> Run:
 
 def _step(reader: Reader) -> dict[str, Times]:
     truncate = reader.number("build", "truncate_percent")
+    if truncate >= 50:
+        raise reader.refused(f"has {truncate:g} in build.truncate_percent, of which nothing is left")
     elastic = reader.times(reader.at("samples", "elastic"), "samples.elastic")
     if len(elastic) < 2:
         raise reader.refused(f"has {len(elastic)} samples of the elastic step, and 2 make an interval")
