@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -62,7 +62,6 @@ def bf16_rows(limit=2.0**126):
     return hnp.arrays(np.float32, (3, 64), elements=st.floats(-limit, limit, width=32)).map(lambda x: rounded(x, "bf16"))
 
 
-@settings(deadline=None)
 @given(fp16_pages())
 def test_int4_keys_lie_within_what_scale_and_zero_span_and_within_half_a_step(pages):
     codes, scales, zeros = quantise_int4_keys(pages)
@@ -75,7 +74,6 @@ def test_int4_keys_lie_within_what_scale_and_zero_span_and_within_half_a_step(pa
     assert (error <= 0.5001 * step + 1e-7 * np.abs(pages)).all()
 
 
-@settings(deadline=None)
 @given(fp16_pages())
 def test_the_scales_of_keys_are_the_least_that_span_them(pages):
     _, scales, zeros = quantise_int4_keys(pages)
@@ -87,7 +85,6 @@ def test_the_scales_of_keys_are_the_least_that_span_them(pages):
     assert (np.nextafter(scales, np.float16(-np.inf)).astype(np.float32)[scales > 0] < wide[scales > 0]).all()
 
 
-@settings(deadline=None)
 @given(bf16_rows(), st.sampled_from([32, 64]))
 def test_int4_values_are_within_half_a_step_of_their_group(rows, group):
     codes, scale_bits, zero_bits = quantise_int4_values(rows, group)
@@ -100,7 +97,6 @@ def test_int4_values_are_within_half_a_step_of_their_group(rows, group):
     assert (error <= 0.5001 * step + 2e-7 * (np.abs(grouped) + np.abs(low))).all()
 
 
-@settings(deadline=None)
 @given(bf16_rows())
 def test_a_smaller_group_never_has_a_larger_scale(rows):
     whole, parts = (from_bf16_bits(quantise_int4_values(rows, group)[1]) for group in (64, 32))
@@ -152,7 +148,6 @@ def test_a_value_that_is_not_finite_leaves_the_other_pages_alone(bad, fmt):
 fp8_values = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
-@settings(deadline=None)
 @given(hnp.arrays(np.float32, (2, 32, 8), elements=fp8_values))
 def test_fp8_is_within_half_a_unit_in_the_last_place(pages):
     codes, scales = quantise_fp8(pages)
@@ -164,7 +159,6 @@ def test_fp8_is_within_half_a_unit_in_the_last_place(pages):
     assert (np.abs(read) <= 448 * scale).all()
 
 
-@settings(deadline=None)
 @given(hnp.arrays(np.float32, (2, 32, 8), elements=fp8_values))
 def test_the_scale_of_fp8_is_the_least_power_of_two_that_holds_the_page(pages):
     _, bits = quantise_fp8(pages)
