@@ -1,6 +1,7 @@
 """Intervals cover the truth on synthetic streams; no clock is read here."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.errors import NonFiniteError
-from elastickv.measure.statistics import Moments, block_length, ratio_interval, ratio_of_moments, student_quantile, truncated
+from elastickv.measure.statistics import (
+    Interval,
+    Moments,
+    block_length,
+    ratio_interval,
+    ratio_of_moments,
+    student_quantile,
+    truncated,
+)
 
 
 def ar1(rng, n, rho, sigma=0.02):
@@ -123,3 +132,134 @@ def test_truncation_cuts_both_ends_alike(samples, percent):
     cut = int(len(samples) * percent / 100)
     np.testing.assert_array_equal(kept, sorted(samples)[cut : len(samples) - cut])
     assert len(kept) >= 1
+
+
+def test_cuts_and_numbers_are_exact():
+    kept = truncated(range(100, 0, -1), 1)
+    np.testing.assert_array_equal(kept, np.arange(2.0, 100.0))
+    assert kept.dtype == np.float64
+
+
+def test_an_interval_contains_its_ends():
+    interval = Interval(2.0, 1.5, 2.5, 0.95, 10, 1)
+    assert [interval.contains(value) for value in (1.499, 1.5, 2.0, 2.5, 2.501)] == [False, True, True, True, False]
+    assert interval.half_width == 0.25
+
+
+def block_margin(series, length):
+    """The margin that a circular block bootstrap of infinitely many resamples gives: blocks of every start alike."""
+    blocks = len(series) / length
+    assert blocks == int(blocks)
+    means = [np.roll(series, -start)[:length].mean() for start in range(len(series))]
+    variance = np.var(means) / blocks * blocks / (blocks - 1)
+    return student_quantile(0.975, blocks - 1) * math.sqrt(variance)
+
+
+@pytest.mark.parametrize(("n", "rho"), [(2, 0.0), (3, 0.0), (5, 0.0), (40, 0.0), (40, 0.9), (400, 0.8)])
+def test_the_margin_is_that_of_the_block_bootstrap(n, rho):
+    logs = ar1(np.random.default_rng(8), n, rho)
+    if n == 400:
+        logs = logs[: n // block_length(logs) * block_length(logs)]
+    interval = ratio_interval(3 * np.exp(logs), np.ones(len(logs)), percent=0)
+    assert interval.block_length == block_length(logs)
+    assert (interval.block_length > 1) == (rho > 0)
+    assert (interval.level, interval.samples) == (0.95, len(logs))
+    assert interval.estimate == pytest.approx(3 * math.exp(logs.mean()))
+    assert math.sqrt(interval.high * interval.low) == pytest.approx(interval.estimate)
+    # 2000 resamples: a standard error of 1.6 % of the deviation.
+    assert math.log(interval.high / interval.low) / 2 == pytest.approx(block_margin(logs, interval.block_length), rel=0.06)
+
+
+def test_an_unpaired_ratio_adds_up_both_sides_spread():
+    rng = np.random.default_rng(5)
+    a, b = rng.standard_normal(6) * 0.3, rng.standard_normal(9) * 0.1
+    interval = ratio_interval(6 * np.exp(a), 3 * np.exp(b), percent=0, paired=False)
+    assert interval.estimate == pytest.approx(2 * math.exp(a.mean() - b.mean()))
+    assert interval.samples == 6
+    variances = [np.var(x, ddof=1) / len(x) for x in (a, b)]
+    freedom = sum(variances) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, (a, b), strict=True))
+    margin = student_quantile(0.975, freedom) * math.sqrt(sum(variances))
+    assert math.log(interval.high / interval.low) / 2 == pytest.approx(margin, rel=0.06)
+
+
+def test_what_is_truncated_does_not_count_and_the_same_seed_gives_the_same_interval():
+    logs = np.random.default_rng(2).standard_normal(100) * 0.01
+    wild = logs.copy()
+    wild[logs.argmax()], wild[logs.argmin()] = 50, -50
+    ones = np.ones(100)
+    assert ratio_interval(np.exp(wild), ones, percent=1).estimate == ratio_interval(np.exp(logs), ones, percent=1).estimate
+    assert ratio_interval(np.exp(logs), ones) == ratio_interval(np.exp(logs), ones, percent=5, paired=True, seed=0)
+    assert ratio_interval(np.exp(logs), ones) != ratio_interval(np.exp(logs), ones, seed=1)
+    assert ratio_interval(np.exp(wild), ones, percent=1).estimate == pytest.approx(math.exp(np.sort(logs)[1:-1].mean()))
+
+
+@pytest.mark.parametrize(
+    ("numerator", "denominator", "paired"), [([1, 1], [1, 1, 1], True), ([1], [1, 1], False), ([1, 1], [1], False)]
+)
+def test_too_few_samples_or_unequal_pairs_make_no_interval(numerator, denominator, paired):
+    with pytest.raises(ValueError, match=f"{len(numerator)} and {len(denominator)} samples make no interval"):
+        ratio_interval(numerator, denominator, paired=paired)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
+def test_a_denominator_that_is_no_time_is_refused(bad):
+    with pytest.raises(NonFiniteError, match=r"^a time that is not a finite positive number: no figure is reported$"):
+        ratio_interval([1.0, 1.0], [1.0, bad])
+    with pytest.raises(NonFiniteError, match=r"^a time that is not a finite positive number: no figure is reported$"):
+        ratio_of_moments(Moments(1.0, 0.1, 10), Moments(bad, 0.1, 10))
+
+
+def test_the_interval_of_moments_is_that_of_the_delta_method():
+    numerator, denominator = Moments(6.0, 0.3, 4), Moments(3.0, 0.6, 9)
+    interval = ratio_of_moments(numerator, denominator)
+    errors = 0.3 / 6 / 2, 0.6 / 3 / 3
+    variances = [error**2 for error in errors]
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / 3 + variances[1] ** 2 / 8)
+    margin = student_quantile(0.975, freedom) * math.sqrt(sum(variances))
+    expected = (2.0, 2 * math.exp(-margin), 2 * math.exp(margin), 0.95, 4, 1)
+    got = (interval.estimate, interval.low, interval.high, interval.level, interval.samples, interval.block_length)
+    assert got == pytest.approx(expected)
+    point = ratio_of_moments(Moments(6.0, 0.0, 2), Moments(3.0, 0.0, 5))
+    assert (point.low, point.estimate, point.high) == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("n", [400, 1000])
+def test_a_block_is_as_long_as_carlstein_says(rho, n):
+    series = ar1(np.random.default_rng(n), n, rho)
+    centred = series - series.mean()
+    seen = (centred[1:] * centred[:-1]).sum() / (centred**2).sum()
+    assert 2 / math.sqrt(n) < seen < 0.97
+    best = math.ceil((2 * n * seen**2) ** (1 / 3) / (1 - seen**2) ** (2 / 3))
+    assert 1 < best < n // 10
+    assert block_length(series) == block_length(series + 1000) == best
+
+
+def test_blocks_have_a_least_and_a_greatest_length():
+    assert block_length(np.ones(50)) == 1
+    assert [block_length(np.arange(n)) for n in (2, 7, 8, 9, 19, 20, 109, 400)] == [1, 1, 1, 1, 1, 2, 10, 40]
+    # A correlation of 0.97 at most: (2 x 0.97^2 / (1 - 0.97^2)^2)^(1/3) 20000^(1/3).
+    assert block_length(np.cumsum(np.random.default_rng(0).standard_normal(20000))) == 221
+    # Little correlation, but beyond chance: between 2 and 3 standard errors.
+    slight = [ar1(np.random.default_rng(seed), 400, 0.12) for seed in range(30)]
+    assert any(block_length(series) > 1 and np.corrcoef(series[1:], series[:-1])[0, 1] < 2.8 / 20 for series in slight)
+
+
+# Abramowitz & Stegun 26.7.5: numerators by falling odd powers of z, and denominators.
+EXPANSION = (((1, 1), 4), ((5, 16, 3), 96), ((3, 19, 17, -15), 384), ((79, 776, 1482, -1920, -945), 92160))
+
+
+@pytest.mark.parametrize("freedom", [2.5, 3, 7.5])
+@pytest.mark.parametrize("probability", [0.6, 0.975, 0.9995])
+def test_the_quantile_is_the_published_expansion(probability, freedom):
+    z = NormalDist().inv_cdf(probability)
+    terms = [sum(c * z ** (2 * (len(numbers) - i) - 1) for i, c in enumerate(numbers)) / below for numbers, below in EXPANSION]
+    expected = z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+    assert student_quantile(probability, freedom) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5, 0.8, 0.975])
+def test_quantiles_of_one_and_two_degrees_are_exact(probability):
+    assert student_quantile(probability, 1) == pytest.approx(-1 / math.tan(math.pi * probability), abs=1e-12)
+    t = student_quantile(probability, 2)
+    assert 0.5 + t / (2 * math.sqrt(2 + t**2)) == pytest.approx(probability)
