@@ -59,8 +59,8 @@ def test_what_is_stored_is_what_the_reference_stores(each, data):
     twin.prefill(keys, values, np.array(case.lengths))
     for step in range(data.draw(st.integers(0, 40))):
         keys, values, _ = case.token(step)
-        for each_cache in (cache, twin):
-            each_cache.append(keys, values)
+        for one in (cache, twin):
+            one.append(keys, values)
     same_storage(cache, twin)
 
 

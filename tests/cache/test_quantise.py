@@ -191,3 +191,64 @@ def test_fp8_reads_back_every_number_it_has():
     codes, scales = quantise_fp8(page)
     assert from_bf16_bits(scales)[0] == 1
     np.testing.assert_array_equal(codes.reshape(-1)[: len(numbers)], every)
+
+
+@given(hnp.arrays(np.float32, (3, 64), elements=st.floats(-65504, 65504, width=16)), st.sampled_from([32, 64]))
+def test_int4_values_of_halves_have_a_zero_beneath_them(rows, group):
+    """A half has more digits than a bfloat16: here the zero is truly rounded."""
+    codes, scale_bits, zero_bits = quantise_int4_values(rows, group)
+    low, step = (from_bf16_bits(bits).astype(np.float64)[..., None] for bits in (zero_bits, scale_bits))
+    grouped = rows.reshape(3, -1, group).astype(np.float64)
+    assert (low <= grouped).all() and (grouped <= low + 15 * step * (1 + 1e-6)).all()
+    # Rounded down by less than one unit in the last place: 2^-7 of itself at most.
+    assert (grouped.min(axis=-1, keepdims=True) - low <= np.abs(low) * 2.0**-7).all()
+    np.testing.assert_array_equal(codes.reshape(grouped.shape)[np.broadcast_to(step == 0, grouped.shape)], 0)
+
+
+def quantised(rows, fmt):
+    """Return codes and scales of (2, 32, 64) rows."""
+    return {
+        "int8": quantise_int8,
+        "fp8": quantise_fp8,
+        "int4 keys": quantise_int4_keys,
+        "int4 values": lambda x: quantise_int4_values(x, 32),
+    }[fmt](rows)
+
+
+SHAPES = {"int8": [(2, 32)], "fp8": [(2,)], "int4 keys": [(2, 64)] * 2, "int4 values": [(2, 32, 2)] * 2}
+TYPES = {"int8": "bH", "fp8": "BH", "int4 keys": "Bee", "int4 values": "BHH"}
+
+
+@pytest.mark.parametrize("fmt", SHAPES)
+def test_codes_and_scales_have_their_types_and_shapes_whatever_numbers_are_given(fmt):
+    rows = np.random.default_rng(4).integers(-50, 50, (2, 32, 64)).astype(np.float32)
+    arrays = quantised(rows, fmt)
+    assert [array.shape for array in arrays] == [(2, 32, 64), *SHAPES[fmt]]
+    assert [array.dtype.char for array in arrays] == list(TYPES[fmt])
+    for given_as in (rows.astype(np.float64), rows.astype(np.int64), rows.tolist()):
+        for array, expected in zip(quantised(given_as, fmt), arrays, strict=True):
+            np.testing.assert_array_equal(array, expected)
+    for array, expected in zip(quantised(rows[:1], fmt), arrays, strict=True):
+        np.testing.assert_array_equal(array, expected[:1])
+
+
+@pytest.mark.parametrize("fmt", SHAPES)
+def test_what_has_no_scale_has_codes_of_zero(fmt):
+    codes, *scales = quantised(np.zeros((1, 32, 64), np.float32), fmt)
+    assert not codes.any() and not any(np.asarray(scale).any() for scale in scales)
+
+
+@pytest.mark.parametrize(("fmt", "value"), [("int8", False), ("fp8", True), ("int4", False), ("int4", True), ("bf16", True)])
+def test_what_is_stored_reads_as_codes_times_scales(fmt, value):
+    rows = rounded(np.random.default_rng(6).standard_normal((64, 32)) * 9, "bf16")
+    read = stored_values(rows, fmt, value, 32)
+    assert read.dtype == np.float64 and read.shape == rows.shape
+    np.testing.assert_array_equal(stored_values(rows.tolist(), fmt, value, 32), read)
+    bound = {"int8": 60 / 127, "fp8": 60 / 16, "int4": 60 / 15, "bf16": 0.0}[fmt]
+    assert np.abs(read - rows).max() <= bound
+    lines = {("int8", False): read, ("fp8", True): read.reshape(2, -1), ("int4", True): read}
+    channels = read.reshape(2, 32, 32).swapaxes(1, 2).reshape(64, 32)
+    # A row, a page or a channel of a page has one scale, and no more numbers than codes.
+    if fmt != "bf16":
+        most = max(len(np.unique(line)) for line in lines.get((fmt, value), channels))
+        assert most <= (16 if fmt == "int4" else 255)
