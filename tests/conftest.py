@@ -7,7 +7,7 @@ from hypothesis import settings
 
 # Deterministic unless asked otherwise: the same examples in every run. HYPOTHESIS_PROFILE=nightly tries others, many more.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
-settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
+settings.register_profile("nightly", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
