@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -133,3 +134,65 @@ def test_truncation_cuts_both_ends_alike(samples, percent):
     cut = int(len(samples) * percent / 100)
     np.testing.assert_array_equal(kept, sorted(samples)[cut : len(samples) - cut])
     assert len(kept) >= 1
+
+
+def test_cuts_and_numbers_are_exact():
+    kept = truncated(range(100, 0, -1), 1)
+    np.testing.assert_array_equal(kept, np.arange(2.0, 100.0))
+    assert kept.dtype == np.float64
+
+
+def test_an_interval_contains_its_ends():
+    interval = Interval(2.0, 1.5, 2.5, 0.95, 10, 1)
+    assert [interval.contains(value) for value in (1.499, 1.5, 2.0, 2.5, 2.501)] == [False, True, True, True, False]
+    assert interval.half_width == 0.25
+
+
+@pytest.mark.parametrize(
+    ("numerator", "denominator", "paired"), [([1, 1], [1, 1, 1], True), ([1], [1, 1], False), ([1, 1], [1], False)]
+)
+def test_too_few_samples_or_unequal_pairs_make_no_interval(numerator, denominator, paired):
+    with pytest.raises(ValueError, match=f"{len(numerator)} and {len(denominator)} samples make no interval"):
+        ratio_interval(numerator, denominator, paired=paired)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
+def test_a_denominator_that_is_no_time_is_refused(bad):
+    with pytest.raises(NonFiniteError, match=r"^a time that is not a finite positive number: no figure is reported$"):
+        ratio_interval([1.0, 1.0], [1.0, bad])
+    with pytest.raises(NonFiniteError, match=r"^a time that is not a finite positive number: no figure is reported$"):
+        ratio_of_moments(Moments(1.0, 0.1, 10), Moments(bad, 0.1, 10))
+
+
+def test_the_interval_of_moments_is_that_of_the_delta_method():
+    numerator, denominator = Moments(6.0, 0.3, 4), Moments(3.0, 0.6, 9)
+    interval = ratio_of_moments(numerator, denominator)
+    errors = 0.3 / 6 / 2, 0.6 / 3 / 3
+    variances = [error**2 for error in errors]
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / 3 + variances[1] ** 2 / 8)
+    margin = student_quantile(0.975, freedom) * math.sqrt(sum(variances))
+    expected = (2.0, 2 * math.exp(-margin), 2 * math.exp(margin), 0.95, 4, 1)
+    got = (interval.estimate, interval.low, interval.high, interval.level, interval.samples, interval.block_length)
+    assert got == pytest.approx(expected)
+    point = ratio_of_moments(Moments(6.0, 0.0, 2), Moments(3.0, 0.0, 5))
+    assert (point.low, point.estimate, point.high) == (2.0, 2.0, 2.0)
+
+
+# Abramowitz & Stegun 26.7.5: numerators by falling odd powers of z, and denominators.
+EXPANSION = (((1, 1), 4), ((5, 16, 3), 96), ((3, 19, 17, -15), 384), ((79, 776, 1482, -1920, -945), 92160))
+
+
+@pytest.mark.parametrize("freedom", [2.5, 3, 7.5])
+@pytest.mark.parametrize("probability", [0.6, 0.975, 0.9995])
+def test_the_quantile_is_the_published_expansion(probability, freedom):
+    z = NormalDist().inv_cdf(probability)
+    terms = [sum(c * z ** (2 * (len(numbers) - i) - 1) for i, c in enumerate(numbers)) / below for numbers, below in EXPANSION]
+    expected = z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+    assert student_quantile(probability, freedom) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5, 0.8, 0.975])
+def test_quantiles_of_one_and_two_degrees_are_exact(probability):
+    assert student_quantile(probability, 1) == pytest.approx(-1 / math.tan(math.pi * probability), abs=1e-12)
+    t = student_quantile(probability, 2)
+    assert 0.5 + t / (2 * math.sqrt(2 + t**2)) == pytest.approx(probability)
