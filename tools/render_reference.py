@@ -65,12 +65,7 @@ def cli() -> str:
     for name, place in PROGRAMS.items():
         module, _, attribute = place.partition(":")
         command = getattr(import_module(module), attribute)
-        lines += _command(command, name)
-        if isinstance(command, click.Group):
-            for inner in command.list_commands(click.Context(command)):
-                found = command.get_command(click.Context(command), inner)
-                assert found is not None
-                lines += _command(found, f"{name} {inner}")
+        lines += _commands(command, name)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -79,6 +74,17 @@ def _exit_codes() -> Iterator[str]:
 
     yield f"`-h` and `--help` show the same. Exit codes: {(errors.__doc__ or '').strip().splitlines()[-1]}"
     yield ""
+
+
+def _commands(command: click.Command, name: str) -> Iterator[str]:
+    """Yield a command, and where it is a group all that it holds."""
+    yield from _command(command, name)
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
+            assert found is not None
+            yield from _commands(found, f"{name} {inner}")
 
 
 def _command(command: click.Command, name: str) -> Iterator[str]:
