@@ -55,7 +55,7 @@ def test_every_command_and_option_in_the_documents_exists():
         assert command is not None, f"{path.name}: {name}"
         if isinstance(command, click.Group):
             inner, _, rest = rest.strip().partition(" ")
-            command = command.get_command(group, inner)
+            command = command.get_command(click.Context(command), inner)
             assert command is not None, f"{path.name}: {name} {inner}"
         known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
         assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest.partition("|")[0])) <= known, f"{path.name}: {name}{rest}"

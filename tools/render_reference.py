@@ -64,7 +64,8 @@ def cli() -> str:
     lines = [MADE, "", "# Command line", "", *_exit_codes()]
     for name, place in PROGRAMS.items():
         module, _, attribute = place.partition(":")
-        lines += _with_inner(getattr(import_module(module), attribute), name)
+        command = getattr(import_module(module), attribute)
+        lines += _commands(command, name)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -75,14 +76,15 @@ def _exit_codes() -> Iterator[str]:
     yield ""
 
 
-def _with_inner(command: click.Command, name: str) -> Iterator[str]:
-    """Yield a command, and after a group all that are in it."""
+def _commands(command: click.Command, name: str) -> Iterator[str]:
+    """Yield a command, and where it is a group all that it holds."""
     yield from _command(command, name)
     if isinstance(command, click.Group):
-        for inner in command.list_commands(click.Context(command)):
-            found = command.get_command(click.Context(command), inner)
+        context = click.Context(command)
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
             assert found is not None
-            yield from _with_inner(found, f"{name} {inner}")
+            yield from _commands(found, f"{name} {inner}")
 
 
 def _command(command: click.Command, name: str) -> Iterator[str]:
