@@ -72,7 +72,7 @@ def measure(cell: dict, arguments: argparse.Namespace, sample, backend) -> dict:
     timed = {"dense": field.own_dense.sample, "elastic": field.elastic.sample}
     collect(timed, 2, paired=True, seed=0)
     samples = collect(timed, arguments.reps, paired=True, seed=1)
-    gain = ratio_interval(samples.times["dense"], samples.times["elastic"], 5.0)
+    gain = ratio_interval(samples.times["dense"], samples.times["elastic"])
     field.elastic.close()
     field.own_dense.close()
     return cell | {

@@ -1,6 +1,14 @@
-"""The CUDA tests that need a device are marked `gpu` and skipped only where no device can be opened."""
+"""How properties are tried, and the CUDA back end: tests of it are marked `gpu` and skipped where no device can be opened."""
+
+import os
 
 import pytest
+from hypothesis import settings
+
+# Deterministic unless asked otherwise: the same examples in every run. HYPOTHESIS_PROFILE=nightly tries others, many more.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
+settings.register_profile("nightly", deadline=None, max_examples=500, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "elastickv"
 FLOORS = [
     "errors",
+    "inputs",
     "recipe",
     "attention",
     "cache",

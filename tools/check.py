@@ -1,8 +1,9 @@
 """Everything that has to pass, in one command, with nothing but Python 3.10 or newer: `python3 tools/check.py`.
 
 Makes a fresh virtual environment in .venv-check, installs the package and its test tools into it, and runs lint, format
-check, types and tests; stops at the first that fails, with its exit code. With --here it uses the Python that runs it and
-the environment that Python has.
+check, types and tests; then, where another Python from 3.10 on is at hand (the newest counts), a quick part of the tests with
+that one; stops at the first that fails, with its exit code. With --here it uses the Python that runs it and the environment
+that Python has, and no other.
 """
 
 import argparse
@@ -11,16 +12,54 @@ import shutil
 import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = ROOT / ".venv-check"
+ENVIRONMENT, OTHER_ENVIRONMENT = ROOT / ".venv-check", ROOT / ".venv-check-other"
 WORKERS = 2
+MINORS = range(14, 9, -1)
+# What no other Python should change: seconds, and nothing but the package, pytest, hypothesis and jsonschema.
+QUICK = [
+    "tests/attention", "tests/cache", "tests/data", "tests/recipe/test_recipe.py", "tests/recipe/test_accounting.py",
+    "tests/measure/test_gate.py", "tests/measure/test_location.py", "tests/measure/test_sampler.py",
+    "tests/measure/test_statistics.py", "tests/measure/test_telemetry.py", "tests/reports/test_comparison.py",
+]  # fmt: skip
+SHORT_RUN = ["bench", "--preset", "short", "--paired-baseline", "--time-limit", "5", "--backend", "cpu"]
 
 
 def python_of(environment: Path) -> Path:
     return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def fresh_environment(folder: Path, base: str = sys.executable) -> Path:
+    """Return the Python of a new virtual environment of the interpreter `base`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([base, "-m", "venv", str(folder)], check=True)
+    return python_of(folder)
+
+
+def another_python() -> str | None:
+    """Return the newest Python from 3.10 on, other than this one's version, that starts: on PATH, or pyenv's."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for minor in MINORS:
+        if minor == sys.version_info.minor:
+            continue
+        found = [shutil.which(f"python3.{minor}"), *map(str, sorted(pyenv.glob(f"3.{minor}.*/bin/python")))]
+        for candidate in filter(None, found):
+            # A shim may stand for none; a distribution's may lack venv.
+            test = [candidate, "-c", f"import sys, ensurepip, venv; sys.exit(sys.version_info.minor != {minor})"]
+            if subprocess.run(test, capture_output=True, check=False).returncode == 0:
+                return candidate
+    return None
+
+
+def quick_steps(base: str) -> list[tuple[str, list[str]]]:
+    module = [str(fresh_environment(OTHER_ENVIRONMENT, base)), "-m"]
+    return [
+        ("install", [*module, "pip", "install", "--quiet", ".", "pytest", "hypothesis", "jsonschema"]),
+        ("quick tests", [*module, "pytest", "-q", *QUICK]),
+        ("short run", [*module, "elastickv", *SHORT_RUN]),
+    ]
 
 
 def steps(python: Path, install: bool, tests: list[str]) -> list[tuple[str, list[str]]]:
@@ -53,10 +92,15 @@ def main() -> int:
     python = Path(sys.executable)
     if not options.here:
         print(f"==> environment: {ENVIRONMENT}", flush=True)
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-        venv.create(ENVIRONMENT, with_pip=True)
-        python = python_of(ENVIRONMENT)
-    for name, command in steps(python, not options.here, tests):
+        python = fresh_environment(ENVIRONMENT)
+    planned = steps(python, not options.here, tests)
+    if not options.here and not tests:
+        if (ROOT / ".git").exists():
+            planned.append(("package", [str(python), "tools/package.py", "--no-install"]))
+        other = another_python()
+        print(f"==> another Python: {other or 'none is at hand'}", flush=True)
+        planned += quick_steps(other) if other else []
+    for name, command in planned:
         code = run(name, command)
         if code:
             return code

@@ -1,4 +1,7 @@
-"""Build hook: put the commit that is built into the wheel and the sdist, as `elastickv/commit.txt`."""
+"""Build hook: put the commit that is built into the wheel, as `elastickv/commit.txt`, and beside pyproject.toml into the sdist.
+
+A wheel built from the sdist is then the one built from the checkout, byte by byte.
+"""
 
 import subprocess
 import tempfile
@@ -22,8 +25,7 @@ class RecordCommit(BuildHookInterface):  # type: ignore[misc]
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / NAME
         path.write_text(commit + "\n", encoding="ascii")
-        inside = "elastickv" if self.target_name == "wheel" else "src/elastickv"
-        build_data["force_include"][str(path)] = f"{inside}/{NAME}"
+        build_data["force_include"][str(path)] = f"elastickv/{NAME}" if self.target_name == "wheel" else NAME
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         if hasattr(self, "_folder"):
@@ -31,7 +33,8 @@ class RecordCommit(BuildHookInterface):  # type: ignore[misc]
 
     def _commit(self) -> str | None:
         if not (Path(self.root) / ".git").exists():
-            return None  # an sdist brings its own file, which the wheel takes as package data
+            brought = Path(self.root) / NAME  # by an sdist
+            return brought.read_text(encoding="ascii").strip() if brought.exists() else None
         try:
             head = ["git", "-C", self.root, "rev-parse", "HEAD"]
             changes = ["git", "-C", self.root, "status", "--porcelain", "--", "src"]

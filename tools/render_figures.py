@@ -194,8 +194,32 @@ def aa() -> list[str]:
     record = load("cpu/aa_study.json")
     return [
         f"{record['device']}, {record['environment']['date_utc'][:10]}: {record['contained_1']} of {record['comparisons']} "
-        f'A/A intervals contain 1.0 (expected 57, at least 53 asked for); {record["false_faster"]} falsely say "faster".'
+        f'A/A intervals contain 1.0 ({0.95 * record["comparisons"]:.0f} expected); {record["false_faster"]} say "faster".'
     ]
+
+
+def statistics() -> list[str]:
+    record = load("reliability/statistics.json")
+    samples = sorted({row["samples"] for row in record["conditions"]})
+    lines = [
+        f"{record['date_utc'][:10]}, {record['replications']} replications each (standard error of a share of 95 %: "
+        f"{record['conditions'][0]['standard_error']:.1%}). Percent of intervals that hold the truth, by samples:"
+    ]
+    for kind, told in record["summary"].items():
+        rows: dict[str, list[str]] = {}
+        for row in record["conditions"]:
+            if row["kind"] == kind and row["ratio"] == 1:
+                rows.setdefault(row["stream"], [row["stream"]]).append(f"{100 * row['coverage']:.1f}")
+        said = told["result_says_faster_most"]
+        lines += [
+            "",
+            f"{kind[0].upper()}{kind[1:]}: {100 * told['false_faster_mean']:.1f} % of equals have an interval above 1 (most: "
+            f"{100 * told['false_faster_most']:.1f} %)"
+            + ("." if said is None else f'; a result says "faster" of at most {100 * said:.1f} %.'),
+            "",
+            *table(["stream", *map(str, samples)], list(rows.values())),
+        ]
+    return lines
 
 
 def recipe_errors() -> list[str]:

@@ -7,9 +7,12 @@ import sys
 from collections.abc import Iterator
 from html import escape
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
+
+import elastickv
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -17,49 +20,42 @@ MADE = "<!-- Made by tools/render_reference.py: do not edit. -->"
 
 PROGRAMS = {"elastickv": "elastickv.cli:root", "elastic_kv_cli": "elastickv.cli.original:command"}
 _WIDTH = 100
+PUBLIC = ("elastickv", "elastickv.errors", "elastickv.measure", "elastickv.recipe", "elastickv.transformers")
 _VALUES = {"integer": "N", "float": "X", "text": "TEXT", "path": "FILE"}
 _SECTION = re.compile(r"^(\w+)\n-{3,}\n", re.MULTILINE)
 
-# What stands on the page of the Python reference: title -> (name that is shown, where it is defined).
-PYTHON: dict[str, tuple[tuple[str, str], ...]] = {
-    "Measure": (
-        ("elastickv.bench", "api"),
-        ("elastickv.sweep", "sweeps.api"),
-        ("elastickv.compare", "reports.comparison"),
-        ("elastickv.load", "api"),
+# What stands on the page of the Python reference beside the functions of the package and what they return.
+PYTHON: dict[str, tuple[str, ...]] = {
+    "Options, rows, intervals": (
+        "elastickv.measure.Options",
+        "elastickv.reports.change.Row",
+        "elastickv.measure.statistics.Interval",
     ),
-    "What they return": (
-        ("Measurement", "reports.measurement"),
-        ("Sweep", "sweeps.table"),
-        ("Comparison", "reports.comparison"),
-        ("Row", "reports.change"),
-    ),
-    "Options and intervals": (("elastickv.measure.Options", "measure.options"), ("Interval", "measure.statistics")),
     "Recipes": (
-        ("elastickv.Recipe", "recipe.recipe"),
-        ("elastickv.AttentionShape", "recipe.shape"),
-        ("elastickv.for_ratio", "recipe.solver"),
-        ("elastickv.recipe.resolve", "recipe.resolve"),
-        ("elastickv.recipe.read_ratio", "recipe.accounting"),
-        ("elastickv.recipe.stored_ratio", "recipe.accounting"),
-        ("elastickv.recipe.interval_bytes", "recipe.accounting"),
-        ("elastickv.recipe.StepBytes", "recipe.accounting"),
-        ("elastickv.recipe.predicted_loss", "recipe.losses"),
-        ("elastickv.recipe.largest_ratio_scoring_every_step", "recipe.solver"),
-        ("elastickv.recipe.for_ratio_by_layer", "recipe.model_solver"),
-        ("elastickv.recipe.ModelCalibration", "recipe.model_calibration"),
+        "elastickv.Recipe",
+        "elastickv.AttentionShape",
+        "elastickv.for_ratio",
+        *(
+            f"elastickv.recipe.{name}"
+            for name in (
+                "resolve",
+                "read_ratio",
+                "stored_ratio",
+                "interval_bytes",
+                "StepBytes",
+                "predicted_loss",
+                "largest_ratio_scoring_every_step",
+                "for_ratio_by_layer",
+                "ModelCalibration",
+            )
+        ),
     ),
-    "In Transformers": (
-        ("elastickv.transformers.ElasticCache", "transformers.cache"),
-        ("elastickv.transformers.elastic", "transformers.context"),
-        ("elastickv.transformers.release", "transformers.decode.seam"),
-        ("elastickv.transformers.CacheReport", "transformers.report"),
+    "In Transformers": tuple(
+        f"elastickv.transformers.{name}" for name in ("ElasticCache", "elastic", "release", "CacheReport")
     ),
     "Errors": (
-        ("elastickv.UsageError", "errors"),
-        ("elastickv.errors.DoesNotFit", "errors"),
-        ("elastickv.errors.KernelMismatch", "errors"),
-        ("elastickv.errors.NonFiniteError", "errors"),
+        "elastickv.UsageError",
+        *(f"elastickv.errors.{name}" for name in ("DoesNotFit", "KernelMismatch", "NonFiniteError")),
     ),
 }
 
@@ -72,6 +68,13 @@ def cli() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _exit_codes() -> Iterator[str]:
+    from elastickv.cli import errors
+
+    yield f"`-h` and `--help` show the same. Exit codes: {(errors.__doc__ or '').strip().splitlines()[-1]}"
+    yield ""
+
+
 def _with_inner(command: click.Command, name: str) -> Iterator[str]:
     """Yield a command, and after a group all that are in it."""
     yield from _command(command, name)
@@ -80,13 +83,6 @@ def _with_inner(command: click.Command, name: str) -> Iterator[str]:
             found = command.get_command(click.Context(command), inner)
             assert found is not None
             yield from _with_inner(found, f"{name} {inner}")
-
-
-def _exit_codes() -> Iterator[str]:
-    from elastickv.cli import errors
-
-    yield f"`-h` and `--help` show the same. Exit codes: {(errors.__doc__ or '').strip().splitlines()[-1]}"
-    yield ""
 
 
 def _command(command: click.Command, name: str) -> Iterator[str]:
@@ -118,22 +114,47 @@ def _said(option: click.Option) -> str:
 
 def python() -> str:
     lines = [MADE, "", "# Python", ""]
-    for title, entries in PYTHON.items():
+    functions = [
+        f"elastickv.{name}" for name in elastickv.__all__ if name.islower() and name not in ("for_ratio", "__version__")
+    ]
+    pages = {"Measure": functions, "What they return": list(_returned(functions))} | PYTHON
+    for title, names in pages.items():
         lines += [f"## {title}", ""]
-        for name, module in entries:
-            lines += _entry_of(name, _definition(module, name.rpartition(".")[2]))
+        for name in names:
+            lines += _entry_of(name, _definition(name)[1])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _definition(module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
-    """Return the code of a function or class. Read, not imported: PyTorch need not be here, nor loaded."""
-    source = (ROOT / "src" / "elastickv" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-    nodes = (node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
-    return next(node for node in nodes if node.name == name)
+def _definition(qualified: str) -> tuple[str, ast.FunctionDef | ast.ClassDef]:
+    """Return the module that a function or class is defined in, and its code; what needs PyTorch is read, not imported."""
+    module, _, name = qualified.rpartition(".")
+    home = import_module(module)
+    homes = getattr(home, "_HOMES", {})
+    place = homes[name] if name in homes else getattr(home, name).__module__
+    place = place if place.startswith("elastickv") else f"{module}.{place}"
+    spec = find_spec(place)
+    assert spec is not None and spec.origin is not None
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+            return place, node
+    return _definition(f"{getattr(import_module(place), name).__module__}.{name}")
+
+
+def _returned(functions: list[str]) -> Iterator[str]:
+    """Yield the classes that functions return, each once."""
+    seen = set()
+    for function in functions:
+        place, node = _definition(function)
+        assert isinstance(node, ast.FunctionDef) and node.returns is not None
+        for name in re.findall(r"\w+", _annotation(node.returns)):
+            if name not in seen:
+                seen.add(name)
+                yield f"{getattr(import_module(place), name).__module__}.{name}"
 
 
 def _entry_of(name: str, node: ast.FunctionDef | ast.ClassDef) -> Iterator[str]:
-    yield f"### {name}"
+    public = name.rpartition(".")[0] in PUBLIC
+    yield f"### {name if public else node.name}"
     yield ""
     if isinstance(node, ast.FunctionDef):
         yield f"```text\n{_signature(node)}\n```"

@@ -1,12 +1,13 @@
 """The oracle is softmax attention, and splitting it changes nothing."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.attention import attend, merge
 from elastickv.attention.errors import relative_l2, summarise
 from elastickv.attention.feedback import Feedback, OrthogonalMap
+from tests.helpers.cases import tried
 
 
 def draw(seed, tokens, dim=16, queries=3, scale=1.0):
@@ -23,7 +24,6 @@ def test_attention_is_the_softmax_average():
 
 
 @given(st.integers(0, 99), st.lists(st.integers(0, 40), min_size=1, max_size=5), st.floats(0.01, 100))
-@settings(deadline=None)
 def test_merging_any_split_gives_the_whole(seed, cuts, scale):
     q, k, v = draw(seed, 40, scale=scale)
     edges = [0, *sorted(cuts), 40]
@@ -49,7 +49,7 @@ def test_an_error_that_is_not_finite_is_infinite():
 
 
 @given(st.sampled_from([64, 80, 128]), st.integers(0, 1000))
-@settings(deadline=None, max_examples=20)
+@tried(20)
 def test_the_feedback_maps_are_orthogonal(dim, seed):
     matrix = OrthogonalMap.seeded(dim, seed)(np.eye(dim, dtype=np.float32))
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(dim), atol=1e-5)

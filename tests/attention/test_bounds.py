@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from elastickv.attention.bounds import page_bounds, score_pages, select_pages
 from elastickv.cache.quantise import quantise_int4_keys, stored_values
+from tests.helpers.cases import tried
 
 DIM = 16
 pages = hnp.arrays(np.float32, (3, 32, DIM), elements=st.floats(-1000, 1000, width=32))
@@ -21,7 +22,7 @@ def scores_of(keys, q):
 
 
 @given(pages, queries)
-@settings(deadline=None, max_examples=60)
+@tried(60)
 def test_no_stored_key_is_above_the_bound_over_the_whole_range(keys, q):
     _, scales, zeros = quantise_int4_keys(keys)
     scores, _ = scores_of(keys, q)
@@ -30,7 +31,7 @@ def test_no_stored_key_is_above_the_bound_over_the_whole_range(keys, q):
 
 
 @given(pages, queries)
-@settings(deadline=None, max_examples=60)
+@tried(60)
 def test_the_bound_over_the_whole_range_is_reached_by_a_key_of_the_best_ends(keys, q):
     _, scales, zeros = (np.asarray(a, np.float64) for a in quantise_int4_keys(keys))
     best = np.where(q[:, None] > 0, zeros + 15 * scales, zeros)
@@ -40,7 +41,7 @@ def test_the_bound_over_the_whole_range_is_reached_by_a_key_of_the_best_ends(key
 
 
 @given(pages, queries, st.floats(0, 1))
-@settings(deadline=None, max_examples=60)
+@tried(60)
 def test_a_narrower_span_bounds_less_and_never_less_than_the_middle(keys, q, span):
     _, scales, zeros = quantise_int4_keys(keys)
     middle, narrow, whole = (page_bounds(q, scales, zeros, span=x) for x in (0, span, 1))

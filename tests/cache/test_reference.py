@@ -6,8 +6,9 @@ import pytest
 from elastickv.attention import attend, merge
 from elastickv.cache import ReferenceCache
 from elastickv.cache.bits import rounded
+from elastickv.cache.quantise import stored_values
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe import AttentionShape, Recipe, regions
 
 SHAPE = AttentionShape(2, 4, 2, 64)
 
@@ -225,3 +226,70 @@ def test_the_window_is_exact_and_cold_rows_are_near(text):
     ):
         # Standard normal numbers stay below 5: a step of int4 is at most 10 / 15, fp8 has 4 bits of significand, int8 7.
         assert 0 < np.abs(got - given).max() <= {"int4": 1 / 3, "fp8": 5 / 32, "int8": 5 / 254}[fmt] * 1.02
+
+
+@pytest.mark.parametrize("text", ["int4", "k=int4,v=fp8,window=40", "k=int8,v=int4,vgroup=32", "dense"])
+def test_what_is_stored_is_what_the_quantisers_make_of_keys_and_of_values(text):
+    cache = filled(text, [330, 250], dtype="fp16")
+    keys, values = (rounded(array, "fp16") for array in tokens(330))
+    recipe = cache.recipe
+    for row, length in enumerate((330, 250)):
+        split = regions(length, recipe.sinks, recipe.window)
+        cold = slice(split.sinks, split.sinks + (0 if recipe.is_dense else split.cold))
+        stored = cache.stored(row, 1)
+        for name, given, is_value in (("keys", keys[row, 1, :length], False), ("values", values[row, 1, :length], True)):
+            fmt = (recipe.value_format if is_value else recipe.key_format) or "fp16"
+            group = recipe.v_group(64) if is_value else 64
+            np.testing.assert_array_equal(getattr(stored, f"cold_{name}"), stored_values(given[cold], fmt, is_value, group))
+            exact = np.r_[given[: cold.start], given[cold.stop :]]
+            np.testing.assert_array_equal(getattr(stored, f"exact_{name}"), exact)
+            assert getattr(stored, f"exact_{name}").dtype == getattr(stored, f"cold_{name}").dtype == np.float64
+
+
+def test_tokens_that_turn_cold_after_the_anchor_are_read_afresh():
+    recipe = "bf16,reuse,anchor_every=40,sinks=0,window=0"
+    cache, (keys, values) = filled(recipe, [90, 60]), tokens(140)
+    at_anchor = None
+    for i in range(40):
+        at = np.array([90, 60]) + i
+        cache.append(keys[[0, 1], :, at], values[[0, 1], :, at])
+        outputs, lse = cache.decode(queries(i))
+        stored = cache.stored(0, 1)
+        if i == 0:
+            at_anchor = attend(queries(0)[0, 2:], stored.cold_keys, stored.cold_values)
+        fresh = attend(queries(i)[0, 2:], stored.cold_keys[64:], stored.cold_values[64:])
+        expected = merge(at_anchor, fresh, attend(queries(i)[0, 2:], stored.exact_keys, stored.exact_values))
+        np.testing.assert_allclose(outputs[0, 2:], expected.output)
+        np.testing.assert_allclose(lse[0, 2:], expected.lse)
+    assert len(stored.cold_keys) == 128
+
+
+def test_a_new_cache_is_empty_before_its_first_step():
+    cache = ReferenceCache(SHAPE, 40, "bf16", Recipe.parse("int8"))
+    assert (cache.step, cache.lengths.tolist(), cache.phase) == (-1, [0, 0], 0)
+    cache.rewind()
+    cache.append(*tokens(1)[:, :, :, 0])
+    assert (cache.step, cache.lengths.tolist(), cache.lengths.dtype) == (0, [1, 1], np.int64)
+    with pytest.raises(UsageError, match="a sequence of 41 tokens does not fit a capacity of 40"):
+        cache.prefill(*tokens(41), np.array([41, 3]))
+    assert cache.allocated_bytes == 2 * 2 * 2 * 40 * 64 * 4
+
+
+def test_random_tokens_repeat_by_their_seed():
+    caches = [ReferenceCache(SHAPE, 40, "fp32", Recipe.parse("dense")) for _ in range(3)]
+    for cache, seed in zip(caches, (1, 1, 2), strict=True):
+        cache.fill_random(np.array([40, 7]), seed)
+    held = [cache.stored(1, 1).exact_keys for cache in caches]
+    assert held[0].shape == (7, 64) and abs(caches[0].stored(0, 0).exact_values.std() - 1) < 0.1
+    np.testing.assert_array_equal(held[0], held[1])
+    assert (held[0] != held[2]).all()
+
+
+def test_a_value_behind_the_end_is_not_told():
+    cache, (keys, values) = filled("int4,window=0,sinks=0", [64, 64]), tokens(65)
+    keys[0, 1, 64] = np.nan
+    cache.prefill(keys, values, np.array([64, 65]))
+    cache.raise_non_finite()
+    cache.prefill(keys, values, np.array([65, 64]))
+    with pytest.raises(NonFiniteError, match=r"^a value that is not finite: sequence 0, KV head 1, position 64$"):
+        cache.raise_non_finite()

@@ -89,3 +89,46 @@ def test_a_disturbed_sample_is_kept_and_marked():
     samples = collect({"a": lambda: 1.0}, 6, paired=True, disturbed=lambda: next(states))
     assert samples.times["a"] == [1.0] * 6
     assert samples.flagged == {"a": [1, 5]}
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_order_and_the_progress_are_told(paired):
+    told = []
+    samples = collect({"a": lambda: 1.0, "b": lambda: 2.0}, 5, paired=paired, progress=lambda *now: told.append(now))
+    assert samples.order == list(schedule(["a", "b"], 5, paired, 0))
+    assert told == [(done, 10) for done in range(1, 11)]
+    assert samples.times == {"a": [1.0] * 5, "b": [2.0] * 5}
+    assert samples.flagged == {}
+
+
+@pytest.mark.parametrize(("limit", "rounds"), [(3, 2), (4, 4), (5, 4), (8, 6)])
+def test_a_paired_run_stops_at_the_end_of_the_block_in_which_its_time_is_over(clock, limit, rounds):
+    clock[0] = 1000.0
+    contenders = {"a": ticking(clock, 1), "b": ticking(clock, 1)}
+    asked = []
+    samples = collect(contenders, 100, paired=True, time_limit_s=limit, converged=lambda s: bool(asked.append(s.rounds)))
+    assert samples.rounds == rounds
+    assert asked == list(range(2, rounds, 2))
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(0, [2, 2]), (10, [6, 5]), (None, [20, 20])])
+def test_an_unpaired_run_shares_its_time_out_and_takes_two_samples_at_least(clock, limit, taken):
+    clock[0] = 1000.0
+    samples = collect({"a": ticking(clock, 1), "b": ticking(clock, 1)}, 20, paired=False, time_limit_s=limit)
+    assert [len(samples.times[name]) for name in "ab"] == taken
+    assert samples.stopped_by == ("reps" if limit is None else "time limit")
+
+
+def test_the_mark_of_a_sample_that_is_cut_off_goes_with_it():
+    taken = []
+
+    def sample():
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return 1.0
+
+    samples = collect({"a": sample, "b": sample}, 100, paired=True, disturbed=lambda: True)
+    assert samples.rounds == 2
+    assert samples.flagged == {"a": [0, 1], "b": [0, 1]}
+    assert len(samples.order) == 4

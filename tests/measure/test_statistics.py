@@ -1,6 +1,8 @@
 """Intervals cover the truth on synthetic streams; no clock is read here."""
 
 import math
+from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -8,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.errors import NonFiniteError
-from elastickv.measure.statistics import Moments, block_length, ratio_interval, ratio_of_moments, student_quantile, truncated
+from elastickv.measure.statistics import (
+    Interval,
+    Moments,
+    beyond_noise,
+    ratio_interval,
+    ratio_of_moments,
+    student_quantile,
+    truncated,
+)
 
 
 def ar1(rng, n, rho, sigma=0.02):
@@ -36,7 +46,7 @@ def test_the_interval_of_a_pair_covers_the_true_ratio(name):
         rng = np.random.default_rng([trial, 3])
         elastic = np.exp(rng.standard_normal(n) * 0.1)
         dense = elastic * truth * np.exp(STREAMS[name](rng, n))
-        covered += ratio_interval(dense, elastic, seed=trial).contains(truth)
+        covered += ratio_interval(dense, elastic).contains(truth)
     # 95 % nominal; 200 trials put a true 93 % coverage above 0.88 with probability 0.995.
     assert covered / trials >= 0.88
 
@@ -57,6 +67,14 @@ def test_few_samples_give_a_wide_interval():
     assert few.half_width > 3 * many.half_width
 
 
+def test_faster_is_said_only_beyond_the_noise_floor():
+    speedup, floor = Interval(1.1, 1.05, 1.15, 0.95, 50, 2), Interval(1.0, 0.96, 1.04, 0.95, 50, 2)
+    assert beyond_noise(speedup, floor)
+    assert not beyond_noise(speedup, replace(floor, high=1.05))
+    assert not beyond_noise(replace(speedup, low=0.99), replace(floor, high=0.98))
+    assert not beyond_noise(speedup, None)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
 def test_a_time_that_is_no_time_is_refused(bad):
     with pytest.raises(NonFiniteError, match="not a finite positive"):
@@ -68,13 +86,6 @@ def test_one_pair_makes_no_interval():
         ratio_interval([1.0], [1.0])
 
 
-def test_blocks_grow_with_autocorrelation_only():
-    rng = np.random.default_rng(1)
-    assert block_length(rng.standard_normal(400)) == 1
-    lengths = [np.mean([block_length(ar1(np.random.default_rng(s), 400, rho)) for s in range(10)]) for rho in (0.3, 0.6, 0.9)]
-    assert 1 < lengths[0] < lengths[1] < lengths[2]
-
-
 @pytest.mark.parametrize("few", [3, 5])
 def test_a_handful_of_runs_a_side_still_covers_the_truth(few):
     trials = 400
@@ -82,7 +93,7 @@ def test_a_handful_of_runs_a_side_still_covers_the_truth(few):
     for trial in range(trials):
         rng = np.random.default_rng([trial, 13])
         numerator, denominator = (mean * np.exp(rng.standard_normal(few) * 0.03) for mean in (2.0, 1.0))
-        covered += ratio_interval(numerator, denominator, 0, paired=False, seed=trial).contains(2.0)
+        covered += ratio_interval(numerator, denominator, math.inf, paired=False).contains(2.0)
     # 95 % nominal: 400 trials fall below 0.92 with probability 0.005.
     assert covered / trials >= 0.92
 
@@ -123,3 +134,65 @@ def test_truncation_cuts_both_ends_alike(samples, percent):
     cut = int(len(samples) * percent / 100)
     np.testing.assert_array_equal(kept, sorted(samples)[cut : len(samples) - cut])
     assert len(kept) >= 1
+
+
+def test_cuts_and_numbers_are_exact():
+    kept = truncated(range(100, 0, -1), 1)
+    np.testing.assert_array_equal(kept, np.arange(2.0, 100.0))
+    assert kept.dtype == np.float64
+
+
+def test_an_interval_contains_its_ends():
+    interval = Interval(2.0, 1.5, 2.5, 0.95, 10, 1)
+    assert [interval.contains(value) for value in (1.499, 1.5, 2.0, 2.5, 2.501)] == [False, True, True, True, False]
+    assert interval.half_width == 0.25
+
+
+@pytest.mark.parametrize(
+    ("numerator", "denominator", "paired"), [([1, 1], [1, 1, 1], True), ([1], [1, 1], False), ([1, 1], [1], False)]
+)
+def test_too_few_samples_or_unequal_pairs_make_no_interval(numerator, denominator, paired):
+    with pytest.raises(ValueError, match=f"{len(numerator)} and {len(denominator)} samples make no interval"):
+        ratio_interval(numerator, denominator, paired=paired)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
+def test_a_denominator_that_is_no_time_is_refused(bad):
+    with pytest.raises(NonFiniteError, match=r"^a time that is not a finite positive number: no figure is reported$"):
+        ratio_interval([1.0, 1.0], [1.0, bad])
+    with pytest.raises(NonFiniteError, match=r"^a time that is not a finite positive number: no figure is reported$"):
+        ratio_of_moments(Moments(1.0, 0.1, 10), Moments(bad, 0.1, 10))
+
+
+def test_the_interval_of_moments_is_that_of_the_delta_method():
+    numerator, denominator = Moments(6.0, 0.3, 4), Moments(3.0, 0.6, 9)
+    interval = ratio_of_moments(numerator, denominator)
+    errors = 0.3 / 6 / 2, 0.6 / 3 / 3
+    variances = [error**2 for error in errors]
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / 3 + variances[1] ** 2 / 8)
+    margin = student_quantile(0.975, freedom) * math.sqrt(sum(variances))
+    expected = (2.0, 2 * math.exp(-margin), 2 * math.exp(margin), 0.95, 4, 1)
+    got = (interval.estimate, interval.low, interval.high, interval.level, interval.samples, interval.block_length)
+    assert got == pytest.approx(expected)
+    point = ratio_of_moments(Moments(6.0, 0.0, 2), Moments(3.0, 0.0, 5))
+    assert (point.low, point.estimate, point.high) == (2.0, 2.0, 2.0)
+
+
+# Abramowitz & Stegun 26.7.5: numerators by falling odd powers of z, and denominators.
+EXPANSION = (((1, 1), 4), ((5, 16, 3), 96), ((3, 19, 17, -15), 384), ((79, 776, 1482, -1920, -945), 92160))
+
+
+@pytest.mark.parametrize("freedom", [2.5, 3, 7.5])
+@pytest.mark.parametrize("probability", [0.6, 0.975, 0.9995])
+def test_the_quantile_is_the_published_expansion(probability, freedom):
+    z = NormalDist().inv_cdf(probability)
+    terms = [sum(c * z ** (2 * (len(numbers) - i) - 1) for i, c in enumerate(numbers)) / below for numbers, below in EXPANSION]
+    expected = z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+    assert student_quantile(probability, freedom) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5, 0.8, 0.975])
+def test_quantiles_of_one_and_two_degrees_are_exact(probability):
+    assert student_quantile(probability, 1) == pytest.approx(-1 / math.tan(math.pi * probability), abs=1e-12)
+    t = student_quantile(probability, 2)
+    assert 0.5 + t / (2 * math.sqrt(2 + t**2)) == pytest.approx(probability)

@@ -155,7 +155,7 @@ def test_a_calibration_of_another_model_is_refused():
         ({"layers": []}, "damaged"),
         ({"pages": {}}, "fraction 1 and another"),
         ({"keys": {"int4": [[-1, 0]] * 3}}, "negative"),
-        ({"keys": {"int4": [[float("nan"), 0]] * 3}}, "not finite"),
+        ({"keys": {"int4": [[float("nan"), 0]] * 3}}, "no figure"),
         ({"keys": None}, "damaged"),
         ({"tokens": "many"}, "damaged"),
     ],

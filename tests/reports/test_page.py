@@ -372,6 +372,19 @@ def test_formats_follow_the_suffix_or_are_refused(tmp_path):
             made.save(tmp_path / name, wanted)
 
 
+def test_a_baselines_price_and_formats_are_shown():
+    value = load(MODEL) | {
+        "fidelity": {"reference": "stock", "text": "a text", "context": 512, "tokens": 16, "perplexity": 20.125,
+                     "reference_perplexity": 20.0, "kl_mean": 0.0123, "kl_p95": 0.1, "kl_max": 0.2, "top1_percent": 93.75},
+        "formats": [{"recipe": "int4", "kv_bytes_per_token": 4096.0, "stored_ratio": 3.25}],
+    }  # fmt: skip
+    made = report(value)
+    assert "KL divergence of its predictions is 0.0123 nats a token" in made.content.headline.sentence
+    page = Page(made.html)
+    assert any({"elastic", "0.0123", "20.125"} <= set(cells) for cells in page.rows)
+    assert any({"int4", "4.0 KiB", "3.25"} <= set(cells) for cells in page.rows)
+
+
 def test_a_result_is_never_overwritten(tmp_path):
     path = write(tmp_path, "a.json", result())
     before = path.read_bytes()
@@ -384,3 +397,28 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("elastickv.reports.page.report.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'jinja2 and matplotlib: pip install "elastickv\[report\]"'):
         report(COMMITTED / "cpu" / "short.json")
+
+
+def test_the_guides_example_runs(tmp_path, monkeypatch):
+    pytest.importorskip("pandas")
+    guide = Path(__file__).parents[2] / "docs" / "report.md"
+    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "results").mkdir()
+    write(tmp_path / "results", "short.json", load(COMMITTED / "cpu" / "short.json"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(guide), "exec"), {})
+    assert (tmp_path / "report.html").exists()
+
+
+def test_the_guides_options_exist():
+    from elastickv.cli.report import command
+
+    guide = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    known = {name for parameter in command.params for name in parameter.opts}
+    used = {
+        option
+        for line in re.findall(r"^elastickv report (.*)$", guide, re.MULTILINE)
+        for option in re.findall(r"--?[a-z]+", line)
+    }
+    assert used >= {"-o", "--title", "--format"}
+    assert {option for option in used if option.startswith("--")} <= known

@@ -17,6 +17,7 @@ LEVELS = 15
 SPAN = 0.5
 
 
+@np.errstate(invalid="ignore")  # bounds of pages with infinities are NaN, of which a cache tells
 def page_bounds(queries: ArrayLike, scales: ArrayLike, zeros: ArrayLike, span: float = SPAN) -> Float64:
     """Return (queries, pages) upper bounds of q.k / sqrt(head_dim) over the middle `span` of every channel's range.
 

@@ -26,8 +26,9 @@ class Partial:
         return Partial(self.output, self.lse + log_weight)
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def attend(queries: ArrayLike, keys: ArrayLike, values: ArrayLike) -> Partial:
-    """Return softmax(q k^T / sqrt(head_dim)) v.
+    """Return softmax(q k^T / sqrt(head_dim)) v; what is not finite makes NaN of what it weighs on, without a warning.
 
     Parameters
     ----------
@@ -44,6 +45,7 @@ def attend(queries: ArrayLike, keys: ArrayLike, values: ArrayLike) -> Partial:
     return Partial(weights @ v / total, (top + np.log(total))[:, 0])
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def merge(*partials: Partial) -> Partial:
     """Return the attention over the union of the keys of `partials`.
 

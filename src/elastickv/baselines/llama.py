@@ -13,7 +13,7 @@ import numpy as np
 
 from elastickv.baselines.gguf_file import GgufModel
 from elastickv.errors import UsageError
-from elastickv.measure.statistics import Float64
+from elastickv.measure.location import Float64
 
 PACKAGE = "xllamacpp"
 INSTALL = 'pip install "elastickv[gguf]"'

@@ -109,3 +109,29 @@ def check_crop(recipe: Recipe, before: Lengths, after: Lengths) -> None:
 def cold_tokens(recipe: Recipe, length: int) -> int:
     """Return how many of a row's tokens are cold."""
     return 0 if recipe.is_dense else regions(length, recipe.sinks, recipe.window).cold
+
+
+def check_lists(lists: NDArray[np.int32], listed: NDArray[Any], fresh: NDArray[Any], pages: NDArray[Any]) -> None:
+    """Refuse saved lists of pages that would make a decode read what is no page: kernels trust them.
+
+    Parameters
+    ----------
+    lists : (batch, kv_heads, n), page numbers, of which the first `listed` count.
+    listed, fresh : (batch, kv_heads), pages listed, and the first page that is read beside them.
+    pages : (batch, 1), cold pages that there are.
+
+    Raises
+    ------
+    ValueError : if a number is out of range.
+    """
+    if not ((listed >= 0) & (listed <= fresh) & (fresh <= pages) & (listed <= lists.shape[2])).all():
+        raise ValueError("the saved lists have more pages than the cache")
+    counted = np.arange(lists.shape[2]) < listed[..., None]
+    if (counted & ((lists < 0) | (lists >= fresh[..., None]))).any():
+        raise ValueError("the saved lists name pages that the cache does not have")
+
+
+def check_shares(fractions: NDArray[np.float64]) -> None:
+    """Raise ValueError unless every saved share of the pages is above 0 and at most 1."""
+    if not ((fractions > 0) & (fractions <= 1)).all():
+        raise ValueError("the saved shares of the pages are not above 0 and at most 1")

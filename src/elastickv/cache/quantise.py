@@ -36,8 +36,7 @@ def quantise_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]
     scales = ((step.view(np.uint32) + 0xFFFF) >> 16).astype(np.uint16)
     divisor = from_bf16_bits(scales)[..., None]
     with np.errstate(invalid="ignore", divide="ignore"):
-        codes = np.rint(x / divisor)
-    return np.where(divisor > 0, codes, 0).astype(np.int8), scales
+        return np.where(divisor > 0, np.rint(x / divisor), 0).astype(np.int8), scales
 
 
 def dequantise_int8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
@@ -115,8 +114,11 @@ def dequantise_fp8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
     return E4M3_VALUES[np.asarray(codes, np.uint8)] * from_bf16_bits(scales).astype(np.float64)[..., None, None]
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray[np.float64]:
     """Return what `rows`, already rounded to the 16-bit dtype of the window, read as once stored in a format.
+
+    What is not finite, or was too large to be stored, comes back as NaN or infinity, without a warning: the caches tell of it.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ from elastickv.attention.bounds import page_bounds, score_pages, select_pages
 from elastickv.attention.reference import Float64
 from elastickv.cache.bits import rounded
 from elastickv.cache.editable import CacheState
-from elastickv.cache.layer import Float32, StoredHead
+from elastickv.cache.layer import INT4_KEY_MAX, Float32, StoredHead, beyond_int4
 from elastickv.cache.oracle import Oracle
 from elastickv.cache.quantise import quantise_int4_keys, stored_values
 from elastickv.errors import NonFiniteError, UsageError
@@ -116,11 +116,12 @@ class ReferenceCache:
     def extend(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
         """Store further tokens; row b takes the first `lengths[b]` of its own."""
         exact, after = self.recipe.exact_dtype(self.dtype), self._lengths + lengths
-        if max(after) > self.capacity:
-            raise UsageError(f"sequences of {after.tolist()} tokens do not fit a capacity of {self.capacity}")
+        for row, (held, more) in enumerate(zip(self._lengths, lengths, strict=True)):
+            if held + more > self.capacity:
+                raise UsageError(f"the cache is full: sequence {row} holds {held} of {self.capacity} tokens, {more} are added")
         for row, (first, last) in enumerate(zip(self._lengths, after, strict=True)):
-            for held, more in ((self._keys, keys), (self._values, values)):
-                held[row, :, first:last] = rounded(more[row, :, : last - first], exact)
+            for kept, given in ((self._keys, keys), (self._values, values)):
+                kept[row, :, first:last] = rounded(given[row, :, : last - first], exact)
         self._lengths, self._step = after, -1
 
     def read(self, first: int, last: int) -> tuple[Float32, Float32]:
@@ -161,6 +162,10 @@ class ReferenceCache:
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         """Keep the first tokens of every row; what was quantised keeps what its codes stand for."""
+        if any(lengths > self._lengths) or any(lengths < 0):
+            raise UsageError(
+                f"a cache of {self._lengths.tolist()} tokens cannot be cropped to {lengths.tolist()}: give fewer, from 0 up"
+            )
         exact = self.recipe.exact_dtype(self.dtype)
         keys, values = self.read(0, int(self._lengths.max(initial=0)))
         for row, (before, after) in enumerate(zip(self._lengths, lengths, strict=True)):
@@ -203,8 +208,14 @@ class ReferenceCache:
         self._oracle.rewind()
 
     def raise_non_finite(self) -> None:
-        """Raise NonFiniteError if a NaN or infinity is stored."""
-        bad = np.argwhere(~np.isfinite(self._keys) | ~np.isfinite(self._values))
-        for row, head, position, _ in bad:
-            if position < self._lengths[row]:
-                raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")
+        """Raise NonFiniteError if a NaN or infinity is stored, or a cold key that int4 does not hold."""
+        tokens = np.arange(self.capacity) < self._lengths[:, None, None]
+        bad = tokens & ~(np.isfinite(self._keys) & np.isfinite(self._values)).all(axis=-1)
+        for row, head, position in np.argwhere(bad):
+            raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")
+        if self.recipe.key_format == "int4":
+            for row, length in enumerate(self._lengths):
+                split = regions(int(length), self.recipe.sinks, self.recipe.window)
+                cold = self._keys[row, :, split.sinks : split.sinks + split.cold]
+                for head, number in np.argwhere(np.abs(cold).max(axis=-1, initial=0) > INT4_KEY_MAX):
+                    raise NonFiniteError(beyond_int4(row, head, split.sinks + number))

@@ -18,7 +18,7 @@ def command(model: str, text: Path | None, output: Path | None, tokens: int | No
     MODEL is a local directory, a .gguf file or a hub id.
     """
     from elastickv.cli.progress import Bar
-    from elastickv.errors import UsageError
+    from elastickv.errors import UsageError, printable
     from elastickv.reports.files import check_writable, write_text
     from elastickv.transformers.models import NEEDED, load_model, require
 
@@ -38,5 +38,7 @@ def command(model: str, text: Path | None, output: Path | None, tokens: int | No
         result = calibrate(loaded, source, tokens or DEFAULT_TOKENS, bar.progress)
     write_text(target, result.dumps())
     heads = f"{len(result.layers)} layers x {result.kv_heads} KV heads"
-    click.echo(f"{target}: {heads} of {result.model} ({result.fingerprint}) on {result.tokens} tokens of {result.text}")
+    click.echo(
+        f"{printable(str(target))}: {heads} of {result.model} ({result.fingerprint}) on {result.tokens} tokens of {result.text}"
+    )
     return 0

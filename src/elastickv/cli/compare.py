@@ -30,7 +30,7 @@ def command(**given: Any) -> int:
     is judged. SAME: the interval of B's time / A's lies within the margin; FASTER, SLOWER: beyond it; AMBIGUOUS: across its
     edge.
     """
-    from elastickv.errors import UsageError
+    from elastickv.errors import UsageError, one_line
     from elastickv.reports.comparison import FAIL_ON, compare
     from elastickv.reports.comparison_table import FORMATS
     from elastickv.reports.files import check_writable
@@ -55,7 +55,7 @@ def command(**given: Any) -> int:
     click.echo(FORMATS[shown](comparison), nl=False)
     if shown in ("json", "jsonl", "csv"):
         for warning in comparison.warnings:
-            click.echo(f"elastickv: warning: {warning}", err=True)
+            click.echo(f"elastickv: warning: {one_line(warning)}", err=True)
     if fail_on is not None:
         click.echo(f"elastickv: --fail-on {fail_on}: {comparison.outcome(fail_on)}", err=True)
     return comparison.exit_code(fail_on)

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from elastickv.errors import KernelMismatch, NonFiniteError, UsageError
+from elastickv.errors import KernelMismatch, NonFiniteError, UsageError, one_line
 
 BAD_INPUT = 2
 WRONG = 1
@@ -45,5 +45,5 @@ def exit_with(command: click.Command, name: str) -> None:
 
 
 def _say(name: str, message: str, code: int) -> int:
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{name}: error: {one_line(message)}", file=sys.stderr)
     return code

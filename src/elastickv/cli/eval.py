@@ -1,5 +1,6 @@
 """`elastickv eval`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def command(**given: Any) -> int:
         loaded = load_model(given["model"], given["dtype"], given["device"])
         if calibration is None:
             click.echo(_uncalibrated(given["model"]), err=True)
-        result = evaluate(loaded, texts, options, calibration, bar)
+        result = evaluate(loaded, texts, options, calibration, bar) | {"command": ["elastickv", *sys.argv[1:]]}
     if output is not None:
         write_text(output, fidelity_tables(result) if output.suffix.lower() == ".md" else plain_json.dumps(result))
     if plot is not None:

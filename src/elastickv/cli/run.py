@@ -78,20 +78,20 @@ def command(**given: Any) -> int:
 def _prompt(text: str | None, file: Path | None) -> str:
     """Return the prompt that was given in one of three ways."""
     from elastickv.errors import UsageError
+    from elastickv.inputs import MAX_BYTES, decoded, read_text
 
     if text is not None and file is not None:
         raise UsageError("--prompt and --file are both given: give one")
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UsageError(f"--file {file} is not UTF-8 text: convert it, or give another file") from None
-        except OSError as error:
-            raise UsageError(f"--file {file}: {error.strerror or error}; give a text file") from None
+        text = read_text(file, f"--file {file}", "give a text file in UTF-8")
     if text is None:
         if sys.stdin.isatty():
             raise UsageError("no prompt: give --prompt TEXT or --file FILE, or pipe a text in")
-        text = sys.stdin.read()
+        # One byte more than is accepted tells that there is more.
+        given = sys.stdin.buffer.read(MAX_BYTES + 1)
+        if len(given) > MAX_BYTES:
+            raise UsageError(f"the text on standard input is larger than {MAX_BYTES >> 20} MiB: give an excerpt")
+        text = decoded(given, "standard input", "pipe a text in UTF-8 in")
     if not text.strip():
         raise UsageError("the prompt is empty: give --prompt TEXT or --file FILE, or pipe a text in")
     return text

@@ -4,15 +4,17 @@ Format: 8 bytes, little-endian length of the header; the header, JSON; the tenso
 https://github.com/huggingface/safetensors#format
 """
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from elastickv.errors import UsageError
+from elastickv.inputs import parse_json
 
 DTYPE_BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER_BYTES = 1 << 20
+MAX_AXES = 8
 _LENGTH_BYTES = 8
 _REMEDY = "write it with safetensors as docs/INPUT.md says, or copy it again"
 
@@ -57,9 +59,9 @@ def read_header(path: Path, names: tuple[str, ...]) -> tuple[dict[str, TensorEnt
     if len(raw) != length:
         _refuse(path, f"is cut short: its header should be {length} bytes and {len(raw)} are there")
     try:
-        header: Any = json.loads(raw)
-    except (ValueError, RecursionError):
-        _refuse(path, "is not a safetensors file: its header is not JSON")
+        header: Any = parse_json(raw)
+    except ValueError as error:
+        _refuse(path, f"is not a safetensors file: its header is not JSON ({error})")
     if not isinstance(header, dict):
         _refuse(path, "is not a safetensors file: its header is not a JSON object")
     given = sorted(name for name in header if name != "__metadata__")
@@ -110,9 +112,9 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, file_bytes: int) 
     numbers = (*shape, begin, end)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
         _refuse(path, f"is corrupt: the header's entry of {name!r} holds a size that is no whole number from 0 up")
-    n_bytes = DTYPE_BYTES[dtype]
-    for size in shape:
-        n_bytes *= size
+    if len(shape) > MAX_AXES:
+        _refuse(path, f"is corrupt: {name!r} has {len(shape)} axes")
+    n_bytes = DTYPE_BYTES[dtype] * math.prod(shape)
     if end - begin != n_bytes:
         _refuse(
             path, f"is corrupt: {name!r} of shape {list(shape)} in {dtype} is {n_bytes} bytes, its offsets span {end - begin}"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from elastickv.measure.statistics import LEVEL, Float64
+from elastickv.measure.location import Float64
+from elastickv.measure.statistics import LEVEL
 
 RESAMPLES = 10_000
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elastickv import inputs
 from elastickv.errors import UsageError
 
 SHIPPED = Path(__file__).parents[1] / "data" / "texts"
 EVALUATION = ("morris.txt", "macdowell.txt")
 CALIBRATION = "calibration.txt"
-MAX_TEXT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,7 @@ def read_text(path: Path) -> Text:
     ------
     UsageError : if it cannot be read, is no text, or is empty.
     """
-    try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise UsageError(f"text {path} is larger than {MAX_TEXT_BYTES >> 20} MiB: give an excerpt")
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(f"text {path} is not UTF-8: convert it, or give another file") from None
-    except OSError as error:
-        raise UsageError(f"text {path}: {error.strerror or error}; give a text file") from None
+    content = inputs.read_text(path, f"text {path}", "give a text file in UTF-8, or an excerpt of it")
     if not content.strip():
         raise UsageError(f"text {path} is empty: give a text of a few thousand words")
     return Text(path.name, content)

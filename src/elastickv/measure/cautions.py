@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from elastickv.measure.result import Result
+from elastickv.measure.shifts import shift
 from elastickv.recipe import PAGE_TOKENS
 
 # A ceiling is itself a measurement: an attention kernel this little above it has not beaten it.
@@ -49,4 +50,10 @@ def cautions(result: Result) -> Iterator[str]:
         yield "hot cache: bandwidth, efficiency and roofline relate to memory, not to the cache that was read"
     elif any(point.score > CEILING_SLACK for point in result.roofline.values()):
         yield "an attention kernel beat the measured ceilings: the ceilings were measured too low"
+    changed = shift(result.samples["baseline"])
+    if changed is not None:
+        yield (
+            f"the device changed its speed while it was measured: from sample {changed.sample} of "
+            f"{len(result.samples['baseline'])} on the baseline takes {changed.ratio:.2f} times as long as before"
+        )
     yield from result.telemetry["flags"]

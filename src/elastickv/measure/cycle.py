@@ -142,7 +142,7 @@ def run_cycle(
         for cache in caches[name]:
             cache.raise_non_finite()
     rounds_done = samples.rounds
-    speedup = ratio_interval(samples.times["dense"], samples.times["elastic"], 0.0) if rounds_done >= 2 else None
+    speedup = ratio_interval(samples.times["dense"], samples.times["elastic"], math.inf) if rounds_done >= 2 else None
     return CycleSamples(
         layers,
         [cache.phase for cache in caches["elastic"]],

@@ -56,7 +56,7 @@ class Gate:
             return GATES[text]
         criteria = []
         for term in text.split(","):
-            match = re.fullmatch(r"\s*([a-z_]+)\s*(>=|<=)\s*([0-9]+(?:\.[0-9]+)?)\s*", term)
+            match = re.fullmatch(r"\s*([a-z_]+)\s*(>=|<=)\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*", term)
             if not match or match[1] not in METRICS:
                 raise UsageError(
                     f"--gate {text}: {term!r} is not a criterion; choose {', '.join(GATES)}, or write bounds on "

@@ -1,13 +1,12 @@
 """What to measure and how: validated values, before anything is allocated."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from elastickv.errors import UsageError
 from elastickv.measure.gate import Gate
 from elastickv.recipe import DTYPES, AttentionShape, Recipe, resolve
-from elastickv.recipe.shape import MAX_CONTEXT
+from elastickv.recipe.shape import MAX_CONTEXT, is_whole
 
 PRESETS: dict[str, dict[str, int]] = {
     "long": {"seq": 4096, "heads": 32, "dim": 128, "compress": 4},
@@ -77,18 +76,18 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _within("--seq", self.seq, 1, MAX_CONTEXT)
-        _within("--heads", self.heads, 1, 65536)
-        _within("--batch", self.batch, 1, 65535)
+        _whole("--seq", self.seq, 1, MAX_CONTEXT)
+        _whole("--heads", self.heads, 1, 65536)
+        _whole("--batch", self.batch, 1, 65535)
         if self.kv_heads is not None:
-            _within("--kv-heads", self.kv_heads, 1, 65535)
-        _within("--reps", self.reps, 2, 1_000_000)
-        _within("--warmup", self.warmup, 0, 1_000_000)
-        _within("--inner_loops", self.inner_loops, 1, 65536)
+            _whole("--kv-heads", self.kv_heads, 1, 65535)
+        _whole("--reps", self.reps, 2, 1_000_000)
+        _whole("--warmup", self.warmup, 0, 1_000_000)
+        _whole("--inner_loops", self.inner_loops, 1, 65536)
         _within("--truncate", self.truncate, 0, 45)
-        _within("--decode_tokens", self.decode_tokens, 1, 65536)
+        _whole("--decode_tokens", self.decode_tokens, 1, 65536)
         if self.layers is not None:
-            _within("--layers", self.layers, 1, 1024)
+            _whole("--layers", self.layers, 1, 1024)
         if self.inference and self.seq + self.decode_tokens > MAX_CONTEXT:
             raise UsageError(f"--seq {self.seq} and {self.decode_tokens} decoded tokens exceed {MAX_CONTEXT}: give fewer")
         if self.time_limit_s is not None:
@@ -98,10 +97,10 @@ class Options:
         if self.until_ci_percent is not None and not self.paired:
             raise UsageError("--until-ci watches the interval of pairs: add --paired-baseline")
         if self.device is not None:
-            _within("--device", self.device, 0, 1023)
+            _whole("--device", self.device, 0, 1023)
         if self.peers is not None and not self.peers.strip(" ,"):
             raise UsageError(f"--peers={self.peers} names nobody: give 'all', or beginnings of names joined by commas")
-        _within("--seed", self.seed, 0, 2**31 - 1)
+        _whole("--seed", self.seed, 0, 2**31 - 1)
         _one_of("--dtype", self.dtype, DTYPES)
         _one_of("--cache", self.cache, CACHE_STATES)
         if self.dense is not None:
@@ -124,8 +123,14 @@ class Options:
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:
         raise UsageError(f"{name}={value} is out of range: {low} to {high} is accepted")
+
+
+def _whole(name: str, value: int, low: int, high: int) -> None:
+    if not is_whole(value):
+        raise UsageError(f"{name}={value} is not a whole number: {low} to {high} is accepted")
+    _within(name, value, low, high)
 
 
 def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:

@@ -27,7 +27,7 @@ from elastickv.measure.result import (
 )
 from elastickv.measure.roofline import RooflinePoint, attention_flops, roofline_point
 from elastickv.measure.sampler import Samples
-from elastickv.measure.statistics import Interval, ratio_interval, truncated
+from elastickv.measure.statistics import Interval, beyond_noise, ratio_interval, truncated
 from elastickv.measure.telemetry import Telemetry
 from elastickv.recipe import (
     DENSE,
@@ -49,7 +49,7 @@ AGAIN = "baseline-again"
 def speedup_interval(samples: Samples, options: Options) -> Interval:
     """Return dense time / elastic time."""
     times = samples.times
-    return ratio_interval(times["baseline"], times["elastic"], options.truncate, options.paired, options.seed)
+    return ratio_interval(times["baseline"], times["elastic"], paired=options.paired)
 
 
 def noise_floor_interval(samples: Samples, options: Options) -> Interval | None:
@@ -57,7 +57,7 @@ def noise_floor_interval(samples: Samples, options: Options) -> Interval | None:
     times = samples.times
     if len(times[AGAIN]) < 2:
         return None
-    return ratio_interval(times["baseline"], times[AGAIN], options.truncate, options.paired, options.seed)
+    return ratio_interval(times["baseline"], times[AGAIN], paired=options.paired)
 
 
 class Summary:
@@ -119,7 +119,7 @@ class Summary:
             contenders=self._timings(),
             speedup=self.speedup,
             pairing="abba" if options.paired else "sequential",
-            faster=self.noise_floor is not None and self.speedup.low > max(1.0, self.noise_floor.high),
+            faster=beyond_noise(self.speedup, self.noise_floor),
             noise_floor=self.noise_floor,
             ceilings={
                 "read_gbs": self.ceilings.read_gbs,

@@ -1,5 +1,6 @@
 """Values that come from outside, Python or a file, as the options of `bench` have them."""
 
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -19,6 +20,7 @@ def _type(hint: Any) -> type:
 TYPES: dict[str, type] = {
     name: kind for name, hint in get_type_hints(Options).items() if (kind := _type(hint)) in (int, float, str, bool, Path)
 }
+MAX_NUMBER = 10**15
 _WHOLE = (int, np.integer)
 _SAID = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "the name of a file"}
 
@@ -32,18 +34,16 @@ def typed(name: str, value: Any, several: bool = False) -> Any:
 
     Raises
     ------
-    UsageError : if it is of another type.
+    UsageError : if it is of another type, or a number that would not fit into arithmetic.
     """
     kind = TYPES[name]
     if isinstance(value, str) and kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            return _bounded(name, kind(value))
     elif kind is int and isinstance(value, _WHOLE) and not isinstance(value, bool):
-        return int(value)
+        return _bounded(name, int(value))
     elif kind is float and isinstance(value, (float, np.floating, *_WHOLE)) and not isinstance(value, bool):
-        return float(value)
+        return float(_bounded(name, value))
     elif kind is Path and isinstance(value, (str, Path)):
         return Path(value)
     elif type(value) is kind:
@@ -51,3 +51,10 @@ def typed(name: str, value: Any, several: bool = False) -> Any:
     lists = several and kind in (int, float)
     todo = "write lists as 1,2,4 and ranges as 2-8*2 or 1-9+4" if lists else f"give {_SAID[kind]}"
     raise UsageError(f"--{name.replace('_', '-')}={value} is not {_SAID[kind]}: {todo}")
+
+
+def _bounded(name: str, number: Any) -> Any:
+    # Not NaN, not infinite, and no whole number that would not fit into arithmetic.
+    if not -MAX_NUMBER <= number <= MAX_NUMBER:
+        raise UsageError(f"--{name.replace('_', '-')}={str(number)[:40]} is out of range: at most {MAX_NUMBER:g} is accepted")
+    return number

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.inputs import parse_json, read_text
 
 FORMAT = "elastickv-calibration"
 VERSION = 1
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
-MAX_FILE_BYTES = 1 << 28
 
 HeadErrors = tuple[tuple[float, ...], ...]
 """[layer][KV head] -> error."""
@@ -83,7 +83,7 @@ class ModelCalibration:
         UsageError : if it is no calibration, of another version, or does not hold together.
         """
         try:
-            record = json.loads(text)
+            record = parse_json(text)
         except ValueError as error:
             raise UsageError(f"{name} is no calibration: not JSON ({error}); write one with `elastickv calibrate`") from None
         if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -95,7 +95,7 @@ class ModelCalibration:
             )
         try:
             return cls._from(record)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"{name} is damaged ({error}): run `elastickv calibrate` again") from None
 
     @classmethod
@@ -106,13 +106,7 @@ class ModelCalibration:
         ------
         UsageError : if it cannot be read, or `loads` refuses it.
         """
-        try:
-            if Path(path).stat().st_size > MAX_FILE_BYTES:
-                raise UsageError(f"{path} is no calibration: it is larger than {MAX_FILE_BYTES >> 20} MiB")
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise UsageError(f"calibration {path}: {reason}; give a file that `elastickv calibrate` wrote") from None
+        text = read_text(Path(path), f"calibration {path}", "give a file that `elastickv calibrate` wrote")
         return cls.loads(text, str(path))
 
     @classmethod

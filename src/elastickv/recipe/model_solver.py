@@ -13,7 +13,7 @@ from elastickv.recipe.accounting import interval_bytes, stored_ratio
 from elastickv.recipe.model_calibration import HeadErrors, ModelCalibration
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
-from elastickv.recipe.solver import check_ratio, unmet
+from elastickv.recipe.solver import check_context, check_ratio, unmet
 
 _HALVINGS = 44  # of the logarithm of lambda, between these powers of e: to 1e-11 of it
 _STORED_SHARE, _MOST_STORED = 0.75, 3.0
@@ -77,6 +77,7 @@ def for_ratio_by_layer(
     UsageError : if `ratio` is out of range, no recipes meet it at this context, or `anchor_every` was not calibrated.
     """
     check_ratio(ratio)
+    check_context(context)
     layers = len(calibration.layers)
     group = calibration.query_heads // calibration.kv_heads
     head = AttentionShape(1, group, 1, calibration.head_dim)

@@ -8,7 +8,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.recipe.formats import COLD_FORMATS, MIN_VALUE_GROUP, sixteen_bit, value_groups
-from elastickv.recipe.shape import AttentionShape
+from elastickv.recipe.shape import AttentionShape, is_whole
 
 SELECTIONS: tuple[str, ...] = ("all", "stride", "reuse", "pages")
 DEFAULT_SINKS = 4
@@ -172,7 +172,7 @@ class Recipe:
 
     def check_phase(self, phase: int) -> None:
         """Raise ValueError if a phase is not 0 to anchor_every - 1."""
-        if not 0 <= phase < self.anchor_every:
+        if not is_whole(phase) or not 0 <= phase < self.anchor_every:
             raise ValueError(f"a phase of {phase} is out of range: {self} takes 0 to {self.anchor_every - 1}")
 
     def cached_log_weight(self, age: int) -> float:
@@ -237,6 +237,8 @@ class Recipe:
 
 
 def _check(name: str, value: int, low: int, high: int) -> None:
+    if not is_whole(value):
+        raise UsageError(f"{name}={value} is not a whole number")
     if not low <= value <= high:
         raise UsageError(f"{name}={value} is out of range: {low} to {high} is accepted")
 

@@ -7,7 +7,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe.formats import sixteen_bit
 from elastickv.recipe.recipe import MAX_STRIDE, Recipe, parse_open
 from elastickv.recipe.shape import AttentionShape
-from elastickv.recipe.solver import LEAST_FRACTION, check_ratio, for_ratio, meets, solve_fraction, unmet
+from elastickv.recipe.solver import LEAST_FRACTION, check_context, check_ratio, for_ratio, meets, solve_fraction, unmet
 
 
 def resolve(
@@ -31,6 +31,7 @@ def resolve(
     UsageError : if the text is no recipe, or none of this shape, or a number is open and no value meets the ratio.
     """
     check_ratio(ratio)
+    check_context(context)
     fixed = {"sinks": sinks, "window": window, "anchor_every": anchor_every}
     overrides = {name: value for name, value in fixed.items() if value is not None}
     if text.strip() == "auto":

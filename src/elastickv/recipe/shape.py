@@ -1,6 +1,8 @@
 """The shape of one layer's decode attention."""
 
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 from elastickv.errors import UsageError
 
@@ -8,6 +10,11 @@ HEAD_DIMS: tuple[int, ...] = (64, 80, 96, 112, 128, 192, 256)
 MAX_CONTEXT = 1 << 20
 MAX_GROUP = 256
 MAX_ROWS = 65535
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a number is whole by its type, NumPy's among them; True and False are not."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class AttentionShape:
 
     def __post_init__(self) -> None:
         for name in ("batch", "query_heads", "kv_heads"):
-            if getattr(self, name) < 1:
+            if not is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: give a whole number from 1 up")
         if self.query_heads % self.kv_heads:
             raise UsageError(

@@ -10,7 +10,7 @@ from elastickv.recipe.formats import value_groups
 from elastickv.recipe.losses import predicted_loss
 from elastickv.recipe.pages import PAGE_TOKENS, regions, selected
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe
-from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
+from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape, is_whole
 
 MAX_RATIO = 1024.0
 ANCHORS = (1, 2, 4, 8, 16)
@@ -45,6 +45,7 @@ def for_ratio(
         which one does.
     """
     check_ratio(ratio)
+    check_context(context)
     if calibration is not None:
         check_calibration(calibration, shape.kv_heads)
     schedules = ANCHORS if anchor_every is None else (anchor_every,)
@@ -149,7 +150,13 @@ def explanation(recipe: Recipe, context: int, shape: AttentionShape, dtype: str 
 def check_ratio(ratio: float) -> None:
     """Refuse a ratio that is no number from 1 to 1024."""
     if not 1 <= ratio <= MAX_RATIO:
-        raise UsageError(f"compress={ratio:g} is out of range: give a number from 1 to {MAX_RATIO:g}")
+        raise UsageError(f"compress={ratio} is out of range: give a number from 1 to {MAX_RATIO:g}")
+
+
+def check_context(context: int) -> None:
+    """Refuse a context that is no whole number of tokens from 1 to the largest."""
+    if not is_whole(context) or not 1 <= context <= MAX_CONTEXT:
+        raise UsageError(f"a context of {context} tokens is out of range: give a whole number from 1 to {MAX_CONTEXT}")
 
 
 def meets(recipe: Recipe, ratio: float, context: int, shape: AttentionShape, dtype: str) -> bool:

@@ -7,14 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from elastickv.measure.location import huber
 from elastickv.measure.receipt import KERNEL_ERROR_LIMITS
 from elastickv.measure.statistics import Interval, Moments, ratio_interval, ratio_of_moments, truncated
 from elastickv.reports.runs import Cell, Fidelity, Run, Times
 
-# Percent of samples cut at either end. More than the 5 of a result's own figures: what is asked is whether the code changed,
-# and a neighbour's bursts hit more than a twentieth of the samples of a shared machine. A sample spans whole anchor intervals,
-# so steps that take longer than others are in each of them and are not cut.
-TRUNCATE = 25.0
 NO_SPREAD = "a file tells no spread of it"
 NO_CONTROL = "measured against different dense contenders"
 TOO_FAR = "dense itself takes so much longer on one side that the machine was not the same, and no control"
@@ -198,13 +195,13 @@ def _as_they_stand(a: Sequence[Times], b: Sequence[Times]) -> Interval:
 def _interval(a: Series, b: Series) -> Interval:
     if min(len(a), len(b)) >= RUNS_FOR_SPREAD:
         centres_a, centres_b = ([_centre(series) for series in side] for side in (a, b))
-        return ratio_interval(centres_b, centres_a, 0.0, paired=False)
+        return ratio_interval(centres_b, centres_a, math.inf, paired=False)
     joined_a, joined_b = ([time for series in side for time in series] for side in (a, b))
-    return ratio_interval(joined_b, joined_a, TRUNCATE, paired=False)
+    return ratio_interval(joined_b, joined_a, paired=False)
 
 
 def _centre(series: tuple[float, ...]) -> float:
-    return math.exp(truncated(np.log(series), TRUNCATE).mean())
+    return math.exp(huber(np.log(series))[0])
 
 
 def _moments(side: Sequence[Times]) -> Moments:

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from elastickv.errors import one_line
 from elastickv.reports.change import Row
 from elastickv.reports.comparison import Comparison
 from elastickv.reports.html import html_table
 from elastickv.reports.plain_json import dumps
-from elastickv.reports.rows import csv_of
+from elastickv.reports.rows import csv_of, markdown_cell
 from elastickv.reports.runs import Cell
+from elastickv.reports.table import literal
 
 _COLOURS = {"SAME": "dim", "FASTER": "green", "SLOWER": "bold red", "AMBIGUOUS": "yellow"}
 _HEADERS = ("figure", "A ms", "B ms", "B / A", "verdict", "dense B / A", "error A", "error B", "fidelity")
@@ -53,14 +54,14 @@ def as_terminal(comparison: Comparison) -> str:
     table = Table(box=None, pad_edge=False)
     headers, rows = _grid(comparison)
     for header in headers:
-        table.add_column(header, justify="right" if header in _NUMBERS else "left", no_wrap=header in _NUMBERS)
+        table.add_column(literal(header), justify="right" if header in _NUMBERS else "left", no_wrap=header in _NUMBERS)
     for cells in rows:
-        table.add_row(*(f"[{_COLOURS[text]}]{text}[/]" if text in _COLOURS else escape(text) for text in cells))
+        table.add_row(*(f"[{_COLOURS[text]}]{text}[/]" if text in _COLOURS else literal(text) for text in cells))
     console.print(table)
     for line in _sentences(comparison):
-        console.print(escape(line), soft_wrap=True)
+        console.print(literal(line), soft_wrap=True)
     for warning in comparison.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {literal(warning)}", soft_wrap=True)
     return out.getvalue()
 
 
@@ -74,12 +75,12 @@ def as_markdown(comparison: Comparison) -> str:
     """Return the same as Markdown."""
 
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+        return "| " + " | ".join(map(markdown_cell, cells)) + " |"
 
     headers, rows = _grid(comparison)
     lines = [line(headers), "|" + " --- |" * len(headers), *map(line, rows), ""]
-    lines += [f"- {text}" for text in _sentences(comparison)]
-    lines += [f"- warning: {warning}" for warning in comparison.warnings]
+    lines += [f"- {one_line(text)}" for text in _sentences(comparison)]
+    lines += [f"- warning: {one_line(warning)}" for warning in comparison.warnings]
     return "\n".join(lines) + "\n"
 
 

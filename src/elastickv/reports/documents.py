@@ -1,13 +1,14 @@
 """Files of results as JSON objects: single results, JSON Lines such as sweeps, folders of either."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.inputs import parse_json, read_text
 
+MAX_ENTRIES = 100_000
 _SUFFIXES = (".json", ".jsonl")
 _ACCEPTED = "a result of `elastickv bench`, a sweep, or a folder of them"
 
@@ -39,7 +40,7 @@ def documents(path: Path, notes: list[str]) -> Iterator[Document]:
     """
     try:
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in _SUFFIXES and file.is_file()]
+            files = [file for file in sorted(_entries(path)) if file.suffix.lower() in _SUFFIXES and file.is_file()]
             if not files:
                 raise UsageError(f"{path} holds no .json or .jsonl file: give {_ACCEPTED}")
         elif path.exists():
@@ -52,11 +53,15 @@ def documents(path: Path, notes: list[str]) -> Iterator[Document]:
         raise UsageError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
 
 
+def _entries(folder: Path) -> Iterator[Path]:
+    for number, path in enumerate(folder.rglob("*")):
+        if number == MAX_ENTRIES:
+            raise UsageError(f"{folder} holds more than {MAX_ENTRIES} files: give the folder of the results alone")
+        yield path
+
+
 def _values(file: Path, notes: list[str]) -> Iterator[Document]:
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text (byte {error.start}): give {_ACCEPTED}") from None
+    text = read_text(file, str(file), f"give {_ACCEPTED}")
     if not text.strip():
         raise UsageError(f"{file} is empty: give {_ACCEPTED}")
     if file.suffix.lower() != ".jsonl":
@@ -75,14 +80,7 @@ def _values(file: Path, notes: list[str]) -> Iterator[Document]:
 
 
 def _parse(text: str, source: str) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise UsageError(f"{source} holds {constant}, which is no figure: measure again")
-
     try:
-        return json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{source} is no JSON (line {error.lineno}, column {error.colno}: {error.msg}): cut off or edited; measure again"
-        ) from None
-    except RecursionError:
-        raise UsageError(f"{source} nests too deep for a result: give {_ACCEPTED}") from None
+        return parse_json(text)
+    except ValueError as error:
+        raise UsageError(f"{source} is no JSON ({error}): cut off or edited; measure again") from None

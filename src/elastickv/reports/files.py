@@ -32,10 +32,13 @@ def check_writable(path: Path) -> None:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".elastickv.", suffix=".tmp")
         os.close(handle)
         os.unlink(name)
-        if len(target.name.encode()) > MAX_NAME_BYTES:
+        if len(os.fsencode(target.name)) > MAX_NAME_BYTES:
             raise UsageError(f"--output: a name of {len(target.name)} characters is too long: give at most {MAX_NAME_BYTES}")
-    except OSError as error:
-        raise UsageError(f"--output {path} cannot be written: {error.strerror or error}; choose another folder") from None
+    except (OSError, RuntimeError, ValueError) as error:  # pathlib's for links in a circle, and for a zero byte
+        if isinstance(error, UsageError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--output {path} cannot be written: {reason}; choose another name or folder") from None
 
 
 def write_text(path: Path, text: str) -> None:

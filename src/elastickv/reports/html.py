@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from elastickv.errors import printable
+
 
 def html_table(headers: Sequence[str], rows: Iterable[Sequence[str]], said: Iterable[str] = ()) -> str:
     """Return a table and what is said of it, a paragraph each."""
@@ -12,8 +14,8 @@ def html_table(headers: Sequence[str], rows: Iterable[Sequence[str]], said: Iter
 
 def html_paragraphs(said: Iterable[str]) -> str:
     """Return a paragraph each."""
-    return "".join(f"<p>{escape(text)}</p>" for text in said)
+    return "".join(f"<p>{escape(printable(text))}</p>" for text in said)
 
 
 def _line(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(text)}</{tag}>" for text in cells) + "</tr>"
+    return "<tr>" + "".join(f"<{tag}>{escape(printable(text))}</{tag}>" for text in cells) + "</tr>"

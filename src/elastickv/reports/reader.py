@@ -1,9 +1,11 @@
 """Looks figures up in the JSON of a result."""
 
-import math
 from typing import Any
 
 from elastickv.errors import UsageError
+
+LEAST, LARGEST = 1e-30, 1e30  # of figures: their ratios and products are finite
+LEAST_TIME, LONGEST_TIME = 1e-9, 1e9  # milliseconds or seconds: from less than a cycle to days
 
 
 class Reader:
@@ -33,15 +35,15 @@ class Reader:
     def number(self, *path: str) -> float:
         """Return a number that is 0 or more."""
         found = self.at(*path)
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < math.inf:
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found <= LARGEST:
             raise self.refused(f"has {'.'.join(path)} = {str(found)[:40]}, which is no figure")
         return float(found)
 
     def positive(self, *path: str) -> float:
         """Return a number above 0."""
         found = self.number(*path)
-        if found == 0:
-            raise self.refused(f"has 0 in {'.'.join(path)}")
+        if found < LEAST:
+            raise self.refused(f"has {found:g} in {'.'.join(path)}")
         return found
 
     def count(self, *path: str) -> int:
@@ -57,8 +59,8 @@ class Reader:
 
     def times(self, found: Any, name: str) -> tuple[float, ...]:
         """Return a list of times, each of which must be a positive number."""
-        if not isinstance(found, list) or not all(type(t) in (int, float) and 0 < t < math.inf for t in found):
-            raise self.refused(f"has {name} that are not all positive times")
+        if not isinstance(found, list) or not all(type(t) in (int, float) and LEAST_TIME <= t <= LONGEST_TIME for t in found):
+            raise self.refused(f"has {name} that are not all positive times of {LEAST_TIME:g} to {LONGEST_TIME:g}")
         return tuple(map(float, found))
 
     def rounds(self, found: Any, name: str) -> tuple[float, ...]:

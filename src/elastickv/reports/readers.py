@@ -1,5 +1,6 @@
 """Runs from the JSON of each program that writes results: one reader a kind, one line in `_READERS`."""
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -95,6 +96,8 @@ def _elastickv(reader: Reader) -> Run:
 
 def _step(reader: Reader) -> dict[str, Times]:
     truncate = reader.number("build", "truncate_percent")
+    if truncate >= 50:
+        raise reader.refused(f"has {truncate:g} in build.truncate_percent, of which nothing is left")
     elastic = reader.times(reader.at("samples", "elastic"), "samples.elastic")
     if len(elastic) < 2:
         raise reader.refused(f"has {len(elastic)} samples of the elastic step, and 2 make an interval")
@@ -190,7 +193,7 @@ def _device(reader: Reader) -> str:
 
 
 def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
+    return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else 0 for part in version.split("."))
 
 
 _READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[Reader], Run]], ...] = (

@@ -5,7 +5,7 @@ import io
 import json
 from typing import Any
 
-from elastickv.errors import UsageError
+from elastickv.errors import UsageError, one_line, printable
 from elastickv.reports.plain_json import plain
 
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -38,7 +38,12 @@ COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def row(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns of a result; None where it was not measured."""
+    """Return the columns of a result; None where it was not measured.
+
+    Raises
+    ------
+    UsageError : if it lacks one.
+    """
     return {name: _at(result, path) for name, path in COLUMNS}
 
 
@@ -70,7 +75,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def markdown_of(rows: list[dict[str, Any]]) -> str:
     """Return a table with a line a row; `rows` have the same columns."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines = ["| " + " | ".join(map(markdown_cell, rows[0])) + " |", "|" + " --- |" * len(rows[0])]
     lines += ["| " + " | ".join(map(_short, cells.values())) + " |" for cells in rows]
     return "\n".join(lines) + "\n"
 
@@ -93,17 +98,26 @@ def _at(value: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         if value is None:
             return None
+        if not isinstance(value, dict) or key not in value:
+            raise UsageError(f"the result lacks {'.'.join(path)}: cut off, edited or of another version; measure again")
         value = value[key]
+    if isinstance(value, (dict, list)):
+        raise UsageError(f"the result has no figure in {'.'.join(path)}: edited or of another version; measure again")
     return value
 
 
 def _exact(value: Any) -> str:
     if value is None:
         return ""
-    return plain(value) if isinstance(value, float) else str(value)
+    return plain(value) if isinstance(value, float) else printable(str(value))
 
 
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+    return "" if value is None else markdown_cell(str(value))
+
+
+def markdown_cell(text: str) -> str:
+    """Return a text as a cell of a Markdown table shows it: one line, and no column of its own."""
+    return one_line(text).replace("|", "\\|")

@@ -7,9 +7,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from elastickv.errors import printable
 from elastickv.reports.html import html_paragraphs, html_table
 
 _HEADERS = ("decode step", "ms", "CV %", "KV GB/s")
+
+
+def literal(text: str) -> str:
+    """Return a text as rich prints it as it stands: no markup of its own, nothing that steers the terminal."""
+    return escape(printable(text))
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -18,18 +24,18 @@ def as_table(result: dict[str, Any]) -> str:
     console = Console(file=out, width=100, highlight=False)
     recipe = result["recipe"]
     name, workload = _workload(result)
-    console.print(f"[bold]{escape(name)}[/]  {workload}")
-    console.print(f"recipe [bold]{escape(recipe['text'])}[/] {_bytes(recipe)}")
+    console.print(f"[bold]{literal(name)}[/]  {workload}")
+    console.print(f"recipe [bold]{literal(recipe['text'])}[/] {_bytes(recipe)}")
     table = Table(box=None, pad_edge=False)
     for header in _HEADERS:
         table.add_column(header, justify="left" if header == _HEADERS[0] else "right")
     for cells in _contenders(result):
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(literal, cells))
     console.print(table)
     for line in _sentences(result):
-        console.print(escape(line), soft_wrap=True)
+        console.print(literal(line), soft_wrap=True)
     for warning in result["warnings"]:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {literal(warning)}", soft_wrap=True)
     return out.getvalue()
 
 

@@ -1,12 +1,11 @@
 """What an axis or a setting may hold: numbers, lists, ranges as llama-bench writes them, converted to the option's own type."""
 
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.measure.typed import TYPES, typed
+from elastickv.measure.typed import MAX_NUMBER, TYPES, typed
 
 AXES = (
     "seq", "batch", "compress", "recipe", "heads", "kv_heads", "dim", "dtype", "cache", "sinks", "window", "anchor_every",
@@ -93,8 +92,8 @@ def _expanded(name: str, term: str) -> Iterator[Any]:
         return
     first, last = converted(name, match[1]), converted(name, match[2])
     operation, step = match[3] or "+", converted(name, match[4] or "1")
-    grows = step > (1 if operation == "*" else 0) and not (operation == "*" and first == 0)
-    if last < first or not grows or not math.isfinite(last):
+    grows = (step > 1 and first > 1 / MAX_NUMBER) if operation == "*" else step > 0
+    if last < first or not grows:
         raise UsageError(
             f"--{_option(name)}={term} is no range: write first-last, first-last+step or first-last*factor, upwards"
         )

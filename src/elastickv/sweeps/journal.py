@@ -12,11 +12,14 @@ from types import TracebackType
 from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.inputs import parse_json, read_bytes
 from elastickv.measure.environment import environment
 from elastickv.reports.files import check_writable
+from elastickv.sweeps.axes import AXES
 from elastickv.sweeps.plan import Plan, key, name
 
 VERSION = 1
+MAX_FILE_BYTES = 1 << 32  # a hundred thousand cells with their raw samples
 STATUSES = ("ok", "does not fit", "refused", "failed")
 
 
@@ -29,10 +32,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ------
     UsageError : naming the file and the line that is no part of a sweep.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}; give the file of a sweep") from None
+    content = _content(path)
     header, *records = _saved(content, path) if path.suffix.lower() == ".json" else _lines(content, path)
     head = header.get("sweep")
     if not isinstance(head, dict) or not isinstance(head.get("plan_hash"), str):
@@ -41,6 +41,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise UsageError(
             f"{path} is of sweep version {head.get('version')}, this program reads {VERSION}: use the one that wrote it"
         )
+    axes, cells = head.get("axes"), head.get("cells")
+    known = isinstance(axes, dict) and set(axes) <= set(AXES) and all(isinstance(found, list) for found in axes.values())
+    if not known or type(cells) is not int:
+        raise UsageError(f"{path}:1 is a damaged header of a sweep: its axes or cells are none; measure again")
     seen: set[str] = set()
     for number, record in enumerate(records, 2):
         if not isinstance(record.get("cell"), dict) or record.get("status") not in STATUSES:
@@ -49,6 +53,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             raise UsageError(f"{path}:{number} holds {name(record['cell'])} a second time: take one of the lines out")
         seen.add(key(record["cell"]))
     return head, records
+
+
+def _content(path: Path) -> bytes:
+    return read_bytes(path, str(path), "give the file of a sweep", MAX_FILE_BYTES)
 
 
 def _lines(content: bytes, path: Path) -> list[dict[str, Any]]:
@@ -68,8 +76,8 @@ def _saved(content: bytes, path: Path) -> list[dict[str, Any]]:
 
 def _object(line: bytes, source: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(line)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise UsageError(f"{source} is no JSON object: the file was edited or is damaged; take the line out")
@@ -119,7 +127,7 @@ class Journal:
             raise UsageError(f"--output {self.path} is being written by another sweep: wait, or give another name") from None
 
     def _begin(self, plan: Plan, resume: bool, command: tuple[str, ...]) -> None:
-        whole = self.path.read_bytes().rfind(b"\n") + 1
+        whole = _content(self.path).rfind(b"\n") + 1
         if whole and not resume and not read(self.path)[1]:
             whole, resume = 0, True  # A sweep that ended before its first cell holds nothing to lose.
         if not whole and os.fstat(self._file).st_size and not resume:

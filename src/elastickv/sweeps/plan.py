@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.inputs import parse_json, read_text
 from elastickv.measure import Options
 from elastickv.sweeps import baselines
 from elastickv.sweeps.axes import AXES, MAX_CELLS, SETTINGS, converted, values
@@ -22,6 +23,7 @@ else:
     import tomli as tomllib
 
 Cell = dict[str, Any]
+MAX_PLAN_BYTES = 1 << 24
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
@@ -160,12 +162,10 @@ def read_plan(path: Path) -> dict[str, Any]:
     ------
     UsageError : if it cannot be read or is neither.
     """
+    text = read_text(path, f"--plan {path}", "give a TOML or JSON file", MAX_PLAN_BYTES)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        found = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"--plan {path}: {error.strerror or error}; give a TOML or JSON file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        found = parse_json(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
         raise UsageError(f"--plan {path} is no {kind} ({error}): mend it, or give another file") from None
     if not isinstance(found, dict) or not found:

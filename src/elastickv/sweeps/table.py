@@ -16,6 +16,7 @@ from elastickv.reports.readers import run_of
 from elastickv.reports.rows import COLUMNS, csv_of, frame, markdown_of, row
 from elastickv.sweeps.baselines import is_baseline
 from elastickv.sweeps.journal import read
+from elastickv.sweeps.plan import name
 
 EXPORTS = (".csv", ".md", ".json", ".parquet")
 _BRIEF = (
@@ -134,8 +135,11 @@ class Sweep:
         return html_table(list(rows[0]), [[_shown(value) for value in cells.values()] for cells in rows], note)
 
     def _row(self, record: dict[str, Any], axes: list[str]) -> dict[str, Any]:
-        figures = _figures(record) if record["status"] == "ok" else dict.fromkeys((name for name, _ in COLUMNS), None)
-        figures = {"recipe_used": figures.pop("recipe")} | {name: v for name, v in figures.items() if name not in axes}
+        try:
+            figures = _figures(record) if record["status"] == "ok" else dict.fromkeys((label for label, _ in COLUMNS), None)
+        except UsageError as error:
+            raise UsageError(f"the cell {name(record['cell'])}: {error}") from None
+        figures = {"recipe_used": figures.pop("recipe")} | {label: v for label, v in figures.items() if label not in axes}
         return {axis: record["cell"].get(axis) for axis in axes} | {k: record.get(k) for k in ("status", "reason")} | figures
 
     def _some_rows(self) -> list[dict[str, Any]]:
@@ -148,7 +152,7 @@ class Sweep:
         axes = list(self.header.get("axes", {}))
         reasons = any(record.get("reason") for record in self.cells)
         kept = [*axes, *_BRIEF, *(["reason"] if reasons else [])]
-        return [{name: cells[name] for name in kept} for cells in self._some_rows()]
+        return [{label: cells[label] for label in kept} for cells in self._some_rows()]
 
 
 def _figures(record: dict[str, Any]) -> dict[str, Any]:

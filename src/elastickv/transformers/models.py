@@ -83,9 +83,11 @@ def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
             # Of a .gguf file Transformers notes the folder.
             model.config.name_or_path = name
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except (UsageError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # whatever the parsers of files and weights raise: SafetensorError, struct.error, IndexError, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"model {name} cannot be loaded: {reason}") from None
     return Loaded(Path(name).name, model.to(device).eval(), tokenizer)

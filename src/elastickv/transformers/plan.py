@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.inputs import parse_json, read_text
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
 from elastickv.recipe.model_calibration import FORMAT as CALIBRATION_FORMAT
 from elastickv.recipe.model_calibration import ModelCalibration
@@ -304,15 +305,11 @@ def _parsed(value: RecipeLike) -> Recipe:
 
 def _file(path: Path) -> ModelCalibration | tuple[Recipe | None, dict[int, Recipe]]:
     """Read a calibration, a JSON file of recipes, or a file that holds one recipe's text."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UsageError(f"recipe file {path}: {reason}") from None
+    text = read_text(path, f"recipe file {path}", "give a calibration, recipes, or a file of one recipe's text")
     if not text.lstrip().startswith("{"):
         return Recipe.parse(text.strip()), {}
     try:
-        record: Any = json.loads(text)
+        record: Any = parse_json(text)
     except ValueError as error:
         raise UsageError(f"recipe file {path} is not JSON: {error}") from None
     if record.get("format") == CALIBRATION_FORMAT:
@@ -324,7 +321,7 @@ def _file(path: Path) -> ModelCalibration | tuple[Recipe | None, dict[int, Recip
         )
     whole = record.get("recipe")
     layers = record.get("layers", {})
-    if not isinstance(layers, dict) or not all(str(number).isdigit() for number in layers):
+    if not isinstance(layers, dict) or not all(re.fullmatch("[0-9]{1,6}", number) for number in layers):
         raise UsageError(f"recipe file {path}: 'layers' maps numbers of layers to recipes")
     return None if whole is None else _parsed(whole), {int(number): _parsed(value) for number, value in layers.items()}
 

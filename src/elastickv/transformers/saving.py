@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +14,21 @@ from safetensors.torch import save_file
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from elastickv.errors import UsageError
-from elastickv.recipe import AttentionShape, Recipe
+from elastickv.inputs import parse_json
+from elastickv.recipe import DTYPES, AttentionShape, Recipe
 from elastickv.recipe.model_calibration import ModelCalibration
+from elastickv.recipe.recipe import parse_open
+from elastickv.recipe.shape import MAX_CONTEXT
+from elastickv.recipe.solver import check_context, check_ratio
 from elastickv.transformers.budget import Budget, Reading
 from elastickv.transformers.decode.seam import join
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.models import fingerprint
-from elastickv.transformers.plan import Plan
+from elastickv.transformers.plan import PREFILLS, Plan
 from elastickv.transformers.ranks import ranks_of
 from elastickv.transformers.slots import Slots
-from elastickv.transformers.store import new_store
-from elastickv.transformers.support import sizes_of
+from elastickv.transformers.store import check_room, new_store
+from elastickv.transformers.support import Sizes, sizes_of
 
 if TYPE_CHECKING:
     from elastickv.transformers.cache import ElasticCache
@@ -68,13 +73,17 @@ def save(cache: ElasticCache, path: Path) -> None:
 def load(kind: type[ElasticCache], path: Path, model: Any, capture: bool) -> ElasticCache:
     """Return the cache of a file."""
     _check_one_rank(model)
+    # Mapped into memory by its format's own reader, which checks every size against the file: a pipe would be waited for.
+    if not path.is_file():
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise UsageError(f"{path} {what}: give a file that ElasticCache.save wrote")
     try:
         with safe_open(path, "pt") as file:
-            record = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            record = parse_json((file.metadata() or {}).get(_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"{path} is no saved cache: {getattr(error, 'strerror', None) or error}") from None
-    if record.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UsageError(f"{path} is no saved cache: ElasticCache.save writes them")
     if record.get("version") != VERSION:
         raise UsageError(f"{path} is a cache of version {record.get('version')!r}, and this elastickv reads version {VERSION}")
@@ -82,8 +91,10 @@ def load(kind: type[ElasticCache], path: Path, model: Any, capture: bool) -> Ela
         raise UsageError(f"{path} is a cache of another model ({record.get('model')}) than this {type(model).__name__}")
     try:
         made = _loaded(kind, record, tensors, model, capture)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
+        raise UsageError(f"{path} is damaged: {error or type(error).__name__}") from None
     join(model, capture)
     return made
 
@@ -105,8 +116,9 @@ def _loaded(
     layers = {int(number): Recipe.parse(value) for number, value in said["layers"].items()}
     errors = None if said["calibration"] is None else ModelCalibration.loads(said["calibration"])
     plan = Plan(sizes_of(model), said["ratio"], recipe, layers, errors, said["context"], said["capacity"], said["prefill"])
-    plan.budget = _budget(record["budget"])
-    plan.present = None if record["reading"] is None else Reading(*record["reading"])
+    _check_plan(plan)
+    plan.budget = _budget(record["budget"], plan.sizes)
+    plan.present = None if record["reading"] is None else _reading(*record["reading"])
     cache = kind._made(model, plan, capture)
     if len(record["layers"]) != len(cache.layers):
         raise ValueError(f"{len(record['layers'])} layers for a model of {len(cache.layers)}")
@@ -137,12 +149,47 @@ def _budget_record(budget: Budget | None) -> dict[str, Any] | None:
     }
 
 
-def _budget(record: dict[str, Any] | None) -> Budget | None:
+def _budget(record: dict[str, Any] | None, sizes: Sizes) -> Budget | None:
     if record is None:
         return None
     recipes = {int(layer): Recipe.parse(text) for layer, text in record["recipes"].items()}
-    rest = (record["dtype"], record["ratio"], record["context"], record["fixed"])
-    return Budget(recipes, AttentionShape(*record["shape"]), *rest)
+    dtype, ratio, context = record["dtype"], record["ratio"], record["context"]
+    shape = AttentionShape(*record["shape"])
+    if sorted(recipes) != sorted(sizes.elastic) or shape != _shape(sizes, 1):
+        raise ValueError("its budget is of other layers or heads than the model's")
+    for recipe in recipes.values():
+        recipe.check_shape(shape.head_dim, shape.kv_heads)
+    if dtype not in DTYPES:
+        raise ValueError(f"its budget is of dtype {dtype}")
+    if ratio is not None:
+        check_ratio(ratio)
+    check_context(context)
+    return Budget(recipes, shape, dtype, ratio, context, bool(record["fixed"]))
+
+
+def _shape(sizes: Sizes, batch: int) -> AttentionShape:
+    """Return the shape of a layer as it is stored."""
+    return AttentionShape(batch, sizes.query_heads // sizes.kv_heads * sizes.kv_heads, sizes.kv_heads, sizes.stored_head_dim)
+
+
+def _check_plan(plan: Plan) -> None:
+    """Raise ValueError unless what the file says was asked for could have been."""
+    if plan.ratio is not None:
+        check_ratio(plan.ratio)
+    for tokens in (plan.context, plan.capacity):
+        if tokens is not None:
+            check_context(tokens)
+    if plan.prefill not in PREFILLS or not set(plan.layers) <= set(plan.sizes.elastic):
+        raise ValueError("its plan is of another model, or edited")
+    if isinstance(plan.recipe, str) and plan.recipe != "auto":
+        parse_open(plan.recipe)
+
+
+def _reading(since: int, until: int, scale: float | None) -> Reading:
+    """Return what is read, if it is between two contexts."""
+    if not 0 <= since < until <= 2 * MAX_CONTEXT or not (scale is None or 0 < scale < math.inf):
+        raise ValueError(f"it reads {scale} from {since} to {until}")
+    return Reading(since, until, scale)
 
 
 def _layer_record(number: int, layer: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -178,14 +225,20 @@ def _layer_record(number: int, layer: Any, tensors: dict[str, torch.Tensor]) -> 
 def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     if not entry["length"]:
         return
-    real = tensors["real"].numpy()
+    real, batch = tensors["real"].numpy(), int(entry["batch"])
+    if real.dtype != np.bool_ or real.shape != (batch, entry["length"]):
+        raise ValueError(f"its places are {real.shape}, not {batch} x {entry['length']}")
     slots = Slots()
     ragged = np.flatnonzero(~real.all(axis=0))
     edge = int(ragged[-1]) + 1 if len(ragged) else 0
     slots.add(edge, real[:, :edge])
     slots.add(entry["length"] - edge, None)
-    layer.slots, layer.batch, layer.is_initialized = slots, int(entry["batch"]), True
+    layer.slots, layer.batch, layer.is_initialized = slots, batch, True
+    sizes = layer._plan.sizes
     if "held_keys" in tensors:
+        kept = (batch, sizes.kv_heads, entry["length"], sizes.head_dim)
+        if any(tensors[name].shape != kept or not tensors[name].is_floating_point() for name in ("held_keys", "held_values")):
+            raise ValueError(f"its exact tokens are not {kept}")
         layer.held = (tensors["held_keys"].to(device), tensors["held_values"].to(device))
     said = entry["store"]
     if said is None:
@@ -195,12 +248,23 @@ def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.T
         raise UsageError(
             f"the cache was saved from the {said['backend']} back end, and the model is on {device}: move the model"
         )
-    shape = AttentionShape(*said["shape"])
-    recipe = Recipe.parse(said["recipe"])
-    store = new_store(
-        backends, shape, int(said["capacity"]), said["dtype"], recipe, int(said["head_dim"]), device, said["phase"]
+    shape, recipe, capacity, dtype = (
+        AttentionShape(*said["shape"]),
+        Recipe.parse(said["recipe"]),
+        said["capacity"],
+        said["dtype"],
     )
+    if shape != _shape(sizes, batch) or said["head_dim"] != sizes.head_dim or dtype not in DTYPES:
+        raise ValueError(f"its tokens are stored for {shape}, heads of {said['head_dim']} and dtype {dtype}")
+    check_context(capacity)
+    recipe.check_shape(shape.head_dim, shape.kv_heads)
+    recipe.check_phase(said["phase"])
+    # What the file claims is allocated only where it fits.
+    check_room(backends.at(device), shape, capacity, dtype, recipe)
+    store = new_store(backends, shape, capacity, dtype, recipe, sizes.head_dim, device, said["phase"])
     store.load_state(
         {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("real", "held_keys", "held_values")}
     )
+    if (store.lengths != real.sum(axis=1)).any():
+        raise ValueError(f"its layer has {store.lengths.tolist()} tokens stored for {real.sum(axis=1).tolist()} places")
     layer.go_on(store)

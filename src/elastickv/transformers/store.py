@@ -137,6 +137,16 @@ def new_store(
         return kind(backends, backend, cache, head_dim, device)
 
 
+def check_room(backend: Backend, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> None:
+    """Raise UsageError if the memory that is free does not hold a layer's cache."""
+    needed, free = backend.cache_bytes(shape, capacity, dtype, recipe), backend.device.free_bytes
+    if needed > free:
+        raise UsageError(
+            f"a layer's cache of {capacity} tokens needs {needed / GIB:.2f} GiB and {free / GIB:.2f} GiB are free: "
+            "generate fewer tokens, or give a larger compress"
+        )
+
+
 class Store(ABC):
     """The tokens of one layer in a back end's cache.
 
@@ -216,7 +226,7 @@ class Store(ABC):
             # An eighth more: copied rarely, and little is held that is not used.
             capacity = _rounded(needed + max(needed // 8, 256))
             with self._here():
-                self._check_memory(self.cache.shape, capacity)
+                check_room(self._backend, self.cache.shape, capacity, self.cache.dtype, self.cache.recipe)
                 self._replace(lambda: self.cache.gather(np.arange(self.cache.shape.batch), capacity))
 
     def gather(self, rows: NDArray[np.int64]) -> None:
@@ -230,15 +240,6 @@ class Store(ABC):
     def _replace(self, make: Callable[[], EditableCache]) -> None:
         self.cache = make()
         self._one = np.ones(self.cache.shape.batch, np.int64)
-
-    def _check_memory(self, shape: AttentionShape, capacity: int) -> None:
-        needed = self._backend.cache_bytes(shape, capacity, self.cache.dtype, self.cache.recipe)
-        free = self._backend.device.free_bytes
-        if needed > free:
-            raise UsageError(
-                f"a layer's cache of {capacity} tokens needs {needed / GIB:.2f} GiB and {free / GIB:.2f} GiB are free: "
-                "generate fewer tokens, or give a larger compress"
-            )
 
     def drop(self, count: NDArray[np.int64]) -> None:
         """Forget the last `count[b]` tokens of row b; see `EditableCache.crop`."""

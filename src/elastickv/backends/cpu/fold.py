@@ -39,8 +39,13 @@ HALF_LANES = ir.VectorType(I16, LANES)
 MAGIC = 12582912.0  # 1.5 x 2^23: the sum ends in the whole number, rounded half to even
 
 
+def _lift(builder: ir.IRBuilder, peak: Any) -> Any:
+    """Return the power of two to multiply by before `_inverse` of a peak so small that it would overflow; else 1."""
+    return builder.select(builder.fcmp_ordered("<", peak, F32(2.0**-100)), F32(2.0**40), F32(1.0))
+
+
 def _inverse(builder: ir.IRBuilder, peak: Any) -> Any:
-    """Return 32767 / peak; 0 for a peak so small that its inverse would overflow: it weighs nothing in float32."""
+    """Return 32767 / peak; 0 for a peak so small that its inverse would overflow."""
     safe = builder.fcmp_ordered(">", peak, F32(2.0**-110))
     return builder.select(safe, builder.fdiv(F32(INT16_MAX), builder.select(safe, peak, F32(1.0))), F32(0.0))
 
@@ -75,6 +80,7 @@ def _fold(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) -
         peak = reduce(builder, final[width + query], lambda a, b: larger(builder, a, b))
         store(builder, bias, biases, query * FLOAT_BYTES)
         store(builder, builder.fmul(peak, F32(1 / INT16_MAX)), units, query * FLOAT_BYTES)
+        # Keys of int4 are halves: what a query of such a peak would score is nothing in float32.
         inverses.append(splat(builder, _inverse(builder, peak)))
     with loop(builder, turns, []) as (index, _, _):
         where = builder.mul(index, I64(2 * LANES))
@@ -101,10 +107,11 @@ def _to_integers(builder: ir.IRBuilder, queries: Any, dim: Any, narrow: Any, uni
     total = reduce(builder, final[1], builder.fadd)
     # A NaN or infinity in the query reaches the scores through the unit.
     store(builder, builder.fadd(builder.fmul(peak, F32(1 / INT16_MAX)), builder.fmul(total, F32(0.0))), unit)
-    inverse = splat(builder, _inverse(builder, peak))
+    lift = _lift(builder, peak)
+    lifts, inverse = splat(builder, lift), splat(builder, _inverse(builder, builder.fmul(peak, lift)))
     with loop(builder, turns, []) as (index, _, _):
         q = load(builder, queries, VF, builder.mul(index, I64(FLOAT_BYTES * LANES)))
-        shifted = multiply_add(builder, q, inverse, constant(MAGIC))
+        shifted = multiply_add(builder, builder.fmul(q, lifts), inverse, constant(MAGIC))
         _store_whole(builder, shifted, narrow, builder.mul(index, I64(2 * LANES)))
 
 
@@ -128,9 +135,11 @@ def _weigh(builder: ir.IRBuilder, fmt: int, args: tuple[Any, ...]) -> None:
         store(builder, zero_sum, zero_sums)
     peak = reduce(builder, larger(builder, *folded), lambda a, b: larger(builder, a, b))
     store(builder, builder.fmul(peak, F32(1 / INT16_MAX)), unit)
-    inverse = splat(builder, _inverse(builder, peak))
+    lift = _lift(builder, peak)
+    lifts, inverse = splat(builder, lift), splat(builder, _inverse(builder, builder.fmul(peak, lift)))
     for half, weight in enumerate(folded):
-        _store_whole(builder, multiply_add(builder, weight, inverse, constant(MAGIC)), weights, half * LANES * 2)
+        shifted = multiply_add(builder, builder.fmul(weight, lifts), inverse, constant(MAGIC))
+        _store_whole(builder, shifted, weights, half * LANES * 2)
 
 
 # (probabilities, the tokens' bf16 scales, int16 weights, their unit).

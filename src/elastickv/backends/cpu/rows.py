@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cpu import readback, steps, threads
 from elastickv.backends.cpu.layout import STATE_WORDS, Field, Layout, State
-from elastickv.cache.editable import CacheState, check_crop, check_growth, cold_tokens
+from elastickv.cache.editable import CacheState, check_crop, check_growth, check_lists, check_shares, cold_tokens
 from elastickv.cache.layer import Float32, check_shape
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.pages import kept
@@ -17,6 +17,7 @@ from elastickv.recipe.pages import kept
 if TYPE_CHECKING:
     from elastickv.backends.cpu.cache import CpuCache
 
+MAX_STEPS = 1 << 40
 _SECTIONS = ("cold", "exact", "bounds", "state", "lists", "reused")
 
 
@@ -150,10 +151,33 @@ class Rows:
         fractions = state.get("fractions")
         if fractions is None or fractions.shape != self._section("fractions").shape or fractions.dtype != np.uint8:
             raise ValueError("the saved fractions are not those of a cache of these heads and this recipe")
-        numbers = np.ascontiguousarray(state["state"]).view(np.int64).reshape(*fits["state"][:2], STATE_WORDS)
-        if numbers[..., State.LENGTH].max(initial=0) > self.capacity:
-            raise ValueError(f"the saved tokens do not fit a capacity of {self.capacity}")
+        numbers = state["state"].copy(order="C").view(np.int64).reshape(*fits["state"][:2], STATE_WORDS)
+        self._check_numbers(numbers, np.ascontiguousarray(state["lists"]).view(np.int32))
+        state = state | {"state": numbers.view(np.uint8).reshape(fits["state"])}
+        check_shares(fractions.view(np.float64))
         for name in _SECTIONS:
             self._of_rows(name)[:, :, : state[name].shape[2]] = state[name]
         self._section("fractions")[:] = fractions
         self.mark()
+
+    def _check_numbers(self, numbers: NDArray[np.int64], lists: NDArray[np.int32]) -> None:
+        """Raise ValueError for a state that no decode leaves behind: the kernels address memory by it."""
+        lengths = numbers[..., State.LENGTH]
+        if not ((lengths >= 0) & (lengths <= self.capacity)).all():
+            raise ValueError(f"the saved tokens do not fit a capacity of {self.capacity}")
+        alike = numbers[..., [State.STEP, State.ANCHOR_STEP, State.PENDING]]
+        if (alike != alike[0, 0]).any() or (lengths != lengths[:, :1]).any() or alike[0, 0, 2]:
+            raise ValueError("the saved state is not the same for all heads")
+        step, anchor = (int(number) for number in alike[0, 0, :2])
+        if not (-1 <= step < MAX_STEPS and -2 <= anchor <= step):
+            raise ValueError(f"the saved steps are {step} and {anchor}")
+        age = self.recipe.age(step + 1, self.phase)
+        if age and anchor != step + 1 - age:
+            raise ValueError(f"the saved step {step} follows no anchor")
+        pages = np.array([[cold_tokens(self.recipe, length) // PAGE_TOKENS] for length in lengths[:, 0]])
+        if self.recipe.selection != "pages" or anchor < 0:
+            # No list is read before the next one is made.
+            numbers[..., [State.LISTED, State.ANCHOR_PAGES, State.READ_PAGES]] = 0
+        check_lists(lists, numbers[..., State.LISTED], numbers[..., State.ANCHOR_PAGES], pages)
+        if not ((numbers[..., State.READ_PAGES] >= 0) & (numbers[..., State.READ_PAGES] <= pages)).all():
+            raise ValueError("the saved state has read more pages than there are")

@@ -16,6 +16,7 @@ Bytes = NDArray[np.uint8]
 Numbers = NDArray[Any]
 
 
+@np.errstate(invalid="ignore", over="ignore")  # what is not finite comes back so: the cache tells of it
 def unpack_rows(
     raw: Bytes, bounds: Bytes, formats: tuple[str, str], head_dim: int, group: int, rows: NDArray[np.int64]
 ) -> tuple[Float64, Float64]:

@@ -160,7 +160,7 @@ def _read(path: Path) -> Compiled | None:
             return None
         header, _, cubin = body.partition(b"\n")
         return Compiled(cubin, tuple(Resources(**r) for r in json.loads(header)))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

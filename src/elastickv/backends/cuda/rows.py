@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from elastickv.backends.cuda.device import CudaDevice, Memory, i32, i64
 from elastickv.backends.cuda.storage import Scratch, Storage
 from elastickv.backends.cuda.variants import TYPES, Variant
-from elastickv.cache.editable import CacheState, check_crop, check_growth, cold_tokens
+from elastickv.cache.editable import CacheState, check_crop, check_growth, check_lists, check_shares, cold_tokens
 from elastickv.cache.layer import Float32, check_shape
 from elastickv.errors import UsageError
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
@@ -293,6 +293,13 @@ class Rows:
             raise ValueError("the saved fractions are not those of a cache of these heads and this recipe")
         if lengths.max(initial=0) > self.capacity or lengths.min(initial=0) < 0:
             raise ValueError(f"the saved tokens do not fit a capacity of {self.capacity}")
+        check_shares(np.asarray(fractions, np.float64))
+        if layout.listed:
+            said = np.ascontiguousarray(state["listed"]).view(np.int32).reshape(batch, heads, 2)
+            # Lists of before a crop may name what is no page any more; they are made anew before they are read.
+            check_lists(
+                np.ascontiguousarray(state["lists"]).view(np.int32), said[..., 0], said[..., 1], np.array(layout.page_capacity)
+            )
         for name, plane in planes.items():
             raw = np.zeros((batch, heads, plane.stride), np.uint8)
             raw[:, :, : state[name].shape[2]] = state[name]

@@ -1,5 +1,6 @@
 """What the page says: a headline, sections of charts and tables, and what there was nothing to show of."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from elastickv.reports.page.headline import Headline, headline_of
 from elastickv.reports.page.style import Chart
 
 _NARROW = 5  # columns
+_FEW = 2  # devices
 
 
 @dataclass(frozen=True)
@@ -21,17 +23,16 @@ class Table:
 
 
 def tables(caption: str, rows: Iterable[Mapping[str, str]], words: Sequence[str]) -> list[Table]:
-    """Return a table of rows, which have the same columns; none where there is no row.
+    """Return a table of rows, which have the same columns, without those that are empty; none where there is no row.
 
     Parameters
     ----------
     words : columns that hold words; the others hold numbers.
     """
     listed = list(rows)
-    if not listed:
-        return []
-    headers = list(listed[0])
-    return [Table(caption, headers, [list(row.values()) for row in listed], [name for name in headers if name not in words])]
+    headers = [name for name in (listed[0] if listed else ()) if any(row[name] for row in listed)]
+    cells = [[row[name] for name in headers] for row in listed]
+    return [Table(caption, headers, cells, [name for name in headers if name not in words])] if headers else []
 
 
 @dataclass(frozen=True)
@@ -105,5 +106,6 @@ def content_of(facts: Facts, title: str | None) -> Content:
 
 
 def _title(facts: Facts) -> str:
-    devices = list(dict.fromkeys(told.device for told in facts.told))
-    return f"ElasticKV on {devices[0] if len(devices) == 1 else f'{len(devices)} devices'}"
+    # A processor is told with its threads by some results and without by others.
+    devices = list(dict.fromkeys(re.sub(r" \(\d+ threads\)$", "", told.device) for told in facts.told))
+    return f"ElasticKV on {' and '.join(devices) if len(devices) <= _FEW else f'{len(devices)} devices'}"

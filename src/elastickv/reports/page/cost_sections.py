@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from elastickv.reports.page.content import Section, tables
 from elastickv.reports.page.detail_charts import memory_chart, model_charts
-from elastickv.reports.page.facts import Facts, Step
+from elastickv.reports.page.facts import Facts, ModelCache, ModelRun, Step
 from elastickv.reports.page.fidelity_charts import error_chart, front, loss_charts, needle_charts, offers
 from elastickv.reports.page.speed_sections import BENCH
 from elastickv.reports.units import fixed, interval, size
@@ -91,7 +91,9 @@ def models(facts: Facts) -> Section:
             "cache": cache.name,
             "ms a token": interval(cache.step_ms, 2),
             "tokens/s": fixed(cache.tokens_per_s, 2),
-            "elastic is faster by": interval(model.speedups.get(cache.name), 3, "×"),
+            "speed-up": _ratio(model, cache),
+            "KL, nats": fixed(cache.price.kl if cache.price else None, 4),
+            "perplexity": fixed(cache.price.perplexity if cache.price else None, 3),
             "× of the floor": fixed(cache.of_floor, 2),
             "first token, s": fixed(cache.first_token_s, 3),
             "result": facts.names[model.told.source],
@@ -115,6 +117,13 @@ def models(facts: Facts) -> Section:
     )
 
 
+def _ratio(model: ModelRun, cache: ModelCache) -> str:
+    """Return the ratios that belong to a cache: of the elastic one against each other, in that one's row."""
+    name = cache.name
+    told = [r for r in model.ratios if (r.slow if r.fast == "elastic" else r.fast) == name]
+    return "; ".join(f"{ratio.fast} / {ratio.slow} {interval(ratio.times, 3, '×')}" for ratio in told)
+
+
 def memory(facts: Facts) -> Section:
     """Return bytes read and stored, and what a model holds."""
     chart = memory_chart(facts.steps)
@@ -127,12 +136,24 @@ def memory(facts: Facts) -> Section:
             "read 1/": fixed(cache.read_ratio, 2),
             "KV stored": size(cache.stored_bytes),
             "stored 1/": fixed(cache.stored_ratio, 2),
+            "KV a token": size(cache.bytes_per_token),
             "held, as measured": size(cache.held_bytes),
             "held 1/": fixed(cache.held_ratio, 2),
             "peak beyond weights": size(cache.peak_bytes),
         }
         for model in facts.models
         for cache in model.caches
+    )
+    formats = (
+        {
+            "model": model.model,
+            "context": str(model.context),
+            "our format": own.recipe,
+            "KV a token": size(own.bytes_per_token),
+            "stored 1/": fixed(own.stored, 2),
+        }
+        for model in facts.models
+        for own in model.formats
     )
     return Section(
         "memory",
@@ -144,6 +165,7 @@ def memory(facts: Facts) -> Section:
         tables=[
             *tables("One layer's keys and values, in one step", _bytes(facts.steps), ("recipe", "shape")),
             *tables("A model's memory", held, ("model", "cache")),
+            *tables("Our formats for the same layers, beside those of another program", formats, ("model", "our format")),
         ],
         missing=BENCH,
     )

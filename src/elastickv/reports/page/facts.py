@@ -162,7 +162,37 @@ class ModelCache:
     held_bytes: float | None
     peak_bytes: float | None
     first_token_s: float | None
+    bytes_per_token: float | None
+    price: "Price | None"
     token_ms: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a cache does to a model's predictions, against those with another: `on` says with which, and of which text."""
+
+    on: str
+    perplexity: float
+    kl: float
+    top1_percent: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time with the cache `slow` / time with the cache `fast`, measured in turns."""
+
+    fast: str
+    slow: str
+    times: Estimate
+
+
+@dataclass(frozen=True)
+class Format:
+    """One of our formats for a model that another program ran: bytes of a token in all layers, dense bytes / stored."""
+
+    recipe: str
+    bytes_per_token: float
+    stored: float
 
 
 @dataclass(frozen=True)
@@ -172,7 +202,8 @@ class ModelRun:
     Attributes
     ----------
     asked : what the elastic cache was given: C or a recipe.
-    speedups : elastic / another cache, by its name; `faster` beyond the noise floor.
+    ratios : of the caches' times, those against the baseline first.
+    formats : our formats' bytes for the same layers.
     not_run : caches that were not measured, and why.
     """
 
@@ -183,10 +214,15 @@ class ModelRun:
     batch: int | None
     asked: str
     caches: Sequence[ModelCache]
-    speedups: Mapping[str, Estimate]
-    baseline: str | None
-    noise_floor: Estimate | None
+    ratios: Sequence[Ratio]
+    formats: Sequence[Format]
     not_run: Mapping[str, str]
+
+    @property
+    def best(self) -> Ratio | None:
+        """The largest ratio against the baseline, by its lower bound."""
+        told = [ratio for ratio in self.ratios if ratio.slow == self.ratios[0].slow]
+        return max(told, key=lambda ratio: ratio.times.low or 0.0, default=None)
 
 
 @dataclass(frozen=True)

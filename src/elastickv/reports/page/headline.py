@@ -29,11 +29,10 @@ class Headline:
 
 def headline_of(facts: Facts) -> Headline:
     """Return the headline: of a decode step where one was measured, else of a model's decode, else of its predictions."""
-    beside = [*_all_steps(facts.steps), *_all_models(facts.models)]
     step = best_step(facts.steps)
     if step is not None:
-        return _of_step(step, beside)
-    return _of_model(best_model(facts.models), beside) if facts.models else _of_evaluation(facts.evaluations[0])
+        return _of_step(step, [*_all_steps(facts.steps), *_all_models(facts.models)])
+    return _of_model(best_model(facts.models)) if facts.models else _of_evaluation(facts.evaluations[0])
 
 
 def best_step(steps: Sequence[Step]) -> Step | None:
@@ -44,7 +43,7 @@ def best_step(steps: Sequence[Step]) -> Step | None:
 
 def best_model(models: Sequence[ModelRun]) -> ModelRun:
     """Return the model's run of the largest speed-up against its baseline, by its lower bound."""
-    return max(models, key=lambda model: _rank(model.speedups.get(model.baseline or "")))
+    return max(models, key=lambda model: _rank(model.best.times if model.best else None))
 
 
 def _rank(found: Estimate | None) -> tuple[bool, float]:
@@ -93,28 +92,32 @@ def _range(found: Estimate | None) -> str:
     return "no interval" if found.low is None else f"[{found.low:.3f}, {found.high:.3f}]"
 
 
-def _of_model(model: ModelRun, beside: Sequence[str]) -> Headline:
-    ratio = model.speedups.get(model.baseline or "")
-    own = next((cache for cache in model.caches if cache.name == "elastic"), model.caches[0])
-    where = f"{model.told.device}, {model.context} tokens × {model.batch}"
-    fast = (
-        f"decodes at {interval(ratio)} times the speed of the cache '{model.baseline}' (95 % interval)"
-        if ratio
-        else f"decodes {fixed(own.tokens_per_s, 2)} tokens/s with the cache '{own.name}'; no other cache ran beside it"
-    )
+def _of_model(model: ModelRun) -> Headline:
+    best, name = model.best, "elastic" if any(cache.name == "elastic" for cache in model.caches) else None
+    own = next(cache for cache in model.caches if name is None or cache.name == name)
+    if best is not None:
+        own = next((cache for cache in model.caches if cache.name == best.fast), own)
+        fast = f"decodes at {interval(best.times)} times the speed of the cache '{best.slow}' (95 % interval)"
+    else:
+        fast = f"decodes {fixed(own.tokens_per_s, 2)} tokens/s; no other cache ran beside it"
     reads = f", and reads 1/{own.read_ratio:.2f} of the dense 16-bit bytes" if own.read_ratio else ""
+    asked = f" ({model.asked})" if model.asked else ""
+    price = (
+        f"The KL divergence of its predictions is {own.price.kl:.4f} nats a token, and {own.price.top1_percent:.1f} % of the "
+        f"most likely tokens are the same ({own.price.on})."
+        if own.price
+        else "What its predictions lose was not measured in this file: `elastickv eval` does."
+    )
+    ratio = own.read_ratio or own.stored_ratio
     tiles = [
-        ("speed-up", f"{ratio.estimate:.3f}×" if ratio else "-", f"{_range(ratio)} against {model.baseline}" if ratio else ""),
-        ("bytes read", f"1/{own.read_ratio:.2f}" if own.read_ratio else "-", "of dense 16 bit"),
-        ("memory held", f"1/{own.held_ratio:.2f}" if own.held_ratio else "-", "of dense 16 bit"),
-        ("a step", f"{own.step_ms.estimate:.2f} ms" if own.step_ms else "-", "one token, all layers"),
+        ("speed-up", f"{best.times.estimate:.3f}×" if best else "-", _range(best.times) if best else "nothing beside it"),
+        (f"bytes {'read' if own.read_ratio else 'stored'}", f"1/{ratio:.2f}" if ratio else "-", "of dense 16 bit"),
+        ("KL", f"{own.price.kl:.4f}" if own.price else "-", "nats a token" if own.price else "not measured"),
+        ("a token", f"{own.step_ms.estimate:.2f} ms" if own.step_ms else "-", "whole model"),
     ]
+    where = f"On {model.told.device}, {model.context} tokens × {model.batch}"
     return Headline(
-        model.told.source,
-        f"On {where}, {model.model} ({model.asked}) {fast}{reads}. A benchmark of a whole model does not measure what the "
-        "predictions lost: `elastickv eval` does.",
-        tiles,
-        beside,
+        model.told.source, f"{where}, {model.model} with the cache '{own.name}'{asked} {fast}{reads}. {price}", tiles, ()
     )
 
 
@@ -155,11 +158,10 @@ def _all_steps(steps: Sequence[Step]) -> Iterator[str]:
 
 
 def _all_models(models: Sequence[ModelRun]) -> Iterator[str]:
-    told = [model for model in models if model.speedups.get(model.baseline or "")]
-    if not told:
-        return
-    best = best_model(told)
-    yield (
-        f"Whole model: {best.model} with {best.asked} at {best.context} tokens × {best.batch} decodes at "
-        f"{interval(best.speedups[str(best.baseline)])} times the speed of {best.baseline}."
-    )
+    best = best_model(models).best if models else None
+    if best is not None:
+        model = best_model(models)
+        yield (
+            f"Whole model: {model.model} with {' '.join(part for part in (best.fast, model.asked) if part)} at {model.context} "
+            f"tokens × {model.batch} decodes at {interval(best.times)} times the speed of {best.slow}."
+        )

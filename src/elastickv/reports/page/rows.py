@@ -3,7 +3,7 @@
 from typing import Any
 
 from elastickv.reports.page.content import Content
-from elastickv.reports.page.facts import Estimate, Facts
+from elastickv.reports.page.facts import Estimate, Facts, ModelRun
 
 COLUMNS = (
     "kind", "source", "date_utc", "device", "model", "context", "batch", "heads", "kv_heads", "head_dim", "cache", "asked",
@@ -81,10 +81,17 @@ def _models(facts: Facts) -> list[dict[str, Any]]:
         | {"model": model.model, "context": model.context, "batch": model.batch, "cache": cache.name, "asked": model.asked}
         | {"ratio_read": cache.read_ratio, "ratio_stored": cache.stored_ratio, "ms": cache.step_ms and cache.step_ms.estimate}
         | {"tokens_per_s": cache.tokens_per_s, "held_bytes": cache.held_bytes, "peak_bytes": cache.peak_bytes}
-        | ({"baseline": model.baseline} | _speedup(model.speedups.get(model.baseline or "")) if cache.name == "elastic" else {})
+        | {"kl": cache.price and cache.price.kl, "top1_percent": cache.price and cache.price.top1_percent}
+        | _against(model, cache.name)
         for model in facts.models
         for cache in model.caches
     ]
+
+
+def _against(model: ModelRun, cache: str) -> dict[str, Any]:
+    """Return a cache's speed-up against the baseline, where it has one."""
+    ratio = next((ratio for ratio in model.ratios if ratio.fast == cache), None)
+    return {} if ratio is None else {"baseline": ratio.slow} | _speedup(ratio.times)
 
 
 def _evaluations(facts: Facts) -> list[dict[str, Any]]:

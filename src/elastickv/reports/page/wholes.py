@@ -4,7 +4,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.reports.documents import Document
-from elastickv.reports.page.facts import Estimate, Evaluation, Loss, ModelCache, ModelRun, Needle
+from elastickv.reports.page.facts import Estimate, Evaluation, Format, Loss, ModelCache, ModelRun, Needle, Price, Ratio
 from elastickv.reports.page.told import estimate, lines, optional_number, reasons, told
 from elastickv.reports.readers import Reader
 from elastickv.reports.runs import Run
@@ -22,10 +22,12 @@ def model_of(document: Document, run: Run) -> ModelRun:
     """
     reader = Reader(document.source, document.value)
     cell = dict(run.cell.pairs)
-    speedups = reader.optional("speedups") or {}
     not_run = reasons(reader, "not_run")
     warnings = [*lines(reader, "warnings"), *lines(reader, "host", "flags")]
     warnings += [f"{name} was not run: {why}" for name, why in not_run.items()]
+    for name in ("formats_not_counted", "bytes_not_counted", "fidelity_not_measured"):
+        if reader.optional(name) is not None:
+            warnings.append(f"{name.replace('_', ' ')}: {reader.text(name)}")
     if reader.optional("model", "random_weights"):
         warnings.append("random weights: speed and bytes are a model's of this shape, its text is none")
     return ModelRun(
@@ -36,9 +38,8 @@ def model_of(document: Document, run: Run) -> ModelRun:
         batch=cell.get("batch"),
         asked=_asked(reader),
         caches=tuple(_cache(reader, cache) for cache in reader.at("caches", kind=list)),
-        speedups={str(name): found for name in speedups if (found := estimate(reader, "speedups", name)) is not None},
-        baseline=None if reader.optional("baseline") is None else reader.text("baseline"),
-        noise_floor=estimate(reader, "noise_floor"),
+        ratios=_ratios(reader),
+        formats=tuple(_format(reader, found) for found in reader.optional("formats") or ()),
         not_run=not_run,
     )
 
@@ -49,24 +50,53 @@ def _asked(reader: Reader) -> str:
     return str(recipe or "") if compress is None else f"C={reader.positive('compress'):g}"
 
 
+def _ratios(reader: Reader) -> tuple[Ratio, ...]:
+    """Return the ratios of times: of elastic against each stock cache, of each type of another program against its first."""
+    names, baseline = reader.optional("speedups") or {}, reader.optional("baseline")
+    own = any(cache.get("cache") == "elastic" for cache in reader.at("caches", kind=list))
+    found = []
+    for name in sorted(map(str, names), key=lambda name: name != baseline):
+        times = estimate(reader, "speedups", name)
+        if times is not None:
+            found.append(Ratio("elastic", name, times) if own else Ratio(name, reader.text("baseline"), times))
+    return tuple(found)
+
+
+def _format(reader: Reader, found: Any) -> Format:
+    one = Reader(reader.source, found if isinstance(found, dict) else {})
+    return Format(one.text("recipe"), one.positive("kv_bytes_per_token"), one.positive("stored_ratio"))
+
+
+def _price(reader: Reader) -> Price | None:
+    """Return what is under `fidelity`; None where predictions were not measured."""
+    if reader.optional("fidelity") is None:
+        return None
+    at = "fidelity"
+    on = f"{reader.count(at, 'tokens')} tokens of {reader.text(at, 'text')}, against {reader.text(at, 'reference')}"
+    return Price(on, *(reader.number(at, name) for name in ("perplexity", "kl_mean", "top1_percent")))
+
+
 def _cache(reader: Reader, cache: Any) -> ModelCache:
     if not isinstance(cache, dict):
         raise reader.refused("has caches that are none")
     one = Reader(reader.source, cache)
-    steps = cache.get("step_s") or []
+    tokens = [second for round_ in cache.get("step_s") or () for second in one.times(round_, "step_s")]
+    if cache.get("decode_s") is not None:  # a sample is of several tokens
+        tokens = [second / reader.count("tokens") for second in one.times(cache["decode_s"], "decode_s")]
     figures = {
         name: optional_number(one, key)
         for name, key in (
             ("tokens_per_s", "tokens_per_s"), ("of_floor", "of_floor"), ("read_ratio", "read_ratio"),
             ("stored_ratio", "stored_ratio"), ("held_ratio", "held_ratio"), ("read_bytes", "kv_read_bytes_per_step"),
             ("stored_bytes", "kv_stored_bytes"), ("held_bytes", "held_bytes"), ("peak_bytes", "peak_bytes"),
-            ("first_token_s", "first_token_s"),
+            ("first_token_s", "first_token_s"), ("bytes_per_token", "kv_bytes_per_token"),
         )
     }  # fmt: skip
     return ModelCache(
         name=one.text("cache"),
         step_ms=estimate(one, "step_ms"),
-        token_ms=tuple(1e3 * second for round_ in steps for second in one.times(round_, "step_s")),
+        price=_price(one) or (_price(reader) if cache.get("cache") == "elastic" else None),
+        token_ms=tuple(1e3 * second for second in tokens),
         **figures,
     )
 

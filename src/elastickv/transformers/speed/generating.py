@@ -338,7 +338,7 @@ def speedup(baseline: Generation, other: Generation, skipped: int = 0) -> Interv
     """
     before, after = step_means(baseline)[skipped:], step_means(other)[skipped:]
     pairs = min(len(before), len(after))
-    return ratio_interval(before[:pairs], after[:pairs]) if pairs >= 2 else None
+    return ratio_interval(before[:pairs], after[:pairs], first=skipped) if pairs >= 2 else None
 
 
 def noise_floor(generation: Generation, skipped: int = 0) -> Interval | None:

@@ -13,6 +13,7 @@ import torch
 
 from elastickv.errors import UsageError
 from elastickv.measure.probes import ProcfsProbe, UnavailableError
+from elastickv.measure.statistics import beyond_noise
 from elastickv.recipe import DTYPES, FORMATS, AttentionShape
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.transformers.decode.seam import release
@@ -263,8 +264,8 @@ def _result(
     caches = [cache_figures(g, model["read_weights_bytes"], device["read_ceiling_gbs"]) for g in generations]
     baselines = {generation.name: speedup(generation, ours, SKIPPED) for generation in generations[:-1]}
     floor = noise_floor(generations[0], SKIPPED)
-    figures = {name: None if ratio is None else asdict(ratio) for name, ratio in baselines.items()}
-    fastest = min(((figure["estimate"], name) for name, figure in figures.items() if figure), default=None)
+    ratios = {name: ratio for name, ratio in baselines.items() if ratio is not None}
+    fastest = min(ratios, key=lambda name: ratios[name].estimate, default=None)
     return {
         "kind": KIND,
         "version": VERSION,
@@ -283,16 +284,12 @@ def _result(
         "temperature": options.temperature,
         "pairing": "abba",
         "caches": caches,
-        "speedups": figures,
-        "baseline": None if fastest is None else fastest[1],
+        "speedups": {name: None if ratio is None else asdict(ratio) for name, ratio in baselines.items()},
+        "baseline": fastest,
         "noise_floor_of": generations[0].name,
         "noise_floor": None if floor is None else asdict(floor),
-        "faster": None if fastest is None or floor is None else _beyond_noise(figures[fastest[1]], asdict(floor)),
+        "faster": None if fastest is None or floor is None else beyond_noise(ratios[fastest], floor),
     }
-
-
-def _beyond_noise(ratio: Mapping[str, float] | None, floor: Mapping[str, float]) -> bool:
-    return ratio is not None and ratio["low"] > max(1.0, floor["high"])
 
 
 __all__ = ["ELASTIC", "STATIC", "STOCK", "ModelBench", "load", "measure"]

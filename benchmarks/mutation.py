@@ -1,0 +1,175 @@
+"""Do the tests notice when the code is changed? Mutation testing with mutmut, Numba's compiler off.
+
+    pip install '.[test,reliability]'
+    python benchmarks/mutation.py statistics --output benchmarks/results/reliability/mutation.json
+    python benchmarks/mutation.py recipe cache --sample 300 --output benchmarks/results/reliability/mutation.json
+
+A part that is run replaces its own entry in the file and leaves the others. `--sample` draws so many mutants of every part, by
+`--seed`: the share that is killed then has a standard error, which is recorded. Survivors are listed with what was changed and
+with the reason why no test can or need tell, where there is one.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from elastickv.measure.environment import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("src", "tests", "docs", "benchmarks", "pyproject.toml", "README.md")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Modules to be changed, and the quick tests that are theirs."""
+
+    modules: tuple[str, ...]
+    tests: tuple[str, ...]
+    select: str = ""
+
+
+PARTS = {
+    "statistics": Part(
+        tuple(f"src/elastickv/measure/{name}.py" for name in ("statistics", "sampler", "gate")),
+        tuple(f"tests/measure/test_{name}.py" for name in ("statistics", "sampler", "gate")),
+    ),
+    "recipe": Part(("src/elastickv/recipe/*.py",), ("tests/recipe",)),
+    "cache": Part(
+        ("src/elastickv/cache/*.py",),
+        (
+            "tests/cache",
+            "tests/attention",
+            *(f"tests/backends/test_{name}.py" for name in ("properties", "non_finite", "rows")),
+        ),
+        "not cpu and not cuda",
+    ),
+}
+# What a changed line looks like, and why no test tells it from the original.
+_NO_DTYPE = "no dtype means float64, or that of what is given: the numbers are the same"
+REASONS = (
+    (r"strict=(None|False)", "lengths are equal by construction: `strict` only guards that"),
+    (r"astype\(None\)|, (dtype=)?None\)|(array|zeros)\(\w+, \)", _NO_DTYPE),
+    (r"errstate\(", "silences a warning that these numbers do not give rise to"),
+    (r"XX|raise \w+\(None\)|[A-Z]{4,} [A-Z]{2,}", "the words of a message"),
+    (r"np\.sort\(rows, \)", "the last axis is the default"),
+    (r"default=(None|1)|max\(lengths, \)", "the default counts for an empty batch alone, which a shape refuses"),
+)
+
+
+def workspace(part: Part, folder: Path) -> None:
+    """Copy what the tests need, and tell mutmut what to change."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy(source, folder / name)
+    settings = {
+        "source_paths": ["src"],
+        "only_mutate": list(part.modules),
+        "also_copy": [name for name in COPIED if name not in ("src", "tests", "pyproject.toml")],
+        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-p", "no:xdist", *(["-k", part.select] if part.select else [])],
+        "pytest_add_cli_args_test_selection": list(part.tests),
+        "timeout_multiplier": 10.0,
+    }
+    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+    with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
+        file.write(f"\n[tool.mutmut]\n{lines}use_git_change_detection = false\n")
+
+
+def mutmut(folder: Path, *arguments: str) -> str:
+    """Run a command of mutmut in a workspace and return what it prints."""
+    without_jit = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    command = [sys.executable, "-m", "mutmut", *arguments]
+    return subprocess.run(command, cwd=folder, env=without_jit, capture_output=True, text=True, check=False).stdout
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    """Return what became of every mutant."""
+    lines = (line.strip().rpartition(": ") for line in mutmut(folder, "results", "--all", "true").splitlines())
+    return {name: status for name, _, status in lines if "__mutmut_" in name}
+
+
+def changed(folder: Path, mutant: str) -> str:
+    """Return the lines as a mutant has them."""
+    lines = mutmut(folder, "show", mutant).splitlines()
+    return "\n".join(line for line in lines if line.startswith("+") and not line.startswith("+++"))
+
+
+def reason(change: str) -> str:
+    """Return why a survivor is none of the tests' business, or that it is open."""
+    return next((why for pattern, why in REASONS if re.search(pattern, change)), "open: no test tells it")
+
+
+def tested(part: Part, sample: int | None, seed: int, workers: int) -> dict[str, object]:
+    """Return what the tests of a part do with its mutants, all of them or a sample."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        workspace(part, folder)
+        mutmut(folder, "run", "no such mutant")  # makes them all, runs the tests once, and stops
+        every = sorted(statuses(folder))
+        if not every:
+            raise SystemExit("no mutants: do the tests pass, in this environment and with NUMBA_DISABLE_JIT=1?")
+        chosen = sorted(random.Random(seed).sample(every, min(sample or len(every), len(every))))
+        mutmut(folder, "run", "--max-children", str(workers), *chosen)
+        outcome = {mutant: status for mutant, status in statuses(folder).items() if mutant in set(chosen)}
+        counted = Counter(outcome.values())
+        survivors = []
+        for mutant in (m for m, status in outcome.items() if status in ("survived", "no tests", "not checked", "suspicious")):
+            change = changed(folder, mutant)
+            survivors.append({"mutant": mutant, "status": outcome[mutant], "change": change, "reason": reason(change)})
+    killed = counted["killed"] + counted["timeout"]
+    share = killed / len(chosen)
+    return asdict(part) | {
+        "environment": environment(),
+        "mutmut": version("mutmut"),
+        "seconds": round(time.monotonic() - start),
+        "mutants": len(every),
+        "tried": len(chosen),
+        "sampled": len(chosen) < len(every),
+        "seed": seed,
+        "killed": killed,
+        "timeouts": counted["timeout"],
+        "survived": len(chosen) - killed,
+        "share_killed": share,
+        "standard_error": math.sqrt(share * (1 - share) / len(chosen)) if len(chosen) < len(every) else 0.0,
+        "explained": sum(not str(survivor["reason"]).startswith("open") for survivor in survivors),
+        "survivors": survivors,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="+", choices=sorted(PARTS))
+    parser.add_argument("--sample", type=int, help="mutants of every part; all of them unless given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    record = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
+    record |= {"what": "mutants of the code that the tests notice", "parts": record.get("parts", {})}
+    for name in arguments.parts:
+        found = tested(PARTS[name], arguments.sample, arguments.seed, arguments.workers)
+        sampled = f" --sample {arguments.sample} --seed {arguments.seed}" if arguments.sample else ""
+        command = f"python benchmarks/mutation.py {name}{sampled} --output benchmarks/results/reliability/mutation.json"
+        record["parts"][name] = {"command": command} | found
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {found['killed']} of {found['tried']} mutants killed, {found['explained']} survivors explained")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The back ends that properties are held for: how each is opened, poisoned, and how far it may be off."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from elastickv.cache import LayerCache
+from elastickv.recipe import HEAD_DIMS, Recipe
+from tests.helpers.cases import GROUPS, Case
+
+KINDS = ("reference", "cpu", "cuda", "cuda simt")
+NAN_WORD = 0x7FFFFFFF  # a NaN as float32, as two fp16 and as two bf16
+_STORAGE = ("cold", "exact", "bounds", "lists", "reused", "tail")
+_SCRATCH = ("partial", "scores", "work", "step_keys", "step_values", "step_queries", "step_outputs", "step_lse")
+_PLANES = ("exact_k", "exact_v", "cold_k", "cold_v", "k_scale", "v_scale")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A back end under test.
+
+    Attributes
+    ----------
+    repeats : whether work that is cut otherwise gives the same bits, as long as every head is cut alike.
+    head_dims, groups : shapes to draw from: on a GPU each costs a compilation.
+    """
+
+    name: str
+    backend: Any
+
+    @property
+    def repeats(self) -> bool:
+        return not self.name.startswith("cuda")
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        return (64, 80, 128) if self.name.startswith("cuda") else HEAD_DIMS
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        return (1, 4, 7) if self.name.startswith("cuda") else GROUPS
+
+    def new(self, case: Case, room: int = 0, recipe: Recipe | None = None) -> LayerCache:
+        """Return a cache for a case and `room` further tokens, its memory poisoned."""
+        recipe = recipe or case.recipe
+        cache = self.backend.cache(case.shape, max(case.lengths) + room, case.dtype, recipe, case.phase)
+        self._poison_storage(cache)
+        self.poison(cache)
+        return cache
+
+    def filled(self, case: Case, room: int = 0) -> tuple[LayerCache, np.ndarray]:
+        """Return a cache that holds a case's prompt, and the queries to ask it with."""
+        keys, values, queries = case.prompt()
+        cache = self.new(case, room)
+        cache.prefill(keys, values, np.array(case.lengths))
+        return cache, queries
+
+    def decode(self, cache: LayerCache, queries: np.ndarray):
+        """Decode with results and scratch poisoned before."""
+        self.poison(cache)
+        return cache.decode(queries)
+
+    def _poison_storage(self, cache: Any) -> None:
+        """Make NaN, or garbage, of all memory in which tokens will lie: nothing may be read before it is written."""
+        if self.name == "reference":
+            cache._keys[...], cache._values[...] = np.nan, np.nan
+        elif self.name == "cpu":
+            for section in _STORAGE:
+                cache._section(section)[:] = 0xFF
+            cache.mark()
+        else:
+            for plane in _PLANES:
+                cache._device.fill(getattr(cache.storage, plane), NAN_WORD)
+
+    def poison(self, cache: Any) -> None:
+        """Make NaN of everything that a step is to write."""
+        if self.name == "cpu":
+            for section in _SCRATCH:
+                cache._section(section)[:] = 0xFF
+        elif self.name != "reference":
+            scratch = cache._scratch
+            for memory in (cache.storage.outputs, cache.storage.lse, scratch.partial, scratch.partial_ml, scratch.scores):
+                cache._device.fill(memory, NAN_WORD)
+
+    def limit(self, case: Case) -> float:
+        """Relative L2 error that kernels may have on ordinary numbers."""
+        if self.name == "reference":
+            return 1e-12
+        return 1e-5 if case.exact == "fp32" else 4e-3
+
+    def rounding(self, case: Case) -> float:
+        """How far results on the same codes may lie apart where the work is cut otherwise."""
+        return {"reference": 1e-12, "cpu": 1e-5}.get(self.name, self.limit(case))
+
+    def operand_rounding(self, case: Case) -> float:
+        """Relative error of an operand, a query or a probability, in the kernel's own arithmetic."""
+        if self.name == "reference":
+            return 1e-14
+        whole = {"int8", "int4"} & {case.recipe.key_format, case.recipe.value_format}
+        if self.name == "cpu":
+            return 2.0**-15 if whole else 2.0**-18
+        return {"fp32": 2.0**-18, "fp16": 2.0**-10, "bf16": 2.0**-7}[case.exact]
+
+
+def opened(name: str, request: Any) -> Kind:
+    """Open a kind of back end; skips a GPU's where there is none."""
+    if name == "reference":
+        from tests.helpers.reference_backend import ReferenceBackend
+
+        return Kind(name, ReferenceBackend())
+    if name == "cpu":
+        from elastickv.backends.cpu import open_backend
+
+        return Kind(name, open_backend(None))
+    return Kind(name, request.getfixturevalue("open_cuda")("simt" if "simt" in name else "auto"))

@@ -1,0 +1,12 @@
+"""The worker process of a sweep, its back end the NumPy reference: real results, without what compiling and ceilings take."""
+
+import sys
+
+import elastickv.measure.run  # noqa: F401
+from elastickv.sweeps import worker
+from tests.helpers.reference_backend import ReferenceBackend
+
+worker.load = sys.modules["elastickv.measure.run"].load = lambda name, device: (ReferenceBackend(), None)
+
+if __name__ == "__main__":
+    worker.main()

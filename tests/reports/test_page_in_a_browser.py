@@ -1,0 +1,125 @@
+"""The page in a real browser: silent, alone, as wide as the window, in both colours."""
+
+import gzip
+import io
+
+import pytest
+
+from elastickv import report
+from tests.helpers.browser import Visit, browser
+from tests.helpers.pages import EVIL, evil
+from tests.helpers.results import COMMITTED, quiet, result
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+# Text that is cut off by, or runs out of, the figure that it stands in.
+_OUTSIDE = """() => [...document.querySelectorAll('svg')].flatMap(svg => {
+  const box = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll('text')].filter(text => {
+    const own = text.getBoundingClientRect();
+    return own.left < box.left - 2 || own.right > box.right + 2 || own.top < box.top - 2 || own.bottom > box.bottom + 2;
+  }).map(text => svg.getAttribute('aria-label').slice(0, 40) + ': ' + text.textContent);
+})"""
+# The least contrast of a text with the paper that it stands on (WCAG 2: relative luminance).
+_CONTRAST = """() => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const light = colour => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(v => v / 255)
+      .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const paper = light(getComputedStyle(document.querySelector('section')).backgroundColor);
+  const contrast = colour => { const [a, b] = [light(colour), paper].sort((x, y) => y - x); return (a + 0.05) / (b + 0.05); };
+  const texts = [...document.querySelectorAll('section p, section td, section th, figcaption, dd, dt, h2')];
+  const drawn = [...document.querySelectorAll('svg text')].map(text => getComputedStyle(text).fill);
+  return Math.min(...new Set([...texts.map(text => getComputedStyle(text).color), ...drawn].map(contrast)));
+}"""
+
+
+@pytest.fixture(scope="module")
+def opened():
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(h100, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    h100.save(path)
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_it_looks_right_at_every_width_in_both_colours(opened, page, width, scheme):
+    with Visit(opened, page, width, scheme) as visit:
+        visit.keep(f"report-{width}-{scheme}")
+        assert visit.logged == []
+        assert visit.asked == []
+        assert visit.ask("document.scrollingElement.scrollWidth <= innerWidth")
+        assert visit.ask(_OUTSIDE) == []
+        assert visit.ask(_CONTRAST) >= 4.5
+        small = "Math.min(...[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height))"
+        assert visit.ask(small) >= 8
+
+
+def test_a_reader_chooses_the_colours(opened, page):
+    with Visit(opened, page, scheme="light") as visit:
+        colour = "getComputedStyle(document.querySelector('section')).backgroundColor"
+        light = visit.ask(colour)
+        visit.page.check("#theme-dark")
+        assert visit.ask(colour) != light
+        visit.page.check("#theme-light")
+        assert visit.ask(colour) == light
+
+
+def test_the_files_inside_it_can_be_saved(opened, page):
+    with Visit(opened, page) as visit:
+        with visit.page.expect_download() as told:
+            visit.page.click("a[download^='samples']")
+        with open(told.value.path(), "rb") as file:
+            assert gzip.decompress(file.read()).startswith(b"result,figure,contender")
+
+
+def test_on_paper_it_is_light_and_open(opened, page):
+    with Visit(opened, page, 794, "dark") as visit:
+        visit.page.emulate_media(media="print", color_scheme="dark")
+        visit.keep("report-print")
+        assert visit.ask("getComputedStyle(document.querySelector('section p')).color") == "rgb(27, 31, 36)"
+        assert visit.ask("document.querySelector('.theme').checkVisibility()") is False
+        assert visit.page.pdf().startswith(b"%PDF")
+
+
+def test_the_format_for_paper_in_a_browser(opened, h100, tmp_path):
+    h100.save(tmp_path / "paper.html", "pdf-ready")
+    with Visit(opened, tmp_path / "paper.html", 794, "dark") as visit:
+        visit.keep("report-pdf-ready")
+        assert visit.logged == visit.asked == []
+        assert visit.ask("getComputedStyle(document.querySelector('section')).backgroundColor") == "rgb(255, 255, 255)"
+        assert visit.ask("[...document.querySelectorAll('details')].every(part => part.open)")
+
+
+def test_a_hostile_file_runs_nothing(opened, tmp_path):
+    made = report(evil(result(quiet(0.5), quiet(1.0))), title=EVIL)
+    made.save(tmp_path / "evil.html")
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><body>{made._repr_html_()}</body>", encoding="utf-8")
+    for name in ("evil.html", "notebook.html"):
+        with Visit(opened, tmp_path / name, 360) as visit:
+            assert visit.ask("window.hacked") is None
+            assert "window.hacked=1" in visit.page.inner_text("h1")
+            assert visit.logged == visit.asked == []
+            assert visit.ask("document.scrollingElement.scrollWidth <= innerWidth")
+
+
+def test_every_kind_of_result_on_a_phone(opened, tmp_path):
+    report(COMMITTED / "cpu").save(tmp_path / "cpu.html")
+    with Visit(opened, tmp_path / "cpu.html", 360) as visit:
+        picture = visit.keep("report-cpu-360-light")
+        assert visit.logged == visit.asked == []
+        assert visit.ask("document.scrollingElement.scrollWidth <= innerWidth")
+        assert visit.ask(_OUTSIDE) == []
+        assert visit.ask("document.querySelector('#needle svg') !== null")
+    image = pytest.importorskip("PIL.Image")
+    assert image.open(io.BytesIO(picture)).size[0] == 360
