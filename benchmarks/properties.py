@@ -66,6 +66,7 @@ def main() -> int:
         "tests": len(tests),
         "examples": sum(int(str(found.get("examples", 0))) for found in tests.values()),
         "failures": sum("failure" in found for found in tests.values()),
+        "complete": code in (0, 1),  # 2: interrupted, and what was done until then is here
         "by_test": tests,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -82,3 +82,8 @@ def test_outputs_and_queries_are_itemised_and_do_not_count_in_c():
     step = step_bytes(Recipe.parse("int8"), [500, 300], shape)
     assert step.query == step.output == 2 * 8 * 64 * 4
     assert step.moved == step.kv + step.query + step.output
+
+
+def test_what_dense_stores_depends_on_the_models_dtype():
+    shape = AttentionShape(1, 2, 1, 64)
+    assert [stored_ratio(DENSE, [100], shape, dtype) for dtype in ("fp32", "fp16", "bf16")] == [0.5, 1.0, 1.0]

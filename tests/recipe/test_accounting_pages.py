@@ -3,11 +3,12 @@
 from math import floor
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe, interval_bytes, largest_step_bytes, step_bytes, stored_bytes
 from elastickv.recipe.formats import value_groups
+from tests.helpers.cases import tried
 
 BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
 
@@ -88,7 +89,6 @@ def cases(draw):
     return recipe, AttentionShape(1, kv_heads * group, kv_heads, dim), draw(st.integers(1, 900))
 
 
-@settings(deadline=None)
 @given(cases())
 def test_an_interval_is_the_mean_of_its_steps_and_every_step_is_counted_to_the_byte(case):
     recipe, shape, length = case
@@ -99,7 +99,7 @@ def test_an_interval_is_the_mean_of_its_steps_and_every_step_is_counted_to_the_b
     assert largest_step_bytes(recipe, [length], shape).kv == max(steps)
 
 
-@settings(deadline=None, max_examples=50)
+@tried(50)
 @given(cases())
 def test_a_selection_of_pages_stores_everything(case):
     recipe, shape, length = case
@@ -107,7 +107,7 @@ def test_a_selection_of_pages_stores_everything(case):
     assert stored_bytes(recipe, [length], shape) == counted(everything, length, shape.head_dim, shape.kv_heads, 0)
 
 
-@settings(deadline=None, max_examples=50)
+@tried(50)
 @given(cases(), st.lists(st.integers(1, 600), min_size=1, max_size=4))
 def test_sequences_and_heads_add_up(case, lengths):
     recipe, shape, _ = case

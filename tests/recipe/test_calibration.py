@@ -3,12 +3,13 @@
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, for_ratio, predicted_loss, read_ratio
 from elastickv.recipe.calibration import allot
+from tests.helpers.cases import tried
 
 SHAPE = AttentionShape(1, 8, 4, 128)
 GRID = (1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -35,7 +36,7 @@ def joined(errors, share):
     raise AssertionError
 
 
-@settings(deadline=None, max_examples=60)
+@tried(60)
 @given(heads, st.integers(1, 24))
 def test_no_other_allotment_of_as_many_pages_errs_less(errors, total):
     pages = 8
@@ -90,3 +91,11 @@ def test_without_pages_a_calibration_changes_nothing():
 def test_a_calibration_of_other_heads_is_refused(calibration, named):
     with pytest.raises(UsageError, match=named):
         for_ratio(8, 8192, SHAPE, calibration=calibration)
+
+
+def test_what_lies_beyond_the_largest_calibrated_share_is_handed_out_too():
+    half = {1 / 4: [0.3, 0.3], 1 / 2: [0.1, 0.2]}
+    assert allot(half, 8, 16) == [8, 8]
+    assert allot(half, 8, 11) == [7, 4]
+    assert allot(half, 8, 100) == [8, 8]
+    assert allot(half, 0, 5) == [0, 0]

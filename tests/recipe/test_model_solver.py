@@ -182,3 +182,8 @@ def test_a_calibration_that_does_not_exist_is_refused(tmp_path):
 
 def test_a_calibration_file_has_a_line_for_every_layer_of_a_table():
     assert "[1e-06, 1e-06]" in {line.strip(" ,") for line in CALIBRATION.dumps().splitlines()}
+
+
+def test_a_ratio_of_one_reads_everything_in_every_layer():
+    plan = for_ratio_by_layer(CALIBRATION, 1, 4096)
+    assert (plan.recipes, plan.ratio, plan.error) == ((DENSE,) * LAYERS, 1.0, 0.0)

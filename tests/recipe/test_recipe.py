@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.errors import UsageError
-from elastickv.recipe import DENSE, Recipe
+from elastickv.recipe import DENSE, AttentionShape, Recipe
 
 
 @st.composite
@@ -135,3 +135,14 @@ def test_the_window_keeps_the_models_16_bit_dtype():
     assert Recipe.parse("int8").exact_dtype("fp16") == "fp16"
     assert Recipe.parse("int8").exact_dtype("fp32") == "bf16"
     assert DENSE.exact_dtype("fp32") == "fp32"
+
+
+def test_the_phases_of_layers_are_whole_and_spread_over_an_interval():
+    recipe = Recipe.parse("int4,pages=1/4,anchor_every=4")
+    phases = [recipe.layer_phase(layer, 6) for layer in range(6)]
+    assert phases == [0, 0, 1, 2, 2, 3]
+    assert {type(phase) for phase in phases} == {int}
+
+
+def test_a_ratio_without_a_shape_is_reckoned_for_one_sequence_of_eight_heads():
+    assert Recipe.for_ratio(8, 4096) == Recipe.for_ratio(8, 4096, AttentionShape(1, 32, 8, 128))

@@ -79,3 +79,12 @@ def test_an_override_out_of_range_is_refused_at_every_ratio(fixed, ratio):
 
 def test_fp16_models_keep_fp16():
     assert resolve("stride", 2, 4096, SHAPE, "fp16").key_format == "fp16"
+
+
+def test_the_least_and_the_greatest_stride_are_found():
+    assert resolve("stride", 1, 4096, SHAPE) == Recipe.parse("bf16,stride=1")
+    context = 1 << 20
+    most = read_ratio(Recipe.parse("int8,stride=64"), [context], SHAPE)
+    assert resolve("int8,stride", most, context, SHAPE).stride == 64
+    with pytest.raises(UsageError, match=r"the largest ratio is .*stride=64"):
+        resolve("int8,stride", most * 1.01, context, SHAPE)

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.errors import UsageError
@@ -21,6 +21,7 @@ from elastickv.recipe import (
 )
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.solver import ALIKE, candidates, fraction_of, solve_fraction
+from tests.helpers.cases import tried
 
 SHAPE = AttentionShape(1, 32, 8, 128)
 shapes = st.builds(
@@ -41,7 +42,7 @@ def solved(ratio, context, shape, dtype="bf16", **fixed):
         return None
 
 
-@settings(max_examples=60, deadline=None)
+@tried(60)
 @given(st.floats(1, 128), contexts, shapes, dtypes)
 def test_what_is_solved_meets_the_ratio_and_its_shape(ratio, context, shape, dtype):
     recipe = solved(ratio, context, shape, dtype)
@@ -54,7 +55,7 @@ def test_what_is_solved_meets_the_ratio_and_its_shape(ratio, context, shape, dty
     assert solved(ratio, context, shape, dtype) == recipe
 
 
-@settings(max_examples=30, deadline=None)
+@tried(30)
 @given(st.lists(st.floats(1, 40), min_size=2, max_size=5), contexts, shapes, dtypes)
 def test_a_larger_ratio_never_loses_less_and_never_holds_where_a_smaller_one_does_not(ratios, context, shape, dtype):
     recipes = [solved(ratio, context, shape, dtype) for ratio in sorted(ratios)]
@@ -64,7 +65,7 @@ def test_a_larger_ratio_never_loses_less_and_never_holds_where_a_smaller_one_doe
     assert all(more >= less / ALIKE - 1e-12 for less, more in itertools.pairwise(losses))
 
 
-@settings(max_examples=15, deadline=None)
+@tried(15)
 @given(st.floats(1.5, 20), st.integers(300, 3000), shapes)
 def test_no_recipe_that_meets_the_ratio_loses_less(ratio, context, shape):
     """Every format, every group, every schedule, every number of pages: by trying them all."""
@@ -212,3 +213,10 @@ def test_of_recipes_that_lose_alike_the_one_that_selects_least_often_is_chosen()
     assert all(
         predicted_loss(for_ratio(8, 131072, SHAPE, anchor_every=r), 128) > predicted_loss(oftener, 128) * ALIKE for r in rarer
     )
+
+
+def test_the_explanation_of_a_recipe_that_was_never_measured_tells_no_loss():
+    recipe = Recipe.parse("bf16,reuse,anchor_every=4,decay=0.9")
+    assert predicted_loss(recipe, 128) is None
+    ratio = read_ratio(recipe, [4096], SHAPE, "fp16")
+    assert explanation(recipe, 4096, SHAPE, "fp16") == f"{recipe} reads 1/{ratio:.2f} of the dense bytes at 4096 tokens"
