@@ -1,7 +1,7 @@
 """Fuzz every parser and write what happened: `python -m tests.fuzz --runs 10000000 --jobs 2 --output FILE`.
 
-Each target runs in a process of its own, guided by coverage (atheris). The corpora in corpora.json are what it begins with; with
---keep what was found to reach new code is minimised into them.
+Each target runs in a process of its own, guided by coverage (atheris). It begins with the inputs in corpora.json; with --keep
+what was found to reach new code is minimised into that file.
 """
 
 import argparse

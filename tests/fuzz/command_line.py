@@ -90,10 +90,38 @@ _VALUES = (
     ),
 )
 _FILES = (
-    "a.json", "b.json", "s.jsonl", "plan.toml", "plan.json", "c.json", "t.txt", "odd.json", "odd.jsonl", "odd.toml", "empty", "folder",
-    "missing.json", "missing/x.json", "loop", "pipe", "zeros", "noaccess.json", "out.json", "out.csv", "out.md", "out.html",
-    "out.jsonl", "out.txt", "out.parquet", "plot.png", ".", "..", "n" * 300, "sample.safetensors", "m.gguf",
-)  # fmt: skip
+    "a.json",
+    "b.json",
+    "s.jsonl",
+    "plan.toml",
+    "plan.json",
+    "c.json",
+    "t.txt",
+    "odd.json",
+    "odd.jsonl",
+    "odd.toml",
+    "empty",
+    "folder",
+    "missing.json",
+    "missing/x.json",
+    "loop",
+    "pipe",
+    "zeros",
+    "noaccess.json",
+    "out.json",
+    "out.csv",
+    "out.md",
+    "out.html",
+    "out.jsonl",
+    "out.txt",
+    "out.parquet",
+    "plot.png",
+    ".",
+    "..",
+    "n" * 300,
+    "sample.safetensors",
+    "m.gguf",
+)
 _OUTPUTS = ("out.", "plot.")
 
 

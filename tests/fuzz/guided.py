@@ -21,6 +21,7 @@ _WATCHED = {
     "calibration": ("recipe.model_calibration", "inputs"),
     "saved-cache": ("transformers.saving", "inputs"),
     "recipe-file": ("transformers.plan", "recipe.model_calibration", "inputs"),
+    "kernel-cache": ("backends.cuda.compiler",),
     "command-line": ("cli", "sweeps.axes", "reports.files"),
 }
 
@@ -29,10 +30,13 @@ def main() -> None:
     name, report, *rest = sys.argv[1:]
     with atheris.instrument_imports(
         include=[f"elastickv.{part}" for part in _WATCHED.get(name, _ALL)],
-        exclude=["elastickv.backends"],
+        exclude=["elastickv.backends.cpu"],
         enable_loader_override=False,
     ):
+        import elastickv.backends.cuda.compiler
         import elastickv.cli.bench
+        import elastickv.fidelity.suggestion
+        import elastickv.fidelity.texts
         import elastickv.reports.comparison_table
         import elastickv.sweeps.table
 

@@ -1,4 +1,4 @@
-"""What a fuzzer's bytes mean: numbers, texts and edits of documents, so that few mutations reach far behind a parser's syntax."""
+"""What a fuzzer's bytes mean: numbers, texts and edits of documents, so that few bytes reach far behind a parser's syntax."""
 
 import json
 
@@ -76,10 +76,10 @@ def edited(value, source: Source):
         if action == 1:
             return value[:at] + value[at + 1 :]
         if action == 2:
-            return value[:at] + [source.odd()] + value[at:]
+            return [*value[:at], source.odd(), *value[at:]]
         if action == 3:
             return value + [value[at]] * (1 + source.below(30))
-        return value[:at] + [edited(value[at], source)] + value[at + 1 :]
+        return [*value[:at], edited(value[at], source), *value[at + 1 :]]
     return source.odd()
 
 

@@ -115,16 +115,45 @@ def axes(data: bytes) -> None:
 
 _NUMBERS = (0, 1, -1, 2, 64, 128, 4096, 1 << 20, 65536, 10**18, 10**400, 0.0, 0.5, 5.0, 1e-320, 1e308, math.nan, math.inf)
 _OPTION_VALUES = {
-    "dtype": ("bf16", "fp16", "fp32", "x"), "cache": ("cold", "hot", ""), "dense": (None, "bf16", "int8"),
+    "dtype": ("bf16", "fp16", "fp32", "x"),
+    "cache": ("cold", "hot", ""),
+    "dense": (None, "bf16", "int8"),
     "recipe": ("int8", "int4,pages=1/4", "reuse,anchor_every=4", "dense", "int4,pages=1/4:1/2", "pages=0", "stride=4", "auto"),
-    "backend": ("auto", "cpu", "x"), "peers": (None, "all", " , ", "torch"), "paired": (True, False), "inference": (True, False),
+    "backend": ("auto", "cpu", "x"),
+    "peers": (None, "all", " , ", "torch"),
+    "paired": (True, False),
+    "inference": (True, False),
     "dim": (64, 128, 80, 63, 0),
-}  # fmt: skip
+}
 _FIELDS = (
-    "seq", "heads", "dim", "compress", "reps", "warmup", "inner_loops", "truncate", "paired", "inference", "decode_tokens", "batch",
-    "kv_heads", "dtype", "recipe", "sinks", "window", "anchor_every", "layers", "cache", "peers", "time_limit_s",
-    "until_ci_percent", "dense", "backend", "device", "seed",
-)  # fmt: skip
+    "seq",
+    "heads",
+    "dim",
+    "compress",
+    "reps",
+    "warmup",
+    "inner_loops",
+    "truncate",
+    "paired",
+    "inference",
+    "decode_tokens",
+    "batch",
+    "kv_heads",
+    "dtype",
+    "recipe",
+    "sinks",
+    "window",
+    "anchor_every",
+    "layers",
+    "cache",
+    "peers",
+    "time_limit_s",
+    "until_ci_percent",
+    "dense",
+    "backend",
+    "device",
+    "seed",
+)
 
 
 def options(data: bytes) -> None:
@@ -139,9 +168,15 @@ def options(data: bytes) -> None:
 
 
 _PLAN = {
-    "seq": [512, 1024], "compress": "1.5,2", "recipe": ["int8", "int4,pages=1/4"], "heads": [4], "kv-heads": 2, "dim": 64, "reps": 6,
+    "seq": [512, 1024],
+    "compress": "1.5,2",
+    "recipe": ["int8", "int4,pages=1/4"],
+    "heads": [4],
+    "kv-heads": 2,
+    "dim": 64,
+    "reps": 6,
     "cells": [{"seq": 512, "batch": "1-4*2"}, {"window": [64, 128], "sinks": 4}],
-}  # fmt: skip
+}
 
 
 def plan(data: bytes) -> None:
@@ -295,11 +330,21 @@ def _calibration():
     errors = [[0.1, 0.2], [0.3, 0.1]]
     none = [[0.0, 0.0], [0.0, 0.0]]
     return {
-        "format": "elastickv-calibration", "version": 1, "model": "m", "fingerprint": "0" * 16, "layers": [0, 1], "query_heads": 4,
-        "kv_heads": 2, "head_dim": 64, "text": "t", "tokens": 128, "queries": 64,
+        "format": "elastickv-calibration",
+        "version": 1,
+        "model": "m",
+        "fingerprint": "0" * 16,
+        "layers": [0, 1],
+        "query_heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "text": "t",
+        "tokens": 128,
+        "queries": 64,
         "pages": {"1": {"1.0": none, "0.5": errors}, "4": {"1.0": none, "0.25": errors}},
-        "keys": {"bf16": none, "int8": none, "int4": errors}, "values": {"bf16": none, "int8": none, "int4/32": errors, "int4": errors},
-    }  # fmt: skip
+        "keys": {"bf16": none, "int8": none, "int4": errors},
+        "values": {"bf16": none, "int8": none, "int4/32": errors, "int4": errors},
+    }
 
 
 def calibrations(data: bytes) -> None:
@@ -332,10 +377,7 @@ def recipe_files(data: bytes) -> None:
 
     source = Source(data)
     kind = source.below(4)
-    if kind == 0:
-        raw = source.rest()
-    else:
-        raw = as_json(edits(_RECIPES if kind < 3 else _calibration(), source))
+    raw = source.rest() if kind == 0 else as_json(edits(_RECIPES if kind < 3 else _calibration(), source))
     found = _file(written("recipe", raw))
     if not isinstance(found, ModelCalibration):
         whole, layers = found
@@ -439,21 +481,52 @@ def _seeds(*texts: str) -> tuple[bytes, ...]:
 
 
 _RECIPE_SEEDS = _seeds(
-    "dense", "bf16", "int8,stride=2", "k=int8,v=int4,vgroup=32", "int4,pages=1/4:1/2,anchor_every=4", "reuse,anchor_every=4,decay=.9",
-    "int4,pages,sinks=0,window=64", "fp8", "pages=0.3", "stride",
-)  # fmt: skip
+    "dense",
+    "bf16",
+    "int8,stride=2",
+    "k=int8,v=int4,vgroup=32",
+    "int4,pages=1/4:1/2,anchor_every=4",
+    "reuse,anchor_every=4,decay=.9",
+    "int4,pages,sinks=0,window=64",
+    "fp8",
+    "pages=0.3",
+    "stride",
+)
 _RECIPE_WORDS = (
-    "dense", "bf16", "fp16", "fp8", "int8", "int4", "k=", "v=", "vgroup=", "pages=", "stride=", "reuse", "anchor_every=", "decay=",
-    "sinks=", "window=", "1/4", ":", ",", "e-", "auto",
-)  # fmt: skip
+    "dense",
+    "bf16",
+    "fp16",
+    "fp8",
+    "int8",
+    "int4",
+    "k=",
+    "v=",
+    "vgroup=",
+    "pages=",
+    "stride=",
+    "reuse",
+    "anchor_every=",
+    "decay=",
+    "sinks=",
+    "window=",
+    "1/4",
+    ":",
+    ",",
+    "e-",
+    "auto",
+)
 _CHOICES = tuple(bytes([a, b, c, 0, 5, 9]) * 6 for a in (1, 5, 9) for b in (0, 2, 7) for c in (4, 13))
 _TOML = b"""\x02seq = [1024, 4096]\ncompress = "1-4*2"\nreps = 6\n[[cells]]\nheads = 4\nkv-heads = [2, 4]\n"""
 
 TARGETS: dict[str, Target] = {
     "recipe": Target(recipe, _RECIPE_SEEDS, _RECIPE_WORDS, 320, longest=160),
     "resolve": Target(resolved, tuple(b"\1\x08" + bytes(8) + seed for seed in _RECIPE_SEEDS), _RECIPE_WORDS, 25, longest=160),
-    "gate": Target(gate, _seeds("golden", "speedup>=1.5,cv<=5", " roofline >= 0.8 "), ("speedup", "cv", ">=", "<="), 180, longest=120),
-    "axes": Target(axes, _seeds("\0001024,4096", "\0011-64*4", "\0021-2+0.25", "\3int4,pages;int8"), ("-", "*", "+", ","), 60, longest=100),
+    "gate": Target(
+        gate, _seeds("golden", "speedup>=1.5,cv<=5", " roofline >= 0.8 "), ("speedup", "cv", ">=", "<="), 180, longest=120
+    ),
+    "axes": Target(
+        axes, _seeds("\0001024,4096", "\0011-64*4", "\0021-2+0.25", "\3int4,pages;int8"), ("-", "*", "+", ","), 60, longest=100
+    ),
     "options": Target(options, _CHOICES, (), 22, longest=64),
     "tolerance": Target(tolerances, _seeds("ppl=0.5%", "kl=.01", "top1=96%"), ("ppl=", "kl=", "top1=", "%"), 150, longest=64),
     "plan": Target(plan, (_TOML, b"\1" + json.dumps(_PLAN).encode(), *_CHOICES), (*AXES, *SETTINGS, "[[cells]]", *PRESETS), 20),
@@ -467,4 +540,4 @@ TARGETS: dict[str, Target] = {
     "kernel-cache": Target(kernel_caches, _CHOICES, (), 22, longest=256),
     "text": Target(texts, _seeds("a text", "é", " "), (), 60, longest=128),
     "saved-cache": Target(saved_caches, _CHOICES, (), 2, longest=256),
-}  # fmt: skip
+}

@@ -6,6 +6,7 @@ them to whatever vectors the processor has.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, Signature
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -189,16 +190,19 @@ def loop(builder: ir.IRBuilder, count: Any, starts: list[Any]) -> Iterator[tuple
 
 def addressed(count: int, returns: Any, body: Callable[..., Any], floats: int = 0) -> Any:
     """Make a Numba intrinsic of `count` int64 and then `floats` float32 arguments from `body(builder, *args)`."""
-    names = ", ".join(f"a{i}" for i in range(count + floats))
     signature = returns(*([types.int64] * count + [types.float32] * floats))
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         result = body(builder, *args)
         return context.get_dummy_value() if result is None else result
 
-    scope: dict[str, Any] = {"signature": signature, "codegen": codegen}
-    exec(f"def emit(typingctx{', ' * bool(names)}{names}):\n    return signature, codegen", scope)  # named arguments needed
-    return intrinsic(scope["emit"])
+    def emit(typingctx: Any, *arguments: Any) -> Any:
+        return signature, codegen
+
+    # Numba wants each argument by its name.
+    names = ["typingctx", *(f"a{i}" for i in range(count + floats))]
+    emit.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])  # type: ignore[attr-defined]
+    return intrinsic(emit)
 
 
 def _pause(builder: ir.IRBuilder) -> None:
