@@ -23,7 +23,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--reps", type=int, default=200, show_default=True, help="Samples of each contender."),
     click.option("--warmup", type=int, default=20, show_default=True, help="Samples thrown away before."),
     click.option("--inner-loops", type=int, default=64, show_default=True, help="Decode steps to a sample."),
-    click.option("--truncate", type=float, default=5.0, show_default=True, help="Percent of samples cut at either end."),
+    click.option("--truncate", type=float, default=5.0, show_default=True, help="Percent of samples cut at either end of a time."),
     click.option("--paired-baseline", "paired", is_flag=True, help="Interleave dense and elastic in randomised ABBA blocks."),
     click.option("--inference", is_flag=True, help="Run the inference cycle too."),
     click.option("--decode-tokens", type=int, default=64, show_default=True, help="Tokens of the inference cycle."),
