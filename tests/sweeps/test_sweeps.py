@@ -216,5 +216,6 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(table, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install pyarrow"):
         table.check_export(tmp_path / "s.parquet")
+    monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UsageError, match="pip install pandas"):
         Sweep({"cells": 0}, []).to_pandas()
