@@ -42,8 +42,8 @@ class Part:
 
 PARTS = {
     "statistics": Part(
-        tuple(f"src/elastickv/measure/{name}.py" for name in ("statistics", "sampler", "gate")),
-        tuple(f"tests/measure/test_{name}.py" for name in ("statistics", "sampler", "gate")),
+        tuple(f"src/elastickv/measure/{name}.py" for name in ("statistics", "location", "shifts", "sampler", "gate")),
+        tuple(f"tests/measure/test_{name}.py" for name in ("statistics", "location", "shifts", "sampler", "gate")),
     ),
     "recipe": Part(("src/elastickv/recipe/*.py",), ("tests/recipe",)),
     "cache": Part(

@@ -10,9 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from reliability import reliability as reliability
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("BENCHMARKS.md", "fidelity.md", "index.md", "run.md")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("BENCHMARKS.md", "RELIABILITY.md", "fidelity.md", "index.md", "run.md")),
+)
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -1,0 +1,119 @@
+"""The table of docs/RELIABILITY.md: what was tried, how often, what came of it, and how to repeat it."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+HEADERS = ("what", "tried", "came of it", "where, when", "again with")
+FOLDER = "benchmarks/results/reliability"
+Row = tuple[str, str, str, str, str]
+
+
+def reliability() -> list[str]:
+    """Return the table, a row for each result file."""
+    lines = ["| " + " | ".join(HEADERS) + " |", "|" + "---|" * len(HEADERS)]
+    for name, read in _READERS.items():
+        path = RESULTS / name
+        if not path.exists():
+            lines.append(f"| {name} | not run yet | | | |")
+            continue
+        lines += ["| " + " | ".join(row) + " |" for row in read(json.loads(path.read_text(encoding="utf-8")))]
+    return lines
+
+
+def _where(record: dict[str, Any], device: str | None = None) -> str:
+    environment = record.get("environment", record)
+    when = str(record.get("date_utc") or environment["date_utc"])[:10]
+    driver = f", driver {record['driver']}" if record.get("driver") else ""
+    return f"{device or record.get('device') or environment['cpu']}{driver}; {when}, commit {str(environment['commit'])[:7]}"
+
+
+def _command(command: list[str] | str) -> str:
+    return f"`{command if isinstance(command, str) else ' '.join(command)}`"
+
+
+def _number(count: int) -> str:
+    return f"{count:,}"
+
+
+def _properties(record: dict[str, Any]) -> Iterator[Row]:
+    tried = f"{_number(record['examples'])} generated cases of {record['tests']} property tests"
+    yield ("every recipe and back end against the float64 definition", tried, f"{record['failures']} failures",
+           _where(record), _command(record["command"]))  # fmt: skip
+
+
+def _mutants(record: dict[str, Any]) -> Iterator[Row]:
+    for name, part in record["parts"].items():
+        tried = f"{_number(part['tried'])} mutants" + (f", a sample of {_number(part['mutants'])}" if part["sampled"] else "")
+        margin = f" ± {100 * part['standard_error']:.1f}" if part["sampled"] else ""
+        share = f"{100 * part['share_killed']:.1f}{margin} % noticed"
+        said = f"{share}; {part['explained']} of the {part['survived']} others are explained"
+        yield f"do tests notice changes: {name}", tried, said, _where(part), _command(part["command"])
+
+
+def _fuzzing(record: dict[str, Any]) -> Iterator[Row]:
+    found = sum(bool(target["findings"] or target["broke"]) for target in record["targets"].values())
+    for what, count in (("parsers", "executions_in_process"), ("the command line", "executions_command_line")):
+        yield (f"fuzzing of {what}", f"{_number(record[count])} inputs", f"{found} targets with findings open" if found else
+               "nothing but the documented error", _where(record, f"Python {record['python']}, atheris {record['atheris']}"),
+               _command(record["command"]))  # fmt: skip
+
+
+def _faults(record: dict[str, Any]) -> Iterator[Row]:
+    outcome = {name: sum(fault[name] for fault in record["faults"]) for name in ("passed", "failed", "skipped")}
+    said = f"{outcome['passed']} tests passed, {outcome['failed']} failed, {outcome['skipped']} need a GPU or root"
+    yield "faults provoked", f"{len(record['faults'])} kinds of fault", said, _where(record), _command(record["command"])
+
+
+def _sanitizer(record: dict[str, Any]) -> Iterator[Row]:
+    runs = Counter(case["tool"] for case in record["cases"])
+    clean = Counter(case["tool"] for case in record["cases"] if case["clean"])
+    for tool, count in runs.items():
+        yield (f"compute-sanitizer: {tool}", f"{count} kernels x recipes", f"{clean[tool]} without a finding", _where(record),
+               f"`python benchmarks/sanitize.py --tools {tool} --output FILE`")  # fmt: skip
+
+
+def _soak(record: dict[str, Any]) -> Iterator[Row]:
+    replays, soaks = record["replays"], record["soak"]
+    where, command = _where(record), _command(f"{record['command']} --output FILE")
+    differing = sum(row["differing"] for row in replays)
+    tried = f"{_number(sum(row['replays'] for row in replays))} replays of {len(replays)} recipes' captured steps"
+    yield "the same step again", tried, f"{differing} with another bit", where, command
+    steps, checked = sum(row["steps"] for row in soaks), sum(row["checked_outputs"] for row in soaks)
+    most, spread = max(row["largest_error"] for row in soaks), max(row["free_bytes_spread"] for row in soaks)
+    said = f"largest error of {_number(checked)} checked outputs {most:.1e}; free device memory moved by {spread} bytes"
+    tried = f"{_number(steps)} through {soaks[0]['layers']} layers"
+    yield "captured tokens, growing and restarted sequences", tried, said, where, command
+
+
+def _statistics(record: dict[str, Any]) -> Iterator[Row]:
+    for kind, found in record["summary"].items():
+        tried = f"{found['conditions']} synthetic machines x {_number(record['replications'])}"
+        shares = (found["coverage_mean"], found["coverage_least"], found["coverage_most"])
+        said = "the 95 % interval held the truth in {:.1f} % ({:.1f} to {:.1f})".format(*(100 * share for share in shares))
+        if found["result_says_faster_most"] is not None:
+            said += f'; "faster" said wrongly in at most {100 * found["result_says_faster_most"]:.1f} %'
+        yield f"intervals: {kind}", tried, said, _where(record, "any machine"), _command(record["command"])
+
+
+def _aa(record: dict[str, Any]) -> Iterator[Row]:
+    count = record["comparisons"]
+    said = f'{record["contained_1"]} intervals held 1.0; a result would say "faster" of {record["false_faster"]}'
+    yield ("dense against itself", f"{count} comparisons", said, _where(record),
+           "`python benchmarks/aa_study.py --backend BACKEND --output FILE`")  # fmt: skip
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
+    "reliability/properties.json": _properties,
+    "reliability/mutation.json": _mutants,
+    "reliability/fuzzing.json": _fuzzing,
+    "reliability/faults.json": _faults,
+    "h100/sanitizer.json": _sanitizer,
+    "reliability/soak.json": _soak,
+    "reliability/statistics.json": _statistics,
+    "cpu/aa_study.json": _aa,
+    "h100/aa_study.json": _aa,
+}
