@@ -90,7 +90,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
 
 def _rate(ms: dict[str, float]) -> str:
     """Return an interval of a token's milliseconds as tokens per second."""
-    return f"{1e3 / ms['high']:.1f}..{1e3 / ms['low']:.1f}"
+    return f"{1e3 / ms['high']:.4g}..{1e3 / ms['low']:.4g}"
 
 
 def _interval(figure: dict[str, Any]) -> str:
