@@ -194,15 +194,16 @@ def test_r11_a_size_that_a_header_claims_is_compared_and_not_allocated(tmp_path,
         load_sample(path)
 
 
+@pytest.fixture(scope="module")
+def saved():
+    pytest.importorskip("torch")
+    from tests.fuzz.targets import _saved
+
+    return _saved()
+
+
 class TestSavedCaches:
     """What the record and the arrays of a saved cache claim is checked before anything is allocated or a kernel trusts it."""
-
-    @pytest.fixture(scope="class")
-    def saved(self):
-        pytest.importorskip("torch")
-        from tests.fuzz.targets import _saved
-
-        return _saved()
 
     @staticmethod
     def load(saved, folder, change):
@@ -241,6 +242,10 @@ class TestSavedCaches:
     def test_r09_a_claim_that_the_arrays_do_not_bear_out(self, saved, tmp_path, name, value):
         with pytest.raises(UsageError):
             self.load(saved, tmp_path, lambda record, arrays: record["layers"][0]["store"].update({name: value}))
+
+    def test_f17_tokens_without_a_budget(self, saved, tmp_path):
+        with pytest.raises(UsageError, match="budget"):
+            self.load(saved, tmp_path, lambda record, arrays: record.update(budget=None))
 
     @pytest.mark.parametrize("length", [10**18, 202, -1, "x"])
     def test_r09_a_length_that_is_not_its_places(self, saved, tmp_path, length):

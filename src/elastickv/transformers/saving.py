@@ -76,7 +76,7 @@ def load(kind: type[ElasticCache], path: Path, model: Any, capture: bool) -> Ela
     # Mapped into memory by its format's own reader, which checks every size against the file: a pipe would be waited for.
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
-        raise UsageError(f"{path} {what}: give a file that ElasticCache.save wrote")
+        raise UsageError(f"{path} is no saved cache: it {what}; give a file that ElasticCache.save wrote")
     try:
         with safe_open(path, "pt") as file:
             record = parse_json((file.metadata() or {}).get(_KEY, "{}"))
@@ -120,6 +120,8 @@ def _loaded(
     plan.budget = _budget(record["budget"], plan.sizes)
     plan.present = None if record["reading"] is None else _reading(*record["reading"])
     cache = kind._made(model, plan, capture)
+    if plan.budget is None and any(entry.get("store") for entry in record["layers"]):
+        raise ValueError("it stores tokens without a budget")
     if len(record["layers"]) != len(cache.layers):
         raise ValueError(f"{len(record['layers'])} layers for a model of {len(cache.layers)}")
     device = next(model.parameters()).device
