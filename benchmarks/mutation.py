@@ -59,12 +59,18 @@ PARTS = {
 # What a changed line looks like, and why no test tells it from the original.
 _NO_DTYPE = "no dtype means float64, or that of what is given: the numbers are the same"
 REASONS = (
-    (r"strict=(None|False)", "lengths are equal by construction: `strict` only guards that"),
-    (r"astype\(None\)|, (dtype=)?None\)|(array|zeros)\(\w+, \)", _NO_DTYPE),
+    (r"strict=(None|False)|zip\(variances, freedoms, \)", "lengths are equal by construction: `strict` only guards that"),
+    (r"astype\(None\)|(array|zeros)\(\w+, ((dtype=)?None)?\)", _NO_DTYPE),
     (r"errstate\(", "silences a warning that these numbers do not give rise to"),
     (r"XX|raise \w+\(None\)|[A-Z]{4,} [A-Z]{2,}", "the words of a message"),
     (r"np\.sort\(rows, \)", "the last axis is the default"),
     (r"default=(None|1)|max\(lengths, \)", "the default counts for an empty batch alone, which a shape refuses"),
+    (r"math\.tan\(math\.pi \* \(probability [+-]", "the tangent has the period pi: the same number"),
+    (r"if n (<= 8|< 9) or", "a series of 8 has blocks of 1 by the tenth that they are limited to"),
+    (r"if rho < 2 / math\.sqrt", "differs where two floats are equal by chance"),
+    (r"starts\[:, :, None\] - np\.arange", "on a circle, blocks that run backwards are those that run forwards"),
+    (r"reshape\(RESAMPLES, -2\)", "any negative number stands for what is left"),
+    (r"late\.add\(None\)", "only whether somebody was late is asked"),
 )
 
 
@@ -113,6 +119,17 @@ def reason(change: str) -> str:
     return next((why for pattern, why in REASONS if re.search(pattern, change)), "open: no test tells it")
 
 
+def explained(survivors: list[dict[str, str]]) -> int:
+    """Return how many survivors have a reason to be."""
+    return sum(not survivor["reason"].startswith("open") for survivor in survivors)
+
+
+def write(record: dict[str, object], output: Path) -> None:
+    """Write the file anew."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def tested(part: Part, sample: int | None, seed: int, workers: int) -> dict[str, object]:
     """Return what the tests of a part do with its mutants, all of them or a sample."""
     start = time.monotonic()
@@ -146,14 +163,14 @@ def tested(part: Part, sample: int | None, seed: int, workers: int) -> dict[str,
         "survived": len(chosen) - killed,
         "share_killed": share,
         "standard_error": math.sqrt(share * (1 - share) / len(chosen)) if len(chosen) < len(every) else 0.0,
-        "explained": sum(not str(survivor["reason"]).startswith("open") for survivor in survivors),
+        "explained": explained(survivors),
         "survivors": survivors,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="+", choices=sorted(PARTS))
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(sorted(PARTS))}; none: only give the reasons anew")
     parser.add_argument("--sample", type=int, help="mutants of every part; all of them unless given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
@@ -161,14 +178,20 @@ def main() -> None:
     arguments = parser.parse_args()
     record = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
     record |= {"what": "mutants of the code that the tests notice", "parts": record.get("parts", {})}
+    for known in record["parts"].values():
+        for survivor in known["survivors"]:
+            survivor["reason"] = reason(survivor["change"])
+        known["explained"] = explained(known["survivors"])
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"{', '.join(sorted(unknown))}: choose {', '.join(sorted(PARTS))}")
     for name in arguments.parts:
         found = tested(PARTS[name], arguments.sample, arguments.seed, arguments.workers)
         sampled = f" --sample {arguments.sample} --seed {arguments.seed}" if arguments.sample else ""
         command = f"python benchmarks/mutation.py {name}{sampled} --output benchmarks/results/reliability/mutation.json"
         record["parts"][name] = {"command": command} | found
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write(record, arguments.output)
         print(f"{name}: {found['killed']} of {found['tried']} mutants killed, {found['explained']} survivors explained")
+    write(record, arguments.output)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ class Counter:
         found = COUNTS.findall(getattr(item, "hypothesis_statistics", ""))
         if found:
             passed, failed, invalid = (sum(map(int, column)) for column in zip(*found, strict=True))
-            self.tests[item.nodeid] = {"examples": passed + failed, "failing": failed, "discarded": invalid}
+            counts = {"examples": passed + failed, "failing": failed, "discarded": invalid}
+            self.tests.setdefault(item.nodeid, {}).update(counts)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:

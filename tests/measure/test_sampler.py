@@ -94,10 +94,10 @@ def test_a_disturbed_sample_is_kept_and_marked():
 @pytest.mark.parametrize("paired", [True, False])
 def test_the_order_and_the_progress_are_told(paired):
     told = []
-    samples = collect({"a": lambda: 1.0, "b": lambda: 2.0}, 5, paired=paired, progress=lambda *now: told.append(now))
-    assert samples.order == list(schedule(["a", "b"], 5, paired, 0))
-    assert told == [(done, 10) for done in range(1, 11)]
-    assert samples.times == {"a": [1.0] * 5, "b": [2.0] * 5}
+    samples = collect({"a": lambda: 1.0, "b": lambda: 2.0}, 41, paired=paired, progress=lambda *now: told.append(now))
+    assert samples.order == list(schedule(["a", "b"], 41, paired, 0))
+    assert told == [(done, 82) for done in range(1, 83)]
+    assert samples.times == {"a": [1.0] * 41, "b": [2.0] * 41}
     assert samples.flagged == {}
 
 
