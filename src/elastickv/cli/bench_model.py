@@ -18,10 +18,11 @@ _FORMATS = ("table", "json")
 
 def run_model_bench(given: dict[str, Any], command: tuple[str, ...]) -> int:
     """Measure a model with stock and elastic caches and print the result."""
+    from elastickv.cli.output import deliver
     from elastickv.cli.progress import Bar
-    from elastickv.cli.run import shown_warnings
+    from elastickv.cli.run import quiet_transformers
     from elastickv.reports import plain_json
-    from elastickv.reports.files import check_writable, write_text
+    from elastickv.reports.files import check_writable
     from elastickv.reports.generation_table import generation_table
     from elastickv.transformers.models import NEEDED, require
 
@@ -60,12 +61,10 @@ def run_model_bench(given: dict[str, Any], command: tuple[str, ...]) -> int:
         temperature=given["temperature"] or 0.0,
         text=calibration_text().content,
     )
-    with Bar() as bar, shown_warnings():
+    with Bar() as bar, quiet_transformers():
         result = measure(options, command, bar)
     written = plain_json.dumps(result)
-    if output is not None:
-        write_text(output, written)
-    click.echo(written if shown == "json" else generation_table(result), nl=False)
+    deliver(output, written, written if shown == "json" else generation_table(result))
     return 0
 
 

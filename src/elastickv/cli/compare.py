@@ -32,8 +32,8 @@ def command(**given: Any) -> int:
     is judged. SAME: the interval of B's time / A's lies within the margin; FASTER, SLOWER: beyond it; AMBIGUOUS: across its
     edge.
     """
+    from elastickv.cli.output import deliver
     from elastickv.errors import UsageError
-    from elastickv.reports import write_text
     from elastickv.reports.comparison import FAIL_ON, compare
     from elastickv.reports.comparison_table import FORMATS
     from elastickv.reports.files import check_writable
@@ -53,9 +53,8 @@ def command(**given: Any) -> int:
         control=given["control"],
         allow_different_device=given["allow_different_device"],
     )
-    if output is not None:
-        write_text(output, FORMATS[_SUFFIXES.get(output.suffix.lower(), "json")](comparison))
-    click.echo(FORMATS[shown](comparison), nl=False)
+    written = "" if output is None else FORMATS[_SUFFIXES.get(output.suffix.lower(), "json")](comparison)
+    deliver(output, written, FORMATS[shown](comparison))
     if shown in ("json", "jsonl", "csv"):
         for warning in comparison.warnings:
             click.echo(f"elastickv: warning: {warning}", err=True)

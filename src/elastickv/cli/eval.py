@@ -30,12 +30,14 @@ def command(**given: Any) -> int:
 
     MODEL is a local directory, a .gguf file or a hub id. Without --text two texts are scored that the package ships.
     """
+    from elastickv.cli.errors import interrupted
+    from elastickv.cli.output import deliver
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError
     from elastickv.recipe import ModelCalibration
     from elastickv.reports import plain_json
     from elastickv.reports.fidelity_table import fidelity_tables
-    from elastickv.reports.files import check_writable, write_text
+    from elastickv.reports.files import check_writable
     from elastickv.transformers.models import NEEDED, load_model, require
 
     require(*NEEDED)
@@ -63,14 +65,13 @@ def command(**given: Any) -> int:
         if calibration is None:
             click.echo(_uncalibrated(given["model"]), err=True)
         result = evaluate(loaded, texts, options, calibration, bar)
-    if output is not None:
-        write_text(output, fidelity_tables(result) if output.suffix.lower() == ".md" else plain_json.dumps(result))
+    tables = fidelity_tables(result)
+    deliver(output, tables if output is not None and output.suffix.lower() == ".md" else plain_json.dumps(result), tables)
     if plot is not None:
         from elastickv.reports.fidelity_plot import draw
 
         draw(result, plot)
-    click.echo(fidelity_tables(result), nl=False)
-    return 0
+    return 0 if result["complete"] else interrupted()
 
 
 def _uncalibrated(model: str) -> str:

@@ -50,3 +50,5 @@ def cautions(result: Result) -> Iterator[str]:
     elif any(point.score > CEILING_SLACK for point in result.roofline.values()):
         yield "an attention kernel beat the measured ceilings: the ceilings were measured too low"
     yield from result.telemetry["flags"]
+    if result.telemetry["note"]:
+        yield f"the device was not watched all the time: {result.telemetry['note']}"

@@ -37,7 +37,12 @@ def check_writable(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` under a temporary name beside `path` and rename it: atomic for readers.
+    """Write `text` in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name beside `path` and rename it: atomic for readers.
 
     A link is followed; a file that was there keeps its permissions.
 
@@ -48,8 +53,8 @@ def write_text(path: Path, text: str) -> None:
     target, temporary = path.resolve(), None
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".elastickv.", suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, _mode(target))

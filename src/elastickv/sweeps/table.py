@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.reports import dumps, write_text
+from elastickv.reports import dumps
+from elastickv.reports.files import write_bytes, write_text
 from elastickv.reports.rows import COLUMNS, csv_of, markdown_of, row
 from elastickv.sweeps.journal import read
 
@@ -114,7 +115,7 @@ class Sweep:
         """
         check_export(path)
         if path.suffix.lower() == ".parquet":
-            path.write_bytes(self.to_parquet())
+            write_bytes(path, self.to_parquet())
             return
         texts = {".csv": self.to_csv, ".md": self.to_markdown, ".json": self.to_json}
         write_text(path, texts[path.suffix.lower()]())

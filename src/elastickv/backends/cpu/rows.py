@@ -33,6 +33,7 @@ class Rows:
     descriptor: NDArray[np.int64]
     thread_count: int
     _state: NDArray[np.int64]
+    _own: threads.OneThread
 
     if TYPE_CHECKING:
 
@@ -55,8 +56,9 @@ class Rows:
         for row, (held, more) in enumerate(zip(self.lengths, used, strict=True)):
             if more > rows[2] or held + more > self.capacity:
                 raise UsageError(f"the cache is full: sequence {row} holds {held} of {self.capacity} tokens, {more} are added")
-        self._store(np.ascontiguousarray(keys, np.float32), np.ascontiguousarray(values, np.float32), rows[2], used)
-        self._restart_steps()
+        with self._own:
+            self._store(np.ascontiguousarray(keys, np.float32), np.ascontiguousarray(values, np.float32), rows[2], used)
+            self._restart_steps()
 
     def _restart_steps(self) -> None:
         self._state[..., State.STEP] = -1
