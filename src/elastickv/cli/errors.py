@@ -98,7 +98,8 @@ def _say(name: str, message: str, code: int) -> int:
 
 def _silence() -> None:
     """Let what standard output still holds go nowhere: it must not fail again while the interpreter shuts down."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError):  # One that is no file can't fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -83,16 +83,17 @@ class Journal:
         self.path, self.done = path, set[str]()
         self._retry_failed = retry_failed
         self.other_version: str | None = None
-        is_new = not path.exists()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         # A file that was replaced stays locked with its successor: who opened it before must not write into it.
         self._held = [self._file]
         try:
             self._lock(self._file)
-            self._begin(plan, resume, command)
+            try:
+                self._begin(plan, resume, command)
+            finally:
+                if not os.fstat(self._file).st_size:
+                    path.unlink(missing_ok=True)  # There was no room for the first line.
         except BaseException:
-            if is_new:
-                path.unlink(missing_ok=True)
             self._close()
             raise
 
@@ -171,9 +172,11 @@ class Journal:
             os.fsync(file)
             os.fchmod(file, stat.S_IMODE(os.fstat(self._file).st_mode))
             os.replace(temporary, target)
-        except OSError as error:
+        except BaseException as error:
             Path(temporary).unlink(missing_ok=True)
-            raise self._full(error) from None
+            if isinstance(error, OSError):
+                raise self._full(error) from None
+            raise
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
         self._file = file
 
