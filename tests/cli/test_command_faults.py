@@ -49,7 +49,7 @@ def test_a_signal_in_the_middle_of_measuring_leaves_a_whole_result_marked_incomp
         if "elastickv: measuring " in line and "against" in line:
             break
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.5)
+        process.wait(1)
     process.send_signal(number)
     shown, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said
