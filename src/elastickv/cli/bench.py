@@ -85,12 +85,12 @@ def build_command(name: str, doc: str, default_format: str) -> click.Command:
 
 def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -> int:
     from elastickv.cli.errors import interrupted
-    from elastickv.cli.output import deliver
+    from elastickv.cli.output import shown_after
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError
     from elastickv.measure import Gate, Options, run
     from elastickv.measure.gate import EXIT_CODES
-    from elastickv.reports import FORMATS
+    from elastickv.reports import FORMATS, write_text
     from elastickv.reports.files import check_writable
 
     shown = _format(given, default_format)
@@ -112,8 +112,9 @@ def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -
     with Bar() as bar:
         result = run(options, bar)
     plain = result.as_dict()
-    written = "" if output is None else FORMATS[_SUFFIXES.get(output.suffix.lower(), "json")](plain)
-    deliver(output, written, FORMATS[shown](plain))
+    with shown_after(FORMATS[shown](plain)):
+        if output is not None:
+            write_text(output, FORMATS[_SUFFIXES.get(output.suffix.lower(), "json")](plain))
     if not result.complete:
         return interrupted()
     return EXIT_CODES[result.verdict.outcome] if result.verdict else 0

@@ -18,11 +18,11 @@ _FORMATS = ("table", "json")
 
 def run_model_bench(given: dict[str, Any], command: tuple[str, ...]) -> int:
     """Measure a model with stock and elastic caches and print the result."""
-    from elastickv.cli.output import deliver
+    from elastickv.cli.output import shown_after
     from elastickv.cli.progress import Bar
     from elastickv.cli.run import quiet_transformers
     from elastickv.reports import plain_json
-    from elastickv.reports.files import check_writable
+    from elastickv.reports.files import check_writable, write_text
     from elastickv.reports.generation_table import generation_table
     from elastickv.transformers.models import NEEDED, require
 
@@ -64,7 +64,9 @@ def run_model_bench(given: dict[str, Any], command: tuple[str, ...]) -> int:
     with Bar() as bar, quiet_transformers():
         result = measure(options, command, bar)
     written = plain_json.dumps(result)
-    deliver(output, written, written if shown == "json" else generation_table(result))
+    with shown_after(written if shown == "json" else generation_table(result)):
+        if output is not None:
+            write_text(output, written)
     return 0
 
 

@@ -32,8 +32,9 @@ def command(**given: Any) -> int:
     is judged. SAME: the interval of B's time / A's lies within the margin; FASTER, SLOWER: beyond it; AMBIGUOUS: across its
     edge.
     """
-    from elastickv.cli.output import deliver
+    from elastickv.cli.output import shown_after
     from elastickv.errors import UsageError
+    from elastickv.reports import write_text
     from elastickv.reports.comparison import FAIL_ON, compare
     from elastickv.reports.comparison_table import FORMATS
     from elastickv.reports.files import check_writable
@@ -53,8 +54,9 @@ def command(**given: Any) -> int:
         control=given["control"],
         allow_different_device=given["allow_different_device"],
     )
-    written = "" if output is None else FORMATS[_SUFFIXES.get(output.suffix.lower(), "json")](comparison)
-    deliver(output, written, FORMATS[shown](comparison))
+    with shown_after(FORMATS[shown](comparison)):
+        if output is not None:
+            write_text(output, FORMATS[_SUFFIXES.get(output.suffix.lower(), "json")](comparison))
     if shown in ("json", "jsonl", "csv"):
         for warning in comparison.warnings:
             click.echo(f"elastickv: warning: {warning}", err=True)

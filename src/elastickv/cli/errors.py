@@ -35,14 +35,6 @@ def interrupted() -> int:
     return _SIGNALLED + _ended_by
 
 
-def show(text: str) -> None:
-    """Write to standard output; where its reader has left, as `head` does, nobody misses the rest."""
-    try:
-        click.echo(text, nl=False)
-    except BrokenPipeError:
-        _silence()
-
-
 def _code(command: click.Command, name: str) -> int:
     try:
         return _run(command, name) or 0
@@ -55,11 +47,11 @@ def _code(command: click.Command, name: str) -> int:
         hint = f" (see {name} --help)" if isinstance(error, click.UsageError) else ""
         return _say(name, error.format_message() + hint, BAD_INPUT)
     except BrokenPipeError:
-        _silence()
+        silence()
         return 0
     except OSError as error:
         if error.filename is None:
-            _silence()
+            silence()
         return _say(name, f"{error.filename or 'output'}: {error.strerror or error}; give another file or folder", BAD_INPUT)
     except (KeyboardInterrupt, click.Abort, EOFError):
         return _say(name, "interrupted before there was a result to keep", interrupted())
@@ -96,7 +88,7 @@ def _say(name: str, message: str, code: int) -> int:
     return code
 
 
-def _silence() -> None:
+def silence() -> None:
     """Let what standard output still holds go nowhere: it must not fail again while the interpreter shuts down."""
     with suppress(OSError):  # One that is no file can't fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

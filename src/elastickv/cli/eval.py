@@ -31,13 +31,13 @@ def command(**given: Any) -> int:
     MODEL is a local directory, a .gguf file or a hub id. Without --text two texts are scored that the package ships.
     """
     from elastickv.cli.errors import interrupted
-    from elastickv.cli.output import deliver
+    from elastickv.cli.output import shown_after
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError
     from elastickv.recipe import ModelCalibration
     from elastickv.reports import plain_json
     from elastickv.reports.fidelity_table import fidelity_tables
-    from elastickv.reports.files import check_writable
+    from elastickv.reports.files import check_writable, write_text
     from elastickv.transformers.models import NEEDED, load_model, require
 
     require(*NEEDED)
@@ -65,12 +65,13 @@ def command(**given: Any) -> int:
         if calibration is None:
             click.echo(_uncalibrated(given["model"]), err=True)
         result = evaluate(loaded, texts, options, calibration, bar)
-    tables = fidelity_tables(result)
-    deliver(output, tables if output is not None and output.suffix.lower() == ".md" else plain_json.dumps(result), tables)
-    if plot is not None:
-        from elastickv.reports.fidelity_plot import draw
+    with shown_after(fidelity_tables(result)):
+        if output is not None:
+            write_text(output, fidelity_tables(result) if output.suffix.lower() == ".md" else plain_json.dumps(result))
+        if plot is not None:
+            from elastickv.reports.fidelity_plot import draw
 
-        draw(result, plot)
+            draw(result, plot)
     return 0 if result["complete"] else interrupted()
 
 

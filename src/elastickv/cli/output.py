@@ -1,20 +1,25 @@
-"""Where a result goes: a file, standard output, or both."""
+"""Standard output: what a reader that left, or a file that cannot be written, does not take away."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from elastickv.cli.errors import show
-from elastickv.reports.files import write_text
+import click
+
+from elastickv.cli.errors import silence
 
 
-def deliver(path: Path | None, written: str, shown: str) -> None:
-    """Write a result into its file and show it: where one of the two fails, the other still happens.
-
-    Raises
-    ------
-    UsageError : if the file cannot be written; it is then as it was.
-    """
+def show(text: str) -> None:
+    """Write to standard output; where its reader has left, as `head` does, nobody misses the rest."""
     try:
-        if path is not None:
-            write_text(path, written)
+        click.echo(text, nl=False)
+    except BrokenPipeError:
+        silence()
+
+
+@contextmanager
+def shown_after(text: str) -> Iterator[None]:
+    """Show a result once it is in its files, and all the same where one of them cannot be written."""
+    try:
+        yield
     finally:
-        show(shown)
+        show(text)

@@ -108,7 +108,8 @@ def command(**given: Any) -> int:
 
     Each of them takes lists and ranges: 1024,4096 or 2-8*2 or 1-9+4. Recipes with commas of their own are parted by semicolons.
     """
-    from elastickv.cli.errors import interrupted, show
+    from elastickv.cli.errors import interrupted
+    from elastickv.cli.output import shown_after
     from elastickv.errors import UsageError
     from elastickv.reports.files import check_writable
     from elastickv.sweeps.api import sweep
@@ -137,10 +138,16 @@ def command(**given: Any) -> int:
         return interrupted()
     if not found.complete:
         click.echo(f"elastickv: {len(found.cells)} of {found.header['cells']} cells are measured: --resume goes on", err=True)
-    for path in exports if found.cells else ():
-        found.export(path)
-    if shown != "none" and found.cells:
-        show({"md": found.to_markdown, "csv": found.to_csv, "json": found.to_json}[shown]())
+    if found.cells:
+        tables: dict[str, Callable[[], str]] = {
+            "md": found.to_markdown,
+            "csv": found.to_csv,
+            "json": found.to_json,
+            "none": str,
+        }
+        with shown_after(tables[shown]()):
+            for path in exports:
+                found.export(path)
     return 0
 
 
