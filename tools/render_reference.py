@@ -61,19 +61,13 @@ PYTHON: dict[str, tuple[str, ...]] = {
 
 
 def cli() -> str:
-    lines = [MADE, "", "# Command line", "", *_exit_codes()]
+    told = "`-h` and `--help` show the same. How a command ended is told by its [exit code](TECHNICAL.md#exit-codes)."
+    lines = [MADE, "", "# Command line", "", told, ""]
     for name, place in PROGRAMS.items():
         module, _, attribute = place.partition(":")
         command = getattr(import_module(module), attribute)
         lines += _commands(command, name)
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _exit_codes() -> Iterator[str]:
-    from elastickv.cli import errors
-
-    yield f"`-h` and `--help` show the same. Exit codes: {(errors.__doc__ or '').strip().splitlines()[-1]}"
-    yield ""
 
 
 def _commands(command: click.Command, name: str) -> Iterator[str]:

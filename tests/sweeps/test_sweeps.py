@@ -95,6 +95,7 @@ def test_a_bad_plan_file_is_named(tmp_path, text):
         read_plan(path)
 
 
+@pytest.mark.fault("signals")
 def test_killed_ten_times_and_resumed_gives_the_cells_of_an_uninterrupted_run(tmp_path):
     path, randomly = tmp_path / "sweep.jsonl", random.Random(7)
     command = [sys.executable, str(HERE / "killed.py"), str(path)]
@@ -126,6 +127,7 @@ def test_killed_ten_times_and_resumed_gives_the_cells_of_an_uninterrupted_run(tm
     assert {record["status"] for record in records} == {"ok"}
 
 
+@pytest.mark.fault("out of memory")
 def test_a_cell_that_does_not_fit_or_kills_its_process_stops_no_other(tmp_path, fake):
     found = sweep(output=tmp_path / "s.jsonl", dim=[64, 128, 256], **SMALL)
     status = {dim: {(c["status"], c["reason"]) for c in found.cells if c["cell"]["dim"] == dim} for dim in (64, 128, 256)}

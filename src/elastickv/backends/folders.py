@@ -1,10 +1,17 @@
-"""Where compiled kernels are kept between runs."""
+"""Where compiled kernels are kept: a file that is damaged counts as absent, a folder that is full costs time, no more."""
 
+import atexit
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
+
+_DIGEST_BYTES = 32
+_PROBE_BYTES = 1 << 16  # a folder that takes less has no room for a kernel
+_warned = False
 
 
 def cache_folder(kind: str) -> Path:
@@ -20,14 +27,67 @@ def cache_folder(kind: str) -> Path:
     return base / "elastickv" / kind
 
 
+def obstacle(folder: Path) -> str | None:
+    """Return why nothing can be kept in `folder`; None where something can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def writable(folder: Path) -> Path:
-    """Return `folder`, made if need be; a fresh temporary one if it cannot be written: a new compilation, no more."""
+    """Return `folder`, made if need be; where it cannot be written, a temporary one until this process ends, with a warning."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        reason = obstacle(folder)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is None:
+        return folder
+    _warn(folder, reason)
+    temporary = tempfile.mkdtemp(prefix="elastickv-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return Path(temporary)
+
+
+def kept(path: Path) -> bytes | None:
+    """Return what `keep` put into `path`; None if it is absent or damaged in any way."""
+    try:
+        data = path.read_bytes()
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="elastickv-"))
+        return None
+    digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    return body if hashlib.sha256(body).digest() == digest else None
+
+
+def keep(path: Path, body: bytes) -> None:
+    """Put `body` into `path` behind its digest: atomic for readers, whoever writes beside. Where it can't, warn once."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            file.write(hashlib.sha256(body).digest() + body)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        _warn(path.parent, error.strerror or str(error))
+
+
+def _warn(folder: Path, reason: str) -> None:
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    warnings.warn(
+        f"compiled kernels cannot be kept in {folder} ({reason}): every start compiles them anew; make room there, or set "
+        "ELASTICKV_CACHE_DIR to a folder that can be written",
+        stacklevel=3,
+    )
 
 
 def sources_digest(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from elastickv.backends.failures import device_failures
 from elastickv.backends.presence import gpu_present
 from elastickv.backends.protocol import Backend
 from elastickv.errors import UsageError
@@ -20,6 +21,7 @@ def load(name: str = "auto", device: int | None = None) -> tuple[Backend, str | 
     Raises
     ------
     UsageError : if the name is unknown, or the back end cannot run here; the message says what to install.
+    DeviceFailure : if the device does not work, or its kernels do not compile.
     """
     if name == "auto" and device is not None:
         name = "cuda"
@@ -37,5 +39,6 @@ def load(name: str = "auto", device: int | None = None) -> tuple[Backend, str | 
 
 
 def _open(name: str, device: int | None) -> Backend:
-    backend: Backend = import_module(BACKENDS[name]).open_backend(device)
+    with device_failures():
+        backend: Backend = import_module(BACKENDS[name]).open_backend(device)
     return backend

@@ -45,14 +45,14 @@ def with_transformers(**given: Any) -> int:
 
     MODEL is a local directory, a .gguf file, a hub id, or a shape with random weights such as shape:tiny.
     """
-    from elastickv.cli.run import shown_warnings
+    from elastickv.cli.run import quiet_transformers
     from elastickv.transformers.models import NEEDED, require
 
     _check(given)
     require(*NEEDED)
     from elastickv.baselines.sized import transformers_baseline
 
-    with shown_warnings():
+    with quiet_transformers():
         return _measured(transformers_baseline, given)
 
 

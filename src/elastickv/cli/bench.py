@@ -23,7 +23,9 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--reps", type=int, default=200, show_default=True, help="Samples of each contender."),
     click.option("--warmup", type=int, default=20, show_default=True, help="Samples thrown away before."),
     click.option("--inner-loops", type=int, default=64, show_default=True, help="Decode steps to a sample."),
-    click.option("--truncate", type=float, default=5.0, show_default=True, help="Percent of samples cut at either end of a time."),
+    click.option(
+        "--truncate", type=float, default=5.0, show_default=True, help="Percent of samples cut at either end for times."
+    ),
     click.option("--paired-baseline", "paired", is_flag=True, help="Interleave dense and elastic in randomised ABBA blocks."),
     click.option("--inference", is_flag=True, help="Run the inference cycle too."),
     click.option("--decode-tokens", type=int, default=64, show_default=True, help="Tokens of the inference cycle."),
@@ -83,7 +85,8 @@ def build_command(name: str, doc: str, default_format: str) -> click.Command:
 
 def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -> int:
     from elastickv.api import bench
-    from elastickv.cli.errors import INTERRUPTED
+    from elastickv.cli.errors import interrupted
+    from elastickv.cli.output import shown_after
     from elastickv.cli.progress import Bar
     from elastickv.measure.gate import EXIT_CODES
     from elastickv.reports.files import check_writable
@@ -96,20 +99,20 @@ def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -
         check_writable(output)
     with Bar() as bar, _of_a_model() if given["model"] is not None else nullcontext():
         result = bench(**_typed(given), reporter=bar, command=command)
-    if output is not None:
-        result.save(output)
-    click.echo(result.shown(shown), nl=False)
+    with shown_after(result.shown(shown)):
+        if output is not None:
+            result.save(output)
     if not result.complete:
-        return INTERRUPTED
+        return interrupted()
     return EXIT_CODES[result.outcome] if result.outcome else 0
 
 
 def _of_a_model() -> AbstractContextManager[None]:
-    from elastickv.cli.run import shown_warnings
+    from elastickv.cli.run import quiet_transformers
     from elastickv.transformers.models import NEEDED, require
 
     require(*NEEDED)
-    return shown_warnings()
+    return quiet_transformers()
 
 
 def _typed(given: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def command(**given: Any) -> int:
     is judged. SAME: the interval of B's time / A's lies within the margin; FASTER, SLOWER: beyond it; AMBIGUOUS: across its
     edge.
     """
+    from elastickv.cli.output import shown_after
     from elastickv.errors import UsageError, one_line
     from elastickv.reports.comparison import FAIL_ON, compare
     from elastickv.reports.comparison_table import FORMATS
@@ -50,9 +51,9 @@ def command(**given: Any) -> int:
         control=given["control"],
         allow_different_device=given["allow_different_device"],
     )
-    if output is not None:
-        comparison.save(output)
-    click.echo(FORMATS[shown](comparison), nl=False)
+    with shown_after(FORMATS[shown](comparison)):
+        if output is not None:
+            comparison.save(output)
     if shown in ("json", "jsonl", "csv"):
         for warning in comparison.warnings:
             click.echo(f"elastickv: warning: {one_line(warning)}", err=True)

@@ -1,49 +1,126 @@
-"""The one error path: what went wrong in one line on stderr, and an exit code.
-
-0 done, 1 a gate failed or a kernel was wrong, 2 bad input, 3 a gate is inconclusive, 130 interrupted.
-"""
+"""The one error path: what went wrong in one line on stderr, and an exit code. docs/TECHNICAL.md has the table of them."""
 
 import os
+import signal
 import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
 
 import click
 
-from elastickv.errors import KernelMismatch, NonFiniteError, UsageError, one_line
+from elastickv.errors import DeviceFailure, KernelMismatch, NonFiniteError, UsageError, one_line
 
-BAD_INPUT = 2
 WRONG = 1
-INTERRUPTED = 130
+BAD_INPUT = 2
+DEVICE_FAILED = 4
+_SIGNALLED = 128
+# Whoever ends us so wants what was measured as much as who presses Ctrl-C.
+_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_ended_by = signal.SIGINT
 
 
 def exit_with(command: click.Command, name: str) -> None:
     """Run `command` and leave the process with its exit code."""
+    with _ended_like_interrupted(), _warnings_in_one_line():
+        code = _code(command, name)
+    sys.exit(code)
+
+
+def interrupted() -> int:
+    """Return the exit code after Ctrl-C, or after the signal that ended the process: 128 and its number."""
+    return _SIGNALLED + _ended_by
+
+
+def _code(command: click.Command, name: str) -> int:
     try:
-        code = command.main(prog_name=name, standalone_mode=False)
+        return _run(command, name) or 0
     except click.exceptions.Exit as stop:
-        code = stop.exit_code
+        return stop.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
-        code = BAD_INPUT
+        return BAD_INPUT
     except click.ClickException as error:
         hint = f" (see {name} --help)" if isinstance(error, click.UsageError) else ""
-        code = _say(name, error.format_message() + hint, BAD_INPUT)
-    except UsageError as error:
-        code = _say(name, str(error), BAD_INPUT)
-    except MemoryError as error:
-        code = _say(name, f"out of memory: {error or 'give a shorter --seq or fewer --heads'}", BAD_INPUT)
-    except (KernelMismatch, NonFiniteError) as error:
-        code = _say(name, str(error), WRONG)
-    except (KeyboardInterrupt, click.Abort):
-        code = _say(name, "interrupted before dense and elastic were both measured", INTERRUPTED)
+        return _say(name, error.format_message() + hint, BAD_INPUT)
     except BrokenPipeError:
-        # The reader of our output left; the rest must not raise again while the interpreter shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        silence()
+        return 0
     except OSError as error:
-        code = _say(name, f"{error.filename or 'output'}: {error.strerror or error}; give another file or folder", BAD_INPUT)
-    sys.exit(code or 0)
+        if error.filename is None:
+            silence()
+        return _say(name, f"{error.filename or 'output'}: {error.strerror or error}; give another file or folder", BAD_INPUT)
+    except (KeyboardInterrupt, click.Abort, EOFError):
+        return _say(name, "interrupted before there was a result to keep", interrupted())
+    except Exception as error:
+        return _failed(name, error)
+
+
+def _run(command: click.Command, name: str) -> Any:
+    if f"_{name}_COMPLETE".upper() in os.environ:
+        return command.main(prog_name=name)
+    # Not `main`, which makes a gate's 1 of a reader that left.
+    with command.make_context(name, sys.argv[1:]) as context:
+        return command.invoke(context)
+
+
+def _failed(name: str, error: Exception) -> int:
+    from elastickv.backends.failures import recognised
+
+    known = recognised(error) or error
+    if isinstance(known, UsageError):
+        return _say(name, str(known), BAD_INPUT)
+    if isinstance(known, MemoryError):
+        return _say(name, f"out of memory: {known or 'give a shorter --seq or fewer --heads'}", BAD_INPUT)
+    if isinstance(known, (KernelMismatch, NonFiniteError)):
+        return _say(name, str(known), WRONG)
+    if isinstance(known, DeviceFailure):
+        return _say(name, str(known), DEVICE_FAILED)
+    raise error
 
 
 def _say(name: str, message: str, code: int) -> int:
-    print(f"{name}: error: {one_line(message)}", file=sys.stderr)
+    with suppress(OSError):  # Where nobody reads errors, the code remains.
+        print(f"{name}: error: {one_line(message)}", file=sys.stderr)
     return code
+
+
+def silence() -> None:
+    """Let what standard output still holds go nowhere: it must not fail again while the interpreter shuts down."""
+    with suppress(OSError):  # One that is no file can't fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _ended_like_interrupted() -> Iterator[None]:
+    """Take SIGTERM and SIGHUP as Ctrl-C, unless somebody has other plans with them (nohup)."""
+    global _ended_by
+
+    def end(number: int, frame: FrameType | None) -> None:
+        global _ended_by
+        _ended_by = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    _ended_by = signal.SIGINT
+    mine = threading.current_thread() is threading.main_thread()
+    taken = [number for number in _ENDING if mine and signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    def line(message: Warning | str, *_: Any) -> None:
+        click.echo(f"elastickv: warning: {one_line(str(message))}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = line  # type: ignore[assignment]
+        yield

@@ -31,6 +31,8 @@ def command(**given: Any) -> int:
 
     MODEL is a local directory, a .gguf file or a hub id. Without --text two texts are scored that the package ships.
     """
+    from elastickv.cli.errors import interrupted
+    from elastickv.cli.output import shown_after
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError
     from elastickv.recipe import ModelCalibration
@@ -64,14 +66,14 @@ def command(**given: Any) -> int:
         if calibration is None:
             click.echo(_uncalibrated(given["model"]), err=True)
         result = evaluate(loaded, texts, options, calibration, bar) | {"command": ["elastickv", *sys.argv[1:]]}
-    if output is not None:
-        write_text(output, fidelity_tables(result) if output.suffix.lower() == ".md" else plain_json.dumps(result))
-    if plot is not None:
-        from elastickv.reports.fidelity_plot import draw
+    with shown_after(fidelity_tables(result)):
+        if output is not None:
+            write_text(output, fidelity_tables(result) if output.suffix.lower() == ".md" else plain_json.dumps(result))
+        if plot is not None:
+            from elastickv.reports.fidelity_plot import draw
 
-        draw(result, plot)
-    click.echo(fidelity_tables(result), nl=False)
-    return 0
+            draw(result, plot)
+    return 0 if result["complete"] else interrupted()
 
 
 def _uncalibrated(model: str) -> str:

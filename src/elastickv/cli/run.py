@@ -1,7 +1,6 @@
 """`elastickv run`."""
 
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +56,7 @@ def command(**given: Any) -> int:
     calibration = None if given["calibration"] is None else ModelCalibration.load(given["calibration"])
     compress = 4.0 if given["compress"] is None and given["recipe"] is None else given["compress"]
     device = given["device"] or usual_device()
-    with Bar() as bar, shown_warnings():
+    with Bar() as bar, quiet_transformers():
         bar.phase("loading")
         loaded = load_model(given["model"], given["dtype"] or usual_dtype(device), device)
         wanted = {"compress": compress, "recipe": given["recipe"], "calibration": calibration}
@@ -66,12 +65,12 @@ def command(**given: Any) -> int:
         prepared = Run(loaded, request)
         bar.phase("warming up")
         prepared.warm_up()
-    with LiveText(loaded.tokenizer) as live, shown_warnings():
+    with LiveText(loaded.tokenizer) as live, quiet_transformers():
         prepared.generate(live.heard)
     result = prepared.result(("elastickv", *sys.argv[1:]), live.text)
+    click.echo(generation_table(result), err=True, nl=False)
     if output is not None:
         write_text(output, plain_json.dumps(result))
-    click.echo(generation_table(result), err=True, nl=False)
     return 0
 
 
@@ -98,20 +97,14 @@ def _prompt(text: str | None, file: Path | None) -> str:
 
 
 @contextmanager
-def shown_warnings() -> Iterator[None]:
-    """Show warnings as one line each, and keep Transformers' own notes off the terminal."""
+def quiet_transformers() -> Iterator[None]:
+    """Keep Transformers' own notes off the terminal."""
     import transformers
 
     logging = transformers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()
-
-    def show(message: Warning | str, *_: Any) -> None:
-        click.echo(f"elastickv: warning: {message}", err=True)
-
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show  # type: ignore[assignment]
-            yield
+        yield
     finally:
         logging.set_verbosity(level)

@@ -35,10 +35,11 @@ class Cells(Bar):
         self._progress.reset(self._task, completed=done, total=total)
 
     def working(self, cell: dict[str, Any], phase: str, share: float) -> None:
-        """Show what a cell is at."""
+        """Show what a cell is at, and how far."""
         from elastickv.sweeps.plan import name
 
-        self._progress.update(self._task, description=f"{name(cell)}: {phase}", completed=self._done, total=self._total)
+        said = f"{name(cell)}: {phase} {share:.0%}" if share else f"{name(cell)}: {phase}"
+        self._progress.update(self._task, description=said, completed=self._done, total=self._total)
 
     def finished(self, cell: dict[str, Any], status: str, reason: str | None) -> None:
         """Count a cell."""
@@ -54,6 +55,11 @@ class Cells(Bar):
                 markup=False,
                 soft_wrap=True,
             )
+
+    def left_out(self, device: int | None, reason: str) -> None:
+        """Tell that a device measures no more cells."""
+        which = "a process" if device is None else f"device {device}"
+        self._progress.console.print(f"elastickv: warning: {which} is left out: {reason}", markup=False, soft_wrap=True)
 
 
 def _options() -> list[click.Option]:
@@ -87,6 +93,7 @@ def _own(callback: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--preset", help="smoke: a minute's worth on a CPU."),
         click.option("--plan", type=click.Path(path_type=Path), help="TOML or JSON file of axes and settings."),
         click.option("--resume", is_flag=True, help="Continue the sweep in --output, if there is one."),
+        click.option("--retry-failed", is_flag=True, help="With --resume: measure the cells that failed once more."),
         click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The sweep's file, .jsonl."),
     ):
         callback = option(callback)
@@ -103,7 +110,8 @@ def command(**given: Any) -> int:
 
     Each of them takes lists and ranges: 1024,4096 or 2-8*2 or 1-9+4. Recipes with commas of their own are parted by semicolons.
     """
-    from elastickv.cli.errors import INTERRUPTED
+    from elastickv.cli.errors import interrupted
+    from elastickv.cli.output import shown_after
     from elastickv.errors import UsageError
     from elastickv.reports.files import check_writable
     from elastickv.sweeps.api import sweep
@@ -117,7 +125,7 @@ def command(**given: Any) -> int:
     for path in exports:
         check_export(path)
         check_writable(path)
-    own = {name: given.pop(name) for name in ("plan", "preset", "resume", "time_limit_s")}
+    own = {name: given.pop(name) for name in ("plan", "preset", "resume", "retry_failed", "time_limit_s")}
     given["model"] = list(given["model"]) or None
     asked = {name: value for name, value in given.items() if value is not None and value is not False}
     if asked.pop("no_graphs", False):
@@ -130,13 +138,19 @@ def command(**given: Any) -> int:
             found = sweep(output=output, watcher=cells, command=("elastickv", *sys.argv[1:]), **own, **asked)
     except KeyboardInterrupt:
         click.echo(f"elastickv: interrupted: --resume goes on with {output}", err=True)
-        return INTERRUPTED
+        return interrupted()
     if not found.complete:
         click.echo(f"elastickv: {len(found.cells)} of {found.header['cells']} cells are measured: --resume goes on", err=True)
-    for path in exports if found.cells else ():
-        found.save(path)
-    if shown != "none" and found.cells:
-        click.echo({"md": found.to_markdown, "csv": found.to_csv, "json": found.to_json}[shown](), nl=False)
+    if found.cells:
+        tables: dict[str, Callable[[], str]] = {
+            "md": found.to_markdown,
+            "csv": found.to_csv,
+            "json": found.to_json,
+            "none": str,
+        }
+        with shown_after(tables[shown]()):
+            for path in exports:
+                found.save(path)
     return 0
 
 

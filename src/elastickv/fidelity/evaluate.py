@@ -78,11 +78,12 @@ class _Contender:
 def evaluate(
     loaded: Loaded, texts: Sequence[Text], options: Options, calibration: ModelCalibration | None, progress: Progress
 ) -> dict[str, Any]:
-    """Return the result as JSON values.
+    """Return the result as JSON values; after Ctrl-C what was finished by then, `complete` false.
 
     Raises
     ------
     UsageError : before anything is measured, if options, texts, calibration and model do not go together.
+    KeyboardInterrupt : if interrupted before the first row was finished.
     """
     subject = _Subject(loaded, calibration)
     prepared = {context: _windows(subject, texts, options, context) for context in options.contexts}
@@ -102,13 +103,22 @@ def evaluate(
     if contenders and not any(contender.plan for found, _ in contenders.values() for contender in found):
         raise UsageError("; ".join(dict.fromkeys(reason for _, reasons in contenders.values() for reason in reasons)))
     skipped = [reason for _, reasons in contenders.values() for reason in reasons]
-    started, rows = time.monotonic(), []
-    for context, found in prepared.items():
-        rows += list(_context_rows(subject, context, found, contenders[context][0], options, progress))
-    retrieval = [_retrieval(subject, row, options, progress) for row in needles]
+    started, complete = time.monotonic(), True
+    rows: list[dict[str, Any]] = []
+    retrieval: list[dict[str, Any]] = []
+    try:
+        for context, found in prepared.items():
+            # A list that is extended keeps what came before an interrupt.
+            rows.extend(_context_rows(subject, context, found, contenders[context][0], options, progress))
+        retrieval.extend(_retrieval(subject, prompts, options, progress) for prompts in needles)
+    except KeyboardInterrupt:
+        if not rows and not retrieval:
+            raise
+        complete = False
     return {
         "kind": KIND,
         "version": VERSION,
+        "complete": complete,
         "environment": environment() | {"transformers": _version("transformers"), "torch": _version("torch")},
         "model": subject.described(),
         "texts": [text.name for text in texts],
@@ -117,7 +127,7 @@ def evaluate(
         "skipped": skipped,
         "rows": rows,
         "needle": retrieval,
-        "suggestion": None if options.tolerance is None else suggest(rows, options.tolerance),
+        "suggestion": None if options.tolerance is None or not complete else suggest(rows, options.tolerance),
         "seconds": time.monotonic() - started,
     }
 

@@ -57,3 +57,5 @@ def cautions(result: Result) -> Iterator[str]:
             f"{len(result.samples['baseline'])} on the baseline takes {changed.ratio:.2f} times as long as before"
         )
     yield from result.telemetry["flags"]
+    if result.telemetry["note"]:
+        yield f"the device was not watched all the time: {result.telemetry['note']}"

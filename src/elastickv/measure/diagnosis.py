@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
-from elastickv.backends.folders import cache_folder
+from elastickv.backends.folders import cache_folder, obstacle
 from elastickv.backends.presence import gpu_present
-from elastickv.errors import UsageError
+from elastickv.errors import DeviceFailure, UsageError
 from elastickv.measure.environment import cpu_name
 
 
@@ -57,9 +57,10 @@ def _cpu_backend() -> Finding:
 def _caches() -> Finding:
     folder = cache_folder("kernels")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        remedy = "set ELASTICKV_CACHE_DIR to a folder that can be written"
-        return Finding("kernel cache", "absent", f"{folder} cannot be written: kernels compile anew at every start", remedy)
+    reason = obstacle(existing)
+    if reason is not None:
+        remedy = "make room there, or set ELASTICKV_CACHE_DIR to a folder that can be written"
+        return Finding("kernel cache", "absent", f"{folder}: {reason}: kernels compile anew at every start", remedy)
     kept = len(list(folder.glob("*.kernel"))) if folder.is_dir() else 0
     return Finding("kernel cache", "ok", f"{folder}, {kept} compiled kernels")
 
@@ -99,6 +100,10 @@ def _devices(missing: str, has_gpu: bool) -> Iterator[Finding]:
                 remedy = "nvidia-smi   # then install or update the driver" if has_gpu else ""
                 yield Finding("cuda back end", missing, str(error), remedy)
             return
+        except DeviceFailure as error:
+            yield Finding(f"GPU {number}", "broken", str(error), f"nvidia-smi -q -i {number}   # then reset or replace it")
+            number += 1
+            continue
         bandwidth = f"{device.theoretical_bw_gbs:.0f} GB/s" if device.theoretical_bw_gbs else "bandwidth not told"
         yield Finding(
             f"GPU {number}",

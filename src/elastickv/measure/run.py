@@ -5,6 +5,7 @@ from functools import reduce
 from typing import Protocol
 
 from elastickv.backends import Backend, Ceilings, load
+from elastickv.backends.failures import device_failures
 from elastickv.data import Sample, load_sample
 from elastickv.errors import UsageError
 from elastickv.measure.cycle import CycleSamples, run_cycle
@@ -48,11 +49,16 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
 
     Raises
     ------
-    UsageError : if the options cannot be met on this machine.
+    UsageError : if the options cannot be met on this machine; RanOut where its memory ran out on the way.
     KernelMismatch, NonFiniteError : if a figure would be wrong.
+    DeviceFailure : if the device or its compiler failed; DeviceLost where nothing more can be measured in this process.
     KeyboardInterrupt : if interrupted before anything was measured; later, the result is marked incomplete.
     """
-    report = reporter or Silent()
+    with device_failures():
+        return _run(options, reporter or Silent())
+
+
+def _run(options: Options, report: Reporter) -> Result:
     sample = load_sample(options.input)
     check_range(sample, options.dtype)
     backend, passed_over = load(options.backend, options.device)

@@ -6,6 +6,7 @@ A thread reads a probe at a fixed interval; `snapshot` is the last reading, so a
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ def open_probe(kind: str, device: int) -> Probe:
 class Telemetry:
     """Logs readings from entry to exit; every reading is kept, the disturbed ones marked.
 
-    A missing source is not an error: the record says why there are no readings.
+    A source that is missing, or fails in any way, is no error: the record says why there are no readings, or no more.
     """
 
     def __init__(self, kind: str, device: int = 0, interval_s: float = INTERVAL_S) -> None:
@@ -57,8 +58,8 @@ class Telemetry:
         try:
             self._probe = open_probe(self._kind, self._device)
             self._read()
-        except UnavailableError as reason:
-            self._note = str(reason)
+        except Exception as error:
+            self._note = _why(error)
             return self
         self._thread = threading.Thread(target=self._loop, name="telemetry", daemon=True)
         self._thread.start()
@@ -69,7 +70,8 @@ class Telemetry:
         if self._thread is not None:
             self._thread.join(_JOIN_S)
         if self._probe is not None:
-            self._probe.close()
+            with suppress(Exception):  # What is measured by now must not be lost over it.
+                self._probe.close()
 
     def snapshot(self) -> dict[str, Any]:
         """Return the latest reading, at most one interval old; only `flags`, empty, where there is no source."""
@@ -95,10 +97,14 @@ class Telemetry:
         while not self._stop.wait(self._interval_s):
             try:
                 self._read()
-            except UnavailableError as reason:
-                self._note = f"readings end early: {reason}"
+            except Exception as error:
+                self._note = f"readings end early: {_why(error)}"
                 return
 
     def _read(self) -> None:
         if self._probe is not None:
             self._readings.append({"time_s": round(time.monotonic() - self._start_s, 4), **self._probe.read()})
+
+
+def _why(error: Exception) -> str:
+    return str(error) if isinstance(error, UnavailableError) else f"{type(error).__name__}: {error}"

@@ -1,10 +1,12 @@
 """A fidelity result as a figure: loss over C for every context, and a heat map of retrieval. Needs matplotlib."""
 
+import io
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.reports.files import write_bytes
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _MOST_TICKS = 5
@@ -29,7 +31,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     Raises
     ------
-    UsageError : as `check_plot`.
+    UsageError : as `check_plot`, and if it cannot be written.
     """
     check_plot(path)
     from matplotlib.figure import Figure
@@ -51,7 +53,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes = figure.add_subplot(rows, columns, columns + number + 1)
         _map(axes, needle, name)
     figure.suptitle(f"{result['model']['name']}: {', '.join(result['texts'])}")
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.lower()[1:])
+    write_bytes(path, drawn.getvalue())
 
 
 def _curve(axes: Any, rows: list[dict[str, Any]], name: str, context: int) -> None:

@@ -22,6 +22,8 @@ def fidelity_tables(result: dict[str, Any]) -> str:
     if result["needle"]:
         lines += ["", *_retrieval(result["needle"])]
     lines += ["", *(f"left out: {reason}" for reason in result["skipped"])] if result["skipped"] else []
+    if not result.get("complete", True):
+        lines += ["", "Interrupted: incomplete. Rows and pass keys that are missing were not measured."]
     if result["suggestion"] is not None:
         lines += ["", _suggested(result["suggestion"])]
     return "\n".join(lines) + "\n"

@@ -23,6 +23,9 @@ class _Silent:
     def finished(self, cell: Cell, status: str, reason: str | None) -> None:
         pass
 
+    def left_out(self, device: int | None, reason: str) -> None:
+        pass
+
 
 def sweep(
     *,
@@ -30,6 +33,7 @@ def sweep(
     plan: Path | str | None = None,
     preset: str | None = None,
     resume: bool = False,
+    retry_failed: bool = False,
     devices: Sequence[int] | None = None,
     time_limit_s: float | None = None,
     watcher: Watcher | None = None,
@@ -44,6 +48,7 @@ def sweep(
     plan : TOML or JSON file of axes and settings.
     preset : 'smoke' is a minute's; what is given beside it replaces its own.
     resume : continue the sweep that `output` holds, if there is one.
+    retry_failed : with `resume`, measure the cells once more that failed.
     devices : numbers of CUDA devices, one process each.
     time_limit_s : stop after this many seconds; what is measured by then is kept.
     watcher : told how it goes.
@@ -54,12 +59,15 @@ def sweep(
 
     Raises
     ------
-    UsageError : if something given is unknown or out of range, or `output` holds another plan.
+    UsageError : if something given is unknown or out of range, `output` holds another plan or cannot be written any more.
+    DeviceFailure : if no device is left to measure on. What is measured by then is in `output`.
     """
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
     if resume and output is None:
         raise UsageError("--resume continues a file: give --output too")
+    if retry_failed and not resume:
+        raise UsageError("--retry-failed measures cells of a file again: give --resume too")
     if time_limit_s is not None and not 0 < time_limit_s < float("inf"):
         raise UsageError(f"--time-limit={time_limit_s} is out of range: give seconds above 0")
     chosen: list[int | None] = [None] if devices is None else list(devices)
@@ -71,7 +79,7 @@ def sweep(
         raise UsageError("--devices are GPUs: leave it out with --backend cpu")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "sweep.jsonl") if output is None else Path(output)
-        with Journal(path, planned, resume, command) as journal:
+        with Journal(path, planned, resume, command, retry_failed) as journal:
             if journal.other_version is not None:
                 warnings.warn(
                     f"{path} was begun at commit {journal.other_version}: its cells are of two versions", stacklevel=2

@@ -7,6 +7,8 @@ end: it is dropped, and its cell is measured again.
 import fcntl
 import json
 import os
+import stat
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,6 +89,8 @@ def _object(line: bytes, source: str) -> dict[str, Any]:
 class Journal:
     """A sweep's file while it is written; a context manager that keeps other sweeps off the file.
 
+    With `retry_failed` a file that is resumed loses its failed cells first: it is replaced by one without them.
+
     Attributes
     ----------
     done : keys of the cells that the file holds.
@@ -97,32 +101,48 @@ class Journal:
     UsageError : if the file holds another plan, is there and is not to be resumed, or is being written by another sweep.
     """
 
-    def __init__(self, path: Path, plan: Plan, resume: bool, command: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path, plan: Plan, resume: bool, command: tuple[str, ...] = (), retry_failed: bool = False) -> None:
         check_writable(path)
         self.path, self.done = path, set[str]()
+        self._retry_failed = retry_failed
         self.other_version: str | None = None
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        # A file that was replaced stays locked with its successor: who opened it before must not write into it.
+        self._held = [self._file]
         try:
-            self._lock()
-            self._begin(plan, resume, command)
+            self._lock(self._file)
+            try:
+                self._begin(plan, resume, command)
+            finally:
+                if not os.fstat(self._file).st_size:
+                    path.unlink(missing_ok=True)  # There was no room for the first line.
         except BaseException:
-            os.close(self._file)
+            self._close()
             raise
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        os.close(self._file)
+        self._close()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one cell."""
+        """Add one cell.
+
+        Raises
+        ------
+        UsageError : if the file cannot be written; the cells before stay.
+        """
         self._write(record)
         self.done.add(key(record["cell"]))
 
-    def _lock(self) -> None:
+    def _close(self) -> None:
+        for file in self._held:
+            os.close(file)
+
+    def _lock(self, file: int) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"--output {self.path} is being written by another sweep: wait, or give another name") from None
 
@@ -150,11 +170,42 @@ class Journal:
         for number, record in enumerate(records, 2):
             if key(record["cell"]) not in planned:
                 raise UsageError(f"{self.path}:{number} holds a cell that the plan does not have: take the line out")
-            self.done.add(key(record["cell"]))
+            if not self._retry_failed or record["status"] != "failed":
+                self.done.add(key(record["cell"]))
         os.ftruncate(self._file, whole)
+        if len(self.done) < len(records):
+            self._replace([line for line in self.path.read_bytes().splitlines(keepends=True) if self._stays(line)])
         began = head.get("environment")
         began = began.get("commit") if isinstance(began, dict) else None
         self.other_version = began if began != here["commit"] else None
+
+    def _stays(self, line: bytes) -> bool:
+        value = json.loads(line)
+        return "cell" not in value or key(value["cell"]) in self.done
+
+    def _replace(self, lines: list[bytes]) -> None:
+        """Put a file with these lines in the place of the present one, locked before it has the name."""
+        target = self.path.resolve()
+        file, temporary = tempfile.mkstemp(dir=target.parent, prefix=".elastickv.", suffix=".tmp")
+        self._held.append(file)
+        try:
+            self._lock(file)
+            with open(file, "wb", closefd=False) as out:
+                out.writelines(lines)
+            os.fsync(file)
+            os.fchmod(file, stat.S_IMODE(os.fstat(self._file).st_mode))
+            os.replace(temporary, target)
+        except BaseException as error:
+            Path(temporary).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise self._full(error) from None
+            raise
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
+        self._file = file
+
+    def _full(self, error: OSError) -> UsageError:
+        said = error.strerror or str(error)
+        return UsageError(f"--output {self.path} cannot be written: {said}; its cells stay: make room, and --resume goes on")
 
     def _write(self, value: dict[str, Any]) -> None:
         line = (json.dumps(value, allow_nan=False) + "\n").encode()
@@ -163,7 +214,11 @@ class Journal:
             while line:
                 line = line[os.write(self._file, line) :]
             os.fsync(self._file)
-        except BaseException:
-            # A full disk or Ctrl-C: no half of a line may stand before the next one.
+        except OSError as error:
             os.ftruncate(self._file, before)
+            raise self._full(error) from None
+        except BaseException:
+            # Ctrl-C: no half of a line may stand before the next one. A whole one is a cell that is measured.
+            if line:
+                os.ftruncate(self._file, before)
             raise

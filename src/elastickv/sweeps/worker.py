@@ -3,15 +3,15 @@
 import json
 import os
 import queue
-import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Any, TextIO
 
 from elastickv.backends import load
+from elastickv.backends.failures import device_failures
 from elastickv.data import load_sample
-from elastickv.errors import DoesNotFit, UsageError
+from elastickv.errors import DeviceFailure, DeviceLost, DoesNotFit, KernelMismatch, NonFiniteError, RanOut, UsageError
 from elastickv.measure import Options, run
 from elastickv.sweeps import baselines
 
@@ -37,26 +37,33 @@ class Told:
             self.tell("progress", done / total)
 
 
-def measured(request: dict[str, Any], reporter: Told) -> dict[str, Any]:
-    """Return a cell's status with its result or the reason why it has none."""
+def measured(request: dict[str, Any], reporter: Told) -> tuple[str, dict[str, Any]]:
+    """Return a cell's status with its result or the reason why it has none, and how this process stands after it.
+
+    It is 'done', fit for another cell; 'spent', where what went wrong may have left something behind; 'lost', with the device.
+    """
     try:
         result = _result(request, reporter)
         json.dumps(result, allow_nan=False)
-    except (DoesNotFit, MemoryError) as error:
-        return {"status": "does not fit", "reason": str(error) or "the process ran out of memory"}
-    except UsageError as error:
-        return {"status": "failed", "reason": str(error)}
+    except (RanOut, MemoryError) as error:
+        return "spent", {"status": "does not fit", "reason": str(error) or "the process ran out of memory"}
+    except DoesNotFit as error:
+        return "done", {"status": "does not fit", "reason": str(error)}
+    except (UsageError, KernelMismatch, NonFiniteError) as error:
+        return "done", {"status": "failed", "reason": str(error)}
+    except DeviceLost as error:
+        return "lost", {"status": "failed", "reason": str(error)}
+    except DeviceFailure as error:
+        return "spent", {"status": "failed", "reason": str(error)}
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        # Drivers have exceptions of their own, all of which name the code.
-        full = "OUT_OF_MEMORY" in reason.upper().replace(" ", "_")
-        return {"status": "does not fit" if full else "failed", "reason": reason}
-    return {"status": "ok", "reason": None} | result
+        return "spent", {"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())}
+    return "done", {"status": "ok", "reason": None} | result
 
 
 def _result(request: dict[str, Any], reporter: Told) -> dict[str, Any]:
     if "baseline" in request:
-        return baselines.measured(request["baseline"], tuple(request["command"]), reporter)
+        with device_failures():
+            return baselines.measured(request["baseline"], tuple(request["command"]), reporter)
     given = request["bench"]
     given["input"] = None if given["input"] is None else Path(given["input"])
     return run(Options(**given | {"command": tuple(given["command"])}), reporter).as_dict()
@@ -64,7 +71,6 @@ def _result(request: dict[str, Any], reporter: Told) -> dict[str, Any]:
 
 def main() -> None:
     """Serve until standard input ends, and end at once with it: the parent may have been killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     told = Told(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     # Whatever a library prints must not get among our lines.
     os.dup2(2, 1)
@@ -80,12 +86,15 @@ def main() -> None:
     try:
         load(first["backend"], first["device"])
         load_sample(None if first["input"] is None else Path(first["input"]))
-    except UsageError as error:
-        told.tell("unable", str(error))
+    except (UsageError, DeviceFailure) as error:
+        told.tell("broken" if isinstance(error, DeviceFailure) else "unable", str(error))
         return
     told.tell("ready", None)
     while True:
-        told.tell("done", measured(asked.get(), told))
+        state, record = measured(asked.get(), told)
+        told.tell(state, record)
+        if state != "done":
+            os._exit(0)  # Not by way of clean-ups, which may hang on a device that is gone.
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from elastickv.backends import folders
 from elastickv.backends.cuda import compiler
 from elastickv.backends.cuda.builds import RECIPES, compile_all, recipe_for
 from elastickv.backends.cuda.compiler import ARCHITECTURES
@@ -23,7 +24,9 @@ from elastickv.backends.cuda.variants import (
     plan_splits,
     split_variant,
 )
+from elastickv.errors import CompileFailure
 from elastickv.recipe import HEAD_DIMS, Recipe
+from tests.helpers.full_disk import fill, small_disk
 
 pytest.importorskip("cuda.bindings.nvrtc")
 SUPPORTED = [a for a in ARCHITECTURES if int(a) in compiler.supported_architectures()]
@@ -248,6 +251,7 @@ def test_a_compiled_kernel_is_kept(kernel_folder, monkeypatch):
     assert [p.suffix for p in kernel_folder.iterdir()] == [".kernel"]
 
 
+@pytest.mark.fault("damaged kernel cache")
 @pytest.mark.parametrize("damage", [b"", b"short", None])
 def test_a_damaged_file_is_compiled_again(kernel_folder, damage):
     first = SMALL.compiled()
@@ -258,17 +262,35 @@ def test_a_damaged_file_is_compiled_again(kernel_folder, damage):
     assert path.read_bytes() == whole
 
 
-def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
+@pytest.mark.fault("read-only kernel cache")
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("ELASTICKV_CACHE_DIR", str(blocked / "kernels"))
+    monkeypatch.setattr(folders, "_warned", False)
+    with pytest.warns(UserWarning, match="compiled kernels cannot be kept"):
+        assert SMALL.compiled().cubin
     assert SMALL.compiled().cubin
 
 
-def test_two_processes_may_compile_the_same(kernel_folder):
-    with get_context("spawn").Pool(2) as pool:
-        a, b = pool.map(compile_variant, [SMALL, SMALL], chunksize=1)
-    assert a == b
+@pytest.mark.fault("full kernel cache")
+def test_a_full_folder_costs_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_warned", False)
+    with small_disk(tmp_path / "disk") as disk:
+        if disk is None:
+            pytest.skip("no file system may be mounted here")
+        fill(disk)
+        monkeypatch.setenv("ELASTICKV_CACHE_DIR", str(disk))
+        with pytest.warns(UserWarning, match="No space left on device"):
+            assert SMALL.compiled().cubin
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+@pytest.mark.fault("two processes compile at once")
+def test_four_processes_may_compile_the_same(kernel_folder):
+    with get_context("spawn").Pool(4) as pool:
+        first, *others = pool.map(compile_variant, [SMALL] * 4, chunksize=1)
+    assert others == [first] * 3
     assert [p.suffix for p in kernel_folder.iterdir()] == [".kernel"]
 
 
@@ -279,12 +301,16 @@ def test_the_table_names_kernel_and_resources(monkeypatch):
     assert all(r.registers > 0 and r.spill_bytes == 0 and r.arch == SMALL.arch for r in rows)
 
 
-def test_a_wrong_source_says_why(monkeypatch, tmp_path):
-    (tmp_path / "broken.cu").write_text("int f() { return nothing; }")
+@pytest.mark.fault("a kernel that does not compile")
+def test_a_wrong_source_says_which_for_what_and_why_in_one_line(monkeypatch, tmp_path):
+    (tmp_path / "broken.cu").write_text("int f() { return nothing; }" + "\nint g() { return nothing; }" * 200)
     monkeypatch.setattr(compiler, "KERNELS", tmp_path)
     monkeypatch.setenv("ELASTICKV_CACHE_DIR", str(tmp_path / "kernels"))
-    with pytest.raises(RuntimeError, match="nothing"):
-        compiler.compile_source("broken", SUPPORTED[-1], {})
+    arch = SUPPORTED[-1]
+    with pytest.raises(CompileFailure, match=rf"broken\.cu \(SIDES=3\) does not compile for sm_{arch} .*nothing") as error:
+        compiler.compile_source("broken", arch, {"SIDES": 3})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+    assert not (tmp_path / "kernels").exists()
 
 
 @pytest.mark.parametrize("text", ["int4", "fp8", "k=int8,v=int4", "int4,pages=1/4"])

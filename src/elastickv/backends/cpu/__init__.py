@@ -16,6 +16,7 @@ def open_backend(device: int | None) -> "CpuBackend":
     Raises
     ------
     UsageError : if a device number other than 0 is asked for.
+    CompileFailure : if a kernel does not compile.
     """
     if device not in (None, 0):
         raise UsageError(f"device {device} does not exist: the cpu back end has one device, 0")

@@ -17,12 +17,15 @@ ALIGNMENT_BYTES = 64
 
 
 class CpuCache(Rows):
-    """An `EditableCache` in one block of host memory; see `layout` for what lies where."""
+    """An `EditableCache` in one block of host memory; see `layout` for what lies where.
+
+    Any number of Python threads may work at once, each on caches of its own; a second one inside a cache raises RuntimeError.
+    """
 
     def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> None:
         recipe.check_phase(phase)
         self.shape, self.capacity, self.dtype, self.recipe, self.phase = shape, capacity, dtype, recipe, phase
-        self.thread_count = threads.count()
+        self.thread_count, self._own = threads.count(), threads.OneThread()
         self.layout: Layout = layout(shape, capacity, dtype, recipe, self.thread_count)
         # Zeros, not empty: what lies behind a short page is multiplied by zero, and must not be a NaN.
         self._buffer = np.zeros(self.layout.total_bytes - self.layout.snapshot_bytes, np.uint8)
@@ -90,8 +93,9 @@ class CpuCache(Rows):
         rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
         k, v = host_array(keys, rows, "keys"), host_array(values, rows, "values")
         used = self._checked(lengths, rows[2])
-        self._clear()
-        self._store(k, v, rows[2], used)
+        with self._own:
+            self._clear()
+            self._store(k, v, rows[2], used)
 
     def threads_worth(self, tokens: int) -> int:
         """Return how many of the cache's threads to use on `tokens` tokens of all KV heads."""
@@ -112,11 +116,11 @@ class CpuCache(Rows):
         used = self._checked(lengths, self.capacity)
         counters = np.zeros(steps.TICKET_WORDS, np.int64)
         scratch = np.empty((self.shape.batch * self.shape.kv_heads, 3, self.shape.head_dim), np.float32)
-        self._clear()
         addresses = [a.ctypes.data for a in (self.descriptor, counters, table)]
-        threads.run(
-            steps.store_random, self.thread_count, [*addresses, seed % (1 << 63), scratch.ctypes.data, used.ctypes.data]
-        )
+        words = [*addresses, seed % (1 << 63), scratch.ctypes.data, used.ctypes.data]
+        with self._own:
+            self._clear()
+            threads.run(steps.store_random, self.thread_count, words)
 
     def _checked(self, lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
         used = np.asarray(lengths, np.int64)
@@ -128,11 +132,12 @@ class CpuCache(Rows):
         """Store one token per sequence: (batch, kv_heads, head_dim)."""
         check_shape(keys, self._keys.shape, "keys")
         check_shape(values, self._values.shape, "values")
-        self.check_room(1)
-        self._keys[...], self._values[...] = keys, values
-        self._counters[:] = 0
-        self._append()
-        self._state[..., State.STEP] += 1
+        with self._own:
+            self.check_room(1)
+            self._keys[...], self._values[...] = keys, values
+            self._counters[:] = 0
+            self._append()
+            self._state[..., State.STEP] += 1
 
     def check_room(self, tokens: int) -> None:
         """Raise UsageError if a sequence can't take `tokens` more."""
@@ -151,12 +156,13 @@ class CpuCache(Rows):
 
     def decode(self, queries: Float32) -> tuple[Float32, Float32]:
         """Attend with one query per sequence: (batch, query_heads, head_dim) -> outputs and (batch, query_heads) lse."""
-        self.check_anchor(self.step)
         check_shape(queries, self._queries.shape, "queries")
-        self._queries[...] = queries
-        self._counters[:] = 0
-        self._decodes[self.threads_worth(int(self.lengths.sum()))]()
-        return self._outputs.copy(), self._lse.copy()
+        with self._own:
+            self.check_anchor(self.step)
+            self._queries[...] = queries
+            self._counters[:] = 0
+            self._decodes[self.threads_worth(int(self.lengths.sum()))]()
+            return self._outputs.copy(), self._lse.copy()
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what is stored of one KV head of one sequence, dequantised."""

@@ -33,6 +33,7 @@ class Rows:
     descriptor: NDArray[np.int64]
     thread_count: int
     _state: NDArray[np.int64]
+    _own: threads.OneThread
 
     if TYPE_CHECKING:
 
@@ -53,8 +54,9 @@ class Rows:
         check_shape(values, rows, "values")
         used = np.asarray(lengths, np.int64)
         check_growth(self.lengths, used, rows[2], self.capacity)
-        self._store(np.ascontiguousarray(keys, np.float32), np.ascontiguousarray(values, np.float32), rows[2], used)
-        self._restart_steps()
+        with self._own:
+            self._store(np.ascontiguousarray(keys, np.float32), np.ascontiguousarray(values, np.float32), rows[2], used)
+            self._restart_steps()
 
     def _restart_steps(self) -> None:
         self._state[..., State.STEP] = -1

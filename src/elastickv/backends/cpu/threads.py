@@ -1,7 +1,10 @@
 """The one parallel region: every thread calls a compiled function with a block of arguments."""
 
+import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
 from typing import Any
 
 import numba
@@ -12,6 +15,9 @@ from elastickv.backends.cpu.intrinsics import invoke_2
 
 # Numba's 'workqueue' layer, the only one present everywhere, aborts the process when two Python threads enter it at once.
 _LOCK = threading.Lock()
+# OpenMP's threads stay behind in a fork, and entering it again aborts the child.
+_FORK_UNSAFE = "omp"
+_left_behind = False
 MIN_PARALLEL_ELEMENTS = 1 << 17
 
 
@@ -36,6 +42,32 @@ def _on_all(threads, function, arguments):  # type: ignore[no-untyped-def]
         invoke_2(function, arguments, thread)
 
 
+def _in_child() -> None:
+    """Make a forked process fit to decode: nobody holds the lock, and where its threads are gone one does the work."""
+    global _LOCK, _left_behind
+    _LOCK = threading.Lock()
+    with suppress(ValueError):  # No thread was ever started.
+        _left_behind = numba.threading_layer() == _FORK_UNSAFE
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+class OneThread:
+    """Refuses the second of two Python threads that are inside at once; a context manager."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("two threads use one cache at once: give each a cache of its own, or let them take turns")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()
+
+
 class Launch:
     """`run` with everything prepared: a call costs little more than waking the threads."""
 
@@ -45,7 +77,7 @@ class Launch:
         self._call = (function.address, self._arguments.ctypes.data)
 
     def __call__(self) -> None:
-        if self._threads == 1:
+        if self._threads == 1 or _left_behind:
             _on_one(*self._call)
             return
         with _LOCK:

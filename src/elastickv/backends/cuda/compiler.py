@@ -2,21 +2,20 @@
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from elastickv.backends.folders import cache_folder
-from elastickv.errors import UsageError
+from elastickv.backends.folders import cache_folder, keep, kept
+from elastickv.errors import CompileFailure, UsageError
 
 KERNELS = Path(__file__).parent / "kernels"
 ARCHITECTURES = ("61", "70", "75", "80", "86", "89", "90", "100", "120")
 _INSTALL = 'pip install "elastickv[cuda]"'
+_LOG_LINES = 6
 
 
 @dataclass(frozen=True)
@@ -94,18 +93,23 @@ def _headers_digest() -> str:
 
 
 def compile_source(name: str, arch: str, macros: Mapping[str, int]) -> Compiled:
-    """Compile `kernels/<name>.cu` for compute capability `arch` ('90') with `macros`, or take it from the disk cache."""
+    """Compile `kernels/<name>.cu` for compute capability `arch` ('90') with `macros`, or take it from the disk cache.
+
+    Raises
+    ------
+    CompileFailure : if it does not compile.
+    """
     source = (KERNELS / f"{name}.cu").read_bytes()
     options = _options(arch, macros)
     key = hashlib.sha256(
         json.dumps([name, options[:-1], nvrtc_version(), _headers_digest(), hashlib.sha256(source).hexdigest()]).encode()
     ).hexdigest()
     path = cache_folder("kernels") / f"{key}.kernel"
-    kept = _read(path)
-    if kept is None:
-        kept = _compile(name, source, options)
-        _write(path, kept)
-    return kept
+    found = _read(path)
+    if found is None:
+        found = _compile(name, arch, source, options)
+        keep(path, json.dumps([asdict(r) for r in found.resources]).encode() + b"\n" + found.cubin)
+    return found
 
 
 def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
@@ -119,11 +123,11 @@ def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _compile(name: str, source: bytes, options: list[str]) -> Compiled:
+def _compile(name: str, arch: str, source: bytes, options: list[str]) -> Compiled:
     module = nvrtc()
     status, program = module.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], [])
     if int(status):
-        raise RuntimeError(f"NVRTC cannot create a program: {status}")
+        raise CompileFailure(_told(name, arch, options, f"NVRTC cannot create a program: {status}"))
     try:
         (status,) = module.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
         _, size = module.nvrtcGetProgramLogSize(program)
@@ -131,7 +135,7 @@ def _compile(name: str, source: bytes, options: list[str]) -> Compiled:
         log = bytes(size + 1)
         module.nvrtcGetProgramLog(program, log)
         if int(status):
-            raise RuntimeError(f"{name}.cu does not compile with {' '.join(options)}:\n{log.decode(errors='replace')}")
+            raise CompileFailure(_told(name, arch, options, log.rstrip(b"\0").decode(errors="replace") or str(status)))
         _, size = module.nvrtcGetCUBINSize(program)
         cubin = bytes(size)
         module.nvrtcGetCUBIN(program, cubin)
@@ -140,40 +144,33 @@ def _compile(name: str, source: bytes, options: list[str]) -> Compiled:
     return Compiled(cubin, _resources(log.rstrip(b"\0").decode(errors="replace")))
 
 
+def _told(name: str, arch: str, options: list[str], log: str) -> str:
+    """Return which kernel did not compile for which architecture, and the first lines of the compiler's log."""
+    first = [line.strip() for line in log.splitlines() if line.strip()][:_LOG_LINES]
+    macros = " ".join(option.partition("=")[2] for option in options if option.startswith("--define-macro"))
+    built = f"{name}.cu ({macros})" if macros else f"{name}.cu"
+    version = ".".join(map(str, nvrtc_version()))
+    return f"{built} does not compile for sm_{arch} with NVRTC {version}: {' | '.join(first)}; {_INSTALL} again, or report it"
+
+
 def _resources(log: str) -> tuple[Resources, ...]:
     found = []
     for part in re.split(r"Compiling entry function '", log)[1:]:
         registers, spilled = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes spill stores", part)
         shared = re.search(r"(\d+)(?:\+\d+)? bytes smem", part)
         if not registers or not spilled:
-            raise RuntimeError(f"ptxas's resource report is not understood: {part[:300]}")
+            raise CompileFailure(f"ptxas's resource report is not understood: {part[:300]}")
         found.append(Resources(part.partition("'")[0], int(registers[1]), int(spilled[1]), int(shared[1]) if shared else 0))
     return tuple(found)
 
 
 def _read(path: Path) -> Compiled | None:
-    """Return a cached kernel; None if it is absent or damaged in any way."""
-    try:
-        data = path.read_bytes()
-        digest, body = data[:32], data[32:]
-        if hashlib.sha256(body).digest() != digest:
-            return None
-        header, _, cubin = body.partition(b"\n")
-        return Compiled(cubin, tuple(Resources(**r) for r in json.loads(header)))
-    except (OSError, ValueError, TypeError, RecursionError):
+    """Return a cached kernel; None if it is absent, damaged or of another layout."""
+    body = kept(path)
+    if body is None:
         return None
-
-
-def _write(path: Path, compiled: Compiled) -> None:
-    """Keep a kernel; atomic for readers. A folder that cannot be written costs the next start a compilation, no more."""
-    body = json.dumps([asdict(r) for r in compiled.resources]).encode() + b"\n" + compiled.cubin
-    temporary = None
+    header, _, cubin = body.partition(b"\n")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            file.write(hashlib.sha256(body).digest() + body)
-        os.replace(temporary, path)
-    except OSError:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        return Compiled(cubin, tuple(Resources(**r) for r in json.loads(header)))
+    except (ValueError, TypeError, RecursionError):
+        return None

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cuda.compiler import nvrtc_version, supported_architectures
 from elastickv.backends.cuda.variants import Variant
+from elastickv.backends.failures import failure
 from elastickv.backends.protocol import DeviceInfo
 from elastickv.errors import UsageError
 
@@ -21,11 +22,11 @@ def check(result: tuple[Any, ...]) -> Any:
 
     Raises
     ------
-    RuntimeError : if the status is not success.
+    RanOut, DeviceLost, DeviceFailure : if the status is not success: for want of memory, with the context, or else.
     """
     status, *values = result
     if int(status):
-        raise RuntimeError(f"CUDA driver: {status!r}")
+        raise failure(int(status), getattr(status, "name", f"CUDA error {int(status)}"))
     return values[0] if len(values) == 1 else tuple(values)
 
 

@@ -51,8 +51,10 @@ class CudaProgram:
             check(driver.cuStreamBeginCapture(stream.handle, mode))
             try:
                 self._queue()
-            finally:
-                graph = check(driver.cuStreamEndCapture(stream.handle))
+            except BaseException:
+                driver.cuStreamEndCapture(stream.handle)  # What it says of the broken capture would hide what broke it.
+                raise
+            graph = check(driver.cuStreamEndCapture(stream.handle))
         self.nodes = int(check(driver.cuGraphGetNodes(graph, 0))[1])
         self._executable = check(driver.cuGraphInstantiate(graph, 0))
         check(driver.cuGraphDestroy(graph))

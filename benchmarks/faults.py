@@ -1,0 +1,84 @@
+"""Provoke every fault that a test has, and write down what came of it: python benchmarks/faults.py --output FILE.json."""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from elastickv.measure.environment import environment
+from elastickv.reports import dumps, write_text
+from elastickv.reports.files import check_writable
+
+ROOT = Path(__file__).resolve().parents[1]
+KIND, VERSION = "elastickv-faults", 1
+
+
+class Recorder:
+    """A pytest plugin that keeps the outcome of each test with the faults that it provokes.
+
+    Attributes
+    ----------
+    outcomes : test id -> 'passed', 'failed' or 'skipped'.
+    faults : fault -> ids of its tests.
+    reasons : test id -> why it was skipped.
+    """
+
+    def __init__(self):
+        self.outcomes, self.faults, self.reasons = {}, {}, {}
+
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            for mark in item.iter_markers("fault"):
+                self.faults.setdefault(mark.args[0], []).append(item.nodeid)
+
+    def pytest_runtest_logreport(self, report):
+        # Set-up and tear-down fail a test too; only a call passes it.
+        if report.when == "call" or report.outcome != "passed":
+            if self.outcomes.get(report.nodeid) != "failed":
+                self.outcomes[report.nodeid] = report.outcome
+            if report.skipped:
+                self.reasons[report.nodeid] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+
+    def rows(self):
+        """Return a row a fault, with how its tests ended."""
+        return [self._row(fault, sorted(ids)) for fault, ids in sorted(self.faults.items())]
+
+    def _row(self, fault, ids):
+        tests = [
+            {"id": name, "outcome": self.outcomes.get(name, "not run")}
+            | ({"reason": self.reasons[name]} if name in self.reasons else {})
+            for name in ids
+        ]
+        count = Counter(test["outcome"] for test in tests)
+        return {"fault": fault} | {name: count[name] for name in ("passed", "failed", "skipped", "not run")} | {"tests": tests}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("tests", nargs="*", default=["tests"], help="files or folders of tests")
+    arguments = parser.parse_args()
+    check_writable(arguments.output)
+    start, recorder = time.monotonic(), Recorder()
+    # In this process alone: workers of pytest-xdist would not tell the markers.
+    code = pytest.main(["-q", "-p", "no:xdist", "-m", "fault", f"--rootdir={ROOT}", *arguments.tests], plugins=[recorder])
+    rows = recorder.rows()
+    record = {
+        "kind": KIND,
+        "version": VERSION,
+        "command": ["python", *sys.argv],
+        "environment": environment(),
+        "seconds": round(time.monotonic() - start, 1),
+        "faults": rows,
+    }
+    write_text(arguments.output, dumps(record))
+    for row in rows:
+        print(f"{row['fault']}: {row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

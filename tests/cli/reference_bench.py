@@ -1,0 +1,25 @@
+"""`elastickv` on the reference back end, whose samples take 2 ms each: python reference_bench.py bench ..."""
+
+import sys
+import time
+import warnings
+
+from elastickv.cli import main
+from elastickv.measure import run
+from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram
+
+module = sys.modules[run.__module__]
+module.load = lambda name, device: (ReferenceBackend(), None)
+module._sample_receipt = lambda *_: (None, "left out")
+launch = ReferenceProgram.run
+
+
+def slow(self, launches=1):
+    time.sleep(0.002)
+    return launch(self, launches)
+
+
+ReferenceProgram.run = slow
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

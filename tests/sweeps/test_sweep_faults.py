@@ -1,0 +1,269 @@
+"""A sweep under faults: a finished cell is never lost, a failed one says why, and nothing waits for ever."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from elastickv.cli import sweep as command
+from elastickv.errors import DeviceFailure, UsageError
+from elastickv.sweeps import run
+from elastickv.sweeps.api import sweep
+from elastickv.sweeps.journal import Journal, read
+from elastickv.sweeps.plan import Plan, key
+from tests.helpers.full_disk import fill, small_disk
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parents[1] / "src"
+FEW = {"seq": [512, 1024, 2048], "compress": 1.2, "heads": 2}
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Cells by the fake worker; returns a function that says which faults come."""
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+    monkeypatch.setattr(run, "PROGRAM", (sys.executable, str(HERE / "fake_worker.py")))
+    faults = tmp_path / "faults"
+    monkeypatch.setenv("FAULTS", str(faults))
+    return lambda *lines: faults.write_text("\n".join(lines))
+
+
+class Watcher:
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.out, self.shares = [], []
+
+    def begin(self, done, total):
+        pass
+
+    def working(self, cell, phase, share):
+        self.shares.append(share)
+
+    def finished(self, cell, status, reason):
+        pass
+
+    def left_out(self, device, reason):
+        self.out.append((device, reason))
+
+
+def statuses(found):
+    return Counter(cell["status"] for cell in found.cells)
+
+
+def failed(found):
+    return [cell for cell in found.cells if cell["status"] != "ok"]
+
+
+@pytest.mark.fault("lost device")
+@pytest.mark.parametrize(
+    ("fault", "status", "said"),
+    [
+        ("lose", "failed", "context is gone"),
+        ("die", "failed", "signal 11"),
+        ("break", "failed", "ValueError: two lines"),
+        ("run out", "does not fit", "ran out"),
+        ("allocate", "does not fit", ""),
+    ],
+)
+def test_a_cell_that_fails_says_why_and_the_next_begins_in_a_fresh_process(fake, tmp_path, fault, status, said):
+    fake(f"0 {fault}")
+    found = sweep(output=tmp_path / "s.jsonl", backend="cpu", **FEW)
+    assert found.complete and statuses(found) == {"ok": 2, status: 1}
+    ((one),) = failed(found)
+    assert said in one["reason"] and "\n" not in one["reason"]
+    assert len({cell["pid"] for cell in found.cells if cell["status"] == "ok"}) == 1
+
+
+@pytest.mark.fault("one of several devices fails")
+@pytest.mark.parametrize("fault", ["lose", "die"])
+def test_what_one_device_lost_another_measures(fake, tmp_path, fault):
+    fake(f"1 {fault}")
+    found = sweep(output=tmp_path / "s.jsonl", devices=[0, 1], **FEW | {"batch": "1-4"})
+    assert found.complete and statuses(found) == {"ok": 12}
+    assert len(read(tmp_path / "s.jsonl")[1]) == 12
+
+
+@pytest.mark.fault("one of several devices fails")
+def test_a_device_that_fails_again_and_again_is_left_out_and_its_cells_are_measured(fake, tmp_path):
+    fake("1 die always", "0 slow always")
+    watcher = Watcher()
+    found = sweep(output=tmp_path / "s.jsonl", devices=[0, 1], watcher=watcher, **FEW | {"batch": "1-2"})
+    assert found.complete and statuses(found) == {"ok": 6}
+    assert {cell["device"] for cell in found.cells} == {0}
+    ((device, reason),) = watcher.out
+    assert device == 1 and "signal 11" in reason
+    assert 0.5 in watcher.shares
+
+
+@pytest.mark.fault("one of several devices fails")
+def test_a_device_that_dies_before_its_first_cell_is_left_out(fake, tmp_path):
+    fake("1 die before")
+    watcher = Watcher()
+    found = sweep(output=tmp_path / "s.jsonl", devices=[0, 1], watcher=watcher, **FEW)
+    assert found.complete and {cell["device"] for cell in found.cells} == {0}
+    assert watcher.out == [(1, "the process that measured ended with code 7 before its first cell: see what it wrote above")]
+
+
+@pytest.mark.fault("one of several devices fails")
+def test_where_every_device_fails_every_cell_is_recorded(fake, tmp_path):
+    fake("0 die always", "1 die always")
+    found = sweep(output=tmp_path / "s.jsonl", devices=[0, 1], **FEW)
+    assert found.complete and statuses(found) == {"failed": 3}
+
+
+@pytest.mark.fault("one of several devices fails")
+def test_a_device_that_cannot_be_used_any_more_ends_the_sweep_and_keeps_its_cells(fake, tmp_path):
+    path = tmp_path / "s.jsonl"
+    fake("0 lose")
+    watcher = Watcher()
+
+    def unable(cell, status, reason):
+        fake("0 unable always")
+
+    watcher.finished = unable
+    with pytest.raises(DeviceFailure, match="does not exist; 2 cells are not measured: --resume goes on"):
+        sweep(output=path, watcher=watcher, **FEW)
+    assert [record["status"] for record in read(path)[1]] == ["failed"]
+    fake()
+    assert statuses(sweep(output=path, resume=True, **FEW)) == {"ok": 2, "failed": 1}
+    assert statuses(sweep(output=path, resume=True, retry_failed=True, **FEW)) == {"ok": 3}
+
+
+@pytest.mark.fault("a kernel that does not compile")
+def test_where_no_kernel_compiles_the_sweep_ends_as_a_device_that_fails(fake, tmp_path):
+    fake("0 does not compile")
+    with pytest.raises(DeviceFailure, match=r"attend\.cu does not compile.* 3 cells are not measured"):
+        sweep(output=tmp_path / "s.jsonl", backend="cpu", **FEW)
+
+
+@pytest.mark.fault("one of several devices fails")
+def test_a_device_that_was_never_there_is_refused(fake, tmp_path):
+    fake("1 unable")
+    with pytest.raises(UsageError, match="device 1 does not exist"):
+        sweep(output=tmp_path / "s.jsonl", devices=[0, 1], **FEW)
+
+
+def test_failed_cells_are_measured_again_when_asked_for(fake, tmp_path):
+    path = tmp_path / "s.jsonl"
+    fake("0 break")
+    first = sweep(output=path, backend="cpu", **FEW)
+    path.chmod(0o640)
+    fake()
+    assert statuses(sweep(output=path, backend="cpu", resume=True, **FEW)) == {"ok": 2, "failed": 1}
+    again = sweep(output=path, backend="cpu", resume=True, retry_failed=True, **FEW)
+    assert again.complete and statuses(again) == {"ok": 3}
+    kept = {key(cell["cell"]): cell for cell in first.cells if cell["status"] == "ok"}
+    assert all(cell == kept.get(key(cell["cell"]), cell) for cell in again.cells)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["faults", "s.jsonl"]
+    with pytest.raises(UsageError, match="give --resume too"):
+        sweep(output=path, retry_failed=True, **FEW)
+
+
+def test_a_file_whose_failed_cells_are_retried_stays_locked_under_both_its_names(fake, tmp_path):
+    path = tmp_path / "s.jsonl"
+    fake("0 break")
+    sweep(output=path, backend="cpu", **FEW)
+    plan = Plan.of(FEW | {"backend": "cpu"})
+    old = path.open("rb")
+    with Journal(path, plan, resume=True, retry_failed=True) as journal:
+        assert len(journal.done) == 2 and len(read(path)[1]) == 2
+        with pytest.raises(UsageError, match="another sweep"):
+            Journal(path, plan, resume=True)
+        with pytest.raises(BlockingIOError):
+            __import__("fcntl").flock(old, __import__("fcntl").LOCK_EX | __import__("fcntl").LOCK_NB)
+    old.close()
+
+
+@pytest.mark.fault("disk full")
+def test_a_full_disk_keeps_the_cells_before_and_resume_goes_on(fake, tmp_path):
+    fake()
+    with small_disk(tmp_path / "disk", 32) as disk:
+        if disk is None:
+            pytest.skip("no file system may be mounted here")
+        path = disk / "s.jsonl"
+        fill(disk)
+        with pytest.raises(UsageError, match="No space left on device"):
+            sweep(output=path, backend="cpu", **FEW)
+        assert [p.name for p in disk.iterdir()] == ["filler"]
+        (disk / "filler").unlink()
+        with pytest.raises(UsageError, match=r"No space left on device.*--resume goes on"):
+            sweep(output=path, backend="cpu", **FEW)
+        assert path.read_bytes().endswith(b"\n")
+        assert {record["status"] for record in read(path)[1]} == {"ok"}
+        assert [p.name for p in disk.iterdir()] == ["s.jsonl"]
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        assert statuses(sweep(output=path, backend="cpu", resume=True, **FEW)) == {"ok": 3}
+
+
+@pytest.mark.fault("disk full")
+@pytest.mark.parametrize("call", ["fsync", "write"])
+def test_a_line_that_cannot_be_written_leaves_no_half_of_it(fake, tmp_path, monkeypatch, call):
+    plan = Plan.of(FEW)
+
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    with Journal(tmp_path / "s.jsonl", plan, resume=False) as journal:
+        before = journal.path.read_bytes()
+        with monkeypatch.context() as patched:
+            patched.setattr(f"elastickv.sweeps.journal.os.{call}", full)
+            with pytest.raises(UsageError, match="No space left"):
+                journal.append({"cell": plan.cells[0], "status": "failed", "reason": "x" * 9999})
+        assert journal.path.read_bytes() == before and not journal.done
+
+
+_PROGRAM = """
+import sys
+from elastickv.sweeps import run
+run.PROGRAM = (sys.executable, {worker!r})
+from elastickv.cli import main
+main()
+"""
+_MANY = ["sweep", "--seq=512-4096*2", "--batch=1-16", "--heads=2", "--compress=1.2", "--backend=cpu", "--format=none"]
+
+
+def start(path, *arguments, **options):
+    program = _PROGRAM.format(worker=str(HERE / "fake_worker.py"))
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *_MANY, f"-o{path}", *arguments],
+        env=os.environ | {"PYTHONPATH": str(SOURCE)}, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.fault("signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_keeps_every_finished_cell(tmp_path, number):
+    path = tmp_path / "s.jsonl"
+    process = start(path, start_new_session=True)
+    while not (path.exists() and path.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert "--resume goes on" in said.splitlines()[-1] and "Traceback" not in said
+    records = read(path)[1]
+    assert path.read_bytes().endswith(b"\n") and {record["status"] for record in records} == {"ok"}
+    assert 2 <= len(records) < 64
+    with pytest.raises(ProcessLookupError):  # no worker outlives it
+        os.killpg(process.pid, 0)
+
+
+def test_the_bar_shows_how_far_a_cell_is():
+    cells = command.Cells()
+    cells.begin(0, 2)
+    for share, said in ((0.0, "seq=512: measuring"), (0.35, "seq=512: measuring 35%")):
+        cells.working({"seq": 512}, "measuring", share)
+        assert cells._progress.tasks[0].description == said
+
+
+def test_a_device_that_is_left_out_is_told(capsys):
+    command.Cells().left_out(1, "the device's context is gone")
+    assert capsys.readouterr().err == "elastickv: warning: device 1 is left out: the device's context is gone\n"
