@@ -55,11 +55,12 @@ def _mutants(record: dict[str, Any]) -> Iterator[Row]:
 
 
 def _fuzzing(record: dict[str, Any]) -> Iterator[Row]:
-    found = sum(bool(target["findings"] or target["broke"]) for target in record["targets"].values())
-    for what, count in (("parsers", "executions_in_process"), ("the command line", "executions_command_line")):
-        yield (f"fuzzing of {what}", f"{_number(record[count])} inputs", f"{found} targets with findings open" if found else
-               "nothing but the documented error", _where(record, f"Python {record['python']}, atheris {record['atheris']}"),
-               _command(record["command"]))  # fmt: skip
+    found = sum(len(target["findings"]) + bool(target["broke"]) for target in record["targets"].values())
+    said = f"{found} findings open" if found else "nothing but the documented error"
+    where = _where(record, f"Python {record['python']}, atheris {record['atheris']}")
+    parsers = len(record["targets"]) - ("command-line" in record["targets"])
+    for what, count in ((f"{parsers} parsers", "executions_in_process"), ("the command line", "executions_command_line")):
+        yield f"fuzzing of {what}", f"{_number(record[count])} inputs", said, where, _command(record["command"])
 
 
 def _faults(record: dict[str, Any]) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from elastickv.errors import UsageError
 from elastickv.inputs import parse_json, read_bytes
 from elastickv.measure.environment import environment
 from elastickv.reports.files import check_writable
+from elastickv.sweeps import baselines
 from elastickv.sweeps.axes import AXES
 from elastickv.sweeps.plan import Plan, key, name
 
@@ -44,7 +45,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             f"{path} is of sweep version {head.get('version')}, this program reads {VERSION}: use the one that wrote it"
         )
     axes, cells = head.get("axes"), head.get("cells")
-    known = isinstance(axes, dict) and set(axes) <= set(AXES) and all(isinstance(found, list) for found in axes.values())
+    known = (
+        isinstance(axes, dict)
+        and set(axes) <= {*AXES, *baselines.AXES}
+        and all(isinstance(found, list) for found in axes.values())
+    )
     if not known or type(cells) is not int:
         raise UsageError(f"{path}:1 is a damaged header of a sweep: its axes or cells are none; measure again")
     seen: set[str] = set()
