@@ -32,7 +32,7 @@ def test_any_recipe_on_any_shape_decodes_like_the_oracle_while_it_grows(each, da
         outputs, lse = each.decode(cache, 2 * queries)
         expected, expected_lse = oracle.decode(2 * queries)
         assert relative_l2(outputs, expected).max() < each.limit(case)
-        off = each.limit(case) if each.repeats else 4 * max(each.limit(case), 2e-5)
+        off = 4 * max(each.limit(case), 2e-5) if each.name.startswith("cuda") else each.limit(case)
         # Large scores are float32, too: a few units in the last place of what 256 products add up to.
         np.testing.assert_allclose(lse, expected_lse, rtol=2e-6, atol=off)
         if step < 6:
