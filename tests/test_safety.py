@@ -30,6 +30,19 @@ FORBIDDEN_MODULES = {
     *("tarfile", "zipfile", "shutil.unpack_archive", "urllib", "urllib3", "requests", "httpx", "aiohttp", "http", "ftplib"),
     *("socket", "ssl", "smtplib", "telnetlib", "xmlrpc", "webbrowser", "asyncio"),
 }
+# What needs one all the same.
+ALLOWED = {
+    (
+        "src/elastickv/backends/cpu/compiled.py",
+        "pickle",
+    ): "Numba's own form of compiled code; who may have written it is checked",
+    ("src/elastickv/baselines/llama.py", "urllib"): "llama.cpp's server in this process, on the loopback address",
+    ("tools/package.py", "tarfile"): "lists what it has just built",
+    ("tools/package.py", "zipfile"): "lists what it has just built",
+    ("tools/run_notebook.py", "exec"): "runs the notebook that the user names",
+    ("tools/run_notebook.py", "compile"): "runs the notebook that the user names",
+}
+HARMLESS = {"urllib.parse"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "execfile", "system", "popen", "unpack_archive"}
 READERS = {
     "compare": lambda path: read_side(path, "A"),
@@ -51,15 +64,17 @@ def called(node):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_code_comes_from_data(path):
+    allowed = {what for file, what in ALLOWED if file == path.relative_to(ROOT).as_posix()}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-            assert not {name.split(".")[0] for name in names} & FORBIDDEN_MODULES, f"line {node.lineno}"
+            used = {name.split(".")[0] for name in names if name not in HARMLESS}
+            assert not used & FORBIDDEN_MODULES - allowed, f"line {node.lineno}"
         elif isinstance(node, ast.Call):
             name, alone = called(node)
             # A method called eval, compile or system of somebody's own object is none of these.
             owner = node.func.value.id if not alone and isinstance(getattr(node.func, "value", None), ast.Name) else None
-            assert not (name in FORBIDDEN_CALLS and (alone or owner in ("os", "builtins", "shutil"))), (
+            assert not (name in FORBIDDEN_CALLS - allowed and (alone or owner in ("os", "builtins", "shutil"))), (
                 f"line {node.lineno}: {name}"
             )
             given = {keyword.arg: keyword.value for keyword in node.keywords}
@@ -207,7 +222,7 @@ def test_names_in_files_name_no_files(tmp_path, monkeypatch):
     up = "../escaped"
     head = {"version": 1, "plan_hash": up, "cells": 1, "axes": {"seq": [up]}, "settings": {"input": up}}
     sweep = Sweep.load(write(tmp_path, "s.jsonl", [{"sweep": head}, {"cell": {"seq": up}, "status": "failed", "reason": up}]))
-    sweep.export(tmp_path / "deep" / "out.csv")
+    sweep.save(tmp_path / "deep" / "out.csv")
     value = json.loads(json.dumps(ORIGINAL))
     value["gpu"]["name"] = up
     path = write(tmp_path, "a.json", value)

@@ -36,6 +36,8 @@ MEANT = {
     "mozilla public license 2.0 (mpl 2.0)": "MPL-2.0",
     "python software foundation license": "PSF-2.0",
 }
+# Of packages whose metadata tells none: as their repository has it.
+TOLD_ELSEWHERE = {"atheris": "Apache-2.0"}
 ITSELF = "elastickv"
 
 
@@ -95,7 +97,7 @@ def licence(name: str) -> str:
             return str(candidate)
         if candidate.lower() in MEANT:
             return MEANT[candidate.lower()]
-    return ""
+    return TOLD_ELSEWHERE.get(name, "")
 
 
 def _refused(expression: str) -> list[str]:

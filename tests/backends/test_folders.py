@@ -20,6 +20,18 @@ def not_warned(monkeypatch):
     monkeypatch.setattr(folders, "_warned", False)
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owner here")
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_what_others_may_write_is_not_ours(tmp_path, mode):
+    path = tmp_path / "x.kernel"
+    keep(path, b"code")
+    assert kept(path) == b"code"
+    path.chmod(mode)
+    assert kept(path) is None
+    keep(path, b"code")
+    assert kept(path) == b"code"
+
+
 @pytest.mark.fault("damaged kernel cache")
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "other"])
 def test_a_damaged_file_counts_as_absent_and_is_replaced(tmp_path, damage):

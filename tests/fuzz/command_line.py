@@ -22,7 +22,7 @@ from elastickv.errors import UsageError
 from tests.fuzz.source import Source, as_json, edits
 from tests.fuzz.targets import _PLAN, _RECIPE_SEEDS, Target, _calibration, _documents, folder
 
-EXITS = (0, 1, 2, 3)
+EXITS = (0, 1, 2, 3, 4)
 _VALUES = (
     *(
         "0",
@@ -155,6 +155,9 @@ def place() -> Path:
 @cache
 def _options(name: str) -> tuple[str, ...]:
     command = root.get_command(click.Context(root), name)
+    if isinstance(command, click.Group):
+        inner = [command.get_command(click.Context(command), one) for one in command.list_commands(click.Context(command))]
+        return tuple(text for one in inner for parameter in one.params for text in (*parameter.opts, *parameter.secondary_opts))
     return tuple(text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts))
 
 
@@ -175,6 +178,10 @@ def arguments(source: Source) -> list[str]:
     elif name == "bench" and source.below(16):
         # Solving `auto` takes most of the time, and is another target's.
         given += ["--recipe", source.pick(("int8", "stride=2", "int4,pages=1/4", "reuse,anchor_every=4"))]
+    elif name == "report":
+        given += [source.pick(_FILES), "-o", source.pick(("out.html", "out.md", *_FILES))]
+    elif name == "baseline":
+        given += [source.pick(("transformers", "gguf", "frob")), source.pick(("m.gguf", "folder", *_VALUES))]
     elif name in ("eval", "calibrate", "run"):
         given.append(source.pick(("m.gguf", "folder", "missing.gguf", *_VALUES)))
     known = _options(name) if name in COMMANDS else ("--help",)
@@ -237,12 +244,15 @@ def _sweep_bytes() -> int:
 @contextlib.contextmanager
 def no_work():
     """End a run where work would begin."""
+    import elastickv.api
     import elastickv.backends
+    import elastickv.baselines.sized
     import elastickv.fidelity.calibrate
     import elastickv.fidelity.evaluate
     import elastickv.measure
     import elastickv.measure.diagnosis
     import elastickv.measure.environment
+    import elastickv.reports.page.report
     import elastickv.sweeps.api
     import elastickv.sweeps.journal
     import elastickv.transformers.models
@@ -254,7 +264,10 @@ def no_work():
     environment = elastickv.measure.environment.environment()
     with contextlib.ExitStack() as stack:
         for module, name, stand_in in (
-            (elastickv.measure, "run", begins),
+            (elastickv.api, "run", begins),
+            (elastickv.baselines.sized, "gguf_baseline", begins),
+            (elastickv.baselines.sized, "transformers_baseline", begins),
+            (elastickv.reports.page.report.Report, "save", begins),
             (elastickv.sweeps.api, "measure", begins),
             (elastickv.sweeps.journal, "environment", lambda: environment),  # asks git each time
             (elastickv.transformers.models, "load_model", begins),
@@ -269,15 +282,21 @@ def no_work():
 _PATCHED = contextlib.ExitStack()
 
 
+def work_again() -> None:
+    """Let runs of this process do work again."""
+    _PATCHED.close()
+    _PATCHED.entered = False
+
+
 def one(data: bytes) -> None:
     """Run the program: an exit code that is documented, one line of error for bad input, and no control characters."""
-    from tests.fuzz.targets import _few_cells, _quick_bootstrap
+    from tests.fuzz.targets import _few_cells
 
     if not getattr(_PATCHED, "entered", False):
         _PATCHED.enter_context(no_work())
         _PATCHED.entered = True
     given = arguments(Source(data))
-    with _few_cells(), _quick_bootstrap():
+    with _few_cells():
         try:
             code, out, err = call(given)
         except Accepted:

@@ -267,27 +267,13 @@ def comparisons(data: bytes) -> None:
         document = document[1]
     a = written("before.json", as_json(edits(document, source, 3)))
     b = written("after.json", as_json(edits(document, source, 3)))
-    with _quick_bootstrap():
-        found = compare(a, b, control=source.pick(("dense", "none")), allow_different_device=bool(source.below(2)))
+    found = compare(a, b, control=source.pick(("dense", "none")), allow_different_device=bool(source.below(2)))
     name = source.pick(("json", "jsonl", "csv", "md", "html", "jsonl", "csv", "table"))
     text = comparison_table.FORMATS[name](found)
     text.encode()
     assert not _CONTROL.search(text), f"a control sequence of the file reached {name}"
     assert name != "html" or "<script" not in text
     assert name != "json" or json.loads(text)
-
-
-@contextlib.contextmanager
-def _quick_bootstrap():
-    """Draw few resamples: what is fuzzed is what goes in, and a bootstrap takes most of the time."""
-    from elastickv.measure import statistics
-
-    before = statistics.RESAMPLES
-    statistics.RESAMPLES = 8
-    try:
-        yield
-    finally:
-        statistics.RESAMPLES = before
 
 
 def sweeps(data: bytes) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuzz import command_line
 from tests.fuzz.__main__ import ALL, CORPORA, corpus
 from tests.fuzz.findings import Findings, quiet
 from tests.fuzz.targets import Target
@@ -18,6 +19,13 @@ from tests.fuzz.targets import Target
 SECONDS = 0.4  # of mutations a target, and at least so many of them:
 LEAST = 20
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def others_work():
+    """What ends the command line's runs must not end those of other tests."""
+    yield
+    command_line.work_again()
 
 
 def mutated(target: Target, data: bytes, rng: random.Random) -> bytes:

@@ -54,13 +54,21 @@ def writable(folder: Path) -> Path:
 
 
 def kept(path: Path) -> bytes | None:
-    """Return what `keep` put into `path`; None if it is absent or damaged in any way."""
+    """Return what `keep` put into `path`; None if it is absent, damaged in any way, or could be somebody else's.
+
+    It is code: what another user owns or may write is none of ours, whatever its digest says.
+    """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read() if _ours(os.fstat(file.fileno())) else b""
     except OSError:
         return None
     digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     return body if hashlib.sha256(body).digest() == digest else None
+
+
+def _ours(status: os.stat_result) -> bool:
+    return not hasattr(os, "getuid") or (status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022)
 
 
 def keep(path: Path, body: bytes) -> None:

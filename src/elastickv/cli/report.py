@@ -25,6 +25,7 @@ def command(**given: Any) -> int:
     FILES are results of `elastickv bench`, `bench --model`, `eval` and `baseline`, sweeps, results of the original program, or
     folders of these.
     """
+    from elastickv.errors import one_line
     from elastickv.reports.files import check_writable
     from elastickv.reports.page.report import check_installed, chosen_format, report
 
@@ -36,6 +37,6 @@ def command(**given: Any) -> int:
     made = report(*given["files"], title=given["title"])
     made.save(output, shown)
     for note in made.facts.notes:
-        click.echo(f"elastickv: warning: {note}", err=True)
-    click.echo(f"{output}: {made.content.headline.sentence}")
+        click.echo(f"elastickv: warning: {one_line(note)}", err=True)
+    click.echo(one_line(f"{output}: {made.content.headline.sentence}"))
     return 0
