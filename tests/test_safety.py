@@ -40,6 +40,7 @@ ALLOWED = {
     ("tools/package.py", "tarfile"): "lists what it has just built",
     ("tools/package.py", "zipfile"): "lists what it has just built",
     ("tools/run_notebook.py", "exec"): "runs the notebook that the user names",
+    ("tools/run_notebook.py", "eval"): "runs the notebook that the user names",
     ("tools/run_notebook.py", "compile"): "runs the notebook that the user names",
 }
 HARMLESS = {"urllib.parse"}
