@@ -199,7 +199,7 @@ class Storage:
 
     def _marked(self) -> list[Memory]:
         """Return what later appends and decodes overwrite."""
-        layout, overwritten = self.layout, [self.state]
+        layout, overwritten = self.layout, [self.state, self.bad]
         if layout.reused:
             overwritten.append(self.cached_output)
         if layout.counts:
