@@ -11,7 +11,7 @@ from elastickv.recipe import Recipe
 from elastickv.recipe.formats import COLD_FORMATS
 from elastickv.recipe.recipe import SELECTIONS
 
-TECHNICAL = Path(__file__).parents[2] / "docs" / "TECHNICAL.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "recipes.md"
 BASE = {"all": {}, "stride": {"stride": 2}, "reuse": {}, "pages": {"fractions": (0.25,)}}
 SIXTEEN_BIT_MIXED = {("bf16", "fp16"), ("fp16", "bf16")}
 
@@ -44,7 +44,7 @@ def row(selection):
 
 
 def test_the_table_in_the_documents_is_what_recipes_accept():
-    text = TECHNICAL.read_text(encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
     for selection in SELECTIONS:
         assert f"| {row(selection)} |" in text
     assert f"`{'`, `'.join(COLD_FORMATS)}`" in text
