@@ -6,6 +6,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+import elastickv
 from elastickv.baselines.gguf_file import KV_TYPES, read_gguf
 from elastickv.baselines.price import price
 from elastickv.baselines.result import SCHEMA_PATH, baseline_schema
@@ -62,6 +63,18 @@ def test_fewer_bits_cost_more_and_the_reference_costs_nothing(measured):
     assert 0 < q8["kl_mean"] < q4["kl_mean"]
     assert f16["perplexity"] == q4["reference_perplexity"] != q4["perplexity"]
     assert (q4["tokens"], q4["context"], q4["reference"]) == (6, 256, "f16")
+
+
+def test_its_file_is_loaded_shown_and_compared_type_by_type(measured, tmp_path):
+    path = tmp_path / "gguf.json"
+    path.write_text(json.dumps(measured), encoding="utf-8")
+    loaded = elastickv.load(path)
+    assert loaded.as_dict() == json.loads(json.dumps(measured))
+    assert [row["cache"] for row in loaded.rows()] == ["f16", "q8_0", "q4_0"]
+    assert str(loaded).startswith(measured["model"]["name"]) and "q4_0" in loaded._repr_html_()
+    rows = {row.figure: row for row in elastickv.compare(path, path).rows}
+    for cache in measured["caches"]:
+        assert rows[f"token, {cache['cache']}"].fidelity.a.mean == cache["fidelity"]["kl_mean"]
 
 
 def test_predictions_are_not_measured_where_there_is_no_text_for_them(model):

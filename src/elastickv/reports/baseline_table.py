@@ -1,9 +1,13 @@
 """What `elastickv baseline` measured, as text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from elastickv.reports import generation_table as generation
 from elastickv.reports.generation_table import generation_table
+from elastickv.reports.html import html_paragraphs, html_table
+from elastickv.reports.plain_json import dumps
+from elastickv.reports.rows import as_jsonl, csv_of, markdown_of
 
 _MIB = 1 << 20
 
@@ -13,6 +17,41 @@ def baseline_table(result: dict[str, Any]) -> str:
     if "formats" in result:
         return _gguf(result)
     return generation_table(result) + _price_line("elastic", result["fidelity"], result["fidelity_not_measured"])
+
+
+def gguf_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the main figures of llama.cpp, a row for each type of KV cache; None where there is none."""
+    speedups = {name: ratio or {} for name, ratio in result["speedups"].items()}
+    asked = {"model": result["model"]["name"], "device": result["engine"]["device"], "context": result["context"]}
+    return [
+        asked
+        | {name: cache[name] for name in ("cache", "prompt_tokens_per_s", "tokens_per_s")}
+        | {f"step_ms_{bound}": cache["step_ms"][bound] for bound in ("low", "high")}
+        | {name: cache[name] for name in ("kv_bytes_per_token", "stored_ratio")}
+        | {name: (cache["fidelity"] or {}).get(name) for name in ("kl_mean", "kl_max", "perplexity", "top1_percent")}
+        | {f"speedup_{bound}": speedups.get(cache["cache"], {}).get(bound) for bound in ("estimate", "low", "high")}
+        for cache in result["caches"]
+    ]
+
+
+def _as_html(result: dict[str, Any]) -> str:
+    heading, *said = baseline_table(result).splitlines()
+    told = [line for line in said if ": " in line]
+    rows = gguf_rows(result)
+    cells = [["" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
+             for row in rows]  # fmt: skip
+    return html_paragraphs([heading]) + html_table(list(rows[0]), cells, told)
+
+
+TRANSFORMERS_FORMATS: dict[str, Callable[[dict[str, Any]], str]] = generation.FORMATS | {"table": baseline_table}
+GGUF_FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "table": baseline_table,
+    "json": dumps,
+    "jsonl": as_jsonl,
+    "csv": lambda result: csv_of(gguf_rows(result)),
+    "md": lambda result: markdown_of(gguf_rows(result)),
+    "html": _as_html,
+}
 
 
 def _gguf(result: dict[str, Any]) -> str:

@@ -119,7 +119,7 @@ def change(cell: Cell, figure: str, a: Sequence[Run], b: Sequence[Run], margins:
         control=times.control,
         drift=times.drift,
         verdict=verdict(times.ratio, margins[0]),
-        fidelity=fidelity_change(_worst(a), _worst(b), margins[1]),
+        fidelity=fidelity_change(_worst(a, figure), _worst(b, figure), margins[1]),
     )
 
 
@@ -218,7 +218,7 @@ def _moments(side: Sequence[Times]) -> Moments:
     return Moments(float(np.mean(means)), std, sum(m.samples for m in each), max(m.percent for m in each))
 
 
-def _worst(runs: Sequence[Run]) -> Fidelity | None:
-    """Return the largest error of several runs; None if one of them has none."""
-    errors = [run.fidelity for run in runs]
+def _worst(runs: Sequence[Run], figure: str) -> Fidelity | None:
+    """Return the largest error that came with a figure of several runs; None if one of them has none."""
+    errors = [run.figures[figure].fidelity or run.fidelity for run in runs]
     return max((e for e in errors if e is not None), key=lambda e: e.mean) if all(errors) else None

@@ -1,4 +1,4 @@
-"""A result of `bench` as a value: figures, rows, files, a table in a notebook."""
+"""A result of `bench` or `baseline` as a value: figures, rows, files, a table in a notebook."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.reports import FORMATS, generation_table
+from elastickv.reports import FORMATS, baseline_table, generation_table
 from elastickv.reports.documents import Document, documents
 from elastickv.reports.files import SUFFIXES, write_text
 from elastickv.reports.readers import run_of
@@ -24,7 +24,15 @@ class _Kind:
 
 _KINDS = (
     _Kind(lambda result: "benchmark_type" in result and "schema_version" in result, lambda result: [row(result)], FORMATS),
+    _Kind(
+        lambda result: result.get("kind") == "elastickv-model-bench" and "fidelity" in result,
+        generation_table.rows,
+        baseline_table.TRANSFORMERS_FORMATS,
+    ),
     _Kind(lambda result: result.get("kind") == "elastickv-model-bench", generation_table.rows, generation_table.FORMATS),
+    _Kind(
+        lambda result: result.get("kind") == "elastickv-gguf-baseline", baseline_table.gguf_rows, baseline_table.GGUF_FORMATS
+    ),
 )
 
 
@@ -44,7 +52,7 @@ class Measurement(Mapping[str, Any]):
 
         Raises
         ------
-        UsageError : naming the file, if it cannot be read or holds anything but one result of `elastickv bench`.
+        UsageError : naming the file, if it cannot be read or holds anything but one result of `elastickv bench` or `baseline`.
         """
         notes: list[str] = []
         found = list(documents(Path(path), notes))
@@ -61,7 +69,9 @@ class Measurement(Mapping[str, Any]):
         UsageError : naming its file, if it is none, is of another schema, or lacks something.
         """
         if run_of(document) is None or not any(kind.holds(document.value) for kind in _KINDS):
-            raise UsageError(f"{document.source} is no result of `elastickv bench`: give the file that its --output wrote")
+            raise UsageError(
+                f"{document.source} is no result of `elastickv bench` or `baseline`: give the file that its --output wrote"
+            )
         found = cls(document.value)
         try:
             for name in FORMATS:

@@ -70,6 +70,7 @@ def gguf_run(reader: Reader) -> Run:
     if reference not in names or len(set(names)) < len(names):
         raise reader.refused(f"has the caches {', '.join(names) or 'none'}, of which {reference} should be one")
     context, tokens, figures = reader.count("context"), reader.count("tokens"), {}
+    prices = {name: _price(cache, name) for name, cache in zip(names, caches, strict=True)}
     for figure, key, count in (("token", "decode_s", tokens), ("prompt token", "prompt_s", context)):
         token_ms = {}
         for name, cache in zip(names, caches, strict=True):
@@ -79,8 +80,7 @@ def gguf_run(reader: Reader) -> Run:
             token_ms[name] = tuple(1e3 * seconds / count for seconds in samples)
         for name, series in token_ms.items():
             control = {} if name == reference else {reference: token_ms[reference]}
-            figures[f"{figure}, {name}"] = Times(sum(series) / len(series), series, control, 0.0)
-    prices = [price for cache in caches if (price := _price(cache, cache.text("cache"))) is not None]
+            figures[f"{figure}, {name}"] = Times(sum(series) / len(series), series, control, 0.0, prices[name])
     workload = (("model", reader.text("model", "name")), ("context", context), ("batch", 1))
     return Run(
         source=reader.source,
@@ -97,7 +97,7 @@ def gguf_run(reader: Reader) -> Run:
         }
         | versions(reader),
         figures=figures,
-        fidelity=max(prices, key=lambda price: price.mean, default=None),
+        fidelity=max(filter(None, prices.values()), key=lambda price: price.mean, default=None),
         complete=True,
     )
 

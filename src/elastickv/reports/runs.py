@@ -34,12 +34,14 @@ class Times:
     elastic : the samples in milliseconds, or what is known of them; None where the file tells no spread.
     dense : samples of dense contenders taken in turns with them, by name.
     truncate : percent of samples cut at either end.
+    fidelity : the error of this figure's own cache, where a run has several; else that of the run counts.
     """
 
     mean_ms: float
     elastic: tuple[float, ...] | Moments | None
     dense: dict[str, tuple[float, ...]]
     truncate: float
+    fidelity: "Fidelity | None" = None
 
 
 @dataclass(frozen=True)
