@@ -8,7 +8,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.measure.gate import EXIT_CODES, Criterion
-from elastickv.reports.change import NO_CONTROL, Row, change
+from elastickv.reports.change import NO_CONTROL, RUNS_FOR_SPREAD, Row, change
 from elastickv.reports.files import SUFFIXES, write_text
 from elastickv.reports.matching import cautions, match
 from elastickv.reports.plain_json import dumps
@@ -149,7 +149,7 @@ def compare(
     margins = margin_percent, fidelity_margin_percent
     rows = [change(pair.cell, figure, pair.a, pair.b, margins, controlled) for pair in matched.pairs for figure in pair.figures]
     notes = dict.fromkeys((*side_a.notes, *side_b.notes))
-    warnings = [*notes, *cautions(matched), *_about_control(rows, controlled, margin_percent)]
+    warnings = [*notes, *cautions(matched), *_about_control(rows, controlled, margin_percent), *_about_repetitions(rows)]
     return Comparison(
         side_a.name, side_b.name, margin_percent, fidelity_margin_percent, rows, matched.only_a, matched.only_b, warnings
     )
@@ -173,4 +173,13 @@ def _about_control(rows: list[Row], controlled: bool, margin_percent: float) -> 
         yield (
             f"dense takes {median(drifts):.3f} times as long in B as in A (median), which is taken for the machine's doing and "
             "left out of the ratios; a change that slows dense and elastic alike shows with --control none"
+        )
+
+
+def _about_repetitions(rows: list[Row]) -> Iterator[str]:
+    few = sum(row.verdict in ("SLOWER", "FASTER") and min(len(row.a), len(row.b)) < RUNS_FOR_SPREAD for row in rows)
+    if few:
+        yield (
+            f"{few} of {len(rows)} verdicts rest on fewer than {RUNS_FOR_SPREAD} runs of a side: their intervals tell the spread "
+            f"within a run, not from one run to the next, which can be larger; measure both sides {RUNS_FOR_SPREAD} times or more"
         )
