@@ -180,6 +180,7 @@ def _about_repetitions(rows: list[Row]) -> Iterator[str]:
     few = sum(row.verdict in ("SLOWER", "FASTER") and min(len(row.a), len(row.b)) < RUNS_FOR_SPREAD for row in rows)
     if few:
         yield (
-            f"{few} of {len(rows)} verdicts rest on fewer than {RUNS_FOR_SPREAD} runs of a side: their intervals tell the spread "
-            f"within a run, not from one run to the next, which can be larger; measure both sides {RUNS_FOR_SPREAD} times or more"
+            f"{few} of {len(rows)} verdicts rest on fewer than {RUNS_FOR_SPREAD} runs of a side: their intervals tell the "
+            "spread within a run, not from one run to the next, which can be larger; measure both sides "
+            f"{RUNS_FOR_SPREAD} times or more"
         )
