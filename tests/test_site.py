@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("site")  # what its tests share is made once
-
 ROOT = Path(__file__).parents[1]
 REMOTE = re.compile(r"\s*(?:[a-z]+:)?//", re.IGNORECASE)
 

@@ -69,7 +69,7 @@ def steps(python: Path, install: bool, tests: list[str]) -> list[tuple[str, list
         ("lint", [*module, "ruff", "check"]),
         ("format", [*module, "ruff", "format", "--check"]),
         ("types", [*module, "mypy"]),
-        ("tests", [*module, "pytest", "-q", "-n", str(WORKERS), "--dist", "loadgroup", *tests]),
+        ("tests", [*module, "pytest", "-q", "-n", str(WORKERS), *tests]),
     ]
     return all_steps if install else all_steps[1:]
 

@@ -12,8 +12,6 @@ import pytest
 from elastickv.reports.sides import read_side
 from tests.helpers.tiny_models import tiny_gguf
 
-pytestmark = pytest.mark.xdist_group("notebook")  # what its tests share is made once
-
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "elastickv_quickstart.ipynb"
 SCRIPT = NOTEBOOK.with_suffix(".py")

@@ -10,8 +10,6 @@ from tests.helpers.browser import Visit, browser
 from tests.helpers.pages import EVIL, evil
 from tests.helpers.results import COMMITTED, quiet, result
 
-pytestmark = pytest.mark.xdist_group("browser")  # what its tests share is made once
-
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 

@@ -28,8 +28,6 @@ from elastickv.errors import CompileFailure
 from elastickv.recipe import HEAD_DIMS, Recipe
 from tests.helpers.full_disk import fill, small_disk
 
-pytestmark = pytest.mark.xdist_group("kernels")  # what its tests share is made once
-
 pytest.importorskip("cuda.bindings.nvrtc")
 SUPPORTED = [a for a in ARCHITECTURES if int(a) in compiler.supported_architectures()]
 GROUPS = (1, 2, 4, 8, 16, 32)
