@@ -55,12 +55,14 @@ def _mutants(record: dict[str, Any]) -> Iterator[Row]:
 
 
 def _fuzzing(record: dict[str, Any]) -> Iterator[Row]:
-    found = sum(len(target["findings"]) + bool(target["broke"]) for target in record["targets"].values())
-    said = f"{found} findings open" if found else "nothing but the documented error"
     where = _where(record, f"Python {record['python']}, atheris {record['atheris']}")
-    parsers = len(record["targets"]) - ("command-line" in record["targets"])
-    for what, count in ((f"{parsers} parsers", "executions_in_process"), ("the command line", "executions_command_line")):
-        yield f"fuzzing of {what}", f"{_number(record[count])} inputs", said, where, _command(record["command"])
+    parsers = {name: target for name, target in record["targets"].items() if name != "command-line"}
+    program = {name: target for name, target in record["targets"].items() if name == "command-line"}
+    for what, targets in ((f"{len(parsers)} parsers", parsers), ("the command line", program)):
+        found = sum(len(target["findings"]) + bool(target["broke"]) for target in targets.values())
+        said = f"{found} findings open" if found else "nothing but the documented error"
+        count = _number(sum(target["executions"] for target in targets.values()))
+        yield f"fuzzing of {what}", f"{count} inputs", said, where, _command(record["command"])
 
 
 def _faults(record: dict[str, Any]) -> Iterator[Row]:

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 
 from elastickv.cache import quantise
 from elastickv.cache.bits import from_bf16_bits, rounded, to_bf16_bits
 from elastickv.cache.quantise import E4M3_VALUES, quantise_fp8
+
+torch = pytest.importorskip("torch")
 
 # Every bfloat16, and float32 numbers on, next to and between them: ties above all.
 EDGES = (
