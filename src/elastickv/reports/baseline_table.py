@@ -1,13 +1,13 @@
 """What `elastickv baseline` measured, as text."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from elastickv.reports import generation_table as generation
-from elastickv.reports.generation_table import generation_table
+from elastickv.reports.generation_table import columns, generation_table, with_bounds
 from elastickv.reports.html import html_paragraphs, html_table
 from elastickv.reports.plain_json import dumps
-from elastickv.reports.rows import as_jsonl, csv_of, markdown_of
+from elastickv.reports.rows import as_jsonl, brief, csv_of, markdown_of
 
 _MIB = 1 << 20
 
@@ -38,8 +38,7 @@ def _as_html(result: dict[str, Any]) -> str:
     heading, *said = baseline_table(result).splitlines()
     told = [line for line in said if ": " in line]
     rows = gguf_rows(result)
-    cells = [["" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
-             for row in rows]  # fmt: skip
+    cells = [list(map(brief, row.values())) for row in rows]
     return html_paragraphs([heading]) + html_table(list(rows[0]), cells, told)
 
 
@@ -78,10 +77,10 @@ def _gguf(result: dict[str, Any]) -> str:
             ["perplexity", *(f"{price['perplexity']:.3f}" for price in prices)],
             ["same likeliest token", *(f"{price['top1_percent']:.0f} %" for price in prices)],
         ]
-    lines += _columns(rows)
+    lines += columns(rows)
     if result["formats"]:
         lines.append("")
-        lines += _columns(
+        lines += columns(
             [
                 ["our formats", *(own["recipe"] for own in result["formats"])],
                 ["KV bytes a cold token", *(f"{own['kv_bytes_per_cold_token']:.0f}" for own in result["formats"])],
@@ -98,9 +97,9 @@ def _gguf(result: dict[str, Any]) -> str:
     if result["bytes_not_counted"]:
         lines.append(f"KV bytes: not counted: {result['bytes_not_counted']}")
     for name, ratio in result["speedups"].items():
-        lines.append(f"decode, {name} / {result['baseline']}: {_interval(ratio)} times as fast, {ratio['samples']} pairs")
+        lines.append(f"decode, {name} / {result['baseline']}: {with_bounds(ratio)} times as fast, {ratio['samples']} pairs")
     if result["noise_floor"]:
-        lines.append(f"noise floor: {_interval(result['noise_floor'])}")
+        lines.append(f"noise floor: {with_bounds(result['noise_floor'])}")
     if result["fidelity_not_measured"] is None:
         price = caches[0]["fidelity"]
         lines.append(f"predictions: {price['tokens']} tokens of {price['text']} after {price['context']}")
@@ -120,20 +119,9 @@ def _price_line(cache: str, price: dict[str, Any] | None, reason: str | None) ->
     )
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        yield "  ".join(cells).rstrip()
-
-
 def _rate(ms: dict[str, float]) -> str:
     """Return an interval of a token's milliseconds as tokens per second."""
     return f"{1e3 / ms['high']:.4g}..{1e3 / ms['low']:.4g}"
-
-
-def _interval(figure: dict[str, Any]) -> str:
-    return f"{figure['estimate']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -1,6 +1,6 @@
 """What generated text took, as text: of `elastickv run` and `elastickv bench --model`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from elastickv.reports.html import html_paragraphs, html_table
@@ -25,12 +25,20 @@ _HELD: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (("  1/x of 16 
 
 def generation_table(result: dict[str, Any]) -> str:
     """Return a column for each cache that was measured, then the speed-up and what was not run."""
-    cells = _grid(result)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]) for row in cells
-    ]
-    return "\n".join([_heading(result), *(line.rstrip() for line in lines), *_sentences(result)]) + "\n"
+    return "\n".join([_heading(result), *columns(_grid(result)), *_sentences(result)]) + "\n"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield rows as lines whose cells stand below each other, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        yield "  ".join(cells).rstrip()
+
+
+def with_bounds(figure: dict[str, Any]) -> str:
+    """Return an estimate with its interval."""
+    return f"{figure['estimate']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 def as_html(result: dict[str, Any]) -> str:
@@ -99,9 +107,9 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     lines = []
     for baseline, ratio in (result.get("speedups") or {"stock": result.get("speedup")}).items():
         if ratio is not None:
-            lines.append(f"elastic / {baseline}: {_interval(ratio)} times as fast, {ratio['samples']} pairs")
+            lines.append(f"elastic / {baseline}: {with_bounds(ratio)} times as fast, {ratio['samples']} pairs")
     if result.get("noise_floor"):
-        lines.append(f"noise floor: {_interval(result['noise_floor'])}")
+        lines.append(f"noise floor: {with_bounds(result['noise_floor'])}")
     lines += [f"beware: {flag}" for flag in (result.get("host") or {}).get("flags", [])]
     return [*lines, *(f"not run: {name}: {reason}" for name, reason in result.get("not_run", {}).items())]
 
@@ -116,10 +124,6 @@ def _heading(result: dict[str, Any]) -> str:
 
 def _place(result: dict[str, Any]) -> str:
     return str(result["model"]["device_name"] or result["environment"]["cpu"] or result["model"]["device"])
-
-
-def _interval(figure: dict[str, Any]) -> str:
-    return f"{figure['estimate']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 def _storing(cache: dict[str, Any]) -> str:

@@ -112,10 +112,13 @@ def _exact(value: Any) -> str:
     return plain(value) if isinstance(value, float) else printable(str(value))
 
 
+def brief(value: Any) -> str:
+    """Return a value as a table shows it: four digits of a float, nothing for None."""
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
 def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else markdown_cell(str(value))
+    return markdown_cell(brief(value))
 
 
 def markdown_cell(text: str) -> str:

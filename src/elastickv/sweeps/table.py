@@ -13,7 +13,7 @@ from elastickv.reports.documents import Document
 from elastickv.reports.files import write_bytes
 from elastickv.reports.html import html_paragraphs, html_table
 from elastickv.reports.readers import run_of
-from elastickv.reports.rows import COLUMNS, csv_of, frame, markdown_of, row
+from elastickv.reports.rows import COLUMNS, brief, csv_of, frame, markdown_of, row
 from elastickv.sweeps.baselines import is_baseline
 from elastickv.sweeps.journal import read
 from elastickv.sweeps.plan import name
@@ -132,7 +132,7 @@ class Sweep:
             return html_paragraphs(["No cell is measured yet."])
         rows = self._brief()
         note = [] if self.complete else [f"{len(self.cells)} of {self.header['cells']} cells."]
-        return html_table(list(rows[0]), [[_shown(value) for value in cells.values()] for cells in rows], note)
+        return html_table(list(rows[0]), [[brief(value) for value in cells.values()] for cells in rows], note)
 
     def _row(self, record: dict[str, Any], axes: list[str]) -> dict[str, Any]:
         try:
@@ -192,10 +192,6 @@ def check_export(path: Path) -> None:
         raise UsageError(f"--export {path}: the suffix names no format; choose {', '.join(EXPORTS)}")
     if path.suffix.lower() == ".parquet":
         _require("pyarrow")
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _require(package: str) -> None:
