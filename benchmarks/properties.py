@@ -2,7 +2,7 @@
 
     HYPOTHESIS_PROFILE=nightly python benchmarks/properties.py --output benchmarks/results/reliability/properties.json
 
-Arguments behind `--` go to pytest, such as `-- -m "gpu and hypothesis"` on a machine with a GPU. Examples are new ones in every
+Arguments behind `--` go to pytest, such as `-- -n 8 -m "gpu and hypothesis"` on a machine with a GPU. Examples are new ones in every
 run; a failure prints how to repeat it. Exit code: pytest's.
 """
 
@@ -23,7 +23,13 @@ TESTS = (
     *("tests/attention", "tests/cache", "tests/recipe", "tests/measure/test_statistics.py"),
     *(f"tests/backends/test_{name}.py" for name in ("properties", "metamorphic", "non_finite")),
 )
+STATISTICS = "hypothesis statistics"
 COUNTS = re.compile(r"(\d+) passing\D*, (\d+) failing\D*, (?:and )?(\d+) invalid")
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Send what Hypothesis says of a test along with its report: this module is a plugin of workers, too."""
+    item.user_properties.append((STATISTICS, getattr(item, "hypothesis_statistics", "")))
 
 
 class Counter:
@@ -32,15 +38,11 @@ class Counter:
     def __init__(self) -> None:
         self.tests: dict[str, dict[str, object]] = {}
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
-        found = COUNTS.findall(getattr(item, "hypothesis_statistics", ""))
-        if found:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if found := COUNTS.findall(dict(report.user_properties).get(STATISTICS, "")):
             passed, failed, invalid = (sum(map(int, column)) for column in zip(*found, strict=True))
             counts = {"examples": passed + failed, "failing": failed, "discarded": invalid}
-            self.tests.setdefault(item.nodeid, {}).update(counts)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            self.tests.setdefault(report.nodeid, {}).update(counts)
         if report.failed:
             self.tests.setdefault(report.nodeid, {})["failure"] = report.longreprtext.strip().splitlines()[-1]
 
@@ -52,7 +54,7 @@ def main() -> int:
     options = parser.parse_args()
     profile, counter, start = os.environ.get("HYPOTHESIS_PROFILE", "ci"), Counter(), time.monotonic()
     arguments = options.arguments or ["-m", "hypothesis"]
-    code = int(pytest.main(["-q", "-p", "no:xdist", *arguments, *TESTS], plugins=[counter]))
+    code = int(pytest.main(["-q", "-p", Path(__file__).stem, *arguments, *TESTS], plugins=[counter]))
     tests = dict(sorted(counter.tests.items()))
     record = {
         "what": "property tests: examples tried by each, and failures",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastickv.backends.cpu.backend import CpuBackend
+from elastickv.backends import load
 from elastickv.cache import Oracle, ReferenceCache
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe, regions
@@ -63,7 +63,7 @@ class Kind:
 def kind(request):
     where, *how = request.param.split()
     if where in ("reference", "cpu"):
-        return Kind(ReferenceBackend() if where == "reference" else CpuBackend(), "fp32")
+        return Kind(ReferenceBackend() if where == "reference" else load("cpu"), "fp32")
     kernels = "simt" if "simt" in how else "auto"
     return Kind(request.getfixturevalue("open_cuda")(kernels), how[-1])
 
