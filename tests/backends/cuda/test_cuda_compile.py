@@ -251,6 +251,17 @@ def test_a_compiled_kernel_is_kept(kernel_folder, monkeypatch):
     assert [p.suffix for p in kernel_folder.iterdir()] == [".kernel"]
 
 
+@pytest.mark.gpu
+def test_the_report_comes_with_every_compilation_though_there_is_a_driver(kernel_folder, open_cuda):
+    open_cuda()
+    first = SMALL.compiled()
+    for path in kernel_folder.iterdir():
+        path.unlink()
+    assert SMALL.compiled() == first
+    assert all(kernel.registers > 0 for kernel in first.resources)
+    assert first.resources
+
+
 @pytest.mark.fault("damaged kernel cache")
 @pytest.mark.parametrize("damage", [b"", b"short", None])
 def test_a_damaged_file_is_compiled_again(kernel_folder, damage):

@@ -15,6 +15,7 @@ from elastickv.errors import CompileFailure, UsageError
 KERNELS = Path(__file__).parent / "kernels"
 ARCHITECTURES = ("61", "70", "75", "80", "86", "89", "90", "100", "120")
 _INSTALL = 'pip install "elastickv[cuda]"'
+_CACHES = (12, 9)  # the first NVRTC with a cache of its own
 _LOG_LINES = 6
 
 
@@ -117,6 +118,8 @@ def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
         f"--gpu-architecture=sm_{arch}",
         "--std=c++17",
         "--ptxas-options=-v",
+        # NVRTC keeps compiled code of its own where there is a driver, and gives it back without ptxas's report.
+        *(["--no-cache"] if nvrtc_version() >= _CACHES else []),
         f"--include-path={KERNELS}",
         *(f"--define-macro={name}={value}" for name, value in sorted(macros.items())),
         f"--include-path={include_directory()}",
