@@ -2,8 +2,8 @@
 
     HYPOTHESIS_PROFILE=nightly python benchmarks/properties.py --output benchmarks/results/reliability/properties.json
 
-Arguments behind `--` go to pytest, such as `-- -n 8 -m "gpu and hypothesis"` on a machine with a GPU. Examples are new ones in every
-run; a failure prints how to repeat it. Exit code: pytest's.
+Arguments behind `--` go to pytest, such as `-- -n 8 -m "gpu and hypothesis"` on a machine with a GPU. Examples are new ones in
+every run; a failure prints how to repeat it. Exit code: pytest's.
 """
 
 import argparse
