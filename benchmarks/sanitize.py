@@ -16,52 +16,106 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from elastickv.attention.errors import relative_l2
 from elastickv.attention.feedback import Feedback
+from elastickv.backends.cuda.builds import RECIPES, recipe_for
+from elastickv.backends.cuda.variants import needs_pages
 from elastickv.cache import Oracle
 from elastickv.recipe import AttentionShape, Recipe
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BARRIERS = 1 << 13  # that synccheck tracks; a launch fails where a kernel's blocks have more between them
-# kernel, macros, recipe, (batch, query heads, KV heads, head_dim), lengths: two tokens before a page leaves the window
-CASES = [
-    ("auto", {}, "int4,pages=1/4,anchor_every=2", (2, 8, 2, 128), (290, 290)),
-    ("auto", {}, "int4,pages=1/4:1/3,anchor_every=2", (2, 8, 2, 64), (290, 162)),
-    ("auto", {}, "fp8", (2, 6, 2, 80), (194, 194)),
-    ("auto", {}, "k=int8,v=int4,vgroup=32", (2, 18, 2, 64), (258, 33)),
-    ("pages", {}, "k=bf16,v=int8", (2, 2, 2, 96), (258, 130)),
-    ("pages", {}, "int8", (1, 8, 1, 256), (258,)),
-    ("simt", {}, "int4,pages=1/4,anchor_every=2", (2, 8, 2, 128), (290, 162)),
-    ("simt", {}, "k=fp8,v=int8", (2, 6, 2, 80), (194, 64)),
-    ("mma", {"SPLITS": 0}, "int8,stride=2", (2, 8, 2, 128), (290, 162)),
-    ("mma", {"SPLITS": 0}, "bf16,reuse,anchor_every=3", (2, 6, 2, 64), (258, 130)),
-    ("mma", {"SPLITS": 8}, "int8", (1, 8, 2, 128), (290,)),
-    ("mma", {"SPLITS": 4, "CLUSTER": 0}, "dense", (1, 8, 2, 64), (290,)),
-    ("simt", {}, "int8", (2, 8, 2, 128), (290, 162)),
-    ("simt", {}, "bf16,reuse,anchor_every=3", (2, 6, 2, 80), (258, 130)),
-    ("auto", {}, "dense", (2, 6, 2, 80), (258, 130)),
-]
+OPERAND_ROUNDING = {"bf16": 4e-3, "fp16": 4e-3, "fp32": 1e-5}
+DENSE_PAGES = ("bf16", "fp16,window=0", "int8")  # what also runs from rows, here from pages
+# Batch, query heads, KV heads, head_dim, and the model's dtype.
+TURNS = (
+    ((2, 8, 2, 128), "bf16"),
+    ((2, 6, 2, 80), "fp16"),
+    ((2, 9, 1, 64), "bf16"),
+    ((2, 2, 2, 96), "fp32"),
+    ((2, 8, 1, 256), "fp16"),
+    ((2, 18, 2, 112), "bf16"),
+    ((2, 4, 1, 192), "fp32"),
+)
+# Two tokens before a page leaves the window; of the second row before one is full.
+EQUAL, RAGGED = (290, 290), (290, 162)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with a recipe on a shape: what one process runs.
+
+    Attributes
+    ----------
+    kernel, macros : what `CudaBackend` is told to build; `ceilings` are the kernels that measure the device's limits.
+    shape : batch, query heads, KV heads, head_dim.
+    lengths : tokens of each row.
+    """
+
+    kernel: str
+    macros: dict[str, int]
+    recipe: str
+    shape: tuple[int, int, int, int]
+    dtype: str
+    lengths: tuple[int, ...]
+
+
+def matrix() -> list[Case]:
+    """Return every kernel with every recipe that it runs, shapes and dtypes in turn."""
+    planned = []
+    for text in RECIPES:
+        if needs_pages(recipe_for(text, 64)):
+            planned += [("auto", {}, text, EQUAL), ("auto", {}, text, RAGGED), ("simt", {}, text, RAGGED)]
+            continue
+        planned += [("simt", {}, text, EQUAL), ("mma", {"SPLITS": 0}, text, RAGGED)]
+        if "reuse" not in text:
+            planned += [("mma", {"SPLITS": 8}, text, EQUAL), ("mma", {"SPLITS": 4, "CLUSTER": 0}, text, RAGGED)]
+    planned += [("pages", {}, text, EQUAL) for text in DENSE_PAGES]
+    cases, turns = [], itertools.cycle(TURNS)
+    for kernel, macros, text, lengths in planned:
+        shape, dtype = next((s, d) for s, d in turns if runs(kernel, macros, text, s, d))
+        cases.append(Case(kernel, macros, str(recipe_for(text, shape[3])), shape, dtype, lengths))
+    # More KV heads than multiprocessors: blocks that serve one head after the other.
+    cases.append(Case("mma", {"SPLITS": 0}, "int8", (34, 16, 4, 64), "bf16", EQUAL * 17))
+    cases.append(Case("auto", {}, "int4,pages=1/4:1/3,anchor_every=2", (2, 8, 2, 64), "bf16", RAGGED))
+    return [*cases, Case("ceilings", {}, "", (1, 1, 1, 64), "bf16", (1,))]
+
+
+def runs(kernel: str, macros: dict[str, int], text: str, shape: tuple[int, int, int, int], dtype: str) -> bool:
+    """Whether a kernel serves a recipe on a shape: tensor cores take 16 bits, fixed splits up to 8 heads of up to 128."""
+    _, query_heads, kv_heads, head_dim = shape
+    if kernel in ("mma", "pages") and recipe_for(text, head_dim).exact_dtype(dtype) == "fp32":
+        return False
+    return not macros.get("SPLITS") or (head_dim <= 128 and query_heads <= 8 * kv_heads)
+
+
+CASES = matrix()
 
 
 def run_case(number: int) -> None:
     """Run one case in this process; exits with a line where a result is wrong."""
     from elastickv.backends.cuda.backend import CudaBackend
 
-    kind, macros, text, dims, lengths = CASES[number]
-    recipe, shape, rng = Recipe.parse(text), AttentionShape(*dims), np.random.default_rng(0)
-    backend, capacity = CudaBackend(None, kind, macros), max(lengths) + 60
-    cache = backend.cache(shape, capacity, "bf16", recipe)
+    case = CASES[number]
+    if case.kernel == "ceilings":
+        measure_little()
+        return
+    recipe, shape, rng = Recipe.parse(case.recipe), AttentionShape(*case.shape), np.random.default_rng(0)
+    lengths, limit = case.lengths, OPERAND_ROUNDING[recipe.exact_dtype(case.dtype)]
+    backend, capacity = CudaBackend(None, case.kernel, case.macros), max(lengths) + 60
+    cache = backend.cache(shape, capacity, case.dtype, recipe)
     cache.prefill(*tokens(rng, shape, max(lengths)), np.array(lengths))
     queries = rng.standard_normal((shape.batch, shape.query_heads, shape.head_dim), dtype=np.float32)
 
     def decode(changed, oracle) -> None:
         changed.append(*(t[:, :, 0] for t in tokens(rng, shape, 1)))
         error = relative_l2(changed.decode(queries)[0], oracle.decode(queries)[0]).max()
-        if error > 4e-3:
+        if not error <= limit:
             sys.exit(f"kernel error {error:.1e}")
 
     oracle = Oracle(cache)
@@ -75,15 +129,24 @@ def run_case(number: int) -> None:
         for row, length in enumerate(moved.lengths):
             if not np.array_equal(now[row, :, :length], was[shape.batch - 1 - row, :, :length]):
                 sys.exit("rows differ after they moved")
-    if "stride" not in text:
+    if recipe.stride == 1:
         moved.crop(np.maximum(moved.lengths - 140, 1))
     decode(moved, Oracle(moved))
     moved.raise_non_finite()
 
-    caches = [backend.cache(shape, capacity, "bf16", recipe) for _ in range(2)]
+    caches = [backend.cache(shape, capacity, case.dtype, recipe) for _ in range(2)]
     for cache in caches:
         cache.prefill(*tokens(rng, shape, max(lengths)), np.array(lengths))
     backend.cycle(caches, queries, Feedback.seeded(shape.head_dim, 1, 1.0, 1.0, 1.0), True).run(4)
+
+
+def measure_little() -> None:
+    """Run the kernels that measure the device's limits on a megabyte."""
+    from elastickv.backends.cuda import ceilings
+    from elastickv.backends.cuda.backend import CudaBackend
+
+    ceilings._MOST_BYTES = 1 << 20
+    ceilings.measure(CudaBackend(None)._device)
 
 
 def tokens(rng, shape, count):
@@ -93,8 +156,7 @@ def tokens(rng, shape, count):
 
 def watch(sanitizer: str, tool: str, number: int, limit_s: float, latest: float) -> dict:
     """Run one case under one tool, unless it is too late to begin."""
-    kind, macros, text, dims, lengths = CASES[number]
-    case = {"tool": tool, "kernel": kind, "macros": macros, "recipe": text, "shape": dims, "lengths": lengths}
+    case = {"tool": tool} | asdict(CASES[number])
     start = time.monotonic()
     if start > latest:
         return case | {"clean": None, "summary": "left out: the time was up"}
