@@ -14,6 +14,7 @@ import elastickv.transformers as ekv
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import DENSE, Recipe, read_ratio, stored_ratio
 from elastickv.recipe.shape import AttentionShape
+from elastickv.transformers.argument import CACHE_ARGUMENT, cache_in, without_cache
 from elastickv.transformers.budget import Budget
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
@@ -39,6 +40,22 @@ def elastic(tiny, compress=1, **options):
     return ekv.ElasticCache.for_model(tiny, compress, **options)
 
 
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE_ARGUMENT}))
+def test_a_cache_is_found_by_every_name_that_this_release_takes_it_by(tiny, name):
+    cache = elastic(tiny, 4)
+    given = {name: cache, "use_cache": True}
+    assert cache_in(given) is cache and without_cache(given) == {"use_cache": True}
+    generate(tiny, prompt(1, 30), **given)
+    assert cache.lengths == (49,)
+    with ekv.elastic(tiny, compress=4) as session:
+        generate(tiny, prompt(1, 30), **{name: elastic(tiny, 4)})
+    assert session.cache is None
+
+
+def test_a_call_without_a_cache_has_none():
+    assert cache_in({}) is None and cache_in({CACHE_ARGUMENT: None}) is None
+
+
 class TestBlock:
     def test_every_generate_inside_gets_a_cache_of_its_own_and_the_model_is_restored(self, tiny):
         inputs = padded([70, 41])
@@ -48,7 +65,8 @@ class TestBlock:
             assert session.report() is None
             assert torch.equal(generate(tiny, inputs), stock)
             first = session.cache
-            assert torch.equal(generate(tiny, prompt(1, 30)), generate(tiny, prompt(1, 30), past_key_values=elastic(tiny)))
+            own = {CACHE_ARGUMENT: elastic(tiny)}
+            assert torch.equal(generate(tiny, prompt(1, 30)), generate(tiny, prompt(1, 30), **own))
             assert session.cache is not first
             assert session.report().lengths == (49,)
         assert tiny.config._attn_implementation == "sdpa"
@@ -74,7 +92,7 @@ class TestBlock:
     def test_calls_that_bring_a_cache_or_want_none_are_left_alone(self, tiny):
         own = tf.DynamicCache(config=tiny.config)
         with ekv.elastic(tiny, compress=4) as session:
-            generate(tiny, prompt(1, 30), past_key_values=own)
+            generate(tiny, prompt(1, 30), **{CACHE_ARGUMENT: own})
             generate(tiny, prompt(1, 30), use_cache=False)
             assert session.cache is None
         assert own.get_seq_length() == 49

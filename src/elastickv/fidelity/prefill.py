@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from elastickv.errors import UsageError
+from elastickv.transformers.argument import CACHE_ARGUMENT
 
 Tensor: TypeAlias = Any
 Progress = Callable[[int, int], None]
@@ -74,7 +75,7 @@ def prefill(
         cache = transformers.DynamicCache()
         with torch.inference_mode():
             ids = torch.tensor([list(row)], device=model.device)
-            logits[number] = model(input_ids=ids, past_key_values=cache, logits_to_keep=kept_logits).logits[0].float()
+            logits[number] = model(input_ids=ids, logits_to_keep=kept_logits, **{CACHE_ARGUMENT: cache}).logits[0].float()
         for layer, store in enumerate(cache.layers):
             if number == 0:
                 for states in (keys, values):

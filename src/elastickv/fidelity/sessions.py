@@ -11,6 +11,7 @@ import transformers
 from elastickv.errors import UsageError
 from elastickv.fidelity.prefill import Prefill, Tensor
 from elastickv.recipe import Recipe
+from elastickv.transformers.argument import CACHE_ARGUMENT
 from elastickv.transformers.attention import IMPLEMENTATION
 from elastickv.transformers.cache import ElasticCache
 
@@ -32,7 +33,7 @@ class _Forward:
     def step(self, ids: Tensor) -> Tensor:
         with torch.inference_mode():
             inputs = ids.to(self._model.device)[:, None]
-            return self._model(input_ids=inputs, past_key_values=self._cache, use_cache=True).logits[:, -1].float()
+            return self._model(input_ids=inputs, use_cache=True, **{CACHE_ARGUMENT: self._cache}).logits[:, -1].float()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`ElasticCache`: what `generate` takes as `past_key_values`."""
+"""`ElasticCache`: what `generate` takes in place of its own cache."""
 
 from __future__ import annotations
 

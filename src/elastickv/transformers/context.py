@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from elastickv.transformers.argument import CACHE_ARGUMENT, cache_in, without_cache
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.decode.seam import restore, seam_of
 from elastickv.transformers.report import CacheReport
@@ -31,7 +32,7 @@ class Session:
 def elastic(model: Any, compress: float | None = None, **options: Any) -> Iterator[Session]:
     """Let every `model.generate` inside the block use a new `ElasticCache.for_model(model, compress, **options)`.
 
-    A call that brings `past_key_values` of its own, or `use_cache=False`, is left alone. On the way out, by an exception too,
+    A call that brings a cache of its own, or `use_cache=False`, is left alone. On the way out, by an exception too,
     the model's attention implementation and its `forward` are what they were before.
 
     Raises
@@ -46,10 +47,10 @@ def elastic(model: Any, compress: float | None = None, **options: Any) -> Iterat
     session = Session()
 
     def generate_elastic(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
-            session.cache = first.pop() if first else first_like(session)
-            kwargs["past_key_values"] = session.cache
-        return generate(*args, **kwargs)
+        cache = cache_in(kwargs)
+        if cache is None and kwargs.get("use_cache") is not False:
+            cache = session.cache = first.pop() if first else first_like(session)
+        return generate(*args, **without_cache(kwargs) | {CACHE_ARGUMENT: cache})
 
     def first_like(session: Session) -> ElasticCache:
         assert session.cache is not None

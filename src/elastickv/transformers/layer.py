@@ -63,8 +63,13 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` leaves no trace: where nothing is quantised."""
-        return self._plan.budget is not None and self._plan.budget.recipes[self.number].is_dense
+        """Whether `crop` takes tokens back: not where a stride has dropped what would be needed again.
+
+        Transformers asks before it lets an assistant draft. A draft is shorter than the window, which is exact, but for a page
+        that was quantised meanwhile: its tokens keep the values that their codes stand for.
+        """
+        budget = self._plan.budget
+        return budget is None or budget.recipes[self.number].stride == 1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Do nothing: the store is made when the prompt is known."""

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import elastickv.transformers as ekv
 from elastickv.errors import NonFiniteError, UsageError
+from elastickv.transformers.argument import cache_in
 from elastickv.transformers.decode import captured
 from elastickv.transformers.decode import recorder as recorders
 from elastickv.transformers.speed import generating
@@ -241,7 +242,7 @@ class TestOutputs:
         generate(tiny, prompt(1, 100), 5, past_key_values=cache)
         found = self.step(tiny, cache)
         assert type(found) is CausalLMOutputWithPast
-        assert found.past_key_values is cache
+        assert cache_in(found) is cache
         kept = found.logits.clone()
         self.step(tiny, cache)
         assert torch.equal(found.logits, kept)
@@ -301,7 +302,7 @@ class TestFallback:
 
         @functools.wraps(forward)
         def counting(*args, **kwargs):
-            kwargs["past_key_values"].get_seq_length()
+            cache_in(kwargs).get_seq_length()
             return forward(*args, **kwargs)
 
         tiny.forward = counting

@@ -16,6 +16,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from elastickv.errors import UsageError
+from elastickv.transformers.argument import CACHE_ARGUMENT, without_cache
 from elastickv.transformers.decode.ahead import Graph, LookAhead
 from elastickv.transformers.decode.capturable import NotCapturable, check_mode, signature_of, structure_of
 from elastickv.transformers.decode.recorder import Recorder, recorder_for, why_not
@@ -136,7 +137,7 @@ class Captured:
 
         def run(recording: Recording, **tensors: torch.Tensor) -> Any:
             with self._guard.records(recording):
-                return _without(forward(**(fixed | tensors), past_key_values=cache), cache)
+                return _without(forward(**(fixed | tensors), **{CACHE_ARGUMENT: cache}), cache)
 
         graph = self._graphs.get(key)
         if graph is None:
@@ -292,7 +293,7 @@ def _fixed(inputs: dict[str, Any], layer: ElasticLayer, takes_positions: bool) -
     ------
     NotCapturable : if the mask is of a kind that grows with the text.
     """
-    fixed = {name: value for name, value in inputs.items() if name != "past_key_values"}
+    fixed = without_cache(inputs)
     mask, places = inputs.get("attention_mask"), layer.slots.length
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.dim() != 2:

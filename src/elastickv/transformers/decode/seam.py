@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from elastickv.transformers.argument import CACHE_ARGUMENT, cache_in, without_cache
 from elastickv.transformers.attention import EAGER_IMPLEMENTATION, IMPLEMENTATION, implementation_for
 from elastickv.transformers.decode.recorder import why_not
 
@@ -48,10 +49,11 @@ class Forward:
         model: Any = self._model()
         forward = self.own or type(model).forward.__get__(model)
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
-        decode = getattr(inputs.get("past_key_values"), "captured_decode", None)
+        cache = cache_in(inputs)
+        decode = getattr(cache, "captured_decode", None)
         if decode is None or len(args) > len(self._names) or torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        return decode(model, forward, inputs, self.takes_positions)
+        return decode(model, forward, without_cache(inputs) | {CACHE_ARGUMENT: cache}, self.takes_positions)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         """Return one for the copy of the model that is being made."""

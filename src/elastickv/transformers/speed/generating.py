@@ -17,6 +17,7 @@ from elastickv.errors import UsageError
 from elastickv.measure.sampler import schedule
 from elastickv.measure.statistics import Interval, ratio_interval
 from elastickv.recipe import Recipe
+from elastickv.transformers.argument import CACHE_ARGUMENT
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.decode.seam import restore, seam_of
 from elastickv.transformers.speed.footprint import Footprint
@@ -146,9 +147,9 @@ class Generation:
             ids = self.model.generate(
                 input_ids=self.ids,
                 attention_mask=self._mask,
-                past_key_values=self.cache,
                 generation_config=self.sampling.config(self.model, tokens),
                 streamer=clock,
+                **{CACHE_ARGUMENT: self.cache},
             )
         self._mask = torch.nn.functional.pad(self._mask, (0, ids.shape[1] - self.ids.shape[1]), value=1)
         self.ids = ids
