@@ -1,5 +1,6 @@
 """What a .gguf file says of its model, and what its KV cache takes in each of llama.cpp's types."""
 
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def read_gguf(name: str) -> GgufModel:
 
 
 def _found(name: str) -> Path:
-    path, hub = Path(name).expanduser(), _HUB_FILE.fullmatch(name)
+    path, hub = Path(os.path.expanduser(name)), _HUB_FILE.fullmatch(name)
     if path.is_dir():
         raise UsageError(f"model {name} is a folder: give the .gguf file in it")
     if path.exists() or hub is None:

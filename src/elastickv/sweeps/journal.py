@@ -119,8 +119,8 @@ class Journal:
             try:
                 self._begin(plan, resume, command)
             finally:
-                if not os.fstat(self._file).st_size:
-                    path.unlink(missing_ok=True)  # There was no room for the first line.
+                if not os.fstat(self._file).st_size:  # There was no room for the first line.
+                    path.resolve().unlink(missing_ok=True)
         except BaseException:
             self._close()
             raise
@@ -129,6 +129,8 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, UsageError) and not self.done:
+            self.path.resolve().unlink(missing_ok=True)  # What was asked for is refused: nothing was measured.
         self._close()
 
     def append(self, record: dict[str, Any]) -> None:
@@ -148,6 +150,8 @@ class Journal:
     def _lock(self, file: int) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file).st_nlink:
+                raise BlockingIOError  # It was replaced, or taken away, between being opened and being locked.
         except BlockingIOError:
             raise UsageError(f"--output {self.path} is being written by another sweep: wait, or give another name") from None
 

@@ -1,6 +1,7 @@
 """From what a user names to a model: a local directory, a GGUF file or a hub id."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -108,7 +109,7 @@ def check_config(config: Any, name: str) -> None:
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # a user that is unknown stays a name
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"model {name} is a folder without a config.json: give a model's folder or a .gguf file")
