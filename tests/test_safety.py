@@ -139,6 +139,7 @@ def _peak():
         ("[NaN]", "NaN, which is no figure"),
         ("9" * 5000, "no figure"),
         ("1" + "0" * 400, "no figure"),
+        ('[{"a": 1, "b": 2, "a": 1}]', "it holds 'a' twice"),
         ('{"a": 1', "line 1, column 8"),
         ("", "line 1, column 1"),
     ],

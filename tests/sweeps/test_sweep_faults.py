@@ -157,6 +157,23 @@ def test_a_sweep_that_is_refused_before_its_first_cell_leaves_no_file(fake, tmp_
     assert not path.exists()
 
 
+@pytest.mark.parametrize("content", ["notes without an end", '{"results": {}}', "\r\r"])
+def test_a_file_that_is_no_sweep_is_not_overwritten(fake, tmp_path, content):
+    path = tmp_path / "s.jsonl"
+    path.write_text(content, newline="")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match=r"s\.jsonl exists and is no sweep: give another name"):
+            sweep(output=path, resume=resume, backend="cpu", **FEW)
+    assert path.read_bytes() == content.encode()
+
+
+def test_a_header_that_was_cut_off_is_written_again(fake, tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"sweep": {"version": 1, "pl')
+    fake()
+    assert statuses(sweep(output=path, resume=True, backend="cpu", **FEW)) == {"ok": 3}
+
+
 def test_a_file_that_is_taken_away_before_it_is_locked_gets_no_cell(tmp_path, monkeypatch):
     path = tmp_path / "s.jsonl"
     lock = Journal._lock

@@ -23,6 +23,7 @@ from elastickv.sweeps.plan import Plan, key, name
 
 VERSION = 1
 MAX_FILE_BYTES = 1 << 32  # a hundred thousand cells with their raw samples
+_BEGINNING = b'{"sweep": '  # of a header, which a kill may have cut off
 STATUSES = ("ok", "does not fit", "refused", "failed")
 
 
@@ -156,7 +157,10 @@ class Journal:
             raise UsageError(f"--output {self.path} is being written by another sweep: wait, or give another name") from None
 
     def _begin(self, plan: Plan, resume: bool, command: tuple[str, ...]) -> None:
-        whole = _content(self.path).rfind(b"\n") + 1
+        content = _content(self.path)
+        whole = content.rfind(b"\n") + 1
+        if not whole and not (content.startswith(_BEGINNING) or _BEGINNING.startswith(content)):
+            raise UsageError(f"--output {self.path} exists and is no sweep: give another name")
         if whole and not resume and not read(self.path)[1]:
             whole, resume = 0, True  # A sweep that ended before its first cell holds nothing to lose.
         if not whole and os.fstat(self._file).st_size and not resume:

@@ -1,4 +1,4 @@
-"""Numba's settings in the environment: what it would answer with a trace, or not survive, is refused before a kernel compiles."""
+"""Numba's settings in the environment: what it answers with a trace, or does not survive, is refused."""
 
 import os
 import warnings
