@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from elastickv.data.gguf_header import read_gguf_header
 from elastickv.errors import UsageError
 
 NEEDED = ("torch", "transformers")
@@ -118,6 +119,7 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise UsageError(f"model {name} does not exist: give a .gguf file, a model's folder or a hub id")
         require("gguf", "accelerate")
+        read_gguf_header(path, name)  # what is damaged would keep Transformers busy for minutes
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     if path.exists():
         raise UsageError(f"model {name} is neither a folder nor a .gguf file: give one of these, or a hub id")
