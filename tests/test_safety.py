@@ -1,8 +1,10 @@
 """What no input may do: run code, name a file to write, reach the network, hold the program up, or steer the terminal."""
 
 import ast
+import csv
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from elastickv.inputs import MAX_DEPTH, parse_json, read_bytes
 from elastickv.recipe import ModelCalibration
 from elastickv.reports.comparison import compare
 from elastickv.reports.comparison_table import FORMATS
+from elastickv.reports.rows import csv_of
 from elastickv.reports.sides import read_side
 from elastickv.sweeps.plan import read_plan
 from elastickv.sweeps.table import Sweep
@@ -139,6 +142,7 @@ def _peak():
         ("[NaN]", "NaN, which is no figure"),
         ("9" * 5000, "no figure"),
         ("1" + "0" * 400, "no figure"),
+        ('[{"a": 1, "b": 2, "a": 1}]', "it holds 'a' twice"),
         ('{"a": 1', "line 1, column 8"),
         ("", "line 1, column 1"),
     ],
@@ -162,7 +166,19 @@ def test_messages_are_one_printable_line_of_bounded_length():
     assert printable("two\nlines, é") == "two\nlines, é"
 
 
-MARKUP = "[bold]x[/] [/] \x1b[2J\x1b]0;title\x07 <script>alert(1)</script> a|b \u202e\ud800"
+MARKUP = "[bold]x[/] [/] \x1b[2J\x1b]0;title\x07 <script>alert(1)</script> a|b [l](javascript:x) \u202e\ud800"
+
+
+def computed():
+    """Return texts that a spreadsheet would compute."""
+    return ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1"]
+
+
+def test_a_spreadsheet_computes_nothing_of_a_file():
+    shown = csv_of([{"=cmd": text, "number": -1.5} for text in computed()])
+    cells = list(csv.reader(shown.splitlines()))
+    assert all(cell.startswith("'") for cell, _ in cells)
+    assert {number for _, number in cells[1:]} == {"-1.5"}
 
 
 def hostile():
@@ -184,6 +200,7 @@ def test_texts_of_a_result_are_shown_as_text(tmp_path, form):
         if form == "html":
             assert "<script>" not in shown
         if form == "md":
+            assert not re.search(r"(?<!\\)<script|\]\(", shown)
             assert not any(line.count(" | ") > 20 for line in shown.splitlines())
 
 

@@ -7,6 +7,7 @@ a long number would take all memory or time before anybody sees that it is no fi
 import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,11 +77,11 @@ def parse_json(text: str | bytes) -> Any:
 
     Raises
     ------
-    ValueError : saying why, if it is no JSON, nests deeper than `MAX_DEPTH`, or holds a number that is not finite or has more
-        than `MAX_DIGITS` digits before its point.
+    ValueError : saying why, if it is no JSON, nests deeper than `MAX_DEPTH`, gives an object a key twice, or holds a number
+        that is not finite or has more than `MAX_DIGITS` digits before its point.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_short)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_short, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
@@ -96,6 +97,15 @@ def parse_json(text: str | bytes) -> Any:
 def _inside(outer: dict[str, Any] | list[Any]) -> list[Any]:
     items = outer.values() if isinstance(outer, dict) else outer
     return [item for item in items if isinstance(item, (dict, list))]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object: which of two values under one key counts differs from program to program."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"it holds {key[:40]!r} twice")
+    return found
 
 
 def _refuse(number: str) -> NoReturn:

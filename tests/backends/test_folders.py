@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastickv.backends import folders
-from elastickv.backends.folders import keep, kept, obstacle, writable
+from elastickv.backends.folders import cache_folder, keep, kept, obstacle, writable
 from tests.helpers.full_disk import fill, small_disk
 
 SOURCE = Path(folders.__file__).parents[2]
@@ -67,6 +67,18 @@ def test_a_folder_that_is_none_costs_one_warning_and_a_temporary_folder_that_goe
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(SOURCE)}, check=True)
     assert not Path(done.stdout.strip()).exists()
     os.rmdir(spare)
+
+
+@pytest.mark.fault("read-only kernel cache")
+def test_a_user_without_a_home_gets_a_temporary_folder_and_a_warning(monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("ELASTICKV_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(folders.Path, "home", unknown)
+    with pytest.warns(UserWarning, match="ELASTICKV_CACHE_DIR"):
+        assert writable(cache_folder("numba")).is_dir()
 
 
 @pytest.mark.fault("full kernel cache")

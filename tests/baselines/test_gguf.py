@@ -1,6 +1,8 @@
 """llama.cpp as a reference: its speed, bytes and predictions, and one line for what it can't do."""
 
 import json
+import os
+import struct
 
 import jsonschema
 import numpy as np
@@ -126,6 +128,86 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path, model, kept):
     (tmp_path / "cut.gguf").write_bytes(model.read_bytes()[:kept])
     with pytest.raises(UsageError, match="damaged or cut off"):
         read_gguf(str(tmp_path / "cut.gguf"))
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value
+
+
+def field(key, kind, value):
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def header(*fields, tensors=0, version=3, count=None):
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, len(fields) if count is None else count) + b"".join(fields)
+
+
+def number(value):
+    return struct.pack("<I", value)
+
+
+LLAMA = {
+    "general.architecture": (8, text(b"llama")),
+    "llama.block_count": (4, number(1)),
+    "llama.attention.head_count": (4, number(2)),
+    "llama.embedding_length": (4, number(128)),
+    "llama.context_length": (4, number(64)),
+    "tokenizer.ggml.tokens": (9, struct.pack("<IQ", 8, 1) + text(b"a")),
+}
+TENSOR = text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 0)
+
+
+def llama(tensor=TENSOR, **changed):
+    fields = LLAMA | {key.replace("__", "."): value for key, value in changed.items()}
+    return (header(*(field(key.encode(), *value) for key, value in fields.items()), tensors=1) + tensor).ljust(1 << 10, b"\0")
+
+
+def test_a_made_header_of_the_least_fields_is_read(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(llama())
+    found = read_gguf(str(tmp_path / "m.gguf"))
+    assert (found.layers, found.query_heads, found.kv_heads, found.key_dim, found.vocabulary) == (1, 2, (2,), 64, 1)
+
+
+ENDLESS = 2**61
+CRAFTED = {
+    "version": header(version=99),
+    "other byte order": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+    "fields": header(count=2**64 - 1),
+    "tensors": header(tensors=2**64 - 1),
+    "text": header(struct.pack("<Q", 2**64 - 1)),
+    "list": header(field(b"a", 9, struct.pack("<IQ", 4, ENDLESS))),
+    "list of nothing": header(field(b"a", 9, struct.pack("<IQ", 99, ENDLESS))),
+    "lists in lists": header(field(b"a", 9, struct.pack("<IQ", 9, 1) * 5000)),
+    "type": header(field(b"a", 77, b"")),
+    "twice": header(*[field(b"a", 4, number(1))] * 2),
+    "alignment": llama(general__alignment=(4, number(0))),
+    "alignment of text": llama(general__alignment=(8, text(b"x"))),
+    "offset": llama(text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 2**60)),
+    "axes": llama(text(b"t") + struct.pack("<I", 2**31)),
+    "elements": llama(text(b"t") + struct.pack("<IQQQQIQ", 4, *[2**40] * 4, 0, 0)),
+    "format": llama(text(b"t") + struct.pack("<IQIQ", 1, 4, 999, 0)),
+    "layers": llama(llama__block_count=(4, number(2**32 - 1))),
+    "layers of text": llama(llama__block_count=(8, text(b"x"))),
+    "layers of nan": llama(llama__block_count=(6, struct.pack("<f", float("nan")))),
+    "heads of text": llama(llama__attention__head_count=(9, struct.pack("<IQ", 8, 1) + text(b"x"))),
+    "no heads": llama(llama__attention__head_count=(9, struct.pack("<IQI", 4, 1, 0))),
+    "key length": llama(llama__attention__key_length=(5, struct.pack("<i", -5))),
+    "KV heads": llama(llama__attention__head_count_kv=(9, struct.pack("<IQ3I", 4, 3, 1, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("content", CRAFTED.values(), ids=CRAFTED)
+def test_a_header_that_claims_what_cannot_be_is_refused_at_once(tmp_path, content):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(UsageError, match=r"damaged or cut off|is damaged|no language model"):
+        read_gguf(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match="not a regular file"):
+        read_gguf(str(tmp_path / "m.gguf"))
 
 
 def test_a_folder_and_a_hub_id_without_a_file_are_refused(tmp_path):

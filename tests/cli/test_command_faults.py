@@ -89,6 +89,51 @@ def test_a_program_that_was_told_to_ignore_hang_ups_does(monkeypatch):
     assert seen == [signal.SIG_IGN]
 
 
+_SWALLOWING = """
+import os, sys, time, click
+from elastickv.cli.errors import exit_with
+
+class Callback:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        return [None for _ in range(9)]
+
+@click.command()
+@click.argument("number")
+def working(number):
+    Callback()
+    while True:
+        time.sleep(0.01)
+
+exit_with(working, "elastickv")
+"""
+
+
+@pytest.mark.fault("signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_a_callback_where_python_drops_exceptions_ends_the_program_all_the_same(number):
+    command = [sys.executable, "-c", _SWALLOWING, str(int(number))]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr == "elastickv: error: interrupted before there was a result to keep\n"
+
+
+@pytest.mark.fault("a reader that leaves")
+@pytest.mark.parametrize(
+    ("line", "code", "out"),
+    [
+        ('"$@" compare a b 2>&-', 2, ""),
+        ('"$@" compare a b <&- >&- 2>&-', 2, ""),
+        ('"$@" run shape:tiny <&-', 2, ""),
+        ('"$@" --version 2>&- <&-', 0, "elastickv"),
+    ],
+)
+def test_closed_standard_streams_are_no_error_and_no_message_gets_into_the_output(line, code, out):
+    done = shell(line)
+    assert (done.returncode, done.stdout[: len("elastickv")]) == (code, out)
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.fault("a reader that leaves")
 @pytest.mark.parametrize(
     ("arguments", "code"),

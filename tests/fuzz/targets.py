@@ -387,6 +387,48 @@ def kernel_caches(data: bytes) -> None:
     assert found is None or isinstance(found.cubin, bytes)
 
 
+def gguf_headers(data: bytes) -> None:
+    from elastickv.baselines.gguf_file import KV_TYPES, read_gguf
+
+    source = Source(data)
+    fields = [*_GGUF_FIELDS[:6], *(source.pick(_GGUF_FIELDS[6:]) for _ in range(source.below(3)))]
+    head = [source.pick((3, 3, 3, 2, 0)), source.pick((1, 1, 1, 0, 1 << 32)), source.pick((len(fields),) * 4 + (0, 2**64 - 1))]
+    whole = bytearray(b"GGUF" + struct.pack("<IQQ", *head) + b"".join(fields) + _GGUF_TENSOR + bytes(64))
+    for _ in range(source.below(3)):
+        at = source.below(len(whole))
+        whole[at : at + source.below(9)] = source.rest()[:8] if source.below(4) == 0 else bytes([source.below(256)])
+    found = read_gguf(str(written("m.gguf", bytes(whole))))
+    assert found.layers * found.query_heads * found.positions * found.vocabulary > 0
+    assert all(found.kv_bytes_per_token(name) >= 0 for name in KV_TYPES)
+
+
+def _gguf_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def _gguf_field(key: str, kind: int, value: bytes) -> bytes:
+    return _gguf_text(key) + struct.pack("<I", kind) + value
+
+
+_GGUF_TENSOR = _gguf_text("t") + struct.pack("<IQIQ", 1, 4, 0, 0)
+_GGUF_FIELDS = (
+    _gguf_field("general.architecture", 8, _gguf_text("llama")),
+    *(
+        _gguf_field(f"llama.{key}", 4, struct.pack("<I", value))
+        for key, value in (("block_count", 1), ("attention.head_count", 2), ("embedding_length", 128), ("context_length", 64))
+    ),
+    _gguf_field("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 1) + _gguf_text("a")),
+    _gguf_field("llama.block_count", 9, struct.pack("<IQI", 4, 1, 1)),
+    _gguf_field("llama.attention.head_count_kv", 9, struct.pack("<IQII", 4, 2, 1, 0)),
+    _gguf_field("llama.attention.key_length", 5, struct.pack("<i", -5)),
+    _gguf_field("llama.attention.head_count", 6, struct.pack("<f", math.nan)),
+    _gguf_field("general.alignment", 4, struct.pack("<I", 0)),
+    _gguf_field("a", 9, struct.pack("<IQ", 4, 2**61)),
+    _gguf_field("b", 9, struct.pack("<IQ", 9, 1) * 9),
+    _gguf_field("c", 77, b""),
+)
+
+
 def texts(data: bytes) -> None:
     from elastickv.fidelity.texts import read_text
 
@@ -523,6 +565,7 @@ TARGETS: dict[str, Target] = {
     "calibration": Target(calibrations, _CHOICES, (), 20, longest=512),
     "allotment": Target(allotments, _CHOICES, (), 40, longest=64),
     "recipe-file": Target(recipe_files, (*_CHOICES, b"\0int4,pages=1/4"), _RECIPE_WORDS, 20, longest=512),
+    "gguf": Target(gguf_headers, _CHOICES, (), 20, longest=512),
     "kernel-cache": Target(kernel_caches, _CHOICES, (), 22, longest=256),
     "text": Target(texts, _seeds("a text", "é", " "), (), 60, longest=128),
     "saved-cache": Target(saved_caches, _CHOICES, (), 2, longest=256),

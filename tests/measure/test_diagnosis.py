@@ -42,3 +42,12 @@ def test_an_unwritable_kernel_cache_is_named_with_its_remedy(no_cuda, monkeypatc
     found = {finding.topic: finding for finding in diagnosis.findings()}
     assert found["kernel cache"].state == "absent"
     assert "ELASTICKV_CACHE_DIR" in found["kernel cache"].remedy
+
+
+def test_a_cpu_back_end_that_is_refused_tells_its_own_remedy(monkeypatch):
+    def refuse(name, device):
+        raise UsageError("the settings are wrong: mend them")
+
+    monkeypatch.setattr(registry, "_open", refuse)
+    found = diagnosis._cpu_backend()
+    assert (found.state, found.detail, found.remedy) == ("broken", "the settings are wrong: mend them", "")

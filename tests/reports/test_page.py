@@ -196,14 +196,18 @@ def test_a_hostile_file_is_text(path):
     assert not re.search(r"(?<!\\)<script", made.markdown)
 
 
-def test_control_characters_and_long_names_leave_the_figures_sound():
+def test_control_characters_and_long_names_leave_the_page_sound(tmp_path):
     from xml.etree import ElementTree
 
     value = result(quiet(0.5), quiet(1.0))
     value["recipe"]["text"] = "_\x00\x1b[31m\ud800" + "x" * 500
     value["gpu"]["name"] = "深度\u202e \x07"
-    for svg in report(value).figures.values():
+    made = report(value)
+    for svg in made.figures.values():
         ElementTree.fromstring(svg)
+    for text in (made.html, made.printable, made._repr_html_(), made.markdown):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e\ud800-\udfff]", text)
+    made.save(tmp_path / "a.png")
 
 
 def test_a_sweep_says_which_cells_have_no_result(tmp_path):

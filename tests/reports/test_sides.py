@@ -111,6 +111,14 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path):
         read_side(path, "A")
 
 
+def test_a_line_ends_at_its_newline_and_at_nothing_else(tmp_path):
+    named = result()
+    named["environment"] = {"cpu": "a\u2028b\x85c"}
+    text = json.dumps(named, ensure_ascii=False)
+    (tmp_path / "s.jsonl").write_bytes(f"{text}\r\n{json.dumps(result(seq=2048))}\r\n".encode())
+    assert len(read_side(tmp_path / "s.jsonl", "A").runs) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [

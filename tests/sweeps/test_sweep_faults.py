@@ -149,6 +149,44 @@ def test_a_device_that_was_never_there_is_refused(fake, tmp_path):
         sweep(output=tmp_path / "s.jsonl", devices=[0, 1], **FEW)
 
 
+def test_a_sweep_that_is_refused_before_its_first_cell_leaves_no_file(fake, tmp_path):
+    path = tmp_path / "s.jsonl"
+    fake("0 unable always")
+    with pytest.raises(UsageError, match="device 0 does not exist"):
+        sweep(output=path, devices=[0], **FEW)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("content", ["notes without an end", '{"results": {}}', "\r\r"])
+def test_a_file_that_is_no_sweep_is_not_overwritten(fake, tmp_path, content):
+    path = tmp_path / "s.jsonl"
+    path.write_text(content, newline="")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match=r"s\.jsonl exists and is no sweep: give another name"):
+            sweep(output=path, resume=resume, backend="cpu", **FEW)
+    assert path.read_bytes() == content.encode()
+
+
+def test_a_header_that_was_cut_off_is_written_again(fake, tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"sweep": {"version": 1, "pl')
+    fake()
+    assert statuses(sweep(output=path, resume=True, backend="cpu", **FEW)) == {"ok": 3}
+
+
+def test_a_file_that_is_taken_away_before_it_is_locked_gets_no_cell(tmp_path, monkeypatch):
+    path = tmp_path / "s.jsonl"
+    lock = Journal._lock
+
+    def late(journal, file):
+        path.unlink()
+        lock(journal, file)
+
+    monkeypatch.setattr(Journal, "_lock", late)
+    with pytest.raises(UsageError, match="another sweep"):
+        Journal(path, Plan.of(FEW), resume=False)
+
+
 def test_failed_cells_are_measured_again_when_asked_for(fake, tmp_path):
     path = tmp_path / "s.jsonl"
     fake("0 break")

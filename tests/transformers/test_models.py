@@ -1,5 +1,6 @@
 """From a name to a model."""
 
+import struct
 import sys
 
 import transformers
@@ -10,7 +11,7 @@ from tests.helpers.tiny_models import tiny_llama
 
 def test_a_gguf_file_is_read_without_a_word_and_the_model_is_named_after_it(tmp_path, monkeypatch, capsys):
     file = tmp_path / "Some-1B.gguf"
-    file.write_bytes(b"GGUF")
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
 
     def loading(folder, **options):
         print("Converting and de-quantizing: 50%", file=sys.stderr)

@@ -19,12 +19,20 @@ def cache_folder(kind: str) -> Path:
     if given := os.environ.get("ELASTICKV_CACHE_DIR"):
         return Path(given)
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = _home() / "Library" / "Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     return base / "elastickv" / kind
+
+
+def _home() -> Path:
+    """Return the user's home; where the system tells none, what nothing can be kept in: a warning says so."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 def obstacle(folder: Path) -> str | None:

@@ -34,7 +34,8 @@ def load(name: str = "auto", device: int | None = None) -> tuple[Backend, str | 
         try:
             return _open(candidate, device if candidate == "cuda" else None), reason
         except UsageError as error:
-            reason = reason or (str(error) if gpu_present() else None)
+            # Without a GPU nobody misses CUDA.
+            reason = reason or (str(error) if candidate != "cuda" or gpu_present() else None)
     raise UsageError(reason or "no back end can run here")
 
 

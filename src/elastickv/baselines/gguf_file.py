@@ -1,12 +1,13 @@
 """What a .gguf file says of its model, and what its KV cache takes in each of llama.cpp's types."""
 
+import os
 import re
-import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from elastickv.data.gguf_header import read_gguf_header
 from elastickv.errors import UsageError
 
 # Elements of a block, bytes of one.
@@ -21,7 +22,7 @@ KV_TYPES: dict[str, tuple[int, int]] = {
     "q4_0": (32, 18),
     "iq4_nl": (32, 18),
 }
-_MAGIC = b"GGUF"
+MAX_SIZE = 1 << 32  # of anything that a model has
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")
 
 
@@ -85,24 +86,25 @@ def read_gguf(name: str) -> GgufModel:
     UsageError : if there is no such file, it is no .gguf file, or not of a language model.
     """
     path = _found(name)
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_MAGIC))
-    except OSError as error:
-        raise UsageError(f"model {name}: {error.strerror or error}; give a .gguf file") from None
-    if magic != _MAGIC:
-        raise UsageError(f"model {name} is not a .gguf file (it does not begin with GGUF): give one")
-    fields = _fields(path)
+    fields = read_gguf_header(path, name)
     architecture = str(fields.get("general.architecture"))
 
     def size(key: str, default: Any = None) -> Any:
-        return fields.get(f"{architecture}.{key}", default)
+        found = fields.get(f"{architecture}.{key}", default)
+        for number in found if isinstance(found, list) else [found]:
+            if number is not None and not (isinstance(number, int) and 0 <= number <= MAX_SIZE):
+                raise UsageError(f"model {name} is damaged ({architecture}.{key} is {number}): download it again")
+        return found
 
     layers, heads, hidden = (size(key) for key in ("block_count", "attention.head_count", "embedding_length"))
-    if not all((layers, heads, hidden, size("context_length"), fields.get("tokenizer.ggml.tokens"))):
+    query_heads = max(heads, default=0) if isinstance(heads, list) else heads
+    tokens = fields.get("tokenizer.ggml.tokens")
+    if not all((layers, query_heads, hidden, size("context_length"), tokens)) or not isinstance(tokens, list):
         raise UsageError(f"model {name} holds no language model with attention ({architecture}): give one")
-    query_heads = max(heads) if isinstance(heads, list) else heads
     kv_heads = size("attention.head_count_kv", heads)
+    kv_heads = tuple(kv_heads) if isinstance(kv_heads, list) else (kv_heads,) * layers
+    if len(kv_heads) != layers:
+        raise UsageError(f"model {name} is damaged ({len(kv_heads)} KV heads for {layers} layers): download it again")
     head_dim = hidden // query_heads
     return GgufModel(
         path=path,
@@ -110,17 +112,17 @@ def read_gguf(name: str) -> GgufModel:
         architecture=architecture,
         layers=layers,
         query_heads=query_heads,
-        kv_heads=tuple(kv_heads) if isinstance(kv_heads, list) else (kv_heads,) * layers,
+        kv_heads=kv_heads,
         key_dim=size("attention.key_length", head_dim),
         value_dim=size("attention.value_length", head_dim),
         positions=size("context_length"),
-        vocabulary=fields["tokenizer.ggml.tokens"],
+        vocabulary=len(tokens),
         uncounted=_uncounted(size),
     )
 
 
 def _found(name: str) -> Path:
-    path, hub = Path(name).expanduser(), _HUB_FILE.fullmatch(name)
+    path, hub = Path(os.path.expanduser(name)), _HUB_FILE.fullmatch(name)
     if path.is_dir():
         raise UsageError(f"model {name} is a folder: give the .gguf file in it")
     if path.exists() or hub is None:
@@ -136,21 +138,6 @@ def _found(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"model {name} cannot be downloaded: {reason}") from None
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    """Return the file's single values and lists of numbers; of the vocabulary its size."""
-    from gguf import GGUFReader
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of NumPy, of sizes that a damaged file overflows
-            fields = GGUFReader(path).fields
-        found = {key: field.contents() for key, field in fields.items() if not key.startswith("tokenizer.")}
-        tokens = fields.get("tokenizer.ggml.tokens")
-        return found | {"tokenizer.ggml.tokens": 0 if tokens is None else len(tokens.data)}
-    except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError, UnicodeDecodeError) as error:
-        raise UsageError(f"model {path} is damaged or cut off ({' '.join(str(error).split())}): download it again") from None
 
 
 def _uncounted(size: Any) -> str | None:

@@ -1,5 +1,6 @@
 """The one error path: what went wrong in one line on stderr, and an exit code. docs/TECHNICAL.md has the table of them."""
 
+import _thread
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ WRONG = 1
 BAD_INPUT = 2
 DEVICE_FAILED = 4
 _SIGNALLED = 128
+_STREAMS = 3
+_AGAIN_S = 0.05
 # Whoever ends us so wants what was measured as much as who presses Ctrl-C.
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _ended_by = signal.SIGINT
@@ -25,6 +28,7 @@ _ended_by = signal.SIGINT
 
 def exit_with(command: click.Command, name: str) -> None:
     """Run `command` and leave the process with its exit code."""
+    _open_standard_streams()
     with _ended_like_interrupted(), _warnings_in_one_line():
         code = _code(command, name)
     sys.exit(code)
@@ -94,6 +98,24 @@ def silence() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _open_standard_streams() -> None:
+    """Put the null device where a standard stream is closed: the next file must not get its number, nor errors go to output."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) < _STREAMS:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+
+
+def _interrupted_again(lost: Any) -> None:
+    """Bring back a Ctrl-C that came inside a callback of a library, where Python drops it; show other exceptions as ever."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(_AGAIN_S, _thread.interrupt_main, [_ended_by]).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
 @contextmanager
 def _ended_like_interrupted() -> Iterator[None]:
     """Take SIGTERM and SIGHUP as Ctrl-C, unless somebody has other plans with them (nohup)."""
@@ -109,9 +131,11 @@ def _ended_like_interrupted() -> Iterator[None]:
     taken = [number for number in _ENDING if mine and signal.getsignal(number) == signal.SIG_DFL]
     for number in taken:
         signal.signal(number, end)
+    sys.unraisablehook = _interrupted_again
     try:
         yield
     finally:
+        sys.unraisablehook = sys.__unraisablehook__
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
 

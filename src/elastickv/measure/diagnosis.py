@@ -43,6 +43,8 @@ def _cpu_backend() -> Finding:
         from elastickv.backends import load
 
         device = load("cpu")[0].device
+    except UsageError as error:
+        return Finding("cpu back end", "broken", str(error))
     except Exception as error:  # a broken Numba installation can raise anything
         return Finding("cpu back end", "broken", f"{type(error).__name__}: {error}", "pip install --force-reinstall numba")
     return Finding(

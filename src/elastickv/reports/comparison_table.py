@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from elastickv.errors import one_line
 from elastickv.reports.change import Row
 from elastickv.reports.comparison import Comparison
 from elastickv.reports.html import html_table
@@ -79,8 +78,8 @@ def as_markdown(comparison: Comparison) -> str:
 
     headers, rows = _grid(comparison)
     lines = [line(headers), "|" + " --- |" * len(headers), *map(line, rows), ""]
-    lines += [f"- {one_line(text)}" for text in _sentences(comparison)]
-    lines += [f"- warning: {one_line(warning)}" for warning in comparison.warnings]
+    lines += [f"- {markdown_cell(text)}" for text in _sentences(comparison)]
+    lines += [f"- warning: {markdown_cell(warning)}" for warning in comparison.warnings]
     return "\n".join(lines) + "\n"
 
 

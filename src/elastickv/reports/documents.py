@@ -67,14 +67,15 @@ def _values(file: Path, notes: list[str]) -> Iterator[Document]:
     if file.suffix.lower() != ".jsonl":
         yield Document(str(file), _parse(text, str(file)))
         return
-    lines = text.splitlines(keepends=True)
+    # Not `splitlines`, which also parts at characters that may stand in a JSON string.
+    lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         source = f"{file}:{number}"
         if line.strip():
             try:
                 yield Document(source, _parse(line, source))
             except UsageError:
-                if number < len(lines) or line.endswith("\n") or number == 1:
+                if number < len(lines) or number == 1:
                     raise
                 notes.append(f"{source} was cut off while it was written, and is left out")
 

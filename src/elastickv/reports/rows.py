@@ -3,10 +3,15 @@
 import csv
 import io
 import json
+import re
 from typing import Any
 
 from elastickv.errors import UsageError, one_line, printable
 from elastickv.reports.plain_json import plain
+
+# What Markdown takes for HTML, for the end of a cell or for a link.
+_MARKUP = re.compile(r"[\\<|]|(?<=\])\(")
+_COMPUTED = ("=", "+", "-", "@")
 
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("date_utc", ("date_utc",)),
@@ -61,7 +66,7 @@ def csv_of(rows: list[dict[str, Any]]) -> str:
     """Return a header line and `rows`, which have the same columns."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(rows[0])
+    writer.writerow(map(csv_text, rows[0]))
     writer.writerows([_exact(value) for value in cells.values()] for cells in rows)
     return out.getvalue()
 
@@ -109,7 +114,13 @@ def _at(value: Any, path: tuple[str, ...]) -> Any:
 def _exact(value: Any) -> str:
     if value is None:
         return ""
-    return plain(value) if isinstance(value, float) else printable(str(value))
+    return plain(value) if isinstance(value, float) else csv_text(value) if isinstance(value, str) else str(value)
+
+
+def csv_text(text: str) -> str:
+    """Return a text as CSV holds it; one that a spreadsheet would compute begins with an apostrophe, which makes it text."""
+    seen = printable(text)
+    return f"'{seen}" if seen.lstrip()[:1] in _COMPUTED else seen
 
 
 def brief(value: Any) -> str:
@@ -122,5 +133,5 @@ def _short(value: Any) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Return a text as a cell of a Markdown table shows it: one line, and no column of its own."""
-    return one_line(text).replace("|", "\\|")
+    """Return a text as Markdown shows it, in a table too: one line, no column of its own, no HTML, no link."""
+    return _MARKUP.sub(r"\\\g<0>", one_line(text))

@@ -23,6 +23,7 @@ from elastickv.sweeps.plan import Plan, key, name
 
 VERSION = 1
 MAX_FILE_BYTES = 1 << 32  # a hundred thousand cells with their raw samples
+_BEGINNING = b'{"sweep": '  # of a header, which a kill may have cut off
 STATUSES = ("ok", "does not fit", "refused", "failed")
 
 
@@ -119,8 +120,8 @@ class Journal:
             try:
                 self._begin(plan, resume, command)
             finally:
-                if not os.fstat(self._file).st_size:
-                    path.unlink(missing_ok=True)  # There was no room for the first line.
+                if not os.fstat(self._file).st_size:  # There was no room for the first line.
+                    path.resolve().unlink(missing_ok=True)
         except BaseException:
             self._close()
             raise
@@ -129,6 +130,8 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, UsageError) and not self.done:
+            self.path.resolve().unlink(missing_ok=True)  # What was asked for is refused: nothing was measured.
         self._close()
 
     def append(self, record: dict[str, Any]) -> None:
@@ -148,11 +151,16 @@ class Journal:
     def _lock(self, file: int) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file).st_nlink:
+                raise BlockingIOError  # It was replaced, or taken away, between being opened and being locked.
         except BlockingIOError:
             raise UsageError(f"--output {self.path} is being written by another sweep: wait, or give another name") from None
 
     def _begin(self, plan: Plan, resume: bool, command: tuple[str, ...]) -> None:
-        whole = _content(self.path).rfind(b"\n") + 1
+        content = _content(self.path)
+        whole = content.rfind(b"\n") + 1
+        if not whole and not (content.startswith(_BEGINNING) or _BEGINNING.startswith(content)):
+            raise UsageError(f"--output {self.path} exists and is no sweep: give another name")
         if whole and not resume and not read(self.path)[1]:
             whole, resume = 0, True  # A sweep that ended before its first cell holds nothing to lose.
         if not whole and os.fstat(self._file).st_size and not resume:

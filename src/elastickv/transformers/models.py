@@ -1,6 +1,7 @@
 """From what a user names to a model: a local directory, a GGUF file or a hub id."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -10,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from elastickv.data.gguf_header import read_gguf_header
 from elastickv.errors import UsageError
 
 NEEDED = ("torch", "transformers")
@@ -108,7 +110,7 @@ def check_config(config: Any, name: str) -> None:
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # a user that is unknown stays a name
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"model {name} is a folder without a config.json: give a model's folder or a .gguf file")
@@ -117,6 +119,7 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise UsageError(f"model {name} does not exist: give a .gguf file, a model's folder or a hub id")
         require("gguf", "accelerate")
+        read_gguf_header(path, name)  # what is damaged would keep Transformers busy for minutes
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     if path.exists():
         raise UsageError(f"model {name} is neither a folder nor a .gguf file: give one of these, or a hub id")

@@ -89,6 +89,25 @@ def test_a_kernel_that_does_not_compile_is_named_with_the_first_lines_of_the_log
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("NUMBA_NUM_THREADS", "many", "could not be parsed"),
+        ("NUMBA_NUM_THREADS", "0", "must be > 0"),
+        ("NUMBA_NUM_THREADS", "99999", "at most 1024"),
+        ("NUMBA_THREADING_LAYER", "no layer", "unknown to Numba"),
+        ("NUMBA_DISABLE_JIT", "1", "nothing is compiled"),
+    ],
+)
+def test_an_environment_that_numba_cannot_run_in_is_refused_in_one_line(name, value, said):
+    code = "from elastickv.backends import load; from elastickv.errors import UsageError\n"
+    code += "try:\n    load()\nexcept UsageError as error:\n    print(error)"
+    environment = os.environ | {"PYTHONPATH": str(Path(elastickv.__file__).parents[1]), name: value}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"cannot start with {name}={value}: " in done.stdout and said in done.stdout and done.stdout.count("\n") == 1
+
+
 def made(backend, seed=1):
     cache = backend.cache(SHAPE, TOKENS + 8, "bf16", Recipe.parse("int8"))
     cache.fill_random(np.array([TOKENS]), seed)

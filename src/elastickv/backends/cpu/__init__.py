@@ -15,11 +15,14 @@ def open_backend(device: int | None) -> "CpuBackend":
 
     Raises
     ------
-    UsageError : if a device number other than 0 is asked for.
+    UsageError : if a device number other than 0 is asked for, or Numba cannot run as its environment variables say.
     CompileFailure : if a kernel does not compile.
     """
     if device not in (None, 0):
         raise UsageError(f"device {device} does not exist: the cpu back end has one device, 0")
+    from elastickv.backends.cpu.settings import check_settings
+
+    check_settings()
     from elastickv.backends.cpu.compiled import kernels_kept_on_disk
 
     with kernels_kept_on_disk():

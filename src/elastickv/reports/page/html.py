@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from elastickv.errors import printable
 from elastickv.reports.page.content import Content
 from elastickv.reports.page.raw import Download
 from elastickv.reports.page.style import themed
@@ -34,6 +35,7 @@ def _filled(name: str, content: Content, svgs: dict[str, str], downloads: list[D
         loader=PackageLoader("elastickv.reports.page", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_seen,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -42,3 +44,8 @@ def _filled(name: str, content: Content, svgs: dict[str, str], downloads: list[D
     return environment.get_template(name).render(
         content=content, pictures=pictures, downloads=downloads, printed=printed, version=__version__
     )
+
+
+def _seen(value: Any) -> Any:
+    """Return a text with what can't be seen in it shown; markup of ours as it is."""
+    return printable(value) if type(value) is str else value

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from elastickv.errors import printable
 from elastickv.reports.page.content import Content, Section, Table
 
 # What Markdown, or the HTML in it, would take for more than text.
@@ -51,4 +52,4 @@ def _table(table: Table) -> Iterator[str]:
 
 def text(value: str) -> str:
     """Return a text that Markdown shows as it is."""
-    return value.translate(_SPECIAL)
+    return printable(value).translate(_SPECIAL)

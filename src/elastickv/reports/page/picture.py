@@ -31,7 +31,7 @@ def picture(content: Content, facts: Facts) -> bytes:
             cells: Any = parts[row + 1].subfigures(1, columns, squeeze=False)[0]
             for chart, cell in zip(charts[row * columns : (row + 1) * columns], cells, strict=False):
                 chart.draw(cell)
-                cell.suptitle(chart.title, fontsize=11, color=INK)
+                cell.suptitle(shown(chart.title), fontsize=11, color=INK)
         out = io.BytesIO()
         whole.savefig(out, format="png", dpi=144, metadata={"Software": None})
     return out.getvalue()

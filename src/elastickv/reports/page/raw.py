@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elastickv.reports.page.facts import Facts
+from elastickv.reports.rows import csv_text
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _samples(facts: Facts) -> str:
     if not rows:
         return ""
     writer.writerow(("result", "figure", "contender", "number", "ms", "flagged"))
-    writer.writerows(rows)
+    writer.writerows([csv_text(value) if isinstance(value, str) else value for value in row] for row in rows)
     return out.getvalue()
 
 

@@ -53,7 +53,7 @@ _RC = {
 }
 _FONT = re.compile(r"(font: [^;\"]*?\d(?:\.\d+)?px) [^;\"]*")
 _TAG = re.compile(r"<[^>]*>")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _LONGEST = 64
 
 
