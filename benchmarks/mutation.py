@@ -26,11 +26,27 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from elastickv.measure.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("src", "tests", "docs", "benchmarks", "pyproject.toml", "README.md")
+# Most mutants are noticed by one of the quick tests, and the first test that fails ends a run.
+QUICKEST_FIRST = """
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    known = Path(__file__).with_name("mutmut-stats.json")
+    if known.exists():
+        seconds = json.loads(known.read_text(encoding="utf-8"))["duration_by_test"]
+        items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+"""
 
 
 @dataclass(frozen=True)
@@ -86,10 +102,11 @@ def workspace(part: Part, folder: Path) -> None:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
         else:
             shutil.copy(source, folder / name)
+    (folder / "conftest.py").write_text(QUICKEST_FIRST, encoding="utf-8")
     settings = {
         "source_paths": ["src"],
         "only_mutate": list(part.modules),
-        "also_copy": [name for name in COPIED if name not in ("src", "tests", "pyproject.toml")],
+        "also_copy": ["conftest.py", *(name for name in COPIED if name not in ("src", "tests", "pyproject.toml"))],
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-p", "no:xdist", *(["-k", part.select] if part.select else [])],
         "pytest_add_cli_args_test_selection": list(part.tests),
         "timeout_multiplier": 10.0,
@@ -99,22 +116,52 @@ def workspace(part: Part, folder: Path) -> None:
         file.write(f"\n[tool.mutmut]\n{lines}use_git_change_detection = false\n")
 
 
-def mutmut(folder: Path, *arguments: str) -> str:
-    """Run a command of mutmut in a workspace and return what it prints."""
-    slow = os.environ | {"NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "few"}
+def mutmut(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of mutmut in a workspace."""
+    # With threads, OpenMP would wait for ever in the forks in which mutants run: every mutant would look killed, by its time.
+    settings = {"NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "few", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mutmut", *arguments]
-    return subprocess.run(command, cwd=folder, env=slow, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True, text=True, check=False)
+
+
+def refuse(what: str, run: subprocess.CompletedProcess[str]) -> NoReturn:
+    """End with the last of what mutmut said: mutants that no test was run against are not survivors."""
+    raise SystemExit(f"{what}\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}")
+
+
+def generate(folder: Path) -> None:
+    """Make all mutants, run the tests once without one, and stop: mutmut ends where it looks for a mutant that is not there."""
+    nobody = "no such mutant"
+    run = mutmut(folder, "run", nobody)
+    if nobody not in run.stderr:
+        refuse("the tests do not pass without a mutant: do they in this environment, with NUMBA_DISABLE_JIT=1?", run)
+
+
+def run_tests(folder: Path, chosen: list[str], workers: int) -> dict[str, str]:
+    """Run the tests against mutants and return what became of each.
+
+    mutmut first runs the tests without a mutant, then with one in which everything fails: where they do not notice it, it ends
+    with an error, for then it is not the changed modules that they import.
+    """
+    run = mutmut(folder, "run", "--max-children", str(workers), *chosen)
+    found = statuses(folder)
+    outcome = {mutant: found[mutant] for mutant in chosen}
+    if run.returncode or "not checked" in outcome.values():
+        refuse("mutmut did not try every mutant", run)
+    if not set(KILLED) & set(outcome.values()):
+        refuse("no mutant was killed: do the tests import what was changed?", run)
+    return outcome
 
 
 def statuses(folder: Path) -> dict[str, str]:
     """Return what became of every mutant."""
-    lines = (line.strip().rpartition(": ") for line in mutmut(folder, "results", "--all", "true").splitlines())
+    lines = (line.strip().rpartition(": ") for line in mutmut(folder, "results", "--all", "true").stdout.splitlines())
     return {name: status for name, _, status in lines if "__mutmut_" in name}
 
 
 def changed(folder: Path, mutant: str) -> str:
     """Return the lines as a mutant has them."""
-    lines = mutmut(folder, "show", mutant).splitlines()
+    lines = mutmut(folder, "show", mutant).stdout.splitlines()
     return "\n".join(line for line in lines if line.startswith("+") and not line.startswith("+++"))
 
 
@@ -140,13 +187,10 @@ def tested(part: Part, sample: int | None, seed: int, workers: int) -> dict[str,
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workspace(part, folder)
-        mutmut(folder, "run", "no such mutant")  # makes them all, runs the tests once, and stops
+        generate(folder)
         every = sorted(statuses(folder))
-        if not every:
-            raise SystemExit("no mutants: do the tests pass, in this environment and with NUMBA_DISABLE_JIT=1?")
         chosen = sorted(random.Random(seed).sample(every, min(sample or len(every), len(every))))
-        mutmut(folder, "run", "--max-children", str(workers), *chosen)
-        outcome = {mutant: status for mutant, status in statuses(folder).items() if mutant in set(chosen)}
+        outcome = run_tests(folder, chosen, workers)
         counted = Counter(outcome.values())
         alive = [mutant for mutant, status in outcome.items() if status not in KILLED]
         with ThreadPoolExecutor(workers) as pool:
