@@ -137,6 +137,14 @@ def test_the_window_keeps_the_models_16_bit_dtype():
     assert DENSE.exact_dtype("fp32") == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("formats", "other"), [("bf16", "fp16"), ("k=int8,v=bf16", "fp16"), ("fp16", "bf16"), ("k=fp16,v=int4", "fp32")]
+)
+def test_a_16_bit_format_is_the_windows_dtype_too_whatever_the_models_is(formats, other):
+    named = "bf16" if "bf16" in formats else "fp16"
+    assert Recipe.parse(formats).exact_dtype(other) == named
+
+
 def test_the_phases_of_layers_are_whole_and_spread_over_an_interval():
     recipe = Recipe.parse("int4,pages=1/4,anchor_every=4")
     phases = [recipe.layer_phase(layer, 6) for layer in range(6)]

@@ -97,7 +97,7 @@ def for_ratio_by_layer(
         fewest = (
             replace(smallest.recipe, fractions=(min(smallest.fractions),)) if smallest.recipe.fractions else smallest.recipe
         )
-        raise UsageError(unmet(ratio, context, replace(head, batch=1), dtype, [fewest]))
+        raise UsageError(unmet(ratio, context, head, dtype, [fewest]))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if _bytes(chosen(math.exp(middle))) <= budget else (middle, high)
