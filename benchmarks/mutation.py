@@ -183,7 +183,7 @@ def write(record: dict[str, object], output: Path) -> None:
 
 def tested(part: Part, sample: int | None, seed: int, workers: int) -> dict[str, object]:
     """Return what the tests of a part do with its mutants, all of them or a sample."""
-    start = time.monotonic()
+    start, where = time.monotonic(), environment()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workspace(part, folder)
@@ -202,7 +202,7 @@ def tested(part: Part, sample: int | None, seed: int, workers: int) -> dict[str,
     killed = sum(counted[status] for status in KILLED)
     share = killed / len(chosen)
     return asdict(part) | {
-        "environment": environment(),
+        "environment": where,
         "mutmut": version("mutmut"),
         "seconds": round(time.monotonic() - start),
         "mutants": len(every),
