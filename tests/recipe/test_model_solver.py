@@ -144,6 +144,8 @@ def test_a_calibration_of_another_model_is_refused():
     CALIBRATION.check_model("0123456789abcdef")
     with pytest.raises(UsageError, match=r"is of tiny .* not of other .* `elastickv calibrate`"):
         CALIBRATION.check_model("fedcba9876543210", "other")
+    with pytest.raises(UsageError, match=r"not of this model \(fedcba9876543210\)"):
+        CALIBRATION.check_model("fedcba9876543210")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,7 @@ def test_what_is_no_calibration_is_refused(tmp_path, content):
 
 
 def test_a_calibration_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="No such file"):
+    with pytest.raises(UsageError, match=r"No such file.*; give a file that `elastickv calibrate` wrote"):
         ModelCalibration.load(tmp_path / "absent.json")
 
 

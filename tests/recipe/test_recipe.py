@@ -36,6 +36,25 @@ def test_text_round_trips(recipe):
     assert Recipe.parse(str(recipe)) == recipe
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int4",
+        "k=int8,v=int4,vgroup=32",
+        "int4,pages=1",
+        "int4,pages=1/4:0.3",
+        "int4,pages=1/4,anchor_every=2",
+        "int8,stride=2",
+        "bf16,reuse,anchor_every=2",
+        "fp16,reuse,anchor_every=3,decay=0.5,sinks=0,window=0",
+        "fp8,sinks=3",
+        "fp8,window=127",
+    ],
+)
+def test_a_text_says_what_is_chosen_and_no_more(text):
+    assert str(Recipe.parse(text)) == text
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 1e-10, 1 / 999_999_999, 1e-300, 5e-324])
 def test_the_smallest_fractions_round_trip(fraction):
     recipe = Recipe("int4", "int4", selection="pages", fractions=(fraction,))
