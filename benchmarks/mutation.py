@@ -78,19 +78,24 @@ PARTS = {
 KILLED = ("killed", "timeout")
 # What a changed line looks like, and why no test tells it from the original.
 _NO_DTYPE = "no dtype means float64, or that of what is given: the numbers are the same"
+_WORDS = "the words of a message"
 REASONS = (
-    (r"strict=(None|False)|zip\(variances, freedoms, \)", "lengths are equal by construction: `strict` only guards that"),
-    (r"astype\(None\)|(array|zeros)\(\w+, ((dtype=)?None)?\)", _NO_DTYPE),
-    (r"errstate\(", "silences a warning that these numbers do not give rise to"),
-    (r"XX|raise \w+\(None\)|[A-Z]{4,} [A-Z]{2,}", "the words of a message"),
-    (r"np\.sort\(rows, \)", "the last axis is the default"),
-    (r"default=(None|1)|max\(lengths, \)", "the default counts for an empty batch alone, which a shape refuses"),
+    (r"hull\[1:\], strict=None", "no strictness is what is written"),
+    (r"strict=(None|False)|zip\(.*, \)", "lengths are equal by construction: `strict` only guards that"),
+    (r"asarray\(\w+, (None)?\)|x\.astype\(None\)|scaled = .*astype\(None\)", _NO_DTYPE),
+    (r"standard_normal\(.*, (dtype=None)?\)", "seeded normal numbers either way, rounded as they are stored"),
+    (r"raise \w+\((None\)|.*(XX|[A-Z]{4,} [A-Z]{2,}))|XX, XX", _WORDS),
+    (r"^\+\s+f?\"(XX.*XX|[^a-z]*[A-Z]{4,} [A-Z]{2,}.*|every kv head.*)\"$", _WORDS),  # a line of a message of several
+    (r"np\.sort\(\w+, \)", "the last axis is the default"),
     (r"math\.tan\(math\.pi \* \(probability [+-]", "the tangent has the period pi: the same number"),
     (r"if n (<= 8|< 9) or", "a series of 8 has blocks of 1 by the tenth that they are limited to"),
     (r"if rho < 2 / math\.sqrt", "differs where two floats are equal by chance"),
     (r"starts\[:, :, None\] - np\.arange", "on a circle, blocks that run backwards are those that run forwards"),
     (r"reshape\(RESAMPLES, -2\)", "any negative number stands for what is left"),
     (r"late\.add\(None\)", "only whether somebody was late is asked"),
+    (r"_turn\(.*\) < 0:", "points on a line are one piece, or two of one slope that are taken one after the other"),
+    (r"head = AttentionShape\(2, group", "the batch counts for queries and outputs alone, which are not bytes of the cache"),
+    (r"met\(n \+ PAGE_TOKENS - 2\)", "a first look: the tokens around the answer are all asked afterwards"),
 )
 
 
