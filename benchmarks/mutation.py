@@ -79,6 +79,7 @@ KILLED = ("killed", "timeout")
 # What a changed line looks like, and why no test tells it from the original.
 _NO_DTYPE = "no dtype means float64, or that of what is given: the numbers are the same"
 _WORDS = "the words of a message"
+_ALL_16_BIT = "whatever a model's dtype, what is not dense keeps its window in 16 bit: the same bytes"
 REASONS = (
     (r"hull\[1:\], strict=None", "no strictness is what is written"),
     (r"strict=(None|False)|zip\(.*, \)", "lengths are equal by construction: `strict` only guards that"),
@@ -94,7 +95,9 @@ REASONS = (
     (r"reshape\(RESAMPLES, -2\)", "any negative number stands for what is left"),
     (r"late\.add\(None\)", "only whether somebody was late is asked"),
     (r"_turn\(.*\) < 0:", "points on a line are one piece, or two of one slope that are taken one after the other"),
-    (r"head = AttentionShape\(2, group", "the batch counts for queries and outputs alone, which are not bytes of the cache"),
+    (r"row\[0\]\[2:-1\]", "behind the bracket stands the end of a line, which is dropped anyway"),
+    (r"(stored_ratio\(recipe, \[MAX_CONTEXT\], head, |for_ratio\(ratio, context, shape, \*\*overrides)\)", _ALL_16_BIT),
+    (r"AttentionShape\(2, (group|32)", "the batch counts for queries and outputs alone, which are not bytes of the cache"),
     (r"met\(n \+ PAGE_TOKENS - 2\)", "a first look: the tokens around the answer are all asked afterwards"),
 )
 

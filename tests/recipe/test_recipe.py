@@ -61,6 +61,11 @@ def test_the_smallest_fractions_round_trip(fraction):
     assert Recipe.parse(str(recipe)) == recipe
 
 
+def test_a_share_is_written_as_one_over_a_whole_number_where_that_can_be_read_back():
+    texts = [str(Recipe("int4", "int4", selection="pages", fractions=(1 / whole,))) for whole in (1, 2, 999_999_999, 10**9)]
+    assert texts == ["int4,pages=1", "int4,pages=1/2", "int4,pages=1/999999999", "int4,pages=1e-09"]
+
+
 def test_numbers_of_any_type_are_one_recipe():
     plain = Recipe("int4", "int4", selection="pages", fractions=(1.0, 0.3))
     odd = Recipe("int4", "int4", selection="pages", fractions=(1, np.float64(0.3)))
@@ -132,6 +137,10 @@ def test_the_schedule_of_the_original_reads():
         ("stride=0", "stride=0"),
         ("stride=2.5", "stride=2.5"),
         ("stride=-1", "stride=-1"),
+        ("sinks=4.5", "sinks=4.5 is not a whole number"),
+        ("int4,vgroup=x", "vgroup=x is not a whole number"),
+        ("reuse,anchor_every=2,decay=.", "decay=. is not a number"),
+        ("pages=a/b", "pages=a/b is not a number"),
         ("stride=2,stride=3", "do not combine"),
         ("int8,bf16", "twice"),
         ("stride=2,reuse,anchor_every=2", "do not combine"),
