@@ -121,6 +121,12 @@ def test_order_and_spaces_do_not_matter(text):
     assert Recipe.parse(text) == Recipe("int8", "int8", selection="stride", stride=3)
 
 
+def test_a_format_named_for_keys_or_values_alone_is_the_others_too_but_pages_have_keys_in_int4():
+    assert Recipe.parse("k=int8") == Recipe.parse("v=int8") == Recipe.parse("int8")
+    assert Recipe.parse("v=int8,pages=1/4") == Recipe.parse("k=int4,v=int8,pages=1/4")
+    assert Recipe.parse("pages=1/4") == Recipe.parse("int4,pages=1/4")
+
+
 def test_the_schedule_of_the_original_reads():
     assert Recipe.parse("reuse,anchor-every=4,decay=0.95,sinks=0,window=0") == Recipe(
         "bf16", "bf16", selection="reuse", anchor_every=4, decay=0.95, sinks=0, window=0
