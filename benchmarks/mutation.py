@@ -85,7 +85,8 @@ _ALL_16_BIT = "whatever a model's dtype, what is not dense keeps its window in 1
 REASONS = (
     (r"hull\[1:\], strict=None", "no strictness is what is written"),
     (r"strict=(None|False)|zip\(.*, \)", "lengths are equal by construction: `strict` only guards that"),
-    (r"asarray\(\w+, (None)?\)|x\.astype\(None\)|scaled = .*astype\(None\)", _NO_DTYPE),
+    (r"asarray\(\w+, ((dtype=)?None)?\)|(x|keys|values|\[exact\])\.astype\(None\)|scaled = .*astype\(None\)", _NO_DTYPE),
+    (r"key_format, (None, self\.shape\.head_dim|False, None)\)", "keys have no groups of channels, and None is as False"),
     (r"standard_normal\(.*, (dtype=None)?\)", "seeded normal numbers either way, rounded as they are stored"),
     (r"raise \w+\((None\)|.*(XX|[A-Z]{4,} [A-Z]{2,}))|XX, XX", _WORDS),
     (r"^\+\s+f?\"(XX.*XX|[^a-z]*[A-Z]{4,} [A-Z]{2,}.*|every kv head.*)\"$", _WORDS),  # a line of a message of several
@@ -119,7 +120,7 @@ def workspace(part: Part, folder: Path) -> None:
         "also_copy": ["conftest.py", *(name for name in COPIED if name not in ("src", "tests", "pyproject.toml"))],
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-p", "no:xdist", *(["-k", part.select] if part.select else [])],
         "pytest_add_cli_args_test_selection": list(part.tests),
-        "timeout_multiplier": 10.0,
+        "timeout_multiplier": 4.0,
     }
     lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:

@@ -347,3 +347,18 @@ def test_rows_that_are_gathered_keep_what_the_cache_is():
     assert (other.lengths.tolist(), other.step, other.state()["fractions"].tolist()) == ([150, 150, 200], -1, [1 / 2, 1])
     other.set_fractions([1, 1])
     assert cache.state()["fractions"].tolist() == [1 / 2, 1]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_what_a_crop_makes_exact_again_is_what_the_codes_stand_for_in_the_windows_dtype(dtype):
+    cache = filled("int4,sinks=4,window=32", [200, 100], dtype=dtype)
+    before = cache.read(0, 200)
+    cache.crop(np.array([120, 100]))
+    # Behind 4 sinks and before 32 tokens, of 200 tokens 160 are cold, of 120 only 64.
+    stored = cache.stored(0, 1)
+    for now, was in ((stored.exact_keys, before[0]), (stored.exact_values, before[1])):
+        np.testing.assert_array_equal(now, rounded(was[0, 1, [*range(4), *range(68, 120)]], dtype))
+    assert cache.lengths.dtype == np.int64
+    for array, was in zip(cache.read(0, 100), before, strict=True):
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array[1], was[1, :, :100])

@@ -20,6 +20,7 @@ from elastickv.recipe import (
     read_ratio,
 )
 from elastickv.recipe.formats import value_groups
+from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import ALIKE, candidates, fraction_of, solve_fraction
 from tests.helpers.cases import tried
 
@@ -155,6 +156,15 @@ def test_a_ratio_that_no_context_meets_is_refused_as_such():
         for_ratio(1000, 4096, SHAPE)
     with pytest.raises(UsageError, match="no context up to 1048576"):
         for_ratio(33, 4096, SHAPE, anchor_every=1)
+
+
+def test_a_ratio_that_holds_only_beyond_the_largest_context_is_refused_as_such():
+    regions = {"sinks": 4, "window": 128}
+    # Of the tokens from page to page the last reads the most bytes a token; here the second one beyond the largest context.
+    beyond = max(n for n in range(MAX_CONTEXT, MAX_CONTEXT + 64) if (n + 1 - 4 - 128) % 32 == 0)
+    ratio = max(read_ratio(recipe, [beyond], SHAPE) for recipe in fewest_bytes(regions))
+    with pytest.raises(UsageError, match="no context up to 1048576"):
+        for_ratio(ratio, 4096, SHAPE, **regions)
 
 
 @pytest.mark.parametrize("context", [1000, 4096, 131072])

@@ -49,7 +49,7 @@ class ReferenceCache:
             raise UsageError(f"a sequence of {max(lengths)} tokens does not fit a capacity of {self.capacity}")
         exact = self.recipe.exact_dtype(self.dtype)
         self._keys[:, :, :tokens], self._values[:, :, :tokens] = rounded(keys, exact), rounded(values, exact)
-        self._lengths, self._step = np.array(lengths, np.int64), -1
+        self._lengths, self._step = lengths.astype(np.int64), -1
 
     def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
         """Store seeded random normal tokens."""
@@ -167,7 +167,7 @@ class ReferenceCache:
             new, old = (self.recipe.sinks + cold_tokens(self.recipe, int(n)) for n in (after, before))
             self._keys[row, :, new:old] = rounded(keys[row, :, new:old], exact)
             self._values[row, :, new:old] = rounded(values[row, :, new:old], exact)
-        self._lengths, self._step = np.array(lengths, np.int64), -1
+        self._lengths, self._step = lengths.astype(np.int64), -1
 
     def set_fractions(self, fractions: Sequence[float]) -> None:
         """Read these shares of the cold pages from here on."""
