@@ -158,6 +158,10 @@ def test_a_ratio_that_no_context_meets_is_refused_as_such():
         for_ratio(33, 4096, SHAPE, anchor_every=1)
 
 
+def test_one_scale_for_the_whole_head_is_written_as_no_group():
+    assert {recipe.value_group for recipe in candidates(SHAPE, 4, 128)} == {0, 32, 64}
+
+
 def test_a_ratio_that_holds_only_beyond_the_largest_context_is_refused_as_such():
     regions = {"sinks": 4, "window": 128}
     # Of the tokens from page to page the last reads the most bytes a token; here the second one beyond the largest context.
