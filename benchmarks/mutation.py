@@ -99,10 +99,9 @@ REASONS = (
     (r"late\.add\(None\)", "only whether somebody was late is asked"),
     (r"_turn\(.*\) < 0:", "points on a line are one piece, or two of one slope that are taken one after the other"),
     (r"row\[0\]\[2:-1\]", "behind the bracket stands the end of a line, which is dropped anyway"),
-    (
-        r"(stored_ratio\(recipe, \[MAX_CONTEXT\], head, |for_ratio\(ratio, context, shape, \*\*overrides)\)|\[context\], shape, \)",
-        _ALL_16_BIT,
-    ),
+    (r"stored_ratio\(recipe, \[MAX_CONTEXT\], head, \)|\[context\], shape, \)", _ALL_16_BIT),
+    (r"for_ratio\(ratio, context, shape, \*\*overrides\)", _ALL_16_BIT),
+    (r"if at > x\)", "at a point the lines on both its sides give what it has"),
     (r"AttentionShape\(2, (group|32)", "the batch counts for queries and outputs alone, which are not bytes of the cache"),
     (r"met\(n \+ PAGE_TOKENS - 2\)", "a first look: the tokens around the answer are all asked afterwards"),
 )
