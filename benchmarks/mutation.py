@@ -101,6 +101,8 @@ REASONS = (
     (r"row\[0\]\[2:-1\]", "behind the bracket stands the end of a line, which is dropped anyway"),
     (r"stored_ratio\(recipe, \[MAX_CONTEXT\], head, \)|\[context\], shape, \)", _ALL_16_BIT),
     (r"for_ratio\(ratio, context, shape, \*\*overrides\)", _ALL_16_BIT),
+    (r"head_dim \+ 2\) if head_dim % n", "no number is divided by the next"),
+    (r"\bguess = 1 |for near in \(guess", "where the search begins decides how long it takes, not what it finds"),
     (r"if at > x\)", "at a point the lines on both its sides give what it has"),
     (r"AttentionShape\(2, (group|32)", "the batch counts for queries and outputs alone, which are not bytes of the cache"),
     (r"met\(n \+ PAGE_TOKENS - 2\)", "a first look: the tokens around the answer are all asked afterwards"),

@@ -158,6 +158,12 @@ def test_a_ratio_that_no_context_meets_is_refused_as_such():
         for_ratio(33, 4096, SHAPE, anchor_every=1)
 
 
+def test_one_token_is_a_context_and_none_is_not():
+    assert for_ratio(1, 1, SHAPE).is_dense
+    with pytest.raises(UsageError, match="a context of 0 tokens is out of range: give a whole number from 1 to 1048576"):
+        for_ratio(1, 0, SHAPE)
+
+
 def test_one_scale_for_the_whole_head_is_written_as_no_group():
     assert {recipe.value_group for recipe in candidates(SHAPE, 4, 128)} == {0, 32, 64}
 
