@@ -6,7 +6,8 @@
 
 A part that is run replaces its own entry in the file and leaves the others. `--sample` draws so many mutants of every part, by
 `--seed`: the share that is killed then has a standard error, which is recorded. Survivors are listed with what was changed and
-with the reason why no test can or need tell, where there is one.
+with the reason why no test can or need tell, where there is one. Where tests were added since and the modules are the same,
+`--again` tries the survivors alone.
 """
 
 import argparse
@@ -26,11 +27,28 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NoReturn
 
 from elastickv.measure.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+Record = dict[str, Any]
 COPIED = ("src", "tests", "docs", "benchmarks", "pyproject.toml", "README.md")
+# Most mutants are noticed by one of the quick tests, and the first test that fails ends a run.
+QUICKEST_FIRST = """
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    known = Path(__file__).with_name("mutmut-stats.json")
+    if known.exists():
+        seconds = json.loads(known.read_text(encoding="utf-8"))["duration_by_test"]
+        items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+"""
 
 
 @dataclass(frozen=True)
@@ -62,19 +80,32 @@ PARTS = {
 KILLED = ("killed", "timeout")
 # What a changed line looks like, and why no test tells it from the original.
 _NO_DTYPE = "no dtype means float64, or that of what is given: the numbers are the same"
+_WORDS = "the words of a message"
+_ALL_16_BIT = "whatever a model's dtype, what is not dense keeps its window in 16 bit: the same bytes"
 REASONS = (
-    (r"strict=(None|False)|zip\(variances, freedoms, \)", "lengths are equal by construction: `strict` only guards that"),
-    (r"astype\(None\)|(array|zeros)\(\w+, ((dtype=)?None)?\)", _NO_DTYPE),
-    (r"errstate\(", "silences a warning that these numbers do not give rise to"),
-    (r"XX|raise \w+\(None\)|[A-Z]{4,} [A-Z]{2,}", "the words of a message"),
-    (r"np\.sort\(rows, \)", "the last axis is the default"),
-    (r"default=(None|1)|max\(lengths, \)", "the default counts for an empty batch alone, which a shape refuses"),
+    (r"hull\[1:\], strict=None", "no strictness is what is written"),
+    (r"strict=(None|False)|zip\(.*, \)", "lengths are equal by construction: `strict` only guards that"),
+    (r"asarray\(\w+, ((dtype=)?None)?\)|(x|keys|values|\[exact\])\.astype\(None\)|scaled = .*astype\(None\)", _NO_DTYPE),
+    (r"key_format, (None, self\.shape\.head_dim|False, None)\)", "keys have no groups of channels, and None is as False"),
+    (r"standard_normal\(.*, (dtype=None)?\)", "seeded normal numbers either way, rounded as they are stored"),
+    (r"raise \w+\((None\)|.*(XX|[A-Z]{4,} [A-Z]{2,}))|XX, XX", _WORDS),
+    (r"^\+\s+f?\"(XX.*XX|[^a-z]*[A-Z]{4,} [A-Z]{2,}.*|every kv head.*)\"$", _WORDS),  # a line of a message of several
+    (r"np\.sort\(\w+, \)", "the last axis is the default"),
     (r"math\.tan\(math\.pi \* \(probability [+-]", "the tangent has the period pi: the same number"),
     (r"if n (<= 8|< 9) or", "a series of 8 has blocks of 1 by the tenth that they are limited to"),
     (r"if rho < 2 / math\.sqrt", "differs where two floats are equal by chance"),
     (r"starts\[:, :, None\] - np\.arange", "on a circle, blocks that run backwards are those that run forwards"),
     (r"reshape\(RESAMPLES, -2\)", "any negative number stands for what is left"),
     (r"late\.add\(None\)", "only whether somebody was late is asked"),
+    (r"_turn\(.*\) < 0:", "points on a line are one piece, or two of one slope that are taken one after the other"),
+    (r"row\[0\]\[2:-1\]", "behind the bracket stands the end of a line, which is dropped anyway"),
+    (r"stored_ratio\(recipe, \[MAX_CONTEXT\], head, \)|\[context\], shape, \)", _ALL_16_BIT),
+    (r"for_ratio\(ratio, context, shape, \*\*overrides\)", _ALL_16_BIT),
+    (r"head_dim \+ 2\) if head_dim % n", "no number is divided by the next"),
+    (r"\bguess = 1 |for near in \(guess", "where the search begins decides how long it takes, not what it finds"),
+    (r"if at > x\)", "at a point the lines on both its sides give what it has"),
+    (r"AttentionShape\(2, (group|32)", "the batch counts for queries and outputs alone, which are not bytes of the cache"),
+    (r"met\(n \+ PAGE_TOKENS - 2\)", "a first look: the tokens around the answer are all asked afterwards"),
 )
 
 
@@ -86,35 +117,64 @@ def workspace(part: Part, folder: Path) -> None:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
         else:
             shutil.copy(source, folder / name)
+    (folder / "conftest.py").write_text(QUICKEST_FIRST, encoding="utf-8")
     settings = {
         "source_paths": ["src"],
         "only_mutate": list(part.modules),
-        "also_copy": [name for name in COPIED if name not in ("src", "tests", "pyproject.toml")],
+        "also_copy": ["conftest.py", *(name for name in COPIED if name not in ("src", "tests", "pyproject.toml"))],
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-p", "no:xdist", *(["-k", part.select] if part.select else [])],
         "pytest_add_cli_args_test_selection": list(part.tests),
-        "timeout_multiplier": 10.0,
+        "timeout_multiplier": 4.0,
     }
     lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(f"\n[tool.mutmut]\n{lines}use_git_change_detection = false\n")
 
 
-def mutmut(folder: Path, *arguments: str) -> str:
-    """Run a command of mutmut in a workspace and return what it prints."""
-    slow = os.environ | {"NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "few"}
+def mutmut(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of mutmut in a workspace."""
+    # With threads, OpenMP would wait for ever in the forks in which mutants run: every mutant would look killed, by its time.
+    settings = {"NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "few", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mutmut", *arguments]
-    return subprocess.run(command, cwd=folder, env=slow, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True, text=True, check=False)
+
+
+def refuse(what: str, run: subprocess.CompletedProcess[str]) -> NoReturn:
+    """End with the last of what mutmut said: mutants that no test was run against are not survivors."""
+    raise SystemExit(f"{what}\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}")
+
+
+def generate(folder: Path) -> None:
+    """Make all mutants, run the tests once without one, and stop: mutmut ends where it looks for a mutant that is not there."""
+    nobody = "no such mutant"
+    run = mutmut(folder, "run", nobody)
+    if nobody not in run.stderr:
+        refuse("the tests do not pass without a mutant: do they in this environment, with NUMBA_DISABLE_JIT=1?", run)
+
+
+def run_tests(folder: Path, chosen: list[str], workers: int) -> dict[str, str]:
+    """Run the tests against mutants and return what became of each.
+
+    mutmut first runs the tests without a mutant, then with one in which everything fails: where they do not notice it, it ends
+    with an error, for then it is not the changed modules that they import.
+    """
+    run = mutmut(folder, "run", "--max-children", str(workers), *chosen)
+    found = statuses(folder)
+    outcome = {mutant: found[mutant] for mutant in chosen}
+    if run.returncode or "not checked" in outcome.values():
+        refuse("mutmut did not try every mutant", run)
+    return outcome
 
 
 def statuses(folder: Path) -> dict[str, str]:
     """Return what became of every mutant."""
-    lines = (line.strip().rpartition(": ") for line in mutmut(folder, "results", "--all", "true").splitlines())
+    lines = (line.strip().rpartition(": ") for line in mutmut(folder, "results", "--all", "true").stdout.splitlines())
     return {name: status for name, _, status in lines if "__mutmut_" in name}
 
 
 def changed(folder: Path, mutant: str) -> str:
     """Return the lines as a mutant has them."""
-    lines = mutmut(folder, "show", mutant).splitlines()
+    lines = mutmut(folder, "show", mutant).stdout.splitlines()
     return "\n".join(line for line in lines if line.startswith("+") and not line.startswith("+++"))
 
 
@@ -128,26 +188,25 @@ def explained(survivors: list[dict[str, str]]) -> int:
     return sum(not survivor["reason"].startswith("open") for survivor in survivors)
 
 
-def write(record: dict[str, object], output: Path) -> None:
+def write(record: Record, output: Path) -> None:
     """Write the file anew."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def tested(part: Part, sample: int | None, seed: int, workers: int) -> dict[str, object]:
-    """Return what the tests of a part do with its mutants, all of them or a sample."""
-    start = time.monotonic()
+def tested(part: Part, sample: int | None, seed: int, workers: int, known: Record | None) -> Record:
+    """Return what the tests of a part do with its mutants: all of them, a sample, or those that a record has as survivors."""
+    start, where = time.monotonic(), environment()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workspace(part, folder)
-        mutmut(folder, "run", "no such mutant")  # makes them all, runs the tests once, and stops
+        generate(folder)
         every = sorted(statuses(folder))
-        if not every:
-            raise SystemExit("no mutants: do the tests pass, in this environment and with NUMBA_DISABLE_JIT=1?")
-        chosen = sorted(random.Random(seed).sample(every, min(sample or len(every), len(every))))
-        mutmut(folder, "run", "--max-children", str(workers), *chosen)
-        outcome = {mutant: status for mutant, status in statuses(folder).items() if mutant in set(chosen)}
-        counted = Counter(outcome.values())
+        if known:
+            chosen = [survivor["mutant"] for survivor in known["survivors"]]
+        else:
+            chosen = sorted(random.Random(seed).sample(every, min(sample or len(every), len(every))))
+        outcome = run_tests(folder, chosen, workers)
         alive = [mutant for mutant, status in outcome.items() if status not in KILLED]
         with ThreadPoolExecutor(workers) as pool:
             changes = list(pool.map(partial(changed, folder), alive))
@@ -155,24 +214,36 @@ def tested(part: Part, sample: int | None, seed: int, workers: int) -> dict[str,
             {"mutant": mutant, "status": outcome[mutant], "change": change, "reason": reason(change)}
             for mutant, change in zip(alive, changes, strict=True)
         ]
-    killed = sum(counted[status] for status in KILLED)
-    share = killed / len(chosen)
+    before = known or {"tried": len(chosen), "seed": seed, "seconds": 0, "timeouts": 0}
+    tried = before["tried"]
+    killed = tried - len(survivors)
+    if not killed:
+        raise SystemExit("no mutant was killed: do the tests import what was changed?")
+    share = killed / tried
     return asdict(part) | {
-        "environment": environment(),
+        "environment": where,
         "mutmut": version("mutmut"),
-        "seconds": round(time.monotonic() - start),
+        "seconds": before["seconds"] + round(time.monotonic() - start),
         "mutants": len(every),
-        "tried": len(chosen),
-        "sampled": len(chosen) < len(every),
-        "seed": seed,
+        "tried": tried,
+        "sampled": tried < len(every),
+        "seed": before["seed"],
         "killed": killed,
-        "timeouts": counted["timeout"],
-        "survived": len(chosen) - killed,
+        "timeouts": before["timeouts"] + Counter(outcome.values())["timeout"],
+        "survived": len(survivors),
         "share_killed": share,
-        "standard_error": math.sqrt(share * (1 - share) / len(chosen)) if len(chosen) < len(every) else 0.0,
+        "standard_error": math.sqrt(share * (1 - share) / tried) if tried < len(every) else 0.0,
         "explained": explained(survivors),
         "survivors": survivors,
     }
+
+
+def unchanged(part: Part, known: Record) -> Record:
+    """Return a record whose modules are still those of today; else its mutants are others, and all must be tried."""
+    commit = known["environment"]["commit"]
+    if subprocess.run(["git", "diff", "--quiet", commit, "--", *part.modules], cwd=ROOT, check=False).returncode:
+        raise SystemExit(f"{', '.join(part.modules)} are not those of commit {commit}: leave out --again")
+    return known
 
 
 def main() -> None:
@@ -180,6 +251,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(sorted(PARTS))}; none: only give the reasons anew")
     parser.add_argument("--sample", type=int, help="mutants of every part; all of them unless given")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--again", action="store_true", help="only the recorded survivors: tests were added, modules are as then"
+    )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -192,10 +266,11 @@ def main() -> None:
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}: choose {', '.join(sorted(PARTS))}")
     for name in arguments.parts:
-        found = tested(PARTS[name], arguments.sample, arguments.seed, arguments.workers)
+        known = unchanged(PARTS[name], record["parts"][name]) if arguments.again else None
+        found = tested(PARTS[name], arguments.sample, arguments.seed, arguments.workers, known)
         sampled = f" --sample {arguments.sample} --seed {arguments.seed}" if arguments.sample else ""
         command = f"python benchmarks/mutation.py {name}{sampled} --output benchmarks/results/reliability/mutation.json"
-        record["parts"][name] = {"command": command} | found
+        record["parts"][name] = {"command": known["command"] if known else command} | found
         write(record, arguments.output)
         print(f"{name}: {found['killed']} of {found['tried']} mutants killed, {found['explained']} survivors explained")
     write(record, arguments.output)

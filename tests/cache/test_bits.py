@@ -1,5 +1,7 @@
 """Conversions against another implementation, number by number: PyTorch's bfloat16, float16 and float8 e4m3."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,12 @@ def test_rounding_to_a_dtype_is_pytorchs_too(dtype, other):
     assert got.dtype == np.float32
     same_numbers(got, torch.from_numpy(FINITE.copy()).to(other).float().numpy())
     assert rounded([1, 2.5], dtype).dtype == np.float32
+
+
+def test_what_a_half_cannot_hold_is_infinite_without_a_warning():
+    with warnings.catch_warnings(), np.errstate(over="warn"):
+        warnings.simplefilter("error")
+        assert rounded([1e6, -1e6, 65504], "fp16").tolist() == [np.inf, -np.inf, 65504]
 
 
 def test_e4m3_numbers_are_pytorchs():

@@ -1,5 +1,7 @@
 """Quantised rows and pages: bounded error, no clamping, no overflow, scales that round outwards."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from elastickv.cache.bits import from_bf16_bits, rounded, to_bf16_bits
 from elastickv.cache.quantise import (
+    E4M3_VALUES,
     dequantise_fp8,
     dequantise_int8,
     quantise_fp8,
@@ -252,3 +255,38 @@ def test_what_is_stored_reads_as_codes_times_scales(fmt, value):
     if fmt != "bf16":
         most = max(len(np.unique(line)) for line in lines.get((fmt, value), channels))
         assert most <= (16 if fmt == "int4" else 255)
+
+
+TINY, HUGE = 1e-45, 3e38  # a denormal whose share of any range is 0, and a number whose distance to its negative is infinite
+
+
+@pytest.mark.parametrize("numbers", [(0, 0), (TINY, 0), (-HUGE, HUGE), (HUGE, 1), (np.inf, 1), (-np.inf, np.inf), (np.nan, -1)])
+@pytest.mark.parametrize("fmt", SHAPES)
+def test_no_number_gives_rise_to_a_warning(fmt, numbers):
+    rows = np.zeros((1, 32, 64), np.float32)
+    rows[0, :2, :2] = numbers
+    rows[0, 0, 2], rows[0, 1, 3] = numbers
+    with warnings.catch_warnings(), np.errstate(divide="warn", invalid="warn", over="warn"):
+        warnings.simplefilter("error")
+        quantised(rows, fmt)
+        stored_values(rows[0], fmt.partition(" ")[0], fmt == "int4 values", 32)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf])
+def test_an_infinity_is_no_number_in_fp8_which_has_none(bad):
+    page = np.ones((1, 32, 8), np.float32)
+    page[0, 5, 2] = bad
+    codes = quantise_fp8(page)[0]
+    assert codes[0, 5, 2] & 0x7F == 0x7F
+    assert np.isnan(E4M3_VALUES[codes]).sum() == 1
+
+
+def test_codes_and_scales_are_multiplied_in_float64():
+    # 127 x (1 + 2^-7) needs 14 bits: the products of a code and a scale are exact.
+    scales = np.array([0x3F81], np.uint16)
+    for read, expected in (
+        (dequantise_int8(np.array([[127, -3]], np.int8), scales), [127, -3]),
+        (dequantise_fp8(np.array([[[0x7E, 0x01]]], np.uint8), scales), [448, 2.0**-9]),
+    ):
+        assert read.dtype == np.float64
+        np.testing.assert_array_equal(read.ravel(), np.array(expected) * (1 + 2.0**-7))

@@ -293,3 +293,72 @@ def test_a_value_behind_the_end_is_not_told():
     cache.prefill(keys, values, np.array([65, 64]))
     with pytest.raises(NonFiniteError, match=r"^a value that is not finite: sequence 0, KV head 1, position 64$"):
         cache.raise_non_finite()
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"), [("int4,pages=1/4,anchor_every=4", (1 / 4, 1 / 4)), ("bf16,reuse,anchor_every=4", (0.5, 0.5))]
+)
+def test_shares_that_change_nothing_leave_the_count_of_steps_alone(text, shares):
+    cache = filled(text, [200, 150])
+    cache.append(*tokens(1)[:, :, :, 0])
+    cache.set_fractions(shares)
+    assert cache.step == 0
+
+
+def test_new_shares_make_the_next_step_an_anchor_that_reads_them():
+    cache = filled("int4,pages=1/4,anchor_every=4,sinks=0,window=0", [256, 256])
+    cache.append(*tokens(1)[:, :, :, 0])
+    cache.set_fractions([1 / 2, 1])
+    assert cache.step == -1
+    cache.decode(queries())
+    assert [len(cache.pages_read(1, head)) for head in range(2)] == [4, 8]
+
+
+def test_a_state_holds_the_tokens_there_are_and_nothing_that_changes_later():
+    assert ReferenceCache(SHAPE, 40, "bf16", Recipe.parse("int8")).state()["keys"].shape == (2, 2, 0, 64)
+    cache = filled("int4,pages=1/4:1/2", [150, 90], dtype="fp32")
+    state = cache.state()
+    assert state["keys"].shape == state["values"].shape == (2, 2, 150, 64)
+    before = {name: array.copy() for name, array in state.items()}
+    cache.prefill(*tokens(150, seed=9), np.array([7, 150]))
+    for name, array in before.items():
+        np.testing.assert_array_equal(state[name], array)
+    other = ReferenceCache(SHAPE, 150, "fp32", Recipe.parse("int4,pages=1/8"))
+    other.load_state(state)
+    for mine, theirs in zip(other.read(0, 150), filled("int4", [150, 90], dtype="fp32").read(0, 150), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert (other.lengths.tolist(), other.step, other.state()["fractions"].tolist()) == ([150, 90], -1, [1 / 4, 1 / 2])
+
+
+@pytest.mark.parametrize(("batch", "capacity"), [(2, 10), (3, 40)], ids=["too short", "more rows"])
+def test_a_state_that_does_not_fit_is_refused_with_both_shapes(batch, capacity):
+    other = ReferenceCache(AttentionShape(batch, 4, 2, 64), capacity, "bf16", Recipe.parse("int8"))
+    said = rf"^the saved tokens of shape \(2, 2, 11, 64\) do not fit a cache of \({batch}, 2, {capacity}, 64\)$"
+    with pytest.raises(ValueError, match=said):
+        other.load_state(filled("int8", [11, 3]).state())
+
+
+def test_rows_that_are_gathered_keep_what_the_cache_is():
+    cache = filled("int4,pages=1/4,anchor_every=4", [200, 150], dtype="fp16", phase=3)
+    cache.set_fractions([1 / 2, 1])
+    other = cache.gather(np.array([1, 1, 0]), 210)
+    assert other.shape == AttentionShape(3, 4, 2, 64)
+    assert (other.capacity, other.dtype, other.recipe, other.phase) == (210, "fp16", cache.recipe, 3)
+    assert (other.lengths.tolist(), other.step, other.state()["fractions"].tolist()) == ([150, 150, 200], -1, [1 / 2, 1])
+    other.set_fractions([1, 1])
+    assert cache.state()["fractions"].tolist() == [1 / 2, 1]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_what_a_crop_makes_exact_again_is_what_the_codes_stand_for_in_the_windows_dtype(dtype):
+    cache = filled("int4,sinks=4,window=32", [200, 100], dtype=dtype)
+    before = cache.read(0, 200)
+    cache.crop(np.array([120, 100]))
+    # Behind 4 sinks and before 32 tokens, of 200 tokens 160 are cold, of 120 only 64.
+    stored = cache.stored(0, 1)
+    for now, was in ((stored.exact_keys, before[0]), (stored.exact_values, before[1])):
+        np.testing.assert_array_equal(now, rounded(was[0, 1, [*range(4), *range(68, 120)]], dtype))
+    assert cache.lengths.dtype == np.int64
+    for array, was in zip(cache.read(0, 100), before, strict=True):
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array[1], was[1, :, :100])

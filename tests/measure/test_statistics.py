@@ -67,6 +67,11 @@ def test_few_samples_give_a_wide_interval():
     assert few.half_width > 3 * many.half_width
 
 
+def test_an_interval_is_one_of_95_percent_and_rests_on_the_side_with_fewer_samples():
+    interval = ratio_interval([1.0, 1.1, 0.9, 1.0], [1.0, 1.2, 0.8], paired=False)
+    assert (interval.level, interval.samples) == (0.95, 3)
+
+
 def test_faster_is_said_only_beyond_the_noise_floor():
     speedup, floor = Interval(1.1, 1.05, 1.15, 0.95, 50, 2), Interval(1.0, 0.96, 1.04, 0.95, 50, 2)
     assert beyond_noise(speedup, floor)

@@ -14,6 +14,7 @@ from elastickv.recipe import (
     largest_step_bytes,
     read_ratio,
     step_bytes,
+    stored_bytes,
     stored_ratio,
 )
 
@@ -75,6 +76,25 @@ def test_selection_by_reuse_saves_reads_only():
     recipe = Recipe.parse("reuse,anchor_every=4,sinks=0,window=0")
     assert read_ratio(recipe, [8192], shape) > 3.9
     assert stored_ratio(recipe, [8192], shape) < 1
+
+
+def test_reuse_stores_an_output_with_its_log_sum_exp_for_every_query_head():
+    shape = AttentionShape(2, 24, 6, 64)
+    recipe = Recipe.parse("reuse,anchor_every=4,sinks=0,window=0")
+    reused = 2 * 24 * (64 + 1) * 4
+    assert stored_bytes(recipe, [4096, 64], shape) == dense_bytes([4096, 64], shape) + reused
+
+
+@pytest.mark.parametrize("text", ["int8", "fp8", "k=int8,v=int4,vgroup=32", "int4,pages=1/4", "int8,stride=3", "dense"])
+def test_bytes_are_whole_numbers_by_their_type(text):
+    step = step_bytes(Recipe.parse(text), [500], AttentionShape(1, 4, 2, 64))
+    assert {type(n_bytes) for n_bytes in vars(step).values()} == {int}
+
+
+def test_a_stride_stores_the_rows_it_keeps():
+    # Every 4th of 128 tokens: 32 rows of 64 codes and a scale of 2 bytes, of K and of V.
+    recipe = Recipe.parse("int8,stride=4,sinks=0,window=0")
+    assert stored_bytes(recipe, [128, 128], AttentionShape(2, 9, 3, 64)) == 2 * 3 * 2 * 32 * (64 + 2)
 
 
 def test_outputs_and_queries_are_itemised_and_do_not_count_in_c():

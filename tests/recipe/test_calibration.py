@@ -1,5 +1,6 @@
 """Pages go to the heads that lose most without them."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -64,6 +65,24 @@ def test_a_calibrated_recipe_keeps_the_budget_and_feeds_the_hungry_head():
         assert predicted_loss(ragged, 128) > 0
 
 
+def test_a_page_is_given_back_where_uneven_lists_take_more_than_even_ones():
+    pages = (2048 - 132) // 32
+    uniform = for_ratio(8, 2048, SHAPE, anchor_every=4)
+    exact = read_ratio(uniform, [2048], SHAPE)
+    shares = [int(uniform.fractions[0] * pages)] * 4
+    everything = replace(uniform, fractions=tuple(count / pages for count in allot(UNEVEN, pages, sum(shares))))
+    assert read_ratio(everything, [2048], SHAPE) < exact
+    ragged = for_ratio(exact, 2048, SHAPE, anchor_every=4, calibration=UNEVEN)
+    assert read_ratio(ragged, [2048], SHAPE) >= exact
+    assert [int(fraction * pages) for fraction in ragged.fractions] == allot(UNEVEN, pages, sum(shares) - 1)
+
+
+def test_errors_at_shares_of_the_same_page_move_no_page():
+    # Of 4 pages both 1/4 and 0.3 are one, so head 0's steep first drop is nothing that a page could buy.
+    calibration = {1 / 4: [10, 5], 0.3: [1, 4.8], 1.0: [0.9, 1]}
+    assert allot(calibration, 4, 3) == [1, 2]
+
+
 def test_equal_heads_read_alike():
     calibration = {fraction: [error] * 4 for fraction, error in ((1.0, 0.0), (0.5, 0.1), (0.25, 0.3))}
     counts = allot(calibration, 100, 4 * 25)
@@ -85,6 +104,7 @@ def test_without_pages_a_calibration_changes_nothing():
         ({1.0: [0, 0, 0, 0], 0.5: [0, 0]}, "2 errors"),
         ({1.0: [0, 0, 0, 0], 1.5: [0, 0, 0, 0]}, "1.5"),
         ({1.0: [0, 0, 0, 0], 0.5: [0, 0, 0, float("nan")]}, "not finite"),
+        ({1.0: [0, 0, 0, 0], 0.5: [0, 0, 0, float("inf")]}, "not finite"),
         ({1.0: [0, 0, 0, 0], 0.5: [0, 0, 0, -1]}, "negative"),
     ],
 )

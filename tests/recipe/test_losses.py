@@ -73,3 +73,9 @@ def test_heads_that_read_more_lower_the_loss_of_a_ragged_recipe():
 def test_the_whole_head_is_a_group_like_any_other():
     assert predicted_loss(Recipe.parse("int4"), 64) == predicted_loss(Recipe.parse("int4,vgroup=64"), 64)
     assert predicted_loss(Recipe.parse("int4"), 128) > predicted_loss(Recipe.parse("int4,vgroup=32"), 128)
+
+
+def test_either_16_bit_format_rounds_as_much():
+    record = json.loads(LOSSES_PATH.read_text(encoding="utf-8"))["formats"]
+    assert predicted_loss(Recipe.parse("fp16"), 64) == predicted_loss(Recipe.parse("bf16"), 64) == record["k=bf16,v=bf16"]
+    assert predicted_loss(Recipe.parse("k=fp16,v=int8"), 64) == record["k=bf16,v=int8"]

@@ -116,6 +116,13 @@ def test_who_asks_for_fewer_bytes_read_gets_fewer_stored():
         for_ratio_by_layer(CALIBRATION, 4, 32768, stored=5)
 
 
+def test_recipes_have_the_group_that_was_calibrated_and_the_sinks_and_window_that_are_asked_for():
+    narrow = replace(CALIBRATION, keys={"int4": CALIBRATION.keys["int4"]}, values={"int4/32": CALIBRATION.values["int4/32"]})
+    for ratio in (3, 8):
+        plan = for_ratio_by_layer(narrow, ratio, 8192, sinks=7, window=65)
+        assert {(recipe.value_group, recipe.sinks, recipe.window) for recipe in plan.recipes} == {(32, 7, 65)}
+
+
 def test_ratio_one_is_dense():
     assert for_ratio_by_layer(CALIBRATION, 1, 4096).recipes == (DENSE,) * LAYERS
 
@@ -144,6 +151,8 @@ def test_a_calibration_of_another_model_is_refused():
     CALIBRATION.check_model("0123456789abcdef")
     with pytest.raises(UsageError, match=r"is of tiny .* not of other .* `elastickv calibrate`"):
         CALIBRATION.check_model("fedcba9876543210", "other")
+    with pytest.raises(UsageError, match=r"not of this model \(fedcba9876543210\)"):
+        CALIBRATION.check_model("fedcba9876543210")
 
 
 @pytest.mark.parametrize(
@@ -156,6 +165,8 @@ def test_a_calibration_of_another_model_is_refused():
         ({"pages": {}}, "fraction 1 and another"),
         ({"keys": {"int4": [[-1, 0]] * 3}}, "negative"),
         ({"keys": {"int4": [[float("nan"), 0]] * 3}}, "no figure"),
+        ({"pages": {"1": {f: [[0, 0]] * 3 for f in ("1.0", "0.0")}}}, "a fraction that is not above 0 and at most 1"),
+        ({"pages": {"1": {f: [[0, 0]] * 3 for f in ("1.0", "1.1")}}}, "a fraction that is not above 0 and at most 1"),
         ({"keys": None}, "damaged"),
         ({"tokens": "many"}, "damaged"),
     ],
@@ -176,7 +187,7 @@ def test_what_is_no_calibration_is_refused(tmp_path, content):
 
 
 def test_a_calibration_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="No such file"):
+    with pytest.raises(UsageError, match=r"No such file.*; give a file that `elastickv calibrate` wrote"):
         ModelCalibration.load(tmp_path / "absent.json")
 
 

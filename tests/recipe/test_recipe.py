@@ -36,10 +36,34 @@ def test_text_round_trips(recipe):
     assert Recipe.parse(str(recipe)) == recipe
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int4",
+        "k=int8,v=int4,vgroup=32",
+        "int4,pages=1",
+        "int4,pages=1/4:0.3",
+        "int4,pages=1/4,anchor_every=2",
+        "int8,stride=2",
+        "bf16,reuse,anchor_every=2",
+        "fp16,reuse,anchor_every=3,decay=0.5,sinks=0,window=0",
+        "fp8,sinks=3",
+        "fp8,window=127",
+    ],
+)
+def test_a_text_says_what_is_chosen_and_no_more(text):
+    assert str(Recipe.parse(text)) == text
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 1e-10, 1 / 999_999_999, 1e-300, 5e-324])
 def test_the_smallest_fractions_round_trip(fraction):
     recipe = Recipe("int4", "int4", selection="pages", fractions=(fraction,))
     assert Recipe.parse(str(recipe)) == recipe
+
+
+def test_a_share_is_written_as_one_over_a_whole_number_where_that_can_be_read_back():
+    texts = [str(Recipe("int4", "int4", selection="pages", fractions=(1 / whole,))) for whole in (1, 2, 999_999_999, 10**9)]
+    assert texts == ["int4,pages=1", "int4,pages=1/2", "int4,pages=1/999999999", "int4,pages=1e-09"]
 
 
 def test_numbers_of_any_type_are_one_recipe():
@@ -97,6 +121,12 @@ def test_order_and_spaces_do_not_matter(text):
     assert Recipe.parse(text) == Recipe("int8", "int8", selection="stride", stride=3)
 
 
+def test_a_format_named_for_keys_or_values_alone_is_the_others_too_but_pages_have_keys_in_int4():
+    assert Recipe.parse("k=int8") == Recipe.parse("v=int8") == Recipe.parse("int8")
+    assert Recipe.parse("v=int8,pages=1/4") == Recipe.parse("k=int4,v=int8,pages=1/4")
+    assert Recipe.parse("pages=1/4") == Recipe.parse("int4,pages=1/4")
+
+
 def test_the_schedule_of_the_original_reads():
     assert Recipe.parse("reuse,anchor-every=4,decay=0.95,sinks=0,window=0") == Recipe(
         "bf16", "bf16", selection="reuse", anchor_every=4, decay=0.95, sinks=0, window=0
@@ -113,6 +143,10 @@ def test_the_schedule_of_the_original_reads():
         ("stride=0", "stride=0"),
         ("stride=2.5", "stride=2.5"),
         ("stride=-1", "stride=-1"),
+        ("sinks=4.5", "sinks=4.5 is not a whole number"),
+        ("int4,vgroup=x", "vgroup=x is not a whole number"),
+        ("reuse,anchor_every=2,decay=.", "decay=. is not a number"),
+        ("pages=a/b", "pages=a/b is not a number"),
         ("stride=2,stride=3", "do not combine"),
         ("int8,bf16", "twice"),
         ("stride=2,reuse,anchor_every=2", "do not combine"),
@@ -135,6 +169,14 @@ def test_the_window_keeps_the_models_16_bit_dtype():
     assert Recipe.parse("int8").exact_dtype("fp16") == "fp16"
     assert Recipe.parse("int8").exact_dtype("fp32") == "bf16"
     assert DENSE.exact_dtype("fp32") == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("formats", "other"), [("bf16", "fp16"), ("k=int8,v=bf16", "fp16"), ("fp16", "bf16"), ("k=fp16,v=int4", "fp32")]
+)
+def test_a_16_bit_format_is_the_windows_dtype_too_whatever_the_models_is(formats, other):
+    named = "bf16" if "bf16" in formats else "fp16"
+    assert Recipe.parse(formats).exact_dtype(other) == named
 
 
 def test_the_phases_of_layers_are_whole_and_spread_over_an_interval():

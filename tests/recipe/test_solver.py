@@ -20,6 +20,7 @@ from elastickv.recipe import (
     read_ratio,
 )
 from elastickv.recipe.formats import value_groups
+from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import ALIKE, candidates, fraction_of, solve_fraction
 from tests.helpers.cases import tried
 
@@ -140,15 +141,14 @@ def test_a_refusal_names_the_context_from_which_the_ratio_holds(shape, sinks, wi
     start = int(re.search(r"from a context of (\d+)", str(refusal.value))[1])
     assert solved(ratio, start - 1, shape, **regions) is None
     for context in (*range(start, start + 200), *range(start + 200, start + 20_000, 487)):
-        assert smallest_ratio_reached(context, shape, regions) >= ratio
+        assert any(read_ratio(recipe, [context], shape) >= ratio for recipe in fewest_bytes(regions))
     assert solved(ratio, start, shape, **regions) is not None
 
 
-def smallest_ratio_reached(context, shape, regions):
+def fewest_bytes(regions):
     whole = Recipe("int4", "int4", **regions)
     one_page = replace(whole, selection="pages", fractions=(1e-9,))
-    recipes = [whole, *(replace(one_page, anchor_every=anchor_every) for anchor_every in (1, 2, 4, 8, 16))]
-    return max(read_ratio(recipe, [context], shape) for recipe in recipes)
+    return [*(replace(one_page, anchor_every=anchor_every) for anchor_every in (16, 8, 4, 2, 1)), whole]
 
 
 def test_a_ratio_that_no_context_meets_is_refused_as_such():
@@ -156,6 +156,25 @@ def test_a_ratio_that_no_context_meets_is_refused_as_such():
         for_ratio(1000, 4096, SHAPE)
     with pytest.raises(UsageError, match="no context up to 1048576"):
         for_ratio(33, 4096, SHAPE, anchor_every=1)
+
+
+def test_one_token_is_a_context_and_none_is_not():
+    assert for_ratio(1, 1, SHAPE).is_dense
+    with pytest.raises(UsageError, match="a context of 0 tokens is out of range: give a whole number from 1 to 1048576"):
+        for_ratio(1, 0, SHAPE)
+
+
+def test_one_scale_for_the_whole_head_is_written_as_no_group():
+    assert {recipe.value_group for recipe in candidates(SHAPE, 4, 128)} == {0, 32, 64}
+
+
+def test_a_ratio_that_holds_only_beyond_the_largest_context_is_refused_as_such():
+    regions = {"sinks": 4, "window": 128}
+    # Of the tokens from page to page the last reads the most bytes a token; here the second one beyond the largest context.
+    beyond = max(n for n in range(MAX_CONTEXT, MAX_CONTEXT + 64) if (n + 1 - 4 - 128) % 32 == 0)
+    ratio = max(read_ratio(recipe, [beyond], SHAPE) for recipe in fewest_bytes(regions))
+    with pytest.raises(UsageError, match="no context up to 1048576"):
+        for_ratio(ratio, 4096, SHAPE, **regions)
 
 
 @pytest.mark.parametrize("context", [1000, 4096, 131072])

@@ -41,7 +41,7 @@ def quantise_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]
 
 def dequantise_int8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
     """Return codes x scales as float64; shapes as `quantise_int8` returns them."""
-    return np.asarray(codes, np.float64) * from_bf16_bits(scales).astype(np.float64)[..., None]
+    return np.asarray(codes, np.float64) * from_bf16_bits(scales)[..., None]
 
 
 def quantise_int4_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
@@ -111,7 +111,7 @@ def quantise_fp8(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.uint16
 
 def dequantise_fp8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
     """Return the float64 values of codes and scales as `quantise_fp8` returns them."""
-    return E4M3_VALUES[np.asarray(codes, np.uint8)] * from_bf16_bits(scales).astype(np.float64)[..., None, None]
+    return E4M3_VALUES[np.asarray(codes, np.uint8)] * from_bf16_bits(scales)[..., None, None]
 
 
 @np.errstate(invalid="ignore", over="ignore")
@@ -179,8 +179,8 @@ _E4M3_POSITIVE = E4M3_VALUES[:127]
 
 def _to_e4m3(x: NDArray[np.float32]) -> NDArray[np.uint8]:
     magnitude = np.minimum(np.abs(x.astype(np.float64)), FP8_MAX)
-    above = np.searchsorted(_E4M3_POSITIVE, magnitude).clip(0, 126)
-    below = np.maximum(above - 1, 0)
+    above = np.searchsorted(_E4M3_POSITIVE, magnitude).clip(1, 126)
+    below = above - 1
     middle = (_E4M3_POSITIVE[above] + _E4M3_POSITIVE[below]) / 2
     up = (magnitude > middle) | ((magnitude == middle) & (above % 2 == 0))
     codes = np.where(up, above, below).astype(np.uint8)

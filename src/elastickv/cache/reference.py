@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from elastickv.attention.bounds import page_bounds, score_pages, select_pages
 from elastickv.attention.reference import Float64
 from elastickv.cache.bits import rounded
-from elastickv.cache.editable import CacheState
+from elastickv.cache.editable import CacheState, check_crop, check_growth, cold_tokens
 from elastickv.cache.layer import INT4_KEY_MAX, Float32, StoredHead, beyond_int4
 from elastickv.cache.oracle import Oracle
 from elastickv.cache.quantise import quantise_int4_keys, stored_values
@@ -45,11 +45,11 @@ class ReferenceCache:
     def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
         """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
         tokens = keys.shape[2]
-        if max(lengths, default=0) > min(tokens, self.capacity):
+        if max(lengths) > min(tokens, self.capacity):
             raise UsageError(f"a sequence of {max(lengths)} tokens does not fit a capacity of {self.capacity}")
         exact = self.recipe.exact_dtype(self.dtype)
         self._keys[:, :, :tokens], self._values[:, :, :tokens] = rounded(keys, exact), rounded(values, exact)
-        self._lengths, self._step = np.array(lengths, np.int64), -1
+        self._lengths, self._step = lengths.astype(np.int64), -1
 
     def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
         """Store seeded random normal tokens."""
@@ -115,10 +115,8 @@ class ReferenceCache:
 
     def extend(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
         """Store further tokens; row b takes the first `lengths[b]` of its own."""
+        check_growth(self._lengths, lengths, keys.shape[2], self.capacity)
         exact, after = self.recipe.exact_dtype(self.dtype), self._lengths + lengths
-        for row, (held, more) in enumerate(zip(self._lengths, lengths, strict=True)):
-            if held + more > self.capacity:
-                raise UsageError(f"the cache is full: sequence {row} holds {held} of {self.capacity} tokens, {more} are added")
         for row, (first, last) in enumerate(zip(self._lengths, after, strict=True)):
             for kept, given in ((self._keys, keys), (self._values, values)):
                 kept[row, :, first:last] = rounded(given[row, :, : last - first], exact)
@@ -145,7 +143,7 @@ class ReferenceCache:
     def gather(self, rows: NDArray[np.int64], capacity: int) -> "ReferenceCache":
         """Return a cache of `capacity` tokens whose row i is a copy of row `rows[i]`."""
         other = ReferenceCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe, self.phase)
-        longest = int(self._lengths.max(initial=0))
+        longest = int(self._lengths.max())
         for mine, copied in ((self._keys, other._keys), (self._values, other._values)):
             copied[:, :, :longest] = mine[rows, :, :longest]
         other._lengths, other._step, other._fractions = self._lengths[rows], self._step, list(self._fractions)
@@ -162,21 +160,14 @@ class ReferenceCache:
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         """Keep the first tokens of every row; what was quantised keeps what its codes stand for."""
-        if any(lengths > self._lengths) or any(lengths < 0):
-            raise UsageError(
-                f"a cache of {self._lengths.tolist()} tokens cannot be cropped to {lengths.tolist()}: give fewer, from 0 up"
-            )
+        check_crop(self.recipe, self._lengths, lengths)
         exact = self.recipe.exact_dtype(self.dtype)
-        keys, values = self.read(0, int(self._lengths.max(initial=0)))
+        keys, values = self.read(0, int(self._lengths.max()))
         for row, (before, after) in enumerate(zip(self._lengths, lengths, strict=True)):
-            old, new = (regions(int(n), self.recipe.sinks, self.recipe.window).cold for n in (before, after))
-            if old > new and not self.recipe.is_dense:
-                if self.recipe.stride > 1:
-                    raise UsageError(f"{self.recipe} has dropped tokens that a crop to {after} needs again")
-                span = slice(self.recipe.sinks + new, self.recipe.sinks + old)
-                self._keys[row, :, span] = rounded(keys[row, :, span], exact)
-                self._values[row, :, span] = rounded(values[row, :, span], exact)
-        self._lengths, self._step = np.array(lengths, np.int64), -1
+            new, old = (self.recipe.sinks + cold_tokens(self.recipe, int(n)) for n in (after, before))
+            self._keys[row, :, new:old] = rounded(keys[row, :, new:old], exact)
+            self._values[row, :, new:old] = rounded(values[row, :, new:old], exact)
+        self._lengths, self._step = lengths.astype(np.int64), -1
 
     def set_fractions(self, fractions: Sequence[float]) -> None:
         """Read these shares of the cold pages from here on."""
@@ -185,7 +176,7 @@ class ReferenceCache:
 
     def state(self) -> CacheState:
         """Return copies of the tokens and counts; the next decode after `load_state` is an anchor."""
-        longest = int(self._lengths.max(initial=0))
+        longest = int(self._lengths.max())
         held = {"keys": self._keys[:, :, :longest].copy(), "values": self._values[:, :, :longest].copy()}
         return held | {"lengths": self._lengths.copy(), "fractions": np.array(self._fractions)}
 
@@ -217,5 +208,5 @@ class ReferenceCache:
             for row, length in enumerate(self._lengths):
                 split = regions(int(length), self.recipe.sinks, self.recipe.window)
                 cold = self._keys[row, :, split.sinks : split.sinks + split.cold]
-                for head, number in np.argwhere(np.abs(cold).max(axis=-1, initial=0) > INT4_KEY_MAX):
+                for head, number in np.argwhere(np.abs(cold).max(axis=-1) > INT4_KEY_MAX):
                     raise NonFiniteError(beyond_int4(row, head, split.sinks + number))

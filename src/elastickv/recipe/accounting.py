@@ -89,7 +89,7 @@ def _head_bytes(recipe: Recipe, length: int, shape: AttentionShape, model_dtype:
     if recipe.key_format is None or recipe.value_format is None:
         return StepBytes(exact=_PLANES * sectors(length * exact_row))
     rows = kept(split.cold, recipe.stride)
-    at_anchor = regions(max(length - age, 0), recipe.sinks, recipe.window).cold
+    at_anchor = regions(length - age, recipe.sinks, recipe.window).cold
     cached = scoring = lists = 0
     key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
     key_scales, value_scales = key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim))
@@ -128,7 +128,7 @@ def _distinct_ages(recipe: Recipe, lengths: Sequence[int]) -> list[tuple[int, in
     first: dict[tuple[int, ...], int] = {}
     times: Counter[int] = Counter()
     for age in range(recipe.anchor_every):
-        at_anchor = (regions(max(length - age, 0), recipe.sinks, recipe.window).cold for length in set(lengths))
+        at_anchor = (regions(length - age, recipe.sinks, recipe.window).cold for length in set(lengths))
         times[first.setdefault((min(age, 1), *at_anchor), age)] += 1
     return list(times.items())
 

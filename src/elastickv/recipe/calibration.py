@@ -50,7 +50,7 @@ def allot(calibration: Calibration, pages: int, total: int) -> list[int]:
             start = 1 if number == 0 else max(1, int(x0 * pages))
             pieces.append(((y1 - y0) / (x1 - x0), head, max(0, int(x1 * pages) - start)))
     # Equal slopes go round the heads in order; what gains nothing is spent last, so that the budget is used.
-    for _, head, length in sorted(pieces, key=lambda piece: piece[:2]):
+    for _, head, length in sorted(pieces):
         taken = min(length, left)
         counts[head] += taken
         left -= taken

@@ -97,7 +97,7 @@ def for_ratio_by_layer(
         fewest = (
             replace(smallest.recipe, fractions=(min(smallest.fractions),)) if smallest.recipe.fractions else smallest.recipe
         )
-        raise UsageError(unmet(ratio, context, replace(head, batch=1), dtype, [fewest]))
+        raise UsageError(unmet(ratio, context, head, dtype, [fewest]))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if _bytes(chosen(math.exp(middle))) <= budget else (middle, high)
@@ -154,24 +154,22 @@ def _added(first: HeadErrors, second: HeadErrors) -> HeadErrors:
 
 def _cheapest(options: Sequence[_Option], layer: int, price: float) -> _Choice:
     """Return the layer's choice of least error + price * bytes; of equals the one of fewest bytes."""
-    best: tuple[float, float] | None = None
-    picked: tuple[_Option, list[int]] | None = None
-    for option in options:
+
+    def weighed(option: _Option) -> tuple[float, float, _Option, list[int]]:
         points, cost, n_bytes = [], 0.0, 0.0
         for head in range(len(option.errors_at[0][layer])):
             costs = [errors[layer][head] + price * b for errors, b in zip(option.errors_at, option.bytes_at, strict=True)]
             point = min(range(len(costs)), key=lambda i: (costs[i], option.bytes_at[i]))
             points.append(point)
             cost, n_bytes = cost + costs[point], n_bytes + option.bytes_at[point]
-        if best is None or (cost, n_bytes) < best:
-            best, picked = (cost, n_bytes), (option, points)
-    assert best is not None and picked is not None
-    option, points = picked
+        return cost, n_bytes, option, points
+
+    _, n_bytes, option, points = min(map(weighed, options), key=lambda found: found[:2])
     recipe = option.recipe
     if recipe.fractions:
         fractions = tuple(option.fractions[i] for i in points)
         recipe = replace(recipe, fractions=fractions[:1] if len(set(fractions)) == 1 else fractions)
-    return _Choice(recipe, sum(option.errors_at[i][layer][h] for h, i in enumerate(points)), best[1])
+    return _Choice(recipe, sum(option.errors_at[i][layer][h] for h, i in enumerate(points)), n_bytes)
 
 
 def _filled(within: list[_Choice], beyond: list[_Choice], budget: float) -> list[_Choice]:

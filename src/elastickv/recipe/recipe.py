@@ -295,8 +295,6 @@ def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | N
         else:
             raise UsageError(f"recipe {text!r}: {term!r} is not a term; {_HELP}")
     selection = values.get("selection")
-    if selection == "pages" and not {"key_format", "value_format"} & given:
-        default_format = "int4"
     values.setdefault("key_format", values.get("value_format", default_format) if selection != "pages" else "int4")
     values.setdefault("value_format", values["key_format"])
     open_field = None
