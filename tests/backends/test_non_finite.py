@@ -131,3 +131,58 @@ def test_nothing_finite_becomes_bad_but_for_an_output_beyond_float32(each, data)
     cache.raise_non_finite()
     outputs, lse = each.decode(cache, queries)
     check(cache, queries, outputs, lse, each.operand_rounding(case))
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("spoils", ["keys", "values"])
+@pytest.mark.parametrize("text", ["int8", "fp8", "int4", "k=int4,v=int8", "int4,pages=1/2"])
+def test_a_crop_leaves_nothing_of_a_bad_value_in_its_page_or_tells(each, text, spoils, bad):
+    """A page's tokens may share a scale: those before a bad one come back as its codes say."""
+    case = Case(AttentionShape(1, 2, 1, 64), Recipe.parse(f"{text},window=32"), "bf16", (300,))
+    keys, values, queries = case.prompt()
+    clean = each.new(case)
+    clean.prefill(keys, values, np.array([300]))
+    (keys if spoils == "keys" else values)[0, 0, 4 + 32 + 20, 3] = bad
+    cache = each.new(case)
+    cache.prefill(keys, values, np.array([300]))
+    for one in (cache, clean):
+        one.crop(np.array([4 + 32 + 15]))
+    outputs, _ = each.decode(cache, queries)
+    if np.isfinite(outputs).all():
+        cache.raise_non_finite()
+        # A page without the bad value has a range of its own: no more than rounding of the format.
+        np.testing.assert_allclose(outputs, each.decode(clean, queries)[0], atol=0.1)
+    else:
+        with pytest.raises(NonFiniteError, match="sequence 0, KV head 0, position"):
+            cache.raise_non_finite()
+
+
+def test_a_bad_value_is_told_when_one_in_another_row_was_taken_back(each):
+    case = Case(AttentionShape(2, 2, 2, 64), Recipe.parse("int4,pages=1/2,window=32"), "bf16", (300, 300))
+    keys, values, _ = case.prompt()
+    values[0, 0, 290, 3] = values[1, 1, 40, 3] = np.nan
+    cache = each.new(case)
+    cache.prefill(keys, values, np.array(case.lengths))
+    with pytest.raises(NonFiniteError, match=r"sequence 0, KV head 0, position 290$"):
+        cache.raise_non_finite()
+    cache.crop(np.array([280, 300]))
+    with pytest.raises(NonFiniteError, match=r"sequence 1, KV head 1, position 40$"):
+        cache.raise_non_finite()
+    cache.reorder(np.array([1, 0]))
+    with pytest.raises(NonFiniteError, match=r"sequence 0, KV head 1, position 40$"):
+        cache.raise_non_finite()
+    cache.gather(np.array([1, 1]), 300).raise_non_finite()
+
+
+@pytest.mark.parametrize("text", ["int8", "fp8", "int4", "k=int8,v=int4"])
+def test_the_largest_numbers_come_back_from_codes_as_numbers(each, text):
+    """Scales are rounded up: what codes stand for may lie beyond the largest half, which is no reason for an infinity."""
+    case = Case(AttentionShape(1, 1, 1, 64), Recipe.parse(f"{text},window=64"), "fp16", (300,))
+    keys, values, queries = case.prompt()
+    keys, values = (np.where(array < 0, -65504, 65504).astype(np.float32) for array in (keys, values))
+    cache = each.new(case)
+    cache.prefill(keys, values, np.array([300]))
+    cache.crop(np.array([150]))
+    cache.raise_non_finite()
+    assert np.isfinite(cache.stored(0, 0).exact_keys).all() and np.isfinite(cache.stored(0, 0).exact_values).all()
+    assert np.isfinite(each.decode(cache, queries * np.float32(1e-6))[0]).all()

@@ -63,7 +63,7 @@ class Kind:
 def kind(request):
     where, *how = request.param.split()
     if where in ("reference", "cpu"):
-        return Kind(ReferenceBackend() if where == "reference" else load("cpu"), "fp32")
+        return Kind(ReferenceBackend() if where == "reference" else load("cpu")[0], "fp32")
     kernels = "simt" if "simt" in how else "auto"
     return Kind(request.getfixturevalue("open_cuda")(kernels), how[-1])
 

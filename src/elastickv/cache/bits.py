@@ -17,6 +17,16 @@ def from_bf16_bits(bits: ArrayLike) -> NDArray[np.float32]:
     return (np.asarray(bits, dtype=np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
+LARGEST = {"fp32": float(np.finfo(np.float32).max), "fp16": 65504.0, "bf16": float(np.uint32(0x7F7F0000).view(np.float32))}
+
+
+def limited(values: ArrayLike, dtype: str) -> NDArray[np.float32]:
+    """Return float32 `values` rounded to `dtype`; finite ones beyond its largest become that."""
+    x = np.asarray(values, np.float32)
+    most = np.float32(LARGEST[dtype])
+    return rounded(np.where(np.isfinite(x), np.clip(x, -most, most), x), dtype)
+
+
 def rounded(values: ArrayLike, dtype: str) -> NDArray[np.float32]:
     """Return float32 `values` rounded to `dtype` ('fp32', 'fp16' or 'bf16'), as float32."""
     x = np.asarray(values, dtype=np.float32)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from elastickv.cache.layer import Float32, LayerCache
 from elastickv.errors import UsageError
@@ -45,7 +45,10 @@ class EditableCache(LayerCache, Protocol):
         """
 
     def gather(self, rows: NDArray[np.int64], capacity: int) -> "EditableCache":
-        """Return a cache of `capacity` tokens whose row i is a copy of row `rows[i]`: codes, scales, lists, window and step."""
+        """Return a cache of `capacity` tokens whose row i is a copy of row `rows[i]`: codes, scales, lists, window and step.
+
+        What was marked is not copied.
+        """
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Make row i a copy of what row `rows[i]` was, in place; (batch,) int64."""
@@ -76,6 +79,26 @@ class EditableCache(LayerCache, Protocol):
         ------
         ValueError : if the arrays are not those of a cache like this one, or do not fit its capacity.
         """
+
+
+def checked_rows(rows: NDArray[np.integer[Any]], batch: int, count: int | None = None) -> NDArray[np.int64]:
+    """Return numbers of rows as int64.
+
+    Raises
+    ------
+    ValueError : unless they are whole numbers from 0 to batch - 1, and `count` of them where that is given.
+    """
+    given = np.asarray(rows)
+    wrong = given.dtype.kind not in "iu" or given.ndim != 1 or not 0 < len(given) == (count or len(given))
+    if wrong or given.min() < 0 or given.max() >= batch:
+        raise ValueError(f"{given.tolist()} are no rows of {batch}: give {count or 'some'} whole numbers from 0 to {batch - 1}")
+    return given.astype(np.int64)
+
+
+def check_span(first: int, last: int) -> None:
+    """Raise ValueError unless tokens `first` to `last` - 1 can be read: the kernels take addresses."""
+    if not 0 <= first <= last:
+        raise ValueError(f"tokens {first} to {last} cannot be read: give a first one from 0 up and an end not before it")
 
 
 def check_growth(lengths: Lengths, more: Lengths, given: int, capacity: int) -> None:
@@ -131,7 +154,8 @@ def check_lists(lists: NDArray[np.int32], listed: NDArray[Any], fresh: NDArray[A
         raise ValueError("the saved lists name pages that the cache does not have")
 
 
-def check_shares(fractions: NDArray[np.float64]) -> None:
-    """Raise ValueError unless every saved share of the pages is above 0 and at most 1."""
-    if not ((fractions > 0) & (fractions <= 1)).all():
-        raise ValueError("the saved shares of the pages are not above 0 and at most 1")
+def check_shares(fractions: ArrayLike, kv_heads: int) -> None:
+    """Raise ValueError unless there is a share of the pages for every KV head, above 0 and at most 1."""
+    shares = np.asarray(fractions, np.float64)
+    if shares.shape != (kv_heads,) or not ((shares > 0) & (shares <= 1)).all():
+        raise ValueError(f"the shares of the pages are {shares.tolist()}: {kv_heads} above 0 and at most 1 are needed")

@@ -92,10 +92,16 @@ class LayerCache(Protocol):
         """Return the numbers of the cold pages that the last decode read, ascending; None where the recipe selects none."""
 
     def mark(self) -> None:
-        """Remember the present state."""
+        """Remember the present state, for as long as tokens are only added: a new cache is marked as it is, empty."""
 
     def rewind(self) -> None:
-        """Return to the marked state; everything appended since is forgotten."""
+        """Return to the marked state; everything appended since is forgotten.
+
+        Raises
+        ------
+        RuntimeError : if tokens that were marked have been written over since, by `prefill` or `fill_random` (or by what
+            `EditableCache` adds: a crop, moved rows, a loaded state, other fractions).
+        """
 
     def raise_non_finite(self) -> None:
         """Raise NonFiniteError, naming sequence, KV head and position, if a NaN or infinity was ever stored."""
@@ -107,6 +113,26 @@ def beyond_int4(row: int, kv_head: int, position: int) -> str:
         f"a key beyond what int4 holds: sequence {row}, KV head {kv_head}, position {position}; "
         f"int4 keys hold magnitudes up to {INT4_KEY_MAX:.0f}: choose another format for K"
     )
+
+
+def check_marked(marked: bool) -> None:
+    """Raise RuntimeError unless what was marked is still there."""
+    if not marked:
+        raise RuntimeError("there is no mark to return to, or its tokens have been written over since: mark() once more")
+
+
+def checked_lengths(lengths: NDArray[np.integer[Any]], batch: int) -> NDArray[np.int64]:
+    """Return tokens of each sequence as the kernels read them: (batch,) int64 without gaps.
+
+    Raises
+    ------
+    ValueError : unless there is one whole number from 0 up for each sequence.
+    """
+    given = np.asarray(lengths)
+    used = np.ascontiguousarray(given.astype(np.int64)) if given.dtype.kind in "iu" else None
+    if used is None or used.shape != (batch,) or used.min() < 0:
+        raise ValueError(f"{given.tolist()} are no lengths of {batch} sequences: give a whole number from 0 up for each")
+    return used
 
 
 def check_shape(array: Float32, shape: tuple[int, ...], name: str) -> None:

@@ -2,7 +2,7 @@
 
 Scales are rounded to their 16 bits before the codes are chosen, and always outwards, so that every finite input lies within
 what the codes span, but for half a unit in the last place of float32, in which the range is computed. int4 keys are finite up
-to 65504, and so are int4 values whose group spans what float32 can hold.
+to 65504, and so are int4 values whose group spans what float32 can hold. A NaN is left out of the range that a page shares.
 """
 
 import numpy as np
@@ -59,10 +59,10 @@ def quantise_int4_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.
     scales, zeros : (..., head_dim); x is about scale * code + zero.
     """
     x = np.asarray(pages, dtype=np.float32)
-    zeros = _float16_towards(x.min(axis=-2), -np.inf)
+    zeros = _float16_towards(np.fmin.reduce(x, axis=-2), -np.inf)
     wide = zeros.astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        scales = _float16_towards((x.max(axis=-2) - wide) / np.float32(INT4_LEVELS), np.inf)
+        scales = _float16_towards((np.fmax.reduce(x, axis=-2) - wide) / np.float32(INT4_LEVELS), np.inf)
     return _int4_codes(x, scales.astype(np.float32)[..., None, :], wide[..., None, :]), scales, zeros
 
 
@@ -101,7 +101,7 @@ def quantise_fp8(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.uint16
     scales : (...) uint16, bfloat16 bits; 0 for a page of zeros.
     """
     x = np.asarray(pages, dtype=np.float32)
-    step = np.abs(x).max(axis=(-2, -1)) / np.float32(FP8_MAX)
+    step = np.fmax.reduce(np.abs(x), axis=(-2, -1)) / np.float32(FP8_MAX)
     power = (step.view(np.uint32) + 0x7FFFFF) & 0x7F800000
     divisor = power.view(np.float32)[..., None, None]
     with np.errstate(invalid="ignore", divide="ignore"):

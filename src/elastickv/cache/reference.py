@@ -2,15 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.attention.bounds import page_bounds, score_pages, select_pages
 from elastickv.attention.reference import Float64
-from elastickv.cache.bits import rounded
-from elastickv.cache.editable import CacheState, check_crop, check_growth, cold_tokens
-from elastickv.cache.layer import INT4_KEY_MAX, Float32, StoredHead, beyond_int4
+from elastickv.cache.bits import limited, rounded
+from elastickv.cache.editable import (
+    CacheState,
+    check_crop,
+    check_growth,
+    check_shares,
+    check_span,
+    checked_rows,
+    cold_tokens,
+)
+from elastickv.cache.layer import INT4_KEY_MAX, Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
 from elastickv.cache.oracle import Oracle
 from elastickv.cache.quantise import quantise_int4_keys, stored_values
 from elastickv.errors import NonFiniteError, UsageError
@@ -27,11 +36,13 @@ class ReferenceCache:
         self._keys, self._values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self._lengths = np.zeros(shape.batch, np.int64)
         self._step = -1
+        self._anchor: int | None = None  # step of the last anchor that was decoded
         recipe.check_shape(shape.head_dim, shape.kv_heads)
         self._fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
         recipe.check_phase(phase)
         self._pages: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._oracle = Oracle(self)
+        self._marked: tuple[Any, ...] | None = None
         self.mark()
 
     @property
@@ -44,12 +55,25 @@ class ReferenceCache:
 
     def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
         """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
-        tokens = keys.shape[2]
-        if max(lengths) > min(tokens, self.capacity):
-            raise UsageError(f"a sequence of {max(lengths)} tokens does not fit a capacity of {self.capacity}")
-        exact = self.recipe.exact_dtype(self.dtype)
-        self._keys[:, :, :tokens], self._values[:, :, :tokens] = rounded(keys, exact), rounded(values, exact)
-        self._lengths, self._step = lengths.astype(np.int64), -1
+        used = checked_lengths(lengths, self.shape.batch)
+        self._check_block(keys, values)
+        if max(used) > min(keys.shape[2], self.capacity):
+            raise UsageError(f"a sequence of {max(used)} tokens does not fit a capacity of {self.capacity}")
+        self._overwrite(np.zeros_like(used))
+        self.extend(keys, values, used)
+
+    def _check_block(self, keys: Float32, values: Float32) -> None:
+        rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
+        check_shape(keys, rows, "keys")
+        check_shape(values, rows, "values")
+
+    def _overwrite(self, lengths: NDArray[np.int64]) -> None:
+        """Hold `lengths` tokens before the first step; what was marked may be so no more."""
+        self._lengths, self._marked = lengths, None
+        self._restart_steps()
+
+    def _restart_steps(self) -> None:
+        self._step, self._anchor = -1, None
 
     def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
         """Store seeded random normal tokens."""
@@ -60,6 +84,8 @@ class ReferenceCache:
     def append(self, keys: Float32, values: Float32) -> None:
         """Store one token per sequence: (batch, kv_heads, head_dim)."""
         exact = self.recipe.exact_dtype(self.dtype)
+        for name, array in (("keys", keys), ("values", values)):
+            check_shape(array, (self.shape.batch, self.shape.kv_heads, self.shape.head_dim), name)
         for row, length in enumerate(self._lengths):
             if length >= self.capacity:
                 raise UsageError(f"the cache is full: sequence {row} holds {length} of {self.capacity} tokens")
@@ -69,6 +95,11 @@ class ReferenceCache:
 
     def decode(self, queries: Float32) -> tuple[Float64, Float64]:
         """Attend with one query per sequence, in float64."""
+        check_shape(queries, (self.shape.batch, self.shape.query_heads, self.shape.head_dim), "queries")
+        age = self.recipe.age(self._step, self.phase)
+        if age and self._anchor != self._step - age:
+            raise RuntimeError(f"step {self._step} reuses what anchor {self._step - age} computes, which was not decoded")
+        self._anchor = self._step - age
         if self.recipe.selection == "pages":
             group = self.shape.group
             for row, head in np.ndindex(self.shape.batch, self.shape.kv_heads):
@@ -115,15 +146,19 @@ class ReferenceCache:
 
     def extend(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
         """Store further tokens; row b takes the first `lengths[b]` of its own."""
-        check_growth(self._lengths, lengths, keys.shape[2], self.capacity)
-        exact, after = self.recipe.exact_dtype(self.dtype), self._lengths + lengths
+        self._check_block(keys, values)
+        used = checked_lengths(lengths, self.shape.batch)
+        check_growth(self._lengths, used, keys.shape[2], self.capacity)
+        exact, after = self.recipe.exact_dtype(self.dtype), self._lengths + used
         for row, (first, last) in enumerate(zip(self._lengths, after, strict=True)):
             for kept, given in ((self._keys, keys), (self._values, values)):
                 kept[row, :, first:last] = rounded(given[row, :, : last - first], exact)
-        self._lengths, self._step = after, -1
+        self._lengths = after
+        self._restart_steps()
 
     def read(self, first: int, last: int) -> tuple[Float32, Float32]:
         """Return tokens `first` to `last` - 1 as stored; zeros where there are none."""
+        check_span(first, last)
         rows = (self.shape.batch, self.shape.kv_heads, last - first, self.shape.head_dim)
         keys, values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         for row, head in np.ndindex(rows[:2]):
@@ -142,37 +177,49 @@ class ReferenceCache:
 
     def gather(self, rows: NDArray[np.int64], capacity: int) -> "ReferenceCache":
         """Return a cache of `capacity` tokens whose row i is a copy of row `rows[i]`."""
-        other = ReferenceCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe, self.phase)
-        longest = int(self._lengths.max())
+        taken = checked_rows(rows, self.shape.batch)
+        other = ReferenceCache(replace(self.shape, batch=len(taken)), capacity, self.dtype, self.recipe, self.phase)
+        longest = int(self._lengths.max(initial=0))
         for mine, copied in ((self._keys, other._keys), (self._values, other._values)):
-            copied[:, :, :longest] = mine[rows, :, :longest]
-        other._lengths, other._step, other._fractions = self._lengths[rows], self._step, list(self._fractions)
+            copied[:, :, :longest] = mine[taken, :, :longest]
+        other._lengths, other._step, other._anchor = self._lengths[taken], self._step, self._anchor
+        other._fractions, other._marked = list(self._fractions), None
         heads = range(self.shape.kv_heads)
-        other._pages = {(i, h): self._pages[r, h] for i, r in enumerate(rows.tolist()) for h in heads if (r, h) in self._pages}
-        other._oracle.take_rows(self._oracle, rows)
+        other._pages = {(i, h): self._pages[r, h] for i, r in enumerate(taken.tolist()) for h in heads if (r, h) in self._pages}
+        other._oracle.take_rows(self._oracle, taken)
         return other
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "ReferenceCache":
+        return self.gather(np.arange(self.shape.batch), self.capacity)
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Make row i a copy of what row `rows[i]` was."""
-        other = self.gather(rows, self.capacity)
+        other = self.gather(checked_rows(rows, self.shape.batch, self.shape.batch), self.capacity)
+        self._marked = None
         self._keys, self._values, self._lengths, self._pages = other._keys, other._values, other._lengths, other._pages
         self._oracle.take_rows(other._oracle, np.arange(self.shape.batch))
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         """Keep the first tokens of every row; what was quantised keeps what its codes stand for."""
-        check_crop(self.recipe, self._lengths, lengths)
+        used = checked_lengths(lengths, self.shape.batch)
+        check_crop(self.recipe, self._lengths, used)
         exact = self.recipe.exact_dtype(self.dtype)
-        keys, values = self.read(0, int(self._lengths.max()))
-        for row, (before, after) in enumerate(zip(self._lengths, lengths, strict=True)):
-            new, old = (self.recipe.sinks + cold_tokens(self.recipe, int(n)) for n in (after, before))
-            self._keys[row, :, new:old] = rounded(keys[row, :, new:old], exact)
-            self._values[row, :, new:old] = rounded(values[row, :, new:old], exact)
-        self._lengths, self._step = lengths.astype(np.int64), -1
+        keys, values = self.read(0, int(self._lengths.max(initial=0)))
+        for row, pair in enumerate(zip(self._lengths.tolist(), used.tolist(), strict=True)):
+            old, new = (cold_tokens(self.recipe, length) for length in pair)
+            span = slice(self.recipe.sinks + new, self.recipe.sinks + old)
+            self._keys[row, :, span] = limited(keys[row, :, span], exact)
+            self._values[row, :, span] = limited(values[row, :, span], exact)
+        self._overwrite(used)
 
     def set_fractions(self, fractions: Sequence[float]) -> None:
         """Read these shares of the cold pages from here on."""
-        if self.recipe.selection == "pages" and list(fractions) != self._fractions:
-            self._fractions, self._step = list(fractions), -1
+        if self.recipe.selection != "pages":
+            return
+        check_shares(fractions, self.shape.kv_heads)
+        if list(fractions) != self._fractions:
+            self._fractions, self._marked = list(fractions), None
+            self._restart_steps()
 
     def state(self) -> CacheState:
         """Return copies of the tokens and counts; the next decode after `load_state` is an anchor."""
@@ -189,12 +236,14 @@ class ReferenceCache:
 
     def mark(self) -> None:
         """Remember the present state."""
-        self._marked = (self._lengths.copy(), self._step, dict(self._pages))
+        self._marked = (self._lengths.copy(), self._step, self._anchor, dict(self._pages))
         self._oracle.mark()
 
     def rewind(self) -> None:
         """Return to the marked state."""
-        lengths, self._step, pages = self._marked
+        check_marked(self._marked is not None)
+        assert self._marked is not None
+        lengths, self._step, self._anchor, pages = self._marked
         self._lengths, self._pages = lengths.copy(), dict(pages)
         self._oracle.rewind()
 

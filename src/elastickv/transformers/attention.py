@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from elastickv.errors import UsageError
+from elastickv.transformers.visibility import Places, check_told
 
 if TYPE_CHECKING:
     from elastickv.transformers.layer import ElasticLayer
@@ -181,7 +182,14 @@ def elastic_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """Return the boolean mask that the framework builds for its own fast attention, or None where none is needed.
 
     An elastic layer asks for the new tokens alone (`get_mask_sizes`): where a prompt was padded is known from its first pass.
+
+    Raises
+    ------
+    UsageError : if a mask of two dimensions says otherwise.
     """
+    first, told = kwargs.get("kv_offset"), kwargs.get("attention_mask")
+    if isinstance(first, Places) and told is not None:
+        check_told(told, first, kwargs["kv_length"])
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from elastickv.transformers.layer import ElasticLayer
 
 
+NO_GRADIENT = "a cache in 8 or 4 bits has no gradient: run the model under torch.no_grad() or inference_mode()"
+
+
 @dataclass
 class Recording:
     """A pass in which layers queue a decode and count nothing.
@@ -102,7 +105,7 @@ class Guard:
         """
         self.check_answered()
         if torch.is_grad_enabled() and (pending.keys.requires_grad or pending.values.requires_grad):
-            raise UsageError("a cache in 8 or 4 bits has no gradient: run the model under torch.no_grad() or inference_mode()")
+            raise UsageError(NO_GRADIENT)
         if not self.attention_is_ours:
             present = self.config._attn_implementation
             raise UsageError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import AttentionShape
 from elastickv.transformers.attention import Call, Pending, carrying
 from elastickv.transformers.budget import Reading, scaled
-from elastickv.transformers.guard import Guard
+from elastickv.transformers.finite import check_finite
+from elastickv.transformers.guard import NO_GRADIENT, Guard
 from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
 from elastickv.transformers.moments import now
 from elastickv.transformers.plan import Plan
@@ -22,9 +24,9 @@ from elastickv.transformers.report import Ledger
 from elastickv.transformers.slots import Slots
 from elastickv.transformers.store import Store, dtype_name, new_store, padded_head_dim
 from elastickv.transformers.stored_attention import Scoring, attend_stored
-from elastickv.transformers.visibility import real_tokens, visible_new
+from elastickv.transformers.visibility import Places, real_tokens, visible_new
 
-CHECK_EVERY = 32  # decodes from one look for values that are not finite to the next
+CHECK_EVERY = 32  # decodes from one look for values that are not finite to the next, where the host would wait for it
 
 
 class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -93,7 +95,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         self._guard.check_answered()
         if self.held is not None and query_length > 1:
             return self.slots.length + query_length, 0
-        return query_length, self.slots.length
+        return query_length, Places.of(self.slots)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -108,6 +110,11 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
             raise UsageError(
                 f"the cache holds {self.batch} sequences and {key_states.shape[0]} are given: reset() it, make another, or "
                 "batch_repeat_interleave() or batch_select_indices() it"
+            )
+        if self.store is not None and self.store.cache.dtype not in ("fp32", dtype_name(key_states.dtype)):
+            raise UsageError(
+                f"the cache keeps {self.store.cache.dtype}, which the model had when it was filled, and keys of "
+                f"{key_states.dtype} are given: reset() the cache, or give the model its dtype back"
             )
         pending = Pending(self, key_states, value_states)
         self._guard.expect(pending)
@@ -132,6 +139,13 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         real = real_tokens(call.mask, new, call.query.shape[0], self.slots)
         self._check_room(real, call.query.shape[0], new)
         self.batch = call.query.shape[0]
+        output = self._attend(pending, call, real)
+        if new > 1 or self.store is None or self.store.on_host:
+            self._check_queries(call.query, real)
+        return output
+
+    def _attend(self, pending: Pending, call: Call, real: NDArray[np.bool_] | None) -> torch.Tensor:
+        new = call.query.shape[2]
         if self.store is None and (self.held is None or new > 1):
             return self._prompt(pending, call, real)
         if self.store is None:
@@ -148,11 +162,29 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         return output.to(call.query.dtype).contiguous()
 
     def _check(self, call: Call) -> None:
+        if torch.is_grad_enabled() and call.query.requires_grad:
+            raise UsageError(NO_GRADIENT)
+        if call.rest.get("dropout"):
+            raise UsageError(f"{self._guard.model_name} drops weights of its attention, which no cache does: call model.eval()")
         for word in ("sliding_window", "position_bias", "block_table"):
             if call.rest.get(word) is not None:
                 raise UsageError(f"{self._guard.model_name}: layer {self.number} attends with {word}, which is not supported")
         if getattr(call.module, "is_causal", True) is False or call.rest.get("is_causal") is False:
             raise UsageError(f"{self._guard.model_name}: layer {self.number} attends to later tokens, which no cache can hold")
+
+    def _check_queries(self, queries: torch.Tensor, real: NDArray[np.bool_] | None) -> None:
+        """Raise NonFiniteError if one of the new tokens has a query that is not finite: its output is not, either."""
+        before = self.lengths - (queries.shape[2] if real is None else real.sum(axis=1))
+        with self._placed():
+            check_finite("a query", "query head", (queries,), real, before)
+
+    @contextmanager
+    def _placed(self) -> Iterator[None]:
+        """Let a NonFiniteError that is raised inside name this layer."""
+        try:
+            yield
+        except NonFiniteError as error:
+            raise NonFiniteError(f"layer {self.number}{self._guard.ranks}: {error}") from None
 
     def check_step(self) -> None:
         """Raise UsageError if one more token a row goes beyond the capacity or the model's positions."""
@@ -184,7 +216,9 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         output = call.stock(keys, values)
         self.slots.add(call.query.shape[2], real)
         self.held = (keys, values)
-        if self._plan.prefill != "exact":
+        if self._plan.prefill == "exact":
+            self.raise_non_finite()
+        else:
             self._seal(call)
         self._ledger.end_prompt(now(device))
         return output
@@ -260,20 +294,23 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def check_is_due(self) -> bool:
         """Whether it is time to look for values that are not finite."""
-        return self.store is not None and self.store.cache.step % CHECK_EVERY == CHECK_EVERY - 1
+        if self.store is None:
+            return False
+        ends = self.slots.length == self._plan.expected
+        return self.store.on_host or ends or self.store.cache.step % CHECK_EVERY == CHECK_EVERY - 1
 
     def go_on(self, store: Store) -> None:
         """Take over a store that was filled under the plan's present reading."""
         self.store, self._reading = store, self._plan.present
 
     def raise_non_finite(self) -> None:
-        """Raise NonFiniteError, naming layer, sequence, KV head and position, if a NaN or infinity was ever stored."""
-        if self.store is None:
-            return
-        try:
-            self.store.raise_non_finite()
-        except NonFiniteError as error:
-            raise NonFiniteError(f"layer {self.number}{self._guard.ranks}: {error}") from None
+        """Raise NonFiniteError, naming layer, sequence, KV head and position, if a NaN or infinity was ever taken."""
+        with self._placed():
+            if self.store is not None:
+                self.store.raise_non_finite()
+            elif self.held is not None:
+                real = self.slots.real(self.batch)
+                check_finite("a value", "KV head", self.held, real, np.zeros(self.batch, np.int64))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row i what row `beam_idx[i]` was."""

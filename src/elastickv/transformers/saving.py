@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from elastickv.transformers.cache import ElasticCache
 
 FORMAT = "elastickv-cache"
-VERSION = 1
+VERSION = 2
 _KEY = "elastickv"
 
 

@@ -151,7 +151,13 @@ class Store(ABC):
     """The tokens of one layer in a back end's cache.
 
     Tensors are (batch, kv_heads, tokens, head_dim) of the model's dtype; what is read back is float32 on the layer's device.
+
+    Attributes
+    ----------
+    on_host : whether the host need not wait for what is stored.
     """
+
+    on_host = False
 
     def __init__(self, backends: Backends, backend: Backend, cache: EditableCache, head_dim: int, device: torch.device) -> None:
         self._backends, self._backend, self.head_dim, self._device = backends, backend, head_dim, device
@@ -275,6 +281,8 @@ class Store(ABC):
 
 class HostStore(Store):
     """A store whose cache takes arrays of the host."""
+
+    on_host = True
 
     @property
     def launch_key(self) -> Hashable:

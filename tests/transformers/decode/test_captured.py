@@ -376,6 +376,31 @@ class TestFallback:
         assert torch.equal(found, eager)
 
 
+class TestMasks:
+    def test_one_that_says_otherwise_of_what_is_held_is_refused_by_a_replay_too(self, recorder, tiny):
+        cache, inputs = ekv.ElasticCache.for_model(tiny, 1), padded([60, 41])
+        mask, one = inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)
+
+        def decode(mask):
+            return tiny(one, attention_mask=mask, position_ids=mask.cumsum(1)[:, -1:] - 1, past_key_values=cache)
+
+        with torch.no_grad():
+            tiny(**inputs, past_key_values=cache)
+            for _ in range(3):
+                mask = torch.cat([mask, one], dim=1)
+                decode(mask)
+            assert recorder.replayed == 2
+            longer = torch.cat([mask, one], dim=1)
+            hides, shows = longer.clone(), longer.clone()
+            hides[0, 5], shows[1, 5] = 0, 1
+            for wrong in (hides, shows):
+                with pytest.raises(UsageError, match="hides tokens that the cache holds, or shows what was padding"):
+                    decode(wrong)
+            decode(longer)
+        assert recorder.replayed == 3
+        assert cache.lengths == (64, 45)
+
+
 class TestSeam:
     def test_the_signature_stays(self, recorder, tiny):
         before = inspect.signature(tiny.forward)

@@ -8,7 +8,7 @@ from elastickv.backends.cpu import decode, page, selection, steps, storage, thre
 from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, STATE_WORDS, Field, Layout, State, layout
 from elastickv.backends.cpu.rows import Rows
 from elastickv.backends.cpu.unpack import unpack_rows
-from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_shape
+from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import AttentionShape, Recipe, regions
 from elastickv.recipe.pages import PAGE_TOKENS, kept
@@ -95,6 +95,7 @@ class CpuCache(Rows):
         used = self._checked(lengths, rows[2])
         with self._own:
             self._clear()
+            self._marked = False
             self._store(k, v, rows[2], used)
 
     def threads_worth(self, tokens: int) -> int:
@@ -120,11 +121,12 @@ class CpuCache(Rows):
         words = [*addresses, seed % (1 << 63), scratch.ctypes.data, used.ctypes.data]
         with self._own:
             self._clear()
+            self._marked = False
             threads.run(steps.store_random, self.thread_count, words)
 
     def _checked(self, lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
-        used = np.asarray(lengths, np.int64)
-        if max(used, default=0) > min(tokens, self.capacity):
+        used = checked_lengths(lengths, self.shape.batch)
+        if max(used) > min(tokens, self.capacity):
             raise UsageError(f"a sequence of {max(used)} tokens does not fit a capacity of {min(tokens, self.capacity)}")
         return used
 
@@ -203,9 +205,11 @@ class CpuCache(Rows):
         """Remember the present state."""
         for copy, section in zip(self._snapshot, self._marked_sections, strict=True):
             copy[:] = section
+        self._marked = True
 
     def rewind(self) -> None:
         """Return to the marked state; everything appended since is forgotten."""
+        check_marked(self._marked)
         for copy, section in zip(self._snapshot, self._marked_sections, strict=True):
             section[:] = copy
 

@@ -8,6 +8,7 @@ from elastickv.backends.cpu.intrinsics import (
     BF16,
     COLUMNS,
     FP8,
+    FP16,
     FP32,
     INT4,
     INT8,
@@ -18,6 +19,7 @@ from elastickv.backends.cpu.intrinsics import (
     store_f32,
     store_u16,
 )
+from elastickv.cache.bits import LARGEST
 from elastickv.recipe import PAGE_TOKENS
 
 _F = layout.Field
@@ -29,6 +31,7 @@ SINK_PAGES, RING_PAGES = int(_F.SINK_PAGES), int(_F.RING_PAGES)
 MAGIC = np.float32(12582912.0)
 SUBNORMAL_MAGIC = np.float32(0.5)
 TWO_112 = np.float32(2.0**112)
+HALF_MAX, BF16_MAX, FP32_MAX = (np.float32(LARGEST[name]) for name in ("fp16", "bf16", "fp32"))
 E4M3_MAX, E4M3_LEAST_NORMAL, E4M3_STEPS = np.float32(448), np.float32(2.0**-6), np.float32(512)
 
 
@@ -184,6 +187,13 @@ def put(fmt, where, x):  # type: ignore[no-untyped-def]
     bits = fp16_bits(x)
     store_u16(where, bits)
     return (bits & 0x7C00) != 0x7C00
+
+
+@njit(error_model="numpy")
+def limited(fmt, x):  # type: ignore[no-untyped-def]
+    """Return a finite number as the nearest that a float format holds, and what is not finite as it is."""
+    most = HALF_MAX if fmt == FP16 else (BF16_MAX if fmt == BF16 else FP32_MAX)
+    return min(max(x, -most), most) if x - x == np.float32(0) else x
 
 
 @njit(error_model="numpy")

@@ -12,6 +12,7 @@ from elastickv.backends.cpu.elements import (
     fp16_value,
     get,
     key_offset,
+    limited,
     plane_bytes,
     put,
     scale_bytes,
@@ -27,6 +28,7 @@ from elastickv.backends.cpu.intrinsics import (
     load_i64,
     load_u16,
     store_f32,
+    store_i64,
     words,
 )
 from elastickv.cache.quantise import E4M3_VALUES
@@ -37,7 +39,8 @@ HEADS, KV_HEADS, DIM, SINKS, STRIDE = int(_F.HEADS), int(_F.KV_HEADS), int(_F.DI
 COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
 EXACT_FORMAT, VALUE_GROUP, STATE_BASE = int(_F.EXACT_FORMAT), int(_F.VALUE_GROUP), int(_F.STATE_BASE)
 BOUNDS_BASE, BOUNDS_HEAD_BYTES = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES)
-LENGTH, STATE_BYTES = 8 * int(layout.State.LENGTH), 8 * layout.STATE_WORDS
+LENGTH, BAD = 8 * int(layout.State.LENGTH), 8 * int(layout.State.BAD_POSITION)
+STATE_BYTES = 8 * layout.STATE_WORDS
 
 
 @njit(error_model="numpy")
@@ -119,16 +122,25 @@ def read_block(arguments, thread):  # type: ignore[no-untyped-def]
 
 @cfunc("void(int64, int64)", cache=True, error_model="numpy")
 def write_window(arguments, thread):  # type: ignore[no-untyped-def]
-    """Write (kv_heads, tokens, head_dim) float32 rows of one sequence into its window from position `first` on."""
+    """Write (kv_heads, tokens, head_dim) float32 rows of one sequence into its window from position `first` on.
+
+    Codes may end a little beyond what 16 bits hold: such numbers become the largest that they do.
+    """
     a = words(arguments)
     descriptor, row, keys, values, first, tokens = a[0], a[1], a[2], a[3], a[4], a[5]
     c = words(descriptor)
     fmt, dim = c[EXACT_FORMAT], c[DIM]
     for kv_head in range(c[KV_HEADS]):
+        state = c[STATE_BASE] + (row * c[KV_HEADS] + kv_head) * STATE_BYTES
         for number in range(tokens):
             page, token = exact_page(c, row * c[KV_HEADS] + kv_head, first + number)
             start = page + plane_bytes(fmt, dim)
             source = (kv_head * tokens + number) * dim * 4
+            finite = True
             for d in range(dim):
-                put(fmt, page + key_offset(fmt, token, d), load_f32(keys + source + 4 * d))
-                put(fmt, start + value_offset(fmt, dim, token, d), load_f32(values + source + 4 * d))
+                key, value = limited(fmt, load_f32(keys + source + 4 * d)), limited(fmt, load_f32(values + source + 4 * d))
+                finite &= put(fmt, page + key_offset(fmt, token, d), key)
+                finite &= put(fmt, start + value_offset(fmt, dim, token, d), value)
+            # What shared a scale with a value that was not finite.
+            if not finite and (load_i64(state + BAD) < 0 or load_i64(state + BAD) > first + number):
+                store_i64(state + BAD, first + number)

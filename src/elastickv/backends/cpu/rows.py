@@ -9,8 +9,17 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cpu import readback, steps, threads
 from elastickv.backends.cpu.layout import STATE_WORDS, Field, Layout, State
-from elastickv.cache.editable import CacheState, check_crop, check_growth, check_lists, check_shares, cold_tokens
-from elastickv.cache.layer import Float32, check_shape
+from elastickv.cache.editable import (
+    CacheState,
+    check_crop,
+    check_growth,
+    check_lists,
+    check_shares,
+    check_span,
+    checked_rows,
+    cold_tokens,
+)
+from elastickv.cache.layer import Float32, check_shape, checked_lengths
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.pages import kept
 
@@ -34,13 +43,13 @@ class Rows:
     thread_count: int
     _state: NDArray[np.int64]
     _own: threads.OneThread
+    _marked: bool
 
     if TYPE_CHECKING:
 
         @property
         def lengths(self) -> NDArray[np.int64]: ...
         def threads_worth(self, tokens: int) -> int: ...
-        def mark(self) -> None: ...
         def _store(self, keys: Float32, values: Float32, tokens: int, lengths: NDArray[np.int64]) -> None: ...
         def _section(self, name: str) -> NDArray[np.uint8]: ...
 
@@ -52,7 +61,7 @@ class Rows:
         rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
         check_shape(keys, rows, "keys")
         check_shape(values, rows, "values")
-        used = np.asarray(lengths, np.int64)
+        used = checked_lengths(lengths, self.shape.batch)
         check_growth(self.lengths, used, rows[2], self.capacity)
         with self._own:
             self._store(np.ascontiguousarray(keys, np.float32), np.ascontiguousarray(values, np.float32), rows[2], used)
@@ -63,6 +72,7 @@ class Rows:
         self._state[..., State.ANCHOR_STEP] = -2
 
     def read(self, first: int, last: int) -> tuple[Float32, Float32]:
+        check_span(first, last)
         rows = (self.shape.batch, self.shape.kv_heads, last - first, self.shape.head_dim)
         keys, values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         counters = np.zeros(steps.TICKET_WORDS, np.int64)
@@ -74,25 +84,28 @@ class Rows:
     def gather(self, rows: NDArray[np.int64], capacity: int) -> "CpuCache":
         from elastickv.backends.cpu.cache import CpuCache
 
-        other = CpuCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe, self.phase)
+        taken = checked_rows(rows, self.shape.batch)
+        other = CpuCache(replace(self.shape, batch=len(taken)), capacity, self.dtype, self.recipe, self.phase)
         used = self._used()
         for name in _SECTIONS:
-            other._of_rows(name)[:, :, : used[name]] = self._of_rows(name)[:, :, : used[name]][rows]
+            other._of_rows(name)[:, :, : used[name]] = self._of_rows(name)[:, :, : used[name]][taken]
         other._section("fractions")[:] = self._section("fractions")
-        other.mark()
+        other._marked = False
         return other
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CpuCache":
         return self.gather(np.arange(self.shape.batch), self.capacity)
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        moved = np.flatnonzero(rows != np.arange(self.shape.batch))
+        taken = checked_rows(rows, self.shape.batch, self.shape.batch)
+        moved = np.flatnonzero(taken != np.arange(self.shape.batch))
         if not len(moved):
             return
+        self._marked = False
         used = self._used()
         for name in _SECTIONS:
             held = self._of_rows(name)[:, :, : used[name]]
-            held[moved] = held[rows[moved]]
+            held[moved] = held[taken[moved]]
 
     def _of_rows(self, name: str) -> NDArray[np.uint8]:
         """Return a section as (batch, kv_heads, bytes)."""
@@ -112,8 +125,9 @@ class Rows:
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         recipe, before = self.recipe, self.lengths
-        after = np.asarray(lengths, np.int64)
+        after = checked_lengths(lengths, self.shape.batch)
         check_crop(recipe, before, after)
+        self._marked = False
         cold = [(cold_tokens(recipe, old), cold_tokens(recipe, new)) for old, new in zip(before, after, strict=True)]
         first = recipe.sinks + min((new for old, new in cold if old > new), default=0)
         last = recipe.sinks + max((old for old, new in cold if old > new), default=0)
@@ -134,8 +148,10 @@ class Rows:
     def set_fractions(self, fractions: Sequence[float]) -> None:
         if self.recipe.selection != "pages":
             return
+        check_shares(fractions, self.shape.kv_heads)
         held = self._section("fractions").view(np.float64)
         if not np.array_equal(held, fractions):
+            self._marked = False
             held[:] = fractions
             self._restart_steps()
 
@@ -156,11 +172,12 @@ class Rows:
         numbers = state["state"].copy(order="C").view(np.int64).reshape(*fits["state"][:2], STATE_WORDS)
         self._check_numbers(numbers, np.ascontiguousarray(state["lists"]).view(np.int32))
         state = state | {"state": numbers.view(np.uint8).reshape(fits["state"])}
-        check_shares(fractions.view(np.float64))
+        if self.recipe.selection == "pages":
+            check_shares(fractions.view(np.float64), self.shape.kv_heads)
         for name in _SECTIONS:
             self._of_rows(name)[:, :, : state[name].shape[2]] = state[name]
         self._section("fractions")[:] = fractions
-        self.mark()
+        self._marked = False
 
     def _check_numbers(self, numbers: NDArray[np.int64], lists: NDArray[np.int32]) -> None:
         """Raise ValueError for a state that no decode leaves behind: the kernels address memory by it."""

@@ -14,12 +14,12 @@ from elastickv.backends.cuda.device import CudaDevice, Memory, f32, i32, i64, u6
 from elastickv.backends.cuda.rows import DeviceRows, Given, Rows
 from elastickv.backends.cuda.storage import Layout, Scratch, Storage
 from elastickv.backends.cuda.variants import TYPES, Variant, fixed_blocks, selecting_blocks
-from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_shape
+from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 
 _NUMBERS = itertools.count()
-_TOO_LARGE = 1 << 31
+_TOO_LARGE, _NOTHING = 1 << 31, (1 << 32) - 1  # beside positions, in what says where a head has a bad value
 
 
 class CudaLayerCache(Rows):
@@ -50,6 +50,7 @@ class CudaLayerCache(Rows):
         self._step = -1
         self._anchor: int | None = None  # step of the last anchor that was decoded
         self._marked: tuple[NDArray[np.int64], int, int | None] | None = None
+        self._overwritten = False  # whether what was marked, to begin with no tokens, is there no more
         fixed = variant.fixed()
         equal = fixed_blocks(shape.batch * shape.kv_heads * self.passes, device.multiprocessors)
         self._fixed = (fixed, equal) if fixed and equal else None
@@ -75,19 +76,22 @@ class CudaLayerCache(Rows):
 
     def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
         """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
-        longest = int(max(lengths, default=0))
-        if longest > min(keys.shape[2], self.capacity):
-            raise UsageError(f"a sequence of {longest} tokens does not fit a capacity of {self.capacity}")
+        used = checked_lengths(lengths, self.shape.batch)
+        if max(used) > min(keys.shape[2], self.capacity):
+            raise UsageError(f"a sequence of {max(used)} tokens does not fit a capacity of {self.capacity}")
+        self._overwritten = True
         self._restart(np.zeros(self.shape.batch, np.int64))
-        self.extend(keys, values, lengths)
+        self.extend(keys, values, used)
 
     def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
         """Store seeded random normal tokens, made where they are stored."""
-        if max(lengths, default=0) > self.capacity:
-            raise UsageError(f"a sequence of {max(lengths)} tokens does not fit a capacity of {self.capacity}")
-        self._restart(lengths)
+        used = checked_lengths(lengths, self.shape.batch)
+        if max(used) > self.capacity:
+            raise UsageError(f"a sequence of {max(used)} tokens does not fit a capacity of {self.capacity}")
+        self._overwritten = True
+        self._restart(used)
         heads = self.storage.layout.heads
-        grid = (max(1, min(-(-int(max(lengths)) // 8), 16384 // heads + 1)), 2, min(heads, 65535))
+        grid = (max(1, min(-(-int(max(used)) // 8), 16384 // heads + 1)), 2, min(heads, 65535))
         arguments = (*self._store_arguments(), self.storage.state, i32(heads), u64(seed % (1 << 64)))
         self._device.launch(self.variant.storing(), "fill_random", grid, 256, *arguments)
         if self.variant.paged:
@@ -324,10 +328,11 @@ class CudaLayerCache(Rows):
         """Remember the present state."""
         self.storage.save()
         self._device.stream.sync()
-        self._marked = (self._lengths.copy(), self._step, self._anchor)
+        self._marked, self._overwritten = (self._lengths.copy(), self._step, self._anchor), False
 
     def rewind(self) -> None:
         """Return to the marked state, or to an empty one; everything appended since is forgotten."""
+        check_marked(not self._overwritten)
         if self._marked is None:
             self._restart(np.zeros(self.shape.batch, np.int64))
             return
@@ -339,10 +344,8 @@ class CudaLayerCache(Rows):
 
     def raise_non_finite(self) -> None:
         """Raise NonFiniteError, naming sequence, KV head and position, if a NaN or infinity was ever stored."""
-        word = int(self._device.download(self.storage.bad, (1,), np.uint64)[0])
-        if word != (1 << 64) - 1:
-            row, head = divmod(word >> 32, self.shape.kv_heads)
-            position = word & 0x7FFFFFFF
-            if word & _TOO_LARGE:
-                raise NonFiniteError(beyond_int4(row, head, position))
-            raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")
+        words = self._device.download(self.storage.bad, (self.shape.batch, self.shape.kv_heads), np.uint32)
+        for row, head in np.argwhere(words < _TOO_LARGE):
+            raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {words[row, head]}")
+        for row, head in np.argwhere(words < _NOTHING):
+            raise NonFiniteError(beyond_int4(row, head, int(words[row, head]) - _TOO_LARGE))

@@ -10,8 +10,17 @@ from numpy.typing import NDArray
 from elastickv.backends.cuda.device import CudaDevice, Memory, i32, i64
 from elastickv.backends.cuda.storage import Scratch, Storage
 from elastickv.backends.cuda.variants import TYPES, Variant
-from elastickv.cache.editable import CacheState, check_crop, check_growth, check_lists, check_shares, cold_tokens
-from elastickv.cache.layer import Float32, check_shape
+from elastickv.cache.editable import (
+    CacheState,
+    check_crop,
+    check_growth,
+    check_lists,
+    check_shares,
+    check_span,
+    checked_rows,
+    cold_tokens,
+)
+from elastickv.cache.layer import Float32, check_shape, checked_lengths
 from elastickv.errors import UsageError
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.pages import kept
@@ -84,6 +93,7 @@ class Rows:
     _step: int
     _anchor: int | None
     _fractions: tuple[float, ...]
+    _overwritten: bool
 
     if TYPE_CHECKING:
 
@@ -101,7 +111,7 @@ class Rows:
         rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
         check_shape(keys, rows, "keys")
         check_shape(values, rows, "values")
-        used = np.asarray(lengths, np.int64)
+        used = checked_lengths(lengths, self.shape.batch)
         check_growth(self._lengths, used, rows[2], self.capacity)
         longest = int(used.max(initial=0))
         at_once = max(1, _STAGED_BYTES // (4 * rows[0] * rows[1] * rows[3]))
@@ -119,7 +129,7 @@ class Rows:
         ------
         UsageError : if a sequence would outgrow the capacity; nothing is stored then.
         """
-        more = np.asarray(lengths, np.int64)
+        more = checked_lengths(lengths, self.shape.batch)
         longest = int(more.max(initial=0))
         check_growth(self._lengths, more, longest, self.capacity)
         device, storage, heads = self._device, self.storage, self.storage.layout.heads
@@ -141,7 +151,8 @@ class Rows:
 
     def read_to(self, keys: int, values: int, dtype: str, head_dim: int, first: int, last: int) -> None:
         """Queue what `read` does, to rows (batch, kv_heads, last - first, head_dim) of `dtype` at two addresses."""
-        if last <= first:
+        check_span(first, last)
+        if last == first:
             return
         heads = self.storage.layout.heads
         arguments = (self.storage.state, i32(heads), i32(first), i32(last), keys, values, i32(TYPES[dtype]), i32(head_dim))
@@ -149,32 +160,34 @@ class Rows:
         self._device.launch(self.variant.editing(), "read_rows", grid, 256, *self._store_arguments(), *arguments)
 
     def gather(self, rows: NDArray[np.int64], capacity: int) -> "CudaLayerCache":
-        taken = np.asarray(rows, np.int64)
+        taken = checked_rows(rows, self.shape.batch)
         other = self._resized(self, len(taken), capacity)  # type: ignore[arg-type]
         fitting = list(zip(self._planes().values(), other._planes().values(), strict=True))
         sizes = [(mine, theirs, min(mine.used, theirs.stride)) for mine, theirs in fitting]
         self._copy(sizes, taken, np.arange(len(taken)))
-        self._device.copy(other.storage.bad, self.storage.bad, 8)
         other._lengths, other._step, other._anchor = self._lengths[taken], self._step, self._anchor
         other._put_fractions(self._fractions)
+        other._overwritten = True
         return other
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CudaLayerCache":
         return self.gather(np.arange(self.shape.batch), self.capacity)
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        moved = np.flatnonzero(rows != np.arange(self.shape.batch))
+        taken = checked_rows(rows, self.shape.batch, self.shape.batch)
+        moved = np.flatnonzero(taken != np.arange(self.shape.batch))
         if not len(moved):
             return
+        self._overwritten = True
         heads, planes = len(moved) * self.shape.kv_heads, list(self._planes().values())
         spare = [_Plane(self._device.allocate(heads * p.used), 0, p.used, p.used) for p in planes]
         to_spare, from_spare = (
             [(a, b, a.used) for a, b in zip(*pair, strict=True)] for pair in ((planes, spare), (spare, planes))
         )
         here = np.arange(len(moved))
-        self._copy(to_spare, np.asarray(rows, np.int64)[moved], here)
+        self._copy(to_spare, taken[moved], here)
         self._copy(from_spare, here, moved)
-        self._lengths = self._lengths[rows]
+        self._lengths = self._lengths[taken]
         self._choose()
 
     def _planes(self) -> dict[str, _Plane]:
@@ -202,6 +215,7 @@ class Rows:
             "key_state": _Plane(storage.state, 0, 8, 8),
             "value_state": _Plane(storage.state, 8 * heads, 8, 8),
             "next_state": _Plane(storage.state, 16 * heads, 8, 8),
+            "bad": _Plane(storage.bad, 0, 4, 4),
             "reused": _Plane(storage.cached_output, 0, outputs, outputs),
             "reused_lse": _Plane(storage.cached_output, outputs * heads, outputs // 4, outputs // 4),
         }
@@ -228,8 +242,9 @@ class Rows:
         )
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
-        before, after = self._lengths, np.asarray(lengths, np.int64)
+        before, after = self._lengths, checked_lengths(lengths, self.shape.batch)
         check_crop(self.recipe, before, after)
+        self._overwritten = True
         device, storage, heads = self._device, self.storage, self.storage.layout.heads
         device.upload(storage.lengths, after.astype(np.int32))
         arguments = (storage.state, storage.lengths, i32(self.shape.kv_heads), i32(heads))
@@ -238,7 +253,11 @@ class Rows:
         self._set_lengths(after)
 
     def set_fractions(self, fractions: Sequence[float]) -> None:
-        if self.recipe.selection == "pages" and self._fractions != tuple(fractions):
+        if self.recipe.selection != "pages":
+            return
+        check_shares(fractions, self.shape.kv_heads)
+        if self._fractions != tuple(fractions):
+            self._overwritten = True
             self._put_fractions(fractions)
             self._set_lengths(self._lengths)
 
@@ -289,11 +308,11 @@ class Rows:
                 )
         if lengths is None or lengths.shape != (batch,) or clock is None or clock.shape != (2,):
             raise ValueError("the saved lengths are not those of a cache of this batch")
-        if fractions is None or fractions.shape != (heads,):
-            raise ValueError("the saved fractions are not those of a cache of these heads and this recipe")
+        if fractions is None:
+            raise ValueError("the saved fractions are missing")
         if lengths.max(initial=0) > self.capacity or lengths.min(initial=0) < 0:
             raise ValueError(f"the saved tokens do not fit a capacity of {self.capacity}")
-        check_shares(np.asarray(fractions, np.float64))
+        check_shares(fractions, heads)
         if layout.listed:
             said = np.ascontiguousarray(state["listed"]).view(np.int32).reshape(batch, heads, 2)
             # Lists of before a crop may name what is no page any more; they are made anew before they are read.
@@ -306,6 +325,7 @@ class Rows:
             self._device.upload(plane.memory, raw.reshape(layout.heads, plane.stride), plane.offset)
         self._lengths, self._step = lengths.astype(np.int64), int(clock[0])
         self._anchor = None if clock[1] == -2 else int(clock[1])
+        self._overwritten = True
         self._put_fractions([float(share) for share in fractions])
 
 

@@ -106,13 +106,18 @@ class Layout:
     def n_bytes(self) -> int:
         """What a cache allocates for itself, without the copies that `mark` makes."""
         planes = 2 * self.exact_plane + self.key_plane + self.value_plane + self.key_scales + self.value_scales
-        own = self.lists + self.listed + self.counts + self.reused + self.state + 8 + self.lengths
+        own = self.lists + self.listed + self.counts + self.reused + self.state + self.bad + self.lengths
         return planes + own + 2 * self.outputs + self.lse
 
     @property
     def marked_bytes(self) -> int:
         """What `mark` copies."""
-        return (2 * self.exact_plane if self.wraps else 0) + self.lists + self.listed + self.reused + self.state
+        return (2 * self.exact_plane if self.wraps else 0) + self.lists + self.listed + self.reused + self.state + self.bad
+
+    @property
+    def bad(self) -> int:
+        """Bytes of what says where a head has a value that is not finite."""
+        return 4 * self.heads
 
     @property
     def listed(self) -> int:
@@ -184,7 +189,7 @@ class Storage:
         self.listed = device.allocate(layout.listed, 0)
         self.counts = device.allocate(layout.counts, 0)
         self.state = device.allocate(layout.state, 0)
-        self.bad = device.allocate(8, 0xFFFFFFFF)
+        self.bad = device.allocate(layout.bad, 0xFFFFFFFF)
         self.cached_output = device.allocate(layout.reused, _NAN_WORD)
         self.queries = device.allocate(layout.outputs, _NAN_WORD)
         self.outputs = device.allocate(layout.outputs, _NAN_WORD)

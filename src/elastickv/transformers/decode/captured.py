@@ -298,8 +298,8 @@ def _fixed(inputs: dict[str, Any], layer: ElasticLayer, takes_positions: bool) -
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
             raise NotCapturable("its attention_mask is not of two dimensions")
-        # What is padded among the stored tokens, the layers know.
-        if mask.shape[1] != places + 1 or not bool(mask[:, -1].all()):
+        # What is padded among the stored tokens, the layers know, and refuse a mask that says otherwise.
+        if mask.shape[1] != places + 1 or not bool(mask[:, -1].all() & layer.slots.agrees(mask)):
             return None
         fixed["attention_mask"] = None
     if inputs.get("position_ids") is None and takes_positions:

@@ -73,13 +73,13 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS) fill_pages(STORE_SIG
 #endif
 
 // Sequence b holds lengths[b] tokens at a step. What was not finite is forgotten: all of it, or what lies beyond these lengths.
-extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_heads, int heads, int step, u64* bad, int all) {
+extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_heads, int heads, int step, u32* bad, int all) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < heads) {
         state[i] = state[heads + i] = make_int2(lengths[i / kv_heads], step);
         state[2 * heads + i] = make_int2(lengths[i / kv_heads] + 1, step + 1);
+        if (all || (int)(bad[i] & 0x7fffffff) >= lengths[i / kv_heads]) bad[i] = ~0u;
     }
-    if (i == 0 && *bad != ~0ull && (all || (int)(*bad & 0x7fffffff) >= lengths[(int)(*bad >> 32) / kv_heads])) *bad = ~0ull;
 }
 
 // One map of the recurrence, a lane's part.

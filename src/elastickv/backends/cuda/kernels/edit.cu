@@ -161,6 +161,9 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #else
                 load_cold(x, s, value, head, number);
 #endif
+#pragma unroll
+                for (int i = 0; i < ELEMENTS; i++) x[i] = limit_exact(x[i]);
+                note_bad(s, head, s.sinks + number, x);  // what shared a scale with a value that was not finite
                 store_exact(s, value, head, s.sinks + number, x);
             }
         }

@@ -10,7 +10,7 @@
 struct Store {
     char *exact_k, *exact_v, *cold_k, *cold_v;
     u16 *k_scale, *v_scale;
-    u64* bad;  // least (sequence * KV heads + head) << 32 | TOO_LARGE? | position of a value that is not finite or not to be stored
+    u32* bad;  // of each (sequence, KV head) the least TOO_LARGE? | position of a value that is not finite or not to be stored
     int sinks, window, ring, stride, exact_rows, cold_rows;
 };
 
@@ -27,6 +27,18 @@ __device__ __forceinline__ float round_exact(float x) {
 #else
     return x;
 #endif
+}
+
+// Returns a number that has been through codes as exact rows hold it: at their largest, where codes end a little beyond it.
+__device__ __forceinline__ float limit_exact(float x) {
+#if EXACT_TYPE == BF16
+    const float most = 3.3895313892515355e38f;
+#elif EXACT_TYPE == FP16
+    const float most = 65504.f;
+#else
+    const float most = 3.4028234663852886e38f;
+#endif
+    return isfinite(x) ? fminf(fmaxf(x, -most), most) : x;
 }
 
 __device__ __forceinline__ void put_exact(char* row, int dim, float x) {
@@ -94,7 +106,7 @@ __device__ __forceinline__ void note_bad(const Store& s, size_t head, int positi
     bool bad = false;
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++) bad |= !(fabsf(x[i]) <= 3.402823466e38f);
-    if (__any_sync(FULL, bad) && (threadIdx.x & 31) == 0) atomicMin(s.bad, (u64)head << 32 | (u32)position);
+    if (__any_sync(FULL, bad) && (threadIdx.x & 31) == 0) atomicMin(s.bad + head, (u32)position);
 }
 
 #if COLD_TYPE == COLD_PAGES
@@ -112,7 +124,7 @@ __device__ __forceinline__ void put_row(const Store& s, PageTile& tile, bool val
         large |= fabsf(x[i]) > LARGEST_HALF;
     }
     if (K_FORMAT == INT4 && !value && __any_sync(FULL, large) && (threadIdx.x & 31) == 0)
-        atomicMin(s.bad, (u64)head << 32 | TOO_LARGE | (u32)(s.sinks + page * PAGE + token));
+        atomicMin(s.bad + head, TOO_LARGE | (u32)(s.sinks + page * PAGE + token));
 }
 
 // One block quantises the page in the tile and stores it.
@@ -130,7 +142,7 @@ __device__ __forceinline__ void store_page(const Store& s, PageTile& tile, bool 
 #endif
 
 #define STORE_SIGNATURE                                                                                              \
-    char *exact_k, char *exact_v, char *cold_k, char *cold_v, u16 *k_scale, u16 *v_scale, u64 *bad, int sinks,      \
+    char *exact_k, char *exact_v, char *cold_k, char *cold_v, u16 *k_scale, u16 *v_scale, u32 *bad, int sinks,      \
         int window, int ring, int stride, int exact_rows, int cold_rows
 #define STORE_VALUE \
     Store { exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, bad, sinks, window, ring, stride, exact_rows, cold_rows }
