@@ -187,3 +187,20 @@ def test_every_committed_result_loads_and_shows_itself():
 def test_importing_a_function_needs_no_torch():
     code = "import sys, elastickv; elastickv.bench, elastickv.load; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: elastickv.load(5),
+        lambda: elastickv.load(b"a.json"),
+        lambda: elastickv.load("n" * 5000),
+        lambda: elastickv.compare("a.json", "b.json", margin_percent="3"),
+        lambda: elastickv.compare("a.json", "b.json", fidelity_margin_percent=None),
+        lambda: elastickv.bench(gate=5),
+        lambda: elastickv.bench(model=5),
+    ],
+)
+def test_what_is_of_another_type_is_refused_in_one_line(call):
+    with pytest.raises(UsageError):
+        call()

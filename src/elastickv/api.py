@@ -1,9 +1,12 @@
 """`elastickv.bench` and `elastickv.load`: measurements from Python."""
 
+import os
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from elastickv.errors import UsageError
+from elastickv.inputs import file_path
 from elastickv.measure import PRESETS, Gate, Options, Reporter, run
 from elastickv.measure.run import Silent
 from elastickv.measure.typed import TYPES, typed
@@ -59,6 +62,8 @@ def bench(
         raise UsageError(f"--{unknown[0].replace('_', '-')} is unknown: options are {', '.join(TYPES)}")
     asked = {name: typed(name, value) for name, value in asked.items()}
     if model is not None:
+        if not isinstance(model, (str, Path)):
+            raise UsageError(f"model {model!r} is no name: give a folder, a .gguf file, a hub id or a shape such as shape:8b")
         stray = [*(name for name in asked if name not in _OF_A_MODEL), *["preset"] * bool(preset), *["gate"] * bool(gate)]
         if stray:
             raise UsageError(f"--{min(stray).replace('_', '-')} says nothing about a model: leave it out with --model")
@@ -69,6 +74,8 @@ def bench(
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
     base: dict[str, Any] = dict(PRESETS[preset]) if preset else {}
+    if not isinstance(gate, (str, NoneType)):
+        raise UsageError(f"gate {gate!r} is no text: give golden, or bounds such as speedup>=1.5,cv<=5")
     parsed = None if gate is None else Gate.parse(gate)
     return Measurement(run(Options(**base | asked, gate=parsed, command=command), reporter).as_dict())
 
@@ -80,9 +87,10 @@ def load(path: Path | str) -> Measurement | Sweep:
     ------
     UsageError : naming the file, if it cannot be read or holds something else.
     """
-    if Path(path).is_dir():
+    path = file_path(path)
+    if os.path.isdir(path):
         raise UsageError(f"{path} is a folder: give one file; `elastickv.compare` takes folders")
-    first = next(documents(Path(path), [])).value
+    first = next(documents(path, [])).value
     return Sweep.load(path) if isinstance(first, dict) and "sweep" in first else Measurement.load(path)
 
 

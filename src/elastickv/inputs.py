@@ -19,6 +19,18 @@ MAX_DEPTH = 64
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
+def file_path(given: Any) -> Path:
+    """Return the name of a file that Python code gave.
+
+    Raises
+    ------
+    UsageError : if it is none.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise UsageError(f"{given!r} is no name of a file: give a str or a Path")
+    return Path(given)
+
+
 def read_bytes(path: Path, what: str, remedy: str, most: int = MAX_BYTES) -> bytes:
     """Return what a file holds.
 

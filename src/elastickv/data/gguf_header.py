@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from elastickv.errors import UsageError
 
 MAGIC = b"GGUF"
-MAX_ENTRIES = 1 << 23  # fields, elements of lists and tensors together: a vocabulary has some hundred thousand
+MAX_ENTRIES = 1 << 22  # fields, elements of lists and tensors together: a vocabulary has some hundred thousand
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _LIST = 8, 9
@@ -116,9 +116,12 @@ class _Header:
             raise ValueError(f"{name[:80]} has {axes} axes")
         elements = math.prod(self._number(10) for _ in range(axes))
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(self._number(4))]
-        return int(self._number(10)) + elements // block * size
+        size = int(elements // block * size)
+        return size + int(self._number(10))
 
     def _aligned(self, alignment: Any) -> int:
+        """Return where the data begins: after the header, at a multiple of `alignment`."""
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"{_ALIGNMENT} is {alignment}")
-        return -(-(self._bytes - self._left) // alignment) * alignment
+        read = self._bytes - self._left
+        return read + -read % alignment

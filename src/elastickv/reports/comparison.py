@@ -139,7 +139,7 @@ def compare(
     UsageError : naming what cannot be read or compared.
     """
     for name, margin in (("margin", margin_percent), ("fidelity margin", fidelity_margin_percent)):
-        if not 0 < margin < 100:
+        if not isinstance(margin, (int, float)) or not 0 < margin < 100:
             raise UsageError(f"a {name} of {margin} % is out of range: above 0 and below 100 is accepted")
     if control not in CONTROLS:
         raise UsageError(f"control {control} is unknown: choose {', '.join(CONTROLS)}")

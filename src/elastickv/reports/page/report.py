@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.inputs import file_path
 from elastickv.reports.page.content import Content, content_of
 from elastickv.reports.page.facts import Facts
 from elastickv.reports.page.rows import rows_of
@@ -88,7 +89,8 @@ class Report:
         """
         from elastickv.reports.page.saving import save
 
-        save(self, Path(path), chosen_format(Path(path), format))
+        path = file_path(path)
+        save(self, path, chosen_format(path, format))
 
     def _page(self, printed: bool) -> str:
         from elastickv.reports.page.html import render
