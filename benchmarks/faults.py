@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from gpu_name import gpu_name
 
 from elastickv.measure.environment import environment
 from elastickv.reports import dumps, write_text
@@ -70,6 +71,7 @@ def main():
         "kind": KIND,
         "version": VERSION,
         "command": ["python", *sys.argv],
+        **gpu_name(),
         "environment": environment(),
         "seconds": round(time.monotonic() - start, 1),
         "faults": rows,

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from gpu_name import gpu_name
 
 from elastickv.measure.environment import environment
 
@@ -62,6 +63,7 @@ def main() -> int:
             [f"HYPOTHESIS_PROFILE={profile} python benchmarks/properties.py", f"--output {options.output}"]
             + (["--", *map(repr, options.arguments)] if options.arguments else [])
         ),
+        **gpu_name(),
         "environment": environment(),
         "hypothesis": version("hypothesis"),
         "profile": profile,

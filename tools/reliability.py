@@ -67,7 +67,8 @@ def _fuzzing(record: dict[str, Any]) -> Iterator[Row]:
 
 def _faults(record: dict[str, Any]) -> Iterator[Row]:
     outcome = {name: sum(fault[name] for fault in record["faults"]) for name in ("passed", "failed", "skipped")}
-    said = f"{outcome['passed']} tests passed, {outcome['failed']} failed, {outcome['skipped']} need a GPU or root"
+    said = f"{outcome['passed']} tests passed, {outcome['failed']} failed"
+    said += f", {outcome['skipped']} need a GPU or root" if outcome["skipped"] else ""
     yield "faults provoked", f"{len(record['faults'])} kinds of fault", said, _where(record), _command(record["command"])
 
 
@@ -111,9 +112,11 @@ def _aa(record: dict[str, Any]) -> Iterator[Row]:
 
 _READERS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "reliability/properties.json": _properties,
+    "h100/properties.json": _properties,
     "reliability/mutation.json": _mutants,
     "reliability/fuzzing.json": _fuzzing,
     "reliability/faults.json": _faults,
+    "h100/faults.json": _faults,
     "h100/sanitizer.json": _sanitizer,
     "reliability/soak.json": _soak,
     "reliability/statistics.json": _statistics,
