@@ -22,7 +22,7 @@ from elastickv.measure.environment import environment
 
 TESTS = (
     *("tests/attention", "tests/cache", "tests/recipe", "tests/measure/test_statistics.py"),
-    *(f"tests/backends/test_{name}.py" for name in ("properties", "metamorphic", "non_finite")),
+    *(f"tests/backends/test_{name}.py" for name in ("properties", "metamorphic", "non_finite", "stateful")),
 )
 STATISTICS = "hypothesis statistics"
 COUNTS = re.compile(r"(\d+) passing\D*, (\d+) failing\D*, (?:and )?(\d+) invalid")
