@@ -103,6 +103,7 @@ REASONS = (
     (r"for_ratio\(ratio, context, shape, \*\*overrides\)", _ALL_16_BIT),
     (r"head_dim \+ 2\) if head_dim % n", "no number is divided by the next"),
     (r"\bguess = 1 |for near in \(guess", "where the search begins decides how long it takes, not what it finds"),
+    (r"type\(None\) is int", "a shortcut for the most frequent type, which the rest of the line would answer alike"),
     (r"if at > x\)", "at a point the lines on both its sides give what it has"),
     (r"AttentionShape\(2, (group|32)", "the batch counts for queries and outputs alone, which are not bytes of the cache"),
     (r"met\(n \+ PAGE_TOKENS - 2\)", "a first look: the tokens around the answer are all asked afterwards"),
