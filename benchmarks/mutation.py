@@ -85,7 +85,7 @@ _ALL_16_BIT = "whatever a model's dtype, what is not dense keeps its window in 1
 REASONS = (
     (r"hull\[1:\], strict=None", "no strictness is what is written"),
     (r"strict=(None|False)|zip\(.*, \)", "lengths are equal by construction: `strict` only guards that"),
-    (r"asarray\(\w+, ((dtype=)?None)?\)|(x|keys|values|\[exact\])\.astype\(None\)|scaled = .*astype\(None\)", _NO_DTYPE),
+    (r"asarray\(\w+, ((dtype=)?None)?\)|(x|near|keys|values|\[exact\])\.astype\(None\)|scaled = .*astype\(None\)", _NO_DTYPE),
     (r"key_format, (None, self\.shape\.head_dim|False, None)\)", "keys have no groups of channels, and None is as False"),
     (r"standard_normal\(.*, (dtype=None)?\)", "seeded normal numbers either way, rounded as they are stored"),
     (r"raise \w+\((None\)|.*(XX|[A-Z]{4,} [A-Z]{2,}))|XX, XX", _WORDS),
@@ -104,6 +104,10 @@ REASONS = (
     (r"head_dim \+ 2\) if head_dim % n", "no number is divided by the next"),
     (r"\bguess = 1 |for near in \(guess", "where the search begins decides how long it takes, not what it finds"),
     (r"type\(None\) is int", "a shortcut for the most frequent type, which the rest of the line would answer alike"),
+    (
+        r"np\.where\(divisor >= 0, np\.rint",
+        "what was divided by 0 is cast to an int8 of 0 too, by the processors that this runs on",
+    ),
     (r"if at > x\)", "at a point the lines on both its sides give what it has"),
     (r"AttentionShape\(2, (group|32)", "the batch counts for queries and outputs alone, which are not bytes of the cache"),
     (r"met\(n \+ PAGE_TOKENS - 2\)", "a first look: the tokens around the answer are all asked afterwards"),

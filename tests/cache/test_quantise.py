@@ -290,3 +290,11 @@ def test_codes_and_scales_are_multiplied_in_float64():
     ):
         assert read.dtype == np.float64
         np.testing.assert_array_equal(read.ravel(), np.array(expected) * (1 + 2.0**-7))
+
+
+def test_the_range_of_a_channel_is_computed_in_float32():
+    # 15 x 4096 and the least half below 0 lie 61440 apart in float32: the scale needs no rounding up.
+    page = np.zeros((1, 32, 1), np.float32)
+    page[0, :2, 0] = 15 * 4096, -(2.0**-24)
+    codes, scales, zeros = quantise_int4_keys(page)
+    assert (scales[0, 0], zeros[0, 0], codes[0, 0, 0]) == (4096, np.float16(-(2.0**-24)), 15)

@@ -362,3 +362,15 @@ def test_what_a_crop_makes_exact_again_is_what_the_codes_stand_for_in_the_window
     for array, was in zip(cache.read(0, 100), before, strict=True):
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array[1], was[1, :, :100])
+
+
+@pytest.mark.parametrize("change", ["prefill", "fill_random", "extend", "crop", "load_state"])
+def test_tokens_that_change_begin_the_count_of_steps_anew(change):
+    cache, more = filled("int4,pages=1/4,anchor_every=4", [200, 150]), tokens(3)
+    state = cache.state()
+    cache.append(*more[:, :, :, 0])
+    assert cache.step == 0
+    lengths = np.array([3, 2])
+    arguments = {"prefill": (*more, lengths), "fill_random": (lengths, 0), "extend": (*more, lengths), "crop": (lengths,)}
+    getattr(cache, change)(*arguments.get(change, (state,)))
+    assert cache.step == -1
