@@ -266,6 +266,7 @@ def test_no_number_gives_rise_to_a_warning(fmt, numbers):
     rows = np.zeros((1, 32, 64), np.float32)
     rows[0, :2, :2] = numbers
     rows[0, 0, 2], rows[0, 1, 3] = numbers
+    rows[0, :, 32:] = numbers[0]
     with warnings.catch_warnings(), np.errstate(divide="warn", invalid="warn", over="warn"):
         warnings.simplefilter("error")
         quantised(rows, fmt)
