@@ -85,7 +85,8 @@ _ALL_16_BIT = "whatever a model's dtype, what is not dense keeps its window in 1
 REASONS = (
     (r"hull\[1:\], strict=None", "no strictness is what is written"),
     (r"strict=(None|False)|zip\(.*, \)", "lengths are equal by construction: `strict` only guards that"),
-    (r"asarray\(\w+, ((dtype=)?None)?\)|(x|near|keys|values|\[exact\])\.astype\(None\)|scaled = .*astype\(None\)", _NO_DTYPE),
+    (r"asarray\((codes|bits|numerator|denominator|series|samples|times), ((dtype=)?None)?\)", _NO_DTYPE),
+    (r"(x|near|keys|values|\[exact\])\.astype\(None\)|scaled = .*astype\(None\)", _NO_DTYPE),
     (r"key_format, (None, self\.shape\.head_dim|False, None)\)", "keys have no groups of channels, and None is as False"),
     (r"standard_normal\(.*, (dtype=None)?\)", "seeded normal numbers either way, rounded as they are stored"),
     (r"raise \w+\((None\)|.*(XX|[A-Z]{4,} [A-Z]{2,}))|XX, XX", _WORDS),

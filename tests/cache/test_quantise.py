@@ -231,6 +231,9 @@ def test_codes_and_scales_have_their_types_and_shapes_whatever_numbers_are_given
     for given_as in (rows.astype(np.float64), rows.astype(np.int64), rows.tolist()):
         for array, expected in zip(quantised(given_as, fmt), arrays, strict=True):
             np.testing.assert_array_equal(array, expected)
+    thirds = rows.astype(np.float64) / 3  # which float32 rounds: codes are those of what it makes of them
+    for array, expected in zip(quantised(thirds, fmt), quantised(thirds.astype(np.float32), fmt), strict=True):
+        np.testing.assert_array_equal(array, expected)
     for array, expected in zip(quantised(rows[:1], fmt), arrays, strict=True):
         np.testing.assert_array_equal(array, expected[:1])
 
