@@ -7,7 +7,8 @@
 A part that is run replaces its own entry in the file and leaves the others. `--sample` draws so many mutants of every part, by
 `--seed`: the share that is killed then has a standard error, which is recorded. Survivors are listed with what was changed and
 with the reason why no test can or need tell, where there is one. Where tests were added since and the modules are the same,
-`--again` tries the survivors alone.
+`--again` tries the survivors alone; what was killed at first stays in the record, for it alone tells of mutants that were not
+drawn, and the standard error is its.
 """
 
 import argparse
@@ -228,7 +229,7 @@ def tested(part: Part, sample: int | None, seed: int, workers: int, known: Recor
     killed = tried - len(survivors)
     if not killed:
         raise SystemExit("no mutant was killed: do the tests import what was changed?")
-    share = killed / tried
+    first = before.get("killed_at_first", killed) / tried
     return asdict(part) | {
         "environment": where,
         "mutmut": version("mutmut"),
@@ -238,10 +239,11 @@ def tested(part: Part, sample: int | None, seed: int, workers: int, known: Recor
         "sampled": tried < len(every),
         "seed": before["seed"],
         "killed": killed,
+        "killed_at_first": known["killed_at_first"] if known else killed,
         "timeouts": before["timeouts"] + Counter(outcome.values())["timeout"],
         "survived": len(survivors),
-        "share_killed": share,
-        "standard_error": math.sqrt(share * (1 - share) / tried) if tried < len(every) else 0.0,
+        "share_killed": killed / tried,
+        "standard_error": math.sqrt(first * (1 - first) / tried) if tried < len(every) else 0.0,
         "explained": explained(survivors),
         "survivors": survivors,
     }
