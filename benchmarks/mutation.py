@@ -82,6 +82,7 @@ KILLED = ("killed", "timeout")
 # What a changed line looks like, and why no test tells it from the original.
 _NO_DTYPE = "no dtype means float64, or that of what is given: the numbers are the same"
 _WORDS = "the words of a message"
+_BY_CHANCE = "differs where two floats are equal by chance"
 _ALL_16_BIT = "whatever a model's dtype, what is not dense keeps its window in 16 bit: the same bytes"
 REASONS = (
     (r"hull\[1:\], strict=None", "no strictness is what is written"),
@@ -100,7 +101,9 @@ REASONS = (
         r"np\.clip\(2 \* \(1 - lag / \(2 \* last\)\), None, 1\)",
         "at twice the last lag the window reaches 0, and goes no further",
     ),
-    (r"np\.abs\(rho\) > 2 \* math\.sqrt", "differs where two floats are equal by chance"),
+    (r"np\.abs\(rho\) > 2 \* math\.sqrt|np\.abs\(deviations\) <= bound|spectrum < 0:|abs\(step\) < _TOL|>= CHANCE", _BY_CHANCE),
+    (r"patience, n \+ 1\)", "a lag of as many as there are values has no pairs: it adds nothing"),
+    (r"min\(3 \* last, lags\)", "beyond twice the last lag the window is 0"),
     (r"if n <= _FEWEST:", "of 20 samples no order is as unlikely as it must be"),
     (r"kind=\"STABLE\"", "NumPy takes the word in capitals too"),
     (r"late\.add\(None\)", "only whether somebody was late is asked"),

@@ -134,6 +134,17 @@ def test_degrees_of_freedom_are_the_blocks_less_one_and_less_what_the_dependence
     assert 1 / found.freedom == pytest.approx(1 / (120 // found.block_length - 1) + 2 * (1 + rho) / ((1 - rho) * 120))
 
 
+def test_from_ten_values_on_blocks_are_mirrored_and_eight_of_them_are_left():
+    assert [locate(ar1(RNG(14), n, 0.5)).block_length for n in (9, 10)] == [1, MIRRORED]
+    assert {locate(ar1(RNG([seed, 15]), 24, 0.9)).block_length for seed in range(40)} == {MIRRORED}
+
+
+def test_too_few_values_for_blocks_count_each_wherever_the_series_begins():
+    values = RNG(16).standard_normal(9)
+    for first in (0, 1):
+        assert locate(values, math.inf, first).variance == pytest.approx(values.var(ddof=1) / 9)
+
+
 def published_block_length(series):
     """The rule of Politis & White for the circular bootstrap, as they write it."""
     n, centred = len(series), np.asarray(series) - np.mean(series)

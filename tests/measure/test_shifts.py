@@ -52,6 +52,11 @@ def test_half_of_24_samples_are_the_fewest_that_tell():
     assert (found.sample, found.ratio) == (12, 1.5)
 
 
+def test_a_step_of_a_tenth_is_told_and_none_below_it():
+    assert shift([10.0] * 12 + [11.0] * 12).ratio == shift([11.0] * 12 + [10.0] * 12).ratio ** -1 == 1.1
+    assert shift([10.0] * 12 + [10.99] * 12) is None
+
+
 def test_a_step_at_either_end_is_never_told_by_fewer_than_five_samples():
     for n in (24, 100, 400):
         for few in (1, 4):
