@@ -51,7 +51,7 @@ def _mutants(record: dict[str, Any]) -> Iterator[Row]:
         share = f"{100 * part['killed_at_first'] / part['tried']:.1f}"
         share += f" ± {100 * part['standard_error']:.1f} % noticed" if part["sampled"] else " % noticed"
         if part["killed"] > part["killed_at_first"]:
-            share += f", {100 * part['share_killed']:.1f} % with the tests that were added for the others"
+            share += f", {100 * part['share_killed']:.1f} % with tests added since"
         said = f"{share}; {part['explained']} of the {part['survived']} others are explained"
         yield f"do tests notice changes: {name}", tried, said, _where(part), _command(part["command"])
 
