@@ -48,8 +48,10 @@ def _properties(record: dict[str, Any]) -> Iterator[Row]:
 def _mutants(record: dict[str, Any]) -> Iterator[Row]:
     for name, part in record["parts"].items():
         tried = f"{_number(part['tried'])} mutants" + (f", a sample of {_number(part['mutants'])}" if part["sampled"] else "")
-        margin = f" ± {100 * part['standard_error']:.1f}" if part["sampled"] else ""
-        share = f"{100 * part['share_killed']:.1f}{margin} % noticed"
+        share = f"{100 * part['killed_at_first'] / part['tried']:.1f}"
+        share += f" ± {100 * part['standard_error']:.1f} % noticed" if part["sampled"] else " % noticed"
+        if part["killed"] > part["killed_at_first"]:
+            share += f", {100 * part['share_killed']:.1f} % with tests added since"
         said = f"{share}; {part['explained']} of the {part['survived']} others are explained"
         yield f"do tests notice changes: {name}", tried, said, _where(part), _command(part["command"])
 

@@ -235,6 +235,16 @@ def test_codes_and_scales_have_their_types_and_shapes_whatever_numbers_are_given
         np.testing.assert_array_equal(array, expected[:1])
 
 
+@pytest.mark.parametrize(("fmt", "top"), [("int8", 127), ("fp8", 448), ("int4 keys", 15), ("int4 values", 15)])
+def test_what_float32_rounds_away_widens_no_scale(fmt, top):
+    # The largest number that a scale of 1 holds, and a part of it that float64 alone tells apart.
+    rows = np.zeros((1, 32, 64))
+    rows[0, :2, :2] = top * (1 + 2.0**-30)
+    for array, expected in zip(quantised(rows, fmt), quantised(rows.astype(np.float32), fmt), strict=True):
+        np.testing.assert_array_equal(array, expected)
+    assert quantised(rows, fmt)[0].max() == (0x7E if fmt == "fp8" else top)
+
+
 @pytest.mark.parametrize("fmt", SHAPES)
 def test_what_has_no_scale_has_codes_of_zero(fmt):
     codes, *scales = quantised(np.zeros((1, 32, 64), np.float32), fmt)
@@ -266,6 +276,7 @@ def test_no_number_gives_rise_to_a_warning(fmt, numbers):
     rows = np.zeros((1, 32, 64), np.float32)
     rows[0, :2, :2] = numbers
     rows[0, 0, 2], rows[0, 1, 3] = numbers
+    rows[0, :, 32:] = numbers[0]
     with warnings.catch_warnings(), np.errstate(divide="warn", invalid="warn", over="warn"):
         warnings.simplefilter("error")
         quantised(rows, fmt)
@@ -290,3 +301,11 @@ def test_codes_and_scales_are_multiplied_in_float64():
     ):
         assert read.dtype == np.float64
         np.testing.assert_array_equal(read.ravel(), np.array(expected) * (1 + 2.0**-7))
+
+
+def test_the_range_of_a_channel_is_computed_in_float32():
+    # 15 x 4096 and the least half below 0 lie 61440 apart in float32: the scale needs no rounding up.
+    page = np.zeros((1, 32, 1), np.float32)
+    page[0, :2, 0] = 15 * 4096, -(2.0**-24)
+    codes, scales, zeros = quantise_int4_keys(page)
+    assert (scales[0, 0], zeros[0, 0], codes[0, 0, 0]) == (4096, np.float16(-(2.0**-24)), 15)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from elastickv.attention import attend, merge
-from elastickv.cache import ReferenceCache
+from elastickv.cache import Oracle, ReferenceCache
 from elastickv.cache.bits import rounded
 from elastickv.cache.quantise import stored_values
 from elastickv.errors import NonFiniteError, UsageError
@@ -172,16 +172,24 @@ def walk(text, start=300, steps=70, phase=0):
         yield cache, i, cache.pages_read(0, 1), max(0, start + i + 1 - 4 - 128) // 32
 
 
-def test_the_best_pages_by_their_scales_are_read_at_an_anchor():
-    for cache, i, read, cold in walk("int4,pages=1/2", steps=3):
-        stored = cache.stored(0, 1)
-        pages = rounded(tokens(400)[0][0, 1, 4 : 4 + 32 * cold], "bf16").reshape(cold, 32, 64).astype(np.float64)
+@pytest.mark.parametrize("head", [0, 1])
+def test_the_best_pages_by_their_scales_are_read_at_an_anchor(head):
+    for cache, i, _, cold in walk("int4,pages=1/2", steps=3):
+        stored = cache.stored(0, head)
+        pages = rounded(tokens(400)[0][0, head, 4 : 4 + 32 * cold], "bf16").reshape(cold, 32, 64).astype(np.float64)
         low, high = pages.min(axis=1), pages.max(axis=1)
         middle, half = (low + high) / 2, (high - low) / 4
-        q = queries(i)[0, 2:].astype(np.float64)
+        q = queries(i)[0, 2 * head : 2 * head + 2].astype(np.float64)
         scores = (q @ middle.T + np.abs(q) @ half.T).sum(axis=0)
-        assert set(read) == set(np.argsort(-scores)[: cold // 2])
+        assert set(cache.pages_read(0, head)) == set(np.argsort(-scores)[: cold // 2])
         assert len(stored.cold_keys) == 32 * cold
+
+
+def test_an_oracle_that_was_not_marked_rewinds_to_its_beginning():
+    cache = filled("bf16,reuse,anchor_every=3,window=0", [200, 150])
+    oracle = Oracle(cache)
+    oracle.rewind()
+    np.testing.assert_array_equal(oracle.decode(queries())[0], cache.decode(queries())[0])
 
 
 @pytest.mark.parametrize("phase", [0, 1, 17, 39])
@@ -362,3 +370,15 @@ def test_what_a_crop_makes_exact_again_is_what_the_codes_stand_for_in_the_window
     for array, was in zip(cache.read(0, 100), before, strict=True):
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array[1], was[1, :, :100])
+
+
+@pytest.mark.parametrize("change", ["prefill", "fill_random", "extend", "crop", "load_state"])
+def test_tokens_that_change_begin_the_count_of_steps_anew(change):
+    cache, more = filled("int4,pages=1/4,anchor_every=4", [200, 150]), tokens(3)
+    state = cache.state()
+    cache.append(*more[:, :, :, 0])
+    assert cache.step == 0
+    lengths = np.array([3, 2])
+    arguments = {"prefill": (*more, lengths), "fill_random": (lengths, 0), "extend": (*more, lengths), "crop": (lengths,)}
+    getattr(cache, change)(*arguments.get(change, (state,)))
+    assert cache.step == -1

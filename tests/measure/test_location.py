@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from elastickv.measure.location import LEAST_BLOCKS, MIRRORED, block_length, huber, locate
+from elastickv.measure import location
+from elastickv.measure.location import LEAST_BLOCKS, MIRRORED, block_length, huber, locate, midmean
 
 RNG = np.random.default_rng
 
@@ -91,3 +92,95 @@ def test_times_by_themselves_are_located_by_their_midmean():
     assert found.estimate == pytest.approx(np.sort(times)[50:150].mean())
     drawn = [locate(RNG([seed, 10]).lognormal(0, 1, 100), symmetric=False) for seed in range(300)]
     assert 0.8 < np.mean([where.variance for where in drawn]) / np.var([where.estimate for where in drawn]) < 1.35
+
+
+def test_a_midmean_counts_what_it_leaves_out_as_the_nearest_that_it_keeps():
+    estimate, influence = midmean(np.array([7.0, 0.0, 100.0, 3.0, 4.0, 5.0, 1.0, 6.0]))
+    assert estimate == (3 + 4 + 5 + 6) / 4
+    # Of the eight the two least count as 3 and the two largest as 6; half of them are kept.
+    counted = np.array([6.0, 3, 6, 3, 4, 5, 3, 6])
+    np.testing.assert_allclose(influence, 2 * (counted - 36 / 8))
+
+
+def test_the_first_autocorrelation_is_corrected_by_one_and_four_of_itself_over_n():
+    assert location._first_autocorrelation(np.array([1.0, 1.0, -1.0, -1.0])) == pytest.approx(1 / 4 + (1 + 4 / 4) / 4)
+    assert location._first_autocorrelation(np.array([0.6, 0.8])) == pytest.approx(0.48 + (1 + 4 * 0.48) / 2)
+    assert location._first_autocorrelation(np.zeros(10)) == 0
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3, 0.95])
+def test_prewhitening_leaves_the_innovations_with_the_variance_of_the_series_mean(rho):
+    n = 12
+    of_mean = sum(rho ** abs(i - j) for i in range(n) for j in range(n)) / n
+    # What follows from its first value alone has no innovation but that: 1 / sqrt(1 - rho^2) of it in a stationary series.
+    expected = np.zeros(n)
+    expected[0] = math.sqrt(of_mean)
+    np.testing.assert_allclose(location._prewhitened(rho ** np.arange(n), rho), expected, atol=1e-12)
+    step = np.zeros(n)
+    step[5] = 1
+    assert location._prewhitened(step, rho)[5] == pytest.approx(math.sqrt(of_mean / (1 - rho**2)))
+
+
+def test_blocks_are_shortened_by_no_value():
+    np.testing.assert_allclose(location._block_means(np.arange(7.0), 2, 0), [0.5, 2.5, (4 + 5 + 6) / 3])
+    np.testing.assert_allclose(location._block_means(np.arange(7.0), 2, 1), [(0 + 1 + 2) / 3, 3.5, 5.5])
+
+
+def test_degrees_of_freedom_are_the_blocks_less_one_and_less_what_the_dependence_cost():
+    series = ar1(RNG(12), 120, 0.7)
+    found = locate(series, math.inf)
+    rho = location._first_autocorrelation(series - series.mean())
+    assert 0.5 < rho < 0.9
+    assert 1 / found.freedom == pytest.approx(1 / (120 // found.block_length - 1) + 2 * (1 + rho) / ((1 - rho) * 120))
+
+
+def test_from_ten_values_on_blocks_are_mirrored_and_eight_of_them_are_left():
+    assert [locate(ar1(RNG(14), n, 0.5)).block_length for n in (9, 10)] == [1, MIRRORED]
+    assert {locate(ar1(RNG([seed, 15]), 24, 0.9)).block_length for seed in range(40)} == {MIRRORED}
+
+
+def test_too_few_values_for_blocks_count_each_wherever_the_series_begins():
+    values = RNG(16).standard_normal(9)
+    for first in (0, 1):
+        assert locate(values, math.inf, first).variance == pytest.approx(values.var(ddof=1) / 9)
+
+
+def published_block_length(series):
+    """The rule of Politis & White for the circular bootstrap, as they write it."""
+    n, centred = len(series), np.asarray(series) - np.mean(series)
+
+    def covariance(lag):
+        return sum(centred[i] * centred[i + lag] for i in range(n - lag)) / n
+
+    patience = max(5, math.ceil(math.sqrt(math.log10(n))))
+    most = min(math.ceil(math.sqrt(n)) + patience, n - 1)
+    bound = 2 * math.sqrt(math.log10(n) / n)
+    seen = [lag for lag in range(1, most + 1) if abs(covariance(lag) / covariance(0)) >= bound]
+    last = 0  # the last of those that as many lags without correlation follow
+    for lag in seen:
+        if lag - last <= patience:
+            last = lag
+        else:
+            break
+    if not last:
+        return 1
+    lags = range(1, min(2 * last, most) + 1)
+    flat_top = {lag: min(1, max(0, 2 * (1 - lag / (2 * last)))) for lag in lags}
+    spectrum = covariance(0) + 2 * sum(flat_top[lag] * covariance(lag) for lag in lags)
+    if spectrum <= 0:
+        return 1
+    curvature = 2 * sum(flat_top[lag] * lag * covariance(lag) for lag in lags)
+    return max(1, math.ceil((2 * curvature**2 / (4 / 3 * spectrum**2) * n) ** (1 / 3)))
+
+
+@pytest.mark.parametrize("rho", [-0.6, 0.0, 0.4, 0.8, 0.95])
+@pytest.mark.parametrize("n", [8, 40, 200])
+def test_blocks_are_as_long_as_the_published_rule_has_them(rho, n):
+    for seed in range(5):
+        series = 3 + ar1(RNG([seed, 13]), n, rho)
+        assert block_length(series) == published_block_length(series)
+
+
+def test_what_does_not_vary_or_is_too_short_has_blocks_of_one():
+    assert block_length(np.ones(50)) == 1
+    assert block_length(np.linspace(0, 1, LEAST_BLOCKS - 1)) == 1

@@ -44,6 +44,26 @@ def test_where_it_begins_and_how_much_it_is():
     assert found.ratio == pytest.approx(1.5, abs=0.02)
 
 
+def test_half_of_24_samples_are_the_fewest_that_tell():
+    # Ranks that part in the middle: Pettitt's statistic is (n / 2)^2, and 2 exp(-6 (n / 2)^4 / (n^3 + n^2)) is 7.5e-4 of 22
+    # samples and 3.5e-4 of 24.
+    assert shift([2.0] * 11 + [3.0] * 11) is None
+    found = shift([2.0] * 12 + [3.0] * 12)
+    assert (found.sample, found.ratio) == (12, 1.5)
+
+
+def test_a_step_of_a_tenth_is_told_and_none_below_it():
+    assert shift([10.0] * 12 + [11.0] * 12).ratio == shift([11.0] * 12 + [10.0] * 12).ratio ** -1 == 1.1
+    assert shift([10.0] * 12 + [10.99] * 12) is None
+
+
+def test_a_step_at_either_end_is_never_told_by_fewer_than_five_samples():
+    for n in (24, 100, 400):
+        for few in (1, 4):
+            assert shift([1.0] * (n - few) + [9.0] * few) is None
+            assert shift([9.0] * few + [1.0] * (n - few)) is None
+
+
 def test_too_few_samples_tell_nothing():
     assert shift([1.0] * 9 + [2.0] * 10) is None
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.errors import NonFiniteError
+from elastickv.measure.location import locate
 from elastickv.measure.statistics import (
     Interval,
     Moments,
@@ -70,6 +71,29 @@ def test_few_samples_give_a_wide_interval():
 def test_an_interval_is_one_of_95_percent_and_rests_on_the_side_with_fewer_samples():
     interval = ratio_interval([1.0, 1.1, 0.9, 1.0], [1.0, 1.2, 0.8], paired=False)
     assert (interval.level, interval.samples) == (0.95, 3)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_paired_interval_is_that_of_the_log_ratios_from_the_round_on_that_is_named(first):
+    rng = np.random.default_rng(11)
+    numerator, denominator = 3 + rng.random(41), 2 + rng.random(41)
+    interval = ratio_interval(numerator, denominator, first=first)
+    where = locate(np.log(numerator / denominator), first=first)
+    margin = student_quantile(0.975, where.freedom) * math.sqrt(where.variance)
+    expected = [math.exp(where.estimate + part) for part in (0, -margin, margin)]
+    assert [interval.estimate, interval.low, interval.high] == pytest.approx(expected)
+    assert interval.block_length == where.block_length > 1
+    if first == 0:
+        assert ratio_interval(numerator, denominator) == interval
+    else:
+        assert ratio_interval(numerator, denominator) != interval
+
+
+def test_unpaired_the_estimate_is_the_ratio_of_the_midmeans_of_the_logs():
+    numerator, denominator = np.exp([5.0, 1, 2, 3, 4, 6, 7, 70]), np.exp([1.0, 1, 1, 1, 2, 2, 2, 9])
+    interval = ratio_interval(numerator, denominator, paired=False)
+    assert math.log(interval.estimate) == pytest.approx((3 + 4 + 5 + 6) / 4 - (1 + 1 + 2 + 2) / 4)
+    assert interval.block_length == 1
 
 
 def test_faster_is_said_only_beyond_the_noise_floor():

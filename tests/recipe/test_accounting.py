@@ -85,7 +85,9 @@ def test_reuse_stores_an_output_with_its_log_sum_exp_for_every_query_head():
     assert stored_bytes(recipe, [4096, 64], shape) == dense_bytes([4096, 64], shape) + reused
 
 
-@pytest.mark.parametrize("text", ["int8", "fp8", "k=int8,v=int4,vgroup=32", "int4,pages=1/4", "int8,stride=3", "dense"])
+@pytest.mark.parametrize(
+    "text", ["int8", "fp8", "k=int8,v=int4,vgroup=32", "int4,pages=1/4", "int4,pages=1", "int8,stride=3", "dense"]
+)
 def test_bytes_are_whole_numbers_by_their_type(text):
     step = step_bytes(Recipe.parse(text), [500], AttentionShape(1, 4, 2, 64))
     assert {type(n_bytes) for n_bytes in vars(step).values()} == {int}

@@ -1,5 +1,7 @@
 """Recipes are values: they round-trip through text, hash alike in every process, and refuse what does not combine."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -143,6 +145,8 @@ def test_the_schedule_of_the_original_reads():
         ("stride=0", "stride=0"),
         ("stride=2.5", "stride=2.5"),
         ("stride=-1", "stride=-1"),
+        ("k=int9,v=int8", "format 'int9' is unknown: formats are bf16, fp16, fp8, int8, int4"),
+        ("window=1048577", "window=1048577 is out of range: 0 to 1048576 is accepted"),
         ("sinks=4.5", "sinks=4.5 is not a whole number"),
         ("int4,vgroup=x", "vgroup=x is not a whole number"),
         ("reuse,anchor_every=2,decay=.", "decay=. is not a number"),
@@ -163,6 +167,18 @@ def test_the_schedule_of_the_original_reads():
 def test_what_is_no_recipe_is_refused_by_name(text, named):
     with pytest.raises(UsageError, match=named.replace("(", r"\(").replace(")", r"\)")):
         Recipe.parse(text)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"value_format": "int8"}, {"sinks": 4}, {"window": 1}, {"selection": "stride", "stride": 2}]
+)
+def test_dense_takes_nothing_beside_it(fields):
+    with pytest.raises(UsageError, match="'dense' keeps and reads everything"):
+        replace(DENSE, **fields)
+
+
+def test_without_a_selection_every_head_reads_everything():
+    assert [Recipe.parse(text).fraction(3) for text in ("dense", "int8", "int8,stride=2")] == [1.0, 1.0, 1.0]
 
 
 def test_the_window_keeps_the_models_16_bit_dtype():

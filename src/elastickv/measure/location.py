@@ -165,7 +165,7 @@ def _prewhitened(series: Float64, rho: float) -> Float64:
     return scaled
 
 
-def _block_means(series: Float64, length: int, lead: int = 0) -> Float64:
+def _block_means(series: Float64, length: int, lead: int) -> Float64:
     """Return the means of consecutive blocks: the first `lead` values belong to the first, what is left over to the last."""
     starts = lead + np.arange((len(series) - lead) // length) * length
     starts[0] = 0

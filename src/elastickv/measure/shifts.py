@@ -9,7 +9,7 @@ import numpy as np
 # A step this large says that clocks or neighbours changed; below it, noise that wanders is as likely.
 LEAST_STEP = 1.1
 CHANCE = 5e-4  # that a steady machine looks so
-_FEWEST, _FEWEST_A_SIDE = 20, 5
+_FEWEST = 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def shift(times: Sequence[float]) -> Shift | None:
     statistic = np.abs(2 * np.cumsum(ranks) - (n + 1) * np.arange(1, n + 1))
     first = int(np.argmax(statistic)) + 1
     probability = 2 * math.exp(-6 * float(statistic[first - 1]) ** 2 / (n**3 + n**2))
-    if probability > CHANCE or min(first, n - first) < _FEWEST_A_SIDE:
+    if probability > CHANCE:
         return None
     ratio = float(np.median(values[first:]) / np.median(values[:first]))
     return Shift(first, ratio) if max(ratio, 1 / ratio) >= LEAST_STEP else None
