@@ -194,7 +194,10 @@ class ReferenceCache:
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Make row i a copy of what row `rows[i]` was."""
-        other = self.gather(checked_rows(rows, self.shape.batch, self.shape.batch), self.capacity)
+        taken = checked_rows(rows, self.shape.batch, self.shape.batch)
+        if (taken == np.arange(self.shape.batch)).all():
+            return
+        other = self.gather(taken, self.capacity)
         self._marked = None
         self._keys, self._values, self._lengths, self._pages = other._keys, other._values, other._lengths, other._pages
         self._oracle.take_rows(other._oracle, np.arange(self.shape.batch))
