@@ -237,5 +237,5 @@ class Caches(RuleBasedStateMachine):
 @pytest.mark.parametrize("selection", ["dense", "all", "stride", "reuse", "pages"])
 def test_any_sequence_of_requests_leaves_what_plain_lists_of_tokens_hold(each, selection):
     machine = type("Machine", (Caches,), {"each": each, "selection": selection})
-    examples = tried(5 if each.name.startswith("cuda") else 12).max_examples
+    examples = tried(3 if each.name.startswith("cuda") else 6).max_examples
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=12, deadline=None))

@@ -117,11 +117,11 @@ def test_every_head_of_every_row_is_held_against_its_own_pages():
         check_lists(numbers, listed, fresh, np.array([[3], [8]]))
 
 
-def test_shares_of_the_pages_lie_above_nothing_and_reach_the_whole():
-    check_shares(np.array([1e-9, 0.5, 1.0]))
-    for bad in (0.0, -0.5, 1.0000001, np.nan):
-        with pytest.raises(ValueError, match=exactly("the saved shares of the pages are not above 0 and at most 1")):
-            check_shares(np.array([0.5, bad]))
+def test_there_is_a_share_of_the_pages_for_every_head_above_nothing_and_up_to_the_whole():
+    check_shares([1e-9, 0.5, 1.0], 3)
+    for bad in ([0.5, 0.0], [0.5, -0.5], [0.5, 1.0000001], [0.5, np.nan], [0.5], [0.5] * 3):
+        with pytest.raises(ValueError, match=exactly(f"the shares of the pages are {bad}: 2 above 0 and at most 1 are needed")):
+            check_shares(np.array(bad), 2)
 
 
 def test_an_array_of_another_shape_is_refused_with_both_shapes():
