@@ -113,3 +113,12 @@ def test_what_an_anchor_that_was_not_decoded_would_have_left_is_not_reused(each,
     cache.append(*case.token(3)[:2])
     with pytest.raises(RuntimeError, match=r"of anchor 2.* not decoded|anchor 2 computes, which was not decoded"):
         cache.decode(queries)
+
+
+def test_a_chunk_of_nothing_begins_the_count_of_steps_anew_as_any_chunk_does(each):
+    case = Case(AttentionShape(2, 4, 2, 64), Recipe.parse("int4,pages=1/2,anchor_every=4"), "bf16", (300, 200))
+    cache, _ = each.filled(case, room=8)
+    cache.append(*case.token(0)[:2])
+    assert cache.step == 0
+    cache.extend(np.zeros((2, 2, 0, 64), np.float32), np.zeros((2, 2, 0, 64), np.float32), np.zeros(2, np.int64))
+    assert cache.step == -1 and cache.lengths.tolist() == [301, 201]

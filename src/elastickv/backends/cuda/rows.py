@@ -114,6 +114,8 @@ class Rows:
         used = checked_lengths(lengths, self.shape.batch)
         check_growth(self._lengths, used, rows[2], self.capacity)
         longest = int(used.max(initial=0))
+        if not longest:
+            self._set_lengths(self._lengths)  # nothing comes, and steps begin anew all the same
         at_once = max(1, _STAGED_BYTES // (4 * rows[0] * rows[1] * rows[3]))
         for first in range(0, longest, at_once):
             end = min(first + at_once, longest)
