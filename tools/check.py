@@ -2,9 +2,11 @@
 
 Makes a fresh virtual environment in .venv-check, installs the package and its test tools into it, and runs lint, format
 check, types and tests; then, where another Python from 3.10 on is at hand (the newest counts), a quick part of the tests with
-that one; stops at the first that fails, with its exit code. With --here it uses the Python that runs it and the environment
-that Python has, and no other.
+that one. What needs no other step runs beside it. Stops after what fails, with its exit code. With --here it uses the Python
+that runs it and the environment that Python has, and no other.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -12,7 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Stage = list[tuple[str, list[str]]]
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT, OTHER_ENVIRONMENT = ROOT / ".venv-check", ROOT / ".venv-check-other"
@@ -24,6 +31,8 @@ QUICK = [
     "tests/measure/test_gate.py", "tests/measure/test_location.py", "tests/measure/test_sampler.py",
     "tests/measure/test_statistics.py", "tests/measure/test_telemetry.py", "tests/reports/test_comparison.py",
 ]  # fmt: skip
+# What is imported is compiled then, and most of it never is.
+INSTALL = ["pip", "install", "--quiet", "--no-compile"]
 SHORT_RUN = ["bench", "--preset", "short", "--paired-baseline", "--time-limit", "5", "--backend", "cpu"]
 
 
@@ -53,55 +62,77 @@ def another_python() -> str | None:
     return None
 
 
-def quick_steps(base: str) -> list[tuple[str, list[str]]]:
-    module = [str(fresh_environment(OTHER_ENVIRONMENT, base)), "-m"]
-    return [
-        ("install", [*module, "pip", "install", "--quiet", ".", "pytest", "hypothesis", "jsonschema"]),
-        ("quick tests", [*module, "pytest", "-q", *QUICK]),
-        ("short run", [*module, "elastickv", *SHORT_RUN]),
-    ]
+def plan(python: Path, other: Path | None, install: bool, tests: list[str]) -> list[Stage]:
+    """Return what is run one after the other; the steps of a stage run side by side.
 
-
-def steps(python: Path, install: bool, tests: list[str]) -> list[tuple[str, list[str]]]:
-    module = [str(python), "-m"]
-    all_steps = [
-        ("install", [*module, "pip", "install", "--quiet", ".[test]"]),
+    Parameters
+    ----------
+    python : of the environment that everything runs in.
+    other : of an environment of another Python, for the quick part; None for none.
+    install : whether the environments are empty yet.
+    tests : what pytest is told beyond the usual.
+    """
+    module, other_module = [str(python), "-m"], [str(other), "-m"]
+    installs, alone = [], [("tests", [*module, "pytest", "-q", "-n", str(WORKERS), *tests])]
+    ends: Stage = []
+    if install:
+        installs.append(("install", [*module, *INSTALL, ".[test]"]))
+        if not tests and (ROOT / ".git").exists():
+            ends.append(("package", [str(python), "tools/package.py", "--no-install"]))
+    if other is not None:
+        installs.append(("install for another Python", [*other_module, *INSTALL, ".", "pytest", "hypothesis", "jsonschema"]))
+        ends.append(("quick tests with another Python", [*other_module, "pytest", "-q", *QUICK]))
+        ends.append(("short run with another Python", [*other_module, "elastickv", *SHORT_RUN]))
+    lint: Stage = [
         ("lint", [*module, "ruff", "check"]),
         ("format", [*module, "ruff", "format", "--check"]),
         ("types", [*module, "mypy"]),
-        ("tests", [*module, "pytest", "-q", "-n", str(WORKERS), *tests]),
     ]
-    return all_steps if install else all_steps[1:]
+    return [stage for stage in (installs, lint, alone, ends) if stage]
 
 
-def run(name: str, command: list[str]) -> int:
-    print(f"==> {name}: {' '.join(command[1:])}", flush=True)
+def run(stage: Stage) -> int:
+    """Run steps side by side and print what each says, a lone one's as it comes; return the first exit code that is not 0."""
+    for name, command in stage:
+        print(f"==> {name}: {' '.join(command[1:])}", flush=True)
     start = time.monotonic()
-    code = subprocess.call(command, cwd=ROOT)
+    if len(stage) == 1:
+        return ended(stage[0][0], subprocess.call(stage[0][1], cwd=ROOT), start)
+    with ThreadPoolExecutor(len(stage)) as pool:
+        begun = {pool.submit(subprocess.run, c, cwd=ROOT, capture_output=True, check=False): name for name, c in stage}
+        codes = []
+        for done in as_completed(begun):
+            found = done.result()
+            print(f"==> {begun[done]}", flush=True)
+            for stream in (found.stdout, found.stderr):
+                sys.stdout.buffer.write(stream)
+            sys.stdout.flush()
+            codes.append(ended(begun[done], found.returncode, start))
+    return next(filter(None, codes), 0)
+
+
+def ended(name: str, code: int, start: float) -> int:
+    """Print how a step ended, and return its code."""
     print(f"    {name} {'passed' if code == 0 else f'FAILED ({code})'} after {time.monotonic() - start:.0f} s", flush=True)
     return code
 
 
 def main() -> int:
-    if sys.version_info < (3, 10):  # noqa: UP036  (the one file that an older Python may start)
+    if sys.version_info < (3, 10):  # noqa: UP036  (the one file that an older Python, from 3.7 on, may start)
         print(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: start this with a newer one", file=sys.stderr)
         return 2
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--here", action="store_true", help="use this Python's environment; install nothing")
     options, tests = parser.parse_known_args()
-    python = Path(sys.executable)
+    python, other = Path(sys.executable), None
     if not options.here:
         print(f"==> environment: {ENVIRONMENT}", flush=True)
         python = fresh_environment(ENVIRONMENT)
-    planned = steps(python, not options.here, tests)
-    if not options.here and not tests:
-        if (ROOT / ".git").exists():
-            planned.append(("package", [str(python), "tools/package.py", "--no-install"]))
-        other = another_python()
-        print(f"==> another Python: {other or 'none is at hand'}", flush=True)
-        planned += quick_steps(other) if other else []
-    for name, command in planned:
-        code = run(name, command)
+        found = None if tests else another_python()
+        print(f"==> another Python: {found or 'none is at hand'}", flush=True)
+        other = None if found is None else fresh_environment(OTHER_ENVIRONMENT, found)
+    for stage in plan(python, other, not options.here, tests):
+        code = run(stage)
         if code:
             return code
     print("==> everything passed", flush=True)
