@@ -1,16 +1,19 @@
 """What is read from files: every program's results, cut-off sweeps, and one clear line for what cannot be read."""
 
 import copy
+import itertools
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from elastickv.errors import UsageError
 from elastickv.measure import Options, Result, run
+from elastickv.measure.statistics import Moments, ratio_interval, ratio_of_moments
 from elastickv.reports import FORMATS
 from elastickv.reports.matching import cautions, match
+from elastickv.reports.reader import LEAST_TIME, LONGEST_TIME, Reader
 from elastickv.reports.sides import read_side
 from elastickv.sweeps.table import Sweep
 from tests.helpers.reference_backend import ReferenceBackend
@@ -293,3 +296,16 @@ def test_a_result_just_measured_is_read_as_its_file_is(tmp_path, monkeypatch):
     assert set(in_memory.figures) == {"step", "cycle of 4"}
     assert in_memory.figures["step"].dense
     assert in_memory.fidelity is not None
+
+
+@pytest.mark.parametrize(("paired", "bounds"), [(True, 2), (False, 2), (True, 3)])
+def test_the_bounds_of_times_that_tell_nothing_are_figures_to_a_reader(paired, bounds):
+    shortest, longest = LEAST_TIME, LONGEST_TIME
+    for numerator in itertools.product((shortest, longest), repeat=bounds):
+        for denominator in itertools.product((shortest, 1.0, longest), repeat=bounds):
+            found = ratio_interval(numerator, denominator, paired=paired)
+            reader = Reader("a file", asdict(found))
+            assert reader.positive("low") <= reader.positive("estimate") <= reader.positive("high")
+    spread = Moments(shortest, longest, 2)
+    reader = Reader("a file", asdict(ratio_of_moments(spread, Moments(longest, 0.0, 2))))
+    assert reader.positive("low") < reader.positive("estimate") < reader.positive("high")

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from elastickv.errors import NonFiniteError
 from elastickv.measure.location import BEND, Float64, locate
 
-WIDEST = 500.0  # half an interval of a ratio's logarithm: what is wider knows nothing either, and its bounds are numbers
+WIDEST = 25.0  # half an interval of a ratio's logarithm: what is wider knows nothing either, and readers take its bounds
 LEVEL = 0.95
 
 
