@@ -54,13 +54,11 @@ def each_source():
             yield overlapping(general)
 
 
-def parameters(arch):
-    """Every combination of kind, dtype, recipe, head_dim and group that has a kernel on `arch`."""
-    for kind, dtype, text, dim, group in itertools.product(
-        ("mma", "simt"), ("fp32", "fp16", "bf16"), BY_ROW, HEAD_DIMS, GROUPS
-    ):
-        if kind == "simt" or (int(arch) >= 80 and Recipe.parse(text).exact_dtype(dtype) != "fp32"):
-            yield kind, dtype, text, dim, group
+def parameters(kind):
+    """Every combination of dtype, recipe, head_dim and group that has a kernel of this kind."""
+    for dtype, text, dim, group in itertools.product(("fp32", "fp16", "bf16"), BY_ROW, HEAD_DIMS, GROUPS):
+        if kind == "simt" or Recipe.parse(text).exact_dtype(dtype) != "fp32":
+            yield dtype, text, dim, group
 
 
 def pairs(combination):
@@ -79,15 +77,17 @@ def covering(combinations):
 
 
 def pairwise():
-    """On the oldest part and on SM 9.0: every pair of kind, dtype, recipe, head_dim and group in some variant."""
-    for arch in ("61", "90"):
-        if arch in SUPPORTED:
-            for kind, dtype, text, dim, group in covering(list(parameters(arch))):
-                variant = decode_variant(dim, group, dtype, Recipe.parse(text), arch, kind)
-                yield variant
-                yield variant.storing()
-                yield variant.editing()
-                yield from filter(None, [split_variant(variant, min(group, 8), Split(8, True) if group < 4 else Split(16))])
+    """Every pair of dtype, recipe, head_dim and group in some variant of each kind, the architectures in turn."""
+    others = {}
+    for kind, oldest in (("simt", 0), ("mma", 80)):
+        architectures = itertools.cycle([arch for arch in SUPPORTED if int(arch) >= oldest])
+        for (dtype, text, dim, group), arch in zip(covering(list(parameters(kind))), architectures, strict=False):
+            variant = decode_variant(dim, group, dtype, Recipe.parse(text), arch, kind)
+            yield variant
+            yield from filter(None, [split_variant(variant, min(group, 8), Split(8, True) if group < 4 else Split(16))])
+            for other in (variant.storing(), variant.editing()):
+                others.setdefault((other.source, other.macros), other)
+    yield from others.values()
 
 
 def paged():
