@@ -13,6 +13,14 @@ settings.register_profile("nightly", deadline=None, max_examples=500, print_blob
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture
+def two_gpus():
+    """Skip where there are none or one."""
+    torch = pytest.importorskip("torch")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed")
+
+
 @pytest.fixture(scope="session")
 def open_cuda():
     """Return a function that opens the back end with forced kernels; skips where there is no device."""

@@ -241,9 +241,10 @@ def test_a_value_that_is_not_finite_is_told_with_its_rank():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("two_gpus")
 def test_two_gpus_capture_alike(tmp_path):
-    if torch.cuda.device_count() < 2 or not torch.distributed.is_nccl_available():
-        pytest.skip("two GPUs and NCCL are needed")
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("NCCL is needed")
     save_four_heads(tmp_path)
     first, second = found_by_ranks(on_gpus, tmp_path, 2, "nccl")
     assert first == second

@@ -11,6 +11,7 @@ import elastickv.transformers as ekv
 from elastickv.errors import UsageError
 from elastickv.recipe.model_calibration import ModelCalibration
 from elastickv.transformers import store
+from elastickv.transformers.memory import layers_beside
 from elastickv.transformers.models import fingerprint
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
@@ -196,7 +197,10 @@ def test_masks_that_a_store_cannot_keep_are_refused(tiny):
     assert cache.lengths == (43,)
 
 
-def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, monkeypatch):
+@pytest.mark.parametrize("places", [None, {"model.layers.0": 0, "model.layers.1": 1}])
+def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, monkeypatch, places):
+    if places:
+        monkeypatch.setattr(tiny, "hf_device_map", places, raising=False)
     cache = ekv.ElasticCache.for_model(tiny, 1)
     backend = store.backend_for(torch.device("cpu"))
     needed = backend.cache_bytes(store.AttentionShape(1, 4, 2, 64), 1024, "fp32", cache._plan.settle(1000, "fp32").recipes[0])
@@ -209,8 +213,29 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
             self.cache, self.cache_bytes = backend.cache, backend.cache_bytes
 
     monkeypatch.setattr("elastickv.transformers.store.backend_for", lambda device: Full())
+    if places:
+        # A layer a device: each has what it needs.
+        assert tiny.generate(**prompt(1, 1000), max_new_tokens=2, past_key_values=cache).shape == (1, 1002)
+        return
     with pytest.raises(UsageError, match=r"need .* GiB in 2 layers and .* are free; compress=\d+ would fit"):
         tiny.generate(**prompt(1, 1000), max_new_tokens=20, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("places", "beside"),
+    [
+        (None, [0, 1, 2]),
+        ({"": "cuda:0"}, [0, 1, 2]),
+        ({"model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1}, [1, 2]),
+        ({"model.layers.0": "cuda:1", "model.layers.1": 1, "model.layers.2": torch.device("cuda", 0)}, [0, 1]),
+        # What is offloaded computes on the first GPU.
+        ({"model.layers.0": 1, "model.layers.1": "cpu", "model.layers.2": "disk"}, [0, 1, 2]),
+        ({"model.layers.0": "cpu", "model.layers.1": "cpu", "model.layers.2": "cpu"}, [0, 1, 2]),
+        ({"model.layers.10": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 0}, [1]),
+    ],
+)
+def test_the_memory_of_a_device_is_needed_for_the_layers_that_compute_there(places, beside):
+    assert layers_beside(1, (0, 1, 2), places) == beside
 
 
 def errors_of(tiny: Any, **changes: Any) -> ModelCalibration:

@@ -16,6 +16,7 @@ from elastickv.recipe import DENSE, Recipe, read_ratio, stored_ratio
 from elastickv.recipe.shape import AttentionShape
 from elastickv.transformers.argument import CACHE_ARGUMENT, cache_in, without_cache
 from elastickv.transformers.budget import Budget
+from elastickv.transformers.report import Ledger
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
 
@@ -294,6 +295,24 @@ class TestBudget:
         assert 0 < report.quantise_seconds < report.prompt_seconds
         assert "29 decodes read" in str(report)
         assert "everything is read" in str(report)
+
+    def test_a_prompt_through_two_devices_takes_the_seconds_of_both_and_not_those_between(self):
+        class Moment(float):
+            device = "cuda:0"
+
+        class Later(Moment):
+            device = "cuda:1"
+
+        ledger = Ledger(0)
+        for layer, begin, end in (
+            (0, Moment(1), Moment(2)),
+            (1, Moment(2), Moment(4)),
+            (2, Later(90), Later(91)),
+            (3, Later(91), Later(95)),
+        ):
+            ledger.begin(layer, begin)
+            ledger.end_prompt(end)
+        assert ledger.prompt_seconds == 3 + 5
 
     def test_a_given_context_fixes_the_recipe(self, tiny):
         cache = elastic(tiny, 4, context=1000)

@@ -43,6 +43,7 @@ class Guard:
         self.model_name = type(model).__name__
         self._model = weakref.ref(model)
         self.config, self.ranks = text_config(model), ranks_of(model)
+        self.device_map = getattr(model, "hf_device_map", None)
         self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}
         self._waiting: Pending | None = None
         self.recording: Recording | None = None

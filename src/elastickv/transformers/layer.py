@@ -13,11 +13,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import AttentionShape
+from elastickv.transformers.admission import check_call, check_tokens
 from elastickv.transformers.attention import Call, Pending, carrying
 from elastickv.transformers.budget import Reading, scaled
 from elastickv.transformers.finite import check_finite
-from elastickv.transformers.guard import NO_GRADIENT, Guard
-from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
+from elastickv.transformers.guard import Guard
+from elastickv.transformers.memory import check_memory, first_capacity, layers_beside, trim_heap
 from elastickv.transformers.moments import now
 from elastickv.transformers.plan import Plan
 from elastickv.transformers.report import Ledger
@@ -101,21 +102,8 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens, (batch, kv_heads, new, head_dim), and return them so that attention finds this layer."""
-        if key_states.shape != value_states.shape:
-            raise UsageError(
-                f"keys of shape {tuple(key_states.shape)} and values of shape {tuple(value_states.shape)}: ElasticCache serves "
-                "keys and values of one size"
-            )
-        if self.slots.length and key_states.shape[0] != self.batch:
-            raise UsageError(
-                f"the cache holds {self.batch} sequences and {key_states.shape[0]} are given: reset() it, make another, or "
-                "batch_repeat_interleave() or batch_select_indices() it"
-            )
-        if self.store is not None and self.store.cache.dtype not in ("fp32", dtype_name(key_states.dtype)):
-            raise UsageError(
-                f"the cache keeps {self.store.cache.dtype}, which the model had when it was filled, and keys of "
-                f"{key_states.dtype} are given: reset() the cache, or give the model its dtype back"
-            )
+        batch = self.batch if self.slots.length else None
+        check_tokens(key_states, value_states, batch, None if self.store is None else self.store.cache.dtype)
         pending = Pending(self, key_states, value_states)
         self._guard.expect(pending)
         self.is_initialized = True
@@ -133,7 +121,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
             queued = self.queue_step(pending, call)
             self._guard.recording.queued.append(self)
             return queued
-        self._check(call)
+        check_call(call, self._guard.model_name, self.number)
         self.capped = call.softcap is not None
         new = call.query.shape[2]
         real = real_tokens(call.mask, new, call.query.shape[0], self.slots)
@@ -160,17 +148,6 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         self.raise_non_finite()
         self.slots.add(new, real)
         return output.to(call.query.dtype).contiguous()
-
-    def _check(self, call: Call) -> None:
-        if torch.is_grad_enabled() and call.query.requires_grad:
-            raise UsageError(NO_GRADIENT)
-        if call.rest.get("dropout"):
-            raise UsageError(f"{self._guard.model_name} drops weights of its attention, which no cache does: call model.eval()")
-        for word in ("sliding_window", "position_bias", "block_table"):
-            if call.rest.get(word) is not None:
-                raise UsageError(f"{self._guard.model_name}: layer {self.number} attends with {word}, which is not supported")
-        if getattr(call.module, "is_causal", True) is False or call.rest.get("is_causal") is False:
-            raise UsageError(f"{self._guard.model_name}: layer {self.number} attends to later tokens, which no cache can hold")
 
     def _check_queries(self, queries: torch.Tensor, real: NDArray[np.bool_] | None) -> None:
         """Raise NonFiniteError if one of the new tokens has a query that is not finite: its output is not, either."""
@@ -239,8 +216,9 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         recipe.check_shape(shape.head_dim, heads)
         backend = self._plan.backends.at(keys.device)
         capacity = first_capacity(self._plan, longest, self.slots.length)
-        if self.number == self._plan.sizes.elastic[0]:
-            check_memory(backend, self._plan, self._guard.ranks, shape, capacity, dtype)
+        beside = layers_beside(self.number, self._plan.sizes.elastic, self._guard.device_map)
+        if self.number == beside[0]:
+            check_memory(backend, self._plan, self._guard.ranks, shape, capacity, dtype, beside)
         store = new_store(self._plan.backends, shape, capacity, dtype, recipe, head_dim, keys.device, budget.phase(self.number))
         store.extend(keys, values, lengths)
         self.store, self.held = store, None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from elastickv.backends import Backend
 from elastickv.errors import UsageError
@@ -18,6 +20,7 @@ _ROUNDING = 64
 _LEAST_SPARE = 256
 _LEAST_RESERVE = 4096
 _SPARE = 8
+_OFFLOADED = ("cpu", "disk")
 _TRIED = (2.0, 4.0, 8.0, 16.0, 32.0)
 
 
@@ -39,15 +42,35 @@ def first_capacity(plan: Plan, longest: int, places: int) -> int:
     return min(-(-needed // _ROUNDING) * _ROUNDING, MAX_CONTEXT)
 
 
-def check_memory(backend: Backend, plan: Plan, ranks: Ranks, shape: AttentionShape, capacity: int, dtype: str) -> None:
-    """Refuse, before a layer is stored, what all layers together have no memory for.
+def layers_beside(layer: int, layers: Sequence[int], places: Mapping[str, Any] | None) -> list[int]:
+    """Return which of `layers` compute on the device of `layer`, itself among them.
+
+    Parameters
+    ----------
+    places : the model's `hf_device_map`: a device for each module, by name; None for a model on one device. What it offloads
+        computes on its first GPU.
+    """
+    devices = {name: f"cuda:{at}" if isinstance(at, int) else str(at) for name, at in (places or {}).items()}
+    first_gpu = next((at for at in devices.values() if at not in _OFFLOADED), None)
+
+    def place(number: int) -> str | None:
+        found = next((at for name, at in devices.items() if str(number) in name.split(".")), None)
+        return first_gpu if found in _OFFLOADED else found
+
+    return [other for other in layers if place(other) == place(layer)]
+
+
+def check_memory(
+    backend: Backend, plan: Plan, ranks: Ranks, shape: AttentionShape, capacity: int, dtype: str, layers: Sequence[int]
+) -> None:
+    """Refuse, before the first of `layers` is stored, what they together have no memory for on their device.
 
     Raises
     ------
     UsageError : telling how much the context needs, and which ratio would fit.
     """
     assert plan.budget is not None
-    recipes = [ranks.share(recipe, plan.sizes.kv_heads, shape.kv_heads) for recipe in plan.budget.recipes.values()]
+    recipes = [ranks.share(plan.budget.recipes[layer], plan.sizes.kv_heads, shape.kv_heads) for layer in layers]
     needed = sum(backend.cache_bytes(shape, capacity, dtype, recipe) for recipe in recipes)
     free = backend.device.free_bytes
     if needed <= free:

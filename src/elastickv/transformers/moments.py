@@ -21,6 +21,11 @@ def now(device: torch.device) -> Moment:
     return event
 
 
+def on_one_clock(first: Moment, last: Moment) -> bool:
+    """Whether two moments are of one device."""
+    return getattr(first, "device", None) == getattr(last, "device", None)
+
+
 def seconds(first: Moment, last: Moment) -> float:
     """Return the seconds between two moments of one device; waits for the last."""
     if isinstance(first, Event):

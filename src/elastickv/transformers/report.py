@@ -10,7 +10,7 @@ from itertools import starmap
 from elastickv.cache import LayerCache
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, step_bytes, stored_bytes
 from elastickv.transformers.budget import Budget, scaled
-from elastickv.transformers.moments import Moment, seconds
+from elastickv.transformers.moments import Moment, on_one_clock, seconds
 
 _CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -46,8 +46,8 @@ class Ledger:
         self.chunks = 0
 
     def begin(self, layer: int, moment: Moment) -> None:
-        """Note that a prompt reaches a layer."""
-        if layer == self._first:
+        """Note that a prompt reaches a layer: the first, or the first on its device. The way between devices is not counted."""
+        if layer == self._first or (self._began is not None and not on_one_clock(self._began, moment)):
             self._began = moment
 
     def quantised(self, since: Moment, until: Moment) -> None:
@@ -62,7 +62,7 @@ class Ledger:
 
     @property
     def prompt_seconds(self) -> float:
-        """Seconds of prompts, from their first layer to their last; those of layers on one device."""
+        """Seconds of prompts, from their first layer to their last."""
         return sum(starmap(seconds, self._prompts))
 
     @property

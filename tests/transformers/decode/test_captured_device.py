@@ -71,9 +71,8 @@ def test_tokens_are_the_uncaptured_ones(name):
     assert (report.captured, report.decodes, report.not_captured) == (22, 23, None)
 
 
+@pytest.mark.usefixtures("two_gpus")
 def test_a_model_may_be_on_another_device_than_the_current_one(device):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("two GPUs are needed")
     other = torch.device("cuda", 1 - device.index)
     made = model("llama").to(other, torch.bfloat16)
     inputs, found = {n: t.to(other) for n, t in padded([700, 543]).items()}, []
@@ -83,6 +82,26 @@ def test_a_model_may_be_on_another_device_than_the_current_one(device):
     assert torch.equal(*found)
     assert cache.report().captured == 22
     assert torch.cuda.current_device() == device.index
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("text", RECIPES)
+def test_a_model_may_lie_on_two_gpus(text):
+    accelerate = pytest.importorskip("accelerate")
+    found, inputs = [], padded([700, 543])
+    for split in (False, True):
+        made = on_device("llama")
+        if split:
+            places = {name: 0 for name, _ in made.model.named_children() if name != "layers"} | {"layers.0": 0}
+            places |= {f"layers.{i}": 1 for i in range(1, len(made.model.layers))} | {"norm": 1}
+            accelerate.dispatch_model(made, {f"model.{name}": place for name, place in places.items()} | {"lm_head": 1})
+        cache = ekv.ElasticCache.for_model(made, recipe=text)
+        found.append(generate(made, inputs, past_key_values=cache).cpu())
+    assert torch.equal(*found)
+    report = cache.report()
+    assert "placed by accelerate" in report.not_captured
+    assert 0 < report.quantise_seconds < report.prompt_seconds
+    assert {str(layer.store.read(0, 1)[0].device) for layer in cache.elastic_layers} == {"cuda:0", "cuda:1"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
