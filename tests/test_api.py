@@ -15,11 +15,10 @@ import elastickv
 from elastickv.cli.bench import command
 from elastickv.errors import UsageError
 from elastickv.measure import Options
-from elastickv.measure import run as _run_function
 from elastickv.measure.typed import TYPES
 from elastickv.reports import FORMATS
 from elastickv.reports.measurement import Measurement
-from tests.helpers.reference_backend import ReferenceBackend
+from tests.helpers.reference_backend import ReferenceBackend, measure_with
 from tests.helpers.results import ORIGINAL, result
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -29,7 +28,7 @@ SMALL = {"seq": 340, "heads": 2, "dim": 64, "reps": 6, "warmup": 1, "inner_loops
 
 @pytest.fixture
 def measured(monkeypatch):
-    monkeypatch.setattr(sys.modules[_run_function.__module__], "load", lambda name, device: (ReferenceBackend(), None))
+    measure_with(monkeypatch, ReferenceBackend())
     return lambda **given: elastickv.bench(**SMALL | given)
 
 

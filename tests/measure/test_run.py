@@ -17,7 +17,7 @@ from elastickv.measure import run as _run_function
 from elastickv.measure.schema import SCHEMA_PATH, result_schema
 from elastickv.recipe import AttentionShape, read_ratio
 from elastickv.reports import FORMATS
-from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram
+from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram, measure_with
 
 RUN_MODULE = sys.modules[_run_function.__module__]
 SMALL = {"seq": 340, "heads": 2, "dim": 64, "reps": 12, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
@@ -26,7 +26,7 @@ SMALL = {"seq": 340, "heads": 2, "dim": 64, "reps": 12, "warmup": 1, "inner_loop
 @pytest.fixture
 def backend(monkeypatch):
     backend = ReferenceBackend()
-    monkeypatch.setattr(RUN_MODULE, "load", lambda name, device: (backend, None))
+    measure_with(monkeypatch, backend)
     return backend
 
 

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -16,7 +15,7 @@ from elastickv.reports.matching import cautions, match
 from elastickv.reports.reader import LEAST_TIME, LONGEST_TIME, Reader
 from elastickv.reports.sides import read_side
 from elastickv.sweeps.table import Sweep
-from tests.helpers.reference_backend import ReferenceBackend
+from tests.helpers.reference_backend import ReferenceBackend, measure_with
 from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, result, write
 
 
@@ -285,7 +284,7 @@ def test_each_kv_cache_type_of_a_gguf_baseline_is_judged_against_the_first():
 
 
 def test_a_result_just_measured_is_read_as_its_file_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[run.__module__], "load", lambda name, device: (ReferenceBackend(), None))
+    measure_with(monkeypatch, ReferenceBackend())
     options = {"seq": 340, "heads": 2, "dim": 64, "reps": 4, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
     measured = run(Options(**options, compress=1.3, inference=True, decode_tokens=4, layers=2))
     [in_memory] = read_side(measured, "A").runs
