@@ -97,7 +97,8 @@ class Loading(Silent):
             process.wait()
 
 
-def test_a_competing_load_is_noticed_and_its_samples_are_marked():
+def test_a_competing_load_is_noticed_and_its_samples_are_marked(monkeypatch):
+    monkeypatch.setattr(sys.modules[run.__module__], "CEILING_ROUNDS", 1)
     try:
         if ProcfsProbe().read()["load_1m"] is None:
             pytest.skip("/proc/loadavg tells nothing here")

@@ -128,6 +128,7 @@ def compile_variant(variant):
     return variant.compiled()
 
 
+@pytest.mark.xdist_group("compiled")
 def test_nothing_spills_from_sm_80_on(compiled):
     def allowed(variant):
         # Large heads and a share of the work that is not known beforehand: more than 255 registers, at all of a block's size.
@@ -142,6 +143,7 @@ def test_nothing_spills_from_sm_80_on(compiled):
     assert not spilling, "\n".join(map(str, spilling))
 
 
+@pytest.mark.xdist_group("compiled")
 def test_every_architecture_has_every_source(compiled):
     found = {(v.arch, v.source) for v in compiled}
     for arch in SUPPORTED:
