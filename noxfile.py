@@ -21,7 +21,7 @@ def quick(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests; `-- PATH` for some."""
     session.install(".[test]")
-    session.run("pytest", "-q", "-n", "2", "--dist", "loadgroup", *session.posargs)
+    session.run("pytest", "-q", "-n", "2", "--dist", "loadfile", *session.posargs)
 
 
 @nox.session

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from gpu_name import gpu_name
+from suite import Outcomes
 
 from elastickv.measure.environment import environment
 from elastickv.reports import dumps, write_text
@@ -17,31 +18,22 @@ ROOT = Path(__file__).resolve().parents[1]
 KIND, VERSION = "elastickv-faults", 1
 
 
-class Recorder:
-    """A pytest plugin that keeps the outcome of each test with the faults that it provokes.
+class Recorder(Outcomes):
+    """Keeps the outcome of each test with the faults that it provokes.
 
     Attributes
     ----------
-    outcomes : test id -> 'passed', 'failed' or 'skipped'.
     faults : fault -> ids of its tests.
-    reasons : test id -> why it was skipped.
     """
 
     def __init__(self):
-        self.outcomes, self.faults, self.reasons = {}, {}, {}
+        super().__init__()
+        self.faults = {}
 
     def pytest_collection_finish(self, session):
         for item in session.items:
             for mark in item.iter_markers("fault"):
                 self.faults.setdefault(mark.args[0], []).append(item.nodeid)
-
-    def pytest_runtest_logreport(self, report):
-        # Set-up and tear-down fail a test too; only a call passes it.
-        if report.when == "call" or report.outcome != "passed":
-            if self.outcomes.get(report.nodeid) != "failed":
-                self.outcomes[report.nodeid] = report.outcome
-            if report.skipped:
-                self.reasons[report.nodeid] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
 
     def rows(self):
         """Return a row a fault, with how its tests ended."""

@@ -5,11 +5,12 @@ import os
 import pytest
 from hypothesis import settings
 
-# Deterministic unless asked otherwise: the same examples in every run. HYPOTHESIS_PROFILE=nightly tries others, many more;
-# few is for mutants, each of which runs the tests again.
+# Deterministic unless asked otherwise: the same examples in every run. HYPOTHESIS_PROFILE=nightly or weekly tries others, many
+# more; few is for mutants, each of which runs the tests again.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
 settings.register_profile("few", derandomize=True, deadline=None, max_examples=20)
 settings.register_profile("nightly", deadline=None, max_examples=500, print_blob=True)
+settings.register_profile("weekly", deadline=None, max_examples=2500, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

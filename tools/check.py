@@ -73,7 +73,7 @@ def plan(python: Path, other: Path | None, install: bool, tests: list[str]) -> l
     tests : what pytest is told beyond the usual.
     """
     module, other_module = [str(python), "-m"], [str(other), "-m"]
-    installs, alone = [], [("tests", [*module, "pytest", "-q", "-n", str(WORKERS), "--dist", "loadgroup", *tests])]
+    installs, alone = [], [("tests", [*module, "pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile", *tests])]
     ends: Stage = []
     if install:
         installs.append(("install", [*module, *INSTALL, ".[test]"]))

@@ -128,7 +128,7 @@ def main() -> int:
         if "site-packages" not in where:
             sys.exit("that is not the installed package")
         ignored = [f"--ignore={entry}" for entry in OF_THE_CHECKOUT]
-        command = [str(python), "-m", "pytest", "-q", "-n", str(WORKERS), "--dist", "loadgroup", *ignored, *options.tests]
+        command = [str(python), "-m", "pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile", *ignored, *options.tests]
         return subprocess.call(command, cwd=tests, env=clean)
 
 

@@ -67,6 +67,13 @@ def _fuzzing(record: dict[str, Any]) -> Iterator[Row]:
         yield f"fuzzing of {what}", f"{count} inputs", said, where, _command(record["command"])
 
 
+def _suite(record: dict[str, Any]) -> Iterator[Row]:
+    tests = record["tests"]
+    said = f"{_number(tests['passed'])} passed, {tests.get('failed', 0)} failed"
+    said += f", {tests['skipped']} skipped for want of what they need" if tests.get("skipped") else ""
+    yield ("every test of a GPU", f"{_number(sum(tests.values()))} tests", said, _where(record), _command(record["command"]))
+
+
 def _faults(record: dict[str, Any]) -> Iterator[Row]:
     outcome = {name: sum(fault[name] for fault in record["faults"]) for name in ("passed", "failed", "skipped")}
     said = f"{outcome['passed']} tests passed, {outcome['failed']} failed"
@@ -115,6 +122,8 @@ def _aa(record: dict[str, Any]) -> Iterator[Row]:
 _READERS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "reliability/properties.json": _properties,
     "h100/properties.json": _properties,
+    "h200/properties.json": _properties,
+    "h200/suite.json": _suite,
     "reliability/mutation.json": _mutants,
     "reliability/fuzzing.json": _fuzzing,
     "reliability/faults.json": _faults,

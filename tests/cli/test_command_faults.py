@@ -40,6 +40,11 @@ def shell(line, *arguments):
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
 
 
+def test_a_gate_that_is_not_passed_decides_the_exit_code():
+    done = shell('"$@"', *BENCH, "--reps=4", "--gate", "cv>=1000000")
+    assert done.returncode == 1 and "FAIL" in done.stdout, done.stderr
+
+
 @pytest.mark.fault("signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_the_middle_of_measuring_leaves_a_whole_result_marked_incomplete(tmp_path, number):

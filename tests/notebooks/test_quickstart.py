@@ -18,9 +18,6 @@ SCRIPT = NOTEBOOK.with_suffix(".py")
 CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 
 
-pytestmark = pytest.mark.xdist_group("notebook")
-
-
 def test_script_and_notebook_are_in_step():
     jupytext = pytest.importorskip("jupytext")
     script = jupytext.read(SCRIPT)

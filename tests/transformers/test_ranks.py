@@ -25,7 +25,6 @@ EVEN = {"vocab_size": 212}  # Transformers 5.17 deals out whole rows
 RATIO = 6
 
 pytestmark = [
-    pytest.mark.xdist_group("ranks"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch is built without torch.distributed"),
     pytest.mark.filterwarnings("ignore::elastickv.transformers.plan.UncalibratedWarning"),
 ]

@@ -231,6 +231,8 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
         # What is offloaded computes on the first GPU.
         ({"model.layers.0": 1, "model.layers.1": "cpu", "model.layers.2": "disk"}, [0, 1, 2]),
         ({"model.layers.0": "cpu", "model.layers.1": "cpu", "model.layers.2": "cpu"}, [0, 1, 2]),
+        ({"": "cuda"}, [0, 1, 2]),
+        ({"model.layers.0": "cuda", "model.layers.1": 0, "model.layers.2": "disk"}, [0, 1, 2]),
         ({"model.layers.10": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 0}, [1]),
     ],
 )
@@ -288,6 +290,18 @@ def test_a_calibration_of_another_model_or_version_is_refused(tiny, tmp_path):
     with pytest.raises(UsageError, match="give compress too"):
         ekv.ElasticCache.for_model(tiny, recipe="int8", calibration=errors_of(tiny))
     assert tiny.config._attn_implementation == "sdpa"
+
+
+def test_keys_on_another_device_than_the_tokens_before_are_refused(tiny):
+    cache = cache_of(tiny)
+    tiny.generate(**prompt(1, 40), max_new_tokens=2, past_key_values=cache)
+    layer, elsewhere = cache.elastic_layers[0], torch.empty(1, 2, 1, 64, device="meta")
+    said = r"the cache lies on cpu, and keys on meta are given: .* move the model back"
+    with pytest.raises(UsageError, match=said):
+        layer.update(elsewhere, elsewhere)
+    layer.store, layer.held = None, (torch.zeros(1, 2, 41, 64),) * 2
+    with pytest.raises(UsageError, match=said):
+        layer.update(elsewhere, elsewhere)
 
 
 def test_a_cache_keeps_no_model_alive():

@@ -12,18 +12,21 @@ from elastickv.transformers.store import dtype_name
 _UNSUPPORTED = ("sliding_window", "position_bias", "block_table")
 
 
-def check_tokens(keys: torch.Tensor, values: torch.Tensor, batch: int | None, stored: str | None) -> None:
-    """Refuse new tokens that do not go with those before.
+def check_tokens(
+    keys: torch.Tensor, values: torch.Tensor, batch: int | None, stored: str | None, device: torch.device | None
+) -> None:
+    """Refuse new tokens that do not go with those before: kernels take addresses.
 
     Parameters
     ----------
     keys, values : (batch, kv_heads, new, head_dim).
     batch : sequences that are held; None for none yet.
     stored : the model's dtype when the store was filled; None for no store yet.
+    device : where tokens are held; None for none yet.
 
     Raises
     ------
-    UsageError : if sizes or dtype are others.
+    UsageError : if sizes, dtype or device are others.
     """
     if keys.shape != values.shape:
         raise UsageError(
@@ -34,6 +37,10 @@ def check_tokens(keys: torch.Tensor, values: torch.Tensor, batch: int | None, st
         raise UsageError(
             f"the cache holds {batch} sequences and {keys.shape[0]} are given: reset() it, make another, or "
             "batch_repeat_interleave() or batch_select_indices() it"
+        )
+    if device is not None and keys.device != device:
+        raise UsageError(
+            f"the cache lies on {device}, and keys on {keys.device} are given: reset() the cache, or move the model back"
         )
     if stored not in (None, "fp32", dtype_name(keys.dtype)):
         raise UsageError(

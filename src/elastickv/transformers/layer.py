@@ -102,8 +102,12 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens, (batch, kv_heads, new, head_dim), and return them so that attention finds this layer."""
-        batch = self.batch if self.slots.length else None
-        check_tokens(key_states, value_states, batch, None if self.store is None else self.store.cache.dtype)
+        batch, dtype, device = self.batch if self.slots.length else None, None, None
+        if self.store is not None:
+            dtype, device = self.store.cache.dtype, self.store.device
+        elif self.held is not None:
+            device = self.held[0].device
+        check_tokens(key_states, value_states, batch, dtype, device)
         pending = Pending(self, key_states, value_states)
         self._guard.expect(pending)
         self.is_initialized = True

@@ -42,22 +42,35 @@ def first_capacity(plan: Plan, longest: int, places: int) -> int:
     return min(-(-needed // _ROUNDING) * _ROUNDING, MAX_CONTEXT)
 
 
-def layers_beside(layer: int, layers: Sequence[int], places: Mapping[str, Any] | None) -> list[int]:
-    """Return which of `layers` compute on the device of `layer`, itself among them.
+def place_of(layer: int, places: Mapping[str, Any] | None) -> str | None:
+    """Return the device on which a layer computes; None if it is not told.
 
     Parameters
     ----------
     places : the model's `hf_device_map`: a device for each module, by name; None for a model on one device. What it offloads
         computes on its first GPU.
     """
-    devices = {name: f"cuda:{at}" if isinstance(at, int) else str(at) for name, at in (places or {}).items()}
-    first_gpu = next((at for at in devices.values() if at not in _OFFLOADED), None)
+    devices = {name: _device_name(at) for name, at in (places or {}).items()}
+    found = next((at for name, at in devices.items() if str(layer) in name.split(".")), devices.get(""))
+    if found in _OFFLOADED:
+        return next((at for at in devices.values() if at not in _OFFLOADED), "cpu")
+    return found
 
-    def place(number: int) -> str | None:
-        found = next((at for name, at in devices.items() if str(number) in name.split(".")), None)
-        return first_gpu if found in _OFFLOADED else found
 
-    return [other for other in layers if place(other) == place(layer)]
+def _device_name(told: Any) -> str:
+    if isinstance(told, int):
+        return f"cuda:{told}"
+    return "cuda:0" if str(told) == "cuda" else str(told)
+
+
+def layers_beside(layer: int, layers: Sequence[int], places: Mapping[str, Any] | None) -> list[int]:
+    """Return which of `layers` compute on the device of `layer`, itself among them.
+
+    Parameters
+    ----------
+    places : as in `place_of`.
+    """
+    return [other for other in layers if place_of(other, places) == place_of(layer, places)]
 
 
 def check_memory(

@@ -174,6 +174,11 @@ class Store(ABC):
         return self._backend.name
 
     @property
+    def device(self) -> torch.device:
+        """Where the tokens lie."""
+        return self._device
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens held of each row, (batch,)."""
         return self.cache.lengths

@@ -144,8 +144,20 @@ def test_the_host_is_described_and_its_limits_are_numbers(backend: Backend) -> N
     assert device.compute_units >= 1
     assert 0 < device.free_bytes <= device.memory_bytes
     assert device.last_level_cache_bytes >= 1 << 18
-    limits = backend.ceilings()
-    assert min(limits.read_gbs, limits.copy_gbs, limits.flops) > 0
+    for _ in range(2):
+        limits = backend.ceilings()
+        assert min(limits.read_gbs, limits.copy_gbs, limits.flops) > 0
+
+
+def test_after_the_first_time_only_the_fastest_ways_are_read_in(monkeypatch) -> None:
+    from elastickv.backends.cpu import ceilings
+
+    given, limits = [], ceilings.Limits()
+    seconds = {way: 1.0 + abs(way - 4096) for way in ceilings.READ_WAYS}
+    monkeypatch.setattr(ceilings, "_measured", lambda device, ways: given.append(ways) or (None, {w: seconds[w] for w in ways}))
+    for _ in range(3):
+        limits.measure(None)
+    assert given == [ceilings.READ_WAYS, (4096, 512), (4096, 512)]
 
 
 def test_only_device_0_exists() -> None:

@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 
 import elastickv.transformers as ekv
+from elastickv.errors import UsageError
 from tests.helpers.model_matrix import model, padded, prompt
 from tests.transformers.decode.test_ahead import Swerve
 
@@ -84,24 +85,48 @@ def test_a_model_may_be_on_another_device_than_the_current_one(device):
     assert torch.cuda.current_device() == device.index
 
 
+def test_a_model_that_was_moved_between_turns_is_told(tiny):
+    inputs = prompt(1, 100)
+    cache = ekv.ElasticCache.for_model(tiny, 2)
+    generate(tiny, inputs, 3, past_key_values=cache)
+    with pytest.raises(UsageError, match=r"the cache lies on cuda:[0-9]+, and keys on cpu are given"):
+        tiny.to("cpu").generate(**prompt(1, 110), max_new_tokens=3, past_key_values=cache)
+    generate(tiny.to("cuda"), prompt(1, 110), 3, past_key_values=cache)
+
+
+def on_two_gpus():
+    accelerate = pytest.importorskip("accelerate")
+    made = on_device("llama")
+    places = {name: 0 for name, _ in made.model.named_children() if name != "layers"} | {"layers.0": 0}
+    places |= {f"layers.{i}": 1 for i in range(1, len(made.model.layers))} | {"norm": 1}
+    return accelerate.dispatch_model(made, {f"model.{name}": place for name, place in places.items()} | {"lm_head": 1})
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_cache_of_a_model_on_two_gpus_is_saved_and_goes_on(tmp_path):
+    made, found = on_two_gpus(), []
+    cache = ekv.ElasticCache.for_model(made, 4)
+    start = generate(made, prompt(1, 700), 4, past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    for one in (cache, ekv.ElasticCache.load(tmp_path / "cache", made)):
+        assert [layer.store.device.index for layer in one.elastic_layers] == [0, 1]
+        inputs = {"input_ids": start, "attention_mask": torch.ones_like(start)}
+        found.append(generate(made, inputs, 8, past_key_values=one))
+    assert torch.equal(*found)
+
+
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("text", RECIPES)
 def test_a_model_may_lie_on_two_gpus(text):
-    accelerate = pytest.importorskip("accelerate")
     found, inputs = [], padded([700, 543])
-    for split in (False, True):
-        made = on_device("llama")
-        if split:
-            places = {name: 0 for name, _ in made.model.named_children() if name != "layers"} | {"layers.0": 0}
-            places |= {f"layers.{i}": 1 for i in range(1, len(made.model.layers))} | {"norm": 1}
-            accelerate.dispatch_model(made, {f"model.{name}": place for name, place in places.items()} | {"lm_head": 1})
+    for made in (on_device("llama"), on_two_gpus()):
         cache = ekv.ElasticCache.for_model(made, recipe=text)
         found.append(generate(made, inputs, past_key_values=cache).cpu())
     assert torch.equal(*found)
     report = cache.report()
     assert "placed by accelerate" in report.not_captured
     assert 0 < report.quantise_seconds < report.prompt_seconds
-    assert {str(layer.store.read(0, 1)[0].device) for layer in cache.elastic_layers} == {"cuda:0", "cuda:1"}
+    assert {str(layer.store.device) for layer in cache.elastic_layers} == {"cuda:0", "cuda:1"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

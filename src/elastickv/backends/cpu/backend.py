@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from elastickv.attention.feedback import Feedback
 from elastickv.backends.cpu import threads
 from elastickv.backends.cpu.cache import CpuCache
-from elastickv.backends.cpu.ceilings import measure
+from elastickv.backends.cpu.ceilings import Limits
 from elastickv.backends.cpu.device import describe
 from elastickv.backends.cpu.layout import layout
 from elastickv.backends.cpu.programs import AttentionProgram, CycleProgram
@@ -22,6 +22,9 @@ class CpuBackend:
     """The host's processor, through Numba's threads."""
 
     name = "cpu"
+
+    def __init__(self) -> None:
+        self._limits = Limits()
 
     @property
     def device(self) -> DeviceInfo:
@@ -74,7 +77,7 @@ class CpuBackend:
 
     def ceilings(self) -> Ceilings:
         """Measure the read, copy and multiply-add limits (about a second)."""
-        return measure(self.device)
+        return self._limits.measure(self.device)
 
 
 def _own(caches: Sequence[LayerCache]) -> list[CpuCache]:

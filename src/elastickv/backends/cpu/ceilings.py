@@ -24,6 +24,7 @@ PIECE_BYTES = 1 << 20
 FOUR_STREAMS, EIGHT_STREAMS = -4, -8
 # How a piece is read: prefetched this many bytes ahead; 0 leaves it to the processor; or in several streams.
 READ_WAYS = (0, 512, 4096, FOUR_STREAMS, EIGHT_STREAMS)
+WAYS_KEPT = 2
 # Rounds of a stream, of which the fastest counts: two at least, then more until so much time is spent. Where a cache is of
 # hundreds of megabytes a round reads a gigabyte, and a run measures six times.
 LEAST_ROUNDS, MOST_ROUNDS = 2, 8
@@ -67,8 +68,21 @@ def _multiply_add(arguments, thread):  # type: ignore[no-untyped-def]
     store_f32(a[1] + 64 * thread, multiply_add_stream(thread, a[0]))
 
 
-def measure(device: DeviceInfo) -> Ceilings:
-    """Measure the fastest of several read streams, a copy and multiply-adds in registers, on all threads."""
+class Limits:
+    """Measures the host; after the first time it reads in those ways only that were the fastest then."""
+
+    def __init__(self) -> None:
+        self._ways: tuple[int, ...] = READ_WAYS
+
+    def measure(self, device: DeviceInfo) -> Ceilings:
+        """Measure the fastest of several read streams, a copy and multiply-adds in registers, on all threads."""
+        found, seconds = _measured(device, self._ways)
+        self._ways = tuple(sorted(seconds, key=lambda way: seconds[way])[:WAYS_KEPT])
+        return found
+
+
+def _measured(device: DeviceInfo, ways: tuple[int, ...]) -> tuple[Ceilings, dict[int, float]]:
+    """Return the limits, and the seconds of each way to read."""
     count = device.compute_units
     wanted = max(MIN_BUFFER_BYTES, CACHES_EXCEEDED * device.last_level_cache_bytes)
     size = min(wanted, MAX_BUFFER_BYTES, device.free_bytes // 4)
@@ -78,12 +92,14 @@ def measure(device: DeviceInfo) -> Ceilings:
     start, half = buffer.ctypes.data, pieces // 2
     multiply = threads.Launch(_multiply_add, count, [MULTIPLY_TURNS, sums.ctypes.data])
     copy = threads.Launch(_copy, count, [ticket.ctypes.data, half, start, start + half * PIECE_BYTES])
-    reads = [threads.Launch(_read, count, [ticket.ctypes.data, pieces, start, ahead, sums.ctypes.data]) for ahead in READ_WAYS]
-    return Ceilings(
-        read_gbs=pieces * PIECE_BYTES / min(_seconds(read, ticket) for read in reads) / 1e9,
+    reads = {way: threads.Launch(_read, count, [ticket.ctypes.data, pieces, start, way, sums.ctypes.data]) for way in ways}
+    seconds = {way: _seconds(read, ticket) for way, read in reads.items()}
+    found = Ceilings(
+        read_gbs=pieces * PIECE_BYTES / min(seconds.values()) / 1e9,
         copy_gbs=pieces * PIECE_BYTES / _seconds(copy, ticket) / 1e9,
         flops=count * MULTIPLY_TURNS * FLOPS_PER_TURN / _seconds(multiply, ticket),
     )
+    return found, seconds
 
 
 def _seconds(launch: threads.Launch, ticket: NDArray[np.int64]) -> float:
