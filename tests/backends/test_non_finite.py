@@ -1,5 +1,7 @@
 """A NaN or an infinity that was given is told with its place, wherever it lies and whoever reads it; none is made."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from elastickv.errors import NonFiniteError
 from elastickv.recipe import AttentionShape, Recipe
-from tests.helpers.cases import LARGEST, Case, cases, tried
+from tests.helpers.cases import DTYPES, LARGEST, Case, cases, tried
 from tests.helpers.exactness import check
 
 BAD = (np.nan, np.inf, -np.inf)
@@ -122,6 +124,10 @@ def test_a_key_that_int4_cannot_hold_is_told_once_it_is_quantised(each, text):
 def test_nothing_finite_becomes_bad_but_for_an_output_beyond_float32(each, data):
     """Values next to the largest of their dtype: outputs are right, or not finite, and never finite and wrong."""
     case = data.draw(cases(each, longest=200, selections=("dense", "all", "stride", "pages")))
+    if data.draw(st.booleans()):
+        # Or next to all lies in the window.
+        near = {"sinks": case.recipe.sinks % 8, "window": data.draw(st.sampled_from([0, 1, 32]))}
+        case = replace(case, recipe=replace(case.recipe, **near)) if not case.recipe.is_dense else case
     keys, values, queries = case.prompt()
     values *= (
         np.float32(LARGEST[case.exact]) / np.abs(values).max() * np.float32(data.draw(st.sampled_from([0.999, 0.1, 1e-3])))
@@ -131,6 +137,23 @@ def test_nothing_finite_becomes_bad_but_for_an_output_beyond_float32(each, data)
     cache.raise_non_finite()
     outputs, lse = each.decode(cache, queries)
     check(cache, queries, outputs, lse, each.operand_rounding(case))
+
+
+@pytest.mark.parametrize("tokens", [32, 200])
+@pytest.mark.parametrize("text", ["int8", "int4", "fp8", "k=int4,v=int8", "k=int8,v=int4", "k=int4,v=bf16", "int4,pages=1"])
+def test_large_values_are_attended_to_where_they_were_quantised(each, text, tokens):
+    """Whatever a kernel multiplies codes with on the way, finite outputs are finite."""
+    recipe = Recipe.parse(f"{text},sinks=0,window=0")
+    for dtype in DTYPES:
+        case = Case(AttentionShape(1, 2, 1, 64), recipe, dtype, (tokens,))
+        keys, values, queries = case.prompt()
+        largest = np.float32(LARGEST[case.exact]) / np.abs(values).max()
+        for share in (0.999, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-9):
+            cache = each.new(case)
+            cache.prefill(keys, values * largest * np.float32(share), np.array([tokens]))
+            cache.raise_non_finite()
+            outputs, lse = each.decode(cache, queries)
+            check(cache, queries, outputs, lse, each.operand_rounding(case))
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -60,10 +60,11 @@ def codes_of(raw: NDArray[np.uint8], fmt: str, places: tuple[Indices, Indices], 
     return codes
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def dequantised(
     codes: NDArray[np.uint16], scales: NDArray[np.uint16], fmt: str, value: bool, exact: str, group: int
 ) -> Float64:
-    """Return (tokens, head_dim) numbers of (pages, 32, head_dim) `codes`.
+    """Return (tokens, head_dim) numbers of (pages, 32, head_dim) `codes`; what was too large to be stored as NaN or infinity.
 
     Parameters
     ----------

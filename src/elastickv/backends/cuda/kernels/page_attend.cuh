@@ -324,7 +324,8 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[TILES][
 __device__ __forceinline__ void leave_pages(Sums& r, float* sums, float2* sums_ml, bool more) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const float unit = V_FORMAT == SIXTEEN_BIT ? 1.f : exp2_fast(r.exponent - (float)V_SHIFT);
-    const float first = V_FORMAT == INT4 || V_FORMAT == INT8 ? unit * CODE_ONE : unit;
+    // Not unit * CODE_ONE at once: where values are beyond 2^103 that is infinite, and what it is for is not.
+    const float first = V_FORMAT == INT4 || V_FORMAT == INT8 ? CODE_ONE : 1.f;
     const float second = V_FORMAT == INT4 ? first / 16.f : first;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
@@ -358,7 +359,7 @@ __device__ __forceinline__ void leave_pages(Sums& r, float* sums, float2* sums_m
 #pragma unroll
                 for (int q = 0; q < 2; q++) {
                     float* to = &sums[(tile * 4 + t) * PAIR + q * D + dim];
-                    const float sum = (r.acc[tile][m][2 * half + q] * (half ? second : first) + zero[z][q]) * y[q];
+                    const float sum = (r.acc[tile][m][2 * half + q] * (half ? second : first) * unit + zero[z][q]) * y[q];
                     *to = more ? *to * x[q] + sum : sum;
                 }
             }
