@@ -149,7 +149,19 @@ def test_the_host_is_described_and_its_limits_are_numbers(backend: Backend) -> N
         assert min(limits.read_gbs, limits.copy_gbs, limits.flops) > 0
 
 
-def test_after_the_first_time_only_the_fastest_ways_are_read_in(monkeypatch) -> None:
+@pytest.mark.parametrize("thread", [0, 1, 7])
+def test_multiply_adds_stay_far_from_denormals_on_every_thread(backend: Backend, thread: int) -> None:
+    """Sums that fade cost a hundred times as much on some processors."""
+    from numba import njit
+
+    from elastickv.backends.cpu import ceilings
+    from elastickv.backends.cpu.streams import multiply_add_stream
+
+    total = njit(lambda seed, turns: multiply_add_stream(seed, turns))(thread, ceilings.MULTIPLY_TURNS)
+    assert total == pytest.approx(16 * 16 * 1000 * (thread + 1), rel=1e-3)
+
+
+def test_after_the_first_time_only_the_fastest_ways_are_read_in(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     from elastickv.backends.cpu import ceilings
 
     given, limits = [], ceilings.Limits()

@@ -72,8 +72,8 @@ def _total(builder: ir.IRBuilder, sums: list[Any]) -> Any:
 
 
 def _peak(builder: ir.IRBuilder, seed: Any, turns: Any) -> Any:
-    """Run `turns` x 16 independent multiply-adds of 16 lanes."""
-    start = splat(builder, builder.sitofp(seed, F32))
+    """Run `turns` x 16 independent multiply-adds of 16 lanes; what is added is 1 or more, for sums that fade cost denormals."""
+    start = builder.fadd(splat(builder, builder.sitofp(seed, F32)), constant(1.0))
     starts = [builder.fadd(start, constant(float(i))) for i in range(16)]
     with loop(builder, turns, starts) as (_, sums, final):
         for i in range(16):
