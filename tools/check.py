@@ -1,9 +1,9 @@
 """Everything that has to pass, in one command, with nothing but Python 3.10 or newer: `python3 tools/check.py`.
 
 Makes a fresh virtual environment in .venv-check, installs the package and its test tools into it, and runs lint, format
-check, types and tests; then, where another Python from 3.10 on is at hand (the newest counts), a quick part of the tests with
-that one. What needs no other step runs beside it. Stops after what fails, with its exit code. With --here it uses the Python
-that runs it and the environment that Python has, and no other.
+check, types and tests; where another Python from 3.10 on is at hand (the newest counts), a quick part of the tests runs with
+that one, while the rest is installed. Stops after what fails, with its exit code. With --here it uses the Python that runs it
+and the environment that Python has, and no other.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    Stage = list[tuple[str, list[str]]]
+    Chain = list[tuple[str, list[str]]]
+    Stage = list[Chain]
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT, OTHER_ENVIRONMENT = ROOT / ".venv-check", ROOT / ".venv-check-other"
@@ -63,7 +64,7 @@ def another_python() -> str | None:
 
 
 def plan(python: Path, other: Path | None, install: bool, tests: list[str]) -> list[Stage]:
-    """Return what is run one after the other; the steps of a stage run side by side.
+    """Return the stages, one after the other; the chains of a stage run side by side, the steps of a chain in order.
 
     Parameters
     ----------
@@ -73,48 +74,58 @@ def plan(python: Path, other: Path | None, install: bool, tests: list[str]) -> l
     tests : what pytest is told beyond the usual.
     """
     module, other_module = [str(python), "-m"], [str(other), "-m"]
-    installs, alone = [], [("tests", [*module, "pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile", *tests])]
-    ends: Stage = []
-    if install:
-        installs.append(("install", [*module, *INSTALL, ".[test]"]))
-        if not tests and (ROOT / ".git").exists():
-            ends.append(("package", [str(python), "tools/package.py", "--no-install"]))
+    begin: Stage = [[("install", [*module, *INSTALL, ".[test]"])]] if install else []
     if other is not None:
-        installs.append(("install for another Python", [*other_module, *INSTALL, ".", "pytest", "hypothesis", "jsonschema"]))
-        ends.append(("quick tests with another Python", [*other_module, "pytest", "-q", *QUICK]))
-        ends.append(("short run with another Python", [*other_module, "elastickv", *SHORT_RUN]))
-    lint: Stage = [
-        ("lint", [*module, "ruff", "check"]),
-        ("format", [*module, "ruff", "format", "--check"]),
-        ("types", [*module, "mypy"]),
+        # While the larger installation has most of its time to wait.
+        quick = [*other_module, *INSTALL, ".", "pytest", "hypothesis", "jsonschema"]
+        begin.append([
+            ("install for another Python", quick),
+            ("quick tests with another Python", [*other_module, "pytest", "-q", *QUICK]),
+            ("short run with another Python", [*other_module, "elastickv", *SHORT_RUN]),
+        ])  # fmt: skip
+    stages: list[Stage] = [
+        begin,
+        [
+            [("lint", [*module, "ruff", "check"])],
+            [("format", [*module, "ruff", "format", "--check"])],
+            [("types", [*module, "mypy"])],
+        ],
+        [[("tests", [*module, "pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile", *tests])]],
     ]
-    return [stage for stage in (installs, lint, alone, ends) if stage]
+    if install and not tests and (ROOT / ".git").exists():
+        stages.append([[("package", [str(python), "tools/package.py", "--no-install"])]])
+    return [stage for stage in stages if stage]
 
 
 def run(stage: Stage) -> int:
-    """Run steps side by side and print what each says, a lone one's as it comes; return the first exit code that is not 0."""
-    for name, command in stage:
-        print(f"==> {name}: {' '.join(command[1:])}", flush=True)
-    start = time.monotonic()
+    """Run chains side by side and print what their steps say, a lone one's as it comes; return the first code that is not 0."""
     if len(stage) == 1:
-        return ended(stage[0][0], subprocess.call(stage[0][1], cwd=ROOT), start)
+        return follow(stage[0], capture=False)
     with ThreadPoolExecutor(len(stage)) as pool:
-        begun = {pool.submit(subprocess.run, c, cwd=ROOT, capture_output=True, check=False): name for name, c in stage}
-        codes = []
-        for done in as_completed(begun):
-            found = done.result()
-            print(f"==> {begun[done]}", flush=True)
-            for stream in (found.stdout, found.stderr):
-                sys.stdout.buffer.write(stream)
-            sys.stdout.flush()
-            codes.append(ended(begun[done], found.returncode, start))
+        codes = list(pool.map(follow, stage))
     return next(filter(None, codes), 0)
 
 
-def ended(name: str, code: int, start: float) -> int:
-    """Print how a step ended, and return its code."""
-    print(f"    {name} {'passed' if code == 0 else f'FAILED ({code})'} after {time.monotonic() - start:.0f} s", flush=True)
-    return code
+def follow(chain: Chain, capture: bool = True) -> int:
+    """Run steps until one fails; return its code. What is captured is printed when its step has ended."""
+    for name, command in chain:
+        say(f"==> {name}: {' '.join(command[1:])}")
+        start = time.monotonic()
+        done = subprocess.run(command, cwd=ROOT, capture_output=capture, check=False)
+        if capture:
+            sys.stdout.buffer.write(b"".join([f"==> {name}\n".encode(), done.stdout, done.stderr]))
+            sys.stdout.flush()
+        how = "passed" if done.returncode == 0 else f"FAILED ({done.returncode})"
+        say(f"    {name} {how} after {time.monotonic() - start:.0f} s")
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+def say(line: str) -> None:
+    """Print a line as a whole, for others print beside it."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def main() -> int:
@@ -126,16 +137,16 @@ def main() -> int:
     options, tests = parser.parse_known_args()
     python, other = Path(sys.executable), None
     if not options.here:
-        print(f"==> environment: {ENVIRONMENT}", flush=True)
+        say(f"==> environment: {ENVIRONMENT}")
         python = fresh_environment(ENVIRONMENT)
         found = None if tests else another_python()
-        print(f"==> another Python: {found or 'none is at hand'}", flush=True)
+        say(f"==> another Python: {found or 'none is at hand'}")
         other = None if found is None else fresh_environment(OTHER_ENVIRONMENT, found)
     for stage in plan(python, other, not options.here, tests):
         code = run(stage)
         if code:
             return code
-    print("==> everything passed", flush=True)
+    say("==> everything passed")
     return 0
 
 

@@ -1,5 +1,7 @@
 """Every back end on the shipped activations: the kernels compute what the float64 reference does, recipe by recipe."""
 
+from functools import cache
+
 import pytest
 
 from elastickv.backends import load
@@ -24,7 +26,12 @@ RECIPES = (
 )
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@cache
+def receipt_of(backend, text, dtype="bf16"):
+    return replay(backend, load_sample(), Recipe.parse(text), dtype)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request):
     try:
         return load(request.param)[0]
@@ -37,7 +44,7 @@ def backend(request):
 @pytest.mark.parametrize("text", RECIPES)
 def test_the_kernel_error_on_real_activations_is_within_its_limit(backend, text):
     # `replay` raises KernelMismatch beyond the limit; what is asserted here is that something was compared.
-    receipt = replay(backend, load_sample(), Recipe.parse(text), "bf16")
+    receipt = receipt_of(backend, text)
     shape = sample_shape(load_sample())
     assert receipt.kernel_error.count == load_sample().queries * shape.batch * shape.query_heads
     assert receipt.kernel_error.max < 4e-2
@@ -46,12 +53,12 @@ def test_the_kernel_error_on_real_activations_is_within_its_limit(backend, text)
 
 @pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-5), ("fp16", 4e-3)])
 def test_dense_is_exact_on_real_activations(backend, dtype, limit):
-    receipt = replay(backend, load_sample(), Recipe.parse("dense"), dtype)
+    receipt = receipt_of(backend, "dense", dtype)
     assert receipt.kernel_error.p95 < limit
     # Against unquantised keys and values: fp32 loses nothing, fp16 what rounding them costs.
     assert receipt.recipe_error.p95 < 5 * limit
 
 
 def test_recipes_rank_on_real_activations_as_the_solver_assumes(backend):
-    errors = [replay(backend, load_sample(), Recipe.parse(t), "bf16").recipe_error.mean for t in RECIPES[:4]]
+    errors = [receipt_of(backend, text).recipe_error.mean for text in RECIPES[:4]]
     assert errors == sorted(errors)
