@@ -7,10 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from gpu_name import gpu_name
-from suite import Outcomes
+from suite import Outcomes, heading
 
-from elastickv.measure.environment import environment
 from elastickv.reports import dumps, write_text
 from elastickv.reports.files import check_writable
 
@@ -59,16 +57,7 @@ def main():
     # In this process alone: workers of pytest-xdist would not tell the markers.
     code = pytest.main(["-q", "-p", "no:xdist", "-m", "fault", f"--rootdir={ROOT}", *arguments.tests], plugins=[recorder])
     rows = recorder.rows()
-    record = {
-        "kind": KIND,
-        "version": VERSION,
-        "command": ["python", *sys.argv],
-        **gpu_name(),
-        "environment": environment(),
-        "seconds": round(time.monotonic() - start, 1),
-        "faults": rows,
-    }
-    write_text(arguments.output, dumps(record))
+    write_text(arguments.output, dumps(heading(KIND, VERSION, start) | {"faults": rows}))
     for row in rows:
         print(f"{row['fault']}: {row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped")
     return int(code)

@@ -53,6 +53,18 @@ class Outcomes:
         }
 
 
+def heading(kind, version, start):
+    """Return what a record of tests begins with: what it is, how to repeat it, where and when, and the seconds since `start`."""
+    return {
+        "kind": kind,
+        "version": version,
+        "command": ["python", *sys.argv],
+        **gpu_name(),
+        "environment": environment(),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
@@ -61,15 +73,7 @@ def main():
     check_writable(options.output)
     start, outcomes = time.monotonic(), Outcomes()
     code = pytest.main(["-q", f"--rootdir={ROOT}", *options.arguments], plugins=[outcomes])
-    record = {
-        "kind": KIND,
-        "version": VERSION,
-        "command": ["python", *sys.argv],
-        **gpu_name(),
-        "environment": environment(),
-        "seconds": round(time.monotonic() - start, 1),
-        **outcomes.record(),
-    }
+    record = heading(KIND, VERSION, start) | outcomes.record()
     write_text(options.output, dumps(record))
     print(f"{record['tests']}")
     return int(code)
