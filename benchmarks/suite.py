@@ -54,7 +54,7 @@ class Outcomes:
 
 
 def heading(kind, version, start):
-    """Return what a record of tests begins with: what it is, how to repeat it, where and when, and the seconds since `start`."""
+    """Return what a record of tests begins with: its kind, how to repeat it, where and when, and the seconds since `start`."""
     return {
         "kind": kind,
         "version": version,
