@@ -187,6 +187,10 @@ CRAFTED = {
     "elements": llama(text(b"t") + struct.pack("<IQQQQIQ", 4, *[2**40] * 4, 0, 0)),
     "format": llama(text(b"t") + struct.pack("<IQIQ", 1, 4, 999, 0)),
     "layers": llama(llama__block_count=(4, number(2**32 - 1))),
+    **{
+        f"a list of {key}": llama(**{f"llama__{key}": (9, struct.pack("<IQI", 4, 1, 1))})
+        for key in ("block_count", "embedding_length", "context_length", "attention__key_length", "attention__value_length")
+    },
     "layers of text": llama(llama__block_count=(8, text(b"x"))),
     "layers of nan": llama(llama__block_count=(6, struct.pack("<f", float("nan")))),
     "heads of text": llama(llama__attention__head_count=(9, struct.pack("<IQ", 8, 1) + text(b"x"))),

@@ -21,6 +21,7 @@ _WATCHED = {
     "calibration": ("recipe.model_calibration", "inputs"),
     "saved-cache": ("transformers.saving", "inputs"),
     "recipe-file": ("transformers.plan", "recipe.model_calibration", "inputs"),
+    "gguf": ("data.gguf_header", "baselines.gguf_file"),
     "kernel-cache": ("backends.cuda.compiler",),
     "command-line": ("cli", "sweeps.axes", "reports.files"),
 }
@@ -34,6 +35,7 @@ def main() -> None:
         enable_loader_override=False,
     ):
         import elastickv.backends.cuda.compiler
+        import elastickv.baselines.gguf_file
         import elastickv.cli.bench
         import elastickv.fidelity.suggestion
         import elastickv.fidelity.texts

@@ -23,6 +23,7 @@ KV_TYPES: dict[str, tuple[int, int]] = {
     "iq4_nl": (32, 18),
 }
 MAX_SIZE = 1 << 32  # of anything that a model has
+_BY_LAYER = ("attention.head_count", "attention.head_count_kv", "attention.sliding_window")  # what may be a list
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")
 
 
@@ -91,9 +92,9 @@ def read_gguf(name: str) -> GgufModel:
 
     def size(key: str, default: Any = None) -> Any:
         found = fields.get(f"{architecture}.{key}", default)
-        for number in found if isinstance(found, list) else [found]:
+        for number in found if isinstance(found, list) and key in _BY_LAYER else [found]:
             if number is not None and not (isinstance(number, int) and 0 <= number <= MAX_SIZE):
-                raise UsageError(f"model {name} is damaged ({architecture}.{key} is {number}): download it again")
+                raise UsageError(f"model {name} is damaged ({architecture}.{key} is {str(number)[:40]}): download it again")
         return found
 
     layers, heads, hidden = (size(key) for key in ("block_count", "attention.head_count", "embedding_length"))
