@@ -181,6 +181,15 @@ def test_blocks_are_as_long_as_the_published_rule_has_them(rho, n):
         assert block_length(series) == published_block_length(series)
 
 
+@pytest.mark.parametrize("n", range(22, 31))
+def test_waves_whose_correlation_comes_and_goes_have_blocks_as_published(n):
+    """Lags that follow after a gap, of just as many as are waited for, are where the rule is told from its neighbours."""
+    for seed in range(40):
+        rng = RNG([seed, n, 16])
+        series = np.sin(np.arange(n) * rng.uniform(0.2, 3)) + 0.3 * rng.standard_normal(n)
+        assert block_length(series) == published_block_length(series)
+
+
 def test_what_does_not_vary_or_is_too_short_has_blocks_of_one():
     assert block_length(np.ones(50)) == 1
     assert block_length(np.linspace(0, 1, LEAST_BLOCKS - 1)) == 1

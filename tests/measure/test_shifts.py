@@ -1,5 +1,6 @@
 """A change of speed is noticed: by the samples on synthetic machines, and by telemetry under a real competing load."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from benchmarks.statistics_study import MACHINES
 from elastickv.measure import Options, run
 from elastickv.measure.probes import ProcfsProbe, UnavailableError
 from elastickv.measure.run import Silent
-from elastickv.measure.shifts import shift
+from elastickv.measure.shifts import CHANCE, LEAST_STEP, shift
 
 STEADY = ["noise", "two clocks, fast", "Pareto bursts, 10 %", "lognormal, sigma 1.5", "AR(1), 0.6", "AR(1), 0.9"]
 
@@ -22,6 +23,29 @@ STEADY = ["noise", "two clocks, fast", "Pareto bursts, 10 %", "lognormal, sigma 
 def test_a_steady_machine_raises_no_alarm(machine, n):
     alarms = sum(shift(np.exp(MACHINES[machine](np.random.default_rng([seed, n]), n))) is not None for seed in range(1000))
     assert alarms <= 2
+
+
+def published_shift(times):
+    """Pettitt's K, where it is reached and his approximate probability; equal times are ranked in their order."""
+    n = len(times)
+    ranks = {place: rank for rank, place in enumerate(sorted(range(n), key=lambda i: times[i]), 1)}
+    heights = [abs(2 * sum(ranks[i] for i in range(t)) - t * (n + 1)) for t in range(1, n + 1)]
+    first = heights.index(max(heights)) + 1
+    return first, 2 * math.exp(-6 * max(heights) ** 2 / (n**3 + n**2))
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_a_change_is_where_and_as_likely_as_published(levels):
+    for seed in range(300):
+        rng = np.random.default_rng([seed, levels])
+        n = int(rng.integers(24, 60))
+        times = np.round(1 + rng.random(n) * 0.3, 12 if levels == 1000 else 1)
+        times[n // 2 :] *= 1 + rng.uniform(0, 0.4)
+        first, probability = published_shift(times.tolist())
+        ratio = np.median(times[first:]) / np.median(times[:first]) if first < n else 1.0
+        expected = probability <= CHANCE and max(ratio, 1 / ratio) >= LEAST_STEP
+        found = shift(times)
+        assert (found is not None) == expected and (found is None or found.sample == first)
 
 
 @pytest.mark.parametrize("machine", STEADY)
