@@ -11,8 +11,8 @@ import elastickv.transformers as ekv
 from elastickv.errors import UsageError
 from elastickv.recipe.model_calibration import ModelCalibration
 from elastickv.transformers import store
-from elastickv.transformers.memory import layers_beside
 from elastickv.transformers.models import fingerprint
+from elastickv.transformers.placement import layers_beside
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
 
@@ -232,6 +232,8 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
         ({"model.layers.0": 1, "model.layers.1": "cpu", "model.layers.2": "disk"}, [0, 1, 2]),
         ({"model.layers.0": "cpu", "model.layers.1": "cpu", "model.layers.2": "cpu"}, [0, 1, 2]),
         ({"": "cuda"}, [0, 1, 2]),
+        # Experts have numbers too: a layer's comes first.
+        ({f"model.layers.{i}.{part}": at for i, at in ((0, 0), (1, 1), (2, 1)) for part in ("experts.1", "attn")}, [1, 2]),
         ({"model.layers.0": "cuda", "model.layers.1": 0, "model.layers.2": "disk"}, [0, 1, 2]),
         ({"model.layers.10": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 0}, [1]),
     ],

@@ -18,8 +18,9 @@ from elastickv.transformers.attention import Call, Pending, carrying
 from elastickv.transformers.budget import Reading, scaled
 from elastickv.transformers.finite import check_finite
 from elastickv.transformers.guard import Guard
-from elastickv.transformers.memory import check_memory, first_capacity, layers_beside, trim_heap
+from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
 from elastickv.transformers.moments import now
+from elastickv.transformers.placement import layers_beside
 from elastickv.transformers.plan import Plan
 from elastickv.transformers.report import Ledger
 from elastickv.transformers.slots import Slots

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from elastickv.backends import Backend
 from elastickv.errors import UsageError
@@ -20,7 +19,6 @@ _ROUNDING = 64
 _LEAST_SPARE = 256
 _LEAST_RESERVE = 4096
 _SPARE = 8
-_OFFLOADED = ("cpu", "disk")
 _TRIED = (2.0, 4.0, 8.0, 16.0, 32.0)
 
 
@@ -40,37 +38,6 @@ def first_capacity(plan: Plan, longest: int, places: int) -> int:
     else:
         needed = longest + max(_LEAST_SPARE, longest // _SPARE)
     return min(-(-needed // _ROUNDING) * _ROUNDING, MAX_CONTEXT)
-
-
-def place_of(layer: int, places: Mapping[str, Any] | None) -> str | None:
-    """Return the device on which a layer computes; None if it is not told.
-
-    Parameters
-    ----------
-    places : the model's `hf_device_map`: a device for each module, by name; None for a model on one device. What it offloads
-        computes on its first GPU.
-    """
-    devices = {name: _device_name(at) for name, at in (places or {}).items()}
-    found = next((at for name, at in devices.items() if str(layer) in name.split(".")), devices.get(""))
-    if found in _OFFLOADED:
-        return next((at for at in devices.values() if at not in _OFFLOADED), "cpu")
-    return found
-
-
-def _device_name(told: Any) -> str:
-    if isinstance(told, int):
-        return f"cuda:{told}"
-    return "cuda:0" if str(told) == "cuda" else str(told)
-
-
-def layers_beside(layer: int, layers: Sequence[int], places: Mapping[str, Any] | None) -> list[int]:
-    """Return which of `layers` compute on the device of `layer`, itself among them.
-
-    Parameters
-    ----------
-    places : as in `place_of`.
-    """
-    return [other for other in layers if place_of(other, places) == place_of(layer, places)]
 
 
 def check_memory(

@@ -23,8 +23,8 @@ from elastickv.recipe.solver import check_context, check_ratio
 from elastickv.transformers.budget import Budget, Reading
 from elastickv.transformers.decode.seam import join
 from elastickv.transformers.layer import ElasticLayer
-from elastickv.transformers.memory import place_of
 from elastickv.transformers.models import fingerprint
+from elastickv.transformers.placement import places_of
 from elastickv.transformers.plan import PREFILLS, Plan
 from elastickv.transformers.ranks import ranks_of
 from elastickv.transformers.slots import Slots
@@ -125,9 +125,9 @@ def _loaded(
         raise ValueError("it stores tokens without a budget")
     if len(record["layers"]) != len(cache.layers):
         raise ValueError(f"{len(record['layers'])} layers for a model of {len(cache.layers)}")
-    places, one_place = getattr(model, "hf_device_map", None), next(model.parameters()).device
+    places, one_place = places_of(range(len(cache.layers)), cache._guard.device_map), next(model.parameters()).device
     for number, (layer, entry) in enumerate(zip(cache.layers, record["layers"], strict=True)):
-        device = torch.device(place_of(number, places) or one_place)
+        device = torch.device(places[number] or one_place)
         if isinstance(layer, ElasticLayer):
             _fill(
                 layer, entry, {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == str(number)}, device
