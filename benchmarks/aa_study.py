@@ -16,13 +16,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from elastickv.backends import load
-from elastickv.measure.contenders import ours, plan_rotation
-from elastickv.measure.environment import environment
-from elastickv.measure.sampler import collect
-from elastickv.measure.shifts import shift
-from elastickv.measure.statistics import LEVEL, beyond_noise, ratio_interval
-from elastickv.measure.summary import AGAIN
-from elastickv.measure.telemetry import Telemetry
+from elastickv.benchmark.contenders import ours, plan_rotation
+from elastickv.benchmark.environment import environment
+from elastickv.benchmark.sampler import collect
+from elastickv.benchmark.stats.changepoint import shift
+from elastickv.benchmark.stats.intervals import LEVEL, beyond_noise, ratio_interval
+from elastickv.benchmark.summary import AGAIN
+from elastickv.benchmark.telemetry import Telemetry
 from elastickv.recipe import DENSE, AttentionShape, step_bytes
 
 

@@ -15,13 +15,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from elastickv.backends import load
-from elastickv.data import load_sample
+from elastickv.benchmark.environment import environment
+from elastickv.benchmark.options import Options
+from elastickv.benchmark.prepare import check_memory, prepare
+from elastickv.benchmark.sample_inputs import load_sample
+from elastickv.benchmark.sampler import collect
+from elastickv.benchmark.stats.intervals import ratio_interval
 from elastickv.errors import KernelMismatch, UsageError
-from elastickv.measure.environment import environment
-from elastickv.measure.options import Options
-from elastickv.measure.preparation import check_memory, prepare
-from elastickv.measure.sampler import collect
-from elastickv.measure.statistics import ratio_interval
 
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 16)
 HEAD_DIMS = (64, 80, 96, 128, 256)

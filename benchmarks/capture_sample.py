@@ -1,4 +1,4 @@
-"""Capture `src/elastickv/data/smollm2-135m.safetensors`: q, k, v of four layers of a real model, as attention sees them.
+"""Capture `benchmark/data/smollm2-135m.safetensors`: q, k, v of four layers of a real model, as attention sees them.
 
     python benchmarks/capture_sample.py --text FILE [--model DIRECTORY_OR_GGUF] [--output FILE]
     python benchmarks/capture_sample.py --text FILE --tokens 4096 --queries 256 [--skip CHARACTERS] --output FILE
@@ -36,8 +36,8 @@ import transformers
 from safetensors.numpy import save
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from elastickv.cache.bits import rounded
-from elastickv.data import SAMPLE_PATH, load_sample
+from elastickv.benchmark.sample_inputs import SAMPLE_PATH, load_sample
+from elastickv.kvcache.rounding import rounded
 
 MAX_BYTES = 4_000_000
 HEADER_BYTES = 4096

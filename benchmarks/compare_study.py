@@ -2,9 +2,9 @@
 
     python benchmarks/compare_study.py --output benchmarks/results/cpu/compare_study.json
 
-Every cell is measured by `elastickv.measure` for each of the three in turns, prepared anew each time; of the third the elastic
-contender takes 10 % longer a sample (it spins). B against A should be SAME in 95 % of the cells, the third SLOWER in 95 %.
-On a machine that does other work the answer is AMBIGUOUS: what it must not be is SLOWER for the same code.
+Every cell is measured by `elastickv.benchmark` for each of the three in turns, prepared anew each time; of the third the
+elastic contender takes 10 % longer a sample (it spins). B against A should be SAME in 95 % of the cells, the third SLOWER in
+95 %. On a machine that does other work the answer is AMBIGUOUS: what it must not be is SLOWER for the same code.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from elastickv.measure import Options, preparation, run
-from elastickv.measure.environment import environment
-from elastickv.reports.comparison import Comparison, compare
-from elastickv.reports.plain_json import dumps
+from elastickv.benchmark import Options, prepare, run
+from elastickv.benchmark.environment import environment
+from elastickv.results.compare.comparison import Comparison, compare
+from elastickv.results.formats.plain_json import dumps
 
 SEQUENCES, HEADS, RECIPES = (1024, 1536, 2048, 3072, 4096), (8, 16), ("int8", "int4")
 SHOWN = ("cell", "verdict", "a_ms", "b_ms", "dense_ratio", "ratio", "ratio_low", "ratio_high", "control")
@@ -84,7 +84,7 @@ def main() -> None:
 
 def measured(options: Options, slowdown: float) -> dict[str, Any]:
     """Return a result in whose run the elastic contender takes `slowdown` times as long."""
-    ours = preparation.ours
+    ours = prepare.ours
 
     def slowed(name: str, *rest: Any) -> Any:
         contender, program, caches = ours(name, *rest)
@@ -92,11 +92,11 @@ def measured(options: Options, slowdown: float) -> dict[str, Any]:
             contender = replace(contender, sample=spinning(contender.sample, slowdown))
         return contender, program, caches
 
-    preparation.ours = slowed
+    prepare.ours = slowed
     try:
         return run(options).as_dict()
     finally:
-        preparation.ours = ours
+        prepare.ours = ours
 
 
 def spinning(sample: Callable[[], float], slowdown: float) -> Callable[[], float]:
@@ -112,7 +112,7 @@ def spinning(sample: Callable[[], float], slowdown: float) -> Callable[[], float
 
 
 def summary(comparison: Comparison) -> dict[str, Any]:
-    from elastickv.reports.comparison_table import flat
+    from elastickv.results.compare.comparison_table import flat
 
     rows = [{name: flat(row)[name] for name in SHOWN} for row in comparison.rows]
     return {"counts": comparison.counts(), "warnings": comparison.warnings, "rows": rows}

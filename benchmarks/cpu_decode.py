@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from elastickv.attention.errors import relative_l2
-from elastickv.attention.feedback import Feedback
 from elastickv.backends import Backend
 from elastickv.backends.cpu import open_backend
-from elastickv.cache import Oracle
-from elastickv.measure.contenders.ours import filled_caches
+from elastickv.backends.feedback import Feedback
+from elastickv.benchmark.contenders.ours import filled_caches
+from elastickv.kvcache import Oracle
+from elastickv.kvcache.error_metrics import relative_l2
 from elastickv.recipe import DENSE, PAGE_TOKENS, AttentionShape, Recipe, for_ratio, interval_bytes, read_ratio, resolve
 
 FORMATS = ("int8", "int4", "fp8", "k=int8,v=int4", "int4,vgroup=32")

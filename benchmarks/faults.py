@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from suite import Outcomes, heading
 
-from elastickv.reports import dumps, write_text
-from elastickv.reports.files import check_writable
+from elastickv.results.files import check_writable
+from elastickv.results.formats import dumps, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 KIND, VERSION = "elastickv-faults", 1

@@ -15,13 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from elastickv.cli.progress import Bar
-from elastickv.fidelity.calibrate import DEFAULT_TOKENS, calibrate
-from elastickv.fidelity.evaluate import Options, evaluate
-from elastickv.fidelity.texts import calibration_text, evaluation_texts
+from elastickv.evaluation.calibrate import DEFAULT_TOKENS, calibrate
+from elastickv.evaluation.evaluate import Options, evaluate
+from elastickv.evaluation.texts import calibration_text, evaluation_texts
 from elastickv.recipe import ModelCalibration
-from elastickv.reports import dumps, write_text
-from elastickv.reports.fidelity_table import fidelity_tables
-from elastickv.transformers.models import load_model
+from elastickv.results.formats import dumps, write_text
+from elastickv.results.formats.fidelity_table import fidelity_tables
+from elastickv.transformers.model_loading import load_model
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path(__file__).parent / "results" / "cpu"

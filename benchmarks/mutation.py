@@ -30,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from elastickv.measure.environment import environment
+from elastickv.benchmark.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 Record = dict[str, Any]
@@ -61,19 +61,20 @@ class Part:
     select: str = ""
 
 
+_STATISTICS = ("stats/intervals", "stats/location", "stats/changepoint", "sampler", "gate")
+_STATISTICS_TESTS = ("stats/test_intervals", "stats/test_location", "stats/test_changepoint", "test_sampler", "test_gate")
 PARTS = {
     "statistics": Part(
-        tuple(f"src/elastickv/measure/{name}.py" for name in ("statistics", "location", "shifts", "sampler", "gate")),
-        tuple(f"tests/measure/test_{name}.py" for name in ("statistics", "location", "shifts", "sampler", "gate")),
+        tuple(f"src/elastickv/benchmark/{name}.py" for name in _STATISTICS),
+        tuple(f"tests/benchmark/{name}.py" for name in _STATISTICS_TESTS),
         "not competing_load",  # a real benchmark, for which kernels that are not compiled are too slow
     ),
     "recipe": Part(("src/elastickv/recipe/*.py",), ("tests/recipe",)),
     "cache": Part(
-        ("src/elastickv/cache/*.py",),
+        ("src/elastickv/kvcache/*.py",),
         (
-            "tests/cache",
-            "tests/attention",
-            *(f"tests/backends/test_{name}.py" for name in ("properties", "metamorphic", "non_finite", "rows")),
+            "tests/kvcache",
+            *(f"tests/backends/test_{name}.py" for name in ("properties", "metamorphic", "non_finite", "editing")),
         ),
         "not cpu and not cuda and not threads",
     ),

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from gpu_name import gpu_name
 
-from elastickv.measure.environment import environment
+from elastickv.benchmark.environment import environment
 
 TESTS = (
-    *("tests/attention", "tests/cache", "tests/recipe", "tests/measure/test_statistics.py"),
+    *("tests/kvcache", "tests/recipe", "tests/benchmark/stats/test_intervals.py"),
     *(f"tests/backends/test_{name}.py" for name in ("properties", "metamorphic", "non_finite", "stateful")),
 )
 STATISTICS = "hypothesis statistics"

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv import Recipe, __version__
-from elastickv.attention.errors import relative_l2, summarise
-from elastickv.attention.reference import attend
-from elastickv.cache import ReferenceCache
-from elastickv.data import Sample, load_sample
+from elastickv.benchmark.sample_inputs import Sample, load_sample
+from elastickv.kvcache import ReferenceCache
+from elastickv.kvcache.attention import attend
+from elastickv.kvcache.error_metrics import relative_l2, summarise
 from elastickv.recipe import read_ratio, stored_ratio
 
 DTYPE = "bf16"

@@ -29,10 +29,10 @@ from scipy.linalg import hadamard
 from storage import package, shared_scale, tried
 
 from elastickv import __version__
-from elastickv.attention.bounds import page_bounds, score_pages
-from elastickv.cache.quantise import quantise_int4_keys
-from elastickv.data import SAMPLE_PATH, load_sample
-from elastickv.recipe.pages import selected
+from elastickv.benchmark.sample_inputs import SAMPLE_PATH, load_sample
+from elastickv.kvcache.quantize import quantise_int4_keys
+from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
+from elastickv.recipe.regions import selected
 
 FRACTIONS = (1.0, 7 / 8, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16, 1 / 32, 1 / 64)
 ANCHORS = (1, 2, 4, 8, 16)

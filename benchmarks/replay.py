@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.attention.errors import relative_l2
-from elastickv.cache.bits import rounded
+from elastickv.kvcache.error_metrics import relative_l2
+from elastickv.kvcache.rounding import rounded
 from elastickv.recipe import PAGE_TOKENS, regions
 
 Float32 = NDArray[np.float32]

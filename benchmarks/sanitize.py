@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from elastickv.attention.errors import relative_l2
-from elastickv.attention.feedback import Feedback
 from elastickv.backends.cuda.builds import RECIPES, recipe_for
-from elastickv.backends.cuda.variants import needs_pages
-from elastickv.cache import Oracle
+from elastickv.backends.cuda.kernel_selection import needs_pages
+from elastickv.backends.feedback import Feedback
+from elastickv.kvcache import Oracle
+from elastickv.kvcache.error_metrics import relative_l2
 from elastickv.recipe import AttentionShape, Recipe
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -191,7 +191,7 @@ def main() -> None:
     if not sanitizer or not options.output:
         sys.exit("compute-sanitizer of the CUDA toolkit must be on the PATH, and --output name a file")
     from elastickv.backends import load
-    from elastickv.measure.environment import environment
+    from elastickv.benchmark.environment import environment
 
     device = load("cuda")[0].device
     runs = list(itertools.product(options.tools.split(","), range(len(CASES))))

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from elastickv.attention.errors import relative_l2
-from elastickv.attention.feedback import Feedback
 from elastickv.backends import load
-from elastickv.cache import Oracle
-from elastickv.measure.environment import environment
+from elastickv.backends.feedback import Feedback
+from elastickv.benchmark.environment import environment
+from elastickv.kvcache import Oracle
+from elastickv.kvcache.error_metrics import relative_l2
 from elastickv.recipe import AttentionShape, Recipe
 
 SHAPE = AttentionShape(2, 8, 2, 128)

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from elastickv.measure.sampler import collect
-from elastickv.measure.statistics import Interval, beyond_noise, ratio_interval
-from elastickv.measure.summary import AGAIN
+from elastickv.benchmark.sampler import collect
+from elastickv.benchmark.stats.intervals import Interval, beyond_noise, ratio_interval
+from elastickv.benchmark.summary import AGAIN
 
 Stream = Callable[[np.random.Generator, int], np.ndarray]
 SAMPLES, REPLICATIONS = (10, 20, 50, 100, 200), 2000

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import hadamard
 
-from elastickv.cache.bits import rounded
-from elastickv.cache.quantise import stored_values
+from elastickv.kvcache.quantize import stored_values
+from elastickv.kvcache.rounding import rounded
 from elastickv.recipe import FORMATS, PAGE_TOKENS
 
 Float32 = NDArray[np.float32]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from gpu_name import gpu_name
 
-from elastickv.measure.environment import environment
-from elastickv.reports import dumps, write_text
-from elastickv.reports.files import check_writable
+from elastickv.benchmark.environment import environment
+from elastickv.results.files import check_writable
+from elastickv.results.formats import dumps, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 KIND, VERSION = "elastickv-suite", 1

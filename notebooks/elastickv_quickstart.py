@@ -71,7 +71,7 @@ from html import escape
 
 import elastickv
 from elastickv.backends import load
-from elastickv.reports.html import html_table
+from elastickv.results.formats.html import html_table
 
 
 class Html(str):
@@ -98,7 +98,7 @@ print(
 # %%
 from elastickv import Recipe
 from elastickv.backends.cuda.compiler import KERNELS
-from elastickv.backends.cuda.variants import decode_variant
+from elastickv.backends.cuda.kernel_selection import decode_variant
 
 architecture = device.sm if on_gpu else "9.0"
 kernel = decode_variant(head_dim=128, group=4, dtype="bf16", recipe=Recipe.parse("int4"), arch=architecture.replace(".", ""))
@@ -177,9 +177,9 @@ Html(f"<div style='display: flex; flex-wrap: wrap; gap: 1em'>{plots}</div>")
 # %%
 import warnings
 
-from elastickv.baselines import gguf_baseline, transformers_baseline
-from elastickv.reports.baseline_table import baseline_table
-from elastickv.reports.plain_json import dumps
+from elastickv.model_benchmark import gguf_baseline, transformers_baseline
+from elastickv.results.formats.baseline_table import baseline_table
+from elastickv.results.formats.plain_json import dumps
 
 if QUICK:
     sizes = {"context": 256, "reps": 2, "decode_tokens": 2, "scored": 4}

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import elastickv
+from elastickv.benchmark import Options
+from elastickv.benchmark.option_types import TYPES
 from elastickv.cli.bench import command
 from elastickv.errors import UsageError
-from elastickv.measure import Options
-from elastickv.measure.typed import TYPES
-from elastickv.reports import FORMATS
-from elastickv.reports.measurement import Measurement
+from elastickv.results.formats import FORMATS
+from elastickv.results.measurement import Measurement
 from tests.helpers.reference_backend import ReferenceBackend, measure_with
 from tests.helpers.results import ORIGINAL, result
 

@@ -10,15 +10,14 @@ FLOORS = [
     "errors",
     "inputs",
     "recipe",
-    "attention",
-    "cache",
+    "kvcache",
     "backends",
-    "data",
-    "measure",
+    "benchmark",
     "transformers",
-    "fidelity",
-    "baselines",
-    "reports",
+    "evaluation",
+    "results",
+    "model_benchmark",
+    "html_report",
     "sweeps",
     "api",
     "cli",
@@ -54,16 +53,16 @@ def test_imports_point_downward(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_only_peers_import_torch(path):
     allowed = path.relative_to(SOURCE).as_posix() in (
-        "measure/contenders/flash_infer.py",
-        "measure/contenders/flex_attention.py",
-        "measure/contenders/torch_sdpa.py",
-        "measure/contenders/torch_timing.py",
+        "benchmark/contenders/flash_infer.py",
+        "benchmark/contenders/flex_attention.py",
+        "benchmark/contenders/torch_sdpa.py",
+        "benchmark/contenders/torch_timing.py",
     )
-    allowed = allowed or path.relative_to(SOURCE).parts[0] in ("transformers", "fidelity")
+    allowed = allowed or path.relative_to(SOURCE).parts[0] in ("transformers", "evaluation", "model_benchmark")
     assert allowed or not {module.split(".")[0] for module in imported(path)} & {"flashinfer", "torch"}
 
 
-@pytest.mark.parametrize("path", sorted((SOURCE / "measure" / "contenders").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((SOURCE / "benchmark" / "contenders").glob("*.py")), ids=lambda path: path.name)
 def test_peers_import_torch_only_when_they_run(path):
     loaded = [
         node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, (ast.Import, ast.ImportFrom))

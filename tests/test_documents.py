@@ -46,12 +46,12 @@ def commands():
 
 
 def test_every_command_and_option_in_the_documents_exists():
-    from elastickv.cli import original, root
+    from elastickv.cli import elastic_kv_cli, root
 
     group = click.Context(root)
     seen = set()
     for path, name, rest in commands():
-        command = original.command if name == "elastic_kv_cli" else root.get_command(group, name)
+        command = elastic_kv_cli.command if name == "elastic_kv_cli" else root.get_command(group, name)
         assert command is not None, f"{path.name}: {name}"
         if isinstance(command, click.Group):
             inner, _, rest = rest.strip().partition(" ")
@@ -86,19 +86,20 @@ EXAMPLES = [document for document in DOCUMENTS if blocks(document)]
 
 @pytest.mark.parametrize("document", EXAMPLES, ids=lambda path: path.name)
 def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
-    import elastickv.sweeps.run  # noqa: F401
-    from elastickv import measure, reports
+    import elastickv.sweeps.scheduler  # noqa: F401
+    from elastickv import benchmark
     from elastickv.backends.registry import BACKENDS
-    from elastickv.measure.contenders import peers
+    from elastickv.benchmark.contenders import peers
+    from elastickv.results import formats
 
     (tmp_path / "results").mkdir()
     for name in ("result.json", "before.json", "after.json", "results/result.json"):
         shutil.copyfile(RESULT, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     # What takes long and is tested elsewhere: ceilings, and the CPU's kernels in the processes of a sweep.
-    monkeypatch.setattr(sys.modules[measure.run.__module__], "CEILING_ROUNDS", 1)
+    monkeypatch.setattr(sys.modules[benchmark.run.__module__], "CEILING_ROUNDS", 1)
     monkeypatch.setattr(
-        sys.modules["elastickv.sweeps.run"], "PROGRAM", (sys.executable, "-m", "tests.helpers.reference_worker")
+        sys.modules["elastickv.sweeps.scheduler"], "PROGRAM", (sys.executable, "-m", "tests.helpers.reference_worker")
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "src"))))
     examples = blocks(document)
@@ -106,7 +107,7 @@ def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
     # What an example adds to the program is taken away again.
     with (
         warnings.catch_warnings(),
-        mock.patch.dict(BACKENDS), mock.patch.dict(reports.FORMATS), mock.patch.object(peers, "PEERS", peers.PEERS),
+        mock.patch.dict(BACKENDS), mock.patch.dict(formats.FORMATS), mock.patch.object(peers, "PEERS", peers.PEERS),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
         for number, code in enumerate(examples, 1):

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from elastickv.data import load_sample
+from elastickv.benchmark.sample_inputs import load_sample
 from elastickv.errors import MOST_CHARACTERS, UsageError, one_line, printable
-from elastickv.fidelity.texts import read_text
+from elastickv.evaluation.texts import read_text
 from elastickv.inputs import MAX_DEPTH, parse_json, read_bytes
 from elastickv.recipe import ModelCalibration
-from elastickv.reports.comparison import compare
-from elastickv.reports.comparison_table import FORMATS
-from elastickv.reports.rows import csv_of
-from elastickv.reports.sides import read_side
+from elastickv.results.compare.comparison import compare
+from elastickv.results.compare.comparison_table import FORMATS
+from elastickv.results.compare.result_sets import read_side
+from elastickv.results.formats.rows import csv_of
 from elastickv.sweeps.plan import read_plan
-from elastickv.sweeps.table import Sweep
+from elastickv.sweeps.sweep_result import Sweep
 from tests.helpers.results import ORIGINAL, result, write
 
 ROOT = Path(__file__).parents[1]
@@ -36,10 +36,10 @@ FORBIDDEN_MODULES = {
 # What needs one all the same.
 ALLOWED = {
     (
-        "src/elastickv/backends/cpu/compiled.py",
+        "src/elastickv/backends/cpu/numba_cache.py",
         "pickle",
     ): "Numba's own form of compiled code; who may have written it is checked",
-    ("src/elastickv/baselines/llama.py", "urllib"): "llama.cpp's server in this process, on the loopback address",
+    ("src/elastickv/model_benchmark/llama_cpp.py", "urllib"): "llama.cpp's server in this process, on the loopback address",
     ("tools/package.py", "tarfile"): "lists what it has just built",
     ("tools/package.py", "zipfile"): "lists what it has just built",
     ("tools/run_notebook.py", "exec"): "runs the notebook that the user names",

@@ -28,9 +28,9 @@ WORKERS = 2
 MINORS = range(14, 9, -1)
 # What no other Python should change: seconds, and nothing but the package, pytest, hypothesis and jsonschema.
 QUICK = [
-    "tests/attention", "tests/cache", "tests/data", "tests/recipe/test_recipe.py", "tests/recipe/test_accounting.py",
-    "tests/measure/test_gate.py", "tests/measure/test_location.py", "tests/measure/test_sampler.py",
-    "tests/measure/test_statistics.py", "tests/measure/test_telemetry.py", "tests/reports/test_comparison.py",
+    "tests/kvcache", "tests/benchmark/test_sample_inputs.py", "tests/recipe/test_recipe.py", "tests/recipe/test_byte_counts.py",
+    "tests/benchmark/test_gate.py", "tests/benchmark/stats/test_location.py", "tests/benchmark/test_sampler.py",
+    "tests/benchmark/stats/test_intervals.py", "tests/benchmark/test_telemetry.py", "tests/results/test_comparison.py",
 ]  # fmt: skip
 # What is imported is compiled then, and most of it never is.
 INSTALL = ["pip", "install", "--quiet", "--no-compile"]

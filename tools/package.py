@@ -24,7 +24,7 @@ from pathlib import Path
 from check import ROOT, WORKERS, fresh_environment
 
 # They are about the checkout: its layout, its documents and the results in it.
-OF_THE_CHECKOUT = ("tests/test_architecture.py", "tests/test_documents.py", "tests/test_supply.py", "tests/benchmarks")
+OF_THE_CHECKOUT = ("tests/test_architecture.py", "tests/test_documents.py", "tests/test_supply.py", "tests/benchmark_scripts")
 WHERE = "import elastickv, pathlib; print(pathlib.Path(elastickv.__file__).parent)"
 
 

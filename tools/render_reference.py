@@ -18,18 +18,18 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 MADE = "<!-- Made by tools/render_reference.py: do not edit. -->"
 
-PROGRAMS = {"elastickv": "elastickv.cli:root", "elastic_kv_cli": "elastickv.cli.original:command"}
+PROGRAMS = {"elastickv": "elastickv.cli:root", "elastic_kv_cli": "elastickv.cli.elastic_kv_cli:command"}
 _WIDTH = 100
-PUBLIC = ("elastickv", "elastickv.errors", "elastickv.measure", "elastickv.recipe", "elastickv.transformers")
+PUBLIC = ("elastickv", "elastickv.errors", "elastickv.benchmark", "elastickv.recipe", "elastickv.transformers")
 _VALUES = {"integer": "N", "float": "X", "text": "TEXT", "path": "FILE"}
 _SECTION = re.compile(r"^(\w+)\n-{3,}\n", re.MULTILINE)
 
 # What stands on the page of the Python reference beside the functions of the package and what they return.
 PYTHON: dict[str, tuple[str, ...]] = {
     "Options, rows, intervals": (
-        "elastickv.measure.Options",
-        "elastickv.reports.change.Row",
-        "elastickv.measure.statistics.Interval",
+        "elastickv.benchmark.Options",
+        "elastickv.results.compare.change.Row",
+        "elastickv.benchmark.stats.intervals.Interval",
     ),
     "Recipes": (
         "elastickv.Recipe",

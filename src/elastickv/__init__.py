@@ -10,21 +10,21 @@ _HOMES = {
     "Recipe": "elastickv.recipe",
     "UsageError": "elastickv.errors",
     "bench": "elastickv.api",
-    "compare": "elastickv.reports.comparison",
+    "compare": "elastickv.results.compare.comparison",
     "for_ratio": "elastickv.recipe",
     "load": "elastickv.api",
-    "report": "elastickv.reports.page.report",
-    "sweep": "elastickv.sweeps.api",
+    "report": "elastickv.html_report.report",
+    "sweep": "elastickv.sweeps.sweep",
 }
 __all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "bench", "compare", "for_ratio", "load", "report", "sweep"]
 
 if TYPE_CHECKING:
     from elastickv.api import bench, load
     from elastickv.errors import UsageError
+    from elastickv.html_report.report import report
     from elastickv.recipe import AttentionShape, Recipe, for_ratio
-    from elastickv.reports.comparison import compare
-    from elastickv.reports.page.report import report
-    from elastickv.sweeps.api import sweep
+    from elastickv.results.compare.comparison import compare
+    from elastickv.sweeps.sweep import sweep
 
 
 def __getattr__(name: str) -> Any:

@@ -5,14 +5,14 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from elastickv.benchmark import PRESETS, Gate, Options, Reporter, run
+from elastickv.benchmark.option_types import TYPES, typed
+from elastickv.benchmark.runner import Silent
 from elastickv.errors import UsageError
 from elastickv.inputs import file_path
-from elastickv.measure import PRESETS, Gate, Options, Reporter, run
-from elastickv.measure.run import Silent
-from elastickv.measure.typed import TYPES, typed
-from elastickv.reports.documents import documents
-from elastickv.reports.measurement import Measurement
-from elastickv.sweeps.table import Sweep
+from elastickv.results.documents import documents
+from elastickv.results.measurement import Measurement
+from elastickv.sweeps.sweep_result import Sweep
 
 if TYPE_CHECKING:
     from elastickv.recipe import ModelCalibration
@@ -47,7 +47,7 @@ def bench(
     reporter : told what is going on.
     command : what was typed, for the record.
     **options : seq, batch, heads, kv_heads, dim, compress, recipe, dtype, paired, reps, inference, backend, seed, ...: the
-        attributes of `elastickv.measure.Options`. None leaves one out. With `model` only seq, batch, compress, recipe, dtype,
+        attributes of `elastickv.benchmark.Options`. None leaves one out. With `model` only seq, batch, compress, recipe, dtype,
         backend, device, reps, decode_tokens, seed and graphs; there seq is 4096 unless given, compress 4 (none with a recipe),
         reps 8, decode_tokens 32 and dtype bf16 on CUDA, fp32 on a CPU.
 
@@ -102,13 +102,13 @@ def _model_bench(
     reporter: Reporter,
     command: tuple[str, ...],
 ) -> Measurement:
-    from elastickv.transformers.models import NEEDED, require
+    from elastickv.transformers.model_loading import NEEDED, require
 
     require(*NEEDED)
-    from elastickv.fidelity.texts import calibration_text
+    from elastickv.evaluation.texts import calibration_text
+    from elastickv.model_benchmark.bench import ModelBench, measure
+    from elastickv.model_benchmark.shapes import usual_device, usual_dtype
     from elastickv.recipe import ModelCalibration
-    from elastickv.transformers.speed.model_bench import ModelBench, measure
-    from elastickv.transformers.speed.shapes import usual_device, usual_dtype
 
     filled = _MODEL_DEFAULTS | asked
     recipe = None if asked.get("recipe", "auto") == "auto" else asked["recipe"]

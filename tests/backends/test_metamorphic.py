@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastickv.attention import attend
-from elastickv.attention.errors import relative_l2
 from elastickv.backends.cpu import threads
-from elastickv.cache.bits import rounded
+from elastickv.kvcache.attention import attend
+from elastickv.kvcache.error_metrics import relative_l2
+from elastickv.kvcache.rounding import rounded
 from elastickv.recipe import AttentionShape, Recipe, for_ratio
 from tests.backends.test_properties import same_storage
 from tests.helpers.cases import Case, cases, tried

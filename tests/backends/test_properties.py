@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastickv.attention import attend
-from elastickv.attention.errors import relative_l2
-from elastickv.cache import Oracle, ReferenceCache
+from elastickv.kvcache import Oracle, ReferenceCache
+from elastickv.kvcache.attention import attend
+from elastickv.kvcache.error_metrics import relative_l2
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 from tests.helpers.cases import NUMBERS, Case, cases, tried
 from tests.helpers.exactness import check

@@ -5,9 +5,9 @@ from functools import cache
 import pytest
 
 from elastickv.backends import load
-from elastickv.data import load_sample
+from elastickv.benchmark.accuracy import replay, sample_shape
+from elastickv.benchmark.sample_inputs import load_sample
 from elastickv.errors import UsageError
-from elastickv.measure.receipt import replay, sample_shape
 from elastickv.recipe import Recipe
 
 RECIPES = (

@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from elastickv.attention.errors import relative_l2
-from elastickv.cache import Oracle
 from elastickv.errors import NonFiniteError, UsageError
+from elastickv.kvcache import Oracle
+from elastickv.kvcache.error_metrics import relative_l2
 from elastickv.recipe import PAGE_TOKENS, AttentionShape
 from tests.helpers.cases import DTYPES, Case, recipes, tried
 from tests.helpers.token_lists import TokenLists

@@ -4,8 +4,8 @@ import sys
 import time
 import warnings
 
+from elastickv.benchmark import run
 from elastickv.cli import main
-from elastickv.measure import run
 from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram
 
 module = sys.modules[run.__module__]

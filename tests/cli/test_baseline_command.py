@@ -5,8 +5,8 @@ import json
 import jsonschema
 import pytest
 
-from elastickv.baselines.result import SCHEMA_PATH
-from elastickv.reports.sides import read_side
+from elastickv.model_benchmark.baseline_result import SCHEMA_PATH
+from elastickv.results.compare.result_sets import read_side
 from tests.helpers.tiny_models import tiny_gguf
 
 SIZES = ("--context", 200, "--reps", 2, "--decode-tokens", 2, "--scored", 3)

@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 import pytest
 
-from elastickv.cli.errors import exit_with
+from elastickv.cli.error_handling import exit_with
 from elastickv.errors import CompileFailure, DeviceFailure, DeviceLost, DoesNotFit, KernelMismatch, NonFiniteError, RanOut
-from elastickv.reports.files import write_bytes, write_text
+from elastickv.results.files import write_bytes, write_text
 from tests.helpers.full_disk import fill, small_disk
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_a_program_that_was_told_to_ignore_hang_ups_does(monkeypatch):
 
 _SWALLOWING = """
 import os, sys, time, click
-from elastickv.cli.errors import exit_with
+from elastickv.cli.error_handling import exit_with
 
 class Callback:
     def __del__(self):
@@ -193,7 +193,7 @@ def test_whatever_call_meets_a_full_disk_the_old_file_stays(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"elastickv.reports.files.os.{call}", full)
+        patched.setattr(f"elastickv.results.files.os.{call}", full)
         with pytest.raises(ValueError, match="No space left on device"):
             write(path)
     assert path.read_text() == "older" and list(tmp_path.iterdir()) == [path]
@@ -259,7 +259,7 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
 @pytest.mark.fault("signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_evaluation_that_is_ended_keeps_the_rows_that_are_finished(elastickv, folder, tmp_path, monkeypatch, number):
-    from elastickv.fidelity import evaluate
+    from elastickv.evaluation import evaluate
 
     rows, score, path = [], evaluate.score, tmp_path / "result.json"
 
@@ -282,7 +282,7 @@ def test_an_evaluation_that_is_ended_keeps_the_rows_that_are_finished(elastickv,
 
 @pytest.mark.fault("signals")
 def test_an_evaluation_that_is_ended_at_once_leaves_nothing(elastickv, folder, tmp_path, monkeypatch):
-    from elastickv.fidelity import evaluate
+    from elastickv.evaluation import evaluate
 
     monkeypatch.setattr(evaluate, "prefill", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     text = f"--text={folder.parent / 'text.txt'}"

@@ -23,7 +23,7 @@ def elastickv(*arguments, **options):
 
 
 def original(*arguments, **options):
-    return shell("elastickv.cli.original", *arguments, **options)
+    return shell("elastickv.cli.elastic_kv_cli", *arguments, **options)
 
 
 def test_the_original_command_line_prints_json_with_the_originals_keys_and_nothing_else():

@@ -165,22 +165,22 @@ def test_bad_input_of_a_models_benchmark_is_one_line_and_exit_2(elastickv, argum
 
 
 def test_a_shape_too_large_for_the_machine_is_refused_with_what_would_fit(elastickv, monkeypatch):
-    from elastickv.transformers.speed import model_bench
+    from elastickv.model_benchmark import bench
 
     arguments = ("bench", "--model=shape:1b", "--context=100000", "--compress=1", "--dtype=bf16")
     weights = 1_235_814_400 * 2
     # Weights, a prompt's pass of 100866 tokens (7.6 GiB) and 3.2 GiB of keys and values at 16 bit, but not at 4.
-    monkeypatch.setattr(model_bench, "free_bytes", lambda device: weights + (9 << 30))
+    monkeypatch.setattr(bench, "free_bytes", lambda device: weights + (9 << 30))
     done = elastickv(*arguments)
     assert done.returncode == 2
     assert "--compress" in done.stderr and "--context 65536" in done.stderr and "would fit" in done.stderr
-    monkeypatch.setattr(model_bench, "free_bytes", lambda device: weights // 2)
+    monkeypatch.setattr(bench, "free_bytes", lambda device: weights // 2)
     assert "nothing shorter would fit" in elastickv(*arguments).stderr
 
 
 def failing(of, error, times):
     """Return what a generation's prompt meets: `error`, the first `times` that one with the cache named `of` begins."""
-    from elastickv.transformers.speed.generating import Generation
+    from elastickv.model_benchmark.generation import Generation
 
     begun, left = Generation.advance, [times]
 
@@ -197,7 +197,7 @@ def failing(of, error, times):
 def test_a_stock_cache_that_fails_is_not_run_and_the_rest_goes_on(elastickv, monkeypatch):
     import torch
 
-    from elastickv.transformers.speed.generating import Generation
+    from elastickv.model_benchmark.generation import Generation
 
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GiB.\nMore.")
     monkeypatch.setattr(Generation, "advance", failing("stock", error, 1))
@@ -210,7 +210,7 @@ def test_a_stock_cache_that_fails_is_not_run_and_the_rest_goes_on(elastickv, mon
 
 
 def test_the_elastic_cache_is_measured_alone_where_nothing_fits_beside_it(elastickv, monkeypatch):
-    from elastickv.transformers.speed.generating import Generation
+    from elastickv.model_benchmark.generation import Generation
 
     error = RuntimeError("CUDA driver: CUDA_ERROR_OUT_OF_MEMORY")
     monkeypatch.setattr(Generation, "advance", failing("elastic", error, 1))
@@ -225,7 +225,7 @@ def test_the_elastic_cache_is_measured_alone_where_nothing_fits_beside_it(elasti
 def test_an_elastic_cache_that_does_not_fit_alone_is_a_line(elastickv, monkeypatch):
     import torch
 
-    from elastickv.transformers.speed.generating import Generation
+    from elastickv.model_benchmark.generation import Generation
 
     monkeypatch.setattr(Generation, "advance", failing("elastic", torch.OutOfMemoryError("no 9 GiB"), 2))
     done = elastickv("bench", "--model=shape:tiny", *QUICK)

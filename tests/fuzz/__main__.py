@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from elastickv.measure.environment import environment
+from elastickv.benchmark.environment import environment
 from tests.fuzz.command_line import TARGET as COMMAND_LINE
 from tests.fuzz.targets import TARGETS
 

@@ -246,33 +246,33 @@ def no_work():
     """End a run where work would begin."""
     import elastickv.api
     import elastickv.backends
-    import elastickv.baselines.sized
-    import elastickv.fidelity.calibrate
-    import elastickv.fidelity.evaluate
-    import elastickv.measure
-    import elastickv.measure.diagnosis
-    import elastickv.measure.environment
-    import elastickv.reports.page.report
-    import elastickv.sweeps.api
+    import elastickv.benchmark
+    import elastickv.benchmark.doctor
+    import elastickv.benchmark.environment
+    import elastickv.evaluation.calibrate
+    import elastickv.evaluation.evaluate
+    import elastickv.html_report.report
+    import elastickv.model_benchmark.bench as model_bench
+    import elastickv.model_benchmark.presets
     import elastickv.sweeps.journal
-    import elastickv.transformers.models
-    import elastickv.transformers.speed.model_bench as model_bench
+    import elastickv.sweeps.sweep
+    import elastickv.transformers.model_loading
 
     def begins(*_, **__):
         raise Accepted
 
-    environment = elastickv.measure.environment.environment()
+    environment = elastickv.benchmark.environment.environment()
     with contextlib.ExitStack() as stack:
         for module, name, stand_in in (
             (elastickv.api, "run", begins),
-            (elastickv.baselines.sized, "gguf_baseline", begins),
-            (elastickv.baselines.sized, "transformers_baseline", begins),
-            (elastickv.reports.page.report.Report, "save", begins),
-            (elastickv.sweeps.api, "measure", begins),
+            (elastickv.model_benchmark.presets, "gguf_baseline", begins),
+            (elastickv.model_benchmark.presets, "transformers_baseline", begins),
+            (elastickv.html_report.report.Report, "save", begins),
+            (elastickv.sweeps.sweep, "measure", begins),
             (elastickv.sweeps.journal, "environment", lambda: environment),  # asks git each time
-            (elastickv.transformers.models, "load_model", begins),
+            (elastickv.transformers.model_loading, "load_model", begins),
             (model_bench, "measure", begins),
-            (elastickv.measure.diagnosis, "findings", begins),
+            (elastickv.benchmark.doctor, "findings", begins),
             (elastickv.backends, "load", begins),
         ):
             stack.enter_context(mock.patch.object(module, name, stand_in))

@@ -35,15 +35,15 @@ def main() -> None:
         enable_loader_override=False,
     ):
         import elastickv.backends.cuda.compiler
-        import elastickv.baselines.gguf_file
         import elastickv.cli.bench
-        import elastickv.fidelity.suggestion
-        import elastickv.fidelity.texts
-        import elastickv.reports.comparison_table
-        import elastickv.sweeps.table
+        import elastickv.evaluation.suggestion
+        import elastickv.evaluation.texts
+        import elastickv.model_benchmark.gguf_file
+        import elastickv.results.compare.comparison_table
+        import elastickv.sweeps.sweep_result
 
         if name in ("saved-cache", "recipe-file", "command-line"):
-            import elastickv.transformers.saving  # noqa: F401
+            import elastickv.transformers.serialization  # noqa: F401
     from tests.fuzz.command_line import TARGET
     from tests.fuzz.findings import Findings, quiet
     from tests.fuzz.targets import TARGETS

@@ -16,19 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from elastickv.data import load_sample
+from elastickv.benchmark import Gate, Options
+from elastickv.benchmark.sample_inputs import load_sample
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.measure import Gate, Options
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, resolve
-from elastickv.recipe.calibration import allot, check_calibration
-from elastickv.recipe.model_solver import for_ratio_by_layer
+from elastickv.recipe.allocation import allot, check_calibration
+from elastickv.recipe.layer_solver import for_ratio_by_layer
 from elastickv.recipe.recipe import parse_open
-from elastickv.reports import comparison_table
-from elastickv.reports.comparison import compare
-from elastickv.reports.sides import read_side
+from elastickv.results.compare import comparison_table
+from elastickv.results.compare.comparison import compare
+from elastickv.results.compare.result_sets import read_side
 from elastickv.sweeps.axes import AXES, SETTINGS, values
 from elastickv.sweeps.plan import PRESETS, Plan, merged, read_plan
-from elastickv.sweeps.table import Sweep
+from elastickv.sweeps.sweep_result import Sweep
 from tests.fuzz.source import Source, as_json, edits
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -359,7 +359,7 @@ _RECIPES = {"format": "elastickv-recipes", "version": 1, "recipe": "int8", "laye
 
 
 def recipe_files(data: bytes) -> None:
-    from elastickv.transformers.plan import _file
+    from elastickv.transformers.config import _file
 
     source = Source(data)
     kind = source.below(4)
@@ -388,7 +388,7 @@ def kernel_caches(data: bytes) -> None:
 
 
 def gguf_headers(data: bytes) -> None:
-    from elastickv.baselines.gguf_file import KV_TYPES, read_gguf
+    from elastickv.model_benchmark.gguf_file import KV_TYPES, read_gguf
 
     source = Source(data)
     fields = [*_GGUF_FIELDS[:6], *(source.pick(_GGUF_FIELDS[6:]) for _ in range(source.below(3)))]
@@ -430,13 +430,13 @@ _GGUF_FIELDS = (
 
 
 def texts(data: bytes) -> None:
-    from elastickv.fidelity.texts import read_text
+    from elastickv.evaluation.texts import read_text
 
     assert read_text(written("t.txt", data)).content.strip()
 
 
 def tolerances(data: bytes) -> None:
-    from elastickv.fidelity.suggestion import Tolerance
+    from elastickv.evaluation.suggestion import Tolerance
 
     parsed = Tolerance.parse(data.decode("utf-8", "surrogateescape"))
     assert math.isfinite(parsed.bound)

@@ -9,19 +9,19 @@ from io import BytesIO, TextIOWrapper
 
 import pytest
 
-from elastickv.data import load_sample
+from elastickv.benchmark import Gate, Options
+from elastickv.benchmark.sample_inputs import load_sample
+from elastickv.benchmark.stats.intervals import Moments, ratio_of_moments
 from elastickv.errors import UsageError
-from elastickv.fidelity.suggestion import Tolerance
-from elastickv.measure import Gate, Options
-from elastickv.measure.statistics import Moments, ratio_of_moments
+from elastickv.evaluation.suggestion import Tolerance
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, for_ratio, resolve
-from elastickv.reports.comparison import compare
-from elastickv.reports.comparison_table import FORMATS
-from elastickv.reports.files import check_writable
-from elastickv.reports.sides import read_side
+from elastickv.results.compare.comparison import compare
+from elastickv.results.compare.comparison_table import FORMATS
+from elastickv.results.compare.result_sets import read_side
+from elastickv.results.files import check_writable
 from elastickv.sweeps.axes import values
 from elastickv.sweeps.plan import Plan, read_plan
-from elastickv.sweeps.table import Sweep
+from elastickv.sweeps.sweep_result import Sweep
 from tests.helpers.results import ORIGINAL, result, write
 
 SHAPE = AttentionShape(1, 4, 2, 64)
@@ -116,7 +116,7 @@ def test_f10_f11_f12_what_nests_too_deep_is_refused(tmp_path):
     kept.write_bytes(sha256(body).digest() + body)
     assert _read(kept) is None
     pytest.importorskip("torch")
-    from elastickv.transformers.plan import _file
+    from elastickv.transformers.config import _file
 
     path = tmp_path / "recipes"
     path.write_text(DEEP)
@@ -297,7 +297,7 @@ class TestSavedCaches:
 @pytest.mark.parametrize("weights", [b"", b"\xff" * 64, struct.pack("<Q", 1 << 62) + b"{}", struct.pack("<Q", 2) + b"{}"])
 def test_r08_weights_that_are_damaged_are_told_in_one_line(tmp_path, weights):
     pytest.importorskip("torch")
-    from elastickv.transformers.models import load_model
+    from elastickv.transformers.model_loading import load_model
     from tests.helpers.tiny_models import tiny_llama
 
     tiny_llama(layers=1).model.save_pretrained(tmp_path)
@@ -309,7 +309,7 @@ def test_r08_weights_that_are_damaged_are_told_in_one_line(tmp_path, weights):
 @pytest.mark.parametrize("counts", [(10**18, 0), (0, 10**18), (3, 5)])
 def test_r08_a_gguf_header_that_claims_more_than_there_is(tmp_path, counts):
     pytest.importorskip("gguf")
-    from elastickv.transformers.models import load_model
+    from elastickv.transformers.model_loading import load_model
 
     path = tmp_path / "m.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + bytes(64))

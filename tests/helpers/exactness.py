@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elastickv.cache import LayerCache
+from elastickv.kvcache import LayerCache
 from elastickv.recipe import PAGE_TOKENS
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from elastickv.cache import LayerCache
+from elastickv.kvcache import LayerCache
 from elastickv.recipe import HEAD_DIMS, Recipe
 from tests.helpers.cases import GROUPS, Case
 

@@ -3,8 +3,8 @@
 import pytest
 
 from elastickv.backends import DeviceInfo, load
+from elastickv.benchmark.contenders import Contender, PeerWork, Rotation
 from elastickv.errors import UsageError
-from elastickv.measure.contenders import Contender, PeerWork, Rotation
 from elastickv.recipe import AttentionShape
 
 SMALL = AttentionShape(2, 4, 2, 64)

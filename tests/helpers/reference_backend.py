@@ -6,9 +6,9 @@ from itertools import count
 import numpy as np
 
 from elastickv.backends import Ceilings, DeviceInfo
-from elastickv.cache import ReferenceCache
-from elastickv.measure import run
-from elastickv.measure.receipt import replay
+from elastickv.benchmark import run
+from elastickv.benchmark.accuracy import replay
+from elastickv.kvcache import ReferenceCache
 
 
 class ReferenceProgram:

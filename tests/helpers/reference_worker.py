@@ -2,11 +2,11 @@
 
 import sys
 
-import elastickv.measure.run  # noqa: F401
+import elastickv.benchmark.runner  # noqa: F401
 from elastickv.sweeps import worker
 from tests.helpers.reference_backend import ReferenceBackend
 
-worker.load = sys.modules["elastickv.measure.run"].load = lambda name, device: (ReferenceBackend(), None)
+worker.load = sys.modules["elastickv.benchmark.runner"].load = lambda name, device: (ReferenceBackend(), None)
 
 if __name__ == "__main__":
     worker.main()

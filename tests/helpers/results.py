@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elastickv.measure.statistics import truncated
+from elastickv.benchmark.stats.intervals import truncated
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
 _TEMPLATE = json.loads((COMMITTED / "cpu" / "short.json").read_text(encoding="utf-8"))

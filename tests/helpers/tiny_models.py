@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from elastickv.transformers.models import Loaded
+from elastickv.transformers.model_loading import Loaded
 
 
 class CharacterTokenizer:

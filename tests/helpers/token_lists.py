@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 
-from elastickv.attention import Partial, attend, merge
-from elastickv.cache.bits import limited, rounded
-from elastickv.cache.quantise import stored_values
+from elastickv.kvcache.attention import Partial, attend, merge
+from elastickv.kvcache.quantize import stored_values
+from elastickv.kvcache.rounding import limited, rounded
 from elastickv.recipe import PAGE_TOKENS
 
 

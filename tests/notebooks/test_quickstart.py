@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from elastickv.reports.sides import read_side
+from elastickv.results.compare.result_sets import read_side
 from tests.helpers.tiny_models import tiny_gguf
 
 ROOT = Path(__file__).parents[2]

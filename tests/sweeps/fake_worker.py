@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from elastickv.backends.failures import failure
+from elastickv.backends.driver_errors import failure
 from elastickv.errors import CompileFailure, DoesNotFit, RanOut, UsageError
 from elastickv.sweeps import worker
 

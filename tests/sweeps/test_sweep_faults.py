@@ -12,10 +12,10 @@ import pytest
 
 from elastickv.cli import sweep as command
 from elastickv.errors import DeviceFailure, UsageError
-from elastickv.sweeps import run
-from elastickv.sweeps.api import sweep
+from elastickv.sweeps import scheduler
 from elastickv.sweeps.journal import Journal, read
 from elastickv.sweeps.plan import Plan, key
+from elastickv.sweeps.sweep import sweep
 from tests.helpers.full_disk import fill, small_disk
 
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ FEW = {"seq": [512, 1024, 2048], "compress": 1.2, "heads": 2}
 def fake(monkeypatch, tmp_path):
     """Cells by the fake worker; returns a function that says which faults come."""
     monkeypatch.setenv("PYTHONPATH", str(SOURCE))
-    monkeypatch.setattr(run, "PROGRAM", (sys.executable, str(HERE / "fake_worker.py")))
+    monkeypatch.setattr(scheduler, "PROGRAM", (sys.executable, str(HERE / "fake_worker.py")))
     faults = tmp_path / "faults"
     monkeypatch.setenv("FAULTS", str(faults))
     return lambda *lines: faults.write_text("\n".join(lines))

@@ -13,13 +13,13 @@ import pytest
 
 import elastickv
 from elastickv.errors import UsageError
-from elastickv.reports.sides import read_side
-from elastickv.sweeps import run
-from elastickv.sweeps.api import sweep
+from elastickv.results.compare.result_sets import read_side
+from elastickv.sweeps import scheduler
 from elastickv.sweeps.axes import AXES, SETTINGS, values
 from elastickv.sweeps.journal import Journal, read
 from elastickv.sweeps.plan import Plan, key, read_plan
-from elastickv.sweeps.table import Sweep
+from elastickv.sweeps.sweep import sweep
+from elastickv.sweeps.sweep_result import Sweep
 from tests.helpers.tiny_models import tiny_gguf
 from tests.sweeps.killed import PLAN
 
@@ -31,7 +31,7 @@ SMALL = {"seq": [512, 1024], "compress": 1.2, "heads": 2, "backend": "cpu"}
 def fake(monkeypatch):
     source = str(HERE.parents[1] / "src")
     monkeypatch.setenv("PYTHONPATH", source)
-    monkeypatch.setattr(run, "PROGRAM", (sys.executable, str(HERE / "fake_worker.py")))
+    monkeypatch.setattr(scheduler, "PROGRAM", (sys.executable, str(HERE / "fake_worker.py")))
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def test_values_that_do_not_go_together_are_cells_with_a_reason(fake, tmp_path):
 
 def test_several_processes_share_the_cells(tmp_path, fake):
     plan = Plan.of(PLAN)
-    from elastickv.sweeps.api import _Silent
+    from elastickv.sweeps.sweep import _Silent
 
     with Journal(tmp_path / "s.jsonl", plan, resume=False) as journal:
-        assert run.measure(plan, journal, _Silent(), devices=[None, None, None])
+        assert scheduler.measure(plan, journal, _Silent(), devices=[None, None, None])
     assert {key(record["cell"]) for record in read(tmp_path / "s.jsonl")[1]} == {key(cell) for cell in plan.cells}
 
 
@@ -192,8 +192,8 @@ def test_files_of_others_are_left_alone(tmp_path, fake):
 def test_the_command_measures_real_cells_and_its_options_are_those_of_bench(tmp_path):
     from click.testing import CliRunner
 
+    from elastickv.benchmark.result import SCHEMA_VERSION
     from elastickv.cli import sweep as cli
-    from elastickv.measure.result import SCHEMA_VERSION
 
     assert cli.AXES == AXES
     assert {name.replace("no_graphs", "graphs") for name in cli.SETTINGS} == set(SETTINGS)
@@ -217,11 +217,11 @@ def test_the_command_measures_real_cells_and_its_options_are_those_of_bench(tmp_
 
 
 def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
-    from elastickv.sweeps import table
+    from elastickv.sweeps import sweep_result
 
-    monkeypatch.setattr(table, "find_spec", lambda name: None)
+    monkeypatch.setattr(sweep_result, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install pyarrow"):
-        table.check_export(tmp_path / "s.parquet")
+        sweep_result.check_export(tmp_path / "s.parquet")
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UsageError, match="pip install pandas"):
         Sweep({"cells": 0}, []).to_pandas()

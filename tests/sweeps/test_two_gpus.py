@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from elastickv.errors import UsageError
-from elastickv.sweeps import run
-from elastickv.sweeps.api import sweep
+from elastickv.sweeps import scheduler
+from elastickv.sweeps.sweep import sweep
 from tests.sweeps.test_sweep_faults import Watcher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("two_gpus")]
@@ -19,13 +19,13 @@ class Killer(Watcher):
     def __init__(self, monkeypatch):
         super().__init__()
         self.begun, self.killed = [], None
-        begin = run._Worker.measure
+        begin = scheduler._Worker.measure
 
         def measure(worker, cell, request):
             self.begun.append((worker, cell))
             begin(worker, cell, request)
 
-        monkeypatch.setattr(run._Worker, "measure", measure)
+        monkeypatch.setattr(scheduler._Worker, "measure", measure)
 
     def devices_of(self, cell):
         return [worker.device for worker, begun in self.begun if begun == cell]

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import elastickv.transformers as ekv
-from elastickv.attention.reference import attend
-from elastickv.cache import Oracle
+from elastickv.kvcache import Oracle
+from elastickv.kvcache.attention import attend
 from elastickv.recipe import Recipe
-from elastickv.transformers import stored_attention
-from elastickv.transformers.stored_attention import Scoring, attend_stored
+from elastickv.transformers import chunked_attention
+from elastickv.transformers.chunked_attention import Scoring, attend_stored
 from tests.helpers.model_matrix import model, padded, prompt
 
 RECIPES = [
@@ -127,9 +127,9 @@ def expected_chunk(before, call, pending, real, stride: int, recipe: Recipe) -> 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "blocks"])
 def test_chunks_read_all_that_is_stored_as_its_codes_say(tiny, watch, monkeypatch, text, padding, whole):
     if not whole:
-        monkeypatch.setattr(stored_attention, "WHOLE_ELEMENTS", 0)
-        monkeypatch.setattr(stored_attention, "BLOCK_TOKENS", 70)
-    monkeypatch.setattr(stored_attention, "SCORES_AT_ONCE", 5000)
+        monkeypatch.setattr(chunked_attention, "WHOLE_ELEMENTS", 0)
+        monkeypatch.setattr(chunked_attention, "BLOCK_TOKENS", 70)
+    monkeypatch.setattr(chunked_attention, "SCORES_AT_ONCE", 5000)
     inputs = padded([300, 211])
     cache = ekv.ElasticCache.for_model(tiny, recipe=text)
     run(tiny, cache, inputs)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from elastickv.cache import Oracle, ReferenceCache
+from elastickv.kvcache import Oracle, ReferenceCache
 from elastickv.recipe import AttentionShape, Recipe
-from elastickv.transformers.store import Backends, new_store
+from elastickv.transformers.layer_storage import Backends, new_store
 
 pytestmark = pytest.mark.gpu
 LIMITS = {"fp32": 1e-4, "fp16": 4e-3, "bf16": 4e-3}

@@ -5,7 +5,7 @@ import sys
 
 import transformers
 
-from elastickv.transformers.models import load_model
+from elastickv.transformers.model_loading import load_model
 from tests.helpers.tiny_models import tiny_llama
 
 

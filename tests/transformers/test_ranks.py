@@ -10,15 +10,15 @@ import torch
 import elastickv.transformers as ekv
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import Recipe
-from elastickv.recipe.model_calibration import ModelCalibration
-from elastickv.transformers.decode import captured
-from elastickv.transformers.decode import recorder as recorders
-from elastickv.transformers.models import fingerprint
-from elastickv.transformers.ranks import Ranks
-from elastickv.transformers.store import HostStore
+from elastickv.recipe.calibration import ModelCalibration
+from elastickv.transformers.cuda_graph import captured
+from elastickv.transformers.cuda_graph import recorder as recorders
+from elastickv.transformers.layer_storage import HostStore
+from elastickv.transformers.model_loading import fingerprint
+from elastickv.transformers.tensor_parallel import Ranks
 from tests.helpers.model_matrix import model, padded, prompt
 from tests.helpers.ranks import found_by_ranks, split
-from tests.transformers.decode.test_captured import Recorder
+from tests.transformers.cuda_graph.test_captured import Recorder
 
 SPLIT = ("llama", "qwen3", "olmo2")  # the heads of the last lie whole on every rank
 EVEN = {"vocab_size": 212}  # Transformers 5.17 deals out whole rows
@@ -26,7 +26,7 @@ RATIO = 6
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch is built without torch.distributed"),
-    pytest.mark.filterwarnings("ignore::elastickv.transformers.plan.UncalibratedWarning"),
+    pytest.mark.filterwarnings("ignore::elastickv.transformers.config.UncalibratedWarning"),
 ]
 
 

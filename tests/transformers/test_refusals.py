@@ -9,10 +9,10 @@ import transformers as tf
 
 import elastickv.transformers as ekv
 from elastickv.errors import UsageError
-from elastickv.recipe.model_calibration import ModelCalibration
-from elastickv.transformers import store
-from elastickv.transformers.models import fingerprint
-from elastickv.transformers.placement import layers_beside
+from elastickv.recipe.calibration import ModelCalibration
+from elastickv.transformers import layer_storage
+from elastickv.transformers.device_map import layers_beside
+from elastickv.transformers.model_loading import fingerprint
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
 
@@ -202,8 +202,10 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
     if places:
         monkeypatch.setattr(tiny, "hf_device_map", places, raising=False)
     cache = ekv.ElasticCache.for_model(tiny, 1)
-    backend = store.backend_for(torch.device("cpu"))
-    needed = backend.cache_bytes(store.AttentionShape(1, 4, 2, 64), 1024, "fp32", cache._plan.settle(1000, "fp32").recipes[0])
+    backend = layer_storage.backend_for(torch.device("cpu"))
+    needed = backend.cache_bytes(
+        layer_storage.AttentionShape(1, 4, 2, 64), 1024, "fp32", cache._plan.settle(1000, "fp32").recipes[0]
+    )
     cache.reset()
 
     class Full:
@@ -212,7 +214,7 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
             self.device = type("Device", (), {"free_bytes": needed})()
             self.cache, self.cache_bytes = backend.cache, backend.cache_bytes
 
-    monkeypatch.setattr("elastickv.transformers.store.backend_for", lambda device: Full())
+    monkeypatch.setattr("elastickv.transformers.layer_storage.backend_for", lambda device: Full())
     if places:
         # A layer a device: each has what it needs.
         assert tiny.generate(**prompt(1, 1000), max_new_tokens=2, past_key_values=cache).shape == (1, 1002)

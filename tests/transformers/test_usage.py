@@ -14,8 +14,8 @@ import elastickv.transformers as ekv
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import DENSE, Recipe, read_ratio, stored_ratio
 from elastickv.recipe.shape import AttentionShape
-from elastickv.transformers.argument import CACHE_ARGUMENT, cache_in, without_cache
 from elastickv.transformers.budget import Budget
+from elastickv.transformers.cache_argument import CACHE_ARGUMENT, cache_in, without_cache
 from elastickv.transformers.report import Ledger
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
@@ -333,7 +333,7 @@ class TestBudget:
         cache = elastic(tiny, 4)
         layer = cache.elastic_layers[0]
         keys = torch.randn(1, 2, 32768, 64)
-        from elastickv.transformers.store import Backends, new_store
+        from elastickv.transformers.layer_storage import Backends, new_store
 
         budget = cache._plan.settle(32768, "bf16")
         layer.store = new_store(Backends(), AttentionShape(1, 4, 2, 64), 32832, "bf16", budget.recipes[0], 64, keys.device)

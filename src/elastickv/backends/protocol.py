@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from elastickv.attention.feedback import Feedback
-from elastickv.cache.layer import Float32, LayerCache
+from elastickv.backends.feedback import Feedback
+from elastickv.kvcache.layer import Float32, LayerCache
 from elastickv.recipe import AttentionShape, Recipe
 
 

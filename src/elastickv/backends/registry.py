@@ -2,8 +2,8 @@
 
 from importlib import import_module
 
-from elastickv.backends.failures import device_failures
-from elastickv.backends.presence import gpu_present
+from elastickv.backends.driver_errors import device_failures
+from elastickv.backends.gpu_detection import gpu_present
 from elastickv.backends.protocol import Backend
 from elastickv.errors import UsageError
 

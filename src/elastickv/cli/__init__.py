@@ -5,7 +5,7 @@ from importlib import import_module
 import click
 
 from elastickv import __version__
-from elastickv.cli.errors import exit_with
+from elastickv.cli.error_handling import exit_with
 
 COMMANDS: dict[str, str] = {
     "bench": "Measure decode attention at 1/C of the KV bytes against a dense baseline.",

@@ -46,11 +46,11 @@ def with_transformers(**given: Any) -> int:
     MODEL is a local directory, a .gguf file, a hub id, or a shape with random weights such as shape:tiny.
     """
     from elastickv.cli.run import quiet_transformers
-    from elastickv.transformers.models import NEEDED, require
+    from elastickv.transformers.model_loading import NEEDED, require
 
     _check(given)
     require(*NEEDED)
-    from elastickv.baselines.sized import transformers_baseline
+    from elastickv.model_benchmark.presets import transformers_baseline
 
     with quiet_transformers():
         return _measured(transformers_baseline, given)
@@ -66,7 +66,7 @@ def with_llama(**given: Any) -> int:
     MODEL is a .gguf file, or OWNER/NAME:FILE.gguf on the hub.
     """
     _check(given)
-    from elastickv.baselines.sized import gguf_baseline
+    from elastickv.model_benchmark.presets import gguf_baseline
 
     given["kv_types"] = tuple(filter(None, map(str.strip, given["kv_types"].lower().split(","))))
     return _measured(gguf_baseline, given)
@@ -75,7 +75,7 @@ def with_llama(**given: Any) -> int:
 def _check(given: dict[str, Any]) -> None:
     """Refuse what can't be shown or written before anything is measured."""
     from elastickv.errors import UsageError
-    from elastickv.reports.files import check_writable
+    from elastickv.results.files import check_writable
 
     shown = given.pop("format_") or ("json" if given["json_"] else "table")
     if shown not in _FORMATS:
@@ -87,9 +87,9 @@ def _check(given: dict[str, Any]) -> None:
 
 def _measured(baseline: Callable[..., dict[str, Any]], given: dict[str, Any]) -> int:
     from elastickv.cli.progress import Bar
-    from elastickv.reports import plain_json
-    from elastickv.reports.baseline_table import baseline_table
-    from elastickv.reports.files import write_text
+    from elastickv.results.files import write_text
+    from elastickv.results.formats import plain_json
+    from elastickv.results.formats.baseline_table import baseline_table
 
     output, as_json = given.pop("output"), given.pop("json_")
     with Bar() as bar:

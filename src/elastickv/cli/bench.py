@@ -85,12 +85,12 @@ def build_command(name: str, doc: str, default_format: str) -> click.Command:
 
 def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -> int:
     from elastickv.api import bench
-    from elastickv.cli.errors import interrupted
+    from elastickv.benchmark.gate import EXIT_CODES
+    from elastickv.cli.error_handling import interrupted
     from elastickv.cli.output import shown_after
     from elastickv.cli.progress import Bar
-    from elastickv.measure.gate import EXIT_CODES
-    from elastickv.reports.files import check_writable
-    from elastickv.reports.measurement import check_format
+    from elastickv.results.files import check_writable
+    from elastickv.results.measurement import check_format
 
     shown = _format(given, default_format)
     check_format(shown)
@@ -109,7 +109,7 @@ def _run(given: dict[str, Any], default_format: str, command: tuple[str, ...]) -
 
 def _of_a_model() -> AbstractContextManager[None]:
     from elastickv.cli.run import quiet_transformers
-    from elastickv.transformers.models import NEEDED, require
+    from elastickv.transformers.model_loading import NEEDED, require
 
     require(*NEEDED)
     return quiet_transformers()

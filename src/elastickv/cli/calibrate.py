@@ -19,12 +19,12 @@ def command(model: str, text: Path | None, output: Path | None, tokens: int | No
     """
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError, printable
-    from elastickv.reports.files import check_writable, write_text
-    from elastickv.transformers.models import NEEDED, load_model, require
+    from elastickv.results.files import check_writable, write_text
+    from elastickv.transformers.model_loading import NEEDED, load_model, require
 
     require(*NEEDED)
-    from elastickv.fidelity.calibrate import DEFAULT_TOKENS, calibrate
-    from elastickv.fidelity.texts import calibration_text, read_text
+    from elastickv.evaluation.calibrate import DEFAULT_TOKENS, calibrate
+    from elastickv.evaluation.texts import calibration_text, read_text
 
     if tokens is not None and tokens < 1:
         raise UsageError(f"--tokens={tokens} is out of range: give a whole number from 1 up")

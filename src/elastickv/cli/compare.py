@@ -32,9 +32,9 @@ def command(**given: Any) -> int:
     """
     from elastickv.cli.output import shown_after
     from elastickv.errors import UsageError, one_line
-    from elastickv.reports.comparison import FAIL_ON, compare
-    from elastickv.reports.comparison_table import FORMATS
-    from elastickv.reports.files import check_writable
+    from elastickv.results.compare.comparison import FAIL_ON, compare
+    from elastickv.results.compare.comparison_table import FORMATS
+    from elastickv.results.files import check_writable
 
     shown, output, fail_on = given["format_"], given["output"], given["fail_on"]
     if fail_on not in (None, *FAIL_ON):

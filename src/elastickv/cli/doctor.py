@@ -22,8 +22,8 @@ def command(compile_all_: bool, arch: str | None, no_ceilings: bool) -> int:
     Exit 0 when something can be measured and nothing that is here is broken, else 1.
     """
     from elastickv.backends import load
+    from elastickv.benchmark.doctor import findings
     from elastickv.errors import UsageError
-    from elastickv.measure.diagnosis import findings
 
     architectures = _architectures(arch, compile_all_)
     broken = 0

@@ -31,29 +31,29 @@ def command(**given: Any) -> int:
 
     MODEL is a local directory, a .gguf file or a hub id. Without --text two texts are scored that the package ships.
     """
-    from elastickv.cli.errors import interrupted
+    from elastickv.cli.error_handling import interrupted
     from elastickv.cli.output import shown_after
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError
     from elastickv.recipe import ModelCalibration
-    from elastickv.reports import plain_json
-    from elastickv.reports.fidelity_table import fidelity_tables
-    from elastickv.reports.files import check_writable, write_text
-    from elastickv.transformers.models import NEEDED, load_model, require
+    from elastickv.results.files import check_writable, write_text
+    from elastickv.results.formats import plain_json
+    from elastickv.results.formats.fidelity_table import fidelity_tables
+    from elastickv.transformers.model_loading import NEEDED, load_model, require
 
     require(*NEEDED)
     if given["reference"] not in (None, *_REFERENCES):
         raise UsageError(f"--reference={given['reference']} is unknown: choose {', '.join(_REFERENCES)}")
     output, plot = given["output"], given["plot"]
     if plot is not None:
-        from elastickv.reports.fidelity_plot import check_plot
+        from elastickv.results.formats.fidelity_plot import check_plot
 
         check_plot(plot)
     for target in (output, plot):
         if target is not None:
             check_writable(target)
-    from elastickv.fidelity.evaluate import evaluate
-    from elastickv.fidelity.texts import evaluation_texts, read_text
+    from elastickv.evaluation.evaluate import evaluate
+    from elastickv.evaluation.texts import evaluation_texts, read_text
 
     options = _options(given)
     calibration = None if given["calibration"] is None else ModelCalibration.load(given["calibration"])
@@ -70,7 +70,7 @@ def command(**given: Any) -> int:
         if output is not None:
             write_text(output, fidelity_tables(result) if output.suffix.lower() == ".md" else plain_json.dumps(result))
         if plot is not None:
-            from elastickv.reports.fidelity_plot import draw
+            from elastickv.results.formats.fidelity_plot import draw
 
             draw(result, plot)
     return 0 if result["complete"] else interrupted()
@@ -85,8 +85,8 @@ def _uncalibrated(model: str) -> str:
 
 def _options(given: dict[str, Any]) -> Any:
     from elastickv.errors import UsageError
-    from elastickv.fidelity.evaluate import Options
-    from elastickv.fidelity.suggestion import Tolerance
+    from elastickv.evaluation.evaluate import Options
+    from elastickv.evaluation.suggestion import Tolerance
 
     for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0)):
         if given[name] < least:

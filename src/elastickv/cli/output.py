@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import click
 
-from elastickv.cli.errors import silence
+from elastickv.cli.error_handling import silence
 
 
 def show(text: str) -> None:

@@ -26,8 +26,8 @@ def command(**given: Any) -> int:
     folders of these.
     """
     from elastickv.errors import one_line
-    from elastickv.reports.files import check_writable
-    from elastickv.reports.page.report import check_installed, chosen_format, report
+    from elastickv.html_report.report import check_installed, chosen_format, report
+    from elastickv.results.files import check_writable
 
     wanted, output = given["format_"], given["output"]
     check_installed()

@@ -33,13 +33,13 @@ def command(**given: Any) -> int:
     MODEL is a local directory, a .gguf file or a hub id. The prompt comes from --prompt, --file or standard input; text goes to
     standard output, the receipt to standard error.
     """
-    from elastickv.cli.live import LiveText
     from elastickv.cli.progress import Bar
+    from elastickv.cli.streaming import LiveText
     from elastickv.errors import UsageError
-    from elastickv.reports import plain_json
-    from elastickv.reports.files import check_writable, write_text
-    from elastickv.reports.generation_table import generation_table
-    from elastickv.transformers.models import NEEDED, load_model, require
+    from elastickv.results.files import check_writable, write_text
+    from elastickv.results.formats import plain_json
+    from elastickv.results.formats.generation_table import generation_table
+    from elastickv.transformers.model_loading import NEEDED, load_model, require
 
     require(*NEEDED)
     text, output = _prompt(given["prompt"], given["file"]), given["output"]
@@ -47,10 +47,10 @@ def command(**given: Any) -> int:
         raise UsageError(f"--max-new-tokens={given['max_new_tokens']} is out of range: give a whole number from 1 up")
     if output is not None:
         check_writable(output)
+    from elastickv.model_benchmark.generation import Sampling
+    from elastickv.model_benchmark.run import Request, Run
+    from elastickv.model_benchmark.shapes import usual_device, usual_dtype
     from elastickv.recipe import ModelCalibration
-    from elastickv.transformers.speed.generating import Sampling
-    from elastickv.transformers.speed.running import Request, Run
-    from elastickv.transformers.speed.shapes import usual_device, usual_dtype
 
     sampling = Sampling(given["temperature"], given["seed"])
     calibration = None if given["calibration"] is None else ModelCalibration.load(given["calibration"])

@@ -110,13 +110,13 @@ def command(**given: Any) -> int:
 
     Each of them takes lists and ranges: 1024,4096 or 2-8*2 or 1-9+4. Recipes with commas of their own are parted by semicolons.
     """
-    from elastickv.cli.errors import interrupted
+    from elastickv.cli.error_handling import interrupted
     from elastickv.cli.output import shown_after
     from elastickv.errors import UsageError
-    from elastickv.reports.files import check_writable
-    from elastickv.sweeps.api import sweep
+    from elastickv.results.files import check_writable
     from elastickv.sweeps.axes import values
-    from elastickv.sweeps.table import check_export
+    from elastickv.sweeps.sweep import sweep
+    from elastickv.sweeps.sweep_result import check_export
 
     shown, exports, devices = given.pop("format_"), given.pop("exports"), given.pop("devices")
     output: Path = given.pop("output")

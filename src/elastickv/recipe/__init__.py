@@ -1,6 +1,7 @@
 """What is kept, in which format, refreshed when. Pure values: nothing here touches an array."""
 
-from elastickv.recipe.accounting import (
+from elastickv.recipe.allocation import Calibration
+from elastickv.recipe.byte_counts import (
     StepBytes,
     dense_bytes,
     interval_bytes,
@@ -10,13 +11,12 @@ from elastickv.recipe.accounting import (
     stored_bytes,
     stored_ratio,
 )
-from elastickv.recipe.calibration import Calibration
+from elastickv.recipe.calibration import ModelCalibration
 from elastickv.recipe.formats import DTYPES, FORMATS, Format
+from elastickv.recipe.layer_solver import LayerPlan, for_ratio_by_layer
 from elastickv.recipe.losses import predicted_loss
-from elastickv.recipe.model_calibration import ModelCalibration
-from elastickv.recipe.model_solver import LayerPlan, for_ratio_by_layer
-from elastickv.recipe.pages import PAGE_TOKENS, Regions, regions
 from elastickv.recipe.recipe import DENSE, Recipe
+from elastickv.recipe.regions import PAGE_TOKENS, Regions, regions
 from elastickv.recipe.resolve import resolve
 from elastickv.recipe.shape import HEAD_DIMS, AttentionShape
 from elastickv.recipe.solver import explanation, for_ratio, largest_ratio_scoring_every_step

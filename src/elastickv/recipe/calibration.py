@@ -1,75 +1,145 @@
-"""From errors measured per KV head to a page fraction for each: the least total error at a given number of pages."""
+"""What a model loses head by head: the errors that `elastickv calibrate` measures, and the file that holds them.
 
-from collections.abc import Mapping, Sequence
+The file stores errors, not an allotment: `model_solver` turns them into recipes for any ratio and context. JSON, so that
+reading it runs no code.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.inputs import parse_json, read_text
 
-Calibration = Mapping[float, Sequence[float]]
-"""Fraction of the cold pages -> error of each KV head of one layer when it reads so many."""
+FORMAT = "elastickv-calibration"
+VERSION = 1
+FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
-
-def check_calibration(calibration: Calibration, kv_heads: int) -> None:
-    """Refuse a calibration that does not describe `kv_heads` heads.
-
-    Raises
-    ------
-    UsageError : naming what is missing or out of range.
-    """
-    if len(calibration) < 2:
-        raise UsageError(f"a calibration needs the errors at two fractions or more, and {len(calibration)} are given")
-    for fraction, errors in calibration.items():
-        if not 0 < fraction <= 1:
-            raise UsageError(f"calibrated fraction {fraction} is out of range: above 0 and at most 1 is accepted")
-        if len(errors) != kv_heads:
-            raise UsageError(f"the calibration has {len(errors)} errors at fraction {fraction} for {kv_heads} KV heads")
-        if not all(0 <= error < float("inf") for error in errors):
-            raise UsageError(f"the calibration has an error at fraction {fraction} that is negative or not finite")
+HeadErrors = tuple[tuple[float, ...], ...]
+"""[layer][KV head] -> error."""
 
 
-def allot(calibration: Calibration, pages: int, total: int) -> list[int]:
-    """Return how many of its `pages` cold pages each KV head reads: least summed error with `total` pages, one a head at least.
+@dataclass(frozen=True)
+class ModelCalibration:
+    """Errors of one model, each the mean over queries of ||W_o change of the head's output||^2 / ||residual||^2.
 
-    The errors are joined by lines over fractions and made convex from below. Then minimising error + lambda * pages takes the
-    steepest pieces first, for the lambda at which `total` pages are spent (Everett 1963); a head's last piece may be cut short.
-    Below its least calibrated fraction a head is taken to lose as steeply as on its first piece.
+    The change is that of all query heads of a KV head together; the residual is what the layer was given. What is measured
+    apart is taken to err independently: the errors of keys, values and selection add up.
 
-    Parameters
+    Attributes
     ----------
-    calibration : errors by fraction, as `check_calibration` accepts.
-    pages : cold pages of each head.
-    total : pages that all heads together may read.
+    model : the name it was given, for people.
+    fingerprint : of configuration and weights; what other files are compared by.
+    layers : numbers of the layers measured, ascending; those with a sliding window have no errors.
+    query_heads, kv_heads, head_dim : of each of these layers.
+    text, tokens, queries : what was read, and how many positions of it were scored.
+    pages : anchor_every -> fraction of the cold pages that is read -> errors.
+    keys : format of K -> errors of storing cold keys so.
+    values : format of V, int4 with its group as 'int4/32' -> errors of storing cold values so.
     """
-    fractions = sorted(calibration)
-    kv_heads = len(calibration[fractions[0]])
-    counts = [min(1, pages)] * kv_heads
-    left = max(0, total - sum(counts))
-    pieces: list[tuple[float, int, int]] = []
-    for head in range(kv_heads):
-        hull = _hull([(fraction, calibration[fraction][head]) for fraction in fractions])
-        for number, ((x0, y0), (x1, y1)) in enumerate(zip(hull, hull[1:], strict=False)):
-            start = 1 if number == 0 else max(1, int(x0 * pages))
-            pieces.append(((y1 - y0) / (x1 - x0), head, max(0, int(x1 * pages) - start)))
-    # Equal slopes go round the heads in order; what gains nothing is spent last, so that the budget is used.
-    for _, head, length in sorted(pieces):
-        taken = min(length, left)
-        counts[head] += taken
-        left -= taken
-    for head in range(kv_heads):
-        taken = min(pages - counts[head], left)
-        counts[head] += taken
-        left -= taken
-    return counts
 
+    model: str
+    fingerprint: str
+    layers: tuple[int, ...]
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    text: str
+    tokens: int
+    queries: int
+    pages: Mapping[int, Mapping[float, HeadErrors]]
+    keys: Mapping[str, HeadErrors]
+    values: Mapping[str, HeadErrors]
 
-def _hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the lower convex hull of points of rising x."""
-    hull: list[tuple[float, float]] = []
-    for point in points:
-        while len(hull) > 1 and _turn(hull[-2], hull[-1], point) <= 0:
-            hull.pop()
-        hull.append(point)
-    return hull
+    def check_model(self, fingerprint: str, name: str = "this model") -> None:
+        """Refuse to be used with another model.
 
+        Raises
+        ------
+        UsageError : if `fingerprint` is not the calibration's.
+        """
+        if fingerprint != self.fingerprint:
+            raise UsageError(
+                f"the calibration is of {self.model} (fingerprint {self.fingerprint}), not of {name} ({fingerprint}): "
+                f"run `elastickv calibrate` on {name}"
+            )
 
-def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
-    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+    def dumps(self) -> str:
+        """Return the file's text."""
+        text = json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1)
+        # A row of numbers a line.
+        return re.sub(r"\[[^][]*\]", lambda row: "[" + ", ".join(row[0][1:-1].replace(",", " ").split()) + "]", text) + "\n"
+
+    @classmethod
+    def loads(cls, text: str, name: str = "the calibration") -> "ModelCalibration":
+        """Return the calibration that a file's text holds.
+
+        Raises
+        ------
+        UsageError : if it is no calibration, of another version, or does not hold together.
+        """
+        try:
+            record = parse_json(text)
+        except ValueError as error:
+            raise UsageError(f"{name} is no calibration: not JSON ({error}); write one with `elastickv calibrate`") from None
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise UsageError(f"{name} is no calibration: no format {FORMAT!r}; write one with `elastickv calibrate`")
+        if record.get("version") != VERSION:
+            raise UsageError(
+                f"{name} is a calibration of version {record.get('version')!r}, and this elastickv reads version {VERSION}: "
+                "run `elastickv calibrate` again"
+            )
+        try:
+            return cls._from(record)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UsageError(f"{name} is damaged ({error}): run `elastickv calibrate` again") from None
+
+    @classmethod
+    def load(cls, path: Path | str) -> "ModelCalibration":
+        """Read a calibration file.
+
+        Raises
+        ------
+        UsageError : if it cannot be read, or `loads` refuses it.
+        """
+        text = read_text(Path(path), f"calibration {path}", "give a file that `elastickv calibrate` wrote")
+        return cls.loads(text, str(path))
+
+    @classmethod
+    def _from(cls, record: dict[str, Any]) -> "ModelCalibration":
+        layers = tuple(int(layer) for layer in record["layers"])
+        heads = int(record["kv_heads"])
+
+        def errors(rows: Any) -> HeadErrors:
+            table = tuple(tuple(float(error) for error in row) for row in rows)
+            if len(table) != len(layers) or any(len(row) != heads for row in table):
+                raise ValueError(f"{len(layers)} layers of {heads} KV heads are needed")
+            if not all(error >= 0 and math.isfinite(error) for row in table for error in row):
+                raise ValueError("an error that is negative or not finite")
+            return table
+
+        pages = {int(r): {float(f): errors(rows) for f, rows in curve.items()} for r, curve in record["pages"].items()}
+        if not layers or not pages or any(1.0 not in curve or len(curve) < 2 for curve in pages.values()):
+            raise ValueError("errors at fraction 1 and another are needed")
+        if not record["keys"] or not record["values"]:
+            raise ValueError("errors of formats are needed")
+        if any(not 0 < fraction <= 1 for curve in pages.values() for fraction in curve):
+            raise ValueError("a fraction that is not above 0 and at most 1")
+        return cls(
+            model=str(record["model"]),
+            fingerprint=str(record["fingerprint"]),
+            text=str(record["text"]),
+            query_heads=int(record["query_heads"]),
+            head_dim=int(record["head_dim"]),
+            tokens=int(record["tokens"]),
+            queries=int(record["queries"]),
+            layers=layers,
+            kv_heads=heads,
+            pages=pages,
+            keys={str(name): errors(rows) for name, rows in record["keys"].items()},
+            values={str(name): errors(rows) for name, rows in record["values"].items()},
+        )

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from elastickv.errors import UsageError
-from elastickv.recipe.accounting import read_ratio
-from elastickv.recipe.calibration import Calibration, allot, check_calibration
+from elastickv.recipe.allocation import Calibration, allot, check_calibration
+from elastickv.recipe.byte_counts import read_ratio
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.losses import predicted_loss
-from elastickv.recipe.pages import PAGE_TOKENS, regions, selected
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe
+from elastickv.recipe.regions import PAGE_TOKENS, regions, selected
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape, is_whole
 
 MAX_RATIO = 1024.0

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from elastickv.benchmark.option_types import MAX_NUMBER, TYPES, typed
 from elastickv.errors import UsageError
-from elastickv.measure.typed import MAX_NUMBER, TYPES, typed
 
 AXES = (
     "seq", "batch", "compress", "recipe", "heads", "kv_heads", "dim", "dtype", "cache", "sinks", "window", "anchor_every",

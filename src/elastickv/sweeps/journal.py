@@ -13,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
 from elastickv.inputs import parse_json, read_bytes
-from elastickv.measure.environment import environment
-from elastickv.reports.files import check_writable
-from elastickv.sweeps import baselines
+from elastickv.results.files import check_writable
+from elastickv.sweeps import baseline_cells
 from elastickv.sweeps.axes import AXES
 from elastickv.sweeps.plan import Plan, key, name
 
@@ -48,7 +48,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     axes, cells = head.get("axes"), head.get("cells")
     known = (
         isinstance(axes, dict)
-        and set(axes) <= {*AXES, *baselines.AXES}
+        and set(axes) <= {*AXES, *baseline_cells.AXES}
         and all(isinstance(found, list) for found in axes.values())
     )
     if not known or type(cells) is not int:

@@ -11,10 +11,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from elastickv.benchmark import Options
 from elastickv.errors import UsageError
 from elastickv.inputs import parse_json, read_text
-from elastickv.measure import Options
-from elastickv.sweeps import baselines
+from elastickv.sweeps import baseline_cells
 from elastickv.sweeps.axes import AXES, MAX_CELLS, SETTINGS, converted, values
 
 if sys.version_info >= (3, 11):
@@ -82,7 +82,7 @@ class Plan:
         tables = given.get("cells", [{}])
         if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
             raise UsageError("cells must be a list of tables of axes, and not empty")
-        references = baselines.cells(given)
+        references = baseline_cells.cells(given)
         if references and not shared and "cells" not in given:
             tables = []
         found: dict[str, Cell] = {key(cell): cell for cell in references}
@@ -119,8 +119,8 @@ class Plan:
         ------
         UsageError : as `bench` does.
         """
-        if baselines.is_baseline(cell):
-            return {"baseline": baselines.request(cell, self.settings, device), "command": list(command)}
+        if baseline_cells.is_baseline(cell):
+            return {"baseline": baseline_cells.request(cell, self.settings, device), "command": list(command)}
         plain = asdict(replace(self.options(cell, device), command=command))
         return {"bench": plain | {"input": None if plain["input"] is None else str(plain["input"])}}
 
@@ -136,12 +136,12 @@ class Plan:
         for cell in self.cells:
             for axis, value in cell.items():
                 found.setdefault(axis, {})[value] = None
-        return {axis: sorted(found[axis]) for axis in (*AXES, *baselines.AXES) if axis in found}
+        return {axis: sorted(found[axis]) for axis in (*AXES, *baseline_cells.AXES) if axis in found}
 
     def _judged(self) -> dict[str, str]:
         refused: dict[str, str] = {}
         accepted: set[tuple[str, Any]] = set()
-        judged = [cell for cell in self.cells if not baselines.is_baseline(cell)]
+        judged = [cell for cell in self.cells if not baseline_cells.is_baseline(cell)]
         for cell in judged:
             try:
                 self.options(cell)
@@ -194,7 +194,7 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known(label: str) -> str:
     spelt = label.replace("-", "_")
-    if spelt not in (*AXES, *SETTINGS, *baselines.NAMES, "cells"):
+    if spelt not in (*AXES, *SETTINGS, *baseline_cells.NAMES, "cells"):
         raise UsageError(
             f"{label} is unknown: axes are {', '.join(AXES)}; settings {', '.join(SETTINGS)}; and cells, baseline and model"
         )

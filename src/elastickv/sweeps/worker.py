@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from elastickv.backends import load
-from elastickv.backends.failures import device_failures
-from elastickv.data import load_sample
+from elastickv.backends.driver_errors import device_failures
+from elastickv.benchmark import Options, run
+from elastickv.benchmark.sample_inputs import load_sample
 from elastickv.errors import DeviceFailure, DeviceLost, DoesNotFit, KernelMismatch, NonFiniteError, RanOut, UsageError
-from elastickv.measure import Options, run
-from elastickv.sweeps import baselines
+from elastickv.sweeps import baseline_cells
 
 
 class Told:
@@ -63,7 +63,7 @@ def measured(request: dict[str, Any], reporter: Told) -> tuple[str, dict[str, An
 def _result(request: dict[str, Any], reporter: Told) -> dict[str, Any]:
     if "baseline" in request:
         with device_failures():
-            return baselines.measured(request["baseline"], tuple(request["command"]), reporter)
+            return baseline_cells.measured(request["baseline"], tuple(request["command"]), reporter)
     given = request["bench"]
     given["input"] = None if given["input"] is None else Path(given["input"])
     return run(Options(**given | {"command": tuple(given["command"])}), reporter).as_dict()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elastickv.transformers.attention import IMPLEMENTATION, register
     from elastickv.transformers.cache import ElasticCache
-    from elastickv.transformers.context import Session, elastic
-    from elastickv.transformers.decode.captured import NotCapturedWarning
-    from elastickv.transformers.decode.seam import release
-    from elastickv.transformers.plan import UncalibratedWarning
+    from elastickv.transformers.config import UncalibratedWarning
+    from elastickv.transformers.context_manager import Session, elastic
+    from elastickv.transformers.cuda_graph.captured import NotCapturedWarning
+    from elastickv.transformers.cuda_graph.model_patch import release
     from elastickv.transformers.report import CacheReport
 
 __all__ = [
@@ -31,19 +31,19 @@ _HOMES = {
     "IMPLEMENTATION": "attention",
     "register": "attention",
     "ElasticCache": "cache",
-    "NotCapturedWarning": "decode.captured",
-    "Session": "context",
-    "elastic": "context",
-    "UncalibratedWarning": "plan",
+    "NotCapturedWarning": "cuda_graph.captured",
+    "Session": "context_manager",
+    "elastic": "context_manager",
+    "UncalibratedWarning": "config",
     "CacheReport": "report",
-    "release": "decode.seam",
+    "release": "cuda_graph.model_patch",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from elastickv.transformers.models import NEEDED, require
+    from elastickv.transformers.model_loading import NEEDED, require
 
     require(*NEEDED)
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from elastickv.errors import UsageError
-from elastickv.transformers.visibility import Places, check_told
+from elastickv.transformers.mask_reading import Places, check_told
 
 if TYPE_CHECKING:
     from elastickv.transformers.layer import ElasticLayer

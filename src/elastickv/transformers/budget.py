@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from elastickv.recipe import DENSE, PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.accounting import dense_bytes, interval_bytes
+from elastickv.recipe.byte_counts import dense_bytes, interval_bytes
 from elastickv.recipe.shape import MAX_CONTEXT
 
 GROWTH = 8  # the share is solved anew after an eighth more

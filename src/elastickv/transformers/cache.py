@@ -13,16 +13,16 @@ from transformers import Cache
 
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
-from elastickv.recipe.model_calibration import ModelCalibration
-from elastickv.transformers.decode.captured import Captured
-from elastickv.transformers.decode.seam import join
-from elastickv.transformers.guard import Guard
+from elastickv.recipe.calibration import ModelCalibration
+from elastickv.transformers.checks import Guard
+from elastickv.transformers.config import Plan, RecipeLike, plan_for
+from elastickv.transformers.cuda_graph.captured import Captured
+from elastickv.transformers.cuda_graph.model_patch import join
 from elastickv.transformers.layer import ElasticLayer
-from elastickv.transformers.models import fingerprint
-from elastickv.transformers.plan import Plan, RecipeLike, plan_for
+from elastickv.transformers.layer_storage import Backends
+from elastickv.transformers.model_loading import fingerprint
+from elastickv.transformers.model_support import sizes_of, stock_layers, text_config
 from elastickv.transformers.report import CacheReport, Ledger, by_context, held_bytes
-from elastickv.transformers.store import Backends
-from elastickv.transformers.support import sizes_of, stock_layers, text_config
 
 
 class ElasticCache(Cache):  # type: ignore[misc]
@@ -314,7 +314,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         ------
         UsageError : if it holds layers that cannot be saved, its model is split over ranks, or the file cannot be written.
         """
-        from elastickv.transformers.saving import save
+        from elastickv.transformers.serialization import save
 
         save(self, Path(path))
 
@@ -326,7 +326,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         ------
         UsageError : if the file is no saved cache, is damaged, or of another model; if the model is split over ranks.
         """
-        from elastickv.transformers.saving import load
+        from elastickv.transformers.serialization import load
 
         return load(cls, Path(path), model, capture)
 

@@ -13,20 +13,20 @@ from transformers.cache_utils import CacheLayerMixin
 
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import AttentionShape
-from elastickv.transformers.admission import check_call, check_tokens
 from elastickv.transformers.attention import Call, Pending, carrying
 from elastickv.transformers.budget import Reading, scaled
-from elastickv.transformers.finite import check_finite
-from elastickv.transformers.guard import Guard
+from elastickv.transformers.call_checks import check_call, check_tokens
+from elastickv.transformers.checks import Guard
+from elastickv.transformers.chunked_attention import Scoring, attend_stored
+from elastickv.transformers.config import Plan
+from elastickv.transformers.device_events import now
+from elastickv.transformers.device_map import layers_beside
+from elastickv.transformers.finite_check import check_finite
+from elastickv.transformers.layer_storage import Store, dtype_name, new_store, padded_head_dim
+from elastickv.transformers.mask_reading import Places, real_tokens, visible_new
 from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
-from elastickv.transformers.moments import now
-from elastickv.transformers.placement import layers_beside
-from elastickv.transformers.plan import Plan
+from elastickv.transformers.padding import Slots
 from elastickv.transformers.report import Ledger
-from elastickv.transformers.slots import Slots
-from elastickv.transformers.store import Store, dtype_name, new_store, padded_head_dim
-from elastickv.transformers.stored_attention import Scoring, attend_stored
-from elastickv.transformers.visibility import Places, real_tokens, visible_new
 
 CHECK_EVERY = 32  # decodes from one look for values that are not finite to the next, where the host would wait for it
 

@@ -11,9 +11,9 @@ from elastickv.backends import Backend
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, for_ratio
 from elastickv.recipe.shape import MAX_CONTEXT
-from elastickv.transformers.plan import Plan
-from elastickv.transformers.ranks import Ranks
-from elastickv.transformers.store import GIB
+from elastickv.transformers.config import Plan
+from elastickv.transformers.layer_storage import GIB
+from elastickv.transformers.tensor_parallel import Ranks
 
 _ROUNDING = 64
 _LEAST_SPARE = 256

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 
-from elastickv.cache import LayerCache
+from elastickv.kvcache import LayerCache
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, step_bytes, stored_bytes
 from elastickv.transformers.budget import Budget, scaled
-from elastickv.transformers.moments import Moment, on_one_clock, seconds
+from elastickv.transformers.device_events import Moment, on_one_clock, seconds
 
 _CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from elastickv.attention.errors import relative_l2
 from elastickv.backends import Backend
 from elastickv.backends.cpu import open_backend
-from elastickv.cache import LayerCache, Oracle
-from elastickv.cache.layer import Float32
+from elastickv.kvcache import LayerCache, Oracle
+from elastickv.kvcache.error_metrics import relative_l2
+from elastickv.kvcache.layer import Float32
 
 
 @pytest.fixture(scope="session")

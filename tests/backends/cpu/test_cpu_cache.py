@@ -9,8 +9,8 @@ import pytest
 from elastickv.backends import Backend
 from elastickv.backends.cpu import backend as backend_module
 from elastickv.backends.cpu.cache import CpuCache
-from elastickv.cache import LayerCache, Oracle, ReferenceCache
 from elastickv.errors import NonFiniteError, UsageError
+from elastickv.kvcache import LayerCache, Oracle, ReferenceCache
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe, stored_bytes
 from elastickv.recipe.formats import value_groups
 

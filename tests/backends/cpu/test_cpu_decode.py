@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastickv.attention.errors import relative_l2
 from elastickv.backends.cpu import open_backend
-from elastickv.cache import Oracle, ReferenceCache
+from elastickv.kvcache import Oracle, ReferenceCache
+from elastickv.kvcache.error_metrics import relative_l2
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 
 LIMIT = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-3}

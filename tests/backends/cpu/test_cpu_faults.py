@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import elastickv
-from elastickv.backends.cpu import compiled, threads
-from elastickv.backends.folders import kept
+from elastickv.backends.cpu import numba_cache, threads
+from elastickv.backends.kernel_cache import kept
 from elastickv.errors import CompileFailure
 from elastickv.recipe import AttentionShape, Recipe
 from tests.helpers.full_disk import fill, small_disk
@@ -81,10 +81,10 @@ def test_a_kernel_that_does_not_compile_is_named_with_the_first_lines_of_the_log
     source.write_text(
         "from numba import njit\n\n@njit('int64(int64)', cache=True)\ndef widen(value):\n    return value + 'a'\n"
     )
-    monkeypatch.setattr(compiled, "_FOLDER", tmp_path)
+    monkeypatch.setattr(numba_cache, "_FOLDER", tmp_path)
     monkeypatch.setenv("ELASTICKV_CACHE_DIR", str(tmp_path / "kernels"))
     said = r"broken\.py:widen does not compile with Numba .* for .*add\(int64, Literal\[str\]\(a\)\)"
-    with pytest.raises(CompileFailure, match=said) as error, compiled.kernels_kept_on_disk():
+    with pytest.raises(CompileFailure, match=said) as error, numba_cache.kernels_kept_on_disk():
         exec(compile(source.read_text(), source, "exec"), {"__name__": "broken"})
     assert "\n" not in str(error.value)
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import elastickv
-from elastickv.attention.errors import relative_l2
-from elastickv.attention.feedback import Feedback
 from elastickv.backends import Backend, load
 from elastickv.backends.cpu import open_backend
-from elastickv.cache import Oracle
+from elastickv.backends.feedback import Feedback
 from elastickv.errors import UsageError
+from elastickv.kvcache import Oracle
+from elastickv.kvcache.error_metrics import relative_l2
 from elastickv.recipe import AttentionShape, Recipe
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(elastickv.__file__).parents[1])}
@@ -192,7 +192,7 @@ def test_any_number_of_threads_and_any_processor_give_correct_results(variables:
     code = """
 import numpy as np
 from elastickv.backends import load
-from elastickv.cache import Oracle
+from elastickv.kvcache import Oracle
 from elastickv.recipe import AttentionShape, Recipe
 backend, _ = load("cpu")
 for dtype, recipe in (("fp32", "dense"), ("fp16", "dense"), ("bf16", "dense"), ("bf16", "int8"), ("bf16", "int4"),

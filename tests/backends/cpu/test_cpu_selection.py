@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastickv.attention.bounds import page_bounds, score_pages
 from elastickv.backends import Backend
-from elastickv.cache import LayerCache, ReferenceCache
-from elastickv.cache.layer import Float32
-from elastickv.cache.quantise import quantise_int4_keys
+from elastickv.kvcache import LayerCache, ReferenceCache
+from elastickv.kvcache.layer import Float32
+from elastickv.kvcache.quantize import quantise_int4_keys
+from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
 from elastickv.recipe import AttentionShape, Recipe, regions
-from elastickv.recipe.pages import PAGE_TOKENS
+from elastickv.recipe.regions import PAGE_TOKENS
 
 
 def scores_of(keys: Float32, length: int, recipe: Recipe, queries: Float32) -> tuple[np.ndarray, float]:

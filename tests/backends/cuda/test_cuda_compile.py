@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from elastickv.backends import folders
+from elastickv.backends import kernel_cache
 from elastickv.backends.cuda import compiler
 from elastickv.backends.cuda.builds import RECIPES, compile_all, recipe_for
 from elastickv.backends.cuda.compiler import ARCHITECTURES
-from elastickv.backends.cuda.variants import (
+from elastickv.backends.cuda.kernel_selection import (
     Split,
     ceilings_variant,
     decode_variant,
@@ -279,7 +279,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, monkeypatch
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("ELASTICKV_CACHE_DIR", str(blocked / "kernels"))
-    monkeypatch.setattr(folders, "_warned", False)
+    monkeypatch.setattr(kernel_cache, "_warned", False)
     with pytest.warns(UserWarning, match="compiled kernels cannot be kept"):
         assert SMALL.compiled().cubin
     assert SMALL.compiled().cubin
@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, monkeypatch
 
 @pytest.mark.fault("full kernel cache")
 def test_a_full_folder_costs_one_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_warned", False)
+    monkeypatch.setattr(kernel_cache, "_warned", False)
     with small_disk(tmp_path / "disk") as disk:
         if disk is None:
             pytest.skip("no file system may be mounted here")

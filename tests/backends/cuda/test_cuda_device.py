@@ -6,17 +6,17 @@ import random
 import numpy as np
 import pytest
 
-from elastickv.attention.bounds import page_bounds, score_pages
-from elastickv.attention.errors import relative_l2
-from elastickv.attention.feedback import Feedback
 from elastickv.backends.cuda import cache as cache_module
 from elastickv.backends.cuda import device as device_module
-from elastickv.cache import Oracle, ReferenceCache
-from elastickv.cache.quantise import quantise_int4_keys
+from elastickv.backends.feedback import Feedback
 from elastickv.errors import NonFiniteError, UsageError
+from elastickv.kvcache import Oracle, ReferenceCache
+from elastickv.kvcache.error_metrics import relative_l2
+from elastickv.kvcache.quantize import quantise_int4_keys
+from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
 from elastickv.recipe import DENSE, HEAD_DIMS, PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.formats import value_groups
-from elastickv.recipe.pages import selected
+from elastickv.recipe.regions import selected
 
 pytestmark = pytest.mark.gpu
 LIMITS = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-3}

@@ -8,8 +8,8 @@ import pytest
 
 from elastickv.backends import registry
 from elastickv.backends.cuda.programs import CudaProgram
+from elastickv.benchmark import doctor
 from elastickv.errors import DeviceFailure, DeviceLost, RanOut, UsageError
-from elastickv.measure import diagnosis
 
 
 class Status(IntEnum):
@@ -89,7 +89,7 @@ def test_doctor_names_a_device_that_fails_and_goes_on_to_the_next(monkeypatch):
         raise DeviceFailure(f"the CUDA driver failed on {number}")
 
     monkeypatch.setattr("elastickv.backends.load", load)
-    found = list(diagnosis._devices("broken", True))
+    found = list(doctor._devices("broken", True))
     assert [(finding.topic, finding.state) for finding in found] == [("GPU 0", "broken"), ("GPU 1", "broken")]
 
 

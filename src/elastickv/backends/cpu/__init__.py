@@ -23,7 +23,7 @@ def open_backend(device: int | None) -> "CpuBackend":
     from elastickv.backends.cpu.settings import check_settings
 
     check_settings()
-    from elastickv.backends.cpu.compiled import kernels_kept_on_disk
+    from elastickv.backends.cpu.numba_cache import kernels_kept_on_disk
 
     with kernels_kept_on_disk():
         from elastickv.backends.cpu.backend import CpuBackend

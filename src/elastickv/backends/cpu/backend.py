@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-from elastickv.attention.feedback import Feedback
 from elastickv.backends.cpu import threads
 from elastickv.backends.cpu.cache import CpuCache
 from elastickv.backends.cpu.ceilings import Limits
 from elastickv.backends.cpu.device import describe
 from elastickv.backends.cpu.layout import layout
 from elastickv.backends.cpu.programs import AttentionProgram, CycleProgram
+from elastickv.backends.feedback import Feedback
 from elastickv.backends.protocol import Ceilings, DeviceInfo
-from elastickv.cache.layer import Float32, LayerCache
 from elastickv.errors import UsageError
+from elastickv.kvcache.layer import Float32, LayerCache
 from elastickv.recipe import DTYPES, AttentionShape, Recipe
 from elastickv.recipe.shape import MAX_CONTEXT
 

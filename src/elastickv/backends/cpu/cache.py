@@ -3,15 +3,15 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.attention.reference import Float64
 from elastickv.backends.cpu import decode, page, selection, steps, storage, threads
+from elastickv.backends.cpu.editing import Rows
 from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, STATE_WORDS, Field, Layout, State, layout
-from elastickv.backends.cpu.rows import Rows
 from elastickv.backends.cpu.unpack import unpack_rows
-from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
 from elastickv.errors import NonFiniteError, UsageError
+from elastickv.kvcache.attention import Float64
+from elastickv.kvcache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
 from elastickv.recipe import AttentionShape, Recipe, regions
-from elastickv.recipe.pages import PAGE_TOKENS, kept
+from elastickv.recipe.regions import PAGE_TOKENS, kept
 
 ALIGNMENT_BYTES = 64
 

@@ -19,7 +19,7 @@ from elastickv.backends.cpu.intrinsics import (
     store_f32,
     store_u16,
 )
-from elastickv.cache.bits import LARGEST
+from elastickv.kvcache.rounding import LARGEST
 from elastickv.recipe import PAGE_TOKENS
 
 _F = layout.Field

@@ -24,7 +24,7 @@ from enum import IntEnum
 
 from elastickv.backends.cpu.intrinsics import BLOCK, COLUMNS, FORMAT_CODES, LANES
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.pages import kept, selected
+from elastickv.recipe.regions import kept, selected
 
 LINE_BYTES = 64
 STATE_WORDS = 16

@@ -10,7 +10,6 @@ from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import bf16_value, plane_bytes, scale_bytes
-from elastickv.backends.cpu.fold import fold_page, to_integers, total_of, weigh_int4, weigh_int8
 from elastickv.backends.cpu.intrinsics import (
     BLOCK,
     COLUMNS,
@@ -25,6 +24,7 @@ from elastickv.backends.cpu.intrinsics import (
     store_f32,
     words,
 )
+from elastickv.backends.cpu.scale_folding import fold_page, to_integers, total_of, weigh_int4, weigh_int8
 from elastickv.backends.cpu.vector import accumulate_page, clear, multiply_page, scale_into, softmax_page
 from elastickv.recipe import PAGE_TOKENS
 

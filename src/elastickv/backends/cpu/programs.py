@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.attention.feedback import Feedback
 from elastickv.backends.cpu import steps, threads
 from elastickv.backends.cpu.cache import CpuCache, host_array
-from elastickv.cache.layer import Float32
+from elastickv.backends.feedback import Feedback
+from elastickv.kvcache.layer import Float32
 
 Arrays = Sequence[NDArray[Any]]
 

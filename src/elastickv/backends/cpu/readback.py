@@ -31,7 +31,7 @@ from elastickv.backends.cpu.intrinsics import (
     store_i64,
     words,
 )
-from elastickv.cache.quantise import E4M3_VALUES
+from elastickv.kvcache.quantize import E4M3_VALUES
 from elastickv.recipe import PAGE_TOKENS
 
 _F = layout.Field

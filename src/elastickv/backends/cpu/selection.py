@@ -1,4 +1,4 @@
-"""Which pages a step reads: their scores (`attention.bounds`, in float32), and the list of the best, at an anchor."""
+"""Which pages a step reads: their scores (`kvcache.scorers.bounds`, in float32), and the list of the best, at an anchor."""
 
 from typing import Any
 
@@ -6,10 +6,8 @@ import numpy as np
 from llvmlite import ir
 from numba import cfunc, njit, types
 
-from elastickv.attention.bounds import LEVELS, SPAN
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import cold_tokens
-from elastickv.backends.cpu.fold import halves
 from elastickv.backends.cpu.intrinsics import (
     FLOAT_BYTES,
     I32,
@@ -36,7 +34,9 @@ from elastickv.backends.cpu.intrinsics import (
     store_i64,
     words,
 )
+from elastickv.backends.cpu.scale_folding import halves
 from elastickv.backends.cpu.vector import by_width
+from elastickv.kvcache.scorers.bounds import LEVELS, SPAN
 from elastickv.recipe import PAGE_TOKENS
 
 _F, _S = layout.Field, layout.State

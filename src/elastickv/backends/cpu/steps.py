@@ -90,7 +90,7 @@ def attend(arguments, thread):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _map(target, x, dim, reflector, permutation, sign, scale):  # type: ignore[no-untyped-def]
-    """Write scale x the orthogonal map of x (see `attention.feedback.OrthogonalMap`)."""
+    """Write scale x the orthogonal map of x (see `backends.feedback.OrthogonalMap`)."""
     dot = np.float32(0)
     for d in range(dim):
         dot += load_f32(x + 4 * d) * load_f32(reflector + 4 * d)

@@ -3,9 +3,9 @@
 from numba import cfunc
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.chill import chill
 from elastickv.backends.cpu.elements import cold_tokens, exact_page, key_offset, plane_bytes, put, value_offset
 from elastickv.backends.cpu.intrinsics import load_f32, load_i64, store_i64, words
+from elastickv.backends.cpu.quantize_page import chill
 from elastickv.recipe import PAGE_TOKENS
 
 DIM, EXACT_FORMAT, STATE_BASE = (int(f) for f in (layout.Field.DIM, layout.Field.EXACT_FORMAT, layout.Field.STATE_BASE))

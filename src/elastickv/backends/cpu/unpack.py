@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.attention.reference import Float64
 from elastickv.backends.cpu.intrinsics import COLUMNS
 from elastickv.backends.cpu.layout import page_bytes, plane_bytes, scale_bytes
-from elastickv.cache.bits import from_bf16_bits
-from elastickv.cache.quantise import dequantise_fp8, dequantise_int8
+from elastickv.kvcache.attention import Float64
+from elastickv.kvcache.quantize import dequantise_fp8, dequantise_int8
+from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import PAGE_TOKENS
 
 Bytes = NDArray[np.uint8]

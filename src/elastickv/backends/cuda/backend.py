@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from elastickv.attention.feedback import Feedback
 from elastickv.backends.cuda.cache import CudaLayerCache
 from elastickv.backends.cuda.ceilings import measure
 from elastickv.backends.cuda.device import Allocator, CudaDevice
-from elastickv.backends.cuda.programs import CudaProgram, attention_program, cycle_program
-from elastickv.backends.cuda.storage import Layout, Scratch, ScratchSize
-from elastickv.backends.cuda.variants import (
+from elastickv.backends.cuda.kernel_selection import (
     LARGEST_CLUSTER,
     Split,
     Variant,
@@ -21,9 +18,12 @@ from elastickv.backends.cuda.variants import (
     plan_splits,
     split_variant,
 )
+from elastickv.backends.cuda.programs import CudaProgram, attention_program, cycle_program
+from elastickv.backends.cuda.storage import Layout, Scratch, ScratchSize
+from elastickv.backends.feedback import Feedback
 from elastickv.backends.protocol import Ceilings, DeviceInfo
-from elastickv.cache.layer import Float32, LayerCache
 from elastickv.errors import UsageError
+from elastickv.kvcache.layer import Float32, LayerCache
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.formats import round_up
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from elastickv.backends.cuda.compiler import ARCHITECTURES, Compiled
-from elastickv.backends.cuda.variants import (
+from elastickv.backends.cuda.kernel_selection import (
     LARGEST_CLUSTER,
     MMA_SINCE,
     Split,

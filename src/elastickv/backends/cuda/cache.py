@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.attention.feedback import Feedback
-from elastickv.backends.cuda.contents import Contents
 from elastickv.backends.cuda.device import CudaDevice, Memory, f32, i32, i64, u64
-from elastickv.backends.cuda.rows import DeviceRows, Given, Rows
+from elastickv.backends.cuda.editing import DeviceRows, Given, Rows
+from elastickv.backends.cuda.kernel_selection import TYPES, Variant, fixed_blocks, selecting_blocks
+from elastickv.backends.cuda.readback import Contents
 from elastickv.backends.cuda.storage import Layout, Scratch, Storage
-from elastickv.backends.cuda.variants import TYPES, Variant, fixed_blocks, selecting_blocks
-from elastickv.cache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
+from elastickv.backends.feedback import Feedback
 from elastickv.errors import NonFiniteError, UsageError
+from elastickv.kvcache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 
 _NUMBERS = itertools.count()

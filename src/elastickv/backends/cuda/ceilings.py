@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from elastickv.backends.cuda.device import CudaDevice, check, i64
-from elastickv.backends.cuda.variants import ceilings_variant
+from elastickv.backends.cuda.kernel_selection import ceilings_variant
 from elastickv.backends.protocol import Ceilings
 
 _MOST_BYTES = 2 << 30

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from elastickv.backends.folders import cache_folder, keep, kept
+from elastickv.backends.kernel_cache import cache_folder, keep, kept
 from elastickv.errors import CompileFailure, UsageError
 
 KERNELS = Path(__file__).parent / "kernels"

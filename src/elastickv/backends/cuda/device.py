@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.cuda.compiler import nvrtc_version, supported_architectures
-from elastickv.backends.cuda.variants import Variant
-from elastickv.backends.failures import failure
+from elastickv.backends.cuda.kernel_selection import Variant
+from elastickv.backends.driver_errors import failure
 from elastickv.backends.protocol import DeviceInfo
 from elastickv.errors import UsageError
 

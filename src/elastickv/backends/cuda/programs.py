@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from elastickv.attention.feedback import Feedback
 from elastickv.backends.cuda.cache import CudaLayerCache
 from elastickv.backends.cuda.device import CudaDevice, Memory, check
-from elastickv.cache.layer import Float32
+from elastickv.backends.feedback import Feedback
+from elastickv.kvcache.layer import Float32
 
 _NAN_WORD = 0x7FFFFFFF
 

@@ -10,13 +10,13 @@ import dataclasses
 from dataclasses import dataclass
 
 from elastickv.backends.cuda.device import CudaDevice, Memory
-from elastickv.backends.cuda.variants import Variant
+from elastickv.backends.cuda.kernel_selection import Variant
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.formats import FORMATS, round_up
-from elastickv.recipe.pages import kept
+from elastickv.recipe.regions import kept
 
 _NAN_WORD = 0x7FFFFFFF
-_EMPTY_WORD = 0xFFFF1E77  # EMPTY of kernels/mail.cuh
+_EMPTY_WORD = 0xFFFF1E77  # EMPTY of kernels/split_kv_buffer.cuh
 _FLOAT = 4
 _MERGE_LEVELS = 2
 _UNIT, _INT8_UNIT = 16, 32

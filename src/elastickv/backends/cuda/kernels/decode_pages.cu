@@ -11,7 +11,7 @@
 //
 // Macros, beside those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES; those that have a value
 // below may be given another.
-#include "mail.cuh"
+#include "split_kv_buffer.cuh"
 #include "page_attend.cuh"
 #include "page_ring.cuh"
 

@@ -1,6 +1,6 @@
 // Selection of pages: scores of all cold pages from the scales of their keys, and the best of them listed, in one launch.
 //
-// The scorer is attention/bounds.py without its constant factor: a page's score is linear in its scales and zeros as they lie,
+// The scorer is kvcache/scorers/bounds.py without its constant factor: a page's score is linear in its scales and zeros as they lie,
 // score = sum over channels of 7.5 (q + |q| / 2) . scale + q . zero, summed over the query heads of the group.
 //
 // Grid (blocks, heads), as many in all as run at once: a head's pages, as many as there truly are, are dealt out evenly over

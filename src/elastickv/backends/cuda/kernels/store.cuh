@@ -2,7 +2,7 @@
 #pragma once
 #include "common.cuh"
 #if COLD_TYPE == COLD_PAGES
-#include "quantise.cuh"
+#include "quantize.cuh"
 #endif
 
 #define ELEMENTS ((D + 31) / 32)  // of a row, a lane: dim = lane + 32 i
@@ -76,7 +76,7 @@ __device__ __forceinline__ void store_exact(const Store& s, bool value, size_t h
     }
 }
 
-// One warp stores cold row `index`. The int8 codes and scales are those of cache/quantise.py, bit for bit; V codes are kept
+// One warp stores cold row `index`. The int8 codes and scales are those of kvcache/quantize.py, bit for bit; V codes are kept
 // with 128 added, which saves decode an operation a word.
 __device__ __forceinline__ void store_cold(const Store& s, bool value, size_t head, int index, const float (&x)[ELEMENTS]) {
     const int lane = threadIdx.x & 31;

@@ -1,0 +1,109 @@
+"""Where Numba keeps what it compiles of this folder, and what is said when it does not compile."""
+
+import hashlib
+import linecache
+import pickle
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import ccallback, config, dispatcher
+from numba.core.caching import FunctionCache
+from numba.core.errors import NumbaError
+from numba.core.serialize import dumps
+
+from elastickv.backends.kernel_cache import cache_folder, keep, kept, sources_digest, writable
+from elastickv.errors import CompileFailure
+
+_FOLDER = Path(__file__).parent
+_LOG_LINES = 6
+
+
+class _Files:
+    """The compiled code of one function, a file for each signature and processor.
+
+    Numba's own files have no digest, so that a damaged one ends the program, and an index beside the code that two processes
+    write at once.
+    """
+
+    def __init__(self, stem: Path, stamp: Any) -> None:
+        self._stem, self._version = stem, (numba.__version__, llvmlite.__version__, stamp)
+
+    def load(self, key: Any) -> Any:
+        """Return what was saved under `key`; None if nothing was, or it is damaged."""
+        body = kept(self._path(key))
+        return None if body is None else pickle.loads(body)
+
+    def save(self, key: Any, data: Any) -> None:
+        """Save `data` under `key`."""
+        keep(self._path(key), dumps(data))
+
+    def _path(self, key: Any) -> Path:
+        digest = hashlib.sha256(repr((self._version, key)).encode()).hexdigest()
+        return self._stem.with_name(f"{self._stem.name}.{digest[:32]}.kernel")
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache of a function on `_Files`; its own check of the folder would raise where that is full or read-only."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        locator = self._impl.locator
+        self._cache_file = _Files(Path(self._cache_path, self._impl.filename_base), locator.get_source_stamp())
+        locator.ensure_cache_path = lambda: None
+
+
+@contextmanager
+def kernels_kept_on_disk() -> Iterator[None]:
+    """Let the functions that are decorated inside keep their code in a folder of their own, unless NUMBA_CACHE_DIR names one.
+
+    Numba looks for changes in the file of a function only; its code here is also made of other files of this folder, so the
+    folder is named after all of them. Elsewhere Numba would refuse a read-only installation without a home.
+
+    Raises
+    ------
+    CompileFailure : if one of them does not compile.
+    """
+    before: str = config.CACHE_DIR
+    users: tuple[Any, ...] = (ccallback, dispatcher)
+    config.CACHE_DIR = str(writable(Path(before) if before else cache_folder("numba") / sources_digest(_FOLDER)))
+    for user in users:
+        user.FunctionCache = _Cache
+    try:
+        yield
+    except NumbaError as error:
+        raise CompileFailure(_told(error)) from error
+    finally:
+        config.CACHE_DIR = before
+        for user in users:
+            user.FunctionCache = FunctionCache
+
+
+def _told(error: NumbaError) -> str:
+    """Return which kernel did not compile for which processor, and the first lines of what Numba wrote."""
+    processor = config.CPU_NAME or platform.processor() or platform.machine()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    log = [line.strip() for line in plain.splitlines() if line.strip()][:_LOG_LINES]
+    return (
+        f"{_kernel(error.__traceback__)} does not compile with Numba {numba.__version__} for {processor}: {' | '.join(log)}; "
+        "pip install --force-reinstall numba llvmlite, or report it"
+    )
+
+
+def _kernel(trace: TracebackType | None) -> str:
+    """Return file and name of the function of this folder that was being decorated."""
+    found = "a kernel"
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        if file.parent == _FOLDER and file != Path(__file__):
+            lines = linecache.getlines(str(file))[trace.tb_lineno - 1 :]
+            named = next(filter(None, (re.match(r"\s*def (\w+)", line) for line in lines)), None)
+            found = f"{file.name}:{named[1] if named else trace.tb_lineno}"
+        trace = trace.tb_next
+    return found

@@ -1,0 +1,335 @@
+"""The part of a cache that serves a model: further chunks, rows that move, tokens taken back (see `kvcache.editable`)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.backends.cuda.device import CudaDevice, Memory, i32, i64
+from elastickv.backends.cuda.kernel_selection import TYPES, Variant
+from elastickv.backends.cuda.storage import Scratch, Storage
+from elastickv.errors import UsageError
+from elastickv.kvcache.editable import (
+    CacheState,
+    check_crop,
+    check_growth,
+    check_lists,
+    check_shares,
+    check_span,
+    checked_rows,
+    cold_tokens,
+)
+from elastickv.kvcache.layer import Float32, check_shape, checked_lengths
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe.regions import kept
+
+if TYPE_CHECKING:
+    from elastickv.backends.cuda.cache import CudaLayerCache
+
+_STAGED_BYTES = 1 << 28  # of keys, and of values, that are on their way from the host at once
+_BLOCKS = 4096
+_COPY_BLOCKS = 64
+_NUMBERS = ("lengths", "clock", "fractions", "arrangement")  # what `state` tells beside planes
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """Tokens in device memory, (batch, heads, tokens, head_dim), whose channels lie next to each other.
+
+    Attributes
+    ----------
+    pointer : address of the first.
+    dtype : 'fp32', 'fp16' or 'bf16'.
+    strides : elements from a sequence, head and token to the next.
+    head_dim : channels that are there; those beyond, up to the cache's, are zeros.
+    """
+
+    pointer: int
+    dtype: str
+    strides: tuple[int, int, int]
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Given:
+    """Keys and values of the same tokens, of one dtype."""
+
+    keys: DeviceRows
+    values: DeviceRows
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What GIVEN_SIGNATURE of kernels/store.cuh names."""
+        keys, values = self.keys, self.values
+        strides = (i64(n) for n in (*keys.strides, *values.strides))
+        return keys.pointer, values.pointer, *strides, i32(TYPES[keys.dtype]), i32(keys.head_dim)
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """A buffer of which every (sequence, KV head) has `stride` bytes, the first `used` of them in use."""
+
+    memory: Memory
+    offset: int
+    stride: int
+    used: int
+
+
+class Rows:
+    """What `CudaLayerCache` adds to a `LayerCache` to be an `EditableCache`."""
+
+    shape: AttentionShape
+    recipe: Recipe
+    kept: Recipe
+    capacity: int
+    variant: Variant
+    storage: Storage
+    _device: CudaDevice
+    _scratch: Scratch
+    _resized: "Callable[[CudaLayerCache, int, int], CudaLayerCache]"
+    _lengths: NDArray[np.int64]
+    _step: int
+    _anchor: int | None
+    _fractions: tuple[float, ...]
+    _overwritten: bool
+
+    if TYPE_CHECKING:
+
+        def _store_arguments(self) -> tuple[Any, ...]: ...
+        def _set_lengths(self, lengths: NDArray[np.int64]) -> None: ...
+        def _choose(self) -> None: ...
+        def _staged(self, array: Float32) -> Memory: ...
+        def _given_rows(self, memory: Memory, tokens: int) -> DeviceRows: ...
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self.storage.n_bytes + self._scratch.size.n_bytes
+
+    def extend(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
+        rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
+        check_shape(keys, rows, "keys")
+        check_shape(values, rows, "values")
+        used = checked_lengths(lengths, self.shape.batch)
+        check_growth(self._lengths, used, rows[2], self.capacity)
+        longest = int(used.max(initial=0))
+        if not longest:
+            self._set_lengths(self._lengths)  # nothing comes, and steps begin anew all the same
+        at_once = max(1, _STAGED_BYTES // (4 * rows[0] * rows[1] * rows[3]))
+        for first in range(0, longest, at_once):
+            end = min(first + at_once, longest)
+            staged = [self._staged(np.ascontiguousarray(array[:, :, first:end], np.float32)) for array in (keys, values)]
+            given = Given(*(self._given_rows(memory, end - first) for memory in staged))
+            self.extend_by(given, np.clip(used - first, 0, end - first))
+            self._device.stream.sync()
+
+    def extend_by(self, given: Given, lengths: NDArray[np.int64]) -> None:
+        """Queue what `extend` does with tokens that are in device memory.
+
+        Raises
+        ------
+        UsageError : if a sequence would outgrow the capacity; nothing is stored then.
+        """
+        more = checked_lengths(lengths, self.shape.batch)
+        longest = int(more.max(initial=0))
+        check_growth(self._lengths, more, longest, self.capacity)
+        device, storage, heads = self._device, self.storage, self.storage.layout.heads
+        device.upload(storage.lengths, more.astype(np.int32), 4 * self.shape.batch)
+        added = storage.lengths.pointer + 4 * self.shape.batch
+        arguments = (*self._store_arguments(), storage.state, added, i32(self.shape.kv_heads), i32(heads), *given.arguments)
+        editing, along = self.variant.editing(), min(heads, 65535)
+        if not self.kept.is_dense:
+            device.launch(editing, "extend_cold", (_blocks(longest, PAGE_TOKENS), 2, along), 256, *arguments)
+        device.launch(editing, "extend_exact", (_blocks(longest, 8), 2, along), 256, *arguments)
+        self._set_lengths(self._lengths + more)
+
+    def read(self, first: int, last: int) -> tuple[Float32, Float32]:
+        shape = (self.shape.batch, self.shape.kv_heads, last - first, self.shape.head_dim)
+        read = [self._device.allocate(4 * int(np.prod(shape))) for _ in range(2)]
+        self.read_to(read[0].pointer, read[1].pointer, "fp32", self.shape.head_dim, first, last)
+        keys, values = (self._device.download(memory, shape, np.float32) for memory in read)
+        return keys, values
+
+    def read_to(self, keys: int, values: int, dtype: str, head_dim: int, first: int, last: int) -> None:
+        """Queue what `read` does, to rows (batch, kv_heads, last - first, head_dim) of `dtype` at two addresses."""
+        check_span(first, last)
+        if last == first:
+            return
+        heads = self.storage.layout.heads
+        arguments = (self.storage.state, i32(heads), i32(first), i32(last), keys, values, i32(TYPES[dtype]), i32(head_dim))
+        grid = (_blocks(last - first, PAGE_TOKENS) + 1, 2, min(heads, 65535))
+        self._device.launch(self.variant.editing(), "read_rows", grid, 256, *self._store_arguments(), *arguments)
+
+    def gather(self, rows: NDArray[np.int64], capacity: int) -> "CudaLayerCache":
+        taken = checked_rows(rows, self.shape.batch)
+        other = self._resized(self, len(taken), capacity)  # type: ignore[arg-type]
+        fitting = list(zip(self._planes().values(), other._planes().values(), strict=True))
+        sizes = [(mine, theirs, min(mine.used, theirs.stride)) for mine, theirs in fitting]
+        self._copy(sizes, taken, np.arange(len(taken)))
+        other._lengths, other._step, other._anchor = self._lengths[taken], self._step, self._anchor
+        other._put_fractions(self._fractions)
+        other._overwritten = True
+        return other
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "CudaLayerCache":
+        return self.gather(np.arange(self.shape.batch), self.capacity)
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        taken = checked_rows(rows, self.shape.batch, self.shape.batch)
+        moved = np.flatnonzero(taken != np.arange(self.shape.batch))
+        if not len(moved):
+            return
+        self._overwritten = True
+        heads, planes = len(moved) * self.shape.kv_heads, list(self._planes().values())
+        spare = [_Plane(self._device.allocate(heads * p.used), 0, p.used, p.used) for p in planes]
+        to_spare, from_spare = (
+            [(a, b, a.used) for a, b in zip(*pair, strict=True)] for pair in ((planes, spare), (spare, planes))
+        )
+        here = np.arange(len(moved))
+        self._copy(to_spare, taken[moved], here)
+        self._copy(from_spare, here, moved)
+        self._lengths = self._lengths[taken]
+        self._choose()
+
+    def _planes(self) -> dict[str, _Plane]:
+        """Return the buffers that hold tokens, with what is in use at the longest of the lengths."""
+        storage, layout, recipe = self.storage, self.storage.layout, self.kept
+        longest, heads = int(self._lengths.max(initial=0)), layout.heads
+        cold = kept(cold_tokens(recipe, longest), recipe.stride)
+        cold = min(-(-cold // 256) * 256, layout.cold_rows)  # whole vectors of every plane
+        exact = min(longest, layout.exact_rows) if recipe.is_dense or not layout.wraps else layout.exact_rows
+
+        def plane(memory: Memory, n_bytes: int, used: int, rows: int) -> _Plane:
+            stride = n_bytes // heads
+            return _Plane(memory, 0, stride, stride * used // max(rows, 1))
+
+        outputs = self.shape.group * self.shape.head_dim * 4 if layout.reused else 0
+        return {
+            "exact_keys": plane(storage.exact_k, layout.exact_plane, exact, layout.exact_rows),
+            "exact_values": plane(storage.exact_v, layout.exact_plane, exact, layout.exact_rows),
+            "cold_keys": plane(storage.cold_k, layout.key_plane, cold, layout.cold_rows),
+            "cold_values": plane(storage.cold_v, layout.value_plane, cold, layout.cold_rows),
+            "key_scales": plane(storage.k_scale, layout.key_scales, cold, layout.cold_rows),
+            "value_scales": plane(storage.v_scale, layout.value_scales, cold, layout.cold_rows),
+            "lists": plane(storage.lists, layout.lists, cold, layout.cold_rows),
+            "listed": plane(storage.listed, layout.listed, 1, 1),
+            "key_state": _Plane(storage.state, 0, 8, 8),
+            "value_state": _Plane(storage.state, 8 * heads, 8, 8),
+            "next_state": _Plane(storage.state, 16 * heads, 8, 8),
+            "bad": _Plane(storage.bad, 0, 4, 4),
+            "reused": _Plane(storage.cached_output, 0, outputs, outputs),
+            "reused_lse": _Plane(storage.cached_output, outputs * heads, outputs // 4, outputs // 4),
+        }
+
+    def _copy(self, planes: list[tuple[_Plane, _Plane, int]], from_rows: NDArray[np.int64], to_rows: NDArray[np.int64]) -> None:
+        """Copy the first bytes of rows from planes to others; row `from_rows[i]` becomes row `to_rows[i]`."""
+        device = self._device
+        table = np.array(
+            [(a.memory.pointer + a.offset, b.memory.pointer + b.offset, a.stride, b.stride, n) for a, b, n in planes if n],
+            np.uint64,
+        )
+        numbers = np.concatenate([from_rows, to_rows]).astype(np.int32)
+        on_device = device.allocate(table.nbytes + numbers.nbytes)
+        device.upload(on_device, table)
+        device.upload(on_device, numbers, table.nbytes)
+        rows = on_device.pointer + table.nbytes
+        heads = len(from_rows) * self.shape.kv_heads
+        device.launch(
+            self.variant.editing(),
+            "copy_rows",
+            (_COPY_BLOCKS, len(table), min(heads, 65535)),
+            256,
+            *(on_device, rows, rows + 4 * len(from_rows), i32(self.shape.kv_heads), i32(heads)),
+        )
+
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        before, after = self._lengths, checked_lengths(lengths, self.shape.batch)
+        check_crop(self.recipe, before, after)
+        self._overwritten = True
+        device, storage, heads = self._device, self.storage, self.storage.layout.heads
+        device.upload(storage.lengths, after.astype(np.int32))
+        arguments = (storage.state, storage.lengths, i32(self.shape.kv_heads), i32(heads))
+        grid = (_blocks(int((before - after).max()), PAGE_TOKENS), 2, min(heads, 65535))
+        device.launch(self.variant.editing(), "crop_rows", grid, 256, *self._store_arguments(), *arguments)
+        self._set_lengths(after)
+
+    def set_fractions(self, fractions: Sequence[float]) -> None:
+        if self.recipe.selection != "pages":
+            return
+        check_shares(fractions, self.shape.kv_heads)
+        if self._fractions != tuple(fractions):
+            self._overwritten = True
+            self._put_fractions(fractions)
+            self._set_lengths(self._lengths)
+
+    def _put_fractions(self, fractions: Sequence[float]) -> None:
+        """Let selections read these shares from now on."""
+        self._fractions = tuple(fractions)
+        layout = self.storage.layout
+        if layout.counts:
+            pages = np.arange(layout.page_capacity + 1)
+            shares = np.array(fractions, np.float64)[:, None]
+            counts = np.minimum(pages, np.maximum(1, (shares * pages).astype(np.int64)))
+            self._device.upload(self.storage.counts, counts.astype(np.int32))
+        self._choose()
+
+    @property
+    def _arrangement(self) -> NDArray[np.int64]:
+        """What planes of equal sizes could differ in: whether tokens lie in pages, and whether as another recipe keeps them."""
+        return np.array([self.variant.paged, self.kept != self.recipe], np.int64)
+
+    def state(self) -> CacheState:
+        layout, batch, heads = self.storage.layout, self.shape.batch, self.shape.kv_heads
+        held: CacheState = {}
+        for name, plane in self._planes().items():
+            raw = self._device.download(plane.memory, (layout.heads, plane.stride), np.uint8, plane.offset)
+            held[name] = raw.reshape(batch, heads, plane.stride)[:, :, : plane.used].copy()
+        numbers = (
+            self._lengths,
+            np.array([self._step, -2 if self._anchor is None else self._anchor]),
+            np.array(self._fractions),
+            self._arrangement,
+        )
+        return held | dict(zip(_NUMBERS, (n.copy() for n in numbers), strict=True))
+
+    def load_state(self, state: CacheState) -> None:
+        batch, heads, layout = self.shape.batch, self.shape.kv_heads, self.storage.layout
+        lengths, clock, fractions, arrangement = (state.get(name) for name in _NUMBERS)
+        if arrangement is None or not np.array_equal(arrangement, self._arrangement):
+            raise UsageError(
+                "the saved tokens lie otherwise than they would here, because of the device, or of the batch and capacity that "
+                "the cache was first made for: load it on the device it was saved from, or store the prompt anew"
+            )
+        planes = self._planes()
+        for name, plane in planes.items():
+            given = state[name].shape if name in state else None
+            if given is None or given[:2] != (batch, heads) or given[2] > plane.stride or state[name].dtype != np.uint8:
+                raise ValueError(
+                    f"the saved {name} of shape {given} do not fit a cache of {(batch, heads, plane.stride)} bytes"
+                )
+        if lengths is None or lengths.shape != (batch,) or clock is None or clock.shape != (2,):
+            raise ValueError("the saved lengths are not those of a cache of this batch")
+        if fractions is None:
+            raise ValueError("the saved fractions are missing")
+        if lengths.max(initial=0) > self.capacity or lengths.min(initial=0) < 0:
+            raise ValueError(f"the saved tokens do not fit a capacity of {self.capacity}")
+        check_shares(fractions, heads)
+        if layout.listed:
+            said = np.ascontiguousarray(state["listed"]).view(np.int32).reshape(batch, heads, 2)
+            # Lists of before a crop may name what is no page any more; they are made anew before they are read.
+            check_lists(
+                np.ascontiguousarray(state["lists"]).view(np.int32), said[..., 0], said[..., 1], np.array(layout.page_capacity)
+            )
+        for name, plane in planes.items():
+            raw = np.zeros((batch, heads, plane.stride), np.uint8)
+            raw[:, :, : state[name].shape[2]] = state[name]
+            self._device.upload(plane.memory, raw.reshape(layout.heads, plane.stride), plane.offset)
+        self._lengths, self._step = lengths.astype(np.int64), int(clock[0])
+        self._anchor = None if clock[1] == -2 else int(clock[1])
+        self._overwritten = True
+        self._put_fractions([float(share) for share in fractions])
+
+
+def _blocks(tokens: int, per_block: int) -> int:
+    return max(1, min(-(-tokens // per_block), _BLOCKS))

@@ -1,0 +1,90 @@
+"""Pages as the kernels keep them (`kernels/pages.cuh`), read back on the host: for tests, the oracle and `stored`."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.kvcache.attention import Float64
+from elastickv.kvcache.quantize import dequantise_fp8
+from elastickv.kvcache.rounding import from_bf16_bits
+from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, round_up
+
+_VALUE_OFFSET = 128
+Indices = NDArray[np.int64]
+
+
+def _places(rows: int, elements: int) -> tuple[Indices, ...]:
+    """Return row, g, t, word and element of every element of a page, in the order of memory."""
+    row, lane, word, element = (i.ravel() for i in np.indices((rows, 32, 4, elements)))
+    return row, lane >> 2, lane & 3, word, element
+
+
+def key_places(fmt: str, head_dim: int) -> tuple[Indices, Indices]:
+    """Return token and channel of each element of a page of K; channels from `head_dim` on are padding."""
+    bits = FORMATS[fmt].bits
+    row, g, t, w, e = _places(round_up(head_dim, 32 if bits == 4 else 16) * bits // 128, 32 // bits)
+    if bits == 4:
+        return 8 * (e & 3) + g, 16 * (2 * row + (w >> 1)) + 4 * t + 2 * (w & 1) + (e >> 2)
+    if bits == 16:
+        return 8 * (2 * (row & 1) + (w >> 1)) + g, 16 * (row >> 1) + 4 * t + 2 * (w & 1) + e
+    return 8 * w + g, 16 * row + 4 * t + e
+
+
+def value_places(fmt: str, head_dim: int, group: int) -> tuple[Indices, Indices]:
+    """Return token and dim of each element of a page of V; dims from `head_dim` on are padding."""
+    bits = FORMATS[fmt].bits
+    row, g, t, w, e = _places(round_up(head_dim, 32 if bits == 4 else 16) * bits // 128, 32 // bits)
+    if bits == 16:
+        return 8 * w + 2 * t + e, 16 * (row >> 1) + g + 8 * (row & 1)
+    if bits == 8:
+        return 8 * (2 * (w & 1) + (e >> 1)) + 2 * t + (e & 1), 16 * row + g + 8 * (w >> 1)
+    position = 16 * (2 * row + (w >> 1)) + g + 8 * (e & 1)
+    padded = round_up(group, 16)
+    which, within = position // padded, position % padded
+    dim = np.where((within < group) & (which < head_dim // group), which * group + within, head_dim)
+    return 8 * (2 * (w & 1) + (e >> 1 & 1)) + 2 * t + (e >> 2), dim
+
+
+def codes_of(raw: NDArray[np.uint8], fmt: str, places: tuple[Indices, Indices], head_dim: int) -> NDArray[np.uint16]:
+    """Return (pages, 32, head_dim) codes of the (pages, bytes) of a plane."""
+    bits = FORMATS[fmt].bits
+    words = raw.view(np.uint32)
+    shifts = np.arange(32 // bits, dtype=np.uint32) * bits
+    elements = words[..., None] >> shifts & np.uint32((1 << bits) - 1)
+    elements = elements.reshape(len(raw), words.shape[1] * len(shifts)).astype(np.uint16)
+    token, dim = places
+    codes = np.zeros((len(raw), PAGE_TOKENS, head_dim), np.uint16)
+    held = dim < head_dim
+    codes[:, token[held], dim[held]] = elements[:, held]
+    return codes
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def dequantised(
+    codes: NDArray[np.uint16], scales: NDArray[np.uint16], fmt: str, value: bool, exact: str, group: int
+) -> Float64:
+    """Return (tokens, head_dim) numbers of (pages, 32, head_dim) `codes`; what was too large to be stored as NaN or infinity.
+
+    Parameters
+    ----------
+    scales : (pages, words) 16-bit words of the scale plane.
+    exact : dtype of 16-bit codes.
+    group : channels of V that share an int4 scale.
+    """
+    pages, _, dim = codes.shape
+    numbers: NDArray[Any]
+    if fmt in ("bf16", "fp16"):
+        numbers = from_bf16_bits(codes) if exact == "bf16" else codes.view(np.float16)
+    elif fmt == "fp8":
+        numbers = dequantise_fp8(codes, scales[:, 0])
+    elif fmt == "int8":
+        signed = (codes - _VALUE_OFFSET if value else codes).astype(np.uint8).view(np.int8)
+        numbers = signed * from_bf16_bits(scales).astype(np.float64)[..., None]
+    elif value:
+        pairs = from_bf16_bits(scales).astype(np.float64).reshape(pages, dim // group, PAGE_TOKENS, 2).transpose(0, 2, 1, 3)
+        numbers = codes.reshape(pages, PAGE_TOKENS, dim // group, group) * pairs[..., :1] + pairs[..., 1:]
+    else:
+        halves = scales.view(np.float16).astype(np.float64).reshape(pages, 2, 1, scales.shape[1] // 2)[..., :dim]
+        numbers = codes * halves[:, 0] + halves[:, 1]
+    return np.asarray(numbers, np.float64).reshape(pages * PAGE_TOKENS, dim)

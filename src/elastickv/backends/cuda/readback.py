@@ -1,0 +1,79 @@
+"""What a cache on a CUDA device holds, read back to the host and dequantised: for tests, the oracle and receipts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.backends.cuda.device import CudaDevice, Memory
+from elastickv.backends.cuda.page_layout import codes_of, dequantised, key_places, value_places
+from elastickv.backends.cuda.storage import Storage
+from elastickv.kvcache.layer import StoredHead
+from elastickv.kvcache.rounding import from_bf16_bits
+from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe, regions
+from elastickv.recipe.regions import kept
+
+_V_CODE_OFFSET = 128
+_KINDS: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The planes of one layer, and what is needed to read them."""
+
+    device: CudaDevice
+    storage: Storage
+    head_dim: int
+    recipe: Recipe
+    dtype: str
+    paged: bool
+
+    def of(self, head: int, length: int) -> StoredHead:
+        """Return what is stored of one (sequence, KV head) of `length` tokens."""
+        recipe, layout, storage = self.recipe, self.storage.layout, self.storage
+        exact_keys, exact_values = (self._rows(m, head, layout.exact_rows) for m in (storage.exact_k, storage.exact_v))
+        if recipe.is_dense:
+            empty = np.zeros((0, self.head_dim))
+            return StoredHead(empty, empty, exact_keys[:length], exact_values[:length])
+        split = regions(length, recipe.sinks, recipe.window)
+        recent = recipe.sinks + np.arange(split.cold, split.cold + split.recent) % layout.ring
+        exact = np.r_[0 : split.sinks, recent].astype(np.int64)
+        count = kept(split.cold, recipe.stride)
+        if self.paged:
+            cold_keys, cold_values = (self._pages(head, value, split.cold // PAGE_TOKENS) for value in (False, True))
+        elif recipe.key_format == "int8":
+            cold_keys = self._codes(storage.k_scale, storage.cold_k, head, 0)
+            cold_values = self._codes(storage.v_scale, storage.cold_v, head, _V_CODE_OFFSET)
+        else:
+            cold_keys, cold_values = (self._rows(m, head, layout.cold_rows) for m in (storage.cold_k, storage.cold_v))
+        return StoredHead(cold_keys[:count], cold_values[:count], exact_keys[exact], exact_values[exact])
+
+    def _rows(self, plane: Memory, head: int, rows: int) -> NDArray[np.float64]:
+        dtype = self.recipe.exact_dtype(self.dtype)
+        kind = np.dtype(_KINDS[dtype])
+        raw = self.device.download(plane, (rows, self.head_dim), kind, head * rows * self.head_dim * kind.itemsize)
+        return np.asarray(from_bf16_bits(raw) if dtype == "bf16" else raw, np.float64)
+
+    def _pages(self, head: int, value: bool, count: int) -> NDArray[np.float64]:
+        """Return the (tokens, head_dim) numbers of the first pages of a head."""
+        recipe, dim, storage = self.recipe, self.head_dim, self.storage
+        fmt = str(recipe.value_format if value else recipe.key_format)
+        group = recipe.v_group(dim)
+        per_page = PAGE_TOKENS * FORMATS[fmt].row_bytes(dim)
+        scales = FORMATS[fmt].value_scales(dim, group) if value else FORMATS[fmt].key_scales(dim)
+        words = scales.bytes_of(PAGE_TOKENS) // 2
+        first = head * storage.layout.page_capacity
+        plane, scale_plane = (storage.cold_v, storage.v_scale) if value else (storage.cold_k, storage.k_scale)
+        raw = self.device.download(plane, (count, per_page), np.uint8, first * per_page)
+        bits = self.device.download(scale_plane, (count, words), np.uint16, first * words * 2)
+        places = value_places(fmt, dim, group) if value else key_places(fmt, dim)
+        return dequantised(codes_of(raw, fmt, places, dim), bits, fmt, value, recipe.exact_dtype(self.dtype), group)
+
+    def _codes(self, scales: Memory, plane: Memory, head: int, offset: int) -> NDArray[np.float64]:
+        rows, dim = self.storage.layout.cold_rows, self.head_dim
+        codes = self.device.download(plane, (rows, dim), np.uint8, head * rows * dim)
+        bits = self.device.download(scales, (rows,), np.uint16, head * rows * 2)
+        signed = (codes - np.uint8(offset)).view(np.int8)
+        values: NDArray[np.float64] = signed.astype(np.float64) * from_bf16_bits(bits).astype(np.float64)[:, None]
+        return values

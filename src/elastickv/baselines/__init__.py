@@ -1,5 +1,0 @@
-"""References on a small real model: Transformers with stock and elastic caches, llama.cpp with its own KV cache types."""
-
-from elastickv.baselines.sized import gguf_baseline, transformers_baseline
-
-__all__ = ["gguf_baseline", "transformers_baseline"]

@@ -1,0 +1,133 @@
+"""The receipt: what the code path that is timed does to the output."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastickv.backends import Backend
+from elastickv.benchmark.sample_inputs import Sample
+from elastickv.errors import KernelMismatch, UsageError
+from elastickv.kvcache import LayerCache, Oracle
+from elastickv.kvcache.attention import attend
+from elastickv.kvcache.error_metrics import ErrorSummary, relative_l2, summarise
+from elastickv.recipe import AttentionShape, Recipe
+
+LARGEST_FP16, LARGEST_FP32 = 65504.0, 3e38
+KERNEL_ERROR_LIMITS = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-3}
+
+
+@dataclass(frozen=True)
+class SampleReceipt:
+    """Errors on real activations, per (layer, query head, query).
+
+    Attributes
+    ----------
+    recipe, recipe_hash : the recipe as solved for the sample's context.
+    context : tokens before the first query and after the last.
+    kernel_error : back end against the float64 reference of the same recipe on the same codes.
+    recipe_error : back end against float64 dense attention on the unquantised keys and values.
+    """
+
+    recipe: str
+    recipe_hash: str
+    context: tuple[int, int]
+    kernel_error: ErrorSummary
+    recipe_error: ErrorSummary
+
+
+def sample_shape(sample: Sample) -> AttentionShape:
+    """Return the shape in which a sample is replayed: its layers as a batch."""
+    return AttentionShape(sample.q.shape[0], sample.q.shape[1], sample.k.shape[1], sample.k.shape[3])
+
+
+def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str) -> SampleReceipt:
+    """Decode the sample's consecutive queries through `backend`: prefill, then append and decode token by token.
+
+    Raises
+    ------
+    KernelMismatch : if the back end is further from its float64 reference than its dtype allows.
+    """
+    shape = sample_shape(sample)
+    tokens, queries = sample.k.shape[2], sample.q.shape[2]
+    start = tokens - queries
+    cache = backend.cache(shape, tokens, dtype, recipe)
+    cache.prefill(sample.k[:, :, :start], sample.v[:, :, :start], np.full(shape.batch, start))
+    oracle = Oracle(cache)
+    kernel_errors, recipe_errors = [], []
+    for i in range(queries):
+        position = start + i
+        cache.append(sample.k[:, :, position], sample.v[:, :, position])
+        q = np.ascontiguousarray(sample.q[:, :, i])
+        output, _ = cache.decode(q)
+        kernel_errors.append(relative_l2(output, oracle.decode(q)[0]))
+        recipe_errors.append(relative_l2(output, _dense(sample, q, position + 1)))
+    cache.raise_non_finite()
+    by_query = np.array(kernel_errors)
+    kernel = summarise(by_query)
+    # One wrong head among many must not hide in a quantile over all: the worst (layer, head) counts.
+    check_kernel_error(by_query.mean(axis=0).max(), recipe.exact_dtype(dtype), f"{recipe} on the real sample")
+    return SampleReceipt(str(recipe), recipe.hash, (start + 1, tokens), kernel, summarise(np.array(recipe_errors)))
+
+
+def timed_kernel_error(cache: LayerCache, output: np.ndarray, queries: np.ndarray, heads: int = 2) -> ErrorSummary:
+    """Return the kernel error of what a timed program computed on a cache at an anchor.
+
+    Parameters
+    ----------
+    output : (batch, query_heads, head_dim), of the program that is timed.
+    queries : the queries it was given.
+    heads : KV heads, of the first and of the last sequence, that the reference computes; the others must be what
+        `cache.decode` computes.
+
+    Raises
+    ------
+    KernelMismatch : if an output is further from its reference than its dtype allows.
+    """
+    if cache.recipe.age(cache.step, cache.phase):
+        raise ValueError("a cache between anchors has no reference: its anchor was not seen")
+    shape, oracle = cache.shape, Oracle(cache)
+    what, dtype = f"{cache.recipe} on the timing data", cache.recipe.exact_dtype(cache.dtype)
+    check_kernel_error(float(relative_l2(output, cache.decode(queries)[0]).max()), dtype, f"{what}, timed against single step")
+    errors = []
+    for row in sorted({0, shape.batch - 1}):
+        for head in np.unique(np.linspace(0, shape.kv_heads - 1, heads).astype(int)):
+            group = slice(head * shape.group, (head + 1) * shape.group)
+            errors.append(relative_l2(output[row, group], oracle.decode_head(row, int(head), queries[row, group]).output))
+    summary = summarise(np.concatenate(errors))
+    check_kernel_error(summary.max, dtype, what)
+    return summary
+
+
+def check_kernel_error(error: float, dtype: str, what: str) -> None:
+    """Refuse to time a back end that computes something else."""
+    limit = KERNEL_ERROR_LIMITS[dtype]
+    if not error <= limit:
+        raise KernelMismatch(f"{what}: kernel error {error:.2g} is above {limit:g} for {dtype}; no figure is reported")
+
+
+def check_range(sample: Sample, dtype: str) -> None:
+    """Refuse a sample whose values, or their scores, do not fit the arithmetic.
+
+    Raises
+    ------
+    UsageError : naming what is too large and what to do.
+    """
+    largest = {name: float(np.abs(getattr(sample, name)).max()) for name in ("q", "k", "v")}
+    if dtype == "fp16" and max(largest["k"], largest["v"]) > LARGEST_FP16:
+        raise UsageError(
+            f"input {sample.name} holds values up to {max(largest['k'], largest['v']):g}: use --dtype bf16 or fp32"
+        )
+    if largest["q"] * largest["k"] * sample.k.shape[-1] > LARGEST_FP32 or largest["v"] > LARGEST_FP32 / sample.k.shape[2]:
+        raise UsageError(f"input {sample.name}: its scores overflow float32; scale q and k down")
+
+
+def _dense(sample: Sample, queries: np.ndarray, length: int) -> np.ndarray:
+    layers, heads, head_dim = queries.shape
+    group = heads // sample.k.shape[1]
+    output = np.empty((layers, heads, head_dim))
+    for layer in range(layers):
+        for head in range(sample.k.shape[1]):
+            rows = slice(head * group, (head + 1) * group)
+            keys, values = sample.k[layer, head, :length], sample.v[layer, head, :length]
+            output[layer, rows] = attend(queries[layer, rows], keys, values).output
+    return output

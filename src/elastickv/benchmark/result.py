@@ -1,0 +1,235 @@
+"""The result of a run: one value that every exporter reads. Its JSON is described by `result.schema.json`."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from elastickv.benchmark.accuracy import SampleReceipt
+from elastickv.benchmark.gate import Verdict
+from elastickv.benchmark.roofline import RooflinePoint
+from elastickv.benchmark.stats.intervals import Interval
+from elastickv.kvcache.error_metrics import ErrorSummary
+
+SCHEMA_VERSION = "1.0"
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the timed programs were made: graphs as actually used, steps to a sample, samples cut."""
+
+    cuda_graphs: bool
+    inner_loops: int
+    truncate_percent: float
+    inner_loops_requested: int
+    graph_nodes: int | None
+    kernels_per_step: int | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The device; on a CPU it names the processor."""
+
+    name: str
+    sm: str | None
+    theoretical_bw_gbs: float | None
+    kind: str
+    compute_units: int
+    last_level_cache_bytes: int
+    memory_bytes: int
+    driver: str | None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What was asked for; `dense` where one dense dtype was, and null where the fastest was sought."""
+
+    seq_len: int
+    heads: int
+    head_dim: int
+    compression: int | float
+    reps: int
+    warmup: int
+    batch: int
+    kv_heads: int
+    dtype: str
+    seed: int
+    paired_baseline: bool
+    cache: str
+    time_limit_s: float | None
+    until_ci_percent: float | None
+    command: list[str]
+    dense: str | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """The original micro-benchmark's figures, of the elastic step; times are per decode step of one layer."""
+
+    attention_time_ms: float
+    attention_time_std: float
+    coefficient_of_variation: float
+    tokens_per_sec: float
+    baseline_tokens_per_sec: float
+    speedup_vs_baseline: float
+    memory_bandwidth_gbs: float
+    memory_efficiency_percent: float
+    roofline_score: float
+    memory_efficiency_reference: str
+
+
+@dataclass(frozen=True)
+class InferenceCycle:
+    """Sequential decode, milliseconds. Totals are geometric means over rounds, for one layer: raw total / layers.
+
+    Latencies are of one token through all layers; `raw_token_latencies_ms` holds them per contender, round and token.
+    `anchor_phases` are the steps by which each layer's anchors come early: layers of different phases have them at different
+    tokens. Where it is null, all layers had them at the same ones, the first token's among them.
+    """
+
+    decode_tokens: int
+    baseline_total_ms: float
+    elastic_total_ms: float
+    baseline_tokens_per_sec: float
+    elastic_tokens_per_sec: float
+    speedup_vs_baseline: float
+    speedup_low: float | None
+    speedup_high: float | None
+    layers: int
+    raw_token_latencies_ms: dict[str, list[list[float]]]
+    rounds: int
+    baseline_name: str
+    raw_baseline_total_ms: float
+    raw_elastic_total_ms: float
+    baseline_token_latency_ms: dict[str, float]
+    elastic_token_latency_ms: dict[str, float]
+    cuda_graphs: bool
+    graph_nodes: int | None
+    kernel_nodes_per_layer_step: float | None = None
+    anchor_phases: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class RecipeUsed:
+    """The recipe, and the bytes of one step averaged over an anchor interval.
+
+    `predicted_loss` is the recipe error (root mean square) that the solver expects; None where none was measured.
+    `largest_ratio_scoring_every_step` is told of recipes that select pages.
+    """
+
+    text: str
+    hash: str
+    requested: str
+    ratio_read: float
+    ratio_stored: float
+    dense_bytes_per_step: float
+    bytes_per_step: dict[str, float]
+    largest_step_bytes: float
+    stored_bytes: int
+    predicted_loss: float | None = None
+    largest_ratio_scoring_every_step: float | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender's step."""
+
+    name: str
+    kind: str
+    version: str
+    dtype: str
+    time_ms: float
+    time_std_ms: float
+    coefficient_of_variation: float
+    kv_bandwidth_gbs: float
+    copies: int
+    steps_per_sample: int
+    touched_bytes: float
+    cold: bool
+    captured: bool
+    graph_nodes: int | None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The fastest dense contender, which every ratio is against, and what it won over."""
+
+    name: str
+    version: str
+    time_ms: float
+    memory_bandwidth_gbs: float
+    memory_efficiency_percent: float
+    candidates_ms: dict[str, float]
+    not_run: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What the code path that was timed does to the output.
+
+    `kernel_error` holds the timing data's per contender; `sample` is of the recipe as solved for the sample's context. Where
+    that can't be, `sample_refused` says why, and `sample` is of the very recipe that is timed; None if it doesn't fit either.
+    """
+
+    source: str
+    kernel_error: dict[str, ErrorSummary]
+    sample: SampleReceipt | None
+    sample_refused: str | None
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Whether the interval got narrow enough, and what stopped the run."""
+
+    converged: bool
+    half_width_percent: float
+    target_percent: float
+    stopped_by: str
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything about one run.
+
+    `samples` are milliseconds per decode step, one series a contender; `flagged_samples` are the indices of those taken while
+    telemetry saw a disturbance: they are kept, and marked.
+    """
+
+    benchmark_type: str
+    brand: str
+    build: Build
+    gpu: Gpu
+    configuration: Configuration
+    results: Results
+    inference_cycle: InferenceCycle | None
+    schema_version: str
+    date_utc: str
+    complete: bool
+    recipe: RecipeUsed
+    baseline: Baseline
+    contenders: list[Timing]
+    speedup: Interval
+    pairing: str
+    faster: bool
+    noise_floor: Interval | None
+    ceilings: dict[str, float]
+    roofline: dict[str, RooflinePoint]
+    fidelity: Fidelity
+    convergence: Convergence
+    telemetry: dict[str, Any]
+    environment: dict[str, Any]
+    verdict: Verdict | None
+    warnings: list[str]
+    samples: dict[str, list[float]] = field(repr=False)
+    sample_order: list[str] = field(repr=False)
+    flagged_samples: dict[str, list[int]] = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values, keys in documented order."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,179 @@
+"""One benchmark run, from options to a result."""
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Protocol
+
+from elastickv.backends import Backend, Ceilings, load
+from elastickv.backends.driver_errors import device_failures
+from elastickv.benchmark.accuracy import SampleReceipt, check_range, replay, sample_shape
+from elastickv.benchmark.environment import environment
+from elastickv.benchmark.options import Options
+from elastickv.benchmark.prepare import Field, check_memory, prepare
+from elastickv.benchmark.result import Fidelity, Result
+from elastickv.benchmark.sample_inputs import Sample, load_sample
+from elastickv.benchmark.sampler import Samples, collect
+from elastickv.benchmark.sequential_decode import CycleSamples, run_cycle
+from elastickv.benchmark.summary import AGAIN, Summary, speedup_interval
+from elastickv.benchmark.telemetry import Telemetry
+from elastickv.errors import UsageError
+from elastickv.recipe import Recipe
+
+CYCLE_SHARE = 1 / 3
+WARMUP_SHARE = 0.1
+CEILING_ROUNDS = 3
+
+
+class Reporter(Protocol):
+    """Told what is going on."""
+
+    def phase(self, name: str) -> None:
+        """A phase begins."""
+
+    def progress(self, done: int, total: int) -> None:
+        """`done` of `total` samples are taken."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def phase(self, name: str) -> None:
+        """Ignore."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Ignore."""
+
+
+def run(options: Options, reporter: Reporter | None = None) -> Result:
+    """Measure dense and elastic decode attention as `options` say.
+
+    Raises
+    ------
+    UsageError : if the options cannot be met on this machine; RanOut where its memory ran out on the way.
+    KernelMismatch, NonFiniteError : if a figure would be wrong.
+    DeviceFailure : if the device or its compiler failed; DeviceLost where nothing more can be measured in this process.
+    KeyboardInterrupt : if interrupted before anything was measured; later, the result is marked incomplete.
+    """
+    with device_failures():
+        return _run(options, reporter or Silent())
+
+
+def _run(options: Options, report: Reporter) -> Result:
+    sample = load_sample(options.input)
+    check_range(sample, options.dtype)
+    backend, passed_over = load(options.backend, options.device)
+    recipe = options.resolved_recipe
+    layers = check_memory(backend, options, recipe)
+    surroundings = environment()
+    report.phase(f"checking {recipe} on real activations")
+    receipt, refused = _sample_receipt(backend, options, sample, recipe)
+    report.phase("measuring the ceilings of the device")
+    ceilings = _highest_ceilings(backend)
+    field = prepare(backend, options, recipe, sample.query_rms, report.phase)
+    recipe = field.recipe
+    if field.fallback:
+        receipt, refused = replay(backend, sample, recipe, field.dtype), None
+    with Telemetry(backend.device.kind, options.device or 0) as telemetry:
+        report.phase(f"measuring {recipe} against {field.baseline.name}")
+        samples = _measure(options, field, report.progress, lambda: bool(telemetry.snapshot()["flags"]))
+        cycle, complete = None, samples.complete
+        try:
+            for contender in (field.own_dense, field.elastic, *field.peers):
+                contender.check()
+                contender.close()
+            if complete and options.inference:
+                report.phase("inference cycle")
+                cycle = _cycle(backend, options, field, sample, layers, report.progress)
+                complete = cycle.complete
+            if complete:
+                report.phase("measuring the ceilings again")
+                ceilings = ceilings.at_least(_highest_ceilings(backend))
+        except KeyboardInterrupt:
+            # What was measured before is kept; only the result is marked.
+            complete = False
+    return Summary(options, backend, field, ceilings, samples, cycle, complete).result(
+        Fidelity(sample.name, field.kernel_error, receipt, refused), telemetry, surroundings, passed_over
+    )
+
+
+def _highest_ceilings(backend: Backend) -> Ceilings:
+    """Return the best of a few measurements: on a shared machine one of them may meet a neighbour."""
+    return reduce(Ceilings.at_least, (backend.ceilings() for _ in range(CEILING_ROUNDS)))
+
+
+def _sample_receipt(
+    backend: Backend, options: Options, sample: Sample, timed: Recipe
+) -> tuple[SampleReceipt | None, str | None]:
+    """Return the receipt of the recipe as solved for the sample or, where that can't be, of the one that is timed; and why."""
+    shape = sample_shape(sample)
+    try:
+        recipe, refused = options.recipe_at(sample.k.shape[2], shape), None
+    except UsageError as error:
+        recipe, refused = timed, str(error)
+    try:
+        recipe.check_shape(shape.head_dim, shape.kv_heads)
+    except UsageError as error:
+        return None, str(error)
+    return replay(backend, sample, recipe, options.dtype), refused
+
+
+def _measure(options: Options, field: Field, progress: Callable[[int, int], None], disturbed: Callable[[], bool]) -> Samples:
+    entrants = {"baseline": field.baseline, "elastic": field.elastic, AGAIN: field.baseline}
+    entrants |= {peer.name: peer for peer in field.peers if peer is not field.baseline}
+    if field.own_dense is not field.baseline:
+        entrants[field.own_dense.name] = field.own_dense
+    timed = {name: contender.sample for name, contender in entrants.items()}
+    limit = options.time_limit_s
+    if limit is not None and options.inference:
+        limit *= 1 - CYCLE_SHARE
+    if options.warmup:
+        warming_s = None if limit is None else limit * WARMUP_SHARE
+        if not collect(timed, options.warmup, paired=True, seed=options.seed, time_limit_s=warming_s).complete:
+            raise KeyboardInterrupt
+    if limit is not None:
+        limit *= 1 - WARMUP_SHARE
+    target = options.until_ci_percent
+
+    def converged(samples: Samples) -> bool:
+        if target is None or samples.rounds < 10:
+            return False
+        return speedup_interval(samples, options).half_width * 100 <= target
+
+    samples = collect(
+        timed,
+        options.reps,
+        paired=options.paired,
+        seed=options.seed,
+        time_limit_s=limit,
+        converged=converged if target is not None else None,
+        progress=progress,
+        disturbed=disturbed,
+    )
+    if min(len(samples.times["baseline"]), len(samples.times["elastic"])) < 2:
+        raise KeyboardInterrupt
+    return samples
+
+
+def _cycle(
+    backend: Backend,
+    options: Options,
+    field: Field,
+    sample: Sample,
+    layers: int,
+    progress: Callable[[int, int], None],
+) -> CycleSamples:
+    return run_cycle(
+        backend,
+        field.recipe,
+        options.shape,
+        options.seq,
+        options.decode_tokens,
+        field.dtype,
+        field.own_dense.dtype,
+        sample,
+        layers=layers,
+        graph=options.graphs,
+        seed=options.seed,
+        time_limit_s=None if options.time_limit_s is None else options.time_limit_s * CYCLE_SHARE,
+        progress=progress,
+    )

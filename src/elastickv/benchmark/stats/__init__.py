@@ -1,0 +1,1 @@
+"""Estimates, intervals and changepoints from timed samples."""

@@ -1,0 +1,150 @@
+"""The one error path: what went wrong in one line on stderr, and an exit code. docs/TECHNICAL.md has the table of them."""
+
+import _thread
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import click
+
+from elastickv.errors import DeviceFailure, KernelMismatch, NonFiniteError, UsageError, one_line
+
+WRONG = 1
+BAD_INPUT = 2
+DEVICE_FAILED = 4
+_SIGNALLED = 128
+_STREAMS = 3
+_AGAIN_S = 0.05
+# Whoever ends us so wants what was measured as much as who presses Ctrl-C.
+_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_ended_by = signal.SIGINT
+
+
+def exit_with(command: click.Command, name: str) -> None:
+    """Run `command` and leave the process with its exit code."""
+    _open_standard_streams()
+    with _ended_like_interrupted(), _warnings_in_one_line():
+        code = _code(command, name)
+    sys.exit(code)
+
+
+def interrupted() -> int:
+    """Return the exit code after Ctrl-C, or after the signal that ended the process: 128 and its number."""
+    return _SIGNALLED + _ended_by
+
+
+def _code(command: click.Command, name: str) -> int:
+    try:
+        return _run(command, name) or 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return BAD_INPUT
+    except click.ClickException as error:
+        hint = f" (see {name} --help)" if isinstance(error, click.UsageError) else ""
+        return _say(name, error.format_message() + hint, BAD_INPUT)
+    except BrokenPipeError:
+        silence()
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            silence()
+        return _say(name, f"{error.filename or 'output'}: {error.strerror or error}; give another file or folder", BAD_INPUT)
+    except (KeyboardInterrupt, click.Abort, EOFError):
+        return _say(name, "interrupted before there was a result to keep", interrupted())
+    except Exception as error:
+        return _failed(name, error)
+
+
+def _run(command: click.Command, name: str) -> Any:
+    if f"_{name}_COMPLETE".upper() in os.environ:
+        return command.main(prog_name=name)
+    # Not `main`, which makes a gate's 1 of a reader that left.
+    with command.make_context(name, sys.argv[1:]) as context:
+        return command.invoke(context)
+
+
+def _failed(name: str, error: Exception) -> int:
+    from elastickv.backends.driver_errors import recognised
+
+    known = recognised(error) or error
+    if isinstance(known, UsageError):
+        return _say(name, str(known), BAD_INPUT)
+    if isinstance(known, MemoryError):
+        return _say(name, f"out of memory: {known or 'give a shorter --seq or fewer --heads'}", BAD_INPUT)
+    if isinstance(known, (KernelMismatch, NonFiniteError)):
+        return _say(name, str(known), WRONG)
+    if isinstance(known, DeviceFailure):
+        return _say(name, str(known), DEVICE_FAILED)
+    raise error
+
+
+def _say(name: str, message: str, code: int) -> int:
+    with suppress(OSError):  # Where nobody reads errors, the code remains.
+        print(f"{name}: error: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def silence() -> None:
+    """Let what standard output still holds go nowhere: it must not fail again while the interpreter shuts down."""
+    with suppress(OSError):  # One that is no file can't fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_standard_streams() -> None:
+    """Put the null device where a standard stream is closed: the next file must not get its number, nor errors go to output."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) < _STREAMS:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+
+
+def _interrupted_again(lost: Any) -> None:
+    """Bring back a Ctrl-C that came inside a callback of a library, where Python drops it; show other exceptions as ever."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(_AGAIN_S, _thread.interrupt_main, [_ended_by]).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+@contextmanager
+def _ended_like_interrupted() -> Iterator[None]:
+    """Take SIGTERM and SIGHUP as Ctrl-C, unless somebody has other plans with them (nohup)."""
+    global _ended_by
+
+    def end(number: int, frame: FrameType | None) -> None:
+        global _ended_by
+        _ended_by = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    _ended_by = signal.SIGINT
+    mine = threading.current_thread() is threading.main_thread()
+    taken = [number for number in _ENDING if mine and signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    sys.unraisablehook = _interrupted_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = sys.__unraisablehook__
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    def line(message: Warning | str, *_: Any) -> None:
+        click.echo(f"elastickv: warning: {one_line(str(message))}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = line  # type: ignore[assignment]
+        yield

@@ -1,0 +1,103 @@
+"""Calibration: exact attention over a text, its inputs measured layer by layer as the model runs."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from elastickv.errors import UsageError
+from elastickv.evaluation.attention_inputs import observed
+from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, layer_errors
+from elastickv.evaluation.texts import Text, windows
+from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration
+from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
+from elastickv.recipe.regions import PAGE_TOKENS
+from elastickv.transformers.model_loading import Loaded, fingerprint
+
+SCHEDULES = (1, 2, 4, 8, 16)
+WINDOW_TOKENS = 4096
+RUN = 64
+RUNS = 4
+LEAST_TOKENS = 2 * (DEFAULT_SINKS + DEFAULT_WINDOW + 8 * PAGE_TOKENS)
+DEFAULT_TOKENS = 4 * WINDOW_TOKENS
+
+Progress = Callable[[int, int], None]
+
+
+def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress: Progress | None = None) -> ModelCalibration:
+    """Measure what every KV head of a model loses at each fraction of its pages and in each format.
+
+    The text is read in windows of up to 4096 tokens (the model's own limit, if that is less); 256 positions of the second
+    half of each are scored.
+
+    Parameters
+    ----------
+    tokens : of the text, from its beginning.
+    progress : called with (windows done, windows).
+
+    Raises
+    ------
+    UsageError : if there are too few tokens, or the model has no layer that can be measured.
+    """
+    config = loaded.model.config.get_text_config(decoder=True)
+    width = min(WINDOW_TOKENS, tokens, getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS)
+    if width < LEAST_TOKENS:
+        raise UsageError(f"--tokens={tokens}: windows of {width} tokens are too short; {LEAST_TOKENS} are needed")
+    available = len(loaded.tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids)
+    if available < min(tokens, width):
+        raise UsageError(f"text {text.name} has {available} tokens and {width} are needed: give a longer one or fewer --tokens")
+    rows = windows([text], loaded.tokenizer, width, max(1, min(tokens, available) // width))
+    positions = _positions(width)
+    measured: dict[int, list[LayerErrors]] = {}
+    heads: tuple[int, int, int] | None = None
+
+    def measure(layer: int, inputs: LayerInputs) -> None:
+        nonlocal heads
+        sizes = (len(inputs.queries), len(inputs.keys), inputs.keys.shape[-1])
+        if heads not in (None, sizes):
+            raise UsageError(f"layers of {loaded.name} differ in their heads ({heads} and {sizes}): it cannot be calibrated")
+        heads = sizes
+        measured.setdefault(layer, []).append(layer_errors(inputs, FRACTIONS, SCHEDULES, RUN))
+
+    with torch.inference_mode(), observed(loaded.model, positions, measure):
+        for done, row in enumerate(rows):
+            if progress is not None:
+                progress(done, len(rows))
+            ids = torch.tensor([row.ids], device=loaded.model.device)
+            loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    if heads is None:
+        raise UsageError(f"model {loaded.name} has no layer with attention over the whole context: nothing to calibrate")
+    layers = tuple(sorted(measured))
+    sample = measured[layers[0]][0]
+
+    def mean(pick: Callable[[LayerErrors], Sequence[float]]) -> HeadErrors:
+        return tuple(
+            tuple(_rounded(sum(column) / len(column)) for column in zip(*map(pick, measured[layer]), strict=True))
+            for layer in layers
+        )
+
+    return ModelCalibration(
+        model=loaded.name,
+        fingerprint=fingerprint(loaded.model),
+        layers=layers,
+        query_heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=heads[2],
+        text=text.name,
+        tokens=width * len(rows),
+        queries=len(positions) * len(rows),
+        pages={r: {f: mean(lambda e, r=r, f=f: e.pages[r][f]) for f in FRACTIONS} for r in SCHEDULES},  # type: ignore[misc]
+        keys={name: mean(lambda e, name=name: e.keys[name]) for name in sample.keys},  # type: ignore[misc]
+        values={name: mean(lambda e, name=name: e.values[name]) for name in sample.values},  # type: ignore[misc]
+    )
+
+
+def _rounded(error: float) -> float:
+    """Return an error to six digits: more would only lengthen the file."""
+    return float(f"{error:.6g}")
+
+
+def _positions(width: int) -> list[int]:
+    """Return runs of consecutive positions that end evenly spaced in the second half of a window."""
+    run = min(RUN, width // (2 * RUNS))
+    ends = [width - (RUNS - 1 - i) * (width // (2 * RUNS)) for i in range(RUNS)]
+    return [position for end in ends for position in range(end - run, end)]

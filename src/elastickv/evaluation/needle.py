@@ -1,0 +1,75 @@
+"""Retrieval: a pass key hidden in a text at some depth, asked for at its end (after Mohtashami and Jaggi 2023)."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.evaluation.divergence import greedy
+from elastickv.evaluation.prefill import Prefill
+from elastickv.evaluation.scoring import Open
+
+DIGITS = 5
+ANSWER_TOKENS = 10
+NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+QUESTION = "\n\nWhat is the pass key? The pass key is"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and what it should be answered with.
+
+    Attributes
+    ----------
+    length : tokens of the prompt.
+    depth : where the key stands, from 0, the beginning, to 1.
+    ids : the prompt.
+    key : digits.
+    """
+
+    length: int
+    depth: float
+    ids: tuple[int, ...]
+    key: str
+
+
+def cases(tokenizer: Any, haystack: str, length: int, depths: Sequence[float], seed: int = 0) -> list[Case]:
+    """Return one case a depth, all of exactly `length` tokens.
+
+    Raises
+    ------
+    UsageError : if the haystack is too short, or the length leaves no room for key and question.
+    """
+    rng = random.Random(seed * 1_000_003 + length)
+    hay = _ids(tokenizer, haystack)
+    found = []
+    for depth in depths:
+        key = "".join(rng.choice("123456789") for _ in range(DIGITS))
+        needle, question = _ids(tokenizer, NEEDLE.format(key=key)), _ids(tokenizer, QUESTION)
+        room = length - len(needle) - len(question)
+        if room < 1:
+            raise UsageError(f"a needle at {length} tokens: at least {length - room + 1} are needed")
+        if room > len(hay):
+            raise UsageError(
+                f"a needle at {length} tokens needs a text of {room}, and there are {len(hay)}: give a longer text"
+            )
+        before = round(depth * room)
+        found.append(Case(length, depth, (*hay[:before], *needle, *hay[before:room], *question), key))
+    return found
+
+
+def answered(rows: Sequence[Case], start: Prefill, decoding: Open, tokenizer: Any) -> list[bool]:
+    """Return of every case whether the key comes first in what is generated.
+
+    Parameters
+    ----------
+    start : of the prompts without their last token.
+    """
+    found = greedy([row.ids[-1] for row in rows], start, decoding, ANSWER_TOKENS)
+    texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in found]
+    return [text.strip(" :\n*").startswith(row.key) for text, row in zip(texts, rows, strict=True)]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

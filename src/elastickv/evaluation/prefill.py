@@ -1,0 +1,85 @@
+"""Exact prefill by the framework's own attention, once for all recipes: they differ only in what decoding reads."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+
+from elastickv.errors import UsageError
+from elastickv.transformers.cache_argument import CACHE_ARGUMENT
+
+Tensor: TypeAlias = Any
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What exact attention left behind of rows of equal length.
+
+    Attributes
+    ----------
+    keys, values : one (rows, kv_heads, tokens, head_dim) tensor a layer.
+    logits : (rows, kept, vocabulary) float32, of the last `kept` of the positions that were read.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    logits: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Sequences."""
+        return int(self.keys[0].shape[0])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of every row in keys and values."""
+        return int(self.keys[0].shape[2])
+
+
+def check_layers(model: Any) -> None:
+    """Refuse a model whose layers do not all keep the whole context.
+
+    Raises
+    ------
+    UsageError : naming the kinds of layers there are.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UsageError(
+            f"model of type {config.model_type} has layers of {', '.join(sorted(kinds))}: "
+            "fidelity is measured where every layer has full attention"
+        )
+
+
+def prefill(
+    model: Any, rows: Sequence[Sequence[int]], kept_tokens: int, kept_logits: int, progress: Progress | None = None
+) -> Prefill:
+    """Read rows of tokens one by one.
+
+    Parameters
+    ----------
+    rows : token ids, all rows of one length.
+    kept_tokens : keys and values of so many first positions are returned.
+    kept_logits : logits of so many last positions are returned.
+    """
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    logits = torch.empty(len(rows), kept_logits, model.config.get_text_config(decoder=True).vocab_size)
+    for number, row in enumerate(rows):
+        if progress is not None:
+            progress(number, len(rows))
+        cache = transformers.DynamicCache()
+        with torch.inference_mode():
+            ids = torch.tensor([list(row)], device=model.device)
+            logits[number] = model(input_ids=ids, logits_to_keep=kept_logits, **{CACHE_ARGUMENT: cache}).logits[0].float()
+        for layer, store in enumerate(cache.layers):
+            if number == 0:
+                for states in (keys, values):
+                    states.append(store.keys.new_empty(len(rows), store.keys.shape[1], kept_tokens, store.keys.shape[3]))
+            keys[layer][number] = store.keys[0, :, :kept_tokens]
+            values[layer][number] = store.values[0, :, :kept_tokens]
+    return Prefill(keys, values, logits)

@@ -1,0 +1,97 @@
+"""Decoding after a shared prefill, one token a row and step: elastic, with the framework's cache, with its quantised cache."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+from elastickv.errors import UsageError
+from elastickv.evaluation.prefill import Prefill, Tensor
+from elastickv.recipe import Recipe
+from elastickv.transformers.attention import IMPLEMENTATION
+from elastickv.transformers.cache import ElasticCache
+from elastickv.transformers.cache_argument import CACHE_ARGUMENT
+
+QUANTISED_BITS = {"quanto": 4, "hqq": 4, "fp8": 8}
+_PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
+
+
+class Session(Protocol):
+    """Rows that grow by one token a step."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Feed one (rows,) token id to every row; return the (rows, vocabulary) float32 logits that follow."""
+
+
+class _Forward:
+    def __init__(self, model: Any, cache: Any) -> None:
+        self._model, self._cache = model, cache
+
+    def step(self, ids: Tensor) -> Tensor:
+        with torch.inference_mode():
+            inputs = ids.to(self._model.device)[:, None]
+            return self._model(input_ids=inputs, use_cache=True, **{CACHE_ARGUMENT: self._cache}).logits[:, -1].float()
+
+
+@contextmanager
+def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) -> Iterator[Session]:
+    """Decode `tokens` tokens with an ElasticCache of one recipe a layer; the model is left as it was.
+
+    The layers are put where `prefill="exact"` leaves them before a prompt's last token: holding exact keys and values, which
+    the first step stores.
+    """
+    cache = ElasticCache.for_model(model, recipe=list(recipes), capacity=start.tokens + tokens, prefill="exact")
+    for layer, held in zip(cache.layers, zip(start.keys, start.values, strict=True), strict=True):
+        layer.held, layer.batch, layer.is_initialized = held, start.rows, True
+        layer.slots.add(start.tokens, None)
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        yield _Forward(model, cache)
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def stock(model: Any, start: Prefill) -> Iterator[Session]:
+    """Decode with the framework's default cache."""
+    cache = transformers.DynamicCache()
+    _fill(cache, start)
+    yield _Forward(model, cache)
+
+
+@contextmanager
+def stock_quantised(model: Any, start: Prefill, kind: str | None = None) -> Iterator[Session]:
+    """Decode with the framework's own quantised cache.
+
+    Raises
+    ------
+    UsageError : if no quantiser that it can use is installed.
+    """
+    cache = transformers.QuantizedCache(backend=kind or quantiser(), config=model.config)
+    _fill(cache, start)
+    yield _Forward(model, cache)
+
+
+def quantiser() -> str:
+    """Return the quantiser that Transformers' quantised cache can use here: of 4 bits before fp8.
+
+    Raises
+    ------
+    UsageError : if there is none.
+    """
+    for kind, package in _PACKAGES.items():
+        if find_spec(package.partition(".")[0]) is not None and find_spec(package) is not None:
+            return kind
+    if hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        return "fp8"
+    raise UsageError("--reference stock-quantized needs a quantiser: pip install optimum-quanto")
+
+
+def _fill(cache: Any, start: Prefill) -> None:
+    with torch.inference_mode():
+        for layer, (keys, values) in enumerate(zip(start.keys, start.values, strict=True)):
+            cache.update(keys, values, layer)

@@ -1,0 +1,111 @@
+"""What the page says: a headline, sections of charts and tables, and what there was nothing to show of."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from elastickv.html_report.charts.style import Chart
+from elastickv.html_report.headline import Headline, headline_of
+from elastickv.html_report.report_data import Facts
+
+_NARROW = 5  # columns
+_FEW = 2  # devices
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its caption, and its cells as text. Columns whose header is in `numbers` are set right."""
+
+    caption: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[str] = ()
+
+
+def tables(caption: str, rows: Iterable[Mapping[str, str]], words: Sequence[str]) -> list[Table]:
+    """Return a table of rows, which have the same columns, without those that are empty; none where there is no row.
+
+    Parameters
+    ----------
+    words : columns that hold words; the others hold numbers.
+    """
+    listed = list(rows)
+    headers = [name for name in (listed[0] if listed else ()) if any(row[name] for row in listed)]
+    cells = [[row[name] for name in headers] for row in listed]
+    return [Table(caption, headers, cells, [name for name in headers if name not in words])] if headers else []
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes
+    ----------
+    name : its anchor.
+    how : how to read it, in a sentence or two.
+    notes : what a reader must know beside it.
+    commands : what was typed for what.
+    missing : what would have been needed, where it is empty.
+    """
+
+    name: str
+    title: str
+    how: str
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+    commands: Sequence[tuple[str, str]] = ()
+    missing: str = ""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there was nothing to show."""
+        return not self.charts and not self.tables and not self.commands
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the first table is narrow enough to stand beside a chart that would stand alone."""
+        return bool(self.tables) and len(self.charts) % 2 == 1 and len(self.tables[0].headers) <= _NARROW
+
+
+@dataclass(frozen=True)
+class Content:
+    """A whole page."""
+
+    title: str
+    headline: Headline
+    sections: Sequence[Section]
+    absent: Sequence[Section] = ()
+
+    def is_half(self, section: Section) -> bool:
+        """Whether a section is one of two neighbours that hold one chart each: they share a row where there is room."""
+        alone = [len(one.charts) == 1 and not one.tables and not one.commands for one in self.sections]
+        place = before = self.sections.index(section)
+        while before and alone[before - 1]:
+            before -= 1
+        run = len(alone[before:]) if all(alone[before:]) else alone[before:].index(False)
+        return alone[place] and place - before < run - run % 2
+
+    @property
+    def charts(self) -> list[Chart]:
+        """All of them, in order."""
+        return [chart for section in self.sections for chart in section.charts]
+
+
+def content_of(facts: Facts, title: str | None) -> Content:
+    """Return the page of some facts."""
+    from elastickv.html_report.sections import SECTIONS
+
+    sections = [make(facts) for make in SECTIONS]
+    return Content(
+        title=title or _title(facts),
+        headline=headline_of(facts),
+        sections=[section for section in sections if not section.empty],
+        absent=[section for section in sections if section.empty],
+    )
+
+
+def _title(facts: Facts) -> str:
+    # A processor is told with its threads by some results and without by others.
+    devices = list(dict.fromkeys(re.sub(r" \(\d+ threads\)$", "", told.device) for told in facts.told))
+    return f"ElasticKV on {' and '.join(devices) if len(devices) <= _FEW else f'{len(devices)} devices'}"

@@ -1,0 +1,167 @@
+"""The sentence that a page begins with: one result, its speed with its interval, and its price beside it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from elastickv.html_report.report_data import Estimate, Evaluation, Facts, ModelRun, Step
+from elastickv.results.formats.units import fixed, interval
+
+PRICE_UNKNOWN = "recipe error not measured"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What comes first.
+
+    Attributes
+    ----------
+    source : the result that it is of.
+    sentence : what it says, with the interval and the price.
+    tiles : its figures one by one: what, how much, and what that means.
+    beside : sentences on all the results together.
+    """
+
+    source: str
+    sentence: str
+    tiles: Sequence[tuple[str, str, str]]
+    beside: Sequence[str]
+
+
+def headline_of(facts: Facts) -> Headline:
+    """Return the headline: of a decode step where one was measured, else of a model's decode, else of its predictions."""
+    step = best_step(facts.steps)
+    if step is not None:
+        return _of_step(step, [*_all_steps(facts.steps), *_all_models(facts.models)])
+    return _of_model(best_model(facts.models)) if facts.models else _of_evaluation(facts.evaluations[0])
+
+
+def best_step(steps: Sequence[Step]) -> Step | None:
+    """Return the decode step of the largest speed-up: its lower bound, so that a wide interval wins nothing."""
+    told = [step for step in steps if step.speedup is not None]
+    return max(told, key=lambda step: _rank(step.speedup), default=steps[0] if steps else None)
+
+
+def best_model(models: Sequence[ModelRun]) -> ModelRun:
+    """Return the model's run of the largest speed-up against its baseline, by its lower bound."""
+    return max(models, key=lambda model: _rank(model.best.times if model.best else None))
+
+
+def _rank(found: Estimate | None) -> tuple[bool, float]:
+    """Return by what speed-ups are ordered; those with an interval come first."""
+    if found is None:
+        return (False, 0.0)
+    return (found.low is not None, found.estimate if found.low is None else found.low)
+
+
+def _of_step(step: Step, beside: Sequence[str]) -> Headline:
+    ratio, error = step.speedup, step.error
+    where = f"{step.told.device}, {step.context} tokens, {step.shape}"
+    fast = f"at {interval(ratio)} times the speed of {step.baseline}" if ratio else f"in {step.elastic_ms:.4g} ms"
+    bounds = "95 % interval" if ratio and ratio.low is not None else "no interval in the file"
+    reads = f", and reads 1/{step.read:.2f} of the dense bytes" if step.read else ""
+    price = (
+        f"Its recipe error is {error.mean:.4f} on average and {error.p95:.4f} at the 95th percentile{_measured_of(step)}."
+        if error
+        else f"Its {PRICE_UNKNOWN}: the speed alone says nothing of what the output lost."
+    )
+    tiles = [
+        ("speed-up", f"{ratio.estimate:.3f}×" if ratio else "-", f"{_range(ratio)} against {step.baseline}"),
+        ("bytes read", f"1/{step.read:.2f}" if step.read else "-", f"of dense; stored 1/{fixed(step.stored, 2) or '-'}"),
+        ("recipe error", f"{error.mean:.4f}" if error else "-", f"mean; p95 {error.p95:.4f}" if error else "not measured"),
+        ("decode step", f"{1e3 * step.elastic_ms:.4g} µs", f"dense {1e3 * step.dense_ms:.4g} µs" if step.dense_ms else ""),
+    ]
+    return Headline(
+        step.told.source,
+        f"On {where}, {step.what} decodes {fast} ({bounds}){reads}. {price}",
+        tiles,
+        beside,
+    )
+
+
+def _measured_of(step: Step) -> str:
+    """Return what the error was measured of, where that is another recipe than the one that was timed."""
+    if step.error is None:
+        return ""
+    other = f" of {step.error.recipe}, the recipe for that context" if step.error.recipe != step.recipe else ""
+    return f" (relative L2 against dense attention; {step.error.where}{other})"
+
+
+def _range(found: Estimate | None) -> str:
+    if found is None:
+        return "no ratio in the file"
+    return "no interval" if found.low is None else f"[{found.low:.3f}, {found.high:.3f}]"
+
+
+def _of_model(model: ModelRun) -> Headline:
+    best, name = model.best, "elastic" if any(cache.name == "elastic" for cache in model.caches) else None
+    own = next(cache for cache in model.caches if name is None or cache.name == name)
+    if best is not None:
+        own = next((cache for cache in model.caches if cache.name == best.fast), own)
+        fast = f"decodes at {interval(best.times)} times the speed of the cache '{best.slow}' (95 % interval)"
+    else:
+        fast = f"decodes {fixed(own.tokens_per_s, 2)} tokens/s; no other cache ran beside it"
+    reads = f", and reads 1/{own.read_ratio:.2f} of the dense 16-bit bytes" if own.read_ratio else ""
+    asked = f" ({model.asked})" if model.asked else ""
+    price = (
+        f"The KL divergence of its predictions is {own.price.kl:.4f} nats a token, and {own.price.top1_percent:.1f} % of the "
+        f"most likely tokens are the same ({own.price.on})."
+        if own.price
+        else "What its predictions lose was not measured in this file: `elastickv eval` does."
+    )
+    ratio = own.read_ratio or own.stored_ratio
+    tiles = [
+        ("speed-up", f"{best.times.estimate:.3f}×" if best else "-", _range(best.times) if best else "nothing beside it"),
+        (f"bytes {'read' if own.read_ratio else 'stored'}", f"1/{ratio:.2f}" if ratio else "-", "of dense 16 bit"),
+        ("KL", f"{own.price.kl:.4f}" if own.price else "-", "nats a token" if own.price else "not measured"),
+        ("a token", f"{own.step_ms.estimate:.2f} ms" if own.step_ms else "-", "whole model"),
+    ]
+    where = f"On {model.told.device}, {model.context} tokens × {model.batch}"
+    return Headline(
+        model.told.source, f"{where}, {model.model} with the cache '{own.name}'{asked} {fast}{reads}. {price}", tiles, ()
+    )
+
+
+def _of_evaluation(evaluation: Evaluation) -> Headline:
+    told = [loss for loss in evaluation.losses if loss.read is not None]
+    if not told:
+        found, tried = (sum(getattr(needle, name) for needle in evaluation.needles) for name in ("hits", "tried"))
+        sentence = f"{evaluation.model} finds {found} of {tried} pass keys, over all caches and depths that were tried."
+        return Headline(evaluation.told.source, sentence, [("pass keys", f"{found} of {tried}", "all caches")], ())
+    most = max(told, key=lambda loss: (loss.read or 0, loss.context))
+    ppl, kl, top1 = interval(most.ppl_percent, 2, " %"), interval(most.kl, 4), interval(most.top1_percent, 1, " %")
+    tiles = [
+        ("bytes read", f"1/{most.read:.2f}", f"stored 1/{fixed(most.stored, 2) or '-'}"),
+        ("perplexity", f"{most.ppl_percent.estimate:+.2f} %", _range(most.ppl_percent)),
+        ("KL", f"{most.kl.estimate:.4f}", "nats a token"),
+        ("same top-1", f"{most.top1_percent.estimate:.1f} %", _range(most.top1_percent)),
+    ]
+    sentence = (
+        f"{evaluation.model} with {most.cache} at {most.context} tokens reads 1/{most.read:.2f} of the dense bytes; its "
+        f"perplexity changes by {ppl}, the KL divergence of its predictions is {kl} nats a token, and its most likely token is "
+        f"the same in {top1} (95 % intervals over windows). No speed was measured in these files."
+    )
+    return Headline(evaluation.told.source, sentence, tiles, [evaluation.suggestion] if evaluation.suggestion else ())
+
+
+def _all_steps(steps: Sequence[Step]) -> Iterator[str]:
+    """Yield what the best result is among: how many are faster, and the slowest of them."""
+    told = [step for step in steps if step.speedup is not None]
+    if len(told) < 2:
+        return
+    least = min(told, key=lambda step: step.speedup.estimate if step.speedup else 0)
+    faster, judged = sum(step.faster is True for step in told), sum(step.faster is not None for step in told)
+    beyond = f"{faster} of {judged} are faster than dense beyond the noise floor" if judged else "none has a noise floor"
+    yield (
+        f"It is the largest speed-up of {len(told)} results on this page: {beyond}; the smallest is {interval(least.speedup)} "
+        f"({least.what}, {least.context} tokens, {least.shape})."
+    )
+
+
+def _all_models(models: Sequence[ModelRun]) -> Iterator[str]:
+    best = best_model(models).best if models else None
+    if best is not None:
+        model = best_model(models)
+        yield (
+            f"Whole model: {model.model} with {' '.join(part for part in (best.fast, model.asked) if part)} at {model.context} "
+            f"tokens × {model.batch} decodes at {interval(best.times)} times the speed of {best.slow}."
+        )

@@ -1,0 +1,87 @@
+"""What stands behind the figures: warnings, environments, commands."""
+
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from elastickv.html_report.content import Section, tables
+from elastickv.html_report.report_data import Facts, Told
+
+_MOST_NAMES = 6
+
+
+def warnings(facts: Facts) -> Section:
+    """Return every warning, caution and telemetry flag, what sweeps did not measure, and what was left out."""
+    said: dict[str, list[str]] = defaultdict(list)
+    for told in facts.told:
+        for warning in told.warnings:
+            said[warning].append(facts.names[told.source])
+    said_rows = ({"warning": what, "results": str(len(names)), "which": _listed(names)} for what, names in said.items())
+    cells = ({"cell": cell, "why": why} for cell, why in facts.not_measured.items())
+    left = ({"note": note} for note in facts.notes)
+    clean = sum(not told.warnings for told in facts.told)
+    found = [
+        *tables("What the results themselves say", said_rows, ("warning", "which")),
+        *tables("Cells of sweeps that have no result", cells, ("cell", "why")),
+        *tables("What was left out of the files that were given", left, ("note",)),
+    ]
+    return Section(
+        "warnings",
+        "Warnings",
+        f"{clean} of {len(facts.told)} results came without a warning, a caution or a telemetry flag.",
+        tables=found or tables("Warnings", [{"warning": "none"}], ("warning",)),
+    )
+
+
+def environment(facts: Facts) -> Section:
+    """Return what the results were measured in: one row for results that share all of it."""
+    groups: dict[tuple[tuple[str, str], ...], list[Told]] = defaultdict(list)
+    for told in facts.told:
+        told_of = {"device": told.device, **told.environment}
+        groups[tuple(told_of.items())].append(told)
+    settings = list(dict.fromkeys(name for items in groups for name, _ in items))
+    values = {name: [dict(items).get(name, "") for items in groups] for name in settings}
+    shared = ({"what": name, "value": found[0]} for name, found in values.items() if len(set(found)) == 1)
+    rows = []
+    for number, members in enumerate(groups.values()):
+        dates = sorted(told.date for told in members)
+        rows.append(
+            {name: found[number] for name, found in values.items() if len(set(found)) > 1}
+            | {"measured, UTC": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"}
+            | {"results": f"{len(members)}: {_listed([facts.names[told.source] for told in members])}"}
+        )
+    return Section(
+        "environment",
+        "Environment",
+        "Results in one row share everything in it. Compare figures of one row; those of others are of another machine, driver "
+        "or version.",
+        tables=[
+            *tables("The same for all results", shared, ("what", "value")),
+            *tables("What differs, and when it was measured", rows, list(rows[0])),
+        ],
+    )
+
+
+def commands(facts: Facts) -> Section:
+    """Return the exact commands, as the files hold them; results of one command, as of a sweep, together."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for source, command in facts.sweeps:
+        groups[shlex.join(command)].append(source)
+    for told in facts.told:
+        groups[shlex.join(told.command)].append(facts.names[told.source])
+    unknown = groups.pop("", [])
+    return Section(
+        "commands",
+        "Commands",
+        "What was typed for each result, as its file holds it. On the same device and versions it measures the same again.",
+        commands=[(_listed(names), command) for command, names in groups.items()],
+        notes=[f"the command is not in the file: {_listed(unknown)}"] if unknown else (),
+        missing="results that hold their command",
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return names, the first few of many."""
+    distinct: Sequence[str] = list(dict.fromkeys(names))
+    more = len(distinct) - _MOST_NAMES
+    return ", ".join(distinct[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

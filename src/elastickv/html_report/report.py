@@ -1,0 +1,154 @@
+"""`elastickv.report`: results as a page."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.html_report.content import Content, content_of
+from elastickv.html_report.report_data import Facts
+from elastickv.html_report.report_rows import rows_of
+from elastickv.html_report.sources import facts_of
+from elastickv.inputs import file_path
+
+FORMATS = ("html", "md", "pdf-ready", "png")
+_SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".png": "png"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results as a page; shows itself in a notebook.
+
+    Attributes
+    ----------
+    facts : what was given.
+    content : what is said of it.
+    """
+
+    facts: Facts
+    content: Content
+
+    @cached_property
+    def figures(self) -> Mapping[str, str]:
+        """Every chart as SVG, by its name."""
+        return {chart.name: chart.svg() for chart in self.content.charts}
+
+    @cached_property
+    def html(self) -> str:
+        """The page: one file that fetches nothing."""
+        return self._page(printed=False)
+
+    @cached_property
+    def printable(self) -> str:
+        """The page laid out for paper: light, everything open."""
+        return self._page(printed=True)
+
+    @cached_property
+    def markdown(self) -> str:
+        """Headline and tables as Markdown, with the figures as files of the folder `report-figures`."""
+        from elastickv.html_report.markdown import markdown_of
+
+        return markdown_of(self.content, "report-figures")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each figure that was measured, all with the same columns; None where there is none."""
+        return rows_of(self.facts)
+
+    def to_json(self) -> str:
+        """Return headline, sections and rows as indented JSON."""
+        from elastickv.html_report.report_rows import as_dict
+        from elastickv.results.formats.plain_json import dumps
+
+        return dumps(as_dict(self.facts, self.content))
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a `pandas.DataFrame`.
+
+        Raises
+        ------
+        UsageError : if pandas is not installed.
+        """
+        from elastickv.results.formats.rows import frame
+
+        return frame(self.rows())
+
+    def save(self, path: Path | str, format: str | None = None) -> None:  # noqa: A002
+        """Write the report.
+
+        Parameters
+        ----------
+        path : the file; Markdown has a folder of figures beside it, named after it.
+        format : 'html', 'md', 'pdf-ready' or 'png'; None goes by the suffix, and is 'html' where it says nothing.
+
+        Raises
+        ------
+        UsageError : if the format is unknown or does not go with the suffix, or the file cannot be written.
+        """
+        from elastickv.html_report.saving import save
+
+        path = file_path(path)
+        save(self, path, chosen_format(path, format))
+
+    def _page(self, printed: bool) -> str:
+        from elastickv.html_report.downloads import downloads
+        from elastickv.html_report.render import render
+
+        return render(self.content, dict(self.figures), downloads(self.facts), printed=printed)
+
+    def _repr_html_(self) -> str:
+        from elastickv.html_report.render import render_fragment
+
+        return render_fragment(self.content, dict(self.figures))
+
+
+def report(*results: Any, title: str | None = None) -> Report:
+    """Return a page of results.
+
+    Parameters
+    ----------
+    *results : paths of results, sweeps or folders; results in memory (anything with `as_dict`, or their JSON as a dictionary);
+        sweeps; lists of these.
+    title : what the page is called; None names the device.
+
+    Raises
+    ------
+    UsageError : naming what cannot be read or holds no result; if jinja2 or matplotlib is missing.
+    """
+    check_installed()
+    facts = facts_of(results)
+    return Report(facts, content_of(facts, title))
+
+
+def check_installed() -> None:
+    """Refuse to go on without what draws and writes the page.
+
+    Raises
+    ------
+    UsageError : naming what is missing, and the command that installs it.
+    """
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise UsageError(f'a report needs {" and ".join(missing)}: pip install "elastickv[report]"')
+
+
+def chosen_format(path: Path, wanted: str | None) -> str:
+    """Return the format that is asked for, or that a path's suffix tells.
+
+    Raises
+    ------
+    UsageError : if it is unknown, or the suffix is that of another one.
+    """
+    if wanted is not None and wanted not in FORMATS:
+        raise UsageError(f"--format {wanted} is unknown: choose {', '.join(FORMATS)}")
+    suffix = path.suffix.lower()
+    if suffix == ".pdf":
+        raise UsageError(f"--output {path}: no PDF is written; --format pdf-ready -o report.html is a page to print as one")
+    told = _SUFFIXES.get(suffix)
+    if wanted is None:
+        return told or "html"
+    if told is not None and told != wanted.replace("pdf-ready", "html"):
+        raise UsageError(f"--output {path} names {told}, and --format is {wanted}: leave one of them out")
+    return wanted

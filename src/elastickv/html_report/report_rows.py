@@ -1,0 +1,109 @@
+"""A report as rows, and as JSON."""
+
+from typing import Any
+
+from elastickv.html_report.content import Content
+from elastickv.html_report.report_data import Estimate, Facts, ModelRun
+
+COLUMNS = (
+    "kind", "source", "date_utc", "device", "model", "context", "batch", "heads", "kv_heads", "head_dim", "cache", "asked",
+    "recipe", "ratio_read", "ratio_stored", "baseline", "baseline_ms", "ms", "speedup", "speedup_low", "speedup_high", "faster",
+    "cycle_speedup", "recipe_error", "recipe_error_p95", "held_bytes", "peak_bytes", "tokens_per_s", "ppl_change_percent", "kl",
+    "top1_percent", "pass_keys_found", "pass_keys_tried", "warnings",
+)  # fmt: skip
+
+
+def rows_of(facts: Facts) -> list[dict[str, Any]]:
+    """Return a row for each step, cache of a model, loss and pass-key cell, all with the columns of `COLUMNS`."""
+    found = [*_steps(facts), *_models(facts), *_evaluations(facts)]
+    return [dict.fromkeys(COLUMNS) | row for row in found]
+
+
+def as_dict(facts: Facts, content: Content) -> dict[str, Any]:
+    """Return the report as JSON values."""
+    headline = content.headline
+    return {
+        "title": content.title,
+        "headline": {"source": headline.source, "sentence": headline.sentence, "beside": list(headline.beside)},
+        "sections": [
+            {
+                "name": section.name,
+                "title": section.title,
+                "figures": [chart.name for chart in section.charts],
+                "tables": [
+                    {"caption": table.caption, "headers": list(table.headers), "rows": [list(row) for row in table.rows]}
+                    for table in section.tables
+                ],
+                "notes": list(section.notes),
+            }
+            for section in content.sections
+        ],
+        "absent": [section.title for section in content.absent],
+        "rows": rows_of(facts),
+        "notes": list(facts.notes),
+        "not_measured": dict(facts.not_measured),
+        "commands": {told.source: list(told.command) for told in facts.told},
+    }
+
+
+def _common(told: Any, kind: str) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "source": told.source,
+        "date_utc": told.date,
+        "device": told.device,
+        "warnings": "; ".join(told.warnings),
+    }
+
+
+def _speedup(found: Estimate | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    return {"speedup": found.estimate, "speedup_low": found.low, "speedup_high": found.high}
+
+
+def _steps(facts: Facts) -> list[dict[str, Any]]:
+    return [
+        _common(step.told, "step")
+        | {name: getattr(step, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "cache", "asked")}
+        | {"recipe": step.recipe, "ratio_read": step.read, "ratio_stored": step.stored}
+        | {"baseline": step.baseline, "baseline_ms": step.dense_ms, "ms": step.elastic_ms, "faster": step.faster}
+        | _speedup(step.speedup)
+        | {"cycle_speedup": step.cycle and step.cycle.estimate}
+        | {"recipe_error": step.error and step.error.mean, "recipe_error_p95": step.error and step.error.p95}
+        for step in facts.steps
+    ]
+
+
+def _models(facts: Facts) -> list[dict[str, Any]]:
+    return [
+        _common(model.told, "model")
+        | {"model": model.model, "context": model.context, "batch": model.batch, "cache": cache.name, "asked": model.asked}
+        | {"ratio_read": cache.read_ratio, "ratio_stored": cache.stored_ratio, "ms": cache.step_ms and cache.step_ms.estimate}
+        | {"tokens_per_s": cache.tokens_per_s, "held_bytes": cache.held_bytes, "peak_bytes": cache.peak_bytes}
+        | {"kl": cache.price and cache.price.kl, "top1_percent": cache.price and cache.price.top1_percent}
+        | _against(model, cache.name)
+        for model in facts.models
+        for cache in model.caches
+    ]
+
+
+def _against(model: ModelRun, cache: str) -> dict[str, Any]:
+    """Return a cache's speed-up against the baseline, where it has one."""
+    ratio = next((ratio for ratio in model.ratios if ratio.fast == cache), None)
+    return {} if ratio is None else {"baseline": ratio.slow} | _speedup(ratio.times)
+
+
+def _evaluations(facts: Facts) -> list[dict[str, Any]]:
+    found = []
+    for evaluation in facts.evaluations:
+        common = {"model": evaluation.model}
+        for loss in evaluation.losses:
+            row = _common(evaluation.told, "loss") | common | {"context": loss.context, "cache": loss.cache}
+            row |= {"recipe": loss.recipe, "ratio_read": loss.read, "ratio_stored": loss.stored}
+            row |= {"ppl_change_percent": loss.ppl_percent.estimate, "kl": loss.kl.estimate}
+            found.append(row | {"top1_percent": loss.top1_percent.estimate})
+        for needle in evaluation.needles:
+            row = _common(evaluation.told, "pass keys") | common | {"context": needle.tokens, "cache": needle.cache}
+            found.append(row | {"pass_keys_found": needle.hits, "pass_keys_tried": needle.tried})
+    return found

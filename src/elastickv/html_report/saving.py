@@ -1,0 +1,66 @@
+"""A report as files: each appears whole or not at all, the one that was asked for last."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from elastickv.errors import UsageError
+from elastickv.results.files import check_writable, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from elastickv.html_report.report import Report
+
+
+def save(report: "Report", path: Path, shown: str) -> None:
+    """Write a report in one of `FORMATS`.
+
+    Raises
+    ------
+    UsageError : if it cannot be written, or would overwrite a result that it is made of.
+    """
+    check_target(report, path)
+    if shown == "png":
+        from elastickv.html_report.picture import picture
+
+        write_bytes(path, picture(report.content, report.facts))
+    elif shown == "md":
+        _save_markdown(report, path)
+    else:
+        write_text(path, report.printable if shown == "pdf-ready" else report.html)
+
+
+def check_target(report: "Report", path: Path) -> None:
+    """Refuse a path that cannot be written or is one of the results.
+
+    Raises
+    ------
+    UsageError : saying what to give instead.
+    """
+    check_writable(path)
+    for document in report.facts.documents:
+        source = Path(document.source.partition(".jsonl:")[0] + (".jsonl" if ".jsonl:" in document.source else ""))
+        if path.exists() and source.exists() and path.samefile(source):
+            raise UsageError(f"--output {path} is one of the results: give another name")
+
+
+def _save_markdown(report: "Report", path: Path) -> None:
+    from elastickv.html_report.markdown import markdown_of
+
+    folder = path.with_name(f"{path.stem}-figures")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {path}: its figures' folder {folder} is a file; give another name")
+    made = not folder.exists()
+    figures = dict(report.figures)
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, svg in figures.items():
+            write_text(folder / f"{name}.svg", svg)
+        write_text(path, markdown_of(report.content, quote(folder.name)))
+    except (OSError, UsageError) as error:
+        if made and folder.is_dir():
+            for name in figures:
+                (folder / f"{name}.svg").unlink(missing_ok=True)
+            folder.rmdir()
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--output {path}: {error.strerror or error}; choose another folder") from None

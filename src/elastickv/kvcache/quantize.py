@@ -1,0 +1,188 @@
+"""The quantisers, bit for bit: every back end must produce these codes and scales.
+
+Scales are rounded to their 16 bits before the codes are chosen, and always outwards, so that every finite input lies within
+what the codes span, but for half a unit in the last place of float32, in which the range is computed. int4 keys are finite up
+to 65504, and so are int4 values whose group spans what float32 can hold. A NaN is left out of the range that a page shares.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from elastickv.kvcache.rounding import from_bf16_bits
+from elastickv.recipe.formats import PAGE_TOKENS
+
+INT8_LEVELS = 127
+INT4_LEVELS = 15
+FP8_MAX = 448.0
+FP16_MAX = 65504.0
+
+
+def quantise_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    """Quantise each row symmetrically to 8 bits with one bfloat16 scale.
+
+    The scale is max|row| / 127 in float32, rounded *up* to bfloat16: no code needs clamping, and a row of zeros has scale 0.
+
+    Parameters
+    ----------
+    rows : (..., head_dim) float32.
+
+    Returns
+    -------
+    codes : (..., head_dim) int8, round-half-even of row / scale.
+    scales : (...) uint16, bfloat16 bits.
+    """
+    x = np.asarray(rows, dtype=np.float32)
+    step = np.abs(x).max(axis=-1) / np.float32(INT8_LEVELS)
+    scales = ((step.view(np.uint32) + 0xFFFF) >> 16).astype(np.uint16)
+    divisor = from_bf16_bits(scales)[..., None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(divisor > 0, np.rint(x / divisor), 0).astype(np.int8), scales
+
+
+def dequantise_int8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
+    """Return codes x scales as float64; shapes as `quantise_int8` returns them."""
+    return np.asarray(codes, np.float64) * from_bf16_bits(scales)[..., None]
+
+
+def quantise_int4_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+    """Quantise each channel of a page to 4 bits with a float16 scale and zero.
+
+    The zero is the least value rounded down, the scale (greatest - zero) / 15 rounded up.
+
+    Parameters
+    ----------
+    pages : (..., 32, head_dim) float32, of a magnitude up to 65504.
+
+    Returns
+    -------
+    codes : (..., 32, head_dim) uint8, 0 to 15: round-half-even of (x - zero) / scale.
+    scales, zeros : (..., head_dim); x is about scale * code + zero.
+    """
+    x = np.asarray(pages, dtype=np.float32)
+    zeros = _float16_towards(np.fmin.reduce(x, axis=-2), -np.inf)
+    wide = zeros.astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales = _float16_towards((np.fmax.reduce(x, axis=-2) - wide) / np.float32(INT4_LEVELS), np.inf)
+    return _int4_codes(x, scales.astype(np.float32)[..., None, :], wide[..., None, :]), scales, zeros
+
+
+def quantise_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
+    """Quantise each `group` of channels of a row to 4 bits with a bfloat16 scale and zero, rounded as those of keys.
+
+    Parameters
+    ----------
+    rows : (..., head_dim) float32.
+
+    Returns
+    -------
+    codes : (..., head_dim) uint8, 0 to 15.
+    scales, zeros : (..., head_dim / group) uint16, bfloat16 bits.
+    """
+    x = np.asarray(rows, dtype=np.float32)
+    grouped = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    zeros = _bf16_bits_towards(grouped.min(axis=-1), -np.inf)
+    wide = from_bf16_bits(zeros)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales = _bf16_bits_towards((grouped.max(axis=-1) - wide) / np.float32(INT4_LEVELS), np.inf)
+    codes = _int4_codes(grouped, from_bf16_bits(scales)[..., None], wide[..., None])
+    return codes.reshape(x.shape), scales, zeros
+
+
+def quantise_fp8(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """Round each page to float8 e4m3 with one power of two as its scale: the least with which no element exceeds 448.
+
+    Parameters
+    ----------
+    pages : (..., 32, head_dim) float32.
+
+    Returns
+    -------
+    codes : (..., 32, head_dim) uint8, bits of OCP float8 e4m3 (round half to even, no infinity).
+    scales : (...) uint16, bfloat16 bits; 0 for a page of zeros.
+    """
+    x = np.asarray(pages, dtype=np.float32)
+    step = np.fmax.reduce(np.abs(x), axis=(-2, -1)) / np.float32(FP8_MAX)
+    power = (step.view(np.uint32) + 0x7FFFFF) & 0x7F800000
+    divisor = power.view(np.float32)[..., None, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scaled = np.where(divisor > 0, x / divisor, 0).astype(np.float32)
+    return _to_e4m3(scaled), (power >> 16).astype(np.uint16)
+
+
+def dequantise_fp8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
+    """Return the float64 values of codes and scales as `quantise_fp8` returns them."""
+    return E4M3_VALUES[np.asarray(codes, np.uint8)] * from_bf16_bits(scales)[..., None, None]
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray[np.float64]:
+    """Return what `rows`, already rounded to the 16-bit dtype of the window, read as once stored in a format.
+
+    What is not finite, or was too large to be stored, comes back as NaN or infinity, without a warning: the caches tell of it.
+
+    Parameters
+    ----------
+    rows : (tokens, head_dim); whole pages where the format has scales of pages.
+    value : whether these are values; else keys.
+    group : channels of V that share an int4 scale.
+    """
+    x = np.asarray(rows, np.float32)
+    if fmt == "int8":
+        return dequantise_int8(*quantise_int8(x))
+    pages = x.reshape(len(x) // PAGE_TOKENS, PAGE_TOKENS, x.shape[-1]) if fmt in ("fp8", "int4") else x
+    if fmt == "fp8":
+        return dequantise_fp8(*quantise_fp8(pages)).reshape(x.shape)
+    if fmt == "int4" and not value:
+        codes, scales, zeros = quantise_int4_keys(pages)
+        wide, base = scales.astype(np.float64)[..., None, :], zeros.astype(np.float64)[..., None, :]
+        return (codes * wide + base).reshape(x.shape)
+    if fmt == "int4":
+        codes, bits, zero_bits = quantise_int4_values(x, group)
+        grouped = codes.reshape(len(x), x.shape[1] // group, group)
+        values = grouped * from_bf16_bits(bits).astype(np.float64)[..., None] + from_bf16_bits(zero_bits)[..., None]
+        return np.asarray(values, np.float64).reshape(x.shape)
+    return x.astype(np.float64)
+
+
+def _int4_codes(x: NDArray[np.float32], scales: NDArray[np.float32], zeros: NDArray[np.float32]) -> NDArray[np.uint8]:
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        codes = np.clip(np.rint((x - zeros) / scales), 0, INT4_LEVELS)
+        return np.where(scales > 0, np.nan_to_num(codes), 0).astype(np.uint8)
+
+
+def _float16_towards(x: NDArray[np.float32], direction: float) -> NDArray[np.float16]:
+    """Round float32 to float16 towards -inf or +inf."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = x.astype(np.float16)
+        wrong = near.astype(np.float32) > x if direction < 0 else near.astype(np.float32) < x
+        return np.where(wrong, np.nextafter(near, np.float16(direction)), near)
+
+
+def _bf16_bits_towards(x: NDArray[np.float32], direction: float) -> NDArray[np.uint16]:
+    """Round float32 to bfloat16 towards -inf or +inf; return the bits."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    away = np.signbit(x) == (direction < 0)
+    return np.asarray((bits + np.where(away, np.uint32(0xFFFF), np.uint32(0))) >> 16, np.uint16)
+
+
+def _e4m3_values() -> NDArray[np.float64]:
+    """Return the numbers that the 256 codes of OCP float8 e4m3 stand for (OCP OFP8 specification, 2023)."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    magnitude = np.where(exponent, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 8 * 2.0**-6)
+    return np.where(codes & 0x7F == 0x7F, np.nan, np.where(codes & 0x80, -magnitude, magnitude))
+
+
+E4M3_VALUES = _e4m3_values()
+_E4M3_POSITIVE = E4M3_VALUES[:127]
+
+
+def _to_e4m3(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    magnitude = np.minimum(np.abs(x.astype(np.float64)), FP8_MAX)
+    above = np.searchsorted(_E4M3_POSITIVE, magnitude).clip(1, 126)
+    below = above - 1
+    middle = (_E4M3_POSITIVE[above] + _E4M3_POSITIVE[below]) / 2
+    up = (magnitude > middle) | ((magnitude == middle) & (above % 2 == 0))
+    codes = np.where(up, above, below).astype(np.uint8)
+    codes = np.where(np.isnan(x), np.uint8(0x7F), codes)
+    return np.where(np.signbit(x), codes | np.uint8(0x80), codes)

@@ -1,0 +1,1 @@
+"""Page scorers: how a decode step ranks cold pages."""

@@ -1,0 +1,5 @@
+"""References on a small real model: Transformers with stock and elastic caches, llama.cpp with its own KV cache types."""
+
+from elastickv.model_benchmark.presets import gguf_baseline, transformers_baseline
+
+__all__ = ["gguf_baseline", "transformers_baseline"]

@@ -1,0 +1,295 @@
+"""A model's tokens per second with stock and elastic caches: one process, one model, taking turns."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from traceback import clear_frames
+from typing import Any, Protocol
+
+import torch
+
+from elastickv.benchmark.stats.intervals import beyond_noise
+from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
+from elastickv.errors import UsageError
+from elastickv.model_benchmark.cache_metrics import SKIPPED, cache_figures, machine
+from elastickv.model_benchmark.generation import (
+    ELASTIC,
+    STATIC,
+    STOCK,
+    Generation,
+    Sampling,
+    elastic,
+    noise_floor,
+    speedup,
+    stock,
+    stock_static,
+    take_turns,
+)
+from elastickv.model_benchmark.memory_estimate import Needs, free_bytes
+from elastickv.model_benchmark.run import WARM_UP_PROMPT, WARM_UP_TOKENS, described, surroundings
+from elastickv.model_benchmark.shapes import built, shape_named
+from elastickv.recipe import DTYPES, FORMATS, AttentionShape
+from elastickv.recipe.shape import MAX_CONTEXT
+from elastickv.transformers.config import UncalibratedWarning
+from elastickv.transformers.cuda_graph.model_patch import release
+from elastickv.transformers.model_loading import Loaded, load_model
+from elastickv.transformers.model_support import sizes_of, text_config
+
+KIND = "elastickv-model-bench"
+VERSION = 1
+_FIRST_TOKENS = 6  # the prompt's, and steps that are not counted: at some of them graphs are captured
+
+
+class Progress(Protocol):
+    """Is told what is going on."""
+
+    def phase(self, name: str) -> None:
+        """Begin a phase."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Have done so much of it."""
+
+
+@dataclass(frozen=True)
+class ModelBench:
+    """What to measure.
+
+    Attributes
+    ----------
+    model : 'shape:8b' and its like, a folder, a .gguf file or a hub id.
+    context : tokens of the prompt, a row.
+    batch : rows.
+    rounds : samples of each cache.
+    tokens : steps of a sample.
+    wanted : what `ElasticCache.for_model` takes: compress, recipe, calibration, capture.
+    dtype, device : of the model.
+    seed : of the order, the prompts and random weights.
+    text : what prompts are cut from, where the model has a tokenizer.
+    temperature : 0 takes the likeliest token.
+    """
+
+    model: str
+    context: int
+    batch: int
+    rounds: int
+    tokens: int
+    wanted: Mapping[str, Any]
+    dtype: str
+    device: str
+    seed: int
+    text: str
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        # Two samples of each make an interval; a noise floor takes four.
+        for name, value, least in (("--context", self.context, 2), ("--batch", self.batch, 1), ("--reps", self.rounds, 2)):
+            if value < least:
+                raise UsageError(f"{name}={value} is out of range: give a whole number from {least} up")
+        if self.tokens < 1:
+            raise UsageError(f"--decode-tokens={self.tokens} is out of range: give a whole number from 1 up")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"--dtype={self.dtype} is unknown: choose {', '.join(DTYPES)}")
+        if self.capacity > MAX_CONTEXT:
+            raise UsageError(f"--context={self.context} and the decoded tokens exceed {MAX_CONTEXT}: give fewer")
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a row at the end."""
+        return self.context + _FIRST_TOKENS + self.rounds * (self.tokens + 1)
+
+
+def measure(options: ModelBench, command: tuple[str, ...], progress: Progress, loaded: Loaded | None = None) -> dict[str, Any]:
+    """Return the result as JSON values.
+
+    A sample is `tokens` steps of one `generate` that goes on with the text so far; its first step, which every cache takes
+    uncompiled, is not counted. Samples are taken in randomised mirrored blocks. A stock cache that fails, or that the elastic
+    cache has no memory beside, is not run, and the reason is told.
+
+    Parameters
+    ----------
+    loaded : what `load` returned for the same options, where it is wanted afterwards.
+
+    Raises
+    ------
+    UsageError : if the model cannot be served, or there is not the memory for it and an elastic cache.
+    """
+    if loaded is None:
+        progress.phase("loading")
+        loaded = load(options)
+    ids = _prompts(loaded, options)
+    mask, model, sampling = torch.ones_like(ids), loaded.model, Sampling(options.temperature, options.seed, ends=False)
+    made: list[Callable[[], Generation]] = [
+        lambda: stock(model, ids, mask, sampling),
+        lambda: stock_static(model, ids, mask, sampling, options.capacity),
+    ]
+    # The elastic one sets the model's attention: it is checked first and begun last.
+    wanted = dict(options.wanted) | ({"context": options.context} if options.wanted.get("compress") else {})
+    with warnings.catch_warnings():
+        if loaded.tokenizer is None:
+            # Random weights have nothing to lose.
+            warnings.simplefilter("ignore", UncalibratedWarning)
+        ours = elastic(model, ids, mask, sampling, options.capacity, wanted)
+    release(model)
+    progress.phase("measuring the device")
+    device = machine(model.device)
+    not_run: dict[str, str] = {}
+    generations: list[Generation] = []
+    for make, name in zip(made, (STOCK, STATIC), strict=True):
+        if name == STATIC and model.device.type != "cuda":
+            not_run[name] = "needs CUDA"
+        elif name == STATIC and STOCK in not_run:
+            not_run[name] = f"holds at least as much as {STOCK}, which did not run"
+        else:
+            not_run |= _tried(make, name, generations, progress)
+    _begin_beside(ours, generations, not_run, progress)
+    generations.append(ours)
+    progress.phase("measuring")
+    probe = _host_probe()
+    take_turns(generations, options.rounds, options.tokens + 1, options.seed, progress=progress.progress)
+    host = None if probe is None else probe.read()
+    return _result(options, command, loaded, generations, device) | {"not_run": not_run, "host": host}
+
+
+def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], progress: Progress) -> dict[str, str]:
+    """Begin a generation with a stock cache and add it to `begun`; if it fails, free what it held and return why."""
+    try:
+        begun.append(_begun(make(), progress))
+    except RuntimeError as error:
+        # Out of memory, also as the driver's or the compiler's own error, or nothing there that compiles.
+        reason = _reason(error)
+        clear_frames(error.__traceback__)
+    else:
+        return {}
+    _forget_compiled()
+    return {name: reason}
+
+
+def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, str], progress: Progress) -> None:
+    """Begin the elastic generation; for want of memory stock ones are dropped from `begun`, the last one first.
+
+    Raises
+    ------
+    UsageError : if it does not fit alone.
+    """
+    while True:
+        try:
+            _begun(ours, progress)
+            return
+        except (RuntimeError, UsageError) as error:
+            if not begun:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise UsageError(
+                        f"{_reason(error)}: give a shorter --context, a smaller --batch or a larger --compress"
+                    ) from None
+                raise
+            not_run[begun.pop().name] = f"left no memory for the elastic cache: {_reason(error)}"
+            clear_frames(error.__traceback__)
+        ours.restart()
+        _forget_compiled()
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's first sentence."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"out of memory: {text}" if isinstance(error, torch.OutOfMemoryError) else text
+
+
+def _forget_compiled() -> None:
+    """Free what compiled steps hold: they are the static cache's, which is gone."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _host_probe() -> ProcfsProbe | None:
+    """Return what tells, when it is read, how busy others kept the host in the meantime; None where nothing does."""
+    try:
+        return ProcfsProbe()
+    except UnavailableError:
+        return None
+
+
+def _begun(generation: Generation, progress: Progress) -> Generation:
+    progress.phase(f"{generation.name}: warming up")
+    generation.rehearse(WARM_UP_PROMPT, WARM_UP_TOKENS)
+    progress.phase(f"{generation.name}: prompt of {generation.prompt_tokens} tokens")
+    generation.advance(_FIRST_TOKENS)
+    return generation
+
+
+def load(options: ModelBench) -> Loaded:
+    """Return the model, checked to fit the memory with its caches.
+
+    Raises
+    ------
+    UsageError : if it cannot be loaded, or does not fit.
+    """
+    shape = shape_named(options.model)
+    device = options.device
+    if shape is not None:
+        attention = AttentionShape(options.batch, shape.query_heads, shape.kv_heads, shape.head_dim)
+        weights, size = shape.weights_bytes(options.dtype), FORMATS[options.dtype].bits // 8
+        needs = Needs(options.model, weights, shape.layers, attention, shape.hidden, shape.intermediate, options.dtype, size)
+        if options.capacity > shape.positions:
+            raise UsageError(f"{options.capacity} tokens are beyond the {shape.positions} positions of {options.model}")
+        needs.check(options.capacity, options.wanted, free_bytes(device))
+        return built(options.model, options.dtype, device, options.seed)
+    loaded = load_model(options.model, options.dtype, device)
+    sizes, text = sizes_of(loaded.model), text_config(loaded.model)
+    attention = AttentionShape(options.batch, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
+    intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    weights, size = sum(w.nbytes for w in loaded.model.parameters()), FORMATS[options.dtype].bits // 8
+    needs = Needs(loaded.name, weights, len(sizes.elastic), attention, text.hidden_size, intermediate, options.dtype, size)
+    needs.check(options.capacity, options.wanted, free_bytes(device), loaded=True)
+    return loaded
+
+
+def _prompts(loaded: Loaded, options: ModelBench) -> torch.Tensor:
+    """Return (batch, context) ids: pieces of the text, or random numbers for a model without a tokenizer."""
+    count = options.batch * options.context
+    if loaded.tokenizer is None:
+        vocabulary = text_config(loaded.model).vocab_size
+        random = torch.Generator().manual_seed(options.seed)
+        return torch.randint(1, vocabulary, (options.batch, options.context), generator=random)
+    ids = torch.tensor(list(loaded.tokenizer(options.text, add_special_tokens=False, verbose=False).input_ids))
+    return ids.repeat(-(-count // len(ids)))[:count].reshape(options.batch, options.context)
+
+
+def _result(
+    options: ModelBench, command: tuple[str, ...], loaded: Loaded, generations: list[Generation], device: dict[str, Any]
+) -> dict[str, Any]:
+    ours, model = generations[-1], described(loaded)
+    caches = [cache_figures(g, model["read_weights_bytes"], device["read_ceiling_gbs"]) for g in generations]
+    baselines = {generation.name: speedup(generation, ours, SKIPPED) for generation in generations[:-1]}
+    floor = noise_floor(generations[0], SKIPPED)
+    ratios = {name: ratio for name, ratio in baselines.items() if ratio is not None}
+    fastest = min(ratios, key=lambda name: ratios[name].estimate, default=None)
+    return {
+        "kind": KIND,
+        "version": VERSION,
+        "environment": surroundings(),
+        "machine": device,
+        "command": list(command),
+        "model": model | {"random_weights": loaded.tokenizer is None},
+        "compress": options.wanted.get("compress"),
+        "recipe": options.wanted.get("recipe"),
+        "calibrated": options.wanted.get("calibration") is not None,
+        "context": options.context,
+        "batch": options.batch,
+        "rounds": options.rounds,
+        "tokens": options.tokens,
+        "seed": options.seed,
+        "temperature": options.temperature,
+        "pairing": "abba",
+        "caches": caches,
+        "speedups": {name: None if ratio is None else asdict(ratio) for name, ratio in baselines.items()},
+        "baseline": fastest,
+        "noise_floor_of": generations[0].name,
+        "noise_floor": None if floor is None else asdict(floor),
+        "faster": None if fastest is None or floor is None else beyond_noise(ratios[fastest], floor),
+    }
+
+
+__all__ = ["ELASTIC", "STATIC", "STOCK", "ModelBench", "load", "measure"]

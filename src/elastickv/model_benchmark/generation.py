@@ -1,0 +1,349 @@
+"""Text generated piece by piece with one cache, with the clock running; stock and elastic caches take turns."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.generation.streamers import BaseStreamer
+
+from elastickv.benchmark.sampler import schedule
+from elastickv.benchmark.stats.intervals import Interval, ratio_interval
+from elastickv.errors import UsageError
+from elastickv.model_benchmark.memory_footprint import Footprint
+from elastickv.recipe import Recipe
+from elastickv.transformers.cache import ElasticCache
+from elastickv.transformers.cache_argument import CACHE_ARGUMENT
+from elastickv.transformers.cuda_graph.model_patch import restore, seam_of
+from elastickv.transformers.model_support import sizes_of, text_config
+
+STOCK, STATIC, ELASTIC = "stock", "stock static+compile", "elastic"
+_STATIC_ROUNDING = 64
+Heard = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes
+    ----------
+    temperature : 0 takes the likeliest token.
+    seed : of the random numbers where the temperature is above 0.
+    ends : whether a token that ends the text ends it.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    ends: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise UsageError(f"temperature {self.temperature} is out of range: give 0 (the likeliest token) up to 100")
+
+    def config(self, model: Any, tokens: int) -> GenerationConfig:
+        """Return what `generate` is told."""
+        own = model.generation_config
+        choice = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        padding = own.pad_token_id if own.pad_token_id is not None else 0
+        config = GenerationConfig(max_new_tokens=tokens, pad_token_id=padding, **choice)
+        config.eos_token_id = own.eos_token_id
+        if not self.ends:
+            config.min_new_tokens = tokens
+        return config
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some tokens in a row.
+
+    Attributes
+    ----------
+    tokens : generated, a row.
+    first_s : seconds until the first; with the prompt, if the piece begins with it.
+    step_s : seconds of each step after the first.
+    """
+
+    tokens: int
+    first_s: float
+    step_s: tuple[float, ...]
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Notes when tokens reach the host, and hands them on."""
+
+    def __init__(self, heard: Heard | None) -> None:
+        self._heard, self._prompt_seen = heard, False
+        self.started = time.perf_counter()
+        self.moments: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, the first time, then one token a row: (rows,)."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.moments.append(time.perf_counter())
+        if self._heard is not None:
+            self._heard(value)
+
+    def end(self) -> None:
+        """Do nothing: the moments tell."""
+
+    def piece(self) -> Piece:
+        """Return what was noted."""
+        steps = tuple(after - before for before, after in zip(self.moments, self.moments[1:], strict=False))
+        return Piece(len(self.moments), self.moments[0] - self.started, steps)
+
+
+class Generation:
+    """A text that grows by pieces, with one cache.
+
+    Parameters
+    ----------
+    name : of the contender.
+    model : its attention implementation at this moment is the one that the cache works with.
+    ids, mask : (rows, tokens) of the prompt.
+    """
+
+    def __init__(self, name: str, model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling) -> None:
+        self.name, self.model, self.cache, self.sampling = name, model, cache, sampling
+        self.ids, self._mask, self.prompt_tokens = ids.to(model.device), mask.to(model.device), int(ids.shape[1])
+        self.pieces: list[Piece] = []
+        self.footprint = Footprint(self.ids.device)
+        self._seam = seam_of(model)
+        self._random: dict[str, torch.Tensor] | None = None
+        self._stock_read_bytes = 0.0
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens generated so far, a row."""
+        grown: int = self.ids.shape[1]
+        return grown - self.prompt_tokens
+
+    @property
+    def ended(self) -> bool:
+        """Whether every row's text has ended."""
+        ends = self.model.generation_config.eos_token_id
+        if not self.sampling.ends or ends is None:
+            return False
+        wanted = torch.as_tensor(ends, device=self.ids.device).reshape(-1)
+        return bool(torch.isin(self.ids[:, self.prompt_tokens :], wanted).any(dim=1).all())
+
+    def advance(self, tokens: int, heard: Heard | None = None) -> Piece:
+        """Generate up to `tokens` tokens a row; `heard` is given each, (rows,), as it comes.
+
+        The model's attention is the one that this cache was made for, the random numbers are this text's own.
+        """
+        restore(self.model, self._seam)
+        before = self._stock_bytes()
+        with self._own_random(), self.footprint.watched():
+            clock = _Clock(heard)
+            ids = self.model.generate(
+                input_ids=self.ids,
+                attention_mask=self._mask,
+                generation_config=self.sampling.config(self.model, tokens),
+                streamer=clock,
+                **{CACHE_ARGUMENT: self.cache},
+            )
+        self._mask = torch.nn.functional.pad(self._mask, (0, ids.shape[1] - self.ids.shape[1]), value=1)
+        self.ids = ids
+        piece = clock.piece()
+        # A prompt's pass decodes nothing; what a stock cache holds is read whole once a step, and grows evenly.
+        after = self._stock_bytes()
+        self._stock_read_bytes += (piece.tokens if self.pieces else piece.tokens - 1) * ((before or after) + after) / 2
+        self.pieces.append(piece)
+        return piece
+
+    def rehearse(self, prompt_tokens: int, tokens: int) -> None:
+        """Generate after the prompt's first `prompt_tokens` tokens with an empty cache of the same kind, and forget it.
+
+        Kernels are compiled and loaded then. A static cache rehearses itself, for its steps are compiled for its very buffers;
+        what these take counts as the generation's.
+        """
+        static = isinstance(self.cache, StaticCache)
+        if isinstance(self.cache, ElasticCache):
+            cache: Any = self.cache.another()
+        else:
+            cache = self.cache if static else DynamicCache(config=text_config(self.model))
+        restore(self.model, self._seam)
+        prompt = slice(0, prompt_tokens)
+        other = Generation(self.name, self.model, cache, self.ids[:, prompt], self._mask[:, prompt], self.sampling)
+        if static:
+            other.footprint = self.footprint
+        other.advance(tokens)
+        if static:
+            self.cache.reset()
+
+    def restart(self) -> None:
+        """Forget all that was generated with an elastic cache, or was begun when memory ran out."""
+        self.cache.reset()
+        self.ids, self._mask = self.ids[:, : self.prompt_tokens], self._mask[:, : self.prompt_tokens]
+        self.pieces.clear()
+        self.footprint, self._random, self._stock_read_bytes = Footprint(self.ids.device), None, 0.0
+
+    def text_ids(self) -> list[list[int]]:
+        """Return the ids of each row's text, without the prompt."""
+        rows: list[list[int]] = self.ids[:, self.prompt_tokens :].tolist()
+        return rows
+
+    @contextmanager
+    def _own_random(self) -> Iterator[None]:
+        device = self.ids.device
+        cuda = device.type == "cuda"
+        with torch.random.fork_rng(devices=[device] if cuda else []):
+            if self._random is None:
+                torch.manual_seed(self.sampling.seed)
+            else:
+                torch.set_rng_state(self._random["cpu"])
+                if cuda:
+                    torch.cuda.set_rng_state(self._random["cuda"], device)
+            try:
+                yield
+            finally:
+                self._random = {"cpu": torch.get_rng_state()}
+                if cuda:
+                    self._random["cuda"] = torch.cuda.get_rng_state(device)
+
+    def _stock_bytes(self) -> int:
+        """Return the bytes of layers that are Transformers' own."""
+        tensors = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
+        return sum(int(tensor.nbytes) for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+    def _dense_bytes(self) -> int:
+        """Return the bytes that all tokens would take in 16 bit in the layers with full attention."""
+        tokens: int = self.ids.shape[0] * int(self.cache.get_seq_length())
+        sizes = sizes_of(self.model)
+        return tokens * len(sizes.elastic) * 2 * sizes.kv_heads * sizes.head_dim * 2
+
+    def receipt(self) -> dict[str, Any]:
+        """Return what this text took, as JSON values.
+
+        Bytes of stock layers are those that they hold, read whole once a step; those of elastic layers are counted by recipe.
+        The ratios are to a dense 16-bit cache, of the elastic layers alone.
+        """
+        steps = [step for piece in self.pieces for step in piece.step_s]
+        rows, stock = self.ids.shape[0], self._stock_bytes()
+        record: dict[str, Any] = {
+            "cache": self.name,
+            "rows": rows,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "first_token_s": self.pieces[0].first_s,
+            "tokens_per_s": rows * len(steps) / sum(steps) if steps else None,
+            "kv_read_bytes": self._stock_read_bytes,
+            "kv_stored_bytes": stock,
+            "kv_dense_bytes": self._dense_bytes(),
+            "kv_allocated_bytes": stock,
+            "held_bytes": self.footprint.held_bytes,
+            "peak_bytes": self.footprint.peak_bytes,
+            "peak_source": self.footprint.source,
+        }
+        if not isinstance(self.cache, ElasticCache):
+            return record
+        report = self.cache.report()
+        return record | {
+            "kv_read_bytes": report.read_bytes + self._stock_read_bytes,
+            "kv_stored_bytes": report.stored_bytes + stock,
+            "kv_allocated_bytes": report.allocated_bytes + stock,
+            "read_ratio": report.read_ratio,
+            "stored_ratio": report.stored_ratio,
+            "storing_s": report.quantise_seconds,
+            "storing_share_of_first_token": report.quantise_seconds / self.pieces[0].first_s,
+            "holds_from": report.holds_from,
+            "captured_share": report.captured / report.decodes if report.decodes else None,
+            "not_captured": report.not_captured,
+            "ahead_share": report.ahead / report.decodes if report.decodes else None,
+            "calibrated": report.calibrated,
+            "recipe_hash": _hash(report.recipes.values()),
+            "recipes": {str(layer): str(recipe) for layer, recipe in report.recipes.items()},
+        }
+
+
+def _hash(recipes: Iterable[Recipe]) -> str | None:
+    """Return the recipe's hash; where layers differ, 12 hex digits of the SHA-256 of all of theirs in order."""
+    hashes = [recipe.hash for recipe in recipes]
+    if len(set(hashes)) <= 1:
+        return hashes[0] if hashes else None
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
+
+
+def stock(model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling) -> Generation:
+    """Return a generation with Transformers' default cache."""
+    return Generation(STOCK, model, DynamicCache(config=text_config(model)), ids, mask, sampling)
+
+
+def stock_static(model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, capacity: int) -> Generation:
+    """Return a generation with Transformers' static cache of `capacity` tokens, whose steps `generate` compiles on CUDA."""
+    # Masks of odd lengths would be copied to aligned ones at every step.
+    places = -(-capacity // _STATIC_ROUNDING) * _STATIC_ROUNDING
+    return Generation(STATIC, model, StaticCache(text_config(model), max_cache_len=places), ids, mask, sampling)
+
+
+def elastic(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, capacity: int, wanted: Mapping[str, Any]
+) -> Generation:
+    """Return a generation with an elastic cache.
+
+    Make those with stock caches before: this one sets the model's attention.
+
+    Parameters
+    ----------
+    capacity : tokens of prompt and text.
+    wanted : what `ElasticCache.for_model` takes: compress, recipe, calibration.
+
+    Raises
+    ------
+    UsageError : if the model cannot be served, or prompt and text are beyond its positions.
+    """
+    sizes = sizes_of(model)
+    if sizes.max_positions is not None and capacity > sizes.max_positions:
+        raise UsageError(
+            f"{ids.shape[1]} tokens of prompt and {capacity - ids.shape[1]} new ones are beyond the model's "
+            f"{sizes.max_positions} positions (max_position_embeddings): give a shorter prompt or fewer new tokens"
+        )
+    return Generation(ELASTIC, model, ElasticCache.for_model(model, capacity=capacity, **wanted), ids, mask, sampling)
+
+
+def take_turns(
+    generations: Sequence[Generation],
+    rounds: int,
+    tokens: int,
+    seed: int,
+    heard: Mapping[str, Heard] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Let every text grow by `rounds` pieces of `tokens` tokens, in randomised mirrored blocks; ended texts sit out."""
+    by_name = {generation.name: generation for generation in generations}
+    total = rounds * len(generations)
+    for done, name in enumerate(schedule(list(by_name), rounds, True, seed)):
+        if not by_name[name].ended:
+            by_name[name].advance(tokens, (heard or {}).get(name))
+        progress(done + 1, total)
+
+
+def step_means(generation: Generation) -> list[float]:
+    """Return the mean seconds of a step of each piece, those without a step left out."""
+    return [sum(piece.step_s) / len(piece.step_s) for piece in generation.pieces if piece.step_s]
+
+
+def speedup(baseline: Generation, other: Generation, skipped: int = 0) -> Interval | None:
+    """Return how many times as fast as the baseline's the other's steps are, from the pieces after `skipped`.
+
+    None where fewer than two pieces of both have steps.
+    """
+    before, after = step_means(baseline)[skipped:], step_means(other)[skipped:]
+    pairs = min(len(before), len(after))
+    return ratio_interval(before[:pairs], after[:pairs], first=skipped) if pairs >= 2 else None
+
+
+def noise_floor(generation: Generation, skipped: int = 0) -> Interval | None:
+    """Return every other piece against the pieces between: what this machine's noise alone looks like."""
+    means = step_means(generation)[skipped:]
+    pairs = len(means) // 2
+    return ratio_interval(means[: 2 * pairs : 2], means[1 : 2 * pairs : 2]) if pairs >= 2 else None

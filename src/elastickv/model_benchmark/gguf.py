@@ -1,0 +1,245 @@
+"""llama.cpp's KV cache types on one model: speed in turns, predictions, and bytes beside those of our formats."""
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from elastickv.backends import load
+from elastickv.benchmark import Reporter
+from elastickv.benchmark.environment import environment
+from elastickv.benchmark.sampler import schedule
+from elastickv.benchmark.stats.intervals import ratio_interval
+from elastickv.errors import DoesNotFit, UsageError
+from elastickv.evaluation.metrics import Scores, token_figures
+from elastickv.evaluation.texts import Text
+from elastickv.model_benchmark.baseline_result import GGUF_KIND, GGUF_VERSION, GgufBaseline, GgufShape, KvCache, OurFormat
+from elastickv.model_benchmark.gguf_file import KV_TYPES, GgufModel, read_gguf
+from elastickv.model_benchmark.llama_cpp import Llama, device, engine, require_bindings
+from elastickv.model_benchmark.quality_delta import Price, price
+from elastickv.recipe import AttentionShape, Recipe, dense_bytes, read_ratio, stored_bytes
+
+DEFAULT_KV_TYPES = ("f16", "q8_0", "q4_0")
+FORMATS = ("int8", "fp8", "int4")
+# Between these lengths every token added is cold, and pages are whole at both.
+_COLD_FROM, _COLD_TOKENS = 4096, 1024
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class GgufBench:
+    """What to measure.
+
+    Attributes
+    ----------
+    model : path of a .gguf file, or OWNER/NAME:FILE.gguf.
+    kv_types : the first is what the others are held against.
+    context : tokens of the prompt.
+    rounds : samples of each type.
+    tokens : decodes of a sample.
+    scored : predictions of the text that are held against those of the first type; 0 leaves them out.
+    seed : of the order.
+    text : what the prompt is the beginning of.
+    threads : of the CPU; None for as many as the process may use.
+    """
+
+    model: str
+    kv_types: tuple[str, ...]
+    context: int
+    rounds: int
+    tokens: int
+    scored: int
+    seed: int
+    text: Text
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("--context", self.context, 2),
+            ("--reps", self.rounds, 2),
+            ("--decode-tokens", self.tokens, 1),
+            ("--scored", self.scored, 0),
+            ("--threads", self.used_threads, 1),
+        ):
+            if value < least:
+                raise UsageError(f"{name}={value} is out of range: give a whole number from {least} up")
+        unknown = [kv_type for kv_type in self.kv_types if kv_type not in KV_TYPES]
+        if unknown or not self.kv_types:
+            given = ",".join(unknown) or "(nothing)"
+            raise UsageError(f"--kv-types={given} is unknown to llama.cpp: choose from {', '.join(KV_TYPES)}")
+        if len(set(self.kv_types)) < len(self.kv_types):
+            raise UsageError(f"--kv-types={','.join(self.kv_types)} names a type twice: give each once")
+
+    @property
+    def used_threads(self) -> int:
+        """Threads of the CPU."""
+        if self.threads is not None:
+            return self.threads
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a cache must have room for."""
+        return self.context + max(self.tokens, self.scored) + 1
+
+
+def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) -> dict[str, Any]:
+    """Return the result as JSON values.
+
+    A sample reads the prompt into an empty cache and decodes `tokens` tokens after it. Types take turns in randomised mirrored
+    blocks; a sample of each before them is not counted.
+
+    Raises
+    ------
+    UsageError : if the bindings or the model are missing, or the model can't be run so.
+    DoesNotFit : if weights and caches are larger than the memory.
+    """
+    require_bindings()
+    model = read_gguf(options.model)
+    _check(options, model)
+    started = time.monotonic()
+    progress.phase("opening the model")
+    opened = {kv_type: Llama(model, kv_type, options.capacity, options.used_threads) for kv_type in options.kv_types}
+    text = next(iter(opened.values())).encoded(options.text.content)
+    prompt = (text * -(-options.context // len(text)))[: options.context]
+    progress.phase("warming up")
+    for llama in opened.values():
+        llama.timed(prompt, options.tokens)
+    progress.phase("measuring")
+    samples: dict[str, list[tuple[float, float]]] = {kv_type: [] for kv_type in opened}
+    for done, kv_type in enumerate(schedule(list(opened), options.rounds, True, options.seed), 1):
+        samples[kv_type].append(opened[kv_type].timed(prompt, options.tokens))
+        progress.progress(done, options.rounds * len(opened))
+    reason = _unscored(options, text)
+    prices = {} if reason else _prices(options, opened, text, progress)
+    decodes = {kv_type: [decode for _, decode in taken] for kv_type, taken in samples.items()}
+    first, *others = options.kv_types
+    formats, unformed = _our_formats(model, options.context)
+    result = GgufBaseline(
+        kind=GGUF_KIND,
+        version=GGUF_VERSION,
+        environment=environment(),
+        command=list(command),
+        engine=engine(),
+        threads=options.used_threads,
+        model=_described(model),
+        context=options.context,
+        tokens=options.tokens,
+        rounds=options.rounds,
+        seed=options.seed,
+        pairing="abba",
+        caches=[_cache(model, options, kv_type, samples[kv_type], prices.get(kv_type)) for kv_type in opened],
+        speedups={kv_type: ratio_interval(decodes[first], decodes[kv_type]) for kv_type in others},
+        baseline=first,
+        noise_floor=_noise_floor(decodes[first]),
+        formats=formats,
+        formats_not_counted=unformed,
+        bytes_not_counted=model.uncounted,
+        fidelity_not_measured=reason,
+        seconds=time.monotonic() - started,
+    )
+    return asdict(result)
+
+
+def _check(options: GgufBench, model: GgufModel) -> None:
+    if options.capacity > model.positions:
+        raise UsageError(
+            f"{options.capacity} tokens (--context {options.context} and those after it) are beyond the {model.positions} "
+            f"positions of {model.path.name}: give a shorter --context"
+        )
+    for kv_type in options.kv_types:
+        model.check_type(kv_type)
+    caches = sum(model.kv_bytes_per_token(kv_type) for kv_type in options.kv_types) * options.capacity
+    found = device()
+    free = found["memory_free"] if found["name"] != "CPU" else load("cpu")[0].device.free_bytes
+    if model.file_bytes + caches > free:
+        raise DoesNotFit(
+            f"{model.path.name} ({model.file_bytes / _GIB:.1f} GiB) and {len(options.kv_types)} KV caches of "
+            f"{options.capacity} tokens ({caches / _GIB:.1f} GiB) do not fit the {free / _GIB:.1f} GiB that are free: give a "
+            "shorter --context, fewer --kv-types or a smaller model"
+        )
+
+
+def _unscored(options: GgufBench, text: list[int]) -> str | None:
+    """Return why predictions are not measured; None where they are."""
+    if not options.scored:
+        return "not asked for: --scored 0"
+    if len(text) < options.context + options.scored:
+        return f"{options.text.name} has {len(text)} tokens, and {options.context} + {options.scored} are needed"
+    return None
+
+
+def _prices(options: GgufBench, opened: dict[str, Llama], text: list[int], progress: Reporter) -> dict[str, Price]:
+    """Return each type's price: the text's own tokens are fed one by one, and decoded through that type's cache."""
+    progress.phase("predictions")
+    figures: dict[str, list[Iterable[float]]] = {kv_type: [] for kv_type in opened}
+    for step in range(options.scored):
+        end = options.context + step
+        said = {kv_type: llama.log_probabilities(text[:end]) for kv_type, llama in opened.items()}
+        reference = said[options.kv_types[0]]
+        for kv_type, found in said.items():
+            figures[kv_type].append(np.concatenate(token_figures([reference], [found], [text[end]])))
+        progress.progress(step + 1, options.scored)
+    first, name, context = options.kv_types[0], options.text.name, options.context
+    return {kv_type: price(first, name, context, Scores(*np.array(rows).T[:, None])) for kv_type, rows in figures.items()}
+
+
+def _cache(
+    model: GgufModel, options: GgufBench, kv_type: str, samples: list[tuple[float, float]], found: Price | None
+) -> KvCache:
+    prompts, decodes = ([sample[i] for sample in samples] for i in range(2))
+    prompt_ms, step_ms = [1e3 * s / options.context for s in prompts], [1e3 * s / options.tokens for s in decodes]
+    ones = [1.0] * len(samples)
+    counted = model.uncounted is None
+    return KvCache(
+        cache=kv_type,
+        prompt_tokens_per_s=1e3 / fmean(prompt_ms),
+        prompt_ms=ratio_interval(prompt_ms, ones),
+        tokens_per_s=1e3 / fmean(step_ms),
+        step_ms=ratio_interval(step_ms, ones),
+        kv_bytes_per_token=model.kv_bytes_per_token(kv_type) if counted else None,
+        stored_ratio=model.kv_bytes_per_token("f16") / model.kv_bytes_per_token(kv_type) if counted else None,
+        fidelity=found,
+        prompt_s=prompts,
+        decode_s=decodes,
+    )
+
+
+def _noise_floor(series: list[float]) -> Any:
+    """Return every other sample of a type against those between; None for fewer than two pairs."""
+    pairs = len(series) // 2
+    return ratio_interval(series[: 2 * pairs : 2], series[1 : 2 * pairs : 2]) if pairs >= 2 else None
+
+
+def _our_formats(model: GgufModel, context: int) -> tuple[list[OurFormat], str | None]:
+    """Return what our formats take of one token in all layers, and why they can't be counted."""
+    if model.uncounted is not None:
+        return [], model.uncounted
+    if model.key_dim != model.value_dim:
+        return [], f"keys of {model.key_dim} and values of {model.value_dim} elements"
+    found = []
+    try:
+        shapes = [AttentionShape(1, model.query_heads, heads, model.key_dim) for heads in model.kv_heads if heads]
+        for name in FORMATS:
+            recipe = Recipe.parse(name)
+            stored, few, more = (
+                sum(stored_bytes(recipe, [tokens], shape) for shape in shapes)
+                for tokens in (context, _COLD_FROM, _COLD_FROM + _COLD_TOKENS)
+            )
+            dense = sum(dense_bytes([context], shape) for shape in shapes)
+            read = sum(dense_bytes([context], shape) / read_ratio(recipe, [context], shape) for shape in shapes)
+            found.append(
+                OurFormat(name, recipe.hash, stored / context, (more - few) / _COLD_TOKENS, dense / stored, dense / read)
+            )
+    except UsageError as error:
+        return [], str(error)
+    return found, None
+
+
+def _described(model: GgufModel) -> GgufShape:
+    known = {name: getattr(model, name) for name in GgufShape.__dataclass_fields__ if name not in ("name", "kv_heads")}
+    return GgufShape(name=model.path.name, kv_heads=list(model.kv_heads), **known)

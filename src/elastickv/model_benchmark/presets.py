@@ -1,0 +1,109 @@
+"""The two references with their usual sizes: what the command line, sweeps and the notebook call."""
+
+from pathlib import Path
+from typing import Any
+
+from elastickv.benchmark import Reporter
+from elastickv.benchmark.runner import Silent
+from elastickv.errors import UsageError
+from elastickv.evaluation.texts import evaluation_texts
+
+COMPRESS = 2.0
+CONTEXT, REPS, DECODE_TOKENS, SCORED = 512, 6, 16, 16
+
+
+def transformers_baseline(
+    model: str,
+    *,
+    context: int = CONTEXT,
+    compress: float | None = None,
+    recipe: str | None = None,
+    calibration: Path | None = None,
+    reps: int = REPS,
+    decode_tokens: int = DECODE_TOKENS,
+    scored: int = SCORED,
+    dtype: str | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    command: tuple[str, ...] = (),
+    progress: Reporter | None = None,
+) -> dict[str, Any]:
+    """Return how fast a model generates with stock and elastic caches, and what the elastic one costs.
+
+    Parameters
+    ----------
+    model : a directory, a .gguf file, a hub id or 'shape:tiny' and its like.
+    compress, recipe : what is asked of the elastic cache; 2 where neither is given.
+    reps, decode_tokens : samples of each cache, and decodes of a sample.
+    scored : predictions that are held against those of full attention; 0 leaves them out.
+
+    Raises
+    ------
+    UsageError : if a package is missing, an option out of range, or the model can't be served.
+    """
+    from elastickv.transformers.model_loading import NEEDED, require
+
+    require(*NEEDED)
+    from elastickv.model_benchmark.bench import ModelBench
+    from elastickv.model_benchmark.shapes import usual_device, usual_dtype
+    from elastickv.model_benchmark.transformers_baseline import measure
+    from elastickv.recipe import ModelCalibration
+
+    place = device or usual_device()
+    if place.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device={place} is unknown: choose cpu or cuda")
+    if place.startswith("cuda") and usual_device() != "cuda":
+        raise UsageError(f"--device={place}: PyTorch finds no CUDA device; leave the option out to run on the CPU")
+    wanted = {
+        "compress": COMPRESS if compress is None and recipe is None else compress,
+        "recipe": recipe,
+        "calibration": None if calibration is None else ModelCalibration.load(calibration),
+    }
+    text, *_ = evaluation_texts()
+    options = ModelBench(
+        model=model,
+        context=context,
+        batch=1,
+        rounds=reps,
+        tokens=decode_tokens,
+        wanted=wanted,
+        dtype=dtype or usual_dtype(place),
+        device=place,
+        seed=seed,
+        text=text.content,
+    )
+    return measure(options, text, scored, command, progress or Silent())
+
+
+def gguf_baseline(
+    model: str,
+    *,
+    context: int = CONTEXT,
+    kv_types: tuple[str, ...] = ("f16", "q8_0", "q4_0"),
+    reps: int = REPS,
+    decode_tokens: int = DECODE_TOKENS,
+    scored: int = SCORED,
+    threads: int | None = None,
+    seed: int = 0,
+    command: tuple[str, ...] = (),
+    progress: Reporter | None = None,
+) -> dict[str, Any]:
+    """Return how fast llama.cpp runs a model with each of its KV cache types, and what each costs.
+
+    Parameters
+    ----------
+    model : a .gguf file, or OWNER/NAME:FILE.gguf on the hub.
+    kv_types : the first is what the others are held against.
+    reps, decode_tokens : samples of each type, and decodes of a sample.
+    scored : predictions that are held against those of the first type; 0 leaves them out.
+    threads : of the CPU; all where none are given.
+
+    Raises
+    ------
+    UsageError : if a package is missing, an option out of range, or the model can't be run.
+    """
+    from elastickv.model_benchmark.gguf import GgufBench, measure
+
+    text, *_ = evaluation_texts()
+    options = GgufBench(model, kv_types, context, reps, decode_tokens, scored, seed, text, threads)
+    return measure(options, command, progress or Silent())

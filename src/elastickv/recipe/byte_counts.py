@@ -1,0 +1,159 @@
+"""Exact bytes of a decode step: what is read, what is stored, and the two ratios that follow.
+
+DRAM sectors (32 bytes) are counted, not requested bytes: every contiguous plane of one (sequence, KV head) is rounded up.
+The dense side is always 2 bytes per element, on every back end.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, FORMATS, round_up, sectors
+from elastickv.recipe.recipe import Recipe
+from elastickv.recipe.regions import PAGE_TOKENS, kept, regions, selected
+from elastickv.recipe.shape import AttentionShape
+
+_PLANES = 2  # K and V
+_FLOAT_BYTES = 4
+_LIST_BYTES = 4
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes that one decode step of one layer moves.
+
+    Attributes
+    ----------
+    codes : cold rows read, K and V.
+    scales : their scales.
+    scoring : what the scorer reads of all cold pages.
+    lists : numbers of the pages read.
+    exact : rows of sinks and window read.
+    cached : reused outputs and their log-sum-exps read (itemised, not counted in C).
+    query, output : float32 queries read and outputs written (itemised, not counted in C).
+    """
+
+    codes: float = 0
+    scales: float = 0
+    scoring: float = 0
+    lists: float = 0
+    exact: float = 0
+    cached: float = 0
+    query: float = 0
+    output: float = 0
+
+    @property
+    def kv(self) -> float:
+        """What C counts: every byte read from the KV cache."""
+        return self.codes + self.scales + self.scoring + self.lists + self.exact
+
+    @property
+    def moved(self) -> float:
+        """What the bandwidth figure counts."""
+        return self.kv + self.cached + self.query + self.output
+
+    def __add__(self, other: "StepBytes") -> "StepBytes":
+        return StepBytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, factor: float) -> "StepBytes":
+        return StepBytes(*(getattr(self, f.name) * factor for f in fields(self)))
+
+    def __truediv__(self, divisor: float) -> "StepBytes":
+        return StepBytes(*(getattr(self, f.name) / divisor for f in fields(self)))
+
+
+def dense_bytes(lengths: Sequence[int], shape: AttentionShape) -> int:
+    """Return the KV bytes that a dense 16-bit cache reads in one step of one layer."""
+    return sum(lengths) * shape.kv_heads * shape.head_dim * DENSE_BYTES_PER_ELEMENT * _PLANES
+
+
+def step_bytes(
+    recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16", age: int = 0
+) -> StepBytes:
+    """Return the bytes of one step over sequences of `lengths` tokens, `age` steps after an anchor."""
+    total = StepBytes()
+    # Heads of one fraction read alike.
+    ragged = len(recipe.fractions) > 1
+    alike = Counter(map(recipe.fraction, range(shape.kv_heads))) if ragged else {recipe.fraction(0): shape.kv_heads}
+    for length, times in Counter(lengths).items():
+        for fraction, heads in alike.items():
+            total += _head_bytes(recipe, length, shape, model_dtype, age, fraction) * (heads * times)
+    per_query = shape.batch * shape.query_heads * shape.head_dim * _FLOAT_BYTES
+    return replace(total, query=per_query, output=per_query)
+
+
+def _head_bytes(recipe: Recipe, length: int, shape: AttentionShape, model_dtype: str, age: int, fraction: float) -> StepBytes:
+    head_dim = shape.head_dim
+    split = regions(length, recipe.sinks, recipe.window)
+    exact_row = FORMATS[recipe.exact_dtype(model_dtype)].row_bytes(head_dim)
+    if recipe.key_format is None or recipe.value_format is None:
+        return StepBytes(exact=_PLANES * sectors(length * exact_row))
+    rows = kept(split.cold, recipe.stride)
+    at_anchor = regions(length - age, recipe.sinks, recipe.window).cold
+    cached = scoring = lists = 0
+    key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
+    key_scales, value_scales = key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim))
+    scales = sectors(key_scales.bytes_of(rows)) + sectors(value_scales.bytes_of(rows))
+    if recipe.selection == "pages":
+        listed = selected(at_anchor // PAGE_TOKENS, fraction)
+        pages = listed + (split.cold - at_anchor) // PAGE_TOKENS
+        rows, lists = pages * PAGE_TOKENS, sectors(listed * _LIST_BYTES)
+        # Pages lie apart: each one's scales are sectors of their own.
+        scales = pages * (sectors(key_scales.bytes_of(PAGE_TOKENS)) + sectors(value_scales.bytes_of(PAGE_TOKENS)))
+        scoring = 0 if age else sectors(key_scales.bytes_of(split.cold))
+    elif age:
+        rows -= at_anchor
+        scales = sectors(key_scales.bytes_of(rows)) + sectors(value_scales.bytes_of(rows))
+        cached = shape.group * (head_dim + 1) * _FLOAT_BYTES
+    return StepBytes(
+        codes=sectors(rows * key.row_bytes(head_dim)) + sectors(rows * value.row_bytes(head_dim)),
+        scales=scales,
+        scoring=scoring,
+        lists=lists,
+        exact=_PLANES * sectors(split.exact * exact_row),
+        cached=cached,
+    )
+
+
+def interval_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:
+    """Return the bytes of a step averaged over one anchor interval at a stated context."""
+    total = StepBytes()
+    for age, times in _distinct_ages(recipe, lengths):
+        total += step_bytes(recipe, lengths, shape, model_dtype, age) * times
+    return total / recipe.anchor_every
+
+
+def _distinct_ages(recipe: Recipe, lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (age, how many ages read as much): the steps of an interval differ only by the pages cold at their anchor."""
+    first: dict[tuple[int, ...], int] = {}
+    times: Counter[int] = Counter()
+    for age in range(recipe.anchor_every):
+        at_anchor = (regions(length - age, recipe.sinks, recipe.window).cold for length in set(lengths))
+        times[first.setdefault((min(age, 1), *at_anchor), age)] += 1
+    return list(times.items())
+
+
+def read_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> float:
+    """Return C: dense bytes / recipe bytes read, averaged over one anchor interval."""
+    return dense_bytes(lengths, shape) / interval_bytes(recipe, lengths, shape, model_dtype).kv
+
+
+def largest_step_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:
+    """Return the bytes of the costliest step of an anchor interval."""
+    ages = (age for age, _ in _distinct_ages(recipe, lengths))
+    return max((step_bytes(recipe, lengths, shape, model_dtype, age) for age in ages), key=lambda step: step.kv)
+
+
+def stored_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> int:
+    """Return the bytes that hold the tokens of one layer (live rows and scales; spare capacity is not counted)."""
+    everything = replace(recipe, fractions=(), selection="all", anchor_every=1) if recipe.fractions else recipe
+    total = int(step_bytes(everything, lengths, shape, model_dtype).kv)
+    if recipe.selection == "reuse":
+        heads = len(lengths) * shape.kv_heads
+        total += heads * round_up(shape.group * (shape.head_dim + 1) * _FLOAT_BYTES, _FLOAT_BYTES)
+    return total
+
+
+def stored_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> float:
+    """Return dense 16-bit bytes / bytes stored."""
+    return dense_bytes(lengths, shape) / stored_bytes(recipe, lengths, shape, model_dtype)

@@ -1,0 +1,185 @@
+"""From a budget and a calibration to one recipe a layer: the least total error whose bytes are within 1/C of the dense ones.
+
+Every layer chooses how K and V are stored and whether and how often pages are selected, every KV head its share of them, so
+that error + lambda * bytes is least; lambda is the smallest at which all layers together keep the budget (Everett 1963).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from elastickv.errors import UsageError
+from elastickv.recipe.byte_counts import interval_bytes, stored_ratio
+from elastickv.recipe.calibration import HeadErrors, ModelCalibration
+from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe
+from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
+from elastickv.recipe.solver import check_context, check_ratio, unmet
+
+_HALVINGS = 44  # of the logarithm of lambda, between these powers of e: to 1e-11 of it
+_STORED_SHARE, _MOST_STORED = 0.75, 3.0
+_LEAST, _MOST = -80.0, 80.0
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Recipes of a model's layers.
+
+    Attributes
+    ----------
+    recipes : one for each of `ModelCalibration.layers`, in that order.
+    ratio : dense bytes / bytes read, all these layers together, at the context it was solved for.
+    error : sum of the calibrated errors over layers and heads.
+    """
+
+    recipes: tuple[Recipe, ...]
+    ratio: float
+    error: float
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One way to store and read a layer: bytes of a head by fraction, errors by layer, head and fraction."""
+
+    recipe: Recipe
+    bytes_at: tuple[float, ...]
+    errors_at: tuple[HeadErrors, ...]
+    fractions: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    recipe: Recipe
+    error: float
+    n_bytes: float
+
+
+def for_ratio_by_layer(
+    calibration: ModelCalibration,
+    ratio: float,
+    context: int,
+    dtype: str = "bf16",
+    sinks: int = DEFAULT_SINKS,
+    window: int = DEFAULT_WINDOW,
+    anchor_every: int | None = None,
+    stored: float | None = None,
+) -> LayerPlan:
+    """Return the recipes of least calibrated error that together read at most 1/ratio of the dense bytes at `context`.
+
+    Parameters
+    ----------
+    dtype : the model's own dtype.
+    anchor_every : the steps between anchors where pages are selected; free among the calibrated ones if None.
+    stored : formats whose cold tokens take more than 1/stored of the dense bytes are left out. None: three quarters of
+        `ratio`, but at most 3: who asks for fewer bytes read expects fewer stored, and 4 bits with their scales reach 3.2.
+
+    Raises
+    ------
+    UsageError : if `ratio` is out of range, no recipes meet it at this context, or `anchor_every` was not calibrated.
+    """
+    check_ratio(ratio)
+    check_context(context)
+    layers = len(calibration.layers)
+    group = calibration.query_heads // calibration.kv_heads
+    head = AttentionShape(1, group, 1, calibration.head_dim)
+    dense = layers * calibration.kv_heads * interval_bytes(DENSE, [context], head).kv
+    if ratio == 1:
+        return LayerPlan((DENSE,) * layers, 1.0, 0.0)
+    least = min(_STORED_SHARE * ratio, _MOST_STORED) if stored is None else stored
+    options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least)
+    budget = dense / ratio
+
+    def chosen(price: float) -> list[_Choice]:
+        return [_cheapest(options, layer, price) for layer in range(layers)]
+
+    low, high = _LEAST, _MOST
+    if _bytes(chosen(math.exp(high))) > budget:
+        smallest = min(options, key=lambda option: min(option.bytes_at))
+        fewest = (
+            replace(smallest.recipe, fractions=(min(smallest.fractions),)) if smallest.recipe.fractions else smallest.recipe
+        )
+        raise UsageError(unmet(ratio, context, head, dtype, [fewest]))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _bytes(chosen(math.exp(middle))) <= budget else (middle, high)
+    choices = _filled(chosen(math.exp(high)), chosen(math.exp(low)), budget)
+    return LayerPlan(tuple(c.recipe for c in choices), dense / _bytes(choices), sum(c.error for c in choices))
+
+
+def _options(
+    calibration: ModelCalibration,
+    context: int,
+    head: AttentionShape,
+    dtype: str,
+    sinks: int,
+    window: int,
+    anchor_every: int | None,
+    stored: float,
+) -> list[_Option]:
+    if anchor_every is not None and anchor_every not in calibration.pages:
+        raise UsageError(
+            f"anchor_every={anchor_every} was not calibrated: choose {', '.join(map(str, sorted(calibration.pages)))}"
+        )
+    found = []
+    for value, value_errors in calibration.values.items():
+        name, _, channels = value.partition("/")
+        v_group = 0 if int(channels or 0) == head.head_dim else int(channels or 0)
+        for key, key_errors in calibration.keys.items():
+            recipe = Recipe(key, name, value_group=v_group, sinks=sinks, window=window)
+            if stored_ratio(recipe, [MAX_CONTEXT], head, dtype) < stored:
+                continue
+            rounding = _added(key_errors, value_errors)
+            found.append(_Option(recipe, (interval_bytes(recipe, [context], head, dtype).kv,), (rounding,), (1.0,)))
+            if key != "int4":
+                continue
+            for steps, curve in calibration.pages.items():
+                if anchor_every in (None, steps):
+                    by_pages = replace(recipe, selection="pages", fractions=(1.0,), anchor_every=steps)
+                    found.append(_pages_option(by_pages, curve, rounding, context, head, dtype))
+    if not found:
+        raise UsageError(f"no calibrated format stores cold tokens in 1/{stored:g} of the dense bytes: ask for less")
+    return found
+
+
+def _pages_option(
+    recipe: Recipe, curve: Mapping[float, HeadErrors], rounding: HeadErrors, context: int, head: AttentionShape, dtype: str
+) -> _Option:
+    fractions = tuple(sorted(curve, reverse=True))
+    read = [interval_bytes(replace(recipe, fractions=(f,)), [context], head, dtype).kv for f in fractions]
+    return _Option(recipe, tuple(read), tuple(_added(curve[f], rounding) for f in fractions), fractions)
+
+
+def _added(first: HeadErrors, second: HeadErrors) -> HeadErrors:
+    return tuple(tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in zip(first, second, strict=True))
+
+
+def _cheapest(options: Sequence[_Option], layer: int, price: float) -> _Choice:
+    """Return the layer's choice of least error + price * bytes; of equals the one of fewest bytes."""
+
+    def weighed(option: _Option) -> tuple[float, float, _Option, list[int]]:
+        points, cost, n_bytes = [], 0.0, 0.0
+        for head in range(len(option.errors_at[0][layer])):
+            costs = [errors[layer][head] + price * b for errors, b in zip(option.errors_at, option.bytes_at, strict=True)]
+            point = min(range(len(costs)), key=lambda i: (costs[i], option.bytes_at[i]))
+            points.append(point)
+            cost, n_bytes = cost + costs[point], n_bytes + option.bytes_at[point]
+        return cost, n_bytes, option, points
+
+    _, n_bytes, option, points = min(map(weighed, options), key=lambda found: found[:2])
+    recipe = option.recipe
+    if recipe.fractions:
+        fractions = tuple(option.fractions[i] for i in points)
+        recipe = replace(recipe, fractions=fractions[:1] if len(set(fractions)) == 1 else fractions)
+    return _Choice(recipe, sum(option.errors_at[i][layer][h] for h, i in enumerate(points)), n_bytes)
+
+
+def _filled(within: list[_Choice], beyond: list[_Choice], budget: float) -> list[_Choice]:
+    """Return `within` with layers of `beyond`, the solution at the next lower price, while the budget lasts."""
+    choices = list(within)
+    for layer, better in enumerate(beyond):
+        if _bytes(choices) - choices[layer].n_bytes + better.n_bytes <= budget and better.error < choices[layer].error:
+            choices[layer] = better
+    return choices
+
+
+def _bytes(choices: Sequence[_Choice]) -> float:
+    return sum(choice.n_bytes for choice in choices)

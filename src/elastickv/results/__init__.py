@@ -1,0 +1,1 @@
+"""Results on disk: reading, comparing and formatting them."""

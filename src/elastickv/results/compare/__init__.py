@@ -1,0 +1,1 @@
+"""Two sets of results compared, cell by cell."""

@@ -1,0 +1,224 @@
+"""What became of one figure between two sides: the interval of its times' ratio, a verdict, and the change of the error."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from elastickv.benchmark.accuracy import KERNEL_ERROR_LIMITS
+from elastickv.benchmark.stats.intervals import Interval, Moments, ratio_interval, ratio_of_moments, truncated
+from elastickv.benchmark.stats.location import huber
+from elastickv.results.compare.runs import Cell, Fidelity, Run, Times
+
+NO_SPREAD = "a file tells no spread of it"
+NO_CONTROL = "measured against different dense contenders"
+TOO_FAR = "dense itself takes so much longer on one side that the machine was not the same, and no control"
+# Up to this ratio of dense times drift is taken for clocks and temperature, which slow elastic alike; beyond it somebody else
+# had the cores or the bandwidth, and what that does to dense and to elastic differs by more than a margin.
+DRIFT_LIMIT = 1.5
+RUNS_FOR_SPREAD = 3  # runs a side from which on their own spread, and not that within one of them, makes the interval
+_ROUNDING = KERNEL_ERROR_LIMITS["fp32"]  # what float32 may add to an error: a smaller change is none
+
+Series = Sequence[tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class FidelityChange:
+    """What became of the recipe error.
+
+    Attributes
+    ----------
+    a, b : recipe error on each side; None where it was not measured.
+    ratio : the larger of B's mean over A's and B's p95 over A's; None where they cannot be compared.
+    verdict : 'SAME', 'WORSE', 'BETTER' or 'UNKNOWN'.
+    why : why it is unknown.
+    """
+
+    a: Fidelity | None
+    b: Fidelity | None
+    ratio: float | None
+    verdict: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of one cell.
+
+    Attributes
+    ----------
+    cell, figure : what was measured; 'step', 'cycle of N' tokens or 'token'.
+    a, b : files of the runs on each side.
+    a_ms, b_ms : time on each side, as its file reports it (the mean of several runs').
+    recipe_a, recipe_b, ratio_read_a, ratio_read_b : what was run, and dense bytes / bytes read.
+    ratio : B's time / A's, each against its control where dense was measured; None where there can be no interval.
+    why : why there can be none; empty where there is one.
+    control, drift : the dense contender that both sides measured in turns, and its time in B / in A; None without one.
+    verdict : 'SAME', 'FASTER', 'SLOWER' or 'AMBIGUOUS'.
+    fidelity : what became of the recipe error.
+    """
+
+    cell: Cell
+    figure: str
+    a: tuple[str, ...]
+    b: tuple[str, ...]
+    a_ms: float
+    b_ms: float
+    recipe_a: str | None
+    recipe_b: str | None
+    ratio_read_a: float | None
+    ratio_read_b: float | None
+    ratio: Interval | None
+    why: str
+    control: str | None
+    drift: float | None
+    verdict: str
+    fidelity: FidelityChange
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
+        return asdict(self) | {"cell": dict(self.cell.pairs)}
+
+
+@dataclass(frozen=True)
+class TimeChange:
+    """B's times over A's, or why they have no interval; their control, and its own time in B over that in A."""
+
+    ratio: Interval | None
+    why: str = ""
+    control: str | None = None
+    drift: float | None = None
+
+
+def change(cell: Cell, figure: str, a: Sequence[Run], b: Sequence[Run], margins: tuple[float, float], controlled: bool) -> Row:
+    """Return what became of a figure that both sides measured.
+
+    Parameters
+    ----------
+    a, b : runs of the cell.
+    margins : of times and of recipe errors, percent.
+    controlled : judge times against the dense contender that both sides measured in turns with them.
+    """
+    times_a, times_b = [run.figures[figure] for run in a], [run.figures[figure] for run in b]
+    times = time_change(times_a, times_b, controlled)
+    return Row(
+        cell=cell,
+        figure=figure,
+        a=tuple(run.source for run in a),
+        b=tuple(run.source for run in b),
+        a_ms=float(np.mean([t.mean_ms for t in times_a])),
+        b_ms=float(np.mean([t.mean_ms for t in times_b])),
+        recipe_a=a[0].recipe,
+        recipe_b=b[0].recipe,
+        ratio_read_a=a[0].ratio_read,
+        ratio_read_b=b[0].ratio_read,
+        ratio=times.ratio,
+        why=times.why,
+        control=times.control,
+        drift=times.drift,
+        verdict=verdict(times.ratio, margins[0]),
+        fidelity=fidelity_change(_worst(a, figure), _worst(b, figure), margins[1]),
+    )
+
+
+def verdict(ratio: Interval | None, margin_percent: float) -> str:
+    """Return what an interval of B's time / A's says: it lies inside the margin, beyond it, or across its edge."""
+    if ratio is None:
+        return "AMBIGUOUS"
+    edge = 1 + margin_percent / 100
+    if ratio.low > edge:
+        return "SLOWER"
+    if ratio.high < 1 / edge:
+        return "FASTER"
+    return "SAME" if 1 / edge <= ratio.low and ratio.high <= edge else "AMBIGUOUS"
+
+
+def time_change(a: Sequence[Times], b: Sequence[Times], controlled: bool) -> TimeChange:
+    """Return the ratio of the times of B and A.
+
+    Where dense was measured, but not the same contender on both sides, there is none to judge: the machine may have drifted.
+    Nor is there where dense drifted too far to be a control.
+    """
+    if any(times.elastic is None for times in (*a, *b)):
+        return TimeChange(None, NO_SPREAD)
+    if not controlled or not all(times.dense for times in (*a, *b)):
+        return TimeChange(_as_they_stand(a, b))
+    control = _control(a, b)
+    if control is None:
+        return TimeChange(None, NO_CONTROL)
+    centre_a, centre_b = (float(np.mean([_centre(times.dense[control]) for times in side])) for side in (a, b))
+    drift = centre_b / centre_a
+    if not 1 / DRIFT_LIMIT <= drift <= DRIFT_LIMIT:
+        return TimeChange(None, TOO_FAR, control, drift)
+    return TimeChange(_interval(_costs(a, control), _costs(b, control)), "", control, drift)
+
+
+def fidelity_change(a: Fidelity | None, b: Fidelity | None, margin_percent: float) -> FidelityChange:
+    """Return what became of the recipe error: worse if its mean or its p95 rose by more than the margin."""
+    if a is None or b is None:
+        sides = " and ".join(name for name, side in (("A", a), ("B", b)) if side is None)
+        return FidelityChange(a, b, None, "UNKNOWN", f"no recipe error in {sides}")
+    if a.measured_on != b.measured_on:
+        return FidelityChange(a, b, None, "UNKNOWN", f"measured on {a.measured_on} in A, on {b.measured_on} in B")
+    edge, pairs = 1 + margin_percent / 100, ((a.mean, b.mean), (a.p95, b.p95))
+    if any(after > before * edge + _ROUNDING for before, after in pairs):
+        judged = "WORSE"
+    else:
+        judged = "BETTER" if any(after < before / edge - _ROUNDING for before, after in pairs) else "SAME"
+    return FidelityChange(a, b, b.mean / a.mean if a.mean else None, judged)
+
+
+def _control(a: Sequence[Times], b: Sequence[Times]) -> str | None:
+    """Return a dense contender that every run timed in turns with elastic: A's baseline if it is one, for it comes first."""
+    common = [name for name in a[0].dense if all(len(times.dense.get(name, ())) > 1 for times in (*a, *b))]
+    return common[0] if common else None
+
+
+def _costs(side: Sequence[Times], control: str) -> Series:
+    """Return elastic time / dense time, pair by pair: what disturbs both of a pair alike is in neither."""
+    return [
+        tuple(own / dense for own, dense in zip(times.elastic, times.dense[control], strict=False))
+        for times in side
+        if isinstance(times.elastic, tuple)
+    ]
+
+
+def _as_they_stand(a: Sequence[Times], b: Sequence[Times]) -> Interval:
+    series_a, series_b = ([t.elastic for t in side if isinstance(t.elastic, tuple)] for side in (a, b))
+    if len(series_a) == len(a) and len(series_b) == len(b):
+        return _interval(series_a, series_b)
+    return ratio_of_moments(_moments(b), _moments(a))
+
+
+def _interval(a: Series, b: Series) -> Interval:
+    if min(len(a), len(b)) >= RUNS_FOR_SPREAD:
+        centres_a, centres_b = ([_centre(series) for series in side] for side in (a, b))
+        return ratio_interval(centres_b, centres_a, math.inf, paired=False)
+    joined_a, joined_b = ([time for series in side for time in series] for side in (a, b))
+    return ratio_interval(joined_b, joined_a, paired=False)
+
+
+def _centre(series: tuple[float, ...]) -> float:
+    return math.exp(huber(np.log(series))[0])
+
+
+def _moments(side: Sequence[Times]) -> Moments:
+    """Return what is known of a side, several runs as one: their spread is that within them and that between them."""
+    each = []
+    for times in side:
+        if isinstance(times.elastic, Moments):
+            each.append(times.elastic)
+        elif times.elastic is not None:
+            kept = truncated(times.elastic, times.truncate)
+            each.append(Moments(float(kept.mean()), float(kept.std(ddof=1)), len(times.elastic), times.truncate))
+    means = [m.mean for m in each]
+    std = math.hypot(math.sqrt(float(np.mean([m.std**2 for m in each]))), float(np.std(means)))
+    return Moments(float(np.mean(means)), std, sum(m.samples for m in each), max(m.percent for m in each))
+
+
+def _worst(runs: Sequence[Run], figure: str) -> Fidelity | None:
+    """Return the largest error that came with a figure of several runs; None if one of them has none."""
+    errors = [run.figures[figure].fidelity or run.fidelity for run in runs]
+    return max((e for e in errors if e is not None), key=lambda e: e.mean) if all(errors) else None

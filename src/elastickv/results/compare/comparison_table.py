@@ -1,0 +1,163 @@
+"""A comparison as a table: for a terminal, a page, a spreadsheet."""
+
+import io
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from elastickv.results.compare.change import Row
+from elastickv.results.compare.comparison import Comparison
+from elastickv.results.compare.runs import Cell
+from elastickv.results.formats.html import html_table
+from elastickv.results.formats.plain_json import dumps
+from elastickv.results.formats.rows import csv_of, markdown_cell
+from elastickv.results.formats.table import literal
+
+_COLOURS = {"SAME": "dim", "FASTER": "green", "SLOWER": "bold red", "AMBIGUOUS": "yellow"}
+_HEADERS = ("figure", "A ms", "B ms", "B / A", "verdict", "dense B / A", "error A", "error B", "fidelity")
+_NUMBERS = ("A ms", "B ms", "B / A", "dense B / A", "error A", "error B")
+
+
+def flat(row: Row) -> dict[str, Any]:
+    """Return a row as columns with plain values; None where there is none."""
+    ratio, fidelity = row.ratio, row.fidelity
+    return {
+        "cell": str(row.cell),
+        **dict(row.cell.pairs),
+        "figure": row.figure,
+        "a_ms": row.a_ms,
+        "b_ms": row.b_ms,
+        "ratio": ratio and ratio.estimate,
+        "ratio_low": ratio and ratio.low,
+        "ratio_high": ratio and ratio.high,
+        "verdict": row.verdict,
+        "control": row.control,
+        "dense_ratio": row.drift,
+        "recipe_a": row.recipe_a,
+        "recipe_b": row.recipe_b,
+        "ratio_read_a": row.ratio_read_a,
+        "ratio_read_b": row.ratio_read_b,
+        "recipe_error_a": fidelity.a and fidelity.a.mean,
+        "recipe_error_b": fidelity.b and fidelity.b.mean,
+        "fidelity": fidelity.verdict,
+    }
+
+
+def as_terminal(comparison: Comparison) -> str:
+    """Return what a person wants to see first: each verdict with its interval and its price, the sum of them, every warning."""
+    out = io.StringIO()
+    console = Console(file=out, width=200, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    headers, rows = _grid(comparison)
+    for header in headers:
+        table.add_column(literal(header), justify="right" if header in _NUMBERS else "left", no_wrap=header in _NUMBERS)
+    for cells in rows:
+        table.add_row(*(f"[{_COLOURS[text]}]{text}[/]" if text in _COLOURS else literal(text) for text in cells))
+    console.print(table)
+    for line in _sentences(comparison):
+        console.print(literal(line), soft_wrap=True)
+    for warning in comparison.warnings:
+        console.print(f"[yellow]warning:[/] {literal(warning)}", soft_wrap=True)
+    return out.getvalue()
+
+
+def as_html(comparison: Comparison) -> str:
+    """Return a table for a notebook, with everything that is said of it."""
+    headers, rows = _grid(comparison)
+    return html_table(headers, rows, [*_sentences(comparison), *(f"warning: {warning}" for warning in comparison.warnings)])
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """Return the same as Markdown."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(map(markdown_cell, cells)) + " |"
+
+    headers, rows = _grid(comparison)
+    lines = [line(headers), "|" + " --- |" * len(headers), *map(line, rows), ""]
+    lines += [f"- {markdown_cell(text)}" for text in _sentences(comparison)]
+    lines += [f"- warning: {markdown_cell(warning)}" for warning in comparison.warnings]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(comparison: Comparison) -> str:
+    """Return a header line and a line for each figure of a cell."""
+    rows = [flat(row) for row in comparison.rows]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return csv_of([{name: row.get(name) for name in columns} for row in rows])
+
+
+def as_jsonl(comparison: Comparison) -> str:
+    """Return a line of JSON for each figure of a cell."""
+    return "".join(json.dumps(row.as_dict(), allow_nan=False) + "\n" for row in comparison.rows)
+
+
+FORMATS: dict[str, Callable[[Comparison], str]] = {
+    "table": as_terminal,
+    "json": lambda comparison: dumps(comparison.as_dict()),
+    "jsonl": as_jsonl,
+    "csv": as_csv,
+    "md": as_markdown,
+    "html": as_html,
+}
+
+
+def _grid(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: what tells cells apart, a column each, and then what was found."""
+    pairs = [dict(row.cell.pairs) for row in comparison.rows]
+    common = dict(_common(comparison).pairs)
+    axes = [name for name in dict.fromkeys(name for told in pairs for name in told) if name not in common]
+    rows = [
+        [*(_short(told.get(name)) for name in axes), *_found(row)] for told, row in zip(pairs, comparison.rows, strict=True)
+    ]
+    return [*axes, *_HEADERS], rows
+
+
+def _common(comparison: Comparison) -> Cell:
+    """Return what all cells share."""
+    first, *others = (row.cell for row in comparison.rows)
+    return Cell(tuple(pair for pair in first.pairs if all(pair in cell.pairs for cell in others)), ())
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _found(row: Row) -> tuple[str, ...]:
+    ratio, fidelity = row.ratio, row.fidelity
+    return (
+        row.figure,
+        f"{row.a_ms:.4g}",
+        f"{row.b_ms:.4g}",
+        f"{ratio.estimate:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio else f"{row.b_ms / row.a_ms:.3f} [no interval]",
+        row.verdict,
+        f"{row.drift:.3f}" if row.drift else "-",
+        f"{fidelity.a.mean:.4f}" if fidelity.a else "-",
+        f"{fidelity.b.mean:.4f}" if fidelity.b else "-",
+        fidelity.verdict,
+    )
+
+
+def _sentences(comparison: Comparison) -> list[str]:
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in comparison.counts().items() if count)
+    margins = f"margin {comparison.margin_percent:g} %, of recipe errors {comparison.fidelity_margin_percent:g} %"
+    lines = [f"{comparison.b} against {comparison.a}: {counts} ({margins}; 95 % intervals)"]
+    common = _common(comparison)
+    if common.pairs:
+        lines.insert(0, f"all cells: {common}")
+    changed = {(row.recipe_a, row.recipe_b) for row in comparison.rows if row.recipe_a != row.recipe_b}
+    lines += [f"recipe: {before or 'none'} in A, {after or 'none'} in B" for before, after in sorted(changed, key=str)]
+    for why in dict.fromkeys(row.why for row in comparison.rows if row.why):
+        lines.append(
+            f"no interval of {', '.join(dict.fromkeys(row.figure for row in comparison.rows if row.why == why))}: {why}"
+        )
+    reasons = dict.fromkeys(row.fidelity.why for row in comparison.rows if row.fidelity.why)
+    lines += [f"fidelity unknown: {why}" for why in reasons]
+    for name, alone in (("A", comparison.only_a), ("B", comparison.only_b)):
+        lines += [f"only {name} measured {cell}: {why}" for cell, why in alone.items()]
+    return lines

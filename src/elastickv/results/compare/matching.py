@@ -1,0 +1,161 @@
+"""Which runs of two sides belong together, and what a reader must know of how each was measured."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.results.compare.result_sets import Side
+from elastickv.results.compare.runs import Cell, Run
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The runs of one cell on both sides."""
+
+    cell: Cell
+    a: list[Run]
+    b: list[Run]
+
+    @property
+    def figures(self) -> list[str]:
+        """The figures that all of them have."""
+        return [figure for figure in self.a[0].figures if all(figure in run.figures for run in (*self.a, *self.b))]
+
+
+@dataclass(frozen=True)
+class Match:
+    """What belongs together.
+
+    Attributes
+    ----------
+    pairs : cells that both sides measured.
+    only_a, only_b : cells that one side alone measured, and what is known of why.
+    other_device : whether the two sides ran on different devices.
+    unmeasured : what each side's files say they could not measure.
+    """
+
+    pairs: list[Pair]
+    only_a: dict[str, str]
+    only_b: dict[str, str]
+    other_device: bool
+    unmeasured: list[str] = field(default_factory=list)
+
+
+def match(a: Side, b: Side, allow_different_device: bool) -> Match:
+    """Return which runs of two sides are of the same cell: the same workload, asked for in the same way, on the same device.
+
+    Two sides of one cell each are matched by their workload alone: what was asked for may be what differs.
+
+    Raises
+    ------
+    UsageError : if there is nothing to compare, or it ran on different devices and that is not allowed.
+    """
+    devices_a, devices_b = ({run.device for run in side.runs} for side in (a, b))
+    other_device = allow_different_device and devices_a != devices_b
+    if other_device:
+        for side, devices in ((a, devices_a), (b, devices_b)):
+            if len(devices) > 1:
+                raise UsageError(f"{side.name} holds results of {_list(devices)}: compare one device with one other")
+    elif not devices_a & devices_b:
+        raise UsageError(
+            f"{a.name} was measured on {_list(devices_a)}, {b.name} on {_list(devices_b)}: measure both on one device, or "
+            "compare them all the same with --allow-different-device"
+        )
+    key = _key(a.runs, b.runs, by_device=not other_device)
+    cells_a, cells_b = _grouped(a.runs, key), _grouped(b.runs, key)
+    common = [k for k in cells_a if k in cells_b]
+    if not common and len(cells_a) == len(cells_b) == 1:
+        pairs = [_by_workload(a, b)]
+        cells_a = cells_b = {}
+    else:
+        pairs = [Pair(_named(k[0], k[-1]), cells_a[k], cells_b[k]) for k in common]
+    if not pairs:
+        raise UsageError(
+            f"no cell of {a.name} is in {b.name}: A measured {next(iter(cells_a))[0]}, B {next(iter(cells_b))[0]}; "
+            "compare results of the same workloads and options"
+        )
+    only_a = {str(_named(k[0], k[-1])): f"not in {b.name}" for k in cells_a if k not in cells_b}
+    only_b = {str(_named(k[0], k[-1])): f"not in {a.name}" for k in cells_b if k not in cells_a}
+    unmeasured = [f"{side.name} did not measure {cell}: {why}" for side in (a, b) for cell, why in side.not_measured.items()]
+    return Match(pairs, only_a, only_b, other_device, unmeasured)
+
+
+def cautions(matched: Match) -> Iterator[str]:
+    """Yield one line for each thing that limits what a comparison shows."""
+    pairs = matched.pairs
+    if matched.other_device:
+        yield f"different devices: A {pairs[0].a[0].device}, B {pairs[0].b[0].device}; times as they stand, not against dense"
+    shared = sum(any(run.copies(other) for run in pair.a for other in pair.b) for pair in pairs)
+    if shared:
+        yield f"A and B hold the same run in {shared} of {len(pairs)} cells: nothing was measured anew there"
+    differing: Counter[tuple[str, str, str]] = Counter()
+    for pair in pairs:
+        a, b = ([dict(run.cell.asked) | run.protocol for run in side] for side in (pair.a, pair.b))
+        for name in dict.fromkeys(name for told in (*a, *b) for name in told):
+            if any(told.get(name) is None for told in (*a, *b)):
+                continue
+            values = [{str(told[name]) for told in side} for side in (a, b)]
+            if values[0] != values[1]:
+                differing[(name, _list(values[0]), _list(values[1]))] += 1
+    for (name, in_a, in_b), count in differing.items():
+        yield f"{name} differs: A {in_a}, B {in_b}" + (f" ({count} of {len(pairs)} cells)" if count < len(pairs) else "")
+    runs = [run for pair in pairs for run in (*pair.a, *pair.b)]
+    if any(run.protocol["program"] == "the original" for run in runs):
+        yield (
+            "the original program's step computes no softmax over the context, and its files hold no samples: intervals come "
+            "from its mean, deviation and count, times as they stand"
+        )
+    sequential = sum(run.protocol.get("pairing") == "sequential" for run in runs)
+    if sequential:
+        yield f"{sequential} of {len(runs)} runs measured dense and elastic one after the other: --paired-baseline takes turns"
+    incomplete = [run.source for run in runs if not run.complete]
+    if incomplete:
+        yield f"interrupted, incomplete: {', '.join(incomplete)}"
+    for pair in pairs:
+        missing = {figure for run in (*pair.a, *pair.b) for figure in run.figures} - set(pair.figures)
+        if missing:
+            yield f"{pair.cell}: {_list(missing)} measured on one side only, and not compared"
+    yield from matched.unmeasured
+
+
+def _key(a: Sequence[Run], b: Sequence[Run], by_device: bool) -> Callable[[Run], Key]:
+    """Return what tells cells apart; where one was measured with several recipes, the recipe too: they are no repetitions."""
+
+    def short(run: Run) -> Key:
+        return run.cell, run.device if by_device else None
+
+    several = set()
+    for side in (a, b):
+        for key, runs in _grouped(side, short).items():
+            if len({run.recipe for run in runs}) > 1:
+                several.add(key)
+    return lambda run: (*short(run), run.recipe if short(run) in several else None)
+
+
+def _grouped(runs: Sequence[Run], key: Callable[[Run], Key]) -> dict[Key, list[Run]]:
+    groups: dict[Key, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[key(run)].append(run)
+    return dict(groups)
+
+
+def _named(cell: Cell, recipe: str | None) -> Cell:
+    return cell if recipe is None else replace(cell, asked=(*cell.asked, ("ran", recipe)))
+
+
+def _by_workload(a: Side, b: Side) -> Pair:
+    cell_a, cell_b = a.runs[0].cell, b.runs[0].cell
+    if cell_a.workload != cell_b.workload:
+        raise UsageError(
+            f"{a.name} measured {Cell(cell_a.workload, ())}, {b.name} {Cell(cell_b.workload, ())}: give results of one workload"
+        )
+    same = tuple(pair for pair in cell_a.asked if pair in cell_b.asked)
+    return Pair(Cell(cell_a.workload, same), a.runs, b.runs)
+
+
+def _list(values: set[Any]) -> str:
+    return ", ".join(sorted(map(str, values)))

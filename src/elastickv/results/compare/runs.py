@@ -1,0 +1,88 @@
+"""What a comparison takes of a result, whichever program wrote it."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from elastickv.benchmark.stats.intervals import Moments
+
+Pairs = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was measured: a workload, and what was asked of it. Both are (name, value) pairs, in order."""
+
+    workload: Pairs
+    asked: Pairs
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.pairs)
+
+    @property
+    def pairs(self) -> Pairs:
+        """All of them."""
+        return self.workload + self.asked
+
+
+@dataclass(frozen=True)
+class Times:
+    """One figure's times.
+
+    Attributes
+    ----------
+    mean_ms : as the file reports it.
+    elastic : the samples in milliseconds, or what is known of them; None where the file tells no spread.
+    dense : samples of dense contenders taken in turns with them, by name.
+    truncate : percent of samples cut at either end.
+    fidelity : the error of this figure's own cache, where a run has several; else that of the run counts.
+    """
+
+    mean_ms: float
+    elastic: tuple[float, ...] | Moments | None
+    dense: dict[str, tuple[float, ...]]
+    truncate: float
+    fidelity: "Fidelity | None" = None
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The error that came with the times: what it was measured on, mean, p95 and max, and the kernel error's mean.
+
+    Of a step it is the recipe error; of a model what its predictions lose (KL, nats), where the kernel has no error apart.
+    """
+
+    measured_on: str
+    mean: float
+    p95: float
+    max: float
+    kernel: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result.
+
+    Attributes
+    ----------
+    source : its file, and the line of it.
+    device : what it ran on; `driver`, `versions`, `threads` and so on are among `protocol`.
+    recipe, ratio_read : what was run for what was asked, and dense bytes / bytes read; None where the program has none.
+    protocol : how it was measured, name -> value.
+    figures : 'step', and where it was measured 'cycle' with its tokens.
+    fidelity : None where none was measured.
+    complete : False for an interrupted run.
+    """
+
+    source: str
+    cell: Cell
+    device: str
+    recipe: str | None
+    ratio_read: float | None
+    protocol: dict[str, Any]
+    figures: dict[str, Times]
+    fidelity: Fidelity | None
+    complete: bool
+
+    def copies(self, other: "Run") -> bool:
+        """Whether both are one measurement, in whatever files."""
+        return self.cell == other.cell and self == replace(other, source=self.source)

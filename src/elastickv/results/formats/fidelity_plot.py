@@ -1,0 +1,76 @@
+"""A fidelity result as a figure: loss over C for every context, and a heat map of retrieval. Needs matplotlib."""
+
+import io
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.results.files import write_bytes
+
+SUFFIXES = (".png", ".svg", ".pdf")
+_MOST_TICKS = 5
+_FIGURES = (("ppl_change_percent", "perplexity change, %"), ("kl", "KL, nats"), ("top1_percent", "same top-1, %"))
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a figure that cannot be drawn.
+
+    Raises
+    ------
+    UsageError : if the suffix is unknown or matplotlib is missing.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--plot {path}: the suffix says the format; give {', '.join(SUFFIXES)}")
+    if find_spec("matplotlib") is None:
+        raise UsageError('--plot needs matplotlib: pip install "elastickv[report]"')
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw a result into a file.
+
+    Raises
+    ------
+    UsageError : as `check_plot`, and if it cannot be written.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    needle = result["needle"]
+    names = list(dict.fromkeys(name for row in needle for name in row["found"]))
+    rows = 2 if needle else 1
+    columns = max(len(_FIGURES), len(names))
+    figure = Figure(figsize=(3.4 * columns, 3.2 * rows), layout="constrained")
+    for number, (name, label) in enumerate(_FIGURES):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        for context in dict.fromkeys(row["context"] for row in result["rows"]):
+            _curve(axes, [row for row in result["rows"] if row["context"] == context and row["compress"]], name, context)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("dense bytes / bytes read")
+        axes.set_ylabel(label)
+        axes.legend(title="context")
+    for number, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, columns + number + 1)
+        _map(axes, needle, name)
+    figure.suptitle(f"{result['model']['name']}: {', '.join(result['texts'])}")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.lower()[1:])
+    write_bytes(path, drawn.getvalue())
+
+
+def _curve(axes: Any, rows: list[dict[str, Any]], name: str, context: int) -> None:
+    means = [row[name]["mean"] for row in rows]
+    around = [[row[name]["mean"] - row[name]["low"] for row in rows], [row[name]["high"] - row[name]["mean"] for row in rows]]
+    bars = [[max(0.0, length) for length in side] for side in around]
+    axes.errorbar([row["read_ratio"] for row in rows], means, yerr=bars, marker="o", capsize=3, label=str(context))
+
+
+def _map(axes: Any, needle: list[dict[str, Any]], name: str) -> None:
+    grid = [[float(hit) for hit in row["found"].get(name, [float("nan")] * len(row["depths"]))] for row in needle]
+    axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_yticks(range(len(needle)), [str(row["tokens"]) for row in needle])
+    depths = needle[0]["depths"]
+    shown = range(0, len(depths), -(-len(depths) // _MOST_TICKS))
+    axes.set_xticks(shown, [f"{depths[i]:.0%}" for i in shown])
+    axes.set_xlabel("depth of the pass key")
+    axes.set_title(name)

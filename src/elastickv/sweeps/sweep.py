@@ -1,0 +1,88 @@
+"""`elastickv.sweep`: a sweep from Python."""
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.sweeps.journal import Journal
+from elastickv.sweeps.plan import PRESETS, Cell, Plan, merged, read_plan
+from elastickv.sweeps.scheduler import Watcher, measure
+from elastickv.sweeps.sweep_result import Sweep
+
+
+class _Silent:
+    def begin(self, done: int, total: int) -> None:
+        pass
+
+    def working(self, cell: Cell, phase: str, share: float) -> None:
+        pass
+
+    def finished(self, cell: Cell, status: str, reason: str | None) -> None:
+        pass
+
+    def left_out(self, device: int | None, reason: str) -> None:
+        pass
+
+
+def sweep(
+    *,
+    output: Path | str | None = None,
+    plan: Path | str | None = None,
+    preset: str | None = None,
+    resume: bool = False,
+    retry_failed: bool = False,
+    devices: Sequence[int] | None = None,
+    time_limit_s: float | None = None,
+    watcher: Watcher | None = None,
+    command: tuple[str, ...] = (),
+    **given: Any,
+) -> Sweep:
+    """Measure every combination of axes, each through the paired sampler of `bench`.
+
+    Parameters
+    ----------
+    output : file of the sweep, JSON Lines; None keeps it in memory only.
+    plan : TOML or JSON file of axes and settings.
+    preset : 'smoke' is a minute's; what is given beside it replaces its own.
+    resume : continue the sweep that `output` holds, if there is one.
+    retry_failed : with `resume`, measure the cells once more that failed.
+    devices : numbers of CUDA devices, one process each.
+    time_limit_s : stop after this many seconds; what is measured by then is kept.
+    watcher : told how it goes.
+    command : what was typed, for the record.
+    **given : axes (seq, batch, compress, recipe, heads, kv_heads, dim, dtype, cache, sinks, window, anchor_every), each a
+        value, a list or a text such as '1-64*4'; what all cells share (backend, reps, warmup, inner_loops, seed, ...);
+        baseline ('transformers', 'gguf' or both) and model (paths or hub ids), which add a cell for each pair.
+
+    Raises
+    ------
+    UsageError : if something given is unknown or out of range, `output` holds another plan or cannot be written any more.
+    DeviceFailure : if no device is left to measure on. What is measured by then is in `output`.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
+    if resume and output is None:
+        raise UsageError("--resume continues a file: give --output too")
+    if retry_failed and not resume:
+        raise UsageError("--retry-failed measures cells of a file again: give --resume too")
+    if time_limit_s is not None and not 0 < time_limit_s < float("inf"):
+        raise UsageError(f"--time-limit={time_limit_s} is out of range: give seconds above 0")
+    chosen: list[int | None] = [None] if devices is None else list(devices)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise UsageError(f"--devices {','.join(map(str, chosen))}: give each device once, at least one")
+    asked = merged({} if plan is None else read_plan(Path(plan)), given)
+    planned = Plan.of((PRESETS[preset] if preset else {}) | asked)
+    if devices is not None and planned.settings.get("backend") == "cpu":
+        raise UsageError("--devices are GPUs: leave it out with --backend cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "sweep.jsonl") if output is None else Path(output)
+        with Journal(path, planned, resume, command, retry_failed) as journal:
+            if journal.other_version is not None:
+                warnings.warn(
+                    f"{path} was begun at commit {journal.other_version}: its cells are of two versions", stacklevel=2
+                )
+            measure(planned, journal, watcher or _Silent(), chosen, time_limit_s, command)
+        return Sweep.load(path)

@@ -1,0 +1,199 @@
+"""A sweep as a value: rows, files, a table in a notebook."""
+
+import io
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.results.documents import Document
+from elastickv.results.files import write_bytes
+from elastickv.results.formats import dumps, write_text
+from elastickv.results.formats.html import html_paragraphs, html_table
+from elastickv.results.formats.rows import COLUMNS, brief, csv_of, frame, markdown_of, row
+from elastickv.results.readers import run_of
+from elastickv.sweeps.baseline_cells import is_baseline
+from elastickv.sweeps.journal import read
+from elastickv.sweeps.plan import name
+
+EXPORTS = (".csv", ".md", ".json", ".parquet")
+_BRIEF = (
+    "status",
+    "recipe_used",
+    "ratio_read",
+    "baseline_ms",
+    "elastic_ms",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "recipe_error",
+)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The cells of a sweep that are measured so far; shown as a table in a notebook.
+
+    Attributes
+    ----------
+    header : plan, versions, and how many cells there are to be.
+    cells : one a cell: `cell` (axis -> value), `status`, `reason`, and where the status is ok all of the result.
+    """
+
+    header: dict[str, Any]
+    cells: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Sweep":
+        """Return the sweep that a file holds, its cells in the order of their axes.
+
+        Raises
+        ------
+        UsageError : if it is no file of a sweep.
+        """
+        header, cells = read(Path(path))
+        axes = list(header.get("axes", {}))
+
+        def place(record: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
+            found = [record["cell"].get(axis) for axis in axes]
+            return tuple(("", v, "") if isinstance(v, (int, float)) else ("t", 0.0, str(v)) for v in found)
+
+        return cls(header, sorted(cells, key=place))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell of the plan is there."""
+        return bool(len(self.cells) == self.header["cells"])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row a cell: its axes, status and reason, then the columns of a result; None where nothing was measured."""
+        axes = list(self.header.get("axes", {}))
+        return [self._row(record, axes) for record in self.cells]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return header and cells, raw samples among them, as JSON values."""
+        return {"sweep": self.header, "cells": self.cells}
+
+    def to_json(self) -> str:
+        """Return the same as indented JSON."""
+        return dumps(self.as_dict())
+
+    def to_csv(self) -> str:
+        """Return the rows as CSV."""
+        return csv_of(self._some_rows())
+
+    def to_markdown(self) -> str:
+        """Return the rows' most asked-for columns as a Markdown table."""
+        return markdown_of(self._brief())
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a `pandas.DataFrame`.
+
+        Raises
+        ------
+        UsageError : if pandas is not installed.
+        """
+        return frame(self.rows())
+
+    def to_parquet(self) -> bytes:
+        """Return the rows as a Parquet file.
+
+        Raises
+        ------
+        UsageError : if pyarrow is not installed.
+        """
+        _require("pyarrow")
+        import pyarrow
+        import pyarrow.parquet
+
+        out = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self._some_rows()), out)
+        return out.getvalue()
+
+    def save(self, path: Path | str) -> None:
+        """Write the sweep in the format that the suffix names: one of `EXPORTS`.
+
+        Raises
+        ------
+        UsageError : as `check_export`, and if it cannot be written.
+        """
+        path = Path(path)
+        check_export(path)
+        if path.suffix.lower() == ".parquet":
+            write_bytes(path, self.to_parquet())
+            return
+        texts = {".csv": self.to_csv, ".md": self.to_markdown, ".json": self.to_json}
+        write_text(path, texts[path.suffix.lower()]())
+
+    def _repr_html_(self) -> str:
+        if not self.cells:
+            return html_paragraphs(["No cell is measured yet."])
+        rows = self._brief()
+        note = [] if self.complete else [f"{len(self.cells)} of {self.header['cells']} cells."]
+        return html_table(list(rows[0]), [[brief(value) for value in cells.values()] for cells in rows], note)
+
+    def _row(self, record: dict[str, Any], axes: list[str]) -> dict[str, Any]:
+        try:
+            figures = _figures(record) if record["status"] == "ok" else dict.fromkeys((label for label, _ in COLUMNS), None)
+        except UsageError as error:
+            raise UsageError(f"the cell {name(record['cell'])}: {error}") from None
+        figures = {"recipe_used": figures.pop("recipe")} | {label: v for label, v in figures.items() if label not in axes}
+        return {axis: record["cell"].get(axis) for axis in axes} | {k: record.get(k) for k in ("status", "reason")} | figures
+
+    def _some_rows(self) -> list[dict[str, Any]]:
+        rows = self.rows()
+        if not rows:
+            raise UsageError("the sweep holds no cell yet: resume it first")
+        return rows
+
+    def _brief(self) -> list[dict[str, Any]]:
+        axes = list(self.header.get("axes", {}))
+        reasons = any(record.get("reason") for record in self.cells)
+        kept = [*axes, *_BRIEF, *(["reason"] if reasons else [])]
+        return [{label: cells[label] for label in kept} for cells in self._some_rows()]
+
+
+def _figures(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a cell that was measured; of a baseline those that it has: a token through all layers."""
+    if not is_baseline(record["cell"]):
+        return row(record)
+    run = run_of(Document("the sweep", record))
+    assert run is not None
+    token = next(times for figure, times in run.figures.items() if figure.startswith("token"))
+    dense = record["baseline"] and token.dense.get(record["baseline"])
+    ratio = (record["speedups"].get(record["baseline"]) or {}) if dense else {}
+    known = {
+        "date_utc": record["environment"].get("date_utc"),
+        "device": run.device,
+        "seq": record["context"],
+        "recipe_hash": run.recipe,
+        "ratio_read": run.ratio_read,
+        "baseline": record["baseline"],
+        "baseline_ms": fmean(dense) if dense else token.mean_ms,
+        "elastic_ms": token.mean_ms if dense else None,
+        "speedup": ratio.get("estimate"),
+        "speedup_low": ratio.get("low"),
+        "speedup_high": ratio.get("high"),
+        "complete": run.complete,
+    }
+    return {name: known.get(name) for name, _ in COLUMNS}
+
+
+def check_export(path: Path) -> None:
+    """Refuse a file that `Sweep.save` could not write, before anything is measured.
+
+    Raises
+    ------
+    UsageError : if the suffix names no format, or one that needs what is not installed.
+    """
+    if path.suffix.lower() not in EXPORTS:
+        raise UsageError(f"--export {path}: the suffix names no format; choose {', '.join(EXPORTS)}")
+    if path.suffix.lower() == ".parquet":
+        _require("pyarrow")
+
+
+def _require(package: str) -> None:
+    if find_spec(package) is None:
+        raise UsageError(f"{package} is not installed: pip install {package}, or take another format")

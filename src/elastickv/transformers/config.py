@@ -1,0 +1,330 @@
+"""What a cache was asked for, and the recipes that follow once the prompt is known."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.inputs import parse_json, read_text
+from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
+from elastickv.recipe.calibration import FORMAT as CALIBRATION_FORMAT
+from elastickv.recipe.calibration import ModelCalibration
+from elastickv.recipe.layer_solver import for_ratio_by_layer
+from elastickv.recipe.shape import MAX_CONTEXT
+from elastickv.recipe.solver import check_ratio
+from elastickv.transformers.budget import Budget, Reading
+from elastickv.transformers.layer_storage import Backends
+from elastickv.transformers.model_support import Sizes
+
+USUAL_CONTEXT = 4096
+PREFILLS = ("stored", "exact")
+RECIPES_FORMAT = "elastickv-recipes"
+RecipeLike = Recipe | str
+
+
+class UncalibratedWarning(UserWarning):
+    """A ratio that selects pages without a calibration: all KV heads get the same share."""
+
+
+@dataclass
+class Plan:
+    """What every layer of a cache shares.
+
+    Attributes
+    ----------
+    sizes : of the model.
+    ratio : C, or None where recipes are given.
+    recipe : of all layers, or a text that leaves a number open for the ratio to decide; None: the solver's.
+    layers : recipes of single layers, before all else.
+    calibration : errors of the model's heads, or None.
+    context : what the ratio is to be kept at; None: the prompt's length, and on.
+    capacity : tokens that a row may have; None: as many as fit.
+    prefill : 'stored': a prompt's later chunks read what is stored; 'exact': 16 bit until the prompt ends.
+    expected : places that the running `generate` will fill, prompt included, or None.
+    budget : the recipes, once the prompt is known.
+    present : what is read at present.
+    backends : where its layers are stored.
+    """
+
+    sizes: Sizes
+    ratio: float | None
+    recipe: RecipeLike | None
+    layers: Mapping[int, Recipe]
+    calibration: ModelCalibration | None
+    context: int | None
+    capacity: int | None
+    prefill: str
+    expected: int | None = None
+    budget: Budget | None = None
+    present: Reading | None = None
+    backends: Backends = field(default_factory=Backends)
+
+    def settle(self, longest: int, dtype: str) -> Budget:
+        """Choose the recipes for a prompt whose longest row has `longest` tokens."""
+        if self.budget is None:
+            # Formats are for what the conversation may come to; the share of pages follows the context.
+            self.budget = self.budget_for(self.context or max(longest, self.usual), dtype)
+            self.present = None
+        return self.budget
+
+    @property
+    def usual(self) -> int:
+        """A context that models are used at, within the model's positions."""
+        return min(USUAL_CONTEXT, self.sizes.max_positions or USUAL_CONTEXT)
+
+    def forget(self) -> None:
+        """Go back to before the prompt."""
+        self.budget, self.present, self.expected = None, None, None
+
+    def reading(self, longest: int) -> Reading:
+        """Return what is read when the longest row has `longest` tokens."""
+        assert self.budget is not None
+        if self.present is None or not self.present.since <= longest < self.present.until:
+            self.present = self.budget.reading(longest)
+        return self.present
+
+    def budget_for(self, context: int, dtype: str) -> Budget:
+        """Return the recipes for a context, or for the nearest at which the ratio can be kept.
+
+        Raises
+        ------
+        UsageError : if no context meets the ratio.
+        """
+        sizes = self.sizes
+        group = sizes.query_heads // sizes.kv_heads
+        shape = AttentionShape(1, sizes.kv_heads * group, sizes.kv_heads, sizes.stored_head_dim)
+        chosen, at = self._solved(context, shape, dtype)
+        recipes = dict(zip(sizes.elastic, chosen, strict=True)) | dict(self.layers)
+        for recipe in recipes.values():
+            recipe.check_shape(shape.head_dim, shape.kv_heads)
+        ratio = self.ratio if self.recipe is None else None
+        return Budget(recipes, shape, dtype, ratio, at, self.context is not None)
+
+    def _solved(self, context: int, shape: AttentionShape, dtype: str) -> tuple[Sequence[Recipe], int]:
+        count = len(self.sizes.elastic)
+        if isinstance(self.recipe, Recipe):
+            return [self.recipe] * count, context
+        if self.recipe is None and self.ratio in (None, 1):
+            return [DENSE] * count, context
+        try:
+            return self._solved_at(context, shape, dtype), context
+        except UsageError as error:
+            for longer in (1 << power for power in range(context.bit_length(), MAX_CONTEXT.bit_length())):
+                try:
+                    return self._solved_at(longer, shape, dtype), longer
+                except UsageError:
+                    continue
+            raise error from None
+
+    def _solved_at(self, context: int, shape: AttentionShape, dtype: str) -> Sequence[Recipe]:
+        assert self.ratio is not None
+        count = len(self.sizes.elastic)
+        if isinstance(self.recipe, str):
+            return [resolve(self.recipe, self.ratio, context, shape, dtype)] * count
+        if self.calibration is None:
+            return [for_ratio(self.ratio, context, shape, dtype)] * count
+        plan = for_ratio_by_layer(self.calibration, self.ratio, context, dtype)
+        by_layer = dict(zip(self.calibration.layers, plan.recipes, strict=True))
+        return [by_layer[layer] for layer in self.sizes.elastic]
+
+    def warn_uncalibrated(self, model_name: str) -> None:
+        """Warn once that all heads read alike, with the loss to expect and the command that calibrates."""
+        if self.ratio is None or self.recipe is not None or self.calibration is not None or not self.sizes.elastic:
+            return
+        budget = self.budget_for(self.context or self.usual, "bf16")
+        recipe = budget.recipes[self.sizes.elastic[0]]
+        if recipe.selection != "pages":
+            return
+        loss = predicted_loss(recipe, budget.shape.head_dim)
+        warnings.warn(
+            f"compress={self.ratio:g} without a calibration: all KV heads read the same share of pages; at {budget.context} "
+            f"tokens that is {recipe}, expected loss {loss:.3f}; "
+            f"to lose less: elastickv calibrate {model_name} --text FILE, then calibration=FILE",
+            UncalibratedWarning,
+            stacklevel=outside(),
+        )
+
+    def warn_windowed(self, model_name: str) -> None:
+        """Warn that there is nothing to compress."""
+        if self.ratio == 1:
+            return
+        warnings.warn(
+            f"every layer of {model_name} attends to a window, and keeps Transformers' own cache: nothing is compressed",
+            UserWarning,
+            stacklevel=outside(),
+        )
+
+    def expect(self, places: int, padding: int) -> None:
+        """Note that the running `generate` will fill up to `places` places, of which every row has `padding` at least.
+
+        Raises
+        ------
+        UsageError : if that is beyond the capacity or the model's positions: before anything is computed.
+        """
+        self.check_length(places - padding, 0)
+        self.expected = places
+
+    def check_length(self, longest: int, held: int) -> None:
+        """Refuse rows of `longest` tokens that are more than the capacity or the model's positions.
+
+        Raises
+        ------
+        UsageError : telling both.
+        """
+        positions = self.sizes.max_positions
+        already = f" ({held} are held)" if held else ""
+        if self.capacity is not None and longest > self.capacity:
+            raise UsageError(
+                f"{longest} tokens{already} do not fit the cache's capacity of {self.capacity}: make it larger, or "
+                "give a shorter prompt or fewer new tokens"
+            )
+        if positions is not None and longest > positions:
+            raise UsageError(
+                f"{longest} tokens{already} are beyond the model's {positions} positions (max_position_embeddings): a shorter "
+                "prompt or fewer new tokens are accepted"
+            )
+
+    def copy(self) -> Plan:
+        """Return a plan that goes its own way from here."""
+        return replace(self, backends=Backends())
+
+
+def plan_for(
+    sizes: Sizes,
+    compress: float | None,
+    recipe: RecipeLike | Path | Mapping[int, RecipeLike] | Sequence[RecipeLike] | None,
+    layers: Mapping[int, RecipeLike] | None,
+    calibration: ModelCalibration | Path | str | None,
+    context: int | None,
+    capacity: int | None,
+    prefill: str,
+) -> Plan:
+    """Return the plan that a user's words amount to.
+
+    Raises
+    ------
+    UsageError : if they do not go together, or name what is not there.
+    """
+    if prefill not in PREFILLS:
+        raise UsageError(f"prefill={prefill!r} is unknown: choose {' or '.join(map(repr, PREFILLS))}")
+    for name, value in (("context", context), ("capacity", capacity)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_CONTEXT):
+            raise UsageError(f"{name}={value!r} is out of range: give a whole number of tokens from 1 to {MAX_CONTEXT}")
+    if context is not None and capacity is not None and context > capacity:
+        raise UsageError(f"context={context} is beyond capacity={capacity}: no row can reach it")
+    if compress is not None:
+        number: Any = compress
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise UsageError(f"compress={number!r} is no number: give one from 1 to 1024")
+        compress = float(number)
+        check_ratio(compress)
+    single = {} if layers is None else {layer: _parsed(value) for layer, value in layers.items()}
+    chosen: RecipeLike | None = None
+    if isinstance(recipe, Mapping):
+        single = {layer: _parsed(value) for layer, value in recipe.items()} | single
+    elif isinstance(recipe, Recipe):
+        chosen = recipe
+    elif isinstance(recipe, Path) or (isinstance(recipe, str) and Path(recipe).is_file()):
+        record = _file(Path(recipe))
+        if isinstance(record, ModelCalibration):
+            calibration = record
+        else:
+            chosen, of_file = record
+            single = dict(of_file) | single
+    elif isinstance(recipe, str):
+        chosen = _open_or_parsed(recipe)
+    elif recipe is not None:
+        given = [_parsed(value) for value in recipe]
+        if len(given) != len(sizes.elastic):
+            raise UsageError(f"recipe= names {len(given)} recipes for {len(sizes.elastic)} layers with full attention")
+        single = dict(zip(sizes.elastic, given, strict=True)) | single
+    if isinstance(calibration, Path | str):
+        calibration = ModelCalibration.load(calibration)
+    for named in (chosen, *single.values()):
+        if isinstance(named, Recipe) and sizes.elastic:
+            named.check_shape(sizes.stored_head_dim, sizes.kv_heads)
+    covered = set(sizes.elastic) <= set(single)
+    if strange := sorted(set(single) - set(sizes.elastic)):
+        raise UsageError(f"layer {strange[0]} has no full attention: recipes can be given for {_numbers(sizes.elastic)}")
+    if chosen is None and compress is None and not covered:
+        raise UsageError("neither compress nor a recipe is given: write compress=4, or recipe='int4', or recipe=FILE")
+    if isinstance(chosen, Recipe) and compress is not None:
+        raise UsageError(f"compress={compress:g} and the recipe {chosen} are both given: the recipe decides alone; give one")
+    if isinstance(chosen, str) and compress is None:
+        raise UsageError(f"recipe {chosen!r} leaves a number open: give compress too, or write the number")
+    if calibration is not None:
+        _check_calibration(calibration, sizes, compress)
+    return Plan(sizes, compress, chosen, single, calibration, context, capacity, prefill)
+
+
+def outside(*others: str) -> int:
+    """Return the level of the first caller that is neither ours nor of the packages `others`: warnings are about its line."""
+    inside = ("elastickv", "contextlib", *others)
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _check_calibration(calibration: ModelCalibration, sizes: Sizes, compress: float | None) -> None:
+    if compress is None:
+        raise UsageError("a calibration is no recipe: give compress too, and the recipes are solved for it")
+    missing = sorted(set(sizes.elastic) - set(calibration.layers))
+    heads = (calibration.query_heads, calibration.kv_heads, calibration.head_dim)
+    if missing or heads != (sizes.query_heads, sizes.kv_heads, sizes.head_dim):
+        raise UsageError(f"the calibration is of {calibration.model}, whose layers or heads differ: run `elastickv calibrate`")
+
+
+def _open_or_parsed(text: str) -> RecipeLike:
+    if text.strip() == "auto":
+        return text
+    try:
+        return Recipe.parse(text)
+    except UsageError as error:
+        if "leaves" in str(error):
+            return text
+        if any(mark in text for mark in ("/", "\\", ".json")) and "=" not in text:
+            raise UsageError(f"recipe file {text} does not exist: give a file, a Recipe, or a text such as 'int4'") from None
+        raise
+
+
+def _parsed(value: RecipeLike) -> Recipe:
+    if isinstance(value, Recipe):
+        return value
+    if not isinstance(value, str):
+        raise UsageError(f"{value!r} is no recipe: give a Recipe or its text, such as 'int4,pages=1/4'")
+    return Recipe.parse(value)
+
+
+def _file(path: Path) -> ModelCalibration | tuple[Recipe | None, dict[int, Recipe]]:
+    """Read a calibration, a JSON file of recipes, or a file that holds one recipe's text."""
+    text = read_text(path, f"recipe file {path}", "give a calibration, recipes, or a file of one recipe's text")
+    if not text.lstrip().startswith("{"):
+        return Recipe.parse(text.strip()), {}
+    try:
+        record: Any = parse_json(text)
+    except ValueError as error:
+        raise UsageError(f"recipe file {path} is not JSON: {error}") from None
+    if record.get("format") == CALIBRATION_FORMAT:
+        return ModelCalibration.loads(text, str(path))
+    if record.get("format") != RECIPES_FORMAT or record.get("version") != 1:
+        raise UsageError(
+            f"recipe file {path} is neither a calibration nor recipes: its format is {record.get('format')!r}, version "
+            f"{record.get('version')!r}; {RECIPES_FORMAT!r}, version 1 is read"
+        )
+    whole = record.get("recipe")
+    layers = record.get("layers", {})
+    if not isinstance(layers, dict) or not all(re.fullmatch("[0-9]{1,6}", number) for number in layers):
+        raise UsageError(f"recipe file {path}: 'layers' maps numbers of layers to recipes")
+    return None if whole is None else _parsed(whole), {int(number): _parsed(value) for number, value in layers.items()}
+
+
+def _numbers(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) if layers else "none"

@@ -1,0 +1,68 @@
+"""`with ekv.elastic(model, compress=4)`: every `generate` inside uses an elastic cache, and the model is restored after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from elastickv.transformers.cache import ElasticCache
+from elastickv.transformers.cache_argument import CACHE_ARGUMENT, cache_in, without_cache
+from elastickv.transformers.cuda_graph.model_patch import restore, seam_of
+from elastickv.transformers.report import CacheReport
+
+
+class Session:
+    """What `elastic` hands out.
+
+    Attributes
+    ----------
+    cache : of the last `generate` inside, or None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.cache: ElasticCache | None = None
+
+    def report(self) -> CacheReport | None:
+        """Return the last cache's report, or None before the first `generate`."""
+        return None if self.cache is None else self.cache.report()
+
+
+@contextmanager
+def elastic(model: Any, compress: float | None = None, **options: Any) -> Iterator[Session]:
+    """Let every `model.generate` inside the block use a new `ElasticCache.for_model(model, compress, **options)`.
+
+    A call that brings a cache of its own, or `use_cache=False`, is left alone. On the way out, by an exception too,
+    the model's attention implementation and its `forward` are what they were before.
+
+    Raises
+    ------
+    UsageError : as `ElasticCache.for_model`, before the block is entered.
+    """
+    before = seam_of(model)
+    shadowed = "generate" in vars(model)
+    own = vars(model).get("generate")
+    generate = model.generate
+    first: list[ElasticCache] = [ElasticCache.for_model(model, compress, **options)]
+    session = Session()
+
+    def generate_elastic(*args: Any, **kwargs: Any) -> Any:
+        cache = cache_in(kwargs)
+        if cache is None and kwargs.get("use_cache") is not False:
+            cache = session.cache = first.pop() if first else first_like(session)
+        return generate(*args, **without_cache(kwargs) | {CACHE_ARGUMENT: cache})
+
+    def first_like(session: Session) -> ElasticCache:
+        assert session.cache is not None
+        return session.cache.another()
+
+    # On the instance alone: the class, and every other model of it, stays as it is.
+    model.generate = generate_elastic
+    try:
+        yield session
+    finally:
+        if shadowed:
+            model.generate = own
+        else:
+            del model.generate
+        restore(model, before)

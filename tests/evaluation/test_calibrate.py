@@ -1,0 +1,120 @@
+"""Calibration measures what a selection of pages, or a format, changes in a real forward pass."""
+
+import numpy as np
+import pytest
+import torch
+
+from elastickv.backends.cpu import open_backend
+from elastickv.errors import UsageError
+from elastickv.evaluation.attention_inputs import observed
+from elastickv.evaluation.calibrate import calibrate
+from elastickv.evaluation.layer_errors import LayerInputs, layer_errors
+from elastickv.evaluation.texts import Text
+from elastickv.recipe import AttentionShape, ModelCalibration, Recipe
+from tests.helpers.tiny_models import TEXT, tiny_llama
+
+TOKENS, RUN = 600, 16
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    positions = torch.arange(TOKENS - RUN, TOKENS)
+    return LayerInputs(
+        queries=1.5 * normal(4, RUN, 64), keys=normal(2, TOKENS, 64), values=normal(2, TOKENS, 64), projection=normal(48, 256),
+        residual=torch.rand(RUN, generator=generator) + 1, positions=positions, scaling=64**-0.5,
+    )  # fmt: skip
+
+
+def replayed(inputs, recipe):
+    """The error of every KV head by the CPU back end: prefill, then append and decode each position."""
+    shape = AttentionShape(1, 4, 2, 64)
+    dense, cache = (open_backend(None).cache(shape, TOKENS, "fp32", r) for r in (Recipe.parse("dense"), recipe))
+    keys, values = (x.numpy()[None] for x in (inputs.keys, inputs.values))
+    first = TOKENS - RUN
+    total = np.zeros(2)
+    for one in (dense, cache):
+        one.prefill(np.ascontiguousarray(keys[:, :, :first]), np.ascontiguousarray(values[:, :, :first]), np.array([first]))
+    for i in range(RUN):
+        outputs = []
+        for one in (dense, cache):
+            one.append(*(np.ascontiguousarray(x[:, :, first + i]) for x in (keys, values)))
+            outputs.append(one.decode(inputs.queries[None, :, i].contiguous().numpy())[0])
+        change = (outputs[1] - outputs[0])[0].reshape(2, 2 * 64)
+        for head in range(2):
+            projected = inputs.projection.numpy()[:, head * 128 : head * 128 + 128] @ change[head]
+            total[head] += (projected**2).sum() / float(inputs.residual[i]) / RUN
+    return total
+
+
+@pytest.mark.parametrize(("fraction", "steps"), [(1 / 2, 1), (1 / 4, 4), (1 / 8, 16)])
+def test_selection_errs_as_it_does_on_the_back_end(inputs, fraction, steps):
+    """Rounding is there too on the back end: selection of an eighth to a half of random pages outweighs it by far."""
+    measured = layer_errors(inputs, (fraction,), (steps,), RUN).pages[steps][fraction]
+    recipe = Recipe("int4", "int8", selection="pages", fractions=(fraction,), anchor_every=steps)
+    np.testing.assert_allclose(measured, replayed(inputs, recipe), rtol=0.12)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "value"),
+    [("int8", "int8", "int8"), ("k=int8,v=int4,vgroup=32", "int8", "int4/32"), ("int4", "int4", "int4/64")],
+)
+def test_rounding_errs_as_it_does_on_the_back_end(inputs, recipe, key, value):
+    measured = layer_errors(inputs, (1.0,), (1,), RUN)
+    together = np.array(measured.keys[key]) + np.array(measured.values[value])
+    # The window is kept in bfloat16 by the back end, and the last positions' rounding begins a page early here.
+    np.testing.assert_allclose(together, replayed(inputs, Recipe.parse(recipe)), rtol=0.35)
+
+
+def test_fewer_pages_never_err_less_and_all_pages_do_not_err(inputs):
+    curve = layer_errors(inputs, (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 32), (1,), RUN).pages[1]
+    assert curve[1.0] == [0.0, 0.0]
+    for head in range(2):
+        errors = [curve[f][head] for f in sorted(curve, reverse=True)]
+        assert errors == sorted(errors) and errors[1] > 0
+
+
+def test_a_model_is_calibrated_and_left_as_it_was():
+    loaded = tiny_llama()
+    before = loaded.model.config._attn_implementation
+    result = calibrate(loaded, Text("letters", TEXT), 1200)
+    assert loaded.model.config._attn_implementation == before
+    assert not any(module._forward_pre_hooks for module in loaded.model.modules())
+    assert (result.layers, result.query_heads, result.kv_heads, result.head_dim) == ((0, 1), 2, 1, 64)
+    assert result.pages[1][1 / 8][0][0] > result.pages[1][1 / 2][0][0] > 0
+    assert result.keys["int4"][0][0] > result.keys["int8"][0][0] > 0
+    assert ModelCalibration.loads(result.dumps()) == result
+    result.check_model(result.fingerprint)
+    assert calibrate(tiny_llama(seed=1), Text("letters", TEXT), 1200).fingerprint != result.fingerprint
+
+
+def test_a_model_is_left_as_it_was_when_the_measurement_fails():
+    loaded = tiny_llama()
+    before = loaded.model.config._attn_implementation
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), observed(loaded.model, [3], fail):
+        loaded.model(input_ids=torch.arange(8)[None])
+    assert loaded.model.config._attn_implementation == before
+    assert not any(module._forward_pre_hooks for module in loaded.model.modules())
+
+
+def test_observing_changes_no_logit():
+    loaded = tiny_llama()
+    ids = torch.arange(64)[None]
+    with torch.inference_mode():
+        plain = loaded.model(input_ids=ids).logits
+        with observed(loaded.model, [3], lambda *_: None):
+            torch.testing.assert_close(loaded.model(input_ids=ids).logits, plain)
+
+
+@pytest.mark.parametrize(("text", "tokens", "named"), [(TEXT, 300, "too short"), ("short", 2000, "5 tokens")])
+def test_too_little_text_is_refused(text, tokens, named):
+    with pytest.raises(UsageError, match=named):
+        calibrate(tiny_llama(), Text("letters", text), tokens)

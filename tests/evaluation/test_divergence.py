@@ -1,0 +1,94 @@
+"""Where continuations part, how long they are, and whether a pass key is found."""
+
+import pytest
+import torch
+
+from elastickv.errors import UsageError
+from elastickv.evaluation.divergence import divergence
+from elastickv.evaluation.needle import answered, cases
+from elastickv.evaluation.prefill import Prefill
+from elastickv.evaluation.suggestion import Tolerance, suggest
+from tests.helpers.tiny_models import CharacterTokenizer
+
+TOKENIZER = CharacterTokenizer(1 << 20)
+HAY = "hay " * 500
+
+
+def test_continuations_part_at_the_first_token_that_differs():
+    full = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 9, 1, 1]])
+    found = torch.tensor([[5, 6, 7, 8], [5, 4, 7, 8], [5, 1, 9, 9]])
+    result = divergence(full, found, {9})
+    assert result.first_different == (4, 1, 1) and result.same_rows == 1
+    # Texts end at 9: 4 + 4 + 3 tokens against 4 + 4 + 2.
+    assert result.length_ratio == pytest.approx(11 / 10)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_a_case_has_its_length_and_hides_its_key_at_its_depth(depth):
+    (case,) = cases(TOKENIZER, HAY, 900, [depth])
+    text = TOKENIZER.decode(case.ids)
+    assert len(case.ids) == 900 and text.count(case.key) == 2 and len(case.key) == 5
+    assert text.endswith("The pass key is")
+    start, room = text.index("\n\nThe pass key is"), 900 - len(text.replace("hay ", "").rstrip())
+    assert start == pytest.approx(depth * room, abs=16)
+
+
+def test_keys_differ_between_cases_and_are_the_same_in_every_run():
+    found = cases(TOKENIZER, HAY, 900, [0.0, 0.5, 1.0])
+    assert len({case.key for case in found}) == 3
+    assert found == cases(TOKENIZER, HAY, 900, [0.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize(("length", "named"), [(50, "at least"), (5000, "needs a text of")])
+def test_a_length_that_does_not_fit_is_refused(length, named):
+    with pytest.raises(UsageError, match=named):
+        cases(TOKENIZER, HAY, length, [0.5])
+
+
+class Saying:
+    """A session whose rows spell out given texts."""
+
+    def __init__(self, texts):
+        self.texts, self.number = texts, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def step(self, ids):
+        letters = [text[self.number] if self.number < len(text) else "." for text in self.texts]
+        self.number += 1
+        return torch.nn.functional.one_hot(torch.tensor([ord(c) for c in letters]), 128).float()
+
+
+def test_an_answer_counts_if_the_key_comes_first():
+    rows = cases(TOKENIZER, HAY, 900, [0.0, 0.5, 1.0])
+    said = [f" {rows[0].key}. And", f" not {rows[1].key}", f" {rows[2].key[:4]}0"]
+    assert answered(rows, Prefill([], [], torch.zeros(3, 0, 128)), lambda *_: Saying(said), TOKENIZER) == [True, False, False]
+
+
+def row(compress, mean, high=None):
+    return {"compress": compress, "ppl_change_percent": {"mean": mean, "low": 0.0, "high": high or mean}}
+
+
+def test_the_largest_ratio_within_the_tolerance_at_every_context_is_suggested():
+    tolerance = Tolerance.parse("ppl=0.5%")
+    rows = [row(1, 0), row(2, 0.1), row(4, 0.3), row(4, 0.4, 0.6), row(8, 2), row(None, 0.01)]
+    assert suggest(rows, tolerance) == {"tolerance": "ppl=0.5%", "compress": 4, "certain": False}
+    assert suggest(rows[:3], tolerance) == {"tolerance": "ppl=0.5%", "compress": 4, "certain": True}
+    assert suggest([*rows, row(2, 0.7)], tolerance)["compress"] == 1
+    assert suggest([row(2, 0.7)], tolerance)["compress"] is None
+
+
+def test_agreement_is_bounded_from_below():
+    tolerance = Tolerance.parse("top1=96%")
+    rows = [{"compress": 4, "top1_percent": {"mean": 97.0, "low": 95.0, "high": 98.0}}]
+    assert suggest(rows, tolerance) == {"tolerance": "top1=96%", "compress": 4, "certain": False}
+
+
+@pytest.mark.parametrize("text", ["ppl", "ppl=", "ppl<1", "loss=1", "kl=1%", "ppl=-1%", "ppl=1e9999x"])
+def test_what_is_no_tolerance_is_refused(text):
+    with pytest.raises(UsageError, match=r"write ppl=0\.5%"):
+        Tolerance.parse(text)

@@ -1,0 +1,200 @@
+"""Recipes of a whole model: the budget goes to the layers and heads that lose most without it."""
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from elastickv.errors import UsageError
+from elastickv.recipe import DENSE, AttentionShape, Recipe, dense_bytes, interval_bytes, regions, stored_ratio
+from elastickv.recipe.calibration import ModelCalibration
+from elastickv.recipe.layer_solver import for_ratio_by_layer
+from elastickv.recipe.regions import PAGE_TOKENS, selected
+
+FRACTIONS = (1.0, 1 / 2, 1 / 4, 1 / 8)
+LAYERS, KV_HEADS = 3, 2
+
+
+def table(value):
+    return tuple(tuple(value(layer, head) for head in range(KV_HEADS)) for layer in range(LAYERS))
+
+
+def need(layer, head):
+    return 10.0 ** (layer - head)
+
+
+CALIBRATION = ModelCalibration(
+    model="tiny",
+    fingerprint="0123456789abcdef",
+    layers=(0, 1, 3),
+    query_heads=4,
+    kv_heads=KV_HEADS,
+    head_dim=64,
+    text="a text",
+    tokens=100,
+    queries=10,
+    pages={
+        steps: {f: table(lambda layer, head, f=f, steps=steps: need(layer, head) * (1 / f - 1) * steps) for f in FRACTIONS}
+        for steps in (1, 4)
+    },
+    keys={name: table(lambda *_, e=e: e) for name, e in (("int8", 1e-6), ("int4", 1e-4))},
+    values={name: table(lambda *_, e=e: e) for name, e in (("int8", 1e-6), ("int4/32", 1e-4), ("int4/64", 3e-4))},
+)
+SHAPE = AttentionShape(1, 4, KV_HEADS, 64)
+
+
+def ratio_of(recipes, context):
+    return LAYERS * dense_bytes([context], SHAPE) / sum(interval_bytes(r, [context], SHAPE).kv for r in recipes)
+
+
+@pytest.mark.parametrize("context", [2048, 32768])
+@pytest.mark.parametrize("ratio", [2, 3, 4, 8])
+def test_the_budget_is_kept_and_spent(ratio, context):
+    plan = for_ratio_by_layer(CALIBRATION, ratio, context)
+    assert plan.ratio == pytest.approx(ratio_of(plan.recipes, context))
+    assert ratio <= plan.ratio < ratio * 1.3
+    for recipe in plan.recipes:
+        recipe.check_shape(64, KV_HEADS)
+        assert Recipe.parse(str(recipe)) == recipe
+
+
+def test_no_other_choice_of_as_few_bytes_errs_less():
+    """A Lagrangian solution is the best of all that read no more than it does."""
+    context, few = 4096, (1.0, 1 / 4)
+    small = replace(
+        CALIBRATION,
+        layers=(0, 1),
+        pages={1: {f: CALIBRATION.pages[1][f][:2] for f in few}},
+        keys={"int4": CALIBRATION.keys["int4"][:2]},
+        values={"int4/64": CALIBRATION.values["int4/64"][:2]},
+    )
+    plan = for_ratio_by_layer(small, 5, context)
+    plain = Recipe("int4", "int4")
+    options = [
+        (plain, 0.0, None),
+        *((replace(plain, selection="pages", fractions=pair), None, pair) for pair in product(few, repeat=2)),
+    ]
+
+    def error(layer, pair):
+        return sum(4e-4 + (small.pages[1][pair[head]][layer][head] if pair else 0) for head in range(KV_HEADS))
+
+    best = min(
+        error(0, first[2]) + error(1, second[2])
+        for first, second in product(options, repeat=2)
+        if 2 * dense_bytes([context], SHAPE) / sum(interval_bytes(o[0], [context], SHAPE).kv for o in (first, second))
+        >= plan.ratio - 1e-9
+    )
+    assert plan.error == pytest.approx(best)
+
+
+def test_hungry_heads_get_the_pages_and_every_head_reads_one():
+    plan = for_ratio_by_layer(CALIBRATION, 10, 4096, anchor_every=4)
+    shares = [[recipe.fraction(head) for head in range(KV_HEADS)] for recipe in plan.recipes]
+    flat = sorted((need(layer, head), shares[layer][head]) for layer in range(LAYERS) for head in range(KV_HEADS))
+    assert [share for _, share in flat] == sorted(share for _, share in flat)
+    assert flat[0][1] < flat[-1][1]
+    pages = regions(4096, 4, 128).cold // PAGE_TOKENS
+    assert all(selected(pages, share) >= 1 for row in shares for share in row)
+    assert {recipe.anchor_every for recipe in plan.recipes if recipe.selection == "pages"} == {4}
+
+
+def test_a_larger_ratio_never_errs_less():
+    errors = [for_ratio_by_layer(CALIBRATION, ratio, 8192).error for ratio in (1, 2, 3, 4, 6, 8, 12)]
+    assert errors == sorted(errors)
+
+
+def test_who_asks_for_fewer_bytes_read_gets_fewer_stored():
+    for ratio, least in ((2, 1.5), (4, 3), (8, 3)):
+        plan = for_ratio_by_layer(CALIBRATION, ratio, 32768)
+        assert min(stored_ratio(recipe, [1 << 20], SHAPE) for recipe in plan.recipes) >= least
+    coarse = replace(CALIBRATION, values=CALIBRATION.values | {f"int4/{g}": table(lambda *_: 99.0) for g in (32, 64)})
+    free = for_ratio_by_layer(coarse, 4, 32768, stored=1)
+    assert {recipe.value_format for recipe in free.recipes} == {"int8"}
+    assert free.error < for_ratio_by_layer(coarse, 4, 32768).error
+    with pytest.raises(UsageError, match="no calibrated format stores"):
+        for_ratio_by_layer(CALIBRATION, 4, 32768, stored=5)
+
+
+def test_recipes_have_the_group_that_was_calibrated_and_the_sinks_and_window_that_are_asked_for():
+    narrow = replace(CALIBRATION, keys={"int4": CALIBRATION.keys["int4"]}, values={"int4/32": CALIBRATION.values["int4/32"]})
+    for ratio in (3, 8):
+        plan = for_ratio_by_layer(narrow, ratio, 8192, sinks=7, window=65)
+        assert {(recipe.value_group, recipe.sinks, recipe.window) for recipe in plan.recipes} == {(32, 7, 65)}
+
+
+def test_ratio_one_is_dense():
+    assert for_ratio_by_layer(CALIBRATION, 1, 4096).recipes == (DENSE,) * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((64, 4096), "compress=64 cannot be met"), ((4, 200), "from a context of"), ((0.5, 4096), "compress=0.5")],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(arguments, named):
+    with pytest.raises(UsageError, match=named):
+        for_ratio_by_layer(CALIBRATION, *arguments)
+
+
+def test_an_anchor_that_was_not_calibrated_is_refused():
+    with pytest.raises(UsageError, match="choose 1, 4"):
+        for_ratio_by_layer(CALIBRATION, 8, 4096, anchor_every=3)
+
+
+def test_a_calibration_file_round_trips(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(CALIBRATION.dumps(), encoding="utf-8")
+    assert ModelCalibration.load(path) == CALIBRATION
+
+
+def test_a_calibration_of_another_model_is_refused():
+    CALIBRATION.check_model("0123456789abcdef")
+    with pytest.raises(UsageError, match=r"is of tiny .* not of other .* `elastickv calibrate`"):
+        CALIBRATION.check_model("fedcba9876543210", "other")
+    with pytest.raises(UsageError, match=r"not of this model \(fedcba9876543210\)"):
+        CALIBRATION.check_model("fedcba9876543210")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"format": "something"}, "no calibration"),
+        ({"version": 2}, "version 2"),
+        ({"layers": [0, 1]}, "2 layers of 2 KV heads"),
+        ({"layers": []}, "damaged"),
+        ({"pages": {}}, "fraction 1 and another"),
+        ({"keys": {"int4": [[-1, 0]] * 3}}, "negative"),
+        ({"keys": {"int4": [[float("nan"), 0]] * 3}}, "no figure"),
+        ({"pages": {"1": {f: [[0, 0]] * 3 for f in ("1.0", "0.0")}}}, "a fraction that is not above 0 and at most 1"),
+        ({"pages": {"1": {f: [[0, 0]] * 3 for f in ("1.0", "1.1")}}}, "a fraction that is not above 0 and at most 1"),
+        ({"keys": None}, "damaged"),
+        ({"tokens": "many"}, "damaged"),
+    ],
+)
+def test_a_damaged_or_newer_file_is_refused_in_one_line(change, named):
+    record = json.loads(CALIBRATION.dumps()) | change
+    with pytest.raises(UsageError, match=named) as refusal:
+        ModelCalibration.loads(json.dumps(record), "file.json")
+    assert "file.json" in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x04pickle", b"", b"[1]", b"{}"])
+def test_what_is_no_calibration_is_refused(tmp_path, content):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=str(path)):
+        ModelCalibration.load(path)
+
+
+def test_a_calibration_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"No such file.*; give a file that `elastickv calibrate` wrote"):
+        ModelCalibration.load(tmp_path / "absent.json")
+
+
+def test_a_calibration_file_has_a_line_for_every_layer_of_a_table():
+    assert "[1e-06, 1e-06]" in {line.strip(" ,") for line in CALIBRATION.dumps().splitlines()}
+
+
+def test_a_ratio_of_one_reads_everything_in_every_layer():
+    plan = for_ratio_by_layer(CALIBRATION, 1, 4096)
+    assert (plan.recipes, plan.ratio, plan.error) == ((DENSE,) * LAYERS, 1.0, 0.0)

@@ -1,0 +1,85 @@
+"""A fidelity result is shown as tables, and as a figure where matplotlib is there."""
+
+import pytest
+
+from elastickv.errors import UsageError
+from elastickv.results.formats.fidelity_plot import check_plot, draw
+from elastickv.results.formats.fidelity_table import fidelity_tables
+
+
+def figure(mean):
+    return {"mean": mean, "low": mean - 0.25, "high": mean + 0.25}
+
+
+def row(context, compress):
+    return {
+        "context": context,
+        "cache": f"C={compress:g}",
+        "compress": compress,
+        "recipe_hash": f"hash-{compress:g}",
+        "read_ratio": compress + 0.01,
+        "stored_ratio": compress / 2,
+        "ppl_change_percent": figure(compress / 10),
+        "kl": figure(compress / 1000),
+        "top1_percent": figure(100 - compress),
+        "greedy": {"mean_first_different": 12.4, "tokens": 32, "length_ratio": 1.5},
+    }
+
+
+RESULT = {
+    "model": {"name": "a model", "fingerprint": "f00d", "dtype": "fp32", "device": "cpu"},
+    "texts": ["a text"],
+    "calibration": None,
+    "rows": [row(context, compress) for context in (2048, 4096) for compress in (2, 4)],
+    "needle": [{"tokens": 3500, "depths": [0.0, 0.5, 1.0], "found": {"full": [True] * 3, "C=4": [True, False, True]}}],
+    "skipped": ["compress=64 cannot be met"],
+    "suggestion": {"tolerance": "ppl=0.5%", "compress": 4, "certain": False},
+}
+
+
+def test_the_tables_hold_every_figure():
+    lines = fidelity_tables(RESULT).splitlines()
+    assert "not calibrated" in lines[0]
+    (line,) = [line for line in lines if "4096" in line and "hash-4" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[3:] == [
+        "4.01",
+        "2.00",
+        "+0.40 [0.15, 0.65]",
+        "0.0040 [-0.2460, 0.2540]",
+        "96.0 [95.8, 96.2]",
+        "12 of 32",
+        "1.50",
+    ]
+    assert any("3/3 xxx" in line and "2/3 x.x" in line for line in lines)
+    assert "left out: compress=64 cannot be met" in lines
+    assert lines[-1] == "Largest C within ppl=0.5%: 4 (its interval is not: measure more windows)"
+
+
+def test_what_was_not_measured_is_left_out():
+    shown = fidelity_tables(RESULT | {"needle": [], "skipped": [], "suggestion": None})
+    assert "pass key" not in shown and "Largest" not in shown
+
+
+def test_no_ratio_within_the_tolerance_is_said():
+    suggestion = {"tolerance": "ppl=0.5%", "compress": None, "certain": False}
+    assert "No C that was measured is within ppl=0.5%." in fidelity_tables(RESULT | {"suggestion": suggestion})
+
+
+def test_a_figure_of_an_unknown_kind_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"\.png, \.svg, \.pdf"):
+        check_plot(tmp_path / "figure.txt")
+
+
+def test_without_matplotlib_the_command_that_installs_it_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("elastickv.results.formats.fidelity_plot.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r'pip install "elastickv\[report\]"'):
+        draw(RESULT, tmp_path / "figure.svg")
+
+
+@pytest.mark.parametrize("result", [RESULT, RESULT | {"needle": []}], ids=["with retrieval", "without"])
+def test_a_figure_is_drawn(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    draw(result, tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text(encoding="utf-8")
+    assert "<svg" in text
