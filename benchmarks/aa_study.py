@@ -19,9 +19,9 @@ from elastickv.backends import load
 from elastickv.benchmark.contenders import ours, plan_rotation
 from elastickv.benchmark.environment import environment
 from elastickv.benchmark.sampler import collect
-from elastickv.benchmark.stats.changepoint import shift
+from elastickv.benchmark.stats.changepoint import find_changepoint
 from elastickv.benchmark.stats.intervals import LEVEL, beyond_noise, ratio_interval
-from elastickv.benchmark.summary import AGAIN
+from elastickv.benchmark.summary import AA_BASELINE
 from elastickv.benchmark.telemetry import Telemetry
 from elastickv.recipe import DENSE, AttentionShape, step_bytes
 
@@ -40,7 +40,7 @@ def main() -> None:
     kv_bytes = step_bytes(DENSE, [context], shape).kv
     rotation = plan_rotation(kv_bytes, arguments.steps, 1, backend.device.last_level_cache_bytes, True, 512)
     contender, _, _ = ours("dense-bf16", backend, shape, context, "bf16", DENSE, rotation, 0, True)
-    timed = dict.fromkeys(("baseline", "elastic", AGAIN), contender.sample)
+    timed = dict.fromkeys(("baseline", "elastic", AA_BASELINE), contender.sample)
     collect(timed, 5, paired=True)
     rows = []
     start = time.monotonic()
@@ -49,7 +49,9 @@ def main() -> None:
             samples = collect(
                 timed, arguments.reps, paired=True, seed=len(rows), disturbed=lambda: bool(telemetry.snapshot()["flags"])
             )
-            interval, floor = (ratio_interval(samples.times["baseline"], samples.times[name]) for name in ("elastic", AGAIN))
+            interval, floor = (
+                ratio_interval(samples.times["baseline"], samples.times[name]) for name in ("elastic", AA_BASELINE)
+            )
             rows.append(
                 {
                     "estimate": interval.estimate,
@@ -57,7 +59,7 @@ def main() -> None:
                     "high": interval.high,
                     "block_length": interval.block_length,
                     "faster": beyond_noise(interval, floor),
-                    "changed_speed": shift(samples.times["baseline"]) is not None,
+                    "changed_speed": find_changepoint(samples.times["baseline"]) is not None,
                     "flagged": len(samples.flagged.get("elastic", [])),
                 }
             )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from elastickv.cli.progress import Bar
 from elastickv.evaluation.calibrate import DEFAULT_TOKENS, calibrate
-from elastickv.evaluation.evaluate import Options, evaluate
+from elastickv.evaluation.evaluate import EvaluationOptions, evaluate
 from elastickv.evaluation.texts import calibration_text, evaluation_texts
 from elastickv.recipe import ModelCalibration
 from elastickv.results.formats import dumps, write_text
@@ -28,9 +28,9 @@ RESULTS = Path(__file__).parent / "results" / "cpu"
 RATIOS = (1.0, 2.0, 4.0, 8.0)
 SCORED = 512
 PARTS = {
-    "4096": Options(RATIOS, contexts=(4096,), window_count=8, scored=SCORED, needle_lengths=(), greedy_tokens=32),
-    "7168": Options(RATIOS[1:], contexts=(7168,), window_count=4, scored=SCORED, needle_lengths=(), greedy_tokens=0),
-    "needle": Options(
+    "4096": EvaluationOptions(RATIOS, contexts=(4096,), window_count=8, scored=SCORED, needle_lengths=(), greedy_tokens=32),
+    "7168": EvaluationOptions(RATIOS[1:], contexts=(7168,), window_count=4, scored=SCORED, needle_lengths=(), greedy_tokens=0),
+    "needle": EvaluationOptions(
         RATIOS, contexts=(), window_count=0, scored=1, needle_lengths=(3500,), needle_depths=10, needle_texts=2, greedy_tokens=0
     ),
 }

@@ -21,7 +21,7 @@ from elastickv import Recipe, __version__
 from elastickv.benchmark.sample_inputs import Sample, load_sample
 from elastickv.kvcache import ReferenceCache
 from elastickv.kvcache.attention import attend
-from elastickv.kvcache.error_metrics import relative_l2, summarise
+from elastickv.kvcache.error_metrics import relative_l2, summarize
 from elastickv.recipe import read_ratio, stored_ratio
 
 DTYPE = "bf16"
@@ -80,7 +80,7 @@ def main() -> None:
     for text in options.recipes:
         recipe = Recipe.parse(text)
         errors = relative_l2(recipe_outputs(sample, recipe), dense)
-        summary, by_layer = summarise(errors), [summarise(of_layer) for of_layer in errors]
+        summary, by_layer = summarize(errors), [summarize(of_layer) for of_layer in errors]
         row = {
             "recipe": str(recipe),
             "hash": recipe.hash,

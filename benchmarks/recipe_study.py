@@ -30,7 +30,7 @@ from storage import package, shared_scale, tried
 
 from elastickv import __version__
 from elastickv.benchmark.sample_inputs import SAMPLE_PATH, load_sample
-from elastickv.kvcache.quantize import quantise_int4_keys
+from elastickv.kvcache.quantize import quantize_int4_keys
 from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
 from elastickv.recipe.regions import selected
 
@@ -77,7 +77,7 @@ def stored_pages(head: Head, all_values: Float32) -> tuple[dict[str, Float32], d
 
 def whole_head_scores(head: Head, span: float = 0.5) -> tuple[Float32, Float32]:
     """Return ((group, queries, pages) bounds, their (queries, pages) score)."""
-    _, scales, zeros = quantise_int4_keys(head.pages[0])
+    _, scales, zeros = quantize_int4_keys(head.pages[0])
     bounds = page_bounds(head.q.reshape(-1, head.q.shape[-1]), scales, zeros, span=span)
     bounds = np.where(head.all_pages, bounds.reshape(*head.q.shape[:2], -1), -1e30)
     return bounds.astype(np.float32), score_pages(bounds).astype(np.float32)
@@ -136,7 +136,7 @@ def study_halves(head: Head, keys: dict[str, Float32], values: dict[str, Float32
     """
     pages = head.pages[0]
     dim = pages.shape[-1]
-    codes, scales, zeros = quantise_int4_keys(pages)
+    codes, scales, zeros = quantize_int4_keys(pages)
     wide, base = scales.astype(np.float32)[:, None], zeros.astype(np.float32)[:, None]
     low, high = (fold(pages.reshape(-1, 16, dim), axis=1) for fold in (np.min, np.max))
     halves = codes.reshape(len(pages), 2, 16, dim)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from elastickv.backends.cuda.builds import RECIPES, recipe_for
-from elastickv.backends.cuda.kernel_selection import needs_pages
+from elastickv.backends.cuda.kernel_selection import requires_pages
 from elastickv.backends.feedback import Feedback
 from elastickv.kvcache import Oracle
 from elastickv.kvcache.error_metrics import relative_l2
@@ -69,7 +69,7 @@ def matrix() -> list[Case]:
     """Return every kernel with every recipe that it runs, shapes and dtypes in turn."""
     planned = []
     for text in RECIPES:
-        if needs_pages(recipe_for(text, 64)):
+        if requires_pages(recipe_for(text, 64)):
             planned += [("auto", {}, text, EQUAL), ("auto", {}, text, RAGGED), ("simt", {}, text, RAGGED)]
             continue
         planned += [("simt", {}, text, EQUAL), ("mma", {"SPLITS": 0}, text, RAGGED)]

@@ -52,7 +52,7 @@ def replays(backend, dtype: str, text: str, count: int) -> dict:
 def soak(backend, dtype: str, text: str, steps: int) -> dict:
     """Decode `steps` captured tokens, in legs."""
     recipe = Recipe.parse(text)
-    caches = [backend.cache(SHAPE, LONGEST + LEG, dtype, recipe, recipe.layer_phase(i, LAYERS)) for i in range(LAYERS)]
+    caches = [backend.cache(SHAPE, LONGEST + LEG, dtype, recipe, recipe.layer_anchor_offset(i, LAYERS)) for i in range(LAYERS)]
     rng, feedback = np.random.default_rng(3), Feedback.seeded(SHAPE.head_dim, 4, 1.0, 1.0, 1.0)
     first = rng.standard_normal((SHAPE.batch, SHAPE.query_heads, SHAPE.head_dim), dtype=np.float32)
     for cache in caches:

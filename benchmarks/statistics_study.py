@@ -28,13 +28,13 @@ import numpy as np
 
 from elastickv.benchmark.sampler import collect
 from elastickv.benchmark.stats.intervals import Interval, beyond_noise, ratio_interval
-from elastickv.benchmark.summary import AGAIN
+from elastickv.benchmark.summary import AA_BASELINE
 
 Stream = Callable[[np.random.Generator, int], np.ndarray]
 SAMPLES, REPLICATIONS = (10, 20, 50, 100, 200), 2000
 UNEQUAL, UNEQUAL_SAMPLES = (1.03, 1.5), (20, 100)
 PAIRED, OWN, UNPAIRED = "paired", "paired, own state", "unpaired"
-CONTENDERS = ("baseline", "elastic", AGAIN)
+CONTENDERS = ("baseline", "elastic", AA_BASELINE)
 
 
 def noise(deviation: float = 0.01) -> Stream:
@@ -175,7 +175,7 @@ def measured(condition: Condition, seed: int) -> tuple[Interval, bool | None]:
         return lambda: factor * next(lines[name])
 
     times = collect({name: timed(name) for name in CONTENDERS}, n, paired=True, seed=seed).times
-    speedup, floor = (ratio_interval(times["baseline"], times[other]) for other in ("elastic", AGAIN))
+    speedup, floor = (ratio_interval(times["baseline"], times[other]) for other in ("elastic", AA_BASELINE))
     return speedup, beyond_noise(speedup, floor)
 
 

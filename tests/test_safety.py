@@ -19,7 +19,7 @@ from elastickv.inputs import MAX_DEPTH, parse_json, read_bytes
 from elastickv.recipe import ModelCalibration
 from elastickv.results.compare.comparison import compare
 from elastickv.results.compare.comparison_table import FORMATS
-from elastickv.results.compare.result_sets import read_side
+from elastickv.results.compare.result_sets import read_result_set
 from elastickv.results.formats.rows import csv_of
 from elastickv.sweeps.plan import read_plan
 from elastickv.sweeps.sweep_result import Sweep
@@ -49,7 +49,7 @@ ALLOWED = {
 HARMLESS = {"urllib.parse"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "execfile", "system", "popen", "unpack_archive"}
 READERS = {
-    "compare": lambda path: read_side(path, "A"),
+    "compare": lambda path: read_result_set(path, "A"),
     "sweep": Sweep.load,
     "plan": read_plan,
     "calibration": ModelCalibration.load,
@@ -207,7 +207,7 @@ def test_texts_of_a_result_are_shown_as_text(tmp_path, form):
 def test_an_error_that_quotes_a_file_steers_no_terminal(tmp_path):
     path = write(tmp_path, "a.json", hostile() | {"configuration": {"seq_len": MARKUP}})
     with pytest.raises(UsageError) as refused:
-        read_side(path, "A")
+        read_result_set(path, "A")
     assert str(refused.value).isprintable()
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from elastickv.backends.driver_errors import LOST, device_failures, failure, recognised
+from elastickv.backends.driver_errors import LOST, device_failures, failure, recognized
 from elastickv.errors import DeviceFailure, DeviceLost, KernelMismatch, RanOut, UsageError
 
 OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})
@@ -49,15 +49,15 @@ def test_a_drivers_error_says_what_is_gone_and_what_to_do(raised, kind, said):
     "raised", [CUDAError("CUDA_ERROR_OUT_OF_MEMORY: no"), OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
 )
 def test_want_of_memory_is_no_other_failure(raised):
-    assert isinstance(recognised(raised), RanOut)
-    assert "--seq" in str(recognised(raised))
+    assert isinstance(recognized(raised), RanOut)
+    assert "--seq" in str(recognized(raised))
 
 
 @pytest.mark.parametrize(
     "raised", [ValueError("CUDA"), UsageError("CUDA_ERROR_OUT_OF_MEMORY"), KernelMismatch("x"), OSError(28, "")]
 )
 def test_everything_else_stays_what_it_is(raised):
-    assert recognised(raised) is None
+    assert recognized(raised) is None
     with pytest.raises(type(raised)) as error, device_failures():
         raise raised
     assert error.value is raised

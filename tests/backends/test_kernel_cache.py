@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastickv.backends import kernel_cache
-from elastickv.backends.kernel_cache import cache_folder, keep, kept, obstacle, writable
+from elastickv.backends.kernel_cache import cache_folder, load_compiled, obstacle, save_compiled, writable
 from tests.helpers.full_disk import fill, small_disk
 
 SOURCE = Path(kernel_cache.__file__).parents[2]
@@ -24,19 +24,19 @@ def not_warned(monkeypatch):
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_what_others_may_write_is_not_ours(tmp_path, mode):
     path = tmp_path / "x.kernel"
-    keep(path, b"code")
-    assert kept(path) == b"code"
+    save_compiled(path, b"code")
+    assert load_compiled(path) == b"code"
     path.chmod(mode)
-    assert kept(path) is None
-    keep(path, b"code")
-    assert kept(path) == b"code"
+    assert load_compiled(path) is None
+    save_compiled(path, b"code")
+    assert load_compiled(path) == b"code"
 
 
 @pytest.mark.fault("damaged kernel cache")
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "other"])
 def test_a_damaged_file_counts_as_absent_and_is_replaced(tmp_path, damage):
     path = tmp_path / "a" / "x.kernel"
-    keep(path, b"code" * 1000)
+    save_compiled(path, b"code" * 1000)
     whole = path.read_bytes()
     damaged = {
         "empty": b"",
@@ -45,9 +45,9 @@ def test_a_damaged_file_counts_as_absent_and_is_replaced(tmp_path, damage):
         "other": b"notes\n",
     }
     path.write_bytes(damaged[damage])
-    assert kept(path) is None
-    keep(path, b"code" * 1000)
-    assert kept(path) == b"code" * 1000
+    assert load_compiled(path) is None
+    save_compiled(path, b"code" * 1000)
+    assert load_compiled(path) == b"code" * 1000
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -56,10 +56,10 @@ def test_a_folder_that_is_none_costs_one_warning_and_a_temporary_folder_that_goe
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with pytest.warns(UserWarning, match="ELASTICKV_CACHE_DIR"):
-        keep(blocked / "x.kernel", b"a")
+        save_compiled(blocked / "x.kernel", b"a")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        keep(blocked / "y.kernel", b"a")
+        save_compiled(blocked / "y.kernel", b"a")
         spare = writable(blocked / "numba")
     assert spare.is_dir() and blocked.read_text() == "not a folder"
     code = (
@@ -93,7 +93,7 @@ def test_a_full_disk_is_noticed_before_and_while_it_is_written(tmp_path):
         before = sorted(disk.iterdir())
         assert "No space" in obstacle(disk)
         with pytest.warns(UserWarning, match="No space left on device"):
-            keep(disk / "x.kernel", b"code" * 1000)
+            save_compiled(disk / "x.kernel", b"code" * 1000)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert writable(disk).parent != disk
@@ -107,18 +107,18 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_half_written(tmp_path
 
     monkeypatch.setattr(kernel_cache.os, "replace", full)
     with pytest.warns(UserWarning, match="No space left on device"):
-        keep(tmp_path / "x.kernel", b"code")
+        save_compiled(tmp_path / "x.kernel", b"code")
     assert list(tmp_path.iterdir()) == []
 
 
 _WRITER = """
 import sys
 from pathlib import Path
-from elastickv.backends.kernel_cache import keep, kept
+from elastickv.backends.kernel_cache import load_compiled, save_compiled
 path, body = Path(sys.argv[1]), b"code" * 50_000
 for _ in range(40):
-    keep(path, body)
-    assert kept(path) == body
+    save_compiled(path, body)
+    assert load_compiled(path) == body
 """
 
 
@@ -128,6 +128,6 @@ def test_readers_beside_four_writers_see_a_whole_file_or_none(tmp_path):
     command = [sys.executable, "-c", _WRITER, str(path)]
     writers = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(SOURCE)}) for _ in range(4)]
     while any(writer.poll() is None for writer in writers):
-        assert not path.exists() or kept(path) == b"code" * 50_000
+        assert not path.exists() or load_compiled(path) == b"code" * 50_000
     assert [writer.returncode for writer in writers] == [0, 0, 0, 0]
     assert list(path.parent.iterdir()) == [path]

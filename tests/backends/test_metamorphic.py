@@ -148,7 +148,7 @@ def test_values_in_another_unit_give_outputs_in_that_unit(each, data):
     """A power of two on V passes through codes, scales and sums without a trace."""
     case = data.draw(cases(each, dtypes=("bf16", "fp32")))
     if case.exact == "fp16":
-        case = replace(case, recipe=Recipe.parse("bf16"), phase=0)
+        case = replace(case, recipe=Recipe.parse("bf16"), anchor_offset=0)
     keys, values, queries = case.prompt()
     factor = np.float32(2.0) ** data.draw(st.integers(-40, 40))
     outputs, lse = decoded(each, case, keys, values, queries)
@@ -162,7 +162,7 @@ def test_values_in_another_unit_give_outputs_in_that_unit(each, data):
 def test_keys_in_another_unit_with_queries_in_its_inverse_score_alike(each, data):
     case = data.draw(cases(each, dtypes=("bf16", "fp32")))
     if case.exact == "fp16":
-        case = replace(case, recipe=Recipe.parse("bf16"), phase=0)
+        case = replace(case, recipe=Recipe.parse("bf16"), anchor_offset=0)
     keys, values, queries = case.prompt()
     factor = np.float32(2.0) ** data.draw(st.integers(-2, 8))  # scales of int4 keys are halves, and must stay normal
     outputs, lse = decoded(each, case, keys, values, queries)

@@ -56,7 +56,7 @@ def test_numbers_of_any_size_are_within_what_rounding_allows(each, data):
 def test_what_is_stored_is_what_the_reference_stores(each, data):
     case = data.draw(cases(each, numbers=tuple(NUMBERS), longest=300))
     cache, _ = each.filled(case, room=40)
-    twin = ReferenceCache(case.shape, cache.capacity, case.dtype, case.recipe, case.phase)
+    twin = ReferenceCache(case.shape, cache.capacity, case.dtype, case.recipe, case.anchor_offset)
     keys, values, _ = case.prompt()
     twin.prefill(keys, values, np.array(case.lengths))
     for step in range(data.draw(st.integers(0, 40))):

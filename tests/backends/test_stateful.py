@@ -38,8 +38,8 @@ class Caches(RuleBasedStateMachine):
         capacity = draw(
             st.one_of(st.sampled_from([1, PAGE_TOKENS, near + 1, near + PAGE_TOKENS]), st.integers(near + 70, near + 250))
         )
-        phase = draw(st.integers(0, recipe.anchor_every - 1))
-        self.case = Case(shape, recipe, draw(st.sampled_from(DTYPES)), (capacity,) * batch, phase)
+        anchor_offset = draw(st.integers(0, recipe.anchor_every - 1))
+        self.case = Case(shape, recipe, draw(st.sampled_from(DTYPES)), (capacity,) * batch, anchor_offset)
         self.cache, self.model = each.new(self.case), TokenLists(self.case, capacity)
         self.extend(data, 0, False)
         self.go_and_come_back(draw(SEEDS), draw(st.integers(30, 70)))
@@ -64,7 +64,7 @@ class Caches(RuleBasedStateMachine):
             self.cache.append(*token)
             self.model.add(token[0][:, :, None], token[1][:, :, None], [1] * self.case.shape.batch)
             self.model.step += 1
-            needed = self.model.age == 0 and self.case.recipe.anchor_every > 1
+            needed = self.model.steps_since_refresh == 0 and self.case.recipe.anchor_every > 1
             if decodes and (needed or step in (0, steps - 1)):
                 self.decode(seed + step)
 
@@ -139,7 +139,7 @@ class Caches(RuleBasedStateMachine):
             self.case.recipe,
             self.case.dtype,
             (capacity,) * len(rows),
-            self.case.phase,
+            self.case.anchor_offset,
         )
         self.model.case, self.model.shape, self.model.capacity = self.case, self.case.shape, capacity
         self.model.take(rows)
@@ -178,8 +178,8 @@ class Caches(RuleBasedStateMachine):
 
     @rule(seed=SEEDS)
     def decode(self, seed):
-        queries, age = self.queries(seed), self.model.age
-        if age and self.model.anchor != self.model.step - age:
+        queries, steps_since_refresh = self.queries(seed), self.model.steps_since_refresh
+        if steps_since_refresh and self.model.anchor != self.model.step - steps_since_refresh:
             with pytest.raises(RuntimeError, match="was not decoded"):
                 self.cache.decode(queries)
             return
@@ -188,7 +188,7 @@ class Caches(RuleBasedStateMachine):
         np.testing.assert_array_equal(again[0], outputs)
         np.testing.assert_array_equal(again[1], lse)
         self.near(outputs, lse, *self.model.decode(queries, self.cache.pages_read))
-        if self.case.recipe.selection != "reuse" or age == 0:
+        if self.case.recipe.selection != "reuse" or steps_since_refresh == 0:
             self.near(outputs, lse, *Oracle(self.cache).decode(queries))
 
     def near(self, outputs, lse, expected, expected_lse):

@@ -143,7 +143,8 @@ def test_the_layers_of_the_cycle_have_their_anchors_at_different_tokens(backend,
                 assert {(*cache.lengths, cache.step) for cache in self._caches} == {(SMALL["seq"], 0)}
             times += one_launch(self)
             if launches == 4:
-                anchors.append([cache.recipe.age(cache.step, cache.phase) == 0 for cache in self._caches])
+                since = [cache.recipe.steps_since_refresh(cache.step, cache.anchor_offset) for cache in self._caches]
+                anchors.append([steps == 0 for steps in since])
         return times
 
     monkeypatch.setattr(ReferenceProgram, "run", noting)

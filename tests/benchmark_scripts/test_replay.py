@@ -6,7 +6,7 @@ import pytest
 from benchmarks import replay
 from elastickv.kvcache import ReferenceCache
 from elastickv.kvcache.attention import attend
-from elastickv.kvcache.quantize import quantise_int4_keys, stored_values
+from elastickv.kvcache.quantize import quantize_int4_keys, stored_values
 from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.recipe.regions import selected
@@ -48,7 +48,7 @@ def test_formats(inputs, text):
 @pytest.mark.parametrize("anchor_every", [1, 5, 40])
 def test_pages_and_anchors(inputs, anchor_every):
     head = replay.Head(*inputs)
-    _, scales, zeros = quantise_int4_keys(head.pages[0])
+    _, scales, zeros = quantize_int4_keys(head.pages[0])
     scores = np.stack([score_pages(page_bounds(head.q[:, i], scales, zeros)) for i in range(QUERIES)])
     counts = np.array([selected(int(pages), 0.4) for pages in head.cold_pages])
     read = replay.listed(head, scores, counts, anchor_every)

@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 
 from elastickv.model_benchmark.baseline_result import SCHEMA_PATH
-from elastickv.results.compare.result_sets import read_side
+from elastickv.results.compare.result_sets import read_result_set
 from tests.helpers.tiny_models import tiny_gguf
 
 SIZES = ("--context", 200, "--reps", 2, "--decode-tokens", 2, "--scored", 3)
@@ -26,7 +26,7 @@ def test_transformers_gives_the_file_of_bench_model_with_its_price(elastickv, fo
     result = json.loads(output.read_text())
     jsonschema.validate(result, json.loads(SCHEMA_PATH.read_text()))
     assert result["fidelity"]["kl_mean"] > 0 and result["fidelity"]["context"] == 200
-    [run] = read_side(output, "A").runs
+    [run] = read_result_set(output, "A").runs
     assert run.fidelity.measured_on == "KL of elastic to stock, 3 tokens of morris.txt after 200"
     assert run.fidelity.mean == result["fidelity"]["kl_mean"]
     again = elastickv("compare", output, output, "--format", "json")

@@ -9,7 +9,7 @@ import torch
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.calibrate import calibrate
-from elastickv.evaluation.evaluate import Options, evaluate
+from elastickv.evaluation.evaluate import EvaluationOptions, evaluate
 from elastickv.evaluation.prefill import prefill
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.suggestion import Tolerance
@@ -20,7 +20,7 @@ from elastickv.results.formats.fidelity_table import fidelity_tables
 from tests.helpers.tiny_models import TEXT, tiny_llama
 
 TEXTS = [Text("letters", TEXT), Text("srettel", TEXT[::-1])]
-OPTIONS = Options(
+OPTIONS = EvaluationOptions(
     ratios=(1.0, 2.0, 4.0, 64.0),
     contexts=(800,),
     window_count=2,

@@ -25,9 +25,9 @@ from elastickv.recipe.layer_solver import for_ratio_by_layer
 from elastickv.recipe.recipe import parse_open
 from elastickv.results.compare import comparison_table
 from elastickv.results.compare.comparison import compare
-from elastickv.results.compare.result_sets import read_side
+from elastickv.results.compare.result_sets import read_result_set
 from elastickv.sweeps.axes import AXES, SETTINGS, values
-from elastickv.sweeps.plan import PRESETS, Plan, merged, read_plan
+from elastickv.sweeps.plan import PRESETS, SweepPlan, merged, read_plan
 from elastickv.sweeps.sweep_result import Sweep
 from tests.fuzz.source import Source, as_json, edits
 
@@ -191,7 +191,7 @@ def plan(data: bytes) -> None:
     if count > 64:
         return  # Valid, and solved cell by cell: seconds of work that is asked for.
     with _few_cells():
-        made = Plan.of(merged(given))
+        made = SweepPlan.of(merged(given))
     json.dumps([made.cells, made.settings, made.hash, made.axes], allow_nan=False)
 
 
@@ -256,7 +256,7 @@ def _side(name: str, source: Source) -> Path:
 
 
 def results(data: bytes) -> None:
-    read_side(_side("a", Source(data)), "A")
+    read_result_set(_side("a", Source(data)), "A")
 
 
 def comparisons(data: bytes) -> None:

@@ -11,16 +11,16 @@ import pytest
 
 from elastickv.benchmark import Gate, Options
 from elastickv.benchmark.sample_inputs import load_sample
-from elastickv.benchmark.stats.intervals import Moments, ratio_of_moments
+from elastickv.benchmark.stats.intervals import SummaryStats, ratio_of_summaries
 from elastickv.errors import UsageError
 from elastickv.evaluation.suggestion import Tolerance
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, for_ratio, resolve
 from elastickv.results.compare.comparison import compare
 from elastickv.results.compare.comparison_table import FORMATS
-from elastickv.results.compare.result_sets import read_side
+from elastickv.results.compare.result_sets import read_result_set
 from elastickv.results.files import check_writable
 from elastickv.sweeps.axes import values
-from elastickv.sweeps.plan import Plan, read_plan
+from elastickv.sweeps.plan import SweepPlan, read_plan
 from elastickv.sweeps.sweep_result import Sweep
 from tests.helpers.results import ORIGINAL, result, write
 
@@ -65,7 +65,7 @@ def test_f05_json_with_what_python_cannot_hold_is_refused(tmp_path, text, suffix
     path = tmp_path / f"a{suffix}"
     path.write_text(text)
     with pytest.raises(UsageError, match="is no JSON"):
-        read_side(path, "A")
+        read_result_set(path, "A")
     plan = tmp_path / "plan.json"
     plan.write_text(text)
     with pytest.raises(UsageError, match="is no JSON"):
@@ -141,7 +141,7 @@ def test_f16_figures_of_any_size_make_a_comparison_of_numbers(tmp_path):
         compare(paths[0], paths[1])
     text = compare(paths[1], paths[2]).to_json()
     assert not {"Infinity", "NaN"} & set(text.split())
-    interval = ratio_of_moments(Moments(1.0, 1e30, 2), Moments(1.0, 1e30, 2))
+    interval = ratio_of_summaries(SummaryStats(1.0, 1e30, 2), SummaryStats(1.0, 1e30, 2))
     assert 0 < interval.low < 1 < interval.high < math.inf
 
 
@@ -151,14 +151,14 @@ def test_r05_ranges_and_numbers_that_no_arithmetic_holds(name, text):
     with pytest.raises(UsageError):
         values(name, text)
     with pytest.raises(UsageError):
-        Plan.of({name: 10**400})
+        SweepPlan.of({name: 10**400})
 
 
 @pytest.mark.parametrize("version", ["²", "9" * 5000, "", "x.y"])
 def test_r06_a_version_that_is_none_is_another(tmp_path, version):
     value = {"benchmark_type": "elastic_kv_cache", "schema_version": version}
     with pytest.raises(UsageError, match="schema"):
-        read_side(write(tmp_path, "a.json", value), "A")
+        read_result_set(write(tmp_path, "a.json", value), "A")
 
 
 def test_r03_a_prompt_that_is_no_utf8_is_refused(monkeypatch):

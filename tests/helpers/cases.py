@@ -29,7 +29,7 @@ class Case:
     recipe: Recipe
     dtype: str
     lengths: tuple[int, ...]
-    phase: int = 0
+    anchor_offset: int = 0
     seed: int = 0
     numbers: str = "normal"
 

@@ -44,7 +44,7 @@ class Kind:
     def new(self, case: Case, room: int = 0, recipe: Recipe | None = None) -> LayerCache:
         """Return a cache for a case and `room` further tokens, its memory poisoned."""
         recipe = recipe or case.recipe
-        cache = self.backend.cache(case.shape, max(case.lengths) + room, case.dtype, recipe, case.phase)
+        cache = self.backend.cache(case.shape, max(case.lengths) + room, case.dtype, recipe, case.anchor_offset)
         self._poison_storage(cache)
         self.poison(cache)
         return cache

@@ -30,10 +30,10 @@ class TokenLists:
         return [len(row) for row in self.rows]
 
     @property
-    def age(self):
+    def steps_since_refresh(self):
         """Steps since the last anchor."""
         step = max(self.step, 0)
-        anchors = [n for n in range(step + 1) if n == 0 or (n + self.case.phase) % self.recipe.anchor_every == 0]
+        anchors = [n for n in range(step + 1) if n == 0 or (n + self.case.anchor_offset) % self.recipe.anchor_every == 0]
         return step - anchors[-1]
 
     def cold(self, length):
@@ -110,11 +110,11 @@ class TokenLists:
             heads = slice(head * shape.group, (head + 1) * shape.group)
             found = self._decode_head(row, head, queries[row, heads], pages_read(row, head))
             outputs[row, heads], lse[row, heads] = found.output, found.lse
-        self.anchor = self.step - self.age
+        self.anchor = self.step - self.steps_since_refresh
         return outputs, lse
 
     def _decode_head(self, row, head, queries, pages):
-        recipe, age = self.recipe, self.age
+        recipe, steps_since_refresh = self.recipe, self.steps_since_refresh
         (keys, values, *exact), places = self.parts(row, head)
         recent = attend(queries, *exact)
         if recipe.selection == "pages":
@@ -124,15 +124,17 @@ class TokenLists:
         if recipe.selection != "reuse":
             mass = math.log(self.cold(len(self.rows[row])) / len(places)) if places else 0.0
             return merge(attend(queries, keys, values).weighted(mass), recent)
-        if age == 0:
+        if steps_since_refresh == 0:
             self.at_anchor[row, head] = attend(queries, keys, values)
         before: Partial = self.at_anchor[row, head]
-        fresh = slice(self.cold(len(self.rows[row]) - age), None)
-        return merge(before.weighted(age * math.log(recipe.decay)), attend(queries, keys[fresh], values[fresh]), recent)
+        fresh = slice(self.cold(len(self.rows[row]) - steps_since_refresh), None)
+        return merge(
+            before.weighted(steps_since_refresh * math.log(recipe.decay)), attend(queries, keys[fresh], values[fresh]), recent
+        )
 
     def _pages(self, row, head, there, chosen):
         """Return the pages that are to be read: at an anchor as many as the share says, later the same and those since."""
-        if self.age == 0:
+        if self.steps_since_refresh == 0:
             count = min(there, max(1, int(self.fractions[head] * there)))
             assert len(chosen) == count and (np.diff(chosen) > 0).all() and all(0 <= page < there for page in chosen)
             self.at_anchor[row, head] = (chosen, there)

@@ -67,12 +67,12 @@ def test_it_looks_right_at_every_width_in_both_colours(opened, page, width, sche
 
 def test_a_reader_chooses_the_colours(opened, page):
     with Visit(opened, page, scheme="light") as visit:
-        colour = "getComputedStyle(document.querySelector('section')).backgroundColor"
-        light = visit.ask(colour)
+        color = "getComputedStyle(document.querySelector('section')).backgroundColor"
+        light = visit.ask(color)
         visit.page.check("#theme-dark")
-        assert visit.ask(colour) != light
+        assert visit.ask(color) != light
         visit.page.check("#theme-light")
-        assert visit.ask(colour) == light
+        assert visit.ask(color) == light
 
 
 def test_the_files_inside_it_can_be_saved(opened, page):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from elastickv.backends.feedback import Feedback, OrthogonalMap
 from elastickv.kvcache.attention import attend, merge
-from elastickv.kvcache.error_metrics import relative_l2, summarise
+from elastickv.kvcache.error_metrics import relative_l2, summarize
 from tests.helpers.cases import tried
 
 
@@ -45,7 +45,7 @@ def test_an_error_that_is_not_finite_is_infinite():
     assert relative_l2([[np.nan, 1.0]], [[1.0, 1.0]])[0] == np.inf
     assert relative_l2([[0.0, 0.0]], [[0.0, 0.0]])[0] == 0
     assert relative_l2([[1.0, 0.0]], [[0.0, 0.0]])[0] == np.inf
-    assert summarise([1.0, 3.0]).mean == 2
+    assert summarize([1.0, 3.0]).mean == 2
 
 
 @given(st.sampled_from([64, 80, 128]), st.integers(0, 1000))

@@ -10,12 +10,12 @@ from hypothesis.extra import numpy as hnp
 
 from elastickv.kvcache.quantize import (
     E4M3_VALUES,
-    dequantise_fp8,
-    dequantise_int8,
-    quantise_fp8,
-    quantise_int4_keys,
-    quantise_int4_values,
-    quantise_int8,
+    dequantize_fp8,
+    dequantize_int8,
+    quantize_fp8,
+    quantize_int4_keys,
+    quantize_int4_values,
+    quantize_int8,
     stored_values,
 )
 from elastickv.kvcache.rounding import from_bf16_bits, rounded, to_bf16_bits
@@ -25,16 +25,16 @@ finite_rows = hnp.arrays(np.float32, (3, 64), elements=st.floats(-(2.0**127), 2.
 
 @given(finite_rows)
 def test_int8_is_within_half_a_step_and_uses_its_range(rows):
-    codes, scales = quantise_int8(rows)
+    codes, scales = quantize_int8(rows)
     step = from_bf16_bits(scales).astype(np.float64)[:, None]
     assert np.abs(codes.astype(int)).max() <= 127
     # A scale below the least normal float32 divides inexactly, and where 1 / 127 of the row underflows it reads as 0.
-    error = np.abs(dequantise_int8(codes, scales) - rows)
+    error = np.abs(dequantize_int8(codes, scales) - rows)
     assert (error <= 0.5001 * step + 127 * 2.0**-149).all()
 
 
 def test_a_row_of_zeros_stays_zero():
-    codes, scales = quantise_int8(np.zeros((1, 64), np.float32))
+    codes, scales = quantize_int8(np.zeros((1, 64), np.float32))
     assert not codes.any()
     assert not scales.any()
 
@@ -67,7 +67,7 @@ def bf16_rows(limit=2.0**126):
 
 @given(fp16_pages())
 def test_int4_keys_lie_within_what_scale_and_zero_span_and_within_half_a_step(pages):
-    codes, scales, zeros = quantise_int4_keys(pages)
+    codes, scales, zeros = quantize_int4_keys(pages)
     assert scales.dtype == zeros.dtype == np.float16 and codes.max() <= 15
     low, step = zeros.astype(np.float64)[:, None], scales.astype(np.float64)[:, None]
     assert (low <= pages).all()
@@ -79,7 +79,7 @@ def test_int4_keys_lie_within_what_scale_and_zero_span_and_within_half_a_step(pa
 
 @given(fp16_pages())
 def test_the_scales_of_keys_are_the_least_that_span_them(pages):
-    _, scales, zeros = quantise_int4_keys(pages)
+    _, scales, zeros = quantize_int4_keys(pages)
     least, most = pages.min(axis=1), pages.max(axis=1)
     # fp16 inputs: their least value is its own zero.
     np.testing.assert_array_equal(zeros.astype(np.float32), least)
@@ -90,7 +90,7 @@ def test_the_scales_of_keys_are_the_least_that_span_them(pages):
 
 @given(bf16_rows(), st.sampled_from([32, 64]))
 def test_int4_values_are_within_half_a_step_of_their_group(rows, group):
-    codes, scale_bits, zero_bits = quantise_int4_values(rows, group)
+    codes, scale_bits, zero_bits = quantize_int4_values(rows, group)
     assert codes.max() <= 15 and scale_bits.shape == (3, 64 // group)
     low, step = (from_bf16_bits(bits).astype(np.float64)[..., None] for bits in (zero_bits, scale_bits))
     grouped = rows.reshape(3, -1, group).astype(np.float64)
@@ -102,7 +102,7 @@ def test_int4_values_are_within_half_a_step_of_their_group(rows, group):
 
 @given(bf16_rows())
 def test_a_smaller_group_never_has_a_larger_scale(rows):
-    whole, parts = (from_bf16_bits(quantise_int4_values(rows, group)[1]) for group in (64, 32))
+    whole, parts = (from_bf16_bits(quantize_int4_values(rows, group)[1]) for group in (64, 32))
     # Its zero is at or above the whole's, but rounding the zero down can widen a part by one bfloat16 step of it.
     slack = np.abs(rows).max(axis=1, keepdims=True) * 2.0**-7 / 15
     assert (parts <= whole * (1 + 2.0**-7) + slack).all()
@@ -119,7 +119,7 @@ def test_a_constant_page_is_kept_exactly(value):
 def test_denormal_keys_keep_their_order_of_magnitude():
     page = np.zeros((1, 32, 8), np.float32)
     page[0, :, 0] = np.arange(32) * np.float32(2.0**-24)
-    codes, scales, zeros = quantise_int4_keys(page)
+    codes, scales, zeros = quantize_int4_keys(page)
     read = codes * scales.astype(np.float64)[:, None] + zeros.astype(np.float64)[:, None]
     assert scales[0, 0] == np.float16(3 * 2.0**-24)
     assert np.abs(read - page).max() <= 1.5 * 2.0**-24
@@ -129,7 +129,7 @@ def test_denormal_keys_keep_their_order_of_magnitude():
 def test_keys_over_the_range_of_fp16_are_not_turned_into_nan_codes():
     page = np.zeros((1, 32, 8), np.float32)
     page[0, 0, 0], page[0, 1, 0] = -65504, 65504
-    codes, scales, zeros = quantise_int4_keys(page)
+    codes, scales, zeros = quantize_int4_keys(page)
     assert np.isfinite(scales).all() and np.isfinite(zeros).all()
     read = codes * scales.astype(np.float64)[:, None] + zeros.astype(np.float64)[:, None]
     assert np.abs(read - page).max() <= scales.max() / 2
@@ -153,9 +153,9 @@ fp8_values = st.floats(-(2.0**100), 2.0**100, width=32)
 
 @given(hnp.arrays(np.float32, (2, 32, 8), elements=fp8_values))
 def test_fp8_is_within_half_a_unit_in_the_last_place(pages):
-    codes, scales = quantise_fp8(pages)
+    codes, scales = quantize_fp8(pages)
     scale = from_bf16_bits(scales).astype(np.float64)[:, None, None]
-    read = dequantise_fp8(codes, scales)
+    read = dequantize_fp8(codes, scales)
     # Three bits of mantissa; below 2^-6 of the scale steps are 2^-9 of it. Where 1 / 448 of the page underflows it reads as 0.
     nothing = 448 * 2.0**-149
     assert (np.abs(read - pages) <= np.maximum(np.abs(pages) * 2.0**-4, scale * 2.0**-10) * (1 + 1e-6) + nothing).all()
@@ -164,7 +164,7 @@ def test_fp8_is_within_half_a_unit_in_the_last_place(pages):
 
 @given(hnp.arrays(np.float32, (2, 32, 8), elements=fp8_values))
 def test_the_scale_of_fp8_is_the_least_power_of_two_that_holds_the_page(pages):
-    _, bits = quantise_fp8(pages)
+    _, bits = quantize_fp8(pages)
     for page, scale in zip(pages, from_bf16_bits(bits).astype(np.float64), strict=True):
         largest = float(np.abs(page).max())
         # Ratios in float32, as every back end computes them; below the least normal float32 the scale is the least normal.
@@ -178,7 +178,7 @@ def test_fp8_codes_are_those_of_the_specification():
     # OCP OFP8: S.EEEE.MMM, bias 7; largest 448 = 0x7E, one 0x38, least normal 2^-6 = 0x08, least subnormal 2^-9 = 0x01.
     page = np.zeros((1, 32, 8), np.float32)
     page[0, 0] = [448, 1, 2.0**-6, 2.0**-9, -448, -1, 2.0**-10, 1.0625]
-    codes, scales = quantise_fp8(page)
+    codes, scales = quantize_fp8(page)
     assert from_bf16_bits(scales)[0] == 1
     # 2^-10 and 1.0625 are halfway between two numbers: to the even one.
     np.testing.assert_array_equal(codes[0, 0], [0x7E, 0x38, 0x08, 0x01, 0xFE, 0xB8, 0x00, 0x38])
@@ -188,10 +188,10 @@ def test_fp8_reads_back_every_number_it_has():
     every = np.arange(256, dtype=np.uint8)
     every = every[(every & 0x7F) != 0x7F]
     one = np.array([0x3F80], np.uint16)
-    numbers = dequantise_fp8(every[None, None], one)[0, 0].astype(np.float32)
+    numbers = dequantize_fp8(every[None, None], one)[0, 0].astype(np.float32)
     page = np.zeros((1, 32, 8), np.float32)
     page.reshape(-1)[: len(numbers)] = numbers
-    codes, scales = quantise_fp8(page)
+    codes, scales = quantize_fp8(page)
     assert from_bf16_bits(scales)[0] == 1
     np.testing.assert_array_equal(codes.reshape(-1)[: len(numbers)], every)
 
@@ -199,7 +199,7 @@ def test_fp8_reads_back_every_number_it_has():
 @given(hnp.arrays(np.float32, (3, 64), elements=st.floats(-65504, 65504, width=16)), st.sampled_from([32, 64]))
 def test_int4_values_of_halves_have_a_zero_beneath_them(rows, group):
     """A half has more digits than a bfloat16: here the zero is truly rounded."""
-    codes, scale_bits, zero_bits = quantise_int4_values(rows, group)
+    codes, scale_bits, zero_bits = quantize_int4_values(rows, group)
     low, step = (from_bf16_bits(bits).astype(np.float64)[..., None] for bits in (zero_bits, scale_bits))
     grouped = rows.reshape(3, -1, group).astype(np.float64)
     assert (low <= grouped).all() and (grouped <= low + 15 * step * (1 + 1e-6)).all()
@@ -208,13 +208,13 @@ def test_int4_values_of_halves_have_a_zero_beneath_them(rows, group):
     np.testing.assert_array_equal(codes.reshape(grouped.shape)[np.broadcast_to(step == 0, grouped.shape)], 0)
 
 
-def quantised(rows, fmt):
+def quantized(rows, fmt):
     """Return codes and scales of (2, 32, 64) rows."""
     return {
-        "int8": quantise_int8,
-        "fp8": quantise_fp8,
-        "int4 keys": quantise_int4_keys,
-        "int4 values": lambda x: quantise_int4_values(x, 32),
+        "int8": quantize_int8,
+        "fp8": quantize_fp8,
+        "int4 keys": quantize_int4_keys,
+        "int4 values": lambda x: quantize_int4_values(x, 32),
     }[fmt](rows)
 
 
@@ -225,13 +225,13 @@ TYPES = {"int8": "bH", "fp8": "BH", "int4 keys": "Bee", "int4 values": "BHH"}
 @pytest.mark.parametrize("fmt", SHAPES)
 def test_codes_and_scales_have_their_types_and_shapes_whatever_numbers_are_given(fmt):
     rows = np.random.default_rng(4).integers(-50, 50, (2, 32, 64)).astype(np.float32)
-    arrays = quantised(rows, fmt)
+    arrays = quantized(rows, fmt)
     assert [array.shape for array in arrays] == [(2, 32, 64), *SHAPES[fmt]]
     assert [array.dtype.char for array in arrays] == list(TYPES[fmt])
     for given_as in (rows.astype(np.float64), rows.astype(np.int64), rows.tolist()):
-        for array, expected in zip(quantised(given_as, fmt), arrays, strict=True):
+        for array, expected in zip(quantized(given_as, fmt), arrays, strict=True):
             np.testing.assert_array_equal(array, expected)
-    for array, expected in zip(quantised(rows[:1], fmt), arrays, strict=True):
+    for array, expected in zip(quantized(rows[:1], fmt), arrays, strict=True):
         np.testing.assert_array_equal(array, expected[:1])
 
 
@@ -240,14 +240,14 @@ def test_what_float32_rounds_away_widens_no_scale(fmt, top):
     # The largest number that a scale of 1 holds, and a part of it that float64 alone tells apart.
     rows = np.zeros((1, 32, 64))
     rows[0, :2, :2] = top * (1 + 2.0**-30)
-    for array, expected in zip(quantised(rows, fmt), quantised(rows.astype(np.float32), fmt), strict=True):
+    for array, expected in zip(quantized(rows, fmt), quantized(rows.astype(np.float32), fmt), strict=True):
         np.testing.assert_array_equal(array, expected)
-    assert quantised(rows, fmt)[0].max() == (0x7E if fmt == "fp8" else top)
+    assert quantized(rows, fmt)[0].max() == (0x7E if fmt == "fp8" else top)
 
 
 @pytest.mark.parametrize("fmt", SHAPES)
 def test_what_has_no_scale_has_codes_of_zero(fmt):
-    codes, *scales = quantised(np.zeros((1, 32, 64), np.float32), fmt)
+    codes, *scales = quantized(np.zeros((1, 32, 64), np.float32), fmt)
     assert not codes.any() and not any(np.asarray(scale).any() for scale in scales)
 
 
@@ -279,7 +279,7 @@ def test_no_number_gives_rise_to_a_warning(fmt, numbers):
     rows[0, :, 32:] = numbers[0]
     with warnings.catch_warnings(), np.errstate(divide="warn", invalid="warn", over="warn"):
         warnings.simplefilter("error")
-        quantised(rows, fmt)
+        quantized(rows, fmt)
         stored_values(rows[0], fmt.partition(" ")[0], fmt == "int4 values", 32)
 
 
@@ -287,7 +287,7 @@ def test_no_number_gives_rise_to_a_warning(fmt, numbers):
 def test_an_infinity_is_no_number_in_fp8_which_has_none(bad):
     page = np.ones((1, 32, 8), np.float32)
     page[0, 5, 2] = bad
-    codes = quantise_fp8(page)[0]
+    codes = quantize_fp8(page)[0]
     assert codes[0, 5, 2] & 0x7F == 0x7F
     assert np.isnan(E4M3_VALUES[codes]).sum() == 1
 
@@ -296,8 +296,8 @@ def test_codes_and_scales_are_multiplied_in_float64():
     # 127 x (1 + 2^-7) needs 14 bits: the products of a code and a scale are exact.
     scales = np.array([0x3F81], np.uint16)
     for read, expected in (
-        (dequantise_int8(np.array([[127, -3]], np.int8), scales), [127, -3]),
-        (dequantise_fp8(np.array([[[0x7E, 0x01]]], np.uint8), scales), [448, 2.0**-9]),
+        (dequantize_int8(np.array([[127, -3]], np.int8), scales), [127, -3]),
+        (dequantize_fp8(np.array([[[0x7E, 0x01]]], np.uint8), scales), [448, 2.0**-9]),
     ):
         assert read.dtype == np.float64
         np.testing.assert_array_equal(read.ravel(), np.array(expected) * (1 + 2.0**-7))
@@ -307,5 +307,5 @@ def test_the_range_of_a_channel_is_computed_in_float32():
     # 15 x 4096 and the least half below 0 lie 61440 apart in float32: the scale needs no rounding up.
     page = np.zeros((1, 32, 1), np.float32)
     page[0, :2, 0] = 15 * 4096, -(2.0**-24)
-    codes, scales, zeros = quantise_int4_keys(page)
+    codes, scales, zeros = quantize_int4_keys(page)
     assert (scales[0, 0], zeros[0, 0], codes[0, 0, 0]) == (4096, np.float16(-(2.0**-24)), 15)

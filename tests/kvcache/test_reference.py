@@ -24,8 +24,8 @@ def queries(seed=1):
     return rng.standard_normal((SHAPE.batch, SHAPE.query_heads, SHAPE.head_dim)).astype(np.float32)
 
 
-def filled(text, lengths, capacity=400, dtype="bf16", phase=0):
-    cache = ReferenceCache(SHAPE, capacity, dtype, Recipe.parse(text), phase)
+def filled(text, lengths, capacity=400, dtype="bf16", anchor_offset=0):
+    cache = ReferenceCache(SHAPE, capacity, dtype, Recipe.parse(text), anchor_offset)
     cache.prefill(*tokens(max(lengths)), np.array(lengths))
     return cache
 
@@ -81,13 +81,13 @@ def test_reuse_merges_the_anchors_output_with_what_came_since():
     for i in range(3):
         cache.append(reference[0][:, :, 150 + i], reference[1][:, :, 150 + i])
         outputs.append(cache.decode(queries(i)))
-    length, age = 103, 2
+    length, steps_since_refresh = 103, 2
     stored = cache.stored(0, 0)
     at_anchor = (101 - 2 - 8) // 32 * 32
     cold = attend(queries(0)[0, :2], stored.cold_keys[:at_anchor], stored.cold_values[:at_anchor])
     fresh = attend(queries(2)[0, :2], stored.cold_keys[at_anchor:], stored.cold_values[at_anchor:])
     exact = attend(queries(2)[0, :2], stored.exact_keys, stored.exact_values)
-    expected = merge(cold.weighted(age * np.log(0.5)), fresh, exact)
+    expected = merge(cold.weighted(steps_since_refresh * np.log(0.5)), fresh, exact)
     np.testing.assert_allclose(outputs[2][0][0, :2], expected.output)
     assert len(stored.exact_keys) + len(stored.cold_keys) == length
 
@@ -114,7 +114,7 @@ def test_rewind_forgets_what_was_appended():
 
 @pytest.mark.parametrize("text", ["int4,pages=1/4,anchor_every=5,window=0", "bf16,reuse,anchor_every=5,window=0"])
 def test_rewinding_to_between_anchors_brings_back_what_is_reused(text):
-    cache, (keys, values) = filled(text, [200, 150], phase=3), tokens(12, seed=5)
+    cache, (keys, values) = filled(text, [200, 150], anchor_offset=3), tokens(12, seed=5)
 
     def play(first, end):
         outputs = []
@@ -125,7 +125,7 @@ def test_rewinding_to_between_anchors_brings_back_what_is_reused(text):
 
     play(0, 4)
     cache.mark()
-    assert cache.recipe.age(cache.step, cache.phase) == 1
+    assert cache.recipe.steps_since_refresh(cache.step, cache.anchor_offset) == 1
     once = play(4, 12)
     cache.rewind()
     np.testing.assert_array_equal(play(4, 12), once)
@@ -133,7 +133,7 @@ def test_rewinding_to_between_anchors_brings_back_what_is_reused(text):
 
 def test_the_oldest_age_in_a_phase_weighs_least_and_the_first_step_is_an_anchor():
     recipe = "bf16,reuse,anchor_every=3,decay=0.5,sinks=0,window=0"
-    cache, (keys, values) = filled(recipe, [96, 96], phase=2), tokens(101)
+    cache, (keys, values) = filled(recipe, [96, 96], anchor_offset=2), tokens(101)
     masses = []
     for i in range(5):
         cache.append(keys[:, :, 96 + i], values[:, :, 96 + i])
@@ -142,10 +142,10 @@ def test_the_oldest_age_in_a_phase_weighs_least_and_the_first_step_is_an_anchor(
     np.testing.assert_allclose(masses, [96 + 1, 96 + 2, 96 / 2 + 3, 96 / 4 + 4, 96 + 5])
 
 
-@pytest.mark.parametrize("phase", [-1, 3])
-def test_a_phase_outside_the_interval_is_refused(phase):
+@pytest.mark.parametrize("anchor_offset", [-1, 3])
+def test_a_phase_outside_the_interval_is_refused(anchor_offset):
     with pytest.raises(ValueError, match="takes 0 to 2"):
-        filled("bf16,reuse,anchor_every=3", [10, 10], phase=phase)
+        filled("bf16,reuse,anchor_every=3", [10, 10], anchor_offset=anchor_offset)
 
 
 def test_a_full_cache_says_so():
@@ -163,9 +163,9 @@ def test_a_nan_is_raised_with_its_position():
         cache.raise_non_finite()
 
 
-def walk(text, start=300, steps=70, phase=0):
+def walk(text, start=300, steps=70, anchor_offset=0):
     """The pages read of row 0, head 1 at every step, beside the cold pages there."""
-    cache, (keys, values) = filled(text, [start, start], phase=phase), tokens(400)
+    cache, (keys, values) = filled(text, [start, start], anchor_offset=anchor_offset), tokens(400)
     for i in range(steps):
         cache.append(keys[:, :, start + i], values[:, :, start + i])
         cache.decode(queries(i))
@@ -192,11 +192,11 @@ def test_an_oracle_that_was_not_marked_rewinds_to_its_beginning():
     np.testing.assert_array_equal(oracle.decode(queries())[0], cache.decode(queries())[0])
 
 
-@pytest.mark.parametrize("phase", [0, 1, 17, 39])
-def test_between_anchors_the_list_stays_and_pages_that_turned_cold_are_added(phase):
+@pytest.mark.parametrize("anchor_offset", [0, 1, 17, 39])
+def test_between_anchors_the_list_stays_and_pages_that_turned_cold_are_added(anchor_offset):
     list_, at_anchor, grown = None, 0, 0
-    for _, i, read, cold in walk("int4,pages=1/4,anchor_every=40", phase=phase):
-        if i == 0 or (i + phase) % 40 == 0:
+    for _, i, read, cold in walk("int4,pages=1/4,anchor_every=40", anchor_offset=anchor_offset):
+        if i == 0 or (i + anchor_offset) % 40 == 0:
             list_, at_anchor = read, cold
             assert len(read) == max(1, cold // 4)
         np.testing.assert_array_equal(read, np.r_[list_, at_anchor:cold])
@@ -274,7 +274,7 @@ def test_tokens_that_turn_cold_after_the_anchor_are_read_afresh():
 
 def test_a_new_cache_is_empty_before_its_first_step():
     cache = ReferenceCache(SHAPE, 40, "bf16", Recipe.parse("int8"))
-    assert (cache.step, cache.lengths.tolist(), cache.phase) == (-1, [0, 0], 0)
+    assert (cache.step, cache.lengths.tolist(), cache.anchor_offset) == (-1, [0, 0], 0)
     cache.rewind()
     cache.append(*tokens(1)[:, :, :, 0])
     assert (cache.step, cache.lengths.tolist(), cache.lengths.dtype) == (0, [1, 1], np.int64)
@@ -347,11 +347,11 @@ def test_a_state_that_does_not_fit_is_refused_with_both_shapes(batch, capacity):
 
 
 def test_rows_that_are_gathered_keep_what_the_cache_is():
-    cache = filled("int4,pages=1/4,anchor_every=4", [200, 150], dtype="fp16", phase=3)
+    cache = filled("int4,pages=1/4,anchor_every=4", [200, 150], dtype="fp16", anchor_offset=3)
     cache.set_fractions([1 / 2, 1])
     other = cache.gather(np.array([1, 1, 0]), 210)
     assert other.shape == AttentionShape(3, 4, 2, 64)
-    assert (other.capacity, other.dtype, other.recipe, other.phase) == (210, "fp16", cache.recipe, 3)
+    assert (other.capacity, other.dtype, other.recipe, other.anchor_offset) == (210, "fp16", cache.recipe, 3)
     assert (other.lengths.tolist(), other.step, other.state()["fractions"].tolist()) == ([150, 150, 200], -1, [1 / 2, 1])
     other.set_fractions([1, 1])
     assert cache.state()["fractions"].tolist() == [1 / 2, 1]

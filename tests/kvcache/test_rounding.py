@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elastickv.kvcache import quantize
-from elastickv.kvcache.quantize import E4M3_VALUES, quantise_fp8
+from elastickv.kvcache.quantize import E4M3_VALUES, quantize_fp8
 from elastickv.kvcache.rounding import from_bf16_bits, rounded, to_bf16_bits
 
 torch = pytest.importorskip("torch")
@@ -59,7 +59,7 @@ def test_e4m3_codes_are_pytorchs_for_every_half():
     page = np.zeros((-(-len(halves) // 32), 32, 1), np.float32)
     page.reshape(-1)[: len(halves)] = halves
     # One page of one scale: its largest is 448, so the scale is one.
-    codes, scales = quantise_fp8(page.reshape(1, -1, 1))
+    codes, scales = quantize_fp8(page.reshape(1, -1, 1))
     assert from_bf16_bits(scales)[0] == 1
     expected = torch.from_numpy(halves).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     np.testing.assert_array_equal(codes.reshape(-1)[: len(halves)], expected)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from elastickv.kvcache.quantize import quantise_int4_keys, stored_values
+from elastickv.kvcache.quantize import quantize_int4_keys, stored_values
 from elastickv.kvcache.scorers.bounds import page_bounds, score_pages, select_pages
 from tests.helpers.cases import tried
 
@@ -24,7 +24,7 @@ def scores_of(keys, q):
 @given(pages, queries)
 @tried(60)
 def test_no_stored_key_is_above_the_bound_over_the_whole_range(keys, q):
-    _, scales, zeros = quantise_int4_keys(keys)
+    _, scales, zeros = quantize_int4_keys(keys)
     scores, _ = scores_of(keys, q)
     bounds = page_bounds(q, scales, zeros, span=1)
     assert (scores.max(axis=2) <= bounds + 1e-9 * np.abs(bounds) + 1e-9).all()
@@ -33,7 +33,7 @@ def test_no_stored_key_is_above_the_bound_over_the_whole_range(keys, q):
 @given(pages, queries)
 @tried(60)
 def test_the_bound_over_the_whole_range_is_reached_by_a_key_of_the_best_ends(keys, q):
-    _, scales, zeros = (np.asarray(a, np.float64) for a in quantise_int4_keys(keys))
+    _, scales, zeros = (np.asarray(a, np.float64) for a in quantize_int4_keys(keys))
     best = np.where(q[:, None] > 0, zeros + 15 * scales, zeros)
     np.testing.assert_allclose(
         page_bounds(q, scales, zeros, span=1), np.einsum("qd,qpd->qp", q.astype(np.float64), best) / np.sqrt(DIM), atol=1e-6
@@ -43,7 +43,7 @@ def test_the_bound_over_the_whole_range_is_reached_by_a_key_of_the_best_ends(key
 @given(pages, queries, st.floats(0, 1))
 @tried(60)
 def test_a_narrower_span_bounds_less_and_never_less_than_the_middle(keys, q, span):
-    _, scales, zeros = quantise_int4_keys(keys)
+    _, scales, zeros = quantize_int4_keys(keys)
     middle, narrow, whole = (page_bounds(q, scales, zeros, span=x) for x in (0, span, 1))
     slack = 1e-9 * np.abs(whole) + 1e-9
     assert (middle <= narrow + slack).all() and (narrow <= whole + slack).all()

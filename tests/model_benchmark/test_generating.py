@@ -85,7 +85,7 @@ def test_the_receipt_of_an_elastic_cache_is_its_report(model, prompt):
     assert receipt["kv_read_bytes"] == report.read_bytes > 0
     assert receipt["kv_stored_bytes"] == report.stored_bytes
     assert receipt["stored_ratio"] == report.stored_ratio and receipt["read_ratio"] == report.read_ratio
-    assert receipt["storing_share_of_first_token"] == report.quantise_seconds / ours.pieces[0].first_s
+    assert receipt["storing_share_of_first_token"] == report.quantize_seconds / ours.pieces[0].first_s
 
 
 def test_the_interval_pairs_pieces_and_needs_two(model, prompt):

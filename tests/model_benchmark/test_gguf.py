@@ -13,7 +13,7 @@ from elastickv.errors import DoesNotFit, UsageError
 from elastickv.evaluation.metrics import Scores
 from elastickv.model_benchmark.baseline_result import SCHEMA_PATH, baseline_schema
 from elastickv.model_benchmark.gguf_file import KV_TYPES, read_gguf
-from elastickv.model_benchmark.quality_delta import price
+from elastickv.model_benchmark.quality_delta import quality_delta
 from tests.helpers.tiny_models import tiny_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -95,7 +95,7 @@ def test_predictions_are_not_measured_where_there_is_no_text_for_them(model):
 def test_a_price_is_the_mean_of_its_tokens():
     full, own = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
     kl = np.array([[0.0, 1.0]])
-    found = price("f16", "t", 7, Scores(-full, -own, kl, np.array([[1.0, 0.0]])))
+    found = quality_delta("f16", "t", 7, Scores(-full, -own, kl, np.array([[1.0, 0.0]])))
     assert found.reference_perplexity == pytest.approx(2) and found.perplexity == pytest.approx((0.25 * 0.75) ** -0.5)
     assert (found.kl_mean, found.kl_max, found.top1_percent, found.tokens) == (0.5, 1, 50, 2)
 

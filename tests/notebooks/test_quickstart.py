@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from elastickv.results.compare.result_sets import read_side
+from elastickv.results.compare.result_sets import read_result_set
 from tests.helpers.tiny_models import tiny_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_every_result_is_written_and_is_one(executed):
     assert sorted(path.name for path in results.iterdir()) == [
         "gguf.json", "long.json", "report.html", "short.json", "transformers.json",
     ]  # fmt: skip
-    runs = {Path(run.source).stem: run for run in read_side(results, "A").runs}
+    runs = {Path(run.source).stem: run for run in read_result_set(results, "A").runs}
     assert set(runs) == {"gguf", "long", "short", "transformers"}
     assert dict(runs["long"].cell.workload)["seq"] == 4096 and dict(runs["short"].cell.workload)["seq"] == 1024
     assert runs["transformers"].fidelity.mean > 0

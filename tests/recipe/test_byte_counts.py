@@ -63,7 +63,9 @@ def test_dense_16_bit_has_ratio_one_and_fp32_a_half(shape, length):
 def test_reuse_averages_one_anchor_interval_and_reports_the_anchor_as_the_largest_step():
     shape = AttentionShape(1, 8, 2, 64)
     recipe = Recipe.parse("reuse,anchor_every=4,sinks=0,window=0")
-    anchor, *between = (step_bytes(recipe, [4096], shape, age=age).kv for age in range(4))
+    anchor, *between = (
+        step_bytes(recipe, [4096], shape, steps_since_refresh=steps_since_refresh).kv for steps_since_refresh in range(4)
+    )
     assert anchor == dense_bytes([4096], shape)
     # At 4096 tokens the newest page turned cold after each of the earlier anchors: its 32 rows are read until the next.
     assert between == [32 * 2 * 2 * 64 * 2] * 3

@@ -40,7 +40,7 @@ def cold_pages(recipe, length):
     return number
 
 
-def counted(recipe, length, dim, kv_heads, age):
+def counted(recipe, length, dim, kv_heads, steps_since_refresh):
     """KV bytes of a step of one sequence, plane by plane and page by page."""
     total = 0
     for head in range(kv_heads):
@@ -54,7 +54,7 @@ def counted(recipe, length, dim, kv_heads, age):
             planes += [key_scales(k, dim, tokens), value_scales(v, dim, group, tokens)]
             total += sum(map(up, planes))
             continue
-        at_anchor = cold_pages(recipe, max(length - age, 0))
+        at_anchor = cold_pages(recipe, max(length - steps_since_refresh, 0))
         share = recipe.fractions[head] if len(recipe.fractions) > 1 else recipe.fractions[0]
         listed = min(at_anchor, max(1, floor(share * at_anchor)))
         read = listed + cold - at_anchor
@@ -63,7 +63,7 @@ def counted(recipe, length, dim, kv_heads, age):
         for _ in range(read):
             total += up(key_scales(k, dim, 32)) + up(value_scales(v, dim, group, 32))
         total += up(4 * listed)
-        if age == 0:
+        if steps_since_refresh == 0:
             total += up(key_scales(k, dim, 32 * cold))
     return total
 
@@ -92,9 +92,12 @@ def cases(draw):
 @given(cases())
 def test_an_interval_is_the_mean_of_its_steps_and_every_step_is_counted_to_the_byte(case):
     recipe, shape, length = case
-    steps = [counted(recipe, length, shape.head_dim, shape.kv_heads, age) for age in range(recipe.anchor_every)]
-    for age in {0, recipe.anchor_every // 2, recipe.anchor_every - 1}:
-        assert step_bytes(recipe, [length], shape, age=age).kv == steps[age]
+    steps = [
+        counted(recipe, length, shape.head_dim, shape.kv_heads, steps_since_refresh)
+        for steps_since_refresh in range(recipe.anchor_every)
+    ]
+    for steps_since_refresh in {0, recipe.anchor_every // 2, recipe.anchor_every - 1}:
+        assert step_bytes(recipe, [length], shape, steps_since_refresh=steps_since_refresh).kv == steps[steps_since_refresh]
     assert interval_bytes(recipe, [length], shape).kv == pytest.approx(sum(steps) / len(steps), rel=1e-12)
     assert largest_step_bytes(recipe, [length], shape).kv == max(steps)
 

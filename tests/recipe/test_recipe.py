@@ -77,34 +77,34 @@ def test_numbers_of_any_type_are_one_recipe():
 
 @given(st.integers(1, 40), st.data())
 def test_ages_count_from_step_0_and_then_from_the_anchors_of_the_phase(anchor_every, data):
-    recipe, phase = Recipe(selection="reuse", anchor_every=anchor_every), data.draw(st.integers(0, anchor_every - 1))
-    ages = [recipe.age(step, phase) for step in range(3 * anchor_every + 2)]
-    anchors = {0} | {step for step in range(len(ages)) if (step + phase) % anchor_every == 0}
+    recipe, anchor_offset = Recipe(selection="reuse", anchor_every=anchor_every), data.draw(st.integers(0, anchor_every - 1))
+    ages = [recipe.steps_since_refresh(step, anchor_offset) for step in range(3 * anchor_every + 2)]
+    anchors = {0} | {step for step in range(len(ages)) if (step + anchor_offset) % anchor_every == 0}
     assert ages == [step - max(a for a in anchors if a <= step) for step in range(len(ages))]
-    assert max(ages) == anchor_every - 1 or phase
-    assert recipe.age(-1, phase) == 0
+    assert max(ages) == anchor_every - 1 or anchor_offset
+    assert recipe.steps_since_refresh(-1, anchor_offset) == 0
 
 
 def test_without_a_phase_anchors_are_multiples_of_the_interval():
     recipe = Recipe.parse("int4,pages=1/2,anchor_every=3")
-    assert [recipe.age(step) for step in range(-1, 7)] == [0, 0, 1, 2, 0, 1, 2, 0]
-    assert [recipe.age(step, 1) for step in range(-1, 7)] == [0, 0, 1, 0, 1, 2, 0, 1]
+    assert [recipe.steps_since_refresh(step) for step in range(-1, 7)] == [0, 0, 1, 2, 0, 1, 2, 0]
+    assert [recipe.steps_since_refresh(step, 1) for step in range(-1, 7)] == [0, 0, 1, 0, 1, 2, 0, 1]
 
 
 @given(st.integers(1, 64), st.integers(1, 80))
 def test_the_phases_of_layers_spread_their_anchors_evenly(anchor_every, layers):
     recipe = Recipe(selection="reuse", anchor_every=anchor_every)
-    phases = [recipe.layer_phase(layer, layers) for layer in range(layers)]
-    for phase in phases:
-        recipe.check_phase(phase)
-    times = [phases.count(phase) for phase in range(anchor_every)]
+    phases = [recipe.layer_anchor_offset(layer, layers) for layer in range(layers)]
+    for anchor_offset in phases:
+        recipe.check_anchor_offset(anchor_offset)
+    times = [phases.count(anchor_offset) for anchor_offset in range(anchor_every)]
     assert max(times) - min(times) <= 1
 
 
-@pytest.mark.parametrize("phase", [-1, 4, 100])
-def test_a_phase_outside_the_interval_is_refused(phase):
-    with pytest.raises(ValueError, match=rf"phase of {phase} is out of range: .* takes 0 to 3"):
-        Recipe.parse("bf16,reuse,anchor_every=4").check_phase(phase)
+@pytest.mark.parametrize("anchor_offset", [-1, 4, 100])
+def test_a_phase_outside_the_interval_is_refused(anchor_offset):
+    with pytest.raises(ValueError, match=rf"anchor_offset {anchor_offset} is out of range: .* takes 0 to 3"):
+        Recipe.parse("bf16,reuse,anchor_every=4").check_anchor_offset(anchor_offset)
 
 
 @given(recipes(), recipes())
@@ -197,9 +197,9 @@ def test_a_16_bit_format_is_the_windows_dtype_too_whatever_the_models_is(formats
 
 def test_the_phases_of_layers_are_whole_and_spread_over_an_interval():
     recipe = Recipe.parse("int4,pages=1/4,anchor_every=4")
-    phases = [recipe.layer_phase(layer, 6) for layer in range(6)]
+    phases = [recipe.layer_anchor_offset(layer, 6) for layer in range(6)]
     assert phases == [0, 0, 1, 2, 2, 3]
-    assert {type(phase) for phase in phases} == {int}
+    assert {type(anchor_offset) for anchor_offset in phases} == {int}
 
 
 def test_a_ratio_without_a_shape_is_reckoned_for_one_sequence_of_eight_heads():

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.recipe import PAGE_TOKENS, regions
-from elastickv.recipe.regions import kept
+from elastickv.recipe.regions import retained_tokens
 
 sizes = st.integers(0, 300)
 
@@ -33,4 +33,4 @@ def test_between_128_and_159_recent_tokens_are_exact(context):
 
 @given(st.integers(0, 500), st.integers(1, 64))
 def test_a_stride_keeps_every_kth_cold_token(cold, stride):
-    assert kept(cold, stride) == len(range(0, cold, stride))
+    assert retained_tokens(cold, stride) == len(range(0, cold, stride))

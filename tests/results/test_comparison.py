@@ -15,7 +15,7 @@ from elastickv.errors import UsageError
 from elastickv.results.compare.change import fidelity_change, time_change, verdict
 from elastickv.results.compare.comparison import compare
 from elastickv.results.compare.comparison_table import FORMATS
-from elastickv.results.compare.runs import Fidelity, Times
+from elastickv.results.compare.runs import OutputErrors, Times
 from tests.helpers.results import COMMITTED, ORIGINAL, quiet, result, write
 
 ROUNDS = 80
@@ -175,7 +175,7 @@ def test_the_cycle_is_a_figure_of_its_own():
 
 
 def error(mean, p95=None, on="sample"):
-    return Fidelity(on, mean, 3 * mean if p95 is None else p95, 9 * mean, 1e-5)
+    return OutputErrors(on, mean, 3 * mean if p95 is None else p95, 9 * mean, 1e-5)
 
 
 @pytest.mark.parametrize(

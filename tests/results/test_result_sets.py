@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from elastickv.benchmark import Options, Result, run
-from elastickv.benchmark.stats.intervals import Moments, ratio_interval, ratio_of_moments
+from elastickv.benchmark.stats.intervals import SummaryStats, ratio_interval, ratio_of_summaries
 from elastickv.errors import UsageError
-from elastickv.results.compare.matching import cautions, match
-from elastickv.results.compare.result_sets import read_side
+from elastickv.results.compare.matching import comparability_warnings, match
+from elastickv.results.compare.result_sets import read_result_set
 from elastickv.results.field_reader import LEAST_TIME, LONGEST_TIME, Reader
 from elastickv.results.formats import FORMATS
 from elastickv.sweeps.sweep_result import Sweep
@@ -23,7 +23,7 @@ def test_a_file_a_folder_and_values_in_memory_give_the_same_runs(tmp_path):
     made = result()
     (tmp_path / "inner").mkdir()
     path = write(tmp_path / "inner", "one.json", made)
-    runs = [read_side(given, "A").runs for given in (path, str(path), tmp_path, made, [made], [path])]
+    runs = [read_result_set(given, "A").runs for given in (path, str(path), tmp_path, made, [made], [path])]
     assert [len(each) for each in runs] == [1] * 6
     assert len({each[0].cell for each in runs}) == 1
     assert {each[0].figures["step"].mean_ms for each in runs} == {made["results"]["attention_time_ms"]}
@@ -35,7 +35,7 @@ def test_a_copy_of_a_run_is_no_repetition(tmp_path):
     other["samples"]["elastic"] = other["samples"]["elastic"][::-1]
     write(tmp_path, "a.json", one)
     write(tmp_path, "b.jsonl", [one, other])
-    side = read_side(tmp_path, "A")
+    side = read_result_set(tmp_path, "A")
     assert [run.source for run in side.runs] == [str(tmp_path / "a.json"), f"{tmp_path / 'b.jsonl'}:2"]
     assert side.notes == [f"{tmp_path / 'b.jsonl'}:1 is the run of {tmp_path / 'a.json'} once more, and counts once"]
 
@@ -46,14 +46,14 @@ def test_anything_that_gives_its_dictionary_is_a_result():
             return result()
 
     assert hasattr(Result, "as_dict")
-    assert read_side(Measured(), "A").runs[0].source == "A"
+    assert read_result_set(Measured(), "A").runs[0].source == "A"
     with pytest.raises(UsageError, match="B is a int"):
-        read_side(3, "B")
+        read_result_set(3, "B")
 
 
 def test_every_committed_result_is_read():
     held = [p for p in COMMITTED.rglob("*.json") if '"benchmark_type"' in p.read_text(encoding="utf-8")[:200]]
-    side = read_side(COMMITTED, "A")
+    side = read_result_set(COMMITTED, "A")
     models = [run for run in side.runs if run.protocol["program"] == "elastickv bench --model"]
     assert len(side.runs) - len(models) == len(held) > 20
     assert models
@@ -62,7 +62,7 @@ def test_every_committed_result_is_read():
 def test_a_byte_order_mark_does_no_harm(tmp_path):
     path = tmp_path / "windows.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(result()).encode())
-    assert len(read_side(path, "A").runs) == 1
+    assert len(read_result_set(path, "A").runs) == 1
 
 
 def sweep(*cells):
@@ -75,7 +75,7 @@ def cell(seq, status="ok", **more):
 
 def test_a_sweep_is_its_cells(tmp_path):
     path = write(tmp_path, "s.jsonl", sweep(cell(1024, **result()), cell(2048, **result(seq=2048))))
-    side = read_side(path, "A")
+    side = read_result_set(path, "A")
     assert [dict(run.cell.workload)["seq"] for run in side.runs] == [1024, 2048]
     assert [run.source for run in side.runs] == [f"{path}:2", f"{path}:3"]
     assert not side.notes
@@ -85,14 +85,14 @@ def test_a_whole_sweep_in_one_object_is_its_cells(tmp_path):
     cells = [cell(1024, **result()), cell(2048, "failed", reason="out of luck")]
     path = write(tmp_path, "s.json", {"sweep": {"cells": 2}, "cells": cells})
     for given in (path, {"sweep": {}, "cells": cells}, Sweep({}, cells)):
-        side = read_side(given, "A")
+        side = read_result_set(given, "A")
         assert len(side.runs) == 1
         assert side.not_measured == {"seq=2048": "out of luck"}
 
 
 def test_a_cell_without_a_result_is_named_with_its_reason(tmp_path):
     refused = cell(999999, "refused", reason="needs 3.1 GiB")
-    side = read_side(write(tmp_path, "s.jsonl", sweep(cell(1024, **result()), refused)), "A")
+    side = read_result_set(write(tmp_path, "s.jsonl", sweep(cell(1024, **result()), refused)), "A")
     assert side.not_measured == {"seq=999999": "needs 3.1 GiB"}
 
 
@@ -100,7 +100,7 @@ def test_the_line_that_a_killed_sweep_was_writing_is_left_out_and_named(tmp_path
     path = write(tmp_path, "s.jsonl", sweep(cell(1024, **result()), cell(2048, **result(seq=2048))))
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    side = read_side(path, "A")
+    side = read_result_set(path, "A")
     assert len(side.runs) == 1
     assert side.notes == [f"{path}:3 was cut off while it was written, and is left out"]
 
@@ -110,7 +110,7 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + lines[1][:-50] + "\n" + lines[2])
     with pytest.raises(UsageError, match=r"s\.jsonl:2 is no JSON"):
-        read_side(path, "A")
+        read_result_set(path, "A")
 
 
 def test_a_line_ends_at_its_newline_and_at_nothing_else(tmp_path):
@@ -118,7 +118,7 @@ def test_a_line_ends_at_its_newline_and_at_nothing_else(tmp_path):
     named["environment"] = {"cpu": "a\u2028b\x85c"}
     text = json.dumps(named, ensure_ascii=False)
     (tmp_path / "s.jsonl").write_bytes(f"{text}\r\n{json.dumps(result(seq=2048))}\r\n".encode())
-    assert len(read_side(tmp_path / "s.jsonl", "A").runs) == 2
+    assert len(read_result_set(tmp_path / "s.jsonl", "A").runs) == 2
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_is_no_result_is_one_line_that_names_the_file(tmp_path, name, conte
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UsageError) as refused:
-        read_side(path, "A")
+        read_result_set(path, "A")
     assert name in str(refused.value)
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -149,16 +149,16 @@ def test_what_is_no_result_is_one_line_that_names_the_file(tmp_path, name, conte
 
 def test_missing_and_empty_places(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
-        read_side(tmp_path / "no.json", "A")
+        read_result_set(tmp_path / "no.json", "A")
     with pytest.raises(UsageError, match=r"holds no \.json"):
-        read_side(tmp_path, "A")
+        read_result_set(tmp_path, "A")
 
 
 def test_a_corrupt_file_in_a_folder_is_refused_by_name(tmp_path):
     write(tmp_path, "good.json", result())
     (tmp_path / "bad.json").write_text('{"benchmark_type')
     with pytest.raises(UsageError, match=r"bad\.json"):
-        read_side(tmp_path, "A")
+        read_result_set(tmp_path, "A")
 
 
 DELETED = [
@@ -176,7 +176,7 @@ def test_a_result_that_lacks_something_says_what(path):
         place = place[key]
     del place[path[-1]]
     with pytest.raises(UsageError, match=path[-1]):
-        read_side(made, "A")
+        read_result_set(made, "A")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_result_with_something_else_in_a_place_is_refused(path, value):
         place = place[key]
     place[path[-1]] = value
     with pytest.raises(UsageError):
-        read_side(made, "A")
+        read_result_set(made, "A")
 
 
 def places(value, path=()):
@@ -229,8 +229,8 @@ def test_whatever_stands_in_any_place_is_read_or_refused(kind, strange):
             place = place[key]
         place[path[-1]] = strange
         try:
-            a, b = read_side(made, "A"), read_side(whole, "B")
-            list(cautions(match(a, b, allow_different_device=True)))
+            a, b = read_result_set(made, "A"), read_result_set(whole, "B")
+            list(comparability_warnings(match(a, b, allow_different_device=True)))
         except UsageError as refused:
             refusals.append(str(refused))
     assert refusals
@@ -240,18 +240,18 @@ def test_whatever_stands_in_any_place_is_read_or_refused(kind, strange):
 @pytest.mark.parametrize(("schema", "todo"), [("0.9", "measure again"), ("2.0", "update elastickv"), ("next", "1.0")])
 def test_other_schemas_are_refused(schema, todo):
     with pytest.raises(UsageError, match=todo):
-        read_side(result() | {"schema_version": schema}, "A")
+        read_result_set(result() | {"schema_version": schema}, "A")
 
 
 def test_a_later_minor_schema_is_read():
-    assert read_side(result() | {"schema_version": "1.7", "something_new": {}}, "A").runs
+    assert read_result_set(result() | {"schema_version": "1.7", "something_new": {}}, "A").runs
 
 
 def test_mixed_units_are_refused():
     made = result()
     made["samples"]["elastic"] = [1e3 * ms for ms in made["samples"]["elastic"]]
     with pytest.raises(UsageError, match="mixes units"):
-        read_side(made, "A")
+        read_result_set(made, "A")
 
 
 @pytest.mark.parametrize("path", [("results",), ("results", "attention_time_std"), ("configuration", "reps"), ("gpu", "name")])
@@ -262,35 +262,35 @@ def test_an_original_result_that_lacks_something_is_refused(path):
         place = place[key]
     del place[path[-1]]
     with pytest.raises(UsageError):
-        read_side(made, "A")
+        read_result_set(made, "A")
 
 
 def test_a_models_result_of_another_version_is_refused():
     made = json.loads((COMMITTED / "cpu" / "model-8000.json").read_text())
     tokens_per_s = next(c["tokens_per_s"] for c in made["caches"] if c["cache"] == "elastic")
-    assert read_side(made, "A").runs[0].figures["token"].mean_ms == pytest.approx(1e3 / tokens_per_s, rel=1e-4)
+    assert read_result_set(made, "A").runs[0].figures["token"].mean_ms == pytest.approx(1e3 / tokens_per_s, rel=1e-4)
     with pytest.raises(UsageError, match="version 2"):
-        read_side(made | {"version": 2}, "A")
+        read_result_set(made | {"version": 2}, "A")
 
 
 def test_each_kv_cache_type_of_a_gguf_baseline_is_judged_against_the_first():
-    [run] = read_side(GGUF, "A").runs
+    [run] = read_result_set(GGUF, "A").runs
     assert run.figures["token, q8_0"].elastic == pytest.approx((10, 12.5, 11.25))
     assert run.figures["token, q8_0"].dense == {"f16": run.figures["token, f16"].elastic}
     assert run.figures["prompt token, f16"].elastic[0] == pytest.approx(0.2e3 / 256) and not run.figures["token, f16"].dense
     assert run.fidelity.measured_on == "KL of q8_0 to f16, 8 tokens of morris.txt after 256"
     with pytest.raises(UsageError, match="version 2"):
-        read_side(GGUF | {"version": 2}, "A")
+        read_result_set(GGUF | {"version": 2}, "A")
 
 
 def test_a_result_just_measured_is_read_as_its_file_is(tmp_path, monkeypatch):
     measure_with(monkeypatch, ReferenceBackend())
     options = {"seq": 340, "heads": 2, "dim": 64, "reps": 4, "warmup": 1, "inner_loops": 2, "cache": "hot", "paired": True}
     measured = run(Options(**options, compress=1.3, inference=True, decode_tokens=4, layers=2))
-    [in_memory] = read_side(measured, "A").runs
+    [in_memory] = read_result_set(measured, "A").runs
     path = tmp_path / "result.json"
     path.write_text(FORMATS["json"](measured.as_dict()), encoding="utf-8")
-    [from_file] = read_side(path, "A").runs
+    [from_file] = read_result_set(path, "A").runs
     assert replace(from_file, source="A") == in_memory
     assert set(in_memory.figures) == {"step", "cycle of 4"}
     assert in_memory.figures["step"].dense
@@ -305,6 +305,6 @@ def test_the_bounds_of_times_that_tell_nothing_are_figures_to_a_reader(paired, b
             found = ratio_interval(numerator, denominator, paired=paired)
             reader = Reader("a file", asdict(found))
             assert reader.positive("low") <= reader.positive("estimate") <= reader.positive("high")
-    spread = Moments(shortest, longest, 2)
-    reader = Reader("a file", asdict(ratio_of_moments(spread, Moments(longest, 0.0, 2))))
+    spread = SummaryStats(shortest, longest, 2)
+    reader = Reader("a file", asdict(ratio_of_summaries(spread, SummaryStats(longest, 0.0, 2))))
     assert reader.positive("low") < reader.positive("estimate") < reader.positive("high")

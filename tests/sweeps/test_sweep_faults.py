@@ -14,7 +14,7 @@ from elastickv.cli import sweep as command
 from elastickv.errors import DeviceFailure, UsageError
 from elastickv.sweeps import scheduler
 from elastickv.sweeps.journal import Journal, read
-from elastickv.sweeps.plan import Plan, key
+from elastickv.sweeps.plan import SweepPlan, key
 from elastickv.sweeps.sweep import sweep
 from tests.helpers.full_disk import fill, small_disk
 
@@ -184,7 +184,7 @@ def test_a_file_that_is_taken_away_before_it_is_locked_gets_no_cell(tmp_path, mo
 
     monkeypatch.setattr(Journal, "_lock", late)
     with pytest.raises(UsageError, match="another sweep"):
-        Journal(path, Plan.of(FEW), resume=False)
+        Journal(path, SweepPlan.of(FEW), resume=False)
 
 
 def test_failed_cells_are_measured_again_when_asked_for(fake, tmp_path):
@@ -208,7 +208,7 @@ def test_a_file_whose_failed_cells_are_retried_stays_locked_under_both_its_names
     path = tmp_path / "s.jsonl"
     fake("0 break")
     sweep(output=path, backend="cpu", **FEW)
-    plan = Plan.of(FEW | {"backend": "cpu"})
+    plan = SweepPlan.of(FEW | {"backend": "cpu"})
     old = path.open("rb")
     with Journal(path, plan, resume=True, retry_failed=True) as journal:
         assert len(journal.done) == 2 and len(read(path)[1]) == 2
@@ -243,7 +243,7 @@ def test_a_full_disk_keeps_the_cells_before_and_resume_goes_on(fake, tmp_path):
 @pytest.mark.fault("disk full")
 @pytest.mark.parametrize("call", ["fsync", "write"])
 def test_a_line_that_cannot_be_written_leaves_no_half_of_it(fake, tmp_path, monkeypatch, call):
-    plan = Plan.of(FEW)
+    plan = SweepPlan.of(FEW)
 
     def full(*_arguments):
         raise OSError(28, "No space left on device")
@@ -259,8 +259,8 @@ def test_a_line_that_cannot_be_written_leaves_no_half_of_it(fake, tmp_path, monk
 
 _PROGRAM = """
 import sys
-from elastickv.sweeps import run
-run.PROGRAM = (sys.executable, {worker!r})
+from elastickv.sweeps import scheduler
+scheduler.PROGRAM = (sys.executable, {worker!r})
 from elastickv.cli import main
 main()
 """

@@ -13,11 +13,11 @@ import pytest
 
 import elastickv
 from elastickv.errors import UsageError
-from elastickv.results.compare.result_sets import read_side
+from elastickv.results.compare.result_sets import read_result_set
 from elastickv.sweeps import scheduler
 from elastickv.sweeps.axes import AXES, SETTINGS, values
 from elastickv.sweeps.journal import Journal, read
-from elastickv.sweeps.plan import Plan, key, read_plan
+from elastickv.sweeps.plan import SweepPlan, key, read_plan
 from elastickv.sweeps.sweep import sweep
 from elastickv.sweeps.sweep_result import Sweep
 from tests.helpers.tiny_models import tiny_gguf
@@ -71,7 +71,7 @@ def test_an_axis_takes_lists_and_ranges(name, text, expected):
 )
 def test_a_bad_plan_is_refused_in_one_line(given, named):
     with pytest.raises(UsageError, match=named.replace("*", r"\*")) as error:
-        Plan.of({"compress": 1.2} | given)
+        SweepPlan.of({"compress": 1.2} | given)
     assert "\n" not in str(error.value)
 
 
@@ -80,10 +80,10 @@ def test_cells_of_a_plan_are_a_union_of_products_in_an_order_of_the_seed(tmp_pat
     path.write_text(
         'compress = 1.2\nheads = 4\n[[cells]]\nseq = [512, 1024]\nbatch = "1-2"\n[[cells]]\nseq = 512\nbatch = [2, 8]\n'
     )
-    plan = Plan.of(read_plan(path))
+    plan = SweepPlan.of(read_plan(path))
     assert {(cell["seq"], cell["batch"]) for cell in plan.cells} == {(512, 1), (512, 2), (1024, 1), (1024, 2), (512, 8)}
-    assert Plan.of(read_plan(path)) == plan
-    other = Plan.of(read_plan(path) | {"seed": 5})
+    assert SweepPlan.of(read_plan(path)) == plan
+    other = SweepPlan.of(read_plan(path) | {"seed": 5})
     assert other.cells != plan.cells and other.hash != plan.hash
 
 
@@ -123,7 +123,7 @@ def test_killed_ten_times_and_resumed_gives_the_cells_of_an_uninterrupted_run(tm
     _, records = read(path)
     found = [key(record["cell"]) for record in records]
     assert len(found) == len(set(found))
-    assert set(found) == {key(cell) for cell in Plan.of(PLAN).cells}
+    assert set(found) == {key(cell) for cell in SweepPlan.of(PLAN).cells}
     assert {record["status"] for record in records} == {"ok"}
 
 
@@ -139,14 +139,14 @@ def test_a_cell_that_does_not_fit_or_kills_its_process_stops_no_other(tmp_path, 
 
 
 def test_values_that_do_not_go_together_are_cells_with_a_reason(fake, tmp_path):
-    plan = Plan.of({"seq": [256, 4096], "compress": [1, 4], "heads": 2})
+    plan = SweepPlan.of({"seq": [256, 4096], "compress": [1, 4], "heads": 2})
     assert len(plan.refused) == 1 and "256" in next(iter(plan.refused))
     with pytest.raises(UsageError, match="context"):
-        Plan.of({"seq": 256, "compress": [1, 4], "heads": 2})
+        SweepPlan.of({"seq": 256, "compress": [1, 4], "heads": 2})
 
 
 def test_several_processes_share_the_cells(tmp_path, fake):
-    plan = Plan.of(PLAN)
+    plan = SweepPlan.of(PLAN)
     from elastickv.sweeps.sweep import _Silent
 
     with Journal(tmp_path / "s.jsonl", plan, resume=False) as journal:
@@ -162,7 +162,7 @@ def test_a_time_limit_leaves_the_rest_to_resume(tmp_path, fake):
 
 def test_a_sweep_that_never_measured_does_not_occupy_its_file(tmp_path, fake):
     path = tmp_path / "s.jsonl"
-    Journal(path, Plan.of(SMALL | {"heads": 4}), resume=False).__exit__(None, None, None)
+    Journal(path, SweepPlan.of(SMALL | {"heads": 4}), resume=False).__exit__(None, None, None)
     assert sweep(output=path, **SMALL).complete
     path.write_text("notes\n")
     with pytest.raises(UsageError, match="no JSON object"):
@@ -178,7 +178,7 @@ def test_files_of_others_are_left_alone(tmp_path, fake):
         sweep(output=path, **SMALL)
     with pytest.raises(UsageError, match="another plan"):
         sweep(output=path, resume=True, **SMALL | {"heads": 4})
-    with Journal(path, Plan.of(SMALL), resume=True), pytest.raises(UsageError, match="another sweep"):
+    with Journal(path, SweepPlan.of(SMALL), resume=True), pytest.raises(UsageError, match="another sweep"):
         sweep(output=path, resume=True, **SMALL)
     assert path.read_bytes() == before
     path.write_bytes(before.replace(b'{"cell"', b'{"ce', 1))
@@ -239,18 +239,20 @@ def test_baselines_are_cells_of_a_sweep(tmp_path):
     assert rows["transformers", model]["elastic_ms"] > 0 and rows["transformers", model]["ratio_read"] > 1
     assert {rows[program, "nope.gguf"]["status"] for program in ("transformers", "gguf")} == {"failed"}
     assert "does not exist" in rows["gguf", "nope.gguf"]["reason"]
-    assert len(read_side(path, "A").runs) == 2 and len(read_side(path, "A").not_measured) == 2
+    assert len(read_result_set(path, "A").runs) == 2 and len(read_result_set(path, "A").not_measured) == 2
     again = sweep(output=path, resume=True, baseline="transformers,gguf", model=[model, "nope.gguf"], **few)
     assert again.cells == found.cells
     assert found.to_csv() and found.to_markdown() and "tiny.gguf" in found._repr_html_()
 
 
 def test_baselines_alone_are_the_whole_plan():
-    plan = Plan.of({"baseline": ["gguf"], "model": "a.gguf,b.gguf", "seed": 3, "backend": "cpu"})
+    plan = SweepPlan.of({"baseline": ["gguf"], "model": "a.gguf,b.gguf", "seed": 3, "backend": "cpu"})
     assert sorted(cell["model"] for cell in plan.cells) == ["a.gguf", "b.gguf"]
     request = plan.request(plan.cells[0], None, ("elastickv", "sweep"))
     assert request == {"baseline": plan.cells[0] | {"seed": 3}, "command": ["elastickv", "sweep"]}
-    with_seq = Plan.of({"baseline": "transformers", "model": "m", "seq": 512, "compress": 1.2, "heads": 2, "backend": "cpu"})
+    with_seq = SweepPlan.of(
+        {"baseline": "transformers", "model": "m", "seq": 512, "compress": 1.2, "heads": 2, "backend": "cpu"}
+    )
     [cell] = [cell for cell in with_seq.cells if "program" in cell]
     assert len(with_seq.cells) == 2 and with_seq.request(cell, None, ())["baseline"]["device"] == "cpu"
 
@@ -267,4 +269,4 @@ def test_baselines_alone_are_the_whole_plan():
 )
 def test_a_baseline_that_is_none_is_refused(given, said):
     with pytest.raises(UsageError, match=said):
-        Plan.of(given)
+        SweepPlan.of(given)

@@ -6,7 +6,7 @@ import transformers as tf
 
 import elastickv.transformers as ekv
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.transformers.padding import Slots
+from elastickv.transformers.padding import Padding
 from tests.helpers.model_matrix import model, padded, prompt
 
 HELD = 60
@@ -92,7 +92,7 @@ def test_a_mask_that_shows_what_was_padding_is_refused(tiny):
 
 
 def test_masks_are_compared_with_the_places_as_they_are_now():
-    slots, mask = Slots(), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    slots, mask = Padding(), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
     slots.add(2, mask[:, :2].bool().numpy())
     slots.add(2, None)
     assert bool(slots.agrees(mask)) and not bool(slots.agrees(ones(2, 5)))

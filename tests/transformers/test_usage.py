@@ -292,7 +292,7 @@ class TestBudget:
         assert read_ratio(recipe, [929], shape) >= 4
         assert report.read_ratio == pytest.approx(read_ratio(recipe, [915, 815], AttentionShape(2, 4, 2, 64)), rel=0.05)
         assert report.stored_ratio == pytest.approx(stored_ratio(recipe, [929, 829], AttentionShape(2, 4, 2, 64)), rel=1e-9)
-        assert 0 < report.quantise_seconds < report.prompt_seconds
+        assert 0 < report.quantize_seconds < report.prompt_seconds
         assert "29 decodes read" in str(report)
         assert "everything is read" in str(report)
 
@@ -472,4 +472,4 @@ def test_layers_have_their_anchors_apart(tiny, tmp_path):
     cache.batch_repeat_interleave(2)
     cache.save(tmp_path / "c")
     for one in (cache, copy.deepcopy(cache), ekv.ElasticCache.load(tmp_path / "c", tiny)):
-        assert [layer.store.cache.phase for layer in one.elastic_layers] == [0, 2]
+        assert [layer.store.cache.anchor_offset for layer in one.elastic_layers] == [0, 2]

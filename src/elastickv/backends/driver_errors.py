@@ -71,7 +71,7 @@ def failure(code: int, said: str) -> Exception:
     return DeviceFailure(f"the CUDA driver failed ({said}): nvidia-smi tells whether the device still works")
 
 
-def recognised(error: Exception) -> Exception | None:
+def recognized(error: Exception) -> Exception | None:
     """Return the error of ours that stands for one of a driver's or PyTorch's; None where it is neither, or is ours already."""
     if isinstance(error, _OURS):
         return None
@@ -91,7 +91,7 @@ def device_failures() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = recognised(error)
+        known = recognized(error)
         if known is None:
             raise
         raise known from error

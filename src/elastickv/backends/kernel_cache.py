@@ -61,8 +61,8 @@ def writable(folder: Path) -> Path:
     return Path(temporary)
 
 
-def kept(path: Path) -> bytes | None:
-    """Return what `keep` put into `path`; None if it is absent, damaged in any way, or could be somebody else's.
+def load_compiled(path: Path) -> bytes | None:
+    """Return what `save_compiled` put into `path`; None if it is absent, damaged in any way, or could be somebody else's.
 
     It is code: what another user owns or may write is none of ours, whatever its digest says.
     """
@@ -79,7 +79,7 @@ def _ours(status: os.stat_result) -> bool:
     return not hasattr(os, "getuid") or (status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022)
 
 
-def keep(path: Path, body: bytes) -> None:
+def save_compiled(path: Path, body: bytes) -> None:
     """Put `body` into `path` behind its digest: atomic for readers, whoever writes beside. Where it can't, warn once."""
     temporary = None
     try:

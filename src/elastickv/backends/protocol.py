@@ -88,7 +88,7 @@ class Backend(Protocol):
     @property
     def device(self) -> DeviceInfo: ...
 
-    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> LayerCache:
+    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> LayerCache:
         """Allocate the cache of one layer.
 
         Parameters

@@ -9,7 +9,7 @@ from elastickv.benchmark.sample_inputs import Sample
 from elastickv.errors import KernelMismatch, UsageError
 from elastickv.kvcache import LayerCache, Oracle
 from elastickv.kvcache.attention import attend
-from elastickv.kvcache.error_metrics import ErrorSummary, relative_l2, summarise
+from elastickv.kvcache.error_metrics import ErrorSummary, relative_l2, summarize
 from elastickv.recipe import AttentionShape, Recipe
 
 LARGEST_FP16, LARGEST_FP32 = 65504.0, 3e38
@@ -17,7 +17,7 @@ KERNEL_ERROR_LIMITS = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-3}
 
 
 @dataclass(frozen=True)
-class SampleReceipt:
+class SampleAccuracy:
     """Errors on real activations, per (layer, query head, query).
 
     Attributes
@@ -40,7 +40,7 @@ def sample_shape(sample: Sample) -> AttentionShape:
     return AttentionShape(sample.q.shape[0], sample.q.shape[1], sample.k.shape[1], sample.k.shape[3])
 
 
-def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str) -> SampleReceipt:
+def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str) -> SampleAccuracy:
     """Decode the sample's consecutive queries through `backend`: prefill, then append and decode token by token.
 
     Raises
@@ -63,10 +63,10 @@ def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str) -> Samp
         recipe_errors.append(relative_l2(output, _dense(sample, q, position + 1)))
     cache.raise_non_finite()
     by_query = np.array(kernel_errors)
-    kernel = summarise(by_query)
+    kernel = summarize(by_query)
     # One wrong head among many must not hide in a quantile over all: the worst (layer, head) counts.
     check_kernel_error(by_query.mean(axis=0).max(), recipe.exact_dtype(dtype), f"{recipe} on the real sample")
-    return SampleReceipt(str(recipe), recipe.hash, (start + 1, tokens), kernel, summarise(np.array(recipe_errors)))
+    return SampleAccuracy(str(recipe), recipe.hash, (start + 1, tokens), kernel, summarize(np.array(recipe_errors)))
 
 
 def timed_kernel_error(cache: LayerCache, output: np.ndarray, queries: np.ndarray, heads: int = 2) -> ErrorSummary:
@@ -83,7 +83,7 @@ def timed_kernel_error(cache: LayerCache, output: np.ndarray, queries: np.ndarra
     ------
     KernelMismatch : if an output is further from its reference than its dtype allows.
     """
-    if cache.recipe.age(cache.step, cache.phase):
+    if cache.recipe.steps_since_refresh(cache.step, cache.anchor_offset):
         raise ValueError("a cache between anchors has no reference: its anchor was not seen")
     shape, oracle = cache.shape, Oracle(cache)
     what, dtype = f"{cache.recipe} on the timing data", cache.recipe.exact_dtype(cache.dtype)
@@ -93,7 +93,7 @@ def timed_kernel_error(cache: LayerCache, output: np.ndarray, queries: np.ndarra
         for head in np.unique(np.linspace(0, shape.kv_heads - 1, heads).astype(int)):
             group = slice(head * shape.group, (head + 1) * shape.group)
             errors.append(relative_l2(output[row, group], oracle.decode_head(row, int(head), queries[row, group]).output))
-    summary = summarise(np.concatenate(errors))
+    summary = summarize(np.concatenate(errors))
     check_kernel_error(summary.max, dtype, what)
     return summary
 

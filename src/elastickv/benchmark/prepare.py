@@ -20,7 +20,7 @@ CLOSE = 0.1  # of the logarithm of two times
 
 
 @dataclass(frozen=True)
-class Field:
+class ContenderSet:
     """Who will be measured.
 
     Attributes
@@ -80,7 +80,7 @@ def check_memory(backend: Backend, options: Options, recipe: Recipe) -> int:
     )
 
 
-def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float, phase: Callable[[str], None]) -> Field:
+def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float, phase: Callable[[str], None]) -> ContenderSet:
     """Allocate, check and preview every contender; keep the fastest dense one.
 
     Raises
@@ -149,7 +149,7 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
         kernel_error |= {peer.name: peer.error for peer in peers if peer.error is not None}
     rivals = {contender.name: contender for contender in [own_dense, *peers] if contender.is_dense}
     baseline = rivals[min(rivals, key=lambda name: candidates[name])]
-    return Field(
+    return ContenderSet(
         baseline, elastic, peers, own_dense, used, used_dtype, fallback, candidates, not_run, kernel_error=kernel_error
     )
 

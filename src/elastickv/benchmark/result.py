@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from elastickv.benchmark.accuracy import SampleReceipt
+from elastickv.benchmark.accuracy import SampleAccuracy
 from elastickv.benchmark.gate import Verdict
 from elastickv.benchmark.roofline import RooflinePoint
 from elastickv.benchmark.stats.intervals import Interval
@@ -162,7 +162,7 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class RecipeErrors:
     """What the code path that was timed does to the output.
 
     `kernel_error` holds the timing data's per contender; `sample` is of the recipe as solved for the sample's context. Where
@@ -171,7 +171,7 @@ class Fidelity:
 
     source: str
     kernel_error: dict[str, ErrorSummary]
-    sample: SampleReceipt | None
+    sample: SampleAccuracy | None
     sample_refused: str | None
 
 
@@ -213,7 +213,7 @@ class Result:
     noise_floor: Interval | None
     ceilings: dict[str, float]
     roofline: dict[str, RooflinePoint]
-    fidelity: Fidelity
+    fidelity: RecipeErrors
     convergence: Convergence
     telemetry: dict[str, Any]
     environment: dict[str, Any]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from elastickv.backends import Ceilings
 from elastickv.recipe import AttentionShape, Recipe, regions
-from elastickv.recipe.regions import PAGE_TOKENS, kept, selected
+from elastickv.recipe.regions import PAGE_TOKENS, retained_tokens, selected
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,24 @@ def attention_flops(recipe: Recipe, lengths: Sequence[int], shape: AttentionShap
     heads = Counter(map(recipe.fraction, range(shape.kv_heads)))
     ages = range(recipe.anchor_every)
     rows = sum(
-        _rows(recipe, length, age, fraction) * sequences * kv_heads
+        _rows(recipe, length, steps_since_refresh, fraction) * sequences * kv_heads
         for length, sequences in Counter(lengths).items()
         for fraction, kv_heads in heads.items()
-        for age in ages
+        for steps_since_refresh in ages
     )
     return 4 * rows / len(ages) * shape.group * shape.head_dim
 
 
-def _rows(recipe: Recipe, length: int, age: int, fraction: float) -> int:
-    """Return the rows of one KV head that a step attends to, `age` steps after an anchor."""
+def _rows(recipe: Recipe, length: int, steps_since_refresh: int, fraction: float) -> int:
+    """Return the rows of one KV head that a step attends to, `steps_since_refresh` steps after an anchor."""
     if recipe.is_dense:
         return length
     split = regions(length, recipe.sinks, recipe.window)
-    before = regions(max(length - age, 0), recipe.sinks, recipe.window).cold
+    before = regions(max(length - steps_since_refresh, 0), recipe.sinks, recipe.window).cold
     if recipe.selection == "pages":
         return selected(before // PAGE_TOKENS, fraction) * PAGE_TOKENS + split.cold - before + split.exact
-    cold = kept(split.cold, recipe.stride)
-    return (cold - before if age else cold) + split.exact
+    cold = retained_tokens(split.cold, recipe.stride)
+    return (cold - before if steps_since_refresh else cold) + split.exact
 
 
 def roofline_point(seconds: float, moved_bytes: float, flops: float, ceilings: Ceilings) -> RooflinePoint:

@@ -6,15 +6,15 @@ from typing import Protocol
 
 from elastickv.backends import Backend, Ceilings, load
 from elastickv.backends.driver_errors import device_failures
-from elastickv.benchmark.accuracy import SampleReceipt, check_range, replay, sample_shape
+from elastickv.benchmark.accuracy import SampleAccuracy, check_range, replay, sample_shape
 from elastickv.benchmark.environment import environment
 from elastickv.benchmark.options import Options
-from elastickv.benchmark.prepare import Field, check_memory, prepare
-from elastickv.benchmark.result import Fidelity, Result
+from elastickv.benchmark.prepare import ContenderSet, check_memory, prepare
+from elastickv.benchmark.result import RecipeErrors, Result
 from elastickv.benchmark.sample_inputs import Sample, load_sample
 from elastickv.benchmark.sampler import Samples, collect
 from elastickv.benchmark.sequential_decode import CycleSamples, run_cycle
-from elastickv.benchmark.summary import AGAIN, Summary, speedup_interval
+from elastickv.benchmark.summary import AA_BASELINE, Summary, speedup_interval
 from elastickv.benchmark.telemetry import Telemetry
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
@@ -66,7 +66,7 @@ def _run(options: Options, report: Reporter) -> Result:
     layers = check_memory(backend, options, recipe)
     surroundings = environment()
     report.phase(f"checking {recipe} on real activations")
-    receipt, refused = _sample_receipt(backend, options, sample, recipe)
+    receipt, refused = _sample_accuracy(backend, options, sample, recipe)
     report.phase("measuring the ceilings of the device")
     ceilings = _highest_ceilings(backend)
     field = prepare(backend, options, recipe, sample.query_rms, report.phase)
@@ -92,7 +92,7 @@ def _run(options: Options, report: Reporter) -> Result:
             # What was measured before is kept; only the result is marked.
             complete = False
     return Summary(options, backend, field, ceilings, samples, cycle, complete).result(
-        Fidelity(sample.name, field.kernel_error, receipt, refused), telemetry, surroundings, passed_over
+        RecipeErrors(sample.name, field.kernel_error, receipt, refused), telemetry, surroundings, passed_over
     )
 
 
@@ -101,9 +101,9 @@ def _highest_ceilings(backend: Backend) -> Ceilings:
     return reduce(Ceilings.at_least, (backend.ceilings() for _ in range(CEILING_ROUNDS)))
 
 
-def _sample_receipt(
+def _sample_accuracy(
     backend: Backend, options: Options, sample: Sample, timed: Recipe
-) -> tuple[SampleReceipt | None, str | None]:
+) -> tuple[SampleAccuracy | None, str | None]:
     """Return the receipt of the recipe as solved for the sample or, where that can't be, of the one that is timed; and why."""
     shape = sample_shape(sample)
     try:
@@ -117,8 +117,10 @@ def _sample_receipt(
     return replay(backend, sample, recipe, options.dtype), refused
 
 
-def _measure(options: Options, field: Field, progress: Callable[[int, int], None], disturbed: Callable[[], bool]) -> Samples:
-    entrants = {"baseline": field.baseline, "elastic": field.elastic, AGAIN: field.baseline}
+def _measure(
+    options: Options, field: ContenderSet, progress: Callable[[int, int], None], disturbed: Callable[[], bool]
+) -> Samples:
+    entrants = {"baseline": field.baseline, "elastic": field.elastic, AA_BASELINE: field.baseline}
     entrants |= {peer.name: peer for peer in field.peers if peer is not field.baseline}
     if field.own_dense is not field.baseline:
         entrants[field.own_dense.name] = field.own_dense
@@ -157,7 +159,7 @@ def _measure(options: Options, field: Field, progress: Callable[[int, int], None
 def _cycle(
     backend: Backend,
     options: Options,
-    field: Field,
+    field: ContenderSet,
     sample: Sample,
     layers: int,
     progress: Callable[[int, int], None],

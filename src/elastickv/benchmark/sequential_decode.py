@@ -108,7 +108,7 @@ def run_cycle(
     for name, (kept, kept_dtype) in recipes.items():
         caches[name] = []
         for layer in range(layers):
-            cache = backend.cache(shape, capacity, kept_dtype, kept, kept.layer_phase(layer, layers))
+            cache = backend.cache(shape, capacity, kept_dtype, kept, kept.layer_anchor_offset(layer, layers))
             cache.fill_random(np.full(shape.batch, context - 1), seed + layer)
             rng = np.random.default_rng([seed, layer, 13])
             cache.append(*rng.standard_normal((2, shape.batch, shape.kv_heads, shape.head_dim), dtype=np.float32))
@@ -145,7 +145,7 @@ def run_cycle(
     speedup = ratio_interval(samples.times["dense"], samples.times["elastic"], math.inf) if rounds_done >= 2 else None
     return CycleSamples(
         layers,
-        [cache.phase for cache in caches["elastic"]],
+        [cache.anchor_offset for cache in caches["elastic"]],
         {name: np.array(rows[:rounds_done]) for name, rows in latencies.items()},
         speedup,
         {name: (program.captured, program.nodes) for name, program in programs.items()},

@@ -8,16 +8,16 @@ from elastickv.backends import Backend, Ceilings
 from elastickv.benchmark.contenders import Contender
 from elastickv.benchmark.gate import Verdict, judge
 from elastickv.benchmark.options import Options
-from elastickv.benchmark.prepare import Field
+from elastickv.benchmark.prepare import ContenderSet
 from elastickv.benchmark.result import (
     SCHEMA_VERSION,
     Baseline,
     Build,
     Configuration,
     Convergence,
-    Fidelity,
     Gpu,
     InferenceCycle,
+    RecipeErrors,
     RecipeUsed,
     Result,
     Results,
@@ -28,7 +28,7 @@ from elastickv.benchmark.sampler import Samples
 from elastickv.benchmark.sequential_decode import CycleSamples
 from elastickv.benchmark.stats.intervals import Interval, beyond_noise, ratio_interval, truncated
 from elastickv.benchmark.telemetry import Telemetry
-from elastickv.benchmark.warnings import cautions
+from elastickv.benchmark.warnings import collect_warnings
 from elastickv.recipe import (
     DENSE,
     Recipe,
@@ -43,7 +43,7 @@ from elastickv.recipe import (
 )
 
 CONVERGED_PERCENT = 1.0
-AGAIN = "baseline-again"
+AA_BASELINE = "baseline-again"
 
 
 def speedup_interval(samples: Samples, options: Options) -> Interval:
@@ -55,9 +55,9 @@ def speedup_interval(samples: Samples, options: Options) -> Interval:
 def noise_floor_interval(samples: Samples, options: Options) -> Interval | None:
     """Return dense time / dense time: what this machine's noise alone looks like; None where it was not measured twice."""
     times = samples.times
-    if len(times[AGAIN]) < 2:
+    if len(times[AA_BASELINE]) < 2:
         return None
-    return ratio_interval(times["baseline"], times[AGAIN], paired=options.paired)
+    return ratio_interval(times["baseline"], times[AA_BASELINE], paired=options.paired)
 
 
 class Summary:
@@ -67,7 +67,7 @@ class Summary:
         self,
         options: Options,
         backend: Backend,
-        field: Field,
+        field: ContenderSet,
         ceilings: Ceilings,
         samples: Samples,
         cycle: CycleSamples | None,
@@ -81,7 +81,9 @@ class Summary:
         self.reference_gbs = theoretical or ceilings.read_gbs
         self.reference = "theoretical" if theoretical else "measured read ceiling"
 
-    def result(self, fidelity: Fidelity, telemetry: Telemetry, surroundings: dict[str, Any], passed_over: str | None) -> Result:
+    def result(
+        self, fidelity: RecipeErrors, telemetry: Telemetry, surroundings: dict[str, Any], passed_over: str | None
+    ) -> Result:
         """Return the result; `passed_over` says why a faster device was not used."""
         options = self.options
         elastic, baseline = self._point("elastic"), self._point("baseline")
@@ -143,7 +145,7 @@ class Summary:
             sample_order=self.samples.order,
             flagged_samples=self.samples.flagged,
         )
-        return replace(result, warnings=[*result.warnings, *cautions(result)])
+        return replace(result, warnings=[*result.warnings, *collect_warnings(result)])
 
     def _mean(self, name: str) -> float:
         return float(truncated(self.samples.times[name], self.options.truncate).mean())
@@ -295,7 +297,7 @@ class Summary:
             anchor_phases=cycle.phases,
         )
 
-    def _verdict(self, fidelity: Fidelity) -> Verdict | None:
+    def _verdict(self, fidelity: RecipeErrors) -> Verdict | None:
         if self.options.gate is None:
             return None
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 
 from elastickv.benchmark.result import Result
-from elastickv.benchmark.stats.changepoint import shift
+from elastickv.benchmark.stats.changepoint import find_changepoint
 from elastickv.recipe import PAGE_TOKENS
 
 # A ceiling is itself a measurement: an attention kernel this little above it has not beaten it.
 CEILING_SLACK = 1.02
 
 
-def cautions(result: Result) -> Iterator[str]:
+def collect_warnings(result: Result) -> Iterator[str]:
     """Yield one line for each thing that limits what `result` shows."""
     asked, recipe, build = result.configuration, result.recipe, result.build
     if recipe.ratio_read < asked.compression:
@@ -50,7 +50,7 @@ def cautions(result: Result) -> Iterator[str]:
         yield "hot cache: bandwidth, efficiency and roofline relate to memory, not to the cache that was read"
     elif any(point.score > CEILING_SLACK for point in result.roofline.values()):
         yield "an attention kernel beat the measured ceilings: the ceilings were measured too low"
-    changed = shift(result.samples["baseline"])
+    changed = find_changepoint(result.samples["baseline"])
     if changed is not None:
         yield (
             f"the device changed its speed while it was measured: from sample {changed.sample} of "

@@ -28,8 +28,8 @@ def command(compile_all_: bool, arch: str | None, no_ceilings: bool) -> int:
     architectures = _architectures(arch, compile_all_)
     broken = 0
     for finding in findings():
-        mark, colour = _MARKS[finding.state]
-        click.echo(f"{click.style(mark, fg=colour)}  {finding.topic}: {finding.detail}")
+        mark, color = _MARKS[finding.state]
+        click.echo(f"{click.style(mark, fg=color)}  {finding.topic}: {finding.detail}")
         if finding.remedy:
             click.echo(f"      mend: {finding.remedy}")
         broken += finding.state == "broken"

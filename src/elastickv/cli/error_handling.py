@@ -72,9 +72,9 @@ def _run(command: click.Command, name: str) -> Any:
 
 
 def _failed(name: str, error: Exception) -> int:
-    from elastickv.backends.driver_errors import recognised
+    from elastickv.backends.driver_errors import recognized
 
-    known = recognised(error) or error
+    known = recognized(error) or error
     if isinstance(known, UsageError):
         return _say(name, str(known), BAD_INPUT)
     if isinstance(known, MemoryError):

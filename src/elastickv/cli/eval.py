@@ -85,14 +85,14 @@ def _uncalibrated(model: str) -> str:
 
 def _options(given: dict[str, Any]) -> Any:
     from elastickv.errors import UsageError
-    from elastickv.evaluation.evaluate import Options
+    from elastickv.evaluation.evaluate import EvaluationOptions
     from elastickv.evaluation.suggestion import Tolerance
 
     for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0)):
         if given[name] < least:
             raise UsageError(f"--{name}={given[name]} is out of range: give a whole number from {least} up")
     lengths = () if given["needle"].strip() in ("none", "") else _numbers("needle", given["needle"], int)
-    return Options(
+    return EvaluationOptions(
         ratios=_numbers("compress", given["compress"], float),
         contexts=_numbers("context", given["contexts"], int),
         window_count=given["windows"],

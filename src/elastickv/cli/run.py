@@ -48,7 +48,7 @@ def command(**given: Any) -> int:
     if output is not None:
         check_writable(output)
     from elastickv.model_benchmark.generation import Sampling
-    from elastickv.model_benchmark.run import Request, Run
+    from elastickv.model_benchmark.run import PromptRun, Request
     from elastickv.model_benchmark.shapes import usual_device, usual_dtype
     from elastickv.recipe import ModelCalibration
 
@@ -62,7 +62,7 @@ def command(**given: Any) -> int:
         wanted = {"compress": compress, "recipe": given["recipe"], "calibration": calibration}
         wanted |= {"capture": not given["no_graphs"]}
         request = Request(text, not given["raw"], given["max_new_tokens"], sampling, wanted, given["paired"], PIECE_TOKENS)
-        prepared = Run(loaded, request)
+        prepared = PromptRun(loaded, request)
         bar.phase("warming up")
         prepared.warm_up()
     with LiveText(loaded.tokenizer) as live, quiet_transformers():

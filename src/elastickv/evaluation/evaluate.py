@@ -13,7 +13,7 @@ from elastickv.evaluation.divergence import Divergence, divergence, end_tokens, 
 from elastickv.evaluation.metrics import fidelity
 from elastickv.evaluation.needle import ANSWER_TOKENS, Case, answered, cases
 from elastickv.evaluation.prefill import Prefill, check_layers, prefill
-from elastickv.evaluation.recipes_by_ratio import Plan, Span, plan
+from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, plan
 from elastickv.evaluation.scoring import Open, score
 from elastickv.evaluation.suggestion import Tolerance, suggest
 from elastickv.evaluation.texts import Text, Window, windows
@@ -27,7 +27,7 @@ STOCK_QUANTISED = "stock-quantized"
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """What to evaluate.
 
     Attributes
@@ -56,7 +56,7 @@ class Options:
     tolerance: Tolerance | None = None
 
 
-class Progress(Protocol):
+class EvaluationProgress(Protocol):
     """Is told what is going on."""
 
     def phase(self, name: str) -> None:
@@ -71,12 +71,16 @@ class _Contender:
     """One way to decode: its name, its plan if it is ours, and what opens it."""
 
     name: str
-    plan: Plan | None
+    plan: RatioRecipes | None
     decoding: Open
 
 
 def evaluate(
-    loaded: Loaded, texts: Sequence[Text], options: Options, calibration: ModelCalibration | None, progress: Progress
+    loaded: Loaded,
+    texts: Sequence[Text],
+    options: EvaluationOptions,
+    calibration: ModelCalibration | None,
+    progress: EvaluationProgress,
 ) -> dict[str, Any]:
     """Return the result as JSON values; after Ctrl-C what was finished by then, `complete` false.
 
@@ -168,7 +172,7 @@ class _Subject:
         } | shape
 
 
-def _windows(subject: _Subject, texts: Sequence[Text], options: Options, context: int) -> list[Window]:
+def _windows(subject: _Subject, texts: Sequence[Text], options: EvaluationOptions, context: int) -> list[Window]:
     if context <= options.scored + 1:
         raise UsageError(f"--context={context} leaves nothing before the {options.scored} scored tokens: give a longer one")
     return windows(texts, subject.loaded.tokenizer, context, options.window_count)
@@ -178,7 +182,7 @@ def _depths(count: int) -> list[float]:
     return [i / max(1, count - 1) for i in range(count)]
 
 
-def _contenders(subject: _Subject, options: Options, span: Span) -> tuple[list[_Contender], list[str]]:
+def _contenders(subject: _Subject, options: EvaluationOptions, span: Span) -> tuple[list[_Contender], list[str]]:
     """Return the contenders, and why some ratios are none."""
     found, reasons = [], []
     for ratio in options.ratios:
@@ -189,12 +193,12 @@ def _contenders(subject: _Subject, options: Options, span: Span) -> tuple[list[_
             continue
         found.append(_Contender(f"C={ratio:g}", made, _elastic(subject.model, made)))
     if options.reference:
-        sessions.quantiser()
-        found.append(_Contender(STOCK_QUANTISED, None, lambda start, _: sessions.stock_quantised(subject.model, start)))
+        sessions.quantizer()
+        found.append(_Contender(STOCK_QUANTISED, None, lambda start, _: sessions.stock_quantized(subject.model, start)))
     return found, reasons
 
 
-def _elastic(model: Any, made: Plan) -> Open:
+def _elastic(model: Any, made: RatioRecipes) -> Open:
     return lambda start, tokens: sessions.elastic(model, made.recipes, start, tokens)
 
 
@@ -203,8 +207,8 @@ def _context_rows(
     context: int,
     rows: Sequence[Window],
     contenders: Sequence[_Contender],
-    options: Options,
-    progress: Progress,
+    options: EvaluationOptions,
+    progress: EvaluationProgress,
 ) -> Iterator[dict[str, Any]]:
     progress.phase(f"full attention over {len(rows)} windows of {context} tokens")
     start = prefill(
@@ -226,9 +230,9 @@ def _context_rows(
         yield row
 
 
-def _bytes(made: Plan | None) -> dict[str, Any]:
+def _bytes(made: RatioRecipes | None) -> dict[str, Any]:
     if made is None:
-        return {"compress": None, "quantiser": sessions.quantiser(), "bits": sessions.QUANTISED_BITS[sessions.quantiser()]}
+        return {"compress": None, "quantiser": sessions.quantizer(), "bits": sessions.QUANTISED_BITS[sessions.quantizer()]}
     return {
         "compress": made.ratio,
         "recipe_hash": made.hash,
@@ -246,7 +250,9 @@ def _greedy(found: Divergence) -> dict[str, Any]:
     return asdict(found) | {"first_different": list(found.first_different), "mean_first_different": mean}
 
 
-def _retrieval(subject: _Subject, row: Sequence[Case], options: Options, progress: Progress) -> dict[str, Any]:
+def _retrieval(
+    subject: _Subject, row: Sequence[Case], options: EvaluationOptions, progress: EvaluationProgress
+) -> dict[str, Any]:
     length = row[0].length
     progress.phase(f"pass keys in {length} tokens")
     start: Prefill = prefill(subject.model, [case.ids[:-1] for case in row], length - 1, 1, progress.progress)
@@ -260,7 +266,7 @@ def _retrieval(subject: _Subject, row: Sequence[Case], options: Options, progres
     return {"tokens": length, "depths": [case.depth for case in row], "found": hits, "skipped": skipped}
 
 
-def _plain(options: Options) -> dict[str, Any]:
+def _plain(options: EvaluationOptions) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from elastickv.kvcache.quantize import quantise_int4_keys, stored_values
+from elastickv.kvcache.quantize import quantize_int4_keys, stored_values
 from elastickv.kvcache.scorers.bounds import LEVELS, SPAN
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
@@ -143,7 +143,7 @@ class _Head:
 
     def _rank(self) -> Tensor:
         """Return (positions, pages): 0 for the page that scores best, as `kvcache.scorers.bounds` scores."""
-        _, scales, zeros = quantise_int4_keys(self.keys[self.cold_tokens].unflatten(0, (self.pages, PAGE_TOKENS)).cpu().numpy())
+        _, scales, zeros = quantize_int4_keys(self.keys[self.cold_tokens].unflatten(0, (self.pages, PAGE_TOKENS)).cpu().numpy())
         s, z = (torch.from_numpy(plane.astype("float32")).to(self.keys) for plane in (scales, zeros))
         signed, size = self.queries.sum(0), self.queries.abs().sum(0)
         scores = signed @ z.T + LEVELS / 2 * ((signed + SPAN * size) @ s.T)

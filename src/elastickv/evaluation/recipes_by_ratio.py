@@ -29,7 +29,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RatioRecipes:
     """Recipes of a model's layers at a ratio.
 
     Attributes
@@ -62,7 +62,7 @@ class Plan:
 
 def plan(
     ratio: float, span: Span, shape: AttentionShape, layers: int, dtype: str, calibration: ModelCalibration | None
-) -> Plan:
+) -> RatioRecipes:
     """Return recipes that read at most 1/ratio of the dense bytes, summed over a span.
 
     Parameters
@@ -95,20 +95,22 @@ def plan(
 
 def measured(
     ratio: float, recipes: Sequence[Recipe], span: Span, shape: AttentionShape, dtype: str, error: float | None = None
-) -> Plan:
+) -> RatioRecipes:
     """Return the plan of given recipes with its bytes, step by step as the decode path takes them."""
     cost: dict[Recipe, float] = {}
     held: dict[Recipe, int] = {}
     end = span.first + span.steps
     for recipe in set(recipes):
-        steps = (step_bytes(recipe, [span.first + s + 1], shape, dtype, recipe.age(s)).kv for s in range(span.steps))
+        steps = (
+            step_bytes(recipe, [span.first + s + 1], shape, dtype, recipe.steps_since_refresh(s)).kv for s in range(span.steps)
+        )
         cost[recipe] = sum(steps)
         held[recipe] = stored_bytes(recipe, [end], shape, dtype)
     dense = sum(dense_bytes([span.first + s + 1], shape) for s in range(span.steps))
     read, stored = sum(cost[recipe] for recipe in recipes), sum(held[recipe] for recipe in recipes)
     # What is not compressed is kept in the model's own dtype; the dense side counts 2 bytes an element.
     plain = all(recipe.is_dense for recipe in recipes)
-    return Plan(
+    return RatioRecipes(
         ratio=ratio,
         recipes=tuple(recipes),
         read_ratio=1.0 if plain else len(recipes) * dense / read,

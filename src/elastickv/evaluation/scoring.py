@@ -8,10 +8,10 @@ import torch
 
 from elastickv.evaluation.metrics import Scores, token_figures
 from elastickv.evaluation.prefill import Prefill, Progress
-from elastickv.evaluation.sessions import Session
+from elastickv.evaluation.sessions import DecodingSession
 from elastickv.evaluation.texts import Window
 
-Open = Callable[[Prefill, int], AbstractContextManager[Session]]
+Open = Callable[[Prefill, int], AbstractContextManager[DecodingSession]]
 """(prefill, tokens that will be decoded) -> a session that decodes after it."""
 
 

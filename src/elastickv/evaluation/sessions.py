@@ -19,7 +19,7 @@ QUANTISED_BITS = {"quanto": 4, "hqq": 4, "fp8": 8}
 _PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
-class Session(Protocol):
+class DecodingSession(Protocol):
     """Rows that grow by one token a step."""
 
     def step(self, ids: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class _Forward:
 
 
 @contextmanager
-def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) -> Iterator[Session]:
+def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) -> Iterator[DecodingSession]:
     """Decode `tokens` tokens with an ElasticCache of one recipe a layer; the model is left as it was.
 
     The layers are put where `prefill="exact"` leaves them before a prompt's last token: holding exact keys and values, which
@@ -56,7 +56,7 @@ def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) 
 
 
 @contextmanager
-def stock(model: Any, start: Prefill) -> Iterator[Session]:
+def stock(model: Any, start: Prefill) -> Iterator[DecodingSession]:
     """Decode with the framework's default cache."""
     cache = transformers.DynamicCache()
     _fill(cache, start)
@@ -64,19 +64,19 @@ def stock(model: Any, start: Prefill) -> Iterator[Session]:
 
 
 @contextmanager
-def stock_quantised(model: Any, start: Prefill, kind: str | None = None) -> Iterator[Session]:
+def stock_quantized(model: Any, start: Prefill, kind: str | None = None) -> Iterator[DecodingSession]:
     """Decode with the framework's own quantised cache.
 
     Raises
     ------
     UsageError : if no quantiser that it can use is installed.
     """
-    cache = transformers.QuantizedCache(backend=kind or quantiser(), config=model.config)
+    cache = transformers.QuantizedCache(backend=kind or quantizer(), config=model.config)
     _fill(cache, start)
     yield _Forward(model, cache)
 
 
-def quantiser() -> str:
+def quantizer() -> str:
     """Return the quantiser that Transformers' quantised cache can use here: of 4 bits before fp8.
 
     Raises

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from elastickv.html_report.charts.style import Chart
 from elastickv.html_report.headline import Headline, headline_of
-from elastickv.html_report.report_data import Facts
+from elastickv.html_report.report_data import ReportData
 
 _NARROW = 5  # columns
 _FEW = 2  # devices
@@ -92,7 +92,7 @@ class Content:
         return [chart for section in self.sections for chart in section.charts]
 
 
-def content_of(facts: Facts, title: str | None) -> Content:
+def content_of(facts: ReportData, title: str | None) -> Content:
     """Return the page of some facts."""
     from elastickv.html_report.sections import SECTIONS
 
@@ -105,7 +105,7 @@ def content_of(facts: Facts, title: str | None) -> Content:
     )
 
 
-def _title(facts: Facts) -> str:
+def _title(facts: ReportData) -> str:
     # A processor is told with its threads by some results and without by others.
-    devices = list(dict.fromkeys(re.sub(r" \(\d+ threads\)$", "", told.device) for told in facts.told))
+    devices = list(dict.fromkeys(re.sub(r" \(\d+ threads\)$", "", provenance.device) for provenance in facts.provenance))
     return f"ElasticKV on {' and '.join(devices) if len(devices) <= _FEW else f'{len(devices)} devices'}"

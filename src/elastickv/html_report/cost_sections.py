@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from elastickv.html_report.charts.detail_charts import memory_chart, model_charts
 from elastickv.html_report.charts.fidelity_charts import error_chart, front, loss_charts, needle_charts, offers
 from elastickv.html_report.content import Section, tables
-from elastickv.html_report.report_data import Facts, ModelCache, ModelRun, Step
+from elastickv.html_report.report_data import ModelCache, ModelRun, ReportData, Step
 from elastickv.html_report.speed_sections import BENCH
 from elastickv.results.formats.units import fixed, interval, size
 
 
-def fidelity(facts: Facts) -> Section:
+def fidelity(facts: ReportData) -> Section:
     """Return errors against bytes."""
     chart, found = error_chart(facts.steps), offers(facts.steps)
     best = front(found)
@@ -55,7 +55,7 @@ def fidelity(facts: Facts) -> Section:
     )
 
 
-def needle(facts: Facts) -> Section:
+def needle(facts: ReportData) -> Section:
     """Return the pass keys found."""
     charts, left = needle_charts(facts.evaluations)
     rows = (
@@ -81,13 +81,13 @@ def needle(facts: Facts) -> Section:
     )
 
 
-def models(facts: Facts) -> Section:
+def models(facts: ReportData) -> Section:
     """Return whole models, decoding with each cache."""
     rows = (
         {
             "model": f"{model.model} {model.dtype}",
             "context × batch": f"{model.context} × {model.batch}",
-            "asked": model.asked,
+            "asked": model.requested,
             "cache": cache.name,
             "ms a token": interval(cache.step_ms, 2),
             "tokens/s": fixed(cache.tokens_per_s, 2),
@@ -96,7 +96,7 @@ def models(facts: Facts) -> Section:
             "perplexity": fixed(cache.price.perplexity if cache.price else None, 3),
             "× of the floor": fixed(cache.of_floor, 2),
             "first token, s": fixed(cache.first_token_s, 3),
-            "result": facts.names[model.told.source],
+            "result": facts.names[model.provenance.source],
         }
         for model in facts.models
         for cache in model.caches
@@ -120,11 +120,11 @@ def models(facts: Facts) -> Section:
 def _ratio(model: ModelRun, cache: ModelCache) -> str:
     """Return the ratios that belong to a cache: of the elastic one against each other, in that one's row."""
     name = cache.name
-    told = [r for r in model.ratios if (r.slow if r.fast == "elastic" else r.fast) == name]
-    return "; ".join(f"{ratio.fast} / {ratio.slow} {interval(ratio.times, 3, '×')}" for ratio in told)
+    provenance = [r for r in model.ratios if (r.slow if r.fast == "elastic" else r.fast) == name]
+    return "; ".join(f"{ratio.fast} / {ratio.slow} {interval(ratio.times, 3, '×')}" for ratio in provenance)
 
 
-def memory(facts: Facts) -> Section:
+def memory(facts: ReportData) -> Section:
     """Return bytes read and stored, and what a model holds."""
     chart = memory_chart(facts.steps)
     held = (

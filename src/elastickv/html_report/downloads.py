@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elastickv.html_report.report_data import Facts
+from elastickv.html_report.report_data import ReportData
 from elastickv.results.formats.rows import csv_text
 
 
@@ -26,7 +26,7 @@ class Download:
         return "data:application/gzip;base64," + base64.b64encode(self.content).decode("ascii")
 
 
-def downloads(facts: Facts) -> list[Download]:
+def downloads(facts: ReportData) -> list[Download]:
     """Return the raw samples as CSV and the whole results as JSON Lines, both compressed: gunzip them."""
     samples = _samples(facts)
     found = [Download("samples.csv.gz", "every raw sample, milliseconds", _packed(samples))] if samples else []
@@ -39,7 +39,7 @@ def _packed(text: str) -> bytes:
     return gzip.compress(text.encode("utf-8", "backslashreplace"), mtime=0)
 
 
-def _samples(facts: Facts) -> str:
+def _samples(facts: ReportData) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     rows = list(_rows(facts))
@@ -50,9 +50,9 @@ def _samples(facts: Facts) -> str:
     return out.getvalue()
 
 
-def _rows(facts: Facts) -> Iterator[tuple[str, str, str, int, float, bool]]:
+def _rows(facts: ReportData) -> Iterator[tuple[str, str, str, int, float, bool]]:
     for step in facts.steps:
-        source = step.told.source
+        source = step.provenance.source
         for name, series in step.samples_ms.items():
             flagged = set(step.flagged.get("baseline" if name == step.baseline else name, ()))
             yield from ((source, "step", name, i, time, i in flagged) for i, time in enumerate(series))
@@ -60,4 +60,4 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str, str, int, float, bool]]:
             yield from ((source, "token", name, i, time, False) for i, time in enumerate(series))
     for model in facts.models:
         for cache in model.caches:
-            yield from ((model.told.source, "model token", cache.name, i, t, False) for i, t in enumerate(cache.token_ms))
+            yield from ((model.provenance.source, "model token", cache.name, i, t, False) for i, t in enumerate(cache.token_ms))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from elastickv.html_report.report_data import Estimate, Evaluation, Facts, ModelRun, Step
+from elastickv.html_report.report_data import Evaluation, IntervalEstimate, ModelRun, ReportData, Step
 from elastickv.results.formats.units import fixed, interval
 
 PRICE_UNKNOWN = "recipe error not measured"
@@ -27,7 +27,7 @@ class Headline:
     beside: Sequence[str]
 
 
-def headline_of(facts: Facts) -> Headline:
+def headline_of(facts: ReportData) -> Headline:
     """Return the headline: of a decode step where one was measured, else of a model's decode, else of its predictions."""
     step = best_step(facts.steps)
     if step is not None:
@@ -37,8 +37,8 @@ def headline_of(facts: Facts) -> Headline:
 
 def best_step(steps: Sequence[Step]) -> Step | None:
     """Return the decode step of the largest speed-up: its lower bound, so that a wide interval wins nothing."""
-    told = [step for step in steps if step.speedup is not None]
-    return max(told, key=lambda step: _rank(step.speedup), default=steps[0] if steps else None)
+    measured = [step for step in steps if step.speedup is not None]
+    return max(measured, key=lambda step: _rank(step.speedup), default=steps[0] if steps else None)
 
 
 def best_model(models: Sequence[ModelRun]) -> ModelRun:
@@ -46,7 +46,7 @@ def best_model(models: Sequence[ModelRun]) -> ModelRun:
     return max(models, key=lambda model: _rank(model.best.times if model.best else None))
 
 
-def _rank(found: Estimate | None) -> tuple[bool, float]:
+def _rank(found: IntervalEstimate | None) -> tuple[bool, float]:
     """Return by what speed-ups are ordered; those with an interval come first."""
     if found is None:
         return (False, 0.0)
@@ -55,7 +55,7 @@ def _rank(found: Estimate | None) -> tuple[bool, float]:
 
 def _of_step(step: Step, beside: Sequence[str]) -> Headline:
     ratio, error = step.speedup, step.error
-    where = f"{step.told.device}, {step.context} tokens, {step.shape}"
+    where = f"{step.provenance.device}, {step.context} tokens, {step.shape}"
     fast = f"at {interval(ratio)} times the speed of {step.baseline}" if ratio else f"in {step.elastic_ms:.4g} ms"
     bounds = "95 % interval" if ratio and ratio.low is not None else "no interval in the file"
     reads = f", and reads 1/{step.read:.2f} of the dense bytes" if step.read else ""
@@ -71,7 +71,7 @@ def _of_step(step: Step, beside: Sequence[str]) -> Headline:
         ("decode step", f"{1e3 * step.elastic_ms:.4g} µs", f"dense {1e3 * step.dense_ms:.4g} µs" if step.dense_ms else ""),
     ]
     return Headline(
-        step.told.source,
+        step.provenance.source,
         f"On {where}, {step.what} decodes {fast} ({bounds}){reads}. {price}",
         tiles,
         beside,
@@ -86,7 +86,7 @@ def _measured_of(step: Step) -> str:
     return f" (relative L2 against dense attention; {step.error.where}{other})"
 
 
-def _range(found: Estimate | None) -> str:
+def _range(found: IntervalEstimate | None) -> str:
     if found is None:
         return "no ratio in the file"
     return "no interval" if found.low is None else f"[{found.low:.3f}, {found.high:.3f}]"
@@ -101,7 +101,7 @@ def _of_model(model: ModelRun) -> Headline:
     else:
         fast = f"decodes {fixed(own.tokens_per_s, 2)} tokens/s; no other cache ran beside it"
     reads = f", and reads 1/{own.read_ratio:.2f} of the dense 16-bit bytes" if own.read_ratio else ""
-    asked = f" ({model.asked})" if model.asked else ""
+    requested = f" ({model.requested})" if model.requested else ""
     price = (
         f"The KL divergence of its predictions is {own.price.kl:.4f} nats a token, and {own.price.top1_percent:.1f} % of the "
         f"most likely tokens are the same ({own.price.on})."
@@ -115,19 +115,22 @@ def _of_model(model: ModelRun) -> Headline:
         ("KL", f"{own.price.kl:.4f}" if own.price else "-", "nats a token" if own.price else "not measured"),
         ("a token", f"{own.step_ms.estimate:.2f} ms" if own.step_ms else "-", "whole model"),
     ]
-    where = f"On {model.told.device}, {model.context} tokens × {model.batch}"
+    where = f"On {model.provenance.device}, {model.context} tokens × {model.batch}"
     return Headline(
-        model.told.source, f"{where}, {model.model} with the cache '{own.name}'{asked} {fast}{reads}. {price}", tiles, ()
+        model.provenance.source,
+        f"{where}, {model.model} with the cache '{own.name}'{requested} {fast}{reads}. {price}",
+        tiles,
+        (),
     )
 
 
 def _of_evaluation(evaluation: Evaluation) -> Headline:
-    told = [loss for loss in evaluation.losses if loss.read is not None]
-    if not told:
+    measured = [loss for loss in evaluation.losses if loss.read is not None]
+    if not measured:
         found, tried = (sum(getattr(needle, name) for needle in evaluation.needles) for name in ("hits", "tried"))
         sentence = f"{evaluation.model} finds {found} of {tried} pass keys, over all caches and depths that were tried."
-        return Headline(evaluation.told.source, sentence, [("pass keys", f"{found} of {tried}", "all caches")], ())
-    most = max(told, key=lambda loss: (loss.read or 0, loss.context))
+        return Headline(evaluation.provenance.source, sentence, [("pass keys", f"{found} of {tried}", "all caches")], ())
+    most = max(measured, key=lambda loss: (loss.read or 0, loss.context))
     ppl, kl, top1 = interval(most.ppl_percent, 2, " %"), interval(most.kl, 4), interval(most.top1_percent, 1, " %")
     tiles = [
         ("bytes read", f"1/{most.read:.2f}", f"stored 1/{fixed(most.stored, 2) or '-'}"),
@@ -140,20 +143,20 @@ def _of_evaluation(evaluation: Evaluation) -> Headline:
         f"perplexity changes by {ppl}, the KL divergence of its predictions is {kl} nats a token, and its most likely token is "
         f"the same in {top1} (95 % intervals over windows). No speed was measured in these files."
     )
-    return Headline(evaluation.told.source, sentence, tiles, [evaluation.suggestion] if evaluation.suggestion else ())
+    return Headline(evaluation.provenance.source, sentence, tiles, [evaluation.suggestion] if evaluation.suggestion else ())
 
 
 def _all_steps(steps: Sequence[Step]) -> Iterator[str]:
     """Yield what the best result is among: how many are faster, and the slowest of them."""
-    told = [step for step in steps if step.speedup is not None]
-    if len(told) < 2:
+    measured = [step for step in steps if step.speedup is not None]
+    if len(measured) < 2:
         return
-    least = min(told, key=lambda step: step.speedup.estimate if step.speedup else 0)
-    faster, judged = sum(step.faster is True for step in told), sum(step.faster is not None for step in told)
+    least = min(measured, key=lambda step: step.speedup.estimate if step.speedup else 0)
+    faster, judged = sum(step.faster is True for step in measured), sum(step.faster is not None for step in measured)
     beyond = f"{faster} of {judged} are faster than dense beyond the noise floor" if judged else "none has a noise floor"
     yield (
-        f"It is the largest speed-up of {len(told)} results on this page: {beyond}; the smallest is {interval(least.speedup)} "
-        f"({least.what}, {least.context} tokens, {least.shape})."
+        f"It is the largest speed-up of {len(measured)} results on this page: {beyond}; the smallest is "
+        f"{interval(least.speedup)} ({least.what}, {least.context} tokens, {least.shape})."
     )
 
 
@@ -162,6 +165,6 @@ def _all_models(models: Sequence[ModelRun]) -> Iterator[str]:
     if best is not None:
         model = best_model(models)
         yield (
-            f"Whole model: {model.model} with {' '.join(part for part in (best.fast, model.asked) if part)} at {model.context} "
-            f"tokens × {model.batch} decodes at {interval(best.times)} times the speed of {best.slow}."
+            f"Whole model: {model.model} with {' '.join(part for part in (best.fast, model.requested) if part)} at "
+            f"{model.context} tokens × {model.batch} decodes at {interval(best.times)} times the speed of {best.slow}."
         )

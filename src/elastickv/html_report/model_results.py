@@ -3,9 +3,19 @@
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.html_report.provenance import estimate, lines, optional_number, reasons, told
-from elastickv.html_report.report_data import Estimate, Evaluation, Format, Loss, ModelCache, ModelRun, Needle, Price, Ratio
-from elastickv.results.compare.runs import Run
+from elastickv.html_report.provenance import estimate, lines, optional_number, provenance, reasons
+from elastickv.html_report.report_data import (
+    Evaluation,
+    IntervalEstimate,
+    Loss,
+    ModelCache,
+    ModelRun,
+    Needle,
+    Ratio,
+    ReportedQualityDelta,
+    StoredFormat,
+)
+from elastickv.results.compare.runs import BenchmarkRun
 from elastickv.results.documents import Document
 from elastickv.results.readers import Reader
 
@@ -13,7 +23,7 @@ EVALUATION = "elastickv-fidelity"
 EVALUATION_VERSION = 1
 
 
-def model_of(document: Document, run: Run) -> ModelRun:
+def model_of(document: Document, run: BenchmarkRun) -> ModelRun:
     """Return what a model took with each cache, a result whose `run` has been read.
 
     Raises
@@ -31,12 +41,12 @@ def model_of(document: Document, run: Run) -> ModelRun:
     if reader.optional("model", "random_weights"):
         warnings.append("random weights: speed and bytes are a model's of this shape, its text is none")
     return ModelRun(
-        told=told(reader, run.device, warnings),
+        provenance=provenance(reader, run.device, warnings),
         model=str(cell["model"]),
         dtype=str(cell.get("dtype", "")),
         context=cell.get("context"),
         batch=cell.get("batch"),
-        asked=_asked(reader),
+        requested=_asked(reader),
         caches=tuple(_cache(reader, cache) for cache in reader.at("caches", kind=list)),
         ratios=_ratios(reader),
         formats=tuple(_format(reader, found) for found in reader.optional("formats") or ()),
@@ -62,18 +72,18 @@ def _ratios(reader: Reader) -> tuple[Ratio, ...]:
     return tuple(found)
 
 
-def _format(reader: Reader, found: Any) -> Format:
+def _format(reader: Reader, found: Any) -> StoredFormat:
     one = Reader(reader.source, found if isinstance(found, dict) else {})
-    return Format(one.text("recipe"), one.positive("kv_bytes_per_token"), one.positive("stored_ratio"))
+    return StoredFormat(one.text("recipe"), one.positive("kv_bytes_per_token"), one.positive("stored_ratio"))
 
 
-def _price(reader: Reader) -> Price | None:
+def _price(reader: Reader) -> ReportedQualityDelta | None:
     """Return what is under `fidelity`; None where predictions were not measured."""
     if reader.optional("fidelity") is None:
         return None
     at = "fidelity"
     on = f"{reader.count(at, 'tokens')} tokens of {reader.text(at, 'text')}, against {reader.text(at, 'reference')}"
-    return Price(on, *(reader.number(at, name) for name in ("perplexity", "kl_mean", "top1_percent")))
+    return ReportedQualityDelta(on, *(reader.number(at, name) for name in ("perplexity", "kl_mean", "top1_percent")))
 
 
 def _cache(reader: Reader, cache: Any) -> ModelCache:
@@ -128,7 +138,7 @@ def evaluation_of(document: Document) -> Evaluation:
     if calibration is None:
         skipped.append("not calibrated: every head reads the same share of its pages")
     return Evaluation(
-        told=told(reader, str(device), [*lines(reader, "warnings"), *skipped]),
+        provenance=provenance(reader, str(device), [*lines(reader, "warnings"), *skipped]),
         model=model,
         dtype=reader.text("model", "dtype"),
         texts=lines(reader, "texts"),
@@ -162,12 +172,12 @@ def _loss(reader: Reader, row: Any) -> Loss:
     )
 
 
-def _mean(reader: Reader, name: str) -> Estimate:
+def _mean(reader: Reader, name: str) -> IntervalEstimate:
     """Return a mean with its interval; unlike times it may be negative."""
     found = [reader.at(name, key) for key in ("mean", "low", "high")]
     if not all(type(value) in (int, float) and abs(value) < float("inf") for value in found):
         raise reader.refused(f"has no figure in {name}")
-    return Estimate(*map(float, found))
+    return IntervalEstimate(*map(float, found))
 
 
 def _needles(reader: Reader, row: Any) -> list[Needle]:

@@ -6,12 +6,12 @@ from typing import Any
 
 from elastickv.html_report.charts.style import INK, Chart, drawing, shown
 from elastickv.html_report.content import Content
-from elastickv.html_report.report_data import Facts
+from elastickv.html_report.report_data import ReportData
 
 MOST = 4
 
 
-def picture(content: Content, facts: Facts) -> bytes:
+def picture(content: Content, facts: ReportData) -> bytes:
     """Return a PNG: title, headline and the first chart of each of the first sections that have one."""
     from matplotlib.figure import Figure
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from elastickv.html_report.report_data import Estimate, Told
+from elastickv.html_report.report_data import IntervalEstimate, Provenance
 from elastickv.results.readers import Reader
 
 _SURROUNDINGS = (
@@ -18,7 +18,7 @@ _SURROUNDINGS = (
 )
 
 
-def told(reader: Reader, device: str, warnings: Iterable[Any]) -> Told:
+def provenance(reader: Reader, device: str, warnings: Iterable[Any]) -> Provenance:
     """Return how a result came about; what a file does not tell is left out.
 
     Parameters
@@ -41,7 +41,7 @@ def told(reader: Reader, device: str, warnings: Iterable[Any]) -> Told:
     command = reader.optional("configuration", "command") or reader.optional("command") or ()
     if isinstance(command, str) or not isinstance(command, (list, tuple)):
         command = (str(command),)
-    return Told(
+    return Provenance(
         source=reader.source,
         device=device,
         date=str(date)[:16].replace("T", " "),
@@ -51,11 +51,11 @@ def told(reader: Reader, device: str, warnings: Iterable[Any]) -> Told:
     )
 
 
-def estimate(reader: Reader, *path: str) -> Estimate | None:
+def estimate(reader: Reader, *path: str) -> IntervalEstimate | None:
     """Return the interval of a time or of a ratio of times; None where it is missing or null."""
     if reader.optional(*path) is None:
         return None
-    return Estimate(*(reader.positive(*path, name) for name in ("estimate", "low", "high")))
+    return IntervalEstimate(*(reader.positive(*path, name) for name in ("estimate", "low", "high")))
 
 
 def lines(reader: Reader, *path: str) -> list[str]:

@@ -5,21 +5,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from elastickv.html_report.content import Section, tables
-from elastickv.html_report.report_data import Facts, Told
+from elastickv.html_report.report_data import Provenance, ReportData
 
 _MOST_NAMES = 6
 
 
-def warnings(facts: Facts) -> Section:
+def warnings(facts: ReportData) -> Section:
     """Return every warning, caution and telemetry flag, what sweeps did not measure, and what was left out."""
     said: dict[str, list[str]] = defaultdict(list)
-    for told in facts.told:
-        for warning in told.warnings:
-            said[warning].append(facts.names[told.source])
+    for provenance in facts.provenance:
+        for warning in provenance.warnings:
+            said[warning].append(facts.names[provenance.source])
     said_rows = ({"warning": what, "results": str(len(names)), "which": _listed(names)} for what, names in said.items())
     cells = ({"cell": cell, "why": why} for cell, why in facts.not_measured.items())
     left = ({"note": note} for note in facts.notes)
-    clean = sum(not told.warnings for told in facts.told)
+    clean = sum(not provenance.warnings for provenance in facts.provenance)
     found = [
         *tables("What the results themselves say", said_rows, ("warning", "which")),
         *tables("Cells of sweeps that have no result", cells, ("cell", "why")),
@@ -28,27 +28,27 @@ def warnings(facts: Facts) -> Section:
     return Section(
         "warnings",
         "Warnings",
-        f"{clean} of {len(facts.told)} results came without a warning, a caution or a telemetry flag.",
+        f"{clean} of {len(facts.provenance)} results came without a warning, a caution or a telemetry flag.",
         tables=found or tables("Warnings", [{"warning": "none"}], ("warning",)),
     )
 
 
-def environment(facts: Facts) -> Section:
+def environment(facts: ReportData) -> Section:
     """Return what the results were measured in: one row for results that share all of it."""
-    groups: dict[tuple[tuple[str, str], ...], list[Told]] = defaultdict(list)
-    for told in facts.told:
-        told_of = {"device": told.device, **told.environment}
-        groups[tuple(told_of.items())].append(told)
+    groups: dict[tuple[tuple[str, str], ...], list[Provenance]] = defaultdict(list)
+    for provenance in facts.provenance:
+        told_of = {"device": provenance.device, **provenance.environment}
+        groups[tuple(told_of.items())].append(provenance)
     settings = list(dict.fromkeys(name for items in groups for name, _ in items))
     values = {name: [dict(items).get(name, "") for items in groups] for name in settings}
     shared = ({"what": name, "value": found[0]} for name, found in values.items() if len(set(found)) == 1)
     rows = []
     for number, members in enumerate(groups.values()):
-        dates = sorted(told.date for told in members)
+        dates = sorted(provenance.date for provenance in members)
         rows.append(
             {name: found[number] for name, found in values.items() if len(set(found)) > 1}
             | {"measured, UTC": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"}
-            | {"results": f"{len(members)}: {_listed([facts.names[told.source] for told in members])}"}
+            | {"results": f"{len(members)}: {_listed([facts.names[provenance.source] for provenance in members])}"}
         )
     return Section(
         "environment",
@@ -62,13 +62,13 @@ def environment(facts: Facts) -> Section:
     )
 
 
-def commands(facts: Facts) -> Section:
+def commands(facts: ReportData) -> Section:
     """Return the exact commands, as the files hold them; results of one command, as of a sweep, together."""
     groups: dict[str, list[str]] = defaultdict(list)
     for source, command in facts.sweeps:
         groups[shlex.join(command)].append(source)
-    for told in facts.told:
-        groups[shlex.join(told.command)].append(facts.names[told.source])
+    for provenance in facts.provenance:
+        groups[shlex.join(provenance.command)].append(facts.names[provenance.source])
     unknown = groups.pop("", [])
     return Section(
         "commands",

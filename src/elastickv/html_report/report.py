@@ -9,9 +9,9 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.html_report.content import Content, content_of
-from elastickv.html_report.report_data import Facts
+from elastickv.html_report.report_data import ReportData
 from elastickv.html_report.report_rows import rows_of
-from elastickv.html_report.sources import facts_of
+from elastickv.html_report.sources import load_report_data
 from elastickv.inputs import file_path
 
 FORMATS = ("html", "md", "pdf-ready", "png")
@@ -28,7 +28,7 @@ class Report:
     content : what is said of it.
     """
 
-    facts: Facts
+    facts: ReportData
     content: Content
 
     @cached_property
@@ -118,7 +118,7 @@ def report(*results: Any, title: str | None = None) -> Report:
     UsageError : naming what cannot be read or holds no result; if jinja2 or matplotlib is missing.
     """
     check_installed()
-    facts = facts_of(results)
+    facts = load_report_data(results)
     return Report(facts, content_of(facts, title))
 
 
@@ -146,9 +146,9 @@ def chosen_format(path: Path, wanted: str | None) -> str:
     suffix = path.suffix.lower()
     if suffix == ".pdf":
         raise UsageError(f"--output {path}: no PDF is written; --format pdf-ready -o report.html is a page to print as one")
-    told = _SUFFIXES.get(suffix)
+    provenance = _SUFFIXES.get(suffix)
     if wanted is None:
-        return told or "html"
-    if told is not None and told != wanted.replace("pdf-ready", "html"):
-        raise UsageError(f"--output {path} names {told}, and --format is {wanted}: leave one of them out")
+        return provenance or "html"
+    if provenance is not None and provenance != wanted.replace("pdf-ready", "html"):
+        raise UsageError(f"--output {path} names {provenance}, and --format is {wanted}: leave one of them out")
     return wanted

@@ -10,7 +10,7 @@ from elastickv.results.documents import Document
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A figure and its 95 % interval; the bounds are None where a file tells none."""
 
     estimate: float
@@ -19,13 +19,13 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Contender:
+class ContenderTimes:
     """One contender's decode step: milliseconds with the interval of their mean."""
 
     name: str
     kind: str
     dtype: str
-    time_ms: Estimate
+    time_ms: IntervalEstimate
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RecipeError:
 
 
 @dataclass(frozen=True)
-class RooflinePoint:
+class PlottedPoint:
     """Where a step stands: floating-point operations per byte, 10^9 of them per second, and the share of what is attainable."""
 
     intensity: float
@@ -50,7 +50,7 @@ class RooflinePoint:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes of a recipe: what one step reads by part, the largest step, what is stored, and what dense reads."""
 
     dense: float
@@ -60,7 +60,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Told:
+class Provenance:
     """What a result says of how it came about.
 
     Attributes
@@ -100,7 +100,7 @@ class Step:
     samples_ms : milliseconds a step, contender -> series; 'token' series are of a token through all layers.
     """
 
-    told: Told
+    provenance: Provenance
     context: int
     batch: int
     heads: int
@@ -115,16 +115,16 @@ class Step:
     elastic_ms: float
     dense_ms: float | None
     baseline: str | None
-    speedup: Estimate | None
-    noise_floor: Estimate | None
+    speedup: IntervalEstimate | None
+    noise_floor: IntervalEstimate | None
     faster: bool | None
     error: RecipeError | None
-    cycle: Estimate | None
-    contenders: Sequence[Contender]
-    roofline: Mapping[str, RooflinePoint]
+    cycle: IntervalEstimate | None
+    contenders: Sequence[ContenderTimes]
+    roofline: Mapping[str, PlottedPoint]
     read_gbs: float | None
     flops_gflops: float | None
-    memory: Memory | None
+    memory: MemoryUse | None
     samples_ms: Mapping[str, Sequence[float]]
     token_ms: Mapping[str, Sequence[float]]
     flagged: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class Step:
         return f"batch {self.batch}, {heads} heads × {self.head_dim}{'' if self.cache == 'cold' else f', {self.cache} cache'}"
 
     @property
-    def asked(self) -> str:
+    def requested_label(self) -> str:
         """What was asked for: a recipe by name, or C."""
         return f"{self.requested} C={self.compress:g}" if self.requested in ("auto", "original") else self.requested
 
@@ -151,7 +151,7 @@ class ModelCache:
     """A model's decode with one cache; figures that a file does not tell are None."""
 
     name: str
-    step_ms: Estimate | None
+    step_ms: IntervalEstimate | None
     tokens_per_s: float | None
     of_floor: float | None
     read_ratio: float | None
@@ -163,12 +163,12 @@ class ModelCache:
     peak_bytes: float | None
     first_token_s: float | None
     bytes_per_token: float | None
-    price: "Price | None"
+    price: "ReportedQualityDelta | None"
     token_ms: Sequence[float]
 
 
 @dataclass(frozen=True)
-class Price:
+class ReportedQualityDelta:
     """What a cache does to a model's predictions, against those with another: `on` says with which, and of which text."""
 
     on: str
@@ -183,11 +183,11 @@ class Ratio:
 
     fast: str
     slow: str
-    times: Estimate
+    times: IntervalEstimate
 
 
 @dataclass(frozen=True)
-class Format:
+class StoredFormat:
     """One of our formats for a model that another program ran: bytes of a token in all layers, dense bytes / stored."""
 
     recipe: str
@@ -207,22 +207,22 @@ class ModelRun:
     not_run : caches that were not measured, and why.
     """
 
-    told: Told
+    provenance: Provenance
     model: str
     dtype: str
     context: int | None
     batch: int | None
-    asked: str
+    requested: str
     caches: Sequence[ModelCache]
     ratios: Sequence[Ratio]
-    formats: Sequence[Format]
+    formats: Sequence[StoredFormat]
     not_run: Mapping[str, str]
 
     @property
     def best(self) -> Ratio | None:
         """The largest ratio against the baseline, by its lower bound."""
-        told = [ratio for ratio in self.ratios if ratio.slow == self.ratios[0].slow]
-        return max(told, key=lambda ratio: ratio.times.low or 0.0, default=None)
+        provenance = [ratio for ratio in self.ratios if ratio.slow == self.ratios[0].slow]
+        return max(provenance, key=lambda ratio: ratio.times.low or 0.0, default=None)
 
 
 @dataclass(frozen=True)
@@ -234,9 +234,9 @@ class Loss:
     recipe: str
     read: float | None
     stored: float | None
-    ppl_percent: Estimate
-    kl: Estimate
-    top1_percent: Estimate
+    ppl_percent: IntervalEstimate
+    kl: IntervalEstimate
+    top1_percent: IntervalEstimate
     greedy: str
 
 
@@ -263,7 +263,7 @@ class Needle:
 class Evaluation:
     """A result of `eval`."""
 
-    told: Told
+    provenance: Provenance
     model: str
     dtype: str
     texts: Sequence[str]
@@ -274,7 +274,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ReportData:
     """Everything that was given.
 
     Attributes
@@ -295,15 +295,15 @@ class Facts:
     documents: Sequence[Document]
 
     @property
-    def told(self) -> list[Told]:
+    def provenance(self) -> list[Provenance]:
         """How each result came about."""
         results: list[Any] = [*self.steps, *self.models, *self.evaluations]
-        return [result.told for result in results]
+        return [result.provenance for result in results]
 
     @cached_property
     def names(self) -> Mapping[str, str]:
         """What to call each source: its path without the folders that all of them are in."""
-        sources = [told.source for told in self.told]
+        sources = [provenance.source for provenance in self.provenance]
         folders = [source.rpartition("/")[0] for source in sources]
         common = os.path.commonpath(folders) if all(folders) and len({f[:1] == "/" for f in folders}) == 1 else ""
         return {source: source[len(common) :].lstrip("/") for source in sources}

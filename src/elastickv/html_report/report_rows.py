@@ -3,7 +3,7 @@
 from typing import Any
 
 from elastickv.html_report.content import Content
-from elastickv.html_report.report_data import Estimate, Facts, ModelRun
+from elastickv.html_report.report_data import IntervalEstimate, ModelRun, ReportData
 
 COLUMNS = (
     "kind", "source", "date_utc", "device", "model", "context", "batch", "heads", "kv_heads", "head_dim", "cache", "asked",
@@ -13,13 +13,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def rows_of(facts: Facts) -> list[dict[str, Any]]:
+def rows_of(facts: ReportData) -> list[dict[str, Any]]:
     """Return a row for each step, cache of a model, loss and pass-key cell, all with the columns of `COLUMNS`."""
     found = [*_steps(facts), *_models(facts), *_evaluations(facts)]
     return [dict.fromkeys(COLUMNS) | row for row in found]
 
 
-def as_dict(facts: Facts, content: Content) -> dict[str, Any]:
+def as_dict(facts: ReportData, content: Content) -> dict[str, Any]:
     """Return the report as JSON values."""
     headline = content.headline
     return {
@@ -42,30 +42,31 @@ def as_dict(facts: Facts, content: Content) -> dict[str, Any]:
         "rows": rows_of(facts),
         "notes": list(facts.notes),
         "not_measured": dict(facts.not_measured),
-        "commands": {told.source: list(told.command) for told in facts.told},
+        "commands": {provenance.source: list(provenance.command) for provenance in facts.provenance},
     }
 
 
-def _common(told: Any, kind: str) -> dict[str, Any]:
+def _common(provenance: Any, kind: str) -> dict[str, Any]:
     return {
         "kind": kind,
-        "source": told.source,
-        "date_utc": told.date,
-        "device": told.device,
-        "warnings": "; ".join(told.warnings),
+        "source": provenance.source,
+        "date_utc": provenance.date,
+        "device": provenance.device,
+        "warnings": "; ".join(provenance.warnings),
     }
 
 
-def _speedup(found: Estimate | None) -> dict[str, Any]:
+def _speedup(found: IntervalEstimate | None) -> dict[str, Any]:
     if found is None:
         return {}
     return {"speedup": found.estimate, "speedup_low": found.low, "speedup_high": found.high}
 
 
-def _steps(facts: Facts) -> list[dict[str, Any]]:
+def _steps(facts: ReportData) -> list[dict[str, Any]]:
     return [
-        _common(step.told, "step")
-        | {name: getattr(step, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "cache", "asked")}
+        _common(step.provenance, "step")
+        | {name: getattr(step, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "cache")}
+        | {"asked": step.requested_label}
         | {"recipe": step.recipe, "ratio_read": step.read, "ratio_stored": step.stored}
         | {"baseline": step.baseline, "baseline_ms": step.dense_ms, "ms": step.elastic_ms, "faster": step.faster}
         | _speedup(step.speedup)
@@ -75,10 +76,10 @@ def _steps(facts: Facts) -> list[dict[str, Any]]:
     ]
 
 
-def _models(facts: Facts) -> list[dict[str, Any]]:
+def _models(facts: ReportData) -> list[dict[str, Any]]:
     return [
-        _common(model.told, "model")
-        | {"model": model.model, "context": model.context, "batch": model.batch, "cache": cache.name, "asked": model.asked}
+        _common(model.provenance, "model")
+        | {"model": model.model, "context": model.context, "batch": model.batch, "cache": cache.name, "asked": model.requested}
         | {"ratio_read": cache.read_ratio, "ratio_stored": cache.stored_ratio, "ms": cache.step_ms and cache.step_ms.estimate}
         | {"tokens_per_s": cache.tokens_per_s, "held_bytes": cache.held_bytes, "peak_bytes": cache.peak_bytes}
         | {"kl": cache.price and cache.price.kl, "top1_percent": cache.price and cache.price.top1_percent}
@@ -94,16 +95,16 @@ def _against(model: ModelRun, cache: str) -> dict[str, Any]:
     return {} if ratio is None else {"baseline": ratio.slow} | _speedup(ratio.times)
 
 
-def _evaluations(facts: Facts) -> list[dict[str, Any]]:
+def _evaluations(facts: ReportData) -> list[dict[str, Any]]:
     found = []
     for evaluation in facts.evaluations:
         common = {"model": evaluation.model}
         for loss in evaluation.losses:
-            row = _common(evaluation.told, "loss") | common | {"context": loss.context, "cache": loss.cache}
+            row = _common(evaluation.provenance, "loss") | common | {"context": loss.context, "cache": loss.cache}
             row |= {"recipe": loss.recipe, "ratio_read": loss.read, "ratio_stored": loss.stored}
             row |= {"ppl_change_percent": loss.ppl_percent.estimate, "kl": loss.kl.estimate}
             found.append(row | {"top1_percent": loss.top1_percent.estimate})
         for needle in evaluation.needles:
-            row = _common(evaluation.told, "pass keys") | common | {"context": needle.tokens, "cache": needle.cache}
+            row = _common(evaluation.provenance, "pass keys") | common | {"context": needle.tokens, "cache": needle.cache}
             found.append(row | {"pass_keys_found": needle.hits, "pass_keys_tried": needle.tried})
     return found

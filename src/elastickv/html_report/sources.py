@@ -6,15 +6,15 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.html_report.model_results import evaluation_of, is_evaluation, model_of
-from elastickv.html_report.report_data import Facts
+from elastickv.html_report.report_data import ReportData
 from elastickv.html_report.step_results import step_of
-from elastickv.results.compare.result_sets import Side, gather
-from elastickv.results.compare.runs import Run
+from elastickv.results.compare.result_sets import ResultSet, gather
+from elastickv.results.compare.runs import BenchmarkRun
 from elastickv.results.documents import Document
 from elastickv.results.readers import guarded
 
 
-def facts_of(given: Sequence[Any]) -> Facts:
+def load_report_data(given: Sequence[Any]) -> ReportData:
     """Return what is given as facts.
 
     Parameters
@@ -27,7 +27,7 @@ def facts_of(given: Sequence[Any]) -> Facts:
     """
     if not given:
         raise UsageError("no result is given: name files or folders of results, or sweeps")
-    whole = Side("the report")
+    whole = ResultSet("the report")
     evaluations: list[Document] = []
     for number, one in enumerate(given, 1):
         side = gather(one, f"result {number}")
@@ -44,8 +44,8 @@ def facts_of(given: Sequence[Any]) -> Facts:
         others = [document.source for document in side.others if not is_evaluation(document)]
         if others:
             whole.notes.append(f"not shown, being no results: {', '.join(others)}")
-    pairs: list[tuple[Document, Run]] = list(zip(whole.documents, whole.runs, strict=True))
-    return Facts(
+    pairs: list[tuple[Document, BenchmarkRun]] = list(zip(whole.documents, whole.runs, strict=True))
+    return ReportData(
         steps=[guarded(d, partial(step_of, d, run)) for d, run in pairs if "caches" not in d.value],
         models=[guarded(d, partial(model_of, d, run)) for d, run in pairs if "caches" in d.value],
         evaluations=[guarded(d, partial(evaluation_of, d)) for d in evaluations],
@@ -56,7 +56,7 @@ def facts_of(given: Sequence[Any]) -> Facts:
     )
 
 
-def _add_once(document: Document, known: list[Document], whole: Side) -> None:
+def _add_once(document: Document, known: list[Document], whole: ResultSet) -> None:
     same = next((other.source for other in known if other.value == document.value), None)
     if same is None:
         known.append(document)

@@ -7,13 +7,13 @@ from elastickv.html_report.charts.speed_charts import roofline_charts, speedup_c
 from elastickv.html_report.charts.time_charts import time_charts
 from elastickv.html_report.content import Section, tables
 from elastickv.html_report.headline import best_model, best_step
-from elastickv.html_report.report_data import Facts, Step
+from elastickv.html_report.report_data import ReportData, Step
 from elastickv.results.formats.units import duration, fixed, interval, quantiles
 
 BENCH = "a result of elastickv bench, or a sweep"
 
 
-def speedup(facts: Facts) -> Section:
+def speedup(facts: ReportData) -> Section:
     """Return the speed-up against C."""
     return Section(
         "speedup",
@@ -25,7 +25,7 @@ def speedup(facts: Facts) -> Section:
     )
 
 
-def roofline(facts: Facts) -> Section:
+def roofline(facts: ReportData) -> Section:
     """Return the roofline of each device."""
     return Section(
         "roofline",
@@ -37,7 +37,7 @@ def roofline(facts: Facts) -> Section:
     )
 
 
-def time(facts: Facts) -> Section:
+def time(facts: ReportData) -> Section:
     """Return time per step against context."""
     charts, left = time_charts(facts.steps)
     return Section(
@@ -51,7 +51,7 @@ def time(facts: Facts) -> Section:
     )
 
 
-def latency(facts: Facts) -> Section:
+def latency(facts: ReportData) -> Section:
     """Return the distribution of raw samples."""
     charts = []
     step = best_step(facts.steps)
@@ -82,7 +82,7 @@ def latency(facts: Facts) -> Section:
     )
 
 
-def _latencies(facts: Facts) -> Iterator[dict[str, str]]:
+def _latencies(facts: ReportData) -> Iterator[dict[str, str]]:
     for step in facts.steps:
         tokens = {f"{name}, token": series for name, series in step.token_ms.items()}
         for name, series in {**step.samples_ms, **tokens}.items():
@@ -96,7 +96,7 @@ def _latencies(facts: Facts) -> Iterator[dict[str, str]]:
                 yield where | {"of": cache.name, "samples": str(len(cache.token_ms))} | quantiles(cache.token_ms)
 
 
-def results(facts: Facts) -> Section:
+def results(facts: ReportData) -> Section:
     """Return the table of all decode steps."""
     rows = (
         {
@@ -113,11 +113,11 @@ def results(facts: Facts) -> Section:
             "dense": duration(step.dense_ms),
             "dense is": step.baseline or "",
             "A/A": interval(step.noise_floor),
-            "asked": step.asked,
-            "result": facts.names[step.told.source],
+            "asked": step.requested_label,
+            "result": facts.names[step.provenance.source],
         }
         for step in sorted(
-            facts.steps, key=lambda step: (step.told.device, step.heads, step.batch, step.context, step.read or 0)
+            facts.steps, key=lambda step: (step.provenance.device, step.heads, step.batch, step.context, step.read or 0)
         )
     )
     return Section(
@@ -133,7 +133,7 @@ def results(facts: Facts) -> Section:
 
 
 def _order(step: Step) -> tuple[str, int, int, int, int, float]:
-    return step.told.device, step.heads, step.kv_heads, step.batch, step.context, step.read or 0.0
+    return step.provenance.device, step.heads, step.kv_heads, step.batch, step.context, step.read or 0.0
 
 
 def _doubt(step: Step) -> str:

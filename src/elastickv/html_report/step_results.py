@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from elastickv.benchmark.stats.intervals import LEVEL, Moments, student_quantile
-from elastickv.html_report.provenance import estimate, lines, reasons, told
-from elastickv.html_report.report_data import Contender, Estimate, Memory, RecipeError, RooflinePoint, Step
-from elastickv.results.compare.runs import Run
+from elastickv.benchmark.stats.intervals import LEVEL, SummaryStats, student_quantile
+from elastickv.html_report.provenance import estimate, lines, provenance, reasons
+from elastickv.html_report.report_data import ContenderTimes, IntervalEstimate, MemoryUse, PlottedPoint, RecipeError, Step
+from elastickv.results.compare.runs import BenchmarkRun
 from elastickv.results.documents import Document
 from elastickv.results.readers import Reader
 
 _MOVED = ("query", "output")  # itemised beside what counts into C
 
 
-def step_of(document: Document, run: Run) -> Step:
+def step_of(document: Document, run: BenchmarkRun) -> Step:
     """Return a result of `bench`, or of the original program, whose `run` has been read.
 
     Raises
@@ -36,12 +36,12 @@ def step_of(document: Document, run: Run) -> Step:
     return _original(reader, run, common) if run.recipe is None else _own(reader, run, common)
 
 
-def _own(reader: Reader, run: Run, common: dict[str, Any]) -> Step:
+def _own(reader: Reader, run: BenchmarkRun, common: dict[str, Any]) -> Step:
     samples = _series(reader, "samples")
     contenders = _contenders(reader, samples)
     baseline = reader.text("baseline", "name")
     return Step(
-        told=told(reader, run.device, _warnings(reader)),
+        provenance=provenance(reader, run.device, _warnings(reader)),
         **common,
         read=reader.positive("recipe", "ratio_read"),
         stored=reader.positive("recipe", "ratio_stored"),
@@ -63,17 +63,19 @@ def _own(reader: Reader, run: Run, common: dict[str, Any]) -> Step:
     )
 
 
-def _original(reader: Reader, run: Run, common: dict[str, Any]) -> Step:
+def _original(reader: Reader, run: BenchmarkRun, common: dict[str, Any]) -> Step:
     rate = reader.optional("results", "baseline_tokens_per_sec")
     speedup, cycle = (reader.optional(*path) for path in (("results", "speedup_vs_baseline"), ("inference_cycle",)))
     return Step(
-        told=told(reader, run.device, ["written by the original program: no samples, no interval, a baseline of its own"]),
+        provenance=provenance(
+            reader, run.device, ["written by the original program: no samples, no interval, a baseline of its own"]
+        ),
         **common,
         read=None,
         stored=None,
         dense_ms=1e3 / reader.positive("results", "baseline_tokens_per_sec") if rate else None,
         baseline="the original program's own" if rate else None,
-        speedup=None if speedup is None else Estimate(reader.positive("results", "speedup_vs_baseline")),
+        speedup=None if speedup is None else IntervalEstimate(reader.positive("results", "speedup_vs_baseline")),
         noise_floor=None,
         faster=None,
         error=None,
@@ -93,7 +95,7 @@ def _series(reader: Reader, *path: str) -> dict[str, tuple[float, ...]]:
     return {str(name): reader.times(series, f"{'.'.join(path)}.{name}") for name, series in found.items()}
 
 
-def _contenders(reader: Reader, samples: dict[str, tuple[float, ...]]) -> tuple[Contender, ...]:
+def _contenders(reader: Reader, samples: dict[str, tuple[float, ...]]) -> tuple[ContenderTimes, ...]:
     """Return every contender with the interval of its truncated mean (Tukey & McLaughlin 1963)."""
     truncate, baseline, found = reader.number("build", "truncate_percent"), reader.text("baseline", "name"), []
     for number, timing in enumerate(reader.at("contenders", kind=list)):
@@ -102,30 +104,30 @@ def _contenders(reader: Reader, samples: dict[str, tuple[float, ...]]) -> tuple[
         one = Reader(reader.source, timing)
         name, mean, std = one.text("name"), one.positive("time_ms"), one.number("time_std_ms")
         count = len(samples.get("baseline" if name == baseline else name, ()))
-        time = Estimate(mean)
+        time = IntervalEstimate(mean)
         if count > 1:
-            error = Moments(mean, std, count, truncate).relative_error * student_quantile(0.5 + LEVEL / 2, count - 1)
-            time = Estimate(mean, mean * (1 - min(error, 0.999)), mean * (1 + error))
-        found.append(Contender(name, one.text("kind"), one.text("dtype"), time))
+            error = SummaryStats(mean, std, count, truncate).relative_error * student_quantile(0.5 + LEVEL / 2, count - 1)
+            time = IntervalEstimate(mean, mean * (1 - min(error, 0.999)), mean * (1 + error))
+        found.append(ContenderTimes(name, one.text("kind"), one.text("dtype"), time))
     return tuple(found)
 
 
-def _error(reader: Reader, run: Run) -> RecipeError | None:
+def _error(reader: Reader, run: BenchmarkRun) -> RecipeError | None:
     if run.fidelity is None:
         return None
     found = run.fidelity
     return RecipeError(reader.text("fidelity", "sample", "recipe"), found.measured_on, found.mean, found.p95, found.max)
 
 
-def _cycle(reader: Reader) -> Estimate | None:
+def _cycle(reader: Reader) -> IntervalEstimate | None:
     if reader.optional("inference_cycle") is None:
         return None
     bounds = [reader.optional("inference_cycle", name) for name in ("speedup_low", "speedup_high")]
     known = all(isinstance(bound, (int, float)) for bound in bounds)
-    return Estimate(reader.positive("inference_cycle", "speedup_vs_baseline"), *(bounds if known else ()))
+    return IntervalEstimate(reader.positive("inference_cycle", "speedup_vs_baseline"), *(bounds if known else ()))
 
 
-def _tokens(reader: Reader, run: Run) -> dict[str, tuple[float, ...]]:
+def _tokens(reader: Reader, run: BenchmarkRun) -> dict[str, tuple[float, ...]]:
     if reader.optional("inference_cycle") is None:
         return {}
     path = ("inference_cycle", "raw_token_latencies_ms")
@@ -135,14 +137,14 @@ def _tokens(reader: Reader, run: Run) -> dict[str, tuple[float, ...]]:
     }
 
 
-def _point(reader: Reader, name: str) -> RooflinePoint:
+def _point(reader: Reader, name: str) -> PlottedPoint:
     keys = ("intensity_flop_per_byte", "achieved_gflops", "score", "bandwidth_gbs")
-    return RooflinePoint(*(reader.positive("roofline", name, key) for key in keys))
+    return PlottedPoint(*(reader.positive("roofline", name, key) for key in keys))
 
 
-def _memory(reader: Reader) -> Memory:
+def _memory(reader: Reader) -> MemoryUse:
     parts = reader.at("recipe", "bytes_per_step", kind=dict)
-    return Memory(
+    return MemoryUse(
         dense=reader.positive("recipe", "dense_bytes_per_step"),
         read={str(part): reader.number("recipe", "bytes_per_step", part) for part in parts if part not in _MOVED},
         largest_step=reader.number("recipe", "largest_step_bytes"),

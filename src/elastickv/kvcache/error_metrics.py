@@ -25,7 +25,7 @@ def relative_l2(output: ArrayLike, reference: ArrayLike) -> np.ndarray:
     return np.where(np.isfinite(error), error, np.inf)
 
 
-def summarise(errors: ArrayLike) -> ErrorSummary:
+def summarize(errors: ArrayLike) -> ErrorSummary:
     """Summarise an array of errors of any shape."""
     flat = np.asarray(errors, np.float64).ravel()
     return ErrorSummary(float(flat.mean()), float(np.quantile(flat, 0.95)), float(flat.max()), flat.size)

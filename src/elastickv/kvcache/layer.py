@@ -55,7 +55,7 @@ class LayerCache(Protocol):
     recipe: Recipe
     dtype: str
     capacity: int
-    phase: int
+    anchor_offset: int
 
     @property
     def lengths(self) -> NDArray[np.int64]: ...

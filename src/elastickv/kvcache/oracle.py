@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from elastickv.kvcache.attention import Float64, Partial, attend, merge
 from elastickv.kvcache.layer import Float32, LayerCache, StoredHead
-from elastickv.recipe.regions import PAGE_TOKENS, kept, regions
+from elastickv.recipe.regions import PAGE_TOKENS, regions, retained_tokens
 
 
 class Oracle:
@@ -33,8 +33,8 @@ class Oracle:
     def take_rows(self, other: "Oracle", rows: NDArray[np.int64]) -> None:
         """Reuse what `other` would reuse: row i what its row `rows[i]` does."""
         heads = range(self._cache.shape.kv_heads)
-        kept = {(i, h): other._reused.get((r, h)) for i, r in enumerate(rows.tolist()) for h in heads}
-        self._reused = {place: partial for place, partial in kept.items() if partial is not None}
+        retained_tokens = {(i, h): other._reused.get((r, h)) for i, r in enumerate(rows.tolist()) for h in heads}
+        self._reused = {place: partial for place, partial in retained_tokens.items() if partial is not None}
 
     def decode(self, queries: Float32) -> tuple[Float64, Float64]:
         """Return outputs and log-sum-exps as `LayerCache.decode` does, in float64."""
@@ -52,7 +52,7 @@ class Oracle:
         """Return the attention of (group, head_dim) `queries` over one KV head of one sequence."""
         cache, recipe = self._cache, self._cache.recipe
         stored = cache.stored(row, head)
-        length, age = int(cache.lengths[row]), recipe.age(cache.step, cache.phase)
+        length, steps_since_refresh = int(cache.lengths[row]), recipe.steps_since_refresh(cache.step, cache.anchor_offset)
         exact = attend(queries, stored.exact_keys, stored.exact_values)
         pages = cache.pages_read(row, head)
         if pages is not None:
@@ -60,10 +60,10 @@ class Oracle:
             return merge(attend(queries, stored.cold_keys[tokens], stored.cold_values[tokens]), exact)
         if recipe.selection != "reuse":
             return merge(self._cold(stored, queries, 0, length), exact)
-        if age == 0:
+        if steps_since_refresh == 0:
             self._reused[row, head] = self._cold(stored, queries, 0, length)
-        reused = self._reused[row, head].weighted(recipe.cached_log_weight(age))
-        at_anchor = regions(length - age, recipe.sinks, recipe.window).cold
+        reused = self._reused[row, head].weighted(recipe.cached_log_weight(steps_since_refresh))
+        at_anchor = regions(length - steps_since_refresh, recipe.sinks, recipe.window).cold
         return merge(reused, self._cold(stored, queries, at_anchor, length), exact)
 
     def _cold(self, stored: StoredHead, queries: Float32, start: int, length: int) -> Partial:
@@ -73,4 +73,4 @@ class Oracle:
         if recipe.selection != "stride" or not cold:
             return partial
         # Each kept token stands for cold / kept of them: the mass of the dropped ones is theirs.
-        return partial.weighted(math.log(cold / kept(cold, recipe.stride)))
+        return partial.weighted(math.log(cold / retained_tokens(cold, recipe.stride)))

@@ -17,7 +17,7 @@ FP8_MAX = 448.0
 FP16_MAX = 65504.0
 
 
-def quantise_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+def quantize_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
     """Quantise each row symmetrically to 8 bits with one bfloat16 scale.
 
     The scale is max|row| / 127 in float32, rounded *up* to bfloat16: no code needs clamping, and a row of zeros has scale 0.
@@ -39,12 +39,12 @@ def quantise_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]
         return np.where(divisor > 0, np.rint(x / divisor), 0).astype(np.int8), scales
 
 
-def dequantise_int8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
-    """Return codes x scales as float64; shapes as `quantise_int8` returns them."""
+def dequantize_int8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
+    """Return codes x scales as float64; shapes as `quantize_int8` returns them."""
     return np.asarray(codes, np.float64) * from_bf16_bits(scales)[..., None]
 
 
-def quantise_int4_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+def quantize_int4_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
     """Quantise each channel of a page to 4 bits with a float16 scale and zero.
 
     The zero is the least value rounded down, the scale (greatest - zero) / 15 rounded up.
@@ -66,7 +66,7 @@ def quantise_int4_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.
     return _int4_codes(x, scales.astype(np.float32)[..., None, :], wide[..., None, :]), scales, zeros
 
 
-def quantise_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
+def quantize_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
     """Quantise each `group` of channels of a row to 4 bits with a bfloat16 scale and zero, rounded as those of keys.
 
     Parameters
@@ -88,7 +88,7 @@ def quantise_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8]
     return codes.reshape(x.shape), scales, zeros
 
 
-def quantise_fp8(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+def quantize_fp8(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
     """Round each page to float8 e4m3 with one power of two as its scale: the least with which no element exceeds 448.
 
     Parameters
@@ -109,8 +109,8 @@ def quantise_fp8(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.uint16
     return _to_e4m3(scaled), (power >> 16).astype(np.uint16)
 
 
-def dequantise_fp8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
-    """Return the float64 values of codes and scales as `quantise_fp8` returns them."""
+def dequantize_fp8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
+    """Return the float64 values of codes and scales as `quantize_fp8` returns them."""
     return E4M3_VALUES[np.asarray(codes, np.uint8)] * from_bf16_bits(scales)[..., None, None]
 
 
@@ -128,16 +128,16 @@ def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray
     """
     x = np.asarray(rows, np.float32)
     if fmt == "int8":
-        return dequantise_int8(*quantise_int8(x))
+        return dequantize_int8(*quantize_int8(x))
     pages = x.reshape(len(x) // PAGE_TOKENS, PAGE_TOKENS, x.shape[-1]) if fmt in ("fp8", "int4") else x
     if fmt == "fp8":
-        return dequantise_fp8(*quantise_fp8(pages)).reshape(x.shape)
+        return dequantize_fp8(*quantize_fp8(pages)).reshape(x.shape)
     if fmt == "int4" and not value:
-        codes, scales, zeros = quantise_int4_keys(pages)
+        codes, scales, zeros = quantize_int4_keys(pages)
         wide, base = scales.astype(np.float64)[..., None, :], zeros.astype(np.float64)[..., None, :]
         return (codes * wide + base).reshape(x.shape)
     if fmt == "int4":
-        codes, bits, zero_bits = quantise_int4_values(x, group)
+        codes, bits, zero_bits = quantize_int4_values(x, group)
         grouped = codes.reshape(len(x), x.shape[1] // group, group)
         values = grouped * from_bf16_bits(bits).astype(np.float64)[..., None] + from_bf16_bits(zero_bits)[..., None]
         return np.asarray(values, np.float64).reshape(x.shape)

@@ -20,7 +20,7 @@ from elastickv.kvcache.editable import (
 )
 from elastickv.kvcache.layer import INT4_KEY_MAX, Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
 from elastickv.kvcache.oracle import Oracle
-from elastickv.kvcache.quantize import quantise_int4_keys, stored_values
+from elastickv.kvcache.quantize import quantize_int4_keys, stored_values
 from elastickv.kvcache.rounding import limited, rounded
 from elastickv.kvcache.scorers.bounds import page_bounds, score_pages, select_pages
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
@@ -30,8 +30,8 @@ from elastickv.recipe.regions import selected
 class ReferenceCache:
     """An `EditableCache` that keeps every token in float32 and derives the stored form when asked; decodes in float64."""
 
-    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> None:
-        self.shape, self.capacity, self.dtype, self.recipe, self.phase = shape, capacity, dtype, recipe, phase
+    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> None:
+        self.shape, self.capacity, self.dtype, self.recipe, self.anchor_offset = shape, capacity, dtype, recipe, anchor_offset
         rows = (shape.batch, shape.kv_heads, capacity, shape.head_dim)
         self._keys, self._values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self._lengths = np.zeros(shape.batch, np.int64)
@@ -39,7 +39,7 @@ class ReferenceCache:
         self._anchor: int | None = None  # step of the last anchor that was decoded
         recipe.check_shape(shape.head_dim, shape.kv_heads)
         self._fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
-        recipe.check_phase(phase)
+        recipe.check_anchor_offset(anchor_offset)
         self._pages: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._oracle = Oracle(self)
         self._marked: tuple[Any, ...] | None = None
@@ -96,10 +96,12 @@ class ReferenceCache:
     def decode(self, queries: Float32) -> tuple[Float64, Float64]:
         """Attend with one query per sequence, in float64."""
         check_shape(queries, (self.shape.batch, self.shape.query_heads, self.shape.head_dim), "queries")
-        age = self.recipe.age(self._step, self.phase)
-        if age and self._anchor != self._step - age:
-            raise RuntimeError(f"step {self._step} reuses what anchor {self._step - age} computes, which was not decoded")
-        self._anchor = self._step - age
+        steps_since_refresh = self.recipe.steps_since_refresh(self._step, self.anchor_offset)
+        if steps_since_refresh and self._anchor != self._step - steps_since_refresh:
+            raise RuntimeError(
+                f"step {self._step} reuses what anchor {self._step - steps_since_refresh} computes, which was not decoded"
+            )
+        self._anchor = self._step - steps_since_refresh
         if self.recipe.selection == "pages":
             group = self.shape.group
             for row, head in np.ndindex(self.shape.batch, self.shape.kv_heads):
@@ -107,14 +109,20 @@ class ReferenceCache:
         return self._oracle.decode(queries)
 
     def _select(self, row: int, head: int, queries: Float32) -> NDArray[np.int64]:
-        recipe, length, age = self.recipe, int(self._lengths[row]), self.recipe.age(self._step, self.phase)
-        cold, at_anchor = (regions(n, recipe.sinks, recipe.window).cold // PAGE_TOKENS for n in (length, length - age))
-        if age:
+        recipe, length, steps_since_refresh = (
+            self.recipe,
+            int(self._lengths[row]),
+            self.recipe.steps_since_refresh(self._step, self.anchor_offset),
+        )
+        cold, at_anchor = (
+            regions(n, recipe.sinks, recipe.window).cold // PAGE_TOKENS for n in (length, length - steps_since_refresh)
+        )
+        if steps_since_refresh:
             before = self._pages[row, head]
             return np.concatenate([before[before < at_anchor], np.arange(at_anchor, cold)])
         sinks = regions(length, recipe.sinks, recipe.window).sinks
         keys = self._keys[row, head, sinks : sinks + cold * PAGE_TOKENS].reshape(cold, PAGE_TOKENS, self.shape.head_dim)
-        _, scales, zeros = quantise_int4_keys(keys)
+        _, scales, zeros = quantize_int4_keys(keys)
         return select_pages(score_pages(page_bounds(queries, scales, zeros)), selected(cold, self._fractions[head]))
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
@@ -178,7 +186,7 @@ class ReferenceCache:
     def gather(self, rows: NDArray[np.int64], capacity: int) -> "ReferenceCache":
         """Return a cache of `capacity` tokens whose row i is a copy of row `rows[i]`."""
         taken = checked_rows(rows, self.shape.batch)
-        other = ReferenceCache(replace(self.shape, batch=len(taken)), capacity, self.dtype, self.recipe, self.phase)
+        other = ReferenceCache(replace(self.shape, batch=len(taken)), capacity, self.dtype, self.recipe, self.anchor_offset)
         longest = int(self._lengths.max(initial=0))
         for mine, copied in ((self._keys, other._keys), (self._values, other._values)):
             copied[:, :, :longest] = mine[taken, :, :longest]

@@ -10,7 +10,7 @@ from typing import Any
 
 from elastickv.benchmark.schema import schema_of
 from elastickv.benchmark.stats.intervals import Interval
-from elastickv.model_benchmark.quality_delta import Price
+from elastickv.model_benchmark.quality_delta import QualityDelta
 
 SCHEMA_PATH = Path(__file__).with_name("baseline.schema.json")
 GGUF_KIND = "elastickv-gguf-baseline"
@@ -49,7 +49,7 @@ class KvCache:
     step_ms: Interval
     kv_bytes_per_token: float | None
     stored_ratio: float | None
-    fidelity: Price | None
+    fidelity: QualityDelta | None
     prompt_s: list[float]
     decode_s: list[float]
 
@@ -125,7 +125,7 @@ class TransformersBaseline:
     faster: bool | None
     not_run: dict[str, str]
     host: dict[str, Any] | None
-    fidelity: Price | None
+    fidelity: QualityDelta | None
     fidelity_not_measured: str | None
 
 

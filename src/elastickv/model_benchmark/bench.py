@@ -28,8 +28,8 @@ from elastickv.model_benchmark.generation import (
     stock_static,
     take_turns,
 )
-from elastickv.model_benchmark.memory_estimate import Needs, free_bytes
-from elastickv.model_benchmark.run import WARM_UP_PROMPT, WARM_UP_TOKENS, described, surroundings
+from elastickv.model_benchmark.memory_estimate import MemoryEstimate, free_bytes
+from elastickv.model_benchmark.run import WARM_UP_PROMPT, WARM_UP_TOKENS, described, environment_record
 from elastickv.model_benchmark.shapes import built, shape_named
 from elastickv.recipe import DTYPES, FORMATS, AttentionShape
 from elastickv.recipe.shape import MAX_CONTEXT
@@ -43,7 +43,7 @@ VERSION = 1
 _FIRST_TOKENS = 6  # the prompt's, and steps that are not counted: at some of them graphs are captured
 
 
-class Progress(Protocol):
+class BenchProgress(Protocol):
     """Is told what is going on."""
 
     def phase(self, name: str) -> None:
@@ -101,7 +101,9 @@ class ModelBench:
         return self.context + _FIRST_TOKENS + self.rounds * (self.tokens + 1)
 
 
-def measure(options: ModelBench, command: tuple[str, ...], progress: Progress, loaded: Loaded | None = None) -> dict[str, Any]:
+def measure(
+    options: ModelBench, command: tuple[str, ...], progress: BenchProgress, loaded: Loaded | None = None
+) -> dict[str, Any]:
     """Return the result as JSON values.
 
     A sample is `tokens` steps of one `generate` that goes on with the text so far; its first step, which every cache takes
@@ -153,7 +155,7 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Progress, l
     return _result(options, command, loaded, generations, device) | {"not_run": not_run, "host": host}
 
 
-def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], progress: Progress) -> dict[str, str]:
+def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], progress: BenchProgress) -> dict[str, str]:
     """Begin a generation with a stock cache and add it to `begun`; if it fails, free what it held and return why."""
     try:
         begun.append(_begun(make(), progress))
@@ -167,7 +169,7 @@ def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], p
     return {name: reason}
 
 
-def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, str], progress: Progress) -> None:
+def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, str], progress: BenchProgress) -> None:
     """Begin the elastic generation; for want of memory stock ones are dropped from `begun`, the last one first.
 
     Raises
@@ -211,7 +213,7 @@ def _host_probe() -> ProcfsProbe | None:
         return None
 
 
-def _begun(generation: Generation, progress: Progress) -> Generation:
+def _begun(generation: Generation, progress: BenchProgress) -> Generation:
     progress.phase(f"{generation.name}: warming up")
     generation.rehearse(WARM_UP_PROMPT, WARM_UP_TOKENS)
     progress.phase(f"{generation.name}: prompt of {generation.prompt_tokens} tokens")
@@ -231,7 +233,9 @@ def load(options: ModelBench) -> Loaded:
     if shape is not None:
         attention = AttentionShape(options.batch, shape.query_heads, shape.kv_heads, shape.head_dim)
         weights, size = shape.weights_bytes(options.dtype), FORMATS[options.dtype].bits // 8
-        needs = Needs(options.model, weights, shape.layers, attention, shape.hidden, shape.intermediate, options.dtype, size)
+        needs = MemoryEstimate(
+            options.model, weights, shape.layers, attention, shape.hidden, shape.intermediate, options.dtype, size
+        )
         if options.capacity > shape.positions:
             raise UsageError(f"{options.capacity} tokens are beyond the {shape.positions} positions of {options.model}")
         needs.check(options.capacity, options.wanted, free_bytes(device))
@@ -241,7 +245,9 @@ def load(options: ModelBench) -> Loaded:
     attention = AttentionShape(options.batch, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
     intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     weights, size = sum(w.nbytes for w in loaded.model.parameters()), FORMATS[options.dtype].bits // 8
-    needs = Needs(loaded.name, weights, len(sizes.elastic), attention, text.hidden_size, intermediate, options.dtype, size)
+    needs = MemoryEstimate(
+        loaded.name, weights, len(sizes.elastic), attention, text.hidden_size, intermediate, options.dtype, size
+    )
     needs.check(options.capacity, options.wanted, free_bytes(device), loaded=True)
     return loaded
 
@@ -269,7 +275,7 @@ def _result(
     return {
         "kind": KIND,
         "version": VERSION,
-        "environment": surroundings(),
+        "environment": environment_record(),
         "machine": device,
         "command": list(command),
         "model": model | {"random_weights": loaded.tokenizer is None},

@@ -20,7 +20,7 @@ from elastickv.model_benchmark.memory_footprint import Footprint
 from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
-from elastickv.transformers.cuda_graph.model_patch import restore, seam_of
+from elastickv.transformers.cuda_graph.model_patch import patch_of, restore
 from elastickv.transformers.model_support import sizes_of, text_config
 
 STOCK, STATIC, ELASTIC = "stock", "stock static+compile", "elastic"
@@ -116,7 +116,7 @@ class Generation:
         self.ids, self._mask, self.prompt_tokens = ids.to(model.device), mask.to(model.device), int(ids.shape[1])
         self.pieces: list[Piece] = []
         self.footprint = Footprint(self.ids.device)
-        self._seam = seam_of(model)
+        self._seam = patch_of(model)
         self._random: dict[str, torch.Tensor] | None = None
         self._stock_read_bytes = 0.0
 
@@ -253,8 +253,8 @@ class Generation:
             "kv_allocated_bytes": report.allocated_bytes + stock,
             "read_ratio": report.read_ratio,
             "stored_ratio": report.stored_ratio,
-            "storing_s": report.quantise_seconds,
-            "storing_share_of_first_token": report.quantise_seconds / self.pieces[0].first_s,
+            "storing_s": report.quantize_seconds,
+            "storing_share_of_first_token": report.quantize_seconds / self.pieces[0].first_s,
             "holds_from": report.holds_from,
             "captured_share": report.captured / report.decodes if report.decodes else None,
             "not_captured": report.not_captured,

@@ -20,7 +20,7 @@ from elastickv.evaluation.texts import Text
 from elastickv.model_benchmark.baseline_result import GGUF_KIND, GGUF_VERSION, GgufBaseline, GgufShape, KvCache, OurFormat
 from elastickv.model_benchmark.gguf_file import KV_TYPES, GgufModel, read_gguf
 from elastickv.model_benchmark.llama_cpp import Llama, device, engine, require_bindings
-from elastickv.model_benchmark.quality_delta import Price, price
+from elastickv.model_benchmark.quality_delta import QualityDelta, quality_delta
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, read_ratio, stored_bytes
 
 DEFAULT_KV_TYPES = ("f16", "q8_0", "q4_0")
@@ -173,7 +173,7 @@ def _unscored(options: GgufBench, text: list[int]) -> str | None:
     return None
 
 
-def _prices(options: GgufBench, opened: dict[str, Llama], text: list[int], progress: Reporter) -> dict[str, Price]:
+def _prices(options: GgufBench, opened: dict[str, Llama], text: list[int], progress: Reporter) -> dict[str, QualityDelta]:
     """Return each type's price: the text's own tokens are fed one by one, and decoded through that type's cache."""
     progress.phase("predictions")
     figures: dict[str, list[Iterable[float]]] = {kv_type: [] for kv_type in opened}
@@ -185,11 +185,13 @@ def _prices(options: GgufBench, opened: dict[str, Llama], text: list[int], progr
             figures[kv_type].append(np.concatenate(token_figures([reference], [found], [text[end]])))
         progress.progress(step + 1, options.scored)
     first, name, context = options.kv_types[0], options.text.name, options.context
-    return {kv_type: price(first, name, context, Scores(*np.array(rows).T[:, None])) for kv_type, rows in figures.items()}
+    return {
+        kv_type: quality_delta(first, name, context, Scores(*np.array(rows).T[:, None])) for kv_type, rows in figures.items()
+    }
 
 
 def _cache(
-    model: GgufModel, options: GgufBench, kv_type: str, samples: list[tuple[float, float]], found: Price | None
+    model: GgufModel, options: GgufBench, kv_type: str, samples: list[tuple[float, float]], found: QualityDelta | None
 ) -> KvCache:
     prompts, decodes = ([sample[i] for sample in samples] for i in range(2))
     prompt_ms, step_ms = [1e3 * s / options.context for s in prompts], [1e3 * s / options.tokens for s in decodes]

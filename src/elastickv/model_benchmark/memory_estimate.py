@@ -20,7 +20,7 @@ _SLACK = 1.05
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryEstimate:
     """What a run of a model would hold.
 
     Attributes

@@ -8,7 +8,7 @@ from elastickv.evaluation.metrics import Scores
 
 
 @dataclass(frozen=True)
-class Price:
+class QualityDelta:
     """Predictions with a cache against those with the reference cache, token by token of a text.
 
     Attributes
@@ -33,10 +33,10 @@ class Price:
     top1_percent: float
 
 
-def price(reference: str, text: str, context: int, scores: Scores) -> Price:
+def quality_delta(reference: str, text: str, context: int, scores: Scores) -> QualityDelta:
     """Return what scored predictions come to; full attention in `scores` stands for the reference cache."""
     kl = scores.kl.ravel()
-    return Price(
+    return QualityDelta(
         reference=reference,
         text=text,
         context=context,

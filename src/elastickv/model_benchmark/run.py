@@ -57,7 +57,7 @@ class Request:
     piece_tokens: int
 
 
-class Run:
+class PromptRun:
     """A request made ready.
 
     Raises
@@ -101,7 +101,7 @@ class Run:
         return {
             "kind": KIND,
             "version": VERSION,
-            "environment": surroundings(),
+            "environment": environment_record(),
             "command": list(command),
             "model": described(self._loaded),
             "compress": request.wanted.get("compress"),
@@ -154,7 +154,7 @@ def described(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def surroundings() -> dict[str, Any]:
+def environment_record() -> dict[str, Any]:
     """Return what a result was measured with."""
     found = environment()
     found["versions"] |= {"transformers": _version("transformers")}

@@ -13,7 +13,7 @@ from elastickv.evaluation.texts import Text, windows
 from elastickv.model_benchmark.bench import ModelBench, load
 from elastickv.model_benchmark.bench import measure as measure_speed
 from elastickv.model_benchmark.generation import ELASTIC, STOCK
-from elastickv.model_benchmark.quality_delta import Price, price
+from elastickv.model_benchmark.quality_delta import QualityDelta, quality_delta
 from elastickv.recipe import Recipe
 from elastickv.transformers.cuda_graph.model_patch import release
 from elastickv.transformers.model_loading import Loaded
@@ -42,7 +42,7 @@ def measure(options: ModelBench, text: Text, scored: int, command: tuple[str, ..
 
 def _price(
     loaded: Loaded, context: int, elastic: Mapping[str, Any], text: Text, scored: int, progress: Reporter
-) -> tuple[Price | None, str | None]:
+) -> tuple[QualityDelta | None, str | None]:
     """Return what the recipes of the timed cache cost at the timed context, or why that is not measured."""
     assert elastic["cache"] == ELASTIC
     if not scored:
@@ -59,4 +59,4 @@ def _price(
     progress.phase("predictions")
     start = prefill(loaded.model, [rows[0].ids[:-1]], context, scored)
     scores = score(rows, start, lambda begun, steps: sessions.elastic(loaded.model, recipes, begun, steps), progress.progress)
-    return price(STOCK, text.name, context, scores), None
+    return quality_delta(STOCK, text.name, context, scores), None

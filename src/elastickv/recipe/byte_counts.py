@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, FORMATS, round_up, sectors
 from elastickv.recipe.recipe import Recipe
-from elastickv.recipe.regions import PAGE_TOKENS, kept, regions, selected
+from elastickv.recipe.regions import PAGE_TOKENS, regions, retained_tokens, selected
 from elastickv.recipe.shape import AttentionShape
 
 _PLANES = 2  # K and V
@@ -68,28 +68,30 @@ def dense_bytes(lengths: Sequence[int], shape: AttentionShape) -> int:
 
 
 def step_bytes(
-    recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16", age: int = 0
+    recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16", steps_since_refresh: int = 0
 ) -> StepBytes:
-    """Return the bytes of one step over sequences of `lengths` tokens, `age` steps after an anchor."""
+    """Return the bytes of one step over sequences of `lengths` tokens, `steps_since_refresh` steps after an anchor."""
     total = StepBytes()
     # Heads of one fraction read alike.
     ragged = len(recipe.fractions) > 1
     alike = Counter(map(recipe.fraction, range(shape.kv_heads))) if ragged else {recipe.fraction(0): shape.kv_heads}
     for length, times in Counter(lengths).items():
         for fraction, heads in alike.items():
-            total += _head_bytes(recipe, length, shape, model_dtype, age, fraction) * (heads * times)
+            total += _head_bytes(recipe, length, shape, model_dtype, steps_since_refresh, fraction) * (heads * times)
     per_query = shape.batch * shape.query_heads * shape.head_dim * _FLOAT_BYTES
     return replace(total, query=per_query, output=per_query)
 
 
-def _head_bytes(recipe: Recipe, length: int, shape: AttentionShape, model_dtype: str, age: int, fraction: float) -> StepBytes:
+def _head_bytes(
+    recipe: Recipe, length: int, shape: AttentionShape, model_dtype: str, steps_since_refresh: int, fraction: float
+) -> StepBytes:
     head_dim = shape.head_dim
     split = regions(length, recipe.sinks, recipe.window)
     exact_row = FORMATS[recipe.exact_dtype(model_dtype)].row_bytes(head_dim)
     if recipe.key_format is None or recipe.value_format is None:
         return StepBytes(exact=_PLANES * sectors(length * exact_row))
-    rows = kept(split.cold, recipe.stride)
-    at_anchor = regions(length - age, recipe.sinks, recipe.window).cold
+    rows = retained_tokens(split.cold, recipe.stride)
+    at_anchor = regions(length - steps_since_refresh, recipe.sinks, recipe.window).cold
     cached = scoring = lists = 0
     key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
     key_scales, value_scales = key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim))
@@ -100,8 +102,8 @@ def _head_bytes(recipe: Recipe, length: int, shape: AttentionShape, model_dtype:
         rows, lists = pages * PAGE_TOKENS, sectors(listed * _LIST_BYTES)
         # Pages lie apart: each one's scales are sectors of their own.
         scales = pages * (sectors(key_scales.bytes_of(PAGE_TOKENS)) + sectors(value_scales.bytes_of(PAGE_TOKENS)))
-        scoring = 0 if age else sectors(key_scales.bytes_of(split.cold))
-    elif age:
+        scoring = 0 if steps_since_refresh else sectors(key_scales.bytes_of(split.cold))
+    elif steps_since_refresh:
         rows -= at_anchor
         scales = sectors(key_scales.bytes_of(rows)) + sectors(value_scales.bytes_of(rows))
         cached = shape.group * (head_dim + 1) * _FLOAT_BYTES
@@ -118,8 +120,8 @@ def _head_bytes(recipe: Recipe, length: int, shape: AttentionShape, model_dtype:
 def interval_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:
     """Return the bytes of a step averaged over one anchor interval at a stated context."""
     total = StepBytes()
-    for age, times in _distinct_ages(recipe, lengths):
-        total += step_bytes(recipe, lengths, shape, model_dtype, age) * times
+    for steps_since_refresh, times in _distinct_ages(recipe, lengths):
+        total += step_bytes(recipe, lengths, shape, model_dtype, steps_since_refresh) * times
     return total / recipe.anchor_every
 
 
@@ -127,9 +129,9 @@ def _distinct_ages(recipe: Recipe, lengths: Sequence[int]) -> list[tuple[int, in
     """Return (age, how many ages read as much): the steps of an interval differ only by the pages cold at their anchor."""
     first: dict[tuple[int, ...], int] = {}
     times: Counter[int] = Counter()
-    for age in range(recipe.anchor_every):
-        at_anchor = (regions(length - age, recipe.sinks, recipe.window).cold for length in set(lengths))
-        times[first.setdefault((min(age, 1), *at_anchor), age)] += 1
+    for steps_since_refresh in range(recipe.anchor_every):
+        at_anchor = (regions(length - steps_since_refresh, recipe.sinks, recipe.window).cold for length in set(lengths))
+        times[first.setdefault((min(steps_since_refresh, 1), *at_anchor), steps_since_refresh)] += 1
     return list(times.items())
 
 
@@ -140,8 +142,11 @@ def read_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, mo
 
 def largest_step_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:
     """Return the bytes of the costliest step of an anchor interval."""
-    ages = (age for age, _ in _distinct_ages(recipe, lengths))
-    return max((step_bytes(recipe, lengths, shape, model_dtype, age) for age in ages), key=lambda step: step.kv)
+    ages = (steps_since_refresh for steps_since_refresh, _ in _distinct_ages(recipe, lengths))
+    return max(
+        (step_bytes(recipe, lengths, shape, model_dtype, steps_since_refresh) for steps_since_refresh in ages),
+        key=lambda step: step.kv,
+    )
 
 
 def stored_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> int:

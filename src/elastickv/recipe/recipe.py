@@ -156,28 +156,41 @@ class Recipe:
             fields += f";fractions={':'.join(map(repr, self.fractions))}"
         return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
-    def age(self, step: int, phase: int = 0) -> int:
-        """Steps since the last anchor at decode step `step` (0 is the first after prefill, and an anchor in every phase).
+    def steps_since_refresh(self, step: int, anchor_offset: int = 0) -> int:
+        """Steps since the last anchor at decode step `step` (0 is the first after prefill, and always an anchor).
 
         Parameters
         ----------
-        phase : 0 to anchor_every - 1: from step 1 on, anchors are the steps for which (step + phase) % anchor_every is 0.
+        anchor_offset : 0 to anchor_every - 1: from step 1 on, a step is an anchor if (step + anchor_offset) % anchor_every
+            is 0.
         """
         step = max(step, 0)
-        return min(step, (step + phase) % self.anchor_every)
+        return min(step, (step + anchor_offset) % self.anchor_every)
 
-    def layer_phase(self, layer: int, layers: int) -> int:
-        """Phase of one of `layers` layers that spreads their anchors evenly over the steps of an interval."""
+    def layer_anchor_offset(self, layer: int, layers: int) -> int:
+        """Return the anchor offset of one of `layers` layers that spreads their anchors evenly over an interval."""
         return layer * self.anchor_every // layers % self.anchor_every
 
-    def check_phase(self, phase: int) -> None:
-        """Raise ValueError if a phase is not 0 to anchor_every - 1."""
-        if not is_whole(phase) or not 0 <= phase < self.anchor_every:
-            raise ValueError(f"a phase of {phase} is out of range: {self} takes 0 to {self.anchor_every - 1}")
+    def check_anchor_offset(self, anchor_offset: int) -> None:
+        """Raise ValueError unless an anchor offset is 0 to anchor_every - 1."""
+        if not is_whole(anchor_offset) or not 0 <= anchor_offset < self.anchor_every:
+            raise ValueError(f"anchor_offset {anchor_offset} is out of range: {self} takes 0 to {self.anchor_every - 1}")
 
-    def cached_log_weight(self, age: int) -> float:
-        """What a reused output's log-sum-exp is moved by at `age` steps."""
-        return age * math.log(self.decay)
+    def age(self, step: int, phase: int = 0) -> int:
+        """Return `steps_since_refresh`, under its former name."""
+        return self.steps_since_refresh(step, phase)
+
+    def layer_phase(self, layer: int, layers: int) -> int:
+        """Return `layer_anchor_offset`, under its former name."""
+        return self.layer_anchor_offset(layer, layers)
+
+    def check_phase(self, phase: int) -> None:
+        """Do what `check_anchor_offset` does, under its former name."""
+        self.check_anchor_offset(phase)
+
+    def cached_log_weight(self, steps_since_refresh: int) -> float:
+        """What a reused output's log-sum-exp is moved by at `steps_since_refresh` steps."""
+        return steps_since_refresh * math.log(self.decay)
 
     def exact_dtype(self, model_dtype: str) -> str:
         """Dtype of sinks and window: the model's own when dense or 16-bit, else the cold format, else bf16."""

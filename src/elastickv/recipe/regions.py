@@ -37,7 +37,7 @@ def regions(context: int, sinks: int, window: int) -> Regions:
     return Regions(n_sinks, cold, context - n_sinks - cold)
 
 
-def kept(cold: int, stride: int) -> int:
+def retained_tokens(cold: int, stride: int) -> int:
     """Tokens that a stride stores of the first `cold` cold tokens: numbers 0, stride, 2 stride, ..."""
     return -(-cold // stride)
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.results.compare.runs import Cell, Fidelity, Run, Times
+from elastickv.results.compare.runs import BenchmarkRun, Cell, OutputErrors, Times
 from elastickv.results.field_reader import Reader
 
 
-def model_run(reader: Reader) -> Run:
+def model_run(reader: Reader) -> BenchmarkRun:
     """Return a model's speed with an elastic cache, and its price where it was measured.
 
     Raises
@@ -35,7 +35,7 @@ def model_run(reader: Reader) -> Run:
         ("dtype", str(model.get("dtype"))),
     )
     device = model.get("device_name") or reader.optional("environment", "cpu") or model.get("device")
-    return Run(
+    return BenchmarkRun(
         source=reader.source,
         cell=Cell(workload, asked),
         device=str(device),
@@ -54,7 +54,7 @@ def model_run(reader: Reader) -> Run:
     )
 
 
-def gguf_run(reader: Reader) -> Run:
+def gguf_run(reader: Reader) -> BenchmarkRun:
     """Return llama.cpp's speed with each KV cache type, the first of them the control of the others; the dearest's price.
 
     Raises
@@ -82,7 +82,7 @@ def gguf_run(reader: Reader) -> Run:
             control = {} if name == reference else {reference: token_ms[reference]}
             figures[f"{figure}, {name}"] = Times(sum(series) / len(series), series, control, 0.0, prices[name])
     workload = (("model", reader.text("model", "name")), ("context", context), ("batch", 1))
-    return Run(
+    return BenchmarkRun(
         source=reader.source,
         cell=Cell(workload, (("kv types", ",".join(names)),)),
         device=reader.text("engine", "device"),
@@ -102,7 +102,7 @@ def gguf_run(reader: Reader) -> Run:
     )
 
 
-def _price(reader: Reader, cache: str) -> Fidelity | None:
+def _price(reader: Reader, cache: str) -> OutputErrors | None:
     """Return what a model's predictions lose with a cache; older files do not tell."""
     if reader.optional("fidelity") is None:
         return None
@@ -110,7 +110,7 @@ def _price(reader: Reader, cache: str) -> Fidelity | None:
     on = f"KL of {cache} to {reader.text(*price, 'reference')}, {reader.count(*price, 'tokens')} tokens of "
     on += f"{reader.text(*price, 'text')} after {reader.count(*price, 'context')}"
     mean, p95, most = (reader.number(*price, key) for key in ("kl_mean", "kl_p95", "kl_max"))
-    return Fidelity(on, mean, p95, most, None)
+    return OutputErrors(on, mean, p95, most, None)
 
 
 def versions(reader: Reader) -> dict[str, Any]:

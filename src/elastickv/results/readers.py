@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from elastickv.benchmark.result import SCHEMA_VERSION
-from elastickv.benchmark.stats.intervals import Moments, truncated
+from elastickv.benchmark.stats.intervals import SummaryStats, truncated
 from elastickv.errors import UsageError
-from elastickv.results.compare.runs import Cell, Fidelity, Pairs, Run, Times
+from elastickv.results.compare.runs import BenchmarkRun, Cell, OutputErrors, Pairs, Times
 from elastickv.results.documents import Document
 from elastickv.results.field_reader import Reader
 from elastickv.results.model_readers import gguf_run, model_run, versions
@@ -16,7 +16,7 @@ T = TypeVar("T")
 UNIT_SLACK = 2.0  # a file's mean and its samples differ by less unless their units do
 
 
-def run_of(document: Document) -> Run | None:
+def run_of(document: Document) -> BenchmarkRun | None:
     """Return what a document says as a run; None where it is no result.
 
     Raises
@@ -59,7 +59,7 @@ def _shape(reader: Reader, kv_heads: int, batch: int) -> Pairs:
     )
 
 
-def _elastickv(reader: Reader) -> Run:
+def _elastickv(reader: Reader) -> BenchmarkRun:
     at = reader.at
     written = str(at("schema_version"))
     if written.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
@@ -71,7 +71,7 @@ def _elastickv(reader: Reader) -> Run:
         ("dtype", reader.text("configuration", "dtype")),
         ("cache", reader.text("configuration", "cache")),
     )
-    return Run(
+    return BenchmarkRun(
         source=reader.source,
         cell=Cell(_shape(reader, reader.count("configuration", "kv_heads"), reader.count("configuration", "batch")), asked),
         device=_device(reader),
@@ -137,12 +137,12 @@ def _cycle(reader: Reader) -> dict[str, Times]:
     return {figure: Times(mean, per_layer if enough else None, control, 0.0)}
 
 
-def _fidelity(reader: Reader) -> Fidelity | None:
+def _fidelity(reader: Reader) -> OutputErrors | None:
     if reader.optional("fidelity", "sample") is None:
         return None
     error = ("fidelity", "sample", "recipe_error")
     tokens = " to ".join(map(str, reader.at("fidelity", "sample", "context", kind=list)))
-    return Fidelity(
+    return OutputErrors(
         f"{reader.at('fidelity', 'source')}, tokens {tokens}",
         reader.number(*error, "mean"),
         reader.number(*error, "p95"),
@@ -151,13 +151,13 @@ def _fidelity(reader: Reader) -> Fidelity | None:
     )
 
 
-def _original(reader: Reader) -> Run:
+def _original(reader: Reader) -> BenchmarkRun:
     at, reps = reader.at, reader.count("configuration", "reps")
     truncate = reader.number("build", "truncate_percent")
     # The original cuts at most a tenth at either end, and nothing of 20 samples or fewer.
     cut = min(truncate, 10.0) if reps > 20 else 0.0
     mean, std = reader.positive("results", "attention_time_ms"), reader.number("results", "attention_time_std")
-    figures = {"step": Times(mean, Moments(mean, std, reps, cut) if reps > 1 else None, {}, cut)}
+    figures = {"step": Times(mean, SummaryStats(mean, std, reps, cut) if reps > 1 else None, {}, cut)}
     if reader.optional("inference_cycle") is not None:
         tokens = at("inference_cycle", "decode_tokens")
         figures[f"cycle of {tokens}"] = Times(reader.positive("inference_cycle", "elastic_total_ms"), None, {}, 0.0)
@@ -167,7 +167,7 @@ def _original(reader: Reader) -> Run:
         ("dtype", "fp32"),
         ("cache", "hot"),
     )
-    return Run(
+    return BenchmarkRun(
         source=reader.source,
         cell=Cell(_shape(reader, reader.count("configuration", "heads"), 1), asked),
         device=reader.text("gpu", "name"),
@@ -196,7 +196,7 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else 0 for part in version.split("."))
 
 
-_READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[Reader], Run]], ...] = (
+_READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[Reader], BenchmarkRun]], ...] = (
     (lambda value: "benchmark_type" in value and ("schema_version" in value or value["benchmark_type"] == "elastic_kv_cache"),
      _elastickv),
     (lambda value: "benchmark_type" in value and "results" in value, _original),

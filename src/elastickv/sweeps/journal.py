@@ -19,7 +19,7 @@ from elastickv.inputs import parse_json, read_bytes
 from elastickv.results.files import check_writable
 from elastickv.sweeps import baseline_cells
 from elastickv.sweeps.axes import AXES
-from elastickv.sweeps.plan import Plan, key, name
+from elastickv.sweeps.plan import SweepPlan, key, name
 
 VERSION = 1
 MAX_FILE_BYTES = 1 << 32  # a hundred thousand cells with their raw samples
@@ -107,7 +107,9 @@ class Journal:
     UsageError : if the file holds another plan, is there and is not to be resumed, or is being written by another sweep.
     """
 
-    def __init__(self, path: Path, plan: Plan, resume: bool, command: tuple[str, ...] = (), retry_failed: bool = False) -> None:
+    def __init__(
+        self, path: Path, plan: SweepPlan, resume: bool, command: tuple[str, ...] = (), retry_failed: bool = False
+    ) -> None:
         check_writable(path)
         self.path, self.done = path, set[str]()
         self._retry_failed = retry_failed
@@ -156,7 +158,7 @@ class Journal:
         except BlockingIOError:
             raise UsageError(f"--output {self.path} is being written by another sweep: wait, or give another name") from None
 
-    def _begin(self, plan: Plan, resume: bool, command: tuple[str, ...]) -> None:
+    def _begin(self, plan: SweepPlan, resume: bool, command: tuple[str, ...]) -> None:
         content = _content(self.path)
         whole = content.rfind(b"\n") + 1
         if not whole and not (content.startswith(_BEGINNING) or _BEGINNING.startswith(content)):

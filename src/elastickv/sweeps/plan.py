@@ -52,7 +52,7 @@ def name(cell: Cell) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """The cells of a sweep in the order they are measured.
 
     Attributes
@@ -67,7 +67,7 @@ class Plan:
     refused: dict[str, str]
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "Plan":
+    def of(cls, given: Mapping[str, Any]) -> "SweepPlan":
         """Return the plan that axes, settings and `cells` (tables of axes, each a Cartesian product by itself) make.
 
         `baseline` and `model` add a cell for each pair of theirs; given alone they are the whole plan.

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from elastickv.benchmark import Options
 from elastickv.errors import DeviceFailure, UsageError
 from elastickv.sweeps.journal import Journal
-from elastickv.sweeps.plan import Cell, Plan, key
+from elastickv.sweeps.plan import Cell, SweepPlan, key
 
 _SOURCE = str(Path(__file__).parents[2])
 _PATIENCE_S = 5.0
@@ -53,7 +53,7 @@ def _signals_for_us_only() -> Iterator[None]:
 class _Worker:
     """One process, and the cell that it measures."""
 
-    def __init__(self, plan: Plan, device: int | None, slot: int, events: "queue.Queue[tuple[_Worker, str, Any]]") -> None:
+    def __init__(self, plan: SweepPlan, device: int | None, slot: int, events: "queue.Queue[tuple[_Worker, str, Any]]") -> None:
         self.device, self.slot, self.phase = device, slot, ""
         self.cell: Cell | None = None
         paths = [_SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -117,7 +117,7 @@ class _Crew:
     """
 
     def __init__(
-        self, plan: Plan, journal: Journal, watcher: Watcher, devices: Sequence[int | None], command: tuple[str, ...]
+        self, plan: SweepPlan, journal: Journal, watcher: Watcher, devices: Sequence[int | None], command: tuple[str, ...]
     ) -> None:
         self._plan, self._journal, self._watcher, self._command = plan, journal, watcher, command
         self._waiting = [cell for cell in plan.cells if key(cell) not in journal.done]
@@ -228,7 +228,7 @@ class _Crew:
 
 
 def measure(
-    plan: Plan,
+    plan: SweepPlan,
     journal: Journal,
     watcher: Watcher,
     devices: Sequence[int | None] = (None,),

@@ -8,7 +8,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.sweeps.journal import Journal
-from elastickv.sweeps.plan import PRESETS, Cell, Plan, merged, read_plan
+from elastickv.sweeps.plan import PRESETS, Cell, SweepPlan, merged, read_plan
 from elastickv.sweeps.scheduler import Watcher, measure
 from elastickv.sweeps.sweep_result import Sweep
 
@@ -74,7 +74,7 @@ def sweep(
     if not chosen or len(set(chosen)) < len(chosen):
         raise UsageError(f"--devices {','.join(map(str, chosen))}: give each device once, at least one")
     asked = merged({} if plan is None else read_plan(Path(plan)), given)
-    planned = Plan.of((PRESETS[preset] if preset else {}) | asked)
+    planned = SweepPlan.of((PRESETS[preset] if preset else {}) | asked)
     if devices is not None and planned.settings.get("backend") == "cpu":
         raise UsageError("--devices are GPUs: leave it out with --backend cpu")
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from elastickv.errors import DeviceFailure, DeviceLost, DoesNotFit, KernelMismat
 from elastickv.sweeps import baseline_cells
 
 
-class Told:
+class JsonLinesReporter:
     """A reporter that tells the parent."""
 
     def __init__(self, out: TextIO) -> None:
@@ -37,7 +37,7 @@ class Told:
             self.tell("progress", done / total)
 
 
-def measured(request: dict[str, Any], reporter: Told) -> tuple[str, dict[str, Any]]:
+def measured(request: dict[str, Any], reporter: JsonLinesReporter) -> tuple[str, dict[str, Any]]:
     """Return a cell's status with its result or the reason why it has none, and how this process stands after it.
 
     It is 'done', fit for another cell; 'spent', where what went wrong may have left something behind; 'lost', with the device.
@@ -60,7 +60,7 @@ def measured(request: dict[str, Any], reporter: Told) -> tuple[str, dict[str, An
     return "done", {"status": "ok", "reason": None} | result
 
 
-def _result(request: dict[str, Any], reporter: Told) -> dict[str, Any]:
+def _result(request: dict[str, Any], reporter: JsonLinesReporter) -> dict[str, Any]:
     if "baseline" in request:
         with device_failures():
             return baseline_cells.measured(request["baseline"], tuple(request["command"]), reporter)
@@ -71,7 +71,7 @@ def _result(request: dict[str, Any], reporter: Told) -> dict[str, Any]:
 
 def main() -> None:
     """Serve until standard input ends, and end at once with it: the parent may have been killed."""
-    told = Told(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    told = JsonLinesReporter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     # Whatever a library prints must not get among our lines.
     os.dup2(2, 1)
     asked: queue.Queue[dict[str, Any]] = queue.Queue()

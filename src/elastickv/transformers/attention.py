@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from elastickv.errors import UsageError
-from elastickv.transformers.mask_reading import Places, check_told
+from elastickv.transformers.mask_reading import MaskedPositions, check_mask_is_given
 
 if TYPE_CHECKING:
     from elastickv.transformers.layer import ElasticLayer
@@ -188,8 +188,8 @@ def elastic_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     UsageError : if a mask of two dimensions says otherwise.
     """
     first, told = kwargs.get("kv_offset"), kwargs.get("attention_mask")
-    if isinstance(first, Places) and told is not None:
-        check_told(told, first, kwargs["kv_length"])
+    if isinstance(first, MaskedPositions) and told is not None:
+        check_mask_is_given(told, first, kwargs["kv_length"])
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
 

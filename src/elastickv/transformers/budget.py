@@ -75,9 +75,9 @@ class Budget:
     context: int
     fixed: bool
 
-    def phase(self, layer: int) -> int:
+    def anchor_offset(self, layer: int) -> int:
         """Return by how many steps a layer's anchors come early: not all layers have theirs at once."""
-        return self.recipes[layer].layer_phase(sorted(self.recipes).index(layer), len(self.recipes))
+        return self.recipes[layer].layer_anchor_offset(sorted(self.recipes).index(layer), len(self.recipes))
 
     def ratio_at(self, context: int, scale: float | None) -> float:
         """Return dense bytes / bytes read, all layers together, averaged over an anchor interval."""

@@ -14,10 +14,10 @@ from transformers import Cache
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import ModelCalibration
-from elastickv.transformers.checks import Guard
-from elastickv.transformers.config import Plan, RecipeLike, plan_for
+from elastickv.transformers.checks import CacheChecks
+from elastickv.transformers.config import ElasticConfig, RecipeLike, plan_for
 from elastickv.transformers.cuda_graph.captured import Captured
-from elastickv.transformers.cuda_graph.model_patch import join
+from elastickv.transformers.cuda_graph.model_patch import install
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.layer_storage import Backends
 from elastickv.transformers.model_loading import fingerprint
@@ -33,7 +33,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
     with the same arguments. What Transformers calls its length counts padding, which is neither stored nor scored.
     """
 
-    def __init__(self, layers: list[Any], plan: Plan, guard: Guard, ledger: Ledger, captured: Captured) -> None:
+    def __init__(self, layers: list[Any], plan: ElasticConfig, guard: CacheChecks, ledger: Ledger, captured: Captured) -> None:
         super().__init__(layers=layers)
         self._plan, self._guard, self._ledger, self._captured = plan, guard, ledger, captured
 
@@ -83,13 +83,13 @@ class ElasticCache(Cache):  # type: ignore[misc]
         plan.warn_uncalibrated(getattr(model.config, "_name_or_path", "") or "MODEL")
         if not sizes.elastic:
             plan.warn_windowed(type(model).__name__)
-        join(model, capture)
+        install(model, capture)
         return cls._made(model, plan, capture)
 
     @classmethod
-    def _made(cls, model: Any, plan: Plan, capture: bool) -> ElasticCache:
+    def _made(cls, model: Any, plan: ElasticConfig, capture: bool) -> ElasticCache:
         elastic = plan.sizes.elastic
-        guard, ledger = Guard(model), Ledger(elastic[0] if elastic else 0)
+        guard, ledger = CacheChecks(model), Ledger(elastic[0] if elastic else 0)
         stock = stock_layers(text_config(model))
         made = [ElasticLayer(n, plan, guard, ledger) if n in elastic else layer for n, layer in enumerate(stock)]
         return cls(made, plan, guard, ledger, Captured(guard, capture))
@@ -250,11 +250,11 @@ class ElasticCache(Cache):  # type: ignore[misc]
             for layer in layers:
                 layer.raise_non_finite()
 
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         """Undo what layers have queued of a decode, and not counted."""
         for layer in self.elastic_layers:
             if layer.store is not None:
-                layer.store.take_back()
+                layer.store.rollback()
 
     @property
     def allocated_bytes(self) -> int:
@@ -302,7 +302,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
             read_bytes=read,
             dense_read_bytes=dense_read,
             prompt_seconds=self._ledger.prompt_seconds,
-            quantise_seconds=self._ledger.quantise_seconds,
+            quantize_seconds=self._ledger.quantize_seconds,
             by_context=by_context(budget, longest, limit) if plan.sizes.elastic else (),
             ranks=self._guard.ranks.count,
         )

@@ -36,7 +36,7 @@ class Recording:
     length_read: bool = False
 
 
-class Guard:
+class CacheChecks:
     """Watches that a cache's layers are asked by the model that they were made for."""
 
     def __init__(self, model: Any) -> None:
@@ -53,9 +53,9 @@ class Guard:
         """The model, or None if it is gone."""
         return self._model()
 
-    def copy(self) -> Guard:
+    def copy(self) -> CacheChecks:
         """Return a guard for a copy of the cache."""
-        other = object.__new__(Guard)
+        other = object.__new__(CacheChecks)
         other.__dict__.update(self.__dict__)
         other._modules, other._waiting, other.recording = dict(self._modules), None, None
         return other

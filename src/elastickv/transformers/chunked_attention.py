@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from elastickv.recipe import Recipe, regions
-from elastickv.recipe.regions import kept
-from elastickv.transformers.layer_storage import Store
+from elastickv.recipe.regions import retained_tokens
+from elastickv.transformers.layer_storage import LayerStorage
 
 BLOCK_TOKENS = 2048
 SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32
@@ -77,7 +77,7 @@ def attend_stored(
     keys: torch.Tensor,
     values: torch.Tensor,
     visible: torch.Tensor | None,
-    store: Store,
+    store: LayerStorage,
     scoring: Scoring,
 ) -> torch.Tensor:
     """Return the attention of new tokens over the stored ones and themselves.
@@ -125,7 +125,7 @@ def _attend_whole(
     keys: torch.Tensor,
     values: torch.Tensor,
     visible: torch.Tensor | None,
-    store: Store,
+    store: LayerStorage,
     scaling: float,
     ends: torch.Tensor,
 ) -> torch.Tensor:
@@ -164,6 +164,6 @@ def _stored_bias(recipe: Recipe, ends: torch.Tensor, first: int, last: int) -> t
             number = places - recipe.sinks
             in_cold = (number >= 0) & (number < cold)
             # A kept token stands for those dropped after it.
-            bias[row, in_cold] = math.log(cold / kept(cold, recipe.stride)) if cold else 0.0
+            bias[row, in_cold] = math.log(cold / retained_tokens(cold, recipe.stride)) if cold else 0.0
             bias[row, in_cold & (number % recipe.stride != 0)] = -math.inf
     return bias.masked_fill(places[None, :] >= ends[:, None], -math.inf)

@@ -34,7 +34,7 @@ class UncalibratedWarning(UserWarning):
 
 
 @dataclass
-class Plan:
+class ElasticConfig:
     """What every layer of a cache shares.
 
     Attributes
@@ -191,7 +191,7 @@ class Plan:
                 "prompt or fewer new tokens are accepted"
             )
 
-    def copy(self) -> Plan:
+    def copy(self) -> ElasticConfig:
         """Return a plan that goes its own way from here."""
         return replace(self, backends=Backends())
 
@@ -205,7 +205,7 @@ def plan_for(
     context: int | None,
     capacity: int | None,
     prefill: str,
-) -> Plan:
+) -> ElasticConfig:
     """Return the plan that a user's words amount to.
 
     Raises
@@ -261,7 +261,7 @@ def plan_for(
         raise UsageError(f"recipe {chosen!r} leaves a number open: give compress too, or write the number")
     if calibration is not None:
         _check_calibration(calibration, sizes, compress)
-    return Plan(sizes, compress, chosen, single, calibration, context, capacity, prefill)
+    return ElasticConfig(sizes, compress, chosen, single, calibration, context, capacity, prefill)
 
 
 def outside(*others: str) -> int:

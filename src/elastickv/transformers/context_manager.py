@@ -8,7 +8,7 @@ from typing import Any
 
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT, cache_in, without_cache
-from elastickv.transformers.cuda_graph.model_patch import restore, seam_of
+from elastickv.transformers.cuda_graph.model_patch import patch_of, restore
 from elastickv.transformers.report import CacheReport
 
 
@@ -39,7 +39,7 @@ def elastic(model: Any, compress: float | None = None, **options: Any) -> Iterat
     ------
     UsageError : as `ElasticCache.for_model`, before the block is entered.
     """
-    before = seam_of(model)
+    before = patch_of(model)
     shadowed = "generate" in vars(model)
     own = vars(model).get("generate")
     generate = model.generate

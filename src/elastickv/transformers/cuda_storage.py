@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from elastickv.backends import Backend
 from elastickv.backends.cuda.backend import CudaBackend
-from elastickv.backends.cuda.cache import CudaLayerCache
-from elastickv.backends.cuda.editing import DeviceRows, Given
+from elastickv.backends.cuda.cache import CudaCache
+from elastickv.backends.cuda.editing import DeviceRows, KeyValueRows
 from elastickv.transformers.cuda_graph.in_flight import wait_for_others
-from elastickv.transformers.layer_storage import DTYPES, Store
+from elastickv.transformers.layer_storage import DTYPES, LayerStorage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,10 +63,10 @@ def on_present_stream(backend: Backend, device: torch.device) -> torch.cuda.devi
     return torch.cuda.device(device)
 
 
-class DeviceStore(Store):
+class CudaStorage(LayerStorage):
     """A store whose cache takes addresses. All it does is queued on PyTorch's present stream."""
 
-    cache: CudaLayerCache
+    cache: CudaCache
     _backend: CudaBackend
 
     def _replace(self, make: Callable[[], EditableCache]) -> None:
@@ -96,7 +96,7 @@ class DeviceStore(Store):
     def extend(self, keys: torch.Tensor, values: torch.Tensor, lengths: NDArray[np.int64]) -> None:
         with self._here():
             self._grow(lengths)
-            self.cache.extend_by(Given(*_alike(keys, values)), lengths)
+            self.cache.extend_by(KeyValueRows(*_alike(keys, values)), lengths)
 
     def ready_step(self) -> None:
         if not self.spare:
@@ -112,7 +112,7 @@ class DeviceStore(Store):
         scale = scaling * self.cache.shape.head_dim**0.5
         with self._here():
             results = (self._outputs.data_ptr(), self._lse.data_ptr(), self.cache.dtype)
-            self.cache.queue_step(Given(given_keys, given_values), asked, scale, *results)
+            self.cache.queue_step(KeyValueRows(given_keys, given_values), asked, scale, *results)
         return self._outputs[..., : self.head_dim], self._lse
 
     def count_step(self) -> None:
@@ -122,9 +122,9 @@ class DeviceStore(Store):
     def spare(self) -> int:
         return self.cache.capacity - self.cache.longest
 
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         with self._on_stream():
-            self.cache.take_back()
+            self.cache.rollback()
 
     def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (self.cache.shape.batch, self.cache.shape.kv_heads, max(last - first, 0), self.head_dim)

@@ -8,7 +8,7 @@ from typing import Any
 _OFFLOADED = ("cpu", "disk")
 
 
-def places_of(layers: Sequence[int], device_map: Mapping[str, Any] | None) -> dict[int, str | None]:
+def layer_devices(layers: Sequence[int], device_map: Mapping[str, Any] | None) -> dict[int, str | None]:
     """Return the device on which each of `layers` computes; None where it is not told.
 
     Parameters
@@ -28,8 +28,8 @@ def places_of(layers: Sequence[int], device_map: Mapping[str, Any] | None) -> di
 
 
 def layers_beside(layer: int, layers: Sequence[int], device_map: Mapping[str, Any] | None) -> list[int]:
-    """Return which of `layers` compute on the device of `layer`, itself among them; `device_map` as in `places_of`."""
-    places = places_of(layers, device_map)
+    """Return which of `layers` compute on the device of `layer`, itself among them; `device_map` as in `layer_devices`."""
+    places = layer_devices(layers, device_map)
     return [other for other in layers if places[other] == places[layer]]
 
 

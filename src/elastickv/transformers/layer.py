@@ -16,16 +16,16 @@ from elastickv.recipe import AttentionShape
 from elastickv.transformers.attention import Call, Pending, carrying
 from elastickv.transformers.budget import Reading, scaled
 from elastickv.transformers.call_checks import check_call, check_tokens
-from elastickv.transformers.checks import Guard
+from elastickv.transformers.checks import CacheChecks
 from elastickv.transformers.chunked_attention import Scoring, attend_stored
-from elastickv.transformers.config import Plan
+from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.device_events import now
 from elastickv.transformers.device_map import layers_beside
 from elastickv.transformers.finite_check import check_finite
-from elastickv.transformers.layer_storage import Store, dtype_name, new_store, padded_head_dim
-from elastickv.transformers.mask_reading import Places, real_tokens, visible_new
+from elastickv.transformers.layer_storage import LayerStorage, dtype_name, new_store, padded_head_dim
+from elastickv.transformers.mask_reading import MaskedPositions, real_tokens, visible_new
 from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
-from elastickv.transformers.padding import Slots
+from elastickv.transformers.padding import Padding
 from elastickv.transformers.report import Ledger
 
 CHECK_EVERY = 32  # decodes from one look for values that are not finite to the next, where the host would wait for it
@@ -48,7 +48,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, number: int, plan: Plan, guard: Guard, ledger: Ledger) -> None:
+    def __init__(self, number: int, plan: ElasticConfig, guard: CacheChecks, ledger: Ledger) -> None:
         super().__init__()
         self.number, self._plan, self._guard, self._ledger = number, plan, guard, ledger
         self.reset()
@@ -56,9 +56,9 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all tokens and free what held them."""
         self._plan.backends.note_use()
-        self.store: Store | None = None
+        self.store: LayerStorage | None = None
         self.held: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.slots = Slots()
+        self.slots = Padding()
         self.batch = 0
         self.capped: bool | None = None
         self._reading: Reading | None = None
@@ -97,7 +97,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         self._guard.check_answered()
         if self.held is not None and query_length > 1:
             return self.slots.length + query_length, 0
-        return query_length, Places.of(self.slots)
+        return query_length, MaskedPositions.of(self.slots)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -224,14 +224,16 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         beside = layers_beside(self.number, self._plan.sizes.elastic, self._guard.device_map)
         if self.number == beside[0]:
             check_memory(backend, self._plan, self._guard.ranks, shape, capacity, dtype, beside)
-        store = new_store(self._plan.backends, shape, capacity, dtype, recipe, head_dim, keys.device, budget.phase(self.number))
+        store = new_store(
+            self._plan.backends, shape, capacity, dtype, recipe, head_dim, keys.device, budget.anchor_offset(self.number)
+        )
         store.extend(keys, values, lengths)
         self.store, self.held = store, None
         self.raise_non_finite()
         del keys, values
         if device.type == "cpu":
             trim_heap()
-        self._ledger.quantised(started, now(device))
+        self._ledger.quantized(started, now(device))
 
     def _decode(self, pending: Pending, call: Call) -> torch.Tensor:
         self.begin_step(self._plan.reading(int(self.lengths.max()) + 1))
@@ -282,7 +284,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
         ends = self.slots.length == self._plan.expected
         return self.store.on_host or ends or self.store.cache.step % CHECK_EVERY == CHECK_EVERY - 1
 
-    def go_on(self, store: Store) -> None:
+    def go_on(self, store: LayerStorage) -> None:
         """Take over a store that was filled under the plan's present reading."""
         self.store, self._reading = store, self._plan.present
 
@@ -350,7 +352,7 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
                 self.slots = before
                 raise
 
-    def copy(self, plan: Plan, guard: Guard, ledger: Ledger) -> ElasticLayer:
+    def copy(self, plan: ElasticConfig, guard: CacheChecks, ledger: Ledger) -> ElasticLayer:
         """Return a layer of the same tokens that shares nothing with this one but what it is told to."""
         other = ElasticLayer(self.number, plan, guard, ledger)
         other.store = None if self.store is None else self.store.copy(plan.backends)

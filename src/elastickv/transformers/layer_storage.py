@@ -1,7 +1,7 @@
 """Between torch tensors and a back end's cache of one layer.
 
-The one place where tensors become what a back end takes. `HostStore` hands over host memory, without a copy where a tensor is
-float32 on the CPU; `DeviceStore`, in a file of its own, hands over device addresses.
+The one place where tensors become what a back end takes. `HostStorage` hands over host memory, without a copy where a tensor is
+float32 on the CPU; `CudaStorage`, in a file of its own, hands over device addresses.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Backends:
     def __init__(self) -> None:
         self._opened: dict[torch.device, Backend] = {}
         self.uses = 0
-        self.ahead: Ahead | None = None
+        self.ahead: InFlightDecode | None = None
 
     def at(self, device: torch.device) -> Backend:
         """Return the back end of a device; see `backend_for`."""
@@ -95,13 +95,13 @@ class Backends:
         self.uses += 1
         if self.ahead is not None:
             ahead, self.ahead = self.ahead, None
-            ahead.take_back()
+            ahead.rollback()
 
 
-class Ahead(Protocol):
+class InFlightDecode(Protocol):
     """A decode of a whole model that was launched before anybody asked for it."""
 
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         """Let what is queued from here on find the stores as they were before."""
 
     def wait(self) -> None:
@@ -116,8 +116,8 @@ def new_store(
     recipe: Recipe,
     head_dim: int,
     device: torch.device,
-    phase: int = 0,
-) -> Store:
+    anchor_offset: int = 0,
+) -> LayerStorage:
     """Return an empty store.
 
     Parameters
@@ -127,13 +127,13 @@ def new_store(
     phase : steps by which the layer's anchors come early.
     """
     backend = backends.at(device)
-    kind, where = HostStore, nullcontext()  # type: type[Store], AbstractContextManager[Any]
+    kind, where = HostStorage, nullcontext()  # type: type[LayerStorage], AbstractContextManager[Any]
     if backend.name == "cuda":
-        from elastickv.transformers.cuda_storage import DeviceStore, on_present_stream
+        from elastickv.transformers.cuda_storage import CudaStorage, on_present_stream
 
-        kind, where = DeviceStore, on_present_stream(backend, device)
+        kind, where = CudaStorage, on_present_stream(backend, device)
     with where:
-        cache = cast(EditableCache, backend.cache(shape, capacity, dtype, recipe, phase))
+        cache = cast(EditableCache, backend.cache(shape, capacity, dtype, recipe, anchor_offset))
         return kind(backends, backend, cache, head_dim, device)
 
 
@@ -147,7 +147,7 @@ def check_room(backend: Backend, shape: AttentionShape, capacity: int, dtype: st
         )
 
 
-class Store(ABC):
+class LayerStorage(ABC):
     """The tokens of one layer in a back end's cache.
 
     Tensors are (batch, kv_heads, tokens, head_dim) of the model's dtype; what is read back is float32 on the layer's device.
@@ -223,7 +223,7 @@ class Store(ABC):
         """Note what `queue_step` stored."""
 
     @abstractmethod
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         """Undo a `queue_step` that was not counted: repeated, it then does what it would have done."""
 
     @property
@@ -284,7 +284,7 @@ class Store(ABC):
             self.cache.load_state(state)
 
 
-class HostStore(Store):
+class HostStorage(LayerStorage):
     """A store whose cache takes arrays of the host."""
 
     on_host = True
@@ -320,7 +320,7 @@ class HostStore(Store):
     def count_step(self) -> None:
         """Do nothing: the cache has counted what it stored."""
 
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         """Do nothing: what was stored is counted, and stays."""
 
     @property

@@ -7,25 +7,25 @@ import torch
 from numpy.typing import NDArray
 
 from elastickv.errors import UsageError
-from elastickv.transformers.padding import Slots
+from elastickv.transformers.padding import Padding
 
 _OTHERWISE = "the mask hides tokens that the cache holds, or shows what was padding: give a causal mask, or one that goes on"
 
 
-class Places(int):
+class MaskedPositions(int):
     """How many places a layer counts so far: where the columns of a mask of new tokens begin. Knows which hold tokens."""
 
-    slots: Slots
+    slots: Padding
 
     @classmethod
-    def of(cls, slots: Slots) -> Places:
+    def of(cls, slots: Padding) -> MaskedPositions:
         """Return the number of places, which leads to them."""
         places = cls(slots.length)
         places.slots = slots
         return places
 
 
-def check_told(mask: torch.Tensor, first: Places, new: int) -> None:
+def check_mask_is_given(mask: torch.Tensor, first: MaskedPositions, new: int) -> None:
     """Refuse a mask of two dimensions that says otherwise of the places so far than the masks before did.
 
     Raises
@@ -41,7 +41,7 @@ def check_told(mask: torch.Tensor, first: Places, new: int) -> None:
         raise UsageError(_OTHERWISE)
 
 
-def real_tokens(mask: torch.Tensor | None, new: int, batch: int, slots: Slots) -> NDArray[np.bool_] | None:
+def real_tokens(mask: torch.Tensor | None, new: int, batch: int, slots: Padding) -> NDArray[np.bool_] | None:
     """Return (batch, new), which of the last places hold tokens: those that the last query sees. None: all of them.
 
     Raises

@@ -11,7 +11,7 @@ from elastickv.backends import Backend
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, for_ratio
 from elastickv.recipe.shape import MAX_CONTEXT
-from elastickv.transformers.config import Plan
+from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.layer_storage import GIB
 from elastickv.transformers.tensor_parallel import Ranks
 
@@ -22,7 +22,7 @@ _SPARE = 8
 _TRIED = (2.0, 4.0, 8.0, 16.0, 32.0)
 
 
-def first_capacity(plan: Plan, longest: int, places: int) -> int:
+def first_capacity(plan: ElasticConfig, longest: int, places: int) -> int:
     """Return the tokens to make room for: the capacity asked for, else what the running `generate` can reach, else some more.
 
     Parameters
@@ -41,7 +41,7 @@ def first_capacity(plan: Plan, longest: int, places: int) -> int:
 
 
 def check_memory(
-    backend: Backend, plan: Plan, ranks: Ranks, shape: AttentionShape, capacity: int, dtype: str, layers: Sequence[int]
+    backend: Backend, plan: ElasticConfig, ranks: Ranks, shape: AttentionShape, capacity: int, dtype: str, layers: Sequence[int]
 ) -> None:
     """Refuse, before the first of `layers` is stored, what they together have no memory for on their device.
 

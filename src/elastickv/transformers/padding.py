@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 Bools = NDArray[np.bool_]
 
 
-class Slots:
+class Padding:
     """The places that a model counts: all that it was ever given, row by row, padding included.
 
     Runs without padding are kept as a number alone.
@@ -71,8 +71,8 @@ class Slots:
             return said.new_ones(())  # another batch: told as such when its keys come
         return (said[:, :end] == self._told).all() & said[:, end:].all()
 
-    def copy(self) -> Slots:
+    def copy(self) -> Padding:
         """Return an equal object that shares nothing that changes."""
-        other = Slots()
+        other = Padding()
         other.length, other._runs = self.length, list(self._runs)
         return other

@@ -41,7 +41,7 @@ class Ledger:
         """Start anew."""
         self._runs: list[_Run] = []
         self._prompts: list[tuple[Moment, Moment]] = []
-        self._quantised: list[tuple[Moment, Moment]] = []
+        self._quantized: list[tuple[Moment, Moment]] = []
         self._began: Moment | None = None
         self.chunks = 0
 
@@ -50,9 +50,9 @@ class Ledger:
         if layer == self._first or (self._began is not None and not on_one_clock(self._began, moment)):
             self._began = moment
 
-    def quantised(self, since: Moment, until: Moment) -> None:
+    def quantized(self, since: Moment, until: Moment) -> None:
         """Note that a layer's prompt was stored."""
-        self._quantised.append((since, until))
+        self._quantized.append((since, until))
 
     def end_prompt(self, moment: Moment) -> None:
         """Note that a layer is done with a prompt."""
@@ -66,9 +66,9 @@ class Ledger:
         return sum(starmap(seconds, self._prompts))
 
     @property
-    def quantise_seconds(self) -> float:
+    def quantize_seconds(self) -> float:
         """Of these, seconds in which layers were stored."""
-        return sum(starmap(seconds, self._quantised))
+        return sum(starmap(seconds, self._quantized))
 
     def note_chunk(self, layer: int) -> None:
         """Note a pass of several tokens that read everything."""
@@ -92,16 +92,16 @@ class Ledger:
 
     def bytes_read(self, budget: Budget) -> tuple[float, float]:
         """Return (read, dense): bytes of all decodes, and what a dense 16-bit cache would have read."""
-        recipes = Counter((recipe, budget.phase(layer)) for layer, recipe in budget.recipes.items())
+        recipes = Counter((recipe, budget.anchor_offset(layer)) for layer, recipe in budget.recipes.items())
         read = dense = 0.0
         for run in self._runs:
             for number in range(run.count):
                 lengths = [n + number for n in run.lengths]
                 shape = replace(budget.shape, batch=len(lengths))
                 dense += len(budget.recipes) * dense_bytes(lengths, shape)
-                for (recipe, phase), times in recipes.items():
-                    age = recipe.age(run.step + number, phase)
-                    read += times * step_bytes(scaled(recipe, run.scale), lengths, shape, budget.dtype, age).kv
+                for (recipe, anchor_offset), times in recipes.items():
+                    steps_since_refresh = recipe.steps_since_refresh(run.step + number, anchor_offset)
+                    read += times * step_bytes(scaled(recipe, run.scale), lengths, shape, budget.dtype, steps_since_refresh).kv
         return read, dense
 
     def copy(self) -> Ledger:
@@ -109,7 +109,7 @@ class Ledger:
         other = Ledger(self._first)
         other.__dict__.update(self.__dict__)
         other._runs = [replace(run) for run in self._runs]
-        other._prompts, other._quantised = list(self._prompts), list(self._quantised)
+        other._prompts, other._quantized = list(self._prompts), list(self._quantized)
         return other
 
 
@@ -153,7 +153,7 @@ class CacheReport:
     not_captured : why none was, or None.
     ahead : of those captured, how many had been launched when they were asked for.
     read_bytes, dense_read_bytes : of all decodes, and what a dense 16-bit cache would have read.
-    prompt_seconds, quantise_seconds : of the attention layers' prompt passes, and of storing within them.
+    prompt_seconds, quantize_seconds : of the attention layers' prompt passes, and of storing within them.
     by_context : what holds at other contexts.
     ranks : processes that the model is split over.
     """
@@ -175,9 +175,14 @@ class CacheReport:
     read_bytes: float
     dense_read_bytes: float
     prompt_seconds: float
-    quantise_seconds: float
+    quantize_seconds: float
     by_context: tuple[ContextRow, ...]
     ranks: int = 1
+
+    @property
+    def quantise_seconds(self) -> float:
+        """`quantize_seconds`, under its former name."""
+        return self.quantize_seconds
 
     @property
     def read_ratio(self) -> float | None:
@@ -208,8 +213,8 @@ class CacheReport:
             why = f": {self.not_captured}" if self.not_captured else f", {self.ahead} launched ahead"
             lines.append(f"  {self.captured} of them captured{why}")
         if self.prompt_seconds:
-            share = 100 * self.quantise_seconds / self.prompt_seconds
-            lines.append(f"  prompt {self.prompt_seconds:.3f} s, of it storing {self.quantise_seconds:.3f} s ({share:.1f} %)")
+            share = 100 * self.quantize_seconds / self.prompt_seconds
+            lines.append(f"  prompt {self.prompt_seconds:.3f} s, of it storing {self.quantize_seconds:.3f} s ({share:.1f} %)")
         lines.append("  context   read ratio   stored ratio")
         for row in self.by_context:
             note = "   everything is read" if row.everything else ""

@@ -21,14 +21,14 @@ from elastickv.recipe.recipe import parse_open
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import check_context, check_ratio
 from elastickv.transformers.budget import Budget, Reading
-from elastickv.transformers.config import PREFILLS, Plan
-from elastickv.transformers.cuda_graph.model_patch import join
-from elastickv.transformers.device_map import places_of
+from elastickv.transformers.config import PREFILLS, ElasticConfig
+from elastickv.transformers.cuda_graph.model_patch import install
+from elastickv.transformers.device_map import layer_devices
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.layer_storage import check_room, new_store
 from elastickv.transformers.model_loading import fingerprint
 from elastickv.transformers.model_support import Sizes, sizes_of
-from elastickv.transformers.padding import Slots
+from elastickv.transformers.padding import Padding
 from elastickv.transformers.tensor_parallel import ranks_of
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def load(kind: type[ElasticCache], path: Path, model: Any, capture: bool) -> Ela
         raise UsageError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
         raise UsageError(f"{path} is damaged: {error or type(error).__name__}") from None
-    join(model, capture)
+    install(model, capture)
     return made
 
 
@@ -116,7 +116,9 @@ def _loaded(
     recipe = None if text is None else Recipe.parse(text) if record["budget"] is None or said["ratio"] is None else text
     layers = {int(number): Recipe.parse(value) for number, value in said["layers"].items()}
     errors = None if said["calibration"] is None else ModelCalibration.loads(said["calibration"])
-    plan = Plan(sizes_of(model), said["ratio"], recipe, layers, errors, said["context"], said["capacity"], said["prefill"])
+    plan = ElasticConfig(
+        sizes_of(model), said["ratio"], recipe, layers, errors, said["context"], said["capacity"], said["prefill"]
+    )
     _check_plan(plan)
     plan.budget = _budget(record["budget"], plan.sizes)
     plan.present = None if record["reading"] is None else _reading(*record["reading"])
@@ -125,7 +127,7 @@ def _loaded(
         raise ValueError("it stores tokens without a budget")
     if len(record["layers"]) != len(cache.layers):
         raise ValueError(f"{len(record['layers'])} layers for a model of {len(cache.layers)}")
-    places, one_place = places_of(range(len(cache.layers)), cache._guard.device_map), next(model.parameters()).device
+    places, one_place = layer_devices(range(len(cache.layers)), cache._guard.device_map), next(model.parameters()).device
     for number, (layer, entry) in enumerate(zip(cache.layers, record["layers"], strict=True)):
         device = torch.device(places[number] or one_place)
         if isinstance(layer, ElasticLayer):
@@ -176,7 +178,7 @@ def _shape(sizes: Sizes, batch: int) -> AttentionShape:
     return AttentionShape(batch, sizes.query_heads // sizes.kv_heads * sizes.kv_heads, sizes.kv_heads, sizes.stored_head_dim)
 
 
-def _check_plan(plan: Plan) -> None:
+def _check_plan(plan: ElasticConfig) -> None:
     """Raise ValueError unless what the file says was asked for could have been."""
     if plan.ratio is not None:
         check_ratio(plan.ratio)
@@ -220,7 +222,7 @@ def _layer_record(number: int, layer: Any, tensors: dict[str, torch.Tensor]) -> 
             "capacity": cache.capacity,
             "dtype": cache.dtype,
             "recipe": str(cache.recipe),
-            "phase": cache.phase,
+            "phase": cache.anchor_offset,
         }
         tensors.update({f"{number}.{name}": torch.from_numpy(array) for name, array in layer.store.state().items()})
     return entry
@@ -232,7 +234,7 @@ def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.T
     real, batch = tensors["real"].numpy(), int(entry["batch"])
     if real.dtype != np.bool_ or real.shape != (batch, entry["length"]):
         raise ValueError(f"its places are {real.shape}, not {batch} x {entry['length']}")
-    slots = Slots()
+    slots = Padding()
     ragged = np.flatnonzero(~real.all(axis=0))
     edge = int(ragged[-1]) + 1 if len(ragged) else 0
     slots.add(edge, real[:, :edge])
@@ -262,7 +264,7 @@ def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.T
         raise ValueError(f"its tokens are stored for {shape}, heads of {said['head_dim']} and dtype {dtype}")
     check_context(capacity)
     recipe.check_shape(shape.head_dim, shape.kv_heads)
-    recipe.check_phase(said["phase"])
+    recipe.check_anchor_offset(said["phase"])
     # What the file claims is allocated only where it fits.
     check_room(backends.at(device), shape, capacity, dtype, recipe)
     store = new_store(backends, shape, capacity, dtype, recipe, sizes.head_dim, device, said["phase"])

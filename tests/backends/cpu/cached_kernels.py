@@ -13,7 +13,7 @@ if len(sys.argv) > 1:
 
     compiler.compile_extra = None
 
-with numba_cache.kernels_kept_on_disk():
+with numba_cache.cache_kernels_on_disk():
 
     @njit("float64(float64[::1])", cache=True)
     def halves(values):  # type: ignore[no-untyped-def]

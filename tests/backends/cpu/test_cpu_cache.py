@@ -126,10 +126,12 @@ def test_rewinding_restores_everything(text: str, backend: Backend, driver: Any)
     assert np.array_equal(first, play())
 
 
-@pytest.mark.parametrize("phase", range(4))
+@pytest.mark.parametrize("anchor_offset", range(4))
 @pytest.mark.parametrize("text", ["int8,reuse,anchor_every=4,window=0", "int4,pages=1/4,anchor_every=4,window=0"])
-def test_rewinding_to_any_age_of_any_phase_repeats_what_followed(text: str, phase: int, backend: Backend, driver: Any) -> None:
-    cache = backend.cache(AttentionShape(2, 4, 2, 64), 400, "bf16", Recipe.parse(text), phase)
+def test_rewinding_to_any_age_of_any_phase_repeats_what_followed(
+    text: str, anchor_offset: int, backend: Backend, driver: Any
+) -> None:
+    cache = backend.cache(AttentionShape(2, 4, 2, 64), 400, "bf16", Recipe.parse(text), anchor_offset)
     cache.prefill(*driver.tokens(cache, 300), np.array([300, 140]))
     script = [(driver.tokens(cache, 1), driver.queries(cache)) for _ in range(12)]
     for marked in (1, 2, 3, 4):
@@ -218,8 +220,8 @@ def test_arrays_of_a_wrong_shape_are_refused(backend: Backend) -> None:
 
 def test_the_anchor_that_a_phase_needs_must_have_been_decoded(backend: Backend, driver: Any) -> None:
     recipe = Recipe.parse("bf16,reuse,anchor_every=4")
-    cache = backend.cache(AttentionShape(1, 2, 1, 64), 400, "bf16", recipe, phase=2)
-    assert cache.phase == 2
+    cache = backend.cache(AttentionShape(1, 2, 1, 64), 400, "bf16", recipe, anchor_offset=2)
+    assert cache.anchor_offset == 2
     cache.prefill(*driver.tokens(cache, 300), np.array([300]))
     for step in range(4):
         driver.append(cache)
@@ -286,9 +288,9 @@ def test_bad_arguments_are_refused_with_what_is_accepted(backend: Backend) -> No
         backend.cache(shape, 10, "bf16", Recipe.parse("int4,vgroup=48"))
     with pytest.raises(UsageError, match="2 fractions for 1 KV heads"):
         backend.cache(shape, 10, "bf16", Recipe.parse("int4,pages=1/2:1/4"))
-    for phase in (-1, 4):
-        with pytest.raises(ValueError, match=rf"phase of {phase} is out of range: .* takes 0 to 3"):
-            backend.cache(shape, 10, "bf16", Recipe.parse("bf16,reuse,anchor_every=4"), phase)
+    for anchor_offset in (-1, 4):
+        with pytest.raises(ValueError, match=rf"anchor_offset {anchor_offset} is out of range: .* takes 0 to 3"):
+            backend.cache(shape, 10, "bf16", Recipe.parse("bf16,reuse,anchor_every=4"), anchor_offset)
 
 
 @pytest.mark.parametrize("text", ["int8", "int4", "fp8", "int4,pages=1"])

@@ -55,7 +55,7 @@ def test_every_recipe_decodes_like_the_reference_while_the_context_grows(text: s
         assert driver.error(cache, oracle) < limit(dtype, recipe)
 
 
-@pytest.mark.parametrize("phase", [1, 2, 4])
+@pytest.mark.parametrize("anchor_offset", [1, 2, 4])
 @pytest.mark.parametrize(
     "text",
     [
@@ -65,9 +65,9 @@ def test_every_recipe_decodes_like_the_reference_while_the_context_grows(text: s
         "k=int4,v=int8,pages=1/8,anchor_every=5",
     ],
 )
-def test_every_phase_decodes_and_reads_like_the_reference(text: str, phase: int, driver: Any) -> None:
+def test_every_phase_decodes_and_reads_like_the_reference(text: str, anchor_offset: int, driver: Any) -> None:
     recipe, shape = Recipe.parse(text), AttentionShape(2, 6, 2, 64)
-    cache, twin = (new(shape, 400, "bf16", recipe, phase) for new in (open_backend(None).cache, ReferenceCache))
+    cache, twin = (new(shape, 400, "bf16", recipe, anchor_offset) for new in (open_backend(None).cache, ReferenceCache))
     tokens = driver.tokens(cache, 300)
     for c in (cache, twin):
         c.prefill(*tokens, np.array([300, 190]))

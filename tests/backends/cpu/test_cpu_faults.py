@@ -14,12 +14,12 @@ import pytest
 
 import elastickv
 from elastickv.backends.cpu import numba_cache, threads
-from elastickv.backends.kernel_cache import kept
+from elastickv.backends.kernel_cache import load_compiled
 from elastickv.errors import CompileFailure
 from elastickv.recipe import AttentionShape, Recipe
 from tests.helpers.full_disk import fill, small_disk
 
-SCRIPT = str(Path(__file__).with_name("kept_kernels.py"))
+SCRIPT = str(Path(__file__).with_name("cached_kernels.py"))
 SHAPE = AttentionShape(1, 8, 8, 64)
 TOKENS = 400  # enough for all threads
 
@@ -44,7 +44,7 @@ def test_a_kernel_is_found_compiled_and_a_damaged_one_compiled_again_and_replace
     for damaged in (whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
         file.write_bytes(damaged)
         assert ended(started(tmp_path)) == ("22.5", "")
-        assert kept(file) is not None
+        assert load_compiled(file) is not None
     assert ended(started(tmp_path, "compiled")) == ("22.5", "")
     assert list(tmp_path.rglob("*.kernel")) == [file]
 
@@ -54,7 +54,7 @@ def test_four_processes_compile_into_one_empty_folder(tmp_path):
     processes = [started(tmp_path / "new") for _ in range(4)]
     assert [ended(process) for process in processes] == [("22.5", "")] * 4
     (file,) = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert kept(file) is not None
+    assert load_compiled(file) is not None
 
 
 @pytest.mark.fault("read-only kernel cache")
@@ -84,7 +84,7 @@ def test_a_kernel_that_does_not_compile_is_named_with_the_first_lines_of_the_log
     monkeypatch.setattr(numba_cache, "_FOLDER", tmp_path)
     monkeypatch.setenv("ELASTICKV_CACHE_DIR", str(tmp_path / "kernels"))
     said = r"broken\.py:widen does not compile with Numba .* for .*add\(int64, Literal\[str\]\(a\)\)"
-    with pytest.raises(CompileFailure, match=said) as error, numba_cache.kernels_kept_on_disk():
+    with pytest.raises(CompileFailure, match=said) as error, numba_cache.cache_kernels_on_disk():
         exec(compile(source.read_text(), source, "exec"), {"__name__": "broken"})
     assert "\n" not in str(error.value)
 

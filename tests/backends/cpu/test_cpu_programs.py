@@ -26,8 +26,8 @@ def filled(
     backend: Backend, text: str, seeds: range, capacity: int = 400, dtype: str = "bf16", staggered: bool = False
 ) -> list:
     recipe, layers = Recipe.parse(text), len(seeds)
-    phases = [recipe.layer_phase(i, layers) if staggered else 0 for i in range(layers)]
-    caches = [backend.cache(SHAPE, capacity, dtype, recipe, phase) for phase in phases]
+    phases = [recipe.layer_anchor_offset(i, layers) if staggered else 0 for i in range(layers)]
+    caches = [backend.cache(SHAPE, capacity, dtype, recipe, anchor_offset) for anchor_offset in phases]
     for cache, seed in zip(caches, seeds, strict=True):
         cache.fill_random(np.array([300, 170]), seed)
     return caches
@@ -51,15 +51,15 @@ def test_a_program_scores_the_pages_of_caches_at_an_anchor_and_reuses_the_lists_
 ) -> None:
     caches = filled(backend, "int4,pages=1/2,anchor_every=3", range(3))
     queries = [driver.queries(cache) for cache in caches]
-    for age, cache in enumerate(caches):
-        for _ in range(age + 1):
+    for steps_since_refresh, cache in enumerate(caches):
+        for _ in range(steps_since_refresh + 1):
             driver.append(cache)
             cache.decode(driver.queries(cache))
     before = [cache.pages_read(0, 0) for cache in caches]
     program = backend.attention(caches, queries, steps=6, graph=False)
     program.run(2)
-    for age, (cache, query, output) in enumerate(zip(caches, queries, program.outputs(), strict=True)):
-        assert age == 0 or np.array_equal(cache.pages_read(0, 0), before[age])
+    for steps_since_refresh, (cache, query, output) in enumerate(zip(caches, queries, program.outputs(), strict=True)):
+        assert steps_since_refresh == 0 or np.array_equal(cache.pages_read(0, 0), before[steps_since_refresh])
         assert relative_l2(output, Oracle(cache).decode(query)[0]).max() < 4e-3
     assert not np.array_equal(caches[0].pages_read(0, 0), before[0])
 
@@ -97,7 +97,7 @@ def test_a_cycle_equals_the_same_steps_in_numpy(text: str, backend: Backend, dri
     fed = driver.queries(caches[0])
     program = backend.cycle(caches, fed, feedback, graph=True)
     twins = filled(backend, text, range(3), dtype="fp32", staggered=True)
-    assert len({cache.phase for cache in caches}) == min(3, caches[0].recipe.anchor_every)
+    assert len({cache.anchor_offset for cache in caches}) == min(3, caches[0].recipe.anchor_every)
     oracles = [Oracle(twin) for twin in twins]
     for _ in range(40):
         program.run()

@@ -8,7 +8,7 @@ import pytest
 from elastickv.backends import Backend
 from elastickv.kvcache import LayerCache, ReferenceCache
 from elastickv.kvcache.layer import Float32
-from elastickv.kvcache.quantize import quantise_int4_keys
+from elastickv.kvcache.quantize import quantize_int4_keys
 from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
 from elastickv.recipe import AttentionShape, Recipe, regions
 from elastickv.recipe.regions import PAGE_TOKENS
@@ -18,7 +18,7 @@ def scores_of(keys: Float32, length: int, recipe: Recipe, queries: Float32) -> t
     """Return the float64 scores of the cold pages of one KV head, and what float32 may be off by."""
     split = regions(length, recipe.sinks, recipe.window)
     pages = keys[split.sinks : split.sinks + split.cold].reshape(-1, PAGE_TOKENS, keys.shape[-1])
-    _, scales, zeros = quantise_int4_keys(pages)
+    _, scales, zeros = quantize_int4_keys(pages)
     scores = score_pages(page_bounds(queries, scales, zeros))
     sizes = np.abs(queries).sum(0) @ (np.abs(zeros.astype(float)) + 15 * scales.astype(float)).T
     return scores, float(sizes.max() * 2.0**-20)
@@ -56,12 +56,12 @@ def read(cache: LayerCache) -> list[list[int]]:
     return [list(cache.pages_read(row, head)) for row in range(2) for head in range(2)]
 
 
-@pytest.mark.parametrize(("anchor_every", "phase"), [(1, 0), (4, 0), (4, 2), (4, 3), (70, 0), (70, 33), (70, 69)])
+@pytest.mark.parametrize(("anchor_every", "anchor_offset"), [(1, 0), (4, 0), (4, 2), (4, 3), (70, 0), (70, 33), (70, 69)])
 def test_between_anchors_the_list_stays_and_pages_that_turn_cold_are_read(
-    anchor_every: int, phase: int, backend: Backend, driver: Any
+    anchor_every: int, anchor_offset: int, backend: Backend, driver: Any
 ) -> None:
     shape, recipe = AttentionShape(2, 6, 2, 64), Recipe.parse(f"int4,pages=1/4:1/2,anchor_every={anchor_every},window=16")
-    cache, twin = (new(shape, 800, "bf16", recipe, phase) for new in (backend.cache, ReferenceCache))
+    cache, twin = (new(shape, 800, "bf16", recipe, anchor_offset) for new in (backend.cache, ReferenceCache))
     tokens = driver.tokens(cache, 500)
     for c in (cache, twin):
         c.prefill(*tokens, np.array([500, 20]))
@@ -75,14 +75,14 @@ def test_between_anchors_the_list_stays_and_pages_that_turn_cold_are_read(
             c.decode(queries)
         assert read(cache) == read(twin)
         kept = all(now[: len(then)] == then for now, then in zip(read(cache), before, strict=True))
-        if recipe.age(cache.step, phase):
+        if recipe.steps_since_refresh(cache.step, anchor_offset):
             assert kept
             grown += read(cache) != before
         elif not kept or step == 0:
             listed_at.append(step)
     assert bool(grown) == (anchor_every > 1)
     # Random queries list other pages at every anchor, and nowhere else.
-    assert listed_at == [step for step in range(150) if step == 0 or (step + phase) % anchor_every == 0]
+    assert listed_at == [step for step in range(150) if step == 0 or (step + anchor_offset) % anchor_every == 0]
 
 
 def test_equal_scores_list_the_first_pages(backend: Backend) -> None:

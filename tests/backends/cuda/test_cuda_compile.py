@@ -19,9 +19,9 @@ from elastickv.backends.cuda.kernel_selection import (
     Split,
     ceilings_variant,
     decode_variant,
-    needs_pages,
     overlapping,
     plan_splits,
+    requires_pages,
     split_variant,
 )
 from elastickv.errors import CompileFailure
@@ -31,7 +31,7 @@ from tests.helpers.full_disk import fill, small_disk
 pytest.importorskip("cuda.bindings.nvrtc")
 SUPPORTED = [a for a in ARCHITECTURES if int(a) in compiler.supported_architectures()]
 GROUPS = (1, 2, 4, 8, 16, 32)
-BY_ROW = [text for text in RECIPES if not needs_pages(recipe_for(text, 64))]
+BY_ROW = [text for text in RECIPES if not requires_pages(recipe_for(text, 64))]
 
 
 def each_source():

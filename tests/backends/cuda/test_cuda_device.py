@@ -12,7 +12,7 @@ from elastickv.backends.feedback import Feedback
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.kvcache import Oracle, ReferenceCache
 from elastickv.kvcache.error_metrics import relative_l2
-from elastickv.kvcache.quantize import quantise_int4_keys
+from elastickv.kvcache.quantize import quantize_int4_keys
 from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
 from elastickv.recipe import DENSE, HEAD_DIMS, PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.formats import value_groups
@@ -152,7 +152,7 @@ def assert_best(cache, twin, queries, row, head):
     if not count:
         return
     keys = twin.stored(row, head).exact_keys[split.sinks : split.sinks + split.cold].reshape(count, PAGE_TOKENS, -1)
-    _, scales, zeros = quantise_int4_keys(keys)
+    _, scales, zeros = quantize_int4_keys(keys)
     scores = score_pages(page_bounds(queries[row, head * group : (head + 1) * group], scales, zeros))
     left = np.setdiff1d(np.arange(count), pages)
     if len(left):
@@ -189,7 +189,7 @@ def test_the_best_pages_are_read_and_kept_between_anchors(open_cuda, kind, text,
         for row, head in itertools.product(range(3), range(2)):
             pages = cache.pages_read(row, head)
             cold = regions(int(cache.lengths[row]), recipe.sinks, recipe.window).cold // PAGE_TOKENS
-            if recipe.age(step) == 0:
+            if recipe.steps_since_refresh(step) == 0:
                 assert_best(cache, twin, queries, row, head)
                 before[row, head] = pages, cold
             else:
@@ -485,7 +485,7 @@ def test_what_is_loaded_before_the_kernel_before_has_ended_changes_nothing(open_
     for overlapping in (device_module.OVERLAPPING, frozenset()):
         monkeypatch.setattr(device_module, "OVERLAPPING", overlapping)
         phases = [i * recipe.anchor_every // layers for i in range(layers)]
-        caches = [backend.cache(shape, 3000, "bf16", recipe, phase) for phase in phases]
+        caches = [backend.cache(shape, 3000, "bf16", recipe, anchor_offset) for anchor_offset in phases]
         for i, cache in enumerate(caches):
             cache.fill_random(np.full(shape.batch, 2900), seed=i)
         program = backend.cycle(caches, first, feedback, True)
@@ -509,8 +509,8 @@ def test_a_cycle_finds_its_anchors_whatever_came_before(open_cuda, kind, appends
     """Tokens appended, and not all decoded, before a program: what its kernels expect must still be so."""
     recipe, shape, backend = Recipe.parse("int4,pages=1/4,anchor_every=4"), AttentionShape(1, 8, 2, 64), open_cuda(kind)
     rng, feedback = np.random.default_rng(appends), Feedback.seeded(64, 5, 1.0, 1.0, 1.0)
-    ours = [backend.cache(shape, 900, "bf16", recipe, phase) for phase in (0, 2)]
-    twins = [ReferenceCache(shape, 900, "bf16", recipe, phase) for phase in (0, 2)]
+    ours = [backend.cache(shape, 900, "bf16", recipe, anchor_offset) for anchor_offset in (0, 2)]
+    twins = [ReferenceCache(shape, 900, "bf16", recipe, anchor_offset) for anchor_offset in (0, 2)]
     prompt = random_tokens(rng, shape, 800)
     for each in (*ours, *twins):
         each.prefill(*prompt, np.array([800]))
@@ -535,8 +535,11 @@ def test_a_cycle_finds_its_anchors_whatever_came_before(open_cuda, kind, appends
 @pytest.mark.parametrize("text", ["int4,pages=1/4,anchor_every=4", "bf16,reuse,anchor_every=5"])
 def test_a_phase_moves_the_anchors(open_cuda, text):
     recipe, shape, rng = Recipe.parse(text), AttentionShape(2, 8, 2, 64), np.random.default_rng(6)
-    for phase in range(recipe.anchor_every):
-        cache, twin = open_cuda().cache(shape, 800, "fp16", recipe, phase), ReferenceCache(shape, 800, "fp16", recipe, phase)
+    for anchor_offset in range(recipe.anchor_every):
+        cache, twin = (
+            open_cuda().cache(shape, 800, "fp16", recipe, anchor_offset),
+            ReferenceCache(shape, 800, "fp16", recipe, anchor_offset),
+        )
         tokens = random_tokens(rng, shape, 700)
         for each in (cache, twin):
             each.prefill(*tokens, np.array([700, 640]))
@@ -551,7 +554,7 @@ def test_a_phase_moves_the_anchors(open_cuda, text):
             if recipe.selection == "pages":
                 for row, head in itertools.product(range(2), range(2)):
                     np.testing.assert_array_equal(cache.pages_read(row, head), twin.pages_read(row, head))
-    with pytest.raises(ValueError, match="phase"):
+    with pytest.raises(ValueError, match="anchor_offset"):
         open_cuda().cache(shape, 800, "fp16", recipe, recipe.anchor_every)
 
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from elastickv.backends.cuda.page_layout import codes_of, dequantised, key_places, value_places
-from elastickv.kvcache.quantize import quantise_int4_keys, stored_values
+from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_places, value_places
+from elastickv.kvcache.quantize import quantize_int4_keys, stored_values
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, value_groups
 
@@ -25,20 +25,20 @@ def test_every_element_has_one_place(fmt, dim, group):
 
 def test_codes_in_page_order_become_the_quantisers_numbers():
     rows = np.random.default_rng(0).standard_normal((2 * PAGE_TOKENS, 80), dtype=np.float32)
-    codes, scales, zeros = quantise_int4_keys(rows.reshape(2, PAGE_TOKENS, 80))
+    codes, scales, zeros = quantize_int4_keys(rows.reshape(2, PAGE_TOKENS, 80))
     token, channel = key_places("int4", 80)
     padded = np.pad(codes, ((0, 0), (0, 0), (0, 16)))[:, token, channel].reshape(2, -1, 8).astype(np.uint32)
     words = (padded << (4 * np.arange(8, dtype=np.uint32))).sum(axis=-1, dtype=np.uint32)
     back = codes_of(np.ascontiguousarray(words).view(np.uint8).reshape(2, -1), "int4", (token, channel), 80)
     plane = np.pad(np.stack([scales, zeros], axis=1), ((0, 0), (0, 0), (0, 16))).reshape(2, -1).view(np.uint16)
     np.testing.assert_array_equal(back, codes)
-    numbers = dequantised(back, plane, "int4", False, "bf16", 80)
+    numbers = dequantized(back, plane, "int4", False, "bf16", 80)
     np.testing.assert_array_equal(numbers, stored_values(rows, "int4", False, 80))
 
 
 def test_a_selection_has_room_for_its_lists_sizes_even_where_no_page_fits():
     pytest.importorskip("cuda.bindings.nvrtc")
-    from elastickv.backends.cuda.storage import Layout
+    from elastickv.backends.cuda.storage import DeviceLayout
 
-    layout = Layout.of(AttentionShape(32, 16, 8, 64), 100, "bf16", Recipe.parse("int4,pages=1/4"), paged=True)
+    layout = DeviceLayout.of(AttentionShape(32, 16, 8, 64), 100, "bf16", Recipe.parse("int4,pages=1/4"), paged=True)
     assert layout.lists == 0 and layout.listed == 8 * 32 * 8

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.statistics_study import MACHINES
 from elastickv.benchmark import Options, run
 from elastickv.benchmark.runner import Silent
-from elastickv.benchmark.stats.changepoint import CHANCE, LEAST_STEP, shift
+from elastickv.benchmark.stats.changepoint import CHANCE, LEAST_STEP, find_changepoint
 from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
 
 STEADY = ["noise", "two clocks, fast", "Pareto bursts, 10 %", "lognormal, sigma 1.5", "AR(1), 0.6", "AR(1), 0.9"]
@@ -21,7 +21,9 @@ STEADY = ["noise", "two clocks, fast", "Pareto bursts, 10 %", "lognormal, sigma 
 @pytest.mark.parametrize("machine", STEADY)
 @pytest.mark.parametrize("n", [20, 200])
 def test_a_steady_machine_raises_no_alarm(machine, n):
-    alarms = sum(shift(np.exp(MACHINES[machine](np.random.default_rng([seed, n]), n))) is not None for seed in range(1000))
+    alarms = sum(
+        find_changepoint(np.exp(MACHINES[machine](np.random.default_rng([seed, n]), n))) is not None for seed in range(1000)
+    )
     assert alarms <= 2
 
 
@@ -44,7 +46,7 @@ def test_a_change_is_where_and_as_likely_as_published(levels):
         first, probability = published_shift(times.tolist())
         ratio = np.median(times[first:]) / np.median(times[:first]) if first < n else 1.0
         expected = probability <= CHANCE and max(ratio, 1 / ratio) >= LEAST_STEP
-        found = shift(times)
+        found = find_changepoint(times)
         assert (found is not None) == expected and (found is None or found.sample == first)
 
 
@@ -55,7 +57,7 @@ def test_a_throttled_part_is_noticed(machine, begin, end):
     for seed in range(100):
         times = np.exp(MACHINES[machine](np.random.default_rng([seed, 3]), 100))
         times[begin:end] *= 1.6
-        found = shift(times)
+        found = find_changepoint(times)
         noticed += found is not None and max(found.ratio, 1 / found.ratio) > 1.1
     assert noticed >= 80
 
@@ -63,7 +65,7 @@ def test_a_throttled_part_is_noticed(machine, begin, end):
 def test_where_it_begins_and_how_much_it_is():
     times = np.exp(MACHINES["noise"](np.random.default_rng(1), 100))
     times[60:] *= 1.5
-    found = shift(times)
+    found = find_changepoint(times)
     assert found.sample == 60
     assert found.ratio == pytest.approx(1.5, abs=0.02)
 
@@ -71,25 +73,25 @@ def test_where_it_begins_and_how_much_it_is():
 def test_half_of_24_samples_are_the_fewest_that_tell():
     # Ranks that part in the middle: Pettitt's statistic is (n / 2)^2, and 2 exp(-6 (n / 2)^4 / (n^3 + n^2)) is 7.5e-4 of 22
     # samples and 3.5e-4 of 24.
-    assert shift([2.0] * 11 + [3.0] * 11) is None
-    found = shift([2.0] * 12 + [3.0] * 12)
+    assert find_changepoint([2.0] * 11 + [3.0] * 11) is None
+    found = find_changepoint([2.0] * 12 + [3.0] * 12)
     assert (found.sample, found.ratio) == (12, 1.5)
 
 
 def test_a_step_of_a_tenth_is_told_and_none_below_it():
-    assert shift([10.0] * 12 + [11.0] * 12).ratio == shift([11.0] * 12 + [10.0] * 12).ratio ** -1 == 1.1
-    assert shift([10.0] * 12 + [10.99] * 12) is None
+    assert find_changepoint([10.0] * 12 + [11.0] * 12).ratio == find_changepoint([11.0] * 12 + [10.0] * 12).ratio ** -1 == 1.1
+    assert find_changepoint([10.0] * 12 + [10.99] * 12) is None
 
 
 def test_a_step_at_either_end_is_never_told_by_fewer_than_five_samples():
     for n in (24, 100, 400):
         for few in (1, 4):
-            assert shift([1.0] * (n - few) + [9.0] * few) is None
-            assert shift([9.0] * few + [1.0] * (n - few)) is None
+            assert find_changepoint([1.0] * (n - few) + [9.0] * few) is None
+            assert find_changepoint([9.0] * few + [1.0] * (n - few)) is None
 
 
 def test_too_few_samples_tell_nothing():
-    assert shift([1.0] * 9 + [2.0] * 10) is None
+    assert find_changepoint([1.0] * 9 + [2.0] * 10) is None
 
 
 class Loading(Silent):

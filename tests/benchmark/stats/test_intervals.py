@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from elastickv.benchmark.stats.intervals import (
     Interval,
-    Moments,
+    SummaryStats,
     beyond_noise,
     ratio_interval,
-    ratio_of_moments,
+    ratio_of_summaries,
     student_quantile,
     truncated,
 )
@@ -135,8 +135,8 @@ def test_moments_of_truncated_samples_give_the_interval_that_the_samples_would(p
         sides = []
         for mean in (2.0, 1.0):
             kept = truncated(mean * (1 + 0.02 * rng.standard_normal(n)), percent)
-            sides.append(Moments(float(kept.mean()), float(kept.std()), n, percent))
-        covered += ratio_of_moments(*sides).contains(2.0)
+            sides.append(SummaryStats(float(kept.mean()), float(kept.std()), n, percent))
+        covered += ratio_of_summaries(*sides).contains(2.0)
     # Binomial: 95 % coverage is above 0.92 and below 0.98 of 300 trials with probability 0.98.
     assert 0.92 < covered / trials < 0.98
 
@@ -144,9 +144,9 @@ def test_moments_of_truncated_samples_give_the_interval_that_the_samples_would(p
 @pytest.mark.parametrize("bad", [(0.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, -1.0)])
 def test_moments_that_are_none_are_refused(bad):
     with pytest.raises(NonFiniteError):
-        ratio_of_moments(Moments(*bad, 10), Moments(1.0, 0.1, 10))
+        ratio_of_summaries(SummaryStats(*bad, 10), SummaryStats(1.0, 0.1, 10))
     with pytest.raises(ValueError, match="at least 2"):
-        ratio_of_moments(Moments(1.0, 0.1, 1), Moments(1.0, 0.1, 10))
+        ratio_of_summaries(SummaryStats(1.0, 0.1, 1), SummaryStats(1.0, 0.1, 10))
 
 
 # Student's t at 97.5 %: NIST/SEMATECH e-Handbook, table 1.3.6.7.2.
@@ -190,12 +190,12 @@ def test_a_denominator_that_is_no_time_is_refused(bad):
     with pytest.raises(NonFiniteError, match=r"^a time that is not a finite positive number: no figure is reported$"):
         ratio_interval([1.0, 1.0], [1.0, bad])
     with pytest.raises(NonFiniteError, match=r"^a time that is not a finite positive number: no figure is reported$"):
-        ratio_of_moments(Moments(1.0, 0.1, 10), Moments(bad, 0.1, 10))
+        ratio_of_summaries(SummaryStats(1.0, 0.1, 10), SummaryStats(bad, 0.1, 10))
 
 
 def test_the_interval_of_moments_is_that_of_the_delta_method():
-    numerator, denominator = Moments(6.0, 0.3, 4), Moments(3.0, 0.6, 9)
-    interval = ratio_of_moments(numerator, denominator)
+    numerator, denominator = SummaryStats(6.0, 0.3, 4), SummaryStats(3.0, 0.6, 9)
+    interval = ratio_of_summaries(numerator, denominator)
     errors = 0.3 / 6 / 2, 0.6 / 3 / 3
     variances = [error**2 for error in errors]
     freedom = sum(variances) ** 2 / (variances[0] ** 2 / 3 + variances[1] ** 2 / 8)
@@ -203,7 +203,7 @@ def test_the_interval_of_moments_is_that_of_the_delta_method():
     expected = (2.0, 2 * math.exp(-margin), 2 * math.exp(margin), 0.95, 4, 1)
     got = (interval.estimate, interval.low, interval.high, interval.level, interval.samples, interval.block_length)
     assert got == pytest.approx(expected)
-    point = ratio_of_moments(Moments(6.0, 0.0, 2), Moments(3.0, 0.0, 5))
+    point = ratio_of_summaries(SummaryStats(6.0, 0.0, 2), SummaryStats(3.0, 0.0, 5))
     assert (point.low, point.estimate, point.high) == (2.0, 2.0, 2.0)
 
 

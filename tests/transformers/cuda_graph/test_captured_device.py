@@ -125,7 +125,7 @@ def test_a_model_may_lie_on_two_gpus(text):
     assert torch.equal(*found)
     report = cache.report()
     assert "placed by accelerate" in report.not_captured
-    assert 0 < report.quantise_seconds < report.prompt_seconds
+    assert 0 < report.quantize_seconds < report.prompt_seconds
     assert {str(layer.store.device) for layer in cache.elastic_layers} == {"cuda:0", "cuda:1"}
 
 

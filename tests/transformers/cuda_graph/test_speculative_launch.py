@@ -11,7 +11,7 @@ import elastickv.transformers as ekv
 from elastickv.errors import UsageError
 from elastickv.transformers.cuda_graph import captured, speculative_launch
 from elastickv.transformers.cuda_graph import recorder as recorders
-from elastickv.transformers.layer_storage import Backends, HostStore
+from elastickv.transformers.layer_storage import Backends, HostStorage
 from tests.helpers.model_matrix import model, padded, prompt
 from tests.transformers.cuda_graph.test_captured import Recorder
 
@@ -24,7 +24,7 @@ class Event:
 class Seer(Recorder):
     """What is launched ahead is done at once; who takes it back gets the caches of before."""
 
-    looks_ahead = True
+    launches_speculatively = True
 
     def __init__(self, stores):
         super().__init__()
@@ -67,11 +67,11 @@ def seer(monkeypatch):
     caches = []
     made = Seer(lambda: [layer.store for cache in caches for layer in cache.elastic_layers if layer.store])
 
-    def take_back(store):
+    def rollback(store):
         made.taken_back += 1
         store.cache = store.before
 
-    monkeypatch.setattr(HostStore, "take_back", take_back)
+    monkeypatch.setattr(HostStorage, "rollback", rollback)
     # A graph's replay runs no Python: nothing notes a use.
     note, silent = Backends.note_use, made.replaying
     monkeypatch.setattr(Backends, "note_use", lambda backends: None if silent else note(backends))
@@ -140,7 +140,7 @@ def test_beams_are_not_launched_ahead(tiny, seer):
     assert cache.report().ahead == 0
 
 
-def under_way(tiny, seer, kind=torch.int64):
+def in_flight(tiny, seer, kind=torch.int64):
     """Return a cache with a decode under way, one without that holds the same, and what comes next."""
     inputs, cache = prompt(1, 250), ekv.ElasticCache.for_model(tiny, 4)
     seer.watch(cache)
@@ -159,7 +159,7 @@ def next_logits(tiny, ids, *caches):
 
 
 def test_what_is_interrupted_while_tokens_are_compared_is_taken_back(tiny, seer, monkeypatch):
-    cache, other, ids = under_way(tiny, seer)
+    cache, other, ids = in_flight(tiny, seer)
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -174,7 +174,7 @@ def test_what_is_interrupted_while_tokens_are_compared_is_taken_back(tiny, seer,
 
 
 def test_a_cache_that_is_cropped_to_nothing_starts_anew(tiny, seer):
-    cache, other, _ = under_way(tiny, seer)
+    cache, other, _ = in_flight(tiny, seer)
     for each in (cache, other):
         each.crop(-each.get_seq_length())
     assert cache.backends.ahead is None
@@ -182,13 +182,13 @@ def test_a_cache_that_is_cropped_to_nothing_starts_anew(tiny, seer):
 
 
 def test_tokens_of_32_bits_are_not_launched_ahead(tiny, seer):
-    cache, other, ids = under_way(tiny, seer, torch.int32)
+    cache, other, ids = in_flight(tiny, seer, torch.int32)
     assert seer.launched == 0
     assert torch.equal(*next_logits(tiny, ids, cache, other))
 
 
 def test_a_turn_looks_ahead_whatever_became_of_the_one_before(tiny, seer):
-    cache, _, _ = under_way(tiny, seer)
+    cache, _, _ = in_flight(tiny, seer)
     before = cache.report().ahead
     tiny.generate(prompt(1, 290)["input_ids"], max_new_tokens=20, do_sample=False, past_key_values=cache)
     assert cache.report().ahead > before + 10
@@ -197,7 +197,7 @@ def test_a_turn_looks_ahead_whatever_became_of_the_one_before(tiny, seer):
 def test_a_rehearsal_that_breaks_off_in_the_last_layer_is_refused_after(tiny, seer, monkeypatch):
     cache = ekv.ElasticCache.for_model(tiny, 4)
     ids = next_logits(tiny, prompt(1, 250)["input_ids"], cache)[0][:, -1:].argmax(-1)
-    last, own = cache.elastic_layers[-1].store, HostStore.queue_step
+    last, own = cache.elastic_layers[-1].store, HostStorage.queue_step
 
     def fail(store, *rest):
         if store is last:
@@ -205,7 +205,7 @@ def test_a_rehearsal_that_breaks_off_in_the_last_layer_is_refused_after(tiny, se
         return own(store, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(HostStore, "queue_step", fail)
+        patch.setattr(HostStorage, "queue_step", fail)
         with pytest.raises(torch.OutOfMemoryError):
             next_logits(tiny, ids, cache)
     with pytest.raises(UsageError, match="broke off"):
@@ -214,7 +214,7 @@ def test_a_rehearsal_that_breaks_off_in_the_last_layer_is_refused_after(tiny, se
 
 @pytest.mark.parametrize("use", ["report", "copy", "crop", "reset"])
 def test_whoever_uses_the_cache_finds_what_was_asked_for(tiny, seer, use):
-    cache, other, ids = under_way(tiny, seer)
+    cache, other, ids = in_flight(tiny, seer)
     assert seer.launched and cache.backends.ahead is not None, "a loop of one's own tells nothing of its end"
     if use == "reset":
         cache.reset()

@@ -23,8 +23,8 @@ def open_backend(device: int | None) -> "CpuBackend":
     from elastickv.backends.cpu.settings import check_settings
 
     check_settings()
-    from elastickv.backends.cpu.numba_cache import kernels_kept_on_disk
+    from elastickv.backends.cpu.numba_cache import cache_kernels_on_disk
 
-    with kernels_kept_on_disk():
+    with cache_kernels_on_disk():
         from elastickv.backends.cpu.backend import CpuBackend
     return CpuBackend()

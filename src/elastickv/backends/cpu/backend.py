@@ -30,8 +30,8 @@ class CpuBackend:
     def device(self) -> DeviceInfo:
         return describe()
 
-    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> CpuCache:
-        """Allocate the cache of one layer, whose anchors come `phase` steps early.
+    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> CpuCache:
+        """Allocate the cache of one layer, whose anchors come `anchor_offset` steps early.
 
         Raises
         ------
@@ -44,7 +44,7 @@ class CpuBackend:
         if capacity < 1:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give a whole number from 1 up")
         recipe.check_shape(shape.head_dim, shape.kv_heads)
-        recipe.check_phase(phase)
+        recipe.check_anchor_offset(anchor_offset)
         needed, free = self.cache_bytes(shape, capacity, dtype, recipe), self.device.free_bytes
         if needed > free:
             fits = self._fitting_context(shape, capacity, dtype, recipe, free)
@@ -53,7 +53,7 @@ class CpuBackend:
                 f"a cache of {capacity} tokens ({recipe}) needs {needed} bytes ({needed / GIB:.1f} GiB); "
                 f"{free} ({free / GIB:.1f} GiB) are free; {remedy}"
             )
-        return CpuCache(shape, capacity, dtype, recipe, phase)
+        return CpuCache(shape, capacity, dtype, recipe, anchor_offset)
 
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
         """Return the bytes that `cache` allocates: pages, scratch for each thread and partial result, and the mark's copy."""

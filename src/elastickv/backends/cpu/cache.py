@@ -4,41 +4,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.cpu import decode, page, selection, steps, storage, threads
-from elastickv.backends.cpu.editing import Rows
-from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, STATE_WORDS, Field, Layout, State, layout
+from elastickv.backends.cpu.editing import CpuEditing
+from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, STATE_WORDS, BufferField, BufferLayout, State, layout
 from elastickv.backends.cpu.unpack import unpack_rows
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.kvcache.attention import Float64
 from elastickv.kvcache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
 from elastickv.recipe import AttentionShape, Recipe, regions
-from elastickv.recipe.regions import PAGE_TOKENS, kept
+from elastickv.recipe.regions import PAGE_TOKENS, retained_tokens
 
 ALIGNMENT_BYTES = 64
 
 
-class CpuCache(Rows):
+class CpuCache(CpuEditing):
     """An `EditableCache` in one block of host memory; see `layout` for what lies where.
 
     Any number of Python threads may work at once, each on caches of its own; a second one inside a cache raises RuntimeError.
     """
 
-    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> None:
-        recipe.check_phase(phase)
-        self.shape, self.capacity, self.dtype, self.recipe, self.phase = shape, capacity, dtype, recipe, phase
+    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> None:
+        recipe.check_anchor_offset(anchor_offset)
+        self.shape, self.capacity, self.dtype, self.recipe, self.anchor_offset = shape, capacity, dtype, recipe, anchor_offset
         self.thread_count, self._own = threads.count(), threads.OneThread()
-        self.layout: Layout = layout(shape, capacity, dtype, recipe, self.thread_count)
+        self.layout: BufferLayout = layout(shape, capacity, dtype, recipe, self.thread_count)
         # Zeros, not empty: what lies behind a short page is multiplied by zero, and must not be a NaN.
         self._buffer = np.zeros(self.layout.total_bytes - self.layout.snapshot_bytes, np.uint8)
         self._skew = -self._buffer.ctypes.data % ALIGNMENT_BYTES
         self.descriptor = np.array(self.layout.fields, np.int64)
-        for field in Field:
+        for field in BufferField:
             if field.name.endswith("_BASE"):
                 self.descriptor[field] += self._buffer.ctypes.data + self._skew - ALIGNMENT_BYTES
-        self.descriptor[Field.PHASE] = phase
-        self.descriptor[Field.PAGE_KERNEL] = page.attend_page.address
-        self.descriptor[Field.ITEM_KERNEL] = decode.decode_item.address
-        self.descriptor[Field.APPEND_KERNEL] = storage.append_token.address
-        self.descriptor[Field.SCORE_KERNEL] = selection.score_item.address
+        self.descriptor[BufferField.ANCHOR_OFFSET] = anchor_offset
+        self.descriptor[BufferField.PAGE_KERNEL] = page.attend_page.address
+        self.descriptor[BufferField.ITEM_KERNEL] = decode.decode_item.address
+        self.descriptor[BufferField.APPEND_KERNEL] = storage.append_token.address
+        self.descriptor[BufferField.SCORE_KERNEL] = selection.score_item.address
         if recipe.selection == "pages":
             fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
             self._section("fractions").view(np.float64)[:] = fractions
@@ -149,10 +149,10 @@ class CpuCache(Rows):
 
     def check_anchor(self, step: int) -> None:
         """Raise RuntimeError if a decode at `step` would reuse an output or a list of pages that was never computed."""
-        age = self.recipe.age(step, self.phase)
-        anchor = step - age
+        steps_since_refresh = self.recipe.steps_since_refresh(step, self.anchor_offset)
+        anchor = step - steps_since_refresh
         seen = int(self._state[0, 0, State.ANCHOR_STEP])
-        if age and seen != anchor:
+        if steps_since_refresh and seen != anchor:
             what = "list of pages" if self.recipe.selection == "pages" else "cold output"
             raise RuntimeError(f"step {step} reuses the {what} of anchor {anchor}, which was not decoded")
 
@@ -171,10 +171,10 @@ class CpuCache(Rows):
         length = int(self._state[row, kv_head, State.LENGTH])
         split = regions(length, self.recipe.sinks, self.recipe.window)
         cold = 0 if self.recipe.is_dense else split.cold
-        cold_rows = np.arange(kept(cold, self.recipe.stride))
+        cold_rows = np.arange(retained_tokens(cold, self.recipe.stride))
         sinks, after = np.arange(split.sinks), np.arange(cold, length - split.sinks)
-        ring = max(1, self.layout.fields[Field.RING_PAGES])
-        slots = self.layout.fields[Field.SINK_PAGES] + after // PAGE_TOKENS % ring
+        ring = max(1, self.layout.fields[BufferField.RING_PAGES])
+        slots = self.layout.fields[BufferField.SINK_PAGES] + after // PAGE_TOKENS % ring
         exact_rows = np.r_[sinks, slots * PAGE_TOKENS + after % PAGE_TOKENS].astype(np.int64)
         head = row * self.shape.kv_heads + kv_head
         exact = self.recipe.exact_dtype(self.dtype)
@@ -185,18 +185,18 @@ class CpuCache(Rows):
     def _rows(
         self, section: str, head: int, formats: tuple[str, str], group: int, rows: NDArray[np.int64]
     ) -> tuple[Float64, Float64]:
-        def of_head(name: str, size: Field) -> NDArray[np.uint8]:
+        def of_head(name: str, size: BufferField) -> NDArray[np.uint8]:
             stride = self.layout.fields[size]
             return self._section(name)[head * stride : (head + 1) * stride]
 
-        raw = of_head(section, Field.COLD_HEAD_BYTES if section == "cold" else Field.EXACT_HEAD_BYTES)
-        return unpack_rows(raw, of_head("bounds", Field.BOUNDS_HEAD_BYTES), formats, self.shape.head_dim, group, rows)
+        raw = of_head(section, BufferField.COLD_HEAD_BYTES if section == "cold" else BufferField.EXACT_HEAD_BYTES)
+        return unpack_rows(raw, of_head("bounds", BufferField.BOUNDS_HEAD_BYTES), formats, self.shape.head_dim, group, rows)
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
         """Return the numbers of the cold pages that the last decode read; None where the recipe selects none."""
         if self.recipe.selection != "pages":
             return None
-        start = (row * self.shape.kv_heads + kv_head) * self.layout.fields[Field.LISTS_HEAD_BYTES]
+        start = (row * self.shape.kv_heads + kv_head) * self.layout.fields[BufferField.LISTS_HEAD_BYTES]
         state = self._state[row, kv_head]
         listed = self._section("lists")[start : start + LIST_BYTES * state[State.LISTED]].view(np.int32)
         return np.r_[listed.astype(np.int64), np.arange(state[State.ANCHOR_PAGES], state[State.READ_PAGES])]

@@ -1,6 +1,7 @@
 """One work item of a decode step: some pages of one KV head, and the merge by whoever finishes that head last.
 
-`c` is a cache's descriptor (see `layout.Field`), `descriptor` its address; q, out and lse are addresses of float32 arrays.
+`c` is a cache's descriptor (see `layout.BufferField`), `descriptor` its address; q, out and lse are addresses of
+float32 arrays.
 """
 
 import math
@@ -9,7 +10,7 @@ import numpy as np
 from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.elements import age_at, cold_tokens
+from elastickv.backends.cpu.elements import cold_tokens, steps_since_refresh_at
 from elastickv.backends.cpu.intrinsics import (
     atomic_add,
     double_from_bits,
@@ -25,7 +26,7 @@ from elastickv.backends.cpu.selection import listed_page
 from elastickv.backends.cpu.vector import blend, scale_into
 from elastickv.recipe import PAGE_TOKENS
 
-_F, _S = layout.Field, layout.State
+_F, _S = layout.BufferField, layout.State
 GROUP, DIM, SINKS, STRIDE = int(_F.GROUP), int(_F.DIM), int(_F.SINKS), int(_F.STRIDE)
 IS_REUSE, IS_PAGES = int(_F.IS_REUSE), int(_F.IS_PAGES)
 COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
@@ -117,7 +118,7 @@ def _merge(c, head, out, lse):  # type: ignore[no-untyped-def]
     row = (dim + EXTRA) * 4
     state = c[STATE_BASE] + head * STATE_BYTES
     length, step = load_i64(state + LENGTH), load_i64(state + STEP)
-    age = age_at(c, step)
+    steps_since_refresh = steps_since_refresh_at(c, step)
     cold = cold_tokens(c, length)
     weight = ZERO
     if c[STRIDE] > 1 and cold > 0:
@@ -126,14 +127,16 @@ def _merge(c, head, out, lse):  # type: ignore[no-untyped-def]
     for g in range(group):
         target, top, total = out + g * dim * 4, NOTHING, ZERO
         reused = c[REUSED_BASE] + (head * group + g) * row
-        if c[IS_REUSE] and age > 0:
-            top, total = _fold(target, top, total, reused, dim, np.float32(age * double_from_bits(c[LOG2_DECAY])))
+        if c[IS_REUSE] and steps_since_refresh > 0:
+            top, total = _fold(
+                target, top, total, reused, dim, np.float32(steps_since_refresh * double_from_bits(c[LOG2_DECAY]))
+            )
         for split in range(splits):
             partial = c[PARTIAL_BASE] + ((head * splits + split) * group + g) * row
-            if split == c[COLD_SPLITS] and c[IS_REUSE] and age == 0:
+            if split == c[COLD_SPLITS] and c[IS_REUSE] and steps_since_refresh == 0:
                 _keep(reused, target, top, total, dim)
             top, total = _fold(target, top, total, partial, dim, weight if split < c[COLD_SPLITS] else ZERO)
-        if c[IS_REUSE] and age == 0 and c[EXACT_SPLITS] == 0:
+        if c[IS_REUSE] and steps_since_refresh == 0 and c[EXACT_SPLITS] == 0:
             _keep(reused, target, top, total, dim)
         if total == ZERO:
             for d in range(dim):
@@ -141,7 +144,7 @@ def _merge(c, head, out, lse):  # type: ignore[no-untyped-def]
         else:
             scale_into(target, target, dim, ONE / total)
         store_f32(lse + 4 * g, (top + np.log2(total)) * LN_2)
-    if c[IS_REUSE] and age == 0:
+    if c[IS_REUSE] and steps_since_refresh == 0:
         store_i64(state + ANCHOR_STEP, step)
     store_i64(state + READ_PAGES, cold // PAGE_TOKENS)
 
@@ -162,9 +165,9 @@ def decode_item(descriptor, item, q, out, lse, thread):  # type: ignore[no-untyp
     cold_part = split < c[COLD_SPLITS]
     if cold_part:
         tokens = (cold + c[STRIDE] - 1) // c[STRIDE]
-        age, skipped = age_at(c, step), 0
-        if c[IS_REUSE] and age > 0:
-            skipped = cold_tokens(c, length - age) // PAGE_TOKENS
+        steps_since_refresh, skipped = steps_since_refresh_at(c, step), 0
+        if c[IS_REUSE] and steps_since_refresh > 0:
+            skipped = cold_tokens(c, length - steps_since_refresh) // PAGE_TOKENS
         pages = (tokens + PAGE_TOKENS - 1) // PAGE_TOKENS - skipped
         if c[IS_PAGES]:
             pages += load_i64(state + LISTED) - load_i64(state + ANCHOR_PAGES)

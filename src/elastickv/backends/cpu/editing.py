@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.cpu import readback, steps, threads
-from elastickv.backends.cpu.layout import STATE_WORDS, Field, Layout, State
+from elastickv.backends.cpu.layout import STATE_WORDS, BufferField, BufferLayout, State
 from elastickv.kvcache.editable import (
     CacheState,
     check_crop,
@@ -21,7 +21,7 @@ from elastickv.kvcache.editable import (
 )
 from elastickv.kvcache.layer import Float32, check_shape, checked_lengths
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
-from elastickv.recipe.regions import kept
+from elastickv.recipe.regions import retained_tokens
 
 if TYPE_CHECKING:
     from elastickv.backends.cpu.cache import CpuCache
@@ -30,15 +30,15 @@ MAX_STEPS = 1 << 40
 _SECTIONS = ("cold", "exact", "bounds", "state", "lists", "reused")
 
 
-class Rows:
+class CpuEditing:
     """What `CpuCache` adds to a `LayerCache` to be an `EditableCache`."""
 
     shape: AttentionShape
     recipe: Recipe
     dtype: str
-    phase: int
+    anchor_offset: int
     capacity: int
-    layout: Layout
+    layout: BufferLayout
     descriptor: NDArray[np.int64]
     thread_count: int
     _state: NDArray[np.int64]
@@ -85,7 +85,7 @@ class Rows:
         from elastickv.backends.cpu.cache import CpuCache
 
         taken = checked_rows(rows, self.shape.batch)
-        other = CpuCache(replace(self.shape, batch=len(taken)), capacity, self.dtype, self.recipe, self.phase)
+        other = CpuCache(replace(self.shape, batch=len(taken)), capacity, self.dtype, self.recipe, self.anchor_offset)
         used = self._used()
         for name in _SECTIONS:
             other._of_rows(name)[:, :, : used[name]] = self._of_rows(name)[:, :, : used[name]][taken]
@@ -117,10 +117,10 @@ class Rows:
         fields, recipe = self.layout.fields, self.recipe
         longest = int(self.lengths.max(initial=0))
         split = regions(longest, recipe.sinks, recipe.window)
-        pages = 0 if recipe.is_dense else -(-kept(split.cold, recipe.stride) // PAGE_TOKENS)
+        pages = 0 if recipe.is_dense else -(-retained_tokens(split.cold, recipe.stride) // PAGE_TOKENS)
         whole = {name: self._of_rows(name).shape[2] for name in _SECTIONS}
-        exact = -(-longest // PAGE_TOKENS) * fields[Field.EXACT_PAGE_BYTES] if recipe.is_dense else whole["exact"]
-        used = {"cold": pages * fields[Field.COLD_PAGE_BYTES], "bounds": pages * 4 * self.shape.head_dim, "exact": exact}
+        exact = -(-longest // PAGE_TOKENS) * fields[BufferField.EXACT_PAGE_BYTES] if recipe.is_dense else whole["exact"]
+        used = {"cold": pages * fields[BufferField.COLD_PAGE_BYTES], "bounds": pages * 4 * self.shape.head_dim, "exact": exact}
         return {name: min(used.get(name, size), size) for name, size in whole.items()}
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
@@ -190,8 +190,8 @@ class Rows:
         step, anchor = (int(number) for number in alike[0, 0, :2])
         if not (-1 <= step < MAX_STEPS and -2 <= anchor <= step):
             raise ValueError(f"the saved steps are {step} and {anchor}")
-        age = self.recipe.age(step + 1, self.phase)
-        if age and anchor != step + 1 - age:
+        steps_since_refresh = self.recipe.steps_since_refresh(step + 1, self.anchor_offset)
+        if steps_since_refresh and anchor != step + 1 - steps_since_refresh:
             raise ValueError(f"the saved step {step} follows no anchor")
         pages = np.array([[cold_tokens(self.recipe, length) // PAGE_TOKENS] for length in lengths[:, 0]])
         if self.recipe.selection != "pages" or anchor < 0:

@@ -22,9 +22,9 @@ from elastickv.backends.cpu.intrinsics import (
 from elastickv.kvcache.rounding import LARGEST
 from elastickv.recipe import PAGE_TOKENS
 
-_F = layout.Field
+_F = layout.BufferField
 SINKS, WINDOW, IS_DENSE = int(_F.SINKS), int(_F.WINDOW), int(_F.IS_DENSE)
-ANCHOR_EVERY, PHASE = int(_F.ANCHOR_EVERY), int(_F.PHASE)
+ANCHOR_EVERY, ANCHOR_OFFSET = int(_F.ANCHOR_EVERY), int(_F.ANCHOR_OFFSET)
 COLD_BASE, COLD_PAGE_BYTES, COLD_HEAD_BYTES = int(_F.COLD_BASE), int(_F.COLD_PAGE_BYTES), int(_F.COLD_HEAD_BYTES)
 EXACT_BASE, EXACT_PAGE_BYTES, EXACT_HEAD_BYTES = int(_F.EXACT_BASE), int(_F.EXACT_PAGE_BYTES), int(_F.EXACT_HEAD_BYTES)
 SINK_PAGES, RING_PAGES = int(_F.SINK_PAGES), int(_F.RING_PAGES)
@@ -64,10 +64,10 @@ def cold_tokens(c, length):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def age_at(c, step):  # type: ignore[no-untyped-def]
+def steps_since_refresh_at(c, step):  # type: ignore[no-untyped-def]
     """Return the steps since the last anchor, as `Recipe.age` does."""
     step = max(step, 0)
-    return min(step, (step + c[PHASE]) % c[ANCHOR_EVERY])
+    return min(step, (step + c[ANCHOR_OFFSET]) % c[ANCHOR_EVERY])
 
 
 @njit(error_model="numpy")

@@ -24,7 +24,7 @@ from enum import IntEnum
 
 from elastickv.backends.cpu.intrinsics import BLOCK, COLUMNS, FORMAT_CODES, LANES
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.regions import kept, selected
+from elastickv.recipe.regions import retained_tokens, selected
 
 LINE_BYTES = 64
 STATE_WORDS = 16
@@ -40,7 +40,7 @@ FP8_SCALE_BYTES = 32
 BLOCK_WORDS = 8  # floats of block scratch for each query: factors and such
 
 
-class Field(IntEnum):
+class BufferField(IntEnum):
     """Column of a cache's descriptor."""
 
     HEADS = 0  # (sequence, KV head) pairs
@@ -88,7 +88,7 @@ class Field(IntEnum):
     SCORE_SPLITS = 42
     FRACTIONS_BASE = 43  # one float64 for each KV head
     SCORE_KERNEL = 44
-    PHASE = 45  # steps by which anchors come early, filled in by the cache
+    ANCHOR_OFFSET = 45  # steps by which anchors come early, filled in by the cache
 
 
 class State(IntEnum):
@@ -142,7 +142,7 @@ def _splits(pages: int, heads: int, threads: int) -> int:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BufferLayout:
     """Sizes and offsets of one cache's buffer."""
 
     fields: tuple[int, ...]
@@ -155,7 +155,7 @@ class Layout:
         return next((start, size) for label, start, size in self.sections if label == name)
 
 
-def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, threads: int) -> Layout:
+def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, threads: int) -> BufferLayout:
     """Lay out a cache."""
     heads, dim = shape.batch * shape.kv_heads, shape.head_dim
     after_sinks = max(0, capacity - recipe.sinks)
@@ -164,7 +164,7 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
     v_group = recipe.v_group(dim)
     all_pages = -(-after_sinks // PAGE_TOKENS)
     cold_tokens = 0 if recipe.is_dense else max(0, after_sinks - recipe.window) // PAGE_TOKENS * PAGE_TOKENS
-    cold_pages = -(-kept(cold_tokens, recipe.stride) // PAGE_TOKENS)
+    cold_pages = -(-retained_tokens(cold_tokens, recipe.stride) // PAGE_TOKENS)
     ring_pages = all_pages if recipe.is_dense else min(-(-recipe.window // PAGE_TOKENS) + 1, all_pages)
     sink_pages = -(-min(recipe.sinks, capacity) // PAGE_TOKENS)
     cold_page, exact_page = page_bytes(key_format, value_format, dim, v_group), page_bytes(exact_format, exact_format, dim, dim)
@@ -211,46 +211,46 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
     at = {name: start for name, start, _ in starts}
     snapshot = (sizes["exact"] if wraps else 0) + sum(sizes[name] for name in MARKED)
     fields = {
-        Field.HEADS: heads,
-        Field.KV_HEADS: shape.kv_heads,
-        Field.GROUP: shape.group,
-        Field.DIM: dim,
-        Field.SINKS: recipe.sinks,
-        Field.WINDOW: recipe.window,
-        Field.STRIDE: recipe.stride,
-        Field.ANCHOR_EVERY: recipe.anchor_every,
-        Field.IS_DENSE: int(recipe.is_dense),
-        Field.IS_REUSE: int(reuse),
-        Field.COLD_KEY_FORMAT: FORMAT_CODES[key_format],
-        Field.COLD_BASE: at["cold"],
-        Field.COLD_PAGE_BYTES: cold_page,
-        Field.COLD_HEAD_BYTES: cold_pages * cold_page,
-        Field.COLD_SPLITS: cold_splits,
-        Field.EXACT_FORMAT: FORMAT_CODES[exact_format],
-        Field.EXACT_BASE: at["exact"],
-        Field.EXACT_PAGE_BYTES: exact_page,
-        Field.EXACT_HEAD_BYTES: (sink_pages + ring_pages) * exact_page,
-        Field.EXACT_SPLITS: exact_splits,
-        Field.SINK_PAGES: sink_pages,
-        Field.RING_PAGES: ring_pages,
-        Field.STATE_BASE: at["state"],
-        Field.PARTIAL_BASE: at["partial"],
-        Field.REUSED_BASE: at["reused"],
-        Field.WORK_BASE: at["work"],
-        Field.WORK_THREAD_BYTES: work,
-        Field.CAPACITY: capacity,
-        Field.LOG2_DECAY: struct.unpack("q", struct.pack("d", math.log2(recipe.decay)))[0],
-        Field.COLD_VALUE_FORMAT: FORMAT_CODES[value_format],
-        Field.VALUE_GROUP: v_group,
-        Field.PADDED: padded,
-        Field.BOUNDS_BASE: at["bounds"],
-        Field.BOUNDS_HEAD_BYTES: bounds_head,
-        Field.IS_PAGES: int(pages),
-        Field.LISTS_BASE: at["lists"],
-        Field.LISTS_HEAD_BYTES: lists_head,
-        Field.SCORES_BASE: at["scores"],
-        Field.SCORES_HEAD_BYTES: score_row,
-        Field.SCORE_SPLITS: score_splits,
-        Field.FRACTIONS_BASE: at["fractions"],
+        BufferField.HEADS: heads,
+        BufferField.KV_HEADS: shape.kv_heads,
+        BufferField.GROUP: shape.group,
+        BufferField.DIM: dim,
+        BufferField.SINKS: recipe.sinks,
+        BufferField.WINDOW: recipe.window,
+        BufferField.STRIDE: recipe.stride,
+        BufferField.ANCHOR_EVERY: recipe.anchor_every,
+        BufferField.IS_DENSE: int(recipe.is_dense),
+        BufferField.IS_REUSE: int(reuse),
+        BufferField.COLD_KEY_FORMAT: FORMAT_CODES[key_format],
+        BufferField.COLD_BASE: at["cold"],
+        BufferField.COLD_PAGE_BYTES: cold_page,
+        BufferField.COLD_HEAD_BYTES: cold_pages * cold_page,
+        BufferField.COLD_SPLITS: cold_splits,
+        BufferField.EXACT_FORMAT: FORMAT_CODES[exact_format],
+        BufferField.EXACT_BASE: at["exact"],
+        BufferField.EXACT_PAGE_BYTES: exact_page,
+        BufferField.EXACT_HEAD_BYTES: (sink_pages + ring_pages) * exact_page,
+        BufferField.EXACT_SPLITS: exact_splits,
+        BufferField.SINK_PAGES: sink_pages,
+        BufferField.RING_PAGES: ring_pages,
+        BufferField.STATE_BASE: at["state"],
+        BufferField.PARTIAL_BASE: at["partial"],
+        BufferField.REUSED_BASE: at["reused"],
+        BufferField.WORK_BASE: at["work"],
+        BufferField.WORK_THREAD_BYTES: work,
+        BufferField.CAPACITY: capacity,
+        BufferField.LOG2_DECAY: struct.unpack("q", struct.pack("d", math.log2(recipe.decay)))[0],
+        BufferField.COLD_VALUE_FORMAT: FORMAT_CODES[value_format],
+        BufferField.VALUE_GROUP: v_group,
+        BufferField.PADDED: padded,
+        BufferField.BOUNDS_BASE: at["bounds"],
+        BufferField.BOUNDS_HEAD_BYTES: bounds_head,
+        BufferField.IS_PAGES: int(pages),
+        BufferField.LISTS_BASE: at["lists"],
+        BufferField.LISTS_HEAD_BYTES: lists_head,
+        BufferField.SCORES_BASE: at["scores"],
+        BufferField.SCORES_HEAD_BYTES: score_row,
+        BufferField.SCORE_SPLITS: score_splits,
+        BufferField.FRACTIONS_BASE: at["fractions"],
     }
-    return Layout(tuple(fields.get(f, 0) for f in Field), tuple(starts), total + snapshot, snapshot)
+    return BufferLayout(tuple(fields.get(f, 0) for f in BufferField), tuple(starts), total + snapshot, snapshot)

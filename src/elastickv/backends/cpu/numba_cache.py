@@ -18,7 +18,7 @@ from numba.core.caching import FunctionCache
 from numba.core.errors import NumbaError
 from numba.core.serialize import dumps
 
-from elastickv.backends.kernel_cache import cache_folder, keep, kept, sources_digest, writable
+from elastickv.backends.kernel_cache import cache_folder, load_compiled, save_compiled, sources_digest, writable
 from elastickv.errors import CompileFailure
 
 _FOLDER = Path(__file__).parent
@@ -37,12 +37,12 @@ class _Files:
 
     def load(self, key: Any) -> Any:
         """Return what was saved under `key`; None if nothing was, or it is damaged."""
-        body = kept(self._path(key))
+        body = load_compiled(self._path(key))
         return None if body is None else pickle.loads(body)
 
     def save(self, key: Any, data: Any) -> None:
         """Save `data` under `key`."""
-        keep(self._path(key), dumps(data))
+        save_compiled(self._path(key), dumps(data))
 
     def _path(self, key: Any) -> Path:
         digest = hashlib.sha256(repr((self._version, key)).encode()).hexdigest()
@@ -60,7 +60,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 
 @contextmanager
-def kernels_kept_on_disk() -> Iterator[None]:
+def cache_kernels_on_disk() -> Iterator[None]:
     """Let the functions that are decorated inside keep their code in a folder of their own, unless NUMBA_CACHE_DIR names one.
 
     Numba looks for changes in the file of a function only; its code here is also made of other files of this folder, so the

@@ -1,6 +1,6 @@
 """Attention to one page: scores, online softmax, weighted values, in a thread's scratch.
 
-`c` is a cache's descriptor (see `layout.Field`), `descriptor` its address.
+`c` is a cache's descriptor (see `layout.BufferField`), `descriptor` its address.
 """
 
 import math
@@ -28,7 +28,7 @@ from elastickv.backends.cpu.scale_folding import fold_page, to_integers, total_o
 from elastickv.backends.cpu.vector import accumulate_page, clear, multiply_page, scale_into, softmax_page
 from elastickv.recipe import PAGE_TOKENS
 
-_F = layout.Field
+_F = layout.BufferField
 GROUP, DIM, VALUE_GROUP, PADDED = int(_F.GROUP), int(_F.DIM), int(_F.VALUE_GROUP), int(_F.PADDED)
 COLD_PAGE_BYTES, LINE_BYTES = int(_F.COLD_PAGE_BYTES), layout.LINE_BYTES
 WORK_BASE, WORK_THREAD_BYTES = int(_F.WORK_BASE), int(_F.WORK_THREAD_BYTES)

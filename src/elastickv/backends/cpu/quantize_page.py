@@ -35,7 +35,7 @@ from elastickv.backends.cpu.intrinsics import (
 from elastickv.kvcache.quantize import FP8_MAX, FP16_MAX, INT4_LEVELS, INT8_LEVELS
 from elastickv.recipe import PAGE_TOKENS
 
-_F = layout.Field
+_F = layout.BufferField
 DIM, SINKS, STRIDE, EXACT_FORMAT = int(_F.DIM), int(_F.SINKS), int(_F.STRIDE), int(_F.EXACT_FORMAT)
 COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
 VALUE_GROUP, STATE_BASE = int(_F.VALUE_GROUP), int(_F.STATE_BASE)
@@ -152,7 +152,7 @@ def _values_int4(exact, source, target, scales, dim, group):  # type: ignore[no-
 
 
 @njit(error_model="numpy")
-def chill(c, head, page):  # type: ignore[no-untyped-def]
+def quantize_page(c, head, page):  # type: ignore[no-untyped-def]
     """Store the kept tokens of the page that leaves the window in the cold formats."""
     exact, dim, group = c[EXACT_FORMAT], c[DIM], c[VALUE_GROUP]
     key, value = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT]

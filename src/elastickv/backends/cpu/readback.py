@@ -1,4 +1,4 @@
-"""Reading tokens back in bulk, and writing them into the window again. The twin of `storage` and `chill`."""
+"""Reading tokens back in bulk, and writing them into the window again. The twin of `storage` and `quantize_page`."""
 
 import numpy as np
 from numba import cfunc, njit
@@ -34,7 +34,7 @@ from elastickv.backends.cpu.intrinsics import (
 from elastickv.kvcache.quantize import E4M3_VALUES
 from elastickv.recipe import PAGE_TOKENS
 
-_F = layout.Field
+_F = layout.BufferField
 HEADS, KV_HEADS, DIM, SINKS, STRIDE = int(_F.HEADS), int(_F.KV_HEADS), int(_F.DIM), int(_F.SINKS), int(_F.STRIDE)
 COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
 EXACT_FORMAT, VALUE_GROUP, STATE_BASE = int(_F.EXACT_FORMAT), int(_F.VALUE_GROUP), int(_F.STATE_BASE)

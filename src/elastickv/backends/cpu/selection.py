@@ -39,7 +39,7 @@ from elastickv.backends.cpu.vector import by_width
 from elastickv.kvcache.scorers.bounds import LEVELS, SPAN
 from elastickv.recipe import PAGE_TOKENS
 
-_F, _S = layout.Field, layout.State
+_F, _S = layout.BufferField, layout.State
 KV_HEADS, GROUP, DIM = int(_F.KV_HEADS), int(_F.GROUP), int(_F.DIM)
 BOUNDS_BASE, BOUNDS_HEAD_BYTES, STATE_BASE = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES), int(_F.STATE_BASE)
 LISTS_BASE, LISTS_HEAD_BYTES = int(_F.LISTS_BASE), int(_F.LISTS_HEAD_BYTES)

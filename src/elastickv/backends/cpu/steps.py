@@ -10,7 +10,7 @@ import numpy as np
 from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.elements import age_at
+from elastickv.backends.cpu.elements import steps_since_refresh_at
 from elastickv.backends.cpu.intrinsics import (
     atomic_add,
     atomic_load,
@@ -24,7 +24,7 @@ from elastickv.backends.cpu.intrinsics import (
     words,
 )
 
-_F = layout.Field
+_F = layout.BufferField
 HEADS, KV_HEADS, GROUP, DIM = int(_F.HEADS), int(_F.KV_HEADS), int(_F.GROUP), int(_F.DIM)
 COLD_SPLITS, EXACT_SPLITS, STATE_BASE = int(_F.COLD_SPLITS), int(_F.EXACT_SPLITS), int(_F.STATE_BASE)
 ITEM_KERNEL, APPEND_KERNEL, SCORE_KERNEL = int(_F.ITEM_KERNEL), int(_F.APPEND_KERNEL), int(_F.SCORE_KERNEL)
@@ -39,42 +39,42 @@ _SIGNATURE = "void(int64, int64)"
 
 
 @njit(error_model="numpy")
-def _take(counters, phase):  # type: ignore[no-untyped-def]
-    return atomic_add(counters + 8 * TICKET_WORDS * phase, 1)
+def _take(counters, anchor_offset):  # type: ignore[no-untyped-def]
+    return atomic_add(counters + 8 * TICKET_WORDS * anchor_offset, 1)
 
 
 @njit(error_model="numpy")
-def _finish(counters, phase):  # type: ignore[no-untyped-def]
-    atomic_add(counters + 8 * TICKET_WORDS * phase + 64, 1)
+def _finish(counters, anchor_offset):  # type: ignore[no-untyped-def]
+    atomic_add(counters + 8 * TICKET_WORDS * anchor_offset + 64, 1)
 
 
 @njit(error_model="numpy")
-def _wait(counters, phase, items):  # type: ignore[no-untyped-def]
-    while atomic_load(counters + 8 * TICKET_WORDS * phase + 64) < items:
+def _wait(counters, anchor_offset, items):  # type: ignore[no-untyped-def]
+    while atomic_load(counters + 8 * TICKET_WORDS * anchor_offset + 64) < items:
         pause()
 
 
 @njit(error_model="numpy")
-def _decode(descriptor, q, out, lse, counters, phase, thread):  # type: ignore[no-untyped-def]
+def _decode(descriptor, q, out, lse, counters, anchor_offset, thread):  # type: ignore[no-untyped-def]
     """Decode once, in two phases: at an anchor of a selection the pages are scored and listed, then attended to."""
     c = words(descriptor)
     step = load_i64(c[STATE_BASE] + STEP)
-    if c[IS_PAGES] and age_at(c, step) == 0:
+    if c[IS_PAGES] and steps_since_refresh_at(c, step) == 0:
         items = c[HEADS] * c[SCORE_SPLITS]
-        item = _take(counters, phase)
+        item = _take(counters, anchor_offset)
         while item < items:
             invoke_4(c[SCORE_KERNEL], descriptor, item, q, thread)
-            _finish(counters, phase)
-            item = _take(counters, phase)
-        _wait(counters, phase, items)
-    phase += 1
+            _finish(counters, anchor_offset)
+            item = _take(counters, anchor_offset)
+        _wait(counters, anchor_offset, items)
+    anchor_offset += 1
     items = c[HEADS] * (c[COLD_SPLITS] + c[EXACT_SPLITS])
-    item = _take(counters, phase)
+    item = _take(counters, anchor_offset)
     while item < items:
         invoke_6(c[ITEM_KERNEL], descriptor, item, q, out, lse, thread)
-        _finish(counters, phase)
-        item = _take(counters, phase)
-    _wait(counters, phase, items)
+        _finish(counters, anchor_offset)
+        item = _take(counters, anchor_offset)
+    _wait(counters, anchor_offset, items)
 
 
 @cfunc(_SIGNATURE, cache=True, error_model="numpy")

@@ -5,10 +5,12 @@ from numba import cfunc
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import cold_tokens, exact_page, key_offset, plane_bytes, put, value_offset
 from elastickv.backends.cpu.intrinsics import load_f32, load_i64, store_i64, words
-from elastickv.backends.cpu.quantize_page import chill
+from elastickv.backends.cpu.quantize_page import quantize_page
 from elastickv.recipe import PAGE_TOKENS
 
-DIM, EXACT_FORMAT, STATE_BASE = (int(f) for f in (layout.Field.DIM, layout.Field.EXACT_FORMAT, layout.Field.STATE_BASE))
+DIM, EXACT_FORMAT, STATE_BASE = (
+    int(f) for f in (layout.BufferField.DIM, layout.BufferField.EXACT_FORMAT, layout.BufferField.STATE_BASE)
+)
 LENGTH, BAD = 8 * int(layout.State.LENGTH), 8 * int(layout.State.BAD_POSITION)
 STATE_BYTES = 8 * layout.STATE_WORDS
 
@@ -31,4 +33,4 @@ def append_token(descriptor, head, keys, values):  # type: ignore[no-untyped-def
     store_i64(state + LENGTH, position + 1)
     before, after = cold_tokens(c, position), cold_tokens(c, position + 1)
     if after > before:
-        chill(c, head, before // PAGE_TOKENS)
+        quantize_page(c, head, before // PAGE_TOKENS)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from elastickv.backends.cpu.intrinsics import COLUMNS
 from elastickv.backends.cpu.layout import page_bytes, plane_bytes, scale_bytes
 from elastickv.kvcache.attention import Float64
-from elastickv.kvcache.quantize import dequantise_fp8, dequantise_int8
+from elastickv.kvcache.quantize import dequantize_fp8, dequantize_int8
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import PAGE_TOKENS
 
@@ -64,7 +64,7 @@ def _value_numbers(codes: Numbers, scales: Bytes, fmt: str, group: int) -> Float
 def _numbers(codes: Numbers, scales: Bytes, fmt: str) -> Float64:
     if fmt in ("int8", "fp8"):
         bits = np.ascontiguousarray(scales).view(np.uint16)
-        return dequantise_int8(codes, bits[:, :PAGE_TOKENS]) if fmt == "int8" else dequantise_fp8(codes, bits[:, 0])
+        return dequantize_int8(codes, bits[:, :PAGE_TOKENS]) if fmt == "int8" else dequantize_fp8(codes, bits[:, 0])
     return (from_bf16_bits(codes) if fmt == "bf16" else codes).astype(np.float64)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from elastickv.backends.cuda.cache import CudaLayerCache
+from elastickv.backends.cuda.cache import CudaCache
 from elastickv.backends.cuda.ceilings import measure
 from elastickv.backends.cuda.device import Allocator, CudaDevice
 from elastickv.backends.cuda.kernel_selection import (
@@ -13,13 +13,13 @@ from elastickv.backends.cuda.kernel_selection import (
     Variant,
     decode_variant,
     gains_from_pages,
-    kept_as,
     overlapping,
     plan_splits,
     split_variant,
+    stored_layout,
 )
 from elastickv.backends.cuda.programs import CudaProgram, attention_program, cycle_program
-from elastickv.backends.cuda.storage import Layout, Scratch, ScratchSize
+from elastickv.backends.cuda.storage import DeviceLayout, Scratch, ScratchSize
 from elastickv.backends.feedback import Feedback
 from elastickv.backends.protocol import Ceilings, DeviceInfo
 from elastickv.errors import UsageError
@@ -62,7 +62,7 @@ class CudaBackend:
         self._device.follow(stream)
 
     def _kept(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Recipe:
-        return kept_as(recipe, shape, capacity, dtype, self._device.arch) if self._kind == "auto" else recipe
+        return stored_layout(recipe, shape, capacity, dtype, self._device.arch) if self._kind == "auto" else recipe
 
     def _variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
         """Return the decode kernel; layers that are alike ask for the same again and again."""
@@ -96,7 +96,7 @@ class CudaBackend:
         self, variant: Variant, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe
     ) -> Variant | None:
         """Return the kernel of the best fixed split whose clusters all run at once, if one serves."""
-        units, int8 = Layout.of(shape, capacity, dtype, recipe).units(recipe), recipe.key_format == "int8"
+        units, int8 = DeviceLayout.of(shape, capacity, dtype, recipe).units(recipe), recipe.key_format == "int8"
         for planned in plan_splits(shape.batch, shape.kv_heads, units, int8, self._device.multiprocessors):
             split = split_variant(variant, shape.group, planned)
             if split and (not split["CLUSTER"] or self._clusters_at_once(split) >= shape.batch * shape.kv_heads):
@@ -106,7 +106,7 @@ class CudaBackend:
     def _clusters_at_once(self, variant: Variant) -> int:
         return self._device.clusters_at_once(variant, "decode", variant.splits)
 
-    def _grid(self, shape: AttentionShape, variant: Variant, layout: Layout) -> tuple[int, ScratchSize]:
+    def _grid(self, shape: AttentionShape, variant: Variant, layout: DeviceLayout) -> tuple[int, ScratchSize]:
         problems = shape.batch * shape.kv_heads * -(-shape.group // variant.rows)
         blocks = problems * variant.splits
         if not blocks:
@@ -117,11 +117,11 @@ class CudaBackend:
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
         """Return the device bytes that `cache` would allocate, its scratch included."""
         variant = self._variant(shape, capacity, dtype, recipe)
-        layout = Layout.of(shape, capacity, dtype, self._kept(shape, capacity, dtype, recipe), variant.paged)
+        layout = DeviceLayout.of(shape, capacity, dtype, self._kept(shape, capacity, dtype, recipe), variant.paged)
         _, scratch = self._grid(shape, variant, layout)
         return layout.n_bytes + layout.marked_bytes + scratch.n_bytes
 
-    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int = 0) -> LayerCache:
+    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> LayerCache:
         """Allocate the cache of one layer.
 
         Raises
@@ -131,9 +131,9 @@ class CudaBackend:
         if capacity < 1:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give at least 1")
         kept = self._kept(shape, capacity, dtype, recipe)
-        return self._made(shape, capacity, dtype, recipe, phase, kept, self._variant(shape, capacity, dtype, recipe))
+        return self._made(shape, capacity, dtype, recipe, anchor_offset, kept, self._variant(shape, capacity, dtype, recipe))
 
-    def resized(self, cache: CudaLayerCache, batch: int, capacity: int) -> CudaLayerCache:
+    def resized(self, cache: CudaCache, batch: int, capacity: int) -> CudaCache:
         """Return an empty cache for `batch` sequences of `capacity` tokens that lie as those of another do.
 
         Raises
@@ -144,12 +144,19 @@ class CudaBackend:
         variant = self._variant(shape, capacity, cache.dtype, cache.recipe)
         if (variant.paged, self._kept(shape, capacity, cache.dtype, cache.recipe)) != (cache.variant.paged, cache.kept):
             variant = cache.variant
-        return self._made(shape, capacity, cache.dtype, cache.recipe, cache.phase, cache.kept, variant)
+        return self._made(shape, capacity, cache.dtype, cache.recipe, cache.anchor_offset, cache.kept, variant)
 
     def _made(
-        self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, phase: int, kept: Recipe, variant: Variant
-    ) -> CudaLayerCache:
-        layout = Layout.of(shape, capacity, dtype, kept, variant.paged)
+        self,
+        shape: AttentionShape,
+        capacity: int,
+        dtype: str,
+        recipe: Recipe,
+        anchor_offset: int,
+        kept: Recipe,
+        variant: Variant,
+    ) -> CudaCache:
+        layout = DeviceLayout.of(shape, capacity, dtype, kept, variant.paged)
         blocks, size = self._grid(shape, variant, layout)
         shared = self._scratch is not None and self._scratch.size.covers(size)
         needed = layout.n_bytes + layout.marked_bytes + (0 if shared else size.n_bytes)
@@ -162,23 +169,25 @@ class CudaBackend:
             self._scratch = Scratch(self._device, size)
         assert self._scratch is not None
         held = (kept, variant, blocks, layout, self._scratch)
-        return CudaLayerCache(self._device, shape, capacity, dtype, recipe, phase, *held, self.resized)
+        return CudaCache(self._device, shape, capacity, dtype, recipe, anchor_offset, *held, self.resized)
 
     @staticmethod
     def _largest_capacity(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool, free: int) -> int:
         low, high = 0, capacity
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if Layout.of(shape, middle, dtype, recipe, paged).n_bytes <= free else (low, middle)
+            low, high = (
+                (middle, high) if DeviceLayout.of(shape, middle, dtype, recipe, paged).n_bytes <= free else (low, middle)
+            )
         return low
 
     def attention(self, caches: Sequence[LayerCache], queries: Sequence[Float32], steps: int, graph: bool) -> CudaProgram:
         """Return a program of `steps` decodes that go round `caches`, each with its own queries."""
-        return attention_program(self._device, cast(Sequence[CudaLayerCache], caches), queries, steps, graph)
+        return attention_program(self._device, cast(Sequence[CudaCache], caches), queries, steps, graph)
 
     def cycle(self, caches: Sequence[LayerCache], first: Float32, feedback: Feedback, graph: bool) -> CudaProgram:
         """Return a program whose launch is one token through all `caches` as layers."""
-        return cycle_program(self._device, cast(Sequence[CudaLayerCache], caches), first, feedback, graph)
+        return cycle_program(self._device, cast(Sequence[CudaCache], caches), first, feedback, graph)
 
     def ceilings(self) -> Ceilings:
         """Measure the device's limits (about a second)."""

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.backends.cuda.device import CudaDevice, Memory, f32, i32, i64, u64
-from elastickv.backends.cuda.editing import DeviceRows, Given, Rows
+from elastickv.backends.cuda.device import CudaDevice, DeviceMemory, f32, i32, i64, u64
+from elastickv.backends.cuda.editing import CudaEditing, DeviceRows, KeyValueRows
 from elastickv.backends.cuda.kernel_selection import TYPES, Variant, fixed_blocks, selecting_blocks
 from elastickv.backends.cuda.readback import Contents
-from elastickv.backends.cuda.storage import Layout, Scratch, Storage
+from elastickv.backends.cuda.storage import DeviceLayout, Scratch, Storage
 from elastickv.backends.feedback import Feedback
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.kvcache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
@@ -22,7 +22,7 @@ _NUMBERS = itertools.count()
 _TOO_LARGE, _NOTHING = 1 << 31, (1 << 32) - 1  # beside positions, in what says where a head has a bad value
 
 
-class CudaLayerCache(Rows):
+class CudaCache(CudaEditing):
     """An `EditableCache` in device memory, whose tokens are kept as another recipe of equal results may keep them."""
 
     def __init__(
@@ -32,16 +32,16 @@ class CudaLayerCache(Rows):
         capacity: int,
         dtype: str,
         recipe: Recipe,
-        phase: int,
+        anchor_offset: int,
         kept: Recipe,
         variant: Variant,
         blocks: int,
-        layout: Layout,
+        layout: DeviceLayout,
         scratch: Scratch,
-        resized: Callable[["CudaLayerCache", int, int], "CudaLayerCache"],
+        resized: Callable[["CudaCache", int, int], "CudaCache"],
     ) -> None:
-        self.shape, self.capacity, self.dtype, self.recipe, self.phase = shape, capacity, dtype, recipe, phase
-        recipe.check_phase(phase)
+        self.shape, self.capacity, self.dtype, self.recipe, self.anchor_offset = shape, capacity, dtype, recipe, anchor_offset
+        recipe.check_anchor_offset(anchor_offset)
         self.kept, self.variant, self.blocks = kept, variant, blocks
         self._device, self._scratch, self._resized = device, scratch, resized
         self.storage = Storage(device, layout)
@@ -131,22 +131,22 @@ class CudaLayerCache(Rows):
         for name, array in (("keys", keys), ("values", values)):
             check_shape(array, (self.shape.batch, self.shape.kv_heads, self.shape.head_dim), name)
         staged = [self._staged(np.asarray(array, np.float32)) for array in (keys, values)]
-        given = Given(*(self._given_rows(memory, 1) for memory in staged))
+        given = KeyValueRows(*(self._given_rows(memory, 1) for memory in staged))
         self._launch_append_rows(given, None, 1.0)
         self._device.stream.sync()
         self.count(1)
 
-    def _staged(self, array: Float32) -> Memory:
+    def _staged(self, array: Float32) -> DeviceMemory:
         memory = self._device.allocate(array.nbytes)
         self._device.upload(memory, array)
         return memory
 
-    def _given_rows(self, memory: Memory, tokens: int) -> DeviceRows:
+    def _given_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows:
         """Return (batch, kv_heads, tokens, head_dim) float32 that lie without gaps."""
         dim = self.shape.head_dim
         return DeviceRows(memory.pointer, "fp32", (self.shape.kv_heads * tokens * dim, tokens * dim, dim), dim)
 
-    def _launch_append_rows(self, given: Given, queries: DeviceRows | None, query_scale: float) -> None:
+    def _launch_append_rows(self, given: KeyValueRows, queries: DeviceRows | None, query_scale: float) -> None:
         storage, shape = self.storage, self.shape
         asked = (None, i64(0), i64(0)) if queries is None else (queries.pointer, *(i64(n) for n in queries.strides[:2]))
         self._device.launch(
@@ -160,7 +160,7 @@ class CudaLayerCache(Rows):
         )
 
     def queue_step(
-        self, given: Given, queries: DeviceRows, query_scale: float, outputs: int, lse: int, output_dtype: str
+        self, given: KeyValueRows, queries: DeviceRows, query_scale: float, outputs: int, lse: int, output_dtype: str
     ) -> None:
         """Queue the append of one token a sequence and a decode, and nothing else: a capture may record it.
 
@@ -176,7 +176,7 @@ class CudaLayerCache(Rows):
         self._launch_append_rows(given, queries, query_scale)
         self.launch_decode(self.storage.queries, outputs, lse, True, output_dtype)
 
-    def launch_feedback(self, outputs: Memory, queries: Memory, tables: Memory, feedback: Feedback) -> None:
+    def launch_feedback(self, outputs: DeviceMemory, queries: DeviceMemory, tables: DeviceMemory, feedback: Feedback) -> None:
         """Queue the append of what `feedback` makes of `outputs`, and leave the next `queries`."""
         storage, rms = self.storage, (feedback.query_rms, feedback.key_rms, feedback.value_rms)
         self._device.launch(
@@ -212,7 +212,7 @@ class CudaLayerCache(Rows):
         if self.recipe.selection == "pages":
             self._device.kernel(self.variant.selecting(), "select")
 
-    def _launch_select(self, queries: Memory, after_append: bool) -> None:
+    def _launch_select(self, queries: DeviceMemory, after_append: bool) -> None:
         shape, storage, recipe, layout = self.shape, self.storage, self.kept, self.storage.layout
         numbers = (
             shape.kv_heads,
@@ -220,7 +220,7 @@ class CudaLayerCache(Rows):
             recipe.sinks,
             recipe.window,
             recipe.anchor_every,
-            self.phase,
+            self.anchor_offset,
             layout.page_capacity,
         )
         variant = self.variant.selecting()
@@ -236,9 +236,9 @@ class CudaLayerCache(Rows):
 
     def launch_decode(
         self,
-        queries: Memory,
-        outputs: Memory | int,
-        lse: Memory | int,
+        queries: DeviceMemory,
+        outputs: DeviceMemory | int,
+        lse: DeviceMemory | int,
         after_append: bool = False,
         output_dtype: str = "fp32",
     ) -> None:
@@ -249,7 +249,7 @@ class CudaLayerCache(Rows):
         reused = storage.cached_output
         lse_offset = shape.batch * shape.query_heads * shape.head_dim * 4
         sizes = (shape.batch, shape.kv_heads, shape.group, self.passes)
-        kept_how = (recipe.sinks, recipe.window, layout.ring, recipe.stride, recipe.anchor_every, self.phase)
+        kept_how = (recipe.sinks, recipe.window, layout.ring, recipe.stride, recipe.anchor_every, self.anchor_offset)
         scale = math.log2(math.e) / math.sqrt(shape.head_dim)
         variant, blocks = self._decoding
         scratch = self._scratch
@@ -280,13 +280,13 @@ class CudaLayerCache(Rows):
 
     def note_decodes(self, first: int, last: int) -> None:
         """Note that steps `first` to `last` are decoded; RuntimeError if the first reuses what was never computed."""
-        anchor = first - self.recipe.age(first, self.phase)
-        if self.recipe.age(first, self.phase) and self._anchor != anchor:
+        anchor = first - self.recipe.steps_since_refresh(first, self.anchor_offset)
+        if self.recipe.steps_since_refresh(first, self.anchor_offset) and self._anchor != anchor:
             what = "list of pages" if self.recipe.selection == "pages" else "cold output"
             raise RuntimeError(f"step {first} reuses the {what} of anchor {anchor}, which was not decoded")
-        self._anchor = last - self.recipe.age(last, self.phase)
+        self._anchor = last - self.recipe.steps_since_refresh(last, self.anchor_offset)
 
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         """Queue what undoes a `queue_step` that was not counted: repeated, it then does what it would have done."""
         self._put_state(all_finite=False)
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from elastickv.backends.kernel_cache import cache_folder, keep, kept
+from elastickv.backends.kernel_cache import cache_folder, load_compiled, save_compiled
 from elastickv.errors import CompileFailure, UsageError
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -109,7 +109,7 @@ def compile_source(name: str, arch: str, macros: Mapping[str, int]) -> Compiled:
     found = _read(path)
     if found is None:
         found = _compile(name, arch, source, options)
-        keep(path, json.dumps([asdict(r) for r in found.resources]).encode() + b"\n" + found.cubin)
+        save_compiled(path, json.dumps([asdict(r) for r in found.resources]).encode() + b"\n" + found.cubin)
     return found
 
 
@@ -169,7 +169,7 @@ def _resources(log: str) -> tuple[Resources, ...]:
 
 def _read(path: Path) -> Compiled | None:
     """Return a cached kernel; None if it is absent, damaged or of another layout."""
-    body = kept(path)
+    body = load_compiled(path)
     if body is None:
         return None
     header, _, cubin = body.partition(b"\n")

@@ -52,7 +52,7 @@ def driver_api() -> Any:
     return driver
 
 
-class Memory(Protocol):
+class DeviceMemory(Protocol):
     """A device allocation, freed with the object.
 
     Attributes
@@ -70,7 +70,7 @@ class Memory(Protocol):
 class Allocator(Protocol):
     """Where device memory comes from."""
 
-    def allocate(self, n_bytes: int) -> Memory:
+    def allocate(self, n_bytes: int) -> DeviceMemory:
         """Return memory of at least 16-byte alignment, for use on the device's present stream."""
 
     def free_bytes(self) -> int:
@@ -94,7 +94,7 @@ class DriverAllocator:
     def __init__(self, driver: Any) -> None:
         self._driver = driver
 
-    def allocate(self, n_bytes: int) -> Memory:
+    def allocate(self, n_bytes: int) -> DeviceMemory:
         """Allocate."""
         return _DriverMemory(self._driver, n_bytes)
 
@@ -238,14 +238,14 @@ class CudaDevice:
         """Device memory that can still be allocated."""
         return self.allocator.free_bytes()
 
-    def allocate(self, n_bytes: int, fill: int | None = None) -> Memory:
+    def allocate(self, n_bytes: int, fill: int | None = None) -> DeviceMemory:
         """Allocate device memory; `fill` is a 32-bit word to fill it with."""
         memory = self.allocator.allocate(max(n_bytes, 16))
         if fill is not None:
             self.fill(memory, fill)
         return memory
 
-    def fill(self, memory: Memory, word: int) -> None:
+    def fill(self, memory: DeviceMemory, word: int) -> None:
         """Fill memory with a 32-bit word."""
         check(self.driver.cuMemsetD32Async(memory.pointer, word, memory.n_bytes // 4, self.stream.handle))
 
@@ -300,7 +300,7 @@ class CudaDevice:
         function = driver.CUfunction(int(self.kernel(variant, name).handle))
         check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0))
 
-    def upload(self, memory: Memory, array: NDArray[Any], offset: int = 0) -> None:
+    def upload(self, memory: DeviceMemory, array: NDArray[Any], offset: int = 0) -> None:
         """Queue a copy of a host array to the device; waits for it if it is large."""
         host = np.array(array, order="C") if array.nbytes <= _SMALL_BYTES else np.ascontiguousarray(array)
         if not host.nbytes:
@@ -313,7 +313,7 @@ class CudaDevice:
                 stream.sync()
             self._sent.clear()
 
-    def download(self, memory: Memory, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> NDArray[Any]:
+    def download(self, memory: DeviceMemory, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> NDArray[Any]:
         """Copy from the device to a new host array."""
         host = np.empty(shape, dtype)
         if host.nbytes:
@@ -321,7 +321,7 @@ class CudaDevice:
         self.stream.sync()
         return host
 
-    def copy(self, target: Memory, source: Memory, n_bytes: int) -> None:
+    def copy(self, target: DeviceMemory, source: DeviceMemory, n_bytes: int) -> None:
         """Copy on the device."""
         if n_bytes:
             check(self.driver.cuMemcpyDtoDAsync(target.pointer, source.pointer, n_bytes, self.stream.handle))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.backends.cuda.device import CudaDevice, Memory, i32, i64
+from elastickv.backends.cuda.device import CudaDevice, DeviceMemory, i32, i64
 from elastickv.backends.cuda.kernel_selection import TYPES, Variant
 from elastickv.backends.cuda.storage import Scratch, Storage
 from elastickv.errors import UsageError
@@ -23,10 +23,10 @@ from elastickv.kvcache.editable import (
 )
 from elastickv.kvcache.layer import Float32, check_shape, checked_lengths
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.regions import kept
+from elastickv.recipe.regions import retained_tokens
 
 if TYPE_CHECKING:
-    from elastickv.backends.cuda.cache import CudaLayerCache
+    from elastickv.backends.cuda.cache import CudaCache
 
 _STAGED_BYTES = 1 << 28  # of keys, and of values, that are on their way from the host at once
 _BLOCKS = 4096
@@ -53,7 +53,7 @@ class DeviceRows:
 
 
 @dataclass(frozen=True)
-class Given:
+class KeyValueRows:
     """Keys and values of the same tokens, of one dtype."""
 
     keys: DeviceRows
@@ -71,24 +71,24 @@ class Given:
 class _Plane:
     """A buffer of which every (sequence, KV head) has `stride` bytes, the first `used` of them in use."""
 
-    memory: Memory
+    memory: DeviceMemory
     offset: int
     stride: int
     used: int
 
 
-class Rows:
-    """What `CudaLayerCache` adds to a `LayerCache` to be an `EditableCache`."""
+class CudaEditing:
+    """What `CudaCache` adds to a `LayerCache` to be an `EditableCache`."""
 
     shape: AttentionShape
     recipe: Recipe
-    kept: Recipe
+    retained_tokens: Recipe
     capacity: int
     variant: Variant
     storage: Storage
     _device: CudaDevice
     _scratch: Scratch
-    _resized: "Callable[[CudaLayerCache, int, int], CudaLayerCache]"
+    _resized: "Callable[[CudaCache, int, int], CudaCache]"
     _lengths: NDArray[np.int64]
     _step: int
     _anchor: int | None
@@ -100,8 +100,8 @@ class Rows:
         def _store_arguments(self) -> tuple[Any, ...]: ...
         def _set_lengths(self, lengths: NDArray[np.int64]) -> None: ...
         def _choose(self) -> None: ...
-        def _staged(self, array: Float32) -> Memory: ...
-        def _given_rows(self, memory: Memory, tokens: int) -> DeviceRows: ...
+        def _staged(self, array: Float32) -> DeviceMemory: ...
+        def _given_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows: ...
 
     @property
     def allocated_bytes(self) -> int:
@@ -120,11 +120,11 @@ class Rows:
         for first in range(0, longest, at_once):
             end = min(first + at_once, longest)
             staged = [self._staged(np.ascontiguousarray(array[:, :, first:end], np.float32)) for array in (keys, values)]
-            given = Given(*(self._given_rows(memory, end - first) for memory in staged))
+            given = KeyValueRows(*(self._given_rows(memory, end - first) for memory in staged))
             self.extend_by(given, np.clip(used - first, 0, end - first))
             self._device.stream.sync()
 
-    def extend_by(self, given: Given, lengths: NDArray[np.int64]) -> None:
+    def extend_by(self, given: KeyValueRows, lengths: NDArray[np.int64]) -> None:
         """Queue what `extend` does with tokens that are in device memory.
 
         Raises
@@ -139,7 +139,7 @@ class Rows:
         added = storage.lengths.pointer + 4 * self.shape.batch
         arguments = (*self._store_arguments(), storage.state, added, i32(self.shape.kv_heads), i32(heads), *given.arguments)
         editing, along = self.variant.editing(), min(heads, 65535)
-        if not self.kept.is_dense:
+        if not self.retained_tokens.is_dense:
             device.launch(editing, "extend_cold", (_blocks(longest, PAGE_TOKENS), 2, along), 256, *arguments)
         device.launch(editing, "extend_exact", (_blocks(longest, 8), 2, along), 256, *arguments)
         self._set_lengths(self._lengths + more)
@@ -161,7 +161,7 @@ class Rows:
         grid = (_blocks(last - first, PAGE_TOKENS) + 1, 2, min(heads, 65535))
         self._device.launch(self.variant.editing(), "read_rows", grid, 256, *self._store_arguments(), *arguments)
 
-    def gather(self, rows: NDArray[np.int64], capacity: int) -> "CudaLayerCache":
+    def gather(self, rows: NDArray[np.int64], capacity: int) -> "CudaCache":
         taken = checked_rows(rows, self.shape.batch)
         other = self._resized(self, len(taken), capacity)  # type: ignore[arg-type]
         fitting = list(zip(self._planes().values(), other._planes().values(), strict=True))
@@ -172,7 +172,7 @@ class Rows:
         other._overwritten = True
         return other
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "CudaLayerCache":
+    def __deepcopy__(self, memo: dict[int, object]) -> "CudaCache":
         return self.gather(np.arange(self.shape.batch), self.capacity)
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
@@ -194,13 +194,13 @@ class Rows:
 
     def _planes(self) -> dict[str, _Plane]:
         """Return the buffers that hold tokens, with what is in use at the longest of the lengths."""
-        storage, layout, recipe = self.storage, self.storage.layout, self.kept
+        storage, layout, recipe = self.storage, self.storage.layout, self.retained_tokens
         longest, heads = int(self._lengths.max(initial=0)), layout.heads
-        cold = kept(cold_tokens(recipe, longest), recipe.stride)
+        cold = retained_tokens(cold_tokens(recipe, longest), recipe.stride)
         cold = min(-(-cold // 256) * 256, layout.cold_rows)  # whole vectors of every plane
         exact = min(longest, layout.exact_rows) if recipe.is_dense or not layout.wraps else layout.exact_rows
 
-        def plane(memory: Memory, n_bytes: int, used: int, rows: int) -> _Plane:
+        def plane(memory: DeviceMemory, n_bytes: int, used: int, rows: int) -> _Plane:
             stride = n_bytes // heads
             return _Plane(memory, 0, stride, stride * used // max(rows, 1))
 
@@ -277,7 +277,7 @@ class Rows:
     @property
     def _arrangement(self) -> NDArray[np.int64]:
         """What planes of equal sizes could differ in: whether tokens lie in pages, and whether as another recipe keeps them."""
-        return np.array([self.variant.paged, self.kept != self.recipe], np.int64)
+        return np.array([self.variant.paged, self.retained_tokens != self.recipe], np.int64)
 
     def state(self) -> CacheState:
         layout, batch, heads = self.storage.layout, self.shape.batch, self.shape.kv_heads

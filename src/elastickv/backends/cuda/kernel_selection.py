@@ -117,7 +117,7 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     if kind == "mma" and not can_mma:
         raise UsageError(f"the tensor-core kernel needs 16-bit rows and SM 8.0; this is {dtype}, {recipe} on SM {arch}")
     common = {"HEAD_DIM": head_dim, "EXACT_TYPE": exact, "COLD_TYPE": cold, "REUSE": int(recipe.selection == "reuse")}
-    if needs_pages(recipe) or kind == "pages":
+    if requires_pages(recipe) or kind == "pages":
         return _pages_variant(common, group, recipe, arch, can_mma and kind != "simt")
     if can_mma and kind != "simt":
         tiles = _tiles(group, _HEADS_OF_MMA_TILE, 4 if head_dim <= 128 else 2)
@@ -135,7 +135,7 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     return Variant("decode_simt", arch, _macros(common, QTILES=_tiles(group, tile, 4), WARPS=4, MIN_BLOCKS=2, TILE=tile))
 
 
-def kept_as(recipe: Recipe, shape: AttentionShape, capacity: int, dtype: str, arch: str) -> Recipe:
+def stored_layout(recipe: Recipe, shape: AttentionShape, capacity: int, dtype: str, arch: str) -> Recipe:
     """Return how a recipe's tokens are kept: large dense caches as 16-bit pages, which bulk copies read faster than rows."""
     size = 4 * shape.batch * shape.kv_heads * shape.head_dim * capacity
     if not recipe.is_dense or dtype == "fp32" or int(arch) < _BULK_SINCE or size < _DENSE_PAGES_FROM:
@@ -150,7 +150,7 @@ def gains_from_pages(recipe: Recipe, shape: AttentionShape, arch: str, multiproc
     return int8 and int(arch) >= _BULK_SINCE and heads >= _PAGED_INT8_FROM and bool(fixed_blocks(heads, multiprocessors))
 
 
-def needs_pages(recipe: Recipe) -> bool:
+def requires_pages(recipe: Recipe) -> bool:
     """Return whether a recipe keeps whole pages: scales of pages, formats of K and V apart, or a selection of pages."""
     return recipe.key_format != recipe.value_format or recipe.key_format in ("fp8", "int4") or recipe.selection == "pages"
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.kvcache.attention import Float64
-from elastickv.kvcache.quantize import dequantise_fp8
+from elastickv.kvcache.quantize import dequantize_fp8
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, round_up
 
@@ -61,7 +61,7 @@ def codes_of(raw: NDArray[np.uint8], fmt: str, places: tuple[Indices, Indices], 
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def dequantised(
+def dequantized(
     codes: NDArray[np.uint16], scales: NDArray[np.uint16], fmt: str, value: bool, exact: str, group: int
 ) -> Float64:
     """Return (tokens, head_dim) numbers of (pages, 32, head_dim) `codes`; what was too large to be stored as NaN or infinity.
@@ -77,7 +77,7 @@ def dequantised(
     if fmt in ("bf16", "fp16"):
         numbers = from_bf16_bits(codes) if exact == "bf16" else codes.view(np.float16)
     elif fmt == "fp8":
-        numbers = dequantise_fp8(codes, scales[:, 0])
+        numbers = dequantize_fp8(codes, scales[:, 0])
     elif fmt == "int8":
         signed = (codes - _VALUE_OFFSET if value else codes).astype(np.uint8).view(np.int8)
         numbers = signed * from_bf16_bits(scales).astype(np.float64)[..., None]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from elastickv.backends.cuda.cache import CudaLayerCache
-from elastickv.backends.cuda.device import CudaDevice, Memory, check
+from elastickv.backends.cuda.cache import CudaCache
+from elastickv.backends.cuda.device import CudaDevice, DeviceMemory, check
 from elastickv.backends.feedback import Feedback
 from elastickv.kvcache.layer import Float32
 
@@ -21,8 +21,8 @@ class CudaProgram:
     def __init__(
         self,
         device: CudaDevice,
-        caches: Sequence[CudaLayerCache],
-        outputs: Sequence[Memory],
+        caches: Sequence[CudaCache],
+        outputs: Sequence[DeviceMemory],
         queue: Callable[[], None],
         prepare: Callable[[], None],
         appends: int,
@@ -115,7 +115,9 @@ def collecting_nothing() -> Iterator[None]:
             gc.enable()
 
 
-def _buffers(device: CudaDevice, caches: Sequence[CudaLayerCache]) -> tuple[list[Memory], list[Memory], list[Memory]]:
+def _buffers(
+    device: CudaDevice, caches: Sequence[CudaCache]
+) -> tuple[list[DeviceMemory], list[DeviceMemory], list[DeviceMemory]]:
     """Return queries, outputs and log-sum-exps for each cache, poisoned."""
     sizes = [c.storage.layout for c in caches]
     return (
@@ -126,7 +128,7 @@ def _buffers(device: CudaDevice, caches: Sequence[CudaLayerCache]) -> tuple[list
 
 
 def attention_program(
-    device: CudaDevice, caches: Sequence[CudaLayerCache], queries: Sequence[Float32], steps: int, graph: bool
+    device: CudaDevice, caches: Sequence[CudaCache], queries: Sequence[Float32], steps: int, graph: bool
 ) -> CudaProgram:
     """Return a program of `steps` decodes that go round `caches`."""
     asked, outputs, lse = _buffers(device, caches)
@@ -142,7 +144,7 @@ def attention_program(
 
 
 def cycle_program(
-    device: CudaDevice, caches: Sequence[CudaLayerCache], first: Float32, feedback: Feedback, graph: bool
+    device: CudaDevice, caches: Sequence[CudaCache], first: Float32, feedback: Feedback, graph: bool
 ) -> CudaProgram:
     """Return a program whose launch is one token through all `caches` as layers."""
     asked, outputs, lse = _buffers(device, caches)

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.backends.cuda.device import CudaDevice, Memory
-from elastickv.backends.cuda.page_layout import codes_of, dequantised, key_places, value_places
+from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
+from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_places, value_places
 from elastickv.backends.cuda.storage import Storage
 from elastickv.kvcache.layer import StoredHead
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe, regions
-from elastickv.recipe.regions import kept
+from elastickv.recipe.regions import retained_tokens
 
 _V_CODE_OFFSET = 128
 _KINDS: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
@@ -39,7 +39,7 @@ class Contents:
         split = regions(length, recipe.sinks, recipe.window)
         recent = recipe.sinks + np.arange(split.cold, split.cold + split.recent) % layout.ring
         exact = np.r_[0 : split.sinks, recent].astype(np.int64)
-        count = kept(split.cold, recipe.stride)
+        count = retained_tokens(split.cold, recipe.stride)
         if self.paged:
             cold_keys, cold_values = (self._pages(head, value, split.cold // PAGE_TOKENS) for value in (False, True))
         elif recipe.key_format == "int8":
@@ -49,7 +49,7 @@ class Contents:
             cold_keys, cold_values = (self._rows(m, head, layout.cold_rows) for m in (storage.cold_k, storage.cold_v))
         return StoredHead(cold_keys[:count], cold_values[:count], exact_keys[exact], exact_values[exact])
 
-    def _rows(self, plane: Memory, head: int, rows: int) -> NDArray[np.float64]:
+    def _rows(self, plane: DeviceMemory, head: int, rows: int) -> NDArray[np.float64]:
         dtype = self.recipe.exact_dtype(self.dtype)
         kind = np.dtype(_KINDS[dtype])
         raw = self.device.download(plane, (rows, self.head_dim), kind, head * rows * self.head_dim * kind.itemsize)
@@ -68,9 +68,9 @@ class Contents:
         raw = self.device.download(plane, (count, per_page), np.uint8, first * per_page)
         bits = self.device.download(scale_plane, (count, words), np.uint16, first * words * 2)
         places = value_places(fmt, dim, group) if value else key_places(fmt, dim)
-        return dequantised(codes_of(raw, fmt, places, dim), bits, fmt, value, recipe.exact_dtype(self.dtype), group)
+        return dequantized(codes_of(raw, fmt, places, dim), bits, fmt, value, recipe.exact_dtype(self.dtype), group)
 
-    def _codes(self, scales: Memory, plane: Memory, head: int, offset: int) -> NDArray[np.float64]:
+    def _codes(self, scales: DeviceMemory, plane: DeviceMemory, head: int, offset: int) -> NDArray[np.float64]:
         rows, dim = self.storage.layout.cold_rows, self.head_dim
         codes = self.device.download(plane, (rows, dim), np.uint8, head * rows * dim)
         bits = self.device.download(scales, (rows,), np.uint16, head * rows * 2)

@@ -9,11 +9,11 @@ V, so that a block can count its own token without waiting for others, and once 
 import dataclasses
 from dataclasses import dataclass
 
-from elastickv.backends.cuda.device import CudaDevice, Memory
+from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
 from elastickv.backends.cuda.kernel_selection import Variant
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.formats import FORMATS, round_up
-from elastickv.recipe.regions import kept
+from elastickv.recipe.regions import retained_tokens
 
 _NAN_WORD = 0x7FFFFFFF
 _EMPTY_WORD = 0xFFFF1E77  # EMPTY of kernels/split_kv_buffer.cuh
@@ -26,7 +26,7 @@ _PAGES_ALIGNED = 8  # whose fp8 scales are the least that a copy moves
 
 
 @dataclass(frozen=True)
-class Layout:
+class DeviceLayout:
     """Sizes of one layer's storage, in rows and bytes.
 
     Attributes
@@ -56,7 +56,7 @@ class Layout:
     lengths: int
 
     @classmethod
-    def of(cls, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool = False) -> "Layout":
+    def of(cls, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool = False) -> "DeviceLayout":
         """Return the layout of a cache; `paged`: cold tokens lie in pages."""
         heads, dim = shape.batch * shape.kv_heads, shape.head_dim
         exact_row = FORMATS[recipe.exact_dtype(dtype)].row_bytes(dim)
@@ -68,7 +68,7 @@ class Layout:
             all_tokens = max(round_up(capacity - recipe.sinks, PAGE_TOKENS), PAGE_TOKENS)
             ring, wraps = min(needed, all_tokens), needed < capacity - recipe.sinks
             exact_rows = recipe.sinks + ring
-            cold = kept(regions(capacity, recipe.sinks, recipe.window).cold, recipe.stride)
+            cold = retained_tokens(regions(capacity, recipe.sinks, recipe.window).cold, recipe.stride)
             cold_rows = round_up(cold, PAGE_TOKENS * _PAGES_ALIGNED if paged else _SCALE_ROWS)
             key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
             key_plane, value_plane = (heads * cold_rows * f.row_bytes(dim) for f in (key, value))
@@ -177,7 +177,7 @@ class Scratch:
 class Storage:
     """The device buffers of one layer."""
 
-    def __init__(self, device: CudaDevice, layout: Layout) -> None:
+    def __init__(self, device: CudaDevice, layout: DeviceLayout) -> None:
         self._device, self.layout = device, layout
         self.exact_k = device.allocate(layout.exact_plane, 0)
         self.exact_v = device.allocate(layout.exact_plane, 0)
@@ -195,14 +195,14 @@ class Storage:
         self.outputs = device.allocate(layout.outputs, _NAN_WORD)
         self.lse = device.allocate(layout.lse, _NAN_WORD)
         self.lengths = device.allocate(layout.lengths, 0)
-        self._copies: list[tuple[Memory, Memory]] | None = None
+        self._copies: list[tuple[DeviceMemory, DeviceMemory]] | None = None
 
     @property
     def n_bytes(self) -> int:
         """All that is held, copies of `save` included."""
         return self.layout.n_bytes + (0 if self._copies is None else self.layout.marked_bytes)
 
-    def _marked(self) -> list[Memory]:
+    def _marked(self) -> list[DeviceMemory]:
         """Return what later appends and decodes overwrite."""
         layout, overwritten = self.layout, [self.state, self.bad]
         if layout.reused:

@@ -27,11 +27,11 @@ def filled_caches(
     query = random_queries(shape, seed, 1.0)
     for copy in range(copies):
         cache = backend.cache(shape, context, dtype, recipe)
-        age = min(copy % recipe.anchor_every, context - 1)
-        before = context - age - 1 if age else context
+        steps_since_refresh = min(copy % recipe.anchor_every, context - 1)
+        before = context - steps_since_refresh - 1 if steps_since_refresh else context
         cache.fill_random(np.full(shape.batch, before), seed * MAX_COPIES + copy)
-        if age:
-            for step in range(age + 1):
+        if steps_since_refresh:
+            for step in range(steps_since_refresh + 1):
                 keys, values = rng.standard_normal((2, shape.batch, shape.kv_heads, shape.head_dim), dtype=np.float32)
                 cache.append(keys, values)
                 if step == 0:

@@ -15,7 +15,7 @@ import numpy as np
 from elastickv.benchmark.contenders.base import Contender, PeerWork
 from elastickv.benchmark.contenders.rotation import Rotation
 from elastickv.errors import KernelMismatch
-from elastickv.kvcache.error_metrics import relative_l2, summarise
+from elastickv.kvcache.error_metrics import relative_l2, summarize
 
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 # Relative L2 of a head's output. Rounding q, p and o to bf16 explains 3e-3; somebody else's kernel may round once more.
@@ -243,5 +243,5 @@ def checked(
         None,
         None,
         close=close,
-        error=summarise(errors),
+        error=summarize(errors),
     )

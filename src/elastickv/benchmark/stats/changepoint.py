@@ -13,7 +13,7 @@ _FEWEST = 20
 
 
 @dataclass(frozen=True)
-class Shift:
+class Changepoint:
     """A lasting change of speed.
 
     Attributes
@@ -26,7 +26,7 @@ class Shift:
     ratio: float
 
 
-def shift(times: Sequence[float]) -> Shift | None:
+def find_changepoint(times: Sequence[float]) -> Changepoint | None:
     """Return where times changed level, by ranks (Pettitt 1979); None where they did not, or by less than `LEAST_STEP`.
 
     A change that does not last to the end is found too, unless it is short.
@@ -44,4 +44,4 @@ def shift(times: Sequence[float]) -> Shift | None:
     if probability > CHANCE:
         return None
     ratio = float(np.median(values[first:]) / np.median(values[:first]))
-    return Shift(first, ratio) if max(ratio, 1 / ratio) >= LEAST_STEP else None
+    return Changepoint(first, ratio) if max(ratio, 1 / ratio) >= LEAST_STEP else None

@@ -45,7 +45,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Moments:
+class SummaryStats:
     """What a file tells of samples that it does not hold.
 
     Attributes
@@ -128,7 +128,7 @@ def beyond_noise(speedup: Interval, noise_floor: Interval | None) -> bool:
     return noise_floor is not None and speedup.low > max(1.0, noise_floor.high)
 
 
-def ratio_of_moments(numerator: Moments, denominator: Moments) -> Interval:
+def ratio_of_summaries(numerator: SummaryStats, denominator: SummaryStats) -> Interval:
     """Return the ratio of two means that were measured apart, with a Student-t interval of its logarithm (delta method).
 
     Raises

@@ -96,8 +96,8 @@ def midmean(values: Float64) -> tuple[float, Float64]:
     ordered = np.sort(values)
     cut = len(values) // 4
     kept = ordered[cut : len(values) - cut]
-    winsorised = np.clip(values, kept[0], kept[-1])
-    influence: Float64 = (winsorised - winsorised.mean()) * (len(values) / len(kept))
+    winsorized = np.clip(values, kept[0], kept[-1])
+    influence: Float64 = (winsorized - winsorized.mean()) * (len(values) / len(kept))
     return float(kept.mean()), influence
 
 

@@ -22,7 +22,7 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
-from elastickv.html_report.report_data import Estimate, ModelRun, Step
+from elastickv.html_report.report_data import IntervalEstimate, ModelRun, Step
 
 MOST_BARS = 12
 MOST_MODELS = 6
@@ -90,15 +90,15 @@ def memory_chart(steps: Sequence[Step]) -> Chart | None:
     for step in sorted(steps, key=lambda step: step.context):
         if step.memory is not None:
             longest[step.what] = step
-    told = sorted(longest.values(), key=lambda step: -(step.read or 0))[:MOST_BARS]
-    if not told:
+    provenance = sorted(longest.values(), key=lambda step: -(step.read or 0))[:MOST_BARS]
+    if not provenance:
         return None
-    parts = [name for name, keys in _PARTS if any(_share(step, keys) >= 0.002 for step in told)]
+    parts = [name for name, keys in _PARTS if any(_share(step, keys) >= 0.002 for step in provenance)]
 
     def draw(figure: Any) -> None:
-        axes = rows_axes(figure, [f"{step.context}: {step.what}" for step in told])
+        axes = rows_axes(figure, [f"{step.context}: {step.what}" for step in provenance])
         handles = []
-        for row, step in enumerate(told):
+        for row, step in enumerate(provenance):
             memory, before = step.memory, 0.0
             for place, (name, keys) in enumerate(_PARTS):
                 share = 100 * _share(step, keys)
@@ -116,13 +116,13 @@ def memory_chart(steps: Sequence[Step]) -> Chart | None:
         axes.set_xlabel("% of the bytes that dense reads in 16 bit")
         legend(figure, handles)
 
-    said = "; ".join(f"{step.what} reads 1/{step.read:.2f} and stores 1/{step.stored:.2f}" for step in told)
+    said = "; ".join(f"{step.what} reads 1/{step.read:.2f} and stores 1/{step.stored:.2f}" for step in provenance)
     return Chart(
         "memory",
         "Bytes read in a step, by part, and bytes stored",
         f"Bytes as shares of dense: {said}.",
         draw,
-        height=60 + 36 * len(told) + legend_height([*parts, "stored"]),
+        height=60 + 36 * len(provenance) + legend_height([*parts, "stored"]),
     )
 
 
@@ -135,7 +135,7 @@ def model_charts(models: Sequence[ModelRun]) -> Iterator[Chart]:
     """Yield time per decoded token of each model, a row for each cache at each context and batch."""
     groups: dict[str, list[ModelRun]] = {}
     for model in models:
-        groups.setdefault(f"{model.model} on {model.told.device}", []).append(model)
+        groups.setdefault(f"{model.model} on {model.provenance.device}", []).append(model)
     for number, (title, runs) in enumerate(list(groups.items())[:MOST_MODELS], 1):
         rows = [
             (f"{cache.name}: {run.context} tokens × {run.batch}", cache.name, cache.step_ms)
@@ -147,7 +147,7 @@ def model_charts(models: Sequence[ModelRun]) -> Iterator[Chart]:
             yield _model(f"model-{number}", title, rows[: 2 * MOST_BARS])
 
 
-def _model(name: str, title: str, rows: Sequence[tuple[str, str, Estimate]]) -> Chart:
+def _model(name: str, title: str, rows: Sequence[tuple[str, str, IntervalEstimate]]) -> Chart:
     caches = list(dict.fromkeys(cache for _, cache, _ in rows))
 
     def draw(figure: Any) -> None:
@@ -155,16 +155,16 @@ def _model(name: str, title: str, rows: Sequence[tuple[str, str, Estimate]]) -> 
         log_axis(axes.xaxis, *span([bound for *_, time in rows for bound in bounds(time)], 1.3))
         for row, (_, cache, time) in enumerate(rows):
             place = caches.index(cache)
-            colour = hue(0) if cache == "elastic" else INK
-            look = {"color": colour, "marker": marker(place), "markerfacecolor": colour if cache == "elastic" else PAPER}
+            color = hue(0) if cache == "elastic" else INK
+            look = {"color": color, "marker": marker(place), "markerfacecolor": color if cache == "elastic" else PAPER}
             axes.errorbar([time.estimate], [row], xerr=bars([time]), capsize=3, **look)
         axes.set_xlabel("ms per decoded token, whole model")
 
-    told = "; ".join(f"{label} {time.estimate:.2f} ms" for label, _, time in rows)
+    provenance = "; ".join(f"{label} {time.estimate:.2f} ms" for label, _, time in rows)
     return Chart(
         name,
         f"Time per token: {shown(title)}",
-        f"Milliseconds per decoded token of {title}: {told}; a logarithmic axis, bars are 95 % intervals.",
+        f"Milliseconds per decoded token of {title}: {provenance}; a logarithmic axis, bars are 95 % intervals.",
         draw,
         height=55 + 34 * len(rows),
     )

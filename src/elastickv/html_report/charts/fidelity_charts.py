@@ -23,7 +23,7 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
-from elastickv.html_report.report_data import Estimate, Evaluation, Loss, Needle, Step
+from elastickv.html_report.report_data import Evaluation, IntervalEstimate, Loss, Needle, Step
 
 LEAST_KL = 1e-6  # what is closer to full attention than this is drawn here: rounding, and no loss
 MOST_NAMED = 16
@@ -37,7 +37,7 @@ class Offer:
 
     name: str
     read: float
-    error: Estimate
+    error: IntervalEstimate
     kind: str
 
 
@@ -47,7 +47,7 @@ def offers(steps: Sequence[Step]) -> list[Offer]:
     for step in steps:
         if step.error is None or step.read is None:
             continue
-        offer = Offer(step.what, step.read, Estimate(step.error.mean), family(step.what))
+        offer = Offer(step.what, step.read, IntervalEstimate(step.error.mean), family(step.what))
         known = found.get(offer.name)
         if known is None or (offer.error.estimate, -offer.read) < (known.error.estimate, -known.read):
             found[offer.name] = offer
@@ -99,11 +99,11 @@ def error_chart(steps: Sequence[Step]) -> Chart | None:
         axes.set_ylabel("recipe error, mean relative L2")
         legend(figure, handles)
 
-    told = "; ".join(f"{offer.name}: error {offer.error.estimate:.4f} at C = {offer.read:.2f}" for offer in named)
+    provenance = "; ".join(f"{offer.name}: error {offer.error.estimate:.4f} at C = {offer.read:.2f}" for offer in named)
     return Chart(
         "recipe-error",
         "Recipe error against C: the Pareto front, numbered, and what lies behind it",
-        f"Recipe error against C of {len(found)} recipes. On the Pareto front: {told}.",
+        f"Recipe error against C of {len(found)} recipes. On the Pareto front: {provenance}.",
         draw,
         height=290 + legend_height(labels),
     )
@@ -113,10 +113,10 @@ def loss_charts(evaluations: Sequence[Evaluation]) -> Iterator[Chart]:
     """Yield the KL divergence and the change of perplexity of each model against C, a line for each context."""
     models: dict[str, list[Loss]] = {}
     for evaluation in evaluations:
-        told = [loss for loss in evaluation.losses if loss.read is not None]
-        if told:
+        provenance = [loss for loss in evaluation.losses if loss.read is not None]
+        if provenance:
             calibrated = "calibrated" if evaluation.calibration else "not calibrated"
-            models.setdefault(f"{evaluation.model}, {calibrated}", []).extend(told)
+            models.setdefault(f"{evaluation.model}, {calibrated}", []).extend(provenance)
     for number, (model, losses) in enumerate(models.items(), 1):
         yield _loss(f"kl-{number}", model, losses, "KL divergence, nats a token", True)
         yield _loss(f"perplexity-{number}", model, losses, "change of perplexity, %", False)
@@ -126,11 +126,11 @@ def _loss(name: str, model: str, losses: Sequence[Loss], label: str, logarithmic
     contexts = list(dict.fromkeys(loss.context for loss in losses))
     labels = [f"{context} tokens" for context in contexts]
 
-    def value(loss: Loss) -> Estimate:
+    def value(loss: Loss) -> IntervalEstimate:
         if not logarithmic:
             return loss.ppl_percent
         low, high = bounds(loss.kl)
-        return Estimate(*(max(LEAST_KL, bound) for bound in (loss.kl.estimate, low, high)))
+        return IntervalEstimate(*(max(LEAST_KL, bound) for bound in (loss.kl.estimate, low, high)))
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -154,11 +154,11 @@ def _loss(name: str, model: str, losses: Sequence[Loss], label: str, logarithmic
         axes.set_ylabel(label)
         legend(figure, handles)
 
-    told = "; ".join(f"{loss.cache} at {loss.context} tokens {value(loss).estimate:.2g}" for loss in losses[:MOST_NAMED])
+    provenance = "; ".join(f"{loss.cache} at {loss.context} tokens {value(loss).estimate:.2g}" for loss in losses[:MOST_NAMED])
     return Chart(
         name,
         f"{label.partition(',')[0].capitalize() if not logarithmic else 'KL divergence'} against C: {shown(model)}",
-        f"{label} of {model} against C, with 95 % intervals over windows: {told}.",
+        f"{label} of {model} against C, with 95 % intervals over windows: {provenance}.",
         draw,
         height=290 + legend_height(labels),
     )
@@ -212,11 +212,11 @@ def _needle(name: str, model: str, needles: Sequence[Needle]) -> Chart:
         axes.set_xlabel("depth of the pass key, % of the prompt")
         axes.set_ylabel("tokens · cache")
 
-    told = "; ".join(f"{needle.cache} in {needle.tokens} tokens {needle.hits} of {needle.tried}" for needle in needles)
+    provenance = "; ".join(f"{needle.cache} in {needle.tokens} tokens {needle.hits} of {needle.tried}" for needle in needles)
     return Chart(
         name,
         f"Pass keys found: {shown(model)}",
-        f"Pass keys found by {model}: {told}.",
+        f"Pass keys found by {model}: {provenance}.",
         draw,
         height=60 + 26 * len(needles),
     )

@@ -19,11 +19,11 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
-from elastickv.html_report.report_data import Estimate, Step
+from elastickv.html_report.report_data import IntervalEstimate, Step
 
 MANY = 120  # points from which on intervals are a thicket: they stand in the table
 _DENSE, _CEILINGS = -1, "measured ceilings"
-Points = Sequence[tuple[float, Estimate]]
+Points = Sequence[tuple[float, IntervalEstimate]]
 
 
 def family(recipe: str) -> str:
@@ -44,20 +44,20 @@ def families(steps: Sequence[Step]) -> list[str]:
 def speedup_charts(steps: Sequence[Step]) -> Iterator[Chart]:
     """Yield the speed-up of a decode step against C on each device, with the line 'C = ideal'."""
     found = [step for step in steps if step.speedup is not None]
-    devices = list(dict.fromkeys(step.told.device for step in found))
+    devices = list(dict.fromkeys(step.provenance.device for step in found))
     for number, device in enumerate(devices, 1):
-        yield _speedup(f"speedup-{number}", device, [step for step in found if step.told.device == device])
+        yield _speedup(f"speedup-{number}", device, [step for step in found if step.provenance.device == device])
 
 
 def _speedup(name: str, device: str, steps: Sequence[Step]) -> Chart:
-    told = [(step, step.read or step.compress, step.speedup) for step in steps if step.speedup is not None]
-    present = families([step for step, *_ in told])
+    measured = [(step, step.read or step.compress, step.speedup) for step in steps if step.speedup is not None]
+    present = families([step for step, *_ in measured])
     guides = ["C = ideal", "as fast as dense"]
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        ratios = [ratio for _, ratio, _ in told]
-        values = [bound for *_, found in told for bound in bounds(found)]
+        ratios = [ratio for _, ratio, _ in measured]
+        values = [bound for *_, found in measured for bound in bounds(found)]
         low, high = span([*ratios, 1.0], 1.15)
         bottom, top = span([*values, 1.0, max(ratios)], 1.15)
         log_axis(axes.xaxis, low, high, 2)
@@ -66,18 +66,18 @@ def _speedup(name: str, device: str, steps: Sequence[Step]) -> Chart:
         handles = axes.plot(ends, ends, color=INK, linestyle=(0, (5, 2)), linewidth=1.3, label=guides[0])
         handles += axes.plot([low, high], [1, 1], color=MUTED, linewidth=1.2, linestyle=":", label=guides[1])
         for place, kind in enumerate(present):
-            points = [(ratio, found) for step, ratio, found in told if family(step.what) == kind]
-            handles.append(_points(axes, points, place, kind, len(told) <= MANY))
+            points = [(ratio, found) for step, ratio, found in measured if family(step.what) == kind]
+            handles.append(_points(axes, points, place, kind, len(measured) <= MANY))
         axes.set_xlabel("C: dense bytes / bytes read")
         axes.set_ylabel("speed-up: dense time / elastic time")
         legend(figure, handles)
 
-    _, ratio, best = max(told, key=lambda point: point[2].estimate)
+    _, ratio, best = max(measured, key=lambda point: point[2].estimate)
     return Chart(
         name,
         f"Speed-up of a decode step: {shown(device)}",
-        f"Speed-up against C for {len(told)} results on {device}; the largest is {best.estimate:.2f} at C = {ratio:.2f}. The "
-        "dashed line is C = ideal.",
+        f"Speed-up against C for {len(measured)} results on {device}; the largest is {best.estimate:.2f} at C = {ratio:.2f}. "
+        "The dashed line is C = ideal.",
         draw,
         height=300 + legend_height([*guides, *present]),
     )
@@ -85,9 +85,9 @@ def _speedup(name: str, device: str, steps: Sequence[Step]) -> Chart:
 
 def roofline_charts(steps: Sequence[Step]) -> Iterator[Chart]:
     """Yield the roofline of each device: performance against arithmetic intensity under the measured ceilings."""
-    devices = list(dict.fromkeys(step.told.device for step in steps if step.roofline))
+    devices = list(dict.fromkeys(step.provenance.device for step in steps if step.roofline))
     for number, device in enumerate(devices, 1):
-        of = [step for step in steps if step.roofline and step.told.device == device]
+        of = [step for step in steps if step.roofline and step.provenance.device == device]
         yield _roofline(f"roofline-{number}", device, of)
 
 
@@ -99,7 +99,7 @@ def _roofline(name: str, device: str, steps: Sequence[Step]) -> Chart:
     measured = f"{read:.4g} GB/s, {scale * flops:.4g} {unit}"
 
     def reached(of: Sequence[Step], side: str) -> Points:
-        return [(step.roofline[side].intensity, Estimate(scale * step.roofline[side].gflops)) for step in of]
+        return [(step.roofline[side].intensity, IntervalEstimate(scale * step.roofline[side].gflops)) for step in of]
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -130,19 +130,19 @@ def _roofline(name: str, device: str, steps: Sequence[Step]) -> Chart:
 
 def _points(axes: Any, points: Points, place: int, label: str, with_bars: bool = False) -> Any:
     """Draw points of one family, with their intervals or without, and return what stands in the legend."""
-    colour = INK if place == _DENSE else hue(place)
+    color = INK if place == _DENSE else hue(place)
     across, found = [x for x, _ in points], [one for _, one in points]
     if with_bars:
-        axes.errorbar(across, [one.estimate for one in found], yerr=bars(found), fmt="none", ecolor=colour, capsize=3)
+        axes.errorbar(across, [one.estimate for one in found], yerr=bars(found), fmt="none", ecolor=color, capsize=3)
     few = len(points) <= MANY
     return axes.plot(
         across,
         [one.estimate for one in found],
         linestyle="none",
         marker=marker(place + 1),
-        color=colour,
-        markerfacecolor=PAPER if place == _DENSE else colour,
-        markeredgecolor=colour if place == _DENSE else PAPER,
+        color=color,
+        markerfacecolor=PAPER if place == _DENSE else color,
+        markeredgecolor=color if place == _DENSE else PAPER,
         markeredgewidth=1.2 if place == _DENSE else 0.6,
         markersize=7 if few else 4.5,
         alpha=1 if few else 0.7,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log2, log10
 from typing import Any
 
-from elastickv.html_report.report_data import Estimate
+from elastickv.html_report.report_data import IntervalEstimate
 
 # The Okabe-Ito hues, of a lightness that stands out from white; a page gives others for a dark one.
 INK, MUTED, GRID, PAPER = "#1b1f24", "#57606a", "#d9dee4", "#ffffff"
@@ -121,8 +121,8 @@ def themed(svg: str) -> str:
 
     def recoloured(tag: re.Match[str]) -> str:
         text = tag[0]
-        for colour, variable in VARIABLES.items():
-            text = text.replace(colour, f"var({variable})")
+        for color, variable in VARIABLES.items():
+            text = text.replace(color, f"var({variable})")
         return text
 
     return _TAG.sub(recoloured, svg)
@@ -188,14 +188,14 @@ def log_axis(axis: Any, low: float, high: float, base: int = 10) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
-def bounds(found: Estimate) -> tuple[float, float]:
+def bounds(found: IntervalEstimate) -> tuple[float, float]:
     """Return an estimate's interval; the estimate twice where there is none."""
     if found.low is None or found.high is None:
         return found.estimate, found.estimate
     return found.low, found.high
 
 
-def bars(found: Sequence[Estimate], scale: float = 1.0) -> list[list[float]]:
+def bars(found: Sequence[IntervalEstimate], scale: float = 1.0) -> list[list[float]]:
     """Return the lengths of error bars, below and above."""
     return [[scale * abs(one.estimate - bounds(one)[end]) for one in found] for end in (0, 1)]
 

@@ -22,18 +22,18 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
-from elastickv.html_report.report_data import Contender, Estimate, Step
+from elastickv.html_report.report_data import ContenderTimes, IntervalEstimate, Step
 
 MOST_CHARTS = 6
 MOST_SERIES = 10
-Series = Mapping[str, Sequence[tuple[int, Estimate]]]
+Series = Mapping[str, Sequence[tuple[int, IntervalEstimate]]]
 
 
 def time_charts(steps: Sequence[Step]) -> tuple[list[Chart], list[str]]:
     """Return a chart for each shape, those of most contexts first, and what could not be drawn because it is too much."""
     groups: dict[tuple[str, str], list[Step]] = defaultdict(list)
     for step in steps:
-        groups[(step.told.device, step.shape)].append(step)
+        groups[(step.provenance.device, step.shape)].append(step)
     several = len({device for device, _ in groups}) > 1
     ordered = sorted(groups.items(), key=lambda group: (-len({step.context for step in group[1]}), -len(group[1])))
     charts, left = [], [f"{shape} on {device}" for (device, shape), _ in ordered[MOST_CHARTS:]]
@@ -50,15 +50,17 @@ def time_charts(steps: Sequence[Step]) -> tuple[list[Chart], list[str]]:
 
 def _series(steps: Sequence[Step]) -> Series:
     """Return times by series and context: dense, each recipe as asked for, and of each package of peers its fastest."""
-    found: dict[str, dict[int, list[Estimate]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[int, list[IntervalEstimate]]] = defaultdict(lambda: defaultdict(list))
     for step in steps:
         own = [contender.time_ms for contender in step.contenders if contender.kind == "dense"]
         if own:
             found["dense, ours"][step.context].append(min(own, key=lambda time: time.estimate))
         elif step.dense_ms is not None and not step.contenders:
-            found["dense, of the original"][step.context].append(Estimate(step.dense_ms))
+            found["dense, of the original"][step.context].append(IntervalEstimate(step.dense_ms))
         elastic = [contender.time_ms for contender in step.contenders if contender.name == "elastic"]
-        found[f"elastic {step.asked}"][step.context].append(elastic[0] if elastic else Estimate(step.elastic_ms))
+        found[f"elastic {step.requested_label}"][step.context].append(
+            elastic[0] if elastic else IntervalEstimate(step.elastic_ms)
+        )
         for label, peer in _fastest_peers(step.contenders).items():
             found[label][step.context].append(peer.time_ms)
 
@@ -69,9 +71,9 @@ def _series(steps: Sequence[Step]) -> Series:
     return {name: [(context, _joined(times)) for context, times in sorted(found[name].items())] for name in names}
 
 
-def _fastest_peers(contenders: Sequence[Contender]) -> dict[str, Contender]:
+def _fastest_peers(contenders: Sequence[ContenderTimes]) -> dict[str, ContenderTimes]:
     """Return of each package and width the fastest variant: there are a dozen."""
-    found: dict[str, Contender] = {}
+    found: dict[str, ContenderTimes] = {}
     for contender in contenders:
         if contender.kind == "peer":
             words = contender.name.split("-")
@@ -82,10 +84,10 @@ def _fastest_peers(contenders: Sequence[Contender]) -> dict[str, Contender]:
     return found
 
 
-def _joined(times: Sequence[Estimate]) -> Estimate:
+def _joined(times: Sequence[IntervalEstimate]) -> IntervalEstimate:
     """Return several runs' time as one: their median, from the lowest bound to the highest."""
     ends = [bound for time in times for bound in bounds(time)]
-    return Estimate(median(time.estimate for time in times), min(ends), max(ends))
+    return IntervalEstimate(median(time.estimate for time in times), min(ends), max(ends))
 
 
 def _look(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -94,11 +96,11 @@ def _look(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     recipes = peers = 0
     for place, name in enumerate(names):
         own, dense = name.startswith("elastic"), name.startswith("dense")
-        colour = hue(recipes) if own else INK if dense else MUTED
+        color = hue(recipes) if own else INK if dense else MUTED
         style = line(recipes) if own else "-" if dense else ((0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))[peers % 3]
         recipes, peers = recipes + own, peers + (not own and not dense)
-        face = colour if own or dense else PAPER
-        looks[name] = {"color": colour, "linestyle": style, "marker": marker(place), "markerfacecolor": face}
+        face = color if own or dense else PAPER
+        looks[name] = {"color": color, "linestyle": style, "marker": marker(place), "markerfacecolor": face}
     return looks
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from elastickv.benchmark.accuracy import KERNEL_ERROR_LIMITS
-from elastickv.benchmark.stats.intervals import Interval, Moments, ratio_interval, ratio_of_moments, truncated
+from elastickv.benchmark.stats.intervals import Interval, SummaryStats, ratio_interval, ratio_of_summaries, truncated
 from elastickv.benchmark.stats.location import huber
-from elastickv.results.compare.runs import Cell, Fidelity, Run, Times
+from elastickv.results.compare.runs import BenchmarkRun, Cell, OutputErrors, Times
 
 NO_SPREAD = "a file tells no spread of it"
 NO_CONTROL = "measured against different dense contenders"
@@ -36,8 +36,8 @@ class FidelityChange:
     why : why it is unknown.
     """
 
-    a: Fidelity | None
-    b: Fidelity | None
+    a: OutputErrors | None
+    b: OutputErrors | None
     ratio: float | None
     verdict: str
     why: str = ""
@@ -92,7 +92,14 @@ class TimeChange:
     drift: float | None = None
 
 
-def change(cell: Cell, figure: str, a: Sequence[Run], b: Sequence[Run], margins: tuple[float, float], controlled: bool) -> Row:
+def change(
+    cell: Cell,
+    figure: str,
+    a: Sequence[BenchmarkRun],
+    b: Sequence[BenchmarkRun],
+    margins: tuple[float, float],
+    controlled: bool,
+) -> Row:
     """Return what became of a figure that both sides measured.
 
     Parameters
@@ -155,7 +162,7 @@ def time_change(a: Sequence[Times], b: Sequence[Times], controlled: bool) -> Tim
     return TimeChange(_interval(_costs(a, control), _costs(b, control)), "", control, drift)
 
 
-def fidelity_change(a: Fidelity | None, b: Fidelity | None, margin_percent: float) -> FidelityChange:
+def fidelity_change(a: OutputErrors | None, b: OutputErrors | None, margin_percent: float) -> FidelityChange:
     """Return what became of the recipe error: worse if its mean or its p95 rose by more than the margin."""
     if a is None or b is None:
         sides = " and ".join(name for name, side in (("A", a), ("B", b)) if side is None)
@@ -189,7 +196,7 @@ def _as_they_stand(a: Sequence[Times], b: Sequence[Times]) -> Interval:
     series_a, series_b = ([t.elastic for t in side if isinstance(t.elastic, tuple)] for side in (a, b))
     if len(series_a) == len(a) and len(series_b) == len(b):
         return _interval(series_a, series_b)
-    return ratio_of_moments(_moments(b), _moments(a))
+    return ratio_of_summaries(_moments(b), _moments(a))
 
 
 def _interval(a: Series, b: Series) -> Interval:
@@ -204,21 +211,21 @@ def _centre(series: tuple[float, ...]) -> float:
     return math.exp(huber(np.log(series))[0])
 
 
-def _moments(side: Sequence[Times]) -> Moments:
+def _moments(side: Sequence[Times]) -> SummaryStats:
     """Return what is known of a side, several runs as one: their spread is that within them and that between them."""
     each = []
     for times in side:
-        if isinstance(times.elastic, Moments):
+        if isinstance(times.elastic, SummaryStats):
             each.append(times.elastic)
         elif times.elastic is not None:
             kept = truncated(times.elastic, times.truncate)
-            each.append(Moments(float(kept.mean()), float(kept.std(ddof=1)), len(times.elastic), times.truncate))
+            each.append(SummaryStats(float(kept.mean()), float(kept.std(ddof=1)), len(times.elastic), times.truncate))
     means = [m.mean for m in each]
     std = math.hypot(math.sqrt(float(np.mean([m.std**2 for m in each]))), float(np.std(means)))
-    return Moments(float(np.mean(means)), std, sum(m.samples for m in each), max(m.percent for m in each))
+    return SummaryStats(float(np.mean(means)), std, sum(m.samples for m in each), max(m.percent for m in each))
 
 
-def _worst(runs: Sequence[Run], figure: str) -> Fidelity | None:
+def _worst(runs: Sequence[BenchmarkRun], figure: str) -> OutputErrors | None:
     """Return the largest error that came with a figure of several runs; None if one of them has none."""
     errors = [run.figures[figure].fidelity or run.fidelity for run in runs]
     return max((e for e in errors if e is not None), key=lambda e: e.mean) if all(errors) else None

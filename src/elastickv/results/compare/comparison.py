@@ -9,8 +9,8 @@ from typing import Any
 from elastickv.benchmark.gate import EXIT_CODES, Criterion
 from elastickv.errors import UsageError
 from elastickv.results.compare.change import NO_CONTROL, RUNS_FOR_SPREAD, Row, change
-from elastickv.results.compare.matching import cautions, match
-from elastickv.results.compare.result_sets import read_side
+from elastickv.results.compare.matching import comparability_warnings, match
+from elastickv.results.compare.result_sets import read_result_set
 from elastickv.results.files import SUFFIXES, write_text
 from elastickv.results.formats.plain_json import dumps
 from elastickv.results.formats.rows import frame
@@ -143,13 +143,18 @@ def compare(
             raise UsageError(f"a {name} of {margin} % is out of range: above 0 and below 100 is accepted")
     if control not in CONTROLS:
         raise UsageError(f"control {control} is unknown: choose {', '.join(CONTROLS)}")
-    side_a, side_b = read_side(a, "A"), read_side(b, "B")
+    side_a, side_b = read_result_set(a, "A"), read_result_set(b, "B")
     matched = match(side_a, side_b, allow_different_device)
     controlled = control == "dense" and not matched.other_device
     margins = margin_percent, fidelity_margin_percent
     rows = [change(pair.cell, figure, pair.a, pair.b, margins, controlled) for pair in matched.pairs for figure in pair.figures]
     notes = dict.fromkeys((*side_a.notes, *side_b.notes))
-    warnings = [*notes, *cautions(matched), *_about_control(rows, controlled, margin_percent), *_about_repetitions(rows)]
+    warnings = [
+        *notes,
+        *comparability_warnings(matched),
+        *_about_control(rows, controlled, margin_percent),
+        *_about_repetitions(rows),
+    ]
     return Comparison(
         side_a.name, side_b.name, margin_percent, fidelity_margin_percent, rows, matched.only_a, matched.only_b, warnings
     )

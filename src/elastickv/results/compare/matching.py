@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.results.compare.result_sets import Side
-from elastickv.results.compare.runs import Cell, Run
+from elastickv.results.compare.result_sets import ResultSet
+from elastickv.results.compare.runs import BenchmarkRun, Cell
 
 Key = tuple[Any, ...]
 
@@ -17,8 +17,8 @@ class Pair:
     """The runs of one cell on both sides."""
 
     cell: Cell
-    a: list[Run]
-    b: list[Run]
+    a: list[BenchmarkRun]
+    b: list[BenchmarkRun]
 
     @property
     def figures(self) -> list[str]:
@@ -45,7 +45,7 @@ class Match:
     unmeasured: list[str] = field(default_factory=list)
 
 
-def match(a: Side, b: Side, allow_different_device: bool) -> Match:
+def match(a: ResultSet, b: ResultSet, allow_different_device: bool) -> Match:
     """Return which runs of two sides are of the same cell: the same workload, asked for in the same way, on the same device.
 
     Two sides of one cell each are matched by their workload alone: what was asked for may be what differs.
@@ -84,7 +84,7 @@ def match(a: Side, b: Side, allow_different_device: bool) -> Match:
     return Match(pairs, only_a, only_b, other_device, unmeasured)
 
 
-def cautions(matched: Match) -> Iterator[str]:
+def comparability_warnings(matched: Match) -> Iterator[str]:
     """Yield one line for each thing that limits what a comparison shows."""
     pairs = matched.pairs
     if matched.other_device:
@@ -122,10 +122,10 @@ def cautions(matched: Match) -> Iterator[str]:
     yield from matched.unmeasured
 
 
-def _key(a: Sequence[Run], b: Sequence[Run], by_device: bool) -> Callable[[Run], Key]:
+def _key(a: Sequence[BenchmarkRun], b: Sequence[BenchmarkRun], by_device: bool) -> Callable[[BenchmarkRun], Key]:
     """Return what tells cells apart; where one was measured with several recipes, the recipe too: they are no repetitions."""
 
-    def short(run: Run) -> Key:
+    def short(run: BenchmarkRun) -> Key:
         return run.cell, run.device if by_device else None
 
     several = set()
@@ -136,8 +136,8 @@ def _key(a: Sequence[Run], b: Sequence[Run], by_device: bool) -> Callable[[Run],
     return lambda run: (*short(run), run.recipe if short(run) in several else None)
 
 
-def _grouped(runs: Sequence[Run], key: Callable[[Run], Key]) -> dict[Key, list[Run]]:
-    groups: dict[Key, list[Run]] = defaultdict(list)
+def _grouped(runs: Sequence[BenchmarkRun], key: Callable[[BenchmarkRun], Key]) -> dict[Key, list[BenchmarkRun]]:
+    groups: dict[Key, list[BenchmarkRun]] = defaultdict(list)
     for run in runs:
         groups[key(run)].append(run)
     return dict(groups)
@@ -147,7 +147,7 @@ def _named(cell: Cell, recipe: str | None) -> Cell:
     return cell if recipe is None else replace(cell, asked=(*cell.asked, ("ran", recipe)))
 
 
-def _by_workload(a: Side, b: Side) -> Pair:
+def _by_workload(a: ResultSet, b: ResultSet) -> Pair:
     cell_a, cell_b = a.runs[0].cell, b.runs[0].cell
     if cell_a.workload != cell_b.workload:
         raise UsageError(

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.results.compare.runs import Run
+from elastickv.results.compare.runs import BenchmarkRun
 from elastickv.results.documents import Document, documents
 from elastickv.results.readers import run_of
 
 
 @dataclass
-class Side:
+class ResultSet:
     """What stands on one side.
 
     Attributes
@@ -27,14 +27,14 @@ class Side:
     """
 
     name: str
-    runs: list[Run] = field(default_factory=list)
+    runs: list[BenchmarkRun] = field(default_factory=list)
     documents: list[Document] = field(default_factory=list)
     sweeps: list[Document] = field(default_factory=list)
     others: list[Document] = field(default_factory=list)
     not_measured: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, run: Run, document: Document) -> None:
+    def add(self, run: BenchmarkRun, document: Document) -> None:
         """Add a run, or a note that it is there already."""
         known = next((other.source for other in self.runs if run.copies(other)), None)
         if known is None:
@@ -49,7 +49,7 @@ class Side:
         return UsageError(f"{self.name} holds {held}: give a result of `elastickv bench`, a sweep, or a folder of them")
 
 
-def read_side(given: Any, name: str) -> Side:
+def read_result_set(given: Any, name: str) -> ResultSet:
     """Return what is given as one side of a comparison.
 
     Parameters
@@ -69,14 +69,14 @@ def read_side(given: Any, name: str) -> Side:
     return side
 
 
-def gather(given: Any, name: str) -> Side:
-    """Return what is given, as `read_side` does, runs or none.
+def gather(given: Any, name: str) -> ResultSet:
+    """Return what is given, as `read_result_set` does, runs or none.
 
     Raises
     ------
     UsageError : naming the file that cannot be read, or a result that lacks something.
     """
-    side = Side(str(given) if isinstance(given, (str, Path)) else name)
+    side = ResultSet(str(given) if isinstance(given, (str, Path)) else name)
     for document in _documents(given, side):
         run = run_of(document)
         if run is not None:
@@ -91,7 +91,7 @@ def gather(given: Any, name: str) -> Side:
     return side
 
 
-def _documents(given: Any, side: Side) -> Iterator[Document]:
+def _documents(given: Any, side: ResultSet) -> Iterator[Document]:
     if isinstance(given, (str, Path)):
         for document in documents(Path(given), side.notes):
             yield from _cells(document)

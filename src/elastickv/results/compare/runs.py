@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from elastickv.benchmark.stats.intervals import Moments
+from elastickv.benchmark.stats.intervals import SummaryStats
 
 Pairs = tuple[tuple[str, Any], ...]
 
@@ -38,14 +38,14 @@ class Times:
     """
 
     mean_ms: float
-    elastic: tuple[float, ...] | Moments | None
+    elastic: tuple[float, ...] | SummaryStats | None
     dense: dict[str, tuple[float, ...]]
     truncate: float
-    fidelity: "Fidelity | None" = None
+    fidelity: "OutputErrors | None" = None
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class OutputErrors:
     """The error that came with the times: what it was measured on, mean, p95 and max, and the kernel error's mean.
 
     Of a step it is the recipe error; of a model what its predictions lose (KL, nats), where the kernel has no error apart.
@@ -59,7 +59,7 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
-class Run:
+class BenchmarkRun:
     """One result.
 
     Attributes
@@ -80,9 +80,9 @@ class Run:
     ratio_read: float | None
     protocol: dict[str, Any]
     figures: dict[str, Times]
-    fidelity: Fidelity | None
+    fidelity: OutputErrors | None
     complete: bool
 
-    def copies(self, other: "Run") -> bool:
+    def copies(self, other: "BenchmarkRun") -> bool:
         """Whether both are one measurement, in whatever files."""
         return self.cell == other.cell and self == replace(other, source=self.source)

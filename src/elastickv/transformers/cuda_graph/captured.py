@@ -17,11 +17,11 @@ from transformers.utils import ModelOutput
 
 from elastickv.errors import UsageError
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT, without_cache
-from elastickv.transformers.checks import Guard, Recording
+from elastickv.transformers.checks import CacheChecks, Recording
 from elastickv.transformers.config import outside
 from elastickv.transformers.cuda_graph.capturable import NotCapturable, check_mode, signature_of, structure_of
 from elastickv.transformers.cuda_graph.recorder import Recorder, recorder_for, why_not
-from elastickv.transformers.cuda_graph.speculative_launch import Graph, LookAhead
+from elastickv.transformers.cuda_graph.speculative_launch import Graph, SpeculativeLaunch
 
 if TYPE_CHECKING:
     from elastickv.transformers.cache import ElasticCache
@@ -49,13 +49,13 @@ class Captured:
     reason : why none is replayed, or None.
     """
 
-    def __init__(self, guard: Guard, wanted: bool) -> None:
+    def __init__(self, guard: CacheChecks, wanted: bool) -> None:
         self._guard, self.wanted = guard, wanted
         self.count = 0
         self._given_up = why_not(guard.model, wanted)
         self._recorder: Recorder | None = None
         self._warned = False
-        self.ahead = LookAhead()
+        self.ahead = SpeculativeLaunch()
         self.forget()
 
     def forget(self) -> None:
@@ -68,11 +68,11 @@ class Captured:
         self._structure: Hashable = None
         self._reason: str | None = None
 
-    def copy(self, guard: Guard) -> Captured:
+    def copy(self, guard: CacheChecks) -> Captured:
         """Return the same for a copy of the cache, which needs graphs of its own."""
         other = object.__new__(Captured)
         other.__dict__.update(self.__dict__)
-        other._guard, other._recorder, other.ahead = guard, None, LookAhead()
+        other._guard, other._recorder, other.ahead = guard, None, SpeculativeLaunch()
         other.forget()
         return other
 
@@ -152,7 +152,7 @@ class Captured:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         try:
-            kept = self.ahead.landed(cache, graph, fixed)
+            kept = self.ahead.matched(cache, graph, fixed)
             if kept is None:
                 self.ahead.compare(fixed)
                 self._recorder.wait_for_others()
@@ -167,8 +167,8 @@ class Captured:
             raise
         follows = cache.has_room and self._follows(cache, layers, key)
         # Ranks do not look ahead: a cache that one of them alone uses would take its pass back, and not the others'.
-        if follows and self._recorder.looks_ahead and self._guard.ranks.count == 1:
-            self.ahead.foresee(graph, outputs)
+        if follows and self._recorder.launches_speculatively and self._guard.ranks.count == 1:
+            self.ahead.predict(graph, outputs)
             self.ahead.launch(cache, graph, kept, self._recorder)
         return outputs
 

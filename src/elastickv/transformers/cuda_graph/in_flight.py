@@ -10,7 +10,7 @@ import torch
 _ends: dict[torch.device, torch.cuda.Event] = {}
 
 
-def note_under_way(device: torch.device, end: torch.cuda.Event) -> None:
+def note_in_flight(device: torch.device, end: torch.cuda.Event) -> None:
     """Note a decode by the event of its end."""
     _ends[device] = end
 

@@ -86,7 +86,7 @@ def use_elastic_attention(model: Any) -> None:
     model.set_attn_implementation(implementation_for(present))
 
 
-def join(model: Any, capture: bool) -> None:
+def install(model: Any, capture: bool) -> None:
     """Let a model work with elastic caches, its decodes captured if that is asked for and can be; more than once is once."""
     use_elastic_attention(model)
     own = vars(model).get("forward")
@@ -95,7 +95,7 @@ def join(model: Any, capture: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Seam:
+class ModelPatch:
     """What a model's attention and `forward` are at a time.
 
     Attributes
@@ -108,12 +108,12 @@ class Seam:
     forward: Any
 
 
-def seam_of(model: Any) -> Seam:
+def patch_of(model: Any) -> ModelPatch:
     """Return what `restore` gives back."""
-    return Seam(implementations(model), vars(model).get("forward"))
+    return ModelPatch(implementations(model), vars(model).get("forward"))
 
 
-def restore(model: Any, seam: Seam) -> None:
+def restore(model: Any, seam: ModelPatch) -> None:
     """Give a model the attention and the `forward` that it had, unless somebody has put another `forward` on top since."""
     present, wanted = vars(model).get("forward"), seam.forward
     known = present is None or isinstance(present, Forward) or present is getattr(wanted, "own", None)
@@ -137,4 +137,4 @@ def release(model: Any) -> None:
     else:
         implementation = implementations(model)
     present = vars(model).get("forward")
-    restore(model, Seam(implementation, present.own if isinstance(present, Forward) else present))
+    restore(model, ModelPatch(implementation, present.own if isinstance(present, Forward) else present))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from elastickv.backends.cuda.programs import collecting_nothing
-from elastickv.transformers.cuda_graph.in_flight import note_under_way, wait_for_others
+from elastickv.transformers.cuda_graph.in_flight import note_in_flight, wait_for_others
 
 _WAITS = "called a synchronizing CUDA operation"
 _PROTOTYPE = "Synchronization debug mode"
@@ -27,7 +27,7 @@ class Recorder(Protocol):
     looks_ahead : whether `beside` is of use: the host does not wait for a replay.
     """
 
-    looks_ahead: bool
+    launches_speculatively: bool
 
     def rehearse(self, run: Pass) -> tuple[Any, str | None]:
         """Run a pass as it would be recorded; return what it returns, and where the host waits for the device, or None."""
@@ -70,7 +70,7 @@ def _capture_stream(index: int) -> Any:
 class GraphRecorder:
     """Records CUDA graphs, which share one pool of memory: their replays follow each other."""
 
-    looks_ahead = True
+    launches_speculatively = True
 
     def __init__(self, device: torch.device) -> None:
         self._index = torch.cuda.current_device() if device.index is None else device.index
@@ -147,7 +147,7 @@ class GraphRecorder:
             finally:
                 # However far it came.
                 ends[-1].record(stream)
-                note_under_way(torch.device("cuda", self._index), ends[-1])
+                note_in_flight(torch.device("cuda", self._index), ends[-1])
 
     def follow(self, end: torch.cuda.Event) -> None:
         """Let the present stream wait."""

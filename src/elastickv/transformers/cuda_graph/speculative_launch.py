@@ -46,19 +46,19 @@ class _Flight:
     done: torch.cuda.Event
     outputs: Any = None
 
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         """Let what is queued from here on find the stores as they were before."""
         self.recorder.follow(self.done)
         cache = self.cache()
         if cache is not None:
-            cache.take_back()
+            cache.rollback()
 
     def wait(self) -> None:
         """Wait until it has run."""
         self.done.synchronize()
 
 
-class LookAhead:
+class SpeculativeLaunch:
     """Launches decodes of one cache ahead, for as long as what comes is what was foreseen.
 
     Attributes
@@ -86,7 +86,7 @@ class LookAhead:
                 cache.backends.ahead = None
         self.begin()
 
-    def landed(self, cache: ElasticCache, graph: Graph, inputs: dict[str, Any]) -> Any:
+    def matched(self, cache: ElasticCache, graph: Graph, inputs: dict[str, Any]) -> Any:
         """Return the outputs of a pass with these inputs, if that is what is under way; else None, and it is taken back."""
         flight, backends = self._flight, cache.backends
         if flight is not None and backends.ahead is flight and flight.graph is graph and flight.outputs is not None:
@@ -109,7 +109,7 @@ class LookAhead:
         if cache.backends.ahead is not None:
             cache.backends.note_use()
         else:
-            cache.take_back()
+            cache.rollback()
         self._flight = None
 
     def compare(self, inputs: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class LookAhead:
         if self._guess is not None:
             self._sure, self._guess = bool(torch.equal(self._guess, inputs["input_ids"])), None
 
-    def foresee(self, graph: Graph, outputs: Any) -> None:
+    def predict(self, graph: Graph, outputs: Any) -> None:
         """Keep the likeliest token of a pass in mind, to see whether it comes."""
         if self._sure is None and set(graph.inputs) == _READ and _tells(graph, outputs):
             self._guess = _likeliest(outputs)
