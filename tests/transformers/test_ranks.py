@@ -16,9 +16,9 @@ from elastickv.transformers.cuda_graph import recorder as recorders
 from elastickv.transformers.layer_storage import HostStorage
 from elastickv.transformers.model_loading import fingerprint
 from elastickv.transformers.tensor_parallel import Ranks
+from tests.helpers.captured_decode import FakeRecorder
 from tests.helpers.model_matrix import model, padded, prompt
 from tests.helpers.ranks import found_by_ranks, split
-from tests.transformers.cuda_graph.test_captured import Recorder
 
 SPLIT = ("llama", "qwen3", "olmo2")  # the heads of the last lie whole on every rank
 EVEN = {"vocab_size": 212}  # Transformers 5.17 deals out whole rows
@@ -69,7 +69,7 @@ def refusal(act: Any) -> str:
     return "nothing is refused"
 
 
-class LateRecorder(Recorder):
+class LateRecorder(FakeRecorder):
     """One that fails when the pass has run: this stand-in's passes talk to the other ranks, recorded or not."""
 
     late: Exception | None = None

@@ -21,49 +21,15 @@ from elastickv.transformers.cache_argument import cache_in
 from elastickv.transformers.cuda_graph import captured
 from elastickv.transformers.cuda_graph import recorder as recorders
 from elastickv.transformers.layer_storage import HostStorage
+from tests.helpers.captured_decode import FakeRecorder, queue_nothing
 from tests.helpers.model_matrix import model, padded, prompt
 
 FULL = ["llama", "llama-mqa", "llama-small-heads", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "olmo2"]
 
 
-class Recorder:
-    """Stands for CUDA graphs: recording stores nothing, a replay runs the pass on the tensors that it was recorded with."""
-
-    launches_speculatively = False
-
-    def __init__(self):
-        self.rehearsed = self.recorded = self.replayed = 0
-        self.waits = self.fails = None
-
-    def wait_for_others(self, host=False):
-        pass
-
-    def rehearse(self, run):
-        self.rehearsed += 1
-        return run(), self.waits
-
-    def record(self, run):
-        self.recorded += 1
-        if self.fails:
-            raise self.fails
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(HostStorage, "queue_step", queue_nothing)
-            run()
-
-        def replay():
-            self.replayed += 1
-            return run()
-
-        return replay
-
-
-def queue_nothing(store, keys, values, queries, scaling):
-    return torch.zeros(queries.shape), torch.zeros(queries.shape[:2])
-
-
 @pytest.fixture
 def recorder(monkeypatch):
-    made = Recorder()
+    made = FakeRecorder()
     for module in (captured, recorders):
         monkeypatch.setattr(module, "recorder_for", lambda device: made)
     return made

@@ -10,8 +10,8 @@ import transformers as tf
 
 import elastickv.transformers as ekv
 from elastickv.errors import UsageError
+from tests.helpers.captured_decode import Swerve
 from tests.helpers.model_matrix import model, padded, prompt
-from tests.transformers.cuda_graph.test_speculative_launch import Swerve
 
 pytestmark = pytest.mark.gpu
 CAPTURED = [

@@ -12,8 +12,8 @@ from elastickv.errors import UsageError
 from elastickv.transformers.cuda_graph import captured, speculative_launch
 from elastickv.transformers.cuda_graph import recorder as recorders
 from elastickv.transformers.layer_storage import Backends, HostStorage
+from tests.helpers.captured_decode import FakeRecorder, Swerve
 from tests.helpers.model_matrix import model, padded, prompt
-from tests.transformers.cuda_graph.test_captured import Recorder
 
 
 class Event:
@@ -21,7 +21,7 @@ class Event:
         pass
 
 
-class Seer(Recorder):
+class Seer(FakeRecorder):
     """What is launched ahead is done at once; who takes it back gets the caches of before."""
 
     launches_speculatively = True
@@ -81,18 +81,6 @@ def seer(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ekv.UncalibratedWarning)
         yield made
-
-
-class Swerve(tf.LogitsProcessor):
-    """From a place on, forbids the likeliest token at every third."""
-
-    def __init__(self, start):
-        self.start = start
-
-    def __call__(self, input_ids, scores):
-        if input_ids.shape[1] >= self.start and input_ids.shape[1] % 3 == 0:
-            scores = scores.scatter(1, scores.argmax(-1, keepdim=True), -float("inf"))
-        return scores
 
 
 def both(tiny, seer, inputs, count=20, compress=4, **options):
