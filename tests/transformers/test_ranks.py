@@ -127,7 +127,7 @@ def on_cpu(folder: Path) -> dict[str, Any]:
     found |= {
         "heads": [layer.store.cache.shape.kv_heads for layer in cache.elastic_layers],
         "fractions": [layer.store.cache.recipe.fractions for layer in cache.elastic_layers],
-        "whole": [recipe.fractions for recipe in cache._plan.budget.recipes.values()],
+        "whole": [recipe.fractions for recipe in cache._config.budget.recipes.values()],
         "ranks": report.ranks,
         "bytes": [report.stored_bytes, report.dense_bytes, report.read_bytes, report.dense_read_bytes],
         "allocated": report.allocated_bytes,
@@ -235,7 +235,7 @@ def test_a_value_that_is_not_finite_is_told_with_its_rank():
     with torch.no_grad():
         broken.model.layers[1].self_attn.k_proj.weight[70] = torch.nan
     cache = ekv.ElasticCache.for_model(broken, 4)
-    cache._guard.ranks = Ranks(1, 2)
+    cache._checks.ranks = Ranks(1, 2)
     with pytest.raises(NonFiniteError, match=r"layer 1 of rank 1 of 2: .*KV head 1, position 0"):
         broken.generate(**prompt(1, 40), max_new_tokens=1, past_key_values=cache)
 

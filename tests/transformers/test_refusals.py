@@ -11,7 +11,7 @@ import elastickv.transformers as ekv
 from elastickv.errors import UsageError
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.transformers import layer_storage
-from elastickv.transformers.device_map import layers_beside
+from elastickv.transformers.device_map import layers_on_same_device
 from elastickv.transformers.model_loading import fingerprint
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
@@ -204,7 +204,7 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
     cache = ekv.ElasticCache.for_model(tiny, 1)
     backend = layer_storage.backend_for(torch.device("cpu"))
     needed = backend.cache_bytes(
-        layer_storage.AttentionShape(1, 4, 2, 64), 1024, "fp32", cache._plan.settle(1000, "fp32").recipes[0]
+        layer_storage.AttentionShape(1, 4, 2, 64), 1024, "fp32", cache._config.settle(1000, "fp32").recipes[0]
     )
     cache.reset()
 
@@ -241,7 +241,7 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
     ],
 )
 def test_the_memory_of_a_device_is_needed_for_the_layers_that_compute_there(places, beside):
-    assert layers_beside(1, (0, 1, 2), places) == beside
+    assert layers_on_same_device(1, (0, 1, 2), places) == beside
 
 
 def errors_of(tiny: Any, **changes: Any) -> ModelCalibration:
@@ -300,7 +300,7 @@ def test_keys_on_another_device_than_the_tokens_before_are_refused(tiny):
     cache = cache_of(tiny)
     tiny.generate(**prompt(1, 40), max_new_tokens=2, past_key_values=cache)
     layer, elsewhere = cache.elastic_layers[0], torch.empty(1, 2, 1, 64, device="meta")
-    said = r"the cache lies on cpu, and keys on meta are given: .* move the model back"
+    said = r"the cache is on cpu, and keys on meta are given: .* move the model back"
     with pytest.raises(UsageError, match=said):
         layer.update(elsewhere, elsewhere)
     layer.store, layer.held = None, (torch.zeros(1, 2, 41, 64),) * 2

@@ -335,7 +335,7 @@ class TestBudget:
         keys = torch.randn(1, 2, 32768, 64)
         from elastickv.transformers.layer_storage import Backends, new_store
 
-        budget = cache._plan.settle(32768, "bf16")
+        budget = cache._config.settle(32768, "bf16")
         layer.store = new_store(Backends(), AttentionShape(1, 4, 2, 64), 32832, "bf16", budget.recipes[0], 64, keys.device)
         import numpy as np
 

@@ -89,7 +89,7 @@ def test_a_model_that_was_moved_between_turns_is_told(tiny):
     inputs = prompt(1, 100)
     cache = ekv.ElasticCache.for_model(tiny, 2)
     generate(tiny, inputs, 3, past_key_values=cache)
-    with pytest.raises(UsageError, match=r"the cache lies on cuda:[0-9]+, and keys on cpu are given"):
+    with pytest.raises(UsageError, match=r"the cache is on cuda:[0-9]+, and keys on cpu are given"):
         tiny.to("cpu").generate(**prompt(1, 110), max_new_tokens=3, past_key_values=cache)
     generate(tiny.to("cuda"), prompt(1, 110), 3, past_key_values=cache)
 
