@@ -256,9 +256,7 @@ def config_for(
     if chosen is None and compress is None and not covered:
         raise UsageError("neither compress nor a recipe is given: give compress=4, or recipe='int4', or recipe=FILE")
     if isinstance(chosen, Recipe) and compress is not None:
-        raise UsageError(
-            f"compress={compress:g} and the recipe {chosen} are both given: the recipe fixes the ratio; give one"
-        )
+        raise UsageError(f"compress={compress:g} and the recipe {chosen} are both given: the recipe fixes the ratio; give one")
     if isinstance(chosen, str) and compress is None:
         raise UsageError(f"recipe {chosen!r} leaves a number open: give compress too, or write the number")
     if calibration is not None:

@@ -24,7 +24,7 @@ class Recorder(Protocol):
 
     Attributes
     ----------
-    launches_speculatively : whether `beside` is useful, because the host does not wait for a replay.
+    launches_speculatively : whether `launch_concurrently` is useful, because the host does not wait for a replay.
     """
 
     launches_speculatively: bool
@@ -35,17 +35,17 @@ class Recorder(Protocol):
     def record(self, run: Pass) -> Pass:
         """Record a pass without running it; return a function that runs it and returns the same tensors each time."""
 
-    def end(self) -> torch.cuda.Event:
-        """Return a new event for `beside` to record."""
+    def new_event(self) -> torch.cuda.Event:
+        """Return a new event for `launch_concurrently` to record."""
 
-    def beside(self, steps: Sequence[Pass], ends: Sequence[torch.cuda.Event]) -> None:
+    def launch_concurrently(self, steps: Sequence[Pass], ends: Sequence[torch.cuda.Event]) -> None:
         """Queue `steps` after earlier work but independent of later work; record one of `ends` after each step."""
 
-    def follow(self, end: torch.cuda.Event) -> None:
+    def wait_for(self, end: torch.cuda.Event) -> None:
         """Make later work wait for an event."""
 
     def wait_for_others(self, host: bool = False) -> None:
-        """Make later work, or the host, wait for everything queued by `beside`, for any cache."""
+        """Make later work, or the host, wait for everything queued by `launch_concurrently`, for any cache."""
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -130,11 +130,11 @@ class GraphRecorder:
 
         return replay
 
-    def end(self) -> torch.cuda.Event:
+    def new_event(self) -> torch.cuda.Event:
         """Return a new event."""
         return torch.cuda.Event()
 
-    def beside(self, steps: Sequence[Pass], ends: Sequence[torch.cuda.Event]) -> None:
+    def launch_concurrently(self, steps: Sequence[Pass], ends: Sequence[torch.cuda.Event]) -> None:
         """Queue `steps` on the capture stream."""
         with self._on_device():
             present, stream = torch.cuda.current_stream(), _capture_stream(self._index)
@@ -149,7 +149,7 @@ class GraphRecorder:
                 ends[-1].record(stream)
                 note_in_flight(torch.device("cuda", self._index), ends[-1])
 
-    def follow(self, end: torch.cuda.Event) -> None:
+    def wait_for(self, end: torch.cuda.Event) -> None:
         """Make the present stream wait for an event."""
         end.wait(torch.cuda.current_stream(self._index))
 

@@ -48,7 +48,7 @@ class _Flight:
 
     def rollback(self) -> None:
         """Restore the stores for work that is queued from here on."""
-        self.recorder.follow(self.done)
+        self.recorder.wait_for(self.done)
         cache = self.cache()
         if cache is not None:
             cache.rollback()
@@ -90,10 +90,10 @@ class SpeculativeLaunch:
         """Return the outputs of the decode in flight if it has these inputs; else roll it back and return None."""
         flight, backends = self._flight, cache.backends
         if flight is not None and backends.ahead is flight and flight.graph is graph and flight.outputs is not None:
-            flight.recorder.follow(flight.inputs_ready)
+            flight.recorder.wait_for(flight.inputs_ready)
             if _same(graph.inputs, inputs):
                 self._flight = backends.ahead = None
-                flight.recorder.follow(flight.done)
+                flight.recorder.wait_for(flight.done)
                 self.count += 1
                 return flight.outputs
         if backends.ahead is not None:
@@ -134,9 +134,9 @@ class SpeculativeLaunch:
         def replay() -> None:
             flight.outputs = graph.replay()
 
-        flight = _Flight(weakref.ref(cache), graph, recorder, recorder.end(), recorder.end())
+        flight = _Flight(weakref.ref(cache), graph, recorder, recorder.new_event(), recorder.new_event())
         self._flight = cache.backends.ahead = flight
-        recorder.beside((write_inputs, replay), (flight.inputs_ready, flight.done))
+        recorder.launch_concurrently((write_inputs, replay), (flight.inputs_ready, flight.done))
 
 
 def _has_next_token(graph: Graph, outputs: Any) -> bool:
