@@ -1,4 +1,4 @@
-"""Models that are split over processes, and what each of these finds."""
+"""Run a task in several processes over which a model is split."""
 
 import gc
 import json
@@ -15,8 +15,8 @@ import torch
 Task = Callable[[Path], dict[str, Any]]
 
 
-def found_by_ranks(task: Task, folder: Path, count: int, backend: str) -> list[dict[str, Any]]:
-    """Return what `task`, a function that processes can import, returns in each of `count` of them; as JSON has it."""
+def run_on_ranks(task: Task, folder: Path, count: int, backend: str) -> list[dict[str, Any]]:
+    """Return the results of `task`, an importable function, from each of `count` processes, as read back from JSON."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What a compressed cache computes, held against its definition in float64: exact prompts, decodes, chunks, padding."""
+"""What a compressed cache computes, compared with its definition in float64: exact prompts, decodes, chunks, padding."""
 
 import copy
 from typing import Any
@@ -28,7 +28,7 @@ LIMIT = 2e-4  # kernel error of int4 codes in float32 (docs/TECHNICAL.md), and t
 
 
 class Watch:
-    """Notes what the attention function of an elastic layer is given and returns."""
+    """Records the arguments and outputs of an elastic layer's attention."""
 
     def __init__(self, monkeypatch) -> None:
         from elastickv.transformers.layer import ElasticLayer
@@ -55,18 +55,18 @@ def watch(monkeypatch):
     return Watch(monkeypatch)
 
 
-def relative(found: Any, expected: Any) -> float:
-    return float(np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected))
+def relative(output: Any, expected: Any) -> float:
+    return float(np.linalg.norm(np.asarray(output) - expected) / np.linalg.norm(expected))
 
 
 def run(tiny, cache, inputs) -> torch.Tensor:
     with torch.no_grad():
-        places = inputs["attention_mask"].cumsum(1) - 1
+        positions = inputs["attention_mask"].cumsum(1) - 1
         past = cache.get_seq_length()
         return tiny(
             inputs["input_ids"][:, past:],
             attention_mask=inputs["attention_mask"],
-            position_ids=places[:, past:].clamp(min=0),
+            position_ids=positions[:, past:].clamp(min=0),
             past_key_values=cache,
         ).logits
 
@@ -80,9 +80,9 @@ def longer(inputs, count: int, seed: int = 9) -> dict[str, torch.Tensor]:
 def test_a_prompt_in_one_call_is_exact_whatever_the_recipe(tiny, text):
     inputs = padded([300, 211])
     stock = tiny(**inputs, use_cache=False).logits.detach()
-    found = run(tiny, ekv.ElasticCache.for_model(tiny, recipe=text), inputs)
+    logits = run(tiny, ekv.ElasticCache.for_model(tiny, recipe=text), inputs)
     real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(found[real], stock[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[real], stock[real], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", RECIPES)
@@ -145,15 +145,15 @@ def test_chunks_read_all_that_is_stored_as_its_codes_say(tiny, watch, monkeypatc
     run(tiny, cache, inputs)
     for layer, before, pending, call, output in watch.calls:
         expected = expected_chunk(before, call, pending, real, 1, layer.store.cache.recipe)
-        found = output.transpose(1, 2).numpy() * real[:, None, :, None]
-        assert relative(found, expected) < LIMIT
+        attended = output.transpose(1, 2).numpy() * real[:, None, :, None]
+        assert relative(attended, expected) < LIMIT
     assert cache.lengths == (312, 223 - padding)
     assert cache.report().chunks == 1
     run(tiny, cache, longer(inputs, 1))
 
 
-def test_a_stride_weighs_kept_tokens_for_those_dropped(tiny):
-    """With all keys equal, every kept token counts for cold / kept of them: the sums are those of the oracle."""
+def test_a_stride_weighs_retained_tokens_for_those_dropped(tiny):
+    """With all keys equal, every retained token counts for cold / retained of them: the sums are those of the oracle."""
     cache = ekv.ElasticCache.for_model(tiny, recipe="int8,stride=4")
     run(tiny, cache, prompt(1, 300))
     store = cache.elastic_layers[0].store
@@ -232,10 +232,10 @@ def test_16_bit_models_keep_their_dtype(dtype):
     inputs = padded([60, 41])
     stock = tiny.generate(**inputs, max_new_tokens=8, do_sample=False)
     cache = ekv.ElasticCache.for_model(tiny, 1)
-    found = tiny.generate(**inputs, max_new_tokens=8, do_sample=False, past_key_values=cache)
+    tokens = tiny.generate(**inputs, max_new_tokens=8, do_sample=False, past_key_values=cache)
     assert cache.elastic_layers[0].store.cache.dtype == {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     # Rounding in 16 bit differs in the last place: a near tie may fall the other way.
-    assert (found == stock)[:, 60:].float().mean() > 0.6
+    assert (tokens == stock)[:, 60:].float().mean() > 0.6
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "gemma2"])

@@ -22,7 +22,7 @@ def device(open_cuda):
 
 
 def tensors(device, dtype, batch, heads, tokens, head_dim, seed):
-    """Return keys that lie as a model's do, and values that lie as a transposed view does."""
+    """Return keys with a model's strides, and values with those of a transposed view."""
     generator = torch.Generator(device).manual_seed(seed)
     keys = torch.randn(batch, heads, tokens, head_dim, generator=generator, device=device).to(dtype)
     values = torch.randn(batch, tokens, heads, head_dim, generator=generator, device=device).to(dtype).transpose(1, 2)
@@ -31,9 +31,9 @@ def tensors(device, dtype, batch, heads, tokens, head_dim, seed):
 
 def take_step(store, keys, values, queries, scaling):
     store.ready_step()
-    found = store.queue_step(keys, values, queries, scaling)
+    outputs = store.queue_step(keys, values, queries, scaling)
     store.count_step()
-    return found
+    return outputs
 
 
 def arrays(keys, values, wide):
@@ -48,11 +48,11 @@ def test_chunks_and_steps_match_the_float64_twin(device, text, dtype, head_dim):
     store = new_store(Backends(), shape, 400, NAMES[dtype], recipe, head_dim, device)
     twin = ReferenceCache(shape, 700, NAMES[dtype], recipe)
     for seed, (tokens, lengths) in enumerate(((300, [300, 187]), (33, [1, 33]), (90, [90, 0]))):
-        given = tensors(device, dtype, 2, 2, tokens, head_dim, seed)
-        store.extend(*given, np.array(lengths))
-        twin.extend(*arrays(*given, wide), np.array(lengths))
-    for kept, expected in zip(store.read(0, 400), twin.read(0, 400), strict=True):
-        np.testing.assert_allclose(kept.cpu().numpy(), expected[..., :head_dim], rtol=1e-6, atol=0)
+        inputs = tensors(device, dtype, 2, 2, tokens, head_dim, seed)
+        store.extend(*inputs, np.array(lengths))
+        twin.extend(*arrays(*inputs, wide), np.array(lengths))
+    for stored, expected in zip(store.read(0, 400), twin.read(0, 400), strict=True):
+        np.testing.assert_allclose(stored.cpu().numpy(), expected[..., :head_dim], rtol=1e-6, atol=0)
     scaling = 0.3 / head_dim**0.5
     for step in range(40):
         keys, values = tensors(device, dtype, 2, 2, 1, head_dim, 10 + step)
@@ -60,14 +60,14 @@ def test_chunks_and_steps_match_the_float64_twin(device, text, dtype, head_dim):
         outputs, lse = take_step(store, keys, values, queries, scaling)
         k, v = arrays(keys, values, wide)
         twin.append(k[:, :, 0], v[:, :, 0])
-        asked = np.pad(queries.float().cpu().numpy(), ((0, 0), (0, 0), (0, wide - head_dim))) * scaling * wide**0.5
-        expected, expected_lse = Oracle(store.cache).decode(asked)
+        scaled_queries = np.pad(queries.float().cpu().numpy(), ((0, 0), (0, 0), (0, wide - head_dim))) * scaling * wide**0.5
+        expected, expected_lse = Oracle(store.cache).decode(scaled_queries)
         error = np.linalg.norm(outputs.float().cpu().numpy() - expected[..., :head_dim]) / np.linalg.norm(expected)
         assert error < LIMITS[recipe.exact_dtype(NAMES[dtype])], step
         np.testing.assert_allclose(lse.cpu().numpy(), expected_lse, atol=0.02, rtol=0)
     assert store.lengths.tolist() == twin.lengths.tolist() == [431, 260]
-    for kept, expected in zip(store.read(0, 431), twin.read(0, 431), strict=True):
-        np.testing.assert_allclose(kept.cpu().numpy(), expected[..., :head_dim], rtol=1e-6, atol=0)
+    for stored, expected in zip(store.read(0, 431), twin.read(0, 431), strict=True):
+        np.testing.assert_allclose(stored.cpu().numpy(), expected[..., :head_dim], rtol=1e-6, atol=0)
 
 
 def test_rows_are_picked_copied_and_cropped(device):
@@ -89,7 +89,7 @@ def test_rows_are_picked_copied_and_cropped(device):
         torch.testing.assert_close(now, was[:, :, :170], rtol=2**-8, atol=0)
 
 
-def test_memory_is_pytorchs_and_is_given_back(device):
+def test_memory_is_pytorchs_and_is_released(device):
     gc.collect()
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated(device)
@@ -106,15 +106,15 @@ def test_memory_is_pytorchs_and_is_given_back(device):
 
 def test_steps_run_on_a_side_stream(device):
     shape, stream = AttentionShape(1, 4, 2, 64), torch.cuda.Stream(device)
-    found = []
+    by_stream = []
     for side in (False, True):
         store = new_store(Backends(), shape, 500, "bf16", Recipe.parse("int4"), 64, device)
-        given = tensors(device, torch.bfloat16, 1, 2, 300, 64, 0)
+        inputs = tensors(device, torch.bfloat16, 1, 2, 300, 64, 0)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream if side else torch.cuda.current_stream()):
-            store.extend(*given, np.array([300]))
+            store.extend(*inputs, np.array([300]))
             keys, values = tensors(device, torch.bfloat16, 1, 2, 1, 64, 1)
             outputs, _ = take_step(store, keys, values, keys.repeat(1, 2, 1, 1)[:, :, 0], 0.125)
-            found.append(outputs.clone())
+            by_stream.append(outputs.clone())
         torch.cuda.synchronize()
-    assert torch.equal(*found)
+    assert torch.equal(*by_stream)

@@ -62,8 +62,8 @@ def test_turns_and_chunks_are_the_stock_caches(tiny):
     first, more = padded([70, 41]), prompt(2, 9, seed=7)["input_ids"]
 
     def talk(cache):
-        told = generate(tiny, first, past_key_values=cache)
-        ids = torch.cat([told, more], dim=1)
+        generated = generate(tiny, first, past_key_values=cache)
+        ids = torch.cat([generated, more], dim=1)
         mask = torch.cat([first["attention_mask"], torch.ones(2, ids.shape[1] - 70, dtype=torch.int64)], dim=1)
         return generate(tiny, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
 
@@ -84,8 +84,8 @@ def test_a_shared_prompt_is_copied_and_a_cache_is_reset(tiny):
         full = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         answers.append((generate(tiny, full, past_key_values=copy.deepcopy(cache)), generate(tiny, full)))
     assert cache.get_seq_length() == 60
-    for told, stock in answers:
-        assert torch.equal(told, stock)
+    for elastic_ids, stock in answers:
+        assert torch.equal(elastic_ids, stock)
     cache.reset()
     assert cache.get_seq_length() == 0
     assert torch.equal(generate(tiny, inputs, past_key_values=cache), generate(tiny, inputs))
@@ -94,9 +94,9 @@ def test_a_shared_prompt_is_copied_and_a_cache_is_reset(tiny):
 def test_a_saved_cache_goes_on_where_it_was(tiny, tmp_path):
     inputs = padded([70, 41])
     cache = elastic(tiny)
-    told = generate(tiny, inputs, past_key_values=cache)
+    generated = generate(tiny, inputs, past_key_values=cache)
     cache.save(tmp_path / "cache.safetensors")
-    ids = torch.cat([told, prompt(2, 6, seed=9)["input_ids"]], dim=1)
+    ids = torch.cat([generated, prompt(2, 6, seed=9)["input_ids"]], dim=1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, ids.shape[1] - 70, dtype=torch.int64)], dim=1)
     loaded = ekv.ElasticCache.load(tmp_path / "cache.safetensors", tiny)
     assert loaded.get_seq_length() == cache.get_seq_length()
@@ -112,13 +112,13 @@ def test_logits_of_a_compressed_cache_are_near_the_stock_ones(tiny, name):
     def logits(cache):
         with torch.no_grad():
             tiny(**inputs, past_key_values=cache)
-            mask, found = inputs["attention_mask"], []
+            mask, steps = inputs["attention_mask"], []
             for number in range(5):
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], dim=1)
-                places = mask.cumsum(1)[:, -1:] - 1
+                positions = mask.cumsum(1)[:, -1:] - 1
                 ids = following[:, number : number + 1]
-                found.append(tiny(ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits)
-        return torch.cat(found)
+                steps.append(tiny(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
+        return torch.cat(steps)
 
     stock = logits(tf.DynamicCache(config=tiny.config))
     near = logits(elastic(tiny, None, recipe="int8") if not name.endswith("windowed") else elastic(tiny))

@@ -16,9 +16,9 @@ from elastickv.transformers.cuda_graph import recorder as recorders
 from elastickv.transformers.layer_storage import HostStorage
 from elastickv.transformers.model_loading import fingerprint
 from elastickv.transformers.tensor_parallel import Ranks
+from tests.helpers.captured_decode import FakeRecorder
 from tests.helpers.model_matrix import model, padded, prompt
-from tests.helpers.ranks import found_by_ranks, split
-from tests.transformers.cuda_graph.test_captured import Recorder
+from tests.helpers.ranks import run_on_ranks, split
 
 SPLIT = ("llama", "qwen3", "olmo2")  # the heads of the last lie whole on every rank
 EVEN = {"vocab_size": 212}  # Transformers 5.17 deals out whole rows
@@ -39,8 +39,8 @@ def errors_of(made: Any) -> ModelCalibration:
 
 
 def tokens(made: Any, inputs: dict[str, torch.Tensor], count: int = 16, **options: Any) -> list[list[int]]:
-    given = {name: tensor.to(made.device) for name, tensor in inputs.items()}
-    return made.generate(**given, max_new_tokens=count, do_sample=False, **options)[:, -count:].tolist()
+    on_device = {name: tensor.to(made.device) for name, tensor in inputs.items()}
+    return made.generate(**on_device, max_new_tokens=count, do_sample=False, **options)[:, -count:].tolist()
 
 
 def with_elastic(made: Any, compress: float, inputs: dict[str, torch.Tensor], **options: Any) -> tuple[list[list[int]], Any]:
@@ -69,7 +69,7 @@ def refusal(act: Any) -> str:
     return "nothing is refused"
 
 
-class LateRecorder(Recorder):
+class LateRecorder(FakeRecorder):
     """One that fails when the pass has run: this stand-in's passes talk to the other ranks, recorded or not."""
 
     late: Exception | None = None
@@ -101,7 +101,7 @@ def captured_counts(made: Any) -> dict[str, Any]:
         patch.setattr(HostStorage, "set_fractions", note_shares)
         cache = ekv.ElasticCache.for_model(made, RATIO, calibration=errors_of(made))
         start = cache.report().holds_from - 6
-        found = tokens(made, prompt(1, start), past_key_values=cache)
+        captured_tokens = tokens(made, prompt(1, start), past_key_values=cache)
         counts = [stand_in.rehearsed, stand_in.recorded, cache.report().captured]
         rank = torch.distributed.get_rank()
         uneven = [len(set(layer.store.shares)) > 1 for layer in cache.elastic_layers]
@@ -110,24 +110,24 @@ def captured_counts(made: Any) -> dict[str, Any]:
             stand_in.late, stand_in.waits = (fails, waits) if rank else (None, None)
             other = ekv.ElasticCache.for_model(made, RATIO, calibration=errors_of(made))
             again = tokens(made, prompt(1, start), past_key_values=other)
-            reasons.append([again == found, other.report().captured, other.report().not_captured])
+            reasons.append([again == captured_tokens, other.report().captured, other.report().not_captured])
         ekv.release(made)
     plain = tokens(made, prompt(1, start), past_key_values=ekv.ElasticCache.for_model(made, RATIO, calibration=errors_of(made)))
-    return {"counts": counts, "uneven": uneven, "reasons": reasons, "same": found == plain}
+    return {"counts": counts, "uneven": uneven, "reasons": reasons, "same": captured_tokens == plain}
 
 
 def on_cpu(folder: Path) -> dict[str, Any]:
     """What a rank finds on the CPU."""
-    found: dict[str, Any] = {name: outcome(split(folder / name)) for name in SPLIT}
+    results: dict[str, Any] = {name: outcome(split(folder / name)) for name in SPLIT}
     cut = split(folder / "llama-mqa")
-    found["cut"] = refusal(lambda: ekv.ElasticCache.for_model(cut, 4))
+    results["cut"] = refusal(lambda: ekv.ElasticCache.for_model(cut, 4))
     made = split(folder / "four")
-    found["calibrated"], cache = calibrated(made)
+    results["calibrated"], cache = calibrated(made)
     report = cache.report()
-    found |= {
+    results |= {
         "heads": [layer.store.cache.shape.kv_heads for layer in cache.elastic_layers],
         "fractions": [layer.store.cache.recipe.fractions for layer in cache.elastic_layers],
-        "whole": [recipe.fractions for recipe in cache._plan.budget.recipes.values()],
+        "whole": [recipe.fractions for recipe in cache._config.budget.recipes.values()],
         "ranks": report.ranks,
         "bytes": [report.stored_bytes, report.dense_bytes, report.read_bytes, report.dense_read_bytes],
         "allocated": report.allocated_bytes,
@@ -136,19 +136,19 @@ def on_cpu(folder: Path) -> dict[str, Any]:
         "loaded": refusal(lambda: ekv.ElasticCache.load(folder / "of_one_process", made)),
         "captures": captured_counts(made),
     }
-    return found
+    return results
 
 
 def on_gpus(folder: Path) -> dict[str, Any]:
     """What a rank finds on its GPU: the second generation goes across the context from which shares differ."""
     made = split(folder)
     inputs = padded([500, 443])
-    found: dict[str, Any] = {"stock": tokens(made, inputs), "1": with_elastic(made, 1, inputs)[0]}
+    results: dict[str, Any] = {"stock": tokens(made, inputs), "1": with_elastic(made, 1, inputs)[0]}
     for name, capture in (("plain", False), ("captured", True)):
         cache = ekv.ElasticCache.for_model(made, RATIO, calibration=errors_of(made), capture=capture)
-        found[name] = tokens(made, prompt(2, cache.report().holds_from - 6), 24, past_key_values=cache)
+        results[name] = tokens(made, prompt(2, cache.report().holds_from - 6), 24, past_key_values=cache)
     report = cache.report()
-    return found | {"counts": [report.decodes, report.captured, report.not_captured]}
+    return results | {"counts": [report.decodes, report.captured, report.not_captured]}
 
 
 def save_four_heads(folder: Path) -> Any:
@@ -167,10 +167,10 @@ def ranks(tmp_path_factory):
     for name, made in alone.items():
         made.save_pretrained(folder / name)
     alone["four"] = save_four_heads(folder / "four")
-    found: dict[str, Any] = {name: outcome(alone[name]) for name in SPLIT}
-    found["calibrated"], cache = calibrated(alone["four"])
+    results: dict[str, Any] = {name: outcome(alone[name]) for name in SPLIT}
+    results["calibrated"], cache = calibrated(alone["four"])
     cache.save(folder / "of_one_process")
-    return SimpleNamespace(alone=found, report=cache.report(), each=found_by_ranks(on_cpu, folder, 2, "gloo"))
+    return SimpleNamespace(alone=results, report=cache.report(), each=run_on_ranks(on_cpu, folder, 2, "gloo"))
 
 
 @pytest.mark.parametrize("name", SPLIT)
@@ -230,12 +230,12 @@ def test_a_rank_takes_the_shares_of_its_own_heads():
     assert Ranks(1, 2).share(Recipe.parse("int4,pages=1/2"), 4, 2).fractions == (1 / 2,)
 
 
-def test_a_value_that_is_not_finite_is_told_with_its_rank():
+def test_a_value_that_is_not_finite_is_reported_with_its_rank():
     broken = model("llama")
     with torch.no_grad():
         broken.model.layers[1].self_attn.k_proj.weight[70] = torch.nan
     cache = ekv.ElasticCache.for_model(broken, 4)
-    cache._guard.ranks = Ranks(1, 2)
+    cache._checks.ranks = Ranks(1, 2)
     with pytest.raises(NonFiniteError, match=r"layer 1 of rank 1 of 2: .*KV head 1, position 0"):
         broken.generate(**prompt(1, 40), max_new_tokens=1, past_key_values=cache)
 
@@ -246,7 +246,7 @@ def test_two_gpus_capture_alike(tmp_path):
     if not torch.distributed.is_nccl_available():
         pytest.skip("NCCL is needed")
     save_four_heads(tmp_path)
-    first, second = found_by_ranks(on_gpus, tmp_path, 2, "nccl")
+    first, second = run_on_ranks(on_gpus, tmp_path, 2, "nccl")
     assert first == second
     assert first["1"] == first["stock"]
     assert first["captured"] == first["plain"]

@@ -11,7 +11,7 @@ import elastickv.transformers as ekv
 from elastickv.errors import UsageError
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.transformers import layer_storage
-from elastickv.transformers.device_map import layers_beside
+from elastickv.transformers.device_map import layers_on_same_device
 from elastickv.transformers.model_loading import fingerprint
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
@@ -85,11 +85,11 @@ def test_another_model_is_refused_whatever_its_attention(tiny):
 def test_a_filled_cache_is_refused_by_another_model_of_the_same_configuration(tiny):
     inputs = prompt(1, 40)
     cache = cache_of(tiny)
-    told = tiny.generate(**inputs, max_new_tokens=3, past_key_values=cache)
+    generated = tiny.generate(**inputs, max_new_tokens=3, past_key_values=cache)
     twin = tf.AutoModelForCausalLM.from_config(tiny.config).eval()
     twin.set_attn_implementation("elastickv")
     with pytest.raises(UsageError, match="another model"):
-        twin.generate(told, max_new_tokens=3, past_key_values=cache)
+        twin.generate(generated, max_new_tokens=3, past_key_values=cache)
 
 
 def test_another_batch_is_refused_and_the_cache_still_serves_its_own(tiny):
@@ -102,7 +102,7 @@ def test_another_batch_is_refused_and_the_cache_still_serves_its_own(tiny):
     assert cache.lengths == (41, 41)
 
 
-def test_attention_that_is_not_set_is_told_with_the_remedy(tiny):
+def test_attention_that_is_not_set_is_refused_with_the_remedy(tiny):
     cache = cache_of(tiny)
     tiny.set_attn_implementation("sdpa")
     with pytest.raises(UsageError, match=r"set_attn_implementation\('elastickv'\)"):
@@ -136,21 +136,21 @@ def test_a_prompt_and_new_tokens_that_will_not_fit_are_refused_before_any_work(l
         tiny.generate(**prompt(1, 70), max_new_tokens=1, past_key_values=cache_of(tiny, **options))
     assert not calls
     cache = cache_of(tiny, **options)
-    told = tiny.generate(**prompt(1, 50), max_new_tokens=15, past_key_values=cache, do_sample=False)
+    generated = tiny.generate(**prompt(1, 50), max_new_tokens=15, past_key_values=cache, do_sample=False)
     assert cache.lengths == (64,)
     with pytest.raises(UsageError, match=word):
-        tiny.generate(told, max_new_tokens=2, past_key_values=cache)
+        tiny.generate(generated, max_new_tokens=2, past_key_values=cache)
     with torch.no_grad(), pytest.raises(UsageError, match=word):
         tiny(prompt(1, 1)["input_ids"], past_key_values=cache)
     assert cache.lengths == (64,)
-    # Padding takes no position: 50 places of padding and 15 of text.
+    # Padding takes no position: 50 positions of padding and 15 of text.
     wide = padded([65, 50])
     wide["attention_mask"][:, :15] = 0
     tiny.generate(**wide, max_new_tokens=15, past_key_values=cache_of(tiny, **options))
     handle.remove()
 
 
-def test_a_text_that_does_not_go_on_from_what_is_held_is_refused(tiny):
+def test_a_text_that_does_not_continue_the_cached_one_is_refused(tiny):
     cache = cache_of(tiny)
     tiny.generate(**prompt(1, 60), max_new_tokens=3, past_key_values=cache)
     with pytest.raises(UsageError, match="already holds 62 tokens and the prompt has 30"):
@@ -197,14 +197,14 @@ def test_masks_that_a_store_cannot_keep_are_refused(tiny):
     assert cache.lengths == (43,)
 
 
-@pytest.mark.parametrize("places", [None, {"model.layers.0": 0, "model.layers.1": 1}])
-def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, monkeypatch, places):
-    if places:
-        monkeypatch.setattr(tiny, "hf_device_map", places, raising=False)
+@pytest.mark.parametrize("device_map", [None, {"model.layers.0": 0, "model.layers.1": 1}])
+def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, monkeypatch, device_map):
+    if device_map:
+        monkeypatch.setattr(tiny, "hf_device_map", device_map, raising=False)
     cache = ekv.ElasticCache.for_model(tiny, 1)
     backend = layer_storage.backend_for(torch.device("cpu"))
     needed = backend.cache_bytes(
-        layer_storage.AttentionShape(1, 4, 2, 64), 1024, "fp32", cache._plan.settle(1000, "fp32").recipes[0]
+        layer_storage.AttentionShape(1, 4, 2, 64), 1024, "fp32", cache._config.settle(1000, "fp32").recipes[0]
     )
     cache.reset()
 
@@ -215,7 +215,7 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
             self.cache, self.cache_bytes = backend.cache, backend.cache_bytes
 
     monkeypatch.setattr("elastickv.transformers.layer_storage.backend_for", lambda device: Full())
-    if places:
+    if device_map:
         # A layer a device: each has what it needs.
         assert tiny.generate(**prompt(1, 1000), max_new_tokens=2, past_key_values=cache).shape == (1, 1002)
         return
@@ -224,7 +224,7 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
 
 
 @pytest.mark.parametrize(
-    ("places", "beside"),
+    ("device_map", "same_device"),
     [
         (None, [0, 1, 2]),
         ({"": "cuda:0"}, [0, 1, 2]),
@@ -240,8 +240,8 @@ def test_too_little_memory_tells_how_much_is_needed_and_what_would_fit(tiny, mon
         ({"model.layers.10": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 0}, [1]),
     ],
 )
-def test_the_memory_of_a_device_is_needed_for_the_layers_that_compute_there(places, beside):
-    assert layers_beside(1, (0, 1, 2), places) == beside
+def test_the_memory_of_a_device_is_needed_for_the_layers_that_compute_there(device_map, same_device):
+    assert layers_on_same_device(1, (0, 1, 2), device_map) == same_device
 
 
 def errors_of(tiny: Any, **changes: Any) -> ModelCalibration:
@@ -300,7 +300,7 @@ def test_keys_on_another_device_than_the_tokens_before_are_refused(tiny):
     cache = cache_of(tiny)
     tiny.generate(**prompt(1, 40), max_new_tokens=2, past_key_values=cache)
     layer, elsewhere = cache.elastic_layers[0], torch.empty(1, 2, 1, 64, device="meta")
-    said = r"the cache lies on cpu, and keys on meta are given: .* move the model back"
+    said = r"the cache is on cpu, and keys on meta are given: .* move the model back"
     with pytest.raises(UsageError, match=said):
         layer.update(elsewhere, elsewhere)
     layer.store, layer.held = None, (torch.zeros(1, 2, 41, 64),) * 2

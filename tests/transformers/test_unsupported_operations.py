@@ -1,4 +1,4 @@
-"""What a cache cannot do is told, where the stock cache would do something else: never an answer of its own kind."""
+"""Unsupported operations raise an error instead of silently diverging from the stock cache."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ REFUSED = {
 }
 
 
-def asked(tiny, cache, new, mask):
+def last_logits(tiny, cache, new, mask):
     ids = prompt(2, HELD + 3)["input_ids"]
     with torch.no_grad():
         tiny(ids[:, :HELD], past_key_values=cache)
@@ -62,18 +62,20 @@ def asked(tiny, cache, new, mask):
 
 
 @pytest.mark.parametrize("kind", GOES_ON)
-def test_a_mask_that_goes_on_means_what_it_means_to_the_stock_cache(tiny, kind):
+def test_a_mask_that_continues_means_the_same_as_to_the_stock_cache(tiny, kind):
     new, mask = GOES_ON[kind]
-    found = asked(tiny, ekv.ElasticCache.for_model(tiny, 1), new, mask())
-    torch.testing.assert_close(found, asked(tiny, tf.DynamicCache(config=tiny.config), new, mask()), rtol=1e-4, atol=1e-4)
+    output = last_logits(tiny, ekv.ElasticCache.for_model(tiny, 1), new, mask())
+    torch.testing.assert_close(
+        output, last_logits(tiny, tf.DynamicCache(config=tiny.config), new, mask()), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_mask_that_says_otherwise_is_refused_and_the_cache_serves_on(tiny, kind):
+def test_a_contradicting_mask_is_refused_and_the_cache_still_works(tiny, kind):
     new, mask, message = REFUSED[kind]
     cache = ekv.ElasticCache.for_model(tiny, 1)
     with pytest.raises(UsageError, match=message):
-        asked(tiny, cache, new, mask())
+        last_logits(tiny, cache, new, mask())
     assert cache.lengths == (HELD, HELD)
     if mask().dim() == 2:
         with torch.no_grad():
@@ -91,17 +93,17 @@ def test_a_mask_that_shows_what_was_padding_is_refused(tiny):
     assert cache.lengths == (61, 42)
 
 
-def test_masks_are_compared_with_the_places_as_they_are_now():
-    slots, mask = Padding(), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
-    slots.add(2, mask[:, :2].bool().numpy())
-    slots.add(2, None)
-    assert bool(slots.agrees(mask)) and not bool(slots.agrees(ones(2, 5)))
-    slots.gather(torch.tensor([1, 0]).numpy())
-    assert bool(slots.agrees(mask.flip(0))) and not bool(slots.agrees(mask))
-    slots.remove(3, 2)
-    assert bool(slots.agrees(without(mask.flip(0), slice(None), 1)))
-    slots.add(1, mask[:, :1].bool().numpy())
-    assert bool(slots.agrees(torch.tensor([[1, 0, 1], [0, 1, 1]])))
+def test_masks_are_compared_with_the_present_positions():
+    padding, mask = Padding(), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    padding.add(2, mask[:, :2].bool().numpy())
+    padding.add(2, None)
+    assert bool(padding.agrees(mask)) and not bool(padding.agrees(ones(2, 5)))
+    padding.gather(torch.tensor([1, 0]).numpy())
+    assert bool(padding.agrees(mask.flip(0))) and not bool(padding.agrees(mask))
+    padding.remove(3, 2)
+    assert bool(padding.agrees(without(mask.flip(0), slice(None), 1)))
+    padding.add(1, mask[:, :1].bool().numpy())
+    assert bool(padding.agrees(torch.tensor([[1, 0, 1], [0, 1, 1]])))
 
 
 def test_gradients_through_queries_alone_are_refused():
@@ -147,7 +149,7 @@ class Choose(tf.LogitsProcessor):
 
 @pytest.mark.parametrize("recipe", ["dense", "int4,pages=1/4,anchor_every=4"])
 @pytest.mark.parametrize("place", [45, 50])
-def test_a_token_that_is_not_finite_is_told_before_a_generate_ends(recipe, place):
+def test_a_token_that_is_not_finite_is_reported_before_a_generate_ends(recipe, place):
     """The second is the last that the model is given: the token that it makes is the last of the text."""
     broken = model("llama")
     with torch.no_grad():
@@ -162,7 +164,7 @@ def test_a_token_that_is_not_finite_is_told_before_a_generate_ends(recipe, place
 @pytest.mark.parametrize("count", [1, 6])
 @pytest.mark.parametrize("prefill", ["stored", "exact"])
 @pytest.mark.parametrize(("what", "named"), [("k_proj", "a value"), ("v_proj", "a value"), ("q_proj", "a query")])
-def test_what_the_last_layer_makes_of_a_prompt_is_told(what, named, prefill, count):
+def test_what_the_last_layer_makes_of_a_prompt_is_reported(what, named, prefill, count):
     broken = model("llama")
     with torch.no_grad():
         getattr(broken.model.layers[1].self_attn, what).weight[3] = torch.nan

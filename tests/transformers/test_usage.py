@@ -1,4 +1,4 @@
-"""What users do with an elastic cache: one line, a block, turns, crops, copies, files, reports."""
+"""How users work with an elastic cache: one line, a block, turns, crops, copies, files, reports."""
 
 import copy
 import gc
@@ -42,11 +42,11 @@ def elastic(tiny, compress=1, **options):
 
 
 @pytest.mark.parametrize("name", sorted({"past_key_values", CACHE_ARGUMENT}))
-def test_a_cache_is_found_by_every_name_that_this_release_takes_it_by(tiny, name):
+def test_a_cache_is_recognized_under_every_name_that_this_release_accepts(tiny, name):
     cache = elastic(tiny, 4)
-    given = {name: cache, "use_cache": True}
-    assert cache_in(given) is cache and without_cache(given) == {"use_cache": True}
-    generate(tiny, prompt(1, 30), **given)
+    arguments = {name: cache, "use_cache": True}
+    assert cache_in(arguments) is cache and without_cache(arguments) == {"use_cache": True}
+    generate(tiny, prompt(1, 30), **arguments)
     assert cache.lengths == (49,)
     with ekv.elastic(tiny, compress=4) as session:
         generate(tiny, prompt(1, 30), **{name: elastic(tiny, 4)})
@@ -108,7 +108,7 @@ class TestBlock:
             assert outer.cache is not None
         assert "generate" not in vars(tiny)
 
-    def test_a_model_told_to_be_eager_stays_so(self):
+    def test_a_model_set_to_eager_stays_eager(self):
         eager = model("llama")
         eager.set_attn_implementation("eager")
         inputs = padded([70, 41])
@@ -141,8 +141,8 @@ def test_tokens_are_streamed(tiny):
             self.tokens.append(-1)
 
     streamer = Streamer()
-    told = generate(tiny, prompt(1, 40), past_key_values=elastic(tiny, 4), streamer=streamer)
-    assert streamer.tokens == [*told[0].tolist(), -1]
+    generated = generate(tiny, prompt(1, 40), past_key_values=elastic(tiny, 4), streamer=streamer)
+    assert streamer.tokens == [*generated[0].tolist(), -1]
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 4}, {"assistant": True}])
@@ -174,10 +174,10 @@ class TestRows:
             mask = torch.cat([inputs["attention_mask"].flip(0), torch.ones(2, 1, dtype=torch.int64)], 1)
             ids = torch.cat([ids, torch.tensor([[7], [7]])], 1)
             again = elastic(tiny, None, recipe=recipe)
-            found = generate(tiny, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
+            edited = generate(tiny, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
             with torch.no_grad():
                 tiny(**{name: tensor.flip(0) for name, tensor in inputs.items()}, past_key_values=again)
-            assert torch.equal(found, generate(tiny, {"input_ids": ids, "attention_mask": mask}, past_key_values=again))
+            assert torch.equal(edited, generate(tiny, {"input_ids": ids, "attention_mask": mask}, past_key_values=again))
 
     def test_an_exact_prompt_moves_too(self, tiny):
         inputs = padded([60, 41])
@@ -203,14 +203,14 @@ class TestCrop:
     def test_a_crop_and_the_same_tokens_again_change_nothing_without_compression(self, tiny):
         inputs = padded([70, 41])
         cache = elastic(tiny)
-        told = generate(tiny, inputs, past_key_values=cache)
+        generated = generate(tiny, inputs, past_key_values=cache)
         cache.crop(-15)
         assert cache.get_seq_length() == 74
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 6, dtype=torch.int64)], 1)
-        again = generate(tiny, {"input_ids": told[:, :76], "attention_mask": mask}, 14, past_key_values=cache)
-        assert torch.equal(again, told)
+        again = generate(tiny, {"input_ids": generated[:, :76], "attention_mask": mask}, 14, past_key_values=cache)
+        assert torch.equal(again, generated)
 
-    def test_padding_is_cropped_as_places(self, tiny):
+    def test_padding_is_cropped_as_positions(self, tiny):
         cache = elastic(tiny, 4)
         with torch.no_grad():
             tiny(**padded([60, 4]), past_key_values=cache)
@@ -220,15 +220,15 @@ class TestCrop:
         assert cache.get_seq_length() == 0
         assert cache.allocated_bytes == 0
 
-    def test_a_crop_into_what_is_quantised_goes_on(self, tiny):
+    def test_a_cache_cropped_into_quantized_tokens_continues(self, tiny):
         cache = elastic(tiny, None, recipe="int8")
         inputs = prompt(1, 400)
         with torch.no_grad():
             tiny(**inputs, past_key_values=cache)
             cache.crop(-200)
-            found = tiny(inputs["input_ids"][:, 200:201], past_key_values=cache).logits
+            logits = tiny(inputs["input_ids"][:, 200:201], past_key_values=cache).logits
             stock = tiny(inputs["input_ids"][:, :201]).logits[:, -1:]
-        assert (found - stock).std() < 0.1 * stock.std()
+        assert (logits - stock).std() < 0.1 * stock.std()
 
     @pytest.mark.parametrize("count", [5, -71])
     def test_numbers_that_are_no_crop_are_refused(self, tiny, count):
@@ -257,7 +257,7 @@ class TestBudget:
         assert rows[512].everything
         assert not rows[1024].everything
         assert all(row.read_ratio >= 4 for row in report.by_context if row.context >= report.holds_from)
-        # What selection leaves over is spent: not much less is read than asked for.
+        # The selection uses most of its budget: not much less is read than allowed.
         assert all(row.read_ratio < 4.5 for row in report.by_context if not row.everything)
 
     def test_shares_follow_the_context_and_every_head_reads_by_them(self, tiny):
@@ -297,16 +297,16 @@ class TestBudget:
         assert "everything is read" in str(report)
 
     def test_a_prompt_through_two_devices_takes_the_seconds_of_both_and_not_those_between(self):
-        class Moment(float):
+        class Timestamp(float):
             device = "cuda:0"
 
-        class Later(Moment):
+        class Later(Timestamp):
             device = "cuda:1"
 
         ledger = Ledger(0)
         for layer, begin, end in (
-            (0, Moment(1), Moment(2)),
-            (1, Moment(2), Moment(4)),
+            (0, Timestamp(1), Timestamp(2)),
+            (1, Timestamp(2), Timestamp(4)),
             (2, Later(90), Later(91)),
             (3, Later(91), Later(95)),
         ):
@@ -314,7 +314,7 @@ class TestBudget:
             ledger.end_prompt(end)
         assert ledger.prompt_seconds == 3 + 5
 
-    def test_a_given_context_fixes_the_recipe(self, tiny):
+    def test_an_explicit_context_fixes_the_recipe(self, tiny):
         cache = elastic(tiny, 4, context=1000)
         generate(tiny, prompt(1, 1100), 3, past_key_values=cache)
         recipe = cache.recipes[0]
@@ -327,7 +327,7 @@ class TestBudget:
         budget = Budget({0: recipe}, shape, "bf16", 4, 32768, False)
         assert stored_ratio(budget.recipes[0], [32768], shape) >= 3.1
 
-    def test_memory_is_what_the_codes_take_and_is_given_back(self):
+    def test_memory_is_what_the_codes_need_and_is_freed(self):
         config = tf.LlamaConfig(**CONFIGS["llama"]().to_dict() | {"max_position_embeddings": 40000, "num_hidden_layers": 1})
         tiny = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         cache = elastic(tiny, 4)
@@ -335,7 +335,7 @@ class TestBudget:
         keys = torch.randn(1, 2, 32768, 64)
         from elastickv.transformers.layer_storage import Backends, new_store
 
-        budget = cache._plan.settle(32768, "bf16")
+        budget = cache._config.settle(32768, "bf16")
         layer.store = new_store(Backends(), AttentionShape(1, 4, 2, 64), 32832, "bf16", budget.recipes[0], 64, keys.device)
         import numpy as np
 
@@ -416,23 +416,23 @@ class TestRecipes:
             ({"recipe": "int4,pages=1/2:1/4:1/8"}, "3 fractions for 2 KV heads"),
         ],
     )
-    def test_words_that_do_not_go_together_are_refused(self, tiny, options, message):
+    def test_contradictory_arguments_are_refused(self, tiny, options, message):
         with pytest.raises(UsageError, match=message):
             ekv.ElasticCache.for_model(tiny, **options)
         assert tiny.config._attn_implementation == "sdpa"
 
 
 class TestFiles:
-    def test_a_compressed_cache_goes_on_from_a_file(self, tiny, tmp_path):
+    def test_a_compressed_cache_continues_from_a_file(self, tiny, tmp_path):
         inputs = padded([900, 400])
         cache = elastic(tiny, 4)
-        told = generate(tiny, inputs, 5, past_key_values=cache)
+        generated = generate(tiny, inputs, 5, past_key_values=cache)
         cache.save(tmp_path / "c")
         loaded = ekv.ElasticCache.load(str(tmp_path / "c"), tiny)
         assert loaded.recipes == cache.recipes
         assert loaded.lengths == cache.lengths
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 5, dtype=torch.int64)], 1)
-        rest = {"input_ids": told, "attention_mask": mask}
+        rest = {"input_ids": generated, "attention_mask": mask}
         assert torch.equal(generate(tiny, rest, past_key_values=loaded), generate(tiny, rest, past_key_values=cache))
 
     def test_a_prompt_that_is_still_exact_is_saved_too(self, tiny, tmp_path):
@@ -458,7 +458,7 @@ class TestFiles:
             cache.save(tmp_path / "no" / "such" / "folder")
 
 
-def test_a_value_that_is_not_finite_is_told_with_its_place():
+def test_a_value_that_is_not_finite_is_reported_with_its_position():
     broken = model("llama")
     with torch.no_grad():
         broken.model.layers[1].self_attn.k_proj.weight[70] = torch.nan

@@ -45,8 +45,7 @@ def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) 
     """
     cache = ElasticCache.for_model(model, recipe=list(recipes), capacity=start.tokens + tokens, prefill="exact")
     for layer, held in zip(cache.layers, zip(start.keys, start.values, strict=True), strict=True):
-        layer.held, layer.batch, layer.is_initialized = held, start.rows, True
-        layer.slots.add(start.tokens, None)
+        layer.hold(*held)
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(IMPLEMENTATION)

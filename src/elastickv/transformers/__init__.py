@@ -1,6 +1,6 @@
 """ElasticKV in Hugging Face Transformers: `import elastickv.transformers as ekv`.
 
-What is exported is imported when it is asked for: the command line looks for missing packages before torch is loaded.
+Exports are imported on first use, because the command line checks for missing packages before torch is loaded.
 """
 
 from importlib import import_module

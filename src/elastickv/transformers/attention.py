@@ -1,7 +1,7 @@
 """The attention and mask functions that Transformers calls by the name 'elastickv'.
 
 The attention function sees no cache, and a cache's `update` sees no query. So `update` returns keys that carry their layer, and
-the attention function hands the query over to it. Keys that carry none (no cache, a stock cache, windowed layers) get the
+the attention function passes the query to that layer. Keys without a layer (no cache, a stock cache, windowed layers) get the
 framework's own attention.
 """
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -19,21 +19,32 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from elastickv.errors import UsageError
-from elastickv.transformers.mask_reading import MaskedPositions, check_mask_is_given
-
-if TYPE_CHECKING:
-    from elastickv.transformers.layer import ElasticLayer
+from elastickv.transformers.padding import MaskedPositions, check_mask_agrees
 
 IMPLEMENTATION = "elastickv"
 EAGER_IMPLEMENTATION = "elastickv_eager"
 _CARRIES = "elastickv_pending"
 
 
+class AttendingLayer(Protocol):
+    """A cache layer that attends for the model.
+
+    Attributes
+    ----------
+    number : the layer's index in the model.
+    """
+
+    number: int
+
+    def attend(self, pending: Pending, call: Call) -> torch.Tensor:
+        """Store the new tokens and attend: (batch, new, query_heads, head_dim)."""
+
+
 @dataclass
 class Pending:
     """New tokens of a layer that wait for their query: (batch, kv_heads, new, head_dim) each."""
 
-    layer: ElasticLayer
+    layer: AttendingLayer
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -44,12 +55,12 @@ class Call:
 
     Attributes
     ----------
-    module : the attention module that calls.
+    module : the calling attention module.
     query : (batch, query_heads, new, head_dim).
     mask : bool or additive, (batch or 1, 1, new, keys); None: every query sees the tokens up to its own.
     scaling : factor on the products of queries and keys.
-    eager : the model's own attention, where the framework would call that; None where it would call its fast one.
-    rest : what else the model passes on.
+    eager : the model's own attention where the framework would call it; None where it would call its fast attention.
+    rest : the remaining keyword arguments.
     """
 
     module: torch.nn.Module
@@ -61,7 +72,7 @@ class Call:
 
     @property
     def softcap(self) -> float | None:
-        """Cap of the scores, or None: where the framework's fast attention is called, nothing is capped."""
+        """Cap of the scores, or None. The framework's fast attention never caps scores."""
         return None if self.eager is None else self.rest.get("softcap")
 
     @property
@@ -70,7 +81,7 @@ class Call:
         return None if self.eager is None else self.rest.get("s_aux")
 
     def stock(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return what the framework's attention makes of all the keys and values: (batch, new, query_heads, head_dim)."""
+        """Return the framework's attention over all keys and values: (batch, new, query_heads, head_dim)."""
         mask, attention = self.mask, self.eager
         if attention is None:
             attention = sdpa_attention_forward
@@ -82,14 +93,14 @@ class Call:
 
 @cache
 def supports_sdpa(kind: Any) -> bool:
-    """Whether the models of the file that an attention module comes from may use the framework's fast attention."""
+    """Whether all models defined in the attention module's source file may use the framework's fast attention."""
     home = vars(sys.modules[kind.__module__])
     models: list[Any] = [value for value in home.values() if isinstance(value, type) and issubclass(value, PreTrainedModel)]
     return all(model._supports_sdpa for model in models if model.__module__ == kind.__module__)
 
 
 def eager_of(module: torch.nn.Module) -> Callable[..., Any]:
-    """Return the attention that a model's file defines for itself.
+    """Return the attention function that the module's source file defines.
 
     Raises
     ------
@@ -103,7 +114,7 @@ def eager_of(module: torch.nn.Module) -> Callable[..., Any]:
 
 
 def additive(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> torch.Tensor | None:
-    """Return a mask as the numbers that are added to scores; one without a mask gets what `is_causal` stands for."""
+    """Return a mask as numbers to add to scores; without a mask, those of a causal mask."""
     new = query.shape[2]
     if mask is None:
         if new == 1:
@@ -116,7 +127,7 @@ def additive(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> torch
 
 
 def carrying(tensor: torch.Tensor, pending: Pending) -> torch.Tensor:
-    """Return the same keys or values, which lead the attention function to their layer."""
+    """Return an alias of keys or values that leads the attention function to their layer."""
     alias = tensor.detach()
     setattr(alias, _CARRIES, pending)
     return alias
@@ -131,12 +142,12 @@ def elastic_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend through the elastic layer that the keys carry, or as the framework does.
+    """Attend through the elastic layer that the keys carry, or with the framework's attention.
 
     Parameters
     ----------
     query : (batch, query_heads, new, head_dim).
-    key, value : (batch, kv_heads, keys, head_dim); the new tokens alone where they carry a layer.
+    key, value : (batch, kv_heads, keys, head_dim); only the new tokens where they carry a layer.
 
     Returns
     -------
@@ -157,7 +168,7 @@ def elastic_attention_eager(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Do as `elastic_attention`, for a model that was told to use its own attention: 'eager'."""
+    """Attend like `elastic_attention`, for a model that is set to use its own attention, 'eager'."""
     return _attend(module, query, key, value, attention_mask, scaling, eager_of(module), kwargs), None
 
 
@@ -173,7 +184,7 @@ def _attend(
 ) -> torch.Tensor:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(module, query, mask, scale, eager, rest)
-    # Some models convert one of the two on the way, which leaves the mark behind.
+    # Some models convert keys or values in between, and the new tensor loses the attribute.
     pending: Pending | None = getattr(key, _CARRIES, None) or getattr(value, _CARRIES, None)
     return call.stock(key, value) if pending is None else pending.layer.attend(pending, call)
 
@@ -181,26 +192,27 @@ def _attend(
 def elastic_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """Return the boolean mask that the framework builds for its own fast attention, or None where none is needed.
 
-    An elastic layer asks for the new tokens alone (`get_mask_sizes`): where a prompt was padded is known from its first pass.
+    An elastic layer only needs a mask of the new tokens (`get_mask_sizes`): it remembers the prompt's padding from its first
+    pass.
 
     Raises
     ------
-    UsageError : if a mask of two dimensions says otherwise.
+    UsageError : if a two-dimensional mask contradicts that padding.
     """
-    first, told = kwargs.get("kv_offset"), kwargs.get("attention_mask")
-    if isinstance(first, MaskedPositions) and told is not None:
-        check_mask_is_given(told, first, kwargs["kv_length"])
+    first, token_mask = kwargs.get("kv_offset"), kwargs.get("attention_mask")
+    if isinstance(first, MaskedPositions) and token_mask is not None:
+        check_mask_agrees(token_mask, first, kwargs["kv_length"])
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
 
 
 def implementation_for(present: str | None) -> str:
-    """Return the implementation that goes on doing what the `present` one does where no elastic cache is in play."""
+    """Return the implementation that behaves like the `present` one wherever no elastic cache is used."""
     return EAGER_IMPLEMENTATION if present in ("eager", EAGER_IMPLEMENTATION) else IMPLEMENTATION
 
 
 def register() -> None:
-    """Make 'elastickv' known to Transformers; importing this module does."""
+    """Register 'elastickv' with Transformers. Importing this module does so."""
     for name, function in ((IMPLEMENTATION, elastic_attention), (EAGER_IMPLEMENTATION, elastic_attention_eager)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, elastic_mask)

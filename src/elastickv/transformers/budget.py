@@ -1,8 +1,8 @@
-"""How much of its pages each layer may read at the context at hand.
+"""The share of its pages that each layer may read at the present context.
 
-`compress=C` says: at most 1/C of the dense bytes. Formats are settled with the prompt; the share of the pages follows the
-context: it is solved anew whenever the context has grown by an eighth, the shares of layers and heads in the proportions
-that the recipes have. Until a context at which one page a head meets the budget, everything is read.
+`compress=C` allows at most 1/C of the dense bytes. Formats are fixed with the prompt. The share of pages follows the context:
+it is solved again whenever the context has grown by an eighth, and the recipes fix the proportions among layers and heads.
+Below the context at which one page a head meets the budget, everything is read.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from elastickv.recipe import DENSE, PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.byte_counts import dense_bytes, interval_bytes
 from elastickv.recipe.shape import MAX_CONTEXT
 
-GROWTH = 8  # the share is solved anew after an eighth more
+GROWTH = 8  # the share is solved again when the context has grown by 1 / GROWTH
 _LEAST_SCALE = 2.0**-40
 _HALVINGS = 40
 _DIGITS = 10**6
 
 
 def scaled(recipe: Recipe, scale: float | None) -> Recipe:
-    """Return a recipe whose heads read `scale` times their shares of the pages; None: all of them."""
+    """Return a recipe whose heads read `scale` times their shares of the pages. None: all pages."""
     if recipe.selection != "pages":
         return recipe
     if scale is None:
@@ -35,18 +35,18 @@ def scaled(recipe: Recipe, scale: float | None) -> Recipe:
 
 
 def _short(fraction: float) -> float:
-    """Return a fraction of few digits, not above the one given."""
+    """Return a fraction rounded down to few digits."""
     return max(math.floor(fraction * _DIGITS) / _DIGITS, _LEAST_SCALE)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read from one context to another.
+    """What decodes read in a range of contexts.
 
     Attributes
     ----------
     since, until : contexts, the last not included.
-    scale : factor on the recipes' shares; None: everything is read.
+    scale : factor on the recipes' shares. None: everything is read.
     """
 
     since: int
@@ -56,16 +56,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Budget:
-    """The recipes of a model's layers, and the ratio that they have to keep.
+    """The recipes of a model's layers, and the ratio that they have to meet.
 
     Attributes
     ----------
-    recipes : of each layer.
+    recipes : layer -> recipe.
     shape : of a layer, for one sequence.
     dtype : the model's own.
-    ratio : C, or None: the recipes are read as they are.
-    context : what they were solved for.
-    fixed : whether their shares hold from `context` on, and everything is read below.
+    ratio : C, or None: the recipes' shares are used unchanged.
+    context : the context that the recipes were solved for.
+    fixed : whether the shares apply from `context` on, and everything is read below.
     """
 
     recipes: Mapping[int, Recipe]
@@ -76,7 +76,7 @@ class Budget:
     fixed: bool
 
     def anchor_offset(self, layer: int) -> int:
-        """Return by how many steps a layer's anchors come early: not all layers have theirs at once."""
+        """Return by how many steps a layer's anchors come early, so that layers do not have them at the same step."""
         return self.recipes[layer].layer_anchor_offset(sorted(self.recipes).index(layer), len(self.recipes))
 
     def ratio_at(self, context: int, scale: float | None) -> float:
@@ -92,7 +92,7 @@ class Budget:
         return self.ratio is not None and any(recipe.selection == "pages" for recipe in self.recipes.values())
 
     def _meets(self, context: int, scale: float) -> bool:
-        """Whether the ratio is kept at `context` and until the next page turns cold, where least is left of it."""
+        """Whether the ratio is met at `context` and just before the next page turns cold, the worst case."""
         assert self.ratio is not None
         recipe = next(iter(self.recipes.values()))
         worst = context + (recipe.sinks + recipe.window - 1 - context) % PAGE_TOKENS
@@ -100,7 +100,7 @@ class Budget:
 
     @cached_property
     def holds_from(self) -> int:
-        """The context from which on the ratio is kept; 1 where nothing is asked for."""
+        """The context from which on the ratio is met. 1 where no ratio is requested."""
         if not self._selects:
             return 1
         if self.fixed:
@@ -114,7 +114,7 @@ class Budget:
         return high
 
     def reading(self, context: int) -> Reading:
-        """Return what is read at a context, and until when."""
+        """Return what is read at a context, and the range of contexts for which that holds."""
         if not self._selects:
             return Reading(0, MAX_CONTEXT + 1, 1.0)
         start = self.holds_from
@@ -128,7 +128,7 @@ class Budget:
         return Reading(context, until, self._scale(context))
 
     def _scale(self, context: int) -> float | None:
-        """Return the largest factor on the shares at which the ratio is kept."""
+        """Return the largest factor on the shares at which the ratio is met. None: everything can be read."""
         assert self.ratio is not None
         most = 1 / min(min(recipe.fractions) for recipe in self.recipes.values() if recipe.fractions)
         if self._meets(context, most):
@@ -140,10 +140,10 @@ class Budget:
         return math.exp(low)
 
     def recipe_at(self, layer: int, context: int) -> Recipe:
-        """Return what a layer's decode at a context amounts to."""
+        """Return the recipe that a layer's decode uses at a context."""
         recipe = self.recipes[layer]
         return scaled(recipe, self.reading(context).scale)
 
     def whole(self) -> bool:
-        """Whether every layer keeps and reads all in the model's own dtype."""
+        """Whether every layer stores and reads everything in the model's own dtype."""
         return all(recipe == DENSE for recipe in self.recipes.values())

@@ -1,17 +1,17 @@
-"""The argument by which Transformers takes a cache: `cache` from 5.24 on, `past_key_values` before."""
+"""The name of the cache argument in Transformers: `cache` from 5.24 on, `past_key_values` before."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-# A release that has the newer name takes the older one too, and warns.
+# Releases with the newer name also accept the older one, and warn.
 _NAMES = ("cache", "past_key_values")
 CACHE_ARGUMENT: str = next(name for name in _NAMES if name in ALL_CACHE_NAMES)
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache among the arguments of `generate` or `forward`, by either name; None if there is none."""
+    """Return the cache among the arguments of `generate` or `forward`, under either name. None if there is none."""
     return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
 
 

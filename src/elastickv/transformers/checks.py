@@ -1,48 +1,121 @@
-"""Refusals by who calls: another model, an attention that is not ours; a pass that broke off; a graph for training."""
+"""What a cache refuses: tensors and calls that it cannot serve, values that are not finite, another model's passes."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from elastickv.errors import UsageError
-from elastickv.transformers.attention import EAGER_IMPLEMENTATION, IMPLEMENTATION, Pending
+from elastickv.errors import NonFiniteError, UsageError
+from elastickv.transformers.attention import EAGER_IMPLEMENTATION, IMPLEMENTATION, Call, Pending
+from elastickv.transformers.cuda_graph.protocol import Recording
+from elastickv.transformers.layer_storage import dtype_name
 from elastickv.transformers.model_support import text_config
 from elastickv.transformers.tensor_parallel import ranks_of
 
-if TYPE_CHECKING:
-    from elastickv.transformers.layer import ElasticLayer
-
-
 NO_GRADIENT = "a cache in 8 or 4 bits has no gradient: run the model under torch.no_grad() or inference_mode()"
+_UNSUPPORTED = ("sliding_window", "position_bias", "block_table")
 
 
-@dataclass
-class Recording:
-    """A pass in which layers queue a decode and count nothing.
+def check_tokens(
+    keys: torch.Tensor, values: torch.Tensor, batch: int | None, stored: str | None, device: torch.device | None
+) -> None:
+    """Check that new tokens match the stored ones: kernels receive bare addresses.
 
-    Attributes
+    Parameters
     ----------
-    queued : the layers that have queued theirs, in order.
-    length_read : whether the model asked for the number of tokens: a replay would go on with this pass's.
-    """
+    keys, values : (batch, kv_heads, new, head_dim).
+    batch : sequences in the cache; None while it is empty.
+    stored : the model's dtype when the store was filled; None before that.
+    device : where the stored tokens are; None while the cache is empty.
 
-    queued: list[ElasticLayer] = field(default_factory=list)
-    length_read: bool = False
+    Raises
+    ------
+    UsageError : if sizes, dtype or device differ.
+    """
+    if keys.shape != values.shape:
+        raise UsageError(
+            f"keys of shape {tuple(keys.shape)} and values of shape {tuple(values.shape)}: ElasticCache serves keys and values "
+            "of one size"
+        )
+    if batch is not None and keys.shape[0] != batch:
+        raise UsageError(
+            f"the cache holds {batch} sequences and {keys.shape[0]} are given: reset() it, make another, or "
+            "batch_repeat_interleave() or batch_select_indices() it"
+        )
+    if device is not None and keys.device != device:
+        raise UsageError(
+            f"the cache is on {device}, and keys on {keys.device} are given: reset() the cache, or move the model back"
+        )
+    if stored not in (None, "fp32", dtype_name(keys.dtype)):
+        raise UsageError(
+            f"the cache keeps {stored}, the model's dtype when it was filled, and keys of {keys.dtype} are given: reset() "
+            "the cache, or convert the model back"
+        )
+
+
+def check_call(call: Call, model: str, layer: int) -> None:
+    """Check that a cache can serve a call of the attention function.
+
+    Raises
+    ------
+    UsageError : for gradients, dropout, windows and biases that are passed with the call, and attention to later tokens.
+    """
+    if torch.is_grad_enabled() and call.query.requires_grad:
+        raise UsageError(NO_GRADIENT)
+    if call.rest.get("dropout"):
+        raise UsageError(f"{model} drops weights of its attention, which no cache does: call model.eval()")
+    for word in _UNSUPPORTED:
+        if call.rest.get(word) is not None:
+            raise UsageError(f"{model}: layer {layer} attends with {word}, which is not supported")
+    if getattr(call.module, "is_causal", True) is False or call.rest.get("is_causal") is False:
+        raise UsageError(f"{model}: layer {layer} attends to later tokens, which no cache can hold")
+
+
+def check_finite(
+    name: str, head_name: str, tensors: tuple[torch.Tensor, ...], real: NDArray[np.bool_] | None, before: NDArray[np.int64]
+) -> None:
+    """Check tokens for NaNs and infinities; padding is ignored.
+
+    Parameters
+    ----------
+    name, head_name : what the tensors hold and what their heads are called, for the message.
+    tensors : (batch, heads, positions, head_dim).
+    real : (batch, positions), True for tokens; None: all are.
+    before : (batch,) tokens before the first position.
+
+    Raises
+    ------
+    NonFiniteError : naming sequence, head and position of the first value that is not finite.
+    """
+    finite = torch.stack([torch.isfinite(tensor).all(dim=-1) for tensor in tensors]).all(dim=0)
+    if bool(finite.all()):
+        return
+    bad = ~finite.cpu().numpy()
+    tokens = np.ones((bad.shape[0], bad.shape[2]), np.bool_) if real is None else real
+    for row, head, index in np.argwhere(bad & tokens[:, None]):
+        position = before[row] + tokens[row, :index].sum()
+        raise NonFiniteError(f"{name} that is not finite: sequence {row}, {head_name} {head}, position {position}")
+
+
+def check_same_length(lengths: Iterable[int]) -> None:
+    """Raise UsageError if layers hold different numbers of tokens: a pass through the model stopped halfway."""
+    if len(set(lengths)) > 1:
+        raise UsageError("a pass through the model broke off and its tokens are in some layers only: reset() the cache")
 
 
 class CacheChecks:
-    """Watches that a cache's layers are asked by the model that they were made for."""
+    """Checks that a cache's layers are called by the model that they were made for, keys first and then the query."""
 
     def __init__(self, model: Any) -> None:
         self.model_name = type(model).__name__
         self._model = weakref.ref(model)
-        self.config, self.ranks = text_config(model), ranks_of(model)
+        self.model_config, self.ranks = text_config(model), ranks_of(model)
         self.device_map = getattr(model, "hf_device_map", None)
         self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}
         self._waiting: Pending | None = None
@@ -50,23 +123,23 @@ class CacheChecks:
 
     @property
     def model(self) -> Any:
-        """The model, or None if it is gone."""
+        """The model, or None if it was deleted."""
         return self._model()
 
     def copy(self) -> CacheChecks:
-        """Return a guard for a copy of the cache."""
+        """Return the checks for a copy of the cache."""
         other = object.__new__(CacheChecks)
         other.__dict__.update(self.__dict__)
         other._modules, other._waiting, other.recording = dict(self._modules), None, None
         return other
 
     def forget(self) -> None:
-        """Expect nothing any more."""
+        """Stop expecting a query."""
         self._waiting = None
 
     @contextmanager
     def records(self, recording: Recording) -> Iterator[None]:
-        """Let layers queue decodes and count nothing inside the block; one that breaks off leaves nothing expected."""
+        """Let layers queue decodes without counting them inside the block; on an error no query is expected any more."""
         self.recording = recording
         try:
             yield
@@ -77,17 +150,17 @@ class CacheChecks:
             self.recording = None
 
     def note_length_read(self) -> None:
-        """Note that the number of tokens was asked for."""
+        """Note that the number of tokens was read."""
         if self.recording is not None:
             self.recording.length_read = True
 
     @property
     def attention_is_ours(self) -> bool:
-        """Whether the model's attention is one that finds the layers."""
-        return self.config._attn_implementation in (IMPLEMENTATION, EAGER_IMPLEMENTATION)
+        """Whether the model's attention implementation is one that calls the layers."""
+        return self.model_config._attn_implementation in (IMPLEMENTATION, EAGER_IMPLEMENTATION)
 
     def check_answered(self) -> None:
-        """Raise UsageError if keys were given to a layer and its attention was never asked for."""
+        """Raise UsageError if a layer received keys and its attention was never called."""
         if self._waiting is not None:
             raise UsageError(
                 f"layer {self._waiting.layer.number} got keys and {IMPLEMENTATION!r} attention never asked for them: the model "
@@ -97,18 +170,18 @@ class CacheChecks:
             )
 
     def expect(self, pending: Pending) -> None:
-        """Note keys whose query will come.
+        """Expect the query of new keys.
 
         Raises
         ------
-        UsageError : if the attention implementation is not ours, or the layer before was never asked for its attention, or a
-            graph is being recorded.
+        UsageError : if the attention implementation is not ours, the previous layer's attention was never called, or a graph
+            for gradients is being recorded.
         """
         self.check_answered()
         if torch.is_grad_enabled() and (pending.keys.requires_grad or pending.values.requires_grad):
             raise UsageError(NO_GRADIENT)
         if not self.attention_is_ours:
-            present = self.config._attn_implementation
+            present = self.model_config._attn_implementation
             raise UsageError(
                 f"the attention of {self.model_name} is {present!r}, and an ElasticCache needs {IMPLEMENTATION!r}: "
                 f"call model.set_attn_implementation({IMPLEMENTATION!r}), or generate inside `with ekv.elastic(model, ...)`"
@@ -120,7 +193,7 @@ class CacheChecks:
 
         Raises
         ------
-        UsageError : if these keys were answered before, or the module is of another model.
+        UsageError : if these keys were answered before, or the module belongs to another model.
         """
         number = pending.layer.number
         if pending is not self._waiting:
@@ -140,8 +213,3 @@ class CacheChecks:
                 "ElasticCache.for_model(model)"
             )
         self._waiting = None
-
-    def check_whole(self, layers: list[ElasticLayer]) -> None:
-        """Raise UsageError if layers hold different numbers of tokens: a pass broke off on its way through them."""
-        if len({layer.slots.length for layer in layers}) > 1:
-            raise UsageError("a pass through the model broke off and its tokens are in some layers only: reset() the cache")

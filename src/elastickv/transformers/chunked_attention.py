@@ -1,8 +1,8 @@
-"""Attention of many queries over what is stored, without a selection: later chunks and turns.
+"""Attention of many queries to stored tokens, without a selection: later chunks and turns.
 
-Every query attends to all stored tokens, as their codes say, and to the new ones up to its own. A layer's tokens are
-dequantised together for the framework's fast attention, or, where that cannot tell what is asked for or the layer is large,
-block by block with a running maximum and sum (Milakov and Gimelshein 2018).
+Every query attends to the dequantized values of all stored tokens, and to the new ones up to its own. A layer's tokens are
+dequantized together for the framework's fast attention. If that does not support the scoring, or the layer is large, they are
+read block by block with a running maximum and sum (Milakov and Gimelshein 2018).
 """
 
 import math
@@ -21,7 +21,7 @@ WHOLE_ELEMENTS = 1 << 26  # of a layer's keys: 256 MiB of float32
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a model turns products of queries and keys into weights.
+    """How a model turns products of queries and keys into scores.
 
     Attributes
     ----------
@@ -40,7 +40,13 @@ class Scoring:
         return products if self.softcap is None else torch.tanh(products / self.softcap) * self.softcap
 
     def with_sinks(self, outputs: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        """Return (batch, query_heads, ..., head_dim) outputs, whose log-sum-exps lack the last axis, with the sinks' share."""
+        """Return outputs with the sinks' share of the weights removed.
+
+        Parameters
+        ----------
+        outputs : (batch, query_heads, ..., head_dim).
+        lse : log-sum-exp of the scores, (batch, query_heads, ...).
+        """
         if self.sinks is None:
             return outputs
         sinks = self.sinks.to(lse.dtype).reshape(1, -1, *([1] * (lse.dim() - 2)))
@@ -48,7 +54,7 @@ class Scoring:
 
 
 class _Running:
-    """Output, maximum and sum of (batch, kv_heads, group, queries, ...)."""
+    """Running output, maximum and sum for queries of shape (batch, kv_heads, group, queries, head_dim)."""
 
     def __init__(self, queries: torch.Tensor) -> None:
         self.output = torch.zeros_like(queries)
@@ -80,14 +86,14 @@ def attend_stored(
     store: LayerStorage,
     scoring: Scoring,
 ) -> torch.Tensor:
-    """Return the attention of new tokens over the stored ones and themselves.
+    """Return the attention of new tokens to stored tokens and to themselves.
 
     Parameters
     ----------
     queries : (batch, query_heads, new, head_dim).
     keys, values : (batch, kv_heads, new, head_dim), not stored yet.
-    visible : (batch or 1, 1, new, new) bool, which new tokens a new query sees; None: those up to its own.
-    store : what was stored before.
+    visible : (batch or 1, 1, new, new) bool, which new tokens a new query sees. None: those up to its own.
+    store : the stored tokens.
 
     Returns
     -------
@@ -111,9 +117,9 @@ def attend_stored(
             scores = scoring.scores(grouped[..., rows, :], stored_keys)
             running.add(rows, scores + bias[:, None, None, None, :], stored_values)
     own_keys, own_values = (tensor.to(torch.float32).unsqueeze(2) for tensor in (keys, values))
-    places = torch.arange(new, device=queries.device)
+    positions = torch.arange(new, device=queries.device)
     for rows in _slices(new, batch * heads * new):
-        seen = places[None, None, :] <= places[None, rows, None] if visible is None else visible[:, 0, rows]
+        seen = positions[None, None, :] <= positions[None, rows, None] if visible is None else visible[:, 0, rows]
         scores = scoring.scores(grouped[..., rows, :], own_keys)
         running.add(rows, scores.masked_fill(~seen[:, None, None], -math.inf), own_values)
     outputs, lse = running.finished()
@@ -129,7 +135,7 @@ def _attend_whole(
     scaling: float,
     ends: torch.Tensor,
 ) -> torch.Tensor:
-    """Do as `attend_stored` with all keys of the layer at once; `grouped` is (batch, kv_heads, group, new, head_dim)."""
+    """Attend like `attend_stored` with all keys of the layer at once; `grouped` is (batch, kv_heads, group, new, head_dim)."""
     batch, kv_heads, group, new, dim = grouped.shape
     longest = int(ends.max())
     both = [torch.cat([s, n.to(torch.float32)], dim=2) for s, n in zip(store.read(0, longest), (keys, values), strict=True)]
@@ -139,13 +145,13 @@ def _attend_whole(
     for rows in _slices(new, batch * kv_heads * group * (longest + new)):
         count = len(range(new)[rows])
         seen = torch.cat([held[:, None].expand(-1, count, -1), own[:, rows].expand(batch, -1, -1)], dim=2)[:, None]
-        # The heads of a group lie one after another as if they were queries: no key is repeated.
+        # The heads of a group are treated as further queries, so that keys need not be repeated.
         queries = grouped[:, :, :, rows].reshape(batch, kv_heads, group * count, dim)
         mask = seen.repeat(1, 1, group, 1)
-        found = torch.nn.functional.scaled_dot_product_attention(queries, *both, attn_mask=mask, scale=scaling)
+        output = torch.nn.functional.scaled_dot_product_attention(queries, *both, attn_mask=mask, scale=scaling)
         # A query that sees nothing is padding.
-        found = torch.where(mask.any(-1, keepdim=True), found, torch.zeros_like(found))
-        outputs[:, :, :, rows] = found.reshape(batch, kv_heads, group, count, dim)
+        output = torch.where(mask.any(-1, keepdim=True), output, torch.zeros_like(output))
+        outputs[:, :, :, rows] = output.reshape(batch, kv_heads, group, count, dim)
     return outputs.reshape(batch, kv_heads * group, new, dim)
 
 
@@ -155,15 +161,15 @@ def _slices(count: int, scores_of_one: int) -> list[slice]:
 
 
 def _stored_bias(recipe: Recipe, ends: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """Return (batch, last - first): what scores of stored tokens are moved by, -inf where a row holds none."""
-    places = torch.arange(first, last, device=ends.device)
+    """Return (batch, last - first): a bias for scores of stored tokens, -inf where a row has none."""
+    positions = torch.arange(first, last, device=ends.device)
     bias = torch.zeros(len(ends), last - first, device=ends.device)
     if recipe.stride > 1:
         for row, length in enumerate(ends.tolist()):
             cold = regions(length, recipe.sinks, recipe.window).cold
-            number = places - recipe.sinks
+            number = positions - recipe.sinks
             in_cold = (number >= 0) & (number < cold)
-            # A kept token stands for those dropped after it.
+            # A retained token has the weight of itself and the dropped tokens after it.
             bias[row, in_cold] = math.log(cold / retained_tokens(cold, recipe.stride)) if cold else 0.0
             bias[row, in_cold & (number % recipe.stride != 0)] = -math.inf
-    return bias.masked_fill(places[None, :] >= ends[:, None], -math.inf)
+    return bias.masked_fill(positions[None, :] >= ends[:, None], -math.inf)

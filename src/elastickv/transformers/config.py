@@ -1,4 +1,4 @@
-"""What a cache was asked for, and the recipes that follow once the prompt is known."""
+"""The arguments of a cache, and the recipes that follow from them once the prompt is known."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ RecipeLike = Recipe | str
 
 
 class UncalibratedWarning(UserWarning):
-    """A ratio that selects pages without a calibration: all KV heads get the same share."""
+    """A ratio selects pages without a calibration, so all KV heads get the same share."""
 
 
 @dataclass
 class ElasticConfig:
-    """What every layer of a cache shares.
+    """What all layers of a cache share.
 
     Attributes
     ----------
     sizes : of the model.
     ratio : C, or None where recipes are given.
-    recipe : of all layers, or a text that leaves a number open for the ratio to decide; None: the solver's.
-    layers : recipes of single layers, before all else.
+    recipe : of all layers, or a text that leaves a number open for the ratio to decide. None: the solver's.
+    layers : recipes of single layers, which override all else.
     calibration : errors of the model's heads, or None.
-    context : what the ratio is to be kept at; None: the prompt's length, and on.
-    capacity : tokens that a row may have; None: as many as fit.
-    prefill : 'stored': a prompt's later chunks read what is stored; 'exact': 16 bit until the prompt ends.
-    expected : places that the running `generate` will fill, prompt included, or None.
+    context : the context at which the ratio must be met. None: from the prompt's length on.
+    capacity : tokens that a row may have. None: as many as fit.
+    prefill : 'stored': later chunks of a prompt read what is stored; 'exact': 16 bit until the prompt ends.
+    expected : positions that the running `generate` will fill, prompt included, or None.
     budget : the recipes, once the prompt is known.
     present : what is read at present.
-    backends : where its layers are stored.
+    backends : where the layers are stored.
     """
 
     sizes: Sizes
@@ -69,18 +69,18 @@ class ElasticConfig:
     def settle(self, longest: int, dtype: str) -> Budget:
         """Choose the recipes for a prompt whose longest row has `longest` tokens."""
         if self.budget is None:
-            # Formats are for what the conversation may come to; the share of pages follows the context.
+            # Formats are chosen for the length a conversation may reach; the share of pages follows the context.
             self.budget = self.budget_for(self.context or max(longest, self.usual), dtype)
             self.present = None
         return self.budget
 
     @property
     def usual(self) -> int:
-        """A context that models are used at, within the model's positions."""
+        """A typical context, within the model's positions."""
         return min(USUAL_CONTEXT, self.sizes.max_positions or USUAL_CONTEXT)
 
     def forget(self) -> None:
-        """Go back to before the prompt."""
+        """Return to the state before the prompt."""
         self.budget, self.present, self.expected = None, None, None
 
     def reading(self, longest: int) -> Reading:
@@ -91,7 +91,7 @@ class ElasticConfig:
         return self.present
 
     def budget_for(self, context: int, dtype: str) -> Budget:
-        """Return the recipes for a context, or for the nearest at which the ratio can be kept.
+        """Return the recipes for a context, or for the nearest longer one at which the ratio can be met.
 
         Raises
         ------
@@ -100,12 +100,12 @@ class ElasticConfig:
         sizes = self.sizes
         group = sizes.query_heads // sizes.kv_heads
         shape = AttentionShape(1, sizes.kv_heads * group, sizes.kv_heads, sizes.stored_head_dim)
-        chosen, at = self._solved(context, shape, dtype)
+        chosen, solved_for = self._solved(context, shape, dtype)
         recipes = dict(zip(sizes.elastic, chosen, strict=True)) | dict(self.layers)
         for recipe in recipes.values():
             recipe.check_shape(shape.head_dim, shape.kv_heads)
         ratio = self.ratio if self.recipe is None else None
-        return Budget(recipes, shape, dtype, ratio, at, self.context is not None)
+        return Budget(recipes, shape, dtype, ratio, solved_for, self.context is not None)
 
     def _solved(self, context: int, shape: AttentionShape, dtype: str) -> tuple[Sequence[Recipe], int]:
         count = len(self.sizes.elastic)
@@ -135,7 +135,7 @@ class ElasticConfig:
         return [by_layer[layer] for layer in self.sizes.elastic]
 
     def warn_uncalibrated(self, model_name: str) -> None:
-        """Warn once that all heads read alike, with the loss to expect and the command that calibrates."""
+        """Warn that all heads read the same share, with the expected loss and the command that calibrates."""
         if self.ratio is None or self.recipe is not None or self.calibration is not None or not self.sizes.elastic:
             return
         budget = self.budget_for(self.context or self.usual, "bf16")
@@ -161,22 +161,22 @@ class ElasticConfig:
             stacklevel=outside(),
         )
 
-    def expect(self, places: int, padding: int) -> None:
-        """Note that the running `generate` will fill up to `places` places, of which every row has `padding` at least.
+    def expect(self, positions: int, padding: int) -> None:
+        """Note that the running `generate` will fill up to `positions` positions, at least `padding` of each row with padding.
 
         Raises
         ------
-        UsageError : if that is beyond the capacity or the model's positions: before anything is computed.
+        UsageError : if that exceeds the capacity or the model's positions, before anything is computed.
         """
-        self.check_length(places - padding, 0)
-        self.expected = places
+        self.check_length(positions - padding, 0)
+        self.expected = positions
 
     def check_length(self, longest: int, held: int) -> None:
-        """Refuse rows of `longest` tokens that are more than the capacity or the model's positions.
+        """Check that rows of `longest` tokens fit the capacity and the model's positions; `held` of them are stored.
 
         Raises
         ------
-        UsageError : telling both.
+        UsageError : naming the limit.
         """
         positions = self.sizes.max_positions
         already = f" ({held} are held)" if held else ""
@@ -192,11 +192,11 @@ class ElasticConfig:
             )
 
     def copy(self) -> ElasticConfig:
-        """Return a plan that goes its own way from here."""
+        """Return an independent copy, with its own back ends."""
         return replace(self, backends=Backends())
 
 
-def plan_for(
+def config_for(
     sizes: Sizes,
     compress: float | None,
     recipe: RecipeLike | Path | Mapping[int, RecipeLike] | Sequence[RecipeLike] | None,
@@ -206,11 +206,11 @@ def plan_for(
     capacity: int | None,
     prefill: str,
 ) -> ElasticConfig:
-    """Return the plan that a user's words amount to.
+    """Return the config for the arguments of `ElasticCache.for_model`.
 
     Raises
     ------
-    UsageError : if they do not go together, or name what is not there.
+    UsageError : if arguments contradict each other, are out of range, or name a missing file.
     """
     if prefill not in PREFILLS:
         raise UsageError(f"prefill={prefill!r} is unknown: choose {' or '.join(map(repr, PREFILLS))}")
@@ -241,22 +241,22 @@ def plan_for(
     elif isinstance(recipe, str):
         chosen = _open_or_parsed(recipe)
     elif recipe is not None:
-        given = [_parsed(value) for value in recipe]
-        if len(given) != len(sizes.elastic):
-            raise UsageError(f"recipe= names {len(given)} recipes for {len(sizes.elastic)} layers with full attention")
-        single = dict(zip(sizes.elastic, given, strict=True)) | single
+        by_layer = [_parsed(value) for value in recipe]
+        if len(by_layer) != len(sizes.elastic):
+            raise UsageError(f"recipe= names {len(by_layer)} recipes for {len(sizes.elastic)} layers with full attention")
+        single = dict(zip(sizes.elastic, by_layer, strict=True)) | single
     if isinstance(calibration, Path | str):
         calibration = ModelCalibration.load(calibration)
     for named in (chosen, *single.values()):
         if isinstance(named, Recipe) and sizes.elastic:
             named.check_shape(sizes.stored_head_dim, sizes.kv_heads)
     covered = set(sizes.elastic) <= set(single)
-    if strange := sorted(set(single) - set(sizes.elastic)):
-        raise UsageError(f"layer {strange[0]} has no full attention: recipes can be given for {_numbers(sizes.elastic)}")
+    if unknown := sorted(set(single) - set(sizes.elastic)):
+        raise UsageError(f"layer {unknown[0]} has no full attention: recipes can be given for {_numbers(sizes.elastic)}")
     if chosen is None and compress is None and not covered:
-        raise UsageError("neither compress nor a recipe is given: write compress=4, or recipe='int4', or recipe=FILE")
+        raise UsageError("neither compress nor a recipe is given: give compress=4, or recipe='int4', or recipe=FILE")
     if isinstance(chosen, Recipe) and compress is not None:
-        raise UsageError(f"compress={compress:g} and the recipe {chosen} are both given: the recipe decides alone; give one")
+        raise UsageError(f"compress={compress:g} and the recipe {chosen} are both given: the recipe fixes the ratio; give one")
     if isinstance(chosen, str) and compress is None:
         raise UsageError(f"recipe {chosen!r} leaves a number open: give compress too, or write the number")
     if calibration is not None:
@@ -265,7 +265,7 @@ def plan_for(
 
 
 def outside(*others: str) -> int:
-    """Return the level of the first caller that is neither ours nor of the packages `others`: warnings are about its line."""
+    """Return the `stacklevel` of the first caller outside elastickv and the packages `others`, for warnings."""
     inside = ("elastickv", "contextlib", *others)
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
@@ -304,7 +304,7 @@ def _parsed(value: RecipeLike) -> Recipe:
 
 
 def _file(path: Path) -> ModelCalibration | tuple[Recipe | None, dict[int, Recipe]]:
-    """Read a calibration, a JSON file of recipes, or a file that holds one recipe's text."""
+    """Read a calibration, a JSON file of recipes, or a file with the text of one recipe."""
     text = read_text(path, f"recipe file {path}", "give a calibration, recipes, or a file of one recipe's text")
     if not text.lstrip().startswith("{"):
         return Recipe.parse(text.strip()), {}

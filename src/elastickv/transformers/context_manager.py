@@ -1,4 +1,4 @@
-"""`with ekv.elastic(model, compress=4)`: every `generate` inside uses an elastic cache, and the model is restored after."""
+"""`with ekv.elastic(model, compress=4)`: every `generate` inside uses an elastic cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from elastickv.transformers.report import CacheReport
 
 
 class Session:
-    """What `elastic` hands out.
+    """What `elastic` returns.
 
     Attributes
     ----------
@@ -30,10 +30,10 @@ class Session:
 
 @contextmanager
 def elastic(model: Any, compress: float | None = None, **options: Any) -> Iterator[Session]:
-    """Let every `model.generate` inside the block use a new `ElasticCache.for_model(model, compress, **options)`.
+    """Make every `model.generate` inside the block use a new `ElasticCache.for_model(model, compress, **options)`.
 
-    A call that brings a cache of its own, or `use_cache=False`, is left alone. On the way out, by an exception too,
-    the model's attention implementation and its `forward` are what they were before.
+    Calls with their own cache, or with `use_cache=False`, are not changed. When the block ends, also by an exception, the
+    model's attention implementation and its `forward` are restored.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def elastic(model: Any, compress: float | None = None, **options: Any) -> Iterat
         assert session.cache is not None
         return session.cache.another()
 
-    # On the instance alone: the class, and every other model of it, stays as it is.
+    # Only on the instance: other models of the class are not affected.
     model.generate = generate_elastic
     try:
         yield session

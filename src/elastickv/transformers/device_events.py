@@ -1,4 +1,4 @@
-"""Points in time of the work that is queued on a device: on CUDA the host is ahead of it."""
+"""Timestamps of queued device work. On CUDA they are events, because the host runs ahead of the device."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TypeAlias
 import torch
 from torch.cuda.streams import Event
 
-Moment: TypeAlias = float | Event
+Timestamp: TypeAlias = float | Event
 
 
-def now(device: torch.device) -> Moment:
-    """Return the moment at which a device comes to what is queued from here on."""
+def now(device: torch.device) -> Timestamp:
+    """Return the time at which a device reaches this point of its queue."""
     if device.type != "cuda":
         return time.perf_counter()
     with torch.cuda.device(device):
@@ -21,13 +21,13 @@ def now(device: torch.device) -> Moment:
     return event
 
 
-def on_one_clock(first: Moment, last: Moment) -> bool:
-    """Whether two moments are of one device."""
+def on_one_clock(first: Timestamp, last: Timestamp) -> bool:
+    """Whether two timestamps come from the same device."""
     return getattr(first, "device", None) == getattr(last, "device", None)
 
 
-def seconds(first: Moment, last: Moment) -> float:
-    """Return the seconds between two moments of one device; waits for the last."""
+def seconds(first: Timestamp, last: Timestamp) -> float:
+    """Return the seconds between two timestamps of one device. Waits for the last."""
     if isinstance(first, Event):
         assert isinstance(last, Event)
         last.synchronize()

@@ -1,4 +1,4 @@
-"""Where the layers of a model compute that Accelerate has laid over several devices."""
+"""Which device computes each layer of a model that Accelerate has spread over several devices."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ _OFFLOADED = ("cpu", "disk")
 
 
 def layer_devices(layers: Sequence[int], device_map: Mapping[str, Any] | None) -> dict[int, str | None]:
-    """Return the device on which each of `layers` computes; None where it is not told.
+    """Return the device on which each of `layers` computes; None where the map does not say.
 
     Parameters
     ----------
-    device_map : the model's `hf_device_map`: a device for each module, by name; None for a model on one device. What it
-        offloads computes on its first GPU.
+    device_map : the model's `hf_device_map`, from module names to devices; None for a model on one device. Offloaded modules
+        compute on the first GPU.
     """
-    devices = {name: _device_name(at) for name, at in (device_map or {}).items()}
-    first_gpu = next((at for at in devices.values() if at not in _OFFLOADED), "cpu")
-    told: dict[int, str] = {}
-    for name, at in devices.items():
+    devices = {name: _device_name(device) for name, device in (device_map or {}).items()}
+    first_gpu = next((device for device in devices.values() if device not in _OFFLOADED), "cpu")
+    by_layer: dict[int, str] = {}
+    for name, device in devices.items():
         number = next(filter(str.isdecimal, name.split(".")), None)
         if number is not None:
-            told.setdefault(int(number), first_gpu if at in _OFFLOADED else at)
+            by_layer.setdefault(int(number), first_gpu if device in _OFFLOADED else device)
     whole = devices.get("")
-    return {layer: told.get(layer, first_gpu if whole in _OFFLOADED else whole) for layer in layers}
+    return {layer: by_layer.get(layer, first_gpu if whole in _OFFLOADED else whole) for layer in layers}
 
 
-def layers_beside(layer: int, layers: Sequence[int], device_map: Mapping[str, Any] | None) -> list[int]:
-    """Return which of `layers` compute on the device of `layer`, itself among them; `device_map` as in `layer_devices`."""
-    places = layer_devices(layers, device_map)
-    return [other for other in layers if places[other] == places[layer]]
+def layers_on_same_device(layer: int, layers: Sequence[int], device_map: Mapping[str, Any] | None) -> list[int]:
+    """Return those of `layers` that compute on the device of `layer`, including `layer`; `device_map` as in `layer_devices`."""
+    devices = layer_devices(layers, device_map)
+    return [other for other in layers if devices[other] == devices[layer]]
 
 
-def _device_name(told: Any) -> str:
-    if isinstance(told, int):
-        return f"cuda:{told}"
-    return "cuda:0" if str(told) == "cuda" else str(told)
+def _device_name(device: Any) -> str:
+    if isinstance(device, int):
+        return f"cuda:{device}"
+    return "cuda:0" if str(device) == "cuda" else str(device)

@@ -1,4 +1,4 @@
-"""The header of a .gguf file, each count in it checked against the file's size before anything is read or allocated.
+"""Read the header of a .gguf file; every count is checked against the file's size before memory is allocated.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -25,7 +25,7 @@ def read_gguf_header(path: Path, name: str) -> dict[str, Any]:
 
     Parameters
     ----------
-    name : how messages call the file.
+    name : the file's name in messages.
 
     Raises
     ------
@@ -47,31 +47,31 @@ def read_gguf_header(path: Path, name: str) -> dict[str, Any]:
 
 
 class _Header:
-    """Reads on from the magic; ValueError where more is claimed than there is."""
+    """Reads the header after the magic. Raises ValueError if it claims more than the file holds."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._bytes = file, os.fstat(file.fileno()).st_size
         self._left, self._entries = self._bytes - len(MAGIC), MAX_ENTRIES
 
     def fields(self) -> dict[str, Any]:
-        """Return all fields, once the tensors are known to be there."""
+        """Return all fields. Raise ValueError if the tensors exceed the file."""
         if (version := self._number(4)) not in _VERSIONS:
             raise ValueError(f"version {version}; {' and '.join(map(str, _VERSIONS))}, little-endian, are read")
         tensors, count = self._counted(), self._counted()
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         for _ in range(count):
             key = self._string()
-            if key in found:
+            if key in fields:
                 raise ValueError(f"it holds {key[:80]!r} twice")
-            found[key] = self._value(self._number(4))
-        layers = found.get(f"{found.get('general.architecture')}.block_count", 0)
+            fields[key] = self._value(self._number(4))
+        layers = fields.get(f"{fields.get('general.architecture')}.block_count", 0)
         if isinstance(layers, int) and layers > tensors:
             raise ValueError(f"{layers} layers in {tensors} tensors")
         end = max((self._tensor_end() for _ in range(tensors)), default=0)
-        start = self._aligned(found.get(_ALIGNMENT, 32))
+        start = self._aligned(fields.get(_ALIGNMENT, 32))
         if tensors and start + end > self._bytes:
             raise ValueError(f"its tensors end at byte {start + end} and it has {self._bytes}")
-        return found
+        return fields
 
     def _take(self, count: int) -> bytes:
         if count > self._left:
@@ -84,7 +84,7 @@ class _Header:
         return struct.unpack(form, self._take(struct.calcsize(form)))[0]
 
     def _counted(self) -> int:
-        """Return a count of what is to come."""
+        """Return a number of following entries."""
         count: int = self._number(10)
         self._entries -= count
         if self._entries < 0:
@@ -108,7 +108,7 @@ class _Header:
         return self._number(kind)
 
     def _tensor_end(self) -> int:
-        """Return where the next tensor ends, from the start of the data."""
+        """Return the end of the next tensor, as an offset from the start of the data."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name, axes = self._string(), self._number(4)
@@ -120,7 +120,7 @@ class _Header:
         return size + int(self._number(10))
 
     def _aligned(self, alignment: Any) -> int:
-        """Return where the data begins: after the header, at a multiple of `alignment`."""
+        """Return the offset of the data: the first multiple of `alignment` after the header."""
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"{_ALIGNMENT} is {alignment}")
         read = self._bytes - self._left

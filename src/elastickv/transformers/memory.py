@@ -1,4 +1,4 @@
-"""How many tokens to make room for, and whether there is the memory."""
+"""How many tokens to reserve memory for, and whether there is enough."""
 
 from __future__ import annotations
 
@@ -22,26 +22,32 @@ _SPARE = 8
 _TRIED = (2.0, 4.0, 8.0, 16.0, 32.0)
 
 
-def first_capacity(plan: ElasticConfig, longest: int, places: int) -> int:
-    """Return the tokens to make room for: the capacity asked for, else what the running `generate` can reach, else some more.
+def first_capacity(config: ElasticConfig, longest: int, positions: int) -> int:
+    """Return the tokens to reserve: the requested capacity, else what the running `generate` can reach, else an eighth more.
 
     Parameters
     ----------
     longest : tokens of the longest row.
-    places : of the prompt, padding included.
+    positions : of the prompt, padding included.
     """
-    if plan.capacity is not None:
-        return plan.capacity
-    if plan.expected is not None and plan.expected >= places:
-        # A limit that is far off is no plan: then it grows as it goes.
-        needed = longest + min(plan.expected - places, max(_LEAST_RESERVE, longest))
+    if config.capacity is not None:
+        return config.capacity
+    if config.expected is not None and config.expected >= positions:
+        # A distant limit may never be reached: reserve a part, and grow later.
+        needed = longest + min(config.expected - positions, max(_LEAST_RESERVE, longest))
     else:
         needed = longest + max(_LEAST_SPARE, longest // _SPARE)
     return min(-(-needed // _ROUNDING) * _ROUNDING, MAX_CONTEXT)
 
 
 def check_memory(
-    backend: Backend, plan: ElasticConfig, ranks: Ranks, shape: AttentionShape, capacity: int, dtype: str, layers: Sequence[int]
+    backend: Backend,
+    config: ElasticConfig,
+    ranks: Ranks,
+    shape: AttentionShape,
+    capacity: int,
+    dtype: str,
+    layers: Sequence[int],
 ) -> None:
     """Refuse, before the first of `layers` is stored, what they together have no memory for on their device.
 
@@ -49,8 +55,8 @@ def check_memory(
     ------
     UsageError : telling how much the context needs, and which ratio would fit.
     """
-    assert plan.budget is not None
-    recipes = [ranks.share(plan.budget.recipes[layer], plan.sizes.kv_heads, shape.kv_heads) for layer in layers]
+    assert config.budget is not None
+    recipes = [ranks.share(config.budget.recipes[layer], config.sizes.kv_heads, shape.kv_heads) for layer in layers]
     needed = sum(backend.cache_bytes(shape, capacity, dtype, recipe) for recipe in recipes)
     free = backend.device.free_bytes
     if needed <= free:
@@ -69,7 +75,7 @@ def check_memory(
 
 
 def trim_heap() -> None:
-    """Hand what the C library keeps of freed memory back to the system; where it is not glibc, nothing is done."""
+    """Return memory that glibc retains after `free` to the system. Do nothing with other C libraries."""
     if not sys.platform.startswith("linux"):
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

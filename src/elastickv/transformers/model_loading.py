@@ -1,4 +1,4 @@
-"""From what a user names to a model: a local directory, a GGUF file or a hub id."""
+"""Load a model by name: a local directory, a GGUF file or a hub id."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ class Loaded:
 
     Attributes
     ----------
-    name : as the user named it, without folders.
+    name : the last part of the name that the user gave.
     model : a Transformers causal language model in evaluation mode.
     tokenizer : its tokenizer.
     """
@@ -38,11 +38,11 @@ class Loaded:
 
 
 def require(*packages: str) -> None:
-    """Refuse to go on without packages that are extras.
+    """Check that optional packages are installed.
 
     Raises
     ------
-    UsageError : naming what is missing and the command that installs it.
+    UsageError : naming the missing packages and the command that installs them.
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
@@ -52,8 +52,8 @@ def require(*packages: str) -> None:
 def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
     """Load a causal language model.
 
-    A directory or a .gguf file is read from disk and nothing else; anything else is taken for a hub id and may be downloaded.
-    Weights are never unpickled and no code of the model's repository is run.
+    A directory or a .gguf file is read from disk only. Any other name is a hub id, and may be downloaded. Weights are never
+    unpickled, and no code of the model's repository is run.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
 
     Raises
     ------
-    UsageError : if a package is missing, nothing is there, or it is no decoder-only model.
+    UsageError : if a package is missing, the model does not exist or is no decoder-only model.
     """
     require(*NEEDED)
     import torch
@@ -82,7 +82,7 @@ def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
                 weights = options
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype], **weights)
             check_config(model.config, name)
-            # Of a .gguf file Transformers notes the folder.
+            # For a .gguf file, Transformers sets this to the folder.
             model.config.name_or_path = name
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     except (UsageError, MemoryError):
@@ -96,7 +96,7 @@ def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
 
 
 def check_config(config: Any, name: str) -> None:
-    """Refuse a model that no KV cache of ours serves.
+    """Check that a model has the KV cache of a decoder-only model.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def check_config(config: Any, name: str) -> None:
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
-    path = Path(os.path.expanduser(name))  # a user that is unknown stays a name
+    path = Path(os.path.expanduser(name))  # "~name" of an unknown user stays as it is
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"model {name} is a folder without a config.json: give a model's folder or a .gguf file")
@@ -119,7 +119,7 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise UsageError(f"model {name} does not exist: give a .gguf file, a model's folder or a hub id")
         require("gguf", "accelerate")
-        read_gguf_header(path, name)  # what is damaged would keep Transformers busy for minutes
+        read_gguf_header(path, name)  # Transformers would read a damaged file for minutes
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     if path.exists():
         raise UsageError(f"model {name} is neither a folder nor a .gguf file: give one of these, or a hub id")
@@ -130,7 +130,7 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def _quiet(transformers: Any, bars: bool) -> Iterator[None]:
-    """Keep progress bars and notes of the loader off the terminal: errors are ours to tell.
+    """Keep progress bars and log messages of the loader off the terminal; errors are raised as usual.
 
     Parameters
     ----------
@@ -150,10 +150,10 @@ def _quiet(transformers: Any, bars: bool) -> Iterator[None]:
 
 
 def fingerprint(model: Any) -> str:
-    """Return 16 hex digits that tell models apart, whatever dtype or devices they are loaded to.
+    """Return 16 hex digits that identify a model, independent of the dtype and the devices it is loaded to.
 
-    SHA-256 of the configuration's sizes, and of normalisation weights and a grid of embedding rows as bfloat16: what lies
-    whole on every rank when the rest is split over devices.
+    SHA-256 of the configuration's sizes, normalization weights, and a grid of embedding values as bfloat16: weights that every
+    rank has in full when the others are split over devices.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Which models a cache can serve, and what of them."""
+"""Which models and layers a cache can serve, and their sizes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ STOCK_LAYERS = (DynamicSlidingWindowLayer, LinearAttentionLayer)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model's configuration says of its attention.
+    """Sizes of a model's attention.
 
     Attributes
     ----------
-    model_type : Transformers' word for the architecture.
-    elastic : numbers of the layers that attend to the whole context.
+    model_type : Transformers' name of the architecture.
+    elastic : indices of the layers that attend to the whole context.
     query_heads, kv_heads, head_dim : of these layers.
-    max_positions : tokens that the model can count; None where it has no limit.
+    max_positions : the model's longest context in tokens. None: it has no limit.
     """
 
     model_type: str
@@ -37,7 +37,7 @@ class Sizes:
 
     @property
     def stored_head_dim(self) -> int:
-        """Channels of a head as it is stored: the least size that kernels are built for."""
+        """Channels of a stored head: `head_dim` padded to a size that kernels are built for."""
         return padded_head_dim(self.head_dim)
 
 
@@ -47,16 +47,16 @@ def text_config(model: Any) -> Any:
 
 
 def stock_layers(config: Any) -> list[Any]:
-    """Return the layers that Transformers' own cache has for a decoder's configuration."""
+    """Return the layers of Transformers' own cache for a decoder's configuration."""
     return list(DynamicCache(config=config).layers)
 
 
 def sizes_of(model: Any) -> Sizes:
-    """Return what a cache must know of a model.
+    """Return the sizes of a model.
 
     Raises
     ------
-    UsageError : naming why, for a model that cannot be served.
+    UsageError : with the reason, for a model that cannot be served.
     """
     name = type(model).__name__
     config = getattr(model, "config", None)
@@ -85,7 +85,7 @@ def sizes_of(model: Any) -> Sizes:
 
 
 def _is_encoder(text: Any) -> bool:
-    """Whether a configuration is of those that are encoders unless they are told to decode."""
+    """Whether a configuration belongs to an architecture that is an encoder unless `is_decoder` is set."""
     return (
         getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention") and hasattr(text, "type_vocab_size")
     )
@@ -96,7 +96,7 @@ def _elastic_layers(called: str, text: Any) -> tuple[int, ...]:
     shared = getattr(text, "kv_sharing_modes", None) is not None
     for number, layer in enumerate(layers):
         kind = type(layer)
-        # A dummy holds nothing, because its layer attends to nothing, or to what another layer holds.
+        # A dummy layer stores nothing, because its layer has no attention or reads the cache of another.
         if kind.__name__ == "DummyLayer" and not shared:
             continue
         if kind is not DynamicLayer and kind not in STOCK_LAYERS:
@@ -142,7 +142,7 @@ def _check_attention(model: Any, called: str, text: Any) -> None:
 
 
 def _check_ranks(model: Any, called: str, kv_heads: int) -> None:
-    """Refuse KV heads that a plan of tensor parallelism would cut through; Transformers notices in the middle of a pass."""
+    """Check that KV heads divide evenly among the ranks; Transformers would fail only in the middle of a pass."""
     ranks = ranks_of(model).count
     plan = getattr(model, "tp_plan", None) or {}
     cut = any(name.rpartition(".")[2] in _KEYS and style == "colwise" for name, style in plan.items())
@@ -156,5 +156,5 @@ def _positions(text: Any) -> int | None:
     limit = getattr(text, "max_position_embeddings", None)
     scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-    # Dynamic scaling stretches with the context: it has no end.
+    # Dynamic scaling grows with the context, so there is no limit.
     return None if kind == "dynamic" or not isinstance(limit, int) or limit < 1 else limit

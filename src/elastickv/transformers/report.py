@@ -1,4 +1,4 @@
-"""What a cache holds, what it read, and the ratio by context."""
+"""Report what a cache holds, what it read, and the ratio by context."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from itertools import starmap
 from elastickv.kvcache import LayerCache
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, step_bytes, stored_bytes
 from elastickv.transformers.budget import Budget, scaled
-from elastickv.transformers.device_events import Moment, on_one_clock, seconds
+from elastickv.transformers.device_events import Timestamp, on_one_clock, seconds
 
 _CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
 @dataclass
 class _Run:
-    """Decodes in a row: lengths at the first, its step number, how many, and the factor on the shares of pages."""
+    """Consecutive decodes: lengths and step number of the first, their count, and the factor on the shares of pages."""
 
     lengths: tuple[int, ...]
     step: int
     count: int
     scale: float | None
 
-    def goes_on(self, lengths: tuple[int, ...], step: int, scale: float | None) -> bool:
-        """Whether a decode is the next of the run."""
+    def continues_with(self, lengths: tuple[int, ...], step: int, scale: float | None) -> bool:
+        """Whether a decode is the next of this run."""
         grown = tuple(n + self.count for n in self.lengths)
         return (grown, self.step + self.count, self.scale) == (lengths, step, scale)
 
 
 class Ledger:
-    """Counts what a cache's layers do, at the first of them."""
+    """Counts the passes of a cache at its first layer."""
 
     def __init__(self, first_layer: int) -> None:
         self._first = first_layer
         self.forget()
 
     def forget(self) -> None:
-        """Start anew."""
+        """Start over."""
         self._runs: list[_Run] = []
-        self._prompts: list[tuple[Moment, Moment]] = []
-        self._quantized: list[tuple[Moment, Moment]] = []
-        self._began: Moment | None = None
+        self._prompts: list[tuple[Timestamp, Timestamp]] = []
+        self._quantized: list[tuple[Timestamp, Timestamp]] = []
+        self._began: Timestamp | None = None
         self.chunks = 0
 
-    def begin(self, layer: int, moment: Moment) -> None:
-        """Note that a prompt reaches a layer: the first, or the first on its device. The way between devices is not counted."""
-        if layer == self._first or (self._began is not None and not on_one_clock(self._began, moment)):
-            self._began = moment
+    def begin(self, layer: int, start: Timestamp) -> None:
+        """Note when a prompt reaches a layer. Transfers between devices do not count: each device has its own interval."""
+        if layer == self._first or (self._began is not None and not on_one_clock(self._began, start)):
+            self._began = start
 
-    def quantized(self, since: Moment, until: Moment) -> None:
-        """Note that a layer's prompt was stored."""
+    def quantized(self, since: Timestamp, until: Timestamp) -> None:
+        """Note the interval in which a layer's prompt was stored."""
         self._quantized.append((since, until))
 
-    def end_prompt(self, moment: Moment) -> None:
-        """Note that a layer is done with a prompt."""
+    def end_prompt(self, end: Timestamp) -> None:
+        """Note when a layer is done with a prompt."""
         if self._began is not None:
-            self._prompts.append((self._began, moment))
-            self._began = moment
+            self._prompts.append((self._began, end))
+            self._began = end
 
     @property
     def prompt_seconds(self) -> float:
@@ -67,11 +67,11 @@ class Ledger:
 
     @property
     def quantize_seconds(self) -> float:
-        """Of these, seconds in which layers were stored."""
+        """The part of `prompt_seconds` in which layers were stored."""
         return sum(starmap(seconds, self._quantized))
 
     def note_chunk(self, layer: int) -> None:
-        """Note a pass of several tokens that read everything."""
+        """Note a pass of several tokens, which reads everything stored."""
         self.chunks += layer == self._first
 
     def note_step(self, layer: int, cache: LayerCache, scale: float | None) -> None:
@@ -80,7 +80,7 @@ class Ledger:
             return
         step, lengths = cache.step, tuple(int(n) for n in cache.lengths)
         last = self._runs[-1] if self._runs else None
-        if last is not None and last.goes_on(lengths, step, scale):
+        if last is not None and last.continues_with(lengths, step, scale):
             last.count += 1
         else:
             self._runs.append(_Run(lengths, step, 1, scale))
@@ -91,7 +91,7 @@ class Ledger:
         return sum(run.count for run in self._runs)
 
     def bytes_read(self, budget: Budget) -> tuple[float, float]:
-        """Return (read, dense): bytes of all decodes, and what a dense 16-bit cache would have read."""
+        """Return (read, dense): bytes that all decodes read, and that a dense 16-bit cache would have read."""
         recipes = Counter((recipe, budget.anchor_offset(layer)) for layer, recipe in budget.recipes.items())
         read = dense = 0.0
         for run in self._runs:
@@ -105,7 +105,7 @@ class Ledger:
         return read, dense
 
     def copy(self) -> Ledger:
-        """Return a ledger that goes its own way from here."""
+        """Return an independent copy."""
         other = Ledger(self._first)
         other.__dict__.update(self.__dict__)
         other._runs = [replace(run) for run in self._runs]
@@ -115,7 +115,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class ContextRow:
-    """What holds at one context.
+    """Ratios at one context.
 
     Attributes
     ----------
@@ -133,28 +133,28 @@ class ContextRow:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a cache is, holds and has read. Bytes are of the elastic layers; stock layers are told apart.
+    """What a cache holds and has read. Bytes are of the elastic layers, except for `stock_bytes`.
 
-    Where a model is split over ranks, what is held and read is of all of them, as the ratios are; what is allocated, and stock
-    layers, are of the rank that is asked.
+    If a model is split over ranks, bytes held and read, and ratios, are totals of all ranks; `allocated_bytes` and
+    `stock_bytes` are of the present rank.
 
     Attributes
     ----------
-    compress : C as asked for, or None where recipes were given.
-    holds_from : the context from which on C is kept; everything is read below it.
+    compress : the requested C, or None where recipes were given.
+    holds_from : the context from which on C is met. Below it, everything is read.
     recipes : layer -> recipe in force.
     calibrated : whether the shares of pages come from a calibration.
     lengths : tokens of each sequence, padding not counted.
-    stored_bytes, dense_bytes : what the tokens take, and would take in a dense 16-bit cache.
-    allocated_bytes : what the store holds from the system: spare room and scratch included.
-    stock_bytes : of layers that keep Transformers' own cache.
-    decodes, chunks : passes of one token, and passes of several that read all that was stored.
+    stored_bytes, dense_bytes : bytes of the tokens, and of the same tokens in a dense 16-bit cache.
+    allocated_bytes : memory allocated for the tokens, including spare room and scratch.
+    stock_bytes : bytes of layers that keep Transformers' own cache.
+    decodes, chunks : passes of one token, and passes of several tokens, which read everything stored.
     captured : decodes that were replays of a captured graph.
     not_captured : why none was, or None.
-    ahead : of those captured, how many had been launched when they were asked for.
-    read_bytes, dense_read_bytes : of all decodes, and what a dense 16-bit cache would have read.
-    prompt_seconds, quantize_seconds : of the attention layers' prompt passes, and of storing within them.
-    by_context : what holds at other contexts.
+    ahead : captured decodes that had already been launched when they were requested.
+    read_bytes, dense_read_bytes : bytes that all decodes read, and that a dense 16-bit cache would have read.
+    prompt_seconds, quantize_seconds : time of the attention layers' prompt passes, and the part spent on storing.
+    by_context : ratios at other contexts.
     ranks : processes that the model is split over.
     """
 
@@ -181,22 +181,22 @@ class CacheReport:
 
     @property
     def quantise_seconds(self) -> float:
-        """`quantize_seconds`, under its former name."""
+        """The former name of `quantize_seconds`."""
         return self.quantize_seconds
 
     @property
     def read_ratio(self) -> float | None:
-        """Dense bytes / bytes read of all decodes so far; None before the first."""
+        """Dense bytes / bytes read of all decodes so far. None before the first."""
         return self.dense_read_bytes / self.read_bytes if self.read_bytes else None
 
     @property
     def stored_ratio(self) -> float | None:
-        """Dense 16-bit bytes / bytes stored now; None while nothing is."""
+        """Dense 16-bit bytes / bytes stored now. None while nothing is stored."""
         return self.dense_bytes / self.stored_bytes if self.stored_bytes else None
 
     def __str__(self) -> str:
-        asked = "recipes as given" if self.compress is None else f"compress={self.compress:g}"
-        lines = [f"ElasticCache: {asked}, {len(self.recipes)} elastic layers, {'' if self.calibrated else 'not '}calibrated"]
+        target = "recipes as given" if self.compress is None else f"compress={self.compress:g}"
+        lines = [f"ElasticCache: {target}, {len(self.recipes)} elastic layers, {'' if self.calibrated else 'not '}calibrated"]
         for recipe, layers in _grouped(self.recipes):
             lines.append(f"  {recipe}: layers {layers}")
         if self.holds_from > 1:
@@ -223,7 +223,7 @@ class CacheReport:
 
 
 def by_context(budget: Budget, longest: int, limit: int | None) -> tuple[ContextRow, ...]:
-    """Return what holds at round contexts up to the model's limit, and at the present one."""
+    """Return the ratios at round contexts up to the model's limit, and at the present one."""
     contexts = sorted({n for n in (*_CONTEXTS, longest) if n and (limit is None or n <= limit)}) or [limit or longest]
     rows = []
     for context in contexts:
@@ -244,7 +244,7 @@ def held_bytes(budget: Budget, lengths: Sequence[int]) -> tuple[int, int]:
 
 
 def _grouped(recipes: Mapping[int, Recipe]) -> list[tuple[Recipe, str]]:
-    found: dict[Recipe, list[int]] = {}
+    by_recipe: dict[Recipe, list[int]] = {}
     for layer, recipe in recipes.items():
-        found.setdefault(recipe, []).append(layer)
-    return [(recipe, ", ".join(map(str, layers))) for recipe, layers in found.items()]
+        by_recipe.setdefault(recipe, []).append(layer)
+    return [(recipe, ", ".join(map(str, layers))) for recipe, layers in by_recipe.items()]

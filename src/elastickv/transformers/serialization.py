@@ -1,11 +1,13 @@
-"""A cache in a safetensors file: arrays and one line of JSON, nothing that is run when it is read."""
+"""Save a cache to a safetensors file and read it back. The file holds arrays and one line of JSON, no code."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,48 +24,52 @@ from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import check_context, check_ratio
 from elastickv.transformers.budget import Budget, Reading
 from elastickv.transformers.config import PREFILLS, ElasticConfig
-from elastickv.transformers.cuda_graph.model_patch import install
 from elastickv.transformers.device_map import layer_devices
 from elastickv.transformers.layer import ElasticLayer
-from elastickv.transformers.layer_storage import check_room, new_store
+from elastickv.transformers.layer_storage import LayerStorage, check_room, new_store
 from elastickv.transformers.model_loading import fingerprint
 from elastickv.transformers.model_support import Sizes, sizes_of
 from elastickv.transformers.padding import Padding
 from elastickv.transformers.tensor_parallel import ranks_of
-
-if TYPE_CHECKING:
-    from elastickv.transformers.cache import ElasticCache
 
 FORMAT = "elastickv-cache"
 VERSION = 2
 _KEY = "elastickv"
 
 
-def save(cache: ElasticCache, path: Path) -> None:
-    """Write a cache to `path`."""
-    model = cache._guard.model
+def save(path: Path, model: Any, config: ElasticConfig, layers: Sequence[Any]) -> None:
+    """Write a cache to a file.
+
+    Parameters
+    ----------
+    model : the model that the cache serves; None if it was deleted.
+    layers : all layers of the cache, Transformers' own included.
+
+    Raises
+    ------
+    UsageError : if the model is gone or split over ranks, a layer cannot be saved, or the file cannot be written.
+    """
     if model is None:
         raise UsageError("the model that the cache was made for is gone: a cache is saved with its model's fingerprint")
     _check_one_rank(model)
     tensors: dict[str, torch.Tensor] = {}
-    plan = cache._plan
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": fingerprint(model),
         "model": type(model).__name__,
         "plan": {
-            "ratio": plan.ratio,
-            "recipe": None if plan.recipe is None else str(plan.recipe),
-            "layers": {str(n): str(r) for n, r in plan.layers.items()},
-            "context": plan.context,
-            "capacity": plan.capacity,
-            "prefill": plan.prefill,
-            "calibration": None if plan.calibration is None else plan.calibration.dumps(),
+            "ratio": config.ratio,
+            "recipe": None if config.recipe is None else str(config.recipe),
+            "layers": {str(n): str(r) for n, r in config.layers.items()},
+            "context": config.context,
+            "capacity": config.capacity,
+            "prefill": config.prefill,
+            "calibration": None if config.calibration is None else config.calibration.dumps(),
         },
-        "budget": _budget_record(plan.budget),
-        "reading": None if plan.present is None else [plan.present.since, plan.present.until, plan.present.scale],
-        "layers": [_layer_record(n, layer, tensors) for n, layer in enumerate(cache.layers)],
+        "budget": _budget_record(config.budget),
+        "reading": None if config.present is None else [config.present.since, config.present.until, config.present.scale],
+        "layers": [_layer_record(n, layer, tensors) for n, layer in enumerate(layers)],
     }
     try:
         save_file(tensors or {"empty": torch.zeros(1)}, path, metadata={_KEY: json.dumps(record)})
@@ -71,10 +77,63 @@ def save(cache: ElasticCache, path: Path) -> None:
         raise UsageError(f"the cache cannot be written to {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def load(kind: type[ElasticCache], path: Path, model: Any, capture: bool) -> ElasticCache:
-    """Return the cache of a file."""
+class SavedCache:
+    """A saved cache that was read from a file.
+
+    Parameters
+    ----------
+    path : of the file, for error messages.
+    record : the file's JSON.
+    tensors : the file's arrays by name.
+    model : the model that the cache was saved for.
+
+    Attributes
+    ----------
+    config : what the layers share, as it was when the cache was saved.
+
+    Raises
+    ------
+    UsageError : if the file is damaged.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], tensors: dict[str, torch.Tensor], model: Any) -> None:
+        self._path, self._record, self._tensors, self._model = path, record, tensors, model
+        with _naming(path):
+            self.config = _config(record, sizes_of(model))
+
+    def restore(self, layers: Sequence[Any]) -> None:
+        """Fill the empty layers of a cache that was made with `config`.
+
+        Raises
+        ------
+        UsageError : if the file is damaged, or a layer's tokens do not fit into memory or come from another back end.
+        """
+        with _naming(self._path):
+            records = self._record["layers"]
+            if len(records) != len(layers):
+                raise ValueError(f"{len(records)} layers for a model of {len(layers)}")
+            device_map = getattr(self._model, "hf_device_map", None)
+            devices, only_device = layer_devices(range(len(layers)), device_map), next(self._model.parameters()).device
+            for number, (layer, record) in enumerate(zip(layers, records, strict=True)):
+                device, prefix = torch.device(devices[number] or only_device), f"{number}."
+                tensors = {name.removeprefix(prefix): t for name, t in self._tensors.items() if name.startswith(prefix)}
+                if isinstance(layer, ElasticLayer):
+                    _restore_elastic(layer, self.config, record, tensors, device)
+                elif record["length"]:
+                    layer.update(tensors["keys"].to(device), tensors["values"].to(device))
+                    if hasattr(layer, "cumulative_length"):
+                        layer.cumulative_length = int(record["length"])
+
+
+def load(path: Path, model: Any) -> SavedCache:
+    """Read a saved cache for the model that it was saved for.
+
+    Raises
+    ------
+    UsageError : if the file is no saved cache, is damaged, or belongs to another model; if the model is split over ranks.
+    """
     _check_one_rank(model)
-    # Mapped into memory by its format's own reader, which checks every size against the file: a pipe would be waited for.
+    # The safetensors reader maps the file into memory and checks every size against it. It would wait on a pipe.
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise UsageError(f"{path} is no saved cache: it {what}; give a file that ElasticCache.save wrote")
@@ -90,14 +149,18 @@ def load(kind: type[ElasticCache], path: Path, model: Any, capture: bool) -> Ela
         raise UsageError(f"{path} is a cache of version {record.get('version')!r}, and this elastickv reads version {VERSION}")
     if record.get("fingerprint") != fingerprint(model):
         raise UsageError(f"{path} is a cache of another model ({record.get('model')}) than this {type(model).__name__}")
+    return SavedCache(path, record, tensors, model)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn errors inside the block into UsageErrors that name the file."""
     try:
-        made = _loaded(kind, record, tensors, model, capture)
+        yield
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
         raise UsageError(f"{path} is damaged: {error or type(error).__name__}") from None
-    install(model, capture)
-    return made
 
 
 def _check_one_rank(model: Any) -> None:
@@ -108,37 +171,19 @@ def _check_one_rank(model: Any) -> None:
         )
 
 
-def _loaded(
-    kind: type[ElasticCache], record: dict[str, Any], tensors: dict[str, torch.Tensor], model: Any, capture: bool
-) -> ElasticCache:
-    said = record["plan"]
-    text = said["recipe"]
-    recipe = None if text is None else Recipe.parse(text) if record["budget"] is None or said["ratio"] is None else text
-    layers = {int(number): Recipe.parse(value) for number, value in said["layers"].items()}
-    errors = None if said["calibration"] is None else ModelCalibration.loads(said["calibration"])
-    plan = ElasticConfig(
-        sizes_of(model), said["ratio"], recipe, layers, errors, said["context"], said["capacity"], said["prefill"]
-    )
-    _check_plan(plan)
-    plan.budget = _budget(record["budget"], plan.sizes)
-    plan.present = None if record["reading"] is None else _reading(*record["reading"])
-    cache = kind._made(model, plan, capture)
-    if plan.budget is None and any(entry.get("store") for entry in record["layers"]):
+def _config(record: dict[str, Any], sizes: Sizes) -> ElasticConfig:
+    saved, budget = record["plan"], record["budget"]
+    text, ratio = saved["recipe"], saved["ratio"]
+    recipe = None if text is None else Recipe.parse(text) if budget is None or ratio is None else text
+    layers = {int(number): Recipe.parse(value) for number, value in saved["layers"].items()}
+    errors = None if saved["calibration"] is None else ModelCalibration.loads(saved["calibration"])
+    config = ElasticConfig(sizes, ratio, recipe, layers, errors, saved["context"], saved["capacity"], saved["prefill"])
+    _check_config(config)
+    config.budget = _budget(budget, sizes)
+    config.present = None if record["reading"] is None else _reading(*record["reading"])
+    if config.budget is None and any(entry.get("store") for entry in record["layers"]):
         raise ValueError("it stores tokens without a budget")
-    if len(record["layers"]) != len(cache.layers):
-        raise ValueError(f"{len(record['layers'])} layers for a model of {len(cache.layers)}")
-    places, one_place = layer_devices(range(len(cache.layers)), cache._guard.device_map), next(model.parameters()).device
-    for number, (layer, entry) in enumerate(zip(cache.layers, record["layers"], strict=True)):
-        device = torch.device(places[number] or one_place)
-        if isinstance(layer, ElasticLayer):
-            _fill(
-                layer, entry, {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == str(number)}, device
-            )
-        elif entry["length"]:
-            layer.update(tensors[f"{number}.keys"].to(device), tensors[f"{number}.values"].to(device))
-            if hasattr(layer, "cumulative_length"):
-                layer.cumulative_length = int(entry["length"])
-    return cache
+    return config
 
 
 def _budget_record(budget: Budget | None) -> dict[str, Any] | None:
@@ -162,7 +207,7 @@ def _budget(record: dict[str, Any] | None, sizes: Sizes) -> Budget | None:
     dtype, ratio, context = record["dtype"], record["ratio"], record["context"]
     shape = AttentionShape(*record["shape"])
     if sorted(recipes) != sorted(sizes.elastic) or shape != _shape(sizes, 1):
-        raise ValueError("its budget is of other layers or heads than the model's")
+        raise ValueError("its budget has other layers or heads than the model")
     for recipe in recipes.values():
         recipe.check_shape(shape.head_dim, shape.kv_heads)
     if dtype not in DTYPES:
@@ -174,25 +219,25 @@ def _budget(record: dict[str, Any] | None, sizes: Sizes) -> Budget | None:
 
 
 def _shape(sizes: Sizes, batch: int) -> AttentionShape:
-    """Return the shape of a layer as it is stored."""
+    """Return the shape of a stored layer."""
     return AttentionShape(batch, sizes.query_heads // sizes.kv_heads * sizes.kv_heads, sizes.kv_heads, sizes.stored_head_dim)
 
 
-def _check_plan(plan: ElasticConfig) -> None:
-    """Raise ValueError unless what the file says was asked for could have been."""
-    if plan.ratio is not None:
-        check_ratio(plan.ratio)
-    for tokens in (plan.context, plan.capacity):
+def _check_config(config: ElasticConfig) -> None:
+    """Raise ValueError unless the file holds valid arguments of `for_model`."""
+    if config.ratio is not None:
+        check_ratio(config.ratio)
+    for tokens in (config.context, config.capacity):
         if tokens is not None:
             check_context(tokens)
-    if plan.prefill not in PREFILLS or not set(plan.layers) <= set(plan.sizes.elastic):
+    if config.prefill not in PREFILLS or not set(config.layers) <= set(config.sizes.elastic):
         raise ValueError("its plan is of another model, or edited")
-    if isinstance(plan.recipe, str) and plan.recipe != "auto":
-        parse_open(plan.recipe)
+    if isinstance(config.recipe, str) and config.recipe != "auto":
+        parse_open(config.recipe)
 
 
 def _reading(since: int, until: int, scale: float | None) -> Reading:
-    """Return what is read, if it is between two contexts."""
+    """Return what is read between two contexts. Raise ValueError if they or the scale are out of range."""
     if not 0 <= since < until <= 2 * MAX_CONTEXT or not (scale is None or 0 < scale < math.inf):
         raise ValueError(f"it reads {scale} from {since} to {until}")
     return Reading(since, until, scale)
@@ -208,11 +253,11 @@ def _layer_record(number: int, layer: Any, tensors: dict[str, torch.Tensor]) -> 
             return {"length": 0}
         tensors[f"{number}.keys"], tensors[f"{number}.values"] = layer.keys.contiguous(), layer.values.contiguous()
         return {"length": layer.get_seq_length()}
-    if layer.slots.length:
-        tensors[f"{number}.real"] = torch.from_numpy(layer.slots.real(layer.batch).copy())
+    if layer.padding.length:
+        tensors[f"{number}.real"] = torch.from_numpy(layer.padding.real(layer.batch).copy())
     if layer.held is not None:
         tensors[f"{number}.held_keys"], tensors[f"{number}.held_values"] = (tensor.contiguous() for tensor in layer.held)
-    entry: dict[str, Any] = {"length": layer.slots.length, "batch": layer.batch, "store": None}
+    entry: dict[str, Any] = {"length": layer.padding.length, "batch": layer.batch, "store": None}
     if layer.store is not None:
         cache, shape = layer.store.cache, layer.store.cache.shape
         entry["store"] = {
@@ -228,49 +273,50 @@ def _layer_record(number: int, layer: Any, tensors: dict[str, torch.Tensor]) -> 
     return entry
 
 
-def _fill(layer: ElasticLayer, entry: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
-    if not entry["length"]:
+def _restore_elastic(
+    layer: ElasticLayer, config: ElasticConfig, record: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device
+) -> None:
+    if not record["length"]:
         return
-    real, batch = tensors["real"].numpy(), int(entry["batch"])
-    if real.dtype != np.bool_ or real.shape != (batch, entry["length"]):
-        raise ValueError(f"its places are {real.shape}, not {batch} x {entry['length']}")
-    slots = Padding()
+    real, batch = tensors["real"].numpy(), int(record["batch"])
+    if real.dtype != np.bool_ or real.shape != (batch, record["length"]):
+        raise ValueError(f"its positions are {real.shape}, not {batch} x {record['length']}")
+    held, sizes = None, config.sizes
+    if "held_keys" in tensors:
+        shape = (batch, sizes.kv_heads, record["length"], sizes.head_dim)
+        if any(tensors[name].shape != shape or not tensors[name].is_floating_point() for name in ("held_keys", "held_values")):
+            raise ValueError(f"its exact tokens are not {shape}")
+        held = (tensors["held_keys"].to(device), tensors["held_values"].to(device))
+    store = None if record["store"] is None else _restored_store(config, record["store"], batch, tensors, device)
+    if store is not None and (store.lengths != real.sum(axis=1)).any():
+        raise ValueError(f"its layer has {store.lengths.tolist()} tokens stored for {real.sum(axis=1).tolist()} positions")
+    padding = Padding()
     ragged = np.flatnonzero(~real.all(axis=0))
     edge = int(ragged[-1]) + 1 if len(ragged) else 0
-    slots.add(edge, real[:, :edge])
-    slots.add(entry["length"] - edge, None)
-    layer.slots, layer.batch, layer.is_initialized = slots, batch, True
-    sizes = layer._plan.sizes
-    if "held_keys" in tensors:
-        kept = (batch, sizes.kv_heads, entry["length"], sizes.head_dim)
-        if any(tensors[name].shape != kept or not tensors[name].is_floating_point() for name in ("held_keys", "held_values")):
-            raise ValueError(f"its exact tokens are not {kept}")
-        layer.held = (tensors["held_keys"].to(device), tensors["held_values"].to(device))
-    said = entry["store"]
-    if said is None:
-        return
-    backends = layer._plan.backends
-    if backends.at(device).name != said["backend"]:
+    padding.add(edge, real[:, :edge])
+    padding.add(record["length"] - edge, None)
+    layer.restore(padding, batch, held, store)
+
+
+def _restored_store(
+    config: ElasticConfig, record: dict[str, Any], batch: int, tensors: dict[str, torch.Tensor], device: torch.device
+) -> LayerStorage:
+    backend, sizes = config.backends.at(device), config.sizes
+    if backend.name != record["backend"]:
         raise UsageError(
-            f"the cache was saved from the {said['backend']} back end, and the model is on {device}: move the model"
+            f"the cache was saved from the {record['backend']} back end, and the model is on {device}: move the model"
         )
-    shape, recipe, capacity, dtype = (
-        AttentionShape(*said["shape"]),
-        Recipe.parse(said["recipe"]),
-        said["capacity"],
-        said["dtype"],
-    )
-    if shape != _shape(sizes, batch) or said["head_dim"] != sizes.head_dim or dtype not in DTYPES:
-        raise ValueError(f"its tokens are stored for {shape}, heads of {said['head_dim']} and dtype {dtype}")
+    shape, recipe = AttentionShape(*record["shape"]), Recipe.parse(record["recipe"])
+    capacity, dtype = record["capacity"], record["dtype"]
+    if shape != _shape(sizes, batch) or record["head_dim"] != sizes.head_dim or dtype not in DTYPES:
+        raise ValueError(f"its tokens are stored for {shape}, heads of {record['head_dim']} and dtype {dtype}")
     check_context(capacity)
     recipe.check_shape(shape.head_dim, shape.kv_heads)
-    recipe.check_anchor_offset(said["phase"])
-    # What the file claims is allocated only where it fits.
-    check_room(backends.at(device), shape, capacity, dtype, recipe)
-    store = new_store(backends, shape, capacity, dtype, recipe, sizes.head_dim, device, said["phase"])
+    recipe.check_anchor_offset(record["phase"])
+    # The file may claim any size: memory is checked before it is allocated.
+    check_room(backend, shape, capacity, dtype, recipe)
+    store = new_store(config.backends, shape, capacity, dtype, recipe, sizes.head_dim, device, record["phase"])
     store.load_state(
         {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("real", "held_keys", "held_values")}
     )
-    if (store.lengths != real.sum(axis=1)).any():
-        raise ValueError(f"its layer has {store.lengths.tolist()} tokens stored for {real.sum(axis=1).tolist()} places")
-    layer.go_on(store)
+    return store

@@ -1,4 +1,4 @@
-"""The ranks that a model is split over (`tp_plan`): each has its own KV heads, and takes every step as the others do."""
+"""The ranks that a model is split over (`tp_plan`). Each has its own KV heads, and all take the same steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Ranks:
 
     Attributes
     ----------
-    number : of this rank, in the order in which KV heads are dealt out.
-    count : of ranks.
-    group : through which they talk; None where there is one.
+    number : of this rank, in the order of their KV heads.
+    count : number of ranks.
+    group : their process group; None for a single rank.
     device : of this rank's weights.
     """
 
@@ -31,32 +31,32 @@ class Ranks:
         return f" of rank {self.number} of {self.count}" if self.count > 1 else ""
 
     def share(self, recipe: Recipe, kv_heads: int, local: int) -> Recipe:
-        """Return a recipe for `local` of the model's `kv_heads`: the ones that this rank has."""
+        """Return a recipe for this rank's `local` heads of the model's `kv_heads`."""
         if len(recipe.fractions) != kv_heads or local == kv_heads:
             return recipe
         first = self.number * local
         return replace(recipe, fractions=recipe.fractions[first : first + local])
 
     def uneven(self, recipe: Recipe) -> tuple[bool, ...]:
-        """Return of each rank whether its heads have different shares of the pages, and so run another kernel; () if alone."""
+        """Return for each rank whether its heads have unequal shares of pages, which needs another kernel. () for one rank."""
         local = len(recipe.fractions) // self.count
         firsts = range(0, local * self.count, local) if local and self.count > 1 else ()
         return tuple(len(set(recipe.fractions[head : head + local])) > 1 for head in firsts)
 
     def agree(self, yes: bool) -> bool:
-        """Return whether all ranks say yes. Each of them has to ask, and waits for the others."""
+        """Return whether all ranks pass True. Every rank must call this, and waits for the others."""
         if self.count == 1:
             return yes
-        said = torch.tensor(int(yes), device=self.device)
-        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, group=self.group)
-        return bool(said)
+        vote = torch.tensor(int(yes), device=self.device)
+        torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN, group=self.group)
+        return bool(vote)
 
 
 def ranks_of(model: Any) -> Ranks:
-    """Return this process among the ranks of a model; where its weights lie whole, it is the only one."""
+    """Return this process among the ranks of a model; the only one if the weights are not split."""
     for parameter in model.parameters():
         mesh = getattr(parameter, "device_mesh", None)
-        # Meshes of one dimension may be nameless; weights that are split otherwise (FSDP) are whole again in a pass.
+        # Meshes of one dimension may have no name. Weights split in other ways (FSDP) are gathered for a pass.
         if mesh is not None and "tp" in (mesh.mesh_dim_names or ("tp",)):
             mesh = mesh["tp"] if mesh.ndim > 1 else mesh
             return Ranks(mesh.get_local_rank(), mesh.size(), mesh.get_group(), parameter.device)

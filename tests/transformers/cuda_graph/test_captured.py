@@ -21,49 +21,15 @@ from elastickv.transformers.cache_argument import cache_in
 from elastickv.transformers.cuda_graph import captured
 from elastickv.transformers.cuda_graph import recorder as recorders
 from elastickv.transformers.layer_storage import HostStorage
+from tests.helpers.captured_decode import FakeRecorder, queue_nothing
 from tests.helpers.model_matrix import model, padded, prompt
 
 FULL = ["llama", "llama-mqa", "llama-small-heads", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "olmo2"]
 
 
-class Recorder:
-    """Stands for CUDA graphs: recording stores nothing, a replay runs the pass on the tensors that it was recorded with."""
-
-    launches_speculatively = False
-
-    def __init__(self):
-        self.rehearsed = self.recorded = self.replayed = 0
-        self.waits = self.fails = None
-
-    def wait_for_others(self, host=False):
-        pass
-
-    def rehearse(self, run):
-        self.rehearsed += 1
-        return run(), self.waits
-
-    def record(self, run):
-        self.recorded += 1
-        if self.fails:
-            raise self.fails
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(HostStorage, "queue_step", queue_nothing)
-            run()
-
-        def replay():
-            self.replayed += 1
-            return run()
-
-        return replay
-
-
-def queue_nothing(store, keys, values, queries, scaling):
-    return torch.zeros(queries.shape), torch.zeros(queries.shape[:2])
-
-
 @pytest.fixture
 def recorder(monkeypatch):
-    made = Recorder()
+    made = FakeRecorder()
     for module in (captured, recorders):
         monkeypatch.setattr(module, "recorder_for", lambda device: made)
     return made
@@ -87,12 +53,12 @@ def generate(tiny, inputs, count=20, **options):
 
 def both(tiny, inputs, compress=4, count=20, **options):
     """Return tokens of an eager and a captured generate, and the latter's cache."""
-    found = []
+    runs = []
     for capture in (False, True):
         torch.manual_seed(3)
         cache = ekv.ElasticCache.for_model(tiny, compress, capture=capture)
-        found.append(generate(tiny, inputs, count, past_key_values=cache, **options))
-    return *found, cache
+        runs.append(generate(tiny, inputs, count, past_key_values=cache, **options))
+    return *runs, cache
 
 
 @contextlib.contextmanager
@@ -104,8 +70,8 @@ def not_captured(match):
 class TestTokens:
     @pytest.mark.parametrize("name", FULL)
     def test_they_are_the_eager_ones(self, recorder, name):
-        eager, found, cache = both(model(name), padded([270, 193]))
-        assert torch.equal(found, eager)
+        eager, tokens, cache = both(model(name), padded([270, 193]))
+        assert torch.equal(tokens, eager)
         # The prompt makes the first token; of 19 decodes one is a rehearsal.
         assert recorder.rehearsed == recorder.recorded == 1
         assert recorder.replayed == cache.report().captured == 18
@@ -122,8 +88,8 @@ class TestTokens:
         ids=str,
     )
     def test_the_framework_chooses_them(self, recorder, tiny, options):
-        eager, found, cache = both(tiny, padded([200, 143]), **options)
-        assert torch.equal(found, eager)
+        eager, tokens, cache = both(tiny, padded([200, 143]), **options)
+        assert torch.equal(tokens, eager)
         assert cache.report().captured == 18
 
     def test_turns_chunks_and_several_generates_go_on_with_one_cache(self, recorder, tiny):
@@ -139,7 +105,7 @@ class TestTokens:
         assert cache.report().captured == 26
         assert recorder.rehearsed == 1
 
-    def test_a_cache_that_grows_is_recorded_anew(self, recorder, tiny):
+    def test_a_cache_that_grows_is_recorded_again(self, recorder, tiny):
         texts = []
         for capture in (False, True):
             cache = ekv.ElasticCache.for_model(tiny, 4, capture=capture)
@@ -154,10 +120,10 @@ class TestTokens:
         assert cache.report().captured == 317
 
     def test_a_prompt_of_one_token_is_one(self, recorder, tiny):
-        eager, found, _ = both(tiny, prompt(1, 1))
-        assert torch.equal(found, eager)
+        eager, tokens, _ = both(tiny, prompt(1, 1))
+        assert torch.equal(tokens, eager)
 
-    def test_a_reset_cache_is_recorded_anew(self, recorder, tiny):
+    def test_a_reset_cache_is_recorded_again(self, recorder, tiny):
         cache = ekv.ElasticCache.for_model(tiny, 4)
         first = generate(tiny, prompt(1, 200), past_key_values=cache)
         cache.reset()
@@ -189,12 +155,12 @@ class TestCounting:
             cache = ekv.ElasticCache.for_model(tiny, 4, capture=capture)
             generate(tiny, padded([700, 650]), 70, past_key_values=cache)
             reports.append(cache.report())
-        eager, found = reports
-        assert (found.decodes, found.lengths, found.chunks) == (eager.decodes, eager.lengths, 0)
-        assert found.read_bytes == eager.read_bytes
-        assert (found.captured, found.not_captured, eager.captured) == (68, None, 0)
+        eager, replayed = reports
+        assert (replayed.decodes, replayed.lengths, replayed.chunks) == (eager.decodes, eager.lengths, 0)
+        assert replayed.read_bytes == eager.read_bytes
+        assert (replayed.captured, replayed.not_captured, eager.captured) == (68, None, 0)
         assert eager.not_captured == "capture=False"
-        assert "68 of them captured" in str(found)
+        assert "68 of them captured" in str(replayed)
         assert "0 of them captured: capture=False" in str(eager)
 
     def test_recording_counts_nothing(self, recorder, tiny, monkeypatch):
@@ -212,7 +178,7 @@ class TestCounting:
         generate(tiny, prompt(1, 200), past_key_values=cache)
         assert seen == [True]
 
-    def test_values_that_are_not_finite_are_told(self, recorder, tiny):
+    def test_values_that_are_not_finite_are_reported(self, recorder, tiny):
         cache = ekv.ElasticCache.for_model(tiny, 4)
         text = generate(tiny, prompt(1, 100), 5, past_key_values=cache)
         with torch.no_grad():
@@ -220,7 +186,7 @@ class TestCounting:
         with pytest.raises(NonFiniteError, match="layer 1"):
             generate(tiny, {"input_ids": text}, 64, past_key_values=cache)
 
-    def test_the_capacity_is_kept(self, recorder, tiny):
+    def test_the_capacity_is_respected(self, recorder, tiny):
         cache = ekv.ElasticCache.for_model(tiny, 4, capacity=50)
         ids = prompt(1, 40)["input_ids"]
         with torch.no_grad():
@@ -240,12 +206,12 @@ class TestOutputs:
     def test_they_are_of_the_models_class_and_hold_the_cache(self, recorder, tiny):
         cache = ekv.ElasticCache.for_model(tiny, 4)
         generate(tiny, prompt(1, 100), 5, past_key_values=cache)
-        found = self.step(tiny, cache)
-        assert type(found) is CausalLMOutputWithPast
-        assert cache_in(found) is cache
-        kept = found.logits.clone()
+        output = self.step(tiny, cache)
+        assert type(output) is CausalLMOutputWithPast
+        assert cache_in(output) is cache
+        before = output.logits.clone()
         self.step(tiny, cache)
-        assert torch.equal(found.logits, kept)
+        assert torch.equal(output.logits, before)
 
     def test_tuples_and_hidden_states_come_too(self, recorder, tiny):
         cache = ekv.ElasticCache.for_model(tiny, 4)
@@ -361,7 +327,7 @@ class TestFallback:
         report = cache.report()
         assert (report.captured, report.not_captured) == (0, "the model is on the cpu")
 
-    def test_a_pass_that_breaks_off_is_told_and_the_model_goes_on(self, recorder, tiny):
+    def test_a_pass_that_breaks_off_is_reported_and_the_model_still_works(self, recorder, tiny):
         cache = ekv.ElasticCache.for_model(tiny, 4)
         ids = generate(tiny, prompt(1, 100), 1, past_key_values=cache)[:, -1:]
         mlp = tiny.model.layers[0].mlp
@@ -372,12 +338,12 @@ class TestFallback:
         with torch.no_grad(), pytest.raises(UsageError, match="broke off"):
             tiny(input_ids=ids, past_key_values=cache)
         cache.reset()
-        eager, found, _ = both(tiny, prompt(1, 200))
-        assert torch.equal(found, eager)
+        eager, tokens, _ = both(tiny, prompt(1, 200))
+        assert torch.equal(tokens, eager)
 
 
 class TestMasks:
-    def test_one_that_says_otherwise_of_what_is_held_is_refused_by_a_replay_too(self, recorder, tiny):
+    def test_one_that_contradicts_stored_padding_is_refused_by_a_replay_too(self, recorder, tiny):
         cache, inputs = ekv.ElasticCache.for_model(tiny, 1), padded([60, 41])
         mask, one = inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)
 
@@ -401,7 +367,7 @@ class TestMasks:
         assert cache.lengths == (64, 45)
 
 
-class TestSeam:
+class TestModelPatch:
     def test_the_signature_stays(self, recorder, tiny):
         before = inspect.signature(tiny.forward)
         ekv.ElasticCache.for_model(tiny, 4)
@@ -421,7 +387,7 @@ class TestSeam:
         ekv.ElasticCache.for_model(tiny, 4, capture=False)
         assert "forward" not in vars(tiny)
 
-    def test_a_forward_of_the_instances_own_is_kept(self, recorder, tiny):
+    def test_a_forward_of_the_instances_own_is_retained(self, recorder, tiny):
         calls = []
         forward = tiny.forward
 
@@ -508,11 +474,11 @@ class TestSeam:
             other.lm_head.weight.mul_(-1)
             ids = prompt(1, 5)["input_ids"]
             assert torch.allclose(other(ids).logits, -tiny(ids).logits)
-        eager, found, cache = both(other, prompt(1, 200))
-        assert torch.equal(found, eager)
+        eager, tokens, cache = both(other, prompt(1, 200))
+        assert torch.equal(tokens, eager)
         assert cache.report().captured == 18
 
-    def test_weights_that_move_are_recorded_anew(self, recorder, tiny):
+    def test_weights_that_move_are_recorded_again(self, recorder, tiny):
         cache = ekv.ElasticCache.for_model(tiny, 4)
         text = generate(tiny, prompt(1, 100), 5, past_key_values=cache)
         tiny.lm_head.weight.data = tiny.lm_head.weight.data.clone()

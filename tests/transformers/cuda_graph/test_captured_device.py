@@ -10,8 +10,8 @@ import transformers as tf
 
 import elastickv.transformers as ekv
 from elastickv.errors import UsageError
+from tests.helpers.captured_decode import Swerve
 from tests.helpers.model_matrix import model, padded, prompt
-from tests.transformers.cuda_graph.test_speculative_launch import Swerve
 
 pytestmark = pytest.mark.gpu
 CAPTURED = [
@@ -56,18 +56,18 @@ def generate(made, inputs, count=24, **options):
 
 def both(made, inputs, count=24, wanted=None, **options):
     """Return tokens of an uncaptured and a captured generate, and the latter's cache."""
-    found = []
+    runs = []
     for capture in (False, True):
         torch.manual_seed(3)
         cache = ekv.ElasticCache.for_model(made, capture=capture, **(wanted or {"compress": 4}))
-        found.append(generate(made, inputs, count, past_key_values=cache, **options))
-    return *found, cache
+        runs.append(generate(made, inputs, count, past_key_values=cache, **options))
+    return *runs, cache
 
 
 @pytest.mark.parametrize("name", CAPTURED)
 def test_tokens_are_the_uncaptured_ones(name):
-    plain, found, cache = both(on_device(name), padded([700, 543]))
-    assert torch.equal(found, plain)
+    plain, tokens, cache = both(on_device(name), padded([700, 543]))
+    assert torch.equal(tokens, plain)
     report = cache.report()
     assert (report.captured, report.decodes, report.not_captured) == (22, 23, None)
 
@@ -76,20 +76,20 @@ def test_tokens_are_the_uncaptured_ones(name):
 def test_a_model_may_be_on_another_device_than_the_current_one(device):
     other = torch.device("cuda", 1 - device.index)
     made = model("llama").to(other, torch.bfloat16)
-    inputs, found = {n: t.to(other) for n, t in padded([700, 543]).items()}, []
+    inputs, runs = {n: t.to(other) for n, t in padded([700, 543]).items()}, []
     for capture in (False, True):
         cache = ekv.ElasticCache.for_model(made, compress=4, capture=capture)
-        found.append(made.generate(**inputs, max_new_tokens=24, do_sample=False, past_key_values=cache))
-    assert torch.equal(*found)
+        runs.append(made.generate(**inputs, max_new_tokens=24, do_sample=False, past_key_values=cache))
+    assert torch.equal(*runs)
     assert cache.report().captured == 22
     assert torch.cuda.current_device() == device.index
 
 
-def test_a_model_that_was_moved_between_turns_is_told(tiny):
+def test_a_model_that_was_moved_between_turns_is_refused(tiny):
     inputs = prompt(1, 100)
     cache = ekv.ElasticCache.for_model(tiny, 2)
     generate(tiny, inputs, 3, past_key_values=cache)
-    with pytest.raises(UsageError, match=r"the cache lies on cuda:[0-9]+, and keys on cpu are given"):
+    with pytest.raises(UsageError, match=r"the cache is on cuda:[0-9]+, and keys on cpu are given"):
         tiny.to("cpu").generate(**prompt(1, 110), max_new_tokens=3, past_key_values=cache)
     generate(tiny.to("cuda"), prompt(1, 110), 3, past_key_values=cache)
 
@@ -97,32 +97,32 @@ def test_a_model_that_was_moved_between_turns_is_told(tiny):
 def on_two_gpus():
     accelerate = pytest.importorskip("accelerate")
     made = on_device("llama")
-    places = {name: 0 for name, _ in made.model.named_children() if name != "layers"} | {"layers.0": 0}
-    places |= {f"layers.{i}": 1 for i in range(1, len(made.model.layers))} | {"norm": 1}
-    return accelerate.dispatch_model(made, {f"model.{name}": place for name, place in places.items()} | {"lm_head": 1})
+    device_map = {name: 0 for name, _ in made.model.named_children() if name != "layers"} | {"layers.0": 0}
+    device_map |= {f"layers.{i}": 1 for i in range(1, len(made.model.layers))} | {"norm": 1}
+    return accelerate.dispatch_model(made, {f"model.{name}": gpu for name, gpu in device_map.items()} | {"lm_head": 1})
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_a_cache_of_a_model_on_two_gpus_is_saved_and_goes_on(tmp_path):
-    made, found = on_two_gpus(), []
+    made, runs = on_two_gpus(), []
     cache = ekv.ElasticCache.for_model(made, 4)
     start = generate(made, prompt(1, 700), 4, past_key_values=cache)
     cache.save(tmp_path / "cache")
     for one in (cache, ekv.ElasticCache.load(tmp_path / "cache", made)):
         assert [layer.store.device.index for layer in one.elastic_layers] == [0, 1]
         inputs = {"input_ids": start, "attention_mask": torch.ones_like(start)}
-        found.append(generate(made, inputs, 8, past_key_values=one))
-    assert torch.equal(*found)
+        runs.append(generate(made, inputs, 8, past_key_values=one))
+    assert torch.equal(*runs)
 
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("text", RECIPES)
-def test_a_model_may_lie_on_two_gpus(text):
-    found, inputs = [], padded([700, 543])
+def test_a_model_may_be_on_two_gpus(text):
+    runs, inputs = [], padded([700, 543])
     for made in (on_device("llama"), on_two_gpus()):
         cache = ekv.ElasticCache.for_model(made, recipe=text)
-        found.append(generate(made, inputs, past_key_values=cache).cpu())
-    assert torch.equal(*found)
+        runs.append(generate(made, inputs, past_key_values=cache).cpu())
+    assert torch.equal(*runs)
     report = cache.report()
     assert "placed by accelerate" in report.not_captured
     assert 0 < report.quantize_seconds < report.prompt_seconds
@@ -131,15 +131,15 @@ def test_a_model_may_lie_on_two_gpus(text):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes_are_captured(dtype):
-    plain, found, cache = both(on_device("llama", dtype), padded([300, 243]))
-    assert torch.equal(found, plain)
+    plain, tokens, cache = both(on_device("llama", dtype), padded([300, 243]))
+    assert torch.equal(tokens, plain)
     assert cache.report().captured == 22
 
 
 @pytest.mark.parametrize("text", RECIPES)
 def test_every_recipe_is_captured(tiny, text):
-    plain, found, cache = both(tiny, padded([400, 343]), 70, wanted={"recipe": text})
-    assert torch.equal(found, plain)
+    plain, tokens, cache = both(tiny, padded([400, 343]), 70, wanted={"recipe": text})
+    assert torch.equal(tokens, plain)
     assert cache.report().captured == 68
 
 
@@ -151,29 +151,29 @@ def held(cache):
 
 @pytest.mark.parametrize("text", [*RECIPES, "int4,pages=1/4,anchor_every=4", "int8,reuse,anchor_every=3", "fp8,window=0"])
 @pytest.mark.parametrize("start", [306, 325, 334])
-def test_decodes_launched_ahead_leave_no_trace(tiny, text, start):
+def test_decodes_launched_speculatively_leave_no_trace(tiny, text, start):
     inputs, options = prompt(2, 290), {"logits_processor": tf.LogitsProcessorList([Swerve(start)])}
-    found = []
+    runs = []
     for capture in (False, True):
         cache = ekv.ElasticCache.for_model(tiny, recipe=text, capture=capture)
         tokens = generate(tiny, inputs, 60, past_key_values=cache, **options)
-        found.append((tokens, held(cache), cache))
-    (plain, stored, _), (tokens, same, cache) = found
+        runs.append((tokens, held(cache), cache))
+    (plain, stored, _), (tokens, same, cache) = runs
     assert torch.equal(tokens, plain)
     assert all(torch.equal(a, b) for a, b in zip(same, stored, strict=True))
     assert 0 < cache.report().ahead < 60 - 10
     assert cache.lengths == (349, 349)
 
 
-def test_greedy_texts_are_launched_ahead(tiny):
-    plain, found, cache = both(tiny, prompt(1, 400), 80)
-    assert torch.equal(found, plain)
+def test_greedy_texts_are_launched_speculatively(tiny):
+    plain, tokens, cache = both(tiny, prompt(1, 400), 80)
+    assert torch.equal(tokens, plain)
     assert cache.report().ahead == 79 - 3
     cache.reset()
     assert cache.backends.ahead is None
 
 
-def test_what_is_under_way_does_not_write_to_freed_memory(tiny):
+def test_a_decode_in_flight_does_not_write_to_freed_memory(tiny):
     for _ in range(20):
         cache = ekv.ElasticCache.for_model(tiny, 4)
         with torch.no_grad():
@@ -191,8 +191,8 @@ def test_what_is_under_way_does_not_write_to_freed_memory(tiny):
 def test_windowed_layers_fall_back_and_say_so(name):
     made = on_device(name)
     with pytest.warns(ekv.NotCapturedWarning, match="window"):
-        plain, found, cache = both(made, padded([200, 143]))
-    assert torch.equal(found, plain)
+        plain, tokens, cache = both(made, padded([200, 143]))
+    assert torch.equal(tokens, plain)
     assert cache.report().captured == 0
 
 
@@ -208,12 +208,12 @@ def test_windowed_layers_fall_back_and_say_so(name):
     ids=str,
 )
 def test_the_framework_chooses_tokens(tiny, options):
-    plain, found, cache = both(tiny, padded([300, 243]), **options)
-    assert torch.equal(found, plain)
+    plain, tokens, cache = both(tiny, padded([300, 243]), **options)
+    assert torch.equal(tokens, plain)
     assert cache.report().captured == 22
 
 
-def test_a_cache_that_grows_is_captured_anew(tiny):
+def test_a_cache_that_grows_is_captured_again(tiny):
     texts = []
     for capture in (False, True):
         cache = ekv.ElasticCache.for_model(tiny, 4, capture=capture)
@@ -240,7 +240,7 @@ def test_turns_go_on_with_one_cache(tiny):
     assert cache.report().captured >= 27
 
 
-def test_copies_resets_and_files_are_captured_anew(tiny, tmp_path):
+def test_copies_resets_and_files_are_captured_again(tiny, tmp_path):
     cache = ekv.ElasticCache.for_model(tiny, 4)
     text = generate(tiny, prompt(1, 300), past_key_values=cache).cpu()
     inputs = {"input_ids": torch.cat([text, prompt(1, 3, 5)["input_ids"]], dim=1)}
@@ -285,10 +285,10 @@ def test_outputs_outlive_the_next_replay(tiny):
     ids = generate(tiny, prompt(1, 100), 8, past_key_values=cache)[:, -1:]
     with torch.no_grad():
         outputs = [tiny(input_ids=ids, past_key_values=cache, output_hidden_states=True) for _ in range(5)]
-        kept = [found.logits.clone() for found in outputs]
+        copies = [output.logits.clone() for output in outputs]
         tiny(input_ids=ids, past_key_values=cache, output_hidden_states=True)
-    assert all(torch.equal(found.logits, logits) for found, logits in zip(outputs, kept, strict=True))
-    assert not torch.equal(kept[-1], kept[-2])
+    assert all(torch.equal(output.logits, logits) for output, logits in zip(outputs, copies, strict=True))
+    assert not torch.equal(copies[-1], copies[-2])
 
 
 def test_memory_is_freed_with_the_cache(tiny):
@@ -320,8 +320,8 @@ def test_a_model_that_waits_for_the_device_is_not_captured(tiny, monkeypatch):
 
     monkeypatch.setattr(norm, "forward", waiting)
     with pytest.warns(ekv.NotCapturedWarning, match=r"waits for the device \(.*test_captured_device\.py"):
-        _, found, cache = both(tiny, prompt(1, 300))
-    assert torch.equal(found, plain)
+        _, tokens, cache = both(tiny, prompt(1, 300))
+    assert torch.equal(tokens, plain)
     assert cache.report().captured == 0
 
 
@@ -337,14 +337,14 @@ def test_a_capture_that_breaks_off_leaves_everything_usable(tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(norm, "forward", breaking)
         with pytest.warns(ekv.NotCapturedWarning, match="capture failed|waits"):
-            _, found, cache = both(tiny, prompt(1, 300), do_sample=True)
-        assert torch.equal(found, sampled)
+            _, tokens, cache = both(tiny, prompt(1, 300), do_sample=True)
+        assert torch.equal(tokens, sampled)
         assert cache.report().captured == 0
     del cache
     gc.collect()
     torch.cuda.empty_cache()
-    plain, found, cache = both(tiny, prompt(1, 300), do_sample=True)
-    assert torch.equal(found, plain)
+    plain, tokens, cache = both(tiny, prompt(1, 300), do_sample=True)
+    assert torch.equal(tokens, plain)
     assert cache.report().captured == 22
 
 
@@ -375,8 +375,8 @@ def test_text_is_streamed(tiny):
 
     streamer = Streamer()
     cache = ekv.ElasticCache.for_model(tiny, 4)
-    found = generate(tiny, prompt(1, 100), past_key_values=cache, streamer=streamer)
-    assert streamer.tokens == found[0].tolist()
+    tokens = generate(tiny, prompt(1, 100), past_key_values=cache, streamer=streamer)
+    assert streamer.tokens == tokens[0].tolist()
     assert cache.report().captured == 22
 
 
@@ -406,10 +406,10 @@ def test_long_rope_that_changes_its_frequencies_is_captured_with_them_or_not_at_
         }
     )
     made = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to("cuda")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ekv.NotCapturedWarning)
-        plain, found, cache = both(made, prompt(1, 2035))
-    assert torch.equal(found, plain)  # across the 2048th token, where the frequencies change
-    told = [str(one.message) for one in said if issubclass(one.category, ekv.NotCapturedWarning)]
-    assert bool(told) != bool(cache.report().captured)
-    assert all("waits for the device" in one or "capture failed" in one for one in told)
+        plain, tokens, cache = both(made, prompt(1, 2035))
+    assert torch.equal(tokens, plain)  # across the 2048th token, where the frequencies change
+    messages = [str(one.message) for one in caught if issubclass(one.category, ekv.NotCapturedWarning)]
+    assert bool(messages) != bool(cache.report().captured)
+    assert all("waits for the device" in one or "capture failed" in one for one in messages)

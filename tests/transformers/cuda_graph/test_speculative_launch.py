@@ -1,4 +1,4 @@
-"""Decodes launched ahead, with a recorder whose work is done at once and undone from copies."""
+"""Speculatively launched decodes, with a recorder that works at once and rolls back from copies."""
 
 import copy
 import warnings
@@ -12,8 +12,8 @@ from elastickv.errors import UsageError
 from elastickv.transformers.cuda_graph import captured, speculative_launch
 from elastickv.transformers.cuda_graph import recorder as recorders
 from elastickv.transformers.layer_storage import Backends, HostStorage
+from tests.helpers.captured_decode import FakeRecorder, Swerve
 from tests.helpers.model_matrix import model, padded, prompt
-from tests.transformers.cuda_graph.test_captured import Recorder
 
 
 class Event:
@@ -21,14 +21,14 @@ class Event:
         pass
 
 
-class Seer(Recorder):
-    """What is launched ahead is done at once; who takes it back gets the caches of before."""
+class Seer(FakeRecorder):
+    """Runs speculative decodes at once; a rollback restores copies of the caches."""
 
     launches_speculatively = True
 
     def __init__(self, stores):
         super().__init__()
-        self.stores, self.launched, self.taken_back = stores, 0, 0
+        self.stores, self.launched, self.rolled_back = stores, 0, 0
         self.replaying = []
 
     def record(self, run):
@@ -43,13 +43,13 @@ class Seer(Recorder):
 
         return silent
 
-    def end(self):
+    def new_event(self):
         return Event()
 
-    def follow(self, end):
+    def wait_for(self, end):
         pass
 
-    def beside(self, steps, ends):
+    def launch_concurrently(self, steps, ends):
         self.launched += 1
         for store in self.stores():
             store.before = copy.deepcopy(store.cache)
@@ -68,7 +68,7 @@ def seer(monkeypatch):
     made = Seer(lambda: [layer.store for cache in caches for layer in cache.elastic_layers if layer.store])
 
     def rollback(store):
-        made.taken_back += 1
+        made.rolled_back += 1
         store.cache = store.before
 
     monkeypatch.setattr(HostStorage, "rollback", rollback)
@@ -83,60 +83,48 @@ def seer(monkeypatch):
         yield made
 
 
-class Swerve(tf.LogitsProcessor):
-    """From a place on, forbids the likeliest token at every third."""
-
-    def __init__(self, start):
-        self.start = start
-
-    def __call__(self, input_ids, scores):
-        if input_ids.shape[1] >= self.start and input_ids.shape[1] % 3 == 0:
-            scores = scores.scatter(1, scores.argmax(-1, keepdim=True), -float("inf"))
-        return scores
-
-
 def both(tiny, seer, inputs, count=20, compress=4, **options):
     """Return tokens of an eager and a captured generate, and the latter's cache."""
-    found = []
+    runs = []
     for capture in (False, True):
         torch.manual_seed(3)
         cache = ekv.ElasticCache.for_model(tiny, compress, capture=capture)
         if capture:
             seer.watch(cache)
         options = {"do_sample": False} | options
-        found.append(tiny.generate(**inputs, max_new_tokens=count, past_key_values=cache, **options))
-    return *found, cache
+        runs.append(tiny.generate(**inputs, max_new_tokens=count, past_key_values=cache, **options))
+    return *runs, cache
 
 
 @pytest.mark.parametrize("compress", [1, 4])
-def test_greedy_texts_are_launched_ahead_and_the_same(tiny, seer, compress):
-    eager, found, cache = both(tiny, seer, padded([270, 193]), compress=compress)
-    assert torch.equal(found, eager)
+def test_greedy_texts_are_launched_speculatively_and_the_same(tiny, seer, compress):
+    eager, tokens, cache = both(tiny, seer, padded([270, 193]), compress=compress)
+    assert torch.equal(tokens, eager)
     # 19 decodes: a rehearsal, a recording whose guess is looked at by the next, which launches the first.
-    assert seer.launched == 16 and cache.report().ahead == 16, "and none for the token that is not asked for"
-    assert seer.taken_back == 0
+    assert seer.launched == 16 and cache.report().ahead == 16, "and none for the token that is not requested"
+    assert seer.rolled_back == 0
     assert cache.lengths == (289, 212)
 
 
 @pytest.mark.parametrize("compress", [1, 4])
 def test_a_text_that_swerves_is_taken_back_once_and_left_alone(tiny, seer, compress):
     inputs = prompt(1, 270)
-    eager, found, cache = both(tiny, seer, inputs, 40, compress, logits_processor=tf.LogitsProcessorList([Swerve(285)]))
-    assert torch.equal(found, eager)
-    assert seer.taken_back == len(cache.elastic_layers) and 0 < cache.report().ahead < 20
+    eager, tokens, cache = both(tiny, seer, inputs, 40, compress, logits_processor=tf.LogitsProcessorList([Swerve(285)]))
+    assert torch.equal(tokens, eager)
+    assert seer.rolled_back == len(cache.elastic_layers) and 0 < cache.report().ahead < 20
     assert seer.launched == cache.report().ahead + 1
     assert cache.lengths == (270 + 39,)
 
 
-def test_sampled_texts_are_not_launched_ahead(tiny, seer):
-    eager, found, cache = both(tiny, seer, prompt(1, 200), do_sample=True, temperature=5.0)
-    assert torch.equal(found, eager)
+def test_sampled_texts_are_not_launched_speculatively(tiny, seer):
+    eager, tokens, cache = both(tiny, seer, prompt(1, 200), do_sample=True, temperature=5.0)
+    assert torch.equal(tokens, eager)
     assert seer.launched == cache.report().ahead == 0
 
 
-def test_beams_are_not_launched_ahead(tiny, seer):
-    eager, found, cache = both(tiny, seer, prompt(1, 200), num_beams=3)
-    assert torch.equal(found, eager)
+def test_beams_are_not_launched_speculatively(tiny, seer):
+    eager, tokens, cache = both(tiny, seer, prompt(1, 200), num_beams=3)
+    assert torch.equal(tokens, eager)
     assert cache.report().ahead == 0
 
 
@@ -168,7 +156,7 @@ def test_what_is_interrupted_while_tokens_are_compared_is_taken_back(tiny, seer,
         patch.setattr(speculative_launch, "_same", interrupt)
         with pytest.raises(KeyboardInterrupt):
             next_logits(tiny, ids, cache)
-    assert seer.taken_back == len(cache.elastic_layers) and cache.backends.ahead is None
+    assert seer.rolled_back == len(cache.elastic_layers) and cache.backends.ahead is None
     assert torch.equal(*next_logits(tiny, ids, cache, other))
     assert cache.lengths == other.lengths
 
@@ -181,13 +169,13 @@ def test_a_cache_that_is_cropped_to_nothing_starts_anew(tiny, seer):
     assert torch.equal(*next_logits(tiny, prompt(1, 250)["input_ids"], cache, other))
 
 
-def test_tokens_of_32_bits_are_not_launched_ahead(tiny, seer):
+def test_tokens_of_32_bits_are_not_launched_speculatively(tiny, seer):
     cache, other, ids = in_flight(tiny, seer, torch.int32)
     assert seer.launched == 0
     assert torch.equal(*next_logits(tiny, ids, cache, other))
 
 
-def test_a_turn_looks_ahead_whatever_became_of_the_one_before(tiny, seer):
+def test_every_turn_starts_predicting_again(tiny, seer):
     cache, _, _ = in_flight(tiny, seer)
     before = cache.report().ahead
     tiny.generate(prompt(1, 290)["input_ids"], max_new_tokens=20, do_sample=False, past_key_values=cache)
@@ -213,7 +201,7 @@ def test_a_rehearsal_that_breaks_off_in_the_last_layer_is_refused_after(tiny, se
 
 
 @pytest.mark.parametrize("use", ["report", "copy", "crop", "reset"])
-def test_whoever_uses_the_cache_finds_what_was_asked_for(tiny, seer, use):
+def test_every_other_use_of_the_cache_rolls_back_first(tiny, seer, use):
     cache, other, ids = in_flight(tiny, seer)
     assert seer.launched and cache.backends.ahead is not None, "a loop of one's own tells nothing of its end"
     if use == "reset":
@@ -244,7 +232,7 @@ def test_a_turn_after_a_text_that_ended_early(tiny, seer):
         longer = torch.cat([first, inputs["input_ids"][:, :9]], dim=1)
         ended.append(tiny.generate(longer, max_new_tokens=12, do_sample=False, past_key_values=cache))
     assert torch.equal(*ended)
-    assert seer.taken_back, "the decode after the last token was under way"
+    assert seer.rolled_back, "the decode after the last token was under way"
 
 
 def _after(length):

@@ -1,1 +1,1 @@
-"""A decode as one captured graph: recorded, replayed, launched ahead of its call."""
+"""Decodes as captured CUDA graphs: recorded, replayed, launched speculatively."""

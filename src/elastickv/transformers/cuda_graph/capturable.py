@@ -1,4 +1,4 @@
-"""What keeps a model's pass from being captured as a graph."""
+"""Whether a model's pass can be captured as a graph, and what the graph depends on."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any
 
 import torch
 
-_HARMLESS = ("elastickv", "torch", "transformers")  # whose hooks are made of tensor operations
+_HARMLESS = ("elastickv", "torch", "transformers")  # packages whose hooks consist of tensor operations
 
 
 class NotCapturable(Exception):
-    """Tells why a pass cannot be captured."""
+    """A pass cannot be captured; the message says why."""
 
 
 def structure_of(model: Any, device: torch.device) -> Hashable:
-    """Return what a graph takes for granted of a model: where its weights lie.
+    """Return what a graph depends on in a model: its mode and the addresses of its weights.
 
     Raises
     ------
-    NotCapturable : if weights lie elsewhere, or modules run code that a replay would leave out.
+    NotCapturable : if weights are on another device, or modules run code that a replay would skip.
     """
     for module in model.modules():
         if hasattr(module, "_hf_hook"):
             raise NotCapturable("its weights are placed by accelerate (device_map over several devices, or offloaded)")
         if module is not model:
             _check_hooks(type(module).__name__, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
-    places = []
+    addresses = []
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device != device:
-            raise NotCapturable(f"a weight lies on {tensor.device}, and the cache on {device}")
-        places.append(getattr(tensor, "_local_tensor", tensor).data_ptr())
-    return hash((model.training, *places))
+            raise NotCapturable(f"a weight is on {tensor.device}, and the cache on {device}")
+        addresses.append(getattr(tensor, "_local_tensor", tensor).data_ptr())
+    return hash((model.training, *addresses))
 
 
 def _check_hooks(owner: str, hooks: Iterable[Callable[..., Any]]) -> None:
@@ -42,33 +42,33 @@ def _check_hooks(owner: str, hooks: Iterable[Callable[..., Any]]) -> None:
 
 
 def signature_of(inputs: Mapping[str, Any], device: torch.device) -> Hashable:
-    """Return what a graph takes for granted of a call: shapes of tensors, and all other values.
+    """Return what a graph depends on in a call: shapes and dtypes of tensors, and all other values.
 
     Raises
     ------
-    NotCapturable : if a tensor lies elsewhere, or a value cannot be told from another.
+    NotCapturable : if a tensor is on another device, or a value is not hashable.
     """
     parts: list[Hashable] = []
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
             if value.device != device:
-                raise NotCapturable(f"{name} lies on {value.device}, and the cache on {device}")
+                raise NotCapturable(f"{name} is on {value.device}, and the cache on {device}")
             parts.append((name, value.shape, value.dtype))
         else:
             try:
                 hash(value)
             except TypeError:
-                raise NotCapturable(f"{name} is a {type(value).__name__}, which may hold anything") from None
+                raise NotCapturable(f"{name} is a {type(value).__name__}, which is not hashable") from None
             parts.append((name, type(value), value))
     return tuple(parts)
 
 
 def check_mode() -> None:
-    """Refuse to capture what autograd or autocast would have a part in.
+    """Check that neither autograd nor autocast is enabled.
 
     Raises
     ------
-    NotCapturable : naming which.
+    NotCapturable : if one is.
     """
     if torch.is_grad_enabled():
         raise NotCapturable("gradients are enabled: use torch.no_grad() or torch.inference_mode()")

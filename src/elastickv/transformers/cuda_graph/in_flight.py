@@ -1,6 +1,6 @@
-"""Decodes that were launched ahead, on a stream of their own: whoever else decodes on a device is queued behind them.
+"""Decodes that were launched speculatively, on their own stream: other decodes on the device are queued behind them.
 
-A decode spreads over all multiprocessors, and its blocks wait for each other: two at once could each hold what the other needs.
+A decode occupies all multiprocessors, and its blocks wait for each other. Two at once could each hold what the other needs.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ _ends: dict[torch.device, torch.cuda.Event] = {}
 
 
 def note_in_flight(device: torch.device, end: torch.cuda.Event) -> None:
-    """Note a decode by the event of its end."""
+    """Note a decode by its end event."""
     _ends[device] = end
 
 
 def wait_for_others(device: torch.device, host: bool = False) -> None:
-    """Let what is queued on PyTorch's present stream from here on, or the host, wait for what is under way on a device."""
+    """Make later work on PyTorch's present stream, or the host, wait for the decode in flight on a device."""
     end = _ends.get(device)
     if end is None:
         return

@@ -1,4 +1,4 @@
-"""What a model is given so that elastic caches work with it, and how it is taken back."""
+"""Patch a model so that elastic caches work with it, and undo the patch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from elastickv.transformers.cache_argument import CACHE_ARGUMENT, cache_in, with
 from elastickv.transformers.cuda_graph.recorder import why_not
 
 _OURS = (IMPLEMENTATION, EAGER_IMPLEMENTATION)
-# By identity, beside the models: neither copies nor files of a model carry it.
+# Former implementations by identity of the model: copies and saved files of a model do not contain them.
 _before: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Forward:
-    """The `forward` of one model instance: decodes with an elastic cache go through the cache, all else as before.
+    """The `forward` of one model instance, which passes decodes with an elastic cache to the cache.
 
-    It holds the model weakly, so that the model's memory is freed with its last reference. Copies and files of the model
-    get one that is theirs.
+    It has a weak reference to the model, so that the model's memory is freed with its last strong reference. Copies and files
+    of the model get their own.
 
     Parameters
     ----------
-    own : the instance's `forward` before, where it had one of its own.
+    own : the instance's former `forward`, or None if it used its class's.
     """
 
     def __init__(self, model: Any, own: Callable[..., Any] | None) -> None:
@@ -37,7 +37,7 @@ class Forward:
         functools.update_wrapper(self, wrapped)
         signature = inspect.signature(wrapped)
         parameters = list(signature.parameters.values())
-        # `generate` asks which arguments there are.
+        # `generate` inspects the signature.
         self.__signature__ = signature if own else signature.replace(parameters=parameters[1:])
         self._names = tuple(self.__signature__.parameters)
         self.takes_positions = "position_ids" in self._names or any(
@@ -56,19 +56,19 @@ class Forward:
         return decode(model, forward, without_cache(inputs) | {CACHE_ARGUMENT: cache}, self.takes_positions)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        """Return one for the copy of the model that is being made."""
+        """Return a `Forward` for the copy of the model that is being made."""
         import copy
 
         model = self._model()
         return type(self)(memo.get(id(model), model), copy.deepcopy(self.own, memo))
 
     def __reduce__(self) -> Any:
-        """Return what makes one for the model that a file holds."""
+        """Return what recreates this for a pickled model."""
         return type(self), (self._model(), self.own)
 
 
 def implementations(model: Any) -> Any:
-    """Return the attention implementation of a model, for `set_attn_implementation`: a name, or one for each part."""
+    """Return a model's attention implementation for `set_attn_implementation`: a name, or one for each sub-config."""
     parts = {
         name: getattr(model.config, name)._attn_implementation
         for name in model.config.sub_configs
@@ -79,7 +79,7 @@ def implementations(model: Any) -> Any:
 
 
 def use_elastic_attention(model: Any) -> None:
-    """Set a model's attention implementation to 'elastickv', or to 'elastickv_eager' if it was told to be 'eager'."""
+    """Set a model's attention implementation to 'elastickv', or to 'elastickv_eager' if it was 'eager'."""
     present = model.config._attn_implementation
     if present not in _OURS:
         _before[model] = implementations(model)
@@ -87,7 +87,7 @@ def use_elastic_attention(model: Any) -> None:
 
 
 def install(model: Any, capture: bool) -> None:
-    """Let a model work with elastic caches, its decodes captured if that is asked for and can be; more than once is once."""
+    """Make a model work with elastic caches, and capture its decodes if `capture` and possible. Idempotent."""
     use_elastic_attention(model)
     own = vars(model).get("forward")
     if why_not(model, capture) is None and not isinstance(own, Forward):
@@ -96,12 +96,12 @@ def install(model: Any, capture: bool) -> None:
 
 @dataclass(frozen=True)
 class ModelPatch:
-    """What a model's attention and `forward` are at a time.
+    """The attention implementation and `forward` of a model at one time.
 
     Attributes
     ----------
     implementation : of its attention, for `set_attn_implementation`.
-    forward : the instance's own, or None where it has its class's.
+    forward : the instance's own, or None where it uses its class's.
     """
 
     implementation: Any
@@ -109,27 +109,26 @@ class ModelPatch:
 
 
 def patch_of(model: Any) -> ModelPatch:
-    """Return what `restore` gives back."""
+    """Return the present state of a model, for `restore`."""
     return ModelPatch(implementations(model), vars(model).get("forward"))
 
 
-def restore(model: Any, seam: ModelPatch) -> None:
-    """Give a model the attention and the `forward` that it had, unless somebody has put another `forward` on top since."""
-    present, wanted = vars(model).get("forward"), seam.forward
+def restore(model: Any, patch: ModelPatch) -> None:
+    """Restore a model's attention implementation and `forward`; a `forward` that others have set since stays."""
+    present, wanted = vars(model).get("forward"), patch.forward
     known = present is None or isinstance(present, Forward) or present is getattr(wanted, "own", None)
     if known and present is not wanted:
         if wanted is None:
             del model.forward
         else:
             model.forward = wanted
-    model.set_attn_implementation(seam.implementation)
+    model.set_attn_implementation(patch.implementation)
 
 
 def release(model: Any) -> None:
-    """Take back what `ElasticCache.for_model` and `load` gave a model: its attention implementation and its `forward`.
+    """Undo what `ElasticCache.for_model` and `load` changed in a model: its attention implementation and its `forward`.
 
-    Caches made for the model need another `for_model` before they are of use again. A model that was given nothing is left
-    as it is.
+    Caches made for the model do not work until the next `for_model`. A model that was not changed stays as it is.
     """
     if model.config._attn_implementation in _OURS:
         usual = "sdpa" if model.config._attn_implementation == IMPLEMENTATION and model._supports_sdpa else "eager"

@@ -1,4 +1,4 @@
-"""A pass through a model as one CUDA graph: tried out, captured, replayed."""
+"""A pass through a model as one CUDA graph: rehearsed, captured, replayed."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ Pass = Callable[[], Any]
 
 
 class Recorder(Protocol):
-    """Makes replays of a pass whose inputs stay where they are.
+    """Records a pass whose inputs keep their addresses.
 
     Attributes
     ----------
-    looks_ahead : whether `beside` is of use: the host does not wait for a replay.
+    launches_speculatively : whether `launch_concurrently` is useful, because the host does not wait for a replay.
     """
 
     launches_speculatively: bool
 
     def rehearse(self, run: Pass) -> tuple[Any, str | None]:
-        """Run a pass as it would be recorded; return what it returns, and where the host waits for the device, or None."""
+        """Run a pass as it would be recorded; return its outputs, and where the host waits for the device, or None."""
 
     def record(self, run: Pass) -> Pass:
-        """Record a pass without doing its work; what is returned does it, and returns the same tensors each time."""
+        """Record a pass without running it; return a function that runs it and returns the same tensors each time."""
 
-    def end(self) -> torch.cuda.Event:
-        """Return an event, for `beside` to record."""
+    def new_event(self) -> torch.cuda.Event:
+        """Return a new event for `launch_concurrently` to record."""
 
-    def beside(self, steps: Sequence[Pass], ends: Sequence[torch.cuda.Event]) -> None:
-        """Queue `steps` behind what the caller has queued, not before what follows, and behind each of them its end."""
+    def launch_concurrently(self, steps: Sequence[Pass], ends: Sequence[torch.cuda.Event]) -> None:
+        """Queue `steps` after earlier work but independent of later work; record one of `ends` after each step."""
 
-    def follow(self, end: torch.cuda.Event) -> None:
-        """Let what follows wait for an end."""
+    def wait_for(self, end: torch.cuda.Event) -> None:
+        """Make later work wait for an event."""
 
     def wait_for_others(self, host: bool = False) -> None:
-        """Let what follows, or the host, wait for what was queued by `beside`, for whichever cache."""
+        """Make later work, or the host, wait for everything queued by `launch_concurrently`, for any cache."""
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """Return what records on a device, or None where nothing does."""
+    """Return a recorder for a device, or None where graphs are not supported."""
     return GraphRecorder(device) if device.type == "cuda" else None
 
 
 def why_not(model: Any, wanted: bool) -> str | None:
-    """Return why a model's passes are not even tried to be recorded, or None."""
+    """Return why no pass of a model can be recorded, or None if some may be."""
     device = next(model.parameters()).device
     if not wanted:
         return "capture=False"
@@ -63,12 +63,12 @@ def why_not(model: Any, wanted: bool) -> str | None:
 
 @cache
 def _capture_stream(index: int) -> Any:
-    """Return the stream that passes are recorded on: one a device, because libraries keep a workspace for each."""
+    """Return the stream for recording, one per device: libraries keep a workspace for every stream."""
     return torch.cuda.Stream(index)
 
 
 class GraphRecorder:
-    """Records CUDA graphs, which share one pool of memory: their replays follow each other."""
+    """Records CUDA graphs that share one memory pool, because their replays never overlap."""
 
     launches_speculatively = True
 
@@ -77,9 +77,9 @@ class GraphRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def rehearse(self, run: Pass) -> tuple[Any, str | None]:
-        """Run a pass on the stream of captures, so that what is loaded or allocated once is, outside of a graph."""
+        """Run a pass on the capture stream, so that one-time loading and allocation happen outside of a graph."""
         before = torch.cuda.get_sync_debug_mode()
-        with self._on_device(), warnings.catch_warnings(record=True) as heard:
+        with self._on_device(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             present, stream = torch.cuda.current_stream(), _capture_stream(self._index)
             stream.wait_stream(present)
@@ -91,7 +91,7 @@ class GraphRecorder:
                 torch.cuda.set_sync_debug_mode(before)
                 present.wait_stream(stream)
         waits = None
-        for warning in heard:
+        for warning in caught:
             text = str(warning.message)
             if text.startswith(_WAITS):
                 waits = waits or f"{warning.filename}:{warning.lineno}"
@@ -106,7 +106,7 @@ class GraphRecorder:
             present, stream = torch.cuda.current_stream(), _capture_stream(self._index)
             first: BaseException | None = None
             try:
-                # Other threads, such as a communication library's, may go on meanwhile.
+                # Other threads, such as a communication library's, may continue to call CUDA.
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     try:
                         outputs = run()
@@ -116,12 +116,12 @@ class GraphRecorder:
             except BaseException as error:
                 torch.cuda.set_stream(present)
                 self._recover()
-                # Ending a capture that is broken raises again, and says less.
+                # Ending a broken capture raises a second, less specific error.
                 cause = first or error
                 try:
                     raise cause from None
                 finally:
-                    # An exception holds this frame, and the frame would hold it, and with it the cache.
+                    # Break the reference cycle of exception and frame: it would keep the cache alive.
                     del cause, first
 
         def replay() -> Any:
@@ -130,12 +130,12 @@ class GraphRecorder:
 
         return replay
 
-    def end(self) -> torch.cuda.Event:
-        """Return an event."""
+    def new_event(self) -> torch.cuda.Event:
+        """Return a new event."""
         return torch.cuda.Event()
 
-    def beside(self, steps: Sequence[Pass], ends: Sequence[torch.cuda.Event]) -> None:
-        """Queue `steps` on the stream of captures."""
+    def launch_concurrently(self, steps: Sequence[Pass], ends: Sequence[torch.cuda.Event]) -> None:
+        """Queue `steps` on the capture stream."""
         with self._on_device():
             present, stream = torch.cuda.current_stream(), _capture_stream(self._index)
             stream.wait_stream(present)
@@ -145,27 +145,27 @@ class GraphRecorder:
                         step()
                         end.record()
             finally:
-                # However far it came.
+                # Even if a step failed: earlier ones are queued.
                 ends[-1].record(stream)
                 note_in_flight(torch.device("cuda", self._index), ends[-1])
 
-    def follow(self, end: torch.cuda.Event) -> None:
-        """Let the present stream wait."""
+    def wait_for(self, end: torch.cuda.Event) -> None:
+        """Make the present stream wait for an event."""
         end.wait(torch.cuda.current_stream(self._index))
 
     def wait_for_others(self, host: bool = False) -> None:
-        """Let what follows on the present stream, or the host, wait for what is under way on the stream of captures."""
+        """Make the present stream, or the host, wait for the decode in flight on the capture stream."""
         wait_for_others(torch.device("cuda", self._index), host)
 
     def _on_device(self) -> Any:
         return torch.cuda.device(self._index)
 
     def _recover(self) -> None:
-        """Undo what a capture leaves behind that CUDA has broken off: PyTorch does not."""
-        # Refused where nothing was left open; then the pool is not ours to release either.
+        """Clean up after a capture that CUDA aborted, which PyTorch does not do."""
+        # These raise where no allocation was open; then the pool must not be released either.
         with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(self._index, self._pool)
             torch._C._cuda_releasePool(self._index, self._pool)
-        # The generator would go on counting for the graph, and refuse every other use.
+        # The generator would stay registered with the graph, and refuse every other use.
         generator = torch.cuda.default_generators[self._index]
         generator.graphsafe_set_state(generator.clone_state())

@@ -1,9 +1,9 @@
-"""The next decode, launched before it is asked for.
+"""Launch the next decode before it is requested.
 
-Between two decodes the host chooses a token, and the device waits for it. Where the likeliest token has turned out to be the
-one that comes, the next decode is launched with it right behind the present one, on a stream of its own. The call that asks for
-this decode finds it under way; a call that asks for anything else takes it back first. A decode that is taken back leaves no
-trace: all that it wrote is written again, or lies beyond the lengths that are restored.
+Between two decodes the host chooses a token while the device waits. If the likeliest token turned out to be the chosen one, the
+next decode is launched with the likeliest token right behind the present one, on its own stream. A call that requests this
+decode then finds it in flight; any other call rolls it back first. A rollback leaves no trace: everything that the decode wrote
+is written again or lies beyond the restored lengths.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from elastickv.transformers.cache import ElasticCache
-    from elastickv.transformers.cuda_graph.recorder import Recorder
+from elastickv.transformers.cuda_graph.protocol import DecodeCache
+from elastickv.transformers.cuda_graph.recorder import Recorder
 
-_READ = {"input_ids", "position_ids"}  # what a pass must read, and nothing else, to be launched ahead
+_READ = {"input_ids", "position_ids"}  # the only inputs of a pass that can be launched speculatively
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A recorded pass and the tensors that it reads, by name; `replay` returns the same tensors each time."""
+    """A recorded pass and its input tensors by name. `replay` returns the same output tensors each time."""
 
     inputs: dict[str, torch.Tensor]
     replay: Callable[[], Any]
@@ -32,38 +31,39 @@ class Graph:
 
 @dataclass
 class _Flight:
-    """A decode under way; `outputs` is None until all of it is queued.
+    """A decode in flight.
 
     Attributes
     ----------
-    told, done : events of when what it reads is written, and of its end.
+    inputs_ready, done : events at which its inputs are written, and at which it ends.
+    outputs : None until all of it is queued.
     """
 
-    cache: weakref.ref[ElasticCache]
+    cache: weakref.ref[DecodeCache]
     graph: Graph
     recorder: Recorder
-    told: torch.cuda.Event
+    inputs_ready: torch.cuda.Event
     done: torch.cuda.Event
     outputs: Any = None
 
     def rollback(self) -> None:
-        """Let what is queued from here on find the stores as they were before."""
-        self.recorder.follow(self.done)
+        """Restore the stores for work that is queued from here on."""
+        self.recorder.wait_for(self.done)
         cache = self.cache()
         if cache is not None:
             cache.rollback()
 
     def wait(self) -> None:
-        """Wait until it has run."""
+        """Wait until the decode has run."""
         self.done.synchronize()
 
 
 class SpeculativeLaunch:
-    """Launches decodes of one cache ahead, for as long as what comes is what was foreseen.
+    """Launches decodes of one cache speculatively, for as long as the predicted tokens are chosen.
 
     Attributes
     ----------
-    count : decodes that had been launched when they were asked for.
+    count : decodes that were in flight when they were requested.
     """
 
     def __init__(self) -> None:
@@ -72,12 +72,12 @@ class SpeculativeLaunch:
         self.begin()
 
     def begin(self) -> None:
-        """Begin a text: it has to show anew whether it takes the likeliest tokens."""
-        self._sure: bool | None = None
-        self._guess: torch.Tensor | None = None
+        """Begin a text, of which it is not known yet whether it takes the likeliest tokens."""
+        self._confirmed: bool | None = None
+        self._predicted: torch.Tensor | None = None
 
     def end(self) -> None:
-        """Wait for what is under way, and forget it."""
+        """Wait for the decode in flight, and forget it."""
         flight, self._flight = self._flight, None
         if flight is not None:
             flight.wait()
@@ -86,26 +86,26 @@ class SpeculativeLaunch:
                 cache.backends.ahead = None
         self.begin()
 
-    def matched(self, cache: ElasticCache, graph: Graph, inputs: dict[str, Any]) -> Any:
-        """Return the outputs of a pass with these inputs, if that is what is under way; else None, and it is taken back."""
+    def matched(self, cache: DecodeCache, graph: Graph, inputs: dict[str, Any]) -> Any:
+        """Return the outputs of the decode in flight if it has these inputs; else roll it back and return None."""
         flight, backends = self._flight, cache.backends
         if flight is not None and backends.ahead is flight and flight.graph is graph and flight.outputs is not None:
-            flight.recorder.follow(flight.told)
+            flight.recorder.wait_for(flight.inputs_ready)
             if _same(graph.inputs, inputs):
                 self._flight = backends.ahead = None
-                flight.recorder.follow(flight.done)
+                flight.recorder.wait_for(flight.done)
                 self.count += 1
                 return flight.outputs
         if backends.ahead is not None:
             backends.note_use()
-        # Of a text that began since, nothing is known yet.
-        if flight is not None and self._sure:
-            self._sure = False
+        # Not if another text has begun since: nothing is known about that one.
+        if flight is not None and self._confirmed:
+            self._confirmed = False
         self._flight = None
         return None
 
-    def abandon(self, cache: ElasticCache) -> None:
-        """Take back a decode that something broke off: what was queued of it has not been counted."""
+    def abandon(self, cache: DecodeCache) -> None:
+        """Roll back a decode that an error interrupted: its queued part has not been counted."""
         if cache.backends.ahead is not None:
             cache.backends.note_use()
         else:
@@ -113,43 +113,43 @@ class SpeculativeLaunch:
         self._flight = None
 
     def compare(self, inputs: dict[str, Any]) -> None:
-        """Note whether the likeliest token came."""
-        if self._guess is not None:
-            self._sure, self._guess = bool(torch.equal(self._guess, inputs["input_ids"])), None
+        """Note whether the predicted token was chosen."""
+        if self._predicted is not None:
+            self._confirmed, self._predicted = bool(torch.equal(self._predicted, inputs["input_ids"])), None
 
     def predict(self, graph: Graph, outputs: Any) -> None:
-        """Keep the likeliest token of a pass in mind, to see whether it comes."""
-        if self._sure is None and set(graph.inputs) == _READ and _tells(graph, outputs):
-            self._guess = _likeliest(outputs)
+        """Predict the next token as the likeliest, for `compare`."""
+        if self._confirmed is None and set(graph.inputs) == _READ and _has_next_token(graph, outputs):
+            self._predicted = _likeliest(outputs)
 
-    def launch(self, cache: ElasticCache, graph: Graph, outputs: Any, recorder: Recorder) -> None:
-        """Launch what would come next, if it is foreseen; the stores have room for it."""
-        if not self._sure:
+    def launch(self, cache: DecodeCache, graph: Graph, outputs: Any, recorder: Recorder) -> None:
+        """Launch the next decode if predictions were confirmed. The stores must have room for it."""
+        if not self._confirmed:
             return
 
-        def tell() -> None:
+        def write_inputs() -> None:
             _likeliest(outputs, graph.inputs["input_ids"])
             graph.inputs["position_ids"].add_(1)
 
         def replay() -> None:
             flight.outputs = graph.replay()
 
-        flight = _Flight(weakref.ref(cache), graph, recorder, recorder.end(), recorder.end())
+        flight = _Flight(weakref.ref(cache), graph, recorder, recorder.new_event(), recorder.new_event())
         self._flight = cache.backends.ahead = flight
-        recorder.beside((tell, replay), (flight.told, flight.done))
+        recorder.launch_concurrently((write_inputs, replay), (flight.inputs_ready, flight.done))
 
 
-def _tells(graph: Graph, outputs: Any) -> bool:
-    """Return whether the next pass's token can be made of a pass's outputs."""
+def _has_next_token(graph: Graph, outputs: Any) -> bool:
+    """Return whether the next pass's tokens follow from a pass's outputs."""
     logits = getattr(outputs, "logits", None)
     one = isinstance(logits, torch.Tensor) and logits.dim() == 3 and logits.shape[1] == 1
     return one and graph.inputs["input_ids"].dtype == torch.int64
 
 
-def _likeliest(outputs: Any, to: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.argmax(outputs.logits, dim=-1, out=to)
+def _likeliest(outputs: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.argmax(outputs.logits, dim=-1, out=out)
 
 
-def _same(known: dict[str, torch.Tensor], given: dict[str, Any]) -> bool:
-    """Return whether tensors agree; the host waits for the device once."""
-    return bool(torch.stack([(tensor == given[name]).all() for name, tensor in known.items()]).all())
+def _same(used: dict[str, torch.Tensor], requested: dict[str, Any]) -> bool:
+    """Return whether tensors are equal. The host waits for the device once."""
+    return bool(torch.stack([(tensor == requested[name]).all() for name, tensor in used.items()]).all())
