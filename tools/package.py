@@ -21,7 +21,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from check import ROOT, WORKERS, fresh_environment
+from check import ROOT, fresh_environment
 
 # They are about the checkout: its layout, its documents and the results in it.
 OF_THE_CHECKOUT = ("tests/test_architecture.py", "tests/test_documents.py", "tests/test_supply.py", "tests/benchmark_scripts")
@@ -128,7 +128,7 @@ def main() -> int:
         if "site-packages" not in where:
             sys.exit("that is not the installed package")
         ignored = [f"--ignore={entry}" for entry in OF_THE_CHECKOUT]
-        command = [str(python), "-m", "pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile", *ignored, *options.tests]
+        command = [str(python), "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *ignored, *options.tests]
         return subprocess.call(command, cwd=tests, env=clean)
 
 
