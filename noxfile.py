@@ -141,10 +141,10 @@ def matrix(session: nox.Session) -> None:
 
 
 @nox.session
-def licences(session: nox.Session) -> None:
+def licenses(session: nox.Session) -> None:
     """Check the licenses of everything that the package and its extras install."""
     session.install(".[transformers,cuda,report]", "packaging")
-    session.run("python", "tools/licences.py", "--extras", "transformers", "cuda", "report")
+    session.run("python", "tools/licenses.py", "--extras", "transformers", "cuda", "report")
 
 
 @nox.session

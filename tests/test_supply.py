@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import check  # noqa: E402
-import licences  # noqa: E402
+import licenses  # noqa: E402
 
 EXTRAS = ["cuda", "cuda13", "dev", "report", "test", "transformers"]
-DIRECT = [text for text in licences.required(EXTRAS) if not text.startswith("elastickv[")]
+DIRECT = [text for text in licenses.required(EXTRAS) if not text.startswith("elastickv[")]
 
 
 @pytest.mark.parametrize("requirement", DIRECT)
@@ -38,22 +38,22 @@ def test_every_dependency_is_justified():
 
 
 def test_what_is_installed_is_permitted():
-    refused = [row[:3] for row in licences.rows(EXTRAS) if not row[3]]
+    refused = [row[:3] for row in licenses.rows(EXTRAS) if not row[3]]
     assert refused == []
-    assert {"numpy", "numba", "llvmlite"} <= {row[0] for row in licences.rows([])}
+    assert {"numpy", "numba", "llvmlite"} <= {row[0] for row in licenses.rows([])}
 
 
 @pytest.mark.parametrize("text", ["GPL-3.0-only", "MIT AND AGPL-3.0-only", "UNKNOWN", ""])
-def test_another_licence_is_refused(monkeypatch, text):
-    monkeypatch.setattr(licences, "closure", lambda extras: ["numpy"])
-    monkeypatch.setattr(licences, "licence", lambda name: text)
-    assert [row[3] for row in licences.rows([])] == [False]
+def test_another_license_is_refused(monkeypatch, text):
+    monkeypatch.setattr(licenses, "closure", lambda extras: ["numpy"])
+    monkeypatch.setattr(licenses, "license_of", lambda name: text)
+    assert [row[3] for row in licenses.rows([])] == [False]
 
 
-def test_nvidias_licence_is_for_nvidias_packages_only(monkeypatch):
-    monkeypatch.setattr(licences, "closure", lambda extras: ["numpy"])
-    monkeypatch.setattr(licences, "licence", lambda name: licences.NVIDIA)
-    assert [row[3] for row in licences.rows([])] == [False]
+def test_nvidias_license_is_for_nvidias_packages_only(monkeypatch):
+    monkeypatch.setattr(licenses, "closure", lambda extras: ["numpy"])
+    monkeypatch.setattr(licenses, "license_of", lambda name: licenses.NVIDIA)
+    assert [row[3] for row in licenses.rows([])] == [False]
 
 
 def test_another_python_is_another_and_starts():
@@ -199,6 +199,6 @@ def test_a_commit_is_checked_with_the_tools_of_the_test_extra():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     hooks = {hook["id"]: hook for repository in config["repos"] for hook in repository["hooks"]}
     local = {hook["entry"].split()[0] for hook in hooks.values() if hook.get("language") == "system"}
-    assert local == {"ruff", "mypy", "clang-format"} <= {re.split(r"[<>=~]", text)[0] for text in licences.required(["test"])}
+    assert local == {"ruff", "mypy", "clang-format"} <= {re.split(r"[<>=~]", text)[0] for text in licenses.required(["test"])}
     kernels = [str(path.relative_to(ROOT).as_posix()) for path in noxfile.KERNELS.iterdir()]
     assert kernels and all(re.search(hooks["clang-format"]["files"], name) for name in kernels)
