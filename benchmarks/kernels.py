@@ -6,7 +6,7 @@
 A shape is batch,query heads,KV heads,head_dim,context; a recipe may end in @C, the budget it is solved for. The first cell of
 a shape is measured beside every installed peer, the others beside the fastest 16-bit and the fastest 8-bit one of that cell.
 A solved recipe is measured in the inference cycle too: its whole step is append, score, select, decode and merge, over whole
-anchor intervals and the quantisation of pages. Each cell's whole result is a file; `table.json` holds the rows, `summary.md`
+anchor intervals and the quantization of pages. Each cell's whole result is a file; `table.json` holds the rows, `summary.md`
 shows them. A cell that fails or does not fit is a row with the reason. `--resume` keeps the cells whose files are there,
 `--tables` measures nothing.
 
@@ -83,12 +83,12 @@ def dense_bytes(shape: tuple[int, ...]) -> int:
     return 2 * 2 * batch * kv_heads * head_dim * context
 
 
-def measure(given: list[str], target: Path, arguments: argparse.Namespace) -> str | None:
+def measure(options: list[str], target: Path, arguments: argparse.Namespace) -> str | None:
     """Run one cell in a process of its own; return why there is no result."""
     if arguments.tables or (arguments.resume and target.exists()):
         return None if target.exists() else "not measured"
     # A process each: what one leaves in the driver, the allocators or the caches must not reach the next.
-    command = [sys.executable, "-m", "elastickv", "bench", *given, "--warmup=3", "--paired-baseline", f"--output={target}"]
+    command = [sys.executable, "-m", "elastickv", "bench", *options, "--warmup=3", "--paired-baseline", f"--output={target}"]
     command += [f"--reps={arguments.reps}", f"--time-limit={arguments.time_limit:g}", f"--backend={arguments.backend}"]
     target.unlink(missing_ok=True)
     try:
@@ -108,8 +108,8 @@ def fastest(result: dict, dense: bool, beginning: str = "") -> dict | None:
     return min((t for t in peers if (t["dtype"] in DENSE_DTYPES) == dense), key=lambda t: t["time_ms"], default=None)
 
 
-def asked_peers(result: dict | None, first: str) -> str:
-    """Return whom the further cells of a shape are measured beside: those of the first cell where there is none yet."""
+def peers_after_first(result: dict | None, first: str) -> str:
+    """Return the peers of the further cells of a shape: the fastest of its first cell, or `first` without a result."""
     best = [fastest(result, dense) for dense in (True, False)] if result else []
     return ",".join(timing["name"] for timing in best if timing) or first
 
@@ -260,9 +260,9 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows, results = [], {}
 
-    def cell(name: str, given: list[str]) -> dict | None:
+    def cell(name: str, options: list[str]) -> dict | None:
         start, target = time.monotonic(), arguments.output / f"{name}.json"
-        failed = measure(given, target, arguments)
+        failed = measure(options, target, arguments)
         if failed is None:
             results[name] = json.loads(target.read_text(encoding="utf-8"))
             rows.append(row(name, results[name]))
@@ -273,13 +273,13 @@ def main() -> None:
         return results.get(name)
 
     if arguments.presets:
-        for name, given in presets().items():
-            cell(name, given)
+        for name, options in presets().items():
+            cell(name, options)
         return
     for shape in arguments.shapes:
         first: dict | None = None
         for recipe in arguments.recipes:
-            peers = [] if arguments.no_peers else [f"--peers={asked_peers(first, arguments.peers)}"]
+            peers = [] if arguments.no_peers else [f"--peers={peers_after_first(first, arguments.peers)}"]
             result = cell(cell_name(shape, recipe), [*cell_options(shape, recipe), *peers])
             first = first or result
 

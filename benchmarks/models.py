@@ -2,9 +2,9 @@
 
     python benchmarks/models.py --out benchmarks/results/h100 [--cells "65536x1,4096x1"] [--model shape:8b] [--compress 4]
 
-A cell is CONTEXTxBATCH; its whole result is the file model-NAME-CONTEXTxBATCH.json, and its line says what it came to. A
-cell that fails or takes too long is a line with the reason; the exit status then is 1. All cells end within `--time-limit`.
-The steps of a sample are as many as a page has tokens, so that every sample holds as many quantisations.
+A cell is CONTEXTxBATCH; its whole result is the file model-NAME-CONTEXTxBATCH.json, and a line summarizes it. For a
+cell that fails or takes too long the line has the reason, and the exit status is 1. All cells end within `--time-limit`.
+The steps of a sample are as many as a page has tokens, so that every sample quantizes equally often.
 """
 
 import argparse
@@ -25,10 +25,10 @@ _PAGE_TOKENS = 32
 
 def parse_cells(text: str) -> list[tuple[int, int]]:
     """Return (context, batch) pairs."""
-    found = [_CELL.fullmatch(one.strip()) for one in text.split(",")]
-    if not all(found):
+    matches = [_CELL.fullmatch(one.strip()) for one in text.split(",")]
+    if not all(matches):
         raise argparse.ArgumentTypeError(f"{text}: give CONTEXTxBATCH, separated by commas, such as {CELLS}")
-    return [(int(match[1]), int(match[2])) for match in found if match]
+    return [(int(match[1]), int(match[2])) for match in matches if match]
 
 
 def cell_file(model: str, cell: tuple[int, int], label: str = "") -> str:

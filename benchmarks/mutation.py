@@ -178,8 +178,8 @@ def run_tests(folder: Path, chosen: list[str], workers: int) -> dict[str, str]:
     with an error, for then it is not the changed modules that they import.
     """
     run = mutmut(folder, "run", "--max-children", str(workers), *chosen)
-    found = statuses(folder)
-    outcome = {mutant: found[mutant] for mutant in chosen}
+    status_of = statuses(folder)
+    outcome = {mutant: status_of[mutant] for mutant in chosen}
     if run.returncode or "not checked" in outcome.values():
         refuse("mutmut did not try every mutant", run)
     return outcome
@@ -287,12 +287,12 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(unknown))}: choose {', '.join(sorted(PARTS))}")
     for name in arguments.parts:
         known = unchanged(PARTS[name], record["parts"][name]) if arguments.again else None
-        found = tested(PARTS[name], arguments.sample, arguments.seed, arguments.workers, known)
+        counts = tested(PARTS[name], arguments.sample, arguments.seed, arguments.workers, known)
         sampled = f" --sample {arguments.sample} --seed {arguments.seed}" if arguments.sample else ""
         command = f"python benchmarks/mutation.py {name}{sampled} --output benchmarks/results/reliability/mutation.json"
-        record["parts"][name] = {"command": known["command"] if known else command} | found
+        record["parts"][name] = {"command": known["command"] if known else command} | counts
         write(record, arguments.output)
-        print(f"{name}: {found['killed']} of {found['tried']} mutants killed, {found['explained']} survivors explained")
+        print(f"{name}: {counts['killed']} of {counts['tried']} mutants killed, {counts['explained']} survivors explained")
     write(record, arguments.output)
 
 

@@ -40,8 +40,8 @@ class Counter:
         self.tests: dict[str, dict[str, object]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if found := COUNTS.findall(dict(report.user_properties).get(STATISTICS, "")):
-            passed, failed, invalid = (sum(map(int, column)) for column in zip(*found, strict=True))
+        if counted := COUNTS.findall(dict(report.user_properties).get(STATISTICS, "")):
+            passed, failed, invalid = (sum(map(int, column)) for column in zip(*counted, strict=True))
             counts = {"examples": passed + failed, "failing": failed, "discarded": invalid}
             self.tests.setdefault(report.nodeid, {}).update(counts)
         if report.failed:
@@ -69,8 +69,8 @@ def main() -> int:
         "profile": profile,
         "seconds": round(time.monotonic() - start),
         "tests": len(tests),
-        "examples": sum(int(str(found.get("examples", 0))) for found in tests.values()),
-        "failures": sum("failure" in found for found in tests.values()),
+        "examples": sum(int(str(counts.get("examples", 0))) for counts in tests.values()),
+        "failures": sum("failure" in counts for counts in tests.values()),
         "complete": code in (0, 1),  # 2: interrupted, and what was done until then is here
         "by_test": tests,
     }

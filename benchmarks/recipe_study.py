@@ -8,7 +8,7 @@ Writes `results/sample/recipe_study.json` (every study, the shipped sample and, 
 `study_tables.py` prints it as tables. `--losses` writes the solver's figures, `src/elastickv/recipe/losses.json`, from that
 file's captures.
 
-A loss is a recipe error as the receipt defines it: relative L2 of a head's output against dense attention on the unquantised
+A loss is a recipe error as a result defines it: relative L2 of a head's output against dense attention on the unquantized
 keys and values, one per layer x query head x query; the solver's is the root mean square of all.
 """
 
@@ -69,7 +69,7 @@ def stored_pages(head: Head, all_values: Float32) -> tuple[dict[str, Float32], d
         if group <= dim:
             stored_values[f"int4/{group}"] = package("int4", True, group, dim).store(values)
         elif group <= dim * len(all_values):
-            # A group wider than this model's head: its scale is shared with channels of the neighbouring heads.
+            # A group wider than this model's head: its scale is shared with channels of the neighboring heads.
             wide = np.concatenate([Head(head.q, head.k, v).pages[1] for v in all_values[: group // dim]], axis=-1)
             stored_values[f"int4/{group}"] = shared_scale(wide, 15, group)[..., :dim]
     return stored_keys, stored_values
@@ -88,29 +88,29 @@ def counts(head: Head, fraction: float) -> np.ndarray:
 
 
 def study_formats(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
-    found = {f"k={k},v={v}": head.errors(head.output(keys[k], values[v])) for k in FORMATS for v in values}
+    errors = {f"k={k},v={v}": head.errors(head.output(keys[k], values[v])) for k in FORMATS for v in values}
     for name, (k, v) in tried(head.q.shape[-1]).items():
-        found[name] = head.errors(head.output(k.store(head.pages[0]), v.store(head.pages[1])))
-    return found
+        errors[name] = head.errors(head.output(k.store(head.pages[0]), v.store(head.pages[1])))
+    return errors
 
 
 def study_pages(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
     """Fractions x anchors on 16-bit keys and values (the selection's own loss), and on some formats (the combination's)."""
     _, scores = whole_head_scores(head)
-    found = {"nothing": head.errors(head.output(keys["bf16"], values["bf16"], np.zeros_like(head.all_pages)))}
+    errors = {"nothing": head.errors(head.output(keys["bf16"], values["bf16"], np.zeros_like(head.all_pages)))}
     for fraction in FRACTIONS[1:]:
         for anchor in ANCHORS:
             read = listed(head, scores, counts(head, fraction), anchor)
-            found[f"{fraction}@{anchor}"] = head.errors(head.output(keys["bf16"], values["bf16"], read))
+            errors[f"{fraction}@{anchor}"] = head.errors(head.output(keys["bf16"], values["bf16"], read))
             for pair in COMBINED if anchor in (1, 4) else ():
                 k, v = (part.partition("=")[2] for part in pair.split(","))
-                found[f"{pair},{fraction}@{anchor}"] = head.errors(head.output(keys[k], values[v], read))
-    return found
+                errors[f"{pair},{fraction}@{anchor}"] = head.errors(head.output(keys[k], values[v], read))
+    return errors
 
 
 def study_scorers(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
     """How the bounds of a group's query heads become one score a page, and how wide the bounds are."""
-    found = {}
+    errors = {}
     for span in (0.0, 0.25, 0.5, 0.75, 1.0):
         bounds, total = whole_head_scores(head, span)
         top = bounds.max(-1, keepdims=True)
@@ -124,8 +124,8 @@ def study_scorers(head: Head, keys: dict[str, Float32], values: dict[str, Float3
         for fraction in (1 / 2, 1 / 4, 1 / 8, 1 / 16):
             for name, scores in ways.items():
                 read = listed(head, scores, counts(head, fraction), 1)
-                found[f"{name},span {span},{fraction}"] = head.errors(head.output(keys["int4"], values["int4/64"], read))
-    return found
+                errors[f"{name},span {span},{fraction}"] = head.errors(head.output(keys["int4"], values["int4/64"], read))
+    return errors
 
 
 def study_halves(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
@@ -142,7 +142,7 @@ def study_halves(head: Head, keys: dict[str, Float32], values: dict[str, Float32
     halves = codes.reshape(len(pages), 2, 16, dim)
     coded = [(fold(halves, axis=2) * wide + base).reshape(-1, dim) for fold in (np.min, np.max)]
     per_token, per_page, number = dim + 4, 4 * dim, head.cold_pages
-    found = {}
+    errors = {}
     for fraction in (1 / 2, 1 / 4, 1 / 8):
         for anchor in (1, 4):
             whole = counts(head, fraction) * (32 * per_token + per_page)
@@ -153,8 +153,8 @@ def study_halves(head: Head, keys: dict[str, Float32], values: dict[str, Float32
                     page_bounds(head.q.reshape(-1, dim), (most - least) / 15, least).reshape(*head.q.shape[:2], -1)
                 ).astype(np.float32)
                 read = listed(head, scores, count, anchor, halves=2)
-                found[f"{name},{fraction}@{anchor}"] = head.errors(head.output(keys["int4"], values["int4/64"], read))
-    return found
+                errors[f"{name},{fraction}@{anchor}"] = head.errors(head.output(keys["int4"], values["int4/64"], read))
+    return errors
 
 
 def study_rotation(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
@@ -164,13 +164,13 @@ def study_rotation(head: Head, keys: dict[str, Float32], values: dict[str, Float
     turned = Head(head.q @ turn, head.k @ turn, head.v)
     rotated_keys = package("int4", False, dim, dim).store(head.pages[0] @ turn) @ turn.T
     rotated_values = package("int4", True, dim, dim).store(head.pages[1] @ turn) @ turn.T
-    found = {}
+    errors = {}
     for fraction in (1 / 2, 1 / 4, 1 / 8):
         ways = {"rot k": (turned, rotated_keys, values["int4/64"]), "rot v": (head, keys["int4"], rotated_values)}
         for name, (scored, k, v) in ways.items():
             read = listed(head, whole_head_scores(scored)[1], counts(head, fraction), 1)
-            found[f"{name},{fraction}@1"] = head.errors(head.output(k, v, read))
-    return found
+            errors[f"{name},{fraction}@1"] = head.errors(head.output(k, v, read))
+    return errors
 
 
 def study_lookups(head: Head, keys: dict[str, Float32], values: dict[str, Float32]) -> Errors:
@@ -183,12 +183,12 @@ def study_lookups(head: Head, keys: dict[str, Float32], values: dict[str, Float3
     mass /= (mass.sum((-1, -2)) + np.exp(head.exact_lse - top))[..., None, None]
     heaviest = mass.max(-1)
     asks, page = heaviest.max(-1) > 0.3, heaviest.argmax(-1)
-    found = {}
+    missed = {}
     for fraction in (1 / 2, 1 / 4, 1 / 8):
         for anchor in ANCHORS:
             read = np.broadcast_to(listed(head, scores, counts(head, fraction), anchor), heaviest.shape)
-            found[f"{fraction}@{anchor}"] = 1 - np.take_along_axis(read, page[..., None], -1)[..., 0][asks].astype(np.float32)
-    return found
+            missed[f"{fraction}@{anchor}"] = 1 - np.take_along_axis(read, page[..., None], -1)[..., 0][asks].astype(np.float32)
+    return missed
 
 
 STUDIES = {
@@ -239,15 +239,15 @@ def allotted(losses: np.ndarray, share: float) -> np.ndarray:
     return fractions
 
 
-def study_calibration(first: Path, second: Path, found: list[tuple[int, int, dict[str, Errors]]]) -> dict[str, Any]:
+def study_calibration(first: Path, second: Path, heads: list[tuple[int, int, dict[str, Errors]]]) -> dict[str, Any]:
     """Fractions per (layer, KV head) from the first window, tested on the second, at equal pages; least summed squares."""
     table = {}
     for anchor in (1, 4):
         name = "k=int4,v=int4/64"
-        pages = [[f["pages"][f"{name},{fr}@{anchor}"] for fr in FRACTIONS[1:]] for *_, f in found]
-        base = [f["formats"][name] for *_, f in found]
+        pages = [[f["pages"][f"{name},{fr}@{anchor}"] for fr in FRACTIONS[1:]] for *_, f in heads]
+        base = [f["formats"][name] for *_, f in heads]
         losses = np.array([[np.square(e).mean() for e in (b, *p)] for b, p in zip(base, pages, strict=True)])
-        layers = np.array([layer for layer, *_ in found])
+        layers = np.array([layer for layer, *_ in heads])
         tests = list(heads_of(second))
         for share in (1 / 2, 1 / 4, 1 / 8):
             by_layer = np.concatenate([allotted(losses[layers == n], share) for n in np.unique(layers)])
@@ -274,9 +274,9 @@ def summary(errors: list[Float32]) -> dict[str, float]:
     }
 
 
-def summaries(found: list[tuple[int, int, dict[str, Errors]]], names: list[str]) -> dict[str, dict[str, Any]]:
-    first = found[0][2]
-    return {study: {name: summary([f[study][name] for *_, f in found]) for name in first[study]} for study in names}
+def summaries(heads: list[tuple[int, int, dict[str, Errors]]], names: list[str]) -> dict[str, dict[str, Any]]:
+    first = heads[0][2]
+    return {study: {name: summary([f[study][name] for *_, f in heads]) for name in first[study]} for study in names}
 
 
 def equal_bytes(table: dict[str, dict[str, Any]], head_dim: int = 64) -> dict[str, Any]:
@@ -289,16 +289,16 @@ def equal_bytes(table: dict[str, dict[str, Any]], head_dim: int = 64) -> dict[st
     whole, plane = key.bytes_per_token + value.bytes_per_token, 4 * head_dim / 32
     at, rows = -np.log2(FRACTIONS), {}
     for name, (k, v) in tried(head_dim).items():
-        budget, found = k.bytes_per_token + v.bytes_per_token, {}
+        budget, by_anchor = k.bytes_per_token + v.bytes_per_token, {}
         for anchor in (1, 4):
             fraction = (budget - plane / anchor) / whole
             if 0 < fraction < 1:
                 curve = [table["pages"][f"{COMBINED[0]},{f}@{anchor}"] for f in FRACTIONS[1:]]
                 curve = [table["formats"][COMBINED[0]], *curve]
                 loss = {m: float(np.interp(-np.log2(fraction), at, [point[m] for point in curve])) for m in ("mean", "rms")}
-                found[anchor] = {"fraction": fraction, "anchor_every": anchor, **loss}
+                by_anchor[anchor] = {"fraction": fraction, "anchor_every": anchor, **loss}
         own = {measure: table["formats"][name][measure] for measure in ("mean", "rms")}
-        best = min(found.values(), key=lambda row: row["rms"]) if budget < whole else table["formats"][COMBINED[0]]
+        best = min(by_anchor.values(), key=lambda row: row["rms"]) if budget < whole else table["formats"][COMBINED[0]]
         rows[name] = {"cold_ratio": 4 * head_dim / budget, **own, "int4_pages": best}
     return rows
 
@@ -374,11 +374,11 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes) as pool:
         record["sample"]["studies"] |= summaries(list(pool.map(partial(of_head, per_head), heads_of(SAMPLE_PATH))), per_head)
         wanted = [needed if number == 0 else per_head for number in range(len(options.input))]
-        found = [list(pool.map(partial(of_head, w), heads_of(p))) for w, p in zip(wanted, options.input, strict=True)]
-    if found:
-        record["captures"]["studies"] |= summaries([head for window in found for head in window], per_head)
-    if len(found) > 1 and "calibration" in names:
-        record["captures"]["studies"]["calibration"] = study_calibration(*options.input[:2], found[0])
+        windows = [list(pool.map(partial(of_head, w), heads_of(p))) for w, p in zip(wanted, options.input, strict=True)]
+    if windows:
+        record["captures"]["studies"] |= summaries([head for window in windows for head in window], per_head)
+    if len(windows) > 1 and "calibration" in names:
+        record["captures"]["studies"]["calibration"] = study_calibration(*options.input[:2], windows[0])
     for part in record.values():
         if part["studies"]:
             part["equal_bytes"] = equal_bytes(part["studies"])

@@ -90,7 +90,7 @@ class Head:
 
         Parameters
         ----------
-        keys, values : (pages, 32, head_dim), dequantised.
+        keys, values : (pages, 32, head_dim), dequantized.
         read : (queries, pages) which are read, or (queries, pages x n) which n-ths of pages; all cold ones when None.
         """
         read = self.all_pages if read is None else read

@@ -214,8 +214,8 @@ def main() -> None:
     arguments = parser.parse_args()
     planned, measured_at = list(conditions(arguments.kinds)), commit()
     with ProcessPoolExecutor(arguments.workers) as pool:
-        found = list(pool.map(rates, planned, [arguments.replications] * len(planned)))
-    rows = [asdict(condition) | asdict(rate) for condition, rate in zip(planned, found, strict=True)]
+        outcomes = list(pool.map(rates, planned, [arguments.replications] * len(planned)))
+    rows = [asdict(condition) | asdict(rate) for condition, rate in zip(planned, outcomes, strict=True)]
     record = {
         "what": "rates over synthetic streams of known ratio; AR(1): coefficient from one sample to the next",
         "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -231,8 +231,8 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, default=float)
     arguments.output.write_text(text + "\n", encoding="utf-8")
-    for kind, told in record["summary"].items():
-        print(kind, json.dumps(told))
+    for kind, extremes in record["summary"].items():
+        print(kind, json.dumps(extremes))
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 Each is a function from (pages, 32, head_dim) float32 to what the page reads as, and its bytes per token of one KV head, scales
 included. Names: `int4` K per channel and page (asymmetric), V per token and head; `int4/32` V with a scale per 32 channels;
-`int3`, `int2` the same with fewer bits; `rot` a Hadamard rotation of the head before the quantiser (undone on the query or the
+`int3`, `int2` the same with fewer bits; `rot` a Hadamard rotation of the head before the quantizer (undone on the query or the
 output, free of bytes); `int4token` K as V is stored.
 """
 
@@ -30,7 +30,7 @@ class Storage:
 
 
 def package(fmt: str, value: bool, group: int, head_dim: int) -> Storage:
-    """Return a storage of the package: the quantiser that every back end must equal."""
+    """Return a storage of the package: the quantizer that every back end must equal."""
 
     def store(pages: Float32) -> Float32:
         rows = pages.reshape(-1, pages.shape[-1])

@@ -32,11 +32,11 @@ def main() -> None:
     studies = [part["studies"] for part in parts]
 
     def cells(study: str, name: str) -> list[str]:
-        return [cell(found[study][name]) for found in studies]
+        return [cell(result[study][name]) for result in studies]
 
     values = [name.partition(",v=")[2] for name in studies[0]["formats"] if name.startswith("k=bf16,v=")]
-    for found, title in zip(studies, ("4", "30"), strict=True):
-        rows = [[f"`{k}`", *(cell(found["formats"][f"k={k},v={v}"]) for v in values)] for k in ("int8", "fp8", "int4")]
+    for study, title in zip(studies, ("4", "30"), strict=True):
+        rows = [[f"`{k}`", *(cell(study["formats"][f"k={k},v={v}"]) for v in values)] for k in ("int8", "fp8", "int4")]
         table([f"{title}: K \\ V", *(f"`{v}` ({VALUE_BITS[v]:.2f} bits)" for v in values)], rows)
 
     rows = []
@@ -48,19 +48,19 @@ def main() -> None:
     table(["tried", "cold x", "4", "30", "int4 at the same bytes", "4", "30"], rows)
 
     fractions = ["0.875", "0.75", "0.5", "0.25", "0.125", "0.0625"]
-    for found, title in zip(studies, ("4", "30"), strict=True):
-        rows = [[str(r), *(cell(found["pages"][f"{f}@{r}"]) for f in fractions)] for r in (1, 2, 4, 8, 16)]
+    for study, title in zip(studies, ("4", "30"), strict=True):
+        rows = [[str(r), *(cell(study["pages"][f"{f}@{r}"]) for f in fractions)] for r in (1, 2, 4, 8, 16)]
         table([f"{title}: anchor_every \\ fraction", *fractions], rows)
 
-    found = studies[1]["lookups"]
-    rows = [[f, *(f"{found[f'{f}@{r}']['mean']:.3f}" for r in (1, 2, 4, 8, 16))] for f in ("0.5", "0.25", "0.125")]
-    table([f"30: missed of {found['0.5@1']['count']} lookups", "1", "2", "4", "8", "16"], rows)
+    lookups = studies[1]["lookups"]
+    rows = [[f, *(f"{lookups[f'{f}@{r}']['mean']:.3f}" for r in (1, 2, 4, 8, 16))] for f in ("0.5", "0.25", "0.125")]
+    table([f"30: missed of {lookups['0.5@1']['count']} lookups", "1", "2", "4", "8", "16"], rows)
 
     rows = []
     for span in ("0.0", "0.25", "0.5", "0.75", "1.0"):
         for way in ("sum of bounds", "largest bound", "sum of softmaxes", "largest softmax"):
-            found = studies[1]["scorers"]
-            rows.append([way, span, *(cell(found[f"{way},span {span},{f}"]) for f in ("0.5", "0.25", "0.125", "0.0625"))])
+            scorers = studies[1]["scorers"]
+            rows.append([way, span, *(cell(scorers[f"{way},span {span},{f}"]) for f in ("0.5", "0.25", "0.125", "0.0625"))])
     table(["30: score", "span", "1/2", "1/4", "1/8", "1/16"], rows)
 
     rows = []
@@ -71,10 +71,10 @@ def main() -> None:
             rows.append([f"{fraction}, anchors {anchor}", *(part for pair in zip(whole, *ways, strict=True) for part in pair)])
     table(["bytes of", *(f"{n}: {w}" for n in ("4", "30") for w in ("pages of 32", "16, int4 ends", "16, fp16 ends"))], rows)
 
-    found = studies[1]["calibration"]
+    calibration = studies[1]["calibration"]
     ways = ("uniform", "per head of a layer", "per head of the model")
     rows = [
-        [f"{share}, anchors {r}", *(cell(found[f"{w},{share}@{r}"]) for w in ways)]
+        [f"{share}, anchors {r}", *(cell(calibration[f"{w},{share}@{r}"]) for w in ways)]
         for r in (1, 4)
         for share in (0.5, 0.25, 0.125)
     ]

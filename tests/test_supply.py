@@ -1,20 +1,26 @@
-"""Dependencies are bounded, justified and permissively licensed; another Python is found where there is one."""
+"""Dependencies are bounded, justified and permissively licensed; the checks and the workflows run what exists."""
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nox
 import pytest
+import yaml
+
+import noxfile
+from elastickv.cli import root
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import check  # noqa: E402
-import licences  # noqa: E402
+import licenses  # noqa: E402
 
-EXTRAS = ["cuda", "cuda13", "report", "test", "transformers"]
-DIRECT = [text for text in licences.required(EXTRAS) if not text.startswith("elastickv[")]
+EXTRAS = ["cuda", "cuda13", "dev", "report", "test", "transformers"]
+DIRECT = [text for text in licenses.required(EXTRAS) if not text.startswith("elastickv[")]
 
 
 @pytest.mark.parametrize("requirement", DIRECT)
@@ -32,45 +38,167 @@ def test_every_dependency_is_justified():
 
 
 def test_what_is_installed_is_permitted():
-    refused = [row[:3] for row in licences.rows(EXTRAS) if not row[3]]
+    refused = [row[:3] for row in licenses.rows(EXTRAS) if not row[3]]
     assert refused == []
-    assert {"numpy", "numba", "llvmlite"} <= {row[0] for row in licences.rows([])}
+    assert {"numpy", "numba", "llvmlite"} <= {row[0] for row in licenses.rows([])}
 
 
 @pytest.mark.parametrize("text", ["GPL-3.0-only", "MIT AND AGPL-3.0-only", "UNKNOWN", ""])
-def test_another_licence_is_refused(monkeypatch, text):
-    monkeypatch.setattr(licences, "closure", lambda extras: ["numpy"])
-    monkeypatch.setattr(licences, "licence", lambda name: text)
-    assert [row[3] for row in licences.rows([])] == [False]
+def test_another_license_is_refused(monkeypatch, text):
+    monkeypatch.setattr(licenses, "closure", lambda extras: ["numpy"])
+    monkeypatch.setattr(licenses, "license_of", lambda name: text)
+    assert [row[3] for row in licenses.rows([])] == [False]
 
 
-def test_nvidias_licence_is_for_nvidias_packages_only(monkeypatch):
-    monkeypatch.setattr(licences, "closure", lambda extras: ["numpy"])
-    monkeypatch.setattr(licences, "licence", lambda name: licences.NVIDIA)
-    assert [row[3] for row in licences.rows([])] == [False]
+def test_nvidias_license_is_for_nvidias_packages_only(monkeypatch):
+    monkeypatch.setattr(licenses, "closure", lambda extras: ["numpy"])
+    monkeypatch.setattr(licenses, "license_of", lambda name: licenses.NVIDIA)
+    assert [row[3] for row in licenses.rows([])] == [False]
 
 
 def test_another_python_is_another_and_starts():
-    found = check.another_python()
-    if found is None:
+    other = noxfile.another_python()
+    if other is None:
         pytest.skip("no other Python here")
-    version = subprocess.run(
-        [found, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True, check=True
-    )
-    major, minor = map(int, version.stdout.split())
+    version, path = other
+    done = subprocess.run([path, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True, check=True)
+    major, minor = map(int, done.stdout.split())
     assert (major, minor) >= (3, 10)
+    assert version == f"{major}.{minor}"
     assert minor != sys.version_info.minor
 
 
-def test_a_shim_that_stands_for_no_python_is_passed_over(monkeypatch, tmp_path):
-    for minor in check.MINORS:
-        shim = tmp_path / f"python3.{minor}"
+def test_a_shim_without_a_python_is_skipped(monkeypatch, tmp_path):
+    for version in noxfile.PYTHONS:
+        shim = tmp_path / f"python{version}"
         shim.write_text("#!/bin/sh\nexit 127\n")
         shim.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "absent"))
-    assert check.another_python() is None
+    assert noxfile.another_python() is None
 
 
 def test_the_quick_tests_exist():
-    assert all((ROOT / path).exists() for path in check.QUICK)
+    assert all((ROOT / path).exists() for path in noxfile.QUICK)
+
+
+def sessions():
+    """Return the names that `nox -s` accepts."""
+    names = set()
+    for name, function in nox.registry.get().items():
+        names |= {name, *(f"{name}-{python}" for python in function.python or ())}
+    return names
+
+
+def started(monkeypatch, *arguments):
+    """Return the commands that check.py runs with arguments, and its exit code where the last one's is 7."""
+    commands = []
+    monkeypatch.setattr(check, "fresh_environment", lambda folder: folder / "bin" / "python")
+    monkeypatch.setattr(check.subprocess, "run", lambda command, **rest: commands.append(command))
+    monkeypatch.setattr(check.subprocess, "call", lambda command, **rest: commands.append(command) or 7)
+    monkeypatch.setattr(sys, "argv", ["check.py", *arguments])
+    return check.main(), commands
+
+
+def test_the_bootstrap_installs_nox_and_runs_every_check(monkeypatch):
+    code, (install, run) = started(monkeypatch)
+    assert code == 7
+    assert install[1:4] == ["-m", "pip", "install"] and re.fullmatch(r"nox>=[\d.]+,<\d+", install[-1])
+    assert install[0] == run[0] == str(check.ENVIRONMENT / "bin" / "python")
+    names = run[run.index("--sessions") + 1 : run.index("--")]
+    assert names == ["install", "lint", "format", "types", "tests", "package"]
+    assert set(names) <= sessions() and run[-1] == "--"
+
+
+def test_what_the_bootstrap_does_not_know_goes_to_pytest(monkeypatch):
+    code, (run,) = started(monkeypatch, "--here", "-k", "recipe")
+    assert code == 7 and run[0] == sys.executable
+    assert run[run.index("--sessions") + 1 :] == ["lint", "format", "types", "tests", "--", "-k", "recipe"]
+    _, (_, fresh) = started(monkeypatch, "tests/recipe")
+    assert fresh[fresh.index("--sessions") + 1 :] == ["install", "lint", "format", "types", "tests", "--", "tests/recipe"]
+
+
+def test_the_default_sessions_are_the_checks_of_the_bootstrap():
+    assert nox.options.sessions == check.CHECKS
+
+
+def test_a_session_that_fails_fails_nox():
+    command = [sys.executable, "-m", "nox", "-s", "tests", "--", "tests/absent.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "absent.py" in done.stdout + done.stderr
+
+
+def test_the_bootstrap_can_be_started_by_an_older_python():
+    ast.parse((ROOT / "tools" / "check.py").read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+def test_without_nox_the_bootstrap_names_the_command_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    code, commands = started(monkeypatch, "--here")
+    assert (code, commands) == (2, [])
+    assert 'pip install -e ".[test]"' in capsys.readouterr().err
+
+
+WORKFLOWS = [*sorted((ROOT / ".github" / "workflows").glob("*.yml")), *sorted((ROOT / "docs" / "workflows").glob("*.yml"))]
+
+
+def steps(path):
+    """Yield the jobs of a workflow with each of their steps."""
+    for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values():
+        for step in job["steps"]:
+            yield job, step
+
+
+def command_lines(path):
+    """Return the lines that a workflow runs, once for each value of the matrix that they name."""
+    lines = []
+    for job, step in steps(path):
+        for line in step.get("run", "").replace("\\\n", " ").splitlines():
+            variants = [line.strip()]
+            for name, values in job.get("strategy", {}).get("matrix", {}).items():
+                place = f"${{{{ matrix.{name} }}}}"
+                variants = [variant.replace(place, value) for variant in variants for value in values]
+            lines += dict.fromkeys(variants)
+    return lines
+
+
+def options_of(verb):
+    """Return the options of a verb of the command line."""
+    parameters = root.get_command(None, verb).params
+    return {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_runs_what_exists(path):
+    lines = command_lines(path)
+    assert lines
+    for line in lines:
+        for tool in re.findall(r"\btools/\S+\.py", line):
+            assert (ROOT / tool).exists(), line
+        if "nox " in line and "-s " in line:
+            assert set(line.partition("-s ")[2].split()) <= sessions(), line
+        for verb, rest in re.findall(r"\belastickv (\w+)([^|>&]*)", line):
+            assert set(re.findall(r"(?<=\s)--[\w-]+", rest)) <= options_of(verb), line
+
+
+def test_continuous_integration_runs_the_command_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "python3 tools/check.py" in readme
+    assert "python3 tools/check.py" in command_lines(ROOT / ".github" / "workflows" / "ci.yml")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_an_action_is_pinned_to_a_major_version(path):
+    actions = [step["uses"] for _, step in steps(path) if "uses" in step]
+    assert actions
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in actions)
+
+
+def test_a_commit_is_checked_with_the_tools_of_the_test_extra():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = {hook["id"]: hook for repository in config["repos"] for hook in repository["hooks"]}
+    local = {hook["entry"].split()[0] for hook in hooks.values() if hook.get("language") == "system"}
+    assert local == {"ruff", "mypy", "clang-format"} <= {re.split(r"[<>=~]", text)[0] for text in licenses.required(["test"])}
+    kernels = [str(path.relative_to(ROOT).as_posix()) for path in noxfile.KERNELS.iterdir()]
+    assert kernels and all(re.search(hooks["clang-format"]["files"], name) for name in kernels)

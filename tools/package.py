@@ -1,12 +1,12 @@
-"""Is what would be published what is here? Builds it twice, compares, looks inside, and runs the tests from the wheel.
+"""Check the wheel and the sdist: reproducible, complete, and the tests pass from the installed wheel.
 
-    python3 tools/package.py                       # everything: installs the test tools, minutes
-    python3 tools/package.py --no-install          # only builds and compares
-    python3 tools/package.py tests/recipe          # of the tests only these
+    python3 tools/package.py                       # everything; installs the test tools, takes minutes
+    python3 tools/package.py --no-install          # build and compare only
+    python3 tools/package.py tests/recipe          # run only these tests
 
-The commit that is checked out is cloned into two folders of other names, one under a stricter umask; both are built with
-SOURCE_DATE_EPOCH at the commit's time, and the wheel once more from the sdist: all must be the same, byte by byte. The tests
-run from the unpacked sdist less its `src`, in a fresh environment, so that what they import is the wheel.
+Clones the checked-out commit into two folders with different names, one under a stricter umask, and builds both with
+SOURCE_DATE_EPOCH at the commit's time; builds the wheel once more from the sdist. All must be identical, byte by byte. The
+tests run from the unpacked sdist without its `src` in a fresh environment, so that they import the wheel.
 """
 
 import argparse
@@ -21,20 +21,20 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from check import ROOT, WORKERS, fresh_environment
+from check import ROOT, fresh_environment
 
-# They are about the checkout: its layout, its documents and the results in it.
+# Tests of the checkout itself: its layout, its documents and its results.
 OF_THE_CHECKOUT = ("tests/test_architecture.py", "tests/test_documents.py", "tests/test_supply.py", "tests/benchmark_scripts")
 WHERE = "import elastickv, pathlib; print(pathlib.Path(elastickv.__file__).parent)"
 
 
-def told(command: list[str], **rest: object) -> str:
+def output_of(command: list[str], **rest: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **rest).stdout.strip()  # type: ignore[call-overload, no-any-return]
 
 
 def build(python: Path, source: Path, out: Path, *targets: str) -> dict[str, Path]:
-    """Return name -> file of what hatchling builds from `source`."""
-    time = told(["git", "-C", str(ROOT), "log", "-1", "--format=%ct"])
+    """Return name -> file of the distributions that hatchling builds from `source`."""
+    time = output_of(["git", "-C", str(ROOT), "log", "-1", "--format=%ct"])
     command = [str(python), "-m", "hatchling", "build", "-d", str(out)]
     for target in targets:
         command += ["-t", target]
@@ -47,16 +47,16 @@ def digests(files: dict[str, Path]) -> dict[str, str]:
 
 
 def built(python: Path, folder: Path) -> dict[str, Path]:
-    """Return the wheel and the sdist, built in two places and once more from the sdist.
+    """Return the wheel and the sdist, built in two folders and once more from the sdist.
 
     Raises
     ------
-    SystemExit : if they differ, naming those that do.
+    SystemExit : if they differ; names the files that do.
     """
     files: list[dict[str, Path]] = []
     for name, umask in (("here", 0o022), ("elsewhere/with a space", 0o077)):
         before = os.umask(umask)
-        told(["git", "clone", "--quiet", str(ROOT), str(folder / name)])
+        output_of(["git", "clone", "--quiet", str(ROOT), str(folder / name)])
         files.append(build(python, folder / name, folder / f"out-{len(files)}", "sdist", "wheel"))
         os.umask(before)
     sdist = next(path for name, path in files[0].items() if name.endswith(".tar.gz"))
@@ -68,7 +68,7 @@ def built(python: Path, folder: Path) -> dict[str, Path]:
         if differ:
             sys.exit(f"not reproducible: {', '.join(differ)}")
     for name, digest in first.items():
-        print(f"    {name}: the same thrice, sha256 {digest}")
+        print(f"    {name}: identical three times, sha256 {digest}")
     return files[0]
 
 
@@ -82,8 +82,8 @@ def unpack(sdist: Path, folder: Path) -> Path:
 
 
 def missing(files: dict[str, Path]) -> list[str]:
-    """Return what is tracked under src, kernels, sample, schemas and py.typed with it, but in one of the files is not."""
-    tracked = told(["git", "-C", str(ROOT), "ls-files", "src/elastickv"]).splitlines()
+    """Return the tracked files under src (kernels, sample, schemas and py.typed among them) that a distribution lacks."""
+    tracked = output_of(["git", "-C", str(ROOT), "ls-files", "src/elastickv"]).splitlines()
     lacks = []
     for name, path in files.items():
         if name.endswith(".whl"):
@@ -112,8 +112,8 @@ def main() -> int:
         files = built(builder, folder)
         lacks = missing(files)
         if lacks:
-            sys.exit("not in it:\n" + "\n".join(lacks))
-        print("    every tracked file of the package is in both", flush=True)
+            sys.exit("missing:\n" + "\n".join(lacks))
+        print("    both contain every tracked file of the package", flush=True)
         if options.no_install:
             return 0
         wheel = next(path for name, path in files.items() if name.endswith(".whl"))
@@ -123,12 +123,12 @@ def main() -> int:
         python = fresh_environment(folder / "environment")
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"{wheel}[{options.extra}]"], check=True)
         clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        where = told([str(python), "-c", WHERE], cwd=tests, env=clean)
+        where = output_of([str(python), "-c", WHERE], cwd=tests, env=clean)
         print(f"==> tests of {where}", flush=True)
         if "site-packages" not in where:
-            sys.exit("that is not the installed package")
+            sys.exit("the tests would not import the installed package")
         ignored = [f"--ignore={entry}" for entry in OF_THE_CHECKOUT]
-        command = [str(python), "-m", "pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile", *ignored, *options.tests]
+        command = [str(python), "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *ignored, *options.tests]
         return subprocess.call(command, cwd=tests, env=clean)
 
 

@@ -1,6 +1,6 @@
-"""Build hook: put the commit that is built into the wheel, as `elastickv/commit.txt`, and beside pyproject.toml into the sdist.
+"""Build hook: record the commit in the wheel as `elastickv/commit.txt`, and next to pyproject.toml in the sdist.
 
-A wheel built from the sdist is then the one built from the checkout, byte by byte.
+A wheel built from the sdist is then identical to the one built from the checkout.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ NAME = "commit.txt"
 
 
 class RecordCommit(BuildHookInterface):  # type: ignore[misc]
-    """Includes a file that is not in the tree, so that building changes nothing in the checkout."""
+    """Includes a temporary file, so that building does not change the checkout."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":

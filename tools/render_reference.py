@@ -1,4 +1,4 @@
-"""Write docs/cli.md and docs/python.md from the program; with --check only say whether they are up to date."""
+"""Write docs/cli.md and docs/python.md from the program; with --check only report whether they are up to date."""
 
 import argparse
 import ast
@@ -24,7 +24,7 @@ PUBLIC = ("elastickv", "elastickv.errors", "elastickv.benchmark", "elastickv.rec
 _VALUES = {"integer": "N", "float": "X", "text": "TEXT", "path": "FILE"}
 _SECTION = re.compile(r"^(\w+)\n-{3,}\n", re.MULTILINE)
 
-# What stands on the page of the Python reference beside the functions of the package and what they return.
+# Entries of the Python reference in addition to the functions of the package and the classes that they return.
 PYTHON: dict[str, tuple[str, ...]] = {
     "Options, rows, intervals": (
         "elastickv.benchmark.Options",
@@ -61,8 +61,8 @@ PYTHON: dict[str, tuple[str, ...]] = {
 
 
 def cli() -> str:
-    told = "`-h` and `--help` show the same. How a command ended is told by its [exit code](TECHNICAL.md#exit-codes)."
-    lines = [MADE, "", "# Command line", "", told, ""]
+    introduction = "`-h` and `--help` show the same. How a command ended is told by its [exit code](TECHNICAL.md#exit-codes)."
+    lines = [MADE, "", "# Command line", "", introduction, ""]
     for name, place in PROGRAMS.items():
         module, _, attribute = place.partition(":")
         command = getattr(import_module(module), attribute)
@@ -71,14 +71,14 @@ def cli() -> str:
 
 
 def _commands(command: click.Command, name: str) -> Iterator[str]:
-    """Yield a command, and where it is a group all that it holds."""
+    """Yield the lines of a command; of a group, also those of its commands."""
     yield from _command(command, name)
     if isinstance(command, click.Group):
         context = click.Context(command)
         for inner in command.list_commands(context):
-            found = command.get_command(context, inner)
-            assert found is not None
-            yield from _commands(found, f"{name} {inner}")
+            subcommand = command.get_command(context, inner)
+            assert subcommand is not None
+            yield from _commands(subcommand, f"{name} {inner}")
 
 
 def _command(command: click.Command, name: str) -> Iterator[str]:
@@ -93,17 +93,17 @@ def _command(command: click.Command, name: str) -> Iterator[str]:
     if options:
         yield "| option | |"
         yield "|---|---|"
-        yield from (f"| {_code(_option(option))} | {_prose(_said(option))} |" for option in options)
+        yield from (f"| {_code(_option(option))} | {_prose(_help(option))} |" for option in options)
         yield ""
 
 
 def _option(option: click.Option) -> str:
-    """Return an option as it is typed. Not click's own words: they are others in each of its releases."""
+    """Return an option as it is typed. Click's own text differs between its releases."""
     names = " / ".join(filter(None, (", ".join(option.opts), ", ".join(option.secondary_opts))))
     return names if option.is_flag else f"{names} {_VALUES[option.type.name]}"
 
 
-def _said(option: click.Option) -> str:
+def _help(option: click.Option) -> str:
     default = f"  [default: {option.default}]" if option.show_default and not option.is_flag else ""
     return (option.help or "") + default
 
@@ -122,7 +122,7 @@ def python() -> str:
 
 
 def _definition(qualified: str) -> tuple[str, ast.FunctionDef | ast.ClassDef]:
-    """Return the module that a function or class is defined in, and its code; what needs PyTorch is read, not imported."""
+    """Return the module that defines a function or class, and its code. Modules that need PyTorch are not imported."""
     module, _, name = qualified.rpartition(".")
     home = import_module(module)
     homes = getattr(home, "_HOMES", {})
@@ -172,16 +172,16 @@ def _member(node: ast.FunctionDef) -> Iterator[str]:
 
 
 def _signature(node: ast.FunctionDef) -> str:
-    """Return how it is called; with a line for each argument where one line would be too long."""
-    given, arguments = node.args, []
-    plain = [argument for argument in given.args if argument.arg not in ("self", "cls")]
-    defaults: list[ast.expr | None] = [None] * (len(plain) - len(given.defaults))
-    arguments += [_argument(*pair) for pair in zip(plain, [*defaults, *given.defaults], strict=True)]
-    if given.kwonlyargs and not given.vararg:
+    """Return the signature; with one line per argument if it does not fit one line."""
+    parameters, arguments = node.args, []
+    plain = [argument for argument in parameters.args if argument.arg not in ("self", "cls")]
+    defaults: list[ast.expr | None] = [None] * (len(plain) - len(parameters.defaults))
+    arguments += [_argument(*pair) for pair in zip(plain, [*defaults, *parameters.defaults], strict=True)]
+    if parameters.kwonlyargs and not parameters.vararg:
         arguments.append("*")
-    arguments += [f"*{given.vararg.arg}"] if given.vararg else []
-    arguments += [_argument(*pair) for pair in zip(given.kwonlyargs, given.kw_defaults, strict=True)]
-    arguments += [f"**{given.kwarg.arg}"] if given.kwarg else []
+    arguments += [f"*{parameters.vararg.arg}"] if parameters.vararg else []
+    arguments += [_argument(*pair) for pair in zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)]
+    arguments += [f"**{parameters.kwarg.arg}"] if parameters.kwarg else []
     returns = f" -> {_annotation(node.returns)}" if node.returns else ""
     whole = f"{node.name}({', '.join(arguments)}){returns}"
     if len(whole) <= _WIDTH:
@@ -212,8 +212,8 @@ def _docstring(text: str, indent: str) -> Iterator[str]:
 
 
 def _entry(text: str) -> str:
-    name, colon, said = " ".join(text.split()).partition(" : ")
-    return f"{_code(name)}: {_prose(said)}" if colon else _prose(name)
+    name, colon, description = " ".join(text.split()).partition(" : ")
+    return f"{_code(name)}: {_prose(description)}" if colon else _prose(name)
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -221,7 +221,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _prose(text: str) -> str:
-    """Return text with what Markdown or HTML would take for markup escaped, outside code."""
+    """Return text with Markdown and HTML markup escaped, except in code."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
     plain = (re.sub(r"([*_|\[\]])", r"\\\1", escape(part, quote=False)) for part in parts[::2])
     code = (part.replace("|", "\\|") for part in parts[1::2])

@@ -2,8 +2,8 @@
 
     python tools/run_notebook.py notebooks/elastickv_quickstart.ipynb -o executed
 
-For machines without Jupyter: a cell's last expression is shown as Jupyter shows it, by `_repr_html_` where it has one. What
-the cells print comes as they print it. Exit 1 if a cell failed; both files are written all the same, up to that cell.
+For machines without Jupyter. Like Jupyter, it shows a cell's last expression, by `_repr_html_` if it has one. Output of the
+cells is also printed while they run. Exit code 1 if a cell fails; both files are still written, up to that cell.
 """
 
 import argparse
@@ -28,21 +28,21 @@ STYLE = (
 
 
 class Tee(io.StringIO):
-    """Keeps what is written, and passes it on."""
+    """Records text and also writes it to another stream."""
 
-    def __init__(self, beside: Any) -> None:
+    def __init__(self, target: Any) -> None:
         super().__init__()
-        self.beside = beside
+        self.target = target
 
     def write(self, text: str) -> int:
-        self.beside.write(text)
-        self.beside.flush()
+        self.target.write(text)
+        self.target.flush()
         return super().write(text)
 
 
 def outputs_of(source: str, names: dict[str, Any], count: int) -> tuple[list[dict[str, Any]], bool]:
-    """Run a cell; return its outputs as nbformat has them, and whether it succeeded."""
-    found: list[dict[str, Any]] = []
+    """Run a cell; return its outputs in nbformat's form, and whether it succeeded."""
+    outputs: list[dict[str, Any]] = []
     value, failed = None, None
     out, err = Tee(sys.stdout), Tee(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):
@@ -56,21 +56,23 @@ def outputs_of(source: str, names: dict[str, Any], count: int) -> tuple[list[dic
             failed = error
     for name, stream in (("stdout", out), ("stderr", err)):
         if stream.getvalue():
-            found.append({"output_type": "stream", "name": name, "text": stream.getvalue()})
+            outputs.append({"output_type": "stream", "name": name, "text": stream.getvalue()})
     if value is not None:
         data = {"text/plain": repr(value)}
         if hasattr(value, "_repr_html_"):
             data["text/html"] = value._repr_html_()
-        found.append({"output_type": "execute_result", "execution_count": count, "metadata": {}, "data": data})
+        outputs.append({"output_type": "execute_result", "execution_count": count, "metadata": {}, "data": data})
     if failed is not None:
         traceback.print_exception(failed)
-        name, said = type(failed).__name__, str(failed)
-        found.append({"output_type": "error", "ename": name, "evalue": said, "traceback": traceback.format_exception(failed)})
-    return found, failed is None
+        name, message = type(failed).__name__, str(failed)
+        outputs.append(
+            {"output_type": "error", "ename": name, "evalue": message, "traceback": traceback.format_exception(failed)}
+        )
+    return outputs, failed is None
 
 
 def execute(notebook: dict[str, Any]) -> bool:
-    """Run all code cells in one namespace, up to the first that fails; put their outputs into the notebook."""
+    """Run all code cells in one namespace, up to the first that fails; store their outputs in the notebook."""
     names: dict[str, Any] = {"__name__": "__main__"}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for count, cell in enumerate(cells, 1):

@@ -44,8 +44,8 @@ def test_an_8_bit_peer_is_no_rival_and_has_a_ratio_of_its_own(result):
     assert row["rival"] != "flashinfer-x-fp8"
     assert row["fastest_narrow_peer"]["name"] == "flashinfer-x-fp8"
     assert row["gain_over_narrow_peer"] == 1e-3 / row["us"] * 1e3
-    assert kernels.asked_peers(result, "all") == f"{row['rival']},flashinfer-x-fp8"
-    assert kernels.asked_peers(None, "all") == "all"
+    assert kernels.peers_after_first(result, "all") == f"{row['rival']},flashinfer-x-fp8"
+    assert kernels.peers_after_first(None, "all") == "all"
 
 
 def test_a_recipe_may_name_its_budget():

@@ -38,7 +38,7 @@ def test_a_cell_that_fails_is_a_reason_and_the_next_goes_on(run):
     assert [path.name for path in folder.iterdir()] == ["model-tiny-300x1.json"]
 
 
-def test_a_cell_that_takes_too_long_is_given_up(run):
+def test_a_cell_that_takes_too_long_is_stopped(run):
     status, lines, folder = run("--cells=300x1,300x2", "--cell-timeout=0.2", "--time-limit=0.9")
     assert status == 1 and "not done after" in lines[0] and "no time left" in lines[1]
     assert not list(folder.iterdir())

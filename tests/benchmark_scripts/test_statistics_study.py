@@ -32,12 +32,12 @@ def within(coverage, low=0.93, high=0.97, replications=REPLICATIONS):
 
 @pytest.mark.parametrize("condition", CHECKED, ids=lambda c: f"{c.kind} {c.stream} {c.samples}")
 def test_the_interval_holds_the_truth_as_often_as_it_says(condition):
-    found = rates(condition, REPLICATIONS)
-    assert within(found.coverage)
+    measured = rates(condition, REPLICATIONS)
+    assert within(measured.coverage)
     if condition.ratio == 1:
-        assert found.faster <= 0.025 + 3.3 * math.sqrt(0.025 * 0.975 / REPLICATIONS)
-    if condition.ratio == 1 and found.beyond_noise is not None:
-        assert found.beyond_noise <= 0.025
+        assert measured.faster <= 0.025 + 3.3 * math.sqrt(0.025 * 0.975 / REPLICATIONS)
+    if condition.ratio == 1 and measured.beyond_noise is not None:
+        assert measured.beyond_noise <= 0.025
 
 
 # What each part is for: without it the study finds out.

@@ -92,12 +92,12 @@ def test_predictions_are_not_measured_where_there_is_no_text_for_them(model):
     assert result["baseline"] == "q8_0"
 
 
-def test_a_price_is_the_mean_of_its_tokens():
+def test_a_quality_delta_is_the_mean_of_its_tokens():
     full, own = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
     kl = np.array([[0.0, 1.0]])
-    found = quality_delta("f16", "t", 7, Scores(-full, -own, kl, np.array([[1.0, 0.0]])))
-    assert found.reference_perplexity == pytest.approx(2) and found.perplexity == pytest.approx((0.25 * 0.75) ** -0.5)
-    assert (found.kl_mean, found.kl_max, found.top1_percent, found.tokens) == (0.5, 1, 50, 2)
+    delta = quality_delta("f16", "t", 7, Scores(-full, -own, kl, np.array([[1.0, 0.0]])))
+    assert delta.reference_perplexity == pytest.approx(2) and delta.perplexity == pytest.approx((0.25 * 0.75) ** -0.5)
+    assert (delta.kl_mean, delta.kl_max, delta.top1_percent, delta.tokens) == (0.5, 1, 50, 2)
 
 
 def test_bytes_of_a_block_are_llama_cpps_own():
@@ -123,9 +123,9 @@ def test_what_is_no_model_is_one_line(tmp_path, content, said):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("kept", [20, 3000, 100_000])
-def test_a_file_that_was_cut_off_is_refused(tmp_path, model, kept):
-    (tmp_path / "cut.gguf").write_bytes(model.read_bytes()[:kept])
+@pytest.mark.parametrize("length", [20, 3000, 100_000])
+def test_a_file_that_was_cut_off_is_refused(tmp_path, model, length):
+    (tmp_path / "cut.gguf").write_bytes(model.read_bytes()[:length])
     with pytest.raises(UsageError, match="damaged or cut off"):
         read_gguf(str(tmp_path / "cut.gguf"))
 
@@ -233,7 +233,7 @@ def test_heads_that_blocks_do_not_divide_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "said"),
     [
         ({"context": 5000}, "2048 positions"),
         ({"kv_types": ("q9",)}, "q9 is unknown"),
@@ -246,12 +246,12 @@ def test_heads_that_blocks_do_not_divide_are_refused(tmp_path):
         ({"decode_tokens": 0}, "--decode-tokens=0"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(model, given, said):
+def test_what_cannot_be_measured_is_refused(model, options, said):
     pytest.importorskip("xllamacpp")
     from elastickv.model_benchmark.presets import gguf_baseline
 
     with pytest.raises(UsageError, match=said):
-        gguf_baseline(str(model), **given)
+        gguf_baseline(str(model), **options)
 
 
 def test_what_does_not_fit_the_memory_is_refused_before_it_is_opened(model, monkeypatch):

@@ -1,4 +1,4 @@
-"""References on a small real model: Transformers with stock and elastic caches, llama.cpp with its own KV cache types."""
+"""Speed of a whole model: Transformers with stock and elastic caches, llama.cpp with its own KV cache types."""
 
 from elastickv.model_benchmark.presets import gguf_baseline, transformers_baseline
 

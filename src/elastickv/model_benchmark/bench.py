@@ -1,4 +1,4 @@
-"""A model's tokens per second with stock and elastic caches: one process, one model, taking turns."""
+"""Tokens per second of one model with stock and elastic caches, in turns in one process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from typing import Any, Protocol
 
 import torch
 
+from elastickv.benchmark import Reporter
 from elastickv.benchmark.stats.intervals import beyond_noise
 from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
-from elastickv.model_benchmark.cache_metrics import SKIPPED, cache_figures, machine
+from elastickv.evaluation import sessions
+from elastickv.evaluation.prefill import check_layers, prefill
+from elastickv.evaluation.scoring import score
+from elastickv.evaluation.texts import Text, windows
 from elastickv.model_benchmark.generation import (
     ELASTIC,
     STATIC,
@@ -28,19 +32,20 @@ from elastickv.model_benchmark.generation import (
     stock_static,
     take_turns,
 )
-from elastickv.model_benchmark.memory_estimate import MemoryEstimate, free_bytes
-from elastickv.model_benchmark.run import WARM_UP_PROMPT, WARM_UP_TOKENS, described, environment_record
+from elastickv.model_benchmark.memory import MemoryEstimate, free_bytes
+from elastickv.model_benchmark.quality_delta import QualityDelta, quality_delta
+from elastickv.model_benchmark.records import SKIPPED, cache_record, device_record, environment_record, model_record
 from elastickv.model_benchmark.shapes import built, shape_named
-from elastickv.recipe import DTYPES, FORMATS, AttentionShape
+from elastickv.recipe import DTYPES, Recipe
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.transformers.config import UncalibratedWarning
 from elastickv.transformers.cuda_graph.model_patch import release
 from elastickv.transformers.model_loading import Loaded, load_model
-from elastickv.transformers.model_support import sizes_of, text_config
+from elastickv.transformers.model_support import text_config
 
 KIND = "elastickv-model-bench"
 VERSION = 1
-_FIRST_TOKENS = 6  # the prompt's, and steps that are not counted: at some of them graphs are captured
+_FIRST_TOKENS = 6  # the prompt's, and steps that are not timed: some of them capture graphs
 
 
 class BenchProgress(Protocol):
@@ -55,19 +60,19 @@ class BenchProgress(Protocol):
 
 @dataclass(frozen=True)
 class ModelBench:
-    """What to measure.
+    """What `measure` measures.
 
     Attributes
     ----------
     model : 'shape:8b' and its like, a folder, a .gguf file or a hub id.
-    context : tokens of the prompt, a row.
+    context : tokens of the prompt per row.
     batch : rows.
     rounds : samples of each cache.
     tokens : steps of a sample.
-    wanted : what `ElasticCache.for_model` takes: compress, recipe, calibration, capture.
+    wanted : keyword arguments of `ElasticCache.for_model`: compress, recipe, calibration, capture.
     dtype, device : of the model.
     seed : of the order, the prompts and random weights.
-    text : what prompts are cut from, where the model has a tokenizer.
+    text : source of the prompts if the model has a tokenizer.
     temperature : 0 takes the likeliest token.
     """
 
@@ -97,7 +102,7 @@ class ModelBench:
 
     @property
     def capacity(self) -> int:
-        """Tokens of a row at the end."""
+        """Tokens per row at the end."""
         return self.context + _FIRST_TOKENS + self.rounds * (self.tokens + 1)
 
 
@@ -106,17 +111,17 @@ def measure(
 ) -> dict[str, Any]:
     """Return the result as JSON values.
 
-    A sample is `tokens` steps of one `generate` that goes on with the text so far; its first step, which every cache takes
-    uncompiled, is not counted. Samples are taken in randomised mirrored blocks. A stock cache that fails, or that the elastic
-    cache has no memory beside, is not run, and the reason is told.
+    A sample is `tokens` steps of one `generate` that continues the text so far; its first step, which every cache runs
+    uncompiled, is not timed. Samples are taken in randomized mirrored blocks. A stock cache that fails, or that leaves no
+    memory for the elastic cache, is not run, and the result says why.
 
     Parameters
     ----------
-    loaded : what `load` returned for the same options, where it is wanted afterwards.
+    loaded : the model, if `load` has been called with the same options.
 
     Raises
     ------
-    UsageError : if the model cannot be served, or there is not the memory for it and an elastic cache.
+    UsageError : if the model is not supported, or it does not fit the memory with an elastic cache.
     """
     if loaded is None:
         progress.phase("loading")
@@ -127,7 +132,7 @@ def measure(
         lambda: stock(model, ids, mask, sampling),
         lambda: stock_static(model, ids, mask, sampling, options.capacity),
     ]
-    # The elastic one sets the model's attention: it is checked first and begun last.
+    # The elastic cache sets the model's attention: it is created first, so that errors come early, and started last.
     wanted = dict(options.wanted) | ({"context": options.context} if options.wanted.get("compress") else {})
     with warnings.catch_warnings():
         if loaded.tokenizer is None:
@@ -136,7 +141,7 @@ def measure(
         ours = elastic(model, ids, mask, sampling, options.capacity, wanted)
     release(model)
     progress.phase("measuring the device")
-    device = machine(model.device)
+    device = device_record(model.device)
     not_run: dict[str, str] = {}
     generations: list[Generation] = []
     for make, name in zip(made, (STOCK, STATIC), strict=True):
@@ -155,12 +160,56 @@ def measure(
     return _result(options, command, loaded, generations, device) | {"not_run": not_run, "host": host}
 
 
+def measure_with_quality(
+    options: ModelBench, text: Text, scored: int, command: tuple[str, ...], progress: Reporter
+) -> dict[str, Any]:
+    """Return the result of `measure` with `fidelity`: what the timed recipes do to the model's predictions of a text.
+
+    Parameters
+    ----------
+    scored : number of predictions to compare with those of full attention; 0 skips them.
+
+    Raises
+    ------
+    UsageError : as `measure` does.
+    """
+    if scored < 0:
+        raise UsageError(f"--scored={scored} is out of range: give a whole number from 0 up")
+    progress.phase("loading")
+    loaded = load(options)
+    result = measure(options, command, progress, loaded)
+    delta, reason = _quality(loaded, options.context, result["caches"][-1], text, scored, progress)
+    return result | {"fidelity": None if delta is None else asdict(delta), "fidelity_not_measured": reason}
+
+
+def _quality(
+    loaded: Loaded, context: int, cache: Mapping[str, Any], text: Text, scored: int, progress: Reporter
+) -> tuple[QualityDelta | None, str | None]:
+    """Return the quality of a timed elastic cache's recipes at the timed context, or why it is not measured."""
+    assert cache["cache"] == ELASTIC
+    if not scored:
+        return None, "not asked for: --scored 0"
+    if loaded.tokenizer is None:
+        return None, "random weights have nothing to lose"
+    recipes = [Recipe.parse(recipe) for recipe in cache["recipes"].values()]
+    try:
+        check_layers(loaded.model)
+        rows = windows([text], loaded.tokenizer, context + scored + 1, 1)
+    except UsageError as error:
+        return None, str(error)
+    release(loaded.model)
+    progress.phase("predictions")
+    start = prefill(loaded.model, [rows[0].ids[:-1]], context, scored)
+    scores = score(rows, start, lambda begun, steps: sessions.elastic(loaded.model, recipes, begun, steps), progress.progress)
+    return quality_delta(STOCK, text.name, context, scores), None
+
+
 def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], progress: BenchProgress) -> dict[str, str]:
-    """Begin a generation with a stock cache and add it to `begun`; if it fails, free what it held and return why."""
+    """Start a generation with a stock cache and add it to `begun`; if it fails, free its memory and return the reason."""
     try:
         begun.append(_begun(make(), progress))
     except RuntimeError as error:
-        # Out of memory, also as the driver's or the compiler's own error, or nothing there that compiles.
+        # Out of memory (also as an error of the driver or the compiler), or no working compiler.
         reason = _reason(error)
         clear_frames(error.__traceback__)
     else:
@@ -170,7 +219,7 @@ def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], p
 
 
 def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, str], progress: BenchProgress) -> None:
-    """Begin the elastic generation; for want of memory stock ones are dropped from `begun`, the last one first.
+    """Start the elastic generation. If memory runs out, drop stock ones from `begun`, the last one first.
 
     Raises
     ------
@@ -200,13 +249,13 @@ def _reason(error: Exception) -> str:
 
 
 def _forget_compiled() -> None:
-    """Free what compiled steps hold: they are the static cache's, which is gone."""
+    """Free the compiled steps of a static cache that no longer exists."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
 def _host_probe() -> ProcfsProbe | None:
-    """Return what tells, when it is read, how busy others kept the host in the meantime; None where nothing does."""
+    """Return a probe of the host's other load from now until it is read; None if the system has none."""
     try:
         return ProcfsProbe()
     except UnavailableError:
@@ -215,45 +264,34 @@ def _host_probe() -> ProcfsProbe | None:
 
 def _begun(generation: Generation, progress: BenchProgress) -> Generation:
     progress.phase(f"{generation.name}: warming up")
-    generation.rehearse(WARM_UP_PROMPT, WARM_UP_TOKENS)
+    generation.rehearse()
     progress.phase(f"{generation.name}: prompt of {generation.prompt_tokens} tokens")
     generation.advance(_FIRST_TOKENS)
     return generation
 
 
 def load(options: ModelBench) -> Loaded:
-    """Return the model, checked to fit the memory with its caches.
+    """Load the model, and check that it fits the memory with its caches.
 
     Raises
     ------
     UsageError : if it cannot be loaded, or does not fit.
     """
     shape = shape_named(options.model)
-    device = options.device
-    if shape is not None:
-        attention = AttentionShape(options.batch, shape.query_heads, shape.kv_heads, shape.head_dim)
-        weights, size = shape.weights_bytes(options.dtype), FORMATS[options.dtype].bits // 8
-        needs = MemoryEstimate(
-            options.model, weights, shape.layers, attention, shape.hidden, shape.intermediate, options.dtype, size
-        )
-        if options.capacity > shape.positions:
-            raise UsageError(f"{options.capacity} tokens are beyond the {shape.positions} positions of {options.model}")
-        needs.check(options.capacity, options.wanted, free_bytes(device))
-        return built(options.model, options.dtype, device, options.seed)
-    loaded = load_model(options.model, options.dtype, device)
-    sizes, text = sizes_of(loaded.model), text_config(loaded.model)
-    attention = AttentionShape(options.batch, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
-    intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    weights, size = sum(w.nbytes for w in loaded.model.parameters()), FORMATS[options.dtype].bits // 8
-    needs = MemoryEstimate(
-        loaded.name, weights, len(sizes.elastic), attention, text.hidden_size, intermediate, options.dtype, size
-    )
-    needs.check(options.capacity, options.wanted, free_bytes(device), loaded=True)
-    return loaded
+    if shape is None:
+        loaded = load_model(options.model, options.dtype, options.device)
+        estimate = MemoryEstimate.of_model(loaded, options.dtype, options.batch)
+        estimate.check(options.capacity, options.wanted, free_bytes(options.device), loaded=True)
+        return loaded
+    if options.capacity > shape.positions:
+        raise UsageError(f"{options.capacity} tokens are beyond the {shape.positions} positions of {options.model}")
+    estimate = MemoryEstimate.of_shape(options.model, shape, options.dtype, options.batch)
+    estimate.check(options.capacity, options.wanted, free_bytes(options.device))
+    return built(options.model, options.dtype, options.device, options.seed)
 
 
 def _prompts(loaded: Loaded, options: ModelBench) -> torch.Tensor:
-    """Return (batch, context) ids: pieces of the text, or random numbers for a model without a tokenizer."""
+    """Return (batch, context) ids: slices of the text, or random ids for a model without a tokenizer."""
     count = options.batch * options.context
     if loaded.tokenizer is None:
         vocabulary = text_config(loaded.model).vocab_size
@@ -266,8 +304,8 @@ def _prompts(loaded: Loaded, options: ModelBench) -> torch.Tensor:
 def _result(
     options: ModelBench, command: tuple[str, ...], loaded: Loaded, generations: list[Generation], device: dict[str, Any]
 ) -> dict[str, Any]:
-    ours, model = generations[-1], described(loaded)
-    caches = [cache_figures(g, model["read_weights_bytes"], device["read_ceiling_gbs"]) for g in generations]
+    ours, model = generations[-1], model_record(loaded)
+    caches = [cache_record(g, model["read_weights_bytes"], device["read_ceiling_gbs"]) for g in generations]
     baselines = {generation.name: speedup(generation, ours, SKIPPED) for generation in generations[:-1]}
     floor = noise_floor(generations[0], SKIPPED)
     ratios = {name: ratio for name, ratio in baselines.items() if ratio is not None}

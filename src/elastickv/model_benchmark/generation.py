@@ -1,4 +1,4 @@
-"""Text generated piece by piece with one cache, with the clock running; stock and elastic caches take turns."""
+"""Timed text generation piece by piece; stock and elastic caches take turns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from elastickv.benchmark.sampler import schedule
 from elastickv.benchmark.stats.intervals import Interval, ratio_interval
 from elastickv.errors import UsageError
-from elastickv.model_benchmark.memory_footprint import Footprint
+from elastickv.model_benchmark.memory import Footprint
 from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
@@ -25,7 +25,9 @@ from elastickv.transformers.model_support import sizes_of, text_config
 
 STOCK, STATIC, ELASTIC = "stock", "stock static+compile", "elastic"
 _STATIC_ROUNDING = 64
-Heard = Callable[[torch.Tensor], None]
+# More than sinks and window, so that pages are stored and read. The steps cover those that compile kernels and capture graphs.
+_WARM_UP_PROMPT, _WARM_UP_TOKENS = 192, 6
+OnToken = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Sampling:
     Attributes
     ----------
     temperature : 0 takes the likeliest token.
-    seed : of the random numbers where the temperature is above 0.
-    ends : whether a token that ends the text ends it.
+    seed : of the random numbers if the temperature is above 0.
+    ends : whether generation stops at an end-of-text token.
     """
 
     temperature: float = 0.0
@@ -48,7 +50,7 @@ class Sampling:
             raise UsageError(f"temperature {self.temperature} is out of range: give 0 (the likeliest token) up to 100")
 
     def config(self, model: Any, tokens: int) -> GenerationConfig:
-        """Return what `generate` is told."""
+        """Return the configuration for `generate`."""
         own = model.generation_config
         choice = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         padding = own.pad_token_id if own.pad_token_id is not None else 0
@@ -61,12 +63,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some tokens in a row.
+    """A run of consecutive tokens.
 
     Attributes
     ----------
-    tokens : generated, a row.
-    first_s : seconds until the first; with the prompt, if the piece begins with it.
+    tokens : generated per row.
+    first_s : seconds until the first token; includes the prompt if the piece begins with it.
     step_s : seconds of each step after the first.
     """
 
@@ -76,38 +78,39 @@ class Piece:
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when tokens reach the host, and hands them on."""
+    """Records when tokens reach the host, and passes them on."""
 
-    def __init__(self, heard: Heard | None) -> None:
-        self._heard, self._prompt_seen = heard, False
+    def __init__(self, on_token: OnToken | None) -> None:
+        self._on_token, self._prompt_seen = on_token, False
         self.started = time.perf_counter()
-        self.moments: list[float] = []
+        self.token_times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, the first time, then one token a row: (rows,)."""
+        """Receive the prompt in the first call, then one token per row, (rows,)."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        self.moments.append(time.perf_counter())
-        if self._heard is not None:
-            self._heard(value)
+        self.token_times.append(time.perf_counter())
+        if self._on_token is not None:
+            self._on_token(value)
 
     def end(self) -> None:
-        """Do nothing: the moments tell."""
+        """Do nothing: the token times are complete."""
 
     def piece(self) -> Piece:
-        """Return what was noted."""
-        steps = tuple(after - before for before, after in zip(self.moments, self.moments[1:], strict=False))
-        return Piece(len(self.moments), self.moments[0] - self.started, steps)
+        """Return the recorded times."""
+        times = self.token_times
+        steps = tuple(after - before for before, after in zip(times, times[1:], strict=False))
+        return Piece(len(times), times[0] - self.started, steps)
 
 
 class Generation:
-    """A text that grows by pieces, with one cache.
+    """A text that is generated in pieces with one cache.
 
     Parameters
     ----------
     name : of the contender.
-    model : its attention implementation at this moment is the one that the cache works with.
+    model : its current attention implementation is the one that the cache works with.
     ids, mask : (rows, tokens) of the prompt.
     """
 
@@ -116,15 +119,15 @@ class Generation:
         self.ids, self._mask, self.prompt_tokens = ids.to(model.device), mask.to(model.device), int(ids.shape[1])
         self.pieces: list[Piece] = []
         self.footprint = Footprint(self.ids.device)
-        self._seam = patch_of(model)
+        self._patch = patch_of(model)
         self._random: dict[str, torch.Tensor] | None = None
         self._stock_read_bytes = 0.0
 
     @property
     def new_tokens(self) -> int:
-        """Tokens generated so far, a row."""
-        grown: int = self.ids.shape[1]
-        return grown - self.prompt_tokens
+        """Tokens generated so far per row."""
+        length: int = self.ids.shape[1]
+        return length - self.prompt_tokens
 
     @property
     def ended(self) -> bool:
@@ -132,18 +135,18 @@ class Generation:
         ends = self.model.generation_config.eos_token_id
         if not self.sampling.ends or ends is None:
             return False
-        wanted = torch.as_tensor(ends, device=self.ids.device).reshape(-1)
-        return bool(torch.isin(self.ids[:, self.prompt_tokens :], wanted).any(dim=1).all())
+        end_ids = torch.as_tensor(ends, device=self.ids.device).reshape(-1)
+        return bool(torch.isin(self.ids[:, self.prompt_tokens :], end_ids).any(dim=1).all())
 
-    def advance(self, tokens: int, heard: Heard | None = None) -> Piece:
-        """Generate up to `tokens` tokens a row; `heard` is given each, (rows,), as it comes.
+    def advance(self, tokens: int, on_token: OnToken | None = None) -> Piece:
+        """Generate up to `tokens` tokens per row, and call `on_token` with each, (rows,).
 
-        The model's attention is the one that this cache was made for, the random numbers are this text's own.
+        Sets the model's attention to the one that this cache was made for, and continues this text's own random numbers.
         """
-        restore(self.model, self._seam)
+        restore(self.model, self._patch)
         before = self._stock_bytes()
         with self._own_random(), self.footprint.watched():
-            clock = _Clock(heard)
+            clock = _Clock(on_token)
             ids = self.model.generate(
                 input_ids=self.ids,
                 attention_mask=self._mask,
@@ -154,24 +157,24 @@ class Generation:
         self._mask = torch.nn.functional.pad(self._mask, (0, ids.shape[1] - self.ids.shape[1]), value=1)
         self.ids = ids
         piece = clock.piece()
-        # A prompt's pass decodes nothing; what a stock cache holds is read whole once a step, and grows evenly.
+        # The prompt's pass is not a decode. A step reads the whole stock cache, which grows evenly.
         after = self._stock_bytes()
         self._stock_read_bytes += (piece.tokens if self.pieces else piece.tokens - 1) * ((before or after) + after) / 2
         self.pieces.append(piece)
         return piece
 
-    def rehearse(self, prompt_tokens: int, tokens: int) -> None:
-        """Generate after the prompt's first `prompt_tokens` tokens with an empty cache of the same kind, and forget it.
+    def rehearse(self, prompt_tokens: int = _WARM_UP_PROMPT, tokens: int = _WARM_UP_TOKENS) -> None:
+        """Generate after the prompt's first `prompt_tokens` tokens with an empty cache of the same kind, and discard it.
 
-        Kernels are compiled and loaded then. A static cache rehearses itself, for its steps are compiled for its very buffers;
-        what these take counts as the generation's.
+        This compiles and loads the kernels. A static cache is used itself and then reset, because its steps are compiled for
+        its own buffers; their memory counts as the generation's.
         """
         static = isinstance(self.cache, StaticCache)
         if isinstance(self.cache, ElasticCache):
             cache: Any = self.cache.another()
         else:
             cache = self.cache if static else DynamicCache(config=text_config(self.model))
-        restore(self.model, self._seam)
+        restore(self.model, self._patch)
         prompt = slice(0, prompt_tokens)
         other = Generation(self.name, self.model, cache, self.ids[:, prompt], self._mask[:, prompt], self.sampling)
         if static:
@@ -181,14 +184,14 @@ class Generation:
             self.cache.reset()
 
     def restart(self) -> None:
-        """Forget all that was generated with an elastic cache, or was begun when memory ran out."""
+        """Discard everything generated with an elastic cache, including a piece that ran out of memory."""
         self.cache.reset()
         self.ids, self._mask = self.ids[:, : self.prompt_tokens], self._mask[:, : self.prompt_tokens]
         self.pieces.clear()
         self.footprint, self._random, self._stock_read_bytes = Footprint(self.ids.device), None, 0.0
 
     def text_ids(self) -> list[list[int]]:
-        """Return the ids of each row's text, without the prompt."""
+        """Return the ids of each row's text without the prompt."""
         rows: list[list[int]] = self.ids[:, self.prompt_tokens :].tolist()
         return rows
 
@@ -211,21 +214,21 @@ class Generation:
                     self._random["cuda"] = torch.cuda.get_rng_state(device)
 
     def _stock_bytes(self) -> int:
-        """Return the bytes of layers that are Transformers' own."""
+        """Return the bytes of the layers that Transformers stores."""
         tensors = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
         return sum(int(tensor.nbytes) for tensor in tensors if isinstance(tensor, torch.Tensor))
 
     def _dense_bytes(self) -> int:
-        """Return the bytes that all tokens would take in 16 bit in the layers with full attention."""
+        """Return the bytes of all tokens in a dense 16-bit cache of the layers with full attention."""
         tokens: int = self.ids.shape[0] * int(self.cache.get_seq_length())
         sizes = sizes_of(self.model)
         return tokens * len(sizes.elastic) * 2 * sizes.kv_heads * sizes.head_dim * 2
 
-    def receipt(self) -> dict[str, Any]:
-        """Return what this text took, as JSON values.
+    def metrics(self) -> dict[str, Any]:
+        """Return time, bytes and memory of this text, as JSON values.
 
-        Bytes of stock layers are those that they hold, read whole once a step; those of elastic layers are counted by recipe.
-        The ratios are to a dense 16-bit cache, of the elastic layers alone.
+        Stock layers count the bytes that they hold, read whole once a step; elastic layers count by recipe. The ratios compare
+        the elastic layers alone with a dense 16-bit cache.
         """
         steps = [step for piece in self.pieces for step in piece.step_s]
         rows, stock = self.ids.shape[0], self._stock_bytes()
@@ -280,9 +283,9 @@ def stock(model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling)
 
 def stock_static(model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, capacity: int) -> Generation:
     """Return a generation with Transformers' static cache of `capacity` tokens, whose steps `generate` compiles on CUDA."""
-    # Masks of odd lengths would be copied to aligned ones at every step.
-    places = -(-capacity // _STATIC_ROUNDING) * _STATIC_ROUNDING
-    return Generation(STATIC, model, StaticCache(text_config(model), max_cache_len=places), ids, mask, sampling)
+    # PyTorch copies a mask of unaligned length at every step.
+    rounded = -(-capacity // _STATIC_ROUNDING) * _STATIC_ROUNDING
+    return Generation(STATIC, model, StaticCache(text_config(model), max_cache_len=rounded), ids, mask, sampling)
 
 
 def elastic(
@@ -290,16 +293,16 @@ def elastic(
 ) -> Generation:
     """Return a generation with an elastic cache.
 
-    Make those with stock caches before: this one sets the model's attention.
+    Create those with stock caches first: this one sets the model's attention.
 
     Parameters
     ----------
     capacity : tokens of prompt and text.
-    wanted : what `ElasticCache.for_model` takes: compress, recipe, calibration.
+    wanted : keyword arguments of `ElasticCache.for_model`: compress, recipe, calibration.
 
     Raises
     ------
-    UsageError : if the model cannot be served, or prompt and text are beyond its positions.
+    UsageError : if the model is not supported, or prompt and text exceed its positions.
     """
     sizes = sizes_of(model)
     if sizes.max_positions is not None and capacity > sizes.max_positions:
@@ -315,27 +318,27 @@ def take_turns(
     rounds: int,
     tokens: int,
     seed: int,
-    heard: Mapping[str, Heard] | None = None,
+    on_token: Mapping[str, OnToken] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Let every text grow by `rounds` pieces of `tokens` tokens, in randomised mirrored blocks; ended texts sit out."""
+    """Extend every text by `rounds` pieces of `tokens` tokens, in randomized mirrored blocks; skip texts that have ended."""
     by_name = {generation.name: generation for generation in generations}
     total = rounds * len(generations)
     for done, name in enumerate(schedule(list(by_name), rounds, True, seed)):
         if not by_name[name].ended:
-            by_name[name].advance(tokens, (heard or {}).get(name))
+            by_name[name].advance(tokens, (on_token or {}).get(name))
         progress(done + 1, total)
 
 
 def step_means(generation: Generation) -> list[float]:
-    """Return the mean seconds of a step of each piece, those without a step left out."""
+    """Return the mean seconds per step of each piece that has steps."""
     return [sum(piece.step_s) / len(piece.step_s) for piece in generation.pieces if piece.step_s]
 
 
 def speedup(baseline: Generation, other: Generation, skipped: int = 0) -> Interval | None:
-    """Return how many times as fast as the baseline's the other's steps are, from the pieces after `skipped`.
+    """Return the speed-up of the other's steps over the baseline's, without the first `skipped` pieces.
 
-    None where fewer than two pieces of both have steps.
+    None if fewer than two pieces of both have steps.
     """
     before, after = step_means(baseline)[skipped:], step_means(other)[skipped:]
     pairs = min(len(before), len(after))
@@ -343,7 +346,7 @@ def speedup(baseline: Generation, other: Generation, skipped: int = 0) -> Interv
 
 
 def noise_floor(generation: Generation, skipped: int = 0) -> Interval | None:
-    """Return every other piece against the pieces between: what this machine's noise alone looks like."""
+    """Return the ratio of the even pieces to the odd ones: what the machine's noise alone looks like."""
     means = step_means(generation)[skipped:]
     pairs = len(means) // 2
     return ratio_interval(means[: 2 * pairs : 2], means[1 : 2 * pairs : 2]) if pairs >= 2 else None

@@ -1,4 +1,4 @@
-"""llama.cpp's KV cache types on one model: speed in turns, predictions, and bytes beside those of our formats."""
+"""llama.cpp's KV cache types on one model: speed, predictions, and bytes compared with our formats."""
 
 import os
 import time
@@ -25,25 +25,25 @@ from elastickv.recipe import AttentionShape, Recipe, dense_bytes, read_ratio, st
 
 DEFAULT_KV_TYPES = ("f16", "q8_0", "q4_0")
 FORMATS = ("int8", "fp8", "int4")
-# Between these lengths every token added is cold, and pages are whole at both.
+# Between these lengths every added token is cold, and both are whole numbers of pages.
 _COLD_FROM, _COLD_TOKENS = 4096, 1024
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class GgufBench:
-    """What to measure.
+    """What `measure` measures.
 
     Attributes
     ----------
     model : path of a .gguf file, or OWNER/NAME:FILE.gguf.
-    kv_types : the first is what the others are held against.
+    kv_types : the first is the reference for the others.
     context : tokens of the prompt.
     rounds : samples of each type.
     tokens : decodes of a sample.
-    scored : predictions of the text that are held against those of the first type; 0 leaves them out.
+    scored : number of predictions of the text to compare with those of the first type; 0 skips them.
     seed : of the order.
-    text : what the prompt is the beginning of.
+    text : the prompt is its beginning.
     threads : of the CPU; None for as many as the process may use.
     """
 
@@ -69,8 +69,8 @@ class GgufBench:
                 raise UsageError(f"{name}={value} is out of range: give a whole number from {least} up")
         unknown = [kv_type for kv_type in self.kv_types if kv_type not in KV_TYPES]
         if unknown or not self.kv_types:
-            given = ",".join(unknown) or "(nothing)"
-            raise UsageError(f"--kv-types={given} is unknown to llama.cpp: choose from {', '.join(KV_TYPES)}")
+            names = ",".join(unknown) or "(nothing)"
+            raise UsageError(f"--kv-types={names} is unknown to llama.cpp: choose from {', '.join(KV_TYPES)}")
         if len(set(self.kv_types)) < len(self.kv_types):
             raise UsageError(f"--kv-types={','.join(self.kv_types)} names a type twice: give each once")
 
@@ -83,19 +83,19 @@ class GgufBench:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a cache must have room for."""
+        """Capacity of a cache, tokens."""
         return self.context + max(self.tokens, self.scored) + 1
 
 
 def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) -> dict[str, Any]:
     """Return the result as JSON values.
 
-    A sample reads the prompt into an empty cache and decodes `tokens` tokens after it. Types take turns in randomised mirrored
-    blocks; a sample of each before them is not counted.
+    A sample reads the prompt into an empty cache and decodes `tokens` tokens after it. Types take turns in randomized mirrored
+    blocks, after one warm-up sample of each.
 
     Raises
     ------
-    UsageError : if the bindings or the model are missing, or the model can't be run so.
+    UsageError : if the bindings or the model are missing, or llama.cpp cannot run the model.
     DoesNotFit : if weights and caches are larger than the memory.
     """
     require_bindings()
@@ -115,7 +115,7 @@ def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) ->
         samples[kv_type].append(opened[kv_type].timed(prompt, options.tokens))
         progress.progress(done, options.rounds * len(opened))
     reason = _unscored(options, text)
-    prices = {} if reason else _prices(options, opened, text, progress)
+    deltas = {} if reason else _quality_deltas(options, opened, text, progress)
     decodes = {kv_type: [decode for _, decode in taken] for kv_type, taken in samples.items()}
     first, *others = options.kv_types
     formats, unformed = _our_formats(model, options.context)
@@ -132,7 +132,7 @@ def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) ->
         rounds=options.rounds,
         seed=options.seed,
         pairing="abba",
-        caches=[_cache(model, options, kv_type, samples[kv_type], prices.get(kv_type)) for kv_type in opened],
+        caches=[_cache(model, options, kv_type, samples[kv_type], deltas.get(kv_type)) for kv_type in opened],
         speedups={kv_type: ratio_interval(decodes[first], decodes[kv_type]) for kv_type in others},
         baseline=first,
         noise_floor=_noise_floor(decodes[first]),
@@ -154,8 +154,8 @@ def _check(options: GgufBench, model: GgufModel) -> None:
     for kv_type in options.kv_types:
         model.check_type(kv_type)
     caches = sum(model.kv_bytes_per_token(kv_type) for kv_type in options.kv_types) * options.capacity
-    found = device()
-    free = found["memory_free"] if found["name"] != "CPU" else load("cpu")[0].device.free_bytes
+    used = device()
+    free = used["memory_free"] if used["name"] != "CPU" else load("cpu")[0].device.free_bytes
     if model.file_bytes + caches > free:
         raise DoesNotFit(
             f"{model.path.name} ({model.file_bytes / _GIB:.1f} GiB) and {len(options.kv_types)} KV caches of "
@@ -165,7 +165,7 @@ def _check(options: GgufBench, model: GgufModel) -> None:
 
 
 def _unscored(options: GgufBench, text: list[int]) -> str | None:
-    """Return why predictions are not measured; None where they are."""
+    """Return why predictions are not measured; None if they are."""
     if not options.scored:
         return "not asked for: --scored 0"
     if len(text) < options.context + options.scored:
@@ -173,16 +173,18 @@ def _unscored(options: GgufBench, text: list[int]) -> str | None:
     return None
 
 
-def _prices(options: GgufBench, opened: dict[str, Llama], text: list[int], progress: Reporter) -> dict[str, QualityDelta]:
-    """Return each type's price: the text's own tokens are fed one by one, and decoded through that type's cache."""
+def _quality_deltas(
+    options: GgufBench, opened: dict[str, Llama], text: list[int], progress: Reporter
+) -> dict[str, QualityDelta]:
+    """Return the quality of each type: the text's tokens are decoded one by one through that type's cache."""
     progress.phase("predictions")
     figures: dict[str, list[Iterable[float]]] = {kv_type: [] for kv_type in opened}
     for step in range(options.scored):
         end = options.context + step
-        said = {kv_type: llama.log_probabilities(text[:end]) for kv_type, llama in opened.items()}
-        reference = said[options.kv_types[0]]
-        for kv_type, found in said.items():
-            figures[kv_type].append(np.concatenate(token_figures([reference], [found], [text[end]])))
+        predictions = {kv_type: llama.log_probabilities(text[:end]) for kv_type, llama in opened.items()}
+        reference = predictions[options.kv_types[0]]
+        for kv_type, prediction in predictions.items():
+            figures[kv_type].append(np.concatenate(token_figures([reference], [prediction], [text[end]])))
         progress.progress(step + 1, options.scored)
     first, name, context = options.kv_types[0], options.text.name, options.context
     return {
@@ -191,7 +193,7 @@ def _prices(options: GgufBench, opened: dict[str, Llama], text: list[int], progr
 
 
 def _cache(
-    model: GgufModel, options: GgufBench, kv_type: str, samples: list[tuple[float, float]], found: QualityDelta | None
+    model: GgufModel, options: GgufBench, kv_type: str, samples: list[tuple[float, float]], delta: QualityDelta | None
 ) -> KvCache:
     prompts, decodes = ([sample[i] for sample in samples] for i in range(2))
     prompt_ms, step_ms = [1e3 * s / options.context for s in prompts], [1e3 * s / options.tokens for s in decodes]
@@ -205,25 +207,25 @@ def _cache(
         step_ms=ratio_interval(step_ms, ones),
         kv_bytes_per_token=model.kv_bytes_per_token(kv_type) if counted else None,
         stored_ratio=model.kv_bytes_per_token("f16") / model.kv_bytes_per_token(kv_type) if counted else None,
-        fidelity=found,
+        fidelity=delta,
         prompt_s=prompts,
         decode_s=decodes,
     )
 
 
 def _noise_floor(series: list[float]) -> Any:
-    """Return every other sample of a type against those between; None for fewer than two pairs."""
+    """Return the ratio of a type's even samples to its odd ones; None for fewer than two pairs."""
     pairs = len(series) // 2
     return ratio_interval(series[: 2 * pairs : 2], series[1 : 2 * pairs : 2]) if pairs >= 2 else None
 
 
 def _our_formats(model: GgufModel, context: int) -> tuple[list[OurFormat], str | None]:
-    """Return what our formats take of one token in all layers, and why they can't be counted."""
+    """Return the bytes of our formats per token in all layers, or why they cannot be computed."""
     if model.uncounted is not None:
         return [], model.uncounted
     if model.key_dim != model.value_dim:
         return [], f"keys of {model.key_dim} and values of {model.value_dim} elements"
-    found = []
+    formats = []
     try:
         shapes = [AttentionShape(1, model.query_heads, heads, model.key_dim) for heads in model.kv_heads if heads]
         for name in FORMATS:
@@ -234,12 +236,12 @@ def _our_formats(model: GgufModel, context: int) -> tuple[list[OurFormat], str |
             )
             dense = sum(dense_bytes([context], shape) for shape in shapes)
             read = sum(dense_bytes([context], shape) / read_ratio(recipe, [context], shape) for shape in shapes)
-            found.append(
+            formats.append(
                 OurFormat(name, recipe.hash, stored / context, (more - few) / _COLD_TOKENS, dense / stored, dense / read)
             )
     except UsageError as error:
         return [], str(error)
-    return found, None
+    return formats, None
 
 
 def _described(model: GgufModel) -> GgufShape:

@@ -1,4 +1,4 @@
-"""What a .gguf file says of its model, and what its KV cache takes in each of llama.cpp's types."""
+"""The model of a .gguf file, and the size of its KV cache in each of llama.cpp's types."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from typing import Any
 from elastickv.errors import UsageError
 from elastickv.transformers.gguf_header import read_gguf_header
 
-# Elements of a block, bytes of one.
+# Elements of a block, bytes of a block.
 KV_TYPES: dict[str, tuple[int, int]] = {
     "f32": (1, 4),
     "f16": (1, 2),
@@ -22,25 +22,25 @@ KV_TYPES: dict[str, tuple[int, int]] = {
     "q4_0": (32, 18),
     "iq4_nl": (32, 18),
 }
-MAX_SIZE = 1 << 32  # of anything that a model has
-_BY_LAYER = ("attention.head_count", "attention.head_count_kv", "attention.sliding_window")  # what may be a list
+MAX_SIZE = 1 << 32  # of any size in the header
+_BY_LAYER = ("attention.head_count", "attention.head_count_kv", "attention.sliding_window")  # may be a list
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A model's file.
+    """A model in a .gguf file.
 
     Attributes
     ----------
-    path, file_bytes : where it is, and its size.
+    path, file_bytes : of the file.
     architecture : such as 'llama'.
     layers, query_heads : as named.
     kv_heads : of each layer.
     key_dim, value_dim : elements of a head.
-    positions : tokens that it was trained for.
-    vocabulary : tokens that it knows.
-    uncounted : why its KV bytes do not follow from these sizes; None where they do.
+    positions : context length that the model was trained for.
+    vocabulary : number of tokens.
+    uncounted : why the KV bytes cannot be computed from these sizes; None if they can.
     """
 
     path: Path
@@ -56,16 +56,16 @@ class GgufModel:
     uncounted: str | None
 
     def kv_bytes_per_token(self, kv_type: str) -> float:
-        """Return the bytes that llama.cpp keeps of one token in all layers."""
+        """Return the bytes that llama.cpp stores per token in all layers."""
         elements, size = KV_TYPES[kv_type]
         return sum(self.kv_heads) * (self.key_dim + self.value_dim) * size / elements
 
     def check_type(self, kv_type: str) -> None:
-        """Refuse a type whose blocks a head does not fill.
+        """Check that the blocks of a type fit the heads.
 
         Raises
         ------
-        UsageError : saying what would fit.
+        UsageError : if they do not; names types that do.
         """
         elements = KV_TYPES[kv_type][0]
         if self.key_dim % elements or self.value_dim % elements:
@@ -76,7 +76,7 @@ class GgufModel:
 
 
 def read_gguf(name: str) -> GgufModel:
-    """Return what the file says.
+    """Read the model's sizes from a file's header.
 
     Parameters
     ----------
@@ -84,18 +84,18 @@ def read_gguf(name: str) -> GgufModel:
 
     Raises
     ------
-    UsageError : if there is no such file, it is no .gguf file, or not of a language model.
+    UsageError : if the file does not exist, is not a .gguf file, or has no language model.
     """
-    path = _found(name)
+    path = _local_path(name)
     fields = read_gguf_header(path, name)
     architecture = str(fields.get("general.architecture"))
 
     def size(key: str, default: Any = None) -> Any:
-        found = fields.get(f"{architecture}.{key}", default)
-        for number in found if isinstance(found, list) and key in _BY_LAYER else [found]:
+        value = fields.get(f"{architecture}.{key}", default)
+        for number in value if isinstance(value, list) and key in _BY_LAYER else [value]:
             if number is not None and not (isinstance(number, int) and 0 <= number <= MAX_SIZE):
                 raise UsageError(f"model {name} is damaged ({architecture}.{key} is {str(number)[:40]}): download it again")
-        return found
+        return value
 
     layers, heads, hidden = (size(key) for key in ("block_count", "attention.head_count", "embedding_length"))
     query_heads = max(heads, default=0) if isinstance(heads, list) else heads
@@ -122,7 +122,7 @@ def read_gguf(name: str) -> GgufModel:
     )
 
 
-def _found(name: str) -> Path:
+def _local_path(name: str) -> Path:
     path, hub = Path(os.path.expanduser(name)), _HUB_FILE.fullmatch(name)
     if path.is_dir():
         raise UsageError(f"model {name} is a folder: give the .gguf file in it")

@@ -1,4 +1,4 @@
-"""llama.cpp through the prebuilt bindings `xllamacpp`, which are imported when a model is opened and nowhere else."""
+"""llama.cpp through the prebuilt bindings `xllamacpp`, which are imported on first use."""
 
 import json
 from functools import cached_property
@@ -23,11 +23,11 @@ _FORCED = 1000.0
 
 
 def require_bindings() -> None:
-    """Refuse to go on without the packages of the extra `gguf`.
+    """Check that the packages of the extra `gguf` are installed.
 
     Raises
     ------
-    UsageError : naming what is missing and the command that installs it.
+    UsageError : if one is missing; names it and the command that installs it.
     """
     missing = [package for package in (PACKAGE, "gguf") if find_spec(package) is None]
     if missing:
@@ -35,26 +35,26 @@ def require_bindings() -> None:
 
 
 def engine() -> dict[str, str]:
-    """Return what llama.cpp is and where it runs: name, version and device, the GPU's where the bindings were built for one."""
-    found = device()
-    return {"name": PACKAGE, "version": version(PACKAGE), "device": str(found["description"]), "backend": str(found["name"])}
+    """Return the name and version of the bindings, and the device that they run on."""
+    used = device()
+    return {"name": PACKAGE, "version": version(PACKAGE), "device": str(used["description"]), "backend": str(used["name"])}
 
 
 def device() -> dict[str, Any]:
-    """Return the first device that is no CPU, or the CPU: name, description, memory_free and more."""
+    """Return the first device that is not a CPU, else the CPU: name, description, memory_free and more."""
     bindings = import_module(PACKAGE)
     devices: list[dict[str, Any]] = bindings.get_device_info()
     cpu = bindings.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
-    return next((found for found in devices if found["type"] != cpu), devices[0])
+    return next((candidate for candidate in devices if candidate["type"] != cpu), devices[0])
 
 
 class Llama:
-    """A model held open with one KV cache type for keys and values. Several may be open at once: the file's pages are shared.
+    """An open model with one KV cache type for keys and values. Several may be open at once: they share the file's pages.
 
     Parameters
     ----------
-    kv_type : one of `KV_TYPES`. Flash attention is on for all of them: quantised values need it, and one kernel serves all.
-    tokens : places in the cache.
+    kv_type : one of `KV_TYPES`. All of them use flash attention: quantized values need it, and the kernel is then the same.
+    tokens : capacity of the cache.
     threads : of the CPU.
 
     Raises
@@ -65,18 +65,18 @@ class Llama:
     def __init__(self, model: GgufModel, kv_type: str, tokens: int, threads: int) -> None:
         bindings = import_module(PACKAGE)
         self.kv_type, self._vocabulary = kv_type, model.vocabulary
-        wanted = bindings.CommonParams()
-        wanted.model.path = str(model.path)
-        wanted.n_ctx, wanted.n_parallel = tokens, 1
-        wanted.cache_type_k = wanted.cache_type_v = getattr(bindings.ggml_type, f"GGML_TYPE_{kv_type.upper()}")
-        wanted.flash_attn_type = bindings.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        wanted.n_gpu_layers = _ALL_LAYERS
-        wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = threads
-        # What is asked for is what runs: no other context, no copies of earlier prompts, no lines on the terminal.
-        wanted.fit_params, wanted.ctx_shift, wanted.cache_ram_mib, wanted.n_ctx_checkpoints = False, False, 0, 0
-        wanted.verbosity = -1
+        params = bindings.CommonParams()
+        params.model.path = str(model.path)
+        params.n_ctx, params.n_parallel = tokens, 1
+        params.cache_type_k = params.cache_type_v = getattr(bindings.ggml_type, f"GGML_TYPE_{kv_type.upper()}")
+        params.flash_attn_type = bindings.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.n_gpu_layers = _ALL_LAYERS
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        # Run exactly what is requested: no other context length, no copies of earlier prompts, no output on the terminal.
+        params.fit_params, params.ctx_shift, params.cache_ram_mib, params.n_ctx_checkpoints = False, False, 0, 0
+        params.verbosity = -1
         try:
-            self._server = bindings.Server(wanted)
+            self._server = bindings.Server(params)
         except RuntimeError:
             raise UsageError(
                 f"llama.cpp cannot open {model.path} with {tokens} tokens of {kv_type}: damaged, of an architecture that "
@@ -88,8 +88,8 @@ class Llama:
         return self.encoded("a")[-1]
 
     def encoded(self, text: str) -> list[int]:
-        """Return a text's tokens, with those that the model wants at its beginning."""
-        # The bindings wrap no tokeniser: the server that they run, on this machine alone, has one.
+        """Return a text's tokens, with the model's special tokens at the beginning."""
+        # The bindings have no tokenizer, but the server that they run, on the loopback address, does.
         body = json.dumps({"content": text, "add_special": True}).encode()
         request = Request(f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
         try:
@@ -99,34 +99,33 @@ class Llama:
             raise UsageError(f"llama.cpp could not cut the text into tokens ({error}): try another model") from None
 
     def timed(self, prompt: list[int], steps: int) -> tuple[float, float]:
-        """Return the seconds of the prompt, read into an empty cache, and those of `steps` decodes after it."""
-        # The first token comes out of the prompt's own pass.
-        said = self._complete(prompt, max_tokens=steps + 1, ignore_eos=True, cache_prompt=False)
-        took = said["timings"]
-        if (took["prompt_n"], took["predicted_n"]) != (len(prompt), steps + 1):
+        """Return the seconds of a prompt, read into an empty cache, and of `steps` decodes after it."""
+        # The prompt's own pass yields the first token.
+        timings = self._complete(prompt, max_tokens=steps + 1, ignore_eos=True, cache_prompt=False)["timings"]
+        if (timings["prompt_n"], timings["predicted_n"]) != (len(prompt), steps + 1):
             raise UsageError(
-                f"llama.cpp read {took['prompt_n']} of {len(prompt)} tokens and made {took['predicted_n']} of {steps + 1}: "
-                "the model does not generate freely; try another"
+                f"llama.cpp read {timings['prompt_n']} of {len(prompt)} tokens and generated {timings['predicted_n']} of "
+                f"{steps + 1}: the model does not generate freely; try another"
             )
-        return took["prompt_ms"] / 1e3, took["predicted_ms"] / 1e3
+        return timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3
 
     def log_probabilities(self, prompt: list[int]) -> Float64:
         """Return the (vocabulary,) log-probabilities of the next token.
 
-        What the last call's prompt has in common with this one is in the cache: a prompt one token longer is one decode.
+        The cache holds the prefix that this prompt shares with the last call's: a prompt one token longer is one decode.
         """
-        # Nothing is told of a token that ends the text or half a character: one that is neither is forced. What is told are
-        # the model's own probabilities all the same.
+        # llama.cpp reports no probabilities for a token that ends the text or is half a character. So another token is forced;
+        # the reported probabilities are still the model's own.
         forced = [[self._letter, _FORCED]]
-        said = self._complete(prompt, max_tokens=1, cache_prompt=True, logprobs=self._vocabulary, logit_bias=forced)
-        found = np.full(self._vocabulary, -np.inf)
-        for entry in said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-            found[entry["id"]] = entry["logprob"]
-        return found
+        answer = self._complete(prompt, max_tokens=1, cache_prompt=True, logprobs=self._vocabulary, logit_bias=forced)
+        log_probabilities = np.full(self._vocabulary, -np.inf)
+        for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            log_probabilities[entry["id"]] = entry["logprob"]
+        return log_probabilities
 
     def _complete(self, prompt: list[int], **options: Any) -> dict[str, Any]:
-        asked = {"prompt": prompt, "temperature": 0, "samplers": ["top_k"], "top_k": 1} | options
-        said: dict[str, Any] = self._server.handle_completions(asked)
-        if "error" in said:
-            raise UsageError(f"llama.cpp refused: {said['error'].get('message', said['error'])}")
-        return said
+        request = {"prompt": prompt, "temperature": 0, "samplers": ["top_k"], "top_k": 1} | options
+        answer: dict[str, Any] = self._server.handle_completions(request)
+        if "error" in answer:
+            raise UsageError(f"llama.cpp refused: {answer['error'].get('message', answer['error'])}")
+        return answer

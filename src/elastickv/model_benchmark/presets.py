@@ -1,4 +1,4 @@
-"""The two references with their usual sizes: what the command line, sweeps and the notebook call."""
+"""The two baselines with their default sizes, for the command line, sweeps and the notebook."""
 
 from pathlib import Path
 from typing import Any
@@ -28,25 +28,24 @@ def transformers_baseline(
     command: tuple[str, ...] = (),
     progress: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Return how fast a model generates with stock and elastic caches, and what the elastic one costs.
+    """Measure a model's speed with stock and elastic caches, and the quality of its predictions with the elastic one.
 
     Parameters
     ----------
     model : a directory, a .gguf file, a hub id or 'shape:tiny' and its like.
-    compress, recipe : what is asked of the elastic cache; 2 where neither is given.
-    reps, decode_tokens : samples of each cache, and decodes of a sample.
-    scored : predictions that are held against those of full attention; 0 leaves them out.
+    compress, recipe : of the elastic cache; compress defaults to 2 without a recipe.
+    reps, decode_tokens : samples per cache, and decodes per sample.
+    scored : number of predictions to compare with those of full attention; 0 skips them.
 
     Raises
     ------
-    UsageError : if a package is missing, an option out of range, or the model can't be served.
+    UsageError : if a package is missing, an option is out of range, or the model is not supported.
     """
     from elastickv.transformers.model_loading import NEEDED, require
 
     require(*NEEDED)
-    from elastickv.model_benchmark.bench import ModelBench
+    from elastickv.model_benchmark.bench import ModelBench, measure_with_quality
     from elastickv.model_benchmark.shapes import usual_device, usual_dtype
-    from elastickv.model_benchmark.transformers_baseline import measure
     from elastickv.recipe import ModelCalibration
 
     place = device or usual_device()
@@ -72,7 +71,7 @@ def transformers_baseline(
         seed=seed,
         text=text.content,
     )
-    return measure(options, text, scored, command, progress or Silent())
+    return measure_with_quality(options, text, scored, command, progress or Silent())
 
 
 def gguf_baseline(
@@ -88,19 +87,19 @@ def gguf_baseline(
     command: tuple[str, ...] = (),
     progress: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Return how fast llama.cpp runs a model with each of its KV cache types, and what each costs.
+    """Measure llama.cpp's speed and prediction quality with each of its KV cache types.
 
     Parameters
     ----------
     model : a .gguf file, or OWNER/NAME:FILE.gguf on the hub.
-    kv_types : the first is what the others are held against.
-    reps, decode_tokens : samples of each type, and decodes of a sample.
-    scored : predictions that are held against those of the first type; 0 leaves them out.
-    threads : of the CPU; all where none are given.
+    kv_types : the first is the reference for the others.
+    reps, decode_tokens : samples per type, and decodes per sample.
+    scored : number of predictions to compare with those of the first type; 0 skips them.
+    threads : of the CPU; default: all.
 
     Raises
     ------
-    UsageError : if a package is missing, an option out of range, or the model can't be run.
+    UsageError : if a package is missing, an option is out of range, or llama.cpp cannot run the model.
     """
     from elastickv.model_benchmark.gguf import GgufBench, measure
 

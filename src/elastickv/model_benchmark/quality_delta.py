@@ -1,4 +1,4 @@
-"""What another KV cache does to a model's predictions of a text: the price that stands beside its speed."""
+"""What a KV cache does to a model's predictions of a text: the quality that is reported beside its speed."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ from elastickv.evaluation.metrics import Scores
 
 @dataclass(frozen=True)
 class QualityDelta:
-    """Predictions with a cache against those with the reference cache, token by token of a text.
+    """Predictions of a text's tokens with a cache, compared with those with a reference cache.
 
     Attributes
     ----------
-    reference : the cache that it is held against.
+    reference : the reference cache.
     text : the text's name.
     context, tokens : tokens before the first prediction, and predictions.
     perplexity, reference_perplexity : with this cache and with the reference.
     kl_mean, kl_p95, kl_max : KL(reference || this) of a prediction over the whole vocabulary, nats.
-    top1_percent : predictions whose likeliest token is the same.
+    top1_percent : share of predictions whose likeliest token is the same.
     """
 
     reference: str
@@ -34,7 +34,7 @@ class QualityDelta:
 
 
 def quality_delta(reference: str, text: str, context: int, scores: Scores) -> QualityDelta:
-    """Return what scored predictions come to; full attention in `scores` stands for the reference cache."""
+    """Summarize scored predictions; full attention in `scores` is the reference cache."""
     kl = scores.kl.ravel()
     return QualityDelta(
         reference=reference,
@@ -43,7 +43,7 @@ def quality_delta(reference: str, text: str, context: int, scores: Scores) -> Qu
         tokens=kl.size,
         perplexity=float(np.exp(scores.nll.mean())),
         reference_perplexity=float(np.exp(scores.full_nll.mean())),
-        # Rounding may leave a difference of nothing below 0.
+        # Rounding may put a KL of 0 slightly below 0.
         kl_mean=max(0.0, float(kl.mean())),
         kl_p95=max(0.0, float(np.quantile(kl, 0.95))),
         kl_max=max(0.0, float(kl.max())),

@@ -1,4 +1,4 @@
-"""Random weights in the shape of published models: for machines without a download, and for what a model would cost."""
+"""Random weights in the shape of published models, for benchmarks without a download."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Shape:
     hidden, intermediate : channels of the residual stream and of the feed-forward layers.
     layers, query_heads, kv_heads, head_dim, vocabulary, positions : as named.
     tied : whether the output matrix is the embedding.
-    rope_factor : by which the positions were stretched ('llama3' scaling, from 8192); 1 for none.
+    rope_factor : 'llama3' scaling of the positions, from 8192; 1 for none.
     """
 
     published: str
@@ -85,7 +85,7 @@ SHAPES = {
 
 
 def shape_named(name: str) -> Shape | None:
-    """Return the shape that 'shape:8b' and its like name; None for a name without that prefix.
+    """Return the shape of a name such as 'shape:8b'; None for a name without that prefix.
 
     Raises
     ------
@@ -93,14 +93,14 @@ def shape_named(name: str) -> Shape | None:
     """
     if not name.startswith(PREFIX):
         return None
-    found = SHAPES.get(name.removeprefix(PREFIX).lower())
-    if found is None:
+    shape = SHAPES.get(name.removeprefix(PREFIX).lower())
+    if shape is None:
         raise UsageError(f"{name} is unknown: choose {', '.join(PREFIX + known for known in SHAPES)}")
-    return found
+    return shape
 
 
 def built(name: str, dtype: str, device: str, seed: int = 0) -> Loaded:
-    """Return a model of a published shape with random weights, made on the device. It has no tokenizer.
+    """Build a model of a published shape with random weights on the device. It has no tokenizer.
 
     Parameters
     ----------
@@ -121,20 +121,20 @@ def built(name: str, dtype: str, device: str, seed: int = 0) -> Loaded:
         raise UsageError(f"{name} is no shape: choose {', '.join(PREFIX + known for known in SHAPES)}")
     if dtype not in dtypes:
         raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(dtypes)}")
-    place = torch.device(device)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
+    target = torch.device(device)
+    with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []), target:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(shape.config(), dtype=dtypes[dtype])
     return Loaded(name, model.eval(), None)
 
 
 def usual_device() -> str:
-    """Return 'cuda' where PyTorch finds a GPU, else 'cpu'."""
+    """Return 'cuda' if PyTorch finds a GPU, else 'cpu'."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def usual_dtype(device: str) -> str:
-    """Return the dtype that models are run in on a device."""
+    """Return the default dtype of models on a device."""
     return "fp32" if device.startswith("cpu") else "bf16"

@@ -434,7 +434,7 @@ class TestModelPatch:
         for text in (ours, stock, ours):
             text.advance(8)
             assert ("forward" in vars(tiny)) == (text is ours)
-        assert ours.receipt()["captured_share"] == 14 / 15
+        assert ours.metrics()["captured_share"] == 14 / 15
 
     def test_the_model_is_freed_with_its_last_reference(self, recorder):
         made = model("llama")

@@ -1,9 +1,9 @@
-"""Under which licences is what ElasticKV installs? A table of the packages that its extras pull in here, and a check.
+"""List the licenses of the packages that ElasticKV and its extras install, and check that they are permitted.
 
-    python tools/licences.py              # what `pip install elastickv` brings
-    python tools/licences.py --extras transformers report test
+    python tools/licenses.py              # of `pip install elastickv`
+    python tools/licenses.py --extras transformers report test
 
-Exit code 1 if a package's licence is not among the permitted ones, or is not told. Reads what is installed; asks no one.
+Exit code 1 if a package's license is unknown or not permitted. Reads the installed packages' metadata; works offline.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Permissive, or weak copyleft of files that are used as they are.
+# Permissive, or weak copyleft of unchanged files.
 PERMITTED = {
     "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "MIT", "MIT-CMU",
     "MPL-2.0", "PSF-2.0", "Unlicense", "Zlib",
 }  # fmt: skip
-# Of CUDA: redistributable under NVIDIA's terms, and only in the extras that say so.
+# Of the CUDA wheels, which are redistributable under NVIDIA's terms; only in the extras for CUDA.
 NVIDIA = "LicenseRef-NVIDIA-Proprietary"
-# As packages write it that give no SPDX expression.
-MEANT = {
+# Licenses of packages that give no SPDX expression.
+SPDX_OF = {
     "apache": "Apache-2.0",
     "apache 2.0": "Apache-2.0",
     "apache 2.0 license": "Apache-2.0",
@@ -36,17 +36,17 @@ MEANT = {
     "mozilla public license 2.0 (mpl 2.0)": "MPL-2.0",
     "python software foundation license": "PSF-2.0",
 }
-# Of packages whose metadata tells none: as their repository has it.
-TOLD_ELSEWHERE = {"atheris": "Apache-2.0"}
+# Of packages without a license in their metadata: the one of their repository.
+FROM_REPOSITORY = {"atheris": "Apache-2.0"}
 ITSELF = "elastickv"
 
 
-def normalised(name: str) -> str:
+def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def required(extras: list[str]) -> list[str]:
-    """Return what pyproject.toml requires, with these extras."""
+    """Return the requirements in pyproject.toml, with these extras."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -62,7 +62,7 @@ def closure(extras: list[str]) -> list[str]:
     """Return the installed packages that ElasticKV with `extras` requires, directly or not."""
     from packaging.requirements import Requirement  # pytest brings it
 
-    wanted: dict[str, set[str]] = {}
+    extras_of: dict[str, set[str]] = {}
 
     def walk(texts: list[str], of_extras: set[str]) -> None:
         for requirement in map(Requirement, texts):
@@ -70,47 +70,47 @@ def closure(extras: list[str]) -> list[str]:
                 take(requirement.name, {"", *requirement.extras})
 
     def take(name: str, of_extras: set[str]) -> None:
-        key = normalised(name)
+        key = normalized(name)
         if key == ITSELF:
             walk(required(sorted(of_extras - {""})), {""})
-        elif not of_extras <= wanted.get(key, set()):
+        elif not of_extras <= extras_of.get(key, set()):
             try:
                 requires = metadata.distribution(name).requires or []
             except metadata.PackageNotFoundError:
                 return  # of another platform, or of an extra that excludes one that is here
-            wanted[key] = wanted.get(key, set()) | of_extras
-            walk(requires, wanted[key])
+            extras_of[key] = extras_of.get(key, set()) | of_extras
+            walk(requires, extras_of[key])
 
     take(ITSELF, {"", *extras})
-    return sorted(wanted)
+    return sorted(extras_of)
 
 
-def licence(name: str) -> str:
-    """Return a package's licence as an SPDX expression; empty where it tells none that is known."""
-    told = metadata.metadata(name)
-    expressions = told.get_all("License-Expression") or []
+def license_of(name: str) -> str:
+    """Return a package's license as an SPDX expression; empty if it is unknown."""
+    fields = metadata.metadata(name)
+    expressions = fields.get_all("License-Expression") or []
     if expressions:
         return str(expressions[0])
-    classifiers = [text.rpartition(" :: ")[2] for text in told.get_all("Classifier") or [] if text.startswith("License ::")]
-    for candidate in (*(text.strip() for text in told.get_all("License") or []), *classifiers):
+    classifiers = [text.rpartition(" :: ")[2] for text in fields.get_all("Classifier") or [] if text.startswith("License ::")]
+    for candidate in (*(text.strip() for text in fields.get_all("License") or []), *classifiers):
         if not _refused(candidate):
             return str(candidate)
-        if candidate.lower() in MEANT:
-            return MEANT[candidate.lower()]
-    return TOLD_ELSEWHERE.get(name, "")
+        if candidate.lower() in SPDX_OF:
+            return SPDX_OF[candidate.lower()]
+    return FROM_REPOSITORY.get(name, "")
 
 
 def _refused(expression: str) -> list[str]:
-    """Return the terms of an SPDX expression that are not permitted (of alternatives, all of them are asked for)."""
+    """Return the terms of an SPDX expression that are not permitted; of alternatives, all must be."""
     plain = re.sub(r"\s+WITH\s+LLVM-exception", "", expression)
     terms = [term.strip(" ()") for term in re.split(r"\s+(?:AND|OR)\s+", plain)]
     return [term for term in terms if term not in PERMITTED | {NVIDIA}]
 
 
 def rows(extras: list[str]) -> Iterator[tuple[str, str, str, bool]]:
-    """Yield name, version, licence and whether it is permitted."""
+    """Yield name, version, license and whether it is permitted."""
     for name in closure(extras):
-        spdx = licence(name)
+        spdx = license_of(name)
         nvidia = NVIDIA not in spdx or name.startswith("nvidia-")
         yield name, metadata.version(name), spdx, bool(spdx) and not _refused(spdx) and nvidia
 
@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--extras", nargs="*", default=[], help="of ElasticKV")
     table = list(rows(parser.parse_args().extras))
     for name, version, spdx, permitted in table:
-        print(f"{name:28} {version:16} {spdx or 'not told'}{'' if permitted else '   <- not permitted'}")
+        print(f"{name:28} {version:16} {spdx or 'unknown'}{'' if permitted else '   <- not permitted'}")
     return 0 if all(row[3] for row in table) else 1
 
 

@@ -1,4 +1,4 @@
-"""Generations that take turns with caches of their own, and their receipts."""
+"""Generations that take turns with caches of their own, and their metrics."""
 
 import pytest
 import torch
@@ -65,27 +65,27 @@ def test_every_generation_runs_under_the_attention_that_its_cache_works_with(mod
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_the_receipt_counts_what_a_stock_cache_holds_and_reads(model, prompt):
+def test_the_metrics_counts_what_a_stock_cache_holds_and_reads(model, prompt):
     plain, _ = both(model, prompt, Sampling(), 4, compress=2)
     plain.advance(3)
     plain.advance(1)
-    receipt = plain.receipt()
+    metrics = plain.metrics()
     token = 2 * 2 * 2 * 64 * 4  # rows, layers, keys and values, channels, float32
-    assert receipt["kv_stored_bytes"] == (PROMPT + 3) * token
+    assert metrics["kv_stored_bytes"] == (PROMPT + 3) * token
     # Three decodes after the prompt's pass: with 301, 302 and 303 tokens; counted as the mean of a piece's beginning and end.
-    assert receipt["kv_read_bytes"] == pytest.approx(sum((PROMPT + n) * token for n in (1, 2, 3)), rel=0.01)
-    assert receipt["new_tokens"] == 4 and receipt["rows"] == 2
-    assert receipt["first_token_s"] > 0 and receipt["tokens_per_s"] > 0
+    assert metrics["kv_read_bytes"] == pytest.approx(sum((PROMPT + n) * token for n in (1, 2, 3)), rel=0.01)
+    assert metrics["new_tokens"] == 4 and metrics["rows"] == 2
+    assert metrics["first_token_s"] > 0 and metrics["tokens_per_s"] > 0
 
 
-def test_the_receipt_of_an_elastic_cache_is_its_report(model, prompt):
+def test_the_metrics_of_an_elastic_cache_is_its_report(model, prompt):
     _, ours = both(model, prompt, Sampling(), 8, compress=2)
     ours.advance(8)
-    receipt, report = ours.receipt(), ours.cache.report()
-    assert receipt["kv_read_bytes"] == report.read_bytes > 0
-    assert receipt["kv_stored_bytes"] == report.stored_bytes
-    assert receipt["stored_ratio"] == report.stored_ratio and receipt["read_ratio"] == report.read_ratio
-    assert receipt["storing_share_of_first_token"] == report.quantize_seconds / ours.pieces[0].first_s
+    metrics, report = ours.metrics(), ours.cache.report()
+    assert metrics["kv_read_bytes"] == report.read_bytes > 0
+    assert metrics["kv_stored_bytes"] == report.stored_bytes
+    assert metrics["stored_ratio"] == report.stored_ratio and metrics["read_ratio"] == report.read_ratio
+    assert metrics["storing_share_of_first_token"] == report.quantize_seconds / ours.pieces[0].first_s
 
 
 def test_the_interval_pairs_pieces_and_needs_two(model, prompt):
@@ -143,7 +143,7 @@ def test_a_generation_starts_anew(model, prompt):
     ours.restart()
     assert ours.new_tokens == 0 and not ours.pieces and ours.cache.get_seq_length() == 0
     ours.advance(3)
-    assert ours.text_ids() == text and ours.receipt()["new_tokens"] == 3
+    assert ours.text_ids() == text and ours.metrics()["new_tokens"] == 3
 
 
 def test_prompt_and_text_beyond_the_models_positions_are_refused(model, prompt):
