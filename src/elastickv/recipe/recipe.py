@@ -37,7 +37,7 @@ class Recipe:
     decay : factor on the weight of a reused output per step of age (subtracted from its log-sum-exp as -log decay).
     fractions : 'pages': the share of the cold pages that is read, one for all KV heads or one for each.
     sinks, window : exact tokens at the start and at the end.
-    scorer : 'pages': the name of the page scorer, a key of `kvcache.scorers.SCORERS` (`check_scorer` there says whether it is).
+    scorer : 'pages': the name of the page scorer, a key of `kvcache.scorers.SCORERS`, which the caches look up.
     """
 
     # `recipe.solver`, which makes recipes and therefore imports this module, puts its `for_ratio` here.
