@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from elastickv.kvcache.quantize import quantize_int4_keys, stored_values
-from elastickv.kvcache.scorers.bounds import page_bounds, score_pages, select_pages
+from elastickv.kvcache.scorers import select_pages
+from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
 from tests.helpers.cases import tried
 
 DIM = 16

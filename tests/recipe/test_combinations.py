@@ -8,7 +8,7 @@ import pytest
 
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
-from elastickv.recipe.formats import COLD_FORMATS
+from elastickv.recipe.formats import cold_formats
 from elastickv.recipe.recipe import SELECTIONS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "recipes.md"
@@ -25,12 +25,12 @@ def accepts(selection, key, value, **terms):
 
 
 def row(selection):
-    pairs = {pair for pair in product(COLD_FORMATS, repeat=2) if accepts(selection, *pair)}
-    keys = [name for name in COLD_FORMATS if any(key == name for key, _ in pairs)]
+    pairs = {pair for pair in product(cold_formats(), repeat=2) if accepts(selection, *pair)}
+    keys = [name for name in cold_formats() if any(key == name for key, _ in pairs)]
     if pairs == {(key, key) for key in keys}:
         values = "as the keys"
     else:
-        assert pairs == {(k, v) for k in keys for v in COLD_FORMATS} - SIXTEEN_BIT_MIXED
+        assert pairs == {(k, v) for k in keys for v in cold_formats()} - SIXTEEN_BIT_MIXED
         values = "any"
     key, value = next(iter(sorted(pairs)))
     grouped = {v for k, v in pairs if accepts(selection, k, v, value_group=32)}
@@ -39,7 +39,7 @@ def row(selection):
         "yes" if accepts(selection, key, value, anchor_every=4) else "refused",
         "yes" if accepts(selection, key, value, anchor_every=4, decay=0.9) else "refused",
     ]
-    named = "any" if keys == list(COLD_FORMATS) else ", ".join(f"`{key}`" for key in keys)
+    named = "any" if keys == list(cold_formats()) else ", ".join(f"`{key}`" for key in keys)
     return " | ".join([f"`{selection}`", named, values, *terms])
 
 
@@ -47,11 +47,11 @@ def test_the_table_in_the_documents_is_what_recipes_accept():
     text = DOCUMENT.read_text(encoding="utf-8")
     for selection in SELECTIONS:
         assert f"| {row(selection)} |" in text
-    assert f"`{'`, `'.join(COLD_FORMATS)}`" in text
+    assert f"`{'`, `'.join(cold_formats())}`" in text
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("pair", list(product(COLD_FORMATS, repeat=2)))
+@pytest.mark.parametrize("pair", list(product(cold_formats(), repeat=2)))
 def test_a_refusal_names_what_does_not_combine(selection, pair):
     if accepts(selection, *pair):
         return

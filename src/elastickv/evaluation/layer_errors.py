@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from elastickv.kvcache.quantize import quantize_int4_keys, stored_values
-from elastickv.kvcache.scorers.bounds import LEVELS, SPAN
+from elastickv.kvcache.quantize import INT4_LEVELS, quantize_int4_keys, stored_values
+from elastickv.kvcache.scorers.bounds import SPAN
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS, selected
@@ -146,7 +146,7 @@ class _Head:
         _, scales, zeros = quantize_int4_keys(self.keys[self.cold_tokens].unflatten(0, (self.pages, PAGE_TOKENS)).cpu().numpy())
         s, z = (torch.from_numpy(plane.astype("float32")).to(self.keys) for plane in (scales, zeros))
         signed, size = self.queries.sum(0), self.queries.abs().sum(0)
-        scores = signed @ z.T + LEVELS / 2 * ((signed + SPAN * size) @ s.T)
+        scores = signed @ z.T + INT4_LEVELS / 2 * ((signed + SPAN * size) @ s.T)
         scores = scores.masked_fill(~self._is_cold(self.cold), -torch.inf)
         return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 

@@ -1,24 +1,57 @@
-"""The quantisers, bit for bit: every back end must produce these codes and scales.
+"""The quantizers, bit for bit: every back end must produce these codes and scales.
 
-Scales are rounded to their 16 bits before the codes are chosen, and always outwards, so that every finite input lies within
-what the codes span, but for half a unit in the last place of float32, in which the range is computed. int4 keys are finite up
-to 65504, and so are int4 values whose group spans what float32 can hold. A NaN is left out of the range that a page shares.
+Scales are rounded to 16 bits before the codes are chosen, and always outward, so that every finite input lies within the range
+of the codes, up to half a unit in the last place of float32, in which the range is computed. int4 keys are finite up to 65504,
+and so are int4 values whose group spans what float32 can hold. A NaN does not count for the range that a page shares.
+
+`CODECS` has the quantizer of every format with scales. A new format adds a line there.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from elastickv.kvcache.rounding import from_bf16_bits
-from elastickv.recipe.formats import PAGE_TOKENS
+from elastickv.recipe.formats import FORMATS, PAGE_TOKENS
 
-INT8_LEVELS = 127
-INT4_LEVELS = 15
-FP8_MAX = 448.0
-FP16_MAX = 65504.0
+INT8_LEVELS = int(FORMATS["int8"].largest_code)
+INT4_LEVELS = int(FORMATS["int4"].largest_code)
+FP8_MAX = float(FORMATS["fp8"].largest_code)
+
+Planes = tuple[NDArray[Any], ...]
+"""Codes, then scales, then zeros where the format has them."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How rows become codes and codes become numbers again.
+
+    Attributes
+    ----------
+    quantize_keys : (pages, 32, head_dim) float32 -> `Planes`; (tokens, head_dim) where K is stored row by row.
+    dequantize_keys : codes, scales and zeros -> float64 numbers of the codes' shape.
+    quantize_values : the same of V, with the channels that share a scale as its second argument.
+    dequantize_values : codes, scales and zeros -> float64 numbers.
+    """
+
+    quantize_keys: Callable[[NDArray[np.float32]], Planes]
+    dequantize_keys: Callable[..., NDArray[np.float64]]
+    quantize_values: Callable[[NDArray[np.float32], int], Planes]
+    dequantize_values: Callable[..., NDArray[np.float64]]
+
+    @classmethod
+    def of_both(
+        cls, quantize: Callable[[NDArray[np.float32]], Planes], dequantize: Callable[..., NDArray[np.float64]]
+    ) -> "Codec":
+        """Return the codec of a format that stores K and V alike."""
+        return cls(quantize, dequantize, lambda rows, group: quantize(rows), dequantize)
 
 
 def quantize_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
-    """Quantise each row symmetrically to 8 bits with one bfloat16 scale.
+    """Quantize each row symmetrically to 8 bits with one bfloat16 scale.
 
     The scale is max|row| / 127 in float32, rounded *up* to bfloat16: no code needs clamping, and a row of zeros has scale 0.
 
@@ -45,7 +78,7 @@ def dequantize_int8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
 
 
 def quantize_int4_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
-    """Quantise each channel of a page to 4 bits with a float16 scale and zero.
+    """Quantize each channel of a page to 4 bits with a float16 scale and zero.
 
     The zero is the least value rounded down, the scale (greatest - zero) / 15 rounded up.
 
@@ -66,8 +99,14 @@ def quantize_int4_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.
     return _int4_codes(x, scales.astype(np.float32)[..., None, :], wide[..., None, :]), scales, zeros
 
 
+def dequantize_int4_keys(codes: ArrayLike, scales: ArrayLike, zeros: ArrayLike) -> NDArray[np.float64]:
+    """Return codes x scales + zeros as float64; shapes as `quantize_int4_keys` returns them."""
+    wide, base = (np.asarray(plane, np.float16).astype(np.float64)[..., None, :] for plane in (scales, zeros))
+    return np.asarray(np.asarray(codes) * wide + base, np.float64)
+
+
 def quantize_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
-    """Quantise each `group` of channels of a row to 4 bits with a bfloat16 scale and zero, rounded as those of keys.
+    """Quantize each `group` of channels of a row to 4 bits with a bfloat16 scale and zero, rounded as those of keys.
 
     Parameters
     ----------
@@ -86,6 +125,14 @@ def quantize_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8]
         scales = _bf16_bits_towards((grouped.max(axis=-1) - wide) / np.float32(INT4_LEVELS), np.inf)
     codes = _int4_codes(grouped, from_bf16_bits(scales)[..., None], wide[..., None])
     return codes.reshape(x.shape), scales, zeros
+
+
+def dequantize_int4_values(codes: ArrayLike, scales: ArrayLike, zeros: ArrayLike) -> NDArray[np.float64]:
+    """Return codes x scales + zeros as float64; shapes as `quantize_int4_values` returns them."""
+    rows, bits = np.asarray(codes), np.asarray(scales)
+    grouped = rows.reshape(*bits.shape, rows.shape[-1] // bits.shape[-1])
+    values = grouped * from_bf16_bits(bits).astype(np.float64)[..., None] + from_bf16_bits(zeros)[..., None]
+    return np.asarray(values, np.float64).reshape(rows.shape)
 
 
 def quantize_fp8(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
@@ -114,34 +161,36 @@ def dequantize_fp8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
     return E4M3_VALUES[np.asarray(codes, np.uint8)] * from_bf16_bits(scales)[..., None, None]
 
 
+CODECS: dict[str, Codec] = {
+    "int8": Codec.of_both(quantize_int8, dequantize_int8),
+    "fp8": Codec.of_both(quantize_fp8, dequantize_fp8),
+    "int4": Codec(quantize_int4_keys, dequantize_int4_keys, quantize_int4_values, dequantize_int4_values),
+}
+
+
 @np.errstate(invalid="ignore", over="ignore")
 def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray[np.float64]:
-    """Return what `rows`, already rounded to the 16-bit dtype of the window, read as once stored in a format.
+    """Return the numbers that `rows`, already rounded to the 16-bit dtype of the window, become once stored in a format.
 
-    What is not finite, or was too large to be stored, comes back as NaN or infinity, without a warning: the caches tell of it.
+    Numbers that are not finite, or too large to be stored, come back as NaN or infinity without a warning: the caches report
+    them.
 
     Parameters
     ----------
     rows : (tokens, head_dim); whole pages where the format has scales of pages.
     value : whether these are values; else keys.
-    group : channels of V that share an int4 scale.
+    group : channels of V that share a scale.
     """
     x = np.asarray(rows, np.float32)
-    if fmt == "int8":
-        return dequantize_int8(*quantize_int8(x))
-    pages = x.reshape(len(x) // PAGE_TOKENS, PAGE_TOKENS, x.shape[-1]) if fmt in ("fp8", "int4") else x
-    if fmt == "fp8":
-        return dequantize_fp8(*quantize_fp8(pages)).reshape(x.shape)
-    if fmt == "int4" and not value:
-        codes, scales, zeros = quantize_int4_keys(pages)
-        wide, base = scales.astype(np.float64)[..., None, :], zeros.astype(np.float64)[..., None, :]
-        return (codes * wide + base).reshape(x.shape)
-    if fmt == "int4":
-        codes, bits, zero_bits = quantize_int4_values(x, group)
-        grouped = codes.reshape(len(x), x.shape[1] // group, group)
-        values = grouped * from_bf16_bits(bits).astype(np.float64)[..., None] + from_bf16_bits(zero_bits)[..., None]
-        return np.asarray(values, np.float64).reshape(x.shape)
-    return x.astype(np.float64)
+    stored = FORMATS[fmt]
+    if stored.is_float:
+        return x.astype(np.float64)
+    codec = CODECS[fmt]
+    by_row = (stored.values if value else stored.keys).by_row
+    pages = x if by_row else x.reshape(len(x) // PAGE_TOKENS, PAGE_TOKENS, x.shape[-1])
+    if value:
+        return codec.dequantize_values(*codec.quantize_values(pages, group)).reshape(x.shape)
+    return codec.dequantize_keys(*codec.quantize_keys(pages)).reshape(x.shape)
 
 
 def _int4_codes(x: NDArray[np.float32], scales: NDArray[np.float32], zeros: NDArray[np.float32]) -> NDArray[np.uint8]:

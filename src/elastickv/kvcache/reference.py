@@ -18,12 +18,12 @@ from elastickv.kvcache.editable import (
     checked_rows,
     cold_tokens,
 )
-from elastickv.kvcache.layer import INT4_KEY_MAX, Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
+from elastickv.kvcache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
 from elastickv.kvcache.oracle import Oracle
-from elastickv.kvcache.quantize import quantize_int4_keys, stored_values
+from elastickv.kvcache.quantize import CODECS, stored_values
 from elastickv.kvcache.rounding import limited, rounded
-from elastickv.kvcache.scorers.bounds import page_bounds, score_pages, select_pages
-from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
+from elastickv.kvcache.scorers import scorer_of, select_pages
+from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.regions import selected
 
 
@@ -40,6 +40,7 @@ class ReferenceCache:
         recipe.check_shape(shape.head_dim, shape.kv_heads)
         self._fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
         recipe.check_anchor_offset(anchor_offset)
+        self._scorer = scorer_of(recipe)
         self._pages: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._oracle = Oracle(self)
         self._marked: tuple[Any, ...] | None = None
@@ -122,8 +123,9 @@ class ReferenceCache:
             return np.concatenate([before[before < at_anchor], np.arange(at_anchor, cold)])
         sinks = regions(length, recipe.sinks, recipe.window).sinks
         keys = self._keys[row, head, sinks : sinks + cold * PAGE_TOKENS].reshape(cold, PAGE_TOKENS, self.shape.head_dim)
-        _, scales, zeros = quantize_int4_keys(keys)
-        return select_pages(score_pages(page_bounds(queries, scales, zeros)), selected(cold, self._fractions[head]))
+        _, scales, zeros = CODECS[str(recipe.key_format)].quantize_keys(keys)
+        scores = self._scorer.score(queries, scales, zeros)
+        return select_pages(scores, selected(cold, self._fractions[head]))
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
         """Return the numbers of the cold pages that the last decode read."""
@@ -264,9 +266,10 @@ class ReferenceCache:
         bad = tokens & ~(np.isfinite(self._keys) & np.isfinite(self._values)).all(axis=-1)
         for row, head, position in np.argwhere(bad):
             raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")
-        if self.recipe.key_format == "int4":
+        largest = None if self.recipe.key_format is None else FORMATS[self.recipe.key_format].largest_key
+        if largest is not None:
             for row, length in enumerate(self._lengths):
                 split = regions(int(length), self.recipe.sinks, self.recipe.window)
                 cold = self._keys[row, :, split.sinks : split.sinks + split.cold]
-                for head, number in np.argwhere(np.abs(cold).max(axis=-1) > INT4_KEY_MAX):
+                for head, number in np.argwhere(np.abs(cold).max(axis=-1) > largest):
                     raise NonFiniteError(beyond_int4(row, head, split.sinks + number))

@@ -1,15 +1,42 @@
-"""How the rows (one token of one KV head) of K and V are stored."""
+"""The storage formats of K and V: bits, codes, scales, and the numbers under which kernels know them.
+
+`FORMATS` is the only table of formats. Recipe texts, byte counts, quantizers, and the layouts and compile-time macros of both
+back ends read it.
+"""
 
 from dataclasses import dataclass
+from enum import Enum
 
 ROW_ALIGNMENT_BYTES = 16
 SECTOR_BYTES = 32
 DENSE_BYTES_PER_ELEMENT = 2
+PAGE_TOKENS = 32
+MIN_VALUE_GROUP = 32
+_SCALE_BYTES = 2  # every scale and every zero is a 16-bit float
+FLOAT16_MAX = 65504.0
+
+
+class ScaleLayout(Enum):
+    """What shares one scale.
+
+    `CHANNEL` and `GROUP` store a zero beside each scale: number = scale * code + zero. The others have no zero.
+    """
+
+    NONE = "none"  # the codes are 16- or 32-bit floats
+    TOKEN = "token"  # one bfloat16 scale for each token
+    PAGE = "page"  # one bfloat16 scale for each page of 32 tokens
+    CHANNEL = "channel"  # a float16 scale and zero for each channel of each page; the page scorers read them
+    GROUP = "group"  # a bfloat16 scale and zero for each token and group of channels
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a single row can be stored on its own, without the other rows of its page."""
+        return self in (ScaleLayout.NONE, ScaleLayout.TOKEN, ScaleLayout.GROUP)
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What turns codes back into numbers, in a plane of its own: `n_bytes` for every `tokens` tokens of one KV head."""
+    """The size of a scale plane: `n_bytes` for every `tokens` tokens of one KV head."""
 
     n_bytes: int
     tokens: int
@@ -27,28 +54,79 @@ class Format:
     ----------
     name : the word used in recipe texts.
     bits : bits per element.
+    keys, values : what shares a scale, in K and in V.
+    signed : whether codes are signed integers.
+    largest_code : the largest code (of fp8, the largest element that a code stands for); 0 for plain floats.
+    largest_key : the largest magnitude of a cold key that can be stored; None where there is no limit but the dtype's own.
+    cold : whether a recipe may name it; else only a model's dtype may be it.
+    cpu_id : number in the CPU kernels; None: no CPU kernel reads it.
+    cuda_id : value of the CUDA macros K_FORMAT and V_FORMAT (`kernels/pages.cuh`); None: no CUDA kernel reads pages of it.
+    cuda_dtype : value of the CUDA macro EXACT_TYPE (`kernels/common.cuh`), for the dtypes of a model.
     """
 
     name: str
     bits: int
+    keys: ScaleLayout = ScaleLayout.NONE
+    values: ScaleLayout = ScaleLayout.NONE
+    signed: bool = False
+    largest_code: float = 0
+    largest_key: float | None = None
+    cold: bool = True
+    cpu_id: int | None = None
+    cuda_id: int | None = None
+    cuda_dtype: int | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether elements are stored as 16- or 32-bit floats, without scales."""
+        return self.keys is ScaleLayout.NONE
+
+    @property
+    def by_row(self) -> bool:
+        """Whether single rows of K and V can be stored: what stores every n-th row needs that."""
+        return self.keys.by_row and self.values.by_row
 
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one stored row without its scale, padded to 16 bytes so that every load is a full vector."""
         return round_up(-(-head_dim * self.bits // 8), ROW_ALIGNMENT_BYTES)
 
     def key_scales(self, head_dim: int) -> Scales:
-        """Scales of K: int4 a fp16 scale and zero per channel (padded as the row is) and page; the others as V."""
-        if self.name == "int4":
-            return Scales(4 * (self.row_bytes(head_dim) * 8 // self.bits), PAGE_TOKENS)
-        return self.value_scales(head_dim, head_dim)
+        """Size of K's scales; those of channels are padded as the rows are."""
+        return _scales(self.keys, self.row_bytes(head_dim) * 8 // self.bits, 1)
 
     def value_scales(self, head_dim: int, group: int) -> Scales:
-        """Scales of V, all bf16: int8 one per token; fp8 a power of two per page; int4 scale and zero per token and group."""
-        if self.name == "int8":
-            return Scales(2, 1)
-        if self.name == "fp8":
-            return Scales(2, PAGE_TOKENS)
-        return Scales(4 * (head_dim // group) if self.name == "int4" else 0, 1)
+        """Size of V's scales, where `group` channels share one."""
+        return _scales(self.values, head_dim, head_dim // group)
+
+
+def _scales(layout: ScaleLayout, channels: int, groups: int) -> Scales:
+    return {
+        ScaleLayout.NONE: Scales(0, 1),
+        ScaleLayout.TOKEN: Scales(_SCALE_BYTES, 1),
+        ScaleLayout.PAGE: Scales(_SCALE_BYTES, PAGE_TOKENS),
+        ScaleLayout.CHANNEL: Scales(2 * _SCALE_BYTES * channels, PAGE_TOKENS),
+        ScaleLayout.GROUP: Scales(2 * _SCALE_BYTES * groups, 1),
+    }[layout]
+
+
+_TOKEN, _PAGE, _CHANNEL, _GROUP = ScaleLayout.TOKEN, ScaleLayout.PAGE, ScaleLayout.CHANNEL, ScaleLayout.GROUP
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("fp32", 32, cold=False, cpu_id=0, cuda_dtype=0),
+        Format("bf16", 16, cpu_id=2, cuda_id=0, cuda_dtype=2),
+        Format("fp16", 16, cpu_id=1, cuda_id=0, cuda_dtype=1),
+        Format("fp8", 8, _PAGE, _PAGE, largest_code=448, cpu_id=4, cuda_id=2),
+        Format("int8", 8, _TOKEN, _TOKEN, signed=True, largest_code=127, cpu_id=3, cuda_id=1),
+        Format("int4", 4, _CHANNEL, _GROUP, largest_code=15, largest_key=FLOAT16_MAX, cpu_id=5, cuda_id=3),
+    )
+}
+DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16")  # of models
+
+
+def cold_formats() -> tuple[str, ...]:
+    """Return the formats that a recipe may name."""
+    return tuple(f.name for f in FORMATS.values() if f.cold)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -57,7 +135,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def sixteen_bit(dtype: str) -> str:
-    """Return the 16-bit dtype in which a model of `dtype` is kept: its own, or bf16."""
+    """Return the 16-bit dtype that stores a model of `dtype`: its own, or bf16."""
     return "bf16" if dtype == "fp32" else dtype
 
 
@@ -66,14 +144,6 @@ def sectors(n_bytes: int) -> int:
     return round_up(n_bytes, SECTOR_BYTES)
 
 
-PAGE_TOKENS = 32
-MIN_VALUE_GROUP = 32
-_ALL = (Format("fp32", 32), Format("fp16", 16), Format("bf16", 16), Format("fp8", 8), Format("int8", 8), Format("int4", 4))
-FORMATS: dict[str, Format] = {f.name: f for f in _ALL}
-DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16")
-COLD_FORMATS: tuple[str, ...] = ("bf16", "fp16", "fp8", "int8", "int4")
-
-
 def value_groups(head_dim: int) -> tuple[int, ...]:
-    """Return the groups of V channels that can share an int4 scale: divisors of `head_dim` from 32 up to the whole head."""
+    """Return the groups of V channels that can share a scale: divisors of `head_dim` from 32 up to the whole head."""
     return tuple(n for n in range(MIN_VALUE_GROUP, head_dim + 1) if head_dim % n == 0)

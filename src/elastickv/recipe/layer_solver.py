@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from elastickv.errors import UsageError
 from elastickv.recipe.byte_counts import interval_bytes, stored_ratio
 from elastickv.recipe.calibration import HeadErrors, ModelCalibration
-from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe
+from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe, has_page_bounds
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
 from elastickv.recipe.solver import check_context, check_ratio, unmet
 
@@ -88,8 +88,8 @@ def for_ratio_by_layer(
     options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least)
     budget = dense / ratio
 
-    def chosen(price: float) -> list[_Choice]:
-        return [_cheapest(options, layer, price) for layer in range(layers)]
+    def chosen(byte_weight: float) -> list[_Choice]:
+        return [_cheapest(options, layer, byte_weight) for layer in range(layers)]
 
     low, high = _LEAST, _MOST
     if _bytes(chosen(math.exp(high))) > budget:
@@ -119,7 +119,7 @@ def _options(
         raise UsageError(
             f"anchor_every={anchor_every} was not calibrated: choose {', '.join(map(str, sorted(calibration.pages)))}"
         )
-    found = []
+    options = []
     for value, value_errors in calibration.values.items():
         name, _, channels = value.partition("/")
         v_group = 0 if int(channels or 0) == head.head_dim else int(channels or 0)
@@ -128,16 +128,16 @@ def _options(
             if stored_ratio(recipe, [MAX_CONTEXT], head, dtype) < stored:
                 continue
             rounding = _added(key_errors, value_errors)
-            found.append(_Option(recipe, (interval_bytes(recipe, [context], head, dtype).kv,), (rounding,), (1.0,)))
-            if key != "int4":
+            options.append(_Option(recipe, (interval_bytes(recipe, [context], head, dtype).kv,), (rounding,), (1.0,)))
+            if not has_page_bounds(key):
                 continue
             for steps, curve in calibration.pages.items():
                 if anchor_every in (None, steps):
                     by_pages = replace(recipe, selection="pages", fractions=(1.0,), anchor_every=steps)
-                    found.append(_pages_option(by_pages, curve, rounding, context, head, dtype))
-    if not found:
+                    options.append(_pages_option(by_pages, curve, rounding, context, head, dtype))
+    if not options:
         raise UsageError(f"no calibrated format stores cold tokens in 1/{stored:g} of the dense bytes: ask for less")
-    return found
+    return options
 
 
 def _pages_option(
@@ -152,19 +152,19 @@ def _added(first: HeadErrors, second: HeadErrors) -> HeadErrors:
     return tuple(tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in zip(first, second, strict=True))
 
 
-def _cheapest(options: Sequence[_Option], layer: int, price: float) -> _Choice:
-    """Return the layer's choice of least error + price * bytes; of equals the one of fewest bytes."""
+def _cheapest(options: Sequence[_Option], layer: int, byte_weight: float) -> _Choice:
+    """Return the layer's choice of least error + byte_weight * bytes; of equals the one of fewest bytes."""
 
     def weighed(option: _Option) -> tuple[float, float, _Option, list[int]]:
         points, cost, n_bytes = [], 0.0, 0.0
         for head in range(len(option.errors_at[0][layer])):
-            costs = [errors[layer][head] + price * b for errors, b in zip(option.errors_at, option.bytes_at, strict=True)]
+            costs = [errors[layer][head] + byte_weight * b for errors, b in zip(option.errors_at, option.bytes_at, strict=True)]
             point = min(range(len(costs)), key=lambda i: (costs[i], option.bytes_at[i]))
             points.append(point)
             cost, n_bytes = cost + costs[point], n_bytes + option.bytes_at[point]
         return cost, n_bytes, option, points
 
-    _, n_bytes, option, points = min(map(weighed, options), key=lambda found: found[:2])
+    _, n_bytes, option, points = min(map(weighed, options), key=lambda candidate: candidate[:2])
     recipe = option.recipe
     if recipe.fractions:
         fractions = tuple(option.fractions[i] for i in points)
@@ -173,7 +173,7 @@ def _cheapest(options: Sequence[_Option], layer: int, price: float) -> _Choice:
 
 
 def _filled(within: list[_Choice], beyond: list[_Choice], budget: float) -> list[_Choice]:
-    """Return `within` with layers of `beyond`, the solution at the next lower price, while the budget lasts."""
+    """Return `within` with layers of `beyond`, the solution at the next lower weight of a byte, while the budget lasts."""
     choices = list(within)
     for layer, better in enumerate(beyond):
         if _bytes(choices) - choices[layer].n_bytes + better.n_bytes <= budget and better.error < choices[layer].error:

@@ -35,12 +35,17 @@ class Losses:
     pages: dict[int, tuple[tuple[float, float], ...]]
     nothing: float
 
-    def of_formats(self, key: str, value: str, group: int) -> float:
-        """Return the loss of storing K and V so and reading all of it; `group` channels of V share an int4 scale."""
+    def of_formats(self, key: str, value: str, group: int) -> float | None:
+        """Return the loss of storing K and V so and reading all of it; None where it was not measured.
+
+        `group` channels of V share a scale.
+        """
         key, value = ("bf16" if name in _SIXTEEN_BIT else name for name in (key, value))
-        if value != "int4":
-            return self.formats[key, value, 0]
         groups = sorted(g for k, v, g in self.formats if (k, v) == (key, value))
+        if not groups:
+            return None
+        if groups == [0]:
+            return self.formats[key, value, 0]
         points = [(math.log2(g), self.formats[key, value, g]) for g in groups]
         return _interpolated(math.log2(group), _never_falling(points))
 
@@ -94,7 +99,7 @@ def predicted_loss(recipe: Recipe, head_dim: int) -> float | None:
         return None
     table = measured()
     rounding = table.of_formats(recipe.key_format, recipe.value_format, recipe.v_group(head_dim))
-    if recipe.selection == "all":
+    if recipe.selection == "all" or rounding is None:
         return rounding
     squares = [table.of_pages(fraction, recipe.anchor_every) ** 2 for fraction in recipe.fractions]
     return math.sqrt(rounding**2 + sum(squares) / len(squares))

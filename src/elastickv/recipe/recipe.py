@@ -1,13 +1,14 @@
-"""The recipe: a frozen value that says what is kept, in which format, refreshed when."""
+"""The recipe: a frozen value that says what is stored, in which format, and when it is refreshed."""
 
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from elastickv.errors import UsageError
-from elastickv.recipe.formats import COLD_FORMATS, MIN_VALUE_GROUP, sixteen_bit, value_groups
+from elastickv.recipe.formats import DTYPES, FORMATS, MIN_VALUE_GROUP, ScaleLayout, cold_formats, sixteen_bit, value_groups
 from elastickv.recipe.shape import AttentionShape, is_whole
 
 SELECTIONS: tuple[str, ...] = ("all", "stride", "reuse", "pages")
@@ -17,13 +18,8 @@ MAX_STRIDE = 64
 MAX_ANCHOR_EVERY = 4096
 MAX_WINDOW = 1 << 20
 _MAX_DENOMINATOR = 999_999_999
-_BY_ROW = ("bf16", "fp16", "int8")  # formats whose scales belong to single rows: what stores single rows takes no other
-_HELP = (
-    "a recipe is 'dense' or terms joined by commas: a format ("
-    + ", ".join(COLD_FORMATS)
-    + ") or k=FORMAT,v=FORMAT, 'vgroup=N' (channels of V to an int4 scale), 'pages[=FRACTION][,anchor_every=N]', "
-    "'stride[=N]' or 'reuse[,anchor_every=N][,decay=D]', 'sinks=N', 'window=N'; for example int4,pages=1/4,anchor_every=4"
-)
+DEFAULT_SCORER = "bounds"
+_SCORER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,11 @@ class Recipe:
     decay : factor on the weight of a reused output per step of age (subtracted from its log-sum-exp as -log decay).
     fractions : 'pages': the share of the cold pages that is read, one for all KV heads or one for each.
     sinks, window : exact tokens at the start and at the end.
+    scorer : 'pages': the name of the page scorer, a key of `kvcache.scorers.SCORERS`, which the caches look up.
     """
+
+    # `recipe.solver`, which makes recipes and therefore imports this module, puts its `for_ratio` here.
+    solver: ClassVar[Callable[..., "Recipe"]]
 
     key_format: str | None = "bf16"
     value_format: str | None = "bf16"
@@ -53,15 +53,25 @@ class Recipe:
     fractions: tuple[float, ...] = ()
     sinks: int = DEFAULT_SINKS
     window: int = DEFAULT_WINDOW
+    scorer: str = DEFAULT_SCORER
 
     def __post_init__(self) -> None:
         for name in (self.key_format, self.value_format):
-            if name is not None and name not in COLD_FORMATS:
-                raise UsageError(f"format {name!r} is unknown: formats are {', '.join(COLD_FORMATS)}")
+            if name is not None and name not in cold_formats():
+                raise UsageError(f"format {name!r} is unknown: formats are {', '.join(cold_formats())}")
         if self.selection not in SELECTIONS:
             raise UsageError(f"selection {self.selection!r} is unknown: selections are {', '.join(SELECTIONS)}")
-        rest = (self.selection, self.stride, self.anchor_every, self.decay, self.fractions, self.sinks, self.window)
-        if self.is_dense and (self.value_format is not None or rest != ("all", 1, 1, 1.0, (), 0, 0)):
+        rest = (
+            self.selection,
+            self.stride,
+            self.anchor_every,
+            self.decay,
+            self.fractions,
+            self.sinks,
+            self.window,
+            self.scorer,
+        )
+        if self.is_dense and (self.value_format is not None or rest != ("all", 1, 1, 1.0, (), 0, 0, DEFAULT_SCORER)):
             raise UsageError("'dense' keeps and reads everything: it takes no other term")
         # 1, 1.0 and NumPy's 1.0 are equal: text and hash must be too.
         object.__setattr__(self, "decay", float(self.decay))
@@ -82,23 +92,31 @@ class Recipe:
             raise UsageError(f"decay={self.decay} does not combine with {self.selection!r}: only with 'reuse'")
         self._check_formats()
         self._check_fractions()
+        self._check_scorer()
 
     def _check_formats(self) -> None:
         k, v = self.key_format, self.value_format
         if v is None and not self.is_dense:
-            raise UsageError(f"keys in {k} need a format for the values: formats are {', '.join(COLD_FORMATS)}")
+            raise UsageError(f"keys in {k} need a format for the values: formats are {', '.join(cold_formats())}")
         if {k, v} == {"bf16", "fp16"}:
             raise UsageError("k=bf16 and v=fp16 do not combine, nor the other way round: sinks and window have one dtype")
-        if self.selection in ("stride", "reuse") and (k != v or k not in _BY_ROW):
+        by_row = [name for name in cold_formats() if FORMATS[name].by_row]
+        if self.selection in ("stride", "reuse") and (k != v or k not in by_row):
             raise UsageError(
-                f"{self.selection!r} does not combine with {self.formats}: it takes one of {', '.join(_BY_ROW)} for K and V"
+                f"{self.selection!r} does not combine with {self.formats}: it takes one of {', '.join(by_row)} for K and V"
             )
-        if self.selection == "pages" and k != "int4":
+        if self.selection == "pages" and not has_page_bounds(k):
             raise UsageError(f"'pages' does not combine with keys in {k}: the scorer reads int4's scales; write k=int4")
-        if self.value_group and v != "int4":
+        if self.value_group and (v is None or FORMATS[v].values is not ScaleLayout.GROUP):
             raise UsageError(f"vgroup={self.value_group} does not combine with values in {v}: only with int4")
         if self.value_group and self.value_group < MIN_VALUE_GROUP:
             raise UsageError(f"vgroup={self.value_group} is out of range: {MIN_VALUE_GROUP} or more is accepted")
+
+    def _check_scorer(self) -> None:
+        if not isinstance(self.scorer, str) or not _SCORER_NAME.fullmatch(self.scorer):
+            raise UsageError(f"scorer={self.scorer} is no name of a page scorer: write scorer={DEFAULT_SCORER}")
+        if self.scorer != DEFAULT_SCORER and self.selection != "pages":
+            raise UsageError(f"scorer={self.scorer} does not combine with {self.selection!r}: only with 'pages'")
 
     def _check_fractions(self) -> None:
         if (self.selection == "pages") != bool(self.fractions):
@@ -154,6 +172,8 @@ class Recipe:
             fields += f";value_group={self.value_group}"
         if self.fractions:
             fields += f";fractions={':'.join(map(repr, self.fractions))}"
+        if self.scorer != DEFAULT_SCORER:
+            fields += f";scorer={self.scorer}"
         return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
     def steps_since_refresh(self, step: int, anchor_offset: int = 0) -> int:
@@ -197,7 +217,7 @@ class Recipe:
         if self.is_dense:
             return model_dtype
         for name in (self.key_format, self.value_format):
-            if name in ("bf16", "fp16"):
+            if name in DTYPES:
                 return str(name)
         return sixteen_bit(model_dtype)
 
@@ -212,6 +232,8 @@ class Recipe:
             terms.append(f"pages={':'.join(map(_shortest, self.fractions))}")
             if self.anchor_every != 1:
                 terms.append(f"anchor_every={self.anchor_every}")
+            if self.scorer != DEFAULT_SCORER:
+                terms.append(f"scorer={self.scorer}")
         if self.selection == "stride":
             terms.append(f"stride={self.stride}")
         if self.selection == "reuse":
@@ -228,12 +250,9 @@ class Recipe:
     def for_ratio(cls, ratio: float, context: int, shape: AttentionShape | None = None, **options: Any) -> "Recipe":
         """Return the recipe of least predicted loss that reads at most 1/ratio of the dense bytes: `recipe.for_ratio`.
 
-        Without a shape that is reckoned for one sequence of 32 query and 8 KV heads of 128 channels.
+        Without a shape: for one sequence of 32 query heads and 8 KV heads of 128 channels.
         """
-        # The solver builds recipes: it stands above this module.
-        from elastickv.recipe.solver import for_ratio
-
-        return for_ratio(ratio, context, shape or AttentionShape(1, 32, 8, 128), **options)
+        return cls.solver(ratio, context, shape or AttentionShape(1, 32, 8, 128), **options)
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -271,20 +290,20 @@ def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | N
     if terms == ["dense"]:
         return DENSE, None
     values: dict[str, Any] = {}
-    given: set[str] = set()
+    named: set[str] = set()
 
     def put(name: str, value: Any) -> None:
-        if name == "selection" and name in given:
+        if name == "selection" and name in named:
             raise UsageError(f"recipe {text!r}: 'pages', 'stride' and 'reuse' do not combine; give one of them, once")
-        if name in given:
+        if name in named:
             raise UsageError(f"recipe {text!r} names {name} twice")
-        given.add(name)
+        named.add(name)
         values[name] = value
 
     for term in terms:
         name, equals, raw = term.partition("=")
         name = name.replace("-", "_")
-        if not equals and name in COLD_FORMATS:
+        if not equals and name in cold_formats():
             put("key_format", name)
             put("value_format", name)
         elif equals and name in ("k", "v"):
@@ -298,23 +317,38 @@ def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | N
         elif name == "pages":
             put("selection", "pages")
             values["fractions"] = tuple(_fraction(part) for part in raw.split(":")) if equals else (1.0,)
-            given.update(["fractions"] if equals else [])
+            named.update(["fractions"] if equals else [])
         elif equals and name in ("anchor_every", "sinks", "window"):
             put(name, _whole(name, raw))
         elif equals and name == "vgroup":
             put("value_group", _whole(name, raw))
+        elif equals and name == "scorer":
+            put(name, raw)
         elif equals and name == "decay":
             put(name, _number(name, raw))
         else:
-            raise UsageError(f"recipe {text!r}: {term!r} is not a term; {_HELP}")
+            raise UsageError(f"recipe {text!r}: {term!r} is not a term; {_help()}")
     selection = values.get("selection")
     values.setdefault("key_format", values.get("value_format", default_format) if selection != "pages" else "int4")
     values.setdefault("value_format", values["key_format"])
     open_field = None
     for name, field in (("stride", "stride"), ("reuse", "anchor_every"), ("pages", "fractions")):
-        if selection == name and field not in given:
+        if selection == name and field not in named:
             open_field = "pages" if field == "fractions" else field
     return replace(Recipe(), **values), open_field
+
+
+def has_page_bounds(key_format: str | None) -> bool:
+    """Return whether K stores a scale and zero for each channel of a page, which is what page scorers read."""
+    return key_format is not None and FORMATS[key_format].keys is ScaleLayout.CHANNEL
+
+
+def _help() -> str:
+    return (
+        f"a recipe is 'dense' or terms joined by commas: a format ({', '.join(cold_formats())}) or k=FORMAT,v=FORMAT, "
+        "'vgroup=N' (channels of V to an int4 scale), 'pages[=FRACTION][,anchor_every=N][,scorer=NAME]', "
+        "'stride[=N]' or 'reuse[,anchor_every=N][,decay=D]', 'sinks=N', 'window=N'; for example int4,pages=1/4,anchor_every=4"
+    )
 
 
 def _whole(name: str, raw: str) -> int:

@@ -68,6 +68,9 @@ def for_ratio(
     return best
 
 
+Recipe.solver = staticmethod(for_ratio)
+
+
 def candidates(shape: AttentionShape, sinks: int, window: int, schedules: tuple[int, ...] = ANCHORS) -> Iterator[Recipe]:
     """Yield the recipes among which the solver chooses, those with pages at a fraction of 1 that is still to be solved.
 
@@ -114,7 +117,7 @@ def fraction_of(count: int, pages: int) -> float:
     one_over = 1 / (pages // count)
     # Half a page more where the product of a float and the pages would be rounded below the count.
     decimals: Iterator[float] = (
-        -(-(2 * count + half) * 10**places // (2 * pages)) / 10**places for places in range(1, 17) for half in (0, 1)
+        -(-(2 * count + half) * 10**digits // (2 * pages)) / 10**digits for digits in range(1, 17) for half in (0, 1)
     )
     for fraction in (one_over, *decimals):
         if fraction <= 1 and selected(pages, fraction) == count:

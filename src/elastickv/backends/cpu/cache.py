@@ -10,6 +10,7 @@ from elastickv.backends.cpu.unpack import unpack_rows
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.kvcache.attention import Float64
 from elastickv.kvcache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
+from elastickv.kvcache.scorers import scorer_of
 from elastickv.recipe import AttentionShape, Recipe, regions
 from elastickv.recipe.regions import PAGE_TOKENS, retained_tokens
 
@@ -40,6 +41,8 @@ class CpuCache(CpuEditing):
         self.descriptor[BufferField.APPEND_KERNEL] = storage.append_token.address
         self.descriptor[BufferField.SCORE_KERNEL] = selection.score_item.address
         if recipe.selection == "pages":
+            self._weights_kernel = selection.weights_kernel(scorer_of(recipe))
+            self.descriptor[BufferField.WEIGHTS_KERNEL] = self._weights_kernel.address
             fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
             self._section("fractions").view(np.float64)[:] = fractions
         self._state = self._section("state").view(np.int64).reshape(shape.batch, shape.kv_heads, STATE_WORDS)

@@ -15,8 +15,10 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-FP32, FP16, BF16, INT8, FP8, INT4 = range(6)
-FORMAT_CODES = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8, "fp8": FP8, "int4": INT4}
+from elastickv.recipe.formats import FORMATS
+
+FORMAT_CODES = {f.name: f.cpu_id for f in FORMATS.values() if f.cpu_id is not None}
+FP32, FP16, BF16, INT8, FP8, INT4 = (FORMAT_CODES[name] for name in ("fp32", "fp16", "bf16", "int8", "fp8", "int4"))
 FLOAT_BYTES = 4
 LANES = 16
 COLUMNS = 32
@@ -263,6 +265,16 @@ def words(typingctx: Any, address: Any) -> Any:
         return builder.inttoptr(args[0], I64.as_pointer())
 
     return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
+def floats(typingctx: Any, address: Any) -> Any:
+    """Return the address of float32s as a pointer, which `numba.carray` makes an array of."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], F32.as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
 
 
 @intrinsic

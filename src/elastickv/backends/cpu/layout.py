@@ -89,6 +89,7 @@ class BufferField(IntEnum):
     FRACTIONS_BASE = 43  # one float64 for each KV head
     SCORE_KERNEL = 44
     ANCHOR_OFFSET = 45  # steps by which anchors come early, filled in by the cache
+    WEIGHTS_KERNEL = 46  # address of the page scorer's function, filled in by the cache
 
 
 class State(IntEnum):

@@ -32,8 +32,9 @@ from elastickv.backends.cpu.intrinsics import (
     store_i64,
     store_u16,
 )
-from elastickv.kvcache.quantize import FP8_MAX, FP16_MAX, INT4_LEVELS, INT8_LEVELS
+from elastickv.kvcache.quantize import FP8_MAX, INT4_LEVELS, INT8_LEVELS
 from elastickv.recipe import PAGE_TOKENS
+from elastickv.recipe.formats import FLOAT16_MAX
 
 _F = layout.BufferField
 DIM, SINKS, STRIDE, EXACT_FORMAT = int(_F.DIM), int(_F.SINKS), int(_F.STRIDE), int(_F.EXACT_FORMAT)
@@ -44,7 +45,7 @@ BEYOND = 8 * int(layout.State.BEYOND_POSITION)
 STATE_BYTES = 8 * layout.STATE_WORDS
 ZERO, LARGE = np.float32(0), np.float32(np.inf)
 LEVELS_8, LEVELS_4 = np.float32(INT8_LEVELS), np.float32(INT4_LEVELS)
-MAX_FP8, MAX_FP16 = np.float32(FP8_MAX), np.float32(FP16_MAX)
+MAX_FP8, MAX_FP16 = np.float32(FP8_MAX), np.float32(FLOAT16_MAX)
 
 
 @njit(error_model="numpy")

@@ -1,10 +1,14 @@
-"""Which pages a step reads: their scores (`kvcache.scorers.bounds`, in float32), and the list of the best, at an anchor."""
+"""Which pages a step reads: their scores (`kvcache.scorers`, in float32), and the list of the best, at an anchor."""
 
+import hashlib
+from functools import cache
+from threading import Lock
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import carray, cfunc, njit, types
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import cold_tokens
@@ -19,8 +23,9 @@ from elastickv.backends.cpu.intrinsics import (
     addressed,
     atomic_add,
     constant,
+    floats,
+    invoke_4,
     load,
-    load_f32,
     load_f64,
     load_i32,
     load_i64,
@@ -34,9 +39,10 @@ from elastickv.backends.cpu.intrinsics import (
     store_i64,
     words,
 )
+from elastickv.backends.cpu.numba_cache import cache_kernels_on_disk
 from elastickv.backends.cpu.scale_folding import halves
 from elastickv.backends.cpu.vector import by_width
-from elastickv.kvcache.scorers.bounds import LEVELS, SPAN
+from elastickv.kvcache.scorers import Scorer
 from elastickv.recipe import PAGE_TOKENS
 
 _F, _S = layout.BufferField, layout.State
@@ -44,12 +50,12 @@ KV_HEADS, GROUP, DIM = int(_F.KV_HEADS), int(_F.GROUP), int(_F.DIM)
 BOUNDS_BASE, BOUNDS_HEAD_BYTES, STATE_BASE = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES), int(_F.STATE_BASE)
 LISTS_BASE, LISTS_HEAD_BYTES = int(_F.LISTS_BASE), int(_F.LISTS_HEAD_BYTES)
 SCORES_BASE, SCORES_HEAD_BYTES, SCORE_SPLITS = int(_F.SCORES_BASE), int(_F.SCORES_HEAD_BYTES), int(_F.SCORE_SPLITS)
+WEIGHTS_KERNEL = int(_F.WEIGHTS_KERNEL)
 FRACTIONS_BASE, WORK_BASE, WORK_THREAD_BYTES = int(_F.FRACTIONS_BASE), int(_F.WORK_BASE), int(_F.WORK_THREAD_BYTES)
 LENGTH, STEP, PENDING, LISTED = 8 * int(_S.LENGTH), 8 * int(_S.STEP), 8 * int(_S.PENDING), 8 * int(_S.LISTED)
 ANCHOR_STEP, ANCHOR_PAGES = 8 * int(_S.ANCHOR_STEP), 8 * int(_S.ANCHOR_PAGES)
 STATE_BYTES = 8 * layout.STATE_WORDS
-HALF_LEVELS, MIDDLE = np.float32(LEVELS / 2), np.float32(SPAN)
-ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
+NOTHING = np.float32(-np.inf)
 LEAST_KEY, GREATEST_KEY = -(1 << 31), (1 << 31) - 1
 MOST_PAGES = WIDTHS[-1]
 
@@ -131,16 +137,40 @@ def _list_best(scores, pages, count, target):  # type: ignore[no-untyped-def]
     return listed
 
 
-@njit(error_model="numpy")
-def _weigh_queries(q, group, dim, queries, weights):  # type: ignore[no-untyped-def]
-    """Write the sum of a group's queries, and what the scales are multiplied by."""
+def _write_weights(q, group, dim, target):  # type: ignore[no-untyped-def]
+    """Write what a page's zeros are multiplied by, then what its scales are, for a group's queries."""
+    queries = carray(floats(q), (group, dim))
     for d in range(dim):
-        total, size = ZERO, ZERO
-        for g in range(group):
-            x = load_f32(q + (g * dim + d) * 4)
-            total, size = total + x, size + abs(x)
-        store_f32(queries + 4 * d, total)
-        store_f32(weights + 4 * d, HALF_LEVELS * (total + MIDDLE * size))
+        zero_weight, scale_weight = channel_weights(queries[:, d])  # type: ignore[name-defined]  # noqa: F821
+        store_f32(target + 4 * d, zero_weight)
+        store_f32(target + 4 * (dim + d), scale_weight)
+
+
+def weights_kernel(scorer: Scorer) -> Any:
+    """Return `_write_weights` compiled with a scorer's `channel_weights`: a kernel of (queries, group, head_dim, target)."""
+    with _compiling:
+        return _compiled_weights(scorer)
+
+
+_compiling = Lock()
+
+
+@cache
+def _compiled_weights(scorer: Scorer) -> Any:
+    # Numba caches compiled code under a function's name: the name gets a digest of what the scorer computes.
+    code = scorer.channel_weights.__code__
+    scope = dict(globals(), channel_weights=njit(error_model="numpy")(scorer.channel_weights))
+    function = FunctionType(_write_weights.__code__, scope, _write_weights.__name__)
+    digest = _digest(code, scorer.channel_weights.__globals__)
+    function.__qualname__ = f"_write_weights_{scorer.name}_{digest}"
+    with cache_kernels_on_disk():
+        return cfunc("void(int64, int64, int64, int64)", cache=True, error_model="numpy")(function)
+
+
+def _digest(code: CodeType, scope: dict[str, Any]) -> str:
+    """Return a digest of a function's instructions and of the numbers that it reads from its module."""
+    numbers = {name: repr(scope[name]) for name in code.co_names if isinstance(scope.get(name), (int, float, np.generic))}
+    return hashlib.sha256(repr((code.co_code, code.co_consts, code.co_names, numbers)).encode()).hexdigest()[:12]
 
 
 @cfunc("void(int64, int64, int64, int64)", cache=True, error_model="numpy")
@@ -156,7 +186,7 @@ def score_item(descriptor, item, q, thread):  # type: ignore[no-untyped-def]
     queries = c[WORK_BASE] + thread * c[WORK_THREAD_BYTES]
     page, last = split * share, min(pages, (split + 1) * share)
     if page < last:
-        _weigh_queries(q + head * group * dim * 4, group, dim, queries, queries + dim * 4)
+        invoke_4(c[WEIGHTS_KERNEL], q + head * group * dim * 4, group, dim, queries)
     while page < last:
         width = MOST_PAGES if page + MOST_PAGES <= last else 1
         bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4
