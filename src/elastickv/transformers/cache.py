@@ -221,7 +221,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         """Whether one more token is to come, as far as the running `generate` is known, and fits what is allocated."""
         layers, expected = self.elastic_layers, self._plan.expected
         ends = expected is not None and layers[0].slots.length >= expected
-        return not ends and all(layer.store is not None and layer.store.spare for layer in layers)
+        return not ends and all(layer.store is not None and layer.store.room for layer in layers)
 
     def begin_step(self, layers: list[ElasticLayer]) -> None:
         """Make layers ready for one more token a row, and settle what it reads.
@@ -254,7 +254,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         """Undo what layers have queued of a decode, and not counted."""
         for layer in self.elastic_layers:
             if layer.store is not None:
-                layer.store.rollback()
+                layer.store.rollback_step()
 
     @property
     def allocated_bytes(self) -> int:

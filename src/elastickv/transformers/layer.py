@@ -254,19 +254,19 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[misc]
             assert self._plan.budget is not None
             self._uneven = self._guard.ranks.uneven(scaled(self._plan.budget.recipes[self.number], reading.scale))
         # Last: it counts on what the step will be.
-        self.store.ready_step()
+        self.store.prepare_step()
 
     def queue_step(self, pending: Pending, call: Call) -> torch.Tensor:
         """Store a token a row and attend: (batch, 1, query_heads, head_dim). Nothing that the host would have to wait for."""
         assert self.store is not None
-        found = self.store.queue_step(pending.keys, pending.values, call.query[:, :, 0], call.scaling)
+        found = self.store.enqueue_step(pending.keys, pending.values, call.query[:, :, 0], call.scaling)
         output = Scoring(call.scaling, sinks=call.sinks).with_sinks(*found)
         return output.unsqueeze(1).to(call.query.dtype).contiguous()
 
     def end_step(self) -> None:
         """Count what `queue_step` stored."""
         assert self.store is not None and self._reading is not None
-        self.store.count_step()
+        self.store.commit_step()
         self._ledger.note_step(self.number, self.store.cache, self._reading.scale)
         self.slots.add(1, None)
 

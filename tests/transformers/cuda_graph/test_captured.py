@@ -20,7 +20,7 @@ from elastickv.model_benchmark import generation
 from elastickv.transformers.cache_argument import cache_in
 from elastickv.transformers.cuda_graph import captured
 from elastickv.transformers.cuda_graph import recorder as recorders
-from elastickv.transformers.layer_storage import HostStorage
+from elastickv.transformers.layer_storage import LayerStorage
 from tests.helpers.model_matrix import model, padded, prompt
 
 FULL = ["llama", "llama-mqa", "llama-small-heads", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "olmo2"]
@@ -47,7 +47,7 @@ class Recorder:
         if self.fails:
             raise self.fails
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(HostStorage, "queue_step", queue_nothing)
+            patch.setattr(LayerStorage, "enqueue_step", queue_nothing)
             run()
 
         def replay():
@@ -487,7 +487,7 @@ class TestSeam:
         # The double's replays hold the pass, and that the cache; a CUDA graph holds its outputs alone.
         outputs = []
         recorder.record = lambda run: outputs.append(run()) or (lambda: outputs[0])
-        monkeypatch.setattr(HostStorage, "queue_step", queue_nothing)
+        monkeypatch.setattr(LayerStorage, "enqueue_step", queue_nothing)
         cache = ekv.ElasticCache.for_model(tiny, 4)
         generate(tiny, prompt(1, 100), 5, past_key_values=cache)
         assert recorder.rehearsed == len(outputs) == 1
