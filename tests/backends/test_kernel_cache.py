@@ -73,14 +73,23 @@ def test_a_folder_that_is_none_costs_one_warning_and_a_temporary_folder_that_goe
 
 @pytest.mark.fault("read-only kernel cache")
 def test_a_user_without_a_home_gets_a_temporary_folder_and_a_warning(monkeypatch):
-    def unknown():
-        raise RuntimeError("Could not determine home directory.")
-
     for name in ("ELASTICKV_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(kernel_cache.Path, "home", unknown)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.warns(UserWarning, match="ELASTICKV_CACHE_DIR"):
         assert writable(cache_folder("numba")).is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the folders of Linux")
+def test_the_folder_on_linux_is_the_one_of_the_xdg_standard(monkeypatch, tmp_path):
+    for name in ("ELASTICKV_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("numba") == tmp_path / ".cache" / "elastickv" / "numba"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder("cuda") == tmp_path / "xdg" / "elastickv" / "cuda"
+    monkeypatch.setenv("ELASTICKV_CACHE_DIR", str(tmp_path / "own"))
+    assert cache_folder("cuda") == tmp_path / "own"
 
 
 @pytest.mark.fault("full kernel cache")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as tf
 
-from elastickv.transformers.layer_storage import HostStorage
+from elastickv.transformers.layer_storage import LayerStorage
 
 
 class FakeRecorder:
@@ -28,7 +28,7 @@ class FakeRecorder:
         if self.fails:
             raise self.fails
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(HostStorage, "queue_step", queue_nothing)
+            patch.setattr(LayerStorage, "enqueue_step", queue_nothing)
             run()
 
         def replay():

@@ -1,11 +1,12 @@
-"""The back ends that properties are held for: how each is opened, poisoned, and how far it may be off."""
+"""The back ends that properties are tested on: how each is opened and poisoned, and its largest permitted error."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from elastickv.kvcache import LayerCache
+from elastickv.kvcache import LayerCache, TensorView
+from elastickv.kvcache.rounding import from_bf16_bits, to_bf16_bits
 from elastickv.recipe import HEAD_DIMS, Recipe
 from tests.helpers.cases import GROUPS, Case
 
@@ -16,14 +17,44 @@ _SCRATCH = ("partial", "scores", "work", "step_keys", "step_values", "step_queri
 _PLANES = ("exact_k", "exact_v", "cold_k", "cold_v", "k_scale", "v_scale")
 
 
+ELEMENTS = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+
+
+class DeviceTensor:
+    """A tensor in the memory of a cache's device, made of a float32 array; `strides` are those of the array."""
+
+    def __init__(self, cache: Any, array: np.ndarray, dtype: str = "fp32") -> None:
+        elements = to_bf16_bits(array) if dtype == "bf16" else np.asarray(array, ELEMENTS[dtype])
+        strides = np.array(array.strides) // array.itemsize
+        last = int(((np.array(array.shape) - 1) * strides).sum()) + 1
+        self._buffer = np.zeros(max(last, 1), elements.dtype)
+        where = np.lib.stride_tricks.as_strided(self._buffer, array.shape, [n * elements.itemsize for n in strides])
+        where[...] = elements
+        self._device = getattr(cache, "_device", None)
+        address = self._buffer.ctypes.data
+        if self._device is not None:
+            self._memory = self._device.allocate(self._buffer.nbytes)
+            self._device.upload(self._memory, self._buffer)
+            address = self._memory.pointer
+        self.view = TensorView(address, dtype, array.shape, tuple(int(n) for n in strides))
+
+    def array(self) -> np.ndarray:
+        """Return what is in a contiguous tensor now, as float32."""
+        raw = self._buffer
+        if self._device is not None:
+            raw = self._device.download(self._memory, raw.shape, raw.dtype)
+        values = from_bf16_bits(raw) if self.view.dtype == "bf16" else raw.astype(np.float32)
+        return values.reshape(self.view.shape)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A back end under test.
 
     Attributes
     ----------
-    repeats : whether a head gives the same bits wherever it lies.
-    head_dims, groups : shapes to draw from: on a GPU each costs a compilation.
+    repeats : whether a head gives the same bits at any position in the cache.
+    head_dims, groups : shapes to draw from: on a GPU each one costs a compilation.
     """
 
     name: str

@@ -30,9 +30,9 @@ def tensors(device, dtype, batch, heads, tokens, head_dim, seed):
 
 
 def take_step(store, keys, values, queries, scaling):
-    store.ready_step()
-    outputs = store.queue_step(keys, values, queries, scaling)
-    store.count_step()
+    store.prepare_step()
+    outputs = store.enqueue_step(keys, values, queries, scaling)
+    store.commit_step()
     return outputs
 
 

@@ -13,7 +13,7 @@ from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.transformers.cuda_graph import captured
 from elastickv.transformers.cuda_graph import recorder as recorders
-from elastickv.transformers.layer_storage import HostStorage
+from elastickv.transformers.layer_storage import LayerStorage
 from elastickv.transformers.model_loading import fingerprint
 from elastickv.transformers.tensor_parallel import Ranks
 from tests.helpers.captured_decode import FakeRecorder
@@ -81,12 +81,12 @@ class LateRecorder(FakeRecorder):
         return replay
 
 
-def launch_key_by_shares(store: HostStorage) -> tuple[int, bool]:
+def launch_key_by_shares(store: LayerStorage) -> tuple[int, bool]:
     """Return a key as the CUDA back end's: heads that read alike run another kernel."""
     return id(store.cache), len(set(store.shares)) > 1
 
 
-def note_shares(store: HostStorage, fractions: list[float]) -> None:
+def note_shares(store: LayerStorage, fractions: list[float]) -> None:
     store.shares = tuple(fractions)
     store.cache.set_fractions(fractions)
 
@@ -97,8 +97,8 @@ def captured_counts(made: Any) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (captured, recorders):
             patch.setattr(module, "recorder_for", lambda device: stand_in)
-        patch.setattr(HostStorage, "launch_key", property(launch_key_by_shares))
-        patch.setattr(HostStorage, "set_fractions", note_shares)
+        patch.setattr(LayerStorage, "launch_key", property(launch_key_by_shares))
+        patch.setattr(LayerStorage, "set_fractions", note_shares)
         cache = ekv.ElasticCache.for_model(made, RATIO, calibration=errors_of(made))
         start = cache.report().holds_from - 6
         captured_tokens = tokens(made, prompt(1, start), past_key_values=cache)

@@ -1,6 +1,6 @@
-"""How a decode step runs: one folder a device kind. `load` picks one; nothing is imported before it is asked for."""
+"""Decode steps on devices: one folder for each kind of device. `load` opens one and imports only that one."""
 
-from elastickv.backends.protocol import Backend, Ceilings, DeviceInfo, Program
+from elastickv.backends.protocol import Allocator, Backend, Ceilings, DeviceInfo, DeviceMemory, Program
 from elastickv.backends.registry import BACKENDS, load
 
-__all__ = ["BACKENDS", "Backend", "Ceilings", "DeviceInfo", "Program", "load"]
+__all__ = ["BACKENDS", "Allocator", "Backend", "Ceilings", "DeviceInfo", "DeviceMemory", "Program", "load"]

@@ -1,13 +1,14 @@
-"""Where compiled kernels are kept: a file that is damaged counts as absent, a folder that is full costs time, no more."""
+"""Files of compiled kernels. A damaged file counts as absent; a full folder only costs the time to compile again."""
 
 import atexit
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 import warnings
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 _DIGEST_BYTES = 32
 _PROBE_BYTES = 1 << 16  # a folder that takes less has no room for a kernel
@@ -15,28 +16,23 @@ _warned = False
 
 
 def cache_folder(kind: str) -> Path:
-    """Return the folder for compiled kernels of a kind: under ELASTICKV_CACHE_DIR, or the user's cache folder."""
-    if given := os.environ.get("ELASTICKV_CACHE_DIR"):
-        return Path(given)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = _home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
-    return base / "elastickv" / kind
+    """Return the folder for compiled kernels of a kind: ELASTICKV_CACHE_DIR, or one in the user's cache folder."""
+    if folder := os.environ.get("ELASTICKV_CACHE_DIR"):
+        return Path(folder)
+    return _user_folder() / kind
 
 
-def _home() -> Path:
-    """Return the user's home; where the system tells none, what nothing can be kept in: a warning says so."""
+def _user_folder() -> Path:
+    """Return ElasticKV's folder in the user's cache folder; a path where nothing can be stored for a user without a home."""
     try:
-        return Path.home()
-    except RuntimeError:
+        folder = user_cache_path("elastickv", appauthor=False, opinion=False)
+    except RuntimeError:  # newer versions of platformdirs
         return Path(os.devnull)
+    return Path(os.devnull) if folder.parts[0] == "~" else folder
 
 
 def obstacle(folder: Path) -> str | None:
-    """Return why nothing can be kept in `folder`; None where something can."""
+    """Return why nothing can be stored in `folder`; None if something can."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_PROBE_BYTES))
@@ -47,7 +43,7 @@ def obstacle(folder: Path) -> str | None:
 
 
 def writable(folder: Path) -> Path:
-    """Return `folder`, made if need be; where it cannot be written, a temporary one until this process ends, with a warning."""
+    """Return `folder`, created if needed. If it cannot be written, warn and return a temporary one until this process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = obstacle(folder)
@@ -62,9 +58,9 @@ def writable(folder: Path) -> Path:
 
 
 def load_compiled(path: Path) -> bytes | None:
-    """Return what `save_compiled` put into `path`; None if it is absent, damaged in any way, or could be somebody else's.
+    """Return what `save_compiled` wrote to `path`; None if it is absent, damaged, or could be from another user.
 
-    It is code: what another user owns or may write is none of ours, whatever its digest says.
+    The file holds code, so one that another user owns or may write is not loaded, whatever its digest.
     """
     try:
         with path.open("rb") as file:
@@ -80,7 +76,7 @@ def _ours(status: os.stat_result) -> bool:
 
 
 def save_compiled(path: Path, body: bytes) -> None:
-    """Put `body` into `path` behind its digest: atomic for readers, whoever writes beside. Where it can't, warn once."""
+    """Write `body` to `path` behind its digest, atomically, also with several writers. If that fails, warn once."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +103,7 @@ def _warn(folder: Path, reason: str) -> None:
 
 
 def sources_digest(folder: Path) -> str:
-    """Return a digest of the Python files in `folder`: compiled code of other sources must not be taken for theirs."""
+    """Return a digest of the Python files in `folder`, which names the code that was compiled from them."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
         digest.update(path.read_bytes())

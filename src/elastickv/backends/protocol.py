@@ -1,17 +1,18 @@
-"""What a back end offers to the benchmark and to the cache."""
+"""What a back end implements for the benchmark and for a model's cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from elastickv.backends.feedback import Feedback
-from elastickv.kvcache.layer import Float32, LayerCache
+from elastickv.kvcache.protocol import LayerCache
+from elastickv.kvcache.tensor_view import Float32
 from elastickv.recipe import AttentionShape, Recipe
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What the figures are about.
+    """The device that measurements were taken on.
 
     Attributes
     ----------
@@ -19,8 +20,8 @@ class DeviceInfo:
     name : the product's name.
     sm : compute capability such as '9.0'; None on a CPU.
     compute_units : multiprocessors, or threads in use.
-    theoretical_bw_gbs : 10^9 bytes per second from the memory clock and bus width; None where the device tells none.
-    last_level_cache_bytes : what a cold rotation must exceed.
+    theoretical_bw_gbs : 10^9 bytes per second from the memory clock and bus width; None if unknown.
+    last_level_cache_bytes : size that the data of a cold measurement must exceed.
     memory_bytes, free_bytes : of the device.
     driver : driver version; None on a CPU.
     """
@@ -38,7 +39,7 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured limits of a device. The read ceiling must not be beaten by an attention kernel.
+    """Measured limits of a device. No attention kernel may beat the read ceiling.
 
     Attributes
     ----------
@@ -52,17 +53,17 @@ class Ceilings:
     flops: float
 
     def at_least(self, other: "Ceilings") -> "Ceilings":
-        """Return the higher of two measurements of each limit: noise only ever lowers one."""
+        """Return the higher of two measurements of each limit: noise can only lower them."""
         return Ceilings(max(self.read_gbs, other.read_gbs), max(self.copy_gbs, other.copy_gbs), max(self.flops, other.flops))
 
 
 class Program(Protocol):
-    """A fixed sequence of decode steps, launched as a whole and timed on the device.
+    """A fixed sequence of decode steps, launched at once and timed on the device.
 
     Attributes
     ----------
     captured : whether a launch is one captured graph.
-    nodes : nodes of that graph; None where there is none.
+    nodes : nodes of that graph; None without a graph.
     kernels_per_step : kernel launches of one decode step of one layer.
     """
 
@@ -74,14 +75,39 @@ class Program(Protocol):
         """Launch `launches` times in sequence and return the milliseconds of each."""
 
     def reset(self) -> None:
-        """Rewind the program's caches to where they were when it was made."""
+        """Rewind the program's caches to their state when the program was made."""
 
     def outputs(self) -> list[Float32]:
         """Return, for each cache, the (batch, query_heads, head_dim) outputs of the last launch's last step on it."""
 
 
+class DeviceMemory(Protocol):
+    """A device allocation, freed with the object.
+
+    Attributes
+    ----------
+    pointer : its address.
+    n_bytes : its size.
+    """
+
+    @property
+    def pointer(self) -> int: ...
+    @property
+    def n_bytes(self) -> int: ...
+
+
+class Allocator(Protocol):
+    """A source of device memory."""
+
+    def allocate(self, n_bytes: int) -> DeviceMemory:
+        """Return memory of at least 16-byte alignment, for use on the device's present stream."""
+
+    def free_bytes(self) -> int:
+        """Return the bytes that can still be allocated."""
+
+
 class Backend(Protocol):
-    """One device that runs decode attention."""
+    """One device that runs decode attention. Its caches may share scratch memory, so they decode one after the other."""
 
     name: str
 
@@ -93,25 +119,29 @@ class Backend(Protocol):
 
         Parameters
         ----------
-        phase : steps by which the layer's anchors come early (see `LayerCache`), 0 to recipe.anchor_every - 1.
+        anchor_offset : steps by which the layer's anchors come early (see `LayerCache`), 0 to recipe.anchor_every - 1.
 
         Raises
         ------
         UsageError : if no kernel supports the combination, or it does not fit the device; before any allocation.
-        ValueError : if the phase is out of range.
+        ValueError : if the offset is out of range.
         """
 
+    def follow(self, stream: int) -> None:
+        """Enqueue all later work on the stream with this handle. No effect on a device without streams."""
+
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
-        """Return the device bytes that `cache` would allocate, its scratch included."""
+        """Return the device bytes that `cache` would allocate, scratch included."""
 
     def attention(self, caches: Sequence[LayerCache], queries: Sequence[Float32], steps: int, graph: bool) -> Program:
-        """Return a program of `steps` decodes going round `caches`, each with its (batch, query_heads, head_dim) queries."""
+        """Return a program of `steps` decodes over `caches` in turn, each with its (batch, query_heads, head_dim) queries."""
 
     def cycle(self, caches: Sequence[LayerCache], first: Float32, feedback: Feedback, graph: bool) -> Program:
         """Return a program whose launch is one token through all `caches` as layers.
 
-        Each layer maps the output before it (of the layer below; for the first layer, of the last layer one token ago;
-        `first`, (batch, query_heads, head_dim), to begin with) through `feedback`, appends the key and value and decodes.
+        Each layer maps the previous output through `feedback`, appends the key and value and decodes. The previous output
+        is that of the layer below; for the first layer, that of the last layer one token ago, which is `first`,
+        (batch, query_heads, head_dim), at the first token.
         """
 
     def ceilings(self) -> Ceilings:

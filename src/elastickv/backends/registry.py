@@ -1,10 +1,10 @@
-"""Back ends by name. A new one is a folder and a line here."""
+"""Back ends by name. A new back end is one folder and one line here."""
 
 from importlib import import_module
 
 from elastickv.backends.driver_errors import device_failures
 from elastickv.backends.gpu_detection import gpu_present
-from elastickv.backends.protocol import Backend
+from elastickv.backends.protocol import Allocator, Backend
 from elastickv.errors import UsageError
 
 BACKENDS: dict[str, str] = {
@@ -13,10 +13,14 @@ BACKENDS: dict[str, str] = {
 }
 
 
-def load(name: str = "auto", device: int | None = None) -> tuple[Backend, str | None]:
-    """Return the back end called `name` and, for 'auto' on a machine with a GPU, why the GPU was passed over.
+def load(name: str = "auto", device: int | None = None, allocator: Allocator | None = None) -> tuple[Backend, str | None]:
+    """Return the back end called `name` and, for 'auto' on a machine with a GPU, why the GPU is not used.
 
-    'auto' with a device number means 'cuda': only there are devices numbered.
+    Parameters
+    ----------
+    name : 'auto' or a key of `BACKENDS`. 'auto' with a device number means 'cuda': only CUDA devices are numbered.
+    device : number of the device; None is the first.
+    allocator : source of device memory instead of the driver, for a back end that takes one.
 
     Raises
     ------
@@ -28,18 +32,19 @@ def load(name: str = "auto", device: int | None = None) -> tuple[Backend, str | 
     if name != "auto":
         if name not in BACKENDS:
             raise UsageError(f"back end {name!r} is unknown: choose auto, {', '.join(BACKENDS)}")
-        return _open(name, device), None
+        return _open(name, device, allocator), None
     reason = None
     for candidate in BACKENDS:
         try:
-            return _open(candidate, device if candidate == "cuda" else None), reason
+            return _open(candidate, device if candidate == "cuda" else None, None), reason
         except UsageError as error:
-            # Without a GPU nobody misses CUDA.
+            # Without a GPU, the absence of CUDA is no reason to report.
             reason = reason or (str(error) if candidate != "cuda" or gpu_present() else None)
     raise UsageError(reason or "no back end can run here")
 
 
-def _open(name: str, device: int | None) -> Backend:
+def _open(name: str, device: int | None, allocator: Allocator | None) -> Backend:
+    options = {} if allocator is None else {"allocator": allocator}
     with device_failures():
-        backend: Backend = import_module(BACKENDS[name]).open_backend(device)
+        backend: Backend = import_module(BACKENDS[name]).open_backend(device, **options)
     return backend

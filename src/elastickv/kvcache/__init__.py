@@ -1,8 +1,8 @@
-"""Paged storage of keys and values: what a back end must offer, the quantisers, and the float64 twin of both."""
+"""Paged storage of keys and values: what a back end implements, the quantizers, and the float64 reference of both."""
 
-from elastickv.kvcache.editable import EditableCache
-from elastickv.kvcache.layer import LayerCache, StoredHead
 from elastickv.kvcache.oracle import Oracle
+from elastickv.kvcache.protocol import LayerCache, StoredHead
 from elastickv.kvcache.reference import ReferenceCache
+from elastickv.kvcache.tensor_view import TensorView
 
-__all__ = ["EditableCache", "LayerCache", "Oracle", "ReferenceCache", "StoredHead"]
+__all__ = ["LayerCache", "Oracle", "ReferenceCache", "StoredHead", "TensorView"]

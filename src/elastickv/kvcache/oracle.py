@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.kvcache.attention import Float64, Partial, attend, merge
-from elastickv.kvcache.layer import Float32, LayerCache, StoredHead
+from elastickv.kvcache.protocol import LayerCache, StoredHead
+from elastickv.kvcache.tensor_view import Float32
 from elastickv.recipe.regions import PAGE_TOKENS, regions, retained_tokens
 
 

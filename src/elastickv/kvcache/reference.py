@@ -1,49 +1,43 @@
 """The cache of one layer in plain NumPy: what the back ends' storage is tested against."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.errors import NonFiniteError, UsageError
+from elastickv.errors import NonFiniteError
 from elastickv.kvcache.attention import Float64
-from elastickv.kvcache.editable import (
-    CacheState,
-    check_crop,
-    check_growth,
-    check_shares,
-    check_span,
-    checked_rows,
-    cold_tokens,
-)
-from elastickv.kvcache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
+from elastickv.kvcache.checked_cache import CheckedCache
+from elastickv.kvcache.checks import beyond_int4, check_anchor, check_marked, cold_tokens
 from elastickv.kvcache.oracle import Oracle
+from elastickv.kvcache.protocol import CacheState, Lengths, StoredHead
 from elastickv.kvcache.quantize import CODECS, stored_values
 from elastickv.kvcache.rounding import limited, rounded
 from elastickv.kvcache.scorers import scorer_of, select_pages
+from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView, to_array, write_array
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.regions import selected
 
 
-class ReferenceCache:
-    """An `EditableCache` that keeps every token in float32 and derives the stored form when asked; decodes in float64."""
+class ReferenceCache(CheckedCache):
+    """A `LayerCache` that stores every token in float32, derives the stored form on request and decodes in float64."""
 
     def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> None:
-        self.shape, self.capacity, self.dtype, self.recipe, self.anchor_offset = shape, capacity, dtype, recipe, anchor_offset
+        recipe.check_shape(shape.head_dim, shape.kv_heads)
+        self._describe(shape, capacity, dtype, recipe, anchor_offset)
         rows = (shape.batch, shape.kv_heads, capacity, shape.head_dim)
         self._keys, self._values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self._lengths = np.zeros(shape.batch, np.int64)
         self._step = -1
         self._anchor: int | None = None  # step of the last anchor that was decoded
-        recipe.check_shape(shape.head_dim, shape.kv_heads)
         self._fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
-        recipe.check_anchor_offset(anchor_offset)
         self._scorer = scorer_of(recipe)
         self._pages: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._oracle = Oracle(self)
         self._marked: tuple[Any, ...] | None = None
+        self._enqueued: tuple[Lengths, int, int | None, dict[tuple[int, int], NDArray[np.int64]]] | None = None
+        self.launch_key = object()
         self.mark()
 
     @property
@@ -54,60 +48,66 @@ class ReferenceCache:
     def step(self) -> int:
         return self._step
 
-    def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
-        """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
-        used = checked_lengths(lengths, self.shape.batch)
-        self._check_block(keys, values)
-        if max(used) > min(keys.shape[2], self.capacity):
-            raise UsageError(f"a sequence of {max(used)} tokens does not fit a capacity of {self.capacity}")
-        self._overwrite(np.zeros_like(used))
-        self.extend(keys, values, used)
+    @property
+    def _present_fractions(self) -> list[float]:
+        return self._fractions
 
-    def _check_block(self, keys: Float32, values: Float32) -> None:
-        rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
-        check_shape(keys, rows, "keys")
-        check_shape(values, rows, "values")
+    def _prefill(self, keys: Tensor, values: Tensor, lengths: Lengths) -> None:
+        self._overwrite(np.zeros_like(lengths))
+        self._extend(keys, values, lengths)
 
     def _overwrite(self, lengths: NDArray[np.int64]) -> None:
-        """Hold `lengths` tokens before the first step; what was marked may be so no more."""
+        """Hold `lengths` tokens before the first step; the mark may no longer be valid."""
         self._lengths, self._marked = lengths, None
         self._restart_steps()
 
     def _restart_steps(self) -> None:
         self._step, self._anchor = -1, None
 
-    def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
-        """Store seeded random normal tokens."""
+    def _fill_random(self, lengths: Lengths, seed: int) -> None:
         rng = np.random.default_rng(seed)
         keys, values = rng.standard_normal((2, *self._keys.shape), dtype=np.float32)
-        self.prefill(keys, values, lengths)
+        self._prefill(keys, values, lengths)
 
-    def append(self, keys: Float32, values: Float32) -> None:
-        """Store one token per sequence: (batch, kv_heads, head_dim)."""
+    def _append(self, keys: Float32, values: Float32) -> None:
         exact = self.recipe.exact_dtype(self.dtype)
-        for name, array in (("keys", keys), ("values", values)):
-            check_shape(array, (self.shape.batch, self.shape.kv_heads, self.shape.head_dim), name)
         for row, length in enumerate(self._lengths):
-            if length >= self.capacity:
-                raise UsageError(f"the cache is full: sequence {row} holds {length} of {self.capacity} tokens")
             self._keys[row, :, length], self._values[row, :, length] = rounded(keys[row], exact), rounded(values[row], exact)
         self._lengths = self._lengths + 1
         self._step += 1
 
-    def decode(self, queries: Float32) -> tuple[Float64, Float64]:
-        """Attend with one query per sequence, in float64."""
-        check_shape(queries, (self.shape.batch, self.shape.query_heads, self.shape.head_dim), "queries")
-        steps_since_refresh = self.recipe.steps_since_refresh(self._step, self.anchor_offset)
-        if steps_since_refresh and self._anchor != self._step - steps_since_refresh:
-            raise RuntimeError(
-                f"step {self._step} reuses what anchor {self._step - steps_since_refresh} computes, which was not decoded"
-            )
-        self._anchor = self._step - steps_since_refresh
+    def _expect_decode(self, step: int) -> None:
+        check_anchor(self.recipe, step, self.anchor_offset, self._anchor)
+
+    def _decode(self, queries: Float32) -> tuple[Float64, Float64]:
+        self._anchor = self._step - self.recipe.steps_since_refresh(self._step, self.anchor_offset)
         if self.recipe.selection == "pages":
             group = self.shape.group
             for row, head in np.ndindex(self.shape.batch, self.shape.kv_heads):
                 self._pages[row, head] = self._select(row, head, queries[row, head * group : (head + 1) * group])
         return self._oracle.decode(queries)
+
+    def _enqueue_step(
+        self, keys: TensorView, values: TensorView, queries: TensorView, scale: float, outputs: TensorView, lse: TensorView
+    ) -> None:
+        head_dim = self.shape.head_dim
+        before = (self._lengths, self._step, self._anchor, dict(self._pages))
+        self._append(to_array(keys, head_dim), to_array(values, head_dim))
+        results = self._decode(to_array(queries, head_dim) * np.float32(scale))
+        for target, result in zip((outputs, lse), results, strict=True):
+            write_array(target, result)
+        self._enqueued = (self._lengths, self._step, self._anchor, self._pages)
+        self._lengths, self._step, anchor, self._pages = before
+        self._anchor = anchor if anchor == self._enqueued[2] else None  # a new anchor has replaced what the last one left
+
+    def commit_step(self) -> None:
+        """Count the token of the enqueued step."""
+        if self._enqueued is not None:
+            (self._lengths, self._step, self._anchor, self._pages), self._enqueued = self._enqueued, None
+
+    def rollback_step(self) -> None:
+        """Undo an enqueued step that was not committed."""
+        self._enqueued = None
 
     def _select(self, row: int, head: int, queries: Float32) -> NDArray[np.int64]:
         recipe, length, steps_since_refresh = (
@@ -151,24 +151,19 @@ class ReferenceCache:
 
     @property
     def allocated_bytes(self) -> int:
-        """Memory of the tokens kept."""
+        """Memory of the tokens."""
         return self._keys.nbytes + self._values.nbytes
 
-    def extend(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
-        """Store further tokens; row b takes the first `lengths[b]` of its own."""
-        self._check_block(keys, values)
-        used = checked_lengths(lengths, self.shape.batch)
-        check_growth(self._lengths, used, keys.shape[2], self.capacity)
-        exact, after = self.recipe.exact_dtype(self.dtype), self._lengths + used
+    def _extend(self, keys: Tensor, values: Tensor, lengths: Lengths) -> None:
+        new_keys, new_values = (to_array(tensor, self.shape.head_dim) for tensor in (keys, values))
+        exact, after = self.recipe.exact_dtype(self.dtype), self._lengths + lengths
         for row, (first, last) in enumerate(zip(self._lengths, after, strict=True)):
-            for kept, given in ((self._keys, keys), (self._values, values)):
-                kept[row, :, first:last] = rounded(given[row, :, : last - first], exact)
+            for target, source in ((self._keys, new_keys), (self._values, new_values)):
+                target[row, :, first:last] = rounded(source[row, :, : last - first], exact)
         self._lengths = after
         self._restart_steps()
 
-    def read(self, first: int, last: int) -> tuple[Float32, Float32]:
-        """Return tokens `first` to `last` - 1 as stored; zeros where there are none."""
-        check_span(first, last)
+    def _read(self, first: int, last: int) -> tuple[Float32, Float32]:
         rows = (self.shape.batch, self.shape.kv_heads, last - first, self.shape.head_dim)
         keys, values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         for row, head in np.ndindex(rows[:2]):
@@ -176,79 +171,66 @@ class ReferenceCache:
             split = regions(length, self.recipe.sinks, self.recipe.window)
             cold = range(0) if self.recipe.is_dense else range(split.sinks, split.sinks + split.cold, self.recipe.stride)
             exact = np.setdiff1d(np.arange(length), np.arange(split.sinks, split.sinks + split.cold) if len(cold) else [])
-            places = np.r_[np.array(cold, np.int64), exact]
-            seen = (places >= first) & (places < last)
+            positions = np.r_[np.array(cold, np.int64), exact]
+            seen = (positions >= first) & (positions < last)
             for out, parts in (
                 (keys, (stored.cold_keys, stored.exact_keys)),
                 (values, (stored.cold_values, stored.exact_values)),
             ):
-                out[row, head, places[seen] - first] = np.concatenate(parts)[seen]
+                out[row, head, positions[seen] - first] = np.concatenate(parts)[seen]
         return keys, values
 
-    def gather(self, rows: NDArray[np.int64], capacity: int) -> "ReferenceCache":
-        """Return a cache of `capacity` tokens whose row i is a copy of row `rows[i]`."""
-        taken = checked_rows(rows, self.shape.batch)
-        other = ReferenceCache(replace(self.shape, batch=len(taken)), capacity, self.dtype, self.recipe, self.anchor_offset)
+    def _read_to(self, first: int, last: int, keys: TensorView, values: TensorView) -> None:
+        for target, rows in zip((keys, values), self._read(first, last), strict=True):
+            write_array(target, rows)
+
+    def _gather(self, rows: Lengths, capacity: int) -> "ReferenceCache":
+        other = ReferenceCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe, self.anchor_offset)
         longest = int(self._lengths.max(initial=0))
         for mine, copied in ((self._keys, other._keys), (self._values, other._values)):
-            copied[:, :, :longest] = mine[taken, :, :longest]
-        other._lengths, other._step, other._anchor = self._lengths[taken], self._step, self._anchor
+            copied[:, :, :longest] = mine[rows, :, :longest]
+        other._lengths, other._step, other._anchor = self._lengths[rows], self._step, self._anchor
         other._fractions, other._marked = list(self._fractions), None
         heads = range(self.shape.kv_heads)
-        other._pages = {(i, h): self._pages[r, h] for i, r in enumerate(taken.tolist()) for h in heads if (r, h) in self._pages}
-        other._oracle.take_rows(self._oracle, taken)
+        other._pages = {(i, h): self._pages[r, h] for i, r in enumerate(rows.tolist()) for h in heads if (r, h) in self._pages}
+        other._oracle.take_rows(self._oracle, rows)
         return other
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "ReferenceCache":
-        return self.gather(np.arange(self.shape.batch), self.capacity)
-
-    def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Make row i a copy of what row `rows[i]` was."""
-        taken = checked_rows(rows, self.shape.batch, self.shape.batch)
-        if (taken == np.arange(self.shape.batch)).all():
-            return
-        other = self.gather(taken, self.capacity)
+    def _reorder(self, rows: Lengths) -> None:
+        other = self._gather(rows, self.capacity)
         self._marked = None
         self._keys, self._values, self._lengths, self._pages = other._keys, other._values, other._lengths, other._pages
         self._oracle.take_rows(other._oracle, np.arange(self.shape.batch))
 
-    def crop(self, lengths: NDArray[np.int64]) -> None:
-        """Keep the first tokens of every row; what was quantised keeps what its codes stand for."""
-        used = checked_lengths(lengths, self.shape.batch)
-        check_crop(self.recipe, self._lengths, used)
+    def _crop(self, lengths: Lengths) -> None:
         exact = self.recipe.exact_dtype(self.dtype)
-        keys, values = self.read(0, int(self._lengths.max(initial=0)))
-        for row, pair in enumerate(zip(self._lengths.tolist(), used.tolist(), strict=True)):
+        keys, values = self._read(0, int(self._lengths.max(initial=0)))
+        for row, pair in enumerate(zip(self._lengths.tolist(), lengths.tolist(), strict=True)):
             old, new = (cold_tokens(self.recipe, length) for length in pair)
             span = slice(self.recipe.sinks + new, self.recipe.sinks + old)
             self._keys[row, :, span] = limited(keys[row, :, span], exact)
             self._values[row, :, span] = limited(values[row, :, span], exact)
-        self._overwrite(used)
+        self._overwrite(lengths)
 
-    def set_fractions(self, fractions: Sequence[float]) -> None:
-        """Read these shares of the cold pages from here on."""
-        if self.recipe.selection != "pages":
-            return
-        check_shares(fractions, self.shape.kv_heads)
-        if list(fractions) != self._fractions:
-            self._fractions, self._marked = list(fractions), None
-            self._restart_steps()
+    def _set_fractions(self, fractions: list[float]) -> None:
+        self._fractions, self._marked = fractions, None
+        self._restart_steps()
 
     def state(self) -> CacheState:
         """Return copies of the tokens and counts; the next decode after `load_state` is an anchor."""
         longest = int(self._lengths.max())
-        held = {"keys": self._keys[:, :, :longest].copy(), "values": self._values[:, :, :longest].copy()}
-        return held | {"lengths": self._lengths.copy(), "fractions": np.array(self._fractions)}
+        tokens = {"keys": self._keys[:, :, :longest].copy(), "values": self._values[:, :, :longest].copy()}
+        return tokens | {"lengths": self._lengths.copy(), "fractions": np.array(self._fractions)}
 
     def load_state(self, state: CacheState) -> None:
-        """Take over what `state` returned."""
+        """Replace the contents by what `state` returned."""
         if state["keys"].shape[2] > self.capacity or state["keys"].shape[:2] != self._keys.shape[:2]:
             raise ValueError(f"the saved tokens of shape {state['keys'].shape} do not fit a cache of {self._keys.shape}")
         self.prefill(state["keys"], state["values"], state["lengths"])
         self._fractions = state["fractions"].tolist()
 
     def mark(self) -> None:
-        """Remember the present state."""
+        """Save the present state."""
         self._marked = (self._lengths.copy(), self._step, self._anchor, dict(self._pages))
         self._oracle.mark()
 

@@ -227,7 +227,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         """Whether another token is expected, as far as the running `generate` is known, and fits the allocated memory."""
         layers, expected = self.elastic_layers, self._config.expected
         ends = expected is not None and layers[0].padding.length >= expected
-        return not ends and all(layer.store is not None and layer.store.spare for layer in layers)
+        return not ends and all(layer.store is not None and layer.store.room for layer in layers)
 
     def begin_step(self) -> None:
         """Prepare all elastic layers for one more token a row, and set what its decode reads.
@@ -261,7 +261,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         """Undo steps that layers have queued and not counted."""
         for layer in self.elastic_layers:
             if layer.store is not None:
-                layer.store.rollback()
+                layer.store.rollback_step()
 
     @property
     def allocated_bytes(self) -> int:

@@ -118,7 +118,7 @@ class ElasticLayer(LayerTokens):
     def queue_step(self, pending: Pending, call: Call) -> torch.Tensor:
         """Store a token a row and attend: (batch, 1, query_heads, head_dim). The host never waits for the device."""
         assert self.store is not None
-        outputs, lse = self.store.queue_step(pending.keys, pending.values, call.query[:, :, 0], call.scaling)
+        outputs, lse = self.store.enqueue_step(pending.keys, pending.values, call.query[:, :, 0], call.scaling)
         output = Scoring(call.scaling, sinks=call.sinks).with_sinks(outputs, lse)
         return output.unsqueeze(1).to(call.query.dtype).contiguous()
 

@@ -1,15 +1,10 @@
-"""Between torch tensors and a back end's cache of one layer.
-
-The one place where tensors become what a back end takes. `HostStorage` hands over host memory, without a copy where a tensor is
-float32 on the CPU; `CudaStorage`, in a file of its own, hands over device addresses.
-"""
+"""Between torch tensors and a back end's cache of one layer: tensors become what `LayerCache` takes, on any device."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,8 +12,11 @@ from numpy.typing import NDArray
 
 from elastickv.backends import Backend, load
 from elastickv.errors import UsageError
-from elastickv.kvcache.editable import CacheState, EditableCache
+from elastickv.kvcache import LayerCache, TensorView
+from elastickv.kvcache.protocol import CacheState
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
+from elastickv.transformers.cuda_graph.in_flight import wait_for_others
+from elastickv.transformers.torch_allocator import TorchAllocator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,15 +24,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 GIB = 1 << 30
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Return the least size of a head, from `head_dim` up, that the kernels are built for; the channels between are zeros.
+    """Return the smallest head size, from `head_dim` up, that the kernels are built for; the added channels are zeros.
 
     Raises
     ------
-    UsageError : if the head is larger than any of them.
+    UsageError : if the head is larger than all of them.
     """
     fitting = [size for size in HEAD_DIMS if size >= head_dim]
     if not fitting:
@@ -55,7 +54,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def backend_for(device: torch.device) -> Backend:
-    """Return a back end that works where a layer's tensors lie. Caches of one such decode one after the other.
+    """Return a back end for layers whose tensors are on `device`. On a GPU it shares the device and the memory with PyTorch.
 
     Raises
     ------
@@ -64,19 +63,18 @@ def backend_for(device: torch.device) -> Backend:
     if device.type == "cpu":
         return load("cpu")[0]
     if device.type == "cuda":
-        from elastickv.transformers.cuda_storage import open_backend
-
-        return open_backend(device)
+        with torch.cuda.device(device):
+            return load("cuda", torch.cuda.current_device(), TorchAllocator(device))[0]
     raise UsageError(f"layers on {device} are not supported: move the model to cpu or cuda")
 
 
 class Backends:
-    """The back ends of one model cache's layers, one for each device, and who uses what is stored there.
+    """The back ends of one model cache's layers, one for each device.
 
     Attributes
     ----------
-    uses : how often stores were used otherwise than by the next decode.
-    ahead : what a decode that was launched ahead of its call has to be told when they are, or None.
+    uses : how often stores were used by anything but the next decode.
+    ahead : a decode that was launched before its call and must be rolled back on any other use, or None.
     """
 
     def __init__(self) -> None:
@@ -91,18 +89,18 @@ class Backends:
         return self._opened[device]
 
     def note_use(self) -> None:
-        """Note a use: a decode that was launched ahead is taken back first."""
+        """Count a use; a decode that was launched before its call is rolled back first."""
         self.uses += 1
         if self.ahead is not None:
-            ahead, self.ahead = self.ahead, None
-            ahead.rollback()
+            decode, self.ahead = self.ahead, None
+            decode.rollback()
 
 
 class InFlightDecode(Protocol):
-    """A decode of a whole model that was launched before anybody asked for it."""
+    """A decode of a whole model that was launched before its call."""
 
     def rollback(self) -> None:
-        """Let what is queued from here on find the stores as they were before."""
+        """Enqueue what restores the stores to their state before the decode."""
 
     def wait(self) -> None:
         """Wait until it has run."""
@@ -124,21 +122,26 @@ def new_store(
     ----------
     shape : of the layer, with the padded head.
     head_dim : the model's own.
-    phase : steps by which the layer's anchors come early.
+    anchor_offset : steps by which the layer's anchors come early.
     """
     backend = backends.at(device)
-    kind, where = HostStorage, nullcontext()  # type: type[LayerStorage], AbstractContextManager[Any]
-    if backend.name == "cuda":
-        from elastickv.transformers.cuda_storage import CudaStorage, on_present_stream
+    with _on_current_stream(backend, device):
+        cache = backend.cache(shape, capacity, dtype, recipe, anchor_offset)
+        return LayerStorage(backends, backend, cache, head_dim, device)
 
-        kind, where = CudaStorage, on_present_stream(backend, device)
-    with where:
-        cache = cast(EditableCache, backend.cache(shape, capacity, dtype, recipe, anchor_offset))
-        return kind(backends, backend, cache, head_dim, device)
+
+def _on_current_stream(backend: Backend, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which `device` is current, after letting the back end follow PyTorch's current stream."""
+    if device.type != "cuda":
+        return nullcontext()
+    backend.follow(torch.cuda.current_stream(device).cuda_stream)
+    wait_for_others(device)
+    context: AbstractContextManager[Any] = torch.cuda.device(device)
+    return context
 
 
 def check_room(backend: Backend, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> None:
-    """Raise UsageError if the memory that is free does not hold a layer's cache."""
+    """Raise UsageError if a layer's cache does not fit the free memory."""
     needed, free = backend.cache_bytes(shape, capacity, dtype, recipe), backend.device.free_bytes
     if needed > free:
         raise UsageError(
@@ -147,26 +150,40 @@ def check_room(backend: Backend, shape: AttentionShape, capacity: int, dtype: st
         )
 
 
-class LayerStorage(ABC):
-    """The tokens of one layer in a back end's cache.
+class LayerStorage:
+    """The tokens of one layer in a back end's cache, as torch tensors.
 
     Tensors are (batch, kv_heads, tokens, head_dim) of the model's dtype; what is read back is float32 on the layer's device.
-
-    Attributes
-    ----------
-    on_host : whether the host need not wait for what is stored.
+    On a GPU all work is enqueued on PyTorch's current stream.
     """
 
-    on_host = False
-
-    def __init__(self, backends: Backends, backend: Backend, cache: EditableCache, head_dim: int, device: torch.device) -> None:
+    def __init__(self, backends: Backends, backend: Backend, cache: LayerCache, head_dim: int, device: torch.device) -> None:
         self._backends, self._backend, self.head_dim, self._device = backends, backend, head_dim, device
         self._replace(lambda: cache)
 
-    def _here(self) -> AbstractContextManager[Any]:
-        """Return a context in which the cache may be used otherwise than by a decode."""
+    def __del__(self) -> None:
+        # A decode that was launched before its call still writes to memory that is about to be reused.
+        backends = getattr(self, "_backends", None)
+        if backends is not None and backends.ahead is not None:
+            backends.ahead.wait()
+
+    def _replace(self, make: Callable[[], LayerCache]) -> None:
+        self.cache = make()
+        shape, dtype = self.cache.shape, torch.float32 if self.on_host else TORCH_DTYPES[self.cache.dtype]
+        heads = (shape.batch, shape.query_heads)
+        self._one = np.ones(shape.batch, np.int64)
+        self._outputs = torch.empty((*heads, shape.head_dim), dtype=dtype, device=self._device)
+        self._lse = torch.empty(heads, dtype=torch.float32, device=self._device)
+
+    def _in_use(self) -> AbstractContextManager[Any]:
+        """Return a context in which the cache may be used by anything but a decode launched before its call."""
         self._backends.note_use()
-        return nullcontext()
+        return _on_current_stream(self._backend, self._device)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether work has run on return, so that the host need not wait for it."""
+        return bool(self._device.type == "cpu")
 
     @property
     def backend_name(self) -> str:
@@ -184,152 +201,128 @@ class LayerStorage(ABC):
         return self.cache.lengths
 
     @property
-    @abstractmethod
     def launch_key(self) -> Hashable:
-        """What a graph of `queue_step` is good for: another key, another graph."""
+        """Changes whenever a captured graph of `enqueue_step` is no longer valid."""
+        return self.cache.launch_key, self._outputs.data_ptr()
 
-    @abstractmethod
+    @property
+    def room(self) -> int:
+        """Tokens that every row can still take without a change of `launch_key`."""
+        return self.cache.room
+
     def extend(self, keys: torch.Tensor, values: torch.Tensor, lengths: NDArray[np.int64]) -> None:
-        """Store further tokens, of row b the first `lengths[b]`; the next decode is an anchor."""
+        """Store a prompt or a further chunk, of row b the first `lengths[b]` tokens; the next decode is an anchor."""
+        with self._in_use():
+            self._grow(lengths)
+            keys, values = _of_one_dtype(keys, values)
+            self.cache.extend(_view(keys), _view(values), lengths)
 
-    @abstractmethod
     def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens `first` to `last` - 1 as stored, float32; zeros where there are none."""
+        shape = (self.cache.shape.batch, self.cache.shape.kv_heads, max(last - first, 0), self.head_dim)
+        keys, values = (torch.empty(shape, dtype=torch.float32, device=self._device) for _ in range(2))
+        with self._in_use():
+            self.cache.read(first, last, (_view(keys), _view(values)))
+        return keys, values
 
-    def ready_step(self) -> None:
-        """Make room for one more token a row."""
-        self._grow(self._one)
+    def prepare_step(self) -> None:
+        """Make room for one more token a row, and check that it can be decoded."""
+        if not self.cache.room:
+            self._grow(self._one)
+        self.cache.prepare_step()
 
-    @abstractmethod
-    def queue_step(
+    def enqueue_step(
         self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store one token a row and attend with one query a row, between `ready_step` and `count_step`.
+        """Store one token a row and attend with one query a row, between `prepare_step` and `commit_step`.
 
         Parameters
         ----------
         keys, values : (batch, kv_heads, 1, head_dim).
         queries : (batch, query_heads, head_dim).
-        scaling : what products of queries and keys are multiplied by.
+        scaling : factor of the products of queries and keys.
 
         Returns
         -------
-        outputs : (batch, query_heads, head_dim), float32 or the model's dtype; good until the next step.
+        outputs : (batch, query_heads, head_dim), float32 or the model's dtype; valid until the next step.
         lse : (batch, query_heads) float32, natural logarithm.
         """
+        token_keys, token_values, queries = _of_one_dtype(keys[:, :, 0], values[:, :, 0], queries)
+        inputs = (_view(token_keys), _view(token_values), _view(queries))
+        # Back ends divide by the root of the padded head.
+        scale = scaling * self.cache.shape.head_dim**0.5
+        with self._in_use():
+            self.cache.enqueue_step(*inputs, scale, _view(self._outputs), _view(self._lse))
+        return self._outputs[..., : self.head_dim], self._lse
 
-    @abstractmethod
-    def count_step(self) -> None:
-        """Note what `queue_step` stored."""
+    def commit_step(self) -> None:
+        """Count the token of the enqueued step."""
+        self.cache.commit_step()
 
-    @abstractmethod
-    def rollback(self) -> None:
-        """Undo a `queue_step` that was not counted: repeated, it then does what it would have done."""
-
-    @property
-    @abstractmethod
-    def spare(self) -> int:
-        """Tokens that every row can still take without a change of what `queue_step` queues."""
+    def rollback_step(self) -> None:
+        """Undo an enqueued step that was not committed; it can then be enqueued again."""
+        with _on_current_stream(self._backend, self._device):
+            self.cache.rollback_step()
 
     def _grow(self, more: NDArray[np.int64]) -> None:
         needed = int((self.lengths + more).max())
         if needed > self.cache.capacity:
-            # An eighth more: copied rarely, and little is held that is not used.
+            # An eighth more: it is copied rarely, and little memory is unused.
             capacity = _rounded(needed + max(needed // 8, 256))
-            with self._here():
+            with self._in_use():
                 check_room(self._backend, self.cache.shape, capacity, self.cache.dtype, self.cache.recipe)
                 self._replace(lambda: self.cache.gather(np.arange(self.cache.shape.batch), capacity))
 
     def gather(self, rows: NDArray[np.int64]) -> None:
-        """Take copies of `rows` for rows, as many as there are numbers."""
-        with self._here():
+        """Make row i a copy of row `rows[i]`; the number of rows may change."""
+        with self._in_use():
             if len(rows) == self.cache.shape.batch:
                 self.cache.reorder(rows)
             else:
                 self._replace(lambda: self.cache.gather(rows, self.cache.capacity))
 
-    def _replace(self, make: Callable[[], EditableCache]) -> None:
-        self.cache = make()
-        self._one = np.ones(self.cache.shape.batch, np.int64)
-
     def drop(self, count: NDArray[np.int64]) -> None:
-        """Forget the last `count[b]` tokens of row b; see `EditableCache.crop`."""
-        with self._here():
+        """Forget the last `count[b]` tokens of row b; see `LayerCache.crop`."""
+        with self._in_use():
             self.cache.crop(self.lengths - count)
 
     def set_fractions(self, fractions: Sequence[float]) -> None:
-        """Let decodes read these shares of the cold pages; see `EditableCache.set_fractions`."""
-        with self._here():
+        """Let decodes read these fractions of the cold pages; see `LayerCache.set_fractions`."""
+        with self._in_use():
             self.cache.set_fractions(fractions)
 
     def raise_non_finite(self) -> None:
         """Raise NonFiniteError if a NaN or infinity was ever stored."""
-        with self._here():
+        with self._in_use():
             self.cache.raise_non_finite()
 
     def copy(self, backends: Backends) -> Self:
         """Return a store of another model cache that shares nothing with this one."""
-        with self._here():
+        with self._in_use():
             cache = self.cache.gather(np.arange(self.cache.shape.batch), self.cache.capacity)
             return type(self)(backends, self._backend, cache, self.head_dim, self._device)
 
     def state(self) -> CacheState:
         """Return copies of all that `load_state` needs."""
-        with self._here():
+        with self._in_use():
             return self.cache.state()
 
     def load_state(self, state: CacheState) -> None:
-        """Take over what `state` returned; see `EditableCache.load_state`."""
-        with self._here():
+        """Replace the contents by what `state` returned; see `LayerCache.load_state`."""
+        with self._in_use():
             self.cache.load_state(state)
 
 
-class HostStorage(LayerStorage):
-    """A store whose cache takes arrays of the host."""
+def _of_one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors of one dtype that caches take, each with adjacent channels."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dtype = dtype if dtype in DTYPES else torch.float32
+    return [t if t.stride(-1) == 1 and t.dtype == dtype else t.to(dtype).contiguous() for t in tensors]
 
-    on_host = True
 
-    @property
-    def launch_key(self) -> Hashable:
-        return id(self.cache)
-
-    def _host(self, tensor: torch.Tensor) -> NDArray[np.float32]:
-        missing = self.cache.shape.head_dim - self.head_dim
-        wide = torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
-        return cast("NDArray[np.float32]", wide.detach().to("cpu", torch.float32).contiguous().numpy())
-
-    def _tensor(self, array: NDArray[np.floating]) -> torch.Tensor:
-        # A view of the first channels: what was padded is zeros.
-        return torch.from_numpy(np.asarray(array, np.float32)).to(self._device)[..., : self.head_dim]
-
-    def extend(self, keys: torch.Tensor, values: torch.Tensor, lengths: NDArray[np.int64]) -> None:
-        with self._here():
-            self._grow(lengths)
-            self.cache.extend(self._host(keys), self._host(values), lengths)
-
-    def queue_step(
-        self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, scaling: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Back ends divide by the root of the padded head.
-        scaled = queries.to(torch.float32) * (scaling * self.cache.shape.head_dim**0.5)
-        with self._here():
-            self.cache.append(self._host(keys)[:, :, 0], self._host(values)[:, :, 0])
-            outputs, lse = self.cache.decode(self._host(scaled))
-        return self._tensor(outputs), torch.from_numpy(np.asarray(lse, np.float32)).to(self._device)
-
-    def count_step(self) -> None:
-        """Do nothing: the cache has counted what it stored."""
-
-    def rollback(self) -> None:
-        """Do nothing: what was stored is counted, and stays."""
-
-    @property
-    def spare(self) -> int:
-        return self.cache.capacity - int(self.lengths.max(initial=0))
-
-    def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.cache.read(first, last)
-        return self._tensor(keys), self._tensor(values)
+def _view(tensor: torch.Tensor) -> TensorView:
+    return TensorView(tensor.data_ptr(), DTYPES[tensor.dtype], tuple(tensor.shape), tensor.stride())
 
 
 def _rounded(tokens: int) -> int:

@@ -163,12 +163,12 @@ class LayerTokens(CacheLayerMixin):  # type: ignore[misc]
             assert self._config.budget is not None
             self._uneven = self._checks.ranks.uneven(scaled(self._config.budget.recipes[self.number], reading.scale))
         # Last, because the store prepares for the fractions that were set above.
-        self.store.ready_step()
+        self.store.prepare_step()
 
     def end_step(self) -> None:
         """Count the token that the step stored."""
         assert self.store is not None and self._reading is not None
-        self.store.count_step()
+        self.store.commit_step()
         self._ledger.note_step(self.number, self.store.cache, self._reading.scale)
         self.padding.add(1, None)
 

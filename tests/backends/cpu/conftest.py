@@ -9,7 +9,7 @@ from elastickv.backends import Backend
 from elastickv.backends.cpu import open_backend
 from elastickv.kvcache import LayerCache, Oracle
 from elastickv.kvcache.error_metrics import relative_l2
-from elastickv.kvcache.layer import Float32
+from elastickv.kvcache.tensor_view import Float32
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import pytest
 
 from elastickv.backends import Backend
 from elastickv.kvcache import LayerCache, ReferenceCache
-from elastickv.kvcache.layer import Float32
 from elastickv.kvcache.quantize import quantize_int4_keys
 from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
+from elastickv.kvcache.tensor_view import Float32
 from elastickv.recipe import AttentionShape, Recipe, regions
 from elastickv.recipe.regions import PAGE_TOKENS
 

@@ -20,7 +20,7 @@ from elastickv.model_benchmark import generation
 from elastickv.transformers.cache_argument import cache_in
 from elastickv.transformers.cuda_graph import captured
 from elastickv.transformers.cuda_graph import recorder as recorders
-from elastickv.transformers.layer_storage import HostStorage
+from elastickv.transformers.layer_storage import LayerStorage
 from tests.helpers.captured_decode import FakeRecorder, queue_nothing
 from tests.helpers.model_matrix import model, padded, prompt
 
@@ -453,7 +453,7 @@ class TestModelPatch:
         # The double's replays hold the pass, and that the cache; a CUDA graph holds its outputs alone.
         outputs = []
         recorder.record = lambda run: outputs.append(run()) or (lambda: outputs[0])
-        monkeypatch.setattr(HostStorage, "queue_step", queue_nothing)
+        monkeypatch.setattr(LayerStorage, "enqueue_step", queue_nothing)
         cache = ekv.ElasticCache.for_model(tiny, 4)
         generate(tiny, prompt(1, 100), 5, past_key_values=cache)
         assert recorder.rehearsed == len(outputs) == 1

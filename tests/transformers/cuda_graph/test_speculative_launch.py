@@ -11,7 +11,7 @@ import elastickv.transformers as ekv
 from elastickv.errors import UsageError
 from elastickv.transformers.cuda_graph import captured, speculative_launch
 from elastickv.transformers.cuda_graph import recorder as recorders
-from elastickv.transformers.layer_storage import Backends, HostStorage
+from elastickv.transformers.layer_storage import Backends, LayerStorage
 from tests.helpers.captured_decode import FakeRecorder, Swerve
 from tests.helpers.model_matrix import model, padded, prompt
 
@@ -71,7 +71,7 @@ def seer(monkeypatch):
         made.rolled_back += 1
         store.cache = store.before
 
-    monkeypatch.setattr(HostStorage, "rollback", rollback)
+    monkeypatch.setattr(LayerStorage, "rollback_step", rollback)
     # A graph's replay runs no Python: nothing notes a use.
     note, silent = Backends.note_use, made.replaying
     monkeypatch.setattr(Backends, "note_use", lambda backends: None if silent else note(backends))
@@ -185,7 +185,7 @@ def test_every_turn_starts_predicting_again(tiny, seer):
 def test_a_rehearsal_that_breaks_off_in_the_last_layer_is_refused_after(tiny, seer, monkeypatch):
     cache = ekv.ElasticCache.for_model(tiny, 4)
     ids = next_logits(tiny, prompt(1, 250)["input_ids"], cache)[0][:, -1:].argmax(-1)
-    last, own = cache.elastic_layers[-1].store, HostStorage.queue_step
+    last, own = cache.elastic_layers[-1].store, LayerStorage.enqueue_step
 
     def fail(store, *rest):
         if store is last:
@@ -193,7 +193,7 @@ def test_a_rehearsal_that_breaks_off_in_the_last_layer_is_refused_after(tiny, se
         return own(store, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(HostStorage, "queue_step", fail)
+        patch.setattr(LayerStorage, "enqueue_step", fail)
         with pytest.raises(torch.OutOfMemoryError):
             next_logits(tiny, ids, cache)
     with pytest.raises(UsageError, match="broke off"):

@@ -11,7 +11,8 @@ from elastickv.backends.cpu.programs import AttentionProgram, CycleProgram
 from elastickv.backends.feedback import Feedback
 from elastickv.backends.protocol import Ceilings, DeviceInfo
 from elastickv.errors import UsageError
-from elastickv.kvcache.layer import Float32, LayerCache
+from elastickv.kvcache.protocol import LayerCache
+from elastickv.kvcache.tensor_view import Float32
 from elastickv.recipe import DTYPES, AttentionShape, Recipe
 from elastickv.recipe.shape import MAX_CONTEXT
 
@@ -30,6 +31,9 @@ class CpuBackend:
     def device(self) -> DeviceInfo:
         return describe()
 
+    def follow(self, stream: int) -> None:
+        """Do nothing: there are no streams."""
+
     def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> CpuCache:
         """Allocate the cache of one layer, whose anchors come `anchor_offset` steps early.
 
@@ -37,7 +41,7 @@ class CpuBackend:
         ------
         UsageError : if dtype, capacity or the recipe on this shape are not supported, or it does not fit the free memory;
             before any allocation.
-        ValueError : if the phase is not 0 to recipe.anchor_every - 1.
+        ValueError : if the offset is not 0 to recipe.anchor_every - 1.
         """
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(DTYPES)}")

@@ -1,16 +1,20 @@
 """The CPU back end's cache of one layer."""
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.cpu import decode, page, selection, steps, storage, threads
 from elastickv.backends.cpu.editing import CpuEditing
-from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, STATE_WORDS, BufferField, BufferLayout, State, layout
+from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, NO_ANCHOR, STATE_WORDS, BufferField, BufferLayout, State, layout
 from elastickv.backends.cpu.unpack import unpack_rows
-from elastickv.errors import NonFiniteError, UsageError
+from elastickv.errors import NonFiniteError
 from elastickv.kvcache.attention import Float64
-from elastickv.kvcache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
+from elastickv.kvcache.checks import beyond_int4, check_anchor, check_marked, check_room, check_shape
+from elastickv.kvcache.protocol import Lengths, StoredHead
 from elastickv.kvcache.scorers import scorer_of
+from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView, to_array, write_array
 from elastickv.recipe import AttentionShape, Recipe, regions
 from elastickv.recipe.regions import PAGE_TOKENS, retained_tokens
 
@@ -18,17 +22,16 @@ ALIGNMENT_BYTES = 64
 
 
 class CpuCache(CpuEditing):
-    """An `EditableCache` in one block of host memory; see `layout` for what lies where.
+    """A `LayerCache` in one block of host memory; `layout` describes the block.
 
-    Any number of Python threads may work at once, each on caches of its own; a second one inside a cache raises RuntimeError.
+    Python threads may work at the same time, each on its own caches; a second thread inside one cache raises RuntimeError.
     """
 
     def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> None:
-        recipe.check_anchor_offset(anchor_offset)
-        self.shape, self.capacity, self.dtype, self.recipe, self.anchor_offset = shape, capacity, dtype, recipe, anchor_offset
+        self._describe(shape, capacity, dtype, recipe, anchor_offset)
         self.thread_count, self._own = threads.count(), threads.OneThread()
         self.layout: BufferLayout = layout(shape, capacity, dtype, recipe, self.thread_count)
-        # Zeros, not empty: what lies behind a short page is multiplied by zero, and must not be a NaN.
+        # Zeros, not empty: the tokens beyond a short page are multiplied by zero, so they must not be NaN.
         self._buffer = np.zeros(self.layout.total_bytes - self.layout.snapshot_bytes, np.uint8)
         self._skew = -self._buffer.ctypes.data % ALIGNMENT_BYTES
         self.descriptor = np.array(self.layout.fields, np.int64)
@@ -46,6 +49,8 @@ class CpuCache(CpuEditing):
             fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
             self._section("fractions").view(np.float64)[:] = fractions
         self._state = self._section("state").view(np.int64).reshape(shape.batch, shape.kv_heads, STATE_WORDS)
+        self._before_step: NDArray[np.int64] | None = None  # the state that an enqueued step has changed
+        self.launch_key = object()
         self._clear()
         wraps = self.layout.snapshot_bytes > sum(self.layout.section(name)[1] for name in MARKED)
         self._marked_sections = [self._section(name) for name in (("exact",) if wraps else ()) + MARKED]
@@ -63,10 +68,10 @@ class CpuCache(CpuEditing):
         self._tables = np.array([array.ctypes.data for array in arrays], np.int64)
         tables = self._tables.ctypes.data
         decode_words = [1, 1, self._counters.ctypes.data, *(tables + 8 * i for i in range(len(arrays)))]
-        self._decodes = {n: threads.Launch(steps.attend, n, decode_words) for n in {1, self.thread_count}}
+        self._decode_launches = {n: threads.Launch(steps.attend, n, decode_words) for n in {1, self.thread_count}}
         append_arrays = (self.descriptor, self._counters, self._keys, self._values)
         append_words = [*(array.ctypes.data for array in append_arrays), 1, self._one.ctypes.data]
-        self._append = threads.Launch(steps.store_block, self.threads_worth(shape.batch), append_words)
+        self._append_launch = threads.Launch(steps.store_block, self.threads_worth(shape.batch), append_words)
         self.mark()
 
     def _floats(self, section: str, shape: tuple[int, ...]) -> Float32:
@@ -76,7 +81,8 @@ class CpuCache(CpuEditing):
         self._state[:] = 0
         self._state[..., State.STEP] = -1
         self._state[..., [State.BAD_POSITION, State.BEYOND_POSITION]] = -1
-        self._state[..., State.ANCHOR_STEP] = -2  # no step has this number
+        self._before_step = None
+        self._state[..., State.ANCHOR_STEP] = NO_ANCHOR
 
     def _section(self, name: str) -> NDArray[np.uint8]:
         start, size = self.layout.section(name)
@@ -84,90 +90,104 @@ class CpuCache(CpuEditing):
         return self._buffer[start : start + size]
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
-        return self._state[:, 0, State.LENGTH].copy()
+    def lengths(self) -> Lengths:
+        return self._committed[:, 0, State.LENGTH].copy()
 
     @property
     def step(self) -> int:
-        return int(self._state[0, 0, State.STEP])
+        return int(self._committed[0, 0, State.STEP])
 
-    def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
-        """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
-        rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
-        k, v = host_array(keys, rows, "keys"), host_array(values, rows, "values")
-        used = self._checked(lengths, rows[2])
+    @property
+    def _committed(self) -> NDArray[np.int64]:
+        return self._state if self._before_step is None else self._before_step
+
+    def _prefill(self, keys: Tensor, values: Tensor, lengths: Lengths) -> None:
         with self._own:
             self._clear()
             self._marked = False
-            self._store(k, v, rows[2], used)
+            self._store(keys, values, lengths)
 
     def threads_worth(self, tokens: int) -> int:
         """Return how many of the cache's threads to use on `tokens` tokens of all KV heads."""
         return threads.worth(2 * tokens * self.shape.kv_heads * self.shape.head_dim, self.thread_count)
 
-    def _store(self, keys: Float32, values: Float32, tokens: int, lengths: NDArray[np.int64]) -> None:
+    def _store(self, keys: Tensor, values: Tensor, lengths: Lengths) -> None:
+        k, v = (np.ascontiguousarray(to_array(tensor, self.shape.head_dim), np.float32) for tensor in (keys, values))
         counters = np.zeros(steps.TICKET_WORDS, np.int64)
-        tables = (a.ctypes.data for a in (counters, keys, values))
+        tables = (a.ctypes.data for a in (counters, k, v))
         threads.run(
             steps.store_block,
             self.threads_worth(int(lengths.sum())),
-            [self.descriptor.ctypes.data, *tables, tokens, lengths.ctypes.data],
+            [self.descriptor.ctypes.data, *tables, keys.shape[2], lengths.ctypes.data],
         )
 
-    def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
-        """Store seeded random normal tokens, made where they are stored."""
+    def _fill_random(self, lengths: Lengths, seed: int) -> None:
         table = np.random.default_rng(seed).standard_normal(1 << steps.TABLE_BITS, dtype=np.float32)
-        used = self._checked(lengths, self.capacity)
         counters = np.zeros(steps.TICKET_WORDS, np.int64)
         scratch = np.empty((self.shape.batch * self.shape.kv_heads, 3, self.shape.head_dim), np.float32)
         addresses = [a.ctypes.data for a in (self.descriptor, counters, table)]
-        words = [*addresses, seed % (1 << 63), scratch.ctypes.data, used.ctypes.data]
+        words = [*addresses, seed % (1 << 63), scratch.ctypes.data, lengths.ctypes.data]
         with self._own:
             self._clear()
             self._marked = False
             threads.run(steps.store_random, self.thread_count, words)
 
-    def _checked(self, lengths: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
-        used = checked_lengths(lengths, self.shape.batch)
-        if max(used) > min(tokens, self.capacity):
-            raise UsageError(f"a sequence of {max(used)} tokens does not fit a capacity of {min(tokens, self.capacity)}")
-        return used
-
-    def append(self, keys: Float32, values: Float32) -> None:
-        """Store one token per sequence: (batch, kv_heads, head_dim)."""
-        check_shape(keys, self._keys.shape, "keys")
-        check_shape(values, self._values.shape, "values")
+    def _append(self, keys: Float32, values: Float32) -> None:
         with self._own:
-            self.check_room(1)
-            self._keys[...], self._values[...] = keys, values
-            self._counters[:] = 0
-            self._append()
-            self._state[..., State.STEP] += 1
+            self._append_unlocked(keys, values)
+
+    def _append_unlocked(self, keys: Float32, values: Float32) -> None:
+        self._keys[...], self._values[...] = keys, values
+        self._counters[:] = 0
+        self._append_launch()
+        self._state[..., State.STEP] += 1
 
     def check_room(self, tokens: int) -> None:
         """Raise UsageError if a sequence can't take `tokens` more."""
-        for row, length in enumerate(self.lengths):
-            if length + tokens > self.capacity:
-                raise UsageError(f"the cache is full: sequence {row} holds {length} of {self.capacity} tokens")
+        check_room(self.lengths, tokens, self.capacity)
 
     def check_anchor(self, step: int) -> None:
         """Raise RuntimeError if a decode at `step` would reuse an output or a list of pages that was never computed."""
-        steps_since_refresh = self.recipe.steps_since_refresh(step, self.anchor_offset)
-        anchor = step - steps_since_refresh
-        seen = int(self._state[0, 0, State.ANCHOR_STEP])
-        if steps_since_refresh and seen != anchor:
-            what = "list of pages" if self.recipe.selection == "pages" else "cold output"
-            raise RuntimeError(f"step {step} reuses the {what} of anchor {anchor}, which was not decoded")
+        check_anchor(self.recipe, step, self.anchor_offset, int(self._state[0, 0, State.ANCHOR_STEP]))
 
-    def decode(self, queries: Float32) -> tuple[Float32, Float32]:
-        """Attend with one query per sequence: (batch, query_heads, head_dim) -> outputs and (batch, query_heads) lse."""
-        check_shape(queries, self._queries.shape, "queries")
+    def _expect_decode(self, step: int) -> None:
+        self.check_anchor(step)
+
+    def _decode(self, queries: Float32) -> tuple[Float32, Float32]:
         with self._own:
-            self.check_anchor(self.step)
-            self._queries[...] = queries
-            self._counters[:] = 0
-            self._decodes[self.threads_worth(int(self.lengths.sum()))]()
+            self._decode_unlocked(queries)
             return self._outputs.copy(), self._lse.copy()
+
+    def _decode_unlocked(self, queries: Float32) -> None:
+        self._queries[...] = queries
+        self._counters[:] = 0
+        self._decode_launches[self.threads_worth(int(self._state[:, 0, State.LENGTH].sum()))]()
+
+    def _enqueue_step(
+        self, keys: TensorView, values: TensorView, queries: TensorView, scale: float, outputs: TensorView, lse: TensorView
+    ) -> None:
+        head_dim = self.shape.head_dim
+        with self._own:
+            self._before_step = self._state.copy()
+            self._append_unlocked(to_array(keys, head_dim), to_array(values, head_dim))
+            self._decode_unlocked(to_array(queries, head_dim) * np.float32(scale))
+            write_array(outputs, self._outputs)
+            write_array(lse, self._lse)
+
+    def commit_step(self) -> None:
+        """Count the token of the enqueued step."""
+        self._before_step = None
+
+    def rollback_step(self) -> None:
+        """Undo an enqueued step that was not committed.
+
+        The token in the ring and the page that was quantized lie beyond the restored lengths.
+        """
+        if self._before_step is not None:
+            before, self._before_step = self._before_step, None
+            if (before[..., State.ANCHOR_STEP] != self._state[..., State.ANCHOR_STEP]).any():
+                before[..., State.ANCHOR_STEP] = NO_ANCHOR  # a new anchor has replaced what the last one left
+            self._state[...] = before
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what is stored of one KV head of one sequence, dequantised."""
@@ -177,8 +197,8 @@ class CpuCache(CpuEditing):
         cold_rows = np.arange(retained_tokens(cold, self.recipe.stride))
         sinks, after = np.arange(split.sinks), np.arange(cold, length - split.sinks)
         ring = max(1, self.layout.fields[BufferField.RING_PAGES])
-        slots = self.layout.fields[BufferField.SINK_PAGES] + after // PAGE_TOKENS % ring
-        exact_rows = np.r_[sinks, slots * PAGE_TOKENS + after % PAGE_TOKENS].astype(np.int64)
+        pages = self.layout.fields[BufferField.SINK_PAGES] + after // PAGE_TOKENS % ring
+        exact_rows = np.r_[sinks, pages * PAGE_TOKENS + after % PAGE_TOKENS].astype(np.int64)
         head = row * self.shape.kv_heads + kv_head
         exact = self.recipe.exact_dtype(self.dtype)
         formats = (self.recipe.key_format or exact, self.recipe.value_format or exact)
@@ -204,14 +224,17 @@ class CpuCache(CpuEditing):
         listed = self._section("lists")[start : start + LIST_BYTES * state[State.LISTED]].view(np.int32)
         return np.r_[listed.astype(np.int64), np.arange(state[State.ANCHOR_PAGES], state[State.READ_PAGES])]
 
+    def _empty_like(self, batch: int, capacity: int) -> "CpuCache":
+        return CpuCache(replace(self.shape, batch=batch), capacity, self.dtype, self.recipe, self.anchor_offset)
+
     def mark(self) -> None:
-        """Remember the present state."""
+        """Save the present state."""
         for copy, section in zip(self._snapshot, self._marked_sections, strict=True):
             copy[:] = section
         self._marked = True
 
     def rewind(self) -> None:
-        """Return to the marked state; everything appended since is forgotten."""
+        """Return to the marked state."""
         check_marked(self._marked)
         for copy, section in zip(self._snapshot, self._marked_sections, strict=True):
             section[:] = copy

@@ -1,43 +1,31 @@
-"""The part of a cache that serves a model: further chunks, rows that move, tokens taken back (see `kvcache.editable`)."""
+"""The part of a cache that serves a model: further chunks, rows that move, crops and saved states."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.cpu import readback, steps, threads
-from elastickv.backends.cpu.layout import STATE_WORDS, BufferField, BufferLayout, State
-from elastickv.kvcache.editable import (
-    CacheState,
-    check_crop,
-    check_growth,
-    check_lists,
-    check_shares,
-    check_span,
-    checked_rows,
-    cold_tokens,
-)
-from elastickv.kvcache.layer import Float32, check_shape, checked_lengths
-from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
+from elastickv.backends.cpu.layout import NO_ANCHOR, STATE_WORDS, BufferField, BufferLayout, State
+from elastickv.kvcache.checked_cache import CheckedCache
+from elastickv.kvcache.checks import check_fractions, check_lists, cold_tokens
+from elastickv.kvcache.protocol import CacheState, Lengths
+from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView, write_array
+from elastickv.recipe import PAGE_TOKENS, regions
 from elastickv.recipe.regions import retained_tokens
 
 if TYPE_CHECKING:
-    from elastickv.backends.cpu.cache import CpuCache
+    from typing_extensions import Self
 
 MAX_STEPS = 1 << 40
 _SECTIONS = ("cold", "exact", "bounds", "state", "lists", "reused")
 
 
-class CpuEditing:
-    """What `CpuCache` adds to a `LayerCache` to be an `EditableCache`."""
+class CpuEditing(CheckedCache):
+    """The methods of `CpuCache` that edit what is stored."""
 
-    shape: AttentionShape
-    recipe: Recipe
-    dtype: str
-    anchor_offset: int
-    capacity: int
     layout: BufferLayout
     descriptor: NDArray[np.int64]
     thread_count: int
@@ -47,32 +35,30 @@ class CpuEditing:
 
     if TYPE_CHECKING:
 
-        @property
-        def lengths(self) -> NDArray[np.int64]: ...
         def threads_worth(self, tokens: int) -> int: ...
-        def _store(self, keys: Float32, values: Float32, tokens: int, lengths: NDArray[np.int64]) -> None: ...
+        def _store(self, keys: Tensor, values: Tensor, lengths: Lengths) -> None: ...
+        def _empty_like(self, batch: int, capacity: int) -> Self: ...
         def _section(self, name: str) -> NDArray[np.uint8]: ...
 
     @property
     def allocated_bytes(self) -> int:
         return self.layout.total_bytes
 
-    def extend(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
-        rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
-        check_shape(keys, rows, "keys")
-        check_shape(values, rows, "values")
-        used = checked_lengths(lengths, self.shape.batch)
-        check_growth(self.lengths, used, rows[2], self.capacity)
+    @property
+    def _present_fractions(self) -> list[float]:
+        fractions: list[float] = self._section("fractions").view(np.float64).tolist()
+        return fractions
+
+    def _extend(self, keys: Tensor, values: Tensor, lengths: Lengths) -> None:
         with self._own:
-            self._store(np.ascontiguousarray(keys, np.float32), np.ascontiguousarray(values, np.float32), rows[2], used)
+            self._store(keys, values, lengths)
             self._restart_steps()
 
     def _restart_steps(self) -> None:
         self._state[..., State.STEP] = -1
-        self._state[..., State.ANCHOR_STEP] = -2
+        self._state[..., State.ANCHOR_STEP] = NO_ANCHOR
 
-    def read(self, first: int, last: int) -> tuple[Float32, Float32]:
-        check_span(first, last)
+    def _read(self, first: int, last: int) -> tuple[Float32, Float32]:
         rows = (self.shape.batch, self.shape.kv_heads, last - first, self.shape.head_dim)
         keys, values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         counters = np.zeros(steps.TICKET_WORDS, np.int64)
@@ -81,31 +67,26 @@ class CpuEditing:
         threads.run(readback.read_block, number, [*(array.ctypes.data for array in arrays), first, last])
         return keys, values
 
-    def gather(self, rows: NDArray[np.int64], capacity: int) -> "CpuCache":
-        from elastickv.backends.cpu.cache import CpuCache
+    def _read_to(self, first: int, last: int, keys: TensorView, values: TensorView) -> None:
+        for target, rows in zip((keys, values), self._read(first, last), strict=True):
+            write_array(target, rows)
 
-        taken = checked_rows(rows, self.shape.batch)
-        other = CpuCache(replace(self.shape, batch=len(taken)), capacity, self.dtype, self.recipe, self.anchor_offset)
+    def _gather(self, rows: Lengths, capacity: int) -> Self:
+        other = self._empty_like(len(rows), capacity)
         used = self._used()
         for name in _SECTIONS:
-            other._of_rows(name)[:, :, : used[name]] = self._of_rows(name)[:, :, : used[name]][taken]
+            other._of_rows(name)[:, :, : used[name]] = self._of_rows(name)[:, :, : used[name]][rows]
         other._section("fractions")[:] = self._section("fractions")
         other._marked = False
         return other
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "CpuCache":
-        return self.gather(np.arange(self.shape.batch), self.capacity)
-
-    def reorder(self, rows: NDArray[np.int64]) -> None:
-        taken = checked_rows(rows, self.shape.batch, self.shape.batch)
-        moved = np.flatnonzero(taken != np.arange(self.shape.batch))
-        if not len(moved):
-            return
+    def _reorder(self, rows: Lengths) -> None:
+        moved = np.flatnonzero(rows != np.arange(self.shape.batch))
         self._marked = False
         used = self._used()
         for name in _SECTIONS:
-            held = self._of_rows(name)[:, :, : used[name]]
-            held[moved] = held[taken[moved]]
+            section = self._of_rows(name)[:, :, : used[name]]
+            section[moved] = section[rows[moved]]
 
     def _of_rows(self, name: str) -> NDArray[np.uint8]:
         """Return a section as (batch, kv_heads, bytes)."""
@@ -123,16 +104,14 @@ class CpuEditing:
         used = {"cold": pages * fields[BufferField.COLD_PAGE_BYTES], "bounds": pages * 4 * self.shape.head_dim, "exact": exact}
         return {name: min(used.get(name, size), size) for name, size in whole.items()}
 
-    def crop(self, lengths: NDArray[np.int64]) -> None:
-        recipe, before = self.recipe, self.lengths
-        after = checked_lengths(lengths, self.shape.batch)
-        check_crop(recipe, before, after)
+    def _crop(self, lengths: Lengths) -> None:
+        recipe, before, after = self.recipe, self.lengths, lengths
         self._marked = False
         cold = [(cold_tokens(recipe, old), cold_tokens(recipe, new)) for old, new in zip(before, after, strict=True)]
         first = recipe.sinks + min((new for old, new in cold if old > new), default=0)
         last = recipe.sinks + max((old for old, new in cold if old > new), default=0)
         if last > first:
-            keys, values = self.read(first, last)
+            keys, values = self._read(first, last)
             for row, (old, new) in enumerate(cold):
                 span = slice(recipe.sinks + new - first, min(recipe.sinks + old, int(after[row])) - first)
                 if old > new and span.stop > span.start:
@@ -145,27 +124,22 @@ class CpuEditing:
             positions[positions >= after[:, None]] = -1
         self._restart_steps()
 
-    def set_fractions(self, fractions: Sequence[float]) -> None:
-        if self.recipe.selection != "pages":
-            return
-        check_shares(fractions, self.shape.kv_heads)
-        held = self._section("fractions").view(np.float64)
-        if not np.array_equal(held, fractions):
-            self._marked = False
-            held[:] = fractions
-            self._restart_steps()
+    def _set_fractions(self, fractions: list[float]) -> None:
+        self._marked = False
+        self._section("fractions").view(np.float64)[:] = fractions
+        self._restart_steps()
 
     def state(self) -> CacheState:
         used = self._used()
-        held = {name: self._of_rows(name)[:, :, : used[name]].copy() for name in _SECTIONS}
-        return held | {"fractions": self._section("fractions").copy()}
+        sections = {name: self._of_rows(name)[:, :, : used[name]].copy() for name in _SECTIONS}
+        return sections | {"fractions": self._section("fractions").copy()}
 
     def load_state(self, state: CacheState) -> None:
         fits = {name: self._of_rows(name).shape for name in _SECTIONS}
         for name, (batch, heads, size) in fits.items():
-            given = state[name].shape if name in state else None
-            if given is None or given[:2] != (batch, heads) or given[2] > size or state[name].dtype != np.uint8:
-                raise ValueError(f"the saved {name} of shape {given} do not fit a cache of {(batch, heads, size)} bytes")
+            shape = state[name].shape if name in state else None
+            if shape is None or shape[:2] != (batch, heads) or shape[2] > size or state[name].dtype != np.uint8:
+                raise ValueError(f"the saved {name} of shape {shape} do not fit a cache of {(batch, heads, size)} bytes")
         fractions = state.get("fractions")
         if fractions is None or fractions.shape != self._section("fractions").shape or fractions.dtype != np.uint8:
             raise ValueError("the saved fractions are not those of a cache of these heads and this recipe")
@@ -173,14 +147,14 @@ class CpuEditing:
         self._check_numbers(numbers, np.ascontiguousarray(state["lists"]).view(np.int32))
         state = state | {"state": numbers.view(np.uint8).reshape(fits["state"])}
         if self.recipe.selection == "pages":
-            check_shares(fractions.view(np.float64), self.shape.kv_heads)
+            check_fractions(fractions.view(np.float64), self.shape.kv_heads)
         for name in _SECTIONS:
             self._of_rows(name)[:, :, : state[name].shape[2]] = state[name]
         self._section("fractions")[:] = fractions
         self._marked = False
 
     def _check_numbers(self, numbers: NDArray[np.int64], lists: NDArray[np.int32]) -> None:
-        """Raise ValueError for a state that no decode leaves behind: the kernels address memory by it."""
+        """Raise ValueError for numbers that no decode leaves in the state: the kernels address memory by them."""
         lengths = numbers[..., State.LENGTH]
         if not ((lengths >= 0) & (lengths <= self.capacity)).all():
             raise ValueError(f"the saved tokens do not fit a capacity of {self.capacity}")

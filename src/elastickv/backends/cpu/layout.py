@@ -28,6 +28,7 @@ from elastickv.recipe.regions import retained_tokens, selected
 
 LINE_BYTES = 64
 STATE_WORDS = 16
+NO_ANCHOR = -2  # no step has this number
 COUNTER_BYTES = 4 * LINE_BYTES  # of two phases: score, attend
 SPLIT_MAX_PAGES = 128  # also bounds the rounding error of a float32 running sum
 SPLIT_MIN_PAGES = 4

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from elastickv.backends.cpu import steps, threads
 from elastickv.backends.cpu.cache import CpuCache, host_array
 from elastickv.backends.feedback import Feedback
-from elastickv.kvcache.layer import Float32
+from elastickv.kvcache.tensor_view import Float32
 
 Arrays = Sequence[NDArray[Any]]
 

@@ -39,42 +39,42 @@ _SIGNATURE = "void(int64, int64)"
 
 
 @njit(error_model="numpy")
-def _take(counters, anchor_offset):  # type: ignore[no-untyped-def]
-    return atomic_add(counters + 8 * TICKET_WORDS * anchor_offset, 1)
+def _take(counters, phase):  # type: ignore[no-untyped-def]
+    return atomic_add(counters + 8 * TICKET_WORDS * phase, 1)
 
 
 @njit(error_model="numpy")
-def _finish(counters, anchor_offset):  # type: ignore[no-untyped-def]
-    atomic_add(counters + 8 * TICKET_WORDS * anchor_offset + 64, 1)
+def _finish(counters, phase):  # type: ignore[no-untyped-def]
+    atomic_add(counters + 8 * TICKET_WORDS * phase + 64, 1)
 
 
 @njit(error_model="numpy")
-def _wait(counters, anchor_offset, items):  # type: ignore[no-untyped-def]
-    while atomic_load(counters + 8 * TICKET_WORDS * anchor_offset + 64) < items:
+def _wait(counters, phase, items):  # type: ignore[no-untyped-def]
+    while atomic_load(counters + 8 * TICKET_WORDS * phase + 64) < items:
         pause()
 
 
 @njit(error_model="numpy")
-def _decode(descriptor, q, out, lse, counters, anchor_offset, thread):  # type: ignore[no-untyped-def]
+def _decode(descriptor, q, out, lse, counters, phase, thread):  # type: ignore[no-untyped-def]
     """Decode once, in two phases: at an anchor of a selection the pages are scored and listed, then attended to."""
     c = words(descriptor)
     step = load_i64(c[STATE_BASE] + STEP)
     if c[IS_PAGES] and steps_since_refresh_at(c, step) == 0:
         items = c[HEADS] * c[SCORE_SPLITS]
-        item = _take(counters, anchor_offset)
+        item = _take(counters, phase)
         while item < items:
             invoke_4(c[SCORE_KERNEL], descriptor, item, q, thread)
-            _finish(counters, anchor_offset)
-            item = _take(counters, anchor_offset)
-        _wait(counters, anchor_offset, items)
-    anchor_offset += 1
+            _finish(counters, phase)
+            item = _take(counters, phase)
+        _wait(counters, phase, items)
+    phase += 1
     items = c[HEADS] * (c[COLD_SPLITS] + c[EXACT_SPLITS])
-    item = _take(counters, anchor_offset)
+    item = _take(counters, phase)
     while item < items:
         invoke_6(c[ITEM_KERNEL], descriptor, item, q, out, lse, thread)
-        _finish(counters, anchor_offset)
-        item = _take(counters, anchor_offset)
-    _wait(counters, anchor_offset, items)
+        _finish(counters, phase)
+        item = _take(counters, phase)
+    _wait(counters, phase, items)
 
 
 @cfunc(_SIGNATURE, cache=True, error_model="numpy")

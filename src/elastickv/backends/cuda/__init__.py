@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from elastickv.backends.protocol import Backend
+    from elastickv.backends.protocol import Allocator, Backend
 
 
-def open_backend(device: int | None) -> "Backend":
-    """Return the back end for a CUDA device; None is the first.
+def open_backend(device: int | None, allocator: "Allocator | None" = None) -> "Backend":
+    """Return the back end for a CUDA device; None is the first. Its memory comes from `allocator`, by default the driver.
 
     Raises
     ------
@@ -15,4 +15,4 @@ def open_backend(device: int | None) -> "Backend":
     """
     from elastickv.backends.cuda.backend import CudaBackend
 
-    return CudaBackend(device)
+    return CudaBackend(device, allocator=allocator)

@@ -6,7 +6,7 @@ from typing import cast
 
 from elastickv.backends.cuda.cache import CudaCache
 from elastickv.backends.cuda.ceilings import measure
-from elastickv.backends.cuda.device import Allocator, CudaDevice
+from elastickv.backends.cuda.device import CudaDevice
 from elastickv.backends.cuda.kernel_selection import (
     LARGEST_CLUSTER,
     Split,
@@ -21,9 +21,10 @@ from elastickv.backends.cuda.kernel_selection import (
 from elastickv.backends.cuda.programs import CudaProgram, attention_program, cycle_program
 from elastickv.backends.cuda.storage import DeviceLayout, Scratch, ScratchSize
 from elastickv.backends.feedback import Feedback
-from elastickv.backends.protocol import Ceilings, DeviceInfo
+from elastickv.backends.protocol import Allocator, Ceilings, DeviceInfo
 from elastickv.errors import UsageError
-from elastickv.kvcache.layer import Float32, LayerCache
+from elastickv.kvcache.protocol import LayerCache
+from elastickv.kvcache.tensor_view import Float32
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.formats import round_up
 
@@ -142,9 +143,10 @@ class CudaBackend:
         """
         shape = replace(cache.shape, batch=batch)
         variant = self._variant(shape, capacity, cache.dtype, cache.recipe)
-        if (variant.paged, self._kept(shape, capacity, cache.dtype, cache.recipe)) != (cache.variant.paged, cache.kept):
+        layout = self._kept(shape, capacity, cache.dtype, cache.recipe)
+        if (variant.paged, layout) != (cache.variant.paged, cache.stored_layout):
             variant = cache.variant
-        return self._made(shape, capacity, cache.dtype, cache.recipe, cache.anchor_offset, cache.kept, variant)
+        return self._made(shape, capacity, cache.dtype, cache.recipe, cache.anchor_offset, cache.stored_layout, variant)
 
     def _made(
         self,

@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.cuda.device import CudaDevice, DeviceMemory, f32, i32, i64, u64
-from elastickv.backends.cuda.editing import CudaEditing, DeviceRows, KeyValueRows
+from elastickv.backends.cuda.editing import CudaEditing, key_value_arguments
 from elastickv.backends.cuda.kernel_selection import TYPES, Variant, fixed_blocks, selecting_blocks
 from elastickv.backends.cuda.readback import Contents
 from elastickv.backends.cuda.storage import DeviceLayout, Scratch, Storage
 from elastickv.backends.feedback import Feedback
-from elastickv.errors import NonFiniteError, UsageError
-from elastickv.kvcache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
+from elastickv.errors import NonFiniteError
+from elastickv.kvcache.checks import beyond_int4, check_anchor, check_marked, check_room
+from elastickv.kvcache.protocol import Lengths, StoredHead
+from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 
 _NUMBERS = itertools.count()
@@ -23,7 +25,7 @@ _TOO_LARGE, _NOTHING = 1 << 31, (1 << 32) - 1  # beside positions, in what says 
 
 
 class CudaCache(CudaEditing):
-    """An `EditableCache` in device memory, whose tokens are kept as another recipe of equal results may keep them."""
+    """A `LayerCache` in device memory. `stored_layout` is a recipe of equal results that says how its tokens are stored."""
 
     def __init__(
         self,
@@ -33,16 +35,15 @@ class CudaCache(CudaEditing):
         dtype: str,
         recipe: Recipe,
         anchor_offset: int,
-        kept: Recipe,
+        stored_layout: Recipe,
         variant: Variant,
         blocks: int,
         layout: DeviceLayout,
         scratch: Scratch,
         resized: Callable[["CudaCache", int, int], "CudaCache"],
     ) -> None:
-        self.shape, self.capacity, self.dtype, self.recipe, self.anchor_offset = shape, capacity, dtype, recipe, anchor_offset
-        recipe.check_anchor_offset(anchor_offset)
-        self.kept, self.variant, self.blocks = kept, variant, blocks
+        self._describe(shape, capacity, dtype, recipe, anchor_offset)
+        self.stored_layout, self.variant, self.blocks = stored_layout, variant, blocks
         self._device, self._scratch, self._resized = device, scratch, resized
         self.storage = Storage(device, layout)
         self._number = next(_NUMBERS)
@@ -56,7 +57,7 @@ class CudaCache(CudaEditing):
         self._fixed = (fixed, equal) if fixed and equal else None
         self._fractions: tuple[float, ...] = ()
         self._decoding = (variant, blocks)
-        self.launch_key = (self._number, False)  # another for what `queue_step` would queue to other memory, or another kernel
+        self.launch_key = (self._number, False)  # changes with the memory or the kernel of `enqueue_step`
         self.longest = 0
         self._put_fractions([recipe.fraction(head) for head in range(shape.kv_heads)])
         self._restart(self._lengths)
@@ -70,28 +71,25 @@ class CudaCache(CudaEditing):
         return self._step
 
     @property
+    def room(self) -> int:
+        """Tokens that every sequence can still take."""
+        return self.capacity - self.longest
+
+    @property
     def passes(self) -> int:
         """Passes over the query heads of a KV head."""
         return -(-self.shape.group // self.variant.rows)
 
-    def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
-        """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
-        used = checked_lengths(lengths, self.shape.batch)
-        if max(used) > min(keys.shape[2], self.capacity):
-            raise UsageError(f"a sequence of {max(used)} tokens does not fit a capacity of {self.capacity}")
+    def _prefill(self, keys: Tensor, values: Tensor, lengths: Lengths) -> None:
         self._overwritten = True
         self._restart(np.zeros(self.shape.batch, np.int64))
-        self.extend(keys, values, used)
+        self._extend(keys, values, lengths)
 
-    def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
-        """Store seeded random normal tokens, made where they are stored."""
-        used = checked_lengths(lengths, self.shape.batch)
-        if max(used) > self.capacity:
-            raise UsageError(f"a sequence of {max(used)} tokens does not fit a capacity of {self.capacity}")
+    def _fill_random(self, lengths: Lengths, seed: int) -> None:
         self._overwritten = True
-        self._restart(used)
+        self._restart(lengths)
         heads = self.storage.layout.heads
-        grid = (max(1, min(-(-int(max(used)) // 8), 16384 // heads + 1)), 2, min(heads, 65535))
+        grid = (max(1, min(-(-int(max(lengths)) // 8), 16384 // heads + 1)), 2, min(heads, 65535))
         arguments = (*self._store_arguments(), self.storage.state, i32(heads), u64(seed % (1 << 64)))
         self._device.launch(self.variant.storing(), "fill_random", grid, 256, *arguments)
         if self.variant.paged:
@@ -125,56 +123,42 @@ class CudaCache(CudaEditing):
         self._decoding, self.launch_key = fixed or (self.variant, self.blocks), (self._number, fixed is not None)
         self.longest = int(self._lengths.max(initial=0))
 
-    def append(self, keys: Float32, values: Float32) -> None:
-        """Store one token per sequence: (batch, kv_heads, head_dim). Quantises the page that leaves the window, if one does."""
-        self.check_room(1)
-        for name, array in (("keys", keys), ("values", values)):
-            check_shape(array, (self.shape.batch, self.shape.kv_heads, self.shape.head_dim), name)
-        staged = [self._staged(np.asarray(array, np.float32)) for array in (keys, values)]
-        given = KeyValueRows(*(self._given_rows(memory, 1) for memory in staged))
-        self._launch_append_rows(given, None, 1.0)
+    def _append(self, keys: Float32, values: Float32) -> None:
+        pairs = (np.asarray(array, np.float32)[:, :, None] for array in (keys, values))
+        (key_memory, key_view), (value_memory, value_view) = (self._staged_rows(array) for array in pairs)
+        self._launch_append_rows(key_view, value_view, None, 1.0)
         self._device.stream.sync()
-        self.count(1)
+        del key_memory, value_memory
+        self.advance(1)
 
     def _staged(self, array: Float32) -> DeviceMemory:
         memory = self._device.allocate(array.nbytes)
         self._device.upload(memory, array)
         return memory
 
-    def _given_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows:
-        """Return (batch, kv_heads, tokens, head_dim) float32 that lie without gaps."""
-        dim = self.shape.head_dim
-        return DeviceRows(memory.pointer, "fp32", (self.shape.kv_heads * tokens * dim, tokens * dim, dim), dim)
+    def _staged_rows(self, array: Float32) -> tuple[DeviceMemory, TensorView]:
+        """Return device memory with the (batch, kv_heads, tokens, head_dim) rows of a host array, and their view."""
+        memory, (_, heads, tokens, dim) = self._staged(array), array.shape
+        return memory, TensorView(memory.pointer, "fp32", array.shape, (heads * tokens * dim, tokens * dim, dim, 1))
 
-    def _launch_append_rows(self, given: KeyValueRows, queries: DeviceRows | None, query_scale: float) -> None:
+    def _launch_append_rows(self, keys: TensorView, values: TensorView, queries: TensorView | None, query_scale: float) -> None:
         storage, shape = self.storage, self.shape
-        asked = (None, i64(0), i64(0)) if queries is None else (queries.pointer, *(i64(n) for n in queries.strides[:2]))
+        asked = (None, i64(0), i64(0)) if queries is None else (queries.address, *(i64(n) for n in queries.strides[:2]))
         self._device.launch(
             self.variant.storing(),
             "append_rows",
             (storage.layout.heads, 2),
             256,
             *self._store_arguments(),
-            *(storage.state, i32(self.capacity), *given.arguments, i32(shape.kv_heads), *asked),
+            *(storage.state, i32(self.capacity), *key_value_arguments(keys, values), i32(shape.kv_heads), *asked),
             *(storage.queries, i32(shape.group), f32(query_scale)),
         )
 
-    def queue_step(
-        self, given: KeyValueRows, queries: DeviceRows, query_scale: float, outputs: int, lse: int, output_dtype: str
+    def _enqueue_step(
+        self, keys: TensorView, values: TensorView, queries: TensorView, scale: float, outputs: TensorView, lse: TensorView
     ) -> None:
-        """Queue the append of one token a sequence and a decode, and nothing else: a capture may record it.
-
-        `count` is to be called when it has run.
-
-        Parameters
-        ----------
-        given : keys and values of the token.
-        queries : (batch, query_heads, 1, head_dim), of the same dtype; they are multiplied by `query_scale`.
-        outputs : address of (batch, query_heads, head_dim) of `output_dtype`.
-        lse : address of (batch, query_heads) float32.
-        """
-        self._launch_append_rows(given, queries, query_scale)
-        self.launch_decode(self.storage.queries, outputs, lse, True, output_dtype)
+        self._launch_append_rows(keys, values, queries, scale)
+        self.launch_decode(self.storage.queries, outputs.address, lse.address, True, outputs.dtype)
 
     def launch_feedback(self, outputs: DeviceMemory, queries: DeviceMemory, tables: DeviceMemory, feedback: Feedback) -> None:
         """Queue the append of what `feedback` makes of `outputs`, and leave the next `queries`."""
@@ -189,12 +173,11 @@ class CudaCache(CudaEditing):
             *(f32(x) for x in rms),
         )
 
-    def decode(self, queries: Float32) -> tuple[Float32, Float32]:
-        """Attend with one query per sequence; returns outputs and log-sum-exps."""
-        shape = self.shape
-        dims = (shape.batch, shape.query_heads, shape.head_dim)
-        check_shape(queries, dims, "queries")
-        self.note_decodes(self.step, self.step)
+    def _expect_decode(self, step: int) -> None:
+        self.expect_decodes(step, step)
+
+    def _decode(self, queries: Float32) -> tuple[Float32, Float32]:
+        dims = (self.shape.batch, self.shape.query_heads, self.shape.head_dim)
         self._device.upload(self.storage.queries, np.asarray(queries, np.float32))
         self.launch_decode(self.storage.queries, self.storage.outputs, self.storage.lse)
         outputs = self._device.download(self.storage.outputs, dims, np.float32)
@@ -213,7 +196,7 @@ class CudaCache(CudaEditing):
             self._device.kernel(self.variant.selecting(), "select")
 
     def _launch_select(self, queries: DeviceMemory, after_append: bool) -> None:
-        shape, storage, recipe, layout = self.shape, self.storage, self.kept, self.storage.layout
+        shape, storage, recipe, layout = self.shape, self.storage, self.stored_layout, self.storage.layout
         numbers = (
             shape.kv_heads,
             shape.group,
@@ -245,7 +228,7 @@ class CudaCache(CudaEditing):
         """Queue a decode. `after_append`: since the last, one token was appended and kernels of another cache were queued."""
         if self.recipe.selection == "pages":
             self._launch_select(queries, after_append)
-        shape, storage, recipe, layout = self.shape, self.storage, self.kept, self.storage.layout
+        shape, storage, recipe, layout = self.shape, self.storage, self.stored_layout, self.storage.layout
         reused = storage.cached_output
         lse_offset = shape.batch * shape.query_heads * shape.head_dim * 4
         sizes = (shape.batch, shape.kv_heads, shape.group, self.passes)
@@ -274,38 +257,40 @@ class CudaCache(CudaEditing):
         )
 
     def _store_arguments(self) -> tuple[Any, ...]:
-        s, recipe, layout = self.storage, self.kept, self.storage.layout
+        s, recipe, layout = self.storage, self.stored_layout, self.storage.layout
         numbers = (recipe.sinks, recipe.window, layout.ring, recipe.stride, layout.exact_rows, layout.cold_rows)
         return (s.exact_k, s.exact_v, s.cold_k, s.cold_v, s.k_scale, s.v_scale, s.bad, *(i32(x) for x in numbers))
 
-    def note_decodes(self, first: int, last: int) -> None:
+    def expect_decodes(self, first: int, last: int) -> None:
         """Note that steps `first` to `last` are decoded; RuntimeError if the first reuses what was never computed."""
-        anchor = first - self.recipe.steps_since_refresh(first, self.anchor_offset)
-        if self.recipe.steps_since_refresh(first, self.anchor_offset) and self._anchor != anchor:
-            what = "list of pages" if self.recipe.selection == "pages" else "cold output"
-            raise RuntimeError(f"step {first} reuses the {what} of anchor {anchor}, which was not decoded")
+        check_anchor(self.recipe, first, self.anchor_offset, self._anchor)
         self._anchor = last - self.recipe.steps_since_refresh(last, self.anchor_offset)
 
-    def rollback(self) -> None:
-        """Queue what undoes a `queue_step` that was not counted: repeated, it then does what it would have done."""
+    def rollback_step(self) -> None:
+        """Enqueue what undoes a step that was not committed: enqueued again, it then does the same."""
         self._put_state(all_finite=False)
 
     def check_room(self, tokens: int) -> None:
-        """Refuse to grow past the capacity."""
-        for row, length in enumerate(self._lengths):
-            if length + tokens > self.capacity:
-                raise UsageError(f"the cache is full: sequence {row} holds {length} of {self.capacity} tokens")
+        """Raise UsageError if a sequence can't take `tokens` more."""
+        check_room(self._lengths, tokens, self.capacity)
 
-    def count(self, tokens: int) -> None:
-        """Note that the device appended `tokens` to every sequence."""
-        self._lengths = self._lengths + tokens
-        self._step += tokens
-        self.longest += tokens
+    def commit_step(self) -> None:
+        """Count the token of the enqueued step."""
+        self.advance(1)
+
+    def advance(self, steps: int) -> None:
+        """Count `steps` tokens that the device has appended to every sequence."""
+        self._lengths = self._lengths + steps
+        self._step += steps
+        self.longest += steps
+
+    def _empty_like(self, batch: int, capacity: int) -> "CudaCache":
+        return self._resized(self, batch, capacity)
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what is stored of one KV head of one sequence."""
         head = row * self.shape.kv_heads + kv_head
-        contents = Contents(self._device, self.storage, self.shape.head_dim, self.kept, self.dtype, self.variant.paged)
+        contents = Contents(self._device, self.storage, self.shape.head_dim, self.stored_layout, self.dtype, self.variant.paged)
         held = contents.of(head, int(self._lengths[row]))
         if self.recipe.is_dense:
             keys, values = (

@@ -2,7 +2,7 @@
 
 import ctypes
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from elastickv.backends.cuda.compiler import nvrtc_version, supported_architectures
 from elastickv.backends.cuda.kernel_selection import Variant
 from elastickv.backends.driver_errors import failure
-from elastickv.backends.protocol import DeviceInfo
+from elastickv.backends.protocol import Allocator, DeviceInfo
+from elastickv.backends.protocol import DeviceMemory as DeviceMemory
 from elastickv.errors import UsageError
 
 _OLDEST = 61
@@ -50,31 +51,6 @@ def driver_api() -> Any:
     if not count:
         raise UsageError("no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend cpu")
     return driver
-
-
-class DeviceMemory(Protocol):
-    """A device allocation, freed with the object.
-
-    Attributes
-    ----------
-    pointer : its address.
-    n_bytes : its size.
-    """
-
-    @property
-    def pointer(self) -> int: ...
-    @property
-    def n_bytes(self) -> int: ...
-
-
-class Allocator(Protocol):
-    """Where device memory comes from."""
-
-    def allocate(self, n_bytes: int) -> DeviceMemory:
-        """Return memory of at least 16-byte alignment, for use on the device's present stream."""
-
-    def free_bytes(self) -> int:
-        """Return the bytes that can still be allocated."""
 
 
 class _DriverMemory:

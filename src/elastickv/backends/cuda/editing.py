@@ -1,6 +1,8 @@
-"""The part of a cache that serves a model: further chunks, rows that move, tokens taken back (see `kvcache.editable`)."""
+"""The part of a cache that serves a model: further chunks, rows that move, crops and saved states."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,60 +13,20 @@ from elastickv.backends.cuda.device import CudaDevice, DeviceMemory, i32, i64
 from elastickv.backends.cuda.kernel_selection import TYPES, Variant
 from elastickv.backends.cuda.storage import Scratch, Storage
 from elastickv.errors import UsageError
-from elastickv.kvcache.editable import (
-    CacheState,
-    check_crop,
-    check_growth,
-    check_lists,
-    check_shares,
-    check_span,
-    checked_rows,
-    cold_tokens,
-)
-from elastickv.kvcache.layer import Float32, check_shape, checked_lengths
-from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.kvcache.checked_cache import CheckedCache
+from elastickv.kvcache.checks import check_fractions, check_lists, cold_tokens
+from elastickv.kvcache.protocol import CacheState, Lengths
+from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView
+from elastickv.recipe import PAGE_TOKENS, Recipe
 from elastickv.recipe.regions import retained_tokens
 
 if TYPE_CHECKING:
-    from elastickv.backends.cuda.cache import CudaCache
+    from typing_extensions import Self
 
 _STAGED_BYTES = 1 << 28  # of keys, and of values, that are on their way from the host at once
 _BLOCKS = 4096
 _COPY_BLOCKS = 64
 _NUMBERS = ("lengths", "clock", "fractions", "arrangement")  # what `state` tells beside planes
-
-
-@dataclass(frozen=True)
-class DeviceRows:
-    """Tokens in device memory, (batch, heads, tokens, head_dim), whose channels lie next to each other.
-
-    Attributes
-    ----------
-    pointer : address of the first.
-    dtype : 'fp32', 'fp16' or 'bf16'.
-    strides : elements from a sequence, head and token to the next.
-    head_dim : channels that are there; those beyond, up to the cache's, are zeros.
-    """
-
-    pointer: int
-    dtype: str
-    strides: tuple[int, int, int]
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class KeyValueRows:
-    """Keys and values of the same tokens, of one dtype."""
-
-    keys: DeviceRows
-    values: DeviceRows
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """What GIVEN_SIGNATURE of kernels/store.cuh names."""
-        keys, values = self.keys, self.values
-        strides = (i64(n) for n in (*keys.strides, *values.strides))
-        return keys.pointer, values.pointer, *strides, i32(TYPES[keys.dtype]), i32(keys.head_dim)
 
 
 @dataclass(frozen=True)
@@ -77,18 +39,14 @@ class _Plane:
     used: int
 
 
-class CudaEditing:
-    """What `CudaCache` adds to a `LayerCache` to be an `EditableCache`."""
+class CudaEditing(CheckedCache):
+    """The methods of `CudaCache` that edit what is stored."""
 
-    shape: AttentionShape
-    recipe: Recipe
-    retained_tokens: Recipe
-    capacity: int
+    stored_layout: Recipe
     variant: Variant
     storage: Storage
     _device: CudaDevice
     _scratch: Scratch
-    _resized: "Callable[[CudaCache, int, int], CudaCache]"
     _lengths: NDArray[np.int64]
     _step: int
     _anchor: int | None
@@ -100,86 +58,79 @@ class CudaEditing:
         def _store_arguments(self) -> tuple[Any, ...]: ...
         def _set_lengths(self, lengths: NDArray[np.int64]) -> None: ...
         def _choose(self) -> None: ...
-        def _staged(self, array: Float32) -> DeviceMemory: ...
-        def _given_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows: ...
+        def _staged_rows(self, array: Float32) -> tuple[DeviceMemory, TensorView]: ...
+        def _empty_like(self, batch: int, capacity: int) -> Self: ...
 
     @property
     def allocated_bytes(self) -> int:
         return self.storage.n_bytes + self._scratch.size.n_bytes
 
-    def extend(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
-        rows = (self.shape.batch, self.shape.kv_heads, keys.shape[2], self.shape.head_dim)
-        check_shape(keys, rows, "keys")
-        check_shape(values, rows, "values")
-        used = checked_lengths(lengths, self.shape.batch)
-        check_growth(self._lengths, used, rows[2], self.capacity)
-        longest = int(used.max(initial=0))
+    @property
+    def _present_fractions(self) -> list[float]:
+        return list(self._fractions)
+
+    def _extend(self, keys: Tensor, values: Tensor, lengths: Lengths) -> None:
+        longest = int(lengths.max(initial=0))
         if not longest:
-            self._set_lengths(self._lengths)  # nothing comes, and steps begin anew all the same
-        at_once = max(1, _STAGED_BYTES // (4 * rows[0] * rows[1] * rows[3]))
+            self._set_lengths(self._lengths)  # nothing is added, and the count of steps restarts all the same
+        elif isinstance(keys, TensorView) and isinstance(values, TensorView):
+            self._extend_from_device(keys, values, lengths)
+        elif not isinstance(keys, TensorView) and not isinstance(values, TensorView):
+            self._extend_from_host(keys, values, lengths, longest)
+
+    def _extend_from_host(self, keys: Float32, values: Float32, lengths: Lengths, longest: int) -> None:
+        batch, heads, _, dim = keys.shape
+        at_once = max(1, _STAGED_BYTES // (4 * batch * heads * dim))
         for first in range(0, longest, at_once):
             end = min(first + at_once, longest)
-            staged = [self._staged(np.ascontiguousarray(array[:, :, first:end], np.float32)) for array in (keys, values)]
-            given = KeyValueRows(*(self._given_rows(memory, end - first) for memory in staged))
-            self.extend_by(given, np.clip(used - first, 0, end - first))
+            pairs = (np.ascontiguousarray(array[:, :, first:end], np.float32) for array in (keys, values))
+            (key_memory, key_view), (value_memory, value_view) = (self._staged_rows(array) for array in pairs)
+            self._extend_from_device(key_view, value_view, np.clip(lengths - first, 0, end - first))
             self._device.stream.sync()
+            del key_memory, value_memory
 
-    def extend_by(self, given: KeyValueRows, lengths: NDArray[np.int64]) -> None:
-        """Queue what `extend` does with tokens that are in device memory.
-
-        Raises
-        ------
-        UsageError : if a sequence would outgrow the capacity; nothing is stored then.
-        """
-        more = checked_lengths(lengths, self.shape.batch)
+    def _extend_from_device(self, keys: TensorView, values: TensorView, more: Lengths) -> None:
         longest = int(more.max(initial=0))
-        check_growth(self._lengths, more, longest, self.capacity)
         device, storage, heads = self._device, self.storage, self.storage.layout.heads
         device.upload(storage.lengths, more.astype(np.int32), 4 * self.shape.batch)
         added = storage.lengths.pointer + 4 * self.shape.batch
-        arguments = (*self._store_arguments(), storage.state, added, i32(self.shape.kv_heads), i32(heads), *given.arguments)
+        arguments = (*self._store_arguments(), storage.state, added, i32(self.shape.kv_heads), i32(heads))
+        arguments += key_value_arguments(keys, values)
         editing, along = self.variant.editing(), min(heads, 65535)
-        if not self.retained_tokens.is_dense:
+        if not self.stored_layout.is_dense:
             device.launch(editing, "extend_cold", (_blocks(longest, PAGE_TOKENS), 2, along), 256, *arguments)
         device.launch(editing, "extend_exact", (_blocks(longest, 8), 2, along), 256, *arguments)
         self._set_lengths(self._lengths + more)
 
-    def read(self, first: int, last: int) -> tuple[Float32, Float32]:
+    def _read(self, first: int, last: int) -> tuple[Float32, Float32]:
         shape = (self.shape.batch, self.shape.kv_heads, last - first, self.shape.head_dim)
+        if last == first:
+            return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         read = [self._device.allocate(4 * int(np.prod(shape))) for _ in range(2)]
-        self.read_to(read[0].pointer, read[1].pointer, "fp32", self.shape.head_dim, first, last)
+        strides = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
+        self._read_to(first, last, *(TensorView(memory.pointer, "fp32", shape, strides) for memory in read))
         keys, values = (self._device.download(memory, shape, np.float32) for memory in read)
         return keys, values
 
-    def read_to(self, keys: int, values: int, dtype: str, head_dim: int, first: int, last: int) -> None:
-        """Queue what `read` does, to rows (batch, kv_heads, last - first, head_dim) of `dtype` at two addresses."""
-        check_span(first, last)
-        if last == first:
-            return
+    def _read_to(self, first: int, last: int, keys: TensorView, values: TensorView) -> None:
         heads = self.storage.layout.heads
-        arguments = (self.storage.state, i32(heads), i32(first), i32(last), keys, values, i32(TYPES[dtype]), i32(head_dim))
+        arguments = (self.storage.state, i32(heads), i32(first), i32(last), keys.address, values.address)
+        how = (i32(TYPES[keys.dtype]), i32(keys.shape[3]))
         grid = (_blocks(last - first, PAGE_TOKENS) + 1, 2, min(heads, 65535))
-        self._device.launch(self.variant.editing(), "read_rows", grid, 256, *self._store_arguments(), *arguments)
+        self._device.launch(self.variant.editing(), "read_rows", grid, 256, *self._store_arguments(), *arguments, *how)
 
-    def gather(self, rows: NDArray[np.int64], capacity: int) -> "CudaCache":
-        taken = checked_rows(rows, self.shape.batch)
-        other = self._resized(self, len(taken), capacity)  # type: ignore[arg-type]
+    def _gather(self, rows: Lengths, capacity: int) -> Self:
+        other = self._empty_like(len(rows), capacity)
         fitting = list(zip(self._planes().values(), other._planes().values(), strict=True))
         sizes = [(mine, theirs, min(mine.used, theirs.stride)) for mine, theirs in fitting]
-        self._copy(sizes, taken, np.arange(len(taken)))
-        other._lengths, other._step, other._anchor = self._lengths[taken], self._step, self._anchor
+        self._copy(sizes, rows, np.arange(len(rows)))
+        other._lengths, other._step, other._anchor = self._lengths[rows], self._step, self._anchor
         other._put_fractions(self._fractions)
         other._overwritten = True
         return other
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "CudaCache":
-        return self.gather(np.arange(self.shape.batch), self.capacity)
-
-    def reorder(self, rows: NDArray[np.int64]) -> None:
-        taken = checked_rows(rows, self.shape.batch, self.shape.batch)
-        moved = np.flatnonzero(taken != np.arange(self.shape.batch))
-        if not len(moved):
-            return
+    def _reorder(self, rows: Lengths) -> None:
+        moved = np.flatnonzero(rows != np.arange(self.shape.batch))
         self._overwritten = True
         heads, planes = len(moved) * self.shape.kv_heads, list(self._planes().values())
         spare = [_Plane(self._device.allocate(heads * p.used), 0, p.used, p.used) for p in planes]
@@ -187,14 +138,14 @@ class CudaEditing:
             [(a, b, a.used) for a, b in zip(*pair, strict=True)] for pair in ((planes, spare), (spare, planes))
         )
         here = np.arange(len(moved))
-        self._copy(to_spare, taken[moved], here)
+        self._copy(to_spare, rows[moved], here)
         self._copy(from_spare, here, moved)
-        self._lengths = self._lengths[taken]
+        self._lengths = self._lengths[rows]
         self._choose()
 
     def _planes(self) -> dict[str, _Plane]:
         """Return the buffers that hold tokens, with what is in use at the longest of the lengths."""
-        storage, layout, recipe = self.storage, self.storage.layout, self.retained_tokens
+        storage, layout, recipe = self.storage, self.storage.layout, self.stored_layout
         longest, heads = int(self._lengths.max(initial=0)), layout.heads
         cold = retained_tokens(cold_tokens(recipe, longest), recipe.stride)
         cold = min(-(-cold // 256) * 256, layout.cold_rows)  # whole vectors of every plane
@@ -243,9 +194,8 @@ class CudaEditing:
             *(on_device, rows, rows + 4 * len(from_rows), i32(self.shape.kv_heads), i32(heads)),
         )
 
-    def crop(self, lengths: NDArray[np.int64]) -> None:
-        before, after = self._lengths, checked_lengths(lengths, self.shape.batch)
-        check_crop(self.recipe, before, after)
+    def _crop(self, lengths: Lengths) -> None:
+        before, after = self._lengths, lengths
         self._overwritten = True
         device, storage, heads = self._device, self.storage, self.storage.layout.heads
         device.upload(storage.lengths, after.astype(np.int32))
@@ -254,14 +204,10 @@ class CudaEditing:
         device.launch(self.variant.editing(), "crop_rows", grid, 256, *self._store_arguments(), *arguments)
         self._set_lengths(after)
 
-    def set_fractions(self, fractions: Sequence[float]) -> None:
-        if self.recipe.selection != "pages":
-            return
-        check_shares(fractions, self.shape.kv_heads)
-        if self._fractions != tuple(fractions):
-            self._overwritten = True
-            self._put_fractions(fractions)
-            self._set_lengths(self._lengths)
+    def _set_fractions(self, fractions: list[float]) -> None:
+        self._overwritten = True
+        self._put_fractions(fractions)
+        self._set_lengths(self._lengths)
 
     def _put_fractions(self, fractions: Sequence[float]) -> None:
         """Let selections read these shares from now on."""
@@ -277,7 +223,7 @@ class CudaEditing:
     @property
     def _arrangement(self) -> NDArray[np.int64]:
         """What planes of equal sizes could differ in: whether tokens lie in pages, and whether as another recipe keeps them."""
-        return np.array([self.variant.paged, self.retained_tokens != self.recipe], np.int64)
+        return np.array([self.variant.paged, self.stored_layout != self.recipe], np.int64)
 
     def state(self) -> CacheState:
         layout, batch, heads = self.storage.layout, self.shape.batch, self.shape.kv_heads
@@ -314,7 +260,7 @@ class CudaEditing:
             raise ValueError("the saved fractions are missing")
         if lengths.max(initial=0) > self.capacity or lengths.min(initial=0) < 0:
             raise ValueError(f"the saved tokens do not fit a capacity of {self.capacity}")
-        check_shares(fractions, heads)
+        check_fractions(fractions, heads)
         if layout.listed:
             said = np.ascontiguousarray(state["listed"]).view(np.int32).reshape(batch, heads, 2)
             # Lists of before a crop may name what is no page any more; they are made anew before they are read.
@@ -329,6 +275,17 @@ class CudaEditing:
         self._anchor = None if clock[1] == -2 else int(clock[1])
         self._overwritten = True
         self._put_fractions([float(share) for share in fractions])
+
+
+def key_value_arguments(keys: TensorView, values: TensorView) -> tuple[Any, ...]:
+    """Return what GIVEN_SIGNATURE of kernels/store.cuh names; of a single token the view may lack the dimension."""
+    strides = (i64(n) for rows in (keys, values) for n in _token_strides(rows))
+    return keys.address, values.address, *strides, i32(TYPES[keys.dtype]), i32(keys.shape[-1])
+
+
+def _token_strides(rows: TensorView) -> tuple[int, ...]:
+    """Return the elements from one sequence, head and token to the next."""
+    return rows.strides[:3] if len(rows.strides) == 4 else (*rows.strides[:2], 0)
 
 
 def _blocks(tokens: int, per_block: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from elastickv.backends.cuda.cache import CudaCache
 from elastickv.backends.cuda.device import CudaDevice, DeviceMemory, check
 from elastickv.backends.feedback import Feedback
-from elastickv.kvcache.layer import Float32
+from elastickv.kvcache.tensor_view import Float32
 
 _NAN_WORD = 0x7FFFFFFF
 
@@ -70,7 +70,7 @@ class CudaProgram:
         """Launch `launches` times in sequence and return the milliseconds of each."""
         for cache in self._caches:
             cache.check_room(self._appends * launches)
-            cache.note_decodes(cache.step + bool(self._appends), cache.step + self._appends * launches)
+            cache.expect_decodes(cache.step + bool(self._appends), cache.step + self._appends * launches)
         driver, stream = self._device.driver, self._device.stream
         flags = 0  # CU_EVENT_DEFAULT: with timing
         events = [check(driver.cuEventCreate(flags)) for _ in range(2 * launches)]
@@ -84,7 +84,7 @@ class CudaProgram:
                 check(driver.cuEventRecord(events[2 * i + 1], stream.handle))
             stream.sync()
             for cache in self._caches:
-                cache.count(self._appends * launches)
+                cache.advance(self._appends * launches)
             elapsed = getattr(driver, "cuEventElapsedTime_v2", driver.cuEventElapsedTime)
             return [float(check(elapsed(events[2 * i], events[2 * i + 1]))) for i in range(launches)]
         finally:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
 from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_places, value_places
 from elastickv.backends.cuda.storage import Storage
-from elastickv.kvcache.layer import StoredHead
+from elastickv.kvcache.protocol import StoredHead
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe, regions
 from elastickv.recipe.regions import retained_tokens

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from elastickv.errors import UsageError
-from elastickv.kvcache.editable import check_crop, check_growth, check_lists, check_shares, cold_tokens
-from elastickv.kvcache.layer import check_shape
+from elastickv.kvcache.checks import check_crop, check_fractions, check_growth, check_lists, check_shape, cold_tokens
 from elastickv.recipe import Recipe
 
 
@@ -118,10 +117,10 @@ def test_every_head_of_every_row_is_held_against_its_own_pages():
 
 
 def test_there_is_a_share_of_the_pages_for_every_head_above_nothing_and_up_to_the_whole():
-    check_shares([1e-9, 0.5, 1.0], 3)
+    check_fractions([1e-9, 0.5, 1.0], 3)
     for bad in ([0.5, 0.0], [0.5, -0.5], [0.5, 1.0000001], [0.5, np.nan], [0.5], [0.5] * 3):
         with pytest.raises(ValueError, match=exactly(f"the shares of the pages are {bad}: 2 above 0 and at most 1 are needed")):
-            check_shares(np.array(bad), 2)
+            check_fractions(np.array(bad), 2)
 
 
 def test_an_array_of_another_shape_is_refused_with_both_shapes():
