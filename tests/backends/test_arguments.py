@@ -23,12 +23,12 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lengths_are_read_as_they_are_however_they_lie(each, layout):
-    told = LAYOUTS[layout]
+    lay_out = LAYOUTS[layout]
     cache = each.new(CASE, room=100)
-    cache.prefill(*tokens(300), told(np.array([300, 200])))
+    cache.prefill(*tokens(300), lay_out(np.array([300, 200])))
     assert cache.lengths.tolist() == [300, 200]
-    cache.extend(*tokens(40), told(np.array([0, 40])))
-    cache.crop(told(np.array([290, 240])))
+    cache.extend(*tokens(40), lay_out(np.array([0, 40])))
+    cache.crop(lay_out(np.array([290, 240])))
     expected, queries = each.filled(CASE, room=100)
     expected.prefill(*tokens(300), np.array([300, 200]))
     expected.extend(*tokens(40), np.array([0, 40]))

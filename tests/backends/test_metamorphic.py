@@ -38,17 +38,17 @@ def test_another_order_of_rows_and_heads_is_that_order_of_the_outputs(each, data
     keys, values, queries = case.prompt()
     rows, heads = (data.draw(st.permutations(range(n))) for n in (case.shape.batch, case.shape.kv_heads))
     members = data.draw(st.permutations(range(case.shape.group)))
-    asked = [head * case.shape.group + member for head in heads for member in members]
+    query_heads = [head * case.shape.group + member for head in heads for member in members]
     recipe = case.recipe
     if len(recipe.fractions) > 1:
         recipe = replace(recipe, fractions=tuple(recipe.fractions[head] for head in heads))
     moved = replace(case, lengths=tuple(case.lengths[row] for row in rows))
     outputs, lse = decoded(each, case, keys, values, queries)
-    again = decoded(each, moved, *(a[rows][:, heads] for a in (keys, values)), queries[rows][:, asked], recipe)
+    again = decoded(each, moved, *(a[rows][:, heads] for a in (keys, values)), queries[rows][:, query_heads], recipe)
     # Scores of pages add up a group's queries in their order: with another, two pages that score alike may change places.
     if recipe.selection != "pages" or members == sorted(members):
-        near(each, case, again[0], outputs[rows][:, asked])
-        near(each, case, again[1], lse[rows][:, asked])
+        near(each, case, again[0], outputs[rows][:, query_heads])
+        near(each, case, again[1], lse[rows][:, query_heads])
 
 
 @tried(20)
@@ -126,17 +126,17 @@ def test_one_by_one_in_blocks_or_as_a_prompt_stores_and_gives_the_same(each, dat
 
 @tried(15)
 @given(data=st.data())
-def test_a_ratio_of_one_is_attention_over_what_was_given(each, data):
+def test_a_ratio_of_one_is_attention_over_the_input(each, data):
     case = data.draw(cases(each, selections=("dense",), numbers=("normal", "mixed", "one-hot")))
     recipe = for_ratio(1, max(case.lengths), case.shape, case.dtype)
     assert recipe.is_dense
     keys, values, queries = case.prompt()
     outputs, _ = decoded(each, case, keys, values, queries, recipe)
-    kept_keys, kept_values = (rounded(array, case.dtype) for array in (keys, values))
+    stored_keys, stored_values = (rounded(array, case.dtype) for array in (keys, values))
     group = case.shape.group
     for row, head in np.ndindex(case.shape.batch, case.shape.kv_heads):
         heads, length = slice(head * group, (head + 1) * group), case.lengths[row]
-        expected = attend(queries[row, heads], kept_keys[row, head, :length], kept_values[row, head, :length])
+        expected = attend(queries[row, heads], stored_keys[row, head, :length], stored_values[row, head, :length])
         assert relative_l2(outputs[row, heads], expected.output).max() < (
             1e-2 if case.numbers == "one-hot" else each.limit(case)
         )
@@ -185,8 +185,8 @@ def test_what_is_added_to_all_keys_moves_the_log_sum_exp_and_nothing_else(each, 
     moved = (rng.integers(-64, 64, (*values.shape[:2], 1, values.shape[3])) / 16).astype(np.float32)
     outputs, lse = decoded(each, case, keys, values, queries)
     again, shifted = decoded(each, case, keys + moved, values, queries)
-    asked = queries.reshape(*moved.shape[:2], case.shape.group, -1).astype(np.float64)
-    by = np.einsum("bhgd,bhd->bhg", asked, moved[:, :, 0])
+    query_heads = queries.reshape(*moved.shape[:2], case.shape.group, -1).astype(np.float64)
+    by = np.einsum("bhgd,bhd->bhg", query_heads, moved[:, :, 0])
     limit = 4 * each.limit(case)
     assert relative_l2(again, outputs).max() < limit
     np.testing.assert_allclose(shifted, lse + by.reshape(lse.shape) / np.sqrt(case.shape.head_dim), atol=limit, rtol=limit)

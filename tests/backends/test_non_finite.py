@@ -17,7 +17,7 @@ BAD = (np.nan, np.inf, -np.inf)
 
 @tried(40)
 @given(data=st.data())
-def test_any_bad_value_is_told_with_its_place_however_it_came(each, data):
+def test_any_bad_value_is_reported_with_its_position_however_it_was_stored(each, data):
     """In K or in V, in a prompt, a chunk or a step; also where `stride` drops the token or no page is read."""
     case = data.draw(cases(each, longest=300))
     keys, values, queries = case.prompt()
@@ -50,7 +50,7 @@ def test_any_bad_value_is_told_with_its_place_however_it_came(each, data):
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("spoils", ["keys", "values"])
-def test_a_bad_value_in_a_page_that_no_step_reads_is_told(each, bad, spoils):
+def test_a_bad_value_in_a_page_that_no_step_reads_is_reported(each, bad, spoils):
     """The page's own keys score so low that it is never selected: the output stays finite, and the place is told."""
     case = Case(AttentionShape(2, 4, 2, 64), Recipe.parse("int4,pages=1/8,anchor_every=2"), "bf16", (600, 600))
     keys, values, queries = case.prompt()
@@ -109,7 +109,7 @@ def test_a_query_that_is_not_finite_leaves_no_finite_output_and_harms_no_other(e
 
 
 @pytest.mark.parametrize("text", ["int4", "k=int4,v=fp8,pages=1/4", "k=int4,v=bf16,window=0"])
-def test_a_key_that_int4_cannot_hold_is_told_once_it_is_quantised(each, text):
+def test_a_key_beyond_the_range_of_int4_is_reported_once_it_is_quantized(each, text):
     case = Case(AttentionShape(2, 2, 2, 64), Recipe.parse(text), "bf16", (300, 300))
     keys, values, _ = case.prompt()
     keys[1, 1, 43, 9], keys[0, 0, 2, 1] = -70000, 70000  # the second is a sink, which is kept as it is
@@ -180,7 +180,7 @@ def test_a_crop_leaves_nothing_of_a_bad_value_in_its_page_or_tells(each, text, s
             cache.raise_non_finite()
 
 
-def test_a_bad_value_is_told_when_one_in_another_row_was_taken_back(each):
+def test_a_bad_value_is_reported_when_one_in_another_row_was_rolled_back(each):
     case = Case(AttentionShape(2, 2, 2, 64), Recipe.parse("int4,pages=1/2,window=32"), "bf16", (300, 300))
     keys, values, _ = case.prompt()
     values[0, 0, 290, 3] = values[1, 1, 40, 3] = np.nan

@@ -69,13 +69,13 @@ def test_what_is_stored_is_what_the_reference_stores(each, data):
 @pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("text", ["dense", "int8", "fp8,window=0", "int4,window=32", "k=int8,v=int4", "int4,pages=1/2,sinks=0"])
 def test_a_single_token_is_returned(each, text, numbers):
-    """The softmax over one token is 1: its value comes back as it was kept."""
+    """The softmax over one token is 1: its value comes back as it was stored."""
     for dtype in ("bf16", "fp16", "fp32"):
         case = Case(AttentionShape(2, 4, 2, 64), Recipe.parse(text), dtype, (1, 1), seed=3, numbers=numbers)
         cache, queries = each.filled(case)
         outputs, _ = each.decode(cache, queries)
-        kept = np.stack([[cache.stored(row, head).exact_values[0] for head in range(2)] for row in range(2)])
-        np.testing.assert_allclose(outputs, np.repeat(kept, 2, axis=1), rtol=2.0**-20, atol=2.0**-126)
+        stored = np.stack([[cache.stored(row, head).exact_values[0] for head in range(2)] for row in range(2)])
+        np.testing.assert_allclose(outputs, np.repeat(stored, 2, axis=1), rtol=2.0**-20, atol=2.0**-126)
 
 
 def a_million(each, text):
@@ -96,14 +96,14 @@ def attend_to(cache, queries, spans):
 
 
 @pytest.mark.parametrize("text", ["dense", "k=int8,v=fp8"])
-def test_every_one_of_a_million_tokens_is_found_and_counted(each, text):
+def test_every_one_of_a_million_tokens_is_read_and_counted(each, text):
     """Three queries that one token each outweighs all others for, and one to which all are alike."""
     cache = a_million(each, text)
-    places = [5, (1 << 19) + 7, (1 << 20) - 200]
+    positions = [5, (1 << 19) + 7, (1 << 20) - 200]
     queries = np.zeros((1, 4, 64), np.float32)
-    queries[0, :3] = [16 * cache.read(place, place + 1)[0][0, 0, 0] for place in places]
+    queries[0, :3] = [16 * cache.read(place, place + 1)[0][0, 0, 0] for place in positions]
     outputs, lse = each.decode(cache, queries)
-    expected = attend_to(cache, queries[0, :3], [(place, place + 1) for place in places])
+    expected = attend_to(cache, queries[0, :3], [(place, place + 1) for place in positions])
     assert relative_l2(outputs[0, :3], expected.output).max() < 4e-3
     np.testing.assert_allclose(lse[0, :3], expected.lse, rtol=4e-3)
     assert lse[0, 3] == pytest.approx(np.log((1 << 20) + 1), abs=1e-4)

@@ -27,7 +27,7 @@ RECIPES = (
 
 
 @cache
-def receipt_of(backend, text, dtype="bf16"):
+def accuracy_of(backend, text, dtype="bf16"):
     return replay(backend, load_sample(), Recipe.parse(text), dtype)
 
 
@@ -44,21 +44,21 @@ def backend(request):
 @pytest.mark.parametrize("text", RECIPES)
 def test_the_kernel_error_on_real_activations_is_within_its_limit(backend, text):
     # `replay` raises KernelMismatch beyond the limit; what is asserted here is that something was compared.
-    receipt = receipt_of(backend, text)
+    accuracy = accuracy_of(backend, text)
     shape = sample_shape(load_sample())
-    assert receipt.kernel_error.count == load_sample().queries * shape.batch * shape.query_heads
-    assert receipt.kernel_error.max < 4e-2
-    assert receipt.recipe_error.mean >= receipt.kernel_error.mean / 2
+    assert accuracy.kernel_error.count == load_sample().queries * shape.batch * shape.query_heads
+    assert accuracy.kernel_error.max < 4e-2
+    assert accuracy.recipe_error.mean >= accuracy.kernel_error.mean / 2
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-5), ("fp16", 4e-3)])
 def test_dense_is_exact_on_real_activations(backend, dtype, limit):
-    receipt = receipt_of(backend, "dense", dtype)
-    assert receipt.kernel_error.p95 < limit
+    accuracy = accuracy_of(backend, "dense", dtype)
+    assert accuracy.kernel_error.p95 < limit
     # Against unquantised keys and values: fp32 loses nothing, fp16 what rounding them costs.
-    assert receipt.recipe_error.p95 < 5 * limit
+    assert accuracy.recipe_error.p95 < 5 * limit
 
 
 def test_recipes_rank_on_real_activations_as_the_solver_assumes(backend):
-    errors = [receipt_of(backend, text).recipe_error.mean for text in RECIPES[:4]]
+    errors = [accuracy_of(backend, text).recipe_error.mean for text in RECIPES[:4]]
     assert errors == sorted(errors)

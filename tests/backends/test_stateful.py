@@ -147,12 +147,12 @@ class Caches(RuleBasedStateMachine):
     @rule(seed=SEEDS, back=st.booleans())
     def copy(self, seed, back):
         """One of the two is spoilt, the other goes on."""
-        kept, other = (copy.deepcopy(self.cache), self.cache) if back else (self.cache, copy.deepcopy(self.cache))
+        retained, other = (copy.deepcopy(self.cache), self.cache) if back else (self.cache, copy.deepcopy(self.cache))
         if back:
             self.model.marked = None
         other.prefill(*self.tokens(seed, self.model.capacity), np.full(len(self.room), self.model.capacity))
         other.decode(self.queries(seed))
-        self.cache = kept
+        self.cache = retained
 
     @rule()
     def save_and_load(self):

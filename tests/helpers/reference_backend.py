@@ -1,4 +1,4 @@
-"""A back end on the NumPy reference: exact, slow, and a clock that the test sets."""
+"""A back end on the NumPy reference: exact, slow, and with a clock that the test sets."""
 
 import sys
 from itertools import count
@@ -88,20 +88,20 @@ def open_backend(device):
     return ReferenceBackend()
 
 
-_CACHE, _RECEIPTS = ReferenceBackend.cache, {}
+_CACHE, _ACCURACIES = ReferenceBackend.cache, {}
 
 
 def replay_once(backend, sample, recipe, dtype):
-    """Return a sample's receipt, found once a process: float64 on the real sample is most of a run here.
+    """Return a sample's accuracy, computed once a process: float64 on the real sample takes most of a run here.
 
-    Where a test has changed what caches do it is found anew.
+    With a patched back end it is computed again.
     """
     if type(backend) is not ReferenceBackend or type(backend).cache is not _CACHE:
         return replay(backend, sample, recipe, dtype)
     key = (sample.name, str(recipe), dtype)
-    if key not in _RECEIPTS:
-        _RECEIPTS[key] = replay(backend, sample, recipe, dtype)
-    return _RECEIPTS[key]
+    if key not in _ACCURACIES:
+        _ACCURACIES[key] = replay(backend, sample, recipe, dtype)
+    return _ACCURACIES[key]
 
 
 def measure_with(monkeypatch, backend):

@@ -18,11 +18,11 @@ def counts(*numbers):
     return np.array(numbers, np.int64)
 
 
-def test_rows_may_grow_to_the_capacity_by_all_that_is_given():
+def test_rows_may_grow_to_the_capacity_by_all_new_tokens():
     check_growth(counts(90, 0, 100), counts(10, 10, 0), 10, 100)
 
 
-def test_a_row_that_takes_more_than_is_given_is_named():
+def test_a_row_that_takes_more_than_there_is_is_named():
     with pytest.raises(
         UsageError, match=exactly("sequence 1 is to take 11 tokens of 10 that are given: give no more than there are")
     ):

@@ -64,7 +64,7 @@ def test_appending_one_by_one_stores_what_a_block_stores(text):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
-def test_stride_gives_dropped_tokens_mass_to_the_kept():
+def test_stride_gives_the_mass_of_dropped_tokens_to_the_retained_ones():
     cache = filled("bf16,stride=4,sinks=0,window=32", [160, 160])
     # Equal keys: every token weighs the same, so the log-sum-exp is that of all 160.
     keys, values = tokens(160)
@@ -228,12 +228,12 @@ def test_the_window_is_exact_and_cold_rows_are_near(text):
     stored = cache.stored(0, 0)
     assert len(stored.cold_keys) == len(stored.cold_values) == 160
     np.testing.assert_array_equal(stored.exact_keys, np.r_[keys[:4], keys[164:]])
-    for got, given, fmt in (
+    for got, exact, fmt in (
         (stored.cold_keys, keys[4:164], cache.recipe.key_format),
         (stored.cold_values, values[4:164], cache.recipe.value_format),
     ):
         # Standard normal numbers stay below 5: a step of int4 is at most 10 / 15, fp8 has 4 bits of significand, int8 7.
-        assert 0 < np.abs(got - given).max() <= {"int4": 1 / 3, "fp8": 5 / 32, "int8": 5 / 254}[fmt] * 1.02
+        assert 0 < np.abs(got - exact).max() <= {"int4": 1 / 3, "fp8": 5 / 32, "int8": 5 / 254}[fmt] * 1.02
 
 
 @pytest.mark.parametrize("text", ["int4", "k=int4,v=fp8,window=40", "k=int8,v=int4,vgroup=32", "dense"])
@@ -245,11 +245,16 @@ def test_what_is_stored_is_what_the_quantisers_make_of_keys_and_of_values(text):
         split = regions(length, recipe.sinks, recipe.window)
         cold = slice(split.sinks, split.sinks + (0 if recipe.is_dense else split.cold))
         stored = cache.stored(row, 1)
-        for name, given, is_value in (("keys", keys[row, 1, :length], False), ("values", values[row, 1, :length], True)):
+        for name, tokens_of_row, is_value in (
+            ("keys", keys[row, 1, :length], False),
+            ("values", values[row, 1, :length], True),
+        ):
             fmt = (recipe.value_format if is_value else recipe.key_format) or "fp16"
             group = recipe.v_group(64) if is_value else 64
-            np.testing.assert_array_equal(getattr(stored, f"cold_{name}"), stored_values(given[cold], fmt, is_value, group))
-            exact = np.r_[given[: cold.start], given[cold.stop :]]
+            np.testing.assert_array_equal(
+                getattr(stored, f"cold_{name}"), stored_values(tokens_of_row[cold], fmt, is_value, group)
+            )
+            exact = np.r_[tokens_of_row[: cold.start], tokens_of_row[cold.stop :]]
             np.testing.assert_array_equal(getattr(stored, f"exact_{name}"), exact)
             assert getattr(stored, f"exact_{name}").dtype == getattr(stored, f"cold_{name}").dtype == np.float64
 
@@ -293,7 +298,7 @@ def test_random_tokens_repeat_by_their_seed():
     assert (held[0] != held[2]).all()
 
 
-def test_a_value_behind_the_end_is_not_told():
+def test_a_value_behind_the_end_is_not_reported():
     cache, (keys, values) = filled("int4,window=0,sinks=0", [64, 64]), tokens(65)
     keys[0, 1, 64] = np.nan
     cache.prefill(keys, values, np.array([64, 65]))

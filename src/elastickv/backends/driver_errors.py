@@ -1,4 +1,4 @@
-"""What a driver or PyTorch raised, as an error of ours that says what is gone and what to do."""
+"""Translates errors of the driver or of PyTorch into errors of ElasticKV that say what to do."""
 
 import re
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ _NAMES = {name: code for code, name in LOST.items()} | {
     "CUDA_ERROR_NOT_INITIALIZED": NOT_INITIALIZED,
     "CUDA_ERROR_INVALID_CONTEXT": NO_CONTEXT,
 }
-# What the CUDA runtime, and so PyTorch, says instead of a name.
+# Texts of the CUDA runtime, and so of PyTorch, which do not name the error.
 _TEXTS = {
     "CUDA out of memory": OUT_OF_MEMORY,
     "CUDA error: out of memory": OUT_OF_MEMORY,
@@ -49,7 +49,7 @@ def failure(code: int, said: str) -> Exception:
     Parameters
     ----------
     code : the driver's number (CUresult).
-    said : what the driver or a library told of it, for the message.
+    said : text of the driver or library, for the message.
     """
     if code == OUT_OF_MEMORY:
         return RanOut(
@@ -72,22 +72,22 @@ def failure(code: int, said: str) -> Exception:
 
 
 def recognized(error: Exception) -> Exception | None:
-    """Return the error of ours that stands for one of a driver's or PyTorch's; None where it is neither, or is ours already."""
+    """Return the error of ElasticKV for one of a driver or PyTorch; None if it is neither, or already one of ElasticKV."""
     if isinstance(error, _OURS):
         return None
     said = " ".join(f"{type(error).__name__}: {error}".split())
     name = re.search(r"CUDA_ERROR_[A-Z_]+", said)
     if name:
         return failure(_NAMES.get(name[0], -1), name[0])
-    found = next((code for text, code in _TEXTS.items() if text in said), None)
-    if found is None and type(error).__module__.split(".")[0] == "torch" and "CUDA error" in said:
-        found = -1
-    return None if found is None else failure(found, said[:200])
+    code = next((code for text, code in _TEXTS.items() if text in said), None)
+    if code is None and type(error).__module__.split(".")[0] == "torch" and "CUDA error" in said:
+        code = -1
+    return None if code is None else failure(code, said[:200])
 
 
 @contextmanager
 def device_failures() -> Iterator[None]:
-    """Raise what a driver or PyTorch raises inside as `RanOut`, `DeviceLost` or `DeviceFailure`."""
+    """Turn errors that a driver or PyTorch raises inside into `RanOut`, `DeviceLost` or `DeviceFailure`."""
     try:
         yield
     except Exception as error:

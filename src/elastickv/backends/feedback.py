@@ -45,14 +45,14 @@ class OrthogonalMap:
 
 @dataclass(frozen=True)
 class Feedback:
-    """The recurrence q(t+1), k(t+1), v(t+1) = maps of the RMS-normalised o(t).
+    """The recurrence q(t+1), k(t+1), v(t+1) = maps of the RMS-normalized o(t).
 
     Query head h is fed by output head h; KV head g by the first output head of its group.
 
     Attributes
     ----------
     query, key, value : orthogonal maps.
-    query_rms, key_rms, value_rms : root mean square of the elements that each map's result is scaled to.
+    query_rms, key_rms, value_rms : root mean square of the elements of each map's scaled result.
     """
 
     query: OrthogonalMap
@@ -64,7 +64,7 @@ class Feedback:
 
     @classmethod
     def seeded(cls, head_dim: int, seed: int, query_rms: float, key_rms: float, value_rms: float) -> "Feedback":
-        """Return the recurrence of a seed, scaled to the given magnitudes."""
+        """Return the recurrence of a seed, scaled to these magnitudes."""
         query, key, value = (OrthogonalMap.seeded(head_dim, 3 * seed + i) for i in range(3))
         return cls(query, key, value, query_rms, key_rms, value_rms)
 

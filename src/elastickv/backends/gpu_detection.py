@@ -1,4 +1,4 @@
-"""Whether an NVIDIA GPU is in this machine, whatever software is installed for it."""
+"""Whether this machine has an NVIDIA GPU, with or without software for it."""
 
 import os
 from pathlib import Path

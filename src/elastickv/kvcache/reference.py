@@ -1,4 +1,4 @@
-"""The cache of one layer in plain NumPy: what the back ends' storage is tested against."""
+"""The cache of one layer in plain NumPy, which the back ends are tested against."""
 
 from dataclasses import replace
 from typing import Any
@@ -132,7 +132,7 @@ class ReferenceCache(CheckedCache):
         return self._pages[row, kv_head] if self.recipe.selection == "pages" else None
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
-        """Return what a back end would hold of one KV head of one sequence."""
+        """Return what is stored of one KV head of one sequence."""
         length = int(self._lengths[row])
         keys, values = self._keys[row, kv_head, :length], self._values[row, kv_head, :length]
         key_format, value_format = self.recipe.key_format, self.recipe.value_format
@@ -217,7 +217,7 @@ class ReferenceCache(CheckedCache):
         self._restart_steps()
 
     def state(self) -> CacheState:
-        """Return copies of the tokens and counts; the next decode after `load_state` is an anchor."""
+        """Return copies of the tokens and counts. The next decode after `load_state` is an anchor."""
         longest = int(self._lengths.max())
         tokens = {"keys": self._keys[:, :, :longest].copy(), "values": self._values[:, :, :longest].copy()}
         return tokens | {"lengths": self._lengths.copy(), "fractions": np.array(self._fractions)}
@@ -243,7 +243,7 @@ class ReferenceCache(CheckedCache):
         self._oracle.rewind()
 
     def raise_non_finite(self) -> None:
-        """Raise NonFiniteError if a NaN or infinity is stored, or a cold key that int4 does not hold."""
+        """Raise NonFiniteError if a NaN or infinity is stored, or a cold key beyond the range of int4."""
         tokens = np.arange(self.capacity) < self._lengths[:, None, None]
         bad = tokens & ~(np.isfinite(self._keys) & np.isfinite(self._values)).all(axis=-1)
         for row, head, position in np.argwhere(bad):

@@ -37,7 +37,7 @@ def ended(process):
 
 
 @pytest.mark.fault("damaged kernel cache")
-def test_a_kernel_is_found_compiled_and_a_damaged_one_compiled_again_and_replaced(tmp_path):
+def test_a_compiled_kernel_is_loaded_and_a_damaged_one_is_compiled_again_and_replaced(tmp_path):
     assert ended(started(tmp_path)) == ("22.5", "")
     (file,) = tmp_path.rglob("*.kernel")
     whole = file.read_bytes()
@@ -162,8 +162,8 @@ def _decoded(seed):
 def test_a_pool_of_forked_processes_decodes(backend):
     made(backend).decode(queries())
     with get_context("fork").Pool(2) as pool:
-        found = pool.map_async(_decoded, range(4)).get(timeout=120)
-    for seed, output in enumerate(found):
+        outputs = pool.map_async(_decoded, range(4)).get(timeout=120)
+    for seed, output in enumerate(outputs):
         assert np.array_equal(output, made(backend, seed).decode(queries(seed))[0])
 
 
@@ -186,7 +186,7 @@ def test_threads_decode_at_once_each_with_its_own_cache(backend):
 def test_a_second_thread_inside_a_cache_is_refused_and_changes_nothing(backend, method):
     cache = made(backend)
     rows = np.zeros((1, 8, 1, 64), np.float32)
-    given = {
+    arguments = {
         "decode": (queries(),),
         "append": (rows[:, :, 0], rows[:, :, 0]),
         "prefill": (rows, rows, np.array([1])),
@@ -195,7 +195,7 @@ def test_a_second_thread_inside_a_cache_is_refused_and_changes_nothing(backend, 
     }
     expected = cache.decode(queries())[0]
     with cache._own, pytest.raises(RuntimeError, match="two threads use one cache at once"):
-        getattr(cache, method)(*given[method])
+        getattr(cache, method)(*arguments[method])
     assert cache.lengths.tolist() == [TOKENS]
     assert np.array_equal(cache.decode(queries())[0], expected)
 

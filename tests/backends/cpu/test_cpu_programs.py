@@ -164,12 +164,14 @@ def test_multiply_adds_stay_far_from_denormals_on_every_thread(backend: Backend,
 def test_after_the_first_time_only_the_fastest_ways_are_read_in(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     from elastickv.backends.cpu import ceilings
 
-    given, limits = [], ceilings.Limits()
+    ways_read, limits = [], ceilings.Limits()
     seconds = {way: 1.0 + abs(way - 4096) for way in ceilings.READ_WAYS}
-    monkeypatch.setattr(ceilings, "_measured", lambda device, ways: given.append(ways) or (None, {w: seconds[w] for w in ways}))
+    monkeypatch.setattr(
+        ceilings, "_measured", lambda device, ways: ways_read.append(ways) or (None, {w: seconds[w] for w in ways})
+    )
     for _ in range(3):
         limits.measure(None)
-    assert given == [ceilings.READ_WAYS, (4096, 512), (4096, 512)]
+    assert ways_read == [ceilings.READ_WAYS, (4096, 512), (4096, 512)]
 
 
 def test_only_device_0_exists() -> None:

@@ -74,11 +74,11 @@ def test_between_anchors_the_list_stays_and_pages_that_turn_cold_are_read(
             c.append(keys, values)
             c.decode(queries)
         assert read(cache) == read(twin)
-        kept = all(now[: len(then)] == then for now, then in zip(read(cache), before, strict=True))
+        unchanged = all(now[: len(then)] == then for now, then in zip(read(cache), before, strict=True))
         if recipe.steps_since_refresh(cache.step, anchor_offset):
-            assert kept
+            assert unchanged
             grown += read(cache) != before
-        elif not kept or step == 0:
+        elif not unchanged or step == 0:
             listed_at.append(step)
     assert bool(grown) == (anchor_every > 1)
     # Random queries list other pages at every anchor, and nowhere else.

@@ -1,4 +1,4 @@
-"""The CPU back end: decode attention in Numba. Kernels are compiled on first use and kept on disk."""
+"""The CPU back end: decode attention in Numba. Kernels are compiled on first use and stored on disk."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ def open_backend(device: int | None) -> "CpuBackend":
 
     Raises
     ------
-    UsageError : if a device number other than 0 is asked for, or Numba cannot run as its environment variables say.
+    UsageError : if the device number is not 0, or Numba cannot run with its environment variables.
     CompileFailure : if a kernel does not compile.
     """
     if device not in (None, 0):

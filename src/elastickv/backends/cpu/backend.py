@@ -1,4 +1,4 @@
-"""The back end object: refuses what does not fit, and hands out caches, programs and limits."""
+"""The back end object: it creates caches and programs, checks that they fit, and measures limits."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ class CpuBackend:
         """Do nothing: there are no streams."""
 
     def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> CpuCache:
-        """Allocate the cache of one layer, whose anchors come `anchor_offset` steps early.
+        """Allocate the cache of one layer. Its anchors come `anchor_offset` steps early.
 
         Raises
         ------
@@ -60,7 +60,7 @@ class CpuBackend:
         return CpuCache(shape, capacity, dtype, recipe, anchor_offset)
 
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
-        """Return the bytes that `cache` allocates: pages, scratch for each thread and partial result, and the mark's copy."""
+        """Return the bytes that `cache` allocates: pages, scratch for each thread and partial result, and the marked copy."""
         return layout(shape, capacity, dtype, recipe, threads.count()).total_bytes
 
     def _fitting_context(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, free: int) -> int:
@@ -72,7 +72,7 @@ class CpuBackend:
         return low
 
     def attention(self, caches: Sequence[LayerCache], queries: Sequence[Float32], steps: int, graph: bool) -> AttentionProgram:
-        """Return a program of `steps` decodes that go round `caches`; `graph` is for devices that have graphs."""
+        """Return a program of `steps` decodes over `caches` in turn; `graph` has no effect on this device."""
         return AttentionProgram(_own(caches), queries, steps)
 
     def cycle(self, caches: Sequence[LayerCache], first: Float32, feedback: Feedback, graph: bool) -> CycleProgram:

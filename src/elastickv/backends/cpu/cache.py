@@ -190,7 +190,7 @@ class CpuCache(CpuEditing):
             self._state[...] = before
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
-        """Return what is stored of one KV head of one sequence, dequantised."""
+        """Return what is stored of one KV head of one sequence, dequantized."""
         length = int(self._state[row, kv_head, State.LENGTH])
         split = regions(length, self.recipe.sinks, self.recipe.window)
         cold = 0 if self.recipe.is_dense else split.cold

@@ -1,4 +1,4 @@
-"""The measured limits of the host: what an attention kernel is held against."""
+"""The measured limits of the host, which attention kernels are compared with."""
 
 from time import perf_counter
 
@@ -14,7 +14,7 @@ from elastickv.backends.cpu.streams import (
     read_4_streams,
     read_8_streams,
     read_stream,
-    read_stream_ahead,
+    read_stream_prefetched,
 )
 from elastickv.backends.protocol import Ceilings, DeviceInfo
 
@@ -22,10 +22,10 @@ MIN_BUFFER_BYTES, MAX_BUFFER_BYTES = 64 << 20, 1 << 30
 CACHES_EXCEEDED = 8
 PIECE_BYTES = 1 << 20
 FOUR_STREAMS, EIGHT_STREAMS = -4, -8
-# How a piece is read: prefetched this many bytes ahead; 0 leaves it to the processor; or in several streams.
+# How a piece is read: with software prefetches this many bytes further on, without any (0), or in several streams.
 READ_WAYS = (0, 512, 4096, FOUR_STREAMS, EIGHT_STREAMS)
-WAYS_KEPT = 2
-# Rounds of a stream, of which the fastest counts: two at least, then more until so much time is spent. Where a cache is of
+FASTEST_WAYS = 2
+# Rounds of a stream, of which the fastest counts: at least two, then more until ENOUGH_S is spent. With a last-level cache of
 # hundreds of megabytes a round reads a gigabyte, and a run measures six times.
 LEAST_ROUNDS, MOST_ROUNDS = 2, 8
 ENOUGH_S = 0.1
@@ -35,19 +35,19 @@ FLOPS_PER_TURN = 16 * 16 * 2
 
 @cfunc("void(int64, int64)", cache=True, error_model="numpy")
 def _read(arguments, thread):  # type: ignore[no-untyped-def]
-    """Read `pieces` pieces, taken by ticket as attention's work items are: a thread that is held up must not set the limit."""
+    """Read `pieces` pieces by ticket, as attention takes its work items, so that a delayed thread does not set the limit."""
     a = words(arguments)
-    ticket, pieces, source, ahead, sums = a[0], a[1], a[2], a[3], a[4]
+    ticket, pieces, source, way, sums = a[0], a[1], a[2], a[3], a[4]
     piece = atomic_add(ticket, 1)
     while piece < pieces:
-        if ahead == EIGHT_STREAMS:
+        if way == EIGHT_STREAMS:
             store_f32(sums + 64 * thread, read_8_streams(source + piece * PIECE_BYTES, PIECE_BYTES))
-        elif ahead == FOUR_STREAMS:
+        elif way == FOUR_STREAMS:
             store_f32(sums + 64 * thread, read_4_streams(source + piece * PIECE_BYTES, PIECE_BYTES))
-        elif ahead:
-            store_f32(sums + 64 * thread, read_stream_ahead(source + piece * PIECE_BYTES, PIECE_BYTES, ahead))
+        elif way:
+            store_f32(sums + 64 * thread, read_stream_prefetched(source + piece * PIECE_BYTES, PIECE_BYTES, way))
         else:
-            store_f32(sums + 64 * thread, read_stream(source + piece * PIECE_BYTES, PIECE_BYTES, ahead))
+            store_f32(sums + 64 * thread, read_stream(source + piece * PIECE_BYTES, PIECE_BYTES, way))
         piece = atomic_add(ticket, 1)
 
 
@@ -69,16 +69,16 @@ def _multiply_add(arguments, thread):  # type: ignore[no-untyped-def]
 
 
 class Limits:
-    """Measures the host; after the first time it reads in those ways only that were the fastest then."""
+    """Measures the host. Later measurements use only the ways to read that were the fastest in the first one."""
 
     def __init__(self) -> None:
         self._ways: tuple[int, ...] = READ_WAYS
 
     def measure(self, device: DeviceInfo) -> Ceilings:
         """Measure the fastest of several read streams, a copy and multiply-adds in registers, on all threads."""
-        found, seconds = _measured(device, self._ways)
-        self._ways = tuple(sorted(seconds, key=lambda way: seconds[way])[:WAYS_KEPT])
-        return found
+        ceilings, seconds = _measured(device, self._ways)
+        self._ways = tuple(sorted(seconds, key=lambda way: seconds[way])[:FASTEST_WAYS])
+        return ceilings
 
 
 def _measured(device: DeviceInfo, ways: tuple[int, ...]) -> tuple[Ceilings, dict[int, float]]:
@@ -94,16 +94,16 @@ def _measured(device: DeviceInfo, ways: tuple[int, ...]) -> tuple[Ceilings, dict
     copy = threads.Launch(_copy, count, [ticket.ctypes.data, half, start, start + half * PIECE_BYTES])
     reads = {way: threads.Launch(_read, count, [ticket.ctypes.data, pieces, start, way, sums.ctypes.data]) for way in ways}
     seconds = {way: _seconds(read, ticket) for way, read in reads.items()}
-    found = Ceilings(
+    ceilings = Ceilings(
         read_gbs=pieces * PIECE_BYTES / min(seconds.values()) / 1e9,
         copy_gbs=pieces * PIECE_BYTES / _seconds(copy, ticket) / 1e9,
         flops=count * MULTIPLY_TURNS * FLOPS_PER_TURN / _seconds(multiply, ticket),
     )
-    return found, seconds
+    return ceilings, seconds
 
 
 def _seconds(launch: threads.Launch, ticket: NDArray[np.int64]) -> float:
-    """Return the least time of some rounds: anything else that runs can only slow a stream down."""
+    """Return the shortest time of some rounds: other load can only slow a stream down."""
     times: list[float] = []
     while len(times) < LEAST_ROUNDS or (len(times) < MOST_ROUNDS and sum(times) < ENOUGH_S):
         ticket[:] = 0

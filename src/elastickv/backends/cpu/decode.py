@@ -1,4 +1,4 @@
-"""One work item of a decode step: some pages of one KV head, and the merge by whoever finishes that head last.
+"""One work item of a decode step: some pages of one KV head. The item that finishes a head last merges its partials.
 
 `c` is a cache's descriptor (see `layout.BufferField`), `descriptor` its address; q, out and lse are addresses of
 float32 arrays.
@@ -21,7 +21,7 @@ from elastickv.backends.cpu.intrinsics import (
     store_i64,
     words,
 )
-from elastickv.backends.cpu.page import leave, prepare
+from elastickv.backends.cpu.page import prepare, write_partials
 from elastickv.backends.cpu.selection import listed_page
 from elastickv.backends.cpu.vector import blend, scale_into
 from elastickv.recipe import PAGE_TOKENS
@@ -52,17 +52,19 @@ def _attend_cold(descriptor, thread, head, first, last, tokens):  # type: ignore
     listed, anchor_pages = load_i64(state + LISTED), load_i64(state + ANCHOR_PAGES)
     following = listed_page(c, head, first, listed, anchor_pages) if c[IS_PAGES] else first
     for number in range(first, last):
-        page, valid, ahead = following, PAGE_TOKENS, 0
+        page, valid, page_distance = following, PAGE_TOKENS, 0
         following = number + 1
         if c[IS_PAGES]:
-            # Pages lie apart: only the list tells what comes next.
+            # Listed pages are not adjacent: the list names the next one.
             following = listed_page(c, head, min(number + 1, last - 1), listed, anchor_pages)
-            ahead = following - page
+            page_distance = following - page
         else:
             valid = min(PAGE_TOKENS, tokens - page * PAGE_TOKENS)
         where = c[COLD_BASE] + head * c[COLD_HEAD_BYTES] + page * c[COLD_PAGE_BYTES]
         bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * c[DIM] * 4
-        invoke_8(c[PAGE_KERNEL], descriptor, thread, c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], where, bounds, valid, ahead)
+        invoke_8(
+            c[PAGE_KERNEL], descriptor, thread, c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], where, bounds, valid, page_distance
+        )
 
 
 @njit(error_model="numpy")
@@ -83,14 +85,14 @@ def _attend_exact(descriptor, thread, head, first, last, length, cold):  # type:
 
 @njit(error_model="numpy")
 def _share(pages, splits, split):  # type: ignore[no-untyped-def]
-    """Return the first and last page of a split: equal shares of what there is, none below a least size."""
+    """Return the first and last page of a split: equal shares of the pages, none below a minimum size."""
     size = max((pages + splits - 1) // splits, MIN_PAGES)
     return min(pages, split * size), min(pages, (split + 1) * size)
 
 
 @njit(error_model="numpy")
-def _fold(out, top, total, partial, dim, weight):  # type: ignore[no-untyped-def]
-    """Merge one partial, its log-sum-exp moved by `weight`, into (out, top, total); return the new top and total."""
+def _merge_partial(out, top, total, partial, dim, weight):  # type: ignore[no-untyped-def]
+    """Merge one partial, with `weight` added to its log-sum-exp, into (out, top, total); return the new top and total."""
     other, mass = load_f32(partial + 4 * dim) + weight, load_f32(partial + 4 * dim + 4)
     if mass == ZERO:
         return top, total
@@ -104,7 +106,7 @@ def _fold(out, top, total, partial, dim, weight):  # type: ignore[no-untyped-def
 
 
 @njit(error_model="numpy")
-def _keep(reused, out, top, total, dim):  # type: ignore[no-untyped-def]
+def _store_reused(reused, out, top, total, dim):  # type: ignore[no-untyped-def]
     if total != ZERO:
         scale_into(reused, out, dim, ONE)
     store_f32(reused + 4 * dim, top)
@@ -113,7 +115,7 @@ def _keep(reused, out, top, total, dim):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _merge(c, head, out, lse):  # type: ignore[no-untyped-def]
-    """Merge a head's partials in the order of their splits, so that the result depends on no thread."""
+    """Merge a head's partials in the order of their splits, so that the result does not depend on the threads."""
     splits, group, dim = c[COLD_SPLITS] + c[EXACT_SPLITS], c[GROUP], c[DIM]
     row = (dim + EXTRA) * 4
     state = c[STATE_BASE] + head * STATE_BYTES
@@ -128,16 +130,16 @@ def _merge(c, head, out, lse):  # type: ignore[no-untyped-def]
         target, top, total = out + g * dim * 4, NOTHING, ZERO
         reused = c[REUSED_BASE] + (head * group + g) * row
         if c[IS_REUSE] and steps_since_refresh > 0:
-            top, total = _fold(
+            top, total = _merge_partial(
                 target, top, total, reused, dim, np.float32(steps_since_refresh * double_from_bits(c[LOG2_DECAY]))
             )
         for split in range(splits):
             partial = c[PARTIAL_BASE] + ((head * splits + split) * group + g) * row
             if split == c[COLD_SPLITS] and c[IS_REUSE] and steps_since_refresh == 0:
-                _keep(reused, target, top, total, dim)
-            top, total = _fold(target, top, total, partial, dim, weight if split < c[COLD_SPLITS] else ZERO)
+                _store_reused(reused, target, top, total, dim)
+            top, total = _merge_partial(target, top, total, partial, dim, weight if split < c[COLD_SPLITS] else ZERO)
         if c[IS_REUSE] and steps_since_refresh == 0 and c[EXACT_SPLITS] == 0:
-            _keep(reused, target, top, total, dim)
+            _store_reused(reused, target, top, total, dim)
         if total == ZERO:
             for d in range(dim):
                 store_f32(target + 4 * d, ZERO)
@@ -183,7 +185,7 @@ def decode_item(descriptor, item, q, out, lse, thread):  # type: ignore[no-untyp
             prepare(c, thread, q + query_bytes, c[EXACT_FORMAT])
             _attend_exact(descriptor, thread, head, first, last, length, cold)
     if first < last:
-        leave(c, thread, c[COLD_VALUE_FORMAT] if cold_part else c[EXACT_FORMAT], partial)
+        write_partials(c, thread, c[COLD_VALUE_FORMAT] if cold_part else c[EXACT_FORMAT], partial)
     else:
         for g in range(group):
             store_f32(partial + g * row + 4 * dim, NOTHING)

@@ -1,4 +1,4 @@
-"""What the host is, by calls that exist on Linux, macOS and Windows."""
+"""A description of the host, by calls that exist on Linux, macOS and Windows."""
 
 import ctypes
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 from elastickv.backends.cpu import threads
 from elastickv.backends.protocol import DeviceInfo
 
-DEFAULT_LAST_LEVEL_CACHE_BYTES = 32 << 20  # where the system tells none: more than most parts have a core complex
-DEFAULT_MEMORY_BYTES = 4 << 30  # where the system tells none: refuse rather than swap
+DEFAULT_LAST_LEVEL_CACHE_BYTES = 32 << 20  # if the system does not say: more than most processors have per core complex
+DEFAULT_MEMORY_BYTES = 4 << 30  # if the system does not say: refuse rather than swap
 _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def describe() -> DeviceInfo:
-    """Return the host's description; what it does not tell is a documented default."""
+    """Return the host's description, with documented defaults for what the system does not say."""
     total, free = memory()
     return DeviceInfo(
         kind="cpu",
@@ -40,7 +40,7 @@ def processor_name() -> str:
 
 
 def last_level_cache_bytes() -> int:
-    """Return the size of the largest cache of the first processor, or 32 MiB if the system does not tell."""
+    """Return the size of the largest cache of the first processor, or 32 MiB if the system does not say."""
     sizes = [_size(path) for path in _CPU_CACHES.glob("index*/size")]
     return max(sizes, default=0) or DEFAULT_LAST_LEVEL_CACHE_BYTES
 
@@ -56,7 +56,7 @@ def memory() -> tuple[int, int]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         total = DEFAULT_MEMORY_BYTES
-    # macOS tells no available memory without a Mach call: half is a guess on the safe side.
+    # On macOS the available memory needs a Mach call: half is a safe guess.
     return total, total // 2
 
 

@@ -1,4 +1,4 @@
-"""Elements: where they lie in a page, and rounding them to 16 and 8 bits. Layouts are `layout`'s."""
+"""Elements of a page: their offsets (see `layout`), and rounding to 16 and 8 bits."""
 
 import numpy as np
 from numba import njit
@@ -57,7 +57,7 @@ def scale_bytes(fmt, dim, group, is_value):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def cold_tokens(c, length):  # type: ignore[no-untyped-def]
-    """Return how many of `length` tokens are cold, kept or not."""
+    """Return how many of `length` tokens are cold, dropped ones included."""
     if c[IS_DENSE]:
         return 0
     return max(0, length - c[SINKS] - c[WINDOW]) // PAGE_TOKENS * PAGE_TOKENS
@@ -65,7 +65,7 @@ def cold_tokens(c, length):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def steps_since_refresh_at(c, step):  # type: ignore[no-untyped-def]
-    """Return the steps since the last anchor, as `Recipe.age` does."""
+    """Return the steps since the last anchor, as `Recipe.steps_since_refresh` does."""
     step = max(step, 0)
     return min(step, (step + c[ANCHOR_OFFSET]) % c[ANCHOR_EVERY])
 
@@ -81,7 +81,7 @@ def bf16_bits(x):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def fp16_bits(x):  # type: ignore[no-untyped-def]
-    """Round to half precision, ties to even; too large becomes infinite. In integers: not every host converts in hardware."""
+    """Round to half precision, ties to even; too large becomes infinite. Not every host converts in hardware."""
     bits = np.int64(float_bits(x))
     sign, magnitude = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
     if magnitude > 0x7F800000:
@@ -191,7 +191,7 @@ def put(fmt, where, x):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def limited(fmt, x):  # type: ignore[no-untyped-def]
-    """Return a finite number as the nearest that a float format holds, and what is not finite as it is."""
+    """Return the nearest number in the range of a float format; NaN and infinity are unchanged."""
     most = HALF_MAX if fmt == FP16 else (BF16_MAX if fmt == BF16 else FP32_MAX)
     return min(max(x, -most), most) if x - x == np.float32(0) else x
 
@@ -214,7 +214,7 @@ def cold_page(c, head, page):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def exact_page(c, head, position):  # type: ignore[no-untyped-def]
-    """Return the address of the exact page of a token, and the token's number in it."""
+    """Return the address of the exact page of a token, and the token's index in the page."""
     start = c[EXACT_BASE] + head * c[EXACT_HEAD_BYTES]
     if position < c[SINKS]:
         return start + position // PAGE_TOKENS * c[EXACT_PAGE_BYTES], position % PAGE_TOKENS

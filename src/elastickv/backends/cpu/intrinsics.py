@@ -93,7 +93,7 @@ def widen_bf16(builder: ir.IRBuilder, bits: Any) -> Any:
 
 
 def widen_fp16(builder: ir.IRBuilder, bits: Any) -> Any:
-    """Return the float32 values of 16 halves; without F16C by moving the exponent, which a multiplication normalises."""
+    """Return the float32 values of 16 halves; without F16C by moving the exponent, which a multiplication normalizes."""
     if _HALF_IN_HARDWARE:
         return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), VF)
 
@@ -201,7 +201,7 @@ def addressed(count: int, returns: Any, body: Callable[..., Any], floats: int = 
     def emit(typingctx: Any, *arguments: Any) -> Any:
         return signature, codegen
 
-    # Numba wants each argument by its name.
+    # Numba needs each argument by name.
     names = ["typingctx", *(f"a{i}" for i in range(count + floats))]
     emit.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])  # type: ignore[attr-defined]
     return intrinsic(emit)

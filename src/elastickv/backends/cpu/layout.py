@@ -1,4 +1,4 @@
-"""Where a cache's numbers lie: one buffer, described to the kernels by one row of int64.
+"""The memory layout of a cache: one buffer, described to the kernels by one row of int64.
 
 A page holds 32 tokens of one KV head, K before V, in one contiguous stream:
 
@@ -10,11 +10,11 @@ A page holds 32 tokens of one KV head, K before V, in one contiguous stream:
 
 Element 2i + h of eight int4 codes is the i-th nibble of the h-th 16-bit word: a shift and a mask give pairs to multiply.
 
-Scales of int4 K lie in a plane of their own, which the scorer of pages reads alone: [page][scale, zero][head_dim] halves.
+Scales of int4 K are in a separate plane, the only one that the page scorer reads: [page][scale, zero][head_dim] halves.
 
-Each (sequence, KV head) has cold pages, which hold the kept cold tokens without gaps, and exact pages: those of the sinks,
-then a ring that tokens after the sinks go round. `dense` is all ring, as long as the capacity. Where pages are selected, it
-also has the list of an anchor's pages (int32) and room for its pages' scores.
+Each (sequence, KV head) has cold pages, which hold the retained cold tokens without gaps, and exact pages: those of the
+sinks, then a ring for the tokens after the sinks. In `dense` everything is ring, as long as the capacity. Recipes that select
+pages also have the list of an anchor's pages (int32) and room for the scores of all pages.
 """
 
 import math
@@ -33,7 +33,7 @@ COUNTER_BYTES = 4 * LINE_BYTES  # of two phases: score, attend
 SPLIT_MAX_PAGES = 128  # also bounds the rounding error of a float32 running sum
 SPLIT_MIN_PAGES = 4
 ITEMS_PER_THREAD = 8
-MARKED = ("state", "lists", "reused")  # sections that `mark` copies, beside a ring that wraps
+MARKED = ("state", "lists", "reused")  # sections that `mark` copies, and a ring that wraps
 PARTIAL_EXTRA = 16  # running maximum and sum behind a partial's row, padded to a line
 TAIL_BYTES = 4096  # 32 columns are loaded of the last row of a narrower chunk
 LIST_BYTES = 4
@@ -100,11 +100,11 @@ class State(IntEnum):
     STEP = 1
     BAD_POSITION = 2  # first non-finite one, or -1
     ANCHOR_STEP = 3  # step at which the reused partial or the list of pages was computed
-    PENDING = 4  # splits finished of the phase at hand
+    PENDING = 4  # finished splits of the current phase
     LISTED = 5  # pages in the list
-    ANCHOR_PAGES = 6  # cold pages at the anchor: those that follow are read without being listed
+    ANCHOR_PAGES = 6  # cold pages at the anchor: later ones are read without being listed
     READ_PAGES = 7  # cold pages at the last decode
-    BEYOND_POSITION = 8  # first key that int4's scales can't hold, or -1
+    BEYOND_POSITION = 8  # first key beyond the range of int4's scales, or -1
 
 
 def plane_bytes(fmt: str, head_dim: int) -> int:
@@ -173,7 +173,7 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
     bounds_head = up(cold_pages * bounds_bytes(key_format, dim), LINE_BYTES)
     pages = recipe.selection == "pages"
     listed = max(selected(cold_pages, recipe.fraction(head)) for head in range(shape.kv_heads)) if pages else 0
-    between = -(-(recipe.anchor_every - 1) // PAGE_TOKENS)  # pages that turn cold from one anchor to the next
+    between = -(-(recipe.anchor_every - 1) // PAGE_TOKENS)  # pages that become cold from one anchor to the next
     cold_splits = _splits(min(cold_pages, listed + between) if pages else cold_pages, heads, threads)
     exact_splits = _splits(sink_pages + ring_pages, heads, threads)
     score_splits = max(1, _splits(cold_pages, heads, threads)) if pages else 0
@@ -185,7 +185,7 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
     score_row = up(cold_pages, LANES) * 4 if pages else 0
     reuse = recipe.selection == "reuse"
     wraps = ring_pages < all_pages
-    # Room for all pages: `set_fractions` may ask for them.
+    # Room for all pages: `set_fractions` may select them.
     lists_head = up(cold_pages * LIST_BYTES, LINE_BYTES) if pages else 0
     sizes = {
         "cold": heads * cold_pages * cold_page,

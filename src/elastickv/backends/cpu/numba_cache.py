@@ -1,4 +1,4 @@
-"""Where Numba keeps what it compiles of this folder, and what is said when it does not compile."""
+"""Numba's compiled code of this folder on disk, and the error if a kernel does not compile."""
 
 import hashlib
 import linecache
@@ -28,15 +28,14 @@ _LOG_LINES = 6
 class _Files:
     """The compiled code of one function, a file for each signature and processor.
 
-    Numba's own files have no digest, so that a damaged one ends the program, and an index beside the code that two processes
-    write at once.
+    Numba's own files have no digest, so a damaged one ends the program, and their index is not safe with several processes.
     """
 
     def __init__(self, stem: Path, stamp: Any) -> None:
         self._stem, self._version = stem, (numba.__version__, llvmlite.__version__, stamp)
 
     def load(self, key: Any) -> Any:
-        """Return what was saved under `key`; None if nothing was, or it is damaged."""
+        """Return what was saved under `key`; None if it is absent or damaged."""
         body = load_compiled(self._path(key))
         return None if body is None else pickle.loads(body)
 
@@ -50,7 +49,7 @@ class _Files:
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache of a function on `_Files`; its own check of the folder would raise where that is full or read-only."""
+    """Numba's cache of a function on `_Files`. Numba's own check of the folder would raise if it is full or read-only."""
 
     def __init__(self, function: Any) -> None:
         super().__init__(function)
@@ -61,10 +60,10 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @contextmanager
 def cache_kernels_on_disk() -> Iterator[None]:
-    """Let the functions that are decorated inside keep their code in a folder of their own, unless NUMBA_CACHE_DIR names one.
+    """Store the code of functions that are decorated inside in ElasticKV's cache folder, unless NUMBA_CACHE_DIR names one.
 
-    Numba looks for changes in the file of a function only; its code here is also made of other files of this folder, so the
-    folder is named after all of them. Elsewhere Numba would refuse a read-only installation without a home.
+    Numba looks for changes only in a function's own file. The code here also depends on the other files of this folder, so the
+    cache folder is named after a digest of all of them. Numba's own folder fails in a read-only installation without a home.
 
     Raises
     ------
@@ -78,15 +77,15 @@ def cache_kernels_on_disk() -> Iterator[None]:
     try:
         yield
     except NumbaError as error:
-        raise CompileFailure(_told(error)) from error
+        raise CompileFailure(_compile_error(error)) from error
     finally:
         config.CACHE_DIR = before
         for user in users:
             user.FunctionCache = FunctionCache
 
 
-def _told(error: NumbaError) -> str:
-    """Return which kernel did not compile for which processor, and the first lines of what Numba wrote."""
+def _compile_error(error: NumbaError) -> str:
+    """Return a message with the kernel, the processor and the first lines of Numba's error."""
     processor = config.CPU_NAME or platform.processor() or platform.machine()
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     log = [line.strip() for line in plain.splitlines() if line.strip()][:_LOG_LINES]
@@ -98,12 +97,12 @@ def _told(error: NumbaError) -> str:
 
 def _kernel(trace: TracebackType | None) -> str:
     """Return file and name of the function of this folder that was being decorated."""
-    found = "a kernel"
+    name = "a kernel"
     while trace is not None:
         file = Path(trace.tb_frame.f_code.co_filename)
         if file.parent == _FOLDER and file != Path(__file__):
             lines = linecache.getlines(str(file))[trace.tb_lineno - 1 :]
             named = next(filter(None, (re.match(r"\s*def (\w+)", line) for line in lines)), None)
-            found = f"{file.name}:{named[1] if named else trace.tb_lineno}"
+            name = f"{file.name}:{named[1] if named else trace.tb_lineno}"
         trace = trace.tb_next
-    return found
+    return name

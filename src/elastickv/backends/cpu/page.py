@@ -35,17 +35,17 @@ WORK_BASE, WORK_THREAD_BYTES = int(_F.WORK_BASE), int(_F.WORK_THREAD_BYTES)
 EXTRA = layout.PARTIAL_EXTRA
 LOG2_E = np.float32(1 / math.log(2))
 ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
-FP8_FACTOR = np.float32(256)  # what the vector kernels read of fp8 is 1/256 of its value
-# Prefetch distances: the processor's own prefetchers do most; further ahead, software's requests fill their queues.
-AHEAD_FP32_BYTES, AHEAD_NARROW_BYTES = 512, 2048
+FP8_FACTOR = np.float32(256)  # the vector kernels read fp8 as 1/256 of its value
+# Prefetch distances. The processor's prefetchers do most of the work; longer distances fill their queues with requests of ours.
+PREFETCH_FP32_BYTES, PREFETCH_NARROW_BYTES = 512, 2048
 
 
 @njit(error_model="numpy")
 def _work(c, thread):  # type: ignore[no-untyped-def]
     """Return the addresses of a thread's scratch.
 
-    By query: accumulators, queries, int16 queries, their scales, running state, factors, sums of p x zero; and of the block
-    of queries at hand.
+    Of every query: accumulators, queries, int16 queries, their scales, running state, factors, sums of p x zero. The last is
+    the scratch of the current block of queries.
     """
     accumulators = c[WORK_BASE] + thread * c[WORK_THREAD_BYTES]
     queries = accumulators + c[GROUP] * c[PADDED] * 4
@@ -84,30 +84,30 @@ def _fill(units, block, scale):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _ahead(c, fmt, pages_ahead):  # type: ignore[no-untyped-def]
-    """Return how many bytes further on to prefetch: in a page that lies apart, or in the stream."""
-    if pages_ahead != 0:
-        return pages_ahead * c[COLD_PAGE_BYTES]
-    return AHEAD_FP32_BYTES if fmt == FP32 else AHEAD_NARROW_BYTES
+def _prefetch_bytes(c, fmt, page_distance):  # type: ignore[no-untyped-def]
+    """Return how many bytes further on to prefetch: in the next listed page, or in the stream."""
+    if page_distance != 0:
+        return page_distance * c[COLD_PAGE_BYTES]
+    return PREFETCH_FP32_BYTES if fmt == FP32 else PREFETCH_NARROW_BYTES
 
 
 @njit(error_model="numpy")
 def _rows_at_once(fmt):  # type: ignore[no-untyped-def]
-    """Return how many rows lie interleaved."""
+    """Return how many rows are interleaved."""
     if fmt == INT4:
         return 8
     return 2 if fmt == INT8 else 1
 
 
 @njit(error_model="numpy")
-def _scores(c, thread, first, block, key, page, scales_at, bounds, pages_ahead):  # type: ignore[no-untyped-def]
+def _scores(c, thread, first, block, key, page, scales_at, bounds, page_distance):  # type: ignore[no-untyped-def]
     """Write the scores of one page's 32 tokens for a block of queries."""
     _, queries, narrow, scales, _, _, _, scores = _work(c, thread)
-    units, ahead = scores + BLOCK * COLUMNS * 6, _ahead(c, key, pages_ahead)
+    units, prefetch_bytes = scores + BLOCK * COLUMNS * 6, _prefetch_bytes(c, key, page_distance)
     biases, dim, stride = units + BLOCK * 4, c[DIM], COLUMNS * 4
     query, query_bytes, extra = queries + first * dim * 4, dim * 4, scales_at
     if key == INT4:
-        fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases, pages_ahead * dim * 4)
+        fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases, page_distance * dim * 4)
         query, query_bytes, extra = narrow, dim * 2, biases
     elif key == INT8:
         query, query_bytes, units = narrow + first * dim * 2, dim * 2, scales + 4 * first
@@ -115,20 +115,20 @@ def _scores(c, thread, first, block, key, page, scales_at, bounds, pages_ahead):
         _fill(units, block, bf16_value(load_u16(scales_at)))
     rows = _rows_at_once(key)
     multiply_page(
-        key, block, page, plane_bytes(key, rows), dim // rows, query, query_bytes, scores, stride, units, extra, ahead
+        key, block, page, plane_bytes(key, rows), dim // rows, query, query_bytes, scores, stride, units, extra, prefetch_bytes
     )  # fmt: skip
 
 
 @njit(error_model="numpy")
-def _values(c, thread, first, block, value, plane, scales_at, valid, pages_ahead):  # type: ignore[no-untyped-def]
-    """Add the values of one page's tokens, weighted, to what a block of queries has accumulated."""
+def _values(c, thread, first, block, value, plane, scales_at, valid, page_distance):  # type: ignore[no-untyped-def]
+    """Add the weighted values of one page's tokens to the accumulators of a block of queries."""
     accumulators, _, _, _, _, factors, zero_sums, scores = _work(c, thread)
     weights, units = scores + BLOCK * COLUMNS * 4, scores + BLOCK * COLUMNS * 6
     dim, zero_bytes, out_bytes = c[DIM], _zero_bytes(c), c[PADDED] * 4
-    group, ahead = c[VALUE_GROUP] if value == INT4 else dim, _ahead(c, value, pages_ahead)
-    if pages_ahead != 0:
+    group, prefetch_bytes = c[VALUE_GROUP] if value == INT4 else dim, _prefetch_bytes(c, value, page_distance)
+    if page_distance != 0:
         for line in range(0, scale_bytes(value, dim, group, True), LINE_BYTES):
-            prefetch_line(scales_at + ahead + line)
+            prefetch_line(scales_at + prefetch_bytes + line)
     out, factor = accumulators + first * out_bytes, factors + 4 * first
     if value == FP8:
         _fill(units, block, bf16_value(load_u16(scales_at)))
@@ -150,17 +150,17 @@ def _values(c, thread, first, block, value, plane, scales_at, valid, pages_ahead
             width = plane_bytes(value, min(COLUMNS, group - column))
             accumulate_page(
                 value, block, plane + plane_bytes(value, start + column), width * rows // PAGE_TOKENS,
-                (valid + rows - 1) // rows, source, source_bytes, out, out_bytes, units, factor, ahead,
+                (valid + rows - 1) // rows, source, source_bytes, out, out_bytes, units, factor, prefetch_bytes,
             )  # fmt: skip
             out += COLUMNS * 4
 
 
 @cfunc("void(int64, int64, int64, int64, int64, int64, int64, int64)", cache=True, error_model="numpy")
-def attend_page(descriptor, thread, key, value, page, bounds, valid, pages_ahead):  # type: ignore[no-untyped-def]
+def attend_page(descriptor, thread, key, value, page, bounds, valid, page_distance):  # type: ignore[no-untyped-def]
     """Add the `valid` first tokens of one page to the running softmax of all queries of a group.
 
-    `key` and `value` are its formats, `bounds` where int4 keys have their scales; the page `pages_ahead` from it comes next, if
-    that is not 0.
+    `key` and `value` are its formats, `bounds` is the address of the scales of int4 keys. If `page_distance` is not 0, the next
+    page is that many pages further on.
     """
     c = words(descriptor)
     _, _, _, _, state, factors, _, scores = _work(c, thread)
@@ -173,17 +173,17 @@ def attend_page(descriptor, thread, key, value, page, bounds, valid, pages_ahead
         block = min(BLOCK, group - first)
         if block == 3:
             block = 2
-        _scores(c, thread, first, block, key, page, key_scales, bounds, pages_ahead)
+        _scores(c, thread, first, block, key, page, key_scales, bounds, page_distance)
         for g in range(block):
             row = scores + g * COLUMNS * 4
             softmax_page(row, valid, state + 8 * (first + g), factors + 4 * (first + g), row)
-        _values(c, thread, first, block, value, values, value_scales, valid, pages_ahead)
+        _values(c, thread, first, block, value, values, value_scales, valid, page_distance)
         first += block
 
 
 @njit(error_model="numpy")
-def leave(c, thread, value, partial):  # type: ignore[no-untyped-def]
-    """Write what a thread has accumulated of a group's queries as partial results, their columns without gaps."""
+def write_partials(c, thread, value, partial):  # type: ignore[no-untyped-def]
+    """Write a thread's accumulators of a group's queries as partial results, with contiguous columns."""
     accumulators, _, _, _, running, _, zero_sums, _ = _work(c, thread)
     dim = c[DIM]
     group = c[VALUE_GROUP] if value == INT4 else dim

@@ -1,4 +1,4 @@
-"""Programs: a launch is one call into compiled code, whatever number of steps it has."""
+"""Programs: a launch is one call into compiled code, for any number of steps."""
 
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
@@ -20,7 +20,7 @@ def _addresses(arrays: Arrays) -> NDArray[np.int64]:
 
 
 class _Program:
-    """What both programs share: outputs that start as NaN, so that a step left out can't pass for a result."""
+    """The common part of both programs. Outputs start as NaN, so that a missing step is noticed."""
 
     captured = False
     nodes: int | None = None
@@ -39,7 +39,7 @@ class _Program:
             cache.mark()
 
     def reset(self) -> None:
-        """Rewind the program's caches to where they were when it was made."""
+        """Rewind the program's caches to their state when the program was made."""
         for cache in self._caches:
             cache.rewind()
 
@@ -59,7 +59,7 @@ def _timed(launch: Callable[[], None]) -> float:
 
 
 class AttentionProgram(_Program):
-    """`steps` decodes that go round the caches."""
+    """`steps` decodes over the caches in turn."""
 
     def __init__(self, caches: Sequence[CpuCache], queries: Sequence[Float32], steps_: int) -> None:
         super().__init__(caches)
@@ -105,7 +105,7 @@ class CycleProgram(_Program):
             tables = (m.reflector, m.permutation.astype(np.int64), m.sign, np.full(1, rms, np.float32))
             self._maps += [np.ascontiguousarray(table) for table in tables]
         self._counters = np.zeros(3 * len(caches) * steps.TICKET_WORDS, np.int64)
-        # Kept here, because the compiled code holds nothing but their addresses.
+        # Referenced here, because the compiled code holds only their addresses.
         self._arrays: list[NDArray[Any]] = [
             self._counters,
             self._source,

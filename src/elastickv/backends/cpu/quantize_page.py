@@ -1,4 +1,4 @@
-"""The page that leaves the window, in its cold formats. The quantisers are `elastickv.kvcache.quantize`'s, bit for bit."""
+"""Quantizes the page that leaves the window. The results equal those of `elastickv.kvcache.quantize` bit for bit."""
 
 import numpy as np
 from numba import njit
@@ -93,7 +93,7 @@ def _page_fp8(exact, source, target, scales, dim, is_value):  # type: ignore[no-
 
 @njit(error_model="numpy")
 def _code(x, scale, zero):  # type: ignore[no-untyped-def]
-    """Return the int4 code of x: 0 where the scale is 0 or nothing finite results."""
+    """Return the int4 code of x: 0 if the scale is 0 or the result is not finite."""
     if not scale > ZERO:
         return 0
     steps = (x - zero) / scale
@@ -154,7 +154,7 @@ def _values_int4(exact, source, target, scales, dim, group):  # type: ignore[no-
 
 @njit(error_model="numpy")
 def quantize_page(c, head, page):  # type: ignore[no-untyped-def]
-    """Store the kept tokens of the page that leaves the window in the cold formats."""
+    """Store the retained tokens of the page that leaves the window in the cold formats."""
     exact, dim, group = c[EXACT_FORMAT], c[DIM], c[VALUE_GROUP]
     key, value = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT]
     source, _ = exact_page(c, head, c[SINKS] + page * PAGE_TOKENS)

@@ -56,7 +56,7 @@ def _eight_bits(fmt, where, scale):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _read_cold(c, head, number, keys, values):  # type: ignore[no-untyped-def]
-    """Write the key and value of kept cold token `number` as float32 rows."""
+    """Write the key and value of stored cold token `number` as float32 rows."""
     page, token = number // PAGE_TOKENS, number % PAGE_TOKENS
     key, value, dim, group = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], c[DIM], c[VALUE_GROUP]
     codes = cold_page(c, head, page)
@@ -124,7 +124,7 @@ def read_block(arguments, thread):  # type: ignore[no-untyped-def]
 def write_window(arguments, thread):  # type: ignore[no-untyped-def]
     """Write (kv_heads, tokens, head_dim) float32 rows of one sequence into its window from position `first` on.
 
-    Codes may end a little beyond what 16 bits hold: such numbers become the largest that they do.
+    Dequantized numbers slightly beyond the range of 16 bits become the largest 16-bit number.
     """
     a = words(arguments)
     descriptor, row, keys, values, first, tokens = a[0], a[1], a[2], a[3], a[4], a[5]
@@ -141,6 +141,6 @@ def write_window(arguments, thread):  # type: ignore[no-untyped-def]
                 key, value = limited(fmt, load_f32(keys + source + 4 * d)), limited(fmt, load_f32(values + source + 4 * d))
                 finite &= put(fmt, page + key_offset(fmt, token, d), key)
                 finite &= put(fmt, start + value_offset(fmt, dim, token, d), value)
-            # What shared a scale with a value that was not finite.
+            # Values that shared a scale with one that was not finite.
             if not finite and (load_i64(state + BAD) < 0 or load_i64(state + BAD) > first + number):
                 store_i64(state + BAD, first + number)

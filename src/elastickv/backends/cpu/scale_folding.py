@@ -1,4 +1,4 @@
-"""Folding scales into what integer rows are multiplied by: queries (K int4) and probabilities (V int8 and int4).
+"""Folds scales into the multipliers of integer rows: queries (K int4) and probabilities (V int8 and int4).
 
 q . (scale x code + zero) = (q x scale) . code + q . zero, and sum of p x (scale x code + zero) = sum of (p x scale) x code
 + sum of p x zero: no code is ever multiplied by its scale. The folded numbers become 16-bit integers with one unit each.
@@ -60,12 +60,14 @@ def halves(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
 
 
 def _fold(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) -> None:
-    bounds, dim, queries, query_bytes, narrow, narrow_bytes, units, biases, ahead = args
+    bounds, dim, queries, query_bytes, narrow, narrow_bytes, units, biases, prefetch_bytes = args
     turns, zeros = builder.sdiv(dim, I64(LANES)), builder.mul(dim, I64(2))
     none = constant(0.0)
     with loop(builder, turns, [none] * (2 * width)) as (index, carried, final):
         where = builder.mul(index, I64(2 * LANES))
-        prefetch(builder, bounds, builder.add(ahead, builder.mul(where, I64(2))))  # scales and zeros: twice as many bytes
+        prefetch(
+            builder, bounds, builder.add(prefetch_bytes, builder.mul(where, I64(2)))
+        )  # scales and zeros: twice as many bytes
         scale = halves(builder, bounds, where)
         zero = halves(builder, bounds, builder.add(where, zeros))
         for query in range(width):
@@ -80,7 +82,7 @@ def _fold(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) -
         peak = reduce(builder, final[width + query], lambda a, b: larger(builder, a, b))
         store(builder, bias, biases, query * FLOAT_BYTES)
         store(builder, builder.fmul(peak, F32(1 / INT16_MAX)), units, query * FLOAT_BYTES)
-        # Keys of int4 are halves: what a query of such a peak would score is nothing in float32.
+        # Keys of int4 are halves: the scores of a query with such a peak are zero in float32.
         inverses.append(splat(builder, _inverse(builder, peak)))
     with loop(builder, turns, []) as (index, _, _):
         where = builder.mul(index, I64(2 * LANES))
@@ -92,8 +94,8 @@ def _fold(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) -
             _store_whole(builder, shifted, narrow, builder.add(where, builder.mul(narrow_bytes, I64(query))))
 
 
-# (0, width, bounds, head_dim, queries, query_bytes, int16 queries, their bytes, units, biases, ahead): folds one page's scales
-# into its queries; a NaN or infinity among them reaches the scores through the bias.
+# (0, width, bounds, head_dim, queries, query_bytes, int16 queries, their bytes, units, biases, prefetch_bytes): folds one
+# page's scales into its queries; a NaN or infinity among them reaches the scores through the bias.
 fold_page = addressed(11, types.void, by_width([0], _fold))
 
 
@@ -127,7 +129,7 @@ def _weigh(builder: ir.IRBuilder, fmt: int, args: tuple[Any, ...]) -> None:
         zero_sum = builder.fmul(load(builder, zero_sums, VF), rescale)
     for half in range(HALVES):
         p = load(builder, probabilities, VF, half * LANES * FLOAT_BYTES)
-        used = builder.fcmp_unordered("!=", p, constant(0.0))  # what lies behind a short page may be anything
+        used = builder.fcmp_unordered("!=", p, constant(0.0))  # beyond a short page there may be any bits
         folded.append(builder.select(used, builder.fmul(p, load_bf16(builder, scales, half)), constant(0.0)))
         if fmt == INT4:
             zero_sum = multiply_add(builder, p, load_bf16(builder, scales, HALVES + half), zero_sum)

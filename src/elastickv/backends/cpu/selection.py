@@ -1,4 +1,4 @@
-"""Which pages a step reads: their scores (`kvcache.scorers`, in float32), and the list of the best, at an anchor."""
+"""Page selection at an anchor: the scores of all pages (`kvcache.scorers`, in float32) and the list of the best."""
 
 import hashlib
 from functools import cache
@@ -105,7 +105,7 @@ _count_from = addressed(3, types.int64, _count)
 
 @njit(error_model="numpy")
 def listed_page(c, head, number, listed, anchor_pages):  # type: ignore[no-untyped-def]
-    """Return the page that a step reads as its `number`-th: those of the list, then those that turned cold since."""
+    """Return the `number`-th page that a step reads: the listed ones, then those that have become cold since."""
     if number >= listed:
         return anchor_pages + number - listed
     return np.int64(load_i32(c[LISTS_BASE] + head * c[LISTS_HEAD_BYTES] + 4 * number))
@@ -113,7 +113,7 @@ def listed_page(c, head, number, listed, anchor_pages):  # type: ignore[no-untyp
 
 @njit(error_model="numpy")
 def _list_best(scores, pages, count, target):  # type: ignore[no-untyped-def]
-    """List, in ascending order, the `count` pages of highest score; of equals the first. Return how many are listed."""
+    """List the `count` pages of highest score in ascending order, the first of equals. Return how many are listed."""
     vectors = (pages + LANES - 1) // LANES
     for number in range(pages, vectors * LANES):
         store_f32(scores + 4 * number, NOTHING)
@@ -175,7 +175,7 @@ def _digest(code: CodeType, scope: dict[str, Any]) -> str:
 
 @cfunc("void(int64, int64, int64, int64)", cache=True, error_model="numpy")
 def score_item(descriptor, item, q, thread):  # type: ignore[no-untyped-def]
-    """Score some pages of one KV head for its queries; the last to finish that head lists its best pages."""
+    """Score some pages of one KV head for its queries; the item that finishes the head last lists its best pages."""
     c = words(descriptor)
     head, split = item // c[SCORE_SPLITS], item % c[SCORE_SPLITS]
     state = c[STATE_BASE] + head * STATE_BYTES

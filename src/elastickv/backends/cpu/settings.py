@@ -1,4 +1,4 @@
-"""Numba's settings in the environment: what it answers with a trace, or does not survive, is refused."""
+"""Numba's settings in the environment: those that Numba fails on, with a traceback or a crash, are refused."""
 
 import os
 import warnings
@@ -9,15 +9,15 @@ MAX_THREADS = 1024  # each has a stack and scratch; some thousands end the proce
 
 
 def check_settings() -> None:
-    """Import Numba and start its threads, as the environment says.
+    """Import Numba and start its threads with the settings of the environment.
 
     Raises
     ------
-    UsageError : if Numba does not understand a variable, or cannot or should not run so.
+    UsageError : if Numba does not understand a variable, or cannot run with it.
     """
     try:
         with warnings.catch_warnings():
-            # Numba warns with a whole trace, and goes on with a value of its own.
+            # Numba warns with a whole traceback and continues with its default.
             warnings.filterwarnings("error", "Environment variable", RuntimeWarning)
             import numba
         if numba.config.DISABLE_JIT:
@@ -27,5 +27,5 @@ def check_settings() -> None:
         numba.get_num_threads()
     except (RuntimeWarning, ValueError) as error:
         reason = str(error).partition("\nThe parse failed")[0].rstrip(".")
-        given = ", ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_"))
-        raise UsageError(f"the cpu back end cannot start with {given}: {reason}; mend or unset it") from None
+        settings = ", ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_"))
+        raise UsageError(f"the cpu back end cannot start with {settings}: {reason}; mend or unset it") from None

@@ -1,7 +1,7 @@
 """Whole programs inside one parallel region: every thread takes work items by ticket, step after step.
 
-A step starts when all items of the one before are done. Nobody waits for a *thread*, only for items that some running thread
-has taken, so this can't deadlock however many of the threads exist, and whoever is late finds the work done.
+A step starts when all items of the previous one are done. Threads wait only for items that some running thread has taken,
+never for a *thread*, so this can't deadlock with any number of threads, and a late thread has nothing left to do.
 
 A function here is called with the address of its arguments, int64 words in the order of its first lines, and a thread number.
 """
@@ -133,7 +133,7 @@ def _feed(descriptor, head, source, q, scratch, tables):  # type: ignore[no-unty
 
 @cfunc(_SIGNATURE, cache=True, error_model="numpy")
 def one_token(arguments, thread):  # type: ignore[no-untyped-def]
-    """Run one token through all caches as layers; `first` is where the outputs lie that feed the first layer.
+    """Run one token through all caches as layers; `first` is the address of the outputs that feed the first layer.
 
     `scratch` has three rows of head_dim floats for each (sequence, KV head).
     """

@@ -1,4 +1,4 @@
-"""Storing tokens: the ring of exact pages, and the page that leaves the window. Layouts are `layout`'s."""
+"""Appends a token to the ring of exact pages, and quantizes the page that leaves the window. `layout` describes both."""
 
 from numba import cfunc
 

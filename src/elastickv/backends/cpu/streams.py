@@ -1,4 +1,4 @@
-"""The loops of the measured limits: reading, copying and multiplying as fast as the host can."""
+"""The loops of the measured limits: they read, copy and multiply as fast as the host can."""
 
 from typing import Any
 
@@ -24,13 +24,13 @@ from elastickv.backends.cpu.intrinsics import (
 
 
 def _read_stream(prefetches: bool) -> Any:
-    def body(builder: ir.IRBuilder, base: Any, n_bytes: Any, ahead: Any) -> Any:
+    def body(builder: ir.IRBuilder, base: Any, n_bytes: Any, prefetch_bytes: Any) -> Any:
         turn = 8 * LANES * FLOAT_BYTES
         with loop(builder, builder.sdiv(n_bytes, I64(turn)), [constant(0.0)] * 8) as (index, sums, final):
             row = builder.add(base, builder.mul(index, I64(turn)))
             for i in range(8):
                 if prefetches:
-                    prefetch(builder, row, builder.add(ahead, I64(64 * i)))
+                    prefetch(builder, row, builder.add(prefetch_bytes, I64(64 * i)))
                 sums[i] = builder.fadd(sums[i], load(builder, row, VF, 64 * i))
         return _total(builder, final)
 
@@ -38,7 +38,7 @@ def _read_stream(prefetches: bool) -> Any:
 
 
 def _read_streams(count: int) -> Any:
-    """Read `count` equal parts of a buffer side by side: each is a stream of its own to the processor's prefetcher."""
+    """Read `count` equal parts of a buffer in turn: the processor's prefetcher sees each as a separate stream."""
 
     def body(builder: ir.IRBuilder, base: Any, n_bytes: Any) -> Any:
         loads = 8 // count
@@ -72,7 +72,7 @@ def _total(builder: ir.IRBuilder, sums: list[Any]) -> Any:
 
 
 def _peak(builder: ir.IRBuilder, seed: Any, turns: Any) -> Any:
-    """Run `turns` x 16 independent multiply-adds of 16 lanes; what is added is 1 or more, for sums that fade cost denormals."""
+    """Run `turns` x 16 independent multiply-adds of 16 lanes. The addend is 1 or more, because denormal sums would be slow."""
     start = builder.fadd(splat(builder, builder.sitofp(seed, F32)), constant(1.0))
     starts = [builder.fadd(start, constant(float(i))) for i in range(16)]
     with loop(builder, turns, starts) as (_, sums, final):
@@ -81,9 +81,9 @@ def _peak(builder: ir.IRBuilder, seed: Any, turns: Any) -> Any:
     return _total(builder, final)
 
 
-# (address, bytes, ahead): add up a buffer in 8 independent sums, 512 bytes a turn; prefetching `ahead` bytes further on.
+# (address, bytes, prefetch_bytes): add up a buffer in 8 independent sums, 512 bytes a turn, prefetching so far ahead.
 read_stream = addressed(3, types.float32, _read_stream(False))
-read_stream_ahead = addressed(3, types.float32, _read_stream(True))
+read_stream_prefetched = addressed(3, types.float32, _read_stream(True))
 # (address, bytes): the same in 4 or 8 streams.
 read_8_streams = addressed(2, types.float32, _read_streams(8))
 read_4_streams = addressed(2, types.float32, _read_streams(4))

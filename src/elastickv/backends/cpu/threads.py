@@ -1,4 +1,4 @@
-"""The one parallel region: every thread calls a compiled function with a block of arguments."""
+"""The only parallel region: every thread calls a compiled function with a block of arguments."""
 
 import os
 import threading
@@ -22,7 +22,7 @@ MIN_PARALLEL_ELEMENTS = 1 << 17
 
 
 def count() -> int:
-    """Return the threads in use: NUMBA_NUM_THREADS, or all that the process may run on; `numba.set_num_threads` lowers it."""
+    """Return the threads in use: NUMBA_NUM_THREADS, or all processors of the process; `numba.set_num_threads` lowers it."""
     return int(numba.get_num_threads())
 
 
@@ -43,7 +43,7 @@ def _on_all(threads, function, arguments):  # type: ignore[no-untyped-def]
 
 
 def _in_child() -> None:
-    """Make a forked process fit to decode: nobody holds the lock, and where its threads are gone one does the work."""
+    """Let a forked process decode: release the lock, and use one thread if the others are gone."""
     global _LOCK, _left_behind
     _LOCK = threading.Lock()
     with suppress(ValueError):  # No thread was ever started.
@@ -55,7 +55,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class OneThread:
-    """Refuses the second of two Python threads that are inside at once; a context manager."""
+    """A context manager that raises if a second Python thread enters while one is inside."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -69,7 +69,7 @@ class OneThread:
 
 
 class Launch:
-    """`run` with everything prepared: a call costs little more than waking the threads."""
+    """A prepared `run`: a call costs little more than waking the threads."""
 
     def __init__(self, function: Any, threads: int, arguments: Sequence[int]) -> None:
         self._threads = threads

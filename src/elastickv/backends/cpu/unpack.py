@@ -16,11 +16,11 @@ Bytes = NDArray[np.uint8]
 Numbers = NDArray[Any]
 
 
-@np.errstate(invalid="ignore", over="ignore")  # what is not finite comes back so: the cache tells of it
+@np.errstate(invalid="ignore", over="ignore")  # values that are not finite stay so: the cache reports them
 def unpack_rows(
     raw: Bytes, bounds: Bytes, formats: tuple[str, str], head_dim: int, group: int, rows: NDArray[np.int64]
 ) -> tuple[Float64, Float64]:
-    """Return (rows, head_dim) keys and values, dequantised, of token slots `rows` of a KV head.
+    """Return (rows, head_dim) keys and values, dequantized, of tokens `rows` in the pages of a KV head.
 
     Parameters
     ----------
@@ -41,8 +41,8 @@ def unpack_rows(
     plane = bounds[: len(bounds) // (4 * head_dim) * 4 * head_dim].view(np.float16).reshape(-1, 2, 1, head_dim)
     read_keys = _key_numbers(keys, parts[2], plane[used].astype(np.float64) if key == "int4" else None, key)
     read_values = _value_numbers(values, parts[3], value, group)
-    slots = rows % PAGE_TOKENS
-    return read_keys[inverse, slots], read_values[inverse, slots]
+    tokens = rows % PAGE_TOKENS
+    return read_keys[inverse, tokens], read_values[inverse, tokens]
 
 
 def _key_numbers(codes: Numbers, scales: Bytes, bounds: Float64 | None, fmt: str) -> Float64:

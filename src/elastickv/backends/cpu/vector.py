@@ -88,14 +88,14 @@ def _multiply_pairs(builder: ir.IRBuilder, a: Any, b: Any, total: Any) -> Any:
 
 
 def _multiply(builder: ir.IRBuilder, fmt: int, width: int, accumulate: bool, args: tuple[Any, ...]) -> None:
-    base, row_bytes, count, coefficients, query_bytes, out, out_bytes, scales, extra, ahead = args
+    base, row_bytes, count, coefficients, query_bytes, out, out_bytes, scales, extra, prefetch_bytes = args
     integer = fmt in (INT8, INT4)
     zero = ir.Constant(VI if integer else VF, [0] * LANES)
     with loop(builder, count, [zero] * (HALVES * width)) as (index, sums, final):
         row = builder.add(base, builder.mul(index, row_bytes))
         steps = _row(builder, fmt, row)
         for line in range(0, ROW_BYTES.get(fmt, LINE_BYTES), LINE_BYTES):
-            prefetch(builder, row, builder.add(ahead, I64(line)))
+            prefetch(builder, row, builder.add(prefetch_bytes, I64(line)))
         first = builder.mul(index, I64(FLOAT_BYTES * len(steps)))
         for query in range(width):
             start = builder.add(first, builder.mul(query_bytes, I64(query)))
@@ -155,8 +155,8 @@ def _multiply_any(accumulate: bool) -> Any:
     )
 
 
-# (format, width, base, row_bytes, rows, coefficients, query_bytes, out, out_bytes, scales, extra, ahead): addresses and byte
-# counts; `ahead` bytes further on is prefetched. `scales`: one float for each query, of integers and fp8.
+# (format, width, base, row_bytes, rows, coefficients, query_bytes, out, out_bytes, scales, extra, prefetch_bytes): addresses
+# and byte counts; data `prefetch_bytes` further on is prefetched. `scales`: one float for each query, of integers and fp8.
 # multiply_page: out[query] = scale x sum; `extra`: for int8 the tokens' bf16 scales, for int4 a float to add for each query.
 # accumulate_page: out[query] = extra[query] x out[query] + scale x sum.
 multiply_page = addressed(12, types.void, _multiply_any(False))
