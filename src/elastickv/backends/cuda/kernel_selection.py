@@ -221,8 +221,8 @@ def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: 
     scales = (key.key_scales(dim).bytes_of(PAGE_TOKENS), value.value_scales(dim, macros["V_GROUP"]).bytes_of(PAGE_TOKENS))
     stage = round_up(codes + sum(round_up(n_bytes, 16) for n_bytes in scales), 128)
     queries = _HEADS_OF_MMA_TILE * tiles
-    tile_steps = padded // 16 if macros["K_FORMAT"] == _PAGE_FORMATS["int4"] else dim // 16
-    steps = -(-tile_steps // 2) if macros["K_FORMAT"] == _PAGE_FORMATS["int8"] else tile_steps
+    tile_steps = padded // 16 if key.bits == 4 else dim // 16
+    steps = -(-tile_steps // 2) if key.signed else tile_steps
     sums = warps * (queries // 2 * (2 * dim + 8) * 4 + queries * 8)
     operands = tiles * (padded // 32 * 2 + steps) * 32 * 16
     return round_up(warps * stages * stage + sums + operands + queries * 4 + warps * stages * 8, 16)
