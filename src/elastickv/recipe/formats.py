@@ -61,6 +61,7 @@ class Format:
     cold : whether a recipe may name it; else only a model's dtype may be it.
     cpu_id : number in the CPU kernels; None: no CPU kernel reads it.
     cuda_id : value of the CUDA macros K_FORMAT and V_FORMAT (`kernels/pages.cuh`); None: no CUDA kernel reads pages of it.
+    cuda_rows : value of the CUDA macro COLD_TYPE (`kernels/common.cuh`) of the kernels that read rows of it; None: they do not.
     cuda_dtype : value of the CUDA macro EXACT_TYPE (`kernels/common.cuh`), for the dtypes of a model.
     """
 
@@ -74,6 +75,7 @@ class Format:
     cold: bool = True
     cpu_id: int | None = None
     cuda_id: int | None = None
+    cuda_rows: int | None = None
     cuda_dtype: int | None = None
 
     @property
@@ -114,10 +116,10 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         Format("fp32", 32, cold=False, cpu_id=0, cuda_dtype=0),
-        Format("bf16", 16, cpu_id=2, cuda_id=0, cuda_dtype=2),
-        Format("fp16", 16, cpu_id=1, cuda_id=0, cuda_dtype=1),
+        Format("bf16", 16, cpu_id=2, cuda_id=0, cuda_rows=1, cuda_dtype=2),
+        Format("fp16", 16, cpu_id=1, cuda_id=0, cuda_rows=1, cuda_dtype=1),
         Format("fp8", 8, _PAGE, _PAGE, largest_code=448, cpu_id=4, cuda_id=2),
-        Format("int8", 8, _TOKEN, _TOKEN, signed=True, largest_code=127, cpu_id=3, cuda_id=1),
+        Format("int8", 8, _TOKEN, _TOKEN, signed=True, largest_code=127, cpu_id=3, cuda_id=1, cuda_rows=2),
         Format("int4", 4, _CHANNEL, _GROUP, largest_code=15, largest_key=FLOAT16_MAX, cpu_id=5, cuda_id=3),
     )
 }

@@ -7,7 +7,7 @@ from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.intrinsics import (
     BF16,
     COLUMNS,
-    FP8,
+    FORMAT_CODES,
     FP16,
     FP32,
     INT4,
@@ -20,7 +20,7 @@ from elastickv.backends.cpu.intrinsics import (
     store_u16,
 )
 from elastickv.kvcache.rounding import LARGEST
-from elastickv.recipe import PAGE_TOKENS
+from elastickv.recipe import FORMATS, PAGE_TOKENS
 
 _F = layout.BufferField
 SINKS, WINDOW, IS_DENSE = int(_F.SINKS), int(_F.WINDOW), int(_F.IS_DENSE)
@@ -28,31 +28,30 @@ ANCHOR_EVERY, ANCHOR_OFFSET = int(_F.ANCHOR_EVERY), int(_F.ANCHOR_OFFSET)
 COLD_BASE, COLD_PAGE_BYTES, COLD_HEAD_BYTES = int(_F.COLD_BASE), int(_F.COLD_PAGE_BYTES), int(_F.COLD_HEAD_BYTES)
 EXACT_BASE, EXACT_PAGE_BYTES, EXACT_HEAD_BYTES = int(_F.EXACT_BASE), int(_F.EXACT_PAGE_BYTES), int(_F.EXACT_HEAD_BYTES)
 SINK_PAGES, RING_PAGES = int(_F.SINK_PAGES), int(_F.RING_PAGES)
+_BY_CODE = sorted(FORMAT_CODES, key=FORMAT_CODES.__getitem__)
+# By format code, bytes of a page: of one channel's codes, of the scales that do not depend on the head, of a group's scales.
+CHANNEL_BYTES = np.array([layout.plane_bytes(name, 1) for name in _BY_CODE], np.int64)
+KEY_SCALE_BYTES = np.array([layout.scale_bytes(name, 64, 64, False) for name in _BY_CODE], np.int64)
+_ONE_GROUP, _TWO_GROUPS = (np.array([layout.scale_bytes(n, 64, g, True) for n in _BY_CODE], np.int64) for g in (64, 32))
+GROUP_SCALE_BYTES = _TWO_GROUPS - _ONE_GROUP
+VALUE_SCALE_BYTES = _ONE_GROUP - GROUP_SCALE_BYTES
 MAGIC = np.float32(12582912.0)
 SUBNORMAL_MAGIC = np.float32(0.5)
 TWO_112 = np.float32(2.0**112)
 HALF_MAX, BF16_MAX, FP32_MAX = (np.float32(LARGEST[name]) for name in ("fp16", "bf16", "fp32"))
-E4M3_MAX, E4M3_LEAST_NORMAL, E4M3_STEPS = np.float32(448), np.float32(2.0**-6), np.float32(512)
+E4M3_MAX, E4M3_LEAST_NORMAL, E4M3_STEPS = np.float32(FORMATS["fp8"].largest_code), np.float32(2.0**-6), np.float32(512)
 
 
 @njit(error_model="numpy")
 def plane_bytes(fmt, dim):  # type: ignore[no-untyped-def]
     """Return the bytes of one page's codes, K or V."""
-    if fmt == FP32:
-        return PAGE_TOKENS * dim * 4
-    if fmt == INT4:
-        return PAGE_TOKENS * dim // 2
-    return PAGE_TOKENS * dim * (1 if fmt in (INT8, FP8) else 2)
+    return dim * CHANNEL_BYTES[fmt]
 
 
 @njit(error_model="numpy")
 def scale_bytes(fmt, dim, group, is_value):  # type: ignore[no-untyped-def]
     """Return the bytes of one page's scales of K or V inside the page."""
-    if fmt == FP8:
-        return layout.FP8_SCALE_BYTES
-    if fmt == INT8:
-        return 2 * PAGE_TOKENS
-    return 4 * PAGE_TOKENS * (dim // group) if fmt == INT4 and is_value else 0
+    return VALUE_SCALE_BYTES[fmt] + GROUP_SCALE_BYTES[fmt] * (dim // group) if is_value else KEY_SCALE_BYTES[fmt]
 
 
 @njit(error_model="numpy")

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from elastickv.backends.cpu.intrinsics import BLOCK, COLUMNS, FORMAT_CODES, LANES
+from elastickv.errors import UsageError
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe.formats import ScaleLayout
 from elastickv.recipe.regions import retained_tokens, selected
 
 LINE_BYTES = 64
@@ -37,7 +39,7 @@ MARKED = ("state", "lists", "reused")  # sections that `mark` copies, and a ring
 PARTIAL_EXTRA = 16  # running maximum and sum behind a partial's row, padded to a line
 TAIL_BYTES = 4096  # 32 columns are loaded of the last row of a narrower chunk
 LIST_BYTES = 4
-FP8_SCALE_BYTES = 32
+SCALE_ALIGNMENT = 32
 BLOCK_WORDS = 8  # floats of block scratch for each query: factors and such
 
 
@@ -114,11 +116,11 @@ def plane_bytes(fmt: str, head_dim: int) -> int:
 
 def scale_bytes(fmt: str, head_dim: int, group: int, value: bool) -> int:
     """Return the bytes of one page's scales of K or V inside the page."""
-    if fmt == "fp8":
-        return FP8_SCALE_BYTES
-    if fmt == "int8":
-        return 2 * PAGE_TOKENS
-    return 4 * PAGE_TOKENS * (head_dim // group) if fmt == "int4" and value else 0
+    layout = FORMATS[fmt].values if value else FORMATS[fmt].keys
+    if layout is ScaleLayout.CHANNEL:  # a plane of their own
+        return 0
+    scales = FORMATS[fmt].value_scales(head_dim, group) if value else FORMATS[fmt].key_scales(head_dim)
+    return up(scales.bytes_of(PAGE_TOKENS), SCALE_ALIGNMENT)
 
 
 def page_bytes(key_format: str, value_format: str, head_dim: int, group: int) -> int:
@@ -130,7 +132,19 @@ def page_bytes(key_format: str, value_format: str, head_dim: int, group: int) ->
 
 def bounds_bytes(key_format: str, head_dim: int) -> int:
     """Return the bytes of one page's scales and zeros of K outside the page."""
-    return 4 * head_dim if key_format == "int4" else 0
+    return 4 * head_dim if FORMATS[key_format].keys is ScaleLayout.CHANNEL else 0
+
+
+def format_code(name: str) -> int:
+    """Return a format's number in the kernels.
+
+    Raises
+    ------
+    UsageError : if no kernel reads it.
+    """
+    if name not in FORMAT_CODES:
+        raise UsageError(f"format {name} has no CPU kernel: choose {', '.join(FORMAT_CODES)}")
+    return FORMAT_CODES[name]
 
 
 def up(n: int, multiple: int) -> int:
@@ -223,12 +237,12 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
         BufferField.ANCHOR_EVERY: recipe.anchor_every,
         BufferField.IS_DENSE: int(recipe.is_dense),
         BufferField.IS_REUSE: int(reuse),
-        BufferField.COLD_KEY_FORMAT: FORMAT_CODES[key_format],
+        BufferField.COLD_KEY_FORMAT: format_code(key_format),
         BufferField.COLD_BASE: at["cold"],
         BufferField.COLD_PAGE_BYTES: cold_page,
         BufferField.COLD_HEAD_BYTES: cold_pages * cold_page,
         BufferField.COLD_SPLITS: cold_splits,
-        BufferField.EXACT_FORMAT: FORMAT_CODES[exact_format],
+        BufferField.EXACT_FORMAT: format_code(exact_format),
         BufferField.EXACT_BASE: at["exact"],
         BufferField.EXACT_PAGE_BYTES: exact_page,
         BufferField.EXACT_HEAD_BYTES: (sink_pages + ring_pages) * exact_page,
@@ -242,7 +256,7 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
         BufferField.WORK_THREAD_BYTES: work,
         BufferField.CAPACITY: capacity,
         BufferField.LOG2_DECAY: struct.unpack("q", struct.pack("d", math.log2(recipe.decay)))[0],
-        BufferField.COLD_VALUE_FORMAT: FORMAT_CODES[value_format],
+        BufferField.COLD_VALUE_FORMAT: format_code(value_format),
         BufferField.VALUE_GROUP: v_group,
         BufferField.PADDED: padded,
         BufferField.BOUNDS_BASE: at["bounds"],

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from elastickv.backends.cpu.intrinsics import COLUMNS
 from elastickv.backends.cpu.layout import page_bytes, plane_bytes, scale_bytes
 from elastickv.kvcache.attention import Float64
-from elastickv.kvcache.quantize import dequantize_fp8, dequantize_int8
+from elastickv.kvcache.quantize import CODECS
 from elastickv.kvcache.rounding import from_bf16_bits
-from elastickv.recipe import PAGE_TOKENS
+from elastickv.recipe import FORMATS, PAGE_TOKENS
+from elastickv.recipe.formats import ScaleLayout
 
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[Any]
@@ -38,39 +39,34 @@ def unpack_rows(
     parts = np.split(pages, np.cumsum(sizes), axis=1)
     keys = _keys(parts[0], key, head_dim)
     values = _values(parts[1], value, head_dim, group)
-    plane = bounds[: len(bounds) // (4 * head_dim) * 4 * head_dim].view(np.float16).reshape(-1, 2, 1, head_dim)
-    read_keys = _key_numbers(keys, parts[2], plane[used].astype(np.float64) if key == "int4" else None, key)
-    read_values = _value_numbers(values, parts[3], value, group)
+    plane = bounds[: len(bounds) // (4 * head_dim) * 4 * head_dim].view(np.float16).reshape(-1, 2, head_dim)
+    if FORMATS[key].keys is ScaleLayout.CHANNEL:
+        read_keys = CODECS[key].dequantize_keys(keys, *plane[used].transpose(1, 0, 2))
+    else:
+        read_keys = _numbers(keys, parts[2], key, False, group)
+    read_values = _numbers(values, parts[3], value, True, group)
     tokens = rows % PAGE_TOKENS
     return read_keys[inverse, tokens], read_values[inverse, tokens]
 
 
-def _key_numbers(codes: Numbers, scales: Bytes, bounds: Float64 | None, fmt: str) -> Float64:
-    if bounds is not None:
-        return np.asarray(codes * bounds[:, 0] + bounds[:, 1])
-    return _numbers(codes, scales, fmt)
-
-
-def _value_numbers(codes: Numbers, scales: Bytes, fmt: str, group: int) -> Float64:
-    if fmt != "int4":
-        return _numbers(codes, scales, fmt)
-    pages, tokens, head_dim = codes.shape
-    size = 4 * PAGE_TOKENS * (head_dim // group)
-    bits = np.ascontiguousarray(scales[:, :size]).view(np.uint16).reshape(pages, head_dim // group, 2, PAGE_TOKENS)
-    scale, zero = from_bf16_bits(bits).astype(np.float64).transpose(2, 0, 3, 1)[..., None]
-    return np.asarray(codes.reshape(pages, tokens, -1, group) * scale + zero).reshape(codes.shape)
-
-
-def _numbers(codes: Numbers, scales: Bytes, fmt: str) -> Float64:
-    if fmt in ("int8", "fp8"):
-        bits = np.ascontiguousarray(scales).view(np.uint16)
-        return dequantize_int8(codes, bits[:, :PAGE_TOKENS]) if fmt == "int8" else dequantize_fp8(codes, bits[:, 0])
-    return (from_bf16_bits(codes) if fmt == "bf16" else codes).astype(np.float64)
+def _numbers(codes: Numbers, scales: Bytes, fmt: str, value: bool, group: int) -> Float64:
+    """Return the numbers of codes of V, or of K, whose scales are stored in their page."""
+    if FORMATS[fmt].is_float:
+        return (from_bf16_bits(codes) if fmt == "bf16" else codes).astype(np.float64)
+    dequantize = CODECS[fmt].dequantize_values if value else CODECS[fmt].dequantize_keys
+    layout = FORMATS[fmt].values if value else FORMATS[fmt].keys
+    bits = np.ascontiguousarray(scales).view(np.uint16)
+    if layout is ScaleLayout.GROUP:
+        groups = codes.shape[2] // group
+        planes = bits[:, : 2 * PAGE_TOKENS * groups].reshape(-1, groups, 2, PAGE_TOKENS)
+        return dequantize(codes, *planes.transpose(2, 0, 3, 1))
+    return dequantize(codes, bits[:, :PAGE_TOKENS] if layout is ScaleLayout.TOKEN else bits[:, 0])
 
 
 def _elements(plane: Bytes, fmt: str) -> Numbers:
-    kinds = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.int8, "fp8": np.uint8, "int4": np.uint16}
-    return np.ascontiguousarray(plane).view(kinds[fmt])
+    kinds = {"fp32": np.float32, "fp16": np.float16}
+    kind = kinds.get(fmt) or (np.int8 if FORMATS[fmt].signed else np.uint8 if FORMATS[fmt].bits == 8 else np.uint16)
+    return np.ascontiguousarray(plane).view(kind)
 
 
 def _nibbles(words: Numbers) -> Numbers:
@@ -82,10 +78,10 @@ def _nibbles(words: Numbers) -> Numbers:
 def _keys(plane: Bytes, fmt: str, head_dim: int) -> Numbers:
     """(pages, bytes) -> (pages, 32 tokens, head_dim) elements as stored."""
     elements = _elements(plane, fmt)
-    if fmt == "int4":
+    if FORMATS[fmt].bits == 4:
         codes = _nibbles(elements.reshape(-1, head_dim // 8, PAGE_TOKENS, 2))
         return codes.transpose(0, 2, 1, 3).reshape(-1, PAGE_TOKENS, head_dim)
-    if fmt == "int8":
+    if FORMATS[fmt].signed:
         pairs = elements.reshape(-1, head_dim // 2, PAGE_TOKENS, 2)
         return pairs.transpose(0, 2, 1, 3).reshape(-1, PAGE_TOKENS, head_dim)
     return elements.reshape(-1, head_dim, PAGE_TOKENS).transpose(0, 2, 1)
@@ -99,9 +95,9 @@ def _values(plane: Bytes, fmt: str, head_dim: int, group: int) -> Numbers:
             columns = min(COLUMNS, start + group - column)
             first, last = (plane_bytes(fmt, column), plane_bytes(fmt, column + columns))
             chunk = _elements(plane[:, first:last], fmt)
-            if fmt == "int4":
+            if FORMATS[fmt].bits == 4:
                 chunk = _nibbles(chunk.reshape(-1, PAGE_TOKENS // 8, columns, 2)).transpose(0, 1, 3, 2)
-            if fmt == "int8":
+            if FORMATS[fmt].signed:
                 chunk = chunk.reshape(-1, PAGE_TOKENS // 2, columns, 2).transpose(0, 1, 3, 2)
             chunks.append(chunk.reshape(-1, PAGE_TOKENS, columns))
     return np.concatenate(chunks, axis=2)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from elastickv.backends.cuda.compiler import Compiled, compile_source
 from elastickv.errors import UsageError
-from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.formats import round_up
+from elastickv.kvcache.scorers import SCORERS, scorer_of
+from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe.formats import ScaleLayout, round_up
 
-TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
+TYPES = {f.name: f.cuda_dtype for f in FORMATS.values() if f.cuda_dtype is not None}
 _COLD_NONE, _COLD_SAME, _COLD_INT8, _COLD_PAGES = range(4)
-_PAGE_FORMATS = {"bf16": 0, "fp16": 0, "int8": 1, "fp8": 2, "int4": 3}
+_PAGE_FORMATS = {f.name: f.cuda_id for f in FORMATS.values() if f.cuda_id is not None}
 _ONE_QUERY_TILE = (("REUSE", 0), ("QTILES", 1))
 MMA_SINCE = 80
 _BULK_SINCE = 90
@@ -95,7 +96,7 @@ class Variant:
 
     def selecting(self) -> "Variant":
         """Return the variant of the selecting kernel that goes with it: the scales of its keys are all that it reads."""
-        names = ("HEAD_DIM", "COLD_TYPE", "K_FORMAT")
+        names = ("HEAD_DIM", "COLD_TYPE", "K_FORMAT", "SCORER")
         unread = {"EXACT_TYPE": TYPES["bf16"], "V_FORMAT": _PAGE_FORMATS["bf16"], "V_GROUP": self["HEAD_DIM"]}
         macros = {name: self[name] for name in names} | unread | dict(_ONE_QUERY_TILE)
         return Variant("select", self.arch, _macros(macros, WARPS=8, MIN_BLOCKS=3))
@@ -152,20 +153,23 @@ def gains_from_pages(recipe: Recipe, shape: AttentionShape, arch: str, multiproc
 
 def requires_pages(recipe: Recipe) -> bool:
     """Return whether a recipe keeps whole pages: scales of pages, formats of K and V apart, or a selection of pages."""
-    return recipe.key_format != recipe.value_format or recipe.key_format in ("fp8", "int4") or recipe.selection == "pages"
+    by_row = recipe.key_format is None or FORMATS[recipe.key_format].cuda_rows
+    return recipe.key_format != recipe.value_format or not by_row or recipe.selection == "pages"
 
 
 def _pages_variant(common: dict[str, int], group: int, recipe: Recipe, arch: str, mma: bool) -> Variant:
     head_dim = common["HEAD_DIM"]
     common = common | {
         "COLD_TYPE": _COLD_PAGES,
-        "K_FORMAT": _PAGE_FORMATS[recipe.key_format or ""],
-        "V_FORMAT": _PAGE_FORMATS[recipe.value_format or ""],
-        "V_GROUP": recipe.v_group(head_dim) if recipe.value_format == "int4" else head_dim,
+        "K_FORMAT": _page_format(recipe.key_format),
+        "V_FORMAT": _page_format(recipe.value_format),
+        "V_GROUP": recipe.v_group(head_dim) if _value_layout(recipe) is ScaleLayout.GROUP else head_dim,
         "SELECT": int(recipe.selection == "pages"),
         "QTILES": 1,
         "MIN_BLOCKS": 1,
     }
+    if recipe.selection == "pages":
+        common["SCORER"] = _scorer_macro(recipe)
     if not mma:
         tile = min(max(32 * 8 // head_dim, 1), 4, 1 << (group - 1).bit_length())
         return Variant("decode_pages_simt", arch, _macros(common, WARPS=4, TILE=tile))
@@ -182,6 +186,24 @@ def _pages_variant(common: dict[str, int], group: int, recipe: Recipe, arch: str
     raise UsageError(f"SM {arch} has too little shared memory for {recipe} and heads of {head_dim}: use kind='simt'")
 
 
+def _value_layout(recipe: Recipe) -> ScaleLayout:
+    return FORMATS[str(recipe.value_format)].values
+
+
+def _page_format(name: str | None) -> int:
+    if name not in _PAGE_FORMATS:
+        raise UsageError(f"format {name} has no CUDA kernel: choose {', '.join(_PAGE_FORMATS)}, or the cpu back end")
+    return _PAGE_FORMATS[name]
+
+
+def _scorer_macro(recipe: Recipe) -> int:
+    scorer = scorer_of(recipe)
+    if scorer.cuda_id is None:
+        built = ", ".join(name for name, other in SCORERS.items() if other.cuda_id is not None)
+        raise UsageError(f"page scorer {scorer.name} has no CUDA kernel: choose {built}, or the cpu back end")
+    return scorer.cuda_id
+
+
 _SHARED_BYTES = {"80": 163 << 10, "87": 163 << 10, "90": 227 << 10, "100": 227 << 10, "103": 227 << 10}
 _NEXT_KERNEL_BYTES = 44 << 10  # of a block of append or select, which is to fit beside one of decode
 _LEAST_SHARED_BYTES = 99 << 10
@@ -193,17 +215,14 @@ def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: 
     """Return the size of `Shared` of decode_pages.cu, which asserts it."""
     dim = macros["HEAD_DIM"]
     padded = round_up(dim, 32)
-    words = {0: 2, 1: 1, 2: 1, 3: 0.5}  # bytes of an element
-
-    def part(name: str, scales: int) -> int:
-        fmt = macros[name]
-        width = padded if fmt == _PAGE_FORMATS["int4"] else dim
-        return int(PAGE_TOKENS * width * words[fmt]) + {0: 0, 1: 2 * PAGE_TOKENS, 2: 16, 3: scales}[fmt]
-
-    stage = round_up(part("K_FORMAT", 4 * padded) + part("V_FORMAT", 4 * PAGE_TOKENS * (dim // macros["V_GROUP"])), 128)
+    by_id = {f.cuda_id: f for f in FORMATS.values()}
+    key, value = by_id[macros["K_FORMAT"]], by_id[macros["V_FORMAT"]]
+    codes = sum(PAGE_TOKENS * (padded if f.bits == 4 else dim) * f.bits // 8 for f in (key, value))
+    scales = (key.key_scales(dim).bytes_of(PAGE_TOKENS), value.value_scales(dim, macros["V_GROUP"]).bytes_of(PAGE_TOKENS))
+    stage = round_up(codes + sum(round_up(n_bytes, 16) for n_bytes in scales), 128)
     queries = _HEADS_OF_MMA_TILE * tiles
-    tile_steps = padded // 16 if macros["K_FORMAT"] == _PAGE_FORMATS["int4"] else dim // 16
-    steps = -(-tile_steps // 2) if macros["K_FORMAT"] == _PAGE_FORMATS["int8"] else tile_steps
+    tile_steps = padded // 16 if key.bits == 4 else dim // 16
+    steps = -(-tile_steps // 2) if key.signed else tile_steps
     sums = warps * (queries // 2 * (2 * dim + 8) * 4 + queries * 8)
     operands = tiles * (padded // 32 * 2 + steps) * 32 * 16
     return round_up(warps * stages * stage + sums + operands + queries * 4 + warps * stages * 8, 16)

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.kvcache.attention import Float64
-from elastickv.kvcache.quantize import dequantize_fp8
+from elastickv.kvcache.quantize import CODECS
 from elastickv.kvcache.rounding import from_bf16_bits
-from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, round_up
+from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, ScaleLayout, round_up
 
 _VALUE_OFFSET = 128
 Indices = NDArray[np.int64]
@@ -61,9 +61,7 @@ def codes_of(raw: NDArray[np.uint8], fmt: str, places: tuple[Indices, Indices], 
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def dequantized(
-    codes: NDArray[np.uint16], scales: NDArray[np.uint16], fmt: str, value: bool, exact: str, group: int
-) -> Float64:
+def dequantized(codes: NDArray[Any], scales: NDArray[np.uint16], fmt: str, value: bool, exact: str, group: int) -> Float64:
     """Return (tokens, head_dim) numbers of (pages, 32, head_dim) `codes`; what was too large to be stored as NaN or infinity.
 
     Parameters
@@ -74,17 +72,17 @@ def dequantized(
     """
     pages, _, dim = codes.shape
     numbers: NDArray[Any]
-    if fmt in ("bf16", "fp16"):
+    if FORMATS[fmt].is_float:
         numbers = from_bf16_bits(codes) if exact == "bf16" else codes.view(np.float16)
-    elif fmt == "fp8":
-        numbers = dequantize_fp8(codes, scales[:, 0])
-    elif fmt == "int8":
-        signed = (codes - _VALUE_OFFSET if value else codes).astype(np.uint8).view(np.int8)
-        numbers = signed * from_bf16_bits(scales).astype(np.float64)[..., None]
-    elif value:
-        pairs = from_bf16_bits(scales).astype(np.float64).reshape(pages, dim // group, PAGE_TOKENS, 2).transpose(0, 2, 1, 3)
-        numbers = codes.reshape(pages, PAGE_TOKENS, dim // group, group) * pairs[..., :1] + pairs[..., 1:]
+        return np.asarray(numbers, np.float64).reshape(pages * PAGE_TOKENS, dim)
+    layout, codec = FORMATS[fmt].values if value else FORMATS[fmt].keys, CODECS[fmt]
+    if FORMATS[fmt].signed:
+        codes = (codes - _VALUE_OFFSET if value else codes).astype(np.uint8).view(np.int8)
+    if layout is ScaleLayout.CHANNEL:
+        planes = scales.view(np.float16).reshape(pages, 2, scales.shape[1] // 2)[..., :dim].transpose(1, 0, 2)
+    elif layout is ScaleLayout.GROUP:
+        planes = scales.reshape(pages, dim // group, PAGE_TOKENS, 2).transpose(3, 0, 2, 1)
     else:
-        halves = scales.view(np.float16).astype(np.float64).reshape(pages, 2, 1, scales.shape[1] // 2)[..., :dim]
-        numbers = codes * halves[:, 0] + halves[:, 1]
-    return np.asarray(numbers, np.float64).reshape(pages * PAGE_TOKENS, dim)
+        planes = (scales if layout is ScaleLayout.TOKEN else scales[:, 0])[None]
+    dequantize = codec.dequantize_values if value else codec.dequantize_keys
+    return dequantize(codes, *planes).reshape(pages * PAGE_TOKENS, dim)

@@ -1,7 +1,6 @@
 // Selection of pages: scores of all cold pages from the scales of their keys, and the best of them listed, in one launch.
 //
-// The scorer is kvcache/scorers/bounds.py without its constant factor: a page's score is linear in its scales and zeros as they lie,
-// score = sum over channels of 7.5 (q + |q| / 2) . scale + q . zero, summed over the query heads of the group.
+// A page's score is linear in its scales and zeros as they lie in memory: score.cuh has the weights that a scorer gives them.
 //
 // Grid (blocks, heads), as many in all as run at once: a head's pages, as many as there truly are, are dealt out evenly over
 // its blocks. The last block to arrive selects: it looks for the bucket among equal ranges of score that holds the last page of
@@ -17,8 +16,9 @@
 //   counts[kv_head * counts_stride + pages]: how many of so many pages to list
 //   scores: heads * (page_capacity rounded up to 32) floats; counters: one a head, zero before and after
 //
-// Macros: HEAD_DIM, K_FORMAT = 3, WARPS, what else common.cuh takes; those that have a value below may be given another.
+// Macros: HEAD_DIM, K_FORMAT = 3, SCORER, WARPS, what else common.cuh takes; those that have a value below may be given another.
 #include "pages.cuh"
+#include "score.cuh"
 
 #ifndef MIN_BLOCKS
 #define MIN_BLOCKS 1
@@ -55,17 +55,9 @@ struct Shared {
 __device__ __forceinline__ void stage_weights(Shared& sh, const float* query, int group) {
     float* weights = reinterpret_cast<float*>(sh.weights);
     for (int dim = threadIdx.x; dim < PADDED; dim += THREADS) {
-        float plain = 0.f, size = 0.f;
-        if (dim < D) {
-#pragma unroll 4
-            for (int h = 0; h < group; h++) {
-                const float x = __ldg(query + h * D + dim);
-                plain += x;
-                size += fabsf(x);
-            }
-        }
-        weights[dim] = 7.5f * fmaf(0.5f, size, plain);
-        weights[PADDED + dim] = plain;
+        const ChannelWeights x = dim < D ? channel_weights(query + dim, group) : ChannelWeights{0.f, 0.f};
+        weights[dim] = x.scale;
+        weights[PADDED + dim] = x.zero;
     }
 }
 
