@@ -13,8 +13,9 @@ from elastickv.evaluation.texts import Text, windows
 from elastickv.model_benchmark.bench import ModelBench, load
 from elastickv.model_benchmark.bench import measure as measure_speed
 from elastickv.model_benchmark.generation import ELASTIC, STOCK
-from elastickv.model_benchmark.quality_delta import QualityDelta, quality_delta
+from elastickv.model_benchmark.quality_delta import quality_delta
 from elastickv.recipe import Recipe
+from elastickv.results.kinds.model_result import QualityDelta
 from elastickv.transformers.cuda_graph.model_patch import release
 from elastickv.transformers.model_loading import Loaded
 
