@@ -45,8 +45,8 @@ RESULT = {
     "options": {},
     "seconds": 1.0,
     "model": {
-        "name": "a model", "fingerprint": "f00d", "dtype": "fp32", "device": "cpu", "layers": 2, "query_heads": 4, "kv_heads": 2,
-        "head_dim": 64,
+        "name": "a model", "fingerprint": "f00d", "dtype": "fp32", "device": "cpu",
+        "layers": 2, "query_heads": 4, "kv_heads": 2, "head_dim": 64,
     },
     "texts": ["a text"],
     "calibration": None,

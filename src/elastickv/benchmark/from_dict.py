@@ -152,8 +152,8 @@ class _Reading:
     def _number(self, kind: type, value: Any, path: str, bounds: Bounds) -> Any:
         # A comparison with NaN is false, and so NaN is refused.
         if type(value) not in (int, float) or not bounds.low <= value <= bounds.high:
-            said = f"{path} = {' '.join(str(value)[:40].split())}, which is no number"
-            raise refused(self._source, f"has {said} from {bounds.low:g} to {bounds.high:g}")
+            shown = f"{path} = {str(value)[:40]}"
+            raise refused(self._source, f"has {shown}, which is no number from {bounds.low:g} to {bounds.high:g}")
         if kind is int and value != int(value):
             raise refused(self._source, f"has {value} in {path}, which is no whole number")
         return int(value) if kind is int else value

@@ -126,4 +126,4 @@ def guarded(source: str, read: Callable[[], T]) -> T:
     except UsageError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise refused(source, f"holds what is no part of a result ({' '.join(str(error).split())})") from None
+        raise refused(source, f"holds what is no part of a result ({error})") from None
