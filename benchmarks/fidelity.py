@@ -21,6 +21,7 @@ from elastickv.evaluation.texts import calibration_text, evaluation_texts
 from elastickv.recipe import ModelCalibration
 from elastickv.results.formats import dumps, write_text
 from elastickv.results.formats.fidelity_table import fidelity_tables
+from elastickv.results.kinds.evaluation_result import EvaluationResult
 from elastickv.transformers.model_loading import load_model
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,7 +61,7 @@ def main() -> None:
         for part in arguments.parts.split(","):
             result = evaluate(loaded, evaluation_texts(), PARTS[part], calibration, bar)
             write_text(arguments.output / f"fidelity-smollm2-135m-{part}.json", dumps(result))
-            print(fidelity_tables(result), flush=True)
+            print(fidelity_tables(EvaluationResult.from_dict(result)), flush=True)
 
 
 if __name__ == "__main__":

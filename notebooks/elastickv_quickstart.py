@@ -119,7 +119,7 @@ Html(f"{compiled_table}<pre style='max-height: 24em; overflow: auto; font-size: 
 #
 # One decode step of attention, elastic against the fastest dense contender that this machine has: they take turns, so that what
 # the machine does to one it does to the other. The speed-up stands with its 95 % interval; A/A is dense against itself; the recipe
-# error is the price, measured on real activations through the same code path.
+# error is its quality cost, measured on real activations through the same kernels.
 
 # %%
 if QUICK:
@@ -178,7 +178,6 @@ Html(f"<div style='display: flex; flex-wrap: wrap; gap: 1em'>{plots}</div>")
 import warnings
 
 from elastickv.model_benchmark import gguf_baseline, transformers_baseline
-from elastickv.results.formats.baseline_table import baseline_table
 from elastickv.results.formats.plain_json import dumps
 
 if QUICK:
@@ -198,7 +197,7 @@ if RUN_TRANSFORMERS:
             print(f"{reason}\nInstead: {shape}, a made-up model with random weights. Its speed is real, its text is not.\n")
             result = transformers_baseline(shape, **sizes)
     (RESULTS / "transformers.json").write_text(dumps(result), encoding="utf-8")
-    print(baseline_table(result))
+    print(elastickv.load(RESULTS / "transformers.json"))
 else:
     print("off: RUN_TRANSFORMERS = True switches it on")
 
@@ -213,10 +212,11 @@ gguf_table = ""
 if RUN_GGUF:
     result = gguf_baseline(GGUF_MODEL, **sizes)
     (RESULTS / "gguf.json").write_text(dumps(result), encoding="utf-8")
-    print(baseline_table(result))
+    baseline = elastickv.load(RESULTS / "gguf.json")
+    print(baseline)
     names = ("tokens_per_s", "kv_bytes_per_token", "stored_ratio")
-    lines = [[f"llama.cpp {c['cache']}", *(shown(c[name]) for name in names)] for c in result["caches"]]
-    lines += [[f"ElasticKV {own['recipe']}", "", *(shown(own[name]) for name in names[1:])] for own in result["formats"]]
+    lines = [[f"llama.cpp {c['cache']}", *(shown(c[name]) for name in names)] for c in baseline["caches"]]
+    lines += [[f"ElasticKV {own['recipe']}", "", *(shown(own[name]) for name in names[1:])] for own in baseline["formats"]]
     note = "ElasticKV keeps sinks and window in 16 bit: its bytes are those of the whole cache at this context."
     gguf_table = html_table(["cache", "tokens/s", "KV bytes a token", "1/x of 16 bit"], lines, [note])
 else:

@@ -38,12 +38,12 @@ def test_a_measurement_holds_shows_and_saves_what_the_command_does(measured, tmp
     assert found.outcome == "pass" and found.complete
     plain = found.as_dict()
     assert json.loads(found.to_json()) == plain and dict(found) == plain and len(found) == len(plain)
-    assert str(found) == FORMATS["table"](plain) and repr(found).startswith("<Measurement: ")
+    assert str(found) == FORMATS["table"](found.result) and repr(found).startswith("<Measurement: ")
     (row,) = found.rows()
     assert row["speedup"] == found["speedup"]["estimate"] and row["seq"] == 340
     for suffix, name in ((".json", "json"), (".csv", "csv"), (".md", "md"), (".html", "html"), (".txt", "table")):
         found.save(tmp_path / f"r{suffix}")
-        assert (tmp_path / f"r{suffix}").read_text() == FORMATS[name](plain)
+        assert (tmp_path / f"r{suffix}").read_text() == FORMATS[name](found.result)
     again = elastickv.load(tmp_path / "r.json")
     assert isinstance(again, Measurement) and again == found
     assert {row.verdict for row in elastickv.compare(found, again).rows} == {"SAME"}
@@ -153,8 +153,8 @@ def damaged(**changes):
         ("x.json", json.dumps(ORIGINAL), "no result of `elastickv bench`"),
         ("x.json", json.dumps(damaged(schema_version="2.0")), "schema 2.0"),
         ("x.json", json.dumps(damaged(contenders=...)), "contenders"),
-        ("x.json", json.dumps(damaged(noise_floor={"estimate": 1})), "lacks figures"),
-        ("x.json", json.dumps(damaged(ceilings=5)), "lacks figures"),
+        ("x.json", json.dumps(damaged(noise_floor={"estimate": 1})), "lacks noise_floor.low"),
+        ("x.json", json.dumps(damaged(ceilings=5)), "has a int in ceilings"),
         ("x.jsonl", 2 * (json.dumps(result()) + "\n"), "holds 2 values"),
         ("x.jsonl", json.dumps(result()) + "\n{", "one cut off"),
         ("x.json", json.dumps({"sweep": {}}), "holds no cells"),

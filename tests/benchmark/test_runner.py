@@ -10,7 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from elastickv.benchmark import Gate, Options, prepare, run
+from elastickv.benchmark import Gate, Options, Result, prepare, run
 from elastickv.benchmark import run as _run_function
 from elastickv.benchmark.schema import SCHEMA_PATH, result_schema
 from elastickv.errors import KernelMismatch, NonFiniteError, UsageError
@@ -258,7 +258,7 @@ def test_an_unpaired_run_interrupted_late_keeps_dense_and_elastic(backend, monke
     assert result.noise_floor is None
     assert not result.faster
     jsonschema.validate(json.loads(FORMATS["json"](result.as_dict())), result_schema())
-    assert "A/A not measured" in FORMATS["table"](result.as_dict())
+    assert "A/A not measured" in FORMATS["table"](result)
 
 
 def test_ctrl_c_while_warming_up_ends_the_run(backend, monkeypatch):
@@ -355,11 +355,12 @@ def test_more_bytes_than_the_device_has_are_refused_with_what_would_fit(backend)
 
 
 def test_telling_formats_hold_the_same_figures(plain):
-    row = dict(zip(*(line.split(",") for line in FORMATS["csv"](plain).splitlines()), strict=True))
+    result = Result.from_dict(plain)
+    row = dict(zip(*(line.split(",") for line in FORMATS["csv"](result).splitlines()), strict=True))
     assert float(row["speedup"]) == plain["speedup"]["estimate"]
     assert json.loads(FORMATS["jsonl"](plain))["recipe"]["hash"] == row["recipe_hash"]
-    assert plain["recipe"]["hash"] in FORMATS["md"](plain)
-    assert "Reference <CPU> [1]" in FORMATS["table"](plain)
+    assert plain["recipe"]["hash"] in FORMATS["md"](result)
+    assert "Reference <CPU> [1]" in FORMATS["table"](result)
     numbers = re.findall(r": (-?[0-9][^,\n]*)", FORMATS["json"](plain))
     assert numbers
     assert all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", number) for number in numbers)
@@ -386,7 +387,7 @@ def test_a_peer_with_8_bit_keys_and_values_is_measured_and_never_the_baseline(ba
     assert result["baseline"]["name"] == "fake-dense"
     assert "fake-fast" not in result["baseline"]["candidates_ms"]
     assert result["baseline"]["not_run"]["fake-gone"] == "no kernel for this"
-    assert "warning: fake-gone was not measured: no kernel for this" in FORMATS["table"](result)
+    assert "warning: fake-gone was not measured: no kernel for this" in FORMATS["table"](Result.from_dict(result))
     timed = {timing["name"]: timing for timing in result["contenders"]}
     assert timed["fake-fast"]["kind"] == "peer"
     assert timed["fake-fast"]["dtype"] == "fp8"

@@ -17,6 +17,7 @@ from elastickv.evaluation.texts import Text, windows
 from elastickv.recipe import Recipe
 from elastickv.results.formats import plain_json
 from elastickv.results.formats.fidelity_table import fidelity_tables
+from elastickv.results.kinds.evaluation_result import EvaluationResult
 from tests.helpers.tiny_models import TEXT, tiny_llama
 
 TEXTS = [Text("letters", TEXT), Text("srettel", TEXT[::-1])]
@@ -87,7 +88,7 @@ def test_the_suggestion_is_within_the_tolerance(result):
 
 def test_the_result_is_json_and_a_table(result):
     assert json.loads(plain_json.dumps(result))["rows"][0]["windows"] == 2
-    shown = fidelity_tables(result)
+    shown = fidelity_tables(EvaluationResult.from_dict(result))
     for named in ("tiny", "C=4", result["rows"][2]["recipe_hash"], "pass key in", "Largest C within kl=0.001: 1", "left out:"):
         assert named in shown
 

@@ -74,8 +74,8 @@ def test_f05_json_with_what_python_cannot_hold_is_refused(tmp_path, text, suffix
 
 @pytest.mark.parametrize("form", ["table", "md", "csv", "html"])
 def test_f06_half_a_surrogate_in_a_result_is_shown(tmp_path, form):
-    value = json.loads(json.dumps(ORIGINAL))
-    value["inference_cycle"] = {"decode_tokens": "\ud800\x1b[2J", "elastic_total_ms": 1.0}
+    value = result()
+    value["recipe"]["requested"] = "\ud800\x1b[2J"
     path = write(tmp_path, "a.json", value)
     FORMATS[form](compare(path, path)).encode()
 

@@ -26,30 +26,56 @@ ORIGINAL = {
     "inference_cycle": None,
 }  # fmt: skip
 
-# Keys of `elastickv baseline gguf` that are read; the figures are made up.
+_INTERVAL = {"estimate": 1.0, "low": 0.9, "high": 1.1, "level": 0.95, "samples": 3, "block_length": 1}
+
+# What `elastickv baseline gguf` writes; the figures are made up.
 GGUF = {
     "kind": "elastickv-gguf-baseline",
     "version": 1,
     "environment": {"versions": {"elastickv": "0.1.0", "numpy": "2.5.2"}},
+    "command": ["elastickv", "baseline", "gguf"],
     "engine": {"name": "xllamacpp", "version": "1", "device": "AMD EPYC", "backend": "CPU"},
     "threads": 2,
-    "model": {"name": "tiny.gguf"},
+    "model": {
+        "name": "tiny.gguf", "architecture": "llama", "file_bytes": 1 << 20, "layers": 2, "query_heads": 4, "kv_heads": [2, 2],
+        "key_dim": 64, "value_dim": 64, "positions": 2048, "vocabulary": 256,
+    },
     "context": 256,
     "tokens": 4,
+    "rounds": 3,
+    "seed": 0,
     "pairing": "abba",
-    "baseline": "f16",
     "caches": [
         {
             "cache": name,
+            "prompt_tokens_per_s": 1280.0,
+            "prompt_ms": _INTERVAL,
+            "tokens_per_s": 90.0,
+            "step_ms": _INTERVAL,
+            "kv_bytes_per_token": 1024.0,
+            "stored_ratio": 1.0,
+            "fidelity": {
+                "reference": "f16", "text": "morris.txt", "context": 256, "tokens": 8, "perplexity": 20.1,
+                "reference_perplexity": 20.0, "kl_mean": kl, "kl_p95": 2 * kl, "kl_max": 3 * kl, "top1_percent": 100.0,
+            },
             "prompt_s": [0.2, 0.21, 0.19],
             "decode_s": [0.04, 0.05, 0.045],
-            "fidelity": {
-                "reference": "f16", "text": "morris.txt", "context": 256, "tokens": 8,
-                "kl_mean": kl, "kl_p95": 2 * kl, "kl_max": 3 * kl,
-            },
         }
         for name, kl in (("f16", 0.0), ("q8_0", 0.001))
     ],
+    "speedups": {"q8_0": _INTERVAL},
+    "baseline": "f16",
+    "noise_floor": None,
+    "formats": [
+        {
+            "recipe": "int4", "recipe_hash": "0", "kv_bytes_per_token": 4096.0, "kv_bytes_per_cold_token": 4000.0,
+            "stored_ratio": 3.25, "read_ratio": 3.5,
+        }
+    ],
+    "formats_not_counted": None,
+    "bytes_not_counted": None,
+    "fidelity_not_measured": None,
+    "seconds": 1.0,
 }  # fmt: skip
 
 

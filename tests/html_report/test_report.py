@@ -15,7 +15,7 @@ from elastickv import UsageError, report
 from elastickv.html_report.charts.fidelity_charts import front, offers
 from elastickv.sweeps.sweep_result import Sweep
 from tests.helpers.pages import EVIL, Page, evil
-from tests.helpers.results import COMMITTED, ORIGINAL, quiet, result, write
+from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, quiet, result, write
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -250,9 +250,9 @@ def test_a_copy_counts_once_and_is_named(tmp_path):
         ('{"a": NaN}', "holds NaN"),
         ("[]", "holds no result"),
         ('{"kind": "elastickv-fidelity", "version": 2}', "is of version 2"),
-        ('{"kind": "elastickv-fidelity", "version": 1}', "lacks model.name"),
+        ('{"kind": "elastickv-fidelity", "version": 1}', "lacks environment"),
         (json.dumps(result() | {"schema_version": "2.0"}), "is of schema 2.0"),
-        (json.dumps({k: v for k, v in result().items() if k != "roofline"}), "lacks roofline.dense"),
+        (json.dumps({k: v for k, v in result().items() if k != "roofline"}), "lacks roofline"),
         (json.dumps(header(0)), "holds no result"),
     ],
 )
@@ -380,17 +380,21 @@ def test_formats_follow_the_suffix_or_are_refused(tmp_path):
             made.save(tmp_path / name, wanted)
 
 
-def test_a_baselines_price_and_formats_are_shown():
+def test_a_baselines_quality_cost_is_shown():
     value = load(MODEL) | {
         "fidelity": {"reference": "stock", "text": "a text", "context": 512, "tokens": 16, "perplexity": 20.125,
                      "reference_perplexity": 20.0, "kl_mean": 0.0123, "kl_p95": 0.1, "kl_max": 0.2, "top1_percent": 93.75},
-        "formats": [{"recipe": "int4", "kv_bytes_per_token": 4096.0, "stored_ratio": 3.25}],
+        "fidelity_not_measured": None,
     }  # fmt: skip
     made = report(value)
     assert "KL divergence of its predictions is 0.0123 nats a token" in made.content.headline.sentence
-    page = Page(made.html)
-    assert any({"elastic", "0.0123", "20.125"} <= set(cells) for cells in page.rows)
+    assert any({"elastic", "0.0123", "20.125"} <= set(cells) for cells in Page(made.html).rows)
+
+
+def test_our_formats_are_shown_beside_those_of_another_program():
+    page = Page(report(GGUF).html)
     assert any({"int4", "4.0 KiB", "3.25"} <= set(cells) for cells in page.rows)
+    assert any({"q8_0", "0.0010", "20.100"} <= set(cells) for cells in page.rows)
 
 
 def test_a_result_is_never_overwritten(tmp_path):

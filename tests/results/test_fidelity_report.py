@@ -5,6 +5,7 @@ import pytest
 from elastickv.errors import UsageError
 from elastickv.results.formats.fidelity_plot import check_plot, draw
 from elastickv.results.formats.fidelity_table import fidelity_tables
+from elastickv.results.kinds.evaluation_result import EvaluationResult
 
 
 def figure(mean):
@@ -22,23 +23,46 @@ def row(context, compress):
         "ppl_change_percent": figure(compress / 10),
         "kl": figure(compress / 1000),
         "top1_percent": figure(100 - compress),
-        "greedy": {"mean_first_different": 12.4, "tokens": 32, "length_ratio": 1.5},
+        "full_ppl": 20.0,
+        "windows": 2,
+        "scored_tokens": 64,
+        "seconds": 1.0,
+        "recipes": ["int8"],
+        "greedy": {
+            "first_different": [12, 13],
+            "same_rows": 0,
+            "mean_first_different": 12.4,
+            "tokens": 32,
+            "length_ratio": 1.5,
+        },
     }
 
 
 RESULT = {
-    "model": {"name": "a model", "fingerprint": "f00d", "dtype": "fp32", "device": "cpu"},
+    "kind": "elastickv-fidelity",
+    "version": 1,
+    "environment": {},
+    "options": {},
+    "seconds": 1.0,
+    "model": {
+        "name": "a model", "fingerprint": "f00d", "dtype": "fp32", "device": "cpu",
+        "layers": 2, "query_heads": 4, "kv_heads": 2, "head_dim": 64,
+    },
     "texts": ["a text"],
     "calibration": None,
     "rows": [row(context, compress) for context in (2048, 4096) for compress in (2, 4)],
     "needle": [{"tokens": 3500, "depths": [0.0, 0.5, 1.0], "found": {"full": [True] * 3, "C=4": [True, False, True]}}],
     "skipped": ["compress=64 cannot be met"],
     "suggestion": {"tolerance": "ppl=0.5%", "compress": 4, "certain": False},
-}
+}  # fmt: skip
+
+
+def evaluated(**changes):
+    return EvaluationResult.from_dict(RESULT | changes)
 
 
 def test_the_tables_hold_every_figure():
-    lines = fidelity_tables(RESULT).splitlines()
+    lines = fidelity_tables(evaluated()).splitlines()
     assert "not calibrated" in lines[0]
     (line,) = [line for line in lines if "4096" in line and "hash-4" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -57,13 +81,13 @@ def test_the_tables_hold_every_figure():
 
 
 def test_what_was_not_measured_is_left_out():
-    shown = fidelity_tables(RESULT | {"needle": [], "skipped": [], "suggestion": None})
+    shown = fidelity_tables(evaluated(needle=[], skipped=[], suggestion=None))
     assert "pass key" not in shown and "Largest" not in shown
 
 
 def test_no_ratio_within_the_tolerance_is_said():
     suggestion = {"tolerance": "ppl=0.5%", "compress": None, "certain": False}
-    assert "No C that was measured is within ppl=0.5%." in fidelity_tables(RESULT | {"suggestion": suggestion})
+    assert "No C that was measured is within ppl=0.5%." in fidelity_tables(evaluated(suggestion=suggestion))
 
 
 def test_a_figure_of_an_unknown_kind_is_refused(tmp_path):
@@ -74,12 +98,12 @@ def test_a_figure_of_an_unknown_kind_is_refused(tmp_path):
 def test_without_matplotlib_the_command_that_installs_it_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("elastickv.results.formats.fidelity_plot.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'pip install "elastickv\[report\]"'):
-        draw(RESULT, tmp_path / "figure.svg")
+        draw(evaluated(), tmp_path / "figure.svg")
 
 
-@pytest.mark.parametrize("result", [RESULT, RESULT | {"needle": []}], ids=["with retrieval", "without"])
-def test_a_figure_is_drawn(result, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"needle": []}], ids=["with retrieval", "without"])
+def test_a_figure_is_drawn(changes, tmp_path):
     pytest.importorskip("matplotlib")
-    draw(result, tmp_path / "figure.svg")
+    draw(evaluated(**changes), tmp_path / "figure.svg")
     text = (tmp_path / "figure.svg").read_text(encoding="utf-8")
     assert "<svg" in text

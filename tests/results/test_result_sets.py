@@ -3,16 +3,16 @@
 import copy
 import itertools
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
 from elastickv.benchmark import Options, Result, run
+from elastickv.benchmark.from_dict import LARGEST, LEAST, LEAST_TIME, LONGEST_TIME
 from elastickv.benchmark.stats.intervals import SummaryStats, ratio_interval, ratio_of_summaries
 from elastickv.errors import UsageError
 from elastickv.results.compare.matching import comparability_warnings, match
 from elastickv.results.compare.result_sets import read_result_set
-from elastickv.results.field_reader import LEAST_TIME, LONGEST_TIME, Reader
 from elastickv.results.formats import FORMATS
 from elastickv.sweeps.sweep_result import Sweep
 from tests.helpers.reference_backend import ReferenceBackend, measure_with
@@ -289,7 +289,7 @@ def test_a_result_just_measured_is_read_as_its_file_is(tmp_path, monkeypatch):
     measured = run(Options(**options, compress=1.3, inference=True, decode_tokens=4, layers=2))
     [in_memory] = read_result_set(measured, "A").runs
     path = tmp_path / "result.json"
-    path.write_text(FORMATS["json"](measured.as_dict()), encoding="utf-8")
+    path.write_text(FORMATS["json"](measured), encoding="utf-8")
     [from_file] = read_result_set(path, "A").runs
     assert replace(from_file, source="A") == in_memory
     assert set(in_memory.figures) == {"step", "cycle of 4"}
@@ -303,8 +303,7 @@ def test_the_bounds_of_times_that_tell_nothing_are_figures_to_a_reader(paired, b
     for numerator in itertools.product((shortest, longest), repeat=bounds):
         for denominator in itertools.product((shortest, 1.0, longest), repeat=bounds):
             found = ratio_interval(numerator, denominator, paired=paired)
-            reader = Reader("a file", asdict(found))
-            assert reader.positive("low") <= reader.positive("estimate") <= reader.positive("high")
+            assert LEAST <= found.low <= found.estimate <= found.high <= LARGEST
     spread = SummaryStats(shortest, longest, 2)
-    reader = Reader("a file", asdict(ratio_of_summaries(spread, SummaryStats(longest, 0.0, 2))))
-    assert reader.positive("low") < reader.positive("estimate") < reader.positive("high")
+    found = ratio_of_summaries(spread, SummaryStats(longest, 0.0, 2))
+    assert LEAST <= found.low < found.estimate < found.high <= LARGEST

@@ -1,12 +1,15 @@
 """The result of a run: one value that every exporter reads. Its JSON is described by `result.schema.json`."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from elastickv.benchmark.accuracy import SampleAccuracy
+from elastickv.benchmark.from_dict import POSITIVE, SIGNED, Count, Duration, Keys, Positive, from_dict, to_dict
 from elastickv.benchmark.gate import Verdict
 from elastickv.benchmark.roofline import RooflinePoint
 from elastickv.benchmark.stats.intervals import Interval
+from elastickv.errors import UsageError
 from elastickv.kvcache.error_metrics import ErrorSummary
 
 SCHEMA_VERSION = "1.0"
@@ -42,16 +45,16 @@ class Gpu:
 class Configuration:
     """What was asked for; `dense` where one dense dtype was, and null where the fastest was sought."""
 
-    seq_len: int
-    heads: int
-    head_dim: int
-    compression: int | float
+    seq_len: Count
+    heads: Count
+    head_dim: Count
+    compression: Annotated[int | float, POSITIVE]
     reps: int
     warmup: int
-    batch: int
-    kv_heads: int
+    batch: Count
+    kv_heads: Count
     dtype: str
-    seed: int
+    seed: Annotated[int, SIGNED]
     paired_baseline: bool
     cache: str
     time_limit_s: float | None
@@ -86,21 +89,21 @@ class InferenceCycle:
     """
 
     decode_tokens: int
-    baseline_total_ms: float
-    elastic_total_ms: float
+    baseline_total_ms: Positive
+    elastic_total_ms: Positive
     baseline_tokens_per_sec: float
     elastic_tokens_per_sec: float
-    speedup_vs_baseline: float
+    speedup_vs_baseline: Positive
     speedup_low: float | None
     speedup_high: float | None
-    layers: int
-    raw_token_latencies_ms: dict[str, list[list[float]]]
+    layers: Count
+    raw_token_latencies_ms: Annotated[dict[str, list[list[Duration]]], Keys(("dense", "elastic"))]
     rounds: int
     baseline_name: str
     raw_baseline_total_ms: float
     raw_elastic_total_ms: float
     baseline_token_latency_ms: dict[str, float]
-    elastic_token_latency_ms: dict[str, float]
+    elastic_token_latency_ms: Annotated[dict[str, float], Keys(("p50", "p99")), POSITIVE]
     cuda_graphs: bool
     graph_nodes: int | None
     kernel_nodes_per_layer_step: float | None = None
@@ -118,9 +121,9 @@ class RecipeUsed:
     text: str
     hash: str
     requested: str
-    ratio_read: float
-    ratio_stored: float
-    dense_bytes_per_step: float
+    ratio_read: Positive
+    ratio_stored: Positive
+    dense_bytes_per_step: Positive
     bytes_per_step: dict[str, float]
     largest_step_bytes: float
     stored_bytes: int
@@ -136,7 +139,7 @@ class Timing:
     kind: str
     version: str
     dtype: str
-    time_ms: float
+    time_ms: Positive
     time_std_ms: float
     coefficient_of_variation: float
     kv_bandwidth_gbs: float
@@ -154,7 +157,7 @@ class Baseline:
 
     name: str
     version: str
-    time_ms: float
+    time_ms: Positive
     memory_bandwidth_gbs: float
     memory_efficiency_percent: float
     candidates_ms: dict[str, float]
@@ -207,29 +210,48 @@ class Result:
     recipe: RecipeUsed
     baseline: Baseline
     contenders: list[Timing]
-    speedup: Interval
+    speedup: Annotated[Interval, POSITIVE]
     pairing: str
     faster: bool
-    noise_floor: Interval | None
-    ceilings: dict[str, float]
-    roofline: dict[str, RooflinePoint]
+    noise_floor: Annotated[Interval | None, POSITIVE]
+    ceilings: Annotated[dict[str, float], Keys(("read_gbs", "flops_gflops")), POSITIVE]
+    roofline: Annotated[dict[str, RooflinePoint], Keys(("dense", "elastic")), POSITIVE]
     fidelity: RecipeErrors
     convergence: Convergence
     telemetry: dict[str, Any]
     environment: dict[str, Any]
     verdict: Verdict | None
     warnings: list[str]
-    samples: dict[str, list[float]] = field(repr=False)
+    samples: Annotated[dict[str, list[Duration]], Keys(("elastic",))] = field(repr=False)
     sample_order: list[str] = field(repr=False)
     flagged_samples: dict[str, list[int]] = field(repr=False)
 
+    @classmethod
+    def from_dict(cls, value: Any, source: str = "the result") -> "Result":
+        """Return the result that `as_dict` made these JSON values of.
+
+        Fields that older files lack get their defaults; keys of later minor versions are ignored.
+
+        Parameters
+        ----------
+        source : what error messages call the value: its file.
+
+        Raises
+        ------
+        UsageError : naming the key that is missing, of another type or out of range, or another schema version.
+        """
+        version = value.get("schema_version") if isinstance(value, dict) else None
+        if version is not None and str(version).partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+            todo = "measure again" if _parts(str(version)) < _parts(SCHEMA_VERSION) else "update elastickv, or measure again"
+            written = " ".join(str(version)[:40].split())
+            raise UsageError(f"{source} is of schema {written}, and this program reads {SCHEMA_VERSION}: {todo}")
+        return from_dict(cls, value, source)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON values, keys in documented order."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = to_dict(self)
         return plain
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _parts(version: str) -> tuple[int, ...]:
+    return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else 0 for part in version.split("."))

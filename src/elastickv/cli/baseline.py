@@ -89,7 +89,7 @@ def _measured(baseline: Callable[..., dict[str, Any]], given: dict[str, Any]) ->
     from elastickv.cli.progress import Bar
     from elastickv.results.files import write_text
     from elastickv.results.formats import plain_json
-    from elastickv.results.formats.baseline_table import baseline_table
+    from elastickv.results.measurement import Measurement
 
     output, as_json = given.pop("output"), given.pop("json_")
     with Bar() as bar:
@@ -97,5 +97,5 @@ def _measured(baseline: Callable[..., dict[str, Any]], given: dict[str, Any]) ->
     written = plain_json.dumps(result)
     if output is not None:
         write_text(output, written)
-    click.echo(written if as_json else baseline_table(result), nl=False)
+    click.echo(written if as_json else Measurement(result).shown("table"), nl=False)
     return 0

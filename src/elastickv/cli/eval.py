@@ -39,6 +39,7 @@ def command(**given: Any) -> int:
     from elastickv.results.files import check_writable, write_text
     from elastickv.results.formats import plain_json
     from elastickv.results.formats.fidelity_table import fidelity_tables
+    from elastickv.results.kinds.evaluation_result import EvaluationResult
     from elastickv.transformers.model_loading import NEEDED, load_model, require
 
     require(*NEEDED)
@@ -66,13 +67,14 @@ def command(**given: Any) -> int:
         if calibration is None:
             click.echo(_uncalibrated(given["model"]), err=True)
         result = evaluate(loaded, texts, options, calibration, bar) | {"command": ["elastickv", *sys.argv[1:]]}
-    with shown_after(fidelity_tables(result)):
+    measured = EvaluationResult.from_dict(result)
+    with shown_after(fidelity_tables(measured)):
         if output is not None:
-            write_text(output, fidelity_tables(result) if output.suffix.lower() == ".md" else plain_json.dumps(result))
+            write_text(output, fidelity_tables(measured) if output.suffix.lower() == ".md" else plain_json.dumps(result))
         if plot is not None:
             from elastickv.results.formats.fidelity_plot import draw
 
-            draw(result, plot)
+            draw(measured, plot)
     return 0 if result["complete"] else interrupted()
 
 

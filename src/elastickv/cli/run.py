@@ -39,6 +39,7 @@ def command(**given: Any) -> int:
     from elastickv.results.files import check_writable, write_text
     from elastickv.results.formats import plain_json
     from elastickv.results.formats.generation_table import generation_table
+    from elastickv.results.kinds.model_result import RunResult
     from elastickv.transformers.model_loading import NEEDED, load_model, require
 
     require(*NEEDED)
@@ -68,7 +69,7 @@ def command(**given: Any) -> int:
     with LiveText(loaded.tokenizer) as live, quiet_transformers():
         prepared.generate(live.heard)
     result = prepared.result(("elastickv", *sys.argv[1:]), live.text)
-    click.echo(generation_table(result), err=True, nl=False)
+    click.echo(generation_table(RunResult.from_dict(result)), err=True, nl=False)
     if output is not None:
         write_text(output, plain_json.dumps(result))
     return 0

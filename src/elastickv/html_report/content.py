@@ -1,15 +1,12 @@
 """What the page says: a headline, sections of charts and tables, and what there was nothing to show of."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from elastickv.html_report.charts.style import Chart
-from elastickv.html_report.headline import Headline, headline_of
-from elastickv.html_report.report_data import ReportData
+from elastickv.html_report.headline import Headline
 
 _NARROW = 5  # columns
-_FEW = 2  # devices
 
 
 @dataclass(frozen=True)
@@ -90,22 +87,3 @@ class Content:
     def charts(self) -> list[Chart]:
         """All of them, in order."""
         return [chart for section in self.sections for chart in section.charts]
-
-
-def content_of(facts: ReportData, title: str | None) -> Content:
-    """Return the page of some facts."""
-    from elastickv.html_report.sections import SECTIONS
-
-    sections = [make(facts) for make in SECTIONS]
-    return Content(
-        title=title or _title(facts),
-        headline=headline_of(facts),
-        sections=[section for section in sections if not section.empty],
-        absent=[section for section in sections if section.empty],
-    )
-
-
-def _title(facts: ReportData) -> str:
-    # A processor is told with its threads by some results and without by others.
-    devices = list(dict.fromkeys(re.sub(r" \(\d+ threads\)$", "", provenance.device) for provenance in facts.provenance))
-    return f"ElasticKV on {' and '.join(devices) if len(devices) <= _FEW else f'{len(devices)} devices'}"

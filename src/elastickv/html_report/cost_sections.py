@@ -10,9 +10,9 @@ from elastickv.html_report.speed_sections import BENCH
 from elastickv.results.formats.units import fixed, interval, size
 
 
-def fidelity(facts: ReportData) -> Section:
+def fidelity(data: ReportData) -> Section:
     """Return errors against bytes."""
-    chart, found = error_chart(facts.steps), offers(facts.steps)
+    chart, found = error_chart(data.steps), offers(data.steps)
     best = front(found)
     recipes = (
         {
@@ -36,7 +36,7 @@ def fidelity(facts: ReportData) -> Section:
             "greedy leaves at": loss.greedy,
             "recipe": loss.recipe,
         }
-        for evaluation in facts.evaluations
+        for evaluation in data.evaluations
         for loss in evaluation.losses
     )
     return Section(
@@ -45,19 +45,19 @@ def fidelity(facts: ReportData) -> Section:
         "Fewer bytes to the right, more error upwards. A recipe on the Pareto front is one that no other beats in both at "
         "once. The recipe error is relative L2 of a head's output against dense attention, on real activations; perplexity, KL "
         "and top-1 are of a model that decodes through the cache.",
-        charts=[*([chart] if chart else []), *loss_charts(facts.evaluations)],
+        charts=[*([chart] if chart else []), *loss_charts(data.evaluations)],
         tables=[
             *tables("Recipes by bytes, each where it reads least", recipes, ("recipe", "front")),
             *tables("What a model's predictions lose, with 95 % intervals over windows", losses, ("model", "cache", "recipe")),
         ],
-        notes=[evaluation.suggestion for evaluation in facts.evaluations if evaluation.suggestion],
+        notes=[evaluation.suggestion for evaluation in data.evaluations if evaluation.suggestion],
         missing="a result of elastickv bench with a recipe error, or one of elastickv eval",
     )
 
 
-def needle(facts: ReportData) -> Section:
+def needle(data: ReportData) -> Section:
     """Return the pass keys found."""
-    charts, left = needle_charts(facts.evaluations)
+    charts, left = needle_charts(data.evaluations)
     rows = (
         {
             "model": evaluation.model,
@@ -66,7 +66,7 @@ def needle(facts: ReportData) -> Section:
             "found": str(found.hits),
             "of": str(found.tried),
         }
-        for evaluation in facts.evaluations
+        for evaluation in data.evaluations
         for found in evaluation.needles
     )
     return Section(
@@ -81,7 +81,7 @@ def needle(facts: ReportData) -> Section:
     )
 
 
-def models(facts: ReportData) -> Section:
+def models(data: ReportData) -> Section:
     """Return whole models, decoding with each cache."""
     rows = (
         {
@@ -92,13 +92,13 @@ def models(facts: ReportData) -> Section:
             "ms a token": interval(cache.step_ms, 2),
             "tokens/s": fixed(cache.tokens_per_s, 2),
             "speed-up": _ratio(model, cache),
-            "KL, nats": fixed(cache.price.kl if cache.price else None, 4),
-            "perplexity": fixed(cache.price.perplexity if cache.price else None, 3),
+            "KL, nats": fixed(cache.quality.kl_mean if cache.quality else None, 4),
+            "perplexity": fixed(cache.quality.perplexity if cache.quality else None, 3),
             "× of the floor": fixed(cache.of_floor, 2),
             "first token, s": fixed(cache.first_token_s, 3),
-            "result": facts.names[model.provenance.source],
+            "result": data.names[model.provenance.source],
         }
-        for model in facts.models
+        for model in data.models
         for cache in model.caches
     )
     return Section(
@@ -106,11 +106,11 @@ def models(facts: ReportData) -> Section:
         "Whole model",
         "A model that decodes with the stock cache, a static one and the elastic one in turns; 95 % intervals. The floor is a "
         "step's bytes, weights and cache, at the measured read ceiling.",
-        charts=list(model_charts(facts.models)),
+        charts=list(model_charts(data.models)),
         tables=tables("Decoding with each cache", rows, ("model", "asked", "cache", "result")),
         notes=[
             f"{model.model}, {model.context} × {model.batch}: {name} was not run: {why}"
-            for model in facts.models
+            for model in data.models
             for name, why in model.not_run.items()
         ],
         missing="a result of elastickv bench --model, or of elastickv baseline",
@@ -120,13 +120,13 @@ def models(facts: ReportData) -> Section:
 def _ratio(model: ModelRun, cache: ModelCache) -> str:
     """Return the ratios that belong to a cache: of the elastic one against each other, in that one's row."""
     name = cache.name
-    provenance = [r for r in model.ratios if (r.slow if r.fast == "elastic" else r.fast) == name]
-    return "; ".join(f"{ratio.fast} / {ratio.slow} {interval(ratio.times, 3, '×')}" for ratio in provenance)
+    ratios = [r for r in model.ratios if (r.slow if r.fast == "elastic" else r.fast) == name]
+    return "; ".join(f"{ratio.fast} / {ratio.slow} {interval(ratio.times, 3, '×')}" for ratio in ratios)
 
 
-def memory(facts: ReportData) -> Section:
+def memory(data: ReportData) -> Section:
     """Return bytes read and stored, and what a model holds."""
-    chart = memory_chart(facts.steps)
+    chart = memory_chart(data.steps)
     held = (
         {
             "model": model.model,
@@ -141,7 +141,7 @@ def memory(facts: ReportData) -> Section:
             "held 1/": fixed(cache.held_ratio, 2),
             "peak beyond weights": size(cache.peak_bytes),
         }
-        for model in facts.models
+        for model in data.models
         for cache in model.caches
     )
     formats = (
@@ -149,10 +149,10 @@ def memory(facts: ReportData) -> Section:
             "model": model.model,
             "context": str(model.context),
             "our format": own.recipe,
-            "KV a token": size(own.bytes_per_token),
-            "stored 1/": fixed(own.stored, 2),
+            "KV a token": size(own.kv_bytes_per_token),
+            "stored 1/": fixed(own.stored_ratio, 2),
         }
-        for model in facts.models
+        for model in data.models
         for own in model.formats
     )
     return Section(
@@ -163,7 +163,7 @@ def memory(facts: ReportData) -> Section:
         "page lists, sinks and window.",
         charts=[chart] if chart else [],
         tables=[
-            *tables("One layer's keys and values, in one step", _bytes(facts.steps), ("recipe", "shape")),
+            *tables("One layer's keys and values, in one step", _bytes(data.steps), ("recipe", "shape")),
             *tables("A model's memory", held, ("model", "cache")),
             *tables("Our formats for the same layers, beside those of another program", formats, ("model", "our format")),
         ],
@@ -178,11 +178,11 @@ def _bytes(steps: Sequence[Step]) -> Iterator[dict[str, str]]:
                 "recipe": step.what,
                 "context": str(step.context),
                 "shape": step.shape,
-                "dense reads": size(step.memory.dense),
-                "reads": size(sum(step.memory.read.values())),
+                "dense reads": size(step.memory.dense_bytes_per_step),
+                "reads": size(sum(step.read_bytes.values())),
                 "read 1/": fixed(step.read, 2),
-                "largest step": size(step.memory.largest_step),
-                "stored": size(step.memory.stored),
+                "largest step": size(step.memory.largest_step_bytes),
+                "stored": size(step.memory.stored_bytes),
                 "stored 1/": fixed(step.stored, 2),
             }
 

@@ -26,11 +26,11 @@ class Download:
         return "data:application/gzip;base64," + base64.b64encode(self.content).decode("ascii")
 
 
-def downloads(facts: ReportData) -> list[Download]:
+def downloads(data: ReportData) -> list[Download]:
     """Return the raw samples as CSV and the whole results as JSON Lines, both compressed: gunzip them."""
-    samples = _samples(facts)
+    samples = _samples(data)
     found = [Download("samples.csv.gz", "every raw sample, milliseconds", _packed(samples))] if samples else []
-    lines = "".join(json.dumps(document.value, allow_nan=False) + "\n" for document in facts.documents)
+    lines = "".join(json.dumps(document.value, allow_nan=False) + "\n" for document in data.documents)
     return [*found, Download("results.jsonl.gz", "the results whole; after gunzip elastickv reads them again", _packed(lines))]
 
 
@@ -39,10 +39,10 @@ def _packed(text: str) -> bytes:
     return gzip.compress(text.encode("utf-8", "backslashreplace"), mtime=0)
 
 
-def _samples(facts: ReportData) -> str:
+def _samples(data: ReportData) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    rows = list(_rows(facts))
+    rows = list(_rows(data))
     if not rows:
         return ""
     writer.writerow(("result", "figure", "contender", "number", "ms", "flagged"))
@@ -50,14 +50,14 @@ def _samples(facts: ReportData) -> str:
     return out.getvalue()
 
 
-def _rows(facts: ReportData) -> Iterator[tuple[str, str, str, int, float, bool]]:
-    for step in facts.steps:
+def _rows(data: ReportData) -> Iterator[tuple[str, str, str, int, float, bool]]:
+    for step in data.steps:
         source = step.provenance.source
         for name, series in step.samples_ms.items():
             flagged = set(step.flagged.get("baseline" if name == step.baseline else name, ()))
             yield from ((source, "step", name, i, time, i in flagged) for i, time in enumerate(series))
         for name, series in step.token_ms.items():
             yield from ((source, "token", name, i, time, False) for i, time in enumerate(series))
-    for model in facts.models:
+    for model in data.models:
         for cache in model.caches:
             yield from ((model.provenance.source, "model token", cache.name, i, t, False) for i, t in enumerate(cache.token_ms))

@@ -1,4 +1,4 @@
-"""The sentence that a page begins with: one result, its speed with its interval, and its price beside it."""
+"""The sentence that a page begins with: one result, its speed-up with its interval, and its quality cost."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from elastickv.html_report.report_data import Evaluation, IntervalEstimate, ModelRun, ReportData, Step
 from elastickv.results.formats.units import fixed, interval
 
-PRICE_UNKNOWN = "recipe error not measured"
+ERROR_UNKNOWN = "recipe error not measured"
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class Headline:
 
     Attributes
     ----------
-    source : the result that it is of.
-    sentence : what it says, with the interval and the price.
-    tiles : its figures one by one: what, how much, and what that means.
+    source : the result that it describes.
+    sentence : its speed-up with the interval, and its quality cost.
+    tiles : its figures one by one: label, value, and a note.
     beside : sentences on all the results together.
     """
 
@@ -27,12 +27,12 @@ class Headline:
     beside: Sequence[str]
 
 
-def headline_of(facts: ReportData) -> Headline:
+def headline_of(data: ReportData) -> Headline:
     """Return the headline: of a decode step where one was measured, else of a model's decode, else of its predictions."""
-    step = best_step(facts.steps)
+    step = best_step(data.steps)
     if step is not None:
-        return _of_step(step, [*_all_steps(facts.steps), *_all_models(facts.models)])
-    return _of_model(best_model(facts.models)) if facts.models else _of_evaluation(facts.evaluations[0])
+        return _of_step(step, [*_all_steps(data.steps), *_all_models(data.models)])
+    return _of_model(best_model(data.models)) if data.models else _of_evaluation(data.evaluations[0])
 
 
 def best_step(steps: Sequence[Step]) -> Step | None:
@@ -46,11 +46,11 @@ def best_model(models: Sequence[ModelRun]) -> ModelRun:
     return max(models, key=lambda model: _rank(model.best.times if model.best else None))
 
 
-def _rank(found: IntervalEstimate | None) -> tuple[bool, float]:
-    """Return by what speed-ups are ordered; those with an interval come first."""
-    if found is None:
+def _rank(ratio: IntervalEstimate | None) -> tuple[bool, float]:
+    """Return the key that orders speed-ups; those with an interval come first."""
+    if ratio is None:
         return (False, 0.0)
-    return (found.low is not None, found.estimate if found.low is None else found.low)
+    return (ratio.low is not None, ratio.estimate if ratio.low is None else ratio.low)
 
 
 def _of_step(step: Step, beside: Sequence[str]) -> Headline:
@@ -59,10 +59,10 @@ def _of_step(step: Step, beside: Sequence[str]) -> Headline:
     fast = f"at {interval(ratio)} times the speed of {step.baseline}" if ratio else f"in {step.elastic_ms:.4g} ms"
     bounds = "95 % interval" if ratio and ratio.low is not None else "no interval in the file"
     reads = f", and reads 1/{step.read:.2f} of the dense bytes" if step.read else ""
-    price = (
-        f"Its recipe error is {error.mean:.4f} on average and {error.p95:.4f} at the 95th percentile{_measured_of(step)}."
+    cost = (
+        f"Its recipe error is {error.mean:.4f} on average and {error.p95:.4f} at the 95th percentile{_error_source(step)}."
         if error
-        else f"Its {PRICE_UNKNOWN}: the speed alone says nothing of what the output lost."
+        else f"Its {ERROR_UNKNOWN}: the speed alone says nothing of what the output lost."
     )
     tiles = [
         ("speed-up", f"{ratio.estimate:.3f}×" if ratio else "-", f"{_range(ratio)} against {step.baseline}"),
@@ -72,24 +72,24 @@ def _of_step(step: Step, beside: Sequence[str]) -> Headline:
     ]
     return Headline(
         step.provenance.source,
-        f"On {where}, {step.what} decodes {fast} ({bounds}){reads}. {price}",
+        f"On {where}, {step.what} decodes {fast} ({bounds}){reads}. {cost}",
         tiles,
         beside,
     )
 
 
-def _measured_of(step: Step) -> str:
-    """Return what the error was measured of, where that is another recipe than the one that was timed."""
+def _error_source(step: Step) -> str:
+    """Return what the error was measured on, and of which recipe where that is not the one that was timed."""
     if step.error is None:
         return ""
-    other = f" of {step.error.recipe}, the recipe for that context" if step.error.recipe != step.recipe else ""
-    return f" (relative L2 against dense attention; {step.error.where}{other})"
+    other = f" of {step.error_recipe}, the recipe for that context" if step.error_recipe != step.recipe else ""
+    return f" (relative L2 against dense attention; {step.error.measured_on}{other})"
 
 
-def _range(found: IntervalEstimate | None) -> str:
-    if found is None:
+def _range(ratio: IntervalEstimate | None) -> str:
+    if ratio is None:
         return "no ratio in the file"
-    return "no interval" if found.low is None else f"[{found.low:.3f}, {found.high:.3f}]"
+    return "no interval" if ratio.low is None else f"[{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
 def _of_model(model: ModelRun) -> Headline:
@@ -102,23 +102,24 @@ def _of_model(model: ModelRun) -> Headline:
         fast = f"decodes {fixed(own.tokens_per_s, 2)} tokens/s; no other cache ran beside it"
     reads = f", and reads 1/{own.read_ratio:.2f} of the dense 16-bit bytes" if own.read_ratio else ""
     requested = f" ({model.requested})" if model.requested else ""
-    price = (
-        f"The KL divergence of its predictions is {own.price.kl:.4f} nats a token, and {own.price.top1_percent:.1f} % of the "
-        f"most likely tokens are the same ({own.price.on})."
-        if own.price
+    delta = own.quality
+    cost = (
+        f"The KL divergence of its predictions is {delta.kl_mean:.4f} nats a token, and {delta.top1_percent:.1f} % of the "
+        f"most likely tokens are the same ({delta.tokens} tokens of {delta.text}, against {delta.reference})."
+        if delta
         else "What its predictions lose was not measured in this file: `elastickv eval` does."
     )
     ratio = own.read_ratio or own.stored_ratio
     tiles = [
         ("speed-up", f"{best.times.estimate:.3f}×" if best else "-", _range(best.times) if best else "nothing beside it"),
         (f"bytes {'read' if own.read_ratio else 'stored'}", f"1/{ratio:.2f}" if ratio else "-", "of dense 16 bit"),
-        ("KL", f"{own.price.kl:.4f}" if own.price else "-", "nats a token" if own.price else "not measured"),
+        ("KL", f"{delta.kl_mean:.4f}" if delta else "-", "nats a token" if delta else "not measured"),
         ("a token", f"{own.step_ms.estimate:.2f} ms" if own.step_ms else "-", "whole model"),
     ]
     where = f"On {model.provenance.device}, {model.context} tokens × {model.batch}"
     return Headline(
         model.provenance.source,
-        f"{where}, {model.model} with the cache '{own.name}'{requested} {fast}{reads}. {price}",
+        f"{where}, {model.model} with the cache '{own.name}'{requested} {fast}{reads}. {cost}",
         tiles,
         (),
     )
@@ -127,9 +128,9 @@ def _of_model(model: ModelRun) -> Headline:
 def _of_evaluation(evaluation: Evaluation) -> Headline:
     measured = [loss for loss in evaluation.losses if loss.read is not None]
     if not measured:
-        found, tried = (sum(getattr(needle, name) for needle in evaluation.needles) for name in ("hits", "tried"))
-        sentence = f"{evaluation.model} finds {found} of {tried} pass keys, over all caches and depths that were tried."
-        return Headline(evaluation.provenance.source, sentence, [("pass keys", f"{found} of {tried}", "all caches")], ())
+        hits, tried = (sum(getattr(needle, name) for needle in evaluation.needles) for name in ("hits", "tried"))
+        sentence = f"{evaluation.model} finds {hits} of {tried} pass keys, over all caches and depths that were tried."
+        return Headline(evaluation.provenance.source, sentence, [("pass keys", f"{hits} of {tried}", "all caches")], ())
     most = max(measured, key=lambda loss: (loss.read or 0, loss.context))
     ppl, kl, top1 = interval(most.ppl_percent, 2, " %"), interval(most.kl, 4), interval(most.top1_percent, 1, " %")
     tiles = [

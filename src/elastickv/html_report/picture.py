@@ -6,12 +6,11 @@ from typing import Any
 
 from elastickv.html_report.charts.style import INK, Chart, drawing, shown
 from elastickv.html_report.content import Content
-from elastickv.html_report.report_data import ReportData
 
 MOST = 4
 
 
-def picture(content: Content, facts: ReportData) -> bytes:
+def picture(content: Content) -> bytes:
     """Return a PNG: title, headline and the first chart of each of the first sections that have one."""
     from matplotlib.figure import Figure
 
@@ -37,8 +36,8 @@ def picture(content: Content, facts: ReportData) -> bytes:
     return out.getvalue()
 
 
-def _height(charts: list[Chart], place: int) -> float:
-    return charts[place].height + 24 if place < len(charts) else 0
+def _height(charts: list[Chart], number: int) -> float:
+    return charts[number].height + 24 if number < len(charts) else 0
 
 
 def _plain(text: str) -> str:

@@ -10,16 +10,16 @@ from elastickv.html_report.report_data import Provenance, ReportData
 _MOST_NAMES = 6
 
 
-def warnings(facts: ReportData) -> Section:
+def warnings(data: ReportData) -> Section:
     """Return every warning, caution and telemetry flag, what sweeps did not measure, and what was left out."""
     said: dict[str, list[str]] = defaultdict(list)
-    for provenance in facts.provenance:
+    for provenance in data.provenance:
         for warning in provenance.warnings:
-            said[warning].append(facts.names[provenance.source])
+            said[warning].append(data.names[provenance.source])
     said_rows = ({"warning": what, "results": str(len(names)), "which": _listed(names)} for what, names in said.items())
-    cells = ({"cell": cell, "why": why} for cell, why in facts.not_measured.items())
-    left = ({"note": note} for note in facts.notes)
-    clean = sum(not provenance.warnings for provenance in facts.provenance)
+    cells = ({"cell": cell, "why": why} for cell, why in data.not_measured.items())
+    left = ({"note": note} for note in data.notes)
+    clean = sum(not provenance.warnings for provenance in data.provenance)
     found = [
         *tables("What the results themselves say", said_rows, ("warning", "which")),
         *tables("Cells of sweeps that have no result", cells, ("cell", "why")),
@@ -28,15 +28,15 @@ def warnings(facts: ReportData) -> Section:
     return Section(
         "warnings",
         "Warnings",
-        f"{clean} of {len(facts.provenance)} results came without a warning, a caution or a telemetry flag.",
+        f"{clean} of {len(data.provenance)} results came without a warning, a caution or a telemetry flag.",
         tables=found or tables("Warnings", [{"warning": "none"}], ("warning",)),
     )
 
 
-def environment(facts: ReportData) -> Section:
+def environment(data: ReportData) -> Section:
     """Return what the results were measured in: one row for results that share all of it."""
     groups: dict[tuple[tuple[str, str], ...], list[Provenance]] = defaultdict(list)
-    for provenance in facts.provenance:
+    for provenance in data.provenance:
         told_of = {"device": provenance.device, **provenance.environment}
         groups[tuple(told_of.items())].append(provenance)
     settings = list(dict.fromkeys(name for items in groups for name, _ in items))
@@ -48,7 +48,7 @@ def environment(facts: ReportData) -> Section:
         rows.append(
             {name: found[number] for name, found in values.items() if len(set(found)) > 1}
             | {"measured, UTC": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"}
-            | {"results": f"{len(members)}: {_listed([facts.names[provenance.source] for provenance in members])}"}
+            | {"results": f"{len(members)}: {_listed([data.names[provenance.source] for provenance in members])}"}
         )
     return Section(
         "environment",
@@ -62,13 +62,13 @@ def environment(facts: ReportData) -> Section:
     )
 
 
-def commands(facts: ReportData) -> Section:
+def commands(data: ReportData) -> Section:
     """Return the exact commands, as the files hold them; results of one command, as of a sweep, together."""
     groups: dict[str, list[str]] = defaultdict(list)
-    for source, command in facts.sweeps:
+    for source, command in data.sweeps:
         groups[shlex.join(command)].append(source)
-    for provenance in facts.provenance:
-        groups[shlex.join(provenance.command)].append(facts.names[provenance.source])
+    for provenance in data.provenance:
+        groups[shlex.join(provenance.command)].append(data.names[provenance.source])
     unknown = groups.pop("", [])
     return Section(
         "commands",

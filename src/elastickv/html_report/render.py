@@ -6,6 +6,7 @@ from elastickv.errors import printable
 from elastickv.html_report.charts.style import themed
 from elastickv.html_report.content import Content
 from elastickv.html_report.downloads import Download
+from elastickv.version import __version__
 
 
 def render(content: Content, svgs: dict[str, str], downloads: list[Download], *, printed: bool = False) -> str:
@@ -29,8 +30,6 @@ def _filled(name: str, content: Content, svgs: dict[str, str], downloads: list[D
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    from elastickv import __version__
-
     environment = Environment(
         loader=PackageLoader("elastickv.html_report", "templates"),
         autoescape=True,
@@ -47,5 +46,5 @@ def _filled(name: str, content: Content, svgs: dict[str, str], downloads: list[D
 
 
 def _seen(value: Any) -> Any:
-    """Return a text with what can't be seen in it shown; markup of ours as it is."""
+    """Return a text with invisible characters shown; our own markup unchanged."""
     return printable(value) if type(value) is str else value

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.html_report.content import Content, content_of
+from elastickv.html_report.content import Content
+from elastickv.html_report.downloads import downloads
+from elastickv.html_report.load_report_data import load_report_data
+from elastickv.html_report.markdown import markdown_of
+from elastickv.html_report.render import render, render_fragment
 from elastickv.html_report.report_data import ReportData
-from elastickv.html_report.report_rows import rows_of
-from elastickv.html_report.sources import load_report_data
+from elastickv.html_report.report_rows import as_dict, rows_of
+from elastickv.html_report.saving import save
+from elastickv.html_report.sections import content_of
 from elastickv.inputs import file_path
+from elastickv.results.formats.plain_json import dumps
+from elastickv.results.formats.rows import frame
 
 FORMATS = ("html", "md", "pdf-ready", "png")
 _SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".png": "png"}
@@ -24,8 +31,8 @@ class Report:
 
     Attributes
     ----------
-    facts : what was given.
-    content : what is said of it.
+    facts : its results.
+    content : headline and sections.
     """
 
     facts: ReportData
@@ -49,8 +56,6 @@ class Report:
     @cached_property
     def markdown(self) -> str:
         """Headline and tables as Markdown, with the figures as files of the folder `report-figures`."""
-        from elastickv.html_report.markdown import markdown_of
-
         return markdown_of(self.content, "report-figures")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -59,9 +64,6 @@ class Report:
 
     def to_json(self) -> str:
         """Return headline, sections and rows as indented JSON."""
-        from elastickv.html_report.report_rows import as_dict
-        from elastickv.results.formats.plain_json import dumps
-
         return dumps(as_dict(self.facts, self.content))
 
     def to_pandas(self) -> Any:
@@ -71,8 +73,6 @@ class Report:
         ------
         UsageError : if pandas is not installed.
         """
-        from elastickv.results.formats.rows import frame
-
         return frame(self.rows())
 
     def save(self, path: Path | str, format: str | None = None) -> None:  # noqa: A002
@@ -87,20 +87,13 @@ class Report:
         ------
         UsageError : if the format is unknown or does not go with the suffix, or the file cannot be written.
         """
-        from elastickv.html_report.saving import save
-
         path = file_path(path)
         save(self, path, chosen_format(path, format))
 
     def _page(self, printed: bool) -> str:
-        from elastickv.html_report.downloads import downloads
-        from elastickv.html_report.render import render
-
         return render(self.content, dict(self.figures), downloads(self.facts), printed=printed)
 
     def _repr_html_(self) -> str:
-        from elastickv.html_report.render import render_fragment
-
         return render_fragment(self.content, dict(self.figures))
 
 
@@ -118,8 +111,8 @@ def report(*results: Any, title: str | None = None) -> Report:
     UsageError : naming what cannot be read or holds no result; if jinja2 or matplotlib is missing.
     """
     check_installed()
-    facts = load_report_data(results)
-    return Report(facts, content_of(facts, title))
+    data = load_report_data(results)
+    return Report(data, content_of(data, title))
 
 
 def check_installed() -> None:

@@ -1,4 +1,4 @@
-"""What the page takes of results: one value a result, whichever program wrote it."""
+"""What the page shows of results: one value a result, whichever program wrote it."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from elastickv.benchmark.result import RecipeUsed, Result, Timing
+from elastickv.benchmark.roofline import RooflinePoint
+from elastickv.results.compare.runs import OutputErrors
 from elastickv.results.documents import Document
+from elastickv.results.kinds.gguf_result import OurFormat
+from elastickv.results.kinds.model_result import QualityDelta
+from elastickv.results.kinds.original_result import OriginalResult
 
 
 @dataclass(frozen=True)
@@ -19,44 +25,11 @@ class IntervalEstimate:
 
 
 @dataclass(frozen=True)
-class ContenderTimes:
-    """One contender's decode step: milliseconds with the interval of their mean."""
+class ContenderTime:
+    """One contender's decode step: its timing, and the interval of its mean in milliseconds."""
 
-    name: str
-    kind: str
-    dtype: str
+    timing: Timing
     time_ms: IntervalEstimate
-
-
-@dataclass(frozen=True)
-class RecipeError:
-    """The recipe error of a result, relative L2: `recipe` is the one that it was measured of, `where` on what."""
-
-    recipe: str
-    where: str
-    mean: float
-    p95: float
-    max: float
-
-
-@dataclass(frozen=True)
-class PlottedPoint:
-    """Where a step stands: floating-point operations per byte, 10^9 of them per second, and the share of what is attainable."""
-
-    intensity: float
-    gflops: float
-    score: float
-    bandwidth_gbs: float
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Bytes of a recipe: what one step reads by part, the largest step, what is stored, and what dense reads."""
-
-    dense: float
-    read: Mapping[str, float]
-    largest_step: float
-    stored: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +43,7 @@ class Provenance:
     date : when, UTC.
     command : what was typed; empty where the file does not tell.
     environment : name -> value, as text.
-    warnings : every caution, telemetry flag and contender that was not run, a line each.
+    warnings : every warning, telemetry flag and contender that was not run, a line each.
     """
 
     source: str
@@ -87,20 +60,24 @@ class Step:
 
     Attributes
     ----------
-    told : how it came about.
+    provenance : how it came about.
+    result : all of it.
     context, batch, heads, kv_heads, head_dim, cache : the workload; cache is 'cold' or 'hot'.
-    compress, requested : what was asked for.
+    compress, requested : the requested C, and the recipe or 'auto'.
     recipe : what was run; None of the original program.
     read, stored : dense bytes / bytes read, and stored.
     elastic_ms, dense_ms, baseline : times of a step, and which contender dense was; None where the file tells none.
     speedup : dense time / elastic time.
     faster : beyond the noise floor; None where that was not measured.
+    error, error_recipe : the recipe error, relative L2, and the recipe that it was measured of.
     cycle : dense time / elastic time of whole decoded tokens.
     contenders : every one that was timed; empty of the original program.
+    memory : the bytes of its recipe.
     samples_ms : milliseconds a step, contender -> series; 'token' series are of a token through all layers.
     """
 
     provenance: Provenance
+    result: Result | OriginalResult
     context: int
     batch: int
     heads: int
@@ -118,13 +95,14 @@ class Step:
     speedup: IntervalEstimate | None
     noise_floor: IntervalEstimate | None
     faster: bool | None
-    error: RecipeError | None
+    error: OutputErrors | None
+    error_recipe: str | None
     cycle: IntervalEstimate | None
-    contenders: Sequence[ContenderTimes]
-    roofline: Mapping[str, PlottedPoint]
+    contenders: Sequence[ContenderTime]
+    roofline: Mapping[str, RooflinePoint]
     read_gbs: float | None
     flops_gflops: float | None
-    memory: MemoryUse | None
+    memory: RecipeUsed | None
     samples_ms: Mapping[str, Sequence[float]]
     token_ms: Mapping[str, Sequence[float]]
     flagged: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -134,6 +112,12 @@ class Step:
         """The workload without its context."""
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         return f"batch {self.batch}, {heads} heads × {self.head_dim}{'' if self.cache == 'cold' else f', {self.cache} cache'}"
+
+    @property
+    def read_bytes(self) -> Mapping[str, float]:
+        """Bytes of the cache that one step reads, by part; query and output do not count into C."""
+        parts = self.memory.bytes_per_step if self.memory else {}
+        return {part: count for part, count in parts.items() if part not in ("query", "output")}
 
     @property
     def requested_label(self) -> str:
@@ -148,33 +132,23 @@ class Step:
 
 @dataclass(frozen=True)
 class ModelCache:
-    """A model's decode with one cache; figures that a file does not tell are None."""
+    """A model's decode with one cache; figures that were not measured are None."""
 
     name: str
     step_ms: IntervalEstimate | None
     tokens_per_s: float | None
-    of_floor: float | None
-    read_ratio: float | None
-    stored_ratio: float | None
-    held_ratio: float | None
-    read_bytes: float | None
-    stored_bytes: float | None
-    held_bytes: float | None
-    peak_bytes: float | None
-    first_token_s: float | None
-    bytes_per_token: float | None
-    price: "ReportedQualityDelta | None"
+    quality: QualityDelta | None
     token_ms: Sequence[float]
-
-
-@dataclass(frozen=True)
-class ReportedQualityDelta:
-    """What a cache does to a model's predictions, against those with another: `on` says with which, and of which text."""
-
-    on: str
-    perplexity: float
-    kl: float
-    top1_percent: float
+    of_floor: float | None = None
+    read_ratio: float | None = None
+    stored_ratio: float | None = None
+    held_ratio: float | None = None
+    read_bytes: float | None = None
+    stored_bytes: float | None = None
+    held_bytes: float | None = None
+    peak_bytes: float | None = None
+    first_token_s: float | None = None
+    bytes_per_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,21 +161,12 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class StoredFormat:
-    """One of our formats for a model that another program ran: bytes of a token in all layers, dense bytes / stored."""
-
-    recipe: str
-    bytes_per_token: float
-    stored: float
-
-
-@dataclass(frozen=True)
 class ModelRun:
     """A whole model, decoding with several caches.
 
     Attributes
     ----------
-    asked : what the elastic cache was given: C or a recipe.
+    requested : C or the recipe of the elastic cache; empty for another program's caches.
     ratios : of the caches' times, those against the baseline first.
     formats : our formats' bytes for the same layers.
     not_run : caches that were not measured, and why.
@@ -215,14 +180,14 @@ class ModelRun:
     requested: str
     caches: Sequence[ModelCache]
     ratios: Sequence[Ratio]
-    formats: Sequence[StoredFormat]
+    formats: Sequence[OurFormat]
     not_run: Mapping[str, str]
 
     @property
     def best(self) -> Ratio | None:
         """The largest ratio against the baseline, by its lower bound."""
-        provenance = [ratio for ratio in self.ratios if ratio.slow == self.ratios[0].slow]
-        return max(provenance, key=lambda ratio: ratio.times.low or 0.0, default=None)
+        candidates = [ratio for ratio in self.ratios if ratio.slow == self.ratios[0].slow]
+        return max(candidates, key=lambda ratio: ratio.times.low or 0.0, default=None)
 
 
 @dataclass(frozen=True)
@@ -242,21 +207,21 @@ class Loss:
 
 @dataclass(frozen=True)
 class Needle:
-    """Pass keys in prompts of one length with one cache: depth -> (found, tried)."""
+    """Pass keys in prompts of one length with one cache: depth -> (right, tried)."""
 
     tokens: int
     cache: str
-    found: Mapping[float, tuple[int, int]]
+    answers: Mapping[float, tuple[int, int]]
 
     @property
     def hits(self) -> int:
-        """How many were found, at all depths."""
-        return sum(there for there, _ in self.found.values())
+        """How many were answered, at all depths."""
+        return sum(hits for hits, _ in self.answers.values())
 
     @property
     def tried(self) -> int:
         """How many there were."""
-        return sum(count for _, count in self.found.values())
+        return sum(count for _, count in self.answers.values())
 
 
 @dataclass(frozen=True)
@@ -275,14 +240,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that was given.
+    """All results of a report.
 
     Attributes
     ----------
-    steps, models, evaluations : results by kind, as given.
+    steps, models, evaluations : results by kind, in the order of the inputs.
     sweeps : what each sweep was to measure: its source and command.
     not_measured : cells of sweeps that have no result, and why.
-    notes : what was left out of what was given, a line each.
+    notes : what was left out of the inputs, a line each.
     documents : the results themselves.
     """
 

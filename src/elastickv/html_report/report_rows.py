@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from elastickv.benchmark.result import Result
 from elastickv.html_report.content import Content
 from elastickv.html_report.report_data import IntervalEstimate, ModelRun, ReportData
+from elastickv.results.kinds.original_result import OriginalResult
+from elastickv.results.metrics import listed_metrics
 
 COLUMNS = (
     "kind", "source", "date_utc", "device", "model", "context", "batch", "heads", "kv_heads", "head_dim", "cache", "asked",
@@ -13,13 +16,14 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def rows_of(facts: ReportData) -> list[dict[str, Any]]:
+def rows_of(data: ReportData) -> list[dict[str, Any]]:
     """Return a row for each step, cache of a model, loss and pass-key cell, all with the columns of `COLUMNS`."""
-    found = [*_steps(facts), *_models(facts), *_evaluations(facts)]
-    return [dict.fromkeys(COLUMNS) | row for row in found]
+    rows = [*_steps(data), *_models(data), *_evaluations(data)]
+    columns = [*COLUMNS, *(name for name, _ in listed_metrics())]
+    return [dict.fromkeys(columns) | row for row in rows]
 
 
-def as_dict(facts: ReportData, content: Content) -> dict[str, Any]:
+def as_dict(data: ReportData, content: Content) -> dict[str, Any]:
     """Return the report as JSON values."""
     headline = content.headline
     return {
@@ -39,10 +43,10 @@ def as_dict(facts: ReportData, content: Content) -> dict[str, Any]:
             for section in content.sections
         ],
         "absent": [section.title for section in content.absent],
-        "rows": rows_of(facts),
-        "notes": list(facts.notes),
-        "not_measured": dict(facts.not_measured),
-        "commands": {provenance.source: list(provenance.command) for provenance in facts.provenance},
+        "rows": rows_of(data),
+        "notes": list(data.notes),
+        "not_measured": dict(data.not_measured),
+        "commands": {provenance.source: list(provenance.command) for provenance in data.provenance},
     }
 
 
@@ -56,13 +60,13 @@ def _common(provenance: Any, kind: str) -> dict[str, Any]:
     }
 
 
-def _speedup(found: IntervalEstimate | None) -> dict[str, Any]:
-    if found is None:
+def _speedup(ratio: IntervalEstimate | None) -> dict[str, Any]:
+    if ratio is None:
         return {}
-    return {"speedup": found.estimate, "speedup_low": found.low, "speedup_high": found.high}
+    return {"speedup": ratio.estimate, "speedup_low": ratio.low, "speedup_high": ratio.high}
 
 
-def _steps(facts: ReportData) -> list[dict[str, Any]]:
+def _steps(data: ReportData) -> list[dict[str, Any]]:
     return [
         _common(step.provenance, "step")
         | {name: getattr(step, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "cache")}
@@ -72,19 +76,25 @@ def _steps(facts: ReportData) -> list[dict[str, Any]]:
         | _speedup(step.speedup)
         | {"cycle_speedup": step.cycle and step.cycle.estimate}
         | {"recipe_error": step.error and step.error.mean, "recipe_error_p95": step.error and step.error.p95}
-        for step in facts.steps
+        | _listed(step.result)
+        for step in data.steps
     ]
 
 
-def _models(facts: ReportData) -> list[dict[str, Any]]:
+def _listed(result: Result | OriginalResult) -> dict[str, Any]:
+    """Return the metrics that are in no other column."""
+    return {name: metric.value(result) for name, metric in listed_metrics()} if isinstance(result, Result) else {}
+
+
+def _models(data: ReportData) -> list[dict[str, Any]]:
     return [
         _common(model.provenance, "model")
         | {"model": model.model, "context": model.context, "batch": model.batch, "cache": cache.name, "asked": model.requested}
         | {"ratio_read": cache.read_ratio, "ratio_stored": cache.stored_ratio, "ms": cache.step_ms and cache.step_ms.estimate}
         | {"tokens_per_s": cache.tokens_per_s, "held_bytes": cache.held_bytes, "peak_bytes": cache.peak_bytes}
-        | {"kl": cache.price and cache.price.kl, "top1_percent": cache.price and cache.price.top1_percent}
+        | {"kl": cache.quality and cache.quality.kl_mean, "top1_percent": cache.quality and cache.quality.top1_percent}
         | _against(model, cache.name)
-        for model in facts.models
+        for model in data.models
         for cache in model.caches
     ]
 
@@ -95,16 +105,16 @@ def _against(model: ModelRun, cache: str) -> dict[str, Any]:
     return {} if ratio is None else {"baseline": ratio.slow} | _speedup(ratio.times)
 
 
-def _evaluations(facts: ReportData) -> list[dict[str, Any]]:
-    found = []
-    for evaluation in facts.evaluations:
+def _evaluations(data: ReportData) -> list[dict[str, Any]]:
+    rows = []
+    for evaluation in data.evaluations:
         common = {"model": evaluation.model}
         for loss in evaluation.losses:
             row = _common(evaluation.provenance, "loss") | common | {"context": loss.context, "cache": loss.cache}
             row |= {"recipe": loss.recipe, "ratio_read": loss.read, "ratio_stored": loss.stored}
             row |= {"ppl_change_percent": loss.ppl_percent.estimate, "kl": loss.kl.estimate}
-            found.append(row | {"top1_percent": loss.top1_percent.estimate})
+            rows.append(row | {"top1_percent": loss.top1_percent.estimate})
         for needle in evaluation.needles:
             row = _common(evaluation.provenance, "pass keys") | common | {"context": needle.tokens, "cache": needle.cache}
-            found.append(row | {"pass_keys_found": needle.hits, "pass_keys_tried": needle.tried})
-    return found
+            rows.append(row | {"pass_keys_found": needle.hits, "pass_keys_tried": needle.tried})
+    return rows

@@ -1,17 +1,43 @@
-"""A report as files: each appears whole or not at all, the one that was asked for last."""
+"""A report as files: each appears whole or not at all, the page itself last."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 from urllib.parse import quote
 
 from elastickv.errors import UsageError
+from elastickv.html_report.content import Content
+from elastickv.html_report.markdown import markdown_of
+from elastickv.html_report.picture import picture
+from elastickv.html_report.report_data import ReportData
 from elastickv.results.files import check_writable, write_bytes, write_text
 
-if TYPE_CHECKING:
-    from elastickv.html_report.report import Report
+
+class SavableReport(Protocol):
+    """What is saved of a report."""
+
+    @property
+    def facts(self) -> ReportData:
+        """Its results."""
+
+    @property
+    def content(self) -> Content:
+        """Its headline and sections."""
+
+    @property
+    def figures(self) -> Mapping[str, str]:
+        """Its charts as SVG, by name."""
+
+    @property
+    def html(self) -> str:
+        """The page."""
+
+    @property
+    def printable(self) -> str:
+        """The page laid out for paper."""
 
 
-def save(report: "Report", path: Path, shown: str) -> None:
+def save(report: SavableReport, path: Path, shown: str) -> None:
     """Write a report in one of `FORMATS`.
 
     Raises
@@ -20,16 +46,14 @@ def save(report: "Report", path: Path, shown: str) -> None:
     """
     check_target(report, path)
     if shown == "png":
-        from elastickv.html_report.picture import picture
-
-        write_bytes(path, picture(report.content, report.facts))
+        write_bytes(path, picture(report.content))
     elif shown == "md":
         _save_markdown(report, path)
     else:
         write_text(path, report.printable if shown == "pdf-ready" else report.html)
 
 
-def check_target(report: "Report", path: Path) -> None:
+def check_target(report: SavableReport, path: Path) -> None:
     """Refuse a path that cannot be written or is one of the results.
 
     Raises
@@ -43,9 +67,7 @@ def check_target(report: "Report", path: Path) -> None:
             raise UsageError(f"--output {path} is one of the results: give another name")
 
 
-def _save_markdown(report: "Report", path: Path) -> None:
-    from elastickv.html_report.markdown import markdown_of
-
+def _save_markdown(report: SavableReport, path: Path) -> None:
     folder = path.with_name(f"{path.stem}-figures")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {path}: its figures' folder {folder} is a file; give another name")

@@ -2,44 +2,47 @@
 
 from collections.abc import Iterator
 
+from elastickv.benchmark.result import Result
 from elastickv.html_report.charts.detail_charts import latency_chart
 from elastickv.html_report.charts.speed_charts import roofline_charts, speedup_charts
 from elastickv.html_report.charts.time_charts import time_charts
 from elastickv.html_report.content import Section, tables
 from elastickv.html_report.headline import best_model, best_step
 from elastickv.html_report.report_data import ReportData, Step
+from elastickv.results.formats.rows import brief
 from elastickv.results.formats.units import duration, fixed, interval, quantiles
+from elastickv.results.metrics import METRICS, listed_metrics
 
 BENCH = "a result of elastickv bench, or a sweep"
 
 
-def speedup(facts: ReportData) -> Section:
+def speedup(data: ReportData) -> Section:
     """Return the speed-up against C."""
     return Section(
         "speedup",
         "Speed-up against C",
         "C is what a step saves: dense bytes / bytes read. On the dashed line C = ideal a recipe that reads 1/C of the bytes "
         "takes 1/C of the time. Dense is the fastest contender of the same run; bars are 95 % intervals.",
-        charts=list(speedup_charts(facts.steps)),
+        charts=list(speedup_charts(data.steps)),
         missing=BENCH,
     )
 
 
-def roofline(facts: ReportData) -> Section:
+def roofline(data: ReportData) -> Section:
     """Return the roofline of each device."""
     return Section(
         "roofline",
         "Roofline",
         "Left of the ridge memory bandwidth is the limit, right of it arithmetic. Both ceilings were measured on the device, "
         "in the same runs; their median is drawn. The way up to the line is what a better kernel could gain.",
-        charts=list(roofline_charts(facts.steps)),
+        charts=list(roofline_charts(data.steps)),
         missing=BENCH,
     )
 
 
-def time(facts: ReportData) -> Section:
+def time(data: ReportData) -> Section:
     """Return time per step against context."""
-    charts, left = time_charts(facts.steps)
+    charts, left = time_charts(data.steps)
     return Section(
         "time",
         "Time per step against context",
@@ -51,19 +54,19 @@ def time(facts: ReportData) -> Section:
     )
 
 
-def latency(facts: ReportData) -> Section:
+def latency(data: ReportData) -> Section:
     """Return the distribution of raw samples."""
     charts = []
-    step = best_step(facts.steps)
+    step = best_step(data.steps)
     if step is not None and step.baseline is not None:
         series = {name: step.samples_ms.get(name, ()) for name in (step.baseline, "elastic")}
         if all(len(samples) > 1 for samples in series.values()):
             charts.append(latency_chart("latency-step", f"Decode step: {step.what}", series, "per decode step of one layer"))
-    step = best_step([step for step in facts.steps if step.token_ms and min(map(len, step.token_ms.values())) > 1])
+    step = best_step([step for step in data.steps if step.token_ms and min(map(len, step.token_ms.values())) > 1])
     if step is not None:
         title = f"Token of the inference cycle: {step.what}"
         charts.append(latency_chart("latency-token", title, step.token_ms, "per token through all layers"))
-    models = [model for model in facts.models if any(len(cache.token_ms) > 1 for cache in model.caches)]
+    models = [model for model in data.models if any(len(cache.token_ms) > 1 for cache in model.caches)]
     if models:
         model = best_model(models)
         series = {cache.name: cache.token_ms for cache in model.caches if len(cache.token_ms) > 1}
@@ -77,47 +80,48 @@ def latency(facts: ReportData) -> Section:
         "download. A sample of a step is the mean of steps over whole anchor intervals; a token is one token, and there the "
         "anchors show.",
         charts=charts,
-        tables=tables("Raw samples", _latencies(facts), ("recipe or model", "shape", "of")),
+        tables=tables("Raw samples", _latencies(data), ("recipe or model", "shape", "of")),
         missing="results that hold raw samples",
     )
 
 
-def _latencies(facts: ReportData) -> Iterator[dict[str, str]]:
-    for step in facts.steps:
+def _latencies(data: ReportData) -> Iterator[dict[str, str]]:
+    for step in data.steps:
         tokens = {f"{name}, token": series for name, series in step.token_ms.items()}
         for name, series in {**step.samples_ms, **tokens}.items():
             if len(series) > 1 and name in (step.baseline, "elastic", *tokens):
                 where = {"recipe or model": step.what, "context": str(step.context), "shape": step.shape, "of": name}
                 yield where | {"samples": str(len(series))} | quantiles(series)
-    for model in facts.models:
+    for model in data.models:
         for cache in model.caches:
             if len(cache.token_ms) > 1:
                 where = {"recipe or model": model.model, "context": str(model.context), "shape": f"batch {model.batch}"}
                 yield where | {"of": cache.name, "samples": str(len(cache.token_ms))} | quantiles(cache.token_ms)
 
 
-def results(facts: ReportData) -> Section:
+def results(data: ReportData) -> Section:
     """Return the table of all decode steps."""
     rows = (
         {
             "recipe": step.what,
             "context": str(step.context),
             "shape": step.shape,
-            "read 1/": fixed(step.read, 2),
-            "stored 1/": fixed(step.stored, 2),
-            "speed-up": interval(step.speedup, 3, "×") + _doubt(step),
-            "cycle": interval(step.cycle, 3, "×"),
-            "recipe error": fixed(step.error.mean if step.error else None, 4),
+            METRICS["ratio_read"].label: fixed(step.read, 2),
+            METRICS["ratio_stored"].label: fixed(step.stored, 2),
+            METRICS["speedup"].label: interval(step.speedup, 3, "×") + _doubt(step),
+            METRICS["cycle_speedup"].label: interval(step.cycle, 3, "×"),
+            METRICS["recipe_error"].label: fixed(step.error.mean if step.error else None, 4),
             "p95": fixed(step.error.p95 if step.error else None, 4),
             "elastic": duration(step.elastic_ms),
             "dense": duration(step.dense_ms),
-            "dense is": step.baseline or "",
+            METRICS["baseline"].label: step.baseline or "",
             "A/A": interval(step.noise_floor),
+            **_listed(step),
             "asked": step.requested_label,
-            "result": facts.names[step.provenance.source],
+            "result": data.names[step.provenance.source],
         }
         for step in sorted(
-            facts.steps, key=lambda step: (step.provenance.device, step.heads, step.batch, step.context, step.read or 0)
+            data.steps, key=lambda step: (step.provenance.device, step.heads, step.batch, step.context, step.read or 0)
         )
     )
     return Section(
@@ -126,14 +130,18 @@ def results(facts: ReportData) -> Section:
         "Speed-up: dense time / elastic time, measured in turns. Cycle: the same of whole decoded tokens, appending and "
         "selecting included. Recipe error: relative L2 against dense attention. A/A: dense against itself, the noise.",
         tables=tables(
-            "Decode steps of one layer, with 95 % intervals", rows, ("recipe", "shape", "dense is", "asked", "result")
+            "Decode steps of one layer, with 95 % intervals",
+            rows,
+            ("recipe", "shape", METRICS["baseline"].label, "asked", "result"),
         ),
         missing=BENCH,
     )
 
 
-def _order(step: Step) -> tuple[str, int, int, int, int, float]:
-    return step.provenance.device, step.heads, step.kv_heads, step.batch, step.context, step.read or 0.0
+def _listed(step: Step) -> dict[str, str]:
+    """Return the metrics that have no column of their own; empty for the original program."""
+    result = step.result
+    return {metric.header: brief(metric.value(result)) if isinstance(result, Result) else "" for _, metric in listed_metrics()}
 
 
 def _doubt(step: Step) -> str:

@@ -1,85 +1,92 @@
 """Results of `bench` and of the original program as the page shows them."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from elastickv.benchmark.stats.intervals import LEVEL, SummaryStats, student_quantile
-from elastickv.html_report.provenance import estimate, lines, provenance, reasons
-from elastickv.html_report.report_data import ContenderTimes, IntervalEstimate, MemoryUse, PlottedPoint, RecipeError, Step
+from elastickv.benchmark.result import InferenceCycle, Result, Timing
+from elastickv.benchmark.stats.intervals import LEVEL, Interval, SummaryStats, student_quantile
+from elastickv.html_report.provenance import provenance
+from elastickv.html_report.report_data import ContenderTime, IntervalEstimate, Step
 from elastickv.results.compare.runs import BenchmarkRun
-from elastickv.results.documents import Document
-from elastickv.results.readers import Reader
-
-_MOVED = ("query", "output")  # itemised beside what counts into C
+from elastickv.results.kinds.original_result import OriginalCycle, OriginalResult
 
 
-def step_of(document: Document, run: BenchmarkRun) -> Step:
-    """Return a result of `bench`, or of the original program, whose `run` has been read.
-
-    Raises
-    ------
-    UsageError : naming the file and what it lacks.
-    """
-    reader = Reader(document.source, document.value)
+def step_of(run: BenchmarkRun) -> Step:
+    """Return a decode step of `bench` or of the original program."""
     cell = dict(run.cell.pairs)
     common: dict[str, Any] = {
+        "result": run.result,
         "context": cell["seq"],
         "batch": cell["batch"],
         "heads": cell["heads"],
         "kv_heads": cell["kv_heads"],
         "head_dim": cell["dim"],
         "cache": cell["cache"],
-        "compress": reader.positive("configuration", "compression"),
+        "compress": cell["compress"],
         "requested": cell["recipe"],
         "recipe": run.recipe,
         "elastic_ms": run.figures["step"].mean_ms,
     }
-    return _original(reader, run, common) if run.recipe is None else _own(reader, run, common)
+    if isinstance(run.result, OriginalResult):
+        return _original(run.result, run, common)
+    return _bench(run.result, run, common)
 
 
-def _own(reader: Reader, run: BenchmarkRun, common: dict[str, Any]) -> Step:
-    samples = _series(reader, "samples")
-    contenders = _contenders(reader, samples)
-    baseline = reader.text("baseline", "name")
+def _bench(result: Result, run: BenchmarkRun, common: dict[str, Any]) -> Step:
+    baseline, cycle = result.baseline.name, result.inference_cycle
     return Step(
-        provenance=provenance(reader, run.device, _warnings(reader)),
+        provenance=provenance(
+            run.source,
+            run.device,
+            result.environment,
+            _warnings(result),
+            date=result.date_utc,
+            command=result.configuration.command,
+            driver=result.gpu.driver,
+            compute_capability=result.gpu.sm,
+        ),
         **common,
-        read=reader.positive("recipe", "ratio_read"),
-        stored=reader.positive("recipe", "ratio_stored"),
-        dense_ms=reader.positive("baseline", "time_ms"),
+        read=result.recipe.ratio_read,
+        stored=result.recipe.ratio_stored,
+        dense_ms=result.baseline.time_ms,
         baseline=baseline,
-        speedup=estimate(reader, "speedup"),
-        noise_floor=estimate(reader, "noise_floor"),
-        faster=None if reader.optional("noise_floor") is None else bool(reader.at("faster")),
-        error=_error(reader, run),
-        cycle=_cycle(reader),
-        contenders=contenders,
-        roofline={name: _point(reader, name) for name in ("dense", "elastic")},
-        read_gbs=reader.positive("ceilings", "read_gbs"),
-        flops_gflops=reader.positive("ceilings", "flops_gflops"),
-        memory=_memory(reader),
-        samples_ms={baseline if name == "baseline" else name: series for name, series in samples.items()},
-        token_ms=_tokens(reader, run),
-        flagged=reader.optional("flagged_samples") or {},
+        speedup=interval_of(result.speedup),
+        noise_floor=interval_of(result.noise_floor),
+        faster=None if result.noise_floor is None else result.faster,
+        error=run.fidelity,
+        error_recipe=result.fidelity.sample.recipe if result.fidelity.sample else None,
+        cycle=None if cycle is None else _cycle(cycle),
+        contenders=tuple(_contender(result, timing) for timing in result.contenders),
+        roofline=result.roofline,
+        read_gbs=result.ceilings["read_gbs"],
+        flops_gflops=result.ceilings["flops_gflops"],
+        memory=result.recipe,
+        samples_ms={baseline if name == "baseline" else name: series for name, series in result.samples.items()},
+        token_ms={
+            name: [token for tokens in rounds for token in tokens] for name, rounds in cycle.raw_token_latencies_ms.items()
+        }
+        if cycle
+        else {},
+        flagged=result.flagged_samples,
     )
 
 
-def _original(reader: Reader, run: BenchmarkRun, common: dict[str, Any]) -> Step:
-    rate = reader.optional("results", "baseline_tokens_per_sec")
-    speedup, cycle = (reader.optional(*path) for path in (("results", "speedup_vs_baseline"), ("inference_cycle",)))
+def _original(result: OriginalResult, run: BenchmarkRun, common: dict[str, Any]) -> Step:
+    rate, speedup, cycle = result.results.baseline_tokens_per_sec, result.results.speedup_vs_baseline, result.inference_cycle
+    warning = "written by the original program: no samples, no interval, a baseline of its own"
     return Step(
-        provenance=provenance(
-            reader, run.device, ["written by the original program: no samples, no interval, a baseline of its own"]
-        ),
+        provenance=provenance(run.source, run.device, {}, [warning]),
         **common,
         read=None,
         stored=None,
-        dense_ms=1e3 / reader.positive("results", "baseline_tokens_per_sec") if rate else None,
+        dense_ms=1e3 / rate if rate else None,
         baseline="the original program's own" if rate else None,
-        speedup=None if speedup is None else IntervalEstimate(reader.positive("results", "speedup_vs_baseline")),
+        speedup=None if speedup is None else IntervalEstimate(speedup),
         noise_floor=None,
         faster=None,
         error=None,
-        cycle=_cycle(reader) if isinstance(cycle, dict) and "speedup_vs_baseline" in cycle else None,
+        error_recipe=None,
+        cycle=_cycle(cycle) if cycle is not None and cycle.speedup_vs_baseline is not None else None,
         contenders=(),
         roofline={},
         read_gbs=None,
@@ -90,80 +97,39 @@ def _original(reader: Reader, run: BenchmarkRun, common: dict[str, Any]) -> Step
     )
 
 
-def _series(reader: Reader, *path: str) -> dict[str, tuple[float, ...]]:
-    found = reader.at(*path, kind=dict)
-    return {str(name): reader.times(series, f"{'.'.join(path)}.{name}") for name, series in found.items()}
+def interval_of(interval: Interval | None) -> IntervalEstimate | None:
+    """Return the interval of a time or of a ratio of times; None where it was not measured."""
+    return None if interval is None else IntervalEstimate(interval.estimate, interval.low, interval.high)
 
 
-def _contenders(reader: Reader, samples: dict[str, tuple[float, ...]]) -> tuple[ContenderTimes, ...]:
-    """Return every contender with the interval of its truncated mean (Tukey & McLaughlin 1963)."""
-    truncate, baseline, found = reader.number("build", "truncate_percent"), reader.text("baseline", "name"), []
-    for number, timing in enumerate(reader.at("contenders", kind=list)):
-        if not isinstance(timing, dict):
-            raise reader.refused(f"has no contender in contenders[{number}]")
-        one = Reader(reader.source, timing)
-        name, mean, std = one.text("name"), one.positive("time_ms"), one.number("time_std_ms")
-        count = len(samples.get("baseline" if name == baseline else name, ()))
-        time = IntervalEstimate(mean)
-        if count > 1:
-            error = SummaryStats(mean, std, count, truncate).relative_error * student_quantile(0.5 + LEVEL / 2, count - 1)
-            time = IntervalEstimate(mean, mean * (1 - min(error, 0.999)), mean * (1 + error))
-        found.append(ContenderTimes(name, one.text("kind"), one.text("dtype"), time))
-    return tuple(found)
+def _contender(result: Result, timing: Timing) -> ContenderTime:
+    """Return a contender with the interval of its truncated mean (Tukey & McLaughlin 1963)."""
+    mean, time = timing.time_ms, IntervalEstimate(timing.time_ms)
+    count = len(result.samples.get("baseline" if timing.name == result.baseline.name else timing.name, ()))
+    if count > 1:
+        spread = SummaryStats(mean, timing.time_std_ms, count, result.build.truncate_percent)
+        error = spread.relative_error * student_quantile(0.5 + LEVEL / 2, count - 1)
+        time = IntervalEstimate(mean, mean * (1 - min(error, 0.999)), mean * (1 + error))
+    return ContenderTime(timing, time)
 
 
-def _error(reader: Reader, run: BenchmarkRun) -> RecipeError | None:
-    if run.fidelity is None:
-        return None
-    found = run.fidelity
-    return RecipeError(reader.text("fidelity", "sample", "recipe"), found.measured_on, found.mean, found.p95, found.max)
+def _cycle(cycle: InferenceCycle | OriginalCycle) -> IntervalEstimate:
+    low, high = cycle.speedup_low, cycle.speedup_high
+    return IntervalEstimate(cycle.speedup_vs_baseline or 0.0, *((low, high) if low is not None and high is not None else ()))
 
 
-def _cycle(reader: Reader) -> IntervalEstimate | None:
-    if reader.optional("inference_cycle") is None:
-        return None
-    bounds = [reader.optional("inference_cycle", name) for name in ("speedup_low", "speedup_high")]
-    known = all(isinstance(bound, (int, float)) for bound in bounds)
-    return IntervalEstimate(reader.positive("inference_cycle", "speedup_vs_baseline"), *(bounds if known else ()))
-
-
-def _tokens(reader: Reader, run: BenchmarkRun) -> dict[str, tuple[float, ...]]:
-    if reader.optional("inference_cycle") is None:
-        return {}
-    path = ("inference_cycle", "raw_token_latencies_ms")
-    return {
-        str(name): tuple(token for one in rounds for token in reader.times(one, f"{'.'.join(path)}.{name}"))
-        for name, rounds in reader.at(*path, kind=dict).items()
-    }
-
-
-def _point(reader: Reader, name: str) -> PlottedPoint:
-    keys = ("intensity_flop_per_byte", "achieved_gflops", "score", "bandwidth_gbs")
-    return PlottedPoint(*(reader.positive("roofline", name, key) for key in keys))
-
-
-def _memory(reader: Reader) -> MemoryUse:
-    parts = reader.at("recipe", "bytes_per_step", kind=dict)
-    return MemoryUse(
-        dense=reader.positive("recipe", "dense_bytes_per_step"),
-        read={str(part): reader.number("recipe", "bytes_per_step", part) for part in parts if part not in _MOVED},
-        largest_step=reader.number("recipe", "largest_step_bytes"),
-        stored=reader.number("recipe", "stored_bytes"),
-    )
-
-
-def _warnings(reader: Reader) -> list[str]:
-    """Return every caution of a result: its warnings hold the telemetry's flags and the peers that were not run."""
-    verdict = reader.optional("verdict", "outcome")
-    note, refused = reader.optional("telemetry", "note"), reader.optional("fidelity", "sample_refused")
-    known = lines(reader, "warnings")
-    joined = " ".join(known)
-    more = [
-        *lines(reader, "telemetry", "flags"),
-        *(f"{name} was not measured: {why}" for name, why in reasons(reader, "baseline", "not_run").items()),
-        *([f"telemetry: {note}"] if note else []),
-        *([f"gate {reader.optional('verdict', 'gate')}: {verdict}"] if verdict not in (None, "pass") else []),
-        *([str(refused)] if refused and str(refused) not in joined else []),
-        *([] if reader.at("complete") else ["interrupted: incomplete"]),
-    ]
-    return [*known, *more]
+def _warnings(result: Result) -> Iterator[str]:
+    """Yield every warning of a result: its own, the telemetry's flags, peers that were not run, a gate that was missed."""
+    yield from result.warnings
+    flags, note = result.telemetry.get("flags"), result.telemetry.get("note")
+    yield from map(str, flags if isinstance(flags, list) else ())
+    yield from (f"{name} was not measured: {why}" for name, why in result.baseline.not_run.items())
+    if note:
+        yield f"telemetry: {note}"
+    if result.verdict and result.verdict.outcome != "pass":
+        yield f"gate {result.verdict.gate}: {result.verdict.outcome}"
+    refused = result.fidelity.sample_refused
+    if refused and refused not in " ".join(result.warnings):
+        yield refused
+    if not result.complete:
+        yield "interrupted: incomplete"

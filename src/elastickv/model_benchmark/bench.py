@@ -33,11 +33,12 @@ from elastickv.model_benchmark.generation import (
     take_turns,
 )
 from elastickv.model_benchmark.memory import MemoryEstimate, free_bytes
-from elastickv.model_benchmark.quality_delta import QualityDelta, quality_delta
+from elastickv.model_benchmark.quality_delta import quality_delta
 from elastickv.model_benchmark.records import SKIPPED, cache_record, device_record, environment_record, model_record
 from elastickv.model_benchmark.shapes import built, shape_named
 from elastickv.recipe import DTYPES, Recipe
 from elastickv.recipe.shape import MAX_CONTEXT
+from elastickv.results.kinds.model_result import QualityDelta
 from elastickv.transformers.config import UncalibratedWarning
 from elastickv.transformers.cuda_graph.model_patch import release
 from elastickv.transformers.model_loading import Loaded, load_model

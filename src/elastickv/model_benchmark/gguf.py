@@ -17,11 +17,12 @@ from elastickv.benchmark.stats.intervals import ratio_interval
 from elastickv.errors import DoesNotFit, UsageError
 from elastickv.evaluation.metrics import Scores, token_figures
 from elastickv.evaluation.texts import Text
-from elastickv.model_benchmark.baseline_result import GGUF_KIND, GGUF_VERSION, GgufBaseline, GgufShape, KvCache, OurFormat
 from elastickv.model_benchmark.gguf_file import KV_TYPES, GgufModel, read_gguf
 from elastickv.model_benchmark.llama_cpp import Llama, device, engine, require_bindings
-from elastickv.model_benchmark.quality_delta import QualityDelta, quality_delta
+from elastickv.model_benchmark.quality_delta import quality_delta
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, read_ratio, stored_bytes
+from elastickv.results.kinds.gguf_result import GGUF_KIND, GGUF_VERSION, GgufBaseline, GgufShape, KvCache, OurFormat
+from elastickv.results.kinds.model_result import QualityDelta
 
 DEFAULT_KV_TYPES = ("f16", "q8_0", "q4_0")
 FORMATS = ("int8", "fp8", "int4")

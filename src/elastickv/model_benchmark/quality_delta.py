@@ -1,36 +1,9 @@
 """What a KV cache does to a model's predictions of a text: the quality that is reported beside its speed."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from elastickv.evaluation.metrics import Scores
-
-
-@dataclass(frozen=True)
-class QualityDelta:
-    """Predictions of a text's tokens with a cache, compared with those with a reference cache.
-
-    Attributes
-    ----------
-    reference : the reference cache.
-    text : the text's name.
-    context, tokens : tokens before the first prediction, and predictions.
-    perplexity, reference_perplexity : with this cache and with the reference.
-    kl_mean, kl_p95, kl_max : KL(reference || this) of a prediction over the whole vocabulary, nats.
-    top1_percent : share of predictions whose likeliest token is the same.
-    """
-
-    reference: str
-    text: str
-    context: int
-    tokens: int
-    perplexity: float
-    reference_perplexity: float
-    kl_mean: float
-    kl_p95: float
-    kl_max: float
-    top1_percent: float
+from elastickv.results.kinds.model_result import QualityDelta
 
 
 def quality_delta(reference: str, text: str, context: int, scores: Scores) -> QualityDelta:

@@ -1,50 +1,44 @@
 """A result of `bench` or `baseline` as a value: figures, rows, files, a table in a notebook."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from elastickv.benchmark.from_dict import to_dict
 from elastickv.errors import UsageError
 from elastickv.results.documents import Document, documents
 from elastickv.results.files import SUFFIXES, write_text
-from elastickv.results.formats import FORMATS, baseline_table, generation_table
-from elastickv.results.formats.rows import frame, row
-from elastickv.results.readers import run_of
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What tells one kind of result apart, its rows, and the texts it is shown as."""
-
-    holds: Callable[[Mapping[str, Any]], bool]
-    rows: Callable[[dict[str, Any]], list[dict[str, Any]]]
-    formats: dict[str, Callable[[dict[str, Any]], str]]
-
-
-_KINDS = (
-    _Kind(lambda result: "benchmark_type" in result and "schema_version" in result, lambda result: [row(result)], FORMATS),
-    _Kind(
-        lambda result: result.get("kind") == "elastickv-model-bench" and "fidelity" in result,
-        generation_table.rows,
-        baseline_table.TRANSFORMERS_FORMATS,
-    ),
-    _Kind(lambda result: result.get("kind") == "elastickv-model-bench", generation_table.rows, generation_table.FORMATS),
-    _Kind(
-        lambda result: result.get("kind") == "elastickv-gguf-baseline", baseline_table.gguf_rows, baseline_table.GGUF_FORMATS
-    ),
-)
+from elastickv.results.formats import FORMATS
+from elastickv.results.formats.rows import frame
+from elastickv.results.load import guarded, kind_of, run_of
 
 
 class Measurement(Mapping[str, Any]):
     """What `elastickv.bench` measured: a read-only mapping of what the JSON holds, such as `result["speedup"]["low"]`.
 
+    `result` is the same as a dataclass, such as `measurement.result.speedup.low`. Keys that an older file lacks have their
+    defaults; keys that this version does not know are left out.
+
     `print` shows the table of the command line, a notebook a table of its own.
     """
 
-    def __init__(self, result: dict[str, Any]) -> None:
-        self._result = result
-        self._kind = next(kind for kind in _KINDS if kind.holds(result))
+    def __init__(self, result: Mapping[str, Any], source: str = "the result") -> None:
+        """Read JSON values.
+
+        Parameters
+        ----------
+        source : what error messages call the values: their file.
+
+        Raises
+        ------
+        UsageError : naming the key that is missing, of another type or out of range.
+        """
+        kind = kind_of(result)
+        if kind is None or kind.formats is None or kind.rows is None:
+            raise UsageError(f"{source} is no result of `elastickv bench` or `baseline`: give the file that its --output wrote")
+        self.result = kind.type.from_dict(result, source)
+        self._rows, self._formats = kind.rows, kind.formats
+        self._values: dict[str, Any] = to_dict(self.result)
 
     @classmethod
     def load(cls, path: Path | str) -> "Measurement":
@@ -55,10 +49,10 @@ class Measurement(Mapping[str, Any]):
         UsageError : naming the file, if it cannot be read or holds anything but one result of `elastickv bench` or `baseline`.
         """
         notes: list[str] = []
-        found = list(documents(Path(path), notes))
-        if len(found) != 1 or notes:
-            raise UsageError(f"{path} holds {len(found)} values{' and one cut off' * bool(notes)}: give a file of one result")
-        return cls.of(found[0])
+        values = list(documents(Path(path), notes))
+        if len(values) != 1 or notes:
+            raise UsageError(f"{path} holds {len(values)} values{' and one cut off' * bool(notes)}: give a file of one result")
+        return cls.of(values[0])
 
     @classmethod
     def of(cls, document: Document) -> "Measurement":
@@ -68,28 +62,20 @@ class Measurement(Mapping[str, Any]):
         ------
         UsageError : naming its file, if it is none, is of another schema, or lacks something.
         """
-        if run_of(document) is None or not any(kind.holds(document.value) for kind in _KINDS):
-            raise UsageError(
-                f"{document.source} is no result of `elastickv bench` or `baseline`: give the file that its --output wrote"
-            )
-        found = cls(document.value)
-        try:
-            for name in FORMATS:
-                found.shown(name)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            raise UsageError(
-                f"{document.source} lacks figures: cut off, edited or not of this program; measure again"
-            ) from None
-        return found
+        measurement = cls(document.value, document.source)
+        run_of(document)  # too few samples, or times in different units
+        for name in FORMATS:
+            guarded(document.source, lambda: measurement.shown(name))  # noqa: B023
+        return measurement
 
     def __getitem__(self, name: str) -> Any:
-        return self._result[name]
+        return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._result)
+        return iter(self._values)
 
     def __len__(self) -> int:
-        return len(self._result)
+        return len(self._values)
 
     def __repr__(self) -> str:
         return f"<Measurement: {self.shown('table').splitlines()[0].strip()}>"
@@ -100,21 +86,21 @@ class Measurement(Mapping[str, Any]):
     @property
     def complete(self) -> bool:
         """Whether everything that was asked for was measured; False where it was interrupted."""
-        return bool(self._result.get("complete", True))
+        return bool(getattr(self.result, "complete", True))
 
     @property
     def outcome(self) -> str | None:
         """What the gate says: 'pass', 'fail' or 'inconclusive'; None without one."""
-        verdict = self._result.get("verdict")
-        return str(verdict["outcome"]) if verdict else None
+        verdict = getattr(self.result, "verdict", None)
+        return str(verdict.outcome) if verdict else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
-        return self._result
+        return self._values
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the main figures: one row; of a model one for each cache that was measured. None where nothing was."""
-        return self._kind.rows(self._result)
+        return self._rows(self.result)
 
     def shown(self, format_: str) -> str:
         """Return the result as text.
@@ -128,7 +114,7 @@ class Measurement(Mapping[str, Any]):
         UsageError : if it is another.
         """
         check_format(format_)
-        return self._kind.formats[format_](self._result)
+        return self._formats[format_](self.result)
 
     def to_json(self) -> str:
         """Return the whole result, raw samples among it, as indented JSON."""

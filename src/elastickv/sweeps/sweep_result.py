@@ -7,14 +7,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from elastickv.benchmark.result import Result
 from elastickv.errors import UsageError
 from elastickv.results.documents import Document
 from elastickv.results.files import write_bytes
 from elastickv.results.formats import dumps, write_text
 from elastickv.results.formats.html import html_paragraphs, html_table
-from elastickv.results.formats.rows import COLUMNS, brief, csv_of, frame, markdown_of, row
-from elastickv.results.readers import run_of
-from elastickv.sweeps.baseline_cells import is_baseline
+from elastickv.results.formats.rows import brief, csv_of, frame, markdown_of, row
+from elastickv.results.kinds.gguf_result import GgufBaseline
+from elastickv.results.kinds.model_result import ModelBenchResult
+from elastickv.results.load import result_of, run_of
+from elastickv.results.metrics import METRICS, listed_metrics
 from elastickv.sweeps.journal import read
 from elastickv.sweeps.plan import name
 
@@ -136,7 +139,7 @@ class Sweep:
 
     def _row(self, record: dict[str, Any], axes: list[str]) -> dict[str, Any]:
         try:
-            figures = _figures(record) if record["status"] == "ok" else dict.fromkeys((label for label, _ in COLUMNS), None)
+            figures = _figures(record) if record["status"] == "ok" else dict.fromkeys(METRICS, None)
         except UsageError as error:
             raise UsageError(f"the cell {name(record['cell'])}: {error}") from None
         figures = {"recipe_used": figures.pop("recipe")} | {label: v for label, v in figures.items() if label not in axes}
@@ -151,34 +154,36 @@ class Sweep:
     def _brief(self) -> list[dict[str, Any]]:
         axes = list(self.header.get("axes", {}))
         reasons = any(record.get("reason") for record in self.cells)
-        kept = [*axes, *_BRIEF, *(["reason"] if reasons else [])]
-        return [{label: cells[label] for label in kept} for cells in self._some_rows()]
+        columns = [*axes, *_BRIEF, *(name for name, _ in listed_metrics()), *(["reason"] if reasons else [])]
+        return [{name: cells[name] for name in columns} for cells in self._some_rows()]
 
 
 def _figures(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns of a cell that was measured; of a baseline those that it has: a token through all layers."""
-    if not is_baseline(record["cell"]):
-        return row(record)
-    run = run_of(Document("the sweep", record))
-    assert run is not None
+    """Return the metrics of a cell that was measured; of a baseline those that it has: a token through all layers."""
+    result = result_of(Document("the result", record))
+    if isinstance(result, Result):
+        return row(result)
+    run = run_of(Document("the result", record))
+    if run is None or not isinstance(result, (ModelBenchResult, GgufBaseline)):
+        raise UsageError("the result is of no known kind: cut off, edited or of another version; measure again")
     token = next(times for figure, times in run.figures.items() if figure.startswith("token"))
-    dense = record["baseline"] and token.dense.get(record["baseline"])
-    ratio = (record["speedups"].get(record["baseline"]) or {}) if dense else {}
+    dense = token.dense.get(result.baseline) if result.baseline else None
+    ratio = result.speedups.get(result.baseline) if dense and result.baseline else None
     known = {
-        "date_utc": record["environment"].get("date_utc"),
+        "date_utc": result.environment.get("date_utc"),
         "device": run.device,
-        "seq": record["context"],
+        "seq": result.context,
         "recipe_hash": run.recipe,
         "ratio_read": run.ratio_read,
-        "baseline": record["baseline"],
+        "baseline": result.baseline,
         "baseline_ms": fmean(dense) if dense else token.mean_ms,
         "elastic_ms": token.mean_ms if dense else None,
-        "speedup": ratio.get("estimate"),
-        "speedup_low": ratio.get("low"),
-        "speedup_high": ratio.get("high"),
+        "speedup": ratio and ratio.estimate,
+        "speedup_low": ratio and ratio.low,
+        "speedup_high": ratio and ratio.high,
         "complete": run.complete,
     }
-    return {name: known.get(name) for name, _ in COLUMNS}
+    return {name: known.get(name) for name in METRICS}
 
 
 def check_export(path: Path) -> None:

@@ -90,15 +90,15 @@ def memory_chart(steps: Sequence[Step]) -> Chart | None:
     for step in sorted(steps, key=lambda step: step.context):
         if step.memory is not None:
             longest[step.what] = step
-    provenance = sorted(longest.values(), key=lambda step: -(step.read or 0))[:MOST_BARS]
-    if not provenance:
+    bars_shown = sorted(longest.values(), key=lambda step: -(step.read or 0))[:MOST_BARS]
+    if not bars_shown:
         return None
-    parts = [name for name, keys in _PARTS if any(_share(step, keys) >= 0.002 for step in provenance)]
+    parts = [name for name, keys in _PARTS if any(_share(step, keys) >= 0.002 for step in bars_shown)]
 
     def draw(figure: Any) -> None:
-        axes = rows_axes(figure, [f"{step.context}: {step.what}" for step in provenance])
+        axes = rows_axes(figure, [f"{step.context}: {step.what}" for step in bars_shown])
         handles = []
-        for row, step in enumerate(provenance):
+        for row, step in enumerate(bars_shown):
             memory, before = step.memory, 0.0
             for place, (name, keys) in enumerate(_PARTS):
                 share = 100 * _share(step, keys)
@@ -108,7 +108,8 @@ def memory_chart(steps: Sequence[Step]) -> Chart | None:
                     handles += [bar] if row == 0 else []
                 before += share
             if memory:
-                stored = axes.plot(100 * memory.stored / memory.dense, row, marker="|", color=INK, markersize=15,
+                share = 100 * memory.stored_bytes / memory.dense_bytes_per_step
+                stored = axes.plot(share, row, marker="|", color=INK, markersize=15,
                                    markeredgewidth=2, linestyle="none", label="stored")  # fmt: skip
                 handles += stored if row == 0 else []
         plain_axis(axes.xaxis)
@@ -116,19 +117,19 @@ def memory_chart(steps: Sequence[Step]) -> Chart | None:
         axes.set_xlabel("% of the bytes that dense reads in 16 bit")
         legend(figure, handles)
 
-    said = "; ".join(f"{step.what} reads 1/{step.read:.2f} and stores 1/{step.stored:.2f}" for step in provenance)
+    said = "; ".join(f"{step.what} reads 1/{step.read:.2f} and stores 1/{step.stored:.2f}" for step in bars_shown)
     return Chart(
         "memory",
         "Bytes read in a step, by part, and bytes stored",
         f"Bytes as shares of dense: {said}.",
         draw,
-        height=60 + 36 * len(provenance) + legend_height([*parts, "stored"]),
+        height=60 + 36 * len(bars_shown) + legend_height([*parts, "stored"]),
     )
 
 
 def _share(step: Step, keys: Sequence[str]) -> float:
     """Return what the parts of these names are of the bytes that dense reads."""
-    return sum(step.memory.read.get(key, 0.0) for key in keys) / step.memory.dense if step.memory else 0.0
+    return sum(step.read_bytes.get(key, 0.0) for key in keys) / step.memory.dense_bytes_per_step if step.memory else 0.0
 
 
 def model_charts(models: Sequence[ModelRun]) -> Iterator[Chart]:

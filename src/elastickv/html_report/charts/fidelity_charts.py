@@ -182,7 +182,7 @@ def needle_charts(evaluations: Sequence[Evaluation]) -> tuple[list[Chart], int]:
 
 
 def _needle(name: str, model: str, needles: Sequence[Needle]) -> Chart:
-    depths = sorted({depth for needle in needles for depth in needle.found})
+    depths = sorted({depth for needle in needles for depth in needle.answers})
     # More depths than fit are taken together.
     columns = [depths[i * len(depths) // _MOST_DEPTHS : (i + 1) * len(depths) // _MOST_DEPTHS] for i in range(_MOST_DEPTHS)]
     columns = [column for column in columns if column]
@@ -196,12 +196,12 @@ def _needle(name: str, model: str, needles: Sequence[Needle]) -> Chart:
         axes.set_ylim(len(needles), 0)
         for row, needle in enumerate(needles):
             for column, of in enumerate(columns):
-                counts = [needle.found[depth] for depth in of if depth in needle.found]
-                found, tried = sum(there for there, _ in counts), sum(count for _, count in counts)
-                share = found / tried if tried else 0
+                counts = [needle.answers[depth] for depth in of if depth in needle.answers]
+                hits, tried = sum(right for right, _ in counts), sum(count for _, count in counts)
+                share = hits / tried if tried else 0
                 cell = Rectangle((column + 0.03, row + 0.04), 0.94, 0.92, facecolor=HUES[0], alpha=0.06 + 0.5 * share)
                 axes.add_patch(cell)
-                axes.text(column + 0.5, row + 0.5, f"{found}/{tried}" if tried else "", ha="center", va="center", fontsize=8.5)
+                axes.text(column + 0.5, row + 0.5, f"{hits}/{tried}" if tried else "", ha="center", va="center", fontsize=8.5)
         axes.set_yticks(
             [row + 0.5 for row in range(len(needles))], [shown(f"{needle.tokens} · {needle.cache}") for needle in needles]
         )

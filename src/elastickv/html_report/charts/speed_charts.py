@@ -98,15 +98,16 @@ def _roofline(name: str, device: str, steps: Sequence[Step]) -> Chart:
     scale, unit = (1e-3, "TFLOP/s") if flops > 1e4 else (1.0, "GFLOP/s")
     measured = f"{read:.4g} GB/s, {scale * flops:.4g} {unit}"
 
-    def reached(of: Sequence[Step], side: str) -> Points:
-        return [(step.roofline[side].intensity, IntervalEstimate(scale * step.roofline[side].gflops)) for step in of]
+    def reached(of: Sequence[Step], contender: str) -> Points:
+        points = [step.roofline[contender] for step in of]
+        return [(point.intensity_flop_per_byte, IntervalEstimate(scale * point.achieved_gflops)) for point in points]
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         points = [point for step in steps for point in step.roofline.values()]
-        left, right = span([*(point.intensity for point in points), flops / read], 2)
+        left, right = span([*(point.intensity_flop_per_byte for point in points), flops / read], 2)
         log_axis(axes.xaxis, left, right)
-        log_axis(axes.yaxis, *span([scale * value for value in (*(point.gflops for point in points), flops)], 1.8))
+        log_axis(axes.yaxis, *span([scale * value for value in (*(point.achieved_gflops for point in points), flops)], 1.8))
         roof = [scale * value for value in (left * read, flops, flops)]
         handles = axes.plot([left, flops / read, right], roof, color=INK, label=_CEILINGS)
         handles.append(_points(axes, reached(steps, "dense"), _DENSE, "dense"))

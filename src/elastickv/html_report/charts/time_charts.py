@@ -22,7 +22,7 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
-from elastickv.html_report.report_data import ContenderTimes, IntervalEstimate, Step
+from elastickv.html_report.report_data import ContenderTime, IntervalEstimate, Step
 
 MOST_CHARTS = 6
 MOST_SERIES = 10
@@ -42,9 +42,9 @@ def time_charts(steps: Sequence[Step]) -> tuple[list[Chart], list[str]]:
         series = _series(group)
         names = list(series)
         left += [f"{name} of {title}" for name in names[MOST_SERIES:]]
-        kept = {name: series[name] for name in names[:MOST_SERIES]}
+        drawn = {name: series[name] for name in names[:MOST_SERIES]}
         draw = _lines if len({step.context for step in group}) > 1 else _dots
-        charts.append(draw(f"time-{number}", title, kept))
+        charts.append(draw(f"time-{number}", title, drawn))
     return charts, left
 
 
@@ -52,12 +52,12 @@ def _series(steps: Sequence[Step]) -> Series:
     """Return times by series and context: dense, each recipe as asked for, and of each package of peers its fastest."""
     found: dict[str, dict[int, list[IntervalEstimate]]] = defaultdict(lambda: defaultdict(list))
     for step in steps:
-        own = [contender.time_ms for contender in step.contenders if contender.kind == "dense"]
+        own = [contender.time_ms for contender in step.contenders if contender.timing.kind == "dense"]
         if own:
             found["dense, ours"][step.context].append(min(own, key=lambda time: time.estimate))
         elif step.dense_ms is not None and not step.contenders:
             found["dense, of the original"][step.context].append(IntervalEstimate(step.dense_ms))
-        elastic = [contender.time_ms for contender in step.contenders if contender.name == "elastic"]
+        elastic = [contender.time_ms for contender in step.contenders if contender.timing.name == "elastic"]
         found[f"elastic {step.requested_label}"][step.context].append(
             elastic[0] if elastic else IntervalEstimate(step.elastic_ms)
         )
@@ -71,14 +71,14 @@ def _series(steps: Sequence[Step]) -> Series:
     return {name: [(context, _joined(times)) for context, times in sorted(found[name].items())] for name in names}
 
 
-def _fastest_peers(contenders: Sequence[ContenderTimes]) -> dict[str, ContenderTimes]:
+def _fastest_peers(contenders: Sequence[ContenderTime]) -> dict[str, ContenderTime]:
     """Return of each package and width the fastest variant: there are a dozen."""
-    found: dict[str, ContenderTimes] = {}
+    found: dict[str, ContenderTime] = {}
     for contender in contenders:
-        if contender.kind == "peer":
-            words = contender.name.split("-")
+        if contender.timing.kind == "peer":
+            words = contender.timing.name.split("-")
             package = "-".join(words[: 2 if words[0] in ("torch", "flex") else 1])
-            label = f"{package} {contender.dtype}"
+            label = f"{package} {contender.timing.dtype}"
             if label not in found or contender.time_ms.estimate < found[label].time_ms.estimate:
                 found[label] = contender
     return found

@@ -1,14 +1,14 @@
-"""Two sides compared, cell by cell: what B's times and errors are against A's."""
+"""Two sets of results compared, cell by cell: B's times and errors against A's."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from elastickv.benchmark.gate import EXIT_CODES, Criterion
 from elastickv.errors import UsageError
 from elastickv.results.compare.change import NO_CONTROL, RUNS_FOR_SPREAD, Row, change
+from elastickv.results.compare.comparison_data import ComparisonData
+from elastickv.results.compare.comparison_table import FORMATS, as_html, flat
 from elastickv.results.compare.matching import comparability_warnings, match
 from elastickv.results.compare.result_sets import read_result_set
 from elastickv.results.files import SUFFIXES, write_text
@@ -17,70 +17,10 @@ from elastickv.results.formats.rows import frame
 
 CONTROLS = ("dense", "none")
 FAIL_ON = ("slower", "fidelity", "any")
-VERDICTS = ("SAME", "FASTER", "SLOWER", "AMBIGUOUS")
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two sides, cell by cell; shown as a table in a notebook.
-
-    Attributes
-    ----------
-    a, b : what was compared: B is judged against A.
-    margin_percent, fidelity_margin_percent : changes within them are none.
-    rows : every figure of every cell that both sides measured.
-    only_a, only_b : cells that one side alone measured, and why where its file says so.
-    warnings : what a reader must know before believing it.
-    """
-
-    a: str
-    b: str
-    margin_percent: float
-    fidelity_margin_percent: float
-    rows: list[Row]
-    only_a: dict[str, str] = field(default_factory=dict)
-    only_b: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    def outcome(self, fail_on: str) -> str:
-        """Return 'pass', 'fail' or 'inconclusive': whether B is a regression.
-
-        Parameters
-        ----------
-        fail_on : 'slower', 'fidelity', or 'any' of both.
-
-        A cell of A that B lacks, an interval that reaches over the margin and an error that was not measured are inconclusive.
-        """
-        outcomes = set()
-        if fail_on in ("slower", "any"):
-            bound = Criterion("time", "<=", 1 + self.margin_percent / 100)
-            outcomes |= {bound.judge(row.ratio.low, row.ratio.high) if row.ratio else "inconclusive" for row in self.rows}
-        if fail_on in ("fidelity", "any"):
-            judged = {"WORSE": "fail", "UNKNOWN": "inconclusive"}
-            outcomes |= {judged.get(row.fidelity.verdict, "pass") for row in self.rows}
-        if self.only_a:
-            outcomes.add("inconclusive")
-        return max(outcomes, key=("pass", "inconclusive", "fail").index)
-
-    def exit_code(self, fail_on: str | None) -> int:
-        """Return 0, 1 for a regression or 3 for inconclusive; 0 where nothing is to fail."""
-        return 0 if fail_on is None else EXIT_CODES[self.outcome(fail_on)]
-
-    def counts(self) -> dict[str, int]:
-        """Return how many rows each verdict has."""
-        verdicts = [row.verdict for row in self.rows]
-        return {verdict: verdicts.count(verdict) for verdict in VERDICTS}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON values."""
-        return {
-            "kind": "elastickv-comparison",
-            "version": 1,
-            **{name: getattr(self, name) for name in ("a", "b", "margin_percent", "fidelity_margin_percent")},
-            "counts": self.counts(),
-            "rows": [row.as_dict() for row in self.rows],
-            **{name: getattr(self, name) for name in ("only_a", "only_b", "warnings")},
-        }
+class Comparison(ComparisonData):
+    """Two sets of results, cell by cell; shown as a table in a notebook."""
 
     def to_json(self) -> str:
         """Return it as indented JSON."""
@@ -93,8 +33,6 @@ class Comparison:
         ------
         UsageError : if pandas is not installed.
         """
-        from elastickv.results.compare.comparison_table import flat
-
         return frame([flat(row) for row in self.rows])
 
     def save(self, path: Path | str) -> None:
@@ -104,13 +42,9 @@ class Comparison:
         ------
         UsageError : if it cannot be written.
         """
-        from elastickv.results.compare.comparison_table import FORMATS
-
         write_text(Path(path), FORMATS[SUFFIXES.get(Path(path).suffix.lower(), "json")](self))
 
     def _repr_html_(self) -> str:
-        from elastickv.results.compare.comparison_table import as_html
-
         return as_html(self)
 
 
@@ -143,12 +77,12 @@ def compare(
             raise UsageError(f"a {name} of {margin} % is out of range: above 0 and below 100 is accepted")
     if control not in CONTROLS:
         raise UsageError(f"control {control} is unknown: choose {', '.join(CONTROLS)}")
-    side_a, side_b = read_result_set(a, "A"), read_result_set(b, "B")
-    matched = match(side_a, side_b, allow_different_device)
+    results_a, results_b = read_result_set(a, "A"), read_result_set(b, "B")
+    matched = match(results_a, results_b, allow_different_device)
     controlled = control == "dense" and not matched.other_device
     margins = margin_percent, fidelity_margin_percent
     rows = [change(pair.cell, figure, pair.a, pair.b, margins, controlled) for pair in matched.pairs for figure in pair.figures]
-    notes = dict.fromkeys((*side_a.notes, *side_b.notes))
+    notes = dict.fromkeys((*results_a.notes, *results_b.notes))
     warnings = [
         *notes,
         *comparability_warnings(matched),
@@ -156,7 +90,7 @@ def compare(
         *_about_repetitions(rows),
     ]
     return Comparison(
-        side_a.name, side_b.name, margin_percent, fidelity_margin_percent, rows, matched.only_a, matched.only_b, warnings
+        results_a.name, results_b.name, margin_percent, fidelity_margin_percent, rows, matched.only_a, matched.only_b, warnings
     )
 
 

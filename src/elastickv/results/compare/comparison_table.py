@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from elastickv.results.compare.change import Row
-from elastickv.results.compare.comparison import Comparison
+from elastickv.results.compare.comparison_data import ComparisonData
 from elastickv.results.compare.runs import Cell
 from elastickv.results.formats.html import html_table
 from elastickv.results.formats.plain_json import dumps
 from elastickv.results.formats.rows import csv_of, markdown_cell
 from elastickv.results.formats.table import literal
 
-_COLOURS = {"SAME": "dim", "FASTER": "green", "SLOWER": "bold red", "AMBIGUOUS": "yellow"}
+_COLORS = {"SAME": "dim", "FASTER": "green", "SLOWER": "bold red", "AMBIGUOUS": "yellow"}
 _HEADERS = ("figure", "A ms", "B ms", "B / A", "verdict", "dense B / A", "error A", "error B", "fidelity")
 _NUMBERS = ("A ms", "B ms", "B / A", "dense B / A", "error A", "error B")
 
@@ -46,7 +46,7 @@ def flat(row: Row) -> dict[str, Any]:
     }
 
 
-def as_terminal(comparison: Comparison) -> str:
+def as_terminal(comparison: ComparisonData) -> str:
     """Return what a person wants to see first: each verdict with its interval and its price, the sum of them, every warning."""
     out = io.StringIO()
     console = Console(file=out, width=200, highlight=False)
@@ -55,7 +55,7 @@ def as_terminal(comparison: Comparison) -> str:
     for header in headers:
         table.add_column(literal(header), justify="right" if header in _NUMBERS else "left", no_wrap=header in _NUMBERS)
     for cells in rows:
-        table.add_row(*(f"[{_COLOURS[text]}]{text}[/]" if text in _COLOURS else literal(text) for text in cells))
+        table.add_row(*(f"[{_COLORS[text]}]{text}[/]" if text in _COLORS else literal(text) for text in cells))
     console.print(table)
     for line in _sentences(comparison):
         console.print(literal(line), soft_wrap=True)
@@ -64,13 +64,13 @@ def as_terminal(comparison: Comparison) -> str:
     return out.getvalue()
 
 
-def as_html(comparison: Comparison) -> str:
+def as_html(comparison: ComparisonData) -> str:
     """Return a table for a notebook, with everything that is said of it."""
     headers, rows = _grid(comparison)
     return html_table(headers, rows, [*_sentences(comparison), *(f"warning: {warning}" for warning in comparison.warnings)])
 
 
-def as_markdown(comparison: Comparison) -> str:
+def as_markdown(comparison: ComparisonData) -> str:
     """Return the same as Markdown."""
 
     def line(cells: Iterable[str]) -> str:
@@ -83,19 +83,19 @@ def as_markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_csv(comparison: Comparison) -> str:
+def as_csv(comparison: ComparisonData) -> str:
     """Return a header line and a line for each figure of a cell."""
     rows = [flat(row) for row in comparison.rows]
     columns = dict.fromkeys(name for row in rows for name in row)
     return csv_of([{name: row.get(name) for name in columns} for row in rows])
 
 
-def as_jsonl(comparison: Comparison) -> str:
+def as_jsonl(comparison: ComparisonData) -> str:
     """Return a line of JSON for each figure of a cell."""
     return "".join(json.dumps(row.as_dict(), allow_nan=False) + "\n" for row in comparison.rows)
 
 
-FORMATS: dict[str, Callable[[Comparison], str]] = {
+FORMATS: dict[str, Callable[[ComparisonData], str]] = {
     "table": as_terminal,
     "json": lambda comparison: dumps(comparison.as_dict()),
     "jsonl": as_jsonl,
@@ -105,18 +105,19 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {
 }
 
 
-def _grid(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+def _grid(comparison: ComparisonData) -> tuple[list[str], list[list[str]]]:
     """Return headers and rows: what tells cells apart, a column each, and then what was found."""
     pairs = [dict(row.cell.pairs) for row in comparison.rows]
     common = dict(_common(comparison).pairs)
-    axes = [name for name in dict.fromkeys(name for told in pairs for name in told) if name not in common]
+    axes = [name for name in dict.fromkeys(name for values in pairs for name in values) if name not in common]
     rows = [
-        [*(_short(told.get(name)) for name in axes), *_found(row)] for told, row in zip(pairs, comparison.rows, strict=True)
+        [*(_short(values.get(name)) for name in axes), *_figures(row)]
+        for values, row in zip(pairs, comparison.rows, strict=True)
     ]
     return [*axes, *_HEADERS], rows
 
 
-def _common(comparison: Comparison) -> Cell:
+def _common(comparison: ComparisonData) -> Cell:
     """Return what all cells share."""
     first, *others = (row.cell for row in comparison.rows)
     return Cell(tuple(pair for pair in first.pairs if all(pair in cell.pairs for cell in others)), ())
@@ -128,7 +129,7 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _found(row: Row) -> tuple[str, ...]:
+def _figures(row: Row) -> tuple[str, ...]:
     ratio, fidelity = row.ratio, row.fidelity
     return (
         row.figure,
@@ -143,7 +144,7 @@ def _found(row: Row) -> tuple[str, ...]:
     )
 
 
-def _sentences(comparison: Comparison) -> list[str]:
+def _sentences(comparison: ComparisonData) -> list[str]:
     counts = ", ".join(f"{count} {verdict}" for verdict, count in comparison.counts().items() if count)
     margins = f"margin {comparison.margin_percent:g} %, of recipe errors {comparison.fidelity_margin_percent:g} %"
     lines = [f"{comparison.b} against {comparison.a}: {counts} ({margins}; 95 % intervals)"]

@@ -1,6 +1,6 @@
 """What a comparison takes of a result, whichever program wrote it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastickv.benchmark.stats.intervals import SummaryStats
@@ -65,6 +65,7 @@ class BenchmarkRun:
     Attributes
     ----------
     source : its file, and the line of it.
+    result : all of it, as one of `elastickv.results.kinds` or `elastickv.benchmark.Result`.
     device : what it ran on; `driver`, `versions`, `threads` and so on are among `protocol`.
     recipe, ratio_read : what was run for what was asked, and dense bytes / bytes read; None where the program has none.
     protocol : how it was measured, name -> value.
@@ -82,6 +83,7 @@ class BenchmarkRun:
     figures: dict[str, Times]
     fidelity: OutputErrors | None
     complete: bool
+    result: Any = field(compare=False, repr=False)
 
     def copies(self, other: "BenchmarkRun") -> bool:
         """Whether both are one measurement, in whatever files."""

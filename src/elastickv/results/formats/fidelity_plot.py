@@ -7,6 +7,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.results.files import write_bytes
+from elastickv.results.kinds.evaluation_result import EvaluationResult, LossRow, PassKeyRow
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _MOST_TICKS = 5
@@ -26,7 +27,7 @@ def check_plot(path: Path) -> None:
         raise UsageError('--plot needs matplotlib: pip install "elastickv[report]"')
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: EvaluationResult, path: Path) -> None:
     """Draw a result into a file.
 
     Raises
@@ -36,15 +37,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     check_plot(path)
     from matplotlib.figure import Figure
 
-    needle = result["needle"]
-    names = list(dict.fromkeys(name for row in needle for name in row["found"]))
+    needle = result.needle
+    names = list(dict.fromkeys(name for row in needle for name in row.found))
     rows = 2 if needle else 1
     columns = max(len(_FIGURES), len(names))
     figure = Figure(figsize=(3.4 * columns, 3.2 * rows), layout="constrained")
     for number, (name, label) in enumerate(_FIGURES):
         axes = figure.add_subplot(rows, columns, number + 1)
-        for context in dict.fromkeys(row["context"] for row in result["rows"]):
-            _curve(axes, [row for row in result["rows"] if row["context"] == context and row["compress"]], name, context)
+        for context in dict.fromkeys(row.context for row in result.rows):
+            _curve(axes, [row for row in result.rows if row.context == context and row.compress], name, context)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("dense bytes / bytes read")
         axes.set_ylabel(label)
@@ -52,24 +53,25 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for number, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, columns + number + 1)
         _map(axes, needle, name)
-    figure.suptitle(f"{result['model']['name']}: {', '.join(result['texts'])}")
+    figure.suptitle(f"{result.model.name}: {', '.join(result.texts)}")
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.lower()[1:])
     write_bytes(path, drawn.getvalue())
 
 
-def _curve(axes: Any, rows: list[dict[str, Any]], name: str, context: int) -> None:
-    means = [row[name]["mean"] for row in rows]
-    around = [[row[name]["mean"] - row[name]["low"] for row in rows], [row[name]["high"] - row[name]["mean"] for row in rows]]
-    bars = [[max(0.0, length) for length in side] for side in around]
-    axes.errorbar([row["read_ratio"] for row in rows], means, yerr=bars, marker="o", capsize=3, label=str(context))
+def _curve(axes: Any, rows: list[LossRow], name: str, context: int) -> None:
+    figures = [getattr(row, name) for row in rows]
+    means = [figure.mean for figure in figures]
+    below, above = [figure.mean - figure.low for figure in figures], [figure.high - figure.mean for figure in figures]
+    bars = [[max(0.0, length) for length in lengths] for lengths in (below, above)]
+    axes.errorbar([row.read_ratio for row in rows], means, yerr=bars, marker="o", capsize=3, label=str(context))
 
 
-def _map(axes: Any, needle: list[dict[str, Any]], name: str) -> None:
-    grid = [[float(hit) for hit in row["found"].get(name, [float("nan")] * len(row["depths"]))] for row in needle]
+def _map(axes: Any, rows: list[PassKeyRow], name: str) -> None:
+    grid = [[float(hit) for hit in row.found.get(name, [float("nan")] * len(row.depths))] for row in rows]
     axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_yticks(range(len(needle)), [str(row["tokens"]) for row in needle])
-    depths = needle[0]["depths"]
+    axes.set_yticks(range(len(rows)), [str(row.tokens) for row in rows])
+    depths = rows[0].depths
     shown = range(0, len(depths), -(-len(depths) // _MOST_TICKS))
     axes.set_xticks(shown, [f"{depths[i]:.0%}" for i in shown])
     axes.set_xlabel("depth of the pass key")

@@ -1,4 +1,4 @@
-"""A result as one row: CSV, JSON Lines, Markdown."""
+"""A result as one row of metrics (CSV, Markdown), or whole as JSON."""
 
 import csv
 import io
@@ -6,58 +6,33 @@ import json
 import re
 from typing import Any
 
+from elastickv.benchmark.from_dict import to_dict
+from elastickv.benchmark.result import Result
 from elastickv.errors import UsageError, one_line, printable
-from elastickv.results.formats.plain_json import plain
+from elastickv.results.formats.plain_json import dumps, plain
+from elastickv.results.metrics import METRICS
 
 # What Markdown takes for HTML, for the end of a cell or for a link.
 _MARKUP = re.compile(r"[\\<|]|(?<=\])\(")
 _COMPUTED = ("=", "+", "-", "@")
 
-COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("date_utc", ("date_utc",)),
-    ("device", ("gpu", "name")),
-    ("seq", ("configuration", "seq_len")),
-    ("batch", ("configuration", "batch")),
-    ("heads", ("configuration", "heads")),
-    ("kv_heads", ("configuration", "kv_heads")),
-    ("head_dim", ("configuration", "head_dim")),
-    ("compress", ("configuration", "compression")),
-    ("recipe", ("recipe", "text")),
-    ("recipe_hash", ("recipe", "hash")),
-    ("ratio_read", ("recipe", "ratio_read")),
-    ("ratio_stored", ("recipe", "ratio_stored")),
-    ("baseline", ("baseline", "name")),
-    ("baseline_ms", ("baseline", "time_ms")),
-    ("elastic_ms", ("results", "attention_time_ms")),
-    ("speedup", ("speedup", "estimate")),
-    ("speedup_low", ("speedup", "low")),
-    ("speedup_high", ("speedup", "high")),
-    ("cv", ("results", "coefficient_of_variation")),
-    ("bandwidth_gbs", ("results", "memory_bandwidth_gbs")),
-    ("roofline_score", ("results", "roofline_score")),
-    ("kernel_error", ("fidelity", "sample", "kernel_error", "mean")),
-    ("recipe_error", ("fidelity", "sample", "recipe_error", "mean")),
-    ("cycle_speedup", ("inference_cycle", "speedup_vs_baseline")),
-    ("complete", ("complete",)),
-)
+
+def row(result: Result) -> dict[str, Any]:
+    """Return the metrics of a result, the columns of every table of results; None where one was not measured."""
+    return {name: metric.value(result) for name, metric in METRICS.items()}
 
 
-def row(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns of a result; None where it was not measured.
-
-    Raises
-    ------
-    UsageError : if it lacks one.
-    """
-    return {name: _at(result, path) for name, path in COLUMNS}
+def as_jsonl(result: Any) -> str:
+    """Return the whole result on one line of JSON."""
+    return json.dumps(to_dict(result), allow_nan=False) + "\n"
 
 
-def as_jsonl(result: dict[str, Any]) -> str:
-    """Return the whole result on one line."""
-    return json.dumps(result, allow_nan=False) + "\n"
+def as_json(result: Any) -> str:
+    """Return the whole result as indented JSON."""
+    return dumps(to_dict(result))
 
 
-def as_csv(result: dict[str, Any]) -> str:
+def as_csv(result: Result) -> str:
     """Return a header line and one row."""
     return csv_of([row(result)])
 
@@ -71,7 +46,7 @@ def csv_of(rows: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def as_markdown(result: dict[str, Any]) -> str:
+def as_markdown(result: Result) -> str:
     """Return a table of two columns."""
     lines = ["| | |", "| --- | --- |"]
     lines += [f"| {name} | {_short(value)} |" for name, value in row(result).items()]
@@ -97,18 +72,6 @@ def frame(rows: list[dict[str, Any]]) -> Any:
     except ImportError:
         raise UsageError("to_pandas needs pandas: pip install pandas") from None
     return pandas.DataFrame(rows)
-
-
-def _at(value: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        if value is None:
-            return None
-        if not isinstance(value, dict) or key not in value:
-            raise UsageError(f"the result lacks {'.'.join(path)}: cut off, edited or of another version; measure again")
-        value = value[key]
-    if isinstance(value, (dict, list)):
-        raise UsageError(f"the result has no figure in {'.'.join(path)}: edited or of another version; measure again")
-    return value
 
 
 def _exact(value: Any) -> str:

@@ -1,14 +1,16 @@
 """A result on a terminal, and in a notebook."""
 
 import io
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from elastickv.benchmark.result import RecipeUsed, Result
 from elastickv.errors import printable
 from elastickv.results.formats.html import html_paragraphs, html_table
+from elastickv.results.formats.rows import brief
+from elastickv.results.metrics import listed_metrics
 
 _HEADERS = ("decode step", "ms", "CV %", "KV GB/s")
 
@@ -18,14 +20,13 @@ def literal(text: str) -> str:
     return escape(printable(text))
 
 
-def as_table(result: dict[str, Any]) -> str:
-    """Return what a person wants to see first: who was measured, the ratio, its price, and every warning."""
+def as_table(result: Result) -> str:
+    """Return the device and workload, the contenders' times, the speed-up with the recipe error, and every warning."""
     out = io.StringIO()
     console = Console(file=out, width=100, highlight=False)
-    recipe = result["recipe"]
     name, workload = _workload(result)
     console.print(f"[bold]{literal(name)}[/]  {workload}")
-    console.print(f"recipe [bold]{literal(recipe['text'])}[/] {_bytes(recipe)}")
+    console.print(f"recipe [bold]{literal(result.recipe.text)}[/] {_bytes(result.recipe)}")
     table = Table(box=None, pad_edge=False)
     for header in _HEADERS:
         table.add_column(header, justify="left" if header == _HEADERS[0] else "right")
@@ -34,81 +35,82 @@ def as_table(result: dict[str, Any]) -> str:
     console.print(table)
     for line in _sentences(result):
         console.print(literal(line), soft_wrap=True)
-    for warning in result["warnings"]:
+    for warning in result.warnings:
         console.print(f"[yellow]warning:[/] {literal(warning)}", soft_wrap=True)
     return out.getvalue()
 
 
-def as_html(result: dict[str, Any]) -> str:
+def as_html(result: Result) -> str:
     """Return the same for a notebook."""
-    recipe = result["recipe"]
-    first = ["  ".join(_workload(result)), f"recipe {recipe['text']} {_bytes(recipe)}"]
-    said = [*_sentences(result), *(f"warning: {warning}" for warning in result["warnings"])]
-    return html_paragraphs(first) + html_table(_HEADERS, _contenders(result), said)
+    heading = ["  ".join(_workload(result)), f"recipe {result.recipe.text} {_bytes(result.recipe)}"]
+    notes = [*_sentences(result), *(f"warning: {warning}" for warning in result.warnings)]
+    return html_paragraphs(heading) + html_table(_HEADERS, _contenders(result), notes)
 
 
-def _workload(result: dict[str, Any]) -> tuple[str, str]:
+def _workload(result: Result) -> tuple[str, str]:
     """Return the device's name and what it decoded."""
-    configuration = result["configuration"]
-    return result["gpu"]["name"], (
-        f"context {configuration['seq_len']}, batch {configuration['batch']}, "
-        f"{configuration['heads']} query / {configuration['kv_heads']} KV heads x {configuration['head_dim']}, "
-        f"compress={configuration['compression']:g}, {configuration['cache']} cache"
+    configuration = result.configuration
+    return result.gpu.name, (
+        f"context {configuration.seq_len}, batch {configuration.batch}, "
+        f"{configuration.heads} query / {configuration.kv_heads} KV heads x {configuration.head_dim}, "
+        f"compress={configuration.compression:g}, {configuration.cache} cache"
     )
 
 
-def _bytes(recipe: dict[str, Any]) -> str:
+def _bytes(recipe: RecipeUsed) -> str:
     return (
-        f"({recipe['hash']}): reads 1/{recipe['ratio_read']:.2f}, "
-        f"stores 1/{recipe['ratio_stored']:.2f} of dense 16-bit bytes{_expected(recipe)}"
+        f"({recipe.hash}): reads 1/{recipe.ratio_read:.2f}, "
+        f"stores 1/{recipe.ratio_stored:.2f} of dense 16-bit bytes{_expected(recipe)}"
     )
 
 
-def _contenders(result: dict[str, Any]) -> list[tuple[str, ...]]:
+def _contenders(result: Result) -> list[tuple[str, ...]]:
     return [
         (
-            timing["name"] + (" (baseline)" if timing["name"] == result["baseline"]["name"] else ""),
-            f"{timing['time_ms']:.4f}",
-            f"{100 * timing['coefficient_of_variation']:.2f}",
-            f"{timing['kv_bandwidth_gbs']:.1f}",
+            timing.name + (" (baseline)" if timing.name == result.baseline.name else ""),
+            f"{timing.time_ms:.4f}",
+            f"{100 * timing.coefficient_of_variation:.2f}",
+            f"{timing.kv_bandwidth_gbs:.1f}",
         )
-        for timing in result["contenders"]
+        for timing in result.contenders
     ]
 
 
-def _expected(recipe: dict[str, Any]) -> str:
-    """Return what the solver expects of a recipe, where the file tells it: older ones do not."""
-    loss, most = recipe.get("predicted_loss"), recipe.get("largest_ratio_scoring_every_step")
+def _expected(recipe: RecipeUsed) -> str:
+    """Return what the solver expects of a recipe; older files do not say."""
+    loss, most = recipe.predicted_loss, recipe.largest_ratio_scoring_every_step
     text = f"; expected loss {loss:.3f}" if loss is not None else ""
     return text + (f"; scoring every step would allow up to 1/{most:.1f}" if most is not None else "")
 
 
-def _sentences(result: dict[str, Any]) -> list[str]:
-    speedup, floor, roofline = result["speedup"], result["noise_floor"], result["roofline"]
-    verdict = "" if result["faster"] else "; not beyond the noise floor"
-    noise = f"A/A {floor['estimate']:.3f} [{floor['low']:.3f}, {floor['high']:.3f}]" if floor else "A/A not measured"
+def _sentences(result: Result) -> list[str]:
+    speedup, floor, roofline = result.speedup, result.noise_floor, result.roofline
+    dense, elastic = roofline["dense"], roofline["elastic"]
+    verdict = "" if result.faster else "; not beyond the noise floor"
+    noise = f"A/A {floor.estimate:.3f} [{floor.low:.3f}, {floor.high:.3f}]" if floor else "A/A not measured"
     lines = [
-        f"speed-up {speedup['estimate']:.3f}x [{speedup['low']:.3f}, {speedup['high']:.3f}] at 95 %; {noise}{verdict}",
-        f"bandwidth: dense {roofline['dense']['bandwidth_gbs']:.1f}, elastic {roofline['elastic']['bandwidth_gbs']:.1f}, "
-        f"read ceiling {result['ceilings']['read_gbs']:.1f} GB/s; roofline score: dense {roofline['dense']['score']:.2f}, "
-        f"elastic {roofline['elastic']['score']:.2f}",
+        f"speed-up {speedup.estimate:.3f}x [{speedup.low:.3f}, {speedup.high:.3f}] at 95 %; {noise}{verdict}",
+        f"bandwidth: dense {dense.bandwidth_gbs:.1f}, elastic {elastic.bandwidth_gbs:.1f}, "
+        f"read ceiling {result.ceilings['read_gbs']:.1f} GB/s; roofline score: dense {dense.score:.2f}, "
+        f"elastic {elastic.score:.2f}",
     ]
-    sample = result["fidelity"]["sample"]
+    sample = result.fidelity.sample
     if sample:
-        error, kernel = sample["recipe_error"], sample["kernel_error"]
+        error, kernel = sample.recipe_error, sample.kernel_error
         lines.append(
-            f"recipe error on {result['fidelity']['source']} ({sample['recipe']}, context {sample['context'][1]}): "
-            f"mean {error['mean']:.4f}, p95 {error['p95']:.4f}, max {error['max']:.4f}; kernel error {kernel['mean']:.1e}"
+            f"recipe error on {result.fidelity.source} ({sample.recipe}, context {sample.context[1]}): "
+            f"mean {error.mean:.4f}, p95 {error.p95:.4f}, max {error.max:.4f}; kernel error {kernel.mean:.1e}"
         )
-    cycle = result["inference_cycle"]
+    cycle = result.inference_cycle
     if cycle:
+        latency = cycle.elastic_token_latency_ms
         lines.append(
-            f"inference cycle, {cycle['decode_tokens']} tokens, {cycle['layers']} layers, per layer: dense "
-            f"{cycle['baseline_total_ms']:.3f} ms, elastic {cycle['elastic_total_ms']:.3f} ms, "
-            f"{cycle['speedup_vs_baseline']:.3f}x; token latency p99/p50 "
-            f"{cycle['elastic_token_latency_ms']['p99'] / cycle['elastic_token_latency_ms']['p50']:.2f}"
+            f"inference cycle, {cycle.decode_tokens} tokens, {cycle.layers} layers, per layer: dense "
+            f"{cycle.baseline_total_ms:.3f} ms, elastic {cycle.elastic_total_ms:.3f} ms, "
+            f"{cycle.speedup_vs_baseline:.3f}x; token latency p99/p50 {latency['p99'] / latency['p50']:.2f}"
         )
-    if result["verdict"]:
-        parts = ", ".join(f"{j['criterion']} {j['outcome']}" for j in result["verdict"]["criteria"])
-        lines.append(f"gate {result['verdict']['gate']}: {result['verdict']['outcome'].upper()} ({parts})")
+    lines += [f"{metric.header}: {brief(metric.value(result)) or '-'}" for _, metric in listed_metrics()]
+    if result.verdict:
+        parts = ", ".join(f"{judgement.criterion} {judgement.outcome}" for judgement in result.verdict.criteria)
+        lines.append(f"gate {result.verdict.gate}: {result.verdict.outcome.upper()} ({parts})")
     return lines

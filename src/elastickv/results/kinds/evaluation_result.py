@@ -1,0 +1,141 @@
+"""Results of `elastickv eval`: what caches cost a model's predictions."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from elastickv.benchmark.from_dict import SIGNED, Count, Positive, from_dict, optional, refused
+from elastickv.evaluation.metrics import Estimate
+from elastickv.results.kinds.model_result import check_version
+
+EVALUATION_KIND = "elastickv-fidelity"
+EVALUATION_VERSION = 1
+_ELASTIC, _OPTIONAL = optional("recipes"), optional()
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """The model."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+    device: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    device_name: str | None = field(default=None, metadata=_OPTIONAL)
+
+
+@dataclass(frozen=True)
+class CalibrationSource:
+    """The text that the recipes were calibrated on."""
+
+    text: str
+    tokens: Count
+
+
+@dataclass(frozen=True)
+class GreedyDivergence:
+    """Where greedy text leaves that of full attention; `tokens` is how many each continuation has at most."""
+
+    first_different: list[int]
+    same_rows: int
+    length_ratio: float
+    tokens: Count
+    mean_first_different: float
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """What one cache costs at one context, against full attention: means with their intervals over windows.
+
+    The fields from `recipe_hash` to `expected_error` are of an elastic cache, `quantiser` and `bits` of Transformers' own
+    quantized one.
+    """
+
+    context: Count
+    cache: str
+    compress: Positive | None
+    ppl_change_percent: Annotated[Estimate, SIGNED]
+    kl: Annotated[Estimate, SIGNED]
+    top1_percent: Annotated[Estimate, SIGNED]
+    full_ppl: float
+    windows: int
+    scored_tokens: int
+    seconds: float
+    recipe_hash: str | None = field(default=None, metadata=_ELASTIC)
+    recipes: list[str] | None = field(default=None, metadata=_OPTIONAL)
+    read_ratio: Positive | None = field(default=None, metadata=_ELASTIC)
+    stored_ratio: Positive | None = field(default=None, metadata=_ELASTIC)
+    step_bytes_read: float | None = field(default=None, metadata=_ELASTIC)
+    bytes_stored: float | None = field(default=None, metadata=_ELASTIC)
+    expected_error: float | None = field(default=None, metadata=_ELASTIC)
+    quantiser: str | None = field(default=None, metadata=_OPTIONAL)
+    bits: int | None = field(default=None, metadata=_OPTIONAL)
+    greedy: GreedyDivergence | None = field(default=None, metadata=_OPTIONAL)
+
+
+@dataclass(frozen=True)
+class PassKeyRow:
+    """Pass keys in prompts of one length: for each cache, whether the key at each of `depths` was answered."""
+
+    tokens: Count
+    depths: list[float]
+    found: dict[str, list[bool]]
+    skipped: list[str] = field(default_factory=list)
+
+    def check(self, source: str) -> None:
+        """Refuse a row whose answers are not one a depth.
+
+        Raises
+        ------
+        UsageError : naming the cache.
+        """
+        for cache, answers in self.found.items():
+            if len(answers) != len(self.depths):
+                raise refused(source, f"has another number of pass keys than depths for {cache}")
+
+
+@dataclass(frozen=True)
+class SuggestedRatio:
+    """The largest ratio within a tolerance; None where not even the smallest is."""
+
+    tolerance: str
+    compress: Positive | None
+    certain: bool
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """A result of `elastickv eval`; `complete` is False where it was interrupted."""
+
+    kind: str
+    version: int
+    environment: dict[str, Any]
+    model: EvaluatedModel
+    texts: list[str]
+    calibration: CalibrationSource | None
+    options: dict[str, Any]
+    skipped: list[str]
+    rows: list[LossRow]
+    needle: list[PassKeyRow]
+    suggestion: SuggestedRatio | None
+    seconds: float
+    complete: bool = True
+    command: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str = "the result") -> "EvaluationResult":
+        """Return these JSON values as a result.
+
+        Raises
+        ------
+        UsageError : naming the key that is missing, of another type or out of range, or another version.
+        """
+        check_version(value, EVALUATION_VERSION, source)
+        evaluation = from_dict(cls, value, source)
+        for row in evaluation.needle:
+            row.check(source)
+        return evaluation
