@@ -1,6 +1,7 @@
 """The documents match the files that they describe, and their examples run."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 SOURCE = ROOT / "src" / "elastickv"
 WORKFLOWS = sorted((ROOT / "docs" / "workflows").glob("*.yml"))
+QUICKSTART = ROOT / "benchmarks" / "results" / "cpu" / "quickstart.json"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "short.json"
 
 
@@ -164,6 +166,15 @@ def test_the_readme_is_in_order():
     ]
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
     assert text[: text.index("figures: quickstart")].count("\n") < 20
+
+
+def test_the_readme_shows_what_its_first_command_prints():
+    from elastickv.results.formats import FORMATS
+
+    text, result = README.read_text(encoding="utf-8"), json.loads(QUICKSTART.read_text(encoding="utf-8"))
+    first = re.search(r"elastickv (bench .*)$", text, re.MULTILINE)[1].split()
+    assert result["configuration"]["command"][1 : len(first) + 1] == first
+    assert f"```text\n{FORMATS['table'](result)}```" in text
 
 
 def sections():
