@@ -1,11 +1,14 @@
-"""What the documents say is what the files hold, and their examples run."""
+"""The documents match the files that they describe, and their examples run."""
 
+import ast
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -13,12 +16,16 @@ import click
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "architecture.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+SOURCE = ROOT / "src" / "elastickv"
 WORKFLOWS = sorted((ROOT / "docs" / "workflows").glob("*.yml"))
+QUICKSTART = ROOT / "benchmarks" / "results" / "cpu" / "quickstart.json"
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "short.json"
 
 
-@pytest.mark.parametrize("tool", ["render_figures", "render_reference"])
+@pytest.mark.parametrize("tool", ["render_figures", "render_reference", "render_diagrams"])
 def test_what_a_tool_writes_is_up_to_date(tool):
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "--check"],
@@ -27,9 +34,9 @@ def test_what_a_tool_writes_is_up_to_date(tool):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS], ids=lambda path: path.name)
 def test_links_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
         assert target.startswith("http") or (document.parent / target).exists(), target
 
 
@@ -67,18 +74,42 @@ def blocks(document):
     return re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def given(code):
-    """Return what an example's reader has at hand: a model and its inputs, where the code does not make them."""
-    if not re.search(r"\bmodel\b", code):
-        return {}
-    import torch
+class TinyTokenizer:
+    """The few calls that an example makes of a tokenizer."""
 
+    def __call__(self, texts, **_):
+        import torch
+
+        ids = torch.tensor([[ord(c) % 127 + 1 for c in text[:100]] for text in texts])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+@contextmanager
+def tiny_models():
+    """Let Transformers load a tiny model and tokenizer, whatever an example names."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.helpers.tiny_models import tiny_llama
+
+    with (
+        mock.patch.object(AutoModelForCausalLM, "from_pretrained", return_value=tiny_llama().model),
+        mock.patch.object(AutoTokenizer, "from_pretrained", return_value=TinyTokenizer()),
+    ):
+        yield
+
+
+def predefined(code):
+    """Return a model and its inputs, where the example uses them without loading them."""
+    if not re.search(r"\bmodel\b", code) or "from_pretrained" in code:
+        return {}
     from tests.helpers.tiny_models import tiny_llama
 
     model = tiny_llama().model
     model.generation_config.max_new_tokens = 4
-    ids = torch.arange(1, 101)[None] % 127
-    return {"model": model, "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
+    return {"model": model, "inputs": TinyTokenizer()(["".join(map(chr, range(100)))])}
 
 
 EXAMPLES = [document for document in DOCUMENTS if blocks(document)]
@@ -103,10 +134,10 @@ def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "src"))))
     examples = blocks(document)
-    names = given("".join(examples))
+    names = predefined("".join(examples))
     # What an example adds to the program is taken away again.
     with (
-        warnings.catch_warnings(),
+        warnings.catch_warnings(), tiny_models() if "from_pretrained" in "".join(examples) else nullcontext(),
         mock.patch.dict(BACKENDS), mock.patch.dict(formats.FORMATS),
         mock.patch.dict(metrics.METRICS), mock.patch.object(peers, "PEERS", peers.PEERS),
     ):  # fmt: skip
@@ -118,3 +149,71 @@ def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
 def test_no_docstring_holds_an_example_that_nobody_runs():
     sources = [path for path in (ROOT / "src").rglob("*.py") if ">>>" in path.read_text(encoding="utf-8")]
     assert not sources, "write it into a document, whose examples are run"
+
+
+def test_the_readme_shows_run_eval_and_calibrate():
+    assert {name for path, name, _ in commands() if path == README} >= {"bench", "run", "eval", "calibrate"}
+
+
+def test_the_readme_is_in_order():
+    text = README.read_text(encoding="utf-8")
+    order = [
+        "python3 -m venv .venv",
+        "python3 tools/check.py",
+        "figures: quickstart",
+        "activate",
+        "ElasticCache.for_model",
+        "figures: results",
+    ]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    assert text[: text.index("figures: quickstart")].count("\n") < 20
+
+
+def test_the_readme_shows_what_its_first_command_prints():
+    from elastickv.results.formats import FORMATS
+
+    text, result = README.read_text(encoding="utf-8"), json.loads(QUICKSTART.read_text(encoding="utf-8"))
+    first = re.search(r"elastickv (bench .*)$", text, re.MULTILINE)[1].split()
+    assert result["configuration"]["command"][1 : len(first) + 1] == first
+    assert f"```text\n{FORMATS['table'](result)}```" in text
+
+
+def sections():
+    """Return the sections of the architecture page by their titles."""
+    parts = re.split(r"^## (.*)$", ARCHITECTURE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+HOMES = (SOURCE, SOURCE / "backends", SOURCE / "backends" / "cuda", ROOT)  # folders that documents name files relative to
+NAMED_PATH = re.compile(r"`((?:[a-z_0-9.-]+/)+(?:[a-z_0-9-]+\.(?:py|cuh?|json|toml|ipynb))?)`")
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS], ids=lambda path: path.name)
+def test_every_file_and_folder_that_a_document_names_exists(document):
+    names = set(NAMED_PATH.findall(document.read_text(encoding="utf-8")))
+    assert [name for name in sorted(names) if not any((home / name).exists() for home in HOMES)] == []
+    assert document != ARCHITECTURE or len(names) > 50
+
+
+@pytest.mark.parametrize(
+    ("title", "most"), [("The path of `--compress` to a launch", 12), ("The path of a K, V pair to a page", 10)]
+)
+def test_a_path_in_the_architecture_page_is_short(title, most):
+    files = re.findall(r"^\d+\. `([^`]+)`: \S.*$", sections()[title], re.MULTILINE)
+    assert 3 < len(files) == len(set(files)) <= most
+    assert all((SOURCE / name).is_file() for name in files)
+
+
+def test_the_tree_diagram_is_the_import_order():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from render_diagrams import TREE
+
+    row = {name: number for number, names in enumerate(TREE) for name, _ in names}
+    parts = {path.stem if path.is_file() else path.name for path in SOURCE.iterdir() if not path.name.startswith("_")}
+    assert set(row) == parts - {"py"}
+    for path in SOURCE.rglob("*.py"):
+        home = path.relative_to(SOURCE).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            target = (node.module if isinstance(node, ast.ImportFrom) else None) or ""
+            if home in row and target.startswith("elastickv.") and target.split(".")[1] in row:
+                assert row[home] <= row[target.split(".")[1]], f"{path}: {target}"

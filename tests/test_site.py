@@ -1,4 +1,4 @@
-"""The documents as a site: every link leads somewhere, and a page asks no other server for anything."""
+"""The documents as a site: every link resolves, and a page fetches nothing from another server."""
 
 import os
 import re
@@ -18,14 +18,14 @@ class Fetched(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.targets = []
 
     def handle_starttag(self, tag, attributes):
         for name, value in attributes:
             if name in ("src", "srcset", "poster", "data") or (name == "href" and tag != "a"):
-                self.found.append(value)
+                self.targets.append(value)
             if name == "style":
-                self.found += re.findall(r"url\(['\"]?([^'\")]*)", value)
+                self.targets += re.findall(r"url\(['\"]?([^'\")]*)", value)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def test_a_page_fetches_nothing_from_elsewhere(site):
     for page in pages:
         fetched = Fetched()
         fetched.feed(page.read_text(encoding="utf-8"))
-        assert fetched.found, page.name
-        local = [target for target in fetched.found if target.strip() and not target.startswith(("data:", "#"))]
+        assert fetched.targets, page.name
+        local = [target for target in fetched.targets if target.strip() and not target.startswith(("data:", "#"))]
         assert not [target for target in local if REMOTE.match(target)], page.name
         for target in local:
             path = target.partition("?")[0].partition("#")[0]

@@ -1,4 +1,4 @@
-"""The table of docs/RELIABILITY.md: what was tried, how often, what came of it, and how to repeat it."""
+"""The table of docs/RELIABILITY.md: each check, the number of cases, the outcome and the command that repeats it."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-HEADERS = ("what", "tried", "came of it", "where, when", "again with")
+HEADERS = ("check", "cases", "outcome", "environment", "command")
 FOLDER = "benchmarks/results/reliability"
 Row = tuple[str, str, str, str, str]
 
@@ -41,7 +41,7 @@ def _number(count: int) -> str:
 
 def _properties(record: dict[str, Any]) -> Iterator[Row]:
     tried = f"{_number(record['examples'])} generated cases of {record['tests']} property tests"
-    yield ("every recipe and back end against the float64 definition", tried, f"{record['failures']} failures",
+    yield ("every recipe and backend vs. the float64 reference", tried, f"{record['failures']} failures",
            _where(record), _command(record["command"]))  # fmt: skip
 
 
@@ -49,11 +49,11 @@ def _mutants(record: dict[str, Any]) -> Iterator[Row]:
     for name, part in record["parts"].items():
         tried = f"{_number(part['tried'])} mutants" + (f", a sample of {_number(part['mutants'])}" if part["sampled"] else "")
         share = f"{100 * part['killed_at_first'] / part['tried']:.1f}"
-        share += f" ± {100 * part['standard_error']:.1f} % noticed" if part["sampled"] else " % noticed"
+        share += f" ± {100 * part['standard_error']:.1f} % detected" if part["sampled"] else " % detected"
         if part["killed"] > part["killed_at_first"]:
-            share += f", {100 * part['share_killed']:.1f} % with tests added since"
-        said = f"{share}; {part['explained']} of the {part['survived']} others are explained"
-        yield f"do tests notice changes: {name}", tried, said, _where(part), _command(part["command"])
+            share += f", {100 * part['share_killed']:.1f} % with the tests added since"
+        said = f"{share}; {part['explained']} of the {part['survived']} survivors are explained"
+        yield f"mutation testing: {name}", tried, said, _where(part), _command(part["command"])
 
 
 def _fuzzing(record: dict[str, Any]) -> Iterator[Row]:
@@ -61,8 +61,8 @@ def _fuzzing(record: dict[str, Any]) -> Iterator[Row]:
     parsers = {name: target for name, target in record["targets"].items() if name != "command-line"}
     program = {name: target for name, target in record["targets"].items() if name == "command-line"}
     for what, targets in ((f"{len(parsers)} parsers", parsers), ("the command line", program)):
-        found = sum(len(target["findings"]) + bool(target["broke"]) for target in targets.values())
-        said = f"{found} findings open" if found else "nothing but the documented error"
+        findings = sum(len(target["findings"]) + bool(target["broke"]) for target in targets.values())
+        said = f"{findings} findings open" if findings else "only the documented error"
         count = _number(sum(target["executions"] for target in targets.values()))
         yield f"fuzzing of {what}", f"{count} inputs", said, where, _command(record["command"])
 
@@ -70,22 +70,22 @@ def _fuzzing(record: dict[str, Any]) -> Iterator[Row]:
 def _suite(record: dict[str, Any]) -> Iterator[Row]:
     tests = record["tests"]
     said = f"{_number(tests['passed'])} passed, {tests.get('failed', 0)} failed"
-    said += f", {tests['skipped']} skipped for want of what they need" if tests.get("skipped") else ""
-    yield ("every test of a GPU", f"{_number(sum(tests.values()))} tests", said, _where(record), _command(record["command"]))
+    said += f", {tests['skipped']} skipped (missing hardware or package)" if tests.get("skipped") else ""
+    yield ("the GPU test suite", f"{_number(sum(tests.values()))} tests", said, _where(record), _command(record["command"]))
 
 
 def _faults(record: dict[str, Any]) -> Iterator[Row]:
     outcome = {name: sum(fault[name] for fault in record["faults"]) for name in ("passed", "failed", "skipped")}
     said = f"{outcome['passed']} tests passed, {outcome['failed']} failed"
     said += f", {outcome['skipped']} need a GPU or root" if outcome["skipped"] else ""
-    yield "faults provoked", f"{len(record['faults'])} kinds of fault", said, _where(record), _command(record["command"])
+    yield "fault injection", f"{len(record['faults'])} kinds of fault", said, _where(record), _command(record["command"])
 
 
 def _sanitizer(record: dict[str, Any]) -> Iterator[Row]:
     runs = Counter(case["tool"] for case in record["cases"])
     clean = Counter(case["tool"] for case in record["cases"] if case["clean"])
     for tool, count in runs.items():
-        yield (f"compute-sanitizer: {tool}", f"{count} kernels x recipes", f"{clean[tool]} without a finding", _where(record),
+        yield (f"compute-sanitizer: {tool}", f"{count} kernels x recipes", f"{clean[tool]} clean", _where(record),
                f"`python benchmarks/sanitize.py --tools {tool} --output FILE`")  # fmt: skip
 
 
@@ -93,29 +93,31 @@ def _soak(record: dict[str, Any]) -> Iterator[Row]:
     replays, soaks = record["replays"], record["soak"]
     where, command = _where(record), _command(f"{record['command']} --output FILE")
     differing = sum(row["differing"] for row in replays)
-    tried = f"{_number(sum(row['replays'] for row in replays))} replays of {len(replays)} recipes' captured steps"
-    yield "the same step again", tried, f"{differing} with another bit", where, command
+    tried = f"{_number(sum(row['replays'] for row in replays))} replays of the captured steps of {len(replays)} recipes"
+    yield "bitwise repeatability", tried, f"{differing} differ in a bit", where, command
     steps, checked = sum(row["steps"] for row in soaks), sum(row["checked_outputs"] for row in soaks)
     most, spread = max(row["largest_error"] for row in soaks), max(row["free_bytes_spread"] for row in soaks)
-    said = f"largest error of {_number(checked)} checked outputs {most:.1e}; free device memory moved by {spread} bytes"
+    said = f"largest error of {_number(checked)} checked outputs {most:.1e}; free device memory changed by {spread} bytes"
     tried = f"{_number(steps)} through {soaks[0]['layers']} layers"
-    yield "captured tokens, growing and restarted sequences", tried, said, where, command
+    yield "soak: captured tokens, growing and restarted sequences", tried, said, where, command
 
 
 def _statistics(record: dict[str, Any]) -> Iterator[Row]:
-    for kind, found in record["summary"].items():
-        tried = f"{found['conditions']} synthetic machines x {_number(record['replications'])}"
-        shares = (found["coverage_mean"], found["coverage_least"], found["coverage_most"])
-        said = "the 95 % interval held the truth in {:.1f} % ({:.1f} to {:.1f})".format(*(100 * share for share in shares))
-        if found["result_says_faster_most"] is not None:
-            said += f'; "faster" said wrongly in at most {100 * found["result_says_faster_most"]:.1f} %'
+    for kind, summary in record["summary"].items():
+        tried = f"{summary['conditions']} synthetic machines x {_number(record['replications'])}"
+        shares = (summary["coverage_mean"], summary["coverage_least"], summary["coverage_most"])
+        said = "the 95 % interval contained the true ratio in {:.1f} % ({:.1f} to {:.1f})".format(
+            *(100 * share for share in shares)
+        )
+        if summary["result_says_faster_most"] is not None:
+            said += f'; false "faster" in at most {100 * summary["result_says_faster_most"]:.1f} %'
         yield f"intervals: {kind}", tried, said, _where(record, "any machine"), _command(record["command"])
 
 
 def _aa(record: dict[str, Any]) -> Iterator[Row]:
     count = record["comparisons"]
-    said = f'{record["contained_1"]} intervals held 1.0; a result would say "faster" of {record["false_faster"]}'
-    yield ("dense against itself", f"{count} comparisons", said, _where(record),
+    said = f'{record["contained_1"]} intervals contained 1.0; false "faster": {record["false_faster"]}'
+    yield ("A/A: dense vs. itself", f"{count} comparisons", said, _where(record),
            "`python benchmarks/aa_study.py --backend BACKEND --output FILE`")  # fmt: skip
 
 

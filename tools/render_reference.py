@@ -61,8 +61,8 @@ PYTHON: dict[str, tuple[str, ...]] = {
 
 
 def cli() -> str:
-    introduction = "`-h` and `--help` show the same. How a command ended is told by its [exit code](TECHNICAL.md#exit-codes)."
-    lines = [MADE, "", "# Command line", "", introduction, ""]
+    intro = "`-h` and `--help` print the same text. [Exit codes](failures.md#exit-codes) are the same for all commands."
+    lines = [MADE, "", "# Command line", "", intro, ""]
     for name, place in PROGRAMS.items():
         module, _, attribute = place.partition(":")
         command = getattr(import_module(module), attribute)

@@ -241,7 +241,7 @@ def test_an_error_that_nobody_foresaw_keeps_its_trace(monkeypatch):
 
 
 def test_the_exit_codes_are_documented_in_one_place():
-    text = (ROOT / "docs" / "TECHNICAL.md").read_text(encoding="utf-8").partition("## Exit codes")[2]
+    text = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8").partition("## Exit codes")[2]
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.M)}
     assert documented == {*CODES, 3, 129, 143}
 

@@ -1,4 +1,4 @@
-"""A cache as plain lists of tokens, made of what docs/TECHNICAL.md and docs/recipes.md say: no code of a cache is asked."""
+"""A cache as plain lists of tokens, made of what docs/architecture.md and docs/recipes.md say: no code of a cache is asked."""
 
 import copy
 import math

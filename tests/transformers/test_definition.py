@@ -24,7 +24,7 @@ RECIPES = [
     "int8,stride=2",
     "int8,reuse,anchor_every=3",
 ]
-LIMIT = 2e-4  # kernel error of int4 codes in float32 (docs/TECHNICAL.md), and the model's own rounding
+LIMIT = 2e-4  # kernel error of int4 codes in float32 (docs/bench.md), and the model's own rounding
 
 
 class Watch:

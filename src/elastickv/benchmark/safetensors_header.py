@@ -16,7 +16,7 @@ DTYPE_BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER_BYTES = 1 << 20
 MAX_AXES = 8
 _LENGTH_BYTES = 8
-_REMEDY = "write it with safetensors as docs/INPUT.md says, or copy it again"
+_REMEDY = "write it with safetensors as docs/bench.md says, or copy it again"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_header(path: Path, names: tuple[str, ...]) -> tuple[dict[str, TensorEnt
     if missing:
         raise UsageError(
             f"input {path} has no tensor {', '.join(map(repr, missing))}: it holds {', '.join(given) or 'nothing'}; "
-            f"{', '.join(names)} are needed (docs/INPUT.md)"
+            f"{', '.join(names)} are needed (docs/bench.md)"
         )
     data_start = _LENGTH_BYTES + length
     entries = {name: _entry(path, name, header[name], data_start, file_bytes) for name in names}

@@ -85,7 +85,7 @@ def load_sample(path: Path | None = None) -> Sample:
 
     Parameters
     ----------
-    path : a file as docs/INPUT.md describes it.
+    path : a file as docs/bench.md describes it.
 
     Raises
     ------

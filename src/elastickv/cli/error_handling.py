@@ -1,4 +1,4 @@
-"""The one error path: what went wrong in one line on stderr, and an exit code. docs/TECHNICAL.md has the table of them."""
+"""The one error path: what went wrong in one line on stderr, and an exit code. docs/failures.md has the table of them."""
 
 import _thread
 import os
