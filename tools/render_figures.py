@@ -240,8 +240,8 @@ def recipe_errors() -> list[str]:
     return table(["recipe", "read ratio", "mean", "p95", "max"], rows)
 
 
-def bootstrap(figure: dict[str, float], places: int) -> str:
-    return f"{figure['mean']:.{places}f} [{figure['low']:.{places}f}, {figure['high']:.{places}f}]"
+def bootstrap(figure: dict[str, float], digits: int) -> str:
+    return f"{figure['mean']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
 
 
 def fidelity() -> list[str]:
