@@ -1,4 +1,4 @@
-"""What stands for CUDA graphs where there is no GPU, and choices that a speculative decode does not predict."""
+"""A stand-in for CUDA graphs without a GPU, and a sampler that speculative decodes do not predict."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from elastickv.transformers.layer_storage import LayerStorage
 
 
 class FakeRecorder:
-    """Stands for CUDA graphs: recording stores nothing, a replay runs the pass on the tensors that it was recorded with."""
+    """Replaces CUDA graphs: recording stores nothing, and a replay runs the pass on the recorded tensors."""
 
     launches_speculatively = False
 
@@ -43,7 +43,7 @@ def queue_nothing(store, keys, values, queries, scaling):
 
 
 class Swerve(tf.LogitsProcessor):
-    """From a place on, forbids the likeliest token at every third."""
+    """From a position on, forbids the likeliest token at every third position."""
 
     def __init__(self, start):
         self.start = start

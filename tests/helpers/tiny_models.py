@@ -1,4 +1,4 @@
-"""Models of a few thousand weights, with a tokenizer that maps characters: nothing is downloaded."""
+"""Models of a few thousand weights, with a tokenizer of characters. Nothing is downloaded."""
 
 from types import SimpleNamespace
 

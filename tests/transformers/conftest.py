@@ -1,4 +1,4 @@
-"""Tiny models on one thread: waking others costs more than they save, and more still where tests run beside each other."""
+"""Run tiny models on one thread: more threads cost more than they save, above all when tests run in parallel."""
 
 import numba
 import pytest

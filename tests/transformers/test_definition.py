@@ -103,7 +103,7 @@ def test_decodes_are_the_oracles_on_the_same_codes_and_pages(tiny, watch, text):
 
 
 def expected_chunk(before, call, pending, real, stride: int, recipe: Recipe) -> np.ndarray:
-    """Return attention over all that was stored and the new tokens up to each query's own, in float64."""
+    """Return float64 attention to all stored tokens and the new ones up to each query's own."""
     batch, heads, new, dim = call.query.shape
     outputs = np.zeros((batch, heads, new, dim))
     group = heads // pending.keys.shape[1]

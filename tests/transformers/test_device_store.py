@@ -1,4 +1,4 @@
-"""On a device: a store of tensors against the float64 twin, whatever their dtype, strides and heads; torch owns memory."""
+"""A store on a GPU compared with its float64 twin, for several dtypes, strides and head sizes; torch owns the memory."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""From a name to a model."""
+"""Load a model by name."""
 
 import struct
 import sys

@@ -31,7 +31,7 @@ pytestmark = [
 
 
 def errors_of(made: Any) -> ModelCalibration:
-    """Return errors of four KV heads: the first two, one rank's, err alike, the others do not."""
+    """Return errors of four KV heads: equal for the first two, which are on one rank, and different for the others."""
     curve = {1.0: ((0.0,) * 4,) * 2, 0.5: ((1e-3, 1e-3, 4e-3, 2e-4),) * 2, 0.125: ((1e-2, 1e-2, 8e-2, 1e-3),) * 2}
     none, little = ((0.0,) * 4,) * 2, ((1e-5,) * 4,) * 2
     formats = {"keys": {"int8": none, "int4": little}, "values": {"int8": none, "int4/32": little}}
@@ -70,7 +70,7 @@ def refusal(act: Any) -> str:
 
 
 class LateRecorder(FakeRecorder):
-    """One that fails when the pass has run: this stand-in's passes talk to the other ranks, recorded or not."""
+    """A recorder that fails after the pass: its passes communicate with other ranks, whether recorded or not."""
 
     late: Exception | None = None
 
@@ -117,7 +117,7 @@ def captured_counts(made: Any) -> dict[str, Any]:
 
 
 def on_cpu(folder: Path) -> dict[str, Any]:
-    """What a rank finds on the CPU."""
+    """Return the results of a rank on the CPU."""
     results: dict[str, Any] = {name: outcome(split(folder / name)) for name in SPLIT}
     cut = split(folder / "llama-mqa")
     results["cut"] = refusal(lambda: ekv.ElasticCache.for_model(cut, 4))
@@ -140,7 +140,7 @@ def on_cpu(folder: Path) -> dict[str, Any]:
 
 
 def on_gpus(folder: Path) -> dict[str, Any]:
-    """What a rank finds on its GPU: the second generation goes across the context from which shares differ."""
+    """Return the results of a rank on its GPU; the second generation crosses the context from which shares differ."""
     made = split(folder)
     inputs = padded([500, 443])
     results: dict[str, Any] = {"stock": tokens(made, inputs), "1": with_elastic(made, 1, inputs)[0]}
@@ -159,7 +159,7 @@ def save_four_heads(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What one process finds, and what each of two does."""
+    """Return the results of one process and of each of two."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("PyTorch is built without gloo")
     folder = tmp_path_factory.mktemp("ranks")

@@ -1,4 +1,4 @@
-"""What cannot be served is refused in one line that names why, before work is lost."""
+"""Unsupported models and calls raise a one-line error with the reason before work is lost."""
 
 import weakref
 from typing import Any

@@ -27,7 +27,7 @@ def without(mask, *place):
 
 
 def causal(new, dtype=torch.bool):
-    """A mask of four dimensions: what is held, and the new tokens up to each one's own."""
+    """Return a four-dimensional mask that shows stored tokens and the new ones up to each query's own."""
     seen = torch.cat([torch.ones(new, HELD), torch.ones(new, new).tril()], 1).bool()[None, None].repeat(2, 1, 1, 1)
     return seen if dtype is torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(dtype).min)
 
@@ -138,7 +138,7 @@ def test_a_model_that_has_become_wider_than_its_cache_is_refused():
 
 
 class Choose(tf.LogitsProcessor):
-    """Chooses token 7 at one place and at no other, and some token where no logit is a number."""
+    """Chooses token 7 at one position only, and some token where no logit is a number."""
 
     def __init__(self, place):
         self.place = place
@@ -150,7 +150,7 @@ class Choose(tf.LogitsProcessor):
 @pytest.mark.parametrize("recipe", ["dense", "int4,pages=1/4,anchor_every=4"])
 @pytest.mark.parametrize("place", [45, 50])
 def test_a_token_that_is_not_finite_is_reported_before_a_generate_ends(recipe, place):
-    """The second is the last that the model is given: the token that it makes is the last of the text."""
+    """The second position is the last that the model receives: its output is the last token of the text."""
     broken = model("llama")
     with torch.no_grad():
         broken.model.embed_tokens.weight[7] = torch.nan

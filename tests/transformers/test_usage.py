@@ -399,7 +399,7 @@ class TestRecipes:
         [
             ({}, "neither compress nor a recipe"),
             ({"compress": 0.9}, "compress=0.9 is out of range"),
-            ({"compress": "four"}, "compress='four' is no number"),
+            ({"compress": "four"}, "compress='four' is not a number"),
             ({"compress": float("nan")}, "out of range"),
             ({"compress": 4, "recipe": "int8"}, "both given"),
             ({"recipe": "int9"}, "'int9' is not a term"),
@@ -407,7 +407,7 @@ class TestRecipes:
             ({"recipe": "no/such.json"}, "does not exist"),
             ({"recipe": ["int8"]}, "1 recipes for 2 layers"),
             ({"recipe": {7: "int8"}, "compress": 4}, "layer 7 has no full attention"),
-            ({"compress": 4, "layers": {0: 3}}, "3 is no recipe"),
+            ({"compress": 4, "layers": {0: 3}}, "3 is not a recipe"),
             ({"compress": 4, "context": 0}, "context=0 is out of range"),
             ({"compress": 4, "capacity": 2.5}, "capacity=2.5 is out of range"),
             ({"compress": 4, "context": 900, "capacity": 800}, "no row can reach it"),

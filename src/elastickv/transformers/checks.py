@@ -69,12 +69,12 @@ def check_call(call: Call, model: str, layer: int) -> None:
     if torch.is_grad_enabled() and call.query.requires_grad:
         raise UsageError(NO_GRADIENT)
     if call.rest.get("dropout"):
-        raise UsageError(f"{model} drops weights of its attention, which no cache does: call model.eval()")
+        raise UsageError(f"{model} applies dropout to attention weights, which the cache does not support: call model.eval()")
     for word in _UNSUPPORTED:
         if call.rest.get(word) is not None:
             raise UsageError(f"{model}: layer {layer} attends with {word}, which is not supported")
     if getattr(call.module, "is_causal", True) is False or call.rest.get("is_causal") is False:
-        raise UsageError(f"{model}: layer {layer} attends to later tokens, which no cache can hold")
+        raise UsageError(f"{model}: layer {layer} attends to later tokens, which a cache cannot hold")
 
 
 def check_finite(
@@ -162,11 +162,11 @@ class CacheChecks:
     def check_answered(self) -> None:
         """Raise UsageError if a layer received keys and its attention was never called."""
         if self._waiting is not None:
+            number, name = self._waiting.layer.number, self.model_name
             raise UsageError(
-                f"layer {self._waiting.layer.number} got keys and {IMPLEMENTATION!r} attention never asked for them: the model "
-                f"is not the {self.model_name} that the cache was made for (make one with ElasticCache.for_model(model)), its "
-                f"attention was set to another, or {self.model_name} alters keys on the way and is not supported; reset() "
-                "the cache"
+                f"layer {number} received keys, and {IMPLEMENTATION!r} attention was never called with them: the model is not "
+                f"the {name} that the cache was made for (make one with ElasticCache.for_model(model)), its attention "
+                f"implementation was changed, or {name} alters keys before attention and is not supported; reset() the cache"
             )
 
     def expect(self, pending: Pending) -> None:
@@ -197,13 +197,13 @@ class CacheChecks:
         """
         number = pending.layer.number
         if pending is not self._waiting:
-            raise UsageError(f"layer {number} is asked twice for the same keys: {self.model_name} is not supported")
+            raise UsageError(f"layer {number} attends twice with the same keys: {self.model_name} is not supported")
         known = self._modules.get(number)
         if known is None:
             model = self._model()
             if model is not None and not any(module is other for other in model.modules()):
                 raise UsageError(
-                    f"the cache was made for another model ({self.model_name}) than the one that runs: make one for this model "
+                    f"the cache was made for another model ({self.model_name}) than the running one: make one for this model "
                     "with ElasticCache.for_model(model)"
                 )
             self._modules[number] = weakref.ref(module)

@@ -156,7 +156,7 @@ class ElasticConfig:
         if self.ratio == 1:
             return
         warnings.warn(
-            f"every layer of {model_name} attends to a window, and keeps Transformers' own cache: nothing is compressed",
+            f"every layer of {model_name} attends to a window and keeps Transformers' own cache: nothing is compressed",
             UserWarning,
             stacklevel=outside(),
         )
@@ -182,13 +182,13 @@ class ElasticConfig:
         already = f" ({held} are held)" if held else ""
         if self.capacity is not None and longest > self.capacity:
             raise UsageError(
-                f"{longest} tokens{already} do not fit the cache's capacity of {self.capacity}: make it larger, or "
-                "give a shorter prompt or fewer new tokens"
+                f"{longest} tokens{already} exceed the cache's capacity of {self.capacity}: give a larger capacity, a "
+                "shorter prompt or fewer new tokens"
             )
         if positions is not None and longest > positions:
             raise UsageError(
-                f"{longest} tokens{already} are beyond the model's {positions} positions (max_position_embeddings): a shorter "
-                "prompt or fewer new tokens are accepted"
+                f"{longest} tokens{already} exceed the model's {positions} positions (max_position_embeddings): give a "
+                "shorter prompt or fewer new tokens"
             )
 
     def copy(self) -> ElasticConfig:
@@ -218,11 +218,11 @@ def config_for(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_CONTEXT):
             raise UsageError(f"{name}={value!r} is out of range: give a whole number of tokens from 1 to {MAX_CONTEXT}")
     if context is not None and capacity is not None and context > capacity:
-        raise UsageError(f"context={context} is beyond capacity={capacity}: no row can reach it")
+        raise UsageError(f"context={context} exceeds capacity={capacity}: no row can reach it")
     if compress is not None:
         number: Any = compress
         if isinstance(number, bool) or not isinstance(number, Real):
-            raise UsageError(f"compress={number!r} is no number: give one from 1 to 1024")
+            raise UsageError(f"compress={number!r} is not a number: give one from 1 to 1024")
         compress = float(number)
         check_ratio(compress)
     single = {} if layers is None else {layer: _parsed(value) for layer, value in layers.items()}
@@ -275,7 +275,7 @@ def outside(*others: str) -> int:
 
 def _check_calibration(calibration: ModelCalibration, sizes: Sizes, compress: float | None) -> None:
     if compress is None:
-        raise UsageError("a calibration is no recipe: give compress too, and the recipes are solved for it")
+        raise UsageError("a calibration is not a recipe: give compress too, and recipes are solved for it")
     missing = sorted(set(sizes.elastic) - set(calibration.layers))
     heads = (calibration.query_heads, calibration.kv_heads, calibration.head_dim)
     if missing or heads != (sizes.query_heads, sizes.kv_heads, sizes.head_dim):
@@ -299,7 +299,7 @@ def _parsed(value: RecipeLike) -> Recipe:
     if isinstance(value, Recipe):
         return value
     if not isinstance(value, str):
-        raise UsageError(f"{value!r} is no recipe: give a Recipe or its text, such as 'int4,pages=1/4'")
+        raise UsageError(f"{value!r} is not a recipe: give a Recipe or its text, such as 'int4,pages=1/4'")
     return Recipe.parse(value)
 
 

@@ -67,7 +67,7 @@ def sizes_of(model: Any) -> Sizes:
     text = text_config(model)
     called = f"{name} ({text.model_type})"
     if _is_encoder(text):
-        raise UsageError(f"{called} is an encoder and has no KV cache: set is_decoder=True if it is to decode")
+        raise UsageError(f"{called} is an encoder and has no KV cache: set is_decoder=True to use it as a decoder")
     if not isinstance(getattr(text, "num_attention_heads", None), int):
         raise UsageError(f"{called} has no KV cache: ElasticCache serves models that decode with attention")
     _check_attention(model, called, text)
@@ -132,12 +132,11 @@ def _check_attention(model: Any, called: str, text: Any) -> None:
         )
     default = getattr(model, "_supports_default_dynamic_cache", None)
     if default is not None and not default():
-        raise UsageError(f"{called} has a cache of its own and takes no other")
+        raise UsageError(f"{called} has its own cache and accepts no other")
     can_set = getattr(model, "_can_set_attn_implementation", None)
     if can_set is None or not can_set():
         raise UsageError(
-            f"{called} does not call its attention through Transformers' attention interface: "
-            "ElasticCache has no way to serve it"
+            f"{called} does not call its attention through Transformers' attention interface: ElasticCache cannot serve it"
         )
 
 

@@ -131,7 +131,7 @@ def real_tokens(mask: torch.Tensor | None, new: int, batch: int, padding: Paddin
     new_visible = visible[:, 0, :, -new:]
     last = new_visible[:, -1]
     if bool((new_visible.any(dim=1) & ~last).any()):
-        raise UsageError("the mask hides from the last token what another one sees: give a causal mask, or a 2D one")
+        raise UsageError("the mask hides from the last token what an earlier one sees: give a causal mask, or a 2D one")
     earlier = visible[:, 0, :, :-new]
     if earlier.shape[2]:
         held = torch.as_tensor(padding.real(batch), device=earlier.device)

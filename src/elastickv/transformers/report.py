@@ -210,7 +210,7 @@ class CacheReport:
             lines.append(f"  stock layers hold {self.stock_bytes} bytes")
         if self.read_ratio is not None:
             lines.append(f"  {self.decodes} decodes read {self.read_bytes:.0f} bytes, {self.read_ratio:.2f}x less than dense")
-            why = f": {self.not_captured}" if self.not_captured else f", {self.ahead} launched ahead"
+            why = f": {self.not_captured}" if self.not_captured else f", {self.ahead} launched speculatively"
             lines.append(f"  {self.captured} of them captured{why}")
         if self.prompt_seconds:
             share = 100 * self.quantize_seconds / self.prompt_seconds

@@ -144,7 +144,7 @@ def test_every_recipe_is_captured(tiny, text):
 
 
 def held(cache):
-    """Return all that a cache's layers hold, as it is stored."""
+    """Return copies of everything that a cache's layers store."""
     last = max(cache.lengths)
     return [tensor for layer in cache.elastic_layers for tensor in layer.store.read(0, last)]
 
@@ -389,7 +389,7 @@ def test_assisted_decoding_goes_on(tiny):
 
 
 def test_long_rope_that_changes_its_frequencies_is_captured_with_them_or_not_at_all():
-    """Releases before 5.24 ask the device for the greatest position; later ones choose on it."""
+    """Releases before 5.24 read the largest position from the device; later ones decide on the device."""
     config = tf.Phi3Config(
         **model("phi3").config.to_dict()
         | {
