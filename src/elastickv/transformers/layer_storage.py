@@ -74,13 +74,13 @@ class Backends:
     Attributes
     ----------
     uses : how often stores were used by anything but the next decode.
-    ahead : a decode that was launched before its call and must be rolled back on any other use, or None.
+    in_flight : a decode that was launched before its call and must be rolled back on any other use, or None.
     """
 
     def __init__(self) -> None:
         self._opened: dict[torch.device, Backend] = {}
         self.uses = 0
-        self.ahead: InFlightDecode | None = None
+        self.in_flight: InFlightDecode | None = None
 
     def at(self, device: torch.device) -> Backend:
         """Return the back end of a device; see `backend_for`."""
@@ -91,8 +91,8 @@ class Backends:
     def note_use(self) -> None:
         """Count a use; a decode that was launched before its call is rolled back first."""
         self.uses += 1
-        if self.ahead is not None:
-            decode, self.ahead = self.ahead, None
+        if self.in_flight is not None:
+            decode, self.in_flight = self.in_flight, None
             decode.rollback()
 
 
@@ -164,8 +164,8 @@ class LayerStorage:
     def __del__(self) -> None:
         # A decode that was launched before its call still writes to memory that is about to be reused.
         backends = getattr(self, "_backends", None)
-        if backends is not None and backends.ahead is not None:
-            backends.ahead.wait()
+        if backends is not None and backends.in_flight is not None:
+            backends.in_flight.wait()
 
     def _replace(self, make: Callable[[], LayerCache]) -> None:
         self.cache = make()

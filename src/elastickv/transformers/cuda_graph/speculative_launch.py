@@ -82,21 +82,21 @@ class SpeculativeLaunch:
         if flight is not None:
             flight.wait()
             cache = flight.cache()
-            if cache is not None and cache.backends.ahead is flight:
-                cache.backends.ahead = None
+            if cache is not None and cache.backends.in_flight is flight:
+                cache.backends.in_flight = None
         self.begin()
 
     def matched(self, cache: ElasticCache, graph: Graph, inputs: dict[str, Any]) -> Any:
         """Return the outputs of a pass with these inputs, if that is what is under way; else None, and it is taken back."""
         flight, backends = self._flight, cache.backends
-        if flight is not None and backends.ahead is flight and flight.graph is graph and flight.outputs is not None:
+        if flight is not None and backends.in_flight is flight and flight.graph is graph and flight.outputs is not None:
             flight.recorder.follow(flight.told)
             if _same(graph.inputs, inputs):
-                self._flight = backends.ahead = None
+                self._flight = backends.in_flight = None
                 flight.recorder.follow(flight.done)
                 self.count += 1
                 return flight.outputs
-        if backends.ahead is not None:
+        if backends.in_flight is not None:
             backends.note_use()
         # Of a text that began since, nothing is known yet.
         if flight is not None and self._sure:
@@ -106,7 +106,7 @@ class SpeculativeLaunch:
 
     def abandon(self, cache: ElasticCache) -> None:
         """Take back a decode that something broke off: what was queued of it has not been counted."""
-        if cache.backends.ahead is not None:
+        if cache.backends.in_flight is not None:
             cache.backends.note_use()
         else:
             cache.rollback()
@@ -135,7 +135,7 @@ class SpeculativeLaunch:
             flight.outputs = graph.replay()
 
         flight = _Flight(weakref.ref(cache), graph, recorder, recorder.end(), recorder.end())
-        self._flight = cache.backends.ahead = flight
+        self._flight = cache.backends.in_flight = flight
         recorder.beside((tell, replay), (flight.told, flight.done))
 
 
