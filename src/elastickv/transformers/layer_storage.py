@@ -19,8 +19,6 @@ from elastickv.transformers.cuda_graph.in_flight import wait_for_others
 from elastickv.transformers.torch_allocator import TorchAllocator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from typing_extensions import Self
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -159,7 +157,7 @@ class LayerStorage:
 
     def __init__(self, backends: Backends, backend: Backend, cache: LayerCache, head_dim: int, device: torch.device) -> None:
         self._backends, self._backend, self.head_dim, self._device = backends, backend, head_dim, device
-        self._replace(lambda: cache)
+        self._replace(cache)
 
     def __del__(self) -> None:
         # A decode that was launched before its call still writes to memory that is about to be reused.
@@ -167,8 +165,8 @@ class LayerStorage:
         if backends is not None and backends.in_flight is not None:
             backends.in_flight.wait()
 
-    def _replace(self, make: Callable[[], LayerCache]) -> None:
-        self.cache = make()
+    def _replace(self, cache: LayerCache) -> None:
+        self.cache = cache
         shape, dtype = self.cache.shape, torch.float32 if self.on_host else TORCH_DTYPES[self.cache.dtype]
         heads = (shape.batch, shape.query_heads)
         self._one = np.ones(shape.batch, np.int64)
@@ -271,7 +269,7 @@ class LayerStorage:
             capacity = _rounded(needed + max(needed // 8, 256))
             with self._in_use():
                 check_room(self._backend, self.cache.shape, capacity, self.cache.dtype, self.cache.recipe)
-                self._replace(lambda: self.cache.gather(np.arange(self.cache.shape.batch), capacity))
+                self._replace(self.cache.gather(np.arange(self.cache.shape.batch), capacity))
 
     def gather(self, rows: NDArray[np.int64]) -> None:
         """Make row i a copy of row `rows[i]`; the number of rows may change."""
@@ -279,7 +277,7 @@ class LayerStorage:
             if len(rows) == self.cache.shape.batch:
                 self.cache.reorder(rows)
             else:
-                self._replace(lambda: self.cache.gather(rows, self.cache.capacity))
+                self._replace(self.cache.gather(rows, self.cache.capacity))
 
     def drop(self, count: NDArray[np.int64]) -> None:
         """Forget the last `count[b]` tokens of row b; see `LayerCache.crop`."""
