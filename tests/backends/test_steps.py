@@ -1,11 +1,17 @@
 """The device step: enqueue, roll back, enqueue again and commit leave what append and decode leave, on every back end."""
 
 import copy
+import re
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import elastickv
 from elastickv.errors import UsageError
+from elastickv.kvcache import LayerCache
 from elastickv.recipe import AttentionShape, Recipe
 from tests.helpers.cases import Case
 from tests.helpers.kinds import DeviceTensor
@@ -217,3 +223,28 @@ def test_tensors_that_no_kernel_may_touch_are_refused_and_nothing_changes(each, 
     assert (cache.lengths.tolist(), cache.step) == ([300, 197], -1)
     for got, expected in zip(cache.decode(queries), before, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "place", ["kvcache.reference.ReferenceCache", "backends.cpu.cache.CpuCache", "backends.cuda.cache.CudaCache"]
+)
+def test_a_cache_has_every_member_of_the_protocol_with_its_parameters(place):
+    module, name = place.rsplit(".", 1)
+    kind = getattr(import_module(f"elastickv.{module}"), name)
+    members = {name: member for name, member in vars(LayerCache).items() if not name.startswith("_")}
+    methods = {name: list(signature(member).parameters) for name, member in members.items() if callable(member)}
+    assert {"prefill", "append", "extend", "prepare_step", "enqueue_step", "commit_step", "rollback_step", "crop"} <= set(
+        methods
+    )
+    assert {name: list(signature(getattr(kind, name)).parameters) for name in methods} == methods
+    assert {"room", "launch_key", "lengths"} <= set(members) - set(methods)
+
+
+def test_nothing_above_the_back_ends_names_the_cache_of_one():
+    folder = Path(elastickv.__file__).parent
+    files = [path for path in folder.rglob("*.py") if path.relative_to(folder).parts[0] not in ("backends", "kvcache")]
+    assert len(files) > 100
+    named = [
+        path.name for path in files if {"CpuCache", "CudaCache"} & set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    ]
+    assert named == []

@@ -19,8 +19,6 @@ from elastickv.transformers.cuda_graph.in_flight import wait_for_others
 from elastickv.transformers.torch_allocator import TorchAllocator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from typing_extensions import Self
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -74,13 +72,13 @@ class Backends:
     Attributes
     ----------
     uses : how often stores were used by anything but the next decode.
-    ahead : a decode that was launched before its call and must be rolled back on any other use, or None.
+    in_flight : a decode that was launched before its call and must be rolled back on any other use, or None.
     """
 
     def __init__(self) -> None:
         self._opened: dict[torch.device, Backend] = {}
         self.uses = 0
-        self.ahead: InFlightDecode | None = None
+        self.in_flight: InFlightDecode | None = None
 
     def at(self, device: torch.device) -> Backend:
         """Return the back end of a device; see `backend_for`."""
@@ -91,8 +89,8 @@ class Backends:
     def note_use(self) -> None:
         """Count a use; a decode that was launched before its call is rolled back first."""
         self.uses += 1
-        if self.ahead is not None:
-            decode, self.ahead = self.ahead, None
+        if self.in_flight is not None:
+            decode, self.in_flight = self.in_flight, None
             decode.rollback()
 
 
@@ -159,16 +157,16 @@ class LayerStorage:
 
     def __init__(self, backends: Backends, backend: Backend, cache: LayerCache, head_dim: int, device: torch.device) -> None:
         self._backends, self._backend, self.head_dim, self._device = backends, backend, head_dim, device
-        self._replace(lambda: cache)
+        self._replace(cache)
 
     def __del__(self) -> None:
         # A decode that was launched before its call still writes to memory that is about to be reused.
         backends = getattr(self, "_backends", None)
-        if backends is not None and backends.ahead is not None:
-            backends.ahead.wait()
+        if backends is not None and backends.in_flight is not None:
+            backends.in_flight.wait()
 
-    def _replace(self, make: Callable[[], LayerCache]) -> None:
-        self.cache = make()
+    def _replace(self, cache: LayerCache) -> None:
+        self.cache = cache
         shape, dtype = self.cache.shape, torch.float32 if self.on_host else TORCH_DTYPES[self.cache.dtype]
         heads = (shape.batch, shape.query_heads)
         self._one = np.ones(shape.batch, np.int64)
@@ -271,7 +269,7 @@ class LayerStorage:
             capacity = _rounded(needed + max(needed // 8, 256))
             with self._in_use():
                 check_room(self._backend, self.cache.shape, capacity, self.cache.dtype, self.cache.recipe)
-                self._replace(lambda: self.cache.gather(np.arange(self.cache.shape.batch), capacity))
+                self._replace(self.cache.gather(np.arange(self.cache.shape.batch), capacity))
 
     def gather(self, rows: NDArray[np.int64]) -> None:
         """Make row i a copy of row `rows[i]`; the number of rows may change."""
@@ -279,7 +277,7 @@ class LayerStorage:
             if len(rows) == self.cache.shape.batch:
                 self.cache.reorder(rows)
             else:
-                self._replace(lambda: self.cache.gather(rows, self.cache.capacity))
+                self._replace(self.cache.gather(rows, self.cache.capacity))
 
     def drop(self, count: NDArray[np.int64]) -> None:
         """Forget the last `count[b]` tokens of row b; see `LayerCache.crop`."""

@@ -170,7 +170,7 @@ def test_greedy_texts_are_launched_speculatively(tiny):
     assert torch.equal(tokens, plain)
     assert cache.report().ahead == 79 - 3
     cache.reset()
-    assert cache.backends.ahead is None
+    assert cache.backends.in_flight is None
 
 
 def test_a_decode_in_flight_does_not_write_to_freed_memory(tiny):
@@ -180,7 +180,7 @@ def test_a_decode_in_flight_does_not_write_to_freed_memory(tiny):
             ids = prompt(1, 600)["input_ids"].to("cuda")
             for _ in range(6):
                 ids = tiny(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
-        assert cache.backends.ahead is not None
+        assert cache.backends.in_flight is not None
         del cache
         taken = [torch.zeros(1 << 18, device="cuda") for _ in range(16)]
         torch.cuda.synchronize()

@@ -156,7 +156,7 @@ def test_what_is_interrupted_while_tokens_are_compared_is_taken_back(tiny, seer,
         patch.setattr(speculative_launch, "_same", interrupt)
         with pytest.raises(KeyboardInterrupt):
             next_logits(tiny, ids, cache)
-    assert seer.rolled_back == len(cache.elastic_layers) and cache.backends.ahead is None
+    assert seer.rolled_back == len(cache.elastic_layers) and cache.backends.in_flight is None
     assert torch.equal(*next_logits(tiny, ids, cache, other))
     assert cache.lengths == other.lengths
 
@@ -165,7 +165,7 @@ def test_a_cache_that_is_cropped_to_nothing_starts_anew(tiny, seer):
     cache, other, _ = in_flight(tiny, seer)
     for each in (cache, other):
         each.crop(-each.get_seq_length())
-    assert cache.backends.ahead is None
+    assert cache.backends.in_flight is None
     assert torch.equal(*next_logits(tiny, prompt(1, 250)["input_ids"], cache, other))
 
 
@@ -203,10 +203,10 @@ def test_a_rehearsal_that_breaks_off_in_the_last_layer_is_refused_after(tiny, se
 @pytest.mark.parametrize("use", ["report", "copy", "crop", "reset"])
 def test_every_other_use_of_the_cache_rolls_back_first(tiny, seer, use):
     cache, other, ids = in_flight(tiny, seer)
-    assert seer.launched and cache.backends.ahead is not None, "a loop of one's own tells nothing of its end"
+    assert seer.launched and cache.backends.in_flight is not None, "a loop of one's own tells nothing of its end"
     if use == "reset":
         cache.reset()
-        assert cache.backends.ahead is None and cache.lengths == ()
+        assert cache.backends.in_flight is None and cache.lengths == ()
         return
     if use == "copy":
         cache = copy.deepcopy(cache)
@@ -215,7 +215,7 @@ def test_every_other_use_of_the_cache_rolls_back_first(tiny, seer, use):
             each.crop(-2)
         elif use == "report":
             each.report()
-    assert cache.backends.ahead is None
+    assert cache.backends.in_flight is None
     assert torch.equal(*next_logits(tiny, ids, cache, other))
     assert cache.lengths == other.lengths
 

@@ -82,21 +82,21 @@ class SpeculativeLaunch:
         if flight is not None:
             flight.wait()
             cache = flight.cache()
-            if cache is not None and cache.backends.ahead is flight:
-                cache.backends.ahead = None
+            if cache is not None and cache.backends.in_flight is flight:
+                cache.backends.in_flight = None
         self.begin()
 
     def matched(self, cache: DecodeCache, graph: Graph, inputs: dict[str, Any]) -> Any:
         """Return the outputs of the decode in flight if it has these inputs; else roll it back and return None."""
         flight, backends = self._flight, cache.backends
-        if flight is not None and backends.ahead is flight and flight.graph is graph and flight.outputs is not None:
+        if flight is not None and backends.in_flight is flight and flight.graph is graph and flight.outputs is not None:
             flight.recorder.wait_for(flight.inputs_ready)
             if _same(graph.inputs, inputs):
-                self._flight = backends.ahead = None
+                self._flight = backends.in_flight = None
                 flight.recorder.wait_for(flight.done)
                 self.count += 1
                 return flight.outputs
-        if backends.ahead is not None:
+        if backends.in_flight is not None:
             backends.note_use()
         # Not if another text has begun since: nothing is known about that one.
         if flight is not None and self._confirmed:
@@ -106,7 +106,7 @@ class SpeculativeLaunch:
 
     def abandon(self, cache: DecodeCache) -> None:
         """Roll back a decode that an error interrupted: its queued part has not been counted."""
-        if cache.backends.ahead is not None:
+        if cache.backends.in_flight is not None:
             cache.backends.note_use()
         else:
             cache.rollback()
@@ -135,7 +135,7 @@ class SpeculativeLaunch:
             flight.outputs = graph.replay()
 
         flight = _Flight(weakref.ref(cache), graph, recorder, recorder.new_event(), recorder.new_event())
-        self._flight = cache.backends.ahead = flight
+        self._flight = cache.backends.in_flight = flight
         recorder.launch_concurrently((write_inputs, replay), (flight.inputs_ready, flight.done))
 
 
