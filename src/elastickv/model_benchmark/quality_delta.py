@@ -1,4 +1,4 @@
-"""What a KV cache does to a model's predictions of a text: the quality that is reported beside its speed."""
+"""What another KV cache does to a model's predictions of a text: the price that stands beside its speed."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ from elastickv.evaluation.metrics import Scores
 
 @dataclass(frozen=True)
 class QualityDelta:
-    """Predictions of a text's tokens with a cache, compared with those with a reference cache.
+    """Predictions with a cache against those with the reference cache, token by token of a text.
 
     Attributes
     ----------
-    reference : the reference cache.
+    reference : the cache that it is held against.
     text : the text's name.
     context, tokens : tokens before the first prediction, and predictions.
     perplexity, reference_perplexity : with this cache and with the reference.
     kl_mean, kl_p95, kl_max : KL(reference || this) of a prediction over the whole vocabulary, nats.
-    top1_percent : share of predictions whose likeliest token is the same.
+    top1_percent : predictions whose likeliest token is the same.
     """
 
     reference: str
