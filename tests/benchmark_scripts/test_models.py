@@ -16,8 +16,8 @@ def run(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
 
     def call(*arguments):
-        given = ["models.py", f"--out={tmp_path}", "--model=shape:tiny", "--reps=2", "--tokens=2", *arguments]
-        monkeypatch.setattr(sys, "argv", given)
+        command = ["models.py", f"--out={tmp_path}", "--model=shape:tiny", "--reps=2", "--tokens=2", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
         return models.main(), capsys.readouterr().out.splitlines(), tmp_path
 
     return call

@@ -7,13 +7,12 @@ from elastickv.errors import UsageError
 from elastickv.model_benchmark.generation import (
     Sampling,
     elastic,
-    noise_floor,
-    speedup,
     stock,
     stock_static,
     take_turns,
 )
 from elastickv.model_benchmark.shapes import SHAPES, built, shape_named
+from elastickv.model_benchmark.speedups import noise_floor, speedup, step_means
 from tests.helpers.tiny_models import tiny_llama
 
 PROMPT = 300
@@ -96,7 +95,7 @@ def test_the_interval_pairs_pieces_and_needs_two(model, prompt):
     assert speedup(plain, ours).samples == 4
     assert speedup(plain, ours, skipped=1).samples == 3
     assert speedup(plain, plain).estimate == 1
-    assert noise_floor(plain).samples == 2
+    assert noise_floor(step_means(plain)).samples == 2
 
 
 def test_a_text_that_has_ended_sits_out(model, prompt):

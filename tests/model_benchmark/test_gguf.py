@@ -164,8 +164,8 @@ def llama_cpp(tensor=TENSOR, **changed):
 
 def test_a_made_header_of_the_least_fields_is_read(tmp_path):
     (tmp_path / "m.gguf").write_bytes(llama_cpp())
-    found = read_gguf(str(tmp_path / "m.gguf"))
-    assert (found.layers, found.query_heads, found.kv_heads, found.key_dim, found.vocabulary) == (1, 2, (2,), 64, 1)
+    model = read_gguf(str(tmp_path / "m.gguf"))
+    assert (model.layers, model.query_heads, model.kv_heads, model.key_dim, model.vocabulary) == (1, 2, (2,), 64, 1)
 
 
 ENDLESS = 2**61

@@ -26,8 +26,6 @@ from elastickv.model_benchmark.generation import (
     Generation,
     Sampling,
     elastic,
-    noise_floor,
-    speedup,
     stock,
     stock_static,
     take_turns,
@@ -36,6 +34,7 @@ from elastickv.model_benchmark.memory import MemoryEstimate, free_bytes
 from elastickv.model_benchmark.quality_delta import quality_delta
 from elastickv.model_benchmark.records import SKIPPED, cache_record, device_record, environment_record, model_record
 from elastickv.model_benchmark.shapes import built, shape_named
+from elastickv.model_benchmark.speedups import noise_floor, speedup, step_means
 from elastickv.recipe import DTYPES, Recipe
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.results.kinds.model_result import QualityDelta
@@ -308,7 +307,7 @@ def _result(
     ours, model = generations[-1], model_record(loaded)
     caches = [cache_record(g, model["read_weights_bytes"], device["read_ceiling_gbs"]) for g in generations]
     baselines = {generation.name: speedup(generation, ours, SKIPPED) for generation in generations[:-1]}
-    floor = noise_floor(generations[0], SKIPPED)
+    floor = noise_floor(step_means(generations[0])[SKIPPED:])
     ratios = {name: ratio for name, ratio in baselines.items() if ratio is not None}
     fastest = min(ratios, key=lambda name: ratios[name].estimate, default=None)
     return {

@@ -14,7 +14,6 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from elastickv.benchmark.sampler import schedule
-from elastickv.benchmark.stats.intervals import Interval, ratio_interval
 from elastickv.errors import UsageError
 from elastickv.model_benchmark.memory import Footprint
 from elastickv.recipe import Recipe
@@ -328,25 +327,3 @@ def take_turns(
         if not by_name[name].ended:
             by_name[name].advance(tokens, (on_token or {}).get(name))
         progress(done + 1, total)
-
-
-def step_means(generation: Generation) -> list[float]:
-    """Return the mean seconds per step of each piece that has steps."""
-    return [sum(piece.step_s) / len(piece.step_s) for piece in generation.pieces if piece.step_s]
-
-
-def speedup(baseline: Generation, other: Generation, skipped: int = 0) -> Interval | None:
-    """Return the speed-up of the other's steps over the baseline's, without the first `skipped` pieces.
-
-    None if fewer than two pieces of both have steps.
-    """
-    before, after = step_means(baseline)[skipped:], step_means(other)[skipped:]
-    pairs = min(len(before), len(after))
-    return ratio_interval(before[:pairs], after[:pairs], first=skipped) if pairs >= 2 else None
-
-
-def noise_floor(generation: Generation, skipped: int = 0) -> Interval | None:
-    """Return the ratio of the even pieces to the odd ones: what the machine's noise alone looks like."""
-    means = step_means(generation)[skipped:]
-    pairs = len(means) // 2
-    return ratio_interval(means[: 2 * pairs : 2], means[1 : 2 * pairs : 2]) if pairs >= 2 else None

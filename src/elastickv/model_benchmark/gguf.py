@@ -20,6 +20,7 @@ from elastickv.evaluation.texts import Text
 from elastickv.model_benchmark.gguf_file import KV_TYPES, GgufModel, read_gguf
 from elastickv.model_benchmark.llama_cpp import Llama, device, engine, require_bindings
 from elastickv.model_benchmark.quality_delta import quality_delta
+from elastickv.model_benchmark.speedups import noise_floor
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, read_ratio, stored_bytes
 from elastickv.results.kinds.gguf_result import GGUF_KIND, GGUF_VERSION, GgufBaseline, GgufShape, KvCache, OurFormat
 from elastickv.results.kinds.model_result import QualityDelta
@@ -136,7 +137,7 @@ def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) ->
         caches=[_cache(model, options, kv_type, samples[kv_type], deltas.get(kv_type)) for kv_type in opened],
         speedups={kv_type: ratio_interval(decodes[first], decodes[kv_type]) for kv_type in others},
         baseline=first,
-        noise_floor=_noise_floor(decodes[first]),
+        noise_floor=noise_floor(decodes[first]),
         formats=formats,
         formats_not_counted=unformed,
         bytes_not_counted=model.uncounted,
@@ -212,12 +213,6 @@ def _cache(
         prompt_s=prompts,
         decode_s=decodes,
     )
-
-
-def _noise_floor(series: list[float]) -> Any:
-    """Return the ratio of a type's even samples to its odd ones; None for fewer than two pairs."""
-    pairs = len(series) // 2
-    return ratio_interval(series[: 2 * pairs : 2], series[1 : 2 * pairs : 2]) if pairs >= 2 else None
 
 
 def _our_formats(model: GgufModel, context: int) -> tuple[list[OurFormat], str | None]:

@@ -1,4 +1,4 @@
-"""What a KV cache does to a model's predictions of a text: the quality that is reported beside its speed."""
+"""What a KV cache does to a model's predictions of a text: the quality reported with its speed."""
 
 import numpy as np
 

@@ -15,13 +15,11 @@ from elastickv.model_benchmark.generation import (
     OnToken,
     Sampling,
     elastic,
-    noise_floor,
-    speedup,
-    step_means,
     stock,
     take_turns,
 )
 from elastickv.model_benchmark.records import environment_record, model_record
+from elastickv.model_benchmark.speedups import noise_floor, speedup, step_means
 from elastickv.transformers.model_loading import Loaded
 
 KIND = "elastickv-run"
@@ -92,7 +90,7 @@ class PromptRun:
         # The first piece runs right after the prompt's memory traffic.
         skipped = 1 if len(step_means(self._elastic)) > 2 else 0
         ratio = None if self._stock is None else speedup(self._stock, self._elastic, skipped)
-        floor = None if self._stock is None else noise_floor(self._stock, skipped)
+        floor = None if self._stock is None else noise_floor(step_means(self._stock)[skipped:])
         return {
             "kind": KIND,
             "version": VERSION,
