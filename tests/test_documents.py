@@ -90,6 +90,9 @@ def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
     from elastickv import benchmark
     from elastickv.backends.registry import BACKENDS
     from elastickv.benchmark.contenders import peers
+    from elastickv.kvcache.quantize import CODECS
+    from elastickv.kvcache.scorers import SCORERS
+    from elastickv.recipe import FORMATS
     from elastickv.results import formats
 
     (tmp_path / "results").mkdir()
@@ -108,6 +111,7 @@ def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
     with (
         warnings.catch_warnings(),
         mock.patch.dict(BACKENDS), mock.patch.dict(formats.FORMATS), mock.patch.object(peers, "PEERS", peers.PEERS),
+        mock.patch.dict(FORMATS), mock.patch.dict(CODECS), mock.patch.dict(SCORERS),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
         for number, code in enumerate(examples, 1):

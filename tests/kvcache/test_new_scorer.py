@@ -93,7 +93,7 @@ def test_the_default_scorer_is_in_no_text_and_no_hash():
 
 @pytest.mark.parametrize("text", ["int4,scorer=midpoint", "int8,reuse,anchor_every=4,scorer=midpoint"])
 def test_only_a_selection_of_pages_takes_one(text):
-    with pytest.raises(UsageError, match="scorer=midpoint does not combine with .* only with 'pages'"):
+    with pytest.raises(UsageError, match=r"scorer=midpoint does not combine with .* only with 'pages'"):
         Recipe.parse(text)
 
 
