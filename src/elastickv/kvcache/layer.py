@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 
 from elastickv.kvcache.attention import Float64
 from elastickv.recipe import AttentionShape, Recipe
-from elastickv.recipe.formats import FLOAT16_MAX
 
 Float32 = NDArray[np.float32]
-INT4_KEY_MAX = FLOAT16_MAX  # scales and zeros of int4 keys are halves
+INT4_KEY_MAX = 65504.0  # the largest half: scales and zeros of int4 keys are halves
 Floats = NDArray[np.floating[Any]]
 
 
