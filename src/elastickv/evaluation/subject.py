@@ -37,7 +37,7 @@ class Subject:
         most = getattr(self.config, "max_position_embeddings", None)
         if most is not None and tokens > most:
             raise UsageError(
-                f"{tokens} tokens are needed and {self.loaded.name} has {most} positions: give a shorter --context"
+                f"{tokens} tokens are needed and {self.loaded.name} has {most} positions: give a shorter `context`"
             )
 
     def described(self) -> dict[str, Any]:
