@@ -16,8 +16,8 @@ HAY = "hay " * 500
 
 def test_continuations_part_at_the_first_token_that_differs():
     full = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 9, 1, 1]])
-    found = torch.tensor([[5, 6, 7, 8], [5, 4, 7, 8], [5, 1, 9, 9]])
-    result = divergence(full, found, {9})
+    generated = torch.tensor([[5, 6, 7, 8], [5, 4, 7, 8], [5, 1, 9, 9]])
+    result = divergence(full, generated, {9})
     assert result.first_different == (4, 1, 1) and result.same_rows == 1
     # Texts end at 9: 4 + 4 + 3 tokens against 4 + 4 + 2.
     assert result.length_ratio == pytest.approx(11 / 10)
@@ -34,9 +34,9 @@ def test_a_case_has_its_length_and_hides_its_key_at_its_depth(depth):
 
 
 def test_keys_differ_between_cases_and_are_the_same_in_every_run():
-    found = cases(TOKENIZER, HAY, 900, [0.0, 0.5, 1.0])
-    assert len({case.key for case in found}) == 3
-    assert found == cases(TOKENIZER, HAY, 900, [0.0, 0.5, 1.0])
+    prompts = cases(TOKENIZER, HAY, 900, [0.0, 0.5, 1.0])
+    assert len({case.key for case in prompts}) == 3
+    assert prompts == cases(TOKENIZER, HAY, 900, [0.0, 0.5, 1.0])
 
 
 @pytest.mark.parametrize(("length", "named"), [(50, "at least"), (5000, "needs a text of")])

@@ -97,9 +97,9 @@ def test_recipes_are_what_the_decode_path_runs(loaded):
     """Elastic decoding equals a decode with the keys and values that an int8 cache holds: the loss is real, and not more."""
     rows = windows(TEXTS, loaded.tokenizer, 400, 2)
     start = prefill(loaded.model, [row.ids[:-1] for row in rows], 389, 10)
-    found = score(rows, start, lambda begun, n: sessions.elastic(loaded.model, [Recipe.parse("int8")] * 2, begun, n))
+    scores = score(rows, start, lambda begun, n: sessions.elastic(loaded.model, [Recipe.parse("int8")] * 2, begun, n))
     crude = score(rows, start, lambda begun, n: sessions.elastic(loaded.model, [Recipe.parse("int4")] * 2, begun, n))
-    assert 0 < found.kl.mean() < crude.kl.mean() / 10
+    assert 0 < scores.kl.mean() < crude.kl.mean() / 10
 
 
 def test_a_prefill_is_what_the_model_computes(loaded):

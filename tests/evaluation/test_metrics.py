@@ -35,19 +35,19 @@ def test_large_logits_do_not_overflow():
 
 
 def test_the_perplexity_changes_by_the_mean_difference():
-    found = fidelity(scores([[1.0, 2.0], [3.0, 4.0]], [[1.1, 2.1], [3.1, 4.1]], kl=0.25, same=0.5))
-    assert found.ppl_change_percent.mean == pytest.approx(100 * (math.exp(0.1) - 1))
+    estimates = fidelity(scores([[1.0, 2.0], [3.0, 4.0]], [[1.1, 2.1], [3.1, 4.1]], kl=0.25, same=0.5))
+    assert estimates.ppl_change_percent.mean == pytest.approx(100 * (math.exp(0.1) - 1))
     # Every window changes alike: whichever are drawn, the mean is the same.
-    assert found.ppl_change_percent.low == pytest.approx(found.ppl_change_percent.high)
-    assert (found.kl.mean, found.top1_percent.mean) == (0.25, 50.0)
-    assert found.full_ppl == pytest.approx(math.exp(2.5))
+    assert estimates.ppl_change_percent.low == pytest.approx(estimates.ppl_change_percent.high)
+    assert (estimates.kl.mean, estimates.top1_percent.mean) == (0.25, 50.0)
+    assert estimates.full_ppl == pytest.approx(math.exp(2.5))
 
 
 def test_the_interval_is_that_of_windows_not_of_tokens():
     """A thousand equal tokens in each of two windows are two observations."""
     nll = np.repeat([[0.0], [0.2]], 1000, axis=1)
-    found = fidelity(scores(np.zeros_like(nll), nll)).ppl_change_percent
-    assert found.low == pytest.approx(0) and found.high == pytest.approx(100 * math.expm1(0.2))
+    change_estimate = fidelity(scores(np.zeros_like(nll), nll)).ppl_change_percent
+    assert change_estimate.low == pytest.approx(0) and change_estimate.high == pytest.approx(100 * math.expm1(0.2))
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
@@ -55,7 +55,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     covered = 0
     for _ in range(100):
         change = rng.normal(0.05, 0.02, size=(16, 1))
-        found = fidelity(scores(np.zeros_like(change), change)).ppl_change_percent
-        covered += found.low <= 100 * math.expm1(0.05) <= found.high
+        change_estimate = fidelity(scores(np.zeros_like(change), change)).ppl_change_percent
+        covered += change_estimate.low <= 100 * math.expm1(0.05) <= change_estimate.high
     # The percentile bootstrap of 16 windows is somewhat narrow: 91 % or so.
     assert 80 <= covered <= 99

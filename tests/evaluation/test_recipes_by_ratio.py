@@ -13,20 +13,20 @@ SPAN = Span(2000, 70)
 
 def test_bytes_are_summed_over_the_steps_with_their_anchors():
     recipes = (Recipe.parse("int4,pages=1/4,anchor_every=4"), Recipe.parse("int8"))
-    found = measured(2, recipes, SPAN, SHAPE, "fp32")
+    recipes_at_ratio = measured(2, recipes, SPAN, SHAPE, "fp32")
     read = [step_bytes(r, [2001 + s], SHAPE, "fp32", s % r.anchor_every).kv for r in recipes for s in range(70)]
     dense = 2 * sum(dense_bytes([2001 + s], SHAPE) for s in range(70))
-    assert found.read_ratio == pytest.approx(dense / sum(read))
-    assert found.step_bytes == pytest.approx(sum(read) / 70)
-    assert 1.5 < found.stored_ratio < found.read_ratio
+    assert recipes_at_ratio.read_ratio == pytest.approx(dense / sum(read))
+    assert recipes_at_ratio.step_bytes == pytest.approx(sum(read) / 70)
+    assert 1.5 < recipes_at_ratio.stored_ratio < recipes_at_ratio.read_ratio
 
 
 @pytest.mark.parametrize("calibration", [None, CALIBRATION], ids=["uniform", "calibrated"])
 @pytest.mark.parametrize("ratio", [1, 2, 4, 7.5])
 def test_the_ratio_holds_over_the_span(calibration, ratio):
-    found = plan(ratio, SPAN, SHAPE, 3, "fp32", calibration)
-    assert found.read_ratio >= ratio
-    assert len(found.recipes) == 3
+    recipes_at_ratio = plan(ratio, SPAN, SHAPE, 3, "fp32", calibration)
+    assert recipes_at_ratio.read_ratio >= ratio
+    assert len(recipes_at_ratio.recipes) == 3
 
 
 def test_layers_that_are_alike_have_the_recipes_hash():

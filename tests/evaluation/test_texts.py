@@ -22,17 +22,17 @@ def test_the_shipped_texts_are_two_works_in_plain_letters():
 
 def test_windows_are_shared_out_and_do_not_overlap_where_there_is_room():
     texts = [Text("a", "".join(map(chr, range(100, 1100)))), Text("b", "x" * 500)]
-    found = windows(texts, TOKENIZER, 100, 5)
-    assert [row.text for row in found] == ["a", "a", "a", "b", "b"]
-    assert all(len(row.ids) == 100 for row in found)
-    firsts = [row.first for row in found[:3]]
+    cut = windows(texts, TOKENIZER, 100, 5)
+    assert [row.text for row in cut] == ["a", "a", "a", "b", "b"]
+    assert all(len(row.ids) == 100 for row in cut)
+    firsts = [row.first for row in cut[:3]]
     assert firsts[0] == 0 and all(later - first >= 100 for first, later in zip(firsts, firsts[1:], strict=False))
-    assert found[1].ids == tuple(range(100 + firsts[1], 200 + firsts[1]))
+    assert cut[1].ids == tuple(range(100 + firsts[1], 200 + firsts[1]))
 
 
 def test_windows_overlap_rather_than_shrink():
-    found = windows([Text("a", "y" * 150)], TOKENIZER, 100, 3)
-    assert [row.first for row in found] == [0, 25, 50]
+    cut = windows([Text("a", "y" * 150)], TOKENIZER, 100, 3)
+    assert [row.first for row in cut] == [0, 25, 50]
 
 
 def test_a_short_text_is_refused():

@@ -112,8 +112,8 @@ def test_a_smaller_group_never_has_a_larger_scale(rows):
 def test_a_constant_page_is_kept_exactly(value):
     page = np.full((1, 32, 64), value, np.float32)
     for fmt, is_value, group in (("int4", False, 64), ("int4", True, 32)):
-        kept = rounded(page, "fp16" if not is_value else "bf16")
-        np.testing.assert_array_equal(stored_values(kept[0], fmt, is_value, group), kept[0])
+        stored = rounded(page, "fp16" if not is_value else "bf16")
+        np.testing.assert_array_equal(stored_values(stored[0], fmt, is_value, group), stored[0])
 
 
 def test_denormal_keys_keep_their_order_of_magnitude():
@@ -228,8 +228,8 @@ def test_codes_and_scales_have_their_types_and_shapes_whatever_numbers_are_given
     arrays = quantized(rows, fmt)
     assert [array.shape for array in arrays] == [(2, 32, 64), *SHAPES[fmt]]
     assert [array.dtype.char for array in arrays] == list(TYPES[fmt])
-    for given_as in (rows.astype(np.float64), rows.astype(np.int64), rows.tolist()):
-        for array, expected in zip(quantized(given_as, fmt), arrays, strict=True):
+    for same in (rows.astype(np.float64), rows.astype(np.int64), rows.tolist()):
+        for array, expected in zip(quantized(same, fmt), arrays, strict=True):
             np.testing.assert_array_equal(array, expected)
     for array, expected in zip(quantized(rows[:1], fmt), arrays, strict=True):
         np.testing.assert_array_equal(array, expected[:1])

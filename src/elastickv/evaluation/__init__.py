@@ -1,1 +1,1 @@
-"""What a recipe costs a real model, through the real decode path; and the errors from which recipes are solved."""
+"""Quality of a real model under a recipe, measured through the real decode path, and the calibration of recipes."""

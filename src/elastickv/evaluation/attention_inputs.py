@@ -1,4 +1,4 @@
-"""A model's attention run exactly, with its inputs handed out layer by layer."""
+"""Run a model's attention exactly and pass the inputs of every layer to a measuring function."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,13 +86,13 @@ def _exact(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: fl
 def _attention_modules(model: Any) -> list[tuple[Any, Any]]:
     """Return (decoder layer, attention module) of every layer that has both a layer number and an output projection."""
     named = dict(model.named_modules())
-    found = []
+    pairs = []
     for name, module in named.items():
         if hasattr(module, "layer_idx") and any(hasattr(module, projection) for projection in _PROJECTIONS):
-            found.append((named[name.rpartition(".")[0]], module))
-    if not found:
+            pairs.append((named[name.rpartition(".")[0]], module))
+    if not pairs:
         raise UsageError(f"{type(model).__name__} has no attention whose output projection is known: {', '.join(_PROJECTIONS)}")
-    return found
+    return pairs
 
 
 def _projection(module: Any) -> Any:

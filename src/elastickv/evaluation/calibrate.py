@@ -1,4 +1,4 @@
-"""Calibration: exact attention over a text, its inputs measured layer by layer as the model runs."""
+"""Calibration: run exact attention over a text and measure every layer's errors from its inputs."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,14 +24,14 @@ Progress = Callable[[int, int], None]
 
 
 def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress: Progress | None = None) -> ModelCalibration:
-    """Measure what every KV head of a model loses at each fraction of its pages and in each format.
+    """Measure the error of every KV head of a model at each fraction of its pages and in each format.
 
-    The text is read in windows of up to 4096 tokens (the model's own limit, if that is less); 256 positions of the second
+    The text is read in windows of up to 4096 tokens (or the model's own limit, if lower); 256 positions of the second
     half of each are scored.
 
     Parameters
     ----------
-    tokens : of the text, from its beginning.
+    tokens : number of tokens of the text, from its beginning.
     progress : called with (windows done, windows).
 
     Raises
@@ -92,7 +92,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
 
 
 def _rounded(error: float) -> float:
-    """Return an error to six digits: more would only lengthen the file."""
+    """Return an error rounded to six digits, to keep the file short."""
     return float(f"{error:.6g}")
 
 

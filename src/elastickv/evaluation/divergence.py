@@ -1,4 +1,4 @@
-"""Free-running greedy decoding: where it leaves full attention's path, and how much longer it gets."""
+"""Greedy decoding of a cache against full attention: the first token that differs, and the lengths of the texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Divergence:
 
     Attributes
     ----------
-    first_different : for every row the number of the first token that differs; the number of tokens where none does.
+    first_different : for every row, the number of the first token that differs; if none does, the number of tokens.
     same_rows : rows without a difference.
     length_ratio : tokens up to the end of the text / those of full attention, summed over rows.
     tokens : tokens generated.
@@ -34,26 +34,28 @@ def greedy(first: Sequence[int], start: Prefill, decoding: Open, tokens: int) ->
     ----------
     first : the token of each row that follows what `start` holds.
     """
-    found = torch.empty(len(first), tokens, dtype=torch.long)
+    generated = torch.empty(len(first), tokens, dtype=torch.long)
     ids = torch.tensor(list(first))
     with decoding(start, tokens) as session:
         for step in range(tokens):
             ids = session.step(ids).argmax(-1).cpu()
-            found[:, step] = ids
-    return found
+            generated[:, step] = ids
+    return generated
 
 
-def divergence(full: Tensor, found: Tensor, ends: set[int]) -> Divergence:
+def divergence(full: Tensor, generated: Tensor, ends: set[int]) -> Divergence:
     """Compare continuations.
 
     Parameters
     ----------
-    full, found : (rows, tokens) of full attention and of the cache at hand.
+    full, generated : (rows, tokens) of full attention and of the cache that is compared.
     ends : token ids that end a text.
     """
     tokens = full.shape[1]
-    positions = [next((i for i in range(tokens) if int(a[i]) != int(b[i])), tokens) for a, b in zip(full, found, strict=True)]
-    lengths = [sum(_length(row.tolist(), ends) for row in side) for side in (found, full)]
+    positions = [
+        next((i for i in range(tokens) if int(a[i]) != int(b[i])), tokens) for a, b in zip(full, generated, strict=True)
+    ]
+    lengths = [sum(_length(row.tolist(), ends) for row in rows) for rows in (generated, full)]
     return Divergence(tuple(positions), sum(p == tokens for p in positions), lengths[0] / lengths[1], tokens)
 
 

@@ -1,7 +1,7 @@
-"""What one layer's heads lose when cold keys and values are rounded, and when only some pages are read: the measurement.
+"""Measure the error of one layer's heads when cold keys and values are quantized, and when only some pages are read.
 
-Everything is derived from exact attention: exponentials of scores are summed page by page once, and any selection of pages is
-then a sum over some of them.
+Everything derives from exact attention: exponentials of scores are summed page by page once, and any selection of pages is then
+a sum over some of them.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ KEY_FORMATS = ("int8", "fp8", "int4")
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What one layer's attention was given for one sequence, float32 on one device.
+    """The inputs of one layer's attention for one sequence, float32 on one device.
 
     Attributes
     ----------
     queries : (query_heads, positions, head_dim), those at `positions`.
     keys, values : (kv_heads, tokens, head_dim).
     projection : (hidden, query_heads * head_dim), W_o.
-    residual : (positions,) ||residual stream||^2 that the layer was given.
+    residual : (positions,) ||residual stream||^2 at the layer's input.
     positions : (positions,) int64; query i sees tokens 0 .. positions[i].
     scaling : factor on q.k.
     softcap : scores become softcap * tanh(score / softcap); None for none.
-    sink_logits : (query_heads,) scores that only take part in the normaliser; None for none.
+    sink_logits : (query_heads,) scores that only take part in the normalizer; None for none.
     """
 
     queries: Tensor
@@ -57,7 +57,7 @@ class LayerErrors:
 
 
 def value_formats(head_dim: int) -> list[str]:
-    """Return the formats of V that are measured, int4 with each group of channels."""
+    """Return the formats of V to measure, int4 with each group of channels."""
     return ["int8", "fp8", *(f"int4/{group}" for group in value_groups(head_dim))]
 
 
@@ -75,7 +75,7 @@ def layer_errors(
     ----------
     fractions : shares of the cold pages.
     schedules : steps from one anchor to the next.
-    run : positions come in runs of so many consecutive ones; each run begins with an anchor.
+    run : length of the runs of consecutive positions; each run begins with an anchor.
     """
     kv_heads, _, head_dim = inputs.keys.shape
     pages: dict[int, dict[float, list[float]]] = {steps: {f: [] for f in fractions} for steps in schedules}
@@ -135,7 +135,7 @@ class _Head:
         return (scores - self.top).exp()
 
     def _total(self, weights: Tensor) -> Tensor:
-        """Return the (group, positions, 1) normaliser."""
+        """Return the (group, positions, 1) normalizer."""
         total = weights.sum(-1, keepdim=True)
         if self.sink_logits is not None:
             total = total + (self.sink_logits[:, None, None] - self.top).exp()
@@ -154,7 +154,7 @@ class _Head:
         return torch.arange(self.pages, device=cold.device) < cold[:, None]
 
     def listed(self, fraction: float, steps: int, run: int) -> Tensor:
-        """Return (positions, pages): whether a step reads a page, those chosen at its anchor and those cold since then."""
+        """Return (positions, pages): whether a step reads a page, selected at its anchor or cold only since then."""
         here = torch.arange(len(self.cold), device=self.cold.device)
         anchor = here - here % run % steps
         counts = torch.tensor([selected(int(pages), fraction) for pages in self.cold], device=self.cold.device)

@@ -1,4 +1,4 @@
-"""What the difference of two models' predictions is, and how sure one may be of it."""
+"""How far a cache's predictions are from full attention's, with confidence intervals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of every scored token, (windows, tokens) each.
+    """Figures of every scored token; each array is (windows, tokens).
 
     Attributes
     ----------
-    full_nll, nll : negative log-likelihood of the token, natural logarithm, under full attention and under the cache at hand.
-    kl : KL(full || at hand) of the predictions, nats.
+    full_nll, nll : negative log-likelihood of the token (natural logarithm) under full attention and under the measured cache.
+    kl : KL(full || measured) of the predictions, nats.
     same_top : whether the most likely token is the same.
     """
 
@@ -40,13 +40,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What a cache costs.
+    """The loss of quality that a cache causes.
 
     Attributes
     ----------
     ppl_change_percent : change of the perplexity against full attention.
-    kl : mean KL(full || at hand), nats a token.
-    top1_percent : tokens whose most likely prediction is the same.
+    kl : mean KL(full || measured), nats for each token.
+    top1_percent : share of tokens whose most likely prediction is the same.
     full_ppl : perplexity under full attention.
     """
 
@@ -59,8 +59,8 @@ class Fidelity:
 def fidelity(scores: Scores, seed: int = 0) -> Fidelity:
     """Return the figures of scored windows with 95 % percentile bootstrap intervals (Efron 1979) over windows.
 
-    The windows are resampled, not the tokens: tokens of a window depend on each other. A single window has no interval but
-    its own figure.
+    The windows are resampled, not the tokens: tokens of a window depend on each other. With a single window the
+    interval is its own figure.
     """
     change = (scores.nll - scores.full_nll).mean(axis=1)
     return Fidelity(
@@ -80,12 +80,12 @@ def _estimate(of_windows: Float64, seed: int, shown: Callable[[Float64], Float64
 
 
 def token_figures(full: ArrayLike, logits: ArrayLike, targets: ArrayLike) -> tuple[Float64, Float64, Float64, Float64]:
-    """Return (full_nll, nll, kl, same_top), each (rows,), of one prediction a row: the definition, in float64.
+    """Return (full_nll, nll, kl, same_top), each (rows,), of one prediction for each row, in float64.
 
     Parameters
     ----------
-    full, logits : (rows, vocabulary) logits of full attention and of the cache at hand.
-    targets : (rows,) the tokens that came.
+    full, logits : (rows, vocabulary) logits of full attention and of the cache that is measured.
+    targets : (rows,) the tokens that follow in the text.
     """
     p, q = (_log_softmax(np.asarray(x, np.float64)) for x in (full, logits))
     rows, ids = np.arange(len(p)), np.asarray(targets, np.int64)

@@ -1,4 +1,4 @@
-"""Retrieval: a pass key hidden in a text at some depth, asked for at its end (after Mohtashami and Jaggi 2023)."""
+"""Retrieval of a pass key that is hidden in a text at some depth (after Mohtashami and Jaggi 2023)."""
 
 import random
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ QUESTION = "\n\nWhat is the pass key? The pass key is"
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt and what it should be answered with.
+    """A prompt and the answer to it.
 
     Attributes
     ----------
     length : tokens of the prompt.
-    depth : where the key stands, from 0, the beginning, to 1.
+    depth : the position of the key, from 0, the beginning, to 1.
     ids : the prompt.
     key : digits.
     """
@@ -35,7 +35,7 @@ class Case:
 
 
 def cases(tokenizer: Any, haystack: str, length: int, depths: Sequence[float], seed: int = 0) -> list[Case]:
-    """Return one case a depth, all of exactly `length` tokens.
+    """Return one case for each depth, all of exactly `length` tokens.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def cases(tokenizer: Any, haystack: str, length: int, depths: Sequence[float], s
     """
     rng = random.Random(seed * 1_000_003 + length)
     hay = _ids(tokenizer, haystack)
-    found = []
+    prompts = []
     for depth in depths:
         key = "".join(rng.choice("123456789") for _ in range(DIGITS))
         needle, question = _ids(tokenizer, NEEDLE.format(key=key)), _ids(tokenizer, QUESTION)
@@ -55,19 +55,19 @@ def cases(tokenizer: Any, haystack: str, length: int, depths: Sequence[float], s
                 f"a needle at {length} tokens needs a text of {room}, and there are {len(hay)}: give a longer text"
             )
         before = round(depth * room)
-        found.append(Case(length, depth, (*hay[:before], *needle, *hay[before:room], *question), key))
-    return found
+        prompts.append(Case(length, depth, (*hay[:before], *needle, *hay[before:room], *question), key))
+    return prompts
 
 
 def answered(rows: Sequence[Case], start: Prefill, decoding: Open, tokenizer: Any) -> list[bool]:
-    """Return of every case whether the key comes first in what is generated.
+    """Return for every case whether the generated text begins with the key.
 
     Parameters
     ----------
     start : of the prompts without their last token.
     """
-    found = greedy([row.ids[-1] for row in rows], start, decoding, ANSWER_TOKENS)
-    texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in found]
+    answers = greedy([row.ids[-1] for row in rows], start, decoding, ANSWER_TOKENS)
+    texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
     return [text.strip(" :\n*").startswith(row.key) for text, row in zip(texts, rows, strict=True)]
 
 

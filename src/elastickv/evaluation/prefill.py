@@ -1,4 +1,4 @@
-"""Exact prefill by the framework's own attention, once for all recipes: they differ only in what decoding reads."""
+"""Exact prefill by Transformers' own attention, once for all recipes: recipes differ only in what decoding reads."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Prefill:
-    """What exact attention left behind of rows of equal length.
+    """Keys, values and logits of rows of equal length after exact attention.
 
     Attributes
     ----------
-    keys, values : one (rows, kv_heads, tokens, head_dim) tensor a layer.
-    logits : (rows, kept, vocabulary) float32, of the last `kept` of the positions that were read.
+    keys, values : one (rows, kv_heads, tokens, head_dim) tensor for each layer.
+    logits : (rows, positions, vocabulary) float32, of the last positions that were read.
     """
 
     keys: list[Tensor]
@@ -40,7 +40,7 @@ class Prefill:
 
 
 def check_layers(model: Any) -> None:
-    """Refuse a model whose layers do not all keep the whole context.
+    """Refuse a model with layers that do not attend to the whole context.
 
     Raises
     ------
@@ -56,30 +56,30 @@ def check_layers(model: Any) -> None:
 
 
 def prefill(
-    model: Any, rows: Sequence[Sequence[int]], kept_tokens: int, kept_logits: int, progress: Progress | None = None
+    model: Any, rows: Sequence[Sequence[int]], stored_tokens: int, logit_count: int, progress: Progress | None = None
 ) -> Prefill:
     """Read rows of tokens one by one.
 
     Parameters
     ----------
     rows : token ids, all rows of one length.
-    kept_tokens : keys and values of so many first positions are returned.
-    kept_logits : logits of so many last positions are returned.
+    stored_tokens : number of first positions of which keys and values are returned.
+    logit_count : number of last positions of which logits are returned.
     """
     keys: list[Tensor] = []
     values: list[Tensor] = []
-    logits = torch.empty(len(rows), kept_logits, model.config.get_text_config(decoder=True).vocab_size)
+    logits = torch.empty(len(rows), logit_count, model.config.get_text_config(decoder=True).vocab_size)
     for number, row in enumerate(rows):
         if progress is not None:
             progress(number, len(rows))
         cache = transformers.DynamicCache()
         with torch.inference_mode():
             ids = torch.tensor([list(row)], device=model.device)
-            logits[number] = model(input_ids=ids, logits_to_keep=kept_logits, **{CACHE_ARGUMENT: cache}).logits[0].float()
+            logits[number] = model(input_ids=ids, logits_to_keep=logit_count, **{CACHE_ARGUMENT: cache}).logits[0].float()
         for layer, store in enumerate(cache.layers):
             if number == 0:
                 for states in (keys, values):
-                    states.append(store.keys.new_empty(len(rows), store.keys.shape[1], kept_tokens, store.keys.shape[3]))
-            keys[layer][number] = store.keys[0, :, :kept_tokens]
-            values[layer][number] = store.values[0, :, :kept_tokens]
+                    states.append(store.keys.new_empty(len(rows), store.keys.shape[1], stored_tokens, store.keys.shape[3]))
+            keys[layer][number] = store.keys[0, :, :stored_tokens]
+            values[layer][number] = store.values[0, :, :stored_tokens]
     return Prefill(keys, values, logits)

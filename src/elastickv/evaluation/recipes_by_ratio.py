@@ -1,4 +1,4 @@
-"""The recipes that a ratio stands for, and the bytes that they read and store over the steps that are scored."""
+"""The recipes that meet a ratio, and the bytes that they read and store over the scored steps."""
 
 import hashlib
 from collections.abc import Sequence
@@ -34,13 +34,13 @@ class RatioRecipes:
 
     Attributes
     ----------
-    ratio : C as it was asked for.
-    recipes : one a layer.
+    ratio : C as requested.
+    recipes : one for each layer.
     read_ratio : dense bytes / bytes read, summed over the span.
     stored_ratio : dense bytes / bytes stored at the span's end.
     step_bytes : bytes read by one sequence in one step, all layers, mean over the span.
     stored_bytes : bytes held of one sequence, all layers, at the span's end.
-    expected_error : the solver's, if it had a calibration.
+    expected_error : the error that the solver expects; None without a calibration.
     """
 
     ratio: float
@@ -53,7 +53,7 @@ class RatioRecipes:
 
     @property
     def hash(self) -> str:
-        """The recipe's hash; where layers differ, 12 hex digits of the SHA-256 of all of theirs in order."""
+        """The recipe's hash; where layers differ, 12 hex digits of the SHA-256 of their hashes in order."""
         hashes = [recipe.hash for recipe in self.recipes]
         if len(set(hashes)) == 1:
             return hashes[0]
@@ -84,9 +84,9 @@ def plan(
             recipes, error = solved.recipes, solved.error
         else:
             recipes = (for_ratio(target, middle, shape, dtype),) * layers
-        made = measured(ratio, recipes, span, shape, dtype, error)
-        if made.read_ratio >= ratio or ratio == 1:
-            return made
+        candidate = measured(ratio, recipes, span, shape, dtype, error)
+        if candidate.read_ratio >= ratio or ratio == 1:
+            return candidate
         target = min(target * _MARGIN, target + 1)
     raise UsageError(
         f"compress={ratio:g} cannot be met over tokens {span.first} to {span.first + span.steps}: give a smaller one"
@@ -96,7 +96,7 @@ def plan(
 def measured(
     ratio: float, recipes: Sequence[Recipe], span: Span, shape: AttentionShape, dtype: str, error: float | None = None
 ) -> RatioRecipes:
-    """Return the plan of given recipes with its bytes, step by step as the decode path takes them."""
+    """Return recipes with their bytes, summed step by step as the decode path runs."""
     cost: dict[Recipe, float] = {}
     held: dict[Recipe, int] = {}
     end = span.first + span.steps
@@ -108,7 +108,7 @@ def measured(
         held[recipe] = stored_bytes(recipe, [end], shape, dtype)
     dense = sum(dense_bytes([span.first + s + 1], shape) for s in range(span.steps))
     read, stored = sum(cost[recipe] for recipe in recipes), sum(held[recipe] for recipe in recipes)
-    # What is not compressed is kept in the model's own dtype; the dense side counts 2 bytes an element.
+    # A dense cache has the model's own dtype; the dense bytes count 2 bytes for each element.
     plain = all(recipe.is_dense for recipe in recipes)
     return RatioRecipes(
         ratio=ratio,

@@ -1,4 +1,4 @@
-"""Teacher-forced scoring: the text's own tokens are fed one by one, and every prediction is held against full attention's."""
+"""Teacher-forced scoring: feed a text token by token and compare every prediction with full attention's."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +21,7 @@ def score(rows: Sequence[Window], start: Prefill, decoding: Open, progress: Prog
     Parameters
     ----------
     rows : windows of n + s + 1 tokens, of which the last s are scored.
-    start : of these windows by full attention: keys and values of the first n tokens, logits of the s positions after them.
+    start : prefill of these windows: keys and values of the first n tokens, logits of the s positions after them.
     decoding : opens the decode path.
     """
     first, steps = start.tokens, start.logits.shape[1]

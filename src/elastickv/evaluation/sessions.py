@@ -1,4 +1,4 @@
-"""Decoding after a shared prefill, one token a row and step: elastic, with the framework's cache, with its quantised cache."""
+"""Decoding after a shared prefill, one token for each row and step: with ElasticCache or one of Transformers' own caches."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from elastickv.transformers.attention import IMPLEMENTATION
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
 
-QUANTISED_BITS = {"quanto": 4, "hqq": 4, "fp8": 8}
+QUANTIZED_BITS = {"quanto": 4, "hqq": 4, "fp8": 8}
 _PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
 class DecodingSession(Protocol):
-    """Rows that grow by one token a step."""
+    """Rows that grow by one token at each step."""
 
     def step(self, ids: Tensor) -> Tensor:
         """Feed one (rows,) token id to every row; return the (rows, vocabulary) float32 logits that follow."""
@@ -38,10 +38,10 @@ class _Forward:
 
 @contextmanager
 def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) -> Iterator[DecodingSession]:
-    """Decode `tokens` tokens with an ElasticCache of one recipe a layer; the model is left as it was.
+    """Decode `tokens` tokens with an ElasticCache of one recipe for each layer; restore the model on exit.
 
-    The layers are put where `prefill="exact"` leaves them before a prompt's last token: holding exact keys and values, which
-    the first step stores.
+    The layers start in the state in which `prefill="exact"` leaves them before a prompt's last token: they hold exact keys and
+    values, which the first step stores.
     """
     cache = ElasticCache.for_model(model, recipe=list(recipes), capacity=start.tokens + tokens, prefill="exact")
     for layer, held in zip(cache.layers, zip(start.keys, start.values, strict=True), strict=True):
@@ -56,7 +56,7 @@ def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) 
 
 @contextmanager
 def stock(model: Any, start: Prefill) -> Iterator[DecodingSession]:
-    """Decode with the framework's default cache."""
+    """Decode with Transformers' default cache."""
     cache = transformers.DynamicCache()
     _fill(cache, start)
     yield _Forward(model, cache)
@@ -64,11 +64,11 @@ def stock(model: Any, start: Prefill) -> Iterator[DecodingSession]:
 
 @contextmanager
 def stock_quantized(model: Any, start: Prefill, kind: str | None = None) -> Iterator[DecodingSession]:
-    """Decode with the framework's own quantised cache.
+    """Decode with Transformers' own quantized cache.
 
     Raises
     ------
-    UsageError : if no quantiser that it can use is installed.
+    UsageError : if no quantizer that it can use is installed.
     """
     cache = transformers.QuantizedCache(backend=kind or quantizer(), config=model.config)
     _fill(cache, start)
@@ -76,7 +76,7 @@ def stock_quantized(model: Any, start: Prefill, kind: str | None = None) -> Iter
 
 
 def quantizer() -> str:
-    """Return the quantiser that Transformers' quantised cache can use here: of 4 bits before fp8.
+    """Return the quantizer that Transformers' quantized cache can use here: 4 bits before fp8.
 
     Raises
     ------

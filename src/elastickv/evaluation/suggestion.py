@@ -12,7 +12,7 @@ _FIGURES = {"ppl": "ppl_change_percent", "kl": "kl", "top1": "top1_percent"}
 
 @dataclass(frozen=True)
 class Tolerance:
-    """A bound on one figure: at most so much perplexity (percent) or KL (nats), at least so much top-1 agreement (percent)."""
+    """A bound on one figure: an upper one on the change of perplexity (percent) or KL (nats), a lower one on top-1."""
 
     figure: str
     bound: float
@@ -49,7 +49,7 @@ def suggest(rows: Sequence[dict[str, Any]], tolerance: Tolerance) -> dict[str, A
 
     Returns
     -------
-    compress : the ratio; None if not even the smallest is within.
+    compress : the ratio; None if not even the smallest is within the tolerance.
     certain : whether the whole intervals are within, not only the means.
     """
     ratios = sorted({row["compress"] for row in rows if row["compress"] is not None})

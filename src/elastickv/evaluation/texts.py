@@ -1,4 +1,4 @@
-"""Texts to score and to calibrate on: those shipped, or files that a user names; cut into windows of tokens."""
+"""Texts to score and to calibrate on: those of the package, or a user's files, cut into windows of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,15 +61,15 @@ def read_text(path: Path) -> Text:
 
 
 def windows(texts: Sequence[Text], tokenizer: Any, tokens: int, count: int) -> list[Window]:
-    """Return `count` windows of `tokens` tokens, shared out evenly over the texts and evenly spaced within each.
+    """Return `count` windows of `tokens` tokens, divided evenly among the texts and evenly spaced within each.
 
-    They overlap only where a text is too short for all of them side by side.
+    They overlap only where a text is too short to hold all of them.
 
     Raises
     ------
     UsageError : if a text has fewer than `tokens` tokens.
     """
-    found = []
+    cut = []
     for number, text in enumerate(texts):
         share = count // len(texts) + (number < count % len(texts))
         if not share:
@@ -82,5 +82,5 @@ def windows(texts: Sequence[Text], tokenizer: Any, tokens: int, count: int) -> l
         step = (len(ids) - tokens) / max(1, share - 1)
         for i in range(share):
             first = int(i * min(step, (len(ids) // share)))
-            found.append(Window(text.name, first, tuple(ids[first : first + tokens])))
-    return found
+            cut.append(Window(text.name, first, tuple(ids[first : first + tokens])))
+    return cut

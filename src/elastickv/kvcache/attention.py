@@ -1,4 +1,4 @@
-"""The oracle: decode attention in float64 NumPy. A partial result is always (output, log-sum-exp)."""
+"""Decode attention in float64 NumPy. A partial result is always (output, log-sum-exp)."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class Partial:
 
     Attributes
     ----------
-    output : (queries, head_dim) float64, normalised over the keys at hand.
+    output : (queries, head_dim) float64, normalized over these keys.
     lse : (queries,) float64, log of the sum of exponentials; -inf over no keys.
     """
 
@@ -22,13 +22,13 @@ class Partial:
     lse: Float64
 
     def weighted(self, log_weight: float) -> "Partial":
-        """Return the same output with its log-sum-exp moved by `log_weight`."""
+        """Return the same output with `log_weight` added to its log-sum-exp."""
         return Partial(self.output, self.lse + log_weight)
 
 
 @np.errstate(invalid="ignore", over="ignore")
 def attend(queries: ArrayLike, keys: ArrayLike, values: ArrayLike) -> Partial:
-    """Return softmax(q k^T / sqrt(head_dim)) v; what is not finite makes NaN of what it weighs on, without a warning.
+    """Return softmax(q k^T / sqrt(head_dim)) v; numbers that are not finite become NaN in the outputs, without a warning.
 
     Parameters
     ----------

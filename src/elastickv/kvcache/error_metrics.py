@@ -1,4 +1,4 @@
-"""How far one attention output is from another."""
+"""Errors of one attention output against another."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class ErrorSummary:
-    """Mean, 95th percentile and maximum of relative L2 errors, and how many there were."""
+    """Mean, 95th percentile and maximum of relative L2 errors, and their number."""
 
     mean: float
     p95: float
@@ -26,6 +26,6 @@ def relative_l2(output: ArrayLike, reference: ArrayLike) -> np.ndarray:
 
 
 def summarize(errors: ArrayLike) -> ErrorSummary:
-    """Summarise an array of errors of any shape."""
+    """Summarize an array of errors of any shape."""
     flat = np.asarray(errors, np.float64).ravel()
     return ErrorSummary(float(flat.mean()), float(np.quantile(flat, 0.95)), float(flat.max()), flat.size)

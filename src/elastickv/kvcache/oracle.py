@@ -1,4 +1,4 @@
-"""The float64 twin of a back end: the same recipe on the same codes."""
+"""The float64 reference of a back end: the same recipe on the same codes."""
 
 import math
 
@@ -12,10 +12,10 @@ from elastickv.recipe.regions import PAGE_TOKENS, regions, retained_tokens
 
 
 class Oracle:
-    """Decodes in float64 what a cache has stored.
+    """Decode in float64 from what a cache has stored.
 
-    It keeps its own reused outputs, so it must see every anchor step of a `reuse` recipe; the pages that a selection reads are
-    the cache's own, as of its last decode.
+    The oracle has its own reused outputs, so it must run at every anchor step of a `reuse` recipe. The pages that a selection
+    reads are the cache's, as of its last decode.
     """
 
     def __init__(self, cache: LayerCache) -> None:
@@ -32,10 +32,10 @@ class Oracle:
         self._reused = dict(self._marked)
 
     def take_rows(self, other: "Oracle", rows: NDArray[np.int64]) -> None:
-        """Reuse what `other` would reuse: row i what its row `rows[i]` does."""
+        """Take over the reused outputs of `other`: those of its row `rows[i]` for row i."""
         heads = range(self._cache.shape.kv_heads)
-        retained_tokens = {(i, h): other._reused.get((r, h)) for i, r in enumerate(rows.tolist()) for h in heads}
-        self._reused = {place: partial for place, partial in retained_tokens.items() if partial is not None}
+        reused = {(i, h): other._reused.get((r, h)) for i, r in enumerate(rows.tolist()) for h in heads}
+        self._reused = {row_head: partial for row_head, partial in reused.items() if partial is not None}
 
     def decode(self, queries: Float32) -> tuple[Float64, Float64]:
         """Return outputs and log-sum-exps as `LayerCache.decode` does, in float64."""
@@ -73,5 +73,5 @@ class Oracle:
         cold = regions(length, recipe.sinks, recipe.window).cold
         if recipe.selection != "stride" or not cold:
             return partial
-        # Each kept token stands for cold / kept of them: the mass of the dropped ones is theirs.
+        # Each retained token stands for cold / retained of them: it has the mass of the dropped ones too.
         return partial.weighted(math.log(cold / retained_tokens(cold, recipe.stride)))

@@ -1,4 +1,4 @@
-"""What is kept, in which format, refreshed when. Pure values: nothing here touches an array."""
+"""Recipes: what is stored, in which format, and when it is refreshed. Pure values: nothing here touches an array."""
 
 from elastickv.recipe.allocation import Calibration
 from elastickv.recipe.byte_counts import (

@@ -1,11 +1,11 @@
-"""From errors measured per KV head to a page fraction for each: the least total error at a given number of pages."""
+"""Allot pages to KV heads by their measured errors: the least total error for a number of pages."""
 
 from collections.abc import Mapping, Sequence
 
 from elastickv.errors import UsageError
 
 Calibration = Mapping[float, Sequence[float]]
-"""Fraction of the cold pages -> error of each KV head of one layer when it reads so many."""
+"""Fraction of the cold pages that are read -> error of each KV head of one layer."""
 
 
 def check_calibration(calibration: Calibration, kv_heads: int) -> None:
@@ -16,7 +16,7 @@ def check_calibration(calibration: Calibration, kv_heads: int) -> None:
     UsageError : naming what is missing or out of range.
     """
     if len(calibration) < 2:
-        raise UsageError(f"a calibration needs the errors at two fractions or more, and {len(calibration)} are given")
+        raise UsageError(f"a calibration needs the errors at two fractions or more: there are {len(calibration)}")
     for fraction, errors in calibration.items():
         if not 0 < fraction <= 1:
             raise UsageError(f"calibrated fraction {fraction} is out of range: above 0 and at most 1 is accepted")
@@ -27,9 +27,9 @@ def check_calibration(calibration: Calibration, kv_heads: int) -> None:
 
 
 def allot(calibration: Calibration, pages: int, total: int) -> list[int]:
-    """Return how many of its `pages` cold pages each KV head reads: least summed error with `total` pages, one a head at least.
+    """Return the number of pages that each KV head reads, at least one: the least summed error with `total` pages.
 
-    The errors are joined by lines over fractions and made convex from below. Then minimising error + lambda * pages takes the
+    The errors are joined by lines over fractions and made convex from below. Then minimizing error + lambda * pages takes the
     steepest pieces first, for the lambda at which `total` pages are spent (Everett 1963); a head's last piece may be cut short.
     Below its least calibrated fraction a head is taken to lose as steeply as on its first piece.
 

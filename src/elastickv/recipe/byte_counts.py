@@ -1,7 +1,7 @@
-"""Exact bytes of a decode step: what is read, what is stored, and the two ratios that follow.
+"""Exact bytes of a decode step, read and stored, and the two ratios to the dense bytes.
 
-DRAM sectors (32 bytes) are counted, not requested bytes: every contiguous plane of one (sequence, KV head) is rounded up.
-The dense side is always 2 bytes per element, on every back end.
+DRAM sectors (32 bytes) are counted, not requested bytes: every contiguous plane of one (sequence, KV head) is rounded up. Dense
+bytes are always 2 bytes per element, on every back end.
 """
 
 from collections import Counter
@@ -26,11 +26,11 @@ class StepBytes:
     ----------
     codes : cold rows read, K and V.
     scales : their scales.
-    scoring : what the scorer reads of all cold pages.
+    scoring : scales and zeros of all cold pages, which every page scorer reads.
     lists : numbers of the pages read.
     exact : rows of sinks and window read.
-    cached : reused outputs and their log-sum-exps read (itemised, not counted in C).
-    query, output : float32 queries read and outputs written (itemised, not counted in C).
+    cached : reused outputs and their log-sum-exps read (listed, not counted in C).
+    query, output : float32 queries read and outputs written (listed, not counted in C).
     """
 
     codes: float = 0
@@ -44,12 +44,12 @@ class StepBytes:
 
     @property
     def kv(self) -> float:
-        """What C counts: every byte read from the KV cache."""
+        """Bytes read from the KV cache, which C counts."""
         return self.codes + self.scales + self.scoring + self.lists + self.exact
 
     @property
     def moved(self) -> float:
-        """What the bandwidth figure counts."""
+        """Bytes that the bandwidth figure counts."""
         return self.kv + self.cached + self.query + self.output
 
     def __add__(self, other: "StepBytes") -> "StepBytes":
@@ -100,7 +100,7 @@ def _head_bytes(
         listed = selected(at_anchor // PAGE_TOKENS, fraction)
         pages = listed + (split.cold - at_anchor) // PAGE_TOKENS
         rows, lists = pages * PAGE_TOKENS, sectors(listed * _LIST_BYTES)
-        # Pages lie apart: each one's scales are sectors of their own.
+        # Pages are not contiguous: the scales of each are sectors of their own.
         scales = pages * (sectors(key_scales.bytes_of(PAGE_TOKENS)) + sectors(value_scales.bytes_of(PAGE_TOKENS)))
         scoring = 0 if steps_since_refresh else sectors(key_scales.bytes_of(split.cold))
     elif steps_since_refresh:
@@ -126,7 +126,10 @@ def interval_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape
 
 
 def _distinct_ages(recipe: Recipe, lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (age, how many ages read as much): the steps of an interval differ only by the pages cold at their anchor."""
+    """Return pairs (steps since refresh, number of steps that read as much).
+
+    The steps of an interval differ only by the pages that were cold at their anchor.
+    """
     first: dict[tuple[int, ...], int] = {}
     times: Counter[int] = Counter()
     for steps_since_refresh in range(recipe.anchor_every):
@@ -141,7 +144,7 @@ def read_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, mo
 
 
 def largest_step_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:
-    """Return the bytes of the costliest step of an anchor interval."""
+    """Return the bytes of the step of an anchor interval that reads most."""
     ages = (steps_since_refresh for steps_since_refresh, _ in _distinct_ages(recipe, lengths))
     return max(
         (step_bytes(recipe, lengths, shape, model_dtype, steps_since_refresh) for steps_since_refresh in ages),

@@ -1,6 +1,6 @@
-"""What a model loses head by head: the errors that `elastickv calibrate` measures, and the file that holds them.
+"""The errors of each KV head of a model that `elastickv calibrate` measures, and the file that stores them.
 
-The file stores errors, not an allotment: `model_solver` turns them into recipes for any ratio and context. JSON, so that
+The file stores errors, not recipes: `layer_solver` turns them into recipes for any ratio and context. It is JSON, so that
 reading it runs no code.
 """
 
@@ -27,19 +27,19 @@ HeadErrors = tuple[tuple[float, ...], ...]
 class ModelCalibration:
     """Errors of one model, each the mean over queries of ||W_o change of the head's output||^2 / ||residual||^2.
 
-    The change is that of all query heads of a KV head together; the residual is what the layer was given. What is measured
-    apart is taken to err independently: the errors of keys, values and selection add up.
+    The change is that of all query heads of a KV head together; the residual is the layer's input. The errors of keys, values
+    and selection are measured separately and taken as independent: they add up.
 
     Attributes
     ----------
-    model : the name it was given, for people.
-    fingerprint : of configuration and weights; what other files are compared by.
+    model : the model's name, for people.
+    fingerprint : of configuration and weights; identifies the model.
     layers : numbers of the layers measured, ascending; those with a sliding window have no errors.
     query_heads, kv_heads, head_dim : of each of these layers.
-    text, tokens, queries : what was read, and how many positions of it were scored.
+    text, tokens, queries : the text, its tokens that were read, and the positions that were scored.
     pages : anchor_every -> fraction of the cold pages that is read -> errors.
-    keys : format of K -> errors of storing cold keys so.
-    values : format of V, int4 with its group as 'int4/32' -> errors of storing cold values so.
+    keys : format of K -> errors of storing cold keys in it.
+    values : format of V, int4 with its group as 'int4/32' -> errors of storing cold values in it.
     """
 
     model: str

@@ -1,7 +1,7 @@
-"""From a budget and a calibration to one recipe a layer: the least total error whose bytes are within 1/C of the dense ones.
+"""Solve for one recipe for each layer by a calibration: the least total error that reads at most 1/C of the dense bytes.
 
-Every layer chooses how K and V are stored and whether and how often pages are selected, every KV head its share of them, so
-that error + lambda * bytes is least; lambda is the smallest at which all layers together keep the budget (Everett 1963).
+Every layer gets the formats and the selection, and every KV head the share of pages, that minimize error + lambda * bytes;
+lambda is the smallest at which all layers together stay within the budget (Everett 1963).
 """
 
 import math
@@ -69,8 +69,8 @@ def for_ratio_by_layer(
     ----------
     dtype : the model's own dtype.
     anchor_every : the steps between anchors where pages are selected; free among the calibrated ones if None.
-    stored : formats whose cold tokens take more than 1/stored of the dense bytes are left out. None: three quarters of
-        `ratio`, but at most 3: who asks for fewer bytes read expects fewer stored, and 4 bits with their scales reach 3.2.
+    stored : formats whose cold tokens take more than 1/stored of the dense bytes are excluded. None: three quarters of
+        `ratio`, but at most 3: fewer bytes read should mean fewer bytes stored, and 4 bits with their scales reach 3.2.
 
     Raises
     ------

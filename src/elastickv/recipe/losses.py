@@ -1,9 +1,9 @@
-"""What a recipe is predicted to cost: figures measured on a real model, interpolated so that less is never better.
+"""The predicted loss of a recipe: figures measured on a real model, interpolated so that less is never better.
 
 `losses.json` is written by benchmarks/recipe_study.py and says of which model, text and inputs it is. A loss is the root mean
 square, over layers, heads and queries, of the recipe error: relative L2 of a head's output against dense attention on the
-unquantised keys and values. Squares, because what follows (KL divergence, perplexity) grows with the square of an error, and
-because squares of independent errors add up. The order of recipes carries over to other models better than the figures do.
+unquantized keys and values. Squares, because KL divergence and perplexity grow with the square of an error, and because squares
+of independent errors add up. The order of recipes holds for other models better than the figures do.
 """
 
 import json
@@ -50,7 +50,7 @@ class Losses:
         return _interpolated(math.log2(group), _never_falling(points))
 
     def of_pages(self, fraction: float, anchor_every: int) -> float:
-        """Return the loss of reading a share of the cold pages, chosen every so many steps."""
+        """Return the loss of reading a share of the cold pages, selected every `anchor_every` steps."""
         x, schedules = math.log2(anchor_every), sorted(self.pages)
         losses = [_interpolated(-math.log2(fraction), self._curve(r)) for r in schedules]
         points = [(math.log2(r), loss) for r, loss in zip(schedules, losses, strict=True)]
@@ -61,12 +61,12 @@ class Losses:
 
 
 def _never_falling(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return points of rising x with every y raised to the largest before it: a larger step never looks better by chance."""
+    """Return points of rising x with every y raised to the largest before it: noise must not make a larger step look better."""
     return list(zip((x for x, _ in points), accumulate((y for _, y in points), max), strict=True))
 
 
 def _interpolated(x: float, points: Sequence[tuple[float, float]]) -> float:
-    """Return y at x on the line through the two points about it; outside, on the line through the nearest two."""
+    """Return y at x on the line through the two points around it; outside, on the line through the nearest two."""
     if x <= points[0][0]:
         return points[0][1]
     after = next((i for i, (at, _) in enumerate(points) if at >= x), len(points) - 1)
@@ -90,8 +90,8 @@ def measured() -> Losses:
 def predicted_loss(recipe: Recipe, head_dim: int) -> float | None:
     """Return the recipe error to expect, root mean square over layers, heads and queries; None where none was measured.
 
-    Rounding and leaving out err independently, so their squares add up (benchmarks/NOTES.md has the check). `stride` and
-    `reuse` are never chosen by the solver and have no prediction.
+    Errors of quantization and of selection are independent, so their squares add up (benchmarks/NOTES.md). The solver
+    never chooses `stride` and `reuse`: they have no prediction.
     """
     if recipe.key_format is None or recipe.value_format is None:
         return 0.0

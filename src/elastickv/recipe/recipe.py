@@ -28,13 +28,13 @@ class Recipe:
 
     Attributes
     ----------
-    key_format, value_format : formats of cold K and V rows; None for `dense`, which keeps all tokens in the model's own dtype.
+    key_format, value_format : formats of cold K and V; None for `dense`, which stores all tokens in the model's own dtype.
     value_group : channels of V that share an int4 scale; 0 is the whole head.
     selection : 'all'; 'stride' (every `stride`-th cold token, the only ones stored, mass-compensated); 'reuse' (the cold
         region's output is computed at anchors and reused in between); 'pages' (the pages that score best at an anchor).
     stride : step of the stride, 1 unless `selection == 'stride'`.
     anchor_every : steps from one anchor to the next, 1 unless `selection` is 'reuse' or 'pages'.
-    decay : factor on the weight of a reused output per step of age (subtracted from its log-sum-exp as -log decay).
+    decay : factor on the weight of a reused output per step since its anchor (added to its log-sum-exp as log decay).
     fractions : 'pages': the share of the cold pages that is read, one for all KV heads or one for each.
     sinks, window : exact tokens at the start and at the end.
     scorer : 'pages': the name of the page scorer, a key of `kvcache.scorers.SCORERS`, which the caches look up.
@@ -126,11 +126,11 @@ class Recipe:
                 raise UsageError(f"pages={fraction} is out of range: give a fraction above 0 and at most 1")
 
     def check_shape(self, head_dim: int, kv_heads: int) -> None:
-        """Refuse a shape that the recipe does not describe.
+        """Check that the recipe fits a shape.
 
         Raises
         ------
-        UsageError : if `vgroup` is no divisor of the head, or there is not one fraction, nor one for each KV head.
+        UsageError : if `vgroup` does not divide the head, or the fractions are neither one nor one for each KV head.
         """
         if self.value_group and self.value_group not in value_groups(head_dim):
             accepted = ", ".join(map(str, value_groups(head_dim)))
@@ -157,7 +157,7 @@ class Recipe:
 
     @property
     def is_dense(self) -> bool:
-        """Whether every token is kept in the model's own dtype and read at every step."""
+        """Whether every token is stored in the model's own dtype and read at every step."""
         return self.key_format is None
 
     @property
@@ -167,7 +167,7 @@ class Recipe:
             f"cold={self.formats};selection={self.selection};stride={self.stride};"
             f"anchor_every={self.anchor_every};decay={self.decay!r};sinks={self.sinks};window={self.window}"
         )
-        # Only what is there: recipes that were hashed before these fields existed keep their hash.
+        # Only if set: recipes that were hashed before these fields existed keep their hash.
         if self.value_group:
             fields += f";value_group={self.value_group}"
         if self.fractions:
@@ -209,7 +209,7 @@ class Recipe:
         self.check_anchor_offset(phase)
 
     def cached_log_weight(self, steps_since_refresh: int) -> float:
-        """What a reused output's log-sum-exp is moved by at `steps_since_refresh` steps."""
+        """Return what to add to a reused output's log-sum-exp `steps_since_refresh` steps after its anchor."""
         return steps_since_refresh * math.log(self.decay)
 
     def exact_dtype(self, model_dtype: str) -> str:
@@ -279,7 +279,7 @@ DENSE = Recipe(key_format=None, value_format=None, sinks=0, window=0)
 
 
 def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | None]:
-    """Parse a recipe that may leave one number for the budget to decide.
+    """Parse a recipe that may leave one number for the solver to decide.
 
     Returns
     -------
@@ -373,6 +373,6 @@ def _fraction(raw: str) -> float:
 
 
 def _shortest(fraction: float) -> str:
-    """Return `fraction` as one over a whole number where it is just that (and can be read back), else with all its digits."""
+    """Return `fraction` as one over a whole number where it is that exactly and parses back, else with all its digits."""
     whole = round(1 / max(fraction, 1 / _MAX_DENOMINATOR))
     return (f"1/{whole}" if whole > 1 else "1") if 1 / whole == fraction else repr(fraction)

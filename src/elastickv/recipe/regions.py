@@ -1,4 +1,4 @@
-"""The life of a page: which tokens are sinks, cold, or still exact, at a given context."""
+"""Which tokens are sinks, cold, or still exact at a given context."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class Regions:
 
     Attributes
     ----------
-    sinks : first tokens, always kept exact.
+    sinks : first tokens, always exact.
     cold : tokens in full pages that are older than the window.
     recent : the window and the page that is still filling up behind it.
     """
@@ -22,7 +22,7 @@ class Regions:
 
     @property
     def exact(self) -> int:
-        """Tokens kept in 16 bit: sinks and recent ones."""
+        """Tokens stored exactly: sinks and recent ones."""
         return self.sinks + self.recent
 
 
@@ -38,10 +38,10 @@ def regions(context: int, sinks: int, window: int) -> Regions:
 
 
 def retained_tokens(cold: int, stride: int) -> int:
-    """Tokens that a stride stores of the first `cold` cold tokens: numbers 0, stride, 2 stride, ..."""
+    """Return how many of the first `cold` cold tokens a stride stores: numbers 0, stride, 2 stride, ..."""
     return -(-cold // stride)
 
 
 def selected(pages: int, fraction: float) -> int:
-    """Pages that a fraction reads of `pages` cold ones: at least one, if there is any."""
+    """Return how many of `pages` cold pages a fraction reads: at least one, if there is any."""
     return min(pages, max(1, int(fraction * pages)))

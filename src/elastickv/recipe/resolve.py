@@ -1,4 +1,4 @@
-"""From what a user wrote to a recipe: `auto`, a recipe, or a recipe with one number for the budget to decide."""
+"""Turn a user's text into a recipe: `auto`, a recipe, or a recipe with one number left to the solver."""
 
 import math
 from dataclasses import replace
@@ -20,15 +20,15 @@ def resolve(
     window: int | None = None,
     anchor_every: int | None = None,
 ) -> Recipe:
-    """Return the recipe that `text` asks for, its open number decided by `ratio`.
+    """Return the recipe that `text` names, with its open number decided by `ratio`.
 
     `auto` is `for_ratio`. `pages` without a fraction takes as many pages as the ratio allows, `stride` without a number the
     least step that meets it. `reuse` without one anchors every `ceil(ratio)` steps, the original micro-benchmark's schedule.
-    `sinks`, `window` and `anchor_every` override; with `auto` an `anchor_every` binds the recipes that have anchors.
+    `sinks`, `window` and `anchor_every` override; with `auto`, `anchor_every` applies to the recipes that have anchors.
 
     Raises
     ------
-    UsageError : if the text is no recipe, or none of this shape, or a number is open and no value meets the ratio.
+    UsageError : if the text is no recipe, does not fit the shape, or leaves a number open that no value meets the ratio with.
     """
     check_ratio(ratio)
     check_context(context)

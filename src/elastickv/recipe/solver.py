@@ -1,4 +1,4 @@
-"""From a budget to a recipe: the least predicted loss among those that read at most 1/C of the dense bytes."""
+"""Solve for a recipe: the least predicted loss among the recipes that read at most 1/C of the dense bytes."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +15,7 @@ from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape, is_whole
 MAX_RATIO = 1024.0
 ANCHORS = (1, 2, 4, 8, 16)
 NARROW = ("int8", "fp8", "int4")
-ALIKE = 1.03  # losses this close are one: another text moves them by more
+ALIKE = 1.03  # a ratio of losses that counts as equal: another text changes them by more
 LEAST_FRACTION = 0.5 / MAX_CONTEXT
 
 
@@ -31,8 +31,8 @@ def for_ratio(
 ) -> Recipe:
     """Return the recipe of least predicted loss that reads at most 1/ratio of the dense bytes at `context` tokens.
 
-    Formats of K and V, the group of V's scales, the share of the pages and the steps between anchors are its to choose. Of
-    recipes that lose as good as the same (`ALIKE`), the one that selects least often, for selecting takes time beside bytes.
+    It chooses the formats of K and V, the group of V's scales, the share of the pages and the steps between anchors. Among
+    recipes of nearly the same loss (`ALIKE`), it takes the one that selects pages least often, since selecting takes time too.
 
     Parameters
     ----------
@@ -72,9 +72,9 @@ Recipe.solver = staticmethod(for_ratio)
 
 
 def candidates(shape: AttentionShape, sinks: int, window: int, schedules: tuple[int, ...] = ANCHORS) -> Iterator[Recipe]:
-    """Yield the recipes among which the solver chooses, those with pages at a fraction of 1 that is still to be solved.
+    """Yield the recipes among which the solver chooses; those with pages have a fraction of 1, which is still to be solved.
 
-    Without a stride: at equal bytes pages lose a fraction of what a stride does (benchmarks/NOTES.md).
+    None has a stride: at equal bytes pages lose much less (benchmarks/NOTES.md).
     """
     groups = [0 if group == shape.head_dim else group for group in value_groups(shape.head_dim)]
     values = [("int8", 0), ("fp8", 0), *(("int4", group) for group in groups)]
@@ -99,7 +99,7 @@ def solve_fraction(recipe: Recipe, ratio: float, context: int, shape: AttentionS
         return None
     if meets(reading(pages), ratio, context, shape, dtype):
         return reading(pages)
-    # Bytes are a line in the pages read but for the rounding to sectors, so two points of it lead next to the answer.
+    # Except for the rounding to sectors, bytes are linear in the pages read: two points lead close to the answer.
     few, many = (1 / read_ratio(reading(count), [context], shape, dtype) for count in (1, pages))
     guess = 1 + int((1 / ratio - few) / (many - few) * (pages - 1))
     low, high = 1, pages
@@ -140,7 +140,7 @@ def largest_ratio_scoring_every_step(
 
 
 def explanation(recipe: Recipe, context: int, shape: AttentionShape, dtype: str = "bf16") -> str:
-    """Return a line that says what a recipe reads, what it is predicted to lose, and what scoring every step would allow."""
+    """Return a line with the bytes that a recipe reads, its predicted loss, and the ratio if pages are scored every step."""
     loss = predicted_loss(recipe, shape.head_dim)
     text = f"{recipe} reads 1/{read_ratio(recipe, [context], shape, dtype):.2f} of the dense bytes at {context} tokens"
     text += f"; expected loss {loss:.3f}" if loss is not None else ""
@@ -151,13 +151,13 @@ def explanation(recipe: Recipe, context: int, shape: AttentionShape, dtype: str 
 
 
 def check_ratio(ratio: float) -> None:
-    """Refuse a ratio that is no number from 1 to 1024."""
+    """Raise UsageError unless a ratio is from 1 to 1024."""
     if not 1 <= ratio <= MAX_RATIO:
         raise UsageError(f"compress={ratio} is out of range: give a number from 1 to {MAX_RATIO:g}")
 
 
 def check_context(context: int) -> None:
-    """Refuse a context that is no whole number of tokens from 1 to the largest."""
+    """Raise UsageError unless a context is a whole number of tokens from 1 to the largest."""
     if not is_whole(context) or not 1 <= context <= MAX_CONTEXT:
         raise UsageError(f"a context of {context} tokens is out of range: give a whole number from 1 to {MAX_CONTEXT}")
 
@@ -168,7 +168,7 @@ def meets(recipe: Recipe, ratio: float, context: int, shape: AttentionShape, dty
 
 
 def unmet(ratio: float, context: int, shape: AttentionShape, dtype: str, recipes: list[Recipe]) -> str:
-    """Return the refusal of a ratio that none of `recipes`, those of fewest bytes, meets."""
+    """Return the error message for a ratio that none of `recipes`, those of fewest bytes, meets."""
     best = max(recipes, key=lambda r: read_ratio(r, [context], shape, dtype))
     reached = read_ratio(best, [context], shape, dtype)
     start = holds_from(ratio, context, shape, dtype, recipes)

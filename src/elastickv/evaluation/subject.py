@@ -1,0 +1,112 @@
+"""The model that an evaluation measures, and the ways to decode with it: a recipe for each ratio, and the stock caches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.evaluation import sessions
+from elastickv.evaluation.prefill import check_layers
+from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, plan
+from elastickv.evaluation.scoring import Open
+from elastickv.recipe import AttentionShape, ModelCalibration
+from elastickv.transformers.model_loading import Loaded, fingerprint
+
+STOCK_QUANTIZED = "stock-quantized"
+_DTYPES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+
+
+class Subject:
+    """A loaded model and its calibration."""
+
+    def __init__(self, loaded: Loaded, calibration: ModelCalibration | None) -> None:
+        self.loaded, self.model, self.calibration = loaded, loaded.model, calibration
+        check_layers(self.model)
+        self.config = self.model.config.get_text_config(decoder=True)
+        self.fingerprint = fingerprint(self.model)
+        if calibration is not None:
+            calibration.check_model(self.fingerprint, loaded.name)
+        heads = self.config.num_attention_heads
+        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        self.shape = AttentionShape(1, heads, getattr(self.config, "num_key_value_heads", None) or heads, head_dim)
+        self.layers = int(self.config.num_hidden_layers)
+        self.dtype = _DTYPES[str(self.model.dtype)]
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse more tokens than the model has positions."""
+        most = getattr(self.config, "max_position_embeddings", None)
+        if most is not None and tokens > most:
+            raise UsageError(
+                f"{tokens} tokens are needed and {self.loaded.name} has {most} positions: give a shorter `context`"
+            )
+
+    def described(self) -> dict[str, Any]:
+        """Return what the result says of the model."""
+        shape = {name: getattr(self.shape, name) for name in ("query_heads", "kv_heads", "head_dim")}
+        return {
+            "name": self.loaded.name,
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "device": str(self.model.device),
+            "layers": self.layers,
+        } | shape
+
+
+@dataclass(frozen=True)
+class DecodePath:
+    """One way to decode.
+
+    Attributes
+    ----------
+    name : as in results.
+    plan : its recipes; None for a stock cache.
+    decoding : opens a session that decodes so.
+    """
+
+    name: str
+    plan: RatioRecipes | None
+    decoding: Open
+
+    def byte_figures(self) -> dict[str, Any]:
+        """Return what a result's row says of recipes and bytes."""
+        if self.plan is None:
+            quantizer = sessions.quantizer()
+            return {"compress": None, "quantiser": quantizer, "bits": sessions.QUANTIZED_BITS[quantizer]}
+        return {
+            "compress": self.plan.ratio,
+            "recipe_hash": self.plan.hash,
+            "recipes": [str(recipe) for recipe in self.plan.recipes],
+            "read_ratio": self.plan.read_ratio,
+            "stored_ratio": self.plan.stored_ratio,
+            "step_bytes_read": self.plan.step_bytes,
+            "bytes_stored": self.plan.stored_bytes,
+            "expected_error": self.plan.expected_error,
+        }
+
+
+def decode_paths(
+    subject: Subject, ratios: Sequence[float], span: Span, stock_quantized: bool
+) -> tuple[list[DecodePath], list[str]]:
+    """Return a path for each ratio that a recipe meets, and the reasons why the other ratios have none.
+
+    Parameters
+    ----------
+    span : the decode steps over which a recipe must meet its ratio.
+    stock_quantized : whether Transformers' quantized cache is another path.
+    """
+    paths, reasons = [], []
+    for ratio in ratios:
+        try:
+            recipes = plan(ratio, span, subject.shape, subject.layers, subject.dtype, subject.calibration)
+        except UsageError as error:
+            reasons.append(str(error))
+            continue
+        paths.append(DecodePath(f"C={ratio:g}", recipes, _elastic(subject.model, recipes)))
+    if stock_quantized:
+        sessions.quantizer()
+        paths.append(DecodePath(STOCK_QUANTIZED, None, lambda start, _: sessions.stock_quantized(subject.model, start)))
+    return paths, reasons
+
+
+def _elastic(model: Any, plan: RatioRecipes) -> Open:
+    return lambda start, tokens: sessions.elastic(model, plan.recipes, start, tokens)
