@@ -10,10 +10,10 @@ Pairs = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """What was measured: a workload, and what was asked of it. Both are (name, value) pairs, in order."""
+    """What was measured: a workload and the requested options. Both are (name, value) pairs, in order."""
 
     workload: Pairs
-    asked: Pairs
+    requested: Pairs
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.pairs)
@@ -21,7 +21,7 @@ class Cell:
     @property
     def pairs(self) -> Pairs:
         """All of them."""
-        return self.workload + self.asked
+        return self.workload + self.requested
 
 
 @dataclass(frozen=True)
