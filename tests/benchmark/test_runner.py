@@ -10,7 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from elastickv.benchmark import Gate, Options, prepare, run
+from elastickv.benchmark import Gate, Options, Result, prepare, run
 from elastickv.benchmark import run as _run_function
 from elastickv.benchmark.schema import SCHEMA_PATH, result_schema
 from elastickv.errors import KernelMismatch, NonFiniteError, UsageError

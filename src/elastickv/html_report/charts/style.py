@@ -188,16 +188,16 @@ def log_axis(axis: Any, low: float, high: float, base: int = 10) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
-def bounds(found: IntervalEstimate) -> tuple[float, float]:
+def bounds(estimate: IntervalEstimate) -> tuple[float, float]:
     """Return an estimate's interval; the estimate twice where there is none."""
-    if found.low is None or found.high is None:
-        return found.estimate, found.estimate
-    return found.low, found.high
+    if estimate.low is None or estimate.high is None:
+        return estimate.estimate, estimate.estimate
+    return estimate.low, estimate.high
 
 
-def bars(found: Sequence[IntervalEstimate], scale: float = 1.0) -> list[list[float]]:
+def bars(estimates: Sequence[IntervalEstimate], scale: float = 1.0) -> list[list[float]]:
     """Return the lengths of error bars, below and above."""
-    return [[scale * abs(one.estimate - bounds(one)[end]) for one in found] for end in (0, 1)]
+    return [[scale * abs(one.estimate - bounds(one)[end]) for one in estimates] for end in (0, 1)]
 
 
 def rows_axes(figure: Any, labels: Sequence[str]) -> Any:
@@ -232,14 +232,14 @@ def _ticks(low: float, high: float, base: int) -> list[float]:
     """Return three to seven round values: powers of two, or of ten and multiples of them; more closely where they are few."""
     if base == 2:
         exponents = range(ceil(log2(low)), floor(log2(high)) + 1)
-        found = [2.0**exponent for exponent in exponents[:: -(-len(exponents) // 7) or 1]]
-        if len(found) > 2:
-            return found
+        ticks = [2.0**exponent for exponent in exponents[:: -(-len(exponents) // 7) or 1]]
+        if len(ticks) > 2:
+            return ticks
     exponents = range(floor(log10(low)), ceil(log10(high)) + 1)
     for multiples in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)):
-        found = [m * 10.0**exponent for exponent in exponents for m in multiples if low <= m * 10.0**exponent <= high]
-        if len(found) > 2:
-            return found[:: -(-len(found) // 7)]
+        ticks = [m * 10.0**exponent for exponent in exponents for m in multiples if low <= m * 10.0**exponent <= high]
+        if len(ticks) > 2:
+            return ticks[:: -(-len(ticks) // 7)]
     step = 10.0 ** floor(log10(high - low))
     while (high - low) / step < 3:
         step /= 2
