@@ -90,7 +90,7 @@ def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
     from elastickv import benchmark
     from elastickv.backends.registry import BACKENDS
     from elastickv.benchmark.contenders import peers
-    from elastickv.results import formats, metrics
+    from elastickv.results import formats, result_metrics
 
     (tmp_path / "results").mkdir()
     for name in ("result.json", "before.json", "after.json", "results/result.json"):
@@ -108,7 +108,7 @@ def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
     with (
         warnings.catch_warnings(),
         mock.patch.dict(BACKENDS), mock.patch.dict(formats.FORMATS),
-        mock.patch.dict(metrics.METRICS), mock.patch.object(peers, "PEERS", peers.PEERS),
+        mock.patch.dict(result_metrics.METRICS), mock.patch.object(peers, "PEERS", peers.PEERS),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
         for number, code in enumerate(examples, 1):

@@ -11,7 +11,7 @@ from elastickv.html_report.headline import best_model, best_step
 from elastickv.html_report.report_data import ReportData, Step
 from elastickv.results.formats.rows import brief
 from elastickv.results.formats.units import duration, fixed, interval, quantiles
-from elastickv.results.metrics import METRICS, listed_metrics
+from elastickv.results.result_metrics import METRICS, listed_metrics
 
 BENCH = "a result of elastickv bench, or a sweep"
 

@@ -1,4 +1,4 @@
-"""What another KV cache does to a model's predictions of a text: the quality cost beside its speed."""
+"""The quality cost of a KV cache: what it does to a model's predictions of a text."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from elastickv.results.kinds.model_result import QualityDelta
 
 
 def quality_delta(reference: str, text: str, context: int, scores: Scores) -> QualityDelta:
-    """Return what scored predictions come to; full attention in `scores` stands for the reference cache."""
+    """Return the summary of scored predictions; full attention in `scores` is the reference cache."""
     kl = scores.kl.ravel()
     return QualityDelta(
         reference=reference,

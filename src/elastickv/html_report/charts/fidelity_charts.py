@@ -102,7 +102,7 @@ def error_chart(steps: Sequence[Step]) -> Chart | None:
     best_named = "; ".join(f"{offer.name}: error {offer.error.estimate:.4f} at C = {offer.read:.2f}" for offer in named)
     return Chart(
         "recipe-error",
-        "Recipe error against C: the Pareto front, numbered, and what lies behind it",
+        "Recipe error against C: the Pareto front, numbered, and the recipes behind it",
         f"Recipe error against C of {len(shown_offers)} recipes. On the Pareto front: {best_named}.",
         draw,
         height=290 + legend_height(labels),

@@ -21,7 +21,7 @@ from elastickv.html_report.charts.style import (
 )
 from elastickv.html_report.report_data import IntervalEstimate, Step
 
-MANY = 120  # points from which on intervals are a thicket: they stand in the table
+MANY = 120  # with more points than this intervals are not drawn: the table has them
 _DENSE, _CEILINGS = -1, "measured ceilings"
 Points = Sequence[tuple[float, IntervalEstimate]]
 
@@ -130,7 +130,7 @@ def _roofline(name: str, device: str, steps: Sequence[Step]) -> Chart:
 
 
 def _points(axes: Any, points: Points, place: int, label: str, with_bars: bool = False) -> Any:
-    """Draw points of one family, with their intervals or without, and return what stands in the legend."""
+    """Draw points of one family, with their intervals or without, and return the legend's handle."""
     color = INK if place == _DENSE else hue(place)
     across, estimates = [x for x, _ in points], [one for _, one in points]
     if with_bars:

@@ -1,4 +1,4 @@
-"""How charts look: colours that a page can replace by its own, text that stays text, axes with plain numbers."""
+"""How charts look: colors that a page can replace, text that stays text, axes with plain numbers."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 from elastickv.html_report.report_data import IntervalEstimate
 
-# The Okabe-Ito hues, of a lightness that stands out from white; a page gives others for a dark one.
+# The Okabe-Ito hues, dark enough for a white page; the page's style sheet replaces them in dark mode.
 INK, MUTED, GRID, PAPER = "#1b1f24", "#57606a", "#d9dee4", "#ffffff"
 HUES = ("#0072b2", "#d55e00", "#008a65", "#b0568f", "#9a6a00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -78,7 +78,7 @@ class Chart:
     height: float = 330
 
     def svg(self) -> str:
-        """Return it as SVG that stands by itself: dark on white."""
+        """Return it as standalone SVG: dark on white."""
         with drawing():
             out = io.StringIO()
             self._figure().savefig(out, format="svg", metadata={"Date": None, "Creator": None})
@@ -117,15 +117,15 @@ class drawing:  # noqa: N801
 
 
 def themed(svg: str) -> str:
-    """Return SVG whose colours are those of the page that it stands in."""
+    """Return SVG that uses the colors of the page around it."""
 
-    def recoloured(tag: re.Match[str]) -> str:
+    def recolored(tag: re.Match[str]) -> str:
         text = tag[0]
         for color, variable in VARIABLES.items():
             text = text.replace(color, f"var({variable})")
         return text
 
-    return _TAG.sub(recoloured, svg)
+    return _TAG.sub(recolored, svg)
 
 
 def shown(text: str) -> str:
@@ -137,7 +137,7 @@ def shown(text: str) -> str:
 
 
 def hue(number: int) -> str:
-    """Return a series' colour; markers and lines tell those apart that share one."""
+    """Return a series' color; series that share one differ in marker and line."""
     return HUES[number % len(HUES)]
 
 
@@ -201,7 +201,7 @@ def bars(estimates: Sequence[IntervalEstimate], scale: float = 1.0) -> list[list
 
 
 def rows_axes(figure: Any, labels: Sequence[str]) -> Any:
-    """Return axes with a row for each label, which stands above its row: long names leave room for the data."""
+    """Return axes with a row for each label, written above the row so that long names leave room for the data."""
     axes = figure.add_subplot()
     axes.set_ylim(len(labels) - 0.45, -0.75)
     axes.set_yticks([])

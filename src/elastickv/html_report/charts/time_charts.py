@@ -49,7 +49,7 @@ def time_charts(steps: Sequence[Step]) -> tuple[list[Chart], list[str]]:
 
 
 def _series(steps: Sequence[Step]) -> Series:
-    """Return by_label by series and context: dense, each recipe as asked for, and of each package of peers its fastest."""
+    """Return times by label and context: dense, each requested recipe, and the fastest variant of each peer package."""
     by_label: dict[str, dict[int, list[IntervalEstimate]]] = defaultdict(lambda: defaultdict(list))
     for step in steps:
         own = [contender.time_ms for contender in step.contenders if contender.timing.kind == "dense"]
@@ -91,7 +91,7 @@ def _joined(times: Sequence[IntervalEstimate]) -> IntervalEstimate:
 
 
 def _look(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return how each series is drawn: dense in ink, recipes in colours, peers in grey; hollow markers are not ours."""
+    """Return how each series is drawn: dense in ink, recipes in colors, peers in gray; hollow markers are not ours."""
     looks: dict[str, dict[str, Any]] = {}
     recipes = peers = 0
     for place, name in enumerate(names):

@@ -12,14 +12,14 @@ from elastickv.benchmark.stats.intervals import Interval, SummaryStats, ratio_in
 from elastickv.benchmark.stats.location import huber
 from elastickv.results.compare.runs import BenchmarkRun, Cell, OutputErrors, Times
 
-NO_SPREAD = "a file tells no spread of it"
+NO_SPREAD = "a file has no spread of it"
 NO_CONTROL = "measured against different dense contenders"
 TOO_FAR = "dense itself takes so much longer on one side that the machine was not the same, and no control"
-# Up to this ratio of dense times drift is taken for clocks and temperature, which slow elastic alike; beyond it somebody else
-# had the cores or the bandwidth, and what that does to dense and to elastic differs by more than a margin.
+# Up to this ratio of dense times, drift is attributed to clocks and temperature, which slow elastic equally. Beyond it another
+# process used the cores or the bandwidth, which affects dense and elastic differently by more than a margin.
 DRIFT_LIMIT = 1.5
-RUNS_FOR_SPREAD = 3  # runs a side from which on their own spread, and not that within one of them, makes the interval
-_ROUNDING = KERNEL_ERROR_LIMITS["fp32"]  # what float32 may add to an error: a smaller change is none
+RUNS_FOR_SPREAD = 3  # with that many runs of A and of B, the interval comes from the spread between runs instead of within one
+_ROUNDING = KERNEL_ERROR_LIMITS["fp32"]  # float32 rounding of an error: a smaller change is none
 
 Series = Sequence[tuple[float, ...]]
 
@@ -131,7 +131,7 @@ def change(
 
 
 def verdict(ratio: Interval | None, margin_percent: float) -> str:
-    """Return what an interval of B's time / A's says: it lies inside the margin, beyond it, or across its edge."""
+    """Return the verdict on an interval of B's time / A's: inside the margin, beyond it, or across its edge."""
     if ratio is None:
         return "AMBIGUOUS"
     edge = 1 + margin_percent / 100
@@ -226,6 +226,6 @@ def _summary(runs: Sequence[Times]) -> SummaryStats:
 
 
 def _worst(runs: Sequence[BenchmarkRun], figure: str) -> OutputErrors | None:
-    """Return the largest error that came with a figure of several runs; None if one of them has none."""
+    """Return the largest error of a figure over several runs; None if a run has none."""
     errors = [run.figures[figure].fidelity or run.fidelity for run in runs]
     return max((e for e in errors if e is not None), key=lambda e: e.mean) if all(errors) else None

@@ -29,9 +29,9 @@ class Comparison:
     ----------
     a, b : what was compared: B is judged against A.
     margin_percent, fidelity_margin_percent : changes within them are none.
-    rows : every figure of every cell that both sides measured.
-    only_a, only_b : cells that one side alone measured, and why where its file says so.
-    warnings : what a reader must know before believing it.
+    rows : every figure of every cell that both A and B measured.
+    only_a, only_b : cells that only A or only B measured, and the reason where the file has one.
+    warnings : what limits the comparison.
     """
 
     a: str
@@ -122,12 +122,12 @@ def compare(
 
     Parameters
     ----------
-    a, b : a path of a result, a sweep or a folder; a result; or several of either. A is what was, B what is judged.
+    a, b : a path of a result, a sweep or a folder; a result; or several of either. B is compared with A.
     margin_percent : times within it are the same.
     fidelity_margin_percent : recipe errors within it are the same.
-    control : 'dense' judges each side's time against the dense contender that it took turns with, which takes drift of
-        the machine out; 'none' judges the times as they stand.
-    allow_different_device : compare even so; times as they stand.
+    control : 'dense' divides each time by that of the dense contender measured in turns with it, which removes drift of
+        the machine; 'none' compares the plain times.
+    allow_different_device : compare results of different devices, by their plain times.
 
     Raises
     ------
@@ -180,7 +180,7 @@ def _about_repetitions(rows: list[Row]) -> Iterator[str]:
     few = sum(row.verdict in ("SLOWER", "FASTER") and min(len(row.a), len(row.b)) < RUNS_FOR_SPREAD for row in rows)
     if few:
         yield (
-            f"{few} of {len(rows)} verdicts rest on fewer than {RUNS_FOR_SPREAD} runs of a side: their intervals tell the "
+            f"{few} of {len(rows)} verdicts rest on fewer than {RUNS_FOR_SPREAD} runs of a side: their intervals cover the "
             "spread within a run, not from one run to the next, which can be larger; measure both sides "
             f"{RUNS_FOR_SPREAD} times or more"
         )

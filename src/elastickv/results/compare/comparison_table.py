@@ -29,7 +29,7 @@ class ComparedResults(Protocol):
 
     @property
     def b(self) -> str:
-        """What is judged."""
+        """What is compared with A."""
 
     @property
     def margin_percent(self) -> float:
@@ -88,7 +88,7 @@ def flat(row: Row) -> dict[str, Any]:
 
 
 def as_terminal(comparison: ComparedResults) -> str:
-    """Return what a person wants to see first: each verdict with its interval and its price, the sum of them, every warning."""
+    """Return each verdict with its interval and recipe errors, their counts, and every warning."""
     out = io.StringIO()
     console = Console(file=out, width=200, highlight=False)
     table = Table(box=None, pad_edge=False)
@@ -106,7 +106,7 @@ def as_terminal(comparison: ComparedResults) -> str:
 
 
 def as_html(comparison: ComparedResults) -> str:
-    """Return a table for a notebook, with everything that is said of it."""
+    """Return a table for a notebook, with its sentences and warnings."""
     headers, rows = _grid(comparison)
     return html_table(headers, rows, [*_sentences(comparison), *(f"warning: {warning}" for warning in comparison.warnings)])
 
@@ -147,7 +147,7 @@ FORMATS: dict[str, Callable[[ComparedResults], str]] = {
 
 
 def _grid(comparison: ComparedResults) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows: what tells cells apart, a column each, and then what was found."""
+    """Return headers and rows: a column for each option in which cells differ, then the figures."""
     pairs = [dict(row.cell.pairs) for row in comparison.rows]
     common = dict(_common(comparison).pairs)
     axes = [name for name in dict.fromkeys(name for values in pairs for name in values) if name not in common]

@@ -237,7 +237,7 @@ def _quality_errors(delta: QualityDelta | None, cache: str) -> OutputErrors | No
 
 
 def _device(result: Result) -> str:
-    """Return the device's name; a processor's with its threads, which its name does not tell."""
+    """Return the device's name; for a processor with the number of threads."""
     gpu = result.gpu
     return f"{gpu.name} ({gpu.compute_units} threads)" if gpu.kind == "cpu" else gpu.name
 

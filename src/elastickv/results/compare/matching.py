@@ -91,7 +91,7 @@ def comparability_warnings(matched: Match) -> Iterator[str]:
         yield f"different devices: A {pairs[0].a[0].device}, B {pairs[0].b[0].device}; times as they stand, not against dense"
     shared = sum(any(run.copies(other) for run in pair.a for other in pair.b) for pair in pairs)
     if shared:
-        yield f"A and B hold the same run in {shared} of {len(pairs)} cells: nothing was measured anew there"
+        yield f"A and B hold the same run in {shared} of {len(pairs)} cells: nothing was measured again there"
     differing: Counter[tuple[str, str, str]] = Counter()
     for pair in pairs:
         a, b = ([dict(run.cell.requested) | run.protocol for run in runs] for runs in (pair.a, pair.b))
@@ -123,7 +123,7 @@ def comparability_warnings(matched: Match) -> Iterator[str]:
 
 
 def _key(a: Sequence[BenchmarkRun], b: Sequence[BenchmarkRun], by_device: bool) -> Callable[[BenchmarkRun], Key]:
-    """Return what tells cells apart; where one was measured with several recipes, the recipe too: they are no repetitions."""
+    """Return the key that groups runs into cells; it has the recipe where a cell ran with several: they are no repetitions."""
 
     def short(run: BenchmarkRun) -> Key:
         return run.cell, run.device if by_device else None
