@@ -124,7 +124,7 @@ def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
     from elastickv.kvcache.quantize import CODECS
     from elastickv.kvcache.scorers import SCORERS
     from elastickv.recipe import FORMATS
-    from elastickv.results import formats, metrics
+    from elastickv.results import formats, result_metrics
 
     (tmp_path / "results").mkdir()
     for name in ("result.json", "before.json", "after.json", "results/result.json"):
@@ -141,8 +141,9 @@ def test_the_examples_run_in_their_order(document, tmp_path, monkeypatch):
     # What an example adds to the program is taken away again.
     with (
         warnings.catch_warnings(), tiny_models() if "from_pretrained" in "".join(examples) else nullcontext(),
-        mock.patch.dict(BACKENDS), mock.patch.dict(formats.FORMATS), mock.patch.dict(metrics.METRICS),
-        mock.patch.object(peers, "PEERS", peers.PEERS), mock.patch.dict(FORMATS), mock.patch.dict(CODECS), mock.patch.dict(SCORERS),
+        mock.patch.dict(BACKENDS), mock.patch.dict(formats.FORMATS), mock.patch.dict(result_metrics.METRICS),
+        mock.patch.object(peers, "PEERS", peers.PEERS),
+        mock.patch.dict(FORMATS), mock.patch.dict(CODECS), mock.patch.dict(SCORERS),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
         for number, code in enumerate(examples, 1):

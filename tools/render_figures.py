@@ -8,12 +8,19 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from readme_figures import quickstart as quickstart
 from readme_figures import results as results
 from reliability import reliability as reliability
 
+from elastickv.benchmark import Result
+from elastickv.benchmark.stats.intervals import Interval
+from elastickv.evaluation.metrics import Estimate
+from elastickv.results.kinds.evaluation_result import EvaluationResult
+from elastickv.results.kinds.model_result import ModelBenchResult, versions
+
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
@@ -23,40 +30,50 @@ DOCUMENTS = (
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def load(path: str) -> Any:
+def load(path: Path | str) -> Any:
+    """Return the JSON of a study, which is no result of the program."""
     return json.loads((RESULTS / path).read_text(encoding="utf-8"))
 
 
-def times_us(result: dict[str, Any]) -> dict[str, float]:
-    return {timing["name"]: 1e3 * timing["time_ms"] for timing in result["contenders"]}
+def known(value: T | None) -> T:
+    """Return a figure that the committed result has."""
+    assert value is not None
+    return value
 
 
-def source(result: dict[str, Any]) -> str:
-    versions = result["environment"]["versions"]
-    named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    driver = f", driver {result['gpu']['driver']}" if result["gpu"]["driver"] else ""
-    return f"{result['gpu']['name']}{driver}; {named}; {result['date_utc'][:10]}"
+def bench_result(path: Path | str) -> Result:
+    return Result.from_dict(load(path), str(path))
+
+
+def times_us(result: Result) -> dict[str, float]:
+    return {timing.name: 1e3 * timing.time_ms for timing in result.contenders}
+
+
+def source(result: Result) -> str:
+    named = ", ".join(f"{name} {version}" for name, version in versions(result.environment).items() if version)
+    driver = f", driver {result.gpu.driver}" if result.gpu.driver else ""
+    return f"{result.gpu.name}{driver}; {named}; {result.date_utc[:10]}"
 
 
 def table(headers: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers), *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def interval(speedup: dict[str, float]) -> str:
-    return f"{speedup['estimate']:.2f}x [{speedup['low']:.2f}, {speedup['high']:.2f}]"
+def interval(speedup: Interval) -> str:
+    return f"{speedup.estimate:.2f}x [{speedup.low:.2f}, {speedup.high:.2f}]"
 
 
 def preset_row(name: str, label: str) -> list[str]:
-    result = load(name)
-    cycle, sample = result["inference_cycle"], result["fidelity"]["sample"]
+    result = bench_result(name)
+    cycle, sample, floor = result.inference_cycle, result.fidelity.sample, result.noise_floor
     return [
         label,
-        f"`{result['recipe']['text']}`",
-        f"{result['recipe']['ratio_read']:.2f}",
-        interval(result["speedup"]),
-        f"{cycle['speedup_vs_baseline']:.2f}x" if cycle else "",
-        f"{sample['recipe_error']['mean']:.4f}" if sample else "-",
-        f"{result['noise_floor']['low']:.3f}..{result['noise_floor']['high']:.3f}",
+        f"`{result.recipe.text}`",
+        f"{result.recipe.ratio_read:.2f}",
+        interval(result.speedup),
+        f"{cycle.speedup_vs_baseline:.2f}x" if cycle else "",
+        f"{sample.recipe_error.mean:.4f}" if sample else "-",
+        f"{floor.low:.3f}..{floor.high:.3f}" if floor else "-",
     ]
 
 
@@ -96,26 +113,26 @@ def h100() -> list[str]:
         ("131072", "131072 tokens"),
         ("131072-original-schedule", "131072, the original program's schedule"),
     ]
-    lines = [source(load("h100/long.json")), ""]
+    lines = [source(bench_result("h100/long.json")), ""]
     lines += table(PRESET_HEADERS, [preset_row(f"h100/{name}.json", label) for name, label in presets])
     rows = []
     for path in sorted((RESULTS / "h100" / "kernels").glob("*--int8.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = bench_result(path)
         times = times_us(result)
-        peers = {t["name"]: times[t["name"]] for t in result["contenders"] if t["kind"] == "peer" and t["dtype"] == "bf16"}
+        peers = {t.name: times[t.name] for t in result.contenders if t.kind == "peer" and t.dtype == "bf16"}
         own = min(time for name, time in times.items() if name.startswith("dense"))
         best = min(peers, key=peers.__getitem__)
-        floor = result["recipe"]["dense_bytes_per_step"] / result["ceilings"]["read_gbs"] / 1e3
+        floor = result.recipe.dense_bytes_per_step / result.ceilings["read_gbs"] / 1e3
         rows.append(
             [
                 path.stem.removesuffix("--int8").replace("-", ","),
-                f"{result['recipe']['dense_bytes_per_step'] / 1e6:.0f}",
+                f"{result.recipe.dense_bytes_per_step / 1e6:.0f}",
                 f"{floor:.1f}",
                 f"{peers[best]:.1f} ({best.removesuffix('-bf16')})",
                 f"{own:.1f}",
                 f"{peers[best] / own:.2f}",
                 f"{times['elastic']:.1f}",
-                interval(result["speedup"]),
+                interval(result.speedup),
             ]
         )
     rows.sort(key=lambda row: float(row[1]))
@@ -136,22 +153,22 @@ def narrow() -> list[str]:
     """Return the rows of the paged formats and selections, with the peers of the same run."""
     rows = []
     for path in sorted((RESULTS / "h100" / "kernels").glob("*--*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        recipe, times, sample = result["recipe"], times_us(result), result["fidelity"]["sample"]
-        if recipe["text"] in ("dense", "int8"):
+        result = bench_result(path)
+        recipe, times, sample = result.recipe, times_us(result), result.fidelity.sample
+        if recipe.text in ("dense", "int8"):
             continue
-        peers = {t["name"]: t["dtype"] for t in result["contenders"] if t["kind"] == "peer"}
+        peers = {t.name: t.dtype for t in result.contenders if t.kind == "peer"}
         entries = []
         for wide in (True, False):
             named = [name for name, dtype in peers.items() if (dtype in ("bf16", "fp16", "fp32")) == wide]
             best = min(named, key=times.__getitem__, default=None)
             entries += [f"{times[best]:.1f} ({best})", f"{times[best] / times['elastic']:.2f}"] if best else ["-", "-"]
-        cycle = result["inference_cycle"]
-        step = f"{1e3 * cycle['elastic_total_ms'] / cycle['decode_tokens']:.1f}" if cycle else "-"
+        cycle = result.inference_cycle
+        step = f"{1e3 * cycle.elastic_total_ms / cycle.decode_tokens:.1f}" if cycle else "-"
         shape = path.stem.partition("--")[0].replace("-", ",")
-        error = f"{sample['recipe_error']['mean']:.4f}" if sample else "-"
-        row = [shape, f"`{recipe['text']}`", f"{recipe['ratio_read']:.2f}", f"{times['elastic']:.1f}", *entries, step, error]
-        rows.append((recipe["dense_bytes_per_step"], row))
+        error = f"{sample.recipe_error.mean:.4f}" if sample else "-"
+        row = [shape, f"`{recipe.text}`", f"{recipe.ratio_read:.2f}", f"{times['elastic']:.1f}", *entries, step, error]
+        rows.append((recipe.dense_bytes_per_step, row))
     headers = [
         "batch, heads, KV heads, head_dim, context",
         "recipe",
@@ -169,8 +186,8 @@ def narrow() -> list[str]:
 
 def cpu() -> list[str]:
     record = load("cpu/decode.json")
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
-    lines = [f"{record['device']['name']}, {record['device']['compute_units']} threads; {versions}; {record['date'][:10]}"]
+    named = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    lines = [f"{record['device']['name']}, {record['device']['compute_units']} threads; {named}; {record['date'][:10]}"]
     for result in record["results"]:
         rows = [
             [
@@ -240,30 +257,30 @@ def recipe_errors() -> list[str]:
     return table(["recipe", "read ratio", "mean", "p95", "max"], rows)
 
 
-def bootstrap(figure: dict[str, float], digits: int) -> str:
-    return f"{figure['mean']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
+def bootstrap(figure: Estimate, digits: int) -> str:
+    return f"{figure.mean:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
 
 
 def fidelity() -> list[str]:
     paths = sorted((RESULTS / "cpu").glob("fidelity-smollm2-135m-[0-9]*.json"), key=lambda path: int(path.stem.split("-")[-1]))
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    evaluations = [EvaluationResult.from_dict(load(path), str(path)) for path in paths]
     rows = [
         [
-            str(row["context"]),
-            f"{row['compress']:g}",
-            f"`{row['recipe_hash']}`",
-            f"{row['read_ratio']:.2f}",
-            f"{row['stored_ratio']:.2f}",
-            bootstrap(row["ppl_change_percent"], 2),
-            bootstrap(row["kl"], 4),
-            bootstrap(row["top1_percent"], 1),
-            f"{row['windows']} x {row['scored_tokens'] // row['windows']}",
+            str(row.context),
+            f"{row.compress:g}",
+            f"`{row.recipe_hash}`",
+            f"{row.read_ratio:.2f}",
+            f"{row.stored_ratio:.2f}",
+            bootstrap(row.ppl_change_percent, 2),
+            bootstrap(row.kl, 4),
+            bootstrap(row.top1_percent, 1),
+            f"{row.windows} x {row.scored_tokens // row.windows}",
         ]
-        for record in records
-        for row in record["rows"]
+        for evaluation in evaluations
+        for row in evaluation.rows
     ]
-    first = records[0]
-    environment, calibration = first["environment"], first["calibration"]
+    first = evaluations[0]
+    environment, calibration = first.environment, known(first.calibration)
     headers = [
         "context",
         "C",
@@ -276,15 +293,16 @@ def fidelity() -> list[str]:
         "windows x scored tokens",
     ]
     lines = [
-        f"{first['model']['name']} in float32 on {environment['cpu']}; torch {environment['torch']}, transformers "
-        f"{environment['transformers']}; {environment['date_utc'][:10]}. Calibrated on {calibration['tokens']} tokens of "
-        f"{calibration['text']}; scored on {', '.join(first['texts'])}.",
+        f"{first.model.name} in float32 on {environment['cpu']}; torch {environment['torch']}, transformers "
+        f"{environment['transformers']}; {environment['date_utc'][:10]}. Calibrated on {calibration.tokens} tokens of "
+        f"{calibration.text}; scored on {', '.join(first.texts)}.",
         "",
         *table(headers, rows),
     ]
-    for row in load("cpu/fidelity-smollm2-135m-needle.json")["needle"]:
-        counts = ", ".join(f"{name} {sum(hits)}" for name, hits in row["found"].items())
-        lines += ["", f"Pass keys retrieved, of {len(row['depths'])}, in {row['tokens']} tokens: {counts}."]
+    name = "cpu/fidelity-smollm2-135m-needle.json"
+    for row in EvaluationResult.from_dict(load(name), name).needle:
+        counts = ", ".join(f"{cache} {sum(hits)}" for cache, hits in row.found.items())
+        lines += ["", f"Pass keys retrieved, of {len(row.depths)}, in {row.tokens} tokens: {counts}."]
     return lines
 
 
@@ -297,25 +315,26 @@ MODEL_NOTE = (
 
 def models() -> list[str]:
     """Return the whole-model figures: milliseconds per step of every cache, and the memory of the elastic one."""
-    rows, result = [], {}
-    for name, label in MODEL_CELLS:
-        result = load(f"h100/model-8b-{name}.json")
-        by_name = {cache["cache"]: cache for cache in result["caches"]}
-        ours, best = by_name["elastic"], result["baseline"]
+    rows = []
+    paths = {label: f"h100/model-8b-{name}.json" for name, label in MODEL_CELLS}
+    results = {label: ModelBenchResult.from_dict(load(path), path) for label, path in paths.items()}
+    for label, result in results.items():
+        by_name = {cache.cache: cache for cache in result.caches}
+        ours, best = by_name["elastic"], result.baseline
         steps = [
-            f"{by_name[cache]['step_ms']['estimate']:.2f}" if cache in by_name else "out of memory"
+            f"{known(by_name[cache].step_ms).estimate:.2f}" if cache in by_name else "out of memory"
             for cache in ("stock", "stock static+compile", "elastic")
         ]
         rows.append(
             [
                 label,
                 *steps,
-                "-" if best is None else interval(result["speedups"][best]),
-                f"{ours['of_floor']:.2f}",
-                f"{ours['held_ratio']:.2f}",
-                f"{ours['peak_bytes'] / 1e9:.1f}",
-                f"{ours['first_token_s']:.2f}",
-                f"{100 * ours['storing_share_of_first_token']:.1f} %",
+                "-" if best is None else interval(known(result.speedups[best])),
+                f"{ours.of_floor:.2f}",
+                f"{ours.held_ratio:.2f}",
+                f"{known(ours.peak_bytes) / 1e9:.1f}",
+                f"{ours.first_token_s:.2f}",
+                f"{100 * known(ours.storing_share_of_first_token):.1f} %",
             ]
         )
     headers = [
@@ -327,11 +346,11 @@ def models() -> list[str]:
         "multiple of floor",
     ]
     headers += ["memory held, dense / elastic", "peak without weights, GB", "first token, s", "of which storing"]
-    environment, machine = result["environment"], result["machine"]
-    versions = environment["versions"]
+    environment, machine = results[MODEL_CELLS[-1][1]].environment, results[MODEL_CELLS[-1][1]].machine
+    used = versions(environment)
     return [
         f"`shape:8b` (32 layers, 32/8 heads x 128, random weights, bf16) with compress=4 on {machine['name']}, driver "
-        f"{machine['driver']}, host {environment['cpu']}; torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"{machine['driver']}, host {environment['cpu']}; torch {used['torch']}, transformers {used['transformers']}; "
         f"{environment['date_utc'][:10]}.",
         "",
         *table(headers, rows),

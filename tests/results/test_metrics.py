@@ -8,7 +8,7 @@ import pytest
 
 from elastickv import compare, report
 from elastickv.results.measurement import Measurement
-from elastickv.results.metrics import METRICS, Metric
+from elastickv.results.result_metrics import METRICS, Metric
 from elastickv.sweeps.sweep_result import Sweep
 from tests.helpers.results import ORIGINAL, quiet, result
 

@@ -41,7 +41,7 @@ def optional(group: str | None = None) -> dict[str, Any]:
 
     Parameters
     ----------
-    group : the field that tells whether a file has this one too; such a field is written even where it is None.
+    group : the field whose presence decides whether this one is written where it is None.
     """
     return {"optional": True, "group": group}
 

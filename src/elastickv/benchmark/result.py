@@ -43,7 +43,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What was asked for; `dense` where one dense dtype was, and null where the fastest was sought."""
+    """The requested options; `dense` is the requested dense dtype, null for the fastest contender."""
 
     seq_len: Count
     heads: Count
@@ -115,7 +115,7 @@ class RecipeUsed:
     """The recipe, and the bytes of one step averaged over an anchor interval.
 
     `predicted_loss` is the recipe error (root mean square) that the solver expects; None where none was measured.
-    `largest_ratio_scoring_every_step` is told of recipes that select pages.
+    `largest_ratio_scoring_every_step` is set for recipes that select pages.
     """
 
     text: str
@@ -153,7 +153,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The fastest dense contender, which every ratio is against, and what it won over."""
+    """The fastest dense contender, the reference of every ratio, and the times of the others."""
 
     name: str
     version: str
@@ -166,7 +166,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class RecipeErrors:
-    """What the code path that was timed does to the output.
+    """The output errors of the kernels that were timed.
 
     `kernel_error` holds the timing data's per contender; `sample` is of the recipe as solved for the sample's context. Where
     that can't be, `sample_refused` says why, and `sample` is of the very recipe that is timed; None if it doesn't fit either.

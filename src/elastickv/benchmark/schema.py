@@ -1,4 +1,4 @@
-"""The JSON Schema of a result, derived from its dataclasses: the file beside this one cannot drift from the code.
+"""The JSON Schema of a result, derived from its dataclasses: a test keeps the committed file equal to it.
 
 `python -m elastickv.benchmark.schema` rewrites that file.
 """

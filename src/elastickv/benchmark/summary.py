@@ -82,9 +82,9 @@ class Summary:
         self.reference = "theoretical" if theoretical else "measured read ceiling"
 
     def result(
-        self, fidelity: RecipeErrors, telemetry: Telemetry, surroundings: dict[str, Any], passed_over: str | None
+        self, fidelity: RecipeErrors, telemetry: Telemetry, environment: dict[str, Any], skip_reason: str | None
     ) -> Result:
-        """Return the result; `passed_over` says why a faster device was not used."""
+        """Return the result; `skip_reason` says why a faster device was not used."""
         options = self.options
         elastic, baseline = self._point("elastic"), self._point("baseline")
         converged = self.speedup.half_width * 100 <= (options.until_ci_percent or CONVERGED_PERCENT)
@@ -138,9 +138,9 @@ class Summary:
                 self.samples.rounds,
             ),
             telemetry=telemetry.record(),
-            environment=surroundings,
+            environment=environment,
             verdict=self._verdict(fidelity),
-            warnings=[text for text in (passed_over and f"the CPU was measured: {passed_over}", self.field.fallback) if text],
+            warnings=[text for text in (skip_reason and f"the CPU was measured: {skip_reason}", self.field.fallback) if text],
             samples=self.samples.times,
             sample_order=self.samples.order,
             flagged_samples=self.samples.flagged,
@@ -151,8 +151,8 @@ class Summary:
         return float(truncated(self.samples.times[name], self.options.truncate).mean())
 
     def _std(self, name: str) -> float:
-        kept = truncated(self.samples.times[name], self.options.truncate)
-        return float(kept.std(ddof=1)) if len(kept) > 1 else 0.0
+        times = truncated(self.samples.times[name], self.options.truncate)
+        return float(times.std(ddof=1)) if len(times) > 1 else 0.0
 
     def _moved(self, contender: Contender, recipe: Recipe, dtype: str) -> float:
         if contender.kind == "peer":

@@ -1,1 +1,1 @@
-"""The page that results make: what is shown of them, how it is drawn, and how it is written."""
+"""The HTML report: its data, charts, tables and files."""

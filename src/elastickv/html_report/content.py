@@ -1,4 +1,4 @@
-"""What the page says: a headline, sections of charts and tables, and what there was nothing to show of."""
+"""The content of the page: a headline, sections of charts and tables, and the sections that have no data."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ def tables(caption: str, rows: Iterable[Mapping[str, str]], words: Sequence[str]
 
     Parameters
     ----------
-    words : columns that hold words; the others hold numbers.
+    words : columns that hold text; the others hold numbers.
     """
     listed = list(rows)
     headers = [name for name in (listed[0] if listed else ()) if any(row[name] for row in listed)]
@@ -40,9 +40,9 @@ class Section:
     ----------
     name : its anchor.
     how : how to read it, in a sentence or two.
-    notes : what a reader must know beside it.
-    commands : what was typed for what.
-    missing : what would have been needed, where it is empty.
+    notes : sentences below the tables.
+    commands : (results, command) pairs.
+    missing : the results that an empty section needs.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Section:
 
     @property
     def narrow(self) -> bool:
-        """Whether the first table is narrow enough to stand beside a chart that would stand alone."""
+        """Whether the first table is narrow enough to share a row with a single chart."""
         return bool(self.tables) and len(self.charts) % 2 == 1 and len(self.tables[0].headers) <= _NARROW
 
 
@@ -75,7 +75,7 @@ class Content:
     absent: Sequence[Section] = ()
 
     def is_half(self, section: Section) -> bool:
-        """Whether a section is one of two neighbours that hold one chart each: they share a row where there is room."""
+        """Whether a section is one of two neighbors with one chart each, which share a row where there is room."""
         alone = [len(one.charts) == 1 and not one.tables and not one.commands for one in self.sections]
         place = before = self.sections.index(section)
         while before and alone[before - 1]:

@@ -12,8 +12,8 @@ from elastickv.results.formats.units import fixed, interval, size
 
 def fidelity(data: ReportData) -> Section:
     """Return errors against bytes."""
-    chart, found = error_chart(data.steps), offers(data.steps)
-    best = front(found)
+    chart, recipe_offers = error_chart(data.steps), offers(data.steps)
+    best = front(recipe_offers)
     recipes = (
         {
             "recipe": offer.name,
@@ -21,7 +21,7 @@ def fidelity(data: ReportData) -> Section:
             "recipe error": fixed(offer.error.estimate, 4),
             "front": "yes" if offer in best else "",
         }
-        for offer in found
+        for offer in recipe_offers
     )
     losses = (
         {
@@ -61,13 +61,13 @@ def needle(data: ReportData) -> Section:
     rows = (
         {
             "model": evaluation.model,
-            "tokens": str(found.tokens),
-            "cache": found.cache,
-            "found": str(found.hits),
-            "of": str(found.tried),
+            "tokens": str(needle.tokens),
+            "cache": needle.cache,
+            "found": str(needle.hits),
+            "of": str(needle.tried),
         }
         for evaluation in data.evaluations
-        for found in evaluation.needles
+        for needle in evaluation.needles
     )
     return Section(
         "needle",
@@ -87,7 +87,7 @@ def models(data: ReportData) -> Section:
         {
             "model": f"{model.model} {model.dtype}",
             "context × batch": f"{model.context} × {model.batch}",
-            "asked": model.requested,
+            "requested": model.requested,
             "cache": cache.name,
             "ms a token": interval(cache.step_ms, 2),
             "tokens/s": fixed(cache.tokens_per_s, 2),
@@ -107,7 +107,7 @@ def models(data: ReportData) -> Section:
         "A model that decodes with the stock cache, a static one and the elastic one in turns; 95 % intervals. The floor is a "
         "step's bytes, weights and cache, at the measured read ceiling.",
         charts=list(model_charts(data.models)),
-        tables=tables("Decoding with each cache", rows, ("model", "asked", "cache", "result")),
+        tables=tables("Decoding with each cache", rows, ("model", "requested", "cache", "result")),
         notes=[
             f"{model.model}, {model.context} × {model.batch}: {name} was not run: {why}"
             for model in data.models

@@ -29,9 +29,9 @@ class Download:
 def downloads(data: ReportData) -> list[Download]:
     """Return the raw samples as CSV and the whole results as JSON Lines, both compressed: gunzip them."""
     samples = _samples(data)
-    found = [Download("samples.csv.gz", "every raw sample, milliseconds", _packed(samples))] if samples else []
+    files = [Download("samples.csv.gz", "every raw sample, milliseconds", _packed(samples))] if samples else []
     lines = "".join(json.dumps(document.value, allow_nan=False) + "\n" for document in data.documents)
-    return [*found, Download("results.jsonl.gz", "the results whole; after gunzip elastickv reads them again", _packed(lines))]
+    return [*files, Download("results.jsonl.gz", "the results whole; after gunzip elastickv reads them again", _packed(lines))]
 
 
 def _packed(text: str) -> bytes:

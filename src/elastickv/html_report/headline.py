@@ -18,7 +18,7 @@ class Headline:
     source : the result that it describes.
     sentence : its speed-up with the interval, and its quality cost.
     tiles : its figures one by one: label, value, and a note.
-    beside : sentences on all the results together.
+    beside : sentences on all results together.
     """
 
     source: str
@@ -79,7 +79,7 @@ def _of_step(step: Step, beside: Sequence[str]) -> Headline:
 
 
 def _error_source(step: Step) -> str:
-    """Return what the error was measured on, and of which recipe where that is not the one that was timed."""
+    """Return the data that the error was measured on, and its recipe where that is not the timed one."""
     if step.error is None:
         return ""
     other = f" of {step.error_recipe}, the recipe for that context" if step.error_recipe != step.recipe else ""
@@ -111,7 +111,7 @@ def _of_model(model: ModelRun) -> Headline:
     )
     ratio = own.read_ratio or own.stored_ratio
     tiles = [
-        ("speed-up", f"{best.times.estimate:.3f}×" if best else "-", _range(best.times) if best else "nothing beside it"),
+        ("speed-up", f"{best.times.estimate:.3f}×" if best else "-", _range(best.times) if best else "no other cache"),
         (f"bytes {'read' if own.read_ratio else 'stored'}", f"1/{ratio:.2f}" if ratio else "-", "of dense 16 bit"),
         ("KL", f"{delta.kl_mean:.4f}" if delta else "-", "nats a token" if delta else "not measured"),
         ("a token", f"{own.step_ms.estimate:.2f} ms" if own.step_ms else "-", "whole model"),
@@ -148,13 +148,15 @@ def _of_evaluation(evaluation: Evaluation) -> Headline:
 
 
 def _all_steps(steps: Sequence[Step]) -> Iterator[str]:
-    """Yield what the best result is among: how many are faster, and the slowest of them."""
+    """Yield a sentence on all decode steps: how many are faster, and the slowest."""
     measured = [step for step in steps if step.speedup is not None]
     if len(measured) < 2:
         return
     least = min(measured, key=lambda step: step.speedup.estimate if step.speedup else 0)
-    faster, judged = sum(step.faster is True for step in measured), sum(step.faster is not None for step in measured)
-    beyond = f"{faster} of {judged} are faster than dense beyond the noise floor" if judged else "none has a noise floor"
+    faster, with_floor = sum(step.faster is True for step in measured), sum(step.faster is not None for step in measured)
+    beyond = (
+        f"{faster} of {with_floor} are faster than dense beyond the noise floor" if with_floor else "none has a noise floor"
+    )
     yield (
         f"It is the largest speed-up of {len(measured)} results on this page: {beyond}; the smallest is "
         f"{interval(least.speedup)} ({least.what}, {least.context} tokens, {least.shape})."

@@ -1,4 +1,4 @@
-"""The page as Markdown, for a README: the figures are files in a folder beside it."""
+"""The page as Markdown, for a README, with its figures in a folder."""
 
 from collections.abc import Iterator, Sequence
 

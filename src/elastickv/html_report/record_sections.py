@@ -1,4 +1,4 @@
-"""What stands behind the figures: warnings, environments, commands."""
+"""The sections on how results came about: warnings, environments, commands."""
 
 import shlex
 from collections import defaultdict
@@ -11,7 +11,7 @@ _MOST_NAMES = 6
 
 
 def warnings(data: ReportData) -> Section:
-    """Return every warning, caution and telemetry flag, what sweeps did not measure, and what was left out."""
+    """Return every warning and telemetry flag, the cells that sweeps did not measure, and what was left out."""
     said: dict[str, list[str]] = defaultdict(list)
     for provenance in data.provenance:
         for warning in provenance.warnings:
@@ -20,16 +20,16 @@ def warnings(data: ReportData) -> Section:
     cells = ({"cell": cell, "why": why} for cell, why in data.not_measured.items())
     left = ({"note": note} for note in data.notes)
     clean = sum(not provenance.warnings for provenance in data.provenance)
-    found = [
+    shown = [
         *tables("What the results themselves say", said_rows, ("warning", "which")),
         *tables("Cells of sweeps that have no result", cells, ("cell", "why")),
-        *tables("What was left out of the files that were given", left, ("note",)),
+        *tables("What was left out of the input files", left, ("note",)),
     ]
     return Section(
         "warnings",
         "Warnings",
-        f"{clean} of {len(data.provenance)} results came without a warning, a caution or a telemetry flag.",
-        tables=found or tables("Warnings", [{"warning": "none"}], ("warning",)),
+        f"{clean} of {len(data.provenance)} results came without a warning or a telemetry flag.",
+        tables=shown or tables("Warnings", [{"warning": "none"}], ("warning",)),
     )
 
 
@@ -37,16 +37,16 @@ def environment(data: ReportData) -> Section:
     """Return what the results were measured in: one row for results that share all of it."""
     groups: dict[tuple[tuple[str, str], ...], list[Provenance]] = defaultdict(list)
     for provenance in data.provenance:
-        told_of = {"device": provenance.device, **provenance.environment}
-        groups[tuple(told_of.items())].append(provenance)
+        machine = {"device": provenance.device, **provenance.environment}
+        groups[tuple(machine.items())].append(provenance)
     settings = list(dict.fromkeys(name for items in groups for name, _ in items))
     values = {name: [dict(items).get(name, "") for items in groups] for name in settings}
-    shared = ({"what": name, "value": found[0]} for name, found in values.items() if len(set(found)) == 1)
+    shared = ({"what": name, "value": column[0]} for name, column in values.items() if len(set(column)) == 1)
     rows = []
     for number, members in enumerate(groups.values()):
         dates = sorted(provenance.date for provenance in members)
         rows.append(
-            {name: found[number] for name, found in values.items() if len(set(found)) > 1}
+            {name: column[number] for name, column in values.items() if len(set(column)) > 1}
             | {"measured, UTC": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"}
             | {"results": f"{len(members)}: {_listed([data.names[provenance.source] for provenance in members])}"}
         )

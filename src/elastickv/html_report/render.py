@@ -38,7 +38,7 @@ def _filled(name: str, content: Content, svgs: dict[str, str], downloads: list[D
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Matplotlib has escaped the texts that it was given.
+    # Matplotlib has escaped the texts.
     pictures: dict[str, Any] = {name: Markup(themed(svg)) for name, svg in svgs.items()}
     return environment.get_template(name).render(
         content=content, pictures=pictures, downloads=downloads, printed=printed, version=__version__

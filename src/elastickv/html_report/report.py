@@ -80,7 +80,7 @@ class Report:
 
         Parameters
         ----------
-        path : the file; Markdown has a folder of figures beside it, named after it.
+        path : the file; Markdown also writes a folder of figures, named after it.
         format : 'html', 'md', 'pdf-ready' or 'png'; None goes by the suffix, and is 'html' where it says nothing.
 
         Raises
@@ -128,7 +128,7 @@ def check_installed() -> None:
 
 
 def chosen_format(path: Path, wanted: str | None) -> str:
-    """Return the format that is asked for, or that a path's suffix tells.
+    """Return the requested format, or the one that the path's suffix names.
 
     Raises
     ------
@@ -139,9 +139,9 @@ def chosen_format(path: Path, wanted: str | None) -> str:
     suffix = path.suffix.lower()
     if suffix == ".pdf":
         raise UsageError(f"--output {path}: no PDF is written; --format pdf-ready -o report.html is a page to print as one")
-    provenance = _SUFFIXES.get(suffix)
+    named = _SUFFIXES.get(suffix)
     if wanted is None:
-        return provenance or "html"
-    if provenance is not None and provenance != wanted.replace("pdf-ready", "html"):
-        raise UsageError(f"--output {path} names {provenance}, and --format is {wanted}: leave one of them out")
+        return named or "html"
+    if named is not None and named != wanted.replace("pdf-ready", "html"):
+        raise UsageError(f"--output {path} names {named}, and --format is {wanted}: leave one of them out")
     return wanted

@@ -17,7 +17,7 @@ from elastickv.results.kinds.original_result import OriginalResult
 
 @dataclass(frozen=True)
 class IntervalEstimate:
-    """A figure and its 95 % interval; the bounds are None where a file tells none."""
+    """A figure and its 95 % interval; the bounds are None where the file has none."""
 
     estimate: float
     low: float | None = None
@@ -41,7 +41,7 @@ class Provenance:
     source : its file, and the line of it.
     device : what it ran on.
     date : when, UTC.
-    command : what was typed; empty where the file does not tell.
+    command : the command line; empty where the file has none.
     environment : name -> value, as text.
     warnings : every warning, telemetry flag and contender that was not run, a line each.
     """
@@ -66,7 +66,7 @@ class Step:
     compress, requested : the requested C, and the recipe or 'auto'.
     recipe : what was run; None of the original program.
     read, stored : dense bytes / bytes read, and stored.
-    elastic_ms, dense_ms, baseline : times of a step, and which contender dense was; None where the file tells none.
+    elastic_ms, dense_ms, baseline : times of a step, and the dense contender's name; None where the file has none.
     speedup : dense time / elastic time.
     faster : beyond the noise floor; None where that was not measured.
     error, error_recipe : the recipe error, relative L2, and the recipe that it was measured of.
@@ -121,7 +121,7 @@ class Step:
 
     @property
     def requested_label(self) -> str:
-        """What was asked for: a recipe by name, or C."""
+        """The request: a recipe by name, or C."""
         return f"{self.requested} C={self.compress:g}" if self.requested in ("auto", "original") else self.requested
 
     @property
@@ -267,7 +267,7 @@ class ReportData:
 
     @cached_property
     def names(self) -> Mapping[str, str]:
-        """What to call each source: its path without the folders that all of them are in."""
+        """The name of each source: its path without the folders common to all."""
         sources = [provenance.source for provenance in self.provenance]
         folders = [source.rpartition("/")[0] for source in sources]
         common = os.path.commonpath(folders) if all(folders) and len({f[:1] == "/" for f in folders}) == 1 else ""

@@ -6,7 +6,7 @@ from elastickv.benchmark.result import Result
 from elastickv.html_report.content import Content
 from elastickv.html_report.report_data import IntervalEstimate, ModelRun, ReportData
 from elastickv.results.kinds.original_result import OriginalResult
-from elastickv.results.metrics import listed_metrics
+from elastickv.results.result_metrics import listed_metrics
 
 COLUMNS = (
     "kind", "source", "date_utc", "device", "model", "context", "batch", "heads", "kv_heads", "head_dim", "cache", "asked",

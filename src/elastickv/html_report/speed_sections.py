@@ -11,7 +11,7 @@ from elastickv.html_report.headline import best_model, best_step
 from elastickv.html_report.report_data import ReportData, Step
 from elastickv.results.formats.rows import brief
 from elastickv.results.formats.units import duration, fixed, interval, quantiles
-from elastickv.results.metrics import METRICS, listed_metrics
+from elastickv.results.result_metrics import METRICS, listed_metrics
 
 BENCH = "a result of elastickv bench, or a sweep"
 
@@ -117,7 +117,7 @@ def results(data: ReportData) -> Section:
             METRICS["baseline"].label: step.baseline or "",
             "A/A": interval(step.noise_floor),
             **_listed(step),
-            "asked": step.requested_label,
+            "requested": step.requested_label,
             "result": data.names[step.provenance.source],
         }
         for step in sorted(
@@ -132,7 +132,7 @@ def results(data: ReportData) -> Section:
         tables=tables(
             "Decode steps of one layer, with 95 % intervals",
             rows,
-            ("recipe", "shape", METRICS["baseline"].label, "asked", "result"),
+            ("recipe", "shape", METRICS["baseline"].label, "requested", "result"),
         ),
         missing=BENCH,
     )

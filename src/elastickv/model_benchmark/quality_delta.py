@@ -1,4 +1,4 @@
-"""What a KV cache does to a model's predictions of a text: the quality reported with its speed."""
+"""The quality cost of a KV cache: what it does to a model's predictions of a text."""
 
 import numpy as np
 

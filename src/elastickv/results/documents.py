@@ -67,7 +67,7 @@ def _values(file: Path, notes: list[str]) -> Iterator[Document]:
     if file.suffix.lower() != ".jsonl":
         yield Document(str(file), _parse(text, str(file)))
         return
-    # Not `splitlines`, which also parts at characters that may stand in a JSON string.
+    # Not `splitlines`, which also splits at characters that a JSON string may contain.
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         source = f"{file}:{number}"

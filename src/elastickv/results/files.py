@@ -8,7 +8,7 @@ from pathlib import Path
 from elastickv.errors import UsageError
 
 MAX_NAME_BYTES = 255
-# What a file's name says of the format that is wanted in it.
+# The format that a file's suffix names.
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".html": "html", ".txt": "table"}
 
 
@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name beside `path` and rename it: atomic for readers.
+    """Write `content` under a temporary name in the same folder and rename it: atomic for readers.
 
     A link is followed; a file that was there keeps its permissions.
 

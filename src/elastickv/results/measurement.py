@@ -1,4 +1,4 @@
-"""A result of `bench` or `baseline` as a value: figures, rows, files, a table in a notebook."""
+"""`Measurement`: a result of `bench` or `baseline` with its rows, texts and files."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,7 +85,7 @@ class Measurement(Mapping[str, Any]):
 
     @property
     def complete(self) -> bool:
-        """Whether everything that was asked for was measured; False where it was interrupted."""
+        """Whether everything was measured; False where the run was interrupted."""
         return bool(getattr(self.result, "complete", True))
 
     @property

@@ -17,7 +17,7 @@ from elastickv.results.formats.rows import brief, csv_of, frame, markdown_of, ro
 from elastickv.results.kinds.gguf_result import GgufBaseline
 from elastickv.results.kinds.model_result import ModelBenchResult
 from elastickv.results.load import result_of, run_of
-from elastickv.results.metrics import METRICS, listed_metrics
+from elastickv.results.result_metrics import METRICS, listed_metrics
 from elastickv.sweeps.journal import read
 from elastickv.sweeps.plan import name
 

@@ -161,11 +161,11 @@ def _model(name: str, title: str, rows: Sequence[tuple[str, str, IntervalEstimat
             axes.errorbar([time.estimate], [row], xerr=bars([time]), capsize=3, **look)
         axes.set_xlabel("ms per decoded token, whole model")
 
-    provenance = "; ".join(f"{label} {time.estimate:.2f} ms" for label, _, time in rows)
+    times = "; ".join(f"{label} {time.estimate:.2f} ms" for label, _, time in rows)
     return Chart(
         name,
         f"Time per token: {shown(title)}",
-        f"Milliseconds per decoded token of {title}: {provenance}; a logarithmic axis, bars are 95 % intervals.",
+        f"Milliseconds per decoded token of {title}: {times}; a logarithmic axis, bars are 95 % intervals.",
         draw,
         height=55 + 34 * len(rows),
     )

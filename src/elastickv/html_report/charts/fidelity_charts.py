@@ -43,18 +43,18 @@ class Offer:
 
 def offers(steps: Sequence[Step]) -> list[Offer]:
     """Return what each recipe offers, once: of several results the one that reads least."""
-    found: dict[str, Offer] = {}
+    by_name: dict[str, Offer] = {}
     for step in steps:
         if step.error is None or step.read is None:
             continue
         offer = Offer(step.what, step.read, IntervalEstimate(step.error.mean), family(step.what))
-        known = found.get(offer.name)
+        known = by_name.get(offer.name)
         if known is None or (offer.error.estimate, -offer.read) < (known.error.estimate, -known.read):
-            found[offer.name] = offer
-    return sorted(found.values(), key=lambda offer: offer.read)
+            by_name[offer.name] = offer
+    return sorted(by_name.values(), key=lambda offer: offer.read)
 
 
-def front(found: Sequence[Offer]) -> list[Offer]:
+def front(candidates: Sequence[Offer]) -> list[Offer]:
     """Return the Pareto front: what nothing else beats in bytes and in error at once, by bytes."""
 
     def beaten(offer: Offer) -> bool:
@@ -62,28 +62,28 @@ def front(found: Sequence[Offer]) -> list[Offer]:
             other.read >= offer.read
             and other.error.estimate <= offer.error.estimate
             and (other.read, other.error.estimate) != (offer.read, offer.error.estimate)
-            for other in found
+            for other in candidates
         )
 
-    return sorted((offer for offer in found if not beaten(offer)), key=lambda offer: offer.read)
+    return sorted((offer for offer in candidates if not beaten(offer)), key=lambda offer: offer.read)
 
 
 def error_chart(steps: Sequence[Step]) -> Chart | None:
     """Return the recipe error against C, the Pareto front's recipes named; None where there is no error above 0."""
-    found = [offer for offer in offers(steps) if offer.error.estimate > 0]
-    if not found:
+    shown_offers = [offer for offer in offers(steps) if offer.error.estimate > 0]
+    if not shown_offers:
         return None
-    best = front(found)
+    best = front(shown_offers)
     named = best[:MOST_NAMED]
     labels = [f"{number}  {offer.name}" for number, offer in enumerate(named, 1)]
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        log_axis(axes.xaxis, *span([offer.read for offer in found], 1.25), 2)
-        log_axis(axes.yaxis, *span([offer.error.estimate for offer in found], 1.6))
+        log_axis(axes.xaxis, *span([offer.read for offer in shown_offers], 1.25), 2)
+        log_axis(axes.yaxis, *span([offer.error.estimate for offer in shown_offers], 1.6))
         across, up = [offer.read for offer in best], [offer.error.estimate for offer in best]
         axes.step(across, up, where="pre", color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
-        rest = [offer for offer in found if offer not in best]
+        rest = [offer for offer in shown_offers if offer not in best]
         axes.plot(
             [offer.read for offer in rest], [offer.error.estimate for offer in rest], "o", color=MUTED, markerfacecolor=PAPER
         )
@@ -99,11 +99,11 @@ def error_chart(steps: Sequence[Step]) -> Chart | None:
         axes.set_ylabel("recipe error, mean relative L2")
         legend(figure, handles)
 
-    provenance = "; ".join(f"{offer.name}: error {offer.error.estimate:.4f} at C = {offer.read:.2f}" for offer in named)
+    best_named = "; ".join(f"{offer.name}: error {offer.error.estimate:.4f} at C = {offer.read:.2f}" for offer in named)
     return Chart(
         "recipe-error",
-        "Recipe error against C: the Pareto front, numbered, and what lies behind it",
-        f"Recipe error against C of {len(found)} recipes. On the Pareto front: {provenance}.",
+        "Recipe error against C: the Pareto front, numbered, and the recipes behind it",
+        f"Recipe error against C of {len(shown_offers)} recipes. On the Pareto front: {best_named}.",
         draw,
         height=290 + legend_height(labels),
     )
@@ -113,10 +113,10 @@ def loss_charts(evaluations: Sequence[Evaluation]) -> Iterator[Chart]:
     """Yield the KL divergence and the change of perplexity of each model against C, a line for each context."""
     models: dict[str, list[Loss]] = {}
     for evaluation in evaluations:
-        provenance = [loss for loss in evaluation.losses if loss.read is not None]
-        if provenance:
+        losses = [loss for loss in evaluation.losses if loss.read is not None]
+        if losses:
             calibrated = "calibrated" if evaluation.calibration else "not calibrated"
-            models.setdefault(f"{evaluation.model}, {calibrated}", []).extend(provenance)
+            models.setdefault(f"{evaluation.model}, {calibrated}", []).extend(losses)
     for number, (model, losses) in enumerate(models.items(), 1):
         yield _loss(f"kl-{number}", model, losses, "KL divergence, nats a token", True)
         yield _loss(f"perplexity-{number}", model, losses, "change of perplexity, %", False)
@@ -143,10 +143,10 @@ def _loss(name: str, model: str, losses: Sequence[Loss], label: str, logarithmic
         handles = []
         for place, context in enumerate(contexts):
             of = sorted((loss for loss in losses if loss.context == context), key=lambda loss: loss.read or 0)
-            found = [value(loss) for loss in of]
-            across, up = [loss.read or 1 for loss in of], [one.estimate for one in found]
+            figures = [value(loss) for loss in of]
+            across, up = [loss.read or 1 for loss in of], [figure.estimate for figure in figures]
             look = {"color": hue(place), "marker": marker(place), "linestyle": line(place * len(HUES))}
-            handles.append(axes.errorbar(across, up, yerr=bars(found), capsize=3, label=labels[place], **look))
+            handles.append(axes.errorbar(across, up, yerr=bars(figures), capsize=3, label=labels[place], **look))
             for x, y, loss in zip(across, up, of, strict=True):
                 if len(losses) <= MOST_NAMED:
                     _beside(axes, x, y, shown(loss.cache), place)
@@ -154,11 +154,11 @@ def _loss(name: str, model: str, losses: Sequence[Loss], label: str, logarithmic
         axes.set_ylabel(label)
         legend(figure, handles)
 
-    provenance = "; ".join(f"{loss.cache} at {loss.context} tokens {value(loss).estimate:.2g}" for loss in losses[:MOST_NAMED])
+    summary = "; ".join(f"{loss.cache} at {loss.context} tokens {value(loss).estimate:.2g}" for loss in losses[:MOST_NAMED])
     return Chart(
         name,
         f"{label.partition(',')[0].capitalize() if not logarithmic else 'KL divergence'} against C: {shown(model)}",
-        f"{label} of {model} against C, with 95 % intervals over windows: {provenance}.",
+        f"{label} of {model} against C, with 95 % intervals over windows: {summary}.",
         draw,
         height=290 + legend_height(labels),
     )
@@ -177,8 +177,8 @@ def needle_charts(evaluations: Sequence[Evaluation]) -> tuple[list[Chart], int]:
     for evaluation in evaluations:
         if evaluation.needles:
             models.setdefault(evaluation.model, []).extend(evaluation.needles)
-    charts = [_needle(f"needle-{i}", model, found[:MOST_ROWS]) for i, (model, found) in enumerate(models.items(), 1)]
-    return charts, sum(max(0, len(found) - MOST_ROWS) for found in models.values())
+    charts = [_needle(f"needle-{i}", model, needles[:MOST_ROWS]) for i, (model, needles) in enumerate(models.items(), 1)]
+    return charts, sum(max(0, len(needles) - MOST_ROWS) for needles in models.values())
 
 
 def _needle(name: str, model: str, needles: Sequence[Needle]) -> Chart:
@@ -212,11 +212,11 @@ def _needle(name: str, model: str, needles: Sequence[Needle]) -> Chart:
         axes.set_xlabel("depth of the pass key, % of the prompt")
         axes.set_ylabel("tokens · cache")
 
-    provenance = "; ".join(f"{needle.cache} in {needle.tokens} tokens {needle.hits} of {needle.tried}" for needle in needles)
+    counted = "; ".join(f"{needle.cache} in {needle.tokens} tokens {needle.hits} of {needle.tried}" for needle in needles)
     return Chart(
         name,
         f"Pass keys found: {shown(model)}",
-        f"Pass keys found by {model}: {provenance}.",
+        f"Pass keys found by {model}: {counted}.",
         draw,
         height=60 + 26 * len(needles),
     )

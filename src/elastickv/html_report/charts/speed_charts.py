@@ -21,7 +21,7 @@ from elastickv.html_report.charts.style import (
 )
 from elastickv.html_report.report_data import IntervalEstimate, Step
 
-MANY = 120  # points from which on intervals are a thicket: they stand in the table
+MANY = 120  # with more points than this intervals are not drawn: the table has them
 _DENSE, _CEILINGS = -1, "measured ceilings"
 Points = Sequence[tuple[float, IntervalEstimate]]
 
@@ -37,16 +37,16 @@ def family(recipe: str) -> str:
 
 def families(steps: Sequence[Step]) -> list[str]:
     """Return the families that occur, those of most results first."""
-    found = [family(step.what) for step in steps]
-    return sorted(dict.fromkeys(found), key=lambda name: (-found.count(name), name))
+    names = [family(step.what) for step in steps]
+    return sorted(dict.fromkeys(names), key=lambda name: (-names.count(name), name))
 
 
 def speedup_charts(steps: Sequence[Step]) -> Iterator[Chart]:
     """Yield the speed-up of a decode step against C on each device, with the line 'C = ideal'."""
-    found = [step for step in steps if step.speedup is not None]
-    devices = list(dict.fromkeys(step.provenance.device for step in found))
+    measured = [step for step in steps if step.speedup is not None]
+    devices = list(dict.fromkeys(step.provenance.device for step in measured))
     for number, device in enumerate(devices, 1):
-        yield _speedup(f"speedup-{number}", device, [step for step in found if step.provenance.device == device])
+        yield _speedup(f"speedup-{number}", device, [step for step in measured if step.provenance.device == device])
 
 
 def _speedup(name: str, device: str, steps: Sequence[Step]) -> Chart:
@@ -57,7 +57,7 @@ def _speedup(name: str, device: str, steps: Sequence[Step]) -> Chart:
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         ratios = [ratio for _, ratio, _ in measured]
-        values = [bound for *_, found in measured for bound in bounds(found)]
+        values = [bound for *_, speedup in measured for bound in bounds(speedup)]
         low, high = span([*ratios, 1.0], 1.15)
         bottom, top = span([*values, 1.0, max(ratios)], 1.15)
         log_axis(axes.xaxis, low, high, 2)
@@ -66,7 +66,7 @@ def _speedup(name: str, device: str, steps: Sequence[Step]) -> Chart:
         handles = axes.plot(ends, ends, color=INK, linestyle=(0, (5, 2)), linewidth=1.3, label=guides[0])
         handles += axes.plot([low, high], [1, 1], color=MUTED, linewidth=1.2, linestyle=":", label=guides[1])
         for place, kind in enumerate(present):
-            points = [(ratio, found) for step, ratio, found in measured if family(step.what) == kind]
+            points = [(ratio, speedup) for step, ratio, speedup in measured if family(step.what) == kind]
             handles.append(_points(axes, points, place, kind, len(measured) <= MANY))
         axes.set_xlabel("C: dense bytes / bytes read")
         axes.set_ylabel("speed-up: dense time / elastic time")
@@ -130,15 +130,15 @@ def _roofline(name: str, device: str, steps: Sequence[Step]) -> Chart:
 
 
 def _points(axes: Any, points: Points, place: int, label: str, with_bars: bool = False) -> Any:
-    """Draw points of one family, with their intervals or without, and return what stands in the legend."""
+    """Draw points of one family, with their intervals or without, and return the legend's handle."""
     color = INK if place == _DENSE else hue(place)
-    across, found = [x for x, _ in points], [one for _, one in points]
+    across, estimates = [x for x, _ in points], [one for _, one in points]
     if with_bars:
-        axes.errorbar(across, [one.estimate for one in found], yerr=bars(found), fmt="none", ecolor=color, capsize=3)
+        axes.errorbar(across, [one.estimate for one in estimates], yerr=bars(estimates), fmt="none", ecolor=color, capsize=3)
     few = len(points) <= MANY
     return axes.plot(
         across,
-        [one.estimate for one in found],
+        [one.estimate for one in estimates],
         linestyle="none",
         marker=marker(place + 1),
         color=color,

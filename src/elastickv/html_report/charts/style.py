@@ -1,4 +1,4 @@
-"""How charts look: colours that a page can replace by its own, text that stays text, axes with plain numbers."""
+"""How charts look: colors that a page can replace, text that stays text, axes with plain numbers."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 from elastickv.html_report.report_data import IntervalEstimate
 
-# The Okabe-Ito hues, of a lightness that stands out from white; a page gives others for a dark one.
+# The Okabe-Ito hues, dark enough for a white page; the page's style sheet replaces them in dark mode.
 INK, MUTED, GRID, PAPER = "#1b1f24", "#57606a", "#d9dee4", "#ffffff"
 HUES = ("#0072b2", "#d55e00", "#008a65", "#b0568f", "#9a6a00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -78,7 +78,7 @@ class Chart:
     height: float = 330
 
     def svg(self) -> str:
-        """Return it as SVG that stands by itself: dark on white."""
+        """Return it as standalone SVG: dark on white."""
         with drawing():
             out = io.StringIO()
             self._figure().savefig(out, format="svg", metadata={"Date": None, "Creator": None})
@@ -117,15 +117,15 @@ class drawing:  # noqa: N801
 
 
 def themed(svg: str) -> str:
-    """Return SVG whose colours are those of the page that it stands in."""
+    """Return SVG that uses the colors of the page around it."""
 
-    def recoloured(tag: re.Match[str]) -> str:
+    def recolored(tag: re.Match[str]) -> str:
         text = tag[0]
         for color, variable in VARIABLES.items():
             text = text.replace(color, f"var({variable})")
         return text
 
-    return _TAG.sub(recoloured, svg)
+    return _TAG.sub(recolored, svg)
 
 
 def shown(text: str) -> str:
@@ -137,7 +137,7 @@ def shown(text: str) -> str:
 
 
 def hue(number: int) -> str:
-    """Return a series' colour; markers and lines tell those apart that share one."""
+    """Return a series' color; series that share one differ in marker and line."""
     return HUES[number % len(HUES)]
 
 
@@ -188,20 +188,20 @@ def log_axis(axis: Any, low: float, high: float, base: int = 10) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
-def bounds(found: IntervalEstimate) -> tuple[float, float]:
+def bounds(estimate: IntervalEstimate) -> tuple[float, float]:
     """Return an estimate's interval; the estimate twice where there is none."""
-    if found.low is None or found.high is None:
-        return found.estimate, found.estimate
-    return found.low, found.high
+    if estimate.low is None or estimate.high is None:
+        return estimate.estimate, estimate.estimate
+    return estimate.low, estimate.high
 
 
-def bars(found: Sequence[IntervalEstimate], scale: float = 1.0) -> list[list[float]]:
+def bars(estimates: Sequence[IntervalEstimate], scale: float = 1.0) -> list[list[float]]:
     """Return the lengths of error bars, below and above."""
-    return [[scale * abs(one.estimate - bounds(one)[end]) for one in found] for end in (0, 1)]
+    return [[scale * abs(one.estimate - bounds(one)[end]) for one in estimates] for end in (0, 1)]
 
 
 def rows_axes(figure: Any, labels: Sequence[str]) -> Any:
-    """Return axes with a row for each label, which stands above its row: long names leave room for the data."""
+    """Return axes with a row for each label, written above the row so that long names leave room for the data."""
     axes = figure.add_subplot()
     axes.set_ylim(len(labels) - 0.45, -0.75)
     axes.set_yticks([])
@@ -232,14 +232,14 @@ def _ticks(low: float, high: float, base: int) -> list[float]:
     """Return three to seven round values: powers of two, or of ten and multiples of them; more closely where they are few."""
     if base == 2:
         exponents = range(ceil(log2(low)), floor(log2(high)) + 1)
-        found = [2.0**exponent for exponent in exponents[:: -(-len(exponents) // 7) or 1]]
-        if len(found) > 2:
-            return found
+        ticks = [2.0**exponent for exponent in exponents[:: -(-len(exponents) // 7) or 1]]
+        if len(ticks) > 2:
+            return ticks
     exponents = range(floor(log10(low)), ceil(log10(high)) + 1)
     for multiples in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)):
-        found = [m * 10.0**exponent for exponent in exponents for m in multiples if low <= m * 10.0**exponent <= high]
-        if len(found) > 2:
-            return found[:: -(-len(found) // 7)]
+        ticks = [m * 10.0**exponent for exponent in exponents for m in multiples if low <= m * 10.0**exponent <= high]
+        if len(ticks) > 2:
+            return ticks[:: -(-len(ticks) // 7)]
     step = 10.0 ** floor(log10(high - low))
     while (high - low) / step < 3:
         step /= 2

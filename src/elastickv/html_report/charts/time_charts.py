@@ -49,39 +49,39 @@ def time_charts(steps: Sequence[Step]) -> tuple[list[Chart], list[str]]:
 
 
 def _series(steps: Sequence[Step]) -> Series:
-    """Return times by series and context: dense, each recipe as asked for, and of each package of peers its fastest."""
-    found: dict[str, dict[int, list[IntervalEstimate]]] = defaultdict(lambda: defaultdict(list))
+    """Return times by label and context: dense, each requested recipe, and the fastest variant of each peer package."""
+    by_label: dict[str, dict[int, list[IntervalEstimate]]] = defaultdict(lambda: defaultdict(list))
     for step in steps:
         own = [contender.time_ms for contender in step.contenders if contender.timing.kind == "dense"]
         if own:
-            found["dense, ours"][step.context].append(min(own, key=lambda time: time.estimate))
+            by_label["dense, ours"][step.context].append(min(own, key=lambda time: time.estimate))
         elif step.dense_ms is not None and not step.contenders:
-            found["dense, of the original"][step.context].append(IntervalEstimate(step.dense_ms))
+            by_label["dense, of the original"][step.context].append(IntervalEstimate(step.dense_ms))
         elastic = [contender.time_ms for contender in step.contenders if contender.timing.name == "elastic"]
-        found[f"elastic {step.requested_label}"][step.context].append(
+        by_label[f"elastic {step.requested_label}"][step.context].append(
             elastic[0] if elastic else IntervalEstimate(step.elastic_ms)
         )
         for label, peer in _fastest_peers(step.contenders).items():
-            found[label][step.context].append(peer.time_ms)
+            by_label[label][step.context].append(peer.time_ms)
 
     def order(label: str) -> tuple[bool, bool, int]:
-        return not label.startswith("dense"), label.startswith("elastic"), -len(found[label])
+        return not label.startswith("dense"), label.startswith("elastic"), -len(by_label[label])
 
-    names = sorted(found, key=order)
-    return {name: [(context, _joined(times)) for context, times in sorted(found[name].items())] for name in names}
+    names = sorted(by_label, key=order)
+    return {name: [(context, _joined(times)) for context, times in sorted(by_label[name].items())] for name in names}
 
 
 def _fastest_peers(contenders: Sequence[ContenderTime]) -> dict[str, ContenderTime]:
-    """Return of each package and width the fastest variant: there are a dozen."""
-    found: dict[str, ContenderTime] = {}
+    """Return the fastest variant of each package and width: there are a dozen."""
+    fastest: dict[str, ContenderTime] = {}
     for contender in contenders:
         if contender.timing.kind == "peer":
             words = contender.timing.name.split("-")
             package = "-".join(words[: 2 if words[0] in ("torch", "flex") else 1])
             label = f"{package} {contender.timing.dtype}"
-            if label not in found or contender.time_ms.estimate < found[label].time_ms.estimate:
-                found[label] = contender
-    return found
+            if label not in fastest or contender.time_ms.estimate < fastest[label].time_ms.estimate:
+                fastest[label] = contender
+    return fastest
 
 
 def _joined(times: Sequence[IntervalEstimate]) -> IntervalEstimate:
@@ -91,7 +91,7 @@ def _joined(times: Sequence[IntervalEstimate]) -> IntervalEstimate:
 
 
 def _look(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return how each series is drawn: dense in ink, recipes in colours, peers in grey; hollow markers are not ours."""
+    """Return how each series is drawn: dense in ink, recipes in colors, peers in gray; hollow markers are not ours."""
     looks: dict[str, dict[str, Any]] = {}
     recipes = peers = 0
     for place, name in enumerate(names):

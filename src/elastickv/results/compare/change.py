@@ -1,4 +1,4 @@
-"""What became of one figure between two sides: the interval of its times' ratio, a verdict, and the change of the error."""
+"""The change of one figure between A and B: the interval of its times' ratio, a verdict, and the change of the error."""
 
 import math
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from elastickv.benchmark.stats.intervals import Interval, SummaryStats, ratio_in
 from elastickv.benchmark.stats.location import huber
 from elastickv.results.compare.runs import BenchmarkRun, Cell, OutputErrors, Times
 
-NO_SPREAD = "a file tells no spread of it"
+NO_SPREAD = "a file has no spread of it"
 NO_CONTROL = "measured against different dense contenders"
 TOO_FAR = "dense itself takes so much longer on one side that the machine was not the same, and no control"
-# Up to this ratio of dense times drift is taken for clocks and temperature, which slow elastic alike; beyond it somebody else
-# had the cores or the bandwidth, and what that does to dense and to elastic differs by more than a margin.
+# Up to this ratio of dense times, drift is attributed to clocks and temperature, which slow elastic equally. Beyond it another
+# process used the cores or the bandwidth, which affects dense and elastic differently by more than a margin.
 DRIFT_LIMIT = 1.5
-RUNS_FOR_SPREAD = 3  # runs a side from which on their own spread, and not that within one of them, makes the interval
-_ROUNDING = KERNEL_ERROR_LIMITS["fp32"]  # what float32 may add to an error: a smaller change is none
+RUNS_FOR_SPREAD = 3  # with that many runs of A and of B, the interval comes from the spread between runs instead of within one
+_ROUNDING = KERNEL_ERROR_LIMITS["fp32"]  # float32 rounding of an error: a smaller change is none
 
 Series = Sequence[tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class FidelityChange:
-    """What became of the recipe error.
+    """The change of the recipe error.
 
     Attributes
     ----------
@@ -100,7 +100,7 @@ def change(
     margins: tuple[float, float],
     controlled: bool,
 ) -> Row:
-    """Return what became of a figure that both sides measured.
+    """Return the change of a figure that both A and B measured.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ def change(
 
 
 def verdict(ratio: Interval | None, margin_percent: float) -> str:
-    """Return what an interval of B's time / A's says: it lies inside the margin, beyond it, or across its edge."""
+    """Return the verdict on an interval of B's time / A's: inside the margin, beyond it, or across its edge."""
     if ratio is None:
         return "AMBIGUOUS"
     edge = 1 + margin_percent / 100
@@ -155,18 +155,18 @@ def time_change(a: Sequence[Times], b: Sequence[Times], controlled: bool) -> Tim
     control = _control(a, b)
     if control is None:
         return TimeChange(None, NO_CONTROL)
-    centre_a, centre_b = (float(np.mean([_centre(times.dense[control]) for times in side])) for side in (a, b))
-    drift = centre_b / centre_a
+    center_a, center_b = (float(np.mean([_center(times.dense[control]) for times in runs])) for runs in (a, b))
+    drift = center_b / center_a
     if not 1 / DRIFT_LIMIT <= drift <= DRIFT_LIMIT:
         return TimeChange(None, TOO_FAR, control, drift)
-    return TimeChange(_interval(_costs(a, control), _costs(b, control)), "", control, drift)
+    return TimeChange(_interval(_relative(a, control), _relative(b, control)), "", control, drift)
 
 
 def fidelity_change(a: OutputErrors | None, b: OutputErrors | None, margin_percent: float) -> FidelityChange:
-    """Return what became of the recipe error: worse if its mean or its p95 rose by more than the margin."""
+    """Return the change of the recipe error: worse if its mean or its p95 rose by more than the margin."""
     if a is None or b is None:
-        sides = " and ".join(name for name, side in (("A", a), ("B", b)) if side is None)
-        return FidelityChange(a, b, None, "UNKNOWN", f"no recipe error in {sides}")
+        missing = " and ".join(name for name, errors in (("A", a), ("B", b)) if errors is None)
+        return FidelityChange(a, b, None, "UNKNOWN", f"no recipe error in {missing}")
     if a.measured_on != b.measured_on:
         return FidelityChange(a, b, None, "UNKNOWN", f"measured on {a.measured_on} in A, on {b.measured_on} in B")
     edge, pairs = 1 + margin_percent / 100, ((a.mean, b.mean), (a.p95, b.p95))
@@ -183,49 +183,49 @@ def _control(a: Sequence[Times], b: Sequence[Times]) -> str | None:
     return common[0] if common else None
 
 
-def _costs(side: Sequence[Times], control: str) -> Series:
+def _relative(runs: Sequence[Times], control: str) -> Series:
     """Return elastic time / dense time, pair by pair: what disturbs both of a pair alike is in neither."""
     return [
         tuple(own / dense for own, dense in zip(times.elastic, times.dense[control], strict=False))
-        for times in side
+        for times in runs
         if isinstance(times.elastic, tuple)
     ]
 
 
 def _as_they_stand(a: Sequence[Times], b: Sequence[Times]) -> Interval:
-    series_a, series_b = ([t.elastic for t in side if isinstance(t.elastic, tuple)] for side in (a, b))
+    series_a, series_b = ([t.elastic for t in runs if isinstance(t.elastic, tuple)] for runs in (a, b))
     if len(series_a) == len(a) and len(series_b) == len(b):
         return _interval(series_a, series_b)
-    return ratio_of_summaries(_moments(b), _moments(a))
+    return ratio_of_summaries(_summary(b), _summary(a))
 
 
 def _interval(a: Series, b: Series) -> Interval:
     if min(len(a), len(b)) >= RUNS_FOR_SPREAD:
-        centres_a, centres_b = ([_centre(series) for series in side] for side in (a, b))
-        return ratio_interval(centres_b, centres_a, math.inf, paired=False)
-    joined_a, joined_b = ([time for series in side for time in series] for side in (a, b))
+        centers_a, centers_b = ([_center(samples) for samples in series] for series in (a, b))
+        return ratio_interval(centers_b, centers_a, math.inf, paired=False)
+    joined_a, joined_b = ([time for samples in series for time in samples] for series in (a, b))
     return ratio_interval(joined_b, joined_a, paired=False)
 
 
-def _centre(series: tuple[float, ...]) -> float:
+def _center(series: tuple[float, ...]) -> float:
     return math.exp(huber(np.log(series))[0])
 
 
-def _moments(side: Sequence[Times]) -> SummaryStats:
-    """Return what is known of a side, several runs as one: their spread is that within them and that between them."""
+def _summary(runs: Sequence[Times]) -> SummaryStats:
+    """Return several runs as one: their spread combines that within them and that between them."""
     each = []
-    for times in side:
+    for times in runs:
         if isinstance(times.elastic, SummaryStats):
             each.append(times.elastic)
         elif times.elastic is not None:
-            kept = truncated(times.elastic, times.truncate)
-            each.append(SummaryStats(float(kept.mean()), float(kept.std(ddof=1)), len(times.elastic), times.truncate))
+            samples = truncated(times.elastic, times.truncate)
+            each.append(SummaryStats(float(samples.mean()), float(samples.std(ddof=1)), len(times.elastic), times.truncate))
     means = [m.mean for m in each]
     std = math.hypot(math.sqrt(float(np.mean([m.std**2 for m in each]))), float(np.std(means)))
     return SummaryStats(float(np.mean(means)), std, sum(m.samples for m in each), max(m.percent for m in each))
 
 
 def _worst(runs: Sequence[BenchmarkRun], figure: str) -> OutputErrors | None:
-    """Return the largest error that came with a figure of several runs; None if one of them has none."""
+    """Return the largest error of a figure over several runs; None if a run has none."""
     errors = [run.figures[figure].fidelity or run.fidelity for run in runs]
     return max((e for e in errors if e is not None), key=lambda e: e.mean) if all(errors) else None

@@ -1,13 +1,14 @@
 """Two sets of results compared, cell by cell: B's times and errors against A's."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from elastickv.benchmark.gate import EXIT_CODES, Criterion
 from elastickv.errors import UsageError
 from elastickv.results.compare.change import NO_CONTROL, RUNS_FOR_SPREAD, Row, change
-from elastickv.results.compare.comparison_data import ComparisonData
 from elastickv.results.compare.comparison_table import FORMATS, as_html, flat
 from elastickv.results.compare.matching import comparability_warnings, match
 from elastickv.results.compare.result_sets import read_result_set
@@ -17,10 +18,70 @@ from elastickv.results.formats.rows import frame
 
 CONTROLS = ("dense", "none")
 FAIL_ON = ("slower", "fidelity", "any")
+VERDICTS = ("SAME", "FASTER", "SLOWER", "AMBIGUOUS")
 
 
-class Comparison(ComparisonData):
-    """Two sets of results, cell by cell; shown as a table in a notebook."""
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets of results, cell by cell; shown as a table in a notebook.
+
+    Attributes
+    ----------
+    a, b : what was compared: B is judged against A.
+    margin_percent, fidelity_margin_percent : changes within them are none.
+    rows : every figure of every cell that both A and B measured.
+    only_a, only_b : cells that only A or only B measured, and the reason where the file has one.
+    warnings : what limits the comparison.
+    """
+
+    a: str
+    b: str
+    margin_percent: float
+    fidelity_margin_percent: float
+    rows: list[Row]
+    only_a: dict[str, str] = field(default_factory=dict)
+    only_b: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def outcome(self, fail_on: str) -> str:
+        """Return 'pass', 'fail' or 'inconclusive': whether B is a regression.
+
+        Parameters
+        ----------
+        fail_on : 'slower', 'fidelity', or 'any' of both.
+
+        A cell of A that B lacks, an interval that reaches over the margin and an error that was not measured are inconclusive.
+        """
+        outcomes = set()
+        if fail_on in ("slower", "any"):
+            bound = Criterion("time", "<=", 1 + self.margin_percent / 100)
+            outcomes |= {bound.judge(row.ratio.low, row.ratio.high) if row.ratio else "inconclusive" for row in self.rows}
+        if fail_on in ("fidelity", "any"):
+            judged = {"WORSE": "fail", "UNKNOWN": "inconclusive"}
+            outcomes |= {judged.get(row.fidelity.verdict, "pass") for row in self.rows}
+        if self.only_a:
+            outcomes.add("inconclusive")
+        return max(outcomes, key=("pass", "inconclusive", "fail").index)
+
+    def exit_code(self, fail_on: str | None) -> int:
+        """Return 0, 1 for a regression or 3 for inconclusive; 0 where nothing is to fail."""
+        return 0 if fail_on is None else EXIT_CODES[self.outcome(fail_on)]
+
+    def counts(self) -> dict[str, int]:
+        """Return how many rows each verdict has."""
+        verdicts = [row.verdict for row in self.rows]
+        return {verdict: verdicts.count(verdict) for verdict in VERDICTS}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the comparison as JSON values."""
+        return {
+            "kind": "elastickv-comparison",
+            "version": 1,
+            **{name: getattr(self, name) for name in ("a", "b", "margin_percent", "fidelity_margin_percent")},
+            "counts": self.counts(),
+            "rows": [row.as_dict() for row in self.rows],
+            **{name: getattr(self, name) for name in ("only_a", "only_b", "warnings")},
+        }
 
     def to_json(self) -> str:
         """Return it as indented JSON."""
@@ -61,12 +122,12 @@ def compare(
 
     Parameters
     ----------
-    a, b : a path of a result, a sweep or a folder; a result; or several of either. A is what was, B what is judged.
+    a, b : a path of a result, a sweep or a folder; a result; or several of either. B is compared with A.
     margin_percent : times within it are the same.
     fidelity_margin_percent : recipe errors within it are the same.
-    control : 'dense' judges each side's time against the dense contender that it took turns with, which takes drift of
-        the machine out; 'none' judges the times as they stand.
-    allow_different_device : compare even so; times as they stand.
+    control : 'dense' divides each time by that of the dense contender measured in turns with it, which removes drift of
+        the machine; 'none' compares the plain times.
+    allow_different_device : compare results of different devices, by their plain times.
 
     Raises
     ------
@@ -119,7 +180,7 @@ def _about_repetitions(rows: list[Row]) -> Iterator[str]:
     few = sum(row.verdict in ("SLOWER", "FASTER") and min(len(row.a), len(row.b)) < RUNS_FOR_SPREAD for row in rows)
     if few:
         yield (
-            f"{few} of {len(rows)} verdicts rest on fewer than {RUNS_FOR_SPREAD} runs of a side: their intervals tell the "
+            f"{few} of {len(rows)} verdicts rest on fewer than {RUNS_FOR_SPREAD} runs of a side: their intervals cover the "
             "spread within a run, not from one run to the next, which can be larger; measure both sides "
             f"{RUNS_FOR_SPREAD} times or more"
         )

@@ -3,13 +3,12 @@
 import io
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
 
 from elastickv.results.compare.change import Row
-from elastickv.results.compare.comparison_data import ComparisonData
 from elastickv.results.compare.runs import Cell
 from elastickv.results.formats.html import html_table
 from elastickv.results.formats.plain_json import dumps
@@ -19,6 +18,48 @@ from elastickv.results.formats.table import literal
 _COLORS = {"SAME": "dim", "FASTER": "green", "SLOWER": "bold red", "AMBIGUOUS": "yellow"}
 _HEADERS = ("figure", "A ms", "B ms", "B / A", "verdict", "dense B / A", "error A", "error B", "fidelity")
 _NUMBERS = ("A ms", "B ms", "B / A", "dense B / A", "error A", "error B")
+
+
+class ComparedResults(Protocol):
+    """A comparison, as far as its texts need it."""
+
+    @property
+    def a(self) -> str:
+        """What B is compared with."""
+
+    @property
+    def b(self) -> str:
+        """What is compared with A."""
+
+    @property
+    def margin_percent(self) -> float:
+        """Changes of times within it are none."""
+
+    @property
+    def fidelity_margin_percent(self) -> float:
+        """Changes of recipe errors within it are none."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every figure of every cell."""
+
+    @property
+    def only_a(self) -> dict[str, str]:
+        """Cells that A alone measured."""
+
+    @property
+    def only_b(self) -> dict[str, str]:
+        """Cells that B alone measured."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What limits the comparison."""
+
+    def counts(self) -> dict[str, int]:
+        """Return how many rows each verdict has."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
 
 
 def flat(row: Row) -> dict[str, Any]:
@@ -46,8 +87,8 @@ def flat(row: Row) -> dict[str, Any]:
     }
 
 
-def as_terminal(comparison: ComparisonData) -> str:
-    """Return what a person wants to see first: each verdict with its interval and its price, the sum of them, every warning."""
+def as_terminal(comparison: ComparedResults) -> str:
+    """Return each verdict with its interval and recipe errors, their counts, and every warning."""
     out = io.StringIO()
     console = Console(file=out, width=200, highlight=False)
     table = Table(box=None, pad_edge=False)
@@ -64,13 +105,13 @@ def as_terminal(comparison: ComparisonData) -> str:
     return out.getvalue()
 
 
-def as_html(comparison: ComparisonData) -> str:
-    """Return a table for a notebook, with everything that is said of it."""
+def as_html(comparison: ComparedResults) -> str:
+    """Return a table for a notebook, with its sentences and warnings."""
     headers, rows = _grid(comparison)
     return html_table(headers, rows, [*_sentences(comparison), *(f"warning: {warning}" for warning in comparison.warnings)])
 
 
-def as_markdown(comparison: ComparisonData) -> str:
+def as_markdown(comparison: ComparedResults) -> str:
     """Return the same as Markdown."""
 
     def line(cells: Iterable[str]) -> str:
@@ -83,19 +124,19 @@ def as_markdown(comparison: ComparisonData) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_csv(comparison: ComparisonData) -> str:
+def as_csv(comparison: ComparedResults) -> str:
     """Return a header line and a line for each figure of a cell."""
     rows = [flat(row) for row in comparison.rows]
     columns = dict.fromkeys(name for row in rows for name in row)
     return csv_of([{name: row.get(name) for name in columns} for row in rows])
 
 
-def as_jsonl(comparison: ComparisonData) -> str:
+def as_jsonl(comparison: ComparedResults) -> str:
     """Return a line of JSON for each figure of a cell."""
     return "".join(json.dumps(row.as_dict(), allow_nan=False) + "\n" for row in comparison.rows)
 
 
-FORMATS: dict[str, Callable[[ComparisonData], str]] = {
+FORMATS: dict[str, Callable[[ComparedResults], str]] = {
     "table": as_terminal,
     "json": lambda comparison: dumps(comparison.as_dict()),
     "jsonl": as_jsonl,
@@ -105,8 +146,8 @@ FORMATS: dict[str, Callable[[ComparisonData], str]] = {
 }
 
 
-def _grid(comparison: ComparisonData) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows: what tells cells apart, a column each, and then what was found."""
+def _grid(comparison: ComparedResults) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: a column for each option in which cells differ, then the figures."""
     pairs = [dict(row.cell.pairs) for row in comparison.rows]
     common = dict(_common(comparison).pairs)
     axes = [name for name in dict.fromkeys(name for values in pairs for name in values) if name not in common]
@@ -117,7 +158,7 @@ def _grid(comparison: ComparisonData) -> tuple[list[str], list[list[str]]]:
     return [*axes, *_HEADERS], rows
 
 
-def _common(comparison: ComparisonData) -> Cell:
+def _common(comparison: ComparedResults) -> Cell:
     """Return what all cells share."""
     first, *others = (row.cell for row in comparison.rows)
     return Cell(tuple(pair for pair in first.pairs if all(pair in cell.pairs for cell in others)), ())
@@ -144,7 +185,7 @@ def _figures(row: Row) -> tuple[str, ...]:
     )
 
 
-def _sentences(comparison: ComparisonData) -> list[str]:
+def _sentences(comparison: ComparedResults) -> list[str]:
     counts = ", ".join(f"{count} {verdict}" for verdict, count in comparison.counts().items() if count)
     margins = f"margin {comparison.margin_percent:g} %, of recipe errors {comparison.fidelity_margin_percent:g} %"
     lines = [f"{comparison.b} against {comparison.a}: {counts} ({margins}; 95 % intervals)"]

@@ -23,7 +23,7 @@ def bench_run(result: Result, source: str) -> BenchmarkRun:
     """
     configuration, build = result.configuration, result.build
     workload = _shape(configuration, configuration.kv_heads, configuration.batch)
-    asked = (
+    requested = (
         ("compress", float(configuration.compression)),
         ("recipe", result.recipe.requested),
         ("dtype", configuration.dtype),
@@ -32,7 +32,7 @@ def bench_run(result: Result, source: str) -> BenchmarkRun:
     return BenchmarkRun(
         source=source,
         result=result,
-        cell=Cell(workload, asked),
+        cell=Cell(workload, requested),
         device=_device(result),
         recipe=result.recipe.text,
         ratio_read=result.recipe.ratio_read,
@@ -64,11 +64,11 @@ def original_run(result: OriginalResult, source: str) -> BenchmarkRun:
     if result.inference_cycle is not None:
         cycle = result.inference_cycle
         times[f"cycle of {cycle.decode_tokens}"] = Times(cycle.elastic_total_ms, None, {}, 0.0)
-    asked = (("compress", float(configuration.compression)), ("recipe", "original"), ("dtype", "fp32"), ("cache", "hot"))
+    requested = (("compress", float(configuration.compression)), ("recipe", "original"), ("dtype", "fp32"), ("cache", "hot"))
     return BenchmarkRun(
         source=source,
         result=result,
-        cell=Cell(_shape(configuration, configuration.heads, 1), asked),
+        cell=Cell(_shape(configuration, configuration.heads, 1), requested),
         device=result.gpu.name,
         recipe=None,
         ratio_read=None,
@@ -101,7 +101,7 @@ def model_run(result: ModelBenchResult, source: str) -> BenchmarkRun:
         raise refused(source, "has no two rounds of the elastic cache")
     if not all(time > 0 for times in (elastic, *token_ms.values()) for time in times):
         raise refused(source, "has rounds of no steps in caches.step_s")
-    asked = (
+    requested = (
         ("compress", str(result.compress)),
         ("recipe", str(result.recipe)),
         ("calibrated", result.calibrated),
@@ -110,7 +110,7 @@ def model_run(result: ModelBenchResult, source: str) -> BenchmarkRun:
     return BenchmarkRun(
         source=source,
         result=result,
-        cell=Cell((("model", result.model.name), ("context", result.context), ("batch", result.batch)), asked),
+        cell=Cell((("model", result.model.name), ("context", result.context), ("batch", result.batch)), requested),
         device=result.device,
         recipe=str(cache.recipe_hash),
         ratio_read=cache.read_ratio,
@@ -237,7 +237,7 @@ def _quality_errors(delta: QualityDelta | None, cache: str) -> OutputErrors | No
 
 
 def _device(result: Result) -> str:
-    """Return the device's name; a processor's with its threads, which its name does not tell."""
+    """Return the device's name; for a processor with the number of threads."""
     gpu = result.gpu
     return f"{gpu.name} ({gpu.compute_units} threads)" if gpu.kind == "cpu" else gpu.name
 

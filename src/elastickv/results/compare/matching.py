@@ -1,4 +1,4 @@
-"""Which runs of two sides belong together, and what a reader must know of how each was measured."""
+"""Matches the runs of two result sets by cell, and warns of what limits a comparison."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -46,9 +46,9 @@ class Match:
 
 
 def match(a: ResultSet, b: ResultSet, allow_different_device: bool) -> Match:
-    """Return which runs of two sides are of the same cell: the same workload, asked for in the same way, on the same device.
+    """Return which runs of two result sets are of the same cell: the same workload and options, on the same device.
 
-    Two sides of one cell each are matched by their workload alone: what was asked for may be what differs.
+    Two result sets of one cell each are matched by their workload alone: the options may be what differs.
 
     Raises
     ------
@@ -85,20 +85,20 @@ def match(a: ResultSet, b: ResultSet, allow_different_device: bool) -> Match:
 
 
 def comparability_warnings(matched: Match) -> Iterator[str]:
-    """Yield one line for each thing that limits what a comparison shows."""
+    """Yield a line for everything that limits what a comparison shows."""
     pairs = matched.pairs
     if matched.other_device:
         yield f"different devices: A {pairs[0].a[0].device}, B {pairs[0].b[0].device}; times as they stand, not against dense"
     shared = sum(any(run.copies(other) for run in pair.a for other in pair.b) for pair in pairs)
     if shared:
-        yield f"A and B hold the same run in {shared} of {len(pairs)} cells: nothing was measured anew there"
+        yield f"A and B hold the same run in {shared} of {len(pairs)} cells: nothing was measured again there"
     differing: Counter[tuple[str, str, str]] = Counter()
     for pair in pairs:
-        a, b = ([dict(run.cell.asked) | run.protocol for run in side] for side in (pair.a, pair.b))
-        for name in dict.fromkeys(name for told in (*a, *b) for name in told):
-            if any(told.get(name) is None for told in (*a, *b)):
+        a, b = ([dict(run.cell.requested) | run.protocol for run in runs] for runs in (pair.a, pair.b))
+        for name in dict.fromkeys(name for options in (*a, *b) for name in options):
+            if any(options.get(name) is None for options in (*a, *b)):
                 continue
-            values = [{str(told[name]) for told in side} for side in (a, b)]
+            values = [{str(options[name]) for options in of} for of in (a, b)]
             if values[0] != values[1]:
                 differing[(name, _list(values[0]), _list(values[1]))] += 1
     for (name, in_a, in_b), count in differing.items():
@@ -123,7 +123,7 @@ def comparability_warnings(matched: Match) -> Iterator[str]:
 
 
 def _key(a: Sequence[BenchmarkRun], b: Sequence[BenchmarkRun], by_device: bool) -> Callable[[BenchmarkRun], Key]:
-    """Return what tells cells apart; where one was measured with several recipes, the recipe too: they are no repetitions."""
+    """Return the key that groups runs into cells; it has the recipe where a cell ran with several: they are no repetitions."""
 
     def short(run: BenchmarkRun) -> Key:
         return run.cell, run.device if by_device else None
@@ -144,7 +144,7 @@ def _grouped(runs: Sequence[BenchmarkRun], key: Callable[[BenchmarkRun], Key]) -
 
 
 def _named(cell: Cell, recipe: str | None) -> Cell:
-    return cell if recipe is None else replace(cell, asked=(*cell.asked, ("ran", recipe)))
+    return cell if recipe is None else replace(cell, requested=(*cell.requested, ("ran", recipe)))
 
 
 def _by_workload(a: ResultSet, b: ResultSet) -> Pair:
@@ -153,7 +153,7 @@ def _by_workload(a: ResultSet, b: ResultSet) -> Pair:
         raise UsageError(
             f"{a.name} measured {Cell(cell_a.workload, ())}, {b.name} {Cell(cell_b.workload, ())}: give results of one workload"
         )
-    same = tuple(pair for pair in cell_a.asked if pair in cell_b.asked)
+    same = tuple(pair for pair in cell_a.requested if pair in cell_b.requested)
     return Pair(Cell(cell_a.workload, same), a.runs, b.runs)
 
 

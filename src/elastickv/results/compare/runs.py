@@ -1,4 +1,4 @@
-"""What a comparison takes of a result, whichever program wrote it."""
+"""The form in which a comparison uses a result, whichever program wrote it."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,10 +10,10 @@ Pairs = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """What was measured: a workload, and what was asked of it. Both are (name, value) pairs, in order."""
+    """What was measured: a workload and the requested options. Both are (name, value) pairs, in order."""
 
     workload: Pairs
-    asked: Pairs
+    requested: Pairs
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.pairs)
@@ -21,7 +21,7 @@ class Cell:
     @property
     def pairs(self) -> Pairs:
         """All of them."""
-        return self.workload + self.asked
+        return self.workload + self.requested
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Times:
 
     Attributes
     ----------
-    mean_ms : as the file reports it.
-    elastic : the samples in milliseconds, or what is known of them; None where the file tells no spread.
+    mean_ms : mean as the file reports it.
+    elastic : the samples in milliseconds, or their mean and deviation; None where the file has no spread.
     dense : samples of dense contenders taken in turns with them, by name.
     truncate : percent of samples cut at either end.
-    fidelity : the error of this figure's own cache, where a run has several; else that of the run counts.
+    fidelity : the error of this figure's cache, where a run has several caches; otherwise the run's error counts.
     """
 
     mean_ms: float
@@ -66,8 +66,8 @@ class BenchmarkRun:
     ----------
     source : its file, and the line of it.
     result : all of it, as one of `elastickv.results.kinds` or `elastickv.benchmark.Result`.
-    device : what it ran on; `driver`, `versions`, `threads` and so on are among `protocol`.
-    recipe, ratio_read : what was run for what was asked, and dense bytes / bytes read; None where the program has none.
+    device : what it ran on; `driver`, `versions`, `threads` and so on are in `protocol`.
+    recipe, ratio_read : the recipe that was run, and dense bytes / bytes read; None where the program has none.
     protocol : how it was measured, name -> value.
     figures : 'step', and where it was measured 'cycle' with its tokens.
     fidelity : None where none was measured.

@@ -6,15 +6,15 @@ from html import escape
 from elastickv.errors import printable
 
 
-def html_table(headers: Sequence[str], rows: Iterable[Sequence[str]], said: Iterable[str] = ()) -> str:
-    """Return a table and what is said of it, a paragraph each."""
+def html_table(headers: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str] = ()) -> str:
+    """Return a table, then a paragraph for each note."""
     body = "".join(_line("td", cells) for cells in rows)
-    return f"<table><thead>{_line('th', headers)}</thead><tbody>{body}</tbody></table>{html_paragraphs(said)}"
+    return f"<table><thead>{_line('th', headers)}</thead><tbody>{body}</tbody></table>{html_paragraphs(notes)}"
 
 
-def html_paragraphs(said: Iterable[str]) -> str:
+def html_paragraphs(texts: Iterable[str]) -> str:
     """Return a paragraph each."""
-    return "".join(f"<p>{escape(printable(text))}</p>" for text in said)
+    return "".join(f"<p>{escape(printable(text))}</p>" for text in texts)
 
 
 def _line(tag: str, cells: Sequence[str]) -> str:

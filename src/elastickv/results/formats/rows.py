@@ -10,7 +10,7 @@ from elastickv.benchmark.from_dict import to_dict
 from elastickv.benchmark.result import Result
 from elastickv.errors import UsageError, one_line, printable
 from elastickv.results.formats.plain_json import dumps, plain
-from elastickv.results.metrics import METRICS
+from elastickv.results.result_metrics import METRICS
 
 # What Markdown takes for HTML, for the end of a cell or for a link.
 _MARKUP = re.compile(r"[\\<|]|(?<=\])\(")

@@ -10,13 +10,13 @@ from elastickv.benchmark.result import RecipeUsed, Result
 from elastickv.errors import printable
 from elastickv.results.formats.html import html_paragraphs, html_table
 from elastickv.results.formats.rows import brief
-from elastickv.results.metrics import listed_metrics
+from elastickv.results.result_metrics import listed_metrics
 
 _HEADERS = ("decode step", "ms", "CV %", "KV GB/s")
 
 
 def literal(text: str) -> str:
-    """Return a text as rich prints it as it stands: no markup of its own, nothing that steers the terminal."""
+    """Escape a text so that rich prints it literally: no markup, no terminal control sequences."""
     return escape(printable(text))
 
 

@@ -12,9 +12,9 @@ def size(count: float | None) -> str:
     """Return bytes in the largest unit that leaves a whole number of them; nothing for None."""
     if count is None:
         return ""
-    for unit, name, places in _SIZES:
+    for unit, name, digits in _SIZES:
         if count >= unit:
-            return f"{count / unit:.{places}f} {name}"
+            return f"{count / unit:.{digits}f} {name}"
     return f"{count:.0f} B"
 
 
@@ -25,17 +25,17 @@ def duration(milliseconds: float | None) -> str:
     return f"{1e3 * milliseconds:.4g} µs" if milliseconds < 1 else f"{_digits(milliseconds)} ms"
 
 
-def interval(found: Any, places: int = 3, unit: str = "") -> str:
+def interval(figure: Any, digits: int = 3, unit: str = "") -> str:
     """Return an estimate with its bounds, or alone where it has none; nothing for None.
 
     Parameters
     ----------
-    found : has `estimate`, `low` and `high`; the bounds may be None.
+    figure : has `estimate`, `low` and `high`; the bounds may be None.
     """
-    if found is None:
+    if figure is None:
         return ""
-    alone = f"{found.estimate:.{places}f}{unit}"
-    return alone if found.low is None else f"{alone} [{found.low:.{places}f}, {found.high:.{places}f}]"
+    alone = f"{figure.estimate:.{digits}f}{unit}"
+    return alone if figure.low is None else f"{alone} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, str]:
@@ -44,9 +44,9 @@ def quantiles(samples: Sequence[float]) -> dict[str, str]:
     return {"p50": duration(p50), "p90": duration(p90), "p99": duration(p99), "p99 / p50": f"{p99 / p50:.2f}"}
 
 
-def fixed(value: float | None, places: int) -> str:
-    """Return a number with that many places; nothing for None."""
-    return "" if value is None else f"{value:.{places}f}"
+def fixed(value: float | None, digits: int) -> str:
+    """Return a number with that many digits; nothing for None."""
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _digits(value: float) -> str:

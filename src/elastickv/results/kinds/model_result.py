@@ -103,7 +103,7 @@ class ModelDescription:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `elastickv run` writes beside the text."""
+    """What `elastickv run` writes with `--output`."""
 
     kind: str
     version: int

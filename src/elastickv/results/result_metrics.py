@@ -13,7 +13,7 @@ from elastickv.benchmark.result import Result
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, or one thing that tells results apart.
+    """One metric, or one property that identifies a result.
 
     Attributes
     ----------
