@@ -29,11 +29,8 @@ def results() -> list[str]:
     """Return the README's table: a whole model in ms per token, one attention layer in us per step, and the quality cost."""
     models, steps = [_load(ModelBenchResult, path) for path in MODEL_RUNS], [_load(Result, path) for path in STEP_RUNS]
     evaluations = [_load(EvaluationResult, path) for path in EVALUATIONS]
-    errors = {
-        step.configuration.compression: step.fidelity.sample.recipe_error.mean
-        for step in steps
-        if step.fidelity.sample is not None
-    }
+    samples = {step.configuration.compression: step.fidelity.sample for step in steps}
+    errors = {compress: sample.recipe_error.mean for compress, sample in samples.items() if sample is not None}
     rows = [(*_model_cells(model), *_quality(model.compress, model.context, errors, evaluations)) for model in models]
     for step in steps:
         used = step.configuration
@@ -47,8 +44,8 @@ def results() -> list[str]:
         "query heads, 8 KV heads, head_dim 128) against the fastest dense kernel.",
         "",
         f"KL: KL(full attention || ElasticKV) of {evaluations[0].model.name.partition('.')[0]} with calibrated recipes at the "
-        f"same C and the nearest evaluated context ({contexts} tokens); the timed recipes are not calibrated. Recipe error: mean "
-        "relative L2 error of a head's output on real activations at the same C.",
+        f"same C and the nearest evaluated context ({contexts} tokens); the timed recipes are not calibrated. Recipe error: "
+        "mean relative L2 error of a head's output on real activations at the same C.",
     ]
     return [*table, "", *notes]
 
