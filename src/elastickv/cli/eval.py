@@ -87,7 +87,7 @@ def _uncalibrated(model: str) -> str:
 
 def _options(given: dict[str, Any]) -> Any:
     from elastickv.errors import UsageError
-    from elastickv.evaluation.evaluate import EvaluationOptions
+    from elastickv.evaluation.options import EvaluationOptions
     from elastickv.evaluation.suggestion import Tolerance
 
     for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0)):

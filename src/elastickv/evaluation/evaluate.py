@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
@@ -12,47 +12,18 @@ from elastickv.evaluation import sessions
 from elastickv.evaluation.divergence import Divergence, divergence, end_tokens, greedy
 from elastickv.evaluation.metrics import fidelity
 from elastickv.evaluation.needle import ANSWER_TOKENS, Case, answered, cases
+from elastickv.evaluation.options import EvaluationOptions
 from elastickv.evaluation.prefill import Prefill, prefill
 from elastickv.evaluation.recipes_by_ratio import Span
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.subject import DecodePath, Subject, decode_paths
-from elastickv.evaluation.suggestion import Tolerance, suggest
+from elastickv.evaluation.suggestion import suggest
 from elastickv.evaluation.texts import Text, Window, windows
 from elastickv.recipe import ModelCalibration
 from elastickv.transformers.model_loading import Loaded
 
 KIND = "elastickv-fidelity"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What to evaluate.
-
-    Attributes
-    ----------
-    ratios : values of C.
-    contexts : tokens of a window; its last `scored` are scored.
-    window_count : windows of each context, shared out over the texts.
-    scored : tokens of each window that are scored.
-    needle_lengths : tokens of the prompts that hide a pass key; none leaves retrieval out.
-    needle_depths : depths at each length, evenly from the beginning to the end.
-    needle_texts : so many of the texts serve as haystacks, one prompt a depth in each.
-    greedy_tokens : tokens decoded greedily after each window's prefill; 0 leaves it out.
-    reference : whether Transformers' quantised cache is measured too.
-    tolerance : loss within which a ratio is suggested; None for no suggestion.
-    """
-
-    ratios: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    contexts: tuple[int, ...] = (2048, 4096)
-    window_count: int = 8
-    scored: int = 96
-    needle_lengths: tuple[int, ...] = (1024, 3500)
-    needle_depths: int = 5
-    needle_texts: int = 1
-    greedy_tokens: int = 16
-    reference: bool = False
-    tolerance: Tolerance | None = None
 
 
 class EvaluationProgress(Protocol):
