@@ -58,7 +58,7 @@ def test_one_dense_dtype_is_measured_where_one_is_asked_for(backend):
     assert list(plain["baseline"]["candidates_ms"]) == ["dense-fp32"]
     assert plain["configuration"]["dense"] == "fp32"
     assert any("dense was measured in fp32 only" in warning for warning in plain["warnings"])
-    with pytest.raises(UsageError, match="--dense=int8"):
+    with pytest.raises(UsageError, match="`dense`=int8"):
         Options(**SMALL, dense="int8")
 
 
@@ -291,7 +291,7 @@ def test_input_that_does_not_fit_the_dtype_is_refused(backend, tmp_path):
     k = rng.standard_normal((1, 2, 128, 64)).astype(np.float32)
     path = tmp_path / "large.safetensors"
     save_file({"q": q, "k": k * 1e5, "v": k}, path)
-    with pytest.raises(UsageError, match="--dtype bf16"):
+    with pytest.raises(UsageError, match="`dtype=bf16`"):
         run(Options(**SMALL, dtype="fp16", input=path))
 
 

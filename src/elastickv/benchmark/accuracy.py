@@ -115,7 +115,7 @@ def check_range(sample: Sample, dtype: str) -> None:
     largest = {name: float(np.abs(getattr(sample, name)).max()) for name in ("q", "k", "v")}
     if dtype == "fp16" and max(largest["k"], largest["v"]) > LARGEST_FP16:
         raise UsageError(
-            f"input {sample.name} holds values up to {max(largest['k'], largest['v']):g}: use --dtype bf16 or fp32"
+            f"input {sample.name} holds values up to {max(largest['k'], largest['v']):g}: use `dtype=bf16` or fp32"
         )
     if largest["q"] * largest["k"] * sample.k.shape[-1] > LARGEST_FP32 or largest["v"] > LARGEST_FP32 / sample.k.shape[2]:
         raise UsageError(f"input {sample.name}: its scores overflow float32; scale q and k down")

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from elastickv import __version__
+from elastickv.version import __version__
 
 _PACKAGE = Path(__file__).parents[1]
 # Name in the record -> distributions that provide it, the first installed one counts.

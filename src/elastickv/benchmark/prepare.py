@@ -75,7 +75,7 @@ def check_memory(backend: Backend, options: Options, recipe: Recipe) -> int:
         low, high = (middle, high) if needed(middle) <= free else (low, middle)
     fits = f"a context of {low} would fit" if low else "no context fits: give fewer heads or sequences"
     raise DoesNotFit(
-        f"--seq {options.seq} needs {needed(options.seq) / 2**30:.2f} GiB for a dense and an elastic cache; "
+        f"`seq` {options.seq} needs {needed(options.seq) / 2**30:.2f} GiB for a dense and an elastic cache; "
         f"{free / 2**30:.2f} GiB of {backend.device.name} can be used; {fits}"
     )
 
@@ -126,7 +126,7 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
             best[1].close()
         best = (candidates[name], contender)
     if best is None:
-        raise DoesNotFit(f"--seq {context}: no dense cache fits {backend.device.name}; give a shorter context")
+        raise DoesNotFit(f"`seq` {context}: no dense cache fits {backend.device.name}; give a shorter context")
     own_dense = best[1]
     phase(f"preparing {recipe}")
     elastic, used, used_dtype, fallback = own("elastic", options.dtype, recipe), recipe, options.dtype, None

@@ -4,8 +4,8 @@ from importlib import import_module
 
 import click
 
-from elastickv import __version__
 from elastickv.cli.error_handling import exit_with
+from elastickv.version import __version__
 
 COMMANDS: dict[str, str] = {
     "bench": "Measure decode attention at 1/C of the KV bytes against a dense baseline.",

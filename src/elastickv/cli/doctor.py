@@ -34,11 +34,11 @@ def command(compile_all_: bool, arch: str | None, no_ceilings: bool) -> int:
             click.echo(f"      mend: {finding.remedy}")
         broken += finding.state == "broken"
     try:
-        backend, passed_over = load()
+        backend, skip_reason = load()
     except UsageError as error:
         click.echo(f"!!  nothing can be measured: {error}")
         return 1
-    click.echo(f"will use: {backend.name} ({backend.device.name})" + (f", because {passed_over}" if passed_over else ""))
+    click.echo(f"will use: {backend.name} ({backend.device.name})" + (f", because {skip_reason}" if skip_reason else ""))
     if not no_ceilings:
         end = time.monotonic() + CEILING_SECONDS
         limits = backend.ceilings()

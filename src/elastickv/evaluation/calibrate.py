@@ -41,10 +41,10 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     config = loaded.model.config.get_text_config(decoder=True)
     width = min(WINDOW_TOKENS, tokens, getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS)
     if width < LEAST_TOKENS:
-        raise UsageError(f"--tokens={tokens}: windows of {width} tokens are too short; {LEAST_TOKENS} are needed")
+        raise UsageError(f"`tokens`={tokens}: windows of {width} tokens are too short; {LEAST_TOKENS} are needed")
     available = len(loaded.tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids)
     if available < min(tokens, width):
-        raise UsageError(f"text {text.name} has {available} tokens and {width} are needed: give a longer one or fewer --tokens")
+        raise UsageError(f"text {text.name} has {available} tokens and {width} are needed: give a longer one or fewer `tokens`")
     rows = windows([text], loaded.tokenizer, width, max(1, min(tokens, available) // width))
     positions = _positions(width)
     measured: dict[int, list[LayerErrors]] = {}

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any
 
 from elastickv.benchmark.environment import environment
+from elastickv.benchmark.reporter import Reporter
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.divergence import Divergence, divergence, end_tokens, greedy
@@ -56,16 +57,6 @@ class EvaluationOptions:
     tolerance: Tolerance | None = None
 
 
-class EvaluationProgress(Protocol):
-    """Is told what is going on."""
-
-    def phase(self, name: str) -> None:
-        """Begin a phase."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Have done so much of it."""
-
-
 @dataclass(frozen=True)
 class _Contender:
     """One way to decode: its name, its plan if it is ours, and what opens it."""
@@ -80,7 +71,7 @@ def evaluate(
     texts: Sequence[Text],
     options: EvaluationOptions,
     calibration: ModelCalibration | None,
-    progress: EvaluationProgress,
+    progress: Reporter,
 ) -> dict[str, Any]:
     """Return the result as JSON values; after Ctrl-C what was finished by then, `complete` false.
 
@@ -157,7 +148,7 @@ class _Subject:
         most = getattr(self.config, "max_position_embeddings", None)
         if most is not None and tokens > most:
             raise UsageError(
-                f"{tokens} tokens are needed and {self.loaded.name} has {most} positions: give a shorter --context"
+                f"{tokens} tokens are needed and {self.loaded.name} has {most} positions: give a shorter `context`"
             )
 
     def described(self) -> dict[str, Any]:
@@ -174,7 +165,7 @@ class _Subject:
 
 def _windows(subject: _Subject, texts: Sequence[Text], options: EvaluationOptions, context: int) -> list[Window]:
     if context <= options.scored + 1:
-        raise UsageError(f"--context={context} leaves nothing before the {options.scored} scored tokens: give a longer one")
+        raise UsageError(f"`context`={context} leaves nothing before the {options.scored} scored tokens: give a longer one")
     return windows(texts, subject.loaded.tokenizer, context, options.window_count)
 
 
@@ -208,7 +199,7 @@ def _context_rows(
     rows: Sequence[Window],
     contenders: Sequence[_Contender],
     options: EvaluationOptions,
-    progress: EvaluationProgress,
+    progress: Reporter,
 ) -> Iterator[dict[str, Any]]:
     progress.phase(f"full attention over {len(rows)} windows of {context} tokens")
     start = prefill(
@@ -251,7 +242,7 @@ def _greedy(found: Divergence) -> dict[str, Any]:
 
 
 def _retrieval(
-    subject: _Subject, row: Sequence[Case], options: EvaluationOptions, progress: EvaluationProgress
+    subject: _Subject, row: Sequence[Case], options: EvaluationOptions, progress: Reporter
 ) -> dict[str, Any]:
     length = row[0].length
     progress.phase(f"pass keys in {length} tokens")

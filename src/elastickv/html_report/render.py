@@ -29,7 +29,7 @@ def _filled(name: str, content: Content, svgs: dict[str, str], downloads: list[D
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    from elastickv import __version__
+    from elastickv.version import __version__
 
     environment = Environment(
         loader=PackageLoader("elastickv.html_report", "templates"),

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from traceback import clear_frames
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from elastickv.benchmark.reporter import Reporter
 from elastickv.benchmark.stats.intervals import beyond_noise
 from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
@@ -41,16 +42,6 @@ from elastickv.transformers.model_support import sizes_of, text_config
 KIND = "elastickv-model-bench"
 VERSION = 1
 _FIRST_TOKENS = 6  # the prompt's, and steps that are not counted: at some of them graphs are captured
-
-
-class BenchProgress(Protocol):
-    """Is told what is going on."""
-
-    def phase(self, name: str) -> None:
-        """Begin a phase."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Have done so much of it."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +76,15 @@ class ModelBench:
 
     def __post_init__(self) -> None:
         # Two samples of each make an interval; a noise floor takes four.
-        for name, value, least in (("--context", self.context, 2), ("--batch", self.batch, 1), ("--reps", self.rounds, 2)):
+        for name, value, least in (("context", self.context, 2), ("batch", self.batch, 1), ("reps", self.rounds, 2)):
             if value < least:
-                raise UsageError(f"{name}={value} is out of range: give a whole number from {least} up")
+                raise UsageError(f"`{name}`={value} is out of range: give a whole number from {least} up")
         if self.tokens < 1:
-            raise UsageError(f"--decode-tokens={self.tokens} is out of range: give a whole number from 1 up")
+            raise UsageError(f"`decode_tokens`={self.tokens} is out of range: give a whole number from 1 up")
         if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype={self.dtype} is unknown: choose {', '.join(DTYPES)}")
+            raise UsageError(f"`dtype`={self.dtype} is unknown: choose {', '.join(DTYPES)}")
         if self.capacity > MAX_CONTEXT:
-            raise UsageError(f"--context={self.context} and the decoded tokens exceed {MAX_CONTEXT}: give fewer")
+            raise UsageError(f"`context`={self.context} and the decoded tokens exceed {MAX_CONTEXT}: give fewer")
 
     @property
     def capacity(self) -> int:
@@ -102,7 +93,7 @@ class ModelBench:
 
 
 def measure(
-    options: ModelBench, command: tuple[str, ...], progress: BenchProgress, loaded: Loaded | None = None
+    options: ModelBench, command: tuple[str, ...], progress: Reporter, loaded: Loaded | None = None
 ) -> dict[str, Any]:
     """Return the result as JSON values.
 
@@ -155,7 +146,7 @@ def measure(
     return _result(options, command, loaded, generations, device) | {"not_run": not_run, "host": host}
 
 
-def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], progress: BenchProgress) -> dict[str, str]:
+def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], progress: Reporter) -> dict[str, str]:
     """Begin a generation with a stock cache and add it to `begun`; if it fails, free what it held and return why."""
     try:
         begun.append(_begun(make(), progress))
@@ -169,7 +160,7 @@ def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], p
     return {name: reason}
 
 
-def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, str], progress: BenchProgress) -> None:
+def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, str], progress: Reporter) -> None:
     """Begin the elastic generation; for want of memory stock ones are dropped from `begun`, the last one first.
 
     Raises
@@ -184,7 +175,7 @@ def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, 
             if not begun:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise UsageError(
-                        f"{_reason(error)}: give a shorter --context, a smaller --batch or a larger --compress"
+                        f"{_reason(error)}: give a shorter `context`, a smaller `batch` or a larger `compress`"
                     ) from None
                 raise
             not_run[begun.pop().name] = f"left no memory for the elastic cache: {_reason(error)}"
@@ -213,7 +204,7 @@ def _host_probe() -> ProcfsProbe | None:
         return None
 
 
-def _begun(generation: Generation, progress: BenchProgress) -> Generation:
+def _begun(generation: Generation, progress: Reporter) -> Generation:
     progress.phase(f"{generation.name}: warming up")
     generation.rehearse(WARM_UP_PROMPT, WARM_UP_TOKENS)
     progress.phase(f"{generation.name}: prompt of {generation.prompt_tokens} tokens")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from elastickv.benchmark import Reporter
+from elastickv.benchmark.reporter import Reporter
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.prefill import check_layers, prefill
@@ -32,7 +32,7 @@ def measure(options: ModelBench, text: Text, scored: int, command: tuple[str, ..
     UsageError : as `bench --model` does.
     """
     if scored < 0:
-        raise UsageError(f"--scored={scored} is out of range: give a whole number from 0 up")
+        raise UsageError(f"`scored`={scored} is out of range: give a whole number from 0 up")
     progress.phase("loading")
     loaded = load(options)
     result = measure_speed(options, command, progress, loaded)

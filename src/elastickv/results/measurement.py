@@ -70,7 +70,7 @@ class Measurement(Mapping[str, Any]):
         """
         if run_of(document) is None or not any(kind.holds(document.value) for kind in _KINDS):
             raise UsageError(
-                f"{document.source} is no result of `elastickv bench` or `baseline`: give the file that its --output wrote"
+                f"{document.source} is no result of `elastickv bench` or `baseline`: give the file that its `output` wrote"
             )
         found = cls(document.value)
         try:
@@ -172,4 +172,4 @@ def check_format(format_: str) -> None:
     UsageError : if it is none of `FORMATS`.
     """
     if format_ not in FORMATS:
-        raise UsageError(f"--format {format_} is unknown: choose {', '.join(FORMATS)}")
+        raise UsageError(f"`format` {format_} is unknown: choose {', '.join(FORMATS)}")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
-from elastickv.benchmark import Reporter
+from elastickv.benchmark.reporter import Reporter
 from elastickv.errors import UsageError
 from elastickv.sweeps.axes import listed
 
@@ -23,10 +23,10 @@ def cells(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     programs, models = (listed(name, given[name]) if name in given else [] for name in NAMES)
     if bool(programs) != bool(models):
         missing, there = ("model", "baseline") if programs else ("baseline", "model")
-        raise UsageError(f"--{there} is given without --{missing}: give both, as --baseline {','.join(PROGRAMS)} --model PATH")
+        raise UsageError(f"`{there}` is given without `{missing}`: give both, as `baseline={','.join(PROGRAMS)}` `model=PATH`")
     for program in programs:
         if program not in PROGRAMS:
-            raise UsageError(f"--baseline {program} is unknown: choose {', '.join(PROGRAMS)}")
+            raise UsageError(f"`baseline` {program} is unknown: choose {', '.join(PROGRAMS)}")
     return [dict(zip(AXES, point, strict=True)) for point in product(programs, models)]
 
 

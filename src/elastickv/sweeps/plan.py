@@ -11,11 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from elastickv.benchmark import Options
+from elastickv.benchmark.options import AXES, SETTINGS, Options
 from elastickv.errors import UsageError
 from elastickv.inputs import parse_json, read_text
 from elastickv.sweeps import baseline_cells
-from elastickv.sweeps.axes import AXES, MAX_CELLS, SETTINGS, converted, values
+from elastickv.sweeps.axes import MAX_CELLS, converted, values
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -162,18 +162,18 @@ def read_plan(path: Path) -> dict[str, Any]:
     ------
     UsageError : if it cannot be read or is neither.
     """
-    text = read_text(path, f"--plan {path}", "give a TOML or JSON file", MAX_PLAN_BYTES)
+    text = read_text(path, f"`plan` {path}", "give a TOML or JSON file", MAX_PLAN_BYTES)
     try:
         found = parse_json(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
-        raise UsageError(f"--plan {path} is no {kind} ({error}): mend it, or give another file") from None
+        raise UsageError(f"`plan` {path} is no {kind} ({error}): mend it, or give another file") from None
     if not isinstance(found, dict) or not found:
-        raise UsageError(f"--plan {path} names no axis: write lines such as seq = [1024, 4096]")
+        raise UsageError(f"`plan` {path} names no axis: write lines such as seq = [1024, 4096]")
     try:
         return {_known(label): value for label, value in found.items()}
     except UsageError as error:
-        raise UsageError(f"--plan {path}: {error}") from None
+        raise UsageError(f"`plan` {path}: {error}") from None
 
 
 def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from elastickv.benchmark import Options
+from elastickv.benchmark.options import Options
 from elastickv.errors import DeviceFailure, UsageError
 from elastickv.sweeps.journal import Journal
 from elastickv.sweeps.plan import Cell, SweepPlan, key
@@ -42,7 +42,10 @@ class Watcher(Protocol):
 
 @contextmanager
 def _signals_for_us_only() -> Iterator[None]:
-    """Let a process that is started inside never hear Ctrl-C and SIGTERM, which go to the whole group: we end it."""
+    """Start processes that ignore Ctrl-C and SIGTERM, which go to the whole group: this process ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -86,7 +89,7 @@ class _Worker:
     def cause(self) -> str:
         """Return why the process ended by itself."""
         code = self._process.wait()
-        if code == -signal.SIGKILL:
+        if code == -getattr(signal, "SIGKILL", 9):
             return "the process that measured was killed, as systems do where memory runs out"
         return f"the process that measured ended with {f'signal {-code}' if code < 0 else f'code {code}'}"
 
@@ -220,7 +223,7 @@ class _Crew:
             self._waiting.remove(cell)
             self._finish(cell, {"status": "failed", "reason": reason})
         if self._waiting:
-            raise DeviceFailure(f"{reason}; {len(self._waiting)} cells are not measured: --resume goes on")
+            raise DeviceFailure(f"{reason}; {len(self._waiting)} cells are not measured: `resume=True` goes on")
 
     def _finish(self, cell: Cell, record: dict[str, Any]) -> None:
         self._journal.append({"cell": cell} | record)

@@ -63,20 +63,20 @@ def sweep(
     DeviceFailure : if no device is left to measure on. What is measured by then is in `output`.
     """
     if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
+        raise UsageError(f"`preset` {preset} is unknown: choose {', '.join(PRESETS)}")
     if resume and output is None:
-        raise UsageError("--resume continues a file: give --output too")
+        raise UsageError("`resume=True` continues a file: give `output` too")
     if retry_failed and not resume:
-        raise UsageError("--retry-failed measures cells of a file again: give --resume too")
+        raise UsageError("`retry_failed=True` measures cells of a file again: give `resume=True` too")
     if time_limit_s is not None and not 0 < time_limit_s < float("inf"):
-        raise UsageError(f"--time-limit={time_limit_s} is out of range: give seconds above 0")
+        raise UsageError(f"`time_limit_s`={time_limit_s} is out of range: give seconds above 0")
     chosen: list[int | None] = [None] if devices is None else list(devices)
     if not chosen or len(set(chosen)) < len(chosen):
-        raise UsageError(f"--devices {','.join(map(str, chosen))}: give each device once, at least one")
+        raise UsageError(f"`devices` {','.join(map(str, chosen))}: give each device once, at least one")
     asked = merged({} if plan is None else read_plan(Path(plan)), given)
     planned = SweepPlan.of((PRESETS[preset] if preset else {}) | asked)
     if devices is not None and planned.settings.get("backend") == "cpu":
-        raise UsageError("--devices are GPUs: leave it out with --backend cpu")
+        raise UsageError("`devices` are GPUs: leave it out with `backend=cpu`")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "sweep.jsonl") if output is None else Path(output)
         with Journal(path, planned, resume, command, retry_failed) as journal:

@@ -189,7 +189,7 @@ def check_export(path: Path) -> None:
     UsageError : if the suffix names no format, or one that needs what is not installed.
     """
     if path.suffix.lower() not in EXPORTS:
-        raise UsageError(f"--export {path}: the suffix names no format; choose {', '.join(EXPORTS)}")
+        raise UsageError(f"`export` {path}: the suffix names no format; choose {', '.join(EXPORTS)}")
     if path.suffix.lower() == ".parquet":
         _require("pyarrow")
 

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 
 from elastickv.backends import load
 from elastickv.backends.driver_errors import device_failures
-from elastickv.benchmark import Options, run
+from elastickv.benchmark.options import Options
+from elastickv.benchmark.runner import run
 from elastickv.benchmark.sample_inputs import load_sample
 from elastickv.errors import DeviceFailure, DeviceLost, DoesNotFit, KernelMismatch, NonFiniteError, RanOut, UsageError
 from elastickv.sweeps import baseline_cells

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-import elastickv
 from elastickv.backends import Backend, Program
 from elastickv.benchmark.contenders.base import Contender
 from elastickv.benchmark.contenders.rotation import MAX_COPIES, Rotation
 from elastickv.errors import NonFiniteError
 from elastickv.kvcache import LayerCache
 from elastickv.recipe import AttentionShape, Recipe, interval_bytes
+from elastickv.version import __version__
 
 
 def random_queries(shape: AttentionShape, seed: int, rms: float) -> np.ndarray:
@@ -65,7 +65,7 @@ def ours(
     contender = Contender(
         name,
         "dense" if recipe.is_dense else "elastic",
-        elastickv.__version__,
+        __version__,
         dtype if recipe.is_dense else recipe.formats,
         interval_bytes(recipe, [context] * shape.batch, shape, dtype).kv,
         rotation,
