@@ -21,7 +21,7 @@ MAX_SEED = 2**31 - 1
 
 @dataclass(frozen=True)
 class OptionInfo:
-    """What is known of an option beside its type and default.
+    """The description of an option in addition to its type and default.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ def option(default: Any, help_text: str, **info: Any) -> Any:
 
 
 def axis(default: Any, help_text: str, **info: Any) -> Any:
-    """Return an option of which a sweep takes several values."""
+    """Return an option that takes several values in a sweep."""
     return option(default, help_text, sweep="axis", **info)
 
 

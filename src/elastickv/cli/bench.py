@@ -15,7 +15,7 @@ _OUTPUT = ("output", "format_", "json_")
 
 
 def _notes() -> dict[str, str]:
-    """Return the defaults that another one takes the place of when a model is measured."""
+    """Return notes on the defaults that differ when a model is measured."""
     step = defaults_of(Options)
     named = {"dtype": "fp32 on cpu"}
     model = {

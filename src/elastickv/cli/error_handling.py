@@ -93,7 +93,7 @@ def _known(error: Exception) -> tuple[str, int]:
 
 
 def _say(name: str, message: str, code: int) -> int:
-    with suppress(OSError):  # Where nobody reads errors, the code remains.
+    with suppress(OSError):  # Without a reader of errors, the exit code remains.
         print(f"{name}: error: {one_line(message)}", file=sys.stderr)
     return code
 

@@ -6,20 +6,42 @@ from typing import Any
 
 import click
 
+from elastickv.evaluation.options import EvaluationOptions
+
 _REFERENCES = ("stock-quantized",)
+_DEFAULTS = EvaluationOptions()
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
 
 
 @click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--compress", default="1,2,4,8", show_default=True, help="Values of C.")
+@click.option("--compress", default=_listed(_DEFAULTS.ratios), show_default=True, help="Values of C.")
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Text to score; may be repeated.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="File of `elastickv calibrate`.  [default: none, uniform]")
-@click.option("--context", "contexts", default="2048,4096", show_default=True, help="Tokens of a window.")
-@click.option("--windows", type=int, default=8, show_default=True, help="Windows of each context.")
-@click.option("--scored", type=int, default=96, show_default=True, help="Last tokens of each window that are scored.")
-@click.option("--needle", default="1024,3500", show_default=True, help="Tokens of the prompts that hide a pass key; none: no.")
-@click.option("--depths", type=int, default=5, show_default=True, help="Depths of the pass key at each length.")
-@click.option("--greedy", type=int, default=16, show_default=True, help="Tokens decoded greedily after each window; 0: none.")
+@click.option("--context", "contexts", default=_listed(_DEFAULTS.contexts), show_default=True, help="Tokens of a window.")
+@click.option("--windows", type=int, default=_DEFAULTS.window_count, show_default=True, help="Windows of each context.")
+@click.option(
+    "--scored", type=int, default=_DEFAULTS.scored, show_default=True, help="Last tokens of each window that are scored."
+)
+@click.option(
+    "--needle",
+    default=_listed(_DEFAULTS.needle_lengths),
+    show_default=True,
+    help="Tokens of the prompts that hide a pass key; none: no.",
+)
+@click.option(
+    "--depths", type=int, default=_DEFAULTS.needle_depths, show_default=True, help="Depths of the pass key at each length."
+)
+@click.option(
+    "--greedy",
+    type=int,
+    default=_DEFAULTS.greedy_tokens,
+    show_default=True,
+    help="Tokens decoded greedily after each window; 0: none.",
+)
 @click.option("--tolerance", help="Suggest the largest C within ppl=0.5%, kl=0.01 or top1=96%.")
 @click.option("--reference", help="Measure too: stock-quantized, Transformers' own quantized cache.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result here: .json, or .md for the tables.")
@@ -83,9 +105,8 @@ def _uncalibrated(model: str) -> str:
     )
 
 
-def _options(arguments: dict[str, Any]) -> Any:
+def _options(arguments: dict[str, Any]) -> EvaluationOptions:
     from elastickv.errors import UsageError
-    from elastickv.evaluation.evaluate import EvaluationOptions
     from elastickv.evaluation.suggestion import Tolerance
 
     for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0)):

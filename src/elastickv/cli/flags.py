@@ -29,7 +29,7 @@ def flags_of(command: click.Command) -> dict[str, str]:
     for option in (parameter for each in commands for parameter in each.params if isinstance(parameter, click.Option)):
         spellings = [spelling for spelling in option.opts if spelling.startswith("--")]
         flags |= {spelling.lstrip("-").replace("-", "_"): spelling for spelling in spellings}
-        flags.setdefault(option.name or "", spellings[0])
+        flags.setdefault(option.name or "", next(iter(spellings), option.opts[0]))
     return flags
 
 

@@ -20,7 +20,7 @@ _NAMES = {"html": "report.html", "md": "report.md", "pdf-ready": "report.html", 
 )
 @click.option("--title", help="What the page is called.  [default: the device]")
 def command(**arguments: Any) -> int:
-    """Make one page of results: what is worth it on this device, and what it costs.
+    """Make one page of results: what is worth it on this device, and its cost.
 
     FILES are results of `elastickv bench`, `bench --model`, `eval` and `baseline`, sweeps, results of the original program, or
     folders of these.

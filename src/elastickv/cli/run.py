@@ -33,7 +33,7 @@ _OPTIONS = options_from(GenerationOptions)
 @click.option("--device", help="Where the model runs: cpu or cuda.  [default: cuda where there is one]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the statistics here, as JSON.")
 def command(**arguments: Any) -> int:
-    """Generate text with MODEL through an elastic KV cache, and say what it took.
+    """Generate text with MODEL through an elastic KV cache, and show its speed and memory.
 
     MODEL is a local directory, a .gguf file or a hub id. The prompt comes from --prompt, --file or standard input; text goes to
     standard output, its statistics to standard error.
@@ -75,7 +75,7 @@ def command(**arguments: Any) -> int:
         bar.phase("warming up")
         prepared.warm_up()
     with LiveText(loaded.tokenizer) as live, quiet_transformers():
-        prepared.generate(live.heard)
+        prepared.generate(live.add)
     result = prepared.result(("elastickv", *sys.argv[1:]), live.text)
     click.echo(generation_table(result), err=True, nl=False)
     if output is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from elastickv.benchmark.options import AXES, SETTINGS, Options
+from elastickv.cli.flags import with_flags
 from elastickv.cli.options import decorated, hyphenated, options_from
 from elastickv.cli.progress import Bar
 
@@ -33,7 +34,7 @@ _OPTIONS = (
 
 
 class Cells(Bar):
-    """Shows the cells of a sweep and the time left; where there is no terminal, a line a cell."""
+    """Shows the cells of a sweep and the time left; without a terminal, one line per cell."""
 
     def __init__(self) -> None:
         # One cell may take minutes: the time left is estimated from all cells.
@@ -59,7 +60,7 @@ class Cells(Bar):
         self._progress.update(self._task, completed=self._done, total=self._total)
         seconds = (time.monotonic() - self._start) / (self._done - self._before) * (self._total - self._done)
         if self._progress.disable or status != "ok":
-            said = f"{status}: {reason}" if reason else status
+            said = f"{status}: {with_flags(reason, command)}" if reason else status
             self._progress.console.print(
                 f"elastickv: {self._done} of {self._total}, {seconds:.0f} s left: {name(cell)}: {said}",
                 markup=False,
@@ -69,7 +70,8 @@ class Cells(Bar):
     def left_out(self, device: int | None, reason: str) -> None:
         """Show that a device measures no more cells."""
         which = "a process" if device is None else f"device {device}"
-        self._progress.console.print(f"elastickv: warning: {which} is left out: {reason}", markup=False, soft_wrap=True)
+        said = f"elastickv: warning: {which} is left out: {with_flags(reason, command)}"
+        self._progress.console.print(said, markup=False, soft_wrap=True)
 
 
 @click.command(

@@ -7,6 +7,7 @@ import torch
 from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, layer_errors
+from elastickv.evaluation.options import CALIBRATION_TOKENS
 from elastickv.evaluation.texts import Text, windows
 from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
@@ -18,7 +19,7 @@ WINDOW_TOKENS = 4096
 RUN = 64
 RUNS = 4
 LEAST_TOKENS = 2 * (DEFAULT_SINKS + DEFAULT_WINDOW + 8 * PAGE_TOKENS)
-DEFAULT_TOKENS = 4 * WINDOW_TOKENS
+DEFAULT_TOKENS = CALIBRATION_TOKENS
 
 Progress = Callable[[int, int], None]
 

@@ -13,10 +13,11 @@ from elastickv.evaluation import sessions
 from elastickv.evaluation.divergence import Divergence, divergence, end_tokens, greedy
 from elastickv.evaluation.metrics import fidelity
 from elastickv.evaluation.needle import ANSWER_TOKENS, Case, answered, cases
+from elastickv.evaluation.options import EvaluationOptions
 from elastickv.evaluation.prefill import Prefill, check_layers, prefill
 from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, plan
 from elastickv.evaluation.scoring import Open, score
-from elastickv.evaluation.suggestion import Tolerance, suggest
+from elastickv.evaluation.suggestion import suggest
 from elastickv.evaluation.texts import Text, Window, windows
 from elastickv.recipe import AttentionShape, ModelCalibration
 from elastickv.transformers.model_loading import Loaded, fingerprint
@@ -25,36 +26,6 @@ KIND = "elastickv-fidelity"
 VERSION = 1
 _DTYPES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 STOCK_QUANTISED = "stock-quantized"
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What to evaluate.
-
-    Attributes
-    ----------
-    ratios : values of C.
-    contexts : tokens of a window; its last `scored` are scored.
-    window_count : windows of each context, shared out over the texts.
-    scored : tokens of each window that are scored.
-    needle_lengths : tokens of the prompts that hide a pass key; none leaves retrieval out.
-    needle_depths : depths at each length, evenly from the beginning to the end.
-    needle_texts : so many of the texts serve as haystacks, one prompt a depth in each.
-    greedy_tokens : tokens decoded greedily after each window's prefill; 0 leaves it out.
-    reference : whether Transformers' quantised cache is measured too.
-    tolerance : loss within which a ratio is suggested; None for no suggestion.
-    """
-
-    ratios: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    contexts: tuple[int, ...] = (2048, 4096)
-    window_count: int = 8
-    scored: int = 96
-    needle_lengths: tuple[int, ...] = (1024, 3500)
-    needle_depths: int = 5
-    needle_texts: int = 1
-    greedy_tokens: int = 16
-    reference: bool = False
-    tolerance: Tolerance | None = None
 
 
 @dataclass(frozen=True)
@@ -241,9 +212,7 @@ def _greedy(found: Divergence) -> dict[str, Any]:
     return asdict(found) | {"first_different": list(found.first_different), "mean_first_different": mean}
 
 
-def _retrieval(
-    subject: _Subject, row: Sequence[Case], options: EvaluationOptions, progress: Reporter
-) -> dict[str, Any]:
+def _retrieval(subject: _Subject, row: Sequence[Case], options: EvaluationOptions, progress: Reporter) -> dict[str, Any]:
     length = row[0].length
     progress.phase(f"pass keys in {length} tokens")
     start: Prefill = prefill(subject.model, [case.ids[:-1] for case in row], length - 1, 1, progress.progress)

@@ -92,9 +92,7 @@ class ModelBench:
         return self.context + _FIRST_TOKENS + self.rounds * (self.tokens + 1)
 
 
-def measure(
-    options: ModelBench, command: tuple[str, ...], progress: Reporter, loaded: Loaded | None = None
-) -> dict[str, Any]:
+def measure(options: ModelBench, command: tuple[str, ...], progress: Reporter, loaded: Loaded | None = None) -> dict[str, Any]:
     """Return the result as JSON values.
 
     A sample is `tokens` steps of one `generate` that goes on with the text so far; its first step, which every cache takes

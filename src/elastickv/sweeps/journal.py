@@ -54,7 +54,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         and all(isinstance(axis, list) for axis in axes.values())
     )
     if not known or type(cells) is not int:
-        raise UsageError(f"{path}:1 is a damaged header of a sweep: its axes or cells are none; measure again")
+        raise UsageError(f"{path}:1 is a damaged header of a sweep: its axes or cells are missing; measure again")
     seen: set[str] = set()
     for number, record in enumerate(records, 2):
         if not isinstance(record.get("cell"), dict) or record.get("status") not in STATUSES:
@@ -97,8 +97,8 @@ def _object(line: bytes, source: str) -> dict[str, Any]:
 class Journal:
     """A sweep's file while it is written; a context manager that locks the file against other sweeps.
 
-    The lock is a hidden empty file beside it, `.NAME.lock`, which is removed in the end. The lock ends with the process: a file
-    that a killed one left behind locks nothing.
+    The lock is a hidden empty file beside it, `.NAME.lock`, which is removed at the end. The lock ends with the process: a
+    file left behind by a killed process locks nothing.
 
     With `retry_failed` a file that is resumed loses its failed cells first: it is replaced by one without them.
 
@@ -120,7 +120,7 @@ class Journal:
         self._target = path.resolve()
         self._retry_failed = retry_failed
         self.other_version: str | None = None
-        # A lock of this process, not of a thread: whoever ends the sweep releases it.
+        # The lock belongs to the process, not to a thread: any thread may release it.
         self._lock = FileLock(self._target.with_name(f".{self._target.name}.lock"), thread_local=False)
         self._acquire()
         self._file = _NO_FILE

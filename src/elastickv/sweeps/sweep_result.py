@@ -1,4 +1,4 @@
-"""A sweep as a value: rows, files, a table in a notebook."""
+"""The result of a sweep: rows, files, a table in a notebook."""
 
 import io
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class Sweep:
 
     Attributes
     ----------
-    header : plan, versions, and how many cells there are to be.
-    cells : one a cell: `cell` (axis -> value), `status`, `reason`, and where the status is ok all of the result.
+    header : plan, versions, and the number of planned cells.
+    cells : for each cell `cell` (axis -> value), `status`, `reason` and, where the status is ok, the whole result.
     """
 
     header: dict[str, Any]
@@ -51,20 +51,20 @@ class Sweep:
 
         Raises
         ------
-        UsageError : if it is no file of a sweep.
+        UsageError : if it is not the file of a sweep.
         """
         header, cells = read(Path(path))
         axes = list(header.get("axes", {}))
 
         def place(record: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
-            found = [record["cell"].get(axis) for axis in axes]
-            return tuple(("", v, "") if isinstance(v, (int, float)) else ("t", 0.0, str(v)) for v in found)
+            values = [record["cell"].get(axis) for axis in axes]
+            return tuple(("", v, "") if isinstance(v, (int, float)) else ("t", 0.0, str(v)) for v in values)
 
         return cls(header, sorted(cells, key=place))
 
     @property
     def complete(self) -> bool:
-        """Whether every cell of the plan is there."""
+        """Whether every cell of the plan is measured."""
         return bool(len(self.cells) == self.header["cells"])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ class Sweep:
         return csv_of(self._some_rows())
 
     def to_markdown(self) -> str:
-        """Return the rows' most asked-for columns as a Markdown table."""
+        """Return the most important columns of the rows as a Markdown table."""
         return markdown_of(self._brief())
 
     def to_pandas(self) -> Any:
@@ -151,12 +151,12 @@ class Sweep:
     def _brief(self) -> list[dict[str, Any]]:
         axes = list(self.header.get("axes", {}))
         reasons = any(record.get("reason") for record in self.cells)
-        kept = [*axes, *_BRIEF, *(["reason"] if reasons else [])]
-        return [{label: cells[label] for label in kept} for cells in self._some_rows()]
+        columns = [*axes, *_BRIEF, *(["reason"] if reasons else [])]
+        return [{label: cells[label] for label in columns} for cells in self._some_rows()]
 
 
 def _figures(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns of a cell that was measured; of a baseline those that it has: a token through all layers."""
+    """Return the columns of a measured cell; of a baseline those that it has: a token through all layers."""
     if not is_baseline(record["cell"]):
         return row(record)
     run = run_of(Document("the sweep", record))

@@ -52,7 +52,7 @@ def ours(
     graph: bool,
     query_rms: float = 1.0,
 ) -> tuple[Contender, Program, list[LayerCache]]:
-    """Return a contender of our own, the program it times and the caches that goes round."""
+    """Return a contender of our own, the program it times and the caches that it rotates through."""
     caches = filled_caches(backend, shape, context, dtype, recipe, rotation.copies, seed)
     query = random_queries(shape, seed, query_rms)
     program = backend.attention(caches, [query] * len(caches), rotation.steps, graph)

@@ -1,0 +1,37 @@
+"""The options of an evaluation and of a calibration, in a module that needs no PyTorch: the command line shows them."""
+
+from dataclasses import dataclass
+
+from elastickv.evaluation.suggestion import Tolerance
+
+CALIBRATION_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to evaluate.
+
+    Attributes
+    ----------
+    ratios : values of C.
+    contexts : tokens of a window; its last `scored` are scored.
+    window_count : windows of each context, spread over the texts.
+    scored : tokens of each window that are scored.
+    needle_lengths : tokens of the prompts that hide a pass key; empty to skip retrieval.
+    needle_depths : depths at each length, evenly from the beginning to the end.
+    needle_texts : number of texts that serve as haystacks, each with one prompt per depth.
+    greedy_tokens : tokens decoded greedily after each window's prefill; 0 to skip.
+    reference : whether Transformers' quantized cache is measured too.
+    tolerance : loss within which a ratio is suggested; None for no suggestion.
+    """
+
+    ratios: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    contexts: tuple[int, ...] = (2048, 4096)
+    window_count: int = 8
+    scored: int = 96
+    needle_lengths: tuple[int, ...] = (1024, 3500)
+    needle_depths: int = 5
+    needle_texts: int = 1
+    greedy_tokens: int = 16
+    reference: bool = False
+    tolerance: Tolerance | None = None
