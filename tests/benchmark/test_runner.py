@@ -327,21 +327,21 @@ def test_ctrl_c_in_the_inference_cycle_keeps_what_came_before(backend, monkeypat
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seq": 0}, "--seq=0"),
-        ({"seq": 10**9}, "--seq=1000000000"),
+        ({"seq": 0}, "`seq`=0"),
+        ({"seq": 10**9}, "`seq`=1000000000"),
         ({"heads": 3, "kv_heads": 2}, "3 query heads are not a multiple of 2"),
         ({"dim": 65}, "supported are 64, 80"),
         ({"compress": 0.5}, "out of range"),
         ({"compress": float("nan")}, "out of range"),
         ({"peers": " ,"}, "names nobody"),
         ({"compress": 100}, "cannot be met"),
-        ({"reps": 1}, "--reps=1"),
-        ({"truncate": 50}, "--truncate=50"),
-        ({"dtype": "fp8"}, "--dtype=fp8"),
-        ({"cache": "warm"}, "--cache=warm"),
+        ({"reps": 1}, "`reps`=1"),
+        ({"truncate": 50}, "`truncate`=50"),
+        ({"dtype": "fp8"}, "`dtype`=fp8"),
+        ({"cache": "warm"}, "`cache`=warm"),
         ({"recipe": "int3"}, "int3"),
         ({"recipe": "int8", "anchor_every": 4}, "anchor_every=4 does not combine"),
-        ({"until_ci_percent": 1.0, "paired": False}, "--paired-baseline"),
+        ({"until_ci_percent": 1.0, "paired": False}, "`paired=True`"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(change, named):

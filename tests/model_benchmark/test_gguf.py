@@ -239,11 +239,11 @@ def test_heads_that_blocks_do_not_divide_are_refused(tmp_path):
         ({"kv_types": ("q9",)}, "q9 is unknown"),
         ({"kv_types": ()}, "unknown"),
         ({"kv_types": ("f16", "f16")}, "twice"),
-        ({"reps": 1}, "--reps=1"),
-        ({"context": 1}, "--context=1"),
-        ({"scored": -1}, "--scored=-1"),
-        ({"threads": 0}, "--threads=0"),
-        ({"decode_tokens": 0}, "--decode-tokens=0"),
+        ({"reps": 1}, "`reps`=1"),
+        ({"context": 1}, "`context`=1"),
+        ({"scored": -1}, "`scored`=-1"),
+        ({"threads": 0}, "`threads`=0"),
+        ({"decode_tokens": 0}, "`decode_tokens`=0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(model, given, said):
