@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 
 import elastickv
 from elastickv.benchmark import Options
-from elastickv.benchmark.option_types import TYPES
+from elastickv.benchmark.options import TYPES
 from elastickv.cli.bench import command
 from elastickv.errors import UsageError
 from elastickv.results.formats import FORMATS
@@ -64,21 +65,21 @@ def test_a_preset_gives_way_to_what_is_given_beside_it(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"sequence": 5}, "--sequence is unknown"),
-        ({"command_": 5}, "--command- is unknown"),
-        ({"seq": "many"}, "--seq=many is not a whole number"),
-        ({"seq": 1024.5}, "--seq=1024.5 is not a whole number"),
-        ({"seq": True}, "--seq=True"),
-        ({"paired": 1}, "--paired=1 is not true or false"),
-        ({"compress": float("nan")}, "compress=nan"),
-        ({"recipe": 4}, "--recipe=4 is not a text"),
+        ({"sequence": 5}, "`sequence` is unknown"),
+        ({"command_": 5}, "`command_` is unknown"),
+        ({"seq": "many"}, "`seq`=many is not a whole number"),
+        ({"seq": 1024.5}, "`seq`=1024.5 is not a whole number"),
+        ({"seq": True}, "`seq`=True"),
+        ({"paired": 1}, "`paired`=1 is not true or false"),
+        ({"compress": float("nan")}, "`compress`=nan"),
+        ({"recipe": 4}, "`recipe`=4 is not a text"),
         ({"recipe": "int3"}, "int3"),
         ({"preset": "medium"}, "long, short"),
         ({"gate": "silver"}, "golden"),
-        ({"calibration": "x.json"}, "--model"),
-        ({"temperature": 0.5}, "--model"),
-        ({"model": "shape:tiny", "heads": 2}, "--heads says nothing about a model"),
-        ({"model": "shape:tiny", "gate": "golden"}, "--gate says nothing about a model"),
+        ({"calibration": "x.json"}, "`model`"),
+        ({"temperature": 0.5}, "`model`"),
+        ({"model": "shape:tiny", "heads": 2}, "`heads` says nothing about a model"),
+        ({"model": "shape:tiny", "gate": "golden"}, "`gate` says nothing about a model"),
         ({"model": "shape:tiny", "backend": "tpu"}, "auto, cuda, cpu"),
         ({"model": "shape:9b"}, "shape:8b"),
     ],
@@ -88,19 +89,38 @@ def test_bad_input_is_refused_before_anything_is_measured(given, named):
         elastickv.bench(**given)
 
 
-def test_the_command_and_the_function_have_the_same_options_and_defaults():
+def test_every_option_of_the_function_is_one_of_the_command_with_its_default_in_the_help():
     own = {"model", "preset", "gate", "calibration", "temperature"}
     only_typed = {"output", "format_", "json_"}
-    parameters = {"graphs" if p.name == "no_graphs" else p.name: p for p in command.params}
+    parameters = {parameter.name: parameter for parameter in command.params}
     assert set(parameters) - own - only_typed == set(TYPES)
-    shown = command.make_context("bench", []).params
+    assert set(command.make_context("bench", []).params.values()) == {None}
     for option in fields(Options):
-        if option.name not in TYPES or option.name == "graphs":
-            continue
-        if shown[option.name] is not None:
-            assert shown[option.name] == option.default, option.name
-        elif option.default is not None:
-            assert f"[default: {option.default:g}" in parameters[option.name].help, option.name
+        if option.name in TYPES and option.default is not None and TYPES[option.name] is not bool:
+            shown = f"{option.default:g}" if TYPES[option.name] is float else str(option.default)
+            assert f"[default: {shown}" in parameters[option.name].help, option.name
+
+
+def test_defaults_with_a_model_are_in_the_help_of_the_command():
+    shown = {parameter.name: parameter.help for parameter in command.params}
+    assert "[default: 1024; 4096 with --model]" in shown["seq"] and "[default: 2; 4 with --model]" in shown["compress"]
+    assert {"seq", "compress", "reps", "decode_tokens", "dtype"} == {name for name in TYPES if " with --model]" in shown[name]}
+
+
+def test_the_solver_runs_once_for_each_context_and_shape_of_a_run(monkeypatch):
+    from elastickv.benchmark import options
+
+    solved, resolve = Counter(), options.resolve
+
+    def counting(text, ratio, context, shape, *others):
+        solved[context, shape] += 1
+        return resolve(text, ratio, context, shape, *others)
+
+    monkeypatch.setattr(options, "resolve", counting)
+    measure_with(monkeypatch, ReferenceBackend())
+    elastickv.bench(**SMALL | {"compress": 1.3})
+    # The shape that is timed, and that of the real activations.
+    assert len(solved) == 2 and set(solved.values()) == {1}
 
 
 def test_a_models_result_has_a_row_for_each_cache(tmp_path):

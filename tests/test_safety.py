@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from elastickv.benchmark.sample_inputs import load_sample
-from elastickv.errors import MOST_CHARACTERS, UsageError, one_line, printable
+from elastickv.errors import MAX_CHARACTERS, UsageError, one_line, printable
 from elastickv.evaluation.texts import read_text
 from elastickv.inputs import MAX_DEPTH, parse_json, read_bytes
 from elastickv.recipe import ModelCalibration
@@ -161,7 +161,7 @@ def test_json_of_every_kind_is_read():
 def test_messages_are_one_printable_line_of_bounded_length():
     said = str(UsageError("a\nb\x1b[31m\t\u202e\ud800" + "x" * 10_000))
     assert said.startswith("a b\\x1b[31m \\u202e\\ud800xx")
-    assert len(said) < MOST_CHARACTERS + 10
+    assert len(said) < MAX_CHARACTERS + 10
     assert one_line("plain text") == "plain text"
     assert printable("two\nlines, é") == "two\nlines, é"
 

@@ -164,7 +164,7 @@ def _entry_of(name: str, node: ast.FunctionDef | ast.ClassDef) -> Iterator[str]:
 
 def _member(node: ast.FunctionDef) -> Iterator[str]:
     kinds = {ast.unparse(decorator) for decorator in node.decorator_list}
-    kind = "property" if "property" in kinds else "class method" if "classmethod" in kinds else ""
+    kind = "property" if {"property", "cached_property"} & set(kinds) else "class method" if "classmethod" in kinds else ""
     shown = node.name if kind == "property" else " ".join(_signature(node).split()).replace("( ", "(").replace(", )", ")")
     yield f"- `{shown}`{f' ({kind})' if kind else ''}"
     yield ""

@@ -3,28 +3,25 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from elastickv.version import __version__
 
 _HOMES = {
     "AttentionShape": "elastickv.recipe",
     "Recipe": "elastickv.recipe",
     "UsageError": "elastickv.errors",
     "bench": "elastickv.api",
-    "compare": "elastickv.results.compare.comparison",
+    "compare": "elastickv.api",
     "for_ratio": "elastickv.recipe",
     "load": "elastickv.api",
-    "report": "elastickv.html_report.report",
-    "sweep": "elastickv.sweeps.sweep",
+    "report": "elastickv.api",
+    "sweep": "elastickv.api",
 }
 __all__ = ["AttentionShape", "Recipe", "UsageError", "__version__", "bench", "compare", "for_ratio", "load", "report", "sweep"]
 
 if TYPE_CHECKING:
-    from elastickv.api import bench, load
+    from elastickv.api import bench, compare, load, report, sweep
     from elastickv.errors import UsageError
-    from elastickv.html_report.report import report
     from elastickv.recipe import AttentionShape, Recipe, for_ratio
-    from elastickv.results.compare.comparison import compare
-    from elastickv.sweeps.sweep import sweep
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,17 @@
-"""What went wrong, by who can mend it: each message is one line that says what was found and what to do."""
+"""Errors, by who can mend them. Each message is one line that says what is wrong and what to do.
 
-MOST_CHARACTERS = 2000
+A message names a parameter of the Python API between backquotes, alone or with a value: ``give a shorter `seq` ``,
+``use `backend=cpu` ``. Code outside `elastickv.cli` never writes a flag; `elastickv.cli.flags` shows the parameters of a
+message as the flags of the command that was typed: `--seq`, `--backend cpu`.
+"""
+
+MAX_CHARACTERS = 2000
 
 
 def printable(text: str) -> str:
-    """Return `text` with what steers a terminal, and what is no Unicode, shown as `ascii` does; line ends stay.
+    """Return `text` with control characters and invalid Unicode escaped as `ascii` does; line ends stay.
 
-    What came from a file may say anything: shown as it stands it could hide or forge what we print.
+    Text from a file may say anything: printed as it is, it could hide or forge other output.
     """
     if text.isprintable():
         return text
@@ -14,41 +19,41 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return `text` printable, on one line, its middle left out where it is very long."""
+    """Return `text` printable and on one line, with its middle left out where it is very long."""
     line = " ".join(printable(text).split())
-    half = MOST_CHARACTERS // 2
-    return line if len(line) <= MOST_CHARACTERS else f"{line[:half]} ... {line[-half:]}"
+    half = MAX_CHARACTERS // 2
+    return line if len(line) <= MAX_CHARACTERS else f"{line[:half]} ... {line[-half:]}"
 
 
 class UsageError(ValueError):
-    """Bad input. The command line prints its message, which is one line whatever it quotes, and exits 2."""
+    """Bad input. The message is always one line; the command line prints it and exits 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 
 
 class DoesNotFit(UsageError):
-    """The device's memory is too small for what was asked."""
+    """The device has too little memory for the request."""
 
 
 class RanOut(DoesNotFit):
-    """The device's memory, which seemed large enough, ran out on the way."""
+    """The device ran out of memory although it seemed to have enough."""
 
 
 class KernelMismatch(RuntimeError):
-    """A back end disagrees with the float64 reference: no figure may be reported."""
+    """A back end disagrees with the float64 reference: no result may be reported."""
 
 
 class NonFiniteError(RuntimeError):
-    """A NaN or infinity met where attention stores or computes; the message names the position."""
+    """A NaN or infinity where attention stores or computes; the message names the position."""
 
 
 class DeviceFailure(RuntimeError):
-    """The device, its driver or its compiler failed. The command line prints its message as one line and exits 4."""
+    """The device, its driver or its compiler failed. The command line prints the message as one line and exits 4."""
 
 
 class DeviceLost(DeviceFailure):
-    """The device's context is gone: nothing can be measured in this process any more, in another one perhaps."""
+    """The device's context is gone: nothing more can be measured in this process, perhaps in another one."""
 
 
 class CompileFailure(DeviceFailure):

@@ -1,7 +1,7 @@
-"""Files that a user names, read with care: regular ones, of bounded size, UTF-8, JSON of finite numbers and bounded depth.
+"""Safe reading of files that a user names: regular files of bounded size, UTF-8, JSON of finite numbers and bounded depth.
 
-Every reader of this package reads through here. A pipe or a device would be waited for or read without end, a sparse file or
-a long number would take all memory or time before anybody sees that it is no file of ours.
+Every reader of this package uses these functions. Without them, reading a pipe or a device would never end, and a sparse file
+or a very long number would take all memory or time before the file is refused.
 """
 
 import json
@@ -19,33 +19,33 @@ MAX_DEPTH = 64
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
-def file_path(given: Any) -> Path:
-    """Return the name of a file that Python code gave.
+def file_path(name: Any) -> Path:
+    """Return the name of a file as a `Path`.
 
     Raises
     ------
-    UsageError : if it is none.
+    UsageError : if it is no str or path.
     """
-    if not isinstance(given, (str, os.PathLike)):
-        raise UsageError(f"{given!r} is no name of a file: give a str or a Path")
-    return Path(given)
+    if not isinstance(name, (str, os.PathLike)):
+        raise UsageError(f"{name!r} is no name of a file: give a str or a Path")
+    return Path(name)
 
 
 def read_bytes(path: Path, what: str, remedy: str, most: int = MAX_BYTES) -> bytes:
-    """Return what a file holds.
+    """Return the content of a file.
 
     Parameters
     ----------
     what : how messages call the file.
-    remedy : what messages tell to do.
-    most : bytes that it may have.
+    remedy : what messages say to do.
+    most : its largest size, bytes.
 
     Raises
     ------
     UsageError : if it is missing, cannot be read, is no regular file, or is larger.
     """
     try:
-        # Opening a pipe must not wait for somebody to write into it.
+        # Opening a pipe must not wait for a writer.
         handle = os.open(path, _FLAGS)
         with open(handle, "rb") as file:
             status = os.fstat(handle)
@@ -62,7 +62,7 @@ def read_bytes(path: Path, what: str, remedy: str, most: int = MAX_BYTES) -> byt
 
 
 def read_text(path: Path, what: str, remedy: str, most: int = MAX_BYTES) -> str:
-    """Return what a UTF-8 file holds, without a byte order mark.
+    """Return the text of a UTF-8 file, without a byte order mark.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def decoded(data: bytes, what: str, remedy: str) -> str:
 
     Raises
     ------
-    UsageError : if they are no UTF-8.
+    UsageError : if they are not UTF-8.
     """
     try:
         return data.decode("utf-8-sig")
@@ -89,7 +89,7 @@ def parse_json(text: str | bytes) -> Any:
 
     Raises
     ------
-    ValueError : saying why, if it is no JSON, nests deeper than `MAX_DEPTH`, gives an object a key twice, or holds a number
+    ValueError : saying why, if it is not JSON, nests deeper than `MAX_DEPTH`, gives an object a key twice, or holds a number
         that is not finite or has more than `MAX_DIGITS` digits before its point.
     """
     try:
@@ -112,12 +112,12 @@ def _inside(outer: dict[str, Any] | list[Any]) -> list[Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object: which of two values under one key counts differs from program to program."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Return an object; refuse two values under one key, which programs read differently."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
         ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"it holds {key[:40]!r} twice")
-    return found
+    return value
 
 
 def _refuse(number: str) -> NoReturn:

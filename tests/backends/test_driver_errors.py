@@ -50,7 +50,7 @@ def test_a_drivers_error_says_what_is_gone_and_what_to_do(raised, kind, said):
 )
 def test_want_of_memory_is_no_other_failure(raised):
     assert isinstance(recognized(raised), RanOut)
-    assert "--seq" in str(recognized(raised))
+    assert "`context`" in str(recognized(raised))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_own_thresholds():
 
 @pytest.mark.parametrize("text", ["", "silver", "speedup>2", "speed>=2", "speedup>=x", "speedup>=1e9e", "cv<=5,,"])
 def test_what_is_no_gate_is_refused(text):
-    with pytest.raises(UsageError, match="--gate"):
+    with pytest.raises(UsageError, match="`gate`"):
         Gate.parse(text)
 
 

@@ -58,7 +58,7 @@ def test_one_dense_dtype_is_measured_where_one_is_asked_for(backend):
     assert list(plain["baseline"]["candidates_ms"]) == ["dense-fp32"]
     assert plain["configuration"]["dense"] == "fp32"
     assert any("dense was measured in fp32 only" in warning for warning in plain["warnings"])
-    with pytest.raises(UsageError, match="--dense=int8"):
+    with pytest.raises(UsageError, match="`dense`=int8"):
         Options(**SMALL, dense="int8")
 
 
@@ -291,7 +291,7 @@ def test_input_that_does_not_fit_the_dtype_is_refused(backend, tmp_path):
     k = rng.standard_normal((1, 2, 128, 64)).astype(np.float32)
     path = tmp_path / "large.safetensors"
     save_file({"q": q, "k": k * 1e5, "v": k}, path)
-    with pytest.raises(UsageError, match="--dtype bf16"):
+    with pytest.raises(UsageError, match="`dtype=bf16`"):
         run(Options(**SMALL, dtype="fp16", input=path))
 
 
@@ -327,21 +327,21 @@ def test_ctrl_c_in_the_inference_cycle_keeps_what_came_before(backend, monkeypat
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seq": 0}, "--seq=0"),
-        ({"seq": 10**9}, "--seq=1000000000"),
+        ({"seq": 0}, "`seq`=0"),
+        ({"seq": 10**9}, "`seq`=1000000000"),
         ({"heads": 3, "kv_heads": 2}, "3 query heads are not a multiple of 2"),
         ({"dim": 65}, "supported are 64, 80"),
         ({"compress": 0.5}, "out of range"),
         ({"compress": float("nan")}, "out of range"),
         ({"peers": " ,"}, "names nobody"),
         ({"compress": 100}, "cannot be met"),
-        ({"reps": 1}, "--reps=1"),
-        ({"truncate": 50}, "--truncate=50"),
-        ({"dtype": "fp8"}, "--dtype=fp8"),
-        ({"cache": "warm"}, "--cache=warm"),
+        ({"reps": 1}, "`reps`=1"),
+        ({"truncate": 50}, "`truncate`=50"),
+        ({"dtype": "fp8"}, "`dtype`=fp8"),
+        ({"cache": "warm"}, "`cache`=warm"),
         ({"recipe": "int3"}, "int3"),
         ({"recipe": "int8", "anchor_every": 4}, "anchor_every=4 does not combine"),
-        ({"until_ci_percent": 1.0, "paired": False}, "--paired-baseline"),
+        ({"until_ci_percent": 1.0, "paired": False}, "`paired=True`"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(change, named):

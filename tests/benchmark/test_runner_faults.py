@@ -59,7 +59,7 @@ def test_want_of_memory_while_it_measures_ends_the_run_with_what_to_do(backend, 
     expected = MemoryError if isinstance(error, MemoryError) else RanOut
     with pytest.raises(expected) as raised:
         run(Options(**SMALL, recipe="int8"))
-    assert expected is MemoryError or "give a shorter --seq" in str(raised.value)
+    assert expected is MemoryError or "give a shorter `context`" in str(raised.value)
     assert not [thread for thread in threading.enumerate() if thread.name == "telemetry"]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from elastickv.benchmark import Gate, Options
+from elastickv.benchmark.options import AXES, SETTINGS
 from elastickv.benchmark.sample_inputs import load_sample
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, resolve
@@ -26,7 +27,7 @@ from elastickv.recipe.recipe import parse_open
 from elastickv.results.compare import comparison_table
 from elastickv.results.compare.comparison import compare
 from elastickv.results.compare.result_sets import read_result_set
-from elastickv.sweeps.axes import AXES, SETTINGS, values
+from elastickv.sweeps.axes import values
 from elastickv.sweeps.plan import PRESETS, SweepPlan, merged, read_plan
 from elastickv.sweeps.sweep_result import Sweep
 from tests.fuzz.source import Source, as_json, edits

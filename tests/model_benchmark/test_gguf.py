@@ -81,12 +81,12 @@ def test_its_file_is_loaded_shown_and_compared_type_by_type(measured, tmp_path):
 
 def test_predictions_are_not_measured_where_there_is_no_text_for_them(model):
     pytest.importorskip("xllamacpp")
-    from elastickv.benchmark.runner import Silent
+    from elastickv.benchmark.reporter import SilentReporter
     from elastickv.evaluation.texts import Text
     from elastickv.model_benchmark.gguf import GgufBench, measure
 
     sizes = {"context": 64, "rounds": 2, "tokens": 1, "scored": 6, "seed": 0, "threads": 1}
-    result = measure(GgufBench(str(model), ("q8_0", "f16"), text=Text("short.txt", "To be"), **sizes), (), Silent())
+    result = measure(GgufBench(str(model), ("q8_0", "f16"), text=Text("short.txt", "To be"), **sizes), (), SilentReporter())
     assert "short.txt has" in result["fidelity_not_measured"]
     assert all(cache["fidelity"] is None for cache in result["caches"])
     assert result["baseline"] == "q8_0"
@@ -239,11 +239,11 @@ def test_heads_that_blocks_do_not_divide_are_refused(tmp_path):
         ({"kv_types": ("q9",)}, "q9 is unknown"),
         ({"kv_types": ()}, "unknown"),
         ({"kv_types": ("f16", "f16")}, "twice"),
-        ({"reps": 1}, "--reps=1"),
-        ({"context": 1}, "--context=1"),
-        ({"scored": -1}, "--scored=-1"),
-        ({"threads": 0}, "--threads=0"),
-        ({"decode_tokens": 0}, "--decode-tokens=0"),
+        ({"reps": 1}, "`reps`=1"),
+        ({"context": 1}, "`context`=1"),
+        ({"scored": -1}, "`scored`=-1"),
+        ({"threads": 0}, "`threads`=0"),
+        ({"decode_tokens": 0}, "`decode_tokens`=0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(model, options, said):
@@ -260,7 +260,7 @@ def test_what_does_not_fit_the_memory_is_refused_before_it_is_opened(model, monk
 
     monkeypatch.setattr(gguf, "device", lambda: {"name": "CUDA0", "memory_free": 1 << 20})
     monkeypatch.setattr(gguf, "Llama", None)
-    with pytest.raises(DoesNotFit, match="shorter --context"):
+    with pytest.raises(DoesNotFit, match="shorter `context`"):
         gguf.measure(gguf.GgufBench(str(model), ("f16",), 512, 2, 1, 0, 0, None), (), None)
 
 

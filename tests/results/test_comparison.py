@@ -266,7 +266,7 @@ def test_the_committed_results_against_themselves():
 
 def test_other_devices_are_refused_unless_allowed():
     a, b = result(quiet(0.6, 1), quiet(1.0, 2)), result(quiet(0.3, 3), quiet(0.5, 4), name="Another CPU")
-    with pytest.raises(UsageError, match=r"AMD EPYC \(2 threads\).*Another CPU.*--allow-different-device"):
+    with pytest.raises(UsageError, match=r"AMD EPYC \(2 threads\).*Another CPU.*`allow_different_device=True`"):
         compare(a, b)
     row = compare(a, b, allow_different_device=True).rows[0]
     assert (row.verdict, row.control) == ("FASTER", None)

@@ -35,7 +35,7 @@ def run(options, reporter):
     reporter.progress(1, 2)
     time.sleep(0.03)
     if options.dim == 128:
-        raise DoesNotFit("--seq 9 needs 9 GiB")
+        raise DoesNotFit("`seq` 9 needs 9 GiB")
     if options.dim == 256:
         os.kill(os.getpid(), signal.SIGKILL)
     if due(options.device, "slow"):

@@ -127,7 +127,7 @@ def test_a_device_that_cannot_be_used_any_more_ends_the_sweep_and_keeps_its_cell
         fake("0 unable always")
 
     watcher.finished = unable
-    with pytest.raises(DeviceFailure, match="does not exist; 2 cells are not measured: --resume goes on"):
+    with pytest.raises(DeviceFailure, match="does not exist; 2 cells are not measured: `resume=True` goes on"):
         sweep(output=path, watcher=watcher, **FEW)
     assert [record["status"] for record in read(path)[1]] == ["failed"]
     fake()
@@ -174,17 +174,84 @@ def test_a_header_that_was_cut_off_is_written_again(fake, tmp_path):
     assert statuses(sweep(output=path, resume=True, backend="cpu", **FEW)) == {"ok": 3}
 
 
-def test_a_file_that_is_taken_away_before_it_is_locked_gets_no_cell(tmp_path, monkeypatch):
-    path = tmp_path / "s.jsonl"
-    lock = Journal._lock
+def test_a_file_that_is_taken_away_before_it_is_locked_is_begun_again(tmp_path, monkeypatch):
+    path, plan = tmp_path / "s.jsonl", SweepPlan.of(FEW)
+    path.write_text("")
+    acquire = Journal._acquire
 
-    def late(journal, file):
+    def late(journal):
         path.unlink()
-        lock(journal, file)
+        acquire(journal)
 
-    monkeypatch.setattr(Journal, "_lock", late)
-    with pytest.raises(UsageError, match="another sweep"):
-        Journal(path, SweepPlan.of(FEW), resume=False)
+    monkeypatch.setattr(Journal, "_acquire", late)
+    with Journal(path, plan, resume=False):
+        assert read(path)[0]["plan_hash"] == plan.hash
+
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from elastickv.sweeps.journal import Journal
+from elastickv.sweeps.plan import SweepPlan
+journal = Journal(Path(sys.argv[1]), SweepPlan.of({"seq": [512, 1024, 2048], "compress": 1.2, "heads": 2}), resume=False)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.fault("signals")
+def test_a_killed_sweep_locks_nothing_and_its_lock_file_goes_with_the_next_one(tmp_path):
+    path, plan = tmp_path / "s.jsonl", SweepPlan.of(FEW)
+    command = [sys.executable, "-c", _HOLDER, str(path)]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(SOURCE)}, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(UsageError, match="is being written by another sweep: wait, or give another name"):
+            Journal(path, plan, resume=True)
+        process.kill()
+    assert {p.name for p in tmp_path.iterdir()} == {"s.jsonl", ".s.jsonl.lock"}
+    with Journal(path, plan, resume=True):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["s.jsonl"]
+
+
+def test_a_link_to_a_file_has_the_lock_of_the_file(tmp_path):
+    path, link, plan = tmp_path / "s.jsonl", tmp_path / "link.jsonl", SweepPlan.of(FEW)
+    link.symlink_to(path)
+    with Journal(path, plan, resume=False), pytest.raises(UsageError, match="another sweep"):
+        Journal(link, plan, resume=True)
+
+
+_NO_POSIX = """
+import signal, sys, warnings
+warnings.simplefilter("ignore")  # filelock says that it falls back to a weaker lock
+for module in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[module] = None
+for name in ("SIGHUP", "SIGKILL", "pthread_sigmask", "SIG_BLOCK", "SIG_SETMASK"):
+    delattr(signal, name)
+import elastickv.sweeps.worker
+from elastickv.cli import COMMANDS, root
+from elastickv.cli.error_handling import exit_with
+import importlib
+for name in COMMANDS:
+    importlib.import_module(f"elastickv.cli.{name}")
+from pathlib import Path
+from elastickv.sweeps.scheduler import _signals_for_us_only
+from elastickv.sweeps.sweep import sweep
+with _signals_for_us_only():
+    pass
+from elastickv.sweeps.journal import Journal
+from elastickv.sweeps.plan import SweepPlan
+plan = SweepPlan.of({"seq": [512, 1024], "compress": 1.2, "heads": 2})
+with Journal(Path(sys.argv[1]), plan, resume=False) as journal:
+    journal.append({"cell": plan.cells[0], "status": "failed", "reason": "x"})
+"""
+
+
+def test_sweeps_and_the_command_line_start_where_a_system_is_no_posix(tmp_path):
+    path = tmp_path / "s.jsonl"
+    command = [sys.executable, "-c", _NO_POSIX, str(path)]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(SOURCE)}, check=True, timeout=120)
+    assert len(read(path)[1]) == 1 and [p.name for p in tmp_path.iterdir()] == ["s.jsonl"]
 
 
 def test_failed_cells_are_measured_again_when_asked_for(fake, tmp_path):
@@ -200,23 +267,22 @@ def test_failed_cells_are_measured_again_when_asked_for(fake, tmp_path):
     assert all(cell == kept.get(key(cell["cell"]), cell) for cell in again.cells)
     assert path.stat().st_mode & 0o777 == 0o640
     assert sorted(p.name for p in tmp_path.iterdir()) == ["faults", "s.jsonl"]
-    with pytest.raises(UsageError, match="give --resume too"):
+    with pytest.raises(UsageError, match="give `resume=True` too"):
         sweep(output=path, retry_failed=True, **FEW)
 
 
-def test_a_file_whose_failed_cells_are_retried_stays_locked_under_both_its_names(fake, tmp_path):
+def test_a_file_whose_failed_cells_are_retried_stays_locked(fake, tmp_path):
     path = tmp_path / "s.jsonl"
     fake("0 break")
     sweep(output=path, backend="cpu", **FEW)
     plan = SweepPlan.of(FEW | {"backend": "cpu"})
-    old = path.open("rb")
+    before = path.stat().st_ino
     with Journal(path, plan, resume=True, retry_failed=True) as journal:
-        assert len(journal.done) == 2 and len(read(path)[1]) == 2
+        assert len(journal.done) == 2 and len(read(path)[1]) == 2 and path.stat().st_ino != before
         with pytest.raises(UsageError, match="another sweep"):
             Journal(path, plan, resume=True)
-        with pytest.raises(BlockingIOError):
-            __import__("fcntl").flock(old, __import__("fcntl").LOCK_EX | __import__("fcntl").LOCK_NB)
-    old.close()
+        journal.append({"cell": next(c for c in plan.cells if key(c) not in journal.done), "status": "failed", "reason": "x"})
+    assert len(read(path)[1]) == 3
 
 
 @pytest.mark.fault("disk full")
@@ -231,7 +297,7 @@ def test_a_full_disk_keeps_the_cells_before_and_resume_goes_on(fake, tmp_path):
             sweep(output=path, backend="cpu", **FEW)
         assert [p.name for p in disk.iterdir()] == ["filler"]
         (disk / "filler").unlink()
-        with pytest.raises(UsageError, match=r"No space left on device.*--resume goes on"):
+        with pytest.raises(UsageError, match=r"No space left on device.*`resume=True` goes on"):
             sweep(output=path, backend="cpu", **FEW)
         assert path.read_bytes().endswith(b"\n")
         assert {record["status"] for record in read(path)[1]} == {"ok"}

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import elastickv
+from elastickv.benchmark.options import AXES, SETTINGS
 from elastickv.errors import UsageError
 from elastickv.results.compare.result_sets import read_result_set
 from elastickv.sweeps import scheduler
-from elastickv.sweeps.axes import AXES, SETTINGS, values
+from elastickv.sweeps.axes import values
 from elastickv.sweeps.journal import Journal, read
 from elastickv.sweeps.plan import SweepPlan, key, read_plan
 from elastickv.sweeps.sweep import sweep
@@ -54,17 +55,17 @@ def test_an_axis_takes_lists_and_ranges(name, text, expected):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"seq": "abc"}, "--seq=abc"),
+        ({"seq": "abc"}, "`seq`=abc"),
         ({"seq": "8-2"}, "8-2"),
         ({"batch": "1-4*1"}, "1-4"),
         ({"batch": "1-99999999"}, "larger step"),
-        ({"seq": ""}, "--seq"),
-        ({"seq": []}, "--seq is empty"),
+        ({"seq": ""}, "`seq`"),
+        ({"seq": []}, "`seq` is empty"),
         ({"seq": [True]}, "whole number"),
-        ({"seq": [512, 0]}, "--seq=0"),
-        ({"dtype": "bf16,int8"}, "--dtype=int8"),
+        ({"seq": [512, 0]}, "`seq`=0"),
+        ({"dtype": "bf16,int8"}, "`dtype`=int8"),
         ({"seqs": 5}, "seqs is unknown"),
-        ({"reps": 1}, "--reps=1"),
+        ({"reps": 1}, "`reps`=1"),
         ({"cells": [{"reps": 5}]}, "reps in cells"),
         ({"cells": []}, "not empty"),
     ],
@@ -73,6 +74,13 @@ def test_a_bad_plan_is_refused_in_one_line(given, named):
     with pytest.raises(UsageError, match=named.replace("*", r"\*")) as error:
         SweepPlan.of({"compress": 1.2} | given)
     assert "\n" not in str(error.value)
+
+
+def test_the_order_of_the_axes_which_the_hash_of_a_plan_depends_on_stays():
+    assert AXES == (
+        "seq", "batch", "compress", "recipe", "heads", "kv_heads", "dim", "dtype", "cache", "sinks", "window", "anchor_every",
+    )  # fmt: skip
+    assert SweepPlan.of({"seq": [512, 1024], "compress": [1.2, 1.5], "heads": 2, "backend": "cpu"}).hash == "1dde75d3c018b74e"
 
 
 def test_cells_of_a_plan_are_a_union_of_products_in_an_order_of_the_seed(tmp_path):
@@ -132,7 +140,7 @@ def test_a_cell_that_does_not_fit_or_kills_its_process_stops_no_other(tmp_path, 
     found = sweep(output=tmp_path / "s.jsonl", dim=[64, 128, 256], **SMALL)
     status = {dim: {(c["status"], c["reason"]) for c in found.cells if c["cell"]["dim"] == dim} for dim in (64, 128, 256)}
     assert status[64] == {("ok", None)}
-    assert status[128] == {("does not fit", "--seq 9 needs 9 GiB")}
+    assert status[128] == {("does not fit", "`seq` 9 needs 9 GiB")}
     ((kind, reason),) = status[256]
     assert kind == "failed" and "killed" in reason
     assert found.complete
@@ -174,7 +182,7 @@ def test_files_of_others_are_left_alone(tmp_path, fake):
     path = tmp_path / "s.jsonl"
     sweep(output=path, **SMALL)
     before = path.read_bytes()
-    with pytest.raises(UsageError, match="--resume continues it"):
+    with pytest.raises(UsageError, match="`resume=True` continues it"):
         sweep(output=path, **SMALL)
     with pytest.raises(UsageError, match="another plan"):
         sweep(output=path, resume=True, **SMALL | {"heads": 4})
@@ -195,8 +203,7 @@ def test_the_command_measures_real_cells_and_its_options_are_those_of_bench(tmp_
     from elastickv.benchmark.result import SCHEMA_VERSION
     from elastickv.cli import sweep as cli
 
-    assert cli.AXES == AXES
-    assert {name.replace("no_graphs", "graphs") for name in cli.SETTINGS} == set(SETTINGS)
+    assert {*AXES, *SETTINGS} <= {parameter.name for parameter in cli.command.params}
     path, table = tmp_path / "s.jsonl", tmp_path / "s.csv"
     shape = ["--seq=300", "--heads=2", "--cache=hot", "--backend=cpu", "--compress=1.3", "--recipe=auto,int8"]
     done = CliRunner().invoke(
@@ -260,9 +267,9 @@ def test_baselines_alone_are_the_whole_plan():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"baseline": "gguf"}, "without --model"),
-        ({"model": "a.gguf"}, "without --baseline"),
-        ({"baseline": "onnx", "model": "a"}, "--baseline onnx is unknown: choose transformers, gguf"),
+        ({"baseline": "gguf"}, "without `model`"),
+        ({"model": "a.gguf"}, "without `baseline`"),
+        ({"baseline": "onnx", "model": "a"}, "`baseline` onnx is unknown: choose transformers, gguf"),
         ({"baseline": "", "model": "a"}, "no list of names"),
         ({"baseline": 3, "model": "a"}, "no list of names"),
     ],

@@ -53,7 +53,7 @@ def failure(code: int, said: str) -> Exception:
     """
     if code == OUT_OF_MEMORY:
         return RanOut(
-            f"the device's memory ran out ({said}): give a shorter --seq, a smaller --batch or fewer heads, "
+            f"the device's memory ran out ({said}): give a shorter `context`, a smaller `batch` or fewer heads, "
             "or end what else uses the device"
         )
     if code in LOST:

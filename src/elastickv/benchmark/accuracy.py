@@ -1,4 +1,4 @@
-"""The receipt: what the code path that is timed does to the output."""
+"""The output error of the very code path that is timed."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class SampleAccuracy:
     recipe, recipe_hash : the recipe as solved for the sample's context.
     context : tokens before the first query and after the last.
     kernel_error : back end against the float64 reference of the same recipe on the same codes.
-    recipe_error : back end against float64 dense attention on the unquantised keys and values.
+    recipe_error : back end against float64 dense attention on the unquantized keys and values.
     """
 
     recipe: str
@@ -70,12 +70,12 @@ def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str) -> Samp
 
 
 def timed_kernel_error(cache: LayerCache, output: np.ndarray, queries: np.ndarray, heads: int = 2) -> ErrorSummary:
-    """Return the kernel error of what a timed program computed on a cache at an anchor.
+    """Return the kernel error of the output of a timed program on a cache at an anchor.
 
     Parameters
     ----------
     output : (batch, query_heads, head_dim), of the program that is timed.
-    queries : the queries it was given.
+    queries : its queries.
     heads : KV heads, of the first and of the last sequence, that the reference computes; the others must be what
         `cache.decode` computes.
 
@@ -99,7 +99,7 @@ def timed_kernel_error(cache: LayerCache, output: np.ndarray, queries: np.ndarra
 
 
 def check_kernel_error(error: float, dtype: str, what: str) -> None:
-    """Refuse to time a back end that computes something else."""
+    """Refuse to time a back end whose output is wrong."""
     limit = KERNEL_ERROR_LIMITS[dtype]
     if not error <= limit:
         raise KernelMismatch(f"{what}: kernel error {error:.2g} is above {limit:g} for {dtype}; no figure is reported")
@@ -115,7 +115,7 @@ def check_range(sample: Sample, dtype: str) -> None:
     largest = {name: float(np.abs(getattr(sample, name)).max()) for name in ("q", "k", "v")}
     if dtype == "fp16" and max(largest["k"], largest["v"]) > LARGEST_FP16:
         raise UsageError(
-            f"input {sample.name} holds values up to {max(largest['k'], largest['v']):g}: use --dtype bf16 or fp32"
+            f"input {sample.name} holds values up to {max(largest['k'], largest['v']):g}: use `dtype=bf16` or fp32"
         )
     if largest["q"] * largest["k"] * sample.k.shape[-1] > LARGEST_FP32 or largest["v"] > LARGEST_FP32 / sample.k.shape[2]:
         raise UsageError(f"input {sample.name}: its scores overflow float32; scale q and k down")

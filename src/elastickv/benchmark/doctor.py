@@ -1,4 +1,4 @@
-"""What this machine has for ElasticKV, what is missing, and the command that mends it."""
+"""What this machine has for ElasticKV, what is missing, and the command that fixes it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ from elastickv.errors import DeviceFailure, UsageError
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at.
+    """The state of one thing.
 
     Attributes
     ----------
-    topic : what.
+    topic : its name.
     state : 'ok'; 'absent', which a CPU run does without; 'broken', which something that is here needs.
-    detail : what was found.
-    remedy : the command that mends it; empty where there is nothing to mend.
+    detail : one line.
+    remedy : the command that fixes it; empty where nothing needs fixing.
     """
 
     topic: str
@@ -31,7 +31,7 @@ class Finding:
 
 
 def findings() -> Iterator[Finding]:
-    """Yield what was found, cheap looks first; nothing is installed or changed."""
+    """Yield the findings, cheap ones first; nothing is installed or changed."""
     yield Finding("processor", "ok", f"{cpu_name() or 'unknown'}, {os.cpu_count()} logical CPUs")
     yield _cpu_backend()
     yield _caches()
@@ -62,9 +62,9 @@ def _caches() -> Finding:
     reason = obstacle(existing)
     if reason is not None:
         remedy = "make room there, or set ELASTICKV_CACHE_DIR to a folder that can be written"
-        return Finding("kernel cache", "absent", f"{folder}: {reason}: kernels compile anew at every start", remedy)
-    kept = len(list(folder.glob("*.kernel"))) if folder.is_dir() else 0
-    return Finding("kernel cache", "ok", f"{folder}, {kept} compiled kernels")
+        return Finding("kernel cache", "absent", f"{folder}: {reason}: kernels compile again at every start", remedy)
+    compiled = len(list(folder.glob("*.kernel"))) if folder.is_dir() else 0
+    return Finding("kernel cache", "ok", f"{folder}, {compiled} compiled kernels")
 
 
 def _cuda() -> Iterator[Finding]:
@@ -106,7 +106,7 @@ def _devices(missing: str, has_gpu: bool) -> Iterator[Finding]:
             yield Finding(f"GPU {number}", "broken", str(error), f"nvidia-smi -q -i {number}   # then reset or replace it")
             number += 1
             continue
-        bandwidth = f"{device.theoretical_bw_gbs:.0f} GB/s" if device.theoretical_bw_gbs else "bandwidth not told"
+        bandwidth = f"{device.theoretical_bw_gbs:.0f} GB/s" if device.theoretical_bw_gbs else "bandwidth unknown"
         yield Finding(
             f"GPU {number}",
             "ok",
@@ -125,13 +125,13 @@ def _settings(number: int) -> Finding:
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByIndex(number)
     except Exception as error:  # absent, or any of NVML's own types
-        return Finding(topic, "absent", f"NVML cannot be asked: {error}", "pip install nvidia-ml-py")
+        return Finding(topic, "absent", f"NVML cannot be read: {error}", "pip install nvidia-ml-py")
 
     def ask(function: str, *arguments: Any) -> Any:
         try:
             return getattr(nvml, function)(handle, *arguments)
         except Exception:  # not supported by this part
-            return "not told"
+            return "unknown"
 
     sm, memory = ask("nvmlDeviceGetClockInfo", 1), ask("nvmlDeviceGetClockInfo", 2)
     ecc, mig, persistence = (

@@ -1,4 +1,4 @@
-"""What a result was measured with: versions, operating system, processor, commit. Nothing is imported to find out."""
+"""The environment of a result: versions, operating system, processor, commit. Nothing is imported for it."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from elastickv import __version__
+from elastickv.version import __version__
 
 _PACKAGE = Path(__file__).parents[1]
 # Name in the record -> distributions that provide it, the first installed one counts.
@@ -27,7 +27,7 @@ COMMIT_FILE = "commit.txt"
 
 
 def environment() -> dict[str, Any]:
-    """Return what the measuring machine and process are, as JSON values; None for what cannot be told."""
+    """Return the environment of this process as JSON values; None for what is unknown."""
     return {
         "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": package_commit(_PACKAGE),
@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """Return the processor's product name, or its architecture where the system tells no name."""
+    """Return the processor's product name, or its architecture where the system has no name for it."""
     try:
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
@@ -59,7 +59,7 @@ def package_commit(package: Path) -> str | None:
 
     From git when the package lies in its own checkout, else the commit recorded when it was built, else None.
     """
-    # A virtual environment inside somebody else's repository must not report that repository's commit.
+    # A virtual environment inside another repository must not report that repository's commit.
     if (package.parents[1] / ".git").exists():
         commit = _output(["git", "-C", str(package), "rev-parse", "HEAD"])
         if commit:

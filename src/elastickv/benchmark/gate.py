@@ -59,7 +59,7 @@ class Gate:
             match = re.fullmatch(r"\s*([a-z_]+)\s*(>=|<=)\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*", term)
             if not match or match[1] not in METRICS:
                 raise UsageError(
-                    f"--gate {text}: {term!r} is not a criterion; choose {', '.join(GATES)}, or write bounds on "
+                    f"`gate` {text}: {term!r} is not a criterion; choose {', '.join(GATES)}, or write bounds on "
                     f"{', '.join(METRICS)} such as speedup>=1.5,cv<=5"
                 )
             criteria.append(Criterion(match[1], match[2], float(match[3])))

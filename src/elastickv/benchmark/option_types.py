@@ -1,28 +1,17 @@
-"""Values that come from outside, Python or a file, as the options of `bench` have them."""
+"""Values from outside, Python or a file, converted to the types of the options."""
 
 from contextlib import suppress
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
-from elastickv.benchmark.options import Options
+from elastickv.benchmark.options import TYPES
 from elastickv.errors import UsageError
 
-
-def _type(hint: Any) -> type:
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) is UnionType else [hint]
-    found: type = kinds[0]
-    return found
-
-
-TYPES: dict[str, type] = {
-    name: kind for name, hint in get_type_hints(Options).items() if (kind := _type(hint)) in (int, float, str, bool, Path)
-}
 MAX_NUMBER = 10**15
 _WHOLE = (int, np.integer)
-_SAID = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "the name of a file"}
+_DESCRIPTIONS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "the name of a file"}
 
 
 def typed(name: str, value: Any, several: bool = False) -> Any:
@@ -30,7 +19,7 @@ def typed(name: str, value: Any, several: bool = False) -> Any:
 
     Parameters
     ----------
-    several : whether there may be more than one, which the message of an error then tells.
+    several : whether a list is accepted too, which the message of an error then says.
 
     Raises
     ------
@@ -49,12 +38,12 @@ def typed(name: str, value: Any, several: bool = False) -> Any:
     elif type(value) is kind:
         return value
     lists = several and kind in (int, float)
-    todo = "write lists as 1,2,4 and ranges as 2-8*2 or 1-9+4" if lists else f"give {_SAID[kind]}"
-    raise UsageError(f"--{name.replace('_', '-')}={value} is not {_SAID[kind]}: {todo}")
+    remedy = "write lists as 1,2,4 and ranges as 2-8*2 or 1-9+4" if lists else f"give {_DESCRIPTIONS[kind]}"
+    raise UsageError(f"`{name}`={value} is not {_DESCRIPTIONS[kind]}: {remedy}")
 
 
 def _bounded(name: str, number: Any) -> Any:
     # Not NaN, not infinite, and no whole number that would not fit into arithmetic.
     if not -MAX_NUMBER <= number <= MAX_NUMBER:
-        raise UsageError(f"--{name.replace('_', '-')}={str(number)[:40]} is out of range: at most {MAX_NUMBER:g} is accepted")
+        raise UsageError(f"`{name}`={str(number)[:40]} is out of range: at most {MAX_NUMBER:g} is accepted")
     return number

@@ -1,4 +1,4 @@
-"""Before the clock runs: will it fit, which dense variant is the fastest, and does everybody compute attention."""
+"""Before the clock runs: check memory, find the fastest dense variant, check that every contender computes attention."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ CLOSE = 0.1  # of the logarithm of two times
 
 @dataclass(frozen=True)
 class ContenderSet:
-    """Who will be measured.
+    """The contenders of a run.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class ContenderSet:
     elastic : the recipe's contender.
     peers : every peer variant that runs, the baseline included if it is one.
     own_dense : our fastest dense contender.
-    candidates_ms : preview of every dense contender, milliseconds per step. A peer with keys and values in 8 bit is none.
+    candidates_ms : preview of every dense contender, milliseconds per step. Peers with 8-bit keys and values are no baselines.
     not_run : contenders that were not measured, and why.
     recipe, dtype : what the elastic contender runs, and the model's own dtype that it takes.
     fallback : why that is not the recipe that `auto` chose; None where it is.
@@ -61,7 +61,7 @@ def check_memory(backend: Backend, options: Options, recipe: Recipe) -> int:
     def needed(context: int) -> int:
         dense = backend.cache_bytes(options.shape, context, dense_dtype, DENSE)
         elastic = backend.cache_bytes(options.shape, context, options.dtype, recipe) * recipe.anchor_every
-        # While the fastest dense variant is sought, the best so far and the next lie side by side.
+        # The search for the fastest dense variant holds the best one so far and the next one.
         return dense + max(dense, elastic)
 
     if needed(options.seq) <= free:
@@ -75,13 +75,13 @@ def check_memory(backend: Backend, options: Options, recipe: Recipe) -> int:
         low, high = (middle, high) if needed(middle) <= free else (low, middle)
     fits = f"a context of {low} would fit" if low else "no context fits: give fewer heads or sequences"
     raise DoesNotFit(
-        f"--seq {options.seq} needs {needed(options.seq) / 2**30:.2f} GiB for a dense and an elastic cache; "
+        f"`seq` {options.seq} needs {needed(options.seq) / 2**30:.2f} GiB for a dense and an elastic cache; "
         f"{free / 2**30:.2f} GiB of {backend.device.name} can be used; {fits}"
     )
 
 
 def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float, phase: Callable[[str], None]) -> ContenderSet:
-    """Allocate, check and preview every contender; keep the fastest dense one.
+    """Allocate, check and preview every contender; retain the fastest dense one.
 
     Raises
     ------
@@ -91,19 +91,21 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
     kernel_error: dict[str, ErrorSummary] = {}
     not_run: dict[str, str] = {}
 
-    def own(name: str, dtype: str, kept: Recipe) -> Contender:
-        kv_bytes = interval_bytes(kept, [context] * shape.batch, shape, dtype).kv
-        # A third each for dense and elastic; the last is left to the inference cycle and to peers.
-        limit = int(MEMORY_SHARE / 3 * backend.device.free_bytes // backend.cache_bytes(shape, context, dtype, kept))
+    def own(name: str, dtype: str, own_recipe: Recipe) -> Contender:
+        kv_bytes = interval_bytes(own_recipe, [context] * shape.batch, shape, dtype).kv
+        # A third each for dense and elastic, one for the inference cycle and peers.
+        limit = int(MEMORY_SHARE / 3 * backend.device.free_bytes // backend.cache_bytes(shape, context, dtype, own_recipe))
         rotation = plan_rotation(
             kv_bytes,
             options.inner_loops,
-            kept.anchor_every,
+            own_recipe.anchor_every,
             backend.device.last_level_cache_bytes,
             options.cache == "cold",
             max(1, limit),
         )
-        contender, program, caches = ours(name, backend, shape, context, dtype, kept, rotation, seed, options.graphs, query_rms)
+        contender, program, caches = ours(
+            name, backend, shape, context, dtype, own_recipe, rotation, seed, options.graphs, query_rms
+        )
         contender.sample()
         contender.check()
         kernel_error[name] = timed_kernel_error(caches[0], program.outputs()[0], random_queries(shape, seed, query_rms))
@@ -126,7 +128,7 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
             best[1].close()
         best = (candidates[name], contender)
     if best is None:
-        raise DoesNotFit(f"--seq {context}: no dense cache fits {backend.device.name}; give a shorter context")
+        raise DoesNotFit(f"`seq` {context}: no dense cache fits {backend.device.name}; give a shorter context")
     own_dense = best[1]
     phase(f"preparing {recipe}")
     elastic, used, used_dtype, fallback = own("elastic", options.dtype, recipe), recipe, options.dtype, None
@@ -160,7 +162,7 @@ def _preview(contender: Contender) -> float:
 
 
 def _paired_preview(dense: Contender, elastic: Contender) -> tuple[float, float]:
-    """Return dense / elastic and the milliseconds of elastic, medians of samples in turn: more of them where it is close."""
+    """Return dense / elastic and the milliseconds of elastic, medians of alternating samples, more where they are close."""
     pairs = [(dense.sample(), elastic.sample()) for _ in range(PREVIEW_SAMPLES)]
     if abs(math.log(_ratio(pairs))) < CLOSE:
         pairs += [(dense.sample(), elastic.sample()) for _ in range(2 * PREVIEW_SAMPLES)]

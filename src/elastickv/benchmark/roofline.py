@@ -1,4 +1,4 @@
-"""Where a contender stands under the roofline (Williams, Waterman & Patterson 2009)."""
+"""The roofline score of a contender (Williams, Waterman & Patterson 2009)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def _rows(recipe: Recipe, length: int, steps_since_refresh: int, fraction: float
 
 
 def roofline_point(seconds: float, moved_bytes: float, flops: float, ceilings: Ceilings) -> RooflinePoint:
-    """Return where a step that takes `seconds` stands."""
+    """Return the roofline point of a step that takes `seconds`."""
     intensity = flops / moved_bytes
     attainable = min(ceilings.flops, intensity * ceilings.read_gbs * 1e9)
     achieved = flops / seconds

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import reduce
-from typing import Protocol
 
 from elastickv.backends import Backend, Ceilings, load
 from elastickv.backends.driver_errors import device_failures
@@ -10,6 +9,7 @@ from elastickv.benchmark.accuracy import SampleAccuracy, check_range, replay, sa
 from elastickv.benchmark.environment import environment
 from elastickv.benchmark.options import Options
 from elastickv.benchmark.prepare import ContenderSet, check_memory, prepare
+from elastickv.benchmark.reporter import Reporter, SilentReporter
 from elastickv.benchmark.result import RecipeErrors, Result
 from elastickv.benchmark.sample_inputs import Sample, load_sample
 from elastickv.benchmark.sampler import Samples, collect
@@ -24,26 +24,6 @@ WARMUP_SHARE = 0.1
 CEILING_ROUNDS = 3
 
 
-class Reporter(Protocol):
-    """Told what is going on."""
-
-    def phase(self, name: str) -> None:
-        """A phase begins."""
-
-    def progress(self, done: int, total: int) -> None:
-        """`done` of `total` samples are taken."""
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def phase(self, name: str) -> None:
-        """Ignore."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Ignore."""
-
-
 def run(options: Options, reporter: Reporter | None = None) -> Result:
     """Measure dense and elastic decode attention as `options` say.
 
@@ -55,24 +35,24 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
     KeyboardInterrupt : if interrupted before anything was measured; later, the result is marked incomplete.
     """
     with device_failures():
-        return _run(options, reporter or Silent())
+        return _run(options, reporter or SilentReporter())
 
 
 def _run(options: Options, report: Reporter) -> Result:
     sample = load_sample(options.input)
     check_range(sample, options.dtype)
-    backend, passed_over = load(options.backend, options.device)
+    backend, skip_reason = load(options.backend, options.device)
     recipe = options.resolved_recipe
     layers = check_memory(backend, options, recipe)
-    surroundings = environment()
+    here = environment()
     report.phase(f"checking {recipe} on real activations")
-    receipt, refused = _sample_accuracy(backend, options, sample, recipe)
+    accuracy, refused = _sample_accuracy(backend, options, sample, recipe)
     report.phase("measuring the ceilings of the device")
     ceilings = _highest_ceilings(backend)
     field = prepare(backend, options, recipe, sample.query_rms, report.phase)
     recipe = field.recipe
     if field.fallback:
-        receipt, refused = replay(backend, sample, recipe, field.dtype), None
+        accuracy, refused = replay(backend, sample, recipe, field.dtype), None
     with Telemetry(backend.device.kind, options.device or 0) as telemetry:
         report.phase(f"measuring {recipe} against {field.baseline.name}")
         samples = _measure(options, field, report.progress, lambda: bool(telemetry.snapshot()["flags"]))
@@ -89,22 +69,22 @@ def _run(options: Options, report: Reporter) -> Result:
                 report.phase("measuring the ceilings again")
                 ceilings = ceilings.at_least(_highest_ceilings(backend))
         except KeyboardInterrupt:
-            # What was measured before is kept; only the result is marked.
+            # The result keeps what was measured before and is marked incomplete.
             complete = False
     return Summary(options, backend, field, ceilings, samples, cycle, complete).result(
-        RecipeErrors(sample.name, field.kernel_error, receipt, refused), telemetry, surroundings, passed_over
+        RecipeErrors(sample.name, field.kernel_error, accuracy, refused), telemetry, here, skip_reason
     )
 
 
 def _highest_ceilings(backend: Backend) -> Ceilings:
-    """Return the best of a few measurements: on a shared machine one of them may meet a neighbour."""
+    """Return the best of a few measurements: on a shared machine another program may disturb one of them."""
     return reduce(Ceilings.at_least, (backend.ceilings() for _ in range(CEILING_ROUNDS)))
 
 
 def _sample_accuracy(
     backend: Backend, options: Options, sample: Sample, timed: Recipe
 ) -> tuple[SampleAccuracy | None, str | None]:
-    """Return the receipt of the recipe as solved for the sample or, where that can't be, of the one that is timed; and why."""
+    """Return the accuracy of the recipe as solved for the sample or, where it cannot be solved, of the timed one; and why."""
     shape = sample_shape(sample)
     try:
         recipe, refused = options.recipe_at(sample.k.shape[2], shape), None

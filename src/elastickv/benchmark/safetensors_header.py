@@ -21,7 +21,7 @@ _REMEDY = "write it with safetensors as docs/bench.md says, or copy it again"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies.
+    """The position of one tensor.
 
     Attributes
     ----------
@@ -64,11 +64,11 @@ def read_header(path: Path, names: tuple[str, ...]) -> tuple[dict[str, TensorEnt
         _refuse(path, f"is not a safetensors file: its header is not JSON ({error})")
     if not isinstance(header, dict):
         _refuse(path, "is not a safetensors file: its header is not a JSON object")
-    given = sorted(name for name in header if name != "__metadata__")
+    tensors = sorted(name for name in header if name != "__metadata__")
     missing = [name for name in names if name not in header]
     if missing:
         raise UsageError(
-            f"input {path} has no tensor {', '.join(map(repr, missing))}: it holds {', '.join(given) or 'nothing'}; "
+            f"input {path} has no tensor {', '.join(map(repr, missing))}: it holds {', '.join(tensors) or 'nothing'}; "
             f"{', '.join(names)} are needed (docs/bench.md)"
         )
     data_start = _LENGTH_BYTES + length

@@ -1,4 +1,4 @@
-"""The order of measurement: contenders interleaved in randomised mirrored blocks, or one after the other."""
+"""The order of measurement: contenders interleaved in randomized mirrored blocks, or one after the other."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -67,9 +67,9 @@ def collect(
     ----------
     contenders : name -> a function that takes one sample and returns its time.
     time_limit_s : stop at the end of the block in which this many seconds are over (unpaired: shared out evenly).
-    converged : asked after every block of a paired run; True stops it.
-    progress : told samples done and samples planned.
-    disturbed : asked after every sample; a sample for which it is True is kept and marked.
+    converged : called after every block of a paired run; True stops it.
+    progress : called with the samples done and planned.
+    disturbed : called after every sample; a sample for which it is True is marked.
 
     Ctrl-C stops the run; what was measured is returned, marked incomplete.
     """

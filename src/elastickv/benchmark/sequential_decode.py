@@ -1,4 +1,4 @@
-"""The inference cycle: sequential decode steps that really depend on each other, dense and elastic in mirrored order."""
+"""The inference cycle: decode steps that depend on each other, dense and elastic in mirrored order."""
 
 import math
 from collections.abc import Callable
@@ -54,28 +54,28 @@ class CycleSamples:
 
 
 def choose_layers(
-    backend: Backend, recipe: Recipe, shape: AttentionShape, context: int, capacity: int, dtype: str, asked: int | None
+    backend: Backend, recipe: Recipe, shape: AttentionShape, context: int, capacity: int, dtype: str, layers: int | None
 ) -> int:
-    """Return the layers of a cycle: as asked, else enough that the elastic bytes exceed the last-level cache twice.
+    """Return the layers of a cycle: `layers` if set, else enough that the elastic bytes exceed the last-level cache twice.
 
     Raises
     ------
-    UsageError : if the layers asked for do not fit the device.
+    UsageError : if `layers` do not fit the device.
     """
-    # Which dense dtype will win is not known yet; the widest is reckoned with.
+    # The fastest dense dtype is not known yet: assume the widest.
     dense = backend.cache_bytes(shape, capacity, "fp32", DENSE)
     per_layer = backend.cache_bytes(shape, capacity, dtype, recipe) + dense
     fit = int(MEMORY_SHARE * backend.device.free_bytes // per_layer)
-    if asked is None:
+    if layers is None:
         kv = interval_bytes(recipe, [context] * shape.batch, shape, dtype).kv
         wanted = math.ceil(COLD_FACTOR * backend.device.last_level_cache_bytes / kv)
-        asked = max(1, min(wanted, MAX_LAYERS, fit))
-    if asked > fit:
+        layers = max(1, min(wanted, MAX_LAYERS, fit))
+    if layers > fit:
         raise UsageError(
-            f"an inference cycle of {asked} layers at {capacity} tokens needs {asked * per_layer / 2**30:.2f} GiB; "
+            f"an inference cycle of {layers} layers at {capacity} tokens needs {layers * per_layer / 2**30:.2f} GiB; "
             f"{MEMORY_SHARE * backend.device.free_bytes / 2**30:.2f} GiB can be used: {fit} layers fit"
         )
-    return asked
+    return layers
 
 
 def run_cycle(
@@ -105,10 +105,10 @@ def run_cycle(
     recipes = {"dense": (DENSE, dense_dtype), "elastic": (recipe, dtype)}
     programs: dict[str, Program] = {}
     caches: dict[str, list[LayerCache]] = {}
-    for name, (kept, kept_dtype) in recipes.items():
+    for name, (used, used_dtype) in recipes.items():
         caches[name] = []
         for layer in range(layers):
-            cache = backend.cache(shape, capacity, kept_dtype, kept, kept.layer_anchor_offset(layer, layers))
+            cache = backend.cache(shape, capacity, used_dtype, used, used.layer_anchor_offset(layer, layers))
             cache.fill_random(np.full(shape.batch, context - 1), seed + layer)
             rng = np.random.default_rng([seed, layer, 13])
             cache.append(*rng.standard_normal((2, shape.batch, shape.kv_heads, shape.head_dim), dtype=np.float32))

@@ -1,6 +1,6 @@
 """What the device did while it was measured: clock, power, temperature, throttling, disturbance by others.
 
-A thread reads a probe at a fixed interval; `snapshot` is the last reading, so asking between two samples costs nothing.
+A thread reads a probe at a fixed interval; `snapshot` is the last reading, so it costs nothing between two samples.
 """
 
 import threading
@@ -39,9 +39,9 @@ def open_probe(kind: str, device: int) -> Probe:
 
 
 class Telemetry:
-    """Logs readings from entry to exit; every reading is kept, the disturbed ones marked.
+    """Log readings from entry to exit; disturbed ones are marked.
 
-    A source that is missing, or fails in any way, is no error: the record says why there are no readings, or no more.
+    A source that is missing or fails is no error: the record says why there are no readings, or no more.
     """
 
     def __init__(self, kind: str, device: int = 0, interval_s: float = INTERVAL_S) -> None:

@@ -1,4 +1,4 @@
-"""Where telemetry reads: NVML for NVIDIA GPUs, /proc for the processors of a Linux machine."""
+"""The sources of telemetry: NVML for NVIDIA GPUs, /proc for the processors of a Linux machine."""
 
 import os
 import sys
@@ -113,9 +113,9 @@ class _Ticks:
 
 
 class ProcfsProbe:
-    """Clock, load and disturbance of the processors, through /proc; what a kernel does not tell is None.
+    """Clock, load and disturbance of the processors, through /proc; None for what a kernel does not report.
 
-    In a container, /proc/stat may tell of the whole host: other processes' load then includes neighbours', as it should.
+    In a container, /proc/stat may tell of the whole host: other processes' load then includes neighbors', as it should.
     """
 
     source = "procfs"
@@ -129,7 +129,7 @@ class ProcfsProbe:
         self._shares: tuple[float | None, float | None] = (None, None)
 
     def read(self) -> dict[str, Any]:
-        """Return MHz of the first processors (mean), load, and CPUs kept busy or stolen by others since the last reading."""
+        """Return MHz of the first processors (mean), load, and CPUs busy with or stolen by others since the last reading."""
         other, steal = self._shares_since_last()
         flags = []
         if other is not None and other > OTHER_LOAD_LIMIT:

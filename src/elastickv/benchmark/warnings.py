@@ -12,17 +12,17 @@ CEILING_SLACK = 1.02
 
 def collect_warnings(result: Result) -> Iterator[str]:
     """Yield one line for each thing that limits what `result` shows."""
-    asked, recipe, build = result.configuration, result.recipe, result.build
-    if recipe.ratio_read < asked.compression:
-        yield f"{recipe.text} reads 1/{recipe.ratio_read:.2f} of the dense bytes, not 1/{asked.compression:g} as asked"
-    if asked.dense is not None:
-        yield f"dense was measured in {asked.dense} only, as asked: another dtype may be faster"
+    configuration, recipe, build = result.configuration, result.recipe, result.build
+    if recipe.ratio_read < configuration.compression:
+        yield f"{recipe.text} reads 1/{recipe.ratio_read:.2f} of the dense bytes, not 1/{configuration.compression:g} as asked"
+    if configuration.dense is not None:
+        yield f"dense was measured in {configuration.dense} only, as asked: another dtype may be faster"
     if build.inner_loops != build.inner_loops_requested:
         yield (
             f"inner_loops was raised from {build.inner_loops_requested} to {build.inner_loops}: a sample spans whole anchor "
             "intervals and a whole cold rotation"
         )
-    if asked.cache == "cold":
+    if configuration.cache == "cold":
         for contender in result.contenders:
             if not contender.cold:
                 yield (
@@ -31,22 +31,24 @@ def collect_warnings(result: Result) -> Iterator[str]:
                 )
     cycle = result.inference_cycle
     if cycle is not None and cycle.decode_tokens % PAGE_TOKENS:
-        yield f"{cycle.decode_tokens} decoded tokens are not whole quantisation cycles of {PAGE_TOKENS} tokens"
+        yield f"{cycle.decode_tokens} decoded tokens are not whole quantization cycles of {PAGE_TOKENS} tokens"
     for name, why in result.baseline.not_run.items():
         yield f"{name} was not measured: {why}"
-    refused, receipt = result.fidelity.sample_refused, result.fidelity.sample
+    refused, accuracy = result.fidelity.sample_refused, result.fidelity.sample
     if refused:
-        what = f"the recipe error on the sample is of {receipt.recipe} as timed" if receipt else "no recipe error on the sample"
+        what = (
+            f"the recipe error on the sample is of {accuracy.recipe} as timed" if accuracy else "no recipe error on the sample"
+        )
         yield f"{what}: {refused}"
     if not result.convergence.converged:
         yield f"not converged: the interval's half-width is {result.convergence.half_width_percent:.2f} %"
     if result.convergence.stopped_by == "time limit":
-        yield f"stopped by the time limit after {result.convergence.rounds} of {asked.reps} samples"
+        yield f"stopped by the time limit after {result.convergence.rounds} of {configuration.reps} samples"
     if not result.complete:
         yield "interrupted: incomplete"
-    if not asked.paired_baseline:
+    if not configuration.paired_baseline:
         yield "dense and elastic were measured one after the other: --paired-baseline interleaves them"
-    if asked.cache == "hot":
+    if configuration.cache == "hot":
         yield "hot cache: bandwidth, efficiency and roofline relate to memory, not to the cache that was read"
     elif any(point.score > CEILING_SLACK for point in result.roofline.values()):
         yield "an attention kernel beat the measured ceilings: the ceilings were measured too low"

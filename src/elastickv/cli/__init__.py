@@ -1,22 +1,22 @@
-"""The command line: parses, calls, prints. One file a subcommand, imported when it is asked for."""
+"""The command line. Each subcommand is one file, imported when it runs."""
 
 from importlib import import_module
 
 import click
 
-from elastickv import __version__
 from elastickv.cli.error_handling import exit_with
+from elastickv.version import __version__
 
 COMMANDS: dict[str, str] = {
     "bench": "Measure decode attention at 1/C of the KV bytes against a dense baseline.",
     "calibrate": "Measure what each KV head of a model loses, for recipes to be solved from.",
     "eval": "Measure what a model's predictions lose at each C, through the real decode path.",
-    "run": "Generate text with a model through an elastic KV cache, and say what it took.",
-    "sweep": "Measure a whole plane of contexts, batches, ratios and recipes; resumes after a kill.",
+    "run": "Generate text with a model through an elastic KV cache, and show its speed and memory.",
+    "sweep": "Measure a grid of contexts, batches, ratios and recipes; crash-safe and resumable.",
     "compare": "Say cell by cell whether one result is as fast as another, and as faithful; a gate for CI.",
     "report": "Make one page of results: an offline HTML page, Markdown or a picture.",
     "baseline": "Measure a small real model as a reference: Transformers' caches, or llama.cpp's.",
-    "doctor": "Say what was found, what will be used, what is missing and how to get it.",
+    "doctor": "Show what is installed, what will be used, what is missing and how to get it.",
 }
 
 

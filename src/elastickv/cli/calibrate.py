@@ -4,12 +4,14 @@ from pathlib import Path
 
 import click
 
+from elastickv.evaluation.options import CALIBRATION_TOKENS
+
 
 @click.command("calibrate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), help="Text to read.  [default: one that is shipped]")
+@click.option("--text", type=click.Path(path_type=Path), help="Text to read.  [default: a shipped one]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: MODEL.calibration.json]")
-@click.option("--tokens", type=int, help="Tokens of the text to read.  [default: 16384, or all there are]")
+@click.option("--tokens", type=int, help=f"Tokens of the text to read.  [default: {CALIBRATION_TOKENS}, or all]")
 @click.option("--dtype", default="fp32", show_default=True, help="Load the model's weights as fp32, fp16 or bf16.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu or cuda.")
 def command(model: str, text: Path | None, output: Path | None, tokens: int | None, dtype: str, device: str) -> int:
@@ -23,7 +25,7 @@ def command(model: str, text: Path | None, output: Path | None, tokens: int | No
     from elastickv.transformers.model_loading import NEEDED, load_model, require
 
     require(*NEEDED)
-    from elastickv.evaluation.calibrate import DEFAULT_TOKENS, calibrate
+    from elastickv.evaluation.calibrate import calibrate
     from elastickv.evaluation.texts import calibration_text, read_text
 
     if tokens is not None and tokens < 1:
@@ -35,7 +37,7 @@ def command(model: str, text: Path | None, output: Path | None, tokens: int | No
         bar.phase("loading")
         loaded = load_model(model, dtype, device)
         bar.phase("calibrating")
-        result = calibrate(loaded, source, tokens or DEFAULT_TOKENS, bar.progress)
+        result = calibrate(loaded, source, tokens or CALIBRATION_TOKENS, bar.progress)
     write_text(target, result.dumps())
     heads = f"{len(result.layers)} layers x {result.kv_heads} KV heads"
     click.echo(

@@ -23,7 +23,7 @@ import click
 @click.option("--fail-on", help="Be a gate on slower, fidelity or any: exit 1 for a regression, 3 where it is inconclusive.")
 @click.option("--format", "format_", default="table", show_default=True, help="table, json, jsonl, csv, md or html.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write it here too; the suffix tells the format.")
-def command(**given: Any) -> int:
+def command(**arguments: Any) -> int:
     """Say cell by cell whether B is as fast as A, and as faithful.
 
     A and B are results of `elastickv bench`, sweeps, folders of either, or results of the original program: A what was, B what
@@ -36,7 +36,7 @@ def command(**given: Any) -> int:
     from elastickv.results.compare.comparison_table import FORMATS
     from elastickv.results.files import check_writable
 
-    shown, output, fail_on = given["format_"], given["output"], given["fail_on"]
+    shown, output, fail_on = arguments["format_"], arguments["output"], arguments["fail_on"]
     if fail_on not in (None, *FAIL_ON):
         raise UsageError(f"--fail-on {fail_on} is unknown: choose {', '.join(FAIL_ON)}")
     if shown not in FORMATS:
@@ -44,12 +44,12 @@ def command(**given: Any) -> int:
     if output is not None:
         check_writable(output)
     comparison = compare(
-        given["a"],
-        given["b"],
-        margin_percent=given["margin"],
-        fidelity_margin_percent=given["fidelity_margin"],
-        control=given["control"],
-        allow_different_device=given["allow_different_device"],
+        arguments["a"],
+        arguments["b"],
+        margin_percent=arguments["margin"],
+        fidelity_margin_percent=arguments["fidelity_margin"],
+        control=arguments["control"],
+        allow_different_device=arguments["allow_different_device"],
     )
     with shown_after(FORMATS[shown](comparison)):
         if output is not None:

@@ -17,7 +17,7 @@ _MARKS = {"ok": ("ok", "green"), "absent": ("--", "yellow"), "broken": ("!!", "r
 @click.option("--arch", help="With --compile-all: one architecture only, such as 9.0 or 90.")
 @click.option("--no-ceilings", is_flag=True, help="Skip the measurement of the device's limits.")
 def command(compile_all_: bool, arch: str | None, no_ceilings: bool) -> int:
-    """Say what was found, what will be used, what is missing and how to get it.
+    """Show what is installed, what will be used, what is missing and how to get it.
 
     Exit 0 when something can be measured and nothing that is here is broken, else 1.
     """
@@ -34,11 +34,11 @@ def command(compile_all_: bool, arch: str | None, no_ceilings: bool) -> int:
             click.echo(f"      mend: {finding.remedy}")
         broken += finding.state == "broken"
     try:
-        backend, passed_over = load()
+        backend, skip_reason = load()
     except UsageError as error:
         click.echo(f"!!  nothing can be measured: {error}")
         return 1
-    click.echo(f"will use: {backend.name} ({backend.device.name})" + (f", because {passed_over}" if passed_over else ""))
+    click.echo(f"will use: {backend.name} ({backend.device.name})" + (f", because {skip_reason}" if skip_reason else ""))
     if not no_ceilings:
         end = time.monotonic() + CEILING_SECONDS
         limits = backend.ceilings()

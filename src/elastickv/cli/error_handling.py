@@ -1,4 +1,4 @@
-"""The one error path: what went wrong in one line on stderr, and an exit code. docs/failures.md has the table of them."""
+"""The one error path: one line on stderr and an exit code. docs/failures.md lists the codes."""
 
 import _thread
 import os
@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from elastickv.cli.flags import running, with_flags
 from elastickv.errors import DeviceFailure, KernelMismatch, NonFiniteError, UsageError, one_line
 
 WRONG = 1
@@ -20,8 +21,8 @@ BAD_INPUT = 2
 DEVICE_FAILED = 4
 _SIGNALLED = 128
 _STREAMS = 3
-_AGAIN_S = 0.05
-# Whoever ends us so wants what was measured as much as who presses Ctrl-C.
+_REPEAT_S = 0.05
+# These signals keep what was measured, as Ctrl-C does.
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _ended_by = signal.SIGINT
 
@@ -59,8 +60,6 @@ def _code(command: click.Command, name: str) -> int:
         return _say(name, f"{error.filename or 'output'}: {error.strerror or error}; give another file or folder", BAD_INPUT)
     except (KeyboardInterrupt, click.Abort, EOFError):
         return _say(name, "interrupted before there was a result to keep", interrupted())
-    except Exception as error:
-        return _failed(name, error)
 
 
 def _run(command: click.Command, name: str) -> Any:
@@ -68,32 +67,39 @@ def _run(command: click.Command, name: str) -> Any:
         return command.main(prog_name=name)
     # Not `main`, which makes a gate's 1 of a reader that left.
     with command.make_context(name, sys.argv[1:]) as context:
-        return command.invoke(context)
+        try:
+            return command.invoke(context)
+        except (click.exceptions.Exit, click.ClickException, click.Abort, OSError, EOFError):
+            raise
+        except Exception as error:
+            message, code = _known(error)
+            return _say(name, with_flags(message, running(context)), code)
 
 
-def _failed(name: str, error: Exception) -> int:
+def _known(error: Exception) -> tuple[str, int]:
+    """Return the message and the exit code of an error that the program expects; raise any other one again."""
     from elastickv.backends.driver_errors import recognized
 
     known = recognized(error) or error
     if isinstance(known, UsageError):
-        return _say(name, str(known), BAD_INPUT)
+        return str(known), BAD_INPUT
     if isinstance(known, MemoryError):
-        return _say(name, f"out of memory: {known or 'give a shorter --seq or fewer --heads'}", BAD_INPUT)
+        return f"out of memory: {known or 'give a shorter `seq` or fewer `heads`'}", BAD_INPUT
     if isinstance(known, (KernelMismatch, NonFiniteError)):
-        return _say(name, str(known), WRONG)
+        return str(known), WRONG
     if isinstance(known, DeviceFailure):
-        return _say(name, str(known), DEVICE_FAILED)
+        return str(known), DEVICE_FAILED
     raise error
 
 
 def _say(name: str, message: str, code: int) -> int:
-    with suppress(OSError):  # Where nobody reads errors, the code remains.
+    with suppress(OSError):  # Without a reader of errors, the exit code remains.
         print(f"{name}: error: {one_line(message)}", file=sys.stderr)
     return code
 
 
 def silence() -> None:
-    """Let what standard output still holds go nowhere: it must not fail again while the interpreter shuts down."""
+    """Discard what standard output still buffers, so that it cannot fail again while the interpreter shuts down."""
     with suppress(OSError):  # One that is no file can't fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -109,16 +115,16 @@ def _open_standard_streams() -> None:
 
 
 def _interrupted_again(lost: Any) -> None:
-    """Bring back a Ctrl-C that came inside a callback of a library, where Python drops it; show other exceptions as ever."""
+    """Repeat a Ctrl-C that Python dropped inside a callback of a library; report other exceptions as usual."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
-        threading.Timer(_AGAIN_S, _thread.interrupt_main, [_ended_by]).start()
+        threading.Timer(_REPEAT_S, _thread.interrupt_main, [_ended_by]).start()
     else:
         sys.__unraisablehook__(lost)
 
 
 @contextmanager
 def _ended_like_interrupted() -> Iterator[None]:
-    """Take SIGTERM and SIGHUP as Ctrl-C, unless somebody has other plans with them (nohup)."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C, unless they are ignored or handled already (nohup)."""
     global _ended_by
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -143,7 +149,9 @@ def _ended_like_interrupted() -> Iterator[None]:
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
     def line(message: Warning | str, *_: Any) -> None:
-        click.echo(f"elastickv: warning: {one_line(str(message))}", err=True)
+        context = click.get_current_context(silent=True)
+        text = one_line(str(message))
+        click.echo(f"elastickv: warning: {with_flags(text, context.command) if context else text}", err=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = line  # type: ignore[assignment]

@@ -6,27 +6,49 @@ from typing import Any
 
 import click
 
+from elastickv.evaluation.options import EvaluationOptions
+
 _REFERENCES = ("stock-quantized",)
+_DEFAULTS = EvaluationOptions()
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
 
 
 @click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--compress", default="1,2,4,8", show_default=True, help="Values of C.")
+@click.option("--compress", default=_listed(_DEFAULTS.ratios), show_default=True, help="Values of C.")
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Text to score; may be repeated.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="File of `elastickv calibrate`.  [default: none, uniform]")
-@click.option("--context", "contexts", default="2048,4096", show_default=True, help="Tokens of a window.")
-@click.option("--windows", type=int, default=8, show_default=True, help="Windows of each context.")
-@click.option("--scored", type=int, default=96, show_default=True, help="Last tokens of each window that are scored.")
-@click.option("--needle", default="1024,3500", show_default=True, help="Tokens of the prompts that hide a pass key; none: no.")
-@click.option("--depths", type=int, default=5, show_default=True, help="Depths of the pass key at each length.")
-@click.option("--greedy", type=int, default=16, show_default=True, help="Tokens decoded greedily after each window; 0: none.")
+@click.option("--context", "contexts", default=_listed(_DEFAULTS.contexts), show_default=True, help="Tokens of a window.")
+@click.option("--windows", type=int, default=_DEFAULTS.window_count, show_default=True, help="Windows of each context.")
+@click.option(
+    "--scored", type=int, default=_DEFAULTS.scored, show_default=True, help="Last tokens of each window that are scored."
+)
+@click.option(
+    "--needle",
+    default=_listed(_DEFAULTS.needle_lengths),
+    show_default=True,
+    help="Tokens of the prompts that hide a pass key; none: no.",
+)
+@click.option(
+    "--depths", type=int, default=_DEFAULTS.needle_depths, show_default=True, help="Depths of the pass key at each length."
+)
+@click.option(
+    "--greedy",
+    type=int,
+    default=_DEFAULTS.greedy_tokens,
+    show_default=True,
+    help="Tokens decoded greedily after each window; 0: none.",
+)
 @click.option("--tolerance", help="Suggest the largest C within ppl=0.5%, kl=0.01 or top1=96%.")
-@click.option("--reference", help="Measure beside it: stock-quantized, Transformers' own quantised cache.")
+@click.option("--reference", help="Measure too: stock-quantized, Transformers' own quantized cache.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result here: .json, or .md for the tables.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the figures into this .png, .svg or .pdf.")
 @click.option("--dtype", default="fp32", show_default=True, help="Load the model's weights as fp32, fp16 or bf16.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu or cuda.")
-def command(**given: Any) -> int:
+def command(**arguments: Any) -> int:
     """Measure what MODEL's predictions lose at each C, through the decode path that `generate` takes.
 
     MODEL is a local directory, a .gguf file or a hub id. Without --text two texts are scored that the package ships.
@@ -43,9 +65,9 @@ def command(**given: Any) -> int:
     from elastickv.transformers.model_loading import NEEDED, load_model, require
 
     require(*NEEDED)
-    if given["reference"] not in (None, *_REFERENCES):
-        raise UsageError(f"--reference={given['reference']} is unknown: choose {', '.join(_REFERENCES)}")
-    output, plot = given["output"], given["plot"]
+    if arguments["reference"] not in (None, *_REFERENCES):
+        raise UsageError(f"--reference={arguments['reference']} is unknown: choose {', '.join(_REFERENCES)}")
+    output, plot = arguments["output"], arguments["plot"]
     if plot is not None:
         from elastickv.results.formats.fidelity_plot import check_plot
 
@@ -56,16 +78,16 @@ def command(**given: Any) -> int:
     from elastickv.evaluation.evaluate import evaluate
     from elastickv.evaluation.texts import evaluation_texts, read_text
 
-    options = _options(given)
-    calibration = None if given["calibration"] is None else ModelCalibration.load(given["calibration"])
-    texts = [read_text(path) for path in given["texts"]] or evaluation_texts()
+    options = _options(arguments)
+    calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
+    texts = [read_text(path) for path in arguments["texts"]] or evaluation_texts()
     if calibration is not None and calibration.text in {text.name for text in texts}:
         click.echo(f"elastickv: warning: {calibration.text} was calibrated on and is scored too", err=True)
     with Bar() as bar:
         bar.phase("loading")
-        loaded = load_model(given["model"], given["dtype"], given["device"])
+        loaded = load_model(arguments["model"], arguments["dtype"], arguments["device"])
         if calibration is None:
-            click.echo(_uncalibrated(given["model"]), err=True)
+            click.echo(_uncalibrated(arguments["model"]), err=True)
         result = evaluate(loaded, texts, options, calibration, bar) | {"command": ["elastickv", *sys.argv[1:]]}
     measured = EvaluationResult.from_dict(result)
     with shown_after(fidelity_tables(measured)):
@@ -80,30 +102,30 @@ def command(**given: Any) -> int:
 
 def _uncalibrated(model: str) -> str:
     return (
-        "elastickv: warning: no --calibration: every head reads the same share of its pages, and the loss is several times as "
-        f"large as it need be; elastickv calibrate {model}"
+        "elastickv: warning: no --calibration: every head reads the same share of its pages, and the loss is several times "
+        f"larger than it needs to be; elastickv calibrate {model}"
     )
 
 
-def _options(given: dict[str, Any]) -> Any:
+def _options(arguments: dict[str, Any]) -> EvaluationOptions:
     from elastickv.errors import UsageError
     from elastickv.evaluation.options import EvaluationOptions
     from elastickv.evaluation.suggestion import Tolerance
 
     for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0)):
-        if given[name] < least:
-            raise UsageError(f"--{name}={given[name]} is out of range: give a whole number from {least} up")
-    lengths = () if given["needle"].strip() in ("none", "") else _numbers("needle", given["needle"], int)
+        if arguments[name] < least:
+            raise UsageError(f"--{name}={arguments[name]} is out of range: give a whole number from {least} up")
+    lengths = () if arguments["needle"].strip() in ("none", "") else _numbers("needle", arguments["needle"], int)
     return EvaluationOptions(
-        ratios=_numbers("compress", given["compress"], float),
-        contexts=_numbers("context", given["contexts"], int),
-        window_count=given["windows"],
-        scored=given["scored"],
+        ratios=_numbers("compress", arguments["compress"], float),
+        contexts=_numbers("context", arguments["contexts"], int),
+        window_count=arguments["windows"],
+        scored=arguments["scored"],
         needle_lengths=lengths,
-        needle_depths=given["depths"],
-        greedy_tokens=given["greedy"],
-        reference=given["reference"] is not None,
-        tolerance=None if given["tolerance"] is None else Tolerance.parse(given["tolerance"]),
+        needle_depths=arguments["depths"],
+        greedy_tokens=arguments["greedy"],
+        reference=arguments["reference"] is not None,
+        tolerance=None if arguments["tolerance"] is None else Tolerance.parse(arguments["tolerance"]),
     )
 
 
@@ -111,9 +133,9 @@ def _numbers(name: str, text: str, kind: Any) -> Any:
     from elastickv.errors import UsageError
 
     try:
-        found = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
+        numbers = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
         raise UsageError(f"--{name}={text} is no list of numbers: write for example 2,4,8") from None
-    if not all(0 < number < float("inf") for number in found):
+    if not all(0 < number < float("inf") for number in numbers):
         raise UsageError(f"--{name}={text} is out of range: give numbers above 0")
-    return found
+    return numbers

@@ -1,4 +1,4 @@
-"""Standard output: what a reader that left, or a file that cannot be written, does not take away."""
+"""Standard output that survives a reader that leaves and a file that cannot be written."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from elastickv.cli.error_handling import silence
 
 
 def show(text: str) -> None:
-    """Write to standard output; where its reader has left, as `head` does, nobody misses the rest."""
+    """Write to standard output; discard the rest if its reader has left, as `head` does."""
     try:
         click.echo(text, nl=False)
     except BrokenPipeError:
@@ -18,7 +18,7 @@ def show(text: str) -> None:
 
 @contextmanager
 def shown_after(text: str) -> Iterator[None]:
-    """Show a result once it is in its files, and all the same where one of them cannot be written."""
+    """Show a result after it is written to its files, even if one of them cannot be written."""
     try:
         yield
     finally:

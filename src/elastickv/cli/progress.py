@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line a phase elsewhere."""
+"""Progress on stderr: a bar on a terminal, a line per phase elsewhere."""
 
 import sys
 from types import TracebackType

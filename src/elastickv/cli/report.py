@@ -19,8 +19,8 @@ _NAMES = {"html": "report.html", "md": "report.md", "pdf-ready": "report.html", 
     "[default: what the suffix of --output says]",
 )
 @click.option("--title", help="What the page is called.  [default: the device]")
-def command(**given: Any) -> int:
-    """Make one page of results: what is worth it on this device, and what it costs.
+def command(**arguments: Any) -> int:
+    """Make one page of results: what is worth it on this device, and its cost.
 
     FILES are results of `elastickv bench`, `bench --model`, `eval` and `baseline`, sweeps, results of the original program, or
     folders of these.
@@ -29,12 +29,12 @@ def command(**given: Any) -> int:
     from elastickv.html_report.report import check_installed, chosen_format, report
     from elastickv.results.files import check_writable
 
-    wanted, output = given["format_"], given["output"]
+    wanted, output = arguments["format_"], arguments["output"]
     check_installed()
     shown = chosen_format(output or Path(_NAMES.get(wanted or "html", "report.html")), wanted)
     output = output or Path(_NAMES[shown])
     check_writable(output)
-    made = report(*given["files"], title=given["title"])
+    made = report(*arguments["files"], title=arguments["title"])
     made.save(output, shown)
     for note in made.facts.notes:
         click.echo(f"elastickv: warning: {one_line(note)}", err=True)

@@ -1,4 +1,4 @@
-"""Text as it comes, on standard output, and a line with its speed on standard error where that is a terminal."""
+"""Stream text to standard output, and a line with its speed to standard error if that is a terminal."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ _REFRESHES_PER_S = 8
 class LiveText:
     """Writes tokens as text; a context manager.
 
-    On a terminal the line that is being written stands above the speed, and moves up when it is full.
+    On a terminal the current line is above the speed, and moves up when it is full.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class LiveText:
             sys.stdout.write(rest + ("" if self.text.endswith("\n") else "\n"))
             sys.stdout.flush()
 
-    def heard(self, ids: Any) -> None:
+    def add(self, ids: Any) -> None:
         """Take the next token, a tensor of one."""
         self._count += 1
         now = time.perf_counter()
@@ -67,7 +67,7 @@ class LiveText:
             self._live.update(Group(Text(self._unfinished()), line) if self._together else line)
 
     def _decoded(self, final: bool = False) -> str:
-        """Return what the tokens since the last settled one add: nothing while a character is incomplete."""
+        """Return the text that the tokens since the last settled one add: nothing while a character is incomplete."""
         whole = self._tokenizer.decode(self._ids[self._settled :], skip_special_tokens=True)
         before = self._pending
         if whole.endswith(_INCOMPLETE) and not final:
@@ -75,7 +75,7 @@ class LiveText:
         self._pending = whole
         added = whole[len(before) :]
         if whole.endswith("\n"):
-            # A line's end is where decoding can start anew: long texts are not decoded from the beginning for each token.
+            # Decoding can restart at the end of a line, so that long texts are not decoded from the beginning for each token.
             self._settled, self._pending = len(self._ids), ""
         return str(added)
 

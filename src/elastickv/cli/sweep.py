@@ -1,6 +1,5 @@
 """`elastickv sweep`: the options of `bench`, as lists and ranges."""
 
-import copy
 import sys
 import time
 from collections.abc import Callable
@@ -9,24 +8,36 @@ from typing import Any
 
 import click
 
-from elastickv.cli.bench import command as bench_command
-from elastickv.cli.bench import hyphenated
+from elastickv.benchmark.options import AXES, SETTINGS, Options
+from elastickv.cli.flags import with_flags
+from elastickv.cli.options import decorated, hyphenated, options_from
 from elastickv.cli.progress import Bar
 
-# As `elastickv.sweeps.axes`, which takes NumPy to import: a test compares the two.
-AXES = ("seq", "batch", "compress", "recipe", "heads", "kv_heads", "dim", "dtype", "cache", "sinks", "window", "anchor_every")
-SETTINGS = (
-    "backend", "reps", "warmup", "inner_loops", "truncate", "until_ci_percent", "inference", "decode_tokens", "layers",
-    "no_graphs", "peers", "input", "dense", "seed",
-)  # fmt: skip
 FORMATS = ("md", "csv", "json", "none")
+_BENCH = options_from(Options, several=AXES)
+_OPTIONS = (
+    *(_BENCH[name] for name in (*AXES, *SETTINGS)),
+    click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The sweep's file, .jsonl."),
+    click.option("--retry-failed", is_flag=True, help="With --resume: measure the failed cells again."),
+    click.option("--resume", is_flag=True, help="Continue the sweep in --output, if there is one."),
+    click.option("--plan", type=click.Path(path_type=Path), help="TOML or JSON file of axes and settings."),
+    click.option("--preset", help="smoke: a minute's worth on a CPU."),
+    click.option("--baseline", help="Add `elastickv baseline` as cells: transformers,gguf; needs --model."),
+    click.option("--model", multiple=True, help="Model of the baselines: a path or a hub id; may be repeated."),
+    click.option("--devices", help="CUDA devices, one process each: 0,1,2-7."),
+    click.option("--time-limit", "time_limit_s", type=float, help="Stop after this many seconds; --resume goes on."),
+    click.option(
+        "--export", "exports", multiple=True, type=click.Path(path_type=Path), help="Write .csv, .md, .json or .parquet too."
+    ),
+    click.option("--format", "format_", default="md", show_default=True, help="What stdout shows: md, csv, json or none."),
+)
 
 
 class Cells(Bar):
-    """Shows the cells of a sweep and the time left; where there is no terminal, a line a cell."""
+    """Shows the cells of a sweep and the time left; without a terminal, one line per cell."""
 
     def __init__(self) -> None:
-        # One cell may take minutes: the time left is told from all that were measured.
+        # One cell may take minutes: the time left is estimated from all cells.
         super().__init__(estimate_over_s=float("inf"))
 
     def begin(self, done: int, total: int) -> None:
@@ -35,7 +46,7 @@ class Cells(Bar):
         self._progress.reset(self._task, completed=done, total=total)
 
     def working(self, cell: dict[str, Any], phase: str, share: float) -> None:
-        """Show what a cell is at, and how far."""
+        """Show the phase and the progress of a cell."""
         from elastickv.sweeps.plan import name
 
         said = f"{name(cell)}: {phase} {share:.0%}" if share else f"{name(cell)}: {phase}"
@@ -49,7 +60,7 @@ class Cells(Bar):
         self._progress.update(self._task, completed=self._done, total=self._total)
         seconds = (time.monotonic() - self._start) / (self._done - self._before) * (self._total - self._done)
         if self._progress.disable or status != "ok":
-            said = f"{status}: {reason}" if reason else status
+            said = f"{status}: {with_flags(reason, command)}" if reason else status
             self._progress.console.print(
                 f"elastickv: {self._done} of {self._total}, {seconds:.0f} s left: {name(cell)}: {said}",
                 markup=False,
@@ -57,58 +68,21 @@ class Cells(Bar):
             )
 
     def left_out(self, device: int | None, reason: str) -> None:
-        """Tell that a device measures no more cells."""
+        """Show that a device measures no more cells."""
         which = "a process" if device is None else f"device {device}"
-        self._progress.console.print(f"elastickv: warning: {which} is left out: {reason}", markup=False, soft_wrap=True)
-
-
-def _options() -> list[click.Option]:
-    """Return `bench`'s own options: axes as texts, and nothing given where nothing is typed."""
-    found = []
-    for parameter in bench_command.params:
-        if isinstance(parameter, click.Option) and parameter.name in AXES + SETTINGS:
-            option = copy.copy(parameter)
-            if option.name in AXES:
-                option.type = click.STRING
-            if not option.is_flag:
-                option.default, option.show_default = None, False
-            found.append(option)
-    return found
-
-
-def _own(callback: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--format", "format_", default="md", show_default=True, help="What stdout shows: md, csv, json or none."),
-        click.option(
-            "--export",
-            "exports",
-            multiple=True,
-            type=click.Path(path_type=Path),
-            help="Write .csv, .md, .json or .parquet too.",
-        ),
-        click.option("--time-limit", "time_limit_s", type=float, help="Stop after this many seconds; --resume goes on."),
-        click.option("--devices", help="CUDA devices, one process each: 0,1,2-7."),
-        click.option("--model", multiple=True, help="Model of the baselines: a path or a hub id; may be repeated."),
-        click.option("--baseline", help="Add `elastickv baseline` as cells: transformers,gguf; needs --model."),
-        click.option("--preset", help="smoke: a minute's worth on a CPU."),
-        click.option("--plan", type=click.Path(path_type=Path), help="TOML or JSON file of axes and settings."),
-        click.option("--resume", is_flag=True, help="Continue the sweep in --output, if there is one."),
-        click.option("--retry-failed", is_flag=True, help="With --resume: measure the cells that failed once more."),
-        click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The sweep's file, .jsonl."),
-    ):
-        callback = option(callback)
-    return callback
+        said = f"elastickv: warning: {which} is left out: {with_flags(reason, command)}"
+        self._progress.console.print(said, markup=False, soft_wrap=True)
 
 
 @click.command(
     "sweep",
     context_settings={"token_normalize_func": hyphenated, "help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@_own
-def command(**given: Any) -> int:
+@lambda callback: decorated(callback, _OPTIONS)
+def command(**arguments: Any) -> int:
     """Measure every combination of --seq, --batch, --compress, --recipe and more, each in turns with dense.
 
-    Each of them takes lists and ranges: 1024,4096 or 2-8*2 or 1-9+4. Recipes with commas of their own are parted by semicolons.
+    Each of them takes lists and ranges: 1024,4096 or 2-8*2 or 1-9+4. Recipes that hold commas are separated by semicolons.
     """
     from elastickv.cli.error_handling import interrupted
     from elastickv.cli.output import shown_after
@@ -118,40 +92,35 @@ def command(**given: Any) -> int:
     from elastickv.sweeps.sweep import sweep
     from elastickv.sweeps.sweep_result import check_export
 
-    shown, exports, devices = given.pop("format_"), given.pop("exports"), given.pop("devices")
-    output: Path = given.pop("output")
+    shown, exports, devices = arguments.pop("format_"), arguments.pop("exports"), arguments.pop("devices")
+    output: Path = arguments.pop("output")
     if shown not in FORMATS:
         raise UsageError(f"--format {shown} is unknown: choose {', '.join(FORMATS)}")
     for path in exports:
         check_export(path)
         check_writable(path)
-    own = {name: given.pop(name) for name in ("plan", "preset", "resume", "retry_failed", "time_limit_s")}
-    given["model"] = list(given["model"]) or None
-    asked = {name: value for name, value in given.items() if value is not None and value is not False}
-    if asked.pop("no_graphs", False):
-        asked["graphs"] = False
+    own = {name: arguments.pop(name) for name in ("plan", "preset", "resume", "retry_failed", "time_limit_s")}
+    arguments["model"] = list(arguments["model"]) or None
+    requested = {name: value for name, value in arguments.items() if value is not None}
     if devices is not None:
         own["devices"] = values("device", devices)
     try:
         cells = Cells()
         with cells:
-            found = sweep(output=output, watcher=cells, command=("elastickv", *sys.argv[1:]), **own, **asked)
+            result = sweep(output=output, watcher=cells, command=("elastickv", *sys.argv[1:]), **own, **requested)
     except KeyboardInterrupt:
         click.echo(f"elastickv: interrupted: --resume goes on with {output}", err=True)
         return interrupted()
-    if not found.complete:
-        click.echo(f"elastickv: {len(found.cells)} of {found.header['cells']} cells are measured: --resume goes on", err=True)
-    if found.cells:
+    if not result.complete:
+        click.echo(f"elastickv: {len(result.cells)} of {result.header['cells']} cells are measured: --resume goes on", err=True)
+    if result.cells:
         tables: dict[str, Callable[[], str]] = {
-            "md": found.to_markdown,
-            "csv": found.to_csv,
-            "json": found.to_json,
+            "md": result.to_markdown,
+            "csv": result.to_csv,
+            "json": result.to_json,
             "none": str,
         }
         with shown_after(tables[shown]()):
             for path in exports:
-                found.save(path)
+                result.save(path)
     return 0
-
-
-command.params[:0] = _options()

@@ -7,6 +7,7 @@ import torch
 from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, layer_errors
+from elastickv.evaluation.options import CALIBRATION_TOKENS
 from elastickv.evaluation.texts import Text, windows
 from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
@@ -18,7 +19,7 @@ WINDOW_TOKENS = 4096
 RUN = 64
 RUNS = 4
 LEAST_TOKENS = 2 * (DEFAULT_SINKS + DEFAULT_WINDOW + 8 * PAGE_TOKENS)
-DEFAULT_TOKENS = 4 * WINDOW_TOKENS
+DEFAULT_TOKENS = CALIBRATION_TOKENS
 
 Progress = Callable[[int, int], None]
 
@@ -41,10 +42,10 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     config = loaded.model.config.get_text_config(decoder=True)
     width = min(WINDOW_TOKENS, tokens, getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS)
     if width < LEAST_TOKENS:
-        raise UsageError(f"--tokens={tokens}: windows of {width} tokens are too short; {LEAST_TOKENS} are needed")
+        raise UsageError(f"`tokens`={tokens}: windows of {width} tokens are too short; {LEAST_TOKENS} are needed")
     available = len(loaded.tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids)
     if available < min(tokens, width):
-        raise UsageError(f"text {text.name} has {available} tokens and {width} are needed: give a longer one or fewer --tokens")
+        raise UsageError(f"text {text.name} has {available} tokens and {width} are needed: give a longer one or fewer `tokens`")
     rows = windows([text], loaded.tokenizer, width, max(1, min(tokens, available) // width))
     positions = _positions(width)
     measured: dict[int, list[LayerErrors]] = {}

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any
 
 from elastickv.benchmark.environment import environment
+from elastickv.benchmark.reporter import Reporter
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.divergence import Divergence, divergence, end_tokens, greedy
@@ -26,22 +27,12 @@ KIND = "elastickv-fidelity"
 VERSION = 1
 
 
-class EvaluationProgress(Protocol):
-    """Is told what is going on."""
-
-    def phase(self, name: str) -> None:
-        """Begin a phase."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Have done so much of it."""
-
-
 def evaluate(
     loaded: Loaded,
     texts: Sequence[Text],
     options: EvaluationOptions,
     calibration: ModelCalibration | None,
-    progress: EvaluationProgress,
+    progress: Reporter,
 ) -> dict[str, Any]:
     """Return the result as JSON values; after Ctrl-C, what was finished by then, with `complete` false.
 
@@ -100,7 +91,7 @@ def evaluate(
 
 def _windows(subject: Subject, texts: Sequence[Text], options: EvaluationOptions, context: int) -> list[Window]:
     if context <= options.scored + 1:
-        raise UsageError(f"--context={context} leaves nothing before the {options.scored} scored tokens: give a longer one")
+        raise UsageError(f"`context`={context} leaves nothing before the {options.scored} scored tokens: give a longer one")
     return windows(texts, subject.loaded.tokenizer, context, options.window_count)
 
 
@@ -114,7 +105,7 @@ def _context_rows(
     rows: Sequence[Window],
     paths: Sequence[DecodePath],
     options: EvaluationOptions,
-    progress: EvaluationProgress,
+    progress: Reporter,
 ) -> Iterator[dict[str, Any]]:
     progress.phase(f"full attention over {len(rows)} windows of {context} tokens")
     start = prefill(
@@ -141,9 +132,7 @@ def _greedy(compared: Divergence) -> dict[str, Any]:
     return asdict(compared) | {"first_different": list(compared.first_different), "mean_first_different": mean}
 
 
-def _retrieval(
-    subject: Subject, row: Sequence[Case], options: EvaluationOptions, progress: EvaluationProgress
-) -> dict[str, Any]:
+def _retrieval(subject: Subject, row: Sequence[Case], options: EvaluationOptions, progress: Reporter) -> dict[str, Any]:
     length = row[0].length
     progress.phase(f"pass keys in {length} tokens")
     start: Prefill = prefill(subject.model, [case.ids[:-1] for case in row], length - 1, 1, progress.progress)

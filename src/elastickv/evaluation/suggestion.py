@@ -27,7 +27,7 @@ class Tolerance:
         """
         match = re.fullmatch(r"(ppl|kl|top1)=([0-9]{0,15}\.?[0-9]{1,15})(%?)", text.strip())
         if not match or (match[3] and match[1] == "kl"):
-            raise UsageError(f"--tolerance={text} is no bound: write ppl=0.5%, kl=0.01 or top1=96%")
+            raise UsageError(f"`tolerance`={text} is no bound: write ppl=0.5%, kl=0.01 or top1=96%")
         return cls(match[1], float(match[2]))
 
     def __str__(self) -> str:

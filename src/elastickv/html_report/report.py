@@ -135,13 +135,13 @@ def chosen_format(path: Path, wanted: str | None) -> str:
     UsageError : if it is unknown, or the suffix is that of another one.
     """
     if wanted is not None and wanted not in FORMATS:
-        raise UsageError(f"--format {wanted} is unknown: choose {', '.join(FORMATS)}")
+        raise UsageError(f"`format` {wanted} is unknown: choose {', '.join(FORMATS)}")
     suffix = path.suffix.lower()
     if suffix == ".pdf":
-        raise UsageError(f"--output {path}: no PDF is written; --format pdf-ready -o report.html is a page to print as one")
+        raise UsageError(f"`path` {path}: no PDF is written; `format=pdf-ready` with report.html is a page to print as one")
     named = _SUFFIXES.get(suffix)
     if wanted is None:
         return named or "html"
     if named is not None and named != wanted.replace("pdf-ready", "html"):
-        raise UsageError(f"--output {path} names {named}, and --format is {wanted}: leave one of them out")
+        raise UsageError(f"`path` {path} names {named}, and `format` is {wanted}: leave one of them out")
     return wanted

@@ -64,13 +64,13 @@ def check_target(report: SavableReport, path: Path) -> None:
     for document in report.facts.documents:
         source = Path(document.source.partition(".jsonl:")[0] + (".jsonl" if ".jsonl:" in document.source else ""))
         if path.exists() and source.exists() and path.samefile(source):
-            raise UsageError(f"--output {path} is one of the results: give another name")
+            raise UsageError(f"`path` {path} is one of the results: give another name")
 
 
 def _save_markdown(report: SavableReport, path: Path) -> None:
     folder = path.with_name(f"{path.stem}-figures")
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {path}: its figures' folder {folder} is a file; give another name")
+        raise UsageError(f"`path` {path}: its figures' folder {folder} is a file; give another name")
     made = not folder.exists()
     figures = dict(report.figures)
     try:
@@ -85,4 +85,4 @@ def _save_markdown(report: SavableReport, path: Path) -> None:
             folder.rmdir()
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"--output {path}: {error.strerror or error}; choose another folder") from None
+        raise UsageError(f"`path` {path}: {error.strerror or error}; choose another folder") from None

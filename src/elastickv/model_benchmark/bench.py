@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from traceback import clear_frames
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from elastickv.benchmark import Reporter
+from elastickv.benchmark.reporter import Reporter
 from elastickv.benchmark.stats.intervals import beyond_noise
 from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
@@ -48,16 +48,6 @@ VERSION = 1
 _FIRST_TOKENS = 6  # the prompt's, and steps that are not timed: some of them capture graphs
 
 
-class BenchProgress(Protocol):
-    """Is told what is going on."""
-
-    def phase(self, name: str) -> None:
-        """Begin a phase."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Have done so much of it."""
-
-
 @dataclass(frozen=True)
 class ModelBench:
     """What `measure` measures.
@@ -90,15 +80,15 @@ class ModelBench:
 
     def __post_init__(self) -> None:
         # Two samples of each make an interval; a noise floor takes four.
-        for name, value, least in (("--context", self.context, 2), ("--batch", self.batch, 1), ("--reps", self.rounds, 2)):
+        for name, value, least in (("context", self.context, 2), ("batch", self.batch, 1), ("reps", self.rounds, 2)):
             if value < least:
-                raise UsageError(f"{name}={value} is out of range: give a whole number from {least} up")
+                raise UsageError(f"`{name}`={value} is out of range: give a whole number from {least} up")
         if self.tokens < 1:
-            raise UsageError(f"--decode-tokens={self.tokens} is out of range: give a whole number from 1 up")
+            raise UsageError(f"`decode_tokens`={self.tokens} is out of range: give a whole number from 1 up")
         if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype={self.dtype} is unknown: choose {', '.join(DTYPES)}")
+            raise UsageError(f"`dtype`={self.dtype} is unknown: choose {', '.join(DTYPES)}")
         if self.capacity > MAX_CONTEXT:
-            raise UsageError(f"--context={self.context} and the decoded tokens exceed {MAX_CONTEXT}: give fewer")
+            raise UsageError(f"`context`={self.context} and the decoded tokens exceed {MAX_CONTEXT}: give fewer")
 
     @property
     def capacity(self) -> int:
@@ -106,9 +96,7 @@ class ModelBench:
         return self.context + _FIRST_TOKENS + self.rounds * (self.tokens + 1)
 
 
-def measure(
-    options: ModelBench, command: tuple[str, ...], progress: BenchProgress, loaded: Loaded | None = None
-) -> dict[str, Any]:
+def measure(options: ModelBench, command: tuple[str, ...], progress: Reporter, loaded: Loaded | None = None) -> dict[str, Any]:
     """Return the result as JSON values.
 
     A sample is `tokens` steps of one `generate` that continues the text so far; its first step, which every cache runs
@@ -174,7 +162,7 @@ def measure_with_quality(
     UsageError : as `measure` does.
     """
     if scored < 0:
-        raise UsageError(f"--scored={scored} is out of range: give a whole number from 0 up")
+        raise UsageError(f"`scored`={scored} is out of range: give a whole number from 0 up")
     progress.phase("loading")
     loaded = load(options)
     result = measure(options, command, progress, loaded)
@@ -204,7 +192,7 @@ def _quality(
     return quality_delta(STOCK, text.name, context, scores), None
 
 
-def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], progress: BenchProgress) -> dict[str, str]:
+def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], progress: Reporter) -> dict[str, str]:
     """Start a generation with a stock cache and add it to `begun`; if it fails, free its memory and return the reason."""
     try:
         begun.append(_begun(make(), progress))
@@ -218,7 +206,7 @@ def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], p
     return {name: reason}
 
 
-def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, str], progress: BenchProgress) -> None:
+def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, str], progress: Reporter) -> None:
     """Start the elastic generation. If memory runs out, drop stock ones from `begun`, the last one first.
 
     Raises
@@ -233,7 +221,7 @@ def _begin_beside(ours: Generation, begun: list[Generation], not_run: dict[str, 
             if not begun:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise UsageError(
-                        f"{_reason(error)}: give a shorter --context, a smaller --batch or a larger --compress"
+                        f"{_reason(error)}: give a shorter `context`, a smaller `batch` or a larger `compress`"
                     ) from None
                 raise
             not_run[begun.pop().name] = f"left no memory for the elastic cache: {_reason(error)}"
@@ -262,7 +250,7 @@ def _host_probe() -> ProcfsProbe | None:
         return None
 
 
-def _begun(generation: Generation, progress: BenchProgress) -> Generation:
+def _begun(generation: Generation, progress: Reporter) -> Generation:
     progress.phase(f"{generation.name}: warming up")
     generation.rehearse()
     progress.phase(f"{generation.name}: prompt of {generation.prompt_tokens} tokens")

@@ -61,20 +61,20 @@ class GgufBench:
 
     def __post_init__(self) -> None:
         for name, value, least in (
-            ("--context", self.context, 2),
-            ("--reps", self.rounds, 2),
-            ("--decode-tokens", self.tokens, 1),
-            ("--scored", self.scored, 0),
-            ("--threads", self.used_threads, 1),
+            ("context", self.context, 2),
+            ("reps", self.rounds, 2),
+            ("decode_tokens", self.tokens, 1),
+            ("scored", self.scored, 0),
+            ("threads", self.used_threads, 1),
         ):
             if value < least:
-                raise UsageError(f"{name}={value} is out of range: give a whole number from {least} up")
+                raise UsageError(f"`{name}`={value} is out of range: give a whole number from {least} up")
         unknown = [kv_type for kv_type in self.kv_types if kv_type not in KV_TYPES]
         if unknown or not self.kv_types:
             names = ",".join(unknown) or "(nothing)"
-            raise UsageError(f"--kv-types={names} is unknown to llama.cpp: choose from {', '.join(KV_TYPES)}")
+            raise UsageError(f"`kv_types`={names} is unknown to llama.cpp: choose from {', '.join(KV_TYPES)}")
         if len(set(self.kv_types)) < len(self.kv_types):
-            raise UsageError(f"--kv-types={','.join(self.kv_types)} names a type twice: give each once")
+            raise UsageError(f"`kv_types`={','.join(self.kv_types)} names a type twice: give each once")
 
     @property
     def used_threads(self) -> int:
@@ -150,8 +150,8 @@ def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) ->
 def _check(options: GgufBench, model: GgufModel) -> None:
     if options.capacity > model.positions:
         raise UsageError(
-            f"{options.capacity} tokens (--context {options.context} and those after it) are beyond the {model.positions} "
-            f"positions of {model.path.name}: give a shorter --context"
+            f"{options.capacity} tokens (`context` {options.context} and those after it) are beyond the {model.positions} "
+            f"positions of {model.path.name}: give a shorter `context`"
         )
     for kv_type in options.kv_types:
         model.check_type(kv_type)
@@ -162,7 +162,7 @@ def _check(options: GgufBench, model: GgufModel) -> None:
         raise DoesNotFit(
             f"{model.path.name} ({model.file_bytes / _GIB:.1f} GiB) and {len(options.kv_types)} KV caches of "
             f"{options.capacity} tokens ({caches / _GIB:.1f} GiB) do not fit the {free / _GIB:.1f} GiB that are free: give a "
-            "shorter --context, fewer --kv-types or a smaller model"
+            "shorter `context`, fewer `kv_types` or a smaller model"
         )
 
 

@@ -70,7 +70,7 @@ class GgufModel:
         elements = KV_TYPES[kv_type][0]
         if self.key_dim % elements or self.value_dim % elements:
             raise UsageError(
-                f"--kv-types={kv_type} has blocks of {elements} elements and {self.path.name} heads of {self.key_dim}: "
+                f"`kv_types`={kv_type} has blocks of {elements} elements and {self.path.name} heads of {self.key_dim}: "
                 "give f16, bf16 or f32"
             )
 

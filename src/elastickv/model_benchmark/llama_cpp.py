@@ -80,7 +80,7 @@ class Llama:
         except RuntimeError:
             raise UsageError(
                 f"llama.cpp cannot open {model.path} with {tokens} tokens of {kv_type}: damaged, of an architecture that "
-                f"{PACKAGE} {version(PACKAGE)} does not know, or too large; try a shorter --context or another file"
+                f"{PACKAGE} {version(PACKAGE)} does not know, or too large; try a shorter `context` or another file"
             ) from None
 
     @cached_property

@@ -108,8 +108,8 @@ class MemoryEstimate:
         ratios = [ratio for ratio in _TRIED if ratio > (wanted.get("compress") or 1) and needed(tokens, ratio) <= free]
         lengths = [1 << power for power in range(tokens.bit_length(), 7, -1) if 1 << power < tokens]
         contexts = [length for length in lengths if length >= _LEAST_CONTEXT and needed(length, None) <= free]
-        remedies = [f"--compress {ratios[0]:g}"] if ratios else []
-        remedies += [f"--context {contexts[0]}"] if contexts else []
+        remedies = [f"`compress={ratios[0]:g}`"] if ratios else []
+        remedies += [f"`context={contexts[0]}`"] if contexts else []
         remedy = " or ".join(remedies) + " would fit" if remedies else "nothing shorter would fit: a smaller model or dtype may"
         parts = "" if loaded else f" ({self.weights_bytes / GIB:.1f} of them weights)"
         raise UsageError(

@@ -3,28 +3,27 @@
 from pathlib import Path
 from typing import Any
 
-from elastickv.benchmark import Reporter
-from elastickv.benchmark.runner import Silent
+from elastickv.benchmark.model_options import GgufBaselineOptions, TransformersBaselineOptions, requested_compress
+from elastickv.benchmark.reporter import Reporter, SilentReporter
 from elastickv.errors import UsageError
 from elastickv.evaluation.texts import evaluation_texts
 
-COMPRESS = 2.0
-CONTEXT, REPS, DECODE_TOKENS, SCORED = 512, 6, 16, 16
+_STOCK, _GGUF = TransformersBaselineOptions(), GgufBaselineOptions()
 
 
 def transformers_baseline(
     model: str,
     *,
-    context: int = CONTEXT,
+    context: int = _STOCK.context,
     compress: float | None = None,
     recipe: str | None = None,
     calibration: Path | None = None,
-    reps: int = REPS,
-    decode_tokens: int = DECODE_TOKENS,
-    scored: int = SCORED,
+    reps: int = _STOCK.reps,
+    decode_tokens: int = _STOCK.decode_tokens,
+    scored: int = _STOCK.scored,
     dtype: str | None = None,
     device: str | None = None,
-    seed: int = 0,
+    seed: int = _STOCK.seed,
     command: tuple[str, ...] = (),
     progress: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -50,11 +49,11 @@ def transformers_baseline(
 
     place = device or usual_device()
     if place.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"--device={place} is unknown: choose cpu or cuda")
+        raise UsageError(f"`device`={place} is unknown: choose cpu or cuda")
     if place.startswith("cuda") and usual_device() != "cuda":
-        raise UsageError(f"--device={place}: PyTorch finds no CUDA device; leave the option out to run on the CPU")
+        raise UsageError(f"`device`={place}: PyTorch finds no CUDA device; leave the option out to run on the CPU")
     wanted = {
-        "compress": COMPRESS if compress is None and recipe is None else compress,
+        "compress": requested_compress(compress, recipe, _STOCK.compress),
         "recipe": recipe,
         "calibration": None if calibration is None else ModelCalibration.load(calibration),
     }
@@ -71,19 +70,19 @@ def transformers_baseline(
         seed=seed,
         text=text.content,
     )
-    return measure_with_quality(options, text, scored, command, progress or Silent())
+    return measure_with_quality(options, text, scored, command, progress or SilentReporter())
 
 
 def gguf_baseline(
     model: str,
     *,
-    context: int = CONTEXT,
-    kv_types: tuple[str, ...] = ("f16", "q8_0", "q4_0"),
-    reps: int = REPS,
-    decode_tokens: int = DECODE_TOKENS,
-    scored: int = SCORED,
+    context: int = _GGUF.context,
+    kv_types: tuple[str, ...] = tuple(_GGUF.kv_types.split(",")),
+    reps: int = _GGUF.reps,
+    decode_tokens: int = _GGUF.decode_tokens,
+    scored: int = _GGUF.scored,
     threads: int | None = None,
-    seed: int = 0,
+    seed: int = _GGUF.seed,
     command: tuple[str, ...] = (),
     progress: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -105,4 +104,4 @@ def gguf_baseline(
 
     text, *_ = evaluation_texts()
     options = GgufBench(model, kv_types, context, reps, decode_tokens, scored, seed, text, threads)
-    return measure(options, command, progress or Silent())
+    return measure(options, command, progress or SilentReporter())

@@ -180,7 +180,7 @@ def unmet(ratio: float, context: int, shape: AttentionShape, dtype: str, recipes
         largest += f", and {every_step:.2f} with the pages scored every step"
     return (
         f"compress={ratio:g} cannot be met at a context of {context}: {largest}; {remedy}; "
-        "give a smaller --compress, a longer context, or fewer --sinks and --window"
+        "give a smaller `compress`, a longer `context`, or fewer `sinks` and `window`"
     )
 
 

@@ -22,23 +22,23 @@ def check_writable(path: Path) -> None:
     try:
         target = path.resolve()
         if target.is_dir():
-            raise UsageError(f"--output {path} is a folder: give the name of a file")
+            raise UsageError(f"`path` {path} is a folder: give the name of a file")
         if not target.parent.is_dir():
-            raise UsageError(f"--output {path}: the folder {target.parent} does not exist; create it first")
+            raise UsageError(f"`path` {path}: the folder {target.parent} does not exist; create it first")
         if target.exists() and not target.is_file():
-            raise UsageError(f"--output {path} is not a regular file: give the name of a file")
+            raise UsageError(f"`path` {path} is not a regular file: give the name of a file")
         if target.exists() and not os.access(target, os.W_OK):
-            raise UsageError(f"--output {path} is write-protected: choose another name")
+            raise UsageError(f"`path` {path} is write-protected: choose another name")
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".elastickv.", suffix=".tmp")
         os.close(handle)
         os.unlink(name)
         if len(os.fsencode(target.name)) > MAX_NAME_BYTES:
-            raise UsageError(f"--output: a name of {len(target.name)} characters is too long: give at most {MAX_NAME_BYTES}")
+            raise UsageError(f"`path`: a name of {len(target.name)} characters is too long: give at most {MAX_NAME_BYTES}")
     except (OSError, RuntimeError, ValueError) as error:  # pathlib's for links in a circle, and for a zero byte
         if isinstance(error, UsageError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"--output {path} cannot be written: {reason}; choose another name or folder") from None
+        raise UsageError(f"`path` {path} cannot be written: {reason}; choose another name or folder") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,7 +66,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(temporary, target)
         temporary = None
     except OSError as error:
-        raise UsageError(f"--output {path} cannot be written: {error.strerror or error}; choose another folder") from None
+        raise UsageError(f"`path` {path} cannot be written: {error.strerror or error}; choose another folder") from None
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

@@ -35,7 +35,7 @@ class Measurement(Mapping[str, Any]):
         """
         kind = kind_of(result)
         if kind is None or kind.formats is None or kind.rows is None:
-            raise UsageError(f"{source} is no result of `elastickv bench` or `baseline`: give the file that its --output wrote")
+            raise UsageError(f"{source} is no result of `elastickv bench` or `baseline`: give the file that its `output` wrote")
         self.result = kind.type.from_dict(result, source)
         self._rows, self._formats = kind.rows, kind.formats
         self._values: dict[str, Any] = to_dict(self.result)
@@ -158,4 +158,4 @@ def check_format(format_: str) -> None:
     UsageError : if it is none of `FORMATS`.
     """
     if format_ not in FORMATS:
-        raise UsageError(f"--format {format_} is unknown: choose {', '.join(FORMATS)}")
+        raise UsageError(f"`format` {format_} is unknown: choose {', '.join(FORMATS)}")

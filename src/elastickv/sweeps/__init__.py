@@ -1,1 +1,1 @@
-"""Many cells through the benchmark: the plan, the file that outlives a kill, a process a device, the table."""
+"""Sweep a grid of contexts, batches, ratios and recipes: the plan, the crash-safe file, the workers, the table."""

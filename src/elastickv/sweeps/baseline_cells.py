@@ -1,10 +1,10 @@
-"""Baselines as cells of a sweep: one a program and model, beside the plane of the others."""
+"""Baselines as cells of a sweep: one for each program and model, beside the grid of the others."""
 
 from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
-from elastickv.benchmark import Reporter
+from elastickv.benchmark.reporter import Reporter
 from elastickv.errors import UsageError
 from elastickv.sweeps.axes import listed
 
@@ -13,20 +13,20 @@ AXES = ("program", "model")
 NAMES = ("baseline", "model")
 
 
-def cells(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a cell for each program and model that `baseline` and `model` name; none where neither is given.
+def cells(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a cell for each program and model that `baseline` and `model` name; none without both.
 
     Raises
     ------
-    UsageError : if one is given without the other, or a program is unknown.
+    UsageError : if one is set without the other, or a program is unknown.
     """
-    programs, models = (listed(name, given[name]) if name in given else [] for name in NAMES)
+    programs, models = (listed(name, plan[name]) if name in plan else [] for name in NAMES)
     if bool(programs) != bool(models):
         missing, there = ("model", "baseline") if programs else ("baseline", "model")
-        raise UsageError(f"--{there} is given without --{missing}: give both, as --baseline {','.join(PROGRAMS)} --model PATH")
+        raise UsageError(f"`{there}` is given without `{missing}`: give both, as `baseline={','.join(PROGRAMS)}` `model=PATH`")
     for program in programs:
         if program not in PROGRAMS:
-            raise UsageError(f"--baseline {program} is unknown: choose {', '.join(PROGRAMS)}")
+            raise UsageError(f"`baseline` {program} is unknown: choose {', '.join(PROGRAMS)}")
     return [dict(zip(AXES, point, strict=True)) for point in product(programs, models)]
 
 
@@ -36,16 +36,16 @@ def is_baseline(cell: Mapping[str, Any]) -> bool:
 
 
 def request(cell: Mapping[str, Any], settings: Mapping[str, Any], device: int | None) -> dict[str, Any]:
-    """Return what the measuring process is told: the cell, and what `elastickv baseline` takes of what all cells share."""
-    told = {"program": cell["program"], "model": cell["model"]}
-    told |= {name: settings[name] for name in ("reps", "decode_tokens", "seed") if name in settings}
+    """Return the inputs of the measuring process: the cell, and the shared settings that `elastickv baseline` takes."""
+    inputs = {"program": cell["program"], "model": cell["model"]}
+    inputs |= {name: settings[name] for name in ("reps", "decode_tokens", "seed") if name in settings}
     if cell["program"] == "transformers":
-        told["device"] = "cpu" if settings.get("backend") == "cpu" else None if device is None else f"cuda:{device}"
-    return told
+        inputs["device"] = "cpu" if settings.get("backend") == "cpu" else None if device is None else f"cuda:{device}"
+    return inputs
 
 
-def measured(told: Mapping[str, Any], command: tuple[str, ...], reporter: Reporter) -> dict[str, Any]:
-    """Return the result of what `request` asks for.
+def measured(inputs: Mapping[str, Any], command: tuple[str, ...], reporter: Reporter) -> dict[str, Any]:
+    """Return the result of measuring the inputs that `request` made.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def measured(told: Mapping[str, Any], command: tuple[str, ...], reporter: Report
     """
     from elastickv.model_benchmark.presets import gguf_baseline, transformers_baseline
 
-    options = {name: value for name, value in told.items() if name != "program"}
-    if told["program"] == "gguf":
+    options = {name: value for name, value in inputs.items() if name != "program"}
+    if inputs["program"] == "gguf":
         return gguf_baseline(**options, command=command, progress=reporter)
     return transformers_baseline(**options, command=command, progress=reporter)

@@ -1,29 +1,31 @@
-"""The file of a sweep: a header, then one line a cell. It outlives a kill at any moment.
+"""The file of a sweep: a header, then one line a cell. It survives a kill at any time.
 
-A line is written by one call and synchronised before the next cell is counted. A line that a kill cut off has no newline at its
-end: it is dropped, and its cell is measured again.
+Each line is written and flushed to disk before the next cell is counted. A line that a kill cut off has no newline at its end:
+it is dropped, and its cell is measured again.
 """
 
-import fcntl
 import json
 import os
-import stat
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from elastickv.benchmark.environment import environment
+from elastickv.benchmark.options import AXES
 from elastickv.errors import UsageError
 from elastickv.inputs import parse_json, read_bytes
-from elastickv.results.files import check_writable
+from elastickv.results.files import check_writable, write_bytes
 from elastickv.sweeps import baseline_cells
-from elastickv.sweeps.axes import AXES
 from elastickv.sweeps.plan import SweepPlan, key, name
 
 VERSION = 1
 MAX_FILE_BYTES = 1 << 32  # a hundred thousand cells with their raw samples
 _BEGINNING = b'{"sweep": '  # of a header, which a kill may have cut off
+_NO_FILE = -1
+_APPEND = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)
 STATUSES = ("ok", "does not fit", "refused", "failed")
 
 
@@ -49,10 +51,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     known = (
         isinstance(axes, dict)
         and set(axes) <= {*AXES, *baseline_cells.AXES}
-        and all(isinstance(found, list) for found in axes.values())
+        and all(isinstance(axis, list) for axis in axes.values())
     )
     if not known or type(cells) is not int:
-        raise UsageError(f"{path}:1 is a damaged header of a sweep: its axes or cells are none; measure again")
+        raise UsageError(f"{path}:1 is a damaged header of a sweep: its axes or cells are missing; measure again")
     seen: set[str] = set()
     for number, record in enumerate(records, 2):
         if not isinstance(record.get("cell"), dict) or record.get("status") not in STATUSES:
@@ -93,18 +95,21 @@ def _object(line: bytes, source: str) -> dict[str, Any]:
 
 
 class Journal:
-    """A sweep's file while it is written; a context manager that keeps other sweeps off the file.
+    """A sweep's file while it is written; a context manager that locks the file against other sweeps.
+
+    The lock is a hidden empty file beside it, `.NAME.lock`, which is removed at the end. The lock ends with the process: a
+    file left behind by a killed process locks nothing.
 
     With `retry_failed` a file that is resumed loses its failed cells first: it is replaced by one without them.
 
     Attributes
     ----------
     done : keys of the cells that the file holds.
-    other_version : what wrote the file's beginning where that is another version than this one; else None.
+    other_version : the commit that wrote the file's header where that is another one than this; else None.
 
     Raises
     ------
-    UsageError : if the file holds another plan, is there and is not to be resumed, or is being written by another sweep.
+    UsageError : if the file holds another plan, exists and is not to be resumed, or is being written by another sweep.
     """
 
     def __init__(
@@ -112,18 +117,20 @@ class Journal:
     ) -> None:
         check_writable(path)
         self.path, self.done = path, set[str]()
+        self._target = path.resolve()
         self._retry_failed = retry_failed
         self.other_version: str | None = None
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        # A file that was replaced stays locked with its successor: who opened it before must not write into it.
-        self._held = [self._file]
+        # The lock belongs to the process, not to a thread: any thread may release it.
+        self._lock = FileLock(self._target.with_name(f".{self._target.name}.lock"), thread_local=False)
+        self._acquire()
+        self._file = _NO_FILE
         try:
-            self._lock(self._file)
+            self._file = os.open(self._target, _APPEND | os.O_CREAT, 0o666)
             try:
                 self._begin(plan, resume, command)
             finally:
-                if not os.fstat(self._file).st_size:  # There was no room for the first line.
-                    path.resolve().unlink(missing_ok=True)
+                if self._file != _NO_FILE and not os.fstat(self._file).st_size:  # There was no room for the first line.
+                    self._remove()
         except BaseException:
             self._close()
             raise
@@ -133,7 +140,7 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, UsageError) and not self.done:
-            self.path.resolve().unlink(missing_ok=True)  # What was asked for is refused: nothing was measured.
+            self._remove()  # The request is refused: nothing was measured.
         self._close()
 
     def append(self, record: dict[str, Any]) -> None:
@@ -146,39 +153,49 @@ class Journal:
         self._write(record)
         self.done.add(key(record["cell"]))
 
-    def _close(self) -> None:
-        for file in self._held:
-            os.close(file)
-
-    def _lock(self, file: int) -> None:
+    def _acquire(self) -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(file).st_nlink:
-                raise BlockingIOError  # It was replaced, or taken away, between being opened and being locked.
-        except BlockingIOError:
-            raise UsageError(f"--output {self.path} is being written by another sweep: wait, or give another name") from None
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(f"`output` {self.path} is being written by another sweep: wait, or give another name") from None
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UsageError(f"`output` {self.path} cannot be locked: {reason}; choose another name or folder") from None
+
+    def _close(self) -> None:
+        self._close_file()
+        with suppress(OSError):  # Windows removes no file that is open: there the release does.
+            os.unlink(self._lock.lock_file)
+        self._lock.release()
+
+    def _close_file(self) -> None:
+        if self._file != _NO_FILE:
+            os.close(self._file)
+            self._file = _NO_FILE
+
+    def _remove(self) -> None:
+        self._close_file()
+        self._target.unlink(missing_ok=True)
 
     def _begin(self, plan: SweepPlan, resume: bool, command: tuple[str, ...]) -> None:
         content = _content(self.path)
-        whole = content.rfind(b"\n") + 1
-        if not whole and not (content.startswith(_BEGINNING) or _BEGINNING.startswith(content)):
-            raise UsageError(f"--output {self.path} exists and is no sweep: give another name")
-        if whole and not resume and not read(self.path)[1]:
-            whole, resume = 0, True  # A sweep that ended before its first cell holds nothing to lose.
-        if not whole and os.fstat(self._file).st_size and not resume:
-            raise UsageError(f"--output {self.path} exists: --resume continues it, or give another name")
+        complete = content.rfind(b"\n") + 1
+        if not complete and not (content.startswith(_BEGINNING) or _BEGINNING.startswith(content)):
+            raise UsageError(f"`output` {self.path} exists and is no sweep: give another name")
+        if complete and not resume and not read(self.path)[1]:
+            complete, resume = 0, True  # A sweep that ended before its first cell holds nothing to lose.
+        if content and not resume:
+            raise UsageError(f"`output` {self.path} exists: `resume=True` continues it, or give another name")
         here = environment()
-        if not whole:
+        if not complete:
             os.ftruncate(self._file, 0)
             head = {"version": VERSION, "plan_hash": plan.hash, "cells": len(plan.cells), "axes": plan.axes}
             self._write({"sweep": head | {"settings": plan.settings, "command": list(command), "environment": here}})
             return
-        if not resume:
-            raise UsageError(f"--output {self.path} exists: --resume continues it, or give another name")
         head, records = read(self.path)
         if head["plan_hash"] != plan.hash:
             raise UsageError(
-                f"--output {self.path} holds another plan ({head['plan_hash']}, this one is {plan.hash}): "
+                f"`output` {self.path} holds another plan ({head['plan_hash']}, this one is {plan.hash}): "
                 "give its options again, or another name"
             )
         planned = {key(cell) for cell in plan.cells}
@@ -187,7 +204,7 @@ class Journal:
                 raise UsageError(f"{self.path}:{number} holds a cell that the plan does not have: take the line out")
             if not self._retry_failed or record["status"] != "failed":
                 self.done.add(key(record["cell"]))
-        os.ftruncate(self._file, whole)
+        os.ftruncate(self._file, complete)
         if len(self.done) < len(records):
             self._replace([line for line in self.path.read_bytes().splitlines(keepends=True) if self._stays(line)])
         began = head.get("environment")
@@ -199,28 +216,19 @@ class Journal:
         return "cell" not in value or key(value["cell"]) in self.done
 
     def _replace(self, lines: list[bytes]) -> None:
-        """Put a file with these lines in the place of the present one, locked before it has the name."""
-        target = self.path.resolve()
-        file, temporary = tempfile.mkstemp(dir=target.parent, prefix=".elastickv.", suffix=".tmp")
-        self._held.append(file)
+        """Replace the file by one with these lines."""
+        self._close_file()  # Windows replaces no file that is open.
         try:
-            self._lock(file)
-            with open(file, "wb", closefd=False) as out:
-                out.writelines(lines)
-            os.fsync(file)
-            os.fchmod(file, stat.S_IMODE(os.fstat(self._file).st_mode))
-            os.replace(temporary, target)
-        except BaseException as error:
-            Path(temporary).unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise self._full(error) from None
-            raise
-        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
-        self._file = file
+            write_bytes(self._target, b"".join(lines))
+        except UsageError as error:
+            raise UsageError(f"{error}; the cells stay") from None
+        self._file = os.open(self._target, _APPEND)
 
     def _full(self, error: OSError) -> UsageError:
-        said = error.strerror or str(error)
-        return UsageError(f"--output {self.path} cannot be written: {said}; its cells stay: make room, and --resume goes on")
+        reason = error.strerror or str(error)
+        return UsageError(
+            f"`output` {self.path} cannot be written: {reason}; its cells stay: make room, and `resume=True` goes on"
+        )
 
     def _write(self, value: dict[str, Any]) -> None:
         line = (json.dumps(value, allow_nan=False) + "\n").encode()
@@ -233,7 +241,7 @@ class Journal:
             os.ftruncate(self._file, before)
             raise self._full(error) from None
         except BaseException:
-            # Ctrl-C: no half of a line may stand before the next one. A whole one is a cell that is measured.
+            # Ctrl-C: half a line must not precede the next one. A whole line is a measured cell.
             if line:
                 os.ftruncate(self._file, before)
             raise

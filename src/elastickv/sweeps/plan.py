@@ -1,4 +1,4 @@
-"""What a sweep measures: cells, each a set of options of `bench`, in a random order."""
+"""The plan of a sweep: cells, each a set of options of `bench`, in a random order."""
 
 import hashlib
 import json
@@ -6,16 +6,16 @@ import math
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from elastickv.benchmark import Options
+from elastickv.benchmark.options import AXES, SETTINGS, Options
 from elastickv.errors import UsageError
 from elastickv.inputs import parse_json, read_text
 from elastickv.sweeps import baseline_cells
-from elastickv.sweeps.axes import AXES, MAX_CELLS, SETTINGS, converted, values
+from elastickv.sweeps.axes import MAX_CELLS, converted, values
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def key(cell: Cell) -> str:
-    """Return what tells a cell from the others."""
+    """Return the key that identifies a cell."""
     return json.dumps(cell, sort_keys=True)
 
 
@@ -67,42 +67,42 @@ class SweepPlan:
     refused: dict[str, str]
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "SweepPlan":
+    def of(cls, inputs: Mapping[str, Any]) -> "SweepPlan":
         """Return the plan that axes, settings and `cells` (tables of axes, each a Cartesian product by itself) make.
 
-        `baseline` and `model` add a cell for each pair of theirs; given alone they are the whole plan.
+        `baseline` and `model` add a cell for each pair of theirs; alone they are the whole plan.
 
         Raises
         ------
-        UsageError : if a name is unknown, or a value one that `bench` refuses in every cell it is in.
+        UsageError : if a name is unknown, or `bench` refuses a value in each of its cells.
         """
-        given = {_known(label): value for label, value in given.items() if value is not None}
-        settings = {label: converted(label, value) for label, value in given.items() if label in SETTINGS}
-        shared = {axis: values(axis, given[axis]) for axis in AXES if axis in given}
-        tables = given.get("cells", [{}])
+        inputs = {_known(label): value for label, value in inputs.items() if value is not None}
+        settings = {label: converted(label, value) for label, value in inputs.items() if label in SETTINGS}
+        shared = {axis: values(axis, inputs[axis]) for axis in AXES if axis in inputs}
+        tables = inputs.get("cells", [{}])
         if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
             raise UsageError("cells must be a list of tables of axes, and not empty")
-        references = baseline_cells.cells(given)
-        if references and not shared and "cells" not in given:
+        references = baseline_cells.cells(inputs)
+        if references and not shared and "cells" not in inputs:
             tables = []
-        found: dict[str, Cell] = {key(cell): cell for cell in references}
+        cells: dict[str, Cell] = {key(cell): cell for cell in references}
         for table in tables:
             axes = shared | {_axis(label): values(_axis(label), value) for label, value in table.items()}
             axes = {axis: axes[axis] for axis in AXES if axis in axes}
             count = math.prod(map(len, axes.values()))
-            if len(found) + count > MAX_CELLS:
+            if len(cells) + count > MAX_CELLS:
                 raise UsageError(f"the plan has more than {MAX_CELLS} cells: give fewer values to an axis")
             for point in product(*axes.values()):
                 cell = dict(zip(axes, point, strict=True))
-                found[key(cell)] = cell
-        cells = list(found.values())
-        random.Random(settings.get("seed", Options.seed)).shuffle(cells)
+                cells[key(cell)] = cell
+        order = list(cells.values())
+        random.Random(settings.get("seed", Options.seed)).shuffle(order)
         plain = {label: str(value) if isinstance(value, Path) else value for label, value in settings.items()}
-        plan = cls(tuple(cells), plain, {})
+        plan = cls(tuple(order), plain, {})
         plan.refused.update(plan._judged())
         return plan
 
-    def options(self, cell: Cell, device: int | None = None) -> Options:
+    def options(self, cell: Cell, device: int | None = None, command: tuple[str, ...] = ()) -> Options:
         """Return the cell as options of `bench`: always paired.
 
         Raises
@@ -110,10 +110,10 @@ class SweepPlan:
         UsageError : as `bench` does.
         """
         settings = self.settings | ({"input": Path(self.settings["input"])} if "input" in self.settings else {})
-        return Options(**settings, **cell, paired=True, device=device)
+        return Options(**settings, **cell, paired=True, device=device, command=command)
 
     def request(self, cell: Cell, device: int | None, command: tuple[str, ...]) -> dict[str, Any]:
-        """Return what the process that measures is told of a cell, as JSON values.
+        """Return the request for a cell to the measuring process, as JSON values.
 
         Raises
         ------
@@ -121,7 +121,7 @@ class SweepPlan:
         """
         if baseline_cells.is_baseline(cell):
             return {"baseline": baseline_cells.request(cell, self.settings, device), "command": list(command)}
-        plain = asdict(replace(self.options(cell, device), command=command))
+        plain = asdict(self.options(cell, device, command))
         return {"bench": plain | {"input": None if plain["input"] is None else str(plain["input"])}}
 
     @property
@@ -132,11 +132,11 @@ class SweepPlan:
     @property
     def axes(self) -> dict[str, list[Any]]:
         """Axis -> its values in any cell."""
-        found: dict[str, dict[Any, None]] = {}
+        axes: dict[str, dict[Any, None]] = {}
         for cell in self.cells:
             for axis, value in cell.items():
-                found.setdefault(axis, {})[value] = None
-        return {axis: sorted(found[axis]) for axis in (*AXES, *baseline_cells.AXES) if axis in found}
+                axes.setdefault(axis, {})[value] = None
+        return {axis: sorted(axes[axis]) for axis in (*AXES, *baseline_cells.AXES) if axis in axes}
 
     def _judged(self) -> dict[str, str]:
         refused: dict[str, str] = {}
@@ -149,31 +149,31 @@ class SweepPlan:
             except UsageError as error:
                 refused[key(cell)] = str(error)
         for cell in judged:
-            # A value that no cell can have is a mistake; one that only some combinations can't is part of the plane.
+            # A value that no cell can have is a mistake; one that only some combinations refuse is part of the grid.
             if key(cell) in refused and (not accepted or any(item not in accepted for item in cell.items())):
                 raise UsageError(refused[key(cell)])
         return refused
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """Return a plan's file, TOML or JSON, as `Plan.of` takes it.
+    """Return the content of a plan's file, TOML or JSON, as `SweepPlan.of` takes it.
 
     Raises
     ------
     UsageError : if it cannot be read or is neither.
     """
-    text = read_text(path, f"--plan {path}", "give a TOML or JSON file", MAX_PLAN_BYTES)
+    text = read_text(path, f"`plan` {path}", "give a TOML or JSON file", MAX_PLAN_BYTES)
     try:
-        found = parse_json(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+        plan = parse_json(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
-        raise UsageError(f"--plan {path} is no {kind} ({error}): mend it, or give another file") from None
-    if not isinstance(found, dict) or not found:
-        raise UsageError(f"--plan {path} names no axis: write lines such as seq = [1024, 4096]")
+        raise UsageError(f"`plan` {path} is no {kind} ({error}): mend it, or give another file") from None
+    if not isinstance(plan, dict) or not plan:
+        raise UsageError(f"`plan` {path} names no axis: write lines such as seq = [1024, 4096]")
     try:
-        return {_known(label): value for label, value in found.items()}
+        return {_known(label): value for label, value in plan.items()}
     except UsageError as error:
-        raise UsageError(f"--plan {path}: {error}") from None
+        raise UsageError(f"`plan` {path}: {error}") from None
 
 
 def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,15 +181,15 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises
     ------
-    UsageError : if two of them give one name.
+    UsageError : if two of them hold one name.
     """
-    found: dict[str, Any] = {}
+    union: dict[str, Any] = {}
     for part in parts:
         for label, value in part.items():
-            if label in found:
-                raise UsageError(f"{label} is given both in the plan and beside it: give it once")
-            found[label] = value
-    return found
+            if label in union:
+                raise UsageError(f"{label} is set both in the plan and outside of it: set it once")
+            union[label] = value
+    return union
 
 
 def _known(label: str) -> str:

@@ -1,4 +1,4 @@
-"""Cells to devices: one process a device measures, this one writes."""
+"""Schedule cells on devices: one process per device measures, this one writes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from elastickv.benchmark import Options
+from elastickv.benchmark.options import Options
 from elastickv.errors import DeviceFailure, UsageError
 from elastickv.sweeps.journal import Journal
 from elastickv.sweeps.plan import Cell, SweepPlan, key
@@ -25,7 +25,7 @@ PROGRAM = (sys.executable, "-m", "elastickv.sweeps.worker")
 
 
 class Watcher(Protocol):
-    """Told how a sweep goes."""
+    """Receives the progress of a sweep."""
 
     def begin(self, done: int, total: int) -> None:
         """`done` of `total` cells are in the file already."""
@@ -42,7 +42,10 @@ class Watcher(Protocol):
 
 @contextmanager
 def _signals_for_us_only() -> Iterator[None]:
-    """Let a process that is started inside never hear Ctrl-C and SIGTERM, which go to the whole group: we end it."""
+    """Start processes that ignore Ctrl-C and SIGTERM, which go to the whole group: this process ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -86,7 +89,7 @@ class _Worker:
     def cause(self) -> str:
         """Return why the process ended by itself."""
         code = self._process.wait()
-        if code == -signal.SIGKILL:
+        if code == -getattr(signal, "SIGKILL", 9):
             return "the process that measured was killed, as systems do where memory runs out"
         return f"the process that measured ended with {f'signal {-code}' if code < 0 else f'code {code}'}"
 
@@ -109,11 +112,11 @@ class _Worker:
         events.put((self, "ended", None))
 
 
-class _Crew:
-    """The processes, what they are at, and the cells that none has taken yet.
+class _WorkerPool:
+    """The processes, their current cells, and the cells that are still waiting.
 
-    A device that fails again and again would fail all cells faster than the others measure any: where others are left, a cell
-    whose process or device was lost is measured by another, and a device that lost two in a row gets no more.
+    A device that fails repeatedly would fail all cells faster than the others measure any: while others are left, a cell whose
+    process or device was lost is measured by another, and a device that lost two cells in a row gets no more.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class _Crew:
         self.events: queue.Queue[tuple[_Worker, str, Any]] = queue.Queue()
 
     def start(self) -> None:
-        """Start a process a device."""
+        """Start a process for each device."""
         for slot in range(len(self._devices)):
             self._begin(slot)
 
@@ -141,7 +144,7 @@ class _Crew:
             self.workers.pop().end()
 
     def take(self, worker: _Worker, kind: str, value: Any) -> None:
-        """Take what a process told.
+        """Handle a message of a process.
 
         Raises
         ------
@@ -177,7 +180,7 @@ class _Crew:
         worker.end()
 
     def _next(self, worker: _Worker) -> None:
-        """Give a process a cell; where there is none for it, it is done."""
+        """Start the next cell of a process; end the process if there is none for it."""
         cell = self._pick(worker.slot)
         if cell is None:
             self._drop(worker)
@@ -186,11 +189,11 @@ class _Crew:
 
     def _pick(self, slot: int) -> Cell | None:
         fit = (i for i, cell in enumerate(self._waiting) if self._lost.get(key(cell)) != slot)
-        found = next(fit, None)
-        return None if found is None else self._waiting.pop(found)
+        index = next(fit, None)
+        return None if index is None else self._waiting.pop(index)
 
     def _replace(self, worker: _Worker, cell: Cell, kind: str, value: Any) -> None:
-        """Put a fresh process in the place of one that is lost or spent."""
+        """Replace a process that is lost or unusable by a new one."""
         record = {"status": "failed", "reason": worker.cause()} if kind == "ended" else value
         self._drop(worker)
         if kind == "spent":
@@ -206,21 +209,21 @@ class _Crew:
             self._leave_out(worker, record["reason"])
         elif any(self._lost.get(key(waiting)) != worker.slot for waiting in self._waiting):
             self._begin(worker.slot)
-        self._mind_the_rest(record["reason"])
+        self._record_the_rest(record["reason"])
 
     def _leave_out(self, worker: _Worker, reason: str) -> None:
         self._watcher.left_out(worker.device, reason)
-        self._mind_the_rest(reason)
+        self._record_the_rest(reason)
 
-    def _mind_the_rest(self, reason: str) -> None:
-        """Where nobody is left, record the cells that were lost once already; others can be measured another time."""
+    def _record_the_rest(self, reason: str) -> None:
+        """Where no process is left, record the cells that were lost once; a resumed sweep can measure the others."""
         if self.workers:
             return
         for cell in [cell for cell in self._waiting if key(cell) in self._lost]:
             self._waiting.remove(cell)
             self._finish(cell, {"status": "failed", "reason": reason})
         if self._waiting:
-            raise DeviceFailure(f"{reason}; {len(self._waiting)} cells are not measured: --resume goes on")
+            raise DeviceFailure(f"{reason}; {len(self._waiting)} cells are not measured: `resume=True` goes on")
 
     def _finish(self, cell: Cell, record: dict[str, Any]) -> None:
         self._journal.append({"cell": cell} | record)
@@ -239,8 +242,8 @@ def measure(
 
     Parameters
     ----------
-    devices : numbers of CUDA devices, a process each; None is the usual one.
-    time_limit_s : after that many seconds what is being measured is dropped, to be measured when the sweep is resumed.
+    devices : numbers of CUDA devices, a process each; None is the default one.
+    time_limit_s : stop after this many seconds; cells in progress are dropped and measured when the sweep is resumed.
 
     Raises
     ------
@@ -249,17 +252,17 @@ def measure(
     """
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
     watcher.begin(len(journal.done), len(plan.cells))
-    crew = _Crew(plan, journal, watcher, devices, command)
+    pool = _WorkerPool(plan, journal, watcher, devices, command)
     try:
-        crew.start()
-        while crew.workers:
+        pool.start()
+        while pool.workers:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 break
             try:
-                crew.take(*crew.events.get(timeout=_PATIENCE_S if left is None else min(left, _PATIENCE_S)))
+                pool.take(*pool.events.get(timeout=_PATIENCE_S if left is None else min(left, _PATIENCE_S)))
             except queue.Empty:
                 continue
     finally:
-        crew.end()
+        pool.end()
     return len(journal.done) == len(plan.cells)

@@ -38,45 +38,45 @@ def sweep(
     time_limit_s: float | None = None,
     watcher: Watcher | None = None,
     command: tuple[str, ...] = (),
-    **given: Any,
+    **axes_and_settings: Any,
 ) -> Sweep:
-    """Measure every combination of axes, each through the paired sampler of `bench`.
+    """Measure every combination of axes, each with the paired sampler of `bench`.
 
     Parameters
     ----------
     output : file of the sweep, JSON Lines; None keeps it in memory only.
     plan : TOML or JSON file of axes and settings.
-    preset : 'smoke' is a minute's; what is given beside it replaces its own.
+    preset : 'smoke' takes a minute; other axes and settings replace its values.
     resume : continue the sweep that `output` holds, if there is one.
-    retry_failed : with `resume`, measure the cells once more that failed.
+    retry_failed : with `resume`, measure the failed cells again.
     devices : numbers of CUDA devices, one process each.
-    time_limit_s : stop after this many seconds; what is measured by then is kept.
-    watcher : told how it goes.
-    command : what was typed, for the record.
-    **given : axes (seq, batch, compress, recipe, heads, kv_heads, dim, dtype, cache, sinks, window, anchor_every), each a
-        value, a list or a text such as '1-64*4'; what all cells share (backend, reps, warmup, inner_loops, seed, ...);
+    time_limit_s : stop after this many seconds; what is measured by then stays.
+    watcher : receives the progress.
+    command : the command line, for the record.
+    **axes_and_settings : axes (seq, batch, compress, recipe, heads, kv_heads, dim, dtype, cache, sinks, window, anchor_every),
+        each a value, a list or a text such as '1-64*4'; what all cells share (backend, reps, warmup, inner_loops, seed, ...);
         baseline ('transformers', 'gguf' or both) and model (paths or hub ids), which add a cell for each pair.
 
     Raises
     ------
-    UsageError : if something given is unknown or out of range, `output` holds another plan or cannot be written any more.
+    UsageError : if an axis or a setting is unknown or out of range, or `output` holds another plan or cannot be written.
     DeviceFailure : if no device is left to measure on. What is measured by then is in `output`.
     """
     if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
+        raise UsageError(f"`preset` {preset} is unknown: choose {', '.join(PRESETS)}")
     if resume and output is None:
-        raise UsageError("--resume continues a file: give --output too")
+        raise UsageError("`resume=True` continues a file: give `output` too")
     if retry_failed and not resume:
-        raise UsageError("--retry-failed measures cells of a file again: give --resume too")
+        raise UsageError("`retry_failed=True` measures cells of a file again: give `resume=True` too")
     if time_limit_s is not None and not 0 < time_limit_s < float("inf"):
-        raise UsageError(f"--time-limit={time_limit_s} is out of range: give seconds above 0")
+        raise UsageError(f"`time_limit_s`={time_limit_s} is out of range: give seconds above 0")
     chosen: list[int | None] = [None] if devices is None else list(devices)
     if not chosen or len(set(chosen)) < len(chosen):
-        raise UsageError(f"--devices {','.join(map(str, chosen))}: give each device once, at least one")
-    asked = merged({} if plan is None else read_plan(Path(plan)), given)
-    planned = SweepPlan.of((PRESETS[preset] if preset else {}) | asked)
+        raise UsageError(f"`devices` {','.join(map(str, chosen))}: give each device once, at least one")
+    requested = merged({} if plan is None else read_plan(Path(plan)), axes_and_settings)
+    planned = SweepPlan.of((PRESETS[preset] if preset else {}) | requested)
     if devices is not None and planned.settings.get("backend") == "cpu":
-        raise UsageError("--devices are GPUs: leave it out with --backend cpu")
+        raise UsageError("`devices` are GPUs: leave it out with `backend=cpu`")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "sweep.jsonl") if output is None else Path(output)
         with Journal(path, planned, resume, command, retry_failed) as journal:

@@ -1,4 +1,4 @@
-"""A sweep as a value: rows, files, a table in a notebook."""
+"""The result of a sweep: rows, files, a table in a notebook."""
 
 import io
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ class Sweep:
 
     Attributes
     ----------
-    header : plan, versions, and how many cells there are to be.
-    cells : one a cell: `cell` (axis -> value), `status`, `reason`, and where the status is ok all of the result.
+    header : plan, versions, and the number of planned cells.
+    cells : for each cell `cell` (axis -> value), `status`, `reason` and, where the status is ok, the whole result.
     """
 
     header: dict[str, Any]
@@ -54,20 +54,20 @@ class Sweep:
 
         Raises
         ------
-        UsageError : if it is no file of a sweep.
+        UsageError : if it is not the file of a sweep.
         """
         header, cells = read(Path(path))
         axes = list(header.get("axes", {}))
 
         def place(record: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
-            found = [record["cell"].get(axis) for axis in axes]
-            return tuple(("", v, "") if isinstance(v, (int, float)) else ("t", 0.0, str(v)) for v in found)
+            values = [record["cell"].get(axis) for axis in axes]
+            return tuple(("", v, "") if isinstance(v, (int, float)) else ("t", 0.0, str(v)) for v in values)
 
         return cls(header, sorted(cells, key=place))
 
     @property
     def complete(self) -> bool:
-        """Whether every cell of the plan is there."""
+        """Whether every cell of the plan is measured."""
         return bool(len(self.cells) == self.header["cells"])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ class Sweep:
         return csv_of(self._some_rows())
 
     def to_markdown(self) -> str:
-        """Return the rows' most asked-for columns as a Markdown table."""
+        """Return the most important columns of the rows as a Markdown table."""
         return markdown_of(self._brief())
 
     def to_pandas(self) -> Any:
@@ -194,7 +194,7 @@ def check_export(path: Path) -> None:
     UsageError : if the suffix names no format, or one that needs what is not installed.
     """
     if path.suffix.lower() not in EXPORTS:
-        raise UsageError(f"--export {path}: the suffix names no format; choose {', '.join(EXPORTS)}")
+        raise UsageError(f"`export` {path}: the suffix names no format; choose {', '.join(EXPORTS)}")
     if path.suffix.lower() == ".parquet":
         _require("pyarrow")
 

@@ -1,4 +1,4 @@
-"""The process that measures: options as JSON lines on standard input, what happens as JSON lines on standard output."""
+"""The measuring process: reads options as JSON lines on standard input, writes events as JSON lines on standard output."""
 
 import json
 import os
@@ -10,37 +10,38 @@ from typing import Any, TextIO
 
 from elastickv.backends import load
 from elastickv.backends.driver_errors import device_failures
-from elastickv.benchmark import Options, run
+from elastickv.benchmark.options import Options
+from elastickv.benchmark.runner import run
 from elastickv.benchmark.sample_inputs import load_sample
 from elastickv.errors import DeviceFailure, DeviceLost, DoesNotFit, KernelMismatch, NonFiniteError, RanOut, UsageError
 from elastickv.sweeps import baseline_cells
 
 
 class JsonLinesReporter:
-    """A reporter that tells the parent."""
+    """A reporter that sends messages to the parent."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
 
-    def tell(self, kind: str, value: Any) -> None:
+    def send(self, kind: str, value: Any) -> None:
         """Send one line."""
         self._out.write(json.dumps([kind, value], allow_nan=False) + "\n")
         self._out.flush()
 
     def phase(self, name: str) -> None:
-        """Tell that a phase begins."""
-        self.tell("phase", name)
+        """Send the beginning of a phase."""
+        self.send("phase", name)
 
     def progress(self, done: int, total: int) -> None:
-        """Tell how many samples are taken, twenty times a cell."""
+        """Send the share of samples that are taken, twenty times a cell."""
         if done * 20 // total != (done - 1) * 20 // total:
-            self.tell("progress", done / total)
+            self.send("progress", done / total)
 
 
 def measured(request: dict[str, Any], reporter: JsonLinesReporter) -> tuple[str, dict[str, Any]]:
-    """Return a cell's status with its result or the reason why it has none, and how this process stands after it.
+    """Return the state of this process after a cell, and the cell's status with its result or the reason why it has none.
 
-    It is 'done', fit for another cell; 'spent', where what went wrong may have left something behind; 'lost', with the device.
+    The state is 'done', ready for another cell; 'spent', if the failure may have left something behind; or 'lost'.
     """
     try:
         result = _result(request, reporter)
@@ -64,37 +65,37 @@ def _result(request: dict[str, Any], reporter: JsonLinesReporter) -> dict[str, A
     if "baseline" in request:
         with device_failures():
             return baseline_cells.measured(request["baseline"], tuple(request["command"]), reporter)
-    given = request["bench"]
-    given["input"] = None if given["input"] is None else Path(given["input"])
-    return run(Options(**given | {"command": tuple(given["command"])}), reporter).as_dict()
+    options = request["bench"]
+    options["input"] = None if options["input"] is None else Path(options["input"])
+    return run(Options(**options | {"command": tuple(options["command"])}), reporter).as_dict()
 
 
 def main() -> None:
-    """Serve until standard input ends, and end at once with it: the parent may have been killed."""
-    told = JsonLinesReporter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
-    # Whatever a library prints must not get among our lines.
+    """Serve until standard input ends, then exit at once: the parent may have been killed."""
+    out = JsonLinesReporter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    # What a library prints must not mix with our lines.
     os.dup2(2, 1)
-    asked: queue.Queue[dict[str, Any]] = queue.Queue()
+    requests: queue.Queue[dict[str, Any]] = queue.Queue()
 
     def listen() -> None:
         for line in sys.stdin:
-            asked.put(json.loads(line))
+            requests.put(json.loads(line))
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    first = asked.get()
+    first = requests.get()
     try:
         load(first["backend"], first["device"])
         load_sample(None if first["input"] is None else Path(first["input"]))
     except (UsageError, DeviceFailure) as error:
-        told.tell("broken" if isinstance(error, DeviceFailure) else "unable", str(error))
+        out.send("broken" if isinstance(error, DeviceFailure) else "unable", str(error))
         return
-    told.tell("ready", None)
+    out.send("ready", None)
     while True:
-        state, record = measured(asked.get(), told)
-        told.tell(state, record)
+        state, record = measured(requests.get(), out)
+        out.send(state, record)
         if state != "done":
-            os._exit(0)  # Not by way of clean-ups, which may hang on a device that is gone.
+            os._exit(0)  # Skips clean-ups, which may hang on a device that is gone.
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.statistics_study import MACHINES
 from elastickv.benchmark import Options, run
-from elastickv.benchmark.runner import Silent
+from elastickv.benchmark.reporter import SilentReporter
 from elastickv.benchmark.stats.changepoint import CHANCE, LEAST_STEP, find_changepoint
 from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
 
@@ -94,7 +94,7 @@ def test_too_few_samples_tell_nothing():
     assert find_changepoint([1.0] * 9 + [2.0] * 10) is None
 
 
-class Loading(Silent):
+class Loading(SilentReporter):
     """Lets busy processes loose on every processor once half of the time is over, and ends them with the samples."""
 
     def __init__(self, after_s):

@@ -47,9 +47,9 @@ def driver_api() -> Any:
         check(driver.cuInit(0))
         count = check(driver.cuDeviceGetCount())
     except Exception as error:  # without a driver the bindings raise types of their own
-        raise UsageError(f"no CUDA device can be used ({error}): install an NVIDIA driver, or use --backend cpu") from error
+        raise UsageError(f"no CUDA device can be used ({error}): install an NVIDIA driver, or use `backend=cpu`") from error
     if not count:
-        raise UsageError("no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend cpu")
+        raise UsageError("no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use `backend=cpu`")
     return driver
 
 
@@ -147,7 +147,7 @@ class CudaDevice:
     def _choose_arch(self) -> str:
         major, minor = self.capability
         if major * 10 + minor < _OLDEST:
-            raise UsageError(f"compute capability {major}.{minor} is too old: 6.1 (Pascal) is the least; use --backend cpu")
+            raise UsageError(f"compute capability {major}.{minor} is too old: 6.1 (Pascal) is the least; use `backend=cpu`")
         compiler = nvrtc_version()
         version = int(check(self.driver.cuDriverGetVersion()))
         if version // 1000 < compiler[0]:

@@ -1,4 +1,4 @@
-"""Who is measured: our own dense and elastic attention, and the peers installed here."""
+"""The contenders: our own dense and elastic attention, and the installed peers."""
 
 from elastickv.benchmark.contenders.base import Contender, Peer, PeerWork
 from elastickv.benchmark.contenders.ours import filled_caches, ours, random_queries

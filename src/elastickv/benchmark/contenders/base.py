@@ -1,4 +1,4 @@
-"""What a contender is."""
+"""The interfaces of contenders and peers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class PeerWork:
-    """What every peer is given: the work of our dense contender.
+    """The work of every peer: that of our dense contender.
 
     Attributes
     ----------
@@ -77,12 +77,12 @@ class PeerWork:
         return as_cold(self.rotation, kv_bytes, self.device.last_level_cache_bytes)
 
 
-# How a variant is made ready, or why it cannot run the work. It may also raise: the error's message is then the reason.
+# Prepares a variant, or says why it cannot run the work. It may also raise: the error's message is then the reason.
 Variant = Callable[[], Contender] | str
 
 
 class Peer(Protocol):
-    """A family of attention implementations of somebody else: one file in this folder, one line in `peers`.
+    """A family of third-party attention implementations: one file in this folder, one line in `peers`.
 
     The names of its variants begin with its own.
     """

@@ -1,4 +1,4 @@
-"""FlashInfer's decode attention, with keys and values in bf16 and in fp8. It compiles its kernels when they are first used."""
+"""FlashInfer's decode attention, with keys and values in bf16 and in fp8. Kernels compile on first use."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ from elastickv.benchmark.contenders.base import Contender, PeerWork, Variant
 from elastickv.benchmark.contenders.torch_timing import TORCH_NAMES, Inputs, checked, distribution_version, inputs, unusable
 
 _HEAD_DIMS = (64, 128, 256)
-# Layout and page size: what was fastest on an H100, by up to 8 % (benchmarks/NOTES.md).
+# The fastest layout and page size on an H100, by up to 8 % (benchmarks/NOTES.md).
 _LAYOUT = "HND"
 _PAGE_TOKENS = 32
 # What its documentation recommends, twice: the tensor-core plan of a large batch takes more.
@@ -28,7 +28,7 @@ class FlashInfer:
         return distribution_version("flashinfer-python")
 
     def variants(self, work: PeerWork) -> dict[str, Variant]:
-        """Return each way of calling it, for each dtype of keys and values."""
+        """Return each way of calling FlashInfer, for each dtype of keys and values."""
         if work.device.kind != "cuda":
             return {self.name: "runs on CUDA devices only"}
         refusal = unusable(work)
@@ -44,7 +44,7 @@ class FlashInfer:
         return variants
 
 
-# Makes what attends one copy.
+# Makes the function that attends to one copy.
 _Call = Callable[[PeerWork, str, Inputs, bool], Callable[[int], Any]]
 
 
@@ -70,7 +70,7 @@ def _paged(work: PeerWork, dtype: str, data: Inputs, tensor_cores: bool) -> Call
     def count(stop: int) -> Any:
         return torch.arange(stop, dtype=torch.int32, device="cuda")
 
-    # Pages in order: as favourable as a page table can be.
+    # Pages in order: the most favorable page table.
     bounds, indices = count(shape.batch + 1) * pages, count(shape.batch * pages)
     last = torch.full_like(bounds[1:], (work.context - 1) % _PAGE_TOKENS + 1)
     buffers = {

@@ -19,7 +19,7 @@ class FlexAttention:
         return distribution_version("torch")
 
     def variants(self, work: PeerWork) -> dict[str, Variant]:
-        """Return one variant a dtype."""
+        """Return one variant per dtype."""
         refusal = unusable(work)
         names = {f"{self.name}-{dtype}": dtype for dtype in _DTYPES[work.device.kind]}
         return {name: refusal or partial(_ready, name, work, dtype) for name, dtype in names.items()}

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-import elastickv
 from elastickv.backends import Backend, Program
 from elastickv.benchmark.contenders.base import Contender
 from elastickv.benchmark.contenders.rotation import MAX_COPIES, Rotation
 from elastickv.errors import NonFiniteError
 from elastickv.kvcache import LayerCache
 from elastickv.recipe import AttentionShape, Recipe, interval_bytes
+from elastickv.version import __version__
 
 
 def random_queries(shape: AttentionShape, seed: int, rms: float) -> np.ndarray:
@@ -52,7 +52,7 @@ def ours(
     graph: bool,
     query_rms: float = 1.0,
 ) -> tuple[Contender, Program, list[LayerCache]]:
-    """Return a contender of our own, the program it times and the caches that goes round."""
+    """Return a contender of our own, the program it times and the caches that it rotates through."""
     caches = filled_caches(backend, shape, context, dtype, recipe, rotation.copies, seed)
     query = random_queries(shape, seed, query_rms)
     program = backend.attention(caches, [query] * len(caches), rotation.steps, graph)
@@ -65,7 +65,7 @@ def ours(
     contender = Contender(
         name,
         "dense" if recipe.is_dense else "elastic",
-        elastickv.__version__,
+        __version__,
         dtype if recipe.is_dense else recipe.formats,
         interval_bytes(recipe, [context] * shape.batch, shape, dtype).kv,
         rotation,

@@ -13,14 +13,14 @@ _REASON_LENGTH = 200
 _TELLING = re.compile(r"error:|not found|no such file", re.IGNORECASE)
 
 
-def ready_peers(work: PeerWork, asked: str = ALL_PEERS) -> tuple[list[Contender], dict[str, str]]:
-    """Return the peers' variants that run the work, and why each other one that was asked for does not.
+def ready_peers(work: PeerWork, names: str = ALL_PEERS) -> tuple[list[Contender], dict[str, str]]:
+    """Return the peers' variants that run the work, and why each other requested one does not.
 
     Parameters
     ----------
-    asked : 'all', or beginnings of names joined by commas, such as 'torch-sdpa,flashinfer-paged'.
+    names : 'all', or beginnings of names joined by commas, such as 'torch-sdpa,flashinfer-paged'.
     """
-    beginnings = ("",) if asked == ALL_PEERS else tuple(name.strip() for name in asked.split(","))
+    beginnings = ("",) if names == ALL_PEERS else tuple(name.strip() for name in names.split(","))
     ready: list[Contender] = []
     not_run: dict[str, str] = {}
     for peer in PEERS:
@@ -31,7 +31,7 @@ def ready_peers(work: PeerWork, asked: str = ALL_PEERS) -> tuple[list[Contender]
             continue
         try:
             variants = peer.variants(work)
-        except Exception as error:  # whatever somebody else's package raises
+        except Exception as error:  # a third-party package may raise anything
             not_run[peer.name] = reason(error)
             continue
         for name, variant in variants.items():
@@ -52,7 +52,7 @@ def ready_peers(work: PeerWork, asked: str = ALL_PEERS) -> tuple[list[Contender]
 
 
 def reason(error: Exception) -> str:
-    """Return an error's message as one short line: of a compiler's output the line that tells."""
+    """Return an error's message as one short line: of a compiler's output, the line with the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -1,4 +1,4 @@
-"""How a sample is kept cold: it goes round copies of the keys and values that exceed the last-level cache."""
+"""Cold samples: each rotates through copies of the keys and values that together exceed the last-level cache."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ MAX_COPIES = 512
 
 @dataclass(frozen=True)
 class Rotation:
-    """How many copies of the keys and values a sample goes round, and how many steps it takes.
+    """The number of copies of the keys and values that a sample rotates through, and the number of its steps.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ def plan_rotation(kv_bytes: float, inner_loops: int, anchor_every: int, cache_by
 
     Parameters
     ----------
-    inner_loops : steps asked for; rounded up to whole anchor intervals, and, if cold, to one whole round.
+    inner_loops : requested steps; rounded up to whole anchor intervals and, if cold, to one whole round.
     cache_bytes : of the last-level cache.
     limit : copies that the memory holds.
     """

@@ -37,7 +37,7 @@ def _ready(name: str, work: PeerWork, backend: str, folded: bool, dtype: str) ->
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     shape, data = work.shape, inputs(work, dtype)
-    # Without a mask the same attention, and often faster.
+    # The same attention without a mask, and often faster.
     size = (shape.batch, shape.kv_heads, shape.group, shape.head_dim)
     rows = [(queries.view(size) if folded else queries, keys, values) for queries, keys, values in data.rows]
     grouped = shape.group > 1 and not folded
@@ -45,18 +45,18 @@ def _ready(name: str, work: PeerWork, backend: str, folded: bool, dtype: str) ->
     def attend(copy: int) -> Any:
         return torch.nn.functional.scaled_dot_product_attention(*rows[copy], enable_gqa=grouped)
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             return checked(
                 name, torch.__version__, dtype, work, data, attend, lambda: sdpa_kernel(getattr(SDPBackend, backend))
             )
         except RuntimeError as error:
-            raise RuntimeError(_reason(said, error)) from error
+            raise RuntimeError(_reason(caught, error)) from error
 
 
-def _reason(said: list[warnings.WarningMessage], error: RuntimeError) -> str:
-    """Return why a variant was refused: PyTorch says so in a warning, and raises "No available kernel"."""
-    told = [str(warning.message).partition(" (Triggered")[0] for warning in said]
-    told = [text for text in told if not text.endswith("because:") and "runtime disabled" not in text]
-    return told[0] if told and "No available kernel" in str(error) else str(error)
+def _reason(caught: list[warnings.WarningMessage], error: RuntimeError) -> str:
+    """Return why a variant was refused: PyTorch gives the reason in a warning and raises "No available kernel"."""
+    reasons = [str(warning.message).partition(" (Triggered")[0] for warning in caught]
+    reasons = [text for text in reasons if not text.endswith("because:") and "runtime disabled" not in text]
+    return reasons[0] if reasons and "No available kernel" in str(error) else str(error)

@@ -1,4 +1,4 @@
-"""What peers on PyTorch tensors share: the device, the same random inputs, the clock, the check of what they compute."""
+"""Shared by peers on PyTorch tensors: the device, the same random inputs, the clock, the check of their outputs."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from elastickv.errors import KernelMismatch
 from elastickv.kvcache.error_metrics import relative_l2, summarize
 
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
-# Relative L2 of a head's output. Rounding q, p and o to bf16 explains 3e-3; somebody else's kernel may round once more.
+# Relative L2 of a head's output. Rounding q, p and o to bf16 explains 3e-3; another kernel may round once more.
 ERROR_LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2, "fp8": 1e-2}
 # A peer can be 50 times slower than ours: a sample of it need not be longer than this.
 SAMPLE_MS = 10.0
@@ -62,7 +62,7 @@ class Inputs:
         self._work, self._page_tokens = work, page_tokens
         shape, kind = work.shape, work.device.kind
         generator = torch.Generator(device=kind).manual_seed(work.seed)
-        # What is stored in 8 bit is drawn in bf16 and cast, with a scale of 1.
+        # 8-bit values are drawn in bf16 and cast, with a scale of 1.
         drawn = getattr(torch, TORCH_NAMES["bf16" if dtype == "fp8" else dtype])
         stored = getattr(torch, TORCH_NAMES[dtype])
 
@@ -125,7 +125,7 @@ def inputs(work: PeerWork, dtype: str, page_tokens: int | None = None) -> Inputs
 
 
 class Clock:
-    """Takes samples round the copies: on CUDA one captured graph between two events. Parameters as those of `checked`."""
+    """Take samples over the copies: on CUDA one captured graph between two events. Parameters as those of `checked`."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class Clock:
         import torch
 
         with torch.inference_mode(), self._around():
-            # Only the first output is kept: a captured graph writes it again at every replay.
+            # Only the first output is stored: a captured graph writes it again at every replay.
             self._output = self._attend(0)
             for step in range(1, self._steps):
                 self._attend(step % self._copies)
@@ -202,7 +202,7 @@ def checked(
     attend: Callable[[int], Any],
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Contender:
-    """Return a peer's contender, whose output is right; a sample of a slow one has fewer steps, at least one round.
+    """Return a peer's contender after checking its output; a sample of a slow one has fewer steps, at least one round.
 
     Parameters
     ----------

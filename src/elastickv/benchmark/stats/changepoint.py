@@ -1,4 +1,4 @@
-"""Did the device change its speed while it was measured? Seen in the samples themselves, whatever telemetry can read."""
+"""Detect a lasting change of the device's speed from the samples alone, without telemetry."""
 
 import math
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A step this large says that clocks or neighbours changed; below it, noise that wanders is as likely.
+# A step this large means that clocks or other load changed; a smaller one may as well be drifting noise.
 LEAST_STEP = 1.1
-CHANCE = 5e-4  # that a steady machine looks so
+CHANCE = 5e-4  # probability of a false alarm on a steady machine
 _FEWEST = 20
 
 
@@ -29,7 +29,7 @@ class Changepoint:
 def find_changepoint(times: Sequence[float]) -> Changepoint | None:
     """Return where times changed level, by ranks (Pettitt 1979); None where they did not, or by less than `LEAST_STEP`.
 
-    A change that does not last to the end is found too, unless it is short.
+    A change that does not last to the end is detected too, unless it is short.
     """
     n = len(times)
     if n < _FEWEST:

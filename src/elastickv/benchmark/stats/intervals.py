@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from elastickv.benchmark.stats.location import BEND, Float64, locate
 from elastickv.errors import NonFiniteError
 
-WIDEST = 25.0  # half an interval of a ratio's logarithm: what is wider knows nothing either, and readers take its bounds
+WIDEST = 25.0  # half an interval of a ratio's logarithm: a wider one says no more, and readers accept its bounds
 LEVEL = 0.95
 
 
@@ -40,17 +40,17 @@ class Interval:
         return (self.high - self.low) / 2 / self.estimate
 
     def contains(self, value: float) -> bool:
-        """Whether `value` lies inside."""
+        """Whether `value` is inside."""
         return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
 class SummaryStats:
-    """What a file tells of samples that it does not hold.
+    """The statistics of samples that a file does not hold.
 
     Attributes
     ----------
-    mean, std : of the samples that were kept, in one unit.
+    mean, std : of the samples that are left, in one unit.
     samples : samples taken.
     percent : percent of them cut at either end.
     """
@@ -64,14 +64,14 @@ class SummaryStats:
     def relative_error(self) -> float:
         """Standard error of the truncated mean, relative to it (Tukey & McLaughlin 1963), for normal samples.
 
-        It is the winsorised deviation that counts, and cutting has narrowed the one we know: both follow from the curve.
+        It is the winsorized deviation that counts, and cutting has narrowed the one we know: both follow from the curve.
         """
         share, widened = self.percent / 100, 1.0
         if share:
             normal = NormalDist()
             z = normal.inv_cdf(1 - share)
-            kept = 1 - 2 * z * normal.pdf(z) / (1 - 2 * share)
-            widened = math.sqrt((1 - 2 * share) + 2 * share * z**2 / kept) / (1 - 2 * share)
+            variance = 1 - 2 * z * normal.pdf(z) / (1 - 2 * share)
+            widened = math.sqrt((1 - 2 * share) + 2 * share * z**2 / variance) / (1 - 2 * share)
         return widened * self.std / self.mean / math.sqrt(self.samples)
 
 
@@ -124,26 +124,26 @@ def ratio_interval(
 
 
 def beyond_noise(speedup: Interval, noise_floor: Interval | None) -> bool:
-    """Whether 'faster' may be said: the whole interval lies above 1 and above what the machine's noise alone looks like."""
+    """Whether a speed-up is beyond noise: its whole interval is above 1 and above the interval of the noise floor."""
     return noise_floor is not None and speedup.low > max(1.0, noise_floor.high)
 
 
 def ratio_of_summaries(numerator: SummaryStats, denominator: SummaryStats) -> Interval:
-    """Return the ratio of two means that were measured apart, with a Student-t interval of its logarithm (delta method).
+    """Return the ratio of two means that were measured separately, with a Student-t interval of its logarithm (delta method).
 
     Raises
     ------
     ValueError : if either rests on fewer than 2 samples.
     NonFiniteError : if a mean is not finite and positive, or a deviation not finite.
     """
-    sides = (numerator, denominator)
-    least = min(side.samples for side in sides)
+    summaries = (numerator, denominator)
+    least = min(summary.samples for summary in summaries)
     if least < 2:
         raise ValueError(f"{least} samples make no interval: at least 2 are needed")
-    if not all(math.isfinite(s.mean) and s.mean > 0 and math.isfinite(s.std) and s.std >= 0 for s in sides):
+    if not all(math.isfinite(s.mean) and s.mean > 0 and math.isfinite(s.std) and s.std >= 0 for s in summaries):
         raise NonFiniteError("a time that is not a finite positive number: no figure is reported")
-    errors = [side.relative_error for side in sides]
-    freedom = _welch([error**2 for error in errors], [side.samples - 1 for side in sides])
+    errors = [summary.relative_error for summary in summaries]
+    freedom = _welch([error**2 for error in errors], [summary.samples - 1 for summary in summaries])
     margin = min(WIDEST, student_quantile(0.5 + LEVEL / 2, freedom) * math.hypot(*errors))
     estimate = numerator.mean / denominator.mean
     return Interval(estimate, estimate * math.exp(-margin), estimate * math.exp(margin), LEVEL, least, 1)

@@ -1,4 +1,4 @@
-"""Where a series of dependent, heavy-tailed values lies, and the blocks that tell how far off that may be."""
+"""The location of a series of dependent, heavy-tailed values, and blocks to estimate its standard error."""
 
 import math
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Float64 = NDArray[np.float64]
-# Huber's constant: deviations beyond this many (normal-consistent) deviations count as much as this many. As efficient as the
-# mean to 95 % where values are normal, and several times as efficient where a neighbour's bursts hit one in ten.
+# Huber's constant: deviations are clipped at this many (normal-consistent) deviations. 95 % as efficient as the mean where
+# values are normal, and several times as efficient where bursts of other load hit one value in ten.
 BEND = 1.345
-MIRRORED = 2  # rounds to a block of the sampler's order: a linear drift is in each of them, and not in their mean
-LEAST_BLOCKS = 8  # as many are left, however long the blocks would have to be
-_FEWEST = 10  # values from which on dependence can be seen
+MIRRORED = 2  # rounds per block of the sampler's order: a linear drift cancels in their mean
+LEAST_BLOCKS = 8  # at least this many, however long the blocks should be
+_FEWEST = 10  # values needed to detect dependence
 _STRONGEST = 0.95
 _NORMAL_QUARTILES = 1.3489795003921634  # between the quartiles of a standard normal law
 _LEAST_SLOPE = 0.3
@@ -22,7 +22,7 @@ _TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Location:
-    """An estimate of location, and how far off it may be.
+    """An estimate of location and its uncertainty.
 
     Attributes
     ----------
@@ -79,38 +79,38 @@ def huber(values: Float64, bend: float = BEND) -> tuple[float, Float64]:
     are the same, and with an infinite `bend`, it is the mean.
     """
     ordered = np.sort(values)
-    lower, centre, upper = (_quantile(ordered, share) for share in (0.25, 0.5, 0.75))
+    lower, center, upper = (_quantile(ordered, share) for share in (0.25, 0.5, 0.75))
     bound = bend * (upper - lower) / _NORMAL_QUARTILES
     if not math.isfinite(bound) or bound == 0:
         return float(values.mean()), values - values.mean()
     for _ in range(_STEPS):
-        step = float(_influence(values, centre, bound).mean())
-        centre += step
+        step = float(_influence(values, center, bound).mean())
+        center += step
         if abs(step) <= _TOLERANCE * bound:
             break
-    return centre, _influence(values, centre, bound)
+    return center, _influence(values, center, bound)
 
 
 def midmean(values: Float64) -> tuple[float, Float64]:
     """Return the mean without a quarter of the values at either end, and the values' influence (Tukey & McLaughlin 1963)."""
     ordered = np.sort(values)
     cut = len(values) // 4
-    kept = ordered[cut : len(values) - cut]
-    winsorized = np.clip(values, kept[0], kept[-1])
-    influence: Float64 = (winsorized - winsorized.mean()) * (len(values) / len(kept))
-    return float(kept.mean()), influence
+    middle = ordered[cut : len(values) - cut]
+    winsorized = np.clip(values, middle[0], middle[-1])
+    influence: Float64 = (winsorized - winsorized.mean()) * (len(values) / len(middle))
+    return float(middle.mean()), influence
 
 
 def block_length(series: Float64) -> int:
     """Return the block length of Politis & White (2004; corrected by Patton, Politis & White 2009) for a circular bootstrap."""
     n = len(series)
-    centred = series - series.mean()
-    power = float(centred @ centred)
+    centered = series - series.mean()
+    power = float(centered @ centered)
     if n < LEAST_BLOCKS or power == 0:
         return 1
     patience = max(5, math.ceil(math.sqrt(math.log10(n))))
     lags = min(math.ceil(math.sqrt(n)) + patience, n - 1)
-    rho = np.array([float(centred[lag:] @ centred[: n - lag]) for lag in range(1, lags + 1)]) / power
+    rho = np.array([float(centered[lag:] @ centered[: n - lag]) for lag in range(1, lags + 1)]) / power
     beyond_chance = np.flatnonzero(np.abs(rho) >= 2 * math.sqrt(math.log10(n) / n))
     last = 0
     for seen in beyond_chance.tolist():
@@ -135,15 +135,15 @@ def _quantile(ordered: Float64, share: float) -> float:
     return float(pair[0] + part * (pair[-1] - pair[0]))
 
 
-def _influence(values: Float64, centre: float, bound: float) -> Float64:
-    deviations = values - centre
+def _influence(values: Float64, center: float, bound: float) -> Float64:
+    deviations = values - center
     share = max(_LEAST_SLOPE, float((np.abs(deviations) < bound).mean()))
     influence: Float64 = np.clip(deviations, -bound, bound) / share
     return influence
 
 
 def _first_autocorrelation(series: Float64) -> float:
-    """Return the first autocorrelation of a centred series, its bias of -(1 + 4 rho) / n corrected (Marriott & Pope 1954)."""
+    """Return the first autocorrelation of a centered series, its bias of -(1 + 4 rho) / n corrected (Marriott & Pope 1954)."""
     power = float(series @ series)
     if power == 0:
         return 0.0
@@ -166,7 +166,7 @@ def _prewhitened(series: Float64, rho: float) -> Float64:
 
 
 def _block_means(series: Float64, length: int, lead: int) -> Float64:
-    """Return the means of consecutive blocks: the first `lead` values belong to the first, what is left over to the last."""
+    """Return the means of consecutive blocks: the first `lead` values belong to the first, the remainder to the last."""
     starts = lead + np.arange((len(series) - lead) // length) * length
     starts[0] = 0
     means: Float64 = np.add.reduceat(series, starts) / np.diff(np.append(starts, len(series)))

@@ -63,7 +63,7 @@ def match(a: ResultSet, b: ResultSet, allow_different_device: bool) -> Match:
     elif not devices_a & devices_b:
         raise UsageError(
             f"{a.name} was measured on {_list(devices_a)}, {b.name} on {_list(devices_b)}: measure both on one device, or "
-            "compare them all the same with --allow-different-device"
+            "compare them all the same with `allow_different_device=True`"
         )
     key = _key(a.runs, b.runs, by_device=not other_device)
     cells_a, cells_b = _grouped(a.runs, key), _grouped(b.runs, key)

@@ -22,9 +22,9 @@ def check_plot(path: Path) -> None:
     UsageError : if the suffix is unknown or matplotlib is missing.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--plot {path}: the suffix says the format; give {', '.join(SUFFIXES)}")
+        raise UsageError(f"`plot` {path}: the suffix says the format; give {', '.join(SUFFIXES)}")
     if find_spec("matplotlib") is None:
-        raise UsageError('--plot needs matplotlib: pip install "elastickv[report]"')
+        raise UsageError('`plot` needs matplotlib: pip install "elastickv[report]"')
 
 
 def draw(result: EvaluationResult, path: Path) -> None:
