@@ -1,6 +1,7 @@
 """A KV format is a row of `FORMATS` and a codec: recipes, byte counts, the reference cache and the oracle need no more."""
 
 import ast
+import re
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +106,15 @@ def test_only_the_table_says_what_a_format_is():
     comparing = {p.relative_to(SOURCE).as_posix(): set(compared_names(p)) for p in files}
     # CUDA has kernels for rows of int8 apart from those that read pages.
     assert not {name: names for name, names in comparing.items() if names and not (names == {"int8"} and "cuda" in name)}
+
+
+def test_cuda_headers_name_the_numbers_of_the_table():
+    folder = SOURCE / "backends" / "cuda" / "kernels"
+    text = "\n".join((folder / name).read_text(encoding="utf-8") for name in ("pages.cuh", "common.cuh"))
+    macros = dict(re.findall(r"^#define (\w+) (\d+)\b", text, re.MULTILINE))
+    names = {"bf16": "SIXTEEN_BIT", "fp16": "SIXTEEN_BIT", "fp8": "FP8", "int8": "INT8", "int4": "INT4"}
+    assert {name: int(macros[macro]) for name, macro in names.items()} == {
+        f.name: f.cuda_id for f in FORMATS.values() if f.cuda_id is not None
+    }
+    assert FORMATS["int8"].cuda_rows == int(macros["COLD_INT8"])
+    assert FORMATS["bf16"].cuda_rows == FORMATS["fp16"].cuda_rows == int(macros["COLD_SAME"])
