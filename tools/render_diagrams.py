@@ -22,7 +22,7 @@ TREE: tuple[tuple[tuple[str, str], ...], ...] = (
     (("kvcache", "protocol, quantizers, float64 reference"),),
     (("recipe", "formats, byte counts, solver"),),
     (("inputs", "bounded file reading"),),
-    (("errors", "error types"),),
+    (("errors", "error types"), ("version", "of the package")),
 )
 
 # A decode step: the kernels in launch order, and for each the memory that it writes or reads (all, or the named part).

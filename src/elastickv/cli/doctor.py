@@ -23,22 +23,27 @@ def command(compile_all_: bool, arch: str | None, no_ceilings: bool) -> int:
     """
     from elastickv.backends import load
     from elastickv.benchmark.doctor import findings
+    from elastickv.cli import bench
+    from elastickv.cli.flags import with_flags
     from elastickv.errors import UsageError
 
     architectures = _architectures(arch, compile_all_)
     broken = 0
     for finding in findings():
         mark, color = _MARKS[finding.state]
-        click.echo(f"{click.style(mark, fg=color)}  {finding.topic}: {finding.detail}")
+        click.echo(f"{click.style(mark, fg=color)}  {finding.topic}: {with_flags(finding.detail, bench.command)}")
         if finding.remedy:
-            click.echo(f"      mend: {finding.remedy}")
+            click.echo(f"      mend: {with_flags(finding.remedy, bench.command)}")
         broken += finding.state == "broken"
     try:
         backend, skip_reason = load()
     except UsageError as error:
-        click.echo(f"!!  nothing can be measured: {error}")
+        click.echo(f"!!  nothing can be measured: {with_flags(str(error), bench.command)}")
         return 1
-    click.echo(f"will use: {backend.name} ({backend.device.name})" + (f", because {skip_reason}" if skip_reason else ""))
+    click.echo(
+        f"will use: {backend.name} ({backend.device.name})"
+        + (f", because {with_flags(skip_reason, bench.command)}" if skip_reason else "")
+    )
     if not no_ceilings:
         end = time.monotonic() + CEILING_SECONDS
         limits = backend.ceilings()

@@ -91,7 +91,7 @@ def _grid(result: RunResult | ModelBenchResult) -> list[list[str]]:
         ("  of it storing", _storing),
         ("tokens: prompt + new", lambda c: f"{_times(c.rows)}{c.prompt_tokens} + {c.new_tokens}"),
         ("decodes captured", lambda c: _percent(c.captured_share)),
-        ("decodes launched ahead", lambda c: _percent(c.ahead_share)),
+        ("decodes launched speculatively", lambda c: _percent(c.ahead_share)),
         ("KV read", lambda c: _bytes(c.kv_read_bytes)),
         ("  1/C of 16 bit", lambda c: _ratio(c.read_ratio)),
         ("KV stored", lambda c: _bytes(c.kv_stored_bytes)),
