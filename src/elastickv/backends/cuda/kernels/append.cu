@@ -52,7 +52,8 @@ extern "C" __global__ void fill_random(STORE_SIGNATURE, const int2* state, int h
 
 #if COLD_TYPE == COLD_PAGES
 // Pages of random rows.
-extern "C" __global__ void __launch_bounds__(STORE_THREADS) fill_pages(STORE_SIGNATURE, const int2* state, int heads, u64 seed) {
+extern "C" __global__ void __launch_bounds__(STORE_THREADS)
+    fill_pages(STORE_SIGNATURE, const int2* state, int heads, u64 seed) {
     const Store s = STORE_VALUE;
     __shared__ PageTile tile;
     const bool value = blockIdx.y;
@@ -99,7 +100,8 @@ __device__ __forceinline__ void load_map(Map& map, const float* table) {
 }
 
 // x, its RMS made 1, -> sign * (x - 2 u (u . x))[permutation], times `rms`. `row` is shared memory of this warp.
-__device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const Map& map, float rms, float* row, float (&out)[ELEMENTS]) {
+__device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const Map& map, float rms, float* row,
+                                          float (&out)[ELEMENTS]) {
     const int lane = threadIdx.x & 31;
     float square = 0.f, dot = 0.f;
 #pragma unroll
@@ -151,8 +153,8 @@ __device__ __forceinline__ void chill(const Store& s, bool value, size_t head, i
 }
 #endif
 
-// Where the next queries, key and value come from: the (sequence, query head) rows that the layer before left, through three maps
-// (reflector, sign, permutation of head_dim each) in `tables`: of queries, keys, values.
+// Where the next queries, key and value come from: the (sequence, query head) rows that the layer before left, through three
+// maps (reflector, sign, permutation of head_dim each) in `tables`: of queries, keys, values.
 struct Source {
     const float* outputs;
     float* queries;
@@ -169,7 +171,8 @@ __device__ __forceinline__ void keep_token(const Store& s, bool value, size_t he
     store_exact(s, value, head, position, x);
 }
 
-// One block stores K or V of the token at `position`, and leaves half of the next queries. `map`: the first that this warp needs.
+// One block stores K or V of the token at `position`, and leaves half of the next queries. `map`: the first that this warp
+// needs.
 __device__ __forceinline__ void take_token(const Store& s, const Source& from, Map& map, int mapped, bool value, size_t head,
                                            int position) {
     __shared__ float rows[8][D];
@@ -194,8 +197,8 @@ __device__ __forceinline__ void take_token(const Store& s, const Source& from, M
     }
 }
 
-// Two blocks a (sequence, KV head), one for K and one for V: quantise the page that leaves the window, store the token by `take`,
-// count it, each in a state of its own, so that neither waits for the other.
+// Two blocks a (sequence, KV head), one for K and one for V: quantise the page that leaves the window, store the token by
+// `take`, count it, each in a state of its own, so that neither waits for the other.
 //
 // A decode of this cache lies between two appends to it, and lets others start only after its own wait: what the append before
 // wrote can be read before the wait here. So the page is quantised while the kernel before is still at work, unless there is no
@@ -242,13 +245,12 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     let_next_start();
     Map map;
     load_map(map, tables + mapped * 3 * D);
-    append_token(s, state, capacity, true, [&](bool value, size_t head, int position) {
-        take_token(s, from, map, mapped, value, head, position);
-    });
+    append_token(s, state, capacity, true,
+                 [&](bool value, size_t head, int position) { take_token(s, from, map, mapped, value, head, position); });
 }
 
-// A given token. `asked`, if not null, are the queries of the decode that follows, (sequence, query head) rows: they are left in
-// `queries` as decode and select read them, times `query_scale`. Without them no decode need follow.
+// A given token. `asked`, if not null, are the queries of the decode that follows, (sequence, query head) rows: they are left
+// in `queries` as decode and select read them, times `query_scale`. Without them no decode need follow.
 extern "C" __global__ void __launch_bounds__(256, 1)
     append_rows(STORE_SIGNATURE, int2* state, int capacity, GIVEN_SIGNATURE, int kv_heads, const char* asked,
                 long long query_batch, long long query_head, float* queries, int group, float query_scale) {

@@ -51,11 +51,11 @@ __device__ __forceinline__ float2 unpack16(u32 v) {
 #endif
 }
 
-#define MMA16(type)                                                                                             \
-    asm LOAD_ORDER("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "   \
-        "{%0,%1,%2,%3};"                                                                                        \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                        \
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+#define MMA16(type)                                                                                                            \
+    asm LOAD_ORDER("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "       \
+                   "{%0,%1,%2,%3};"                                                                                            \
+                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                            \
+                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
 
 __device__ __forceinline__ void mma_exact(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if EXACT_TYPE == BF16
@@ -76,9 +76,7 @@ __device__ __forceinline__ void mma_int8(int (&c)[4], uint4 a, u32 b0, u32 b1) {
 // Volatile: hoisted out of the loop, the query would take the registers that loads in flight need.
 __device__ __forceinline__ uint4 load_query(const uint4* p) {
     uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(shared_address(p)));
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(p)));
     return v;
 }
 
@@ -128,14 +126,14 @@ __device__ __forceinline__ void load_keys16(Unit16& in, const Args& a, const Spa
 }
 
 template <bool RING>
-__device__ __forceinline__ void load_values16(Unit16& in, const Args& a, const Span& s, const char* values, int rows, int unit) {
+__device__ __forceinline__ void load_values16(Unit16& in, const Args& a, const Span& s, const char* values, int rows,
+                                              int unit) {
     const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const char* p = values + row16<RING>(a, s, 16 * unit + 8 * (e >> 1) + 2 * t + (e & 1), rows);
 #pragma unroll
-        for (int c = 0; c < SETS; c++)
-            in.v[e][c] = set_dim(c, g) < D ? load16(p + 2 * set_dim(c, g)) : make_uint4(0, 0, 0, 0);
+        for (int c = 0; c < SETS; c++) in.v[e][c] = set_dim(c, g) < D ? load16(p + 2 * set_dim(c, g)) : make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -165,11 +163,12 @@ struct InRing {
     }
 };
 
-// 16-bit rows, 16 tokens a unit; every `step`th from `unit` on. RING: the rows are a span's exact tokens. LOADED: the caller has
-// loaded the first unit, from `rows` rows of which not all need be tokens; else `rows` are the tokens.
+// 16-bit rows, 16 tokens a unit; every `step`th from `unit` on. RING: the rows are a span's exact tokens. LOADED: the caller
+// has loaded the first unit, from `rows` rows of which not all need be tokens; else `rows` are the tokens.
 template <bool RING, bool LOADED, class Tokens>
-__device__ __forceinline__ void attend16(Running& r, Unit16& in, const Args& a, const Span& s, const char* keys, const char* values,
-                                         int rows, const Tokens& tokens, int unit, int end, int step, const uint4* query, float bias) {
+__device__ __forceinline__ void attend16(Running& r, Unit16& in, const Args& a, const Span& s, const char* keys,
+                                         const char* values, int rows, const Tokens& tokens, int unit, int end, int step,
+                                         const uint4* query, float bias) {
     const int lane = threadIdx.x & 31, t = lane & 3;
     if (unit >= end) return;
     if (PIPELINED && !LOADED) load_keys16<RING>(in, a, s, keys, rows, unit);
@@ -272,7 +271,8 @@ __device__ __forceinline__ void load_values8(Unit8& in, const Rows8& of, int uni
         const char* p = of.values + row8(of, 32 * unit + 8 * t + e) + 16 * g;
 #pragma unroll
         for (int c = 0; c < V8; c++)
-            in.v[e][c] = 128 * c + 16 * g < D ? load16(p + 128 * c) : make_uint4(0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u);
+            in.v[e][c] =
+                128 * c + 16 * g < D ? load16(p + 128 * c) : make_uint4(0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u);
     }
 }
 
@@ -337,8 +337,8 @@ __device__ __forceinline__ void attend8(Running& r, Unit8& in, const Rows8& of, 
 #pragma unroll
                     for (int pair = 0; pair < 2; pair++) {
                         u32 ab = __byte_perm(va, vb, pair ? 0x7362 : 0x5140), cd = __byte_perm(vc, vd, pair ? 0x7362 : 0x5140);
-                        mma_half(r.acc[2 * c + (w >> 1)][2 * (w & 1) + pair], codes_to_half(ab, 0x4140), codes_to_half(ab, 0x4342),
-                                 codes_to_half(cd, 0x4140), codes_to_half(cd, 0x4342), p0, p1);
+                        mma_half(r.acc[2 * c + (w >> 1)][2 * (w & 1) + pair], codes_to_half(ab, 0x4140),
+                                 codes_to_half(ab, 0x4342), codes_to_half(cd, 0x4140), codes_to_half(cd, 0x4342), p0, p1);
                     }
                 }
         }

@@ -8,8 +8,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// Macros: HEAD_DIM, EXACT_TYPE (0 fp32, 1 fp16, 2 bf16), COLD_TYPE (0 none, 1 as exact, 2 int8, 3 pages), REUSE, SELECT (pages are
-// listed), QTILES, WARPS, MIN_BLOCKS; OLD_PART, if given, builds what parts before SM 7.0 run.
+// Macros: HEAD_DIM, EXACT_TYPE (0 fp32, 1 fp16, 2 bf16), COLD_TYPE (0 none, 1 as exact, 2 int8, 3 pages), REUSE, SELECT (pages
+// are listed), QTILES, WARPS, MIN_BLOCKS; OLD_PART, if given, builds what parts before SM 7.0 run.
 #define FP32 0
 #define FP16 1
 #define BF16 2
@@ -60,18 +60,17 @@ struct Args {
     int output_type;
 };
 
-#define ARGS_SIGNATURE                                                                                                     \
-    const float *query, char *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,          \
-        const char *cold_v, const u16 *k_scale, const u16 *v_scale, int2 *state, float *partial, float2 *partial_ml,       \
-        u32 *counters, float *cached_output, float *cached_lse, const int *pages, const int2 *listed, int batch,           \
-        int kv_heads, int group, int passes, int sinks, int window, int ring, int stride, int anchor_every, int phase,     \
-        int exact_rows, int cold_rows, int page_capacity, float log2_decay, float scale_log2,       \
-        int output_type
-#define ARGS_VALUE                                                                                                       \
-    Args {                                                                                                               \
-        query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, state, partial, partial_ml, counters,    \
-            cached_output, cached_lse, pages, listed, batch, kv_heads, group, passes, sinks, window, ring, stride,       \
-            anchor_every, phase, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2, output_type               \
+#define ARGS_SIGNATURE                                                                                                         \
+    const float *query, char *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,                \
+        const char *cold_v, const u16 *k_scale, const u16 *v_scale, int2 *state, float *partial, float2 *partial_ml,           \
+        u32 *counters, float *cached_output, float *cached_lse, const int *pages, const int2 *listed, int batch, int kv_heads, \
+        int group, int passes, int sinks, int window, int ring, int stride, int anchor_every, int phase, int exact_rows,       \
+        int cold_rows, int page_capacity, float log2_decay, float scale_log2, int output_type
+#define ARGS_VALUE                                                                                                             \
+    Args {                                                                                                                     \
+        query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, state, partial, partial_ml, counters,          \
+            cached_output, cached_lse, pages, listed, batch, kv_heads, group, passes, sinks, window, ring, stride,             \
+            anchor_every, phase, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2, output_type                     \
     }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -105,7 +104,9 @@ __device__ __forceinline__ void let_next_start() {
 __device__ __forceinline__ uint4 load16(const char* p) {
 #if __CUDA_ARCH__ >= 700 && !defined(OLD_PART)
     uint4 v;
-    asm LOAD_ORDER("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    asm LOAD_ORDER("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(p));
     return v;
 #else
     return __ldg(reinterpret_cast<const uint4*>(p));
@@ -113,7 +114,8 @@ __device__ __forceinline__ uint4 load16(const char* p) {
 }
 
 // Starts one unit on its way to L2.
-__device__ __forceinline__ void prefetch(const char* keys, const char* values, int unit, int end, u32 unit_bytes, size_t limit) {
+__device__ __forceinline__ void prefetch(const char* keys, const char* values, int unit, int end, u32 unit_bytes,
+                                         size_t limit) {
     if (unit >= end) return;
     for (u32 i = (threadIdx.x & 31) * 128; i < unit_bytes; i += 32 * 128) {
         const size_t at = (size_t)unit * unit_bytes + i;
@@ -128,7 +130,7 @@ struct Span {
     int cold_first, cold;  // rows of the cold planes: first one and count
     int exact, sinks, ring_start;
     int cold_units, units, age;
-    float bias;  // log2 of the tokens that one kept token stands for
+    float bias;         // log2 of the tokens that one kept token stands for
     int listed, fresh;  // pages: how many are listed, and the first of those that are read beside them
 };
 
@@ -215,10 +217,10 @@ __device__ __forceinline__ int exact_row(const Args& a, const Span& s, int e) {
 
 // One block's range of units, and where it starts.
 struct Work {
-    u32 per, left;           // units a block, units left to this block
-    u32 problem, problems;   // present problem
-    u32 base, offset;        // first unit of the present problem; this block's first unit in it
-    u32 pad;                 // units of a problem rounded up so that blocks do not straddle problems; 0 if they may
+    u32 per, left;          // units a block, units left to this block
+    u32 problem, problems;  // present problem
+    u32 base, offset;       // first unit of the present problem; this block's first unit in it
+    u32 pad;                // units of a problem rounded up so that blocks do not straddle problems; 0 if they may
 };
 
 __device__ __forceinline__ u32 warp_sum(u32 v) {
@@ -295,9 +297,9 @@ __device__ __forceinline__ Work find_work(const Args& a) {
 
 // Where one block leaves what it has of one problem.
 struct Place {
-    size_t head;     // row * kv_heads + head
-    int first_query; // of the group
-    int queries;     // query heads of this pass
+    size_t head;      // row * kv_heads + head
+    int first_query;  // of the group
+    int queries;      // query heads of this pass
     u32 slot, problem, first_block, last_block;
 };
 
@@ -349,8 +351,8 @@ __device__ __forceinline__ Merged add_up(ReadMl read_ml, ReadO read_o) {
 }
 
 // Sum of every `stride`th partial of blocks first..last for one (query, 4 dims) item; spread over `subs` threads an item.
-__device__ __forceinline__ Merged gather(const Args& a, const Place& p, size_t level, int segment, u32 first, u32 last, u32 stride,
-                                         int q, int dim, int sub, int subs, int rows) {
+__device__ __forceinline__ Merged gather(const Args& a, const Place& p, size_t level, int segment, u32 first, u32 last,
+                                         u32 stride, int q, int dim, int sub, int subs, int rows) {
     const int UNROLL = 8;
     Merged r = {{0.f, 0.f, 0.f, 0.f}, NOTHING, 0.f};
     for (u32 b = first + sub * stride; b <= last; b += subs * UNROLL * stride) {

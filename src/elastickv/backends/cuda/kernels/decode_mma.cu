@@ -26,8 +26,8 @@ __device__ __forceinline__ void reduce_warps(Running& r, float4* scratch, float2
         if (warp >= half && warp < have) {
 #pragma unroll
             for (int i = 0; i < SETS * 4; i++)
-                scratch[((warp - half) * SETS * 4 + i) * 32 + lane] =
-                    make_float4(r.acc[i >> 2][i & 3][0], r.acc[i >> 2][i & 3][1], r.acc[i >> 2][i & 3][2], r.acc[i >> 2][i & 3][3]);
+                scratch[((warp - half) * SETS * 4 + i) * 32 + lane] = make_float4(
+                    r.acc[i >> 2][i & 3][0], r.acc[i >> 2][i & 3][1], r.acc[i >> 2][i & 3][2], r.acc[i >> 2][i & 3][3]);
             scratch_ml[(warp - half) * 32 + lane] = make_float2(r.m, r.l);
         }
         __syncthreads();
@@ -41,7 +41,7 @@ __device__ __forceinline__ void reduce_warps(Running& r, float4* scratch, float2
 #pragma unroll
             for (int i = 0; i < SETS * 4; i++) {
                 float4 o = scratch[(warp * SETS * 4 + i) * 32 + lane];
-                float(&c)[4] = r.acc[i >> 2][i & 3];
+                float (&c)[4] = r.acc[i >> 2][i & 3];
                 c[0] = c[0] * m0 + o.x * t0;
                 c[1] = c[1] * m1 + o.y * t1;
                 c[2] = c[2] * m0 + o.z * t0;
@@ -72,7 +72,8 @@ __device__ __forceinline__ void write_partial(const Args& a, const Place& p, int
     }
 }
 
-__device__ __forceinline__ void fetch_early(const char* keys, const char* values, int unit, int end, u32 unit_bytes, size_t limit) {
+__device__ __forceinline__ void fetch_early(const char* keys, const char* values, int unit, int end, u32 unit_bytes,
+                                            size_t limit) {
     if (unit + EARLY_FROM * WARPS_PER_TILE >= end) return;
 #pragma unroll 1
     for (int i = 0; i < EARLY; i++) prefetch(keys, values, unit + i * WARPS_PER_TILE, end, unit_bytes, limit);
@@ -159,7 +160,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
                        steps[tile * HEADS + (threadIdx.x >> 2) % HEADS], s.bias);
 #elif COLD_TYPE == COLD_SAME
         Unit16 cold;
-        attend16<false, false>(r, cold, a, s, ck, cv, s.cold, First{s.cold}, cold_begin, cold_end, WARPS_PER_TILE, query, s.bias);
+        attend16<false, false>(r, cold, a, s, ck, cv, s.cold, First{s.cold}, cold_begin, cold_end, WARPS_PER_TILE, query,
+                               s.bias);
 #endif
 #if REUSE
         reduce_warps(r, scratch, scratch_ml);

@@ -6,11 +6,11 @@
 // nibble is an fp16 number by itself (n 2^-24, or, four bits higher, n 2^-20). Scales of K go into the query, high and low
 // part; scales of V into the probabilities. Before a block adds up what it has of a KV head, it starts its loads of the next.
 //
-// FIXED: equally many blocks attend to each KV head, for when all have equally much to read. What a warp reads first then follows
-// from the capacity alone and is on its way before the length is known. Else blocks share out what they find.
+// FIXED: equally many blocks attend to each KV head, for when all have equally much to read. What a warp reads first then
+// follows from the capacity alone and is on its way before the length is known. Else blocks share out what they find.
 //
-// Macros, beside those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES; those that have a value
-// below may be given another.
+// Macros, beside those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES; those that have a
+// value below may be given another.
 #include "split_kv_buffer.cuh"
 #include "page_attend.cuh"
 #include "page_ring.cuh"
@@ -29,7 +29,7 @@ struct Task {
     Span s;
     Place p;
     int cold_begin, cold_end, exact_begin, exact_end;  // units
-    int stride;  // between units of a block
+    int stride;                                        // between units of a block
 };
 
 __device__ __forceinline__ void take_units(Task& task, u32 begin, u32 end) {
@@ -114,8 +114,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     const size_t head = task.p.head;
     walk.first = first_page();
     walk.step = splits * WARPS;
-    // Append, and at an anchor select, may still be at work. What they do not write is on its way before they end: all pages but
-    // one that append quantises, or those of the list if it is to be used once more; exact rows but the newest.
+    // Append, and at an anchor select, may still be at work. What they do not write is on its way before they end: all pages
+    // but one that append quantises, or those of the list if it is to be used once more; exact rows but the newest.
     const char *keys = a.exact_k + head * a.exact_rows * EXACT_ROW, *values = a.exact_v + head * a.exact_rows * EXACT_ROW;
     auto load_exact = [&] {
         load_keys16<false>(exact, a, task.s, keys, a.exact_rows, first_exact(task));
@@ -288,11 +288,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #endif
         for (u32 item = threadIdx.x; item < items; item += THREADS) {
             const int q = item / (D / 4), dim = item % (D / 4) * 4;
-            const Merged sum = add_up<WARPS>([&](int i) { return shared.sums_ml[i][q]; },
-                                             [&](int i) {
-                                                 return *reinterpret_cast<const float4*>(
-                                                     &shared.sums[i][(q >> 1) * PAIR + (q & 1) * D + dim]);
-                                             });
+            const Merged sum = add_up<WARPS>(
+                [&](int i) { return shared.sums_ml[i][q]; },
+                [&](int i) { return *reinterpret_cast<const float4*>(&shared.sums[i][(q >> 1) * PAIR + (q & 1) * D + dim]); });
             if (alone) {
                 write_result(a, p, q, dim, sum);
                 continue;
@@ -316,7 +314,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
                 __syncthreads();
                 for (u32 i = threadIdx.x; i < splits * at_once; i += THREADS) {
                     const u32 item = first + i % at_once;
-                    if (item < end) got[i] = receive(mail_o + place(i / at_once, item), a.partial_ml + place(i / at_once, item));
+                    if (item < end)
+                        got[i] = receive(mail_o + place(i / at_once, item), a.partial_ml + place(i / at_once, item));
                 }
                 __syncthreads();
                 const u32 item = first + threadIdx.x;
@@ -334,7 +333,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         if (!alone) arrive_and_merge(a, p, kept.s, w, QUERIES, &shared.sums[0][0]);
 #endif
 #if SELECT && !FIXED
-        if (threadIdx.x == 0 && blockIdx.x == p.first_block && p.first_query == 0) foretell(a, p.head, __ldcg(a.state + p.head));
+        if (threadIdx.x == 0 && blockIdx.x == p.first_block && p.first_query == 0)
+            foretell(a, p.head, __ldcg(a.state + p.head));
 #endif
 #if FIXED
         return;

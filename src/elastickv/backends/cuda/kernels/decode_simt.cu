@@ -6,10 +6,11 @@
 
 #if COLD_TYPE == COLD_INT8
 __device__ __forceinline__ void attend_int8(Running& r, const Query& query, const char* keys, const char* values,
-                                            const u16* key_scales, const u16* value_scales, int n, int unit, int end, float bias) {
+                                            const u16* key_scales, const u16* value_scales, int n, int unit, int end,
+                                            float bias) {
     const int lane = threadIdx.x & 31, rank = lane >> 3, part = lane & 7;
     const int steps = COLD_UNIT / (4 * DEPTH);
-    auto load = [&](uint4 (&to)[DEPTH][SLOTS], float (&scale)[DEPTH], const char* plane, const u16* scales, int step) {
+    auto load = [&](uint4(&to)[DEPTH][SLOTS], float (&scale)[DEPTH], const char* plane, const u16* scales, int step) {
         const int first = ((step / steps) * WARPS_PER_TILE + unit) * COLD_UNIT + step % steps * 4 * DEPTH;
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {

@@ -1,18 +1,18 @@
-// Decode attention by a fixed number of blocks a KV head, on tensor cores (SM 8.0 and newer): for short contexts, where what costs
-// time is waiting, not moving, and for single int8 sequences.
+// Decode attention by a fixed number of blocks a KV head, on tensor cores (SM 8.0 and newer): for short contexts, where what
+// costs time is waiting, not moving, and for single int8 sequences.
 //
-// SPLITS blocks, one cluster where CLUSTER, attend to one KV head. A warp's first units depend on the capacity alone, so they are
-// on their way before the length and the query have arrived; rows that turn out to be no tokens are masked. The exact plane is
-// read in the order in which its rows lie. Blocks leave what they have in each other's shared memory, or without clusters in
+// SPLITS blocks, one cluster where CLUSTER, attend to one KV head. A warp's first units depend on the capacity alone, so they
+// are on their way before the length and the query have arrived; rows that turn out to be no tokens are masked. The exact plane
+// is read in the order in which its rows lie. Blocks leave what they have in each other's shared memory, or without clusters in
 // scratch.
 //
 // Macros: SPLITS, CLUSTER, PREFETCH units of a warp behind the first that are fetched into L2 at the start.
 #include "attend.cuh"
 
-#define STEP (SPLITS * WARPS)                // units that the blocks of a head attend to at once
-#define ITEMS (HEADS * D / 4)                // (query, 4 dims) of a head
+#define STEP (SPLITS * WARPS)                  // units that the blocks of a head attend to at once
+#define ITEMS (HEADS * D / 4)                  // (query, 4 dims) of a head
 #define SHARE ((ITEMS + SPLITS - 1) / SPLITS)  // of these, what one block of a cluster adds up at the most
-#define PAIR (2 * D + 4)                     // floats of two queries, apart so that lanes meet different banks
+#define PAIR (2 * D + 4)                       // floats of two queries, apart so that lanes meet different banks
 #define OPERANDS (K16 * 2 * 32)
 #if CLUSTER
 #define CLUSTER_OF __cluster_dims__(SPLITS, 1, 1)
@@ -198,10 +198,9 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
 #endif
     for (u32 item = threadIdx.x; item < items; item += THREADS) {
         const u32 q = item / vectors, dim = item % vectors * 4;
-        const Merged sum = add_up<WARPS>([&](int i) { return sums_ml[i][q]; },
-                                         [&](int i) {
-                                             return *reinterpret_cast<const float4*>(&sums[i][(q >> 1) * PAIR + (q & 1) * D + dim]);
-                                         });
+        const Merged sum = add_up<WARPS>(
+            [&](int i) { return sums_ml[i][q]; },
+            [&](int i) { return *reinterpret_cast<const float4*>(&sums[i][(q >> 1) * PAIR + (q & 1) * D + dim]); });
 #if CLUSTER
         send(inbox, split, item % SPLITS, item / SPLITS, sum);
 #else

@@ -32,7 +32,8 @@ __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
 }
 
 __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
-    const __half2 r = __hfma2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b), *reinterpret_cast<__half2*>(&c));
+    const __half2 r =
+        __hfma2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b), *reinterpret_cast<__half2*>(&c));
     return *reinterpret_cast<const u32*>(&r);
 }
 
@@ -43,7 +44,7 @@ __device__ __forceinline__ u32 fp8_to_half(u32 bytes) {
     asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low;}" : "=r"(r) : "r"(bytes));
     return r;
 #else
-    const u32 w = __byte_perm(bytes, 0, 0x1404);  // each byte on top of its half
+    const u32 w = __byte_perm(bytes, 0, 0x1404);                               // each byte on top of its half
     return multiply((w & 0x80008000u) | (w >> 1 & 0x3f803f80u), 0x5c005c00u);  // exponents are 8 apart: times 256
 #endif
 }
@@ -59,7 +60,8 @@ __device__ __forceinline__ void score_page(float (&score)[TILES][8], const char*
 #pragma unroll
     for (int k = 0; k < KEY_STEPS; k++) {
 #if K_FORMAT == INT8
-        const uint4 k0 = vector_of(stage, 2 * k), k1 = 2 * k + 1 < KEY_TILES ? vector_of(stage, 2 * k + 1) : make_uint4(0, 0, 0, 0);
+        const uint4 k0 = vector_of(stage, 2 * k),
+                    k1 = 2 * k + 1 < KEY_TILES ? vector_of(stage, 2 * k + 1) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             const uint4 q = load_query(shared.page_query + (tile * KEY_STEPS + k) * 32 + lane);
@@ -78,7 +80,8 @@ __device__ __forceinline__ void score_page(float (&score)[TILES][8], const char*
             high[i] = w1 >> (i & 2 ? 8 : 0) & mask;
         }
         const char* scales = stage + KEY_SCALES_AT + (16 * k + 4 * t) * 2;
-        const uint2 scale = *reinterpret_cast<const uint2*>(scales), base = *reinterpret_cast<const uint2*>(scales + 2 * PADDED);
+        const uint2 scale = *reinterpret_cast<const uint2*>(scales),
+                    base = *reinterpret_cast<const uint2*>(scales + 2 * PADDED);
 #elif K_FORMAT == FP8
         const uint4 codes = vector_of(stage, k);
 #pragma unroll
@@ -134,7 +137,8 @@ __device__ __forceinline__ void score_page(float (&score)[TILES][8], const char*
                 score[tile][2 * i + b] = (float)(x[tile][i][b] * 128 + x[tile][i][2 + b]) * (step * of);
 #elif K_FORMAT == INT4
                 const float codes = x[tile][i][b] + x[tile][i][2 + b];
-                score[tile][2 * i + b] = (codes * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + (zero[tile][0] + zero[tile][2])) * step;
+                score[tile][2 * i + b] =
+                    (codes * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + (zero[tile][0] + zero[tile][2])) * step;
 #else
                 score[tile][2 * i + b] = (x[tile][i][b] + x[tile][i][2 + b]) * step;
 #endif
@@ -298,11 +302,11 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[TILES][
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
 #if ZEROS
-            // Tensor cores truncate what they add up. Codes count from zero: their sums grow far beyond what is left without the
-            // zeros, and the loss with them. So a page's sums start from nothing, and pages are added up as floats.
+            // Tensor cores truncate what they add up. Codes count from zero: their sums grow far beyond what is left without
+            // the zeros, and the loss with them. So a page's sums start from nothing, and pages are added up as floats.
             float sum[4] = {};
 #else
-            float(&sum)[4] = r.acc[tile][m];
+            float (&sum)[4] = r.acc[tile][m];
 #endif
 #pragma unroll
             for (int k = 0; k < 2; k++) {

@@ -32,7 +32,8 @@ __device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a
     copy_part<KEY_PAGE>(stage, a.cold_k + (size_t)page * KEY_PAGE, arrived);
     copy_part<VALUES_AT - KEY_SCALES_AT>(stage + KEY_SCALES_AT, scales_of(a.k_scale, page, K_FORMAT, KEY_SCALES), arrived);
     copy_part<VALUE_PAGE>(stage + VALUES_AT, a.cold_v + (size_t)page * VALUE_PAGE, arrived);
-    copy_part<PAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(a.v_scale, page, V_FORMAT, VALUE_SCALES), arrived);
+    copy_part<PAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(a.v_scale, page, V_FORMAT, VALUE_SCALES),
+                                            arrived);
 }
 
 __device__ __forceinline__ void end_group() {

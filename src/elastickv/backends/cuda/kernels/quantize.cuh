@@ -1,4 +1,5 @@
-// A page of 32 rows in shared memory becomes codes and scales: those of kvcache/quantize.py, bit for bit. One block of 256 threads.
+// A page of 32 rows in shared memory becomes codes and scales: those of kvcache/quantize.py, bit for bit. One block of 256
+// threads.
 #pragma once
 #include "pages.cuh"
 

@@ -1,7 +1,7 @@
 // Selection of pages: scores of all cold pages from the scales of their keys, and the best of them listed, in one launch.
 //
-// The scorer is kvcache/scorers/bounds.py without its constant factor: a page's score is linear in its scales and zeros as they lie,
-// score = sum over channels of 7.5 (q + |q| / 2) . scale + q . zero, summed over the query heads of the group.
+// The scorer is kvcache/scorers/bounds.py without its constant factor: a page's score is linear in its scales and zeros as they
+// lie, score = sum over channels of 7.5 (q + |q| / 2) . scale + q . zero, summed over the query heads of the group.
 //
 // Grid (blocks, heads), as many in all as run at once: a head's pages, as many as there truly are, are dealt out evenly over
 // its blocks. The last block to arrive selects: it looks for the bucket among equal ranges of score that holds the last page of

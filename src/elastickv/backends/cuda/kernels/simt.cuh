@@ -90,7 +90,7 @@ __device__ __forceinline__ void attend_exact(Running& r, const Args& a, const Sp
                                              const char* values, int n, int unit, int end, float bias) {
     const int lane = threadIdx.x & 31, rank = lane >> 3, part = lane & 7;
     const int steps = EXACT_UNIT / (4 * DEPTH);
-    auto load = [&](uint4 (&to)[DEPTH][SLOTS * PIECES], const char* plane, int step) {
+    auto load = [&](uint4(&to)[DEPTH][SLOTS* PIECES], const char* plane, int step) {
         const int first = ((step / steps) * WARPS_PER_TILE + unit) * EXACT_UNIT + step % steps * 4 * DEPTH;
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {

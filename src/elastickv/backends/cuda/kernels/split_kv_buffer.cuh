@@ -24,7 +24,10 @@ __device__ __forceinline__ Merged receive(float4* o, float2* ml) {
     uint4 x;
     uint2 y;
     do {
-        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(o) : "memory");
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "l"(o)
+                     : "memory");
         asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(y.x), "=r"(y.y) : "l"(ml) : "memory");
     } while (x.x == EMPTY || x.y == EMPTY || x.z == EMPTY || x.w == EMPTY || y.x == EMPTY || y.y == EMPTY);
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%1,%1,%1};" ::"l"(o), "r"(EMPTY) : "memory");

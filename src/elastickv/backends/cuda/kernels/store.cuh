@@ -141,24 +141,24 @@ __device__ __forceinline__ void store_page(const Store& s, PageTile& tile, bool 
 }
 #endif
 
-#define STORE_SIGNATURE                                                                                              \
-    char *exact_k, char *exact_v, char *cold_k, char *cold_v, u16 *k_scale, u16 *v_scale, u32 *bad, int sinks,      \
-        int window, int ring, int stride, int exact_rows, int cold_rows
-#define STORE_VALUE \
+#define STORE_SIGNATURE                                                                                                        \
+    char *exact_k, char *exact_v, char *cold_k, char *cold_v, u16 *k_scale, u16 *v_scale, u32 *bad, int sinks, int window,     \
+        int ring, int stride, int exact_rows, int cold_rows
+#define STORE_VALUE                                                                                                            \
     Store { exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, bad, sinks, window, ring, stride, exact_rows, cold_rows }
 
-
-// Rows that the host names: (sequence, KV head, token) each, of one of three types. `dim` channels are there, the rest are zeros.
+// Rows that the host names: (sequence, KV head, token) each, of one of three types. `dim` channels are there, the rest are
+// zeros.
 struct Given {
     const char *keys, *values;
     long long key_batch, key_head, key_token, value_batch, value_head, value_token;  // elements from one to the next
     int type, dim;
 };
 
-#define GIVEN_SIGNATURE                                                                                              \
-    const char *keys, const char *values, long long key_batch, long long key_head, long long key_token,             \
-        long long value_batch, long long value_head, long long value_token, int type, int dim
-#define GIVEN_VALUE \
+#define GIVEN_SIGNATURE                                                                                                        \
+    const char *keys, const char *values, long long key_batch, long long key_head, long long key_token, long long value_batch, \
+        long long value_head, long long value_token, int type, int dim
+#define GIVEN_VALUE                                                                                                            \
     Given { keys, values, key_batch, key_head, key_token, value_batch, value_head, value_token, type, dim }
 
 __device__ __forceinline__ void load_given(float (&x)[ELEMENTS], const char* from, size_t row, int type, int dim) {
@@ -176,7 +176,8 @@ __device__ __forceinline__ void load_given(float (&x)[ELEMENTS], const char* fro
     }
 }
 
-__device__ __forceinline__ void load_token(float (&x)[ELEMENTS], const Given& g, bool value, int batch, int kv_head, int token) {
+__device__ __forceinline__ void load_token(float (&x)[ELEMENTS], const Given& g, bool value, int batch, int kv_head,
+                                           int token) {
     const size_t row = value ? batch * g.value_batch + kv_head * g.value_head + token * g.value_token
                              : batch * g.key_batch + kv_head * g.key_head + token * g.key_token;
     load_given(x, value ? g.values : g.keys, row, g.type, g.dim);
