@@ -74,12 +74,13 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
 #endif
 
 // Sequence b holds lengths[b] tokens at a step. What was not finite is forgotten: all of it, or what lies beyond these lengths.
-extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_heads, int heads, int step, u32* bad, int all) {
+extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_heads, int heads, int step, u32* bad,
+                                     int all_finite) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < heads) {
         state[i] = state[heads + i] = make_int2(lengths[i / kv_heads], step);
         state[2 * heads + i] = make_int2(lengths[i / kv_heads] + 1, step + 1);
-        if (all || (int)(bad[i] & 0x7fffffff) >= lengths[i / kv_heads]) bad[i] = ~0u;
+        if (all_finite || (int)(bad[i] & 0x7fffffff) >= lengths[i / kv_heads]) bad[i] = ~0u;
     }
 }
 
@@ -125,7 +126,7 @@ __device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const Map&
 
 #if COLD_TYPE != COLD_NONE
 // One block quantises the page of which `cold` is the end. Its rows may have come from other multiprocessors since: past L1.
-__device__ __forceinline__ void chill(const Store& s, bool value, size_t head, int cold) {
+__device__ __forceinline__ void quantize_page(const Store& s, bool value, size_t head, int cold) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #if COLD_TYPE == COLD_PAGES
     __shared__ PageTile tile;
@@ -155,7 +156,7 @@ __device__ __forceinline__ void chill(const Store& s, bool value, size_t head, i
 
 // Where the next queries, key and value come from: the (sequence, query head) rows that the layer before left, through three
 // maps (reflector, sign, permutation of head_dim each) in `tables`: of queries, keys, values.
-struct Source {
+struct FeedbackInput {
     const float* outputs;
     float* queries;
     const float* tables;
@@ -164,7 +165,7 @@ struct Source {
 };
 
 // Rounds a token as exact rows are, and stores it.
-__device__ __forceinline__ void keep_token(const Store& s, bool value, size_t head, int position, float (&x)[ELEMENTS]) {
+__device__ __forceinline__ void store_exact_token(const Store& s, bool value, size_t head, int position, float (&x)[ELEMENTS]) {
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++) x[i] = round_exact(x[i]);
     note_bad(s, head, position, x);
@@ -173,8 +174,8 @@ __device__ __forceinline__ void keep_token(const Store& s, bool value, size_t he
 
 // One block stores K or V of the token at `position`, and leaves half of the next queries. `map`: the first that this warp
 // needs.
-__device__ __forceinline__ void take_token(const Store& s, const Source& from, Map& map, int mapped, bool value, size_t head,
-                                           int position) {
+__device__ __forceinline__ void append_feedback_token(const Store& s, const FeedbackInput& from, Map& map, int mapped,
+                                                      bool value, size_t head, int position) {
     __shared__ float rows[8][D];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     float x[ELEMENTS], y[ELEMENTS];
@@ -188,7 +189,7 @@ __device__ __forceinline__ void take_token(const Store& s, const Source& from, M
         if (job && mapped) load_map(map, from.tables + (mapped = 0));
         apply_map(x, map, job ? from.query_rms : value ? from.value_rms : from.key_rms, rows[warp], y);
         if (!job) {
-            keep_token(s, value, head, position, y);
+            store_exact_token(s, value, head, position, y);
             continue;
         }
 #pragma unroll
@@ -198,14 +199,14 @@ __device__ __forceinline__ void take_token(const Store& s, const Source& from, M
 }
 
 // Two blocks a (sequence, KV head), one for K and one for V: quantise the page that leaves the window, store the token by
-// `take`, count it, each in a state of its own, so that neither waits for the other.
+// `write_token`, count it, each in a state of its own, so that neither waits for the other.
 //
 // A decode of this cache lies between two appends to it, and lets others start only after its own wait: what the append before
 // wrote can be read before the wait here. So the page is quantised while the kernel before is still at work, unless there is no
 // window: then the token may be part of it. What follows is let in at once: a decode loads its pages when the one before it
 // leaves a multiprocessor.
-template <class Take>
-__device__ __forceinline__ void append_token(const Store& s, int2* state, int capacity, bool decodes, Take take) {
+template <class WriteToken>
+__device__ __forceinline__ void append_token(const Store& s, int2* state, int capacity, bool decodes, WriteToken write_token) {
     const size_t head = blockIdx.x;
     const bool value = blockIdx.y;
     int2* mine = state + (value ? gridDim.x : 0) + head;
@@ -214,18 +215,18 @@ __device__ __forceinline__ void append_token(const Store& s, int2* state, int ca
 #if COLD_TYPE == COLD_NONE
     wait_for_previous();
     if (position >= capacity) return;
-    take(value, head, position);
+    write_token(value, head, position);
 #else
     const int cold = store_cold_tokens(s, length);
     const bool leaves = position < capacity && cold > store_cold_tokens(s, position), early = s.window;
     // One copy of the code for either order.
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
-        if (leaves && turn != early) chill(s, value, head, cold);
+        if (leaves && turn != early) quantize_page(s, value, head, cold);
         if (turn) break;
         wait_for_previous();
         if (position >= capacity) return;
-        take(value, head, position);
+        write_token(value, head, position);
         if (!early) __syncthreads();
     }
 #endif
@@ -240,35 +241,37 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     append(STORE_SIGNATURE, int2* state, int capacity, const float* outputs, float* queries, int group, const float* tables,
            float query_rms, float key_rms, float value_rms) {
     const Store s = STORE_VALUE;
-    const Source from = {outputs, queries, tables, group, query_rms, key_rms, value_rms};
+    const FeedbackInput from = {outputs, queries, tables, group, query_rms, key_rms, value_rms};
     const int mapped = threadIdx.x >> 5 ? 0 : 1 + blockIdx.y;
     let_next_start();
     Map map;
     load_map(map, tables + mapped * 3 * D);
-    append_token(s, state, capacity, true,
-                 [&](bool value, size_t head, int position) { take_token(s, from, map, mapped, value, head, position); });
+    append_token(s, state, capacity, true, [&](bool value, size_t head, int position) {
+        append_feedback_token(s, from, map, mapped, value, head, position);
+    });
 }
 
-// A given token. `asked`, if not null, are the queries of the decode that follows, (sequence, query head) rows: they are left
-// in `queries` as decode and select read them, times `query_scale`. Without them no decode need follow.
+// A given token. `query_rows`, if not null, are the queries of the decode that follows, (sequence, query head) rows: they are
+// left in `queries` as decode and select read them, times `query_scale`. Without them no decode need follow.
 extern "C" __global__ void __launch_bounds__(256, 1)
-    append_rows(STORE_SIGNATURE, int2* state, int capacity, GIVEN_SIGNATURE, int kv_heads, const char* asked,
-                long long query_batch, long long query_head, float* queries, int group, float query_scale) {
+    append_rows(STORE_SIGNATURE, int2* state, int capacity, TOKEN_ROWS_SIGNATURE, int kv_heads, const char* query_rows,
+                long long query_batch_stride, long long query_head_stride, float* queries, int group, float query_scale) {
     const Store s = STORE_VALUE;
-    const Given given = GIVEN_VALUE;
+    const TokenRows tokens = TOKEN_ROWS_VALUE;
     let_next_start();
-    append_token(s, state, capacity, asked, [&](bool value, size_t head, int position) {
+    append_token(s, state, capacity, query_rows, [&](bool value, size_t head, int position) {
         const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, batch = head / kv_heads, kv_head = head % kv_heads;
-        const int jobs = asked ? (group + 1 - value) / 2 + 1 : 1;
+        const int jobs = query_rows ? (group + 1 - value) / 2 + 1 : 1;
         float x[ELEMENTS];
         for (int job = warp; job < jobs; job += 8) {
             if (!job) {
-                load_token(x, given, value, batch, kv_head, 0);
-                keep_token(s, value, head, position, x);
+                load_token(x, tokens, value, batch, kv_head, 0);
+                store_exact_token(s, value, head, position, x);
                 continue;
             }
             const int query = 2 * (job - 1) + value;
-            load_given(x, asked, batch * query_batch + (kv_head * group + query) * query_head, given.type, given.dim);
+            load_row(x, query_rows, batch * query_batch_stride + (kv_head * group + query) * query_head_stride, tokens.type,
+                     tokens.dim);
 #pragma unroll
             for (int i = 0; i < ELEMENTS; i++)
                 if (lane + 32 * i < D) queries[(head * group + query) * D + lane + 32 * i] = x[i] * query_scale;

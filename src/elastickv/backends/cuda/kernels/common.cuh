@@ -53,9 +53,10 @@ struct Args {
     u32* counters;
     float* cached_output;
     float* cached_lse;
-    const int* pages;    // numbers of the listed pages, page_capacity a head
-    const int2* listed;  // their count, and the first page that is read beside them
-    int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, phase, exact_rows, cold_rows, page_capacity;
+    const int* listed_pages;  // numbers of the listed pages, page_capacity a head
+    const int2* listed;       // their count, and the first page that is read beside them
+    int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, anchor_offset, exact_rows, cold_rows,
+        page_capacity;
     float log2_decay, scale_log2;
     int output_type;
 };
@@ -63,14 +64,14 @@ struct Args {
 #define ARGS_SIGNATURE                                                                                                         \
     const float *query, char *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,                \
         const char *cold_v, const u16 *k_scale, const u16 *v_scale, int2 *state, float *partial, float2 *partial_ml,           \
-        u32 *counters, float *cached_output, float *cached_lse, const int *pages, const int2 *listed, int batch, int kv_heads, \
-        int group, int passes, int sinks, int window, int ring, int stride, int anchor_every, int phase, int exact_rows,       \
-        int cold_rows, int page_capacity, float log2_decay, float scale_log2, int output_type
+        u32 *counters, float *cached_output, float *cached_lse, const int *listed_pages, const int2 *listed, int batch,        \
+        int kv_heads, int group, int passes, int sinks, int window, int ring, int stride, int anchor_every, int anchor_offset, \
+        int exact_rows, int cold_rows, int page_capacity, float log2_decay, float scale_log2, int output_type
 #define ARGS_VALUE                                                                                                             \
     Args {                                                                                                                     \
         query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, state, partial, partial_ml, counters,          \
-            cached_output, cached_lse, pages, listed, batch, kv_heads, group, passes, sinks, window, ring, stride,             \
-            anchor_every, phase, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2, output_type                     \
+            cached_output, cached_lse, listed_pages, listed, batch, kv_heads, group, passes, sinks, window, ring, stride,      \
+            anchor_every, anchor_offset, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2, output_type             \
     }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -129,7 +130,7 @@ __device__ __forceinline__ void prefetch(const char* keys, const char* values, i
 struct Span {
     int cold_first, cold;  // rows of the cold planes: first one and count
     int exact, sinks, ring_start;
-    int cold_units, units, age;
+    int cold_units, units, steps_since_refresh;
     float bias;         // log2 of the tokens that one kept token stands for
     int listed, fresh;  // pages: how many are listed, and the first of those that are read beside them
 };
@@ -140,16 +141,16 @@ __device__ __forceinline__ int cold_tokens(const Args& a, int length) {
 }
 
 // Steps since the last anchor: the first step is one, and every step whose number and phase add up to a multiple.
-__device__ __forceinline__ int age_of(int step, int anchor_every, int phase) {
+__device__ __forceinline__ int steps_since_refresh(int step, int anchor_every, int anchor_offset) {
     step = max(step, 0);
-    return min(step, (step + phase) % anchor_every);
+    return min(step, (step + anchor_offset) % anchor_every);
 }
 
 __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     Span s;
     int length = state.x;
     s.bias = 0.f;
-    s.age = s.listed = s.fresh = 0;
+    s.steps_since_refresh = s.listed = s.fresh = 0;
 #if COLD_TYPE == COLD_NONE
     s.cold_first = s.cold = s.sinks = s.ring_start = s.cold_units = 0;
     s.exact = length;
@@ -162,8 +163,8 @@ __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     s.cold = (cold + a.stride - 1) / a.stride;
     if (a.stride > 1 && cold) s.bias = log2f((float)cold / (float)s.cold);
 #if REUSE
-    s.age = age_of(state.y, a.anchor_every, a.phase);
-    if (s.age) s.cold_first = cold_tokens(a, length - s.age);
+    s.steps_since_refresh = steps_since_refresh(state.y, a.anchor_every, a.anchor_offset);
+    if (s.steps_since_refresh) s.cold_first = cold_tokens(a, length - s.steps_since_refresh);
     s.cold -= s.cold_first;
 #endif
     s.cold_units = (s.cold + COLD_UNIT - 1) / COLD_UNIT;
@@ -188,7 +189,7 @@ __device__ __forceinline__ Span span_with(const Args& a, size_t head, int2 state
 
 // Leaves the length and step that a sequence has after one more append, in the third row of states: what the next decode, and
 // select, may expect before append has told.
-__device__ __forceinline__ void foretell(const Args& a, size_t head, int2 now) {
+__device__ __forceinline__ void publish_next_state(const Args& a, size_t head, int2 now) {
     __stcg(a.state + 2 * a.batch * a.kv_heads + head, make_int2(now.x + 1, now.y + 1));
     __threadfence();
 }
@@ -198,7 +199,7 @@ __device__ __forceinline__ Span span_at(const Args& a, size_t head) { return spa
 // Number of the `unit`th page that is read.
 __device__ __forceinline__ int page_at(const Args& a, const Span& s, size_t head, int unit) {
 #if SELECT
-    return unit < s.listed ? __ldcg(a.pages + head * a.page_capacity + unit) : s.fresh + unit - s.listed;
+    return unit < s.listed ? __ldcg(a.listed_pages + head * a.page_capacity + unit) : s.fresh + unit - s.listed;
 #else
     return unit;
 #endif
@@ -296,18 +297,18 @@ __device__ __forceinline__ Work find_work(const Args& a) {
 }
 
 // Where one block leaves what it has of one problem.
-struct Place {
+struct Problem {
     size_t head;      // row * kv_heads + head
     int first_query;  // of the group
     int queries;      // query heads of this pass
-    u32 slot, problem, first_block, last_block;
+    u32 reserved, problem, first_block, last_block;
 };
 
 #ifndef GROUP_FROM
 #define GROUP_FROM 24  // partials of one problem from which on they are merged in two levels
 #endif
 
-__device__ __forceinline__ size_t partial_row(const Place& p, u32 block, int segment, int q, int rows) {
+__device__ __forceinline__ size_t partial_row(const Problem& p, u32 block, int segment, int q, int rows) {
     return ((size_t)(block + p.problem) * SEGMENTS + segment) * rows + q;
 }
 
@@ -316,7 +317,7 @@ struct Merged {
     float m, l;
 };
 
-__device__ __forceinline__ void fold(Merged& r, float4 o, float m, float l) {
+__device__ __forceinline__ void combine(Merged& r, float4 o, float m, float l) {
     float top = fmaxf(r.m, m), x = exp2_fast(r.m - top), y = exp2_fast(m - top);
     r.o.x = r.o.x * x + o.x * y;
     r.o.y = r.o.y * x + o.y * y;
@@ -351,7 +352,7 @@ __device__ __forceinline__ Merged add_up(ReadMl read_ml, ReadO read_o) {
 }
 
 // Sum of every `stride`th partial of blocks first..last for one (query, 4 dims) item; spread over `subs` threads an item.
-__device__ __forceinline__ Merged gather(const Args& a, const Place& p, size_t level, int segment, u32 first, u32 last,
+__device__ __forceinline__ Merged gather(const Args& a, const Problem& p, size_t level, int segment, u32 first, u32 last,
                                          u32 stride, int q, int dim, int sub, int subs, int rows) {
     const int UNROLL = 8;
     Merged r = {{0.f, 0.f, 0.f, 0.f}, NOTHING, 0.f};
@@ -388,7 +389,7 @@ __device__ __forceinline__ Merged gather(const Args& a, const Place& p, size_t l
     return r;
 }
 
-__device__ __forceinline__ void write_result(const Args& a, const Place& p, int q, int dim, const Merged& r) {
+__device__ __forceinline__ void write_result(const Args& a, const Problem& p, int q, int dim, const Merged& r) {
     size_t head = p.head * a.group + p.first_query + q;
     float inverse = r.l > 0.f ? 1.f / r.l : (r.l == 0.f ? 0.f : r.l);
     const float4 o = make_float4(r.o.x * inverse, r.o.y * inverse, r.o.z * inverse, r.o.w * inverse);
@@ -433,7 +434,7 @@ __device__ __forceinline__ bool arrive(u32* counter, u32 blocks) {
 }
 
 // Merges every `stride`th partial of blocks first..last into the outputs, or if not `final` into the next level's of `first`.
-__device__ __forceinline__ void merge(const Args& a, const Place& p, const Span& s, const Work& w, bool final, size_t level,
+__device__ __forceinline__ void merge(const Args& a, const Problem& p, const Span& s, const Work& w, bool final, size_t level,
                                       u32 first, u32 last, u32 stride, int rows, float* scratch) {
     const u32 count = (last - first) / stride + 1;
     const int vectors = D / 4, items = p.queries * vectors, subs = max(1, min((int)count, THREADS / items));
@@ -455,7 +456,7 @@ __device__ __forceinline__ void merge(const Args& a, const Place& p, const Span&
                 if (in && sub == 0)
                     for (int i = 1; i < subs; i++) {
                         Merged other = shared[threadIdx.x + i * items];
-                        fold(r, other.o, other.m, other.l);
+                        combine(r, other.o, other.m, other.l);
                     }
             }
             if (!in || sub) continue;
@@ -465,19 +466,19 @@ __device__ __forceinline__ void merge(const Args& a, const Place& p, const Span&
                 if (dim == 0) __stcg(a.partial_ml + row, make_float2(r.m, r.l));
                 continue;
             }
-            fold(total, r.o, r.m, r.l);
+            combine(total, r.o, r.m, r.l);
 #if REUSE
             if (segment == 0) {
                 size_t head = p.head * a.group + p.first_query + q;
                 float4* cached = reinterpret_cast<float4*>(a.cached_output + head * D + dim);
                 float* cached_lse = a.cached_lse + head * (D / 4) + dim / 4;
-                if (s.age == 0) {
+                if (s.steps_since_refresh == 0) {
                     float inverse = r.l == 0.f ? 0.f : 1.f / r.l;
                     *cached = make_float4(r.o.x * inverse, r.o.y * inverse, r.o.z * inverse, r.o.w * inverse);
                     *cached_lse = r.l == 0.f ? NOTHING : r.m + log2f(r.l);
                 } else {
                     float lse = *cached_lse;
-                    fold(total, *cached, lse + s.age * a.log2_decay, lse == NOTHING ? 0.f : 1.f);
+                    combine(total, *cached, lse + s.steps_since_refresh * a.log2_decay, lse == NOTHING ? 0.f : 1.f);
                 }
             }
 #endif
@@ -488,7 +489,7 @@ __device__ __forceinline__ void merge(const Args& a, const Place& p, const Span&
 
 // The last block of a problem to arrive merges all partials, in block order: the same bits whichever block it is. Many
 // partials are merged in groups first, by the last block of each group.
-__device__ __forceinline__ void arrive_and_merge(const Args& a, const Place& p, const Span& s, const Work& w, int rows,
+__device__ __forceinline__ void arrive_and_merge(const Args& a, const Problem& p, const Span& s, const Work& w, int rows,
                                                  float* scratch) {
     const u32 blocks = p.last_block - p.first_block + 1;
     const u32 size = blocks > GROUP_FROM ? (u32)ceilf(sqrtf((float)blocks)) : 1;

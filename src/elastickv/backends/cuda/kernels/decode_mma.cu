@@ -52,7 +52,7 @@ __device__ __forceinline__ void reduce_warps(Running& r, float4* scratch, float2
     __syncthreads();
 }
 
-__device__ __forceinline__ void write_partial(const Args& a, const Place& p, int segment, const Running& r) {
+__device__ __forceinline__ void write_partial(const Args& a, const Problem& p, int segment, const Running& r) {
     const int tile = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     if (tile >= QTILES) return;
     if (t == 0 && tile * HEADS + g < p.queries)
@@ -80,7 +80,7 @@ __device__ __forceinline__ void fetch_early(const char* keys, const char* values
 }
 
 // Leaves the queries of a problem in shared memory as operands.
-__device__ __forceinline__ void stage_query(const Args& a, const Place& p, uint4* q16, uint4* q8, float* steps) {
+__device__ __forceinline__ void stage_query(const Args& a, const Problem& p, uint4* q16, uint4* q8, float* steps) {
     const float* from = a.query + (p.head * a.group + p.first_query) * D;
     for (int i = threadIdx.x; i < QTILES * K16 * 2 * 32; i += THREADS) {
         const int item = i % (K16 * 2 * 32), q = i / (K16 * 2 * 32) * HEADS + ((i & 31) >> 2), dim = operand_dim(item);
@@ -116,17 +116,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     __shared__ float2 scratch_ml[WARPS / 2 * 32];
     const int warp = threadIdx.x >> 5, tile = warp % QTILES, stream = warp / QTILES;
     // Kept in shared memory while the loops need the registers.
-    __shared__ Work kept_work;
-    __shared__ Place kept_place;
-    __shared__ Span kept_span;
+    __shared__ Work saved_work;
+    __shared__ Problem saved_problem;
+    __shared__ Span saved_span;
     wait_for_previous();
     let_next_start();
     Work w = find_work(a);
     while (w.left && w.problem < w.problems) {
         __syncthreads();
         Span s = span_at(a, w.problem / a.passes);
-        const u32 take = min(w.left, (u32)s.units - w.offset), end = w.offset + take;
-        Place p;
+        const u32 count = min(w.left, (u32)s.units - w.offset), end = w.offset + count;
+        Problem p;
         p.head = w.problem / a.passes;
         p.first_query = w.problem % a.passes * ROWS;
         p.queries = min(ROWS, a.group - p.first_query);
@@ -134,9 +134,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         p.first_block = w.base / w.per;
         p.last_block = (w.base + s.units - 1) / w.per;
         if (threadIdx.x == 0) {
-            kept_work = w;
-            kept_place = p;
-            kept_span = s;
+            saved_work = w;
+            saved_problem = p;
+            saved_span = s;
         }
         const char *ek = a.exact_k + p.head * a.exact_rows * EXACT_ROW, *ev = a.exact_v + p.head * a.exact_rows * EXACT_ROW;
         const int begin = max((int)w.offset - s.cold_units, 0) + stream, exact_end = s.exact ? (int)end - s.cold_units : 0;
@@ -165,16 +165,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #endif
 #if REUSE
         reduce_warps(r, scratch, scratch_ml);
-        write_partial(a, kept_place, 0, r);
+        write_partial(a, saved_problem, 0, r);
         r = Running{};
         r.m = NOTHING;
 #endif
         Unit16 exact;
         attend16<true, false>(r, exact, a, s, ek, ev, s.exact, First{s.exact}, begin, exact_end, WARPS_PER_TILE, query, 0.f);
         reduce_warps(r, scratch, scratch_ml);
-        w = kept_work;
-        p = kept_place;
-        s = kept_span;
+        w = saved_work;
+        p = saved_problem;
+        s = saved_span;
         write_partial(a, p, SEGMENTS - 1, r);
         arrive_and_merge(a, p, s, w, ROWS, reinterpret_cast<float*>(scratch));
         const u32 size = w.pad ? w.pad : s.units;

@@ -19,20 +19,20 @@
 #ifndef PAGES_EARLY
 #define PAGES_EARLY 2
 #endif
-#ifndef UNDER_WAY_EARLY
-#define UNDER_WAY_EARLY 1
+#ifndef IN_FLIGHT_EARLY
+#define IN_FLIGHT_EARLY 1
 #endif
 
 // A part of a problem that one block attends to. Its exact units are as large a share of them as its pages are: under way
 // behind everybody's pages they take long, and one block must not have them all.
 struct Task {
     Span s;
-    Place p;
+    Problem p;
     int cold_begin, cold_end, exact_begin, exact_end;  // units
     int stride;                                        // between units of a block
 };
 
-__device__ __forceinline__ void take_units(Task& task, u32 begin, u32 end) {
+__device__ __forceinline__ void assign_units(Task& task, u32 begin, u32 end) {
     task.stride = 1;
     const u32 exact = task.s.exact ? task.s.units - task.s.cold_units : 0;
     task.exact_begin = (u64)begin * exact / task.s.units;
@@ -41,8 +41,8 @@ __device__ __forceinline__ void take_units(Task& task, u32 begin, u32 end) {
     task.cold_end = min((int)end - task.exact_end, task.s.cold_units);
 }
 
-__device__ __forceinline__ Place place_of(const Args& a, u32 problem) {
-    Place p;
+__device__ __forceinline__ Problem problem_of(const Args& a, u32 problem) {
+    Problem p;
     p.head = problem / a.passes;
     p.first_query = problem % a.passes * QUERIES;
     p.queries = min(QUERIES, a.group - p.first_query);
@@ -52,9 +52,9 @@ __device__ __forceinline__ Place place_of(const Args& a, u32 problem) {
 
 __device__ __forceinline__ Task task_of(const Args& a, const Work& w) {
     Task task;
-    task.p = place_of(a, w.problem);
+    task.p = problem_of(a, w.problem);
     task.s = span_at(a, task.p.head);
-    take_units(task, w.offset, w.offset + min(w.left, (u32)task.s.units - w.offset));
+    assign_units(task, w.offset, w.offset + min(w.left, (u32)task.s.units - w.offset));
     task.p.first_block = w.base / w.per;
     task.p.last_block = (w.base + task.s.units - 1) / w.per;
     return task;
@@ -63,9 +63,9 @@ __device__ __forceinline__ Task task_of(const Args& a, const Work& w) {
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SIGNATURE) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    __shared__ Task kept;  // while the loops need the registers
+    __shared__ Task saved;  // while the loops need the registers
 #if !FIXED
-    __shared__ Work kept_work;
+    __shared__ Work saved_work;
 #endif
     const Args a = ARGS_VALUE;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -81,14 +81,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     Unit16 exact;
     Words words;
     Task task = {};
-    // Starts pages from number `from` on, up to `most` of the ring's stages, at most `under_way` at a time.
-    auto start = [&](int from, int end, int most = STAGES, int under_way = STAGES) {
+    // Starts pages from number `from` on, up to `most` of the ring's stages, at most `in_flight` at a time.
+    auto start = [&](int from, int end, int most = STAGES, int in_flight = STAGES) {
 #pragma unroll 1
         for (int i = from; i < most; i++) {
-            const u32 stage = (used + i) % STAGES, before = used + i - under_way;
+            const u32 stage = (used + i) % STAGES, before = used + i - in_flight;
             const int page = __shfl_sync(FULL, walk.numbers, i);
             if (walk.first + i * walk.step < end) {
-                if (i >= from + under_way) wait_for_page(arrived + 8 * (before % STAGES), before / STAGES & 1);
+                if (i >= from + in_flight) wait_for_page(arrived + 8 * (before % STAGES), before / STAGES & 1);
                 start_page(stages + stage * STAGE, arrived + 8 * stage, a, page);
                 issued = i + 1;
             }
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     auto first_exact = [&](const Task& task) { return task.exact_begin + warp * task.stride; };
 #if FIXED
     const u32 problems = a.batch * a.kv_heads * a.passes, splits = gridDim.x / problems, split = blockIdx.x % splits;
-    task.p = place_of(a, blockIdx.x / splits);
+    task.p = problem_of(a, blockIdx.x / splits);
     task.p.first_block = blockIdx.x - split;
     task.p.last_block = task.p.first_block + splits - 1;
     task.stride = splits;
@@ -124,17 +124,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     const bool has_first = EARLY && first_exact(task) < task.exact_end;
 #if BULK  // older parts have waited
 #if SELECT
-    const bool again = age_of(__ldcg(a.state + 2 * a.batch * a.kv_heads + head).y, a.anchor_every, a.phase);
+    const bool again =
+        steps_since_refresh(__ldcg(a.state + 2 * a.batch * a.kv_heads + head).y, a.anchor_every, a.anchor_offset);
     if (again) {
         const int2 listed = __ldcg(a.listed + head);
         task.s.listed = listed.x;
         task.s.fresh = listed.y;
-        look_ahead(walk, a, task.s, head, 0);
-        start(0, listed.x, PAGES_EARLY, UNDER_WAY_EARLY);
+        load_page_numbers(walk, a, task.s, head, 0);
+        start(0, listed.x, PAGES_EARLY, IN_FLIGHT_EARLY);
     }
 #else
-    look_ahead(walk, a, task.s, head, 0);
-    start(0, a.page_capacity, PAGES_EARLY, UNDER_WAY_EARLY);
+    load_page_numbers(walk, a, task.s, head, 0);
+    start(0, a.page_capacity, PAGES_EARLY, IN_FLIGHT_EARLY);
 #endif
     if (has_first) load_exact();
 #endif
@@ -142,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     const int2 now = __ldcg(a.state + head);
     if (EARLY) load_queries(words, a, task.p);
 #if SELECT
-    if (threadIdx.x == 0 && split == 0 && task.p.first_query == 0) foretell(a, head, now);
+    if (threadIdx.x == 0 && split == 0 && task.p.first_query == 0) publish_next_state(a, head, now);
 #endif
     let_next_start();
     task.s = span_with(a, head, now);
@@ -150,12 +151,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #if BULK
     if (has_first && first_exact(task) == exact_row(a, task.s, task.s.exact - 1) / EXACT_UNIT) load_exact();
 #if SELECT
-    if (again && age_of(now.y, a.anchor_every, a.phase)) {
+    if (again && steps_since_refresh(now.y, a.anchor_every, a.anchor_offset)) {
         start(issued, walk.end);
     } else {
         drain();
         __syncwarp();
-        look_ahead(walk, a, task.s, head, 0);
+        load_page_numbers(walk, a, task.s, head, 0);
         start(0, walk.end);
     }
 #else
@@ -170,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #endif
 #else
     if (has_first) load_exact();
-    look_ahead(walk, a, task.s, head, 0);
+    load_page_numbers(walk, a, task.s, head, 0);
     start(0, walk.end);
 #endif
 #else
@@ -184,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         walk.first = first_page();
         walk.end = task.cold_end;
         walk.step = WARPS;
-        look_ahead(walk, a, task.s, task.p.head, 0);
+        load_page_numbers(walk, a, task.s, task.p.head, 0);
         start(0, walk.end);
         if (EARLY) load_queries(words, a, task.p);
     };
@@ -198,20 +199,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     while (true) {
         __syncthreads();
         if (threadIdx.x == 0) {
-            kept = task;
+            saved = task;
 #if !FIXED
-            kept_work = w;
+            saved_work = w;
 #endif
         }
         if (!EARLY) load_queries(words, a, task.p);
         stage_queries(words, a, shared);
         __syncthreads();
         // Exact rows first: meanwhile the first pages arrive.
-        const int exact_unit = first_exact(kept), exact_step = WARPS * kept.stride;
-        const bool has_exact = exact_unit < kept.exact_end;
+        const int exact_unit = first_exact(saved), exact_step = WARPS * saved.stride;
+        const bool has_exact = exact_unit < saved.exact_end;
         if (has_exact) {
-            const Span s = kept.s;
-            const size_t first = kept.p.head * a.exact_rows * EXACT_ROW;
+            const Span s = saved.s;
+            const size_t first = saved.p.head * a.exact_rows * EXACT_ROW;
             const char *keys = a.exact_k + first, *values = a.exact_v + first;
 #if FIXED
             const InRing tokens = {a.sinks, a.ring, s.ring_start, s.exact};
@@ -222,13 +223,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #endif
             Running r = {};
             r.m = NOTHING;
-            attend16<!FIXED, EARLY>(r, exact, a, s, keys, values, rows, tokens, exact_unit, kept.exact_end, exact_step,
+            attend16<!FIXED, EARLY>(r, exact, a, s, keys, values, rows, tokens, exact_unit, saved.exact_end, exact_step,
                                     shared.exact_query, 0.f);
             leave_exact(r, shared.sums[warp], shared.sums_ml[warp]);
 #if TILES > 1
             r = Running{};
             r.m = NOTHING;
-            attend16<!FIXED, false>(r, exact, a, s, keys, values, rows, tokens, exact_unit, kept.exact_end, exact_step,
+            attend16<!FIXED, false>(r, exact, a, s, keys, values, rows, tokens, exact_unit, saved.exact_end, exact_step,
                                     shared.exact_query + K16 * 2 * 32, 0.f);
             leave_exact(r, shared.sums[warp] + 4 * PAIR, shared.sums_ml[warp] + HEADS);
 #endif
@@ -252,10 +253,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
                 add_values(r, score, at, page);
                 __syncwarp();
                 if ((i & 31) == 31) now = walk.numbers;
-                const int ahead = i + STAGES;
-                if ((ahead & 31) == 0) look_ahead(walk, a, kept.s, kept.p.head, ahead);
-                const int next = __shfl_sync(FULL, walk.numbers, ahead & 31);
-                if (walk.first + ahead * walk.step < walk.end) start_page(stages + stage * STAGE, arrived + 8 * stage, a, next);
+                const int upcoming = i + STAGES;
+                if ((upcoming & 31) == 0) load_page_numbers(walk, a, saved.s, saved.p.head, upcoming);
+                const int next = __shfl_sync(FULL, walk.numbers, upcoming & 31);
+                if (walk.first + upcoming * walk.step < walk.end)
+                    start_page(stages + stage * STAGE, arrived + 8 * stage, a, next);
                 end_group();
                 used++;
                 issued--;
@@ -263,10 +265,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             drain();
             leave_pages(r, shared.sums[warp], shared.sums_ml[warp], has_exact);
         }
-        const Place p = kept.p;
+        const Problem p = saved.p;
 #if !FIXED
-        w = kept_work;
-        const u32 size = w.pad ? w.pad : kept.s.units;
+        w = saved_work;
+        const u32 size = w.pad ? w.pad : saved.s.units;
         Work next = w;
         next.left -= min(w.left, size - w.offset);
         next.base += size;
@@ -282,9 +284,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         const bool alone = p.first_block == p.last_block;
         const u32 items = p.queries * (D / 4);
 #if FIXED
-        const size_t mail = (size_t)p.problem * splits * (QUERIES * D / 4);
-        auto place = [&](u32 from, u32 item) { return mail + from * items + item; };
-        float4* mail_o = reinterpret_cast<float4*>(a.partial);
+        const size_t buffer = (size_t)p.problem * splits * (QUERIES * D / 4);
+        auto buffer_index = [&](u32 from, u32 item) { return buffer + from * items + item; };
+        float4* buffer_o = reinterpret_cast<float4*>(a.partial);
 #endif
         for (u32 item = threadIdx.x; item < items; item += THREADS) {
             const int q = item / (D / 4), dim = item % (D / 4) * 4;
@@ -296,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
                 continue;
             }
 #if FIXED
-            send(mail_o + place(split, item), a.partial_ml + place(split, item), sum);
+            send(buffer_o + buffer_index(split, item), a.partial_ml + buffer_index(split, item), sum);
 #else
             const size_t row = partial_row(p, blockIdx.x, 0, q, QUERIES);
             __stcg(reinterpret_cast<float4*>(a.partial + row * D + dim), sum.o);
@@ -308,33 +310,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             // A share of the items, as many at once as leave every partial a thread of its own.
             const u32 share = (items + splits - 1) / splits, begin = split * share, end = min(begin + share, items);
             const u32 at_once = max(THREADS / splits, 1u);
-            Merged* got = reinterpret_cast<Merged*>(&shared.sums[0][0]);
+            Merged* partials = reinterpret_cast<Merged*>(&shared.sums[0][0]);
 #pragma unroll 1
             for (u32 first = begin; first < end; first += at_once) {
                 __syncthreads();
                 for (u32 i = threadIdx.x; i < splits * at_once; i += THREADS) {
                     const u32 item = first + i % at_once;
                     if (item < end)
-                        got[i] = receive(mail_o + place(i / at_once, item), a.partial_ml + place(i / at_once, item));
+                        partials[i] =
+                            receive(buffer_o + buffer_index(i / at_once, item), a.partial_ml + buffer_index(i / at_once, item));
                 }
                 __syncthreads();
                 const u32 item = first + threadIdx.x;
                 if (threadIdx.x >= at_once || item >= end) continue;
-                Merged sum = got[threadIdx.x];
+                Merged sum = partials[threadIdx.x];
 #pragma unroll 4
                 for (u32 b = 1; b < splits; b++) {
-                    const Merged other = got[b * at_once + threadIdx.x];
-                    fold(sum, other.o, other.m, other.l);
+                    const Merged other = partials[b * at_once + threadIdx.x];
+                    combine(sum, other.o, other.m, other.l);
                 }
                 write_result(a, p, item / (D / 4), item % (D / 4) * 4, sum);
             }
         }
 #else
-        if (!alone) arrive_and_merge(a, p, kept.s, w, QUERIES, &shared.sums[0][0]);
+        if (!alone) arrive_and_merge(a, p, saved.s, w, QUERIES, &shared.sums[0][0]);
 #endif
 #if SELECT && !FIXED
         if (threadIdx.x == 0 && blockIdx.x == p.first_block && p.first_query == 0)
-            foretell(a, p.head, __ldcg(a.state + p.head));
+            publish_next_state(a, p.head, __ldcg(a.state + p.head));
 #endif
 #if FIXED
         return;

@@ -405,13 +405,13 @@ __device__ __forceinline__ void join(Running& r, const Paged& from, float* row) 
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
-            const int dim = slot_dim(i / SLOT, part) + i % SLOT;
+            const int dim = chunk_dim(i / CHUNK, part) + i % CHUNK;
             r.acc[h][i] = lane < 8 && dim < D ? row[dim] : 0.f;
         }
     }
 }
 
-__device__ __forceinline__ void stage_queries(Staged& staged, const Args& a, const Place& p) {
+__device__ __forceinline__ void stage_queries(Staged& staged, const Args& a, const Problem& p) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     for (int row = warp; row < ROWS; row += WARPS) {
         const float* from = a.query + (p.head * a.group + p.first_query + row) * D;
@@ -458,17 +458,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     __shared__ float2 scratch_ml[WARPS / 2 * TILE];
     const int warp = threadIdx.x >> 5, stream = warp / QTILES;
     // Kept in shared memory while the loops need the registers.
-    __shared__ Work kept_work;
-    __shared__ Place kept_place;
-    __shared__ Span kept_span;
+    __shared__ Work saved_work;
+    __shared__ Problem saved_problem;
+    __shared__ Span saved_span;
     wait_for_previous();
     let_next_start();
     Work w = find_work(a);
     while (w.left && w.problem < w.problems) {
         __syncthreads();
         Span s = span_at(a, w.problem / a.passes);
-        const u32 take = min(w.left, (u32)s.units - w.offset), end = w.offset + take;
-        Place p;
+        const u32 count = min(w.left, (u32)s.units - w.offset), end = w.offset + count;
+        Problem p;
         p.head = w.problem / a.passes;
         p.first_query = w.problem % a.passes * ROWS;
         p.queries = min(ROWS, a.group - p.first_query);
@@ -476,9 +476,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         p.first_block = w.base / w.per;
         p.last_block = (w.base + s.units - 1) / w.per;
         if (threadIdx.x == 0) {
-            kept_work = w;
-            kept_place = p;
-            kept_span = s;
+            saved_work = w;
+            saved_problem = p;
+            saved_span = s;
         }
         stage_queries(staged, a, p);
         __syncthreads();
@@ -498,11 +498,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             attend_exact<true>(r, a, s, query, ek, ev, s.exact, begin, s.exact ? (int)end - s.cold_units : 0, 0.f);
         }
         reduce_warps(r, reinterpret_cast<float*>(scratch), scratch_ml);
-        w = kept_work;
-        p = kept_place;
-        s = kept_span;
+        w = saved_work;
+        p = saved_problem;
+        s = saved_span;
 #if SELECT
-        if (threadIdx.x == 0 && w.offset == 0 && p.first_query == 0) foretell(a, p.head, __ldcg(a.state + p.head));
+        if (threadIdx.x == 0 && w.offset == 0 && p.first_query == 0) publish_next_state(a, p.head, __ldcg(a.state + p.head));
 #endif
         write_partial(a, p, SEGMENTS - 1, r);
         arrive_and_merge(a, p, s, w, ROWS, reinterpret_cast<float*>(scratch));

@@ -48,19 +48,19 @@ __device__ __forceinline__ u32 address_in(u32 shared, u32 block) {
 }
 
 // Sends a partial from block `from` of the cluster to block `to`.
-__device__ __forceinline__ void send(const Inbox& inbox, u32 from, u32 to, u32 place, const Merged& sum) {
+__device__ __forceinline__ void send(const Inbox& inbox, u32 from, u32 to, u32 index, const Merged& sum) {
     const u32 arrived = address_in(shared_address(&inbox.arrived), to);
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
-                     address_in(shared_address(&inbox.o[from][place]), to)),
+                     address_in(shared_address(&inbox.o[from][index]), to)),
                  "f"(sum.o.x), "f"(sum.o.y), "f"(sum.o.z), "f"(sum.o.w), "r"(arrived)
                  : "memory");
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(
-                     address_in(shared_address(&inbox.ml[from][place]), to)),
+                     address_in(shared_address(&inbox.ml[from][index]), to)),
                  "f"(sum.m), "f"(sum.l), "r"(arrived)
                  : "memory");
 }
 
-__device__ __forceinline__ void wait_for_mail(const Inbox& inbox) {
+__device__ __forceinline__ void wait_for_partials(const Inbox& inbox) {
     u32 done = 0;
     while (!done)
         asm volatile(
@@ -192,7 +192,7 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
     }
     __syncthreads();
 
-    Place p = {(size_t)head, 0, a.group, 0, (u32)head, (u32)head * SPLITS, (u32)head * SPLITS + SPLITS - 1};
+    Problem p = {(size_t)head, 0, a.group, 0, (u32)head, (u32)head * SPLITS, (u32)head * SPLITS + SPLITS - 1};
 #if CLUSTER
     wait_for_blocks();
 #endif
@@ -211,7 +211,7 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
     }
 #if CLUSTER
     if (threadIdx.x >= mine) return;
-    wait_for_mail(inbox);
+    wait_for_partials(inbox);
     const u32 item = threadIdx.x * SPLITS + split;
     const Merged sum =
         add_up<SPLITS>([&](int i) { return inbox.ml[i][threadIdx.x]; }, [&](int i) { return inbox.o[i][threadIdx.x]; });

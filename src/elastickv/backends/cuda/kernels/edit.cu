@@ -20,8 +20,8 @@ __device__ __forceinline__ void load_exact(float (&x)[ELEMENTS], const Store& s,
 }
 
 // Token at `position`, given or held, as exact rows are rounded.
-__device__ __forceinline__ void load_either(float (&x)[ELEMENTS], const Store& s, const Given& g, const Change& c, bool value,
-                                            size_t head, int kv_heads, int position) {
+__device__ __forceinline__ void load_either(float (&x)[ELEMENTS], const Store& s, const TokenRows& g, const Change& c,
+                                            bool value, size_t head, int kv_heads, int position) {
     if (position < c.from) return load_exact(x, s, value, head, position);
     load_token(x, g, value, head / kv_heads, head % kv_heads, position - c.from);
 #pragma unroll
@@ -31,9 +31,9 @@ __device__ __forceinline__ void load_either(float (&x)[ELEMENTS], const Store& s
 
 // Stores what becomes cold when sequence b grows by its first more[b] given tokens. grid.y: keys, values; grid.z: heads.
 extern "C" __global__ void __launch_bounds__(256, 1)
-    extend_cold(STORE_SIGNATURE, const int2* state, const int* more, int kv_heads, int heads, GIVEN_SIGNATURE) {
+    extend_cold(STORE_SIGNATURE, const int2* state, const int* added, int kv_heads, int heads, TOKEN_ROWS_SIGNATURE) {
     const Store s = STORE_VALUE;
-    const Given given = GIVEN_VALUE;
+    const TokenRows tokens = TOKEN_ROWS_VALUE;
     const bool value = blockIdx.y;
     const int warp = threadIdx.x >> 5;
     float x[ELEMENTS];
@@ -41,12 +41,12 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     __shared__ PageTile tile;
 #endif
     for (int head = blockIdx.z; head < heads; head += gridDim.z) {
-        const int held = state[head].x;
-        const Change c(s, held, held + more[head / kv_heads]);
+        const int length = state[head].x;
+        const Change c(s, length, length + added[head / kv_heads]);
         for (int page = c.cold_from / PAGE + blockIdx.x; page < c.cold_to / PAGE; page += gridDim.x) {
             for (int token = warp; token < PAGE; token += 8) {
                 const int number = page * PAGE + token;
-                load_either(x, s, given, c, value, head, kv_heads, s.sinks + number);
+                load_either(x, s, tokens, c, value, head, kv_heads, s.sinks + number);
 #if COLD_TYPE == COLD_PAGES
                 put_row(s, tile, value, head, page, token, x);
 #else
@@ -62,20 +62,20 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 
 // Stores those that stay exact. A kernel of its own: it overwrites rows that `extend_cold` reads.
 extern "C" __global__ void __launch_bounds__(256, 1)
-    extend_exact(STORE_SIGNATURE, const int2* state, const int* more, int kv_heads, int heads, GIVEN_SIGNATURE) {
+    extend_exact(STORE_SIGNATURE, const int2* state, const int* added, int kv_heads, int heads, TOKEN_ROWS_SIGNATURE) {
     const Store s = STORE_VALUE;
-    const Given given = GIVEN_VALUE;
+    const TokenRows tokens = TOKEN_ROWS_VALUE;
     const bool value = blockIdx.y;
     for (int head = blockIdx.z; head < heads; head += gridDim.z) {
-        const int held = state[head].x;
-        const Change c(s, held, held + more[head / kv_heads]);
+        const int length = state[head].x;
+        const Change c(s, length, length + added[head / kv_heads]);
         // Sinks, then what follows the cold ones.
-        const int lead = max((c.cold_to ? min(s.sinks, c.to) : c.to) - held, 0);
-        const int first = max(s.sinks + c.cold_to, held), rest = c.cold_to ? max(c.to - first, 0) : 0;
+        const int lead = max((c.cold_to ? min(s.sinks, c.to) : c.to) - length, 0);
+        const int first = max(s.sinks + c.cold_to, length), rest = c.cold_to ? max(c.to - first, 0) : 0;
         for (int i = blockIdx.x * 8 + (threadIdx.x >> 5); i < lead + rest; i += gridDim.x * 8) {
-            const int position = i < lead ? held + i : first + i - lead;
+            const int position = i < lead ? length + i : first + i - lead;
             float x[ELEMENTS];
-            load_either(x, s, given, c, value, head, kv_heads, position);
+            load_either(x, s, tokens, c, value, head, kv_heads, position);
             store_exact(s, value, head, position, x);
         }
     }

@@ -62,11 +62,11 @@ struct Walk {
     int numbers;  // lane i holds the number, among all heads' pages, of the page that is i ahead of the last multiple of 32
 };
 
-__device__ __forceinline__ void look_ahead(Walk& walk, const Args& a, const Span& s, size_t head, int index) {
+__device__ __forceinline__ void load_page_numbers(Walk& walk, const Args& a, const Span& s, size_t head, int index) {
     const int unit = walk.first + (index + (threadIdx.x & 31)) * walk.step, base = head * a.page_capacity;
 #if SELECT
     // The list is read before its end is known.
-    const int listed = unit < a.page_capacity ? __ldcg(a.pages + base + unit) : 0;
+    const int listed = unit < a.page_capacity ? __ldcg(a.listed_pages + base + unit) : 0;
     walk.numbers = base + (unit < s.listed ? listed : s.fresh + unit - s.listed);
 #else
     walk.numbers = base + unit;

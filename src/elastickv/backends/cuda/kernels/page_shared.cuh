@@ -34,7 +34,7 @@ struct Words {
     float page[(QUERIES + WARPS - 1) / WARPS][PADDED / 32];
 };
 
-__device__ __forceinline__ void load_queries(Words& words, const Args& a, const Place& p) {
+__device__ __forceinline__ void load_queries(Words& words, const Args& a, const Problem& p) {
     const float* from = a.query + (p.head * a.group + p.first_query) * D;
 #pragma unroll
     for (int j = 0; j * THREADS < TILES * K16 * 2 * 32; j++) {

@@ -132,10 +132,10 @@ __device__ __forceinline__ void store_page(const Store& s, PageTile& tile, bool 
     const size_t at = head * (s.cold_rows / PAGE) + page;
     __syncthreads();
     if (value)
-        quantise_values(tile, reinterpret_cast<u32*>(s.cold_v + at * VALUE_PAGE),
+        quantize_values(tile, reinterpret_cast<u32*>(s.cold_v + at * VALUE_PAGE),
                         reinterpret_cast<u16*>(reinterpret_cast<char*>(s.v_scale) + at * VALUE_SCALES));
     else
-        quantise_keys(tile, reinterpret_cast<u32*>(s.cold_k + at * KEY_PAGE),
+        quantize_keys(tile, reinterpret_cast<u32*>(s.cold_k + at * KEY_PAGE),
                       reinterpret_cast<u16*>(reinterpret_cast<char*>(s.k_scale) + at * KEY_SCALES));
     __syncthreads();
 }
@@ -149,19 +149,23 @@ __device__ __forceinline__ void store_page(const Store& s, PageTile& tile, bool 
 
 // Rows that the host names: (sequence, KV head, token) each, of one of three types. `dim` channels are there, the rest are
 // zeros.
-struct Given {
+struct TokenRows {
     const char *keys, *values;
-    long long key_batch, key_head, key_token, value_batch, value_head, value_token;  // elements from one to the next
+    long long key_batch_stride, key_head_stride, key_token_stride, value_batch_stride, value_head_stride,
+        value_token_stride;  // elements from one to the next
     int type, dim;
 };
 
-#define GIVEN_SIGNATURE                                                                                                        \
-    const char *keys, const char *values, long long key_batch, long long key_head, long long key_token, long long value_batch, \
-        long long value_head, long long value_token, int type, int dim
-#define GIVEN_VALUE                                                                                                            \
-    Given { keys, values, key_batch, key_head, key_token, value_batch, value_head, value_token, type, dim }
+#define TOKEN_ROWS_SIGNATURE                                                                                                   \
+    const char *keys, const char *values, long long key_batch_stride, long long key_head_stride, long long key_token_stride,   \
+        long long value_batch_stride, long long value_head_stride, long long value_token_stride, int type, int dim
+#define TOKEN_ROWS_VALUE                                                                                                       \
+    TokenRows {                                                                                                                \
+        keys, values, key_batch_stride, key_head_stride, key_token_stride, value_batch_stride, value_head_stride,              \
+            value_token_stride, type, dim                                                                                      \
+    }
 
-__device__ __forceinline__ void load_given(float (&x)[ELEMENTS], const char* from, size_t row, int type, int dim) {
+__device__ __forceinline__ void load_row(float (&x)[ELEMENTS], const char* from, size_t row, int type, int dim) {
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++) {
         const int d = (threadIdx.x & 31) + 32 * i;
@@ -176,9 +180,9 @@ __device__ __forceinline__ void load_given(float (&x)[ELEMENTS], const char* fro
     }
 }
 
-__device__ __forceinline__ void load_token(float (&x)[ELEMENTS], const Given& g, bool value, int batch, int kv_head,
+__device__ __forceinline__ void load_token(float (&x)[ELEMENTS], const TokenRows& g, bool value, int batch, int kv_head,
                                            int token) {
-    const size_t row = value ? batch * g.value_batch + kv_head * g.value_head + token * g.value_token
-                             : batch * g.key_batch + kv_head * g.key_head + token * g.key_token;
-    load_given(x, value ? g.values : g.keys, row, g.type, g.dim);
+    const size_t row = value ? batch * g.value_batch_stride + kv_head * g.value_head_stride + token * g.value_token_stride
+                             : batch * g.key_batch_stride + kv_head * g.key_head_stride + token * g.key_token_stride;
+    load_row(x, value ? g.values : g.keys, row, g.type, g.dim);
 }
