@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from elastickv.backends import Backend
 from elastickv.backends.cuda.backend import CudaBackend
 from elastickv.backends.cuda.cache import CudaCache
-from elastickv.backends.cuda.editing import DeviceRows, KeyValueRows
+from elastickv.backends.cuda.device_rows import DeviceRows, KeyValueRows
 from elastickv.transformers.cuda_graph.in_flight import wait_for_others
 from elastickv.transformers.layer_storage import DTYPES, LayerStorage
 

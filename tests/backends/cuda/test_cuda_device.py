@@ -242,7 +242,7 @@ def test_sums_over_a_thousand_pages_keep_what_is_small_beside_them(open_cuda, mo
     cache.blocks = 1
     cache._choose()
     variant, blocks = cache._decoding
-    assert blocks == 1 and variant.mails == fixed and tokens // PAGE_TOKENS // variant["WARPS"] >= 1000
+    assert blocks == 1 and variant.uses_split_kv_buffer == fixed and tokens // PAGE_TOKENS // variant["WARPS"] >= 1000
     cache.fill_random(np.array([tokens]), seed=3)
     queries = np.random.default_rng(3).standard_normal((1, group, dim), dtype=np.float32)
     check_decode(cache, Oracle(cache), queries, 4e-3)
@@ -446,7 +446,7 @@ def test_blocks_of_a_head_add_up_what_they_have(open_cuda, text, shape):
     recipe, rng = paged_recipe(text, shape.head_dim), np.random.default_rng(shape.query_heads)
     cache = open_cuda("pages").cache(shape, 1200, "bf16", recipe)
     variant, blocks = cache._decoding
-    assert variant.mails and blocks % (shape.batch * shape.kv_heads) == 0
+    assert variant.uses_split_kv_buffer and blocks % (shape.batch * shape.kv_heads) == 0
     cache.prefill(*random_tokens(rng, shape, 1090), np.full(shape.batch, 1090))
     oracle = Oracle(cache)
     for step in range(40):

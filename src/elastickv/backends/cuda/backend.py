@@ -61,24 +61,24 @@ class CudaBackend:
         """Queue on the stream with this handle from now on."""
         self._device.follow(stream)
 
-    def _kept(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Recipe:
+    def _stored_recipe(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Recipe:
         return stored_layout(recipe, shape, capacity, dtype, self._device.arch) if self._kind == "auto" else recipe
 
     def _variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
         """Return the decode kernel; layers that are alike ask for the same again and again."""
-        asked = (shape, capacity, dtype, recipe)
-        if asked not in self._variants:
-            self._variants[asked] = self._chosen_variant(*asked)
-        return self._variants[asked]
+        key = (shape, capacity, dtype, recipe)
+        if key not in self._variants:
+            self._variants[key] = self._chosen_variant(*key)
+        return self._variants[key]
 
     def _chosen_variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
         recipe.check_shape(shape.head_dim, shape.kv_heads)
-        kept = self._kept(shape, capacity, dtype, recipe)
-        paged = kept is not recipe
+        stored_recipe = self._stored_recipe(shape, capacity, dtype, recipe)
+        paged = stored_recipe is not recipe
         if self._kind == "auto" and not paged:
             paged = gains_from_pages(recipe, shape, self._device.arch, self._device.multiprocessors)
         kind = "pages" if paged else self._kind
-        variant = decode_variant(shape.head_dim, shape.group, dtype, kept, self._device.arch, kind)
+        variant = decode_variant(shape.head_dim, shape.group, dtype, stored_recipe, self._device.arch, kind)
         if variant.paged:
             return Variant(variant.source, variant.arch, tuple(sorted((dict(variant.macros) | self._extra).items())))
         if "SPLITS" in self._extra:
@@ -107,7 +107,7 @@ class CudaBackend:
         return self._device.clusters_at_once(variant, "decode", variant.splits)
 
     def _grid(self, shape: AttentionShape, variant: Variant, layout: DeviceLayout) -> tuple[int, ScratchSize]:
-        problems = shape.batch * shape.kv_heads * -(-shape.group // variant.rows)
+        problems = shape.batch * shape.kv_heads * variant.passes(shape.group)
         blocks = problems * variant.splits
         if not blocks:
             blocks = self._device.multiprocessors * self._device.blocks_per_multiprocessor(variant, "decode")
@@ -117,7 +117,7 @@ class CudaBackend:
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
         """Return the device bytes that `cache` would allocate, its scratch included."""
         variant = self._variant(shape, capacity, dtype, recipe)
-        layout = DeviceLayout.of(shape, capacity, dtype, self._kept(shape, capacity, dtype, recipe), variant.paged)
+        layout = DeviceLayout.of(shape, capacity, dtype, self._stored_recipe(shape, capacity, dtype, recipe), variant.paged)
         _, scratch = self._grid(shape, variant, layout)
         return layout.n_bytes + layout.marked_bytes + scratch.n_bytes
 
@@ -130,8 +130,10 @@ class CudaBackend:
         """
         if capacity < 1:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give at least 1")
-        kept = self._kept(shape, capacity, dtype, recipe)
-        return self._made(shape, capacity, dtype, recipe, anchor_offset, kept, self._variant(shape, capacity, dtype, recipe))
+        stored_recipe = self._stored_recipe(shape, capacity, dtype, recipe)
+        return self._made(
+            shape, capacity, dtype, recipe, anchor_offset, stored_recipe, self._variant(shape, capacity, dtype, recipe)
+        )
 
     def resized(self, cache: CudaCache, batch: int, capacity: int) -> CudaCache:
         """Return an empty cache for `batch` sequences of `capacity` tokens that lie as those of another do.
@@ -142,9 +144,12 @@ class CudaBackend:
         """
         shape = replace(cache.shape, batch=batch)
         variant = self._variant(shape, capacity, cache.dtype, cache.recipe)
-        if (variant.paged, self._kept(shape, capacity, cache.dtype, cache.recipe)) != (cache.variant.paged, cache.kept):
+        if (variant.paged, self._stored_recipe(shape, capacity, cache.dtype, cache.recipe)) != (
+            cache.variant.paged,
+            cache.stored_recipe,
+        ):
             variant = cache.variant
-        return self._made(shape, capacity, cache.dtype, cache.recipe, cache.anchor_offset, cache.kept, variant)
+        return self._made(shape, capacity, cache.dtype, cache.recipe, cache.anchor_offset, cache.stored_recipe, variant)
 
     def _made(
         self,
@@ -153,22 +158,22 @@ class CudaBackend:
         dtype: str,
         recipe: Recipe,
         anchor_offset: int,
-        kept: Recipe,
+        stored_recipe: Recipe,
         variant: Variant,
     ) -> CudaCache:
-        layout = DeviceLayout.of(shape, capacity, dtype, kept, variant.paged)
+        layout = DeviceLayout.of(shape, capacity, dtype, stored_recipe, variant.paged)
         blocks, size = self._grid(shape, variant, layout)
         shared = self._scratch is not None and self._scratch.size.covers(size)
         needed = layout.n_bytes + layout.marked_bytes + (0 if shared else size.n_bytes)
         free = self._device.free_bytes - _SPARE_BYTES
         if needed > free:
-            fits = self._largest_capacity(shape, capacity, dtype, kept, variant.paged, free - size.n_bytes)
+            fits = self._largest_capacity(shape, capacity, dtype, stored_recipe, variant.paged, free - size.n_bytes)
             remedy = f"a context of {fits} tokens fits" if fits else "not even one token fits"
             raise UsageError(f"a cache of {capacity} tokens needs {needed} bytes, {max(free, 0)} are free: {remedy}")
         if not shared:
             self._scratch = Scratch(self._device, size)
         assert self._scratch is not None
-        held = (kept, variant, blocks, layout, self._scratch)
+        held = (stored_recipe, variant, blocks, layout, self._scratch)
         return CudaCache(self._device, shape, capacity, dtype, recipe, anchor_offset, *held, self.resized)
 
     @staticmethod

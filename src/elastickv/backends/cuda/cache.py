@@ -1,25 +1,34 @@
 """The cache of one layer on a CUDA device."""
 
 import itertools
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.backends.cuda.device import CudaDevice, DeviceMemory, f32, i32, i64, u64
-from elastickv.backends.cuda.editing import CudaEditing, DeviceRows, KeyValueRows
+from elastickv.backends.cuda import launch
+from elastickv.backends.cuda.arguments import (
+    DecodeArguments,
+    FeedbackArguments,
+    SelectArguments,
+    StoreArguments,
+)
+from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
+from elastickv.backends.cuda.device_rows import DeviceRows, KeyValueRows, query_arguments
+from elastickv.backends.cuda.editing import CudaEditing
 from elastickv.backends.cuda.kernel_selection import TYPES, Variant, fixed_blocks, selecting_blocks
-from elastickv.backends.cuda.readback import Contents
+from elastickv.backends.cuda.readback import Contents, raise_non_finite
 from elastickv.backends.cuda.storage import DeviceLayout, Scratch, Storage
 from elastickv.backends.feedback import Feedback
-from elastickv.errors import NonFiniteError, UsageError
-from elastickv.kvcache.layer import Float32, StoredHead, beyond_int4, check_marked, check_shape, checked_lengths
+from elastickv.errors import UsageError
+from elastickv.kvcache.layer import Float32, StoredHead, check_marked, check_shape, checked_lengths
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _NUMBERS = itertools.count()
-_TOO_LARGE, _NOTHING = 1 << 31, (1 << 32) - 1  # beside positions, in what says where a head has a bad value
 
 
 class CudaCache(CudaEditing):
@@ -33,7 +42,7 @@ class CudaCache(CudaEditing):
         dtype: str,
         recipe: Recipe,
         anchor_offset: int,
-        kept: Recipe,
+        stored_recipe: Recipe,
         variant: Variant,
         blocks: int,
         layout: DeviceLayout,
@@ -42,9 +51,11 @@ class CudaCache(CudaEditing):
     ) -> None:
         self.shape, self.capacity, self.dtype, self.recipe, self.anchor_offset = shape, capacity, dtype, recipe, anchor_offset
         recipe.check_anchor_offset(anchor_offset)
-        self.kept, self.variant, self.blocks = kept, variant, blocks
+        self.stored_recipe, self.variant, self.blocks = stored_recipe, variant, blocks
         self._device, self._scratch, self._resized = device, scratch, resized
         self.storage = Storage(device, layout)
+        self._store = StoreArguments.of(self.storage, stored_recipe)
+        self._select = SelectArguments.of(shape, self.storage, scratch, stored_recipe, anchor_offset)
         self._number = next(_NUMBERS)
         self._lengths = np.zeros(shape.batch, np.int64)
         self._step = -1
@@ -52,7 +63,7 @@ class CudaCache(CudaEditing):
         self._marked: tuple[NDArray[np.int64], int, int | None] | None = None
         self._overwritten = False  # whether what was marked, to begin with no tokens, is there no more
         fixed = variant.fixed()
-        equal = fixed_blocks(shape.batch * shape.kv_heads * self.passes, device.multiprocessors)
+        equal = fixed_blocks(shape.batch * shape.kv_heads * variant.passes(shape.group), device.multiprocessors)
         self._fixed = (fixed, equal) if fixed and equal else None
         self._fractions: tuple[float, ...] = ()
         self._decoding = (variant, blocks)
@@ -68,11 +79,6 @@ class CudaCache(CudaEditing):
     @property
     def step(self) -> int:
         return self._step
-
-    @property
-    def passes(self) -> int:
-        """Passes over the query heads of a KV head."""
-        return -(-self.shape.group // self.variant.rows)
 
     def prefill(self, keys: Float32, values: Float32, lengths: NDArray[np.int64]) -> None:
         """Store (batch, kv_heads, tokens, head_dim) keys and values; row b uses its first `lengths[b]` tokens."""
@@ -91,11 +97,16 @@ class CudaCache(CudaEditing):
         self._overwritten = True
         self._restart(used)
         heads = self.storage.layout.heads
-        grid = (max(1, min(-(-int(max(used)) // 8), 16384 // heads + 1)), 2, min(heads, 65535))
-        arguments = (*self._store_arguments(), self.storage.state, i32(heads), u64(seed % (1 << 64)))
-        self._device.launch(self.variant.storing(), "fill_random", grid, 256, *arguments)
-        if self.variant.paged:
-            self._device.launch(self.variant.storing(), "fill_pages", grid, 256, *arguments)
+        for fill in (launch.fill_random, *((launch.fill_pages,) if self.variant.paged else ())):
+            fill(
+                self._device,
+                self.variant.storing(),
+                int(max(used)),
+                store=self._store,
+                state=self.storage.state,
+                heads=heads,
+                seed=seed % (1 << 64),
+            )
         self._device.stream.sync()
 
     def _restart(self, lengths: NDArray[np.int64]) -> None:
@@ -114,15 +125,26 @@ class CudaCache(CudaEditing):
         """Tell the device what the host has counted."""
         storage, heads = self.storage, self.storage.layout.heads
         self._device.upload(storage.lengths, self._lengths.astype(np.int32))
-        numbers = (i32(self.shape.kv_heads), i32(heads), i32(self._step))
-        arguments = (storage.state, storage.lengths, *numbers, storage.bad, i32(all_finite))
-        self._device.launch(self.variant.storing(), "set_state", (-(-heads // 256),), 256, *arguments)
+        launch.set_state(
+            self._device,
+            self.variant.storing(),
+            state=storage.state,
+            lengths=storage.lengths,
+            kv_heads=self.shape.kv_heads,
+            heads=heads,
+            step=self._step,
+            bad=storage.bad,
+            all_finite=all_finite,
+        )
 
     def _choose(self) -> None:
         """Choose the kernel and blocks of a decode: those of equal work for every KV head where that is so."""
         alike = len(set(self._fractions)) <= 1 and len(set(self._lengths.tolist())) <= 1
         fixed = self._fixed if alike else None
         self._decoding, self.launch_key = fixed or (self.variant, self.blocks), (self._number, fixed is not None)
+        self._decode = DecodeArguments.of(
+            self.shape, self.storage, self._scratch, self.stored_recipe, self.anchor_offset, self._decoding[0]
+        )
         self.longest = int(self._lengths.max(initial=0))
 
     def append(self, keys: Float32, values: Float32) -> None:
@@ -131,36 +153,41 @@ class CudaCache(CudaEditing):
         for name, array in (("keys", keys), ("values", values)):
             check_shape(array, (self.shape.batch, self.shape.kv_heads, self.shape.head_dim), name)
         staged = [self._staged(np.asarray(array, np.float32)) for array in (keys, values)]
-        given = KeyValueRows(*(self._given_rows(memory, 1) for memory in staged))
-        self._launch_append_rows(given, None, 1.0)
+        tokens = KeyValueRows(*(self._dense_rows(memory, 1) for memory in staged))
+        self._launch_append_rows(tokens, None, 1.0)
         self._device.stream.sync()
         self.count(1)
+
+    def _empty(self, batch: int, capacity: int) -> "Self":
+        """Return an empty cache of the same layout."""
+        return cast("Self", self._resized(self, batch, capacity))
 
     def _staged(self, array: Float32) -> DeviceMemory:
         memory = self._device.allocate(array.nbytes)
         self._device.upload(memory, array)
         return memory
 
-    def _given_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows:
+    def _dense_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows:
         """Return (batch, kv_heads, tokens, head_dim) float32 that lie without gaps."""
         dim = self.shape.head_dim
         return DeviceRows(memory.pointer, "fp32", (self.shape.kv_heads * tokens * dim, tokens * dim, dim), dim)
 
-    def _launch_append_rows(self, given: KeyValueRows, queries: DeviceRows | None, query_scale: float) -> None:
+    def _launch_append_rows(self, tokens: KeyValueRows, queries: DeviceRows | None, query_scale: float) -> None:
         storage, shape = self.storage, self.shape
-        asked = (None, i64(0), i64(0)) if queries is None else (queries.pointer, *(i64(n) for n in queries.strides[:2]))
-        self._device.launch(
+        launch.append_rows(
+            self._device,
             self.variant.storing(),
-            "append_rows",
-            (storage.layout.heads, 2),
-            256,
-            *self._store_arguments(),
-            *(storage.state, i32(self.capacity), *given.arguments, i32(shape.kv_heads), *asked),
-            *(storage.queries, i32(shape.group), f32(query_scale)),
+            storage.layout.heads,
+            store=self._store,
+            state=storage.state,
+            capacity=self.capacity,
+            tokens=tokens.arguments,
+            kv_heads=shape.kv_heads,
+            queries=query_arguments(queries, storage.queries, shape.group, query_scale),
         )
 
     def queue_step(
-        self, given: KeyValueRows, queries: DeviceRows, query_scale: float, outputs: int, lse: int, output_dtype: str
+        self, tokens: KeyValueRows, queries: DeviceRows, query_scale: float, outputs: int, lse: int, output_dtype: str
     ) -> None:
         """Queue the append of one token a sequence and a decode, and nothing else: a capture may record it.
 
@@ -168,25 +195,24 @@ class CudaCache(CudaEditing):
 
         Parameters
         ----------
-        given : keys and values of the token.
+        tokens : keys and values of the token.
         queries : (batch, query_heads, 1, head_dim), of the same dtype; they are multiplied by `query_scale`.
         outputs : address of (batch, query_heads, head_dim) of `output_dtype`.
         lse : address of (batch, query_heads) float32.
         """
-        self._launch_append_rows(given, queries, query_scale)
+        self._launch_append_rows(tokens, queries, query_scale)
         self.launch_decode(self.storage.queries, outputs, lse, True, output_dtype)
 
     def launch_feedback(self, outputs: DeviceMemory, queries: DeviceMemory, tables: DeviceMemory, feedback: Feedback) -> None:
         """Queue the append of what `feedback` makes of `outputs`, and leave the next `queries`."""
-        storage, rms = self.storage, (feedback.query_rms, feedback.key_rms, feedback.value_rms)
-        self._device.launch(
+        launch.append(
+            self._device,
             self.variant.storing(),
-            "append",
-            (storage.layout.heads, 2),
-            256,
-            *self._store_arguments(),
-            *(storage.state, i32(self.capacity), outputs, queries, i32(self.shape.group), tables),
-            *(f32(x) for x in rms),
+            self.storage.layout.heads,
+            store=self._store,
+            state=self.storage.state,
+            capacity=self.capacity,
+            feedback=FeedbackArguments.of(outputs, queries, self.shape.group, tables, feedback),
         )
 
     def decode(self, queries: Float32) -> tuple[Float32, Float32]:
@@ -213,26 +239,10 @@ class CudaCache(CudaEditing):
             self._device.kernel(self.variant.selecting(), "select")
 
     def _launch_select(self, queries: DeviceMemory, after_append: bool) -> None:
-        shape, storage, recipe, layout = self.shape, self.storage, self.kept, self.storage.layout
-        numbers = (
-            shape.kv_heads,
-            shape.group,
-            recipe.sinks,
-            recipe.window,
-            recipe.anchor_every,
-            self.anchor_offset,
-            layout.page_capacity,
-        )
+        layout, device = self.storage.layout, self._device
+        blocks = selecting_blocks(layout.page_capacity, layout.heads, device.multiprocessors)
         variant = self.variant.selecting()
-        self._device.launch(
-            variant,
-            "select",
-            (selecting_blocks(layout.page_capacity, layout.heads, self._device.multiprocessors), layout.heads),
-            variant.threads,
-            *(queries, storage.k_scale, storage.state, storage.counts, i32(layout.page_capacity + 1)),
-            *(self._scratch.scores, self._scratch.counters, storage.lists, storage.listed),
-            *(i32(x) for x in (*numbers, int(after_append))),
-        )
+        launch.select(device, variant, blocks, layout.heads, query=queries, cache=self._select, after_append=after_append)
 
     def launch_decode(
         self,
@@ -245,38 +255,17 @@ class CudaCache(CudaEditing):
         """Queue a decode. `after_append`: since the last, one token was appended and kernels of another cache were queued."""
         if self.recipe.selection == "pages":
             self._launch_select(queries, after_append)
-        shape, storage, recipe, layout = self.shape, self.storage, self.kept, self.storage.layout
-        reused = storage.cached_output
-        lse_offset = shape.batch * shape.query_heads * shape.head_dim * 4
-        sizes = (shape.batch, shape.kv_heads, shape.group, self.passes)
-        kept_how = (recipe.sinks, recipe.window, layout.ring, recipe.stride, recipe.anchor_every, self.anchor_offset)
-        scale = math.log2(math.e) / math.sqrt(shape.head_dim)
         variant, blocks = self._decoding
-        scratch = self._scratch
-        partial = (scratch.mail, scratch.mail_ml) if variant.mails else (scratch.partial, scratch.partial_ml)
-        self._device.launch(
+        launch.decode(
+            self._device,
             variant,
-            "decode",
-            (blocks,),
-            variant.threads,
-            queries,
-            outputs,
-            lse,
-            *(storage.exact_k, storage.exact_v, storage.cold_k, storage.cold_v, storage.k_scale, storage.v_scale),
-            storage.state,
-            *(*partial, scratch.counters),
-            *(reused, reused.pointer + lse_offset, storage.lists, storage.listed),
-            *(i32(x) for x in (*sizes, *kept_how, layout.exact_rows, layout.cold_rows, layout.page_capacity)),
-            f32(math.log2(recipe.decay)),
-            f32(scale),
-            i32(TYPES[output_dtype]),
-            shared=variant.shared_bytes,
+            blocks,
+            query=queries,
+            output=outputs,
+            lse=lse,
+            cache=self._decode,
+            output_type=TYPES[output_dtype],
         )
-
-    def _store_arguments(self) -> tuple[Any, ...]:
-        s, recipe, layout = self.storage, self.kept, self.storage.layout
-        numbers = (recipe.sinks, recipe.window, layout.ring, recipe.stride, layout.exact_rows, layout.cold_rows)
-        return (s.exact_k, s.exact_v, s.cold_k, s.cold_v, s.k_scale, s.v_scale, s.bad, *(i32(x) for x in numbers))
 
     def note_decodes(self, first: int, last: int) -> None:
         """Note that steps `first` to `last` are decoded; RuntimeError if the first reuses what was never computed."""
@@ -304,9 +293,7 @@ class CudaCache(CudaEditing):
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
         """Return what is stored of one KV head of one sequence."""
-        head = row * self.shape.kv_heads + kv_head
-        contents = Contents(self._device, self.storage, self.shape.head_dim, self.kept, self.dtype, self.variant.paged)
-        held = contents.of(head, int(self._lengths[row]))
+        held = self._contents.of(row * self.shape.kv_heads + kv_head, int(self._lengths[row]))
         if self.recipe.is_dense:
             keys, values = (
                 np.concatenate(p) for p in ((held.cold_keys, held.exact_keys), (held.cold_values, held.exact_values))
@@ -320,9 +307,11 @@ class CudaCache(CudaEditing):
             return None
         head = row * self.shape.kv_heads + kv_head
         cold = regions(int(self._lengths[row]), self.recipe.sinks, self.recipe.window).cold // PAGE_TOKENS
-        count, fresh = (int(n) for n in self._device.download(self.storage.listed, (2,), np.int32, head * 8))
-        numbers = self._device.download(self.storage.lists, (count,), np.int32, head * self.storage.layout.page_capacity * 4)
-        return np.concatenate([numbers.astype(np.int64), np.arange(fresh, cold)])
+        return self._contents.pages_read(head, cold)
+
+    @property
+    def _contents(self) -> Contents:
+        return Contents(self._device, self.storage, self.shape.head_dim, self.stored_recipe, self.dtype, self.variant.paged)
 
     def mark(self) -> None:
         """Remember the present state."""
@@ -344,8 +333,4 @@ class CudaCache(CudaEditing):
 
     def raise_non_finite(self) -> None:
         """Raise NonFiniteError, naming sequence, KV head and position, if a NaN or infinity was ever stored."""
-        words = self._device.download(self.storage.bad, (self.shape.batch, self.shape.kv_heads), np.uint32)
-        for row, head in np.argwhere(words < _TOO_LARGE):
-            raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {words[row, head]}")
-        for row, head in np.argwhere(words < _NOTHING):
-            raise NonFiniteError(beyond_int4(row, head, int(words[row, head]) - _TOO_LARGE))
+        raise_non_finite(self._device.download(self.storage.bad, (self.shape.batch, self.shape.kv_heads), np.uint32))

@@ -1,8 +1,9 @@
 """One CUDA device: what it is, its stream, its memory, and kernels loaded on it."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,8 +120,7 @@ _SHARING_ALIKE = frozenset({"append", "select", "decode_pages"})
 OVERLAPPING = frozenset({"append", "append_rows", "select", "decode"})
 _OVERLAPS_SINCE = 90
 _SMALL_BYTES, _MOST_SENT = 1 << 16, 256
-_SCALARS = (ctypes.c_int, ctypes.c_longlong, ctypes.c_ulonglong, ctypes.c_float)
-_pointer = ctypes.c_void_p
+Argument: TypeAlias = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.c_ulonglong | ctypes.c_float
 
 
 @cache
@@ -279,18 +279,17 @@ class CudaDevice:
         config = LaunchConfig(grid=1, cluster=blocks, block=variant.threads)
         return int(self.kernel(variant, name).occupancy.max_active_clusters(config, stream=self._own_stream))
 
-    def launch(self, variant: Variant, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
-        """Launch on the stream with `shared` bytes of dynamic shared memory; `args`: Memory, addresses, None for null, scalars.
+    def launch(self, variant: Variant, name: str, grid: tuple[int, ...], arguments: Sequence[Argument]) -> None:
+        """Launch a kernel on the stream; the functions of `launch` give it typed arguments.
 
-        From SM 9.0 on kernels of `OVERLAPPING` may be set up while the one before still runs: they wait for it themselves.
+        From SM 9.0 on, kernels of `OVERLAPPING` may start while the previous one still runs: they wait for it themselves.
         """
         driver = self.driver
-        values = [a if isinstance(a, _SCALARS) else _pointer(getattr(a, "pointer", a) or 0) for a in args]
-        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*(int(n) for n in grid), 1, 1)[:3]
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared
+        config.blockDimX, config.blockDimY, config.blockDimZ = variant.threads, 1, 1
+        config.sharedMemBytes = variant.shared_bytes
         config.hStream = self.stream.handle
         if name in OVERLAPPING and int(variant.arch) >= _OVERLAPS_SINCE:
             early = driver.CUlaunchAttribute()
@@ -325,23 +324,3 @@ class CudaDevice:
         """Copy on the device."""
         if n_bytes:
             check(self.driver.cuMemcpyDtoDAsync(target.pointer, source.pointer, n_bytes, self.stream.handle))
-
-
-def i32(value: int) -> ctypes.c_int:
-    """Return a kernel argument of 32 bits."""
-    return ctypes.c_int(value)
-
-
-def i64(value: int) -> ctypes.c_longlong:
-    """Return a kernel argument of 64 bits."""
-    return ctypes.c_longlong(value)
-
-
-def u64(value: int) -> ctypes.c_ulonglong:
-    """Return an unsigned kernel argument of 64 bits."""
-    return ctypes.c_ulonglong(value)
-
-
-def f32(value: float) -> ctypes.c_float:
-    """Return a kernel argument of type float."""
-    return ctypes.c_float(value)

@@ -1,13 +1,16 @@
 """The part of a cache that serves a model: further chunks, rows that move, tokens taken back (see `kvcache.editable`)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.backends.cuda.device import CudaDevice, DeviceMemory, i32, i64
+from elastickv.backends.cuda import launch
+from elastickv.backends.cuda.arguments import RowTarget, StoreArguments
+from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
+from elastickv.backends.cuda.device_rows import DeviceRows, KeyValueRows
 from elastickv.backends.cuda.kernel_selection import TYPES, Variant
 from elastickv.backends.cuda.storage import Scratch, Storage
 from elastickv.errors import UsageError
@@ -22,49 +25,14 @@ from elastickv.kvcache.editable import (
     cold_tokens,
 )
 from elastickv.kvcache.layer import Float32, check_shape, checked_lengths
-from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe import AttentionShape, Recipe
 from elastickv.recipe.regions import retained_tokens
 
 if TYPE_CHECKING:
-    from elastickv.backends.cuda.cache import CudaCache
+    from typing_extensions import Self
 
 _STAGED_BYTES = 1 << 28  # of keys, and of values, that are on their way from the host at once
-_BLOCKS = 4096
-_COPY_BLOCKS = 64
 _NUMBERS = ("lengths", "clock", "fractions", "arrangement")  # what `state` tells beside planes
-
-
-@dataclass(frozen=True)
-class DeviceRows:
-    """Tokens in device memory, (batch, heads, tokens, head_dim), whose channels lie next to each other.
-
-    Attributes
-    ----------
-    pointer : address of the first.
-    dtype : 'fp32', 'fp16' or 'bf16'.
-    strides : elements from a sequence, head and token to the next.
-    head_dim : channels that are there; those beyond, up to the cache's, are zeros.
-    """
-
-    pointer: int
-    dtype: str
-    strides: tuple[int, int, int]
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class KeyValueRows:
-    """Keys and values of the same tokens, of one dtype."""
-
-    keys: DeviceRows
-    values: DeviceRows
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """What GIVEN_SIGNATURE of kernels/store.cuh names."""
-        keys, values = self.keys, self.values
-        strides = (i64(n) for n in (*keys.strides, *values.strides))
-        return keys.pointer, values.pointer, *strides, i32(TYPES[keys.dtype]), i32(keys.head_dim)
 
 
 @dataclass(frozen=True)
@@ -82,13 +50,13 @@ class CudaEditing:
 
     shape: AttentionShape
     recipe: Recipe
-    retained_tokens: Recipe
+    stored_recipe: Recipe
     capacity: int
     variant: Variant
     storage: Storage
+    _store: StoreArguments
     _device: CudaDevice
     _scratch: Scratch
-    _resized: "Callable[[CudaCache, int, int], CudaCache]"
     _lengths: NDArray[np.int64]
     _step: int
     _anchor: int | None
@@ -97,11 +65,11 @@ class CudaEditing:
 
     if TYPE_CHECKING:
 
-        def _store_arguments(self) -> tuple[Any, ...]: ...
+        def _empty(self, batch: int, capacity: int) -> Self: ...
         def _set_lengths(self, lengths: NDArray[np.int64]) -> None: ...
         def _choose(self) -> None: ...
         def _staged(self, array: Float32) -> DeviceMemory: ...
-        def _given_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows: ...
+        def _dense_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows: ...
 
     @property
     def allocated_bytes(self) -> int:
@@ -120,11 +88,11 @@ class CudaEditing:
         for first in range(0, longest, at_once):
             end = min(first + at_once, longest)
             staged = [self._staged(np.ascontiguousarray(array[:, :, first:end], np.float32)) for array in (keys, values)]
-            given = KeyValueRows(*(self._given_rows(memory, end - first) for memory in staged))
-            self.extend_by(given, np.clip(used - first, 0, end - first))
+            tokens = KeyValueRows(*(self._dense_rows(memory, end - first) for memory in staged))
+            self.extend_by(tokens, np.clip(used - first, 0, end - first))
             self._device.stream.sync()
 
-    def extend_by(self, given: KeyValueRows, lengths: NDArray[np.int64]) -> None:
+    def extend_by(self, tokens: KeyValueRows, lengths: NDArray[np.int64]) -> None:
         """Queue what `extend` does with tokens that are in device memory.
 
         Raises
@@ -137,11 +105,19 @@ class CudaEditing:
         device, storage, heads = self._device, self.storage, self.storage.layout.heads
         device.upload(storage.lengths, more.astype(np.int32), 4 * self.shape.batch)
         added = storage.lengths.pointer + 4 * self.shape.batch
-        arguments = (*self._store_arguments(), storage.state, added, i32(self.shape.kv_heads), i32(heads), *given.arguments)
-        editing, along = self.variant.editing(), min(heads, 65535)
-        if not self.retained_tokens.is_dense:
-            device.launch(editing, "extend_cold", (_blocks(longest, PAGE_TOKENS), 2, along), 256, *arguments)
-        device.launch(editing, "extend_exact", (_blocks(longest, 8), 2, along), 256, *arguments)
+        rows = tokens.arguments
+        for extend in (*(() if self.stored_recipe.is_dense else (launch.extend_cold,)), launch.extend_exact):
+            extend(
+                device,
+                self.variant.editing(),
+                longest,
+                store=self._store,
+                state=storage.state,
+                added=added,
+                kv_heads=self.shape.kv_heads,
+                heads=heads,
+                tokens=rows,
+            )
         self._set_lengths(self._lengths + more)
 
     def read(self, first: int, last: int) -> tuple[Float32, Float32]:
@@ -156,14 +132,20 @@ class CudaEditing:
         check_span(first, last)
         if last == first:
             return
-        heads = self.storage.layout.heads
-        arguments = (self.storage.state, i32(heads), i32(first), i32(last), keys, values, i32(TYPES[dtype]), i32(head_dim))
-        grid = (_blocks(last - first, PAGE_TOKENS) + 1, 2, min(heads, 65535))
-        self._device.launch(self.variant.editing(), "read_rows", grid, 256, *self._store_arguments(), *arguments)
+        launch.read_rows(
+            self._device,
+            self.variant.editing(),
+            store=self._store,
+            state=self.storage.state,
+            heads=self.storage.layout.heads,
+            first=first,
+            last=last,
+            target=RowTarget(keys=keys, values=values, type=TYPES[dtype], dim=head_dim),
+        )
 
-    def gather(self, rows: NDArray[np.int64], capacity: int) -> "CudaCache":
+    def gather(self, rows: NDArray[np.int64], capacity: int) -> "Self":
         taken = checked_rows(rows, self.shape.batch)
-        other = self._resized(self, len(taken), capacity)  # type: ignore[arg-type]
+        other = self._empty(len(taken), capacity)
         fitting = list(zip(self._planes().values(), other._planes().values(), strict=True))
         sizes = [(mine, theirs, min(mine.used, theirs.stride)) for mine, theirs in fitting]
         self._copy(sizes, taken, np.arange(len(taken)))
@@ -172,7 +154,7 @@ class CudaEditing:
         other._overwritten = True
         return other
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "CudaCache":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Self":
         return self.gather(np.arange(self.shape.batch), self.capacity)
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
@@ -194,7 +176,7 @@ class CudaEditing:
 
     def _planes(self) -> dict[str, _Plane]:
         """Return the buffers that hold tokens, with what is in use at the longest of the lengths."""
-        storage, layout, recipe = self.storage, self.storage.layout, self.retained_tokens
+        storage, layout, recipe = self.storage, self.storage.layout, self.stored_recipe
         longest, heads = int(self._lengths.max(initial=0)), layout.heads
         cold = retained_tokens(cold_tokens(recipe, longest), recipe.stride)
         cold = min(-(-cold // 256) * 256, layout.cold_rows)  # whole vectors of every plane
@@ -234,24 +216,33 @@ class CudaEditing:
         device.upload(on_device, table)
         device.upload(on_device, numbers, table.nbytes)
         rows = on_device.pointer + table.nbytes
-        heads = len(from_rows) * self.shape.kv_heads
-        device.launch(
+        launch.copy_rows(
+            device,
             self.variant.editing(),
-            "copy_rows",
-            (_COPY_BLOCKS, len(table), min(heads, 65535)),
-            256,
-            *(on_device, rows, rows + 4 * len(from_rows), i32(self.shape.kv_heads), i32(heads)),
+            len(table),
+            planes=on_device,
+            from_rows=rows,
+            to_rows=rows + 4 * len(from_rows),
+            kv_heads=self.shape.kv_heads,
+            heads=len(from_rows) * self.shape.kv_heads,
         )
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         before, after = self._lengths, checked_lengths(lengths, self.shape.batch)
         check_crop(self.recipe, before, after)
         self._overwritten = True
-        device, storage, heads = self._device, self.storage, self.storage.layout.heads
-        device.upload(storage.lengths, after.astype(np.int32))
-        arguments = (storage.state, storage.lengths, i32(self.shape.kv_heads), i32(heads))
-        grid = (_blocks(int((before - after).max()), PAGE_TOKENS), 2, min(heads, 65535))
-        device.launch(self.variant.editing(), "crop_rows", grid, 256, *self._store_arguments(), *arguments)
+        storage = self.storage
+        self._device.upload(storage.lengths, after.astype(np.int32))
+        launch.crop_rows(
+            self._device,
+            self.variant.editing(),
+            int((before - after).max()),
+            store=self._store,
+            state=storage.state,
+            lengths=storage.lengths,
+            kv_heads=self.shape.kv_heads,
+            heads=storage.layout.heads,
+        )
         self._set_lengths(after)
 
     def set_fractions(self, fractions: Sequence[float]) -> None:
@@ -277,7 +268,7 @@ class CudaEditing:
     @property
     def _arrangement(self) -> NDArray[np.int64]:
         """What planes of equal sizes could differ in: whether tokens lie in pages, and whether as another recipe keeps them."""
-        return np.array([self.variant.paged, self.retained_tokens != self.recipe], np.int64)
+        return np.array([self.variant.paged, self.stored_recipe != self.recipe], np.int64)
 
     def state(self) -> CacheState:
         layout, batch, heads = self.storage.layout, self.shape.batch, self.shape.kv_heads
@@ -303,10 +294,10 @@ class CudaEditing:
             )
         planes = self._planes()
         for name, plane in planes.items():
-            given = state[name].shape if name in state else None
-            if given is None or given[:2] != (batch, heads) or given[2] > plane.stride or state[name].dtype != np.uint8:
+            shape = state[name].shape if name in state else None
+            if shape is None or shape[:2] != (batch, heads) or shape[2] > plane.stride or state[name].dtype != np.uint8:
                 raise ValueError(
-                    f"the saved {name} of shape {given} do not fit a cache of {(batch, heads, plane.stride)} bytes"
+                    f"the saved {name} of shape {shape} do not fit a cache of {(batch, heads, plane.stride)} bytes"
                 )
         if lengths is None or lengths.shape != (batch,) or clock is None or clock.shape != (2,):
             raise ValueError("the saved lengths are not those of a cache of this batch")
@@ -329,7 +320,3 @@ class CudaEditing:
         self._anchor = None if clock[1] == -2 else int(clock[1])
         self._overwritten = True
         self._put_fractions([float(share) for share in fractions])
-
-
-def _blocks(tokens: int, per_block: int) -> int:
-    return max(1, min(-(-tokens // per_block), _BLOCKS))

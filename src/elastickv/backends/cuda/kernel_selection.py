@@ -12,6 +12,7 @@ _COLD_NONE, _COLD_SAME, _COLD_INT8, _COLD_PAGES = range(4)
 _PAGE_FORMATS = {"bf16": 0, "fp16": 0, "int8": 1, "fp8": 2, "int4": 3}
 _ONE_QUERY_TILE = (("REUSE", 0), ("QTILES", 1))
 MMA_SINCE = 80
+_WARPS = 8  # of a block of kernels that are compiled for one block size only
 _BULK_SINCE = 90
 _DENSE_PAGES_FROM = 400 << 20  # bytes of K and V
 _PAGED_INT8_FROM = 32  # (sequence, KV head) pairs
@@ -49,6 +50,10 @@ class Variant:
             return _HEADS_OF_MMA_TILE * self["TILES"]
         return (self["TILE"] if "TILE" in dict(self.macros) else _HEADS_OF_MMA_TILE) * self["QTILES"]
 
+    def passes(self, group: int) -> int:
+        """Return the passes over the `group` query heads of a KV head."""
+        return -(-group // self.rows)
+
     @property
     def splits(self) -> int:
         """Blocks that attend to one KV head; 0 if blocks share out the work that they find."""
@@ -57,11 +62,11 @@ class Variant:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 32 * self["WARPS"]
+        return 32 * dict(self.macros).get("WARPS", _WARPS)
 
     @property
-    def mails(self) -> bool:
-        """Whether its blocks merge what they have through `Scratch.mail`."""
+    def uses_split_kv_buffer(self) -> bool:
+        """Whether its blocks merge their partial results through `Scratch.split_kv_buffer`."""
         return self.source == "decode_pages" and self["FIXED"] == 1
 
     @property

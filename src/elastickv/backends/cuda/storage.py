@@ -138,17 +138,19 @@ class ScratchSize:
     partial_ml: int
     counters: int
     scores: int
-    mail: int
-    mail_ml: int
+    split_kv_buffer: int
+    split_kv_buffer_ml: int
 
     @classmethod
     def of(cls, variant: Variant, blocks: int, problems: int, scores: int) -> "ScratchSize":
         """Return the sizes for a grid of `blocks` over `problems`, and `scores` page scores."""
-        slots = blocks + problems
-        rows = _MERGE_LEVELS * slots * (1 + variant["REUSE"]) * variant.rows
+        partials = blocks + problems
+        rows = _MERGE_LEVELS * partials * (1 + variant["REUSE"]) * variant.rows
         row = variant["HEAD_DIM"] * _FLOAT
-        mail = blocks * variant.rows * row if variant.fixed() else 0
-        return cls(rows * row, rows * 2 * _FLOAT, (problems + slots) * 4, scores * _FLOAT, mail, mail // 2)
+        split_kv_buffer = blocks * variant.rows * row if variant.fixed() else 0
+        return cls(
+            rows * row, rows * 2 * _FLOAT, (problems + partials) * 4, scores * _FLOAT, split_kv_buffer, split_kv_buffer // 2
+        )
 
     @property
     def n_bytes(self) -> int:
@@ -170,8 +172,8 @@ class Scratch:
         self.partial_ml = device.allocate(size.partial_ml, _NAN_WORD)
         self.counters = device.allocate(size.counters, 0)
         self.scores = device.allocate(size.scores, _NAN_WORD)
-        self.mail = device.allocate(size.mail, _EMPTY_WORD)
-        self.mail_ml = device.allocate(size.mail_ml, _EMPTY_WORD)
+        self.split_kv_buffer = device.allocate(size.split_kv_buffer, _EMPTY_WORD)
+        self.split_kv_buffer_ml = device.allocate(size.split_kv_buffer_ml, _EMPTY_WORD)
 
 
 class Storage:
@@ -217,11 +219,11 @@ class Storage:
         """Copy what later appends and decodes overwrite."""
         if self._copies is None:
             self._copies = [(memory, self._device.allocate(memory.n_bytes)) for memory in self._marked()]
-        for memory, kept_copy in self._copies:
-            self._device.copy(kept_copy, memory, memory.n_bytes)
+        for memory, saved in self._copies:
+            self._device.copy(saved, memory, memory.n_bytes)
 
     def restore(self) -> None:
         """Return to what `save` copied."""
         assert self._copies is not None, "nothing was saved"
-        for memory, kept_copy in self._copies:
-            self._device.copy(memory, kept_copy, memory.n_bytes)
+        for memory, saved in self._copies:
+            self._device.copy(memory, saved, memory.n_bytes)

@@ -1,0 +1,62 @@
+"""Keys, values and queries of a model in device memory, as a cache takes them."""
+
+from dataclasses import dataclass
+
+from elastickv.backends.cuda.arguments import QueryArguments, TokenRows
+from elastickv.backends.cuda.device import DeviceMemory
+from elastickv.backends.cuda.kernel_selection import TYPES
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """Tokens in device memory, (batch, heads, tokens, head_dim), whose channels lie next to each other.
+
+    Attributes
+    ----------
+    pointer : address of the first.
+    dtype : 'fp32', 'fp16' or 'bf16'.
+    strides : elements from a sequence, head and token to the next.
+    head_dim : channels that are there; those beyond, up to the cache's, are zeros.
+    """
+
+    pointer: int
+    dtype: str
+    strides: tuple[int, int, int]
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class KeyValueRows:
+    """Keys and values of the same tokens, of one dtype."""
+
+    keys: DeviceRows
+    values: DeviceRows
+
+    @property
+    def arguments(self) -> TokenRows:
+        """As arguments of a kernel."""
+        keys, values = self.keys, self.values
+        return TokenRows(
+            keys=keys.pointer,
+            values=values.pointer,
+            key_batch_stride=keys.strides[0],
+            key_head_stride=keys.strides[1],
+            key_token_stride=keys.strides[2],
+            value_batch_stride=values.strides[0],
+            value_head_stride=values.strides[1],
+            value_token_stride=values.strides[2],
+            type=TYPES[keys.dtype],
+            dim=keys.head_dim,
+        )
+
+
+def query_arguments(rows: DeviceRows | None, queries: DeviceMemory, group: int, scale: float) -> QueryArguments:
+    """Return the arguments by which an append copies `rows` to `queries`, times `scale`; None copies nothing."""
+    return QueryArguments(
+        query_rows=None if rows is None else rows.pointer,
+        query_batch_stride=0 if rows is None else rows.strides[0],
+        query_head_stride=0 if rows is None else rows.strides[1],
+        queries=queries,
+        group=group,
+        query_scale=scale,
+    )
