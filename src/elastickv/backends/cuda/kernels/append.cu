@@ -1,7 +1,8 @@
-// Storing tokens: random fill, and the append of a decode step, of given rows or fused with the inference cycle's recurrence.
+// Kernels that store tokens: random fill, and the append of a decode step, from the model's rows or from the previous layer's
+// outputs.
 #include "store.cuh"
 
-// Stores a token of a sequence that will hold `length` tokens, wherever it belongs then.
+// Stores a token where it belongs in a sequence of `length` tokens.
 __device__ __forceinline__ void store_token(const Store& s, bool value, size_t head, int position, int length,
                                             float (&x)[ELEMENTS]) {
 #pragma unroll
@@ -73,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
 }
 #endif
 
-// Sequence b holds lengths[b] tokens at a step. What was not finite is forgotten: all of it, or what lies beyond these lengths.
+// Sets every sequence's length and step. Clears the record of values that were not finite: all of it, or beyond the lengths.
 extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_heads, int heads, int step, u32* bad,
                                      int all_finite) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -84,7 +85,7 @@ extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_hea
     }
 }
 
-// One map of the recurrence, a lane's part.
+// One lane's part of a map of the recurrence.
 struct Map {
     float reflector[ELEMENTS], sign[ELEMENTS];
     int permutation[ELEMENTS];
@@ -100,7 +101,7 @@ __device__ __forceinline__ void load_map(Map& map, const float* table) {
     }
 }
 
-// x, its RMS made 1, -> sign * (x - 2 u (u . x))[permutation], times `rms`. `row` is shared memory of this warp.
+// Normalizes x to an RMS of 1 and returns rms * sign * (x - 2 u (u . x))[permutation]. `row` is shared memory of this warp.
 __device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const Map& map, float rms, float* row,
                                           float (&out)[ELEMENTS]) {
     const int lane = threadIdx.x & 31;
@@ -125,7 +126,8 @@ __device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const Map&
 }
 
 #if COLD_TYPE != COLD_NONE
-// One block quantises the page of which `cold` is the end. Its rows may have come from other multiprocessors since: past L1.
+// One block quantizes the page that ends at cold token `cold`. Other multiprocessors may have written its rows, so they are
+// read past L1.
 __device__ __forceinline__ void quantize_page(const Store& s, bool value, size_t head, int cold) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #if COLD_TYPE == COLD_PAGES
@@ -154,8 +156,8 @@ __device__ __forceinline__ void quantize_page(const Store& s, bool value, size_t
 }
 #endif
 
-// Where the next queries, key and value come from: the (sequence, query head) rows that the layer before left, through three
-// maps (reflector, sign, permutation of head_dim each) in `tables`: of queries, keys, values.
+// Source of the next queries, key and value: the (sequence, query head) rows of the previous layer's outputs, each through a
+// map in `tables`. There are three maps (queries, keys, values) of reflector, sign and permutation, head_dim each.
 struct FeedbackInput {
     const float* outputs;
     float* queries;
@@ -164,7 +166,7 @@ struct FeedbackInput {
     float query_rms, key_rms, value_rms;
 };
 
-// Rounds a token as exact rows are, and stores it.
+// Rounds a token to the dtype of exact rows and stores it.
 __device__ __forceinline__ void store_exact_token(const Store& s, bool value, size_t head, int position, float (&x)[ELEMENTS]) {
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++) x[i] = round_exact(x[i]);
@@ -172,8 +174,8 @@ __device__ __forceinline__ void store_exact_token(const Store& s, bool value, si
     store_exact(s, value, head, position, x);
 }
 
-// One block stores K or V of the token at `position`, and leaves half of the next queries. `map`: the first that this warp
-// needs.
+// One block stores K or V of the token at `position` and writes half of the next queries. `map`: the first map that this warp
+// needs, already loaded.
 __device__ __forceinline__ void append_feedback_token(const Store& s, const FeedbackInput& from, Map& map, int mapped,
                                                       bool value, size_t head, int position) {
     __shared__ float rows[8][D];
@@ -198,13 +200,13 @@ __device__ __forceinline__ void append_feedback_token(const Store& s, const Feed
     }
 }
 
-// Two blocks a (sequence, KV head), one for K and one for V: quantise the page that leaves the window, store the token by
-// `write_token`, count it, each in a state of its own, so that neither waits for the other.
+// Two blocks per (sequence, KV head), one for K and one for V. Each quantizes the page that leaves the window, stores the token
+// with `write_token` and counts it in its own state, so neither waits for the other.
 //
-// A decode of this cache lies between two appends to it, and lets others start only after its own wait: what the append before
-// wrote can be read before the wait here. So the page is quantised while the kernel before is still at work, unless there is no
-// window: then the token may be part of it. What follows is let in at once: a decode loads its pages when the one before it
-// leaves a multiprocessor.
+// Between two appends to a cache there is a decode of it, which lets the next kernel start only after its own wait. So what the
+// previous append wrote may be read before the wait below, and the page is quantized while the previous kernel still runs.
+// Without a window the new token may be part of that page; it is then quantized after the wait. The next kernel may start at
+// once: a decode loads its first pages as soon as the previous one leaves a multiprocessor.
 template <class WriteToken>
 __device__ __forceinline__ void append_token(const Store& s, int2* state, int capacity, bool decodes, WriteToken write_token) {
     const size_t head = blockIdx.x;
@@ -219,7 +221,7 @@ __device__ __forceinline__ void append_token(const Store& s, int2* state, int ca
 #else
     const int cold = store_cold_tokens(s, length);
     const bool leaves = position < capacity && cold > store_cold_tokens(s, position), early = s.window;
-    // One copy of the code for either order.
+    // One copy of the code serves both orders.
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
         if (leaves && turn != early) quantize_page(s, value, head, cold);
@@ -236,7 +238,7 @@ __device__ __forceinline__ void append_token(const Store& s, int2* state, int ca
     }
 }
 
-// The token that the layer before's outputs make.
+// Appends the token computed from the previous layer's outputs.
 extern "C" __global__ void __launch_bounds__(256, 1)
     append(STORE_SIGNATURE, int2* state, int capacity, const float* outputs, float* queries, int group, const float* tables,
            float query_rms, float key_rms, float value_rms) {
@@ -251,8 +253,9 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     });
 }
 
-// A given token. `query_rows`, if not null, are the queries of the decode that follows, (sequence, query head) rows: they are
-// left in `queries` as decode and select read them, times `query_scale`. Without them no decode need follow.
+// Appends the model's token. `query_rows`, if not null, holds the queries of the next decode as (sequence, query head) rows;
+// they are scaled by `query_scale` and written to `queries`, where decode and select read them. If null, no decode needs to
+// follow.
 extern "C" __global__ void __launch_bounds__(256, 1)
     append_rows(STORE_SIGNATURE, int2* state, int capacity, TOKEN_ROWS_SIGNATURE, int kv_heads, const char* query_rows,
                 long long query_batch_stride, long long query_head_stride, float* queries, int group, float query_scale) {

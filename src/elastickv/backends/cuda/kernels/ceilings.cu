@@ -1,4 +1,4 @@
-// What the device can do at most: a read-only stream, a copy, and multiply-adds on the units that attention uses.
+// Measures the device's limits: a read-only stream, a copy, and multiply-adds on the units that attention uses.
 
 typedef unsigned int u32;
 
@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(256) read(const uint4* source, long
     if (sum == 0x5bd1e995u) *sink = sum;
 }
 
-// The same with a contiguous chunk a block.
+// The same with one contiguous chunk per block.
 extern "C" __global__ void __launch_bounds__(256) read_chunks(const uint4* source, long long vectors, u32* sink) {
     u32 sum = 0;
     const long long part = (vectors + gridDim.x - 1) / gridDim.x, start = part * blockIdx.x;
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(256) copy(const uint4* source, uint
     for (; i < vectors; i += stride) target[i] = source[i];
 }
 
-// 16 chains of 4096 dependent multiply-adds a thread (tensor cores: 8 chains of m16n8k16 bf16 a warp).
+// 16 chains of 4096 dependent multiply-adds per thread (tensor cores: 8 chains of m16n8k16 bf16 per warp).
 extern "C" __global__ void __launch_bounds__(256) multiply_add(float* sink) {
 #if TENSOR
     float c[8][4] = {};

@@ -1,15 +1,15 @@
-// What every decode variant shares: the work split, partial results and their merge.
+// Shared by all decode variants: the work split, partial results and their merge.
 //
-// Work is cut into units of equal bytes. A problem is one (sequence, KV head, pass over query heads). All problems' units
-// laid end to end are cut into equal ranges, one a block, from the lengths in device memory: one captured grid serves every
-// step and ragged batches balance by themselves. Block j's part of problem p lies in slot j + p: unique, because along the
-// staircase of (block, problem) pairs the sum grows by one at every step.
+// Work is cut into units of equal bytes. A problem is one (sequence, KV head, pass over query heads). The units of all
+// problems, end to end, are cut into equal ranges, one per block, using the lengths in device memory: one captured grid serves
+// every step, and ragged batches balance themselves. Block j's partial result of problem p has index j + p, which is unique:
+// along the staircase of (block, problem) pairs the sum grows by one at every step.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 // Macros: HEAD_DIM, EXACT_TYPE (0 fp32, 1 fp16, 2 bf16), COLD_TYPE (0 none, 1 as exact, 2 int8, 3 pages), REUSE, SELECT (pages
-// are listed), QTILES, WARPS, MIN_BLOCKS; OLD_PART, if given, builds what parts before SM 7.0 run.
+// are listed), QTILES, WARPS, MIN_BLOCKS; OLD_PART, if defined, builds the code for devices before SM 7.0.
 #define FP32 0
 #define FP16 1
 #define BF16 2
@@ -54,7 +54,7 @@ struct Args {
     float* cached_output;
     float* cached_lse;
     const int* listed_pages;  // numbers of the listed pages, page_capacity a head
-    const int2* listed;       // their count, and the first page that is read beside them
+    const int2* listed;       // their count, and the first page that is read in addition
     int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, anchor_offset, exact_rows, cold_rows,
         page_capacity;
     float log2_decay, scale_log2;
@@ -82,7 +82,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// Programmatic dependent launch, from SM 9.0 on. Nothing that the kernel before wrote may be read before `wait_for_previous`.
+// Programmatic dependent launch, from SM 9.0 on. Nothing that the previous kernel wrote may be read before `wait_for_previous`.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -95,7 +95,7 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// Large heads leave no registers for loads that the compiler moves up.
+// Large heads leave no registers for loads that the compiler hoists.
 #if HEAD_DIM > 192
 #define LOAD_ORDER volatile
 #else
@@ -114,7 +114,7 @@ __device__ __forceinline__ uint4 load16(const char* p) {
 #endif
 }
 
-// Starts one unit on its way to L2.
+// Prefetches one unit into L2.
 __device__ __forceinline__ void prefetch(const char* keys, const char* values, int unit, int end, u32 unit_bytes,
                                          size_t limit) {
     if (unit >= end) return;
@@ -126,13 +126,13 @@ __device__ __forceinline__ void prefetch(const char* keys, const char* values, i
     }
 }
 
-// What one decode step reads of one sequence.
+// The part of one sequence that one decode step reads.
 struct Span {
     int cold_first, cold;  // rows of the cold planes: first one and count
     int exact, sinks, ring_start;
     int cold_units, units, steps_since_refresh;
-    float bias;         // log2 of the tokens that one kept token stands for
-    int listed, fresh;  // pages: how many are listed, and the first of those that are read beside them
+    float bias;         // log2 of the number of tokens that one retained token stands for
+    int listed, fresh;  // pages: how many are listed, and the first that is read in addition
 };
 
 __device__ __forceinline__ int cold_tokens(const Args& a, int length) {
@@ -140,7 +140,8 @@ __device__ __forceinline__ int cold_tokens(const Args& a, int length) {
     return beyond > 0 ? beyond / PAGE * PAGE : 0;
 }
 
-// Steps since the last anchor: the first step is one, and every step whose number and phase add up to a multiple.
+// Steps since the last anchor. Anchors are the first step and every step for which (step + anchor_offset) is a multiple of
+// anchor_every.
 __device__ __forceinline__ int steps_since_refresh(int step, int anchor_every, int anchor_offset) {
     step = max(step, 0);
     return min(step, (step + anchor_offset) % anchor_every);
@@ -173,7 +174,7 @@ __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     return s;
 }
 
-// The same of one (sequence, KV head), with its list of pages.
+// The span of one (sequence, KV head), with its list of pages.
 __device__ __forceinline__ Span span_with(const Args& a, size_t head, int2 state) {
     Span s = span_of(a, state);
 #if SELECT
@@ -187,8 +188,8 @@ __device__ __forceinline__ Span span_with(const Args& a, size_t head, int2 state
     return s;
 }
 
-// Leaves the length and step that a sequence has after one more append, in the third row of states: what the next decode, and
-// select, may expect before append has told.
+// Writes the length and step after one more append to the third row of states. The next select and decode use them as a
+// prediction while that append is still running.
 __device__ __forceinline__ void publish_next_state(const Args& a, size_t head, int2 now) {
     __stcg(a.state + 2 * a.batch * a.kv_heads + head, make_int2(now.x + 1, now.y + 1));
     __threadfence();
@@ -196,7 +197,7 @@ __device__ __forceinline__ void publish_next_state(const Args& a, size_t head, i
 
 __device__ __forceinline__ Span span_at(const Args& a, size_t head) { return span_with(a, head, a.state[head]); }
 
-// Number of the `unit`th page that is read.
+// Number of the `unit`th page to read.
 __device__ __forceinline__ int page_at(const Args& a, const Span& s, size_t head, int unit) {
 #if SELECT
     return unit < s.listed ? __ldcg(a.listed_pages + head * a.page_capacity + unit) : s.fresh + unit - s.listed;
@@ -205,7 +206,7 @@ __device__ __forceinline__ int page_at(const Args& a, const Span& s, size_t head
 #endif
 }
 
-// Row of the exact plane that holds the exact token number `e` of a span.
+// Row of the exact plane that holds exact token `e` of a span.
 __device__ __forceinline__ int exact_row(const Args& a, const Span& s, int e) {
 #if COLD_TYPE == COLD_NONE
     return e;
@@ -216,11 +217,11 @@ __device__ __forceinline__ int exact_row(const Args& a, const Span& s, int e) {
 #endif
 }
 
-// One block's range of units, and where it starts.
+// One block's range of units.
 struct Work {
     u32 per, left;          // units a block, units left to this block
-    u32 problem, problems;  // present problem
-    u32 base, offset;       // first unit of the present problem; this block's first unit in it
+    u32 problem, problems;  // current problem
+    u32 base, offset;       // first unit of the current problem; this block's first unit in it
     u32 pad;                // units of a problem rounded up so that blocks do not straddle problems; 0 if they may
 };
 
@@ -231,7 +232,7 @@ __device__ __forceinline__ u32 warp_sum(u32 v) {
 
 __device__ __forceinline__ Work find_work(const Args& a) {
     const int lane = threadIdx.x & 31;
-    // Problems of one row have equal units: of one sequence, or, where pages are listed, of one KV head.
+    // All problems of one row have equally many units. A row is a sequence, or, where pages are listed, a KV head.
     const int rows = SELECT ? a.batch * a.kv_heads : a.batch, heads = SELECT ? 1 : a.kv_heads;
     const u32 per_row = heads * a.passes;
     u32 total = 0, most = 0, least = 0xffffffffu;
@@ -256,7 +257,7 @@ __device__ __forceinline__ Work find_work(const Args& a) {
     w.per = max((all + blocks - 1) / blocks, (u32)WARPS_PER_TILE);
     w.pad = 0;
     if (most == least && w.problems <= blocks) {
-        // A block within one problem fills and drains its loads once: worth up to an eighth of idle blocks.
+        // A block within one problem fills and drains its loads only once: worth up to an eighth of idle blocks.
         u32 splits = blocks / w.problems, aligned = max((most + splits - 1) / splits, (u32)WARPS_PER_TILE);
         if (aligned <= w.per + w.per / 8) {
             w.per = aligned;
@@ -296,7 +297,7 @@ __device__ __forceinline__ Work find_work(const Args& a) {
     return w;
 }
 
-// Where one block leaves what it has of one problem.
+// One problem, and the blocks that work on it. `reserved` only pads.
 struct Problem {
     size_t head;      // row * kv_heads + head
     int first_query;  // of the group
@@ -305,7 +306,7 @@ struct Problem {
 };
 
 #ifndef GROUP_FROM
-#define GROUP_FROM 24  // partials of one problem from which on they are merged in two levels
+#define GROUP_FROM 24  // from this many partials of one problem on, they are merged in two levels
 #endif
 
 __device__ __forceinline__ size_t partial_row(const Problem& p, u32 block, int segment, int q, int rows) {
@@ -327,7 +328,7 @@ __device__ __forceinline__ void combine(Merged& r, float4 o, float m, float l) {
     r.m = top;
 }
 
-// Adds up COUNT partials of one item.
+// Merges COUNT partials of one item.
 template <int COUNT, class ReadMl, class ReadO>
 __device__ __forceinline__ Merged add_up(ReadMl read_ml, ReadO read_o) {
     float2 ml[COUNT];
@@ -351,7 +352,7 @@ __device__ __forceinline__ Merged add_up(ReadMl read_ml, ReadO read_o) {
     return r;
 }
 
-// Sum of every `stride`th partial of blocks first..last for one (query, 4 dims) item; spread over `subs` threads an item.
+// Merges every `stride`th partial of blocks first..last for one (query, 4 dims) item, which `subs` threads share.
 __device__ __forceinline__ Merged gather(const Args& a, const Problem& p, size_t level, int segment, u32 first, u32 last,
                                          u32 stride, int q, int dim, int sub, int subs, int rows) {
     const int UNROLL = 8;
@@ -406,11 +407,11 @@ __device__ __forceinline__ void write_result(const Args& a, const Problem& p, in
     if (dim == 0) a.lse[head] = r.l == 0.f ? -INFINITY : (r.m + log2f(r.l)) * 0.6931471805599453f;
 }
 
-// True in the block that arrives last of `blocks`; everything the others wrote before is visible to it.
+// Returns true in the last of `blocks` blocks to arrive, which sees everything that the others wrote before.
 __device__ __forceinline__ bool arrive(u32* counter, u32 blocks) {
     __shared__ u32 arrived;
 #if __CUDA_ARCH__ >= 700 && !defined(OLD_PART)
-    // One thread releases what all wrote before the barrier, and acquires for all after it; what it guards is read past L1.
+    // One thread releases what all threads wrote before the barrier and acquires for all after it; the data are read past L1.
     __syncthreads();
     if (threadIdx.x == 0) {
         arrived = 0;
@@ -433,7 +434,8 @@ __device__ __forceinline__ bool arrive(u32* counter, u32 blocks) {
 #endif
 }
 
-// Merges every `stride`th partial of blocks first..last into the outputs, or if not `final` into the next level's of `first`.
+// Merges every `stride`th partial of blocks first..last into the outputs or, if not `final`, into the next level's partial of
+// `first`.
 __device__ __forceinline__ void merge(const Args& a, const Problem& p, const Span& s, const Work& w, bool final, size_t level,
                                       u32 first, u32 last, u32 stride, int rows, float* scratch) {
     const u32 count = (last - first) / stride + 1;
@@ -487,13 +489,13 @@ __device__ __forceinline__ void merge(const Args& a, const Problem& p, const Spa
     }
 }
 
-// The last block of a problem to arrive merges all partials, in block order: the same bits whichever block it is. Many
-// partials are merged in groups first, by the last block of each group.
+// The last block of a problem to arrive merges all partials in block order, so the result does not depend on which block it is.
+// Many partials are first merged in groups, by the last block of each group.
 __device__ __forceinline__ void arrive_and_merge(const Args& a, const Problem& p, const Span& s, const Work& w, int rows,
                                                  float* scratch) {
     const u32 blocks = p.last_block - p.first_block + 1;
     const u32 size = blocks > GROUP_FROM ? (u32)ceilf(sqrtf((float)blocks)) : 1;
-    // One copy of the merge serves both levels: a short decode waits for its instructions, too.
+    // One copy of the merge serves both levels: a short decode also waits for its instructions to load.
 #pragma unroll 1
     for (u32 stride = size > 1 ? 1 : size;; stride = size) {
         const bool final = stride == size;

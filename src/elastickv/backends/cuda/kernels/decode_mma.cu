@@ -1,8 +1,8 @@
-// Decode attention on tensor cores (SM 8.0 and newer): blocks share out the work that they find in the lengths.
+// Decode attention on tensor cores (SM 8.0 and newer): blocks divide the work by the lengths in device memory.
 #include "attend.cuh"
 
-// A warp with more than EARLY_FROM units fetches EARLY of them into L2 while the query is on its way; with fewer units
-// that costs more than it hides.
+// A warp with more than EARLY_FROM units prefetches EARLY of them into L2 while the query loads; with fewer units that costs
+// more than it hides.
 #ifndef EARLY
 #define EARLY 2
 #endif
@@ -14,7 +14,7 @@
 #define MERGE_BYTES (THREADS * 32)
 #define SCRATCH_BYTES (TREE_BYTES > MERGE_BYTES ? TREE_BYTES : MERGE_BYTES)
 
-// Adds up the warps of a tile; the sum is in the warps that come first.
+// Merges the warps of a tile into its first warps.
 __device__ __forceinline__ void reduce_warps(Running& r, float4* scratch, float2* scratch_ml) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = lane & 3;
     r.l += __shfl_xor_sync(FULL, r.l, 1);
@@ -79,7 +79,7 @@ __device__ __forceinline__ void fetch_early(const char* keys, const char* values
     for (int i = 0; i < EARLY; i++) prefetch(keys, values, unit + i * WARPS_PER_TILE, end, unit_bytes, limit);
 }
 
-// Leaves the queries of a problem in shared memory as operands.
+// Stores the queries of a problem in shared memory as operands.
 __device__ __forceinline__ void stage_query(const Args& a, const Problem& p, uint4* q16, uint4* q8, float* steps) {
     const float* from = a.query + (p.head * a.group + p.first_query) * D;
     for (int i = threadIdx.x; i < QTILES * K16 * 2 * 32; i += THREADS) {
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     __shared__ float4 scratch[SCRATCH_BYTES / 16];
     __shared__ float2 scratch_ml[WARPS / 2 * 32];
     const int warp = threadIdx.x >> 5, tile = warp % QTILES, stream = warp / QTILES;
-    // Kept in shared memory while the loops need the registers.
+    // In shared memory while the loops need the registers.
     __shared__ Work saved_work;
     __shared__ Problem saved_problem;
     __shared__ Span saved_span;

@@ -1,21 +1,22 @@
-// Decode attention over pages on tensor cores (SM 8.0 and newer): any pair of formats, all pages or those that are listed.
+// Decode attention over pages on tensor cores (SM 8.0 and newer): any pair of formats, all pages or the listed ones.
 //
-// A warp owns a ring of stages in shared memory; one page with its scales is one stage, on its way while the ones before it are
-// in use: four bulk copies that one lane starts (SM 9.0), or a group of cp.async. Nobody else waits for it. What is in a stage
-// are MMA operands as they stand (pages.cuh): a word of int4 codes becomes four operands by masks and one shift, because a
-// nibble is an fp16 number by itself (n 2^-24, or, four bits higher, n 2^-20). Scales of K go into the query, high and low
-// part; scales of V into the probabilities. Before a block adds up what it has of a KV head, it starts its loads of the next.
+// A warp owns a ring of stages in shared memory. One page with its scales is one stage; it loads while earlier ones are in use,
+// by four bulk copies that one lane starts (SM 9.0) or a group of cp.async, and no other warp waits for it. A stage holds MMA
+// operands without conversion (pages.cuh): a word of int4 codes becomes four operands by masks and one shift, because a nibble
+// is an fp16 number by itself (n 2^-24 or, four bits higher, n 2^-20). Scales of K are folded into the query, high and low
+// part; scales of V into the probabilities. Before a block merges its results of a KV head, it starts the loads of the next.
 //
-// FIXED: equally many blocks attend to each KV head, for when all have equally much to read. What a warp reads first then
-// follows from the capacity alone and is on its way before the length is known. Else blocks share out what they find.
+// FIXED: equally many blocks attend to each KV head, for batches whose heads all read equally much. A warp's first pages then
+// follow from the capacity alone, and their loads start before the length is known. Otherwise blocks divide the work by the
+// lengths in device memory.
 //
-// Macros, beside those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES; those that have a
-// value below may be given another.
+// Macros in addition to those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES; the macros
+// with a default below can be overridden.
 #include "split_kv_buffer.cuh"
 #include "page_attend.cuh"
 #include "page_ring.cuh"
 
-// What a warp starts while kernels before are at work: few at a time, for their loads queue behind these.
+// Pages that a warp starts to load while previous kernels run: few at a time, because those kernels' loads queue behind them.
 #ifndef PAGES_EARLY
 #define PAGES_EARLY 2
 #endif
@@ -23,8 +24,8 @@
 #define IN_FLIGHT_EARLY 1
 #endif
 
-// A part of a problem that one block attends to. Its exact units are as large a share of them as its pages are: under way
-// behind everybody's pages they take long, and one block must not have them all.
+// A part of a problem that one block attends to. Each block has the same share of the exact units as of the pages: exact loads
+// are slow behind everyone's page loads, so one block must not have them all.
 struct Task {
     Span s;
     Problem p;
@@ -76,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     __syncwarp();
 #endif
     u32 used = 0;    // pages that this warp has gone through
-    int issued = 0;  // of those under way before the first of a problem was used
+    int issued = 0;  // of those in flight before the first of a problem was used
     Walk walk;
     Unit16 exact;
     Words words;
@@ -99,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #pragma unroll 1
         for (; issued > 0; issued--, used++) wait_for_page(arrived + 8 * (used % STAGES), used / STAGES & 1);
     };
-    // Exact units go to the first warps, pages from the last on.
+    // Exact units go to the first warps, pages to the last.
     auto first_page = [&] { return task.cold_begin + (WARPS - 1 - warp) * task.stride; };
     auto first_exact = [&](const Task& task) { return task.exact_begin + warp * task.stride; };
 #if FIXED
@@ -114,15 +115,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     const size_t head = task.p.head;
     walk.first = first_page();
     walk.step = splits * WARPS;
-    // Append, and at an anchor select, may still be at work. What they do not write is on its way before they end: all pages
-    // but one that append quantises, or those of the list if it is to be used once more; exact rows but the newest.
+    // Append and, at an anchor, select may still be running. Whatever they do not write is loaded before they end: all pages
+    // but the one that append quantizes, or the listed pages if the list is reused; all exact rows but the newest.
     const char *keys = a.exact_k + head * a.exact_rows * EXACT_ROW, *values = a.exact_v + head * a.exact_rows * EXACT_ROW;
     auto load_exact = [&] {
         load_keys16<false>(exact, a, task.s, keys, a.exact_rows, first_exact(task));
         load_values16<false>(exact, a, task.s, values, a.exact_rows, first_exact(task));
     };
     const bool has_first = EARLY && first_exact(task) < task.exact_end;
-#if BULK  // older parts have waited
+#if BULK  // older devices have waited
 #if SELECT
     const bool again =
         steps_since_refresh(__ldcg(a.state + 2 * a.batch * a.kv_heads + head).y, a.anchor_every, a.anchor_offset);
@@ -163,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     const int newest = walk.end - 1 - walk.first;
     if (cold_tokens(a, now.x) > cold_tokens(a, now.x - 1) && newest >= 0 && newest % walk.step == 0 &&
         newest / walk.step < STAGES) {
-        // This warp may have the newest page as it was before append: once more.
+        // This warp may have loaded the newest page as it was before append: load it again.
         drain();
         __syncwarp();
     }
@@ -207,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         if (!EARLY) load_queries(words, a, task.p);
         stage_queries(words, a, shared);
         __syncthreads();
-        // Exact rows first: meanwhile the first pages arrive.
+        // Exact rows first, while the first pages arrive.
         const int exact_unit = first_exact(saved), exact_step = WARPS * saved.stride;
         const bool has_exact = exact_unit < saved.exact_end;
         if (has_exact) {
@@ -307,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         }
 #if FIXED
         if (!alone) {
-            // A share of the items, as many at once as leave every partial a thread of its own.
+            // A share of the items, as many at once as allow one thread per partial.
             const u32 share = (items + splits - 1) / splits, begin = split * share, end = min(begin + share, items);
             const u32 at_once = max(THREADS / splits, 1u);
             Merged* partials = reinterpret_cast<Merged*>(&shared.sums[0][0]);

@@ -1,7 +1,7 @@
 // Decode attention on CUDA cores, every architecture from SM 6.1: rows of 16 or 32 bit or int8.
 //
-// int8 rows are held as the others are (simt.cuh). Their keys are multiplied by dp4a with the query in two int8 parts, which is
-// exact to 15 bits.
+// int8 rows are laid out as the others are (simt.cuh). Their keys are multiplied by dp4a with the query in two int8 parts,
+// which is exact to 15 bits.
 #include "simt.cuh"
 
 #if COLD_TYPE == COLD_INT8
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     __shared__ float4 scratch[SCRATCH_BYTES / 16];
     __shared__ float2 scratch_ml[WARPS / 2 * TILE];
     const int stream = (threadIdx.x >> 5) / QTILES;
-    // Kept in shared memory while the loops need the registers.
+    // In shared memory while the loops need the registers.
     __shared__ Work saved_work;
     __shared__ Problem saved_problem;
     __shared__ Span saved_span;

@@ -1,4 +1,5 @@
-// Attention of one warp to the page in a stage, on tensor cores: scores, softmax, values; and what a warp leaves to its block.
+// Attention of one warp to the page in a stage, on tensor cores: scores, softmax, values, and the results that it leaves to its
+// block.
 #pragma once
 #include "page_shared.cuh"
 
@@ -99,7 +100,7 @@ __device__ __forceinline__ void score_page(float (&score)[TILES][8], const char*
             uint4 q = load_query(shared.page_query + (tile * KEY_STEPS + k) * 32 + lane);
 #if K_FORMAT == INT4
             mma_half(zero[tile], q.x, q.y, q.z, q.w, base.x, base.y);
-            // What the rounded product lacks goes into the low part, with the query's own.
+            // The rounding error of the product goes into the low part, together with the query's own.
             const u32 a = multiply(q.x, scale.x), b = multiply(q.z, scale.y);
             q.y = multiply_add(q.y, scale.x, multiply_add(q.x, scale.x, a ^ 0x80008000u));
             q.w = multiply_add(q.w, scale.y, multiply_add(q.z, scale.y, b ^ 0x80008000u));
@@ -177,7 +178,7 @@ __device__ __forceinline__ uint2 value_scales(const char* stage, int group, int 
 }
 #endif
 
-// The largest scale of V that this lane multiplies with.
+// The largest scale of V that this lane multiplies by.
 __device__ __forceinline__ float largest_scale(const char* stage, int page) {
     float largest = 0.f;
 #if V_FORMAT == INT4
@@ -302,8 +303,8 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[TILES][
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
 #if ZEROS
-            // Tensor cores truncate what they add up. Codes count from zero: their sums grow far beyond what is left without
-            // the zeros, and the loss with them. So a page's sums start from nothing, and pages are added up as floats.
+            // Tensor cores truncate sums. Codes are not negative, so their sums grow far beyond the result without the zeros,
+            // and so does the truncation error. Therefore every page's sums start at 0, and pages are added as floats.
             float sum[4] = {};
 #else
             float (&sum)[4] = r.acc[tile][m];
@@ -324,11 +325,11 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[TILES][
     }
 }
 
-// Leaves what a warp has of its pages in shared memory, as floats in the order of dims; adds it to what is there if `more`.
+// Writes a warp's results of its pages to shared memory, as floats in the order of dims; adds to what is there if `more`.
 __device__ __forceinline__ void leave_pages(Sums& r, float* sums, float2* sums_ml, bool more) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const float unit = V_FORMAT == SIXTEEN_BIT ? 1.f : exp2_fast(r.exponent - (float)V_SHIFT);
-    // Not unit * CODE_ONE at once: where values are beyond 2^103 that is infinite, and what it is for is not.
+    // Not unit * CODE_ONE first: where values exceed 2^103 that is infinite although the result is not.
     const float first = V_FORMAT == INT4 || V_FORMAT == INT8 ? CODE_ONE : 1.f;
     const float second = V_FORMAT == INT4 ? first / 16.f : first;
 #pragma unroll
@@ -371,7 +372,7 @@ __device__ __forceinline__ void leave_pages(Sums& r, float* sums, float2* sums_m
     }
 }
 
-// Leaves what a warp has of exact rows in shared memory, one tile of queries.
+// Writes a warp's results of exact rows to shared memory, one tile of queries.
 __device__ __forceinline__ void leave_exact(Running& r, float* sums, float2* sums_ml) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     r.l += __shfl_xor_sync(FULL, r.l, 1);

@@ -1,4 +1,4 @@
-// A page of 32 rows in shared memory becomes codes and scales: those of kvcache/quantize.py, bit for bit. One block of 256
+// Quantizes a page of 32 rows in shared memory to the codes and scales of kvcache/quantize.py, bit for bit. One block of 256
 // threads.
 #pragma once
 #include "pages.cuh"

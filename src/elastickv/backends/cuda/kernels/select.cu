@@ -1,24 +1,25 @@
-// Selection of pages: scores of all cold pages from the scales of their keys, and the best of them listed, in one launch.
+// Selection of pages in one launch: scores all cold pages by the scales of their keys and lists the best.
 //
-// The scorer is kvcache/scorers/bounds.py without its constant factor: a page's score is linear in its scales and zeros as they
-// lie, score = sum over channels of 7.5 (q + |q| / 2) . scale + q . zero, summed over the query heads of the group.
+// The scorer is kvcache/scorers/bounds.py without its constant factor. A page's score is linear in its stored scales and zeros:
+// score = sum over channels of 7.5 (q + |q| / 2) . scale + q . zero, summed over the query heads of the group.
 //
-// Grid (blocks, heads), as many in all as run at once: a head's pages, as many as there truly are, are dealt out evenly over
-// its blocks. The last block to arrive selects: it looks for the bucket among equal ranges of score that holds the last page of
-// the selection, then for as many digits as it takes until few candidates are left, which are ranked one against the other.
+// Grid (blocks, heads); all blocks run at once. A head's pages, at its current length, are divided evenly among its blocks. The
+// last block to arrive selects: it finds the bucket, among equal ranges of score, that holds the last selected page, then
+// refines it digit by digit until few candidates are left, which are ranked one against the other.
 //
-// A block of decode fits beside one of this kernel and one of append: it is let in before append has ended, to load what it
-// expects to need. This one does likewise: the decode before has left the length and step that it expects in the third row of
-// states, so at an anchor the first scales are on their way. `after_append`: it is as expected, since each decode follows an
-// append.
+// A multiprocessor has room for a block of decode together with one of this kernel and one of append, so decode starts before
+// append has ended and loads the pages that it predicts. This kernel does the same: the previous decode has written the
+// predicted length and step to the third row of states, so at an anchor the first scales load early. `after_append`: the
+// prediction holds, because exactly one append follows each decode.
 //
-// Between anchors nothing happens. Elsewhere list[head * page_capacity ...] gets the page numbers, ascending, and listed[head]
-// their count and the number of pages; (0, 0) if all are to be read, which costs no scoring. Of equal pages the first win.
-//   query: (heads, group, head_dim); key_scales: [head][page_capacity][scale, zero][padded channel], fp16
-//   counts[kv_head * counts_stride + pages]: how many of so many pages to list
-//   scores: heads * (page_capacity rounded up to 32) floats; counters: one a head, zero before and after
+// Between anchors nothing happens. At anchors listed_pages[head * page_capacity ...] receives the page numbers, ascending, and
+// listed[head] their count and the number of pages; (0, 0) if all pages are read, without scoring. Among equal pages the first
+// win.
+//   query: (heads, group, head_dim); k_scale: [head][page_capacity][scale, zero][padded channel], fp16
+//   counts[kv_head * counts_stride + pages]: how many of `pages` pages to list
+//   scores: heads * (page_capacity rounded up to 32) floats; counters: one per head, zero before and after
 //
-// Macros: HEAD_DIM, K_FORMAT = 3, WARPS, what else common.cuh takes; those that have a value below may be given another.
+// Macros: HEAD_DIM, K_FORMAT = 3, WARPS and the others of common.cuh; the macros with a default below can be overridden.
 #include "pages.cuh"
 
 #ifndef MIN_BLOCKS
@@ -40,7 +41,7 @@
 #define DIGIT 10
 #define CANDIDATES 128
 #ifndef BATCH
-#define BATCH 4  // scores of a lane at once: more are idle work for heads of 1024 pages
+#define BATCH 4  // scores of a lane at once: more would be idle work for heads of 1024 pages
 #endif
 
 struct Shared {
@@ -52,7 +53,7 @@ struct Shared {
     u32 high[WARPS], low[WARPS], totals[WARPS], candidate_count, digit, need, members;
 };
 
-// What a page's scales and zeros are multiplied by.
+// Computes the weights of a page's scales and zeros.
 __device__ __forceinline__ void stage_weights(Shared& sh, const float* query, int group) {
     float* weights = reinterpret_cast<float*>(sh.weights);
     for (int dim = threadIdx.x; dim < PADDED; dim += THREADS) {
@@ -95,7 +96,7 @@ __device__ __forceinline__ float score(const Shared& sh, const uint4 (&in)[ROWS]
             sum[i] = fmaf(b.x, r.x, fmaf(b.y, r.y, fmaf(b.z, s.x, fmaf(b.w, s.y, sum[i]))));
         }
     }
-    // Each exchange leaves a lane half of the rows, then half of what is missing.
+    // Each exchange halves the rows of a lane; once it has one row, the rest of the sum.
     int bit = 4;
 #pragma unroll
     for (int n = ROWS / 2; n; n >>= 1, bit >>= 1)
@@ -108,7 +109,7 @@ __device__ __forceinline__ float score(const Shared& sh, const uint4 (&in)[ROWS]
     return sum[0];
 }
 
-// The greater a score, the greater this.
+// An unsigned integer that is ordered as the scores are.
 __device__ __forceinline__ u32 ascending(float score) {
     const int bits = __float_as_int(score);
     return bits ^ (bits >> 31 | 0x80000000);
@@ -118,7 +119,7 @@ __device__ __forceinline__ float score_of(u32 ascending) {
     return __uint_as_float(ascending & 0x80000000 ? ascending ^ 0x80000000 : ~ascending);
 }
 
-// Sorted ascending, these are the pages from the best to the worst, and of equals the first page first.
+// Ascending order of this is the order of pages from best to worst; among equals the first page comes first.
 __device__ __forceinline__ u64 order(float score, u32 page) { return (u64)~ascending(score) << 32 | page; }
 
 __device__ __forceinline__ u32 warp_max(u32 x) {
@@ -130,8 +131,7 @@ __device__ __forceinline__ u32 warp_max(u32 x) {
 #endif
 }
 
-// The pages among which the last of the selection must be: those of one bucket of scores, and of these the ones whose order
-// begins with `prefix`.
+// The pages that may be the last of the selection: those of one bucket of scores whose order begins with `prefix`.
 struct Boundary {
     float high, per_score;
     u32 bucket;
@@ -164,7 +164,8 @@ __device__ __forceinline__ u32 totals_before(const Shared& sh) {
 #endif
 }
 
-// The digit at which the counts, summed up from 0, reach `need`; what is needed of it, and how many have it.
+// Finds the digit at which the running sum of the counts reaches `need`, how many of its pages are needed, and how many have
+// it.
 __device__ __forceinline__ void find_digit(Shared& sh, u32 need) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, each = BUCKETS / THREADS;
     u32 mine[each], sum = 0;
@@ -192,7 +193,7 @@ __device__ __forceinline__ void find_digit(Shared& sh, u32 need) {
     __syncthreads();
 }
 
-// Narrows the boundary down to what one more digit leaves.
+// Narrows the boundary by one more digit.
 __device__ __forceinline__ void narrow(Shared& sh, Boundary& at, const float* cached, int begin, int end) {
     const int lane = threadIdx.x & 31, bits = min(at.shift, DIGIT), shift = at.shift - bits;
     const u32 need = sh.need;
@@ -204,7 +205,7 @@ __device__ __forceinline__ void narrow(Shared& sh, Boundary& at, const float* ca
         const bool in = page < end && at.compare(x, page) == 0;
         const u32 present = __ballot_sync(FULL, in), digit = (u32)(order(x, page) >> shift) & ((1u << bits) - 1);
         if (!present) continue;
-        // Equal digits would wait for each other.
+        // Atomic additions to the same count would be serialized.
         const int leader = __ffs(present) - 1;
         const u32 common = __shfl_sync(FULL, digit, leader);
         if (__all_sync(FULL, !in || digit == common)) {
@@ -219,7 +220,7 @@ __device__ __forceinline__ void narrow(Shared& sh, Boundary& at, const float* ca
     at.shift = shift;
 }
 
-// Scores of pages first, first + 32, ... as far as they are before `end`. Without branches, so that all loads are under way.
+// Scores of pages first, first + 32, ... before `end`. Without branches, so that all loads are in flight together.
 __device__ __forceinline__ void read_batch(float (&x)[BATCH], const float* cached, int first, int end) {
 #pragma unroll
     for (int u = 0; u < BATCH; u++) x[u] = cached[min(first + 32 * u, end - 1)];
@@ -335,7 +336,7 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
     }
 }
 
-// The pages of one head that a block scores: `pages` dealt out evenly over `blocks` blocks of the grid.
+// The pages of one head that a block scores: `pages` are divided evenly among `blocks` blocks of the grid.
 struct Share {
     u32 begin, end, blocks;
 
@@ -359,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     auto pages_of = [&](int length) { return max(length - sinks - window, 0) / PAGE; };
     uint4 in[ROWS][LOADS];
     let_next_start();
-    // What append may be writing just now, a page that has become cold, is loaded once more.
+    // A page that has just become cold, which append may be writing, is loaded again.
     const int2 expected = __ldcg(state + 2 * gridDim.y + head);
     int loaded = 0;
     const bool anchor = steps_since_refresh(expected.y, anchor_every, anchor_offset) == 0;
@@ -391,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         const float x = score(sh, in);
         if (page + WARPS * STEP < end) load_pages(in, plane, page + WARPS * STEP, end);
         const int mine = page + lane * ROWS / 8;
-        if (lane % (8 / ROWS) == 0 && mine < end) __stcg(scores + mine, x + 0.f);  // one zero only
+        if (lane % (8 / ROWS) == 0 && mine < end) __stcg(scores + mine, x + 0.f);  // makes -0 a +0
     }
     if (!arrive(counters + head, share.blocks)) return;
     if (pages <= SHARED_SCORES)

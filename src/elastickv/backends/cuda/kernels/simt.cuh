@@ -1,7 +1,7 @@
-// Attention on CUDA cores over rows of 16 or 32 bit, and how the warps of a block meet.
+// Attention on CUDA cores over rows of 16 or 32 bit, and the merge of a block's warps.
 //
-// Eight lanes hold a row in 16-byte pieces, so a warp's load takes four tokens. Each of these four lane groups keeps a softmax
-// of its own; they meet at the end. All query heads of a tile share the rows that were read.
+// Eight lanes hold a row in 16-byte pieces, so a warp loads four tokens at once. Each of these four lane groups has its own
+// softmax; they are merged at the end. All query heads of a tile share the rows that were read.
 #pragma once
 #include "common.cuh"
 
@@ -9,7 +9,7 @@
 #define ROWS (TILE * QTILES)
 #define CHUNK (COLD_TYPE == COLD_INT8 ? 16 : 16 / EXACT_BYTES)  // dims that a lane holds together
 #define CHUNKS ((D + 8 * CHUNK - 1) / (8 * CHUNK))
-#define PIECES (CHUNK * EXACT_BYTES / 16)  // loads of an exact row a slot
+#define PIECES (CHUNK * EXACT_BYTES / 16)  // loads of an exact row per chunk
 #define WORDS (CHUNKS * CHUNK)
 #define DEPTH (WORDS > 16 ? 2 : 4)  // tokens of a lane group in flight
 #define INT_WORDS (COLD_TYPE == COLD_INT8 ? CHUNKS * 4 : 1)
@@ -52,7 +52,7 @@ __device__ __forceinline__ float sum8(float v) {
     return v + __shfl_xor_sync(FULL, v, 4);
 }
 
-// Adds DEPTH tokens with the given scores; `value(d, out)` gives the value row of token d.
+// Adds DEPTH tokens with scores `score`; `value(d, out)` writes the value row of token d to `out`.
 template <typename Value>
 __device__ __forceinline__ void accumulate(Running& r, const float (&score)[DEPTH][TILE], Value value) {
     float weight[DEPTH][TILE];
@@ -148,7 +148,7 @@ __device__ __forceinline__ void reduce_warps(Running& r, float* scratch, float2*
         for (int x = 8; x < 32; x <<= 1) {
             float m = __shfl_xor_sync(FULL, r.m[h], x), l = __shfl_xor_sync(FULL, r.l[h], x), top = fmaxf(r.m[h], m);
             float mine = exp2_fast(r.m[h] - top), theirs = exp2_fast(m - top);
-            // Both sides of an exchange must form the same sum in the same order.
+            // Both lanes of an exchange must form the same sum in the same order.
             bool swap = lane & x;
             r.l[h] = swap ? l * theirs + r.l[h] * mine : r.l[h] * mine + l * theirs;
             r.m[h] = top;
