@@ -27,15 +27,15 @@ from elastickv.kvcache.layer import Float32, LayerCache
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.formats import round_up
 
-_SPARE_BYTES = 128 << 20  # contexts, kernels and staging that a full device must still hold
+_SPARE_BYTES = 128 << 20  # for contexts, kernels and staging
 
 
 class CudaBackend:
     """Runs decode attention on one CUDA device.
 
-    `kind` forces the 'mma' or the 'simt' kernels and `extra_macros` adds to a build: for tests and measurements. Memory comes
-    from `allocator`, the driver's own unless given. The blocks of its caches' decodes leave partial results in one scratch, so
-    its caches decode one after the other, on one stream.
+    `kind` forces the 'mma' or the 'simt' kernels and `extra_macros` adds to a build, for tests and measurements. Memory comes
+    from `allocator`; the default is the driver's. All caches share one scratch for partial results of decodes, so they must
+    decode one after the other, on one stream.
     """
 
     name = "cuda"
@@ -65,7 +65,7 @@ class CudaBackend:
         return stored_layout(recipe, shape, capacity, dtype, self._device.arch) if self._kind == "auto" else recipe
 
     def _variant(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> Variant:
-        """Return the decode kernel; layers that are alike ask for the same again and again."""
+        """Return the decode kernel; cached, because the layers of a model need the same one."""
         key = (shape, capacity, dtype, recipe)
         if key not in self._variants:
             self._variants[key] = self._chosen_variant(*key)
@@ -95,7 +95,7 @@ class CudaBackend:
     def _planned_split(
         self, variant: Variant, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe
     ) -> Variant | None:
-        """Return the kernel of the best fixed split whose clusters all run at once, if one serves."""
+        """Return the kernel of the best fixed split whose clusters all run at once, if there is one."""
         units, int8 = DeviceLayout.of(shape, capacity, dtype, recipe).units(recipe), recipe.key_format == "int8"
         for planned in plan_splits(shape.batch, shape.kv_heads, units, int8, self._device.multiprocessors):
             split = split_variant(variant, shape.group, planned)
@@ -126,7 +126,7 @@ class CudaBackend:
 
         Raises
         ------
-        UsageError : if it does not fit the device, before any allocation; the message says what would.
+        UsageError : if it does not fit the device, before any allocation; the message names a capacity that does.
         """
         if capacity < 1:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give at least 1")
@@ -136,7 +136,7 @@ class CudaBackend:
         )
 
     def resized(self, cache: CudaCache, batch: int, capacity: int) -> CudaCache:
-        """Return an empty cache for `batch` sequences of `capacity` tokens that lie as those of another do.
+        """Return an empty cache for `batch` sequences of `capacity` tokens in the layout of `cache`.
 
         Raises
         ------
@@ -173,8 +173,8 @@ class CudaBackend:
         if not shared:
             self._scratch = Scratch(self._device, size)
         assert self._scratch is not None
-        held = (stored_recipe, variant, blocks, layout, self._scratch)
-        return CudaCache(self._device, shape, capacity, dtype, recipe, anchor_offset, *held, self.resized)
+        parts = (stored_recipe, variant, blocks, layout, self._scratch)
+        return CudaCache(self._device, shape, capacity, dtype, recipe, anchor_offset, *parts, self.resized)
 
     @staticmethod
     def _largest_capacity(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool, free: int) -> int:
@@ -187,7 +187,7 @@ class CudaBackend:
         return low
 
     def attention(self, caches: Sequence[LayerCache], queries: Sequence[Float32], steps: int, graph: bool) -> CudaProgram:
-        """Return a program of `steps` decodes that go round `caches`, each with its own queries."""
+        """Return a program of `steps` decodes that cycle through `caches`, each with its own queries."""
         return attention_program(self._device, cast(Sequence[CudaCache], caches), queries, steps, graph)
 
     def cycle(self, caches: Sequence[LayerCache], first: Float32, feedback: Feedback, graph: bool) -> CudaProgram:

@@ -32,7 +32,7 @@ _NUMBERS = itertools.count()
 
 
 class CudaCache(CudaEditing):
-    """An `EditableCache` in device memory, whose tokens are kept as another recipe of equal results may keep them."""
+    """An `EditableCache` in device memory; tokens may be stored as those of another recipe with equal results."""
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class CudaCache(CudaEditing):
         self._step = -1
         self._anchor: int | None = None  # step of the last anchor that was decoded
         self._marked: tuple[NDArray[np.int64], int, int | None] | None = None
-        self._overwritten = False  # whether what was marked, to begin with no tokens, is there no more
+        self._overwritten = False  # whether the marked state, at first that of no tokens, was overwritten
         fixed = variant.fixed()
         equal = fixed_blocks(shape.batch * shape.kv_heads * variant.passes(shape.group), device.multiprocessors)
         self._fixed = (fixed, equal) if fixed and equal else None
         self._fractions: tuple[float, ...] = ()
         self._decoding = (variant, blocks)
-        self.launch_key = (self._number, False)  # another for what `queue_step` would queue to other memory, or another kernel
+        self.launch_key = (self._number, False)  # differs if `queue_step` would use other memory or another kernel
         self.longest = 0
         self._put_fractions([recipe.fraction(head) for head in range(shape.kv_heads)])
         self._restart(self._lengths)
@@ -90,7 +90,7 @@ class CudaCache(CudaEditing):
         self.extend(keys, values, used)
 
     def fill_random(self, lengths: NDArray[np.int64], seed: int) -> None:
-        """Store seeded random normal tokens, made where they are stored."""
+        """Store seeded random normal tokens, generated on the device."""
         used = checked_lengths(lengths, self.shape.batch)
         if max(used) > self.capacity:
             raise UsageError(f"a sequence of {max(used)} tokens does not fit a capacity of {self.capacity}")
@@ -110,11 +110,11 @@ class CudaCache(CudaEditing):
         self._device.stream.sync()
 
     def _restart(self, lengths: NDArray[np.int64]) -> None:
-        """Hold `lengths` tokens, all of them finite, before the first step."""
+        """Set the lengths to `lengths`, all tokens finite, and the step to before the first."""
         self._set_lengths(lengths, all_finite=True)
 
     def _set_lengths(self, lengths: NDArray[np.int64], all_finite: bool = False) -> None:
-        """Hold `lengths` tokens, before the first step."""
+        """Set the lengths to `lengths` and the step to before the first."""
         self._lengths, self._step, self._anchor = np.array(lengths, np.int64), -1, None
         if self.storage.layout.listed:
             self._device.fill(self.storage.listed, 0)
@@ -122,7 +122,7 @@ class CudaCache(CudaEditing):
         self._choose()
 
     def _put_state(self, all_finite: bool) -> None:
-        """Tell the device what the host has counted."""
+        """Upload lengths and step to the device."""
         storage, heads = self.storage, self.storage.layout.heads
         self._device.upload(storage.lengths, self._lengths.astype(np.int32))
         launch.set_state(
@@ -138,7 +138,7 @@ class CudaCache(CudaEditing):
         )
 
     def _choose(self) -> None:
-        """Choose the kernel and blocks of a decode: those of equal work for every KV head where that is so."""
+        """Choose the kernel and blocks of a decode: a fixed split if every KV head has equal work."""
         alike = len(set(self._fractions)) <= 1 and len(set(self._lengths.tolist())) <= 1
         fixed = self._fixed if alike else None
         self._decoding, self.launch_key = fixed or (self.variant, self.blocks), (self._number, fixed is not None)
@@ -148,7 +148,7 @@ class CudaCache(CudaEditing):
         self.longest = int(self._lengths.max(initial=0))
 
     def append(self, keys: Float32, values: Float32) -> None:
-        """Store one token per sequence: (batch, kv_heads, head_dim). Quantises the page that leaves the window, if one does."""
+        """Store one token per sequence: (batch, kv_heads, head_dim). Quantizes the page that leaves the window, if one does."""
         self.check_room(1)
         for name, array in (("keys", keys), ("values", values)):
             check_shape(array, (self.shape.batch, self.shape.kv_heads, self.shape.head_dim), name)
@@ -168,7 +168,7 @@ class CudaCache(CudaEditing):
         return memory
 
     def _dense_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows:
-        """Return (batch, kv_heads, tokens, head_dim) float32 that lie without gaps."""
+        """Return dense (batch, kv_heads, tokens, head_dim) float32 rows."""
         dim = self.shape.head_dim
         return DeviceRows(memory.pointer, "fp32", (self.shape.kv_heads * tokens * dim, tokens * dim, dim), dim)
 
@@ -204,7 +204,7 @@ class CudaCache(CudaEditing):
         self.launch_decode(self.storage.queries, outputs, lse, True, output_dtype)
 
     def launch_feedback(self, outputs: DeviceMemory, queries: DeviceMemory, tables: DeviceMemory, feedback: Feedback) -> None:
-        """Queue the append of what `feedback` makes of `outputs`, and leave the next `queries`."""
+        """Queue the append of the token that `feedback` makes of `outputs`, and write the next `queries`."""
         launch.append(
             self._device,
             self.variant.storing(),
@@ -232,7 +232,7 @@ class CudaCache(CudaEditing):
         return 2 if self.recipe.selection == "pages" else 1
 
     def load(self) -> None:
-        """Load every kernel of a step: that is not allowed during a capture."""
+        """Load every kernel of a step, which is not allowed during a capture."""
         self._device.kernel(self._decoding[0], "decode")
         self._device.kernel(self.variant.storing(), "append")
         if self.recipe.selection == "pages":
@@ -252,7 +252,7 @@ class CudaCache(CudaEditing):
         after_append: bool = False,
         output_dtype: str = "fp32",
     ) -> None:
-        """Queue a decode. `after_append`: since the last, one token was appended and kernels of another cache were queued."""
+        """Queue a decode. `after_append`: since the last one, one token was appended and other caches' kernels were queued."""
         if self.recipe.selection == "pages":
             self._launch_select(queries, after_append)
         variant, blocks = self._decoding
@@ -292,7 +292,7 @@ class CudaCache(CudaEditing):
         self.longest += tokens
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
-        """Return what is stored of one KV head of one sequence."""
+        """Return the stored tokens of one KV head of one sequence."""
         held = self._contents.of(row * self.shape.kv_heads + kv_head, int(self._lengths[row]))
         if self.recipe.is_dense:
             keys, values = (
@@ -314,13 +314,13 @@ class CudaCache(CudaEditing):
         return Contents(self._device, self.storage, self.shape.head_dim, self.stored_recipe, self.dtype, self.variant.paged)
 
     def mark(self) -> None:
-        """Remember the present state."""
+        """Save the current state for `rewind`."""
         self.storage.save()
         self._device.stream.sync()
         self._marked, self._overwritten = (self._lengths.copy(), self._step, self._anchor), False
 
     def rewind(self) -> None:
-        """Return to the marked state, or to an empty one; everything appended since is forgotten."""
+        """Return to the marked state, or to an empty one, dropping everything appended since."""
         check_marked(not self._overwritten)
         if self._marked is None:
             self._restart(np.zeros(self.shape.batch, np.int64))

@@ -1,4 +1,4 @@
-"""The device's limits, measured: the best of several read kernels, a copy, multiply-adds."""
+"""Measures the device's limits: the best of several read kernels, a copy, multiply-adds."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""One CUDA device: what it is, its stream, its memory, and kernels loaded on it."""
+"""One CUDA device: its properties, stream, memory and loaded kernels."""
 
 import ctypes
 from collections.abc import Sequence
@@ -19,11 +19,13 @@ _INSTALL = 'pip install "elastickv[cuda]"'
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """Return what a driver call returned beside its status.
+    """Return the values that a driver call returned with its status.
 
     Raises
     ------
-    RanOut, DeviceLost, DeviceFailure : if the status is not success: for want of memory, with the context, or else.
+    RanOut : if memory ran out.
+    DeviceLost : if the context was lost.
+    DeviceFailure : if the call failed otherwise.
     """
     status, *values = result
     if int(status):
@@ -32,7 +34,7 @@ def check(result: tuple[Any, ...]) -> Any:
 
 
 def driver_api() -> Any:
-    """Return `cuda.bindings.driver`, initialised.
+    """Return `cuda.bindings.driver`, initialized.
 
     Raises
     ------
@@ -47,9 +49,9 @@ def driver_api() -> Any:
         check(driver.cuInit(0))
         count = check(driver.cuDeviceGetCount())
     except Exception as error:  # without a driver the bindings raise types of their own
-        raise UsageError(f"no CUDA device can be used ({error}): install an NVIDIA driver, or use --backend cpu") from error
+        raise UsageError(f"no CUDA device can be used ({error}): install an NVIDIA driver, or use the cpu back end") from error
     if not count:
-        raise UsageError("no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend cpu")
+        raise UsageError("no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use the cpu back end")
     return driver
 
 
@@ -69,10 +71,10 @@ class DeviceMemory(Protocol):
 
 
 class Allocator(Protocol):
-    """Where device memory comes from."""
+    """Source of device memory."""
 
     def allocate(self, n_bytes: int) -> DeviceMemory:
-        """Return memory of at least 16-byte alignment, for use on the device's present stream."""
+        """Return memory aligned to at least 16 bytes, for use on the device's current stream."""
 
     def free_bytes(self) -> int:
         """Return the bytes that can still be allocated."""
@@ -90,7 +92,7 @@ class _DriverMemory:
 
 
 class DriverAllocator:
-    """The driver's own."""
+    """The driver's own allocator."""
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
@@ -100,23 +102,23 @@ class DriverAllocator:
         return _DriverMemory(self._driver, n_bytes)
 
     def free_bytes(self) -> int:
-        """Return what the driver has left."""
+        """Return the bytes that the driver has left."""
         return int(check(self._driver.cuMemGetInfo())[0])
 
 
 class BorrowedStream:
-    """A stream of somebody else's, by its handle."""
+    """A stream owned by the caller, by its handle."""
 
     def __init__(self, driver: Any, handle: int) -> None:
         self._driver, self.number = driver, handle
         self.handle = driver.CUstream(handle)
 
     def sync(self) -> None:
-        """Wait for all that is queued."""
+        """Wait for all queued work."""
         check(self._driver.cuStreamSynchronize(self.handle))
 
 
-_SHARING_ALIKE = frozenset({"append", "select", "decode_pages"})
+_FULL_SHARED_MEMORY = frozenset({"append", "select", "decode_pages"})
 OVERLAPPING = frozenset({"append", "append_rows", "select", "decode"})
 _OVERLAPS_SINCE = 90
 _SMALL_BYTES, _MOST_SENT = 1 << 16, 256
@@ -125,14 +127,14 @@ Argument: TypeAlias = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctype
 
 @cache
 def _loaded_on(ordinal: int) -> dict[tuple[Variant, str], Any]:
-    """Return the kernels loaded on a device: its context is one, however many use it."""
+    """Return the kernels loaded on a device; all users of a device share its primary context."""
     return {}
 
 
 class CudaDevice:
     """A device with its primary context current and one stream that everything runs on: its own, or one that it follows.
 
-    `allocator` is where its memory comes from: the driver, unless told otherwise.
+    Its memory comes from `allocator`; the default is the driver.
     """
 
     def __init__(self, ordinal: int | None, allocator: Allocator | None = None) -> None:
@@ -171,7 +173,7 @@ class CudaDevice:
     def _choose_arch(self) -> str:
         major, minor = self.capability
         if major * 10 + minor < _OLDEST:
-            raise UsageError(f"compute capability {major}.{minor} is too old: 6.1 (Pascal) is the least; use --backend cpu")
+            raise UsageError(f"compute capability {major}.{minor} is too old: 6.1 (Pascal) is the least; use the cpu back end")
         compiler = nvrtc_version()
         version = int(check(self.driver.cuDriverGetVersion()))
         if version // 1000 < compiler[0]:
@@ -188,7 +190,7 @@ class CudaDevice:
         return str(max(fits))
 
     def info(self) -> DeviceInfo:
-        """Return what the figures are about."""
+        """Return the device's description for results."""
         total = check(self.driver.cuMemGetInfo())[1]
         name = check(self.driver.cuDeviceGetName(128, self._handle))
         major, minor = self.capability
@@ -220,7 +222,7 @@ class CudaDevice:
         return str(version) if version else f"CUDA {runs // 1000}.{runs % 1000 // 10}"
 
     def _from_nvml(self, what: str) -> Any:
-        """Return what NVML tells, or None: it is optional."""
+        """Return a value from NVML, or None if it is not available."""
         try:
             import pynvml
 
@@ -230,7 +232,7 @@ class CudaDevice:
                 return version.decode() if isinstance(version, bytes) else version
             bus = check(self.driver.cuDeviceGetPCIBusId(32, self._handle)).split(b"\0")[0]
             return pynvml.nvmlDeviceGetMaxClockInfo(pynvml.nvmlDeviceGetHandleByPciBusId(bus), pynvml.NVML_CLOCK_MEM)
-        except Exception:  # absent, unsupported or not permitted: all the same here
+        except Exception:  # absent, unsupported or not permitted
             return None
 
     @property
@@ -260,10 +262,10 @@ class CudaDevice:
             if variant.shared_bytes and name == "decode":
                 most = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 check(self.driver.cuKernelSetAttribute(most, variant.shared_bytes, kernel.handle, self._handle))
-            if variant.source in _SHARING_ALIKE and "K_FORMAT" in dict(variant.macros):
-                # A multiprocessor divides its memory anew, and waits, where kernels in turn want it divided differently.
-                divided = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-                check(self.driver.cuKernelSetAttribute(divided, 100, kernel.handle, self._handle))
+            if variant.source in _FULL_SHARED_MEMORY and "K_FORMAT" in dict(variant.macros):
+                # A multiprocessor stalls to repartition its memory between kernels with different carveouts.
+                carveout = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                check(self.driver.cuKernelSetAttribute(carveout, 100, kernel.handle, self._handle))
             self._kernels[key] = kernel
         return self._kernels[key]
 
@@ -273,7 +275,7 @@ class CudaDevice:
         return max(1, int(occupancy.max_active_blocks_per_multiprocessor(variant.threads, variant.shared_bytes)))
 
     def clusters_at_once(self, variant: Variant, name: str, blocks: int) -> int:
-        """Return how many clusters of `blocks` blocks the device runs at once: they do not straddle its parts."""
+        """Return how many clusters of `blocks` blocks the device runs at once; clusters do not span its GPCs."""
         from cuda.core import LaunchConfig
 
         config = LaunchConfig(grid=1, cluster=blocks, block=variant.threads)
@@ -300,12 +302,12 @@ class CudaDevice:
         check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0))
 
     def upload(self, memory: DeviceMemory, array: NDArray[Any], offset: int = 0) -> None:
-        """Queue a copy of a host array to the device; waits for it if it is large."""
+        """Queue a copy of a host array to the device; wait for it if it is large."""
         host = np.array(array, order="C") if array.nbytes <= _SMALL_BYTES else np.ascontiguousarray(array)
         if not host.nbytes:
             return
         check(self.driver.cuMemcpyHtoDAsync(memory.pointer + offset, host.ctypes.data, host.nbytes, self.stream.handle))
-        # Where a GPU reads pageable memory by itself, the array has to last until it has.
+        # A GPU that reads pageable memory directly needs the array until the copy has run.
         self._sent.append((self.stream, host))
         if host.nbytes > _SMALL_BYTES or len(self._sent) > _MOST_SENT:
             for stream in {id(stream): stream for stream, _ in self._sent}.values():

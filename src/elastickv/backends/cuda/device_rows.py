@@ -9,14 +9,14 @@ from elastickv.backends.cuda.kernel_selection import TYPES
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """Tokens in device memory, (batch, heads, tokens, head_dim), whose channels lie next to each other.
+    """Tokens in device memory, (batch, heads, tokens, head_dim), with contiguous channels.
 
     Attributes
     ----------
     pointer : address of the first.
     dtype : 'fp32', 'fp16' or 'bf16'.
-    strides : elements from a sequence, head and token to the next.
-    head_dim : channels that are there; those beyond, up to the cache's, are zeros.
+    strides : elements from one sequence, head and token to the next.
+    head_dim : channels that are present; the rest, up to the cache's, are zeros.
     """
 
     pointer: int
@@ -34,7 +34,7 @@ class KeyValueRows:
 
     @property
     def arguments(self) -> TokenRows:
-        """As arguments of a kernel."""
+        """The arguments of kernels that read these tokens."""
         keys, values = self.keys, self.values
         return TokenRows(
             keys=keys.pointer,

@@ -1,4 +1,4 @@
-"""The part of a cache that serves a model: further chunks, rows that move, tokens taken back (see `kvcache.editable`)."""
+"""The part of a cache that serves a model: chunks, rows that move, tokens removed (see `kvcache.editable`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ from elastickv.recipe.regions import retained_tokens
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_STAGED_BYTES = 1 << 28  # of keys, and of values, that are on their way from the host at once
-_NUMBERS = ("lengths", "clock", "fractions", "arrangement")  # what `state` tells beside planes
+_STAGED_BYTES = 1 << 28  # of keys, and of values, that are copied from the host at once
+_NUMBERS = ("lengths", "clock", "fractions", "arrangement")  # entries of `state` in addition to planes
 
 
 @dataclass(frozen=True)
 class _Plane:
-    """A buffer of which every (sequence, KV head) has `stride` bytes, the first `used` of them in use."""
+    """A buffer with `stride` bytes per (sequence, KV head), of which the first `used` are in use."""
 
     memory: DeviceMemory
     offset: int
@@ -46,7 +46,7 @@ class _Plane:
 
 
 class CudaEditing:
-    """What `CudaCache` adds to a `LayerCache` to be an `EditableCache`."""
+    """The methods by which `CudaCache` is an `EditableCache`."""
 
     shape: AttentionShape
     recipe: Recipe
@@ -83,7 +83,7 @@ class CudaEditing:
         check_growth(self._lengths, used, rows[2], self.capacity)
         longest = int(used.max(initial=0))
         if not longest:
-            self._set_lengths(self._lengths)  # nothing comes, and steps begin anew all the same
+            self._set_lengths(self._lengths)  # nothing is stored, but steps restart
         at_once = max(1, _STAGED_BYTES // (4 * rows[0] * rows[1] * rows[3]))
         for first in range(0, longest, at_once):
             end = min(first + at_once, longest)
@@ -175,7 +175,7 @@ class CudaEditing:
         self._choose()
 
     def _planes(self) -> dict[str, _Plane]:
-        """Return the buffers that hold tokens, with what is in use at the longest of the lengths."""
+        """Return the buffers that hold tokens, with the bytes in use at the longest length."""
         storage, layout, recipe = self.storage, self.storage.layout, self.stored_recipe
         longest, heads = int(self._lengths.max(initial=0)), layout.heads
         cold = retained_tokens(cold_tokens(recipe, longest), recipe.stride)
@@ -255,7 +255,7 @@ class CudaEditing:
             self._set_lengths(self._lengths)
 
     def _put_fractions(self, fractions: Sequence[float]) -> None:
-        """Let selections read these shares from now on."""
+        """Set the shares of pages that selections list."""
         self._fractions = tuple(fractions)
         layout = self.storage.layout
         if layout.counts:
@@ -267,7 +267,7 @@ class CudaEditing:
 
     @property
     def _arrangement(self) -> NDArray[np.int64]:
-        """What planes of equal sizes could differ in: whether tokens lie in pages, and whether as another recipe keeps them."""
+        """How planes of equal sizes can differ: tokens in pages or rows, stored under the recipe or under another."""
         return np.array([self.variant.paged, self.stored_recipe != self.recipe], np.int64)
 
     def state(self) -> CacheState:
@@ -289,8 +289,8 @@ class CudaEditing:
         lengths, clock, fractions, arrangement = (state.get(name) for name in _NUMBERS)
         if arrangement is None or not np.array_equal(arrangement, self._arrangement):
             raise UsageError(
-                "the saved tokens lie otherwise than they would here, because of the device, or of the batch and capacity that "
-                "the cache was first made for: load it on the device it was saved from, or store the prompt anew"
+                "the saved tokens have another layout than this cache, because of the device, or of the batch and capacity "
+                "that the cache was first made for: load it on the device it was saved from, or store the prompt again"
             )
         planes = self._planes()
         for name, plane in planes.items():
@@ -308,7 +308,7 @@ class CudaEditing:
         check_shares(fractions, heads)
         if layout.listed:
             said = np.ascontiguousarray(state["listed"]).view(np.int32).reshape(batch, heads, 2)
-            # Lists of before a crop may name what is no page any more; they are made anew before they are read.
+            # Lists from before a crop may name pages that no longer exist; they are rebuilt before they are read.
             check_lists(
                 np.ascontiguousarray(state["lists"]).view(np.int32), said[..., 0], said[..., 1], np.array(layout.page_capacity)
             )

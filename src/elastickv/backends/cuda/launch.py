@@ -183,7 +183,7 @@ def decode(blocks: int, *, query: Address, output: Address, lse: Address, cache:
     query : (heads, group, head_dim) float32.
     output : the same shape, of `output_type`, a value of `kernel_selection.TYPES`.
     lse : (heads, group) float32 log-sum-exps.
-    cache : the cache's own.
+    cache : buffers, recipe and sizes of the cache.
     """
     return (blocks,)
 
@@ -213,23 +213,3 @@ def copy(blocks: int, *, source: Address, target: Address, vectors: I64) -> Grid
 def multiply_add(blocks: int, *, sink: Address) -> Grid:
     """Run chains of dependent multiply-adds."""
     return (blocks,)
-
-
-KERNELS: tuple[Callable[..., None], ...] = (
-    fill_random,
-    fill_pages,
-    set_state,
-    append,
-    append_rows,
-    extend_cold,
-    extend_exact,
-    read_rows,
-    crop_rows,
-    copy_rows,
-    select,
-    decode,
-    read,
-    read_chunks,
-    copy,
-    multiply_add,
-)

@@ -1,4 +1,4 @@
-"""What a cache on a CUDA device holds, read back to the host and dequantised: for tests, the oracle and receipts."""
+"""The contents of a cache on a CUDA device, read back and dequantized: for tests, the oracle and accuracy."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
-from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_places, value_places
+from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_positions, value_positions
 from elastickv.backends.cuda.storage import Storage
 from elastickv.errors import NonFiniteError
 from elastickv.kvcache.layer import StoredHead, beyond_int4
@@ -22,7 +22,7 @@ _KINDS: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uin
 
 @dataclass(frozen=True)
 class Contents:
-    """The planes of one layer, and what is needed to read them."""
+    """The planes of one layer, and how to read them."""
 
     device: CudaDevice
     storage: Storage
@@ -32,7 +32,7 @@ class Contents:
     paged: bool
 
     def of(self, head: int, length: int) -> StoredHead:
-        """Return what is stored of one (sequence, KV head) of `length` tokens."""
+        """Return the stored tokens of one (sequence, KV head) of `length` tokens."""
         recipe, layout, storage = self.recipe, self.storage.layout, self.storage
         exact_keys, exact_values = (self._rows(m, head, layout.exact_rows) for m in (storage.exact_k, storage.exact_v))
         if recipe.is_dense:
@@ -75,8 +75,8 @@ class Contents:
         plane, scale_plane = (storage.cold_v, storage.v_scale) if value else (storage.cold_k, storage.k_scale)
         raw = self.device.download(plane, (count, per_page), np.uint8, first * per_page)
         bits = self.device.download(scale_plane, (count, words), np.uint16, first * words * 2)
-        places = value_places(fmt, dim, group) if value else key_places(fmt, dim)
-        return dequantized(codes_of(raw, fmt, places, dim), bits, fmt, value, recipe.exact_dtype(self.dtype), group)
+        positions = value_positions(fmt, dim, group) if value else key_positions(fmt, dim)
+        return dequantized(codes_of(raw, fmt, positions, dim), bits, fmt, value, recipe.exact_dtype(self.dtype), group)
 
     def _codes(self, scales: DeviceMemory, plane: DeviceMemory, head: int, offset: int) -> NDArray[np.float64]:
         rows, dim = self.storage.layout.cold_rows, self.head_dim
