@@ -8,14 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.cuda import launch
-from elastickv.backends.cuda.arguments import (
-    DecodeArguments,
-    FeedbackArguments,
-    SelectArguments,
-    StoreArguments,
-)
+from elastickv.backends.cuda.arguments import DecodeArguments, FeedbackArguments, SelectArguments, StoreArguments
 from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
-from elastickv.backends.cuda.device_rows import DeviceRows, KeyValueRows, query_arguments
+from elastickv.backends.cuda.device_rows import DeviceRows, KeyValueRows, StagedTokens, query_arguments
 from elastickv.backends.cuda.editing import CudaEditing
 from elastickv.backends.cuda.kernel_selection import TYPES, Variant, fixed_blocks, selecting_blocks
 from elastickv.backends.cuda.readback import Contents, raise_non_finite
@@ -152,25 +147,14 @@ class CudaCache(CudaEditing):
         self.check_room(1)
         for name, array in (("keys", keys), ("values", values)):
             check_shape(array, (self.shape.batch, self.shape.kv_heads, self.shape.head_dim), name)
-        staged = [self._staged(np.asarray(array, np.float32)) for array in (keys, values)]
-        tokens = KeyValueRows(*(self._dense_rows(memory, 1) for memory in staged))
-        self._launch_append_rows(tokens, None, 1.0)
+        tokens = StagedTokens(self._device, keys[:, :, None], values[:, :, None])
+        self._launch_append_rows(tokens.rows, None, 1.0)
         self._device.stream.sync()
         self.count(1)
 
     def _empty(self, batch: int, capacity: int) -> "Self":
         """Return an empty cache of the same layout."""
         return cast("Self", self._resized(self, batch, capacity))
-
-    def _staged(self, array: Float32) -> DeviceMemory:
-        memory = self._device.allocate(array.nbytes)
-        self._device.upload(memory, array)
-        return memory
-
-    def _dense_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows:
-        """Return dense (batch, kv_heads, tokens, head_dim) float32 rows."""
-        dim = self.shape.head_dim
-        return DeviceRows(memory.pointer, "fp32", (self.shape.kv_heads * tokens * dim, tokens * dim, dim), dim)
 
     def _launch_append_rows(self, tokens: KeyValueRows, queries: DeviceRows | None, query_scale: float) -> None:
         storage, shape = self.storage, self.shape

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from elastickv.backends.cuda.arguments import QueryArguments, TokenRows
-from elastickv.backends.cuda.device import DeviceMemory
+from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
 from elastickv.backends.cuda.kernel_selection import TYPES
+from elastickv.kvcache.layer import Float32
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,19 @@ class KeyValueRows:
             type=TYPES[keys.dtype],
             dim=keys.head_dim,
         )
+
+
+class StagedTokens:
+    """Keys and values from the host, (batch, kv_heads, tokens, head_dim), in device memory that is freed with the object."""
+
+    def __init__(self, device: CudaDevice, keys: Float32, values: Float32) -> None:
+        _, heads, tokens, dim = keys.shape
+        strides = (heads * tokens * dim, tokens * dim, dim)
+        self._memory: list[DeviceMemory] = []
+        for array in (keys, values):
+            self._memory.append(device.allocate(4 * array.size))
+            device.upload(self._memory[-1], np.ascontiguousarray(array, np.float32))
+        self.rows = KeyValueRows(*(DeviceRows(memory.pointer, "fp32", strides, dim) for memory in self._memory))
 
 
 def query_arguments(rows: DeviceRows | None, queries: DeviceMemory, group: int, scale: float) -> QueryArguments:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from elastickv.backends.cuda import launch
 from elastickv.backends.cuda.arguments import RowTarget, StoreArguments
 from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
-from elastickv.backends.cuda.device_rows import DeviceRows, KeyValueRows
+from elastickv.backends.cuda.device_rows import KeyValueRows, StagedTokens
 from elastickv.backends.cuda.kernel_selection import TYPES, Variant
 from elastickv.backends.cuda.storage import Scratch, Storage
 from elastickv.errors import UsageError
@@ -68,8 +68,6 @@ class CudaEditing:
         def _empty(self, batch: int, capacity: int) -> Self: ...
         def _set_lengths(self, lengths: NDArray[np.int64]) -> None: ...
         def _choose(self) -> None: ...
-        def _staged(self, array: Float32) -> DeviceMemory: ...
-        def _dense_rows(self, memory: DeviceMemory, tokens: int) -> DeviceRows: ...
 
     @property
     def allocated_bytes(self) -> int:
@@ -87,9 +85,8 @@ class CudaEditing:
         at_once = max(1, _STAGED_BYTES // (4 * rows[0] * rows[1] * rows[3]))
         for first in range(0, longest, at_once):
             end = min(first + at_once, longest)
-            staged = [self._staged(np.ascontiguousarray(array[:, :, first:end], np.float32)) for array in (keys, values)]
-            tokens = KeyValueRows(*(self._dense_rows(memory, end - first) for memory in staged))
-            self.extend_by(tokens, np.clip(used - first, 0, end - first))
+            tokens = StagedTokens(self._device, keys[:, :, first:end], values[:, :, first:end])
+            self.extend_by(tokens.rows, np.clip(used - first, 0, end - first))
             self._device.stream.sync()
 
     def extend_by(self, tokens: KeyValueRows, lengths: NDArray[np.int64]) -> None:

@@ -449,7 +449,7 @@ __device__ __forceinline__ void stage_queries(Staged& staged, const Args& a, con
 }
 
 static_assert(SCRATCH_BYTES >= WARPS * D * 4, "a row of every warp fits the scratch of the merge");
-static_assert(!REUSE, "pages are listed anew, outputs are not kept");
+static_assert(!REUSE, "pages have no reuse of outputs");
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SIGNATURE) {
     const Args a = ARGS_VALUE;
