@@ -60,9 +60,9 @@ def test_what_is_solved_meets_the_ratio_and_its_shape(ratio, context, shape, dty
 @given(st.lists(st.floats(1, 40), min_size=2, max_size=5), contexts, shapes, dtypes)
 def test_a_larger_ratio_never_loses_less_and_never_holds_where_a_smaller_one_does_not(ratios, context, shape, dtype):
     recipes = [solved(ratio, context, shape, dtype) for ratio in sorted(ratios)]
-    solved = [recipe for recipe in recipes if recipe is not None]
-    assert recipes[: len(solved)] == solved
-    losses = [predicted_loss(recipe, shape.head_dim) for recipe in solved]
+    reached = [recipe for recipe in recipes if recipe is not None]
+    assert recipes[: len(reached)] == reached
+    losses = [predicted_loss(recipe, shape.head_dim) for recipe in reached]
     assert all(more >= less / ALIKE - 1e-12 for less, more in itertools.pairwise(losses))
 
 

@@ -1,4 +1,4 @@
-"""Without a device: every kernel compiles for every architecture, next to nothing spills from SM 8.0 on, loads are wide."""
+"""Without a device: every kernel compiles for every architecture, almost nothing spills from SM 8.0 on, loads are wide."""
 
 import itertools
 import os
@@ -55,7 +55,7 @@ def each_source():
 
 
 def parameters(kind):
-    """Every combination of dtype, recipe, head_dim and group with a kernel of this kind; a stride makes no other one."""
+    """Every combination of dtype, recipe, head_dim and group with a kernel of this kind; a stride needs no other kernel."""
     by_row = [text for text in BY_ROW if "stride" not in text]
     for dtype, text, dim, group in itertools.product(("fp32", "fp16", "bf16"), by_row, HEAD_DIMS, GROUPS):
         if kind == "simt" or Recipe.parse(text).exact_dtype(dtype) != "fp32":
@@ -67,7 +67,7 @@ def pairs(combination):
 
 
 def covering(combinations):
-    """A few of `combinations` that hold every pair of values that any holds: greedy, each time the one with most new."""
+    """A subset of `combinations` with every pair of values that occurs in any: greedily, the one with most new pairs first."""
     missing = set().union(*map(pairs, combinations))
     chosen = []
     while missing:
@@ -92,7 +92,7 @@ def pairwise():
 
 
 def paged():
-    """On the oldest part and on SM 9.0: every recipe that keeps pages, at a head and a group of its own."""
+    """On the oldest device and on SM 9.0: every recipe with pages, each with another head dimension and group."""
     sizes = zip(
         itertools.cycle(HEAD_DIMS), itertools.cycle(HEAD_DIMS[3:] + HEAD_DIMS[:3]), itertools.cycle(GROUPS), strict=False
     )
@@ -144,18 +144,18 @@ def test_nothing_spills_from_sm_80_on(compiled):
 
 
 def test_every_architecture_has_every_source(compiled):
-    found = {(v.arch, v.source) for v in compiled}
+    built = {(v.arch, v.source) for v in compiled}
     for arch in SUPPORTED:
         everywhere = ("decode_simt", "decode_pages_simt", "append", "select", "ceilings")
         for source in (*everywhere, *(("decode_mma", "decode_split", "decode_pages") if int(arch) >= 80 else ())):
-            assert (arch, source) in found
+            assert (arch, source) in built
     assert all(c.resources for c in compiled.values())
 
 
 def disassembler():
-    found = shutil.which("nvdisasm")
-    if found:
-        return found
+    installed = shutil.which("nvdisasm")
+    if installed:
+        return installed
     for folder in sys.path:
         for path in Path(folder or ".").glob("nvidia/*/bin/nvdisasm*"):
             return str(path)
@@ -221,7 +221,7 @@ def test_dp4a_is_used_on_the_oldest_part(tmp_path):
 
 
 def ptx_of(variant):
-    """The PTX of a variant: for parts whose SASS today's disassembler no longer reads."""
+    """The PTX of a variant, for devices whose SASS current disassemblers no longer read."""
     from cuda.bindings import nvrtc
 
     source = (compiler.KERNELS / f"{variant.source}.cu").read_bytes()
@@ -245,7 +245,7 @@ def kernel_folder(tmp_path, monkeypatch):
     return tmp_path / "kernels"
 
 
-def test_a_compiled_kernel_is_kept(kernel_folder, monkeypatch):
+def test_a_compiled_kernel_is_cached(kernel_folder, monkeypatch):
     first = SMALL.compiled()
     monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
     assert SMALL.compiled() == first

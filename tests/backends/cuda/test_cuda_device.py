@@ -172,7 +172,7 @@ SELECTING = (
 
 @pytest.mark.parametrize("kind", ["auto", "simt"])
 @pytest.mark.parametrize(("text", "dim", "group", "lengths"), SELECTING)
-def test_the_best_pages_are_read_and_kept_between_anchors(open_cuda, kind, text, dim, group, lengths):
+def test_the_best_pages_are_read_and_reused_between_anchors(open_cuda, kind, text, dim, group, lengths):
     recipe, shape, rng = paged_recipe(text, dim), AttentionShape(3, 2 * group, 2, dim), np.random.default_rng(dim)
     cache = open_cuda(kind).cache(shape, max(lengths) + 80, "bf16", recipe)
     twin = ReferenceCache(shape, max(lengths) + 80, "bf16", Recipe("bf16", "bf16", sinks=0, window=1 << 20))
@@ -193,8 +193,8 @@ def test_the_best_pages_are_read_and_kept_between_anchors(open_cuda, kind, text,
                 assert_best(cache, twin, queries, row, head)
                 before[row, head] = pages, cold
             else:
-                kept, at_anchor = before[row, head]
-                np.testing.assert_array_equal(pages, np.r_[kept, at_anchor:cold])
+                listed, at_anchor = before[row, head]
+                np.testing.assert_array_equal(pages, np.r_[listed, at_anchor:cold])
         token = rng.standard_normal((2, 3, 2, dim), dtype=np.float32)
         for each in (cache, twin):
             each.append(*token)
@@ -242,7 +242,7 @@ def test_sums_over_a_thousand_pages_keep_what_is_small_beside_them(open_cuda, mo
     cache.blocks = 1
     cache._choose()
     variant, blocks = cache._decoding
-    assert blocks == 1 and variant.mails == fixed and tokens // PAGE_TOKENS // variant["WARPS"] >= 1000
+    assert blocks == 1 and variant.uses_split_kv_buffer == fixed and tokens // PAGE_TOKENS // variant["WARPS"] >= 1000
     cache.fill_random(np.array([tokens]), seed=3)
     queries = np.random.default_rng(3).standard_normal((1, group, dim), dtype=np.float32)
     check_decode(cache, Oracle(cache), queries, 4e-3)
@@ -446,7 +446,7 @@ def test_blocks_of_a_head_add_up_what_they_have(open_cuda, text, shape):
     recipe, rng = paged_recipe(text, shape.head_dim), np.random.default_rng(shape.query_heads)
     cache = open_cuda("pages").cache(shape, 1200, "bf16", recipe)
     variant, blocks = cache._decoding
-    assert variant.mails and blocks % (shape.batch * shape.kv_heads) == 0
+    assert variant.uses_split_kv_buffer and blocks % (shape.batch * shape.kv_heads) == 0
     cache.prefill(*random_tokens(rng, shape, 1090), np.full(shape.batch, 1090))
     oracle = Oracle(cache)
     for step in range(40):
@@ -484,8 +484,8 @@ def test_what_is_loaded_before_the_kernel_before_has_ended_changes_nothing(open_
     seen = []
     for overlapping in (device_module.OVERLAPPING, frozenset()):
         monkeypatch.setattr(device_module, "OVERLAPPING", overlapping)
-        phases = [i * recipe.anchor_every // layers for i in range(layers)]
-        caches = [backend.cache(shape, 3000, "bf16", recipe, anchor_offset) for anchor_offset in phases]
+        offsets = [i * recipe.anchor_every // layers for i in range(layers)]
+        caches = [backend.cache(shape, 3000, "bf16", recipe, anchor_offset) for anchor_offset in offsets]
         for i, cache in enumerate(caches):
             cache.fill_random(np.full(shape.batch, 2900), seed=i)
         program = backend.cycle(caches, first, feedback, True)
@@ -533,7 +533,7 @@ def test_a_cycle_finds_its_anchors_whatever_came_before(open_cuda, kind, appends
 
 
 @pytest.mark.parametrize("text", ["int4,pages=1/4,anchor_every=4", "bf16,reuse,anchor_every=5"])
-def test_a_phase_moves_the_anchors(open_cuda, text):
+def test_an_offset_moves_the_anchors(open_cuda, text):
     recipe, shape, rng = Recipe.parse(text), AttentionShape(2, 8, 2, 64), np.random.default_rng(6)
     for anchor_offset in range(recipe.anchor_every):
         cache, twin = (

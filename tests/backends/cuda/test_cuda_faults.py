@@ -1,4 +1,4 @@
-"""Programs on a driver that fails, played by an object: no GPU is needed."""
+"""Programs on a simulated driver that fails: no GPU is needed."""
 
 import gc
 from enum import IntEnum
@@ -23,7 +23,7 @@ class Status(IntEnum):
 
 
 class Driver:
-    """Notes what it is asked for; `fails` maps a function to the status that it returns from its n-th call on."""
+    """Records its calls; `fails` maps a function to the status that it returns, and the number of the first call that fails."""
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
 
@@ -89,8 +89,8 @@ def test_doctor_names_a_device_that_fails_and_goes_on_to_the_next(monkeypatch):
         raise DeviceFailure(f"the CUDA driver failed on {number}")
 
     monkeypatch.setattr("elastickv.backends.load", load)
-    found = list(doctor._devices("broken", True))
-    assert [(finding.topic, finding.state) for finding in found] == [("GPU 0", "broken"), ("GPU 1", "broken")]
+    findings = list(doctor._devices("broken", True))
+    assert [(finding.topic, finding.state) for finding in findings] == [("GPU 0", "broken"), ("GPU 1", "broken")]
 
 
 @pytest.mark.fault("lost device")

@@ -1,11 +1,11 @@
-"""Without a device: a page holds every element once, and its codes come back as the numbers that they stand for."""
+"""Without a device: a page holds every element once, and its codes are decoded to the numbers that they represent."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_places, value_places
+from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_positions, value_positions
 from elastickv.kvcache.quantize import quantize_int4_keys, stored_values
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, value_groups
@@ -14,19 +14,19 @@ CASES = [(fmt, dim, group) for fmt in ("bf16", "fp8", "int8", "int4") for dim in
 
 
 @pytest.mark.parametrize(("fmt", "dim", "group"), CASES)
-def test_every_element_has_one_place(fmt, dim, group):
+def test_every_element_has_one_position(fmt, dim, group):
     expected = set(itertools.product(range(PAGE_TOKENS), range(dim)))
-    for token, channel in (key_places(fmt, dim), value_places(fmt, dim, group)):
+    for token, channel in (key_positions(fmt, dim), value_positions(fmt, dim, group)):
         assert len(token) * FORMATS[fmt].bits == 8 * PAGE_TOKENS * FORMATS[fmt].row_bytes(dim)
-        held = channel < dim
-        places = list(zip(token[held].tolist(), channel[held].tolist(), strict=True))
-        assert len(places) == len(set(places)) and set(places) == expected
+        present = channel < dim
+        positions = list(zip(token[present].tolist(), channel[present].tolist(), strict=True))
+        assert len(positions) == len(set(positions)) and set(positions) == expected
 
 
-def test_codes_in_page_order_become_the_quantisers_numbers():
+def test_codes_in_page_order_become_the_quantizers_numbers():
     rows = np.random.default_rng(0).standard_normal((2 * PAGE_TOKENS, 80), dtype=np.float32)
     codes, scales, zeros = quantize_int4_keys(rows.reshape(2, PAGE_TOKENS, 80))
-    token, channel = key_places("int4", 80)
+    token, channel = key_positions("int4", 80)
     padded = np.pad(codes, ((0, 0), (0, 0), (0, 16)))[:, token, channel].reshape(2, -1, 8).astype(np.uint32)
     words = (padded << (4 * np.arange(8, dtype=np.uint32))).sum(axis=-1, dtype=np.uint32)
     back = codes_of(np.ascontiguousarray(words).view(np.uint8).reshape(2, -1), "int4", (token, channel), 80)

@@ -1,4 +1,4 @@
-"""The CUDA back end: CUDA C++ compiled at run time, from Pascal (6.1) to Blackwell (12.0)."""
+"""The CUDA back end: CUDA C++ compiled at run time, for Pascal (6.1) to Blackwell (12.0)."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Every build of every kernel: for tests, and for `elastickv doctor --compile-all`."""
+"""Every build of every kernel: for tests and for `elastickv doctor --compile-all`."""
 
 import itertools
 import os
@@ -55,7 +55,7 @@ RECIPES = (
 
 
 def recipe_for(text: str, head_dim: int) -> Recipe:
-    """Return a recipe of `RECIPES`; V is the least group of V channels that the head allows."""
+    """Return a recipe of `RECIPES`; V stands for the smallest group of V channels that the head allows."""
     return Recipe.parse(text.replace("=V", f"={value_groups(head_dim)[0]}"))
 
 
@@ -64,12 +64,12 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
     seen = set()
     for arch, head_dim, group, recipe in itertools.product(architectures, HEAD_DIMS, (1, 2, 4, 8, 16, 32), RECIPES):
         for dtype, kind in itertools.product(DTYPES, ("mma", "simt")):
-            asked = recipe_for(recipe, head_dim)
-            if kind == "mma" and (int(arch) < MMA_SINCE or asked.exact_dtype(dtype) == "fp32"):
+            parsed = recipe_for(recipe, head_dim)
+            if kind == "mma" and (int(arch) < MMA_SINCE or parsed.exact_dtype(dtype) == "fp32"):
                 continue
-            variant = decode_variant(head_dim, group, dtype, asked, arch, kind)
+            variant = decode_variant(head_dim, group, dtype, parsed, arch, kind)
             split = [split_variant(variant, group, Split(n, n <= LARGEST_CLUSTER)) for n in (2, 4, 8, 16)]
-            selecting = variant.selecting() if asked.selection == "pages" else None
+            selecting = variant.selecting() if parsed.selection == "pages" else None
             for each in (
                 variant,
                 variant.fixed(),
@@ -89,7 +89,7 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
 
 
 def compile_all(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[CompileRow]:
-    """Compile every variant, on all processors, and yield what each kernel takes."""
+    """Compile every variant, on all processors, and yield the resources of each kernel."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         for variant, compiled, seconds in pool.map(_timed, all_variants(architectures)):
@@ -98,7 +98,7 @@ def compile_all(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Compil
                 name = f"{variant.source}:{r.kernel}"
                 yield CompileRow(name, variant.arch, parameters, r.registers, r.spill_bytes, r.shared_bytes, seconds)
     finally:
-        # Thousands may be waiting: whoever stops early must not wait for them.
+        # Thousands may be queued: a caller that stops early must not wait for them.
         pool.shutdown(cancel_futures=True)
 
 

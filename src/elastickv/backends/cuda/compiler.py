@@ -1,4 +1,4 @@
-"""CUDA C++ to cubin through NVRTC, for any architecture and without a driver; compiled kernels are kept on disk."""
+"""Compiles CUDA C++ to cubins with NVRTC, for any architecture and without a driver; caches them on disk."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _LOG_LINES = 6
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas reports of one kernel: registers a thread, spilled bytes, static shared bytes."""
+    """What ptxas reports of one kernel: registers per thread, spilled bytes, static shared bytes."""
 
     kernel: str
     registers: int
@@ -38,7 +38,7 @@ class Compiled:
 
 
 def nvrtc() -> Any:
-    """Return `cuda.bindings.nvrtc`, its library loaded.
+    """Return `cuda.bindings.nvrtc` with its library loaded.
 
     Raises
     ------
@@ -77,12 +77,12 @@ def include_directory() -> str:
     try:
         from cuda.pathfinder import find_nvidia_header_directory
 
-        found = find_nvidia_header_directory("cudart")
+        headers = find_nvidia_header_directory("cudart")
     except Exception:  # a missing or old pathfinder
-        found = None
-    if not found or not (Path(found) / "cuda_fp16.h").is_file():
+        headers = None
+    if not headers or not (Path(headers) / "cuda_fp16.h").is_file():
         raise UsageError(f"the CUDA headers (cuda_fp16.h) are not found: {_INSTALL}")
-    return str(found)
+    return str(headers)
 
 
 @cache
@@ -106,11 +106,11 @@ def compile_source(name: str, arch: str, macros: Mapping[str, int]) -> Compiled:
         json.dumps([name, options[:-1], nvrtc_version(), _headers_digest(), hashlib.sha256(source).hexdigest()]).encode()
     ).hexdigest()
     path = cache_folder("kernels") / f"{key}.kernel"
-    found = _read(path)
-    if found is None:
-        found = _compile(name, arch, source, options)
-        save_compiled(path, json.dumps([asdict(r) for r in found.resources]).encode() + b"\n" + found.cubin)
-    return found
+    compiled = _read(path)
+    if compiled is None:
+        compiled = _compile(name, arch, source, options)
+        save_compiled(path, json.dumps([asdict(r) for r in compiled.resources]).encode() + b"\n" + compiled.cubin)
+    return compiled
 
 
 def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
@@ -118,7 +118,7 @@ def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
         f"--gpu-architecture=sm_{arch}",
         "--std=c++17",
         "--ptxas-options=-v",
-        # NVRTC keeps compiled code of its own where there is a driver, and gives it back without ptxas's report.
+        # With a driver NVRTC has a cache of its own, whose results lack ptxas's report.
         *(["--no-cache"] if nvrtc_version() >= _CACHES else []),
         f"--include-path={KERNELS}",
         *(f"--define-macro={name}={value}" for name, value in sorted(macros.items())),
@@ -130,7 +130,7 @@ def _compile(name: str, arch: str, source: bytes, options: list[str]) -> Compile
     module = nvrtc()
     status, program = module.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], [])
     if int(status):
-        raise CompileFailure(_told(name, arch, options, f"NVRTC cannot create a program: {status}"))
+        raise CompileFailure(_failure_message(name, arch, options, f"NVRTC cannot create a program: {status}"))
     try:
         (status,) = module.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
         _, size = module.nvrtcGetProgramLogSize(program)
@@ -138,7 +138,9 @@ def _compile(name: str, arch: str, source: bytes, options: list[str]) -> Compile
         log = bytes(size + 1)
         module.nvrtcGetProgramLog(program, log)
         if int(status):
-            raise CompileFailure(_told(name, arch, options, log.rstrip(b"\0").decode(errors="replace") or str(status)))
+            raise CompileFailure(
+                _failure_message(name, arch, options, log.rstrip(b"\0").decode(errors="replace") or str(status))
+            )
         _, size = module.nvrtcGetCUBINSize(program)
         cubin = bytes(size)
         module.nvrtcGetCUBIN(program, cubin)
@@ -147,8 +149,8 @@ def _compile(name: str, arch: str, source: bytes, options: list[str]) -> Compile
     return Compiled(cubin, _resources(log.rstrip(b"\0").decode(errors="replace")))
 
 
-def _told(name: str, arch: str, options: list[str], log: str) -> str:
-    """Return which kernel did not compile for which architecture, and the first lines of the compiler's log."""
+def _failure_message(name: str, arch: str, options: list[str], log: str) -> str:
+    """Return the message that names kernel and architecture, with the first lines of the compiler's log."""
     first = [line.strip() for line in log.splitlines() if line.strip()][:_LOG_LINES]
     macros = " ".join(option.partition("=")[2] for option in options if option.startswith("--define-macro"))
     built = f"{name}.cu ({macros})" if macros else f"{name}.cu"
@@ -157,18 +159,18 @@ def _told(name: str, arch: str, options: list[str], log: str) -> str:
 
 
 def _resources(log: str) -> tuple[Resources, ...]:
-    found = []
+    resources = []
     for part in re.split(r"Compiling entry function '", log)[1:]:
         registers, spilled = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes spill stores", part)
         shared = re.search(r"(\d+)(?:\+\d+)? bytes smem", part)
         if not registers or not spilled:
             raise CompileFailure(f"ptxas's resource report is not understood: {part[:300]}")
-        found.append(Resources(part.partition("'")[0], int(registers[1]), int(spilled[1]), int(shared[1]) if shared else 0))
-    return tuple(found)
+        resources.append(Resources(part.partition("'")[0], int(registers[1]), int(spilled[1]), int(shared[1]) if shared else 0))
+    return tuple(resources)
 
 
 def _read(path: Path) -> Compiled | None:
-    """Return a cached kernel; None if it is absent, damaged or of another layout."""
+    """Return a cached kernel; None if it is absent, damaged or in another format."""
     body = load_compiled(path)
     if body is None:
         return None

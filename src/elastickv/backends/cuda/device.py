@@ -1,8 +1,9 @@
-"""One CUDA device: what it is, its stream, its memory, and kernels loaded on it."""
+"""One CUDA device: its properties, stream, memory and loaded kernels."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +20,13 @@ _INSTALL = 'pip install "elastickv[cuda]"'
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """Return what a driver call returned beside its status.
+    """Return the values that a driver call returned with its status.
 
     Raises
     ------
-    RanOut, DeviceLost, DeviceFailure : if the status is not success: for want of memory, with the context, or else.
+    RanOut : if memory ran out.
+    DeviceLost : if the context was lost.
+    DeviceFailure : if the call failed otherwise.
     """
     status, *values = result
     if int(status):
@@ -32,7 +35,7 @@ def check(result: tuple[Any, ...]) -> Any:
 
 
 def driver_api() -> Any:
-    """Return `cuda.bindings.driver`, initialised.
+    """Return `cuda.bindings.driver`, initialized.
 
     Raises
     ------
@@ -65,7 +68,7 @@ class _DriverMemory:
 
 
 class DriverAllocator:
-    """The driver's own."""
+    """The driver's own allocator."""
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
@@ -75,40 +78,39 @@ class DriverAllocator:
         return _DriverMemory(self._driver, n_bytes)
 
     def free_bytes(self) -> int:
-        """Return what the driver has left."""
+        """Return the bytes that the driver has left."""
         return int(check(self._driver.cuMemGetInfo())[0])
 
 
 class BorrowedStream:
-    """A stream of somebody else's, by its handle."""
+    """A stream owned by the caller, by its handle."""
 
     def __init__(self, driver: Any, handle: int) -> None:
         self._driver, self.number = driver, handle
         self.handle = driver.CUstream(handle)
 
     def sync(self) -> None:
-        """Wait for all that is queued."""
+        """Wait for all queued work."""
         check(self._driver.cuStreamSynchronize(self.handle))
 
 
-_SHARING_ALIKE = frozenset({"append", "select", "decode_pages"})
+_FULL_SHARED_MEMORY = frozenset({"append", "select", "decode_pages"})
 OVERLAPPING = frozenset({"append", "append_rows", "select", "decode"})
 _OVERLAPS_SINCE = 90
 _SMALL_BYTES, _MOST_SENT = 1 << 16, 256
-_SCALARS = (ctypes.c_int, ctypes.c_longlong, ctypes.c_ulonglong, ctypes.c_float)
-_pointer = ctypes.c_void_p
+Argument: TypeAlias = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.c_ulonglong | ctypes.c_float
 
 
 @cache
 def _loaded_on(ordinal: int) -> dict[tuple[Variant, str], Any]:
-    """Return the kernels loaded on a device: its context is one, however many use it."""
+    """Return the kernels loaded on a device; all users of a device share its primary context."""
     return {}
 
 
 class CudaDevice:
     """A device with its primary context current and one stream that everything runs on: its own, or one that it follows.
 
-    `allocator` is where its memory comes from: the driver, unless told otherwise.
+    Its memory comes from `allocator`; the default is the driver.
     """
 
     def __init__(self, ordinal: int | None, allocator: Allocator | None = None) -> None:
@@ -164,7 +166,7 @@ class CudaDevice:
         return str(max(fits))
 
     def info(self) -> DeviceInfo:
-        """Return what the figures are about."""
+        """Return the device's description for results."""
         total = check(self.driver.cuMemGetInfo())[1]
         name = check(self.driver.cuDeviceGetName(128, self._handle))
         major, minor = self.capability
@@ -196,7 +198,7 @@ class CudaDevice:
         return str(version) if version else f"CUDA {runs // 1000}.{runs % 1000 // 10}"
 
     def _from_nvml(self, what: str) -> Any:
-        """Return what NVML tells, or None: it is optional."""
+        """Return a value from NVML, or None if it is not available."""
         try:
             import pynvml
 
@@ -206,7 +208,7 @@ class CudaDevice:
                 return version.decode() if isinstance(version, bytes) else version
             bus = check(self.driver.cuDeviceGetPCIBusId(32, self._handle)).split(b"\0")[0]
             return pynvml.nvmlDeviceGetMaxClockInfo(pynvml.nvmlDeviceGetHandleByPciBusId(bus), pynvml.NVML_CLOCK_MEM)
-        except Exception:  # absent, unsupported or not permitted: all the same here
+        except Exception:  # absent, unsupported or not permitted
             return None
 
     @property
@@ -236,10 +238,10 @@ class CudaDevice:
             if variant.shared_bytes and name == "decode":
                 most = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 check(self.driver.cuKernelSetAttribute(most, variant.shared_bytes, kernel.handle, self._handle))
-            if variant.source in _SHARING_ALIKE and "K_FORMAT" in dict(variant.macros):
-                # A multiprocessor divides its memory anew, and waits, where kernels in turn want it divided differently.
-                divided = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-                check(self.driver.cuKernelSetAttribute(divided, 100, kernel.handle, self._handle))
+            if variant.source in _FULL_SHARED_MEMORY and "K_FORMAT" in dict(variant.macros):
+                # A multiprocessor stalls to repartition its memory between kernels with different carveouts.
+                carveout = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                check(self.driver.cuKernelSetAttribute(carveout, 100, kernel.handle, self._handle))
             self._kernels[key] = kernel
         return self._kernels[key]
 
@@ -249,24 +251,23 @@ class CudaDevice:
         return max(1, int(occupancy.max_active_blocks_per_multiprocessor(variant.threads, variant.shared_bytes)))
 
     def clusters_at_once(self, variant: Variant, name: str, blocks: int) -> int:
-        """Return how many clusters of `blocks` blocks the device runs at once: they do not straddle its parts."""
+        """Return how many clusters of `blocks` blocks the device runs at once; clusters do not span its GPCs."""
         from cuda.core import LaunchConfig
 
         config = LaunchConfig(grid=1, cluster=blocks, block=variant.threads)
         return int(self.kernel(variant, name).occupancy.max_active_clusters(config, stream=self._own_stream))
 
-    def launch(self, variant: Variant, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
-        """Launch on the stream with `shared` bytes of dynamic shared memory; `args`: Memory, addresses, None for null, scalars.
+    def launch(self, variant: Variant, name: str, grid: tuple[int, ...], arguments: Sequence[Argument]) -> None:
+        """Launch a kernel on the stream; the functions of `launch` give it typed arguments.
 
-        From SM 9.0 on kernels of `OVERLAPPING` may be set up while the one before still runs: they wait for it themselves.
+        From SM 9.0 on, kernels of `OVERLAPPING` may start while the previous one still runs: they wait for it themselves.
         """
         driver = self.driver
-        values = [a if isinstance(a, _SCALARS) else _pointer(getattr(a, "pointer", a) or 0) for a in args]
-        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*(int(n) for n in grid), 1, 1)[:3]
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared
+        config.blockDimX, config.blockDimY, config.blockDimZ = variant.threads, 1, 1
+        config.sharedMemBytes = variant.shared_bytes
         config.hStream = self.stream.handle
         if name in OVERLAPPING and int(variant.arch) >= _OVERLAPS_SINCE:
             early = driver.CUlaunchAttribute()
@@ -277,12 +278,12 @@ class CudaDevice:
         check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0))
 
     def upload(self, memory: DeviceMemory, array: NDArray[Any], offset: int = 0) -> None:
-        """Queue a copy of a host array to the device; waits for it if it is large."""
+        """Queue a copy of a host array to the device; wait for it if it is large."""
         host = np.array(array, order="C") if array.nbytes <= _SMALL_BYTES else np.ascontiguousarray(array)
         if not host.nbytes:
             return
         check(self.driver.cuMemcpyHtoDAsync(memory.pointer + offset, host.ctypes.data, host.nbytes, self.stream.handle))
-        # Where a GPU reads pageable memory by itself, the array has to last until it has.
+        # A GPU that reads pageable memory directly needs the array until the copy has run.
         self._sent.append((self.stream, host))
         if host.nbytes > _SMALL_BYTES or len(self._sent) > _MOST_SENT:
             for stream in {id(stream): stream for stream, _ in self._sent}.values():
@@ -301,23 +302,3 @@ class CudaDevice:
         """Copy on the device."""
         if n_bytes:
             check(self.driver.cuMemcpyDtoDAsync(target.pointer, source.pointer, n_bytes, self.stream.handle))
-
-
-def i32(value: int) -> ctypes.c_int:
-    """Return a kernel argument of 32 bits."""
-    return ctypes.c_int(value)
-
-
-def i64(value: int) -> ctypes.c_longlong:
-    """Return a kernel argument of 64 bits."""
-    return ctypes.c_longlong(value)
-
-
-def u64(value: int) -> ctypes.c_ulonglong:
-    """Return an unsigned kernel argument of 64 bits."""
-    return ctypes.c_ulonglong(value)
-
-
-def f32(value: float) -> ctypes.c_float:
-    """Return a kernel argument of type float."""
-    return ctypes.c_float(value)

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.backends.cuda.device import CudaDevice, DeviceMemory, i32, i64
-from elastickv.backends.cuda.kernel_selection import TYPES, Variant
+from elastickv.backends.cuda import launch
+from elastickv.backends.cuda.arguments import StoreArguments
+from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
+from elastickv.backends.cuda.kernel_selection import Variant
 from elastickv.backends.cuda.storage import Scratch, Storage
+from elastickv.backends.cuda.tensor_arguments import StagedTokens, row_target, token_rows
 from elastickv.errors import UsageError
 from elastickv.kvcache.checked_cache import CheckedCache
 from elastickv.kvcache.checks import check_fractions, check_lists, cold_tokens
 from elastickv.kvcache.protocol import CacheState, Lengths
 from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView
-from elastickv.recipe import PAGE_TOKENS, Recipe
+from elastickv.recipe import Recipe
 from elastickv.recipe.regions import retained_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_STAGED_BYTES = 1 << 28  # of keys, and of values, that are on their way from the host at once
-_BLOCKS = 4096
-_COPY_BLOCKS = 64
-_NUMBERS = ("lengths", "clock", "fractions", "arrangement")  # what `state` tells beside planes
+_STAGED_BYTES = 1 << 28  # of keys, and of values, that are copied from the host at once
+_NUMBERS = ("lengths", "clock", "fractions", "arrangement")  # entries of `state` in addition to planes
 
 
 @dataclass(frozen=True)
 class _Plane:
-    """A buffer of which every (sequence, KV head) has `stride` bytes, the first `used` of them in use."""
+    """A buffer with `stride` bytes per (sequence, KV head), of which the first `used` are in use."""
 
     memory: DeviceMemory
     offset: int
@@ -42,9 +43,10 @@ class _Plane:
 class CudaEditing(CheckedCache):
     """The methods of `CudaCache` that edit what is stored."""
 
-    stored_layout: Recipe
+    stored_recipe: Recipe
     variant: Variant
     storage: Storage
+    _store_arguments: StoreArguments
     _device: CudaDevice
     _scratch: Scratch
     _lengths: NDArray[np.int64]
@@ -55,10 +57,8 @@ class CudaEditing(CheckedCache):
 
     if TYPE_CHECKING:
 
-        def _store_arguments(self) -> tuple[Any, ...]: ...
         def _set_lengths(self, lengths: NDArray[np.int64]) -> None: ...
         def _choose(self) -> None: ...
-        def _staged_rows(self, array: Float32) -> tuple[DeviceMemory, TensorView]: ...
         def _empty_like(self, batch: int, capacity: int) -> Self: ...
 
     @property
@@ -72,7 +72,7 @@ class CudaEditing(CheckedCache):
     def _extend(self, keys: Tensor, values: Tensor, lengths: Lengths) -> None:
         longest = int(lengths.max(initial=0))
         if not longest:
-            self._set_lengths(self._lengths)  # nothing is added, and the count of steps restarts all the same
+            self._set_lengths(self._lengths)  # nothing is stored, but steps restart
         elif isinstance(keys, TensorView) and isinstance(values, TensorView):
             self._extend_from_device(keys, values, lengths)
         elif not isinstance(keys, TensorView) and not isinstance(values, TensorView):
@@ -83,23 +83,29 @@ class CudaEditing(CheckedCache):
         at_once = max(1, _STAGED_BYTES // (4 * batch * heads * dim))
         for first in range(0, longest, at_once):
             end = min(first + at_once, longest)
-            pairs = (np.ascontiguousarray(array[:, :, first:end], np.float32) for array in (keys, values))
-            (key_memory, key_view), (value_memory, value_view) = (self._staged_rows(array) for array in pairs)
-            self._extend_from_device(key_view, value_view, np.clip(lengths - first, 0, end - first))
+            tokens = StagedTokens(self._device, keys[:, :, first:end], values[:, :, first:end])
+            self._extend_from_device(tokens.keys, tokens.values, np.clip(lengths - first, 0, end - first))
             self._device.stream.sync()
-            del key_memory, value_memory
+            del tokens  # before memory is allocated for the next ones
 
     def _extend_from_device(self, keys: TensorView, values: TensorView, more: Lengths) -> None:
         longest = int(more.max(initial=0))
         device, storage, heads = self._device, self.storage, self.storage.layout.heads
         device.upload(storage.lengths, more.astype(np.int32), 4 * self.shape.batch)
         added = storage.lengths.pointer + 4 * self.shape.batch
-        arguments = (*self._store_arguments(), storage.state, added, i32(self.shape.kv_heads), i32(heads))
-        arguments += key_value_arguments(keys, values)
-        editing, along = self.variant.editing(), min(heads, 65535)
-        if not self.stored_layout.is_dense:
-            device.launch(editing, "extend_cold", (_blocks(longest, PAGE_TOKENS), 2, along), 256, *arguments)
-        device.launch(editing, "extend_exact", (_blocks(longest, 8), 2, along), 256, *arguments)
+        rows = token_rows(keys, values)
+        for extend in (*(() if self.stored_recipe.is_dense else (launch.extend_cold,)), launch.extend_exact):
+            extend(
+                device,
+                self.variant.editing(),
+                longest,
+                store=self._store_arguments,
+                state=storage.state,
+                added=added,
+                kv_heads=self.shape.kv_heads,
+                heads=heads,
+                tokens=rows,
+            )
         self._set_lengths(self._lengths + more)
 
     def _read(self, first: int, last: int) -> tuple[Float32, Float32]:
@@ -113,11 +119,16 @@ class CudaEditing(CheckedCache):
         return keys, values
 
     def _read_to(self, first: int, last: int, keys: TensorView, values: TensorView) -> None:
-        heads = self.storage.layout.heads
-        arguments = (self.storage.state, i32(heads), i32(first), i32(last), keys.address, values.address)
-        how = (i32(TYPES[keys.dtype]), i32(keys.shape[3]))
-        grid = (_blocks(last - first, PAGE_TOKENS) + 1, 2, min(heads, 65535))
-        self._device.launch(self.variant.editing(), "read_rows", grid, 256, *self._store_arguments(), *arguments, *how)
+        launch.read_rows(
+            self._device,
+            self.variant.editing(),
+            store=self._store_arguments,
+            state=self.storage.state,
+            heads=self.storage.layout.heads,
+            first=first,
+            last=last,
+            target=row_target(keys, values),
+        )
 
     def _gather(self, rows: Lengths, capacity: int) -> Self:
         other = self._empty_like(len(rows), capacity)
@@ -144,8 +155,8 @@ class CudaEditing(CheckedCache):
         self._choose()
 
     def _planes(self) -> dict[str, _Plane]:
-        """Return the buffers that hold tokens, with what is in use at the longest of the lengths."""
-        storage, layout, recipe = self.storage, self.storage.layout, self.stored_layout
+        """Return the buffers that hold tokens, with the bytes in use at the longest length."""
+        storage, layout, recipe = self.storage, self.storage.layout, self.stored_recipe
         longest, heads = int(self._lengths.max(initial=0)), layout.heads
         cold = retained_tokens(cold_tokens(recipe, longest), recipe.stride)
         cold = min(-(-cold // 256) * 256, layout.cold_rows)  # whole vectors of every plane
@@ -185,23 +196,32 @@ class CudaEditing(CheckedCache):
         device.upload(on_device, table)
         device.upload(on_device, numbers, table.nbytes)
         rows = on_device.pointer + table.nbytes
-        heads = len(from_rows) * self.shape.kv_heads
-        device.launch(
+        launch.copy_rows(
+            device,
             self.variant.editing(),
-            "copy_rows",
-            (_COPY_BLOCKS, len(table), min(heads, 65535)),
-            256,
-            *(on_device, rows, rows + 4 * len(from_rows), i32(self.shape.kv_heads), i32(heads)),
+            len(table),
+            planes=on_device,
+            from_rows=rows,
+            to_rows=rows + 4 * len(from_rows),
+            kv_heads=self.shape.kv_heads,
+            heads=len(from_rows) * self.shape.kv_heads,
         )
 
     def _crop(self, lengths: Lengths) -> None:
         before, after = self._lengths, lengths
         self._overwritten = True
-        device, storage, heads = self._device, self.storage, self.storage.layout.heads
-        device.upload(storage.lengths, after.astype(np.int32))
-        arguments = (storage.state, storage.lengths, i32(self.shape.kv_heads), i32(heads))
-        grid = (_blocks(int((before - after).max()), PAGE_TOKENS), 2, min(heads, 65535))
-        device.launch(self.variant.editing(), "crop_rows", grid, 256, *self._store_arguments(), *arguments)
+        storage = self.storage
+        self._device.upload(storage.lengths, after.astype(np.int32))
+        launch.crop_rows(
+            self._device,
+            self.variant.editing(),
+            int((before - after).max()),
+            store=self._store_arguments,
+            state=storage.state,
+            lengths=storage.lengths,
+            kv_heads=self.shape.kv_heads,
+            heads=storage.layout.heads,
+        )
         self._set_lengths(after)
 
     def _set_fractions(self, fractions: list[float]) -> None:
@@ -210,7 +230,7 @@ class CudaEditing(CheckedCache):
         self._set_lengths(self._lengths)
 
     def _put_fractions(self, fractions: Sequence[float]) -> None:
-        """Let selections read these shares from now on."""
+        """Set the shares of pages that selections list."""
         self._fractions = tuple(fractions)
         layout = self.storage.layout
         if layout.counts:
@@ -222,8 +242,8 @@ class CudaEditing(CheckedCache):
 
     @property
     def _arrangement(self) -> NDArray[np.int64]:
-        """What planes of equal sizes could differ in: whether tokens lie in pages, and whether as another recipe keeps them."""
-        return np.array([self.variant.paged, self.stored_layout != self.recipe], np.int64)
+        """How planes of equal sizes can differ: tokens in pages or rows, stored under the recipe or under another."""
+        return np.array([self.variant.paged, self.stored_recipe != self.recipe], np.int64)
 
     def state(self) -> CacheState:
         layout, batch, heads = self.storage.layout, self.shape.batch, self.shape.kv_heads
@@ -244,15 +264,15 @@ class CudaEditing(CheckedCache):
         lengths, clock, fractions, arrangement = (state.get(name) for name in _NUMBERS)
         if arrangement is None or not np.array_equal(arrangement, self._arrangement):
             raise UsageError(
-                "the saved tokens lie otherwise than they would here, because of the device, or of the batch and capacity that "
-                "the cache was first made for: load it on the device it was saved from, or store the prompt anew"
+                "the saved tokens have another layout than this cache, because of the device, or of the batch and capacity "
+                "that the cache was first made for: load it on the device it was saved from, or store the prompt again"
             )
         planes = self._planes()
         for name, plane in planes.items():
-            given = state[name].shape if name in state else None
-            if given is None or given[:2] != (batch, heads) or given[2] > plane.stride or state[name].dtype != np.uint8:
+            shape = state[name].shape if name in state else None
+            if shape is None or shape[:2] != (batch, heads) or shape[2] > plane.stride or state[name].dtype != np.uint8:
                 raise ValueError(
-                    f"the saved {name} of shape {given} do not fit a cache of {(batch, heads, plane.stride)} bytes"
+                    f"the saved {name} of shape {shape} do not fit a cache of {(batch, heads, plane.stride)} bytes"
                 )
         if lengths is None or lengths.shape != (batch,) or clock is None or clock.shape != (2,):
             raise ValueError("the saved lengths are not those of a cache of this batch")
@@ -263,7 +283,7 @@ class CudaEditing(CheckedCache):
         check_fractions(fractions, heads)
         if layout.listed:
             said = np.ascontiguousarray(state["listed"]).view(np.int32).reshape(batch, heads, 2)
-            # Lists of before a crop may name what is no page any more; they are made anew before they are read.
+            # Lists from before a crop may name pages that no longer exist; they are rebuilt before they are read.
             check_lists(
                 np.ascontiguousarray(state["lists"]).view(np.int32), said[..., 0], said[..., 1], np.array(layout.page_capacity)
             )
@@ -275,18 +295,3 @@ class CudaEditing(CheckedCache):
         self._anchor = None if clock[1] == -2 else int(clock[1])
         self._overwritten = True
         self._put_fractions([float(share) for share in fractions])
-
-
-def key_value_arguments(keys: TensorView, values: TensorView) -> tuple[Any, ...]:
-    """Return what GIVEN_SIGNATURE of kernels/store.cuh names; of a single token the view may lack the dimension."""
-    strides = (i64(n) for rows in (keys, values) for n in _token_strides(rows))
-    return keys.address, values.address, *strides, i32(TYPES[keys.dtype]), i32(keys.shape[-1])
-
-
-def _token_strides(rows: TensorView) -> tuple[int, ...]:
-    """Return the elements from one sequence, head and token to the next."""
-    return rows.strides[:3] if len(rows.strides) == 4 else (*rows.strides[:2], 0)
-
-
-def _blocks(tokens: int, per_block: int) -> int:
-    return max(1, min(-(-tokens // per_block), _BLOCKS))

@@ -1,4 +1,4 @@
-"""Which kernel, built how, serves a shape, dtype and recipe on an architecture."""
+"""Selects the kernel, and its build, for a shape, dtype and recipe on an architecture."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ _COLD_NONE, _COLD_SAME, _COLD_INT8, _COLD_PAGES = range(4)
 _PAGE_FORMATS = {f.name: f.cuda_id for f in FORMATS.values() if f.cuda_id is not None}
 _ONE_QUERY_TILE = (("REUSE", 0), ("QTILES", 1))
 MMA_SINCE = 80
+_WARPS = 8  # of a block of kernels that are compiled for one block size only
 _BULK_SINCE = 90
 _DENSE_PAGES_FROM = 400 << 20  # bytes of K and V
 _PAGED_INT8_FROM = 32  # (sequence, KV head) pairs
@@ -33,7 +34,7 @@ class Variant:
     ----------
     source : file of `kernels/`, without its ending.
     arch : compute capability, '90'.
-    macros : what the build is given.
+    macros : macros of the build.
     """
 
     source: str
@@ -50,6 +51,10 @@ class Variant:
             return _HEADS_OF_MMA_TILE * self["TILES"]
         return (self["TILE"] if "TILE" in dict(self.macros) else _HEADS_OF_MMA_TILE) * self["QTILES"]
 
+    def passes(self, group: int) -> int:
+        """Return the passes over the `group` query heads of a KV head."""
+        return -(-group // self.rows)
+
     @property
     def splits(self) -> int:
         """Blocks that attend to one KV head; 0 if blocks share out the work that they find."""
@@ -58,16 +63,16 @@ class Variant:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 32 * self["WARPS"]
+        return 32 * dict(self.macros).get("WARPS", _WARPS)
 
     @property
-    def mails(self) -> bool:
-        """Whether its blocks merge what they have through `Scratch.mail`."""
+    def uses_split_kv_buffer(self) -> bool:
+        """Whether its blocks merge their partial results through `Scratch.split_kv_buffer`."""
         return self.source == "decode_pages" and self["FIXED"] == 1
 
     @property
     def paged(self) -> bool:
-        """Whether cold tokens are kept in pages of their formats, rather than in rows of one."""
+        """Whether cold tokens are stored in pages, K and V in formats of their own, rather than in rows of one format."""
         return self["COLD_TYPE"] == _COLD_PAGES
 
     @property
@@ -76,26 +81,26 @@ class Variant:
         return dict(self.macros).get("SHARED_BYTES", 0)
 
     def compiled(self) -> Compiled:
-        """Compile it, or take it from the cache."""
+        """Compile the variant, or load it from the disk cache."""
         return compile_source(self.source, self.arch, dict(self.macros))
 
     def fixed(self) -> "Variant | None":
-        """Return the variant that gives every KV head equally many blocks, where there is one."""
+        """Return the variant that gives every KV head equally many blocks; None if there is none."""
         if self.source != "decode_pages":
             return None
         return Variant(self.source, self.arch, _macros(dict(self.macros) | {"FIXED": 1}))
 
     def storing(self) -> "Variant":
-        """Return the variant of the storing kernels that goes with it."""
+        """Return the variant of the storing kernels for the same cache."""
         names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE", *(("K_FORMAT", "V_FORMAT", "V_GROUP") if self.paged else ()))
         return Variant("append", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 8)))
 
     def editing(self) -> "Variant":
-        """Return the variant of the kernels that serve a model beside decode steps."""
+        """Return the variant of the kernels that serve a model in addition to decode steps."""
         return Variant("edit", self.arch, self.storing().macros)
 
     def selecting(self) -> "Variant":
-        """Return the variant of the selecting kernel that goes with it: the scales of its keys are all that it reads."""
+        """Return the variant of the selecting kernel for the same cache; it reads only the scales of the keys."""
         names = ("HEAD_DIM", "COLD_TYPE", "K_FORMAT", "SCORER")
         unread = {"EXACT_TYPE": TYPES["bf16"], "V_FORMAT": _PAGE_FORMATS["bf16"], "V_GROUP": self["HEAD_DIM"]}
         macros = {name: self[name] for name in names} | unread | dict(_ONE_QUERY_TILE)
@@ -105,8 +110,8 @@ class Variant:
 def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: str, kind: str = "auto") -> Variant:
     """Return the decode kernel for these parameters.
 
-    `kind` forces 'mma', 'simt' (the kernels of older parts, which run everywhere) or 'pages' (which else only recipes get that
-    need it).
+    `kind` forces 'mma', 'simt' (the kernels for older devices, which run everywhere) or 'pages' (otherwise only for recipes
+    that require it).
 
     Raises
     ------
@@ -122,22 +127,22 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
         return _pages_variant(common, group, recipe, arch, can_mma and kind != "simt")
     if can_mma and kind != "simt":
         tiles = _tiles(group, _HEADS_OF_MMA_TILE, 4 if head_dim <= 128 else 2)
-        # One large block a multiprocessor leaves the fewest partial results to merge.
+        # One large block per multiprocessor leaves the fewest partial results to merge.
         blocks = 1
         warps = 8
-        if head_dim > 128:  # shared memory holds what four warps merge
+        if head_dim > 128:  # shared memory has room for the results of four warps
             warps, blocks = 4, 2
-        elif head_dim <= 64 and cold != _COLD_INT8:  # rows so short that latency decides: fewer warps meet at the end
+        elif head_dim <= 64 and cold != _COLD_INT8:  # short rows are bound by latency: fewer warps to merge
             warps, blocks = 4, 3
         return Variant("decode_mma", arch, _macros(common, QTILES=tiles, WARPS=warps, MIN_BLOCKS=blocks))
-    slot = 16 if cold == _COLD_INT8 else 4 if exact == TYPES["fp32"] else 8
-    words = -(-head_dim // (8 * slot)) * slot
+    chunk = 16 if cold == _COLD_INT8 else 4 if exact == TYPES["fp32"] else 8
+    words = -(-head_dim // (8 * chunk)) * chunk
     tile = min(max(32 // words, 1), 4, 1 << (group - 1).bit_length())
     return Variant("decode_simt", arch, _macros(common, QTILES=_tiles(group, tile, 4), WARPS=4, MIN_BLOCKS=2, TILE=tile))
 
 
-def stored_layout(recipe: Recipe, shape: AttentionShape, capacity: int, dtype: str, arch: str) -> Recipe:
-    """Return how a recipe's tokens are kept: large dense caches as 16-bit pages, which bulk copies read faster than rows."""
+def stored_recipe_for(recipe: Recipe, shape: AttentionShape, capacity: int, dtype: str, arch: str) -> Recipe:
+    """Return the recipe by which tokens are stored: 16-bit pages for large dense caches, which bulk copies read faster."""
     size = 4 * shape.batch * shape.kv_heads * shape.head_dim * capacity
     if not recipe.is_dense or dtype == "fp32" or int(arch) < _BULK_SINCE or size < _DENSE_PAGES_FROM:
         return recipe
@@ -145,14 +150,14 @@ def stored_layout(recipe: Recipe, shape: AttentionShape, capacity: int, dtype: s
 
 
 def gains_from_pages(recipe: Recipe, shape: AttentionShape, arch: str, multiprocessors: int) -> bool:
-    """Return whether int8 is read faster from pages than from rows: where a KV head has few blocks, and all are busy."""
+    """Return whether int8 is read faster from pages than from rows: with few blocks per KV head, all of them busy."""
     heads = shape.batch * shape.kv_heads
     int8 = recipe.key_format == recipe.value_format == "int8" and recipe.selection == "all"
     return int8 and int(arch) >= _BULK_SINCE and heads >= _PAGED_INT8_FROM and bool(fixed_blocks(heads, multiprocessors))
 
 
 def requires_pages(recipe: Recipe) -> bool:
-    """Return whether a recipe keeps whole pages: scales of pages, formats of K and V apart, or a selection of pages."""
+    """Return whether a recipe needs pages: for scales per page, different formats of K and V, or a selection of pages."""
     by_row = recipe.key_format is None or FORMATS[recipe.key_format].cuda_rows
     return recipe.key_format != recipe.value_format or not by_row or recipe.selection == "pages"
 
@@ -205,7 +210,7 @@ def _scorer_macro(recipe: Recipe) -> int:
 
 
 _SHARED_BYTES = {"80": 163 << 10, "87": 163 << 10, "90": 227 << 10, "100": 227 << 10, "103": 227 << 10}
-_NEXT_KERNEL_BYTES = 44 << 10  # of a block of append or select, which is to fit beside one of decode
+_NEXT_KERNEL_BYTES = 44 << 10  # of a block of append or select, which must fit together with one of decode
 _LEAST_SHARED_BYTES = 99 << 10
 _STATIC_SHARED_BYTES = 256
 _RINGS = ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2))  # warps of a block, stages of each
@@ -229,16 +234,16 @@ def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: 
 
 
 def selecting_blocks(page_capacity: int, heads: int, multiprocessors: int) -> int:
-    """Return the blocks that score one head's pages: all at once, beside append's where that leaves half of the device."""
+    """Return the blocks that score one head's pages; they run at once, together with append's if half the device is left."""
     spare = multiprocessors - 2 * heads
     at_once = spare if 2 * spare >= multiprocessors else multiprocessors
     return max(1, min(-(-page_capacity // 64), at_once // heads))
 
 
 def overlapping(variant: Variant) -> Variant:
-    """Return the build for blocks that each serve several KV heads; `variant` itself where none is better.
+    """Return the build for blocks that each serve several KV heads; `variant` itself if none is better.
 
-    Between two heads an int8 block merges and reads nothing: two half-sized blocks a multiprocessor read in turn.
+    Between two heads an int8 block merges and reads nothing; of two half-sized blocks per multiprocessor, one reads then.
     """
     if (
         variant.source != "decode_mma"
@@ -252,14 +257,14 @@ def overlapping(variant: Variant) -> Variant:
 
 @dataclass(frozen=True)
 class Split:
-    """A fixed number of blocks a KV head: one cluster, or blocks that merge through scratch."""
+    """A fixed number of blocks per KV head: one cluster, or blocks that merge through scratch memory."""
 
     blocks: int
     cluster: bool = False
 
 
 def split_variant(variant: Variant, group: int, split: Split) -> Variant | None:
-    """Return the kernel of a fixed split that stands for `variant`; None if there is none."""
+    """Return the kernel of a fixed split that replaces `variant`; None if there is none."""
     if variant.source != "decode_mma" or variant["HEAD_DIM"] > 128 or variant["REUSE"] or group > _HEADS_OF_MMA_TILE:
         return None
     cluster = split.cluster and variant.arch in _CLUSTERS
@@ -271,17 +276,17 @@ def split_variant(variant: Variant, group: int, split: Split) -> Variant | None:
 
 
 def fixed_blocks(problems: int, multiprocessors: int) -> int | None:
-    """Return the blocks of a grid in which each problem has equally many, all at once; None where that leaves too many idle."""
+    """Return the blocks of a grid with equally many per problem, all running at once; None if too many would be idle."""
     blocks = multiprocessors // problems * problems
     return blocks if blocks >= _LEAST_BUSY * multiprocessors else None
 
 
 def plan_splits(batch: int, kv_heads: int, units: int, int8: bool, multiprocessors: int) -> tuple[Split, ...]:
-    """Return the fixed splits that serve sequences of up to `units` units a KV head, best first; may be none.
+    """Return the fixed splits for sequences of up to `units` units per KV head, best first; may be empty.
 
-    A head's blocks all start at once, so more of them than multiprocessors would be run one after the other. Short contexts
-    wait more than they read: clusters merge fastest. One long int8 sequence gains from a fixed split if that fills the device;
-    lengths that differ would leave blocks idle.
+    All blocks must run at once, so there are at most as many as multiprocessors. Short contexts are bound by latency: clusters
+    merge fastest. One long int8 sequence gains from a fixed split that fills the device; with different lengths blocks would
+    be idle.
     """
     heads = batch * kv_heads
     fits = [n for n in (2 * LARGEST_CLUSTER, LARGEST_CLUSTER, 4, 2) if n * heads <= multiprocessors]

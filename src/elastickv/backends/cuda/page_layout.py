@@ -1,4 +1,4 @@
-"""Pages as the kernels keep them (`kernels/pages.cuh`), read back on the host: for tests, the oracle and `stored`."""
+"""The kernels' page layout (`kernels/pages.cuh`), decoded on the host: for tests, the oracle and `stored`."""
 
 from typing import Any
 
@@ -14,16 +14,16 @@ _VALUE_OFFSET = 128
 Indices = NDArray[np.int64]
 
 
-def _places(rows: int, elements: int) -> tuple[Indices, ...]:
-    """Return row, g, t, word and element of every element of a page, in the order of memory."""
+def _element_indices(rows: int, elements: int) -> tuple[Indices, ...]:
+    """Return row, g, t, word and element of every element of a page, in memory order."""
     row, lane, word, element = (i.ravel() for i in np.indices((rows, 32, 4, elements)))
     return row, lane >> 2, lane & 3, word, element
 
 
-def key_places(fmt: str, head_dim: int) -> tuple[Indices, Indices]:
+def key_positions(fmt: str, head_dim: int) -> tuple[Indices, Indices]:
     """Return token and channel of each element of a page of K; channels from `head_dim` on are padding."""
     bits = FORMATS[fmt].bits
-    row, g, t, w, e = _places(round_up(head_dim, 32 if bits == 4 else 16) * bits // 128, 32 // bits)
+    row, g, t, w, e = _element_indices(round_up(head_dim, 32 if bits == 4 else 16) * bits // 128, 32 // bits)
     if bits == 4:
         return 8 * (e & 3) + g, 16 * (2 * row + (w >> 1)) + 4 * t + 2 * (w & 1) + (e >> 2)
     if bits == 16:
@@ -31,10 +31,10 @@ def key_places(fmt: str, head_dim: int) -> tuple[Indices, Indices]:
     return 8 * w + g, 16 * row + 4 * t + e
 
 
-def value_places(fmt: str, head_dim: int, group: int) -> tuple[Indices, Indices]:
+def value_positions(fmt: str, head_dim: int, group: int) -> tuple[Indices, Indices]:
     """Return token and dim of each element of a page of V; dims from `head_dim` on are padding."""
     bits = FORMATS[fmt].bits
-    row, g, t, w, e = _places(round_up(head_dim, 32 if bits == 4 else 16) * bits // 128, 32 // bits)
+    row, g, t, w, e = _element_indices(round_up(head_dim, 32 if bits == 4 else 16) * bits // 128, 32 // bits)
     if bits == 16:
         return 8 * w + 2 * t + e, 16 * (row >> 1) + g + 8 * (row & 1)
     if bits == 8:
@@ -46,23 +46,23 @@ def value_places(fmt: str, head_dim: int, group: int) -> tuple[Indices, Indices]
     return 8 * (2 * (w & 1) + (e >> 1 & 1)) + 2 * t + (e >> 2), dim
 
 
-def codes_of(raw: NDArray[np.uint8], fmt: str, places: tuple[Indices, Indices], head_dim: int) -> NDArray[np.uint16]:
-    """Return (pages, 32, head_dim) codes of the (pages, bytes) of a plane."""
+def codes_of(raw: NDArray[np.uint8], fmt: str, positions: tuple[Indices, Indices], head_dim: int) -> NDArray[np.uint16]:
+    """Return the (pages, 32, head_dim) codes in the (pages, bytes) of a plane."""
     bits = FORMATS[fmt].bits
     words = raw.view(np.uint32)
     shifts = np.arange(32 // bits, dtype=np.uint32) * bits
     elements = words[..., None] >> shifts & np.uint32((1 << bits) - 1)
     elements = elements.reshape(len(raw), words.shape[1] * len(shifts)).astype(np.uint16)
-    token, dim = places
+    token, dim = positions
     codes = np.zeros((len(raw), PAGE_TOKENS, head_dim), np.uint16)
-    held = dim < head_dim
-    codes[:, token[held], dim[held]] = elements[:, held]
+    present = dim < head_dim
+    codes[:, token[present], dim[present]] = elements[:, present]
     return codes
 
 
 @np.errstate(invalid="ignore", over="ignore")
 def dequantized(codes: NDArray[Any], scales: NDArray[np.uint16], fmt: str, value: bool, exact: str, group: int) -> Float64:
-    """Return (tokens, head_dim) numbers of (pages, 32, head_dim) `codes`; what was too large to be stored as NaN or infinity.
+    """Return the (tokens, head_dim) numbers of (pages, 32, head_dim) `codes`; values too large to store are NaN or infinite.
 
     Parameters
     ----------

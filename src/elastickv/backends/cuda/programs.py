@@ -1,4 +1,4 @@
-"""Fixed sequences of decode steps, captured once as a graph and timed with events on the device."""
+"""Fixed sequences of decode steps, captured once as a graph and timed with device events."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ _NAN_WORD = 0x7FFFFFFF
 
 
 class CudaProgram:
-    """A queue of kernels that is launched as a whole."""
+    """A sequence of kernels that is launched as a whole."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class CudaProgram:
             try:
                 self._queue()
             except BaseException:
-                driver.cuStreamEndCapture(stream.handle)  # What it says of the broken capture would hide what broke it.
+                driver.cuStreamEndCapture(stream.handle)  # Its error about the broken capture would hide the cause.
                 raise
             graph = check(driver.cuStreamEndCapture(stream.handle))
         self.nodes = int(check(driver.cuGraphGetNodes(graph, 0))[1])
@@ -92,7 +92,7 @@ class CudaProgram:
                 driver.cuEventDestroy(event)
 
     def reset(self) -> None:
-        """Rewind the program's caches to where they were when it was made."""
+        """Rewind the program's caches to their state at its creation."""
         for cache in self._caches:
             cache.rewind()
         self._prepare()
@@ -105,7 +105,7 @@ class CudaProgram:
 
 @contextmanager
 def collecting_nothing() -> Iterator[None]:
-    """Keep the garbage collector from freeing device memory in the middle of a capture, which would break it off."""
+    """Keep the garbage collector from freeing device memory during a capture, which would invalidate it."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -130,15 +130,15 @@ def _buffers(
 def attention_program(
     device: CudaDevice, caches: Sequence[CudaCache], queries: Sequence[Float32], steps: int, graph: bool
 ) -> CudaProgram:
-    """Return a program of `steps` decodes that go round `caches`."""
-    asked, outputs, lse = _buffers(device, caches)
-    for memory, array in zip(asked, queries, strict=True):
+    """Return a program of `steps` decodes that cycle through `caches`."""
+    query_buffers, outputs, lse = _buffers(device, caches)
+    for memory, array in zip(query_buffers, queries, strict=True):
         device.upload(memory, np.asarray(array, np.float32))
 
     def queue() -> None:
         for step in range(steps):
             i = step % len(caches)
-            caches[i].launch_decode(asked[i], outputs[i], lse[i])
+            caches[i].launch_decode(query_buffers[i], outputs[i], lse[i])
 
     return CudaProgram(device, caches, outputs, queue, lambda: None, 0, graph, caches[0].kernels_to_decode)
 
@@ -147,7 +147,7 @@ def cycle_program(
     device: CudaDevice, caches: Sequence[CudaCache], first: Float32, feedback: Feedback, graph: bool
 ) -> CudaProgram:
     """Return a program whose launch is one token through all `caches` as layers."""
-    asked, outputs, lse = _buffers(device, caches)
+    query_buffers, outputs, lse = _buffers(device, caches)
     maps = (feedback.query, feedback.key, feedback.value)
     tables = np.concatenate(
         [np.concatenate([m.reflector, m.sign, m.permutation.astype(np.int32).view(np.float32)]) for m in maps]
@@ -157,11 +157,11 @@ def cycle_program(
 
     def queue() -> None:
         for i, cache in enumerate(caches):
-            cache.launch_feedback(outputs[i - 1], asked[i], on_device, feedback)
-            cache.launch_decode(asked[i], outputs[i], lse[i], len(caches) > 1)
+            cache.launch_feedback(outputs[i - 1], query_buffers[i], on_device, feedback)
+            cache.launch_decode(query_buffers[i], outputs[i], lse[i], len(caches) > 1)
 
     def prepare() -> None:
-        # The first layer reads the last layer's output of one token ago: before the first token that is `first`.
+        # The first layer reads the last layer's output of the previous token; for the first token that is `first`.
         device.upload(outputs[-1], np.asarray(first, np.float32))
 
     return CudaProgram(device, caches, outputs, queue, prepare, 1, graph, 1 + caches[0].kernels_to_decode)

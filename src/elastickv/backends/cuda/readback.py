@@ -1,4 +1,4 @@
-"""What a cache on a CUDA device holds, read back to the host and dequantised: for tests, the oracle and receipts."""
+"""The contents of a cache on a CUDA device, read back and dequantized: for tests, the oracle and accuracy."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,20 +7,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
-from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_places, value_places
+from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_positions, value_positions
 from elastickv.backends.cuda.storage import Storage
+from elastickv.errors import NonFiniteError
+from elastickv.kvcache.checks import beyond_int4
 from elastickv.kvcache.protocol import StoredHead
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe, regions
 from elastickv.recipe.regions import retained_tokens
 
 _V_CODE_OFFSET = 128
+_TOO_LARGE, _NOTHING = 1 << 31, (1 << 32) - 1
 _KINDS: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The planes of one layer, and what is needed to read them."""
+    """The planes of one layer, and how to read them."""
 
     device: CudaDevice
     storage: Storage
@@ -30,7 +33,7 @@ class Contents:
     paged: bool
 
     def of(self, head: int, length: int) -> StoredHead:
-        """Return what is stored of one (sequence, KV head) of `length` tokens."""
+        """Return the stored tokens of one (sequence, KV head) of `length` tokens."""
         recipe, layout, storage = self.recipe, self.storage.layout, self.storage
         exact_keys, exact_values = (self._rows(m, head, layout.exact_rows) for m in (storage.exact_k, storage.exact_v))
         if recipe.is_dense:
@@ -48,6 +51,12 @@ class Contents:
         else:
             cold_keys, cold_values = (self._rows(m, head, layout.cold_rows) for m in (storage.cold_k, storage.cold_v))
         return StoredHead(cold_keys[:count], cold_values[:count], exact_keys[exact], exact_values[exact])
+
+    def pages_read(self, head: int, cold_pages: int) -> NDArray[np.int64]:
+        """Return the numbers of the pages that the last decode read: those listed, then those that became cold since."""
+        count, fresh = (int(n) for n in self.device.download(self.storage.listed, (2,), np.int32, head * 8))
+        numbers = self.device.download(self.storage.lists, (count,), np.int32, head * self.storage.layout.page_capacity * 4)
+        return np.concatenate([numbers.astype(np.int64), np.arange(fresh, cold_pages)])
 
     def _rows(self, plane: DeviceMemory, head: int, rows: int) -> NDArray[np.float64]:
         dtype = self.recipe.exact_dtype(self.dtype)
@@ -67,8 +76,8 @@ class Contents:
         plane, scale_plane = (storage.cold_v, storage.v_scale) if value else (storage.cold_k, storage.k_scale)
         raw = self.device.download(plane, (count, per_page), np.uint8, first * per_page)
         bits = self.device.download(scale_plane, (count, words), np.uint16, first * words * 2)
-        places = value_places(fmt, dim, group) if value else key_places(fmt, dim)
-        return dequantized(codes_of(raw, fmt, places, dim), bits, fmt, value, recipe.exact_dtype(self.dtype), group)
+        positions = value_positions(fmt, dim, group) if value else key_positions(fmt, dim)
+        return dequantized(codes_of(raw, fmt, positions, dim), bits, fmt, value, recipe.exact_dtype(self.dtype), group)
 
     def _codes(self, scales: DeviceMemory, plane: DeviceMemory, head: int, offset: int) -> NDArray[np.float64]:
         rows, dim = self.storage.layout.cold_rows, self.head_dim
@@ -77,3 +86,14 @@ class Contents:
         signed = (codes - np.uint8(offset)).view(np.int8)
         values: NDArray[np.float64] = signed.astype(np.float64) * from_bf16_bits(bits).astype(np.float64)[:, None]
         return values
+
+
+def raise_non_finite(words: NDArray[np.uint32]) -> None:
+    """Raise NonFiniteError if one of the (batch, kv_heads) `words` names a position whose value could not be stored.
+
+    Words are a position, with the highest bit set if the value is finite but too large for int4 pages; all bits: none.
+    """
+    for row, head in np.argwhere(words < _TOO_LARGE):
+        raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {words[row, head]}")
+    for row, head in np.argwhere(words < _NOTHING):
+        raise NonFiniteError(beyond_int4(row, head, int(words[row, head]) - _TOO_LARGE))

@@ -1,9 +1,12 @@
-"""Where the tokens of one layer lie in device memory.
+"""The layout of one layer's tokens in device memory.
 
-Everything is sized for the capacity and contiguous per (sequence, KV head). Exact plane: `dense` keeps all tokens in it; else
-the sinks, then a ring of whole pages for the window and the page that fills up behind it. Cold planes: kept rows or pages,
-oldest first; scales in planes of their own. A sequence's length and step stand together, once per KV head for K and once for
-V, so that a block can count its own token without waiting for others, and once more as the next decode will find them.
+Everything is sized for the capacity and contiguous per (sequence, KV head):
+
+- Exact planes: all tokens if `dense`; otherwise the sinks, then a ring of whole pages for the window and the page that fills
+  up behind it.
+- Cold planes: retained rows or pages, oldest first. Scales have separate planes.
+- State: length and step of a sequence, per KV head once for K and once for V, so that a block counts its own token without
+  waiting for others, and a third time as predicted for the next decode.
 """
 
 import dataclasses
@@ -21,8 +24,8 @@ _FLOAT = 4
 _MERGE_LEVELS = 2
 _UNIT, _INT8_UNIT = 16, 32
 _STATES = 3
-_SCALE_ROWS = 32  # a lane loads the scales of 8 tokens at once, a warp of 32
-_PAGES_ALIGNED = 8  # whose fp8 scales are the least that a copy moves
+_SCALE_ROWS = 32  # a lane loads the scales of 8 tokens at once, a warp those of 32
+_PAGES_ALIGNED = 8  # their fp8 scales fill the smallest copy
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class DeviceLayout:
 
     @classmethod
     def of(cls, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, paged: bool = False) -> "DeviceLayout":
-        """Return the layout of a cache; `paged`: cold tokens lie in pages."""
+        """Return the layout of a cache; `paged`: cold tokens are stored in pages."""
         heads, dim = shape.batch * shape.kv_heads, shape.head_dim
         exact_row = FORMATS[recipe.exact_dtype(dtype)].row_bytes(dim)
         queries = shape.batch * shape.query_heads
@@ -98,25 +101,25 @@ class DeviceLayout:
         )
 
     def units(self, recipe: Recipe) -> int:
-        """Return the units of equal bytes that a full cache's head is read in: 16 rows, or 32 of int8."""
+        """Return the number of equal-sized units in which a full cache's head is read: 16 rows, or 32 of int8."""
         per_cold = _INT8_UNIT if recipe.key_format == "int8" else _UNIT
         return -(-self.exact_rows // _UNIT) + -(-self.cold_rows // per_cold)
 
     @property
     def n_bytes(self) -> int:
-        """What a cache allocates for itself, without the copies that `mark` makes."""
+        """Bytes that a cache allocates for itself, without the copies that `mark` makes."""
         planes = 2 * self.exact_plane + self.key_plane + self.value_plane + self.key_scales + self.value_scales
         own = self.lists + self.listed + self.counts + self.reused + self.state + self.bad + self.lengths
         return planes + own + 2 * self.outputs + self.lse
 
     @property
     def marked_bytes(self) -> int:
-        """What `mark` copies."""
+        """Bytes that `mark` copies."""
         return (2 * self.exact_plane if self.wraps else 0) + self.lists + self.listed + self.reused + self.state + self.bad
 
     @property
     def bad(self) -> int:
-        """Bytes of what says where a head has a value that is not finite."""
+        """Bytes of the positions of values that are not finite."""
         return 4 * self.heads
 
     @property
@@ -132,37 +135,39 @@ class DeviceLayout:
 
 @dataclass(frozen=True)
 class ScratchSize:
-    """What the blocks of a decode leave for each other: partial results and counters."""
+    """Sizes of what the blocks of a decode exchange: partial results and counters."""
 
     partial: int
     partial_ml: int
     counters: int
     scores: int
-    mail: int
-    mail_ml: int
+    split_kv_buffer: int
+    split_kv_buffer_ml: int
 
     @classmethod
     def of(cls, variant: Variant, blocks: int, problems: int, scores: int) -> "ScratchSize":
         """Return the sizes for a grid of `blocks` over `problems`, and `scores` page scores."""
-        slots = blocks + problems
-        rows = _MERGE_LEVELS * slots * (1 + variant["REUSE"]) * variant.rows
+        partials = blocks + problems
+        rows = _MERGE_LEVELS * partials * (1 + variant["REUSE"]) * variant.rows
         row = variant["HEAD_DIM"] * _FLOAT
-        mail = blocks * variant.rows * row if variant.fixed() else 0
-        return cls(rows * row, rows * 2 * _FLOAT, (problems + slots) * 4, scores * _FLOAT, mail, mail // 2)
+        split_kv_buffer = blocks * variant.rows * row if variant.fixed() else 0
+        return cls(
+            rows * row, rows * 2 * _FLOAT, (problems + partials) * 4, scores * _FLOAT, split_kv_buffer, split_kv_buffer // 2
+        )
 
     @property
     def n_bytes(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(dataclasses.astuple(self))
 
     def covers(self, other: "ScratchSize") -> bool:
-        """Return whether every part is as large as another's."""
-        mine, theirs = (dataclasses.astuple(size) for size in (self, other))
-        return all(m >= t for m, t in zip(mine, theirs, strict=True))
+        """Return whether every part is at least as large as `other`'s."""
+        mine, needed = (dataclasses.astuple(size) for size in (self, other))
+        return all(m >= n for m, n in zip(mine, needed, strict=True))
 
 
 class Scratch:
-    """Decodes follow each other on one stream, so all caches share one; the counters return to zero by themselves."""
+    """Scratch memory that all caches share, because decodes run one after the other; kernels reset the counters to zero."""
 
     def __init__(self, device: CudaDevice, size: ScratchSize) -> None:
         self.size = size
@@ -170,8 +175,8 @@ class Scratch:
         self.partial_ml = device.allocate(size.partial_ml, _NAN_WORD)
         self.counters = device.allocate(size.counters, 0)
         self.scores = device.allocate(size.scores, _NAN_WORD)
-        self.mail = device.allocate(size.mail, _EMPTY_WORD)
-        self.mail_ml = device.allocate(size.mail_ml, _EMPTY_WORD)
+        self.split_kv_buffer = device.allocate(size.split_kv_buffer, _EMPTY_WORD)
+        self.split_kv_buffer_ml = device.allocate(size.split_kv_buffer_ml, _EMPTY_WORD)
 
 
 class Storage:
@@ -199,11 +204,11 @@ class Storage:
 
     @property
     def n_bytes(self) -> int:
-        """All that is held, copies of `save` included."""
+        """Allocated bytes, copies of `save` included."""
         return self.layout.n_bytes + (0 if self._copies is None else self.layout.marked_bytes)
 
     def _marked(self) -> list[DeviceMemory]:
-        """Return what later appends and decodes overwrite."""
+        """Return the buffers that later appends and decodes overwrite."""
         layout, overwritten = self.layout, [self.state, self.bad]
         if layout.reused:
             overwritten.append(self.cached_output)
@@ -214,14 +219,14 @@ class Storage:
         return overwritten
 
     def save(self) -> None:
-        """Copy what later appends and decodes overwrite."""
+        """Copy the buffers that later appends and decodes overwrite."""
         if self._copies is None:
             self._copies = [(memory, self._device.allocate(memory.n_bytes)) for memory in self._marked()]
-        for memory, kept_copy in self._copies:
-            self._device.copy(kept_copy, memory, memory.n_bytes)
+        for memory, saved in self._copies:
+            self._device.copy(saved, memory, memory.n_bytes)
 
     def restore(self) -> None:
-        """Return to what `save` copied."""
+        """Restore the buffers that `save` copied."""
         assert self._copies is not None, "nothing was saved"
-        for memory, kept_copy in self._copies:
-            self._device.copy(memory, kept_copy, memory.n_bytes)
+        for memory, saved in self._copies:
+            self._device.copy(memory, saved, memory.n_bytes)

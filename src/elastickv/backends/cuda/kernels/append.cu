@@ -1,7 +1,8 @@
-// Storing tokens: random fill, and the append of a decode step, of given rows or fused with the inference cycle's recurrence.
+// Kernels that store tokens: random fill, and the append of a decode step, from the model's rows or from the previous layer's
+// outputs.
 #include "store.cuh"
 
-// Stores a token of a sequence that will hold `length` tokens, wherever it belongs then.
+// Stores a token where it belongs in a sequence of `length` tokens.
 __device__ __forceinline__ void store_token(const Store& s, bool value, size_t head, int position, int length,
                                             float (&x)[ELEMENTS]) {
 #pragma unroll
@@ -52,7 +53,8 @@ extern "C" __global__ void fill_random(STORE_SIGNATURE, const int2* state, int h
 
 #if COLD_TYPE == COLD_PAGES
 // Pages of random rows.
-extern "C" __global__ void __launch_bounds__(STORE_THREADS) fill_pages(STORE_SIGNATURE, const int2* state, int heads, u64 seed) {
+extern "C" __global__ void __launch_bounds__(STORE_THREADS)
+    fill_pages(STORE_SIGNATURE, const int2* state, int heads, u64 seed) {
     const Store s = STORE_VALUE;
     __shared__ PageTile tile;
     const bool value = blockIdx.y;
@@ -72,17 +74,18 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS) fill_pages(STORE_SIG
 }
 #endif
 
-// Sequence b holds lengths[b] tokens at a step. What was not finite is forgotten: all of it, or what lies beyond these lengths.
-extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_heads, int heads, int step, u32* bad, int all) {
+// Sets every sequence's length and step. Clears the record of values that were not finite: all of it, or beyond the lengths.
+extern "C" __global__ void set_state(int2* state, const int* lengths, int kv_heads, int heads, int step, u32* bad,
+                                     int all_finite) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < heads) {
         state[i] = state[heads + i] = make_int2(lengths[i / kv_heads], step);
         state[2 * heads + i] = make_int2(lengths[i / kv_heads] + 1, step + 1);
-        if (all || (int)(bad[i] & 0x7fffffff) >= lengths[i / kv_heads]) bad[i] = ~0u;
+        if (all_finite || (int)(bad[i] & 0x7fffffff) >= lengths[i / kv_heads]) bad[i] = ~0u;
     }
 }
 
-// One map of the recurrence, a lane's part.
+// One lane's part of a map of the recurrence.
 struct Map {
     float reflector[ELEMENTS], sign[ELEMENTS];
     int permutation[ELEMENTS];
@@ -98,8 +101,9 @@ __device__ __forceinline__ void load_map(Map& map, const float* table) {
     }
 }
 
-// x, its RMS made 1, -> sign * (x - 2 u (u . x))[permutation], times `rms`. `row` is shared memory of this warp.
-__device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const Map& map, float rms, float* row, float (&out)[ELEMENTS]) {
+// Normalizes x to an RMS of 1 and returns rms * sign * (x - 2 u (u . x))[permutation]. `row` is shared memory of this warp.
+__device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const Map& map, float rms, float* row,
+                                          float (&out)[ELEMENTS]) {
     const int lane = threadIdx.x & 31;
     float square = 0.f, dot = 0.f;
 #pragma unroll
@@ -122,8 +126,9 @@ __device__ __forceinline__ void apply_map(const float (&x)[ELEMENTS], const Map&
 }
 
 #if COLD_TYPE != COLD_NONE
-// One block quantises the page of which `cold` is the end. Its rows may have come from other multiprocessors since: past L1.
-__device__ __forceinline__ void chill(const Store& s, bool value, size_t head, int cold) {
+// One block quantizes the page that ends at cold token `cold`. Other multiprocessors may have written its rows, so they are
+// read past L1.
+__device__ __forceinline__ void quantize_page(const Store& s, bool value, size_t head, int cold) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #if COLD_TYPE == COLD_PAGES
     __shared__ PageTile tile;
@@ -151,9 +156,9 @@ __device__ __forceinline__ void chill(const Store& s, bool value, size_t head, i
 }
 #endif
 
-// Where the next queries, key and value come from: the (sequence, query head) rows that the layer before left, through three maps
-// (reflector, sign, permutation of head_dim each) in `tables`: of queries, keys, values.
-struct Source {
+// Source of the next queries, key and value: the (sequence, query head) rows of the previous layer's outputs, each through a
+// map in `tables`. There are three maps (queries, keys, values) of reflector, sign and permutation, head_dim each.
+struct FeedbackInput {
     const float* outputs;
     float* queries;
     const float* tables;
@@ -161,17 +166,18 @@ struct Source {
     float query_rms, key_rms, value_rms;
 };
 
-// Rounds a token as exact rows are, and stores it.
-__device__ __forceinline__ void keep_token(const Store& s, bool value, size_t head, int position, float (&x)[ELEMENTS]) {
+// Rounds a token to the dtype of exact rows and stores it.
+__device__ __forceinline__ void store_exact_token(const Store& s, bool value, size_t head, int position, float (&x)[ELEMENTS]) {
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++) x[i] = round_exact(x[i]);
     note_bad(s, head, position, x);
     store_exact(s, value, head, position, x);
 }
 
-// One block stores K or V of the token at `position`, and leaves half of the next queries. `map`: the first that this warp needs.
-__device__ __forceinline__ void take_token(const Store& s, const Source& from, Map& map, int mapped, bool value, size_t head,
-                                           int position) {
+// One block stores K or V of the token at `position` and writes half of the next queries. `map`: the first map that this warp
+// needs, already loaded.
+__device__ __forceinline__ void append_feedback_token(const Store& s, const FeedbackInput& from, Map& map, int mapped,
+                                                      bool value, size_t head, int position) {
     __shared__ float rows[8][D];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     float x[ELEMENTS], y[ELEMENTS];
@@ -185,7 +191,7 @@ __device__ __forceinline__ void take_token(const Store& s, const Source& from, M
         if (job && mapped) load_map(map, from.tables + (mapped = 0));
         apply_map(x, map, job ? from.query_rms : value ? from.value_rms : from.key_rms, rows[warp], y);
         if (!job) {
-            keep_token(s, value, head, position, y);
+            store_exact_token(s, value, head, position, y);
             continue;
         }
 #pragma unroll
@@ -194,15 +200,15 @@ __device__ __forceinline__ void take_token(const Store& s, const Source& from, M
     }
 }
 
-// Two blocks a (sequence, KV head), one for K and one for V: quantise the page that leaves the window, store the token by `take`,
-// count it, each in a state of its own, so that neither waits for the other.
+// Two blocks per (sequence, KV head), one for K and one for V. Each quantizes the page that leaves the window, stores the token
+// with `write_token` and counts it in its own state, so neither waits for the other.
 //
-// A decode of this cache lies between two appends to it, and lets others start only after its own wait: what the append before
-// wrote can be read before the wait here. So the page is quantised while the kernel before is still at work, unless there is no
-// window: then the token may be part of it. What follows is let in at once: a decode loads its pages when the one before it
-// leaves a multiprocessor.
-template <class Take>
-__device__ __forceinline__ void append_token(const Store& s, int2* state, int capacity, bool decodes, Take take) {
+// Between two appends to a cache there is a decode of it, which lets the next kernel start only after its own wait. So what the
+// previous append wrote may be read before the wait below, and the page is quantized while the previous kernel still runs.
+// Without a window the new token may be part of that page; it is then quantized after the wait. The next kernel may start at
+// once: a decode loads its first pages as soon as the previous one leaves a multiprocessor.
+template <class WriteToken>
+__device__ __forceinline__ void append_token(const Store& s, int2* state, int capacity, bool decodes, WriteToken write_token) {
     const size_t head = blockIdx.x;
     const bool value = blockIdx.y;
     int2* mine = state + (value ? gridDim.x : 0) + head;
@@ -211,18 +217,18 @@ __device__ __forceinline__ void append_token(const Store& s, int2* state, int ca
 #if COLD_TYPE == COLD_NONE
     wait_for_previous();
     if (position >= capacity) return;
-    take(value, head, position);
+    write_token(value, head, position);
 #else
     const int cold = store_cold_tokens(s, length);
     const bool leaves = position < capacity && cold > store_cold_tokens(s, position), early = s.window;
-    // One copy of the code for either order.
+    // One copy of the code serves both orders.
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
-        if (leaves && turn != early) chill(s, value, head, cold);
+        if (leaves && turn != early) quantize_page(s, value, head, cold);
         if (turn) break;
         wait_for_previous();
         if (position >= capacity) return;
-        take(value, head, position);
+        write_token(value, head, position);
         if (!early) __syncthreads();
     }
 #endif
@@ -232,41 +238,43 @@ __device__ __forceinline__ void append_token(const Store& s, int2* state, int ca
     }
 }
 
-// The token that the layer before's outputs make.
+// Appends the token computed from the previous layer's outputs.
 extern "C" __global__ void __launch_bounds__(256, 1)
     append(STORE_SIGNATURE, int2* state, int capacity, const float* outputs, float* queries, int group, const float* tables,
            float query_rms, float key_rms, float value_rms) {
     const Store s = STORE_VALUE;
-    const Source from = {outputs, queries, tables, group, query_rms, key_rms, value_rms};
+    const FeedbackInput from = {outputs, queries, tables, group, query_rms, key_rms, value_rms};
     const int mapped = threadIdx.x >> 5 ? 0 : 1 + blockIdx.y;
     let_next_start();
     Map map;
     load_map(map, tables + mapped * 3 * D);
     append_token(s, state, capacity, true, [&](bool value, size_t head, int position) {
-        take_token(s, from, map, mapped, value, head, position);
+        append_feedback_token(s, from, map, mapped, value, head, position);
     });
 }
 
-// A given token. `asked`, if not null, are the queries of the decode that follows, (sequence, query head) rows: they are left in
-// `queries` as decode and select read them, times `query_scale`. Without them no decode need follow.
+// Appends the model's token. `query_rows`, if not null, holds the queries of the next decode as (sequence, query head) rows;
+// they are scaled by `query_scale` and written to `queries`, where decode and select read them. If null, no decode needs to
+// follow.
 extern "C" __global__ void __launch_bounds__(256, 1)
-    append_rows(STORE_SIGNATURE, int2* state, int capacity, GIVEN_SIGNATURE, int kv_heads, const char* asked,
-                long long query_batch, long long query_head, float* queries, int group, float query_scale) {
+    append_rows(STORE_SIGNATURE, int2* state, int capacity, TOKEN_ROWS_SIGNATURE, int kv_heads, const char* query_rows,
+                long long query_batch_stride, long long query_head_stride, float* queries, int group, float query_scale) {
     const Store s = STORE_VALUE;
-    const Given given = GIVEN_VALUE;
+    const TokenRows tokens = TOKEN_ROWS_VALUE;
     let_next_start();
-    append_token(s, state, capacity, asked, [&](bool value, size_t head, int position) {
+    append_token(s, state, capacity, query_rows, [&](bool value, size_t head, int position) {
         const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, batch = head / kv_heads, kv_head = head % kv_heads;
-        const int jobs = asked ? (group + 1 - value) / 2 + 1 : 1;
+        const int jobs = query_rows ? (group + 1 - value) / 2 + 1 : 1;
         float x[ELEMENTS];
         for (int job = warp; job < jobs; job += 8) {
             if (!job) {
-                load_token(x, given, value, batch, kv_head, 0);
-                keep_token(s, value, head, position, x);
+                load_token(x, tokens, value, batch, kv_head, 0);
+                store_exact_token(s, value, head, position, x);
                 continue;
             }
             const int query = 2 * (job - 1) + value;
-            load_given(x, asked, batch * query_batch + (kv_head * group + query) * query_head, given.type, given.dim);
+            load_row(x, query_rows, batch * query_batch_stride + (kv_head * group + query) * query_head_stride, tokens.type,
+                     tokens.dim);
 #pragma unroll
             for (int i = 0; i < ELEMENTS; i++)
                 if (lane + 32 * i < D) queries[(head * group + query) * D + lane + 32 * i] = x[i] * query_scale;

@@ -1,9 +1,9 @@
 // Attention of one warp on tensor cores (SM 8.0 and newer), 16-bit and int8 rows.
 //
-// Warps are independent and keep everything in registers: a 16-byte load of K or V is an MMA operand as it stands. For q.k the
-// order of the head's dimensions is free, so a lane's 8 (int8: 16) consecutive dims feed two MMAs; the query sits in shared
-// memory in the same order, split into a high part (rows 0-7 of A) and a low part (rows 8-15) so that its rounding costs
-// nothing. For P.V the transposed product is taken: rows of A are dims, and pairs of tokens are interleaved byte by byte.
+// Warps are independent and keep everything in registers: a 16-byte load of K or V is an MMA operand without conversion. For
+// q.k the order of the head's dimensions is free, so a lane's 8 (int8: 16) consecutive dims feed two MMAs. The query is in
+// shared memory in the same order, split into a high part (rows 0-7 of A) and a low part (rows 8-15), so that rounding it loses
+// nothing. P.V is computed transposed: rows of A are dims, and pairs of tokens are interleaved byte by byte.
 #pragma once
 #include "common.cuh"
 
@@ -12,10 +12,10 @@
 #define K8 ((D + 63) / 64)
 #define V8 ((D + 127) / 128)
 #define SETS (COLD_TYPE == COLD_INT8 ? 2 * V8 : (D + 63) / 64)
-// Whether K of the next unit is loaded while V is in use; else V of a unit takes the registers of its K.
+// Whether K of the next unit is loaded while V is in use; otherwise V of a unit reuses the registers of its K.
 #define PIPELINED (D <= 192)
-#define RESCALE 8.f  // log2 by which a score may exceed the running maximum before everything is rescaled
-#define V_SHIFT 7    // P x V scale reaches 2^(8 + 7) in fp16: its whole range is used
+#define RESCALE 8.f  // log2 by which a score may exceed the running maximum before results are rescaled
+#define V_SHIFT 7    // P x V scale reaches 2^(8 + 7), which uses the range of fp16
 #define ROWS (HEADS * QTILES)
 struct Running {
     float acc[SETS][4][4];  // [set][pair of dims][dim 0: q 2t, 2t+1; dim 1: q 2t, 2t+1]
@@ -51,11 +51,11 @@ __device__ __forceinline__ float2 unpack16(u32 v) {
 #endif
 }
 
-#define MMA16(type)                                                                                             \
-    asm LOAD_ORDER("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "   \
-        "{%0,%1,%2,%3};"                                                                                        \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                        \
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+#define MMA16(type)                                                                                                            \
+    asm LOAD_ORDER("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "       \
+                   "{%0,%1,%2,%3};"                                                                                            \
+                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                            \
+                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
 
 __device__ __forceinline__ void mma_exact(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if EXACT_TYPE == BF16
@@ -73,12 +73,10 @@ __device__ __forceinline__ void mma_int8(int (&c)[4], uint4 a, u32 b0, u32 b1) {
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// Volatile: hoisted out of the loop, the query would take the registers that loads in flight need.
+// Volatile, so that the query is not hoisted out of the loop: it would take the registers that loads in flight need.
 __device__ __forceinline__ uint4 load_query(const uint4* p) {
     uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(shared_address(p)));
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(p)));
     return v;
 }
 
@@ -128,20 +126,20 @@ __device__ __forceinline__ void load_keys16(Unit16& in, const Args& a, const Spa
 }
 
 template <bool RING>
-__device__ __forceinline__ void load_values16(Unit16& in, const Args& a, const Span& s, const char* values, int rows, int unit) {
+__device__ __forceinline__ void load_values16(Unit16& in, const Args& a, const Span& s, const char* values, int rows,
+                                              int unit) {
     const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const char* p = values + row16<RING>(a, s, 16 * unit + 8 * (e >> 1) + 2 * t + (e & 1), rows);
 #pragma unroll
-        for (int c = 0; c < SETS; c++)
-            in.v[e][c] = set_dim(c, g) < D ? load16(p + 2 * set_dim(c, g)) : make_uint4(0, 0, 0, 0);
+        for (int c = 0; c < SETS; c++) in.v[e][c] = set_dim(c, g) < D ? load16(p + 2 * set_dim(c, g)) : make_uint4(0, 0, 0, 0);
     }
 }
 
-// The first n rows of what is attended to are tokens.
+// The first n rows are tokens.
 struct First {
-    static constexpr bool others = false;  // whether rows are loaded that are no tokens, and may hold anything
+    static constexpr bool others = false;  // whether rows that are not tokens are loaded; they may hold anything
     int n;
     __device__ __forceinline__ bool all(int row, int rows) const { return row + rows <= n; }
     __device__ __forceinline__ bool holds(int row) const { return row < n; }
@@ -165,11 +163,12 @@ struct InRing {
     }
 };
 
-// 16-bit rows, 16 tokens a unit; every `step`th from `unit` on. RING: the rows are a span's exact tokens. LOADED: the caller has
-// loaded the first unit, from `rows` rows of which not all need be tokens; else `rows` are the tokens.
+// Attends to 16-bit rows in units of 16 tokens: every `step`th from `unit` to `end`. RING: the rows are a span's exact tokens.
+// LOADED: the caller has loaded the first unit, and some of the `rows` rows may not be tokens; otherwise all are.
 template <bool RING, bool LOADED, class Tokens>
-__device__ __forceinline__ void attend16(Running& r, Unit16& in, const Args& a, const Span& s, const char* keys, const char* values,
-                                         int rows, const Tokens& tokens, int unit, int end, int step, const uint4* query, float bias) {
+__device__ __forceinline__ void attend16(Running& r, Unit16& in, const Args& a, const Span& s, const char* keys,
+                                         const char* values, int rows, const Tokens& tokens, int unit, int end, int step,
+                                         const uint4* query, float bias) {
     const int lane = threadIdx.x & 31, t = lane & 3;
     if (unit >= end) return;
     if (PIPELINED && !LOADED) load_keys16<RING>(in, a, s, keys, rows, unit);
@@ -272,12 +271,13 @@ __device__ __forceinline__ void load_values8(Unit8& in, const Rows8& of, int uni
         const char* p = of.values + row8(of, 32 * unit + 8 * t + e) + 16 * g;
 #pragma unroll
         for (int c = 0; c < V8; c++)
-            in.v[e][c] = 128 * c + 16 * g < D ? load16(p + 128 * c) : make_uint4(0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u);
+            in.v[e][c] =
+                128 * c + 16 * g < D ? load16(p + 128 * c) : make_uint4(0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u);
     }
 }
 
-// int8 rows, 32 tokens a unit; a lane's 8 tokens are 8t..8t+7, so that its scales are one load. The first n rows are tokens.
-// LOADED: the caller has loaded the first unit.
+// Attends to int8 rows in units of 32 tokens. A lane's 8 tokens are 8t..8t+7, so its scales are one load. The first n rows are
+// tokens. LOADED: the caller has loaded the first unit.
 template <bool LOADED>
 __device__ __forceinline__ void attend8(Running& r, Unit8& in, const Rows8& of, int n, int unit, int end, int step,
                                         const uint4* query, float query_step, float bias) {
@@ -337,8 +337,8 @@ __device__ __forceinline__ void attend8(Running& r, Unit8& in, const Rows8& of, 
 #pragma unroll
                     for (int pair = 0; pair < 2; pair++) {
                         u32 ab = __byte_perm(va, vb, pair ? 0x7362 : 0x5140), cd = __byte_perm(vc, vd, pair ? 0x7362 : 0x5140);
-                        mma_half(r.acc[2 * c + (w >> 1)][2 * (w & 1) + pair], codes_to_half(ab, 0x4140), codes_to_half(ab, 0x4342),
-                                 codes_to_half(cd, 0x4140), codes_to_half(cd, 0x4342), p0, p1);
+                        mma_half(r.acc[2 * c + (w >> 1)][2 * (w & 1) + pair], codes_to_half(ab, 0x4140),
+                                 codes_to_half(ab, 0x4342), codes_to_half(cd, 0x4140), codes_to_half(cd, 0x4342), p0, p1);
                     }
                 }
         }
@@ -352,7 +352,7 @@ __device__ __forceinline__ void attend8(Running& r, Unit8& in, const Rows8& of, 
 }
 #endif
 
-// Four dims of a query as an A operand: what 16 bits hold of them in rows 0-7, what they lack in rows 8-15.
+// Four dims of a query as an A operand: their 16-bit rounding in rows 0-7, the remainder in rows 8-15.
 __device__ __forceinline__ uint4 query_operand(float4 x, float scale) {
     x = make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale);
     u32 h0 = pack16(x.x, x.y), h1 = pack16(x.z, x.w);
@@ -366,7 +366,7 @@ __device__ __forceinline__ int operand_dim(int i) { return (i >> 6) * 32 + (i & 
 #if COLD_TYPE == COLD_INT8
 #define QUERY_WORDS ((D + 31) / 32)
 
-// Leaves query q, of which a lane holds every 32nd dim, as two int8 parts: operand of int8 keys.
+// Stores query q, of which a lane holds every 32nd dim, as two int8 parts: the operand for int8 keys.
 __device__ __forceinline__ void stage_codes(float (&x)[QUERY_WORDS], int q, float scale, uint4* q8, float* steps) {
     const int lane = threadIdx.x & 31;
     float most = 0.f;

@@ -1,15 +1,15 @@
-// What every decode variant shares: the work split, partial results and their merge.
+// Shared by all decode variants: the work split, partial results and their merge.
 //
-// Work is cut into units of equal bytes. A problem is one (sequence, KV head, pass over query heads). All problems' units
-// laid end to end are cut into equal ranges, one a block, from the lengths in device memory: one captured grid serves every
-// step and ragged batches balance by themselves. Block j's part of problem p lies in slot j + p: unique, because along the
-// staircase of (block, problem) pairs the sum grows by one at every step.
+// Work is cut into units of equal bytes. A problem is one (sequence, KV head, pass over query heads). The units of all
+// problems, end to end, are cut into equal ranges, one per block, using the lengths in device memory: one captured grid serves
+// every step, and ragged batches balance themselves. Block j's partial result of problem p has index j + p, which is unique:
+// along the staircase of (block, problem) pairs the sum grows by one at every step.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// Macros: HEAD_DIM, EXACT_TYPE (0 fp32, 1 fp16, 2 bf16), COLD_TYPE (0 none, 1 as exact, 2 int8, 3 pages), REUSE, SELECT (pages are
-// listed), QTILES, WARPS, MIN_BLOCKS; OLD_PART, if given, builds what parts before SM 7.0 run.
+// Macros: HEAD_DIM, EXACT_TYPE (0 fp32, 1 fp16, 2 bf16), COLD_TYPE (0 none, 1 as exact, 2 int8, 3 pages), REUSE, SELECT (pages
+// are listed), QTILES, WARPS, MIN_BLOCKS; OLD_PART, if defined, builds the code for devices before SM 7.0.
 #define FP32 0
 #define FP16 1
 #define BF16 2
@@ -53,25 +53,25 @@ struct Args {
     u32* counters;
     float* cached_output;
     float* cached_lse;
-    const int* pages;    // numbers of the listed pages, page_capacity a head
-    const int2* listed;  // their count, and the first page that is read beside them
-    int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, phase, exact_rows, cold_rows, page_capacity;
+    const int* listed_pages;  // numbers of the listed pages, page_capacity a head
+    const int2* listed;       // their count, and the first page that is read in addition
+    int batch, kv_heads, group, passes, sinks, window, ring, stride, anchor_every, anchor_offset, exact_rows, cold_rows,
+        page_capacity;
     float log2_decay, scale_log2;
     int output_type;
 };
 
-#define ARGS_SIGNATURE                                                                                                     \
-    const float *query, char *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,          \
-        const char *cold_v, const u16 *k_scale, const u16 *v_scale, int2 *state, float *partial, float2 *partial_ml,       \
-        u32 *counters, float *cached_output, float *cached_lse, const int *pages, const int2 *listed, int batch,           \
-        int kv_heads, int group, int passes, int sinks, int window, int ring, int stride, int anchor_every, int phase,     \
-        int exact_rows, int cold_rows, int page_capacity, float log2_decay, float scale_log2,       \
-        int output_type
-#define ARGS_VALUE                                                                                                       \
-    Args {                                                                                                               \
-        query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, state, partial, partial_ml, counters,    \
-            cached_output, cached_lse, pages, listed, batch, kv_heads, group, passes, sinks, window, ring, stride,       \
-            anchor_every, phase, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2, output_type               \
+#define ARGS_SIGNATURE                                                                                                         \
+    const float *query, char *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,                \
+        const char *cold_v, const u16 *k_scale, const u16 *v_scale, int2 *state, float *partial, float2 *partial_ml,           \
+        u32 *counters, float *cached_output, float *cached_lse, const int *listed_pages, const int2 *listed, int batch,        \
+        int kv_heads, int group, int passes, int sinks, int window, int ring, int stride, int anchor_every, int anchor_offset, \
+        int exact_rows, int cold_rows, int page_capacity, float log2_decay, float scale_log2, int output_type
+#define ARGS_VALUE                                                                                                             \
+    Args {                                                                                                                     \
+        query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, state, partial, partial_ml, counters,          \
+            cached_output, cached_lse, listed_pages, listed, batch, kv_heads, group, passes, sinks, window, ring, stride,      \
+            anchor_every, anchor_offset, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2, output_type             \
     }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -82,7 +82,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// Programmatic dependent launch, from SM 9.0 on. Nothing that the kernel before wrote may be read before `wait_for_previous`.
+// Programmatic dependent launch, from SM 9.0 on. Nothing that the previous kernel wrote may be read before `wait_for_previous`.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -95,7 +95,7 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// Large heads leave no registers for loads that the compiler moves up.
+// Large heads leave no registers for loads that the compiler hoists.
 #if HEAD_DIM > 192
 #define LOAD_ORDER volatile
 #else
@@ -105,15 +105,18 @@ __device__ __forceinline__ void let_next_start() {
 __device__ __forceinline__ uint4 load16(const char* p) {
 #if __CUDA_ARCH__ >= 700 && !defined(OLD_PART)
     uint4 v;
-    asm LOAD_ORDER("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    asm LOAD_ORDER("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(p));
     return v;
 #else
     return __ldg(reinterpret_cast<const uint4*>(p));
 #endif
 }
 
-// Starts one unit on its way to L2.
-__device__ __forceinline__ void prefetch(const char* keys, const char* values, int unit, int end, u32 unit_bytes, size_t limit) {
+// Prefetches one unit into L2.
+__device__ __forceinline__ void prefetch(const char* keys, const char* values, int unit, int end, u32 unit_bytes,
+                                         size_t limit) {
     if (unit >= end) return;
     for (u32 i = (threadIdx.x & 31) * 128; i < unit_bytes; i += 32 * 128) {
         const size_t at = (size_t)unit * unit_bytes + i;
@@ -123,13 +126,13 @@ __device__ __forceinline__ void prefetch(const char* keys, const char* values, i
     }
 }
 
-// What one decode step reads of one sequence.
+// The part of one sequence that one decode step reads.
 struct Span {
     int cold_first, cold;  // rows of the cold planes: first one and count
     int exact, sinks, ring_start;
-    int cold_units, units, age;
-    float bias;  // log2 of the tokens that one kept token stands for
-    int listed, fresh;  // pages: how many are listed, and the first of those that are read beside them
+    int cold_units, units, steps_since_refresh;
+    float bias;         // log2 of the number of tokens that one retained token stands for
+    int listed, fresh;  // pages: how many are listed, and the first that is read in addition
 };
 
 __device__ __forceinline__ int cold_tokens(const Args& a, int length) {
@@ -137,17 +140,18 @@ __device__ __forceinline__ int cold_tokens(const Args& a, int length) {
     return beyond > 0 ? beyond / PAGE * PAGE : 0;
 }
 
-// Steps since the last anchor: the first step is one, and every step whose number and phase add up to a multiple.
-__device__ __forceinline__ int age_of(int step, int anchor_every, int phase) {
+// Steps since the last anchor. Anchors are the first step and every step for which (step + anchor_offset) is a multiple of
+// anchor_every.
+__device__ __forceinline__ int steps_since_refresh(int step, int anchor_every, int anchor_offset) {
     step = max(step, 0);
-    return min(step, (step + phase) % anchor_every);
+    return min(step, (step + anchor_offset) % anchor_every);
 }
 
 __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     Span s;
     int length = state.x;
     s.bias = 0.f;
-    s.age = s.listed = s.fresh = 0;
+    s.steps_since_refresh = s.listed = s.fresh = 0;
 #if COLD_TYPE == COLD_NONE
     s.cold_first = s.cold = s.sinks = s.ring_start = s.cold_units = 0;
     s.exact = length;
@@ -160,8 +164,8 @@ __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     s.cold = (cold + a.stride - 1) / a.stride;
     if (a.stride > 1 && cold) s.bias = log2f((float)cold / (float)s.cold);
 #if REUSE
-    s.age = age_of(state.y, a.anchor_every, a.phase);
-    if (s.age) s.cold_first = cold_tokens(a, length - s.age);
+    s.steps_since_refresh = steps_since_refresh(state.y, a.anchor_every, a.anchor_offset);
+    if (s.steps_since_refresh) s.cold_first = cold_tokens(a, length - s.steps_since_refresh);
     s.cold -= s.cold_first;
 #endif
     s.cold_units = (s.cold + COLD_UNIT - 1) / COLD_UNIT;
@@ -170,7 +174,7 @@ __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     return s;
 }
 
-// The same of one (sequence, KV head), with its list of pages.
+// The span of one (sequence, KV head), with its list of pages.
 __device__ __forceinline__ Span span_with(const Args& a, size_t head, int2 state) {
     Span s = span_of(a, state);
 #if SELECT
@@ -184,25 +188,25 @@ __device__ __forceinline__ Span span_with(const Args& a, size_t head, int2 state
     return s;
 }
 
-// Leaves the length and step that a sequence has after one more append, in the third row of states: what the next decode, and
-// select, may expect before append has told.
-__device__ __forceinline__ void foretell(const Args& a, size_t head, int2 now) {
+// Writes the length and step after one more append to the third row of states. The next select and decode use them as a
+// prediction while that append is still running.
+__device__ __forceinline__ void publish_next_state(const Args& a, size_t head, int2 now) {
     __stcg(a.state + 2 * a.batch * a.kv_heads + head, make_int2(now.x + 1, now.y + 1));
     __threadfence();
 }
 
 __device__ __forceinline__ Span span_at(const Args& a, size_t head) { return span_with(a, head, a.state[head]); }
 
-// Number of the `unit`th page that is read.
+// Number of the `unit`th page to read.
 __device__ __forceinline__ int page_at(const Args& a, const Span& s, size_t head, int unit) {
 #if SELECT
-    return unit < s.listed ? __ldcg(a.pages + head * a.page_capacity + unit) : s.fresh + unit - s.listed;
+    return unit < s.listed ? __ldcg(a.listed_pages + head * a.page_capacity + unit) : s.fresh + unit - s.listed;
 #else
     return unit;
 #endif
 }
 
-// Row of the exact plane that holds the exact token number `e` of a span.
+// Row of the exact plane that holds exact token `e` of a span.
 __device__ __forceinline__ int exact_row(const Args& a, const Span& s, int e) {
 #if COLD_TYPE == COLD_NONE
     return e;
@@ -213,12 +217,12 @@ __device__ __forceinline__ int exact_row(const Args& a, const Span& s, int e) {
 #endif
 }
 
-// One block's range of units, and where it starts.
+// One block's range of units.
 struct Work {
-    u32 per, left;           // units a block, units left to this block
-    u32 problem, problems;   // present problem
-    u32 base, offset;        // first unit of the present problem; this block's first unit in it
-    u32 pad;                 // units of a problem rounded up so that blocks do not straddle problems; 0 if they may
+    u32 per, left;          // units a block, units left to this block
+    u32 problem, problems;  // current problem
+    u32 base, offset;       // first unit of the current problem; this block's first unit in it
+    u32 pad;                // units of a problem rounded up so that blocks do not straddle problems; 0 if they may
 };
 
 __device__ __forceinline__ u32 warp_sum(u32 v) {
@@ -228,7 +232,7 @@ __device__ __forceinline__ u32 warp_sum(u32 v) {
 
 __device__ __forceinline__ Work find_work(const Args& a) {
     const int lane = threadIdx.x & 31;
-    // Problems of one row have equal units: of one sequence, or, where pages are listed, of one KV head.
+    // All problems of one row have equally many units. A row is a sequence, or, where pages are listed, a KV head.
     const int rows = SELECT ? a.batch * a.kv_heads : a.batch, heads = SELECT ? 1 : a.kv_heads;
     const u32 per_row = heads * a.passes;
     u32 total = 0, most = 0, least = 0xffffffffu;
@@ -253,7 +257,7 @@ __device__ __forceinline__ Work find_work(const Args& a) {
     w.per = max((all + blocks - 1) / blocks, (u32)WARPS_PER_TILE);
     w.pad = 0;
     if (most == least && w.problems <= blocks) {
-        // A block within one problem fills and drains its loads once: worth up to an eighth of idle blocks.
+        // A block within one problem fills and drains its loads only once: worth up to an eighth of idle blocks.
         u32 splits = blocks / w.problems, aligned = max((most + splits - 1) / splits, (u32)WARPS_PER_TILE);
         if (aligned <= w.per + w.per / 8) {
             w.per = aligned;
@@ -293,19 +297,19 @@ __device__ __forceinline__ Work find_work(const Args& a) {
     return w;
 }
 
-// Where one block leaves what it has of one problem.
-struct Place {
-    size_t head;     // row * kv_heads + head
-    int first_query; // of the group
-    int queries;     // query heads of this pass
-    u32 slot, problem, first_block, last_block;
+// One problem, and the blocks that work on it. `reserved` only pads.
+struct Problem {
+    size_t head;      // row * kv_heads + head
+    int first_query;  // of the group
+    int queries;      // query heads of this pass
+    u32 reserved, problem, first_block, last_block;
 };
 
 #ifndef GROUP_FROM
-#define GROUP_FROM 24  // partials of one problem from which on they are merged in two levels
+#define GROUP_FROM 24  // from this many partials of one problem on, they are merged in two levels
 #endif
 
-__device__ __forceinline__ size_t partial_row(const Place& p, u32 block, int segment, int q, int rows) {
+__device__ __forceinline__ size_t partial_row(const Problem& p, u32 block, int segment, int q, int rows) {
     return ((size_t)(block + p.problem) * SEGMENTS + segment) * rows + q;
 }
 
@@ -314,7 +318,7 @@ struct Merged {
     float m, l;
 };
 
-__device__ __forceinline__ void fold(Merged& r, float4 o, float m, float l) {
+__device__ __forceinline__ void combine(Merged& r, float4 o, float m, float l) {
     float top = fmaxf(r.m, m), x = exp2_fast(r.m - top), y = exp2_fast(m - top);
     r.o.x = r.o.x * x + o.x * y;
     r.o.y = r.o.y * x + o.y * y;
@@ -324,7 +328,7 @@ __device__ __forceinline__ void fold(Merged& r, float4 o, float m, float l) {
     r.m = top;
 }
 
-// Adds up COUNT partials of one item.
+// Merges COUNT partials of one item.
 template <int COUNT, class ReadMl, class ReadO>
 __device__ __forceinline__ Merged add_up(ReadMl read_ml, ReadO read_o) {
     float2 ml[COUNT];
@@ -348,9 +352,9 @@ __device__ __forceinline__ Merged add_up(ReadMl read_ml, ReadO read_o) {
     return r;
 }
 
-// Sum of every `stride`th partial of blocks first..last for one (query, 4 dims) item; spread over `subs` threads an item.
-__device__ __forceinline__ Merged gather(const Args& a, const Place& p, size_t level, int segment, u32 first, u32 last, u32 stride,
-                                         int q, int dim, int sub, int subs, int rows) {
+// Merges every `stride`th partial of blocks first..last for one (query, 4 dims) item, which `subs` threads share.
+__device__ __forceinline__ Merged gather(const Args& a, const Problem& p, size_t level, int segment, u32 first, u32 last,
+                                         u32 stride, int q, int dim, int sub, int subs, int rows) {
     const int UNROLL = 8;
     Merged r = {{0.f, 0.f, 0.f, 0.f}, NOTHING, 0.f};
     for (u32 b = first + sub * stride; b <= last; b += subs * UNROLL * stride) {
@@ -386,7 +390,7 @@ __device__ __forceinline__ Merged gather(const Args& a, const Place& p, size_t l
     return r;
 }
 
-__device__ __forceinline__ void write_result(const Args& a, const Place& p, int q, int dim, const Merged& r) {
+__device__ __forceinline__ void write_result(const Args& a, const Problem& p, int q, int dim, const Merged& r) {
     size_t head = p.head * a.group + p.first_query + q;
     float inverse = r.l > 0.f ? 1.f / r.l : (r.l == 0.f ? 0.f : r.l);
     const float4 o = make_float4(r.o.x * inverse, r.o.y * inverse, r.o.z * inverse, r.o.w * inverse);
@@ -403,11 +407,11 @@ __device__ __forceinline__ void write_result(const Args& a, const Place& p, int 
     if (dim == 0) a.lse[head] = r.l == 0.f ? -INFINITY : (r.m + log2f(r.l)) * 0.6931471805599453f;
 }
 
-// True in the block that arrives last of `blocks`; everything the others wrote before is visible to it.
+// Returns true in the last of `blocks` blocks to arrive, which sees everything that the others wrote before.
 __device__ __forceinline__ bool arrive(u32* counter, u32 blocks) {
     __shared__ u32 arrived;
 #if __CUDA_ARCH__ >= 700 && !defined(OLD_PART)
-    // One thread releases what all wrote before the barrier, and acquires for all after it; what it guards is read past L1.
+    // One thread releases what all threads wrote before the barrier and acquires for all after it; the data are read past L1.
     __syncthreads();
     if (threadIdx.x == 0) {
         arrived = 0;
@@ -430,8 +434,9 @@ __device__ __forceinline__ bool arrive(u32* counter, u32 blocks) {
 #endif
 }
 
-// Merges every `stride`th partial of blocks first..last into the outputs, or if not `final` into the next level's of `first`.
-__device__ __forceinline__ void merge(const Args& a, const Place& p, const Span& s, const Work& w, bool final, size_t level,
+// Merges every `stride`th partial of blocks first..last into the outputs or, if not `final`, into the next level's partial of
+// `first`.
+__device__ __forceinline__ void merge(const Args& a, const Problem& p, const Span& s, const Work& w, bool final, size_t level,
                                       u32 first, u32 last, u32 stride, int rows, float* scratch) {
     const u32 count = (last - first) / stride + 1;
     const int vectors = D / 4, items = p.queries * vectors, subs = max(1, min((int)count, THREADS / items));
@@ -453,7 +458,7 @@ __device__ __forceinline__ void merge(const Args& a, const Place& p, const Span&
                 if (in && sub == 0)
                     for (int i = 1; i < subs; i++) {
                         Merged other = shared[threadIdx.x + i * items];
-                        fold(r, other.o, other.m, other.l);
+                        combine(r, other.o, other.m, other.l);
                     }
             }
             if (!in || sub) continue;
@@ -463,19 +468,19 @@ __device__ __forceinline__ void merge(const Args& a, const Place& p, const Span&
                 if (dim == 0) __stcg(a.partial_ml + row, make_float2(r.m, r.l));
                 continue;
             }
-            fold(total, r.o, r.m, r.l);
+            combine(total, r.o, r.m, r.l);
 #if REUSE
             if (segment == 0) {
                 size_t head = p.head * a.group + p.first_query + q;
                 float4* cached = reinterpret_cast<float4*>(a.cached_output + head * D + dim);
                 float* cached_lse = a.cached_lse + head * (D / 4) + dim / 4;
-                if (s.age == 0) {
+                if (s.steps_since_refresh == 0) {
                     float inverse = r.l == 0.f ? 0.f : 1.f / r.l;
                     *cached = make_float4(r.o.x * inverse, r.o.y * inverse, r.o.z * inverse, r.o.w * inverse);
                     *cached_lse = r.l == 0.f ? NOTHING : r.m + log2f(r.l);
                 } else {
                     float lse = *cached_lse;
-                    fold(total, *cached, lse + s.age * a.log2_decay, lse == NOTHING ? 0.f : 1.f);
+                    combine(total, *cached, lse + s.steps_since_refresh * a.log2_decay, lse == NOTHING ? 0.f : 1.f);
                 }
             }
 #endif
@@ -484,13 +489,13 @@ __device__ __forceinline__ void merge(const Args& a, const Place& p, const Span&
     }
 }
 
-// The last block of a problem to arrive merges all partials, in block order: the same bits whichever block it is. Many
-// partials are merged in groups first, by the last block of each group.
-__device__ __forceinline__ void arrive_and_merge(const Args& a, const Place& p, const Span& s, const Work& w, int rows,
+// The last block of a problem to arrive merges all partials in block order, so the result does not depend on which block it is.
+// Many partials are first merged in groups, by the last block of each group.
+__device__ __forceinline__ void arrive_and_merge(const Args& a, const Problem& p, const Span& s, const Work& w, int rows,
                                                  float* scratch) {
     const u32 blocks = p.last_block - p.first_block + 1;
     const u32 size = blocks > GROUP_FROM ? (u32)ceilf(sqrtf((float)blocks)) : 1;
-    // One copy of the merge serves both levels: a short decode waits for its instructions, too.
+    // One copy of the merge serves both levels: a short decode also waits for its instructions to load.
 #pragma unroll 1
     for (u32 stride = size > 1 ? 1 : size;; stride = size) {
         const bool final = stride == size;

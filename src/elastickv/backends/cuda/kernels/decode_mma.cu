@@ -1,8 +1,8 @@
-// Decode attention on tensor cores (SM 8.0 and newer): blocks share out the work that they find in the lengths.
+// Decode attention on tensor cores (SM 8.0 and newer): blocks divide the work by the lengths in device memory.
 #include "attend.cuh"
 
-// A warp with more than EARLY_FROM units fetches EARLY of them into L2 while the query is on its way; with fewer units
-// that costs more than it hides.
+// A warp with more than EARLY_FROM units prefetches EARLY of them into L2 while the query loads; with fewer units that costs
+// more than it hides.
 #ifndef EARLY
 #define EARLY 2
 #endif
@@ -14,7 +14,7 @@
 #define MERGE_BYTES (THREADS * 32)
 #define SCRATCH_BYTES (TREE_BYTES > MERGE_BYTES ? TREE_BYTES : MERGE_BYTES)
 
-// Adds up the warps of a tile; the sum is in the warps that come first.
+// Merges the warps of a tile into its first warps.
 __device__ __forceinline__ void reduce_warps(Running& r, float4* scratch, float2* scratch_ml) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = lane & 3;
     r.l += __shfl_xor_sync(FULL, r.l, 1);
@@ -26,8 +26,8 @@ __device__ __forceinline__ void reduce_warps(Running& r, float4* scratch, float2
         if (warp >= half && warp < have) {
 #pragma unroll
             for (int i = 0; i < SETS * 4; i++)
-                scratch[((warp - half) * SETS * 4 + i) * 32 + lane] =
-                    make_float4(r.acc[i >> 2][i & 3][0], r.acc[i >> 2][i & 3][1], r.acc[i >> 2][i & 3][2], r.acc[i >> 2][i & 3][3]);
+                scratch[((warp - half) * SETS * 4 + i) * 32 + lane] = make_float4(
+                    r.acc[i >> 2][i & 3][0], r.acc[i >> 2][i & 3][1], r.acc[i >> 2][i & 3][2], r.acc[i >> 2][i & 3][3]);
             scratch_ml[(warp - half) * 32 + lane] = make_float2(r.m, r.l);
         }
         __syncthreads();
@@ -41,7 +41,7 @@ __device__ __forceinline__ void reduce_warps(Running& r, float4* scratch, float2
 #pragma unroll
             for (int i = 0; i < SETS * 4; i++) {
                 float4 o = scratch[(warp * SETS * 4 + i) * 32 + lane];
-                float(&c)[4] = r.acc[i >> 2][i & 3];
+                float (&c)[4] = r.acc[i >> 2][i & 3];
                 c[0] = c[0] * m0 + o.x * t0;
                 c[1] = c[1] * m1 + o.y * t1;
                 c[2] = c[2] * m0 + o.z * t0;
@@ -52,7 +52,7 @@ __device__ __forceinline__ void reduce_warps(Running& r, float4* scratch, float2
     __syncthreads();
 }
 
-__device__ __forceinline__ void write_partial(const Args& a, const Place& p, int segment, const Running& r) {
+__device__ __forceinline__ void write_partial(const Args& a, const Problem& p, int segment, const Running& r) {
     const int tile = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     if (tile >= QTILES) return;
     if (t == 0 && tile * HEADS + g < p.queries)
@@ -72,14 +72,15 @@ __device__ __forceinline__ void write_partial(const Args& a, const Place& p, int
     }
 }
 
-__device__ __forceinline__ void fetch_early(const char* keys, const char* values, int unit, int end, u32 unit_bytes, size_t limit) {
+__device__ __forceinline__ void fetch_early(const char* keys, const char* values, int unit, int end, u32 unit_bytes,
+                                            size_t limit) {
     if (unit + EARLY_FROM * WARPS_PER_TILE >= end) return;
 #pragma unroll 1
     for (int i = 0; i < EARLY; i++) prefetch(keys, values, unit + i * WARPS_PER_TILE, end, unit_bytes, limit);
 }
 
-// Leaves the queries of a problem in shared memory as operands.
-__device__ __forceinline__ void stage_query(const Args& a, const Place& p, uint4* q16, uint4* q8, float* steps) {
+// Stores the queries of a problem in shared memory as operands.
+__device__ __forceinline__ void stage_query(const Args& a, const Problem& p, uint4* q16, uint4* q8, float* steps) {
     const float* from = a.query + (p.head * a.group + p.first_query) * D;
     for (int i = threadIdx.x; i < QTILES * K16 * 2 * 32; i += THREADS) {
         const int item = i % (K16 * 2 * 32), q = i / (K16 * 2 * 32) * HEADS + ((i & 31) >> 2), dim = operand_dim(item);
@@ -114,18 +115,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     __shared__ float4 scratch[SCRATCH_BYTES / 16];
     __shared__ float2 scratch_ml[WARPS / 2 * 32];
     const int warp = threadIdx.x >> 5, tile = warp % QTILES, stream = warp / QTILES;
-    // Kept in shared memory while the loops need the registers.
-    __shared__ Work kept_work;
-    __shared__ Place kept_place;
-    __shared__ Span kept_span;
+    // In shared memory while the loops need the registers.
+    __shared__ Work saved_work;
+    __shared__ Problem saved_problem;
+    __shared__ Span saved_span;
     wait_for_previous();
     let_next_start();
     Work w = find_work(a);
     while (w.left && w.problem < w.problems) {
         __syncthreads();
         Span s = span_at(a, w.problem / a.passes);
-        const u32 take = min(w.left, (u32)s.units - w.offset), end = w.offset + take;
-        Place p;
+        const u32 count = min(w.left, (u32)s.units - w.offset), end = w.offset + count;
+        Problem p;
         p.head = w.problem / a.passes;
         p.first_query = w.problem % a.passes * ROWS;
         p.queries = min(ROWS, a.group - p.first_query);
@@ -133,9 +134,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         p.first_block = w.base / w.per;
         p.last_block = (w.base + s.units - 1) / w.per;
         if (threadIdx.x == 0) {
-            kept_work = w;
-            kept_place = p;
-            kept_span = s;
+            saved_work = w;
+            saved_problem = p;
+            saved_span = s;
         }
         const char *ek = a.exact_k + p.head * a.exact_rows * EXACT_ROW, *ev = a.exact_v + p.head * a.exact_rows * EXACT_ROW;
         const int begin = max((int)w.offset - s.cold_units, 0) + stream, exact_end = s.exact ? (int)end - s.cold_units : 0;
@@ -159,20 +160,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
                        steps[tile * HEADS + (threadIdx.x >> 2) % HEADS], s.bias);
 #elif COLD_TYPE == COLD_SAME
         Unit16 cold;
-        attend16<false, false>(r, cold, a, s, ck, cv, s.cold, First{s.cold}, cold_begin, cold_end, WARPS_PER_TILE, query, s.bias);
+        attend16<false, false>(r, cold, a, s, ck, cv, s.cold, First{s.cold}, cold_begin, cold_end, WARPS_PER_TILE, query,
+                               s.bias);
 #endif
 #if REUSE
         reduce_warps(r, scratch, scratch_ml);
-        write_partial(a, kept_place, 0, r);
+        write_partial(a, saved_problem, 0, r);
         r = Running{};
         r.m = NOTHING;
 #endif
         Unit16 exact;
         attend16<true, false>(r, exact, a, s, ek, ev, s.exact, First{s.exact}, begin, exact_end, WARPS_PER_TILE, query, 0.f);
         reduce_warps(r, scratch, scratch_ml);
-        w = kept_work;
-        p = kept_place;
-        s = kept_span;
+        w = saved_work;
+        p = saved_problem;
+        s = saved_span;
         write_partial(a, p, SEGMENTS - 1, r);
         arrive_and_merge(a, p, s, w, ROWS, reinterpret_cast<float*>(scratch));
         const u32 size = w.pad ? w.pad : s.units;

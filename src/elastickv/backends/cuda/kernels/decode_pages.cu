@@ -1,38 +1,39 @@
-// Decode attention over pages on tensor cores (SM 8.0 and newer): any pair of formats, all pages or those that are listed.
+// Decode attention over pages on tensor cores (SM 8.0 and newer): any pair of formats, all pages or the listed ones.
 //
-// A warp owns a ring of stages in shared memory; one page with its scales is one stage, on its way while the ones before it are
-// in use: four bulk copies that one lane starts (SM 9.0), or a group of cp.async. Nobody else waits for it. What is in a stage
-// are MMA operands as they stand (pages.cuh): a word of int4 codes becomes four operands by masks and one shift, because a
-// nibble is an fp16 number by itself (n 2^-24, or, four bits higher, n 2^-20). Scales of K go into the query, high and low
-// part; scales of V into the probabilities. Before a block adds up what it has of a KV head, it starts its loads of the next.
+// A warp owns a ring of stages in shared memory. One page with its scales is one stage; it loads while earlier ones are in use,
+// by four bulk copies that one lane starts (SM 9.0) or a group of cp.async, and no other warp waits for it. A stage holds MMA
+// operands without conversion (pages.cuh): a word of int4 codes becomes four operands by masks and one shift, because a nibble
+// is an fp16 number by itself (n 2^-24 or, four bits higher, n 2^-20). Scales of K are folded into the query, high and low
+// part; scales of V into the probabilities. Before a block merges its results of a KV head, it starts the loads of the next.
 //
-// FIXED: equally many blocks attend to each KV head, for when all have equally much to read. What a warp reads first then follows
-// from the capacity alone and is on its way before the length is known. Else blocks share out what they find.
+// FIXED: equally many blocks attend to each KV head, for batches whose heads all read equally much. A warp's first pages then
+// follow from the capacity alone, and their loads start before the length is known. Otherwise blocks divide the work by the
+// lengths in device memory.
 //
-// Macros, beside those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES; those that have a value
-// below may be given another.
+// Macros in addition to those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES; the macros
+// with a default below can be overridden.
 #include "split_kv_buffer.cuh"
 #include "page_attend.cuh"
 #include "page_ring.cuh"
 
-// What a warp starts while kernels before are at work: few at a time, for their loads queue behind these.
+// Pages that a warp starts to load while previous kernels run: few at a time, because those kernels' loads queue behind them.
 #ifndef PAGES_EARLY
 #define PAGES_EARLY 2
 #endif
-#ifndef UNDER_WAY_EARLY
-#define UNDER_WAY_EARLY 1
+#ifndef IN_FLIGHT_EARLY
+#define IN_FLIGHT_EARLY 1
 #endif
 
-// A part of a problem that one block attends to. Its exact units are as large a share of them as its pages are: under way
-// behind everybody's pages they take long, and one block must not have them all.
+// A part of a problem that one block attends to. Each block has the same share of the exact units as of the pages: exact loads
+// are slow behind everyone's page loads, so one block must not have them all.
 struct Task {
     Span s;
-    Place p;
+    Problem p;
     int cold_begin, cold_end, exact_begin, exact_end;  // units
-    int stride;  // between units of a block
+    int stride;                                        // between units of a block
 };
 
-__device__ __forceinline__ void take_units(Task& task, u32 begin, u32 end) {
+__device__ __forceinline__ void assign_units(Task& task, u32 begin, u32 end) {
     task.stride = 1;
     const u32 exact = task.s.exact ? task.s.units - task.s.cold_units : 0;
     task.exact_begin = (u64)begin * exact / task.s.units;
@@ -41,8 +42,8 @@ __device__ __forceinline__ void take_units(Task& task, u32 begin, u32 end) {
     task.cold_end = min((int)end - task.exact_end, task.s.cold_units);
 }
 
-__device__ __forceinline__ Place place_of(const Args& a, u32 problem) {
-    Place p;
+__device__ __forceinline__ Problem problem_of(const Args& a, u32 problem) {
+    Problem p;
     p.head = problem / a.passes;
     p.first_query = problem % a.passes * QUERIES;
     p.queries = min(QUERIES, a.group - p.first_query);
@@ -52,9 +53,9 @@ __device__ __forceinline__ Place place_of(const Args& a, u32 problem) {
 
 __device__ __forceinline__ Task task_of(const Args& a, const Work& w) {
     Task task;
-    task.p = place_of(a, w.problem);
+    task.p = problem_of(a, w.problem);
     task.s = span_at(a, task.p.head);
-    take_units(task, w.offset, w.offset + min(w.left, (u32)task.s.units - w.offset));
+    assign_units(task, w.offset, w.offset + min(w.left, (u32)task.s.units - w.offset));
     task.p.first_block = w.base / w.per;
     task.p.last_block = (w.base + task.s.units - 1) / w.per;
     return task;
@@ -63,9 +64,9 @@ __device__ __forceinline__ Task task_of(const Args& a, const Work& w) {
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SIGNATURE) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    __shared__ Task kept;  // while the loops need the registers
+    __shared__ Task saved;  // while the loops need the registers
 #if !FIXED
-    __shared__ Work kept_work;
+    __shared__ Work saved_work;
 #endif
     const Args a = ARGS_VALUE;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -76,19 +77,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     __syncwarp();
 #endif
     u32 used = 0;    // pages that this warp has gone through
-    int issued = 0;  // of those under way before the first of a problem was used
+    int issued = 0;  // of those in flight before the first of a problem was used
     Walk walk;
     Unit16 exact;
     Words words;
     Task task = {};
-    // Starts pages from number `from` on, up to `most` of the ring's stages, at most `under_way` at a time.
-    auto start = [&](int from, int end, int most = STAGES, int under_way = STAGES) {
+    // Starts pages from number `from` on, up to `most` of the ring's stages, at most `in_flight` at a time.
+    auto start = [&](int from, int end, int most = STAGES, int in_flight = STAGES) {
 #pragma unroll 1
         for (int i = from; i < most; i++) {
-            const u32 stage = (used + i) % STAGES, before = used + i - under_way;
+            const u32 stage = (used + i) % STAGES, before = used + i - in_flight;
             const int page = __shfl_sync(FULL, walk.numbers, i);
             if (walk.first + i * walk.step < end) {
-                if (i >= from + under_way) wait_for_page(arrived + 8 * (before % STAGES), before / STAGES & 1);
+                if (i >= from + in_flight) wait_for_page(arrived + 8 * (before % STAGES), before / STAGES & 1);
                 start_page(stages + stage * STAGE, arrived + 8 * stage, a, page);
                 issued = i + 1;
             }
@@ -99,12 +100,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #pragma unroll 1
         for (; issued > 0; issued--, used++) wait_for_page(arrived + 8 * (used % STAGES), used / STAGES & 1);
     };
-    // Exact units go to the first warps, pages from the last on.
+    // Exact units go to the first warps, pages to the last.
     auto first_page = [&] { return task.cold_begin + (WARPS - 1 - warp) * task.stride; };
     auto first_exact = [&](const Task& task) { return task.exact_begin + warp * task.stride; };
 #if FIXED
     const u32 problems = a.batch * a.kv_heads * a.passes, splits = gridDim.x / problems, split = blockIdx.x % splits;
-    task.p = place_of(a, blockIdx.x / splits);
+    task.p = problem_of(a, blockIdx.x / splits);
     task.p.first_block = blockIdx.x - split;
     task.p.last_block = task.p.first_block + splits - 1;
     task.stride = splits;
@@ -114,27 +115,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     const size_t head = task.p.head;
     walk.first = first_page();
     walk.step = splits * WARPS;
-    // Append, and at an anchor select, may still be at work. What they do not write is on its way before they end: all pages but
-    // one that append quantises, or those of the list if it is to be used once more; exact rows but the newest.
+    // Append and, at an anchor, select may still be running. Whatever they do not write is loaded before they end: all pages
+    // but the one that append quantizes, or the listed pages if the list is reused; all exact rows but the newest.
     const char *keys = a.exact_k + head * a.exact_rows * EXACT_ROW, *values = a.exact_v + head * a.exact_rows * EXACT_ROW;
     auto load_exact = [&] {
         load_keys16<false>(exact, a, task.s, keys, a.exact_rows, first_exact(task));
         load_values16<false>(exact, a, task.s, values, a.exact_rows, first_exact(task));
     };
     const bool has_first = EARLY && first_exact(task) < task.exact_end;
-#if BULK  // older parts have waited
+#if BULK  // older devices have waited
 #if SELECT
-    const bool again = age_of(__ldcg(a.state + 2 * a.batch * a.kv_heads + head).y, a.anchor_every, a.phase);
+    const bool again =
+        steps_since_refresh(__ldcg(a.state + 2 * a.batch * a.kv_heads + head).y, a.anchor_every, a.anchor_offset);
     if (again) {
         const int2 listed = __ldcg(a.listed + head);
         task.s.listed = listed.x;
         task.s.fresh = listed.y;
-        look_ahead(walk, a, task.s, head, 0);
-        start(0, listed.x, PAGES_EARLY, UNDER_WAY_EARLY);
+        load_page_numbers(walk, a, task.s, head, 0);
+        start(0, listed.x, PAGES_EARLY, IN_FLIGHT_EARLY);
     }
 #else
-    look_ahead(walk, a, task.s, head, 0);
-    start(0, a.page_capacity, PAGES_EARLY, UNDER_WAY_EARLY);
+    load_page_numbers(walk, a, task.s, head, 0);
+    start(0, a.page_capacity, PAGES_EARLY, IN_FLIGHT_EARLY);
 #endif
     if (has_first) load_exact();
 #endif
@@ -142,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     const int2 now = __ldcg(a.state + head);
     if (EARLY) load_queries(words, a, task.p);
 #if SELECT
-    if (threadIdx.x == 0 && split == 0 && task.p.first_query == 0) foretell(a, head, now);
+    if (threadIdx.x == 0 && split == 0 && task.p.first_query == 0) publish_next_state(a, head, now);
 #endif
     let_next_start();
     task.s = span_with(a, head, now);
@@ -150,19 +152,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #if BULK
     if (has_first && first_exact(task) == exact_row(a, task.s, task.s.exact - 1) / EXACT_UNIT) load_exact();
 #if SELECT
-    if (again && age_of(now.y, a.anchor_every, a.phase)) {
+    if (again && steps_since_refresh(now.y, a.anchor_every, a.anchor_offset)) {
         start(issued, walk.end);
     } else {
         drain();
         __syncwarp();
-        look_ahead(walk, a, task.s, head, 0);
+        load_page_numbers(walk, a, task.s, head, 0);
         start(0, walk.end);
     }
 #else
     const int newest = walk.end - 1 - walk.first;
     if (cold_tokens(a, now.x) > cold_tokens(a, now.x - 1) && newest >= 0 && newest % walk.step == 0 &&
         newest / walk.step < STAGES) {
-        // This warp may have the newest page as it was before append: once more.
+        // This warp may have loaded the newest page as it was before append: load it again.
         drain();
         __syncwarp();
     }
@@ -170,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #endif
 #else
     if (has_first) load_exact();
-    look_ahead(walk, a, task.s, head, 0);
+    load_page_numbers(walk, a, task.s, head, 0);
     start(0, walk.end);
 #endif
 #else
@@ -184,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         walk.first = first_page();
         walk.end = task.cold_end;
         walk.step = WARPS;
-        look_ahead(walk, a, task.s, task.p.head, 0);
+        load_page_numbers(walk, a, task.s, task.p.head, 0);
         start(0, walk.end);
         if (EARLY) load_queries(words, a, task.p);
     };
@@ -198,20 +200,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     while (true) {
         __syncthreads();
         if (threadIdx.x == 0) {
-            kept = task;
+            saved = task;
 #if !FIXED
-            kept_work = w;
+            saved_work = w;
 #endif
         }
         if (!EARLY) load_queries(words, a, task.p);
         stage_queries(words, a, shared);
         __syncthreads();
-        // Exact rows first: meanwhile the first pages arrive.
-        const int exact_unit = first_exact(kept), exact_step = WARPS * kept.stride;
-        const bool has_exact = exact_unit < kept.exact_end;
+        // Exact rows first, while the first pages arrive.
+        const int exact_unit = first_exact(saved), exact_step = WARPS * saved.stride;
+        const bool has_exact = exact_unit < saved.exact_end;
         if (has_exact) {
-            const Span s = kept.s;
-            const size_t first = kept.p.head * a.exact_rows * EXACT_ROW;
+            const Span s = saved.s;
+            const size_t first = saved.p.head * a.exact_rows * EXACT_ROW;
             const char *keys = a.exact_k + first, *values = a.exact_v + first;
 #if FIXED
             const InRing tokens = {a.sinks, a.ring, s.ring_start, s.exact};
@@ -222,13 +224,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #endif
             Running r = {};
             r.m = NOTHING;
-            attend16<!FIXED, EARLY>(r, exact, a, s, keys, values, rows, tokens, exact_unit, kept.exact_end, exact_step,
+            attend16<!FIXED, EARLY>(r, exact, a, s, keys, values, rows, tokens, exact_unit, saved.exact_end, exact_step,
                                     shared.exact_query, 0.f);
             leave_exact(r, shared.sums[warp], shared.sums_ml[warp]);
 #if TILES > 1
             r = Running{};
             r.m = NOTHING;
-            attend16<!FIXED, false>(r, exact, a, s, keys, values, rows, tokens, exact_unit, kept.exact_end, exact_step,
+            attend16<!FIXED, false>(r, exact, a, s, keys, values, rows, tokens, exact_unit, saved.exact_end, exact_step,
                                     shared.exact_query + K16 * 2 * 32, 0.f);
             leave_exact(r, shared.sums[warp] + 4 * PAIR, shared.sums_ml[warp] + HEADS);
 #endif
@@ -252,10 +254,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
                 add_values(r, score, at, page);
                 __syncwarp();
                 if ((i & 31) == 31) now = walk.numbers;
-                const int ahead = i + STAGES;
-                if ((ahead & 31) == 0) look_ahead(walk, a, kept.s, kept.p.head, ahead);
-                const int next = __shfl_sync(FULL, walk.numbers, ahead & 31);
-                if (walk.first + ahead * walk.step < walk.end) start_page(stages + stage * STAGE, arrived + 8 * stage, a, next);
+                const int upcoming = i + STAGES;
+                if ((upcoming & 31) == 0) load_page_numbers(walk, a, saved.s, saved.p.head, upcoming);
+                const int next = __shfl_sync(FULL, walk.numbers, upcoming & 31);
+                if (walk.first + upcoming * walk.step < walk.end)
+                    start_page(stages + stage * STAGE, arrived + 8 * stage, a, next);
                 end_group();
                 used++;
                 issued--;
@@ -263,10 +266,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             drain();
             leave_pages(r, shared.sums[warp], shared.sums_ml[warp], has_exact);
         }
-        const Place p = kept.p;
+        const Problem p = saved.p;
 #if !FIXED
-        w = kept_work;
-        const u32 size = w.pad ? w.pad : kept.s.units;
+        w = saved_work;
+        const u32 size = w.pad ? w.pad : saved.s.units;
         Work next = w;
         next.left -= min(w.left, size - w.offset);
         next.base += size;
@@ -282,23 +285,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         const bool alone = p.first_block == p.last_block;
         const u32 items = p.queries * (D / 4);
 #if FIXED
-        const size_t mail = (size_t)p.problem * splits * (QUERIES * D / 4);
-        auto place = [&](u32 from, u32 item) { return mail + from * items + item; };
-        float4* mail_o = reinterpret_cast<float4*>(a.partial);
+        const size_t buffer = (size_t)p.problem * splits * (QUERIES * D / 4);
+        auto buffer_index = [&](u32 from, u32 item) { return buffer + from * items + item; };
+        float4* buffer_o = reinterpret_cast<float4*>(a.partial);
 #endif
         for (u32 item = threadIdx.x; item < items; item += THREADS) {
             const int q = item / (D / 4), dim = item % (D / 4) * 4;
-            const Merged sum = add_up<WARPS>([&](int i) { return shared.sums_ml[i][q]; },
-                                             [&](int i) {
-                                                 return *reinterpret_cast<const float4*>(
-                                                     &shared.sums[i][(q >> 1) * PAIR + (q & 1) * D + dim]);
-                                             });
+            const Merged sum = add_up<WARPS>(
+                [&](int i) { return shared.sums_ml[i][q]; },
+                [&](int i) { return *reinterpret_cast<const float4*>(&shared.sums[i][(q >> 1) * PAIR + (q & 1) * D + dim]); });
             if (alone) {
                 write_result(a, p, q, dim, sum);
                 continue;
             }
 #if FIXED
-            send(mail_o + place(split, item), a.partial_ml + place(split, item), sum);
+            send(buffer_o + buffer_index(split, item), a.partial_ml + buffer_index(split, item), sum);
 #else
             const size_t row = partial_row(p, blockIdx.x, 0, q, QUERIES);
             __stcg(reinterpret_cast<float4*>(a.partial + row * D + dim), sum.o);
@@ -307,34 +308,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         }
 #if FIXED
         if (!alone) {
-            // A share of the items, as many at once as leave every partial a thread of its own.
+            // A share of the items, as many at once as allow one thread per partial.
             const u32 share = (items + splits - 1) / splits, begin = split * share, end = min(begin + share, items);
             const u32 at_once = max(THREADS / splits, 1u);
-            Merged* got = reinterpret_cast<Merged*>(&shared.sums[0][0]);
+            Merged* partials = reinterpret_cast<Merged*>(&shared.sums[0][0]);
 #pragma unroll 1
             for (u32 first = begin; first < end; first += at_once) {
                 __syncthreads();
                 for (u32 i = threadIdx.x; i < splits * at_once; i += THREADS) {
                     const u32 item = first + i % at_once;
-                    if (item < end) got[i] = receive(mail_o + place(i / at_once, item), a.partial_ml + place(i / at_once, item));
+                    if (item < end)
+                        partials[i] =
+                            receive(buffer_o + buffer_index(i / at_once, item), a.partial_ml + buffer_index(i / at_once, item));
                 }
                 __syncthreads();
                 const u32 item = first + threadIdx.x;
                 if (threadIdx.x >= at_once || item >= end) continue;
-                Merged sum = got[threadIdx.x];
+                Merged sum = partials[threadIdx.x];
 #pragma unroll 4
                 for (u32 b = 1; b < splits; b++) {
-                    const Merged other = got[b * at_once + threadIdx.x];
-                    fold(sum, other.o, other.m, other.l);
+                    const Merged other = partials[b * at_once + threadIdx.x];
+                    combine(sum, other.o, other.m, other.l);
                 }
                 write_result(a, p, item / (D / 4), item % (D / 4) * 4, sum);
             }
         }
 #else
-        if (!alone) arrive_and_merge(a, p, kept.s, w, QUERIES, &shared.sums[0][0]);
+        if (!alone) arrive_and_merge(a, p, saved.s, w, QUERIES, &shared.sums[0][0]);
 #endif
 #if SELECT && !FIXED
-        if (threadIdx.x == 0 && blockIdx.x == p.first_block && p.first_query == 0) foretell(a, p.head, __ldcg(a.state + p.head));
+        if (threadIdx.x == 0 && blockIdx.x == p.first_block && p.first_query == 0)
+            publish_next_state(a, p.head, __ldcg(a.state + p.head));
 #endif
 #if FIXED
         return;

@@ -1,13 +1,13 @@
-// Decode attention over pages on CUDA cores, every architecture from SM 6.1: any pair of formats, all pages or those that are
-// listed.
+// Decode attention over pages on CUDA cores, every architecture from SM 6.1: any pair of formats, all pages or the listed ones.
 //
-// A warp reads pages as they lie (pages.cuh): lane 4 g + t has tokens 8 i + g of K, four channels of every 16, and tokens
-// 8 i + 2 t + 0..1 of V, dims g and g + 8 of every 16. After q.k the four lanes of a group have one token each. Scales of K go
-// into the query or the scores, scales of V into the probabilities: codes are multiplied as they are. A nibble becomes a float
-// as 16 + n, its place in the mantissa; what 16 adds is taken off with the zeros. int8 keys go through dp4a with the query in
-// two int8 parts, which is exact to 15 bits. What a warp has of the pages joins its exact rows (simt.cuh) as one lane group's.
+// A warp reads pages in memory order (pages.cuh): lane 4 g + t has tokens 8 i + g of K, four channels of every 16, and tokens 8
+// i + 2 t + 0..1 of V, dims g and g + 8 of every 16. After q.k the four lanes of a group have one token each. Scales of K are
+// folded into the query or the scores, scales of V into the probabilities, so codes are multiplied without scaling. A nibble n
+// becomes the float 16 + n by its position in the mantissa; the 16 is subtracted with the zeros. int8 keys are multiplied by
+// dp4a with the query in two int8 parts, which is exact to 15 bits. A warp's results of its pages join its exact rows
+// (simt.cuh) as those of one lane group.
 //
-// Macros, beside those of pages.cuh: TILE.
+// Macros in addition to those of pages.cuh: TILE.
 #include "pages.cuh"
 #include "simt.cuh"
 
@@ -16,7 +16,7 @@
 #define KEY_ZEROS (K_FORMAT == INT4 ? (PADDED + 127) / 128 : 1)
 #define VALUE_ZEROS (V_FORMAT == INT4 ? GROUPS : 1)
 
-// Vectors of a lane that are under way together: the most of up to 8 that divide a page's.
+// Vectors of a lane that are in flight together: the largest number up to 8 that divides a page's.
 __device__ constexpr int batch_of(int rows) {
     int n = 8;
     while (rows % n) n--;
@@ -35,7 +35,7 @@ struct Staged {
 #endif
 };
 
-// What a warp has of its pages: a lane's dims over its tokens, and sums over the tokens that it weighs.
+// A warp's results of its pages: a lane's dims over its tokens, and sums over the tokens that it weighs.
 struct Paged {
     float acc[TILE][VALUE_TILES][2];
     float m[TILE], l[TILE], zero[TILE][VALUE_ZEROS];  // m is the warp's
@@ -108,8 +108,8 @@ __device__ __forceinline__ float nibble(u32 word, int e) {
     return __uint_as_float((moved & 0x780000u) | 0x41800000u);
 }
 
-#define E4M3_ONE 0x1p120f  // what `e4m3` leaves out
-// Element e of a word of fp8 codes; subnormal floats, too, are exact.
+#define E4M3_ONE 0x1p120f  // the factor that `e4m3` omits
+// Element e of a word of fp8 codes, without the factor E4M3_ONE; subnormal floats are exact too.
 __device__ __forceinline__ float e4m3(u32 word, int e) {
     return __int_as_float(((int)(word << (24 - 8 * e)) >> 4) & 0x87f00000);
 }
@@ -192,14 +192,14 @@ __device__ __forceinline__ Dot meet(Dot a, Dot b, Dot c, Dot d) {
     return (t & 1 ? y : x) + __shfl_xor_sync(FULL, t & 1 ? x : y, 1);
 }
 
-// Weights of tokens 8 i + 2 t + j out of what the lanes have of one token each.
+// Collects the weights of tokens 8 i + 2 t + j from the lanes, which have one token each.
 __device__ __forceinline__ void share_weights(float (&weights)[8], float mine) {
     const int t = threadIdx.x & 3;
 #pragma unroll
     for (int n = 0; n < 8; n++) weights[n] = __shfl_sync(FULL, mine, 4 * (2 * t + (n & 1)) + (n >> 1));
 }
 
-// Adds up the values of `COUNT` vectors of V; `weights` are those of the int4 group that the vectors so far belonged to.
+// Adds the weighted values of `COUNT` vectors of V; `weights` are those of the int4 group of the previous vectors.
 template <int COUNT>
 __device__ __forceinline__ void multiply_values(Paged& r, float (&weights)[TILE][8], const uint4 (&v)[COUNT], int first,
                                                 const float (&p)[TILE], const ValueScales& scales) {
@@ -251,7 +251,7 @@ __device__ __forceinline__ void multiply_values(Paged& r, float (&weights)[TILE]
     }
 }
 
-// Makes room for scores up to `top`, which is the warp's.
+// Raises the running maximum to `top`, the same in the whole warp.
 __device__ __forceinline__ void raise_maximum(Paged& r, int h, float top) {
     const float alpha = exp2_fast(r.m[h] - top);
     r.m[h] = top;
@@ -270,7 +270,7 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-// Every WARPS_PER_TILEth of pages `unit`..`end` - 1 of those that are read.
+// Attends to every WARPS_PER_TILEth of pages `unit`..`end` - 1 of those to read.
 __device__ __forceinline__ void attend_pages(Paged& r, const Args& a, const Span& s, size_t head, Staged& staged, int unit,
                                              int end) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = warp % QTILES * TILE;
@@ -311,7 +311,7 @@ __device__ __forceinline__ void attend_pages(Paged& r, const Args& a, const Span
                 sum = fmaf(q.x, fmaf(-16.f, a0.x, z0.x), fmaf(q.y, fmaf(-16.f, a0.y, z0.y), sum));
                 sum = fmaf(q.z, fmaf(-16.f, a1.x, z1.x), fmaf(q.w, fmaf(-16.f, a1.y, z1.y), sum));
             }
-            // The four lanes of a group add up what these start from.
+            // The four lanes of a group add up the starting values.
             for (int i = 4; i < 32; i <<= 1) sum += __shfl_xor_sync(FULL, sum, i);
 #pragma unroll
             for (int i = 0; i < 4; i++) dots[h][i][0] = sum;
@@ -376,7 +376,7 @@ __device__ __forceinline__ void attend_pages(Paged& r, const Args& a, const Span
     }
 }
 
-// What a warp has of its pages becomes what the first lane group of its rows starts from. `row`: D floats of this warp.
+// Makes a warp's results of its pages the starting values of the first lane group of its rows. `row`: D floats of this warp.
 __device__ __forceinline__ void join(Running& r, const Paged& from, float* row) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, part = lane & 7;
 #pragma unroll
@@ -405,13 +405,13 @@ __device__ __forceinline__ void join(Running& r, const Paged& from, float* row) 
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
-            const int dim = slot_dim(i / SLOT, part) + i % SLOT;
+            const int dim = chunk_dim(i / CHUNK, part) + i % CHUNK;
             r.acc[h][i] = lane < 8 && dim < D ? row[dim] : 0.f;
         }
     }
 }
 
-__device__ __forceinline__ void stage_queries(Staged& staged, const Args& a, const Place& p) {
+__device__ __forceinline__ void stage_queries(Staged& staged, const Args& a, const Problem& p) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     for (int row = warp; row < ROWS; row += WARPS) {
         const float* from = a.query + (p.head * a.group + p.first_query + row) * D;
@@ -449,7 +449,7 @@ __device__ __forceinline__ void stage_queries(Staged& staged, const Args& a, con
 }
 
 static_assert(SCRATCH_BYTES >= WARPS * D * 4, "a row of every warp fits the scratch of the merge");
-static_assert(!REUSE, "pages are listed anew, outputs are not kept");
+static_assert(!REUSE, "pages have no reuse of outputs");
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SIGNATURE) {
     const Args a = ARGS_VALUE;
@@ -457,18 +457,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     __shared__ float4 scratch[SCRATCH_BYTES / 16];
     __shared__ float2 scratch_ml[WARPS / 2 * TILE];
     const int warp = threadIdx.x >> 5, stream = warp / QTILES;
-    // Kept in shared memory while the loops need the registers.
-    __shared__ Work kept_work;
-    __shared__ Place kept_place;
-    __shared__ Span kept_span;
+    // In shared memory while the loops need the registers.
+    __shared__ Work saved_work;
+    __shared__ Problem saved_problem;
+    __shared__ Span saved_span;
     wait_for_previous();
     let_next_start();
     Work w = find_work(a);
     while (w.left && w.problem < w.problems) {
         __syncthreads();
         Span s = span_at(a, w.problem / a.passes);
-        const u32 take = min(w.left, (u32)s.units - w.offset), end = w.offset + take;
-        Place p;
+        const u32 count = min(w.left, (u32)s.units - w.offset), end = w.offset + count;
+        Problem p;
         p.head = w.problem / a.passes;
         p.first_query = w.problem % a.passes * ROWS;
         p.queries = min(ROWS, a.group - p.first_query);
@@ -476,9 +476,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         p.first_block = w.base / w.per;
         p.last_block = (w.base + s.units - 1) / w.per;
         if (threadIdx.x == 0) {
-            kept_work = w;
-            kept_place = p;
-            kept_span = s;
+            saved_work = w;
+            saved_problem = p;
+            saved_span = s;
         }
         stage_queries(staged, a, p);
         __syncthreads();
@@ -498,11 +498,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             attend_exact<true>(r, a, s, query, ek, ev, s.exact, begin, s.exact ? (int)end - s.cold_units : 0, 0.f);
         }
         reduce_warps(r, reinterpret_cast<float*>(scratch), scratch_ml);
-        w = kept_work;
-        p = kept_place;
-        s = kept_span;
+        w = saved_work;
+        p = saved_problem;
+        s = saved_span;
 #if SELECT
-        if (threadIdx.x == 0 && w.offset == 0 && p.first_query == 0) foretell(a, p.head, __ldcg(a.state + p.head));
+        if (threadIdx.x == 0 && w.offset == 0 && p.first_query == 0) publish_next_state(a, p.head, __ldcg(a.state + p.head));
 #endif
         write_partial(a, p, SEGMENTS - 1, r);
         arrive_and_merge(a, p, s, w, ROWS, reinterpret_cast<float*>(scratch));

@@ -1,28 +1,29 @@
 // Decode attention on CUDA cores, every architecture from SM 6.1: rows of 16 or 32 bit or int8.
 //
-// int8 rows are held as the others are (simt.cuh). Their keys are multiplied by dp4a with the query in two int8 parts, which is
-// exact to 15 bits.
+// int8 rows are laid out as the others are (simt.cuh). Their keys are multiplied by dp4a with the query in two int8 parts,
+// which is exact to 15 bits.
 #include "simt.cuh"
 
 #if COLD_TYPE == COLD_INT8
 __device__ __forceinline__ void attend_int8(Running& r, const Query& query, const char* keys, const char* values,
-                                            const u16* key_scales, const u16* value_scales, int n, int unit, int end, float bias) {
+                                            const u16* key_scales, const u16* value_scales, int n, int unit, int end,
+                                            float bias) {
     const int lane = threadIdx.x & 31, rank = lane >> 3, part = lane & 7;
     const int steps = COLD_UNIT / (4 * DEPTH);
-    auto load = [&](uint4 (&to)[DEPTH][SLOTS], float (&scale)[DEPTH], const char* plane, const u16* scales, int step) {
+    auto load = [&](uint4(&to)[DEPTH][CHUNKS], float (&scale)[DEPTH], const char* plane, const u16* scales, int step) {
         const int first = ((step / steps) * WARPS_PER_TILE + unit) * COLD_UNIT + step % steps * 4 * DEPTH;
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             size_t token = min(first + 4 * d + rank, n - 1);
             scale[d] = bf16_at(scales + token);
 #pragma unroll
-            for (int c = 0; c < SLOTS; c++)
-                to[d][c] = slot_dim(c, part) < D ? load16(plane + token * D + slot_dim(c, part)) : make_uint4(0, 0, 0, 0);
+            for (int c = 0; c < CHUNKS; c++)
+                to[d][c] = chunk_dim(c, part) < D ? load16(plane + token * D + chunk_dim(c, part)) : make_uint4(0, 0, 0, 0);
         }
     };
     if (unit >= end) return;
     const int count = (end - unit + WARPS_PER_TILE - 1) / WARPS_PER_TILE * steps;
-    uint4 k[DEPTH][SLOTS], v[DEPTH][SLOTS];
+    uint4 k[DEPTH][CHUNKS], v[DEPTH][CHUNKS];
     float key_scale[DEPTH], value_scale[DEPTH];
     load(k, key_scale, keys, key_scales, 0);
     for (int step = 0; step < count; step++) {
@@ -65,18 +66,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
     __shared__ float4 scratch[SCRATCH_BYTES / 16];
     __shared__ float2 scratch_ml[WARPS / 2 * TILE];
     const int stream = (threadIdx.x >> 5) / QTILES;
-    // Kept in shared memory while the loops need the registers.
-    __shared__ Work kept_work;
-    __shared__ Place kept_place;
-    __shared__ Span kept_span;
+    // In shared memory while the loops need the registers.
+    __shared__ Work saved_work;
+    __shared__ Problem saved_problem;
+    __shared__ Span saved_span;
     wait_for_previous();
     let_next_start();
     Work w = find_work(a);
     while (w.left && w.problem < w.problems) {
         __syncthreads();
         Span s = span_at(a, w.problem / a.passes);
-        const u32 take = min(w.left, (u32)s.units - w.offset), end = w.offset + take;
-        Place p;
+        const u32 count = min(w.left, (u32)s.units - w.offset), end = w.offset + count;
+        Problem p;
         p.head = w.problem / a.passes;
         p.first_query = w.problem % a.passes * ROWS;
         p.queries = min(ROWS, a.group - p.first_query);
@@ -84,9 +85,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         p.first_block = w.base / w.per;
         p.last_block = (w.base + s.units - 1) / w.per;
         if (threadIdx.x == 0) {
-            kept_work = w;
-            kept_place = p;
-            kept_span = s;
+            saved_work = w;
+            saved_problem = p;
+            saved_span = s;
         }
         __syncthreads();
         Running r = {};
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
 #endif
 #if REUSE
             reduce_warps(r, reinterpret_cast<float*>(scratch), scratch_ml);
-            write_partial(a, kept_place, 0, r);
+            write_partial(a, saved_problem, 0, r);
             r = Running{};
 #pragma unroll
             for (int h = 0; h < TILE; h++) r.m[h] = NOTHING;
@@ -117,9 +118,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
             attend_exact<true>(r, a, s, query, ek, ev, s.exact, begin, s.exact ? (int)end - s.cold_units : 0, 0.f);
         }
         reduce_warps(r, reinterpret_cast<float*>(scratch), scratch_ml);
-        w = kept_work;
-        p = kept_place;
-        s = kept_span;
+        w = saved_work;
+        p = saved_problem;
+        s = saved_span;
         write_partial(a, p, SEGMENTS - 1, r);
         arrive_and_merge(a, p, s, w, ROWS, reinterpret_cast<float*>(scratch));
         const u32 size = w.pad ? w.pad : s.units;

@@ -1,18 +1,18 @@
-// Decode attention by a fixed number of blocks a KV head, on tensor cores (SM 8.0 and newer): for short contexts, where what costs
-// time is waiting, not moving, and for single int8 sequences.
+// Decode attention with a fixed number of blocks per KV head, on tensor cores (SM 8.0 and newer): for short contexts, which are
+// bound by latency rather than bandwidth, and for single int8 sequences.
 //
-// SPLITS blocks, one cluster where CLUSTER, attend to one KV head. A warp's first units depend on the capacity alone, so they are
-// on their way before the length and the query have arrived; rows that turn out to be no tokens are masked. The exact plane is
-// read in the order in which its rows lie. Blocks leave what they have in each other's shared memory, or without clusters in
-// scratch.
+// SPLITS blocks, a cluster if CLUSTER, attend to one KV head. A warp's first units depend on the capacity alone, so their loads
+// start before the length and the query have arrived; rows that turn out not to be tokens are masked. The exact plane is read
+// in memory order. Blocks exchange partial results through each other's shared memory or, without clusters, through scratch
+// memory.
 //
-// Macros: SPLITS, CLUSTER, PREFETCH units of a warp behind the first that are fetched into L2 at the start.
+// Macros: SPLITS, CLUSTER, and PREFETCH, the units of a warp after its first that are prefetched into L2 at the start.
 #include "attend.cuh"
 
-#define STEP (SPLITS * WARPS)                // units that the blocks of a head attend to at once
-#define ITEMS (HEADS * D / 4)                // (query, 4 dims) of a head
-#define SHARE ((ITEMS + SPLITS - 1) / SPLITS)  // of these, what one block of a cluster adds up at the most
-#define PAIR (2 * D + 4)                     // floats of two queries, apart so that lanes meet different banks
+#define STEP (SPLITS * WARPS)                  // units that the blocks of a head attend to at once
+#define ITEMS (HEADS * D / 4)                  // (query, 4 dims) of a head
+#define SHARE ((ITEMS + SPLITS - 1) / SPLITS)  // the most of these that one block of a cluster merges
+#define PAIR (2 * D + 4)                       // floats of two queries, apart so that lanes meet different banks
 #define OPERANDS (K16 * 2 * 32)
 #if CLUSTER
 #define CLUSTER_OF __cluster_dims__(SPLITS, 1, 1)
@@ -21,14 +21,15 @@
 #endif
 
 #if CLUSTER
-// What the blocks of a cluster send each other: data and word of its arrival in one, so that nobody fences.
+// Partial results that the blocks of a cluster send each other; data and the signal of their arrival travel together, so no
+// fence is needed.
 struct Inbox {
     float4 o[SPLITS][SHARE];
     float2 ml[SPLITS][SHARE];
     u64 arrived;
 };
 
-// Makes ready for `bytes` to arrive. Every thread of a cluster's blocks calls this, and `wait_for_blocks` before it sends.
+// Prepares for `bytes` to arrive. Every thread of a cluster's blocks calls this, and `wait_for_blocks` before it sends.
 __device__ __forceinline__ void open_inbox(Inbox& inbox, u32 bytes) {
     if (threadIdx.x == 0) {
         const u32 arrived = shared_address(&inbox.arrived);
@@ -48,19 +49,19 @@ __device__ __forceinline__ u32 address_in(u32 shared, u32 block) {
 }
 
 // Sends a partial from block `from` of the cluster to block `to`.
-__device__ __forceinline__ void send(const Inbox& inbox, u32 from, u32 to, u32 place, const Merged& sum) {
+__device__ __forceinline__ void send(const Inbox& inbox, u32 from, u32 to, u32 index, const Merged& sum) {
     const u32 arrived = address_in(shared_address(&inbox.arrived), to);
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
-                     address_in(shared_address(&inbox.o[from][place]), to)),
+                     address_in(shared_address(&inbox.o[from][index]), to)),
                  "f"(sum.o.x), "f"(sum.o.y), "f"(sum.o.z), "f"(sum.o.w), "r"(arrived)
                  : "memory");
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(
-                     address_in(shared_address(&inbox.ml[from][place]), to)),
+                     address_in(shared_address(&inbox.ml[from][index]), to)),
                  "f"(sum.m), "f"(sum.l), "r"(arrived)
                  : "memory");
 }
 
-__device__ __forceinline__ void wait_for_mail(const Inbox& inbox) {
+__device__ __forceinline__ void wait_for_partials(const Inbox& inbox) {
     u32 done = 0;
     while (!done)
         asm volatile(
@@ -87,13 +88,13 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
     const int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, unit = warp * SPLITS + split;
     const u32 vectors = D / 4, items = a.group * vectors;
 #if CLUSTER
-    // Every SPLITS-th item is this block's to add up.
+    // This block merges every SPLITS-th item.
     const u32 mine = (items - split + SPLITS - 1) / SPLITS;
     open_inbox(inbox, SPLITS * mine * 24);
 #endif
     const int exact_units = (a.exact_rows + EXACT_UNIT - 1) / EXACT_UNIT;
 
-    // Into L2, where append's writes arrive too, may go before it has ended.
+    // Prefetching into L2 may start before append has ended: its writes arrive in L2 too.
     const size_t first_exact = (size_t)head * a.exact_rows;
     const char *ek = a.exact_k + first_exact * EXACT_ROW, *ev = a.exact_v + first_exact * EXACT_ROW;
     prefetch(ek, ev, unit, exact_units, EXACT_UNIT * EXACT_ROW, (size_t)a.exact_rows * EXACT_ROW);
@@ -128,7 +129,7 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
     for (int i = 1; i <= PREFETCH; i++)
         prefetch(ek, ev, unit + i * STEP, exact_units, EXACT_UNIT * EXACT_ROW, (size_t)a.exact_rows * EXACT_ROW);
 #else
-    // Warps that have exact units come to the cold ones a round later.
+    // Warps that have exact units start with the cold ones a round later.
     const int cold_unit = unit - exact_units + (max(exact_units - unit, 0) + STEP - 1) / STEP * STEP;
     const size_t first_cold = (size_t)head * a.cold_rows;
     const char *ck = a.cold_k + first_cold * COLD_ROW, *cv = a.cold_v + first_cold * COLD_ROW;
@@ -168,7 +169,7 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
 #else
     const InRing tokens = {a.sinks, a.ring, s.ring_start, s.exact};
 #if COLD_TYPE == COLD_INT8
-    // Before the exact rows: it scales what is there by powers of two.
+    // Before the exact rows, because it scales the running results by powers of two.
     attend8<true>(r, cold, rows, s.cold, cold_unit, s.cold_units, STEP, q8, steps[g], s.bias);
 #else
     attend16<false, true>(r, cold, a, s, ck, cv, a.cold_rows, First{s.cold}, cold_unit, s.cold_units, STEP, q16, s.bias);
@@ -192,16 +193,15 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
     }
     __syncthreads();
 
-    Place p = {(size_t)head, 0, a.group, 0, (u32)head, (u32)head * SPLITS, (u32)head * SPLITS + SPLITS - 1};
+    Problem p = {(size_t)head, 0, a.group, 0, (u32)head, (u32)head * SPLITS, (u32)head * SPLITS + SPLITS - 1};
 #if CLUSTER
     wait_for_blocks();
 #endif
     for (u32 item = threadIdx.x; item < items; item += THREADS) {
         const u32 q = item / vectors, dim = item % vectors * 4;
-        const Merged sum = add_up<WARPS>([&](int i) { return sums_ml[i][q]; },
-                                         [&](int i) {
-                                             return *reinterpret_cast<const float4*>(&sums[i][(q >> 1) * PAIR + (q & 1) * D + dim]);
-                                         });
+        const Merged sum = add_up<WARPS>(
+            [&](int i) { return sums_ml[i][q]; },
+            [&](int i) { return *reinterpret_cast<const float4*>(&sums[i][(q >> 1) * PAIR + (q & 1) * D + dim]); });
 #if CLUSTER
         send(inbox, split, item % SPLITS, item / SPLITS, sum);
 #else
@@ -212,7 +212,7 @@ extern "C" __global__ void CLUSTER_OF __launch_bounds__(THREADS, MIN_BLOCKS) dec
     }
 #if CLUSTER
     if (threadIdx.x >= mine) return;
-    wait_for_mail(inbox);
+    wait_for_partials(inbox);
     const u32 item = threadIdx.x * SPLITS + split;
     const Merged sum =
         add_up<SPLITS>([&](int i) { return inbox.ml[i][threadIdx.x]; }, [&](int i) { return inbox.o[i][threadIdx.x]; });

@@ -1,7 +1,7 @@
-// What serves a model beside decode steps: further chunks, tokens read back, taken back, and rows that move.
+// Kernels that serve a model in addition to decode steps: they store chunks, read tokens back, crop sequences and move rows.
 #include "unpack.cuh"
 
-// What a sequence's tokens become as it grows, or shrinks, from one length to another.
+// A sequence that grows or shrinks from one length to another.
 struct Change {
     int from, to;            // lengths
     int cold_from, cold_to;  // cold tokens
@@ -19,9 +19,9 @@ __device__ __forceinline__ void load_exact(float (&x)[ELEMENTS], const Store& s,
     }
 }
 
-// Token at `position`, given or held, as exact rows are rounded.
-__device__ __forceinline__ void load_either(float (&x)[ELEMENTS], const Store& s, const Given& g, const Change& c, bool value,
-                                            size_t head, int kv_heads, int position) {
+// Loads the token at `position`, stored or new, rounded to the dtype of exact rows.
+__device__ __forceinline__ void load_either(float (&x)[ELEMENTS], const Store& s, const TokenRows& g, const Change& c,
+                                            bool value, size_t head, int kv_heads, int position) {
     if (position < c.from) return load_exact(x, s, value, head, position);
     load_token(x, g, value, head / kv_heads, head % kv_heads, position - c.from);
 #pragma unroll
@@ -29,11 +29,11 @@ __device__ __forceinline__ void load_either(float (&x)[ELEMENTS], const Store& s
     note_bad(s, head, position, x);
 }
 
-// Stores what becomes cold when sequence b grows by its first more[b] given tokens. grid.y: keys, values; grid.z: heads.
+// Stores what becomes cold when sequence b grows by its first added[b] tokens. grid.y: keys, values; grid.z: heads.
 extern "C" __global__ void __launch_bounds__(256, 1)
-    extend_cold(STORE_SIGNATURE, const int2* state, const int* more, int kv_heads, int heads, GIVEN_SIGNATURE) {
+    extend_cold(STORE_SIGNATURE, const int2* state, const int* added, int kv_heads, int heads, TOKEN_ROWS_SIGNATURE) {
     const Store s = STORE_VALUE;
-    const Given given = GIVEN_VALUE;
+    const TokenRows tokens = TOKEN_ROWS_VALUE;
     const bool value = blockIdx.y;
     const int warp = threadIdx.x >> 5;
     float x[ELEMENTS];
@@ -41,12 +41,12 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     __shared__ PageTile tile;
 #endif
     for (int head = blockIdx.z; head < heads; head += gridDim.z) {
-        const int held = state[head].x;
-        const Change c(s, held, held + more[head / kv_heads]);
+        const int length = state[head].x;
+        const Change c(s, length, length + added[head / kv_heads]);
         for (int page = c.cold_from / PAGE + blockIdx.x; page < c.cold_to / PAGE; page += gridDim.x) {
             for (int token = warp; token < PAGE; token += 8) {
                 const int number = page * PAGE + token;
-                load_either(x, s, given, c, value, head, kv_heads, s.sinks + number);
+                load_either(x, s, tokens, c, value, head, kv_heads, s.sinks + number);
 #if COLD_TYPE == COLD_PAGES
                 put_row(s, tile, value, head, page, token, x);
 #else
@@ -60,35 +60,35 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     }
 }
 
-// Stores those that stay exact. A kernel of its own: it overwrites rows that `extend_cold` reads.
+// Stores the tokens that stay exact. A separate kernel, because it overwrites rows that `extend_cold` reads.
 extern "C" __global__ void __launch_bounds__(256, 1)
-    extend_exact(STORE_SIGNATURE, const int2* state, const int* more, int kv_heads, int heads, GIVEN_SIGNATURE) {
+    extend_exact(STORE_SIGNATURE, const int2* state, const int* added, int kv_heads, int heads, TOKEN_ROWS_SIGNATURE) {
     const Store s = STORE_VALUE;
-    const Given given = GIVEN_VALUE;
+    const TokenRows tokens = TOKEN_ROWS_VALUE;
     const bool value = blockIdx.y;
     for (int head = blockIdx.z; head < heads; head += gridDim.z) {
-        const int held = state[head].x;
-        const Change c(s, held, held + more[head / kv_heads]);
+        const int length = state[head].x;
+        const Change c(s, length, length + added[head / kv_heads]);
         // Sinks, then what follows the cold ones.
-        const int lead = max((c.cold_to ? min(s.sinks, c.to) : c.to) - held, 0);
-        const int first = max(s.sinks + c.cold_to, held), rest = c.cold_to ? max(c.to - first, 0) : 0;
+        const int lead = max((c.cold_to ? min(s.sinks, c.to) : c.to) - length, 0);
+        const int first = max(s.sinks + c.cold_to, length), rest = c.cold_to ? max(c.to - first, 0) : 0;
         for (int i = blockIdx.x * 8 + (threadIdx.x >> 5); i < lead + rest; i += gridDim.x * 8) {
-            const int position = i < lead ? held + i : first + i - lead;
+            const int position = i < lead ? length + i : first + i - lead;
             float x[ELEMENTS];
-            load_either(x, s, given, c, value, head, kv_heads, position);
+            load_either(x, s, tokens, c, value, head, kv_heads, position);
             store_exact(s, value, head, position, x);
         }
     }
 }
 
-// Writes tokens `first` to `last` - 1 as they are stored to (heads, last - first, dim) rows of `type`: zeros where a sequence has
-// ended or a stride has dropped the token. grid.y: keys, values; grid.z: heads.
+// Writes tokens `first` to `last` - 1 as they are stored to (heads, last - first, dim) rows of `type`: zeros where a sequence
+// has ended or a stride has dropped the token. grid.y: keys, values; grid.z: heads.
 extern "C" __global__ void __launch_bounds__(256, 1)
     read_rows(STORE_SIGNATURE, const int2* state, int heads, int first, int last, char* keys, char* values, int type, int dim) {
     const Store s = STORE_VALUE;
     const bool value = blockIdx.y;
     const int lane = threadIdx.x & 31;
-    // Parts of a page each: `lead` of sinks, then of what comes after them.
+    // Parts of a page each: `lead` parts of sinks, then parts of the tokens after them.
     const int lead = (s.sinks + PAGE - 1) / PAGE, end = lead + (max(last - s.sinks, 0) + PAGE - 1) / PAGE;
     const int begin = first < s.sinks ? first / PAGE : lead + (first - s.sinks) / PAGE;
 #if COLD_TYPE == COLD_PAGES
@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     }
 }
 
-// Sequence b keeps its first lengths[b] tokens: cold ones that lie in the window again become exact rows.
+// Prepares sequence b for its first lengths[b] tokens: cold tokens that are in the window again become exact rows.
 extern "C" __global__ void __launch_bounds__(256, 1)
     crop_rows(STORE_SIGNATURE, const int2* state, const int* lengths, int kv_heads, int heads) {
     const Store s = STORE_VALUE;
@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #endif
 #pragma unroll
                 for (int i = 0; i < ELEMENTS; i++) x[i] = limit_exact(x[i]);
-                note_bad(s, head, s.sinks + number, x);  // what shared a scale with a value that was not finite
+                note_bad(s, head, s.sinks + number, x);  // it may have shared a scale with a value that was not finite
                 store_exact(s, value, head, s.sinks + number, x);
             }
         }
@@ -177,7 +177,7 @@ struct Plane {
     u64 from_stride, to_stride, bytes;  // of a (sequence, KV head); `bytes` of it are copied
 };
 
-// Row to_rows[i] of one cache becomes row from_rows[i] of another. grid.y: planes; grid.z: heads.
+// Copies row from_rows[i] of one cache to row to_rows[i] of another. grid.y: planes; grid.z: heads.
 extern "C" __global__ void __launch_bounds__(256, 1)
     copy_rows(const Plane* planes, const int* from_rows, const int* to_rows, int kv_heads, int heads) {
     const Plane p = planes[blockIdx.y];

@@ -1,4 +1,5 @@
-// Attention of one warp to the page in a stage, on tensor cores: scores, softmax, values; and what a warp leaves to its block.
+// Attention of one warp to the page in a stage, on tensor cores: scores, softmax, values, and the results that it leaves to its
+// block.
 #pragma once
 #include "page_shared.cuh"
 
@@ -32,7 +33,8 @@ __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
 }
 
 __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
-    const __half2 r = __hfma2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b), *reinterpret_cast<__half2*>(&c));
+    const __half2 r =
+        __hfma2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b), *reinterpret_cast<__half2*>(&c));
     return *reinterpret_cast<const u32*>(&r);
 }
 
@@ -43,7 +45,7 @@ __device__ __forceinline__ u32 fp8_to_half(u32 bytes) {
     asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low;}" : "=r"(r) : "r"(bytes));
     return r;
 #else
-    const u32 w = __byte_perm(bytes, 0, 0x1404);  // each byte on top of its half
+    const u32 w = __byte_perm(bytes, 0, 0x1404);                               // each byte on top of its half
     return multiply((w & 0x80008000u) | (w >> 1 & 0x3f803f80u), 0x5c005c00u);  // exponents are 8 apart: times 256
 #endif
 }
@@ -59,7 +61,8 @@ __device__ __forceinline__ void score_page(float (&score)[TILES][8], const char*
 #pragma unroll
     for (int k = 0; k < KEY_STEPS; k++) {
 #if K_FORMAT == INT8
-        const uint4 k0 = vector_of(stage, 2 * k), k1 = 2 * k + 1 < KEY_TILES ? vector_of(stage, 2 * k + 1) : make_uint4(0, 0, 0, 0);
+        const uint4 k0 = vector_of(stage, 2 * k),
+                    k1 = 2 * k + 1 < KEY_TILES ? vector_of(stage, 2 * k + 1) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             const uint4 q = load_query(shared.page_query + (tile * KEY_STEPS + k) * 32 + lane);
@@ -78,7 +81,8 @@ __device__ __forceinline__ void score_page(float (&score)[TILES][8], const char*
             high[i] = w1 >> (i & 2 ? 8 : 0) & mask;
         }
         const char* scales = stage + KEY_SCALES_AT + (16 * k + 4 * t) * 2;
-        const uint2 scale = *reinterpret_cast<const uint2*>(scales), base = *reinterpret_cast<const uint2*>(scales + 2 * PADDED);
+        const uint2 scale = *reinterpret_cast<const uint2*>(scales),
+                    base = *reinterpret_cast<const uint2*>(scales + 2 * PADDED);
 #elif K_FORMAT == FP8
         const uint4 codes = vector_of(stage, k);
 #pragma unroll
@@ -96,7 +100,7 @@ __device__ __forceinline__ void score_page(float (&score)[TILES][8], const char*
             uint4 q = load_query(shared.page_query + (tile * KEY_STEPS + k) * 32 + lane);
 #if K_FORMAT == INT4
             mma_half(zero[tile], q.x, q.y, q.z, q.w, base.x, base.y);
-            // What the rounded product lacks goes into the low part, with the query's own.
+            // The rounding error of the product goes into the low part, together with the query's own.
             const u32 a = multiply(q.x, scale.x), b = multiply(q.z, scale.y);
             q.y = multiply_add(q.y, scale.x, multiply_add(q.x, scale.x, a ^ 0x80008000u));
             q.w = multiply_add(q.w, scale.y, multiply_add(q.z, scale.y, b ^ 0x80008000u));
@@ -134,7 +138,8 @@ __device__ __forceinline__ void score_page(float (&score)[TILES][8], const char*
                 score[tile][2 * i + b] = (float)(x[tile][i][b] * 128 + x[tile][i][2 + b]) * (step * of);
 #elif K_FORMAT == INT4
                 const float codes = x[tile][i][b] + x[tile][i][2 + b];
-                score[tile][2 * i + b] = (codes * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + (zero[tile][0] + zero[tile][2])) * step;
+                score[tile][2 * i + b] =
+                    (codes * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + (zero[tile][0] + zero[tile][2])) * step;
 #else
                 score[tile][2 * i + b] = (x[tile][i][b] + x[tile][i][2 + b]) * step;
 #endif
@@ -173,7 +178,7 @@ __device__ __forceinline__ uint2 value_scales(const char* stage, int group, int 
 }
 #endif
 
-// The largest scale of V that this lane multiplies with.
+// The largest scale of V that this lane multiplies by.
 __device__ __forceinline__ float largest_scale(const char* stage, int page) {
     float largest = 0.f;
 #if V_FORMAT == INT4
@@ -298,11 +303,11 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[TILES][
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
 #if ZEROS
-            // Tensor cores truncate what they add up. Codes count from zero: their sums grow far beyond what is left without the
-            // zeros, and the loss with them. So a page's sums start from nothing, and pages are added up as floats.
+            // Tensor cores truncate sums. Codes are not negative, so their sums grow far beyond the result without the zeros,
+            // and so does the truncation error. Therefore every page's sums start at 0, and pages are added as floats.
             float sum[4] = {};
 #else
-            float(&sum)[4] = r.acc[tile][m];
+            float (&sum)[4] = r.acc[tile][m];
 #endif
 #pragma unroll
             for (int k = 0; k < 2; k++) {
@@ -320,11 +325,11 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[TILES][
     }
 }
 
-// Leaves what a warp has of its pages in shared memory, as floats in the order of dims; adds it to what is there if `more`.
+// Writes a warp's results of its pages to shared memory, as floats in the order of dims; adds to what is there if `more`.
 __device__ __forceinline__ void leave_pages(Sums& r, float* sums, float2* sums_ml, bool more) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const float unit = V_FORMAT == SIXTEEN_BIT ? 1.f : exp2_fast(r.exponent - (float)V_SHIFT);
-    // Not unit * CODE_ONE at once: where values are beyond 2^103 that is infinite, and what it is for is not.
+    // Not unit * CODE_ONE first: where values exceed 2^103 that is infinite although the result is not.
     const float first = V_FORMAT == INT4 || V_FORMAT == INT8 ? CODE_ONE : 1.f;
     const float second = V_FORMAT == INT4 ? first / 16.f : first;
 #pragma unroll
@@ -367,7 +372,7 @@ __device__ __forceinline__ void leave_pages(Sums& r, float* sums, float2* sums_m
     }
 }
 
-// Leaves what a warp has of exact rows in shared memory, one tile of queries.
+// Writes a warp's results of exact rows to shared memory, one tile of queries.
 __device__ __forceinline__ void leave_exact(Running& r, float* sums, float2* sums_ml) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     r.l += __shfl_xor_sync(FULL, r.l, 1);

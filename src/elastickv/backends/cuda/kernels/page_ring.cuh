@@ -1,8 +1,8 @@
-// A warp's ring of stages in shared memory: pages on their way, by bulk copies (SM 9.0) or cp.async, and the walk along them.
+// A warp's ring of stages in shared memory: page loads by bulk copies (SM 9.0) or cp.async, and the order of pages.
 #pragma once
 #include "page_shared.cuh"
 
-// Where the scales of a page start; fp8 has those of eight pages in the 16 bytes that a copy moves at least.
+// Start of the scales of a page; for fp8, the 16 bytes that a copy must move at least hold the scales of eight pages.
 __device__ __forceinline__ const char* scales_of(const void* plane, int page, int format, int bytes) {
     return static_cast<const char*>(plane) + (format == FP8 ? (size_t)(page * 2 & ~15) : (size_t)page * bytes);
 }
@@ -23,7 +23,7 @@ __device__ __forceinline__ void copy_part(u32 to, const char* from, u32 arrived)
 #endif
 }
 
-// Starts a page on its way into a stage.
+// Starts the load of a page into a stage.
 __device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a, int page) {
 #if BULK
     if (threadIdx.x & 31) return;
@@ -32,7 +32,8 @@ __device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a
     copy_part<KEY_PAGE>(stage, a.cold_k + (size_t)page * KEY_PAGE, arrived);
     copy_part<VALUES_AT - KEY_SCALES_AT>(stage + KEY_SCALES_AT, scales_of(a.k_scale, page, K_FORMAT, KEY_SCALES), arrived);
     copy_part<VALUE_PAGE>(stage + VALUES_AT, a.cold_v + (size_t)page * VALUE_PAGE, arrived);
-    copy_part<PAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(a.v_scale, page, V_FORMAT, VALUE_SCALES), arrived);
+    copy_part<PAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(a.v_scale, page, V_FORMAT, VALUE_SCALES),
+                                            arrived);
 }
 
 __device__ __forceinline__ void end_group() {
@@ -55,17 +56,17 @@ __device__ __forceinline__ void wait_for_page(u32 arrived, u32 parity) {
 #endif
 }
 
-// The pages that a warp goes through: every `step`-th unit from `first` on.
+// The pages that a warp reads: every `step`th unit from `first` on.
 struct Walk {
     int first, end, step;
-    int numbers;  // lane i holds the number, among all heads' pages, of the page that is i ahead of the last multiple of 32
+    int numbers;  // lane i holds the number, among all heads' pages, of the i-th page after the last multiple of 32
 };
 
-__device__ __forceinline__ void look_ahead(Walk& walk, const Args& a, const Span& s, size_t head, int index) {
+__device__ __forceinline__ void load_page_numbers(Walk& walk, const Args& a, const Span& s, size_t head, int index) {
     const int unit = walk.first + (index + (threadIdx.x & 31)) * walk.step, base = head * a.page_capacity;
 #if SELECT
-    // The list is read before its end is known.
-    const int listed = unit < a.page_capacity ? __ldcg(a.pages + base + unit) : 0;
+    // The list is read before its length is known.
+    const int listed = unit < a.page_capacity ? __ldcg(a.listed_pages + base + unit) : 0;
     walk.numbers = base + (unit < s.listed ? listed : s.fresh + unit - s.listed);
 #else
     walk.numbers = base + unit;

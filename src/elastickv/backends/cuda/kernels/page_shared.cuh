@@ -1,4 +1,4 @@
-// What a block of decode_pages.cu has in shared memory, and how queries get there as operands, for exact rows and for pages.
+// The shared memory of a block of decode_pages.cu, and how queries are stored there as operands, for exact rows and for pages.
 #pragma once
 #include "attend.cuh"
 #include "pages.cuh"
@@ -12,10 +12,10 @@
 #define PAGE_BYTES (VALUE_SCALES_AT + (V_FORMAT == FP8 ? 16 : VALUE_SCALES))
 #define STAGE ((PAGE_BYTES + 127) / 128 * 128)
 #define ZEROS (V_FORMAT == INT4 ? GROUPS : V_FORMAT == INT8 ? 1 : 0)
-#define CODE_ONE 16777216.f  // 2^24: what a code's bit counts as an fp16 number, inverted
+#define CODE_ONE 16777216.f  // 2^24: the inverse of a code's bit 0 as an fp16 number
 #define PAIR (2 * D + 8)     // floats of two queries, apart so that lanes meet different banks
 
-#define EARLY (WARPS >= 8 && D <= 128)  // else there are no registers for queries and exact rows under way
+#define EARLY (WARPS >= 8 && D <= 128)  // otherwise there are no registers for queries and exact rows in flight
 #define KEY_STEPS (K_FORMAT == INT8 ? (KEY_TILES + 1) / 2 : KEY_TILES)
 
 struct Shared {
@@ -34,7 +34,7 @@ struct Words {
     float page[(QUERIES + WARPS - 1) / WARPS][PADDED / 32];
 };
 
-__device__ __forceinline__ void load_queries(Words& words, const Args& a, const Place& p) {
+__device__ __forceinline__ void load_queries(Words& words, const Args& a, const Problem& p) {
     const float* from = a.query + (p.head * a.group + p.first_query) * D;
 #pragma unroll
     for (int j = 0; j * THREADS < TILES * K16 * 2 * 32; j++) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void load_queries(Words& words, const Args& a, const 
         }
 }
 
-// Leaves them there as operands.
+// Stores them there as operands.
 __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Shared& shared) {
 #pragma unroll
     for (int j = 0; j * THREADS < TILES * K16 * 2 * 32; j++)

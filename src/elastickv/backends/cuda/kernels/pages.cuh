@@ -1,14 +1,14 @@
-// How a cold page (32 tokens of one KV head) lies in memory, and how it gets there.
+// Memory layout of a cold page (32 tokens of one KV head).
 //
-// Planes, each contiguous per (sequence, KV head): codes of K, scales of K, codes of V, scales of V. Inside a page codes lie in
-// MMA fragment order: rows of 32 vectors of 16 bytes, one for each lane of a warp, that are operands as they stand. With
+// Planes, each contiguous per (sequence, KV head): codes of K, scales of K, codes of V, scales of V. Inside a page codes are in
+// MMA fragment order: rows of 32 vectors of 16 bytes, one per lane of a warp, that are operands without conversion. With
 // g = lane / 4 and t = lane % 4, the elements of a vector are
 //   K, tile kt of 16 channels: channels 16 kt + 4 t + 0..3 of tokens 8 i + g, i = 0..3;
 //   V, tile m of 16 positions: positions 16 m + g + 8 d, d = 0..1, of tokens 8 i + 2 t + 0..1;
 // in the order that `key_element` and `value_element` give. int4 pads channels to a multiple of 32. A position is a dim; int4
 // dims that share a scale start at a multiple of 16.
 //
-// Macros, beside those of common.cuh: K_FORMAT, V_FORMAT, V_GROUP (dims of V that share an int4 scale).
+// Macros in addition to those of common.cuh: K_FORMAT, V_FORMAT, V_GROUP (dims of V that share an int4 scale).
 #pragma once
 #include "common.cuh"
 #include <cuda_fp8.h>
@@ -30,7 +30,7 @@
 // Scales: int8 bf16 [token]; fp8 a bf16 power of two; int4 K fp16 [scale, zero][channel], V bf16 [group][token][scale, zero].
 #define KEY_SCALES (K_FORMAT == INT4 ? 4 * PADDED : K_FORMAT == INT8 ? 2 * PAGE : K_FORMAT == FP8 ? 2 : 0)
 #define VALUE_SCALES (V_FORMAT == INT4 ? 4 * PAGE * GROUPS : V_FORMAT == INT8 ? 2 * PAGE : V_FORMAT == FP8 ? 2 : 0)
-#define VALUE_OFFSET 128  // codes of int8 V are kept with this added
+#define VALUE_OFFSET 128  // codes of int8 V are stored with this added
 
 struct Element {
     int token, dim;  // dim D or more: padding
@@ -58,7 +58,7 @@ __device__ __forceinline__ int value_dim(int position) {
 #endif
 }
 
-// The same of V.
+// Element `e` of word `w` of vector `lane` of row `row` of a page of V.
 __device__ __forceinline__ Element value_element(int row, int lane, int w, int e) {
     const int g = lane >> 2, t = lane & 3;
 #if V_FORMAT == INT4

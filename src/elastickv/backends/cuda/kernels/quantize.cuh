@@ -1,4 +1,5 @@
-// A page of 32 rows in shared memory becomes codes and scales: those of kvcache/quantize.py, bit for bit. One block of 256 threads.
+// Quantizes a page of 32 rows in shared memory to the codes and scales of kvcache/quantize.py, bit for bit. One block of 256
+// threads.
 #pragma once
 #include "pages.cuh"
 
@@ -69,7 +70,7 @@ __device__ __forceinline__ u32 code16(const PageTile& tile, Element at) {
 #endif
 }
 
-__device__ __forceinline__ void quantise_keys(PageTile& tile, u32* codes, u16* scales) {
+__device__ __forceinline__ void quantize_keys(PageTile& tile, u32* codes, u16* scales) {
 #if K_FORMAT == INT4
     for (int c = threadIdx.x; c < PADDED; c += STORE_THREADS) {
         float low = c < D ? tile.x[0][c] : 0.f, high = low;
@@ -109,7 +110,7 @@ __device__ __forceinline__ void quantise_keys(PageTile& tile, u32* codes, u16* s
     }
 }
 
-__device__ __forceinline__ void quantise_values(PageTile& tile, u32* codes, u16* scales) {
+__device__ __forceinline__ void quantize_values(PageTile& tile, u32* codes, u16* scales) {
 #if V_FORMAT == INT4
     const int token = threadIdx.x >> 3, part = threadIdx.x & 7;
     for (int group = 0; group < GROUPS; group++) {

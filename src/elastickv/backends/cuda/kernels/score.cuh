@@ -1,6 +1,6 @@
 // Page scorers: what a page's zeros and scales are multiplied by in one channel. A page's score is the sum over channels of
-// zero * its zero + scale * its scale (see kvcache/scorers/scorer.py). A scorer has one function here, chosen by the macro SCORER,
-// its `cuda_id`.
+// zero * its zero + scale * its scale (see kvcache/scorers/scorer.py). A scorer has one function here, chosen by the macro
+// SCORER, its `cuda_id`.
 #pragma once
 #include "common.cuh"
 

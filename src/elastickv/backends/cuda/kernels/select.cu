@@ -1,22 +1,25 @@
-// Selection of pages: scores of all cold pages from the scales of their keys, and the best of them listed, in one launch.
+// Selection of pages in one launch: scores all cold pages by the scales of their keys and lists the best.
 //
-// A page's score is linear in its scales and zeros as they lie in memory: score.cuh has the weights that a scorer gives them.
+// A page's score is linear in its stored scales and zeros: score.cuh has the weights that a scorer gives them.
 //
-// Grid (blocks, heads), as many in all as run at once: a head's pages, as many as there truly are, are dealt out evenly over
-// its blocks. The last block to arrive selects: it looks for the bucket among equal ranges of score that holds the last page of
-// the selection, then for as many digits as it takes until few candidates are left, which are ranked one against the other.
+// Grid (blocks, heads); all blocks run at once. A head's pages, at its current length, are divided evenly among its blocks. The
+// last block to arrive selects: it finds the bucket, among equal ranges of score, that holds the last selected page, then
+// refines it digit by digit until few candidates are left, which are ranked one against the other.
 //
-// A block of decode fits beside one of this kernel and one of append: it is let in before append has ended, to load what it
-// expects to need. This one does likewise: the decode before has left the length and step that it expects in the third row of
-// states, so at an anchor the first scales are on their way. `sure`: it is as expected, since each decode follows an append.
+// A multiprocessor has room for a block of decode together with one of this kernel and one of append, so decode starts before
+// append has ended and loads the pages that it predicts. This kernel does the same: the previous decode has written the
+// predicted length and step to the third row of states, so at an anchor the first scales load early. `after_append`: the
+// prediction holds, because exactly one append follows each decode.
 //
-// Between anchors nothing happens. Elsewhere list[head * page_capacity ...] gets the page numbers, ascending, and listed[head]
-// their count and the number of pages; (0, 0) if all are to be read, which costs no scoring. Of equal pages the first win.
-//   query: (heads, group, head_dim); key_scales: [head][page_capacity][scale, zero][padded channel], fp16
-//   counts[kv_head * counts_stride + pages]: how many of so many pages to list
-//   scores: heads * (page_capacity rounded up to 32) floats; counters: one a head, zero before and after
+// Between anchors nothing happens. At anchors listed_pages[head * page_capacity ...] receives the page numbers, ascending, and
+// listed[head] their count and the number of pages; (0, 0) if all pages are read, without scoring. Among equal pages the first
+// win.
+//   query: (heads, group, head_dim); k_scale: [head][page_capacity][scale, zero][padded channel], fp16
+//   counts[kv_head * counts_stride + pages]: how many of `pages` pages to list
+//   scores: heads * (page_capacity rounded up to 32) floats; counters: one per head, zero before and after
 //
-// Macros: HEAD_DIM, K_FORMAT = 3, SCORER, WARPS, what else common.cuh takes; those that have a value below may be given another.
+// Macros: HEAD_DIM, K_FORMAT = 3, SCORER, WARPS and the others of common.cuh; the macros with a default below can be
+// overridden.
 #include "pages.cuh"
 #include "score.cuh"
 
@@ -32,26 +35,26 @@
 #define ROWS (8 * LOADS <= IN_FLIGHT ? 8 : 4 * LOADS <= IN_FLIGHT ? 4 : 2)
 #define STEP (4 * ROWS)
 #define LEAST 32  // pages of a block
-#ifndef KEPT
-#define KEPT 8192  // scores that shared memory holds
+#ifndef SHARED_SCORES
+#define SHARED_SCORES 8192  // scores that shared memory holds
 #endif
 #define BUCKETS 1024
 #define DIGIT 10
 #define CANDIDATES 128
 #ifndef BATCH
-#define BATCH 4  // scores of a lane at once: more are idle work for heads of 1024 pages
+#define BATCH 4  // scores of a lane at once: more would be idle work for heads of 1024 pages
 #endif
 
 struct Shared {
     float4 weights[2 * PADDED / 4];
-    float kept[KEPT];
+    float scores[SHARED_SCORES];
     u32 counts[BUCKETS];
     u64 candidates[CANDIDATES], threshold;
     u32 owner[CANDIDATES];
-    u32 high[WARPS], low[WARPS], totals[WARPS], found, digit, need, members;
+    u32 high[WARPS], low[WARPS], totals[WARPS], candidate_count, digit, need, members;
 };
 
-// What a page's scales and zeros are multiplied by.
+// Computes the weights of a page's scales and zeros.
 __device__ __forceinline__ void stage_weights(Shared& sh, const float* query, int group) {
     float* weights = reinterpret_cast<float*>(sh.weights);
     for (int dim = threadIdx.x; dim < PADDED; dim += THREADS) {
@@ -86,7 +89,7 @@ __device__ __forceinline__ float score(const Shared& sh, const uint4 (&in)[ROWS]
             sum[i] = fmaf(b.x, r.x, fmaf(b.y, r.y, fmaf(b.z, s.x, fmaf(b.w, s.y, sum[i]))));
         }
     }
-    // Each exchange leaves a lane half of the rows, then half of what is missing.
+    // Each exchange halves the rows of a lane; once it has one row, the rest of the sum.
     int bit = 4;
 #pragma unroll
     for (int n = ROWS / 2; n; n >>= 1, bit >>= 1)
@@ -99,7 +102,7 @@ __device__ __forceinline__ float score(const Shared& sh, const uint4 (&in)[ROWS]
     return sum[0];
 }
 
-// The greater a score, the greater this.
+// An unsigned integer that is ordered as the scores are.
 __device__ __forceinline__ u32 ascending(float score) {
     const int bits = __float_as_int(score);
     return bits ^ (bits >> 31 | 0x80000000);
@@ -109,7 +112,7 @@ __device__ __forceinline__ float score_of(u32 ascending) {
     return __uint_as_float(ascending & 0x80000000 ? ascending ^ 0x80000000 : ~ascending);
 }
 
-// Sorted ascending, these are the pages from the best to the worst, and of equals the first page first.
+// Ascending order of this is the order of pages from best to worst; among equals the first page comes first.
 __device__ __forceinline__ u64 order(float score, u32 page) { return (u64)~ascending(score) << 32 | page; }
 
 __device__ __forceinline__ u32 warp_max(u32 x) {
@@ -121,8 +124,7 @@ __device__ __forceinline__ u32 warp_max(u32 x) {
 #endif
 }
 
-// The pages among which the last of the selection must be: those of one bucket of scores, and of these the ones whose order
-// begins with `prefix`.
+// The pages that may be the last of the selection: those of one bucket of scores whose order begins with `prefix`.
 struct Boundary {
     float high, per_score;
     u32 bucket;
@@ -133,7 +135,7 @@ struct Boundary {
         return min(__float2uint_rz((high - score) * per_score), (u32)BUCKETS - 1);
     }
     // Less than 0: selected; 0: among these.
-    __device__ __forceinline__ int side(float score, u32 page) const {
+    __device__ __forceinline__ int compare(float score, u32 page) const {
         const int beyond = bucket_of(score) - bucket;
         if (beyond || shift > 63) return beyond;
         const u64 begin = order(score, page) >> shift;
@@ -155,7 +157,8 @@ __device__ __forceinline__ u32 totals_before(const Shared& sh) {
 #endif
 }
 
-// The digit at which the counts, summed up from 0, reach `need`; what is needed of it, and how many have it.
+// Finds the digit at which the running sum of the counts reaches `need`, how many of its pages are needed, and how many have
+// it.
 __device__ __forceinline__ void find_digit(Shared& sh, u32 need) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, each = BUCKETS / THREADS;
     u32 mine[each], sum = 0;
@@ -183,19 +186,19 @@ __device__ __forceinline__ void find_digit(Shared& sh, u32 need) {
     __syncthreads();
 }
 
-// Narrows the boundary down to what one more digit leaves.
-__device__ __forceinline__ void narrow(Shared& sh, Boundary& at, const float* kept, int begin, int end) {
+// Narrows the boundary by one more digit.
+__device__ __forceinline__ void narrow(Shared& sh, Boundary& at, const float* cached, int begin, int end) {
     const int lane = threadIdx.x & 31, bits = min(at.shift, DIGIT), shift = at.shift - bits;
     const u32 need = sh.need;
     clear_counts(sh);
     __syncthreads();
 #pragma unroll 1
     for (int page = begin + lane; page - lane < end; page += 32) {
-        const float x = page < end ? kept[page] : 0.f;
-        const bool in = page < end && at.side(x, page) == 0;
+        const float x = page < end ? cached[page] : 0.f;
+        const bool in = page < end && at.compare(x, page) == 0;
         const u32 present = __ballot_sync(FULL, in), digit = (u32)(order(x, page) >> shift) & ((1u << bits) - 1);
         if (!present) continue;
-        // Equal digits would wait for each other.
+        // Atomic additions to the same count would be serialized.
         const int leader = __ffs(present) - 1;
         const u32 common = __shfl_sync(FULL, digit, leader);
         if (__all_sync(FULL, !in || digit == common)) {
@@ -210,20 +213,20 @@ __device__ __forceinline__ void narrow(Shared& sh, Boundary& at, const float* ke
     at.shift = shift;
 }
 
-// Scores of pages first, first + 32, ... as far as they are before `end`. Without branches, so that all loads are under way.
-__device__ __forceinline__ void read_batch(float (&x)[BATCH], const float* kept, int first, int end) {
+// Scores of pages first, first + 32, ... before `end`. Without branches, so that all loads are in flight together.
+__device__ __forceinline__ void read_batch(float (&x)[BATCH], const float* cached, int first, int end) {
 #pragma unroll
-    for (int u = 0; u < BATCH; u++) x[u] = kept[min(first + 32 * u, end - 1)];
+    for (int u = 0; u < BATCH; u++) x[u] = cached[min(first + 32 * u, end - 1)];
 #pragma unroll
     for (int u = 0; u < BATCH; u++) x[u] = first + 32 * u < end ? x[u] : -INFINITY;
 }
 
 // Lists the `need` best of `pages` pages; one block. SHARED: shared memory holds all scores.
 template <bool SHARED>
-__device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages, u32 need, int* list) {
+__device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages, u32 need, int* listed_pages) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     // Each warp has a range of pages, each lane every 32nd of it, BATCH at once.
-    float* kept = SHARED ? sh.kept : scores;
+    float* cached = SHARED ? sh.scores : scores;
     const int per_warp = ((pages + 31) / 32 + WARPS - 1) / WARPS * 32;
     const int begin = min(warp * per_warp, pages), end = min(begin + per_warp, pages);
     float x[BATCH];
@@ -236,7 +239,7 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
 #pragma unroll
         for (int u = 0; u < BATCH; u++)
             if (first + 32 * u < end) {
-                kept[first + 32 * u] = x[u];
+                cached[first + 32 * u] = x[u];
                 best = fmaxf(best, x[u]);
                 worst = fminf(worst, x[u]);
             }
@@ -247,7 +250,7 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
         sh.low[warp] = low;
     }
     clear_counts(sh);
-    if (threadIdx.x == 0) sh.found = 0;
+    if (threadIdx.x == 0) sh.candidate_count = 0;
     __syncthreads();
     high = warp_max(sh.high[lane % WARPS]);
     low = ~warp_max(sh.low[lane % WARPS]);
@@ -258,7 +261,7 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
 #pragma unroll 1
         for (int first = begin + lane; first < end; first += 32 * BATCH) {
             u32 bucket[BATCH];
-            read_batch(x, kept, first, end);
+            read_batch(x, cached, first, end);
 #pragma unroll
             for (int u = 0; u < BATCH; u++) bucket[u] = at.bucket_of(x[u]);
 #pragma unroll
@@ -273,13 +276,13 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
     at.bucket = sh.digit;
     at.shift = 64;
     at.prefix = 0;
-    while (sh.members > CANDIDATES) narrow(sh, at, kept, begin, end);
+    while (sh.members > CANDIDATES) narrow(sh, at, cached, begin, end);
 
     u32 selected = 0;
 #pragma unroll 1
     for (int first = begin + lane; first < end; first += 32 * BATCH) {
         u32 open = 0;
-        read_batch(x, kept, first, end);
+        read_batch(x, cached, first, end);
 #pragma unroll
         for (int u = 0; u < BATCH; u++) {
             const int beyond = at.bucket_of(x[u]) - at.bucket;
@@ -290,43 +293,43 @@ __device__ __forceinline__ void select_best(Shared& sh, float* scores, int pages
         open &= there < BATCH ? (1u << there) - 1 : ~0u;
 #pragma unroll 1
         for (; open; open &= open - 1) {
-            const int page = first + 32 * (__ffs(open) - 1), side = at.side(kept[page], page);
-            selected += side < 0;
-            if (side) continue;
-            const u32 slot = atomicAdd(&sh.found, 1);
-            sh.candidates[slot] = order(kept[page], page);
-            sh.owner[slot] = warp;
+            const int page = first + 32 * (__ffs(open) - 1), relation = at.compare(cached[page], page);
+            selected += relation < 0;
+            if (relation) continue;
+            const u32 index = atomicAdd(&sh.candidate_count, 1);
+            sh.candidates[index] = order(cached[page], page);
+            sh.owner[index] = warp;
         }
     }
     selected = warp_sum(selected);
     if (lane == 0) sh.totals[warp] = selected;
     __syncthreads();
-    if (threadIdx.x < sh.found) {
+    if (threadIdx.x < sh.candidate_count) {
         const u64 mine = sh.candidates[threadIdx.x];
         u32 better = 0;
 #pragma unroll 4
-        for (u32 i = 0; i < sh.found; i++) better += sh.candidates[i] < mine;
+        for (u32 i = 0; i < sh.candidate_count; i++) better += sh.candidates[i] < mine;
         if (better < sh.need) atomicAdd(sh.totals + sh.owner[threadIdx.x], 1);
         if (better == sh.need - 1) sh.threshold = mine;
     }
     __syncthreads();
     const u32 least = ~(u32)(sh.threshold >> 32), last = (u32)sh.threshold, below = (1u << lane) - 1;
-    list += totals_before(sh);
+    listed_pages += totals_before(sh);
 #pragma unroll 1
     for (int first = begin + lane; first - lane < end; first += 32 * BATCH) {
-        read_batch(x, kept, first, end);
+        read_batch(x, cached, first, end);
 #pragma unroll
         for (int u = 0; u < BATCH; u++) {
             const u32 page = first + 32 * u, score = ascending(x[u]);
             const bool in = (int)page < end && (score > least || (score == least && page <= last));
             const u32 all = __ballot_sync(FULL, in);
-            if (in) list[__popc(all & below)] = page;
-            list += __popc(all);
+            if (in) listed_pages[__popc(all & below)] = page;
+            listed_pages += __popc(all);
         }
     }
 }
 
-// The pages of one head that a block scores: `pages` dealt out evenly over `blocks` blocks of the grid.
+// The pages of one head that a block scores: `pages` are divided evenly among `blocks` blocks of the grid.
 struct Share {
     u32 begin, end, blocks;
 
@@ -340,29 +343,29 @@ struct Share {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    select(const float* query, const u16* key_scales, const int2* state, const int* counts, int counts_stride, float* scores,
-           u32* counters, int* list, int2* listed, int kv_heads, int group, int sinks, int window, int anchor_every, int phase,
-           int page_capacity, int sure) {
+    select(const float* query, const u16* k_scale, const int2* state, const int* counts, int counts_stride, float* scores,
+           u32* counters, int* listed_pages, int2* listed, int kv_heads, int group, int sinks, int window, int anchor_every,
+           int anchor_offset, int page_capacity, int after_append) {
     __shared__ Shared sh;
     const size_t head = blockIdx.y;
     const int lane = threadIdx.x & 31, first = (threadIdx.x >> 5) * STEP;
-    const char* plane = reinterpret_cast<const char*>(key_scales) + head * page_capacity * PAGE_BYTES;
+    const char* plane = reinterpret_cast<const char*>(k_scale) + head * page_capacity * PAGE_BYTES;
     auto pages_of = [&](int length) { return max(length - sinks - window, 0) / PAGE; };
     uint4 in[ROWS][LOADS];
     let_next_start();
-    // What append may be writing just now, a page that has become cold, is loaded once more.
+    // A page that has just become cold, which append may be writing, is loaded again.
     const int2 expected = __ldcg(state + 2 * gridDim.y + head);
     int loaded = 0;
-    const bool anchor = age_of(expected.y, anchor_every, phase) == 0;
+    const bool anchor = steps_since_refresh(expected.y, anchor_every, anchor_offset) == 0;
     if (anchor) {
         loaded = min(pages_of(expected.x), page_capacity);
         const Share share(loaded);
         if (share.begin + first < share.end) load_pages(in, plane, share.begin + first, share.end);
     }
     wait_for_previous();
-    if (sure && !anchor) return;
+    if (after_append && !anchor) return;
     const int2 now = __ldcg(state + head);
-    if (age_of(now.y, anchor_every, phase)) return;
+    if (steps_since_refresh(now.y, anchor_every, anchor_offset)) return;
     const int pages = pages_of(now.x);
     const int need = pages ? max(counts[head % kv_heads * counts_stride + pages], 1) : 0;
     if (need >= pages) {
@@ -382,12 +385,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         const float x = score(sh, in);
         if (page + WARPS * STEP < end) load_pages(in, plane, page + WARPS * STEP, end);
         const int mine = page + lane * ROWS / 8;
-        if (lane % (8 / ROWS) == 0 && mine < end) __stcg(scores + mine, x + 0.f);  // one zero only
+        if (lane % (8 / ROWS) == 0 && mine < end) __stcg(scores + mine, x + 0.f);  // makes -0 a +0
     }
     if (!arrive(counters + head, share.blocks)) return;
-    if (pages <= KEPT)
-        select_best<true>(sh, scores, pages, need, list + head * page_capacity);
+    if (pages <= SHARED_SCORES)
+        select_best<true>(sh, scores, pages, need, listed_pages + head * page_capacity);
     else
-        select_best<false>(sh, scores, pages, need, list + head * page_capacity);
+        select_best<false>(sh, scores, pages, need, listed_pages + head * page_capacity);
     if (threadIdx.x == 0) listed[head] = make_int2(need, pages);
 }

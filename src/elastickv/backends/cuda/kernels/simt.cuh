@@ -1,18 +1,18 @@
-// Attention on CUDA cores over rows of 16 or 32 bit, and how the warps of a block meet.
+// Attention on CUDA cores over rows of 16 or 32 bit, and the merge of a block's warps.
 //
-// Eight lanes hold a row in 16-byte pieces, so a warp's load takes four tokens. Each of these four lane groups keeps a softmax
-// of its own; they meet at the end. All query heads of a tile share the rows that were read.
+// Eight lanes hold a row in 16-byte pieces, so a warp loads four tokens at once. Each of these four lane groups has its own
+// softmax; they are merged at the end. All query heads of a tile share the rows that were read.
 #pragma once
 #include "common.cuh"
 
 // Macros: TILE query heads of a tile.
 #define ROWS (TILE * QTILES)
-#define SLOT (COLD_TYPE == COLD_INT8 ? 16 : 16 / EXACT_BYTES)  // dims that a lane holds together
-#define SLOTS ((D + 8 * SLOT - 1) / (8 * SLOT))
-#define PIECES (SLOT * EXACT_BYTES / 16)  // loads of an exact row a slot
-#define WORDS (SLOTS * SLOT)
+#define CHUNK (COLD_TYPE == COLD_INT8 ? 16 : 16 / EXACT_BYTES)  // dims that a lane holds together
+#define CHUNKS ((D + 8 * CHUNK - 1) / (8 * CHUNK))
+#define PIECES (CHUNK * EXACT_BYTES / 16)  // loads of an exact row per chunk
+#define WORDS (CHUNKS * CHUNK)
 #define DEPTH (WORDS > 16 ? 2 : 4)  // tokens of a lane group in flight
-#define INT_WORDS (COLD_TYPE == COLD_INT8 ? SLOTS * 4 : 1)
+#define INT_WORDS (COLD_TYPE == COLD_INT8 ? CHUNKS * 4 : 1)
 
 struct Running {
     float acc[TILE][WORDS];
@@ -27,7 +27,7 @@ struct Query {
 #endif
 };
 
-__device__ __forceinline__ int slot_dim(int slot, int part) { return (slot * 8 + part) * SLOT; }
+__device__ __forceinline__ int chunk_dim(int chunk, int part) { return (chunk * 8 + part) * CHUNK; }
 
 __device__ __forceinline__ void expand(const uint4& v, float* out) {
 #pragma unroll
@@ -52,7 +52,7 @@ __device__ __forceinline__ float sum8(float v) {
     return v + __shfl_xor_sync(FULL, v, 4);
 }
 
-// Adds DEPTH tokens with the given scores; `value(d, out)` gives the value row of token d.
+// Adds DEPTH tokens with scores `score`; `value(d, out)` writes the value row of token d to `out`.
 template <typename Value>
 __device__ __forceinline__ void accumulate(Running& r, const float (&score)[DEPTH][TILE], Value value) {
     float weight[DEPTH][TILE];
@@ -90,22 +90,22 @@ __device__ __forceinline__ void attend_exact(Running& r, const Args& a, const Sp
                                              const char* values, int n, int unit, int end, float bias) {
     const int lane = threadIdx.x & 31, rank = lane >> 3, part = lane & 7;
     const int steps = EXACT_UNIT / (4 * DEPTH);
-    auto load = [&](uint4 (&to)[DEPTH][SLOTS * PIECES], const char* plane, int step) {
+    auto load = [&](uint4(&to)[DEPTH][CHUNKS* PIECES], const char* plane, int step) {
         const int first = ((step / steps) * WARPS_PER_TILE + unit) * EXACT_UNIT + step % steps * 4 * DEPTH;
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             int token = min(first + 4 * d + rank, n - 1);
             const char* p = plane + (size_t)(u32)(RING ? exact_row(a, s, token) : token) * EXACT_ROW;
 #pragma unroll
-            for (int c = 0; c < SLOTS * PIECES; c++) {
-                int dim = slot_dim(c / PIECES, part) + c % PIECES * (16 / EXACT_BYTES);
+            for (int c = 0; c < CHUNKS * PIECES; c++) {
+                int dim = chunk_dim(c / PIECES, part) + c % PIECES * (16 / EXACT_BYTES);
                 to[d][c] = dim < D ? load16(p + dim * EXACT_BYTES) : make_uint4(0, 0, 0, 0);
             }
         }
     };
     if (unit >= end) return;
     const int count = (end - unit + WARPS_PER_TILE - 1) / WARPS_PER_TILE * steps;
-    uint4 k[DEPTH][SLOTS * PIECES], v[DEPTH][SLOTS * PIECES];
+    uint4 k[DEPTH][CHUNKS * PIECES], v[DEPTH][CHUNKS * PIECES];
     load(k, keys, 0);
     for (int step = 0; step < count; step++) {
         load(v, values, step);
@@ -115,7 +115,7 @@ __device__ __forceinline__ void attend_exact(Running& r, const Args& a, const Sp
         for (int d = 0; d < DEPTH; d++) {
             float x[WORDS];
 #pragma unroll
-            for (int c = 0; c < SLOTS * PIECES; c++) expand(k[d][c], x + c * (16 / EXACT_BYTES));
+            for (int c = 0; c < CHUNKS * PIECES; c++) expand(k[d][c], x + c * (16 / EXACT_BYTES));
 #pragma unroll
             for (int h = 0; h < TILE; h++) {
                 float sum = 0.f;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void attend_exact(Running& r, const Args& a, const Sp
         if (step + 1 < count) load(k, keys, step + 1);
         accumulate(r, score, [&](int d, float* out) {
 #pragma unroll
-            for (int c = 0; c < SLOTS * PIECES; c++) expand(v[d][c], out + c * (16 / EXACT_BYTES));
+            for (int c = 0; c < CHUNKS * PIECES; c++) expand(v[d][c], out + c * (16 / EXACT_BYTES));
         });
     }
 }
@@ -148,7 +148,7 @@ __device__ __forceinline__ void reduce_warps(Running& r, float* scratch, float2*
         for (int x = 8; x < 32; x <<= 1) {
             float m = __shfl_xor_sync(FULL, r.m[h], x), l = __shfl_xor_sync(FULL, r.l[h], x), top = fmaxf(r.m[h], m);
             float mine = exp2_fast(r.m[h] - top), theirs = exp2_fast(m - top);
-            // Both sides of an exchange must form the same sum in the same order.
+            // Both lanes of an exchange must form the same sum in the same order.
             bool swap = lane & x;
             r.l[h] = swap ? l * theirs + r.l[h] * mine : r.l[h] * mine + l * theirs;
             r.m[h] = top;
@@ -184,7 +184,7 @@ __device__ __forceinline__ void reduce_warps(Running& r, float* scratch, float2*
     __syncthreads();
 }
 
-__device__ __forceinline__ void write_partial(const Args& a, const Place& p, int segment, const Running& r) {
+__device__ __forceinline__ void write_partial(const Args& a, const Problem& p, int segment, const Running& r) {
     const int tile = threadIdx.x >> 5, lane = threadIdx.x & 31;
     if (tile >= QTILES || lane >= 8) return;
 #pragma unroll
@@ -195,7 +195,7 @@ __device__ __forceinline__ void write_partial(const Args& a, const Place& p, int
         if (lane == 0) __stcg(a.partial_ml + row, make_float2(r.m[h], r.l[h]));
 #pragma unroll
         for (int i = 0; i < WORDS; i += 4) {
-            const int dim = slot_dim(i / SLOT, lane) + i % SLOT;
+            const int dim = chunk_dim(i / CHUNK, lane) + i % CHUNK;
             if (dim < D)
                 __stcg(reinterpret_cast<float4*>(a.partial + row * D + dim),
                        make_float4(r.acc[h][i], r.acc[h][i + 1], r.acc[h][i + 2], r.acc[h][i + 3]));
@@ -203,7 +203,7 @@ __device__ __forceinline__ void write_partial(const Args& a, const Place& p, int
     }
 }
 
-__device__ __forceinline__ void load_queries(const Args& a, const Place& p, Query& query) {
+__device__ __forceinline__ void load_queries(const Args& a, const Problem& p, Query& query) {
     const int tile = (threadIdx.x >> 5) % QTILES, part = threadIdx.x & 7;
 #pragma unroll
     for (int h = 0; h < TILE; h++) {
@@ -212,7 +212,7 @@ __device__ __forceinline__ void load_queries(const Args& a, const Place& p, Quer
         float most = 0.f;
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
-            const int dim = slot_dim(i / SLOT, part) + i % SLOT;
+            const int dim = chunk_dim(i / CHUNK, part) + i % CHUNK;
             query.x[h][i] = q < p.queries && dim < D ? __ldg(from + dim) * a.scale_log2 : 0.f;
             most = fmaxf(most, fabsf(query.x[h][i]));
         }

@@ -1,11 +1,11 @@
-// Partial results that blocks which all run at once leave for each other in global memory.
+// Partial results that concurrently running blocks exchange through global memory.
 //
-// A word that is not EMPTY has arrived: data is its own flag, and nobody fences or counts. Each block adds up a share of the
-// items, in the order of the blocks, and empties what it has read for the next kernel.
+// A word that is not EMPTY has arrived: the data are their own flag, without fences or counters. Each block merges a share of
+// the items, in the order of the blocks, and resets what it has read to EMPTY for the next kernel.
 #pragma once
 #include "common.cuh"
 
-#define EMPTY 0xffff1e77u  // a NaN that no arithmetic makes: the host fills the mail with it
+#define EMPTY 0xffff1e77u  // a NaN that no arithmetic produces: the host fills the buffer with it
 
 __device__ __forceinline__ u32 filled(float x) {
     const u32 word = __float_as_uint(x);
@@ -19,12 +19,15 @@ __device__ __forceinline__ void send(float4* o, float2* ml, const Merged& sum) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(ml), "r"(filled(sum.m)), "r"(filled(sum.l)) : "memory");
 }
 
-// Waits for a partial, and empties its place.
+// Waits for a partial result and resets its words to EMPTY.
 __device__ __forceinline__ Merged receive(float4* o, float2* ml) {
     uint4 x;
     uint2 y;
     do {
-        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(o) : "memory");
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "l"(o)
+                     : "memory");
         asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(y.x), "=r"(y.y) : "l"(ml) : "memory");
     } while (x.x == EMPTY || x.y == EMPTY || x.z == EMPTY || x.w == EMPTY || y.x == EMPTY || y.y == EMPTY);
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%1,%1,%1};" ::"l"(o), "r"(EMPTY) : "memory");

@@ -1,16 +1,17 @@
-// Where tokens are put, and how they are read again: what every kernel that stores, reads back or moves tokens shares.
+// Shared by all kernels that store, read back or move tokens: where tokens are stored, and how they are read.
 #pragma once
 #include "common.cuh"
 #if COLD_TYPE == COLD_PAGES
 #include "quantize.cuh"
 #endif
 
-#define ELEMENTS ((D + 31) / 32)  // of a row, a lane: dim = lane + 32 i
+#define ELEMENTS ((D + 31) / 32)  // elements of a row per lane: dim = lane + 32 i
 
 struct Store {
     char *exact_k, *exact_v, *cold_k, *cold_v;
     u16 *k_scale, *v_scale;
-    u32* bad;  // of each (sequence, KV head) the least TOO_LARGE? | position of a value that is not finite or not to be stored
+    u32* bad;  // per (sequence, KV head): the least position of a value that is not finite, or TOO_LARGE | position of one too
+               // large to store
     int sinks, window, ring, stride, exact_rows, cold_rows;
 };
 
@@ -29,7 +30,7 @@ __device__ __forceinline__ float round_exact(float x) {
 #endif
 }
 
-// Returns a number that has been through codes as exact rows hold it: at their largest, where codes end a little beyond it.
+// Limits a dequantized number to the range of exact rows, which codes can slightly exceed.
 __device__ __forceinline__ float limit_exact(float x) {
 #if EXACT_TYPE == BF16
     const float most = 3.3895313892515355e38f;
@@ -76,8 +77,8 @@ __device__ __forceinline__ void store_exact(const Store& s, bool value, size_t h
     }
 }
 
-// One warp stores cold row `index`. The int8 codes and scales are those of kvcache/quantize.py, bit for bit; V codes are kept
-// with 128 added, which saves decode an operation a word.
+// One warp stores cold row `index`. The int8 codes and scales are those of kvcache/quantize.py, bit for bit; V codes are stored
+// with 128 added, which saves decode one operation per word.
 __device__ __forceinline__ void store_cold(const Store& s, bool value, size_t head, int index, const float (&x)[ELEMENTS]) {
     const int lane = threadIdx.x & 31;
     char* row = (value ? s.cold_v : s.cold_k) + (head * s.cold_rows + index) * COLD_ROW;
@@ -113,7 +114,7 @@ __device__ __forceinline__ void note_bad(const Store& s, size_t head, int positi
 #define TOO_LARGE 0x80000000u
 #define LARGEST_HALF 65504.f
 
-// One warp puts row `token` of a page into the tile.
+// One warp writes row `token` of a page to the tile.
 __device__ __forceinline__ void put_row(const Store& s, PageTile& tile, bool value, size_t head, int page, int token,
                                         const float (&x)[ELEMENTS]) {
     bool large = false;
@@ -127,41 +128,45 @@ __device__ __forceinline__ void put_row(const Store& s, PageTile& tile, bool val
         atomicMin(s.bad + head, TOO_LARGE | (u32)(s.sinks + page * PAGE + token));
 }
 
-// One block quantises the page in the tile and stores it.
+// One block quantizes the page in the tile and stores it.
 __device__ __forceinline__ void store_page(const Store& s, PageTile& tile, bool value, size_t head, int page) {
     const size_t at = head * (s.cold_rows / PAGE) + page;
     __syncthreads();
     if (value)
-        quantise_values(tile, reinterpret_cast<u32*>(s.cold_v + at * VALUE_PAGE),
+        quantize_values(tile, reinterpret_cast<u32*>(s.cold_v + at * VALUE_PAGE),
                         reinterpret_cast<u16*>(reinterpret_cast<char*>(s.v_scale) + at * VALUE_SCALES));
     else
-        quantise_keys(tile, reinterpret_cast<u32*>(s.cold_k + at * KEY_PAGE),
+        quantize_keys(tile, reinterpret_cast<u32*>(s.cold_k + at * KEY_PAGE),
                       reinterpret_cast<u16*>(reinterpret_cast<char*>(s.k_scale) + at * KEY_SCALES));
     __syncthreads();
 }
 #endif
 
-#define STORE_SIGNATURE                                                                                              \
-    char *exact_k, char *exact_v, char *cold_k, char *cold_v, u16 *k_scale, u16 *v_scale, u32 *bad, int sinks,      \
-        int window, int ring, int stride, int exact_rows, int cold_rows
-#define STORE_VALUE \
+#define STORE_SIGNATURE                                                                                                        \
+    char *exact_k, char *exact_v, char *cold_k, char *cold_v, u16 *k_scale, u16 *v_scale, u32 *bad, int sinks, int window,     \
+        int ring, int stride, int exact_rows, int cold_rows
+#define STORE_VALUE                                                                                                            \
     Store { exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, bad, sinks, window, ring, stride, exact_rows, cold_rows }
 
-
-// Rows that the host names: (sequence, KV head, token) each, of one of three types. `dim` channels are there, the rest are zeros.
-struct Given {
+// Keys and values by address and strides, (sequence, KV head, token) each, of one of three types. The first `dim` channels are
+// present, the rest are zeros.
+struct TokenRows {
     const char *keys, *values;
-    long long key_batch, key_head, key_token, value_batch, value_head, value_token;  // elements from one to the next
+    long long key_batch_stride, key_head_stride, key_token_stride, value_batch_stride, value_head_stride,
+        value_token_stride;  // in elements
     int type, dim;
 };
 
-#define GIVEN_SIGNATURE                                                                                              \
-    const char *keys, const char *values, long long key_batch, long long key_head, long long key_token,             \
-        long long value_batch, long long value_head, long long value_token, int type, int dim
-#define GIVEN_VALUE \
-    Given { keys, values, key_batch, key_head, key_token, value_batch, value_head, value_token, type, dim }
+#define TOKEN_ROWS_SIGNATURE                                                                                                   \
+    const char *keys, const char *values, long long key_batch_stride, long long key_head_stride, long long key_token_stride,   \
+        long long value_batch_stride, long long value_head_stride, long long value_token_stride, int type, int dim
+#define TOKEN_ROWS_VALUE                                                                                                       \
+    TokenRows {                                                                                                                \
+        keys, values, key_batch_stride, key_head_stride, key_token_stride, value_batch_stride, value_head_stride,              \
+            value_token_stride, type, dim                                                                                      \
+    }
 
-__device__ __forceinline__ void load_given(float (&x)[ELEMENTS], const char* from, size_t row, int type, int dim) {
+__device__ __forceinline__ void load_row(float (&x)[ELEMENTS], const char* from, size_t row, int type, int dim) {
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++) {
         const int d = (threadIdx.x & 31) + 32 * i;
@@ -176,8 +181,9 @@ __device__ __forceinline__ void load_given(float (&x)[ELEMENTS], const char* fro
     }
 }
 
-__device__ __forceinline__ void load_token(float (&x)[ELEMENTS], const Given& g, bool value, int batch, int kv_head, int token) {
-    const size_t row = value ? batch * g.value_batch + kv_head * g.value_head + token * g.value_token
-                             : batch * g.key_batch + kv_head * g.key_head + token * g.key_token;
-    load_given(x, value ? g.values : g.keys, row, g.type, g.dim);
+__device__ __forceinline__ void load_token(float (&x)[ELEMENTS], const TokenRows& g, bool value, int batch, int kv_head,
+                                           int token) {
+    const size_t row = value ? batch * g.value_batch_stride + kv_head * g.value_head_stride + token * g.value_token_stride
+                             : batch * g.key_batch_stride + kv_head * g.key_head_stride + token * g.key_token_stride;
+    load_row(x, value ? g.values : g.keys, row, g.type, g.dim);
 }

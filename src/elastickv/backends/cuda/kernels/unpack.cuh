@@ -1,4 +1,4 @@
-// A cold page, or a cold row, becomes numbers again.
+// Dequantizes a cold page or a cold row.
 #pragma once
 #include "store.cuh"
 
@@ -13,7 +13,7 @@ __device__ __forceinline__ float number_fp8(u32 code) {
     return __half2float(__half(__nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)code, __NV_E4M3)));
 }
 
-// What code `code` of K at `at` stands for.
+// The number that code `code` of K at `at` represents.
 __device__ __forceinline__ float key_number(u32 code, Element at, const u16* scales) {
 #if K_FORMAT == INT4
     return fmaf((float)code, half_value(scales[at.dim]), half_value(scales[PADDED + at.dim]));
@@ -39,7 +39,7 @@ __device__ __forceinline__ float value_number(u32 code, Element at, const u16* s
 #endif
 }
 
-// One block puts the numbers of a page into the tile.
+// One block writes the numbers of a page to the tile.
 __device__ __forceinline__ void unpack_page(const Store& s, PageTile& tile, bool value, size_t head, int page) {
     const size_t at = head * (s.cold_rows / PAGE) + page;
     const u32* codes = reinterpret_cast<const u32*>(value ? s.cold_v + at * VALUE_PAGE : s.cold_k + at * KEY_PAGE);
