@@ -36,7 +36,8 @@ class Worker:
     """The other end of `serve`: a process that measures with the package of one source tree."""
 
     def __init__(self, source: Path, backend: str) -> None:
-        environment = os.environ | {"PYTHONPATH": str(source)}
+        paths = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", "--backend", backend]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
