@@ -1,6 +1,7 @@
 """A KV format is a row of `FORMATS` and a codec: recipes, byte counts, the reference cache and the oracle need no more."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from elastickv.backends.cpu import open_backend
+from elastickv.backends.cuda.format_macros import format_macros
 from elastickv.backends.cuda.kernel_selection import decode_variant
 from elastickv.errors import UsageError
 from elastickv.kvcache import Oracle, ReferenceCache
@@ -108,13 +110,74 @@ def test_only_the_table_says_what_a_format_is():
     assert not {name: names for name, names in comparing.items() if names and not (names == {"int8"} and "cuda" in name)}
 
 
-def test_cuda_headers_name_the_numbers_of_the_table():
-    folder = SOURCE / "backends" / "cuda" / "kernels"
-    text = "\n".join((folder / name).read_text(encoding="utf-8") for name in ("pages.cuh", "common.cuh"))
-    macros = dict(re.findall(r"^#define (\w+) (\d+)\b", text, re.MULTILINE))
+# What a format with its own code width or its own scales is written in, besides the table.
+PLACES = {
+    "kvcache/quantize.py",
+    "backends/cpu/page_codes.py",
+    "backends/cpu/page_operands.py",
+    "backends/cuda/page_layout.py",
+    "backends/cuda/kernels/format_codecs.cuh",
+}
+QUANTIZED = {f.name for f in FORMATS.values() if not f.is_float}
+# Kernels for rows of int8, apart from those that read pages, are selected here. A format without such needs no line.
+SELECTS_ROWS = {f"backends/cuda/{name}.py" for name in ("backend", "kernel_selection", "readback", "storage")}
+SCORER = "kvcache/scorers/bounds.py"  # it ranks pages by the bounds of int4 keys
+BUILDS = "backends/cuda/builds.py"  # recipes that tests compile
+
+
+def formats_in_module(text):
+    """Yield the formats that a module names, and what it compares of a format."""
+    for node in ast.walk(ast.parse(text)):
+        for name in (getattr(node, key, None) for key in ("id", "arg", "name", "asname")):
+            yield from QUANTIZED & set(str(name).lower().split("_"))
+        if isinstance(node, ast.Constant) and node.value in QUANTIZED:
+            yield node.value
+        if isinstance(node, ast.Attribute) and node.attr == "signed":
+            yield "signed"
+        if isinstance(node, ast.Compare) and "bits" in {getattr(n, "attr", "") for n in ast.walk(node)}:
+            yield "bits"
+
+
+def formats_in_kernel(text):
+    """Yield the macros by which a kernel distinguishes formats of pages, outside of comments."""
+    names = "|".join(name.upper() for name in QUANTIZED)
+    return re.findall(rf"\b({names}|SIXTEEN_BIT|[KV]_FORMAT|[KV]_BITS (?===))\b", re.sub(r"//.*", "", text))
+
+
+def test_a_format_is_in_the_table_and_five_other_files():
+    files = [p for name in ("kvcache", "backends") for p in (SOURCE / name).rglob("*.*") if p.suffix in {".py", ".cu", ".cuh"}]
+    formats_of = {}
+    for path in files:
+        read = formats_in_module if path.suffix == ".py" else formats_in_kernel
+        formats_of[path.relative_to(SOURCE).as_posix()] = set(read(path.read_text(encoding="utf-8")))
+    assert all(formats_of[name] <= {"int8"} for name in SELECTS_ROWS)
+    naming = {name for name, formats in formats_of.items() if formats} - SELECTS_ROWS - {BUILDS, SCORER}
+    assert naming == PLACES and len(PLACES) <= 5
+
+
+def test_extending_lists_these_files():
+    text = (SOURCE.parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    table = text.partition("## A KV format")[2].partition("\n\nThe first two")[0]
+    listed = re.findall(r"`((?:recipe|kvcache|backends)/[\w/]+\.\w+)`", table)
+    assert sorted(listed) == sorted({*PLACES, "recipe/formats.py"})
+
+
+def test_kernels_get_numbers_codes_and_sizes_from_the_table(monkeypatch):
+    variant = decode_variant(80, 4, "bf16", Recipe.parse("k=int4,v=int8"), "90")
+    macros = format_macros(dict(variant.macros))
     names = {"bf16": "SIXTEEN_BIT", "fp16": "SIXTEEN_BIT", "fp8": "FP8", "int8": "INT8", "int4": "INT4"}
-    assert {name: int(macros[macro]) for name, macro in names.items()} == {
+    assert {name: macros[macro] for name, macro in names.items()} == {
         f.name: f.cuda_id for f in FORMATS.values() if f.cuda_id is not None
     }
-    assert FORMATS["int8"].cuda_rows == int(macros["COLD_INT8"])
-    assert FORMATS["bf16"].cuda_rows == FORMATS["fp16"].cuda_rows == int(macros["COLD_SAME"])
+    assert FORMATS["int8"].cuda_rows == macros["COLD_INT8"]
+    assert FORMATS["bf16"].cuda_rows == FORMATS["fp16"].cuda_rows == macros["COLD_SAME"]
+    assert [macros[name] for name in ("INT8_LARGEST", "FP8_LARGEST", "INT4_LARGEST")] == [127, 448, 15]
+    assert (macros["K_BITS"], macros["V_BITS"], macros["LARGEST_KEY"]) == (4, 8, 65504)
+    # int4: a float16 scale and zero for each of 96 channels; int8: a bfloat16 scale for each of 32 tokens.
+    assert (macros["KEY_SCALES"], macros["VALUE_SCALES"]) == (4 * 96, 2 * 32)
+    assert format_macros({"UNROLL": 4}) == {}
+    kernels = "\n".join(p.read_text(encoding="utf-8") for p in (SOURCE / "backends/cuda/kernels").glob("*.cu*"))
+    assert not set(re.findall(r"#define (\w+)", kernels)) & macros.keys(), "a kernel states what the table states"
+    monkeypatch.setitem(FORMATS, "int4", dataclasses.replace(FORMATS["int4"], largest_code=14, values=ScaleLayout.TOKEN))
+    changed = format_macros(dict(decode_variant(80, 4, "bf16", Recipe.parse("k=int8,v=int4"), "90").macros))
+    assert (changed["INT4_LARGEST"], changed["VALUE_SCALES"]) == (14, 64)

@@ -9,16 +9,16 @@ from elastickv.errors import UsageError
 from elastickv.kvcache.protocol import Lengths
 from elastickv.kvcache.tensor_view import Tensor, TensorView
 from elastickv.recipe import Recipe, regions
-from elastickv.recipe.formats import FLOAT16_MAX
-
-INT4_KEY_MAX = FLOAT16_MAX  # scales and zeros of int4 keys are halves
+from elastickv.recipe.formats import FORMATS
 
 
-def beyond_int4(row: int, kv_head: int, position: int) -> str:
-    """Return the message about a key that is too large for the scales of int4."""
+def beyond_largest_key(recipe: Recipe, row: int, kv_head: int, position: int) -> str:
+    """Return the message about a key that is too large for the recipe's format of K."""
+    assert recipe.key_format is not None
+    fmt = FORMATS[recipe.key_format]
     return (
-        f"a key beyond what int4 holds: sequence {row}, KV head {kv_head}, position {position}; "
-        f"int4 keys hold magnitudes up to {INT4_KEY_MAX:.0f}: choose another format for K"
+        f"a key beyond what {fmt.name} holds: sequence {row}, KV head {kv_head}, position {position}; "
+        f"{fmt.name} keys hold magnitudes up to {fmt.largest_key:.0f}: choose another format for K"
     )
 
 

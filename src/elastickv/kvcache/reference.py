@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from elastickv.errors import NonFiniteError
 from elastickv.kvcache.attention import Float64
 from elastickv.kvcache.checked_cache import CheckedCache
-from elastickv.kvcache.checks import beyond_int4, check_anchor, check_marked, cold_tokens
+from elastickv.kvcache.checks import beyond_largest_key, check_anchor, check_marked, cold_tokens
 from elastickv.kvcache.oracle import Oracle
 from elastickv.kvcache.protocol import CacheState, Lengths, StoredHead
 from elastickv.kvcache.quantize import CODECS, stored_values
@@ -243,7 +243,7 @@ class ReferenceCache(CheckedCache):
         self._oracle.rewind()
 
     def raise_non_finite(self) -> None:
-        """Raise NonFiniteError if a NaN or infinity is stored, or a cold key beyond the range of int4."""
+        """Raise NonFiniteError if a NaN or infinity is stored, or a cold key beyond the range of its format."""
         tokens = np.arange(self.capacity) < self._lengths[:, None, None]
         bad = tokens & ~(np.isfinite(self._keys) & np.isfinite(self._values)).all(axis=-1)
         for row, head, position in np.argwhere(bad):
@@ -254,4 +254,4 @@ class ReferenceCache(CheckedCache):
                 split = regions(int(length), self.recipe.sinks, self.recipe.window)
                 cold = self._keys[row, :, split.sinks : split.sinks + split.cold]
                 for head, number in np.argwhere(np.abs(cold).max(axis=-1) > largest):
-                    raise NonFiniteError(beyond_int4(row, head, split.sinks + number))
+                    raise NonFiniteError(beyond_largest_key(self.recipe, row, head, split.sinks + number))

@@ -60,7 +60,7 @@ class Format:
     largest_key : the largest magnitude of a cold key that can be stored; None where there is no limit but the dtype's own.
     cold : whether a recipe may name it; else only a model's dtype may be it.
     cpu_id : number in the CPU kernels; None: no CPU kernel reads it.
-    cuda_id : value of the CUDA macros K_FORMAT and V_FORMAT (`kernels/pages.cuh`); None: no CUDA kernel reads pages of it.
+    cuda_id : value of the CUDA macros K_FORMAT and V_FORMAT (`kernels/format_codecs.cuh`); None: no kernel reads pages of it.
     cuda_rows : value of the CUDA macro COLD_TYPE (`kernels/common.cuh`) of the kernels that read rows of it; None: they do not.
     cuda_dtype : value of the CUDA macro EXACT_TYPE (`kernels/common.cuh`), for the dtypes of a model.
     """

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from elastickv.backends.cpu import decode, page, selection, steps, storage, threads
 from elastickv.backends.cpu.editing import CpuEditing
 from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, NO_ANCHOR, STATE_WORDS, BufferField, BufferLayout, State, layout
-from elastickv.backends.cpu.unpack import unpack_rows
+from elastickv.backends.cpu.page_codes import unpack_rows
 from elastickv.errors import NonFiniteError
 from elastickv.kvcache.attention import Float64
-from elastickv.kvcache.checks import beyond_int4, check_anchor, check_marked, check_room, check_shape
+from elastickv.kvcache.checks import beyond_largest_key, check_anchor, check_marked, check_room, check_shape
 from elastickv.kvcache.protocol import Lengths, StoredHead
 from elastickv.kvcache.scorers import scorer_of
 from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView, to_array, write_array
@@ -245,7 +245,8 @@ class CpuCache(CpuEditing):
             position = self._state[row, head, State.BAD_POSITION]
             raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {position}")
         for row, head in np.argwhere(self._state[..., State.BEYOND_POSITION] >= 0):
-            raise NonFiniteError(beyond_int4(row, head, self._state[row, head, State.BEYOND_POSITION]))
+            position = self._state[row, head, State.BEYOND_POSITION]
+            raise NonFiniteError(beyond_largest_key(self.recipe, row, head, position))
 
 
 def host_array(array: Float32, shape: tuple[int, ...], name: str) -> Float32:

@@ -6,12 +6,9 @@ from numba import njit
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.intrinsics import (
     BF16,
-    COLUMNS,
     FORMAT_CODES,
     FP16,
     FP32,
-    INT4,
-    INT8,
     float_bits,
     float_from_bits,
     load_f32,
@@ -19,8 +16,10 @@ from elastickv.backends.cpu.intrinsics import (
     store_f32,
     store_u16,
 )
+from elastickv.kvcache.quantize import E4M3_VALUES
 from elastickv.kvcache.rounding import LARGEST
 from elastickv.recipe import FORMATS, PAGE_TOKENS
+from elastickv.recipe.formats import ScaleLayout
 
 _F = layout.BufferField
 SINKS, WINDOW, IS_DENSE = int(_F.SINKS), int(_F.WINDOW), int(_F.IS_DENSE)
@@ -35,11 +34,12 @@ KEY_SCALE_BYTES = np.array([layout.scale_bytes(name, 64, 64, False) for name in 
 _ONE_GROUP, _TWO_GROUPS = (np.array([layout.scale_bytes(n, 64, g, True) for n in _BY_CODE], np.int64) for g in (64, 32))
 GROUP_SCALE_BYTES = _TWO_GROUPS - _ONE_GROUP
 VALUE_SCALE_BYTES = _ONE_GROUP - GROUP_SCALE_BYTES
+GROUPED = np.array([FORMATS[name].values is ScaleLayout.GROUP for name in _BY_CODE])
 MAGIC = np.float32(12582912.0)
 SUBNORMAL_MAGIC = np.float32(0.5)
 TWO_112 = np.float32(2.0**112)
 HALF_MAX, BF16_MAX, FP32_MAX = (np.float32(LARGEST[name]) for name in ("fp16", "bf16", "fp32"))
-E4M3_MAX, E4M3_LEAST_NORMAL, E4M3_STEPS = np.float32(FORMATS["fp8"].largest_code), np.float32(2.0**-6), np.float32(512)
+E4M3_MAX, E4M3_LEAST_NORMAL, E4M3_STEPS = np.float32(np.nanmax(E4M3_VALUES)), np.float32(2.0**-6), np.float32(512)
 
 
 @njit(error_model="numpy")
@@ -52,6 +52,12 @@ def plane_bytes(fmt, dim):  # type: ignore[no-untyped-def]
 def scale_bytes(fmt, dim, group, is_value):  # type: ignore[no-untyped-def]
     """Return the bytes of one page's scales of K or V inside the page."""
     return VALUE_SCALE_BYTES[fmt] + GROUP_SCALE_BYTES[fmt] * (dim // group) if is_value else KEY_SCALE_BYTES[fmt]
+
+
+@njit(error_model="numpy")
+def scale_group(fmt, dim, group):  # type: ignore[no-untyped-def]
+    """Return how many channels of V share a scale: `group`, or all."""
+    return group if GROUPED[fmt] else dim
 
 
 @njit(error_model="numpy")
@@ -147,30 +153,6 @@ def bf16_towards(x, up):  # type: ignore[no-untyped-def]
     bits = float_bits(x)
     negative = (bits >> np.uint32(31)) == np.uint32(1)
     return np.uint16((bits + (np.uint32(0) if negative == up else np.uint32(0xFFFF))) >> np.uint32(16))
-
-
-@njit(error_model="numpy")
-def key_offset(fmt, token, d):  # type: ignore[no-untyped-def]
-    """Return the bytes from a page's start to element `d` of the key of its token number `token`; of int4, its 16-bit word."""
-    if fmt == INT4:
-        return (d // 8 * PAGE_TOKENS + token) * 4 + d % 2 * 2
-    if fmt == INT8:
-        return d // 2 * 2 * PAGE_TOKENS + 2 * token + d % 2
-    return plane_bytes(fmt, d) + token * (plane_bytes(fmt, 1) // PAGE_TOKENS)
-
-
-@njit(error_model="numpy")
-def value_offset(fmt, group, token, d):  # type: ignore[no-untyped-def]
-    """Return the bytes from V's start to element `d` of the value of token `token`, in groups of `group` channels."""
-    column = d % group % COLUMNS
-    chunk = d - column
-    columns = min(COLUMNS, group - chunk % group)
-    start = plane_bytes(fmt, chunk)
-    if fmt == INT4:
-        return start + (token // 8 * columns + column) * 4 + token % 2 * 2
-    if fmt == INT8:
-        return start + token // 2 * 2 * columns + 2 * column + token % 2
-    return start + (token * columns + column) * (plane_bytes(fmt, 1) // PAGE_TOKENS)
 
 
 @njit(error_model="numpy")

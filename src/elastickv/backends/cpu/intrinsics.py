@@ -4,7 +4,7 @@ Auto-vectorisation can't be relied on for 16-bit and 8-bit loads, so the inner l
 them to whatever vectors the processor has.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import Parameter, Signature
 from typing import Any
@@ -18,10 +18,11 @@ from numba.extending import intrinsic
 from elastickv.recipe.formats import FORMATS
 
 FORMAT_CODES = {f.name: f.cpu_id for f in FORMATS.values() if f.cpu_id is not None}
-FP32, FP16, BF16, INT8, FP8, INT4 = (FORMAT_CODES[name] for name in ("fp32", "fp16", "bf16", "int8", "fp8", "int4"))
+FP32, FP16, BF16 = (FORMAT_CODES[name] for name in ("fp32", "fp16", "bf16"))
 FLOAT_BYTES = 4
 LANES = 16
 COLUMNS = 32
+HALVES = COLUMNS // LANES
 
 
 def _features() -> dict[str, bool]:
@@ -109,7 +110,12 @@ def widen_fp16(builder: ir.IRBuilder, bits: Any) -> Any:
     return builder.bitcast(builder.or_(builder.select(large, special, scaled), sign), VF)
 
 
-def widen_fp8(builder: ir.IRBuilder, bits: Any) -> Any:
+def load_bf16(builder: ir.IRBuilder, address: Any, half: int) -> Any:
+    """Load 16 bfloat16s, number `half` at an address, as float32."""
+    return widen_bf16(builder, load(builder, address, ir.VectorType(I16, LANES), half * LANES * 2))
+
+
+def widen_e4m3(builder: ir.IRBuilder, bits: Any) -> Any:
     """Return 2**-8 of the float32 values of 16 float8 e4m3s: their bits, moved, are halves."""
     wide = builder.sext(bits, ir.VectorType(I16, LANES))
     halves = builder.and_(builder.shl(wide, _every_16(7)), _every_16(-0x4001))
@@ -118,6 +124,24 @@ def widen_fp8(builder: ir.IRBuilder, bits: Any) -> Any:
 
 def _every_16(value: int) -> Any:
     return ir.Constant(ir.VectorType(I16, LANES), [value] * LANES)
+
+
+def by_width(codes: Iterable[int], body: Any) -> Any:
+    """Make `body(builder, code, width, args)` one function that chooses among codes and widths, its first two arguments."""
+
+    def chosen(builder: ir.IRBuilder, code: Any, width: Any, *args: Any) -> None:
+        end = builder.append_basic_block("page.end")
+        switch = builder.switch(builder.add(builder.mul(code, I64(8)), width), end)
+        for number in codes:
+            for queries in WIDTHS:
+                block = builder.append_basic_block(f"page.{number}.{queries}")
+                switch.add_case(I64(number * 8 + queries), block)
+                builder.position_at_end(block)
+                body(builder, number, queries, args)
+                builder.branch(end)
+        builder.position_at_end(end)
+
+    return chosen
 
 
 def exp2(builder: ir.IRBuilder, x: Any) -> Any:

@@ -9,22 +9,25 @@ import numpy as np
 from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.elements import bf16_value, plane_bytes, scale_bytes
+from elastickv.backends.cpu.elements import plane_bytes, scale_bytes, scale_group
 from elastickv.backends.cpu.intrinsics import (
     BLOCK,
     COLUMNS,
-    FP8,
     FP32,
-    INT4,
-    INT8,
     LANES,
     load_f32,
-    load_u16,
     prefetch_line,
     store_f32,
     words,
 )
-from elastickv.backends.cpu.scale_folding import fold_page, to_integers, total_of, weigh_int4, weigh_int8
+from elastickv.backends.cpu.page_operands import (
+    finish_values,
+    key_operands,
+    narrow_query,
+    query_factor,
+    rows_at_once,
+    weigh_tokens,
+)
 from elastickv.backends.cpu.vector import accumulate_page, clear, multiply_page, scale_into, softmax_page
 from elastickv.recipe import PAGE_TOKENS
 
@@ -34,8 +37,7 @@ COLD_PAGE_BYTES, LINE_BYTES = int(_F.COLD_PAGE_BYTES), layout.LINE_BYTES
 WORK_BASE, WORK_THREAD_BYTES = int(_F.WORK_BASE), int(_F.WORK_THREAD_BYTES)
 EXTRA = layout.PARTIAL_EXTRA
 LOG2_E = np.float32(1 / math.log(2))
-ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
-FP8_FACTOR = np.float32(256)  # the vector kernels read fp8 as 1/256 of its value
+ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
 # Prefetch distances. The processor's prefetchers do most of the work; longer distances fill their queues with requests of ours.
 PREFETCH_FP32_BYTES, PREFETCH_NARROW_BYTES = 512, 2048
 
@@ -67,20 +69,13 @@ def prepare(c, thread, q, key):  # type: ignore[no-untyped-def]
     """Scale a group's queries (float32, and int16 with a scale for int8 keys) and clear the running state."""
     accumulators, queries, narrow, scales, state, _, zero_sums, _ = _work(c, thread)
     scale = LOG2_E / np.float32(math.sqrt(c[DIM]))
-    scale_into(queries, q, c[GROUP] * c[DIM], scale * FP8_FACTOR if key == FP8 else scale)
+    scale_into(queries, q, c[GROUP] * c[DIM], scale * query_factor(key))
     for g in range(c[GROUP]):
         store_f32(state + 8 * g, NOTHING)
         store_f32(state + 8 * g + 4, ZERO)
-        if key == INT8:
-            to_integers(queries + g * c[DIM] * 4, c[DIM], narrow + g * c[DIM] * 2, scales + 4 * g)
+        narrow_query(key, queries + g * c[DIM] * 4, c[DIM], narrow + g * c[DIM] * 2, scales + 4 * g)
     clear(accumulators, c[GROUP] * c[PADDED])
     clear(zero_sums, c[GROUP] * _zero_bytes(c) // 4)
-
-
-@njit(error_model="numpy")
-def _fill(units, block, scale):  # type: ignore[no-untyped-def]
-    for g in range(block):
-        store_f32(units + 4 * g, scale)
 
 
 @njit(error_model="numpy")
@@ -92,28 +87,15 @@ def _prefetch_bytes(c, fmt, page_distance):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _rows_at_once(fmt):  # type: ignore[no-untyped-def]
-    """Return how many rows are interleaved."""
-    if fmt == INT4:
-        return 8
-    return 2 if fmt == INT8 else 1
-
-
-@njit(error_model="numpy")
 def _scores(c, thread, first, block, key, page, scales_at, bounds, page_distance):  # type: ignore[no-untyped-def]
     """Write the scores of one page's 32 tokens for a block of queries."""
     _, queries, narrow, scales, _, _, _, scores = _work(c, thread)
     units, prefetch_bytes = scores + BLOCK * COLUMNS * 6, _prefetch_bytes(c, key, page_distance)
-    biases, dim, stride = units + BLOCK * 4, c[DIM], COLUMNS * 4
-    query, query_bytes, extra = queries + first * dim * 4, dim * 4, scales_at
-    if key == INT4:
-        fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases, page_distance * dim * 4)
-        query, query_bytes, extra = narrow, dim * 2, biases
-    elif key == INT8:
-        query, query_bytes, units = narrow + first * dim * 2, dim * 2, scales + 4 * first
-    elif key == FP8:
-        _fill(units, block, bf16_value(load_u16(scales_at)))
-    rows = _rows_at_once(key)
+    dim, stride = c[DIM], COLUMNS * 4
+    query, query_bytes, units, extra = key_operands(
+        key, first, block, dim, queries, narrow, scales, units, scales_at, bounds, page_distance * dim * 4
+    )
+    rows = rows_at_once(key)
     multiply_page(
         key, block, page, plane_bytes(key, rows), dim // rows, query, query_bytes, scores, stride, units, extra, prefetch_bytes
     )  # fmt: skip
@@ -125,27 +107,15 @@ def _values(c, thread, first, block, value, plane, scales_at, valid, page_distan
     accumulators, _, _, _, _, factors, zero_sums, scores = _work(c, thread)
     weights, units = scores + BLOCK * COLUMNS * 4, scores + BLOCK * COLUMNS * 6
     dim, zero_bytes, out_bytes = c[DIM], _zero_bytes(c), c[PADDED] * 4
-    group, prefetch_bytes = c[VALUE_GROUP] if value == INT4 else dim, _prefetch_bytes(c, value, page_distance)
+    group, prefetch_bytes = scale_group(value, dim, c[VALUE_GROUP]), _prefetch_bytes(c, value, page_distance)
     if page_distance != 0:
         for line in range(0, scale_bytes(value, dim, group, True), LINE_BYTES):
             prefetch_line(scales_at + prefetch_bytes + line)
     out, factor = accumulators + first * out_bytes, factors + 4 * first
-    if value == FP8:
-        _fill(units, block, bf16_value(load_u16(scales_at)))
-    rows = _rows_at_once(value)
+    sums, rows = zero_sums + first * zero_bytes, rows_at_once(value)
     source, source_bytes = (weights, COLUMNS * 2) if rows > 1 else (scores, COLUMNS * 4)
     for start in range(0, dim, group):
-        if value == INT8:
-            for g in range(block):
-                weigh_int8(scores + g * COLUMNS * 4, scales_at, weights + g * COLUMNS * 2, units + 4 * g)
-        elif value == INT4:
-            number = start // group
-            sums = zero_sums + first * zero_bytes + number * LANES * 4
-            for g in range(block):
-                weigh_int4(
-                    scores + g * COLUMNS * 4, scales_at + number * 4 * PAGE_TOKENS, weights + g * COLUMNS * 2, units + 4 * g,
-                    factor + 4 * g, sums + g * zero_bytes,
-                )  # fmt: skip
+        weigh_tokens(value, block, start // group, scores, weights, units, scales_at, factor, sums, zero_bytes)
         for column in range(0, group, COLUMNS):
             width = plane_bytes(value, min(COLUMNS, group - column))
             accumulate_page(
@@ -186,16 +156,12 @@ def write_partials(c, thread, value, partial):  # type: ignore[no-untyped-def]
     """Write a thread's accumulators of a group's queries as partial results, with contiguous columns."""
     accumulators, _, _, _, running, _, zero_sums, _ = _work(c, thread)
     dim = c[DIM]
-    group = c[VALUE_GROUP] if value == INT4 else dim
+    group = scale_group(value, dim, c[VALUE_GROUP])
     for g in range(c[GROUP]):
         target, source = partial + g * (dim + EXTRA) * 4, accumulators + g * c[PADDED] * 4
         for start in range(0, dim, group):
-            if value == INT4:
-                added = total_of(zero_sums + g * _zero_bytes(c) + start // group * LANES * 4)
-                for d in range(group):
-                    store_f32(target + 4 * (start + d), load_f32(source + 4 * d) + added)
-            else:
-                scale_into(target, source, dim, FP8_FACTOR if value == FP8 else ONE)
+            sums = zero_sums + g * _zero_bytes(c) + start // group * LANES * 4
+            finish_values(value, target + 4 * start, source, group, sums)
             source += (group + COLUMNS - 1) // COLUMNS * COLUMNS * 4
         store_f32(target + 4 * dim, load_f32(running + 8 * g))
         store_f32(target + 4 * dim + 4, load_f32(running + 8 * g + 4))

@@ -1,37 +1,28 @@
-"""Reading tokens back in bulk, and writing them into the window again. The twin of `storage` and `quantize_page`."""
+"""Reading tokens back in bulk, and writing them into the window again. The twin of `storage` and `page_codes`."""
 
 import numpy as np
 from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import (
-    bf16_value,
     cold_page,
     cold_tokens,
     exact_page,
-    fp16_value,
     get,
-    key_offset,
     limited,
     plane_bytes,
     put,
     scale_bytes,
-    value_offset,
 )
 from elastickv.backends.cpu.intrinsics import (
-    FP8,
-    INT4,
-    INT8,
     atomic_add,
     load_f32,
-    load_i8,
     load_i64,
-    load_u16,
     store_f32,
     store_i64,
     words,
 )
-from elastickv.kvcache.quantize import E4M3_VALUES
+from elastickv.backends.cpu.page_codes import key_number, key_offset, value_number, value_offset
 from elastickv.recipe import PAGE_TOKENS
 
 _F = layout.BufferField
@@ -44,17 +35,6 @@ STATE_BYTES = 8 * layout.STATE_WORDS
 
 
 @njit(error_model="numpy")
-def _nibble(where, number):  # type: ignore[no-untyped-def]
-    return np.float64(np.int64(load_u16(where)) >> (4 * (number // 2)) & 15)
-
-
-@njit(error_model="numpy")
-def _eight_bits(fmt, where, scale):  # type: ignore[no-untyped-def]
-    code = np.int64(load_i8(where))
-    return (E4M3_VALUES[code & 255] if fmt == FP8 else np.float64(code)) * scale
-
-
-@njit(error_model="numpy")
 def _read_cold(c, head, number, keys, values):  # type: ignore[no-untyped-def]
     """Write the key and value of stored cold token `number` as float32 rows."""
     page, token = number // PAGE_TOKENS, number % PAGE_TOKENS
@@ -64,30 +44,9 @@ def _read_cold(c, head, number, keys, values):  # type: ignore[no-untyped-def]
     key_scales = value_codes + plane_bytes(value, dim)
     value_scales = key_scales + scale_bytes(key, dim, group, False)
     bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4
-    scale = np.float64(bf16_value(load_u16(key_scales + (2 * token if key == INT8 else 0))))
-    value_scale = np.float64(bf16_value(load_u16(value_scales + (2 * token if value == INT8 else 0))))
     for d in range(dim):
-        where = codes + key_offset(key, token, d)
-        if key == INT4:
-            step = np.float64(fp16_value(load_u16(bounds + 2 * d)))
-            zero = np.float64(fp16_value(load_u16(bounds + 2 * (dim + d))))
-            x = _nibble(where, d % 8) * step + zero
-        elif key in (INT8, FP8):
-            x = _eight_bits(key, where, scale)
-        else:
-            x = np.float64(get(key, where))
-        store_f32(keys + 4 * d, np.float32(x))
-        where = value_codes + value_offset(value, group if value == INT4 else dim, token, d)
-        if value == INT4:
-            at = value_scales + d // group * 4 * PAGE_TOKENS + 2 * token
-            step = np.float64(bf16_value(load_u16(at)))
-            zero = np.float64(bf16_value(load_u16(at + 2 * PAGE_TOKENS)))
-            x = _nibble(where, token % 8) * step + zero
-        elif value in (INT8, FP8):
-            x = _eight_bits(value, where, value_scale)
-        else:
-            x = np.float64(get(value, where))
-        store_f32(values + 4 * d, np.float32(x))
+        store_f32(keys + 4 * d, np.float32(key_number(key, codes, key_scales, bounds, dim, token, d)))
+        store_f32(values + 4 * d, np.float32(value_number(value, value_codes, value_scales, dim, group, token, d)))
 
 
 @njit(error_model="numpy")

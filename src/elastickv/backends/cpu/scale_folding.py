@@ -12,18 +12,19 @@ from numba import types
 from elastickv.backends.cpu.intrinsics import (
     F32,
     FLOAT_BYTES,
+    HALVES,
     I16,
     I64,
-    INT4,
-    INT8,
     LANES,
     VF,
     VI,
     addressed,
+    by_width,
     call,
     constant,
     larger,
     load,
+    load_bf16,
     loop,
     multiply_add,
     prefetch,
@@ -32,7 +33,6 @@ from elastickv.backends.cpu.intrinsics import (
     store,
     widen_fp16,
 )
-from elastickv.backends.cpu.vector import HALVES, by_width, load_bf16
 
 INT16_MAX = 32767.0
 HALF_LANES = ir.VectorType(I16, LANES)
@@ -121,19 +121,19 @@ def _to_integers(builder: ir.IRBuilder, queries: Any, dim: Any, narrow: Any, uni
 to_integers = addressed(4, types.void, _to_integers)
 
 
-def _weigh(builder: ir.IRBuilder, fmt: int, args: tuple[Any, ...]) -> None:
+def _weigh(builder: ir.IRBuilder, zeros: bool, args: tuple[Any, ...]) -> None:
     probabilities, scales, weights, unit, factor, zero_sums = args
     folded, zero_sum = [], None
-    if fmt == INT4:
+    if zeros:
         rescale = splat(builder, load(builder, factor, F32))
         zero_sum = builder.fmul(load(builder, zero_sums, VF), rescale)
     for half in range(HALVES):
         p = load(builder, probabilities, VF, half * LANES * FLOAT_BYTES)
         used = builder.fcmp_unordered("!=", p, constant(0.0))  # beyond a short page there may be any bits
         folded.append(builder.select(used, builder.fmul(p, load_bf16(builder, scales, half)), constant(0.0)))
-        if fmt == INT4:
+        if zeros:
             zero_sum = multiply_add(builder, p, load_bf16(builder, scales, HALVES + half), zero_sum)
-    if fmt == INT4:
+    if zeros:
         store(builder, zero_sum, zero_sums)
     peak = reduce(builder, larger(builder, *folded), lambda a, b: larger(builder, a, b))
     store(builder, builder.fmul(peak, F32(1 / INT16_MAX)), unit)
@@ -145,9 +145,9 @@ def _weigh(builder: ir.IRBuilder, fmt: int, args: tuple[Any, ...]) -> None:
 
 
 # (probabilities, the tokens' bf16 scales, int16 weights, their unit).
-weigh_int8 = addressed(4, types.void, lambda builder, *args: _weigh(builder, INT8, (*args, None, None)))
+weigh = addressed(4, types.void, lambda builder, *args: _weigh(builder, False, (*args, None, None)))
 # The same with 32 zeros behind the 32 scales: zero_sums = factor x zero_sums + p x zero, 16 lanes to be added up at the end.
-weigh_int4 = addressed(6, types.void, lambda builder, *args: _weigh(builder, INT4, args))
+weigh_with_zeros = addressed(6, types.void, lambda builder, *args: _weigh(builder, True, args))
 
 
 def _total(builder: ir.IRBuilder, address: Any) -> Any:

@@ -22,6 +22,7 @@ from elastickv.backends.cpu.intrinsics import (
     WIDTHS,
     addressed,
     atomic_add,
+    by_width,
     constant,
     floats,
     invoke_4,
@@ -41,7 +42,6 @@ from elastickv.backends.cpu.intrinsics import (
 )
 from elastickv.backends.cpu.numba_cache import cache_kernels_on_disk
 from elastickv.backends.cpu.scale_folding import halves
-from elastickv.backends.cpu.vector import by_width
 from elastickv.kvcache.scorers import Scorer
 from elastickv.recipe import PAGE_TOKENS
 

@@ -3,9 +3,9 @@
 from numba import cfunc
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.elements import cold_tokens, exact_page, key_offset, plane_bytes, put, value_offset
+from elastickv.backends.cpu.elements import cold_tokens, exact_page, plane_bytes, put
 from elastickv.backends.cpu.intrinsics import load_f32, load_i64, store_i64, words
-from elastickv.backends.cpu.quantize_page import quantize_page
+from elastickv.backends.cpu.page_codes import key_offset, quantize_page, value_offset
 from elastickv.recipe import PAGE_TOKENS
 
 DIM, EXACT_FORMAT, STATE_BASE = (

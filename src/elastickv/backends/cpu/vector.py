@@ -7,31 +7,23 @@
 Integer rows are multiplied by 16-bit integers (`fold` makes them): int8 in pairs of rows, int4 in eights.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 
 from elastickv.backends.cpu.intrinsics import (
-    BF16,
-    COLUMNS,
     F32,
     FLOAT_BYTES,
     FORMAT_CODES,
-    FP8,
-    FP32,
-    I8,
-    I16,
+    HALVES,
     I32,
     I64,
-    INT4,
-    INT8,
     LANES,
     VF,
     VI,
-    WIDTHS,
     addressed,
+    by_width,
     constant,
     exp2,
     larger,
@@ -42,39 +34,10 @@ from elastickv.backends.cpu.intrinsics import (
     reduce,
     splat,
     store,
-    widen_bf16,
-    widen_fp8,
-    widen_fp16,
 )
+from elastickv.backends.cpu.page_operands import BIASED, INTEGERS, PAIRS, ROW_BYTES, SCALED, load_row, scaled
 
-HALVES = COLUMNS // LANES
-NIBBLES = 4  # of a 16-bit word
 LINE_BYTES = 64
-ROW_BYTES = {FP32: 128, INT4: 128}  # of 32 columns; 64 or less for the others
-PAIRS = ir.VectorType(I16, 2 * LANES)
-
-
-def _row(builder: ir.IRBuilder, fmt: int, row: Any) -> list[list[Any]]:
-    """Load one row of 32 columns as two operands of 16; for int8, a pair of rows, for int4 four pairs, interleaved."""
-    if fmt == FP32:
-        return [[load(builder, row, VF, half * LANES * 4) for half in range(HALVES)]]
-    if fmt == INT8:
-        narrow = ir.VectorType(I8, 2 * LANES)
-        return [[builder.sext(load(builder, row, narrow, half * 2 * LANES), PAIRS) for half in range(HALVES)]]
-    if fmt == INT4:
-        packed = [load(builder, row, PAIRS, half * LANES * 4) for half in range(HALVES)]
-        return [[_nibble(builder, word, i) for word in packed] for i in range(NIBBLES)]
-    if fmt == FP8:
-        narrow = ir.VectorType(I8, LANES)
-        return [[widen_fp8(builder, load(builder, row, narrow, half * LANES)) for half in range(HALVES)]]
-    widen = widen_bf16 if fmt == BF16 else widen_fp16
-    bits = ir.VectorType(I16, LANES)
-    return [[widen(builder, load(builder, row, bits, half * LANES * 2)) for half in range(HALVES)]]
-
-
-def _nibble(builder: ir.IRBuilder, words: Any, number: int) -> Any:
-    shifted = builder.lshr(words, ir.Constant(PAIRS, [4 * number] * 2 * LANES)) if number else words
-    return builder.and_(shifted, ir.Constant(PAIRS, [15] * 2 * LANES)) if number < NIBBLES - 1 else shifted
 
 
 def _multiply_pairs(builder: ir.IRBuilder, a: Any, b: Any, total: Any) -> Any:
@@ -89,11 +52,11 @@ def _multiply_pairs(builder: ir.IRBuilder, a: Any, b: Any, total: Any) -> Any:
 
 def _multiply(builder: ir.IRBuilder, fmt: int, width: int, accumulate: bool, args: tuple[Any, ...]) -> None:
     base, row_bytes, count, coefficients, query_bytes, out, out_bytes, scales, extra, prefetch_bytes = args
-    integer = fmt in (INT8, INT4)
+    integer = fmt in INTEGERS
     zero = ir.Constant(VI if integer else VF, [0] * LANES)
     with loop(builder, count, [zero] * (HALVES * width)) as (index, sums, final):
         row = builder.add(base, builder.mul(index, row_bytes))
-        steps = _row(builder, fmt, row)
+        steps = load_row(builder, fmt, row)
         for line in range(0, ROW_BYTES.get(fmt, LINE_BYTES), LINE_BYTES):
             prefetch(builder, row, builder.add(prefetch_bytes, I64(line)))
         first = builder.mul(index, I64(FLOAT_BYTES * len(steps)))
@@ -107,45 +70,15 @@ def _multiply(builder: ir.IRBuilder, fmt: int, width: int, accumulate: bool, arg
                     n = query * HALVES + half
                     sums[n] = (_multiply_pairs if integer else multiply_add)(builder, operands[half], pair, sums[n])
     for query in range(width):
-        scale = splat(builder, load(builder, scales, F32, query * FLOAT_BYTES)) if integer or fmt == FP8 else None
-        added = splat(builder, load(builder, extra, F32, query * FLOAT_BYTES)) if accumulate or fmt == INT4 else None
+        scale = splat(builder, load(builder, scales, F32, query * FLOAT_BYTES)) if fmt in SCALED else None
+        added = splat(builder, load(builder, extra, F32, query * FLOAT_BYTES)) if accumulate or fmt in BIASED else None
         for half in range(HALVES):
             value = final[query * HALVES + half]
             where = builder.add(builder.mul(out_bytes, I64(query)), I64(half * LANES * FLOAT_BYTES))
-            if integer:
-                value = builder.sitofp(value, VF)
-            if scale is not None and fmt == INT4 and not accumulate:
-                value = multiply_add(builder, value, scale, added)
-            elif scale is not None:
-                value = builder.fmul(value, scale)
+            value = scaled(builder, fmt, value, accumulate, scale, added, extra, half)
             if accumulate:
                 value = multiply_add(builder, load(builder, out, VF, where), added, value)
-            elif fmt == INT8:
-                value = builder.fmul(value, load_bf16(builder, extra, half))
             store(builder, value, out, where)
-
-
-def load_bf16(builder: ir.IRBuilder, address: Any, half: int) -> Any:
-    """Load 16 bfloat16s, number `half` at an address, as float32."""
-    return widen_bf16(builder, load(builder, address, ir.VectorType(I16, LANES), half * LANES * 2))
-
-
-def by_width(codes: Iterable[int], body: Any) -> Any:
-    """Make `body(builder, code, width, args)` one function that chooses among codes and widths, its first two arguments."""
-
-    def chosen(builder: ir.IRBuilder, code: Any, width: Any, *args: Any) -> None:
-        end = builder.append_basic_block("page.end")
-        switch = builder.switch(builder.add(builder.mul(code, I64(8)), width), end)
-        for number in codes:
-            for queries in WIDTHS:
-                block = builder.append_basic_block(f"page.{number}.{queries}")
-                switch.add_case(I64(number * 8 + queries), block)
-                builder.position_at_end(block)
-                body(builder, number, queries, args)
-                builder.branch(end)
-        builder.position_at_end(end)
-
-    return chosen
 
 
 def _multiply_any(accumulate: bool) -> Any:

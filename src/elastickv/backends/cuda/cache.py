@@ -298,4 +298,5 @@ class CudaCache(CudaEditing):
 
     def raise_non_finite(self) -> None:
         """Raise NonFiniteError, naming sequence, KV head and position, if a NaN or infinity was ever stored."""
-        raise_non_finite(self._device.download(self.storage.bad, (self.shape.batch, self.shape.kv_heads), np.uint32))
+        words = self._device.download(self.storage.bad, (self.shape.batch, self.shape.kv_heads), np.uint32)
+        raise_non_finite(words, self.recipe)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from elastickv.backends.cuda.format_macros import format_macros
 from elastickv.backends.kernel_cache import cache_folder, load_compiled, save_compiled
 from elastickv.errors import CompileFailure, UsageError
 
@@ -121,6 +122,7 @@ def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
         # With a driver NVRTC has a cache of its own, whose results lack ptxas's report.
         *(["--no-cache"] if nvrtc_version() >= _CACHES else []),
         f"--include-path={KERNELS}",
+        *(f"-D{name}={value}" for name, value in sorted(format_macros(macros).items())),  # error messages leave these out
         *(f"--define-macro={name}={value}" for name, value in sorted(macros.items())),
         f"--include-path={include_directory()}",
     ]

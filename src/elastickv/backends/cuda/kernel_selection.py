@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from elastickv.backends.cuda.compiler import Compiled, compile_source
+from elastickv.backends.cuda.format_macros import format_of
+from elastickv.backends.cuda.page_layout import query_operands
 from elastickv.errors import UsageError
 from elastickv.kvcache.scorers import SCORERS, scorer_of
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
@@ -219,17 +221,14 @@ _RINGS = ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2)
 def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: int) -> int:
     """Return the size of `Shared` of decode_pages.cu, which asserts it."""
     dim = macros["HEAD_DIM"]
-    padded = round_up(dim, 32)
-    by_id = {f.cuda_id: f for f in FORMATS.values()}
-    key, value = by_id[macros["K_FORMAT"]], by_id[macros["V_FORMAT"]]
-    codes = sum(PAGE_TOKENS * (padded if f.bits == 4 else dim) * f.bits // 8 for f in (key, value))
+    key, value = format_of(macros["K_FORMAT"]), format_of(macros["V_FORMAT"])
+    codes = PAGE_TOKENS * (key.row_bytes(dim) + value.row_bytes(dim))
     scales = (key.key_scales(dim).bytes_of(PAGE_TOKENS), value.value_scales(dim, macros["V_GROUP"]).bytes_of(PAGE_TOKENS))
     stage = round_up(codes + sum(round_up(n_bytes, 16) for n_bytes in scales), 128)
     queries = _HEADS_OF_MMA_TILE * tiles
-    tile_steps = padded // 16 if key.bits == 4 else dim // 16
-    steps = -(-tile_steps // 2) if key.signed else tile_steps
+    steps = query_operands(key, dim)
     sums = warps * (queries // 2 * (2 * dim + 8) * 4 + queries * 8)
-    operands = tiles * (padded // 32 * 2 + steps) * 32 * 16
+    operands = tiles * (round_up(dim, 32) // 16 + steps) * 32 * 16
     return round_up(warps * stages * stage + sums + operands + queries * 4 + warps * stages * 8, 16)
 
 

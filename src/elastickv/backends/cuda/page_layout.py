@@ -1,4 +1,4 @@
-"""The kernels' page layout (`kernels/pages.cuh`), decoded on the host: for tests, the oracle and `stored`."""
+"""The kernels' page layout (`pages.cuh`, `format_codecs.cuh`), decoded on the host: for tests, the oracle and `stored`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from elastickv.kvcache.attention import Float64
 from elastickv.kvcache.quantize import CODECS
 from elastickv.kvcache.rounding import from_bf16_bits
-from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, ScaleLayout, round_up
+from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, Format, ScaleLayout, round_up
 
 _VALUE_OFFSET = 128
 Indices = NDArray[np.int64]
@@ -44,6 +44,12 @@ def value_positions(fmt: str, head_dim: int, group: int) -> tuple[Indices, Indic
     which, within = position // padded, position % padded
     dim = np.where((within < group) & (which < head_dim // group), which * group + within, head_dim)
     return 8 * (2 * (w & 1) + (e >> 1 & 1)) + 2 * t + (e >> 2), dim
+
+
+def query_operands(key: Format, head_dim: int) -> int:
+    """Return the operands of a query that meet the keys of a page on tensor cores: integers multiply 32 channels at once."""
+    tiles = key.row_bytes(head_dim) * 8 // key.bits // 16
+    return -(-tiles // 2) if key.signed else tiles
 
 
 def codes_of(raw: NDArray[np.uint8], fmt: str, positions: tuple[Indices, Indices], head_dim: int) -> NDArray[np.uint16]:

@@ -10,7 +10,7 @@ from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
 from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_positions, value_positions
 from elastickv.backends.cuda.storage import Storage
 from elastickv.errors import NonFiniteError
-from elastickv.kvcache.checks import beyond_int4
+from elastickv.kvcache.checks import beyond_largest_key
 from elastickv.kvcache.protocol import StoredHead
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe, regions
@@ -88,12 +88,12 @@ class Contents:
         return values
 
 
-def raise_non_finite(words: NDArray[np.uint32]) -> None:
+def raise_non_finite(words: NDArray[np.uint32], recipe: Recipe) -> None:
     """Raise NonFiniteError if one of the (batch, kv_heads) `words` names a position whose value could not be stored.
 
-    Words are a position, with the highest bit set if the value is finite but too large for int4 pages; all bits: none.
+    Words are a position, with the highest bit set if the value is finite but too large for the format of K; all bits: none.
     """
     for row, head in np.argwhere(words < _TOO_LARGE):
         raise NonFiniteError(f"a value that is not finite: sequence {row}, KV head {head}, position {words[row, head]}")
     for row, head in np.argwhere(words < _NOTHING):
-        raise NonFiniteError(beyond_int4(row, head, int(words[row, head]) - _TOO_LARGE))
+        raise NonFiniteError(beyond_largest_key(recipe, row, head, int(words[row, head]) - _TOO_LARGE))

@@ -10,13 +10,9 @@
 
 // Macros: HEAD_DIM, EXACT_TYPE (0 fp32, 1 fp16, 2 bf16), COLD_TYPE (0 none, 1 as exact, 2 int8, 3 pages), REUSE, SELECT (pages
 // are listed), QTILES, WARPS, MIN_BLOCKS; OLD_PART, if defined, builds the code for devices before SM 7.0.
-#define FP32 0
-#define FP16 1
-#define BF16 2
 #define COLD_NONE 0
-#define COLD_SAME 1
-#define COLD_INT8 2
 #define COLD_PAGES 3
+// format_macros.py adds the numbers that the table of formats gives to types and formats: FP32, COLD_INT8, INT8 and so on.
 #ifndef SELECT
 #define SELECT 0
 #endif
@@ -224,6 +220,8 @@ struct Work {
     u32 base, offset;       // first unit of the current problem; this block's first unit in it
     u32 pad;                // units of a problem rounded up so that blocks do not straddle problems; 0 if they may
 };
+
+__device__ __forceinline__ float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
 
 __device__ __forceinline__ u32 warp_sum(u32 v) {
     for (int i = 16; i; i >>= 1) v += __shfl_xor_sync(FULL, v, i);

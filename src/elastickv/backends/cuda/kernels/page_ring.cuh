@@ -2,9 +2,9 @@
 #pragma once
 #include "page_shared.cuh"
 
-// Start of the scales of a page; for fp8, the 16 bytes that a copy must move at least hold the scales of eight pages.
-__device__ __forceinline__ const char* scales_of(const void* plane, int page, int format, int bytes) {
-    return static_cast<const char*>(plane) + (format == FP8 ? (size_t)(page * 2 & ~15) : (size_t)page * bytes);
+// Start of the scales of a page; if they are less than the 16 bytes that a copy must move at least, of the pages that share 16.
+__device__ __forceinline__ const char* scales_of(const void* plane, int page, int bytes) {
+    return static_cast<const char*>(plane) + (bytes && bytes < 16 ? (size_t)(page * bytes & ~15) : (size_t)page * bytes);
 }
 
 template <int BYTES>
@@ -27,13 +27,12 @@ __device__ __forceinline__ void copy_part(u32 to, const char* from, u32 arrived)
 __device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a, int page) {
 #if BULK
     if (threadIdx.x & 31) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(PAGE_BYTES) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(STAGE_BYTES) : "memory");
 #endif
     copy_part<KEY_PAGE>(stage, a.cold_k + (size_t)page * KEY_PAGE, arrived);
-    copy_part<VALUES_AT - KEY_SCALES_AT>(stage + KEY_SCALES_AT, scales_of(a.k_scale, page, K_FORMAT, KEY_SCALES), arrived);
+    copy_part<VALUES_AT - KEY_SCALES_AT>(stage + KEY_SCALES_AT, scales_of(a.k_scale, page, KEY_SCALES), arrived);
     copy_part<VALUE_PAGE>(stage + VALUES_AT, a.cold_v + (size_t)page * VALUE_PAGE, arrived);
-    copy_part<PAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(a.v_scale, page, V_FORMAT, VALUE_SCALES),
-                                            arrived);
+    copy_part<STAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(a.v_scale, page, VALUE_SCALES), arrived);
 }
 
 __device__ __forceinline__ void end_group() {

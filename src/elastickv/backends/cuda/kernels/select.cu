@@ -18,8 +18,8 @@
 //   counts[kv_head * counts_stride + pages]: how many of `pages` pages to list
 //   scores: heads * (page_capacity rounded up to 32) floats; counters: one per head, zero before and after
 //
-// Macros: HEAD_DIM, K_FORMAT = 3, SCORER, WARPS and the others of common.cuh; the macros with a default below can be
-// overridden.
+// Macros: HEAD_DIM, K_FORMAT (with scales and zeros of channels), SCORER, WARPS and the others of common.cuh; the macros with a
+// default below can be overridden.
 #include "pages.cuh"
 #include "score.cuh"
 
@@ -29,7 +29,7 @@
 #ifndef IN_FLIGHT
 #define IN_FLIGHT 8  // 16-byte loads of a lane
 #endif
-#define PAGE_BYTES (4 * PADDED)
+#define PAGE_BYTES KEY_SCALES
 // Eight lanes hold a page's scales and zeros in LOADS pieces of 16 bytes each; a warp takes 4 * ROWS pages at once.
 #define LOADS (PADDED / 32)
 #define ROWS (8 * LOADS <= IN_FLIGHT ? 8 : 4 * LOADS <= IN_FLIGHT ? 4 : 2)

@@ -2,7 +2,7 @@
 #pragma once
 #include "common.cuh"
 #if COLD_TYPE == COLD_PAGES
-#include "quantize.cuh"
+#include "format_codecs.cuh"
 #endif
 
 #define ELEMENTS ((D + 31) / 32)  // elements of a row per lane: dim = lane + 32 i
@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_cold(const Store& s, bool value, size_t he
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++) most = fmaxf(most, fabsf(x[i]));
     for (int i = 16; i; i >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, i));
-    const u32 scale = (__float_as_uint(__fdiv_rn(most, 127.f)) + 0xffffu) >> 16;
+    const u32 scale = (__float_as_uint(__fdiv_rn(most, (float)INT8_LARGEST)) + 0xffffu) >> 16;
     const float divisor = __uint_as_float(scale << 16);
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++) {
@@ -112,7 +112,6 @@ __device__ __forceinline__ void note_bad(const Store& s, size_t head, int positi
 
 #if COLD_TYPE == COLD_PAGES
 #define TOO_LARGE 0x80000000u
-#define LARGEST_HALF 65504.f
 
 // One warp writes row `token` of a page to the tile.
 __device__ __forceinline__ void put_row(const Store& s, PageTile& tile, bool value, size_t head, int page, int token,
@@ -122,10 +121,39 @@ __device__ __forceinline__ void put_row(const Store& s, PageTile& tile, bool val
     for (int i = 0; i < ELEMENTS; i++) {
         const int dim = (threadIdx.x & 31) + 32 * i;
         if (dim < D) tile.x[token][dim] = x[i];
-        large |= fabsf(x[i]) > LARGEST_HALF;
+        large |= fabsf(x[i]) > (float)LARGEST_KEY;
     }
-    if (K_FORMAT == INT4 && !value && __any_sync(FULL, large) && (threadIdx.x & 31) == 0)
+    if (LARGEST_KEY && !value && __any_sync(FULL, large) && (threadIdx.x & 31) == 0)
         atomicMin(s.bad + head, TOO_LARGE | (u32)(s.sinks + page * PAGE + token));
+}
+
+// One block quantizes the page of K in the tile, after all its rows are there.
+__device__ __forceinline__ void quantize_keys(PageTile& tile, u32* codes, u16* scales) {
+    store_key_scales(tile, scales);
+    __syncthreads();
+    for (int i = threadIdx.x; i < KEY_PAGE / 4; i += STORE_THREADS) {
+        u32 word = 0;
+#pragma unroll
+        for (int e = 0; e < 32 / K_BITS; e++) {
+            const Element at = key_element(i >> 7, (i >> 2) & 31, i & 3, e);
+            if (at.dim < D) word |= key_code(tile, at) << (K_BITS * e);
+        }
+        codes[i] = word;
+    }
+}
+
+__device__ __forceinline__ void quantize_values(PageTile& tile, u32* codes, u16* scales) {
+    store_value_scales(tile, scales);
+    __syncthreads();
+    for (int i = threadIdx.x; i < VALUE_PAGE / 4; i += STORE_THREADS) {
+        u32 word = 0;
+#pragma unroll
+        for (int e = 0; e < 32 / V_BITS; e++) {
+            const Element at = value_element(i >> 7, (i >> 2) & 31, i & 3, e);
+            if (at.dim < D) word |= value_code(tile, at) << (V_BITS * e);
+        }
+        codes[i] = word;
+    }
 }
 
 // One block quantizes the page in the tile and stores it.

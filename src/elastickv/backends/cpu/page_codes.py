@@ -1,0 +1,348 @@
+"""Codes and scales of a page in each format: where an element is, the quantizers, and reading back.
+
+A new format is added here, and in `page_operands` for decode. Codes and scales equal those of `elastickv.kvcache.quantize` bit
+for bit.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from elastickv.backends.cpu import layout
+from elastickv.backends.cpu.elements import (
+    bf16_towards,
+    bf16_value,
+    cold_page,
+    e4m3_bits,
+    exact_page,
+    fp16_towards,
+    fp16_value,
+    get,
+    plane_bytes,
+    put,
+    scale_bytes,
+    scale_group,
+    whole,
+)
+from elastickv.backends.cpu.intrinsics import (
+    COLUMNS,
+    FORMAT_CODES,
+    float_bits,
+    float_from_bits,
+    load_i8,
+    load_i64,
+    load_u16,
+    store_i8,
+    store_i64,
+    store_u16,
+)
+from elastickv.kvcache.attention import Float64
+from elastickv.kvcache.quantize import CODECS, E4M3_VALUES, FP8_MAX, INT4_LEVELS, INT8_LEVELS
+from elastickv.kvcache.rounding import from_bf16_bits
+from elastickv.recipe import FORMATS, PAGE_TOKENS
+from elastickv.recipe.formats import FLOAT16_MAX, ScaleLayout
+
+Bytes = NDArray[np.uint8]
+Numbers = NDArray[Any]
+INT8, FP8, INT4 = (FORMAT_CODES[name] for name in ("int8", "fp8", "int4"))
+_F = layout.BufferField
+DIM, SINKS, STRIDE, EXACT_FORMAT = int(_F.DIM), int(_F.SINKS), int(_F.STRIDE), int(_F.EXACT_FORMAT)
+COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
+VALUE_GROUP, STATE_BASE = int(_F.VALUE_GROUP), int(_F.STATE_BASE)
+BOUNDS_BASE, BOUNDS_HEAD_BYTES = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES)
+BEYOND = 8 * int(layout.State.BEYOND_POSITION)
+STATE_BYTES = 8 * layout.STATE_WORDS
+ZERO, LARGE = np.float32(0), np.float32(np.inf)
+LEVELS_8, LEVELS_4 = np.float32(INT8_LEVELS), np.float32(INT4_LEVELS)
+MAX_FP8, MAX_FP16 = np.float32(FP8_MAX), np.float32(FLOAT16_MAX)
+
+
+@njit(error_model="numpy")
+def key_offset(fmt, token, d):  # type: ignore[no-untyped-def]
+    """Return the bytes from a page's start to element `d` of the key of its token number `token`; of int4, its 16-bit word."""
+    if fmt == INT4:
+        return (d // 8 * PAGE_TOKENS + token) * 4 + d % 2 * 2
+    if fmt == INT8:
+        return d // 2 * 2 * PAGE_TOKENS + 2 * token + d % 2
+    return plane_bytes(fmt, d) + token * (plane_bytes(fmt, 1) // PAGE_TOKENS)
+
+
+@njit(error_model="numpy")
+def value_offset(fmt, group, token, d):  # type: ignore[no-untyped-def]
+    """Return the bytes from V's start to element `d` of the value of token `token`, in groups of `group` channels."""
+    column = d % group % COLUMNS
+    chunk = d - column
+    columns = min(COLUMNS, group - chunk % group)
+    start = plane_bytes(fmt, chunk)
+    if fmt == INT4:
+        return start + (token // 8 * columns + column) * 4 + token % 2 * 2
+    if fmt == INT8:
+        return start + token // 2 * 2 * columns + 2 * column + token % 2
+    return start + (token * columns + column) * (plane_bytes(fmt, 1) // PAGE_TOKENS)
+
+
+@njit(error_model="numpy")
+def _element(exact, plane, dim, token, d, is_value):  # type: ignore[no-untyped-def]
+    return get(exact, plane + (value_offset(exact, dim, token, d) if is_value else key_offset(exact, token, d)))
+
+
+@njit(error_model="numpy")
+def _row(exact, source, token, fmt, target, slot, scales, dim, is_value):  # type: ignore[no-untyped-def]
+    """Store one exact row of K or V as row `slot` of a plane of bf16, fp16 or int8."""
+    divisor = ZERO
+    if fmt == INT8:
+        peak = ZERO
+        for d in range(dim):
+            peak = max(peak, abs(_element(exact, source, dim, token, d, is_value)))
+        scale = np.uint16((float_bits(peak / LEVELS_8) + np.uint32(0xFFFF)) >> np.uint32(16))
+        store_u16(scales + 2 * slot, scale)
+        divisor = bf16_value(scale)
+    for d in range(dim):
+        x = _element(exact, source, dim, token, d, is_value)
+        where = target + (value_offset(fmt, dim, slot, d) if is_value else key_offset(fmt, slot, d))
+        if fmt != INT8:
+            put(fmt, where, x)
+        elif divisor > ZERO:
+            store_i8(where, np.int8(whole(x / divisor)))
+        else:
+            store_i8(where, np.int8(0))
+
+
+@njit(error_model="numpy")
+def _page_fp8(exact, source, target, scales, dim, is_value):  # type: ignore[no-untyped-def]
+    peak = ZERO
+    for d in range(dim):
+        for token in range(PAGE_TOKENS):
+            peak = max(peak, abs(_element(exact, source, dim, token, d, is_value)))
+    power = (float_bits(peak / MAX_FP8) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
+    store_u16(scales, np.uint16(power >> np.uint32(16)))
+    divisor = float_from_bits(power)
+    for d in range(dim):
+        for token in range(PAGE_TOKENS):
+            x = _element(exact, source, dim, token, d, is_value)
+            where = target + (value_offset(FP8, dim, token, d) if is_value else key_offset(FP8, token, d))
+            store_i8(where, np.int8(e4m3_bits(x / divisor if divisor > ZERO else ZERO)))
+
+
+@njit(error_model="numpy")
+def _code(x, scale, zero):  # type: ignore[no-untyped-def]
+    """Return the int4 code of x: 0 if the scale is 0 or the result is not finite."""
+    if not scale > ZERO:
+        return 0
+    steps = (x - zero) / scale
+    return np.int64(whole(min(steps, LEVELS_4))) if steps > ZERO else 0
+
+
+@njit(error_model="numpy")
+def _put_code(where, number, code):  # type: ignore[no-untyped-def]
+    """Put the code of element `number` of eight into its 16-bit word; the first in a word clears it."""
+    nibble = number // 2
+    before = np.int64(load_u16(where)) if nibble > 0 else 0
+    store_u16(where, np.uint16(before | code << (4 * nibble)))
+
+
+@njit(error_model="numpy")
+def _keys_int4(exact, source, target, bounds, dim):  # type: ignore[no-untyped-def]
+    """Store K's page, a half scale and zero for each channel. Return the first token beyond what halves hold, or -1."""
+    beyond = PAGE_TOKENS
+    for d in range(dim):
+        least, greatest = LARGE, -LARGE
+        for token in range(PAGE_TOKENS):
+            x = get(exact, source + key_offset(exact, token, d))
+            least, greatest = min(least, x), max(greatest, x)
+            if abs(x) > MAX_FP16 and token < beyond:
+                beyond = token
+        zero_bits = fp16_towards(least, False)
+        zero = fp16_value(zero_bits)
+        scale_bits = fp16_towards((greatest - zero) / LEVELS_4, True)
+        scale = fp16_value(scale_bits)
+        store_u16(bounds + 2 * d, scale_bits)
+        store_u16(bounds + 2 * (dim + d), zero_bits)
+        for token in range(PAGE_TOKENS):
+            x = get(exact, source + key_offset(exact, token, d))
+            _put_code(target + key_offset(INT4, token, d), d % 8, _code(x, scale, zero))
+    return beyond if beyond < PAGE_TOKENS else -1
+
+
+@njit(error_model="numpy")
+def _values_int4(exact, source, target, scales, dim, group):  # type: ignore[no-untyped-def]
+    """Store V's page, a bfloat16 scale and zero for each token and group of channels."""
+    for token in range(PAGE_TOKENS):
+        for start in range(0, dim, group):
+            least, greatest = LARGE, -LARGE
+            for d in range(start, start + group):
+                x = get(exact, source + value_offset(exact, dim, token, d))
+                least, greatest = min(least, x), max(greatest, x)
+            zero_bits = bf16_towards(least, False)
+            zero = bf16_value(zero_bits)
+            scale_bits = bf16_towards((greatest - zero) / LEVELS_4, True)
+            scale = bf16_value(scale_bits)
+            where = scales + start // group * 4 * PAGE_TOKENS + 2 * token
+            store_u16(where, scale_bits)
+            store_u16(where + 2 * PAGE_TOKENS, zero_bits)
+            for d in range(start, start + group):
+                x = get(exact, source + value_offset(exact, dim, token, d))
+                _put_code(target + value_offset(INT4, group, token, d), token % 8, _code(x, scale, zero))
+
+
+@njit(error_model="numpy")
+def quantize_page(c, head, page):  # type: ignore[no-untyped-def]
+    """Store the retained tokens of the page that leaves the window in the cold formats."""
+    exact, dim, group = c[EXACT_FORMAT], c[DIM], c[VALUE_GROUP]
+    key, value = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT]
+    source, _ = exact_page(c, head, c[SINKS] + page * PAGE_TOKENS)
+    values = source + plane_bytes(exact, dim)
+    target = cold_page(c, head, page)
+    target_values = target + plane_bytes(key, dim)
+    key_scales = target_values + plane_bytes(value, dim)
+    value_scales = key_scales + scale_bytes(key, dim, group, False)
+    if key == INT4:
+        beyond = _keys_int4(exact, source, target, c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4, dim)
+        state = c[STATE_BASE] + head * STATE_BYTES
+        if beyond >= 0 and load_i64(state + BEYOND) < 0:
+            store_i64(state + BEYOND, c[SINKS] + page * PAGE_TOKENS + beyond)
+    if value == INT4:
+        _values_int4(exact, values, target_values, value_scales, dim, group)
+    for plane in range(2):
+        fmt, start, out, scales = key, source, target, key_scales
+        if plane == 1:
+            fmt, start, out, scales = value, values, target_values, value_scales
+        if fmt == FP8:
+            _page_fp8(exact, start, out, scales, dim, plane == 1)
+        if fmt in (FP8, INT4):
+            continue
+        for token in range(PAGE_TOKENS):
+            cold = page * PAGE_TOKENS + token
+            if cold % c[STRIDE] == 0:
+                number = cold // c[STRIDE]
+                shift = cold_page(c, head, number // PAGE_TOKENS) - target
+                _row(exact, start, token, fmt, out + shift, number % PAGE_TOKENS, scales + shift, dim, plane == 1)
+
+
+@njit(error_model="numpy")
+def _nibble(where, number):  # type: ignore[no-untyped-def]
+    return np.float64(np.int64(load_u16(where)) >> (4 * (number // 2)) & 15)
+
+
+@njit(error_model="numpy")
+def _eight_bits(fmt, where, scale):  # type: ignore[no-untyped-def]
+    code = np.int64(load_i8(where))
+    return (E4M3_VALUES[code & 255] if fmt == FP8 else np.float64(code)) * scale
+
+
+@njit(error_model="numpy")
+def key_number(fmt, codes, scales, bounds, dim, token, d):  # type: ignore[no-untyped-def]
+    """Return the float64 number of element `d` of a token's key."""
+    where = codes + key_offset(fmt, token, d)
+    if fmt == INT4:
+        step = np.float64(fp16_value(load_u16(bounds + 2 * d)))
+        zero = np.float64(fp16_value(load_u16(bounds + 2 * (dim + d))))
+        return _nibble(where, d % 8) * step + zero
+    if fmt in (INT8, FP8):
+        return _eight_bits(fmt, where, np.float64(bf16_value(load_u16(scales + (2 * token if fmt == INT8 else 0)))))
+    return np.float64(get(fmt, where))
+
+
+@njit(error_model="numpy")
+def value_number(fmt, codes, scales, dim, group, token, d):  # type: ignore[no-untyped-def]
+    """Return the float64 number of element `d` of a token's value."""
+    where = codes + value_offset(fmt, scale_group(fmt, dim, group), token, d)
+    if fmt == INT4:
+        at = scales + d // group * 4 * PAGE_TOKENS + 2 * token
+        step, zero = np.float64(bf16_value(load_u16(at))), np.float64(bf16_value(load_u16(at + 2 * PAGE_TOKENS)))
+        return _nibble(where, token % 8) * step + zero
+    if fmt in (INT8, FP8):
+        return _eight_bits(fmt, where, np.float64(bf16_value(load_u16(scales + (2 * token if fmt == INT8 else 0)))))
+    return np.float64(get(fmt, where))
+
+
+@np.errstate(invalid="ignore", over="ignore")  # values that are not finite stay so: the cache reports them
+def unpack_rows(
+    raw: Bytes, bounds: Bytes, formats: tuple[str, str], head_dim: int, group: int, rows: NDArray[np.int64]
+) -> tuple[Float64, Float64]:
+    """Return (rows, head_dim) keys and values, dequantized in float64 by NumPy, of tokens `rows` in the pages of a KV head.
+
+    Parameters
+    ----------
+    raw : its pages.
+    bounds : its scales and zeros of int4 keys.
+    formats : of K and V.
+    group : channels of V that share an int4 scale.
+    """
+    if not len(rows):
+        return np.zeros((0, head_dim)), np.zeros((0, head_dim))
+    used, inverse = np.unique(rows // PAGE_TOKENS, return_inverse=True)
+    pages = raw.reshape(-1, layout.page_bytes(*formats, head_dim, group))[used]
+    key, value = formats
+    sizes = (
+        layout.plane_bytes(key, head_dim),
+        layout.plane_bytes(value, head_dim),
+        layout.scale_bytes(key, head_dim, group, False),
+    )
+    parts = np.split(pages, np.cumsum(sizes), axis=1)
+    keys = _keys(parts[0], key, head_dim)
+    values = _values(parts[1], value, head_dim, group)
+    plane = bounds[: len(bounds) // (4 * head_dim) * 4 * head_dim].view(np.float16).reshape(-1, 2, head_dim)
+    if FORMATS[key].keys is ScaleLayout.CHANNEL:
+        read_keys = CODECS[key].dequantize_keys(keys, *plane[used].transpose(1, 0, 2))
+    else:
+        read_keys = _numbers(keys, parts[2], key, False, group)
+    read_values = _numbers(values, parts[3], value, True, group)
+    tokens = rows % PAGE_TOKENS
+    return read_keys[inverse, tokens], read_values[inverse, tokens]
+
+
+def _numbers(codes: Numbers, scales: Bytes, fmt: str, value: bool, group: int) -> Float64:
+    """Return the numbers of codes of V, or of K, whose scales are stored in their page."""
+    if FORMATS[fmt].is_float:
+        return (from_bf16_bits(codes) if fmt == "bf16" else codes).astype(np.float64)
+    dequantize = CODECS[fmt].dequantize_values if value else CODECS[fmt].dequantize_keys
+    shared_by = FORMATS[fmt].values if value else FORMATS[fmt].keys
+    bits = np.ascontiguousarray(scales).view(np.uint16)
+    if shared_by is ScaleLayout.GROUP:
+        groups = codes.shape[2] // group
+        planes = bits[:, : 2 * PAGE_TOKENS * groups].reshape(-1, groups, 2, PAGE_TOKENS)
+        return dequantize(codes, *planes.transpose(2, 0, 3, 1))
+    return dequantize(codes, bits[:, :PAGE_TOKENS] if shared_by is ScaleLayout.TOKEN else bits[:, 0])
+
+
+def _elements(plane: Bytes, fmt: str) -> Numbers:
+    kinds = {"fp32": np.float32, "fp16": np.float16}
+    kind = kinds.get(fmt) or (np.int8 if FORMATS[fmt].signed else np.uint8 if FORMATS[fmt].bits == 8 else np.uint16)
+    return np.ascontiguousarray(plane).view(kind)
+
+
+def _nibbles(words: Numbers) -> Numbers:
+    """(..., 2) 16-bit words -> (..., 8) codes: number 2i + h is nibble i of word h."""
+    shifts = 4 * np.arange(4, dtype=np.uint16)[:, None]
+    return np.asarray(words[..., None, :] >> shifts & 15, np.uint8).reshape(*words.shape[:-1], 8)
+
+
+def _keys(plane: Bytes, fmt: str, head_dim: int) -> Numbers:
+    """(pages, bytes) -> (pages, 32 tokens, head_dim) elements as stored."""
+    elements = _elements(plane, fmt)
+    if FORMATS[fmt].bits == 4:
+        codes = _nibbles(elements.reshape(-1, head_dim // 8, PAGE_TOKENS, 2))
+        return codes.transpose(0, 2, 1, 3).reshape(-1, PAGE_TOKENS, head_dim)
+    if FORMATS[fmt].signed:
+        pairs = elements.reshape(-1, head_dim // 2, PAGE_TOKENS, 2)
+        return pairs.transpose(0, 2, 1, 3).reshape(-1, PAGE_TOKENS, head_dim)
+    return elements.reshape(-1, head_dim, PAGE_TOKENS).transpose(0, 2, 1)
+
+
+def _values(plane: Bytes, fmt: str, head_dim: int, group: int) -> Numbers:
+    """(pages, bytes) -> (pages, 32 tokens, head_dim) elements as stored."""
+    chunks = []
+    for start in range(0, head_dim, group):
+        for column in range(start, start + group, COLUMNS):
+            columns = min(COLUMNS, start + group - column)
+            first, last = (layout.plane_bytes(fmt, column), layout.plane_bytes(fmt, column + columns))
+            chunk = _elements(plane[:, first:last], fmt)
+            if FORMATS[fmt].bits == 4:
+                chunk = _nibbles(chunk.reshape(-1, PAGE_TOKENS // 8, columns, 2)).transpose(0, 1, 3, 2)
+            if FORMATS[fmt].signed:
+                chunk = chunk.reshape(-1, PAGE_TOKENS // 2, columns, 2).transpose(0, 1, 3, 2)
+            chunks.append(chunk.reshape(-1, PAGE_TOKENS, columns))
+    return np.concatenate(chunks, axis=2)
