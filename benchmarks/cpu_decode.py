@@ -1,4 +1,4 @@
-"""Measure the CPU back end against its own dense variants, PyTorch's SDPA and the read ceiling, and write a JSON file.
+"""Measure the CPU backend against its own dense variants, PyTorch's SDPA and the read ceiling, and write a JSON file.
 
     python benchmarks/cpu_decode.py --output benchmarks/results/cpu/decode.json
 

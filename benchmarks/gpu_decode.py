@@ -1,4 +1,4 @@
-"""Decode attention on a CUDA device beside PyTorch's SDPA back ends: same shapes, graph replay, inputs rotated past the L2.
+"""Decode attention on a CUDA device beside PyTorch's SDPA backends: same shapes, graph replay, inputs rotated past the L2.
 
 python benchmarks/gpu_decode.py --output FILE [--recipes "dense;int8"] [--builds "SPLITS=0;SPLITS=8,CLUSTER=0"] [--no-torch]
 """

@@ -1,4 +1,4 @@
-"""What recipes cost on real activations: the tables behind the solver. NumPy, no back end's rounding.
+"""What recipes cost on real activations: the tables behind the solver. NumPy, no backend's rounding.
 
     python benchmarks/recipe_study.py [--input FILE ...] [--only STUDY ...]
     python benchmarks/recipe_study.py --losses

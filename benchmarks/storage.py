@@ -30,7 +30,7 @@ class Storage:
 
 
 def package(fmt: str, value: bool, group: int, head_dim: int) -> Storage:
-    """Return a storage of the package: the quantizer that every back end must equal."""
+    """Return a storage of the package: the quantizer that every backend must equal."""
 
     def store(pages: Float32) -> Float32:
         rows = pages.reshape(-1, pages.shape[-1])

@@ -1,4 +1,4 @@
-"""How properties are tried, and the CUDA back end: tests of it are marked `gpu` and skipped where no device can be opened."""
+"""How properties are tried, and the CUDA backend: tests of it are marked `gpu` and skipped where no device can be opened."""
 
 import os
 
@@ -24,7 +24,7 @@ def two_gpus():
 
 @pytest.fixture(scope="session")
 def open_cuda():
-    """Return a function that opens the back end with forced kernels; skips where there is no device."""
+    """Return a function that opens the backend with forced kernels; skips where there is no device."""
     from elastickv.backends.cuda.device import driver_api
     from elastickv.errors import UsageError
 

@@ -180,7 +180,9 @@ def test_the_readme_shows_what_its_first_command_prints():
     text, result = README.read_text(encoding="utf-8"), Result.from_dict(json.loads(QUICKSTART.read_text(encoding="utf-8")))
     first = re.search(r"elastickv (bench .*)$", text, re.MULTILINE)[1].split()
     assert result.configuration.command[1 : len(first) + 1] == first
-    assert f"```text\n{FORMATS['table'](result)}```" in text
+    # Without the spaces at the ends of wrapped lines.
+    printed = "\n".join(map(str.rstrip, FORMATS["table"](result).split("\n")))
+    assert f"```text\n{printed}```" in text
 
 
 def sections():
@@ -204,9 +206,66 @@ def test_every_file_and_folder_that_a_document_names_exists(document):
     ("title", "most"), [("The path of `--compress` to a launch", 12), ("The path of a K, V pair to a page", 10)]
 )
 def test_a_path_in_the_architecture_page_is_short(title, most):
-    files = re.findall(r"^\d+\. `([^`]+)`: \S.*$", sections()[title], re.MULTILINE)
+    files = path_files(title)
     assert 3 < len(files) == len(set(files)) <= most
     assert all((SOURCE / name).is_file() for name in files)
+
+
+def path_files(title):
+    """Return the numbered files of a section of the architecture page."""
+    return re.findall(r"^\d+\. `([^`]+)`: \S.*$", sections()[title], re.MULTILINE)
+
+
+def called_files(function):
+    """Call a function and return the files of the package of which it calls something, in the order of their first calls."""
+    called = {}
+
+    def note(frame, event, _):
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(SOURCE):
+            called.setdefault(Path(frame.f_code.co_filename).relative_to(SOURCE).as_posix())
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return list(called)
+
+
+def of_any_backend(files):
+    return [name for name in files if not name.startswith("backends/")]
+
+
+def test_compress_takes_the_documented_path(monkeypatch, capsys):
+    from elastickv.backends.registry import BACKENDS
+    from elastickv.cli import bench
+
+    monkeypatch.setitem(BACKENDS, "reference", "tests.helpers.reference_backend")
+    arguments = "--seq 340 --heads 2 --reps 2 --warmup 0 --inner-loops 2 --cache hot --backend reference --compress 1.3"
+    called = called_files(lambda: bench.command.main(arguments.split(), standalone_mode=False))
+    assert "compress=1.3" in capsys.readouterr().out
+    documented = of_any_backend(path_files("The path of `--compress` to a launch"))
+    assert [name for name in called if name in documented] == documented
+
+
+def test_a_generated_token_takes_the_documented_path():
+    import torch
+
+    import elastickv.transformers as ekv
+
+    model = predefined("model")["model"]
+    cache = ekv.ElasticCache.for_model(model, recipe="int8", capture=False)
+    tokens = torch.arange(1, 101)[None]
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        called = called_files(lambda: model(tokens[:, :1], past_key_values=cache))
+    documented = of_any_backend(path_files("The path of a K, V pair to a page"))
+    assert len(documented) == 5 and set(documented) <= set(called)
+
+
+def test_the_table_of_packages_is_complete():
+    names = set(re.findall(r"`([a-z_]+)(?:/|\.py)`", "".join(re.findall(r"^\|(.*?)\|", sections()["The tree"], re.MULTILINE))))
+    assert names == {path.stem for path in SOURCE.iterdir() if not path.name.startswith(("_", "py."))}
 
 
 def test_the_tree_diagram_is_the_import_order():

@@ -114,6 +114,8 @@ def test_what_the_bootstrap_does_not_know_goes_to_pytest(monkeypatch):
     code, (run,) = started(monkeypatch, "--here", "-k", "recipe")
     assert code == 7 and run[0] == sys.executable
     assert run[run.index("--sessions") + 1 :] == ["lint", "format", "types", "tests", "--", "-k", "recipe"]
+    assert started(monkeypatch, "--here", "--", "-k", "recipe")[1] == [run]
+    assert started(monkeypatch, "--he", "--here")[1][0][-2:] == ["--", "--he"]
     _, (_, fresh) = started(monkeypatch, "tests/recipe")
     assert fresh[fresh.index("--sessions") + 1 :] == ["install", "lint", "format", "types", "tests", "--", "tests/recipe"]
 

@@ -54,9 +54,14 @@ def main() -> int:
         version = sys.version.split()[0]
         print(f"Python 3.10 or newer is needed, this is {version}: start this with a newer one", file=sys.stderr)
         return 2
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    description = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(
+        usage="check.py [-h] [--here] [arguments of pytest]", description=description, allow_abbrev=False
+    )
     parser.add_argument("--here", action="store_true", help="use this Python's environment; install nothing")
     options, pytest_arguments = parser.parse_known_args()
+    if pytest_arguments[:1] == ["--"]:
+        del pytest_arguments[0]
     python = sys.executable
     if options.here:
         if find_spec("nox") is None:

@@ -24,7 +24,10 @@ from pathlib import Path
 from check import ROOT, fresh_environment
 
 # Tests of the checkout itself: its layout, its documents and its results.
-OF_THE_CHECKOUT = ("tests/test_architecture.py", "tests/test_documents.py", "tests/test_supply.py", "tests/benchmark_scripts")
+OF_THE_CHECKOUT = (
+    "tests/test_architecture.py", "tests/test_documents.py", "tests/test_error_texts.py", "tests/test_supply.py",
+    "tests/benchmark_scripts",
+)  # fmt: skip
 WHERE = "import elastickv, pathlib; print(pathlib.Path(elastickv.__file__).parent)"
 
 

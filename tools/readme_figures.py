@@ -22,7 +22,8 @@ Kind = TypeVar("Kind", Result, ModelBenchResult, EvaluationResult)
 
 def quickstart() -> list[str]:
     """Return the terminal output of the README's first command, as a code block."""
-    return ["```text", *FORMATS["table"](_load(Result, QUICKSTART)).rstrip("\n").split("\n"), "```"]
+    text = FORMATS["table"](_load(Result, QUICKSTART))
+    return ["```text", *map(str.rstrip, text.rstrip("\n").split("\n")), "```"]
 
 
 def results() -> list[str]:

@@ -239,7 +239,7 @@ def statistics() -> list[str]:
         lines += [
             "",
             f"{kind[0].upper()}{kind[1:]}: for equal contenders {100 * summary['false_faster_mean']:.1f} % of intervals "
-            f"lie above 1 (worst condition: {100 * summary['false_faster_most']:.1f} %)"
+            f"are above 1 (worst condition: {100 * summary['false_faster_most']:.1f} %)"
             + ("." if false_faster is None else f'; a result reports "faster" in at most {100 * false_faster:.1f} %.'),
             "",
             *table(["stream", *map(str, samples)], list(rows.values())),
@@ -345,7 +345,7 @@ def models() -> list[str]:
         "elastic vs. the faster stock cache",
         "multiple of floor",
     ]
-    headers += ["memory held, dense / elastic", "peak without weights, GB", "first token, s", "of which storing"]
+    headers += ["memory held, dense / elastic", "peak without weights, GB", "first token, s", "storing, share of it"]
     environment, machine = results[MODEL_CELLS[-1][1]].environment, results[MODEL_CELLS[-1][1]].machine
     used = versions(environment)
     return [

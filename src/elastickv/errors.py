@@ -41,7 +41,7 @@ class RanOut(DoesNotFit):
 
 
 class KernelMismatch(RuntimeError):
-    """A back end disagrees with the float64 reference: no result may be reported."""
+    """A backend disagrees with the float64 reference: no result may be reported."""
 
 
 class NonFiniteError(RuntimeError):

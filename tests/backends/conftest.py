@@ -1,4 +1,4 @@
-"""Every back end in turn, for what is to hold on all of them."""
+"""Every backend in turn, for what is to hold on all of them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Chunks, rows that move, tokens taken back: every back end against its own plain storage and the float64 twin."""
+"""Chunks, rows that move, tokens taken back: every backend against its own plain storage and the float64 twin."""
 
 import copy
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ CAPACITY = 420
 
 @dataclass(frozen=True)
 class Kind:
-    """A back end, and the dtype of the model it serves."""
+    """A backend, and the dtype of the model it serves."""
 
     backend: Any
     dtype: str
@@ -196,7 +196,7 @@ def test_a_crop_keeps_what_the_codes_stand_for(text, kind):
     limit = kind.limit(cache.recipe)
     outputs, lse = step(cache, 6)
     expected, expected_lse = Oracle(cache).decode(np.random.default_rng(7).standard_normal((3, 4, 64), np.float32))
-    # The kernel error that a back end may have in float32 (test_cpu_decode), on codes.
+    # The kernel error that a backend may have in float32 (test_cpu_decode), on codes.
     assert np.linalg.norm(outputs - expected) < limit * np.linalg.norm(expected)
     np.testing.assert_allclose(lse, expected_lse, rtol=limit)
     for seed in range(10, 150):

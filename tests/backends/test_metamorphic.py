@@ -18,7 +18,7 @@ from tests.helpers.cases import Case, cases, tried
 
 
 def near(each, case, got, expected):
-    """Return whether two results agree: to the bit where the back end promises it, else to its rounding."""
+    """Return whether two results agree: to the bit where the backend promises it, else to its rounding."""
     if each.repeats:
         np.testing.assert_array_equal(got, expected)
     else:

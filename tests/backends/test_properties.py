@@ -1,4 +1,4 @@
-"""Every recipe on every back end against attention in float64, from poisoned memory: any shape, length and numbers."""
+"""Every recipe on every backend against attention in float64, from poisoned memory: any shape, length and numbers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Every back end on the shipped activations: the kernels compute what the float64 reference does, recipe by recipe."""
+"""Every backend on the shipped activations: the kernels compute what the float64 reference does, recipe by recipe."""
 
 from functools import cache
 

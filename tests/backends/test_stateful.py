@@ -20,7 +20,7 @@ SEEDS = st.integers(0, 1 << 20)
 
 
 class Caches(RuleBasedStateMachine):
-    """A cache of a back end, and what it should be."""
+    """A cache of a backend, and what it should be."""
 
     each = selection = None
 

@@ -1,4 +1,4 @@
-"""The device step: enqueue, roll back, enqueue again and commit leave what append and decode leave, on every back end."""
+"""The device step: enqueue, roll back, enqueue again and commit leave what append and decode leave, on every backend."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""A whole run on the reference back end: what the result says is what was measured."""
+"""A whole run on the reference backend: what the result says is what was measured."""
 
 import json
 import re

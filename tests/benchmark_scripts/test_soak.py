@@ -1,4 +1,4 @@
-"""The soak passes a sound back end and sees a fault."""
+"""The soak passes a sound backend and sees a fault."""
 
 import importlib.util
 from pathlib import Path

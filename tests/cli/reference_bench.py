@@ -1,4 +1,4 @@
-"""`elastickv` on the reference back end, whose samples take 2 ms each: python reference_bench.py bench ..."""
+"""`elastickv` on the reference backend, whose samples take 2 ms each: python reference_bench.py bench ..."""
 
 import sys
 import time

@@ -31,7 +31,7 @@ def inputs():
 
 
 def replayed(inputs, recipe):
-    """The error of every KV head by the CPU back end: prefill, then append and decode each position."""
+    """The error of every KV head by the CPU backend: prefill, then append and decode each position."""
     shape = AttentionShape(1, 4, 2, 64)
     dense, cache = (open_backend(None).cache(shape, TOKENS, "fp32", r) for r in (Recipe.parse("dense"), recipe))
     keys, values = (x.numpy()[None] for x in (inputs.keys, inputs.values))
@@ -53,7 +53,7 @@ def replayed(inputs, recipe):
 
 @pytest.mark.parametrize(("fraction", "steps"), [(1 / 2, 1), (1 / 4, 4), (1 / 8, 16)])
 def test_selection_errs_as_it_does_on_the_back_end(inputs, fraction, steps):
-    """Rounding is there too on the back end: selection of an eighth to a half of random pages outweighs it by far."""
+    """Rounding is there too on the backend: selection of an eighth to a half of random pages outweighs it by far."""
     measured = layer_errors(inputs, (fraction,), (steps,), RUN).pages[steps][fraction]
     recipe = Recipe("int4", "int8", selection="pages", fractions=(fraction,), anchor_every=steps)
     np.testing.assert_allclose(measured, replayed(inputs, recipe), rtol=0.12)
@@ -66,7 +66,7 @@ def test_selection_errs_as_it_does_on_the_back_end(inputs, fraction, steps):
 def test_rounding_errs_as_it_does_on_the_back_end(inputs, recipe, key, value):
     measured = layer_errors(inputs, (1.0,), (1,), RUN)
     together = np.array(measured.keys[key]) + np.array(measured.values[value])
-    # The window is kept in bfloat16 by the back end, and the last positions' rounding begins a page early here.
+    # The window is kept in bfloat16 by the backend, and the last positions' rounding begins a page early here.
     np.testing.assert_allclose(together, replayed(inputs, Recipe.parse(recipe)), rtol=0.35)
 
 

@@ -167,7 +167,7 @@ def lengths_of(recipe: Recipe, longest: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def cases(draw, kind, numbers=("normal",), longest: int = LONGEST, dtypes=DTYPES, **terms) -> Case:
-    """Return any case that a kind of back end runs."""
+    """Return any case that a kind of backend runs."""
     kv_heads, batch = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     group, head_dim = draw(st.sampled_from(kind.groups)), draw(st.sampled_from(kind.head_dims))
     recipe = draw(recipes(head_dim, kv_heads, **terms))

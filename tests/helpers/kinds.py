@@ -1,4 +1,4 @@
-"""The back ends that properties are tested on: how each is opened and poisoned, and its largest permitted error."""
+"""The backends that properties are tested on: how each is opened and poisoned, and its largest permitted error."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +49,7 @@ class DeviceTensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A back end under test.
+    """A backend under test.
 
     Attributes
     ----------
@@ -135,7 +135,7 @@ class Kind:
 
 
 def opened(name: str, request: Any) -> Kind:
-    """Open a kind of back end; skips a GPU's where there is none."""
+    """Open a kind of backend; skips a GPU's where there is none."""
     if name == "reference":
         from tests.helpers.reference_backend import ReferenceBackend
 

@@ -12,7 +12,7 @@ CPU = DeviceInfo("cpu", "a processor", None, 2, None, 1 << 20, 1 << 32, 1 << 31,
 
 
 def peer_work(shape=SMALL, context=100, backend="cpu", graph=True):
-    """Return work of two copies and four steps; skip the test where the back end has no device."""
+    """Return work of two copies and four steps; skip the test where the backend has no device."""
     try:
         device = CPU if backend == "cpu" else load(backend)[0].device
     except UsageError as error:

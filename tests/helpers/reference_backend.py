@@ -1,4 +1,4 @@
-"""A back end on the NumPy reference: exact, slow, and with a clock that the test sets."""
+"""A backend on the NumPy reference: exact, slow, and with a clock that the test sets."""
 
 import sys
 from itertools import count
@@ -94,7 +94,7 @@ _CACHE, _ACCURACIES = ReferenceBackend.cache, {}
 def replay_once(backend, sample, recipe, dtype):
     """Return a sample's accuracy, computed once a process: float64 on the real sample takes most of a run here.
 
-    With a patched back end it is computed again.
+    With a patched backend it is computed again.
     """
     if type(backend) is not ReferenceBackend or type(backend).cache is not _CACHE:
         return replay(backend, sample, recipe, dtype)
@@ -105,7 +105,7 @@ def replay_once(backend, sample, recipe, dtype):
 
 
 def measure_with(monkeypatch, backend):
-    """Let `run` measure with this back end."""
+    """Let `run` measure with this backend."""
     module = sys.modules[run.__module__]
     monkeypatch.setattr(module, "load", lambda name, device: (backend, None))
     monkeypatch.setattr(module, "replay", replay_once)

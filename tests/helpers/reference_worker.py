@@ -1,4 +1,4 @@
-"""The worker process of a sweep, its back end the NumPy reference: real results, without what compiling and ceilings take."""
+"""The worker process of a sweep, its backend the NumPy reference: real results, without what compiling and ceilings take."""
 
 import sys
 

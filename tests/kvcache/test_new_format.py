@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import elastickv
 from elastickv.backends.cpu import open_backend
 from elastickv.backends.cuda.format_macros import format_macros
 from elastickv.backends.cuda.kernel_selection import decode_variant
@@ -20,7 +21,7 @@ from elastickv.kvcache.rounding import from_bf16_bits, to_bf16_bits
 from elastickv.recipe import AttentionShape, Recipe, predicted_loss, step_bytes, stored_bytes
 from elastickv.recipe.formats import FORMATS, Format, ScaleLayout, cold_formats
 
-SOURCE = Path(__file__).parents[2] / "src" / "elastickv"
+SOURCE = Path(elastickv.__file__).parent
 SHAPE = AttentionShape(2, 6, 2, 64)
 LENGTHS = np.array([700, 421])
 

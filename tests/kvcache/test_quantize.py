@@ -167,7 +167,7 @@ def test_the_scale_of_fp8_is_the_least_power_of_two_that_holds_the_page(pages):
     _, bits = quantize_fp8(pages)
     for page, scale in zip(pages, from_bf16_bits(bits).astype(np.float64), strict=True):
         largest = float(np.abs(page).max())
-        # Ratios in float32, as every back end computes them; below the least normal float32 the scale is the least normal.
+        # Ratios in float32, as every backend computes them; below the least normal float32 the scale is the least normal.
         step = float(np.float32(largest) / np.float32(448))
         assert scale == 0 if step == 0 else np.log2(scale) == int(np.log2(scale))
         assert step <= scale

@@ -1,4 +1,4 @@
-"""The cache that the back ends are held against follows the definitions of the recipe."""
+"""The cache that the backends are held against follows the definitions of the recipe."""
 
 import numpy as np
 import pytest

@@ -82,7 +82,7 @@ class LateRecorder(FakeRecorder):
 
 
 def launch_key_by_shares(store: LayerStorage) -> tuple[int, bool]:
-    """Return a key as the CUDA back end's: heads that read alike run another kernel."""
+    """Return a key as the CUDA backend's: heads that read alike run another kernel."""
     return id(store.cache), len(set(store.shares)) > 1
 
 

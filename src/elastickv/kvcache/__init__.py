@@ -1,4 +1,4 @@
-"""Paged storage of keys and values: what a back end implements, the quantizers, and the float64 reference of both."""
+"""Paged storage of keys and values: what a backend implements, the quantizers, and the float64 reference of both."""
 
 from elastickv.kvcache.oracle import Oracle
 from elastickv.kvcache.protocol import LayerCache, StoredHead

@@ -1,4 +1,4 @@
-"""The float64 reference of a back end: the same recipe on the same codes."""
+"""The float64 reference of a backend: the same recipe on the same codes."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the cache of one layer can do, on every back end."""
+"""What the cache of one layer can do, on every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quantizers, bit for bit: every back end must produce these codes and scales.
+"""The quantizers, bit for bit: every backend must produce these codes and scales.
 
 Scales are rounded to 16 bits before the codes are chosen, and always outward, so that every finite input lies within the range
 of the codes, up to half a unit in the last place of float32, in which the range is computed. int4 keys are finite up to 65504,

@@ -199,7 +199,7 @@ class Footprint:
 
 
 def past_allocator(device: torch.device) -> int:
-    """Return the bytes of a CUDA device that were not allocated by PyTorch: back ends' caches, code, graphs."""
+    """Return the bytes of a CUDA device that were not allocated by PyTorch: backends' caches, code, graphs."""
     free, total = torch.cuda.mem_get_info(device)
     return int(total - free - torch.cuda.memory_reserved(device))
 

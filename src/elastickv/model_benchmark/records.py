@@ -36,7 +36,7 @@ def device_record(device: torch.device) -> dict[str, Any]:
 
     Raises
     ------
-    UsageError : if no back end supports the device.
+    UsageError : if no backend supports the device.
     """
     backend = backend_for(device)
     info, ceilings = backend.device, backend.ceilings()

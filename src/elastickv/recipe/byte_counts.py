@@ -1,7 +1,7 @@
 """Exact bytes of a decode step, read and stored, and the two ratios to the dense bytes.
 
 DRAM sectors (32 bytes) are counted, not requested bytes: every contiguous plane of one (sequence, KV head) is rounded up. Dense
-bytes are always 2 bytes per element, on every back end.
+bytes are always 2 bytes per element, on every backend.
 """
 
 from collections import Counter

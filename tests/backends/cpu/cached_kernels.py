@@ -1,4 +1,4 @@
-"""A kernel of a test's own, kept on disk as the back end's are: python kept_kernels.py [compiled]; prints what it computes."""
+"""A kernel of a test's own, kept on disk as the backend's are: python kept_kernels.py [compiled]; prints what it computes."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""One back end for all tests of this folder: compiling it once is most of their time."""
+"""One backend for all tests of this folder: compiling it once is most of their time."""
 
 from collections.abc import Callable
 

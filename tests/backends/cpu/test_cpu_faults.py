@@ -1,4 +1,4 @@
-"""The CPU back end under faults: its cache of kernels, forks, threads, want of memory, kernels that do not compile."""
+"""The CPU backend under faults: its cache of kernels, forks, threads, want of memory, kernels that do not compile."""
 
 import os
 import signal

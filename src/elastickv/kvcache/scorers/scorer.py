@@ -6,8 +6,8 @@ heads that share a KV head into two weights for each channel, and the score of a
     sum over channels of zero_weight * zero + scale_weight * scale.
 
 A page thus costs one product of length 2 head_dim, whatever the number of query heads, and no page's score depends on another
-page. The back ends compute that product; a scorer only says what the weights are, in one function that the reference cache
-calls with arrays and the CPU back end compiles.
+page. The backends compute that product; a scorer only says what the weights are, in one function that the reference cache
+calls with arrays and the CPU backend compiles.
 """
 
 from collections.abc import Callable
