@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from elastickv.benchmark.model_options import GgufBaselineOptions, TransformersBaselineOptions
-from elastickv.cli.options import decorated, options_from
+from elastickv.cli.click_options import decorated, options_from
 
 _FORMATS = ("table", "json")
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}

@@ -9,7 +9,7 @@ import click
 
 from elastickv.benchmark.model_options import ModelOptions
 from elastickv.benchmark.options import Options, defaults_of
-from elastickv.cli.options import decorated, hyphenated, options_from
+from elastickv.cli.click_options import decorated, hyphenated, options_from
 
 _OUTPUT = ("output", "format_", "json_")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from elastickv.evaluation.options import CALIBRATION_TOKENS
+from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 
 
 @click.command("calibrate", context_settings={"help_option_names": ["-h", "--help"]})

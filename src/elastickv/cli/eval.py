@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from elastickv.evaluation.options import EvaluationOptions
+from elastickv.evaluation.evaluation_options import EvaluationOptions
 
 _REFERENCES = ("stock-quantized",)
 _DEFAULTS = EvaluationOptions()
@@ -109,7 +109,7 @@ def _uncalibrated(model: str) -> str:
 
 def _options(arguments: dict[str, Any]) -> EvaluationOptions:
     from elastickv.errors import UsageError
-    from elastickv.evaluation.options import EvaluationOptions
+    from elastickv.evaluation.evaluation_options import EvaluationOptions
     from elastickv.evaluation.suggestion import Tolerance
 
     for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0)):

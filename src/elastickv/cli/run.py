@@ -10,7 +10,7 @@ import click
 
 from elastickv.benchmark.model_options import GenerationOptions, requested_compress
 from elastickv.benchmark.options import defaults_of
-from elastickv.cli.options import options_from
+from elastickv.cli.click_options import options_from
 
 PIECE_TOKENS = 32
 _OPTIONS = options_from(GenerationOptions)

@@ -15,16 +15,16 @@ from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.transformers import serialization
-from elastickv.transformers.checks import CacheChecks, check_same_length
+from elastickv.transformers.cache_checks import CacheChecks, check_same_length
+from elastickv.transformers.cache_report import CacheReport, Ledger, by_context, held_bytes
 from elastickv.transformers.config import ElasticConfig, RecipeLike, config_for
 from elastickv.transformers.cuda_graph.captured import Captured
+from elastickv.transformers.cuda_graph.decode_protocol import DecodeLayer
 from elastickv.transformers.cuda_graph.model_patch import install
-from elastickv.transformers.cuda_graph.protocol import DecodeLayer
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.layer_storage import Backends
 from elastickv.transformers.model_loading import fingerprint
 from elastickv.transformers.model_support import sizes_of, stock_layers, text_config
-from elastickv.transformers.report import CacheReport, Ledger, by_context, held_bytes
 
 
 class ElasticCache(Cache):  # type: ignore[misc]
