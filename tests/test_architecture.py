@@ -16,7 +16,7 @@ RUNGS = [
     ("recipe",),
     ("kvcache",),
     ("backends",),
-    ("benchmark", "transformers"),
+    ("benchmark", "measure", "transformers"),
     ("results", "evaluation"),
     ("html_report", "model_benchmark"),
     ("sweeps", "api"),
@@ -46,6 +46,7 @@ PUBLIC_NAMES = {
     "html_report/report.py": {"facts"},
     "html_report/saving.py": {"facts"},
     "results/kinds/evaluation_result.py": {"found"},
+    "transformers/cache.py": {"take_back"},
 }
 
 

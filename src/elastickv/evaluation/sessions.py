@@ -87,7 +87,7 @@ def quantizer() -> str:
             return kind
     if hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
         return "fp8"
-    raise UsageError("`reference=stock-quantized` needs a quantiser: pip install optimum-quanto")
+    raise UsageError("`reference=stock-quantized` needs a quantizer: pip install optimum-quanto")
 
 
 def _fill(cache: Any, start: Prefill) -> None:

@@ -229,14 +229,14 @@ class ElasticCache(Cache):  # type: ignore[misc]
         ends = expected is not None and layers[0].padding.length >= expected
         return not ends and all(layer.store is not None and layer.store.room for layer in layers)
 
-    def begin_step(self) -> None:
-        """Prepare all elastic layers for one more token a row, and set what its decode reads.
+    def begin_step(self, layers: list[ElasticLayer] | None = None) -> None:
+        """Prepare all elastic layers, or `layers`, for one more token a row, and set what its decode reads.
 
         Raises
         ------
         UsageError : if there is no room for it, or the previous pass stopped halfway.
         """
-        layers = self.elastic_layers
+        layers = layers or self.elastic_layers
         self._checks.check_answered()
         check_same_length(layer.padding.length for layer in layers)
         layers[0].check_room(None, layers[0].batch, 1)
@@ -262,6 +262,8 @@ class ElasticCache(Cache):  # type: ignore[misc]
         for layer in self.elastic_layers:
             if layer.store is not None:
                 layer.store.rollback_step()
+
+    take_back = rollback  # its former name
 
     @property
     def allocated_bytes(self) -> int:
