@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+import elastickv
+
 # (batch, query heads, KV heads, head_dim, context)
 SHAPES = [
     (1, 32, 32, 128, 4096),
@@ -264,7 +266,7 @@ def main() -> None:
         start, target = time.monotonic(), arguments.output / f"{name}.json"
         failed = measure(options, target, arguments)
         if failed is None:
-            results[name] = json.loads(target.read_text(encoding="utf-8"))
+            results[name] = elastickv.load(target)
             rows.append(row(name, results[name]))
         else:
             rows.append({"cell": name, "not_run": failed})

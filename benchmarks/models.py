@@ -8,7 +8,6 @@ The steps of a sample are as many as a page has tokens, so that every sample qua
 """
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -17,6 +16,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import elastickv
 
 CELLS = "65536x1,4096x1,32768x8,32768x1"
 _CELL = re.compile(r"([1-9]\d*)x([1-9]\d*)")
@@ -110,7 +111,7 @@ def main() -> int:
         left = arguments.time_limit - (began - started)
         failed = measure(cell, target, arguments, min(arguments.cell_timeout, left)) if left > 0 else "no time left"
         failures += failed is not None
-        said = failed or line(json.loads(target.read_text(encoding="utf-8")))
+        said = failed or line(elastickv.load(target))
         print(f"{cell[0]}x{cell[1]}: {said}  ({time.monotonic() - began:.0f} s)", flush=True)
     return 1 if failures else 0
 

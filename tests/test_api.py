@@ -223,3 +223,11 @@ def test_importing_a_function_needs_no_torch():
 def test_what_is_of_another_type_is_refused_in_one_line(call):
     with pytest.raises(UsageError):
         call()
+
+
+def test_documented_names_of_former_versions_stay():
+    from elastickv import benchmark, measure
+    from elastickv.transformers import ElasticCache
+
+    assert [getattr(measure, name) for name in measure.__all__] == [getattr(benchmark, name) for name in measure.__all__]
+    assert ElasticCache.take_back is ElasticCache.rollback

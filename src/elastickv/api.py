@@ -50,8 +50,8 @@ def bench(
     command : the command line, for the record.
     **options : seq, batch, heads, kv_heads, dim, compress, recipe, dtype, paired, reps, inference, backend, seed, ...: the
         attributes of `elastickv.benchmark.Options`. None leaves one out. With `model` only seq, batch, compress, recipe, dtype,
-        backend, device, reps, decode_tokens, seed and graphs; there seq defaults to 4096, compress to 4 (none with a recipe),
-        reps to 8, decode_tokens to 32 and dtype to bf16 on CUDA, fp32 on a CPU.
+        backend, device, reps, decode_tokens, seed and graphs, with the defaults of
+        `elastickv.benchmark.model_options.ModelOptions`, which `elastickv bench --help` shows.
 
     Raises
     ------

@@ -18,6 +18,7 @@ from elastickv.recipe import (
     largest_ratio_scoring_every_step,
     predicted_loss,
     read_ratio,
+    solver,
 )
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.shape import MAX_CONTEXT
@@ -239,3 +240,13 @@ def test_the_explanation_of_a_recipe_that_was_never_measured_tells_no_loss():
     assert predicted_loss(recipe, 128) is None
     ratio = read_ratio(recipe, [4096], SHAPE, "fp16")
     assert explanation(recipe, 4096, SHAPE, "fp16") == f"{recipe} reads 1/{ratio:.2f} of the dense bytes at 4096 tokens"
+
+
+def test_each_input_is_solved_once(monkeypatch):
+    inputs = []
+    monkeypatch.setattr(solver, "solve_fraction", lambda *each: inputs.append(each) or solve_fraction(*each))
+    first = [for_ratio(ratio, 98765, SHAPE) for ratio in (3.01, 3.02)]
+    assert len(inputs) == len(set(inputs)) > 0
+    count = len(inputs)
+    assert [for_ratio(ratio, 98765, SHAPE) for ratio in (3.01, 3.02)] == first
+    assert len(inputs) == count

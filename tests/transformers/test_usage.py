@@ -16,7 +16,7 @@ from elastickv.recipe import DENSE, Recipe, read_ratio, stored_ratio
 from elastickv.recipe.shape import AttentionShape
 from elastickv.transformers.budget import Budget
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT, cache_in, without_cache
-from elastickv.transformers.report import Ledger
+from elastickv.transformers.cache_report import Ledger
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
 

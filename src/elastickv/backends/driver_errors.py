@@ -62,7 +62,7 @@ def failure(code: int, said: str) -> Exception:
             "process; if it happens again, nvidia-smi and dmesg (Xid) tell more"
         )
     if code == NOT_INITIALIZED:
-        return DeviceFailure(f"the CUDA driver is not initialised here ({said}): a forked process can't use CUDA, spawn one")
+        return DeviceFailure(f"the CUDA driver is not initialized here ({said}): a forked process can't use CUDA, spawn one")
     if code == NO_CONTEXT:
         return DeviceFailure(
             f"this thread has no CUDA context ({said}): use a back end in the thread that opened it, or begin the thread with "

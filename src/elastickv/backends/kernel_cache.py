@@ -96,7 +96,7 @@ def _warn(folder: Path, reason: str) -> None:
         return
     _warned = True
     warnings.warn(
-        f"compiled kernels cannot be kept in {folder} ({reason}): every start compiles them anew; make room there, or set "
+        f"compiled kernels cannot be kept in {folder} ({reason}): every start compiles them again; make room there, or set "
         "ELASTICKV_CACHE_DIR to a folder that can be written",
         stacklevel=3,
     )

@@ -61,7 +61,7 @@ def from_dict(kind: type[T], value: Any, source: str) -> T:
     """
     if not isinstance(value, Mapping):
         raise refused(source, f"holds a {type(value).__name__}, where an object should be")
-    converted: T = _Reading(source).dataclass(kind, value, "", FIGURES)
+    converted: T = _FromDict(source).dataclass(kind, value, "", FIGURES)
     return converted
 
 
@@ -92,7 +92,7 @@ def _fields(kind: Any) -> tuple[tuple[Field[Any], Any], ...]:
     return tuple((item, hints[item.name]) for item in fields(kind))
 
 
-class _Reading:
+class _FromDict:
     """Converts the values of one source."""
 
     def __init__(self, source: str) -> None:

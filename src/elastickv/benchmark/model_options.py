@@ -6,7 +6,7 @@ from elastickv.benchmark.options import option
 from elastickv.recipe import DTYPES
 
 _COMPRESS = "Budget C: decodes read at most 1/C of the dense KV bytes."
-_USUAL_DTYPE = "bf16 on cuda, fp32 on cpu"
+USUAL_DTYPE = "bf16 on cuda, fp32 on cpu"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ModelOptions:
     batch: int = option(1, "Sequences decoded together.")
     compress: float = option(4.0, _COMPRESS)
     recipe: str = option("auto", "auto, or a recipe text such as int8,stride=2.")
-    dtype: str | None = option(None, "The model's own dtype.", choices=DTYPES, default_help=_USUAL_DTYPE)
+    dtype: str | None = option(None, "The model's own dtype.", choices=DTYPES, default_help=USUAL_DTYPE)
     backend: str = option("auto", "auto, cpu or cuda.")
     device: int | None = option(None, "Number of the CUDA device.", default_help="0")
     reps: int = option(8, "Samples of each cache.")

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from elastickv.benchmark.gate import Gate
 from elastickv.errors import UsageError
 from elastickv.recipe import DTYPES, AttentionShape, Recipe, resolve
+from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.shape import MAX_CONTEXT, is_whole
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -96,8 +97,8 @@ class Options:
     dim: int = axis(64, "Elements of a head.")
     dtype: str = axis("bf16", "The model's own dtype: fp32, fp16 or bf16.", choices=DTYPES)
     cache: str = axis("cold", "cold rotates copies past the last-level cache; hot repeats one.", choices=CACHE_STATES)
-    sinks: int | None = axis(None, "Exact tokens at the start.", default_help="4")
-    window: int | None = axis(None, "Exact tokens at the end.", default_help="128")
+    sinks: int | None = axis(None, "Exact tokens at the start.", default_help=str(DEFAULT_SINKS))
+    window: int | None = axis(None, "Exact tokens at the end.", default_help=str(DEFAULT_WINDOW))
     anchor_every: int | None = axis(None, "Steps from one anchor to the next.")
     backend: str = setting("auto", "auto, cpu or cuda.")
     device: int | None = option(None, "Number of the CUDA device.", bounds=(0, 1023), default_help="0")

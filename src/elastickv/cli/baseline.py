@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from elastickv.benchmark.model_options import GgufBaselineOptions, TransformersBaselineOptions
-from elastickv.cli.options import decorated, options_from
+from elastickv.cli.click_options import CALIBRATION, RECIPE, USUAL_DEVICE, USUAL_DTYPE, decorated, options_from
 
 _FORMATS = ("table", "json")
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -33,12 +33,10 @@ def command() -> None:
 @command.command("transformers", context_settings=_SETTINGS)
 @_options(
     TransformersBaselineOptions,
-    click.option("--recipe", help="Instead of --compress: a recipe's text such as int4,pages=1/4, or a file."),
-    click.option(
-        "--calibration", type=click.Path(path_type=Path), help="File of `elastickv calibrate`.  [default: none, uniform]"
-    ),
-    click.option("--dtype", help="Load the weights as fp32, fp16 or bf16.  [default: bf16 on cuda, fp32 on cpu]"),
-    click.option("--device", help="Where the model runs: cpu or cuda.  [default: cuda where there is one]"),
+    RECIPE,
+    CALIBRATION,
+    USUAL_DTYPE,
+    USUAL_DEVICE,
 )
 def with_transformers(**arguments: Any) -> int:
     """Generate with stock and elastic caches taking turns: `bench --model` at the size of a reference, and its quality cost.

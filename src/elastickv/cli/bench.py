@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from elastickv.benchmark.model_options import ModelOptions
-from elastickv.benchmark.options import Options, defaults_of
-from elastickv.cli.options import decorated, hyphenated, options_from
+from elastickv.benchmark.options import PRESETS, Options, defaults_of
+from elastickv.cli.click_options import decorated, hyphenated, options_from
 
 _OUTPUT = ("output", "format_", "json_")
 
@@ -24,11 +24,16 @@ def _notes() -> dict[str, str]:
     return {name: f"{default} with --model" for name, default in model.items()}
 
 
+def _presets() -> str:
+    """Return what the presets stand for: context x heads x head_dim, and C."""
+    return ", ".join("{} = {seq}x{heads}x{dim} C={compress}".format(name, **values) for name, values in PRESETS.items()) + "."
+
+
 _OPTIONS = (
     click.option("--model", help="Measure this model's tokens/s end to end: a folder, .gguf file, hub id, or shape:8b."),
     click.option("--calibration", type=click.Path(path_type=Path), help="With --model: file of `elastickv calibrate`."),
     click.option("--temperature", type=float, help="With --model: above 0 tokens are sampled.  [default: the likeliest]"),
-    click.option("--preset", help="long = 4096x32x128 C=4, short = 1024x16x64 C=2."),
+    click.option("--preset", help=_presets()),
     *options_from(Options, _notes()).values(),
     click.option("--output", type=click.Path(path_type=Path), help="Write the result here; the suffix tells the format."),
     click.option("--format", "format_", help="What stdout shows: table, json, jsonl, csv, md or html."),

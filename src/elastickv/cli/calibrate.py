@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from elastickv.evaluation.options import CALIBRATION_TOKENS
+from elastickv.cli.click_options import CPU_DEVICE, FLOAT32_DTYPE
+from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 
 
 @click.command("calibrate", context_settings={"help_option_names": ["-h", "--help"]})
@@ -12,8 +13,8 @@ from elastickv.evaluation.options import CALIBRATION_TOKENS
 @click.option("--text", type=click.Path(path_type=Path), help="Text to read.  [default: a shipped one]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: MODEL.calibration.json]")
 @click.option("--tokens", type=int, help=f"Tokens of the text to read.  [default: {CALIBRATION_TOKENS}, or all]")
-@click.option("--dtype", default="fp32", show_default=True, help="Load the model's weights as fp32, fp16 or bf16.")
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu or cuda.")
+@FLOAT32_DTYPE
+@CPU_DEVICE
 def command(model: str, text: Path | None, output: Path | None, tokens: int | None, dtype: str, device: str) -> int:
     """Measure what each KV head of MODEL loses at each fraction of its pages, for recipes to be solved from.
 

@@ -1,21 +1,36 @@
 """`elastickv compare`."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import click
 
+from elastickv.results.compare.comparison import compare
+
+_DEFAULTS = {name: parameter.default for name, parameter in signature(compare).parameters.items()}
+
 
 @click.command("compare", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--margin", type=float, default=3.0, show_default=True, help="Times within this many percent are the same.")
 @click.option(
-    "--fidelity-margin", type=float, default=2.0, show_default=True, help="Recipe errors within this many percent are the same."
+    "--margin",
+    type=float,
+    default=_DEFAULTS["margin_percent"],
+    show_default=True,
+    help="Times within this many percent are the same.",
+)
+@click.option(
+    "--fidelity-margin",
+    type=float,
+    default=_DEFAULTS["fidelity_margin_percent"],
+    show_default=True,
+    help="Recipe errors within this many percent are the same.",
 )
 @click.option(
     "--control",
-    default="dense",
+    default=_DEFAULTS["control"],
     show_default=True,
     help="dense judges times against the dense ones of the same run, so that the machine's drift cancels; none as they stand.",
 )
@@ -32,7 +47,7 @@ def command(**arguments: Any) -> int:
     """
     from elastickv.cli.output import shown_after
     from elastickv.errors import UsageError, one_line
-    from elastickv.results.compare.comparison import FAIL_ON, compare
+    from elastickv.results.compare.comparison import FAIL_ON
     from elastickv.results.compare.comparison_table import FORMATS
     from elastickv.results.files import check_writable
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from elastickv.evaluation.options import EvaluationOptions
+from elastickv.cli.click_options import CALIBRATION, CPU_DEVICE, FLOAT32_DTYPE
+from elastickv.evaluation.evaluation_options import EvaluationOptions
 
 _REFERENCES = ("stock-quantized",)
 _DEFAULTS = EvaluationOptions()
@@ -20,7 +21,7 @@ def _listed(numbers: tuple[float, ...]) -> str:
 @click.argument("model")
 @click.option("--compress", default=_listed(_DEFAULTS.ratios), show_default=True, help="Values of C.")
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Text to score; may be repeated.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="File of `elastickv calibrate`.  [default: none, uniform]")
+@CALIBRATION
 @click.option("--context", "contexts", default=_listed(_DEFAULTS.contexts), show_default=True, help="Tokens of a window.")
 @click.option("--windows", type=int, default=_DEFAULTS.window_count, show_default=True, help="Windows of each context.")
 @click.option(
@@ -46,8 +47,8 @@ def _listed(numbers: tuple[float, ...]) -> str:
 @click.option("--reference", help="Measure too: stock-quantized, Transformers' own quantized cache.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result here: .json, or .md for the tables.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the figures into this .png, .svg or .pdf.")
-@click.option("--dtype", default="fp32", show_default=True, help="Load the model's weights as fp32, fp16 or bf16.")
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu or cuda.")
+@FLOAT32_DTYPE
+@CPU_DEVICE
 def command(**arguments: Any) -> int:
     """Measure what MODEL's predictions lose at each C, through the decode path that `generate` takes.
 
@@ -109,7 +110,7 @@ def _uncalibrated(model: str) -> str:
 
 def _options(arguments: dict[str, Any]) -> EvaluationOptions:
     from elastickv.errors import UsageError
-    from elastickv.evaluation.options import EvaluationOptions
+    from elastickv.evaluation.evaluation_options import EvaluationOptions
     from elastickv.evaluation.suggestion import Tolerance
 
     for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0)):

@@ -9,6 +9,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "backend": ("backend", "device"),
     "capacity": ("context", "seq"),
     "context": ("context", "seq"),
+    "device": ("device", "devices"),
     "format_": ("format",),
     "graphs": ("no_graphs",),
     "margin_percent": ("margin",),

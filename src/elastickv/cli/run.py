@@ -10,7 +10,7 @@ import click
 
 from elastickv.benchmark.model_options import GenerationOptions, requested_compress
 from elastickv.benchmark.options import defaults_of
-from elastickv.cli.options import options_from
+from elastickv.cli.click_options import CALIBRATION, RECIPE, USUAL_DEVICE, USUAL_DTYPE, options_from
 
 PIECE_TOKENS = 32
 _OPTIONS = options_from(GenerationOptions)
@@ -21,16 +21,16 @@ _OPTIONS = options_from(GenerationOptions)
 @click.option("--prompt", "-p", help="What to say to the model.")
 @click.option("--file", "-f", "file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
 @_OPTIONS["compress"]
-@click.option("--recipe", help="Instead of --compress: a recipe's text such as int4,pages=1/4, or a file.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="File of `elastickv calibrate`.  [default: none, uniform]")
+@RECIPE
+@CALIBRATION
 @_OPTIONS["max_new_tokens"]
 @_OPTIONS["temperature"]
 @_OPTIONS["seed"]
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
 @click.option("--paired-baseline", "paired", is_flag=True, help="Generate with the stock cache too, taking turns.")
 @click.option("--no-graphs", is_flag=True, help="Run decodes operation by operation instead of as captured CUDA graphs.")
-@click.option("--dtype", help="Load the weights as fp32, fp16 or bf16.  [default: bf16 on cuda, fp32 on cpu]")
-@click.option("--device", help="Where the model runs: cpu or cuda.  [default: cuda where there is one]")
+@USUAL_DTYPE
+@USUAL_DEVICE
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the statistics here, as JSON.")
 def command(**arguments: Any) -> int:
     """Generate text with MODEL through an elastic KV cache, and show its speed and memory.

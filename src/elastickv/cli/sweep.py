@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from elastickv.benchmark.options import AXES, SETTINGS, Options
+from elastickv.cli.click_options import decorated, hyphenated, options_from
 from elastickv.cli.flags import with_flags
-from elastickv.cli.options import decorated, hyphenated, options_from
 from elastickv.cli.progress import Bar
 
 FORMATS = ("md", "csv", "json", "none")

@@ -6,8 +6,8 @@ import torch
 
 from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
+from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, layer_errors
-from elastickv.evaluation.options import CALIBRATION_TOKENS
 from elastickv.evaluation.texts import Text, windows
 from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW

@@ -11,9 +11,9 @@ from elastickv.benchmark.reporter import Reporter
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.divergence import Divergence, divergence, end_tokens, greedy
+from elastickv.evaluation.evaluation_options import EvaluationOptions
 from elastickv.evaluation.metrics import fidelity
 from elastickv.evaluation.needle import ANSWER_TOKENS, Case, answered, cases
-from elastickv.evaluation.options import EvaluationOptions
 from elastickv.evaluation.prefill import Prefill, prefill
 from elastickv.evaluation.recipes_by_ratio import Span
 from elastickv.evaluation.scoring import score

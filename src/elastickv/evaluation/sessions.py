@@ -26,7 +26,7 @@ class DecodingSession(Protocol):
         """Feed one (rows,) token id to every row; return the (rows, vocabulary) float32 logits that follow."""
 
 
-class _Forward:
+class _SteppedModel:
     def __init__(self, model: Any, cache: Any) -> None:
         self._model, self._cache = model, cache
 
@@ -49,7 +49,7 @@ def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) 
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(IMPLEMENTATION)
-        yield _Forward(model, cache)
+        yield _SteppedModel(model, cache)
     finally:
         model.set_attn_implementation(before)
 
@@ -59,7 +59,7 @@ def stock(model: Any, start: Prefill) -> Iterator[DecodingSession]:
     """Decode with Transformers' default cache."""
     cache = transformers.DynamicCache()
     _fill(cache, start)
-    yield _Forward(model, cache)
+    yield _SteppedModel(model, cache)
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def stock_quantized(model: Any, start: Prefill, kind: str | None = None) -> Iter
     """
     cache = transformers.QuantizedCache(backend=kind or quantizer(), config=model.config)
     _fill(cache, start)
-    yield _Forward(model, cache)
+    yield _SteppedModel(model, cache)
 
 
 def quantizer() -> str:
@@ -87,7 +87,7 @@ def quantizer() -> str:
             return kind
     if hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
         return "fp8"
-    raise UsageError("`reference=stock-quantized` needs a quantiser: pip install optimum-quanto")
+    raise UsageError("`reference=stock-quantized` needs a quantizer: pip install optimum-quanto")
 
 
 def _fill(cache: Any, start: Prefill) -> None:

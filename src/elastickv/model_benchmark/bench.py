@@ -30,7 +30,7 @@ from elastickv.model_benchmark.generation import (
     stock_static,
     take_turns,
 )
-from elastickv.model_benchmark.memory import MemoryEstimate, free_bytes
+from elastickv.model_benchmark.memory_estimate import MemoryEstimate, free_bytes
 from elastickv.model_benchmark.quality_delta import quality_delta
 from elastickv.model_benchmark.records import SKIPPED, cache_record, device_record, environment_record, model_record
 from elastickv.model_benchmark.shapes import built, shape_named

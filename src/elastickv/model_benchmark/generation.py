@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from elastickv.benchmark.sampler import schedule
 from elastickv.errors import UsageError
-from elastickv.model_benchmark.memory import Footprint
+from elastickv.model_benchmark.memory_estimate import Footprint
 from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
@@ -76,7 +76,7 @@ class Piece:
     step_s: tuple[float, ...]
 
 
-class _Clock(BaseStreamer):  # type: ignore[misc]
+class _TokenClock(BaseStreamer):  # type: ignore[misc]
     """Records when tokens reach the host, and passes them on."""
 
     def __init__(self, on_token: OnToken | None) -> None:
@@ -145,7 +145,7 @@ class Generation:
         restore(self.model, self._patch)
         before = self._stock_bytes()
         with self._own_random(), self.footprint.watched():
-            clock = _Clock(on_token)
+            clock = _TokenClock(on_token)
             ids = self.model.generate(
                 input_ids=self.ids,
                 attention_mask=self._mask,

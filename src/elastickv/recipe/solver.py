@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from elastickv.errors import UsageError
 from elastickv.recipe.allocation import Calibration, allot, check_calibration
@@ -49,26 +50,34 @@ def for_ratio(
     if calibration is not None:
         check_calibration(calibration, shape.kv_heads)
     schedules = ANCHORS if anchor_every is None else (anchor_every,)
-    possible = list(candidates(shape, sinks, window, schedules))
+    possible = tuple(candidates(shape, sinks, window, schedules))
     if ratio == 1:
         return DENSE
-    solved = [solve_fraction(recipe, ratio, context, shape, dtype) for recipe in possible]
-    losses = {recipe: predicted_loss(recipe, shape.head_dim) or 0.0 for recipe in solved if recipe is not None}
-    if not losses:
+    best = _least_loss(possible, ratio, context, shape, dtype)
+    if best is None:
         raise UsageError(unmet(ratio, context, shape, dtype, _smallest(sinks, window, schedules)))
-    alike = [recipe for recipe, loss in losses.items() if loss <= ALIKE * min(losses.values())]
-
-    def rank(recipe: Recipe) -> tuple[float, float, float]:
-        selections_a_step = 1 / recipe.anchor_every if recipe.selection == "pages" else 0.0
-        return selections_a_step, losses[recipe], -read_ratio(recipe, [context], shape, dtype)
-
-    best = min(alike, key=rank)
     if calibration is not None and best.selection == "pages":
         return _allotted(best, ratio, context, shape, dtype, calibration)
     return best
 
 
 Recipe.solver = staticmethod(for_ratio)
+
+
+@lru_cache(maxsize=256)
+def _least_loss(possible: tuple[Recipe, ...], ratio: float, context: int, shape: AttentionShape, dtype: str) -> Recipe | None:
+    """Return the recipe of least predicted loss that meets the ratio, or None; solved once for each input."""
+    solved = [solve_fraction(recipe, ratio, context, shape, dtype) for recipe in possible]
+    losses = {recipe: predicted_loss(recipe, shape.head_dim) or 0.0 for recipe in solved if recipe is not None}
+    if not losses:
+        return None
+    alike = [recipe for recipe, loss in losses.items() if loss <= ALIKE * min(losses.values())]
+
+    def rank(recipe: Recipe) -> tuple[float, float, float]:
+        selections_a_step = 1 / recipe.anchor_every if recipe.selection == "pages" else 0.0
+        return selections_a_step, losses[recipe], -read_ratio(recipe, [context], shape, dtype)
+
+    return min(alike, key=rank)
 
 
 def candidates(shape: AttentionShape, sinks: int, window: int, schedules: tuple[int, ...] = ANCHORS) -> Iterator[Recipe]:

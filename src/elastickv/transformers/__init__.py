@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elastickv.transformers.attention import IMPLEMENTATION, register
     from elastickv.transformers.cache import ElasticCache
+    from elastickv.transformers.cache_report import CacheReport
     from elastickv.transformers.config import UncalibratedWarning
     from elastickv.transformers.context_manager import Session, elastic
     from elastickv.transformers.cuda_graph.captured import NotCapturedWarning
     from elastickv.transformers.cuda_graph.model_patch import release
-    from elastickv.transformers.report import CacheReport
 
 __all__ = [
     "IMPLEMENTATION",
@@ -35,7 +35,7 @@ _HOMES = {
     "Session": "context_manager",
     "elastic": "context_manager",
     "UncalibratedWarning": "config",
-    "CacheReport": "report",
+    "CacheReport": "cache_report",
     "release": "cuda_graph.model_patch",
 }
 

@@ -15,16 +15,16 @@ from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.transformers import serialization
-from elastickv.transformers.checks import CacheChecks, check_same_length
+from elastickv.transformers.cache_checks import CacheChecks, check_same_length
+from elastickv.transformers.cache_report import CacheReport, Ledger, by_context, held_bytes
 from elastickv.transformers.config import ElasticConfig, RecipeLike, config_for
 from elastickv.transformers.cuda_graph.captured import Captured
+from elastickv.transformers.cuda_graph.decode_protocol import DecodeLayer
 from elastickv.transformers.cuda_graph.model_patch import install
-from elastickv.transformers.cuda_graph.protocol import DecodeLayer
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.layer_storage import Backends
 from elastickv.transformers.model_loading import fingerprint
 from elastickv.transformers.model_support import sizes_of, stock_layers, text_config
-from elastickv.transformers.report import CacheReport, Ledger, by_context, held_bytes
 
 
 class ElasticCache(Cache):  # type: ignore[misc]
@@ -229,14 +229,14 @@ class ElasticCache(Cache):  # type: ignore[misc]
         ends = expected is not None and layers[0].padding.length >= expected
         return not ends and all(layer.store is not None and layer.store.room for layer in layers)
 
-    def begin_step(self) -> None:
-        """Prepare all elastic layers for one more token a row, and set what its decode reads.
+    def begin_step(self, layers: list[ElasticLayer] | None = None) -> None:
+        """Prepare all elastic layers, or `layers`, for one more token a row, and set what its decode reads.
 
         Raises
         ------
         UsageError : if there is no room for it, or the previous pass stopped halfway.
         """
-        layers = self.elastic_layers
+        layers = layers or self.elastic_layers
         self._checks.check_answered()
         check_same_length(layer.padding.length for layer in layers)
         layers[0].check_room(None, layers[0].batch, 1)
@@ -262,6 +262,8 @@ class ElasticCache(Cache):  # type: ignore[misc]
         for layer in self.elastic_layers:
             if layer.store is not None:
                 layer.store.rollback_step()
+
+    take_back = rollback  # its former name
 
     @property
     def allocated_bytes(self) -> int:

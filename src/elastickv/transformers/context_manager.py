@@ -8,8 +8,8 @@ from typing import Any
 
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT, cache_in, without_cache
+from elastickv.transformers.cache_report import CacheReport
 from elastickv.transformers.cuda_graph.model_patch import patch_of, restore
-from elastickv.transformers.report import CacheReport
 
 
 class Session:

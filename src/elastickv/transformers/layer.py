@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from elastickv.transformers.attention import Call, Pending, carrying
-from elastickv.transformers.checks import check_call, check_finite, check_tokens
+from elastickv.transformers.cache_checks import check_call, check_finite, check_tokens
 from elastickv.transformers.chunked_attention import Scoring, attend_stored
 from elastickv.transformers.device_events import now
 from elastickv.transformers.layer_tokens import LayerTokens, without_padding

@@ -13,14 +13,14 @@ from transformers.cache_utils import CacheLayerMixin
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import AttentionShape
 from elastickv.transformers.budget import Reading, scaled
-from elastickv.transformers.checks import CacheChecks, check_finite
+from elastickv.transformers.cache_checks import CacheChecks, check_finite
+from elastickv.transformers.cache_report import Ledger
 from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.device_events import now
 from elastickv.transformers.device_map import layers_on_same_device
 from elastickv.transformers.layer_storage import LayerStorage, dtype_name, new_store, padded_head_dim
 from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
 from elastickv.transformers.padding import Padding
-from elastickv.transformers.report import Ledger
 
 CHECK_EVERY = 32  # decodes between two checks for NaNs and infinities, where a check makes the host wait
 

@@ -17,10 +17,10 @@ from transformers.utils import ModelOutput
 
 from elastickv.errors import UsageError
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT, without_cache
-from elastickv.transformers.checks import CacheChecks
+from elastickv.transformers.cache_checks import CacheChecks
 from elastickv.transformers.config import outside
 from elastickv.transformers.cuda_graph.capturable import NotCapturable, check_mode, signature_of, structure_of
-from elastickv.transformers.cuda_graph.protocol import DecodeCache, DecodeLayer, Recording
+from elastickv.transformers.cuda_graph.decode_protocol import DecodeCache, DecodeLayer, Recording
 from elastickv.transformers.cuda_graph.recorder import Recorder, recorder_for, why_not
 from elastickv.transformers.cuda_graph.speculative_launch import Graph, SpeculativeLaunch
 

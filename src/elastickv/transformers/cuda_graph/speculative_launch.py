@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from elastickv.transformers.cuda_graph.protocol import DecodeCache
+from elastickv.transformers.cuda_graph.decode_protocol import DecodeCache
 from elastickv.transformers.cuda_graph.recorder import Recorder
 
 _READ = {"input_ids", "position_ids"}  # the only inputs of a pass that can be launched speculatively

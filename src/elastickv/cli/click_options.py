@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from elastickv.benchmark.model_options import USUAL_DTYPE as USUAL_DTYPE_HELP
 from elastickv.benchmark.options import OptionInfo, defaults_of, options_of, types_of
 
 # Where the flag is not the option's name with hyphens.
@@ -19,6 +20,22 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 }
 _PATH = click.Path(path_type=Path)
 _Decorator = Callable[[Any], Any]
+
+# Options that several commands with a model share.
+RECIPE: _Decorator = click.option("--recipe", help="Instead of --compress: a recipe's text such as int4,pages=1/4, or a file.")
+CALIBRATION: _Decorator = click.option(
+    "--calibration", type=_PATH, help="File of `elastickv calibrate`.  [default: none, uniform]"
+)
+USUAL_DTYPE: _Decorator = click.option(
+    "--dtype", help=f"Load the weights as fp32, fp16 or bf16.  [default: {USUAL_DTYPE_HELP}]"
+)
+USUAL_DEVICE: _Decorator = click.option(
+    "--device", help="Where the model runs: cpu or cuda.  [default: cuda where there is one]"
+)
+FLOAT32_DTYPE: _Decorator = click.option(
+    "--dtype", default="fp32", show_default=True, help="Load the model's weights as fp32, fp16 or bf16."
+)
+CPU_DEVICE: _Decorator = click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu or cuda.")
 
 
 def hyphenated(name: str) -> str:

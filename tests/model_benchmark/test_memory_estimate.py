@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from elastickv.model_benchmark import memory
-from elastickv.model_benchmark.memory import Footprint
+from elastickv.model_benchmark import memory_estimate
+from elastickv.model_benchmark.memory_estimate import Footprint
 
 
 class Gpu:
@@ -67,5 +67,5 @@ def test_an_exception_is_counted_too(gpu):
 
 def test_memory_that_pytorch_keeps_for_reuse_is_free(gpu):
     gpu.take(100, 100, 400, 50)
-    assert memory.free_bytes(torch.device("cuda")) == 1000 - 100 - 50
-    assert memory.past_allocator(torch.device("cuda")) == 50
+    assert memory_estimate.free_bytes(torch.device("cuda")) == 1000 - 100 - 50
+    assert memory_estimate.past_allocator(torch.device("cuda")) == 50

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.transformers.attention import EAGER_IMPLEMENTATION, IMPLEMENTATION, Call, Pending
-from elastickv.transformers.cuda_graph.protocol import Recording
+from elastickv.transformers.cuda_graph.decode_protocol import Recording
 from elastickv.transformers.layer_storage import dtype_name
 from elastickv.transformers.model_support import text_config
 from elastickv.transformers.tensor_parallel import ranks_of
