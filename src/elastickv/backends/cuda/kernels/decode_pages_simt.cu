@@ -144,28 +144,6 @@ __device__ __forceinline__ void join(Running& r, const Paged& from, float* row) 
     }
 }
 
-__device__ __forceinline__ void stage_queries(Staged& staged, const Args& a, const Problem& p) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    for (int row = warp; row < ROWS; row += WARPS) {
-        const float* from = a.query + (p.head * a.group + p.first_query + row) * D;
-        float4 x[(PADDED + 127) / 128];
-        float most = 0.f;
-#pragma unroll
-        for (int i = 0; i < (PADDED + 127) / 128; i++) {
-            const int dim = 4 * (lane + 32 * i);
-            x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (row < p.queries && dim < D) x[i] = __ldg(reinterpret_cast<const float4*>(from + dim));
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                (&x[i].x)[j] *= a.scale_log2;
-                most = fmaxf(most, fabsf((&x[i].x)[j]));
-            }
-            if (dim < PADDED) staged.query[row][dim / 4] = x[i];
-        }
-        store_query_codes(staged, row, x, most);
-    }
-}
-
 static_assert(SCRATCH_BYTES >= WARPS * D * 4, "a row of every warp fits the scratch of the merge");
 static_assert(!REUSE, "pages have no reuse of outputs");
 

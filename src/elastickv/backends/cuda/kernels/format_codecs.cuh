@@ -40,6 +40,7 @@ __device__ __forceinline__ Element value_element(int row, int lane, int w, int e
 #if defined(TILES)  // Decode on tensor cores.
 #include "attend.cuh"
 
+#define QUERIES (HEADS * TILES)
 #define CODE_ONE 16777216.f  // 2^24: the inverse of a code's bit 0 as an fp16 number
 #define VALUE_ONE (V_FORMAT == INT4 || V_FORMAT == INT8 ? CODE_ONE : 1.f)  // the factor on sums of dims g
 #define VALUE_ONE_HIGH (V_FORMAT == INT4 ? CODE_ONE / 16.f : VALUE_ONE)    // of dims g + 8
@@ -81,43 +82,58 @@ __device__ __forceinline__ u32 fp8_to_half(u32 bytes) {
 #endif
 }
 
-// What a query is divided by, and the inverse.
-struct QueryUnit {
-    float step, inverse;
-};
-
-// The unit of a query whose largest magnitude is `most`.
-__device__ __forceinline__ QueryUnit query_unit(float most) {
+// Stores a block's queries in shared memory as operands, for exact rows and for pages.
+template <class Words, class Shared>
+__device__ __forceinline__ void stage_queries(Words& words, const Args& a, Shared& shared) {
+#pragma unroll
+    for (int j = 0; j * THREADS < TILES * K16 * 2 * 32; j++)
+        if (const int i = threadIdx.x + j * THREADS; i < TILES * K16 * 2 * 32)
+            shared.exact_query[i] = query_operand(words.exact[j], a.scale_log2);
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#pragma unroll
+    for (int j = 0; j * WARPS < QUERIES; j++) {
+        const int q = warp + j * WARPS;
+        if (q >= QUERIES) continue;
+        float most = 0.f;
+#pragma unroll
+        for (int i = 0; i < PADDED / 32; i++) {
+            words.page[j][i] *= a.scale_log2;
+            most = fmaxf(most, fabsf(words.page[j][i]));
+        }
+        for (int i = 16; i; i >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, i));
+        char* tile = reinterpret_cast<char*>(shared.page_query + q / HEADS * KEY_STEPS * 32);
 #if K_FORMAT == INT8
-    return {most / 16256.f, most > 0.f ? 16256.f / most : 0.f};
+        const float step = most / 16256.f, inverse = most > 0.f ? 16256.f / most : 0.f;
 #elif K_FORMAT == SIXTEEN_BIT
-    return {1.f, 1.f};
+        const float step = 1.f, inverse = 1.f;
 #else
-    // A power of two above all of them: fp16 has no range to spare.
-    const u32 power = min((__float_as_uint(most) & 0x7f800000u) + 0x00800000u, 0x7e800000u);
-    return {__uint_as_float(power), __uint_as_float(0x7f000000u - power)};
+        // A power of two above all of them: fp16 has no range to spare.
+        const u32 power = min((__float_as_uint(most) & 0x7f800000u) + 0x00800000u, 0x7e800000u);
+        const float step = __uint_as_float(power), inverse = __uint_as_float(0x7f000000u - power);
 #endif
-}
-
-// Stores element `dim` of query `q` as an operand, in a high and a low part.
-__device__ __forceinline__ void store_query(char* tile, int q, int dim, float scaled) {
-    const int lanes = q % HEADS * 4 + (dim >> 2 & 3);
+        if (lane == 0) shared.steps[q] = step;
+#pragma unroll
+        for (int i = 0; i < PADDED / 32; i++) {
+            const int dim = lane + 32 * i, lanes = q % HEADS * 4 + (dim >> 2 & 3);
 #if K_FORMAT == INT8
-    const int code = __float2int_rn(scaled), high = (code + 64) >> 7;
-    char* to = tile + ((dim >> 5) * 32 + lanes) * 16 + (dim >> 4 & 1) * 8 + (dim & 3);
-    to[0] = (char)high;
-    to[4] = (char)(code - high * 128);
+            const int code = __float2int_rn(words.page[j][i] * inverse), high = (code + 64) >> 7;
+            char* to = tile + ((dim >> 5) * 32 + lanes) * 16 + (dim >> 4 & 1) * 8 + (dim & 3);
+            to[0] = (char)high;
+            to[4] = (char)(code - high * 128);
 #else
-    if ((dim >> 4) >= KEY_STEPS) return;
-    u16* to = reinterpret_cast<u16*>(tile + ((dim >> 4) * 32 + lanes) * 16 + (dim >> 1 & 1) * 8 + (dim & 1) * 2);
+            if ((dim >> 4) >= KEY_STEPS) continue;
+            u16* to = reinterpret_cast<u16*>(tile + ((dim >> 4) * 32 + lanes) * 16 + (dim >> 1 & 1) * 8 + (dim & 1) * 2);
+            const float scaled = words.page[j][i] * inverse;
 #if K_FORMAT == SIXTEEN_BIT
-    const u32 high = pack16(scaled, 0.f), low = pack16(scaled - unpack16(high).x, 0.f);
+            const u32 high = pack16(scaled, 0.f), low = pack16(scaled - unpack16(high).x, 0.f);
 #else
-    const u32 high = pack_half(scaled, 0.f), low = pack_half(scaled - __half2float(__ushort_as_half((u16)high)), 0.f);
+            const u32 high = pack_half(scaled, 0.f), low = pack_half(scaled - __half2float(__ushort_as_half((u16)high)), 0.f);
 #endif
-    to[0] = (u16)high;
-    to[2] = (u16)low;
+            to[0] = (u16)high;
+            to[2] = (u16)low;
 #endif
+        }
+    }
 }
 
 // Products of a tile of queries with the tokens of a page, of the queries' high and low parts.
@@ -624,27 +640,42 @@ __device__ __forceinline__ void multiply_values(float (&acc)[TILE][VALUE_TILES][
     }
 }
 
-// Stores a query's codes of keys that are multiplied as integers; `x` has its elements, `most` the largest magnitude of a
-// lane's.
-__device__ __forceinline__ void store_query_codes(Staged& staged, int row, const float4 (&x)[(PADDED + 127) / 128],
-                                                  float most) {
-#if K_FORMAT == INT8
-    const int lane = threadIdx.x & 31;
-    for (int i = 16; i; i >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, i));
-    const float inverse = most > 0.f ? 16256.f / most : 0.f;
-    if (lane == 0) staged.step[row] = most / 16256.f;
+// Stores a block's queries in shared memory; for int8 keys also as codes.
+__device__ __forceinline__ void stage_queries(Staged& staged, const Args& a, const Problem& p) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    for (int row = warp; row < ROWS; row += WARPS) {
+        const float* from = a.query + (p.head * a.group + p.first_query + row) * D;
+        float4 x[(PADDED + 127) / 128];
+        float most = 0.f;
 #pragma unroll
-    for (int i = 0; i < (PADDED + 127) / 128; i++) {
-        u32 high = 0, low = 0;
+        for (int i = 0; i < (PADDED + 127) / 128; i++) {
+            const int dim = 4 * (lane + 32 * i);
+            x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (row < p.queries && dim < D) x[i] = __ldg(reinterpret_cast<const float4*>(from + dim));
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int code = __float2int_rn((&x[i].x)[j] * inverse), top = (code + 64) >> 7;
-            high |= (u32)(top & 255) << (8 * j);
-            low |= (u32)((code - top * 128) & 255) << (8 * j);
+            for (int j = 0; j < 4; j++) {
+                (&x[i].x)[j] *= a.scale_log2;
+                most = fmaxf(most, fabsf((&x[i].x)[j]));
+            }
+            if (dim < PADDED) staged.query[row][dim / 4] = x[i];
         }
-        if (4 * (lane + 32 * i) < D) staged.codes[row][lane + 32 * i] = make_int2((int)high, (int)low);
-    }
+#if K_FORMAT == INT8
+        for (int i = 16; i; i >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, i));
+        const float inverse = most > 0.f ? 16256.f / most : 0.f;
+        if (lane == 0) staged.step[row] = most / 16256.f;
+#pragma unroll
+        for (int i = 0; i < (PADDED + 127) / 128; i++) {
+            u32 high = 0, low = 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int code = __float2int_rn((&x[i].x)[j] * inverse), top = (code + 64) >> 7;
+                high |= (u32)(top & 255) << (8 * j);
+                low |= (u32)((code - top * 128) & 255) << (8 * j);
+            }
+            if (4 * (lane + 32 * i) < D) staged.codes[row][lane + 32 * i] = make_int2((int)high, (int)low);
+        }
 #endif
+    }
 }
 
 #else  // Storing and reading back. One block of STORE_THREADS threads.

@@ -4,7 +4,6 @@
 
 #define BULK (__CUDA_ARCH__ >= 900)
 
-#define QUERIES (HEADS * TILES)
 #define STAGE ((STAGE_BYTES + 127) / 128 * 128)
 #define PAIR (2 * D + 8)  // floats of two queries, apart so that lanes meet different banks
 
@@ -42,30 +41,4 @@ __device__ __forceinline__ void load_queries(Words& words, const Args& a, const 
             const int q = (threadIdx.x >> 5) + j * WARPS, dim = (threadIdx.x & 31) + 32 * i;
             words.page[j][i] = q < p.queries && dim < D ? from[(size_t)q * D + dim] : 0.f;
         }
-}
-
-// Stores them there as operands.
-__device__ __forceinline__ void stage_queries(Words& words, const Args& a, Shared& shared) {
-#pragma unroll
-    for (int j = 0; j * THREADS < TILES * K16 * 2 * 32; j++)
-        if (const int i = threadIdx.x + j * THREADS; i < TILES * K16 * 2 * 32)
-            shared.exact_query[i] = query_operand(words.exact[j], a.scale_log2);
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-#pragma unroll
-    for (int j = 0; j * WARPS < QUERIES; j++) {
-        const int q = warp + j * WARPS;
-        if (q >= QUERIES) continue;
-        float most = 0.f;
-#pragma unroll
-        for (int i = 0; i < PADDED / 32; i++) {
-            words.page[j][i] *= a.scale_log2;
-            most = fmaxf(most, fabsf(words.page[j][i]));
-        }
-        for (int i = 16; i; i >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, i));
-        char* tile = reinterpret_cast<char*>(shared.page_query + q / HEADS * KEY_STEPS * 32);
-        const QueryUnit unit = query_unit(most);
-        if (lane == 0) shared.steps[q] = unit.step;
-#pragma unroll
-        for (int i = 0; i < PADDED / 32; i++) store_query(tile, q, lane + 32 * i, words.page[j][i] * unit.inverse);
-    }
 }

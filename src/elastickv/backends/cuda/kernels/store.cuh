@@ -136,7 +136,8 @@ __device__ __forceinline__ void quantize_keys(PageTile& tile, u32* codes, u16* s
 #pragma unroll
         for (int e = 0; e < 32 / K_BITS; e++) {
             const Element at = key_element(i >> 7, (i >> 2) & 31, i & 3, e);
-            if (at.dim < D) word |= key_code(tile, at) << (K_BITS * e);
+            if (at.dim >= D) continue;
+            word |= key_code(tile, at) << (K_BITS * e);
         }
         codes[i] = word;
     }
@@ -150,7 +151,8 @@ __device__ __forceinline__ void quantize_values(PageTile& tile, u32* codes, u16*
 #pragma unroll
         for (int e = 0; e < 32 / V_BITS; e++) {
             const Element at = value_element(i >> 7, (i >> 2) & 31, i & 3, e);
-            if (at.dim < D) word |= value_code(tile, at) << (V_BITS * e);
+            if (at.dim >= D) continue;
+            word |= value_code(tile, at) << (V_BITS * e);
         }
         codes[i] = word;
     }
