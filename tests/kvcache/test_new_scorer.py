@@ -117,3 +117,25 @@ def test_cuda_refuses_one_without_a_device_function(midpoint):
         decode_variant(128, 4, "bf16", recipe, "90")
     built = decode_variant(128, 4, "bf16", Recipe.parse("int4,pages=1/4"), "90")
     assert built.selecting()["SCORER"] == SCORERS["bounds"].cuda_id
+
+
+def test_two_functions_of_one_factory_and_name_are_compiled_apart(monkeypatch):
+    def make(factor):
+        def weights(queries):
+            total = np.float32(0)
+            for query in queries:
+                total = total + query
+            return total * np.float32(0), total * factor
+
+        return weights
+
+    keys, values = tokens()
+    queries = np.random.default_rng(2).standard_normal((2, 6, 64), dtype=np.float32)
+    read = []
+    for factor in (np.float32(1), np.float32(-1)):
+        monkeypatch.setitem(SCORERS, "signed", Scorer("signed", make(factor)))
+        cache = open_backend(None).cache(SHAPE, 800, "bf16", Recipe.parse("int4,pages=1/4,scorer=signed"))
+        cache.prefill(keys, values, LENGTHS)
+        cache.decode(queries)
+        read.append(pages_read(cache))
+    assert read[0] != read[1]
