@@ -25,7 +25,7 @@ RUNGS = [
 RUNG = {package: rung for rung, packages in enumerate(RUNGS) for package in packages}
 MOST_FILES = 25
 FILES = sorted(SOURCE.rglob("*.py"))
-# A command's file is named as the command; the back ends mirror each other.
+# A command's file is named as the command; the backends mirror each other.
 COMMANDS = {"baseline", "bench", "calibrate", "compare", "doctor", "eval", "report", "run", "sweep"}
 REPEATED_NAMES = {
     "attention": {"kvcache", "transformers"},
@@ -39,8 +39,6 @@ REPEATED_NAMES = {
     "readback": {"backends/cpu", "backends/cuda"},
     "storage": {"backends/cpu", "backends/cuda"},
 }
-# The CPU's programs have a common part, private to their module.
-REPEATED_CLASSES = {"Program": ["elastickv.backends.cpu.programs", "elastickv.backends.protocol"]}
 # Public attributes, documented in docs/python.md under these names, and keys of files: where they may be defined.
 PUBLIC_NAMES = {
     "html_report/report.py": {"facts"},
@@ -170,7 +168,7 @@ def test_no_class_name_stands_twice():
             if isinstance(node, ast.ClassDef):
                 homes[node.name.lstrip("_")].append(name)
     repeated = {name: sorted(modules) for name, modules in homes.items() if len(modules) > 1}
-    assert repeated == REPEATED_CLASSES
+    assert repeated == {}
 
 
 def test_a_file_name_stands_twice_only_where_packages_mirror_each_other():

@@ -6,18 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nox
 import pytest
 import yaml
 
-import noxfile
 from elastickv.cli import root
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+nox = pytest.importorskip("nox")
+
 import check  # noqa: E402
 import licenses  # noqa: E402
+
+import noxfile  # noqa: E402
 
 EXTRAS = ["cuda", "cuda13", "dev", "report", "test", "transformers"]
 DIRECT = [text for text in licenses.required(EXTRAS) if not text.startswith("elastickv[")]

@@ -14,7 +14,7 @@ def no_cuda(monkeypatch):
 
     def refuse(name, device, allocator):
         if name == "cuda":
-            raise UsageError('the CUDA back end is not installed: pip install "elastickv[cuda]"')
+            raise UsageError('the CUDA backend is not installed: pip install "elastickv[cuda]"')
         return original(name, device, allocator)
 
     monkeypatch.setattr(registry, "_open", refuse)
@@ -24,9 +24,9 @@ def no_cuda(monkeypatch):
 def test_a_missing_cuda_back_end_is_broken_only_where_a_gpu_is(no_cuda, monkeypatch, present, state):
     monkeypatch.setattr(doctor, "gpu_present", lambda: present)
     found = {finding.topic: finding for finding in doctor.findings()}
-    assert found["cuda back end"].state == state
-    assert "elastickv[cuda]" in found["cuda back end"].detail
-    assert found["cpu back end"].state == "ok"
+    assert found["cuda backend"].state == state
+    assert "elastickv[cuda]" in found["cuda backend"].detail
+    assert found["cpu backend"].state == "ok"
 
 
 @pytest.mark.parametrize(("present", "said"), [(True, "elastickv[cuda]"), (False, None)])

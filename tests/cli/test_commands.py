@@ -122,7 +122,7 @@ def test_doctor_says_what_will_be_used():
     done = elastickv("doctor", "--no-ceilings")
     assert done.returncode == 0, done.stdout
     assert "will use: " in done.stdout
-    assert "cpu back end: Numba" in done.stdout
+    assert "cpu backend: Numba" in done.stdout
 
 
 @pytest.mark.parametrize(

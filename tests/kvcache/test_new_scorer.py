@@ -113,7 +113,7 @@ def test_an_unknown_one_is_refused_with_those_that_there_are(midpoint):
 
 def test_cuda_refuses_one_without_a_device_function(midpoint):
     recipe = Recipe.parse("int4,pages=1/4,scorer=midpoint")
-    with pytest.raises(UsageError, match=r"^page scorer midpoint has no CUDA kernel: choose bounds, or the cpu back end$"):
+    with pytest.raises(UsageError, match=r"^page scorer midpoint has no CUDA kernel: choose bounds, or the cpu backend$"):
         decode_variant(128, 4, "bf16", recipe, "90")
     built = decode_variant(128, 4, "bf16", Recipe.parse("int4,pages=1/4"), "90")
     assert built.selecting()["SCORER"] == SCORERS["bounds"].cuda_id

@@ -65,7 +65,7 @@ def failure(code: int, said: str) -> Exception:
         return DeviceFailure(f"the CUDA driver is not initialized here ({said}): a forked process can't use CUDA, spawn one")
     if code == NO_CONTEXT:
         return DeviceFailure(
-            f"this thread has no CUDA context ({said}): use a back end in the thread that opened it, or begin the thread with "
+            f"this thread has no CUDA context ({said}): use a backend in the thread that opened it, or begin the thread with "
             "cuda.core.Device(number).set_current()"
         )
     return DeviceFailure(f"the CUDA driver failed ({said}): nvidia-smi tells whether the device still works")

@@ -1,4 +1,4 @@
-"""What a back end implements for the benchmark and for a model's cache."""
+"""What a backend implements for the benchmark and for a model's cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

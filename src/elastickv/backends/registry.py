@@ -1,4 +1,4 @@
-"""Back ends by name. A new back end is one folder and one line here."""
+"""Backends by name. A new backend is one folder and one line here."""
 
 from importlib import import_module
 
@@ -14,24 +14,24 @@ BACKENDS: dict[str, str] = {
 
 
 def load(name: str = "auto", device: int | None = None, allocator: Allocator | None = None) -> tuple[Backend, str | None]:
-    """Return the back end called `name` and, for 'auto' on a machine with a GPU, why the GPU is not used.
+    """Return the backend called `name` and, for 'auto' on a machine with a GPU, why the GPU is not used.
 
     Parameters
     ----------
     name : 'auto' or a key of `BACKENDS`. 'auto' with a device number means 'cuda': only CUDA devices are numbered.
     device : number of the device; None is the first.
-    allocator : source of device memory instead of the driver, for a back end that takes one.
+    allocator : source of device memory instead of the driver, for a backend that takes one.
 
     Raises
     ------
-    UsageError : if the name is unknown, or the back end cannot run here; the message says what to install.
+    UsageError : if the name is unknown, or the backend cannot run here; the message says what to install.
     DeviceFailure : if the device does not work, or its kernels do not compile.
     """
     if name == "auto" and device is not None:
         name = "cuda"
     if name != "auto":
         if name not in BACKENDS:
-            raise UsageError(f"back end {name!r} is unknown: choose auto, {', '.join(BACKENDS)}")
+            raise UsageError(f"backend {name!r} is unknown: choose auto, {', '.join(BACKENDS)}")
         return _open(name, device, allocator), None
     reason = None
     for candidate in BACKENDS:
@@ -40,7 +40,7 @@ def load(name: str = "auto", device: int | None = None, allocator: Allocator | N
         except UsageError as error:
             # Without a GPU, the absence of CUDA is no reason to report.
             reason = reason or (str(error) if candidate != "cuda" or gpu_present() else None)
-    raise UsageError(reason or "no back end can run here")
+    raise UsageError(reason or "no backend can run here")
 
 
 def _open(name: str, device: int | None, allocator: Allocator | None) -> Backend:

@@ -24,8 +24,8 @@ class SampleAccuracy:
     ----------
     recipe, recipe_hash : the recipe as solved for the sample's context.
     context : tokens before the first query and after the last.
-    kernel_error : back end against the float64 reference of the same recipe on the same codes.
-    recipe_error : back end against float64 dense attention on the unquantized keys and values.
+    kernel_error : backend against the float64 reference of the same recipe on the same codes.
+    recipe_error : backend against float64 dense attention on the unquantized keys and values.
     """
 
     recipe: str
@@ -45,7 +45,7 @@ def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str) -> Samp
 
     Raises
     ------
-    KernelMismatch : if the back end is further from its float64 reference than its dtype allows.
+    KernelMismatch : if the backend is further from its float64 reference than its dtype allows.
     """
     shape = sample_shape(sample)
     tokens, queries = sample.k.shape[2], sample.q.shape[2]
@@ -99,7 +99,7 @@ def timed_kernel_error(cache: LayerCache, output: np.ndarray, queries: np.ndarra
 
 
 def check_kernel_error(error: float, dtype: str, what: str) -> None:
-    """Refuse to time a back end whose output is wrong."""
+    """Refuse to time a backend whose output is wrong."""
     limit = KERNEL_ERROR_LIMITS[dtype]
     if not error <= limit:
         raise KernelMismatch(f"{what}: kernel error {error:.2g} is above {limit:g} for {dtype}; no figure is reported")

@@ -44,11 +44,11 @@ def _cpu_backend() -> Finding:
 
         device = load("cpu")[0].device
     except UsageError as error:
-        return Finding("cpu back end", "broken", str(error))
+        return Finding("cpu backend", "broken", str(error))
     except Exception as error:  # a broken Numba installation can raise anything
-        return Finding("cpu back end", "broken", f"{type(error).__name__}: {error}", "pip install --force-reinstall numba")
+        return Finding("cpu backend", "broken", f"{type(error).__name__}: {error}", "pip install --force-reinstall numba")
     return Finding(
-        "cpu back end",
+        "cpu backend",
         "ok",
         f"Numba {metadata.version('numba')}, {device.compute_units} threads, last-level cache "
         f"{device.last_level_cache_bytes / 2**20:.0f} MiB, {device.free_bytes / 2**30:.1f} of "
@@ -100,7 +100,7 @@ def _devices(missing: str, has_gpu: bool) -> Iterator[Finding]:
         except UsageError as error:
             if number == 0:
                 remedy = "nvidia-smi   # then install or update the driver" if has_gpu else ""
-                yield Finding("cuda back end", missing, str(error), remedy)
+                yield Finding("cuda backend", missing, str(error), remedy)
             return
         except DeviceFailure as error:
             yield Finding(f"GPU {number}", "broken", str(error), f"nvidia-smi -q -i {number}   # then reset or replace it")

@@ -55,7 +55,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
 
 
 def package_commit(package: Path) -> str | None:
-    """Return the commit that the package at `package` is of, with '+changes' where its checkout has uncommitted ones.
+    """Return the commit of the package at `package`, with '+changes' if its checkout has uncommitted changes.
 
     From git when the package lies in its own checkout, else the commit recorded when it was built, else None.
     """

@@ -116,7 +116,7 @@ def prepare(backend: Backend, options: Options, recipe: Recipe, query_rms: float
     for dtype in DTYPES if options.dense is None else (options.dense,):
         name = f"dense-{dtype}"
         if backend.cache_bytes(shape, context, dtype, DENSE) > MEMORY_SHARE / 2 * backend.device.free_bytes:
-            not_run[name] = "does not fit beside the others"
+            not_run[name] = "does not fit together with the others"
             continue
         phase(f"preparing {name}")
         contender = own(name, dtype, DENSE)

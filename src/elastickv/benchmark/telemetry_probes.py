@@ -63,7 +63,7 @@ class NvmlProbe:
         milliwatts = self._ask("nvmlDeviceGetPowerUsage", handle)
         sm_mhz = self._ask("nvmlDeviceGetClockInfo", handle, _NVML_CLOCK_SM)
         if reasons is None and milliwatts is None and sm_mhz is None:
-            raise UnavailableError(f"NVML tells nothing of this GPU ({nvml.__name__})")
+            raise UnavailableError(f"NVML reports nothing for this GPU ({nvml.__name__})")
         return {
             "sm_mhz": sm_mhz,
             "memory_mhz": self._ask("nvmlDeviceGetClockInfo", handle, _NVML_CLOCK_MEM),

@@ -35,7 +35,7 @@ _OPTIONS = (
     click.option("--temperature", type=float, help="With --model: above 0 tokens are sampled.  [default: the likeliest]"),
     click.option("--preset", help=_presets()),
     *options_from(Options, _notes()).values(),
-    click.option("--output", type=click.Path(path_type=Path), help="Write the result here; the suffix tells the format."),
+    click.option("--output", type=click.Path(path_type=Path), help="Write the result here; the suffix selects the format."),
     click.option("--format", "format_", help="What stdout shows: table, json, jsonl, csv, md or html."),
     click.option("--json/--no-json", "json_", default=None, help="Short for --format json, --format table."),
     click.option("--gate", help="Verdict: golden, or bounds such as speedup>=1.5,cv<=5. Exit 0 pass, 1 fail, 3 inconclusive."),

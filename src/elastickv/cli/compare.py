@@ -37,7 +37,7 @@ _DEFAULTS = {name: parameter.default for name, parameter in signature(compare).p
 @click.option("--allow-different-device", is_flag=True, help="Compare results of different devices all the same.")
 @click.option("--fail-on", help="Be a gate on slower, fidelity or any: exit 1 for a regression, 3 where it is inconclusive.")
 @click.option("--format", "format_", default="table", show_default=True, help="table, json, jsonl, csv, md or html.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write it here too; the suffix tells the format.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write it here too; the suffix selects the format.")
 def command(**arguments: Any) -> int:
     """Say cell by cell whether B is as fast as A, and as faithful.
 

@@ -1,4 +1,4 @@
-"""Checks of a cache's arguments: kernels take addresses, so whatever is wrong must stop here."""
+"""Checks of a cache's arguments: kernels take addresses, so invalid arguments are rejected here."""
 
 from typing import Any
 

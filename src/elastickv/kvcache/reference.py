@@ -1,4 +1,4 @@
-"""The cache of one layer in plain NumPy, which the back ends are tested against."""
+"""The cache of one layer in plain NumPy, which the backends are tested against."""
 
 from dataclasses import replace
 from typing import Any

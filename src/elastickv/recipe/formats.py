@@ -1,7 +1,7 @@
 """The storage formats of K and V: bits, codes, scales, and the numbers under which kernels know them.
 
 `FORMATS` is the only table of formats. Recipe texts, byte counts, quantizers, and the layouts and compile-time macros of both
-back ends read it.
+backends read it.
 """
 
 from dataclasses import dataclass

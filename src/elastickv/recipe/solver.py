@@ -219,7 +219,7 @@ def holds_from(ratio: float, context: int, shape: AttentionShape, dtype: str, re
 
 
 def _smallest(sinks: int, window: int, schedules: tuple[int, ...]) -> list[Recipe]:
-    """Return the candidates of fewest bytes: int4 with one scale a row of V, and of its pages one, whatever the context."""
+    """Return the candidates with the fewest bytes: int4 with one scale per row of V, and one page, at any context."""
     whole = Recipe("int4", "int4", sinks=sinks, window=window)
     pages = replace(whole, selection="pages", fractions=(LEAST_FRACTION,))
     return [*(replace(pages, anchor_every=schedule) for schedule in reversed(schedules)), whole]

@@ -126,4 +126,4 @@ def guarded(source: str, read: Callable[[], T]) -> T:
     except UsageError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise refused(source, f"holds what is no part of a result ({error})") from None
+        raise refused(source, f"contains invalid values ({error})") from None

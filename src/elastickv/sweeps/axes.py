@@ -41,7 +41,7 @@ def listed(name: str, names: Any) -> list[str]:
 
     Raises
     ------
-    UsageError : if it is empty, or holds what is no text.
+    UsageError : if it is empty, or contains a non-string.
     """
     texts = [term.strip() for term in names.split(",")] if isinstance(names, str) else names
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) and text for text in texts):

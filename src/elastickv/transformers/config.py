@@ -192,7 +192,7 @@ class ElasticConfig:
             )
 
     def copy(self) -> ElasticConfig:
-        """Return an independent copy, with its own back ends."""
+        """Return an independent copy, with its own backends."""
         return replace(self, backends=Backends())
 
 

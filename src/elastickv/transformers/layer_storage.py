@@ -1,4 +1,4 @@
-"""Between torch tensors and a back end's cache of one layer: tensors become what `LayerCache` takes, on any device."""
+"""Between torch tensors and a backend's cache of one layer: tensors become what `LayerCache` takes, on any device."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def backend_for(device: torch.device) -> Backend:
-    """Return a back end for layers whose tensors are on `device`. On a GPU it shares the device and the memory with PyTorch.
+    """Return a backend for layers whose tensors are on `device`. On a GPU it shares the device and the memory with PyTorch.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def backend_for(device: torch.device) -> Backend:
 
 
 class Backends:
-    """The back ends of one model cache's layers, one for each device.
+    """The backends of one model cache's layers, one for each device.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class Backends:
         self.in_flight: InFlightDecode | None = None
 
     def at(self, device: torch.device) -> Backend:
-        """Return the back end of a device; see `backend_for`."""
+        """Return the backend of a device; see `backend_for`."""
         if device not in self._opened:
             self._opened[device] = backend_for(device)
         return self._opened[device]
@@ -129,7 +129,7 @@ def new_store(
 
 
 def _on_current_stream(backend: Backend, device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which `device` is current, after letting the back end follow PyTorch's current stream."""
+    """Return a context in which `device` is current, after letting the backend follow PyTorch's current stream."""
     if device.type != "cuda":
         return nullcontext()
     backend.follow(torch.cuda.current_stream(device).cuda_stream)
@@ -149,7 +149,7 @@ def check_room(backend: Backend, shape: AttentionShape, capacity: int, dtype: st
 
 
 class LayerStorage:
-    """The tokens of one layer in a back end's cache, as torch tensors.
+    """The tokens of one layer in a backend's cache, as torch tensors.
 
     Tensors are (batch, kv_heads, tokens, head_dim) of the model's dtype; what is read back is float32 on the layer's device.
     On a GPU all work is enqueued on PyTorch's current stream.
@@ -185,7 +185,7 @@ class LayerStorage:
 
     @property
     def backend_name(self) -> str:
-        """Name of the back end that holds the tokens."""
+        """Name of the backend that holds the tokens."""
         return self._backend.name
 
     @property
@@ -247,7 +247,7 @@ class LayerStorage:
         """
         token_keys, token_values, queries = _of_one_dtype(keys[:, :, 0], values[:, :, 0], queries)
         inputs = (_view(token_keys), _view(token_values), _view(queries))
-        # Back ends divide by the root of the padded head.
+        # Backends divide by the root of the padded head.
         scale = scaling * self.cache.shape.head_dim**0.5
         with self._in_use():
             self.cache.enqueue_step(*inputs, scale, _view(self._outputs), _view(self._lse))

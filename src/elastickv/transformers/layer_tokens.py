@@ -1,4 +1,4 @@
-"""The tokens of one layer: held in the model's dtype during a prompt, then stored in a back end; counted, edited, checked."""
+"""The tokens of one layer: held in the model's dtype during a prompt, then stored in a backend; counted, edited, checked."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class SavedCache:
 
         Raises
         ------
-        UsageError : if the file is damaged, or a layer's tokens do not fit into memory or come from another back end.
+        UsageError : if the file is damaged, or a layer's tokens do not fit into memory or come from another backend.
         """
         with _naming(self._path):
             records = self._record["layers"]
@@ -304,7 +304,7 @@ def _restored_store(
     backend, sizes = config.backends.at(device), config.sizes
     if backend.name != record["backend"]:
         raise UsageError(
-            f"the cache was saved from the {record['backend']} back end, and the model is on {device}: move the model"
+            f"the cache was saved from the {record['backend']} backend, and the model is on {device}: move the model"
         )
     shape, recipe = AttentionShape(*record["shape"]), Recipe.parse(record["recipe"])
     capacity, dtype = record["capacity"], record["dtype"]

@@ -1,4 +1,4 @@
-"""PyTorch's memory for a back end on the same GPU."""
+"""PyTorch's memory for a backend on the same GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU back end: decode attention in Numba. Kernels are compiled on first use and stored on disk."""
+"""The CPU backend: decode attention in Numba. Kernels are compiled on first use and stored on disk."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ __all__ = ["open_backend"]
 
 
 def open_backend(device: int | None) -> "CpuBackend":
-    """Return the CPU back end.
+    """Return the CPU backend.
 
     Raises
     ------
@@ -19,7 +19,7 @@ def open_backend(device: int | None) -> "CpuBackend":
     CompileFailure : if a kernel does not compile.
     """
     if device not in (None, 0):
-        raise UsageError(f"device {device} does not exist: the cpu back end has one device, 0")
+        raise UsageError(f"device {device} does not exist: the cpu backend has one device, 0")
     from elastickv.backends.cpu.settings import check_settings
 
     check_settings()

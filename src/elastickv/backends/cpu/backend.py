@@ -1,4 +1,4 @@
-"""The back end object: it creates caches and programs, checks that they fit, and measures limits."""
+"""The backend object: it creates caches and programs, checks that they fit, and measures limits."""
 
 from collections.abc import Sequence
 
@@ -87,5 +87,5 @@ class CpuBackend:
 def _own(caches: Sequence[LayerCache]) -> list[CpuCache]:
     mine = [cache for cache in caches if isinstance(cache, CpuCache)]
     if not mine or len(mine) != len(caches):
-        raise TypeError("the cpu back end runs its own caches, and at least one")
+        raise TypeError("the cpu backend runs its own caches, and at least one")
     return mine

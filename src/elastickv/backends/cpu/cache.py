@@ -1,4 +1,4 @@
-"""The CPU back end's cache of one layer."""
+"""The CPU backend's cache of one layer."""
 
 from dataclasses import replace
 

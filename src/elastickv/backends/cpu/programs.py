@@ -19,7 +19,7 @@ def _addresses(arrays: Arrays) -> NDArray[np.int64]:
     return np.array([array.ctypes.data for array in arrays], np.int64)
 
 
-class _Program:
+class CpuProgram:
     """The common part of both programs. Outputs start as NaN, so that a missing step is noticed."""
 
     captured = False
@@ -58,7 +58,7 @@ def _timed(launch: Callable[[], None]) -> float:
     return (perf_counter_ns() - start) / 1e6
 
 
-class AttentionProgram(_Program):
+class AttentionProgram(CpuProgram):
     """`steps` decodes over the caches in turn."""
 
     def __init__(self, caches: Sequence[CpuCache], queries: Sequence[Float32], steps_: int) -> None:
@@ -83,7 +83,7 @@ class AttentionProgram(_Program):
         return times
 
 
-class CycleProgram(_Program):
+class CycleProgram(CpuProgram):
     """One token through all caches as layers: map, append, decode, layer by layer."""
 
     def __init__(self, caches: Sequence[CpuCache], first: Float32, feedback: Feedback) -> None:

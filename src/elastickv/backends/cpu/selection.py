@@ -160,7 +160,7 @@ def _compiled_weights(scorer: Scorer) -> Any:
     # Numba caches compiled code under a function's name: the name gets a digest of what the scorer computes. A function made by
     # another function also computes with that one's variables, which no digest of its code tells: it stays in memory.
     code = scorer.channel_weights.__code__
-    on_disk = not code.co_freevars and scorer.channel_weights.__module__.startswith("elastickv.")
+    on_disk = not code.co_freevars and str(scorer.channel_weights.__module__).startswith("elastickv.")
     scope = dict(globals(), channel_weights=njit(error_model="numpy")(scorer.channel_weights))
     function = FunctionType(_write_weights.__code__, scope, _write_weights.__name__)
     digest = _digest(code, scorer.channel_weights.__globals__)

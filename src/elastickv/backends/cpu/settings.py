@@ -28,4 +28,4 @@ def check_settings() -> None:
     except (RuntimeWarning, ValueError) as error:
         reason = str(error).partition("\nThe parse failed")[0].rstrip(".")
         settings = ", ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_"))
-        raise UsageError(f"the cpu back end cannot start with {settings}: {reason}; mend or unset it") from None
+        raise UsageError(f"the cpu backend cannot start with {settings}: {reason}; mend or unset it") from None

@@ -1,4 +1,4 @@
-"""The CUDA back end: CUDA C++ compiled at run time, for Pascal (6.1) to Blackwell (12.0)."""
+"""The CUDA backend: CUDA C++ compiled at run time, for Pascal (6.1) to Blackwell (12.0)."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def open_backend(device: int | None, allocator: "Allocator | None" = None) -> "Backend":
-    """Return the back end for a CUDA device; None is the first. Its memory comes from `allocator`, by default the driver.
+    """Return the backend for a CUDA device; None is the first. Its memory comes from `allocator`, by default the driver.
 
     Raises
     ------

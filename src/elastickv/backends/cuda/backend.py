@@ -1,4 +1,4 @@
-"""The CUDA back end: one device, its caches and programs."""
+"""The CUDA backend: one device, its caches and programs."""
 
 from collections.abc import Sequence
 from dataclasses import replace

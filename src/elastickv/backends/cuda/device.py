@@ -45,7 +45,7 @@ def driver_api() -> Any:
         import cuda.core  # noqa: F401
         from cuda.bindings import driver
     except ImportError as error:
-        raise UsageError(f"the CUDA back end is not installed: {_INSTALL}") from error
+        raise UsageError(f"the CUDA backend is not installed: {_INSTALL}") from error
     try:
         check(driver.cuInit(0))
         count = check(driver.cuDeviceGetCount())

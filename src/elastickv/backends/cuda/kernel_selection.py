@@ -199,7 +199,7 @@ def _value_layout(recipe: Recipe) -> ScaleLayout:
 
 def _page_format(name: str | None) -> int:
     if name not in _PAGE_FORMATS:
-        raise UsageError(f"format {name} has no CUDA kernel: choose {', '.join(_PAGE_FORMATS)}, or the cpu back end")
+        raise UsageError(f"format {name} has no CUDA kernel: choose {', '.join(_PAGE_FORMATS)}, or the cpu backend")
     return _PAGE_FORMATS[name]
 
 
@@ -207,7 +207,7 @@ def _scorer_macro(recipe: Recipe) -> int:
     scorer = scorer_of(recipe)
     if scorer.cuda_id is None:
         built = ", ".join(name for name, other in SCORERS.items() if other.cuda_id is not None)
-        raise UsageError(f"page scorer {scorer.name} has no CUDA kernel: choose {built}, or the cpu back end")
+        raise UsageError(f"page scorer {scorer.name} has no CUDA kernel: choose {built}, or the cpu backend")
     return scorer.cuda_id
 
 

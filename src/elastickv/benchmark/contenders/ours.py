@@ -1,4 +1,4 @@
-"""Our own contenders: caches on a back end, rotated past the last-level cache."""
+"""Our own contenders: caches on a backend, rotated past the last-level cache."""
 
 import numpy as np
 

@@ -22,7 +22,7 @@ class TorchSdpa:
         return distribution_version("torch")
 
     def variants(self, work: PeerWork) -> dict[str, Variant]:
-        """Return every SDPA back end, form and dtype."""
+        """Return every SDPA backend, form and dtype."""
         refusal, kind = unusable(work), work.device.kind
         forms = {"": False, "-folded": True} if work.shape.group > 1 else {"": False}
         variants: dict[str, Variant] = {}

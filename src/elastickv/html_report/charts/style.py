@@ -129,7 +129,7 @@ def themed(svg: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Return a text of a file as a chart takes it: no control characters, not endless, and shown whatever it begins with."""
+    """Return a text of a file for a chart: without control characters, limited in length, and escaped."""
     clean = _CONTROL.sub("\ufffd", text)
     clean = clean if len(clean) <= _LONGEST else clean[: _LONGEST - 1] + "…"
     # Matplotlib leaves legend entries out that begin so.

@@ -45,7 +45,7 @@ def quantiles(samples: Sequence[float]) -> dict[str, str]:
 
 
 def fixed(value: float | None, digits: int) -> str:
-    """Return a number with that many digits; nothing for None."""
+    """Return a number with `digits` digits; an empty text for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 

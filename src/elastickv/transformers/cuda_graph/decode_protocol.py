@@ -46,7 +46,7 @@ class DecodeCache(Protocol):
 
     @property
     def elastic_layers(self) -> Sequence[DecodeLayer]:
-        """The layers that store tokens in a back end."""
+        """The layers that store tokens in a backend."""
 
     @property
     def backends(self) -> Backends:
