@@ -32,12 +32,14 @@ _DEFAULTS = {name: parameter.default for name, parameter in signature(compare).p
     "--control",
     default=_DEFAULTS["control"],
     show_default=True,
-    help="dense judges times against the dense ones of the same run, so that the machine's drift cancels; none as they stand.",
+    help="dense divides times by the dense times of the same run, which cancels drift; none compares them directly.",
 )
-@click.option("--allow-different-device", is_flag=True, help="Compare results of different devices all the same.")
-@click.option("--fail-on", help="Be a gate on slower, fidelity or any: exit 1 for a regression, 3 where it is inconclusive.")
+@click.option("--allow-different-device", is_flag=True, help="Compare results of different devices too.")
+@click.option("--fail-on", help="Gate on slower, fidelity or any: exit 1 for a regression, 3 if inconclusive.")
 @click.option("--format", "format_", default="table", show_default=True, help="table, json, jsonl, csv, md or html.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write it here too; the suffix selects the format.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Also write the comparison here; the suffix selects the format."
+)
 def command(**arguments: Any) -> int:
     """Say cell by cell whether B is as fast as A, and as faithful.
 

@@ -25,7 +25,7 @@ _OPTIONS = (
     click.option("--baseline", help="Add `elastickv baseline` as cells: transformers,gguf; needs --model."),
     click.option("--model", multiple=True, help="Model of the baselines: a path or a hub id; may be repeated."),
     click.option("--devices", help="CUDA devices, one process each: 0,1,2-7."),
-    click.option("--time-limit", "time_limit_s", type=float, help="Stop after this many seconds; --resume goes on."),
+    click.option("--time-limit", "time_limit_s", type=float, help="Stop after this many seconds; --resume continues."),
     click.option(
         "--export", "exports", multiple=True, type=click.Path(path_type=Path), help="Write .csv, .md, .json or .parquet too."
     ),
