@@ -17,6 +17,7 @@ from elastickv.backends.cuda.builds import RECIPES, compile_all, recipe_for
 from elastickv.backends.cuda.compiler import ARCHITECTURES
 from elastickv.backends.cuda.kernel_selection import (
     Split,
+    blocks_variant,
     ceilings_variant,
     decode_variant,
     overlapping,
@@ -48,6 +49,9 @@ def each_source():
         if int(arch) >= 80:
             yield decode_variant(128, 4, "bf16", paged, arch)
             yield decode_variant(128, 4, "bf16", paged, arch).fixed()
+            serving = blocks_variant(128, 4, "bf16", Recipe.parse("int4"), arch)
+            yield serving
+            yield serving.storing_blocks()
             general = decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "mma")
             yield general
             yield split_variant(general, 4, Split(8, True))
@@ -147,7 +151,10 @@ def test_every_architecture_has_every_source(compiled):
     built = {(v.arch, v.source) for v in compiled}
     for arch in SUPPORTED:
         everywhere = ("decode_simt", "decode_pages_simt", "append", "select", "ceilings")
-        for source in (*everywhere, *(("decode_mma", "decode_split", "decode_pages") if int(arch) >= 80 else ())):
+        for source in (
+            *everywhere,
+            *(("decode_mma", "decode_split", "decode_pages", "decode_blocks", "store_blocks") if int(arch) >= 80 else ()),
+        ):
             assert (arch, source) in built
     assert all(c.resources for c in compiled.values())
 

@@ -13,7 +13,14 @@ from elastickv.backends.cuda import backend as backend_module
 from elastickv.backends.cuda import compiler, launch
 from elastickv.backends.cuda.arguments import F32, I32, I64, U64, Address, StoreArguments
 from elastickv.backends.cuda.backend import CudaBackend
-from elastickv.backends.cuda.kernel_selection import TYPES, Split, ceilings_variant, decode_variant, split_variant
+from elastickv.backends.cuda.kernel_selection import (
+    TYPES,
+    Split,
+    blocks_variant,
+    ceilings_variant,
+    decode_variant,
+    split_variant,
+)
 from elastickv.backends.feedback import Feedback
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
@@ -42,6 +49,8 @@ def variants():
     tensor_cores = decode_variant(128, 4, "bf16", rows, ARCH, "mma")
     paged = decode_variant(128, 4, "bf16", pages, ARCH)
     yield from (paged, paged.fixed(), paged.storing(), paged.editing(), paged.selecting())
+    serving = blocks_variant(128, 4, "bf16", Recipe.parse("int4"), ARCH)
+    yield from (serving, serving.storing_blocks())
     yield from (tensor_cores, tensor_cores.storing(), tensor_cores.editing(), split_variant(tensor_cores, 4, Split(8, True)))
     yield from (decode_variant(128, 4, "bf16", recipe, ARCH, "simt") for recipe in (pages, rows))
     yield ceilings_variant(ARCH)

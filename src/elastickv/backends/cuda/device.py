@@ -94,8 +94,8 @@ class BorrowedStream:
         check(self._driver.cuStreamSynchronize(self.handle))
 
 
-_FULL_SHARED_MEMORY = frozenset({"append", "select", "decode_pages"})
-OVERLAPPING = frozenset({"append", "append_rows", "select", "decode"})
+_FULL_SHARED_MEMORY = frozenset({"append", "select", "decode_pages", "store_blocks", "decode_blocks"})
+OVERLAPPING = frozenset({"append", "append_rows", "select", "decode", "store_blocks", "decode_blocks"})
 _OVERLAPS_SINCE = 90
 _SMALL_BYTES, _MOST_SENT = 1 << 16, 256
 Argument: TypeAlias = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.c_ulonglong | ctypes.c_float
@@ -235,7 +235,7 @@ class CudaDevice:
         if key not in self._kernels:
             code = ObjectCode.from_cubin(variant.compiled().cubin)
             kernel = code.get_kernel(name)
-            if variant.shared_bytes and name == "decode":
+            if variant.shared_bytes and name in ("decode", "decode_blocks"):
                 most = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 check(self.driver.cuKernelSetAttribute(most, variant.shared_bytes, kernel.handle, self._handle))
             if variant.source in _FULL_SHARED_MEMORY and "K_FORMAT" in dict(variant.macros):

@@ -49,7 +49,7 @@ class Variant:
     @property
     def rows(self) -> int:
         """Query heads that one pass holds."""
-        if self.source == "decode_pages":
+        if "TILES" in dict(self.macros):
             return _HEADS_OF_MMA_TILE * self["TILES"]
         return (self["TILE"] if "TILE" in dict(self.macros) else _HEADS_OF_MMA_TILE) * self["QTILES"]
 
@@ -97,6 +97,10 @@ class Variant:
         names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE", *(("K_FORMAT", "V_FORMAT", "V_GROUP") if self.paged else ()))
         return Variant("append", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 8)))
 
+    def storing_blocks(self) -> "Variant":
+        """Return the variant of the kernels that store and read pages in a serving engine's blocks."""
+        return Variant("store_blocks", self.arch, self.storing().macros)
+
     def editing(self) -> "Variant":
         """Return the variant of the kernels that serve a model in addition to decode steps."""
         return Variant("edit", self.arch, self.storing().macros)
@@ -141,6 +145,20 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     words = -(-head_dim // (8 * chunk)) * chunk
     tile = min(max(32 // words, 1), 4, 1 << (group - 1).bit_length())
     return Variant("decode_simt", arch, _macros(common, QTILES=_tiles(group, tile, 4), WARPS=4, MIN_BLOCKS=2, TILE=tile))
+
+
+def blocks_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: str) -> Variant:
+    """Return the kernel that attends to the blocks of a serving engine, of a recipe that reads every page.
+
+    Raises
+    ------
+    UsageError : if no kernel supports the combination.
+    """
+    if recipe.selection != "all":
+        raise UsageError(f"{recipe} reads a part of the tokens: a serving engine's blocks are read whole; use formats only")
+    if int(arch) < MMA_SINCE or dtype == "fp32":
+        raise UsageError(f"a serving engine's blocks need SM 8.0 and a 16-bit dtype; this is {dtype} on SM {arch}")
+    return Variant("decode_blocks", arch, decode_variant(head_dim, group, dtype, recipe, arch, "pages").macros)
 
 
 def stored_recipe_for(recipe: Recipe, shape: AttentionShape, capacity: int, dtype: str, arch: str) -> Recipe:
@@ -219,7 +237,7 @@ _RINGS = ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2)
 
 
 def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: int) -> int:
-    """Return the size of `Shared` of decode_pages.cu, which asserts it."""
+    """Return the size of `Shared` of page_shared.cuh, which asserts it."""
     dim = macros["HEAD_DIM"]
     key, value = format_of(macros["K_FORMAT"]), format_of(macros["V_FORMAT"])
     codes = PAGE_TOKENS * (key.row_bytes(dim) + value.row_bytes(dim))

@@ -16,11 +16,14 @@ from elastickv.backends.cuda.arguments import (
     U64,
     Address,
     ArgumentStruct,
+    BlockDecodeArguments,
+    BlocksArguments,
     DecodeArguments,
     FeedbackArguments,
     QueryArguments,
     RowTarget,
     SelectArguments,
+    StepRows,
     StoreArguments,
     TokenRows,
     pack,
@@ -186,6 +189,62 @@ def decode(blocks: int, *, query: Address, output: Address, lse: Address, cache:
     cache : buffers, recipe and sizes of the cache.
     """
     return (blocks,)
+
+
+# kernels/store_blocks.cu and kernels/decode_blocks.cu
+
+
+@kernel
+def store_blocks(
+    longest: int,
+    requests: int,
+    *,
+    tokens: StepRows,
+    blocks: BlocksArguments,
+    lengths: Address,
+    starts: Address,
+    slot_mapping: Address,
+) -> Grid:
+    """Store the tokens of a step, up to `longest` a request, in the window, and quantize the pages that they complete.
+
+    Parameters
+    ----------
+    lengths : (requests,) int32, tokens of each request after the step.
+    starts : (requests + 1,) int32, where each request's tokens begin.
+    slot_mapping : (tokens,) int64 slots of the window; those of block 0, and negative ones, store nothing.
+    """
+    pages = 1 if longest <= PAGE_TOKENS else min(_blocks(longest, PAGE_TOKENS) + 1, _COPY_BLOCKS)
+    return pages, 2 * blocks.kv_heads, requests
+
+
+@kernel
+def read_blocks(*, keys: Address, values: Address, blocks: BlocksArguments, request: I32, tokens: I32) -> Grid:
+    """Dequantize a request's first `tokens` tokens, which must be in complete pages: (tokens, kv_heads, head_dim) each."""
+    return _blocks(tokens, PAGE_TOKENS), 2 * blocks.kv_heads
+
+
+@kernel
+def decode_blocks(
+    grid: int,
+    *,
+    query: Address,
+    query_stride: I64,
+    tokens: StepRows,
+    blocks: BlocksArguments,
+    output: Address,
+    lse: Address,
+    requests: BlockDecodeArguments,
+) -> Grid:
+    """Attend with the newest tokens of every request, which are `tokens`.
+
+    Parameters
+    ----------
+    grid : blocks of the grid.
+    query : (rows, query_heads, head_dim) of the window's dtype; `query_stride` elements from one row to the next.
+    output : the same shape and dtype, contiguous.
+    lse : (rows, query_heads) float32 log-sum-exps.
+    """
+    return (grid,)
 
 
 # kernels/ceilings.cu

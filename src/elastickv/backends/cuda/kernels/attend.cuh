@@ -108,10 +108,18 @@ struct Unit16 {
     uint4 k[2][K16], v[4][SETS];
 };
 
-template <bool RING>
-__device__ __forceinline__ size_t row16(const Args& a, const Span& s, int token, int rows) {
+template <bool RING, bool VALUE>
+__device__ __forceinline__ const char* row16(const Args& a, const Span& s, const char* rows_of_head, int token, int rows) {
     token = min(token, rows - 1);
-    return (size_t)(u32)(RING ? exact_row(a, s, token) : token) * EXACT_ROW;
+#if BLOCK_TABLES
+    if (token >= s.first_new)
+        return VALUE ? s.values + (token - s.first_new) * a.value_stride : s.keys + (token - s.first_new) * a.key_stride;
+    const int within = token & ((1 << a.blocks.window_shift) - 1);
+    return rows_of_head + __ldg(s.window + (token >> a.blocks.window_shift)) * a.blocks.window_stride + s.window_head +
+           (size_t)within * 2 * EXACT_ROW;
+#else
+    return rows_of_head + (size_t)(u32)(RING ? exact_row(a, s, token) : token) * EXACT_ROW;
+#endif
 }
 
 template <bool RING>
@@ -119,7 +127,7 @@ __device__ __forceinline__ void load_keys16(Unit16& in, const Args& a, const Spa
     const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const char* p = keys + row16<RING>(a, s, 16 * unit + 8 * i + g, rows) + 16 * t;
+        const char* p = row16<RING, false>(a, s, keys, 16 * unit + 8 * i + g, rows) + 16 * t;
 #pragma unroll
         for (int c = 0; c < K16; c++) in.k[i][c] = 32 * c + 8 * t < D ? load16(p + 64 * c) : make_uint4(0, 0, 0, 0);
     }
@@ -131,7 +139,7 @@ __device__ __forceinline__ void load_values16(Unit16& in, const Args& a, const S
     const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-        const char* p = values + row16<RING>(a, s, 16 * unit + 8 * (e >> 1) + 2 * t + (e & 1), rows);
+        const char* p = row16<RING, true>(a, s, values, 16 * unit + 8 * (e >> 1) + 2 * t + (e & 1), rows);
 #pragma unroll
         for (int c = 0; c < SETS; c++) in.v[e][c] = set_dim(c, g) < D ? load16(p + 2 * set_dim(c, g)) : make_uint4(0, 0, 0, 0);
     }
@@ -150,6 +158,14 @@ __device__ __forceinline__ int2 load_state(const int2* p) {
     asm volatile("ld.global.v2.s32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;
 }
+
+// Rows from `first` on, to `end`.
+struct Between {
+    static constexpr bool others = true;
+    int first, end;
+    __device__ __forceinline__ bool all(int row, int rows) const { return row >= first && row + rows <= end; }
+    __device__ __forceinline__ bool holds(int row) const { return row >= first && row < end; }
+};
 
 // Tokens of the exact plane: the sinks, then the ring.
 struct InRing {

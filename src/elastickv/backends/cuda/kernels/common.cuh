@@ -16,6 +16,9 @@
 #ifndef SELECT
 #define SELECT 0
 #endif
+#ifndef BLOCK_TABLES  // whether tokens are in blocks of a serving engine
+#define BLOCK_TABLES 0
+#endif
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -37,6 +40,10 @@ typedef unsigned long long u64;
 #define NOTHING (-1e30f)  // a running maximum over no scores: finite, so that differences are never NaN
 #define SEGMENTS (REUSE ? 2 : 1)
 
+#if BLOCK_TABLES
+#include "blocks.cuh"
+#endif
+
 struct Args {
     const float* query;
     char* output;
@@ -55,6 +62,13 @@ struct Args {
         page_capacity;
     float log2_decay, scale_log2;
     int output_type;
+#if BLOCK_TABLES
+    Blocks blocks;
+    const int *lengths, *window_first;
+    const char *keys, *values;  // of this step
+    long long query_stride, key_stride, value_stride;
+    int queries_per_request;
+#endif
 };
 
 #define ARGS_SIGNATURE                                                                                                         \
@@ -129,6 +143,12 @@ struct Span {
     int cold_units, units, steps_since_refresh;
     float bias;         // log2 of the number of tokens that one retained token stands for
     int listed, fresh;  // pages: how many are listed, and the first that is read in addition
+#if BLOCK_TABLES
+    int first_exact, end, first_new;  // tokens
+    const int* window;                // the request's blocks
+    size_t window_head;
+    const char *keys, *values;  // of token `first_new`
+#endif
 };
 
 __device__ __forceinline__ int cold_tokens(const Args& a, int length) {
@@ -191,7 +211,28 @@ __device__ __forceinline__ void publish_next_state(const Args& a, size_t head, i
     __threadfence();
 }
 
+#if BLOCK_TABLES
+// A row is one query token; the newest `window` tokens up to it are exact.
+__device__ __forceinline__ Span span_at(const Args& a, size_t head) {
+    const int row = head / a.kv_heads, request = row / a.queries_per_request;
+    Span s = {};
+    s.end = max(a.lengths[request] - (a.queries_per_request - 1 - row % a.queries_per_request), 0);
+    s.first_exact = max(max(s.end - a.window, 0), a.window_first[request]);
+    s.cold = s.first_exact;
+    s.exact = s.end - s.first_exact;
+    s.cold_units = (s.cold + PAGE - 1) / PAGE;
+    s.units = max(1, s.cold_units + (s.end + EXACT_UNIT - 1) / EXACT_UNIT - s.first_exact / EXACT_UNIT);
+    s.window = a.blocks.window_table + (size_t)request * a.blocks.window_columns;
+    s.window_head = (size_t)(head % a.kv_heads << a.blocks.window_shift) * 2 * EXACT_ROW;
+    s.first_new = a.lengths[request] - a.queries_per_request;
+    const long long token = (long long)request * a.queries_per_request;
+    s.keys = a.keys + token * a.key_stride + head % a.kv_heads * EXACT_ROW;
+    s.values = a.values + token * a.value_stride + head % a.kv_heads * EXACT_ROW;
+    return s;
+}
+#else
 __device__ __forceinline__ Span span_at(const Args& a, size_t head) { return span_with(a, head, a.state[head]); }
+#endif
 
 // Number of the `unit`th page to read.
 __device__ __forceinline__ int page_at(const Args& a, const Span& s, size_t head, int unit) {

@@ -1,8 +1,9 @@
 // The storage formats of cold pages: all code that depends on K_FORMAT or V_FORMAT. A new format is added in this header only.
 //
-// A kernel compiles one of three parts: decode on tensor cores (decode_pages.cu, which has the macro TILES), decode on CUDA
-// cores (decode_pages_simt.cu, which has TILE), or storing and reading back (append.cu and edit.cu). Codes and scales are those
-// of kvcache/quantize.py, bit for bit; numbers of formats, largest codes and sizes come as macros from recipe/formats.py.
+// A kernel compiles one of three parts: decode on tensor cores (page_decode.cuh, with the macro TILES), decode on CUDA
+// cores (decode_pages_simt.cu, which has TILE), or storing and reading back (append.cu, edit.cu and store_blocks.cu). Codes and
+// scales are those of kvcache/quantize.py, bit for bit; numbers of formats, largest codes and sizes come as macros from
+// recipe/formats.py.
 //
 // Scales of a page: int8 bf16 [token]; fp8 a bf16 power of two; int4 K fp16 [scale, zero][channel], V bf16
 // [group][token][scale, zero].

@@ -29,10 +29,17 @@ __device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a
     if (threadIdx.x & 31) return;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(STAGE_BYTES) : "memory");
 #endif
+#if BLOCK_TABLES
+    copy_part<STAGE_BYTES>(stage,
+                           a.cold_k + (size_t)(page / a.kv_heads) * a.blocks.page_stride +
+                               (size_t)(page % a.kv_heads) * a.blocks.slab_bytes,
+                           arrived);
+#else
     copy_part<KEY_PAGE>(stage, a.cold_k + (size_t)page * KEY_PAGE, arrived);
     copy_part<VALUES_AT - KEY_SCALES_AT>(stage + KEY_SCALES_AT, scales_of(a.k_scale, page, KEY_SCALES), arrived);
     copy_part<VALUE_PAGE>(stage + VALUES_AT, a.cold_v + (size_t)page * VALUE_PAGE, arrived);
     copy_part<STAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(a.v_scale, page, VALUE_SCALES), arrived);
+#endif
 }
 
 __device__ __forceinline__ void end_group() {
@@ -62,12 +69,19 @@ struct Walk {
 };
 
 __device__ __forceinline__ void load_page_numbers(Walk& walk, const Args& a, const Span& s, size_t head, int index) {
-    const int unit = walk.first + (index + (threadIdx.x & 31)) * walk.step, base = head * a.page_capacity;
+    const int unit = walk.first + (index + (threadIdx.x & 31)) * walk.step;
+#if BLOCK_TABLES
+    const int request = head / a.kv_heads / a.queries_per_request;
+    const int block = unit < s.cold_units ? __ldg(a.blocks.page_table + (size_t)request * a.blocks.page_columns + unit) : 0;
+    walk.numbers = block * a.kv_heads + head % a.kv_heads;
+#else
+    const int base = head * a.page_capacity;
 #if SELECT
     // The list is read before its length is known.
     const int listed = unit < a.page_capacity ? __ldcg(a.listed_pages + base + unit) : 0;
     walk.numbers = base + (unit < s.listed ? listed : s.fresh + unit - s.listed);
 #else
     walk.numbers = base + unit;
+#endif
 #endif
 }

@@ -1,4 +1,4 @@
-// The shared memory of a block of decode_pages.cu, and how queries are stored there as operands, for exact rows and for pages.
+// The shared memory of a block of page_decode.cuh, and how queries are stored there as operands, for exact rows and for pages.
 #pragma once
 #include "format_codecs.cuh"
 
@@ -26,19 +26,33 @@ struct Words {
 };
 
 __device__ __forceinline__ void load_queries(Words& words, const Args& a, const Problem& p) {
+#if BLOCK_TABLES
+    const char* from =
+        reinterpret_cast<const char*>(a.query) +
+        ((p.head / a.kv_heads) * a.query_stride + (p.head % a.kv_heads * a.group + p.first_query) * D) * EXACT_BYTES;
+    auto four = [&](size_t at) {
+        const uint2 raw = __ldg(reinterpret_cast<const uint2*>(from + at * EXACT_BYTES));
+        const float2 low = unpack16(raw.x), high = unpack16(raw.y);
+        return make_float4(low.x, low.y, high.x, high.y);
+    };
+    auto one = [&](size_t at) { return unpack16((u32)__ldg(reinterpret_cast<const u16*>(from) + at)).x; };
+#else
     const float* from = a.query + (p.head * a.group + p.first_query) * D;
+    auto four = [&](size_t at) { return *reinterpret_cast<const float4*>(from + at); };
+    auto one = [&](size_t at) { return from[at]; };
+#endif
 #pragma unroll
     for (int j = 0; j * THREADS < TILES * K16 * 2 * 32; j++) {
         const int i = threadIdx.x + j * THREADS, item = i % (K16 * 2 * 32), dim = operand_dim(item);
         const int q = i / (K16 * 2 * 32) * HEADS + ((i & 31) >> 2);
         words.exact[j] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (q < p.queries && dim < D) words.exact[j] = *reinterpret_cast<const float4*>(from + (size_t)q * D + dim);
+        if (q < p.queries && dim < D) words.exact[j] = four((size_t)q * D + dim);
     }
 #pragma unroll
     for (int j = 0; j * WARPS < QUERIES; j++)
 #pragma unroll
         for (int i = 0; i < PADDED / 32; i++) {
             const int q = (threadIdx.x >> 5) + j * WARPS, dim = (threadIdx.x & 31) + 32 * i;
-            words.page[j][i] = q < p.queries && dim < D ? from[(size_t)q * D + dim] : 0.f;
+            words.page[j][i] = q < p.queries && dim < D ? one((size_t)q * D + dim) : 0.f;
         }
 }

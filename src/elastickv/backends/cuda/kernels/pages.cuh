@@ -24,7 +24,7 @@
 #define KEY_PAGE (KEY_TILES * 16 * PAGE * K_BITS / 8)
 #define VALUE_PAGE (VALUE_TILES * 16 * PAGE * V_BITS / 8)
 
-// A page in a stage of decode_pages.cu: copies move 16 bytes at least.
+// A page in a stage of page_decode.cuh: copies move 16 bytes at least.
 #define KEY_SCALES_AT KEY_PAGE
 #define VALUES_AT (KEY_SCALES_AT + (KEY_SCALES + 15) / 16 * 16)
 #define VALUE_SCALES_AT (VALUES_AT + VALUE_PAGE)

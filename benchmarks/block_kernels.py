@@ -1,0 +1,198 @@
+"""Store and decode in a serving engine's blocks: microseconds a layer, beside PyTorch's dense bf16 attention, in one run.
+
+    python benchmarks/block_kernels.py --output benchmarks/results/h200/block_kernels.json [--recipes "int4;fp8"]
+
+A captured graph goes round layers that exceed the L2 cache: store of one token a request, then decode, as in a decode step of
+an engine. Dense attention reads contiguous keys and values, which favors it. Both are replayed in mirrored order; the
+figures are medians. Requests have equal lengths, blocks are scattered; every 32nd step of a request quantizes a page: `page`
+is such a step of all requests.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from gpu_name import gpu_name
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from elastickv.backends.cuda.arguments import BlocksArguments, StepRows
+from elastickv.backends.cuda.block_kernels import BlockKernels
+from elastickv.backends.cuda.device import CudaDevice
+from elastickv.kvcache.tensor_view import TensorView
+from elastickv.recipe import AttentionShape, Recipe
+
+KV_HEADS, GROUP, DIM, WINDOW, BLOCK = 8, 4, 128, 128, 8
+SHAPES = [(1, 4096), (1, 32768), (1, 65536), (8, 4096), (8, 32768), (64, 1024)]  # requests, context
+RECIPES = ("int4", "k=int8,v=int4", "int8", "fp8")
+ROTATED_BYTES, ROUNDS, REPLAYS = 400e6, 8, 15
+
+
+def view(tensor: torch.Tensor) -> TensorView:
+    return TensorView(tensor.data_ptr(), "bf16", tuple(tensor.shape), tensor.stride())
+
+
+def table(requests: int, blocks: int) -> torch.Tensor:
+    """Return blocks 1, 2, ... in random order, (requests, blocks)."""
+    return (torch.randperm(requests * blocks).int() + 1).view(requests, blocks).cuda()
+
+
+class Layers:
+    """Layers of one batch in blocks."""
+
+    def __init__(self, device: CudaDevice, requests: int, context: int, recipe: Recipe) -> None:
+        self.device, self.requests, self.context = device, requests, context
+        self.kernels = BlockKernels(device, AttentionShape(requests, KV_HEADS * GROUP, KV_HEADS, DIM), "bf16", recipe, WINDOW)
+        slab, pages = self.kernels.slab.n_bytes, context // 32 + 1
+        self.n_bytes = requests * (context - WINDOW) // 32 * KV_HEADS * slab
+        self.count = max(2, math.ceil(ROTATED_BYTES / self.n_bytes))
+        self.page_table, self.window_table = table(requests, pages), table(requests, context // BLOCK + 1)
+        windows = torch.zeros(
+            requests * (context // BLOCK + 1) + 1, KV_HEADS, BLOCK, 2 * DIM, dtype=torch.bfloat16, device="cuda"
+        )
+        self.query = torch.randn(requests, KV_HEADS * GROUP, DIM, device="cuda").bfloat16()
+        self.output = torch.empty_like(self.query)
+        self.first = torch.zeros(requests, dtype=torch.int32, device="cuda")
+        self.starts = torch.arange(requests + 1, dtype=torch.int32, device="cuda")
+        self.slots = torch.arange(requests, device="cuda") + BLOCK
+        self.lengths = torch.full((requests,), context, dtype=torch.int32, device="cuda")
+        self.tensors, self.layers = [windows], []
+        for _ in range(self.count):
+            stored = torch.zeros(requests * pages + 1, KV_HEADS, slab, dtype=torch.uint8, device="cuda")
+            self.layers.append(
+                BlocksArguments(
+                    pages=stored.data_ptr(),
+                    window=windows.data_ptr(),
+                    page_table=self.page_table.data_ptr(),
+                    window_table=self.window_table.data_ptr(),
+                    page_stride=stored.stride(0),
+                    window_stride=windows.stride(0) * 2,
+                    kv_heads=KV_HEADS,
+                    slab_bytes=slab,
+                    page_columns=pages,
+                    window_columns=context // BLOCK + 1,
+                    window_shift=BLOCK.bit_length() - 1,
+                )
+            )
+            self.tensors.append(stored)
+            self.fill(self.layers[-1])
+        self.step = [torch.randn(requests, KV_HEADS, DIM, device="cuda").bfloat16() for _ in range(2)]
+        self.rows = StepRows.of(*map(view, self.step))
+
+    def fill(self, blocks: BlocksArguments) -> None:
+        """Store random prompts, one request at a time."""
+        self.device.follow(torch.cuda.current_stream().cuda_stream)
+        slots = torch.zeros(self.context, dtype=torch.int64, device="cuda")
+        for request in range(self.requests):
+            keys, values = (torch.randn(self.context, KV_HEADS, DIM, device="cuda").bfloat16() for _ in range(2))
+            starts = torch.zeros(self.requests + 1, dtype=torch.int32, device="cuda")
+            starts[request + 1 :] = self.context
+            lengths = torch.where(torch.arange(self.requests, device="cuda") == request, self.context, 0).int()
+            inputs = (each.data_ptr() for each in (lengths, starts, slots))
+            self.kernels.store(blocks, StepRows.of(view(keys), view(values)), *inputs, self.requests, self.context)
+            torch.cuda.synchronize()
+
+    def enqueue(self, layer: int) -> None:
+        self.device.follow(torch.cuda.current_stream().cuda_stream)
+        blocks, lengths = self.layers[layer % self.count], self.lengths.data_ptr()
+        self.kernels.store(blocks, self.rows, lengths, self.starts.data_ptr(), self.slots.data_ptr(), self.requests, 1)
+        self.kernels.decode(blocks, self.rows, view(self.query), self.output.data_ptr(), lengths, self.first.data_ptr())
+
+
+def captured(enqueue, count: int) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        enqueue(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for i in range(count):
+            enqueue(i)
+    return graph
+
+
+def replayed_us(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / count * 1e3
+
+
+def dense(requests: int, context: int):
+    """Return the cuDNN attention of one layer of several, and their number."""
+    n_bytes = requests * context * KV_HEADS * DIM * 4
+    count = max(2, math.ceil(ROTATED_BYTES / n_bytes))
+    query = torch.randn(requests, KV_HEADS * GROUP, 1, DIM, device="cuda").bfloat16()
+    kv = [torch.randn(2, requests, KV_HEADS, context, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+
+    def enqueue(layer: int) -> None:
+        keys, values = kv[layer % count]
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+            torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    return enqueue, count
+
+
+def measure(device: CudaDevice, requests: int, context: int, recipe: str) -> dict:
+    layers = Layers(device, requests, context, Recipe.parse(recipe))
+    steps = ROUNDS * layers.count
+    graphs = {"page": captured(layers.enqueue, steps)}
+    layers.lengths -= 5
+    attend, count = dense(requests, context)
+    baseline = captured(attend, ROUNDS * count)
+    times: dict[str, list[float]] = {"ours": [], "dense": [], "page": []}
+    for replay in range(REPLAYS + 2):
+        order = ("ours", "dense") if replay % 2 else ("dense", "ours")
+        for which in (*order, *reversed(order)):
+            us = replayed_us(baseline, ROUNDS * count) if which == "dense" else replayed_us(graphs["page"], steps)
+            if replay >= 2:
+                times[which].append(us)
+    layers.lengths += 5
+    times["page"] = [replayed_us(graphs["page"], steps) for _ in range(REPLAYS)]
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "requests": requests,
+        "context": context,
+        "recipe": recipe,
+        "dense_us": middle["dense"],
+        "step_us": middle["ours"],
+        "step_with_page_us": middle["page"],
+        "speedup": middle["dense"] / middle["ours"],
+        "pages_gbs": layers.n_bytes / middle["ours"] / 1e3,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--recipes", default=";".join(RECIPES))
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    device = CudaDevice(0)
+    cells = []
+    for requests, context in SHAPES:
+        for recipe in arguments.recipes.split(";"):
+            cells.append(measure(device, requests, context, recipe))
+            torch.cuda.empty_cache()
+            print(json.dumps(cells[-1]), flush=True)
+    record = {
+        "kind": "elastickv-block-kernels",
+        "version": 1,
+        **gpu_name(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__, "cuda-core": version("cuda-core")},
+        "shape": {"kv_heads": KV_HEADS, "group": GROUP, "head_dim": DIM, "window": WINDOW, "window_block": BLOCK},
+        "cells": cells,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

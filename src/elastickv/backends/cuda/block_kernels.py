@@ -1,0 +1,157 @@
+"""Decode and store in the blocks of a serving engine, which owns the memory and the tables."""
+
+import math
+from dataclasses import dataclass
+
+from elastickv.backends.cuda.arguments import Address, BlockDecodeArguments, BlocksArguments, StepRows
+from elastickv.backends.cuda.device import CudaDevice
+from elastickv.backends.cuda.kernel_selection import blocks_variant
+from elastickv.backends.cuda.launch import decode_blocks, read_blocks, store_blocks
+from elastickv.backends.cuda.storage import Scratch, ScratchSize
+from elastickv.kvcache.tensor_view import TensorView
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe.formats import FORMATS, round_up
+
+_COPY_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Sizes of the page of one KV head, contiguous: codes of K, scales of K, codes of V, scales of V.
+
+    Attributes
+    ----------
+    key_codes, key_scales, value_codes, value_scales : bytes of the parts, each padded to 16.
+    """
+
+    key_codes: int
+    key_scales: int
+    value_codes: int
+    value_scales: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, head_dim: int) -> "Slab":
+        """Return the slab of a recipe's formats.
+
+        Raises
+        ------
+        ValueError : if the recipe is dense.
+        """
+        if recipe.key_format is None or recipe.value_format is None:
+            raise ValueError(f"{recipe} has no pages")
+        key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
+        scales = (key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim)))
+        key_scales, value_scales = (round_up(each.bytes_of(PAGE_TOKENS), _COPY_BYTES) for each in scales)
+        return cls(PAGE_TOKENS * key.row_bytes(head_dim), key_scales, PAGE_TOKENS * value.row_bytes(head_dim), value_scales)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the slab."""
+        return self.key_codes + self.key_scales + self.value_codes + self.value_scales
+
+
+class BlockKernels:
+    """The kernels for one shape, dtype and pair of formats.
+
+    Calls are queued on the stream that `device` follows and read lengths and tables on the device, so that a captured graph
+    serves every step. Calls of one object must run one after the other: they share scratch memory.
+
+    Parameters
+    ----------
+    shape : of the attention; `batch` is the largest number of query tokens of a `decode`.
+    dtype : 'bf16' or 'fp16', of the model and of the window.
+    recipe : formats of the pages; its sinks and window are not used.
+    exact_tokens : newest tokens that are read from the window. At least 32, so that a page is complete before it is read.
+
+    Raises
+    ------
+    UsageError : if no kernel supports the combination.
+    """
+
+    def __init__(self, device: CudaDevice, shape: AttentionShape, dtype: str, recipe: Recipe, exact_tokens: int) -> None:
+        assert exact_tokens >= PAGE_TOKENS, "a page would be read before it is complete"
+        self.slab = Slab.of(recipe, shape.head_dim)
+        self._device, self._shape, self._exact_tokens = device, shape, exact_tokens
+        self._decoding = blocks_variant(shape.head_dim, shape.group, dtype, recipe, device.arch)
+        self._storing = self._decoding.storing_blocks()
+        self._grid = device.multiprocessors * device.blocks_per_multiprocessor(self._decoding, "decode_blocks")
+        problems = shape.batch * shape.kv_heads * self._decoding.passes(shape.group)
+        self._scratch = Scratch(device, ScratchSize.of(self._decoding, self._grid, problems, 0))
+        self._lse = device.allocate(shape.batch * shape.query_heads * 4)
+        for name in ("store_blocks", "read_blocks"):
+            device.kernel(self._storing, name)
+
+    def store(
+        self,
+        blocks: BlocksArguments,
+        tokens: StepRows,
+        lengths: Address,
+        starts: Address,
+        slot_mapping: Address,
+        requests: int,
+        longest: int,
+    ) -> None:
+        """Store a step's tokens and quantize the pages that they complete; `launch.store_blocks` describes the arguments."""
+        sizes = (longest, requests)
+        store_blocks(
+            self._device,
+            self._storing,
+            *sizes,
+            tokens=tokens,
+            blocks=blocks,
+            lengths=lengths,
+            starts=starts,
+            slot_mapping=slot_mapping,
+        )
+
+    def decode(
+        self,
+        blocks: BlocksArguments,
+        tokens: StepRows,
+        query: TensorView,
+        output: Address,
+        lengths: Address,
+        window_first: Address,
+        queries_per_request: int = 1,
+        scale: float | None = None,
+    ) -> None:
+        """Attend with the newest tokens of each request, which `store` was given before; see `launch.decode_blocks`.
+
+        Parameters
+        ----------
+        query : (rows, query_heads, head_dim), `queries_per_request` rows of each request.
+        output : the same shape, contiguous.
+        lengths, window_first : as in `BlockDecodeArguments`.
+        scale : of scores; head_dim^-1/2 by default.
+        """
+        scratch, shape = self._scratch, self._shape
+        requests = BlockDecodeArguments(
+            lengths=lengths,
+            window_first=window_first,
+            partial=scratch.partial,
+            partial_ml=scratch.partial_ml,
+            counters=scratch.counters,
+            rows=query.shape[0],
+            queries_per_request=queries_per_request,
+            group=shape.group,
+            passes=self._decoding.passes(shape.group),
+            exact_tokens=self._exact_tokens,
+            scale_log2=math.log2(math.e) * (shape.head_dim**-0.5 if scale is None else scale),
+        )
+        decode_blocks(
+            self._device,
+            self._decoding,
+            self._grid,
+            query=query.address,
+            query_stride=query.strides[0],
+            tokens=tokens,
+            blocks=blocks,
+            output=output,
+            lse=self._lse,
+            requests=requests,
+        )
+
+    def read(self, blocks: BlocksArguments, request: int, tokens: int, keys: Address, values: Address) -> None:
+        """Dequantize a request's first `tokens` tokens to (tokens, kv_heads, head_dim) keys and values of the model's dtype."""
+        if tokens:
+            read_blocks(self._device, self._storing, keys=keys, values=values, blocks=blocks, request=request, tokens=tokens)

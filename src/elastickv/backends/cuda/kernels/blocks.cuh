@@ -1,0 +1,29 @@
+// Tokens in the blocks of a serving engine, which kernels find through tables of (request, block).
+//
+// - A page of 32 tokens: codes of K, scales of K, codes of V and scales of V of one KV head follow each other in a slab; a
+// block
+//   holds the slabs of all KV heads.
+// - The window: 16-bit rows of recent tokens, (block, KV head, token, K before V), 2^window_shift tokens a block. Block 0
+// belongs
+//   to nobody: it stands for blocks that no step reads.
+#pragma once
+
+// Strides: bytes between blocks, and elements between tokens of the tensors.
+struct Blocks {
+    char *pages, *window;
+    const int *page_table, *window_table;
+    long long page_stride, window_stride;
+    int kv_heads, slab_bytes, page_columns, window_columns, window_shift;
+};
+
+#define BLOCKS_SIGNATURE                                                                                                       \
+    char *pages, char *window, const int *page_table, const int *window_table, long long page_stride, long long window_stride, \
+        int kv_heads, int slab_bytes, int page_columns, int window_columns, int window_shift
+#define BLOCKS_VALUE                                                                                                           \
+    Blocks {                                                                                                                   \
+        pages, window, page_table, window_table, page_stride, window_stride, kv_heads, slab_bytes, page_columns,               \
+            window_columns, window_shift                                                                                       \
+    }
+
+// The keys and values of a step's tokens, (tokens, KV heads, head_dim); strides in elements between tokens.
+#define STEP_ROWS_SIGNATURE const char *keys, const char *values, long long key_stride, long long value_stride

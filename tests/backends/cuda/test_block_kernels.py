@@ -1,0 +1,294 @@
+"""Decode and store in the blocks of a serving engine, against float64 attention to the stored numbers; needs a GPU."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from elastickv.backends.cuda.block_kernels import Slab
+from elastickv.backends.cuda.kernel_selection import blocks_variant
+from elastickv.errors import UsageError
+from elastickv.kvcache.quantize import stored_values
+from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe.formats import FORMATS, PAGE_TOKENS
+
+RECIPES = ("int4", "int8", "fp8", "k=int8,v=int4", "int4,vgroup=32")
+LENGTHS = (1000, 33, 1, 128, 129, 160, 161, 2049, 31, 32)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("text", RECIPES)
+def test_a_slab_holds_what_the_formats_need(text, head_dim):
+    recipe = Recipe.parse(text)
+    slab = Slab.of(recipe, head_dim)
+    key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
+    assert slab.key_codes == 32 * head_dim * key.bits // 8
+    assert slab.value_codes == 32 * head_dim * value.bits // 8
+    parts = (slab.key_codes, slab.key_scales, slab.value_codes, slab.value_scales)
+    assert all(part % 16 == 0 for part in parts)
+    assert slab.n_bytes == sum(parts) < 32 * head_dim * 2 * 2
+
+
+def test_the_slab_of_int4_is_the_documented_size():
+    assert Slab.of(Recipe.parse("int4"), 128).n_bytes == 4736
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text", "arch"), [("bf16", "int4,pages=1/4", "90"), ("fp32", "int4", "90"), ("bf16", "int4", "75")]
+)
+def test_what_no_kernel_serves_is_refused(dtype, text, arch):
+    with pytest.raises(UsageError, match="serving engine"):
+        blocks_variant(128, 4, dtype, Recipe.parse(text), arch)
+
+
+class Engine:
+    """Requests whose blocks are scattered, and the plain numbers that were stored in them."""
+
+    def __init__(self, lengths, recipe, head_dim, kv_heads, group, window=128, window_block=8, dtype="bf16", seed=0):
+        import torch
+
+        from elastickv.backends.cuda.block_kernels import BlockKernels
+        from elastickv.backends.cuda.device import CudaDevice
+
+        self.torch, self.recipe, self.dtype = torch, recipe, dtype
+        self.kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        self.dim, self.kv_heads, self.group, self.window, self.size = head_dim, kv_heads, group, window, window_block
+        torch.manual_seed(seed)
+        self.keys = [self.random(n, kv_heads) for n in lengths]
+        self.values = [self.random(n, kv_heads) for n in lengths]
+        self.device = CudaDevice(0)
+        shape = AttentionShape(4 * len(lengths), kv_heads * group, kv_heads, head_dim)
+        self.kernels = BlockKernels(self.device, shape, dtype, recipe, window)
+        self.slab = self.kernels.slab.n_bytes
+        self.page_table = self.table(lengths, PAGE_TOKENS)
+        self.window_table = self.table(lengths, window_block)
+        self.pages = torch.zeros(int(self.page_table.max()) + 1, kv_heads, self.slab, dtype=torch.uint8, device="cuda")
+        # What no step has written is NaN: reading it shows.
+        self.recent = torch.full(
+            (int(self.window_table.max()) + 1, kv_heads, window_block, 2 * head_dim), math.nan, dtype=self.kind, device="cuda"
+        )
+        self.first = torch.zeros(len(lengths), dtype=torch.int32, device="cuda")
+
+    def random(self, *shape):
+        return self.torch.randn(*shape, self.dim, device="cuda").to(self.kind)
+
+    def table(self, lengths, size):
+        """Blocks in random order; block 0 belongs to nobody."""
+        counts = [-(-n // size) for n in lengths]
+        order = self.torch.randperm(sum(counts)).int() + 1
+        table = self.torch.zeros(len(lengths), max(counts) + 1, dtype=self.torch.int32)
+        for row, end, count in zip(table, itertools.accumulate(counts), counts, strict=True):
+            row[:count] = order[end - count : end]
+        return table.cuda()
+
+    def arguments(self):
+        from elastickv.backends.cuda.arguments import BlocksArguments
+
+        return BlocksArguments(
+            pages=self.pages.data_ptr(),
+            window=self.recent.data_ptr(),
+            page_table=self.page_table.data_ptr(),
+            window_table=self.window_table.data_ptr(),
+            page_stride=self.pages.stride(0),
+            window_stride=self.recent.stride(0) * 2,
+            kv_heads=self.kv_heads,
+            slab_bytes=self.slab,
+            page_columns=self.page_table.shape[1],
+            window_columns=self.window_table.shape[1],
+            window_shift=self.size.bit_length() - 1,
+        )
+
+    def view(self, tensor):
+        from elastickv.kvcache.tensor_view import TensorView
+
+        return TensorView(tensor.data_ptr(), self.dtype, tuple(tensor.shape), tensor.stride())
+
+    def rows(self, before, after):
+        from elastickv.backends.cuda.arguments import StepRows
+
+        parts = [[each[n:m] for each, n, m in zip(of, before, after, strict=True)] for of in (self.keys, self.values)]
+        self.step = [self.torch.cat(each).contiguous() for each in parts]
+        return StepRows.of(*map(self.view, self.step))
+
+    def store(self, before, after):
+        """Store tokens before[i] to after[i] of each request. Tokens that leave the window in the step get no block."""
+        torch = self.torch
+        starts = torch.tensor([0, *itertools.accumulate(m - n for n, m in zip(before, after, strict=True))], dtype=torch.int32)
+        slots = []
+        for i, (n, m) in enumerate(zip(before, after, strict=True)):
+            tokens = torch.arange(n, m, device="cuda")
+            own = self.window_table[i][tokens // self.size].long() * self.size + tokens % self.size
+            slots.append(torch.where(tokens < m - self.window - self.size, tokens % self.size, own))
+        self.inputs = (torch.tensor(after, dtype=torch.int32).cuda(), starts.cuda(), torch.cat(slots).cuda())
+        self.device.follow(torch.cuda.current_stream().cuda_stream)
+        longest = max(m - n for n, m in zip(before, after, strict=True))
+        rows = self.rows(before, after)
+        self.kernels.store(self.arguments(), rows, *(each.data_ptr() for each in self.inputs), len(after), longest)
+        return rows
+
+    def decode(self, before, after):
+        """Store and attend with the tokens of a step, equally many a request."""
+        rows, count = self.store(before, after), after[0] - before[0]
+        query = self.random(count * len(after), self.kv_heads * self.group)
+        output = self.torch.full_like(query, math.nan)
+        lengths, first = self.inputs[0].data_ptr(), self.first.data_ptr()
+        self.kernels.decode(self.arguments(), rows, self.view(query), output.data_ptr(), lengths, first, count)
+        self.torch.cuda.synchronize()
+        return query, output
+
+    def expected(self, request, length, query):
+        """Float64 attention of one query, (query heads, head_dim), with `length` tokens."""
+        cold = max(length - self.window, int(self.first[request]), 0)
+        parts = []
+        for value, rows in enumerate((self.keys[request], self.values[request])):
+            exact = rows[:length].float().cpu().numpy().astype(np.float64)
+            pages = -(-cold // PAGE_TOKENS) * PAGE_TOKENS
+            group = self.recipe.v_group(self.dim)
+            fmt = self.recipe.value_format if value else self.recipe.key_format
+            for head in range(self.kv_heads):
+                if cold:
+                    whole = rows[:pages, head].float().cpu().numpy()
+                    exact[:cold, head] = stored_values(whole, fmt, bool(value), group)[:cold]
+            parts.append(exact)
+        keys, values = parts
+        q = query.double().cpu().numpy().reshape(self.kv_heads, self.group, self.dim)
+        scores = np.einsum("hgd,khd->hgk", q, keys) / math.sqrt(self.dim)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.einsum("hgk,khd->hgd", weights / weights.sum(-1, keepdims=True), values).reshape(-1, self.dim)
+
+    def errors(self, query, output, after, count=1):
+        """Relative L2 error of every row of a decode."""
+        for row, (q, o) in enumerate(zip(query, output, strict=True)):
+            request, number = divmod(row, count)
+            expected = self.expected(request, after[request] - count + 1 + number, q)
+            yield np.linalg.norm(o.double().cpu().numpy() - expected) / np.linalg.norm(expected)
+
+
+@pytest.fixture
+def engine(open_cuda):
+    pytest.importorskip("torch")
+    return Engine
+
+
+def prefill_then_step(engine, lengths, count=1):
+    """Store all but the last tokens in two chunks, then decode them in one step."""
+    before = [n - count for n in lengths]
+    half = [n * 5 // 8 for n in before]
+    engine.store([0] * len(lengths), half)
+    engine.store(half, before)
+    return engine.decode(before, list(lengths))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("head_dim", "kv_heads", "group"), [(128, 2, 4), (64, 3, 3), (128, 1, 16), (256, 2, 2), (96, 2, 1)])
+@pytest.mark.parametrize("text", RECIPES)
+def test_ragged_requests_attend_to_pages_and_the_window(engine, text, head_dim, kv_heads, group, dtype):
+    of = engine(LENGTHS, Recipe.parse(text), head_dim, kv_heads, group, dtype=dtype)
+    query, output = prefill_then_step(of, LENGTHS)
+    assert max(of.errors(query, output, LENGTHS)) < (4e-3 if dtype == "bf16" else 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window_block", [1, 4, 16, 32])
+@pytest.mark.parametrize("window", [32, 100, 128])
+def test_any_block_of_the_window(engine, window, window_block):
+    of = engine(LENGTHS, Recipe.parse("int4"), 128, 2, 4, window, window_block)
+    query, output = prefill_then_step(of, LENGTHS)
+    assert max(of.errors(query, output, LENGTHS)) < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_several_tokens_a_request_see_their_own_past_only(engine, count):
+    lengths = [n + 4 for n in LENGTHS]
+    of = engine(lengths, Recipe.parse("int4"), 128, 2, 4)
+    query, output = prefill_then_step(of, lengths, count)
+    assert max(of.errors(query, output, lengths, count)) < 4e-3
+
+
+@pytest.mark.gpu
+def test_tokens_without_a_window_block_are_read_from_pages(engine):
+    lengths = [300, 200, 1000]
+    of = engine(lengths, Recipe.parse("int4"), 128, 2, 4)
+    before = [n - 1 for n in lengths]
+    of.store([0] * 3, before)
+    for request, first in enumerate((288, 192, 0)):
+        of.window_table[request, : first // of.size] = 0
+        of.first[request] = first
+    query, output = of.decode(before, lengths)
+    assert max(of.errors(query, output, lengths)) < 4e-3
+
+
+@pytest.mark.gpu
+def test_a_window_one_token_short_is_noticed(engine):
+    """The check of the other tests: attention to one token more from pages is not what they accept."""
+    of = engine(LENGTHS, Recipe.parse("int4"), 128, 2, 4)
+    query, output = prefill_then_step(of, LENGTHS)
+    of.window -= 32
+    assert max(of.errors(query, output, LENGTHS)) > 8e-3
+
+
+@pytest.mark.gpu
+def test_steps_of_one_token_complete_pages(engine):
+    lengths = [100, 64, 31]
+    of = engine([n + 70 for n in lengths], Recipe.parse("k=int8,v=int4"), 128, 2, 4, window=32)
+    of.store([0] * 3, lengths)
+    for _ in range(70):
+        after = [n + 1 for n in lengths]
+        query, output = of.decode(lengths, after)
+        lengths = after
+    assert max(of.errors(query, output, lengths)) < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", RECIPES)
+def test_pages_read_back_as_their_codes(engine, text):
+    of = engine([200, 161], Recipe.parse(text), 128, 2, 4, dtype="fp16")
+    of.store([0, 0], [200, 161])
+    for request, tokens in ((0, 192), (1, 129), (1, 1)):
+        keys, values = (of.torch.full((tokens, 2, 128), math.nan, dtype=of.kind, device="cuda") for _ in range(2))
+        of.kernels.read(of.arguments(), request, tokens, keys.data_ptr(), values.data_ptr())
+        of.torch.cuda.synchronize()
+        for value, (read, rows) in enumerate(((keys, of.keys), (values, of.values))):
+            fmt = of.recipe.value_format if value else of.recipe.key_format
+            whole = rows[request][: -(-tokens // 32) * 32].float().cpu().numpy()
+            for head in range(2):
+                expected = stored_values(whole[:, head], fmt, bool(value), of.recipe.v_group(128))[:tokens]
+                np.testing.assert_allclose(read[:, head].double().cpu().numpy(), expected, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_lengths_and_tables(engine):
+    of = engine([700, 300], Recipe.parse("int4"), 128, 2, 4)
+    torch = of.torch
+    of.store([0, 0], [600, 200])
+    lengths = torch.tensor([601, 201], dtype=torch.int32, device="cuda")
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32, device="cuda")
+    slots = torch.zeros(2, dtype=torch.int64, device="cuda")
+    query = of.random(2, 8)
+    output = torch.empty_like(query)
+    rows = of.rows([600, 200], [601, 201])
+    keys, values = of.step
+    view = of.view(query)
+
+    def step():
+        of.device.follow(torch.cuda.current_stream().cuda_stream)
+        of.kernels.store(of.arguments(), rows, lengths.data_ptr(), starts.data_ptr(), slots.data_ptr(), 2, 1)
+        of.kernels.decode(of.arguments(), rows, view, output.data_ptr(), lengths.data_ptr(), of.first.data_ptr())
+
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for number in range(90):
+        now = [600 + number, 200 + number]
+        for request, n in enumerate(now):
+            keys[request], values[request] = of.keys[request][n], of.values[request][n]
+            slots[request] = of.window_table[request, n // of.size] * of.size + n % of.size
+        lengths.copy_(torch.tensor([n + 1 for n in now], dtype=torch.int32))
+        graph.replay()
+        torch.cuda.synchronize()
+        if number % 30 == 0 or number == 89:
+            assert max(of.errors(query, output, [n + 1 for n in now])) < 4e-3
