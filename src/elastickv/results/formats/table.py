@@ -97,8 +97,9 @@ def _sentences(result: Result) -> list[str]:
     sample = result.fidelity.sample
     if sample:
         error, kernel = sample.recipe_error, sample.kernel_error
+        differs = f"; {result.fidelity.sample_differs}" if result.fidelity.sample_differs else ""
         lines.append(
-            f"recipe error on {result.fidelity.source} ({sample.recipe}, context {sample.context[1]}): "
+            f"recipe error on {result.fidelity.source} ({sample.recipe}, context {sample.context[1]}{differs}): "
             f"mean {error.mean:.4f}, p95 {error.p95:.4f}, max {error.max:.4f}; kernel error {kernel.mean:.1e}"
         )
     cycle = result.inference_cycle
