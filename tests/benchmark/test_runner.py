@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from elastickv import report
 from elastickv.benchmark import Gate, Options, Result, prepare, run
 from elastickv.benchmark import run as _run_function
 from elastickv.benchmark.options import PRESETS
@@ -20,6 +21,8 @@ from elastickv.errors import KernelMismatch, NonFiniteError, UsageError
 from elastickv.kvcache.error_metrics import ErrorSummary
 from elastickv.recipe import AttentionShape, read_ratio
 from elastickv.results.formats import FORMATS
+from elastickv.results.measurement import Measurement
+from elastickv.sweeps.axes import values
 from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram, measure_with
 
 RUN_MODULE = sys.modules[_run_function.__module__]
@@ -172,7 +175,7 @@ def test_without_anchors_every_layer_has_the_same_phase(plain):
     assert plain["inference_cycle"]["anchor_phases"] == [0, 0]
 
 
-def test_the_receipt_is_of_the_recipe_that_was_timed(plain):
+def test_the_sample_error_is_of_the_recipe_that_was_timed(plain):
     sample = plain["fidelity"]["sample"]
     assert (sample["recipe"], sample["recipe_hash"]) == (plain["recipe"]["text"], plain["recipe"]["hash"])
     assert sample["context"] == [177, 256]
@@ -470,3 +473,16 @@ def test_auto_falls_back_to_dense_where_dense_is_faster_and_says_so(backend, mon
 
 def test_a_recipe_that_was_asked_for_by_name_never_falls_back(backend):
     assert run(Options(**SMALL, recipe="bf16,stride=2")).as_dict()["recipe"]["text"] == "bf16,stride=2"
+
+
+def test_a_recipe_of_forty_heads_comes_back_from_results_tables_and_pages(backend, tmp_path):
+    text = "int4,pages=" + ":".join(f"{0.21 + n / 97!r}" for n in range(40))
+    assert len(text) > 255
+    assert values("recipe", f"int8;{text}") == ["int8", text] and values("recipe", text) == [text]
+    result = run(Options(**SMALL | {"heads": 40, "reps": 2, "warmup": 0, "inner_loops": 1}, recipe=text, compress=1))
+    assert result.recipe.text == result.recipe.requested == text
+    path = tmp_path / "result.json"
+    Measurement(result.as_dict()).save(path)
+    for form in FORMATS:
+        assert text in re.sub(r"\s", "", Measurement.load(path).shown(form))
+    assert text in report(path).html
