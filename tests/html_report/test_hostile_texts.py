@@ -18,7 +18,7 @@ from elastickv.html_report.charts.style import shown
 from tests.helpers.cases import tried
 from tests.helpers.hostile import NOT_TEXT, any_text, hostile
 from tests.helpers.pages import Page
-from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, quiet, result
+from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, quiet, result, write
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -43,7 +43,21 @@ SVG = re.compile(r"<svg\b.*?</svg>", re.DOTALL)
 @settings(tried(3), phases=(Phase.explicit, Phase.generate))  # a page takes a second: no shrinking
 @given(random=st.randoms(use_true_random=False))
 def test_any_text_of_a_file_leaves_the_page_well_formed(name, random):
-    made = report(hostile(FILES[name], partial(any_text, random)), title=any_text(random))
+    check(report(hostile(FILES[name], partial(any_text, random)), title=any_text(random)))
+
+
+@settings(tried(3), phases=(Phase.explicit, Phase.generate))
+@given(random=st.randoms(use_true_random=False))
+def test_any_text_of_a_sweep_leaves_the_page_well_formed(tmp_path_factory, random):
+    text = partial(any_text, random)
+    header = {"sweep": {"version": 1, "plan_hash": "h", "cells": 2, "axes": {"recipe": [text(), text()]}, "command": [text()]}}
+    cell = {"cell": {"seq": 1024, "recipe": text()}, "status": "ok", "reason": None, **hostile(FILES["bench"], text)}
+    refused = {"cell": {"seq": 2048, "recipe": text()}, "status": "refused", "reason": text()}
+    check(report(write(tmp_path_factory.mktemp("hostile"), "a.jsonl", [header, cell, refused])))
+
+
+def check(made):
+    """Check that a page, its charts and its Markdown are well-formed and hold nothing but text."""
     for svg in made.figures.values():
         ElementTree.fromstring(svg.encode("utf-8"))
     for html in (made.html, made._repr_html_()):
