@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from elastickv import report
 from elastickv.html_report.charts.style import shown
+from tests.helpers.browser import Visit, browser
 from tests.helpers.cases import tried
 from tests.helpers.hostile import NOT_TEXT, any_text, hostile
 from tests.helpers.pages import Page
@@ -36,6 +37,14 @@ FILES = {
     "original": ORIGINAL,
     "gguf": GGUF,
 }
+# Texts that end outside of their chart.
+OVER_THE_EDGE = """[...document.querySelectorAll('figure svg')].flatMap(svg => {
+  const edges = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll('text')].filter(text => {
+    const box = text.getBoundingClientRect();
+    return box.right > edges.right + 3 || box.left < edges.left - 3;
+  }).map(text => text.textContent);
+})"""
 SVG = re.compile(r"<svg\b.*?</svg>", re.DOTALL)
 
 
@@ -120,3 +129,14 @@ def test_the_samples_of_any_contender_are_csv_that_computes_nothing():
     assert {len(row) for row in rows} == {6}
     assert not any(cell.startswith("=") or NOT_TEXT.search(cell) for row in rows for cell in row)
     assert json.loads(files["results.jsonl.gz"]) == value
+
+
+@pytest.mark.parametrize("text", ["x" * 600, "深" * 300], ids=["narrow", "wide"])
+@pytest.mark.parametrize("name", ["bench", "losses", "pass keys"])
+def test_endless_names_run_over_no_edge(tmp_path, name, text):
+    report(hostile(FILES[name], lambda: text), title=text).save(tmp_path / "a.html")
+    with browser() as opened:
+        for width in (360, 1280):
+            with Visit(opened, tmp_path / "a.html", width) as visit:
+                assert visit.ask("document.documentElement.scrollWidth") <= width
+                assert visit.ask(OVER_THE_EDGE) == []

@@ -60,7 +60,6 @@ _ROOT = re.compile(r"<svg[^>]*>")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 # What XML has no form for, not even escaped.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_LONGEST = 64
 
 
 @dataclass(frozen=True)
@@ -136,12 +135,12 @@ def themed(svg: str) -> str:
     return _TAG.sub(recolored, svg)
 
 
-def shown(text: str) -> str:
-    """Return a text of a file for a chart: without control characters, and limited in width."""
-    clean = _CONTROL.sub("\ufffd", text[: 2 * _LONGEST])
+def shown(text: str, longest: int = 64) -> str:
+    """Return a text of a file for a chart: without control characters, and as wide as `longest` letters at most."""
+    clean = _CONTROL.sub("\ufffd", text[: 2 * longest])
     ends = list(accumulate(2 if east_asian_width(char) in "WF" else 1 for char in clean))
-    if len(text) > len(clean) or (ends and ends[-1] > _LONGEST):
-        clean = clean[: sum(end < _LONGEST for end in ends)] + "…"
+    if len(text) > len(clean) or (ends and ends[-1] > longest):
+        clean = clean[: sum(end < longest for end in ends)] + "…"
     # Matplotlib leaves legend entries out that begin so.
     return "\u200b" + clean if clean.startswith("_") else clean
 
