@@ -1,6 +1,8 @@
-"""Recipe errors on the shipped sample, in float64 NumPy: recipe on the reference cache vs dense attention on the sample's K, V.
+"""Recipe errors on a sample, in float64 NumPy: recipe on the reference cache vs dense attention on the sample's K, V.
 
-    python benchmarks/recipe_errors.py [--output FILE] [RECIPE ...]
+    python benchmarks/recipe_errors.py [--input FILE] [--output FILE] [RECIPE ...]
+
+The committed results are of `data/smollm2-135m.safetensors`; without --input the shipped sample is read.
 
 The sample's first tokens are the prefill; the tokens that have queries are appended and decoded one by one, so that anchors
 and ageing pages show. One error per layer x query head x query: relative L2 of the head's output. Prints a Markdown table.
@@ -69,9 +71,10 @@ def recipe_outputs(sample: Sample, recipe: Recipe) -> NDArray[np.float64]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipes", nargs="*", default=RECIPES, metavar="RECIPE")
+    parser.add_argument("--input", type=Path, help="a sample as docs/bench.md describes it")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     options = parser.parse_args()
-    sample = load_sample()
+    sample = load_sample(options.input)
     dense = dense_outputs(sample)
     layers = sample.metadata["layers"].split(", ")
     rows = []

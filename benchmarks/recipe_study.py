@@ -3,7 +3,7 @@
     python benchmarks/recipe_study.py [--input FILE ...] [--only STUDY ...]
     python benchmarks/recipe_study.py --losses
 
-Writes `results/sample/recipe_study.json` (every study, the shipped sample and, if given, captures of every layer as
+Writes `results/sample/recipe_study.json` (every study, of the sample in `data/` and, if given, captures of every layer as
 `capture_sample.py --tokens` writes them: two windows of one text, the first to calibrate on and the second to test on);
 `study_tables.py` prints it as tables. `--losses` writes the solver's figures, `src/elastickv/recipe/losses.json`, from that
 file's captures.
@@ -29,7 +29,7 @@ from scipy.linalg import hadamard
 from storage import package, shared_scale, tried
 
 from elastickv import __version__
-from elastickv.benchmark.sample_inputs import SAMPLE_PATH, load_sample
+from elastickv.benchmark.sample_inputs import load_sample
 from elastickv.kvcache.quantize import quantize_int4_keys
 from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
 from elastickv.recipe.regions import selected
@@ -39,6 +39,8 @@ ANCHORS = (1, 2, 4, 8, 16)
 FORMATS = ("bf16", "fp8", "int8", "int4")
 GROUPS = (32, 64, 128, 192)
 COMBINED = ("k=int4,v=int4/64", "k=int4,v=int4/32", "k=int4,v=int8")
+# Four whole layers at 1180 tokens: the sample that was shipped when the studies were made.
+SAMPLE = Path(__file__).parent / "data" / "smollm2-135m.safetensors"
 RESULTS = Path(__file__).parent / "results" / "sample" / "recipe_study.json"
 LOSSES = Path(__file__).parents[1] / "src" / "elastickv" / "recipe" / "losses.json"
 Errors = dict[str, Float32]
@@ -364,7 +366,7 @@ def main() -> None:
         write(LOSSES, {"date_utc": captures["dates_utc"]["pages"], **source, **losses(captures["studies"])})
         return
     names = options.only or [*STUDIES, "calibration"]
-    record = {"sample": provenance([SAMPLE_PATH]), "captures": provenance(options.input)}
+    record = {"sample": provenance([SAMPLE]), "captures": provenance(options.input)}
     for key in record:
         record[key]["studies"] = before[key]["studies"] if before else {}
         record[key]["dates_utc"] = (before[key]["dates_utc"] if before else {}) | dict.fromkeys(names, record[key]["date_utc"])
@@ -372,7 +374,7 @@ def main() -> None:
     # Calibration reads what the first window lost by format and fraction.
     needed = sorted({*per_head, *(("formats", "pages") if "calibration" in names else ())})
     with ProcessPoolExecutor(options.processes) as pool:
-        record["sample"]["studies"] |= summaries(list(pool.map(partial(of_head, per_head), heads_of(SAMPLE_PATH))), per_head)
+        record["sample"]["studies"] |= summaries(list(pool.map(partial(of_head, per_head), heads_of(SAMPLE))), per_head)
         wanted = [needed if number == 0 else per_head for number in range(len(options.input))]
         windows = [list(pool.map(partial(of_head, w), heads_of(p))) for w, p in zip(wanted, options.input, strict=True)]
     if windows:

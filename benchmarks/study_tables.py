@@ -2,7 +2,7 @@
 
     python benchmarks/study_tables.py
 
-Every cell is mean / root mean square of the recipe error; "4" is the shipped sample's four layers at 1180 tokens, "30" every
+Every cell is mean / root mean square of the recipe error; "4" is the four layers of `data/` at 1180 tokens, "30" every
 layer at 4096 tokens, two windows.
 """
 

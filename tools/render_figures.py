@@ -82,8 +82,8 @@ PRESET_HEADERS = ["run", "recipe", "read ratio", "decode step vs. fastest dense"
 
 ERROR_NOTE = (
     "Read ratio: dense bytes / bytes read. Recipe error: relative L2 error of a head's output on real activations, mean over "
-    "layers, heads and consecutive queries, of the recipe solved for the same C at the sample's 1180 tokens. A/A: interval of "
-    "dense against itself."
+    "layers, heads and consecutive queries, at the context and of the recipe that the result's file names (`fidelity.sample`: "
+    "one solved for the same C at the sample's length). A/A: interval of dense against itself."
 )
 
 

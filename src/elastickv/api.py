@@ -120,8 +120,8 @@ def _model_bench(
         raise UsageError(f"`backend`={options.backend} is unknown: choose auto, cuda, cpu")
     if device.startswith("cuda") and usual_device() != "cuda":
         raise UsageError("`backend`=cuda: PyTorch finds no CUDA device; leave the option out to run on the CPU")
-    if isinstance(calibration, (str, Path)):
-        calibration = ModelCalibration.load(Path(calibration))
+    if isinstance(calibration, (str, os.PathLike)):
+        calibration = ModelCalibration.load(calibration)
     inputs = ModelBench(
         model=model,
         context=options.seq,

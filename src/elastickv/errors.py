@@ -8,14 +8,14 @@ message as the flags of the command that was typed: `--seq`, `--backend cpu`.
 MAX_CHARACTERS = 2000
 
 
-def printable(text: str) -> str:
-    """Return `text` with control characters and invalid Unicode escaped as `ascii` does; line ends stay.
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Return `text` with control characters and invalid Unicode escaped as `ascii` does; those of `keep` stay.
 
     Text from a file may say anything: printed as it is, it could hide or forge other output.
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:

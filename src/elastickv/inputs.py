@@ -26,9 +26,16 @@ def file_path(name: Any) -> Path:
     ------
     UsageError : if it is no str or path.
     """
-    if not isinstance(name, (str, os.PathLike)):
+    if isinstance(name, os.PathLike):
+        name = os.fspath(name)
+    if not isinstance(name, str):
         raise UsageError(f"{name!r} is no name of a file: give a str or a Path")
     return Path(name)
+
+
+def file_exists(name: str | os.PathLike[str]) -> bool:
+    """Return whether a text or path names a regular file; False for what can be no name, such as a text that is too long."""
+    return os.path.isfile(name)
 
 
 def read_bytes(path: Path, what: str, remedy: str, most: int = MAX_BYTES) -> bytes:

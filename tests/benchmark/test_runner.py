@@ -9,14 +9,20 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from elastickv import report
 from elastickv.benchmark import Gate, Options, Result, prepare, run
 from elastickv.benchmark import run as _run_function
+from elastickv.benchmark.options import PRESETS
+from elastickv.benchmark.sample_inputs import load_sample
 from elastickv.benchmark.schema import SCHEMA_PATH, result_schema
 from elastickv.errors import KernelMismatch, NonFiniteError, UsageError
 from elastickv.kvcache.error_metrics import ErrorSummary
 from elastickv.recipe import AttentionShape, read_ratio
 from elastickv.results.formats import FORMATS
+from elastickv.results.measurement import Measurement
+from elastickv.sweeps.axes import values
 from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram, measure_with
 
 RUN_MODULE = sys.modules[_run_function.__module__]
@@ -82,7 +88,7 @@ def test_the_originals_keys_are_all_there_in_order(plain):
 @pytest.mark.parametrize(
     ("recipe", "shape", "why"),
     [
-        ("int4,pages=1/2:1/4", {"heads": 4, "kv_heads": 2}, "names 2 fractions for 3 KV heads"),
+        ("int4,pages=1/2:1/4", {"heads": 4, "kv_heads": 2}, "names 2 fractions for 1 KV heads"),
         ("int4,vgroup=40", {"dim": 80}, "vgroup=40 does not divide a head of 64 channels"),
     ],
 )
@@ -169,19 +175,59 @@ def test_without_anchors_every_layer_has_the_same_phase(plain):
     assert plain["inference_cycle"]["anchor_phases"] == [0, 0]
 
 
-def test_the_receipt_is_of_the_recipe_solved_for_the_samples_context(plain):
+def test_the_sample_error_is_of_the_recipe_that_was_timed(plain):
     sample = plain["fidelity"]["sample"]
-    shape = AttentionShape(1, 9, 3, 64)
-    from elastickv.recipe import Recipe
-
-    assert read_ratio(Recipe.parse(sample["recipe"]), [sample["context"][1]], shape) >= 1.3
+    assert (sample["recipe"], sample["recipe_hash"]) == (plain["recipe"]["text"], plain["recipe"]["hash"])
+    assert sample["context"] == [177, 256]
     assert sample["kernel_error"]["max"] < 1e-12
     assert 0 < sample["recipe_error"]["mean"] < 0.1
-    assert sample["recipe_error"]["count"] >= 64 * 4 * 9
+    assert sample["recipe_error"]["count"] >= 64 * 3 * 3
+    assert plain["fidelity"]["sample_differs"] is None
 
 
-def test_a_sample_too_short_for_the_ratio_gives_the_error_of_the_timed_recipe_and_says_so(backend):
-    result = run(Options(**(SMALL | {"seq": 4096}), compress=16))
+@pytest.mark.parametrize("options", [*PRESETS.values(), {"seq": 2048, "compress": 4}, {"seq": 3000, "compress": 8}])
+def test_up_to_4096_tokens_the_error_is_of_the_very_recipe_and_context(options, monkeypatch):
+    seen = []
+    monkeypatch.setattr(RUN_MODULE, "replay", lambda _, sample, recipe, dtype: seen.append((sample.tokens, str(recipe))))
+    options = Options(**options)
+    on_sample = RUN_MODULE._on_sample(None, options, load_sample(), options.resolved_recipe)
+    assert seen == [(3072 if options.seq == 3000 else options.seq, str(options.resolved_recipe))]
+    assert (on_sample.refused, on_sample.differs) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe", "differs"),
+    [
+        ({"seq": 32768, "compress": 4}, None, "solved anew for C=4 at the sample's 4096 tokens: it is shorter than 32768"),
+        ({"seq": 32768, "compress": 1, "recipe": "int8"}, "int8", None),
+        (
+            {"seq": 2048, "compress": 2, "dim": 80},
+            None,
+            "the sample's 2048 tokens: vgroup=40 does not divide a head of 64 channels",
+        ),
+        ({"seq": 1024, "compress": 1, "dim": 128, "recipe": "int4"}, "int4", "over the sample's 64 channels, not over 128"),
+    ],
+)
+def test_where_the_error_is_of_another_recipe_the_result_says_so(options, recipe, differs, monkeypatch):
+    seen = []
+    monkeypatch.setattr(RUN_MODULE, "replay", lambda _, sample, recipe, dtype: seen.append((sample.tokens, recipe)))
+    options = Options(**options)
+    sample = load_sample()
+    on_sample = RUN_MODULE._on_sample(None, options, sample, options.resolved_recipe)
+    ((tokens, replayed),) = seen
+    assert tokens == min(options.seq, 4096)
+    assert differs in on_sample.differs if differs else on_sample.differs is None
+    if recipe:
+        assert str(replayed) == recipe
+    else:
+        assert read_ratio(replayed, [tokens], sample.shape) >= options.compress
+
+
+def test_a_sample_too_short_for_the_ratio_gives_the_error_of_the_timed_recipe_and_says_so(backend, tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "short.safetensors"
+    shapes = {"q": (1, 2, 64, 64), "k": (1, 1, 300, 64), "v": (1, 1, 300, 64)}
+    save_file({name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}, path)
+    result = run(Options(**(SMALL | {"seq": 1024}), compress=4, input=path))
     assert result.fidelity.sample.recipe == result.recipe.text
     assert result.fidelity.sample.recipe_error.mean > 0
     assert "cannot be met at a context of" in str(result.fidelity.sample_refused)
@@ -427,3 +473,16 @@ def test_auto_falls_back_to_dense_where_dense_is_faster_and_says_so(backend, mon
 
 def test_a_recipe_that_was_asked_for_by_name_never_falls_back(backend):
     assert run(Options(**SMALL, recipe="bf16,stride=2")).as_dict()["recipe"]["text"] == "bf16,stride=2"
+
+
+def test_a_recipe_of_forty_heads_comes_back_from_results_tables_and_pages(backend, tmp_path):
+    text = "int4,pages=" + ":".join(f"{0.21 + n / 97!r}" for n in range(40))
+    assert len(text) > 255
+    assert values("recipe", f"int8;{text}") == ["int8", text] and values("recipe", text) == [text]
+    result = run(Options(**SMALL | {"heads": 40, "reps": 2, "warmup": 0, "inner_loops": 1}, recipe=text, compress=1))
+    assert result.recipe.text == result.recipe.requested == text
+    path = tmp_path / "result.json"
+    Measurement(result.as_dict()).save(path)
+    for form in FORMATS:
+        assert text in re.sub(r"\s", "", Measurement.load(path).shown(form))
+    assert text in report(path).html

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +55,70 @@ def path(tmp_path: Path) -> Path:
 def test_the_shipped_sample_is_real_small_and_described() -> None:
     sample = load_sample()
     assert SAMPLE_PATH.stat().st_size <= 4_000_000
-    assert sample.layers >= 4
+    assert sample.tokens == 4096
+    assert sample.layers == 3
     assert sample.queries >= MIN_QUERIES
     assert sample.shape.group == 3
-    assert {"model", "text", "layers", "rope", "captured", "licence", "script"} <= set(sample.metadata)
+    assert {"model", "text", "layers", "heads", "mean_errors", "rope", "captured", "licence", "script"} <= set(sample.metadata)
     assert sample.query_rms == pytest.approx(np.sqrt(np.mean(sample.q.astype(np.float64) ** 2)))
     assert sample.key_rms > 0
     assert sample.value_rms > 0
+
+
+def test_the_shipped_samples_heads_are_easy_and_hard_and_about_as_hard_as_all() -> None:
+    metadata = load_sample().metadata
+    selection = [float(error) for error in re.findall(r"selection ([0-9.]+)", metadata["heads"])]
+    assert selection == sorted(selection)
+    assert selection[-1] > 3 * selection[0]
+    rounding_of_all, selection_of_all, rounding, selected = map(float, re.findall(r"0\.[0-9]+", metadata["mean_errors"]))
+    assert rounding == pytest.approx(rounding_of_all, rel=0.1)
+    assert selected == pytest.approx(selection_of_all, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("context", "tokens"), [(1, 256), (256, 256), (340, 256), (400, 512), (1024, 1024), (4096, 4096), (32768, 4096)]
+)
+def test_the_shipped_sample_is_cut_to_the_nearest_context(context: int, tokens: int) -> None:
+    whole = load_sample()
+    sample = whole.at(context)
+    assert (sample.tokens, sample.queries) == (tokens, 80)
+    assert not sample.earlier
+    np.testing.assert_array_equal(sample.k, whole.k[:, :, :tokens])
+    np.testing.assert_array_equal(sample.q, whole.q if tokens == 4096 else whole.earlier[tokens])
+
+
+def test_queries_of_earlier_positions_are_read(path: Path) -> None:
+    arrays = tensors()
+    earlier = np.ones((LAYERS, QUERY_HEADS, MIN_QUERIES, HEAD_DIM), np.float32)
+    save_file(arrays | {"q_66": earlier, "q_x": earlier, "other": earlier}, path)
+    sample = load_sample(path)
+    assert list(sample.earlier) == [66]
+    np.testing.assert_array_equal(sample.at(65).q, earlier)
+    np.testing.assert_array_equal(sample.at(70).q, arrays["q"])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("q_66", (LAYERS, QUERY_HEADS, MIN_QUERIES, 32), "give it the shape of 'q'"),
+        ("q_66", (LAYERS, QUERY_HEADS, MIN_QUERIES), "give it the shape of 'q'"),
+        ("q_66", (LAYERS, QUERY_HEADS, MIN_QUERIES - 1, HEAD_DIM), "has 63 queries"),
+        ("q_65", (LAYERS, QUERY_HEADS, 66, HEAD_DIM), "up to 65"),
+        ("q_70", (LAYERS, QUERY_HEADS, MIN_QUERIES, HEAD_DIM), "before token 70"),
+        ("q_999999999", (LAYERS, QUERY_HEADS, MIN_QUERIES, HEAD_DIM), "before token 999999999"),
+    ],
+)
+def test_queries_of_earlier_positions_that_do_not_fit_are_refused(
+    path: Path, name: str, shape: tuple[int, ...], expected: str
+) -> None:
+    save_file(tensors() | {name: np.ones(shape, np.float32)}, path)
+    assert expected in refusal(path)
+
+
+def test_a_value_of_earlier_queries_that_is_not_finite_is_named(path: Path) -> None:
+    earlier = np.full((LAYERS, QUERY_HEADS, MIN_QUERIES, HEAD_DIM), np.nan, np.float32)
+    save_file(tensors() | {"q_66": earlier}, path)
+    assert "tensor 'q_66' holds nan at [0, 0, 0, 0] (layers, query_heads, queries, head_dim)" in refusal(path)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(np.float32, "fp32"), (np.float16, "fp16")])

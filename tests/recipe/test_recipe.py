@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickv.errors import UsageError
+from elastickv.inputs import file_exists
 from elastickv.recipe import DENSE, AttentionShape, Recipe
 
 
@@ -31,6 +32,13 @@ def recipes(draw):
         sinks=draw(st.integers(0, 64)),
         window=draw(st.integers(0, 4096)),
     )
+
+
+@given(st.lists(st.floats(0, 1, exclude_min=True), min_size=40, max_size=128))
+def test_the_text_of_many_heads_round_trips_and_is_never_a_file_name(fractions):
+    recipe = Recipe("int4", "int8", selection="pages", fractions=tuple(fractions))
+    assert Recipe.parse(str(recipe)) == recipe
+    assert not file_exists(str(recipe))
 
 
 @given(recipes())

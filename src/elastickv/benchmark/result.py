@@ -168,14 +168,17 @@ class Baseline:
 class RecipeErrors:
     """The output errors of the kernels that were timed.
 
-    `kernel_error` holds the timing data's per contender; `sample` is of the recipe as solved for the sample's context. Where
-    that can't be, `sample_refused` says why, and `sample` is of the very recipe that is timed; None if it doesn't fit either.
+    `kernel_error` holds the timing data's per contender; `sample` is of the recipe that is timed. Where the sample is shorter
+    than the timed context, or its heads don't take that recipe, `sample` is of one that is solved for the sample at the same
+    ratio, and `sample_differs` says so; older files say nothing. Where none can be solved, `sample_refused` says why, and
+    `sample` is of the timed recipe; None if that doesn't fit either.
     """
 
     source: str
     kernel_error: dict[str, ErrorSummary]
     sample: SampleAccuracy | None
     sample_refused: str | None
+    sample_differs: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One benchmark run, from options to a result."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 
 from elastickv.backends import Backend, Ceilings, load
@@ -46,13 +47,13 @@ def _run(options: Options, report: Reporter) -> Result:
     layers = check_memory(backend, options, recipe)
     here = environment()
     report.phase(f"checking {recipe} on real activations")
-    accuracy, refused = _sample_accuracy(backend, options, sample, recipe)
+    on_sample = _on_sample(backend, options, sample, recipe)
     report.phase("measuring the ceilings of the device")
     ceilings = _highest_ceilings(backend)
     field = prepare(backend, options, recipe, sample.query_rms, report.phase)
     recipe = field.recipe
     if field.fallback:
-        accuracy, refused = replay(backend, sample, recipe, field.dtype), None
+        on_sample = OnSample(replay(backend, sample.at(options.seq), recipe, field.dtype))
     with Telemetry(backend.device.kind, options.device or 0) as telemetry:
         report.phase(f"measuring {recipe} against {field.baseline.name}")
         samples = _measure(options, field, report.progress, lambda: bool(telemetry.snapshot()["flags"]))
@@ -72,7 +73,10 @@ def _run(options: Options, report: Reporter) -> Result:
             # The result keeps what was measured before and is marked incomplete.
             complete = False
     return Summary(options, backend, field, ceilings, samples, cycle, complete).result(
-        RecipeErrors(sample.name, field.kernel_error, accuracy, refused), telemetry, here, skip_reason
+        RecipeErrors(sample.name, field.kernel_error, on_sample.accuracy, on_sample.refused, on_sample.differs),
+        telemetry,
+        here,
+        skip_reason,
     )
 
 
@@ -81,20 +85,42 @@ def _highest_ceilings(backend: Backend) -> Ceilings:
     return reduce(Ceilings.at_least, (backend.ceilings() for _ in range(CEILING_ROUNDS)))
 
 
-def _sample_accuracy(
-    backend: Backend, options: Options, sample: Sample, timed: Recipe
-) -> tuple[SampleAccuracy | None, str | None]:
-    """Return the accuracy of the recipe as solved for the sample or, where it cannot be solved, of the timed one; and why."""
+@dataclass(frozen=True)
+class OnSample:
+    """The errors on the sample; why they could not be had as they should, and how their recipe differs from the timed one."""
+
+    accuracy: SampleAccuracy | None
+    refused: str | None = None
+    differs: str | None = None
+
+
+def _on_sample(backend: Backend, options: Options, sample: Sample, timed: Recipe) -> OnSample:
+    """Return the errors of the timed recipe at the sample's tokens nearest to the timed context.
+
+    Where the sample is shorter than that, or its heads do not take the recipe, one is solved for the sample at the same ratio.
+    """
+    sample, longest = sample.at(options.seq), sample.tokens
     shape = sample_shape(sample)
+    recipe, why = timed, f"it is shorter than {options.seq}" if options.seq > longest else None
     try:
-        recipe, refused = options.recipe_at(sample.k.shape[2], shape), None
+        timed.check_shape(shape.head_dim, shape.kv_heads)
+        fits = True
     except UsageError as error:
-        recipe, refused = timed, str(error)
-    try:
-        recipe.check_shape(shape.head_dim, shape.kv_heads)
-    except UsageError as error:
-        return None, str(error)
-    return replay(backend, sample, recipe, options.dtype), refused
+        why, fits = str(error), False
+    refused = None
+    if why:
+        try:
+            recipe = options.recipe_at(sample.tokens, shape)
+        except UsageError as error:
+            if not fits:
+                return OnSample(None, str(error))
+            refused = str(error)
+    differs = None
+    if recipe != timed:
+        differs = f"solved anew for C={options.compress:g} at the sample's {sample.tokens} tokens: {why}"
+    elif timed.value_format == "int4" and timed.v_group(shape.head_dim) != timed.v_group(options.dim):
+        differs = f"values share a scale over the sample's {shape.head_dim} channels, not over {options.dim}"
+    return OnSample(replay(backend, sample, recipe, options.dtype), refused, differs)
 
 
 def _measure(

@@ -5,6 +5,7 @@ https://github.com/huggingface/safetensors#format
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,8 +38,10 @@ class TensorEntry:
     n_bytes: int
 
 
-def read_header(path: Path, names: tuple[str, ...]) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Return the entries of the tensors `names` and the file's metadata.
+def read_header(
+    path: Path, names: tuple[str, ...], further: re.Pattern[str] | None = None
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Return the entries of the tensors `names`, and of those that match `further`, and the file's metadata.
 
     Raises
     ------
@@ -72,7 +75,8 @@ def read_header(path: Path, names: tuple[str, ...]) -> tuple[dict[str, TensorEnt
             f"{', '.join(names)} are needed (docs/bench.md)"
         )
     data_start = _LENGTH_BYTES + length
-    entries = {name: _entry(path, name, header[name], data_start, file_bytes) for name in names}
+    wanted = [*names, *(name for name in tensors if name not in names and further and further.fullmatch(name))]
+    entries = {name: _entry(path, name, header[name], data_start, file_bytes) for name in wanted}
     metadata = header.get("__metadata__") or {}
     if not isinstance(metadata, dict):
         _refuse(path, "is not a safetensors file: its metadata is not a JSON object")

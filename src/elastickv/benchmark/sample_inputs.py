@@ -1,7 +1,8 @@
 """Queries, keys and values of real layers over consecutive positions."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,9 +15,10 @@ from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import AttentionShape
 
 Float32 = NDArray[np.float32]
-SAMPLE_PATH = Path(__file__).parent / "data" / "smollm2-135m.safetensors"
+SAMPLE_PATH = Path(__file__).parent / "data" / "smollm2-135m-4k.safetensors"
 MIN_QUERIES = 64
 _NAMES = ("q", "k", "v")
+_EARLIER = re.compile(r"q_[1-9][0-9]{0,8}")
 _AXES = {
     "q": ("layers", "query_heads", "queries", "head_dim"),
     "k": ("layers", "kv_heads", "tokens", "head_dim"),
@@ -36,6 +38,7 @@ class Sample:
     k, v : (layers, kv_heads, tokens, head_dim) float32.
     name : the file's name without its suffix.
     metadata : what the file says of itself: model, text, layers, licence, ...
+    earlier : further queries, as `q`, by the number of tokens that the last of them sees.
     """
 
     q: Float32
@@ -43,6 +46,7 @@ class Sample:
     v: Float32
     name: str
     metadata: Mapping[str, str]
+    earlier: Mapping[int, Float32] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -58,6 +62,13 @@ class Sample:
     def queries(self) -> int:
         """Positions that have a query: the last ones."""
         return int(self.q.shape[2])
+
+    def at(self, context: int) -> "Sample":
+        """Return its first tokens, as many as have queries at their end and are nearest to `context` as a ratio."""
+        ends = {self.tokens: self.q} | dict(self.earlier)
+        tokens = min(ends, key=lambda end: (max(end, context) / min(end, context), end))
+        k, v = (np.ascontiguousarray(each[:, :, :tokens]) for each in (self.k, self.v))
+        return replace(self, q=ends[tokens], k=k, v=v, earlier={})
 
     @property
     def shape(self) -> AttentionShape:
@@ -93,10 +104,14 @@ def load_sample(path: Path | None = None) -> Sample:
         if a value is not finite. Sizes are checked before anything is allocated.
     """
     source = SAMPLE_PATH if path is None else Path(path)
-    entries, metadata = read_header(source, _NAMES)
-    _check_shapes(source, {name: entry.shape for name, entry in entries.items()})
+    entries, metadata = read_header(source, _NAMES, _EARLIER)
+    _check_shapes(source, {name: entry.shape for name, entry in entries.items() if name in _NAMES})
+    earlier = {int(name[2:]): entry for name, entry in entries.items() if name not in _NAMES}
+    for end, entry in earlier.items():
+        _check_earlier(source, end, entry.shape, entries)
     q, k, v = (_read(source, name, entries[name]) for name in _NAMES)
-    return Sample(q, k, v, source.stem, MappingProxyType(metadata))
+    queries = {end: _read(source, f"q_{end}", entry) for end, entry in sorted(earlier.items())}
+    return Sample(q, k, v, source.stem, MappingProxyType(metadata), MappingProxyType(queries))
 
 
 def _check_shapes(source: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -123,6 +138,19 @@ def _check_shapes(source: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         )
 
 
+def _check_earlier(source: Path, end: int, shape: tuple[int, ...], entries: Mapping[str, TensorEntry]) -> None:
+    last, tokens = entries["q"].shape, entries["k"].shape[2]
+    if len(shape) != len(last) or (*shape[:2], shape[3]) != (*last[:2], last[3]):
+        raise UsageError(
+            f"input {source}: 'q_{end}' is {list(shape)}: give it the shape of 'q' ({list(last)}) but for the queries"
+        )
+    if not MIN_QUERIES <= shape[2] <= end < tokens:
+        raise UsageError(
+            f"input {source}: 'q_{end}' has {shape[2]} queries and 'k' {tokens} tokens: give from {MIN_QUERIES} queries up to "
+            f"{end}, of the last positions before token {end}, which is one of them"
+        )
+
+
 def _read(source: Path, name: str, entry: TensorEntry) -> Float32:
     with source.open("rb") as file:
         file.seek(entry.start)
@@ -135,7 +163,7 @@ def _read(source: Path, name: str, entry: TensorEntry) -> Float32:
     if not np.isfinite(array).all():
         index = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
         raise UsageError(
-            f"input {source}: tensor {name!r} holds {array[tuple(index)]} at {index} ({', '.join(_AXES[name])}): "
+            f"input {source}: tensor {name!r} holds {array[tuple(index)]} at {index} ({', '.join(_AXES[name[0]])}): "
             "only finite values are accepted; capture it again in a wider dtype"
         )
     return array

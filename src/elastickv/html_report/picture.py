@@ -4,6 +4,7 @@ import io
 from textwrap import wrap
 from typing import Any
 
+from elastickv.errors import one_line
 from elastickv.html_report.charts.style import INK, Chart, drawing, shown
 from elastickv.html_report.content import Content
 
@@ -18,7 +19,7 @@ def picture(content: Content) -> bytes:
     columns = min(2, max(1, len(charts)))
     rows = -(-len(charts) // columns)
     width = 440 * columns
-    sentences = wrap(_plain(content.headline.sentence), width // 7)
+    sentences = wrap(one_line(content.headline.sentence), width // 7)
     head = 40 + 15 * len(sentences)
     heights = [max(_height(charts, columns * row + column) for column in range(columns)) for row in range(rows)]
     with drawing():
@@ -38,7 +39,3 @@ def picture(content: Content) -> bytes:
 
 def _height(charts: list[Chart], number: int) -> float:
     return charts[number].height + 24 if number < len(charts) else 0
-
-
-def _plain(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)

@@ -124,10 +124,10 @@ def read_gguf(name: str) -> GgufModel:
 
 def _local_path(name: str) -> Path:
     path, hub = Path(os.path.expanduser(name)), _HUB_FILE.fullmatch(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"model {name} is a folder: give the .gguf file in it")
-    if path.exists() or hub is None:
-        if not path.exists():
+    if os.path.exists(path) or hub is None:
+        if not os.path.exists(path):
             raise UsageError(f"model {name} does not exist: give a .gguf file, or OWNER/NAME:FILE.gguf on the hub")
         return path
     if find_spec("huggingface_hub") is None:

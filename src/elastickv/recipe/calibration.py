@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.inputs import parse_json, read_text
+from elastickv.inputs import file_path, parse_json, read_text
 
 FORMAT = "elastickv-calibration"
 VERSION = 1
@@ -106,7 +106,7 @@ class ModelCalibration:
         ------
         UsageError : if it cannot be read, or `loads` refuses it.
         """
-        text = read_text(Path(path), f"calibration {path}", "give a file that `elastickv calibrate` wrote")
+        text = read_text(file_path(path), f"calibration {path}", "give a file that `elastickv calibrate` wrote")
         return cls.loads(text, str(path))
 
     @classmethod

@@ -55,8 +55,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     ------
     UsageError : if it cannot be written; `path` is then as it was.
     """
-    target, temporary = path.resolve(), None
+    temporary = None
     try:
+        target = path.resolve()
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".elastickv.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -65,8 +66,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.chmod(temporary, _mode(target))
         os.replace(temporary, target)
         temporary = None
-    except OSError as error:
-        raise UsageError(f"`path` {path} cannot be written: {error.strerror or error}; choose another folder") from None
+    except (OSError, RuntimeError, ValueError) as error:  # as in `check_writable`
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"`path` {path} cannot be written: {reason}; choose another folder") from None
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

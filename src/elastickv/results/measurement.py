@@ -6,6 +6,7 @@ from typing import Any
 
 from elastickv.benchmark.from_dict import to_dict
 from elastickv.errors import UsageError
+from elastickv.inputs import file_path
 from elastickv.results.documents import Document, documents
 from elastickv.results.files import SUFFIXES, write_text
 from elastickv.results.formats import FORMATS
@@ -49,7 +50,7 @@ class Measurement(Mapping[str, Any]):
         UsageError : naming the file, if it cannot be read or holds anything but one result of `elastickv bench` or `baseline`.
         """
         notes: list[str] = []
-        values = list(documents(Path(path), notes))
+        values = list(documents(file_path(path), notes))
         if len(values) != 1 or notes:
             raise UsageError(f"{path} holds {len(values)} values{' and one cut off' * bool(notes)}: give a file of one result")
         return cls.of(values[0])
@@ -144,7 +145,7 @@ class Measurement(Mapping[str, Any]):
         ------
         UsageError : if it cannot be written.
         """
-        write_text(Path(path), self.shown(SUFFIXES.get(Path(path).suffix.lower(), "json")))
+        write_text(file_path(path), self.shown(SUFFIXES.get(file_path(path).suffix.lower(), "json")))
 
     def _repr_html_(self) -> str:
         return self.shown("html")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.inputs import file_path
 from elastickv.sweeps.journal import Journal
 from elastickv.sweeps.plan import PRESETS, Cell, SweepPlan, merged, read_plan
 from elastickv.sweeps.scheduler import Watcher, measure
@@ -73,12 +74,12 @@ def sweep(
     chosen: list[int | None] = [None] if devices is None else list(devices)
     if not chosen or len(set(chosen)) < len(chosen):
         raise UsageError(f"`devices` {','.join(map(str, chosen))}: give each device once, at least one")
-    requested = merged({} if plan is None else read_plan(Path(plan)), axes_and_settings)
+    requested = merged({} if plan is None else read_plan(file_path(plan)), axes_and_settings)
     planned = SweepPlan.of((PRESETS[preset] if preset else {}) | requested)
     if devices is not None and planned.settings.get("backend") == "cpu":
         raise UsageError("`devices` are GPUs: leave it out with `backend=cpu`")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "sweep.jsonl") if output is None else Path(output)
+        path = Path(folder, "sweep.jsonl") if output is None else file_path(output)
         with Journal(path, planned, resume, command, retry_failed) as journal:
             if journal.other_version is not None:
                 warnings.warn(

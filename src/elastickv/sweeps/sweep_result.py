@@ -9,6 +9,7 @@ from typing import Any
 
 from elastickv.benchmark.result import Result
 from elastickv.errors import UsageError
+from elastickv.inputs import file_path
 from elastickv.results.documents import Document
 from elastickv.results.files import write_bytes
 from elastickv.results.formats import dumps, write_text
@@ -56,7 +57,7 @@ class Sweep:
         ------
         UsageError : if it is not the file of a sweep.
         """
-        header, cells = read(Path(path))
+        header, cells = read(file_path(path))
         axes = list(header.get("axes", {}))
 
         def place(record: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
@@ -122,7 +123,7 @@ class Sweep:
         ------
         UsageError : as `check_export`, and if it cannot be written.
         """
-        path = Path(path)
+        path = file_path(path)
         check_export(path)
         if path.suffix.lower() == ".parquet":
             write_bytes(path, self.to_parquet())

@@ -12,6 +12,7 @@ import torch
 from transformers import Cache
 
 from elastickv.errors import UsageError
+from elastickv.inputs import file_path
 from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.transformers import serialization
@@ -323,7 +324,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         ------
         UsageError : if a layer cannot be saved, the model is split over ranks, or the file cannot be written.
         """
-        serialization.save(Path(path), self._checks.model, self._config, self.layers)
+        serialization.save(file_path(path), self._checks.model, self._config, self.layers)
 
     @classmethod
     def load(cls, path: Path | str, model: Any, capture: bool = True) -> ElasticCache:
@@ -333,7 +334,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         ------
         UsageError : if the file is no saved cache, is damaged, or belongs to another model; if the model is split over ranks.
         """
-        saved = serialization.load(Path(path), model)
+        saved = serialization.load(file_path(path), model)
         cache = cls._made(model, saved.config, capture)
         saved.restore(cache.layers)
         install(model, capture)

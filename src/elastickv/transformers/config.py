@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.inputs import parse_json, read_text
+from elastickv.inputs import file_exists, file_path, parse_json, read_text
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
 from elastickv.recipe.calibration import FORMAT as CALIBRATION_FORMAT
 from elastickv.recipe.calibration import ModelCalibration
@@ -231,8 +232,8 @@ def config_for(
         single = {layer: _parsed(value) for layer, value in recipe.items()} | single
     elif isinstance(recipe, Recipe):
         chosen = recipe
-    elif isinstance(recipe, Path) or (isinstance(recipe, str) and Path(recipe).is_file()):
-        record = _file(Path(recipe))
+    elif isinstance(recipe, os.PathLike) or (isinstance(recipe, str) and file_exists(recipe)):
+        record = _file(file_path(recipe))
         if isinstance(record, ModelCalibration):
             calibration = record
         else:
@@ -241,11 +242,11 @@ def config_for(
     elif isinstance(recipe, str):
         chosen = _open_or_parsed(recipe)
     elif recipe is not None:
-        by_layer = [_parsed(value) for value in recipe]
+        by_layer = [_parsed(value) for value in (recipe if isinstance(recipe, Sequence) else (recipe,))]
         if len(by_layer) != len(sizes.elastic):
             raise UsageError(f"recipe= names {len(by_layer)} recipes for {len(sizes.elastic)} layers with full attention")
         single = dict(zip(sizes.elastic, by_layer, strict=True)) | single
-    if isinstance(calibration, Path | str):
+    if calibration is not None and not isinstance(calibration, ModelCalibration):
         calibration = ModelCalibration.load(calibration)
     for named in (chosen, *single.values()):
         if isinstance(named, Recipe) and sizes.elastic:

@@ -111,17 +111,17 @@ def check_config(config: Any, name: str) -> None:
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(os.path.expanduser(name))  # "~name" of an unknown user stays as it is
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if os.path.isdir(path):
+        if not os.path.isfile(path / "config.json"):
             raise UsageError(f"model {name} is a folder without a config.json: give a model's folder or a .gguf file")
         return str(path), {"local_files_only": True}
     if path.suffix.lower() == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UsageError(f"model {name} does not exist: give a .gguf file, a model's folder or a hub id")
         require("gguf", "accelerate")
         read_gguf_header(path, name)  # Transformers would read a damaged file for minutes
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
-    if path.exists():
+    if os.path.exists(path):
         raise UsageError(f"model {name} is neither a folder nor a .gguf file: give one of these, or a hub id")
     if not _HUB_ID.fullmatch(name):
         raise UsageError(f"model {name} does not exist: give a model's folder, a .gguf file or a hub id (OWNER/NAME)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,7 @@ def save(path: Path, model: Any, config: ElasticConfig, layers: Sequence[Any]) -
     }
     try:
         save_file(tensors or {"empty": torch.zeros(1)}, path, metadata={_KEY: json.dumps(record)})
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UnicodeError) as error:
         raise UsageError(f"the cache cannot be written to {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -134,8 +135,8 @@ def load(path: Path, model: Any) -> SavedCache:
     """
     _check_one_rank(model)
     # The safetensors reader maps the file into memory and checks every size against it. It would wait on a pipe.
-    if not path.is_file():
-        what = "is not a regular file" if path.exists() else "does not exist"
+    if not os.path.isfile(path):
+        what = "is not a regular file" if os.path.exists(path) else "does not exist"
         raise UsageError(f"{path} is no saved cache: it {what}; give a file that ElasticCache.save wrote")
     try:
         with safe_open(path, "pt") as file:

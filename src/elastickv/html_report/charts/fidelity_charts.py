@@ -149,7 +149,7 @@ def _loss(name: str, model: str, losses: Sequence[Loss], label: str, logarithmic
             handles.append(axes.errorbar(across, up, yerr=bars(figures), capsize=3, label=labels[place], **look))
             for x, y, loss in zip(across, up, of, strict=True):
                 if len(losses) <= MOST_NAMED:
-                    _beside(axes, x, y, shown(loss.cache), place)
+                    _beside(axes, x, y, shown(loss.cache, 20), place)
         axes.set_xlabel("C: dense bytes / bytes read")
         axes.set_ylabel(label)
         legend(figure, handles)
@@ -203,7 +203,7 @@ def _needle(name: str, model: str, needles: Sequence[Needle]) -> Chart:
                 axes.add_patch(cell)
                 axes.text(column + 0.5, row + 0.5, f"{hits}/{tried}" if tried else "", ha="center", va="center", fontsize=8.5)
         axes.set_yticks(
-            [row + 0.5 for row in range(len(needles))], [shown(f"{needle.tokens} · {needle.cache}") for needle in needles]
+            [row + 0.5 for row in range(len(needles))], [shown(f"{needle.tokens} · {needle.cache}", 28) for needle in needles]
         )
         axes.set_xticks([i + 0.5 for i in range(len(columns))], [f"{100 * sum(of) / len(of):.0f}" for of in columns])
         axes.tick_params(length=0)

@@ -5,8 +5,11 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
+from itertools import accumulate
 from math import ceil, floor, log2, log10
 from typing import Any
+from unicodedata import east_asian_width
 
 from elastickv.html_report.report_data import IntervalEstimate
 
@@ -53,8 +56,10 @@ _RC = {
 }
 _FONT = re.compile(r"(font: [^;\"]*?\d(?:\.\d+)?px) [^;\"]*")
 _TAG = re.compile(r"<[^>]*>")
+_ROOT = re.compile(r"<svg[^>]*>")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-_LONGEST = 64
+# What XML has no form for, not even escaped.
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ def themed(svg: str) -> str:
 
     def recolored(tag: re.Match[str]) -> str:
         text = tag[0]
+        if text.startswith("<svg "):
+            return text  # it holds the description, which may name a color
         for color, variable in VARIABLES.items():
             text = text.replace(color, f"var({variable})")
         return text
@@ -128,10 +135,12 @@ def themed(svg: str) -> str:
     return _TAG.sub(recolored, svg)
 
 
-def shown(text: str) -> str:
-    """Return a text of a file for a chart: without control characters, limited in length, and escaped."""
-    clean = _CONTROL.sub("\ufffd", text)
-    clean = clean if len(clean) <= _LONGEST else clean[: _LONGEST - 1] + "…"
+def shown(text: str, longest: int = 64) -> str:
+    """Return a text of a file for a chart: without control characters, and as wide as `longest` letters at most."""
+    clean = _CONTROL.sub("\ufffd", text[: 2 * longest])
+    ends = list(accumulate(2 if east_asian_width(char) in "WF" else 1 for char in clean))
+    if len(text) > len(clean) or (ends and ends[-1] > longest):
+        clean = clean[: sum(end < longest for end in ends)] + "…"
     # Matplotlib leaves legend entries out that begin so.
     return "\u200b" + clean if clean.startswith("_") else clean
 
@@ -247,22 +256,24 @@ def _ticks(low: float, high: float, base: int) -> list[float]:
 
 
 def _clean(svg: str, chart: Chart) -> str:
-    """Return what Matplotlib wrote without what a page must not hold, its ids unique and its font the reader's own."""
-    body = svg[svg.index("<svg") :]
+    """Return what Matplotlib wrote without what a page must not hold, its ids unique and its font the reader's own.
+
+    Replacements are functions or lie outside of patterns: a chart's texts come from files and may hold anything.
+    """
+    body = _NOT_XML.sub("\ufffd", svg[svg.index("<svg") :])
     body = re.sub(r"<metadata>.*?</metadata>", "", body, count=1, flags=re.DOTALL)
-    body = re.sub(r"^<svg[^>]*>", f"<svg {_opening(chart)}>", body, count=1)
+    root = _ROOT.match(body)
+    assert root is not None
 
     def own(tag: re.Match[str]) -> str:
-        text = re.sub(r'\bid="', f'id="{chart.name}-', tag[0])
-        text = re.sub(r'href="#', f'href="#{chart.name}-', text).replace("url(#", f"url(#{chart.name}-")
+        text = tag[0].replace(' id="', f' id="{chart.name}-')
+        text = text.replace('href="#', f'href="#{chart.name}-').replace("url(#", f"url(#{chart.name}-")
         return _FONT.sub(r"\1 system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif", text)
 
-    return _TAG.sub(own, body).strip() + "\n"
+    return f"<svg {_opening(chart)}>{_TAG.sub(own, body[root.end() :]).strip()}\n"
 
 
 def _opening(chart: Chart) -> str:
-    from html import escape
-
     return (
         'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" version="1.1" '
         f'viewBox="0 0 {chart.width:g} {chart.height:g}" role="img" aria-label="{escape(_CONTROL.sub(" ", chart.alt))}"'

@@ -8,6 +8,7 @@ from typing import Any
 
 from elastickv.benchmark.gate import EXIT_CODES, Criterion
 from elastickv.errors import UsageError
+from elastickv.inputs import file_path
 from elastickv.results.compare.change import NO_CONTROL, RUNS_FOR_SPREAD, Row, change
 from elastickv.results.compare.comparison_table import FORMATS, as_html, flat
 from elastickv.results.compare.matching import comparability_warnings, match
@@ -103,7 +104,7 @@ class Comparison:
         ------
         UsageError : if it cannot be written.
         """
-        write_text(Path(path), FORMATS[SUFFIXES.get(Path(path).suffix.lower(), "json")](self))
+        write_text(file_path(path), FORMATS[SUFFIXES.get(file_path(path).suffix.lower(), "json")](self))
 
     def _repr_html_(self) -> str:
         return as_html(self)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from elastickv.benchmark.stats.intervals import Interval
+from elastickv.errors import printable
 from elastickv.results.formats import generation_table as generation
 from elastickv.results.formats.generation_table import columns, generation_table, with_bounds
 from elastickv.results.formats.html import html_paragraphs, html_table
@@ -17,7 +18,7 @@ _PREDICTION_COLUMNS = ("kl_mean", "kl_max", "perplexity", "top1_percent")
 
 def transformers_table(result: TransformersBaseline) -> str:
     """Return a column for each cache, the ratios of their speeds, and the quality cost of the elastic one."""
-    return generation_table(result) + _predictions(result)
+    return generation_table(result) + printable(_predictions(result), keep="") + "\n"
 
 
 def gguf_rows(result: GgufBaseline) -> list[dict[str, Any]]:
@@ -82,7 +83,7 @@ def gguf_table(result: GgufBaseline) -> str:
         lines.append(f"predictions: {delta.tokens} tokens of {delta.text} after {delta.context}")
     else:
         lines.append(f"predictions: not measured: {result.fidelity_not_measured}")
-    return "\n".join(lines) + "\n"
+    return "".join(printable(line, keep="") + "\n" for line in lines)
 
 
 def _our_formats(result: GgufBaseline) -> list[str]:
@@ -101,12 +102,12 @@ def _our_formats(result: GgufBaseline) -> list[str]:
 def _predictions(result: TransformersBaseline) -> str:
     delta = result.fidelity
     if delta is None:
-        return f"predictions: not measured: {result.fidelity_not_measured}\n"
+        return f"predictions: not measured: {result.fidelity_not_measured}"
     return (
         f"predictions, {delta.tokens} tokens of {delta.text} after {delta.context}: elastic against "
         f"{delta.reference}: KL mean {delta.kl_mean:.5f}, largest {delta.kl_max:.5f} nats; perplexity "
         f"{delta.perplexity:.3f} (was {delta.reference_perplexity:.3f}); "
-        f"same likeliest token {delta.top1_percent:.0f} %\n"
+        f"same likeliest token {delta.top1_percent:.0f} %"
     )
 
 

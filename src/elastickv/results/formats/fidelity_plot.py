@@ -3,9 +3,10 @@
 import io
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
-from elastickv.errors import UsageError
+from elastickv.errors import UsageError, one_line
 from elastickv.results.files import write_bytes
 from elastickv.results.kinds.evaluation_result import EvaluationResult, LossRow, PassKeyRow
 
@@ -35,6 +36,16 @@ def draw(result: EvaluationResult, path: Path) -> None:
     UsageError : as `check_plot`, and if it cannot be written.
     """
     check_plot(path)
+    from matplotlib import rc_context
+
+    drawn = io.BytesIO()
+    # The names are text: what stands between dollar signs is no formula.
+    with rc_context({"text.parse_math": False}):
+        _figure(result).savefig(drawn, format=path.suffix.lower()[1:])
+    write_bytes(path, drawn.getvalue())
+
+
+def _figure(result: EvaluationResult) -> Any:
     from matplotlib.figure import Figure
 
     needle = result.needle
@@ -49,14 +60,13 @@ def draw(result: EvaluationResult, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("dense bytes / bytes read")
         axes.set_ylabel(label)
-        axes.legend(title="context")
+        if result.rows:
+            axes.legend(title="context")
     for number, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, columns + number + 1)
         _map(axes, needle, name)
-    figure.suptitle(f"{result.model.name}: {', '.join(result.texts)}")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix.lower()[1:])
-    write_bytes(path, drawn.getvalue())
+    figure.suptitle("\n".join(wrap(one_line(f"{result.model.name}: {', '.join(result.texts)}"), 32 * columns)))
+    return figure
 
 
 def _curve(axes: Any, rows: list[LossRow], name: str, context: int) -> None:
@@ -75,4 +85,4 @@ def _map(axes: Any, rows: list[PassKeyRow], name: str) -> None:
     shown = range(0, len(depths), -(-len(depths) // _MOST_TICKS))
     axes.set_xticks(shown, [f"{depths[i]:.0%}" for i in shown])
     axes.set_xlabel("depth of the pass key")
-    axes.set_title(name)
+    axes.set_title(one_line(name))

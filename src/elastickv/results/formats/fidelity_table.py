@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from elastickv.evaluation.metrics import Estimate
+from elastickv.results.formats.rows import markdown_cell
 from elastickv.results.formats.units import fixed
 from elastickv.results.kinds.evaluation_result import EvaluationResult, LossRow, PassKeyRow, SuggestedRatio
 
@@ -13,8 +14,9 @@ def fidelity_tables(result: EvaluationResult) -> str:
     """Return the model, a table of losses, one of retrieval, and the suggestion."""
     model, calibration = result.model, result.calibration
     source = f"calibrated on {calibration.tokens} tokens of {calibration.text}" if calibration else "not calibrated"
+    heading = f"{model.name} ({model.fingerprint}), {model.dtype} on {model.device}, {source}; texts: {', '.join(result.texts)}"
     lines = [
-        f"{model.name} ({model.fingerprint}), {model.dtype} on {model.device}, {source}; texts: {', '.join(result.texts)}",
+        markdown_cell(heading),
         "",
         *_table(_HEADERS, [_loss_row(row) for row in result.rows]),
         "",
@@ -22,7 +24,7 @@ def fidelity_tables(result: EvaluationResult) -> str:
     ]
     if result.needle:
         lines += ["", *_retrieval(result.needle)]
-    lines += ["", *(f"left out: {reason}" for reason in result.skipped)] if result.skipped else []
+    lines += ["", *(f"left out: {markdown_cell(reason)}" for reason in result.skipped)] if result.skipped else []
     if not result.complete:
         lines += ["", "Interrupted: incomplete. Rows and pass keys that are missing were not measured."]
     if result.suggestion is not None:
@@ -69,12 +71,13 @@ def _hits(answers: Sequence[bool] | None) -> str:
 
 def _suggested(suggestion: SuggestedRatio) -> str:
     if suggestion.compress is None:
-        return f"No C that was measured is within {suggestion.tolerance}."
+        return f"No C that was measured is within {markdown_cell(suggestion.tolerance)}."
     note = "" if suggestion.certain else " (its interval is not: measure more windows)"
-    return f"Largest C within {suggestion.tolerance}: {suggestion.compress:g}{note}"
+    return f"Largest C within {markdown_cell(suggestion.tolerance)}: {suggestion.compress:g}{note}"
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    headers, *rows = ([markdown_cell(cell) for cell in cells] for cells in (headers, *rows))
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from elastickv.benchmark.stats.intervals import Interval
+from elastickv.errors import printable
 from elastickv.results.formats.html import html_paragraphs, html_table
 from elastickv.results.formats.rows import as_json, as_jsonl, csv_of, markdown_of
 from elastickv.results.kinds.model_result import CacheRecord, ModelBenchResult, RunResult, device_name
@@ -27,13 +28,15 @@ _MEASURED: tuple[tuple[str, Figure], ...] = (("  1/x of 16 bit", lambda c: _rati
 
 def generation_table(result: RunResult | ModelBenchResult) -> str:
     """Return a column for each cache that was measured, then the speed-up and what was not run."""
-    return "\n".join([_heading(result), *columns(_grid(result)), *_sentences(result)]) + "\n"
+    lines = [_heading(result), *columns(_grid(result)), *_sentences(result)]
+    return "".join(printable(line, keep="") + "\n" for line in lines)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield rows as lines of aligned cells, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    shown = [[printable(cell, keep="") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         yield "  ".join(cells).rstrip()
 

@@ -12,8 +12,8 @@ from elastickv.errors import UsageError, one_line, printable
 from elastickv.results.formats.plain_json import dumps, plain
 from elastickv.results.result_metrics import METRICS
 
-# What Markdown takes for HTML, for the end of a cell or for a link.
-_MARKUP = re.compile(r"[\\<|]|(?<=\])\(")
+# What Markdown takes for HTML, code, emphasis, a formula, the end of a cell or a link; `_` inside of a word is none of these.
+_MARKUP = re.compile(r"[\\<|`*&~$]|(?<=\])\(|(?<![^\W_])_|_(?![^\W_])")
 _COMPUTED = ("=", "+", "-", "@")
 
 
@@ -96,5 +96,5 @@ def _short(value: Any) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Return a text as Markdown shows it, in a table too: one line, no column of its own, no HTML, no link."""
+    """Return a text as Markdown shows it, in a table too: one line, no column, HTML, code, emphasis or link of its own."""
     return _MARKUP.sub(r"\\\g<0>", one_line(text))

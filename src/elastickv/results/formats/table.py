@@ -17,7 +17,7 @@ _HEADERS = ("decode step", "ms", "CV %", "KV GB/s")
 
 def literal(text: str) -> str:
     """Escape a text so that rich prints it literally: no markup, no terminal control sequences."""
-    return escape(printable(text))
+    return escape(printable(text, keep=""))
 
 
 def as_table(result: Result) -> str:
@@ -25,8 +25,8 @@ def as_table(result: Result) -> str:
     out = io.StringIO()
     console = Console(file=out, width=100, highlight=False)
     name, workload = _workload(result)
-    console.print(f"[bold]{literal(name)}[/]  {workload}")
-    console.print(f"recipe [bold]{literal(result.recipe.text)}[/] {_bytes(result.recipe)}")
+    console.print(f"[bold]{literal(name)}[/]  {literal(workload)}")
+    console.print(f"recipe [bold]{literal(result.recipe.text)}[/] {literal(_bytes(result.recipe))}")
     table = Table(box=None, pad_edge=False)
     for header in _HEADERS:
         table.add_column(header, justify="left" if header == _HEADERS[0] else "right")
@@ -97,8 +97,9 @@ def _sentences(result: Result) -> list[str]:
     sample = result.fidelity.sample
     if sample:
         error, kernel = sample.recipe_error, sample.kernel_error
+        differs = f"; {result.fidelity.sample_differs}" if result.fidelity.sample_differs else ""
         lines.append(
-            f"recipe error on {result.fidelity.source} ({sample.recipe}, context {sample.context[1]}): "
+            f"recipe error on {result.fidelity.source} ({sample.recipe}, context {sample.context[1]}{differs}): "
             f"mean {error.mean:.4f}, p95 {error.p95:.4f}, max {error.max:.4f}; kernel error {kernel.mean:.1e}"
         )
     cycle = result.inference_cycle
