@@ -8,6 +8,7 @@ from elastickv.html_report.content import Section, tables
 from elastickv.html_report.report_data import Provenance, ReportData
 
 _MOST_NAMES = 6
+_MOST_COLUMNS = 6  # of settings that differ; more are one column
 
 
 def warnings(data: ReportData) -> Section:
@@ -51,8 +52,11 @@ def environment(data: ReportData) -> Section:
     rows = []
     for number, members in enumerate(groups.values()):
         dates = sorted(provenance.date for provenance in members)
+        own = {name: column[number] for name, column in values.items() if len(set(column)) > 1}
+        if len(own) > _MOST_COLUMNS:
+            own = {"what differs": "; ".join(f"{name} {value}" for name, value in own.items() if value)}
         rows.append(
-            {name: column[number] for name, column in values.items() if len(set(column)) > 1}
+            own
             | {"measured, UTC": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"}
             | {"results": f"{len(members)}: {_listed([data.names[provenance.source] for provenance in members])}"}
         )

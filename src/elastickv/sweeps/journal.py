@@ -238,11 +238,11 @@ class Journal:
             measured = record.get("configuration")
             configuration = measured if isinstance(measured, dict) else {}
             for axis, label in _CONFIGURED.items():
-                wanted, found = record["cell"].get(axis), configuration.get(label)
-                if None not in (wanted, found) and wanted != found:
+                wanted, repeated = record["cell"].get(axis), configuration.get(label)
+                if None not in (wanted, repeated) and wanted != repeated:
                     raise UsageError(
-                        f"{self.path}:{number} contradicts itself: {axis}={wanted} in its cell, {label}={found} in its result; "
-                        "the file was edited: take the line out"
+                        f"{self.path}:{number} contradicts itself: {axis}={wanted} in its cell, {label}={repeated} in its "
+                        "result; the file was edited: take the line out"
                     )
 
     def _stays(self, line: bytes) -> bool:
