@@ -5,7 +5,17 @@ from collections.abc import Iterator, Mapping
 from elastickv.benchmark.stats.intervals import Interval
 from elastickv.evaluation.metrics import Estimate
 from elastickv.html_report.provenance import provenance
-from elastickv.html_report.report_data import RUN, Evaluation, IntervalEstimate, Loss, ModelCache, ModelRun, Needle, Ratio
+from elastickv.html_report.report_data import (
+    BENCH,
+    RUN,
+    Evaluation,
+    IntervalEstimate,
+    Loss,
+    ModelCache,
+    ModelRun,
+    Needle,
+    Ratio,
+)
 from elastickv.html_report.step_results import interval_of
 from elastickv.results.compare.from_results import kv_read_bytes_per_step
 from elastickv.results.compare.runs import BenchmarkRun
@@ -58,7 +68,7 @@ def _transformers(result: ModelBenchResult, run: BenchmarkRun) -> ModelRun:
         ratios=_ratios(model_ratios(result), result.baseline),
         formats=(),
         not_run=result.not_run,
-        program="bench --model",
+        program=BENCH,
     )
 
 

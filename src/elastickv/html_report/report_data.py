@@ -16,7 +16,7 @@ from elastickv.results.kinds.model_result import QualityDelta
 from elastickv.results.kinds.original_result import OriginalResult
 from elastickv.results.kinds.sweep_record import UnmeasuredCell
 
-RUN = "run"  # the program of a text that was generated once
+BENCH, RUN = "bench", "run"  # programs: of a model that decodes in turns, of a text that was generated once
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
-from elastickv.html_report.report_data import IntervalEstimate, ModelRun, Step
+from elastickv.html_report.report_data import BENCH, IntervalEstimate, ModelRun, Step
 
 MOST_BARS = 12
 MOST_MODELS = 6
@@ -137,7 +137,7 @@ def model_charts(models: Sequence[ModelRun]) -> Iterator[Chart]:
     groups: dict[str, list[ModelRun]] = {}
     for model in models:
         # What different programs measured is never on one axis: `run` times one text once.
-        by = "" if model.program == "bench --model" else f" ({model.program})"
+        by = "" if model.program == BENCH else f" ({model.program})"
         groups.setdefault(f"{model.model} on {model.provenance.device}{by}", []).append(model)
     for number, (title, runs) in enumerate(list(groups.items())[:MOST_MODELS], 1):
         rows = [
