@@ -35,7 +35,9 @@ def warnings(data: ReportData) -> Section:
     return Section(
         "warnings",
         "Warnings",
-        f"{clean} of {len(data.provenance)} results came without a warning or a telemetry flag.",
+        f"{clean} of {len(data.provenance)} results came without a warning or a telemetry flag."
+        if data.provenance
+        else "There is no result.",
         tables=shown or tables("Warnings", [{"warning": "none"}], ("warning",)),
     )
 
