@@ -1,6 +1,7 @@
 """The five public functions: bench, sweep, compare, report, load."""
 
 import os
+import warnings
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,9 @@ def bench(
 
 
 def load(path: Path | str) -> Measurement | Sweep:
-    """Return the content of a file: one result of `bench`, or a sweep.
+    """Return the content of a file: one result of `bench`, `run` or `baseline`, or a sweep.
+
+    A sweep that lacks cells of its plan is returned with a warning that counts and names them.
 
     Raises
     ------
@@ -94,7 +97,12 @@ def load(path: Path | str) -> Measurement | Sweep:
     if os.path.isdir(path):
         raise UsageError(f"{path} is a folder: give one file; `elastickv.compare` takes folders")
     first = next(documents(path, [])).value
-    return Sweep.load(path) if isinstance(first, dict) and "sweep" in first else Measurement.load(path)
+    if not (isinstance(first, dict) and "sweep" in first):
+        return Measurement.load(path)
+    loaded = Sweep.load(path)
+    if not loaded.complete:
+        warnings.warn(loaded.missing.sentence(str(path)), stacklevel=2)
+    return loaded
 
 
 def _model_bench(

@@ -9,7 +9,7 @@ from elastickv.model_benchmark.baseline_result import SCHEMA_PATH
 from elastickv.results.compare.result_sets import read_result_set
 from tests.helpers.tiny_models import tiny_gguf
 
-SIZES = ("--context", 200, "--reps", 2, "--decode-tokens", 2, "--scored", 3)
+SIZES = ("--context", 200, "--reps", 3, "--decode-tokens", 2, "--scored", 3)
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +80,20 @@ def test_bad_input_is_one_line(elastickv, arguments, said):
     assert done.returncode == 2 and not done.stdout
     lines = [line for line in done.stderr.splitlines() if "error" in line]
     assert len(lines) == 1 and said in lines[0] and "Traceback" not in done.stderr
+
+
+def test_two_samples_make_no_interval_and_the_table_says_so(elastickv, gguf_file, tmp_path):
+    output = tmp_path / "two.json"
+    sizes = ("--context", 64, "--reps", 2, "--decode-tokens", 1, "--scored", 0)
+    done = elastickv("baseline", "gguf", gguf_file, *sizes, "--threads", 1, "-o", output)
+    assert done.returncode == 0, done.stderr
+    assert ".." not in done.stdout and "[" not in done.stdout
+    assert "times as fast, no interval: fewer than 3 pairs" in done.stdout
+    assert "tokens/s: no interval: fewer than 3 pairs" in done.stdout
+    result = json.loads(output.read_text())
+    jsonschema.validate(result, json.loads(SCHEMA_PATH.read_text()))
+    assert set(result["speedups"].values()) == {None} and result["noise_floor"] is None
+    assert {(cache["step_ms"], cache["prompt_ms"]) for cache in result["caches"]} == {(None, None)}
+    rows = json.loads(elastickv("compare", output, output, "--format", "json").stdout)["rows"]
+    assert {row["ratio"] for row in rows} == {None}
+    assert {row["why"] for row in rows} == {"fewer than 3 samples of a side"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import elastickv as elastickv_package
+from tests.helpers.pages import Page
 from tests.helpers.results import COMMITTED, quiet, result, write
 
 pytest.importorskip("matplotlib")
@@ -38,8 +39,9 @@ def test_what_is_no_result_in_a_folder_is_named(elastickv, tmp_path):
     write(tmp_path, "a.json", result(quiet(0.5), quiet(1.0)))
     write(tmp_path, "other.json", {"a": 1})
     done = elastickv("report", tmp_path, "-o", tmp_path / "page.html")
-    assert done.returncode == 0
-    assert f"warning: not shown, being no results: {tmp_path / 'other.json'}" in done.stderr
+    assert done.returncode == 2
+    assert f"error: {tmp_path / 'other.json'} holds no result" in done.stderr
+    assert (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -47,11 +49,10 @@ def test_what_is_no_result_in_a_folder_is_named(elastickv, tmp_path):
     [
         (("none.json",), "none.json does not exist"),
         (("cut.json",), "cut.json is no JSON"),
-        (("good.json", "cut.json"), "cut.json is no JSON"),
-        (("good.json", "newer.json"), "newer.json is of schema 2.0"),
-        (("good.json", "empty.jsonl"), "empty.jsonl holds no result"),
-        (("unfit.jsonl",), "unfit.jsonl holds 1 cells, none of them measured"),
-        (("good.json", "mixed.json"), "mixed.json mixes units"),
+        (("newer.json", "cut.json"), "newer.json is of schema 2.0"),
+        (("newer.json", "cut.json"), "1 more files cannot be read"),
+        (("empty.jsonl",), "empty.jsonl holds no result"),
+        (("mixed.json",), "mixed.json mixes units"),
         (("good.json", "--format", "docx"), "--format docx is unknown"),
         (("good.json", "--format", "png"), "names html"),
         (("empty",), "empty holds no .json or .jsonl file"),
@@ -61,23 +62,110 @@ def test_what_is_no_result_in_a_folder_is_named(elastickv, tmp_path):
 )
 def test_bad_input_is_one_line_and_writes_nothing(elastickv, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
-    good = result(quiet(0.5), quiet(1.0))
-    write(tmp_path, "good.json", good)
-    (tmp_path / "cut.json").write_text(json.dumps(good)[:-100], encoding="utf-8")
-    write(tmp_path, "newer.json", good | {"schema_version": "2.0"})
-    header = {"sweep": {"version": 1, "plan_hash": "h", "cells": 1, "axes": {}}}
-    write(tmp_path, "empty.jsonl", [header])
-    write(tmp_path, "unfit.jsonl", [header, {"cell": {"seq": 1}, "status": "does not fit", "reason": "small"}])
-    mixed = result(quiet(0.5), quiet(1.0))
-    mixed["results"]["attention_time_ms"] *= 1000
-    write(tmp_path, "mixed.json", mixed)
-    (tmp_path / "empty").mkdir()
+    bad_files(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     done = elastickv("report", *arguments, "-o", "page.html")
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def bad_files(folder):
+    """Write a good result and files that are none."""
+    good = result(quiet(0.5), quiet(1.0))
+    write(folder, "good.json", good)
+    (folder / "cut.json").write_text(json.dumps(good)[:-100], encoding="utf-8")
+    (folder / "binary.json").write_bytes(bytes(range(256)))
+    (folder / "blank.json").write_text("", encoding="utf-8")
+    write(folder, "foreign.json", {"name": "a package"})
+    write(folder, "newer.json", good | {"schema_version": "2.0"})
+    write(folder, "lacks.json", {key: value for key, value in good.items() if key != "roofline"})
+    header = {"sweep": {"version": 1, "plan_hash": "h", "cells": 1, "axes": {}}}
+    write(folder, "empty.jsonl", [header])
+    mixed = result(quiet(0.5), quiet(1.0))
+    mixed["results"]["attention_time_ms"] *= 1000
+    write(folder, "mixed.json", mixed)
+    (folder / "empty").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("none.json", "none.json does not exist"),
+        ("cut.json", "cut.json is no JSON"),
+        ("binary.json", "binary.json is not UTF-8"),
+        ("blank.json", "blank.json is empty"),
+        ("foreign.json", "foreign.json holds no result"),
+        ("newer.json", "newer.json is of schema 2.0"),
+        ("lacks.json", "lacks.json lacks roofline"),
+        ("empty.jsonl", "empty.jsonl holds no result: 0 of 1 planned cells are in it"),
+        ("mixed.json", "mixed.json mixes units"),
+        ("empty", "empty holds no .json or .jsonl file"),
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_bad_file_beside_a_good_one_is_named_and_the_good_one_is_shown(elastickv, tmp_path, monkeypatch, bad, said, order):
+    monkeypatch.chdir(tmp_path)
+    bad_files(tmp_path)
+    done = elastickv("report", *["good.json", bad][::order], "-o", "page.html")
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if said in line and line.startswith("elastickv: error: ")]
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
+    assert said in page
+    assert "1024 tokens" in page
+
+
+def test_a_folder_of_good_and_bad_files_shows_the_good_one_and_names_every_other(elastickv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad_files(tmp_path)
+    (tmp_path / "good.json").rename(tmp_path / "empty" / "good.json")
+    done = elastickv("report", ".", "-o", "page.html")
+    assert done.returncode == 2
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
+    for name in (
+        "cut.json",
+        "binary.json",
+        "blank.json",
+        "foreign.json",
+        "newer.json",
+        "lacks.json",
+        "mixed.json",
+        "empty.jsonl",
+    ):
+        assert name in page
+        assert [line for line in done.stderr.splitlines() if line.startswith(f"elastickv: error: {name} ")]
+    assert "1024 tokens" in page
+
+
+@pytest.mark.parametrize("arguments", [("unfit.jsonl",), ("good.json", "unfit.jsonl"), (".",)], ids=" ".join)
+def test_cells_that_failed_are_shown_wherever_their_file_lies(elastickv, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    header = {"sweep": {"version": 1, "plan_hash": "h", "cells": 2, "axes": {"seq": [1, 2]}}}
+    cells = [
+        {"cell": {"seq": 1}, "status": "does not fit", "reason": "too small"},
+        {"cell": {"seq": 2}, "status": "failed", "reason": "out of luck"},
+    ]
+    write(tmp_path, "unfit.jsonl", [header, *cells])
+    if arguments != ("unfit.jsonl",):
+        write(tmp_path, "good.json", result(quiet(0.5), quiet(1.0)))
+    done = elastickv("report", *arguments, "-o", "page.html")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = Page((tmp_path / "page.html").read_text(encoding="utf-8")).rows
+    assert ["does not fit", "seq=1", "too small"] in rows
+    assert ["failed", "seq=2", "out of luck"] in rows
+
+
+@pytest.mark.parametrize("bad", ["cut.json", "unfit.jsonl"])
+def test_an_input_is_never_overwritten_though_nothing_of_it_is_shown(elastickv, tmp_path, monkeypatch, bad):
+    monkeypatch.chdir(tmp_path)
+    bad_files(tmp_path)
+    header = {"sweep": {"version": 1, "plan_hash": "h", "cells": 1, "axes": {"seq": [1]}}}
+    write(tmp_path, "unfit.jsonl", [header, {"cell": {"seq": 1}, "status": "failed", "reason": "small"}])
+    before = (tmp_path / bad).read_bytes()
+    done = elastickv("report", "good.json", bad, "-o", bad, "--format", "html")
+    assert done.returncode == 2 and "is one of the results" in done.stderr
+    assert (tmp_path / bad).read_bytes() == before
 
 
 @pytest.mark.parametrize("output", ["none/page.html", ".", "page.pdf", "good.json"])

@@ -260,12 +260,19 @@ def test_a_bad_file_is_named_in_one_line(tmp_path, content, said):
     good, bad = write(tmp_path, "good.json", result(quiet(0.5), quiet(1.0))), tmp_path / "bad.json"
     bad.write_text(content, encoding="utf-8")
     for given in ((bad,), (good, bad), (tmp_path,)):
-        if given == (tmp_path,) and said == "holds no result":
-            continue  # a folder may hold other files: they are named
-        with pytest.raises(UsageError, match=said) as error:
-            report(*given)
-        assert "bad.json" in str(error.value)
-        assert "\n" not in str(error.value)
+        if given == (bad,):
+            with pytest.raises(UsageError, match=said) as error:
+                report(*given)
+            reason = str(error.value)
+        else:
+            with pytest.warns(UserWarning, match=f"left out of the report: .*{said}"):
+                made = report(*given)
+            (reason,) = made.facts.unreadable
+            assert reason in Page(made.html).text
+            assert [step.context for step in made.facts.steps] == [1024]
+        assert "bad.json" in reason
+        assert said in reason
+        assert "\n" not in reason
 
 
 def _shown_or_refused(value):

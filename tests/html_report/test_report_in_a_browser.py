@@ -8,7 +8,8 @@ import pytest
 from elastickv import report
 from tests.helpers.browser import Visit, browser
 from tests.helpers.pages import EVIL, evil
-from tests.helpers.results import COMMITTED, quiet, result
+from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, quiet, result, write
+from tests.helpers.run_results import run_result
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -21,6 +22,9 @@ _OUTSIDE = """() => [...document.querySelectorAll('svg')].flatMap(svg => {
     return own.left < box.left - 2 || own.right > box.right + 2 || own.top < box.top - 2 || own.bottom > box.bottom + 2;
   }).map(text => svg.getAttribute('aria-label').slice(0, 40) + ': ' + text.textContent);
 })"""
+# Tables and commands of which a part lies beyond their right edge.
+_CUT_OFF = """() => [...document.querySelectorAll('.scroll, pre')].filter(box => box.scrollWidth > box.clientWidth + 1)
+  .map(box => [box.getAttribute('aria-label'), box.scrollWidth, box.clientWidth])"""
 # The least contrast of a text with the paper that it stands on (WCAG 2: relative luminance).
 _CONTRAST = """() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -52,17 +56,35 @@ def page(h100, tmp_path_factory):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 768, 1280])
+@pytest.mark.parametrize("width", [360, 768, 1280, 1920])
 def test_it_looks_right_at_every_width_in_both_colours(opened, page, width, scheme):
     with Visit(opened, page, width, scheme) as visit:
         visit.keep(f"report-{width}-{scheme}")
         assert visit.logged == []
         assert visit.asked == []
         assert visit.ask("document.scrollingElement.scrollWidth <= innerWidth")
+        assert visit.ask(_CUT_OFF) == []
         assert visit.ask(_OUTSIDE) == []
         assert visit.ask(_CONTRAST) >= 4.5
         small = "Math.min(...[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height))"
         assert visit.ask(small) >= 8
+
+
+@pytest.mark.parametrize("width", [360, 1280, 1920])
+def test_no_table_is_cut_off_on_a_page_of_every_kind_of_result(opened, tmp_path, width):
+    unpaired = result(quiet(0.5, 9), quiet(1.0, 9), cycle=True) | {"pairing": "sequential"}
+    unpaired["recipe"]["text"] = "int4,vgroup=64,pages=0.816,anchor_every=8"
+    header = {"sweep": {"version": 1, "plan_hash": "h", "cells": 40, "axes": {"seq": list(range(1, 21)), "dim": [64, 128]}}}
+    path = write(tmp_path, "cells.jsonl", [header, {"cell": {"seq": 1, "dim": 64}, "status": "failed", "reason": "no " * 200}])
+    losses = (COMMITTED / "cpu" / f"fidelity-smollm2-135m-{name}.json" for name in ("4096", "needle"))
+    model = COMMITTED / "h100" / "model-8b-32768x1.json"
+    made = report(path, unpaired, result(seq=2048, cycle=True), run_result(stock=16.0), GGUF, ORIGINAL, model, *losses)
+    made.save(tmp_path / "page.html")
+    with Visit(opened, tmp_path / "page.html", width) as visit:
+        visit.keep(f"every-kind-{width}")
+        visit.ask("document.querySelectorAll('details').forEach(part => part.open = true)")
+        assert visit.ask(_CUT_OFF) == []
+        assert visit.ask("document.scrollingElement.scrollWidth <= innerWidth")
 
 
 def test_a_reader_chooses_the_colours(opened, page):

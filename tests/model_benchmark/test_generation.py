@@ -87,15 +87,19 @@ def test_the_metrics_of_an_elastic_cache_is_its_report(model, prompt):
     assert metrics["storing_share_of_first_token"] == report.quantize_seconds / ours.pieces[0].first_s
 
 
-def test_the_interval_pairs_pieces_and_needs_two(model, prompt):
+def test_the_interval_pairs_pieces_and_needs_three(model, prompt):
     plain, ours = both(model, prompt, Sampling(), 12, compress=2)
     take_turns([plain, ours], 1, 3, seed=0)
     assert speedup(plain, ours) is None
-    take_turns([plain, ours], 3, 3, seed=0)
+    take_turns([plain, ours], 1, 3, seed=0)
+    assert speedup(plain, ours) is None
+    take_turns([plain, ours], 2, 3, seed=0)
     assert speedup(plain, ours).samples == 4
     assert speedup(plain, ours, skipped=1).samples == 3
     assert speedup(plain, plain).estimate == 1
-    assert noise_floor(step_means(plain)).samples == 2
+    assert speedup(plain, ours, skipped=2) is None
+    assert noise_floor(step_means(plain)) is None
+    assert noise_floor(step_means(plain) + step_means(ours)[:2]).samples == 3
 
 
 def test_a_text_that_has_ended_sits_out(model, prompt):

@@ -105,11 +105,16 @@ def test_the_line_that_a_killed_sweep_was_writing_is_left_out_and_named(tmp_path
     assert side.notes == [f"{path}:3 was cut off while it was written, and is left out"]
 
 
-def test_a_broken_line_in_the_middle_is_refused(tmp_path):
+def test_a_broken_line_in_the_middle_is_named_and_the_others_are_read(tmp_path):
     path = write(tmp_path, "s.jsonl", sweep(cell(1024, **result()), cell(2048, **result(seq=2048))))
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + lines[1][:-50] + "\n" + lines[2])
-    with pytest.raises(UsageError, match=r"s\.jsonl:2 is no JSON"):
+    side = read_result_set(path, "A")
+    assert [run.source for run in side.runs] == [f"{path}:3"]
+    (reason,) = side.refusals
+    assert "s.jsonl:2 is no JSON" in reason
+    path.write_text(lines[1][:-50] + "\n" + lines[2])
+    with pytest.raises(UsageError, match=r"s\.jsonl:1 is no JSON"):
         read_result_set(path, "A")
 
 
@@ -154,9 +159,14 @@ def test_missing_and_empty_places(tmp_path):
         read_result_set(tmp_path, "A")
 
 
-def test_a_corrupt_file_in_a_folder_is_refused_by_name(tmp_path):
+def test_a_corrupt_file_in_a_folder_is_named_and_the_others_are_read(tmp_path):
     write(tmp_path, "good.json", result())
     (tmp_path / "bad.json").write_text('{"benchmark_type')
+    side = read_result_set(tmp_path, "A")
+    assert [run.source for run in side.runs] == [str(tmp_path / "good.json")]
+    (reason,) = side.refusals
+    assert "bad.json is no JSON" in reason
+    (tmp_path / "good.json").unlink()
     with pytest.raises(UsageError, match=r"bad\.json"):
         read_result_set(tmp_path, "A")
 

@@ -237,7 +237,7 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
 def test_baselines_are_cells_of_a_sweep(tmp_path):
     pytest.importorskip("xllamacpp")
     model = str(tiny_gguf(tmp_path / "tiny.gguf"))
-    path, few = tmp_path / "s.jsonl", {"backend": "cpu", "reps": 2, "decode_tokens": 1}
+    path, few = tmp_path / "s.jsonl", {"backend": "cpu", "reps": 3, "decode_tokens": 1}
     found = sweep(output=path, baseline="transformers,gguf", model=[model, "nope.gguf"], **few)
     assert found.complete and len(found.cells) == 4
     rows = {(row["program"], row["model"]): row for row in found.rows()}

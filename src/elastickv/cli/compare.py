@@ -43,9 +43,9 @@ _DEFAULTS = {name: parameter.default for name, parameter in signature(compare).p
 def command(**arguments: Any) -> int:
     """Say cell by cell whether B is as fast as A, and as faithful.
 
-    A and B are results of `elastickv bench`, sweeps, folders of either, or results of the original program: A what was, B what
-    is judged. SAME: the interval of B's time / A's lies within the margin; FASTER, SLOWER: beyond it; AMBIGUOUS: across its
-    edge.
+    A and B are results of `elastickv bench`, `run` or `baseline`, sweeps, folders of these, or results of the original
+    program: A what was, B what is judged. SAME: the interval of B's time / A's lies within the margin; FASTER, SLOWER: beyond
+    it; AMBIGUOUS: across its edge. A file that cannot be read is named and left out, and the exit code is 2.
     """
     from elastickv.cli.output import shown_after
     from elastickv.errors import UsageError, one_line
@@ -71,9 +71,12 @@ def command(**arguments: Any) -> int:
     with shown_after(FORMATS[shown](comparison)):
         if output is not None:
             comparison.save(output)
+    for reason in comparison.unreadable:
+        click.echo(f"elastickv: error: {one_line(reason)}; it is left out", err=True)
     if shown in ("json", "jsonl", "csv"):
         for warning in comparison.warnings:
-            click.echo(f"elastickv: warning: {one_line(warning)}", err=True)
+            if not warning.startswith("left out: "):
+                click.echo(f"elastickv: warning: {one_line(warning)}", err=True)
     if fail_on is not None:
         click.echo(f"elastickv: --fail-on {fail_on}: {comparison.outcome(fail_on)}", err=True)
     return comparison.exit_code(fail_on)

@@ -22,11 +22,12 @@ _NAMES = {"html": "report.html", "md": "report.md", "pdf-ready": "report.html", 
 def command(**arguments: Any) -> int:
     """Make one page of results: what is worth it on this device, and its cost.
 
-    FILES are results of `elastickv bench`, `bench --model`, `eval` and `baseline`, sweeps, results of the original program, or
-    folders of these.
+    FILES are results of `elastickv bench`, `bench --model`, `run`, `eval` and `baseline`, sweeps, results of the original
+    program, or folders of these. A file that cannot be read or is no result is named and left out, and the exit code is 2.
     """
+    from elastickv.cli.error_handling import BAD_INPUT
     from elastickv.errors import one_line
-    from elastickv.html_report.report import check_installed, chosen_format, report
+    from elastickv.html_report.report import check_installed, chosen_format, made_of
     from elastickv.results.files import check_writable
 
     wanted, output = arguments["format_"], arguments["output"]
@@ -34,9 +35,11 @@ def command(**arguments: Any) -> int:
     shown = chosen_format(output or Path(_NAMES.get(wanted or "html", "report.html")), wanted)
     output = output or Path(_NAMES[shown])
     check_writable(output)
-    made = report(*arguments["files"], title=arguments["title"])
+    made = made_of(arguments["files"], arguments["title"])
     made.save(output, shown)
-    for note in made.facts.notes:
+    for reason in made.facts.unreadable:
+        click.echo(f"elastickv: error: {one_line(reason)}; it is left out", err=True)
+    for note in (*made.facts.incomplete, *made.facts.notes):
         click.echo(f"elastickv: warning: {one_line(note)}", err=True)
     click.echo(one_line(f"{output}: {made.content.headline.sentence}"))
-    return 0
+    return BAD_INPUT if made.facts.unreadable else 0

@@ -3,8 +3,9 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,10 @@ from elastickv.benchmark.options import AXES, SETTINGS, Options
 from elastickv.cli.click_options import decorated, hyphenated, options_from
 from elastickv.cli.flags import with_flags
 from elastickv.cli.progress import Bar
+from elastickv.errors import one_line
+
+if TYPE_CHECKING:
+    from elastickv.sweeps.sweep_result import Sweep
 
 FORMATS = ("md", "csv", "json", "none")
 _BENCH = options_from(Options, several=AXES)
@@ -90,7 +95,7 @@ def command(**arguments: Any) -> int:
     from elastickv.results.files import check_writable
     from elastickv.sweeps.axes import values
     from elastickv.sweeps.sweep import sweep
-    from elastickv.sweeps.sweep_result import check_export
+    from elastickv.sweeps.sweep_result import Sweep, check_export
 
     shown, exports, devices = arguments.pop("format_"), arguments.pop("exports"), arguments.pop("devices")
     output: Path = arguments.pop("output")
@@ -110,9 +115,10 @@ def command(**arguments: Any) -> int:
             result = sweep(output=output, watcher=cells, command=("elastickv", *sys.argv[1:]), **own, **requested)
     except KeyboardInterrupt:
         click.echo(f"elastickv: interrupted: --resume goes on with {output}", err=True)
+        with suppress(UsageError):  # a file without a whole header
+            _say_missing(Sweep.load(output), output)
         return interrupted()
-    if not result.complete:
-        click.echo(f"elastickv: {len(result.cells)} of {result.header['cells']} cells are measured: --resume goes on", err=True)
+    _say_missing(result, output)
     if result.cells:
         tables: dict[str, Callable[[], str]] = {
             "md": result.to_markdown,
@@ -124,3 +130,8 @@ def command(**arguments: Any) -> int:
             for path in exports:
                 result.save(path)
     return 0
+
+
+def _say_missing(result: "Sweep", output: Path) -> None:
+    if not result.complete:
+        click.echo(f"elastickv: {one_line(result.missing.sentence(str(output)))}: --resume goes on", err=True)

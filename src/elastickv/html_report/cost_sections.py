@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from elastickv.html_report.charts.detail_charts import memory_chart, model_charts
 from elastickv.html_report.charts.fidelity_charts import error_chart, front, loss_charts, needle_charts, offers
 from elastickv.html_report.content import Section, tables
-from elastickv.html_report.report_data import ModelCache, ModelRun, ReportData, Step
+from elastickv.html_report.report_data import RUN, ModelCache, ModelRun, ReportData, Step
 from elastickv.html_report.speed_sections import BENCH
 from elastickv.results.formats.units import fixed, interval, size
 
@@ -100,21 +100,44 @@ def models(data: ReportData) -> Section:
         }
         for model in data.models
         for cache in model.caches
+        if model.program != RUN
     )
     return Section(
         "models",
         "Whole model",
         "A model that decodes with the stock cache, a static one and the elastic one in turns; 95 % intervals. The floor is a "
-        "step's bytes, weights and cache, at the measured read ceiling.",
+        "step's bytes, weights and cache, at the measured read ceiling. What elastickv run generated is one text, timed once.",
         charts=list(model_charts(data.models)),
-        tables=tables("Decoding with each cache", rows, ("model", "requested", "cache", "result")),
+        tables=[
+            *tables("Decoding with each cache", rows, ("model", "requested", "cache", "result")),
+            *tables("Generated once by elastickv run", _runs(data), ("model", "requested", "cache", "stock's text", "result")),
+        ],
         notes=[
             f"{model.model}, {model.context} × {model.batch}: {name} was not run: {why}"
             for model in data.models
             for name, why in model.not_run.items()
         ],
-        missing="a result of elastickv bench --model, or of elastickv baseline",
+        missing="a result of elastickv bench --model, run or baseline",
     )
+
+
+def _runs(data: ReportData) -> Iterator[dict[str, str]]:
+    for model in data.models:
+        for cache in model.caches if model.program == RUN else ():
+            yield {
+                "model": f"{model.model} {model.dtype}",
+                "prompt tokens": str(model.context),
+                "new tokens": str(cache.new_tokens),
+                "requested": model.requested,
+                "cache": cache.name,
+                "tokens/s": fixed(cache.tokens_per_s, 2),
+                "first token, s": fixed(cache.first_token_s, 3),
+                "speed-up": _ratio(model, cache),
+                "KV read a step": size(cache.read_bytes),
+                "KV stored": size(cache.stored_bytes),
+                "stock's text": model.text,
+                "result": data.names[model.provenance.source],
+            }
 
 
 def _ratio(model: ModelRun, cache: ModelCache) -> str:

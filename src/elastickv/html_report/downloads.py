@@ -31,6 +31,8 @@ def downloads(data: ReportData) -> list[Download]:
     samples = _samples(data)
     files = [Download("samples.csv.gz", "every raw sample, milliseconds", _packed(samples))] if samples else []
     lines = "".join(json.dumps(document.value, allow_nan=False) + "\n" for document in data.documents)
+    if not data.documents:
+        return files
     return [*files, Download("results.jsonl.gz", "the results whole; after gunzip elastickv reads them again", _packed(lines))]
 
 

@@ -1,11 +1,16 @@
 """The sentence that a page begins with: one result, its speed-up with its interval, and its quality cost."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from elastickv.html_report.method_labels import step_label
 from elastickv.html_report.report_data import Evaluation, IntervalEstimate, ModelRun, ReportData, Step
-from elastickv.results.formats.units import fixed, interval
+from elastickv.results.formats.units import NO_INTERVAL, fixed, interval
+from elastickv.results.kinds.original_result import OriginalResult
+from elastickv.results.kinds.sweep_record import UnmeasuredCell
 
+_FEW = 3  # files, each of which is named with its reason
 ERROR_UNKNOWN = "recipe error not measured"
 
 
@@ -28,11 +33,24 @@ class Headline:
 
 
 def headline_of(data: ReportData) -> Headline:
-    """Return the headline: of a decode step where one was measured, else of a model's decode, else of its predictions."""
+    """Return the headline: of a decode step where one was measured, else of a model's decode, else of its predictions.
+
+    Beside it stands what is not on the page: cells that sweeps lack, and files that cannot be read.
+    """
+    headline = _measured(data)
+    left_out = [f"Left out: {reason}" for reason in data.unreadable]
+    if len(left_out) > _FEW:
+        left_out = [f"Left out: {len(left_out)} files, which cannot be read or are no result; Warnings names them."]
+    return replace(headline, beside=[*headline.beside, *(f"{line}." for line in data.incomplete), *left_out])
+
+
+def _measured(data: ReportData) -> Headline:
     step = best_step(data.steps)
     if step is not None:
         return _of_step(step, [*_all_steps(data.steps), *_all_models(data.models)])
-    return _of_model(best_model(data.models)) if data.models else _of_evaluation(data.evaluations[0])
+    if data.models:
+        return _of_model(best_model(data.models))
+    return _of_evaluation(data.evaluations[0]) if data.evaluations else _of_unmeasured(data.unmeasured)
 
 
 def best_step(steps: Sequence[Step]) -> Step | None:
@@ -56,8 +74,8 @@ def _rank(ratio: IntervalEstimate | None) -> tuple[bool, float]:
 def _of_step(step: Step, beside: Sequence[str]) -> Headline:
     ratio, error = step.speedup, step.error
     where = f"{step.provenance.device}, {step.context} tokens, {step.shape}"
-    fast = f"at {interval(ratio)} times the speed of {step.baseline}" if ratio else f"in {step.elastic_ms:.4g} ms"
-    bounds = "95 % interval" if ratio and ratio.low is not None else "no interval in the file"
+    fast = f"at {_figure(ratio)} times the speed of {step.baseline}" if ratio else f"in {step.elastic_ms:.4g} ms"
+    bounds = "95 % interval" if ratio and ratio.low is not None else _why_no_interval(step)
     reads = f", and reads 1/{step.read:.2f} of the dense bytes" if step.read else ""
     cost = (
         f"Its recipe error is {error.mean:.4f} on average and {error.p95:.4f} at the 95th percentile{_error_source(step)}."
@@ -76,6 +94,16 @@ def _of_step(step: Step, beside: Sequence[str]) -> Headline:
         tiles,
         beside,
     )
+
+
+def _figure(ratio: IntervalEstimate) -> str:
+    """Return a ratio with its interval, or alone: the sentence says why it has none."""
+    return interval(ratio) if ratio.low is not None else f"{ratio.estimate:.3f}"
+
+
+def _why_no_interval(step: Step) -> str:
+    """Return why a speed-up has no bounds: of the original program's there are no samples, of others too few pairs."""
+    return "no interval in the file" if isinstance(step.result, OriginalResult) else NO_INTERVAL
 
 
 def _error_source(step: Step) -> str:
@@ -97,7 +125,8 @@ def _of_model(model: ModelRun) -> Headline:
     own = next(cache for cache in model.caches if name is None or cache.name == name)
     if best is not None:
         own = next((cache for cache in model.caches if cache.name == best.fast), own)
-        fast = f"decodes at {interval(best.times)} times the speed of the cache '{best.slow}' (95 % interval)"
+        bounds = "95 % interval" if best.times.low is not None else NO_INTERVAL
+        fast = f"decodes at {_figure(best.times)} times the speed of the cache '{best.slow}' ({bounds})"
     else:
         fast = f"decodes {fixed(own.tokens_per_s, 2)} tokens/s; no other cache ran beside it"
     reads = f", and reads 1/{own.read_ratio:.2f} of the dense 16-bit bytes" if own.read_ratio else ""
@@ -123,6 +152,13 @@ def _of_model(model: ModelRun) -> Headline:
         tiles,
         (),
     )
+
+
+def _of_unmeasured(cells: Sequence[UnmeasuredCell]) -> Headline:
+    counts = Counter(cell.status for cell in cells)
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    sentence = f"No cell was measured: of {len(cells)} cells {said}. The reasons are under Warnings."
+    return Headline(cells[0].sweep, sentence, [(status, str(count), "cells") for status, count in counts.items()], ())
 
 
 def _of_evaluation(evaluation: Evaluation) -> Headline:
@@ -153,13 +189,14 @@ def _all_steps(steps: Sequence[Step]) -> Iterator[str]:
     if len(measured) < 2:
         return
     least = min(measured, key=lambda step: step.speedup.estimate if step.speedup else 0)
+    how = step_label(least, measured)
     faster, with_floor = sum(step.faster is True for step in measured), sum(step.faster is not None for step in measured)
     beyond = (
         f"{faster} of {with_floor} are faster than dense beyond the noise floor" if with_floor else "none has a noise floor"
     )
     yield (
         f"It is the largest speed-up of {len(measured)} results on this page: {beyond}; the smallest is "
-        f"{interval(least.speedup)} ({least.what}, {least.context} tokens, {least.shape})."
+        f"{interval(least.speedup)} ({', '.join(filter(None, (least.what, f'{least.context} tokens', least.shape, how)))})."
     )
 
 

@@ -5,18 +5,39 @@ from collections.abc import Iterator, Mapping
 from elastickv.benchmark.stats.intervals import Interval
 from elastickv.evaluation.metrics import Estimate
 from elastickv.html_report.provenance import provenance
-from elastickv.html_report.report_data import Evaluation, IntervalEstimate, Loss, ModelCache, ModelRun, Needle, Ratio
+from elastickv.html_report.report_data import (
+    BENCH,
+    RUN,
+    Evaluation,
+    IntervalEstimate,
+    Loss,
+    ModelCache,
+    ModelRun,
+    Needle,
+    Ratio,
+)
 from elastickv.html_report.step_results import interval_of
+from elastickv.results.compare.from_results import kv_read_bytes_per_step
 from elastickv.results.compare.runs import BenchmarkRun
 from elastickv.results.kinds.evaluation_result import EvaluationResult, LossRow, PassKeyRow, SuggestedRatio
 from elastickv.results.kinds.gguf_result import GgufBaseline, KvCache
-from elastickv.results.kinds.model_result import ELASTIC, CacheRecord, ModelBenchResult, QualityDelta, TransformersBaseline
+from elastickv.results.kinds.model_result import (
+    ELASTIC,
+    CacheRecord,
+    ModelBenchResult,
+    QualityDelta,
+    RunResult,
+    TransformersBaseline,
+)
+from elastickv.results.speed_ratios import SpeedRatio, gguf_ratios, model_ratios
 
 
 def model_of(run: BenchmarkRun) -> ModelRun:
     """Return a model's decode with each cache."""
     if isinstance(run.result, GgufBaseline):
         return _gguf(run.result, run)
+    if isinstance(run.result, RunResult):
+        return _generation(run.result, run)
     return _transformers(run.result, run)
 
 
@@ -29,7 +50,6 @@ def _transformers(result: ModelBenchResult, run: BenchmarkRun) -> ModelRun:
             warnings.append(f"fidelity not measured: {result.fidelity_not_measured}")
     if result.model.random_weights:
         warnings.append("random weights: speed and bytes are a model's of this shape, its text is none")
-    ratios = _by_baseline(result.speedups, result.baseline)
     return ModelRun(
         provenance=provenance(
             run.source,
@@ -45,9 +65,29 @@ def _transformers(result: ModelBenchResult, run: BenchmarkRun) -> ModelRun:
         batch=result.batch,
         requested=result.recipe or "" if result.compress is None else f"C={result.compress:g}",
         caches=tuple(_cache(cache, delta if cache.cache == ELASTIC else None) for cache in result.caches),
-        ratios=tuple(Ratio(ELASTIC, name, times) for name, times in ratios),
+        ratios=_ratios(model_ratios(result), result.baseline),
         formats=(),
         not_run=result.not_run,
+        program=BENCH,
+    )
+
+
+def _generation(result: RunResult, run: BenchmarkRun) -> ModelRun:
+    cell = dict(run.cell.pairs)
+    text = {True: "the same", False: "another"}.get(result.same_text) if result.same_text is not None else None
+    return ModelRun(
+        provenance=provenance(run.source, run.device, result.environment, (), command=result.command),
+        model=result.model.name,
+        dtype=result.model.dtype,
+        context=cell["prompt tokens"],
+        batch=cell["batch"],
+        requested=result.recipe or "" if result.compress is None else f"C={result.compress:g}",
+        caches=tuple(_cache(cache, None) for cache in result.caches),
+        ratios=_ratios(model_ratios(result), None),
+        formats=(),
+        not_run={},
+        program=RUN,
+        text=text or "",
     )
 
 
@@ -63,30 +103,38 @@ def _gguf(result: GgufBaseline, run: BenchmarkRun) -> ModelRun:
         batch=1,
         requested="",
         caches=tuple(_kv_cache(cache, result.tokens) for cache in result.caches),
-        ratios=tuple(Ratio(name, result.baseline, times) for name, times in _by_baseline(result.speedups, result.baseline)),
+        ratios=_ratios(gguf_ratios(result), result.baseline),
         formats=result.formats,
         not_run={},
+        program="baseline gguf",
     )
 
 
-def _by_baseline(speedups: Mapping[str, Interval | None], baseline: str | None) -> Iterator[tuple[str, IntervalEstimate]]:
-    """Yield the ratios of times that were measured, the baseline's first."""
-    for name in sorted(speedups, key=lambda name: name != baseline):
-        times = interval_of(speedups[name])
-        if times is not None:
-            yield name, times
+def _ratios(ratios: Mapping[str, SpeedRatio], baseline: str | None) -> tuple[Ratio, ...]:
+    """Return the ratios of times that were measured, the baseline's first."""
+    ordered = sorted(ratios, key=lambda name: name != baseline)
+    measured = (ratios[name] for name in ordered)
+    return tuple(Ratio(r.fast, r.slow, IntervalEstimate(r.estimate, r.low, r.high)) for r in measured)
+
+
+def _step_ms(step_ms: Interval | None, tokens_per_s: float | None, rows: int) -> IntervalEstimate | None:
+    """Return the time of a step: where it has no interval, the mean that its speed says."""
+    if step_ms is None and tokens_per_s is not None:
+        return IntervalEstimate(1e3 * rows / tokens_per_s)
+    return interval_of(step_ms)
 
 
 def _cache(cache: CacheRecord, delta: QualityDelta | None) -> ModelCache:
     return ModelCache(
         name=cache.cache,
-        step_ms=interval_of(cache.step_ms),
+        step_ms=_step_ms(cache.step_ms, cache.tokens_per_s, cache.rows),
         tokens_per_s=cache.tokens_per_s,
+        new_tokens=cache.new_tokens,
         of_floor=cache.of_floor,
         read_ratio=cache.read_ratio,
         stored_ratio=cache.stored_ratio,
         held_ratio=cache.held_ratio,
-        read_bytes=cache.kv_read_bytes_per_step,
+        read_bytes=kv_read_bytes_per_step(cache),
         stored_bytes=cache.kv_stored_bytes,
         held_bytes=cache.held_bytes,
         peak_bytes=cache.peak_bytes,
@@ -99,7 +147,7 @@ def _cache(cache: CacheRecord, delta: QualityDelta | None) -> ModelCache:
 def _kv_cache(cache: KvCache, tokens: int) -> ModelCache:
     return ModelCache(
         name=cache.cache,
-        step_ms=interval_of(cache.step_ms),
+        step_ms=_step_ms(cache.step_ms, cache.tokens_per_s, 1),
         tokens_per_s=cache.tokens_per_s,
         stored_ratio=cache.stored_ratio,
         bytes_per_token=cache.kv_bytes_per_token,

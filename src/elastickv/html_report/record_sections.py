@@ -8,6 +8,7 @@ from elastickv.html_report.content import Section, tables
 from elastickv.html_report.report_data import Provenance, ReportData
 
 _MOST_NAMES = 6
+_MOST_COLUMNS = 6  # of settings that differ; more are one column
 
 
 def warnings(data: ReportData) -> Section:
@@ -17,18 +18,26 @@ def warnings(data: ReportData) -> Section:
         for warning in provenance.warnings:
             said[warning].append(data.names[provenance.source])
     said_rows = ({"warning": what, "results": str(len(names)), "which": _listed(names)} for what, names in said.items())
-    cells = ({"cell": cell, "why": why} for cell, why in data.not_measured.items())
+    several = len({cell.sweep for cell in data.unmeasured}) > 1
+    cells = (
+        {"sweep": _file_name(cell.sweep) if several else "", "status": cell.status, "cell": cell.cell, "why": cell.why}
+        for cell in data.unmeasured
+    )
+    unreadable = ({"file and reason": reason} for reason in data.unreadable)
     left = ({"note": note} for note in data.notes)
     clean = sum(not provenance.warnings for provenance in data.provenance)
     shown = [
         *tables("What the results themselves say", said_rows, ("warning", "which")),
-        *tables("Cells of sweeps that have no result", cells, ("cell", "why")),
+        *tables("Files that cannot be read or are no result, and are left out", unreadable, ("file and reason",)),
+        *tables("Cells of sweeps that have no result", cells, ("sweep", "status", "cell", "why")),
         *tables("What was left out of the input files", left, ("note",)),
     ]
     return Section(
         "warnings",
         "Warnings",
-        f"{clean} of {len(data.provenance)} results came without a warning or a telemetry flag.",
+        f"{clean} of {len(data.provenance)} results came without a warning or a telemetry flag."
+        if data.provenance
+        else "There is no result.",
         tables=shown or tables("Warnings", [{"warning": "none"}], ("warning",)),
     )
 
@@ -45,8 +54,11 @@ def environment(data: ReportData) -> Section:
     rows = []
     for number, members in enumerate(groups.values()):
         dates = sorted(provenance.date for provenance in members)
+        own = {name: column[number] for name, column in values.items() if len(set(column)) > 1}
+        if len(own) > _MOST_COLUMNS:
+            own = {"what differs": "; ".join(f"{name} {value}" for name, value in own.items() if value)}
         rows.append(
-            {name: column[number] for name, column in values.items() if len(set(column)) > 1}
+            own
             | {"measured, UTC": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"}
             | {"results": f"{len(members)}: {_listed([data.names[provenance.source] for provenance in members])}"}
         )
@@ -57,8 +69,9 @@ def environment(data: ReportData) -> Section:
         "or version.",
         tables=[
             *tables("The same for all results", shared, ("what", "value")),
-            *tables("What differs, and when it was measured", rows, list(rows[0])),
+            *tables("What differs, and when it was measured", rows, list(rows[0]) if rows else ()),
         ],
+        missing="a result",
     )
 
 
@@ -78,6 +91,10 @@ def commands(data: ReportData) -> Section:
         notes=[f"the command is not in the file: {_listed(unknown)}"] if unknown else (),
         missing="results that hold their command",
     )
+
+
+def _file_name(source: str) -> str:
+    return source.replace("\\", "/").rpartition("/")[2]
 
 
 def _listed(names: Iterable[str]) -> str:

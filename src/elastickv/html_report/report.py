@@ -1,6 +1,7 @@
 """`elastickv.report`: results as a page."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -103,12 +104,25 @@ def report(*results: Any, title: str | None = None) -> Report:
     Parameters
     ----------
     *results : paths of results, sweeps or folders; results in memory (anything with `as_dict`, or their JSON as a dictionary);
-        sweeps; lists of these.
+        sweeps; lists of these. What cannot be read or holds no result is left out, named on the page and in a warning.
     title : what the page is called; None names the device.
 
     Raises
     ------
-    UsageError : naming what cannot be read or holds no result; if jinja2 or matplotlib is missing.
+    UsageError : naming what cannot be read or holds no result, if there is nothing else; if jinja2 or matplotlib is missing.
+    """
+    made = made_of(results, title)
+    for reason in made.facts.unreadable:
+        warnings.warn(f"left out of the report: {reason}", stacklevel=2)
+    return made
+
+
+def made_of(results: Sequence[Any], title: str | None = None) -> Report:
+    """Return a page of results as `report` does, without a warning of what is left out: `facts.unreadable` has it.
+
+    Raises
+    ------
+    UsageError : as `report`.
     """
     check_installed()
     data = load_report_data(results)

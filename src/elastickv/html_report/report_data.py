@@ -8,11 +8,15 @@ from typing import Any
 
 from elastickv.benchmark.result import RecipeUsed, Result, Timing
 from elastickv.benchmark.roofline import RooflinePoint
+from elastickv.results.compare.result_sets import cells_by_name
 from elastickv.results.compare.runs import OutputErrors
 from elastickv.results.documents import Document
 from elastickv.results.kinds.gguf_result import OurFormat
 from elastickv.results.kinds.model_result import QualityDelta
 from elastickv.results.kinds.original_result import OriginalResult
+from elastickv.results.kinds.sweep_record import UnmeasuredCell
+
+BENCH, RUN = "bench", "run"  # programs: of a model that decodes in turns, of a text that was generated once
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Step:
     provenance : how it came about.
     result : all of it.
     context, batch, heads, kv_heads, head_dim, cache : the workload; cache is 'cold' or 'hot'.
+    method : how it was measured: steps that differ in it are never averaged.
     compress, requested : the requested C, and the recipe or 'auto'.
     recipe : what was run; None of the original program.
     read, stored : dense bytes / bytes read, and stored.
@@ -105,6 +110,7 @@ class Step:
     memory: RecipeUsed | None
     samples_ms: Mapping[str, Sequence[float]]
     token_ms: Mapping[str, Sequence[float]]
+    method: Mapping[str, Any]
     flagged: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
@@ -149,6 +155,7 @@ class ModelCache:
     peak_bytes: float | None = None
     first_token_s: float | None = None
     bytes_per_token: float | None = None
+    new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,8 @@ class ModelRun:
     ratios : of the caches' times, those against the baseline first.
     formats : our formats' bytes for the same layers.
     not_run : caches that were not measured, and why.
+    program : the command that measured it.
+    text : of `elastickv run`, whether the stock cache's text is the same; empty where it did not run.
     """
 
     provenance: Provenance
@@ -182,6 +191,8 @@ class ModelRun:
     ratios: Sequence[Ratio]
     formats: Sequence[OurFormat]
     not_run: Mapping[str, str]
+    program: str
+    text: str = ""
 
     @property
     def best(self) -> Ratio | None:
@@ -237,6 +248,11 @@ class Evaluation:
     needles: Sequence[Needle]
     suggestion: str
 
+    @property
+    def method(self) -> str:
+        """On what it was evaluated."""
+        return f"{self.dtype}, {', '.join(self.texts)}"
+
 
 @dataclass(frozen=True)
 class ReportData:
@@ -246,18 +262,29 @@ class ReportData:
     ----------
     steps, models, evaluations : results by kind, in the order of the inputs.
     sweeps : what each sweep was to measure: its source and command.
-    not_measured : cells of sweeps that have no result, and why.
-    notes : what was left out of the inputs, a line each.
+    unmeasured : cells of sweeps that have no result, and why; those that the file lacks are among them.
+    incomplete : a sentence for each sweep that lacks cells of its plan.
+    unreadable : why a file was left out, a line each: it cannot be read, or is no result.
+    notes : what else was left out of the inputs, a line each.
     documents : the results themselves.
+    inputs : every file that was read, whether or not something of it is shown.
     """
 
     steps: Sequence[Step]
     models: Sequence[ModelRun]
     evaluations: Sequence[Evaluation]
     sweeps: Sequence[tuple[str, Sequence[str]]]
-    not_measured: Mapping[str, str]
+    unmeasured: Sequence[UnmeasuredCell]
+    incomplete: Sequence[str]
+    unreadable: Sequence[str]
     notes: Sequence[str]
     documents: Sequence[Document]
+    inputs: Sequence[str] = ()
+
+    @property
+    def not_measured(self) -> Mapping[str, str]:
+        """Cells of sweeps that have no result, and why."""
+        return cells_by_name(self.unmeasured)
 
     @property
     def provenance(self) -> list[Provenance]:

@@ -12,7 +12,7 @@ COLUMNS = (
     "kind", "source", "date_utc", "device", "model", "context", "batch", "heads", "kv_heads", "head_dim", "cache", "asked",
     "recipe", "ratio_read", "ratio_stored", "baseline", "baseline_ms", "ms", "speedup", "speedup_low", "speedup_high", "faster",
     "cycle_speedup", "recipe_error", "recipe_error_p95", "held_bytes", "peak_bytes", "tokens_per_s", "ppl_change_percent", "kl",
-    "top1_percent", "pass_keys_found", "pass_keys_tried", "warnings",
+    "top1_percent", "pass_keys_found", "pass_keys_tried", "pairing", "warnings",
 )  # fmt: skip
 
 
@@ -46,6 +46,8 @@ def as_dict(data: ReportData, content: Content) -> dict[str, Any]:
         "rows": rows_of(data),
         "notes": list(data.notes),
         "not_measured": dict(data.not_measured),
+        "incomplete": list(data.incomplete),
+        "unreadable": list(data.unreadable),
         "commands": {provenance.source: list(provenance.command) for provenance in data.provenance},
     }
 
@@ -70,7 +72,7 @@ def _steps(data: ReportData) -> list[dict[str, Any]]:
     return [
         _common(step.provenance, "step")
         | {name: getattr(step, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "cache")}
-        | {"asked": step.requested_label}
+        | {"asked": step.requested_label, "pairing": step.method.get("pairing")}
         | {"recipe": step.recipe, "ratio_read": step.read, "ratio_stored": step.stored}
         | {"baseline": step.baseline, "baseline_ms": step.dense_ms, "ms": step.elastic_ms, "faster": step.faster}
         | _speedup(step.speedup)

@@ -61,8 +61,7 @@ def check_target(report: SavableReport, path: Path) -> None:
     UsageError : saying what to give instead.
     """
     check_writable(path)
-    for document in report.facts.documents:
-        source = Path(document.source.partition(".jsonl:")[0] + (".jsonl" if ".jsonl:" in document.source else ""))
+    for source in map(Path, report.facts.inputs):
         if path.exists() and source.exists() and path.samefile(source):
             raise UsageError(f"`path` {path} is one of the results: give another name")
 

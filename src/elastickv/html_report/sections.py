@@ -40,5 +40,7 @@ def content_of(data: ReportData, title: str | None) -> Content:
 
 def _title(data: ReportData) -> str:
     # Some results name a processor with its threads, others without.
+    if not data.provenance:
+        return "ElasticKV: no cell was measured"
     devices = list(dict.fromkeys(re.sub(r" \(\d+ threads\)$", "", provenance.device) for provenance in data.provenance))
     return f"ElasticKV on {' and '.join(devices) if len(devices) <= _FEW else f'{len(devices)} devices'}"

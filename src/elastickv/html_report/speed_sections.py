@@ -13,6 +13,7 @@ from elastickv.results.formats.rows import brief
 from elastickv.results.formats.units import duration, fixed, interval, quantiles
 from elastickv.results.result_metrics import METRICS, listed_metrics
 
+NOT_PAIRED = "dense and elastic not in turns"
 BENCH = "a result of elastickv bench, or a sweep"
 
 
@@ -47,7 +48,8 @@ def time(data: ReportData) -> Section:
         "time",
         "Time per step against context",
         "One decode step of one layer, on logarithmic axes, with 95 % intervals. Of each package of peers the fastest variant "
-        "is drawn. Where several results measured the same, it is their median, and the bar reaches over all their intervals.",
+        "is drawn. Where several results measured the same in the same way, it is their median, and the bar reaches over all "
+        "their intervals; what was measured in another way is a series of its own.",
         charts=charts,
         notes=[f"too much to be drawn, but in the table of all results: {'; '.join(left)}"] if left else (),
         missing=BENCH,
@@ -116,6 +118,7 @@ def results(data: ReportData) -> Section:
             "dense": duration(step.dense_ms),
             METRICS["baseline"].label: step.baseline or "",
             "A/A": interval(step.noise_floor),
+            "measured": NOT_PAIRED if step.method.get("pairing") == "sequential" else "",
             **_listed(step),
             "requested": step.requested_label,
             "result": data.names[step.provenance.source],
@@ -132,7 +135,7 @@ def results(data: ReportData) -> Section:
         tables=tables(
             "Decode steps of one layer, with 95 % intervals",
             rows,
-            ("recipe", "shape", METRICS["baseline"].label, "requested", "result"),
+            ("recipe", "shape", METRICS["baseline"].label, "measured", "requested", "result"),
         ),
         missing=BENCH,
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from elastickv.benchmark.result import InferenceCycle, Result, Timing
-from elastickv.benchmark.stats.intervals import LEVEL, Interval, SummaryStats, student_quantile
+from elastickv.benchmark.stats.intervals import LEAST_PAIRS, LEVEL, Interval, SummaryStats, student_quantile
 from elastickv.html_report.provenance import provenance
 from elastickv.html_report.report_data import ContenderTime, IntervalEstimate, Step
 from elastickv.results.compare.runs import BenchmarkRun
@@ -26,6 +26,7 @@ def step_of(run: BenchmarkRun) -> Step:
         "requested": cell["recipe"],
         "recipe": run.recipe,
         "elastic_ms": run.figures["step"].mean_ms,
+        "method": run.method | {"dtype": cell["dtype"], "schema": getattr(run.result, "schema_version", None)},
     }
     if isinstance(run.result, OriginalResult):
         return _original(run.result, run, common)
@@ -98,15 +99,21 @@ def _original(result: OriginalResult, run: BenchmarkRun, common: dict[str, Any])
 
 
 def interval_of(interval: Interval | None) -> IntervalEstimate | None:
-    """Return the interval of a time or of a ratio of times; None where it was not measured."""
-    return None if interval is None else IntervalEstimate(interval.estimate, interval.low, interval.high)
+    """Return the interval of a time or of a ratio of times, without bounds where too few pairs make none.
+
+    None where it was not measured.
+    """
+    if interval is None:
+        return None
+    bounds = (interval.low, interval.high) if interval.is_shown else (None, None)
+    return IntervalEstimate(interval.estimate, *bounds)
 
 
 def _contender(result: Result, timing: Timing) -> ContenderTime:
     """Return a contender with the interval of its truncated mean (Tukey & McLaughlin 1963)."""
     mean, time = timing.time_ms, IntervalEstimate(timing.time_ms)
     count = len(result.samples.get("baseline" if timing.name == result.baseline.name else timing.name, ()))
-    if count > 1:
+    if count >= LEAST_PAIRS:
         spread = SummaryStats(mean, timing.time_std_ms, count, result.build.truncate_percent)
         error = spread.relative_error * student_quantile(0.5 + LEVEL / 2, count - 1)
         time = IntervalEstimate(mean, mean * (1 - min(error, 0.999)), mean * (1 + error))
@@ -115,6 +122,8 @@ def _contender(result: Result, timing: Timing) -> ContenderTime:
 
 def _cycle(cycle: InferenceCycle | OriginalCycle) -> IntervalEstimate:
     low, high = cycle.speedup_low, cycle.speedup_high
+    if isinstance(cycle, InferenceCycle) and cycle.rounds < LEAST_PAIRS:
+        low = None
     return IntervalEstimate(cycle.speedup_vs_baseline or 0.0, *((low, high) if low is not None and high is not None else ()))
 
 

@@ -297,7 +297,10 @@ def _result(
     baselines = {generation.name: speedup(generation, ours, SKIPPED) for generation in generations[:-1]}
     floor = noise_floor(step_means(generations[0])[SKIPPED:])
     ratios = {name: ratio for name, ratio in baselines.items() if ratio is not None}
-    fastest = min(ratios, key=lambda name: ratios[name].estimate, default=None)
+    times = {name: ratio.estimate for name, ratio in ratios.items()}
+    # Too few samples make no interval, but they have a mean.
+    times = times or {cache["cache"]: 1 / cache["tokens_per_s"] for cache in caches[:-1]}
+    fastest = min(times, key=lambda name: times[name], default=None)
     return {
         "kind": KIND,
         "version": VERSION,
@@ -320,7 +323,7 @@ def _result(
         "baseline": fastest,
         "noise_floor_of": generations[0].name,
         "noise_floor": None if floor is None else asdict(floor),
-        "faster": None if fastest is None or floor is None else beyond_noise(ratios[fastest], floor),
+        "faster": None if fastest is None or floor is None else fastest in ratios and beyond_noise(ratios[fastest], floor),
     }
 
 

@@ -13,14 +13,13 @@ from elastickv.backends import load
 from elastickv.benchmark import Reporter
 from elastickv.benchmark.environment import environment
 from elastickv.benchmark.sampler import schedule
-from elastickv.benchmark.stats.intervals import ratio_interval
 from elastickv.errors import DoesNotFit, UsageError
 from elastickv.evaluation.metrics import Scores, token_figures
 from elastickv.evaluation.texts import Text
 from elastickv.model_benchmark.gguf_file import KV_TYPES, GgufModel, read_gguf
 from elastickv.model_benchmark.llama_cpp import Llama, device, engine, require_bindings
 from elastickv.model_benchmark.quality_delta import quality_delta
-from elastickv.model_benchmark.speedups import noise_floor
+from elastickv.model_benchmark.speedups import interval_or_none, mean_interval, noise_floor
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, read_ratio, stored_bytes
 from elastickv.results.kinds.gguf_result import GGUF_KIND, GGUF_VERSION, GgufBaseline, GgufShape, KvCache, OurFormat
 from elastickv.results.kinds.model_result import QualityDelta
@@ -135,7 +134,7 @@ def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) ->
         seed=options.seed,
         pairing="abba",
         caches=[_cache(model, options, kv_type, samples[kv_type], deltas.get(kv_type)) for kv_type in opened],
-        speedups={kv_type: ratio_interval(decodes[first], decodes[kv_type]) for kv_type in others},
+        speedups={kv_type: interval_or_none(decodes[first], decodes[kv_type]) for kv_type in others},
         baseline=first,
         noise_floor=noise_floor(decodes[first]),
         formats=formats,
@@ -199,14 +198,13 @@ def _cache(
 ) -> KvCache:
     prompts, decodes = ([sample[i] for sample in samples] for i in range(2))
     prompt_ms, step_ms = [1e3 * s / options.context for s in prompts], [1e3 * s / options.tokens for s in decodes]
-    ones = [1.0] * len(samples)
     counted = model.uncounted is None
     return KvCache(
         cache=kv_type,
         prompt_tokens_per_s=1e3 / fmean(prompt_ms),
-        prompt_ms=ratio_interval(prompt_ms, ones),
+        prompt_ms=mean_interval(prompt_ms),
         tokens_per_s=1e3 / fmean(step_ms),
-        step_ms=ratio_interval(step_ms, ones),
+        step_ms=mean_interval(step_ms),
         kv_bytes_per_token=model.kv_bytes_per_token(kv_type) if counted else None,
         stored_ratio=model.kv_bytes_per_token("f16") / model.kv_bytes_per_token(kv_type) if counted else None,
         fidelity=delta,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from elastickv.benchmark.environment import environment
-from elastickv.benchmark.stats.intervals import ratio_interval
 from elastickv.model_benchmark.generation import Generation
+from elastickv.model_benchmark.speedups import mean_interval
 from elastickv.transformers.layer_storage import backend_for
 from elastickv.transformers.model_loading import Loaded
 from elastickv.transformers.model_support import sizes_of
@@ -92,9 +92,10 @@ def cache_record(generation: Generation, weights_bytes: int, read_ceiling_gbs: f
     read = metrics["kv_read_bytes"] / (metrics["new_tokens"] - 1)  # the first token decodes nothing
     floor_ms = (weights_bytes + read) / read_ceiling_gbs / 1e6
     mean_ms = 1e3 * sum(steps) / len(steps)
+    step_ms = mean_interval(means)
     return metrics | {
         "tokens_per_s": 1e3 * metrics["rows"] / mean_ms,
-        "step_ms": asdict(ratio_interval(means, [1.0] * len(means))),
+        "step_ms": None if step_ms is None else asdict(step_ms),
         "median_step_ms": 1e3 * median(steps),
         "kv_read_bytes_per_step": read,
         "floor_ms": floor_ms,

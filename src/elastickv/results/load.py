@@ -14,7 +14,13 @@ from elastickv.results.formats import FORMATS, baseline_table, generation_table
 from elastickv.results.formats.rows import row
 from elastickv.results.kinds.evaluation_result import EVALUATION_KIND, EvaluationResult
 from elastickv.results.kinds.gguf_result import GGUF_KIND, GgufBaseline
-from elastickv.results.kinds.model_result import MODEL_BENCH_KIND, ModelBenchResult, TransformersBaseline
+from elastickv.results.kinds.model_result import (
+    MODEL_BENCH_KIND,
+    RUN_KIND,
+    ModelBenchResult,
+    RunResult,
+    TransformersBaseline,
+)
 from elastickv.results.kinds.original_result import OriginalResult
 
 T = TypeVar("T")
@@ -66,6 +72,7 @@ KINDS: tuple[ResultKind, ...] = (
         generation_table.rows,
         generation_table.FORMATS,
     ),
+    ResultKind(_of_kind(RUN_KIND), RunResult, from_results.generation_run, generation_table.rows, generation_table.FORMATS),
     ResultKind(_of_kind(GGUF_KIND), GgufBaseline, from_results.gguf_run, baseline_table.gguf_rows, baseline_table.GGUF_FORMATS),
     ResultKind(_of_kind(EVALUATION_KIND), EvaluationResult),
 )

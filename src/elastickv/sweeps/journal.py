@@ -14,10 +14,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from elastickv.benchmark.environment import environment
+from elastickv.benchmark.from_dict import from_dict
 from elastickv.benchmark.options import AXES
 from elastickv.errors import UsageError
 from elastickv.inputs import parse_json, read_bytes
 from elastickv.results.files import check_writable, write_bytes
+from elastickv.results.kinds.sweep_record import SweepHeader
 from elastickv.sweeps import baseline_cells
 from elastickv.sweeps.plan import SweepPlan, key, name
 
@@ -26,6 +28,11 @@ MAX_FILE_BYTES = 1 << 32  # a hundred thousand cells with their raw samples
 _BEGINNING = b'{"sweep": '  # of a header, which a kill may have cut off
 _NO_FILE = -1
 _APPEND = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)
+# Axis -> the key of a result's configuration that repeats it.
+_CONFIGURED = {
+    "seq": "seq_len", "batch": "batch", "compress": "compression", "heads": "heads", "kv_heads": "kv_heads", "dim": "head_dim",
+    "cache": "cache",
+}  # fmt: skip
 STATUSES = ("ok", "does not fit", "refused", "failed")
 
 
@@ -55,6 +62,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     )
     if not known or type(cells) is not int:
         raise UsageError(f"{path}:1 is a damaged header of a sweep: its axes or cells are missing; measure again")
+    from_dict(SweepHeader, head, f"{path}:1")
     seen: set[str] = set()
     for number, record in enumerate(records, 2):
         if not isinstance(record.get("cell"), dict) or record.get("status") not in STATUSES:
@@ -189,19 +197,12 @@ class Journal:
         here = environment()
         if not complete:
             os.ftruncate(self._file, 0)
-            head = {"version": VERSION, "plan_hash": plan.hash, "cells": len(plan.cells), "axes": plan.axes}
-            self._write({"sweep": head | {"settings": plan.settings, "command": list(command), "environment": here}})
+            head = {"version": VERSION, "plan_hash": plan.hash} | plan.header
+            self._write({"sweep": head | {"command": list(command), "environment": here}})
             return
         head, records = read(self.path)
-        if head["plan_hash"] != plan.hash:
-            raise UsageError(
-                f"`output` {self.path} holds another plan ({head['plan_hash']}, this one is {plan.hash}): "
-                "give its options again, or another name"
-            )
-        planned = {key(cell) for cell in plan.cells}
-        for number, record in enumerate(records, 2):
-            if key(record["cell"]) not in planned:
-                raise UsageError(f"{self.path}:{number} holds a cell that the plan does not have: take the line out")
+        self._check_plan(plan, head, records)
+        for record in records:
             if not self._retry_failed or record["status"] != "failed":
                 self.done.add(key(record["cell"]))
         os.ftruncate(self._file, complete)
@@ -210,6 +211,39 @@ class Journal:
         began = head.get("environment")
         began = began.get("commit") if isinstance(began, dict) else None
         self.other_version = began if began != here["commit"] else None
+
+    def _check_plan(self, plan: SweepPlan, head: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        """Refuse a file of another plan, and one whose hash, header and cells contradict each other.
+
+        Raises
+        ------
+        UsageError : naming the first contradiction.
+        """
+        if head["plan_hash"] != plan.hash:
+            raise UsageError(
+                f"`output` {self.path} holds another plan ({head['plan_hash']}, this one is {plan.hash}): "
+                "give its options again, or another name"
+            )
+        # The hash says what the file should hold; an edited file holds something else under the same hash.
+        for item, planned in plan.header.items():
+            if item in head and head[item] != json.loads(json.dumps(planned)):
+                raise UsageError(
+                    f"{self.path}:1 contradicts its own hash {plan.hash}: its {item} are not those of the plan; the file was "
+                    "edited: give another name"
+                )
+        cells = {key(cell) for cell in plan.cells}
+        for number, record in enumerate(records, 2):
+            if key(record["cell"]) not in cells:
+                raise UsageError(f"{self.path}:{number} holds a cell that the plan does not have: take the line out")
+            measured = record.get("configuration")
+            configuration = measured if isinstance(measured, dict) else {}
+            for axis, label in _CONFIGURED.items():
+                wanted, repeated = record["cell"].get(axis), configuration.get(label)
+                if None not in (wanted, repeated) and wanted != repeated:
+                    raise UsageError(
+                        f"{self.path}:{number} contradicts itself: {axis}={wanted} in its cell, {label}={repeated} in its "
+                        "result; the file was edited: take the line out"
+                    )
 
     def _stays(self, line: bytes) -> bool:
         value = json.loads(line)

@@ -14,6 +14,7 @@ from typing import Any
 from elastickv.benchmark.options import AXES, SETTINGS, Options
 from elastickv.errors import UsageError
 from elastickv.inputs import parse_json, read_text
+from elastickv.results.kinds.sweep_record import cell_key, cell_name
 from elastickv.sweeps import baseline_cells
 from elastickv.sweeps.axes import MAX_CELLS, converted, values
 
@@ -23,6 +24,7 @@ else:
     import tomli as tomllib
 
 Cell = dict[str, Any]
+key, name = cell_key, cell_name
 MAX_PLAN_BYTES = 1 << 24
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -39,16 +41,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cache": "hot",
     },
 }
-
-
-def key(cell: Cell) -> str:
-    """Return the key that identifies a cell."""
-    return json.dumps(cell, sort_keys=True)
-
-
-def name(cell: Cell) -> str:
-    """Return the cell as messages write it."""
-    return " ".join(f"{axis}={value:g}" if isinstance(value, float) else f"{axis}={value}" for axis, value in cell.items())
 
 
 @dataclass(frozen=True)
@@ -128,6 +120,12 @@ class SweepPlan:
     def hash(self) -> str:
         """Hash of the cells, their order and their settings."""
         return hashlib.sha256(json.dumps([self.cells, self.settings], sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What a sweep's file says of its plan, as JSON values; the hash follows from `planned` and `settings`."""
+        cells = {"cells": len(self.cells), "axes": self.axes, "settings": self.settings}
+        return cells | {"planned": [dict(cell) for cell in self.cells]}
 
     @property
     def axes(self) -> dict[str, list[Any]]:

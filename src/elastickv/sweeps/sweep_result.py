@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -14,11 +15,13 @@ from elastickv.results.documents import Document
 from elastickv.results.files import write_bytes
 from elastickv.results.formats import dumps, write_text
 from elastickv.results.formats.html import html_paragraphs, html_table
-from elastickv.results.formats.rows import brief, csv_of, frame, markdown_of, row
+from elastickv.results.formats.rows import brief, csv_of, frame, markdown_cell, markdown_of, row
 from elastickv.results.kinds.gguf_result import GgufBaseline
 from elastickv.results.kinds.model_result import ModelBenchResult
+from elastickv.results.kinds.sweep_record import MISSING, MissingCells, SweepHeader, sweep_record
 from elastickv.results.load import result_of, run_of
 from elastickv.results.result_metrics import METRICS, listed_metrics
+from elastickv.results.speed_ratios import gguf_ratios, model_ratios
 from elastickv.sweeps.journal import read
 from elastickv.sweeps.plan import name
 
@@ -69,16 +72,27 @@ class Sweep:
     @property
     def complete(self) -> bool:
         """Whether every cell of the plan is measured."""
-        return bool(len(self.cells) == self.header["cells"])
+        return not self.missing.count
+
+    @cached_property
+    def missing(self) -> MissingCells:
+        """The planned cells that are not measured: their count, and each as far as the file says which they are."""
+        header = sweep_record({"sweep": self.header}, "the sweep")
+        assert isinstance(header, SweepHeader)
+        return header.missing(record["cell"] for record in self.cells)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row a cell: its axes, status and reason, then the columns of a result; None where nothing was measured."""
+        """Return a row a planned cell: its axes, status and reason, then the columns of a result; None where it has none.
+
+        Cells that are not measured come last, with the status 'missing'.
+        """
         axes = list(self.header.get("axes", {}))
-        return [self._row(record, axes) for record in self.cells]
+        return [self._row(record, axes) for record in (*self.cells, *self.missing.records())]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return header and cells, raw samples among them, as JSON values."""
-        return {"sweep": self.header, "cells": self.cells}
+        """Return header and cells, raw samples among them, as JSON values; `missing` lists cells that are not measured."""
+        missing = {"missing": [record["cell"] for record in self.missing.records()]} if self.missing.count else {}
+        return {"sweep": self.header, "cells": self.cells} | missing
 
     def to_json(self) -> str:
         """Return the same as indented JSON."""
@@ -89,8 +103,8 @@ class Sweep:
         return csv_of(self._some_rows())
 
     def to_markdown(self) -> str:
-        """Return the most important columns of the rows as a Markdown table."""
-        return markdown_of(self._brief())
+        """Return the most important columns of the rows as a Markdown table, and the cells that are missing as a sentence."""
+        return markdown_of(self._brief()) + "".join(f"\n{markdown_cell(note)}\n" for note in self._notes())
 
     def to_pandas(self) -> Any:
         """Return the rows as a `pandas.DataFrame`.
@@ -133,10 +147,9 @@ class Sweep:
 
     def _repr_html_(self) -> str:
         if not self.cells:
-            return html_paragraphs(["No cell is measured yet."])
+            return html_paragraphs(["No cell is measured yet.", *self._notes()])
         rows = self._brief()
-        note = [] if self.complete else [f"{len(self.cells)} of {self.header['cells']} cells."]
-        return html_table(list(rows[0]), [[brief(value) for value in cells.values()] for cells in rows], note)
+        return html_table(list(rows[0]), [[brief(value) for value in cells.values()] for cells in rows], self._notes())
 
     def _row(self, record: dict[str, Any], axes: list[str]) -> dict[str, Any]:
         try:
@@ -146,17 +159,19 @@ class Sweep:
         figures = {"recipe_used": figures.pop("recipe")} | {label: v for label, v in figures.items() if label not in axes}
         return {axis: record["cell"].get(axis) for axis in axes} | {k: record.get(k) for k in ("status", "reason")} | figures
 
+    def _notes(self) -> list[str]:
+        return [] if self.complete else [self.missing.sentence("the sweep")]
+
     def _some_rows(self) -> list[dict[str, Any]]:
-        rows = self.rows()
-        if not rows:
+        if not self.cells:
             raise UsageError("the sweep holds no cell yet: resume it first")
-        return rows
+        return self.rows()
 
     def _brief(self) -> list[dict[str, Any]]:
         axes = list(self.header.get("axes", {}))
         reasons = any(record.get("reason") for record in self.cells)
         columns = [*axes, *_BRIEF, *(name for name, _ in listed_metrics()), *(["reason"] if reasons else [])]
-        return [{name: cells[name] for name in columns} for cells in self._some_rows()]
+        return [{name: cells[name] for name in columns} for cells in self._some_rows() if cells["status"] != MISSING]
 
 
 def _figures(record: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +184,8 @@ def _figures(record: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("the result is of no known kind: cut off, edited or of another version; measure again")
     token = next(times for figure, times in run.figures.items() if figure.startswith("token"))
     dense = token.dense.get(result.baseline) if result.baseline else None
-    ratio = result.speedups.get(result.baseline) if dense and result.baseline else None
+    ratios = gguf_ratios(result) if isinstance(result, GgufBaseline) else model_ratios(result)
+    ratio = ratios.get(result.baseline) if dense and result.baseline else None
     known = {
         "date_utc": result.environment.get("date_utc"),
         "device": run.device,

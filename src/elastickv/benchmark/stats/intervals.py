@@ -13,6 +13,7 @@ from elastickv.errors import NonFiniteError
 
 WIDEST = 25.0  # half an interval of a ratio's logarithm: a wider one says no more, and readers accept its bounds
 LEVEL = 0.95
+LEAST_PAIRS = 3  # of an interval that is shown: the bounds of two pairs have one degree of freedom, and say nothing
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Interval:
     def half_width(self) -> float:
         """Half of the interval, relative to the estimate."""
         return (self.high - self.low) / 2 / self.estimate
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it rests on enough pairs to be shown."""
+        return self.samples >= LEAST_PAIRS
 
     def contains(self, value: float) -> bool:
         """Whether `value` is inside."""

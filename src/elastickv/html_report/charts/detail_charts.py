@@ -22,7 +22,7 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
-from elastickv.html_report.report_data import IntervalEstimate, ModelRun, Step
+from elastickv.html_report.report_data import BENCH, IntervalEstimate, ModelRun, Step
 
 MOST_BARS = 12
 MOST_MODELS = 6
@@ -136,7 +136,9 @@ def model_charts(models: Sequence[ModelRun]) -> Iterator[Chart]:
     """Yield time per decoded token of each model, a row for each cache at each context and batch."""
     groups: dict[str, list[ModelRun]] = {}
     for model in models:
-        groups.setdefault(f"{model.model} on {model.provenance.device}", []).append(model)
+        # What different programs measured is never on one axis: `run` times one text once.
+        by = "" if model.program == BENCH else f" ({model.program})"
+        groups.setdefault(f"{model.model} on {model.provenance.device}{by}", []).append(model)
     for number, (title, runs) in enumerate(list(groups.items())[:MOST_MODELS], 1):
         rows = [
             (f"{cache.name}: {run.context} tokens × {run.batch}", cache.name, cache.step_ms)

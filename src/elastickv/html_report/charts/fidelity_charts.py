@@ -112,11 +112,14 @@ def error_chart(steps: Sequence[Step]) -> Chart | None:
 def loss_charts(evaluations: Sequence[Evaluation]) -> Iterator[Chart]:
     """Yield the KL divergence and the change of perplexity of each model against C, a line for each context."""
     models: dict[str, list[Loss]] = {}
+    several = len({evaluation.method for evaluation in evaluations}) > 1
     for evaluation in evaluations:
         losses = [loss for loss in evaluation.losses if loss.read is not None]
         if losses:
             calibrated = "calibrated" if evaluation.calibration else "not calibrated"
-            models.setdefault(f"{evaluation.model}, {calibrated}", []).extend(losses)
+            # No line joins what was evaluated on other texts or in another dtype.
+            method = f", {evaluation.method}" if several else ""
+            models.setdefault(f"{evaluation.model}, {calibrated}{method}", []).extend(losses)
     for number, (model, losses) in enumerate(models.items(), 1):
         yield _loss(f"kl-{number}", model, losses, "KL divergence, nats a token", True)
         yield _loss(f"perplexity-{number}", model, losses, "change of perplexity, %", False)

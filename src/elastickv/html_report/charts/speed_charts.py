@@ -19,6 +19,7 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
+from elastickv.html_report.method_labels import step_label
 from elastickv.html_report.report_data import IntervalEstimate, Step
 
 MANY = 120  # with more points than this intervals are not drawn: the table has them
@@ -51,7 +52,8 @@ def speedup_charts(steps: Sequence[Step]) -> Iterator[Chart]:
 
 def _speedup(name: str, device: str, steps: Sequence[Step]) -> Chart:
     measured = [(step, step.read or step.compress, step.speedup) for step in steps if step.speedup is not None]
-    present = families([step for step, *_ in measured])
+    kinds = [_kind(step, steps) for step, *_ in measured]
+    present = sorted(dict.fromkeys(kinds), key=lambda kind: (-kinds.count(kind), kind))
     guides = ["C = ideal", "as fast as dense"]
 
     def draw(figure: Any) -> None:
@@ -66,7 +68,7 @@ def _speedup(name: str, device: str, steps: Sequence[Step]) -> Chart:
         handles = axes.plot(ends, ends, color=INK, linestyle=(0, (5, 2)), linewidth=1.3, label=guides[0])
         handles += axes.plot([low, high], [1, 1], color=MUTED, linewidth=1.2, linestyle=":", label=guides[1])
         for place, kind in enumerate(present):
-            points = [(ratio, speedup) for step, ratio, speedup in measured if family(step.what) == kind]
+            points = [(ratio, speedup) for (_, ratio, speedup), own in zip(measured, kinds, strict=True) if own == kind]
             handles.append(_points(axes, points, place, kind, len(measured) <= MANY))
         axes.set_xlabel("C: dense bytes / bytes read")
         axes.set_ylabel("speed-up: dense time / elastic time")
@@ -81,6 +83,11 @@ def _speedup(name: str, device: str, steps: Sequence[Step]) -> Chart:
         draw,
         height=300 + legend_height([*guides, *present]),
     )
+
+
+def _kind(step: Step, steps: Sequence[Step]) -> str:
+    """Return the family of a step's recipe, and how it was measured where others were measured in another way."""
+    return ", ".join(filter(None, [family(step.what), step_label(step, steps)]))
 
 
 def roofline_charts(steps: Sequence[Step]) -> Iterator[Chart]:

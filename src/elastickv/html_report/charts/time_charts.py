@@ -22,6 +22,7 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
+from elastickv.html_report.method_labels import MeasuredTime, labelled
 from elastickv.html_report.report_data import ContenderTime, IntervalEstimate, Step
 
 MOST_CHARTS = 6
@@ -50,19 +51,26 @@ def time_charts(steps: Sequence[Step]) -> tuple[list[Chart], list[str]]:
 
 def _series(steps: Sequence[Step]) -> Series:
     """Return times by label and context: dense, each requested recipe, and the fastest variant of each peer package."""
-    by_label: dict[str, dict[int, list[IntervalEstimate]]] = defaultdict(lambda: defaultdict(list))
+    times: dict[str, list[MeasuredTime]] = defaultdict(list)
+
+    def add(label: str, step: Step, time: IntervalEstimate, variant: str) -> None:
+        times[label].append(MeasuredTime(step.context, time, step.method, variant))
+
     for step in steps:
-        own = [contender.time_ms for contender in step.contenders if contender.timing.kind == "dense"]
+        own = [contender for contender in step.contenders if contender.timing.kind == "dense"]
         if own:
-            by_label["dense, ours"][step.context].append(min(own, key=lambda time: time.estimate))
+            fastest = min(own, key=lambda contender: contender.time_ms.estimate)
+            add("dense, ours", step, fastest.time_ms, fastest.timing.name)
         elif step.dense_ms is not None and not step.contenders:
-            by_label["dense, of the original"][step.context].append(IntervalEstimate(step.dense_ms))
+            add("dense, of the original", step, IntervalEstimate(step.dense_ms), "")
         elastic = [contender.time_ms for contender in step.contenders if contender.timing.name == "elastic"]
-        by_label[f"elastic {step.requested_label}"][step.context].append(
-            elastic[0] if elastic else IntervalEstimate(step.elastic_ms)
-        )
+        time = elastic[0] if elastic else IntervalEstimate(step.elastic_ms)
+        add(f"elastic {step.requested_label}", step, time, step.what)
         for label, peer in _fastest_peers(step.contenders).items():
-            by_label[label][step.context].append(peer.time_ms)
+            add(label, step, peer.time_ms, f"{peer.timing.name} {peer.timing.version}")
+    by_label: dict[str, dict[int, list[IntervalEstimate]]] = {}
+    for label, measured in times.items():
+        by_label |= labelled(label, measured)
 
     def order(label: str) -> tuple[bool, bool, int]:
         return not label.startswith("dense"), label.startswith("elastic"), -len(by_label[label])

@@ -2,17 +2,25 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from elastickv.benchmark.accuracy import KERNEL_ERROR_LIMITS
-from elastickv.benchmark.stats.intervals import Interval, SummaryStats, ratio_interval, ratio_of_summaries, truncated
+from elastickv.benchmark.stats.intervals import (
+    LEAST_PAIRS,
+    Interval,
+    SummaryStats,
+    ratio_interval,
+    ratio_of_summaries,
+    truncated,
+)
 from elastickv.benchmark.stats.location import huber
 from elastickv.results.compare.runs import BenchmarkRun, Cell, OutputErrors, Times
 
 NO_SPREAD = "a file has no spread of it"
+TOO_FEW = f"fewer than {LEAST_PAIRS} samples of a side"
 NO_CONTROL = "measured against different dense contenders"
 TOO_FAR = "dense itself takes so much longer on one side that the machine was not the same, and no control"
 # Up to this ratio of dense times, drift is attributed to clocks and temperature, which slow elastic equally. Beyond it another
@@ -58,6 +66,8 @@ class Row:
     control, drift : the dense contender that both sides measured in turns, and its time in B / in A; None without one.
     verdict : 'SAME', 'FASTER', 'SLOWER' or 'AMBIGUOUS'.
     fidelity : what became of the recipe error.
+    tokens_per_s_a, tokens_per_s_b : of a model's decode; None of anything else.
+    kv_bytes_a, kv_bytes_b : of a model's KV cache: 'read' in a step, 'stored' at the end; empty of anything else.
     """
 
     cell: Cell
@@ -76,6 +86,10 @@ class Row:
     drift: float | None
     verdict: str
     fidelity: FidelityChange
+    tokens_per_s_a: float | None = None
+    tokens_per_s_b: float | None = None
+    kv_bytes_a: dict[str, float] = field(default_factory=dict)
+    kv_bytes_b: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as JSON values."""
@@ -127,6 +141,10 @@ def change(
         drift=times.drift,
         verdict=verdict(times.ratio, margins[0]),
         fidelity=fidelity_change(_worst(a, figure), _worst(b, figure), margins[1]),
+        tokens_per_s_a=_mean_rate(times_a),
+        tokens_per_s_b=_mean_rate(times_b),
+        kv_bytes_a=_mean_bytes(times_a),
+        kv_bytes_b=_mean_bytes(times_b),
     )
 
 
@@ -145,11 +163,13 @@ def verdict(ratio: Interval | None, margin_percent: float) -> str:
 def time_change(a: Sequence[Times], b: Sequence[Times], controlled: bool) -> TimeChange:
     """Return the ratio of the times of B and A.
 
-    Where dense was measured, but not the same contender on both sides, there is none to judge: the machine may have drifted.
-    Nor is there where dense drifted too far to be a control.
+    Fewer than three samples of a side make no interval. Where dense was measured, but not the same contender on both sides,
+    there is none to judge: the machine may have drifted. Nor is there where dense drifted too far to be a control.
     """
     if any(times.elastic is None for times in (*a, *b)):
         return TimeChange(None, NO_SPREAD)
+    if min(_samples(a), _samples(b)) < LEAST_PAIRS:
+        return TimeChange(None, TOO_FEW)
     if not controlled or not all(times.dense for times in (*a, *b)):
         return TimeChange(_as_they_stand(a, b))
     control = _control(a, b)
@@ -175,6 +195,22 @@ def fidelity_change(a: OutputErrors | None, b: OutputErrors | None, margin_perce
     else:
         judged = "BETTER" if any(after < before / edge - _ROUNDING for before, after in pairs) else "SAME"
     return FidelityChange(a, b, b.mean / a.mean if a.mean else None, judged)
+
+
+def _samples(runs: Sequence[Times]) -> int:
+    """Return how many samples an interval would rest on."""
+    counts = [t.elastic.samples if isinstance(t.elastic, SummaryStats) else len(t.elastic or ()) for t in runs]
+    return len(runs) if len(runs) >= RUNS_FOR_SPREAD else sum(counts)
+
+
+def _mean_rate(runs: Sequence[Times]) -> float | None:
+    rates = [times.tokens_per_s for times in runs if times.tokens_per_s is not None]
+    return sum(rates) / len(rates) if len(rates) == len(runs) else None
+
+
+def _mean_bytes(runs: Sequence[Times]) -> dict[str, float]:
+    names = [name for name in runs[0].kv_bytes if all(name in times.kv_bytes for times in runs)]
+    return {name: sum(times.kv_bytes[name] for times in runs) / len(runs) for name in names}
 
 
 def _control(a: Sequence[Times], b: Sequence[Times]) -> str | None:

@@ -12,13 +12,15 @@ from elastickv.inputs import file_path
 from elastickv.results.compare.change import NO_CONTROL, RUNS_FOR_SPREAD, Row, change
 from elastickv.results.compare.comparison_table import FORMATS, as_html, flat
 from elastickv.results.compare.matching import comparability_warnings, match
-from elastickv.results.compare.result_sets import read_result_set
+from elastickv.results.compare.result_sets import cells_by_name, read_result_set
 from elastickv.results.files import SUFFIXES, write_text
 from elastickv.results.formats.plain_json import dumps
 from elastickv.results.formats.rows import frame
+from elastickv.results.kinds.sweep_record import MISSING
 
 CONTROLS = ("dense", "none")
 FAIL_ON = ("slower", "fidelity", "any")
+_LEFT_OUT = 2  # exit code: invalid input
 VERDICTS = ("SAME", "FASTER", "SLOWER", "AMBIGUOUS")
 
 
@@ -33,6 +35,9 @@ class Comparison:
     rows : every figure of every cell that both A and B measured.
     only_a, only_b : cells that only A or only B measured, and the reason where the file has one.
     warnings : what limits the comparison.
+    incomplete : a sentence for each sweep of A or B that lacks cells of its plan.
+    missing : the cells that they lack.
+    unreadable : why a file of A or B was left out, a line each.
     """
 
     a: str
@@ -43,6 +48,9 @@ class Comparison:
     only_a: dict[str, str] = field(default_factory=dict)
     only_b: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    incomplete: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
     def outcome(self, fail_on: str) -> str:
         """Return 'pass', 'fail' or 'inconclusive': whether B is a regression.
@@ -51,7 +59,8 @@ class Comparison:
         ----------
         fail_on : 'slower', 'fidelity', or 'any' of both.
 
-        A cell of A that B lacks, an interval that reaches over the margin and an error that was not measured are inconclusive.
+        A cell of A that B lacks, a sweep on either side that lacks cells of its plan, a file that cannot be read, an interval
+        that reaches over the margin and an error that was not measured are inconclusive.
         """
         outcomes = set()
         if fail_on in ("slower", "any"):
@@ -60,13 +69,14 @@ class Comparison:
         if fail_on in ("fidelity", "any"):
             judged = {"WORSE": "fail", "UNKNOWN": "inconclusive"}
             outcomes |= {judged.get(row.fidelity.verdict, "pass") for row in self.rows}
-        if self.only_a:
+        if self.only_a or self.incomplete or self.unreadable:
             outcomes.add("inconclusive")
         return max(outcomes, key=("pass", "inconclusive", "fail").index)
 
     def exit_code(self, fail_on: str | None) -> int:
-        """Return 0, 1 for a regression or 3 for inconclusive; 0 where nothing is to fail."""
-        return 0 if fail_on is None else EXIT_CODES[self.outcome(fail_on)]
+        """Return 1 for a regression; else 2 if a file was left out, 3 for inconclusive, and 0 where nothing is to fail."""
+        code = 0 if fail_on is None else EXIT_CODES[self.outcome(fail_on)]
+        return _LEFT_OUT if self.unreadable and code != EXIT_CODES["fail"] else code
 
     def counts(self) -> dict[str, int]:
         """Return how many rows each verdict has."""
@@ -81,7 +91,7 @@ class Comparison:
             **{name: getattr(self, name) for name in ("a", "b", "margin_percent", "fidelity_margin_percent")},
             "counts": self.counts(),
             "rows": [row.as_dict() for row in self.rows],
-            **{name: getattr(self, name) for name in ("only_a", "only_b", "warnings")},
+            **{name: getattr(self, name) for name in ("only_a", "only_b", "warnings", "incomplete", "missing", "unreadable")},
         }
 
     def to_json(self) -> str:
@@ -132,7 +142,7 @@ def compare(
 
     Raises
     ------
-    UsageError : naming what cannot be read or compared.
+    UsageError : naming what cannot be compared, or cannot be read if nothing else is there.
     """
     for name, margin in (("margin", margin_percent), ("fidelity margin", fidelity_margin_percent)):
         if not isinstance(margin, (int, float)) or not 0 < margin < 100:
@@ -144,15 +154,32 @@ def compare(
     controlled = control == "dense" and not matched.other_device
     margins = margin_percent, fidelity_margin_percent
     rows = [change(pair.cell, figure, pair.a, pair.b, margins, controlled) for pair in matched.pairs for figure in pair.figures]
-    notes = dict.fromkeys((*results_a.notes, *results_b.notes))
+    sides = (results_a, results_b)
+    if not rows:
+        raise UsageError(f"{results_a.name} and {results_b.name} have no figure in common: compare results of one command")
+    incomplete = list(dict.fromkeys(sentence for side in sides for sentence in side.incomplete))
+    unmeasured = [cell for side in sides for cell in side.unmeasured]
+    unreadable = list(dict.fromkeys(reason for side in sides for reason in side.refusals))
     warnings = [
-        *notes,
+        *(f"left out: {reason}" for reason in unreadable),
+        *incomplete,
+        *dict.fromkeys(note for side in sides for note in side.notes),
         *comparability_warnings(matched),
         *_about_control(rows, controlled, margin_percent),
         *_about_repetitions(rows),
     ]
     return Comparison(
-        results_a.name, results_b.name, margin_percent, fidelity_margin_percent, rows, matched.only_a, matched.only_b, warnings
+        a=results_a.name,
+        b=results_b.name,
+        margin_percent=margin_percent,
+        fidelity_margin_percent=fidelity_margin_percent,
+        rows=rows,
+        only_a=matched.only_a,
+        only_b=matched.only_b,
+        warnings=warnings,
+        incomplete=incomplete,
+        missing=list(cells_by_name(cell for cell in dict.fromkeys(unmeasured) if cell.status == MISSING)),
+        unreadable=unreadable,
     )
 
 

@@ -14,10 +14,12 @@ from elastickv.results.formats.html import html_table
 from elastickv.results.formats.plain_json import dumps
 from elastickv.results.formats.rows import csv_of, markdown_cell
 from elastickv.results.formats.table import literal
+from elastickv.results.formats.units import size
 
 _COLORS = {"SAME": "dim", "FASTER": "green", "SLOWER": "bold red", "AMBIGUOUS": "yellow"}
 _HEADERS = ("figure", "A ms", "B ms", "B / A", "verdict", "dense B / A", "error A", "error B", "fidelity")
-_NUMBERS = ("A ms", "B ms", "B / A", "dense B / A", "error A", "error B")
+_MODEL_HEADERS = ("tokens/s A", "tokens/s B", "KV read A", "KV read B", "KV stored A", "KV stored B")
+_NUMBERS = ("A ms", "B ms", "B / A", "dense B / A", "error A", "error B", *_MODEL_HEADERS)
 
 
 class ComparedResults(Protocol):
@@ -84,6 +86,10 @@ def flat(row: Row) -> dict[str, Any]:
         "recipe_error_a": fidelity.a and fidelity.a.mean,
         "recipe_error_b": fidelity.b and fidelity.b.mean,
         "fidelity": fidelity.verdict,
+        "tokens_per_s_a": row.tokens_per_s_a,
+        "tokens_per_s_b": row.tokens_per_s_b,
+        **{f"kv_{name}_bytes_a": row.kv_bytes_a.get(name) for name in ("read", "stored")},
+        **{f"kv_{name}_bytes_b": row.kv_bytes_b.get(name) for name in ("read", "stored")},
     }
 
 
@@ -151,11 +157,13 @@ def _grid(comparison: ComparedResults) -> tuple[list[str], list[list[str]]]:
     pairs = [dict(row.cell.pairs) for row in comparison.rows]
     common = dict(_common(comparison).pairs)
     axes = [name for name in dict.fromkeys(name for values in pairs for name in values) if name not in common]
+    models = [_model_figures(row) for row in comparison.rows]
+    shown = [number for number in range(len(_MODEL_HEADERS)) if any(figures[number] for figures in models)]
     rows = [
-        [*(_short(values.get(name)) for name in axes), *_figures(row)]
-        for values, row in zip(pairs, comparison.rows, strict=True)
+        [*(_short(values.get(name)) for name in axes), *_figures(row), *(figures[number] or "-" for number in shown)]
+        for values, row, figures in zip(pairs, comparison.rows, models, strict=True)
     ]
-    return [*axes, *_HEADERS], rows
+    return [*axes, *_HEADERS, *(_MODEL_HEADERS[number] for number in shown)], rows
 
 
 def _common(comparison: ComparedResults) -> Cell:
@@ -183,6 +191,13 @@ def _figures(row: Row) -> tuple[str, ...]:
         f"{fidelity.b.mean:.4f}" if fidelity.b else "-",
         fidelity.verdict,
     )
+
+
+def _model_figures(row: Row) -> tuple[str, ...]:
+    """Return tokens per second and bytes of a model's decode on both sides; empty texts where there are none."""
+    rates = ("" if rate is None else f"{rate:.4g}" for rate in (row.tokens_per_s_a, row.tokens_per_s_b))
+    sizes = (size(side.get(name)) for name in ("read", "stored") for side in (row.kv_bytes_a, row.kv_bytes_b))
+    return (*rates, *sizes)
 
 
 def _sentences(comparison: ComparedResults) -> list[str]:

@@ -1,5 +1,6 @@
 """What a comparison takes of each kind of result."""
 
+from dataclasses import replace
 from typing import Any
 
 from elastickv.benchmark.from_dict import refused
@@ -8,7 +9,15 @@ from elastickv.benchmark.stats.intervals import SummaryStats, truncated
 from elastickv.errors import UsageError
 from elastickv.results.compare.runs import BenchmarkRun, Cell, OutputErrors, Pairs, Times
 from elastickv.results.kinds.gguf_result import GgufBaseline
-from elastickv.results.kinds.model_result import ELASTIC, ModelBenchResult, QualityDelta, TransformersBaseline, versions
+from elastickv.results.kinds.model_result import (
+    ELASTIC,
+    CacheRecord,
+    ModelBenchResult,
+    QualityDelta,
+    RunResult,
+    TransformersBaseline,
+    versions,
+)
 from elastickv.results.kinds.original_result import OriginalResult
 
 UNIT_SLACK = 2.0  # a file's mean and its samples differ by less unless their units do
@@ -121,8 +130,55 @@ def model_run(result: ModelBenchResult, source: str) -> BenchmarkRun:
             "threads": result.environment.get("torch_threads"),
         }
         | _other_versions(result.environment),
-        figures={"token": Times(sum(elastic) / len(elastic), elastic, token_ms, 0.0)},
+        figures={"token": _with_rates(Times(sum(elastic) / len(elastic), elastic, token_ms, 0.0), cache)},
         fidelity=_quality_errors(result.fidelity if isinstance(result, TransformersBaseline) else None, ELASTIC),
+        complete=True,
+    )
+
+
+def generation_run(result: RunResult, source: str) -> BenchmarkRun:
+    """Return what `elastickv run` generated as a run: one time a token, without samples, of each cache.
+
+    Raises
+    ------
+    UsageError : if no token was timed with the elastic cache.
+    """
+    caches = {cache.cache: cache for cache in result.caches}
+    if ELASTIC not in caches:
+        raise refused(source, "lacks the elastic cache")
+    cache = caches[ELASTIC]
+    figures = {}
+    for name in sorted(caches, key=lambda name: name != ELASTIC):
+        label = "" if name == ELASTIC else f", {name}"
+        if (rate := caches[name].tokens_per_s) is not None:
+            figures[f"token{label}"] = _with_rates(Times(1e3 * caches[name].rows / rate, None, {}, 0.0), caches[name])
+        if (first_s := caches[name].first_token_s) is not None:
+            figures[f"first token{label}"] = Times(1e3 * first_s, None, {}, 0.0)
+    if not figures:
+        raise refused(source, "has no time of a token")
+    requested = (
+        ("compress", str(result.compress)),
+        ("recipe", str(result.recipe)),
+        ("calibrated", bool(cache.calibrated)),
+        ("dtype", result.model.dtype),
+    )
+    return BenchmarkRun(
+        source=source,
+        result=result,
+        cell=Cell((("model", result.model.name), ("prompt tokens", cache.prompt_tokens), ("batch", cache.rows)), requested),
+        device=result.device,
+        recipe=None if cache.recipe_hash is None else str(cache.recipe_hash),
+        ratio_read=cache.read_ratio,
+        protocol={
+            "program": "elastickv run",
+            "pairing": result.pairing or "elastic alone",
+            "new tokens": cache.new_tokens,
+            "temperature": result.temperature,
+            "threads": result.environment.get("torch_threads"),
+        }
+        | _other_versions(result.environment),
+        figures=figures,
+        fidelity=None,
         complete=True,
     )
 
@@ -150,7 +206,8 @@ def gguf_run(result: GgufBaseline, source: str) -> BenchmarkRun:
             if len(samples) < 2:
                 raise refused(source, f"has no two samples of {name}")
             control = {} if name == reference else {reference: token_ms[reference]}
-            figures[f"{figure}, {name}"] = Times(sum(samples) / len(samples), samples, control, 0.0, deltas[name])
+            mean = sum(samples) / len(samples)
+            figures[f"{figure}, {name}"] = Times(mean, samples, control, 0.0, deltas[name], 1e3 / mean)
     workload = (("model", result.model.name), ("context", result.context), ("batch", 1))
     return BenchmarkRun(
         source=source,
@@ -171,6 +228,21 @@ def gguf_run(result: GgufBaseline, source: str) -> BenchmarkRun:
         fidelity=max(filter(None, deltas.values()), key=lambda errors: errors.mean, default=None),
         complete=True,
     )
+
+
+def kv_read_bytes_per_step(cache: CacheRecord) -> float | None:
+    """Return the bytes of the KV cache that one step of a model reads; None where there was no step."""
+    decodes = cache.new_tokens - 1  # the first token decodes nothing
+    if cache.kv_read_bytes_per_step is None and decodes > 0:
+        return cache.kv_read_bytes / decodes
+    return cache.kv_read_bytes_per_step
+
+
+def _with_rates(times: Times, cache: CacheRecord) -> Times:
+    """Return the times of a model's decode with tokens per second and the KV cache's bytes."""
+    read = kv_read_bytes_per_step(cache)
+    kv_bytes = {"stored": cache.kv_stored_bytes} | ({} if read is None else {"read": read})
+    return replace(times, tokens_per_s=cache.tokens_per_s, kv_bytes=kv_bytes)
 
 
 def _shape(configuration: Any, kv_heads: int, batch: int) -> Pairs:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.results.compare.result_sets import ResultSet
+from elastickv.results.compare.result_sets import ResultSet, cells_by_name
 from elastickv.results.compare.runs import BenchmarkRun, Cell
+from elastickv.results.kinds.sweep_record import MISSING
 
 Key = tuple[Any, ...]
 
@@ -72,15 +73,19 @@ def match(a: ResultSet, b: ResultSet, allow_different_device: bool) -> Match:
         pairs = [_by_workload(a, b)]
         cells_a = cells_b = {}
     else:
-        pairs = [Pair(_named(k[0], k[-1]), cells_a[k], cells_b[k]) for k in common]
+        pairs = [Pair(_named(k), cells_a[k], cells_b[k]) for k in common]
     if not pairs:
         raise UsageError(
             f"no cell of {a.name} is in {b.name}: A measured {next(iter(cells_a))[0]}, B {next(iter(cells_b))[0]}; "
             "compare results of the same workloads and options"
         )
-    only_a = {str(_named(k[0], k[-1])): f"not in {b.name}" for k in cells_a if k not in cells_b}
-    only_b = {str(_named(k[0], k[-1])): f"not in {a.name}" for k in cells_b if k not in cells_a}
-    unmeasured = [f"{side.name} did not measure {cell}: {why}" for side in (a, b) for cell, why in side.not_measured.items()]
+    only_a = {str(_named(k)): f"not in {b.name}" for k in cells_a if k not in cells_b}
+    only_b = {str(_named(k)): f"not in {a.name}" for k in cells_b if k not in cells_a}
+    unmeasured = [
+        f"{side.name} did not measure {cell}: {why}"
+        for side in (a, b)
+        for cell, why in cells_by_name(cell for cell in side.unmeasured if cell.status != MISSING).items()
+    ]
     return Match(pairs, only_a, only_b, other_device, unmeasured)
 
 
@@ -123,17 +128,30 @@ def comparability_warnings(matched: Match) -> Iterator[str]:
 
 
 def _key(a: Sequence[BenchmarkRun], b: Sequence[BenchmarkRun], by_device: bool) -> Callable[[BenchmarkRun], Key]:
-    """Return the key that groups runs into cells; it has the recipe where a cell ran with several: they are no repetitions."""
+    """Return the key that groups runs into cells.
+
+    It has the recipe, or a part of the protocol, where a side measured a cell with several: they are no repetitions.
+    """
 
     def short(run: BenchmarkRun) -> Key:
         return run.cell, run.device if by_device else None
 
-    several = set()
+    several: dict[Key, set[str]] = defaultdict(set)
     for side in (a, b):
         for key, runs in _grouped(side, short).items():
-            if len({run.recipe for run in runs}) > 1:
-                several.add(key)
-    return lambda run: (*short(run), run.recipe if short(run) in several else None)
+            methods = [_method(run) for run in runs]
+            several[key] |= {name for name in methods[0] if len({str(method.get(name)) for method in methods}) > 1}
+
+    def key_of(run: BenchmarkRun) -> Key:
+        names = several.get(short(run), set())
+        return *short(run), tuple((name, str(value)) for name, value in _method(run).items() if name in names)
+
+    return key_of
+
+
+def _method(run: BenchmarkRun) -> dict[str, Any]:
+    """Return what runs must share to be repetitions of one measurement."""
+    return {"ran": run.recipe} | run.method
 
 
 def _grouped(runs: Sequence[BenchmarkRun], key: Callable[[BenchmarkRun], Key]) -> dict[Key, list[BenchmarkRun]]:
@@ -143,8 +161,9 @@ def _grouped(runs: Sequence[BenchmarkRun], key: Callable[[BenchmarkRun], Key]) -
     return dict(groups)
 
 
-def _named(cell: Cell, recipe: str | None) -> Cell:
-    return cell if recipe is None else replace(cell, requested=(*cell.requested, ("ran", recipe)))
+def _named(key: Key) -> Cell:
+    cell: Cell = key[0]
+    return replace(cell, requested=(*cell.requested, *key[-1]))
 
 
 def _by_workload(a: ResultSet, b: ResultSet) -> Pair:

@@ -1,5 +1,10 @@
-"""The inputs of a comparison or a report: the runs of a file, a folder or a sweep, or results in memory."""
+"""The inputs of a comparison or a report: the runs of a file, a folder or a sweep, or results in memory.
 
+What cannot be read is left out and named in `ResultSet.unreadable`; everything else is read.
+"""
+
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,10 +12,12 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.results.compare.runs import BenchmarkRun
-from elastickv.results.documents import Document, documents
+from elastickv.results.documents import ACCEPTED, Document, documents, file_of
 from elastickv.results.kinds.evaluation_result import EvaluationResult
-from elastickv.results.kinds.sweep_record import SweepCell, SweepHeader, sweep_record
+from elastickv.results.kinds.sweep_record import MISSING, SweepCell, SweepHeader, UnmeasuredCell, cell_name, sweep_record
 from elastickv.results.load import evaluation_of, run_of
+
+_IN_JSON = re.compile(r", cell [0-9]+\Z")  # of a sweep that is one JSON object
 
 
 @dataclass
@@ -24,9 +31,11 @@ class ResultSet:
     documents : what the runs were read from, one each.
     evaluations : results of `eval`, with their documents.
     sweeps : the source and the header of each sweep.
-    others : what is JSON, but no result.
-    not_measured : cells of a sweep that have no result, and why.
-    notes : what was left out, a line each.
+    unmeasured : cells of sweeps that have no result, the missing ones among them.
+    incomplete : a sentence for each sweep that lacks cells.
+    others : the sources of what is JSON, but no result.
+    notes : what was left out although it is a result, a line each.
+    unreadable : file -> why it, or a line of it, cannot be read.
     """
 
     name: str
@@ -34,9 +43,36 @@ class ResultSet:
     documents: list[Document] = field(default_factory=list)
     evaluations: list[tuple[Document, EvaluationResult]] = field(default_factory=list)
     sweeps: list[tuple[str, SweepHeader]] = field(default_factory=list)
-    others: list[Document] = field(default_factory=list)
-    not_measured: dict[str, str] = field(default_factory=dict)
+    unmeasured: list[UnmeasuredCell] = field(default_factory=list)
+    incomplete: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unreadable: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was measured, and no cell says why not."""
+        return not (self.runs or self.evaluations or any(cell.status != MISSING for cell in self.unmeasured))
+
+    @property
+    def not_measured(self) -> dict[str, str]:
+        """Cells that have no result, and why; with the sweep where two have a cell of one name."""
+        return cells_by_name(self.unmeasured)
+
+    @property
+    def refusals(self) -> list[str]:
+        """What cannot be read and why, a line each file."""
+        return [_refusal(reasons) for reasons in self.unreadable.values()]
+
+    def refuse_others(self) -> None:
+        """Leave out what is no result as what cannot be read."""
+        for source in self.others:
+            self.refuse(source, UsageError(f"{source} holds no result: give {ACCEPTED}"))
+        self.others.clear()
+
+    def refuse(self, source: str, error: UsageError) -> None:
+        """Leave a file, or a line of it, out."""
+        self.unreadable[file_of(source)].append(str(error))
 
     def add(self, run: BenchmarkRun, document: Document) -> None:
         """Add a run, or a note that it is there already."""
@@ -55,10 +91,22 @@ class ResultSet:
         else:
             self.notes.append(f"{document.source} is the result of {known} once more, and counts once")
 
-    def empty(self) -> UsageError:
-        """Return the error that says that nothing was measured."""
-        content = f"{len(self.not_measured)} cells, none of them measured" if self.not_measured else "no result"
-        return UsageError(f"{self.name} holds {content}: give a result of `elastickv bench`, a sweep, or a folder of them")
+    def nothing_measured(self) -> UsageError:
+        """Return the error that says that nothing was measured, and why."""
+        if self.unreadable:
+            first, *others = self.refusals
+            more = f"; and {len(others)} more files cannot be read" if others else ""
+            return UsageError(f"{first}{more}")
+        content = "no result" if self.empty else f"{len(self.unmeasured)} cells, none of them measured"
+        return UsageError(f"{self.name} holds {content}: give {ACCEPTED}")
+
+
+def cells_by_name(cells: Iterable[UnmeasuredCell]) -> dict[str, str]:
+    """Return the reason of each cell by its name; with the sweep where two have a cell of one name."""
+    named: dict[str, str] = {}
+    for cell in cells:
+        named[f"{cell.cell} of {cell.sweep}" if cell.cell in named else cell.cell] = cell.why
+    return named
 
 
 def read_result_set(source: Any, name: str) -> ResultSet:
@@ -71,14 +119,14 @@ def read_result_set(source: Any, name: str) -> ResultSet:
 
     Raises
     ------
-    UsageError : naming the file that cannot be read, is no result, or holds none.
+    UsageError : naming what cannot be read or is no result, if there is no run.
     """
     results = gather(source, name)
     if not results.runs:
-        raise results.empty()
-    others = [document.source for document in (*results.others, *(document for document, _ in results.evaluations))]
+        raise results.nothing_measured()
+    others = [*results.others, *(document.source for document, _ in results.evaluations)]
     if others:
-        results.notes.append(f"not compared, being no results: {', '.join(others)}")
+        results.notes.append(f"not compared, being no results with times: {', '.join(others)}")
     return results
 
 
@@ -87,28 +135,79 @@ def gather(source: Any, name: str) -> ResultSet:
 
     Raises
     ------
-    UsageError : naming the file that cannot be read, or a result that lacks something.
+    UsageError : if it is neither a path nor a result.
     """
     results = ResultSet(str(source) if isinstance(source, (str, Path)) else name)
+    sweep = _OpenSweep(results)
     for document in _documents(source, results):
-        run, evaluation = run_of(document), evaluation_of(document)
-        record = sweep_record(document.value, document.source) if run is None and evaluation is None else None
-        if run is not None:
-            results.add(run, document)
-        elif evaluation is not None:
-            results.add_evaluation(document, evaluation)
-        elif isinstance(record, SweepCell):
-            results.not_measured[record.name] = record.why
-        elif record is not None:
-            results.sweeps.append((document.source, record))
-        else:
-            results.others.append(document)
+        sweep.follow(document)
+        try:
+            _take(document, results, sweep)
+        except UsageError as error:
+            results.refuse(document.source, error)
+    sweep.close()
     return results
+
+
+class _OpenSweep:
+    """The sweep whose lines are being read: its header, and the cells that follow it in the same file."""
+
+    def __init__(self, results: ResultSet) -> None:
+        self._results = results
+        self._source, self._header = "", SweepHeader()
+        self._cells: list[dict[str, Any]] = []
+
+    def begin(self, source: str, header: SweepHeader) -> None:
+        """Take up the cells that follow a header."""
+        self.close()
+        self._source, self._header = file_of(source), header
+        self._results.sweeps.append((source, header))
+
+    def follow(self, document: Document) -> None:
+        """Close the sweep at the first document of another file; count a cell, whatever became of it."""
+        base, value = _IN_JSON.sub("", file_of(document.source)), document.value
+        if base != self._source:
+            self.close()
+        elif isinstance(value, dict) and isinstance(value.get("cell"), dict):
+            self._cells.append(value["cell"])
+
+    def close(self) -> None:
+        """Add the cells that the sweep lacks to the results."""
+        missing = self._header.missing(self._cells)
+        if self._source and not self._cells:
+            planned = f"0 of {missing.planned} planned cells are in it" if missing.planned else f"give {ACCEPTED}"
+            self._results.refuse(self._source, UsageError(f"{self._source} holds no result: {planned}"))
+        elif missing.count:
+            self._results.incomplete.append(missing.sentence(self._source))
+        for record in missing.records():
+            cell = UnmeasuredCell(self._source, cell_name(record["cell"]), MISSING, record["reason"])
+            self._results.unmeasured.append(cell)
+        self._source, self._header, self._cells = "", SweepHeader(), []
+
+
+def _take(document: Document, results: ResultSet, sweep: _OpenSweep) -> None:
+    """Add what a document holds to the results."""
+    run, evaluation = run_of(document), evaluation_of(document)
+    if run is not None:
+        results.add(run, document)
+    elif evaluation is not None:
+        results.add_evaluation(document, evaluation)
+    elif isinstance(record := sweep_record(document.value, document.source), SweepCell):
+        results.unmeasured.append(UnmeasuredCell(file_of(document.source), record.name, record.status, record.why))
+    elif record is not None:
+        sweep.begin(document.source, record)
+    else:
+        results.others.append(document.source)
+
+
+def _refusal(reasons: list[str]) -> str:
+    more = len(reasons) - 1
+    return f"{reasons[0]} (and {more} more of its lines cannot be read)" if more else reasons[0]
 
 
 def _documents(source: Any, results: ResultSet) -> Iterator[Document]:
     if isinstance(source, (str, Path)):
-        for document in documents(Path(source), results.notes):
+        for document in documents(Path(source), results.notes, results.refuse):
             yield from _cells(document)
     elif hasattr(source, "as_dict"):
         yield from _cells(Document(results.name, source.as_dict()))

@@ -5,6 +5,11 @@ from typing import Any
 
 from elastickv.benchmark.stats.intervals import SummaryStats
 
+# Keys of a protocol. Runs that differ in one of them are no repetitions of one measurement.
+METHOD = (
+    "program", "pairing", "CUDA graphs", "inner loops", "warm-up", "truncation", "tokens of a sample", "new tokens",
+    "temperature",
+)  # fmt: skip
 Pairs = tuple[tuple[str, Any], ...]
 
 
@@ -35,6 +40,8 @@ class Times:
     dense : samples of dense contenders taken in turns with them, by name.
     truncate : percent of samples cut at either end.
     fidelity : the error of this figure's cache, where a run has several caches; otherwise the run's error counts.
+    tokens_per_s : of a model's decode, all rows together.
+    kv_bytes : of a model's KV cache: 'read' in one step, 'stored' at the end.
     """
 
     mean_ms: float
@@ -42,6 +49,8 @@ class Times:
     dense: dict[str, tuple[float, ...]]
     truncate: float
     fidelity: "OutputErrors | None" = None
+    tokens_per_s: float | None = None
+    kv_bytes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,11 @@ class BenchmarkRun:
     fidelity: OutputErrors | None
     complete: bool
     result: Any = field(compare=False, repr=False)
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """The part of the protocol that runs must share to be averaged: of the method, not of the machine or of versions."""
+        return {name: self.protocol[name] for name in METHOD if name in self.protocol}
 
     def copies(self, other: "BenchmarkRun") -> bool:
         """Whether both are one measurement, in whatever files."""

@@ -6,11 +6,13 @@ from typing import Any
 from elastickv.benchmark.stats.intervals import Interval
 from elastickv.errors import printable
 from elastickv.results.formats import generation_table as generation
-from elastickv.results.formats.generation_table import columns, generation_table, with_bounds
+from elastickv.results.formats.generation_table import bounds_of, columns, generation_table
 from elastickv.results.formats.html import html_paragraphs, html_table
 from elastickv.results.formats.rows import as_json, as_jsonl, brief, csv_of, markdown_of
+from elastickv.results.formats.units import NO_INTERVAL, ratio_sentence, with_bounds
 from elastickv.results.kinds.gguf_result import GgufBaseline
 from elastickv.results.kinds.model_result import TransformersBaseline
+from elastickv.results.speed_ratios import gguf_ratios
 
 _MIB = 1 << 20
 _PREDICTION_COLUMNS = ("kl_mean", "kl_max", "perplexity", "top1_percent")
@@ -23,14 +25,15 @@ def transformers_table(result: TransformersBaseline) -> str:
 
 def gguf_rows(result: GgufBaseline) -> list[dict[str, Any]]:
     """Return the main figures of llama.cpp, a row for each type of KV cache; None where there is none."""
+    ratios = gguf_ratios(result)
     common = {"model": result.model.name, "device": result.engine["device"], "context": result.context}
     return [
         common
         | {name: getattr(cache, name) for name in ("cache", "prompt_tokens_per_s", "tokens_per_s")}
-        | {"step_ms_low": cache.step_ms.low, "step_ms_high": cache.step_ms.high}
+        | dict(zip(("step_ms_low", "step_ms_high"), bounds_of(cache.step_ms), strict=True))
         | {name: getattr(cache, name) for name in ("kv_bytes_per_token", "stored_ratio")}
         | {name: getattr(cache.fidelity, name, None) for name in _PREDICTION_COLUMNS}
-        | {f"speedup_{bound}": getattr(result.speedups.get(cache.cache), bound, None) for bound in ("estimate", "low", "high")}
+        | {f"speedup_{bound}": getattr(ratios.get(cache.cache), bound, None) for bound in ("estimate", "low", "high")}
         for cache in result.caches
     ]
 
@@ -73,9 +76,9 @@ def gguf_table(result: GgufBaseline) -> str:
     lines += [*columns(rows), *_our_formats(result)]
     if result.bytes_not_counted:
         lines.append(f"KV bytes: not counted: {result.bytes_not_counted}")
-    for name, ratio in result.speedups.items():
-        if ratio is not None:
-            lines.append(f"decode, {name} / {result.baseline}: {with_bounds(ratio)} times as fast, {ratio.samples} pairs")
+    lines += [f"decode, {ratio_sentence(ratio)}" for ratio in gguf_ratios(result).values()]
+    if any(ms is None or not ms.is_shown for cache in caches for ms in (cache.prompt_ms, cache.step_ms)):
+        lines.append(f"tokens/s: {NO_INTERVAL}")
     if result.noise_floor:
         lines.append(f"noise floor: {with_bounds(result.noise_floor)}")
     delta = caches[0].fidelity if caches else None
@@ -111,8 +114,10 @@ def _predictions(result: TransformersBaseline) -> str:
     )
 
 
-def _rate(ms: Interval) -> str:
-    """Return an interval of a token's milliseconds as tokens per second."""
+def _rate(ms: Interval | None) -> str:
+    """Return an interval of a token's milliseconds as tokens per second; a word where too few samples make none."""
+    if ms is None or not ms.is_shown:
+        return "none"
     return f"{1e3 / ms.high:.4g}..{1e3 / ms.low:.4g}"
 
 

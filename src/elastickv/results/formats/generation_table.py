@@ -7,7 +7,9 @@ from elastickv.benchmark.stats.intervals import Interval
 from elastickv.errors import printable
 from elastickv.results.formats.html import html_paragraphs, html_table
 from elastickv.results.formats.rows import as_json, as_jsonl, csv_of, markdown_of
-from elastickv.results.kinds.model_result import CacheRecord, ModelBenchResult, RunResult, device_name
+from elastickv.results.formats.units import NO_INTERVAL, ratio_sentence, with_bounds
+from elastickv.results.kinds.model_result import ELASTIC, CacheRecord, ModelBenchResult, RunResult, device_name
+from elastickv.results.speed_ratios import model_ratios
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _COLUMNS = (
@@ -19,7 +21,7 @@ Figure = Callable[[CacheRecord], str]
 # Of a benchmark alone, which compares a step with what the memory bandwidth allows.
 _STEP: tuple[tuple[str, Figure], ...] = (
     ("ms a step", lambda c: _number(c.tokens_per_s and 1e3 * c.rows / c.tokens_per_s, 2)),
-    ("  interval", lambda c: f"{c.step_ms.low:.2f}..{c.step_ms.high:.2f}" if c.step_ms else ""),
+    ("  interval", lambda c: span_of(c.step_ms, "{:.2f}")),
     ("  floor: weights + KV, once", lambda c: _number(c.floor_ms, 2)),
     ("  x of the floor", lambda c: _number(c.of_floor, 2)),
 )
@@ -41,39 +43,48 @@ def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
-def with_bounds(figure: Interval) -> str:
-    """Return an estimate with its interval."""
-    return f"{figure.estimate:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+def bounds_of(figure: Interval | None) -> tuple[float, float] | tuple[None, None]:
+    """Return the bounds of a figure; None where too few samples make none."""
+    return (None, None) if figure is None or not figure.is_shown else (figure.low, figure.high)
 
 
-def as_html(result: ModelBenchResult) -> str:
+def span_of(figure: Interval | None, form: str) -> str:
+    """Return the bounds of a time as text; a word where too few samples make none."""
+    low, high = bounds_of(figure)
+    return "none" if low is None else f"{form.format(low)}..{form.format(high)}"
+
+
+def as_html(result: RunResult | ModelBenchResult) -> str:
     """Return the same for a notebook."""
     headers, *cells = _grid(result)
     return html_paragraphs([_heading(result)]) + html_table(headers, cells, _sentences(result))
 
 
-def rows(result: ModelBenchResult) -> list[dict[str, Any]]:
-    """Return the main figures of a model's benchmark, a row for each cache; None where there is none."""
-    options = {name: getattr(result, name) for name in ("context", "batch", "compress", "recipe", "calibrated")}
+def rows(result: RunResult | ModelBenchResult) -> list[dict[str, Any]]:
+    """Return the main figures of a model's decode, a row for each cache; None where there is none."""
+    options = {name: getattr(result, name, None) for name in ("context", "batch", "compress", "recipe", "calibrated")}
     common = {"model": result.model.name, "dtype": result.model.dtype, "device": result.device} | options
+    if isinstance(result, RunResult):
+        own = next((cache for cache in result.caches if cache.cache == ELASTIC), None)
+        common |= {"context": own.prompt_tokens, "batch": own.rows, "calibrated": own.calibrated} if own else {}
+    ratios = model_ratios(result)
     return [
         common
         | {name: getattr(cache, name) for name in _COLUMNS}
-        | {f"step_ms_{bound}": getattr(cache.step_ms, bound, None) for bound in ("low", "high")}
-        | {f"speedup_{bound}": getattr(result.speedups.get(cache.cache), bound, None) for bound in ("estimate", "low", "high")}
+        | dict(zip(("step_ms_low", "step_ms_high"), bounds_of(cache.step_ms), strict=True))
+        | {f"speedup_{bound}": getattr(ratios.get(cache.cache), bound, None) for bound in ("estimate", "low", "high")}
         for cache in result.caches
     ]
 
 
-def _markdown(result: ModelBenchResult) -> str:
+def _markdown(result: RunResult | ModelBenchResult) -> str:
     return markdown_of(rows(result))
 
 
-def _csv(result: ModelBenchResult) -> str:
+def _csv(result: RunResult | ModelBenchResult) -> str:
     return csv_of(rows(result))
 
 
-# Of a model's benchmark; what `run` writes has no steps to make rows of.
 FORMATS: dict[str, Callable[[Any], str]] = {
     "table": generation_table,
     "json": as_json,
@@ -109,16 +120,13 @@ def _grid(result: RunResult | ModelBenchResult) -> list[list[str]]:
 
 
 def _sentences(result: RunResult | ModelBenchResult) -> list[str]:
-    ratios = result.speedups if isinstance(result, ModelBenchResult) else {"stock": result.speedup}
-    lines = [
-        f"elastic / {baseline}: {with_bounds(ratio)} times as fast, {ratio.samples} pairs"
-        for baseline, ratio in ratios.items()
-        if ratio is not None
-    ]
+    lines = [ratio_sentence(ratio) for ratio in model_ratios(result).values()]
     if result.noise_floor:
         lines.append(f"noise floor: {with_bounds(result.noise_floor)}")
     if not isinstance(result, ModelBenchResult):
         return lines
+    if any(cache.step_ms is None or not cache.step_ms.is_shown for cache in result.caches):
+        lines.append(f"ms a step: {NO_INTERVAL}")
     lines += [f"beware: {flag}" for flag in result.host_flags]
     return [*lines, *(f"not run: {name}: {reason}" for name, reason in result.not_run.items())]
 

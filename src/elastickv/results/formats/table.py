@@ -10,6 +10,7 @@ from elastickv.benchmark.result import RecipeUsed, Result
 from elastickv.errors import printable
 from elastickv.results.formats.html import html_paragraphs, html_table
 from elastickv.results.formats.rows import brief
+from elastickv.results.formats.units import with_bounds
 from elastickv.results.result_metrics import listed_metrics
 
 _HEADERS = ("decode step", "ms", "CV %", "KV GB/s")
@@ -87,9 +88,9 @@ def _sentences(result: Result) -> list[str]:
     speedup, floor, roofline = result.speedup, result.noise_floor, result.roofline
     dense, elastic = roofline["dense"], roofline["elastic"]
     verdict = "" if result.faster else "; not beyond the noise floor"
-    noise = f"A/A {floor.estimate:.3f} [{floor.low:.3f}, {floor.high:.3f}]" if floor else "A/A not measured"
+    noise = f"A/A {with_bounds(floor)}" if floor else "A/A not measured"
     lines = [
-        f"speed-up {speedup.estimate:.3f}x [{speedup.low:.3f}, {speedup.high:.3f}] at 95 %; {noise}{verdict}",
+        f"speed-up {with_bounds(speedup, unit='x')}{' at 95 %' if speedup.is_shown else ''}; {noise}{verdict}",
         f"bandwidth: dense {dense.bandwidth_gbs:.1f}, elastic {elastic.bandwidth_gbs:.1f}, "
         f"read ceiling {result.ceilings['read_gbs']:.1f} GB/s; roofline score: dense {dense.score:.2f}, "
         f"elastic {elastic.score:.2f}",

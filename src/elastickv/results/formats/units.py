@@ -5,6 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from elastickv.benchmark.stats.intervals import LEAST_PAIRS, Interval
+from elastickv.results.speed_ratios import SpeedRatio
+
+NO_INTERVAL = f"no interval: fewer than {LEAST_PAIRS} pairs"
+
 _SIZES = ((1 << 30, "GiB", 2), (1 << 20, "MiB", 1), (1 << 10, "KiB", 1))
 
 
@@ -26,7 +31,7 @@ def duration(milliseconds: float | None) -> str:
 
 
 def interval(figure: Any, digits: int = 3, unit: str = "") -> str:
-    """Return an estimate with its bounds, or alone where it has none; nothing for None.
+    """Return an estimate with its bounds, or with a word where it has none; nothing for None.
 
     Parameters
     ----------
@@ -35,7 +40,22 @@ def interval(figure: Any, digits: int = 3, unit: str = "") -> str:
     if figure is None:
         return ""
     alone = f"{figure.estimate:.{digits}f}{unit}"
-    return alone if figure.low is None else f"{alone} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+    return f"{alone} (no interval)" if figure.low is None else f"{alone} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+
+
+def with_bounds(figure: Interval, digits: int = 3, unit: str = "") -> str:
+    """Return an estimate with its bounds; fewer than three pairs have none."""
+    if not figure.is_shown:
+        return f"{figure.estimate:.{digits}f}{unit} ({NO_INTERVAL})"
+    return f"{figure.estimate:.{digits}f}{unit} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+
+
+def ratio_sentence(ratio: SpeedRatio) -> str:
+    """Return how many times as fast one cache is as another, with the interval or the reason why there is none."""
+    which = f"{ratio.fast} / {ratio.slow}: {ratio.estimate:.3f}"
+    if ratio.low is None:
+        return f"{which} times as fast, {NO_INTERVAL}"
+    return f"{which} [{ratio.low:.3f}, {ratio.high:.3f}] times as fast, {ratio.samples} pairs"
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, str]:

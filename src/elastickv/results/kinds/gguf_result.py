@@ -32,15 +32,15 @@ class KvCache:
     """One KV cache type of llama.cpp.
 
     Speeds are those of the mean sample; `prompt_ms` and `step_ms` are means of a token with their intervals, and
-    `prompt_s` and `decode_s` the samples: seconds of the whole prompt, and of all decodes after it. Bytes are of one token
-    in all layers; null where `bytes_not_counted` says why.
+    `prompt_s` and `decode_s` the samples: seconds of the whole prompt, and of all decodes after it. Fewer than three samples
+    make no interval: null. Bytes are of one token in all layers; null where `bytes_not_counted` says why.
     """
 
     cache: str
     prompt_tokens_per_s: Positive
-    prompt_ms: Annotated[Interval, POSITIVE]
+    prompt_ms: Annotated[Interval | None, POSITIVE]
     tokens_per_s: Positive
-    step_ms: Annotated[Interval, POSITIVE]
+    step_ms: Annotated[Interval | None, POSITIVE]
     kv_bytes_per_token: Positive | None
     stored_ratio: Positive | None
     fidelity: QualityDelta | None

@@ -10,6 +10,8 @@ from elastickv.errors import UsageError
 
 MODEL_BENCH_KIND = "elastickv-model-bench"
 MODEL_BENCH_VERSION = 1
+RUN_KIND = "elastickv-run"
+RUN_VERSION = 1
 ELASTIC = "elastic"
 _ELASTIC, _BENCH, _OPTIONAL = optional("recipes"), optional("step_s"), optional()
 
@@ -127,9 +129,15 @@ class RunResult:
 
         Raises
         ------
-        UsageError : naming the key that is missing, of another type or out of range.
+        UsageError : naming the key that is missing, of another type or out of range, or another version.
         """
+        check_version(value, RUN_VERSION, source)
         return from_dict(cls, value, source)
+
+    @property
+    def device(self) -> str:
+        """What it ran on."""
+        return device_name(self.model, self.environment)
 
 
 @dataclass(frozen=True)
