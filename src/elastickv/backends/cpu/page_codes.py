@@ -15,7 +15,6 @@ from elastickv.backends.cpu.elements import (
     bf16_towards,
     bf16_value,
     cold_page,
-    e4m3_bits,
     exact_page,
     fp16_towards,
     fp16_value,
@@ -38,8 +37,17 @@ from elastickv.backends.cpu.intrinsics import (
     store_i64,
     store_u16,
 )
+from elastickv.backends.cpu.quantizers import (
+    eight_keys_int4,
+    eight_values_int4,
+    keys_int8,
+    page_fp8,
+    range_of_keys,
+    range_of_values,
+    values_int8,
+)
 from elastickv.kvcache.attention import Float64
-from elastickv.kvcache.quantize import CODECS, E4M3_VALUES, FP8_MAX, INT4_LEVELS, INT8_LEVELS
+from elastickv.kvcache.quantize import CODECS, E4M3_VALUES, INT4_LEVELS, INT8_LEVELS
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import FORMATS, PAGE_TOKENS
 from elastickv.recipe.formats import FLOAT16_MAX, ScaleLayout
@@ -54,9 +62,9 @@ VALUE_GROUP, STATE_BASE = int(_F.VALUE_GROUP), int(_F.STATE_BASE)
 BOUNDS_BASE, BOUNDS_HEAD_BYTES = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES)
 BEYOND = 8 * int(layout.State.BEYOND_POSITION)
 STATE_BYTES = 8 * layout.STATE_WORDS
-ZERO, LARGE = np.float32(0), np.float32(np.inf)
-LEVELS_8, LEVELS_4 = np.float32(INT8_LEVELS), np.float32(INT4_LEVELS)
-MAX_FP8, MAX_FP16 = np.float32(FP8_MAX), np.float32(FLOAT16_MAX)
+ZERO = np.float32(0)
+LEVELS_8, LEVELS_4, MAX_FP16 = np.float32(INT8_LEVELS), np.float32(INT4_LEVELS), np.float32(FLOAT16_MAX)
+EIGHT = 8  # rows of int4 that are interleaved
 
 
 @njit(error_model="numpy")
@@ -111,80 +119,75 @@ def _row(exact, source, token, fmt, target, slot, scales, dim, is_value):  # typ
 
 
 @njit(error_model="numpy")
-def _page_fp8(exact, source, target, scales, dim, is_value):  # type: ignore[no-untyped-def]
-    peak = ZERO
-    for d in range(dim):
-        for token in range(PAGE_TOKENS):
-            peak = max(peak, abs(_element(exact, source, dim, token, d, is_value)))
-    power = (float_bits(peak / MAX_FP8) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
-    store_u16(scales, np.uint16(power >> np.uint32(16)))
-    divisor = float_from_bits(power)
-    for d in range(dim):
-        for token in range(PAGE_TOKENS):
-            x = _element(exact, source, dim, token, d, is_value)
-            where = target + (value_offset(FP8, dim, token, d) if is_value else key_offset(FP8, token, d))
-            store_i8(where, np.int8(e4m3_bits(x / divisor if divisor > ZERO else ZERO)))
+def _ends(ends):  # type: ignore[no-untyped-def]
+    """Return the least and the greatest number of `quantizers.range_of_keys`."""
+    return float_from_bits(np.uint32(ends & 0xFFFFFFFF)), float_from_bits(np.uint32((ends >> 32) & 0xFFFFFFFF))
 
 
 @njit(error_model="numpy")
-def _code(x, scale, zero):  # type: ignore[no-untyped-def]
-    """Return the int4 code of x: 0 if the scale is 0 or the result is not finite."""
-    if not scale > ZERO:
-        return 0
-    steps = (x - zero) / scale
-    return np.int64(whole(min(steps, LEVELS_4))) if steps > ZERO else 0
-
-
-@njit(error_model="numpy")
-def _put_code(where, number, code):  # type: ignore[no-untyped-def]
-    """Put the code of element `number` of eight into its 16-bit word; the first in a word clears it."""
-    nibble = number // 2
-    before = np.int64(load_u16(where)) if nibble > 0 else 0
-    store_u16(where, np.uint16(before | code << (4 * nibble)))
+def _first_beyond(exact, source, dim):  # type: ignore[no-untyped-def]
+    """Return the first token of K's page beyond what halves hold."""
+    for token in range(PAGE_TOKENS):
+        for d in range(dim):
+            if abs(get(exact, source + key_offset(exact, token, d))) > MAX_FP16:
+                return token
+    return PAGE_TOKENS
 
 
 @njit(error_model="numpy")
 def _keys_int4(exact, source, target, bounds, dim):  # type: ignore[no-untyped-def]
     """Store K's page, a half scale and zero for each channel. Return the first token beyond what halves hold, or -1."""
-    beyond = PAGE_TOKENS
+    beyond = False
     for d in range(dim):
-        least, greatest = LARGE, -LARGE
-        for token in range(PAGE_TOKENS):
-            x = get(exact, source + key_offset(exact, token, d))
-            least, greatest = min(least, x), max(greatest, x)
-            if abs(x) > MAX_FP16 and token < beyond:
-                beyond = token
+        least, greatest = _ends(range_of_keys(exact, source, dim, d, 0, PAGE_TOKENS))
+        beyond |= greatest > MAX_FP16 or least < -MAX_FP16
         zero_bits = fp16_towards(least, False)
-        zero = fp16_value(zero_bits)
-        scale_bits = fp16_towards((greatest - zero) / LEVELS_4, True)
-        scale = fp16_value(scale_bits)
+        scale_bits = fp16_towards((greatest - fp16_value(zero_bits)) / LEVELS_4, True)
         store_u16(bounds + 2 * d, scale_bits)
         store_u16(bounds + 2 * (dim + d), zero_bits)
-        for token in range(PAGE_TOKENS):
-            x = get(exact, source + key_offset(exact, token, d))
-            _put_code(target + key_offset(INT4, token, d), d % 8, _code(x, scale, zero))
-    return beyond if beyond < PAGE_TOKENS else -1
+    for d in range(0, dim, EIGHT):
+        scales = bounds + 2 * d
+        codes = target + d * PAGE_TOKENS // 2
+        eight_keys_int4(exact, source, dim, d, 0, PAGE_TOKENS, scales, scales + 2 * dim, codes)
+    return _first_beyond(exact, source, dim) if beyond else -1
 
 
 @njit(error_model="numpy")
 def _values_int4(exact, source, target, scales, dim, group):  # type: ignore[no-untyped-def]
     """Store V's page, a bfloat16 scale and zero for each token and group of channels."""
-    for token in range(PAGE_TOKENS):
-        for start in range(0, dim, group):
-            least, greatest = LARGE, -LARGE
-            for d in range(start, start + group):
-                x = get(exact, source + value_offset(exact, dim, token, d))
-                least, greatest = min(least, x), max(greatest, x)
+    for start in range(0, dim, group):
+        where = scales + start // group * 4 * PAGE_TOKENS
+        for token in range(PAGE_TOKENS):
+            least, greatest = _ends(range_of_values(exact, source, dim, token, start, group))
             zero_bits = bf16_towards(least, False)
-            zero = bf16_value(zero_bits)
-            scale_bits = bf16_towards((greatest - zero) / LEVELS_4, True)
-            scale = bf16_value(scale_bits)
-            where = scales + start // group * 4 * PAGE_TOKENS + 2 * token
-            store_u16(where, scale_bits)
-            store_u16(where + 2 * PAGE_TOKENS, zero_bits)
-            for d in range(start, start + group):
-                x = get(exact, source + value_offset(exact, dim, token, d))
-                _put_code(target + value_offset(INT4, group, token, d), token % 8, _code(x, scale, zero))
+            scale_bits = bf16_towards((greatest - bf16_value(zero_bits)) / LEVELS_4, True)
+            store_u16(where + 2 * token, scale_bits)
+            store_u16(where + 2 * (PAGE_TOKENS + token), zero_bits)
+        for column in range(0, group, COLUMNS):
+            columns, first = min(COLUMNS, group - column), start + column
+            for token in range(0, PAGE_TOKENS, EIGHT):
+                at, codes = where + 2 * token, target + (first * PAGE_TOKENS + token * columns) // 2
+                eight_values_int4(exact, source, dim, token, first, columns, at, at + 2 * PAGE_TOKENS, codes)
+
+
+@njit(error_model="numpy")
+def _quantize_plane(c, head, page, fmt, source, target, scales, is_value):  # type: ignore[no-untyped-def]
+    """Store the retained rows of K or V of a page in a format other than int4."""
+    exact, dim = c[EXACT_FORMAT], c[DIM]
+    if fmt == FP8:
+        page_fp8(exact, source, dim, target, scales)
+    elif fmt == INT8 and c[STRIDE] == 1:
+        if is_value:
+            values_int8(exact, source, dim, target, scales)
+        else:
+            keys_int8(exact, source, dim, target, scales)
+    else:
+        for token in range(PAGE_TOKENS):
+            cold = page * PAGE_TOKENS + token
+            if cold % c[STRIDE] == 0:
+                number = cold // c[STRIDE]
+                shift = cold_page(c, head, number // PAGE_TOKENS) - cold_page(c, head, page)
+                _row(exact, source, token, fmt, target + shift, number % PAGE_TOKENS, scales + shift, dim, is_value)
 
 
 @njit(error_model="numpy")
@@ -203,22 +206,12 @@ def quantize_page(c, head, page):  # type: ignore[no-untyped-def]
         state = c[STATE_BASE] + head * STATE_BYTES
         if beyond >= 0 and load_i64(state + BEYOND) < 0:
             store_i64(state + BEYOND, c[SINKS] + page * PAGE_TOKENS + beyond)
+    else:
+        _quantize_plane(c, head, page, key, source, target, key_scales, False)
     if value == INT4:
         _values_int4(exact, values, target_values, value_scales, dim, group)
-    for plane in range(2):
-        fmt, start, out, scales = key, source, target, key_scales
-        if plane == 1:
-            fmt, start, out, scales = value, values, target_values, value_scales
-        if fmt == FP8:
-            _page_fp8(exact, start, out, scales, dim, plane == 1)
-        if fmt in (FP8, INT4):
-            continue
-        for token in range(PAGE_TOKENS):
-            cold = page * PAGE_TOKENS + token
-            if cold % c[STRIDE] == 0:
-                number = cold // c[STRIDE]
-                shift = cold_page(c, head, number // PAGE_TOKENS) - target
-                _row(exact, start, token, fmt, out + shift, number % PAGE_TOKENS, scales + shift, dim, plane == 1)
+    else:
+        _quantize_plane(c, head, page, value, values, target_values, value_scales, True)
 
 
 @njit(error_model="numpy")

@@ -4,8 +4,8 @@ from numba import cfunc
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import cold_tokens, exact_page, plane_bytes, put
-from elastickv.backends.cpu.intrinsics import load_f32, load_i64, store_i64, words
-from elastickv.backends.cpu.page_codes import key_offset, quantize_page, value_offset
+from elastickv.backends.cpu.intrinsics import COLUMNS, load_f32, load_i64, store_i64, words
+from elastickv.backends.cpu.page_codes import quantize_page
 from elastickv.recipe import PAGE_TOKENS
 
 DIM, EXACT_FORMAT, STATE_BASE = (
@@ -23,11 +23,15 @@ def append_token(descriptor, head, keys, values):  # type: ignore[no-untyped-def
     position = load_i64(state + LENGTH)
     fmt, dim = c[EXACT_FORMAT], c[DIM]
     page, token = exact_page(c, head, position)
-    values_start = page + plane_bytes(fmt, dim)
+    element = plane_bytes(fmt, 1) // PAGE_TOKENS
     finite = True
     for d in range(dim):
-        finite &= put(fmt, page + key_offset(fmt, token, d), load_f32(keys + 4 * d))
-        finite &= put(fmt, values_start + value_offset(fmt, dim, token, d), load_f32(values + 4 * d))
+        finite &= put(fmt, page + (d * PAGE_TOKENS + token) * element, load_f32(keys + 4 * d))
+    for start in range(0, dim, COLUMNS):
+        columns = min(COLUMNS, dim - start)
+        row = page + plane_bytes(fmt, dim + start) + token * columns * element
+        for column in range(columns):
+            finite &= put(fmt, row + column * element, load_f32(values + 4 * (start + column)))
     if not finite and load_i64(state + BAD) < 0:
         store_i64(state + BAD, position)
     store_i64(state + LENGTH, position + 1)
