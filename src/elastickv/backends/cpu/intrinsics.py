@@ -11,12 +11,14 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from elastickv.recipe.formats import FORMATS
 
+# A function that kernels call: nothing calls it from Python or C.
+inlined = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 FORMAT_CODES = {f.name: f.cpu_id for f in FORMATS.values() if f.cpu_id is not None}
 FP32, FP16, BF16 = (FORMAT_CODES[name] for name in ("fp32", "fp16", "bf16"))
 FLOAT_BYTES = 4
@@ -96,7 +98,7 @@ def widen_bf16(builder: ir.IRBuilder, bits: Any) -> Any:
 
 
 def widen_fp16(builder: ir.IRBuilder, bits: Any) -> Any:
-    """Return the float32 values of a vector of halves; without F16C a multiplication normalizes what moving the exponent leaves."""
+    """Return the float32 values of halves; without F16C by moving the exponent, which a multiplication normalizes."""
     lanes = bits.type.count
     numbers, integers = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
     if _HALF_IN_HARDWARE:

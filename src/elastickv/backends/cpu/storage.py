@@ -1,21 +1,19 @@
-"""Appends a token to the ring of exact pages, and quantizes the page that leaves the window. `layout` describes both."""
-
-from numba import cfunc
+"""Appends a token to the ring of exact pages, and has the page that leaves the window quantized. `layout` describes both."""
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import cold_tokens, exact_page, plane_bytes, put
-from elastickv.backends.cpu.intrinsics import COLUMNS, load_f32, load_i64, store_i64, words
-from elastickv.backends.cpu.page_codes import quantize_page
+from elastickv.backends.cpu.intrinsics import COLUMNS, invoke_4, load_f32, load_i64, store_i64, words
+from elastickv.backends.cpu.numba_cache import kernel
 from elastickv.recipe import PAGE_TOKENS
 
-DIM, EXACT_FORMAT, STATE_BASE = (
-    int(f) for f in (layout.BufferField.DIM, layout.BufferField.EXACT_FORMAT, layout.BufferField.STATE_BASE)
-)
+_F = layout.BufferField
+DIM, EXACT_FORMAT, STATE_BASE = int(_F.DIM), int(_F.EXACT_FORMAT), int(_F.STATE_BASE)
+QUANTIZE_KEYS, QUANTIZE_VALUES = int(_F.QUANTIZE_KEYS), int(_F.QUANTIZE_VALUES)
 LENGTH, BAD = 8 * int(layout.State.LENGTH), 8 * int(layout.State.BAD_POSITION)
 STATE_BYTES = 8 * layout.STATE_WORDS
 
 
-@cfunc("void(int64, int64, int64, int64)", cache=True, error_model="numpy")
+@kernel("void(int64, int64, int64, int64)")
 def append_token(descriptor, head, keys, values):  # type: ignore[no-untyped-def]
     """Append the key and value (addresses of float32 rows) of one token to a (sequence, KV head)."""
     c = words(descriptor)
@@ -37,4 +35,5 @@ def append_token(descriptor, head, keys, values):  # type: ignore[no-untyped-def
     store_i64(state + LENGTH, position + 1)
     before, after = cold_tokens(c, position), cold_tokens(c, position + 1)
     if after > before:
-        quantize_page(c, head, before // PAGE_TOKENS)
+        invoke_4(c[QUANTIZE_KEYS], descriptor, head, before // PAGE_TOKENS, 0)
+        invoke_4(c[QUANTIZE_VALUES], descriptor, head, before // PAGE_TOKENS, 1)

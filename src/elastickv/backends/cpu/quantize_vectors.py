@@ -32,7 +32,6 @@ from elastickv.backends.cpu.intrinsics import (
     widen_bf16,
     widen_fp16,
 )
-from elastickv.kvcache.quantize import FP8_MAX, INT4_LEVELS, INT8_LEVELS
 from elastickv.recipe import PAGE_TOKENS
 
 UNIT = 8
@@ -48,7 +47,7 @@ def _every(value: int) -> Any:
 
 
 @dataclass(frozen=True)
-class _Plane:
+class _ExactPlane:
     """K or V of an exact page: `code` is its format, known when the kernel runs."""
 
     builder: ir.IRBuilder
@@ -115,35 +114,35 @@ def _interleaved(builder: ir.IRBuilder, first: Any, second: Any) -> Any:
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, 2 * UNIT), order))
 
 
-def _scale_int8(builder: ir.IRBuilder, peak: Any) -> tuple[Any, Any]:
-    """Return the bfloat16 bits of peaks / 127 rounded up, and the scales as float32."""
-    step = builder.fdiv(peak, constant(float(INT8_LEVELS), UNIT))
+def _symmetric_scales(builder: ir.IRBuilder, peak: Any, levels: Any) -> tuple[Any, Any]:
+    """Return the bfloat16 bits of peaks / levels rounded up, and the scales as float32."""
+    step = builder.fdiv(peak, splat(builder, levels, UNIT))
     bits = builder.lshr(builder.add(builder.bitcast(step, WORDS), _every(0xFFFF)), _every(16))
     return builder.trunc(bits, SHORTS), builder.bitcast(builder.shl(bits, _every(16)), NUMBERS)
 
 
-def _code_int8(builder: ir.IRBuilder, x: Any, divisor: Any) -> Any:
+def _symmetric_codes(builder: ir.IRBuilder, x: Any, divisor: Any) -> Any:
     codes = _rounded(builder, builder.fdiv(x, divisor), BYTES)
     return builder.select(builder.fcmp_ordered(">", divisor, constant(0.0, UNIT)), codes, ir.Constant(BYTES, [0] * UNIT))
 
 
-def _keys_int8(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target: Any, scales: Any) -> None:
-    plane = _Plane(builder, code, source, dim, False)
+def _symmetric_keys(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target: Any, scales: Any, levels: Any) -> None:
+    plane = _ExactPlane(builder, code, source, dim, False)
     with loop(builder, I64(PAGE_TOKENS // UNIT), []) as (unit, _, _):
         token = builder.mul(unit, I64(UNIT))
         with loop(builder, dim, [constant(0.0, UNIT)]) as (d, peaks, final):
             peaks[0] = larger(builder, _size(builder, plane.unit(d, token)), peaks[0])
-        bits, divisor = _scale_int8(builder, final[0])
+        bits, divisor = _symmetric_scales(builder, final[0], levels)
         store(builder, bits, scales, builder.mul(token, I64(2)))
         with loop(builder, builder.sdiv(dim, I64(2)), []) as (pair, _, _):
             d = builder.mul(pair, I64(2))
-            even, odd = (_code_int8(builder, plane.unit(builder.add(d, I64(i)), token), divisor) for i in (0, 1))
+            even, odd = (_symmetric_codes(builder, plane.unit(builder.add(d, I64(i)), token), divisor) for i in (0, 1))
             where = builder.mul(builder.add(builder.mul(pair, I64(PAGE_TOKENS)), token), I64(2))
             store(builder, _interleaved(builder, even, odd), target, where)
 
 
-def _values_int8(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target: Any, scales: Any) -> None:
-    plane, units = _Plane(builder, code, source, dim, True), builder.sdiv(dim, I64(UNIT))
+def _symmetric_values(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target: Any, scales: Any, levels: Any) -> None:
+    plane, units = _ExactPlane(builder, code, source, dim, True), builder.sdiv(dim, I64(UNIT))
     with loop(builder, I64(PAGE_TOKENS // 2), []) as (pair, _, _):
         tokens, divisors = [builder.add(builder.mul(pair, I64(2)), I64(i)) for i in (0, 1)], []
         for token in tokens:
@@ -151,26 +150,28 @@ def _values_int8(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target
                 x = plane.unit(token, builder.mul(unit, I64(UNIT)))
                 peaks[0] = larger(builder, _size(builder, x), peaks[0])
             peak = reduce(builder, final[0], lambda a, b: larger(builder, a, b))
-            bits, divisor = _scale_int8(builder, splat(builder, peak, UNIT))
+            bits, divisor = _symmetric_scales(builder, splat(builder, peak, UNIT), levels)
             store(builder, builder.extract_element(bits, I32(0)), scales, builder.mul(token, I64(2)))
             divisors.append(divisor)
         with loop(builder, units, []) as (unit, _, _):
             d = builder.mul(unit, I64(UNIT))
             start, columns = chunk(builder, dim, d)
-            even, odd = (_code_int8(builder, plane.unit(token, d), by) for token, by in zip(tokens, divisors, strict=True))
+            rows = zip(tokens, divisors, strict=True)
+            even, odd = (_symmetric_codes(builder, plane.unit(token, d), divisor) for token, divisor in rows)
             within = builder.add(builder.mul(pair, columns), builder.sub(d, start))
             where = builder.add(builder.mul(start, I64(PAGE_TOKENS)), builder.mul(within, I64(2)))
             store(builder, _interleaved(builder, even, odd), target, where)
 
 
-# (exact format, plane, head_dim, codes, scales): K and V of a page in int8.
-keys_int8 = addressed(5, types.void, _keys_int8)
-values_int8 = addressed(5, types.void, _values_int8)
+# (exact format, plane, head_dim, codes, scales, levels): K and V of a page in 8 bits, from -levels to levels, with a bfloat16
+# scale for each token.
+symmetric_keys = addressed(5, types.void, _symmetric_keys, floats=1)
+symmetric_values = addressed(5, types.void, _symmetric_values, floats=1)
 
 
 def _range(is_value: bool) -> Callable[..., Any]:
     def body(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, row: Any, first: Any, columns: Any) -> Any:
-        plane = _Plane(builder, code, source, dim, is_value)
+        plane = _ExactPlane(builder, code, source, dim, is_value)
         starts = [constant(INFINITY, UNIT), constant(-INFINITY, UNIT)]
         with loop(builder, builder.sdiv(columns, I64(UNIT)), starts) as (unit, ends, final):
             x = plane.unit(row, builder.add(first, builder.mul(unit, I64(UNIT))))
@@ -188,8 +189,7 @@ range_of_keys = addressed(6, types.int64, _range(False))
 range_of_values = addressed(6, types.int64, _range(True))
 
 
-def _code_int4(builder: ir.IRBuilder, x: Any, scale: Any, zero: Any) -> Any:
-    most = constant(float(INT4_LEVELS), UNIT)
+def _affine_codes(builder: ir.IRBuilder, x: Any, scale: Any, zero: Any, most: Any) -> Any:
     steps = builder.fdiv(builder.fsub(x, splat(builder, zero, UNIT)), splat(builder, scale, UNIT))
     codes = _rounded(builder, builder.select(builder.fcmp_ordered("<", most, steps), most, steps), SHORTS)
     usable = splat(builder, builder.fcmp_ordered(">", scale, F32(0.0)), UNIT)
@@ -211,8 +211,9 @@ def _eight_rows(is_value: bool) -> Callable[..., None]:
         scales: Any,
         zeros: Any,
         target: Any,
+        levels: Any,
     ) -> None:
-        plane = _Plane(builder, code, source, dim, is_value)
+        plane, most = _ExactPlane(builder, code, source, dim, is_value), splat(builder, levels, UNIT)
         wide = [widen(builder, load(builder, address, SHORTS)) for address in (scales, zeros)]
         with loop(builder, builder.sdiv(columns, I64(UNIT)), []) as (unit, _, _):
             after = builder.mul(unit, I64(UNIT))
@@ -220,22 +221,23 @@ def _eight_rows(is_value: bool) -> Callable[..., None]:
             for number in range(UNIT):
                 scale, zero = (builder.extract_element(plane_of, I32(number)) for plane_of in wide)
                 x = plane.unit(builder.add(row, I64(number)), builder.add(first, after))
-                nibble = builder.shl(_code_int4(builder, x, scale, zero), ir.Constant(SHORTS, [4 * (number // 2)] * UNIT))
+                shift = ir.Constant(SHORTS, [4 * (number // 2)] * UNIT)
+                nibble = builder.shl(_affine_codes(builder, x, scale, zero, most), shift)
                 words[number % 2] = builder.or_(words[number % 2], nibble)
             store(builder, _interleaved(builder, *words), target, builder.mul(after, I64(4)))
 
     return body
 
 
-# (exact format, plane, head_dim, first row, first column, columns, scales, zeros, codes): eight rows in int4, each with a scale
-# and a zero, 16 bits wide: halves for K, bfloat16 for V.
-eight_keys_int4 = addressed(9, types.void, _eight_rows(False))
-eight_values_int4 = addressed(9, types.void, _eight_rows(True))
+# (exact format, plane, head_dim, first row, first column, columns, scales, zeros, codes, levels): eight rows in 4 bits, from 0
+# to levels, each with a scale and a zero of 16 bits: halves for K, bfloat16 for V.
+eight_keys = addressed(9, types.void, _eight_rows(False), floats=1)
+eight_values = addressed(9, types.void, _eight_rows(True), floats=1)
 
 
-def _e4m3(builder: ir.IRBuilder, x: Any) -> Any:
-    """Return the bits of float8 e4m3, ties to even; too large becomes 448."""
-    bits, most = builder.bitcast(x, WORDS), constant(FP8_MAX, UNIT)
+def _e4m3(builder: ir.IRBuilder, x: Any, most: Any) -> Any:
+    """Return the bits of float8 e4m3, ties to even; larger numbers become `most`."""
+    bits = builder.bitcast(x, WORDS)
     size = _size(builder, x)
     magnitude = _smaller(builder, size, most)
     small = builder.and_(
@@ -256,14 +258,14 @@ def _e4m3(builder: ir.IRBuilder, x: Any) -> Any:
     return builder.trunc(builder.or_(sign, code), BYTES)
 
 
-def _page_fp8(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target: Any, scales: Any) -> None:
-    plane = _Plane(builder, code, source, dim, False)
+def _float_page(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target: Any, scales: Any, most: Any) -> None:
+    plane = _ExactPlane(builder, code, source, dim, False)
     units = builder.mul(dim, I64(PAGE_TOKENS // UNIT))
     with loop(builder, units, [constant(0.0, UNIT)]) as (unit, peaks, final):
         x = plane.numbers(builder.mul(unit, I64(UNIT)))
         peaks[0] = larger(builder, _size(builder, x), peaks[0])
     peak = reduce(builder, final[0], lambda a, b: larger(builder, a, b))
-    step = builder.bitcast(builder.fdiv(peak, F32(FP8_MAX)), I32)
+    step = builder.bitcast(builder.fdiv(peak, most), I32)
     power = builder.and_(builder.add(step, I32(0x7FFFFF)), I32(0x7F800000))
     store(builder, builder.trunc(builder.lshr(power, I32(16)), I16), scales)
     divisor = splat(builder, builder.bitcast(power, F32), UNIT)
@@ -272,8 +274,9 @@ def _page_fp8(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target: A
         index = builder.mul(unit, I64(UNIT))
         scaled = builder.fdiv(plane.numbers(index), divisor)
         scaled = builder.select(used, scaled, constant(0.0, UNIT))
-        store(builder, _e4m3(builder, scaled), target, index)
+        store(builder, _e4m3(builder, scaled, splat(builder, most, UNIT)), target, index)
 
 
-# (exact format, plane, head_dim, codes, scale): K or V of a page in fp8; codes are in the order of the exact numbers.
-page_fp8 = addressed(5, types.void, _page_fp8)
+# (exact format, plane, head_dim, codes, scale, largest): K or V of a page in float8 e4m3, in the order of the exact numbers,
+# with a power of two as its bfloat16 scale.
+float_page = addressed(5, types.void, _float_page, floats=1)
