@@ -65,9 +65,9 @@ def cycle_ms(rounds: int) -> dict[str, Any]:
     return {"device": asdict(backend.device), "times": times}
 
 
-def measured(folder: str, task: str, cache: str) -> Any:
+def measured(folder: str, task: str, cache: str, **variables: str) -> Any:
     """Run a task of this script with the package in `folder` and return what it prints."""
-    environment = os.environ | {"PYTHONPATH": str(Path(folder).resolve()), "ELASTICKV_CACHE_DIR": cache}
+    environment = os.environ | variables | {"PYTHONPATH": str(Path(folder).resolve()), "ELASTICKV_CACHE_DIR": cache}
     done = subprocess.run([sys.executable, __file__, task], env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="+", metavar="NAME=FOLDER", help="versions: a name and a folder with the package")
     parser.add_argument("--processes", type=int, default=3, help="of each version")
     parser.add_argument("--rounds", type=int, default=8, help="cycles of each process")
+    parser.add_argument("--threads", default="1", help="of the cycles: more wait for each other where others use the machine")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     folders = dict(source.split("=", 1) for source in options.sources)
@@ -103,11 +104,11 @@ def main() -> None:
         for name, folder in folders.items():
             cache = str(Path(compiled, name))
             starts[name] = {state: measured(folder, "first", cache) for state in ("empty_cache", "full_cache")}
-            measured(folder, "1", cache)  # compiles the other recipes' kernels
+            measured(folder, "1", cache, NUMBA_NUM_THREADS=options.threads)  # compiles the other recipes' kernels
         for _ in range(options.processes):
             for name, folder in folders.items():
                 print(f"{name} ...", file=sys.stderr)
-                one = measured(folder, str(options.rounds), str(Path(compiled, name)))
+                one = measured(folder, str(options.rounds), str(Path(compiled, name)), NUMBA_NUM_THREADS=options.threads)
                 device = one["device"]
                 for text, rounds in one["times"].items():
                     times[name][text] += rounds

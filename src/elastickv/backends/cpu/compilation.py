@@ -55,7 +55,7 @@ def compile_kernels(kernels: Sequence[Kernel], report: PhaseReporter | None) -> 
     missing = [kernel for kernel in kernels if not kernel.is_compiled()]
     if not missing:
         return
-    own, *others = shares(missing, min(threads.count(), MOST_PROCESSES))
+    own, *others = shares(missing, min(threads.count(), MOST_PROCESSES) if _runs_modules() else 1)
     if report is not None:
         report.phase("compiling CPU kernels, once on this machine")
     total = sum(map(_tenths, missing))
@@ -80,6 +80,11 @@ def shares(kernels: Sequence[Kernel], processes: int) -> list[list[Kernel]]:
         parts[least].append(kernel)
         loads[least] += _seconds(kernel)
     return [parts[0], *filter(None, parts[1:])]
+
+
+def _runs_modules() -> bool:
+    """Return whether `sys.executable` is Python: a program that embeds Python names itself there."""
+    return bool(sys.executable) and Path(sys.executable).stem.lower().startswith(("python", "pypy"))
 
 
 def _seconds(kernel: Kernel) -> float:

@@ -1,5 +1,6 @@
 """Numba's compiled code of this folder on disk, and the error if a kernel does not compile."""
 
+import gc
 import hashlib
 import linecache
 import pickle
@@ -105,6 +106,18 @@ def cache_kernels_on_disk(name: str | None = None) -> Iterator[None]:
                 user.FunctionCache = function_cache
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let Python's garbage collector rest: a compiler makes a million objects that live until it is done."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Kernel:
     """A function that compiled code calls by its address. It is compiled on first use, or its code is read from disk."""
 
@@ -120,7 +133,7 @@ class Kernel:
         ------
         CompileFailure : if it does not compile.
         """
-        with cache_kernels_on_disk(self.name.replace(".", ".py:")):
+        with cache_kernels_on_disk(self.name.replace(".", ".py:")), _without_collections():
             self._callback.compile()
         return int(self._callback.address)
 
