@@ -78,9 +78,10 @@ def key_offset(fmt, token, d):  # type: ignore[no-untyped-def]
 @inlined
 def value_offset(fmt, group, token, d):  # type: ignore[no-untyped-def]
     """Return the bytes from V's start to element `d` of the value of token `token`, in groups of `group` channels."""
-    column = d % group % COLUMNS
+    within = d if d < group else d % group  # a division takes longer than the rest
+    column = within % COLUMNS
     chunk = d - column
-    columns = min(COLUMNS, group - chunk % group)
+    columns = min(COLUMNS, group - within + column)
     start = plane_bytes(fmt, chunk)
     if fmt == INT4:
         return start + (token // 8 * columns + column) * 4 + token % 2 * 2
