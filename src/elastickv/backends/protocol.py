@@ -81,6 +81,16 @@ class Program(Protocol):
         """Return, for each cache, the (batch, query_heads, head_dim) outputs of the last launch's last step on it."""
 
 
+class PhaseReporter(Protocol):
+    """Shows what a backend does before it can run."""
+
+    def phase(self, name: str) -> None:
+        """Begin a phase."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Show that `done` of `total` steps of the phase are done."""
+
+
 class DeviceMemory(Protocol):
     """A device allocation, freed with the object.
 

@@ -42,7 +42,7 @@ def run(options: Options, reporter: Reporter | None = None) -> Result:
 def _run(options: Options, report: Reporter) -> Result:
     sample = load_sample(options.input)
     check_range(sample, options.dtype)
-    backend, skip_reason = load(options.backend, options.device)
+    backend, skip_reason = load(options.backend, options.device, report=report)
     recipe = options.resolved_recipe
     layers = check_memory(backend, options, recipe)
     here = environment()

@@ -6,6 +6,7 @@ from elastickv.benchmark.result import Result
 from elastickv.html_report.charts.detail_charts import latency_chart
 from elastickv.html_report.charts.speed_charts import roofline_charts, speedup_charts
 from elastickv.html_report.charts.time_charts import time_charts
+from elastickv.html_report.charts.token_charts import token_chart
 from elastickv.html_report.content import Section, tables
 from elastickv.html_report.headline import best_model, best_step
 from elastickv.html_report.report_data import ReportData, Step
@@ -68,6 +69,13 @@ def latency(data: ReportData) -> Section:
     if step is not None:
         title = f"Token of the inference cycle: {step.what}"
         charts.append(latency_chart("latency-token", title, step.token_ms, "per token through all layers"))
+        cycle = (
+            step.result.inference_cycle.raw_token_latencies_ms
+            if isinstance(step.result, Result) and step.result.inference_cycle
+            else {}
+        )
+        if min((len(tokens) for rounds in cycle.values() for tokens in rounds), default=0) > 1:
+            charts.append(token_chart("latency-by-token", f"Each token of the inference cycle: {step.what}", cycle))
     models = [model for model in data.models if any(len(cache.token_ms) > 1 for cache in model.caches)]
     if models:
         model = best_model(models)

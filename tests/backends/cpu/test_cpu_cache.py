@@ -302,3 +302,25 @@ def test_decoding_a_cache_of_zeros_gives_zeros(text: str, backend: Backend, driv
     assert not output.any()
     assert np.allclose(lse, np.log(300))
     assert np.array_equal(output, Oracle(cache).decode(driver.queries(cache))[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("int8", ["quantize_int8", "quantize_int8"]),
+        ("k=int8,v=int4", ["quantize_int8", "quantize_values_int4"]),
+        ("k=int4,v=fp8", ["quantize_keys_int4", "quantize_fp8"]),
+        ("int8,stride=3", ["store_rows", "store_rows"]),
+        ("k=bf16,v=int4", ["store_rows", "quantize_values_int4"]),
+    ],
+)
+def test_a_page_goes_to_the_vector_quantizers_of_its_formats(text: str, names: list[str], backend: Backend) -> None:
+    from elastickv.backends.cpu import page_codes
+    from elastickv.backends.cpu.layout import BufferField
+
+    recipe = Recipe.parse(text)
+    kernels = page_codes.quantizers(recipe, "bf16")
+    assert [kernel.name for kernel in kernels] == [f"page_codes.{name}" for name in names]
+    cache = backend.cache(AttentionShape(1, 1, 1, 64), 100, "bf16", recipe)
+    used = cache.descriptor[[BufferField.QUANTIZE_KEYS, BufferField.QUANTIZE_VALUES]]
+    assert used.tolist() == [kernel.address for kernel in kernels]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import elastickv
-from elastickv.backends.cpu import numba_cache, threads
+from elastickv.backends.cpu import compilation, decode, numba_cache, page, steps, storage, threads
 from elastickv.backends.kernel_cache import load_compiled
 from elastickv.errors import CompileFailure
 from elastickv.recipe import AttentionShape, Recipe
@@ -234,3 +234,81 @@ def test_want_of_memory_in_the_middle_leaves_a_cache_as_it_was(backend, monkeypa
             getattr(cache, method)(rows, rows, np.array([4]))
     assert cache.lengths.tolist() == [TOKENS]
     assert np.array_equal(cache.decode(queries())[0], expected)
+
+
+COMPILES = """
+import sys
+import numpy as np
+from elastickv.backends import load
+from elastickv.recipe import AttentionShape, Recipe
+
+
+class Report:
+    def phase(self, name):
+        print("phase", name)
+
+    def progress(self, done, total):
+        print("progress", done, total)
+
+
+backend, _ = load("cpu", report=Report())
+cache = backend.cache(AttentionShape(1, 2, 2, 64), 300, "bf16", Recipe.parse(sys.argv[1]))
+cache.fill_random(np.array([300]), 0)
+print("decoded", np.isfinite(cache.decode(np.ones((1, 2, 64), np.float32))[0]).all())
+"""
+
+
+def compiling(folder, recipe, **variables):
+    environment = os.environ | {"PYTHONPATH": str(Path(elastickv.__file__).parents[1]), "ELASTICKV_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", COMPILES, recipe]
+    done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout.splitlines(), {path.name.split("-")[0] for path in folder.rglob("*.kernel")}
+
+
+def test_only_what_a_run_needs_is_compiled_with_a_bar_and_once(tmp_path):
+    shown, kernels = compiling(tmp_path, "k=int8,v=int4", NUMBA_NUM_THREADS="2")
+    unused = {"selection.score_item", "steps.one_token", "readback.read_block", "readback.write_window"}
+    unused |= {"page_codes.quantize_fp8", "page_codes.quantize_keys_int4", "page_codes.store_rows", "ceilings._read"}
+    assert {"page.attend_page", "page_codes.quantize_int8", "page_codes.quantize_values_int4"} < kernels
+    assert not kernels & unused
+    assert shown[0].startswith("phase compiling CPU kernels") and shown[-1] == "decoded True"
+    steps = [[int(number) for number in line.split()[1:]] for line in shown if line.startswith("progress")]
+    assert steps[0][0] == 0 and steps == sorted(steps) and steps[-1][0] == steps[-1][1] > 0
+    shown, again = compiling(tmp_path, "k=int8,v=int4")
+    assert shown == ["decoded True"] and again == kernels
+
+
+def test_a_process_that_cannot_compile_leaves_its_part_to_this_one(monkeypatch):
+    compiled = []
+
+    class Uncompiled:
+        def __init__(self, name):
+            self.name, self.done = name, False
+
+        def is_compiled(self):
+            return self.done
+
+        @property
+        def address(self):
+            self.done = True
+            compiled.append(self.name)
+            return 1
+
+    kernels = [Uncompiled("page.attend_page"), Uncompiled("decode.no_such_kernel")]
+    monkeypatch.setattr(compilation.threads, "count", lambda: 2)
+    for executable in ("/no/such/python3", "/no/such/editor", sys.executable):  # the last one does not know the second name
+        for kernel in kernels:
+            kernel.done = False
+        compiled.clear()
+        monkeypatch.setattr(compilation.sys, "executable", executable)
+        compilation.compile_kernels(kernels, None)
+        assert all(kernel.done for kernel in kernels) and set(compiled) == {kernel.name for kernel in kernels}
+
+
+def test_the_slowest_kernels_are_shared_out_and_one_processor_gets_no_process():
+    kernels = [page.attend_page, decode.decode_item, storage.append_token, steps.attend]
+    own, *others = compilation.shares(kernels, 2)
+    assert page.attend_page in own and decode.decode_item in others[0] and len(others) == 1
+    assert compilation.shares(kernels, 1) == [[page.attend_page, decode.decode_item, storage.append_token, steps.attend]]
+    assert compilation.shares([steps.attend], 3) == [[steps.attend]]

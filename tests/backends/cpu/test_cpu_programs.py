@@ -155,7 +155,7 @@ def test_multiply_adds_stay_far_from_denormals_on_every_thread(backend: Backend,
     from numba import njit
 
     from elastickv.backends.cpu import ceilings
-    from elastickv.backends.cpu.streams import multiply_add_stream
+    from elastickv.backends.cpu.ceilings import multiply_add_stream
 
     total = njit(lambda seed, turns: multiply_add_stream(seed, turns))(thread, ceilings.MULTIPLY_TURNS)
     assert total == pytest.approx(16 * 16 * 1000 * (thread + 1), rel=1e-3)

@@ -6,17 +6,17 @@ from elastickv.errors import UsageError
 
 if TYPE_CHECKING:
     from elastickv.backends.cpu.backend import CpuBackend
+    from elastickv.backends.protocol import PhaseReporter
 
 __all__ = ["open_backend"]
 
 
-def open_backend(device: int | None) -> "CpuBackend":
-    """Return the CPU backend.
+def open_backend(device: int | None, report: "PhaseReporter | None" = None) -> "CpuBackend":
+    """Return the CPU backend. It compiles its kernels when it makes its first cache, and tells `report` how far it is.
 
     Raises
     ------
     UsageError : if the device number is not 0, or Numba cannot run with its environment variables.
-    CompileFailure : if a kernel does not compile.
     """
     if device not in (None, 0):
         raise UsageError(f"device {device} does not exist: the cpu backend has one device, 0")
@@ -27,4 +27,4 @@ def open_backend(device: int | None) -> "CpuBackend":
 
     with cache_kernels_on_disk():
         from elastickv.backends.cpu.backend import CpuBackend
-    return CpuBackend()
+    return CpuBackend(report)

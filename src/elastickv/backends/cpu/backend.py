@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from elastickv.backends.cpu import threads
 from elastickv.backends.cpu.cache import CpuCache
 from elastickv.backends.cpu.ceilings import Limits
+from elastickv.backends.cpu.compilation import compile_kernels, needed_kernels
 from elastickv.backends.cpu.device import describe
 from elastickv.backends.cpu.layout import layout
 from elastickv.backends.cpu.programs import AttentionProgram, CycleProgram
 from elastickv.backends.feedback import Feedback
-from elastickv.backends.protocol import Ceilings, DeviceInfo
+from elastickv.backends.protocol import Ceilings, DeviceInfo, PhaseReporter
 from elastickv.errors import UsageError
 from elastickv.kvcache.protocol import LayerCache
 from elastickv.kvcache.tensor_view import Float32
@@ -20,12 +21,12 @@ GIB = 1 << 30
 
 
 class CpuBackend:
-    """The host's processor, through Numba's threads."""
+    """The host's processor, through Numba's threads. The kernels of the first cache are compiled, which `report` shows."""
 
     name = "cpu"
 
-    def __init__(self) -> None:
-        self._limits = Limits()
+    def __init__(self, report: PhaseReporter | None = None) -> None:
+        self._limits, self._report = Limits(), report
 
     @property
     def device(self) -> DeviceInfo:
@@ -41,6 +42,7 @@ class CpuBackend:
         ------
         UsageError : if dtype, capacity or the recipe on this shape are not supported, or it does not fit the free memory;
             before any allocation.
+        CompileFailure : if a kernel does not compile.
         ValueError : if the offset is not 0 to recipe.anchor_every - 1.
         """
         if dtype not in DTYPES:
@@ -57,6 +59,7 @@ class CpuBackend:
                 f"a cache of {capacity} tokens ({recipe}) needs {needed} bytes ({needed / GIB:.1f} GiB); "
                 f"{free} ({free / GIB:.1f} GiB) are free; {remedy}"
             )
+        compile_kernels(needed_kernels(recipe, dtype), self._report)
         return CpuCache(shape, capacity, dtype, recipe, anchor_offset)
 
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:

@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickv.backends.cpu import decode, page, selection, steps, storage, threads
+from elastickv.backends.cpu import decode, page, page_codes, selection, steps, storage, threads
 from elastickv.backends.cpu.editing import CpuEditing
 from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, NO_ANCHOR, STATE_WORDS, BufferField, BufferLayout, State, layout
-from elastickv.backends.cpu.page_codes import unpack_rows
 from elastickv.errors import NonFiniteError
 from elastickv.kvcache.attention import Float64
 from elastickv.kvcache.checks import beyond_largest_key, check_anchor, check_marked, check_room, check_shape
@@ -42,8 +41,11 @@ class CpuCache(CpuEditing):
         self.descriptor[BufferField.PAGE_KERNEL] = page.attend_page.address
         self.descriptor[BufferField.ITEM_KERNEL] = decode.decode_item.address
         self.descriptor[BufferField.APPEND_KERNEL] = storage.append_token.address
-        self.descriptor[BufferField.SCORE_KERNEL] = selection.score_item.address
+        if not recipe.is_dense:
+            quantizers = page_codes.quantizers(recipe, dtype)
+            self.descriptor[[BufferField.QUANTIZE_KEYS, BufferField.QUANTIZE_VALUES]] = [one.address for one in quantizers]
         if recipe.selection == "pages":
+            self.descriptor[BufferField.SCORE_KERNEL] = selection.score_item.address
             self._weights_kernel = selection.weights_kernel(scorer_of(recipe))
             self.descriptor[BufferField.WEIGHTS_KERNEL] = self._weights_kernel.address
             fractions = [recipe.fraction(head) for head in range(shape.kv_heads)]
@@ -213,7 +215,8 @@ class CpuCache(CpuEditing):
             return self._section(name)[head * stride : (head + 1) * stride]
 
         raw = of_head(section, BufferField.COLD_HEAD_BYTES if section == "cold" else BufferField.EXACT_HEAD_BYTES)
-        return unpack_rows(raw, of_head("bounds", BufferField.BOUNDS_HEAD_BYTES), formats, self.shape.head_dim, group, rows)
+        bounds = of_head("bounds", BufferField.BOUNDS_HEAD_BYTES)
+        return page_codes.unpack_rows(raw, bounds, formats, self.shape.head_dim, group, rows)
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
         """Return the numbers of the cold pages that the last decode read; None where the recipe selects none."""

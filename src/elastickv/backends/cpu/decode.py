@@ -7,13 +7,13 @@ float32 arrays.
 import math
 
 import numpy as np
-from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import cold_tokens, steps_since_refresh_at
 from elastickv.backends.cpu.intrinsics import (
     atomic_add,
     double_from_bits,
+    inlined,
     invoke_8,
     load_f32,
     load_i64,
@@ -21,6 +21,7 @@ from elastickv.backends.cpu.intrinsics import (
     store_i64,
     words,
 )
+from elastickv.backends.cpu.numba_cache import kernel
 from elastickv.backends.cpu.page import prepare, write_partials
 from elastickv.backends.cpu.selection import listed_page
 from elastickv.backends.cpu.vector import blend, scale_into
@@ -45,7 +46,7 @@ LN_2 = np.float32(math.log(2))
 ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
 
 
-@njit(error_model="numpy")
+@inlined
 def _attend_cold(descriptor, thread, head, first, last, tokens):  # type: ignore[no-untyped-def]
     c = words(descriptor)
     state = c[STATE_BASE] + head * STATE_BYTES
@@ -67,7 +68,7 @@ def _attend_cold(descriptor, thread, head, first, last, tokens):  # type: ignore
         )
 
 
-@njit(error_model="numpy")
+@inlined
 def _attend_exact(descriptor, thread, head, first, last, length, cold):  # type: ignore[no-untyped-def]
     c = words(descriptor)
     sinks = min(length, c[SINKS])
@@ -83,14 +84,14 @@ def _attend_exact(descriptor, thread, head, first, last, length, cold):  # type:
         invoke_8(c[PAGE_KERNEL], descriptor, thread, c[EXACT_FORMAT], c[EXACT_FORMAT], where, 0, valid, 0)
 
 
-@njit(error_model="numpy")
+@inlined
 def _share(pages, splits, split):  # type: ignore[no-untyped-def]
     """Return the first and last page of a split: equal shares of the pages, none below a minimum size."""
     size = max((pages + splits - 1) // splits, MIN_PAGES)
     return min(pages, split * size), min(pages, (split + 1) * size)
 
 
-@njit(error_model="numpy")
+@inlined
 def _merge_partial(out, top, total, partial, dim, weight):  # type: ignore[no-untyped-def]
     """Merge one partial, with `weight` added to its log-sum-exp, into (out, top, total); return the new top and total."""
     other, mass = load_f32(partial + 4 * dim) + weight, load_f32(partial + 4 * dim + 4)
@@ -105,7 +106,7 @@ def _merge_partial(out, top, total, partial, dim, weight):  # type: ignore[no-un
     return new, total * old_factor + mass * factor
 
 
-@njit(error_model="numpy")
+@inlined
 def _store_reused(reused, out, top, total, dim):  # type: ignore[no-untyped-def]
     if total != ZERO:
         scale_into(reused, out, dim, ONE)
@@ -113,7 +114,7 @@ def _store_reused(reused, out, top, total, dim):  # type: ignore[no-untyped-def]
     store_f32(reused + 4 * dim + 4, total)
 
 
-@njit(error_model="numpy")
+@inlined
 def _merge(c, head, out, lse):  # type: ignore[no-untyped-def]
     """Merge a head's partials in the order of their splits, so that the result does not depend on the threads."""
     splits, group, dim = c[COLD_SPLITS] + c[EXACT_SPLITS], c[GROUP], c[DIM]
@@ -151,7 +152,7 @@ def _merge(c, head, out, lse):  # type: ignore[no-untyped-def]
     store_i64(state + READ_PAGES, cold // PAGE_TOKENS)
 
 
-@cfunc("void(int64, int64, int64, int64, int64, int64)", cache=True, error_model="numpy")
+@kernel("void(int64, int64, int64, int64, int64, int64)")
 def decode_item(descriptor, item, q, out, lse, thread):  # type: ignore[no-untyped-def]
     """Attend with the queries of one KV head to one split of its pages; the last split to finish merges them all."""
     c = words(descriptor)

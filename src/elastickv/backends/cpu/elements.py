@@ -1,7 +1,6 @@
 """Elements of a page: their offsets (see `layout`), and rounding to 16 and 8 bits."""
 
 import numpy as np
-from numba import njit
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.intrinsics import (
@@ -11,6 +10,7 @@ from elastickv.backends.cpu.intrinsics import (
     FP32,
     float_bits,
     float_from_bits,
+    inlined,
     load_f32,
     load_u16,
     store_f32,
@@ -42,25 +42,25 @@ HALF_MAX, BF16_MAX, FP32_MAX = (np.float32(LARGEST[name]) for name in ("fp16", "
 E4M3_MAX, E4M3_LEAST_NORMAL, E4M3_STEPS = np.float32(np.nanmax(E4M3_VALUES)), np.float32(2.0**-6), np.float32(512)
 
 
-@njit(error_model="numpy")
+@inlined
 def plane_bytes(fmt, dim):  # type: ignore[no-untyped-def]
     """Return the bytes of one page's codes, K or V."""
     return dim * CHANNEL_BYTES[fmt]
 
 
-@njit(error_model="numpy")
+@inlined
 def scale_bytes(fmt, dim, group, is_value):  # type: ignore[no-untyped-def]
     """Return the bytes of one page's scales of K or V inside the page."""
     return VALUE_SCALE_BYTES[fmt] + GROUP_SCALE_BYTES[fmt] * (dim // group) if is_value else KEY_SCALE_BYTES[fmt]
 
 
-@njit(error_model="numpy")
+@inlined
 def scale_group(fmt, dim, group):  # type: ignore[no-untyped-def]
     """Return how many channels of V share a scale: `group`, or all."""
     return group if GROUPED[fmt] else dim
 
 
-@njit(error_model="numpy")
+@inlined
 def cold_tokens(c, length):  # type: ignore[no-untyped-def]
     """Return how many of `length` tokens are cold, dropped ones included."""
     if c[IS_DENSE]:
@@ -68,14 +68,14 @@ def cold_tokens(c, length):  # type: ignore[no-untyped-def]
     return max(0, length - c[SINKS] - c[WINDOW]) // PAGE_TOKENS * PAGE_TOKENS
 
 
-@njit(error_model="numpy")
+@inlined
 def steps_since_refresh_at(c, step):  # type: ignore[no-untyped-def]
     """Return the steps since the last anchor, as `Recipe.steps_since_refresh` does."""
     step = max(step, 0)
     return min(step, (step + c[ANCHOR_OFFSET]) % c[ANCHOR_EVERY])
 
 
-@njit(error_model="numpy")
+@inlined
 def bf16_bits(x):  # type: ignore[no-untyped-def]
     """Round to bfloat16, ties to even; NaN stays NaN."""
     bits = float_bits(x)
@@ -84,7 +84,7 @@ def bf16_bits(x):  # type: ignore[no-untyped-def]
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit(error_model="numpy")
+@inlined
 def fp16_bits(x):  # type: ignore[no-untyped-def]
     """Round to half precision, ties to even; too large becomes infinite. Not every host converts in hardware."""
     bits = np.int64(float_bits(x))
@@ -100,7 +100,7 @@ def fp16_bits(x):  # type: ignore[no-untyped-def]
     return np.uint16(sign | ((magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13))
 
 
-@njit(error_model="numpy")
+@inlined
 def fp16_value(bits):  # type: ignore[no-untyped-def]
     """Return the float32 value of a half's bits."""
     magnitude, sign = np.uint32((bits & 0x7FFF) << 13), np.uint32((bits & 0x8000) << 16)
@@ -109,19 +109,19 @@ def fp16_value(bits):  # type: ignore[no-untyped-def]
     return float_from_bits(float_bits(float_from_bits(magnitude) * TWO_112) | sign)
 
 
-@njit(error_model="numpy")
+@inlined
 def bf16_value(bits):  # type: ignore[no-untyped-def]
     """Return the float32 value of a bfloat16's bits."""
     return float_from_bits(np.uint32(bits) << np.uint32(16))
 
 
-@njit(error_model="numpy")
+@inlined
 def whole(x):  # type: ignore[no-untyped-def]
     """Round a magnitude below 2^22 to a whole number, half to even."""
     return (x + MAGIC) - MAGIC
 
 
-@njit(error_model="numpy")
+@inlined
 def e4m3_bits(x):  # type: ignore[no-untyped-def]
     """Round to float8 e4m3, ties to even; too large becomes 448."""
     bits = float_bits(x)
@@ -135,7 +135,7 @@ def e4m3_bits(x):  # type: ignore[no-untyped-def]
     return sign | (rounded - np.uint32(120 << 3))
 
 
-@njit(error_model="numpy")
+@inlined
 def fp16_towards(x, up):  # type: ignore[no-untyped-def]
     """Round to half precision towards +infinity if `up`, else towards -infinity; return the bits."""
     bits = fp16_bits(x)
@@ -147,7 +147,7 @@ def fp16_towards(x, up):  # type: ignore[no-untyped-def]
     return bits
 
 
-@njit(error_model="numpy")
+@inlined
 def bf16_towards(x, up):  # type: ignore[no-untyped-def]
     """Round to bfloat16 towards +infinity if `up`, else towards -infinity; return the bits."""
     bits = float_bits(x)
@@ -155,7 +155,7 @@ def bf16_towards(x, up):  # type: ignore[no-untyped-def]
     return np.uint16((bits + (np.uint32(0) if negative == up else np.uint32(0xFFFF))) >> np.uint32(16))
 
 
-@njit(error_model="numpy")
+@inlined
 def put(fmt, where, x):  # type: ignore[no-untyped-def]
     """Round and store one element of a float format; return whether it is finite as stored."""
     if fmt == FP32:
@@ -170,14 +170,14 @@ def put(fmt, where, x):  # type: ignore[no-untyped-def]
     return (bits & 0x7C00) != 0x7C00
 
 
-@njit(error_model="numpy")
+@inlined
 def limited(fmt, x):  # type: ignore[no-untyped-def]
     """Return the nearest number in the range of a float format; NaN and infinity are unchanged."""
     most = HALF_MAX if fmt == FP16 else (BF16_MAX if fmt == BF16 else FP32_MAX)
     return min(max(x, -most), most) if x - x == np.float32(0) else x
 
 
-@njit(error_model="numpy")
+@inlined
 def get(fmt, where):  # type: ignore[no-untyped-def]
     """Return one stored element of a float format."""
     if fmt == FP32:
@@ -187,13 +187,13 @@ def get(fmt, where):  # type: ignore[no-untyped-def]
     return fp16_value(load_u16(where))
 
 
-@njit(error_model="numpy")
+@inlined
 def cold_page(c, head, page):  # type: ignore[no-untyped-def]
     """Return the address of a cold page of a (sequence, KV head)."""
     return c[COLD_BASE] + head * c[COLD_HEAD_BYTES] + page * c[COLD_PAGE_BYTES]
 
 
-@njit(error_model="numpy")
+@inlined
 def exact_page(c, head, position):  # type: ignore[no-untyped-def]
     """Return the address of the exact page of a token, and the token's index in the page."""
     start = c[EXACT_BASE] + head * c[EXACT_HEAD_BYTES]

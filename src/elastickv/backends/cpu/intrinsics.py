@@ -11,12 +11,14 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from elastickv.recipe.formats import FORMATS
 
+# A function that kernels call: nothing calls it from Python or C.
+inlined = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 FORMAT_CODES = {f.name: f.cpu_id for f in FORMATS.values() if f.cpu_id is not None}
 FP32, FP16, BF16 = (FORMAT_CODES[name] for name in ("fp32", "fp16", "bf16"))
 FLOAT_BYTES = 4
@@ -50,9 +52,9 @@ def splat(builder: ir.IRBuilder, scalar: Any, lanes: int = LANES) -> Any:
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
-def constant(value: float) -> Any:
+def constant(value: float, lanes: int = LANES) -> Any:
     """Return a float vector of one value."""
-    return ir.Constant(VF, [value] * LANES)
+    return ir.Constant(ir.VectorType(F32, lanes), [value] * lanes)
 
 
 def at(builder: ir.IRBuilder, address: Any, kind: Any, offset: Any = 0) -> Any:
@@ -89,25 +91,29 @@ def prefetch(builder: ir.IRBuilder, address: Any, offset: Any) -> None:
 
 
 def widen_bf16(builder: ir.IRBuilder, bits: Any) -> Any:
-    """Return the float32 values of 16 bfloat16s."""
-    return builder.bitcast(builder.shl(builder.zext(bits, VI), ir.Constant(VI, [16] * LANES)), VF)
+    """Return the float32 values of a vector of bfloat16s."""
+    lanes = bits.type.count
+    wide = ir.VectorType(I32, lanes)
+    return builder.bitcast(builder.shl(builder.zext(bits, wide), ir.Constant(wide, [16] * lanes)), ir.VectorType(F32, lanes))
 
 
 def widen_fp16(builder: ir.IRBuilder, bits: Any) -> Any:
-    """Return the float32 values of 16 halves; without F16C by moving the exponent, which a multiplication normalizes."""
+    """Return the float32 values of halves; without F16C by moving the exponent, which a multiplication normalizes."""
+    lanes = bits.type.count
+    numbers, integers = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
     if _HALF_IN_HARDWARE:
-        return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), VF)
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), lanes)), numbers)
 
     def every(value: int) -> Any:
-        return ir.Constant(VI, [value] * LANES)
+        return ir.Constant(integers, [value] * lanes)
 
-    wide = builder.zext(bits, VI)
+    wide = builder.zext(bits, integers)
     magnitude = builder.shl(builder.and_(wide, every(0x7FFF)), every(13))
-    scaled = builder.bitcast(builder.fmul(builder.bitcast(magnitude, VF), constant(2.0**112)), VI)
+    scaled = builder.bitcast(builder.fmul(builder.bitcast(magnitude, numbers), constant(2.0**112, lanes)), integers)
     special = builder.or_(magnitude, every(0x7F800000))
     large = builder.icmp_unsigned(">=", magnitude, every(0x7C00 << 13))
     sign = builder.shl(builder.and_(wide, every(0x8000)), every(16))
-    return builder.bitcast(builder.or_(builder.select(large, special, scaled), sign), VF)
+    return builder.bitcast(builder.or_(builder.select(large, special, scaled), sign), numbers)
 
 
 def load_bf16(builder: ir.IRBuilder, address: Any, half: int) -> Any:
@@ -177,8 +183,8 @@ _TAYLOR = _taylor(7)
 
 
 def reduce(builder: ir.IRBuilder, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
-    """Return the 16 lanes combined pairwise into one scalar."""
-    half = LANES // 2
+    """Return all lanes combined pairwise into one scalar."""
+    half = vector.type.count // 2
     while half:
         low = builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, half), list(range(half))))
         high = builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, half), list(range(half, 2 * half))))

@@ -93,6 +93,8 @@ class BufferField(IntEnum):
     SCORE_KERNEL = 44
     ANCHOR_OFFSET = 45  # steps by which anchors come early, filled in by the cache
     WEIGHTS_KERNEL = 46  # address of the page scorer's function, filled in by the cache
+    QUANTIZE_KEYS = 47  # addresses of the quantizers of K and V, filled in by the cache
+    QUANTIZE_VALUES = 48
 
 
 class State(IntEnum):

@@ -6,7 +6,6 @@
 import math
 
 import numpy as np
-from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import plane_bytes, scale_bytes, scale_group
@@ -15,11 +14,13 @@ from elastickv.backends.cpu.intrinsics import (
     COLUMNS,
     FP32,
     LANES,
+    inlined,
     load_f32,
     prefetch_line,
     store_f32,
     words,
 )
+from elastickv.backends.cpu.numba_cache import kernel
 from elastickv.backends.cpu.page_operands import (
     finish_values,
     key_operands,
@@ -42,7 +43,7 @@ ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
 PREFETCH_FP32_BYTES, PREFETCH_NARROW_BYTES = 512, 2048
 
 
-@njit(error_model="numpy")
+@inlined
 def _work(c, thread):  # type: ignore[no-untyped-def]
     """Return the addresses of a thread's scratch.
 
@@ -59,12 +60,12 @@ def _work(c, thread):  # type: ignore[no-untyped-def]
     return accumulators, queries, narrow, scales, state, factors, zero_sums, zero_sums + c[GROUP] * _zero_bytes(c)
 
 
-@njit(error_model="numpy")
+@inlined
 def _zero_bytes(c):  # type: ignore[no-untyped-def]
     return c[DIM] // c[VALUE_GROUP] * LANES * 4
 
 
-@njit(error_model="numpy")
+@inlined
 def prepare(c, thread, q, key):  # type: ignore[no-untyped-def]
     """Scale a group's queries (float32, and int16 with a scale for int8 keys) and clear the running state."""
     accumulators, queries, narrow, scales, state, _, zero_sums, _ = _work(c, thread)
@@ -78,7 +79,7 @@ def prepare(c, thread, q, key):  # type: ignore[no-untyped-def]
     clear(zero_sums, c[GROUP] * _zero_bytes(c) // 4)
 
 
-@njit(error_model="numpy")
+@inlined
 def _prefetch_bytes(c, fmt, page_distance):  # type: ignore[no-untyped-def]
     """Return how many bytes further on to prefetch: in the next listed page, or in the stream."""
     if page_distance != 0:
@@ -86,7 +87,7 @@ def _prefetch_bytes(c, fmt, page_distance):  # type: ignore[no-untyped-def]
     return PREFETCH_FP32_BYTES if fmt == FP32 else PREFETCH_NARROW_BYTES
 
 
-@njit(error_model="numpy")
+@inlined
 def _scores(c, thread, first, block, key, page, scales_at, bounds, page_distance):  # type: ignore[no-untyped-def]
     """Write the scores of one page's 32 tokens for a block of queries."""
     _, queries, narrow, scales, _, _, _, scores = _work(c, thread)
@@ -101,7 +102,7 @@ def _scores(c, thread, first, block, key, page, scales_at, bounds, page_distance
     )  # fmt: skip
 
 
-@njit(error_model="numpy")
+@inlined
 def _values(c, thread, first, block, value, plane, scales_at, valid, page_distance):  # type: ignore[no-untyped-def]
     """Add the weighted values of one page's tokens to the accumulators of a block of queries."""
     accumulators, _, _, _, _, factors, zero_sums, scores = _work(c, thread)
@@ -125,7 +126,7 @@ def _values(c, thread, first, block, value, plane, scales_at, valid, page_distan
             out += COLUMNS * 4
 
 
-@cfunc("void(int64, int64, int64, int64, int64, int64, int64, int64)", cache=True, error_model="numpy")
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
 def attend_page(descriptor, thread, key, value, page, bounds, valid, page_distance):  # type: ignore[no-untyped-def]
     """Add the `valid` first tokens of one page to the running softmax of all queries of a group.
 
@@ -138,7 +139,7 @@ def attend_page(descriptor, thread, key, value, page, bounds, valid, page_distan
     values = page + plane_bytes(key, dim)
     key_scales = values + plane_bytes(value, dim)
     value_scales = key_scales + scale_bytes(key, dim, dim, False)
-    first = 0
+    first = np.int64(0)  # typed, or everything below is compiled for the literal 0, too
     while first < group:
         block = min(BLOCK, group - first)
         if block == 3:
@@ -151,7 +152,7 @@ def attend_page(descriptor, thread, key, value, page, bounds, valid, page_distan
         first += block
 
 
-@njit(error_model="numpy")
+@inlined
 def write_partials(c, thread, value, partial):  # type: ignore[no-untyped-def]
     """Write a thread's accumulators of a group's queries as partial results, with contiguous columns."""
     accumulators, _, _, _, running, _, zero_sums, _ = _work(c, thread)

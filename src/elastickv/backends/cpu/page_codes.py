@@ -1,5 +1,6 @@
 """Codes and scales of a page in each format: where an element is, the quantizers, and reading back.
 
+Each kind of format has a quantizer that is compiled by itself, so that only those in use are.
 A new format is added here, and in `page_operands` for decode. Codes and scales equal those of `elastickv.kvcache.quantize` bit
 for bit.
 """
@@ -7,15 +8,14 @@ for bit.
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from elastickv.backends.cpu import layout
+from elastickv.backends.cpu import quantize_vectors as vectors
 from elastickv.backends.cpu.elements import (
     bf16_towards,
     bf16_value,
     cold_page,
-    e4m3_bits,
     exact_page,
     fp16_towards,
     fp16_value,
@@ -31,17 +31,20 @@ from elastickv.backends.cpu.intrinsics import (
     FORMAT_CODES,
     float_bits,
     float_from_bits,
+    inlined,
     load_i8,
     load_i64,
     load_u16,
     store_i8,
     store_i64,
     store_u16,
+    words,
 )
+from elastickv.backends.cpu.numba_cache import Kernel, kernel
 from elastickv.kvcache.attention import Float64
 from elastickv.kvcache.quantize import CODECS, E4M3_VALUES, FP8_MAX, INT4_LEVELS, INT8_LEVELS
 from elastickv.kvcache.rounding import from_bf16_bits
-from elastickv.recipe import FORMATS, PAGE_TOKENS
+from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe
 from elastickv.recipe.formats import FLOAT16_MAX, ScaleLayout
 
 Bytes = NDArray[np.uint8]
@@ -54,12 +57,15 @@ VALUE_GROUP, STATE_BASE = int(_F.VALUE_GROUP), int(_F.STATE_BASE)
 BOUNDS_BASE, BOUNDS_HEAD_BYTES = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES)
 BEYOND = 8 * int(layout.State.BEYOND_POSITION)
 STATE_BYTES = 8 * layout.STATE_WORDS
-ZERO, LARGE = np.float32(0), np.float32(np.inf)
+ZERO = np.float32(0)
 LEVELS_8, LEVELS_4 = np.float32(INT8_LEVELS), np.float32(INT4_LEVELS)
 MAX_FP8, MAX_FP16 = np.float32(FP8_MAX), np.float32(FLOAT16_MAX)
+EIGHT = 8  # rows of int4 that are interleaved
+# Of a quantizer: the address of a cache's descriptor, a (sequence, KV head), the page's number, and 1 for V or 0 for K.
+_QUANTIZER = "void(int64, int64, int64, int64)"
 
 
-@njit(error_model="numpy")
+@inlined
 def key_offset(fmt, token, d):  # type: ignore[no-untyped-def]
     """Return the bytes from a page's start to element `d` of the key of its token number `token`; of int4, its 16-bit word."""
     if fmt == INT4:
@@ -69,12 +75,13 @@ def key_offset(fmt, token, d):  # type: ignore[no-untyped-def]
     return plane_bytes(fmt, d) + token * (plane_bytes(fmt, 1) // PAGE_TOKENS)
 
 
-@njit(error_model="numpy")
+@inlined
 def value_offset(fmt, group, token, d):  # type: ignore[no-untyped-def]
     """Return the bytes from V's start to element `d` of the value of token `token`, in groups of `group` channels."""
-    column = d % group % COLUMNS
+    within = d if d < group else d % group  # a division takes longer than the rest
+    column = within % COLUMNS
     chunk = d - column
-    columns = min(COLUMNS, group - chunk % group)
+    columns = min(COLUMNS, group - within + column)
     start = plane_bytes(fmt, chunk)
     if fmt == INT4:
         return start + (token // 8 * columns + column) * 4 + token % 2 * 2
@@ -83,12 +90,24 @@ def value_offset(fmt, group, token, d):  # type: ignore[no-untyped-def]
     return start + (token * columns + column) * (plane_bytes(fmt, 1) // PAGE_TOKENS)
 
 
-@njit(error_model="numpy")
+@inlined
+def _planes(c, head, page, is_value):  # type: ignore[no-untyped-def]
+    """Return the addresses of K or V: exact numbers, codes and scales."""
+    exact, dim, key, value = c[EXACT_FORMAT], c[DIM], c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT]
+    source, _ = exact_page(c, head, c[SINKS] + page * PAGE_TOKENS)
+    codes = cold_page(c, head, page)
+    scales = codes + plane_bytes(key, dim) + plane_bytes(value, dim)
+    if is_value:
+        return source + plane_bytes(exact, dim), codes + plane_bytes(key, dim), scales + scale_bytes(key, dim, dim, False)
+    return source, codes, scales
+
+
+@inlined
 def _element(exact, plane, dim, token, d, is_value):  # type: ignore[no-untyped-def]
     return get(exact, plane + (value_offset(exact, dim, token, d) if is_value else key_offset(exact, token, d)))
 
 
-@njit(error_model="numpy")
+@inlined
 def _row(exact, source, token, fmt, target, slot, scales, dim, is_value):  # type: ignore[no-untyped-def]
     """Store one exact row of K or V as row `slot` of a plane of bf16, fp16 or int8."""
     divisor = ZERO
@@ -110,129 +129,138 @@ def _row(exact, source, token, fmt, target, slot, scales, dim, is_value):  # typ
             store_i8(where, np.int8(0))
 
 
-@njit(error_model="numpy")
-def _page_fp8(exact, source, target, scales, dim, is_value):  # type: ignore[no-untyped-def]
-    peak = ZERO
-    for d in range(dim):
-        for token in range(PAGE_TOKENS):
-            peak = max(peak, abs(_element(exact, source, dim, token, d, is_value)))
-    power = (float_bits(peak / MAX_FP8) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
-    store_u16(scales, np.uint16(power >> np.uint32(16)))
-    divisor = float_from_bits(power)
-    for d in range(dim):
-        for token in range(PAGE_TOKENS):
-            x = _element(exact, source, dim, token, d, is_value)
-            where = target + (value_offset(FP8, dim, token, d) if is_value else key_offset(FP8, token, d))
-            store_i8(where, np.int8(e4m3_bits(x / divisor if divisor > ZERO else ZERO)))
+@inlined
+def _ends(ends):  # type: ignore[no-untyped-def]
+    """Return the least and the greatest number of `quantize_vectors.range_of_keys`."""
+    return float_from_bits(np.uint32(ends & 0xFFFFFFFF)), float_from_bits(np.uint32((ends >> 32) & 0xFFFFFFFF))
 
 
-@njit(error_model="numpy")
-def _code(x, scale, zero):  # type: ignore[no-untyped-def]
-    """Return the int4 code of x: 0 if the scale is 0 or the result is not finite."""
-    if not scale > ZERO:
-        return 0
-    steps = (x - zero) / scale
-    return np.int64(whole(min(steps, LEVELS_4))) if steps > ZERO else 0
+@inlined
+def _first_beyond(exact, source, dim):  # type: ignore[no-untyped-def]
+    """Return the first token of K's page beyond what halves hold."""
+    for token in range(PAGE_TOKENS):
+        for d in range(dim):
+            if abs(get(exact, source + key_offset(exact, token, d))) > MAX_FP16:
+                return token
+    return PAGE_TOKENS
 
 
-@njit(error_model="numpy")
-def _put_code(where, number, code):  # type: ignore[no-untyped-def]
-    """Put the code of element `number` of eight into its 16-bit word; the first in a word clears it."""
-    nibble = number // 2
-    before = np.int64(load_u16(where)) if nibble > 0 else 0
-    store_u16(where, np.uint16(before | code << (4 * nibble)))
-
-
-@njit(error_model="numpy")
+@inlined
 def _keys_int4(exact, source, target, bounds, dim):  # type: ignore[no-untyped-def]
     """Store K's page, a half scale and zero for each channel. Return the first token beyond what halves hold, or -1."""
-    beyond = PAGE_TOKENS
+    beyond = False
     for d in range(dim):
-        least, greatest = LARGE, -LARGE
-        for token in range(PAGE_TOKENS):
-            x = get(exact, source + key_offset(exact, token, d))
-            least, greatest = min(least, x), max(greatest, x)
-            if abs(x) > MAX_FP16 and token < beyond:
-                beyond = token
+        least, greatest = _ends(vectors.range_of_keys(exact, source, dim, d, 0, PAGE_TOKENS))
+        beyond |= greatest > MAX_FP16 or least < -MAX_FP16
         zero_bits = fp16_towards(least, False)
-        zero = fp16_value(zero_bits)
-        scale_bits = fp16_towards((greatest - zero) / LEVELS_4, True)
-        scale = fp16_value(scale_bits)
+        scale_bits = fp16_towards((greatest - fp16_value(zero_bits)) / LEVELS_4, True)
         store_u16(bounds + 2 * d, scale_bits)
         store_u16(bounds + 2 * (dim + d), zero_bits)
-        for token in range(PAGE_TOKENS):
-            x = get(exact, source + key_offset(exact, token, d))
-            _put_code(target + key_offset(INT4, token, d), d % 8, _code(x, scale, zero))
-    return beyond if beyond < PAGE_TOKENS else -1
+    for d in range(0, dim, EIGHT):
+        scales = bounds + 2 * d
+        codes = target + d * PAGE_TOKENS // 2
+        vectors.eight_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales, scales + 2 * dim, codes, LEVELS_4)
+    return _first_beyond(exact, source, dim) if beyond else -1
 
 
-@njit(error_model="numpy")
+@inlined
 def _values_int4(exact, source, target, scales, dim, group):  # type: ignore[no-untyped-def]
     """Store V's page, a bfloat16 scale and zero for each token and group of channels."""
-    for token in range(PAGE_TOKENS):
-        for start in range(0, dim, group):
-            least, greatest = LARGE, -LARGE
-            for d in range(start, start + group):
-                x = get(exact, source + value_offset(exact, dim, token, d))
-                least, greatest = min(least, x), max(greatest, x)
-            zero_bits = bf16_towards(least, False)
-            zero = bf16_value(zero_bits)
-            scale_bits = bf16_towards((greatest - zero) / LEVELS_4, True)
-            scale = bf16_value(scale_bits)
-            where = scales + start // group * 4 * PAGE_TOKENS + 2 * token
-            store_u16(where, scale_bits)
-            store_u16(where + 2 * PAGE_TOKENS, zero_bits)
-            for d in range(start, start + group):
-                x = get(exact, source + value_offset(exact, dim, token, d))
-                _put_code(target + value_offset(INT4, group, token, d), token % 8, _code(x, scale, zero))
-
-
-@njit(error_model="numpy")
-def quantize_page(c, head, page):  # type: ignore[no-untyped-def]
-    """Store the retained tokens of the page that leaves the window in the cold formats."""
-    exact, dim, group = c[EXACT_FORMAT], c[DIM], c[VALUE_GROUP]
-    key, value = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT]
-    source, _ = exact_page(c, head, c[SINKS] + page * PAGE_TOKENS)
-    values = source + plane_bytes(exact, dim)
-    target = cold_page(c, head, page)
-    target_values = target + plane_bytes(key, dim)
-    key_scales = target_values + plane_bytes(value, dim)
-    value_scales = key_scales + scale_bytes(key, dim, group, False)
-    if key == INT4:
-        beyond = _keys_int4(exact, source, target, c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4, dim)
-        state = c[STATE_BASE] + head * STATE_BYTES
-        if beyond >= 0 and load_i64(state + BEYOND) < 0:
-            store_i64(state + BEYOND, c[SINKS] + page * PAGE_TOKENS + beyond)
-    if value == INT4:
-        _values_int4(exact, values, target_values, value_scales, dim, group)
-    for plane in range(2):
-        fmt, start, out, scales = key, source, target, key_scales
-        if plane == 1:
-            fmt, start, out, scales = value, values, target_values, value_scales
-        if fmt == FP8:
-            _page_fp8(exact, start, out, scales, dim, plane == 1)
-        if fmt in (FP8, INT4):
-            continue
+    for start in range(0, dim, group):
+        where = scales + start // group * 4 * PAGE_TOKENS
         for token in range(PAGE_TOKENS):
-            cold = page * PAGE_TOKENS + token
-            if cold % c[STRIDE] == 0:
-                number = cold // c[STRIDE]
-                shift = cold_page(c, head, number // PAGE_TOKENS) - target
-                _row(exact, start, token, fmt, out + shift, number % PAGE_TOKENS, scales + shift, dim, plane == 1)
+            least, greatest = _ends(vectors.range_of_values(exact, source, dim, token, start, group))
+            zero_bits = bf16_towards(least, False)
+            scale_bits = bf16_towards((greatest - bf16_value(zero_bits)) / LEVELS_4, True)
+            store_u16(where + 2 * token, scale_bits)
+            store_u16(where + 2 * (PAGE_TOKENS + token), zero_bits)
+        for column in range(0, group, COLUMNS):
+            columns, first = min(COLUMNS, group - column), start + column
+            for token in range(0, PAGE_TOKENS, EIGHT):
+                at, codes = where + 2 * token, target + (first * PAGE_TOKENS + token * columns) // 2
+                vectors.eight_values(exact, source, dim, token, first, columns, at, at + 2 * PAGE_TOKENS, codes, LEVELS_4)
 
 
-@njit(error_model="numpy")
+@kernel(_QUANTIZER)
+def quantize_int8(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
+    """Store a page in int8."""
+    c = words(descriptor)
+    source, codes, scales = _planes(c, head, page, is_value)
+    if is_value:
+        vectors.symmetric_values(c[EXACT_FORMAT], source, c[DIM], codes, scales, LEVELS_8)
+    else:
+        vectors.symmetric_keys(c[EXACT_FORMAT], source, c[DIM], codes, scales, LEVELS_8)
+
+
+@kernel(_QUANTIZER)
+def quantize_fp8(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
+    """Store a page in fp8."""
+    c = words(descriptor)
+    source, codes, scales = _planes(c, head, page, is_value)
+    vectors.float_page(c[EXACT_FORMAT], source, c[DIM], codes, scales, MAX_FP8)
+
+
+@kernel(_QUANTIZER)
+def quantize_keys_int4(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
+    """Store K of a page in int4; record the first key beyond what halves hold."""
+    c = words(descriptor)
+    source, codes, _ = _planes(c, head, page, is_value)
+    bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * c[DIM] * 4
+    beyond = _keys_int4(c[EXACT_FORMAT], source, codes, bounds, c[DIM])
+    state = c[STATE_BASE] + head * STATE_BYTES
+    if beyond >= 0 and load_i64(state + BEYOND) < 0:
+        store_i64(state + BEYOND, c[SINKS] + page * PAGE_TOKENS + beyond)
+
+
+@kernel(_QUANTIZER)
+def quantize_values_int4(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
+    """Store V of a page in int4."""
+    c = words(descriptor)
+    source, codes, scales = _planes(c, head, page, is_value)
+    _values_int4(c[EXACT_FORMAT], source, codes, scales, c[DIM], c[VALUE_GROUP])
+
+
+@kernel(_QUANTIZER)
+def store_rows(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
+    """Store the retained rows of a page in bf16, fp16 or int8."""
+    c = words(descriptor)
+    source, codes, scales = _planes(c, head, page, is_value)
+    fmt = c[COLD_VALUE_FORMAT] if is_value else c[COLD_KEY_FORMAT]
+    for token in range(PAGE_TOKENS):
+        cold = page * PAGE_TOKENS + token
+        if cold % c[STRIDE] == 0:
+            number = cold // c[STRIDE]
+            shift = cold_page(c, head, number // PAGE_TOKENS) - cold_page(c, head, page)
+            slot = number % PAGE_TOKENS
+            _row(c[EXACT_FORMAT], source, token, fmt, codes + shift, slot, scales + shift, c[DIM], is_value)
+
+
+def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:
+    """Return the kernels that store K and V of a page that leaves the window of a recipe's cache."""
+    exact = recipe.exact_dtype(dtype)
+    return _quantizer(recipe.key_format or exact, recipe.stride, False), _quantizer(
+        recipe.value_format or exact, recipe.stride, True
+    )
+
+
+def _quantizer(fmt: str, stride: int, is_value: bool) -> Kernel:
+    int4 = quantize_values_int4 if is_value else quantize_keys_int4
+    whole_pages = {"int8": quantize_int8, "int4": int4, "fp8": quantize_fp8}
+    return whole_pages.get(fmt, store_rows) if stride == 1 else store_rows
+
+
+@inlined
 def _nibble(where, number):  # type: ignore[no-untyped-def]
     return np.float64(np.int64(load_u16(where)) >> (4 * (number // 2)) & 15)
 
 
-@njit(error_model="numpy")
+@inlined
 def _eight_bits(fmt, where, scale):  # type: ignore[no-untyped-def]
     code = np.int64(load_i8(where))
     return (E4M3_VALUES[code & 255] if fmt == FP8 else np.float64(code)) * scale
 
 
-@njit(error_model="numpy")
+@inlined
 def key_number(fmt, codes, scales, bounds, dim, token, d):  # type: ignore[no-untyped-def]
     """Return the float64 number of element `d` of a token's key."""
     where = codes + key_offset(fmt, token, d)
@@ -245,7 +273,7 @@ def key_number(fmt, codes, scales, bounds, dim, token, d):  # type: ignore[no-un
     return np.float64(get(fmt, where))
 
 
-@njit(error_model="numpy")
+@inlined
 def value_number(fmt, codes, scales, dim, group, token, d):  # type: ignore[no-untyped-def]
     """Return the float64 number of element `d` of a token's value."""
     where = codes + value_offset(fmt, scale_group(fmt, dim, group), token, d)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 
 from elastickv.backends.cpu.elements import bf16_value
 from elastickv.backends.cpu.intrinsics import (
@@ -21,6 +20,7 @@ from elastickv.backends.cpu.intrinsics import (
     I16,
     LANES,
     VF,
+    inlined,
     load,
     load_bf16,
     load_f32,
@@ -81,7 +81,7 @@ def scaled(builder: ir.IRBuilder, fmt: int, total: Any, is_value: bool, scale: A
     return total
 
 
-@njit(error_model="numpy")
+@inlined
 def rows_at_once(fmt):  # type: ignore[no-untyped-def]
     """Return how many rows are interleaved."""
     if fmt == INT4:
@@ -89,26 +89,26 @@ def rows_at_once(fmt):  # type: ignore[no-untyped-def]
     return 2 if fmt == INT8 else 1
 
 
-@njit(error_model="numpy")
+@inlined
 def query_factor(key):  # type: ignore[no-untyped-def]
     """Return what queries are multiplied by."""
     return FP8_FACTOR if key == FP8 else ONE
 
 
-@njit(error_model="numpy")
+@inlined
 def narrow_query(key, query, dim, narrow, unit):  # type: ignore[no-untyped-def]
     """Make a query integers, for keys whose scales are not folded into it."""
     if key == INT8:
         to_integers(query, dim, narrow, unit)
 
 
-@njit(error_model="numpy")
+@inlined
 def _fill(units, block, scale):  # type: ignore[no-untyped-def]
     for g in range(block):
         store_f32(units + 4 * g, scale)
 
 
-@njit(error_model="numpy")
+@inlined
 def key_operands(key, first, block, dim, queries, narrow, narrow_units, units, scales_at, bounds, prefetch_bytes):  # type: ignore[no-untyped-def]
     """Fold a page's scales into a block of queries; return the addresses of the queries, their bytes, units, and `extra`."""
     query = queries + first * dim * 4
@@ -123,7 +123,7 @@ def key_operands(key, first, block, dim, queries, narrow, narrow_units, units, s
     return query, dim * 4, units, scales_at
 
 
-@njit(error_model="numpy")
+@inlined
 def weigh_tokens(value, block, number, scores, weights, units, scales_at, factor, sums, zero_bytes):  # type: ignore[no-untyped-def]
     """Fold the scales of V of group `number` into a block's probabilities; `sums` are of probability x zero."""
     if value == INT8:
@@ -139,7 +139,7 @@ def weigh_tokens(value, block, number, scores, weights, units, scales_at, factor
         _fill(units, block, bf16_value(load_u16(scales_at)))
 
 
-@njit(error_model="numpy")
+@inlined
 def finish_values(value, target, source, columns, sums):  # type: ignore[no-untyped-def]
     """Write the accumulators of one group of columns as results; `sums` are of probability x zero."""
     if value == INT4:

@@ -1,7 +1,6 @@
 """Reading tokens back in bulk, and writing them into the window again. The twin of `storage` and `page_codes`."""
 
 import numpy as np
-from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import (
@@ -16,12 +15,14 @@ from elastickv.backends.cpu.elements import (
 )
 from elastickv.backends.cpu.intrinsics import (
     atomic_add,
+    inlined,
     load_f32,
     load_i64,
     store_f32,
     store_i64,
     words,
 )
+from elastickv.backends.cpu.numba_cache import kernel
 from elastickv.backends.cpu.page_codes import key_number, key_offset, value_number, value_offset
 from elastickv.recipe import PAGE_TOKENS
 
@@ -34,7 +35,7 @@ LENGTH, BAD = 8 * int(layout.State.LENGTH), 8 * int(layout.State.BAD_POSITION)
 STATE_BYTES = 8 * layout.STATE_WORDS
 
 
-@njit(error_model="numpy")
+@inlined
 def _read_cold(c, head, number, keys, values):  # type: ignore[no-untyped-def]
     """Write the key and value of stored cold token `number` as float32 rows."""
     page, token = number // PAGE_TOKENS, number % PAGE_TOKENS
@@ -49,7 +50,7 @@ def _read_cold(c, head, number, keys, values):  # type: ignore[no-untyped-def]
         store_f32(values + 4 * d, np.float32(value_number(value, value_codes, value_scales, dim, group, token, d)))
 
 
-@njit(error_model="numpy")
+@inlined
 def _read_exact(c, head, position, keys, values):  # type: ignore[no-untyped-def]
     fmt, dim = c[EXACT_FORMAT], c[DIM]
     page, token = exact_page(c, head, position)
@@ -59,7 +60,7 @@ def _read_exact(c, head, position, keys, values):  # type: ignore[no-untyped-def
         store_f32(values + 4 * d, get(fmt, start + value_offset(fmt, dim, token, d)))
 
 
-@cfunc("void(int64, int64)", cache=True, error_model="numpy")
+@kernel("void(int64, int64)")
 def read_block(arguments, thread):  # type: ignore[no-untyped-def]
     """Write tokens `first` to `last` - 1 of every (sequence, KV head) into (heads, last - first, head_dim) float32 rows."""
     a = words(arguments)
@@ -79,7 +80,7 @@ def read_block(arguments, thread):  # type: ignore[no-untyped-def]
         head = atomic_add(counters, 1)
 
 
-@cfunc("void(int64, int64)", cache=True, error_model="numpy")
+@kernel("void(int64, int64)")
 def write_window(arguments, thread):  # type: ignore[no-untyped-def]
     """Write (kv_heads, tokens, head_dim) float32 rows of one sequence into its window from position `first` on.
 

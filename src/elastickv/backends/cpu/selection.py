@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import cold_tokens
@@ -25,6 +25,7 @@ from elastickv.backends.cpu.intrinsics import (
     by_width,
     constant,
     floats,
+    inlined,
     invoke_4,
     load,
     load_f64,
@@ -40,7 +41,7 @@ from elastickv.backends.cpu.intrinsics import (
     store_i64,
     words,
 )
-from elastickv.backends.cpu.numba_cache import cache_kernels_on_disk
+from elastickv.backends.cpu.numba_cache import cache_kernels_on_disk, kernel
 from elastickv.backends.cpu.scale_folding import halves
 from elastickv.kvcache.scorers import Scorer
 from elastickv.recipe import PAGE_TOKENS
@@ -103,7 +104,7 @@ _order_row = addressed(2, types.void, _order)
 _count_from = addressed(3, types.int64, _count)
 
 
-@njit(error_model="numpy")
+@inlined
 def listed_page(c, head, number, listed, anchor_pages):  # type: ignore[no-untyped-def]
     """Return the `number`-th page that a step reads: the listed ones, then those that have become cold since."""
     if number >= listed:
@@ -111,7 +112,7 @@ def listed_page(c, head, number, listed, anchor_pages):  # type: ignore[no-untyp
     return np.int64(load_i32(c[LISTS_BASE] + head * c[LISTS_HEAD_BYTES] + 4 * number))
 
 
-@njit(error_model="numpy")
+@inlined
 def _list_best(scores, pages, count, target):  # type: ignore[no-untyped-def]
     """List the `count` pages of highest score in ascending order, the first of equals. Return how many are listed."""
     vectors = (pages + LANES - 1) // LANES
@@ -161,7 +162,7 @@ def _compiled_weights(scorer: Scorer) -> Any:
     # another function also computes with that one's variables, which no digest of its code tells: it stays in memory.
     code = scorer.channel_weights.__code__
     on_disk = not code.co_freevars and str(scorer.channel_weights.__module__).startswith("elastickv.")
-    scope = dict(globals(), channel_weights=njit(error_model="numpy")(scorer.channel_weights))
+    scope = dict(globals(), channel_weights=inlined(scorer.channel_weights))
     function = FunctionType(_write_weights.__code__, scope, _write_weights.__name__)
     digest = _digest(code, scorer.channel_weights.__globals__)
     function.__qualname__ = f"_write_weights_{scorer.name}_{digest}"
@@ -175,7 +176,7 @@ def _digest(code: CodeType, scope: dict[str, Any]) -> str:
     return hashlib.sha256(repr((code.co_code, code.co_consts, code.co_names, numbers)).encode()).hexdigest()[:12]
 
 
-@cfunc("void(int64, int64, int64, int64)", cache=True, error_model="numpy")
+@kernel("void(int64, int64, int64, int64)")
 def score_item(descriptor, item, q, thread):  # type: ignore[no-untyped-def]
     """Score some pages of one KV head for its queries; the item that finishes the head last lists its best pages."""
     c = words(descriptor)

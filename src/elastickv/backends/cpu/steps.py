@@ -7,13 +7,13 @@ A function here is called with the address of its arguments, int64 words in the 
 """
 
 import numpy as np
-from numba import cfunc, njit
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import steps_since_refresh_at
 from elastickv.backends.cpu.intrinsics import (
     atomic_add,
     atomic_load,
+    inlined,
     invoke_4,
     invoke_6,
     load_f32,
@@ -23,6 +23,7 @@ from elastickv.backends.cpu.intrinsics import (
     store_i64,
     words,
 )
+from elastickv.backends.cpu.numba_cache import kernel
 
 _F = layout.BufferField
 HEADS, KV_HEADS, GROUP, DIM = int(_F.HEADS), int(_F.KV_HEADS), int(_F.GROUP), int(_F.DIM)
@@ -38,23 +39,23 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SIGNATURE = "void(int64, int64)"
 
 
-@njit(error_model="numpy")
+@inlined
 def _take(counters, phase):  # type: ignore[no-untyped-def]
     return atomic_add(counters + 8 * TICKET_WORDS * phase, 1)
 
 
-@njit(error_model="numpy")
+@inlined
 def _finish(counters, phase):  # type: ignore[no-untyped-def]
     atomic_add(counters + 8 * TICKET_WORDS * phase + 64, 1)
 
 
-@njit(error_model="numpy")
+@inlined
 def _wait(counters, phase, items):  # type: ignore[no-untyped-def]
     while atomic_load(counters + 8 * TICKET_WORDS * phase + 64) < items:
         pause()
 
 
-@njit(error_model="numpy")
+@inlined
 def _decode(descriptor, q, out, lse, counters, phase, thread):  # type: ignore[no-untyped-def]
     """Decode once, in two phases: at an anchor of a selection the pages are scored and listed, then attended to."""
     c = words(descriptor)
@@ -77,7 +78,7 @@ def _decode(descriptor, q, out, lse, counters, phase, thread):  # type: ignore[n
     _wait(counters, phase, items)
 
 
-@cfunc(_SIGNATURE, cache=True, error_model="numpy")
+@kernel(_SIGNATURE)
 def attend(arguments, thread):  # type: ignore[no-untyped-def]
     """Decode `steps` times, going round the caches; the tables hold an address for each cache."""
     a = words(arguments)
@@ -88,7 +89,7 @@ def attend(arguments, thread):  # type: ignore[no-untyped-def]
         _decode(descriptors[i], queries[i], outputs[i], lses[i], counters, 2 * step, thread)
 
 
-@njit(error_model="numpy")
+@inlined
 def _map(target, x, dim, reflector, permutation, sign, scale):  # type: ignore[no-untyped-def]
     """Write scale x the orthogonal map of x (see `backends.feedback.OrthogonalMap`)."""
     dot = np.float32(0)
@@ -100,14 +101,14 @@ def _map(target, x, dim, reflector, permutation, sign, scale):  # type: ignore[n
         store_f32(target + 4 * d, scale * load_f32(sign + 4 * d) * reflected)
 
 
-@njit(error_model="numpy")
+@inlined
 def _map_number(i, target, x, dim, tables):  # type: ignore[no-untyped-def]
     """Apply the map of the query (0), key (1) or value (2); `tables` has four addresses each."""
     t = words(tables + 32 * i)
     _map(target, x, dim, t[0], t[1], t[2], load_f32(t[3]))
 
 
-@njit(error_model="numpy")
+@inlined
 def _feed(descriptor, head, source, q, scratch, tables):  # type: ignore[no-untyped-def]
     """Turn the outputs of one KV head's group into its next queries, key and value, and append."""
     c = words(descriptor)
@@ -131,7 +132,7 @@ def _feed(descriptor, head, source, q, scratch, tables):  # type: ignore[no-unty
     store_i64(state + STEP, load_i64(state + STEP) + 1)
 
 
-@cfunc(_SIGNATURE, cache=True, error_model="numpy")
+@kernel(_SIGNATURE)
 def one_token(arguments, thread):  # type: ignore[no-untyped-def]
     """Run one token through all caches as layers; `first` is the address of the outputs that feed the first layer.
 
@@ -152,7 +153,7 @@ def one_token(arguments, thread):  # type: ignore[no-untyped-def]
         _decode(descriptors[layer], q, outputs[layer], lse, counters, 3 * layer + 1, thread)
 
 
-@cfunc(_SIGNATURE, cache=True, error_model="numpy")
+@kernel(_SIGNATURE)
 def store_block(arguments, thread):  # type: ignore[no-untyped-def]
     """Append the first `lengths[row]` tokens of (batch, kv_heads, tokens, head_dim) rows."""
     a = words(arguments)
@@ -166,7 +167,7 @@ def store_block(arguments, thread):  # type: ignore[no-untyped-def]
         head = _take(counters, 0)
 
 
-@njit(error_model="numpy")
+@inlined
 def _mix(x):  # type: ignore[no-untyped-def]
     """SplitMix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * MIX_1
@@ -174,7 +175,7 @@ def _mix(x):  # type: ignore[no-untyped-def]
     return x ^ (x >> np.uint64(31))
 
 
-@cfunc(_SIGNATURE, cache=True, error_model="numpy")
+@kernel(_SIGNATURE)
 def store_random(arguments, thread):  # type: ignore[no-untyped-def]
     """Append `lengths[row]` tokens drawn from a table of 2^16 normal numbers; `scratch` as in `one_token`."""
     a = words(arguments)

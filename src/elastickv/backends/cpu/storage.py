@@ -1,21 +1,19 @@
-"""Appends a token to the ring of exact pages, and quantizes the page that leaves the window. `layout` describes both."""
-
-from numba import cfunc
+"""Appends a token to the ring of exact pages, and has the page that leaves the window quantized. `layout` describes both."""
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.elements import cold_tokens, exact_page, plane_bytes, put
-from elastickv.backends.cpu.intrinsics import load_f32, load_i64, store_i64, words
-from elastickv.backends.cpu.page_codes import key_offset, quantize_page, value_offset
+from elastickv.backends.cpu.intrinsics import COLUMNS, invoke_4, load_f32, load_i64, store_i64, words
+from elastickv.backends.cpu.numba_cache import kernel
 from elastickv.recipe import PAGE_TOKENS
 
-DIM, EXACT_FORMAT, STATE_BASE = (
-    int(f) for f in (layout.BufferField.DIM, layout.BufferField.EXACT_FORMAT, layout.BufferField.STATE_BASE)
-)
+_F = layout.BufferField
+DIM, EXACT_FORMAT, STATE_BASE = int(_F.DIM), int(_F.EXACT_FORMAT), int(_F.STATE_BASE)
+QUANTIZE_KEYS, QUANTIZE_VALUES = int(_F.QUANTIZE_KEYS), int(_F.QUANTIZE_VALUES)
 LENGTH, BAD = 8 * int(layout.State.LENGTH), 8 * int(layout.State.BAD_POSITION)
 STATE_BYTES = 8 * layout.STATE_WORDS
 
 
-@cfunc("void(int64, int64, int64, int64)", cache=True, error_model="numpy")
+@kernel("void(int64, int64, int64, int64)")
 def append_token(descriptor, head, keys, values):  # type: ignore[no-untyped-def]
     """Append the key and value (addresses of float32 rows) of one token to a (sequence, KV head)."""
     c = words(descriptor)
@@ -23,14 +21,19 @@ def append_token(descriptor, head, keys, values):  # type: ignore[no-untyped-def
     position = load_i64(state + LENGTH)
     fmt, dim = c[EXACT_FORMAT], c[DIM]
     page, token = exact_page(c, head, position)
-    values_start = page + plane_bytes(fmt, dim)
+    element = plane_bytes(fmt, 1) // PAGE_TOKENS
     finite = True
     for d in range(dim):
-        finite &= put(fmt, page + key_offset(fmt, token, d), load_f32(keys + 4 * d))
-        finite &= put(fmt, values_start + value_offset(fmt, dim, token, d), load_f32(values + 4 * d))
+        finite &= put(fmt, page + (d * PAGE_TOKENS + token) * element, load_f32(keys + 4 * d))
+    for start in range(0, dim, COLUMNS):
+        columns = min(COLUMNS, dim - start)
+        row = page + plane_bytes(fmt, dim + start) + token * columns * element
+        for column in range(columns):
+            finite &= put(fmt, row + column * element, load_f32(values + 4 * (start + column)))
     if not finite and load_i64(state + BAD) < 0:
         store_i64(state + BAD, position)
     store_i64(state + LENGTH, position + 1)
     before, after = cold_tokens(c, position), cold_tokens(c, position + 1)
     if after > before:
-        quantize_page(c, head, before // PAGE_TOKENS)
+        invoke_4(c[QUANTIZE_KEYS], descriptor, head, before // PAGE_TOKENS, 0)
+        invoke_4(c[QUANTIZE_VALUES], descriptor, head, before // PAGE_TOKENS, 1)
