@@ -41,7 +41,7 @@ def command() -> None:
 def with_transformers(**arguments: Any) -> int:
     """Generate with stock and elastic caches taking turns: `bench --model` at the size of a reference, and its quality cost.
 
-    MODEL is a local directory, a .gguf file, a hub id, or a shape with random weights such as shape:tiny.
+    MODEL is a local directory, a .gguf file, a hub id, or shape:NAME: random weights, for speed and memory only.
     """
     from elastickv.cli.run import quiet_transformers
     from elastickv.transformers.model_loading import NEEDED, require

@@ -18,7 +18,7 @@ from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 def command(model: str, text: Path | None, output: Path | None, tokens: int | None, dtype: str, device: str) -> int:
     """Measure what each KV head of MODEL loses at each fraction of its pages, for recipes to be solved from.
 
-    MODEL is a local directory, a .gguf file or a hub id.
+    MODEL is a local directory, a .gguf file or a hub id; shape:NAME has random weights and no quality to measure.
     """
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError, printable

@@ -6,7 +6,7 @@ from typing import Any
 from elastickv.benchmark.stats.intervals import Interval
 from elastickv.results.formats.html import html_paragraphs, html_table
 from elastickv.results.formats.rows import as_json, as_jsonl, csv_of, markdown_of
-from elastickv.results.kinds.model_result import CacheRecord, ModelBenchResult, RunResult, device_name
+from elastickv.results.kinds.model_result import CacheRecord, CompressionStart, ModelBenchResult, RunResult, device_name
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _COLUMNS = (
@@ -41,6 +41,16 @@ def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 def with_bounds(figure: Interval) -> str:
     """Return an estimate with its interval."""
     return f"{figure.estimate:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+
+
+def compression_sentence(starts: CompressionStart, compress: float | None) -> str:
+    """Return from which contexts a run compresses."""
+    if starts.reads_less_from is None:
+        return "nothing is compressed at any context"
+    begins = f"decodes read less than a dense cache from {starts.reads_less_from} tokens of context on"
+    if starts.ratio_from is not None:
+        return f"{begins}, at most 1/{compress:g} from {starts.ratio_from} on"
+    return begins if compress is None else f"{begins}, and nowhere as little as 1/{compress:g}"
 
 
 def as_html(result: ModelBenchResult) -> str:
@@ -115,7 +125,7 @@ def _sentences(result: RunResult | ModelBenchResult) -> list[str]:
     if result.noise_floor:
         lines.append(f"noise floor: {with_bounds(result.noise_floor)}")
     if not isinstance(result, ModelBenchResult):
-        return lines
+        return lines if result.compression is None else [*lines, compression_sentence(result.compression, result.compress)]
     lines += [f"beware: {flag}" for flag in result.host_flags]
     return [*lines, *(f"not run: {name}: {reason}" for name, reason in result.not_run.items())]
 
