@@ -39,9 +39,8 @@ _OPTIONS = options_from(GenerationOptions)
 def command(**arguments: Any) -> int:
     """Generate text with MODEL through an elastic KV cache, and show its speed and memory.
 
-    MODEL is a local directory, a .gguf file, a hub id, or shape:NAME: random weights in the shape of a published model, for speed
-    and memory only. The prompt comes from --prompt, --file or standard input; text goes to standard output, its statistics to
-    standard error.
+    MODEL is a local directory, a .gguf file, a hub id, or shape:NAME: random weights, for speed and memory only. The prompt comes
+    from --prompt, --file or standard input; text goes to standard output, its statistics to standard error.
     """
     from elastickv.cli.progress import Bar
     from elastickv.cli.streaming import LiveText
