@@ -265,7 +265,11 @@ def test_a_prompt_up_to_the_models_last_position_runs_and_a_longer_one_is_refuse
     ("option", "starts", "said"),
     [
         ("--compress=4", {"reads_less_from": 164, "ratio_from": 704}, "at most 1/4 from 704 on"),
-        ("--recipe=int8", {"reads_less_from": 164, "ratio_from": None}, "from 164 tokens of context on; this run has at most 4"),
+        (
+            "--recipe=int8",
+            {"reads_less_from": 164, "ratio_from": None},
+            "from 164 tokens of context on; this run has at most 4",
+        ),
         ("--compress=1", {"reads_less_from": None, "ratio_from": None}, "nothing is compressed"),
     ],
 )

@@ -64,6 +64,11 @@ def _code(command: click.Command, name: str) -> int:
 def _run(command: click.Command, name: str) -> Any:
     if f"_{name}_COMPLETE".upper() in os.environ:
         return command.main(prog_name=name)
+    for argument in sys.argv[1:]:
+        try:
+            os.fsencode(argument)
+        except UnicodeEncodeError:
+            return _say(name, f"argument {argument} is not valid Unicode: give one that a file may be named", BAD_INPUT)
     # Not `main`, which makes a gate's 1 of a reader that left.
     with command.make_context(name, sys.argv[1:]) as context:
         try:

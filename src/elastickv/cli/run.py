@@ -10,7 +10,7 @@ import click
 
 from elastickv.benchmark.model_options import GenerationOptions, requested_compress
 from elastickv.benchmark.options import defaults_of
-from elastickv.cli.click_options import CALIBRATION, RECIPE, USUAL_DEVICE, USUAL_DTYPE, options_from
+from elastickv.cli.click_options import CALIBRATION, RECIPE, USUAL_DEVICE, USUAL_DTYPE, UnicodeText, options_from
 
 if TYPE_CHECKING:
     from elastickv.model_benchmark.model_source import ModelSource
@@ -22,7 +22,7 @@ _OPTIONS = options_from(GenerationOptions)
 
 @click.command("run", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--prompt", "-p", help="What to say to the model.")
+@click.option("--prompt", "-p", type=UnicodeText(), help="What to say to the model.")
 @click.option("--file", "-f", "file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
 @_OPTIONS["compress"]
 @RECIPE
@@ -39,8 +39,8 @@ _OPTIONS = options_from(GenerationOptions)
 def command(**arguments: Any) -> int:
     """Generate text with MODEL through an elastic KV cache, and show its speed and memory.
 
-    MODEL is a local directory, a .gguf file, a hub id, or shape:NAME: random weights, for speed and memory only. The prompt comes
-    from --prompt, --file or standard input; text goes to standard output, its statistics to standard error.
+    MODEL is a local directory, a .gguf file, a hub id, or shape:NAME: random weights, for speed and memory only. The prompt
+    comes from --prompt, --file or standard input; text goes to standard output, its statistics to standard error.
     """
     from elastickv.cli.progress import Bar
     from elastickv.cli.streaming import LiveText
@@ -49,7 +49,7 @@ def command(**arguments: Any) -> int:
     from elastickv.results.formats import plain_json
     from elastickv.results.formats.generation_table import generation_table
     from elastickv.results.kinds.model_result import RunResult
-    from elastickv.transformers.model_loading import NEEDED, require
+    from elastickv.transformers.model_loading import NEEDED, check_device, require
 
     require(*NEEDED)
     text, output = _prompt(arguments["prompt"], arguments["file"]), arguments["output"]
@@ -69,6 +69,7 @@ def command(**arguments: Any) -> int:
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
     compress = requested_compress(arguments["compress"], arguments["recipe"], options.compress)
     device = arguments["device"] or usual_device()
+    check_device(device)
     cache = {"compress": compress, "recipe": arguments["recipe"], "calibration": calibration}
     cache |= {"capture": not arguments["no_graphs"]}
     request = Request(text, not arguments["raw"], options.max_new_tokens, sampling, cache, arguments["paired"], PIECE_TOKENS)

@@ -11,7 +11,7 @@ import torch
 from elastickv.errors import UsageError
 from elastickv.model_benchmark.memory_estimate import MemoryEstimate, free_bytes
 from elastickv.model_benchmark.shapes import Shape, built, shape_named
-from elastickv.transformers.model_loading import Checkpoint, Loaded
+from elastickv.transformers.model_loading import Checkpoint, Loaded, check_device
 
 _PRINTABLE = range(32, 127)
 
@@ -77,6 +77,7 @@ class RandomWeights:
         ------
         UsageError : if they do not fit its memory.
         """
+        check_device(device)
         estimate = MemoryEstimate.of_shape(self.name, self._shape, dtype, batch=1)
         estimate.check(1, {"compress": 1.0}, free_bytes(device))
         made = built(self.name, dtype, device)

@@ -21,6 +21,7 @@ INSTALL = 'pip install "elastickv[transformers]"'
 SHAPE_PREFIX = "shape:"
 MODEL_FORMS = "a model's folder, a .gguf file, a hub id (OWNER/NAME) or shape:NAME"
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)  # the hub's own rule
+_MOST_DIGITS = 4
 _SAMPLED_ROWS = 16
 _SAMPLED_COLUMNS = 64
 
@@ -51,6 +52,25 @@ def require(*packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise UsageError(f"{' and '.join(missing)} not installed: {INSTALL}")
+
+
+def check_device(device: str) -> None:
+    """Check that PyTorch has a device.
+
+    Raises
+    ------
+    UsageError : if it has not, or the name is neither of a CPU nor of a CUDA device.
+    """
+    import torch
+
+    kind, colon, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not (number.isascii() and number.isdigit() and len(number) < _MOST_DIGITS)):
+        raise UsageError(f"`device`={device} is unknown: choose cpu or cuda")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not count:
+        raise UsageError(f"`device`={device}: PyTorch finds no CUDA device; leave the option out to run on the CPU")
+    if int(number or 0) >= count:
+        raise UsageError(f"`device`={device} does not exist: {kind}:0 to {kind}:{count - 1} do")
 
 
 class Checkpoint:
@@ -95,6 +115,7 @@ class Checkpoint:
         dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         if dtype not in dtypes:
             raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(dtypes)}")
+        check_device(device)
         options = self._options | ({"use_safetensors": True} if self._gguf is None else {})
         config = self.config
         with self._reading() as transformers:
