@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 _STREAMS = 3
+_WINDOWS = os.name == "nt"
 # ASCII under a name of its own: Click takes a stream named ASCII for misconfigured and writes UTF-8 to it.
 _PLAIN_ASCII = "elastickv_ascii"
 
@@ -28,7 +29,7 @@ def silence() -> None:
 
 def reader_left(error: OSError) -> bool:
     """Whether an error says that the reader of a pipe has left, for which Windows has another number."""
-    return isinstance(error, BrokenPipeError) or (os.name == "nt" and error.filename is None and error.errno == errno.EINVAL)
+    return isinstance(error, BrokenPipeError) or (_WINDOWS and error.filename is None and error.errno == errno.EINVAL)
 
 
 def _open_closed_ones() -> None:
