@@ -315,7 +315,7 @@ def test_a_model_that_does_not_exist_is_refused_alike_everywhere(elastickv, argu
     if model == "shape:9b":
         assert "shape:9b" in said and ("shape:8b" in said or "random weights" in said)
     else:
-        assert said.endswith("does not exist: give a model's folder, a .gguf file, a hub id (OWNER/NAME) or shape:NAME")
+        assert "does not exist: give a model's folder, a .gguf file, a hub id (OWNER/NAME) or shape:NAME (" in said
 
 
 @pytest.mark.parametrize("command", ["eval", "calibrate"])

@@ -63,20 +63,23 @@ def command(**arguments: Any) -> int:
     from elastickv.model_benchmark.model_source import open_model
     from elastickv.model_benchmark.run import PromptRun, Request
     from elastickv.model_benchmark.shapes import usual_device, usual_dtype
-    from elastickv.recipe import ModelCalibration
+    from elastickv.recipe import DTYPES, ModelCalibration
 
     sampling = Sampling(options.temperature, options.seed)
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
     compress = requested_compress(arguments["compress"], arguments["recipe"], options.compress)
     device = arguments["device"] or usual_device()
     check_device(device)
+    dtype = arguments["dtype"] or usual_dtype(device)
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype={dtype} is unknown: choose {', '.join(DTYPES)}")
     cache = {"compress": compress, "recipe": arguments["recipe"], "calibration": calibration}
     cache |= {"capture": not arguments["no_graphs"]}
     request = Request(text, not arguments["raw"], options.max_new_tokens, sampling, cache, arguments["paired"], PIECE_TOKENS)
     with Bar() as bar, quiet_transformers():
         bar.phase("reading the configuration")
         source = open_model(arguments["model"])
-        prepared = PromptRun(source, request, arguments["dtype"] or usual_dtype(device))
+        prepared = PromptRun(source, request, dtype)
         for line in _before_loading(prepared, source, request):
             click.echo(f"elastickv: {line}", err=True)
         bar.phase("loading")

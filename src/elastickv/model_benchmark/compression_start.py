@@ -13,13 +13,16 @@ from elastickv.transformers.config import config_for
 from elastickv.transformers.model_support import sizes_of
 
 
-def compression_start(model: Any, wanted: Mapping[str, Any], prompt_tokens: int, dtype: str) -> CompressionStart | None:
+def compression_start(
+    model: Any, wanted: Mapping[str, Any], prompt_tokens: int, capacity: int, dtype: str
+) -> CompressionStart | None:
     """Return where compression starts for a prompt. None for a model without elastic layers.
 
     Parameters
     ----------
     model : it needs no weights.
     wanted : keyword arguments of `ElasticCache.for_model`: compress, recipe, calibration.
+    capacity : tokens of prompt and text.
     dtype : of the model, such as 'bf16'.
 
     Raises
@@ -27,7 +30,7 @@ def compression_start(model: Any, wanted: Mapping[str, Any], prompt_tokens: int,
     UsageError : if the model is not supported, or the arguments contradict each other.
     """
     sizes, compress = sizes_of(model), wanted.get("compress")
-    config = config_for(sizes, compress, wanted.get("recipe"), None, wanted.get("calibration"), None, None, "stored")
+    config = config_for(sizes, compress, wanted.get("recipe"), None, wanted.get("calibration"), None, capacity, "stored")
     if not sizes.elastic:
         return None
     budget = config.budget_for(max(prompt_tokens, config.usual), dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -101,7 +102,7 @@ def without_weights(source: ModelSource) -> Any | None:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(source.config)
+            return AutoModelForCausalLM.from_config(deepcopy(source.config))
     except UsageError:
         raise
     except Exception:  # of a model's own code that needs values

@@ -76,7 +76,8 @@ class PromptRun:
         skeleton = without_weights(source)
         if skeleton is not None:
             check_positions(skeleton, self.prompt_tokens, request.tokens)
-            self.starts = compression_start(skeleton, request.wanted, self.prompt_tokens, dtype)
+            capacity = self.prompt_tokens + request.tokens
+            self.starts = compression_start(skeleton, request.wanted, self.prompt_tokens, capacity, dtype)
 
     @property
     def prompt_tokens(self) -> int:

@@ -19,7 +19,7 @@ from elastickv.transformers.gguf_readers import GgufReaders
 NEEDED = ("torch", "transformers")
 INSTALL = 'pip install "elastickv[transformers]"'
 SHAPE_PREFIX = "shape:"
-MODEL_FORMS = "a model's folder, a .gguf file, a hub id (OWNER/NAME) or shape:NAME"
+MODEL_FORMS = "a model's folder, a .gguf file, a hub id (OWNER/NAME) or shape:NAME (random weights, for speed alone)"
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)  # the hub's own rule
 _MOST_DIGITS = 4
 _SAMPLED_ROWS = 16
