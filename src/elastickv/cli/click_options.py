@@ -39,7 +39,7 @@ FLOAT32_DTYPE: _Decorator = click.option(
 CPU_DEVICE: _Decorator = click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu or cuda.")
 
 
-class UnicodeText(click.ParamType):
+class UnicodeText(click.ParamType):  # type: ignore[type-arg]
     """A text of UTF-8, whatever encoding the locale names: Python escapes the bytes of an argument that it cannot decode."""
 
     name = "text"
