@@ -122,3 +122,14 @@ def test_every_option_in_the_document_exists():
     known = {name for module in (calibrate, evaluation) for parameter in module.command.params for name in parameter.opts}
     used = set(re.findall(r"(--[a-z][a-z-]*)", (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")))
     assert used and used <= known
+
+
+def test_a_calibration_that_cannot_be_written_is_on_standard_output(elastickv, folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("elastickv.results.files.os.replace", full)
+    target = tmp_path / "x.json"
+    done = elastickv("calibrate", folder, f"--text={folder.parent / 'text.txt'}", "--tokens=800", f"-o{target}")
+    assert done.returncode == 2 and "No space left on device" in done.stderr and not target.exists()
+    assert json.loads(done.stdout)["tokens"] == 800

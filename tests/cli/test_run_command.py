@@ -242,3 +242,97 @@ def test_an_elastic_cache_that_does_not_fit_alone_is_a_line(elastickv, monkeypat
     monkeypatch.setattr(Generation, "advance", failing("elastic", torch.OutOfMemoryError("no 9 GiB"), 2))
     done = elastickv("bench", "--model=shape:tiny", *QUICK)
     assert done.returncode == 2 and "no 9 GiB" in done.stderr and "--context" in done.stderr
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("options", [(), ("--raw",), ("--paired-baseline",), ("--raw", "--paired-baseline", "--recipe=int8")])
+def test_few_new_tokens_after_a_short_prompt(elastickv, folder, tmp_path, tokens, options):
+    done = elastickv("run", folder, "-pHi", f"--max-new-tokens={tokens}", f"-o{tmp_path / 'x.json'}", *options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert all(cache["new_tokens"] == tokens for cache in record["caches"])
+    assert done.stdout.rstrip("\n") == record["text"].rstrip("\n") and len(record["text"]) == tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 100])
+def test_a_prompt_up_to_the_models_last_position_runs_and_a_longer_one_is_refused_before_weights_are_loaded(
+    elastickv, folder, tokens, monkeypatch
+):
+    positions = 4096
+    prompt = (TEXT * 2)[: positions - tokens]
+    done = elastickv("run", folder, "--raw", f"-p{prompt}", "--recipe=int8", f"--max-new-tokens={tokens}")
+    assert done.returncode == 0, done.stderr
+
+    def loads(*_, **__):
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr("elastickv.transformers.model_loading.Checkpoint.load", loads)
+    done = elastickv("run", folder, "--raw", f"-p{prompt}", "--recipe=int8", f"--max-new-tokens={tokens + 1}")
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and f"{positions - tokens} tokens of prompt and {tokens + 1} new ones" in said
+    assert f"{positions} positions" in said and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "starts", "said"),
+    [
+        ("--compress=4", {"reads_less_from": 164, "ratio_from": 704}, "at most 1/4 from 704 on"),
+        (
+            "--recipe=int8",
+            {"reads_less_from": 164, "ratio_from": None},
+            "from 164 tokens of context on; this run has at most 4",
+        ),
+        ("--compress=1", {"reads_less_from": None, "ratio_from": None}, "nothing is compressed"),
+    ],
+)
+def test_where_compression_starts_is_said_before_the_weights_are_loaded_and_in_the_result(
+    elastickv, folder, tmp_path, option, starts, said
+):
+    """After 4 sinks and a window of 128, the first page of 32 tokens is cold."""
+    done = elastickv("run", folder, "--raw", "-pHi", "--max-new-tokens=2", option, f"-o{tmp_path / 'x.json'}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert record["compression"] == starts
+    before, after = done.stderr.split("elastickv: loading\n")
+    assert said in before and said.split(";")[0] in after.splitlines()[-1]
+
+
+def test_a_shape_generates_noise_with_random_weights(elastickv, tmp_path):
+    target = tmp_path / "x.json"
+    done = elastickv("run", "shape:tiny", "-pHi", "--max-new-tokens=9", "--compress=4", f"-o{target}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(target.read_text(encoding="utf-8"))
+    assert record["model"]["name"] == "shape:tiny" and record["model"]["random_weights"] is True
+    assert record["text"] == done.stdout[:-1] and len(record["text"]) == 9 and record["text"].isprintable()
+    assert "random weights" in done.stderr and "warning" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "MODEL", "-pHi"),
+        ("eval", "MODEL"),
+        ("calibrate", "MODEL"),
+        ("bench", "--model", "MODEL"),
+        ("baseline", "transformers", "MODEL"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model", ["/no/such/model", "no such model", "shape:9b", "model.gguf", "x" * 100, "a\udcffb"])
+def test_a_model_that_does_not_exist_is_refused_alike_everywhere(elastickv, arguments, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = elastickv(*(model if argument == "MODEL" else argument for argument in arguments))
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+    if model == "shape:9b":
+        assert "shape:9b" in said and ("shape:8b" in said or "random weights" in said)
+    else:
+        assert "does not exist: give a model's folder, a .gguf file, a hub id (OWNER/NAME) or shape:NAME (" in said
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate"])
+def test_quality_of_random_weights_is_refused_and_says_why(elastickv, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = elastickv(command, "shape:tiny")
+    assert done.returncode == 2 and "shape:tiny has random weights" in done.stderr and "hub id" in done.stderr
+    assert list(tmp_path.iterdir()) == []

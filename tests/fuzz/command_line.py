@@ -253,6 +253,7 @@ def no_work():
     import elastickv.evaluation.evaluate
     import elastickv.html_report.report
     import elastickv.model_benchmark.bench as model_bench
+    import elastickv.model_benchmark.model_source
     import elastickv.model_benchmark.presets
     import elastickv.sweeps.journal
     import elastickv.sweeps.sweep
@@ -271,6 +272,7 @@ def no_work():
             (elastickv.sweeps.sweep, "measure", begins),
             (elastickv.sweeps.journal, "environment", lambda: environment),  # asks git each time
             (elastickv.transformers.model_loading, "load_model", begins),
+            (elastickv.model_benchmark.model_source, "open_model", begins),
             (model_bench, "measure", begins),
             (elastickv.benchmark.doctor, "findings", begins),
             (elastickv.backends, "load", begins),

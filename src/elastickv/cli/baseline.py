@@ -41,7 +41,7 @@ def command() -> None:
 def with_transformers(**arguments: Any) -> int:
     """Generate with stock and elastic caches taking turns: `bench --model` at the size of a reference, and its quality cost.
 
-    MODEL is a local directory, a .gguf file, a hub id, or a shape with random weights such as shape:tiny.
+    MODEL is a local directory, a .gguf file, a hub id, or shape:NAME: random weights, for speed and memory only.
     """
     from elastickv.cli.run import quiet_transformers
     from elastickv.transformers.model_loading import NEEDED, require
@@ -83,6 +83,7 @@ def _check(arguments: dict[str, Any]) -> None:
 
 
 def _measured(baseline: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> int:
+    from elastickv.cli.output import shown_after
     from elastickv.cli.progress import Bar
     from elastickv.results.files import write_text
     from elastickv.results.formats import plain_json
@@ -93,7 +94,7 @@ def _measured(baseline: Callable[..., dict[str, Any]], arguments: dict[str, Any]
     with Bar() as bar:
         result = baseline(**inputs, command=("elastickv", *sys.argv[1:]), progress=bar)
     written = plain_json.dumps(result)
-    if output is not None:
-        write_text(output, written)
-    click.echo(written if as_json else Measurement(result).shown("table"), nl=False)
+    with shown_after(written if as_json else Measurement(result).shown("table")):
+        if output is not None:
+            write_text(output, written)
     return 0

@@ -30,7 +30,7 @@ def _presets() -> str:
 
 
 _OPTIONS = (
-    click.option("--model", help="Measure this model's tokens/s end to end: a folder, .gguf file, hub id, or shape:8b."),
+    click.option("--model", help="Measure this model's tokens/s end to end: a folder, .gguf file, hub id, or shape:NAME."),
     click.option("--calibration", type=click.Path(path_type=Path), help="With --model: file of `elastickv calibrate`."),
     click.option("--temperature", type=float, help="With --model: above 0 tokens are sampled.  [default: the likeliest]"),
     click.option("--preset", help=_presets()),

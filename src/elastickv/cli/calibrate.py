@@ -18,8 +18,9 @@ from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 def command(model: str, text: Path | None, output: Path | None, tokens: int | None, dtype: str, device: str) -> int:
     """Measure what each KV head of MODEL loses at each fraction of its pages, for recipes to be solved from.
 
-    MODEL is a local directory, a .gguf file or a hub id.
+    MODEL is a local directory, a .gguf file or a hub id; shape:NAME has random weights and no quality to measure.
     """
+    from elastickv.cli.output import show
     from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError, printable
     from elastickv.results.files import check_writable, write_text
@@ -39,7 +40,11 @@ def command(model: str, text: Path | None, output: Path | None, tokens: int | No
         loaded = load_model(model, dtype, device)
         bar.phase("calibrating")
         result = calibrate(loaded, source, tokens or CALIBRATION_TOKENS, bar.progress)
-    write_text(target, result.dumps())
+    try:
+        write_text(target, result.dumps())
+    except UsageError:
+        show(result.dumps())
+        raise
     heads = f"{len(result.layers)} layers x {result.kv_heads} KV heads"
     click.echo(
         f"{printable(str(target))}: {heads} of {result.model} ({result.fingerprint}) on {result.tokens} tokens of {result.text}"

@@ -1,5 +1,6 @@
 """Click options made from the dataclasses of options: types, defaults and help stand there, spellings here."""
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,23 @@ FLOAT32_DTYPE: _Decorator = click.option(
     "--dtype", default="fp32", show_default=True, help="Load the model's weights as fp32, fp16 or bf16."
 )
 CPU_DEVICE: _Decorator = click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu or cuda.")
+
+
+class UnicodeText(click.ParamType):  # type: ignore[type-arg]
+    """A text of UTF-8, whatever encoding the locale names: Python escapes the bytes of an argument that it cannot decode."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text of an argument; fail where its bytes are not UTF-8."""
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            try:
+                return os.fsencode(value).decode("utf-8")
+            except UnicodeError:
+                self.fail(f"it is not valid Unicode (character {error.start + 1}): give a text in UTF-8", param, ctx)
+        return value
 
 
 def hyphenated(name: str) -> str:

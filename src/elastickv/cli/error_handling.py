@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from elastickv.cli import standard_streams
 from elastickv.cli.flags import running, with_flags
 from elastickv.errors import DeviceFailure, KernelMismatch, NonFiniteError, UsageError, one_line
 
@@ -20,7 +21,6 @@ WRONG = 1
 BAD_INPUT = 2
 DEVICE_FAILED = 4
 _SIGNALLED = 128
-_STREAMS = 3
 _REPEAT_S = 0.05
 # These signals keep what was measured, as Ctrl-C does.
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -29,7 +29,7 @@ _ended_by = signal.SIGINT
 
 def exit_with(command: click.Command, name: str) -> None:
     """Run `command` and leave the process with its exit code."""
-    _open_standard_streams()
+    standard_streams.prepare()
     with _ended_like_interrupted(), _warnings_in_one_line():
         code = _code(command, name)
     sys.exit(code)
@@ -51,12 +51,11 @@ def _code(command: click.Command, name: str) -> int:
     except click.ClickException as error:
         hint = f" (see {name} --help)" if isinstance(error, click.UsageError) else ""
         return _say(name, error.format_message() + hint, BAD_INPUT)
-    except BrokenPipeError:
-        silence()
-        return 0
     except OSError as error:
         if error.filename is None:
-            silence()
+            standard_streams.silence()
+        if standard_streams.reader_left(error):
+            return 0
         return _say(name, f"{error.filename or 'output'}: {error.strerror or error}; give another file or folder", BAD_INPUT)
     except (KeyboardInterrupt, click.Abort, EOFError):
         return _say(name, "interrupted before there was a result to keep", interrupted())
@@ -65,6 +64,11 @@ def _code(command: click.Command, name: str) -> int:
 def _run(command: click.Command, name: str) -> Any:
     if f"_{name}_COMPLETE".upper() in os.environ:
         return command.main(prog_name=name)
+    for argument in sys.argv[1:]:
+        try:
+            os.fsencode(argument)
+        except UnicodeEncodeError:
+            return _say(name, f"argument {argument} is not valid Unicode: give one that a file may be named", BAD_INPUT)
     # Not `main`, which makes a gate's 1 of a reader that left.
     with command.make_context(name, sys.argv[1:]) as context:
         try:
@@ -96,22 +100,6 @@ def _say(name: str, message: str, code: int) -> int:
     with suppress(OSError):  # Without a reader of errors, the exit code remains.
         print(f"{name}: error: {one_line(message)}", file=sys.stderr)
     return code
-
-
-def silence() -> None:
-    """Discard what standard output still buffers, so that it cannot fail again while the interpreter shuts down."""
-    with suppress(OSError):  # One that is no file can't fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _open_standard_streams() -> None:
-    """Put the null device where a standard stream is closed: the next file must not get its number, nor errors go to output."""
-    while (handle := os.open(os.devnull, os.O_RDWR)) < _STREAMS:
-        os.set_inheritable(handle, True)
-    os.close(handle)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 
 def _interrupted_again(lost: Any) -> None:

@@ -52,7 +52,8 @@ def _listed(numbers: tuple[float, ...]) -> str:
 def command(**arguments: Any) -> int:
     """Measure what MODEL's predictions lose at each C, through the decode path that `generate` takes.
 
-    MODEL is a local directory, a .gguf file or a hub id. Without --text two texts are scored that the package ships.
+    MODEL is a local directory, a .gguf file or a hub id; shape:NAME has random weights and no quality to measure. Without
+    --text two texts are scored that the package ships.
     """
     from elastickv.cli.error_handling import interrupted
     from elastickv.cli.output import shown_after

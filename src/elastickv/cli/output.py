@@ -5,14 +5,16 @@ from contextlib import contextmanager
 
 import click
 
-from elastickv.cli.error_handling import silence
+from elastickv.cli.standard_streams import reader_left, silence
 
 
 def show(text: str) -> None:
     """Write to standard output; discard the rest if its reader has left, as `head` does."""
     try:
         click.echo(text, nl=False)
-    except BrokenPipeError:
+    except OSError as error:
+        if not reader_left(error):
+            raise
         silence()
 
 

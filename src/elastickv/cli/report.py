@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from elastickv.cli.click_options import UnicodeText
+
 _NAMES = {"html": "report.html", "md": "report.md", "pdf-ready": "report.html", "png": "report.png"}
 
 
@@ -18,7 +20,7 @@ _NAMES = {"html": "report.html", "md": "report.md", "pdf-ready": "report.html", 
     "out for paper, light, everything open, to be printed as PDF. png: one picture of the headline and the first charts.  "
     "[default: what the suffix of --output says]",
 )
-@click.option("--title", help="Title of the page.  [default: the device]")
+@click.option("--title", type=UnicodeText(), help="Title of the page.  [default: the device]")
 def command(**arguments: Any) -> int:
     """Make one page of results: what is worth it on this device, and its cost.
 

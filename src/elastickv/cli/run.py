@@ -4,13 +4,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from elastickv.benchmark.model_options import GenerationOptions, requested_compress
 from elastickv.benchmark.options import defaults_of
-from elastickv.cli.click_options import CALIBRATION, RECIPE, USUAL_DEVICE, USUAL_DTYPE, options_from
+from elastickv.cli.click_options import CALIBRATION, RECIPE, USUAL_DEVICE, USUAL_DTYPE, UnicodeText, options_from
+
+if TYPE_CHECKING:
+    from elastickv.model_benchmark.model_source import ModelSource
+    from elastickv.model_benchmark.run import PromptRun, Request
 
 PIECE_TOKENS = 32
 _OPTIONS = options_from(GenerationOptions)
@@ -18,7 +22,7 @@ _OPTIONS = options_from(GenerationOptions)
 
 @click.command("run", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--prompt", "-p", help="What to say to the model.")
+@click.option("--prompt", "-p", type=UnicodeText(), help="What to say to the model.")
 @click.option("--file", "-f", "file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
 @_OPTIONS["compress"]
 @RECIPE
@@ -35,8 +39,8 @@ _OPTIONS = options_from(GenerationOptions)
 def command(**arguments: Any) -> int:
     """Generate text with MODEL through an elastic KV cache, and show its speed and memory.
 
-    MODEL is a local directory, a .gguf file or a hub id. The prompt comes from --prompt, --file or standard input; text goes to
-    standard output, its statistics to standard error.
+    MODEL is a local directory, a .gguf file, a hub id, or shape:NAME: random weights, for speed and memory only. The prompt
+    comes from --prompt, --file or standard input; text goes to standard output, its statistics to standard error.
     """
     from elastickv.cli.progress import Bar
     from elastickv.cli.streaming import LiveText
@@ -45,7 +49,7 @@ def command(**arguments: Any) -> int:
     from elastickv.results.formats import plain_json
     from elastickv.results.formats.generation_table import generation_table
     from elastickv.results.kinds.model_result import RunResult
-    from elastickv.transformers.model_loading import NEEDED, load_model, require
+    from elastickv.transformers.model_loading import NEEDED, check_device, require
 
     require(*NEEDED)
     text, output = _prompt(arguments["prompt"], arguments["file"]), arguments["output"]
@@ -56,32 +60,55 @@ def command(**arguments: Any) -> int:
     if output is not None:
         check_writable(output)
     from elastickv.model_benchmark.generation import Sampling
+    from elastickv.model_benchmark.model_source import open_model
     from elastickv.model_benchmark.run import PromptRun, Request
     from elastickv.model_benchmark.shapes import usual_device, usual_dtype
-    from elastickv.recipe import ModelCalibration
+    from elastickv.recipe import DTYPES, ModelCalibration
 
     sampling = Sampling(options.temperature, options.seed)
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
     compress = requested_compress(arguments["compress"], arguments["recipe"], options.compress)
     device = arguments["device"] or usual_device()
+    check_device(device)
+    dtype = arguments["dtype"] or usual_dtype(device)
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype={dtype} is unknown: choose {', '.join(DTYPES)}")
+    cache = {"compress": compress, "recipe": arguments["recipe"], "calibration": calibration}
+    cache |= {"capture": not arguments["no_graphs"]}
+    request = Request(text, not arguments["raw"], options.max_new_tokens, sampling, cache, arguments["paired"], PIECE_TOKENS)
     with Bar() as bar, quiet_transformers():
+        bar.phase("reading the configuration")
+        source = open_model(arguments["model"])
+        prepared = PromptRun(source, request, dtype)
+        for line in _before_loading(prepared, source, request):
+            click.echo(f"elastickv: {line}", err=True)
         bar.phase("loading")
-        loaded = load_model(arguments["model"], arguments["dtype"] or usual_dtype(device), device)
-        cache = {"compress": compress, "recipe": arguments["recipe"], "calibration": calibration}
-        cache |= {"capture": not arguments["no_graphs"]}
-        request = Request(
-            text, not arguments["raw"], options.max_new_tokens, sampling, cache, arguments["paired"], PIECE_TOKENS
-        )
-        prepared = PromptRun(loaded, request)
+        prepared.load(device)
         bar.phase("warming up")
         prepared.warm_up()
-    with LiveText(loaded.tokenizer) as live, quiet_transformers():
+    with LiveText(source.tokenizer, keep_going=output is not None) as live, quiet_transformers():
         prepared.generate(live.add)
     result = prepared.result(("elastickv", *sys.argv[1:]), live.text)
-    click.echo(generation_table(RunResult.from_dict(result)), err=True, nl=False)
-    if output is not None:
-        write_text(output, plain_json.dumps(result))
+    try:
+        if output is not None:
+            write_text(output, plain_json.dumps(result))
+    finally:
+        click.echo(generation_table(RunResult.from_dict(result)), err=True, nl=False)
+    if live.error is not None:
+        raise live.error
     return 0
+
+
+def _before_loading(prepared: "PromptRun", source: "ModelSource", request: "Request") -> Iterator[str]:
+    """Yield what is known of a request before the weights are loaded."""
+    from elastickv.model_benchmark.model_source import RandomWeights
+    from elastickv.results.formats.generation_table import compression_sentence
+
+    if isinstance(source, RandomWeights):
+        yield f"{source.name} has random weights: speed and memory are those of the model, the text is noise"
+    if prepared.starts is not None:
+        sentence = compression_sentence(prepared.starts, request.wanted["compress"])
+        yield f"{sentence}; this run has at most {prepared.prompt_tokens + request.tokens}"
 
 
 def _prompt(text: str | None, file: Path | None) -> str:

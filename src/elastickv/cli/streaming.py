@@ -9,7 +9,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-_INCOMPLETE = "\ufffd"
+from elastickv.cli.detokenizer import IncrementalDetokenizer
+from elastickv.cli.standard_streams import silence
+
 _REFRESHES_PER_S = 8
 
 
@@ -18,16 +20,22 @@ class LiveText:
 
     On a terminal the current line is above the speed, and moves up when it is full.
 
+    Parameters
+    ----------
+    keep_going : whether to take further tokens when standard output cannot be written any more, because its reader has left or
+        its disk is full.
+
     Attributes
     ----------
-    text : all that was written.
+    text : the decode of all tokens. Set at the end.
+    error : why standard output could not be written, or None.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self.text = tokenizer, ""
-        self._ids: list[int] = []
-        self._settled = 0
-        self._shown = 0
+    def __init__(self, tokenizer: Any, keep_going: bool = False) -> None:
+        self._detokenizer, self._keep_going, self.text = IncrementalDetokenizer(tokenizer), keep_going, ""
+        self.error: OSError | None = None
+        self._pieces: list[str] = []
+        self._unwritten = ""
         self._console = Console(stderr=True, highlight=False, markup=False)
         self._together = self._console.is_terminal and sys.stdout.isatty()
         self._live: Live | None = None
@@ -42,55 +50,52 @@ class LiveText:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.text += self._decoded(final=True)
+        self._pieces.append(self._detokenizer.end())
+        self.text, streamed = self._detokenizer.whole(), "".join(self._pieces)
         if self._live is not None:
             self._live.stop()
-        rest = self.text[self._shown :]
-        if self._count:
-            sys.stdout.write(rest + ("" if self.text.endswith("\n") else "\n"))
-            sys.stdout.flush()
+        if self._count and not isinstance(error, OSError):
+            # What was written cannot be taken back. Only a tokenizer that rewrites earlier text makes the two differ.
+            written = streamed[: len(streamed) - len(self._unwritten) - len(self._pieces[-1])]
+            rest = (self.text if self.text.startswith(written) else streamed)[len(written) :]
+            self._write(rest + ("" if self.text.endswith("\n") else "\n"))
 
     def add(self, ids: Any) -> None:
         """Take the next token, a tensor of one."""
         self._count += 1
         now = time.perf_counter()
         self._first = self._first or now
-        self._ids.append(int(ids.reshape(-1)[0]))
-        self.text += self._decoded()
+        piece = self._detokenizer.add(int(ids.reshape(-1)[0]))
+        self._pieces.append(piece)
+        self._unwritten += piece
         if not self._together:
-            sys.stdout.write(self.text[self._shown :])
-            sys.stdout.flush()
-            self._shown = len(self.text)
+            self._write(self._unwritten)
+            self._unwritten = ""
         if self._live is not None:
             speed = f"{(self._count - 1) / (now - self._first):.1f} tokens/s, " if self._count > 1 else ""
             line = Text(f"{speed}{self._count} tokens", style="dim")
             self._live.update(Group(Text(self._unfinished()), line) if self._together else line)
 
-    def _decoded(self, final: bool = False) -> str:
-        """Return the text that the tokens since the last settled one add: nothing while a character is incomplete."""
-        whole = self._tokenizer.decode(self._ids[self._settled :], skip_special_tokens=True)
-        before = self._pending
-        if whole.endswith(_INCOMPLETE) and not final:
-            return ""
-        self._pending = whole
-        added = whole[len(before) :]
-        if whole.endswith("\n"):
-            # Decoding can restart at the end of a line, so that long texts are not decoded from the beginning for each token.
-            self._settled, self._pending = len(self._ids), ""
-        return str(added)
-
-    _pending = ""
+    def _write(self, text: str) -> None:
+        if self.error is not None:
+            return
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            if not self._keep_going:
+                raise
+            self.error = error
+            silence()
 
     def _unfinished(self) -> str:
         """Print full lines above the speed, and return the one that is being written."""
         width = max(20, self._console.width - 1)
-        rest = self.text[self._shown :]
-        while "\n" in rest or len(rest) > width:
-            line, newline, _ = rest.partition("\n")
+        while "\n" in self._unwritten or len(self._unwritten) > width:
+            line, newline, _ = self._unwritten.partition("\n")
             if len(line) > width:
                 space = line.rfind(" ", 1, width + 1)
                 line, newline = (line[: space + 1], "") if space > 0 else (line[:width], "")
             self._console.print(Text(line.rstrip(" ")))
-            self._shown += len(line) + len(newline)
-            rest = self.text[self._shown :]
-        return rest
+            self._unwritten = self._unwritten[len(line) + len(newline) :]
+        return self._unwritten

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from elastickv.transformers.model_support import sizes_of, text_config
 
 STOCK, STATIC, ELASTIC = "stock", "stock static+compile", "elastic"
 _STATIC_ROUNDING = 64
-# More than sinks and window, so that pages are stored and read. The steps cover those that compile kernels and capture graphs.
-_WARM_UP_PROMPT, _WARM_UP_TOKENS = 192, 6
+# More than sinks and window, so that pages are stored and read. On CUDA the steps cover those that compile kernels and capture
+# graphs; on a CPU one that computes an anchor and one that does not.
+_WARM_UP_PROMPT = 192
+WARM_UP_TOKENS = defaultdict(lambda: 6, cpu=3)
 OnToken = Callable[[torch.Tensor], None]
 
 
@@ -162,11 +165,12 @@ class Generation:
         self.pieces.append(piece)
         return piece
 
-    def rehearse(self, prompt_tokens: int = _WARM_UP_PROMPT, tokens: int = _WARM_UP_TOKENS) -> None:
+    def rehearse(self, prompt_tokens: int = _WARM_UP_PROMPT, tokens: int | None = None) -> None:
         """Generate after the prompt's first `prompt_tokens` tokens with an empty cache of the same kind, and discard it.
 
-        This compiles and loads the kernels. A static cache is used itself and then reset, because its steps are compiled for
-        its own buffers; their memory counts as the generation's.
+        An elastic cache has the same capacity: `tokens` must not exceed those that will be generated. This compiles and loads
+        the kernels. A static cache is used itself and then reset, because its steps are compiled for its own buffers; their
+        memory counts as the generation's.
         """
         static = isinstance(self.cache, StaticCache)
         if isinstance(self.cache, ElasticCache):
@@ -178,7 +182,7 @@ class Generation:
         other = Generation(self.name, self.model, cache, self.ids[:, prompt], self._mask[:, prompt], self.sampling)
         if static:
             other.footprint = self.footprint
-        other.advance(tokens)
+        other.advance(WARM_UP_TOKENS[self.ids.device.type] if tokens is None else tokens)
         if static:
             self.cache.reset()
 
@@ -303,13 +307,23 @@ def elastic(
     ------
     UsageError : if the model is not supported, or prompt and text exceed its positions.
     """
-    sizes = sizes_of(model)
-    if sizes.max_positions is not None and capacity > sizes.max_positions:
-        raise UsageError(
-            f"{ids.shape[1]} tokens of prompt and {capacity - ids.shape[1]} new ones are beyond the model's "
-            f"{sizes.max_positions} positions (max_position_embeddings): give a shorter prompt or fewer new tokens"
-        )
+    check_positions(model, int(ids.shape[1]), capacity - int(ids.shape[1]))
     return Generation(ELASTIC, model, ElasticCache.for_model(model, capacity=capacity, **wanted), ids, mask, sampling)
+
+
+def check_positions(model: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """Check that prompt and text fit the positions of a model, which needs no weights.
+
+    Raises
+    ------
+    UsageError : if they do not, or the model is not supported.
+    """
+    most = sizes_of(model).max_positions
+    if most is not None and prompt_tokens + new_tokens > most:
+        raise UsageError(
+            f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are beyond the model's {most} positions "
+            "(max_position_embeddings): give a shorter prompt or fewer new tokens"
+        )
 
 
 def take_turns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,18 +10,23 @@ from typing import Any
 import torch
 
 from elastickv.errors import UsageError
+from elastickv.model_benchmark.compression_start import compression_start
 from elastickv.model_benchmark.generation import (
     ELASTIC,
+    WARM_UP_TOKENS,
     Generation,
     OnToken,
     Sampling,
+    check_positions,
     elastic,
     stock,
     take_turns,
 )
+from elastickv.model_benchmark.model_source import ModelSource, RandomWeights, without_weights
 from elastickv.model_benchmark.records import environment_record, model_record
 from elastickv.model_benchmark.speedups import noise_floor, speedup, step_means
-from elastickv.transformers.model_loading import Loaded
+from elastickv.results.kinds.model_result import CompressionStart
+from elastickv.transformers.config import UncalibratedWarning
 
 KIND = "elastickv-run"
 VERSION = 1
@@ -51,19 +57,48 @@ class Request:
 
 
 class PromptRun:
-    """A request with its caches.
+    """A request: checked as far as a model's configuration allows, then loaded, then generated.
+
+    Attributes
+    ----------
+    starts : from which contexts on the request compresses; None if that is not known before the weights are loaded, or if the
+        model has no elastic layers.
 
     Raises
     ------
     UsageError : if the model is not supported, or prompt and text exceed its positions.
     """
 
-    def __init__(self, loaded: Loaded, request: Request) -> None:
-        self._loaded, self._request = loaded, request
-        ids = encoded(loaded.tokenizer, request.prompt, request.chat)
-        mask, model = torch.ones_like(ids), loaded.model
+    def __init__(self, source: ModelSource, request: Request, dtype: str) -> None:
+        self._source, self._request, self._dtype = source, request, dtype
+        self._ids = encoded(source.tokenizer, request.prompt, request.chat)
+        self.starts: CompressionStart | None = None
+        skeleton = without_weights(source)
+        if skeleton is not None:
+            check_positions(skeleton, self.prompt_tokens, request.tokens)
+            capacity = self.prompt_tokens + request.tokens
+            self.starts = compression_start(skeleton, request.wanted, self.prompt_tokens, capacity, dtype)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return int(self._ids.shape[1])
+
+    def load(self, device: str) -> None:
+        """Load the weights, and make the caches.
+
+        Raises
+        ------
+        UsageError : if they cannot be loaded.
+        """
+        request, ids = self._request, self._ids
+        self._loaded = self._source.load(self._dtype, device)
+        mask, model = torch.ones_like(ids), self._loaded.model
         self._stock = stock(model, ids, mask, request.sampling) if request.paired else None
-        self._elastic = elastic(model, ids, mask, request.sampling, ids.shape[1] + request.tokens, request.wanted)
+        with warnings.catch_warnings():
+            if isinstance(self._source, RandomWeights):  # which have nothing to lose
+                warnings.simplefilter("ignore", UncalibratedWarning)
+            self._elastic = elastic(model, ids, mask, request.sampling, self.prompt_tokens + request.tokens, request.wanted)
 
     @property
     def _generations(self) -> list[Generation]:
@@ -72,7 +107,7 @@ class PromptRun:
     def warm_up(self) -> None:
         """Run a short prompt through every cache, so that compiling and loading kernels is not timed."""
         for generation in self._generations:
-            generation.rehearse()
+            generation.rehearse(tokens=min(WARM_UP_TOKENS[self._loaded.model.device.type], self._request.tokens))
 
     def generate(self, on_token: OnToken) -> None:
         """Generate, and call `on_token` with each token of the elastic cache's text."""
@@ -96,11 +131,12 @@ class PromptRun:
             "version": VERSION,
             "environment": environment_record(),
             "command": list(command),
-            "model": model_record(self._loaded),
+            "model": model_record(self._loaded) | {"random_weights": isinstance(self._source, RandomWeights)},
             "compress": request.wanted.get("compress"),
             "recipe": None if request.wanted.get("recipe") is None else str(request.wanted["recipe"]),
             "temperature": request.sampling.temperature,
             "seed": request.sampling.seed,
+            "compression": None if self.starts is None else asdict(self.starts),
             "caches": [generation.metrics() for generation in self._generations],
             "pairing": "abba" if request.paired else None,
             "speedup": None if ratio is None else asdict(ratio),

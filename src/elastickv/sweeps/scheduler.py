@@ -98,7 +98,7 @@ class _Worker:
         try:
             self._process.stdin.write(json.dumps(value) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
+        except OSError:  # on Windows not always a BrokenPipeError
             pass  # Its end is an event of its own.
 
     def _listen(self, events: "queue.Queue[tuple[_Worker, str, Any]]") -> None:

@@ -1,4 +1,4 @@
-"""Load a model by name: a local directory, a GGUF file or a hub id."""
+"""Load a model by name: a local directory, a .gguf file or a hub id. Random weights: `model_benchmark.model_source`."""
 
 import hashlib
 import os
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -13,10 +14,14 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.transformers.gguf_header import read_gguf_header
+from elastickv.transformers.gguf_readers import GgufReaders
 
 NEEDED = ("torch", "transformers")
 INSTALL = 'pip install "elastickv[transformers]"'
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+SHAPE_PREFIX = "shape:"
+MODEL_FORMS = "a model's folder, a .gguf file, a hub id (OWNER/NAME) or shape:NAME (random weights, for speed alone)"
+_HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)  # the hub's own rule
+_MOST_DIGITS = 4
 _SAMPLED_ROWS = 16
 _SAMPLED_COLUMNS = 64
 
@@ -49,11 +54,98 @@ def require(*packages: str) -> None:
         raise UsageError(f"{' and '.join(missing)} not installed: {INSTALL}")
 
 
-def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
-    """Load a causal language model.
+def check_device(device: str) -> None:
+    """Check that PyTorch has a device.
+
+    Raises
+    ------
+    UsageError : if it has not, or the name is neither of a CPU nor of a CUDA device.
+    """
+    import torch
+
+    kind, colon, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not (number.isascii() and number.isdigit() and len(number) < _MOST_DIGITS)):
+        raise UsageError(f"`device`={device} is unknown: choose cpu or cuda")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not count:
+        raise UsageError(f"`device`={device}: PyTorch finds no CUDA device; leave the option out to run on the CPU")
+    if int(number or 0) >= count:
+        raise UsageError(f"`device`={device} does not exist: {kind}:0 to {kind}:{count - 1} do")
+
+
+class Checkpoint:
+    """A model on disk or on the hub, whose configuration, tokenizer and weights are read when they are needed.
 
     A directory or a .gguf file is read from disk only. Any other name is a hub id, and may be downloaded. Weights are never
     unpickled, and no code of the model's repository is run.
+
+    Parameters
+    ----------
+    name : path of a directory, path of a .gguf file, or hub id.
+
+    Raises
+    ------
+    UsageError : from every method too, if a package is missing, the model does not exist or is no decoder-only model.
+    """
+
+    def __init__(self, name: str) -> None:
+        require(*NEEDED)
+        self.name = name
+        self._folder, self._options = _source(name)
+        self._gguf = GgufReaders() if "gguf_file" in self._options else None
+
+    @cached_property
+    def config(self) -> Any:
+        """Transformers' configuration."""
+        with self._reading() as transformers:
+            config = transformers.AutoConfig.from_pretrained(self._folder, **self._options)
+            check_config(config, self.name)
+            return config
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        with self._reading() as transformers:
+            return transformers.AutoTokenizer.from_pretrained(self._folder, **self._options)
+
+    def load(self, dtype: str = "fp32", device: str = "cpu") -> Loaded:
+        """Load the weights; see `load_model`."""
+        import torch
+
+        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        if dtype not in dtypes:
+            raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(dtypes)}")
+        check_device(device)
+        options = self._options | ({"use_safetensors": True} if self._gguf is None else {})
+        config = self.config
+        with self._reading() as transformers:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                self._folder, config=config, dtype=dtypes[dtype], **options
+            )
+            check_config(model.config, self.name)
+            # For a .gguf file, Transformers sets this to the folder.
+            model.config.name_or_path = self.name
+        return Loaded(Path(self.name).name, model.to(device).eval(), self.tokenizer)
+
+    @contextmanager
+    def _reading(self) -> Iterator[Any]:
+        """Give Transformers, quiet, and whose errors name the model."""
+        import transformers
+
+        try:
+            with _quiet(transformers, bars=self._gguf is not None), self._gguf or nullcontext():
+                yield transformers
+        except (UsageError, MemoryError):
+            raise
+        except (
+            Exception
+        ) as error:  # whatever the parsers of files and weights raise: SafetensorError, struct.error, IndexError, ...
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(f"model {self.name} cannot be loaded: {reason}") from None
+
+
+def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
+    """Load a causal language model with its tokenizer.
 
     Parameters
     ----------
@@ -65,34 +157,7 @@ def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
     ------
     UsageError : if a package is missing, the model does not exist or is no decoder-only model.
     """
-    require(*NEEDED)
-    import torch
-    import transformers
-
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(dtypes)}")
-    folder, options = _source(name)
-    try:
-        with _quiet(transformers, bars="gguf_file" in options):
-            if "gguf_file" not in options:
-                check_config(transformers.AutoConfig.from_pretrained(folder, **options), name)
-                weights = options | {"use_safetensors": True}
-            else:
-                weights = options
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype], **weights)
-            check_config(model.config, name)
-            # For a .gguf file, Transformers sets this to the folder.
-            model.config.name_or_path = name
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    except (UsageError, MemoryError):
-        raise
-    except (
-        Exception
-    ) as error:  # whatever the parsers of files and weights raise: SafetensorError, struct.error, IndexError, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"model {name} cannot be loaded: {reason}") from None
-    return Loaded(Path(name).name, model.to(device).eval(), tokenizer)
+    return Checkpoint(name).load(dtype, device)
 
 
 def check_config(config: Any, name: str) -> None:
@@ -110,21 +175,25 @@ def check_config(config: Any, name: str) -> None:
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
+    if name.startswith(SHAPE_PREFIX):
+        raise UsageError(
+            f"model {name} has random weights, whose predictions mean nothing: give a model's folder, a .gguf file or a hub id"
+        )
     path = Path(os.path.expanduser(name))  # "~name" of an unknown user stays as it is
     if os.path.isdir(path):
         if not os.path.isfile(path / "config.json"):
-            raise UsageError(f"model {name} is a folder without a config.json: give a model's folder or a .gguf file")
+            raise UsageError(f"model {name} is a folder without a config.json: give {MODEL_FORMS}")
         return str(path), {"local_files_only": True}
     if path.suffix.lower() == ".gguf":
         if not os.path.isfile(path):
-            raise UsageError(f"model {name} does not exist: give a .gguf file, a model's folder or a hub id")
+            raise UsageError(f"model {name} does not exist: give {MODEL_FORMS}")
         require("gguf", "accelerate")
         read_gguf_header(path, name)  # Transformers would read a damaged file for minutes
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     if os.path.exists(path):
-        raise UsageError(f"model {name} is neither a folder nor a .gguf file: give one of these, or a hub id")
+        raise UsageError(f"model {name} is neither a folder nor a .gguf file: give {MODEL_FORMS}")
     if not _HUB_ID.fullmatch(name):
-        raise UsageError(f"model {name} does not exist: give a model's folder, a .gguf file or a hub id (OWNER/NAME)")
+        raise UsageError(f"model {name} does not exist: give {MODEL_FORMS}")
     return name, {}
 
 

@@ -8,7 +8,14 @@ from elastickv.errors import printable
 from elastickv.results.formats.html import html_paragraphs, html_table
 from elastickv.results.formats.rows import as_json, as_jsonl, csv_of, markdown_of
 from elastickv.results.formats.units import NO_INTERVAL, ratio_sentence, with_bounds
-from elastickv.results.kinds.model_result import ELASTIC, CacheRecord, ModelBenchResult, RunResult, device_name
+from elastickv.results.kinds.model_result import (
+    ELASTIC,
+    CacheRecord,
+    CompressionStart,
+    ModelBenchResult,
+    RunResult,
+    device_name,
+)
 from elastickv.results.speed_ratios import model_ratios
 
 _GIB, _MIB = 1 << 30, 1 << 20
@@ -52,6 +59,16 @@ def span_of(figure: Interval | None, form: str) -> str:
     """Return the bounds of a time as text; a word where too few samples make none."""
     low, high = bounds_of(figure)
     return "none" if low is None else f"{form.format(low)}..{form.format(high)}"
+
+
+def compression_sentence(starts: CompressionStart, compress: float | None) -> str:
+    """Return from which contexts a run compresses."""
+    if starts.reads_less_from is None:
+        return "nothing is compressed at any context"
+    begins = f"decodes read less than a dense cache from {starts.reads_less_from} tokens of context on"
+    if starts.ratio_from is not None:
+        return f"{begins}, at most 1/{compress:g} from {starts.ratio_from} on"
+    return begins if compress is None else f"{begins}, and nowhere as little as 1/{compress:g}"
 
 
 def as_html(result: RunResult | ModelBenchResult) -> str:
@@ -124,7 +141,7 @@ def _sentences(result: RunResult | ModelBenchResult) -> list[str]:
     if result.noise_floor:
         lines.append(f"noise floor: {with_bounds(result.noise_floor)}")
     if not isinstance(result, ModelBenchResult):
-        return lines
+        return lines if result.compression is None else [*lines, compression_sentence(result.compression, result.compress)]
     if any(cache.step_ms is None or not cache.step_ms.is_shown for cache in result.caches):
         lines.append(f"ms a step: {NO_INTERVAL}")
     lines += [f"beware: {flag}" for flag in result.host_flags]

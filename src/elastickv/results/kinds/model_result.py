@@ -104,6 +104,20 @@ class ModelDescription:
 
 
 @dataclass(frozen=True)
+class CompressionStart:
+    """From which contexts, in tokens, the elastic layers compress.
+
+    Attributes
+    ----------
+    reads_less_from : where decodes begin to read less than a dense 16-bit cache. None: they never do.
+    ratio_from : where they begin to read at most 1/C. None: nowhere, or there is no C.
+    """
+
+    reads_less_from: Count | None
+    ratio_from: Count | None
+
+
+@dataclass(frozen=True)
 class RunResult:
     """What `elastickv run` writes with `--output`."""
 
@@ -122,6 +136,7 @@ class RunResult:
     noise_floor: Annotated[Interval | None, POSITIVE]
     same_text: bool | None
     text: str
+    compression: CompressionStart | None = field(default=None, metadata=_OPTIONAL)
 
     @classmethod
     def from_dict(cls, value: Any, source: str = "the result") -> "RunResult":
