@@ -16,12 +16,14 @@ from elastickv.evaluation.metrics import fidelity
 from elastickv.evaluation.needle import ANSWER_TOKENS, Case, answered, cases
 from elastickv.evaluation.prefill import Prefill, prefill
 from elastickv.evaluation.recipes_by_ratio import Span
+from elastickv.evaluation.scored_windows import unscored, window_records
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.subject import DecodePath, Subject, decode_paths
 from elastickv.evaluation.suggestion import suggest
 from elastickv.evaluation.texts import Text, Window, windows
 from elastickv.recipe import ModelCalibration
 from elastickv.transformers.model_loading import Loaded
+from elastickv.transformers.tokenization import text_prefix
 
 KIND = "elastickv-fidelity"
 VERSION = 1
@@ -53,13 +55,14 @@ def evaluate(
     ]
     subject.check_room(max([*options.contexts, *(n + ANSWER_TOKENS for n in options.needle_lengths)]))
     paths: dict[int, list[DecodePath]] = {}
-    skipped: list[str] = []
+    skipped, unmet = unscored(texts, options.window_count), list[str]()
     for context in options.contexts:
         span = Span(context - options.scored - 1, options.scored)
         paths[context], reasons = decode_paths(subject, options.ratios, span, options.reference)
-        skipped += reasons
+        unmet += reasons
     if paths and not any(path.plan for context_paths in paths.values() for path in context_paths):
-        raise UsageError("; ".join(dict.fromkeys(skipped)))
+        raise UsageError("; ".join(dict.fromkeys(unmet)))
+    skipped += unmet
     started, complete = time.monotonic(), True
     rows: list[dict[str, Any]] = []
     retrieval: list[dict[str, Any]] = []
@@ -78,7 +81,7 @@ def evaluate(
         "complete": complete,
         "environment": environment() | {"transformers": _version("transformers"), "torch": _version("torch")},
         "model": subject.described(),
-        "texts": [text.name for text in texts],
+        **window_records(texts, loaded.tokenizer, context_windows, options.scored),
         "calibration": None if calibration is None else {"text": calibration.text, "tokens": calibration.tokens},
         "options": _plain(options),
         "skipped": skipped,
@@ -90,7 +93,7 @@ def evaluate(
 
 
 def _windows(subject: Subject, texts: Sequence[Text], options: EvaluationOptions, context: int) -> list[Window]:
-    if context <= options.scored + 1:
+    if context <= options.scored + max(1, len(text_prefix(subject.loaded.tokenizer))):
         raise UsageError(f"`context`={context} leaves nothing before the {options.scored} scored tokens: give a longer one")
     return windows(texts, subject.loaded.tokenizer, context, options.window_count)
 
