@@ -21,7 +21,7 @@ class Subject:
 
     Attributes
     ----------
-    shape : of one sequence of a layer with full attention.
+    shape : of one sequence of a layer with full attention, as it is stored: heads may be padded.
     layers : number of these layers; recipes, calibrations and bytes are theirs.
     positions : the model's longest context in tokens, or None.
     """
@@ -34,8 +34,8 @@ class Subject:
         self.fingerprint = fingerprint(self.model)
         if calibration is not None:
             calibration.check_model(self.fingerprint, loaded.name)
-        self.shape = AttentionShape(1, sizes.query_heads, sizes.kv_heads, sizes.head_dim)
-        self.layers, self.positions = len(sizes.elastic), sizes.max_positions
+        self.shape = AttentionShape(1, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
+        self.layers, self.positions, self.head_dim = len(sizes.elastic), sizes.max_positions, sizes.head_dim
         self.dtype = _DTYPES[str(self.model.dtype)]
 
     def check_room(self, tokens: int) -> None:
@@ -48,7 +48,7 @@ class Subject:
 
     def described(self) -> dict[str, Any]:
         """Return what the result says of the model."""
-        shape = {name: getattr(self.shape, name) for name in ("query_heads", "kv_heads", "head_dim")}
+        shape = {name: getattr(self.shape, name) for name in ("query_heads", "kv_heads")}
         return {
             "name": self.loaded.name,
             "fingerprint": self.fingerprint,
@@ -56,7 +56,9 @@ class Subject:
             "device": str(self.model.device),
             "layers": int(text_config(self.model).num_hidden_layers),
             "elastic_layers": self.layers,
-        } | shape
+            **shape,
+            "head_dim": self.head_dim,
+        }
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from elastickv.benchmark.stats.intervals import Interval
 from elastickv.results.formats.html import html_paragraphs, html_table
 from elastickv.results.formats.rows import as_json, as_jsonl, csv_of, markdown_of
-from elastickv.results.kinds.model_result import CacheRecord, ModelBenchResult, RunResult, device_name
+from elastickv.results.kinds.model_result import CacheRecord, ModelBenchResult, PromptTokens, RunResult, device_name
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _COLUMNS = (
@@ -41,6 +41,14 @@ def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 def with_bounds(figure: Interval) -> str:
     """Return an estimate with its interval."""
     return f"{figure.estimate:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+
+
+def prompt_lines(prompt: PromptTokens | None) -> list[str]:
+    """Return how the prompts of a benchmark begin, and the hash of their tokens; nothing for files without them."""
+    if prompt is None:
+        return []
+    special = f"special token {', '.join(map(str, prompt.prefix))}" if prompt.prefix else "no special token"
+    return [f"prompt: begins with {special}, tokens {prompt.hash}"]
 
 
 def as_html(result: ModelBenchResult) -> str:
@@ -116,6 +124,7 @@ def _sentences(result: RunResult | ModelBenchResult) -> list[str]:
         lines.append(f"noise floor: {with_bounds(result.noise_floor)}")
     if not isinstance(result, ModelBenchResult):
         return lines
+    lines += prompt_lines(result.prompt)
     lines += [f"beware: {flag}" for flag in result.host_flags]
     return [*lines, *(f"not run: {name}: {reason}" for name, reason in result.not_run.items())]
 
