@@ -48,8 +48,11 @@ def tiny_llama(seed=0, layers=2, **sizes):
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(6000))
 
 
-def tiny_gguf(path, positions=2048, heads=2, kv_heads=1, head_dim=64, layers=2, seed=0, **fields):
-    """Write a random Llama of about a megabyte whose tokens are bytes; return its path."""
+def tiny_gguf(path, positions=2048, heads=2, kv_heads=1, head_dim=64, layers=2, seed=0, tokenizer=None, **fields):
+    """Write a random Llama of about a megabyte whose tokens are bytes; return its path.
+
+    `tokenizer` are settings such as {"add_bos_token": False}.
+    """
     import gguf
     import numpy as np
 
@@ -73,7 +76,8 @@ def tiny_gguf(path, positions=2048, heads=2, kv_heads=1, head_dim=64, layers=2, 
     writer.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_add_space_prefix(False)
+    for key, value in ({"add_space_prefix": False} | (tokenizer or {})).items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
 
     def weight(name, *shape):
         writer.add_tensor(name, (0.3 * rng.standard_normal(shape)).astype(np.float32))
