@@ -14,7 +14,7 @@ from elastickv.evaluation.evaluation_options import EvaluationOptions
 from elastickv.evaluation.prefill import prefill
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.texts import Text, windows
-from elastickv.recipe import Recipe
+from elastickv.recipe import ModelCalibration, Recipe
 from elastickv.results.formats.fidelity_table import fidelity_tables
 from elastickv.results.kinds.evaluation_result import EvaluationResult
 from elastickv.transformers.model_loading import Loaded
@@ -52,7 +52,8 @@ def gemma():
 @pytest.fixture(scope="module")
 def result(gemma):
     calibration = calibrate(gemma, Text("other", TEXT[1000:3000]), 1000)
-    assert (calibration.layers, calibration.kv_heads) == ((1,), 1)
+    assert (calibration.layers, calibration.kv_heads, calibration.prefix) == ((1,), 1, (1,))
+    assert ModelCalibration.loads(calibration.dumps()) == calibration
     return evaluate(gemma, TEXTS, OPTIONS, calibration, Silent())
 
 

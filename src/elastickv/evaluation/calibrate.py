@@ -44,7 +44,8 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     width = min(WINDOW_TOKENS, tokens, getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS)
     if width < LEAST_TOKENS:
         raise UsageError(f"`tokens`={tokens}: windows of {width} tokens are too short; {LEAST_TOKENS} are needed")
-    own = width - len(text_prefix(loaded.tokenizer))
+    prefix = text_prefix(loaded.tokenizer)
+    own = width - len(prefix)
     available = len(text_tokens(loaded.tokenizer, text.content))
     if available < own:
         raise UsageError(f"text {text.name} has {available} tokens and {own} are needed: give a longer one or fewer `tokens`")
@@ -91,6 +92,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
         pages={r: {f: mean(lambda e, r=r, f=f: e.pages[r][f]) for f in FRACTIONS} for r in SCHEDULES},  # type: ignore[misc]
         keys={name: mean(lambda e, name=name: e.keys[name]) for name in sample.keys},  # type: ignore[misc]
         values={name: mean(lambda e, name=name: e.values[name]) for name in sample.values},  # type: ignore[misc]
+        prefix=prefix,
     )
 
 
