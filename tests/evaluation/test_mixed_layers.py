@@ -104,6 +104,22 @@ def test_one_window_lists_one_text_and_has_no_interval(gemma):
     assert "[" not in row
 
 
+def test_texts_that_only_hide_pass_keys_are_listed(gemma):
+    options = EvaluationOptions(
+        ratios=(1.0,),
+        contexts=(),
+        window_count=0,
+        scored=1,
+        needle_lengths=(300,),
+        needle_depths=1,
+        needle_texts=2,
+        greedy_tokens=0,
+    )
+    result = evaluate(gemma, TEXTS, options, None, Silent())
+    assert result["texts"] == ["letters", "srettel"] and result["skipped"] == []
+    assert result["scored_texts"] == result["windows"] == [] and len(result["needle"][0]["depths"]) == 2
+
+
 def test_a_state_without_keys_is_continued_from_where_decoding_starts():
     model = loaded(convolutional()).model
     rows = windows(TEXTS, framing_tokenizer(("<s>",)), 300, 2)

@@ -45,17 +45,18 @@ def evaluate(
     """
     subject = Subject(loaded, calibration)
     context_windows = {context: _windows(subject, texts, options, context) for context in options.contexts}
+    haystacks = options.needle_texts if options.needle_lengths else 0
     needles = [
         [
             case
-            for seed, text in enumerate(texts[: options.needle_texts])
+            for seed, text in enumerate(texts[:haystacks])
             for case in cases(loaded.tokenizer, text.content, length, _depths(options.needle_depths), seed)
         ]
         for length in options.needle_lengths
     ]
     subject.check_room(max([*options.contexts, *(n + ANSWER_TOKENS for n in options.needle_lengths)]))
     paths: dict[int, list[DecodePath]] = {}
-    skipped, unmet = unscored(texts, options.window_count), list[str]()
+    skipped, unmet = unscored(texts, options.window_count, haystacks), list[str]()
     for context in options.contexts:
         span = Span(context - options.scored - 1, options.scored)
         paths[context], reasons = decode_paths(subject, options.ratios, span, options.reference)
@@ -81,7 +82,7 @@ def evaluate(
         "complete": complete,
         "environment": environment() | {"transformers": _version("transformers"), "torch": _version("torch")},
         "model": subject.described(),
-        **window_records(texts, loaded.tokenizer, context_windows, options.scored),
+        **window_records(texts, loaded.tokenizer, context_windows, options.scored, haystacks),
         "calibration": None if calibration is None else {"text": calibration.text, "tokens": calibration.tokens},
         "options": _plain(options),
         "skipped": skipped,

@@ -9,7 +9,7 @@ from elastickv.transformers.tokenization import text_prefix, text_tokens
 
 
 def window_records(
-    texts: Sequence[Text], tokenizer: Any, windows: Mapping[int, Sequence[Window]], scored: int
+    texts: Sequence[Text], tokenizer: Any, windows: Mapping[int, Sequence[Window]], scored: int, haystacks: int
 ) -> dict[str, Any]:
     """Return the parts of a result that describe its windows, as JSON values.
 
@@ -17,11 +17,12 @@ def window_records(
     ----------
     windows : context -> windows that were cut from the texts.
     scored : number of the last tokens of each window that are scored.
+    haystacks : number of the first texts that hide pass keys.
     """
     prefix, cut = list(text_prefix(tokenizer)), [window for of_context in windows.values() for window in of_context]
     counts = Counter(window.number for window in cut)
     return {
-        "texts": [texts[number].name for number in sorted(counts)],
+        "texts": [text.name for number, text in enumerate(texts) if number in counts or number < haystacks],
         "prefix": {"ids": prefix, "text": tokenizer.decode(prefix) if prefix else ""},
         "scored_texts": [
             {
@@ -48,6 +49,7 @@ def _record(window: Window, scored: int) -> dict[str, Any]:
     }
 
 
-def unscored(texts: Sequence[Text], count: int) -> list[str]:
-    """Return a line for each text that gets none of `count` windows."""
-    return [f"text {text.name}: not scored, as there are fewer windows ({count}) than texts" for text in texts[count:]]
+def unscored(texts: Sequence[Text], count: int, haystacks: int) -> list[str]:
+    """Return a line for each text that gets none of `count` windows and hides no pass key."""
+    left = texts[max(count, haystacks) :]
+    return [f"text {text.name}: not scored, as there are fewer windows ({count}) than texts" for text in left]
