@@ -130,5 +130,5 @@ def _check_copies(cut: Sequence[Window]) -> None:
             raise UsageError(
                 f"windows at token {other.first} of {other.text} and at token {window.first} of {window.text} are copies, as a "
                 f"text is given twice or repeats itself: {len({each.ids for each in cut})} of these {len(cut)} windows differ; "
-                "give another text or fewer `windows`"
+                "give another text, or fewer windows"
             )
