@@ -48,8 +48,11 @@ def tiny_llama(seed=0, layers=2, **sizes):
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(6000))
 
 
-def tiny_gguf(path, positions=2048, heads=2, kv_heads=1, head_dim=64, layers=2, seed=0, **fields):
-    """Write a random Llama of about a megabyte whose tokens are bytes; return its path."""
+def tiny_gguf(path, positions=2048, heads=2, kv_heads=1, head_dim=64, layers=2, seed=0, tokenizer=None, **fields):
+    """Write a random Llama of about a megabyte whose tokens are bytes; return its path.
+
+    `tokenizer` are settings such as {"add_bos_token": False}.
+    """
     import gguf
     import numpy as np
 
@@ -73,7 +76,8 @@ def tiny_gguf(path, positions=2048, heads=2, kv_heads=1, head_dim=64, layers=2, 
     writer.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_add_space_prefix(False)
+    for key, value in ({"add_space_prefix": False} | (tokenizer or {})).items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
 
     def weight(name, *shape):
         writer.add_tensor(name, (0.3 * rng.standard_normal(shape)).astype(np.float32))
@@ -96,3 +100,30 @@ def tiny_gguf(path, positions=2048, heads=2, kv_heads=1, head_dim=64, layers=2, 
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def framing_tokenizer(before=(), after=(), vocabulary=128):
+    """A tokenizer of Transformers, one token a character, that puts the special tokens `before` and `after` around a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"<s>": 1, "</s>": 2, "<lang>": 3, "<unk>": 0}
+    letters = {chr(i): i for i in range(len(special), vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(special | letters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if before or after:
+        template = [*before, "$A", *after]
+        named = [(token, special[token]) for token in (*before, *after)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=named)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<lang>"]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+FRAMES = {
+    "none": ((), ()),
+    "beginning": (("<s>",), ()),
+    "beginning and end": (("<s>",), ("</s>",)),
+    "end": ((), ("</s>",)),
+    "two and an end": (("<s>", "<lang>"), ("</s>",)),
+}

@@ -79,6 +79,42 @@ def test_its_file_is_loaded_shown_and_compared_type_by_type(measured, tmp_path):
         assert rows[f"token, {cache['cache']}"].fidelity.a.mean == cache["fidelity"]["kl_mean"]
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "prefix"),
+    [({}, [1]), ({"add_bos_token": False}, []), ({"add_bos_token": True, "add_eos_token": True}, [1])],
+    ids=["beginning", "none", "beginning and end"],
+)
+def test_a_prompt_begins_as_the_file_says_and_its_end_stays_open(tmp_path, tokenizer, prefix):
+    pytest.importorskip("xllamacpp")
+    from elastickv.model_benchmark.llama_cpp import Llama
+
+    llama = Llama(read_gguf(str(tiny_gguf(tmp_path / "tiny.gguf", tokenizer=tokenizer))), "f16", 64, 1)
+    assert list(llama.prefix) == prefix
+    assert llama.encoded("ab") == [ord(letter) + 3 for letter in "ab"]
+
+
+def test_both_baselines_read_the_same_prompt(tmp_path):
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("transformers")
+    from elastickv.model_benchmark.presets import gguf_baseline, transformers_baseline
+
+    # Transformers reads no `add_space_prefix` from a file: it always puts a space first.
+    path = tiny_gguf(tmp_path / "tiny.gguf", tokenizer={"add_space_prefix": True})
+    sizes = {"context": 200, "reps": 2, "decode_tokens": 1, "scored": 0}
+    with_llama = gguf_baseline(str(path), kv_types=("f16",), threads=1, **sizes)
+    with_transformers = transformers_baseline(str(path), dtype="fp32", device="cpu", recipe="int8", **sizes)
+    assert with_llama["prompt"] == with_transformers["prompt"]
+    assert with_llama["prompt"]["prefix"] == [1]
+    for result in (with_llama, with_transformers):
+        loaded = elastickv.load(_written(tmp_path / "result.json", result))
+        assert f"prompt: begins with special token 1, tokens {result['prompt']['hash']}" in str(loaded)
+
+
+def _written(path, result):
+    path.write_text(json.dumps(result), encoding="utf-8")
+    return path
+
+
 def test_predictions_are_not_measured_where_there_is_no_text_for_them(model):
     pytest.importorskip("xllamacpp")
     from elastickv.benchmark.reporter import SilentReporter

@@ -65,6 +65,7 @@ def command(**arguments: Any) -> int:
     from elastickv.results.formats.fidelity_table import fidelity_tables
     from elastickv.results.kinds.evaluation_result import EvaluationResult
     from elastickv.transformers.model_loading import NEEDED, load_model, require
+    from elastickv.transformers.tokenization import text_prefix
 
     require(*NEEDED)
     if arguments["reference"] not in (None, *_REFERENCES):
@@ -90,6 +91,8 @@ def command(**arguments: Any) -> int:
         loaded = load_model(arguments["model"], arguments["dtype"], arguments["device"])
         if calibration is None:
             click.echo(_uncalibrated(arguments["model"]), err=True)
+        elif (calibration.prefix or ()) != text_prefix(loaded.tokenizer):
+            click.echo(_begun_otherwise(arguments["model"]), err=True)
         result = evaluate(loaded, texts, options, calibration, bar) | {"command": ["elastickv", *sys.argv[1:]]}
     measured = EvaluationResult.from_dict(result)
     with shown_after(fidelity_tables(measured)):
@@ -106,6 +109,13 @@ def _uncalibrated(model: str) -> str:
     return (
         "elastickv: warning: no --calibration: every head reads the same share of its pages, and the loss is several times "
         f"larger than it needs to be; elastickv calibrate {model}"
+    )
+
+
+def _begun_otherwise(model: str) -> str:
+    return (
+        "elastickv: warning: the calibration read its text without the special tokens that the tokenizer begins with, and its "
+        f"errors are not those of this evaluation: elastickv calibrate {model}"
     )
 
 

@@ -13,6 +13,7 @@ from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS
 from elastickv.transformers.model_loading import Loaded, fingerprint
+from elastickv.transformers.tokenization import text_prefix, text_tokens
 
 SCHEDULES = (1, 2, 4, 8, 16)
 WINDOW_TOKENS = 4096
@@ -43,10 +44,12 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     width = min(WINDOW_TOKENS, tokens, getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS)
     if width < LEAST_TOKENS:
         raise UsageError(f"`tokens`={tokens}: windows of {width} tokens are too short; {LEAST_TOKENS} are needed")
-    available = len(loaded.tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids)
-    if available < min(tokens, width):
-        raise UsageError(f"text {text.name} has {available} tokens and {width} are needed: give a longer one or fewer `tokens`")
-    rows = windows([text], loaded.tokenizer, width, max(1, min(tokens, available) // width))
+    prefix = text_prefix(loaded.tokenizer)
+    own = width - len(prefix)
+    available = len(text_tokens(loaded.tokenizer, text.content))
+    if available < own:
+        raise UsageError(f"text {text.name} has {available} tokens and {own} are needed: give a longer one or fewer `tokens`")
+    rows = windows([text], loaded.tokenizer, width, max(1, min(tokens // width, available // own)))
     positions = _positions(width)
     measured: dict[int, list[LayerErrors]] = {}
     heads: tuple[int, int, int] | None = None
@@ -89,6 +92,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
         pages={r: {f: mean(lambda e, r=r, f=f: e.pages[r][f]) for f in FRACTIONS} for r in SCHEDULES},  # type: ignore[misc]
         keys={name: mean(lambda e, name=name: e.keys[name]) for name in sample.keys},  # type: ignore[misc]
         values={name: mean(lambda e, name=name: e.values[name]) for name in sample.values},  # type: ignore[misc]
+        prefix=prefix,
     )
 
 

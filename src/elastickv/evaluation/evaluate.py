@@ -16,12 +16,14 @@ from elastickv.evaluation.metrics import fidelity
 from elastickv.evaluation.needle import ANSWER_TOKENS, Case, answered, cases
 from elastickv.evaluation.prefill import Prefill, prefill
 from elastickv.evaluation.recipes_by_ratio import Span
+from elastickv.evaluation.scored_windows import unscored, window_records
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.subject import DecodePath, Subject, decode_paths
 from elastickv.evaluation.suggestion import suggest
 from elastickv.evaluation.texts import Text, Window, windows
 from elastickv.recipe import ModelCalibration
 from elastickv.transformers.model_loading import Loaded
+from elastickv.transformers.tokenization import text_prefix
 
 KIND = "elastickv-fidelity"
 VERSION = 1
@@ -43,23 +45,25 @@ def evaluate(
     """
     subject = Subject(loaded, calibration)
     context_windows = {context: _windows(subject, texts, options, context) for context in options.contexts}
+    haystacks = options.needle_texts if options.needle_lengths else 0
     needles = [
         [
             case
-            for seed, text in enumerate(texts[: options.needle_texts])
+            for seed, text in enumerate(texts[:haystacks])
             for case in cases(loaded.tokenizer, text.content, length, _depths(options.needle_depths), seed)
         ]
         for length in options.needle_lengths
     ]
     subject.check_room(max([*options.contexts, *(n + ANSWER_TOKENS for n in options.needle_lengths)]))
     paths: dict[int, list[DecodePath]] = {}
-    skipped: list[str] = []
+    skipped, unmet = unscored(texts, options.window_count, haystacks), list[str]()
     for context in options.contexts:
         span = Span(context - options.scored - 1, options.scored)
         paths[context], reasons = decode_paths(subject, options.ratios, span, options.reference)
-        skipped += reasons
+        unmet += reasons
     if paths and not any(path.plan for context_paths in paths.values() for path in context_paths):
-        raise UsageError("; ".join(dict.fromkeys(skipped)))
+        raise UsageError("; ".join(dict.fromkeys(unmet)))
+    skipped += unmet
     started, complete = time.monotonic(), True
     rows: list[dict[str, Any]] = []
     retrieval: list[dict[str, Any]] = []
@@ -78,7 +82,7 @@ def evaluate(
         "complete": complete,
         "environment": environment() | {"transformers": _version("transformers"), "torch": _version("torch")},
         "model": subject.described(),
-        "texts": [text.name for text in texts],
+        **window_records(texts, loaded.tokenizer, context_windows, options.scored, haystacks),
         "calibration": None if calibration is None else {"text": calibration.text, "tokens": calibration.tokens},
         "options": _plain(options),
         "skipped": skipped,
@@ -90,7 +94,7 @@ def evaluate(
 
 
 def _windows(subject: Subject, texts: Sequence[Text], options: EvaluationOptions, context: int) -> list[Window]:
-    if context <= options.scored + 1:
+    if context <= options.scored + max(1, len(text_prefix(subject.loaded.tokenizer))):
         raise UsageError(f"`context`={context} leaves nothing before the {options.scored} scored tokens: give a longer one")
     return windows(texts, subject.loaded.tokenizer, context, options.window_count)
 

@@ -9,6 +9,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation.divergence import greedy
 from elastickv.evaluation.prefill import Prefill
 from elastickv.evaluation.scoring import Open
+from elastickv.transformers.tokenization import text_prefix, text_tokens
 
 DIGITS = 5
 ANSWER_TOKENS = 10
@@ -35,19 +36,19 @@ class Case:
 
 
 def cases(tokenizer: Any, haystack: str, length: int, depths: Sequence[float], seed: int = 0) -> list[Case]:
-    """Return one case for each depth, all of exactly `length` tokens.
+    """Return one case for each depth, all of exactly `length` tokens, those that the tokenizer puts before a text included.
 
     Raises
     ------
     UsageError : if the haystack is too short, or the length leaves no room for key and question.
     """
     rng = random.Random(seed * 1_000_003 + length)
-    hay = _ids(tokenizer, haystack)
+    prefix, hay = text_prefix(tokenizer), text_tokens(tokenizer, haystack)
     prompts = []
     for depth in depths:
         key = "".join(rng.choice("123456789") for _ in range(DIGITS))
-        needle, question = _ids(tokenizer, NEEDLE.format(key=key)), _ids(tokenizer, QUESTION)
-        room = length - len(needle) - len(question)
+        needle, question = text_tokens(tokenizer, NEEDLE.format(key=key)), text_tokens(tokenizer, QUESTION)
+        room = length - len(prefix) - len(needle) - len(question)
         if room < 1:
             raise UsageError(f"a needle at {length} tokens: at least {length - room + 1} are needed")
         if room > len(hay):
@@ -55,7 +56,7 @@ def cases(tokenizer: Any, haystack: str, length: int, depths: Sequence[float], s
                 f"a needle at {length} tokens needs a text of {room}, and there are {len(hay)}: give a longer text"
             )
         before = round(depth * room)
-        prompts.append(Case(length, depth, (*hay[:before], *needle, *hay[before:room], *question), key))
+        prompts.append(Case(length, depth, (*prefix, *hay[:before], *needle, *hay[before:room], *question), key))
     return prompts
 
 
@@ -69,7 +70,3 @@ def answered(rows: Sequence[Case], start: Prefill, decoding: Open, tokenizer: An
     answers = greedy([row.ids[-1] for row in rows], start, decoding, ANSWER_TOKENS)
     texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
     return [text.strip(" :\n*").startswith(row.key) for text, row in zip(texts, rows, strict=True)]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -1,17 +1,20 @@
 """Exact prefill by Transformers' own attention, once for all recipes: recipes differ only in what decoding reads."""
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 import transformers
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from elastickv.errors import UsageError
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
+from elastickv.transformers.model_support import stock_layers, text_config
 
 Tensor: TypeAlias = Any
 Progress = Callable[[int, int], None]
+_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -20,45 +23,51 @@ class Prefill:
 
     Attributes
     ----------
-    keys, values : one (rows, kv_heads, tokens, head_dim) tensor for each layer.
+    keys, values : for each layer a (rows, kv_heads, tokens, head_dim) tensor; None for layers without attention.
     logits : (rows, positions, vocabulary) float32, of the last positions that were read.
+    states : layer -> Transformers' own layer with its state after these tokens, where the layer has no attention.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     logits: Tensor
+    states: dict[int, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         """Sequences."""
-        return int(self.keys[0].shape[0])
+        return int(self._of_attention.shape[0])
 
     @property
     def tokens(self) -> int:
         """Tokens of every row in keys and values."""
-        return int(self.keys[0].shape[2])
+        return int(self._of_attention.shape[2])
 
+    @property
+    def _of_attention(self) -> Tensor:
+        return next(keys for keys in self.keys if keys is not None)
 
-def check_layers(model: Any) -> None:
-    """Refuse a model with layers that do not attend to the whole context.
+    def fill(self, layers: list[Any], hold: Callable[[Any, Tensor, Tensor], None]) -> None:
+        """Fill the empty layers of a cache; those with a state are replaced by copies of it.
 
-    Raises
-    ------
-    UsageError : naming the kinds of layers there are.
-    """
-    config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise UsageError(
-            f"model of type {config.model_type} has layers of {', '.join(sorted(kinds))}: "
-            "fidelity is measured where every layer has full attention"
-        )
+        Parameters
+        ----------
+        hold : called with a layer that has attention, its keys and its values.
+        """
+        for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            if number in self.states:
+                layers[number] = copy.deepcopy(self.states[number])
+            else:
+                hold(layers[number], keys, values)
 
 
 def prefill(
     model: Any, rows: Sequence[Sequence[int]], stored_tokens: int, logit_count: int, progress: Progress | None = None
 ) -> Prefill:
-    """Read rows of tokens one by one.
+    """Read rows of tokens, all of them of `stored_tokens` + `logit_count` tokens.
+
+    Rows are read one by one. Where layers have a state instead of keys and values (linear attention, Mamba), which can't be cut
+    back to `stored_tokens`, all rows are read at once and the last tokens one by one.
 
     Parameters
     ----------
@@ -66,12 +75,21 @@ def prefill(
     stored_tokens : number of first positions of which keys and values are returned.
     logit_count : number of last positions of which logits are returned.
     """
+    if all(type(layer) in _ATTENTION for layer in stock_layers(text_config(model))):
+        return _row_by_row(model, rows, stored_tokens, logit_count, progress)
+    return _step_by_step(model, rows, stored_tokens, logit_count, progress)
+
+
+def _row_by_row(
+    model: Any, rows: Sequence[Sequence[int]], stored_tokens: int, logit_count: int, progress: Progress | None
+) -> Prefill:
     keys: list[Tensor] = []
     values: list[Tensor] = []
-    logits = torch.empty(len(rows), logit_count, model.config.get_text_config(decoder=True).vocab_size)
+    logits = torch.empty(len(rows), logit_count, text_config(model).vocab_size)
     for number, row in enumerate(rows):
         if progress is not None:
             progress(number, len(rows))
+        # Without a configuration all layers keep all tokens; a layer with a window is masked to it.
         cache = transformers.DynamicCache()
         with torch.inference_mode():
             ids = torch.tensor([list(row)], device=model.device)
@@ -83,3 +101,25 @@ def prefill(
             keys[layer][number] = store.keys[0, :, :stored_tokens]
             values[layer][number] = store.values[0, :, :stored_tokens]
     return Prefill(keys, values, logits)
+
+
+def _step_by_step(
+    model: Any, rows: Sequence[Sequence[int]], stored_tokens: int, logit_count: int, progress: Progress | None
+) -> Prefill:
+    ids = torch.tensor([list(row) for row in rows], device=model.device)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=ids[:, :stored_tokens], logits_to_keep=1, use_cache=True, **{CACHE_ARGUMENT: cache})
+        has_keys = [type(layer) is DynamicLayer for layer in cache.layers]
+        keys, values = (
+            [getattr(layer, name).clone() if own else None for layer, own in zip(cache.layers, has_keys, strict=True)]
+            for name in ("keys", "values")
+        )
+        states = {n: copy.deepcopy(layer) for n, (layer, own) in enumerate(zip(cache.layers, has_keys, strict=True)) if not own}
+        logits = torch.empty(len(rows), ids.shape[1] - stored_tokens, text_config(model).vocab_size)
+        for step in range(logits.shape[1]):
+            if progress is not None:
+                progress(step, logits.shape[1])
+            token = ids[:, stored_tokens + step, None]
+            logits[:, step] = model(input_ids=token, use_cache=True, **{CACHE_ARGUMENT: cache}).logits[:, -1].float()
+    return Prefill(keys, values, logits[:, -logit_count:], states)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from transformers.cache_utils import DynamicLayer
 
 from elastickv.errors import UsageError
 from elastickv.evaluation.prefill import Prefill, Tensor
@@ -14,6 +15,8 @@ from elastickv.recipe import Recipe
 from elastickv.transformers.attention import IMPLEMENTATION
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
+from elastickv.transformers.layer import ElasticLayer
+from elastickv.transformers.model_support import stock_layers, text_config
 
 QUANTIZED_BITS = {"quanto": 4, "hqq": 4, "fp8": 8}
 _PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
@@ -38,14 +41,13 @@ class _SteppedModel:
 
 @contextmanager
 def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) -> Iterator[DecodingSession]:
-    """Decode `tokens` tokens with an ElasticCache of one recipe for each layer; restore the model on exit.
+    """Decode `tokens` tokens with an ElasticCache of one recipe for each layer with full attention; restore the model on exit.
 
-    The layers start in the state in which `prefill="exact"` leaves them before a prompt's last token: they hold exact keys and
-    values, which the first step stores.
+    These layers start in the state in which `prefill="exact"` leaves them before a prompt's last token: they hold exact keys
+    and values, which the first step stores.
     """
     cache = ElasticCache.for_model(model, recipe=list(recipes), capacity=start.tokens + tokens, prefill="exact")
-    for layer, held in zip(cache.layers, zip(start.keys, start.values, strict=True), strict=True):
-        layer.hold(*held)
+    start.fill(cache.layers, _hold)
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(IMPLEMENTATION)
@@ -57,8 +59,8 @@ def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) 
 @contextmanager
 def stock(model: Any, start: Prefill) -> Iterator[DecodingSession]:
     """Decode with Transformers' default cache."""
-    cache = transformers.DynamicCache()
-    _fill(cache, start)
+    cache = transformers.DynamicCache(config=model.config)
+    start.fill(cache.layers, _update)
     yield _SteppedModel(model, cache)
 
 
@@ -71,7 +73,7 @@ def stock_quantized(model: Any, start: Prefill, kind: str | None = None) -> Iter
     UsageError : if no quantizer that it can use is installed.
     """
     cache = transformers.QuantizedCache(backend=kind or quantizer(), config=model.config)
-    _fill(cache, start)
+    start.fill(cache.layers, _update)
     yield _SteppedModel(model, cache)
 
 
@@ -90,7 +92,29 @@ def quantizer() -> str:
     raise UsageError("`reference=stock-quantized` needs a quantizer: pip install optimum-quanto")
 
 
-def _fill(cache: Any, start: Prefill) -> None:
+def check_quantizable(model: Any) -> None:
+    """Refuse a model that Transformers' quantized cache cannot serve.
+
+    Raises
+    ------
+    UsageError : if a layer does not attend to the whole context, or no quantizer is installed.
+    """
+    quantizer()
+    if any(type(layer) is not DynamicLayer for layer in stock_layers(text_config(model))):
+        raise UsageError(
+            f"`reference=stock-quantized`: Transformers' quantized cache serves models with full attention in every layer, and "
+            f"{type(model).__name__} has others: leave `reference` out"
+        )
+
+
+def _hold(layer: Any, keys: Tensor, values: Tensor) -> None:
+    """Put exact keys and values into a layer of an ElasticCache; Transformers' own layers cut them to their window."""
+    if isinstance(layer, ElasticLayer):
+        layer.hold(keys, values)
+    else:
+        _update(layer, keys, values)
+
+
+def _update(layer: Any, keys: Tensor, values: Tensor) -> None:
     with torch.inference_mode():
-        for layer, (keys, values) in enumerate(zip(start.keys, start.values, strict=True)):
-            cache.update(keys, values, layer)
+        layer.update(keys, values)

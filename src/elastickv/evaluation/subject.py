@@ -6,35 +6,41 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
-from elastickv.evaluation.prefill import check_layers
 from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, plan
 from elastickv.evaluation.scoring import Open
 from elastickv.recipe import AttentionShape, ModelCalibration
 from elastickv.transformers.model_loading import Loaded, fingerprint
+from elastickv.transformers.model_support import sizes_of, text_config
 
 STOCK_QUANTIZED = "stock-quantized"
 _DTYPES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
 class Subject:
-    """A loaded model and its calibration."""
+    """A loaded model and its calibration.
+
+    Attributes
+    ----------
+    shape : of one sequence of a layer with full attention, as it is stored: heads may be padded.
+    layers : number of these layers; recipes, calibrations and bytes are theirs.
+    positions : the model's longest context in tokens, or None.
+    """
 
     def __init__(self, loaded: Loaded, calibration: ModelCalibration | None) -> None:
         self.loaded, self.model, self.calibration = loaded, loaded.model, calibration
-        check_layers(self.model)
-        self.config = self.model.config.get_text_config(decoder=True)
+        sizes = sizes_of(self.model)
+        if not sizes.elastic:
+            raise UsageError(f"every layer of {loaded.name} attends to a window, so nothing is compressed: nothing to evaluate")
         self.fingerprint = fingerprint(self.model)
         if calibration is not None:
             calibration.check_model(self.fingerprint, loaded.name)
-        heads = self.config.num_attention_heads
-        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        self.shape = AttentionShape(1, heads, getattr(self.config, "num_key_value_heads", None) or heads, head_dim)
-        self.layers = int(self.config.num_hidden_layers)
+        self.shape = AttentionShape(1, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
+        self.layers, self.positions, self.head_dim = len(sizes.elastic), sizes.max_positions, sizes.head_dim
         self.dtype = _DTYPES[str(self.model.dtype)]
 
     def check_room(self, tokens: int) -> None:
         """Refuse more tokens than the model has positions."""
-        most = getattr(self.config, "max_position_embeddings", None)
+        most = self.positions
         if most is not None and tokens > most:
             raise UsageError(
                 f"{tokens} tokens are needed and {self.loaded.name} has {most} positions: give a shorter `context`"
@@ -42,14 +48,17 @@ class Subject:
 
     def described(self) -> dict[str, Any]:
         """Return what the result says of the model."""
-        shape = {name: getattr(self.shape, name) for name in ("query_heads", "kv_heads", "head_dim")}
+        shape = {name: getattr(self.shape, name) for name in ("query_heads", "kv_heads")}
         return {
             "name": self.loaded.name,
             "fingerprint": self.fingerprint,
             "dtype": self.dtype,
             "device": str(self.model.device),
-            "layers": self.layers,
-        } | shape
+            "layers": int(text_config(self.model).num_hidden_layers),
+            "elastic_layers": self.layers,
+            **shape,
+            "head_dim": self.head_dim,
+        }
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def decode_paths(
             continue
         paths.append(DecodePath(f"C={ratio:g}", recipes, _elastic(subject.model, recipes)))
     if stock_quantized:
-        sessions.quantizer()
+        sessions.check_quantizable(subject.model)
         paths.append(DecodePath(STOCK_QUANTIZED, None, lambda start, _: sessions.stock_quantized(subject.model, start)))
     return paths, reasons
 

@@ -16,7 +16,7 @@ from elastickv.benchmark.stats.intervals import beyond_noise
 from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
-from elastickv.evaluation.prefill import check_layers, prefill
+from elastickv.evaluation.prefill import prefill
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.texts import Text, windows
 from elastickv.model_benchmark.generation import (
@@ -42,6 +42,7 @@ from elastickv.transformers.config import UncalibratedWarning
 from elastickv.transformers.cuda_graph.model_patch import release
 from elastickv.transformers.model_loading import Loaded, load_model
 from elastickv.transformers.model_support import text_config
+from elastickv.transformers.tokenization import filled_prompts, text_prefix, text_tokens, tokens_hash
 
 KIND = "elastickv-model-bench"
 VERSION = 1
@@ -145,7 +146,9 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Reporter, l
     probe = _host_probe()
     take_turns(generations, options.rounds, options.tokens + 1, options.seed, progress=progress.progress)
     host = None if probe is None else probe.read()
-    return _result(options, command, loaded, generations, device) | {"not_run": not_run, "host": host}
+    prefix = [] if loaded.tokenizer is None else list(text_prefix(loaded.tokenizer))
+    prompt = {"prefix": prefix, "hash": tokens_hash(ids.tolist())}
+    return _result(options, command, loaded, generations, device) | {"not_run": not_run, "host": host, "prompt": prompt}
 
 
 def measure_with_quality(
@@ -181,7 +184,6 @@ def _quality(
         return None, "random weights have nothing to lose"
     recipes = [Recipe.parse(recipe) for recipe in cache["recipes"].values()]
     try:
-        check_layers(loaded.model)
         rows = windows([text], loaded.tokenizer, context + scored + 1, 1)
     except UsageError as error:
         return None, str(error)
@@ -279,14 +281,13 @@ def load(options: ModelBench) -> Loaded:
 
 
 def _prompts(loaded: Loaded, options: ModelBench) -> torch.Tensor:
-    """Return (batch, context) ids: slices of the text, or random ids for a model without a tokenizer."""
-    count = options.batch * options.context
+    """Return (batch, context) ids: pieces of the text, each begun as a text, or random ids for a model without a tokenizer."""
     if loaded.tokenizer is None:
         vocabulary = text_config(loaded.model).vocab_size
         random = torch.Generator().manual_seed(options.seed)
         return torch.randint(1, vocabulary, (options.batch, options.context), generator=random)
-    ids = torch.tensor(list(loaded.tokenizer(options.text, add_special_tokens=False, verbose=False).input_ids))
-    return ids.repeat(-(-count // len(ids)))[:count].reshape(options.batch, options.context)
+    prefix, ids = text_prefix(loaded.tokenizer), text_tokens(loaded.tokenizer, options.text)
+    return torch.tensor(filled_prompts(prefix, ids, options.context, options.batch))
 
 
 def _result(

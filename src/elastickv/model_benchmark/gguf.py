@@ -22,7 +22,8 @@ from elastickv.model_benchmark.quality_delta import quality_delta
 from elastickv.model_benchmark.speedups import interval_or_none, mean_interval, noise_floor
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, read_ratio, stored_bytes
 from elastickv.results.kinds.gguf_result import GGUF_KIND, GGUF_VERSION, GgufBaseline, GgufShape, KvCache, OurFormat
-from elastickv.results.kinds.model_result import QualityDelta
+from elastickv.results.kinds.model_result import PromptTokens, QualityDelta
+from elastickv.transformers.tokenization import filled_prompts, tokens_hash
 
 DEFAULT_KV_TYPES = ("f16", "q8_0", "q4_0")
 FORMATS = ("int8", "fp8", "int4")
@@ -105,11 +106,13 @@ def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) ->
     started = time.monotonic()
     progress.phase("opening the model")
     opened = {kv_type: Llama(model, kv_type, options.capacity, options.used_threads) for kv_type in options.kv_types}
-    text = next(iter(opened.values())).encoded(options.text.content)
-    prompt = (text * -(-options.context // len(text)))[: options.context]
+    llama = next(iter(opened.values()))
+    own = llama.encoded(options.text.content)
+    (prompt,) = filled_prompts(llama.prefix, own, options.context)
+    text = [*llama.prefix, *own]
     progress.phase("warming up")
-    for llama in opened.values():
-        llama.timed(prompt, options.tokens)
+    for each in opened.values():
+        each.timed(prompt, options.tokens)
     progress.phase("measuring")
     samples: dict[str, list[tuple[float, float]]] = {kv_type: [] for kv_type in opened}
     for done, kv_type in enumerate(schedule(list(opened), options.rounds, True, options.seed), 1):
@@ -142,6 +145,7 @@ def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) ->
         bytes_not_counted=model.uncounted,
         fidelity_not_measured=reason,
         seconds=time.monotonic() - started,
+        prompt=PromptTokens(list(llama.prefix), tokens_hash([prompt])),
     )
     return asdict(result)
 

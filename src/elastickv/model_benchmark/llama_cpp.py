@@ -14,6 +14,7 @@ import numpy as np
 from elastickv.benchmark.stats.location import Float64
 from elastickv.errors import UsageError
 from elastickv.model_benchmark.gguf_file import GgufModel
+from elastickv.transformers.tokenization import special_prefix, without_prefix
 
 PACKAGE = "xllamacpp"
 INSTALL = 'pip install "elastickv[gguf]"'
@@ -87,10 +88,18 @@ class Llama:
     def _letter(self) -> int:
         return self.encoded("a")[-1]
 
+    @cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """The special tokens that the model's file (`add_bos_token`) puts before a text."""
+        return special_prefix(self._encoded)
+
     def encoded(self, text: str) -> list[int]:
-        """Return a text's tokens, with the model's special tokens at the beginning."""
+        """Return a text's own tokens, without the special tokens before and after a text."""
+        return without_prefix(self.prefix, self._encoded(text, False))
+
+    def _encoded(self, text: str, special: bool) -> list[int]:
         # The bindings have no tokenizer, but the server that they run, on the loopback address, does.
-        body = json.dumps({"content": text, "add_special": True}).encode()
+        body = json.dumps({"content": text, "add_special": special}).encode()
         request = Request(f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
         try:
             with build_opener(ProxyHandler({})).open(request, timeout=_LOCAL_TIMEOUT_S) as answer:

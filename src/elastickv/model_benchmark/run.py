@@ -27,6 +27,8 @@ from elastickv.model_benchmark.records import environment_record, model_record
 from elastickv.model_benchmark.speedups import noise_floor, speedup, step_means
 from elastickv.results.kinds.model_result import CompressionStart
 from elastickv.transformers.config import UncalibratedWarning
+from elastickv.transformers.model_loading import Loaded
+from elastickv.transformers.tokenization import prompt_tokens
 
 KIND = "elastickv-run"
 VERSION = 1
@@ -159,7 +161,7 @@ def encoded(tokenizer: Any, text: str, chat: bool) -> torch.Tensor:
         # The template writes the special tokens itself.
         ids = tokenizer(whole, add_special_tokens=False, verbose=False).input_ids
     else:
-        ids = tokenizer(text, verbose=False).input_ids
+        ids = prompt_tokens(tokenizer, text)
     if not ids:
         raise UsageError("the prompt has no tokens: give a text")
     return torch.tensor([list(ids)])

@@ -40,6 +40,7 @@ class ModelCalibration:
     pages : anchor_every -> fraction of the cold pages that is read -> errors.
     keys : format of K -> errors of storing cold keys in it.
     values : format of V, int4 with its group as 'int4/32' -> errors of storing cold values in it.
+    prefix : the special tokens before every window of the text; None in older files, whose windows had none.
     """
 
     model: str
@@ -54,6 +55,7 @@ class ModelCalibration:
     pages: Mapping[int, Mapping[float, HeadErrors]]
     keys: Mapping[str, HeadErrors]
     values: Mapping[str, HeadErrors]
+    prefix: tuple[int, ...] | None = None
 
     def check_model(self, fingerprint: str, name: str = "this model") -> None:
         """Refuse to be used with another model.
@@ -70,7 +72,8 @@ class ModelCalibration:
 
     def dumps(self) -> str:
         """Return the file's text."""
-        text = json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1)
+        record = {name: value for name, value in asdict(self).items() if name != "prefix" or value is not None}
+        text = json.dumps({"format": FORMAT, "version": VERSION} | record, indent=1)
         # A row of numbers a line.
         return re.sub(r"\[[^][]*\]", lambda row: "[" + ", ".join(row[0][1:-1].replace(",", " ").split()) + "]", text) + "\n"
 
@@ -142,4 +145,5 @@ class ModelCalibration:
             pages=pages,
             keys={str(name): errors(rows) for name, rows in record["keys"].items()},
             values={str(name): errors(rows) for name, rows in record["values"].items()},
+            prefix=None if record.get("prefix") is None else tuple(int(token) for token in record["prefix"]),
         )

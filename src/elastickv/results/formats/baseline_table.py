@@ -6,7 +6,7 @@ from typing import Any
 from elastickv.benchmark.stats.intervals import Interval
 from elastickv.errors import printable
 from elastickv.results.formats import generation_table as generation
-from elastickv.results.formats.generation_table import bounds_of, columns, generation_table
+from elastickv.results.formats.generation_table import bounds_of, columns, generation_table, prompt_lines
 from elastickv.results.formats.html import html_paragraphs, html_table
 from elastickv.results.formats.rows import as_json, as_jsonl, brief, csv_of, markdown_of
 from elastickv.results.formats.units import NO_INTERVAL, ratio_sentence, with_bounds
@@ -81,6 +81,7 @@ def gguf_table(result: GgufBaseline) -> str:
         lines.append(f"tokens/s: {NO_INTERVAL}")
     if result.noise_floor:
         lines.append(f"noise floor: {with_bounds(result.noise_floor)}")
+    lines += prompt_lines(result.prompt)
     delta = caches[0].fidelity if caches else None
     if delta is not None:
         lines.append(f"predictions: {delta.tokens} tokens of {delta.text} after {delta.context}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from elastickv.evaluation.metrics import Estimate
 from elastickv.results.formats.rows import markdown_cell
 from elastickv.results.formats.units import fixed
-from elastickv.results.kinds.evaluation_result import EvaluationResult, LossRow, PassKeyRow, SuggestedRatio
+from elastickv.results.kinds.evaluation_result import EvaluatedModel, EvaluationResult, LossRow, PassKeyRow, SuggestedRatio
 
 _HEADERS = ("context", "cache", "recipe", "read 1/", "stored 1/", "d-PPL %", "KL", "top-1 %", "greedy leaves at", "length x")
 
@@ -14,13 +14,16 @@ def fidelity_tables(result: EvaluationResult) -> str:
     """Return the model, a table of losses, one of retrieval, and the suggestion."""
     model, calibration = result.model, result.calibration
     source = f"calibrated on {calibration.tokens} tokens of {calibration.text}" if calibration else "not calibrated"
-    heading = f"{model.name} ({model.fingerprint}), {model.dtype} on {model.device}, {source}; texts: {', '.join(result.texts)}"
+    heading = f"{model.name} ({model.fingerprint}), {model.dtype} on {model.device}, {source}; texts: {_texts(result)}"
     lines = [
         markdown_cell(heading),
+        *map(markdown_cell, _windows(result)),
         "",
         *_table(_HEADERS, [_loss_row(row) for row in result.rows]),
         "",
         "Means with 95 % bootstrap intervals over windows, against full attention.",
+        *(["One window alone has no interval."] if any(row.windows == 1 for row in result.rows) else []),
+        *_layers(model),
     ]
     if result.needle:
         lines += ["", *_retrieval(result.needle)]
@@ -32,25 +35,58 @@ def fidelity_tables(result: EvaluationResult) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _texts(result: EvaluationResult) -> str:
+    if result.scored_texts is None:
+        return ", ".join(result.texts)
+    return ", ".join(f"{text.name} ({text.tokens} tokens)" for text in result.scored_texts)
+
+
+def _windows(result: EvaluationResult) -> Iterator[str]:
+    """Yield how windows begin, and for each context where they are and what is scored."""
+    if result.prefix is not None:
+        ids = ", ".join(map(str, result.prefix.ids))
+        begins = f"with {result.prefix.text} ({ids}), which counts as a part of it" if ids else "without a special token"
+        yield f"Every window begins {begins}."
+    windows = result.windows or []
+    for context in dict.fromkeys(window.context for window in windows):
+        mine = [window for window in windows if window.context == context]
+        scored = mine[0].scored_end - mine[0].scored_first
+        starts = "; ".join(
+            f"{name} from token {', '.join(str(window.first) for window in mine if window.text == name)}"
+            for name in dict.fromkeys(window.text for window in mine)
+        )
+        yield f"Windows of {context} tokens: {starts}; the last {scored} are scored, after {mine[0].context_tokens} of context."
+
+
+def _layers(model: EvaluatedModel) -> list[str]:
+    if model.elastic_layers in (None, model.layers):
+        return []
+    return [
+        f"{model.elastic_layers} of {model.layers} layers have full attention: recipes and ratios are theirs; the others keep "
+        "Transformers' own cache."
+    ]
+
+
 def _loss_row(row: LossRow) -> list[str]:
-    greedy = row.greedy
+    greedy, alone = row.greedy, row.windows == 1
     return [
         str(row.context),
         row.cache,
         row.recipe_hash or f"{row.quantiser}, {row.bits} bits",
         fixed(row.read_ratio, 2),
         fixed(row.stored_ratio, 2),
-        _interval(row.ppl_change_percent, 2, True),
-        _interval(row.kl, 4),
-        _interval(row.top1_percent, 1),
+        _interval(row.ppl_change_percent, 2, "+", alone),
+        _interval(row.kl, 4, "", alone),
+        _interval(row.top1_percent, 1, "", alone),
         f"{greedy.mean_first_different:.0f} of {greedy.tokens}" if greedy else "",
         f"{greedy.length_ratio:.2f}" if greedy else "",
     ]
 
 
-def _interval(figure: Estimate, digits: int, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{figure.mean:{sign}.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+def _interval(figure: Estimate, digits: int, sign: str, alone: bool) -> str:
+    """Return a mean with its interval, which the figure of a single window lacks."""
+    mean = f"{figure.mean:{sign}.{digits}f}"
+    return mean if alone else f"{mean} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
 
 
 def _retrieval(rows: Sequence[PassKeyRow]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from elastickv.results.kinds.model_result import (
     CacheRecord,
     CompressionStart,
     ModelBenchResult,
+    PromptTokens,
     RunResult,
     device_name,
 )
@@ -69,6 +70,14 @@ def compression_sentence(starts: CompressionStart, compress: float | None) -> st
     if starts.ratio_from is not None:
         return f"{begins}, at most 1/{compress:g} from {starts.ratio_from} on"
     return begins if compress is None else f"{begins}, and nowhere as little as 1/{compress:g}"
+
+
+def prompt_lines(prompt: PromptTokens | None) -> list[str]:
+    """Return how the prompts of a benchmark begin, and the hash of their tokens; nothing for files without them."""
+    if prompt is None:
+        return []
+    special = f"special token {', '.join(map(str, prompt.prefix))}" if prompt.prefix else "no special token"
+    return [f"prompt: begins with {special}, tokens {prompt.hash}"]
 
 
 def as_html(result: RunResult | ModelBenchResult) -> str:
@@ -144,6 +153,7 @@ def _sentences(result: RunResult | ModelBenchResult) -> list[str]:
         return lines if result.compression is None else [*lines, compression_sentence(result.compression, result.compress)]
     if any(cache.step_ms is None or not cache.step_ms.is_shown for cache in result.caches):
         lines.append(f"ms a step: {NO_INTERVAL}")
+    lines += prompt_lines(result.prompt)
     lines += [f"beware: {flag}" for flag in result.host_flags]
     return [*lines, *(f"not run: {name}: {reason}" for name, reason in result.not_run.items())]
 

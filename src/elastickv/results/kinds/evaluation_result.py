@@ -14,7 +14,7 @@ _ELASTIC, _OPTIONAL = optional("recipes"), optional()
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """The model."""
+    """The model: heads are those of its `elastic_layers`, with full attention; null where all `layers` are."""
 
     name: str
     fingerprint: str
@@ -24,7 +24,42 @@ class EvaluatedModel:
     query_heads: int
     kv_heads: int
     head_dim: int
+    elastic_layers: int | None = field(default=None, metadata=_OPTIONAL)
     device_name: str | None = field(default=None, metadata=_OPTIONAL)
+
+
+@dataclass(frozen=True)
+class WindowPrefix:
+    """The special tokens that the tokenizer puts before a text, and so before every window: their ids, and spelled out."""
+
+    ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A text that windows were cut from: its tokens, and its windows and scored tokens over all contexts."""
+
+    name: str
+    tokens: Count
+    windows: Count
+    scored_tokens: Count
+
+
+@dataclass(frozen=True)
+class ScoredWindow:
+    """A window of `context` tokens: `prefix_tokens` special ones, then tokens of `text` from number `first` on.
+
+    The tokens of the text from `scored_first` to before `scored_end` are scored, after `context_tokens` tokens of the window.
+    """
+
+    text: str
+    context: Count
+    first: int
+    prefix_tokens: int
+    context_tokens: Count
+    scored_first: int
+    scored_end: Count
 
 
 @dataclass(frozen=True)
@@ -108,7 +143,10 @@ class SuggestedRatio:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """A result of `elastickv eval`; `complete` is False where it was interrupted."""
+    """A result of `elastickv eval`; `complete` is False where it was interrupted.
+
+    `texts` are the names of those that were scored, as is `scored_texts`, which older files lack.
+    """
 
     kind: str
     version: int
@@ -125,6 +163,9 @@ class EvaluationResult:
     complete: bool = True
     command: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    prefix: WindowPrefix | None = field(default=None, metadata=_OPTIONAL)
+    scored_texts: list[ScoredText] | None = field(default=None, metadata=_OPTIONAL)
+    windows: list[ScoredWindow] | None = field(default=None, metadata=_OPTIONAL)
 
     @classmethod
     def from_dict(cls, value: Any, source: str = "the result") -> "EvaluationResult":

@@ -1,11 +1,11 @@
 """Results of `elastickv baseline gguf`: llama.cpp with each of its KV cache types."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from elastickv.benchmark.from_dict import POSITIVE, SIGNED, Count, Duration, Keys, Positive, from_dict
+from elastickv.benchmark.from_dict import POSITIVE, SIGNED, Count, Duration, Keys, Positive, from_dict, optional
 from elastickv.benchmark.stats.intervals import Interval
-from elastickv.results.kinds.model_result import QualityDelta, check_version
+from elastickv.results.kinds.model_result import PromptTokens, QualityDelta, check_version
 
 GGUF_KIND = "elastickv-gguf-baseline"
 GGUF_VERSION = 1
@@ -89,6 +89,7 @@ class GgufBaseline:
     bytes_not_counted: str | None
     fidelity_not_measured: str | None
     seconds: float
+    prompt: PromptTokens | None = field(default=None, metadata=optional())
 
     @classmethod
     def from_dict(cls, value: Any, source: str = "the result") -> "GgufBaseline":

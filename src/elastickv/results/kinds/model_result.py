@@ -45,6 +45,20 @@ class QualityDelta:
 
 
 @dataclass(frozen=True)
+class PromptTokens:
+    """The tokens of a benchmark's prompts.
+
+    Attributes
+    ----------
+    prefix : the special tokens that the tokenizer puts before a text, such as a beginning-of-sequence token; [] for none.
+    hash : 12 hex digits, equal for equal prompts: every cache read the same, and so did results with the same digits.
+    """
+
+    prefix: list[int]
+    hash: str
+
+
+@dataclass(frozen=True)
 class CacheRecord:
     """What generated text took with one cache.
 
@@ -183,6 +197,7 @@ class ModelBenchResult:
     faster: bool | None
     not_run: dict[str, str]
     host: dict[str, Any] | None
+    prompt: PromptTokens | None = field(default=None, metadata=_OPTIONAL, kw_only=True)
 
     @classmethod
     def from_dict(cls: type[M], value: Any, source: str = "the result") -> M:
