@@ -8,7 +8,15 @@ from statistics import median
 from elastickv.backends import Backend
 from elastickv.benchmark.accuracy import timed_kernel_error
 from elastickv.benchmark.contenders import Contender, PeerWork, ours, plan_rotation, random_queries, ready_peers
-from elastickv.benchmark.contenders.dense_choice import HOPELESS, USUAL_PAIRS, dtypes_to_try, in_turns, is_faster, why_baseline
+from elastickv.benchmark.contenders.dense_choice import (
+    FIRST_PAIRS,
+    HOPELESS,
+    USUAL_PAIRS,
+    dtypes_to_try,
+    in_turns,
+    is_faster,
+    why_baseline,
+)
 from elastickv.benchmark.options import Options
 from elastickv.benchmark.result import DenseComparison
 from elastickv.benchmark.sequential_decode import MEMORY_SHARE, choose_layers
@@ -19,8 +27,8 @@ from elastickv.recipe import DENSE, Recipe, interval_bytes
 from elastickv.recipe.formats import sixteen_bit
 
 PREVIEW_SAMPLES = 3
-# Of a time limit, what is over when the last dense dtype and the last peer begin at the latest.
-DENSE_SHARE, PEERS_SHARE = 0.4, 0.5
+# Of a time limit, what is over at the latest when the dense dtypes, a fallback and the peers are decided on.
+DENSE_SHARE, FALLBACK_SHARE, PEERS_SHARE = 0.4, 0.5, 0.6
 
 
 @dataclass(frozen=True)
@@ -229,13 +237,18 @@ class _Preparation:
 
     def _reason_to_fall_back(self, own_dense: Contender, elastic: Contender, recipe: Recipe) -> str | None:
         """Return by how much a dense 16-bit cache is faster than the recipe, beyond the interval; None where it is not."""
+        start = time.monotonic()
+        elastic.sample()
+        needed = 2 * FIRST_PAIRS * (time.monotonic() - start)
+        if not self._budget.has_room("comparing the recipe with dense, which decides on a fallback", needed, FALLBACK_SHARE):
+            return None
         dtype = self._fallback_dtype(own_dense)
         dense = own_dense
         if own_dense.dtype != dtype:
             if not self._fits(dtype):
                 return None
             dense = self._own(f"dense-{dtype}", dtype, DENSE)
-        comparison, slow, fast = self._in_turns(elastic, dense, DENSE_SHARE)
+        comparison, slow, fast = self._in_turns(elastic, dense, FALLBACK_SHARE)
         if dense is not own_dense:
             dense.close()
         if not is_faster(comparison):

@@ -28,6 +28,7 @@ ACCURACY_SHARE, CEILINGS_SHARE, FALLBACK_SHARE = 0.25, 0.3, 0.6
 CYCLE_SHARE = 1 / 3
 WARMUP_SHARE = 0.1
 LEAST_SHARE = 0.1
+CYCLE_GRACE = 0.3  # of the limit, by which one round of a requested cycle may exceed it
 CEILING_ROUNDS = 3
 
 
@@ -50,7 +51,7 @@ def run(options: Options, reporter: Reporter | None = None, started: float | Non
 
 
 def _run(options: Options, report: TimedPhases, budget: TimeBudget) -> Result:
-    report.phase(opening(options))
+    report.phase("loading", opening(options))
     sample = load_sample(options.input)
     check_range(sample, options.dtype)
     backend, skip_reason = load(options.backend, options.device)
@@ -231,6 +232,7 @@ def _cycle(
             graph=options.graphs,
             seed=options.seed,
             time_limit_s=None if budget.limit_s is None else budget.left_s(),
+            grace_s=CYCLE_GRACE * (budget.limit_s or 0.0),
             round_s=_round_s(options, layers, step_ms),
             progress=progress,
         )

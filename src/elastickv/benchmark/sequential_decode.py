@@ -99,6 +99,7 @@ def run_cycle(
     time_limit_s: float | None,
     progress: Callable[[int, int], None],
     round_s: float = 0.0,
+    grace_s: float = 0.0,
 ) -> CycleSamples:
     """Decode `decode_tokens` tokens from `context`, dense and elastic, in up to `ROUNDS` mirrored rounds.
 
@@ -109,10 +110,11 @@ def run_cycle(
     ----------
     time_limit_s : seconds for all of it. Where only one round fits, the one that warms up is the result.
     round_s : about the seconds of a round of both.
+    grace_s : seconds by which the first round may exceed the time limit.
 
     Raises
     ------
-    CycleTimeout : if not even one round fits into the time limit.
+    CycleTimeout : if not even one round ends by then.
     """
     began = time.monotonic()
     capacity = context + decode_tokens
@@ -130,7 +132,7 @@ def run_cycle(
             cache.mark()
             caches.setdefault(name, []).append(cache)
         expected = (time.monotonic() - began) / (layer + 1) * layers + round_s
-        if time_limit_s is not None and expected > time_limit_s:
+        if time_limit_s is not None and expected > time_limit_s + grace_s:
             raise CycleTimeout(f"it takes about {expected:.2g} s, and the time limit leaves {time_limit_s:.2g} s for it")
     programs = {name: backend.cycle(caches[name], first, feedback, graph) for name in recipes}
     latencies: dict[str, list[list[float]]] = {name: [] for name in recipes}

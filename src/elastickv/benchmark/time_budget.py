@@ -70,11 +70,11 @@ class TimedPhases:
         self._reporter, self.seconds = reporter, dict[str, float]()
         self._name, self._start = "", time.monotonic()
 
-    def phase(self, name: str) -> None:
-        """Begin a phase."""
+    def phase(self, name: str, note: str = "") -> None:
+        """Begin a phase; `note` is shown after its name."""
         self.end()
         self._name = name
-        self._reporter.phase(name)
+        self._reporter.phase(name + note)
 
     def progress(self, done: int, total: int) -> None:
         """Pass on."""
@@ -89,21 +89,18 @@ class TimedPhases:
 
 
 def opening(options: Options) -> str:
-    """Return the first line of a run: what it does, and what its time limit leaves room for."""
+    """Return what the first line of a run says about its time limit: nothing without one."""
     if options.time_limit_s is None:
-        return "loading"
+        return ""
     slowdown = _slowdown()
     parts = {name: seconds * slowdown for name, seconds in least_seconds(options).items()}
     least = sum(parts.values())
-    said = f"loading; the run ends within about {options.time_limit_s:g} s"
     if least <= options.time_limit_s:
-        return said
+        return f"; the run ends within about {options.time_limit_s:g} s"
     causes = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts.items() if seconds >= 1)
     if slowdown > 1:
         causes += f"; other processes make everything about {slowdown:.1f} times as slow"
-    return (
-        f"loading; the time limit of {options.time_limit_s:g} s is short: the run takes about {least:.0f} s at least ({causes})"
-    )
+    return f"; the time limit of {options.time_limit_s:g} s is short: the run takes about {least:.0f} s at least ({causes})"
 
 
 def least_seconds(options: Options) -> dict[str, float]:
