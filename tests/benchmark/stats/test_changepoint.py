@@ -131,7 +131,7 @@ def test_a_competing_load_is_noticed_and_its_samples_are_marked(monkeypatch):
     except UnavailableError as reason:
         pytest.skip(str(reason))
     options = Options(
-        seq=1024, heads=4, recipe="int8", compress=1, reps=100_000, warmup=2, inner_loops=32, paired=True, time_limit_s=4,
+        seq=1024, heads=4, recipe="int8", compress=1, reps=100_000, warmup=2, inner_loops=32, paired=True, time_limit_s=10,
         dense="bf16", backend="cpu",
     )  # fmt: skip
     loading = Loading(after_s=1.5)
