@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=20, help="at most, of 20")
     parser.add_argument("--rounds", type=int, default=4, help="runs of each cell and sweep; from 3 on their own spread counts")
     parser.add_argument("--reps", type=int, default=100)
-    parser.add_argument("--time-limit", type=float, default=5.0, help="seconds to a cell and sweep")
+    parser.add_argument("--time-limit", type=float, default=15.0, help="seconds to a cell and sweep")
     parser.add_argument("--slowdown", type=float, default=1.1)
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which no cell begins")
     parser.add_argument("--output", type=Path, required=True)

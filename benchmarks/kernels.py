@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--presets", action="store_true", help="measure the presets and the original's schedule instead")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--reps", type=int, default=40)
-    parser.add_argument("--time-limit", type=float, default=15.0, help="seconds of sampling a cell")
+    parser.add_argument("--time-limit", type=float, default=300.0, help="seconds a cell, compilation and peers included")
     parser.add_argument("--cell-timeout", type=float, default=900.0, help="seconds after which a cell is given up")
     parser.add_argument("--resume", action="store_true", help="keep the cells whose files are there")
     parser.add_argument("--tables", action="store_true", help="only write the tables")

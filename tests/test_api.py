@@ -57,7 +57,7 @@ def test_a_preset_gives_way_to_what_is_given_beside_it(monkeypatch):
 
     asked = []
     template = result()
-    monkeypatch.setattr(api, "run", lambda options, _: asked.append(options) or SimpleNamespace(as_dict=lambda: template))
+    monkeypatch.setattr(api, "run", lambda options, *_: asked.append(options) or SimpleNamespace(as_dict=lambda: template))
     elastickv.bench(preset="long", seq=2048, kv_heads=None)
     assert asked == [Options(seq=2048, heads=32, dim=128, compress=4)]
 

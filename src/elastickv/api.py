@@ -1,6 +1,7 @@
 """The five public functions: bench, sweep, compare, report, load."""
 
 import os
+import time
 import warnings
 from pathlib import Path
 from types import NoneType
@@ -36,6 +37,7 @@ def bench(
     temperature: float | None = None,
     reporter: Reporter | None = None,
     command: tuple[str, ...] = (),
+    started: float | None = None,
     **options: Any,
 ) -> Measurement:
     """Measure decode attention at 1/C of the KV bytes against a dense baseline, as `elastickv bench` does.
@@ -49,6 +51,7 @@ def bench(
     temperature : with `model`, 0 takes the likeliest token.
     reporter : receives phases and progress.
     command : the command line, for the record.
+    started : reading of `time.monotonic` from which `time_limit_s` counts; None is the call of this function.
     **options : seq, batch, heads, kv_heads, dim, compress, recipe, dtype, paired, reps, inference, backend, seed, ...: the
         attributes of `elastickv.benchmark.Options`. None leaves one out. With `model` only seq, batch, compress, recipe, dtype,
         backend, device, reps, decode_tokens, seed and graphs, with the defaults of
@@ -60,6 +63,7 @@ def bench(
     KernelMismatch, NonFiniteError : if a result would be wrong.
     KeyboardInterrupt : if interrupted before anything was measured; later, the result is marked incomplete.
     """
+    started = time.monotonic() if started is None else started
     requested = {name: value for name, value in options.items() if value is not None}
     if unknown := [name for name in requested if name not in TYPES]:
         raise UsageError(f"`{unknown[0]}` is unknown: options are {', '.join(TYPES)}")
@@ -81,7 +85,7 @@ def bench(
     if not isinstance(gate, (str, NoneType)):
         raise UsageError(f"gate {gate!r} is no text: give golden, or bounds such as speedup>=1.5,cv<=5")
     parsed = None if gate is None else Gate.parse(gate)
-    return Measurement(run(Options(**base | requested, gate=parsed, command=command), reporter).as_dict())
+    return Measurement(run(Options(**base | requested, gate=parsed, command=command), reporter, started).as_dict())
 
 
 def load(path: Path | str) -> Measurement | Sweep:

@@ -133,3 +133,34 @@ def test_doctor_refuses_an_architecture_that_it_does_not_compile_for(arguments, 
     done = elastickv("doctor", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_only_the_originals_name_has_a_time_limit_of_its_own(monkeypatch):
+    from elastickv.cli import bench, elastic_kv_cli
+
+    received = []
+    monkeypatch.setattr(bench, "_run", lambda arguments, *_: received.append(arguments["time_limit_s"]))
+    for command in (bench.command, elastic_kv_cli.command):
+        for arguments in ([], ["--time-limit=300"], ["--model=shape:8b"]):
+            command.main(arguments, standalone_mode=False)
+    limit = elastic_kv_cli.TIME_LIMIT_S
+    assert received == [None, 300.0, None, limit, 300.0, None]
+    assert limit < 120  # scripts written for the original end it then
+    assert f"[default: {limit:g}]" in original("--help").stdout
+
+
+def test_the_original_command_line_measures_fewer_repetitions_on_a_slow_machine_and_says_how_many():
+    code = "from tests.cli.reference_bench import *; import elastickv.cli.bench"
+    code += "; from elastickv.cli import elastic_kv_cli as program"
+    code += "; program.command = elastickv.cli.bench.build_command('elastic_kv_cli', '', 'json', 2.0); program.main()"
+    root = SOURCE.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), str(root)])}
+    arguments = ["--seq=300", "--heads=2", "--compress=1.3", "--paired-baseline", "--reps=20000", "--warmup=5", "--cache=hot"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["configuration"]["reps"] == result["repetitions"]["requested"] == 20000
+    assert 2 <= result["repetitions"]["executed"] == len(result["samples"]["elastic"]) < 20000
+    assert any(warning.startswith("stopped by the time limit after") for warning in result["warnings"])

@@ -1,5 +1,7 @@
 """The output error of the very code path that is timed."""
 
+import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,7 @@ from elastickv.recipe import AttentionShape, Recipe
 
 _QUERIES_AT_ONCE = 64
 LARGEST_FP16, LARGEST_FP32 = 65504.0, 3e38
+_TIMED_QUERIES = 4  # of a replay, which say how long it takes
 KERNEL_ERROR_LIMITS = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-3}
 
 
@@ -40,14 +43,23 @@ def sample_shape(sample: Sample) -> AttentionShape:
     return AttentionShape(sample.q.shape[0], sample.q.shape[1], sample.k.shape[1], sample.k.shape[3])
 
 
-def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str) -> SampleAccuracy:
+class ReplayTimeout(Exception):
+    """A replay would not end in time."""
+
+
+def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str, within_s: float = math.inf) -> SampleAccuracy:
     """Decode the sample's consecutive queries through `backend`: prefill, then append and decode token by token.
+
+    Parameters
+    ----------
+    within_s : seconds that it may take, estimated after a few queries and watched from there on.
 
     Raises
     ------
+    ReplayTimeout : if it takes longer.
     KernelMismatch : if the backend is further from its float64 reference than its dtype allows.
     """
-    shape = sample_shape(sample)
+    shape, began = sample_shape(sample), time.monotonic()
     tokens, queries = sample.k.shape[2], sample.q.shape[2]
     start = tokens - queries
     cache = backend.cache(shape, tokens, dtype, recipe)
@@ -55,6 +67,8 @@ def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str) -> Samp
     oracle = Oracle(cache)
     kernel_errors, recipe_errors, dense = [], [], _dense(sample)
     for i in range(queries):
+        if i >= _TIMED_QUERIES and (expected := (time.monotonic() - began) * queries / i) > within_s:
+            raise ReplayTimeout(f"it takes about {expected:.2g} s, and the time limit leaves {within_s:.2g} s for it")
         position = start + i
         cache.append(sample.k[:, :, position], sample.v[:, :, position])
         q = np.ascontiguousarray(sample.q[:, :, i])

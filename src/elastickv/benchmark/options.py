@@ -75,7 +75,8 @@ class Options:
     graphs : capture CUDA graphs.
     cache : 'cold' rotates copies past the last-level cache, 'hot' repeats one.
     peers : peers to measure too: 'all', or beginnings of their names joined by commas; None is none.
-    time_limit_s, until_ci_percent : stop early, at a time or at a half-width of the speed-up's interval.
+    time_limit_s : seconds for the whole run; what is left out to keep it is in the result.
+    until_ci_percent : stop early, at a half-width of the speed-up's interval.
     input : safetensors file of real activations; None is the shipped sample.
     gate : criteria for a verdict.
     dense : dtype of the only dense contender of ours; None tries all and takes the fastest.
@@ -108,7 +109,9 @@ class Options:
     truncate: float = setting(5.0, "Percent of samples cut at either end for times.", bounds=(0, 45))
     paired: bool = option(False, "Interleave dense and elastic in randomized ABBA blocks.")
     until_ci_percent: float | None = setting(None, "Stop at this half-width of the interval, percent.", bounds=(0.01, 50))
-    time_limit_s: float | None = option(None, "Stop measuring after this many seconds.", bounds=(0.1, 86_400))
+    time_limit_s: float | None = option(
+        None, "End the whole run, compilation included, after about this many seconds.", bounds=(0.1, 86_400)
+    )
     inference: bool = setting(False, "Run the inference cycle too.")
     decode_tokens: int = setting(64, "Tokens of the inference cycle.", bounds=(1, 65536))
     layers: int | None = setting(

@@ -115,7 +115,8 @@ class RecipeUsed:
     """The recipe, and the bytes of one step averaged over an anchor interval.
 
     `predicted_loss` is the recipe error (root mean square) that the solver expects; None where none was measured.
-    `largest_ratio_scoring_every_step` is set for recipes that select pages.
+    `largest_ratio_scoring_every_step` is set for recipes that select pages. `fallback` says why dense attention was timed
+    although `auto` chose a recipe; None where the recipe was timed.
     """
 
     text: str
@@ -129,6 +130,7 @@ class RecipeUsed:
     stored_bytes: int
     predicted_loss: float | None = None
     largest_ratio_scoring_every_step: float | None = None
+    fallback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,20 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class DenseComparison:
+    """One dense contender against another, in turns, before the run: how many times as fast it is as the reference."""
+
+    name: str
+    reference: str
+    speed: Annotated[Interval, POSITIVE]
+
+
+@dataclass(frozen=True)
 class Baseline:
-    """The fastest dense contender, the reference of every ratio, and the times of the others."""
+    """The fastest dense contender, the reference of every ratio, and the times of the others.
+
+    `reason` says why it is the baseline; `compared` are the comparisons that decided. Older files lack `dtype` and both.
+    """
 
     name: str
     version: str
@@ -162,6 +176,9 @@ class Baseline:
     memory_efficiency_percent: float
     candidates_ms: dict[str, float]
     not_run: dict[str, str]
+    dtype: str | None = None
+    reason: str | None = None
+    compared: list[DenseComparison] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,26 @@ class Convergence:
     target_percent: float
     stopped_by: str
     rounds: int
+
+
+@dataclass(frozen=True)
+class Repetitions:
+    """Samples of dense and elastic, and the discarded ones before: as requested, and as executed within the time limit."""
+
+    requested: int
+    executed: int
+    warmup_requested: int
+    warmup_executed: int
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """Wall-clock seconds of the whole run and of its phases, and what was left out to keep the time limit."""
+
+    limit_s: float | None
+    total_s: float
+    phases_s: dict[str, float]
+    left_out: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -228,6 +265,15 @@ class Result:
     samples: Annotated[dict[str, list[Duration]], Keys(("elastic",))] = field(repr=False)
     sample_order: list[str] = field(repr=False)
     flagged_samples: dict[str, list[int]] = field(repr=False)
+    repetitions: Repetitions | None = None
+    run_time: RunTime | None = None
+
+    @property
+    def fallback(self) -> str | None:
+        """Why dense attention was timed instead of the recipe that `auto` chose; None where the recipe was timed."""
+        if self.recipe.fallback is not None:
+            return self.recipe.fallback
+        return next((text for text in self.warnings if text.startswith("auto fell back to dense")), None)  # older files
 
     @classmethod
     def from_dict(cls, value: Any, source: str = "the result") -> "Result":

@@ -18,6 +18,7 @@ class Samples:
     complete : False after Ctrl-C.
     stopped_by : 'reps', 'time limit', 'interval' or 'interrupt'.
     flagged : contender name -> indices of the samples taken while something was disturbed.
+    warmup : rounds that were discarded before.
     """
 
     times: dict[str, list[float]]
@@ -25,6 +26,7 @@ class Samples:
     complete: bool = True
     stopped_by: str = "reps"
     flagged: dict[str, list[int]] = field(default_factory=dict)
+    warmup: int = 0
 
     @property
     def rounds(self) -> int:
@@ -66,7 +68,8 @@ def collect(
     Parameters
     ----------
     contenders : name -> a function that takes one sample and returns its time.
-    time_limit_s : stop at the end of the block in which this many seconds are over (unpaired: shared out evenly).
+    time_limit_s : stop before a block that, as long as those before, would end after this many seconds; the first one is always
+        taken. Unpaired: shared out evenly, two samples of each at least.
     converged : called after every block of a paired run; True stops it.
     progress : called with the samples done and planned.
     disturbed : called after every sample; a sample for which it is True is marked.
@@ -82,7 +85,7 @@ def collect(
         for done, name in enumerate(schedule(names, reps, paired, seed)):
             elapsed = time.monotonic() - start
             if paired and done and done % block == 0:
-                if time_limit_s is not None and elapsed > time_limit_s:
+                if time_limit_s is not None and elapsed * (1 + block / done) > time_limit_s:
                     samples.stopped_by = "time limit"
                     break
                 if converged is not None and converged(samples):

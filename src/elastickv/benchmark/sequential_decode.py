@@ -1,17 +1,18 @@
 """The inference cycle: decode steps that depend on each other, dense and elastic in mirrored order."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from elastickv.backends import Backend, Program
+from elastickv.backends import Backend
 from elastickv.backends.feedback import Feedback
 from elastickv.benchmark.contenders import random_queries
 from elastickv.benchmark.contenders.rotation import COLD_FACTOR
 from elastickv.benchmark.sample_inputs import Sample
-from elastickv.benchmark.sampler import collect
+from elastickv.benchmark.sampler import Samples, collect
 from elastickv.benchmark.stats.intervals import Interval, ratio_interval
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.kvcache import LayerCache
@@ -51,6 +52,10 @@ class CycleSamples:
     def quantiles(self, name: str) -> dict[str, float]:
         """Return latency quantiles over all tokens of all rounds."""
         return {key: float(np.quantile(self.latencies[name], q)) for key, q in QUANTILES.items()}
+
+
+class CycleTimeout(Exception):
+    """One round of an inference cycle would not end in time."""
 
 
 def choose_layers(
@@ -93,29 +98,43 @@ def run_cycle(
     seed: int,
     time_limit_s: float | None,
     progress: Callable[[int, int], None],
+    round_s: float = 0.0,
+    grace_s: float = 0.0,
 ) -> CycleSamples:
     """Decode `decode_tokens` tokens from `context`, dense and elastic, in up to `ROUNDS` mirrored rounds.
 
     The last token of the context is decoded before the clock runs: that step is an anchor of all layers. From there on their
     anchors are spread, and every layer has one in each `anchor_every` tokens.
+
+    Parameters
+    ----------
+    time_limit_s : seconds for all of it. Where only one round fits, the one that warms up is the result.
+    round_s : about the seconds of a round of both.
+    grace_s : seconds by which the first round may exceed the time limit.
+
+    Raises
+    ------
+    CycleTimeout : if not even one round ends by then.
     """
+    began = time.monotonic()
     capacity = context + decode_tokens
     feedback = Feedback.seeded(shape.head_dim, seed, sample.query_rms, sample.key_rms, sample.value_rms)
     first = random_queries(shape, seed, 1.0)
     recipes = {"dense": (DENSE, dense_dtype), "elastic": (recipe, dtype)}
-    programs: dict[str, Program] = {}
     caches: dict[str, list[LayerCache]] = {}
-    for name, (used, used_dtype) in recipes.items():
-        caches[name] = []
-        for layer in range(layers):
+    for layer in range(layers):
+        for name, (used, used_dtype) in recipes.items():
             cache = backend.cache(shape, capacity, used_dtype, used, used.layer_anchor_offset(layer, layers))
             cache.fill_random(np.full(shape.batch, context - 1), seed + layer)
             rng = np.random.default_rng([seed, layer, 13])
             cache.append(*rng.standard_normal((2, shape.batch, shape.kv_heads, shape.head_dim), dtype=np.float32))
             cache.decode(first)
             cache.mark()
-            caches[name].append(cache)
-        programs[name] = backend.cycle(caches[name], first, feedback, graph)
+            caches.setdefault(name, []).append(cache)
+        expected = (time.monotonic() - began) / (layer + 1) * layers + round_s
+        if time_limit_s is not None and expected > time_limit_s + grace_s:
+            raise CycleTimeout(f"it takes about {expected:.2g} s, and the time limit leaves {time_limit_s:.2g} s for it")
+    programs = {name: backend.cycle(caches[name], first, feedback, graph) for name in recipes}
     latencies: dict[str, list[list[float]]] = {name: [] for name in recipes}
 
     def one_round(name: str) -> float:
@@ -126,18 +145,23 @@ def run_cycle(
         latencies[name].append(times)
         return sum(times)
 
-    for name in recipes:
-        one_round(name)
-    for rounds in latencies.values():
-        rounds.clear()
-    samples = collect(
-        {name: (lambda name=name: one_round(name)) for name in recipes},  # type: ignore[misc]
-        ROUNDS,
-        paired=True,
-        seed=seed,
-        time_limit_s=time_limit_s,
-        progress=progress,
-    )
+    prepared = time.monotonic()
+    warm = Samples({name: [one_round(name)] for name in recipes})
+    now = time.monotonic()
+    left = None if time_limit_s is None else time_limit_s - (now - began)
+    if left is not None and 2 * (now - prepared) > left:
+        samples = warm
+    else:
+        for rounds in latencies.values():
+            rounds.clear()
+        samples = collect(
+            {name: (lambda name=name: one_round(name)) for name in recipes},  # type: ignore[misc]
+            ROUNDS,
+            paired=True,
+            seed=seed,
+            time_limit_s=left,
+            progress=progress,
+        )
     for name in recipes:
         for cache in caches[name]:
             cache.raise_non_finite()

@@ -19,8 +19,10 @@ from elastickv.benchmark.result import (
     InferenceCycle,
     RecipeErrors,
     RecipeUsed,
+    Repetitions,
     Result,
     Results,
+    RunTime,
     Timing,
 )
 from elastickv.benchmark.roofline import RooflinePoint, attention_flops, roofline_point
@@ -72,9 +74,11 @@ class Summary:
         samples: Samples,
         cycle: CycleSamples | None,
         complete: bool,
+        run_time: RunTime,
     ) -> None:
         self.options, self.device, self.recipe, self.field = options, backend.device, field.recipe, field
         self.ceilings, self.samples, self.cycle, self.complete = ceilings, samples, cycle, complete
+        self.run_time = run_time
         self.lengths = [options.seq] * options.batch
         self.speedup, self.noise_floor = speedup_interval(samples, options), noise_floor_interval(samples, options)
         theoretical = self.device.theoretical_bw_gbs
@@ -117,6 +121,9 @@ class Summary:
                 100 * baseline.bandwidth_gbs / self.reference_gbs,
                 self.field.candidates_ms,
                 self.field.not_run,
+                self.field.baseline.dtype,
+                self.field.baseline_reason,
+                list(self.field.compared),
             ),
             contenders=self._timings(),
             speedup=self.speedup,
@@ -141,6 +148,8 @@ class Summary:
             environment=environment,
             verdict=self._verdict(fidelity),
             warnings=[text for text in (skip_reason and f"the CPU was measured: {skip_reason}", self.field.fallback) if text],
+            repetitions=Repetitions(options.reps, self.samples.rounds, options.warmup, self.samples.warmup),
+            run_time=self.run_time,
             samples=self.samples.times,
             sample_order=self.samples.order,
             flagged_samples=self.samples.flagged,
@@ -235,6 +244,7 @@ class Summary:
             stored_bytes=stored_bytes(recipe, self.lengths, shape, dtype),
             predicted_loss=predicted_loss(recipe, shape.head_dim),
             largest_ratio_scoring_every_step=most if recipe.selection == "pages" else None,
+            fallback=self.field.fallback,
         )
 
     def _timings(self) -> list[Timing]:

@@ -8,13 +8,17 @@ from elastickv.recipe import PAGE_TOKENS
 
 # A ceiling is itself a measurement: an attention kernel this little above it has not beaten it.
 CEILING_SLACK = 1.02
+OVER_TIME = 1.2  # of a time limit, above which it was not met
 
 
 def collect_warnings(result: Result) -> Iterator[str]:
     """Yield one line for each thing that limits what `result` shows."""
     configuration, recipe, build = result.configuration, result.recipe, result.build
     if recipe.ratio_read < configuration.compression:
-        yield f"{recipe.text} reads 1/{recipe.ratio_read:.2f} of the dense bytes, not 1/{configuration.compression:g} as asked"
+        yield (
+            f"the budget is not met: {recipe.text} reads 1/{recipe.ratio_read:.2f} of the dense 16-bit bytes, "
+            f"not 1/{configuration.compression:g} as requested"
+        )
     if configuration.dense is not None:
         yield f"dense was measured in {configuration.dense} only, as asked: another dtype may be faster"
     if build.inner_loops != build.inner_loops_requested:
@@ -44,6 +48,7 @@ def collect_warnings(result: Result) -> Iterator[str]:
         yield f"not converged: the interval's half-width is {result.convergence.half_width_percent:.2f} %"
     if result.convergence.stopped_by == "time limit":
         yield f"stopped by the time limit after {result.convergence.rounds} of {configuration.reps} samples"
+    yield from _time_limit(result)
     if not result.complete:
         yield "interrupted: incomplete"
     if not configuration.paired_baseline:
@@ -61,3 +66,18 @@ def collect_warnings(result: Result) -> Iterator[str]:
     yield from result.telemetry["flags"]
     if result.telemetry["note"]:
         yield f"the device was not watched all the time: {result.telemetry['note']}"
+
+
+def _time_limit(result: Result) -> Iterator[str]:
+    """Yield what the time limit left out, and by how much the run exceeded it."""
+    taken = result.run_time
+    if taken is None or taken.limit_s is None:
+        return
+    for what, why in taken.left_out.items():
+        yield f"left out: {what}: {why}"
+    if taken.total_s > OVER_TIME * taken.limit_s and taken.phases_s:
+        longest = max(taken.phases_s, key=lambda name: taken.phases_s[name])
+        yield (
+            f"the run took {taken.total_s:.0f} s with a time limit of {taken.limit_s:g} s: {longest} took "
+            f"{taken.phases_s[longest]:.0f} s"
+        )

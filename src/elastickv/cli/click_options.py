@@ -96,7 +96,7 @@ def _option(name: str, info: OptionInfo, kind: type, default: Any, note: str | N
         return click.option(*flags, name, is_flag=True, flag_value=not default, default=None, help=info.help)
     shown = info.default_help if default is None else f"{default:g}" if kind is float else str(default)
     if note is not None:
-        shown = f"{shown}; {note}"
+        shown = note if shown is None else f"{shown}; {note}"
     text = info.help if shown is None else f"{info.help}  [default: {shown}]"
     if name == "peers":
         return click.option(*flags, name, is_flag=False, flag_value="all", help=text)

@@ -64,7 +64,7 @@ class Cells(Bar):
         self._done += 1
         self._progress.update(self._task, completed=self._done, total=self._total)
         seconds = (time.monotonic() - self._start) / (self._done - self._before) * (self._total - self._done)
-        if self._progress.disable or status != "ok":
+        if self._progress.disable or status != "ok" or reason:
             said = f"{status}: {with_flags(reason, command)}" if reason else status
             self._progress.console.print(
                 f"elastickv: {self._done} of {self._total}, {seconds:.0f} s left: {name(cell)}: {said}",

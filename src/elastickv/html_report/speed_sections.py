@@ -113,7 +113,7 @@ def results(data: ReportData) -> Section:
     """Return the table of all decode steps."""
     rows = (
         {
-            "recipe": step.what,
+            "recipe": step.what + _fallback(step),
             "context": str(step.context),
             "shape": step.shape,
             METRICS["ratio_read"].label: fixed(step.read, 2),
@@ -153,6 +153,10 @@ def _listed(step: Step) -> dict[str, str]:
     """Return the metrics that have no column of their own; empty for the original program."""
     result = step.result
     return {metric.header: brief(metric.value(result)) if isinstance(result, Result) else "" for _, metric in listed_metrics()}
+
+
+def _fallback(step: Step) -> str:
+    return " (fallback)" if isinstance(step.result, Result) and step.result.fallback else ""
 
 
 def _doubt(step: Step) -> str:

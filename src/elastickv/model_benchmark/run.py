@@ -27,7 +27,6 @@ from elastickv.model_benchmark.records import environment_record, model_record
 from elastickv.model_benchmark.speedups import noise_floor, speedup, step_means
 from elastickv.results.kinds.model_result import CompressionStart
 from elastickv.transformers.config import UncalibratedWarning
-from elastickv.transformers.model_loading import Loaded
 from elastickv.transformers.tokenization import prompt_tokens
 
 KIND = "elastickv-run"

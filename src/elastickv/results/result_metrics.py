@@ -49,6 +49,7 @@ METRICS: dict[str, Metric] = {
     "compress": _summarized("C", "", lambda r: r.configuration.compression),
     "recipe": _summarized("recipe", "", lambda r: r.recipe.text),
     "recipe_hash": _summarized("recipe hash", "", lambda r: r.recipe.hash),
+    "fallback": _summarized("fallback", "", lambda r: r.fallback),
     "ratio_read": _summarized("read 1/", "", lambda r: r.recipe.ratio_read),
     "ratio_stored": _summarized("stored 1/", "", lambda r: r.recipe.ratio_stored),
     "baseline": _summarized("dense is", "", lambda r: r.baseline.name),
@@ -63,6 +64,9 @@ METRICS: dict[str, Metric] = {
     "kernel_error": _summarized("kernel error", "", lambda r: r.fidelity.sample and r.fidelity.sample.kernel_error.mean),
     "recipe_error": _summarized("recipe error", "", lambda r: r.fidelity.sample and r.fidelity.sample.recipe_error.mean),
     "cycle_speedup": _summarized("cycle", "", lambda r: r.inference_cycle and r.inference_cycle.speedup_vs_baseline),
+    "reps": _summarized("samples", "", lambda r: r.convergence.rounds),
+    "reps_requested": _summarized("samples requested", "", lambda r: r.configuration.reps),
+    "left_out": _summarized("left out", "", lambda r: "; ".join(r.run_time.left_out) or None if r.run_time else None),
     "complete": _summarized("complete", "", lambda r: r.complete),
 }
 

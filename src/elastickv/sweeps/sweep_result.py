@@ -29,6 +29,7 @@ EXPORTS = (".csv", ".md", ".json", ".parquet")
 _BRIEF = (
     "status",
     "recipe_used",
+    "fallback",
     "ratio_read",
     "baseline_ms",
     "elastic_ms",
@@ -157,7 +158,9 @@ class Sweep:
         except UsageError as error:
             raise UsageError(f"the cell {name(record['cell'])}: {error}") from None
         figures = {"recipe_used": figures.pop("recipe")} | {label: v for label, v in figures.items() if label not in axes}
-        return {axis: record["cell"].get(axis) for axis in axes} | {k: record.get(k) for k in ("status", "reason")} | figures
+        status = "fell back" if figures.get("fallback") else record.get("status")
+        state = {"status": status, "reason": record.get("reason")}
+        return {axis: record["cell"].get(axis) for axis in axes} | state | figures
 
     def _notes(self) -> list[str]:
         return [] if self.complete else [self.missing.sentence("the sweep")]

@@ -58,7 +58,10 @@ def measured(request: dict[str, Any], reporter: JsonLinesReporter) -> tuple[str,
         return "spent", {"status": "failed", "reason": str(error)}
     except Exception as error:
         return "spent", {"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())}
-    return "done", {"status": "ok", "reason": None} | result
+    return "done", {
+        "status": "ok",
+        "reason": (result.get("recipe") or {}).get("fallback") if "bench" in request else None,
+    } | result
 
 
 def _result(request: dict[str, Any], reporter: JsonLinesReporter) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -95,10 +96,10 @@ def test_too_few_samples_tell_nothing():
 
 
 class Loading(SilentReporter):
-    """Lets busy processes loose on every processor once half of the time is over, and ends them with the samples."""
+    """Lets busy processes loose on every processor after some seconds of samples; ends them, and the samples, later."""
 
-    def __init__(self, after_s):
-        self.after_s, self.busy, self.taken, self.timer = after_s, [], None, None
+    def __init__(self, after_s, until_s):
+        self.after_s, self.until_s, self.busy, self.taken, self.timer = after_s, until_s, [], None, None
 
     def phase(self, name):
         if self.timer is not None:
@@ -106,10 +107,13 @@ class Loading(SilentReporter):
 
     def progress(self, done, total):
         if self.timer is None:
+            self.began = time.monotonic()
             self.timer = threading.Timer(self.after_s, self.load)
             self.timer.start()
         if self.busy and self.taken is None:
             self.taken = done
+        if time.monotonic() - self.began > self.until_s:
+            raise KeyboardInterrupt
 
     def load(self):
         spin = [sys.executable, "-c", "while True: pass"]
@@ -131,10 +135,10 @@ def test_a_competing_load_is_noticed_and_its_samples_are_marked(monkeypatch):
     except UnavailableError as reason:
         pytest.skip(str(reason))
     options = Options(
-        seq=1024, heads=4, recipe="int8", compress=1, reps=100_000, warmup=2, inner_loops=32, paired=True, time_limit_s=4,
+        seq=1024, heads=4, recipe="int8", compress=1, reps=100_000, warmup=2, inner_loops=32, paired=True,
         dense="bf16", backend="cpu",
     )  # fmt: skip
-    loading = Loading(after_s=1.5)
+    loading = Loading(after_s=1.5, until_s=4.0)
     try:
         result = run(options, loading)
     finally:

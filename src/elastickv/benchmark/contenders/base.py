@@ -1,11 +1,12 @@
 """The interfaces of contenders and peers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from elastickv.backends import DeviceInfo
 from elastickv.benchmark.contenders.rotation import Rotation, as_cold
+from elastickv.errors import UsageError
 from elastickv.kvcache.error_metrics import ErrorSummary
 from elastickv.recipe import DTYPES, AttentionShape
 
@@ -62,6 +63,7 @@ class PeerWork:
     rotation : of our fastest dense contender.
     seed : of the random queries, keys and values.
     graph : whether to capture a CUDA graph.
+    shortage : returns why work of some seconds does not fit into the run's time limit; None where it does.
     """
 
     device: DeviceInfo
@@ -71,6 +73,18 @@ class PeerWork:
     rotation: Rotation
     seed: int
     graph: bool
+    shortage: Callable[[float], str | None] = field(default=lambda seconds: None, compare=False)
+
+    def require_time(self, seconds: float) -> None:
+        """Refuse work of about `seconds` that does not fit into the run's time limit.
+
+        Raises
+        ------
+        UsageError : saying how long it takes and what is left.
+        """
+        reason = self.shortage(seconds)
+        if reason is not None:
+            raise UsageError(reason)
 
     def rotation_of(self, kv_bytes: float) -> Rotation:
         """Return the rotation of a peer that reads `kv_bytes` a step: as cold as ours."""

@@ -6,6 +6,7 @@ from typing import Any
 from elastickv.benchmark.contenders.base import Contender, PeerWork, Variant
 from elastickv.benchmark.contenders.torch_timing import checked, distribution_version, inputs, unusable
 
+COMPILE_S = 30.0  # about, on two cores
 _DTYPES = {"cuda": ("bf16",), "cpu": ("fp32", "bf16")}
 
 
@@ -29,6 +30,7 @@ def _ready(name: str, work: PeerWork, dtype: str) -> Contender:
     import torch
     from torch.nn.attention.flex_attention import flex_attention
 
+    work.require_time(COMPILE_S)
     compiled = torch.compile(flex_attention, dynamic=False)
     data = inputs(work, dtype)
 

@@ -9,6 +9,8 @@ from elastickv.benchmark.contenders.torch_sdpa import TorchSdpa
 
 PEERS: tuple[Peer, ...] = (TorchSdpa(), FlexAttention(), FlashInfer())
 ALL_PEERS = "all"
+# Seconds of a time limit, below which no package is imported and no variant of one begins.
+IMPORT_S, LEAST_S = 5.0, 1.0
 _REASON_LENGTH = 200
 _TELLING = re.compile(r"error:|not found|no such file", re.IGNORECASE)
 
@@ -30,6 +32,7 @@ def ready_peers(work: PeerWork, names: str = ALL_PEERS) -> tuple[list[Contender]
             not_run[peer.name] = "not installed"
             continue
         try:
+            work.require_time(IMPORT_S)
             variants = peer.variants(work)
         except Exception as error:  # a third-party package may raise anything
             not_run[peer.name] = reason(error)
@@ -41,6 +44,7 @@ def ready_peers(work: PeerWork, names: str = ALL_PEERS) -> tuple[list[Contender]
                 not_run[name] = variant
                 continue
             try:
+                work.require_time(LEAST_S)
                 ready.append(variant())
             except Exception as error:  # the same
                 not_run[name] = reason(error)

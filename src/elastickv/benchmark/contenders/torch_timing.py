@@ -22,6 +22,8 @@ TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": 
 ERROR_LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2, "fp8": 1e-2}
 # A peer can be 50 times slower than ours: a sample of it need not be longer than this.
 SAMPLE_MS = 10.0
+# Rounds of the copies that a slow peer takes at least: its check, its previews, and two samples.
+LEAST_ROUNDS = 8
 
 
 def distribution_version(name: str) -> str | None:
@@ -193,6 +195,17 @@ class Clock:
         return np.asarray(self._output.double().cpu().numpy())
 
 
+def _step_s(attend: Callable[[int], Any], around: Callable[[], AbstractContextManager[Any]]) -> float:
+    """Return the seconds of a step on a CPU, after one that may compile."""
+    import torch
+
+    with torch.inference_mode(), around():
+        attend(0)
+        start = perf_counter_ns()
+        attend(0)
+        return (perf_counter_ns() - start) / 1e9
+
+
 def checked(
     name: str,
     version: str,
@@ -212,8 +225,11 @@ def checked(
     Raises
     ------
     KernelMismatch : if the output on copy 0 is not float64 attention within the error of the dtype.
+    UsageError : if the run's time limit leaves too little for it.
     """
     rotation = replace(data.rotation, steps=data.rotation.copies)
+    if work.device.kind == "cpu":
+        work.require_time(LEAST_ROUNDS * rotation.copies * _step_s(attend, around))
     clock = Clock(work, attend, rotation, around)
     steps = min(data.rotation.steps, max(rotation.steps, math.ceil(SAMPLE_MS / clock.sample())))
     if steps > rotation.steps:

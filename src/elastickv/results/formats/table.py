@@ -27,7 +27,7 @@ def as_table(result: Result) -> str:
     console = Console(file=out, width=100, highlight=False)
     name, workload = _workload(result)
     console.print(f"[bold]{literal(name)}[/]  {literal(workload)}")
-    console.print(f"recipe [bold]{literal(result.recipe.text)}[/] {literal(_bytes(result.recipe))}")
+    console.print(f"recipe [bold]{literal(result.recipe.text)}[/] {literal(_bytes(result.recipe))}{_fallback(result)}")
     table = Table(box=None, pad_edge=False)
     for header in _HEADERS:
         table.add_column(header, justify="left" if header == _HEADERS[0] else "right")
@@ -43,7 +43,7 @@ def as_table(result: Result) -> str:
 
 def as_html(result: Result) -> str:
     """Return the same for a notebook."""
-    heading = ["  ".join(_workload(result)), f"recipe {result.recipe.text} {_bytes(result.recipe)}"]
+    heading = ["  ".join(_workload(result)), f"recipe {result.recipe.text} {_bytes(result.recipe)}{_fallback(result)}"]
     notes = [*_sentences(result), *(f"warning: {warning}" for warning in result.warnings)]
     return html_paragraphs(heading) + html_table(_HEADERS, _contenders(result), notes)
 
@@ -63,6 +63,11 @@ def _bytes(recipe: RecipeUsed) -> str:
         f"({recipe.hash}): reads 1/{recipe.ratio_read:.2f}, "
         f"stores 1/{recipe.ratio_stored:.2f} of dense 16-bit bytes{_expected(recipe)}"
     )
+
+
+def _fallback(result: Result) -> str:
+    """Return what a fallback means for the budget; nothing where the recipe was timed."""
+    return f"; FALLBACK, budget 1/{result.configuration.compression:g} not met" if result.fallback else ""
 
 
 def _contenders(result: Result) -> list[tuple[str, ...]]:
@@ -95,6 +100,8 @@ def _sentences(result: Result) -> list[str]:
         f"read ceiling {result.ceilings['read_gbs']:.1f} GB/s; roofline score: dense {dense.score:.2f}, "
         f"elastic {elastic.score:.2f}",
     ]
+    if result.baseline.reason:
+        lines.insert(0, f"baseline {result.baseline.name}: {result.baseline.reason}")
     sample = result.fidelity.sample
     if sample:
         error, kernel = sample.recipe_error, sample.kernel_error
