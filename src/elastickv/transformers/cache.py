@@ -16,7 +16,7 @@ from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.transformers import serialization
 from elastickv.transformers.cache_checks import CacheChecks, NotPicklable, check_same_length
-from elastickv.transformers.cache_report import CacheReport, Ledger, by_context, held_bytes
+from elastickv.transformers.cache_report import CacheReport, Ledger, report_of
 from elastickv.transformers.config import ElasticConfig, RecipeLike, config_for
 from elastickv.transformers.cuda_graph.captured import Captured
 from elastickv.transformers.cuda_graph.decode_protocol import DecodeLayer
@@ -225,7 +225,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         )
 
     def __copy__(self) -> ElasticCache:
-        """Return a cache with the same layers, as `copy.copy` of Transformers' own cache does."""
+        """Return a cache with the same layers."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
@@ -312,34 +312,15 @@ class ElasticCache(Cache):  # type: ignore[misc]
         """
         for layer in self.elastic_layers:
             layer.raise_non_finite()
-        limit, config = self._config.sizes.max_positions, self._config
-        budget = config.budget or config.budget_for(config.context or config.usual, "bf16")
-        longest = self._longest
-        stored, dense = held_bytes(budget, self.lengths) if config.sizes.elastic else (0, 0)
-        read, dense_read = self._ledger.bytes_read(budget)
-        stock = [
-            layer for layer in self.layers if not isinstance(layer, ElasticLayer) and getattr(layer, "keys", None) is not None
-        ]
-        return CacheReport(
-            compress=config.ratio,
-            holds_from=budget.holds_from,
-            recipes={layer: budget.recipe_at(layer, longest or budget.context) for layer in budget.recipes},
-            calibrated=config.calibration is not None,
-            lengths=self.lengths,
-            stored_bytes=stored,
-            dense_bytes=dense,
+        return report_of(
+            self._config,
+            self._ledger,
+            [layer for layer in self.layers if not isinstance(layer, ElasticLayer)],
+            self.lengths,
             allocated_bytes=self.allocated_bytes,
-            stock_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in stock),
-            decodes=self._ledger.steps,
             captured=self._captured.count,
             not_captured=self._captured.reason,
             ahead=self._captured.speculative.count,
-            chunks=self._ledger.chunks,
-            read_bytes=read,
-            dense_read_bytes=dense_read,
-            prompt_seconds=self._ledger.prompt_seconds,
-            quantize_seconds=self._ledger.quantize_seconds,
-            by_context=by_context(budget, longest, limit) if config.sizes.elastic else (),
             ranks=self._checks.ranks.count,
         )
 

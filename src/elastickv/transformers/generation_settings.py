@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -16,6 +18,39 @@ NO_WEIGHTS = (
     "output_attentions=True, and an ElasticCache returns no attention weights: drop it, or run the model without an elastic "
     "cache and with attn_implementation='eager'"
 )
+
+# What makes `generate` do something else than to choose a token a pass with the cache that is passed.
+_PLAIN = {
+    "use_cache": True,
+    "cache_implementation": None,
+    "cache_config": None,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "guidance_scale": None,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "stop_strings": None,
+    "token_healing": False,
+    "max_time": None,
+}
+
+
+@contextmanager
+def plain_decoding(model: Any) -> Iterator[None]:
+    """Let `generate` inside choose a token a pass with the cache that is passed, whatever the model's configuration says."""
+    own = model.generation_config
+    model.generation_config = copy.deepcopy(own)
+    for name, value in _PLAIN.items():
+        if hasattr(own, name):
+            setattr(model.generation_config, name, value)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def resolved_settings(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationConfig:
