@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 import elastickv.transformers as ekv
 from elastickv.errors import UsageError
@@ -72,12 +72,12 @@ def test_weights_of_an_elastic_cache_are_refused(name, implementation):
     tiny = model(name)
     tiny.set_attn_implementation(implementation)
     cache = ekv.ElasticCache.for_model(tiny, recipe="int4")
-    with pytest.raises(UsageError, match="output_attentions=True.*no attention weights"), torch.no_grad():
+    with pytest.raises(UsageError, match=r"output_attentions=True.*no attention weights"), torch.no_grad():
         tiny(**INPUTS, output_attentions=True, **{CACHE_ARGUMENT: cache})
     options = {"max_new_tokens": 2, "output_attentions": True, "return_dict_in_generate": True}
     with (
         ekv.elastic(tiny, recipe="int4"),
-        pytest.raises(UsageError, match="output_attentions=True.*no attention weights"),
+        pytest.raises(UsageError, match=r"output_attentions=True.*no attention weights"),
     ):
         tiny.generate(**INPUTS, **options)
 
@@ -108,8 +108,6 @@ def test_a_module_that_is_not_causal_gets_no_causal_mask():
     ekv.ElasticCache.for_model(tiny, recipe="int4")
     module = tiny.model.layers[0].self_attn
     query, key, value = (torch.randn(1, heads, 9, 64) for heads in (4, 2, 2))
-    from transformers import AttentionInterface
-
     ours = AttentionInterface()["elastickv_eager"](module, query, key, value, None, scaling=0.125)
     stock = eager_of(module)(module, query, key, value, None, scaling=0.125)
     assert all(map(torch.equal, ours, stock))

@@ -134,11 +134,13 @@ def test_generators_hold_blocks_open(tiny, texts):
     gc.collect()
 
 
-def test_exceptions_end_blocks_of_a_stack(tiny):
-    with pytest.raises(KeyboardInterrupt), ExitStack() as stack:
-        stack.enter_context(ekv.elastic(tiny, recipe=FIRST))
-        stack.enter_context(ekv.elastic(tiny, recipe=SECOND))
-        raise KeyboardInterrupt
+def test_exceptions_end_overlapping_blocks(tiny):
+    stacks = [ExitStack(), ExitStack()]
+    for stack, recipe in zip(stacks, (FIRST, SECOND), strict=True):
+        stack.enter_context(ekv.elastic(tiny, recipe=recipe))
+    for stack in stacks:
+        with pytest.raises(KeyboardInterrupt), stack:
+            raise KeyboardInterrupt
 
 
 def test_a_block_that_cannot_be_opened_leaves_an_open_one_alone(tiny, texts):

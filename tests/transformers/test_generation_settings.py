@@ -95,7 +95,7 @@ def test_what_transformers_ignores_is_ignored(tiny):
 
 
 def test_continuous_batching_is_refused_by_name(tiny):
-    with ekv.elastic(tiny, compress=1), pytest.raises(UsageError, match="cache_implementation='paged'.*outside of the block"):
+    with ekv.elastic(tiny, compress=1), pytest.raises(UsageError, match=r"cache_implementation='paged'.*outside of the block"):
         generate(tiny, cache_implementation="paged")
 
 
@@ -106,7 +106,7 @@ def test_an_elastic_cache_with_use_cache_false_is_refused(tiny, monkeypatch, way
     monkeypatch.setitem(INPUTS_AND_CACHE, CACHE_ARGUMENT, cache)
     with (
         ekv.elastic(tiny, compress=1) if inside else nullcontext(),
-        pytest.raises(UsageError, match="use_cache=False is set.*an ElasticCache is passed"),
+        pytest.raises(UsageError, match=r"use_cache=False is set.*an ElasticCache is passed"),
     ):
         way(tiny, {"use_cache": False})
     assert cache.get_seq_length() == 0
@@ -115,7 +115,7 @@ def test_an_elastic_cache_with_use_cache_false_is_refused(tiny, monkeypatch, way
 def test_an_elastic_cache_and_the_name_of_another_are_refused_in_a_block(tiny):
     with ekv.elastic(tiny, compress=1):
         cache = ekv.ElasticCache.for_model(tiny, compress=1)
-        with pytest.raises(UsageError, match="cache_implementation='static' is set.*drop one of them"):
+        with pytest.raises(UsageError, match=r"cache_implementation='static' is set.*drop one of them"):
             generate(tiny, **LENGTH, cache_implementation="static", **{CACHE_ARGUMENT: cache})
 
 

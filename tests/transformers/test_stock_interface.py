@@ -78,7 +78,7 @@ def test_every_public_property_is_the_stock_ones(tiny):
 
 @pytest.mark.parametrize(
     "write",
-    [pickle.dumps, lambda value: torch.save(value, io.BytesIO()), ForkingPickler.dumps, lambda value: pickle.dumps([{1: value}])],
+    [pickle.dumps, lambda one: torch.save(one, io.BytesIO()), ForkingPickler.dumps, lambda one: pickle.dumps([{1: one}])],
 )
 def test_pickling_names_the_method_to_use(tiny, write):
     cache = filled(tiny, ekv.ElasticCache.for_model(tiny, compress=1))
