@@ -5,6 +5,7 @@ import torch
 
 import elastickv.transformers as ekv
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
+from elastickv.transformers.cuda_graph.model_patch import Forward
 from tests.helpers.model_matrix import model, padded
 
 INPUTS, RECIPE = padded([180, 150]), "int4,pages=1/4"
@@ -27,15 +28,19 @@ def test_a_compiled_forward_generates_the_same_tokens(tiny):
         assert session.cache.lengths == (181, 151)
 
 
-def test_a_compiled_model_returns_the_same_logits(tiny):
-    def logits(called):
-        cache = ekv.ElasticCache.for_model(called, recipe=RECIPE)
-        with torch.no_grad():
-            prompt = called(**INPUTS, **{CACHE_ARGUMENT: cache}).logits
-            return prompt, called(input_ids=torch.tensor([[7], [9]]), **{CACHE_ARGUMENT: cache}).logits
+def logits(tiny, called):
+    cache = ekv.ElasticCache.for_model(tiny, recipe=RECIPE)
+    with torch.no_grad():
+        prompt = called(**INPUTS, **{CACHE_ARGUMENT: cache}).logits
+        return prompt, called(input_ids=torch.tensor([[7], [9]]), **{CACHE_ARGUMENT: cache}).logits
 
-    plain = logits(tiny)
-    assert all(map(torch.equal, logits(torch.compile(tiny, backend="eager")), plain))
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_a_compiled_model_returns_the_same_logits(tiny, captures):
+    plain = logits(tiny, tiny)
+    if captures:
+        tiny.forward = Forward(tiny, None)  # what an instance gets on a CUDA device
+    assert all(map(torch.equal, logits(tiny, torch.compile(tiny.forward, backend="eager")), plain))
 
 
 def test_without_an_elastic_cache_the_graph_stays_whole(tiny):

@@ -87,11 +87,14 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's outputs."""
         model: Any = self._model()
+        if torch.compiler.is_compiling():
+            # Not a bound method: where a graph breaks, the compiler reads `model.forward`, which is this object.
+            return self.own(*args, **kwargs) if self.own else type(model).forward(model, *args, **kwargs)
         forward = self.own or type(model).forward.__get__(model)
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
         cache = cache_in(inputs)
         decode = getattr(cache, "captured_decode", None)
-        if decode is None or len(args) > len(self._names) or torch.compiler.is_compiling():
+        if decode is None or len(args) > len(self._names):
             return forward(*args, **kwargs)
         return decode(model, forward, without_cache(inputs) | {CACHE_ARGUMENT: cache}, self.takes_positions)
 
