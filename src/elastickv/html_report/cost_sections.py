@@ -160,8 +160,10 @@ def memory(data: ReportData) -> Section:
             "KV stored": size(cache.stored_bytes),
             "stored 1/": fixed(cache.stored_ratio, 2),
             "KV a token": size(cache.bytes_per_token),
+            "stored 1/, all layers": fixed(cache.model_stored_ratio, 2),
             "held, as measured": size(cache.held_bytes),
             "held 1/": fixed(cache.held_ratio, 2),
+            "held 1/, all layers": fixed(cache.model_held_ratio, 2),
             "peak beyond weights": size(cache.peak_bytes),
         }
         for model in data.models

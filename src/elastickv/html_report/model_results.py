@@ -134,6 +134,8 @@ def _cache(cache: CacheRecord, delta: QualityDelta | None) -> ModelCache:
         read_ratio=cache.read_ratio,
         stored_ratio=cache.stored_ratio,
         held_ratio=cache.held_ratio,
+        model_stored_ratio=cache.model_stored_ratio,
+        model_held_ratio=cache.model_held_ratio,
         read_bytes=kv_read_bytes_per_step(cache),
         stored_bytes=cache.kv_stored_bytes,
         held_bytes=cache.held_bytes,

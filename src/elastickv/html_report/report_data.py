@@ -149,6 +149,8 @@ class ModelCache:
     read_ratio: float | None = None
     stored_ratio: float | None = None
     held_ratio: float | None = None
+    model_stored_ratio: float | None = None
+    model_held_ratio: float | None = None
     read_bytes: float | None = None
     stored_bytes: float | None = None
     held_bytes: float | None = None

@@ -21,6 +21,7 @@ from elastickv.recipe import Recipe
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
 from elastickv.transformers.cuda_graph.model_patch import patch_of, restore
+from elastickv.transformers.generation_settings import plain_decoding
 from elastickv.transformers.model_support import sizes_of, text_config
 
 STOCK, STATIC, ELASTIC = "stock", "stock static+compile", "elastic"
@@ -147,7 +148,7 @@ class Generation:
         """
         restore(self.model, self._patch)
         before = self._stock_bytes()
-        with self._own_random(), self.footprint.watched():
+        with self._own_random(), self.footprint.watched(), plain_decoding(self.model):
             clock = _TokenClock(on_token)
             ids = self.model.generate(
                 input_ids=self.ids,
@@ -221,6 +222,13 @@ class Generation:
         tensors = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
         return sum(int(tensor.nbytes) for tensor in tensors if isinstance(tensor, torch.Tensor))
 
+    def _other_bytes(self) -> int:
+        """Return the bytes of the stored layers without full attention: windows, which an elastic cache does not compress."""
+        elastic = sizes_of(self.model).elastic
+        layers = [layer for number, layer in enumerate(self.cache.layers) if number not in elastic]
+        tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        return sum(int(tensor.nbytes) for tensor in tensors if isinstance(tensor, torch.Tensor))
+
     def _dense_bytes(self) -> int:
         """Return the bytes of all tokens in a dense 16-bit cache of the layers with full attention."""
         tokens: int = self.ids.shape[0] * int(self.cache.get_seq_length())
@@ -246,6 +254,8 @@ class Generation:
             "kv_stored_bytes": stock,
             "kv_dense_bytes": self._dense_bytes(),
             "kv_allocated_bytes": stock,
+            "kv_other_bytes": self._other_bytes(),
+            "kv_other_dense_bytes": self._other_bytes() * 2 // self.model.dtype.itemsize,
             "held_bytes": self.footprint.held_bytes,
             "peak_bytes": self.footprint.peak_bytes,
             "peak_source": self.footprint.source,
@@ -259,6 +269,7 @@ class Generation:
             "kv_allocated_bytes": report.allocated_bytes + stock,
             "read_ratio": report.read_ratio,
             "stored_ratio": report.stored_ratio,
+            "model_stored_ratio": report.model_stored_ratio if report.stock_bytes else None,
             "storing_s": report.quantize_seconds,
             "storing_share_of_first_token": report.quantize_seconds / self.pieces[0].first_s,
             "holds_from": report.holds_from,

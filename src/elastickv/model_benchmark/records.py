@@ -101,11 +101,18 @@ def cache_record(generation: Generation, weights_bytes: int, read_ceiling_gbs: f
         "floor_ms": floor_ms,
         "of_floor": mean_ms / floor_ms,
         "held_ratio": _held_ratio(metrics),
+        "model_held_ratio": _model_held_ratio(metrics),
         "step_s": samples,
     }
 
 
 def _held_ratio(metrics: Mapping[str, Any]) -> float | None:
-    """Return the bytes of the same tokens in a dense 16-bit cache / the bytes that are measured to be held."""
-    held = metrics["held_bytes"]
-    return metrics["kv_dense_bytes"] / held if held else None
+    """Return what the layers with full attention would hold in 16 bit / the bytes that are measured, without other layers'."""
+    held = (metrics["held_bytes"] or 0) - metrics["kv_other_bytes"]
+    return metrics["kv_dense_bytes"] / held if held > 0 else None
+
+
+def _model_held_ratio(metrics: Mapping[str, Any]) -> float | None:
+    """Return what all layers would hold in 16 bit / the bytes that are measured. None if all layers have full attention."""
+    held, others = metrics["held_bytes"], metrics["kv_other_dense_bytes"]
+    return (metrics["kv_dense_bytes"] + others) / held if held and others else None

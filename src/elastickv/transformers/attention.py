@@ -10,15 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from elastickv.errors import UsageError
+from elastickv.transformers.graph_breaks import breaks_graph
 from elastickv.transformers.padding import MaskedPositions, check_mask_agrees
 
 IMPLEMENTATION = "elastickv"
@@ -80,15 +81,29 @@ class Call:
         """(query_heads,) scores of attention sinks, or None."""
         return None if self.eager is None else self.rest.get("s_aux")
 
-    def stock(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return the framework's attention over all keys and values: (batch, new, query_heads, head_dim)."""
-        mask, attention = self.mask, self.eager
-        if attention is None:
-            attention = sdpa_attention_forward
-        else:
+    def exact(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return the framework's attention over all keys and values: (batch, new, query_heads, head_dim).
+
+        The mask is that of an elastic layer: boolean, None for a causal one.
+        """
+        mask = self.mask if self.eager is None else additive(self.mask, self.query, key.shape[2])
+        return self._framework(key, value, mask)[0]
+
+    def stock(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what the framework's attention returns where no elastic layer is involved: outputs and weights, or None."""
+        mask = self.mask
+        if self.eager is not None and mask is not None:
             mask = additive(mask, self.query, key.shape[2])
-        output: torch.Tensor = attention(self.module, self.query, key, value, mask, scaling=self.scaling, **self.rest)[0]
-        return output
+        return self._framework(key, value, mask)
+
+    def _framework(
+        self, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attention = sdpa_attention_forward if self.eager is None else self.eager
+        outputs: tuple[torch.Tensor, torch.Tensor | None] = attention(
+            self.module, self.query, key, value, mask, scaling=self.scaling, **self.rest
+        )
+        return outputs
 
 
 @cache
@@ -100,17 +115,18 @@ def supports_sdpa(kind: Any) -> bool:
 
 
 def eager_of(module: torch.nn.Module) -> Callable[..., Any]:
-    """Return the attention function that the module's source file defines.
+    """Return the attention function that the source file of the module's class, or of a parent class, defines.
 
     Raises
     ------
     UsageError : if it defines none.
     """
+    for kind in type(module).__mro__:
+        eager: Callable[..., Any] | None = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return eager
     name = type(module).__module__
-    eager: Callable[..., Any] | None = getattr(sys.modules[name], "eager_attention_forward", None)
-    if eager is None:
-        raise UsageError(f"{type(module).__name__} cannot use sdpa, and {name} defines no eager_attention_forward")
-    return eager
+    raise UsageError(f"{type(module).__name__} cannot use sdpa, and {name} defines no eager_attention_forward")
 
 
 def additive(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> torch.Tensor | None:
@@ -141,7 +157,7 @@ def elastic_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend through the elastic layer that the keys carry, or with the framework's attention.
 
     Parameters
@@ -152,11 +168,11 @@ def elastic_attention(
     Returns
     -------
     outputs : (batch, new, query_heads, head_dim) of the query's dtype.
-    weights : None.
+    weights : those that the framework's attention returns without an elastic layer, or None.
     """
     kind: Any = type(module)
-    eager = None if supports_sdpa(kind) else eager_of(module)
-    return _attend(module, query, key, value, attention_mask, scaling, eager, kwargs), None
+    eager = None if supports_sdpa(kind) else partial(_causal_without_mask, eager_of(module))
+    return _attend(module, query, key, value, attention_mask, scaling, eager, kwargs)
 
 
 def elastic_attention_eager(
@@ -167,9 +183,24 @@ def elastic_attention_eager(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend like `elastic_attention`, for a model that is set to use its own attention, 'eager'."""
-    return _attend(module, query, key, value, attention_mask, scaling, eager_of(module), kwargs), None
+    return _attend(module, query, key, value, attention_mask, scaling, eager_of(module), kwargs)
+
+
+def _causal_without_mask(
+    eager: Callable[..., Any],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **rest: Any,
+) -> Any:
+    """Call a model's own attention, which takes no mask for full attention, with masks that leave a causal one out."""
+    if mask is None and getattr(module, "is_causal", True):
+        mask = additive(None, query, key.shape[2])
+    return eager(module, query, key, value, mask, **rest)
 
 
 def _attend(
@@ -181,12 +212,18 @@ def _attend(
     scaling: float | None,
     eager: Callable[..., Any] | None,
     rest: dict[str, Any],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(module, query, mask, scale, eager, rest)
     # Some models convert keys or values in between, and the new tensor loses the attribute.
     pending: Pending | None = getattr(key, _CARRIES, None) or getattr(value, _CARRIES, None)
-    return call.stock(key, value) if pending is None else pending.layer.attend(pending, call)
+    return call.stock(key, value) if pending is None else (_attend_stored(pending, call), None)
+
+
+@breaks_graph
+def _attend_stored(pending: Pending, call: Call) -> torch.Tensor:
+    """Attend through an elastic layer. `torch.compile` breaks its graph here: kernels take addresses."""
+    return pending.layer.attend(pending, call)
 
 
 def elastic_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -199,9 +236,27 @@ def elastic_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     ------
     UsageError : if a two-dimensional mask contradicts that padding.
     """
-    first, token_mask = kwargs.get("kv_offset"), kwargs.get("attention_mask")
-    if isinstance(first, MaskedPositions) and token_mask is not None:
-        check_mask_agrees(token_mask, first, kwargs["kv_length"])
+    return _mask(sdpa_mask, args, kwargs)
+
+
+def elastic_mask_eager(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Return the mask like `elastic_mask`, but without an elastic layer the one that a model's own attention gets."""
+    return _mask(eager_mask, args, kwargs)
+
+
+def _mask(framework: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    if isinstance(kwargs.get("kv_offset"), MaskedPositions):
+        return _mask_of_new_tokens(*args, **kwargs)
+    mask: torch.Tensor | None = framework(*args, **kwargs)
+    return mask
+
+
+@breaks_graph
+def _mask_of_new_tokens(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Return the mask of an elastic layer's new tokens."""
+    token_mask = kwargs.get("attention_mask")
+    if token_mask is not None:
+        check_mask_agrees(token_mask, kwargs["kv_offset"], kwargs["kv_length"])
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
 
@@ -213,9 +268,10 @@ def implementation_for(present: str | None) -> str:
 
 def register() -> None:
     """Register 'elastickv' with Transformers. Importing this module does so."""
-    for name, function in ((IMPLEMENTATION, elastic_attention), (EAGER_IMPLEMENTATION, elastic_attention_eager)):
-        AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, elastic_mask)
+    AttentionInterface.register(IMPLEMENTATION, elastic_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, elastic_mask)
+    AttentionInterface.register(EAGER_IMPLEMENTATION, elastic_attention_eager)
+    AttentionMaskInterface.register(EAGER_IMPLEMENTATION, elastic_mask_eager)
 
 
 register()

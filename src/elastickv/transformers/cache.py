@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from elastickv.errors import UsageError
 from elastickv.inputs import file_path
 from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.transformers import serialization
-from elastickv.transformers.cache_checks import CacheChecks, check_same_length
-from elastickv.transformers.cache_report import CacheReport, Ledger, by_context, held_bytes
+from elastickv.transformers.cache_checks import CacheChecks, NotPicklable, check_same_length
+from elastickv.transformers.cache_report import CacheReport, Ledger, report_of
 from elastickv.transformers.config import ElasticConfig, RecipeLike, config_for
 from elastickv.transformers.cuda_graph.captured import Captured
 from elastickv.transformers.cuda_graph.decode_protocol import DecodeLayer
-from elastickv.transformers.cuda_graph.model_patch import install
+from elastickv.transformers.cuda_graph.model_patch import install, uncompiled
+from elastickv.transformers.generation_settings import planned_positions
+from elastickv.transformers.graph_breaks import breaks_graph
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.layer_storage import Backends
 from elastickv.transformers.model_loading import fingerprint
@@ -81,6 +83,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         ------
         UsageError : if the model cannot be served, with the reason, or the arguments contradict each other.
         """
+        model = uncompiled(model)
         sizes = sizes_of(model)
         config = config_for(sizes, compress, recipe, layers, calibration, context, capacity, prefill)
         if config.calibration is not None:
@@ -135,6 +138,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
             return tuple(int(n) for n in layer.lengths) if layer.padding.length else ()
         return ()
 
+    @breaks_graph
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,52 +148,39 @@ class ElasticCache(Cache):  # type: ignore[misc]
                 f"the cache was made for another model: {self._checks.model_name} has {len(self.layers)} layers, and this "
                 f"one has a layer {layer_idx}"
             )
-        elastic = self._config.sizes.elastic
-        if elastic and layer_idx == elastic[0]:
+        attending = [number for number, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
+        if layer_idx == attending[0]:
             self._checks.check_answered()
-            check_same_length(layer.padding.length for layer in self.elastic_layers)
+            check_same_length(self.layers[number].get_seq_length() for number in attending)
         taken: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return taken
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the positions so far, padding included. The model's positions and masks start from there."""
+        if not torch.compiler.is_compiling():
+            planned = planned_positions(sys._getframe(1), super().get_seq_length())
+            if planned is not None:
+                self._config.expect(*planned)
+        positions: int = self._positions(layer_idx)
+        return positions
+
+    @breaks_graph
+    def _positions(self, layer_idx: int) -> int:
         self._checks.check_answered()
         self._checks.note_length_read()
-        self._read_generation_length(sys._getframe(1))
         return int(super().get_seq_length(layer_idx))
 
+    @breaks_graph
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return the first query position of a mask: the positions so far, padding included."""
         self._checks.check_answered()
         return int(super().get_seq_length(layer_idx))
 
-    def _read_generation_length(self, caller: FrameType) -> None:
-        """Note how long the running `generate` will continue.
-
-        Transformers does not pass this to a cache. Before the prompt, it reads the cache's length from a function that has the
-        generation's configuration in a local variable. Reading it there refuses a prompt that will not fit before any work is
-        done, and allows a single allocation. In releases without that function, the cache grows as tokens come.
-        """
-        if caller.f_code.co_name != "_prefill":
-            return
-        known = caller.f_locals
-        generation, inputs, kwargs = known.get("generation_config"), known.get("input_ids"), known.get("model_kwargs") or {}
-        if generation is None or not isinstance(inputs, torch.Tensor):
-            return
-        if not isinstance(getattr(generation, "max_length", None), int):
-            return
-        mask = kwargs.get("attention_mask")
-        padding = int((mask == 0).sum(dim=1).min()) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
-        covered = mask.shape[1] if isinstance(mask, torch.Tensor) else getattr(generation, "_mask_length", -1)
-        positions = max(covered, inputs.shape[1])
-        held = super().get_seq_length()
-        if held and covered == inputs.shape[1] and positions <= held:
-            raise UsageError(
-                f"the cache already holds {held} tokens and the prompt has {positions}: a later turn repeats the earlier text "
-                "and adds to it; reset() the cache for another text"
-            )
-        # The last generated token is never passed to the model.
-        self._config.expect(generation.max_length - inputs.shape[1] + positions - 1, padding)
+    @breaks_graph
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return (keys, first key) that a layer's mask has to cover; see `Cache.get_mask_sizes`."""
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
 
     def reset(self) -> None:
         """Forget everything and free the memory. The cache can then be filled again."""
@@ -203,6 +194,42 @@ class ElasticCache(Cache):  # type: ignore[misc]
         self._checks.forget()
         self._ledger.forget()
         self._captured.forget()
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer holds tokens."""
+        return all(getattr(layer, "is_initialized", True) for layer in self.layers)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Yield for each layer, as Transformers' own cache does, keys and values, and the size of the window or None.
+
+        Those of elastic layers are what their codes stand for, in the model's dtype: (batch, kv_heads, positions, head_dim).
+        Padding is zero.
+
+        Raises
+        ------
+        UsageError : if a stride has dropped tokens.
+        """
+        for layer in self.layers:
+            if isinstance(layer, ElasticLayer):
+                yield *layer.dequantized(), None
+            else:
+                names = ("keys", "values", "_sliding_window_tensor")
+                keys, values, window = (getattr(layer, name, None) for name in names)
+                yield keys, values, window
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled: a cache refers to its model, and its tokens may be in a device's memory."""
+        raise NotPicklable(
+            "an ElasticCache cannot be pickled (torch.save, multiprocessing): write it with cache.save(path), and read it with "
+            "ElasticCache.load(path, model)"
+        )
+
+    def __copy__(self) -> ElasticCache:
+        """Return a cache with the same layers."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ElasticCache:
         import copy
@@ -286,34 +313,15 @@ class ElasticCache(Cache):  # type: ignore[misc]
         """
         for layer in self.elastic_layers:
             layer.raise_non_finite()
-        limit, config = self._config.sizes.max_positions, self._config
-        budget = config.budget or config.budget_for(config.context or config.usual, "bf16")
-        longest = self._longest
-        stored, dense = held_bytes(budget, self.lengths) if config.sizes.elastic else (0, 0)
-        read, dense_read = self._ledger.bytes_read(budget)
-        stock = [
-            layer for layer in self.layers if not isinstance(layer, ElasticLayer) and getattr(layer, "keys", None) is not None
-        ]
-        return CacheReport(
-            compress=config.ratio,
-            holds_from=budget.holds_from,
-            recipes={layer: budget.recipe_at(layer, longest or budget.context) for layer in budget.recipes},
-            calibrated=config.calibration is not None,
-            lengths=self.lengths,
-            stored_bytes=stored,
-            dense_bytes=dense,
+        return report_of(
+            self._config,
+            self._ledger,
+            [layer for layer in self.layers if not isinstance(layer, ElasticLayer)],
+            self.lengths,
             allocated_bytes=self.allocated_bytes,
-            stock_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in stock),
-            decodes=self._ledger.steps,
             captured=self._captured.count,
             not_captured=self._captured.reason,
             ahead=self._captured.speculative.count,
-            chunks=self._ledger.chunks,
-            read_bytes=read,
-            dense_read_bytes=dense_read,
-            prompt_seconds=self._ledger.prompt_seconds,
-            quantize_seconds=self._ledger.quantize_seconds,
-            by_context=by_context(budget, longest, limit) if config.sizes.elastic else (),
             ranks=self._checks.ranks.count,
         )
 
@@ -334,6 +342,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         ------
         UsageError : if the file is no saved cache, is damaged, or belongs to another model; if the model is split over ranks.
         """
+        model = uncompiled(model)
         saved = serialization.load(file_path(path), model)
         cache = cls._made(model, saved.config, capture)
         saved.restore(cache.layers)

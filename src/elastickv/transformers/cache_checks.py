@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pickle import PicklingError
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,17 @@ from numpy.typing import NDArray
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.transformers.attention import EAGER_IMPLEMENTATION, IMPLEMENTATION, Call, Pending
 from elastickv.transformers.cuda_graph.decode_protocol import Recording
+from elastickv.transformers.generation_settings import NO_WEIGHTS
 from elastickv.transformers.layer_storage import dtype_name
 from elastickv.transformers.model_support import text_config
 from elastickv.transformers.tensor_parallel import ranks_of
 
 NO_GRADIENT = "a cache in 8 or 4 bits has no gradient: run the model under torch.no_grad() or inference_mode()"
 _UNSUPPORTED = ("sliding_window", "position_bias", "block_table")
+
+
+class NotPicklable(UsageError, PicklingError, TypeError):
+    """A cache was to be pickled."""
 
 
 def check_tokens(
@@ -75,6 +81,13 @@ def check_call(call: Call, model: str, layer: int) -> None:
             raise UsageError(f"{model}: layer {layer} attends with {word}, which is not supported")
     if getattr(call.module, "is_causal", True) is False or call.rest.get("is_causal") is False:
         raise UsageError(f"{model}: layer {layer} attends to later tokens, which a cache cannot hold")
+
+
+def check_no_weights(call: Call) -> None:
+    """Raise UsageError if attention weights are requested: a cache computes none for what it does not read."""
+    of_model = getattr(getattr(call.module, "config", None), "output_attentions", False)
+    if call.rest.get("output_attentions", of_model):
+        raise UsageError(NO_WEIGHTS)
 
 
 def check_finite(

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
+from typing import Any
 
 from elastickv.kvcache import LayerCache
 from elastickv.recipe import AttentionShape, Recipe, dense_bytes, step_bytes, stored_bytes
 from elastickv.transformers.budget import Budget, scaled
+from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.device_events import Timestamp, on_one_clock, seconds
 
 _CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -156,6 +158,7 @@ class CacheReport:
     prompt_seconds, quantize_seconds : time of the attention layers' prompt passes, and the part spent on storing.
     by_context : ratios at other contexts.
     ranks : processes that the model is split over.
+    stock_dense_bytes : bytes of what the layers with Transformers' own cache hold, in 16 bit.
     """
 
     compress: float | None
@@ -178,6 +181,7 @@ class CacheReport:
     quantize_seconds: float
     by_context: tuple[ContextRow, ...]
     ranks: int = 1
+    stock_dense_bytes: int = 0
 
     @property
     def quantise_seconds(self) -> float:
@@ -194,6 +198,12 @@ class CacheReport:
         """Dense 16-bit bytes / bytes stored now. None while nothing is stored."""
         return self.dense_bytes / self.stored_bytes if self.stored_bytes else None
 
+    @property
+    def model_stored_ratio(self) -> float | None:
+        """Like `stored_ratio`, of all layers: those with Transformers' own cache count as they are, and dense in 16 bit."""
+        stored = self.stored_bytes + self.stock_bytes
+        return (self.dense_bytes + self.stock_dense_bytes) / stored if stored else None
+
     def __str__(self) -> str:
         target = "recipes as given" if self.compress is None else f"compress={self.compress:g}"
         lines = [f"ElasticCache: {target}, {len(self.recipes)} elastic layers, {'' if self.calibrated else 'not '}calibrated"]
@@ -205,9 +215,12 @@ class CacheReport:
             ratio = f", {self.stored_ratio:.2f}x less than dense" if self.stored_ratio else ""
             here = f" on this rank, one of {self.ranks}" if self.ranks > 1 else ""
             allocated = f"({self.allocated_bytes} allocated{here})"
-            lines.append(f"  holds {list(self.lengths)} tokens in {self.stored_bytes} bytes{ratio} {allocated}")
+            holds = "elastic layers hold" if self.stock_bytes else "holds"
+            lines.append(f"  {holds} {list(self.lengths)} tokens in {self.stored_bytes} bytes{ratio} {allocated}")
         if self.stock_bytes:
+            total = self.stored_bytes + self.stock_bytes
             lines.append(f"  stock layers hold {self.stock_bytes} bytes")
+            lines.append(f"  all layers hold {total} bytes, {self.model_stored_ratio:.2f}x less than dense")
         if self.read_ratio is not None:
             lines.append(f"  {self.decodes} decodes read {self.read_bytes:.0f} bytes, {self.read_ratio:.2f}x less than dense")
             why = f": {self.not_captured}" if self.not_captured else f", {self.ahead} launched speculatively"
@@ -220,6 +233,42 @@ class CacheReport:
             note = "   everything is read" if row.everything else ""
             lines.append(f"  {row.context:7d}   {row.read_ratio:10.2f}   {row.stored_ratio:12.2f}{note}")
         return "\n".join(lines)
+
+
+def report_of(
+    config: ElasticConfig, ledger: Ledger, layers: Sequence[Any], lengths: tuple[int, ...], **others: Any
+) -> CacheReport:
+    """Return the report of a cache.
+
+    Parameters
+    ----------
+    layers : those with Transformers' own cache; linear attention counts as no bytes.
+    others : the fields of a `CacheReport` that do not follow from these.
+    """
+    budget = config.budget or config.budget_for(config.context or config.usual, "bf16")
+    longest = max(lengths, default=0)
+    stored, dense = held_bytes(budget, lengths) if config.sizes.elastic else (0, 0)
+    read, dense_read = ledger.bytes_read(budget)
+    stock = [tensor for layer in layers if getattr(layer, "keys", None) is not None for tensor in (layer.keys, layer.values)]
+    return CacheReport(
+        compress=config.ratio,
+        holds_from=budget.holds_from,
+        recipes={layer: budget.recipe_at(layer, longest or budget.context) for layer in budget.recipes},
+        calibrated=config.calibration is not None,
+        lengths=lengths,
+        stored_bytes=stored,
+        dense_bytes=dense,
+        stock_bytes=sum(tensor.nbytes for tensor in stock),
+        stock_dense_bytes=sum(2 * tensor.numel() for tensor in stock),
+        decodes=ledger.steps,
+        chunks=ledger.chunks,
+        read_bytes=read,
+        dense_read_bytes=dense_read,
+        prompt_seconds=ledger.prompt_seconds,
+        quantize_seconds=ledger.quantize_seconds,
+        by_context=by_context(budget, longest, config.sizes.max_positions) if config.sizes.elastic else (),
+        **others,
+    )
 
 
 def by_context(budget: Budget, longest: int, limit: int | None) -> tuple[ContextRow, ...]:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from elastickv.transformers.attention import Call, Pending, carrying
-from elastickv.transformers.cache_checks import check_call, check_finite, check_tokens
+from elastickv.transformers.cache_checks import check_call, check_finite, check_no_weights, check_tokens
 from elastickv.transformers.chunked_attention import Scoring, attend_stored
 from elastickv.transformers.device_events import now
 from elastickv.transformers.layer_tokens import LayerTokens, without_padding
@@ -54,6 +54,7 @@ class ElasticLayer(LayerTokens):
         outputs : (batch, new, query_heads, head_dim) of the query's dtype.
         """
         self._checks.take(pending, call.module)
+        check_no_weights(call)
         if self._checks.recording is not None:
             queued = self.queue_step(pending, call)
             self._checks.recording.queued.append(self)
@@ -84,7 +85,7 @@ class ElasticLayer(LayerTokens):
         device = pending.keys.device
         self._ledger.begin(self.number, now(device))
         keys, values = self.with_held(pending.keys, pending.values)
-        output = call.stock(keys, values)
+        output = call.exact(keys, values)
         self.hold(keys, values, real)
         del keys, values
         if self._config.prefill == "exact":

@@ -18,7 +18,7 @@ from elastickv.transformers.cache_report import Ledger
 from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.device_events import now
 from elastickv.transformers.device_map import layers_on_same_device
-from elastickv.transformers.layer_storage import LayerStorage, dtype_name, new_store, padded_head_dim
+from elastickv.transformers.layer_storage import TORCH_DTYPES, LayerStorage, dtype_name, new_store, padded_head_dim
 from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
 from elastickv.transformers.padding import Padding
 
@@ -91,6 +91,26 @@ class LayerTokens(CacheLayerMixin):  # type: ignore[misc]
         if self.store is not None:
             return self.store.lengths
         return np.asarray(self.padding.real(self.batch).sum(axis=1), np.int64)
+
+    def dequantized(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return keys and values, (batch, kv_heads, positions, head_dim) each in the model's dtype; None while it is empty.
+
+        Raises
+        ------
+        UsageError : if a stride has dropped tokens.
+        """
+        if self.store is None:
+            return self.held or (None, None)
+        cache = self.store.cache
+        if cache.recipe.stride > 1:
+            raise UsageError(f"layer {self.number} has dropped tokens ({cache.recipe}): its keys and values cannot be read")
+        real = torch.as_tensor(self.padding.real(self.batch), device=self.store.device)
+        stored = self.store.read(0, int(self.lengths.max()))
+        # A row's tokens are stored without its padding.
+        index = (real.cumsum(dim=1) - 1).clamp(min=0)[:, None, :, None].expand(-1, stored[0].shape[1], -1, self.store.head_dim)
+        keys, values = (tensor.gather(2, index) * real[:, None, :, None] for tensor in stored)
+        dtype = TORCH_DTYPES[cache.dtype]
+        return keys.to(dtype), values.to(dtype)
 
     def check_room(self, real: NDArray[np.bool_] | None, batch: int, new: int) -> None:
         """Raise UsageError if `new` positions, of which `real` are tokens, exceed the capacity or the model's positions."""

@@ -33,7 +33,7 @@ _STEP: tuple[tuple[str, Figure], ...] = (
     ("  floor: weights + KV, once", lambda c: _number(c.floor_ms, 2)),
     ("  x of the floor", lambda c: _number(c.of_floor, 2)),
 )
-_MEASURED: tuple[tuple[str, Figure], ...] = (("  1/x of 16 bit", lambda c: _ratio(c.held_ratio)),)
+_OF_MODEL = ("model_stored_ratio", "model_held_ratio")
 
 
 def generation_table(result: RunResult | ModelBenchResult) -> str:
@@ -89,6 +89,7 @@ def as_html(result: RunResult | ModelBenchResult) -> str:
 def rows(result: RunResult | ModelBenchResult) -> list[dict[str, Any]]:
     """Return the main figures of a model's decode, a row for each cache; None where there is none."""
     options = {name: getattr(result, name, None) for name in ("context", "batch", "compress", "recipe", "calibrated")}
+    of_model = [name for name in _OF_MODEL if any(getattr(cache, name) is not None for cache in result.caches)]
     common = {"model": result.model.name, "dtype": result.model.dtype, "device": result.device} | options
     if isinstance(result, RunResult):
         own = next((cache for cache in result.caches if cache.cache == ELASTIC), None)
@@ -96,7 +97,7 @@ def rows(result: RunResult | ModelBenchResult) -> list[dict[str, Any]]:
     ratios = model_ratios(result)
     return [
         common
-        | {name: getattr(cache, name) for name in _COLUMNS}
+        | {name: getattr(cache, name) for name in (*_COLUMNS, *of_model)}
         | dict(zip(("step_ms_low", "step_ms_high"), bounds_of(cache.step_ms), strict=True))
         | {f"speedup_{bound}": getattr(ratios.get(cache.cache), bound, None) for bound in ("estimate", "low", "high")}
         for cache in result.caches
@@ -135,14 +136,28 @@ def _grid(result: RunResult | ModelBenchResult) -> list[list[str]]:
         ("KV read", lambda c: _bytes(c.kv_read_bytes)),
         ("  1/C of 16 bit", lambda c: _ratio(c.read_ratio)),
         ("KV stored", lambda c: _bytes(c.kv_stored_bytes)),
-        ("  1/x of 16 bit", lambda c: _ratio(c.stored_ratio)),
+        *_against_dense(result, lambda c: c.stored_ratio, lambda c: c.model_stored_ratio),
         ("KV allocated", lambda c: _bytes(c.kv_allocated_bytes)),
         ("held, as measured", lambda c: _bytes(c.held_bytes)),
-        *(_MEASURED if bench else ()),
+        *(_against_dense(result, lambda c: c.held_ratio, lambda c: c.model_held_ratio) if bench else ()),
         ("peak beyond weights", lambda c: _bytes(c.peak_bytes)),
     ]
     caches = result.caches
     return [["", *(cache.cache for cache in caches)], *([name, *map(figure, caches)] for name, figure in lines)]
+
+
+def _against_dense(
+    result: RunResult | ModelBenchResult,
+    ratio: Callable[[CacheRecord], float | None],
+    of_model: Callable[[CacheRecord], float | None],
+) -> list[tuple[str, Figure]]:
+    """Return the line of a ratio; for a model with other layers than those of full attention, one for each."""
+    if all(of_model(cache) is None for cache in result.caches):
+        return [("  1/x of 16 bit", lambda c: _ratio(ratio(c)))]
+    return [
+        ("  1/x of 16 bit, elastic layers", lambda c: _ratio(ratio(c))),
+        ("  1/x of 16 bit, all layers", lambda c: _ratio(of_model(c))),
+    ]
 
 
 def _sentences(result: RunResult | ModelBenchResult) -> list[str]:

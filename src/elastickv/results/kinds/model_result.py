@@ -63,7 +63,9 @@ class CacheRecord:
     """What generated text took with one cache.
 
     Bytes of stock layers are those that they hold, read whole once a step; those of elastic layers are counted by recipe.
-    The fields from `read_ratio` on are of an elastic cache alone, those from `step_ms` on of a benchmark.
+    The fields from `read_ratio` on are of an elastic cache alone, those from `step_ms` on of a benchmark. Ratios are of the
+    layers with full attention. `kv_other_bytes` are those of other layers, as they are, `kv_other_dense_bytes` in 16 bit; the
+    ratios of a `model` are of all layers, None if all have full attention.
     """
 
     cache: str
@@ -97,6 +99,10 @@ class CacheRecord:
     of_floor: Positive | None = field(default=None, metadata=_BENCH)
     held_ratio: Positive | None = field(default=None, metadata=_BENCH)
     step_s: list[list[Duration]] | None = field(default=None, metadata=_OPTIONAL)
+    kv_other_bytes: float | None = field(default=None, metadata=_OPTIONAL)
+    kv_other_dense_bytes: float | None = field(default=None, metadata=_OPTIONAL)
+    model_stored_ratio: Positive | None = field(default=None, metadata=_OPTIONAL)
+    model_held_ratio: Positive | None = field(default=None, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True)

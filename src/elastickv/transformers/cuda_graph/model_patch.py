@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,44 @@ from elastickv.transformers.cuda_graph.recorder import why_not
 _OURS = (IMPLEMENTATION, EAGER_IMPLEMENTATION)
 # Former implementations by identity of the model: copies and saved files of a model do not contain them.
 _before: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+# Models that are patched for a time, and how to restore them.
+_temporary: weakref.WeakKeyDictionary[Any, _TemporaryPatch] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+class Holder:
+    """Something that needs a model patched for a time: a block, or a `generate` that runs in one.
+
+    Parameters
+    ----------
+    model : the model; None once the holder has ended.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+
+# The holders that began in the present thread or task.
+_holders_here: ContextVar[tuple[Holder, ...]] = ContextVar("elastickv_holders", default=())
+
+
+def holders_here(model: Any) -> tuple[Holder, ...]:
+    """Return the holders of a model that began in this thread or task and have not ended, the last one last."""
+    return tuple(holder for holder in _holders_here.get() if holder.model is model)
+
+
+@dataclass
+class _TemporaryPatch:
+    """What a model returns to when the last of its holders ends.
+
+    Attributes
+    ----------
+    after : the state to restore.
+    holders : how many there are.
+    """
+
+    after: ModelPatch
+    holders: int = 0
 
 
 class Forward:
@@ -47,11 +87,14 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's outputs."""
         model: Any = self._model()
+        if torch.compiler.is_compiling():
+            # Not a bound method: where a graph breaks, the compiler reads `model.forward`, which is this object.
+            return self.own(*args, **kwargs) if self.own else type(model).forward(model, *args, **kwargs)
         forward = self.own or type(model).forward.__get__(model)
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
         cache = cache_in(inputs)
         decode = getattr(cache, "captured_decode", None)
-        if decode is None or len(args) > len(self._names) or torch.compiler.is_compiling():
+        if decode is None or len(args) > len(self._names):
             return forward(*args, **kwargs)
         return decode(model, forward, without_cache(inputs) | {CACHE_ARGUMENT: cache}, self.takes_positions)
 
@@ -86,14 +129,6 @@ def use_elastic_attention(model: Any) -> None:
     model.set_attn_implementation(implementation_for(present))
 
 
-def install(model: Any, capture: bool) -> None:
-    """Make a model work with elastic caches, and capture its decodes if `capture` and possible. Idempotent."""
-    use_elastic_attention(model)
-    own = vars(model).get("forward")
-    if why_not(model, capture) is None and not isinstance(own, Forward):
-        model.forward = Forward(model, own)
-
-
 @dataclass(frozen=True)
 class ModelPatch:
     """The attention implementation and `forward` of a model at one time.
@@ -125,15 +160,65 @@ def restore(model: Any, patch: ModelPatch) -> None:
     model.set_attn_implementation(patch.implementation)
 
 
+def install(model: Any, capture: bool) -> None:
+    """Make a model work with elastic caches, and capture its decodes if `capture` and possible. Idempotent.
+
+    The patch lasts until `release`, or inside a block until the block ends.
+    """
+    with _lock:
+        use_elastic_attention(model)
+        own = vars(model).get("forward")
+        if why_not(model, capture) is None and not isinstance(own, Forward):
+            model.forward = Forward(model, own)
+        if model in _temporary and not holders_here(model):
+            _temporary[model].after = patch_of(model)
+
+
+def hold(model: Any) -> Holder:
+    """Defer restoring a model: what `install` changes from now on stays until all holders have ended."""
+    with _lock:
+        patch = _temporary.setdefault(model, _TemporaryPatch(patch_of(model)))
+        patch.holders += 1
+    holder = Holder(model)
+    _holders_here.set((*(other for other in _holders_here.get() if other.model is not None), holder))
+    return holder
+
+
+def end(holder: Holder) -> None:
+    """End a holder, and with the last one restore its model. Holders may end in any order and in any thread."""
+    model, holder.model = holder.model, None
+    _holders_here.set(tuple(other for other in _holders_here.get() if other.model is not None))
+    with _lock:
+        patch = _temporary[model]
+        patch.holders -= 1
+        if not patch.holders:
+            del _temporary[model]
+            restore(model, patch.after)
+
+
 def release(model: Any) -> None:
     """Undo what `ElasticCache.for_model` and `load` changed in a model: its attention implementation and its `forward`.
 
-    Caches made for the model do not work until the next `for_model`. A model that was not changed stays as it is.
+    Caches made for the model do not work until the next `for_model`. A model that was not changed stays as it is. Blocks that
+    are open on the model continue to work, and the last one releases it.
     """
-    if model.config._attn_implementation in _OURS:
-        usual = "sdpa" if model.config._attn_implementation == IMPLEMENTATION and model._supports_sdpa else "eager"
-        implementation = _before.pop(model, usual)
-    else:
-        implementation = implementations(model)
-    present = vars(model).get("forward")
-    restore(model, ModelPatch(implementation, present.own if isinstance(present, Forward) else present))
+    model = uncompiled(model)
+    with _lock:
+        if model in _temporary:
+            _temporary[model].after = _released(model, _temporary[model].after)
+        else:
+            restore(model, _released(model, patch_of(model)))
+
+
+def _released(model: Any, patch: ModelPatch) -> ModelPatch:
+    """Return a model's state without what `install` has changed."""
+    implementation, forward = patch.implementation, patch.forward
+    whole = implementation.get("") if isinstance(implementation, dict) else implementation
+    if whole in _OURS:
+        implementation = _before.pop(model, "sdpa" if whole == IMPLEMENTATION and model._supports_sdpa else "eager")
+    return ModelPatch(implementation, forward.own if isinstance(forward, Forward) else forward)
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the model inside what `torch.compile(model)` returned; another model itself."""
+    return getattr(model, "_orig_mod", model)
