@@ -1,4 +1,4 @@
-"""What this machine has for ElasticKV, what is missing, and the command that fixes it."""
+"""What works on this machine, what each extra would add, what is broken, and the command that fixes it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,6 +9,15 @@ from typing import Any
 from elastickv.backends.gpu_detection import gpu_present
 from elastickv.backends.kernel_cache import cache_folder, obstacle
 from elastickv.benchmark.environment import cpu_name
+from elastickv.benchmark.extras import (
+    BASE_COMMANDS,
+    COMMANDS,
+    FOR_CONTRIBUTORS,
+    FOR_GPUS,
+    MEASURING_COMMANDS,
+    Extra,
+    declared_extras,
+)
 from elastickv.errors import DeviceFailure, UsageError
 
 
@@ -19,9 +28,9 @@ class Finding:
     Attributes
     ----------
     topic : its name.
-    state : 'ok'; 'absent', which a CPU run does without; 'broken', which something that is here needs.
+    state : 'ok'; 'absent', which what works does without; 'broken', which something that is here needs.
     detail : one line.
-    remedy : the command that fixes it; empty where nothing needs fixing.
+    remedy : the command that fixes or installs it; empty where nothing needs that.
     """
 
     topic: str
@@ -31,11 +40,46 @@ class Finding:
 
 
 def findings() -> Iterator[Finding]:
-    """Yield the findings, cheap ones first; nothing is installed or changed."""
+    """Yield the findings: what works now, GPUs, then what each extra adds; nothing is installed or changed."""
     yield Finding("processor", "ok", f"{cpu_name() or 'unknown'}, {os.cpu_count()} logical CPUs")
-    yield _cpu_backend()
+    cpu = _cpu_backend()
+    yield cpu
     yield _caches()
+    extras = declared_extras()
+    yield _commands(extras, cpu.state == "ok")
     yield from _cuda()
+    yield from _extras(extras)
+
+
+def _commands(extras: list[Extra], can_measure: bool) -> Finding:
+    """Return the commands that work, which no GPU is needed for."""
+    names = [name for name in BASE_COMMANDS if can_measure or name not in MEASURING_COMMANDS]
+    names += [name for extra in extras if extra.complete for name in COMMANDS.get(extra.name, ())]
+    return Finding("works now", "ok", ", ".join(names))
+
+
+def _extras(extras: list[Extra]) -> Iterator[Finding]:
+    for extra in extras:
+        if extra.name not in FOR_CONTRIBUTORS:
+            yield _extra(extra)
+    others = [extra.name for extra in extras if extra.name in FOR_CONTRIBUTORS]
+    if others:
+        yield Finding("extras for contributors", "ok", ", ".join(others))
+    if not extras:
+        yield Finding("extras", "absent", "unknown: this copy runs from its source and is not installed", "pip install .")
+
+
+def _extra(extra: Extra) -> Finding:
+    topic = f"extra {extra.name}"
+    if extra.complete:
+        return Finding(topic, "ok", f"{extra.adds} ({', '.join(extra.installed)})")
+    if extra.name in FOR_GPUS:
+        # What is missing where there is a GPU is a finding of its own.
+        needed = "" if gpu_present() else ": this machine has none, and nothing needs it"
+        return Finding(topic, "absent", f"would add {extra.adds}{needed}")
+    reasons = [f"not installed: {', '.join(extra.missing)}"] if extra.missing else []
+    reasons += [f"unsupported: {text}" for text in extra.unsupported]
+    return Finding(topic, "absent", f"would add {extra.adds} ({'; '.join(reasons)})", f'pip install "elastickv[{extra.name}]"')
 
 
 def _cpu_backend() -> Finding:
@@ -69,6 +113,7 @@ def _caches() -> Finding:
 
 def _cuda() -> Iterator[Finding]:
     has_gpu = gpu_present()
+    # A compiler without a GPU serves those who change kernels: it is shown where it is, and missed by nobody.
     missing = "broken" if has_gpu else "absent"
     install = 'pip install "elastickv[cuda]"'
     try:
@@ -77,9 +122,12 @@ def _cuda() -> Iterator[Finding]:
         architectures = ", ".join(f"{a // 10}.{a % 10}" for a in compiler.supported_architectures())
         yield Finding("NVRTC", "ok", f"{major}.{minor}, compiles for compute capability {architectures}")
     except UsageError as error:
-        yield Finding("NVRTC", missing, str(error), install)
+        if has_gpu:
+            yield Finding("NVRTC", missing, str(error), install)
     else:
-        yield _try("CUDA headers", compiler.include_directory, missing, install)
+        headers = _try("CUDA headers", compiler.include_directory, missing, install)
+        if has_gpu or headers.state == "ok":
+            yield headers
     yield from _devices(missing, has_gpu)
 
 
@@ -99,8 +147,11 @@ def _devices(missing: str, has_gpu: bool) -> Iterator[Finding]:
             device = load("cuda", number)[0].device
         except UsageError as error:
             if number == 0:
-                remedy = "nvidia-smi   # then install or update the driver" if has_gpu else ""
-                yield Finding("cuda backend", missing, str(error), remedy)
+                if has_gpu:
+                    remedy = "nvidia-smi   # then install or update the driver"
+                    yield Finding("cuda backend", missing, str(error), remedy)
+                else:
+                    yield Finding("GPU", missing, "no NVIDIA GPU on this machine: everything runs on the CPU")
             return
         except DeviceFailure as error:
             yield Finding(f"GPU {number}", "broken", str(error), f"nvidia-smi -q -i {number}   # then reset or replace it")

@@ -25,6 +25,7 @@ def command(**arguments: Any) -> int:
     FILES are results of `elastickv bench`, `bench --model`, `eval` and `baseline`, sweeps, results of the original program, or
     folders of these.
     """
+    from elastickv.cli.progress import Bar
     from elastickv.errors import one_line
     from elastickv.html_report.report import check_installed, chosen_format, report
     from elastickv.results.files import check_writable
@@ -34,8 +35,11 @@ def command(**arguments: Any) -> int:
     shown = chosen_format(output or Path(_NAMES.get(wanted or "html", "report.html")), wanted)
     output = output or Path(_NAMES[shown])
     check_writable(output)
-    made = report(*arguments["files"], title=arguments["title"])
-    made.save(output, shown)
+    with Bar() as bar:
+        bar.phase("reading the results")
+        made = report(*arguments["files"], title=arguments["title"])
+        bar.phase("drawing the page")
+        made.save(output, shown, bar.progress)
     for note in made.facts.notes:
         click.echo(f"elastickv: warning: {one_line(note)}", err=True)
     click.echo(one_line(f"{output}: {made.content.headline.sentence}"))

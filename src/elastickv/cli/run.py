@@ -55,10 +55,13 @@ def command(**arguments: Any) -> int:
         raise UsageError(f"--max-new-tokens={options.max_new_tokens} is out of range: give a whole number from 1 up")
     if output is not None:
         check_writable(output)
-    from elastickv.model_benchmark.generation import Sampling
-    from elastickv.model_benchmark.run import PromptRun, Request
-    from elastickv.model_benchmark.shapes import usual_device, usual_dtype
-    from elastickv.recipe import ModelCalibration
+    with Bar() as bar:
+        bar.phase("importing PyTorch and Transformers")
+        from elastickv.evaluation.layer_progress import layer_progress
+        from elastickv.model_benchmark.generation import Sampling
+        from elastickv.model_benchmark.run import PromptRun, Request
+        from elastickv.model_benchmark.shapes import usual_device, usual_dtype
+        from elastickv.recipe import ModelCalibration
 
     sampling = Sampling(options.temperature, options.seed)
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
@@ -66,7 +69,7 @@ def command(**arguments: Any) -> int:
     device = arguments["device"] or usual_device()
     with Bar() as bar, quiet_transformers():
         bar.phase("loading")
-        loaded = load_model(arguments["model"], arguments["dtype"] or usual_dtype(device), device)
+        loaded = load_model(arguments["model"], arguments["dtype"] or usual_dtype(device), device, bar.progress)
         cache = {"compress": compress, "recipe": arguments["recipe"], "calibration": calibration}
         cache |= {"capture": not arguments["no_graphs"]}
         request = Request(
@@ -75,7 +78,7 @@ def command(**arguments: Any) -> int:
         prepared = PromptRun(loaded, request)
         bar.phase("warming up")
         prepared.warm_up()
-    with LiveText(loaded.tokenizer) as live, quiet_transformers():
+    with LiveText(loaded.tokenizer) as live, quiet_transformers(), layer_progress(loaded.model, live.reading):
         prepared.generate(live.add)
     result = prepared.result(("elastickv", *sys.argv[1:]), live.text)
     click.echo(generation_table(RunResult.from_dict(result)), err=True, nl=False)

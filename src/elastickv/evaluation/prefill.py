@@ -1,6 +1,6 @@
 """Exact prefill by Transformers' own attention, once for all recipes: recipes differ only in what decoding reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -8,10 +8,10 @@ import torch
 import transformers
 
 from elastickv.errors import UsageError
+from elastickv.evaluation.layer_progress import Progress, layer_progress
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
 
 Tensor: TypeAlias = Any
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -65,21 +65,20 @@ def prefill(
     rows : token ids, all rows of one length.
     stored_tokens : number of first positions of which keys and values are returned.
     logit_count : number of last positions of which logits are returned.
+    progress : called with (layers done, layers of all rows).
     """
     keys: list[Tensor] = []
     values: list[Tensor] = []
     logits = torch.empty(len(rows), logit_count, model.config.get_text_config(decoder=True).vocab_size)
-    for number, row in enumerate(rows):
-        if progress is not None:
-            progress(number, len(rows))
-        cache = transformers.DynamicCache()
-        with torch.inference_mode():
+    with torch.inference_mode(), layer_progress(model, progress, len(rows)):
+        for number, row in enumerate(rows):
+            cache = transformers.DynamicCache()
             ids = torch.tensor([list(row)], device=model.device)
             logits[number] = model(input_ids=ids, logits_to_keep=logit_count, **{CACHE_ARGUMENT: cache}).logits[0].float()
-        for layer, store in enumerate(cache.layers):
-            if number == 0:
-                for states in (keys, values):
-                    states.append(store.keys.new_empty(len(rows), store.keys.shape[1], stored_tokens, store.keys.shape[3]))
-            keys[layer][number] = store.keys[0, :, :stored_tokens]
-            values[layer][number] = store.values[0, :, :stored_tokens]
+            for layer, store in enumerate(cache.layers):
+                if number == 0:
+                    for states in (keys, values):
+                        states.append(store.keys.new_empty(len(rows), store.keys.shape[1], stored_tokens, store.keys.shape[3]))
+                keys[layer][number] = store.keys[0, :, :stored_tokens]
+                values[layer][number] = store.values[0, :, :stored_tokens]
     return Prefill(keys, values, logits)

@@ -16,6 +16,7 @@ from elastickv.benchmark.stats.intervals import beyond_noise
 from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
+from elastickv.evaluation.layer_progress import layer_progress
 from elastickv.evaluation.prefill import check_layers, prefill
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.texts import Text, windows
@@ -113,7 +114,7 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Reporter, l
     """
     if loaded is None:
         progress.phase("loading")
-        loaded = load(options)
+        loaded = load(options, progress)
     ids = _prompts(loaded, options)
     mask, model, sampling = torch.ones_like(ids), loaded.model, Sampling(options.temperature, options.seed, ends=False)
     made: list[Callable[[], Generation]] = [
@@ -164,7 +165,7 @@ def measure_with_quality(
     if scored < 0:
         raise UsageError(f"`scored`={scored} is out of range: give a whole number from 0 up")
     progress.phase("loading")
-    loaded = load(options)
+    loaded = load(options, progress)
     result = measure(options, command, progress, loaded)
     delta, reason = _quality(loaded, options.context, result["caches"][-1], text, scored, progress)
     return result | {"fidelity": None if delta is None else asdict(delta), "fidelity_not_measured": reason}
@@ -187,7 +188,7 @@ def _quality(
         return None, str(error)
     release(loaded.model)
     progress.phase("predictions")
-    start = prefill(loaded.model, [rows[0].ids[:-1]], context, scored)
+    start = prefill(loaded.model, [rows[0].ids[:-1]], context, scored, progress.progress)
     scores = score(rows, start, lambda begun, steps: sessions.elastic(loaded.model, recipes, begun, steps), progress.progress)
     return quality_delta(STOCK, text.name, context, scores), None
 
@@ -254,11 +255,12 @@ def _begun(generation: Generation, progress: Reporter) -> Generation:
     progress.phase(f"{generation.name}: warming up")
     generation.rehearse()
     progress.phase(f"{generation.name}: prompt of {generation.prompt_tokens} tokens")
-    generation.advance(_FIRST_TOKENS)
+    with layer_progress(generation.model, progress.progress):
+        generation.advance(_FIRST_TOKENS)
     return generation
 
 
-def load(options: ModelBench) -> Loaded:
+def load(options: ModelBench, progress: Reporter | None = None) -> Loaded:
     """Load the model, and check that it fits the memory with its caches.
 
     Raises
@@ -267,7 +269,7 @@ def load(options: ModelBench) -> Loaded:
     """
     shape = shape_named(options.model)
     if shape is None:
-        loaded = load_model(options.model, options.dtype, options.device)
+        loaded = load_model(options.model, options.dtype, options.device, None if progress is None else progress.progress)
         estimate = MemoryEstimate.of_model(loaded, options.dtype, options.batch)
         estimate.check(options.capacity, options.wanted, free_bytes(options.device), loaded=True)
         return loaded
