@@ -1,4 +1,4 @@
-"""What works on this machine, what each extra would add, what is broken, and the command that fixes it."""
+"""What this machine has for ElasticKV, what is broken, and the command that fixes it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,15 +9,6 @@ from typing import Any
 from elastickv.backends.gpu_detection import gpu_present
 from elastickv.backends.kernel_cache import cache_folder, obstacle
 from elastickv.benchmark.environment import cpu_name
-from elastickv.benchmark.extras import (
-    BASE_COMMANDS,
-    COMMANDS,
-    FOR_CONTRIBUTORS,
-    FOR_GPUS,
-    MEASURING_COMMANDS,
-    Extra,
-    declared_extras,
-)
 from elastickv.errors import DeviceFailure, UsageError
 
 
@@ -40,46 +31,11 @@ class Finding:
 
 
 def findings() -> Iterator[Finding]:
-    """Yield the findings: what works now, GPUs, then what each extra adds; nothing is installed or changed."""
+    """Yield the findings, cheap ones first; nothing is installed or changed."""
     yield Finding("processor", "ok", f"{cpu_name() or 'unknown'}, {os.cpu_count()} logical CPUs")
-    cpu = _cpu_backend()
-    yield cpu
+    yield _cpu_backend()
     yield _caches()
-    extras = declared_extras()
-    yield _commands(extras, cpu.state == "ok")
     yield from _cuda()
-    yield from _extras(extras)
-
-
-def _commands(extras: list[Extra], can_measure: bool) -> Finding:
-    """Return the commands that work, which no GPU is needed for."""
-    names = [name for name in BASE_COMMANDS if can_measure or name not in MEASURING_COMMANDS]
-    names += [name for extra in extras if extra.complete for name in COMMANDS.get(extra.name, ())]
-    return Finding("works now", "ok", ", ".join(names))
-
-
-def _extras(extras: list[Extra]) -> Iterator[Finding]:
-    for extra in extras:
-        if extra.name not in FOR_CONTRIBUTORS:
-            yield _extra(extra)
-    others = [extra.name for extra in extras if extra.name in FOR_CONTRIBUTORS]
-    if others:
-        yield Finding("extras for contributors", "ok", ", ".join(others))
-    if not extras:
-        yield Finding("extras", "absent", "unknown: this copy runs from its source and is not installed", "pip install .")
-
-
-def _extra(extra: Extra) -> Finding:
-    topic = f"extra {extra.name}"
-    if extra.complete:
-        return Finding(topic, "ok", f"{extra.adds} ({', '.join(extra.installed)})")
-    if extra.name in FOR_GPUS:
-        # What is missing where there is a GPU is a finding of its own.
-        needed = "" if gpu_present() else ": this machine has none, and nothing needs it"
-        return Finding(topic, "absent", f"would add {extra.adds}{needed}")
-    reasons = [f"not installed: {', '.join(extra.missing)}"] if extra.missing else []
-    reasons += [f"unsupported: {text}" for text in extra.unsupported]
-    return Finding(topic, "absent", f"would add {extra.adds} ({'; '.join(reasons)})", f'pip install "elastickv[{extra.name}]"')
 
 
 def _cpu_backend() -> Finding:

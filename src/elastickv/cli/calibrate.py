@@ -33,11 +33,13 @@ def command(model: str, text: Path | None, output: Path | None, tokens: int | No
     with Bar() as bar:
         bar.phase("importing PyTorch and Transformers")
         from elastickv.evaluation.calibrate import calibrate
+        from elastickv.evaluation.loading_progress import loading_progress
         from elastickv.evaluation.texts import calibration_text, read_text
 
         source = calibration_text() if text is None else read_text(text)
         bar.phase("loading")
-        loaded = load_model(model, dtype, device, bar.progress)
+        with loading_progress(bar.progress):
+            loaded = load_model(model, dtype, device)
         bar.phase("calibrating")
         result = calibrate(loaded, source, tokens or CALIBRATION_TOKENS, bar.progress)
     write_text(target, result.dumps())

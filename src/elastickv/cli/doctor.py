@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from elastickv.backends import Backend, Ceilings
+    from elastickv.benchmark.doctor import Finding
 
 CEILING_SECONDS = 10
 _MARKS = {"ok": ("ok", "green"), "absent": ("--", "yellow"), "broken": ("!!", "red")}
@@ -25,14 +28,13 @@ def command(compile_all_: bool, arch: str | None, no_ceilings: bool) -> int:
     Exit 0 when something can be measured and nothing that is here is broken, else 1.
     """
     from elastickv.backends import load
-    from elastickv.benchmark.doctor import findings
     from elastickv.cli import bench
     from elastickv.cli.flags import with_flags
     from elastickv.errors import UsageError
 
     architectures = _architectures(arch, compile_all_)
     broken = 0
-    for finding in findings():
+    for finding in _all_findings():
         mark, color = _MARKS[finding.state]
         click.echo(f"{click.style(mark, fg=color)}  {finding.topic}: {with_flags(finding.detail, bench.command)}")
         if finding.remedy:
@@ -57,6 +59,19 @@ def command(compile_all_: bool, arch: str | None, no_ceilings: bool) -> int:
     if compile_all_:
         broken += _compile_everything(architectures)
     return 1 if broken else 0
+
+
+def _all_findings() -> "Iterator[Finding]":
+    """Yield what works now: the machine, then commands; then what each extra would add."""
+    from elastickv.benchmark.doctor import findings
+    from elastickv.cli.extras import commands_that_work, declared_extras, extra_findings
+
+    extras, can_measure = declared_extras(), False
+    for finding in findings():
+        can_measure |= finding.topic == "cpu backend" and finding.state == "ok"
+        yield finding
+    yield commands_that_work(extras, can_measure)
+    yield from extra_findings(extras)
 
 
 def _ceilings(backend: "Backend") -> "Ceilings":

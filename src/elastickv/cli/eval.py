@@ -79,6 +79,7 @@ def command(**arguments: Any) -> int:
     with Bar() as bar:
         bar.phase("importing PyTorch and Transformers")
         from elastickv.evaluation.evaluate import evaluate
+        from elastickv.evaluation.loading_progress import loading_progress
         from elastickv.evaluation.texts import evaluation_texts, read_text
 
     options = _options(arguments)
@@ -88,7 +89,8 @@ def command(**arguments: Any) -> int:
         click.echo(f"elastickv: warning: {calibration.text} was calibrated on and is scored too", err=True)
     with Bar() as bar:
         bar.phase("loading")
-        loaded = load_model(arguments["model"], arguments["dtype"], arguments["device"], bar.progress)
+        with loading_progress(bar.progress):
+            loaded = load_model(arguments["model"], arguments["dtype"], arguments["device"])
         if calibration is None:
             click.echo(_uncalibrated(arguments["model"]), err=True)
         result = evaluate(loaded, texts, options, calibration, bar) | {"command": ["elastickv", *sys.argv[1:]]}

@@ -67,7 +67,8 @@ class Bar:
     """Shows phases, their progress and the time left; a context manager."""
 
     def __init__(self, console: Console | None = None, clock: Clock = time.monotonic) -> None:
-        self._console = console or Console(stderr=True, highlight=False)
+        # The file itself: a loader redirects `sys.stderr` for a while.
+        self._console = console or Console(file=sys.stderr, highlight=False)
         self._clock, self._left, self._name, self._said = clock, TimeLeft(clock), "", clock()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -100,8 +101,12 @@ class Bar:
         """Show `done` of `total` steps of the phase."""
         self._left.update(done, total)
         self._progress.update(self._task, completed=done, total=total)
-        if self._clock() - self._said >= LINES_EVERY_S and 0 < done < total:
+        if self._due() and 0 < done < total:
             self._line(f"{self._name}: {done / total:.0%}, {self._left}")
+
+    def _due(self) -> bool:
+        """Return whether enough time has passed for another line."""
+        return self._clock() - self._said >= LINES_EVERY_S
 
     def _line(self, text: str) -> None:
         """Print a line where there is no bar."""

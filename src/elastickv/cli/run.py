@@ -58,6 +58,7 @@ def command(**arguments: Any) -> int:
     with Bar() as bar:
         bar.phase("importing PyTorch and Transformers")
         from elastickv.evaluation.layer_progress import layer_progress
+        from elastickv.evaluation.loading_progress import loading_progress
         from elastickv.model_benchmark.generation import Sampling
         from elastickv.model_benchmark.run import PromptRun, Request
         from elastickv.model_benchmark.shapes import usual_device, usual_dtype
@@ -69,7 +70,8 @@ def command(**arguments: Any) -> int:
     device = arguments["device"] or usual_device()
     with Bar() as bar, quiet_transformers():
         bar.phase("loading")
-        loaded = load_model(arguments["model"], arguments["dtype"] or usual_dtype(device), device, bar.progress)
+        with loading_progress(bar.progress):
+            loaded = load_model(arguments["model"], arguments["dtype"] or usual_dtype(device), device)
         cache = {"compress": compress, "recipe": arguments["recipe"], "calibration": calibration}
         cache |= {"capture": not arguments["no_graphs"]}
         request = Request(

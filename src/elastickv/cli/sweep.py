@@ -48,6 +48,8 @@ class Cells(Bar):
 
         said = f"{name(cell)}: {phase} {share:.0%}" if share else f"{name(cell)}: {phase}"
         self._progress.update(self._task, description=said, completed=self._done, total=self._total)
+        if self._due():
+            self._line(f"{self._done} of {self._total}, {self._left}: {said}")
 
     def finished(self, cell: dict[str, Any], status: str, reason: str | None) -> None:
         """Count a cell."""

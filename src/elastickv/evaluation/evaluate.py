@@ -41,6 +41,7 @@ def evaluate(
     UsageError : before anything is measured, if options, texts, calibration and model do not match.
     KeyboardInterrupt : if interrupted before the first row was finished.
     """
+    progress.phase("choosing windows and recipes")
     subject = Subject(loaded, calibration)
     context_windows = {context: _windows(subject, texts, options, context) for context in options.contexts}
     needles = [

@@ -81,7 +81,7 @@ def layer_errors(
     pages: dict[int, dict[float, list[float]]] = {steps: {f: [] for f in fractions} for steps in schedules}
     keys: dict[str, list[float]] = {name: [] for name in KEY_FORMATS}
     values: dict[str, list[float]] = {name: [] for name in value_formats(head_dim)}
-    regions = _Regions(inputs.positions, inputs.keys.shape[1], sinks, window)
+    regions = _QueryRegions(inputs.positions, inputs.keys.shape[1], sinks, window)
     lists = [(steps, fraction) for steps in schedules for fraction in fractions if fraction != 1]
     for number in range(kv_heads):
         head = _Head(inputs, number, regions)
@@ -99,7 +99,7 @@ def layer_errors(
     return LayerErrors(pages, keys, values)
 
 
-class _Regions:
+class _QueryRegions:
     """Which tokens each query sees, and which of them are cold: the same for all heads of a layer."""
 
     def __init__(self, positions: Tensor, tokens: int, sinks: int, window: int) -> None:
@@ -145,7 +145,7 @@ class _Regions:
 class _Head:
     """One KV head with the query heads that read it: its exact attention, and its outputs where something is changed."""
 
-    def __init__(self, inputs: LayerInputs, number: int, regions: _Regions) -> None:
+    def __init__(self, inputs: LayerInputs, number: int, regions: _QueryRegions) -> None:
         group = len(inputs.queries) // len(inputs.keys)
         mine = slice(number * group, (number + 1) * group)
         head_dim = inputs.keys.shape[-1]

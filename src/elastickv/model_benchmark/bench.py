@@ -17,6 +17,7 @@ from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.layer_progress import layer_progress
+from elastickv.evaluation.loading_progress import loading_progress
 from elastickv.evaluation.prefill import check_layers, prefill
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.texts import Text, windows
@@ -114,7 +115,8 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Reporter, l
     """
     if loaded is None:
         progress.phase("loading")
-        loaded = load(options, progress)
+        with loading_progress(progress.progress):
+            loaded = load(options)
     ids = _prompts(loaded, options)
     mask, model, sampling = torch.ones_like(ids), loaded.model, Sampling(options.temperature, options.seed, ends=False)
     made: list[Callable[[], Generation]] = [
@@ -165,7 +167,8 @@ def measure_with_quality(
     if scored < 0:
         raise UsageError(f"`scored`={scored} is out of range: give a whole number from 0 up")
     progress.phase("loading")
-    loaded = load(options, progress)
+    with loading_progress(progress.progress):
+        loaded = load(options)
     result = measure(options, command, progress, loaded)
     delta, reason = _quality(loaded, options.context, result["caches"][-1], text, scored, progress)
     return result | {"fidelity": None if delta is None else asdict(delta), "fidelity_not_measured": reason}
@@ -260,7 +263,7 @@ def _begun(generation: Generation, progress: Reporter) -> Generation:
     return generation
 
 
-def load(options: ModelBench, progress: Reporter | None = None) -> Loaded:
+def load(options: ModelBench) -> Loaded:
     """Load the model, and check that it fits the memory with its caches.
 
     Raises
@@ -269,7 +272,7 @@ def load(options: ModelBench, progress: Reporter | None = None) -> Loaded:
     """
     shape = shape_named(options.model)
     if shape is None:
-        loaded = load_model(options.model, options.dtype, options.device, None if progress is None else progress.progress)
+        loaded = load_model(options.model, options.dtype, options.device)
         estimate = MemoryEstimate.of_model(loaded, options.dtype, options.batch)
         estimate.check(options.capacity, options.wanted, free_bytes(options.device), loaded=True)
         return loaded

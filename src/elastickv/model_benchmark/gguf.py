@@ -109,8 +109,9 @@ def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) ->
     text = next(iter(opened.values())).encoded(options.text.content)
     prompt = (text * -(-options.context // len(text)))[: options.context]
     progress.phase("warming up")
-    for llama in opened.values():
+    for done, llama in enumerate(opened.values(), 1):
         llama.timed(prompt, options.tokens)
+        progress.progress(done, len(opened))
     progress.phase("measuring")
     samples: dict[str, list[tuple[float, float]]] = {kv_type: [] for kv_type in opened}
     for done, kv_type in enumerate(schedule(list(opened), options.rounds, True, options.seed), 1):

@@ -3,10 +3,9 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -50,9 +49,7 @@ def require(*packages: str) -> None:
         raise UsageError(f"{' and '.join(missing)} not installed: {INSTALL}")
 
 
-def load_model(
-    name: str, dtype: str = "fp32", device: str = "cpu", progress: Callable[[int, int], None] | None = None
-) -> Loaded:
+def load_model(name: str, dtype: str = "fp32", device: str = "cpu") -> Loaded:
     """Load a causal language model.
 
     A directory or a .gguf file is read from disk only. Any other name is a hub id, and may be downloaded. Weights are never
@@ -63,7 +60,6 @@ def load_model(
     name : path of a directory, path of a .gguf file, or hub id.
     dtype : 'fp32', 'fp16' or 'bf16'.
     device : PyTorch's name of a device.
-    progress : called with (done, total) of what is loaded at present: bytes of a download, or tensors.
 
     Raises
     ------
@@ -78,7 +74,7 @@ def load_model(
         raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(dtypes)}")
     folder, options = _source(name)
     try:
-        with _quiet(transformers, bars="gguf_file" in options), _bars_to(progress):
+        with _quiet(transformers, bars="gguf_file" in options):
             if "gguf_file" not in options:
                 check_config(transformers.AutoConfig.from_pretrained(folder, **options), name)
                 weights = options | {"use_safetensors": True}
@@ -130,35 +126,6 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     if not _HUB_ID.fullmatch(name):
         raise UsageError(f"model {name} does not exist: give a model's folder, a .gguf file or a hub id (OWNER/NAME)")
     return name, {}
-
-
-@contextmanager
-def _bars_to(progress: Callable[[int, int], None] | None) -> Iterator[None]:
-    """Pass on what the loader's own progress bars count, and keep them off the terminal."""
-    if progress is None:
-        yield
-        return
-    from transformers.utils import logging
-
-    class_ = import_module("tqdm.std").tqdm
-    shown: Any = None
-    display = class_.display
-
-    def count(bar: Any, *_: Any, **__: Any) -> None:
-        nonlocal shown
-        # Several files may be downloaded at once: one of them is shown to its end.
-        if bar.total and (shown is None or shown is bar or shown.n >= shown.total):
-            shown = bar
-            progress(int(bar.n), int(bar.total))
-
-    class_.display = count
-    logging.enable_progress_bar()
-    try:
-        with redirect_stderr(StringIO()):
-            yield
-    finally:
-        class_.display = display
-        logging.disable_progress_bar()
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """The extras of this package: what each adds, and whether what it requires is installed, as the package's metadata says."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+
+from elastickv.backends.gpu_detection import gpu_present
+from elastickv.benchmark.doctor import Finding
 
 PACKAGE = "elastickv"
 # Commands that need no extra, and those that an extra adds.
@@ -81,3 +84,35 @@ def _extra(name: str, requirements: Iterable[str]) -> Extra:
         if not requirement.specifier.contains(version, prereleases=True):
             unsupported.append(f"{requirement.name} {version}, supported is {requirement.specifier}")
     return Extra(name, tuple(installed), tuple(missing), tuple(unsupported))
+
+
+def commands_that_work(extras: list[Extra], can_measure: bool) -> Finding:
+    """Return the commands that work, which no GPU is needed for."""
+    names = [name for name in BASE_COMMANDS if can_measure or name not in MEASURING_COMMANDS]
+    names += [name for extra in extras if extra.complete for name in COMMANDS.get(extra.name, ())]
+    return Finding("works now", "ok", ", ".join(names))
+
+
+def extra_findings(extras: list[Extra]) -> Iterator[Finding]:
+    """Yield what each extra adds, and how to get it."""
+    for extra in extras:
+        if extra.name not in FOR_CONTRIBUTORS:
+            yield _finding(extra)
+    others = [extra.name for extra in extras if extra.name in FOR_CONTRIBUTORS]
+    if others:
+        yield Finding("extras for contributors", "ok", ", ".join(others))
+    if not extras:
+        yield Finding("extras", "absent", "unknown: this copy runs from its source and is not installed", "pip install .")
+
+
+def _finding(extra: Extra) -> Finding:
+    topic = f"extra {extra.name}"
+    if extra.complete:
+        return Finding(topic, "ok", f"{extra.adds} ({', '.join(extra.installed)})")
+    if extra.name in FOR_GPUS:
+        # What is missing where there is a GPU is a finding of its own.
+        needed = "" if gpu_present() else ": this machine has none, and nothing needs it"
+        return Finding(topic, "absent", f"would add {extra.adds}{needed}")
+    reasons = [f"not installed: {', '.join(extra.missing)}"] if extra.missing else []
+    reasons += [f"unsupported: {text}" for text in extra.unsupported]
+    return Finding(topic, "absent", f"would add {extra.adds} ({'; '.join(reasons)})", f'pip install "elastickv[{extra.name}]"')
