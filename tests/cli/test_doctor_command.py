@@ -58,7 +58,7 @@ def test_without_a_gpu_an_extra_for_gpus_is_not_missed(installed, monkeypatch):
     installed({})
     monkeypatch.setattr(extras, "gpu_present", lambda: False)
     cuda = findings()["extra cuda"]
-    assert "nothing needs it" in cuda.detail and (cuda.state, cuda.remedy) == ("absent", "")
+    assert "no use for it" in cuda.detail and (cuda.state, cuda.remedy) == ("absent", "")
 
 
 def test_nothing_that_measures_works_without_a_backend(installed):

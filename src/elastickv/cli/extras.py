@@ -111,7 +111,7 @@ def _finding(extra: Extra) -> Finding:
         return Finding(topic, "ok", f"{extra.adds} ({', '.join(extra.installed)})")
     if extra.name in FOR_GPUS:
         # What is missing where there is a GPU is a finding of its own.
-        needed = "" if gpu_present() else ": this machine has none, and nothing needs it"
+        needed = "" if gpu_present() else "; without an NVIDIA GPU there is no use for it"
         return Finding(topic, "absent", f"would add {extra.adds}{needed}")
     reasons = [f"not installed: {', '.join(extra.missing)}"] if extra.missing else []
     reasons += [f"unsupported: {text}" for text in extra.unsupported]
