@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from traceback import clear_frames
 from typing import Any
 
 import torch
 
-from elastickv.benchmark.reporter import Reporter
+from elastickv.benchmark.reporter import Reporter, SilentReporter
 from elastickv.benchmark.stats.intervals import beyond_noise
 from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
@@ -114,9 +115,7 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Reporter, l
     UsageError : if the model is not supported, or it does not fit the memory with an elastic cache.
     """
     if loaded is None:
-        progress.phase("loading")
-        with loading_progress(progress.progress):
-            loaded = load(options)
+        loaded = _loaded(options, progress)
     ids = _prompts(loaded, options)
     mask, model, sampling = torch.ones_like(ids), loaded.model, Sampling(options.temperature, options.seed, ends=False)
     made: list[Callable[[], Generation]] = [
@@ -166,9 +165,7 @@ def measure_with_quality(
     """
     if scored < 0:
         raise UsageError(f"`scored`={scored} is out of range: give a whole number from 0 up")
-    progress.phase("loading")
-    with loading_progress(progress.progress):
-        loaded = load(options)
+    loaded = _loaded(options, progress)
     result = measure(options, command, progress, loaded)
     delta, reason = _quality(loaded, options.context, result["caches"][-1], text, scored, progress)
     return result | {"fidelity": None if delta is None else asdict(delta), "fidelity_not_measured": reason}
@@ -261,6 +258,13 @@ def _begun(generation: Generation, progress: Reporter) -> Generation:
     with layer_progress(generation.model, progress.progress):
         generation.advance(_FIRST_TOKENS)
     return generation
+
+
+def _loaded(options: ModelBench, progress: Reporter) -> Loaded:
+    progress.phase("loading")
+    # Where nobody looks, such as in a notebook, the loaders' bars stay switched off.
+    with nullcontext() if isinstance(progress, SilentReporter) else loading_progress(progress.progress):
+        return load(options)
 
 
 def load(options: ModelBench) -> Loaded:
