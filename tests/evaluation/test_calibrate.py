@@ -1,5 +1,7 @@
 """Calibration measures what a selection of pages, or a format, changes in a real forward pass."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,23 @@ def test_leaving_pages_out_is_attention_without_their_tokens(inputs):
         change = torch.cat([a - b for a, b in zip(expected, exact, strict=True)], -1) @ projection.T
         error = float((change.square().sum(-1) / inputs.residual).mean())
         assert head.errors(outputs)[number] == pytest.approx(error, rel=1e-4)
+
+
+def test_a_page_that_holds_all_the_weight_can_be_left_out(inputs):
+    """What is left is tiny against the page: a difference of the two would be rounding error, and its square infinite."""
+    keys = inputs.keys.clone()
+    keys[1, 4 : 4 + 32] = 40 * inputs.queries[2:].mean((0, 1))
+    queries = 0.1 * inputs.queries + inputs.queries[2:].mean((0, 1))
+    sharp = replace(inputs, keys=keys, queries=queries)
+    regions = _QueryRegions(sharp.positions, TOKENS, 4, 128)
+    left_out = torch.zeros(RUN, 1, regions.pages, dtype=torch.bool)
+    left_out[:, :, 0] = True
+    outputs = _Head(sharp, 1, regions).without(left_out)[0]
+    allowed = torch.arange(TOKENS) <= sharp.positions[:, None]
+    allowed[:, 4 : 4 + 32] = False
+    for q in range(2):
+        expected = attended(queries[2 + q], keys[1], sharp.values[1], sharp, allowed)
+        torch.testing.assert_close(outputs[q].double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_errors_of_many_lists_at_once_are_those_of_each_alone(inputs):

@@ -189,7 +189,8 @@ class _Head:
     def without(self, left_out: Tensor) -> Tensor:
         """Return the (lists, group, positions, head_dim) outputs of all tokens but those of the pages left out.
 
-        Every page's sum is computed once; what a list leaves out is a product of matrices with these sums.
+        Every page's sum is computed once; what a list reads is a product of matrices with these sums. Nothing is subtracted:
+        where a page with nearly all of the weight is left out, a difference would be rounding error.
         """
         pages, cold = self._regions.pages, self._regions.cold_tokens
         weights = self._weights[..., cold].unflatten(-1, (pages, PAGE_TOKENS))
@@ -197,10 +198,13 @@ class _Head:
         # (pages, group x positions, 32) @ (pages, 32, head_dim), as (positions, pages, group x head_dim).
         by_page = weights.flatten(0, 1).transpose(0, 1) @ self._values[cold].unflatten(0, (pages, PAGE_TOKENS))
         sums = by_page.unflatten(1, (group, positions)).permute(2, 0, 1, 3).flatten(2)
-        dropped = left_out.to(sums)
-        output = (dropped @ sums).unflatten(-1, (group, head_dim)).permute(1, 2, 0, 3)
-        total = self._total[..., 0] - (dropped @ weights.sum(-1).permute(1, 2, 0)).permute(1, 2, 0)
-        return (self._full * self._total - output) / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]
+        read = (~left_out).to(sums)
+        output = (read @ sums).unflatten(-1, (group, head_dim)).permute(1, 2, 0, 3)
+        total = (read @ weights.sum(-1).permute(1, 2, 0)).permute(1, 2, 0)[..., None]
+        before, after = self._weights[..., : cold.start], self._weights[..., cold.stop :]
+        output = output + before @ self._values[: cold.start] + after @ self._values[cold.stop :]
+        total = total + self._normalizer(torch.cat([before, after], -1))
+        return output / total.clamp_min(torch.finfo(total.dtype).tiny)
 
     def with_keys(self, keys: Tensor) -> Tensor:
         """Return the (1, group, positions, head_dim) outputs with other keys."""
