@@ -35,10 +35,10 @@ CYCLE_LAYERS, CYCLE_ROOM, CYCLE_TOKENS = 4, 4096, 8
 class Worker:
     """The other end of `serve`: a process that measures with the package of one source tree."""
 
-    def __init__(self, source: Path, backend: str) -> None:
+    def __init__(self, source: Path, *arguments: str, script: str = __file__) -> None:
         paths = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", "--backend", backend]
+        command = [sys.executable, str(Path(script).resolve()), "--serve", *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def ask(self, **request):
@@ -167,7 +167,7 @@ def main():
 
     check_writable(options.output)
     start, rows = time.monotonic(), []
-    workers = [Worker(source, options.backend) for source in (options.before.resolve(), ROOT / "src")]
+    workers = [Worker(source, "--backend", options.backend) for source in (options.before.resolve(), ROOT / "src")]
     shapes = [tuple(map(int, text.split(","))) for text in options.shapes.split(";")] if options.shapes else SHAPES
     for shape in shapes:
         for recipe in options.recipes:

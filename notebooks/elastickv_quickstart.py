@@ -42,6 +42,7 @@ GGUF_MODEL = os.environ.get("ELASTICKV_GGUF_MODEL", "bartowski/SmolLM2-135M-Inst
 RESULTS = Path(os.environ.get("ELASTICKV_RESULTS", "elastickv-results"))
 # A glance instead of a measurement: few samples, wide intervals.
 QUICK = os.environ.get("ELASTICKV_QUICK", "0") == "1"
+print(f"Transformers: {MODEL if RUN_TRANSFORMERS else 'off'}\nGGUF: {GGUF_MODEL if RUN_GGUF else 'off'}\nresults: {RESULTS}")
 
 # %% [markdown]
 # ## Install
@@ -62,6 +63,7 @@ if importlib.util.find_spec("elastickv") is None:
     extras = ["report", "transformers"] + ["cuda"] * bool(shutil.which("nvidia-smi")) + ["gguf"] * RUN_GGUF
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"elastickv[{','.join(extras)}] @ {source}"], check=True)
     importlib.invalidate_caches()
+print("elastickv is installed")
 
 # %% [markdown]
 # ## What this machine is
@@ -90,32 +92,48 @@ print(
 )
 
 # %% [markdown]
-# ## The CUDA source, compiled
+# ## The CUDA source, written
 #
-# The kernels are CUDA C++, compiled when they are needed by NVRTC from a wheel: no CUDA toolkit, no host compiler. NVRTC needs
-# no GPU either. This one decodes an `int4` cache.
+# The kernels are CUDA C++. This one decodes an `int4` cache: the cell writes its source next to the results.
 
 # %%
 from elastickv import Recipe
-from elastickv.backends.cuda.compiler import KERNELS
+from elastickv.backends.cuda.compiler import KERNELS, compile_file
 from elastickv.backends.cuda.kernel_selection import decode_variant
 
 architecture = device.sm if on_gpu else "9.0"
 kernel = decode_variant(head_dim=128, group=4, dtype="bf16", recipe=Recipe.parse("int4"), arch=architecture.replace(".", ""))
 cuda_source = (KERNELS / f"{kernel.source}.cu").read_text(encoding="utf-8")
-try:
-    built = kernel.compiled()
-except elastickv.UsageError as missing:
-    print(f"{'GPU' if on_gpu else 'CPU'}: not compiled, and not needed to go on. {missing}")
-    compiled_table = ""
-else:
-    print(f"{kernel.source}.cu for compute capability {architecture}: {len(built.cubin)} bytes of machine code")
-    taken = [[r.kernel, str(r.registers), str(r.spill_bytes), str(r.shared_bytes)] for r in built.resources]
-    compiled_table = html_table(["kernel", "registers", "bytes spilled", "bytes of static shared memory"], taken, [])
-Html(f"{compiled_table}<pre style='max-height: 24em; overflow: auto; font-size: 85%'>{escape(cuda_source)}</pre>")
+cuda_file = RESULTS / f"{kernel.source}.cu"
+cuda_file.write_text(cuda_source, encoding="utf-8")
+print(f"{cuda_file}: {len(cuda_source.splitlines())} lines, and {len(list(KERNELS.glob('*.cuh')))} headers in {KERNELS.name}/")
+Html(f"<pre style='max-height: 24em; overflow: auto; font-size: 85%'>{escape(cuda_source)}</pre>")
 
 # %% [markdown]
-# ## The long and the short preset
+# ## The CUDA source, compiled
+#
+# NVRTC from a wheel compiles the file: no CUDA toolkit, no host compiler. On a GPU it does so for this GPU; without one it can still
+# compile, for an H100. `bench` compiles what it needs in the same way and stores it in a cache.
+
+# %%
+import time
+
+began, compiled_table = time.perf_counter(), ""
+try:
+    built = compile_file(cuda_file, kernel.arch, dict(kernel.macros))
+except elastickv.UsageError as missing:
+    print(f"not compiled, and not needed to go on without a GPU: {missing}")
+else:
+    seconds = time.perf_counter() - began
+    print(
+        f"{cuda_file.name} for compute capability {architecture}: {len(built.cubin)} bytes of machine code in {seconds:.1f} s"
+    )
+    taken = [[r.kernel, str(r.registers), str(r.spill_bytes), str(r.shared_bytes)] for r in built.resources]
+    compiled_table = html_table(["kernel", "registers", "bytes spilled", "bytes of static shared memory"], taken, [])
+Html(compiled_table)
+
+# %% [markdown]
+# ## The long preset
 #
 # One decode step of attention, elastic against the fastest dense contender that this machine has: they take turns, so that what
 # the machine does to one it does to the other. The speed-up stands with its 95 % interval; A/A is dense against itself; the recipe
@@ -129,10 +147,31 @@ elif on_gpu:
 else:
     effort = {"reps": 40, "warmup": 2, "inner_loops": 4, "time_limit_s": 30}
 
-for preset in ("long", "short"):
-    measured = elastickv.bench(preset=preset, paired=True, **effort)
-    measured.save(RESULTS / f"{preset}.json")
-    print(f"{preset}\n{measured}")
+long = elastickv.bench(preset="long", paired=True, **effort)
+long.save(RESULTS / "long.json")
+print(long)
+
+# %% [markdown]
+# ## The short preset
+#
+# The same at a short context, where there is less to save.
+
+# %%
+short = elastickv.bench(preset="short", paired=True, **effort)
+short.save(RESULTS / "short.json")
+print(short)
+
+# %% [markdown]
+# ## A result as JSON
+#
+# Every figure is in the file, with what is needed to repeat the run.
+
+# %%
+import json
+
+stored = json.loads((RESULTS / "long.json").read_text(encoding="utf-8"))
+print(f"{RESULTS / 'long.json'} has {', '.join(stored)}")
+print(json.dumps({name: stored[name] for name in ("recipe", "speedup")}, indent=1))
 
 # %% [markdown]
 # ## Every result in one table

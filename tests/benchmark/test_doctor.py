@@ -20,13 +20,23 @@ def no_cuda(monkeypatch):
     monkeypatch.setattr(registry, "_open", refuse)
 
 
-@pytest.mark.parametrize(("present", "state"), [(True, "broken"), (False, "absent")])
-def test_a_missing_cuda_back_end_is_broken_only_where_a_gpu_is(no_cuda, monkeypatch, present, state):
-    monkeypatch.setattr(doctor, "gpu_present", lambda: present)
+def test_a_missing_cuda_back_end_is_broken_where_a_gpu_is(no_cuda, monkeypatch):
+    monkeypatch.setattr(doctor, "gpu_present", lambda: True)
     found = {finding.topic: finding for finding in doctor.findings()}
-    assert found["cuda backend"].state == state
-    assert "elastickv[cuda]" in found["cuda backend"].detail
+    assert found["cuda backend"].state == "broken" and "elastickv[cuda]" in found["cuda backend"].detail
     assert found["cpu backend"].state == "ok"
+
+
+def test_without_a_gpu_no_install_of_cuda_is_advised(no_cuda, monkeypatch):
+    def missing(name):
+        raise UsageError('no NVRTC: pip install "elastickv[cuda]"')
+
+    monkeypatch.setattr(doctor, "gpu_present", lambda: False)
+    monkeypatch.setattr(doctor, "import_module", missing)
+    found = list(doctor.findings())
+    assert not [finding for finding in found if finding.state == "broken"]
+    assert not [finding for finding in found if "cuda" in finding.remedy or "[cuda" in finding.detail]
+    assert "no NVIDIA GPU" in {finding.topic: finding.detail for finding in found}["GPU"]
 
 
 @pytest.mark.parametrize(("present", "said"), [(True, "elastickv[cuda]"), (False, None)])

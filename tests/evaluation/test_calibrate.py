@@ -1,5 +1,7 @@
 """Calibration measures what a selection of pages, or a format, changes in a real forward pass."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from elastickv.backends.cpu import open_backend
 from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.calibrate import calibrate
-from elastickv.evaluation.layer_errors import LayerInputs, layer_errors
+from elastickv.evaluation.layer_errors import LayerInputs, _Head, _QueryRegions, layer_errors
 from elastickv.evaluation.texts import Text
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe
 from tests.helpers.tiny_models import TEXT, tiny_llama
@@ -76,6 +78,60 @@ def test_fewer_pages_never_err_less_and_all_pages_do_not_err(inputs):
     for head in range(2):
         errors = [curve[f][head] for f in sorted(curve, reverse=True)]
         assert errors == sorted(errors) and errors[1] > 0
+
+
+def attended(queries, keys, values, inputs, allowed):
+    """Attention in float64, of (queries, head_dim) and an (queries, tokens) mask."""
+    scores = (queries.double() @ keys.double().T * inputs.scaling).masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1) @ values.double()
+
+
+def test_leaving_pages_out_is_attention_without_their_tokens(inputs):
+    """All lists of a head are one product of matrices with the sums of its pages; here each is attention of its own."""
+    regions = _QueryRegions(inputs.positions, TOKENS, 4, 128)
+    generator = torch.Generator().manual_seed(1)
+    left_out = (torch.rand(RUN, 3, regions.pages, generator=generator) < 0.6) & regions.is_cold[:, None]
+    head = _Head(inputs, 1, regions)
+    outputs = head.without(left_out)
+    seen = torch.arange(TOKENS) <= inputs.positions[:, None]
+    projection = inputs.projection[:, 128:].double()
+    for number in range(3):
+        allowed = seen.clone()
+        allowed[:, regions.cold_tokens] &= ~left_out[:, number].repeat_interleave(32, dim=1)
+        expected = [attended(inputs.queries[2 + q], inputs.keys[1], inputs.values[1], inputs, allowed) for q in range(2)]
+        exact = [attended(inputs.queries[2 + q], inputs.keys[1], inputs.values[1], inputs, seen) for q in range(2)]
+        for q in range(2):
+            torch.testing.assert_close(outputs[number, q].double(), expected[q], rtol=1e-4, atol=1e-5)
+        change = torch.cat([a - b for a, b in zip(expected, exact, strict=True)], -1) @ projection.T
+        error = float((change.square().sum(-1) / inputs.residual).mean())
+        assert head.errors(outputs)[number] == pytest.approx(error, rel=1e-4)
+
+
+def test_a_page_that_holds_all_the_weight_can_be_left_out(inputs):
+    """What is left is tiny against the page: a difference of the two would be rounding error, and its square infinite."""
+    keys = inputs.keys.clone()
+    keys[1, 4 : 4 + 32] = 40 * inputs.queries[2:].mean((0, 1))
+    queries = 0.1 * inputs.queries + inputs.queries[2:].mean((0, 1))
+    sharp = replace(inputs, keys=keys, queries=queries)
+    regions = _QueryRegions(sharp.positions, TOKENS, 4, 128)
+    left_out = torch.zeros(RUN, 1, regions.pages, dtype=torch.bool)
+    left_out[:, :, 0] = True
+    outputs = _Head(sharp, 1, regions).without(left_out)[0]
+    allowed = torch.arange(TOKENS) <= sharp.positions[:, None]
+    allowed[:, 4 : 4 + 32] = False
+    for q in range(2):
+        expected = attended(queries[2 + q], keys[1], sharp.values[1], sharp, allowed)
+        torch.testing.assert_close(outputs[q].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_errors_of_many_lists_at_once_are_those_of_each_alone(inputs):
+    fractions, schedules = (1.0, 1 / 2, 1 / 8), (1, 4)
+    together = layer_errors(inputs, fractions, schedules, RUN)
+    for steps in schedules:
+        for fraction in fractions:
+            alone = layer_errors(inputs, (fraction,), (steps,), RUN)
+            assert alone.pages[steps][fraction] == pytest.approx(together.pages[steps][fraction], rel=1e-5)
+            assert (alone.keys, alone.values) == (together.keys, together.values)
 
 
 def test_a_model_is_calibrated_and_left_as_it_was():

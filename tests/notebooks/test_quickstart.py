@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def executed(tmp_path_factory):
 def test_every_result_is_written_and_is_one(executed):
     _, results = executed
     assert sorted(path.name for path in results.iterdir()) == [
-        "gguf.json", "long.json", "report.html", "short.json", "transformers.json",
+        "decode_pages.cu", "gguf.json", "long.json", "report.html", "short.json", "transformers.json",
     ]  # fmt: skip
     runs = {Path(run.source).stem: run for run in read_result_set(results, "A").runs}
     assert set(runs) == {"gguf", "long", "short", "transformers"}
@@ -86,11 +87,33 @@ def test_every_result_is_written_and_is_one(executed):
     assert runs["transformers"].fidelity.mean > 0
 
 
-def test_the_source_is_shown_and_compiled_where_there_is_a_compiler(executed):
-    printed, html = outputs(executed[0], "The CUDA source")
-    assert "__global__" in html
-    compiled = "bytes of machine code" in printed and "registers" in html
+def test_the_source_is_written_and_shown(executed):
+    notebook, results = executed
+    printed, html = outputs(notebook, "The CUDA source, written")
+    source = (results / "decode_pages.cu").read_text(encoding="utf-8")
+    assert f"decode_pages.cu: {len(source.splitlines())} lines" in printed
+    assert "__global__" in html and unescape(html).count(source) == 1
+
+
+def test_the_written_source_is_compiled_where_there_is_a_compiler(executed):
+    printed, html = outputs(executed[0], "The CUDA source, compiled")
+    compiled = "decode_pages.cu for compute capability" in printed and "registers" in html
     assert compiled or "not compiled, and not needed to go on" in printed
+
+
+def test_each_preset_and_its_json_are_steps_of_their_own(executed):
+    notebook, results = executed
+    for name, context in (("long", 4096), ("short", 1024)):
+        printed, _ = outputs(notebook, f"The {name} preset")
+        assert f"context {context}" in printed and "speed-up" in printed
+    printed, _ = outputs(notebook, "A result as JSON")
+    speedup = json.loads((results / "long.json").read_text())["speedup"]
+    assert '"speedup": {' in printed and f'"low": {speedup["low"]}' in printed
+
+
+def test_every_code_cell_shows_something(executed):
+    silent = [cell["source"] for cell in executed[0]["cells"] if cell["cell_type"] == "code" and not cell["outputs"]]
+    assert silent == []
 
 
 def test_tables_and_plots_are_of_the_results(executed):

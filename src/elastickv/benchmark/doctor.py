@@ -1,4 +1,4 @@
-"""What this machine has for ElasticKV, what is missing, and the command that fixes it."""
+"""What this machine has for ElasticKV, what is broken, and the command that fixes it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ class Finding:
     Attributes
     ----------
     topic : its name.
-    state : 'ok'; 'absent', which a CPU run does without; 'broken', which something that is here needs.
+    state : 'ok'; 'absent', which what works does without; 'broken', which something that is here needs.
     detail : one line.
-    remedy : the command that fixes it; empty where nothing needs fixing.
+    remedy : the command that fixes or installs it; empty where nothing needs that.
     """
 
     topic: str
@@ -69,6 +69,7 @@ def _caches() -> Finding:
 
 def _cuda() -> Iterator[Finding]:
     has_gpu = gpu_present()
+    # A compiler without a GPU serves those who change kernels: it is shown where it is, and missed by nobody.
     missing = "broken" if has_gpu else "absent"
     install = 'pip install "elastickv[cuda]"'
     try:
@@ -77,9 +78,12 @@ def _cuda() -> Iterator[Finding]:
         architectures = ", ".join(f"{a // 10}.{a % 10}" for a in compiler.supported_architectures())
         yield Finding("NVRTC", "ok", f"{major}.{minor}, compiles for compute capability {architectures}")
     except UsageError as error:
-        yield Finding("NVRTC", missing, str(error), install)
+        if has_gpu:
+            yield Finding("NVRTC", missing, str(error), install)
     else:
-        yield _try("CUDA headers", compiler.include_directory, missing, install)
+        headers = _try("CUDA headers", compiler.include_directory, missing, install)
+        if has_gpu or headers.state == "ok":
+            yield headers
     yield from _devices(missing, has_gpu)
 
 
@@ -99,8 +103,11 @@ def _devices(missing: str, has_gpu: bool) -> Iterator[Finding]:
             device = load("cuda", number)[0].device
         except UsageError as error:
             if number == 0:
-                remedy = "nvidia-smi   # then install or update the driver" if has_gpu else ""
-                yield Finding("cuda backend", missing, str(error), remedy)
+                if has_gpu:
+                    remedy = "nvidia-smi   # then install or update the driver"
+                    yield Finding("cuda backend", missing, str(error), remedy)
+                else:
+                    yield Finding("GPU", missing, "no NVIDIA GPU on this machine: everything runs on the CPU")
             return
         except DeviceFailure as error:
             yield Finding(f"GPU {number}", "broken", str(error), f"nvidia-smi -q -i {number}   # then reset or replace it")

@@ -27,17 +27,20 @@ def command(model: str, text: Path | None, output: Path | None, tokens: int | No
     from elastickv.transformers.model_loading import NEEDED, load_model, require
 
     require(*NEEDED)
-    from elastickv.evaluation.calibrate import calibrate
-    from elastickv.evaluation.texts import calibration_text, read_text
-
     if tokens is not None and tokens < 1:
         raise UsageError(f"--tokens={tokens} is out of range: give a whole number from 1 up")
     target = output or Path(f"{Path(model).name.removesuffix('.gguf')}.calibration.json")
     check_writable(target)
-    source = calibration_text() if text is None else read_text(text)
     with Bar() as bar:
+        bar.phase("importing PyTorch and Transformers")
+        from elastickv.evaluation.calibrate import calibrate
+        from elastickv.evaluation.loading_progress import loading_progress
+        from elastickv.evaluation.texts import calibration_text, read_text
+
+        source = calibration_text() if text is None else read_text(text)
         bar.phase("loading")
-        loaded = load_model(model, dtype, device)
+        with loading_progress(bar.progress):
+            loaded = load_model(model, dtype, device)
         bar.phase("calibrating")
         result = calibrate(loaded, source, tokens or CALIBRATION_TOKENS, bar.progress)
     try:

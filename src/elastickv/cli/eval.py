@@ -78,8 +78,11 @@ def command(**arguments: Any) -> int:
     for target in (output, plot):
         if target is not None:
             check_writable(target)
-    from elastickv.evaluation.evaluate import evaluate
-    from elastickv.evaluation.texts import evaluation_texts, read_text
+    with Bar() as bar:
+        bar.phase("importing PyTorch and Transformers")
+        from elastickv.evaluation.evaluate import evaluate
+        from elastickv.evaluation.loading_progress import loading_progress
+        from elastickv.evaluation.texts import evaluation_texts, read_text
 
     options = _options(arguments)
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
@@ -88,7 +91,8 @@ def command(**arguments: Any) -> int:
         click.echo(f"elastickv: warning: {calibration.text} was calibrated on and is scored too", err=True)
     with Bar() as bar:
         bar.phase("loading")
-        loaded = load_model(arguments["model"], arguments["dtype"], arguments["device"])
+        with loading_progress(bar.progress):
+            loaded = load_model(arguments["model"], arguments["dtype"], arguments["device"])
         if calibration is None:
             click.echo(_uncalibrated(arguments["model"]), err=True)
         elif (calibration.prefix or ()) != text_prefix(loaded.tokenizer):

@@ -28,6 +28,7 @@ def command(**arguments: Any) -> int:
     program, or folders of these. A file that cannot be read or is no result is named and left out, and the exit code is 2.
     """
     from elastickv.cli.error_handling import BAD_INPUT
+    from elastickv.cli.progress import Bar
     from elastickv.errors import one_line
     from elastickv.html_report.report import check_installed, chosen_format, made_of
     from elastickv.results.files import check_writable
@@ -37,8 +38,11 @@ def command(**arguments: Any) -> int:
     shown = chosen_format(output or Path(_NAMES.get(wanted or "html", "report.html")), wanted)
     output = output or Path(_NAMES[shown])
     check_writable(output)
-    made = made_of(arguments["files"], arguments["title"])
-    made.save(output, shown)
+    with Bar() as bar:
+        bar.phase("reading the results")
+        made = made_of(arguments["files"], arguments["title"])
+        bar.phase("drawing the page")
+        made.save(output, shown, bar.progress)
     for reason in made.facts.unreadable:
         click.echo(f"elastickv: error: {one_line(reason)}; it is left out", err=True)
     for note in (*made.facts.incomplete, *made.facts.notes):

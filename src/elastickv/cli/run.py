@@ -59,11 +59,15 @@ def command(**arguments: Any) -> int:
         raise UsageError(f"--max-new-tokens={options.max_new_tokens} is out of range: give a whole number from 1 up")
     if output is not None:
         check_writable(output)
-    from elastickv.model_benchmark.generation import Sampling
-    from elastickv.model_benchmark.model_source import open_model
-    from elastickv.model_benchmark.run import PromptRun, Request
-    from elastickv.model_benchmark.shapes import usual_device, usual_dtype
-    from elastickv.recipe import DTYPES, ModelCalibration
+    with Bar() as bar:
+        bar.phase("importing PyTorch and Transformers")
+        from elastickv.evaluation.layer_progress import layer_progress
+        from elastickv.evaluation.loading_progress import loading_progress
+        from elastickv.model_benchmark.generation import Sampling
+        from elastickv.model_benchmark.model_source import open_model
+        from elastickv.model_benchmark.run import PromptRun, Request
+        from elastickv.model_benchmark.shapes import usual_device, usual_dtype
+        from elastickv.recipe import DTYPES, ModelCalibration
 
     sampling = Sampling(options.temperature, options.seed)
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
@@ -83,10 +87,12 @@ def command(**arguments: Any) -> int:
         for line in _before_loading(prepared, source, request):
             click.echo(f"elastickv: {line}", err=True)
         bar.phase("loading")
-        prepared.load(device)
+        with loading_progress(bar.progress):
+            loaded = prepared.load(device)
         bar.phase("warming up")
         prepared.warm_up()
-    with LiveText(source.tokenizer, keep_going=output is not None) as live, quiet_transformers():
+    live = LiveText(source.tokenizer, keep_going=output is not None)
+    with live, quiet_transformers(), layer_progress(loaded.model, live.reading):
         prepared.generate(live.add)
     result = prepared.result(("elastickv", *sys.argv[1:]), live.text)
     try:

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from elastickv.cli.detokenizer import IncrementalDetokenizer
+from elastickv.cli.progress import TimeLeft
 from elastickv.cli.standard_streams import silence
 
 _REFRESHES_PER_S = 8
@@ -39,6 +40,7 @@ class LiveText:
         self._console = Console(stderr=True, highlight=False, markup=False)
         self._together = self._console.is_terminal and sys.stdout.isatty()
         self._live: Live | None = None
+        self._left = TimeLeft()
         self._first: float | None = None
         self._count = 0
 
@@ -46,6 +48,7 @@ class LiveText:
         if self._console.is_terminal:
             self._live = Live(console=self._console, transient=True, refresh_per_second=_REFRESHES_PER_S, redirect_stdout=False)
             self._live.start()
+            self._left.begin()
             self._live.update(Text("reading the prompt", style="dim"))
         return self
 
@@ -59,6 +62,12 @@ class LiveText:
             written = streamed[: len(streamed) - len(self._unwritten) - len(self._pieces[-1])]
             rest = (self.text if self.text.startswith(written) else streamed)[len(written) :]
             self._write(rest + ("" if self.text.endswith("\n") else "\n"))
+
+    def reading(self, done: int, total: int) -> None:
+        """Show that `done` of `total` layers have read the prompt."""
+        self._left.update(done, total)
+        if self._live is not None and not self._count:
+            self._live.update(Text(f"reading the prompt: {done / total:.0%}, {self._left}", style="dim"))
 
     def add(self, ids: Any) -> None:
         """Take the next token, a tensor of one."""

@@ -41,13 +41,10 @@ _OPTIONS = (
 class Cells(Bar):
     """Shows the cells of a sweep and the time left; without a terminal, one line per cell."""
 
-    def __init__(self) -> None:
-        # One cell may take minutes: the time left is estimated from all cells.
-        super().__init__(estimate_over_s=float("inf"))
-
     def begin(self, done: int, total: int) -> None:
         """`done` of `total` cells are in the file already."""
         self._before, self._done, self._total, self._start = done, done, total, time.monotonic()
+        self._left.begin(done)
         self._progress.reset(self._task, completed=done, total=total)
 
     def working(self, cell: dict[str, Any], phase: str, share: float) -> None:
@@ -56,12 +53,15 @@ class Cells(Bar):
 
         said = f"{name(cell)}: {phase} {share:.0%}" if share else f"{name(cell)}: {phase}"
         self._progress.update(self._task, description=said, completed=self._done, total=self._total)
+        if self._due():
+            self._line(f"{self._done} of {self._total}, {self._left}: {said}")
 
     def finished(self, cell: dict[str, Any], status: str, reason: str | None) -> None:
         """Count a cell."""
         from elastickv.sweeps.plan import name
 
         self._done += 1
+        self._left.update(self._done, self._total)
         self._progress.update(self._task, completed=self._done, total=self._total)
         seconds = (time.monotonic() - self._start) / (self._done - self._before) * (self._total - self._done)
         if self._progress.disable or status != "ok" or reason:

@@ -8,6 +8,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, layer_errors
+from elastickv.evaluation.layer_progress import Progress, layer_progress
 from elastickv.evaluation.texts import Text, windows
 from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
@@ -22,8 +23,6 @@ RUNS = 4
 LEAST_TOKENS = 2 * (DEFAULT_SINKS + DEFAULT_WINDOW + 8 * PAGE_TOKENS)
 DEFAULT_TOKENS = CALIBRATION_TOKENS
 
-Progress = Callable[[int, int], None]
-
 
 def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress: Progress | None = None) -> ModelCalibration:
     """Measure the error of every KV head of a model at each fraction of its pages and in each format.
@@ -34,7 +33,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     Parameters
     ----------
     tokens : number of tokens of the text, from its beginning.
-    progress : called with (windows done, windows).
+    progress : called with (layers done, layers of all windows).
 
     Raises
     ------
@@ -62,10 +61,9 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
         heads = sizes
         measured.setdefault(layer, []).append(layer_errors(inputs, FRACTIONS, SCHEDULES, RUN))
 
-    with torch.inference_mode(), observed(loaded.model, positions, measure):
-        for done, row in enumerate(rows):
-            if progress is not None:
-                progress(done, len(rows))
+    watched = layer_progress(loaded.model, progress, len(rows))
+    with torch.inference_mode(), observed(loaded.model, positions, measure), watched:
+        for row in rows:
             ids = torch.tensor([row.ids], device=loaded.model.device)
             loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
     if heads is None:

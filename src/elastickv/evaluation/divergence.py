@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.prefill import Prefill, Tensor
 from elastickv.evaluation.scoring import Open
 
@@ -27,7 +28,9 @@ class Divergence:
     tokens: int
 
 
-def greedy(first: Sequence[int], start: Prefill, decoding: Open, tokens: int) -> Tensor:
+def greedy(
+    first: Sequence[int], start: Prefill, decoding: Open, tokens: int, progress: Progress = lambda done, total: None
+) -> Tensor:
     """Return the (rows, tokens) most likely continuations.
 
     Parameters
@@ -40,6 +43,7 @@ def greedy(first: Sequence[int], start: Prefill, decoding: Open, tokens: int) ->
         for step in range(tokens):
             ids = session.step(ids).argmax(-1).cpu()
             generated[:, step] = ids
+            progress(step + 1, tokens)
     return generated
 
 

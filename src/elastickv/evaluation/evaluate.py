@@ -43,6 +43,7 @@ def evaluate(
     UsageError : before anything is measured, if options, texts, calibration and model do not match.
     KeyboardInterrupt : if interrupted before the first row was finished.
     """
+    progress.phase("choosing windows and recipes")
     subject = Subject(loaded, calibration)
     context_windows = {context: _windows(subject, texts, options, context) for context in options.contexts}
     haystacks = options.needle_texts if options.needle_lengths else 0
@@ -118,7 +119,9 @@ def _context_rows(
     following = [row.ids[start.tokens] for row in rows]
     full = None
     if options.greedy_tokens:
-        full = greedy(following, start, lambda begun, _: sessions.stock(subject.model, begun), options.greedy_tokens)
+        progress.phase(f"full attention continues {len(rows)} windows of {context} tokens")
+        stock: Callable[..., Any] = lambda begun, _: sessions.stock(subject.model, begun)  # noqa: E731
+        full = greedy(following, start, stock, options.greedy_tokens, progress.progress)
     for path in paths:
         progress.phase(f"{path.name} at {context} tokens")
         began = time.monotonic()
@@ -126,7 +129,8 @@ def _context_rows(
         row = {"context": context, "cache": path.name} | path.byte_figures() | figures
         row |= {"windows": len(rows), "scored_tokens": len(rows) * options.scored, "seconds": time.monotonic() - began}
         if full is not None:
-            generated = greedy(following, start, path.decoding, options.greedy_tokens)
+            progress.phase(f"{path.name} continues them")
+            generated = greedy(following, start, path.decoding, options.greedy_tokens, progress.progress)
             row["greedy"] = _greedy(divergence(full, generated, end_tokens(subject.model)))
         yield row
 
@@ -142,10 +146,10 @@ def _retrieval(subject: Subject, row: Sequence[Case], options: EvaluationOptions
     start: Prefill = prefill(subject.model, [case.ids[:-1] for case in row], length - 1, 1, progress.progress)
     paths, skipped = decode_paths(subject, options.ratios, Span(length - 1, ANSWER_TOKENS), options.reference)
     full: Callable[..., Any] = lambda begun, _: sessions.stock(subject.model, begun)  # noqa: E731
-    hits = {"full": answered(row, start, full, subject.loaded.tokenizer)}
+    hits = {"full": answered(row, start, full, subject.loaded.tokenizer, progress.progress)}
     for path in paths:
         progress.phase(f"pass keys in {length} tokens, {path.name}")
-        hits[path.name] = answered(row, start, path.decoding, subject.loaded.tokenizer)
+        hits[path.name] = answered(row, start, path.decoding, subject.loaded.tokenizer, progress.progress)
     return {"tokens": length, "depths": [case.depth for case in row], "found": hits, "skipped": skipped}
 
 

@@ -81,105 +81,144 @@ def layer_errors(
     pages: dict[int, dict[float, list[float]]] = {steps: {f: [] for f in fractions} for steps in schedules}
     keys: dict[str, list[float]] = {name: [] for name in KEY_FORMATS}
     values: dict[str, list[float]] = {name: [] for name in value_formats(head_dim)}
+    regions = _QueryRegions(inputs.positions, inputs.keys.shape[1], sinks, window)
+    lists = [(steps, fraction) for steps in schedules for fraction in fractions if fraction != 1]
     for number in range(kv_heads):
-        head = _Head(inputs, number, sinks, window)
+        head = _Head(inputs, number, regions)
+        measured = head.errors(head.without(regions.left_out(head.rank, lists, run))) if lists else []
+        of_lists = dict(zip(lists, measured, strict=True))
         for steps in schedules:
             for fraction in fractions:
-                error = 0.0 if fraction == 1 else head.error(head.read(head.listed(fraction, steps, run)))
-                pages[steps][fraction].append(error)
+                pages[steps][fraction].append(of_lists.get((steps, fraction), 0.0))
         for name, row in keys.items():
-            row.append(head.error(head.attend(head.stored(inputs.keys[number], name, False, head_dim), head.values)))
-        for name, row in values.items():
-            fmt, _, group = name.partition("/")
-            row.append(
-                head.error(head.attend(head.keys, head.stored(inputs.values[number], fmt, True, int(group or head_dim))))
-            )
+            row.append(*head.errors(head.with_keys(regions.stored(inputs.keys[number], name, False, head_dim))))
+        formats = [name.partition("/") for name in values]
+        stored = [regions.stored(inputs.values[number], fmt, True, int(group or head_dim)) for fmt, _, group in formats]
+        for row, error in zip(values.values(), head.errors(head.with_values(stored)), strict=True):
+            row.append(error)
     return LayerErrors(pages, keys, values)
 
 
-class _Head:
-    """One KV head with the query heads that read it."""
+class _QueryRegions:
+    """Which tokens each query sees, and which of them are cold: the same for all heads of a layer."""
 
-    def __init__(self, inputs: LayerInputs, number: int, sinks: int, window: int) -> None:
+    def __init__(self, positions: Tensor, tokens: int, sinks: int, window: int) -> None:
+        self.sinks = sinks
+        # (positions,) cold pages that each query has.
+        self._cold = ((positions + 1 - sinks - window) // PAGE_TOKENS).clamp_min(0)
+        self.pages = int(self._cold.max())
+        self.cold_tokens = slice(sinks, sinks + self.pages * PAGE_TOKENS)
+        # (positions, tokens) and (positions, pages).
+        self.unseen = torch.arange(tokens, device=positions.device) > positions[:, None]
+        self.is_cold = torch.arange(self.pages, device=positions.device) < self._cold[:, None]
+
+    def left_out(self, rank: Tensor, lists: Sequence[tuple[int, float]], run: int) -> Tensor:
+        """Return (positions, lists, pages): whether a step leaves a page out.
+
+        It reads those that its anchor selected and those that became cold since then.
+
+        Parameters
+        ----------
+        rank : (positions, pages), 0 for the best page.
+        lists : (steps from one anchor to the next, share of the cold pages).
+        """
+        here = torch.arange(len(rank), device=rank.device)
+        counts = {
+            fraction: torch.tensor([selected(pages, fraction) for pages in self._cold.tolist()], device=rank.device)
+            for fraction in {fraction for _, fraction in lists}
+        }
+        left_out = torch.empty(len(rank), len(lists), self.pages, dtype=torch.bool, device=rank.device)
+        for number, (steps, fraction) in enumerate(lists):
+            anchor = here - here % run % steps
+            chosen = (rank < counts[fraction][:, None])[anchor]
+            left_out[:, number] = self.is_cold & self.is_cold[anchor] & ~chosen
+        return left_out
+
+    def stored(self, rows: Tensor, fmt: str, value: bool, group: int) -> Tensor:
+        """Return (tokens, head_dim) rows with the tokens that are cold for the last query read back from a format."""
+        cold = stored_values(rows[self.cold_tokens].cpu().numpy(), fmt, value, group)
+        whole = rows.clone()
+        whole[self.cold_tokens] = torch.from_numpy(cold).to(rows)
+        return whole
+
+
+class _Head:
+    """One KV head with the query heads that read it: its exact attention, and its outputs where something is changed."""
+
+    def __init__(self, inputs: LayerInputs, number: int, regions: _QueryRegions) -> None:
         group = len(inputs.queries) // len(inputs.keys)
         mine = slice(number * group, (number + 1) * group)
         head_dim = inputs.keys.shape[-1]
-        self.inputs, self.sinks = inputs, sinks
-        self.queries, self.keys, self.values = inputs.queries[mine], inputs.keys[number], inputs.values[number]
-        self.sink_logits = None if inputs.sink_logits is None else inputs.sink_logits[mine]
+        self._inputs, self._regions = inputs, regions
+        self._queries, self._keys, self._values = inputs.queries[mine], inputs.keys[number], inputs.values[number]
+        self._sink_logits = None if inputs.sink_logits is None else inputs.sink_logits[mine]
         columns = inputs.projection[:, mine.start * head_dim : mine.stop * head_dim]
-        self.gram = columns.T @ columns
-        contexts = inputs.positions + 1
-        # (positions,) cold pages that each query has.
-        self.cold = ((contexts - sinks - window) // PAGE_TOKENS).clamp_min(0)
-        self.pages = int(self.cold.max())
-        self.cold_tokens = slice(sinks, sinks + self.pages * PAGE_TOKENS)
-        self.weights = self._weights(self.keys)
-        self.total = self._total(self.weights)
-        self.full = self.weights @ self.values / self.total
-        cold = self.weights[..., self.cold_tokens].unflatten(-1, (self.pages, PAGE_TOKENS))
-        paged = self.values[self.cold_tokens].unflatten(0, (self.pages, PAGE_TOKENS))
-        self.page_weight = cold.sum(-1)
-        self.page_output = torch.einsum("gnpt,ptd->gnpd", cold, paged)
+        self._gram = columns.T @ columns
+        scores = self._scores(self._keys)
+        self._top = scores.amax(-1, keepdim=True)
+        self._weights = scores.sub_(self._top).exp_()
+        self._total = self._normalizer(self._weights)
+        self._full = self._weights @ self._values / self._total
         self.rank = self._rank()
 
-    def _weights(self, keys: Tensor) -> Tensor:
-        """Return (group, positions, tokens) exponentials of the scores, relative to each query's largest in exact attention."""
-        scores = (self.queries @ keys.T) * self.inputs.scaling
-        if self.inputs.softcap is not None:
-            scores = self.inputs.softcap * torch.tanh(scores / self.inputs.softcap)
-        tokens = torch.arange(len(keys), device=keys.device)
-        scores = scores.masked_fill(tokens > self.inputs.positions[:, None], -torch.inf)
-        if not hasattr(self, "top"):
-            self.top = scores.amax(-1, keepdim=True)
-        return (scores - self.top).exp()
+    def _scores(self, keys: Tensor) -> Tensor:
+        """Return the (group, positions, tokens) scores."""
+        scores = (self._queries @ keys.T).mul_(self._inputs.scaling)
+        if self._inputs.softcap is not None:
+            scores = self._inputs.softcap * torch.tanh(scores / self._inputs.softcap)
+        return scores.masked_fill_(self._regions.unseen, -torch.inf)
 
-    def _total(self, weights: Tensor) -> Tensor:
-        """Return the (group, positions, 1) normalizer."""
+    def _normalizer(self, weights: Tensor) -> Tensor:
+        """Return the (group, positions, 1) sums of weights, which are relative to each query's largest in exact attention."""
         total = weights.sum(-1, keepdim=True)
-        if self.sink_logits is not None:
-            total = total + (self.sink_logits[:, None, None] - self.top).exp()
+        if self._sink_logits is not None:
+            total = total + (self._sink_logits[:, None, None] - self._top).exp()
         return total
 
     def _rank(self) -> Tensor:
         """Return (positions, pages): 0 for the page that scores best, as `kvcache.scorers.bounds` scores."""
-        _, scales, zeros = quantize_int4_keys(self.keys[self.cold_tokens].unflatten(0, (self.pages, PAGE_TOKENS)).cpu().numpy())
-        s, z = (torch.from_numpy(plane.astype("float32")).to(self.keys) for plane in (scales, zeros))
-        signed, size = self.queries.sum(0), self.queries.abs().sum(0)
+        regions = self._regions
+        paged = self._keys[regions.cold_tokens].unflatten(0, (regions.pages, PAGE_TOKENS))
+        _, scales, zeros = quantize_int4_keys(paged.cpu().numpy())
+        s, z = (torch.from_numpy(plane.astype("float32")).to(self._keys) for plane in (scales, zeros))
+        signed, size = self._queries.sum(0), self._queries.abs().sum(0)
         scores = signed @ z.T + INT4_LEVELS / 2 * ((signed + SPAN * size) @ s.T)
-        scores = scores.masked_fill(~self._is_cold(self.cold), -torch.inf)
+        scores = scores.masked_fill(~regions.is_cold, -torch.inf)
         return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
-    def _is_cold(self, cold: Tensor) -> Tensor:
-        return torch.arange(self.pages, device=cold.device) < cold[:, None]
+    def without(self, left_out: Tensor) -> Tensor:
+        """Return the (lists, group, positions, head_dim) outputs of all tokens but those of the pages left out.
 
-    def listed(self, fraction: float, steps: int, run: int) -> Tensor:
-        """Return (positions, pages): whether a step reads a page, selected at its anchor or cold only since then."""
-        here = torch.arange(len(self.cold), device=self.cold.device)
-        anchor = here - here % run % steps
-        counts = torch.tensor([selected(int(pages), fraction) for pages in self.cold], device=self.cold.device)
-        chosen = (self.rank < counts[:, None])[anchor]
-        return chosen | (self._is_cold(self.cold) & ~self._is_cold(self.cold[anchor]))
+        Every page's sum is computed once; what a list reads is a product of matrices with these sums. Nothing is subtracted:
+        where a page with nearly all of the weight is left out, a difference would be rounding error.
+        """
+        pages, cold = self._regions.pages, self._regions.cold_tokens
+        weights = self._weights[..., cold].unflatten(-1, (pages, PAGE_TOKENS))
+        group, positions, head_dim = self._full.shape
+        # (pages, group x positions, 32) @ (pages, 32, head_dim), as (positions, pages, group x head_dim).
+        by_page = weights.flatten(0, 1).transpose(0, 1) @ self._values[cold].unflatten(0, (pages, PAGE_TOKENS))
+        sums = by_page.unflatten(1, (group, positions)).permute(2, 0, 1, 3).flatten(2)
+        read = (~left_out).to(sums)
+        output = (read @ sums).unflatten(-1, (group, head_dim)).permute(1, 2, 0, 3)
+        total = (read @ weights.sum(-1).permute(1, 2, 0)).permute(1, 2, 0)[..., None]
+        before, after = self._weights[..., : cold.start], self._weights[..., cold.stop :]
+        output = output + before @ self._values[: cold.start] + after @ self._values[cold.stop :]
+        total = total + self._normalizer(torch.cat([before, after], -1))
+        return output / total.clamp_min(torch.finfo(total.dtype).tiny)
 
-    def read(self, listed: Tensor) -> Tensor:
-        """Return the (group, positions, head_dim) outputs that leave out the cold pages not `listed`."""
-        left_out = (self._is_cold(self.cold) & ~listed).to(self.page_weight)
-        total = self.total[..., 0] - (self.page_weight * left_out).sum(-1)
-        output = self.full * self.total - torch.einsum("gnpd,np->gnd", self.page_output, left_out)
-        return output / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]
+    def with_keys(self, keys: Tensor) -> Tensor:
+        """Return the (1, group, positions, head_dim) outputs with other keys."""
+        weights = self._scores(keys).sub_(self._top).exp_()
+        return (weights @ self._values / self._normalizer(weights))[None]
 
-    def stored(self, rows: Tensor, fmt: str, value: bool, group: int) -> Tensor:
-        """Return rows with the tokens that are cold for the last query read back from a format."""
-        cold = stored_values(rows[self.cold_tokens].cpu().numpy(), fmt, value, group)
-        return torch.cat([rows[: self.sinks], torch.from_numpy(cold).to(rows), rows[self.cold_tokens.stop :]])
+    def with_values(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the (formats, group, positions, head_dim) outputs with other values."""
+        outputs = self._weights @ torch.cat(list(values), -1) / self._total
+        return outputs.unflatten(-1, (len(values), -1)).permute(2, 0, 1, 3)
 
-    def attend(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Return the (group, positions, head_dim) outputs of all tokens with other keys and values."""
-        weights = self.weights if keys is self.keys else self._weights(keys)
-        return weights @ values / (self.total if keys is self.keys else self._total(weights))
-
-    def error(self, outputs: Tensor) -> float:
-        """Return the mean over positions of ||W_o change||^2 / ||residual||^2."""
-        change = (outputs - self.full).permute(1, 0, 2).flatten(1)
-        squares = ((change @ self.gram) * change).sum(-1).clamp_min(0)
-        return float((squares / self.inputs.residual).mean())
+    def errors(self, outputs: Tensor) -> list[float]:
+        """Return the means over positions of ||W_o change||^2 / ||residual||^2, of (n, group, positions, head_dim) outputs."""
+        change = (outputs - self._full).transpose(1, 2).flatten(2)
+        squares = ((change @ self._gram) * change).sum(-1).clamp_min(0)
+        errors: list[float] = (squares / self._inputs.residual).mean(-1).tolist()
+        return errors

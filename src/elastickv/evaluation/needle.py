@@ -7,6 +7,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.evaluation.divergence import greedy
+from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.prefill import Prefill
 from elastickv.evaluation.scoring import Open
 from elastickv.transformers.tokenization import text_prefix, text_tokens
@@ -60,13 +61,15 @@ def cases(tokenizer: Any, haystack: str, length: int, depths: Sequence[float], s
     return prompts
 
 
-def answered(rows: Sequence[Case], start: Prefill, decoding: Open, tokenizer: Any) -> list[bool]:
+def answered(
+    rows: Sequence[Case], start: Prefill, decoding: Open, tokenizer: Any, progress: Progress = lambda done, total: None
+) -> list[bool]:
     """Return for every case whether the generated text begins with the key.
 
     Parameters
     ----------
     start : of the prompts without their last token.
     """
-    answers = greedy([row.ids[-1] for row in rows], start, decoding, ANSWER_TOKENS)
+    answers = greedy([row.ids[-1] for row in rows], start, decoding, ANSWER_TOKENS, progress)
     texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
     return [text.strip(" :\n*").startswith(row.key) for text, row in zip(texts, rows, strict=True)]

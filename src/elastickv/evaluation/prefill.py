@@ -9,11 +9,11 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from elastickv.evaluation.layer_progress import Progress, layer_progress
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
 from elastickv.transformers.model_support import stock_layers, text_config
 
 Tensor: TypeAlias = Any
-Progress = Callable[[int, int], None]
 _ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -74,6 +74,7 @@ def prefill(
     rows : token ids, all rows of one length.
     stored_tokens : number of first positions of which keys and values are returned.
     logit_count : number of last positions of which logits are returned.
+    progress : called with (layers done, layers of all rows), or tokens where they are read one by one.
     """
     if all(type(layer) in _ATTENTION for layer in stock_layers(text_config(model))):
         return _row_by_row(model, rows, stored_tokens, logit_count, progress)
@@ -86,20 +87,18 @@ def _row_by_row(
     keys: list[Tensor] = []
     values: list[Tensor] = []
     logits = torch.empty(len(rows), logit_count, text_config(model).vocab_size)
-    for number, row in enumerate(rows):
-        if progress is not None:
-            progress(number, len(rows))
-        # Without a configuration all layers keep all tokens; a layer with a window is masked to it.
-        cache = transformers.DynamicCache()
-        with torch.inference_mode():
+    with torch.inference_mode(), layer_progress(model, progress, len(rows)):
+        for number, row in enumerate(rows):
+            # Without a configuration all layers keep all tokens; a layer with a window is masked to it.
+            cache = transformers.DynamicCache()
             ids = torch.tensor([list(row)], device=model.device)
             logits[number] = model(input_ids=ids, logits_to_keep=logit_count, **{CACHE_ARGUMENT: cache}).logits[0].float()
-        for layer, store in enumerate(cache.layers):
-            if number == 0:
-                for states in (keys, values):
-                    states.append(store.keys.new_empty(len(rows), store.keys.shape[1], stored_tokens, store.keys.shape[3]))
-            keys[layer][number] = store.keys[0, :, :stored_tokens]
-            values[layer][number] = store.values[0, :, :stored_tokens]
+            for layer, store in enumerate(cache.layers):
+                if number == 0:
+                    for states in (keys, values):
+                        states.append(store.keys.new_empty(len(rows), store.keys.shape[1], stored_tokens, store.keys.shape[3]))
+                keys[layer][number] = store.keys[0, :, :stored_tokens]
+                values[layer][number] = store.values[0, :, :stored_tokens]
     return Prefill(keys, values, logits)
 
 

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager
 import numpy as np
 import torch
 
+from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.metrics import Scores, token_figures
-from elastickv.evaluation.prefill import Prefill, Progress
+from elastickv.evaluation.prefill import Prefill
 from elastickv.evaluation.sessions import DecodingSession
 from elastickv.evaluation.texts import Window
 

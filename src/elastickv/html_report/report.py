@@ -1,7 +1,7 @@
 """`elastickv.report`: results as a page."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -42,7 +42,7 @@ class Report:
     @cached_property
     def figures(self) -> Mapping[str, str]:
         """Every chart as SVG, by its name."""
-        return {chart.name: chart.svg() for chart in self.content.charts}
+        return _drawn(self.content, lambda done, total: None)
 
     @cached_property
     def html(self) -> str:
@@ -76,26 +76,44 @@ class Report:
         """
         return frame(self.rows())
 
-    def save(self, path: Path | str, format: str | None = None) -> None:  # noqa: A002
+    def save(
+        self,
+        path: Path | str,
+        format: str | None = None,  # noqa: A002
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Write the report.
 
         Parameters
         ----------
         path : the file; Markdown also writes a folder of figures, named after it.
         format : 'html', 'md', 'pdf-ready' or 'png'; None goes by the suffix, and is 'html' where it says nothing.
+        progress : called with (charts drawn, charts).
 
         Raises
         ------
         UsageError : if the format is unknown or does not go with the suffix, or the file cannot be written.
         """
         path = file_path(path)
-        save(self, path, chosen_format(path, format))
+        shown = chosen_format(path, format)
+        if progress is not None and shown != "png":
+            vars(self)["figures"] = _drawn(self.content, progress)
+        save(self, path, shown)
 
     def _page(self, printed: bool) -> str:
         return render(self.content, dict(self.figures), downloads(self.facts), printed=printed)
 
     def _repr_html_(self) -> str:
         return render_fragment(self.content, dict(self.figures))
+
+
+def _drawn(content: Content, progress: Callable[[int, int], None]) -> Mapping[str, str]:
+    """Return every chart as SVG, by its name."""
+    svgs: dict[str, str] = {}
+    for chart in content.charts:
+        svgs[chart.name] = chart.svg()
+        progress(len(svgs), len(content.charts))
+    return svgs
 
 
 def report(*results: Any, title: str | None = None) -> Report:

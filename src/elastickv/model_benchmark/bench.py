@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from traceback import clear_frames
 from typing import Any
 
 import torch
 
-from elastickv.benchmark.reporter import Reporter
+from elastickv.benchmark.reporter import Reporter, SilentReporter
 from elastickv.benchmark.stats.intervals import beyond_noise
 from elastickv.benchmark.telemetry_probes import ProcfsProbe, UnavailableError
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
+from elastickv.evaluation.layer_progress import layer_progress
+from elastickv.evaluation.loading_progress import loading_progress
 from elastickv.evaluation.prefill import prefill
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.texts import Text, windows
@@ -113,8 +116,7 @@ def measure(options: ModelBench, command: tuple[str, ...], progress: Reporter, l
     UsageError : if the model is not supported, or it does not fit the memory with an elastic cache.
     """
     if loaded is None:
-        progress.phase("loading")
-        loaded = load(options)
+        loaded = _loaded(options, progress)
     ids = _prompts(loaded, options)
     mask, model, sampling = torch.ones_like(ids), loaded.model, Sampling(options.temperature, options.seed, ends=False)
     made: list[Callable[[], Generation]] = [
@@ -166,8 +168,7 @@ def measure_with_quality(
     """
     if scored < 0:
         raise UsageError(f"`scored`={scored} is out of range: give a whole number from 0 up")
-    progress.phase("loading")
-    loaded = load(options)
+    loaded = _loaded(options, progress)
     result = measure(options, command, progress, loaded)
     delta, reason = _quality(loaded, options.context, result["caches"][-1], text, scored, progress)
     return result | {"fidelity": None if delta is None else asdict(delta), "fidelity_not_measured": reason}
@@ -189,7 +190,7 @@ def _quality(
         return None, str(error)
     release(loaded.model)
     progress.phase("predictions")
-    start = prefill(loaded.model, [rows[0].ids[:-1]], context, scored)
+    start = prefill(loaded.model, [rows[0].ids[:-1]], context, scored, progress.progress)
     scores = score(rows, start, lambda begun, steps: sessions.elastic(loaded.model, recipes, begun, steps), progress.progress)
     return quality_delta(STOCK, text.name, context, scores), None
 
@@ -256,8 +257,16 @@ def _begun(generation: Generation, progress: Reporter) -> Generation:
     progress.phase(f"{generation.name}: warming up")
     generation.rehearse()
     progress.phase(f"{generation.name}: prompt of {generation.prompt_tokens} tokens")
-    generation.advance(_FIRST_TOKENS)
+    with layer_progress(generation.model, progress.progress):
+        generation.advance(_FIRST_TOKENS)
     return generation
+
+
+def _loaded(options: ModelBench, progress: Reporter) -> Loaded:
+    progress.phase("loading")
+    # Where nobody looks, such as in a notebook, the loaders' bars stay switched off.
+    with nullcontext() if isinstance(progress, SilentReporter) else loading_progress(progress.progress):
+        return load(options)
 
 
 def load(options: ModelBench) -> Loaded:

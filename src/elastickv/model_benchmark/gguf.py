@@ -111,8 +111,9 @@ def measure(options: GgufBench, command: tuple[str, ...], progress: Reporter) ->
     (prompt,) = filled_prompts(llama.prefix, own, options.context)
     text = [*llama.prefix, *own]
     progress.phase("warming up")
-    for each in opened.values():
+    for done, each in enumerate(opened.values(), 1):
         each.timed(prompt, options.tokens)
+        progress.progress(done, len(opened))
     progress.phase("measuring")
     samples: dict[str, list[tuple[float, float]]] = {kv_type: [] for kv_type in opened}
     for done, kv_type in enumerate(schedule(list(opened), options.rounds, True, options.seed), 1):

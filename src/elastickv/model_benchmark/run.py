@@ -27,6 +27,7 @@ from elastickv.model_benchmark.records import environment_record, model_record
 from elastickv.model_benchmark.speedups import noise_floor, speedup, step_means
 from elastickv.results.kinds.model_result import CompressionStart
 from elastickv.transformers.config import UncalibratedWarning
+from elastickv.transformers.model_loading import Loaded
 from elastickv.transformers.tokenization import prompt_tokens
 
 KIND = "elastickv-run"
@@ -85,8 +86,8 @@ class PromptRun:
         """Tokens of the prompt."""
         return int(self._ids.shape[1])
 
-    def load(self, device: str) -> None:
-        """Load the weights, and make the caches.
+    def load(self, device: str) -> Loaded:
+        """Load the weights, make the caches, and return the model.
 
         Raises
         ------
@@ -100,6 +101,7 @@ class PromptRun:
             if isinstance(self._source, RandomWeights):  # which have nothing to lose
                 warnings.simplefilter("ignore", UncalibratedWarning)
             self._elastic = elastic(model, ids, mask, request.sampling, self.prompt_tokens + request.tokens, request.wanted)
+        return self._loaded
 
     @property
     def _generations(self) -> list[Generation]:

@@ -114,6 +114,16 @@ def compile_source(name: str, arch: str, macros: Mapping[str, int]) -> Compiled:
     return compiled
 
 
+def compile_file(path: Path, arch: str, macros: Mapping[str, int]) -> Compiled:
+    """Compile a CUDA source file as `compile_source` does a kernel, with the same headers but without the disk cache.
+
+    Raises
+    ------
+    CompileFailure : if it does not compile.
+    """
+    return _compile(path.stem, arch, path.read_bytes(), _options(arch, macros))
+
+
 def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
     return [
         f"--gpu-architecture=sm_{arch}",

@@ -96,7 +96,7 @@ def flat(row: Row) -> dict[str, Any]:
 def as_terminal(comparison: ComparedResults) -> str:
     """Return each verdict with its interval and recipe errors, their counts, and every warning."""
     out = io.StringIO()
-    console = Console(file=out, width=200, highlight=False)
+    console = Console(file=out, width=200, highlight=False, force_jupyter=False, force_terminal=False)
     table = Table(box=None, pad_edge=False)
     headers, rows = _grid(comparison)
     for header in headers:

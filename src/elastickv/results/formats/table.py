@@ -24,7 +24,7 @@ def literal(text: str) -> str:
 def as_table(result: Result) -> str:
     """Return the device and workload, the contenders' times, the speed-up with the recipe error, and every warning."""
     out = io.StringIO()
-    console = Console(file=out, width=100, highlight=False)
+    console = Console(file=out, width=100, highlight=False, force_jupyter=False, force_terminal=False)
     name, workload = _workload(result)
     console.print(f"[bold]{literal(name)}[/]  {literal(workload)}")
     console.print(f"recipe [bold]{literal(result.recipe.text)}[/] {literal(_bytes(result.recipe))}{_fallback(result)}")
