@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.transformers.gguf_header import read_gguf_header
+from elastickv.transformers.gguf.gguf_header import read_gguf_header
 
 # Elements of a block, bytes of a block.
 KV_TYPES: dict[str, tuple[int, int]] = {

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.transformers.gguf_header import read_gguf_header
-from elastickv.transformers.gguf_readers import GgufReaders
+from elastickv.transformers.gguf.gguf_header import read_gguf_header
+from elastickv.transformers.gguf.gguf_readers import GgufReaders
 
 NEEDED = ("torch", "transformers")
 INSTALL = 'pip install "elastickv[transformers]"'
