@@ -12,10 +12,10 @@ from elastickv.errors import UsageError
 def no_cuda(monkeypatch):
     original = registry._open
 
-    def refuse(name, device, allocator):
+    def refuse(name, device, allocator, report):
         if name == "cuda":
             raise UsageError('the CUDA backend is not installed: pip install "elastickv[cuda]"')
-        return original(name, device, allocator)
+        return original(name, device, allocator, report)
 
     monkeypatch.setattr(registry, "_open", refuse)
 
@@ -55,7 +55,7 @@ def test_an_unwritable_kernel_cache_is_named_with_its_remedy(no_cuda, monkeypatc
 
 
 def test_a_cpu_back_end_that_is_refused_tells_its_own_remedy(monkeypatch):
-    def refuse(name, device, allocator):
+    def refuse(name, device, allocator, report):
         raise UsageError("the settings are wrong: mend them")
 
     monkeypatch.setattr(registry, "_open", refuse)

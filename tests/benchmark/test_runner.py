@@ -17,6 +17,7 @@ from elastickv.benchmark import run as _run_function
 from elastickv.benchmark.options import PRESETS
 from elastickv.benchmark.sample_inputs import load_sample
 from elastickv.benchmark.schema import SCHEMA_PATH, result_schema
+from elastickv.benchmark.time_budget import TimeBudget
 from elastickv.errors import KernelMismatch, NonFiniteError, UsageError
 from elastickv.kvcache.error_metrics import ErrorSummary
 from elastickv.recipe import AttentionShape, read_ratio
@@ -188,9 +189,11 @@ def test_the_sample_error_is_of_the_recipe_that_was_timed(plain):
 @pytest.mark.parametrize("options", [*PRESETS.values(), {"seq": 2048, "compress": 4}, {"seq": 3000, "compress": 8}])
 def test_up_to_4096_tokens_the_error_is_of_the_very_recipe_and_context(options, monkeypatch):
     seen = []
-    monkeypatch.setattr(RUN_MODULE, "replay", lambda _, sample, recipe, dtype: seen.append((sample.tokens, str(recipe))))
+    monkeypatch.setattr(
+        RUN_MODULE, "replay", lambda _, sample, recipe, dtype, within_s: seen.append((sample.tokens, str(recipe)))
+    )
     options = Options(**options)
-    on_sample = RUN_MODULE._on_sample(None, options, load_sample(), options.resolved_recipe)
+    on_sample = RUN_MODULE._on_sample(None, options, load_sample(), options.resolved_recipe, TimeBudget(None))
     assert seen == [(3072 if options.seq == 3000 else options.seq, str(options.resolved_recipe))]
     assert (on_sample.refused, on_sample.differs) == (None, None)
 
@@ -210,10 +213,10 @@ def test_up_to_4096_tokens_the_error_is_of_the_very_recipe_and_context(options, 
 )
 def test_where_the_error_is_of_another_recipe_the_result_says_so(options, recipe, differs, monkeypatch):
     seen = []
-    monkeypatch.setattr(RUN_MODULE, "replay", lambda _, sample, recipe, dtype: seen.append((sample.tokens, recipe)))
+    monkeypatch.setattr(RUN_MODULE, "replay", lambda _, sample, recipe, dtype, within_s: seen.append((sample.tokens, recipe)))
     options = Options(**options)
     sample = load_sample()
-    on_sample = RUN_MODULE._on_sample(None, options, sample, options.resolved_recipe)
+    on_sample = RUN_MODULE._on_sample(None, options, sample, options.resolved_recipe, TimeBudget(None))
     ((tokens, replayed),) = seen
     assert tokens == min(options.seq, 4096)
     assert differs in on_sample.differs if differs else on_sample.differs is None

@@ -33,7 +33,7 @@ WALL_CLOCKS = {
 @pytest.fixture
 def backend(monkeypatch):
     backend, module = ReferenceBackend(), sys.modules[run.__module__]
-    monkeypatch.setattr(module, "load", lambda name, device: (backend, None))
+    monkeypatch.setattr(module, "load", lambda name, device, report=None: (backend, None))
     # The float64 reference on the real sample is most of a run's time here.
     monkeypatch.setattr(module, "_on_sample", lambda *_: module.OnSample(None, "left out"))
     return backend

@@ -87,7 +87,7 @@ def test_the_result_says_which_layers_are_compressed_and_how_windows_begin(resul
     }  # fmt: skip
     assert result["scored_texts"][1] == {"name": "srettel", "tokens": 6000, "windows": 1, "scored_tokens": 8}
     shown = fidelity_tables(EvaluationResult.from_dict(json.loads(json.dumps(result))))
-    for said in ("1 of 2 layers have full attention", "begins with <s> (1)", "the last 8 are scored, after 592 of context"):
+    for said in ("1 of 2 layers have full attention", "begins with `<s>` (1)", "the last 8 are scored, after 592 of context"):
         assert said in shown
 
 

@@ -110,7 +110,7 @@ def replay_once(backend, sample, recipe, dtype, within_s=math.inf):
 def measure_with(monkeypatch, backend):
     """Let `run` measure with this backend."""
     module = sys.modules[run.__module__]
-    monkeypatch.setattr(module, "load", lambda name, device: (backend, None))
+    monkeypatch.setattr(module, "load", lambda name, device, report=None: (backend, None))
     monkeypatch.setattr(module, "replay", replay_once)
 
 

@@ -64,12 +64,18 @@ class _ShareColumn(ProgressColumn):
 
 
 class Bar:
-    """Shows phases, their progress and the time left; a context manager."""
+    """Shows phases, their progress and the time left; a context manager.
 
-    def __init__(self, console: Console | None = None, clock: Clock = time.monotonic) -> None:
+    Parameters
+    ----------
+    announce : whether the beginning of a phase is a line of its own where there is no bar.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Clock = time.monotonic, announce: bool = True) -> None:
         # The file itself: a loader redirects `sys.stderr` for a while.
         self._console = console or Console(file=sys.stderr, highlight=False)
         self._clock, self._left, self._name, self._said = clock, TimeLeft(clock), "", clock()
+        self._announce = announce
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -94,7 +100,8 @@ class Bar:
         """Begin a phase."""
         self._name = name
         self._left.begin()
-        self._line(name)
+        if self._announce:
+            self._line(name)
         self._progress.reset(self._task, description=name, total=None)
 
     def progress(self, done: int, total: int) -> None:

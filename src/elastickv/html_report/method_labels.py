@@ -31,19 +31,19 @@ def labelled(label: str, times: Sequence[MeasuredTime]) -> dict[str, dict[int, l
 
     Only times of one label and context may be averaged: they share the device, the shape, the method and what ran.
     """
-    apart = [name for name in _ALWAYS_APART if _differ([time.method.get(name) for time in times])]
+    apart = [name for name in _ALWAYS_APART if _differ([timing.method.get(name) for timing in times])]
     together: dict[tuple[int, str], list[MeasuredTime]] = {}
-    for time in times:
-        together.setdefault((time.context, method_label(time.method, apart)), []).append(time)
+    for timing in times:
+        together.setdefault((timing.context, method_label(timing.method, apart)), []).append(timing)
     groups = list(together.values())
-    names = dict.fromkeys(name for group in groups for time in group for name in time.method)
-    apart += [name for name in names if any(_differ([time.method.get(name) for time in group]) for group in groups)]
-    several = any(_differ([time.variant for time in group]) for group in groups)
+    names = dict.fromkeys(name for group in groups for timing in group for name in timing.method)
+    apart += [name for name in names if any(_differ([timing.method.get(name) for timing in group]) for group in groups)]
+    several = any(_differ([timing.variant for timing in group]) for group in groups)
     series: dict[str, dict[int, list[IntervalEstimate]]] = {}
-    for time in times:
-        parts = [*([time.variant] if several else ()), *filter(None, [method_label(time.method, apart)])]
+    for timing in times:
+        parts = [*([timing.variant] if several else ()), *filter(None, [method_label(timing.method, apart)])]
         own = f"{label} ({', '.join(parts)})" if parts else label
-        series.setdefault(own, {}).setdefault(time.context, []).append(time.time)
+        series.setdefault(own, {}).setdefault(timing.context, []).append(timing.time)
     return series
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pickle import PicklingError
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ NO_GRADIENT = "a cache in 8 or 4 bits has no gradient: run the model under torch
 _UNSUPPORTED = ("sliding_window", "position_bias", "block_table")
 
 
-class NotPicklable(UsageError, PicklingError, TypeError):
+class NotPicklable(UsageError, TypeError):
     """A cache was to be pickled."""
 
 

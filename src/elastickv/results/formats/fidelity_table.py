@@ -17,7 +17,7 @@ def fidelity_tables(result: EvaluationResult) -> str:
     heading = f"{model.name} ({model.fingerprint}), {model.dtype} on {model.device}, {source}; texts: {_texts(result)}"
     lines = [
         markdown_cell(heading),
-        *map(markdown_cell, _windows(result)),
+        *_windows(result),
         "",
         *_table(_HEADERS, [_loss_row(row) for row in result.rows]),
         "",
@@ -45,14 +45,14 @@ def _windows(result: EvaluationResult) -> Iterator[str]:
     """Yield how windows begin, and for each context where they are and what is scored."""
     if result.prefix is not None:
         ids = ", ".join(map(str, result.prefix.ids))
-        begins = f"with {result.prefix.text} ({ids}), which counts as a part of it" if ids else "without a special token"
+        begins = f"with `{result.prefix.text}` ({ids}), which counts as a part of it" if ids else "without a special token"
         yield f"Every window begins {begins}."
     windows = result.windows or []
     for context in dict.fromkeys(window.context for window in windows):
         mine = [window for window in windows if window.context == context]
         scored = mine[0].scored_end - mine[0].scored_first
         starts = "; ".join(
-            f"{name} from token {', '.join(str(window.first) for window in mine if window.text == name)}"
+            f"{markdown_cell(name)} from token {', '.join(str(window.first) for window in mine if window.text == name)}"
             for name in dict.fromkeys(window.text for window in mine)
         )
         yield f"Windows of {context} tokens: {starts}; the last {scored} are scored, after {mine[0].context_tokens} of context."
