@@ -63,20 +63,26 @@ def measure(cell: tuple[int, int], target: Path, arguments: argparse.Namespace, 
     return None if status == 0 and target.is_file() else f"exit status {status}: {last}"
 
 
+def _figure(interval: dict | None, unit: str = "") -> str:
+    """Return an estimate with its interval, as far as there were enough pairs."""
+    if interval is None:
+        return "too few pairs"
+    bounds = "" if interval["low"] is None else f" [{interval['low']:.2f}, {interval['high']:.2f}]"
+    return f"{interval['estimate']:.2f}{unit}{bounds}"
+
+
 def line(result: dict) -> str:
     """Return what a cell came to."""
-    parts = []
-    for cache in result["caches"]:
-        step = cache["step_ms"]
-        parts.append(
-            f"{cache['cache']} {cache['tokens_per_s']:.1f} tokens/s, {step['estimate']:.2f} ms [{step['low']:.2f}, "
-            f"{step['high']:.2f}], {cache['of_floor']:.2f}x the floor of {cache['floor_ms']:.2f}, first token "
-            f"{cache['first_token_s']:.2f} s{_storing(cache)}, holds {_gb(cache['held_bytes'])}, "
-            f"peak {_gb(cache['peak_bytes'])}"
-        )
+    parts = [
+        f"{cache['cache']} {cache['tokens_per_s']:.1f} tokens/s, {_figure(cache['step_ms'], ' ms')}, "
+        f"{cache['of_floor']:.2f}x the floor of {cache['floor_ms']:.2f}, first token "
+        f"{cache['first_token_s']:.2f} s{_storing(cache)}, holds {_gb(cache['held_bytes'])}, "
+        f"peak {_gb(cache['peak_bytes'])}"
+        for cache in result["caches"]
+    ]
     for name, ratio in result["speedups"].items():
         if ratio is not None:
-            parts.append(f"elastic / {name} {ratio['estimate']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]")
+            parts.append(f"elastic / {name} {_figure(ratio)}")
     parts += [f"not run: {name}: {reason}" for name, reason in result["not_run"].items()]
     return "; ".join(parts)
 

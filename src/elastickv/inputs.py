@@ -24,11 +24,11 @@ def file_path(name: Any) -> Path:
 
     Raises
     ------
-    UsageError : if it is no str or path.
+    UsageError : if it is no str or path, or empty.
     """
     if isinstance(name, os.PathLike):
         name = os.fspath(name)
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         raise UsageError(f"{name!r} is no name of a file: give a str or a Path")
     return Path(name)
 

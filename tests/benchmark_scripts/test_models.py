@@ -28,7 +28,7 @@ def test_a_cell_is_a_file_and_a_line(run):
     assert status == 0 and len(lines) == 1
     record = json.loads((folder / "model-tiny-300x2.json").read_text(encoding="utf-8"))
     assert (record["context"], record["batch"], record["rounds"], record["tokens"]) == (300, 2, 2, 2)
-    assert lines[0].startswith("300x2: stock ") and "elastic / stock" in lines[0] and "needs CUDA" in lines[0]
+    assert lines[0].startswith("300x2: stock ") and "too few pairs" in lines[0] and "needs CUDA" in lines[0]
 
 
 def test_a_cell_that_fails_is_a_reason_and_the_next_goes_on(run):

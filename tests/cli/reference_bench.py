@@ -9,7 +9,7 @@ from elastickv.cli import main
 from tests.helpers.reference_backend import ReferenceBackend, ReferenceProgram
 
 module = sys.modules[run.__module__]
-module.load = lambda name, device: (ReferenceBackend(), None)
+module.load = lambda name, device, report=None: (ReferenceBackend(), None)
 module._sample_accuracy = lambda *_: (None, "left out")
 launch = ReferenceProgram.run
 

@@ -129,7 +129,7 @@ def test_a_signal_inside_a_callback_where_python_drops_exceptions_ends_the_progr
     [
         ('"$@" compare a b 2>&-', 2, ""),
         ('"$@" compare a b <&- >&- 2>&-', 2, ""),
-        ('"$@" run shape:tiny <&-', 2, ""),
+        ('"$@" run shape:none <&-', 2, ""),
         ('"$@" --version 2>&- <&-', 0, "elastickv"),
     ],
 )

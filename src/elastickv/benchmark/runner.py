@@ -52,7 +52,8 @@ def run(options: Options, reporter: Reporter | None = None, started: float | Non
 
 
 def _run(options: Options, report: TimedPhases, budget: TimeBudget) -> Result:
-    report.phase("loading", opening(options))
+    if note := opening(options):
+        report.phase("loading", note)
     sample = load_sample(options.input)
     check_range(sample, options.dtype)
     backend, skip_reason = load(options.backend, options.device, report=report)

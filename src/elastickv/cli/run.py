@@ -62,7 +62,6 @@ def command(**arguments: Any) -> int:
     with Bar() as bar:
         bar.phase("importing PyTorch and Transformers")
         from elastickv.evaluation.layer_progress import layer_progress
-        from elastickv.evaluation.loading_progress import loading_progress
         from elastickv.model_benchmark.generation import Sampling
         from elastickv.model_benchmark.model_source import open_model
         from elastickv.model_benchmark.run import PromptRun, Request
@@ -87,8 +86,7 @@ def command(**arguments: Any) -> int:
         for line in _before_loading(prepared, source, request):
             click.echo(f"elastickv: {line}", err=True)
         bar.phase("loading")
-        with loading_progress(bar.progress):
-            loaded = prepared.load(device)
+        loaded = prepared.load(device, bar.progress)
         bar.phase("warming up")
         prepared.warm_up()
     live = LiveText(source.tokenizer, keep_going=output is not None)

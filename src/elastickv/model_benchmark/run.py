@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from elastickv.errors import UsageError
+from elastickv.evaluation.layer_progress import Progress
+from elastickv.evaluation.loading_progress import loading_progress
 from elastickv.model_benchmark.compression_start import compression_start
 from elastickv.model_benchmark.generation import (
     ELASTIC,
@@ -86,15 +88,20 @@ class PromptRun:
         """Tokens of the prompt."""
         return int(self._ids.shape[1])
 
-    def load(self, device: str) -> Loaded:
+    def load(self, device: str, progress: Progress) -> Loaded:
         """Load the weights, make the caches, and return the model.
+
+        Parameters
+        ----------
+        progress : called with (done, total) of what is loaded at present.
 
         Raises
         ------
         UsageError : if they cannot be loaded.
         """
         request, ids = self._request, self._ids
-        self._loaded = self._source.load(self._dtype, device)
+        with loading_progress(progress):
+            self._loaded = self._source.load(self._dtype, device)
         mask, model = torch.ones_like(ids), self._loaded.model
         self._stock = stock(model, ids, mask, request.sampling) if request.paired else None
         with warnings.catch_warnings():
