@@ -489,3 +489,21 @@ def test_a_recipe_of_forty_heads_comes_back_from_results_tables_and_pages(backen
     for form in FORMATS:
         assert text in re.sub(r"\s", "", Measurement.load(path).shown(form))
     assert text in report(path).html
+
+
+def test_ceilings_and_warm_up_are_never_silent(backend):
+    steps = {}
+
+    class Recording:
+        name = ""
+
+        def phase(self, name):
+            self.name = name
+
+        def progress(self, done, total):
+            steps.setdefault(self.name, []).append((done, total))
+
+    _run_function(Options(**SMALL, recipe="int8"), Recording())
+    (sampled,) = [shown for name, shown in steps.items() if name.startswith("measuring int8 against")]
+    assert [done for done, _ in steps["measuring the ceilings of the device"]] == [1, 2, 3]
+    assert steps["warming up"][-1][0] == steps["warming up"][-1][1] and sampled[0][0] == 1

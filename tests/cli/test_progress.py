@@ -5,7 +5,11 @@ import io
 import pytest
 from rich.console import Console
 
+from elastickv.backends import load
+from elastickv.backends.compilation_report import Interruption, current_report
+from elastickv.backends.cpu import backend
 from elastickv.cli.progress import Bar, TimeLeft
+from elastickv.recipe import AttentionShape, Recipe
 
 
 class Clock:
@@ -91,3 +95,40 @@ def test_what_a_command_prints_below_a_bar_goes_where_its_output_goes(capsys):
         progress.phase("measuring")
         print("a result")
     assert capsys.readouterr().out == "a result\n" and "a result" not in out.getvalue()
+
+
+def test_kernels_that_are_compiled_on_the_way_are_a_phase_of_their_own():
+    shown, out, _ = bar(terminal=False)
+    assert current_report() is None
+    with shown:
+        shown.phase("scoring")
+        shown.progress(1, 8)
+        current_report().phase("compiling")
+        current_report().progress(0, 10)
+        current_report().progress(10, 10)
+        current_report().progress(10, 10)
+        shown.progress(2, 8)
+    assert current_report() is None
+    assert out.getvalue().splitlines() == [f"elastickv: {name}" for name in ("scoring", "compiling", "scoring")]
+
+
+def test_compilation_counts_for_nothing_in_the_time_left():
+    """The first tokens of an evaluation on a fresh machine were said to be followed by half an hour."""
+    shown, out, clock = bar(terminal=True)
+    with shown:
+        shown.phase("scoring")
+        current_report().phase("compiling")
+        clock.now += 30
+        current_report().progress(10, 10)
+        clock.now += 1
+        shown.progress(1, 8)
+    assert "7 s left" in out.getvalue() and "min" not in out.getvalue()
+
+
+def test_every_cache_on_the_cpu_shows_what_it_compiles(monkeypatch):
+    reports = []
+    monkeypatch.setattr(backend, "compile_kernels", lambda kernels, report: reports.append(report))
+    shown, _, _ = bar(terminal=False)
+    with shown:
+        load("cpu")[0].cache(AttentionShape(1, 1, 1, 64), 64, "bf16", Recipe.parse("int8"))
+    assert isinstance(reports[0], Interruption)

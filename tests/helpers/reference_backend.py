@@ -94,13 +94,13 @@ def open_backend(device):
 _CACHE, _ACCURACIES = ReferenceBackend.cache, {}
 
 
-def replay_once(backend, sample, recipe, dtype, within_s=math.inf):
+def replay_once(backend, sample, recipe, dtype, within_s=math.inf, progress=lambda done, total: None):
     """Return a sample's accuracy, computed once a process: float64 on the real sample takes most of a run here.
 
     With a patched backend it is computed again.
     """
     if type(backend) is not ReferenceBackend or type(backend).cache is not _CACHE:
-        return replay(backend, sample, recipe, dtype, within_s)
+        return replay(backend, sample, recipe, dtype, within_s, progress)
     key = (sample.name, str(recipe), dtype)
     if key not in _ACCURACIES:
         _ACCURACIES[key] = replay(backend, sample, recipe, dtype)

@@ -1,7 +1,10 @@
 """A fidelity result is shown as tables, and as a figure where matplotlib is there."""
 
+import json
+
 import pytest
 
+from elastickv import report
 from elastickv.errors import UsageError
 from elastickv.results.formats.fidelity_plot import check_plot, draw
 from elastickv.results.formats.fidelity_table import fidelity_tables
@@ -107,3 +110,14 @@ def test_a_figure_is_drawn(changes, tmp_path):
     draw(evaluated(**changes), tmp_path / "figure.svg")
     text = (tmp_path / "figure.svg").read_text(encoding="utf-8")
     assert "<svg" in text
+
+
+def test_a_single_window_has_no_interval_on_a_page(tmp_path):
+    """Its bounds in the file are its own figure; an interval of no width would look like certainty."""
+    alone = {name: {"mean": 1.0, "low": 1.0, "high": 1.0} for name in ("ppl_change_percent", "kl", "top1_percent")}
+    value = RESULT | {"environment": {}, "rows": [row(4096, 2) | alone | {"windows": 1}]}
+    file = tmp_path / "alone.json"
+    file.write_text(json.dumps(value), encoding="utf-8")
+    page = report(file).markdown
+    assert "1.00 % (no interval)" in page and "one window alone" in page
+    assert "1.00, 1.00" not in page and "(95 % intervals" not in page

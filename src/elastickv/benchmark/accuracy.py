@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from elastickv.recipe import AttentionShape, Recipe
 
 _QUERIES_AT_ONCE = 64
 LARGEST_FP16, LARGEST_FP32 = 65504.0, 3e38
-_TIMED_QUERIES = 4  # of a replay, which say how long it takes
+_TIMED_QUERIES = 4  # of a replay after the first, whose kernels are compiled or loaded; they say how long it takes
 KERNEL_ERROR_LIMITS = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-3}
 
 
@@ -47,27 +48,40 @@ class ReplayTimeout(Exception):
     """A replay would not end in time."""
 
 
-def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str, within_s: float = math.inf) -> SampleAccuracy:
+def replay(
+    backend: Backend,
+    sample: Sample,
+    recipe: Recipe,
+    dtype: str,
+    within_s: float = math.inf,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SampleAccuracy:
     """Decode the sample's consecutive queries through `backend`: prefill, then append and decode token by token.
 
     Parameters
     ----------
-    within_s : seconds that it may take, estimated after a few queries and watched from there on.
+    within_s : seconds that it may take once its kernels are compiled, which all that follows needs too; estimated after a few
+        queries and watched from there on.
+    progress : called with the queries done and all of them.
 
     Raises
     ------
     ReplayTimeout : if it takes longer.
     KernelMismatch : if the backend is further from its float64 reference than its dtype allows.
     """
-    shape, began = sample_shape(sample), time.monotonic()
+    shape = sample_shape(sample)
     tokens, queries = sample.k.shape[2], sample.q.shape[2]
     start = tokens - queries
     cache = backend.cache(shape, tokens, dtype, recipe)
+    began = time.monotonic()
     cache.prefill(sample.k[:, :, :start], sample.v[:, :, :start], np.full(shape.batch, start))
     oracle = Oracle(cache)
     kernel_errors, recipe_errors, dense = [], [], _dense(sample)
+    first_ended = began
     for i in range(queries):
-        if i >= _TIMED_QUERIES and (expected := (time.monotonic() - began) * queries / i) > within_s:
+        if i == 1:
+            first_ended = time.monotonic()
+        if i > _TIMED_QUERIES and (expected := _expected_s(began, first_ended, i, queries)) > within_s:
             raise ReplayTimeout(f"it takes about {expected:.2g} s, and the time limit leaves {within_s:.2g} s for it")
         position = start + i
         cache.append(sample.k[:, :, position], sample.v[:, :, position])
@@ -75,12 +89,19 @@ def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str, within_
         output, _ = cache.decode(q)
         kernel_errors.append(relative_l2(output, oracle.decode(q)[0]))
         recipe_errors.append(relative_l2(output, dense[i]))
+        progress(i + 1, queries)
     cache.raise_non_finite()
     by_query = np.array(kernel_errors)
     kernel = summarize(by_query)
     # One wrong head among many must not hide in a quantile over all: the worst (layer, head) counts.
     check_kernel_error(by_query.mean(axis=0).max(), recipe.exact_dtype(dtype), f"{recipe} on the real sample")
     return SampleAccuracy(str(recipe), recipe.hash, (start + 1, tokens), kernel, summarize(np.array(recipe_errors)))
+
+
+def _expected_s(began: float, first_ended: float, done: int, queries: int) -> float:
+    """Return the seconds of a whole replay of which `done` queries are done: only what each query takes is multiplied."""
+    now = time.monotonic()
+    return now - began + (now - first_ended) / (done - 1) * (queries - done)
 
 
 def timed_kernel_error(cache: LayerCache, output: np.ndarray, queries: np.ndarray, heads: int = 2) -> ErrorSummary:

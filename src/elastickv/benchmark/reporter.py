@@ -21,3 +21,6 @@ class SilentReporter:
 
     def progress(self, done: int, total: int) -> None:
         """Ignore."""
+
+
+SILENT = SilentReporter()

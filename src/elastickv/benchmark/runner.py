@@ -7,12 +7,13 @@ from functools import reduce
 from statistics import median
 
 from elastickv.backends import Backend, Ceilings, load
+from elastickv.backends.compilation_report import Interruption
 from elastickv.backends.driver_errors import device_failures
 from elastickv.benchmark.accuracy import ReplayTimeout, SampleAccuracy, check_range, replay, sample_shape
 from elastickv.benchmark.environment import environment
 from elastickv.benchmark.options import Options
 from elastickv.benchmark.prepare import ContenderSet, check_memory, prepare
-from elastickv.benchmark.reporter import Reporter, SilentReporter
+from elastickv.benchmark.reporter import SILENT, Reporter
 from elastickv.benchmark.result import RecipeErrors, Result, RunTime
 from elastickv.benchmark.sample_inputs import Sample, load_sample
 from elastickv.benchmark.sampler import Samples, collect
@@ -24,7 +25,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 
 # Of a time limit, what is over when the recipe error and the ceilings are measured at the latest.
-ACCURACY_SHARE, CEILINGS_SHARE, FALLBACK_SHARE = 0.25, 0.3, 0.6
+ACCURACY_SHARE, CEILINGS_SHARE, FALLBACK_SHARE = 0.35, 0.4, 0.6
 # Of what is then left, what the inference cycle and the warm-up take; and of the whole limit, what samples take at least.
 CYCLE_SHARE = 1 / 3
 WARMUP_SHARE = 0.1
@@ -48,7 +49,7 @@ def run(options: Options, reporter: Reporter | None = None, started: float | Non
     KeyboardInterrupt : if interrupted before anything was measured; later, the result is marked incomplete.
     """
     with device_failures():
-        return _run(options, TimedPhases(reporter or SilentReporter()), TimeBudget(options.time_limit_s, started))
+        return _run(options, TimedPhases(reporter or SILENT), TimeBudget(options.time_limit_s, started))
 
 
 def _run(options: Options, report: TimedPhases, budget: TimeBudget) -> Result:
@@ -56,22 +57,22 @@ def _run(options: Options, report: TimedPhases, budget: TimeBudget) -> Result:
         report.phase("loading", note)
     sample = load_sample(options.input)
     check_range(sample, options.dtype)
-    backend, skip_reason = load(options.backend, options.device, report=report)
+    backend, skip_reason = load(options.backend, options.device, report=Interruption(report, lambda: report.name))
     recipe = options.resolved_recipe
     layers = check_memory(backend, options, recipe)
     here = environment()
     report.phase(f"checking {recipe} on real activations")
-    on_sample = _on_sample(backend, options, sample, recipe, budget)
+    on_sample = _on_sample(backend, options, sample, recipe, budget, report)
     report.phase("measuring the ceilings of the device")
-    ceilings, ceilings_s = _highest_ceilings(backend, budget, CEILINGS_SHARE)
+    ceilings, ceilings_s = _highest_ceilings(backend, budget, report, CEILINGS_SHARE)
     field = prepare(backend, options, recipe, sample.query_rms, report.phase, budget)
     recipe = field.recipe
     if field.fallback:
-        on_sample = OnSample(_replayed(backend, sample.at(options.seq), recipe, field.dtype, budget, FALLBACK_SHARE))
+        report.phase(f"checking {recipe} on real activations")
+        on_sample = OnSample(_replayed(backend, sample.at(options.seq), recipe, field.dtype, budget, report, FALLBACK_SHARE))
     with Telemetry(backend.device.kind, options.device or 0) as telemetry:
-        report.phase(f"measuring {recipe} against {field.baseline.name}")
         limit = _sampling_s(options, field, layers, ceilings_s, budget)
-        samples = _measure(options, field, report.progress, lambda: bool(telemetry.snapshot()["flags"]), limit)
+        samples = _measure(options, field, report, lambda: bool(telemetry.snapshot()["flags"]), limit)
         cycle, complete = None, samples.complete
         try:
             for contender in (field.own_dense, field.elastic, *field.peers):
@@ -83,7 +84,7 @@ def _run(options: Options, report: TimedPhases, budget: TimeBudget) -> Result:
                 complete = cycle is None or cycle.complete
             if complete and budget.has_room("ceilings after the samples", ceilings_s):
                 report.phase("measuring the ceilings again")
-                ceilings = ceilings.at_least(_highest_ceilings(backend, budget)[0])
+                ceilings = ceilings.at_least(_highest_ceilings(backend, budget, report)[0])
         except KeyboardInterrupt:
             # The result keeps what was measured before and is marked incomplete.
             complete = False
@@ -98,13 +99,14 @@ def _run(options: Options, report: TimedPhases, budget: TimeBudget) -> Result:
     )
 
 
-def _highest_ceilings(backend: Backend, budget: TimeBudget, share: float = 1.0) -> tuple[Ceilings, float]:
+def _highest_ceilings(backend: Backend, budget: TimeBudget, report: Reporter, share: float = 1.0) -> tuple[Ceilings, float]:
     """Return the best of a few measurements, since another program may disturb one of them, and the seconds of the longest."""
     measured, longest = list[Ceilings](), 0.0
     while len(measured) < CEILING_ROUNDS and (not measured or longest <= budget.left_s(share)):
         start = time.monotonic()
         measured.append(backend.ceilings())
         longest = max(longest, time.monotonic() - start)
+        report.progress(len(measured), CEILING_ROUNDS)
     return reduce(Ceilings.at_least, measured), longest
 
 
@@ -117,7 +119,9 @@ class OnSample:
     differs: str | None = None
 
 
-def _on_sample(backend: Backend, options: Options, sample: Sample, timed: Recipe, budget: TimeBudget) -> OnSample:
+def _on_sample(
+    backend: Backend, options: Options, sample: Sample, timed: Recipe, budget: TimeBudget, report: Reporter = SILENT
+) -> OnSample:
     """Return the errors of the timed recipe at the sample's tokens nearest to the timed context.
 
     Where the sample is shorter than that, or its heads do not take the recipe, one is solved for the sample at the same ratio.
@@ -143,15 +147,21 @@ def _on_sample(backend: Backend, options: Options, sample: Sample, timed: Recipe
         differs = f"solved anew for C={options.compress:g} at the sample's {sample.tokens} tokens: {why}"
     elif timed.value_format == "int4" and timed.v_group(shape.head_dim) != timed.v_group(options.dim):
         differs = f"values share a scale over the sample's {shape.head_dim} channels, not over {options.dim}"
-    return OnSample(_replayed(backend, sample, recipe, options.dtype, budget), refused, differs)
+    return OnSample(_replayed(backend, sample, recipe, options.dtype, budget, report), refused, differs)
 
 
 def _replayed(
-    backend: Backend, sample: Sample, recipe: Recipe, dtype: str, budget: TimeBudget, share: float = ACCURACY_SHARE
+    backend: Backend,
+    sample: Sample,
+    recipe: Recipe,
+    dtype: str,
+    budget: TimeBudget,
+    report: Reporter,
+    share: float = ACCURACY_SHARE,
 ) -> SampleAccuracy | None:
     """Return the accuracy on the sample; None where the time limit is too short for it."""
     try:
-        return replay(backend, sample, recipe, dtype, budget.left_s(share))
+        return replay(backend, sample, recipe, dtype, budget.left_s(share), report.progress)
     except ReplayTimeout as error:
         budget.left_out["recipe error"] = str(error)
         return None
@@ -186,7 +196,7 @@ def _note_fewer(options: Options, samples: Samples, cycle: CycleSamples | None, 
 def _measure(
     options: Options,
     field: ContenderSet,
-    progress: Callable[[int, int], None],
+    report: Reporter,
     disturbed: Callable[[], bool],
     limit: float | None,
 ) -> Samples:
@@ -195,7 +205,9 @@ def _measure(
     if field.own_dense is not field.baseline:
         entrants[field.own_dense.name] = field.own_dense
     timed = {name: contender.sample for name, contender in entrants.items()}
-    warmup = _warm_up(options, field, timed, None if limit is None else limit * WARMUP_SHARE)
+    report.phase("warming up")
+    warmup = _warm_up(options, field, timed, None if limit is None else limit * WARMUP_SHARE, report.progress)
+    report.phase(f"measuring {field.recipe} against {field.baseline.name}")
     if limit is not None:
         limit *= 1 - WARMUP_SHARE
     target = options.until_ci_percent
@@ -212,7 +224,7 @@ def _measure(
         seed=options.seed,
         time_limit_s=limit,
         converged=converged if target is not None else None,
-        progress=progress,
+        progress=report.progress,
         disturbed=disturbed,
     )
     samples.warmup = warmup
@@ -221,12 +233,18 @@ def _measure(
     return samples
 
 
-def _warm_up(options: Options, field: ContenderSet, timed: dict[str, Callable[[], float]], within_s: float | None) -> int:
+def _warm_up(
+    options: Options,
+    field: ContenderSet,
+    timed: dict[str, Callable[[], float]],
+    within_s: float | None,
+    progress: Callable[[int, int], None],
+) -> int:
     """Take samples and discard them; return how many of each: none where a block of them does not fit into the time."""
     block_s = 2 * len(timed) * field.candidates_ms[field.baseline.name] / 1e3 * field.baseline.rotation.steps
     if not options.warmup or (within_s is not None and block_s > within_s):
         return 0
-    warming = collect(timed, options.warmup, paired=True, seed=options.seed, time_limit_s=within_s)
+    warming = collect(timed, options.warmup, paired=True, seed=options.seed, time_limit_s=within_s, progress=progress)
     if not warming.complete:
         raise KeyboardInterrupt
     return warming.rounds

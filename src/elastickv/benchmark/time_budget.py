@@ -14,7 +14,7 @@ from elastickv.recipe import dense_bytes
 
 # Orders of magnitude on two cores; they decide on nothing but a line of text.
 CHECKS_S = 4.0
-COMPILE_S = 40.0
+COMPILE_S = 8.0
 DRAWN_PER_S = 5e7  # random keys and values, quantized
 READ_PER_S = 5e9
 LEAST_SAMPLES = 12  # of dense and elastic: checks, comparisons, one block
@@ -69,6 +69,11 @@ class TimedPhases:
     def __init__(self, reporter: Reporter) -> None:
         self._reporter, self.seconds = reporter, dict[str, float]()
         self._name, self._start = "", time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """The phase that has begun last; '' after its end."""
+        return self._name
 
     def phase(self, name: str, note: str = "") -> None:
         """Begin a phase; `note` is shown after its name."""

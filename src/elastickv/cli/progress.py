@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from elastickv.backends.compilation_report import Interruption, compilation_report
+
 LINES_EVERY_S = 10.0
 Clock = Callable[[], float]
 
@@ -64,7 +66,7 @@ class _ShareColumn(ProgressColumn):
 
 
 class Bar:
-    """Shows phases, their progress and the time left; a context manager.
+    """Shows phases, their progress and the time left, and the compilation of kernels; a context manager.
 
     Parameters
     ----------
@@ -88,13 +90,16 @@ class Bar:
             redirect_stdout=sys.stdout.isatty(),
         )
         self._task = self._progress.add_task("starting", total=None)
+        self._compilation = compilation_report(Interruption(self, lambda: self._name))
 
     def __enter__(self) -> "Bar":
+        self._compilation.__enter__()
         self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
+        self._compilation.__exit__(kind, error, trace)
 
     def phase(self, name: str) -> None:
         """Begin a phase."""

@@ -175,10 +175,11 @@ def _of_evaluation(evaluation: Evaluation) -> Headline:
         ("KL", f"{most.kl.estimate:.4f}", "nats a token"),
         ("same top-1", f"{most.top1_percent.estimate:.1f} %", _range(most.top1_percent)),
     ]
+    bounds = "one window alone has no interval" if most.kl.low is None else "95 % intervals over windows"
     sentence = (
         f"{evaluation.model} with {most.cache} at {most.context} tokens reads 1/{most.read:.2f} of the dense bytes; its "
         f"perplexity changes by {ppl}, the KL divergence of its predictions is {kl} nats a token, and its most likely token is "
-        f"the same in {top1} (95 % intervals over windows). No speed was measured in these files."
+        f"the same in {top1} ({bounds}). No speed was measured in these files."
     )
     return Headline(evaluation.provenance.source, sentence, tiles, [evaluation.suggestion] if evaluation.suggestion else ())
 

@@ -189,14 +189,17 @@ def _loss(row: LossRow) -> Loss:
         recipe=" ".join(part for part in (named, row.recipe_hash) if part),
         read=row.read_ratio,
         stored=row.stored_ratio,
-        ppl_percent=_mean(row.ppl_change_percent),
-        kl=_mean(row.kl),
-        top1_percent=_mean(row.top1_percent),
+        ppl_percent=_over_windows(row.ppl_change_percent, row.windows),
+        kl=_over_windows(row.kl, row.windows),
+        top1_percent=_over_windows(row.top1_percent, row.windows),
         greedy=greedy,
     )
 
 
-def _mean(figure: Estimate) -> IntervalEstimate:
+def _over_windows(figure: Estimate, windows: int) -> IntervalEstimate:
+    """Return a mean over windows with its interval, which a single window lacks: its bounds in a file are the mean."""
+    if windows == 1:
+        return IntervalEstimate(figure.mean)
     return IntervalEstimate(figure.mean, figure.low, figure.high)
 
 

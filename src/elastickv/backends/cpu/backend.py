@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from elastickv.backends.compilation_report import current_report
 from elastickv.backends.cpu import threads
 from elastickv.backends.cpu.cache import CpuCache
 from elastickv.backends.cpu.ceilings import Limits
@@ -59,7 +60,7 @@ class CpuBackend:
                 f"a cache of {capacity} tokens ({recipe}) needs {needed} bytes ({needed / GIB:.1f} GiB); "
                 f"{free} ({free / GIB:.1f} GiB) are free; {remedy}"
             )
-        compile_kernels(needed_kernels(recipe, dtype), self._report)
+        compile_kernels(needed_kernels(recipe, dtype), self._report or current_report())
         return CpuCache(shape, capacity, dtype, recipe, anchor_offset)
 
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
