@@ -42,7 +42,9 @@ def _as_html(result: GgufBaseline) -> str:
     heading, *lines = gguf_table(result).splitlines()
     rows = gguf_rows(result)
     cells = [list(map(brief, row.values())) for row in rows]
-    return html_paragraphs([heading]) + html_table(list(rows[0]), cells, [line for line in lines if ": " in line])
+    return html_paragraphs([heading]) + html_table(
+        list(rows[0]) if rows else [], cells, [line for line in lines if ": " in line]
+    )
 
 
 def gguf_table(result: GgufBaseline) -> str:
