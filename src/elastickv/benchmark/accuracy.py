@@ -8,6 +8,7 @@ import numpy as np
 
 from elastickv.backends import Backend
 from elastickv.benchmark.sample_inputs import Sample
+from elastickv.benchmark.time_budget import seconds_text
 from elastickv.errors import KernelMismatch, UsageError
 from elastickv.kvcache import LayerCache, Oracle
 from elastickv.kvcache.error_metrics import ErrorSummary, relative_l2, summarize
@@ -68,7 +69,8 @@ def replay(backend: Backend, sample: Sample, recipe: Recipe, dtype: str, within_
     kernel_errors, recipe_errors, dense = [], [], _dense(sample)
     for i in range(queries):
         if i >= _TIMED_QUERIES and (expected := (time.monotonic() - began) * queries / i) > within_s:
-            raise ReplayTimeout(f"it takes about {expected:.2g} s, and the time limit leaves {within_s:.2g} s for it")
+            left = f"the time limit leaves {seconds_text(within_s)} s for it"
+            raise ReplayTimeout(f"it takes about {seconds_text(expected)} s, and {left}")
         position = start + i
         cache.append(sample.k[:, :, position], sample.v[:, :, position])
         q = np.ascontiguousarray(sample.q[:, :, i])
