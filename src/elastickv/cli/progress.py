@@ -64,11 +64,15 @@ class _ShareColumn(ProgressColumn):
 
 
 class Bar:
-    """Shows phases, their progress and the time left; a context manager."""
+    """Shows phases, their progress and the time left; a context manager.
 
-    def __init__(self, console: Console | None = None, clock: Clock = time.monotonic) -> None:
+    Without a terminal every phase has a line; with `short`, of a command that usually ends at once, only those that last.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Clock = time.monotonic, short: bool = False) -> None:
         # The file itself: a loader redirects `sys.stderr` for a while.
         self._console = console or Console(file=sys.stderr, highlight=False)
+        self._short = short
         self._clock, self._left, self._name, self._said = clock, TimeLeft(clock), "", clock()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -94,7 +98,8 @@ class Bar:
         """Begin a phase."""
         self._name = name
         self._left.begin()
-        self._line(name)
+        if not self._short:
+            self._line(name)
         self._progress.reset(self._task, description=name, total=None)
 
     def progress(self, done: int, total: int) -> None:
