@@ -10,7 +10,8 @@ from elastickv.benchmark.accuracy import ReplayTimeout, replay
 from elastickv.benchmark.contenders import PeerWork, Rotation, peers
 from elastickv.benchmark.contenders.torch_timing import checked, inputs
 from elastickv.benchmark.sample_inputs import load_sample
-from elastickv.benchmark.time_budget import TimeBudget, least_seconds, opening
+from elastickv.benchmark.sequential_decode import run_cycle
+from elastickv.benchmark.time_budget import TimeBudget, least_seconds, opening, seconds_text
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.results.formats import FORMATS
@@ -195,6 +196,27 @@ def test_a_budget_says_how_long_work_takes_and_what_is_left(clock):
     assert budget.has_room("this", 5.0, 0.5) and not budget.has_room("that", 6.0, 0.5)
     assert budget.left_out == {"that": "it takes about 6 s, and the time limit of 20 s leaves 5 s for it"}
     assert TimeBudget().has_room("anything", 1e9)
+
+
+def test_seconds_are_written_without_an_exponent():
+    assert [seconds_text(each) for each in (0.0, 0.81, 5.23, 10.4, 130.2, 4000.0)] == ["0", "0.81", "5.2", "10", "130", "4000"]
+
+
+@pytest.mark.parametrize(("limit", "layers"), [(100.0, 8), (7.0, 5), (0.5, 1)])
+def test_a_cycle_takes_as_many_layers_as_end_in_time(clock, monkeypatch, limit, layers):
+    """A layer takes half a second to fill, and a round through it one."""
+    create = ReferenceBackend.cache
+
+    def create_slowly(self, *args):
+        clock[0] += 0.25
+        return create(self, *args)
+
+    monkeypatch.setattr(ReferenceBackend, "cache", create_slowly)
+    cycle = run_cycle(
+        ReferenceBackend(), Recipe.parse("int8"), SMALL_SHAPE, 140, 2, "fp32", "fp32", load_sample(None), layers=8, graph=False,
+        seed=0, time_limit_s=limit, progress=lambda *_: None, round_s=8.0, grace_s=1.0,
+    )  # fmt: skip
+    assert cycle.layers == layers == len(cycle.phases)
 
 
 def test_the_first_line_says_how_long_a_run_with_a_short_limit_takes_and_why(monkeypatch):

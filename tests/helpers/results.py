@@ -26,7 +26,7 @@ ORIGINAL = {
     "inference_cycle": None,
 }  # fmt: skip
 
-_INTERVAL = {"estimate": 1.0, "low": 0.9, "high": 1.1, "level": 0.95, "samples": 3, "block_length": 1}
+INTERVAL = {"estimate": 1.0, "low": 0.9, "high": 1.1, "level": 0.95, "samples": 3, "block_length": 1}
 
 # What `elastickv baseline gguf` writes; the figures are made up.
 GGUF = {
@@ -49,9 +49,9 @@ GGUF = {
         {
             "cache": name,
             "prompt_tokens_per_s": 1280.0,
-            "prompt_ms": _INTERVAL,
+            "prompt_ms": INTERVAL,
             "tokens_per_s": 90.0,
-            "step_ms": _INTERVAL,
+            "step_ms": INTERVAL,
             "kv_bytes_per_token": 1024.0,
             "stored_ratio": 1.0,
             "fidelity": {
@@ -63,7 +63,7 @@ GGUF = {
         }
         for name, kl in (("f16", 0.0), ("q8_0", 0.001))
     ],
-    "speedups": {"q8_0": _INTERVAL},
+    "speedups": {"q8_0": INTERVAL},
     "baseline": "f16",
     "noise_floor": None,
     "formats": [

@@ -45,6 +45,7 @@ def test_a_report_of_it_alone_says_what_was_measured_and_that_nothing_ran_beside
 
 def test_a_run_of_one_token_is_shown_with_its_first_token():
     made = report(run_result(None, new_tokens=1))
+    assert "made one token, which no decode step gave; no other cache" in made.content.headline.sentence
     assert any("0.500" in row for row in Page(made.html).rows)
     assert compare(run_result(None, new_tokens=1), run_result(None, new_tokens=1, seed=1)).rows[0].figure == "first token"
 

@@ -19,7 +19,8 @@ from tests.helpers.browser import Visit, browser
 from tests.helpers.cases import tried
 from tests.helpers.hostile import NOT_TEXT, any_text, hostile
 from tests.helpers.pages import Page
-from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, quiet, result, write
+from tests.helpers.results import COMMITTED, GGUF, INTERVAL, ORIGINAL, quiet, result, write
+from tests.helpers.run_results import run_result
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -36,6 +37,7 @@ FILES = {
     "pass keys": load("cpu/fidelity-smollm2-135m-needle.json"),
     "original": ORIGINAL,
     "gguf": GGUF,
+    "run": run_result(stock=15.0, speedup=INTERVAL),
 }
 # Texts that end outside of their chart.
 OVER_THE_EDGE = """[...document.querySelectorAll('figure svg')].flatMap(svg => {
@@ -132,7 +134,7 @@ def test_the_samples_of_any_contender_are_csv_that_computes_nothing():
 
 
 @pytest.mark.parametrize("text", ["x" * 600, "深" * 300], ids=["narrow", "wide"])
-@pytest.mark.parametrize("name", ["bench", "losses", "pass keys"])
+@pytest.mark.parametrize("name", ["bench", "losses", "pass keys", "run"])
 def test_endless_names_run_over_no_edge(tmp_path, name, text):
     report(hostile(FILES[name], lambda: text), title=text).save(tmp_path / "a.html")
     with browser() as opened:

@@ -159,6 +159,11 @@ def test_what_is_no_model_is_one_line(tmp_path, content, said):
     assert "\n" not in str(refused.value)
 
 
+def test_a_shape_has_no_file():
+    with pytest.raises(UsageError, match=r"shape:8b has random weights and no file: give a \.gguf file"):
+        read_gguf("shape:8b")
+
+
 @pytest.mark.parametrize("length", [20, 3000, 100_000])
 def test_a_file_that_was_cut_off_is_refused(tmp_path, model, length):
     (tmp_path / "cut.gguf").write_bytes(model.read_bytes()[:length])

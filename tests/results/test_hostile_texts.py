@@ -21,14 +21,20 @@ from elastickv.sweeps.sweep_result import Sweep
 from tests.helpers.cases import tried
 from tests.helpers.hostile import NOT_TEXT, any_text, hostile
 from tests.helpers.pages import Page
-from tests.helpers.results import COMMITTED, GGUF, quiet, result, write
+from tests.helpers.results import COMMITTED, GGUF, INTERVAL, quiet, result, write
+from tests.helpers.run_results import run_result
 
 
 def load(name):
     return json.loads((COMMITTED / name).read_text(encoding="utf-8"))
 
 
-MEASURED = {"bench": result(quiet(0.5), quiet(1.0)), "model": load("h100/model-8b-32768x1.json"), "gguf": GGUF}
+MEASURED = {
+    "bench": result(quiet(0.5), quiet(1.0)),
+    "model": load("h100/model-8b-32768x1.json"),
+    "gguf": GGUF,
+    "run": run_result(stock=15.0, speedup=INTERVAL),
+}
 EVALUATED = {name: load(f"cpu/fidelity-smollm2-135m-{name}.json") for name in ("4096", "needle")}
 SOME_TEXT = settings(tried(10), phases=(Phase.explicit, Phase.generate))
 UNESCAPED_BAR = re.compile(r"(?<!\\)(?:\\\\)*\|")

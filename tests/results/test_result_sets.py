@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from elastickv import compare
 from elastickv.benchmark import Options, Result, run
 from elastickv.benchmark.from_dict import LARGEST, LEAST, LEAST_TIME, LONGEST_TIME
 from elastickv.benchmark.stats.intervals import SummaryStats, ratio_interval, ratio_of_summaries
@@ -124,6 +125,25 @@ def test_a_line_ends_at_its_newline_and_at_nothing_else(tmp_path):
     text = json.dumps(named, ensure_ascii=False)
     (tmp_path / "s.jsonl").write_bytes(f"{text}\r\n{json.dumps(result(seq=2048))}\r\n".encode())
     assert len(read_result_set(tmp_path / "s.jsonl", "A").runs) == 2
+
+
+def test_a_foreign_file_beside_a_result_is_left_out_and_named(tmp_path):
+    write(tmp_path, "a.json", result())
+    write(tmp_path, "package.json", {"name": "a package"})
+    side = read_result_set(tmp_path, "A")
+    assert len(side.runs) == 1
+    (reason,) = side.refusals
+    assert "package.json holds no results" in reason
+    comparison = compare(tmp_path, tmp_path / "a.json")
+    assert comparison.exit_code(None) == 2
+    assert any("package.json" in warning for warning in comparison.warnings)
+
+
+def test_a_name_that_no_file_can_have_is_refused_with_what_is_accepted():
+    with pytest.raises(UsageError, match=r"cannot be read: .*; give a result of `elastickv bench`"):
+        read_result_set("n" * 300 + ".json", "A")
+    with pytest.raises(UsageError, match=r"b\.json .*give a result of `elastickv bench`"):
+        read_result_set("a\0b.json", "A")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from elastickv.results.kinds.gguf_result import GgufBaseline
 from elastickv.results.kinds.model_result import ModelBenchResult, TransformersBaseline
 from elastickv.results.kinds.original_result import OriginalResult
 from elastickv.results.load import KINDS, kind_of
+from elastickv.results.measurement import Measurement
 from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, result
+from tests.helpers.run_results import run_result
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)
 VERSIONS = {Result: {"schema_version": "1.0"}, OriginalResult: {}}
@@ -141,3 +143,15 @@ def test_an_error_names_the_key(path, value, said):
 def test_answers_that_are_not_one_a_depth_are_refused():
     with pytest.raises(UsageError, match="another number of pass keys than depths for full"):
         PassKeyRow(100, [0.0, 1.0], {"full": [True]}).check("a.json")
+
+
+@pytest.mark.parametrize(
+    "value", [json.loads((COMMITTED / "h100" / "model-8b-32768x1.json").read_text(encoding="utf-8")), GGUF, run_result()]
+)
+def test_a_result_without_caches_is_text_without_rows(value):
+    measured = Measurement(value | {"caches": []})
+    shown = {form: measured.shown(form) for form in ("table", "json", "jsonl", "csv", "md", "html")}
+    assert measured.rows() == []
+    assert shown["csv"] == shown["md"] == ""
+    assert json.loads(shown["json"])["caches"] == []
+    assert all(shown[form] for form in ("table", "html"))

@@ -122,6 +122,12 @@ def test_a_cell_whose_line_was_cut_off_is_missing(incomplete):
     assert Sweep.load(incomplete).missing.count == 57
 
 
+def test_a_cell_of_no_plan_is_not_among_the_planned_that_are_held(tmp_path):
+    path = write(tmp_path, "s.jsonl", [header(cells=4, axes={"seq": CONTEXTS[1:5], "compress": [2.0]}), *cells(4)])
+    (sentence,) = compare(path, path, margin_percent=50).incomplete
+    assert f"it holds 3 of 4 planned cells; missing: seq={CONTEXTS[4]} compress=2" in sentence
+
+
 def test_a_cell_that_has_no_name_is_counted(tmp_path):
     path = write(tmp_path, "s.jsonl", [header(axes={"seq": CONTEXTS}, cells=31), *cells(4)])
     comparison = compare(path, path, margin_percent=50)

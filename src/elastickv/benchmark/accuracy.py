@@ -9,6 +9,7 @@ import numpy as np
 
 from elastickv.backends import Backend
 from elastickv.benchmark.sample_inputs import Sample
+from elastickv.benchmark.time_budget import seconds_text
 from elastickv.errors import KernelMismatch, UsageError
 from elastickv.kvcache import LayerCache, Oracle
 from elastickv.kvcache.error_metrics import ErrorSummary, relative_l2, summarize
@@ -82,7 +83,8 @@ def replay(
         if i == 1:
             first_ended = time.monotonic()
         if i > _TIMED_QUERIES and (expected := _expected_s(began, first_ended, i, queries)) > within_s:
-            raise ReplayTimeout(f"it takes about {expected:.2g} s, and the time limit leaves {within_s:.2g} s for it")
+            left = f"the time limit leaves {seconds_text(within_s)} s for it"
+            raise ReplayTimeout(f"it takes about {seconds_text(expected)} s, and {left}")
         position = start + i
         cache.append(sample.k[:, :, position], sample.v[:, :, position])
         q = np.ascontiguousarray(sample.q[:, :, i])

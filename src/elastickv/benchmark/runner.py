@@ -89,7 +89,7 @@ def _run(options: Options, report: TimedPhases, budget: TimeBudget) -> Result:
             # The result keeps what was measured before and is marked incomplete.
             complete = False
     report.end()
-    _note_fewer(options, samples, cycle, budget)
+    _note_fewer(options, samples, cycle, layers, budget)
     run_time = RunTime(budget.limit_s, budget.elapsed_s, report.seconds, budget.left_out)
     return Summary(options, backend, field, ceilings, samples, cycle, complete, run_time).result(
         RecipeErrors(sample.name, field.kernel_error, on_sample.accuracy, on_sample.refused, on_sample.differs),
@@ -183,7 +183,7 @@ def _round_s(options: Options, layers: int, step_ms: float) -> float:
     return step_ms / 1e3 * layers * options.decode_tokens
 
 
-def _note_fewer(options: Options, samples: Samples, cycle: CycleSamples | None, budget: TimeBudget) -> None:
+def _note_fewer(options: Options, samples: Samples, cycle: CycleSamples | None, layers: int, budget: TimeBudget) -> None:
     """Note what the time limit has shortened."""
     if budget.limit_s is None:
         return
@@ -191,6 +191,8 @@ def _note_fewer(options: Options, samples: Samples, cycle: CycleSamples | None, 
         budget.left_out["warm-up"] = f"{samples.warmup} of {options.warmup} rounds were taken"
     if cycle is not None and cycle.complete and (rounds := len(cycle.latencies["elastic"])) < ROUNDS:
         budget.left_out["rounds of the inference cycle"] = f"{rounds} of {ROUNDS} were taken"
+    if cycle is not None and cycle.layers < layers:
+        budget.left_out["layers of the inference cycle"] = f"{cycle.layers} of {layers} were taken"
 
 
 def _measure(

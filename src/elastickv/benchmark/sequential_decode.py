@@ -55,7 +55,7 @@ class CycleSamples:
 
 
 class CycleTimeout(Exception):
-    """One round of an inference cycle would not end in time."""
+    """One round of an inference cycle would not end in time, through however few layers."""
 
 
 def choose_layers(
@@ -108,21 +108,23 @@ def run_cycle(
 
     Parameters
     ----------
+    layers : how many at most; fewer where a round of all of them does not end in time.
     time_limit_s : seconds for all of it. Where only one round fits, the one that warms up is the result.
-    round_s : about the seconds of a round of both.
+    round_s : about the seconds of a round of both, through all layers.
     grace_s : seconds by which the first round may exceed the time limit.
 
     Raises
     ------
-    CycleTimeout : if not even one round ends by then.
+    CycleTimeout : if not even a round through one layer ends by then.
     """
     began = time.monotonic()
-    capacity = context + decode_tokens
+    capacity, requested = context + decode_tokens, layers
     feedback = Feedback.seeded(shape.head_dim, seed, sample.query_rms, sample.key_rms, sample.value_rms)
     first = random_queries(shape, seed, 1.0)
     recipes = {"dense": (DENSE, dense_dtype), "elastic": (recipe, dtype)}
     caches: dict[str, list[LayerCache]] = {}
-    for layer in range(layers):
+    layer = 0
+    while layer < layers:
         for name, (used, used_dtype) in recipes.items():
             cache = backend.cache(shape, capacity, used_dtype, used, used.layer_anchor_offset(layer, layers))
             cache.fill_random(np.full(shape.batch, context - 1), seed + layer)
@@ -131,9 +133,14 @@ def run_cycle(
             cache.decode(first)
             cache.mark()
             caches.setdefault(name, []).append(cache)
-        expected = (time.monotonic() - began) / (layer + 1) * layers + round_s
-        if time_limit_s is not None and expected > time_limit_s + grace_s:
-            raise CycleTimeout(f"it takes about {expected:.2g} s, and the time limit leaves {time_limit_s:.2g} s for it")
+        layer += 1
+        if time_limit_s is not None:
+            layer_s = (time.monotonic() - began) / layer + round_s / requested
+            if layer_s > time_limit_s + grace_s:
+                raise CycleTimeout(
+                    f"a layer takes about {layer_s:.0f} s, and the time limit leaves {time_limit_s:.0f} s for all of them"
+                )
+            layers = min(layers, max(layer, int((time_limit_s + grace_s) / layer_s)))
     programs = {name: backend.cycle(caches[name], first, feedback, graph) for name in recipes}
     latencies: dict[str, list[list[float]]] = {name: [] for name in recipes}
 

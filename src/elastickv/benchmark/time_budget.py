@@ -48,7 +48,8 @@ class TimeBudget:
         left = self.left_s(share)
         if seconds <= left:
             return None
-        return f"it takes about {seconds:.2g} s, and the time limit of {self.limit_s:g} s leaves {left:.2g} s for it"
+        limit = f"the time limit of {self.limit_s:g} s leaves {seconds_text(left)} s for it"
+        return f"it takes about {seconds_text(seconds)} s, and {limit}"
 
     def has_room(self, what: str, seconds: float, share: float = 1.0) -> bool:
         """Whether work of about `seconds` ends before this share of the limit is over; if not, note what is left out."""
@@ -56,6 +57,11 @@ class TimeBudget:
         if reason is not None:
             self.left_out[what] = reason
         return reason is None
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a number of seconds as messages write it: two digits of a small one, a whole number from ten on."""
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 class TimedPhases:

@@ -68,16 +68,14 @@ class _ShareColumn(ProgressColumn):
 class Bar:
     """Shows phases, their progress and the time left, and the compilation of kernels; a context manager.
 
-    Parameters
-    ----------
-    announce : whether the beginning of a phase is a line of its own where there is no bar.
+    Without a terminal every phase has a line; with `short`, of a command that usually ends at once, only those that last.
     """
 
-    def __init__(self, console: Console | None = None, clock: Clock = time.monotonic, announce: bool = True) -> None:
+    def __init__(self, console: Console | None = None, clock: Clock = time.monotonic, short: bool = False) -> None:
         # The file itself: a loader redirects `sys.stderr` for a while.
         self._console = console or Console(file=sys.stderr, highlight=False)
+        self._short = short
         self._clock, self._left, self._name, self._said = clock, TimeLeft(clock), "", clock()
-        self._announce = announce
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -105,7 +103,7 @@ class Bar:
         """Begin a phase."""
         self._name = name
         self._left.begin()
-        if self._announce:
+        if not self._short:
             self._line(name)
         self._progress.reset(self._task, description=name, total=None)
 

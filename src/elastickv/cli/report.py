@@ -38,7 +38,7 @@ def command(**arguments: Any) -> int:
     shown = chosen_format(output or Path(_NAMES.get(wanted or "html", "report.html")), wanted)
     output = output or Path(_NAMES[shown])
     check_writable(output)
-    with Bar(announce=False) as bar:
+    with Bar(short=True) as bar:
         bar.phase("reading the results")
         made = made_of(arguments["files"], arguments["title"])
         bar.phase("drawing the page")

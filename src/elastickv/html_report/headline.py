@@ -128,7 +128,8 @@ def _of_model(model: ModelRun) -> Headline:
         bounds = "95 % interval" if best.times.low is not None else NO_INTERVAL
         fast = f"decodes at {_figure(best.times)} times the speed of the cache '{best.slow}' ({bounds})"
     else:
-        fast = f"decodes {fixed(own.tokens_per_s, 2)} tokens/s; no other cache ran beside it"
+        rate = f"decodes {own.tokens_per_s:.2f} tokens/s" if own.tokens_per_s else "made one token, which no decode step gave"
+        fast = f"{rate}; no other cache ran beside it"
     reads = f", and reads 1/{own.read_ratio:.2f} of the dense 16-bit bytes" if own.read_ratio else ""
     requested = f" ({model.requested})" if model.requested else ""
     delta = own.quality

@@ -127,6 +127,10 @@ def _local_path(name: str) -> Path:
     if os.path.isdir(path):
         raise UsageError(f"model {name} is a folder: give the .gguf file in it")
     if os.path.exists(path) or hub is None:
+        if name.startswith("shape:"):
+            raise UsageError(
+                f"model {name} has random weights and no file: give a .gguf file, or OWNER/NAME:FILE.gguf on the hub"
+            )
         if not os.path.exists(path):
             raise UsageError(f"model {name} does not exist: give a .gguf file, or OWNER/NAME:FILE.gguf on the hub")
         return path

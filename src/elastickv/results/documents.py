@@ -69,9 +69,11 @@ def _read(path: Path, notes: list[str], refuse: Refuse) -> Iterator[Document]:
         else:
             raise UsageError(f"{path} does not exist: give {ACCEPTED}")
     except OSError as error:
-        raise UsageError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"{error.filename or path} cannot be read: {error.strerror or error}; give {ACCEPTED}") from None
     except ValueError as error:  # pathlib's for a zero byte
-        raise error if isinstance(error, UsageError) else UsageError(f"{path} cannot be read: {error}") from None
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} cannot be read: {error}; give {ACCEPTED}") from None
     for file in files:
         try:
             yield from _values(file, notes, refuse)

@@ -68,7 +68,7 @@ class ResultSet:
     def refuse_others(self) -> None:
         """Leave out what is no result as what cannot be read."""
         for source in self.others:
-            self.refuse(source, UsageError(f"{source} holds no result: give {ACCEPTED}"))
+            self.refuse(source, UsageError(f"{source} holds no results: give {ACCEPTED}"))
         self.others.clear()
 
     def refuse(self, source: str, error: UsageError) -> None:
@@ -123,11 +123,12 @@ def read_result_set(source: Any, name: str) -> ResultSet:
     UsageError : naming what cannot be read or is no result, if there is no run.
     """
     results = gather(source, name)
+    results.refuse_others()
     if not results.runs:
         raise results.nothing_measured()
-    others = [*results.others, *(document.source for document, _ in results.evaluations)]
-    if others:
-        results.notes.append(f"not compared, being no results with times: {', '.join(others)}")
+    if results.evaluations:
+        without_times = ", ".join(document.source for document, _ in results.evaluations)
+        results.notes.append(f"not compared, being no results with times: {without_times}")
     return results
 
 

@@ -42,7 +42,8 @@ def _as_html(result: GgufBaseline) -> str:
     heading, *lines = gguf_table(result).splitlines()
     rows = gguf_rows(result)
     cells = [list(map(brief, row.values())) for row in rows]
-    return html_paragraphs([heading]) + html_table(list(rows[0]), cells, [line for line in lines if ": " in line])
+    headers, notes = list(rows[0]) if rows else [], [line for line in lines if ": " in line]
+    return html_paragraphs([heading]) + html_table(headers, cells, notes)
 
 
 def gguf_table(result: GgufBaseline) -> str:

@@ -38,7 +38,9 @@ def as_csv(result: Result) -> str:
 
 
 def csv_of(rows: list[dict[str, Any]]) -> str:
-    """Return a header line and `rows`, which have the same columns."""
+    """Return a header line and `rows`, which have the same columns; nothing without rows."""
+    if not rows:
+        return ""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(map(csv_text, rows[0]))
@@ -54,7 +56,9 @@ def as_markdown(result: Result) -> str:
 
 
 def markdown_of(rows: list[dict[str, Any]]) -> str:
-    """Return a table with a line a row; `rows` have the same columns."""
+    """Return a table with a line a row; `rows` have the same columns. Nothing without rows."""
+    if not rows:
+        return ""
     lines = ["| " + " | ".join(map(markdown_cell, rows[0])) + " |", "|" + " --- |" * len(rows[0])]
     lines += ["| " + " | ".join(map(_short, cells.values())) + " |" for cells in rows]
     return "\n".join(lines) + "\n"

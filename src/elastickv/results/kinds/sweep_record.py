@@ -48,7 +48,8 @@ class SweepHeader:
         named = [cell for cell in planned if cell_key(cell) not in keys]
         total = len(planned) if self.cells is None else self.cells
         # A cell of no plan takes no other one's place.
-        return MissingCells(total, len(keys), max(len(named), total - len(keys)), named)
+        count = max(len(named), total - len(keys))
+        return MissingCells(total, total - count, count, named)
 
     def _planned_cells(self) -> Iterable[Mapping[str, Any]]:
         """Yield every cell, as far as the header says which they are."""
@@ -65,7 +66,7 @@ class MissingCells:
 
     Attributes
     ----------
-    planned, held : how many cells the header announces, and how many the file holds.
+    planned, held : how many cells the header announces, and how many of them the file holds.
     count : how many are missing.
     cells : those that the header names.
     """
