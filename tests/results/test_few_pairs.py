@@ -110,3 +110,12 @@ def test_three_pairs_make_an_interval():
     assert interval_or_none(times[:2], times[:2]) is None and mean_interval(times[:2]) is None
     assert mean_interval(times).low < 1.05 < mean_interval(times).high
     assert noise_floor(times * 2) is not None and noise_floor([*times, 1.0, 1.2]) is None
+
+
+@pytest.mark.parametrize(("of_all_layers", "label"), [(2.5, "1/C of 16 bit, elastic layers"), (None, "1/C of 16 bit")])
+def test_a_hybrids_table_says_whose_reads_the_ratio_is(of_all_layers, label):
+    record = run_result(20.0)
+    own = next(cache for cache in record["caches"] if cache["cache"] == "elastic")
+    own |= {"read_ratio": 4.0, "stored_ratio": 3.0, "model_stored_ratio": of_all_layers}
+    lines = generation_table(RunResult.from_dict(record)).splitlines()
+    assert next(line for line in lines if "1/C" in line).rsplit(None, 1)[0].strip() == label

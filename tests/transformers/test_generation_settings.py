@@ -82,6 +82,13 @@ def test_other_settings_are_those_of_the_same_call_with_a_cache(tiny, way, setti
     assert len(generated) == 2 * settings.get("num_return_sequences", 1)
 
 
+def test_use_cache_none_is_what_transformers_makes_of_it(tiny):
+    stock = as_keyword(tiny, {"use_cache": None})
+    with ekv.elastic(tiny, recipe=RECIPE) as session:
+        assert torch.equal(as_keyword(tiny, {"use_cache": None}), stock)
+        assert session.cache is None
+
+
 def test_a_keyword_overrides_a_configuration_as_in_transformers(tiny):
     with ekv.elastic(tiny, recipe=RECIPE) as session:
         generate(tiny, generation_config=GenerationConfig(use_cache=False, **LENGTH), use_cache=True)

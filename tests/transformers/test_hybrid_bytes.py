@@ -13,12 +13,19 @@ TOKENS = 300
 IDS = prompt(1, TOKENS)["input_ids"]
 
 
-def report_of(name):
+def report_of(name, decodes=0):
     tiny = model(name).to(torch.bfloat16)
     cache = ekv.ElasticCache.for_model(tiny, recipe="int8")
     with torch.no_grad():
         tiny(IDS, **{CACHE_ARGUMENT: cache})
+        for _ in range(decodes):
+            tiny(IDS[:, :1], **{CACHE_ARGUMENT: cache})
     return cache.report()
+
+
+@pytest.mark.parametrize(("name", "of_layers"), [("gemma3", " of the elastic layers"), ("llama", "")])
+def test_bytes_that_decodes_read_say_whose_they_are(name, of_layers):
+    assert f" bytes{of_layers}, " in next(line for line in str(report_of(name, 2)).splitlines() if "2 decodes read" in line)
 
 
 def test_a_hybrids_report_has_both_ratios():

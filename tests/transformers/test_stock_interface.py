@@ -83,13 +83,15 @@ def test_every_public_property_is_the_stock_ones(tiny):
 def test_pickling_names_the_method_to_use(tiny, write):
     cache = filled(tiny, ekv.ElasticCache.for_model(tiny, compress=1))
     for kind in (UsageError, TypeError):
-        with pytest.raises(kind, match=r"cannot be pickled.*cache\.save\(path\).*ElasticCache\.load\(path, model\)"):
-            write(cache)
+        for part in (cache, cache.layers, cache.elastic_layers[0]):
+            with pytest.raises(kind, match=r"cannot be pickled.*cache\.save\(path\).*ElasticCache\.load\(path, model\)"):
+                write(part)
 
 
 def test_copies_still_work(tiny):
     cache = filled(tiny, ekv.ElasticCache.for_model(tiny, recipe="int8"))
-    shallow, deep = copy.copy(cache), copy.deepcopy(cache)
+    shallow, deep, layers = copy.copy(cache), copy.deepcopy(cache), copy.deepcopy(cache.layers)
     assert shallow.layers is cache.layers and shallow.lengths == (220, 190)
     filled(tiny, cache, {"input_ids": prompt(2, 3)["input_ids"]})
     assert (shallow.lengths, deep.lengths) == ((223, 193), (220, 190))
+    assert [layer.get_seq_length() for layer in layers] == [220, 220]

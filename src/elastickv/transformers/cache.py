@@ -220,10 +220,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be pickled: a cache refers to its model, and its tokens may be in a device's memory."""
-        raise NotPicklable(
-            "an ElasticCache cannot be pickled (torch.save, multiprocessing): write it with cache.save(path), and read it with "
-            "ElasticCache.load(path, model)"
-        )
+        raise NotPicklable
 
     def __copy__(self) -> ElasticCache:
         """Return a cache with the same layers."""

@@ -24,7 +24,13 @@ _UNSUPPORTED = ("sliding_window", "position_bias", "block_table")
 
 
 class NotPicklable(UsageError, TypeError):
-    """A cache was to be pickled."""
+    """A cache, or a layer of one, was to be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "an ElasticCache cannot be pickled (torch.save, multiprocessing): write it with cache.save(path), and read it with "
+            "ElasticCache.load(path, model)"
+        )
 
 
 def check_tokens(
@@ -144,6 +150,16 @@ class CacheChecks:
         other.__dict__.update(self.__dict__)
         other._modules, other._waiting, other.recording = dict(self._modules), None, None
         return other
+
+    def __copy__(self) -> CacheChecks:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheChecks:
+        return self.copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled, and with it every layer: it refers to the model."""
+        raise NotPicklable
 
     def forget(self) -> None:
         """Stop expecting a query."""

@@ -222,7 +222,9 @@ class CacheReport:
             lines.append(f"  stock layers hold {self.stock_bytes} bytes")
             lines.append(f"  all layers hold {total} bytes, {self.model_stored_ratio:.2f}x less than dense")
         if self.read_ratio is not None:
-            lines.append(f"  {self.decodes} decodes read {self.read_bytes:.0f} bytes, {self.read_ratio:.2f}x less than dense")
+            where = "of the elastic layers" if self.stock_bytes else ""
+            read = f"  {self.decodes} decodes read {self.read_bytes:.0f} bytes {where}".rstrip()
+            lines.append(f"{read}, {self.read_ratio:.2f}x less than dense")
             why = f": {self.not_captured}" if self.not_captured else f", {self.ahead} launched speculatively"
             lines.append(f"  {self.captured} of them captured{why}")
         if self.prompt_seconds:

@@ -66,8 +66,8 @@ def resolved_settings(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def other_cache(settings: Any) -> str | None:
     """Return the setting that asks for another cache than Transformers' default one, or for none. None if there is none."""
-    if settings.use_cache is False:
-        return "use_cache=False"
+    if not settings.use_cache:  # Transformers passes None on, and the model is then run without what it has cached.
+        return f"use_cache={settings.use_cache}"
     if settings.cache_implementation is not None:
         return f"cache_implementation={settings.cache_implementation!r}"
     return None

@@ -125,6 +125,8 @@ FORMATS: dict[str, Callable[[Any], str]] = {
 def _grid(result: RunResult | ModelBenchResult) -> list[list[str]]:
     """Return a line of headers and a line a figure."""
     bench = isinstance(result, ModelBenchResult)
+    # The bytes read are of all layers, their ratio is of the elastic ones: the same only without other layers.
+    hybrid = any(cache.model_stored_ratio is not None for cache in result.caches)
     lines: list[tuple[str, Figure]] = [
         ("tokens/s", lambda c: _number(c.tokens_per_s, 2)),
         *(_STEP if bench else ()),
@@ -134,7 +136,7 @@ def _grid(result: RunResult | ModelBenchResult) -> list[list[str]]:
         ("decodes captured", lambda c: _percent(c.captured_share)),
         ("decodes launched speculatively", lambda c: _percent(c.ahead_share)),
         ("KV read", lambda c: _bytes(c.kv_read_bytes)),
-        ("  1/C of 16 bit", lambda c: _ratio(c.read_ratio)),
+        ("  1/C of 16 bit" + (", elastic layers" if hybrid else ""), lambda c: _ratio(c.read_ratio)),
         ("KV stored", lambda c: _bytes(c.kv_stored_bytes)),
         *_against_dense(result, lambda c: c.stored_ratio, lambda c: c.model_stored_ratio),
         ("KV allocated", lambda c: _bytes(c.kv_allocated_bytes)),
