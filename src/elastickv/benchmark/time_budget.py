@@ -107,7 +107,7 @@ def opening(options: Options) -> str:
     parts = {name: seconds * slowdown for name, seconds in least_seconds(options).items()}
     least = sum(parts.values())
     if least <= options.time_limit_s:
-        return f"; the run ends within about {options.time_limit_s:g} s"
+        return f"; the run ends within about {options.time_limit_s:g} s, unless kernels must be compiled first"
     causes = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts.items() if seconds >= 1)
     if slowdown > 1:
         causes += f"; other processes make everything about {slowdown:.1f} times as slow"
