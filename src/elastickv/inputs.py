@@ -24,12 +24,14 @@ def file_path(name: Any) -> Path:
 
     Raises
     ------
-    UsageError : if it is no str or path.
+    UsageError : if it is no str or path, or empty: that would be the current folder.
     """
     if isinstance(name, os.PathLike):
         name = os.fspath(name)
     if not isinstance(name, str):
         raise UsageError(f"{name!r} is no name of a file: give a str or a Path")
+    if not name:
+        raise UsageError("the name of a file is empty: give a name, or . for the current folder")
     return Path(name)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.errors import UsageError
+from elastickv.inputs import file_path
 from elastickv.results.compare.runs import BenchmarkRun
 from elastickv.results.documents import ACCEPTED, Document, documents, file_of
 from elastickv.results.kinds.evaluation_result import EvaluationResult
@@ -207,7 +208,7 @@ def _refusal(reasons: list[str]) -> str:
 
 def _documents(source: Any, results: ResultSet) -> Iterator[Document]:
     if isinstance(source, (str, Path)):
-        for document in documents(Path(source), results.notes, results.refuse):
+        for document in documents(file_path(source), results.notes, results.refuse):
             yield from _cells(document)
     elif hasattr(source, "as_dict"):
         yield from _cells(Document(results.name, source.as_dict()))
