@@ -225,7 +225,7 @@ def test_the_first_line_says_how_long_a_run_with_a_short_limit_takes_and_why(mon
     short, long = Options(backend="cpu", time_limit_s=5.0), Options(backend="cpu", time_limit_s=600.0)
     least = sum(least_seconds(short).values())
     assert f"takes about {least:.0f} s at least (checks 4 s, compiling the kernels, once 8 s" in opening(short)
-    assert opening(long) == "; the run ends within about 600 s"
+    assert opening(long) == "; the run ends within about 600 s, unless kernels must be compiled first"
     assert opening(Options(backend="cpu")) == ""
     monkeypatch.setattr(os, "getloadavg", lambda: (8.0 * os.cpu_count(), 0.0, 0.0), raising=False)
     assert "other processes make everything about 8.0 times as slow" in opening(short)
