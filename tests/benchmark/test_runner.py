@@ -190,7 +190,7 @@ def test_the_sample_error_is_of_the_recipe_that_was_timed(plain):
 def test_up_to_4096_tokens_the_error_is_of_the_very_recipe_and_context(options, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        RUN_MODULE, "replay", lambda _, sample, recipe, dtype, within_s: seen.append((sample.tokens, str(recipe)))
+        RUN_MODULE, "replay", lambda _, sample, recipe, dtype, *others: seen.append((sample.tokens, str(recipe)))
     )
     options = Options(**options)
     on_sample = RUN_MODULE._on_sample(None, options, load_sample(), options.resolved_recipe, TimeBudget(None))
@@ -213,7 +213,7 @@ def test_up_to_4096_tokens_the_error_is_of_the_very_recipe_and_context(options, 
 )
 def test_where_the_error_is_of_another_recipe_the_result_says_so(options, recipe, differs, monkeypatch):
     seen = []
-    monkeypatch.setattr(RUN_MODULE, "replay", lambda _, sample, recipe, dtype, within_s: seen.append((sample.tokens, recipe)))
+    monkeypatch.setattr(RUN_MODULE, "replay", lambda _, sample, recipe, dtype, *others: seen.append((sample.tokens, recipe)))
     options = Options(**options)
     sample = load_sample()
     on_sample = RUN_MODULE._on_sample(None, options, sample, options.resolved_recipe, TimeBudget(None))
