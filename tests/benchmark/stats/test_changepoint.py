@@ -100,12 +100,16 @@ class Loading(SilentReporter):
 
     def __init__(self, after_s, until_s):
         self.after_s, self.until_s, self.busy, self.taken, self.timer = after_s, until_s, [], None, None
+        self.measuring = False
 
     def phase(self, name):
         if self.timer is not None:
             self.stop()
+        self.measuring = name.startswith("measuring ") and " against " in name
 
     def progress(self, done, total):
+        if not self.measuring:
+            return
         if self.timer is None:
             self.began = time.monotonic()
             self.timer = threading.Timer(self.after_s, self.load)
