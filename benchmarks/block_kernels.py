@@ -20,7 +20,7 @@ import torch
 from gpu_name import gpu_name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from elastickv.backends.cuda.arguments import BlocksArguments, StepRows
+from elastickv.backends.cuda.block_arguments import BlocksArguments, StepRows
 from elastickv.backends.cuda.block_kernels import BlockKernels
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.kvcache.tensor_view import TensorView

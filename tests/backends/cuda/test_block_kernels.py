@@ -83,7 +83,7 @@ class Engine:
         return table.cuda()
 
     def arguments(self):
-        from elastickv.backends.cuda.arguments import BlocksArguments
+        from elastickv.backends.cuda.block_arguments import BlocksArguments
 
         return BlocksArguments(
             pages=self.pages.data_ptr(),
@@ -105,7 +105,7 @@ class Engine:
         return TensorView(tensor.data_ptr(), self.dtype, tuple(tensor.shape), tensor.stride())
 
     def rows(self, before, after):
-        from elastickv.backends.cuda.arguments import StepRows
+        from elastickv.backends.cuda.block_arguments import StepRows
 
         parts = [[each[n:m] for each, n, m in zip(of, before, after, strict=True)] for of in (self.keys, self.values)]
         self.step = [self.torch.cat(each).contiguous() for each in parts]

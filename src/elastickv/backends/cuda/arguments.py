@@ -13,7 +13,6 @@ from elastickv.backends.cuda.device import Argument, DeviceMemory
 from elastickv.backends.cuda.kernel_selection import Variant
 from elastickv.backends.cuda.storage import Scratch, Storage
 from elastickv.backends.feedback import Feedback
-from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
 
 Address: TypeAlias = Annotated[DeviceMemory | int | None, ctypes.c_void_p]
@@ -329,78 +328,3 @@ class DecodeArguments(ArgumentStruct):
             log2_decay=math.log2(recipe.decay),
             scale_log2=math.log2(math.e) / math.sqrt(shape.head_dim),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlocksArguments(ArgumentStruct):
-    """The memory of a serving engine: `Blocks` of kernels/blocks.cuh.
-
-    Attributes
-    ----------
-    pages, window : bases of the blocks of pages and of recent tokens.
-    page_table, window_table : (requests, columns) int32 numbers of blocks.
-    page_stride, window_stride : bytes from one block to the next.
-    slab_bytes : bytes from one KV head of a block of pages to the next.
-    page_columns, window_columns : int32 from one request to the next.
-    window_shift : log2 of the tokens in a block of the window.
-    """
-
-    pages: Address
-    window: Address
-    page_table: Address
-    window_table: Address
-    page_stride: I64
-    window_stride: I64
-    kv_heads: I32
-    slab_bytes: I32
-    page_columns: I32
-    window_columns: I32
-    window_shift: I32
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRows(ArgumentStruct):
-    """Keys and values of a step's tokens, (tokens, kv_heads, head_dim), of the window's dtype.
-
-    Attributes
-    ----------
-    key_stride, value_stride : elements from one token to the next.
-    """
-
-    keys: Address
-    values: Address
-    key_stride: I64
-    value_stride: I64
-
-    @classmethod
-    def of(cls, keys: TensorView, values: TensorView) -> "StepRows":
-        """Return the arguments for two tensors."""
-        return cls(keys=keys.address, values=values.address, key_stride=keys.strides[0], value_stride=values.strides[0])
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockDecodeArguments(ArgumentStruct):
-    """What a decode of a serving engine's requests reads beside their blocks.
-
-    Attributes
-    ----------
-    lengths : (requests,) int32, tokens of each request with those of this step.
-    window_first : (requests,) int32, the first token whose window block is there.
-    partial, partial_ml, counters : what blocks leave for each other to merge.
-    rows : query tokens, `queries_per_request` of each request, its newest.
-    group, passes : query heads of a KV head, and passes over them.
-    exact_tokens : newest tokens that are read from the window.
-    scale_log2 : factor of every score, in units of log2.
-    """
-
-    lengths: Address
-    window_first: Address
-    partial: Address
-    partial_ml: Address
-    counters: Address
-    rows: I32
-    queries_per_request: I32
-    group: I32
-    passes: I32
-    exact_tokens: I32
-    scale_log2: F32

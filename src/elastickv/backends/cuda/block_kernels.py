@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from elastickv.backends.cuda.arguments import Address, BlockDecodeArguments, BlocksArguments, StepRows
+from elastickv.backends.cuda.arguments import Address
+from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, StepRows
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.backends.cuda.kernel_selection import blocks_variant
 from elastickv.backends.cuda.launch import decode_blocks, read_blocks, store_blocks

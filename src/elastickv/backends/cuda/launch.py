@@ -16,18 +16,16 @@ from elastickv.backends.cuda.arguments import (
     U64,
     Address,
     ArgumentStruct,
-    BlockDecodeArguments,
-    BlocksArguments,
     DecodeArguments,
     FeedbackArguments,
     QueryArguments,
     RowTarget,
     SelectArguments,
-    StepRows,
     StoreArguments,
     TokenRows,
     pack,
 )
+from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, StepRows
 from elastickv.backends.cuda.device import Argument, CudaDevice
 from elastickv.backends.cuda.kernel_selection import Variant
 from elastickv.recipe import PAGE_TOKENS
