@@ -110,12 +110,7 @@ def model_run(result: ModelBenchResult, source: str) -> BenchmarkRun:
         raise refused(source, "has no two rounds of the elastic cache")
     if not all(time > 0 for times in (elastic, *token_ms.values()) for time in times):
         raise refused(source, "has rounds of no steps in caches.step_s")
-    requested = (
-        ("compress", str(result.compress)),
-        ("recipe", str(result.recipe)),
-        ("calibrated", result.calibrated),
-        ("dtype", result.model.dtype),
-    )
+    requested = _requested(result, result.calibrated)
     return BenchmarkRun(
         source=source,
         result=result,
@@ -133,6 +128,16 @@ def model_run(result: ModelBenchResult, source: str) -> BenchmarkRun:
         figures={"token": _with_rates(Times(sum(elastic) / len(elastic), elastic, token_ms, 0.0), cache)},
         fidelity=_quality_errors(result.fidelity if isinstance(result, TransformersBaseline) else None, ELASTIC),
         complete=True,
+    )
+
+
+def _requested(result: ModelBenchResult | RunResult, calibrated: bool | None) -> tuple[tuple[str, Any], ...]:
+    """Return what was requested of a model's decode."""
+    return (
+        ("compress", str(result.compress)),
+        ("recipe", str(result.recipe)),
+        ("calibrated", calibrated),
+        ("dtype", result.model.dtype),
     )
 
 
@@ -156,12 +161,7 @@ def generation_run(result: RunResult, source: str) -> BenchmarkRun:
             figures[f"first token{label}"] = Times(1e3 * first_s, None, {}, 0.0)
     if not figures:
         raise refused(source, "has no time of a token")
-    requested = (
-        ("compress", str(result.compress)),
-        ("recipe", str(result.recipe)),
-        ("calibrated", bool(cache.calibrated)),
-        ("dtype", result.model.dtype),
-    )
+    requested = _requested(result, bool(cache.calibrated))
     return BenchmarkRun(
         source=source,
         result=result,
