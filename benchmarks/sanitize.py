@@ -4,7 +4,8 @@
 
 A case is one kind of kernel with one recipe, in a process of its own under each tool: filled, appended to until a page has left
 the window, decoded against the float64 oracle; a chunk behind it, its rows moved, read back and cropped within the window and
-far behind it; then a short inference cycle, whose kernels overlap. The file holds what each tool said of each case.
+far behind it; then a short inference cycle, whose kernels overlap. `blocks` are the kernels over a serving engine's blocks:
+a chunk and steps of one token are stored and decoded, and pages read back. The file holds what each tool said of each case.
 """
 
 import argparse
@@ -26,7 +27,10 @@ from elastickv.backends.cuda.kernel_selection import requires_pages
 from elastickv.backends.feedback import Feedback
 from elastickv.kvcache import Oracle
 from elastickv.kvcache.error_metrics import relative_l2
-from elastickv.recipe import AttentionShape, Recipe
+from elastickv.kvcache.quantize import stored_values
+from elastickv.kvcache.rounding import from_bf16_bits, rounded, to_bf16_bits
+from elastickv.kvcache.tensor_view import TensorView
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BARRIERS = 1 << 13  # that synccheck tracks; a launch fails where a kernel's blocks have more between them
@@ -44,6 +48,7 @@ TURNS = (
 )
 # Two tokens before a page leaves the window; of the second row before one is full.
 EQUAL, RAGGED = (290, 290), (290, 162)
+SERVED_WINDOW, SERVED_BLOCK, SERVED_STEPS = 64, 8, 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Case:
 
     Attributes
     ----------
-    kernel, macros : what `CudaBackend` is told to build; `ceilings` are the kernels that measure the device's limits.
+    kernel, macros : what `CudaBackend` is told to build; `ceilings` are the kernels that measure the device's limits, `blocks`
+        those over a serving engine's blocks.
     shape : batch, query heads, KV heads, head_dim.
     lengths : tokens of each row.
     """
@@ -83,6 +89,10 @@ def matrix() -> list[Case]:
     # More KV heads than multiprocessors: blocks that serve one head after the other.
     cases.append(Case("mma", {"SPLITS": 0}, "int8", (34, 16, 4, 64), "bf16", EQUAL * 17))
     cases.append(Case("auto", {}, "int4,pages=1/4:1/3,anchor_every=2", (2, 8, 2, 64), "bf16", RAGGED))
+    for text in RECIPES:
+        if recipe_for(text, 64).selection == "all" and not recipe_for(text, 64).is_dense:
+            shape, dtype = next((s, d) for s, d in turns if d != "fp32" and recipe_for(text, s[3]).exact_dtype(d) == d)
+            cases.append(Case("blocks", {}, str(recipe_for(text, shape[3])), shape, dtype, RAGGED))
     return [*cases, Case("ceilings", {}, "", (1, 1, 1, 64), "bf16", (1,))]
 
 
@@ -104,6 +114,9 @@ def run_case(number: int) -> None:
     case = CASES[number]
     if case.kernel == "ceilings":
         measure_little()
+        return
+    if case.kernel == "blocks":
+        serve(case)
         return
     recipe, shape, rng = Recipe.parse(case.recipe), AttentionShape(*case.shape), np.random.default_rng(0)
     lengths, limit = case.lengths, OPERAND_ROUNDING[recipe.exact_dtype(case.dtype)]
@@ -138,6 +151,88 @@ def run_case(number: int) -> None:
     for cache in caches:
         cache.prefill(*tokens(rng, shape, max(lengths)), np.array(lengths))
     backend.cycle(caches, queries, Feedback.seeded(shape.head_dim, 1, 1.0, 1.0, 1.0), True).run(4)
+
+
+def serve(case: Case) -> None:
+    """Store and decode requests in a serving engine's blocks, and read their pages back."""
+    from elastickv.backends.cuda.block_arguments import BlocksArguments, StepRows
+    from elastickv.backends.cuda.block_kernels import BlockKernels
+    from elastickv.backends.cuda.device import CudaDevice
+
+    recipe, (batch, query_heads, kv_heads, dim), rng = Recipe.parse(case.recipe), case.shape, np.random.default_rng(0)
+    device, held = CudaDevice(None), []
+    kernels = BlockKernels(device, AttentionShape(*case.shape), case.dtype, recipe, SERVED_WINDOW)
+
+    def sent(array):
+        held.append(device.allocate(array.nbytes))
+        device.upload(held[-1], array)
+        return held[-1]
+
+    def rows(array):
+        bits = to_bf16_bits(array) if case.dtype == "bf16" else array.astype(np.float16)
+        return TensorView(sent(bits).pointer, case.dtype, array.shape, (array.shape[1] * dim, dim, 1))
+
+    columns = -(-max(case.lengths) // PAGE_TOKENS)
+    page_table = 1 + rng.permutation(batch * columns).astype(np.int32).reshape(batch, columns)
+    window_columns = columns * PAGE_TOKENS // SERVED_BLOCK
+    window_table = 1 + rng.permutation(batch * window_columns).astype(np.int32).reshape(batch, window_columns)
+    slab, window_block = kernels.slab.n_bytes, kv_heads * SERVED_BLOCK * 2 * dim * 2
+    blocks = BlocksArguments(
+        pages=device.allocate((page_table.size + 1) * kv_heads * slab),
+        window=device.allocate((window_table.size + 1) * window_block, 0),
+        page_table=sent(page_table),
+        window_table=sent(window_table),
+        page_stride=kv_heads * slab,
+        window_stride=window_block,
+        kv_heads=kv_heads,
+        slab_bytes=slab,
+        page_columns=columns,
+        window_columns=window_columns,
+        window_shift=SERVED_BLOCK.bit_length() - 1,
+    )
+    stored = [rounded(rng.standard_normal((2, n, kv_heads, dim), dtype=np.float32), case.dtype) for n in case.lengths]
+    first = sent(np.zeros(batch, np.int32))
+    before = [0] * batch
+    for left in range(SERVED_STEPS, -1, -1):
+        after = [n - left for n in case.lengths]
+        parts = [s[:, n:m] for s, n, m in zip(stored, before, after, strict=True)]
+        keys, values = (np.concatenate([part[i] for part in parts]) for i in range(2))
+        tokens_of = [np.arange(n, m) for n, m in zip(before, after, strict=True)]
+        slots = [t[u // SERVED_BLOCK] * SERVED_BLOCK + u % SERVED_BLOCK for t, u in zip(window_table, tokens_of, strict=True)]
+        starts = np.cumsum([0, *map(len, tokens_of)]).astype(np.int32)
+        step, lengths = StepRows.of(rows(keys), rows(values)), sent(np.array(after, np.int32))
+        mapping = sent(np.concatenate(slots).astype(np.int64))
+        kernels.store(blocks, step, lengths, sent(starts), mapping, batch, max(map(len, tokens_of)))
+        if before[0]:
+            query = rounded(rng.standard_normal((batch, query_heads, dim), dtype=np.float32), case.dtype)
+            output = device.allocate(2 * query.size)
+            kernels.decode(blocks, step, rows(query), output, lengths, first)
+        before = after
+    read = device.download(output, query.shape, np.uint16)
+    answers = from_bf16_bits(read) if case.dtype == "bf16" else read.view(np.float16)
+    for number, n in enumerate(case.lengths):
+        expected = attended(query[number], stored[number], n - SERVED_WINDOW, recipe)
+        error = relative_l2(answers[number].astype(np.float64), expected).max()
+        if not error <= 3 * OPERAND_ROUNDING[case.dtype]:  # the output is rounded too
+            sys.exit(f"decode in blocks differs from the oracle by {error:.3g}")
+    pages = (case.lengths[0] // PAGE_TOKENS) * PAGE_TOKENS
+    kernels.read(blocks, 0, pages, *(device.allocate(2 * pages * kv_heads * dim) for _ in range(2)))
+    device.stream.sync()
+
+
+def attended(query, stored, cold: int, recipe: Recipe):
+    """Return float64 attention of a request's queries to keys and values of which the first `cold` are read from pages."""
+    kv_heads, dim = stored.shape[2:]
+    numbers, pages = stored.astype(np.float64), -(-cold // PAGE_TOKENS) * PAGE_TOKENS
+    for which, fmt in enumerate((recipe.key_format, recipe.value_format)):
+        for head in range(kv_heads):
+            numbers[which, :cold, head] = stored_values(stored[which, :pages, head], fmt, bool(which), recipe.v_group(dim))[
+                :cold
+            ]
+    grouped = query.astype(np.float64).reshape(kv_heads, -1, dim)
+    scores = np.einsum("hgd,khd->hgk", grouped, numbers[0]) / dim**0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hgk,khd->hgd", weights / weights.sum(-1, keepdims=True), numbers[1]).reshape(query.shape)
 
 
 def measure_little() -> None:

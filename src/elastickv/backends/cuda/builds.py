@@ -71,7 +71,7 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
             variant = decode_variant(head_dim, group, dtype, parsed, arch, kind)
             split = [split_variant(variant, group, Split(n, n <= LARGEST_CLUSTER)) for n in (2, 4, 8, 16)]
             selecting = variant.selecting() if parsed.selection == "pages" else None
-            paged = kind == "mma" and dtype != "fp32" and not parsed.is_dense and parsed.selection == "all"
+            paged = kind == "mma" and parsed.exact_dtype(dtype) == dtype and not parsed.is_dense and parsed.selection == "all"
             serving = blocks_variant(head_dim, group, dtype, parsed, arch) if paged else None
             for each in (
                 variant,

@@ -158,6 +158,10 @@ def blocks_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
         raise UsageError(f"{recipe} reads a part of the tokens: a serving engine's blocks are read whole; use formats only")
     if int(arch) < MMA_SINCE or dtype == "fp32":
         raise UsageError(f"a serving engine's blocks need SM 8.0 and a 16-bit dtype; this is {dtype} on SM {arch}")
+    if recipe.exact_dtype(dtype) != dtype:
+        raise UsageError(
+            f"{recipe} stores recent tokens in {recipe.exact_dtype(dtype)}; a serving engine stores them in {dtype}"
+        )
     return Variant("decode_blocks", arch, decode_variant(head_dim, group, dtype, recipe, arch, "pages").macros)
 
 
