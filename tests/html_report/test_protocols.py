@@ -8,7 +8,7 @@ import pytest
 from elastickv import report
 from elastickv.html_report.charts.fidelity_charts import loss_charts
 from elastickv.html_report.charts.time_charts import time_charts
-from elastickv.html_report.method_labels import MeasuredTime, labelled
+from elastickv.html_report.method_labels import MeasuredTime, labeled_series
 from elastickv.html_report.report_data import IntervalEstimate
 from tests.helpers.pages import Page
 from tests.helpers.results import COMMITTED, ORIGINAL, quiet, result
@@ -89,9 +89,9 @@ def test_a_series_over_contexts_is_one_line_though_each_context_has_its_own_reci
         MeasuredTime(context, IntervalEstimate(1.0), {"pairing": "abba", "inner loops": loops}, recipe)
         for context, loops, recipe in ((1024, 64, "int8"), (2048, 32, "int4"))
     ]
-    assert list(labelled("elastic", times)) == ["elastic"]
+    assert list(labeled_series("elastic", times)) == ["elastic"]
     again = MeasuredTime(2048, IntervalEstimate(3.0), {"pairing": "abba", "inner loops": 32}, "int4,pages=0.5")
-    series = labelled("elastic", [*times, again])
+    series = labeled_series("elastic", [*times, again])
     assert series["elastic (int4,pages=0.5)"] == {2048: [IntervalEstimate(3.0)]}
     assert max(len(found) for contexts in series.values() for found in contexts.values()) == 1
 

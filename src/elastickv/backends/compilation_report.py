@@ -1,18 +1,18 @@
-"""Who sees how far kernels are compiled: they are compiled when a first cache is made, in the middle of another phase."""
+"""Report the compilation of kernels, which happens when a first cache is made, in the middle of another phase."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from elastickv.backends.protocol import PhaseReporter
+from elastickv.backends.protocol import Reporter
 
-_CURRENT: ContextVar[PhaseReporter | None] = ContextVar("compilation_report", default=None)
+_CURRENT: ContextVar[Reporter | None] = ContextVar("compilation_report", default=None)
 
 
 class Interruption:
-    """A reporter that shows a phase within another one, and names the other one again when all of its steps are done."""
+    """A reporter that shows a phase within another one, and resumes the other one when all steps are done."""
 
-    def __init__(self, report: PhaseReporter, current: Callable[[], str]) -> None:
+    def __init__(self, report: Reporter, current: Callable[[], str]) -> None:
         """Interrupt the phase that `current` names."""
         self._report, self._current = report, current
         self._interrupted: str | None = None
@@ -31,8 +31,8 @@ class Interruption:
 
 
 @contextmanager
-def compilation_report(report: PhaseReporter) -> Iterator[None]:
-    """Show on `report` what backends compile within the block that were loaded without a reporter of their own."""
+def compilation_report(report: Reporter) -> Iterator[None]:
+    """Report to `report` what is compiled within the block by backends that were loaded without a reporter."""
     token = _CURRENT.set(report)
     try:
         yield
@@ -40,6 +40,6 @@ def compilation_report(report: PhaseReporter) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def current_report() -> PhaseReporter | None:
-    """Return the reporter of the innermost block, None outside of one."""
+def current_report() -> Reporter | None:
+    """Return the reporter of the innermost `compilation_report`; None outside of one."""
     return _CURRENT.get()

@@ -81,8 +81,8 @@ class Program(Protocol):
         """Return, for each cache, the (batch, query_heads, head_dim) outputs of the last launch's last step on it."""
 
 
-class PhaseReporter(Protocol):
-    """Shows what a backend does before it can run."""
+class Reporter(Protocol):
+    """Receives the phases and the progress of a run, or of what a backend does before it can run."""
 
     def phase(self, name: str) -> None:
         """Begin a phase."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from elastickv.backends.driver_errors import device_failures
 from elastickv.backends.gpu_detection import gpu_present
-from elastickv.backends.protocol import Allocator, Backend, PhaseReporter
+from elastickv.backends.protocol import Allocator, Backend, Reporter
 from elastickv.errors import UsageError
 
 BACKENDS: dict[str, str] = {
@@ -15,7 +15,7 @@ BACKENDS: dict[str, str] = {
 
 
 def load(
-    name: str = "auto", device: int | None = None, allocator: Allocator | None = None, report: PhaseReporter | None = None
+    name: str = "auto", device: int | None = None, allocator: Allocator | None = None, report: Reporter | None = None
 ) -> tuple[Backend, str | None]:
     """Return the backend called `name` and, for 'auto' on a machine with a GPU, why the GPU is not used.
 
@@ -47,7 +47,7 @@ def load(
     raise UsageError(reason or "no backend can run here")
 
 
-def _open(name: str, device: int | None, allocator: Allocator | None, report: PhaseReporter | None) -> Backend:
+def _open(name: str, device: int | None, allocator: Allocator | None, report: Reporter | None) -> Backend:
     options: dict[str, Any] = {} if allocator is None else {"allocator": allocator}
     if report is not None and name == "cpu":
         options["report"] = report

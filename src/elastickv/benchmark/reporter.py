@@ -1,16 +1,6 @@
-"""How a long run says what it is doing."""
+"""How a long run reports its phases and progress."""
 
-from typing import Protocol
-
-
-class Reporter(Protocol):
-    """Receives the phases and the progress of a run."""
-
-    def phase(self, name: str) -> None:
-        """Begin a phase."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Show that `done` of `total` steps of the phase are done."""
+from elastickv.backends.protocol import Reporter as Reporter
 
 
 class SilentReporter:

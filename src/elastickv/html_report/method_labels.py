@@ -26,7 +26,7 @@ class MeasuredTime:
     variant: str
 
 
-def labelled(label: str, times: Sequence[MeasuredTime]) -> dict[str, dict[int, list[IntervalEstimate]]]:
+def labeled_series(label: str, times: Sequence[MeasuredTime]) -> dict[str, dict[int, list[IntervalEstimate]]]:
     """Return the times of a series by label and context: one label, or one for each way of measuring.
 
     Only times of one label and context may be averaged: they share the device, the shape, the method and what ran.

@@ -6,12 +6,12 @@ from elastickv.errors import UsageError
 
 if TYPE_CHECKING:
     from elastickv.backends.cpu.backend import CpuBackend
-    from elastickv.backends.protocol import PhaseReporter
+    from elastickv.backends.protocol import Reporter
 
 __all__ = ["open_backend"]
 
 
-def open_backend(device: int | None, report: "PhaseReporter | None" = None) -> "CpuBackend":
+def open_backend(device: int | None, report: "Reporter | None" = None) -> "CpuBackend":
     """Return the CPU backend. It compiles its kernels when it makes its first cache, and tells `report` how far it is.
 
     Raises

@@ -11,7 +11,7 @@ from elastickv.backends.cpu.device import describe
 from elastickv.backends.cpu.layout import layout
 from elastickv.backends.cpu.programs import AttentionProgram, CycleProgram
 from elastickv.backends.feedback import Feedback
-from elastickv.backends.protocol import Ceilings, DeviceInfo, PhaseReporter
+from elastickv.backends.protocol import Ceilings, DeviceInfo, Reporter
 from elastickv.errors import UsageError
 from elastickv.kvcache.protocol import LayerCache
 from elastickv.kvcache.tensor_view import Float32
@@ -26,7 +26,7 @@ class CpuBackend:
 
     name = "cpu"
 
-    def __init__(self, report: PhaseReporter | None = None) -> None:
+    def __init__(self, report: Reporter | None = None) -> None:
         self._limits, self._report = Limits(), report
 
     @property

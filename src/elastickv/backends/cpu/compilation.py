@@ -15,7 +15,7 @@ from time import sleep
 
 from elastickv.backends.cpu import decode, page, page_codes, selection, steps, storage, threads
 from elastickv.backends.cpu.numba_cache import Kernel, cache_kernels_on_disk, compiled_folder
-from elastickv.backends.protocol import PhaseReporter
+from elastickv.backends.protocol import Reporter
 from elastickv.recipe import Recipe
 
 # About the seconds that a kernel takes on one core, for shares of equal length and a bar that moves evenly.
@@ -45,7 +45,7 @@ def needed_kernels(recipe: Recipe, dtype: str) -> list[Kernel]:
     return kernels
 
 
-def compile_kernels(kernels: Sequence[Kernel], report: PhaseReporter | None) -> None:
+def compile_kernels(kernels: Sequence[Kernel], report: Reporter | None) -> None:
     """Compile those of `kernels` whose code is not on disk.
 
     Raises
@@ -95,7 +95,7 @@ def _tenths(kernel: Kernel) -> int:
     return round(10 * _seconds(kernel))
 
 
-def _show(report: PhaseReporter | None, kernels: Sequence[Kernel], total: int) -> None:
+def _show(report: Reporter | None, kernels: Sequence[Kernel], total: int) -> None:
     if report is not None:
         report.progress(sum(_tenths(kernel) for kernel in kernels if kernel.is_compiled()), total)
 

@@ -22,7 +22,7 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
-from elastickv.html_report.method_labels import MeasuredTime, labelled
+from elastickv.html_report.method_labels import MeasuredTime, labeled_series
 from elastickv.html_report.report_data import ContenderTime, IntervalEstimate, Step
 
 MOST_CHARTS = 6
@@ -70,7 +70,7 @@ def _series(steps: Sequence[Step]) -> Series:
             add(label, step, peer.time_ms, f"{peer.timing.name} {peer.timing.version}")
     by_label: dict[str, dict[int, list[IntervalEstimate]]] = {}
     for label, measured in times.items():
-        by_label |= labelled(label, measured)
+        by_label |= labeled_series(label, measured)
 
     def order(label: str) -> tuple[bool, bool, int]:
         return not label.startswith("dense"), label.startswith("elastic"), -len(by_label[label])

@@ -1,11 +1,8 @@
-// Tokens in the blocks of a serving engine, which kernels find through tables of (request, block).
+// The blocks in which a serving engine stores tokens; kernels find them through tables of (request, block).
 //
-// - A page of 32 tokens: codes of K, scales of K, codes of V and scales of V of one KV head follow each other in a slab; a
-// block
-//   holds the slabs of all KV heads.
-// - The window: 16-bit rows of recent tokens, (block, KV head, token, K before V), 2^window_shift tokens a block. Block 0
-// belongs
-//   to nobody: it stands for blocks that no step reads.
+// A block of pages holds one page of 32 tokens for every KV head, in slabs that follow each other: codes of K, scales of K,
+// codes of V, scales of V. A block of the window holds 2^window_shift recent tokens in 16 bit: (KV head, token, K before V).
+// Block 0 is the engine's null block, which no step reads.
 #pragma once
 
 // Strides: bytes between blocks, and elements between tokens of the tensors.
