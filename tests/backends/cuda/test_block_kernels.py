@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from elastickv.backends.cuda.block_kernels import Slab
 from elastickv.backends.cuda.kernel_selection import blocks_variant
 from elastickv.errors import UsageError
 from elastickv.kvcache.quantize import stored_values
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS
+from elastickv.recipe.slab import Slab
 
 RECIPES = ("int4", "int8", "fp8", "k=int8,v=int4", "int4,vgroup=32")
 LENGTHS = (1000, 33, 1, 128, 129, 160, 161, 2049, 31, 32)

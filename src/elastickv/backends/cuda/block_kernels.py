@@ -1,7 +1,6 @@
 """Decode and store in the blocks of a serving engine, which owns the memory and the tables."""
 
 import math
-from dataclasses import dataclass
 
 from elastickv.backends.cuda.arguments import Address
 from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, StepRows
@@ -11,44 +10,7 @@ from elastickv.backends.cuda.launch import decode_blocks, read_blocks, store_blo
 from elastickv.backends.cuda.storage import Scratch, ScratchSize
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.formats import FORMATS, round_up
-
-_COPY_BYTES = 16
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Sizes of the page of one KV head, contiguous: codes of K, scales of K, codes of V, scales of V.
-
-    Attributes
-    ----------
-    key_codes, key_scales, value_codes, value_scales : bytes of the parts, each padded to 16.
-    """
-
-    key_codes: int
-    key_scales: int
-    value_codes: int
-    value_scales: int
-
-    @classmethod
-    def of(cls, recipe: Recipe, head_dim: int) -> "Slab":
-        """Return the slab of a recipe's formats.
-
-        Raises
-        ------
-        ValueError : if the recipe is dense.
-        """
-        if recipe.key_format is None or recipe.value_format is None:
-            raise ValueError(f"{recipe} has no pages")
-        key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
-        scales = (key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim)))
-        key_scales, value_scales = (round_up(each.bytes_of(PAGE_TOKENS), _COPY_BYTES) for each in scales)
-        return cls(PAGE_TOKENS * key.row_bytes(head_dim), key_scales, PAGE_TOKENS * value.row_bytes(head_dim), value_scales)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the slab."""
-        return self.key_codes + self.key_scales + self.value_codes + self.value_scales
+from elastickv.recipe.slab import Slab
 
 
 class BlockKernels:

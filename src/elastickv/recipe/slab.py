@@ -1,0 +1,41 @@
+"""The page of one KV head in a serving engine's block."""
+
+from dataclasses import dataclass
+
+from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, ROW_ALIGNMENT_BYTES, round_up
+from elastickv.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Sizes of the page of one KV head, contiguous: codes of K, scales of K, codes of V, scales of V.
+
+    Attributes
+    ----------
+    key_codes, key_scales, value_codes, value_scales : bytes of the parts, each padded to 16.
+    """
+
+    key_codes: int
+    key_scales: int
+    value_codes: int
+    value_scales: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, head_dim: int) -> "Slab":
+        """Return the slab of a recipe's formats.
+
+        Raises
+        ------
+        ValueError : if the recipe is dense.
+        """
+        if recipe.key_format is None or recipe.value_format is None:
+            raise ValueError(f"{recipe} has no pages")
+        key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
+        scales = (key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim)))
+        key_scales, value_scales = (round_up(each.bytes_of(PAGE_TOKENS), ROW_ALIGNMENT_BYTES) for each in scales)
+        return cls(PAGE_TOKENS * key.row_bytes(head_dim), key_scales, PAGE_TOKENS * value.row_bytes(head_dim), value_scales)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the slab."""
+        return self.key_codes + self.key_scales + self.value_codes + self.value_scales
