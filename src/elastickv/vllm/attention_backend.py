@@ -8,7 +8,8 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
 
 from elastickv.recipe.formats import PAGE_TOKENS
-from elastickv.vllm.attention_impl import ElasticAttentionImpl, published_slab_bytes
+from elastickv.vllm.attention_impl import ElasticAttentionImpl
+from elastickv.vllm.model_setup import ModelSetup
 from elastickv.vllm.serving_options import CACHE_DTYPES
 from elastickv.vllm.step_metadata import PageMetadataBuilder
 
@@ -49,12 +50,9 @@ class ElasticAttentionBackend(AttentionBackend):
         """Return the specification of pages: a slab of bytes for each KV head."""
         if spec.state_content_bytes is not None:
             return spec
-        return replace(
-            spec,
-            dtype=torch.uint8,
-            kv_quant_mode=KVQuantMode.NONE,
-            state_content_bytes=published_slab_bytes(spec.head_size) // PAGE_TOKENS,
-        )
+        assert ModelSetup.newest is not None, "the model's layers are built before their caches"
+        content = ModelSetup.newest.slab_bytes() // PAGE_TOKENS
+        return replace(spec, dtype=torch.uint8, kv_quant_mode=KVQuantMode.NONE, state_content_bytes=content)
 
 
 class CpuElasticAttentionBackend(ElasticAttentionBackend):

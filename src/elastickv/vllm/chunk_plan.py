@@ -43,8 +43,8 @@ class KeyRange:
 class ChunkPlan:
     """The parts of attention of a step's prompt chunks.
 
-    A query at position t reads tokens j > t - exact_tokens exactly: those of its own chunk and of the window before it. It reads
-    the others from pages. All queries of a chunk see the pages before the first one's window; after that, each sees one
+    A query at position t reads tokens j > t - exact_tokens exactly: those of its own chunk and of the window before it. It
+    reads the others from pages. All queries of a chunk see the pages before the first one's window; after that, each sees one
     token more than the one before.
 
     Attributes

@@ -8,6 +8,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from elastickv.recipe.formats import PAGE_TOKENS
+from elastickv.vllm.bad_tokens import BadTokens
 
 
 @dataclass
@@ -49,11 +50,15 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layers = vllm_config.compilation_config.static_forward_context
+        self._bad_tokens: BadTokens | None = layers[layer_names[0]].impl.bad_tokens if layer_names else None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PageMetadata:
-        """Return the metadata of a step."""
+        """Return the metadata of a step, and report tokens of earlier steps that could not be stored."""
+        if self._bad_tokens is not None:
+            self._bad_tokens.look()
         batch, threshold = common_attn_metadata, self.reorder_batch_threshold or 1
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
         starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
