@@ -82,7 +82,7 @@ class ModelSetup:
         model = self._config.model_config
         served = ServedModel(
             shape=AttentionShape(
-                1, model.get_total_num_attention_heads(), model.get_total_num_kv_heads(), shape.head_dim
+                1, model.model_arch_config.total_num_attention_heads, model.get_total_num_kv_heads(), shape.head_dim
             ),
             layer_count=model.get_total_num_hidden_layers(),
             context=model.max_model_len,
@@ -139,4 +139,3 @@ class ModelSetup:
             _log.warning("vLLM padded pages of %d B to %d B: capacity is lost", page_bytes, stride)
         longest = self._config.model_config.max_model_len
         _log.info("ElasticKV: %s", Capacity(windows[0], len(windows), memory.shape[0] - 1, longest))
-
