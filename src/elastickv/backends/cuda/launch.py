@@ -219,7 +219,7 @@ def store_blocks(
     heads = 2 * blocks.kv_heads
     if longest <= PAGE_TOKENS:
         return 1, heads, requests
-    return min(requests * (longest // PAGE_TOKENS + 2), max(1, _STORE_BLOCKS // heads)), heads, 1
+    return min(requests * (longest // PAGE_TOKENS + 2), max(2, _STORE_BLOCKS // heads)), heads, 1
 
 
 @kernel
