@@ -211,8 +211,8 @@ def store_blocks(
     Parameters
     ----------
     lengths : (requests,) int32, tokens of each request after the step.
-    starts : (requests + 1,) int32, where each request's tokens begin. The newest of its tokens that make up its length count:
-        a request of length 0 has none, whatever its starts say.
+    starts : (requests + 1,) int32, where each request's tokens begin. Only the newest lengths[i] of them exist: a request of
+        length 0 has none, whatever its starts say.
     slot_mapping : (tokens,) int64 slots of the window; those of block 0, and negative ones, store nothing.
     bad : a word of `BadToken`, lowered where a token with a slot that is not negative has values that cannot be stored.
     """

@@ -29,8 +29,8 @@ __device__ __forceinline__ char* slab_at(const Blocks& b, int request, int page,
     return b.pages + b.page_table[(size_t)request * b.page_columns + page] * b.page_stride + (size_t)head * b.slab_bytes;
 }
 
-// The pages that a step touches are numbered across requests. This is the first number of a request, who has enough of them
-// wherever its tokens begin in a page.
+// The pages that a step touches have slots, numbered across requests. This is the first slot of a request, which has enough of
+// them wherever in a page its tokens begin.
 __device__ __forceinline__ int first_slot(const int* starts, int request) { return starts[request] / PAGE + 2 * request; }
 
 // One warp finds the request of a slot: the last whose first slot is not beyond it.
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS, D > 128 ? 3 : 5)
         }
         const bool complete = (page + 1) * PAGE <= length;
         u32 row[ROWS_PER_WARP][ROW_WORDS];
-        long long to = -1;  // slot of the row that this lane's number is
+        long long to = -1;  // lane r: the slot of the warp's row r, if that is a token of this step
         const int lane = threadIdx.x & 31, mine = page * PAGE + lane * STORE_WARPS + warp;
         if (lane < ROWS_PER_WARP && mine >= first && mine < length) to = slot_mapping[start + mine - first];
 #pragma unroll
@@ -207,8 +207,8 @@ __device__ __forceinline__ void unpack_slab(RowTile& tile, const char* slab) {
 }
 
 // Writes tokens first[i] to first[i] + count[i] - 1 of request `first_request` + i to rows start[i] and on, (rows, KV heads,
-// head_dim): from the window where they are exact_first[i] or later, otherwise from pages. Calls that leave no token to read
-// from a page do not read it.
+// head_dim): from the window where they are exact_first[i] or later, otherwise from pages. A page that no token is read from is
+// not read: it may be incomplete.
 // grid: KV heads, pages of a request, requests.
 extern "C" __global__ void __launch_bounds__(STORE_THREADS, D > 128 ? 2 : 4)
     gather_blocks(char* keys, char* values, BLOCKS_SIGNATURE, const int* first, const int* count, const int* start,
