@@ -1,7 +1,9 @@
 """The server of vLLM, started for real, answers the client of OpenAI."""
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,8 +14,8 @@ import urllib.request
 import pytest
 
 from tests.helpers.read_rule import compare
-from tests.helpers.serving_scenarios import RECIPE, WINDOW, random_prompts
 from tests.helpers.served_llama import write_model
+from tests.helpers.serving_scenarios import RECIPE, WINDOW, random_prompts
 
 START_SECONDS = 240
 NAME = "tiny"
@@ -63,14 +65,10 @@ def server(serve, weights, tmp_path_factory):
         yield address
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(process.pid, 9)
-        except ProcessLookupError:
-            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
 
 

@@ -16,7 +16,7 @@ def device():
 
 @pytest.fixture(scope="session")
 def serve_bf16(serve, device):
-    """Return the engine with options, in bfloat16: as `vllm serve` starts it, compiled and with graphs, unless told otherwise."""
+    """Return the engine with options, in bfloat16, compiled and with graphs unless they say otherwise."""
     from elastickv.vllm.versions import installed_version, minor_version
 
     def start(fmt="int4", **options):
