@@ -94,6 +94,26 @@ def first_token(blocks, size, start):
     return min(block * size, start)
 
 
+def let_vllm_scan_modules():
+    """Make llvmlite's library say that it has no `__dict__`.
+
+    vLLM 0.32 on CPUs reads `__dict__` of everything in every module when an engine starts, and llvmlite's library, which is
+    there once Numba is, answers any name with a function.
+    """
+    from llvmlite.binding import ffi
+
+    library = type(ffi.lib)
+    function = library.__getattr__
+    if function.__module__ != __name__:
+
+        def attribute(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return function(self, name)
+
+        library.__getattr__ = attribute
+
+
 class ServingEngine:
     """One engine. Options are those of `vllm.LLM`; `elastickv` are those of the plug-in, None for the stock backend."""
 
@@ -104,6 +124,7 @@ class ServingEngine:
         os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
         from vllm import LLM
 
+        let_vllm_scan_modules()
         settings = DEFAULTS | options
         if elastickv is not None:
             settings["additional_config"] = {"elastickv": elastickv}
