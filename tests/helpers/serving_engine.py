@@ -232,8 +232,11 @@ class ServingEngine:
 
     def close(self):
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        from vllm.v1.attention import selector
 
         self.engine.engine_core.shutdown()
         del self.llm, self.engine, self.core, self.scheduler, self.record
         gc.collect()
         cleanup_dist_env_and_memory()
+        # Which backend was selected does not depend on `additional_config` there.
+        selector._cached_get_attn_backend.cache_clear()

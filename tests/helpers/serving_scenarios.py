@@ -17,10 +17,10 @@ def random_prompts(lengths, seed=0):
 
 
 def all_follow(model, answers, **options):
-    for answer in answers:
-        assert follows(model, answer, **options) is None
+    reasons = [follows(model, answer, **options) for answer in answers]
+    assert not any(reasons), reasons
 
 
 def all_equal(model, answers, others):
-    for answer, other in zip(answers, others, strict=True):
-        assert disagreement(model, answer, other) is None
+    reasons = [disagreement(model, answer, other) for answer, other in zip(answers, others, strict=True)]
+    assert not any(reasons), reasons
