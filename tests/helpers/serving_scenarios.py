@@ -1,0 +1,26 @@
+"""What the tests of the serving backend ask engines, and how answers are checked."""
+
+import numpy as np
+
+from tests.helpers.read_rule import disagreement, follows
+
+RECIPE, WINDOW = "int4", 64
+LENGTHS = (100, 37, 211, 64, 5)
+NEW_TOKENS = 130
+# Less than the requests need together: some are preempted.
+SMALL_POOL = {"num_gpu_blocks_override": 100, "max_model_len": 512}
+
+
+def random_prompts(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 500, length).tolist() for length in lengths]
+
+
+def all_follow(model, answers, **options):
+    reasons = [follows(model, answer, **options) for answer in answers]
+    assert not any(reasons), reasons
+
+
+def all_equal(model, answers, others):
+    reasons = [disagreement(model, answer, other) for answer, other in zip(answers, others, strict=True)]
+    assert not any(reasons), reasons
