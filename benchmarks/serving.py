@@ -29,6 +29,7 @@ from elastickv.results.files import write_text
 from elastickv.results.kinds.serving_result import SERVING_KIND, SERVING_VERSION
 
 REFUSED = 2  # exit status
+ENGINE = Path(__file__).with_name("serving_engine.py")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def run_process(name: str, arguments: argparse.Namespace, model: str, seconds: f
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         record_file = Path(folder) / "record.json"
-        command = [sys.executable, str(Path(__file__).with_name("serving_engine.py")), f"{folder}/plan.json", str(record_file)]
+        command = [sys.executable, str(ENGINE), f"{folder}/plan.json", str(record_file)]
         status, text = run_command(command, defaults | dict(os.environ) | settings, seconds)
         record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
     failed, lines = None, logged(text)
@@ -178,6 +179,12 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
+    return int(text)
+
+
 def _contexts(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers of tokens, separated by commas, such as 1024,8192,32768")
@@ -210,8 +217,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--first-token", type=int, default=512 if small else 65536, help="tokens of that prompt; 0 leaves it out"
     )
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each contender")
-    parser.add_argument("--samples", type=int, default=3, help="of each measurement in each process")
+    parser.add_argument("--rounds", type=_count, default=2, help="processes of each contender")
+    parser.add_argument("--samples", type=_count, default=3, help="of each measurement in each process")
     parser.add_argument("--time-limit", type=float, default=570.0, help="seconds that all of it may take")
     parser.add_argument("--process-timeout", type=float, default=240.0, help="seconds after which a process is given up")
     parser.add_argument("--prefill", action="store_true", help="compute the prompts instead of filling their cache")

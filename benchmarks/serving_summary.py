@@ -8,6 +8,7 @@ BASELINE = "bf16"
 _LOGGED = re.compile(
     r"Using .*backend|FlashAttention version|KV cache size|Maximum concurrency|raph captur|ElasticKV:", re.IGNORECASE
 )
+_PREFIX = re.compile(r"^.*?\b(INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^]]*\] ")
 _GRAPHS = re.compile(r"Graph capturing finished in .*took (-?[\d.]+) GiB")
 
 
@@ -34,7 +35,7 @@ def _figures(name: str, processes: list[dict]) -> dict:
         "backends": own[0]["environment"]["backends"] if own else [],
         "flash_attention": max(flash - {None}, default=None),
         "steps": [
-            {"context": context, "batch": batch} | _timed(name, processes, _step(context, batch), "ms")
+            {"context": context, "batch": batch} | timed(name, processes, step_samples(context, batch), "ms")
             for context, batch in cells
         ],
         "capacity": own[0]["capacity"] if own else [],
@@ -47,7 +48,9 @@ def _figures(name: str, processes: list[dict]) -> dict:
     }
 
 
-def _step(context, batch):
+def step_samples(context, batch):
+    """Return a function that takes the samples of a cell from a process."""
+
     def samples(process):
         cells = [cell for cell in process["steps"] if (cell["context"], cell["batch"]) == (context, batch)]
         return cells[0]["samples_ms"] if cells else []
@@ -70,16 +73,16 @@ def _throughput(name, processes, own):
         return None
     requests = [one["requests"] for one in measured]
     step_ms = [ms for one in measured for ms in one["samples_ms"]]
-    timed = _timed(name, processes, _tokens_per_s, "tokens_per_s")
-    return {"context": measured[0]["context"], "requests": min(requests), "step_ms": statistics.median(step_ms)} | timed
+    steps = {"context": measured[0]["context"], "requests": min(requests), "step_ms": statistics.median(step_ms)}
+    return steps | timed(name, processes, _tokens_per_s, "tokens_per_s")
 
 
 def _first_token(name, processes, own):
     measured = [process["first_token"] for process in own if process["first_token"]]
-    return {"context": measured[0]["context"]} | _timed(name, processes, _first_token_s, "s") if measured else None
+    return {"context": measured[0]["context"]} | timed(name, processes, _first_token_s, "s") if measured else None
 
 
-def _timed(name: str, processes: list[dict], samples_of, unit: str) -> dict:
+def timed(name: str, processes: list[dict], samples_of, unit: str) -> dict:
     """Return the median of all samples, the samples of each round, and the ratio to the baseline's median.
 
     The ratio's bounds are the least and the greatest of the ratios of single rounds.
@@ -131,15 +134,19 @@ def line(process: dict) -> str:
 
 def telling_line(text: str) -> str:
     """Return the last line that names an error, or the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = list(filter(None, map(_message, text.splitlines())))
     errors = [line for line in lines if "Error" in line.split(":")[0] and not line.startswith("File ")]
     return (errors or lines or ["nothing was said"])[-1]
 
 
 def logged(text: str) -> list[str]:
     """Return what vLLM logs of its backend, its cache and its graphs, once each."""
-    lines = (line.partition("] ")[2] or line for line in text.splitlines() if _LOGGED.search(line))
-    return list(dict.fromkeys(line.strip() for line in lines))
+    return list(dict.fromkeys(_message(line) for line in text.splitlines() if _LOGGED.search(line)))
+
+
+def _message(line: str) -> str:
+    """Return a line of vLLM's log without the time and the file that it begins with."""
+    return _PREFIX.sub("", line).strip()
 
 
 def graph_bytes(lines: list[str]) -> float | None:
