@@ -142,6 +142,7 @@ class Engine:
             "backend_names": sorted({layer.attn_backend.get_name() for layer in layers}),
             "flash_attention": max(flash, default=None),
             "runner": type(runner).__module__,
+            "async_scheduling": bool(self.config.scheduler_config.async_scheduling),
             "cudagraph_mode": str(self.config.compilation_config.cudagraph_mode),
             "kv_cache_dtype": cache.cache_dtype,
             "blocks": self.core.scheduler.kv_cache_config.num_blocks,
