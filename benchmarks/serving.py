@@ -25,6 +25,7 @@ from serving_shapes import SHAPES
 from serving_summary import BASELINE, device_of, graph_bytes, line, logged, summary, telling_line, turns
 
 from elastickv.benchmark.environment import environment
+from elastickv.errors import UsageError
 from elastickv.results.files import write_text
 from elastickv.results.kinds.serving_result import SERVING_KIND, SERVING_VERSION
 
@@ -81,6 +82,7 @@ def run_process(name: str, arguments: argparse.Namespace, model: str, seconds: f
         "model": model,
         "device": arguments.device,
         "baseline": name == BASELINE,
+        "ours": contender.backend is not None,
         "engine": engine_options(contender, arguments),
         "fill": not arguments.prefill,
         "cells": [cell for cell in arguments.cells if cell[1] == 1 or not contender.one_request],
@@ -134,8 +136,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end the process that runs
     arguments.out.mkdir(parents=True, exist_ok=True)
     target, started = arguments.out / "serving.json", time.monotonic()
-    processes: list[dict] = []
-    dropped: list[str] = []
     settings = {name: getattr(arguments, name) for name in ("samples", "rounds", "prefill", "device", "engine", "time_limit")}
     result = {
         "kind": SERVING_KIND,
@@ -147,13 +147,17 @@ def main() -> int:
         "settings": settings,
         "baseline": BASELINE,
     }
+    processes = earlier(target, result) if arguments.add else []
+    first = 1 + max((process["round"] for process in processes), default=-1)
+    dropped: list[str] = []
     longest: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[arguments.shape]), encoding="utf-8")
-        for number, name in turns(arguments.contenders, arguments.rounds):
+        for repetition, name in turns(arguments.contenders, arguments.rounds):
+            number = first + repetition
             left = arguments.time_limit - (time.monotonic() - started)
             if left < longest.get(name, 1.0):
-                why = "no time was left" if number == 0 else f"repetition dropped: {left:.0f} s were left"
+                why = "no time was left" if repetition == 0 else f"repetition dropped: {left:.0f} s were left"
                 dropped.append(f"{name}, round {number + 1}: {why}")
                 print(dropped[-1], flush=True)
             else:
@@ -170,6 +174,25 @@ def main() -> int:
             write_text(target, json.dumps(result, indent=1) + "\n")
     print(f"{target}: {len(processes)} processes, {time.monotonic() - started:.0f} s")
     return 1 if dropped or any(process["failed"] for process in processes) else 0
+
+
+def earlier(target: Path, result: dict) -> list[dict]:
+    """Return the processes of the result that is there, which further rounds are added to.
+
+    Raises
+    ------
+    UsageError : if there is none, or it is of another model or was measured otherwise.
+    """
+    if not target.is_file():
+        raise UsageError(f"{target} is not there: leave out --add")
+    there = json.loads(target.read_text(encoding="utf-8"))
+    for key in ("kind", "version", "model", "weights"):
+        if there.get(key) != result[key]:
+            raise UsageError(f"{target} has {key} {there.get(key)!r}, not {result[key]!r}: choose another folder")
+    for key in ("prefill", "device", "engine"):
+        if there["settings"][key] != result["settings"][key]:
+            raise UsageError(f"{target} was measured with another --{key}: choose another folder")
+    return there["processes"]
 
 
 def _names(text: str) -> list[str]:
@@ -219,6 +242,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=_count, default=2, help="processes of each contender")
     parser.add_argument("--samples", type=_count, default=3, help="of each measurement in each process")
+    parser.add_argument("--add", action="store_true", help="add rounds to the serving.json that is there")
     parser.add_argument("--time-limit", type=float, default=570.0, help="seconds that all of it may take")
     parser.add_argument("--process-timeout", type=float, default=240.0, help="seconds after which a process is given up")
     parser.add_argument("--prefill", action="store_true", help="compute the prompts instead of filling their cache")
@@ -232,4 +256,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        sys.exit(f"serving.py: {error}")

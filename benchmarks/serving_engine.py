@@ -9,6 +9,7 @@ is checked. A step is the mean of the last 128 of 136 steps, as `(time of 136 to
 import copy
 import itertools
 import json
+import math
 import os
 import random
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 
 TOKENS, SETTLED = 136, 8
 SAMPLE_TOKENS = 1024  # of the prompt whose blocks fill the cache
+_OF_SLOW = 0.5  # the share of samples that is taken of throughput and first token
 _FEWER_REQUESTS = 5  # how often a batch that does not stay together is made smaller
 
 
@@ -128,7 +130,7 @@ class Engine:
             layer for layer in self.config.compilation_config.static_forward_context.values() if hasattr(layer, "attn_backend")
         ]
         backends = {f"{layer.attn_backend.__module__}.{layer.attn_backend.__qualname__}" for layer in layers}
-        flash = {getattr(layer.impl, "vllm_flash_attn_version", None) for layer in layers} - {None}
+        flash = {getattr(getattr(layer, "impl", None), "vllm_flash_attn_version", None) for layer in layers} - {None}
         cache, groups = self.config.cache_config, self.core.scheduler.kv_cache_config.kv_cache_groups
         worker = self.core.model_executor.driver_worker
         runner = getattr(worker, "worker", worker).model_runner
@@ -185,6 +187,13 @@ def not_the_baseline(environment):
     return f"the bf16 baseline runs on {used} with {with_version}: on Hopper it must be FLASH_ATTN with FlashAttention 3"
 
 
+def not_ours(environment):
+    """Return why this engine does not measure ElasticKV; None if it does."""
+    if any(name.startswith("elastickv.") for name in environment["backends"]):
+        return None
+    return f"vLLM took {', '.join(environment['backends'])} instead of ElasticKV's backend: is the plug-in installed?"
+
+
 class Recorder:
     """The record of a process, on disk after each measurement, and the seconds that are left for more of them."""
 
@@ -198,12 +207,18 @@ class Recorder:
         temporary.write_text(json.dumps(self.record), encoding="utf-8")
         temporary.replace(self._path)
 
-    def sample(self, what, measure):
-        """Return samples of a measurement: as many as there is time for, none if it fails or there is no time."""
+    def sample(self, what, measure, share=1.0):
+        """Return samples of a measurement: as many as there is time for, none if it fails or there is no time.
+
+        Parameters
+        ----------
+        share : of the samples of a step, taken of what takes long.
+        """
         samples = []
-        for _ in range(self._samples):
+        wanted = math.ceil(self._samples * share)
+        for _ in range(wanted):
             if time.time() - self._began > 0.9 * self._limit:
-                self.record["not_measured"].append(f"{what}: {len(samples)} of {self._samples} samples, no time was left")
+                self.record["not_measured"].append(f"{what}: {len(samples)} of {wanted} samples, no time was left")
                 break
             try:
                 samples.append(measure())
@@ -218,12 +233,15 @@ class Recorder:
 
 def measure(plan, recorder, began):
     """Measure one contender."""
+    imported = time.time()
     engine = Engine(plan)
     environment = engine.environment()
-    recorder.save(startup_s=time.time() - began, environment=environment)
+    recorder.save(startup_s=time.time() - began, engine_s=time.time() - imported, environment=environment)
     if plan["baseline"] and (reason := not_the_baseline(environment)):
         recorder.save(refused=reason)
         return 2
+    if plan["ours"] and (reason := not_ours(environment)):
+        raise RuntimeError(reason)
     capacity = [(context, engine.concurrency(context)) for context in plan["capacities"]]
     rows = [{"context": context, "tokens": context * count, "requests": count} for context, count in capacity]
     recorder.save(capacity=rows)
@@ -243,7 +261,7 @@ def measure(plan, recorder, began):
         recorder.save(throughput=throughput(engine, recorder, plan["capacity"]))
     if plan["first_token"]:
         context = plan["first_token"]
-        samples = recorder.sample("first token", partial(engine.seconds_to_first_token, context))
+        samples = recorder.sample("first token", partial(engine.seconds_to_first_token, context), _OF_SLOW)
         if samples:
             recorder.save(first_token={"context": context, "samples_s": samples})
     recorder.save(memory=engine.memory(), done=True)
@@ -260,7 +278,7 @@ def throughput(engine, recorder, context):
     for _ in range(_FEWER_REQUESTS):
         prompts = engine.prompts(context, requests)
         try:
-            samples = recorder.sample("throughput", partial(engine.step_ms, context, prompts))
+            samples = recorder.sample("throughput", partial(engine.step_ms, context, prompts), _OF_SLOW)
         except NotTogether:
             requests -= max(1, requests // 100)
             continue
@@ -273,6 +291,8 @@ def main():
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     recorder = Recorder(sys.argv[2], plan, began)
     recorder.save()
+    import vllm  # noqa: F401 - so that `engine_s` does not count it
+
     status = measure(plan, recorder, began)
     sys.stdout.flush()
     # An engine that is torn down by the interpreter may hang: all is written.

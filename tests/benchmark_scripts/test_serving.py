@@ -138,6 +138,29 @@ def test_without_time_repetitions_are_dropped_and_named(run, scripts, monkeypatc
     assert result["dropped"][0] in said.out
 
 
+def test_rounds_are_added_to_the_result_that_is_there(run):
+    run("--rounds=1", "--contenders=bf16,fp8")
+    status, _, result = run("--rounds=1", "--contenders=bf16,elastickv_int4", "--add")
+    assert status == 0
+    assert [(one["round"], one["contender"]) for one in result["processes"]] == [
+        (0, "bf16"), (0, "fp8"), (1, "bf16"), (1, "elastickv_int4"),
+    ]  # fmt: skip
+    assert contender(result, "bf16")["steps"][0]["samples"] == [[8.0, 9.0, 7.0]] * 2
+    assert contender(result, "elastickv_int4")["steps"][0]["of_baseline"]["estimate"] == 0.75
+
+
+@pytest.mark.parametrize("other", ["--shape=1b", "--prefill", '--engine={"enforce_eager": true}'])
+def test_rounds_of_another_model_or_method_are_not_added(run, other):
+    run("--rounds=1", "--contenders=bf16")
+    with pytest.raises(elastickv.UsageError, match="choose another folder"):
+        run("--rounds=1", "--contenders=bf16", "--add", other)
+
+
+def test_without_a_result_there_is_nothing_to_add_to(run):
+    with pytest.raises(elastickv.UsageError, match="leave out --add"):
+        run("--add")
+
+
 def test_a_wrong_baseline_ends_it_with_one_line(run):
     status, said, result = run(auto="refused")
     assert (status, result) == (2, None)

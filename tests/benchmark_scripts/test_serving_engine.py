@@ -60,7 +60,7 @@ def test_what_was_measured_is_on_disk_at_once(recorder, tmp_path):
 def test_a_batch_that_does_not_stay_together_is_made_smaller(engine, recorder):
     record = recorder()
     measured = engine.throughput(FullEngine(engine.NotTogether), record, 1024)
-    assert measured == {"context": 1024, "requests": 7, "samples_ms": [35.0] * 3}
+    assert measured == {"context": 1024, "requests": 7, "samples_ms": [35.0] * 2}
     assert len(record.record["not_measured"]) == 2
 
 
@@ -74,6 +74,12 @@ def test_without_time_there_are_fewer_samples(recorder):
     record = recorder(seconds=0)
     assert record.sample("1024x1", lambda: 1.0) == []
     assert record.record["not_measured"] == ["1024x1: 0 of 3 samples, no time was left"]
+
+
+def test_a_contender_of_ours_that_vllm_runs_on_another_backend_is_not_measured_as_ours(engine):
+    assert engine.not_ours({"backends": ["elastickv.vllm.attention_backend.ElasticBackend"]}) is None
+    reason = engine.not_ours({"backends": ["vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"]})
+    assert reason.startswith("vLLM took vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend instead of")
 
 
 @pytest.fixture

@@ -132,5 +132,5 @@ def test_a_result_that_is_none_is_refused_in_one_line(result, change, reason):
 
 
 def test_a_comparison_says_that_it_has_no_use_for_it(result):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="give a result of `elastickv bench`"):
         elastickv.compare(result, result)
