@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from readme_figures import quickstart as quickstart
 from readme_figures import results as results
 from reliability import reliability as reliability
+from serving_figures import serving as serving
 
 from elastickv.benchmark import Result
 from elastickv.benchmark.stats.intervals import Interval
