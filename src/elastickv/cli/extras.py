@@ -18,7 +18,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 PURPOSES = {
     "transformers": "ElasticCache and real models in Transformers",
-    "vllm": "an attention backend for serving with vLLM on NVIDIA GPUs",
     "report": "one page of results, with charts",
     "gguf": "llama.cpp as a reference",
     "cuda": "decode attention on NVIDIA GPUs, from compute capability 6.1, with CUDA 12.9",
