@@ -31,6 +31,11 @@ class LayerFormat:
     last: int
     format: str
 
+    @property
+    def numbers(self) -> range:
+        """The numbers of the layers."""
+        return range(self.first, self.last + 1)
+
     def __str__(self) -> str:
         """Return the layers as an option names them."""
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
