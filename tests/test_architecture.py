@@ -30,6 +30,7 @@ COMMANDS = {"baseline", "bench", "calibrate", "compare", "doctor", "eval", "repo
 REPEATED_NAMES = {
     "attention": {"kvcache", "transformers"},
     "backend": {"backends/cpu", "backends/cuda"},
+    "block_kernels": {"backends/cpu/blocks", "backends/cuda"},
     "cache": {"backends/cpu", "backends/cuda", "transformers"},
     "ceilings": {"backends/cpu", "backends/cuda"},
     "device": {"backends/cpu", "backends/cuda"},

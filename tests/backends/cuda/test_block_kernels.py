@@ -70,6 +70,7 @@ class Engine:
             (int(self.window_table.max()) + 1, kv_heads, window_block, 2 * head_dim), math.nan, dtype=self.kind, device="cuda"
         )
         self.first = torch.zeros(len(lengths), dtype=torch.int32, device="cuda")
+        self.bad = torch.full((1,), -1, device="cuda")
 
     def random(self, *shape):
         return self.torch.randn(*shape, self.dim, device="cuda").to(self.kind)
@@ -121,7 +122,7 @@ class Engine:
             tokens = torch.arange(n, m, device="cuda")
             own = self.window_table[i][tokens // self.size].long() * self.size + tokens % self.size
             slots.append(torch.where(tokens < m - self.window - self.size, tokens % self.size, own))
-        self.inputs = (torch.tensor(after, dtype=torch.int32).cuda(), starts.cuda(), torch.cat(slots).cuda())
+        self.inputs = (torch.tensor(after, dtype=torch.int32).cuda(), starts.cuda(), torch.cat(slots).cuda(), self.bad)
         self.device.follow(torch.cuda.current_stream().cuda_stream)
         longest = max(m - n for n, m in zip(before, after, strict=True))
         rows = self.rows(before, after)
@@ -129,30 +130,48 @@ class Engine:
         return rows
 
     def decode(self, before, after):
-        """Store and attend with the tokens of a step, equally many a request."""
-        rows, count = self.store(before, after), after[0] - before[0]
-        query = self.random(count * len(after), self.kv_heads * self.group)
+        """Store and attend with the tokens of a step."""
+        rows, counts = self.store(before, after), [m - n for n, m in zip(before, after, strict=True)]
+        query = self.random(sum(counts), self.kv_heads * self.group)
         output = self.torch.full_like(query, math.nan)
-        lengths, first = self.inputs[0].data_ptr(), self.first.data_ptr()
-        self.kernels.decode(self.arguments(), rows, self.view(query), output.data_ptr(), lengths, first, count)
+        lengths, first, starts = self.inputs[0].data_ptr(), self.first.data_ptr(), self.inputs[1].data_ptr()
+        uniform = counts[0] if len(set(counts)) == 1 else 0
+        owners = self.torch.arange(len(after)).repeat_interleave(self.torch.tensor(counts)).int().cuda()
+        which = {"queries_per_request": uniform, "starts": starts, "row_requests": owners.data_ptr()}
+        self.kernels.decode(self.arguments(), rows, self.view(query), output.data_ptr(), lengths, first, **which)
         self.torch.cuda.synchronize()
         return query, output
+
+    def gather(self, first_request, first, count, exact):
+        """Return keys and values of count[i] tokens from first[i] on of some requests, one after the other."""
+        from elastickv.backends.cuda.block_arguments import GatherRows
+
+        torch, ends = self.torch, list(itertools.accumulate(count))
+        start = [end - n for end, n in zip(ends, count, strict=True)]
+        parts = {"first": first, "count": count, "start": start, "exact_first": exact}
+        sent = {name: torch.tensor(numbers, dtype=torch.int32).cuda() for name, numbers in parts.items()}
+        rows = GatherRows(**{name: each.data_ptr() for name, each in sent.items()}, first_request=first_request)
+        shape = ends[-1], self.kv_heads, self.dim
+        keys, values = (torch.full(shape, math.nan, dtype=self.kind, device="cuda") for _ in range(2))
+        addresses = keys.data_ptr(), values.data_ptr()
+        self.kernels.gather(self.arguments(), rows, *addresses, len(count), max(count))
+        torch.cuda.synchronize()
+        return keys, values
+
+    def numbers(self, request, cold, value):
+        """The keys or values of a request, (tokens, kv_heads, head_dim) float64, of which the first `cold` are in pages."""
+        rows, pages = (self.values if value else self.keys)[request], -(-cold // PAGE_TOKENS) * PAGE_TOKENS
+        exact = rows.float().cpu().numpy().astype(np.float64)
+        fmt = self.recipe.value_format if value else self.recipe.key_format
+        for head in range(self.kv_heads if cold else 0):
+            whole = rows[:pages, head].float().cpu().numpy()
+            exact[:cold, head] = stored_values(whole, fmt, bool(value), self.recipe.v_group(self.dim))[:cold]
+        return exact
 
     def expected(self, request, length, query):
         """Float64 attention of one query, (query heads, head_dim), with `length` tokens."""
         cold = max(length - self.window, int(self.first[request]), 0)
-        parts = []
-        for value, rows in enumerate((self.keys[request], self.values[request])):
-            exact = rows[:length].float().cpu().numpy().astype(np.float64)
-            pages = -(-cold // PAGE_TOKENS) * PAGE_TOKENS
-            group = self.recipe.v_group(self.dim)
-            fmt = self.recipe.value_format if value else self.recipe.key_format
-            for head in range(self.kv_heads):
-                if cold:
-                    whole = rows[:pages, head].float().cpu().numpy()
-                    exact[:cold, head] = stored_values(whole, fmt, bool(value), group)[:cold]
-            parts.append(exact)
-        keys, values = parts
+        keys, values = (self.numbers(request, cold, value)[:length] for value in range(2))
         q = query.double().cpu().numpy().reshape(self.kv_heads, self.group, self.dim)
         scores = np.einsum("hgd,khd->hgk", q, keys) / math.sqrt(self.dim)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -210,6 +229,21 @@ def test_several_tokens_a_request_see_their_own_past_only(engine, count):
 
 
 @pytest.mark.gpu
+def test_requests_with_different_numbers_of_tokens_decode_in_one_launch(engine):
+    counts = (1, 4, 2, 1, 3, 5, 1, 4, 2, 3)
+    lengths = [n + 5 for n in LENGTHS]
+    of = engine(lengths, Recipe.parse("int4"), 128, 2, 4)
+    before = [n - count for n, count in zip(lengths, counts, strict=True)]
+    of.store([0] * len(lengths), before)
+    query, output = of.decode(before, lengths)
+    ends = [n - count + 1 + i for n, count in zip(lengths, counts, strict=True) for i in range(count)]
+    owners = [request for request, count in enumerate(counts) for _ in range(count)]
+    for q, o, request, end in zip(query, output, owners, ends, strict=True):
+        expected = of.expected(request, end, q)
+        assert np.linalg.norm(o.double().cpu().numpy() - expected) < 4e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.gpu
 def test_tokens_without_a_window_block_are_read_from_pages(engine):
     lengths = [300, 200, 1000]
     of = engine(lengths, Recipe.parse("int4"), 128, 2, 4)
@@ -244,20 +278,25 @@ def test_steps_of_one_token_complete_pages(engine):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("text", RECIPES)
-def test_pages_read_back_as_their_codes(engine, text):
-    of = engine([200, 161], Recipe.parse(text), 128, 2, 4, dtype="fp16")
-    of.store([0, 0], [200, 161])
-    for request, tokens in ((0, 192), (1, 129), (1, 1)):
-        keys, values = (of.torch.full((tokens, 2, 128), math.nan, dtype=of.kind, device="cuda") for _ in range(2))
-        of.kernels.read(of.arguments(), request, tokens, keys.data_ptr(), values.data_ptr())
-        of.torch.cuda.synchronize()
-        for value, (read, rows) in enumerate(((keys, of.keys), (values, of.values))):
-            fmt = of.recipe.value_format if value else of.recipe.key_format
-            whole = rows[request][: -(-tokens // 32) * 32].float().cpu().numpy()
-            for head in range(2):
-                expected = stored_values(whole[:, head], fmt, bool(value), of.recipe.v_group(128))[:tokens]
-                np.testing.assert_allclose(read[:, head].double().cpu().numpy(), expected, rtol=2e-3, atol=1e-3)
+def test_gathered_tokens_are_those_of_pages_and_exactly_those_of_the_window(engine, text, head_dim, dtype):
+    lengths = [1, 200, 333, 161, 40]
+    of = engine(lengths, Recipe.parse(text), head_dim, 2, 4, dtype=dtype)
+    of.store([0] * 5, lengths)
+    # Of requests 1 to 4: a part of each, a part that ends in a page, the window alone, and nothing.
+    first, count, exact = [70, 3, 101, 0], [130, 150, 60, 0], [72, 1 << 30, 0, 0]
+    gathered = of.gather(1, first, count, exact)
+    for value, (read, rows) in enumerate(zip(gathered, (of.keys, of.values), strict=True)):
+        row = 0
+        for request, (n, m, e) in enumerate(zip(first, count, exact, strict=True), 1):
+            expected = of.numbers(request, min(max(n, e), n + m), value)[n : n + m]
+            part = read[row : row + m].double().cpu().numpy()
+            np.testing.assert_allclose(part, expected[: len(part)], rtol=4e-3 if dtype == "bf16" else 1e-3, atol=1e-6)
+            stored = rows[request][max(n, e) : n + m]
+            assert of.torch.equal(read[row + m - len(stored) : row + m], stored)
+            row += m
 
 
 @pytest.mark.gpu
@@ -276,7 +315,7 @@ def test_a_captured_graph_follows_lengths_and_tables(engine):
 
     def step():
         of.device.follow(torch.cuda.current_stream().cuda_stream)
-        of.kernels.store(of.arguments(), rows, lengths.data_ptr(), starts.data_ptr(), slots.data_ptr(), 2, 1)
+        of.kernels.store(of.arguments(), rows, lengths.data_ptr(), starts.data_ptr(), slots.data_ptr(), of.bad.data_ptr(), 2, 1)
         of.kernels.decode(of.arguments(), rows, view, output.data_ptr(), lengths.data_ptr(), of.first.data_ptr())
 
     torch.cuda.synchronize()

@@ -54,6 +54,26 @@ class StepRows(ArgumentStruct):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GatherRows(ArgumentStruct):
+    """Which tokens of consecutive requests are gathered, and where they go; (requests,) int32 each.
+
+    Attributes
+    ----------
+    first, count : the first token of each request, and how many.
+    start : the row of the first.
+    exact_first : the first token that is read from the window, there and of all later ones; earlier ones are read from pages,
+        which must be complete.
+    first_request : row of the block tables of the first request.
+    """
+
+    first: Address
+    count: Address
+    start: Address
+    exact_first: Address
+    first_request: I32
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockDecodeArguments(ArgumentStruct):
     """What a decode of a serving engine's requests reads beside their blocks.
 
@@ -61,8 +81,11 @@ class BlockDecodeArguments(ArgumentStruct):
     ----------
     lengths : (requests,) int32, tokens of each request with those of this step.
     window_first : (requests,) int32, the first token whose window block is there.
+    starts : (requests + 1,) int32, where each request's rows begin; read where `queries_per_request` is 0.
+    row_requests : (rows,) int32, the request of each row; read where `queries_per_request` is 0.
     partial, partial_ml, counters : what blocks leave for each other to merge.
-    rows : query tokens, `queries_per_request` of each request, its newest.
+    rows : query tokens, the newest of each request.
+    queries_per_request : rows of each request; 0 if they differ.
     group, passes : query heads of a KV head, and passes over them.
     exact_tokens : newest tokens that are read from the window.
     scale_log2 : factor of every score, in units of log2.
@@ -70,6 +93,8 @@ class BlockDecodeArguments(ArgumentStruct):
 
     lengths: Address
     window_first: Address
+    starts: Address
+    row_requests: Address
     partial: Address
     partial_ml: Address
     counters: Address

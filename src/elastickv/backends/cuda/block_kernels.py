@@ -1,12 +1,12 @@
-"""Decode and store in the blocks of a serving engine, which owns the memory and the tables."""
+"""Store, decode and gather in the blocks of a serving engine, which owns the memory and the tables."""
 
 import math
 
 from elastickv.backends.cuda.arguments import Address
-from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, StepRows
+from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, GatherRows, StepRows
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.backends.cuda.kernel_selection import blocks_variant
-from elastickv.backends.cuda.launch import decode_blocks, read_blocks, store_blocks
+from elastickv.backends.cuda.launch import decode_blocks, gather_blocks, store_blocks
 from elastickv.backends.cuda.storage import Scratch, ScratchSize
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
@@ -41,7 +41,7 @@ class BlockKernels:
         problems = shape.batch * shape.kv_heads * self._decoding.passes(shape.group)
         self._scratch = Scratch(device, ScratchSize.of(self._decoding, self._grid, problems, 0))
         self._lse = device.allocate(shape.batch * shape.query_heads * 4)
-        for name in ("store_blocks", "read_blocks"):
+        for name in ("store_blocks", "gather_blocks"):
             device.kernel(self._storing, name)
 
     def store(
@@ -51,20 +51,27 @@ class BlockKernels:
         lengths: Address,
         starts: Address,
         slot_mapping: Address,
+        bad: Address,
         requests: int,
         longest: int,
     ) -> None:
-        """Store a step's tokens and quantize the pages that they complete; `launch.store_blocks` describes the arguments."""
-        sizes = (longest, requests)
+        """Store a step's tokens and quantize the pages that they complete; `launch.store_blocks` describes the arguments.
+
+        Parameters
+        ----------
+        requests, longest : requests, and the most tokens that one has in this step.
+        """
         store_blocks(
             self._device,
             self._storing,
-            *sizes,
+            longest,
             tokens=tokens,
             blocks=blocks,
             lengths=lengths,
             starts=starts,
             slot_mapping=slot_mapping,
+            bad=bad,
+            requests=requests,
         )
 
     def decode(
@@ -77,20 +84,26 @@ class BlockKernels:
         window_first: Address,
         queries_per_request: int = 1,
         scale: float | None = None,
+        starts: Address = None,
+        row_requests: Address = None,
     ) -> None:
         """Attend with the newest tokens of each request, which `store` was given before; see `launch.decode_blocks`.
 
         Parameters
         ----------
-        query : (rows, query_heads, head_dim), `queries_per_request` rows of each request.
+        query : (rows, query_heads, head_dim), the newest tokens of each request in their order.
         output : the same shape, contiguous.
         lengths, window_first : as in `BlockDecodeArguments`.
+        queries_per_request : rows of each request. 0: they differ, and `starts` and `row_requests` say whose they are.
         scale : of scores; head_dim^-1/2 by default.
+        starts, row_requests : as in `BlockDecodeArguments`.
         """
         scratch, shape = self._scratch, self._shape
         requests = BlockDecodeArguments(
             lengths=lengths,
             window_first=window_first,
+            starts=starts,
+            row_requests=row_requests,
             partial=scratch.partial,
             partial_ml=scratch.partial_ml,
             counters=scratch.counters,
@@ -114,7 +127,16 @@ class BlockKernels:
             requests=requests,
         )
 
-    def read(self, blocks: BlocksArguments, request: int, tokens: int, keys: Address, values: Address) -> None:
-        """Dequantize a request's first `tokens` tokens to (tokens, kv_heads, head_dim) keys and values of the model's dtype."""
-        if tokens:
-            read_blocks(self._device, self._storing, keys=keys, values=values, blocks=blocks, request=request, tokens=tokens)
+    def gather(
+        self, blocks: BlocksArguments, rows: GatherRows, keys: Address, values: Address, requests: int, longest: int
+    ) -> None:
+        """Write stored tokens of `requests` requests, up to `longest` each, to rows of the model's dtype.
+
+        Tokens from `exact_first` on are copies of the window's rows, earlier ones the numbers of their pages.
+
+        Parameters
+        ----------
+        keys, values : (rows, kv_heads, head_dim), contiguous and aligned to 16 bytes.
+        """
+        if requests and longest:
+            gather_blocks(self._device, self._storing, longest, requests, keys=keys, values=values, blocks=blocks, rows=rows)
