@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from elastickv.recipe import HEAD_DIMS
 from elastickv.vllm.serving_options import CACHE_DTYPES, PAGE_FORMATS, ServingOptions
 from elastickv.vllm.versions import SUPPORTED
 
@@ -54,3 +55,8 @@ def test_a_kv_cache_dtype_is_shown_for_versions_that_can_name_it():
     commands = re.split(r"^# (?=vLLM|vllm)", section("Start"), flags=re.MULTILINE)[1:]
     named = {re.match(r"\S+ (\d\.\d+)", command)[1]: "elastickv_int4" in command.partition("```")[0] for command in commands}
     assert named == {minor: each.named_cache_dtypes for minor, each in SUPPORTED.items()}
+
+
+def test_the_sizes_of_heads_are_those_of_the_kernels():
+    first, last = HEAD_DIMS[:-1], HEAD_DIMS[-1]
+    assert f"{', '.join(map(str, first))} or {last} channels" in section("Limits")
