@@ -1,14 +1,22 @@
 """The tables of docs/vllm.md, from results of two scripts: speed and capacity (`serving.py`), quality (`first_page.py`)."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from elastickv.results.kinds.serving_result import (
+    RatioOfRounds,
+    ServingContender,
+    ServingFirstToken,
+    ServingResult,
+    ServingThroughput,
+)
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 SERVING = "h200/serving.json"
 QUALITY = "cpu/first_page-*.json"
 AS_SERVED = "as all pages"  # the variant of the study that is what the engine does
-Cell = tuple[int, int]
 
 
 def serving() -> list[str]:
@@ -17,11 +25,12 @@ def serving() -> list[str]:
     if not path.exists():
         return ["Not measured yet."]
     record = json.loads(path.read_text(encoding="utf-8"))
-    contenders = record["contenders"]
-    rows = [*_step_rows(contenders), *_first_token_row(contenders), *_throughput_row(contenders)]
-    rows += [*_capacity_rows(contenders, record["baseline"]), *_start_rows(contenders)]
-    headers = ["", *(f"`{each['contender']}`" for each in contenders)]
-    return [_source(record), "", *_table(headers, rows), "", NOTE, *_start_line(record), *_failures(contenders)]
+    result = ServingResult.from_dict(record, SERVING)
+    contenders = result.contenders
+    rows = [*_step_rows(contenders), *_first_token_row(contenders), *_throughput_rows(contenders)]
+    rows += [*_capacity_rows(result), *_start_rows(contenders)]
+    headers = ["", *(f"`{each.contender}`" for each in contenders)]
+    return [_source(result), "", *_table(headers, rows), "", NOTE, *_start_line(record), *_not_measured(result)]
 
 
 NOTE = (
@@ -56,80 +65,76 @@ def _estimate(figure: dict[str, float], digits: int) -> str:
     return f"{figure['mean']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
 
 
-def _source(record: dict[str, Any]) -> str:
-    device = record["device"]
-    backends = sorted({name.rpartition(".")[2] for each in record["contenders"] for name in each["backends"]})
-    flash = next((each["flash_attention"] for each in record["contenders"] if each["contender"] == record["baseline"]), None)
-    model = f"`{record['model']}`, {record['weights']} weights"
-    driver = f", driver {device['driver']}" if device["driver"] else ""
-    version = f", FlashAttention {flash} for bf16" if flash else ""
+def _source(result: ServingResult) -> str:
+    device, environment = result.device, result.environment
+    driver = f", driver {device.driver}" if device.driver else ""
+    flash = next((each.flash_attention for each in result.contenders if each.contender == result.baseline), None)
+    version = f", {result.baseline} with FlashAttention {flash}" if flash else ""
     return (
-        f"{model}, on {device['device']}{driver}; vllm {device['vllm']}, torch {device['torch']}{version}; "
-        f"{', '.join(backends)}; {record['environment']['date_utc'][:10]}, commit {str(record['environment']['commit'])[:7]}."
+        f"`{result.model}`, {result.weights} weights, on {device.device}{driver}; vllm {device.vllm}, torch {device.torch}"
+        f"{version}; {str(environment['date_utc'])[:10]}, commit {str(environment['commit'])[:7]}."
     )
 
 
-def _ratio(ratio: dict[str, float] | None) -> str:
-    return "" if ratio is None else f" ({ratio['estimate']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}])"
+def _ratio(ratio: RatioOfRounds | None) -> str:
+    return "" if ratio is None else f" ({ratio.estimate:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}])"
 
 
-def _step_rows(contenders: list[dict[str, Any]]) -> list[list[str]]:
-    steps = [{(step["context"], step["batch"]): step for step in each["steps"]} for each in contenders]
-    cells: dict[Cell, None] = dict.fromkeys(cell for each in steps for cell in each)
+def _step_rows(contenders: Sequence[ServingContender]) -> list[list[str]]:
+    steps = [{(step.context, step.batch): step for step in each.steps} for each in contenders]
     return [
         [
             f"step of {batch} x {context}, ms",
-            *(f"{each[cell]['ms']:.2f}{_ratio(each[cell]['of_baseline'])}" if cell in each else "-" for each in steps),
+            *(
+                f"{each[context, batch].ms:.2f}{_ratio(each[context, batch].of_baseline)}" if (context, batch) in each else "-"
+                for each in steps
+            ),
         ]
-        for cell in cells
-        for context, batch in (cell,)
+        for context, batch in dict.fromkeys(cell for each in steps for cell in each)
     ]
 
 
-def _timed_row(contenders: list[dict[str, Any]], key: str, unit: str, digits: int, label: str) -> list[list[str]]:
-    measured = [each[key] for each in contenders]
-    first = next(filter(None, measured), None)
-    if first is None:
-        return []
-    values = [f"{one[unit]:.{digits}f}{_ratio(one['of_baseline'])}" if one else "-" for one in measured]
-    return [[label.format(**first), *values]]
+def _first_token_row(contenders: Sequence[ServingContender]) -> list[list[str]]:
+    measured = [each.first_token for each in contenders]
+
+    def cell(one: ServingFirstToken | None) -> str:
+        return "-" if one is None else f"{one.s:.2f}{_ratio(one.of_baseline)}"
+
+    contexts = dict.fromkeys(one.context for one in measured if one)
+    return [[f"first token of a prompt of {context}, s", *map(cell, measured)] for context in contexts]
 
 
-def _first_token_row(contenders: list[dict[str, Any]]) -> list[list[str]]:
-    return _timed_row(contenders, "first_token", "s", 2, "first token of a prompt of {context}, s")
+def _throughput_rows(contenders: Sequence[ServingContender]) -> list[list[str]]:
+    measured = [each.throughput for each in contenders]
 
+    def cell(one: ServingThroughput | None) -> str:
+        return "-" if one is None else f"{one.tokens_per_s:.0f}{_ratio(one.of_baseline)}"
 
-def _throughput_row(contenders: list[dict[str, Any]]) -> list[list[str]]:
-    rows = _timed_row(contenders, "throughput", "tokens_per_s", 0, "tokens/s with as many requests of {context} as fit")
-    if rows:
-        rows.append(
-            ["those requests", *(str(each["throughput"]["requests"]) if each["throughput"] else "-" for each in contenders)]
-        )
-    return rows
-
-
-def _capacity_rows(contenders: list[dict[str, Any]], baseline: str) -> list[list[str]]:
-    capacities = [{row["context"]: row["tokens"] for row in each["capacity"]} for each in contenders]
-    base: dict[int, float] = next(
-        (tokens for each, tokens in zip(contenders, capacities, strict=True) if each["contender"] == baseline), {}
-    )
     rows = []
-    for context in dict.fromkeys(context for each in capacities for context in each):
-        row = [f"capacity in requests of {context}, tokens"]
-        for tokens in capacities:
-            ratio = (
-                f" ({tokens[context] / base[context]:.2f}x)"
-                if context in base and tokens is not base and context in tokens
-                else ""
-            )
-            row.append(f"{tokens[context]:,.0f}{ratio}" if context in tokens else "-")
-        rows.append(row)
+    for context in dict.fromkeys(one.context for one in measured if one):
+        rows.append([f"tokens/s with as many requests of {context} as fit", *map(cell, measured)])
+        rows.append(["those requests", *("-" if one is None else str(one.requests) for one in measured)])
     return rows
 
 
-def _start_rows(contenders: list[dict[str, Any]]) -> list[list[str]]:
-    starts = [f"{min(each['startup_s']):.0f}" if each["startup_s"] else "-" for each in contenders]
-    graphs = ["-" if each["graph_bytes"] is None else f"{each['graph_bytes'] / 2**20:.0f}" for each in contenders]
+def _capacity_rows(result: ServingResult) -> list[list[str]]:
+    tokens = {each.contender: {row.context: row.tokens for row in each.capacity} for each in result.contenders}
+    base: Mapping[int, float] = tokens.get(result.baseline, {})
+
+    def cell(name: str, context: int) -> str:
+        own = tokens[name].get(context)
+        if own is None:
+            return "-"
+        ratio = f" ({own / base[context]:.2f}x)" if name != result.baseline and context in base else ""
+        return f"{own:,.0f}{ratio}"
+
+    contexts = dict.fromkeys(context for each in tokens.values() for context in each)
+    return [[f"capacity in requests of {context}, tokens", *(cell(name, context) for name in tokens)] for context in contexts]
+
+
+def _start_rows(contenders: Sequence[ServingContender]) -> list[list[str]]:
+    starts = [f"{min(each.startup_s):.0f}" if each.startup_s else "-" for each in contenders]
+    graphs = ["-" if each.graph_bytes is None else f"{each.graph_bytes / 2**20:.0f}" for each in contenders]
     return [["start, s", *starts], ["CUDA graphs, MiB", *graphs]]
 
 
@@ -137,11 +142,12 @@ def _start_line(record: dict[str, Any]) -> list[str]:
     """Return the line that the backend logs at its start, as a code block."""
     for process in record["processes"]:
         for line in process.get("log", ()):
-            if "page" in line and "window" in line and "capacity" in line:
+            if "ElasticKV: page" in line:
                 return ["", "The line at the start of that run:", "", "```text", line, "```"]
     return []
 
 
-def _failures(contenders: list[dict[str, Any]]) -> list[str]:
-    lines = [f"- `{each['contender']}`, {failure}" for each in contenders for failure in each["failures"]]
+def _not_measured(result: ServingResult) -> list[str]:
+    lines = [f"- `{each.contender}`, {failure}" for each in result.contenders for failure in each.failures]
+    lines += [f"- {each}" for each in result.dropped]
     return ["", "Not measured:", "", *lines] if lines else []

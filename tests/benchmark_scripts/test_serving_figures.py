@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from elastickv.results.kinds.serving_result import SERVING_KIND, SERVING_VERSION
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -13,17 +15,19 @@ import serving_figures  # noqa: E402
 
 
 def contender(name, step_ms, tokens, ratio, **values):
-    timed = {"context": 1024, "of_baseline": ratio}
+    timed = {"context": 1024, "of_baseline": ratio, "samples": []}
     return {
         "contender": name,
+        "kv_cache_dtype": "auto",
         "backends": ["vllm.somewhere.Backend"],
         "flash_attention": 3 if name == "bf16" else None,
         "steps": [timed | {"batch": 8, "ms": step_ms}],
         "capacity": [{"context": 1024, "tokens": tokens, "requests": tokens / 1024}],
-        "throughput": timed | {"requests": 100, "tokens_per_s": 800.0},
+        "throughput": timed | {"requests": 100, "step_ms": 125.0, "tokens_per_s": 800.0},
         "first_token": timed | {"s": 0.5},
         "startup_s": [31.0, 30.0],
         "graph_bytes": None,
+        "peak_bytes": None,
         "failures": [],
     } | values
 
@@ -37,6 +41,11 @@ def results(tmp_path, monkeypatch):
         path = tmp_path / serving_figures.SERVING
         path.parent.mkdir(exist_ok=True)
         record = {
+            "kind": SERVING_KIND,
+            "version": SERVING_VERSION,
+            "command": [],
+            "settings": {"rounds": 2, "samples": 3, "prefill": False},
+            "dropped": [],
             "model": "shape:8b",
             "weights": "random",
             "baseline": "bf16",
@@ -68,7 +77,7 @@ def test_a_column_for_each_contender_with_its_ratio_to_the_baseline(results):
 
 def test_what_was_not_measured_is_a_dash_and_its_reason_is_below(results):
     lost = {"steps": [], "capacity": [], "throughput": None, "first_token": None, "failures": ["round 1: out of memory"]}
-    results(contender("bf16", 12.0, 1000.0, None), contender("fp8", 0, 1, None, **lost))
+    results(contender("bf16", 12.0, 1000.0, None), contender("fp8", 1.0, 1.0, None, **lost))
     lines = serving_figures.serving()
     assert rows(lines)["step of 8 x 1024, ms"] == ["12.00", "-"]
     assert rows(lines)["capacity in requests of 1024, tokens"] == ["1,000", "-"]
