@@ -46,6 +46,8 @@ PUBLIC_NAMES = {
     "html_report/saving.py": {"facts"},
     "results/kinds/evaluation_result.py": {"found"},
     "transformers/cache.py": {"take_back"},
+    "vllm/window_manager.py": {"apply_admission_cap"},  # these are vLLM's names
+    "vllm/window_spec.py": {"max_admission_blocks_per_request"},
 }
 
 

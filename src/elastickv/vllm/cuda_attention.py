@@ -36,8 +36,8 @@ class CudaAttention:
         drafts = 1 + vllm_config.num_speculative_tokens
         rows = max(scheduler.max_num_seqs * drafts, *(compilation.cudagraph_capture_sizes or [0]))
         self._device = CudaDevice(torch.accelerator.current_device_index())
-        sized = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
-        self._kernels = BlockKernels(self._device, sized, dtype, recipe, recipe.window)
+        widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
+        self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
         self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
         self._scratch: torch.Tensor | None = None
         self.slab_bytes = self._kernels.slab.n_bytes

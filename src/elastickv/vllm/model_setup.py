@@ -129,13 +129,12 @@ class ModelSetup:
         return cache
 
     def _bound(self, memory: torch.Tensor) -> None:
-        """Check and report the memory that vLLM allocated, once."""
-        if self._logged:
-            return
-        self._logged = True
+        """Check and report the memory that vLLM allocated, once it is not the little with which it tries graphs."""
         windows = [layer.shape for layer in self._layers.values() if isinstance(layer, WindowCache)]
         page_bytes, stride = windows[0].page_bytes, memory.stride(0) * memory.element_size()
         if stride != page_bytes:
             _log.warning("vLLM padded pages of %d B to %d B: capacity is lost", page_bytes, stride)
-        longest = self._config.model_config.max_model_len
-        _log.info("ElasticKV: %s", Capacity(windows[0], len(windows), memory.shape[0] - 1, longest))
+        capacity = Capacity(windows[0], len(windows), memory.shape[0] - 1, self._config.model_config.max_model_len)
+        if capacity.tokens >= capacity.longest and not self._logged:
+            self._logged = True
+            _log.info("ElasticKV: %s", capacity)

@@ -1,0 +1,165 @@
+"""A Llama in plain PyTorch whose attention reads as the serving backend does: new tokens exactly, older ones from pages.
+
+The query at position t reads the keys and values j > t - R as they are, and all others as they come back from a quantized
+page of 32 tokens. All tokens of a sequence are known beforehand; so is, for each, from which token on there was a window.
+"""
+
+import math
+
+import numpy as np
+
+from elastickv.kvcache.quantize import stored_values
+from elastickv.recipe import Recipe
+from elastickv.recipe.formats import PAGE_TOKENS
+from tests.helpers.served_llama import Sizes
+
+BAD = 1e-2  # a chosen token whose logit is farther than this below the greatest was not the answer
+
+
+class ReadRule:
+    """The model of a set of weights.
+
+    Parameters
+    ----------
+    weights : tensors by the names of the model's file.
+    recipe : formats of pages; None: all tokens are exact.
+    layers : formats of single layers, by number.
+    exact_tokens : R.
+    rounding : dtype to which queries, keys and values are rounded; the rest is computed in `dtype`.
+    """
+
+    def __init__(self, weights, recipe="int4", exact_tokens=64, layers=None, sizes=None, rounding=None, dtype="float64"):
+        import torch
+
+        self.torch, self.sizes, self.exact_tokens = torch, sizes or Sizes(), exact_tokens
+        formats = [(layers or {}).get(layer, recipe) for layer in range(self.sizes.layers)]
+        self.recipes = [Recipe.parse(each) if each else None for each in formats]
+        self.dtype, self.rounding = getattr(torch, dtype), rounding
+        self.weights = {name: tensor.to(self.dtype) for name, tensor in weights.items()}
+
+    def logits(self, tokens, window_first=None):
+        """Return the logits after each token, (tokens, vocabulary).
+
+        `window_first` holds for each token the first one that had a block of the window when it was computed; those before it
+        were read from pages.
+        """
+        torch = self.torch
+        tokens = torch.as_tensor(tokens)
+        from_pages = self.from_pages(len(tokens), window_first)
+        x = self.weights["model.embed_tokens.weight"][tokens]
+        for layer in range(self.sizes.layers):
+            named = {
+                name.removeprefix(f"model.layers.{layer}.").removesuffix(".weight"): tensor
+                for name, tensor in self.weights.items()
+                if name.startswith(f"model.layers.{layer}.")
+            }
+            x = x + self.attention(self.norm(x, named["input_layernorm"]), named, from_pages, self.recipes[layer])
+            inner = self.norm(x, named["post_attention_layernorm"])
+            gate = torch.nn.functional.silu(inner @ named["mlp.gate_proj"].T)
+            x = x + (gate * (inner @ named["mlp.up_proj"].T)) @ named["mlp.down_proj"].T
+        return self.norm(x, self.weights["model.norm.weight"]) @ self.weights["lm_head.weight"].T
+
+    def from_pages(self, count, window_first):
+        """Return which tokens (columns) a query (rows) reads from pages."""
+        torch = self.torch
+        query, token = torch.arange(count)[:, None], torch.arange(count)[None]
+        first = torch.zeros(count, 1) if window_first is None else torch.as_tensor(np.asarray(window_first))[:count, None]
+        return (token <= query - self.exact_tokens) | (token < first) & (token < query)
+
+    def norm(self, x, weight):
+        return x * (x.square().mean(-1, keepdim=True) + self.sizes.epsilon).rsqrt() * weight
+
+    def rotate(self, x):
+        """Rotary position embedding (Su et al. 2021) of (tokens, heads, head_dim): the halves of a head are the pairs."""
+        torch, half = self.torch, self.sizes.head_dim // 2
+        frequency = self.sizes.theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle = torch.arange(len(x), dtype=torch.float64)[:, None, None] * frequency
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    def rounded(self, x):
+        return x if self.rounding is None else x.to(getattr(self.torch, self.rounding)).to(x.dtype)
+
+    def attention(self, x, named, from_pages, recipe):
+        torch, sizes, count = self.torch, self.sizes, len(x)
+        query, key, value = (
+            (x @ named[f"self_attn.{name}_proj"].T).view(count, -1, sizes.head_dim) for name in ("q", "k", "v")
+        )
+        query, key, value = self.rounded(self.rotate(query)), self.rounded(self.rotate(key)), self.rounded(value)
+        query = query.view(count, sizes.kv_heads, -1, sizes.head_dim)
+        stored_key, stored_value = self.stored(key, recipe, value=False), self.stored(value, recipe, value=True)
+        scores = torch.where(
+            from_pages, torch.einsum("thgd,jhd->hgtj", query, stored_key), torch.einsum("thgd,jhd->hgtj", query, key)
+        )
+        future = torch.ones(count, count, dtype=torch.bool).triu(1)
+        weights = (scores / math.sqrt(sizes.head_dim)).masked_fill(future, -math.inf).softmax(-1)
+        output = torch.einsum("hgtj,jhd->thgd", weights * from_pages, stored_value)
+        output = output + torch.einsum("hgtj,jhd->thgd", weights * ~from_pages, value)
+        return self.rounded(output.reshape(count, -1)) @ named["self_attn.o_proj"].T
+
+    def stored(self, x, recipe, value):
+        """Return the numbers of (tokens, kv_heads, head_dim) as complete pages hold them. An incomplete page is never read."""
+        if recipe is None:
+            return x
+        whole = len(x) // PAGE_TOKENS * PAGE_TOKENS
+        rows = x.float().numpy()
+        read = rows.astype(np.float64)
+        fmt = recipe.value_format if value else recipe.key_format
+        for head in range(rows.shape[1] if whole else 0):
+            read[:whole, head] = stored_values(rows[:whole, head], fmt, value, recipe.v_group(self.sizes.head_dim))
+        return self.torch.from_numpy(read).to(self.dtype)
+
+
+def compare(logits, prompt_tokens, chosen, logprobs=None):
+    """Compare the answer of an engine with the logits of the sequence; return bad tokens and log-probability differences.
+
+    Parameters
+    ----------
+    logits : (tokens, vocabulary) of prompt and answer, as `ReadRule.logits` returns them.
+    chosen : tokens of the answer.
+    logprobs : their log-probabilities by the engine.
+
+    Returns
+    -------
+    bad : how many chosen tokens have a logit more than `BAD` under the greatest.
+    differences : (len(chosen),) float64, absolute.
+    """
+    import torch
+
+    rows = logits[prompt_tokens - 1 : prompt_tokens - 1 + len(chosen)].double()
+    index = torch.as_tensor(list(chosen))[:, None]
+    bad = int((rows.max(-1).values - rows.gather(1, index)[:, 0] > BAD).sum())
+    if logprobs is None:
+        return bad, None
+    expected = rows.log_softmax(-1).gather(1, index)[:, 0]
+    return bad, (expected - torch.as_tensor(list(logprobs), dtype=torch.float64)).abs().numpy()
+
+
+def follows(model, answer, greedy=True, window_first=True):
+    """Return why an answer is not the model's, or None.
+
+    A number may be rounded to another code where the engine adds in another order: a few tokens of a sequence may show it.
+    """
+    logits = model.logits(answer.sequence, answer.window_first if window_first else None)
+    bad, differences = compare(logits, len(answer.prompt), answer.tokens, answer.logprobs)
+    count = len(answer.tokens)
+    if len(answer.logprobs) != count or len(answer.sequence) > len(answer.window_first):
+        return f"{len(answer.logprobs)} log-probabilities, {len(answer.window_first)} computed tokens, answer of {count}"
+    if greedy and bad > max(1, count // 50):
+        return f"{bad} of {count} tokens are bad, the first differences are {differences[:8]}"
+    if np.quantile(differences, 0.8) > 2e-3:
+        return f"{np.mean(differences > 2e-3):.0%} of {count} log-probabilities differ, the first by {differences[:8]}"
+    return None
+
+
+def disagreement(model, answer, other, tie=0.1):
+    """Return where two answers to one prompt part although the model prefers one of the tokens, or None."""
+    if len(answer.tokens) != len(other.tokens):
+        return f"{len(answer.tokens)} and {len(other.tokens)} tokens"
+    for number, (token, another) in enumerate(zip(answer.tokens, other.tokens, strict=True)):
+        if token != another:
+            logits = model.logits(answer.sequence, answer.window_first)[len(answer.prompt) - 1 + number]
+            gap = float(abs(logits[token] - logits[another]))
+            return None if gap < tie else f"token {number} is {token} and {another}, whose logits are {gap:.3f} apart"
+    return None

@@ -1,0 +1,239 @@
+"""vLLM's engine in this process, stepped by the test, with a record of what each token could read when it was computed."""
+
+import gc
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+
+PAGE_TOKENS = 32
+DEFAULTS = {
+    "dtype": "float32",
+    "block_size": 32,
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 2048,
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "async_scheduling": False,
+    "disable_log_stats": False,
+    "seed": 0,
+}
+
+
+@dataclass
+class Answer:
+    """What the engine said to one request.
+
+    Attributes
+    ----------
+    tokens, logprobs : of the answer; log-probabilities of the chosen tokens.
+    cached : tokens of the prompt that were not computed again.
+    window_first : for each token of the sequence that was computed, the first token that had a block of the window then.
+    preemptions : how often the request lost its blocks.
+    """
+
+    prompt: list
+    tokens: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    cached: int = 0
+    window_first: np.ndarray | None = None
+    preemptions: int = 0
+
+    @property
+    def sequence(self):
+        """Tokens that were computed: all but the last."""
+        return self.prompt + self.tokens[:-1]
+
+
+class WindowRecord:
+    """For each token of each request, the first token that had a block of the window in the step that computed it.
+
+    The record follows the blocks: a token that a prefix hit brings was computed for another request.
+    """
+
+    def __init__(self, scheduler):
+        self.scheduler, self.manager = scheduler, scheduler.kv_cache_manager
+        groups = scheduler.kv_cache_config.kv_cache_groups
+        sizes = [(group.kv_cache_spec.block_size, getattr(group.kv_cache_spec, "sliding_window", None)) for group in groups]
+        self.pages = next(i for i, (_, window) in enumerate(sizes) if window is None)
+        self.windows = {i: size for i, (size, window) in enumerate(sizes) if window is not None}
+        self.page_tokens = sizes[self.pages][0]
+        self.by_block, self.by_request, self.preemptions = {}, {}, {}
+        self.window_blocks = {}  # block -> its first token
+        self.steps = 0
+        self.schedule, scheduler.schedule = scheduler.schedule, self.scheduled
+
+    def scheduled(self, *arguments, **options):
+        output = self.schedule(*arguments, **options)
+        self.steps += 1
+        for name, count in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[name]
+            self.note(name, request.num_computed_tokens - count, count)
+            self.preemptions[name] = request.num_preemptions
+        return output
+
+    def note(self, name, start, count):
+        blocks = self.manager.get_blocks(name).blocks
+        first = max([first_token(blocks[group], size, start) for group, size in self.windows.items()], default=0)
+        for group, size in self.windows.items():
+            self.window_blocks |= {block.block_id: i * size for i, block in enumerate(blocks[group]) if not block.is_null}
+        size, pages = self.page_tokens, blocks[self.pages]
+        for token in range(start, start + count):
+            self.by_block.setdefault(pages[token // size].block_id, np.zeros(size, int))[token % size] = first
+        used = [self.by_block[block.block_id] for block in pages[: -(-(start + count) // size)]]
+        self.by_request[name] = np.concatenate(used)[: start + count]
+
+
+def first_token(blocks, size, start):
+    """Return the first token whose block, and all later ones up to `start`, are there."""
+    block = -(-start // size)
+    while block and not blocks[block - 1].is_null:
+        block -= 1
+    return min(block * size, start)
+
+
+def let_vllm_scan_modules():
+    """Make llvmlite's library say that it has no `__dict__`.
+
+    vLLM 0.32 on CPUs reads `__dict__` of everything in every module when an engine starts, and llvmlite's library, which is
+    there once Numba is, answers any name with a function.
+    """
+    from llvmlite.binding import ffi
+
+    library = type(ffi.lib)
+    function = library.__getattr__
+    if function.__module__ != __name__:
+
+        def attribute(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return function(self, name)
+
+        library.__getattr__ = attribute
+
+
+class ServingEngine:
+    """One engine. Options are those of `vllm.LLM`; `elastickv` are those of the plug-in, None for the stock backend."""
+
+    def __init__(self, folder, elastickv=None, **options):
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
+        from vllm import LLM
+
+        let_vllm_scan_modules()
+        settings = DEFAULTS | options
+        if elastickv is not None:
+            settings["additional_config"] = {"elastickv": elastickv}
+        self.llm = LLM(model=str(folder), **settings)
+        self.engine = self.llm.llm_engine
+        self.core = self.engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.record = WindowRecord(self.scheduler)
+        self.count = 0
+
+    @property
+    def free_blocks(self):
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    @property
+    def steps(self):
+        return self.record.steps
+
+    @property
+    def managers(self):
+        return self.scheduler.kv_cache_manager.coordinator.single_type_managers
+
+    @property
+    def window_block_tokens(self):
+        return next(iter(self.record.windows.values()))
+
+    def counter(self, name):
+        """Return a counter of the engine's metrics."""
+        return next(metric.value for metric in self.llm.get_metrics() if metric.name == name)
+
+    @property
+    def runner_module(self):
+        """The module of the model runner."""
+        worker = self.core.model_executor.driver_worker
+        return type(getattr(worker, "worker", worker).model_runner).__module__
+
+    @property
+    def capacity(self):
+        """Tokens of KV cache that the engine reports."""
+        return self.engine.vllm_config.cache_config.kv_cache_size_tokens
+
+    def evict_windows(self, before=None):
+        """Take the window's blocks of tokens `before` a position, or all, from the prefix cache."""
+        blocks = {block for block, token in self.record.window_blocks.items() if before is None or token < before}
+        self.scheduler.kv_cache_manager.evict_blocks(blocks)
+
+    def forget_prefixes(self):
+        assert self.llm.reset_prefix_cache()
+        self.record.window_blocks.clear()
+
+    def add(self, prompt, tokens, **sampling):
+        """Add a request; return its name. `lora` is a folder with an adapter."""
+        from vllm import SamplingParams
+
+        settings = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False}
+        lora = sampling.pop("lora", None)
+        if lora is not None:
+            from vllm.lora.request import LoRARequest
+
+            lora = LoRARequest("adapter", 1, str(lora))
+        self.count += 1
+        name = f"request-{self.count}"
+        params = SamplingParams(**(settings | sampling))
+        self.engine.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=lora)
+        return name
+
+    def settle(self):
+        """Process what is still in flight: with asynchronous scheduling a step is, when the last request has ended."""
+        for _ in range(3):
+            self.engine.step()
+
+    def step(self):
+        """Compute one step; return the requests that ended: their names with their outputs."""
+        return {output.request_id: output for output in self.engine.step() if output.finished}
+
+    def finish(self, names, prompts):
+        """Step until all requests have ended; return the answers of `names`."""
+        ended = {}
+        while self.engine.has_unfinished_requests():
+            ended |= self.step()
+        return [self.answers(ended[name], prompt)[0] for name, prompt in zip(names, prompts, strict=True)]
+
+    def answers(self, output, prompt):
+        """Return an `Answer` for each sequence of an output."""
+        several = len(output.outputs) > 1
+        found = []
+        for part in output.outputs:
+            name = f"{part.index}_{output.request_id}" if several else output.request_id
+            logprobs = [row[token].logprob for token, row in zip(part.token_ids, part.logprobs or (), strict=False)]
+            found.append(
+                Answer(
+                    list(prompt),
+                    list(part.token_ids),
+                    logprobs,
+                    output.num_cached_tokens or 0,
+                    self.record.by_request[name],
+                    self.record.preemptions[name],
+                )
+            )
+        return found
+
+    def generate(self, prompts, tokens, **sampling):
+        """Answer prompts together, greedily unless `sampling` says otherwise."""
+        return self.finish([self.add(prompt, tokens, **sampling) for prompt in prompts], prompts)
+
+    def close(self):
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.engine.engine_core.shutdown()
+        del self.llm, self.engine, self.core, self.scheduler, self.record
+        gc.collect()
+        cleanup_dist_env_and_memory()

@@ -1,0 +1,133 @@
+"""What only a GPU runs: the second model runner, asynchronous scheduling, compiled models, full CUDA graphs.
+
+Engines compute in bfloat16, so their answers are near the plain model's: nearest to the one with their own window.
+`python -m pytest tests/vllm_engine -m gpu`
+"""
+
+import numpy as np
+import pytest
+
+from tests.helpers.read_rule import compare, disagreement
+from tests.helpers.serving_scenarios import NEW_TOKENS, SMALL_POOL, WINDOW, random_prompts
+
+pytestmark = pytest.mark.gpu
+
+CHUNKED = {"max_num_batched_tokens": 96, "enable_prefix_caching": True}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+LARGEST_MEAN = 0.1  # of |log-probability difference|, bfloat16 against float64
+
+
+def distance(model, answers, window_first=True):
+    """Return the mean |difference| of log-probabilities between answers and a plain model."""
+    differences = []
+    for answer in answers:
+        logits = model.logits(answer.sequence, answer.window_first if window_first else None)
+        differences.append(compare(logits, len(answer.prompt), answer.tokens, answer.logprobs)[1])
+    return float(np.concatenate(differences).mean())
+
+
+def follow(rounded_rule, answers, recipe="int4"):
+    """Assert that answers are nearest to the plain model with their own formats and window."""
+    own = distance(rounded_rule(recipe), answers)
+    others = [distance(rounded_rule(recipe, WINDOW + shift), answers) for shift in (-32, 32)]
+    others += [distance(rounded_rule(other), answers) for other in ("int4", "int8", None) if other != recipe]
+    assert own < min(others), f"{own:.4f} from the own rule, {others} from others"
+    assert own < LARGEST_MEAN
+
+
+def agree(rounded_rule, answers, others):
+    """Assert that two answers part only where the model is nearly indifferent."""
+    assert [disagreement(rounded_rule(), *pair, tie=0.5) for pair in zip(answers, others, strict=True)] == [None] * len(answers)
+
+
+def test_the_engine_is_what_a_user_of_a_gpu_gets(serve_bf16, device):
+    from vllm import __version__
+    from vllm.config import CUDAGraphMode
+
+    config = serve_bf16(**CHUNKED).engine.vllm_config
+    if device == "cuda":
+        assert config.compilation_config.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        assert config.scheduler_config.async_scheduling
+        if not __version__.startswith("0.32"):
+            assert serve_bf16(**CHUNKED).runner_module.startswith("vllm.v1.worker.gpu.")
+
+
+@pytest.fixture(scope="module")
+def graphed(serve_bf16, prompts):
+    """Answers of the engine with graphs, to prompts that arrive in chunks."""
+    return serve_bf16(**CHUNKED).generate(prompts, NEW_TOKENS)
+
+
+def test_chunks_and_graphs_follow_the_rule(graphed, rounded_rule):
+    follow(rounded_rule, graphed)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_batches_of_any_size_follow_the_rule(serve_bf16, rounded_rule, count):
+    """Sizes with a graph of their own and sizes that are padded to the next."""
+    follow(rounded_rule, serve_bf16(**CHUNKED).generate(random_prompts([150 + 31 * i for i in range(count)], count), 90))
+
+
+def test_answers_to_a_cached_prompt_follow_the_rule(serve_bf16, rounded_rule):
+    engine, prompts = serve_bf16(**CHUNKED), random_prompts([300, 260], seed=60)
+    engine.generate(prompts, 40)
+    again = engine.generate(prompts, 90)
+    assert [answer.cached for answer in again] == [288, 256]
+    follow(rounded_rule, again)
+
+
+def test_a_hit_without_its_window_reads_pages(serve_bf16, rounded_rule):
+    engine, prompts = serve_bf16(**CHUNKED), random_prompts([300, 290, 310, 333], seed=61)
+    engine.generate(prompts, 10)
+    engine.evict_windows()
+    answers = engine.generate(prompts, 60)
+    assert all(answer.cached == answer.window_first[answer.cached] == 288 for answer in answers[:1])
+    follow(rounded_rule, answers)
+    assert distance(rounded_rule(), answers) < distance(rounded_rule(), answers, window_first=False)
+
+
+def test_several_answers_to_one_prompt_follow_the_rule(serve_bf16, rounded_rule, prompts):
+    engine = serve_bf16(**CHUNKED)
+    name, ended = engine.add(prompts[2], 100, n=4, temperature=1.0, seed=1), {}
+    while name not in ended:
+        ended |= engine.step()
+    follow(rounded_rule, engine.answers(ended[name], prompts[2]))
+
+
+def test_aborted_requests_leave_no_block_behind(serve_bf16, rounded_rule, prompts, graphed):
+    engine = serve_bf16(**CHUNKED)
+    start, rng, running = engine.free_blocks, np.random.default_rng(0), []
+    for step in range(150):
+        if rng.random() < 0.4:
+            running.append(engine.add(random_prompts([int(rng.integers(1, 300))], step)[0], int(rng.integers(1, 100))))
+        if running and rng.random() < 0.3:
+            engine.engine.abort_request([running.pop(int(rng.integers(len(running))))])
+        ended = engine.step()
+        running = [name for name in running if name not in ended]
+    engine.engine.abort_request(running)
+    while engine.engine.has_unfinished_requests():
+        engine.step()
+    engine.settle()
+    assert engine.free_blocks == start
+    engine.forget_prefixes()
+    agree(rounded_rule, engine.generate(prompts, NEW_TOKENS), graphed)
+
+
+def test_whole_prompts_without_graphs_and_with_preemption_give_the_same_answers(serve_bf16, rounded_rule, prompts, graphed):
+    answers = serve_bf16(enforce_eager=True, **SMALL_POOL).generate(prompts, NEW_TOKENS)
+    assert sum(answer.preemptions for answer in answers) > 0
+    follow(rounded_rule, answers)
+    agree(rounded_rule, answers, graphed)
+
+
+def test_drafts_by_ngrams_give_the_same_answers(serve_bf16, rounded_rule, prompts, graphed):
+    engine = serve_bf16(speculative_config=NGRAM, max_num_batched_tokens=96)
+    answers = engine.generate(prompts, NEW_TOKENS)
+    drafted, accepted = (engine.counter(f"vllm:spec_decode_num_{name}_tokens") for name in ("draft", "accepted"))
+    assert drafted > accepted > 0
+    follow(rounded_rule, answers)
+    agree(rounded_rule, answers, graphed)
+
+
+def test_int8_pages_follow_their_rule(serve_bf16, rounded_rule, prompts):
+    follow(rounded_rule, serve_bf16("int8").generate(prompts, NEW_TOKENS), "int8")

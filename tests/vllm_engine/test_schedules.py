@@ -1,0 +1,135 @@
+"""Answers do not depend on how requests were batched, cut into chunks, preempted or aborted."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.read_rule import follows
+from tests.helpers.serving_scenarios import NEW_TOKENS, SMALL_POOL, WINDOW, all_equal, all_follow, random_prompts
+
+
+def test_ragged_requests_follow_the_read_rule(base, rule):
+    all_follow(rule(), base)
+
+
+@pytest.mark.parametrize(("recipe", "window"), [(None, WINDOW), ("int4", WINDOW - 32), ("int4", WINDOW + 32)])
+def test_no_other_rule_is_followed(base, rule, recipe, window):
+    assert [follows(rule(recipe, window), answer) for answer in base].count(None) == 0
+
+
+def test_an_engine_whose_window_is_a_page_too_short_is_noticed(serve, rule, prompts):
+    for answer in serve(window=WINDOW - 32).generate(prompts, 60):
+        assert (
+            len(answer.sequence) <= WINDOW or "differ" in str(follows(rule(), answer)) or "bad" in str(follows(rule(), answer))
+        )
+
+
+@pytest.mark.parametrize(("fmt", "recipe"), [("int8", "int8"), ("k8v4", "k=int8,v=int4"), ("fp8", "fp8")])
+def test_every_format_follows_its_rule(serve, rule, prompts, fmt, recipe):
+    answers = serve(fmt=fmt).generate(prompts, 60)
+    all_follow(rule(recipe), answers)
+    assert follows(rule("int4"), answers[2]) is not None
+
+
+@pytest.mark.parametrize("window", [32, 100, 128])
+def test_windows_of_any_size_follow_the_rule(serve, rule, prompts, window):
+    all_follow(rule(window=window), serve(window=window).generate(prompts, 60))
+
+
+def test_formats_of_layers_follow_the_rule(serve, prompts, rule):
+    """The engine stores one layer in int8; the plain model stores both alike, and neither recipe describes it."""
+    answers = serve(elastickv={"layers": {"1": "int8"}}).generate(prompts, 60)
+    all_follow(rule("int4", layers={1: "int8"}), answers)
+    assert follows(rule("int4"), answers[2]) is not None
+    assert follows(rule("int8"), answers[2]) is not None
+
+
+@pytest.mark.parametrize("chunk", [48, 200])
+def test_chunked_prompts_give_the_same_answers(serve, rule, prompts, base, chunk):
+    engine = serve(max_num_batched_tokens=chunk)
+    answers = engine.generate(prompts, NEW_TOKENS)
+    assert engine.steps > NEW_TOKENS + 1
+    all_follow(rule(), answers)
+    all_equal(rule(), answers, base)
+
+
+def test_preempted_requests_give_the_same_answers(serve, rule, prompts, base):
+    answers = serve(**SMALL_POOL).generate(prompts, NEW_TOKENS)
+    assert sum(answer.preemptions for answer in answers) > 0
+    all_follow(rule(), answers)
+    all_equal(rule(), answers, base)
+
+
+def test_several_answers_to_one_prompt_share_its_pages_and_follow_the_rule(serve, rule, prompts):
+    engine = serve(enable_prefix_caching=True)
+    for prompt in (prompts[2], prompts[0]):
+        name = engine.add(prompt, 70, n=3, temperature=1.0, seed=1)
+        ended = {}
+        while name not in ended:
+            ended |= engine.step()
+        answers = engine.answers(ended[name], prompt)
+        assert len({tuple(answer.tokens) for answer in answers}) == 3
+        for answer in answers:
+            assert follows(rule(), answer, greedy=False) is None
+
+
+def test_aborted_requests_leave_no_block_behind(serve, rule, prompts, base):
+    """Requests are added and aborted at random steps, under pressure; later answers and the pool are as before."""
+    engine = serve(**SMALL_POOL)
+    start, rng = engine.free_blocks, np.random.default_rng(0)
+    running, aborted = [], 0
+    for step in range(150):
+        if step < 120 and rng.random() < 0.4:
+            running.append(engine.add(random_prompts([int(rng.integers(1, 300))], step)[0], int(rng.integers(1, 100))))
+        if running and rng.random() < 0.3:
+            engine.engine.abort_request([running.pop(int(rng.integers(len(running))))])
+            aborted += 1
+        running = [name for name in running if name not in engine.step()]
+    engine.engine.abort_request(running)
+    while engine.engine.has_unfinished_requests():
+        engine.step()
+    assert aborted > 20
+    assert engine.free_blocks == start
+    assert not any(manager.req_to_blocks for manager in engine.managers)
+    answers = engine.generate(prompts, NEW_TOKENS)
+    all_follow(rule(), answers)
+    all_equal(rule(), answers, base)
+    assert engine.free_blocks == start
+
+
+RAGGED = [(int(n), int(m)) for n, m in np.random.default_rng(4).integers((1, 4), (150, 24), (40, 2))]
+
+
+@pytest.fixture(scope="module")
+def ragged(serve, rule):
+    """40 prompts with their answers by an engine that runs them one after another."""
+    prompts = random_prompts([length for length, _ in RAGGED], seed=9)
+    engine = serve(**SMALL_POOL)
+    answers = [engine.generate([prompt], count)[0] for prompt, (_, count) in zip(prompts, RAGGED, strict=True)]
+    all_follow(rule(), answers)
+    return prompts, answers
+
+
+@given(
+    order=st.permutations(range(len(RAGGED))),
+    gaps=st.lists(st.integers(0, 3), min_size=len(RAGGED), max_size=len(RAGGED)),
+    chunk=st.integers(16, 300),
+)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_schedule_of_ragged_requests_gives_their_answers(serve, rule, ragged, order, gaps, chunk):
+    prompts, expected = ragged
+    engine = serve(**SMALL_POOL)
+    start, whole_step = engine.free_blocks, engine.scheduler.max_num_scheduled_tokens
+    engine.scheduler.max_num_scheduled_tokens = chunk
+    names, ended = {}, {}
+    for number, gap in zip(order, gaps, strict=True):
+        names[number] = engine.add(prompts[number], RAGGED[number][1])
+        for _ in range(gap):
+            ended |= engine.step()
+    while engine.engine.has_unfinished_requests():
+        ended |= engine.step()
+    engine.scheduler.max_num_scheduled_tokens = whole_step
+    answers = [engine.answers(ended[names[number]], prompt)[0] for number, prompt in enumerate(prompts)]
+    all_equal(rule(), expected, answers)
+    assert engine.free_blocks == start

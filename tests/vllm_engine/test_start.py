@@ -1,0 +1,74 @@
+"""What an engine says of its memory when it starts, what it refuses, and small pools."""
+
+import pytest
+
+from tests.helpers.serving_scenarios import all_follow, random_prompts
+
+LONG = {"max_model_len": 4096, "max_num_batched_tokens": 8192, "enable_prefix_caching": True}
+
+
+def test_the_reported_capacity_is_that_of_the_pages_even_with_long_prompt_chunks(serve):
+    """float32 keys and values take 6.7 times the bytes of int4 pages; some of the memory holds windows."""
+    stock = serve(fmt=None, **LONG).capacity
+    assert serve(**LONG).capacity > 5 * stock
+
+
+def test_a_pool_for_one_request_starts_and_serves_a_prompt_in_one_chunk(serve, rule):
+    """vLLM's own sliding window would reserve a block for every token of the chunk."""
+    engine = serve(num_gpu_blocks_override=60, max_model_len=1024, max_num_batched_tokens=2048)
+    assert engine.capacity >= 1024
+    all_follow(rule(), engine.generate(random_prompts([900]), 60))
+
+
+def test_a_long_chunk_takes_no_window_blocks_for_tokens_that_leave_the_window(serve):
+    engine = serve()
+    start = engine.free_blocks
+    engine.add(random_prompts([960])[0], 2)
+    engine.step()
+    assert start - engine.free_blocks <= 960 // 32 + 64 // engine.window_block_tokens + 2
+    while engine.engine.has_unfinished_requests():
+        engine.step()
+    assert engine.free_blocks == start
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_blocks_of_another_size_are_refused(serve, size):
+    with pytest.raises(Exception, match=rf"block.*{size}.*32"):
+        serve(block_size=size)
+
+
+def test_without_a_block_size_pages_have_32_tokens(serve, rule, prompts):
+    engine = serve(block_size=None)
+    assert engine.record.page_tokens == 32
+    all_follow(rule(), engine.generate(prompts, 40))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"elastickv": {"sinks": 4}}, "sinks"),
+        ({"window": 31}, "window"),
+        ({"fmt": "int3"}, "int3"),
+        ({"disable_hybrid_kv_cache_manager": True}, "hybrid"),
+        ({"kv_cache_dtype": "fp8"}, "fp8"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_the_start(serve, options, word):
+    with pytest.raises(Exception, match=word) as refusal:
+        serve(**options)
+    assert "\n" not in str(refusal.value).strip() or "elastickv" in str(refusal.value)
+
+
+def test_without_options_the_stock_backend_serves(serve, rule, prompts):
+    engine = serve(fmt=None)
+    assert len(engine.managers) == 1
+    all_follow(rule(recipe=None), engine.generate(prompts, 20))
+
+
+def test_asynchronous_scheduling_changes_no_token(serve, rule, prompts, base):
+    answers = serve(async_scheduling=True).generate(prompts, 120)
+    all_follow(rule(), answers)
+
+
+def test_a_compiled_model_follows_the_rule(serve, rule, prompts):
+    all_follow(rule(), serve(enforce_eager=False).generate(prompts, 60))
