@@ -1,46 +1,43 @@
-"""The tables of docs/vllm.md, from results of two scripts: speed and capacity (`serving.py`), quality (`first_page.py`)."""
+"""The figures of serving with vLLM: speed and capacity by benchmarks/serving.py, quality by benchmarks/first_page.py."""
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from elastickv.results.kinds.serving_result import (
-    RatioOfRounds,
-    ServingContender,
-    ServingFirstToken,
-    ServingResult,
-    ServingThroughput,
-)
+from elastickv.results.kinds.serving_result import RatioOfRounds, ServingContender, ServingResult
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 SERVING = "h200/serving.json"
 QUALITY = "cpu/first_page-*.json"
-AS_SERVED = "as all pages"  # the variant of the study that is what the engine does
-
-
-def serving() -> list[str]:
-    """Return a table with a column for each contender; a sentence where nothing has been measured yet."""
-    path = RESULTS / SERVING
-    if not path.exists():
-        return ["Not measured yet."]
-    record = json.loads(path.read_text(encoding="utf-8"))
-    result = ServingResult.from_dict(record, SERVING)
-    contenders = result.contenders
-    rows = [*_step_rows(contenders), *_first_token_row(contenders), *_throughput_rows(contenders)]
-    rows += [*_capacity_rows(result), *_start_rows(contenders)]
-    headers = ["", *(f"`{each.contender}`" for each in contenders)]
-    return [_source(result), "", *_table(headers, rows), "", NOTE, *_start_line(record), *_not_measured(result)]
-
-
-NOTE = (
-    "In brackets: the ratio to bf16, with the least and the greatest ratio of a round. A step is a decode step of all requests "
-    "together. Capacity: the tokens that the same memory holds in requests of that context."
+AS_SERVED = "as all pages"  # the variant of that study which is what the engine reads
+NOTHING = ["Not measured yet."]
+SERVING_NOTE = (
+    "In parentheses: divided by the baseline's figure of the same run. Capacity is what vLLM counts on for requests of that "
+    "length; throughput is measured with as many of them as fit."
 )
 
 
+def serving() -> list[str]:
+    """Return the figures of the committed result, with the line that the backend logged at its start."""
+    path = RESULTS / SERVING
+    if not path.exists():
+        return NOTHING
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return [*serving_lines(ServingResult.from_dict(record, SERVING)), *start_line(record["processes"])]
+
+
+def start_line(processes: list[dict[str, Any]]) -> list[str]:
+    """Return the backend's line about memory, as a code block; nothing if no process logged it."""
+    for process in processes:
+        for line in process.get("log", ()):
+            if "ElasticKV: page" in line:
+                return ["", "The line at the start of that run:", "", "```text", line, "```"]
+    return []
+
+
 def serving_quality() -> list[str]:
-    """Return what reading by the engine's rule costs predictions, a row for each model, format and window."""
+    """Return what reading by the engine's rule costs predictions: a row for each model, format and window."""
     headers = ["model", "format", "window", "KL, nats/token", "PPL change %", "top-1 %", "scored tokens"]
     rows = []
     for path in sorted(RESULTS.glob(QUALITY)):
@@ -48,106 +45,63 @@ def serving_quality() -> list[str]:
         scored = len(record["windows"]) * record["scored_tokens_of_a_window"]
         for cell in record["cells"]:
             if cell["first_page"] == AS_SERVED:
-                figures = (
-                    _estimate(cell["kl"], 4),
-                    _estimate(cell["ppl_change_percent"], 2),
-                    _estimate(cell["top1_percent"], 1),
-                )
-                rows.append([record["model"], f"`{cell['format']}`", str(cell["exact_tokens"]), *figures, str(scored)])
-    return _table(headers, rows) if rows else ["Not measured yet."]
+                losses = (_mean(cell["kl"], 4), _mean(cell["ppl_change_percent"], 2), _mean(cell["top1_percent"], 1))
+                rows.append((record["model"], f"`{cell['format']}`", str(cell["exact_tokens"]), *losses, str(scored)))
+    lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *(f"| {' | '.join(row)} |" for row in rows)]
+    return lines if rows else NOTHING
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers), *("| " + " | ".join(row) + " |" for row in rows)]
-
-
-def _estimate(figure: dict[str, float], digits: int) -> str:
+def _mean(figure: dict[str, float], digits: int) -> str:
     return f"{figure['mean']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
 
 
-def _source(result: ServingResult) -> str:
-    device, environment = result.device, result.environment
-    driver = f", driver {device.driver}" if device.driver else ""
-    flash = next((each.flash_attention for each in result.contenders if each.contender == result.baseline), None)
-    version = f", {result.baseline} with FlashAttention {flash}" if flash else ""
-    return (
-        f"`{result.model}`, {result.weights} weights, on {device.device}{driver}; vllm {device.vllm}, torch {device.torch}"
-        f"{version}; {str(environment['date_utc'])[:10]}, commit {str(environment['commit'])[:7]}."
-    )
-
-
-def _ratio(ratio: RatioOfRounds | None) -> str:
-    return "" if ratio is None else f" ({ratio.estimate:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}])"
-
-
-def _step_rows(contenders: Sequence[ServingContender]) -> list[list[str]]:
-    steps = [{(step.context, step.batch): step for step in each.steps} for each in contenders]
+def serving_lines(result: ServingResult) -> list[str]:
+    """Return a result's source, a table with a row for each contender that started, and how to read it."""
+    started = [contender for contender in result.contenders if contender.startup_s]
+    device, date = result.device, str(result.environment.get("date_utc"))[:10]
+    cells = list(dict.fromkeys((step.context, step.batch) for one in started for step in one.steps))
+    contexts = list(dict.fromkeys(row.context for one in started for row in one.capacity))
+    headers = ["KV cache", *(f"{context} x {batch}, ms a step" for context, batch in cells)]
+    headers += [f"tokens of capacity, requests of {context}" for context in contexts]
+    headers += ["tokens/s at capacity", "first token, s", "start-up, s", "CUDA graphs, GB"]
+    dense = {row.context: row.tokens for one in started if one.contender == result.baseline for row in one.capacity}
+    rows = [_row(one, cells, contexts, dense, result.baseline) for one in started]
     return [
-        [
-            f"step of {batch} x {context}, ms",
-            *(
-                f"{each[context, batch].ms:.2f}{_ratio(each[context, batch].of_baseline)}" if (context, batch) in each else "-"
-                for each in steps
-            ),
-        ]
-        for context, batch in dict.fromkeys(cell for each in steps for cell in each)
+        f"`{result.model}`, {result.weights} weights, vLLM {device.vllm}, torch {device.torch}, {device.device}, driver "
+        f"{device.driver}; {date}. {_flash(started, result.baseline)}",
+        "",
+        f"| {' | '.join(headers)} |",
+        "|" + "---|" * len(headers),
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        SERVING_NOTE,
     ]
 
 
-def _first_token_row(contenders: Sequence[ServingContender]) -> list[list[str]]:
-    measured = [each.first_token for each in contenders]
-
-    def cell(one: ServingFirstToken | None) -> str:
-        return "-" if one is None else f"{one.s:.2f}{_ratio(one.of_baseline)}"
-
-    contexts = dict.fromkeys(one.context for one in measured if one)
-    return [[f"first token of a prompt of {context}, s", *map(cell, measured)] for context in contexts]
+def _flash(started: list[ServingContender], baseline: str) -> str:
+    version = next((one.flash_attention for one in started if one.contender == baseline), None)
+    return f"The baseline `{baseline}` runs on FlashAttention {version}." if version else f"The baseline is `{baseline}`."
 
 
-def _throughput_rows(contenders: Sequence[ServingContender]) -> list[list[str]]:
-    measured = [each.throughput for each in contenders]
-
-    def cell(one: ServingThroughput | None) -> str:
-        return "-" if one is None else f"{one.tokens_per_s:.0f}{_ratio(one.of_baseline)}"
-
-    rows = []
-    for context in dict.fromkeys(one.context for one in measured if one):
-        rows.append([f"tokens/s with as many requests of {context} as fit", *map(cell, measured)])
-        rows.append(["those requests", *("-" if one is None else str(one.requests) for one in measured)])
-    return rows
-
-
-def _capacity_rows(result: ServingResult) -> list[list[str]]:
-    tokens = {each.contender: {row.context: row.tokens for row in each.capacity} for each in result.contenders}
-    base: Mapping[int, float] = tokens.get(result.baseline, {})
-
-    def cell(name: str, context: int) -> str:
-        own = tokens[name].get(context)
-        if own is None:
-            return "-"
-        ratio = f" ({own / base[context]:.2f}x)" if name != result.baseline and context in base else ""
-        return f"{own:,.0f}{ratio}"
-
-    contexts = dict.fromkeys(context for each in tokens.values() for context in each)
-    return [[f"capacity in requests of {context}, tokens", *(cell(name, context) for name in tokens)] for context in contexts]
+def _row(
+    one: ServingContender, cells: list[tuple[int, int]], contexts: list[int], dense: dict[int, float], baseline: str
+) -> list[str]:
+    steps = {(step.context, step.batch): f"{step.ms:.2f}{_ratio(step.of_baseline)}" for step in one.steps}
+    tokens = {}
+    for row in one.capacity:
+        against = f" ({row.tokens / dense[row.context]:.2f})" if one.contender != baseline and row.context in dense else ""
+        tokens[row.context] = f"{row.tokens:,.0f}{against}"
+    full, first = one.throughput, one.first_token
+    return [
+        f"`{one.contender}`",
+        *(steps.get(cell, "-") for cell in cells),
+        *(tokens.get(context, "-") for context in contexts),
+        f"{full.tokens_per_s:.0f}{_ratio(full.of_baseline)}" if full else "-",
+        f"{first.s:.2f}{_ratio(first.of_baseline)}" if first else "-",
+        f"{median(one.startup_s):.0f}",
+        "-" if one.graph_bytes is None else f"{one.graph_bytes / 1e9:.2f}",
+    ]
 
 
-def _start_rows(contenders: Sequence[ServingContender]) -> list[list[str]]:
-    starts = [f"{min(each.startup_s):.0f}" if each.startup_s else "-" for each in contenders]
-    graphs = ["-" if each.graph_bytes is None else f"{each.graph_bytes / 2**20:.0f}" for each in contenders]
-    return [["start, s", *starts], ["CUDA graphs, MiB", *graphs]]
-
-
-def _start_line(record: dict[str, Any]) -> list[str]:
-    """Return the line that the backend logs at its start, as a code block."""
-    for process in record["processes"]:
-        for line in process.get("log", ()):
-            if "ElasticKV: page" in line:
-                return ["", "The line at the start of that run:", "", "```text", line, "```"]
-    return []
-
-
-def _not_measured(result: ServingResult) -> list[str]:
-    lines = [f"- `{each.contender}`, {failure}" for each in result.contenders for failure in each.failures]
-    lines += [f"- {each}" for each in result.dropped]
-    return ["", "Not measured:", "", *lines] if lines else []
+def _ratio(ratio: RatioOfRounds | None) -> str:
+    return "" if ratio is None else f" ({ratio.estimate:.2f})"

@@ -1,112 +1,77 @@
-"""The tables of docs/vllm.md, from a small result of each script."""
+"""The table of the docs says what a result of the serving benchmark holds; the result here is made up."""
 
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from elastickv.results.kinds.serving_result import SERVING_KIND, SERVING_VERSION
+from elastickv.results.kinds.serving_result import ServingResult
+from tests.helpers.serving_results import made_up_serving
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import serving_figures  # noqa: E402
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def contender(name, step_ms, tokens, ratio, **values):
-    timed = {"context": 1024, "of_baseline": ratio, "samples": []}
-    return {
-        "contender": name,
-        "kv_cache_dtype": "auto",
-        "backends": ["vllm.somewhere.Backend"],
-        "flash_attention": 3 if name == "bf16" else None,
-        "steps": [timed | {"batch": 8, "ms": step_ms}],
-        "capacity": [{"context": 1024, "tokens": tokens, "requests": tokens / 1024}],
-        "throughput": timed | {"requests": 100, "step_ms": 125.0, "tokens_per_s": 800.0},
-        "first_token": timed | {"s": 0.5},
-        "startup_s": [31.0, 30.0],
-        "graph_bytes": None,
-        "peak_bytes": None,
-        "failures": [],
-    } | values
+@pytest.fixture(scope="module")
+def figures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        yield importlib.import_module("serving_figures")
+
+
+@pytest.fixture(scope="module")
+def lines_of(figures):
+    return lambda value: figures.serving_lines(ServingResult.from_dict(value))
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    """Return a function that writes a result of `serving.py` with these contenders."""
-    monkeypatch.setattr(serving_figures, "RESULTS", tmp_path)
+def write(figures, tmp_path, monkeypatch):
+    """Return a function that writes a result file under the name that the figures are read from."""
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
 
-    def write(*contenders, log=()):
-        path = tmp_path / serving_figures.SERVING
+    def write_json(name, value):
+        path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        record = {
-            "kind": SERVING_KIND,
-            "version": SERVING_VERSION,
-            "command": [],
-            "settings": {"rounds": 2, "samples": 3, "prefill": False},
-            "dropped": [],
-            "model": "shape:8b",
-            "weights": "random",
-            "baseline": "bf16",
-            "device": {"device": "A GPU", "driver": "1.2", "vllm": "0.33.0", "torch": "2.14.0"},
-            "environment": {"date_utc": "2026-11-29T17:00:00+00:00", "commit": "0123456789"},
-            "contenders": list(contenders),
-            "processes": [{"log": list(log)}],
-        }
-        path.write_text(json.dumps(record), encoding="utf-8")
+        path.write_text(json.dumps(value), encoding="utf-8")
 
-    return write
+    return write_json
 
 
-def rows(lines):
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    return {name: values for name, *values in cells}
+def test_each_contender_has_a_row_with_its_ratios_to_the_baseline(lines_of):
+    lines = lines_of(made_up_serving())
+    assert "a made-up device" in lines[0] and "FlashAttention 3" in lines[0]
+    assert lines[4] == "| `bf16` | 8.00 | 100,000 | 1250 | 1.50 | 25 | 1.07 |"
+    assert lines[5] == "| `elastickv_int4` | 6.00 (0.75) | 320,000 (3.20) | 1667 (1.33) | 1.50 (0.75) | 25 | 1.07 |"
 
 
-def test_a_column_for_each_contender_with_its_ratio_to_the_baseline(results):
-    ratio = {"estimate": 0.666, "low": 0.65, "high": 0.68}
-    results(contender("bf16", 12.0, 1000.0, None), contender("elastickv_int4", 8.0, 3300.0, ratio))
-    table = rows(serving_figures.serving())
-    assert table[""] == ["`bf16`", "`elastickv_int4`"]
-    assert table["step of 8 x 1024, ms"] == ["12.00", "8.00 (0.67x [0.65, 0.68])"]
-    assert table["capacity in requests of 1024, tokens"] == ["1,000", "3,300 (3.30x)"]
-    assert table["those requests"] == ["100", "100"]
-    assert table["start, s"] == ["30", "30"]
+def test_what_was_not_measured_is_a_dash_and_what_never_started_has_no_row(lines_of):
+    value = made_up_serving()
+    value["contenders"][1] |= {"throughput": None, "first_token": None, "graph_bytes": None, "capacity": []}
+    assert lines_of(value)[5] == "| `elastickv_int4` | 6.00 (0.75) | - | - | - | 25 | - |"
+    value["contenders"][1] |= {"steps": [], "startup_s": []}
+    assert not any("elastickv_int4" in line for line in lines_of(value))
 
 
-def test_what_was_not_measured_is_a_dash_and_its_reason_is_below(results):
-    lost = {"steps": [], "capacity": [], "throughput": None, "first_token": None, "failures": ["round 1: out of memory"]}
-    results(contender("bf16", 12.0, 1000.0, None), contender("fp8", 1.0, 1.0, None, **lost))
-    lines = serving_figures.serving()
-    assert rows(lines)["step of 8 x 1024, ms"] == ["12.00", "-"]
-    assert rows(lines)["capacity in requests of 1024, tokens"] == ["1,000", "-"]
-    assert "- `fp8`, round 1: out of memory" in lines
-
-
-def test_the_line_of_the_start_is_shown_as_it_was_logged(results):
+def test_the_line_of_the_start_is_shown_as_it_was_logged(figures, write):
     said = "ElasticKV: page 1 B; window 2 tokens, 3 MB a request; capacity 4 tokens"
-    results(contender("bf16", 12.0, 1000.0, None), log=["GPU KV cache size: 5 tokens", said])
-    lines = serving_figures.serving()
+    processes = [{"log": ["GPU KV cache size: 5 tokens"]}, {"log": [said]}]
+    write(figures.SERVING, made_up_serving() | {"processes": processes})
+    lines = figures.serving()
     assert lines[lines.index("```text") + 1] == said
+    write(figures.SERVING, made_up_serving() | {"processes": processes[:1]})
+    assert "```text" not in figures.serving()
 
 
-def test_the_quality_is_that_of_the_rule_that_serves(tmp_path, monkeypatch):
-    monkeypatch.setattr(serving_figures, "RESULTS", tmp_path)
-    (tmp_path / "cpu").mkdir()
+def test_the_quality_is_that_of_the_rule_that_serves(figures, write):
     figure = {"mean": 0.25, "low": 0.125, "high": 0.5}
     cell = {"format": "int4", "exact_tokens": 128, "kl": figure, "ppl_change_percent": figure, "top1_percent": figure}
-    record = {
-        "model": "a model",
-        "windows": [{}, {}],
-        "scored_tokens_of_a_window": 1024,
-        "cells": [cell | {"first_page": "as all pages"}, cell | {"first_page": "exact"}],
-    }
-    (tmp_path / "cpu" / "first_page-a.json").write_text(json.dumps(record), encoding="utf-8")
-    _, _, row = serving_figures.serving_quality()
+    cells = [cell | {"first_page": "as all pages"}, cell | {"first_page": "exact"}]
+    record = {"model": "a model", "windows": [{}, {}], "scored_tokens_of_a_window": 1024, "cells": cells}
+    write("cpu/first_page-a.json", record)
+    *_, row = lines = figures.serving_quality()
+    assert len(lines) == 3
     assert row == "| a model | `int4` | 128 | 0.2500 [0.1250, 0.5000] | 0.25 [0.12, 0.50] | 0.2 [0.1, 0.5] | 2048 |"
 
 
-def test_without_results_the_page_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(serving_figures, "RESULTS", tmp_path)
-    assert serving_figures.serving() == serving_figures.serving_quality() == ["Not measured yet."]
+def test_without_results_the_page_says_so(figures, write):
+    assert figures.serving() == figures.serving_quality() == ["Not measured yet."]

@@ -10,44 +10,12 @@ pytest.importorskip("jinja2")
 
 import elastickv
 from elastickv import UsageError
-
-
-def made_up(name, ms, tokens, ratio):
-    """Return a contender of which every figure is made up."""
-    bounds = None if ratio is None else {"estimate": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
-    samples = [[ms, ms, ms], [ms, ms, ms]]
-    timed = {"samples": samples, "of_baseline": bounds}
-    return {
-        "contender": name,
-        "kv_cache_dtype": name,
-        "backends": ["a.made.up.Backend"],
-        "flash_attention": 3 if ratio is None else None,
-        "steps": [{"context": 4096, "batch": 2, "ms": ms} | timed],
-        "capacity": [{"context": 1024, "tokens": tokens, "requests": tokens / 1024}],
-        "throughput": {"context": 1024, "requests": 10, "step_ms": ms, "tokens_per_s": 1e4 / ms} | timed,
-        "first_token": {"context": 4096, "s": 1.5} | timed,
-        "startup_s": [30.0, 20.0],
-        "graph_bytes": 2.0**30,
-        "peak_bytes": None,
-        "failures": [],
-    }
+from tests.helpers.serving_results import made_up_serving
 
 
 @pytest.fixture
 def result():
-    return {
-        "kind": "elastickv-serving",
-        "version": 1,
-        "environment": {"date_utc": "2000-01-01T00:00:00+00:00", "commit": "made up"},
-        "command": ["benchmarks/serving.py", "--out", "FOLDER"],
-        "device": {"device": "a made-up device", "driver": "0", "vllm": "0.0", "torch": None},
-        "model": "shape:made-up",
-        "weights": "random",
-        "settings": {"rounds": 2, "samples": 3, "prefill": False},
-        "baseline": "bf16",
-        "contenders": [made_up("bf16", 8.0, 100_000, None), made_up("elastickv_int4", 6.0, 320_000, 0.75)],
-        "dropped": ["fp8, round 2: repetition dropped: 20 s were left"],
-    }
+    return made_up_serving()
 
 
 @pytest.fixture
