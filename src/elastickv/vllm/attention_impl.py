@@ -85,7 +85,7 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         setup, name = self._setup, self._setup.name_of(self)
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
         self._attention = setup.attention(self._shape, act_dtype, recipe, self.scale)
-        self._window = setup.add_window(name, self._shape, act_dtype)
+        self._window = setup.add_window(name, self._shape, act_dtype, self._attention)
         self._window_name = name + SUFFIX
         assert setup.bad_tokens is not None
         self._bad = setup.bad_tokens.word(name)

@@ -115,7 +115,7 @@ class ModelSetup:
                 self._attentions[key] = CudaAttention(shape, DTYPES[act_dtype], recipe, scale, self._config)
         return self._attentions[key]
 
-    def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype) -> WindowCache:
+    def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype, attention: BlockAttention) -> WindowCache:
         """Give a layer its window, as a layer of vLLM's."""
         window = WindowShape.beside(
             self._slab_bytes,
@@ -125,7 +125,7 @@ class ModelSetup:
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
         )
-        cache = self._layers[name + SUFFIX] = WindowCache(window, self._bound)
+        cache = self._layers[name + SUFFIX] = WindowCache(window, attention, self._bound)
         return cache
 
     def _bound(self, memory: torch.Tensor) -> None:

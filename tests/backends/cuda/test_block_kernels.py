@@ -257,6 +257,21 @@ def test_tokens_without_a_window_block_are_read_from_pages(engine):
 
 
 @pytest.mark.gpu
+def test_the_window_begins_after_its_last_missing_block(engine):
+    torch = pytest.importorskip("torch")
+    lengths, before = [300, 200, 1000, 33, 1], [288, 192, 999, 32, 0]
+    of = engine(lengths, Recipe.parse("int4"), 128, 2, 4)
+    of.store([0] * 5, before)
+    of.store(before, lengths)
+    for request, gone in enumerate((280, 170, 0, 1, 0)):  # tokens whose blocks are missing, up to the next block
+        of.window_table[request, : -(-gone // of.size)] = 0
+    first = torch.full((5,), -1, dtype=torch.int32, device="cuda")
+    of.kernels.find_first(of.arguments(), *(each.data_ptr() for each in of.inputs[:2]), first.data_ptr(), 5)
+    # 280 is rounded up to a page, 170 to its block's end and then to a page; blocks before the window do not count.
+    assert first.tolist() == [288, 192, 0, 32, 0]
+
+
+@pytest.mark.gpu
 def test_a_window_one_token_short_is_noticed(engine):
     """The check of the other tests: attention to one token more from pages is not what they accept."""
     of = engine(LENGTHS, Recipe.parse("int4"), 128, 2, 4)

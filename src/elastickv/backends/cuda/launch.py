@@ -237,6 +237,20 @@ def gather_blocks(
 
 
 @kernel
+def first_in_window(
+    requests: int, *, blocks: BlocksArguments, lengths: Address, starts: Address, exact_tokens: I32, first: Address
+) -> Grid:
+    """Write the first token whose window block, and all later ones before the step, are there; a multiple of 32.
+
+    Parameters
+    ----------
+    lengths, starts : as in `store_blocks`.
+    first : (requests,) int32.
+    """
+    return (requests,)
+
+
+@kernel
 def decode_blocks(
     grid: int,
     *,

@@ -217,3 +217,19 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
         }
     }
 }
+
+// Writes of each request the first token whose window block, and all later ones before the step, are there: tokens before it
+// are read from pages, so it is rounded up to a page. grid: requests; one warp each.
+extern "C" __global__ void __launch_bounds__(STORE_THREADS)
+    first_in_window(BLOCKS_SIGNATURE, const int* lengths, const int* starts, int exact_tokens, int* first) {
+    const Blocks b = BLOCKS_VALUE;
+    const int request = blockIdx.x, size = 1 << b.window_shift;
+    if (threadIdx.x >= 32) return;
+    const int before = max(lengths[request] - (starts[request + 1] - starts[request]), 0);
+    int gone = 0;
+    for (int token = max(before - exact_tokens + 1, 0) / size * size + (int)threadIdx.x * size; token < before;
+         token += 32 * size)
+        if (!window_block(b, request, token)) gone = token + size;
+    for (int i = 16; i; i >>= 1) gone = max(gone, __shfl_xor_sync(FULL, gone, i));
+    if (threadIdx.x == 0) first[request] = min((gone + PAGE - 1) / PAGE, before / PAGE) * PAGE;
+}
