@@ -1,12 +1,17 @@
-"""The figures of vLLM with each kind of KV cache, from the result of benchmarks/serving.py."""
+"""The figures of serving with vLLM: speed and capacity by benchmarks/serving.py, quality by benchmarks/first_page.py."""
 
 import json
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from elastickv.results.kinds.serving_result import RatioOfRounds, ServingContender, ServingResult
 
-RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "h200" / "serving.json"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+SERVING = "h200/serving.json"
+QUALITY = "cpu/first_page-*.json"
+AS_SERVED = "as all pages"  # the variant of that study which is what the engine reads
+NOTHING = ["Not measured yet."]
 SERVING_NOTE = (
     "In parentheses: divided by the baseline's figure of the same run. Capacity is what vLLM counts on for requests of that "
     "length; throughput is measured with as many of them as fit."
@@ -14,8 +19,40 @@ SERVING_NOTE = (
 
 
 def serving() -> list[str]:
-    """Return the figures of the committed result."""
-    return serving_lines(ServingResult.from_dict(json.loads(RESULT.read_text(encoding="utf-8")), str(RESULT)))
+    """Return the figures of the committed result, with the line that the backend logged at its start."""
+    path = RESULTS / SERVING
+    if not path.exists():
+        return NOTHING
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return [*serving_lines(ServingResult.from_dict(record, SERVING)), *start_line(record["processes"])]
+
+
+def start_line(processes: list[dict[str, Any]]) -> list[str]:
+    """Return the backend's line about memory, as a code block; nothing if no process logged it."""
+    for process in processes:
+        for line in process.get("log", ()):
+            if "ElasticKV: page" in line:
+                return ["", "The line at the start of that run:", "", "```text", line, "```"]
+    return []
+
+
+def serving_quality() -> list[str]:
+    """Return what reading by the engine's rule costs predictions: a row for each model, format and window."""
+    headers = ["model", "format", "window", "KL, nats/token", "PPL change %", "top-1 %", "scored tokens"]
+    rows = []
+    for path in sorted(RESULTS.glob(QUALITY)):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        scored = len(record["windows"]) * record["scored_tokens_of_a_window"]
+        for cell in record["cells"]:
+            if cell["first_page"] == AS_SERVED:
+                losses = (_mean(cell["kl"], 4), _mean(cell["ppl_change_percent"], 2), _mean(cell["top1_percent"], 1))
+                rows.append((record["model"], f"`{cell['format']}`", str(cell["exact_tokens"]), *losses, str(scored)))
+    lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *(f"| {' | '.join(row)} |" for row in rows)]
+    return lines if rows else NOTHING
+
+
+def _mean(figure: dict[str, float], digits: int) -> str:
+    return f"{figure['mean']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
 
 
 def serving_lines(result: ServingResult) -> list[str]:
