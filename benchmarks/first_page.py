@@ -1,6 +1,7 @@
 """What it costs that a serving engine reads the first page, which has no exact tokens there, as it is stored.
 
     python benchmarks/first_page.py --model MODEL [--output FILE] [--windows 4] [--tokens 2048] [--formats int4,k8v4,int8,fp8]
+        [--exact-tokens 128,64]
 
 Transformers reads windows of the shipped texts by the read rule of an engine (`read_rule.py`), in float32, and the predictions
 of each window's second half are compared with those of full attention. Variants differ in the first page only: stored as all
@@ -39,8 +40,7 @@ KIND, VERSION = "elastickv-first-page", 1
 RESULTS = Path(__file__).parent / "results" / "cpu"
 TEXTS = {"int4": "int4", "k8v4": "k=int8,v=int4", "int8": "int8", "fp8": "fp8"}
 RECIPES = {name: Recipe.parse(text) for name, text in TEXTS.items()}
-EXACT_TOKENS = {"int4": (128, 64)}
-EXACT_TOKENS_ELSEWHERE = (128,)
+EXACT_TOKENS = (128, 64)
 SINKS = 4
 BLOCK_TOKENS = 64
 ROWS_AT_ONCE = 64
@@ -61,10 +61,10 @@ def variants(name: str, window: int) -> dict[str, ReadRule]:
     return rules
 
 
-def cells(formats: list[str]) -> Iterator[tuple[Cell, ReadRule]]:
-    """Yield the format, R, the variant of the first page, and the rule."""
+def cells(formats: list[str], exact: list[int]) -> Iterator[tuple[Cell, ReadRule]]:
+    """Yield the format, R, the variant of the first page, and the rule; of formats but the first, the first R alone."""
     for name in formats:
-        for window in EXACT_TOKENS.get(name, EXACT_TOKENS_ELSEWHERE):
+        for window in exact if name == formats[0] else exact[:1]:
             for variant, rule in variants(name, window).items():
                 yield (name, window, variant), rule
 
@@ -75,14 +75,14 @@ def figures(full: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> 
     return np.concatenate([np.stack(token_figures(*(part.numpy() for part in each))) for each in parts], axis=1)
 
 
-def scored(loaded: Loaded, window: Window, formats: list[str]) -> dict[Cell, np.ndarray]:
+def scored(loaded: Loaded, window: Window, rules: list[tuple[Cell, ReadRule]]) -> dict[Cell, np.ndarray]:
     """Return the figures of the second half of a window, (4, tokens), for every cell."""
     ids = torch.tensor(window.ids)
     inputs, count = ids[None, :-1], (len(ids) - 1) // 2
     rows = {}
     with torch.inference_mode():
         full = loaded.model(inputs, use_cache=False, logits_to_keep=count).logits[0]
-        for cell, rule in cells(formats):
+        for cell, rule in rules:
             start = time.monotonic()
             with reading(loaded.model, rule):
                 logits = loaded.model(inputs, use_cache=False, logits_to_keep=count).logits[0]
@@ -124,10 +124,14 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048, help="of a window; the second half is scored")
     parser.add_argument("--formats", default=",".join(RECIPES), help="of pages")
+    parser.add_argument(
+        "--exact-tokens", default=",".join(map(str, EXACT_TOKENS)), help="R; all but the first for the first format"
+    )
     options = parser.parse_args()
     formats = options.formats.split(",")
     if not set(formats) <= set(RECIPES) or options.tokens % (2 * BLOCK_TOKENS):
         parser.error(f"--formats are {', '.join(RECIPES)}; --tokens is a multiple of {2 * BLOCK_TOKENS}")
+    rules = list(cells(formats, [int(number) for number in options.exact_tokens.split(",")]))
     start = time.monotonic()
     loaded = load_model(options.model)
     if any(type(layer) is not DynamicLayer for layer in stock_layers(text_config(loaded.model))):
@@ -137,11 +141,19 @@ def main() -> int:
     cut = windows(evaluation_texts(), loaded.tokenizer, options.tokens + 1, options.windows)
     rows: list[dict[Cell, np.ndarray]] = []
     for window in cut:
-        rows.append(scored(loaded, window, formats))
+        rows.append(scored(loaded, window, rules))
         record = heading(KIND, VERSION, start)
         record["environment"]["versions"]["transformers"] = version("transformers")
         # The command names files of this machine only.
-        record["command"] = ["python", "benchmarks/first_page.py", "--formats", options.formats]
+        record["command"] = [
+            "python",
+            "benchmarks/first_page.py",
+            "--windows",
+            str(options.windows),
+            "--tokens",
+            str(options.tokens),
+        ]
+        record["command"] += ["--formats", options.formats, "--exact-tokens", options.exact_tokens]
         record |= {"model": loaded.name, "model_fingerprint": fingerprint(loaded.model), "dtype": "fp32"}
         done = cut[: len(rows)]
         record["windows"] = [{"text": each.text, "first": each.first, "tokens": options.tokens} for each in done]

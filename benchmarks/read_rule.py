@@ -32,6 +32,7 @@ class ReadRule:
     sinks : first tokens that are always read exactly; pages begin after them.
     first_page : formats of the first page where they differ from those of the others; 'dense': it is exact.
     page_window : whether all tokens of a page turn old together, when its last one is R tokens old, as in `ElasticCache`.
+    rounded : dtype to which keys and values are rounded before anything else; None: they stay as the model computes them.
     """
 
     pages: Recipe
@@ -39,6 +40,7 @@ class ReadRule:
     sinks: int = 0
     first_page: Recipe | None = None
     page_window: bool = False
+    rounded: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.window < PAGE_TOKENS:
@@ -75,6 +77,8 @@ class ReadRule:
         query : (query_heads, tokens, head_dim).
         key, value : (kv_heads, tokens, head_dim).
         """
+        if self.rounded is not None:
+            key, value = (rows.to(self.rounded).to(rows.dtype) for rows in (key, value))
         heads, tokens, dim = query.shape
         queries = query.view(len(key), heads // len(key), tokens, dim)
         exact = (key[:, None], value[:, None])
