@@ -16,7 +16,7 @@ RUNGS = [
     ("recipe",),
     ("kvcache",),
     ("backends",),
-    ("benchmark", "measure", "transformers"),
+    ("benchmark", "measure", "transformers", "vllm"),
     ("results", "evaluation"),
     ("html_report", "model_benchmark"),
     ("sweeps", "api"),
@@ -131,7 +131,7 @@ def test_only_peers_import_torch(path):
         "benchmark/contenders/torch_sdpa.py",
         "benchmark/contenders/torch_timing.py",
     )
-    allowed = allowed or path.relative_to(SOURCE).parts[0] in ("transformers", "evaluation", "model_benchmark")
+    allowed = allowed or path.relative_to(SOURCE).parts[0] in ("transformers", "evaluation", "model_benchmark", "vllm")
     modules = imported(ast.parse(path.read_text(encoding="utf-8")))
     assert allowed or not {module.split(".")[0] for module in modules} & {"flashinfer", "torch"}
 

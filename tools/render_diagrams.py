@@ -17,7 +17,7 @@ TREE: tuple[tuple[tuple[str, str], ...], ...] = (
     (("api", "bench, sweep, compare, report, load"), ("sweeps", "grids of cells")),
     (("html_report", "report page"), ("model_benchmark", "whole-model speed")),
     (("results", "load, compare, format"), ("evaluation", "quality of a model")),
-    (("benchmark", "paired micro-benchmark"), ("transformers", "ElasticCache")),
+    (("benchmark", "paired micro-benchmark"), ("transformers", "ElasticCache"), ("vllm", "attention backend")),
     (("backends", "cpu: Numba, cuda: NVRTC"),),
     (("kvcache", "protocol, quantizers, float64 reference"),),
     (("recipe", "formats, byte counts, solver"),),

@@ -59,6 +59,14 @@ def test_the_budget_is_kept_and_spent(ratio, context):
         assert Recipe.parse(str(recipe)) == recipe
 
 
+def test_formats_alone_meet_a_ratio_where_no_pages_may_be_selected():
+    bound = for_ratio_by_layer(CALIBRATION, 3, 32768, select_pages=False)
+    assert {recipe.selection for recipe in bound.recipes} == {"all"} and bound.ratio >= 3
+    assert for_ratio_by_layer(CALIBRATION, 4, 32768).ratio >= 4
+    with pytest.raises(UsageError, match="compress=4 cannot be met"):
+        for_ratio_by_layer(CALIBRATION, 4, 32768, select_pages=False)
+
+
 def test_no_other_choice_of_as_few_bytes_errs_less():
     """A Lagrangian solution is the best of all that read no more than it does."""
     context, few = 4096, (1.0, 1 / 4)

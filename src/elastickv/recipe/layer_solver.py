@@ -62,6 +62,7 @@ def for_ratio_by_layer(
     window: int = DEFAULT_WINDOW,
     anchor_every: int | None = None,
     stored: float | None = None,
+    select_pages: bool = True,
 ) -> LayerPlan:
     """Return the recipes of least calibrated error that together read at most 1/ratio of the dense bytes at `context`.
 
@@ -71,6 +72,7 @@ def for_ratio_by_layer(
     anchor_every : the steps between anchors where pages are selected; free among the calibrated ones if None.
     stored : formats whose cold tokens take more than 1/stored of the dense bytes are excluded. None: three quarters of
         `ratio`, but at most 3: fewer bytes read should mean fewer bytes stored, and 4 bits with their scales reach 3.2.
+    select_pages : whether a recipe may select pages. False: every page is read, and only the formats are chosen.
 
     Raises
     ------
@@ -85,7 +87,7 @@ def for_ratio_by_layer(
     if ratio == 1:
         return LayerPlan((DENSE,) * layers, 1.0, 0.0)
     least = min(_STORED_SHARE * ratio, _MOST_STORED) if stored is None else stored
-    options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least)
+    options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least, select_pages)
     budget = dense / ratio
 
     def chosen(byte_weight: float) -> list[_Choice]:
@@ -114,6 +116,7 @@ def _options(
     window: int,
     anchor_every: int | None,
     stored: float,
+    select_pages: bool,
 ) -> list[_Option]:
     if anchor_every is not None and anchor_every not in calibration.pages:
         raise UsageError(
@@ -129,7 +132,7 @@ def _options(
                 continue
             rounding = _added(key_errors, value_errors)
             options.append(_Option(recipe, (interval_bytes(recipe, [context], head, dtype).kv,), (rounding,), (1.0,)))
-            if not has_page_bounds(key):
+            if not select_pages or not has_page_bounds(key):
                 continue
             for steps, curve in calibration.pages.items():
                 if anchor_every in (None, steps):

@@ -22,8 +22,17 @@ SHAPE_PREFIX = "shape:"
 MODEL_FORMS = "a model's folder, a .gguf file, a hub id (OWNER/NAME) or shape:NAME (random weights, for speed alone)"
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)  # the hub's own rule
 _MOST_DIGITS = 4
-_SAMPLED_ROWS = 16
-_SAMPLED_COLUMNS = 64
+# What a fingerprint is of; `vllm.checkpoint_fingerprint` computes the same from a model's files.
+FINGERPRINT_SIZES = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+SAMPLED_ROWS = 16
+SAMPLED_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -227,11 +236,10 @@ def fingerprint(model: Any) -> str:
     import torch
 
     text = model.config.get_text_config(decoder=True)
-    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    digest = hashlib.sha256(repr([getattr(text, name, None) for name in names]).encode())
+    digest = hashlib.sha256(repr([getattr(text, name, None) for name in FINGERPRINT_SIZES]).encode())
     embedding = model.get_input_embeddings().weight.detach()
     whole = embedding.full_tensor() if hasattr(embedding, "full_tensor") else embedding
-    rows, columns = (max(1, size // most) for size, most in zip(whole.shape, (_SAMPLED_ROWS, _SAMPLED_COLUMNS), strict=True))
+    rows, columns = (max(1, size // most) for size, most in zip(whole.shape, (SAMPLED_ROWS, SAMPLED_COLUMNS), strict=True))
     weights = [whole[::rows, ::columns]]
     weights += [w.detach() for name, w in sorted(model.named_parameters()) if w.dim() == 1 and "norm" in name.lower()]
     for weight in weights:

@@ -129,12 +129,15 @@ class Engine:
         return rows
 
     def decode(self, before, after):
-        """Store and attend with the tokens of a step, equally many a request."""
-        rows, count = self.store(before, after), after[0] - before[0]
-        query = self.random(count * len(after), self.kv_heads * self.group)
+        """Store and attend with the tokens of a step."""
+        rows, counts = self.store(before, after), [m - n for n, m in zip(before, after, strict=True)]
+        query = self.random(sum(counts), self.kv_heads * self.group)
         output = self.torch.full_like(query, math.nan)
-        lengths, first = self.inputs[0].data_ptr(), self.first.data_ptr()
-        self.kernels.decode(self.arguments(), rows, self.view(query), output.data_ptr(), lengths, first, count)
+        lengths, first, starts = self.inputs[0].data_ptr(), self.first.data_ptr(), self.inputs[1].data_ptr()
+        uniform = counts[0] if len(set(counts)) == 1 else 0
+        owners = self.torch.arange(len(after)).repeat_interleave(self.torch.tensor(counts)).int().cuda()
+        which = {"queries_per_request": uniform, "starts": starts, "row_requests": owners.data_ptr()}
+        self.kernels.decode(self.arguments(), rows, self.view(query), output.data_ptr(), lengths, first, **which)
         self.torch.cuda.synchronize()
         return query, output
 
@@ -207,6 +210,21 @@ def test_several_tokens_a_request_see_their_own_past_only(engine, count):
     of = engine(lengths, Recipe.parse("int4"), 128, 2, 4)
     query, output = prefill_then_step(of, lengths, count)
     assert max(of.errors(query, output, lengths, count)) < 4e-3
+
+
+@pytest.mark.gpu
+def test_requests_with_different_numbers_of_tokens_decode_in_one_launch(engine):
+    counts = (1, 4, 2, 1, 3, 5, 1, 4, 2, 3)
+    lengths = [n + 5 for n in LENGTHS]
+    of = engine(lengths, Recipe.parse("int4"), 128, 2, 4)
+    before = [n - count for n, count in zip(lengths, counts, strict=True)]
+    of.store([0] * len(lengths), before)
+    query, output = of.decode(before, lengths)
+    ends = [n - count + 1 + i for n, count in zip(lengths, counts, strict=True) for i in range(count)]
+    owners = [request for request, count in enumerate(counts) for _ in range(count)]
+    for q, o, request, end in zip(query, output, owners, ends, strict=True):
+        expected = of.expected(request, end, q)
+        assert np.linalg.norm(o.double().cpu().numpy() - expected) < 4e-3 * np.linalg.norm(expected)
 
 
 @pytest.mark.gpu

@@ -61,8 +61,11 @@ class BlockDecodeArguments(ArgumentStruct):
     ----------
     lengths : (requests,) int32, tokens of each request with those of this step.
     window_first : (requests,) int32, the first token whose window block is there.
+    starts : (requests + 1,) int32, where each request's rows begin; read where `queries_per_request` is 0.
+    row_requests : (rows,) int32, the request of each row; read where `queries_per_request` is 0.
     partial, partial_ml, counters : what blocks leave for each other to merge.
-    rows : query tokens, `queries_per_request` of each request, its newest.
+    rows : query tokens, the newest of each request.
+    queries_per_request : rows of each request; 0 if they differ.
     group, passes : query heads of a KV head, and passes over them.
     exact_tokens : newest tokens that are read from the window.
     scale_log2 : factor of every score, in units of log2.
@@ -70,6 +73,8 @@ class BlockDecodeArguments(ArgumentStruct):
 
     lengths: Address
     window_first: Address
+    starts: Address
+    row_requests: Address
     partial: Address
     partial_ml: Address
     counters: Address

@@ -77,20 +77,26 @@ class BlockKernels:
         window_first: Address,
         queries_per_request: int = 1,
         scale: float | None = None,
+        starts: Address = None,
+        row_requests: Address = None,
     ) -> None:
         """Attend with the newest tokens of each request, which `store` was given before; see `launch.decode_blocks`.
 
         Parameters
         ----------
-        query : (rows, query_heads, head_dim), `queries_per_request` rows of each request.
+        query : (rows, query_heads, head_dim), the newest tokens of each request in their order.
         output : the same shape, contiguous.
         lengths, window_first : as in `BlockDecodeArguments`.
+        queries_per_request : rows of each request. 0: they differ, and `starts` and `row_requests` say whose they are.
         scale : of scores; head_dim^-1/2 by default.
+        starts, row_requests : as in `BlockDecodeArguments`.
         """
         scratch, shape = self._scratch, self._shape
         requests = BlockDecodeArguments(
             lengths=lengths,
             window_first=window_first,
+            starts=starts,
+            row_requests=row_requests,
             partial=scratch.partial,
             partial_ml=scratch.partial_ml,
             counters=scratch.counters,

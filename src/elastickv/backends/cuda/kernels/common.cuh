@@ -64,7 +64,7 @@ struct Args {
     int output_type;
 #if BLOCK_TABLES
     Blocks blocks;
-    const int *lengths, *window_first;
+    const int *lengths, *window_first, *starts, *row_requests;
     const char *keys, *values;  // of this step
     long long query_stride, key_stride, value_stride;
     int queries_per_request;
@@ -212,11 +212,22 @@ __device__ __forceinline__ void publish_next_state(const Args& a, size_t head, i
 }
 
 #if BLOCK_TABLES
-// A row is one query token; the newest `window` tokens up to it are exact.
+// A row is one query token, one of `queries_per_request` of a request, or of as many as `starts` says where that is 0.
+__device__ __forceinline__ int request_of(const Args& a, int row) {
+    return a.queries_per_request ? row / a.queries_per_request : __ldg(a.row_requests + row);
+}
+
+// The newest `window` tokens up to a row's own are exact.
 __device__ __forceinline__ Span span_at(const Args& a, size_t head) {
-    const int row = head / a.kv_heads, request = row / a.queries_per_request;
+    const int row = head / a.kv_heads, request = request_of(a, row);
+    int start = request * a.queries_per_request, count = a.queries_per_request;
+    if (!count) {
+        start = __ldg(a.starts + request);
+        count = __ldg(a.starts + request + 1) - start;
+    }
     Span s = {};
-    s.end = max(a.lengths[request] - (a.queries_per_request - 1 - row % a.queries_per_request), 0);
+    s.first_new = a.lengths[request] - count;
+    s.end = max(s.first_new + 1 + row - start, 0);
     s.first_exact = max(max(s.end - a.window, 0), a.window_first[request]);
     s.cold = s.first_exact;
     s.exact = s.end - s.first_exact;
@@ -224,10 +235,8 @@ __device__ __forceinline__ Span span_at(const Args& a, size_t head) {
     s.units = max(1, s.cold_units + (s.end + EXACT_UNIT - 1) / EXACT_UNIT - s.first_exact / EXACT_UNIT);
     s.window = a.blocks.window_table + (size_t)request * a.blocks.window_columns;
     s.window_head = (size_t)(head % a.kv_heads << a.blocks.window_shift) * 2 * EXACT_ROW;
-    s.first_new = a.lengths[request] - a.queries_per_request;
-    const long long token = (long long)request * a.queries_per_request;
-    s.keys = a.keys + token * a.key_stride + head % a.kv_heads * EXACT_ROW;
-    s.values = a.values + token * a.value_stride + head % a.kv_heads * EXACT_ROW;
+    s.keys = a.keys + start * a.key_stride + head % a.kv_heads * EXACT_ROW;
+    s.values = a.values + start * a.value_stride + head % a.kv_heads * EXACT_ROW;
     return s;
 }
 #else

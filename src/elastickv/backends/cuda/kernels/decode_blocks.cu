@@ -8,8 +8,9 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     decode_blocks(const char* query, long long query_stride, STEP_ROWS_SIGNATURE, BLOCKS_SIGNATURE, char* output, float* lse,
-                  const int* lengths, const int* window_first, float* partial, float2* partial_ml, u32* counters, int rows,
-                  int queries_per_request, int group, int passes, int exact_tokens, float scale_log2) {
+                  const int* lengths, const int* window_first, const int* starts, const int* row_requests, float* partial,
+                  float2* partial_ml, u32* counters, int rows, int queries_per_request, int group, int passes, int exact_tokens,
+                  float scale_log2) {
     Args a = {};
     a.query = reinterpret_cast<const float*>(query);
     a.output = output;
@@ -30,6 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     a.blocks = BLOCKS_VALUE;
     a.lengths = lengths;
     a.window_first = window_first;
+    a.starts = starts;
+    a.row_requests = row_requests;
     a.keys = keys;
     a.values = values;
     a.query_stride = query_stride;

@@ -71,7 +71,7 @@ struct Walk {
 __device__ __forceinline__ void load_page_numbers(Walk& walk, const Args& a, const Span& s, size_t head, int index) {
     const int unit = walk.first + (index + (threadIdx.x & 31)) * walk.step;
 #if BLOCK_TABLES
-    const int request = head / a.kv_heads / a.queries_per_request;
+    const int request = request_of(a, head / a.kv_heads);
     const int block = unit < s.cold_units ? __ldg(a.blocks.page_table + (size_t)request * a.blocks.page_columns + unit) : 0;
     walk.numbers = block * a.kv_heads + head % a.kv_heads;
 #else

@@ -1,0 +1,66 @@
+"""The attention backend that vLLM selects by name."""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
+
+from elastickv.recipe.formats import PAGE_TOKENS
+from elastickv.vllm.attention_impl import ElasticAttentionImpl
+from elastickv.vllm.model_setup import ModelSetup
+from elastickv.vllm.serving_options import CACHE_DTYPES
+from elastickv.vllm.step_metadata import PageMetadataBuilder
+
+
+class ElasticAttentionBackend(AttentionBackend):
+    """Attention to low-bit pages and an exact window, on CUDA."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *CACHE_DTYPES]
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name under which the plug-in registers the backend."""
+        return "ELASTICKV"
+
+    @staticmethod
+    def get_impl_cls() -> type[ElasticAttentionImpl]:
+        """Return the class of a layer's attention."""
+        return ElasticAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[PageMetadataBuilder]:
+        """Return the builder of a step's metadata."""
+        return PageMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Return the tokens of a block: one page."""
+        return [PAGE_TOKENS]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Return the layout in which the page of one KV head is contiguous."""
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Return the specification of pages: a slab of bytes for each KV head."""
+        if spec.state_content_bytes is not None:
+            return spec
+        assert ModelSetup.newest is not None, "the model's layers are built before their caches"
+        content = ModelSetup.newest.slab_bytes() // PAGE_TOKENS
+        return replace(spec, dtype=torch.uint8, kv_quant_mode=KVQuantMode.NONE, state_content_bytes=content)
+
+
+class CpuElasticAttentionBackend(ElasticAttentionBackend):
+    """The same on the CPU, where vLLM has one backend, whose place it takes."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name of the backend whose place it takes."""
+        return "CPU_ATTN"

@@ -1,0 +1,96 @@
+"""One layer's attention in vLLM: which caches it has, and what it does in a step."""
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from elastickv.recipe import AttentionShape
+from elastickv.vllm.bad_tokens import BadTokens
+from elastickv.vllm.block_attention import BlockAttention, LayerStep
+from elastickv.vllm.model_setup import ModelSetup
+from elastickv.vllm.step_metadata import PageMetadata
+from elastickv.vllm.window_cache import SUFFIX, WindowCache
+
+
+class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
+    """Attention of one layer: the newest tokens are exact, older ones are read from quantized pages.
+
+    The layer's window is a layer of its own to vLLM, which is there once the weights are loaded.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **others: Any,
+    ) -> None:
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self._setup = ModelSetup.joined(self, get_current_vllm_config(), kv_cache_dtype)
+        self._shape = AttentionShape(1, num_heads, self.num_kv_heads, head_size)
+        self._attention: BlockAttention | None = None
+        self._window: WindowCache | None = None
+
+    @property
+    def bad_tokens(self) -> BadTokens | None:
+        """What kernels report of all layers; None until the weights are loaded."""
+        return self._setup.bad_tokens
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Give the layer its window: all layers are known by now, and vLLM has not asked for their caches yet.
+
+        Raises
+        ------
+        UsageError : if no kernel supports the layer, or the options do not fit the model.
+        """
+        if self._window is not None:  # the weights were loaded anew
+            return
+        setup, name = self._setup, self._setup.name_of(self)
+        recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
+        self._attention = setup.attention(self._shape, act_dtype, recipe, self.scale)
+        self._window = setup.add_window(name, self._shape, act_dtype)
+        self._window_name = name + SUFFIX
+        assert setup.bad_tokens is not None
+        self._bad = setup.bad_tokens.word(name)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: PageMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Store a step's tokens and attend with them; (tokens, heads, head_size) each."""
+        assert self._attention is not None, "the weights were loaded without process_weights_after_loading"
+        assert self._window is not None
+        assert output_scale is None, "no fused quantization of the output is offered"
+        if attn_metadata is None:  # vLLM measures memory
+            self._attention.reserve()
+            return output.fill_(0)
+        metadata: Any = get_forward_context().attn_metadata
+        recent = metadata[self._window_name]
+        batch, decoded, tokens = attn_metadata, attn_metadata.decode_tokens, attn_metadata.tokens
+        step = LayerStep(key, value, kv_cache, self._window.kv_cache, batch, recent, self._bad)
+        self._attention.store(step)
+        if decoded:
+            self._attention.decode(step, query[:decoded], output[:decoded])
+        if decoded < tokens:
+            self._attention.prefill(step, query[decoded:tokens], output[decoded:tokens])
+        return output

@@ -1,0 +1,50 @@
+"""Tokens whose keys or values cannot be stored: found on the device, named in the log."""
+
+import logging
+from typing import Any
+
+import torch
+
+from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
+
+_log = logging.getLogger("vllm.elastickv")
+_STEPS = 8  # from one look at the device's words to the next
+
+
+class BadTokens:
+    """One word a layer, in which kernels leave the first token with a NaN, an infinity or a key that is too large.
+
+    `look` never waits for the device: it copies the words, and reads the copy some steps later.
+
+    Parameters
+    ----------
+    layers : names of the layers.
+    device : where the kernels run.
+    """
+
+    def __init__(self, layers: list[str], device: str) -> None:
+        self._layers = layers
+        self._words = torch.full((len(layers),), NO_BAD_TOKEN, dtype=torch.int64, device=device)
+        self._copy = torch.full_like(self._words, NO_BAD_TOKEN, device="cpu", pin_memory=device != "cpu")
+        self._copied: Any = torch.cuda.Event() if device != "cpu" else None
+        self._steps = 0
+
+    def word(self, layer: str) -> torch.Tensor:
+        """Return a layer's word, (1,) int64."""
+        number = self._layers.index(layer)
+        return self._words[number : number + 1]
+
+    def look(self) -> None:
+        """Log what was found; called once a step."""
+        self._steps += 1
+        if self._steps % _STEPS or (self._copied is not None and not self._copied.query()):
+            return
+        for layer, word in zip(self._layers, self._copy.tolist(), strict=True):
+            token = BadToken.of(word)
+            if token is not None:
+                _log.error("%s: %s at position %d of a request: its tokens from there on are wrong", layer, token.reason, token.position)
+        if (self._copy != NO_BAD_TOKEN).any():
+            self._words.fill_(NO_BAD_TOKEN)
+        self._copy.copy_(self._words, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()

@@ -1,0 +1,58 @@
+"""What attention over blocks does in a step, whatever the device."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from elastickv.vllm.step_metadata import PageMetadata, WindowMetadata
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """One layer's part of a step.
+
+    Attributes
+    ----------
+    keys, values : (tokens, kv_heads, head_size), of the step's tokens.
+    pages : (blocks, kv_heads, 32, slab bytes / 32) uint8.
+    window : (blocks, kv_heads, block tokens, row bytes) uint8.
+    batch, recent : metadata of the pages and of the window.
+    bad : (1,) int64, lowered where a token has numbers that cannot be stored: `BadToken`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    pages: torch.Tensor
+    window: torch.Tensor
+    batch: PageMetadata
+    recent: WindowMetadata
+    bad: torch.Tensor
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes from one KV head of a block of pages to the next."""
+        return self.pages.stride(1)
+
+    @property
+    def window_shift(self) -> int:
+        """Log2 of the tokens in a block of the window."""
+        return self.window.shape[2].bit_length() - 1
+
+
+class BlockAttention(Protocol):
+    """Attention over blocks on one device, for one shape and pair of formats; layers share it."""
+
+    slab_bytes: int
+
+    def store(self, step: LayerStep) -> None:
+        """Store a step's tokens in the window and quantize the pages that they complete."""
+
+    def decode(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attend with the tokens of decodes: (tokens, query_heads, head_size) each."""
+
+    def prefill(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attend with the tokens of prompt chunks, which follow those of decodes."""
+
+    def reserve(self) -> None:
+        """Allocate what a step needs, while vLLM measures how much memory is left for its caches."""

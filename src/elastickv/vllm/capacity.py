@@ -1,0 +1,53 @@
+"""How many tokens fit, and what a request's window costs: the line that is logged at the start."""
+
+from dataclasses import dataclass
+
+from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS
+from elastickv.vllm.window_cache import WindowShape
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The memory of the KV cache on one rank.
+
+    Attributes
+    ----------
+    shape : of every layer's window.
+    layers : layers with pages.
+    blocks : blocks that pages and windows share, without vLLM's null block.
+    longest : tokens of the longest request, for which capacities are given.
+    """
+
+    shape: WindowShape
+    layers: int
+    blocks: int
+    longest: int
+
+    @property
+    def dense_page_bytes(self) -> int:
+        """Bytes of one layer's page in 16 bit."""
+        return PAGE_TOKENS * 2 * self.shape.kv_heads * self.shape.head_size * DENSE_BYTES_PER_ELEMENT
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of one request's window in all layers."""
+        return self.shape.blocks_per_request * self.shape.page_bytes * self.layers
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of requests of the longest length that fit together with their windows."""
+        of_request = -(-self.longest // PAGE_TOKENS) + self.shape.blocks_per_request
+        return int(self.blocks / of_request * self.longest)
+
+    @property
+    def dense_tokens(self) -> int:
+        """Tokens that would fit in 16 bit."""
+        return self.blocks * self.shape.page_bytes * PAGE_TOKENS // self.dense_page_bytes
+
+    def __str__(self) -> str:
+        """Return the line for the log."""
+        return (
+            f"page {self.shape.page_bytes:,} B, {self.dense_page_bytes / self.shape.page_bytes:.2f}x smaller than in 16 bit; "
+            f"window {self.shape.tokens} tokens, {self.window_bytes / 1e6:.1f} MB a request; "
+            f"capacity {self.tokens:,} tokens in requests of {self.longest:,}, against {self.dense_tokens:,} in 16 bit"
+        )

@@ -1,0 +1,123 @@
+"""Which keys the prompt chunks of a step read, and in how many parts."""
+
+from dataclasses import dataclass
+
+import torch
+
+from elastickv.recipe.formats import PAGE_TOKENS
+from elastickv.vllm.step_metadata import PageMetadata
+
+
+@dataclass(frozen=True)
+class KeyRange:
+    """Keys of each request that one launch reads.
+
+    Attributes
+    ----------
+    first, count : (requests,) int32, the first token and the number of tokens.
+    start : (requests + 1,) int32, where each request's rows begin in a contiguous tensor, and the end of the last.
+    rows, longest : the end of the last; the most tokens of a request.
+    causal : whether the newest query of a request sees the last key, and each older query one key less.
+    """
+
+    first: torch.Tensor
+    count: torch.Tensor
+    start: torch.Tensor
+    rows: int
+    longest: int
+    causal: bool
+
+    @classmethod
+    def of(cls, first: list[int], count: list[int], device: torch.device, causal: bool) -> "KeyRange":
+        """Return the range for lists of one number a request."""
+        start = [0]
+        for n in count:
+            start.append(start[-1] + n)
+        sent = torch.tensor([*first, *count, *start], dtype=torch.int32).to(device, non_blocking=True)
+        requests = len(first)
+        parts = sent[:requests], sent[requests : 2 * requests], sent[2 * requests :]
+        return cls(*parts, rows=start[-1], longest=max(count), causal=causal)
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """The parts of attention of a step's prompt chunks.
+
+    A query at position t reads tokens j > t - exact_tokens exactly: those of its own chunk and of the window before it. It
+    reads the others from pages. All queries of a chunk see the pages before the first one's window; after that, each sees one
+    token more than the one before.
+
+    Attributes
+    ----------
+    first_request, requests : rows of the batch.
+    query_start : (requests + 1,) int32, where each request's queries begin.
+    longest : most queries of a request.
+    tails : the window before each chunk.
+    chunk_rows : (tokens,) int64, where the chunks' own keys belong behind the tails; None if there is no tail.
+    exact : tails and chunks together.
+    packed : parts that are read from pages.
+    never : (requests,) int32, beyond every token.
+    """
+
+    first_request: int
+    requests: int
+    query_start: torch.Tensor
+    longest: int
+    tails: KeyRange
+    chunk_rows: torch.Tensor | None
+    exact: KeyRange
+    packed: list[KeyRange]
+    never: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: PageMetadata, exact_tokens: int, scratch_tokens: int, device: torch.device) -> "ChunkPlan":
+        """Return the plan of a step's chunks, with at most about `scratch_tokens` tokens in a packed part."""
+        first, starts = batch.decodes, batch.starts_list[batch.decodes :]
+        counts = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+        lengths = batch.lengths_list[first:]
+        before = [length - count for length, count in zip(lengths, counts, strict=True)]
+        tails = [min(n, exact_tokens - 1) for n in before]
+        exact = [tail + count for tail, count in zip(tails, counts, strict=True)]
+        reach = KeyRange.of([0] * len(counts), exact, device, True)
+        rows = None
+        if any(tails):
+            own, end = [], 0
+            for tail, count in zip(tails, counts, strict=True):
+                own.append(torch.arange(end + tail, end + tail + count))
+                end += tail + count
+            rows = torch.cat(own).to(device, non_blocking=True)
+        return cls(
+            first_request=first,
+            requests=len(counts),
+            query_start=(batch.starts[first : batch.requests + 1] - batch.starts[first]),
+            longest=max(counts),
+            tails=KeyRange(
+                torch.tensor([n - tail for n, tail in zip(before, tails, strict=True)], dtype=torch.int32).to(device),
+                torch.tensor(tails, dtype=torch.int32).to(device),
+                reach.start,
+                reach.rows,
+                max(max(tails), 1),
+                False,
+            ),
+            chunk_rows=rows,
+            exact=reach,
+            packed=list(_packed(before, lengths, exact_tokens, scratch_tokens, device)),
+            never=torch.full((len(counts),), 2**31 - 1, dtype=torch.int32, device=device),
+        )
+
+
+def _packed(
+    before: list[int], lengths: list[int], exact_tokens: int, scratch_tokens: int, device: torch.device
+) -> "list[KeyRange]":
+    """Return the ranges below every query's window, in tiles, then the range that the windows leave behind."""
+    seen_by_all = [max(0, n - exact_tokens + 1) for n in before]
+    ends = [max(0, length - exact_tokens) for length in lengths]
+    ranges = []
+    share = max(scratch_tokens // len(before) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS)
+    for tile in range(0, max(seen_by_all), share):
+        count = [min(max(n - tile, 0), share) for n in seen_by_all]
+        ranges.append(KeyRange.of([min(tile, n) for n in seen_by_all], count, device, False))
+    left = [end - n for n, end in zip(seen_by_all, ends, strict=True)]
+    if any(n > 0 for n in left):
+        ranges.append(KeyRange.of(seen_by_all, [max(n, 0) for n in left], device, True))
+    return ranges

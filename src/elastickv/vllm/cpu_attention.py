@@ -1,0 +1,121 @@
+"""Attention over blocks on the CPU: our kernels decode and store; PyTorch serves prompt chunks."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from elastickv.backends.cpu.blocks import open_block_kernels
+from elastickv.backends.cpu.blocks.host_blocks import HostBlocks
+from elastickv.recipe import AttentionShape, Recipe
+from elastickv.vllm.block_attention import LayerStep
+
+_QUERIES = 512  # of a chunk that attend at a time
+
+
+class CpuAttention:
+    """Attention over blocks in host memory, without copies of them.
+
+    Parameters
+    ----------
+    shape : of the layers' attention; its batch is not used.
+    dtype : 'fp32', 'bf16' or 'fp16', of the model and of the window.
+    recipe : formats of the pages; its window is the number of exact tokens.
+    scale : of scores.
+
+    Raises
+    ------
+    UsageError : if no kernel supports the combination.
+    """
+
+    def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float) -> None:
+        self._kernels = open_block_kernels(shape, dtype, recipe, recipe.window)
+        self._exact_tokens, self._scale = recipe.window, scale
+        self.slab_bytes = self._kernels.slab_bytes
+
+    def reserve(self) -> None:
+        """Allocate nothing: scratch memory is small."""
+
+    def store(self, step: LayerStep) -> None:
+        """Store a step's tokens in the window and quantize the pages that they complete."""
+        batch = step.batch
+        tables = array(batch.lengths), array(batch.starts), array(step.recent.slot_mapping)
+        self._kernels.store(_blocks(step), array(step.keys), array(step.values), *tables)
+
+    def decode(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attend with the tokens of decodes: (tokens, query_heads, head_size) each."""
+        batch, decodes = step.batch, step.batch.decodes
+        self._kernels.decode(
+            _blocks(step),
+            array(step.keys),
+            array(step.values),
+            array(query),
+            array(output),
+            array(batch.lengths[:decodes]),
+            array(batch.starts[: decodes + 1]),
+            array(step.recent.first[:decodes]),
+            self._scale,
+        )
+
+    def prefill(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attend with the tokens of prompt chunks to dequantized pages, the window and the chunk, one request at a time."""
+        batch = step.batch
+        for request in range(batch.decodes, batch.requests):
+            start, end = batch.starts_list[request : request + 2]
+            if start < end:
+                rows = slice(start - batch.decode_tokens, end - batch.decode_tokens)
+                self._attend_chunk(step, request, slice(start, end), query[rows], output[rows])
+
+    def _attend_chunk(self, step: LayerStep, request: int, rows: slice, query: torch.Tensor, output: torch.Tensor) -> None:
+        length, present = int(step.batch.lengths[request]), int(step.recent.first[request])
+        before = length - len(query)
+        exact_from = max(before - self._exact_tokens + 1, present, 0)
+        packed = max(length - self._exact_tokens, exact_from if present else 0, 0)
+        keys, values = self._read(step, request, rows, packed, exact_from, before)
+        positions = torch.cat([torch.arange(packed), torch.arange(exact_from, length)])
+        exact = torch.arange(len(positions)) >= packed
+        for first in range(0, len(query), _QUERIES):
+            part = slice(first, first + _QUERIES)
+            at = before + torch.arange(first, min(first + _QUERIES, len(query)))[:, None]
+            # The window of a query begins after this token.
+            boundary = torch.clamp(at - self._exact_tokens, min=present - 1)
+            mask = torch.where(exact, (positions > boundary) & (positions <= at), positions <= boundary)
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                query[part].transpose(0, 1), keys, values, attn_mask=mask, scale=self._scale, enable_gqa=True
+            )
+            output[part] = attended.transpose(0, 1)
+
+    def _read(
+        self, step: LayerStep, request: int, rows: slice, packed: int, exact_from: int, before: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first `packed` tokens from pages, then exact ones: (kv_heads, tokens, head_size) each."""
+        tail = max(before - exact_from, 0)
+        shape = (packed + tail, *step.keys.shape[1:])
+        stored = step.keys.new_empty(shape), step.values.new_empty(shape)
+        blocks = _blocks(step)
+        for first, count, exact in ((0, packed, False), (exact_from, tail, True)):
+            if count:
+                part = slice(packed, None) if exact else slice(packed)
+                self._kernels.gather(blocks, [request], [first], [count], exact, *(array(each[part]) for each in stored))
+        keys, values = (torch.cat([old, new[rows]]) for old, new in zip(stored, (step.keys, step.values), strict=True))
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+def array(tensor: torch.Tensor) -> NDArray[Any]:
+    """Return a view of a tensor; bfloat16 as the bits of it, uint16."""
+    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def _blocks(step: LayerStep) -> HostBlocks:
+    pages, window = step.batch.block_table, step.recent.block_table
+    return HostBlocks(
+        pages=step.pages.data_ptr(),
+        page_stride=step.pages.stride(0),
+        slab_stride=step.slab_bytes,
+        window=step.window.data_ptr(),
+        window_stride=step.window.stride(0),
+        page_table=array(pages),
+        window_table=array(window),
+        kv_heads=step.pages.shape[1],
+        window_shift=step.window_shift,
+    )

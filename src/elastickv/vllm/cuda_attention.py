@@ -1,0 +1,204 @@
+"""Attention over blocks on CUDA: our kernels decode and store; FlashAttention serves prompt chunks."""
+
+from typing import Any
+
+import torch
+
+from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows, StepRows
+from elastickv.backends.cuda.block_kernels import BlockKernels
+from elastickv.backends.cuda.device import CudaDevice
+from elastickv.kvcache.tensor_view import TensorView
+from elastickv.recipe import AttentionShape, Recipe
+from elastickv.vllm.block_attention import LayerStep
+from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange
+
+SCRATCH_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
+
+
+class CudaAttention:
+    """Attention over blocks on the current CUDA device.
+
+    Parameters
+    ----------
+    shape : of the layers' attention; its batch is not used.
+    dtype : 'bf16' or 'fp16', of the model and of the window.
+    recipe : formats of the pages; its window is the number of exact tokens.
+    scale : of scores.
+    vllm_config : says how many tokens a step has.
+
+    Raises
+    ------
+    UsageError : if no kernel supports the combination.
+    """
+
+    def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float, vllm_config: Any) -> None:
+        scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+        drafts = 1 + vllm_config.num_speculative_tokens
+        rows = max(scheduler.max_num_seqs * drafts, *(compilation.cudagraph_capture_sizes or [0]))
+        self._device = CudaDevice(torch.accelerator.current_device_index())
+        sized = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
+        self._kernels = BlockKernels(self._device, sized, dtype, recipe, recipe.window)
+        self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
+        self._scratch: torch.Tensor | None = None
+        self.slab_bytes = self._kernels.slab.n_bytes
+
+    def reserve(self) -> None:
+        """Allocate the scratch memory of dequantized keys and values."""
+        if self._scratch is None:
+            shape, kind = self._shape, torch.bfloat16 if self._dtype == "bf16" else torch.float16
+            self._scratch = torch.empty(2, SCRATCH_TOKENS, shape.kv_heads, shape.head_dim, dtype=kind, device="cuda")
+
+    def store(self, step: LayerStep) -> None:
+        """Store a step's tokens in the window and quantize the pages that they complete."""
+        batch = step.batch
+        self._follow()
+        self._kernels.store(
+            self._blocks(step),
+            self._rows(step),
+            batch.lengths.data_ptr(),
+            batch.starts.data_ptr(),
+            step.recent.slot_mapping.data_ptr(),
+            step.bad.data_ptr(),
+            batch.requests,
+            batch.longest,
+        )
+
+    def decode(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attend with the tokens of decodes: (tokens, query_heads, head_size) each."""
+        batch = step.batch
+        ragged: dict[str, Any] = {}
+        if not batch.uniform_queries:
+            if "row_requests" not in batch.shared:
+                batch.shared["row_requests"] = self._row_requests(batch.starts_list[: batch.decodes + 1], query.device)
+            ragged = {"starts": batch.starts.data_ptr(), "row_requests": batch.shared["row_requests"].data_ptr()}
+        self._follow()
+        self._kernels.decode(
+            self._blocks(step),
+            self._rows(step),
+            self._view(query),
+            output.data_ptr(),
+            batch.lengths.data_ptr(),
+            step.recent.first.data_ptr(),
+            queries_per_request=batch.uniform_queries,
+            scale=self._scale,
+            **ragged,
+        )
+
+    def prefill(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attend with the tokens of prompt chunks: to exact tokens and to dequantized pages, merged by log-sum-exp."""
+        batch = step.batch
+        if "chunks" not in batch.shared:
+            batch.shared["chunks"] = ChunkPlan.of(batch, self._recipe.window, SCRATCH_TOKENS, query.device)
+        plan: ChunkPlan = batch.shared["chunks"]
+        keys, values = self._exact(step, plan)
+        exact_tokens = self._recipe.window
+        total = self._flash(query, keys, values, plan, plan.exact, window=(exact_tokens - 1, 0), causal=True, output=output)
+        for part in plan.packed:
+            keys, values = self._gather(step, plan, part)
+            partial = self._flash(query, keys, values, plan, part, causal=part.causal)
+            total = self._merge(output, total, partial)
+
+    def _exact(self, step: LayerStep, plan: ChunkPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of the chunks, each behind the window before it."""
+        first, last = step.batch.decode_tokens, step.batch.tokens
+        keys, values = step.keys[first:last], step.values[first:last]
+        if plan.chunk_rows is None:
+            return keys, values
+        shape = (plan.exact.rows, *keys.shape[1:])
+        together = keys.new_empty(shape), values.new_empty(shape)
+        self._read(step, plan, plan.tails, *together)
+        together[0].index_copy_(0, plan.chunk_rows, keys)
+        together[1].index_copy_(0, plan.chunk_rows, values)
+        return together
+
+    def _gather(self, step: LayerStep, plan: ChunkPlan, part: KeyRange) -> tuple[torch.Tensor, torch.Tensor]:
+        self.reserve()
+        assert self._scratch is not None
+        keys, values = self._scratch[0, : part.rows], self._scratch[1, : part.rows]
+        self._read(step, plan, part, keys, values)
+        return keys, values
+
+    def _read(self, step: LayerStep, plan: ChunkPlan, part: KeyRange, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._follow()
+        first = step.recent.first[plan.first_request :] if part is plan.tails else plan.never
+        rows = GatherRows(
+            first=part.first.data_ptr(),
+            count=part.count.data_ptr(),
+            start=part.start.data_ptr(),
+            exact_first=first.data_ptr(),
+            first_request=plan.first_request,
+        )
+        self._kernels.gather(self._blocks(step), rows, keys.data_ptr(), values.data_ptr(), plan.requests, part.longest)
+
+    def _flash(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        plan: ChunkPlan,
+        part: KeyRange,
+        *,
+        causal: bool,
+        window: tuple[int, int] | None = None,
+        output: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return output and log-sum-exp, (query_heads, tokens), of attention to keys that follow each other by request."""
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+        result: tuple[torch.Tensor, torch.Tensor] = flash_attn_varlen_func(
+            q=query,
+            k=keys,
+            v=values,
+            out=output,
+            cu_seqlens_q=plan.query_start,
+            max_seqlen_q=plan.longest,
+            cu_seqlens_k=part.start,
+            max_seqlen_k=part.longest,
+            softmax_scale=self._scale,
+            causal=causal,
+            window_size=list(window) if window else None,
+            return_softmax_lse=True,
+            fa_version=get_flash_attn_version(head_size=query.shape[-1]),
+        )
+        return result[0], result[1]
+
+    def _merge(
+        self, output: torch.Tensor, one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+        lse = torch.empty_like(one[1])
+        merged = torch.empty_like(output)
+        merge_attn_states(merged, other[0], other[1], one[0], one[1], output_lse=lse)
+        output.copy_(merged)
+        return output, lse
+
+    def _follow(self) -> None:
+        self._device.follow(torch.cuda.current_stream().cuda_stream)
+
+    def _view(self, tensor: torch.Tensor) -> TensorView:
+        return TensorView(tensor.data_ptr(), self._dtype, tuple(tensor.shape), tensor.stride())
+
+    def _rows(self, step: LayerStep) -> StepRows:
+        return StepRows.of(self._view(step.keys), self._view(step.values))
+
+    @staticmethod
+    def _row_requests(starts: list[int], device: torch.device) -> torch.Tensor:
+        counts = torch.tensor([after - before for before, after in zip(starts, starts[1:], strict=False)])
+        return torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts).to(device)
+
+    def _blocks(self, step: LayerStep) -> BlocksArguments:
+        pages, window = step.batch.block_table, step.recent.block_table
+        return BlocksArguments(
+            pages=step.pages.data_ptr(),
+            window=step.window.data_ptr(),
+            page_table=pages.data_ptr(),
+            window_table=window.data_ptr(),
+            page_stride=step.pages.stride(0),
+            window_stride=step.window.stride(0),
+            kv_heads=self._shape.kv_heads,
+            slab_bytes=step.slab_bytes,
+            page_columns=pages.stride(0),
+            window_columns=window.stride(0),
+            window_shift=step.window_shift,
+        )

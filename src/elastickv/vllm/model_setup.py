@@ -1,0 +1,142 @@
+"""What the layers of a model share: page formats, kernels, the size of a slab, and the lines logged at the start."""
+
+import logging
+from typing import Any, ClassVar
+
+import torch
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+
+from elastickv.recipe import AttentionShape, Recipe
+from elastickv.vllm.bad_tokens import BadTokens
+from elastickv.vllm.block_attention import BlockAttention
+from elastickv.vllm.capacity import Capacity
+from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
+from elastickv.vllm.serving_options import ServingOptions, recipe_of
+from elastickv.vllm.window_cache import SUFFIX, WindowCache, WindowShape
+
+_log = logging.getLogger("vllm.elastickv")
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class ModelSetup:
+    """The layers of one engine's model on this rank.
+
+    Attributes
+    ----------
+    options : the user's.
+    recipe : of layers for which nothing says another.
+    bad_tokens : words in which kernels report what cannot be stored; None until the weights are loaded.
+    """
+
+    newest: ClassVar["ModelSetup | None"] = None
+
+    def __init__(self, config: Any, kv_cache_dtype: str) -> None:
+        # vLLM's hash, which names its compiled graphs, must change with the calibration's content.
+        config.additional_config = with_calibration_hash(config.additional_config)
+        self.options = ServingOptions.parse(config.additional_config) or ServingOptions()
+        self.recipe = recipe_of(self.options, kv_cache_dtype)
+        self.bad_tokens: BadTokens | None = None
+        self._config, self._layers = config, config.compilation_config.static_forward_context
+        self._members: list[Any] = []
+        self._recipes: dict[int, Recipe] = {}
+        self._attentions: dict[tuple[Any, ...], BlockAttention] = {}
+        self._slab_bytes = 0
+        self._logged = False
+
+    @classmethod
+    def joined(cls, impl: Any, config: Any, kv_cache_dtype: str) -> "ModelSetup":
+        """Add a layer's attention to the setup of its engine's model, which is the same for all layers, and return it.
+
+        Raises
+        ------
+        UsageError : if the options are not accepted.
+        """
+        setup = cls.newest
+        if setup is None or setup._layers is not config.compilation_config.static_forward_context:
+            setup = cls.newest = cls(config, kv_cache_dtype)
+        setup._members.append(impl)
+        return setup
+
+    def slab_bytes(self) -> int:
+        """Return the bytes of one KV head's page, which all layers share."""
+        return self._slab_bytes
+
+    def name_of(self, impl: Any) -> str:
+        """Return the name of the layer that has this attention."""
+        return next(name for name, layer in self._layers.items() if getattr(layer, "impl", None) is impl)
+
+    def recipe_of_layer(self, name: str, shape: AttentionShape, act_dtype: torch.dtype) -> Recipe:
+        """Return a layer's recipe; the first call decides all layers'.
+
+        Raises
+        ------
+        UsageError : if the option `layers` or the calibration does not fit the model.
+        """
+        if not self._recipes:
+            self._decide(shape, act_dtype)
+        return self._recipes[extract_layer_index(name)]
+
+    def _decide(self, shape: AttentionShape, act_dtype: torch.dtype) -> None:
+        names = [self.name_of(impl) for impl in self._members]
+        model = self._config.model_config
+        served = ServedModel(
+            shape=AttentionShape(
+                1, model.get_total_num_attention_heads(), model.get_total_num_kv_heads(), shape.head_dim
+            ),
+            layer_count=model.get_total_num_hidden_layers(),
+            context=model.max_model_len,
+            dtype=DTYPES[act_dtype],
+        )
+        numbers = [extract_layer_index(name) for name in names]
+        self._recipes = layer_recipes(self.options, self.recipe, numbers, served)
+        plan = SlabPlan.of([self._recipes[number] for number in numbers], shape)
+        self._slab_bytes = plan.slab_bytes
+        if plan.wasted_bytes:
+            _log.info("%s", plan)
+        self.bad_tokens = BadTokens(names, current_platform.device_type)
+
+    def attention(self, shape: AttentionShape, act_dtype: torch.dtype, recipe: Recipe, scale: float) -> BlockAttention:
+        """Return the kernels of a shape and recipe, which layers share.
+
+        Raises
+        ------
+        UsageError : if no kernel supports the combination.
+        """
+        key = (shape, act_dtype, recipe, scale)
+        if key not in self._attentions:
+            if current_platform.is_cpu():
+                from elastickv.vllm.cpu_attention import CpuAttention
+
+                self._attentions[key] = CpuAttention(shape, DTYPES[act_dtype], recipe, scale)
+            else:
+                from elastickv.vllm.cuda_attention import CudaAttention
+
+                self._attentions[key] = CudaAttention(shape, DTYPES[act_dtype], recipe, scale, self._config)
+        return self._attentions[key]
+
+    def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype) -> WindowCache:
+        """Give a layer its window, as a layer of vLLM's."""
+        window = WindowShape.beside(
+            self._slab_bytes,
+            tokens=self.options.window,
+            kv_heads=shape.kv_heads,
+            head_size=shape.head_dim,
+            dtype=act_dtype,
+            soft=self.options.prefix_reuse == "soft",
+        )
+        cache = self._layers[name + SUFFIX] = WindowCache(window, self._bound)
+        return cache
+
+    def _bound(self, memory: torch.Tensor) -> None:
+        """Check and report the memory that vLLM allocated, once."""
+        if self._logged:
+            return
+        self._logged = True
+        windows = [layer.shape for layer in self._layers.values() if isinstance(layer, WindowCache)]
+        page_bytes, stride = windows[0].page_bytes, memory.stride(0) * memory.element_size()
+        if stride != page_bytes:
+            _log.warning("vLLM padded pages of %d B to %d B: capacity is lost", page_bytes, stride)
+        longest = self._config.model_config.max_model_len
+        _log.info("ElasticKV: %s", Capacity(windows[0], len(windows), memory.shape[0] - 1, longest))
+

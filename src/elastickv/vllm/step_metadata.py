@@ -1,0 +1,134 @@
+"""What a step's attention needs of the batch, built once a step for all layers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from elastickv.recipe.formats import PAGE_TOKENS
+from elastickv.vllm.bad_tokens import BadTokens
+
+
+@dataclass
+class PageMetadata(AttentionMetadata):
+    """A step's requests: decodes first, then prompt chunks.
+
+    Attributes
+    ----------
+    block_table : (requests, columns) int32 numbers of the pages' blocks.
+    lengths : (requests,) int32, tokens of each request with those of the step.
+    starts : (requests + 1,) int32, where each request's tokens begin in the step.
+    starts_list : `starts` on the host.
+    lengths_list : `lengths` on the host; too large, by rejected drafts, for decodes that were scheduled ahead.
+    decodes, decode_tokens : requests with few enough tokens for the decode kernels, and their tokens.
+    uniform_queries : tokens of each decode; 0 if they differ.
+    longest : most tokens of a request.
+    shared : what attention computes from the batch in the first layer and reads in the others.
+    """
+
+    block_table: torch.Tensor
+    lengths: torch.Tensor
+    starts: torch.Tensor
+    starts_list: list[int]
+    lengths_list: list[int]
+    requests: int
+    tokens: int
+    decodes: int
+    decode_tokens: int
+    uniform_queries: int
+    longest: int
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
+    """Builds `PageMetadata`; a captured graph serves batches whose requests have equally many tokens."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layers = vllm_config.compilation_config.static_forward_context
+        self._bad_tokens: BadTokens | None = layers[layer_names[0]].impl.bad_tokens if layer_names else None
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> PageMetadata:
+        """Return the metadata of a step, and report tokens of earlier steps that could not be stored."""
+        if self._bad_tokens is not None:
+            self._bad_tokens.look()
+        batch, threshold = common_attn_metadata, self.reorder_batch_threshold or 1
+        decodes, _, decode_tokens, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
+        starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
+        lengths = batch.seq_lens_cpu_upper_bound if batch.seq_lens_cpu_upper_bound is not None else batch.seq_lens.cpu()
+        counts = {after - before for before, after in zip(starts[:decodes], starts[1 : decodes + 1], strict=True)}
+        uniform = decode_tokens // decodes if decodes and len(counts - {0}) <= 1 and decode_tokens % decodes == 0 else 0
+        return PageMetadata(
+            block_table=batch.block_table_tensor,
+            lengths=batch.seq_lens,
+            starts=batch.query_start_loc,
+            starts_list=starts,
+            lengths_list=lengths[: batch.num_reqs].tolist(),
+            requests=batch.num_reqs,
+            tokens=batch.num_actual_tokens,
+            decodes=decodes,
+            decode_tokens=decode_tokens,
+            uniform_queries=uniform,
+            longest=batch.max_query_len,
+        )
+
+
+@dataclass
+class WindowMetadata(AttentionMetadata):
+    """A step's window.
+
+    Attributes
+    ----------
+    block_table : (requests, columns) int32 numbers of the window's blocks.
+    slot_mapping : (tokens,) int64, where the window stores each token; slots of block 0 store nothing.
+    first : (requests,) int32, the first token whose window block, and all later ones, are there; older tokens are read from
+        pages. A multiple of 32.
+    """
+
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    first: torch.Tensor
+
+
+class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
+    """Builds `WindowMetadata`."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+        rows = max(scheduler.max_num_seqs, *(compilation.cudagraph_capture_sizes or [0]))
+        # A captured graph reads it at this address.
+        self._first = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> WindowMetadata:
+        """Return the metadata of a step."""
+        batch = common_attn_metadata
+        first = self._first[: batch.num_reqs]
+        starts = batch.query_start_loc[: batch.num_reqs + 1]
+        before = batch.seq_lens[: batch.num_reqs] - (starts[1:] - starts[:-1])
+        first.copy_(self._first_present(batch.block_table_tensor[: batch.num_reqs], before))
+        return WindowMetadata(batch.block_table_tensor, batch.slot_mapping, first)
+
+    def _first_present(self, table: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Return the first token after the newest null block that the step may read, rounded up to a page."""
+        size, window = self.kv_cache_spec.block_size, self.kv_cache_spec.sliding_window
+        reach = -(-(window - 1) // size) + 1
+        oldest = torch.clamp(before - (window - 1), min=0) // size
+        columns = oldest[:, None] + torch.arange(reach, device=table.device, dtype=oldest.dtype)
+        blocks = table.gather(1, torch.clamp(columns, max=table.shape[1] - 1).long())
+        gone = (blocks == 0) & (columns * size < before[:, None])
+        after = torch.where(gone, (columns + 1) * size, 0).amax(dim=1)
+        page = (after + PAGE_TOKENS - 1) // PAGE_TOKENS * PAGE_TOKENS
+        return torch.minimum(page, torch.clamp(before, min=0) // PAGE_TOKENS * PAGE_TOKENS)

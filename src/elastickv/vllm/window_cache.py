@@ -1,0 +1,129 @@
+"""The window as a layer of its own: vLLM allocates, frees, prefix-caches and preempts its blocks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from elastickv.recipe.formats import PAGE_TOKENS
+from elastickv.vllm.step_metadata import WindowMetadataBuilder
+from elastickv.vllm.window_spec import SoftWindowSpec, WindowSpec
+
+SUFFIX = ".window"
+
+
+class WindowBackend(AttentionBackend):
+    """The backend of a layer that stores tokens and attends to nothing."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name in vLLM's messages."""
+        return "ELASTICKV_WINDOW"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        """Refuse: the attention of the layer of pages reads the window."""
+        raise NotImplementedError("the window has no attention of its own")
+
+    @staticmethod
+    def get_builder_cls() -> type[WindowMetadataBuilder]:
+        """Return the builder of the window's metadata."""
+        return WindowMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Return the layouts of the pages: both caches share vLLM's memory."""
+        return (KVCacheLayout.LBHNC,)
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """What the window of one layer stores.
+
+    Attributes
+    ----------
+    tokens : newest tokens that are read exactly.
+    slab_bytes : bytes of one KV head's page.
+    block_tokens : tokens of a block, a power of two.
+    kv_heads, head_size, dtype : of the model's layer, on this rank.
+    soft : whether prefix hits do without the window's blocks.
+    """
+
+    tokens: int
+    slab_bytes: int
+    block_tokens: int
+    kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    soft: bool
+
+    @classmethod
+    def beside(cls, slab_bytes: int, **fields: Any) -> "WindowShape":
+        """Return the window with the largest blocks that fit beside a slab: vLLM's pages all have one size."""
+        row = 2 * fields["head_size"] * fields["dtype"].itemsize
+        tokens = max(size for size in (1, 2, 4, 8, 16, PAGE_TOKENS) if size == 1 or size * row <= slab_bytes)
+        return cls(slab_bytes=slab_bytes, block_tokens=tokens, **fields)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's key and value of one KV head."""
+        return 2 * self.head_size * self.dtype.itemsize
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a block of pages, and of a block of the window with what pads it."""
+        return self.kv_heads * self.slab_bytes
+
+    @property
+    def blocks_per_request(self) -> int:
+        """Blocks of the window that a request holds between steps."""
+        return -(-(self.tokens - 1) // self.block_tokens) + 1
+
+    def spec(self, vllm_config: Any) -> WindowSpec:
+        """Return the specification for vLLM. Like pages, blocks are bytes to it, so that it need not clear reused ones."""
+        steps = vllm_config.max_concurrent_batches
+        return (SoftWindowSpec if self.soft else WindowSpec)(
+            block_size=self.block_tokens,
+            num_kv_heads=self.kv_heads,
+            head_size=self.head_size,
+            dtype=torch.uint8,
+            state_content_bytes=self.row_bytes,
+            sliding_window=self.tokens,
+            steps_in_flight=steps,
+            rollback_tokens=vllm_config.num_speculative_tokens * steps,
+        )
+
+
+class WindowCache(AttentionLayerBase):
+    """The window of one attention layer, which vLLM takes for a layer with a sliding window.
+
+    Parameters
+    ----------
+    bound : called with the memory once vLLM has allocated it.
+
+    Attributes
+    ----------
+    kv_cache : (blocks, kv_heads, block_tokens, row_bytes) uint8, each row a token's key, then its value.
+    """
+
+    def __init__(self, shape: WindowShape, bound: Callable[[torch.Tensor], None]) -> None:
+        self.shape, self._bound = shape, bound
+        self.kv_cache = torch.tensor([])
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take the memory that vLLM allocated; `bound` is called with it."""
+        self.kv_cache = kv_cache
+        if kv_cache.numel():
+            self._bound(kv_cache)
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        """Return the backend whose builder makes the window's metadata."""
+        return WindowBackend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> WindowSpec:
+        """Return the window's specification."""
+        return self.shape.spec(vllm_config)

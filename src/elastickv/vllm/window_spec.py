@@ -1,0 +1,38 @@
+"""vLLM's description of the window: the newest tokens of every request, in the model's dtype."""
+
+from dataclasses import dataclass
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec(SlidingWindowSpec):
+    """A sliding window whose tokens need no block once a later step cannot read them.
+
+    vLLM's own specification reserves blocks for all tokens in flight, since it stores every token of a prompt chunk. Here a
+    token that leaves the window within its chunk is quantized from the chunk itself, so that only windows are reserved.
+
+    Attributes
+    ----------
+    steps_in_flight : steps that the engine schedules before the first of them is processed.
+    rollback_tokens : most draft tokens by which a step's length may turn out too large.
+    """
+
+    steps_in_flight: int
+    rollback_tokens: int
+
+    def first_stored(self, tokens: int) -> int:
+        """Return the first token that steps after one which ends with `tokens` tokens may read from the window."""
+        return max(0, tokens - (self.sliding_window - 1) - self.rollback_tokens)
+
+    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        """Return the most blocks that a request holds: a window for each step in flight and the one before."""
+        stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        window = cdiv(self.sliding_window - 1 + 2 * self.rollback_tokens, self.block_size) + 1
+        return min(stock, (self.steps_in_flight + 1) * window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftWindowSpec(WindowSpec):
+    """A window that never shortens a prefix hit: tokens whose blocks are gone are read from pages."""
