@@ -43,7 +43,7 @@ RECIPES = {name: Recipe.parse(text) for name, text in TEXTS.items()}
 EXACT_TOKENS = (128, 64)
 SINKS = 4
 BLOCK_TOKENS = 64
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 4
 AS_STORED = "as all pages"
 Cell = tuple[str, int, str]
 
