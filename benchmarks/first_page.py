@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from read_rule import ReadRule, reading
+from read_rule import FORMATS, ReadRule, reading
 from suite import heading
 from transformers.cache_utils import DynamicLayer
 
@@ -38,8 +38,7 @@ from elastickv.transformers.tokenization import tokens_hash
 
 KIND, VERSION = "elastickv-first-page", 1
 RESULTS = Path(__file__).parent / "results" / "cpu"
-TEXTS = {"int4": "int4", "k8v4": "k=int8,v=int4", "int8": "int8", "fp8": "fp8"}
-RECIPES = {name: Recipe.parse(text) for name, text in TEXTS.items()}
+RECIPES = {name: Recipe.parse(text) for name, text in FORMATS.items()}
 EXACT_TOKENS = (128, 64)
 SINKS = 4
 BLOCK_TOKENS = 64

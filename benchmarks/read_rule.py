@@ -17,6 +17,7 @@ from elastickv.kvcache.quantize import stored_values
 from elastickv.recipe import Recipe
 from elastickv.recipe.formats import PAGE_TOKENS
 
+FORMATS = {"int4": "int4", "k8v4": "k=int8,v=int4", "int8": "int8", "fp8": "fp8"}  # an engine's name -> a recipe's text
 IMPLEMENTATION = "elastickv_read_rule"
 ROWS_AT_ONCE = 256
 
