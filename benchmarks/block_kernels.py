@@ -20,6 +20,7 @@ import torch
 from gpu_name import gpu_name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from elastickv.backends.bad_token import NO_BAD_TOKEN
 from elastickv.backends.cuda.block_arguments import BlocksArguments, StepRows
 from elastickv.backends.cuda.block_kernels import BlockKernels
 from elastickv.backends.cuda.device import CudaDevice
@@ -59,6 +60,7 @@ class Layers:
         self.first = torch.zeros(requests, dtype=torch.int32, device="cuda")
         self.starts = torch.arange(requests + 1, dtype=torch.int32, device="cuda")
         self.slots = torch.arange(requests, device="cuda") + BLOCK
+        self.bad = torch.full((1,), NO_BAD_TOKEN, device="cuda")
         self.lengths = torch.full((requests,), context, dtype=torch.int32, device="cuda")
         self.tensors, self.layers = [windows], []
         for _ in range(self.count):
@@ -92,14 +94,15 @@ class Layers:
             starts = torch.zeros(self.requests + 1, dtype=torch.int32, device="cuda")
             starts[request + 1 :] = self.context
             lengths = torch.where(torch.arange(self.requests, device="cuda") == request, self.context, 0).int()
-            inputs = (each.data_ptr() for each in (lengths, starts, slots))
+            inputs = (each.data_ptr() for each in (lengths, starts, slots, self.bad))
             self.kernels.store(blocks, StepRows.of(view(keys), view(values)), *inputs, self.requests, self.context)
             torch.cuda.synchronize()
 
     def enqueue(self, layer: int) -> None:
         self.device.follow(torch.cuda.current_stream().cuda_stream)
         blocks, lengths = self.layers[layer % self.count], self.lengths.data_ptr()
-        self.kernels.store(blocks, self.rows, lengths, self.starts.data_ptr(), self.slots.data_ptr(), self.requests, 1)
+        step = (each.data_ptr() for each in (self.lengths, self.starts, self.slots, self.bad))
+        self.kernels.store(blocks, self.rows, *step, self.requests, 1)
         self.kernels.decode(blocks, self.rows, view(self.query), self.output.data_ptr(), lengths, self.first.data_ptr())
 
 

@@ -5,7 +5,8 @@
 A case is one kind of kernel with one recipe, in a process of its own under each tool: filled, appended to until a page has left
 the window, decoded against the float64 oracle; a chunk behind it, its rows moved, read back and cropped within the window and
 far behind it; then a short inference cycle, whose kernels overlap. `blocks` are the kernels over a serving engine's blocks:
-a chunk and steps of one token are stored and decoded, and pages read back. The file holds what each tool said of each case.
+a chunk and steps of one token are stored and decoded, tokens gathered, and a NaN reported. The file holds what each tool said
+of each case.
 """
 
 import argparse
@@ -49,6 +50,7 @@ TURNS = (
 # Two tokens before a page leaves the window; of the second row before one is full.
 EQUAL, RAGGED = (290, 290), (290, 162)
 SERVED_WINDOW, SERVED_BLOCK, SERVED_STEPS = 64, 8, 4
+SKIPPED = 7  # tokens at the start that are not gathered
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,9 @@ def run_case(number: int) -> None:
 
 
 def serve(case: Case) -> None:
-    """Store and decode requests in a serving engine's blocks, and read their pages back."""
-    from elastickv.backends.cuda.block_arguments import BlocksArguments, StepRows
+    """Store and decode requests in a serving engine's blocks, gather them from there, and have a NaN reported."""
+    from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
+    from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows, StepRows
     from elastickv.backends.cuda.block_kernels import BlockKernels
     from elastickv.backends.cuda.device import CudaDevice
 
@@ -191,7 +194,7 @@ def serve(case: Case) -> None:
         window_shift=SERVED_BLOCK.bit_length() - 1,
     )
     stored = [rounded(rng.standard_normal((2, n, kv_heads, dim), dtype=np.float32), case.dtype) for n in case.lengths]
-    first = sent(np.zeros(batch, np.int32))
+    first, bad = sent(np.zeros(batch, np.int32)), sent(np.full(1, NO_BAD_TOKEN, np.int64))
     before = [0] * batch
     for left in range(SERVED_STEPS, -1, -1):
         after = [n - left for n in case.lengths]
@@ -201,8 +204,8 @@ def serve(case: Case) -> None:
         slots = [t[u // SERVED_BLOCK] * SERVED_BLOCK + u % SERVED_BLOCK for t, u in zip(window_table, tokens_of, strict=True)]
         starts = np.cumsum([0, *map(len, tokens_of)]).astype(np.int32)
         step, lengths = StepRows.of(rows(keys), rows(values)), sent(np.array(after, np.int32))
-        mapping = sent(np.concatenate(slots).astype(np.int64))
-        kernels.store(blocks, step, lengths, sent(starts), mapping, batch, max(map(len, tokens_of)))
+        where = lengths, sent(starts), sent(np.concatenate(slots).astype(np.int64)), bad
+        kernels.store(blocks, step, *where, batch, max(map(len, tokens_of)))
         if before[0]:
             query = rounded(rng.standard_normal((batch, query_heads, dim), dtype=np.float32), case.dtype)
             output = device.allocate(2 * query.size)
@@ -215,20 +218,42 @@ def serve(case: Case) -> None:
         error = relative_l2(answers[number].astype(np.float64), expected).max()
         if not error <= 3 * OPERAND_ROUNDING[case.dtype]:  # the output is rounded too
             sys.exit(f"decode in blocks differs from the oracle by {error:.3g}")
-    pages = (case.lengths[0] // PAGE_TOKENS) * PAGE_TOKENS
-    kernels.read(blocks, 0, pages, *(device.allocate(2 * pages * kv_heads * dim) for _ in range(2)))
-    device.stream.sync()
+    # From the middle of a page to the end, the newest tokens from the window.
+    counts, skipped = np.array(case.lengths, np.int32) - SKIPPED, np.full(batch, SKIPPED, np.int32)
+    ends = np.cumsum(counts).astype(np.int32)
+    oldest = sent(skipped + counts - SERVED_WINDOW)
+    wanted = GatherRows(first=sent(skipped), count=sent(counts), start=sent(ends - counts), exact_first=oldest, first_request=0)
+    gathered = [device.allocate(2 * int(ends[-1]) * kv_heads * dim) for _ in range(2)]
+    kernels.gather(blocks, wanted, *gathered, batch, int(counts.max()))
+    for which, memory in enumerate(gathered):
+        read = device.download(memory, (int(ends[-1]), kv_heads, dim), np.uint16)
+        numbers = (from_bf16_bits(read) if case.dtype == "bf16" else read.view(np.float16)).astype(np.float64)
+        expected = [held(s, n - SERVED_WINDOW, recipe)[which, SKIPPED:n] for s, n in zip(stored, case.lengths, strict=True)]
+        error = relative_l2(numbers, np.concatenate(expected)).max()
+        if not error <= OPERAND_ROUNDING[case.dtype]:
+            sys.exit(f"gathered rows differ from the oracle by {error:.3g}")
+    if device.download(bad, (1,), np.int64)[0] != NO_BAD_TOKEN:
+        sys.exit("a finite token was reported")
+    keys[-1, 0, 1] = np.nan
+    kernels.store(blocks, StepRows.of(rows(keys), rows(values)), *where, batch, 1)
+    if BadToken.of(int(device.download(bad, (1,), np.int64)[0])) != BadToken(batch - 1, case.lengths[-1] - 1, False):
+        sys.exit("NaN was not reported")
+
+
+def held(stored, cold: int, recipe: Recipe):
+    """Return the numbers of a request's keys and values, of which the first `cold` are read from pages."""
+    numbers, pages = stored.astype(np.float64), -(-cold // PAGE_TOKENS) * PAGE_TOKENS
+    for which, fmt in enumerate((recipe.key_format, recipe.value_format)):
+        for head in range(stored.shape[2]):
+            whole = stored_values(stored[which, :pages, head], fmt, bool(which), recipe.v_group(stored.shape[3]))
+            numbers[which, :cold, head] = whole[:cold]
+    return numbers
 
 
 def attended(query, stored, cold: int, recipe: Recipe):
     """Return float64 attention of a request's queries to keys and values of which the first `cold` are read from pages."""
     kv_heads, dim = stored.shape[2:]
-    numbers, pages = stored.astype(np.float64), -(-cold // PAGE_TOKENS) * PAGE_TOKENS
-    for which, fmt in enumerate((recipe.key_format, recipe.value_format)):
-        for head in range(kv_heads):
-            numbers[which, :cold, head] = stored_values(stored[which, :pages, head], fmt, bool(which), recipe.v_group(dim))[
-                :cold
-            ]
+    numbers = held(stored, cold, recipe)
     grouped = query.astype(np.float64).reshape(kv_heads, -1, dim)
     scores = np.einsum("hgd,khd->hgk", grouped, numbers[0]) / dim**0.5
     weights = np.exp(scores - scores.max(-1, keepdims=True))

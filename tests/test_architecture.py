@@ -30,6 +30,7 @@ COMMANDS = {"baseline", "bench", "calibrate", "compare", "doctor", "eval", "repo
 REPEATED_NAMES = {
     "attention": {"kvcache", "transformers"},
     "backend": {"backends/cpu", "backends/cuda"},
+    "block_kernels": {"backends/cpu/blocks", "backends/cuda"},
     "cache": {"backends/cpu", "backends/cuda", "transformers"},
     "ceilings": {"backends/cpu", "backends/cuda"},
     "device": {"backends/cpu", "backends/cuda"},
@@ -45,6 +46,8 @@ PUBLIC_NAMES = {
     "html_report/saving.py": {"facts"},
     "results/kinds/evaluation_result.py": {"found"},
     "transformers/cache.py": {"take_back"},
+    "vllm/window_manager.py": {"apply_admission_cap"},  # these are vLLM's names
+    "vllm/window_spec.py": {"max_admission_blocks_per_request"},
 }
 
 

@@ -105,6 +105,13 @@ _OTHERS = {
     },
     "benchmark/environment.py": {"--porcelain"},
     "html_report/charts/style.py": {"--ink", "--muted", "--grid", "--paper", "--hue-"},
+    "vllm/startup_checks.py": {
+        "--attention-backend",
+        "--kv-cache-dtype",
+        "--kv-cache-dtype-skip-layers",
+        "--attention-config",
+        "--additional-config",
+    },
 }
 # Notes that results hold: they stay as they are.
 _IN_RESULTS = {

@@ -21,7 +21,7 @@ import licenses  # noqa: E402
 
 import noxfile  # noqa: E402
 
-EXTRAS = ["cuda", "cuda13", "dev", "report", "test", "transformers"]
+EXTRAS = ["cuda", "cuda13", "dev", "report", "test", "transformers", "vllm"]
 DIRECT = [text for text in licenses.required(EXTRAS) if not text.startswith("elastickv[")]
 
 

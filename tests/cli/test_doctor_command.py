@@ -97,9 +97,14 @@ def test_an_extra_that_is_complete_works_now(installed):
 
 
 def test_an_extra_that_is_declared_later_is_listed(installed):
-    installed({}, [*REQUIRES, "vllm<2,>=1; extra == 'vllm'"])
+    installed({}, [*REQUIRES, "sglang<2,>=1; extra == 'sglang'"])
     found = findings()
-    assert "not installed: vllm" in found["extra vllm"].detail
+    assert "not installed: sglang" in found["extra sglang"].detail
+
+
+def test_an_extra_that_requires_nothing_on_this_machine_does_not_work_here(installed):
+    installed({"vllm": "0.33.0"}, ["vllm<0.34,>=0.32; sys_platform == 'none' and extra == 'vllm'"])
+    assert findings()["extra vllm"].state == "absent"
 
 
 def test_a_copy_that_is_not_installed_says_so(monkeypatch):

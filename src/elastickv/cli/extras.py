@@ -22,8 +22,9 @@ PURPOSES = {
     "gguf": "llama.cpp as a reference",
     "cuda": "decode attention on NVIDIA GPUs, from compute capability 6.1, with CUDA 12.9",
     "cuda13": "decode attention on NVIDIA GPUs, from compute capability 7.5, with CUDA 13; not beside cuda",
+    "vllm": "serving with vLLM on NVIDIA GPUs, from compute capability 8.0, with CUDA 13; not beside cuda",
 }
-FOR_GPUS = ("cuda", "cuda13")
+FOR_GPUS = ("cuda", "cuda13", "vllm")
 FOR_CONTRIBUTORS = ("dev", "docs", "reliability", "test")
 
 
@@ -46,8 +47,8 @@ class Extra:
 
     @property
     def complete(self) -> bool:
-        """Whether everything is installed in a supported version."""
-        return not self.missing and not self.unsupported
+        """Whether everything is installed in a supported version; an extra that requires nothing on this machine is not."""
+        return bool(self.installed) and not self.missing and not self.unsupported
 
     @property
     def adds(self) -> str:

@@ -5,13 +5,16 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from elastickv.recipe import AttentionShape
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import BlockAttention, LayerStep
 from elastickv.vllm.model_setup import ModelSetup
+from elastickv.vllm.startup_checks import Device, LayerArguments, check
 from elastickv.vllm.step_metadata import PageMetadata
+from elastickv.vllm.versions import installed_version
 from elastickv.vllm.window_cache import SUFFIX, WindowCache
 
 
@@ -19,6 +22,10 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
     """Attention of one layer: the newest tokens are exact, older ones are read from quantized pages.
 
     The layer's window is a layer of its own to vLLM, which is there once the weights are loaded.
+
+    Raises
+    ------
+    UsageError : if the layer, or vLLM's configuration, is one that cannot be served.
     """
 
     def __init__(
@@ -38,7 +45,25 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._setup = ModelSetup.joined(self, get_current_vllm_config(), kv_cache_dtype)
+        config = get_current_vllm_config()
+        check(
+            config,
+            _device(),
+            LayerArguments(
+                name=f"{len(config.compilation_config.static_forward_context)} of the model",
+                query_heads=num_heads,
+                kv_heads=self.num_kv_heads,
+                head_dim=head_size,
+                attention_type=attn_type,
+                kv_cache_dtype=kv_cache_dtype,
+                sliding_window=sliding_window,
+                logits_soft_cap=logits_soft_cap,
+                alibi=alibi_slopes is not None,
+                sinks=others.get("sinks") is not None,
+                shares_cache_of=kv_sharing_target_layer_name,
+            ),
+        )
+        self._setup = ModelSetup.joined(self, config, kv_cache_dtype)
         self._shape = AttentionShape(1, num_heads, self.num_kv_heads, head_size)
         self._attention: BlockAttention | None = None
         self._window: WindowCache | None = None
@@ -60,7 +85,7 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         setup, name = self._setup, self._setup.name_of(self)
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
         self._attention = setup.attention(self._shape, act_dtype, recipe, self.scale)
-        self._window = setup.add_window(name, self._shape, act_dtype)
+        self._window = setup.add_window(name, self._shape, act_dtype, self._attention)
         self._window_name = name + SUFFIX
         assert setup.bad_tokens is not None
         self._bad = setup.bad_tokens.word(name)
@@ -94,3 +119,14 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         if decoded < tokens:
             self._attention.prefill(step, query[decoded:tokens], output[decoded:tokens])
         return output
+
+
+def _device() -> Device:
+    """Return the device that serves, for the checks."""
+    installed = installed_version()
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    return Device(
+        kind=current_platform.device_type,
+        capability=(capability.major, capability.minor) if capability is not None else None,
+        version=installed.version if installed is not None else "",
+    )

@@ -42,7 +42,12 @@ class BadTokens:
         for layer, word in zip(self._layers, self._copy.tolist(), strict=True):
             token = BadToken.of(word)
             if token is not None:
-                _log.error("%s: %s at position %d of a request: its tokens from there on are wrong", layer, token.reason, token.position)
+                _log.error(
+                    "%s: %s at position %d of a request: its tokens from there on are wrong",
+                    layer,
+                    token.reason,
+                    token.position,
+                )
         if (self._copy != NO_BAD_TOKEN).any():
             self._words.fill_(NO_BAD_TOKEN)
         self._copy.copy_(self._words, non_blocking=True)

@@ -36,8 +36,8 @@ class CudaAttention:
         drafts = 1 + vllm_config.num_speculative_tokens
         rows = max(scheduler.max_num_seqs * drafts, *(compilation.cudagraph_capture_sizes or [0]))
         self._device = CudaDevice(torch.accelerator.current_device_index())
-        sized = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
-        self._kernels = BlockKernels(self._device, sized, dtype, recipe, recipe.window)
+        widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
+        self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
         self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
         self._scratch: torch.Tensor | None = None
         self.slab_bytes = self._kernels.slab.n_bytes
@@ -47,6 +47,26 @@ class CudaAttention:
         if self._scratch is None:
             shape, kind = self._shape, torch.bfloat16 if self._dtype == "bf16" else torch.float16
             self._scratch = torch.empty(2, SCRATCH_TOKENS, shape.kv_heads, shape.head_dim, dtype=kind, device="cuda")
+
+    def find_first(
+        self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
+    ) -> None:
+        """Write the first token of each request whose window block, and all later ones, are there."""
+        table = BlocksArguments(
+            pages=None,
+            window=None,
+            page_table=None,
+            window_table=block_table.data_ptr(),
+            page_stride=0,
+            window_stride=0,
+            kv_heads=self._shape.kv_heads,
+            slab_bytes=0,
+            page_columns=0,
+            window_columns=block_table.stride(0),
+            window_shift=block_tokens.bit_length() - 1,
+        )
+        self._follow()
+        self._kernels.find_first(table, lengths.data_ptr(), starts.data_ptr(), first.data_ptr(), len(first))
 
     def store(self, step: LayerStep) -> None:
         """Store a step's tokens in the window and quantize the pages that they complete."""

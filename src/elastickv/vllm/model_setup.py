@@ -82,7 +82,7 @@ class ModelSetup:
         model = self._config.model_config
         served = ServedModel(
             shape=AttentionShape(
-                1, model.get_total_num_attention_heads(), model.get_total_num_kv_heads(), shape.head_dim
+                1, model.model_arch_config.total_num_attention_heads, model.get_total_num_kv_heads(), shape.head_dim
             ),
             layer_count=model.get_total_num_hidden_layers(),
             context=model.max_model_len,
@@ -115,7 +115,7 @@ class ModelSetup:
                 self._attentions[key] = CudaAttention(shape, DTYPES[act_dtype], recipe, scale, self._config)
         return self._attentions[key]
 
-    def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype) -> WindowCache:
+    def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype, attention: BlockAttention) -> WindowCache:
         """Give a layer its window, as a layer of vLLM's."""
         window = WindowShape.beside(
             self._slab_bytes,
@@ -125,18 +125,16 @@ class ModelSetup:
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
         )
-        cache = self._layers[name + SUFFIX] = WindowCache(window, self._bound)
+        cache = self._layers[name + SUFFIX] = WindowCache(window, attention, self._bound)
         return cache
 
     def _bound(self, memory: torch.Tensor) -> None:
-        """Check and report the memory that vLLM allocated, once."""
-        if self._logged:
-            return
-        self._logged = True
+        """Check and report the memory that vLLM allocated, once it is not the little with which it tries graphs."""
         windows = [layer.shape for layer in self._layers.values() if isinstance(layer, WindowCache)]
         page_bytes, stride = windows[0].page_bytes, memory.stride(0) * memory.element_size()
         if stride != page_bytes:
             _log.warning("vLLM padded pages of %d B to %d B: capacity is lost", page_bytes, stride)
-        longest = self._config.model_config.max_model_len
-        _log.info("ElasticKV: %s", Capacity(windows[0], len(windows), memory.shape[0] - 1, longest))
-
+        capacity = Capacity(windows[0], len(windows), memory.shape[0] - 1, self._config.model_config.max_model_len)
+        if capacity.tokens >= capacity.longest and not self._logged:
+            self._logged = True
+            _log.info("ElasticKV: %s", capacity)

@@ -7,7 +7,6 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.bad_tokens import BadTokens
 
 
@@ -109,26 +108,14 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         rows = max(scheduler.max_num_seqs, *(compilation.cudagraph_capture_sizes or [0]))
         # A captured graph reads it at this address.
         self._first = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self._block_tokens = kv_cache_spec.block_size
+        self._attention = vllm_config.compilation_config.static_forward_context[layer_names[0]].attention
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> WindowMetadata:
         """Return the metadata of a step."""
-        batch = common_attn_metadata
+        batch, attention = common_attn_metadata, self._attention
         first = self._first[: batch.num_reqs]
-        starts = batch.query_start_loc[: batch.num_reqs + 1]
-        before = batch.seq_lens[: batch.num_reqs] - (starts[1:] - starts[:-1])
-        first.copy_(self._first_present(batch.block_table_tensor[: batch.num_reqs], before))
+        attention.find_first(batch.block_table_tensor, batch.seq_lens, batch.query_start_loc, self._block_tokens, first)
         return WindowMetadata(batch.block_table_tensor, batch.slot_mapping, first)
-
-    def _first_present(self, table: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Return the first token after the newest null block that the step may read, rounded up to a page."""
-        size, window = self.kv_cache_spec.block_size, self.kv_cache_spec.sliding_window
-        reach = -(-(window - 1) // size) + 1
-        oldest = torch.clamp(before - (window - 1), min=0) // size
-        columns = oldest[:, None] + torch.arange(reach, device=table.device, dtype=oldest.dtype)
-        blocks = table.gather(1, torch.clamp(columns, max=table.shape[1] - 1).long())
-        gone = (blocks == 0) & (columns * size < before[:, None])
-        after = torch.where(gone, (columns + 1) * size, 0).amax(dim=1)
-        page = (after + PAGE_TOKENS - 1) // PAGE_TOKENS * PAGE_TOKENS
-        return torch.minimum(page, torch.clamp(before, min=0) // PAGE_TOKENS * PAGE_TOKENS)

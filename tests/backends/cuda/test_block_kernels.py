@@ -70,6 +70,7 @@ class Engine:
             (int(self.window_table.max()) + 1, kv_heads, window_block, 2 * head_dim), math.nan, dtype=self.kind, device="cuda"
         )
         self.first = torch.zeros(len(lengths), dtype=torch.int32, device="cuda")
+        self.bad = torch.full((1,), -1, device="cuda")
 
     def random(self, *shape):
         return self.torch.randn(*shape, self.dim, device="cuda").to(self.kind)
@@ -121,7 +122,7 @@ class Engine:
             tokens = torch.arange(n, m, device="cuda")
             own = self.window_table[i][tokens // self.size].long() * self.size + tokens % self.size
             slots.append(torch.where(tokens < m - self.window - self.size, tokens % self.size, own))
-        self.inputs = (torch.tensor(after, dtype=torch.int32).cuda(), starts.cuda(), torch.cat(slots).cuda())
+        self.inputs = (torch.tensor(after, dtype=torch.int32).cuda(), starts.cuda(), torch.cat(slots).cuda(), self.bad)
         self.device.follow(torch.cuda.current_stream().cuda_stream)
         longest = max(m - n for n, m in zip(before, after, strict=True))
         rows = self.rows(before, after)
@@ -141,21 +142,36 @@ class Engine:
         self.torch.cuda.synchronize()
         return query, output
 
+    def gather(self, first_request, first, count, exact):
+        """Return keys and values of count[i] tokens from first[i] on of some requests, one after the other."""
+        from elastickv.backends.cuda.block_arguments import GatherRows
+
+        torch, ends = self.torch, list(itertools.accumulate(count))
+        start = [end - n for end, n in zip(ends, count, strict=True)]
+        parts = {"first": first, "count": count, "start": start, "exact_first": exact}
+        sent = {name: torch.tensor(numbers, dtype=torch.int32).cuda() for name, numbers in parts.items()}
+        rows = GatherRows(**{name: each.data_ptr() for name, each in sent.items()}, first_request=first_request)
+        shape = ends[-1], self.kv_heads, self.dim
+        keys, values = (torch.full(shape, math.nan, dtype=self.kind, device="cuda") for _ in range(2))
+        addresses = keys.data_ptr(), values.data_ptr()
+        self.kernels.gather(self.arguments(), rows, *addresses, len(count), max(count))
+        torch.cuda.synchronize()
+        return keys, values
+
+    def numbers(self, request, cold, value):
+        """The keys or values of a request, (tokens, kv_heads, head_dim) float64, of which the first `cold` are in pages."""
+        rows, pages = (self.values if value else self.keys)[request], -(-cold // PAGE_TOKENS) * PAGE_TOKENS
+        exact = rows.float().cpu().numpy().astype(np.float64)
+        fmt = self.recipe.value_format if value else self.recipe.key_format
+        for head in range(self.kv_heads if cold else 0):
+            whole = rows[:pages, head].float().cpu().numpy()
+            exact[:cold, head] = stored_values(whole, fmt, bool(value), self.recipe.v_group(self.dim))[:cold]
+        return exact
+
     def expected(self, request, length, query):
         """Float64 attention of one query, (query heads, head_dim), with `length` tokens."""
         cold = max(length - self.window, int(self.first[request]), 0)
-        parts = []
-        for value, rows in enumerate((self.keys[request], self.values[request])):
-            exact = rows[:length].float().cpu().numpy().astype(np.float64)
-            pages = -(-cold // PAGE_TOKENS) * PAGE_TOKENS
-            group = self.recipe.v_group(self.dim)
-            fmt = self.recipe.value_format if value else self.recipe.key_format
-            for head in range(self.kv_heads):
-                if cold:
-                    whole = rows[:pages, head].float().cpu().numpy()
-                    exact[:cold, head] = stored_values(whole, fmt, bool(value), group)[:cold]
-            parts.append(exact)
-        keys, values = parts
+        keys, values = (self.numbers(request, cold, value)[:length] for value in range(2))
         q = query.double().cpu().numpy().reshape(self.kv_heads, self.group, self.dim)
         scores = np.einsum("hgd,khd->hgk", q, keys) / math.sqrt(self.dim)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -241,6 +257,21 @@ def test_tokens_without_a_window_block_are_read_from_pages(engine):
 
 
 @pytest.mark.gpu
+def test_the_window_begins_after_its_last_missing_block(engine):
+    torch = pytest.importorskip("torch")
+    lengths, before = [300, 200, 1000, 33, 1], [288, 192, 999, 32, 0]
+    of = engine(lengths, Recipe.parse("int4"), 128, 2, 4)
+    of.store([0] * 5, before)
+    of.store(before, lengths)
+    for request, gone in enumerate((280, 170, 0, 1, 0)):  # tokens whose blocks are missing, up to the next block
+        of.window_table[request, : -(-gone // of.size)] = 0
+    first = torch.full((5,), -1, dtype=torch.int32, device="cuda")
+    of.kernels.find_first(of.arguments(), *(each.data_ptr() for each in of.inputs[:2]), first.data_ptr(), 5)
+    # 280 is rounded up to a page, 170 to its block's end and then to a page; blocks before the window do not count.
+    assert first.tolist() == [288, 192, 0, 32, 0]
+
+
+@pytest.mark.gpu
 def test_a_window_one_token_short_is_noticed(engine):
     """The check of the other tests: attention to one token more from pages is not what they accept."""
     of = engine(LENGTHS, Recipe.parse("int4"), 128, 2, 4)
@@ -262,20 +293,25 @@ def test_steps_of_one_token_complete_pages(engine):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("text", RECIPES)
-def test_pages_read_back_as_their_codes(engine, text):
-    of = engine([200, 161], Recipe.parse(text), 128, 2, 4, dtype="fp16")
-    of.store([0, 0], [200, 161])
-    for request, tokens in ((0, 192), (1, 129), (1, 1)):
-        keys, values = (of.torch.full((tokens, 2, 128), math.nan, dtype=of.kind, device="cuda") for _ in range(2))
-        of.kernels.read(of.arguments(), request, tokens, keys.data_ptr(), values.data_ptr())
-        of.torch.cuda.synchronize()
-        for value, (read, rows) in enumerate(((keys, of.keys), (values, of.values))):
-            fmt = of.recipe.value_format if value else of.recipe.key_format
-            whole = rows[request][: -(-tokens // 32) * 32].float().cpu().numpy()
-            for head in range(2):
-                expected = stored_values(whole[:, head], fmt, bool(value), of.recipe.v_group(128))[:tokens]
-                np.testing.assert_allclose(read[:, head].double().cpu().numpy(), expected, rtol=2e-3, atol=1e-3)
+def test_gathered_tokens_are_those_of_pages_and_exactly_those_of_the_window(engine, text, head_dim, dtype):
+    lengths = [1, 200, 333, 161, 40]
+    of = engine(lengths, Recipe.parse(text), head_dim, 2, 4, dtype=dtype)
+    of.store([0] * 5, lengths)
+    # Of requests 1 to 4: a part of each, a part that ends in a page, the window alone, and nothing.
+    first, count, exact = [70, 3, 101, 0], [130, 150, 60, 0], [72, 1 << 30, 0, 0]
+    gathered = of.gather(1, first, count, exact)
+    for value, (read, rows) in enumerate(zip(gathered, (of.keys, of.values), strict=True)):
+        row = 0
+        for request, (n, m, e) in enumerate(zip(first, count, exact, strict=True), 1):
+            expected = of.numbers(request, min(max(n, e), n + m), value)[n : n + m]
+            part = read[row : row + m].double().cpu().numpy()
+            np.testing.assert_allclose(part, expected[: len(part)], rtol=4e-3 if dtype == "bf16" else 1e-3, atol=1e-6)
+            stored = rows[request][max(n, e) : n + m]
+            assert of.torch.equal(read[row + m - len(stored) : row + m], stored)
+            row += m
 
 
 @pytest.mark.gpu
@@ -294,7 +330,7 @@ def test_a_captured_graph_follows_lengths_and_tables(engine):
 
     def step():
         of.device.follow(torch.cuda.current_stream().cuda_stream)
-        of.kernels.store(of.arguments(), rows, lengths.data_ptr(), starts.data_ptr(), slots.data_ptr(), 2, 1)
+        of.kernels.store(of.arguments(), rows, lengths.data_ptr(), starts.data_ptr(), slots.data_ptr(), of.bad.data_ptr(), 2, 1)
         of.kernels.decode(of.arguments(), rows, view, output.data_ptr(), lengths.data_ptr(), of.first.data_ptr())
 
     torch.cuda.synchronize()

@@ -130,7 +130,7 @@ def main(names: Sequence[str]) -> None:
     """Compile the kernels of these names, MODULE.FUNCTION."""
     with cache_kernels_on_disk():
         for name in names:
-            module, _, function = name.partition(".")
+            module, _, function = name.rpartition(".")
             kernel: Kernel = getattr(import_module(f"{_PACKAGE}.{module}"), function)
             kernel.address  # noqa: B018
 

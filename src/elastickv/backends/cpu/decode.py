@@ -92,7 +92,7 @@ def _share(pages, splits, split):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _merge_partial(out, top, total, partial, dim, weight):  # type: ignore[no-untyped-def]
+def merge_partial(out, top, total, partial, dim, weight):  # type: ignore[no-untyped-def]
     """Merge one partial, with `weight` added to its log-sum-exp, into (out, top, total); return the new top and total."""
     other, mass = load_f32(partial + 4 * dim) + weight, load_f32(partial + 4 * dim + 4)
     if mass == ZERO:
@@ -131,14 +131,14 @@ def _merge(c, head, out, lse):  # type: ignore[no-untyped-def]
         target, top, total = out + g * dim * 4, NOTHING, ZERO
         reused = c[REUSED_BASE] + (head * group + g) * row
         if c[IS_REUSE] and steps_since_refresh > 0:
-            top, total = _merge_partial(
+            top, total = merge_partial(
                 target, top, total, reused, dim, np.float32(steps_since_refresh * double_from_bits(c[LOG2_DECAY]))
             )
         for split in range(splits):
             partial = c[PARTIAL_BASE] + ((head * splits + split) * group + g) * row
             if split == c[COLD_SPLITS] and c[IS_REUSE] and steps_since_refresh == 0:
                 _store_reused(reused, target, top, total, dim)
-            top, total = _merge_partial(target, top, total, partial, dim, weight if split < c[COLD_SPLITS] else ZERO)
+            top, total = merge_partial(target, top, total, partial, dim, weight if split < c[COLD_SPLITS] else ZERO)
         if c[IS_REUSE] and steps_since_refresh == 0 and c[EXACT_SPLITS] == 0:
             _store_reused(reused, target, top, total, dim)
         if total == ZERO:

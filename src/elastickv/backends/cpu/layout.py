@@ -95,6 +95,7 @@ class BufferField(IntEnum):
     WEIGHTS_KERNEL = 46  # address of the page scorer's function, filled in by the cache
     QUANTIZE_KEYS = 47  # addresses of the quantizers of K and V, filled in by the cache
     QUANTIZE_VALUES = 48
+    BOUNDS_PAGE_BYTES = 49  # from the scales of one page's int4 K to those of the next
 
 
 class State(IntEnum):
@@ -263,6 +264,7 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
         BufferField.PADDED: padded,
         BufferField.BOUNDS_BASE: at["bounds"],
         BufferField.BOUNDS_HEAD_BYTES: bounds_head,
+        BufferField.BOUNDS_PAGE_BYTES: 4 * dim,
         BufferField.IS_PAGES: int(pages),
         BufferField.LISTS_BASE: at["lists"],
         BufferField.LISTS_HEAD_BYTES: lists_head,

@@ -27,6 +27,7 @@ from elastickv.backends.kernel_cache import cache_folder, load_compiled, save_co
 from elastickv.errors import CompileFailure
 
 _FOLDER = Path(__file__).parent
+_PACKAGE = __name__.rpartition(".")[0]
 _LOG_LINES = 6
 _lock = RLock()
 _digest = cache(sources_digest)
@@ -123,7 +124,7 @@ class Kernel:
 
     def __init__(self, function: Callable[..., None], signature: str) -> None:
         self._function, self._signature = function, signature
-        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        self.name = f"{function.__module__.removeprefix(f'{_PACKAGE}.')}.{function.__name__}"
 
     @cached_property
     def address(self) -> int:
@@ -133,7 +134,7 @@ class Kernel:
         ------
         CompileFailure : if it does not compile.
         """
-        with cache_kernels_on_disk(self.name.replace(".", ".py:")), _without_collections():
+        with cache_kernels_on_disk(".py:".join(self.name.rsplit(".", 2)[-2:])), _without_collections():
             self._callback.compile()
         return int(self._callback.address)
 
@@ -174,7 +175,7 @@ def _kernel(trace: TracebackType | None) -> str:
     name = "a kernel"
     while trace is not None:
         file = Path(trace.tb_frame.f_code.co_filename)
-        if file.parent == _FOLDER and file != Path(__file__):
+        if _FOLDER in file.parents and file != Path(__file__):
             lines = linecache.getlines(str(file))[trace.tb_lineno - 1 :]
             named = next(filter(None, (re.match(r"\s*def (\w+)", line) for line in lines)), None)
             name = f"{file.name}:{named[1] if named else trace.tb_lineno}"

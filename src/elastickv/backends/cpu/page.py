@@ -34,7 +34,7 @@ from elastickv.recipe import PAGE_TOKENS
 
 _F = layout.BufferField
 GROUP, DIM, VALUE_GROUP, PADDED = int(_F.GROUP), int(_F.DIM), int(_F.VALUE_GROUP), int(_F.PADDED)
-COLD_PAGE_BYTES, LINE_BYTES = int(_F.COLD_PAGE_BYTES), layout.LINE_BYTES
+COLD_PAGE_BYTES, BOUNDS_PAGE_BYTES, LINE_BYTES = int(_F.COLD_PAGE_BYTES), int(_F.BOUNDS_PAGE_BYTES), layout.LINE_BYTES
 WORK_BASE, WORK_THREAD_BYTES = int(_F.WORK_BASE), int(_F.WORK_THREAD_BYTES)
 EXTRA = layout.PARTIAL_EXTRA
 LOG2_E = np.float32(1 / math.log(2))
@@ -94,7 +94,7 @@ def _scores(c, thread, first, block, key, page, scales_at, bounds, page_distance
     units, prefetch_bytes = scores + BLOCK * COLUMNS * 6, _prefetch_bytes(c, key, page_distance)
     dim, stride = c[DIM], COLUMNS * 4
     query, query_bytes, units, extra = key_operands(
-        key, first, block, dim, queries, narrow, scales, units, scales_at, bounds, page_distance * dim * 4
+        key, first, block, dim, queries, narrow, scales, units, scales_at, bounds, page_distance * c[BOUNDS_PAGE_BYTES]
     )
     rows = rows_at_once(key)
     multiply_page(

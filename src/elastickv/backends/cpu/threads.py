@@ -10,6 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 from numba import njit, prange
+from numpy.typing import NDArray
 
 from elastickv.backends.cpu.intrinsics import invoke_2
 
@@ -69,11 +70,11 @@ class OneThread:
 
 
 class Launch:
-    """A prepared `run`: a call costs little more than waking the threads."""
+    """A prepared `run`: a call costs little more than waking the threads. An array of arguments is shared with the caller."""
 
-    def __init__(self, function: Any, threads: int, arguments: Sequence[int]) -> None:
+    def __init__(self, function: Any, threads: int, arguments: Sequence[int] | NDArray[np.int64]) -> None:
         self._threads = threads
-        self._arguments = np.array(arguments, np.int64)
+        self._arguments = np.asarray(arguments, np.int64)
         self._call = (function.address, self._arguments.ctypes.data)
 
     def __call__(self) -> None:

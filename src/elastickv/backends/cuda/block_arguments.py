@@ -54,6 +54,26 @@ class StepRows(ArgumentStruct):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GatherRows(ArgumentStruct):
+    """Which tokens of consecutive requests are gathered, and where they go; (requests,) int32 each.
+
+    Attributes
+    ----------
+    first, count : the first token of each request, and how many.
+    start : the row of the first.
+    exact_first : the first token that is read from the window, there and of all later ones; earlier ones are read from pages,
+        which must be complete.
+    first_request : row of the block tables of the first request.
+    """
+
+    first: Address
+    count: Address
+    start: Address
+    exact_first: Address
+    first_request: I32
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockDecodeArguments(ArgumentStruct):
     """What a decode of a serving engine's requests reads beside their blocks.
 

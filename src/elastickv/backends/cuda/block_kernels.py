@@ -1,12 +1,12 @@
-"""Decode and store in the blocks of a serving engine, which owns the memory and the tables."""
+"""Store, decode and gather in the blocks of a serving engine, which owns the memory and the tables."""
 
 import math
 
 from elastickv.backends.cuda.arguments import Address
-from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, StepRows
+from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, GatherRows, StepRows
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.backends.cuda.kernel_selection import blocks_variant
-from elastickv.backends.cuda.launch import decode_blocks, read_blocks, store_blocks
+from elastickv.backends.cuda.launch import decode_blocks, first_in_window, gather_blocks, store_blocks
 from elastickv.backends.cuda.storage import Scratch, ScratchSize
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
@@ -41,7 +41,7 @@ class BlockKernels:
         problems = shape.batch * shape.kv_heads * self._decoding.passes(shape.group)
         self._scratch = Scratch(device, ScratchSize.of(self._decoding, self._grid, problems, 0))
         self._lse = device.allocate(shape.batch * shape.query_heads * 4)
-        for name in ("store_blocks", "read_blocks"):
+        for name in ("store_blocks", "gather_blocks", "first_in_window"):
             device.kernel(self._storing, name)
 
     def store(
@@ -51,20 +51,27 @@ class BlockKernels:
         lengths: Address,
         starts: Address,
         slot_mapping: Address,
+        bad: Address,
         requests: int,
         longest: int,
     ) -> None:
-        """Store a step's tokens and quantize the pages that they complete; `launch.store_blocks` describes the arguments."""
-        sizes = (longest, requests)
+        """Store a step's tokens and quantize the pages that they complete; `launch.store_blocks` describes the arguments.
+
+        Parameters
+        ----------
+        requests, longest : requests, and the most tokens that one has in this step.
+        """
         store_blocks(
             self._device,
             self._storing,
-            *sizes,
+            longest,
             tokens=tokens,
             blocks=blocks,
             lengths=lengths,
             starts=starts,
             slot_mapping=slot_mapping,
+            bad=bad,
+            requests=requests,
         )
 
     def decode(
@@ -120,7 +127,29 @@ class BlockKernels:
             requests=requests,
         )
 
-    def read(self, blocks: BlocksArguments, request: int, tokens: int, keys: Address, values: Address) -> None:
-        """Dequantize a request's first `tokens` tokens to (tokens, kv_heads, head_dim) keys and values of the model's dtype."""
-        if tokens:
-            read_blocks(self._device, self._storing, keys=keys, values=values, blocks=blocks, request=request, tokens=tokens)
+    def gather(
+        self, blocks: BlocksArguments, rows: GatherRows, keys: Address, values: Address, requests: int, longest: int
+    ) -> None:
+        """Write stored tokens of `requests` requests, up to `longest` each, to rows of the model's dtype.
+
+        Tokens from `exact_first` on are copies of the window's rows, earlier ones the numbers of their pages.
+
+        Parameters
+        ----------
+        keys, values : (rows, kv_heads, head_dim), contiguous and aligned to 16 bytes.
+        """
+        if requests and longest:
+            gather_blocks(self._device, self._storing, longest, requests, keys=keys, values=values, blocks=blocks, rows=rows)
+
+    def find_first(self, blocks: BlocksArguments, lengths: Address, starts: Address, first: Address, requests: int) -> None:
+        """Write what `decode` takes as `window_first`; `launch.first_in_window` describes the arguments."""
+        first_in_window(
+            self._device,
+            self._storing,
+            requests,
+            blocks=blocks,
+            lengths=lengths,
+            starts=starts,
+            exact_tokens=self._exact_tokens,
+            first=first,
+        )

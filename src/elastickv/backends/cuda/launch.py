@@ -25,7 +25,7 @@ from elastickv.backends.cuda.arguments import (
     TokenRows,
     pack,
 )
-from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, StepRows
+from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, GatherRows, StepRows
 from elastickv.backends.cuda.device import Argument, CudaDevice
 from elastickv.backends.cuda.kernel_selection import Variant
 from elastickv.recipe import PAGE_TOKENS
@@ -37,6 +37,8 @@ _MOST_GRID_Z = 65535
 _MOST_BLOCKS = 4096
 _COPY_BLOCKS = 64
 _FILL_BLOCKS = 16384
+_STORE_BLOCKS = 8192
+_GATHER_BLOCKS = 8192
 _WARPS = 8  # of a block of the kernels that store, read and move tokens
 
 
@@ -195,30 +197,57 @@ def decode(blocks: int, *, query: Address, output: Address, lse: Address, cache:
 @kernel
 def store_blocks(
     longest: int,
-    requests: int,
     *,
     tokens: StepRows,
     blocks: BlocksArguments,
     lengths: Address,
     starts: Address,
     slot_mapping: Address,
+    bad: Address,
+    requests: I32,
 ) -> Grid:
     """Store the tokens of a step, up to `longest` a request, in the window, and quantize the pages that they complete.
 
     Parameters
     ----------
     lengths : (requests,) int32, tokens of each request after the step.
-    starts : (requests + 1,) int32, where each request's tokens begin.
+    starts : (requests + 1,) int32, where each request's tokens begin. The newest of its tokens that make up its length count:
+        a request of length 0 has none, whatever its starts say.
     slot_mapping : (tokens,) int64 slots of the window; those of block 0, and negative ones, store nothing.
+    bad : a word of `BadToken`, lowered where a token with a slot that is not negative has values that cannot be stored.
     """
-    pages = 1 if longest <= PAGE_TOKENS else min(_blocks(longest, PAGE_TOKENS) + 1, _COPY_BLOCKS)
-    return pages, 2 * blocks.kv_heads, requests
+    heads = 2 * blocks.kv_heads
+    if longest <= PAGE_TOKENS:
+        return 1, heads, requests
+    return min(requests * (longest // PAGE_TOKENS + 2), max(1, _STORE_BLOCKS // heads)), heads, 1
 
 
 @kernel
-def read_blocks(*, keys: Address, values: Address, blocks: BlocksArguments, request: I32, tokens: I32) -> Grid:
-    """Dequantize a request's first `tokens` tokens, which must be in complete pages: (tokens, kv_heads, head_dim) each."""
-    return _blocks(tokens, PAGE_TOKENS), 2 * blocks.kv_heads
+def gather_blocks(
+    longest: int, requests: int, *, keys: Address, values: Address, blocks: BlocksArguments, rows: GatherRows
+) -> Grid:
+    """Write stored tokens of some requests, up to `longest` each, to `keys` and `values`.
+
+    Parameters
+    ----------
+    keys, values : (rows, kv_heads, head_dim) of the window's dtype, contiguous and aligned to 16 bytes.
+    """
+    heads = blocks.kv_heads
+    return heads, min(-(-longest // PAGE_TOKENS) + 1, max(1, _GATHER_BLOCKS // (heads * requests))), requests
+
+
+@kernel
+def first_in_window(
+    requests: int, *, blocks: BlocksArguments, lengths: Address, starts: Address, exact_tokens: I32, first: Address
+) -> Grid:
+    """Write the first token whose window block, and all later ones before the step, are there; a multiple of 32.
+
+    Parameters
+    ----------
+    lengths, starts : as in `store_blocks`.
+    first : (requests,) int32.
+    """
+    return (requests,)
 
 
 @kernel

@@ -228,7 +228,8 @@ __device__ __forceinline__ Span span_at(const Args& a, size_t head) {
     Span s = {};
     s.first_new = a.lengths[request] - count;
     s.end = max(s.first_new + 1 + row - start, 0);
-    s.first_exact = max(max(s.end - a.window, 0), a.window_first[request]);
+    // A row of no request has no tokens, whatever window_first says.
+    s.first_exact = min(max(max(s.end - a.window, 0), a.window_first[request]), s.end);
     s.cold = s.first_exact;
     s.exact = s.end - s.first_exact;
     s.cold_units = (s.cold + PAGE - 1) / PAGE;

@@ -681,6 +681,36 @@ __device__ __forceinline__ void stage_queries(Staged& staged, const Args& a, con
 
 #else  // Storing and reading back. One block of STORE_THREADS threads.
 
+// Where a code is in a vector of 16 bytes.
+struct CodeIndex {
+    int word, element;
+};
+
+template <int BITS>
+__device__ __forceinline__ u32 code_of(const uint4& vector, CodeIndex at) {
+    return (&vector.x)[at.word] >> (BITS * at.element) & ((1u << BITS) - 1);
+}
+
+// The code of channel `j` of the `four`th four adjacent channels of one token in a vector of K.
+__device__ __forceinline__ CodeIndex key_code_index(int four, int j) {
+#if K_BITS == 4
+    return {2 * (four >> 2) + (j >> 1), (four & 3) + 4 * (j & 1)};
+#elif K_BITS == 16
+    return {2 * four + (j >> 1), j & 1};
+#else
+    return {four, j};
+#endif
+}
+
+// Group of the dims that share int4 scales, of a word of a vector of row `row` of V.
+__device__ __forceinline__ int value_group(int row, int word) {
+#if V_FORMAT == INT4
+    return min((2 * row + (word >> 1)) / GROUP_TILES, GROUPS - 1);
+#else
+    return 0;
+#endif
+}
+
 __device__ __forceinline__ float bf16_up(float x, u32& bits) {  // x not negative
     bits = (__float_as_uint(x) + 0xffffu) >> 16;
     return __uint_as_float(bits << 16);

@@ -1,9 +1,18 @@
-// Stores a step's tokens in the blocks of a serving engine, and reads pages back; see blocks.cuh.
+// Stores a step's tokens in the blocks of a serving engine, and gathers tokens from there; see blocks.cuh.
 //
 // Every token goes to its request's window, and every page that the step completes is quantized: from the step's own keys and
 // values where they are its tokens, and from the window before them. Tokens whose window block is 0 are in no later window.
-#include "unpack.cuh"
+#include "store.cuh"
 #include "blocks.cuh"
+
+#define STORE_WARPS (STORE_THREADS / 32)
+#define ROWS_PER_WARP (PAGE / STORE_WARPS)
+#define ROW_VECTORS (D / 8)  // of 16 bytes
+// Where no lanes that write numbers at once meet in a bank.
+#define KEY_PITCH (D % 32 ? D : D + 16)
+#define VALUE_PITCH (D + 8)
+
+static_assert(EXACT_BYTES == 2, "rows are of 16 bit");
 
 __device__ __forceinline__ char* window_row(const Blocks& b, bool value, int block, int token, int head) {
     const int within = token & ((1 << b.window_shift) - 1);
@@ -11,48 +20,93 @@ __device__ __forceinline__ char* window_row(const Blocks& b, bool value, int blo
            (value ? EXACT_ROW : 0);
 }
 
+__device__ __forceinline__ int window_block(const Blocks& b, int request, int token) {
+    return b.window_table[(size_t)request * b.window_columns + (token >> b.window_shift)];
+}
+
 __device__ __forceinline__ char* slab_at(const Blocks& b, int request, int page, int head) {
     return b.pages + b.page_table[(size_t)request * b.page_columns + page] * b.page_stride + (size_t)head * b.slab_bytes;
 }
 
-// `starts`: where each request's tokens begin, and the end of the last; `slot_mapping`: the window's slot of each token, or -1.
-// grid: pages of a request, (KV head, keys or values), requests.
+// The pages that a step touches are numbered across requests. This is the first number of a request, who has enough of them
+// wherever its tokens begin in a page.
+__device__ __forceinline__ int first_slot(const int* starts, int request) { return starts[request] / PAGE + 2 * request; }
+
+// One warp finds the request of a slot: the last whose first slot is not beyond it.
+__device__ __forceinline__ int request_at(const int* starts, int requests, int slot) {
+    int begin = 0, end = requests;
+    while (end - begin > 1) {
+        const int step = (end - begin + 31) / 32, probe = begin + (threadIdx.x & 31) * step;
+        const int before = __popc(__ballot_sync(FULL, probe < end && first_slot(starts, probe) <= slot));
+        begin += (before - 1) * step;
+        end = min(begin + step, end);
+    }
+    return begin;
+}
+
+// One warp reports a row with a value that is not finite, or a key that its format cannot hold: the least word remains.
+__device__ __forceinline__ void report_row(u64* bad, bool value, int request, int position, const float (&x)[ELEMENTS]) {
+    const float finite = 3.402823466e38f, most = LARGEST_KEY && !value ? (float)LARGEST_KEY : finite;
+    bool beyond = false, broken = false;
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; e++) beyond |= !(fabsf(x[e]) <= most);
+    if (!__any_sync(FULL, beyond)) return;
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; e++) broken |= !(fabsf(x[e]) <= finite);
+    const u64 kind = __any_sync(FULL, broken) ? 0 : 1;
+    if ((threadIdx.x & 31) == 0) atomicMin(bad, kind << 63 | (u64)request << 32 | (u32)position);
+}
+
+// `starts`: where each request's tokens begin, and the end of the last; `slot_mapping`: the window's slot of each token, or -1;
+// `bad`: the least of kind << 63 | request << 32 | position; kind 1: finite, but too large for the format of K.
+// grid: 1 and requests, or slots and 1, in x and z; (KV head, keys or values) in y.
 extern "C" __global__ void __launch_bounds__(STORE_THREADS)
-    store_blocks(STEP_ROWS_SIGNATURE, BLOCKS_SIGNATURE, const int* lengths, const int* starts, const long long* slot_mapping) {
+    store_blocks(STEP_ROWS_SIGNATURE, BLOCKS_SIGNATURE, const int* lengths, const int* starts, const long long* slot_mapping,
+                 u64* bad, int requests) {
     __shared__ PageTile tile;
     const Blocks b = BLOCKS_VALUE;
-    const int request = blockIdx.z, head = blockIdx.y >> 1, warp = threadIdx.x >> 5, warps = STORE_THREADS / 32;
-    const bool value = blockIdx.y & 1;
-    wait_for_previous();
-    let_next_start();
-    const int start = starts[request], count = starts[request + 1] - start;
-    const int length = lengths[request], first = length - count;
+    const int head = blockIdx.y >> 1, warp = threadIdx.x >> 5;
+    const bool value = blockIdx.y & 1, one_request = gridDim.x == 1;
     const char* rows = value ? values : keys;
     const long long stride = value ? value_stride : key_stride;
-    for (int i = blockIdx.x * warps + warp; i < count; i += gridDim.x * warps) {
-        const long long slot = slot_mapping[start + i];
-        if (slot < 1ll << b.window_shift) continue;
-        float x[ELEMENTS];
-        load_row(x, rows, (start + i) * stride + head * D, EXACT_TYPE, D);
-        char* row = window_row(b, value, (int)(slot >> b.window_shift), (int)slot, head);
+    wait_for_previous();
+    let_next_start();
+    const int before = one_request ? first_slot(starts, blockIdx.z) : 0;
+    const int slots = first_slot(starts, one_request ? blockIdx.z + 1 : requests) - before;
+    for (int slot = blockIdx.x; slot < slots; slot += gridDim.x) {
+        const int request = one_request ? blockIdx.z : request_at(starts, requests, slot);
+        const int start = starts[request], length = lengths[request], first = length - (starts[request + 1] - start);
+        const int page = max(first, 0) / PAGE + slot - (first_slot(starts, request) - before);
+        if (page * PAGE >= length) continue;
+        const bool complete = (page + 1) * PAGE <= length;
+        float x[ROWS_PER_WARP][ELEMENTS];
+        long long to = -1;  // slot of the row that this lane's number is
+        const int lane = threadIdx.x & 31, mine = page * PAGE + lane * STORE_WARPS + warp;
+        if (lane < ROWS_PER_WARP && mine >= first && mine < length) to = slot_mapping[start + mine - first];
 #pragma unroll
-        for (int e = 0; e < ELEMENTS; e++)
-            if (const int dim = (threadIdx.x & 31) + 32 * e; dim < D) put_exact(row, dim, x[e]);
-    }
-    for (int page = max(first, 0) / PAGE + blockIdx.x; page < length / PAGE; page += gridDim.x) {
-        for (int token = warp; token < PAGE; token += warps) {
-            const int position = page * PAGE + token;
-            float x[ELEMENTS];
-            if (position >= first) {
-                load_row(x, rows, (start + position - first) * stride + head * D, EXACT_TYPE, D);
-            } else {
-                const int block = b.window_table[(size_t)request * b.window_columns + (position >> b.window_shift)];
-                load_row(x, window_row(b, value, block, position, head), 0, EXACT_TYPE, D);
-            }
-#pragma unroll
-            for (int e = 0; e < ELEMENTS; e++)
-                if (const int dim = (threadIdx.x & 31) + 32 * e; dim < D) tile.x[token][dim] = x[e];
+        for (int r = 0; r < ROWS_PER_WARP; r++) {
+            const int position = page * PAGE + r * STORE_WARPS + warp;
+            if (position >= first && position < length)
+                load_row(x[r], rows, (start + position - first) * stride + head * D, EXACT_TYPE, D);
+            else if (complete)
+                load_row(x[r], window_row(b, value, window_block(b, request, position), position, head), 0, EXACT_TYPE, D);
         }
+#pragma unroll
+        for (int r = 0; r < ROWS_PER_WARP; r++) {
+            const int in_page = r * STORE_WARPS + warp, position = page * PAGE + in_page;
+            const long long slot = __shfl_sync(FULL, to, r);
+            if (slot >= 0) report_row(bad, value, request, position, x[r]);
+            const int block = slot < 0 ? 0 : (int)(slot >> b.window_shift);
+            char* row = window_row(b, value, block, position, head);
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; e++) {
+                const int dim = lane + 32 * e;
+                if (dim >= D) continue;
+                if (block) put_exact(row, dim, x[r][e]);
+                if (complete) tile.x[in_page][dim] = x[r][e];
+            }
+        }
+        if (!complete) continue;
         __syncthreads();
         char* slab = slab_at(b, request, page, head);
         if (value)
@@ -63,25 +117,119 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
     }
 }
 
-// Writes the numbers of a request's first `tokens` tokens, (tokens, KV heads, head_dim). grid: pages, (KV head, keys or
-// values).
-extern "C" __global__ void __launch_bounds__(STORE_THREADS)
-    read_blocks(char* keys, char* values, BLOCKS_SIGNATURE, int request, int tokens) {
-    __shared__ PageTile tile;
-    const Blocks b = BLOCKS_VALUE;
-    const int head = blockIdx.y >> 1;
-    const bool value = blockIdx.y & 1;
-    for (int page = blockIdx.x; page * PAGE < tokens; page += gridDim.x) {
-        const char* slab = slab_at(b, request, page, head);
-        __syncthreads();
-        unpack_codes(tile, value, reinterpret_cast<const u32*>(slab + (value ? VALUES_AT : 0)),
-                     reinterpret_cast<const u16*>(slab + (value ? VALUE_SCALES_AT : KEY_SCALES_AT)));
-        __syncthreads();
-        for (int token = threadIdx.x >> 5; token < PAGE && page * PAGE + token < tokens; token += STORE_THREADS / 32) {
-            char* row = (value ? values : keys) + ((size_t)(page * PAGE + token) * kv_heads + head) * EXACT_ROW;
+// A page of one KV head, dequantized.
+struct __align__(16) RowTile {
+    u16 keys[PAGE][KEY_PITCH], values[PAGE][VALUE_PITCH];
+};
+
+// Two numbers as 16-bit numbers. Codes can slightly exceed the range of the rows that they were made of.
+__device__ __forceinline__ u32 limited_pair(float low, float high) {
+#if EXACT_TYPE == BF16
+    const __nv_bfloat162 most = __floats2bfloat162_rn(3.3895313892515355e38f, 3.3895313892515355e38f);
+    const __nv_bfloat162 pair = __hmax2_nan(__hmin2_nan(__floats2bfloat162_rn(low, high), most), __hneg2(most));
+#else
+    const __half2 most = __floats2half2_rn(65504.f, 65504.f);
+    const __half2 pair = __hmax2_nan(__hmin2_nan(__floats2half2_rn(low, high), most), __hneg2(most));
+#endif
+    return *reinterpret_cast<const u32*>(&pair);
+}
+
+// One block dequantizes a page. A thread has whole vectors of codes: 16 bytes of K, in fours of a token's channels, or of V.
+__device__ __forceinline__ void unpack_slab(RowTile& tile, const char* slab) {
+    const int KEY_VECTORS = KEY_PAGE / 16, VECTORS = KEY_VECTORS + VALUE_PAGE / 16;
+    const u16* key_scales = reinterpret_cast<const u16*>(slab + KEY_SCALES_AT);
+    const u16* value_scales = reinterpret_cast<const u16*>(slab + VALUE_SCALES_AT);
 #pragma unroll
-            for (int e = 0; e < ELEMENTS; e++)
-                if (const int dim = (threadIdx.x & 31) + 32 * e; dim < D) put_exact(row, dim, limit_exact(tile.x[token][dim]));
+    for (int from = 0; from < VECTORS; from += STORE_THREADS) {
+        const int i = from + threadIdx.x;
+        if (from < KEY_VECTORS && i < KEY_VECTORS) {
+            const uint4 codes = load16(slab + 16 * i);
+#pragma unroll
+            for (int four = 0; four < 32 / K_BITS; four++) {
+                float x[4];
+                Element at;
+#pragma unroll
+                for (int j = 3; j >= 0; j--) {
+                    const CodeIndex code = key_code_index(four, j);
+                    at = key_element(i >> 5, i & 31, code.word, code.element);
+                    x[j] = key_number(code_of<K_BITS>(codes, code), at, key_scales);
+                }
+                if (at.dim < D)
+                    *reinterpret_cast<uint2*>(&tile.keys[at.token][at.dim]) =
+                        make_uint2(limited_pair(x[0], x[1]), limited_pair(x[2], x[3]));
+            }
+        } else if (from + STORE_THREADS > KEY_VECTORS && i < VECTORS) {
+            const int vector = i - KEY_VECTORS;
+            const uint4 codes = load16(slab + VALUES_AT + 16 * vector);
+#pragma unroll
+            for (int word = 0; word < 4; word++)
+#pragma unroll
+                for (int e = 0; e < 32 / V_BITS; e += 2) {
+                    float x[2];
+                    Element at[2];
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        at[j] = value_element(vector >> 5, vector & 31, word, e + j);
+                        const Element scaled = {at[j].token, value_group(vector >> 5, word) * V_GROUP};
+                        x[j] = value_number(code_of<V_BITS>(codes, {word, e + j}), scaled, value_scales);
+                    }
+                    const u32 pair = limited_pair(x[0], x[1]);
+#pragma unroll
+                    for (int j = 0; j < 2; j++)
+                        if (at[j].dim < D) tile.values[at[j].token][at[j].dim] = (u16)(pair >> 16 * j);
+                }
         }
     }
+}
+
+// Writes tokens first[i] to first[i] + count[i] - 1 of request `first_request` + i to rows start[i] and on, (rows, KV heads,
+// head_dim): from the window where they are exact_first[i] or later, otherwise from pages. Calls that leave no token to read
+// from a page do not read it.
+// grid: KV heads, pages of a request, requests.
+extern "C" __global__ void __launch_bounds__(STORE_THREADS)
+    gather_blocks(char* keys, char* values, BLOCKS_SIGNATURE, const int* first, const int* count, const int* start,
+                  const int* exact_first, int first_request) {
+    __shared__ RowTile tile;
+    const Blocks b = BLOCKS_VALUE;
+    const int head = blockIdx.x, request = first_request + blockIdx.z;
+    const int begin = first[blockIdx.z], end = begin + count[blockIdx.z], exact = exact_first[blockIdx.z];
+    const long long row = (long long)start[blockIdx.z] - begin;
+    for (int page = begin / PAGE + blockIdx.y; page * PAGE < end; page += gridDim.y) {
+        const int from = max(begin, page * PAGE), to = min(end, (page + 1) * PAGE);
+        if (from < exact) {
+            __syncthreads();
+            unpack_slab(tile, slab_at(b, request, page, head));
+            __syncthreads();
+        }
+#pragma unroll
+        for (int each = 0; each < 2 * PAGE * ROW_VECTORS; each += STORE_THREADS) {
+            const int i = each + threadIdx.x, token = i / ROW_VECTORS % PAGE, dim = i % ROW_VECTORS * 8;
+            const bool value = i >= PAGE * ROW_VECTORS;
+            const int position = page * PAGE + token;
+            if (i >= 2 * PAGE * ROW_VECTORS || position < from || position >= to) continue;
+            uint4 x;
+            if (position < exact)
+                x = *reinterpret_cast<const uint4*>(value ? &tile.values[token][dim] : &tile.keys[token][dim]);
+            else
+                x = load16(window_row(b, value, window_block(b, request, position), position, head) + 2 * dim);
+            char* target = (value ? values : keys) + ((row + position) * kv_heads + head) * EXACT_ROW;
+            *reinterpret_cast<uint4*>(target + 2 * dim) = x;
+        }
+    }
+}
+
+// Writes of each request the first token whose window block, and all later ones before the step, are there: tokens before it
+// are read from pages, so it is rounded up to a page. grid: requests; one warp each.
+extern "C" __global__ void __launch_bounds__(STORE_THREADS)
+    first_in_window(BLOCKS_SIGNATURE, const int* lengths, const int* starts, int exact_tokens, int* first) {
+    const Blocks b = BLOCKS_VALUE;
+    const int request = blockIdx.x, size = 1 << b.window_shift;
+    if (threadIdx.x >= 32) return;
+    const int before = max(lengths[request] - (starts[request + 1] - starts[request]), 0);
+    int gone = 0;
+    for (int token = max(before - exact_tokens + 1, 0) / size * size + (int)threadIdx.x * size; token < before;
+         token += 32 * size)
+        if (!window_block(b, request, token)) gone = token + size;
+    for (int i = 16; i; i >>= 1) gone = max(gone, __shfl_xor_sync(FULL, gone, i));
+    if (threadIdx.x == 0) first[request] = min((gone + PAGE - 1) / PAGE, before / PAGE) * PAGE;
 }

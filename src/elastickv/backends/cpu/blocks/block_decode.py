@@ -1,0 +1,167 @@
+"""Attention of a step's tokens to their requests' pages, window and own keys and values.
+
+Each row of queries is divided into items of some pages of one KV head, in the same way whatever else is in the batch and
+however many threads there are: results depend on neither. The item that finishes a row's head last merges its partials.
+"""
+
+import numpy as np
+
+from elastickv.backends.cpu import layout
+from elastickv.backends.cpu.blocks.block_rows import narrow_row, widen_row
+from elastickv.backends.cpu.blocks.block_tokens import (
+    ROW_TABLES_BYTES,
+    element_bytes,
+    fill_page,
+    find_rows,
+    row_tables,
+    slab,
+    step_tokens,
+)
+from elastickv.backends.cpu.blocks.host_blocks import BlockField
+from elastickv.backends.cpu.decode import merge_partial
+from elastickv.backends.cpu.elements import put
+from elastickv.backends.cpu.intrinsics import (
+    FP16,
+    atomic_add,
+    double_from_bits,
+    inlined,
+    invoke_8,
+    load_f32,
+    load_i32,
+    store_i64,
+    words,
+)
+from elastickv.backends.cpu.numba_cache import kernel
+from elastickv.backends.cpu.page import prepare, write_partials
+from elastickv.recipe import PAGE_TOKENS
+
+_B, _F = BlockField, layout.BufferField
+KV_HEADS, REQUESTS, WINDOW_FIRST = int(_B.KV_HEADS), int(_B.REQUESTS), int(_B.WINDOW_FIRST)
+QUERY, QUERY_STRIDE = int(_B.QUERY), int(_B.QUERY_STRIDE)
+OUTPUT, OUTPUT_STRIDE = int(_B.OUTPUT), int(_B.OUTPUT_STRIDE)
+FACTOR, EXACT_TOKENS = int(_B.FACTOR), int(_B.EXACT_TOKENS)
+PARTIAL, PENDING = int(_B.PARTIAL), int(_B.PENDING)
+DESCRIPTOR, COUNTERS, BOUNDS_OFFSET = int(_B.DESCRIPTOR), int(_B.COUNTERS), int(_B.BOUNDS_OFFSET)
+GROUP, DIM, EXACT_FORMAT, PAGE_KERNEL = int(_F.GROUP), int(_F.DIM), int(_F.EXACT_FORMAT), int(_F.PAGE_KERNEL)
+COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
+EXTRA = layout.PARTIAL_EXTRA
+SPLITS = 16  # of a row's pages, at most, until they reach the most pages of an item
+PAGES_OF_ITEM, EXACT_PAGES_OF_ITEM = 16, 8  # at least; a page of exact numbers takes longer
+MOST_PAGES = layout.SPLIT_MAX_PAGES
+ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
+
+
+def most_items(tokens: int, exact_tokens: int) -> int:
+    """Return the most items of one KV head of a row with `tokens` tokens, of which `exact_tokens` are not read from pages."""
+    counts = (-(-tokens // PAGE_TOKENS), -(-exact_tokens // PAGE_TOKENS))
+    return sum(max(SPLITS, -(-pages // MOST_PAGES)) for pages in counts)
+
+
+@inlined
+def _item_pages(pages, least):  # type: ignore[no-untyped-def]
+    """Return how many of a row's pages an item has."""
+    return min(max((pages + SPLITS - 1) // SPLITS, least), MOST_PAGES)
+
+
+@inlined
+def _attend_pages(a, thread, request, head, first, last, tokens):  # type: ignore[no-untyped-def]
+    """Attend to pages `first` to `last` - 1, of which only `tokens` tokens are read."""
+    descriptor = a[DESCRIPTOR]
+    c = words(descriptor)
+    following = slab(a, request, first, head)
+    for page in range(first, last):
+        where = following
+        following = slab(a, request, min(page + 1, last - 1), head)
+        valid = min(PAGE_TOKENS, tokens - page * PAGE_TOKENS)
+        invoke_8(
+            c[PAGE_KERNEL], descriptor, thread, c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], where, where + a[BOUNDS_OFFSET],
+            valid, following - where,
+        )  # fmt: skip
+
+
+@inlined
+def _attend_exact(a, thread, request, head, first, last, step_first, start):  # type: ignore[no-untyped-def]
+    """Attend to tokens `first` to `last` - 1 in the window and among the step's own."""
+    descriptor = a[DESCRIPTOR]
+    c = words(descriptor)
+    tables = row_tables(a, c, thread)
+    page = tables + ROW_TABLES_BYTES
+    for token in range(first, last, PAGE_TOKENS):
+        count = min(PAGE_TOKENS, last - token)
+        find_rows(a, c, request, head, token, count, step_first, start, tables)
+        fill_page(c, count, tables, page)
+        invoke_8(c[PAGE_KERNEL], descriptor, thread, c[EXACT_FORMAT], c[EXACT_FORMAT], page, 0, count, 0)
+
+
+@inlined
+def _merge(a, c, thread, row, head, first, splits):  # type: ignore[no-untyped-def]
+    """Merge the partials of one head of a row, in their order, and write its outputs."""
+    group, dim = c[GROUP], c[DIM]
+    partial_bytes, element = (dim + EXTRA) * 4, element_bytes(c)
+    merged = row_tables(a, c, thread) + ROW_TABLES_BYTES
+    for g in range(group):
+        top, total = NOTHING, ZERO
+        for split in range(splits):
+            partial = a[PARTIAL] + ((first + split) * group + g) * partial_bytes
+            top, total = merge_partial(merged, top, total, partial, dim, ZERO)
+        target = a[OUTPUT] + row * a[OUTPUT_STRIDE] + (head * group + g) * dim * element
+        if c[EXACT_FORMAT] == FP16:
+            for d in range(dim):
+                put(FP16, target + 2 * d, load_f32(merged + 4 * d) * (ONE / total))
+        else:
+            narrow_row(c[EXACT_FORMAT], merged, dim, target, ONE / total)
+
+
+@inlined
+def _attend_item(a, thread, request, row, position, step_first, start, base, item):  # type: ignore[no-untyped-def]
+    """Attend with the queries of one KV head to a share of what they read; `base` is the row's first item."""
+    c = words(a[DESCRIPTOR])
+    group, dim = c[GROUP], c[DIM]
+    cold, cold_size, cold_splits, exact_size, exact_splits = _shares(a, request, position)
+    splits = cold_splits + exact_splits
+    head, split = (item - base) // splits, (item - base) % splits
+    queries = row_tables(a, c, thread) + ROW_TABLES_BYTES
+    source = a[QUERY] + row * a[QUERY_STRIDE] + head * group * dim * element_bytes(c)
+    widen_row(c[EXACT_FORMAT], source, group * dim, queries, np.float32(double_from_bits(a[FACTOR])))
+    is_cold = split < cold_splits
+    value = c[COLD_VALUE_FORMAT] if is_cold else c[EXACT_FORMAT]
+    prepare(c, thread, queries, c[COLD_KEY_FORMAT] if is_cold else c[EXACT_FORMAT])
+    if is_cold:
+        pages, first = (cold + PAGE_TOKENS - 1) // PAGE_TOKENS, split * cold_size
+        _attend_pages(a, thread, request, head, first, min(pages, first + cold_size), cold)
+    else:
+        size = exact_size * PAGE_TOKENS
+        first = cold + (split - cold_splits) * size
+        _attend_exact(a, thread, request, head, first, min(position + 1, first + size), step_first, start)
+    write_partials(c, thread, value, a[PARTIAL] + item * group * (dim + EXTRA) * 4)
+    pending = a[PENDING] + 8 * (row * a[KV_HEADS] + head)
+    if atomic_add(pending, 1) == splits - 1:
+        store_i64(pending, 0)
+        _merge(a, c, thread, row, head, base + head * splits, splits)
+
+
+@inlined
+def _shares(a, request, position):  # type: ignore[no-untyped-def]
+    """Return how many tokens a query at `position` reads from pages, and pages of an item and items: of pages, of exact."""
+    window_first = np.int64(load_i32(a[WINDOW_FIRST] + 4 * request))
+    cold = max(0, position - a[EXACT_TOKENS] + 1, min(window_first, position + 1))
+    pages, exact_pages = (cold + PAGE_TOKENS - 1) // PAGE_TOKENS, (position - cold + PAGE_TOKENS) // PAGE_TOKENS
+    size, exact_size = _item_pages(pages, PAGES_OF_ITEM), _item_pages(exact_pages, EXACT_PAGES_OF_ITEM)
+    return cold, size, (pages + size - 1) // size, exact_size, (exact_pages + exact_size - 1) // exact_size
+
+
+@kernel("void(int64, int64)")
+def decode_rows(arguments, thread):  # type: ignore[no-untyped-def]
+    """Write the outputs of all rows of queries. Threads take items by ticket, and walk along the rows with them."""
+    a = words(arguments)
+    item, base = atomic_add(a[COUNTERS], 1), 0
+    for request in range(a[REQUESTS]):
+        length, start, count = step_tokens(a, request)
+        for number in range(count):
+            position = length - count + number
+            _, _, cold_splits, _, exact_splits = _shares(a, request, position)
+            items = a[KV_HEADS] * (cold_splits + exact_splits)
+            while item < base + items:
+                _attend_item(a, thread, request, start + number, position, length - count, start, base, item)
+                item = atomic_add(a[COUNTERS], 1)
+            base += items

@@ -1,0 +1,75 @@
+"""Tokens of some requests as contiguous rows, from the window or dequantized from pages."""
+
+import numpy as np
+
+from elastickv.backends.cpu import layout
+from elastickv.backends.cpu.blocks.block_rows import copy_bytes
+from elastickv.backends.cpu.blocks.block_tokens import element_bytes, slab, window_row
+from elastickv.backends.cpu.blocks.host_blocks import BlockField
+from elastickv.backends.cpu.elements import limited, plane_bytes, put, scale_bytes
+from elastickv.backends.cpu.intrinsics import atomic_add, inlined, load_i32, words
+from elastickv.backends.cpu.numba_cache import kernel
+from elastickv.backends.cpu.page_codes import key_number, value_number
+from elastickv.recipe import PAGE_TOKENS
+
+_B, _F = BlockField, layout.BufferField
+KV_HEADS, REQUESTS, IS_EXACT = int(_B.KV_HEADS), int(_B.REQUESTS), int(_B.IS_EXACT)
+LISTED, FIRST, COUNT = int(_B.LISTED), int(_B.FIRST), int(_B.COUNT)
+KEYS_OUT, VALUES_OUT = int(_B.KEYS_OUT), int(_B.VALUES_OUT)
+WINDOW_TABLE, WINDOW_COLUMNS, WINDOW_SHIFT = int(_B.WINDOW_TABLE), int(_B.WINDOW_COLUMNS), int(_B.WINDOW_SHIFT)
+DESCRIPTOR, COUNTERS, BOUNDS_OFFSET = int(_B.DESCRIPTOR), int(_B.COUNTERS), int(_B.BOUNDS_OFFSET)
+DIM, VALUE_GROUP, EXACT_FORMAT = int(_F.DIM), int(_F.VALUE_GROUP), int(_F.EXACT_FORMAT)
+COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
+
+
+@inlined
+def _copy_token(a, c, request, head, token, keys, values):  # type: ignore[no-untyped-def]
+    column = token >> a[WINDOW_SHIFT]
+    block = np.int64(load_i32(a[WINDOW_TABLE] + 4 * (request * a[WINDOW_COLUMNS] + column)))
+    where, row_bytes = window_row(a, c, block, token, head), c[DIM] * element_bytes(c)
+    copy_bytes(where, keys, row_bytes)
+    copy_bytes(where + row_bytes, values, row_bytes)
+
+
+@inlined
+def _dequantize_token(a, c, where, token, keys, values):  # type: ignore[no-untyped-def]
+    """Write a page's token `token`; numbers slightly beyond the range of 16 bits become the largest 16-bit number."""
+    key, value, dim, group, fmt = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], c[DIM], c[VALUE_GROUP], c[EXACT_FORMAT]
+    element = element_bytes(c)
+    value_codes = where + plane_bytes(key, dim)
+    key_scales = value_codes + plane_bytes(value, dim)
+    value_scales = key_scales + scale_bytes(key, dim, group, False)
+    for d in range(dim):
+        k = np.float32(key_number(key, where, key_scales, where + a[BOUNDS_OFFSET], dim, token, d))
+        v = np.float32(value_number(value, value_codes, value_scales, dim, group, token, d))
+        put(fmt, keys + d * element, limited(fmt, k))
+        put(fmt, values + d * element, limited(fmt, v))
+
+
+@kernel("void(int64, int64)")
+def gather_tokens(arguments, thread):  # type: ignore[no-untyped-def]
+    """Write `COUNT` tokens from `FIRST` on of each listed request. Threads take items by ticket: one KV head of a page."""
+    a = words(arguments)
+    c = words(a[DESCRIPTOR])
+    item, base, written = atomic_add(a[COUNTERS], 1), 0, 0
+    row_bytes = c[DIM] * element_bytes(c)
+    for entry in range(a[REQUESTS]):
+        request = np.int64(load_i32(a[LISTED] + 4 * entry))
+        first, count = np.int64(load_i32(a[FIRST] + 4 * entry)), np.int64(load_i32(a[COUNT] + 4 * entry))
+        first_page, pages = first // PAGE_TOKENS, np.int64(0)
+        if count > 0:
+            pages = (first + count - 1) // PAGE_TOKENS + 1 - first_page
+        items = pages * a[KV_HEADS]
+        while item < base + items:
+            page, head = first_page + (item - base) // a[KV_HEADS], (item - base) % a[KV_HEADS]
+            start = page * PAGE_TOKENS
+            for token in range(max(first, start), min(first + count, start + PAGE_TOKENS)):
+                offset = ((written + token - first) * a[KV_HEADS] + head) * row_bytes
+                keys, values = a[KEYS_OUT] + offset, a[VALUES_OUT] + offset
+                if a[IS_EXACT]:
+                    _copy_token(a, c, request, head, token, keys, values)
+                else:
+                    _dequantize_token(a, c, slab(a, request, page, head), token - start, keys, values)
+            item = atomic_add(a[COUNTERS], 1)
+        base += items
+        written += count
