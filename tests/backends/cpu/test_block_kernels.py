@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import elastickv
 from elastickv.backends.cpu.blocks import open_block_kernels
+from elastickv.backends.cpu.blocks.block_decode import MOST_PAGES, SPLITS, most_items
 from elastickv.errors import UsageError
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS
@@ -164,6 +165,16 @@ def test_batches_of_any_lengths_are_the_requests_one_by_one(data):
         start = sum(after[:i]) - sum(before[:i])
         alone = of.attend(query[start : start + m - n], arguments, [i])
         np.testing.assert_array_equal(alone, output[start : start + m - n])
+
+
+def test_room_is_made_for_all_items_of_a_row():
+    for exact in (32, 128, 4096):
+        most = 0
+        for tokens in range(1, 150_000, 31):
+            counts = [-(-n // PAGE_TOKENS) for n in (max(0, tokens - exact), min(tokens, exact))]
+            sizes = [min(max(-(-n // SPLITS), m), MOST_PAGES) for n, m in zip(counts, (16, 8), strict=True)]
+            most = max(most, sum(-(-n // size) for n, size in zip(counts, sizes, strict=True)))
+            assert most <= most_items(tokens, exact)
 
 
 @pytest.mark.parametrize(
