@@ -90,7 +90,7 @@ class WindowRecord:
 
 
 def first_token(blocks, size, start, exact_tokens):
-    """Return the first token that a step from `start` on reads from the window, in whole pages; 0 if no block of it is missing."""
+    """Return the first token that a step from `start` on reads from the window, in whole pages; 0 if all blocks are there."""
     block, oldest = -(-start // size), max(0, start - exact_tokens + 1) // size
     while block > oldest and not blocks[block - 1].is_null:
         block -= 1

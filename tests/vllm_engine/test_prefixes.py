@@ -3,7 +3,7 @@
 import pytest
 
 from tests.helpers.read_rule import follows
-from tests.helpers.serving_scenarios import NEW_TOKENS, SMALL_POOL, WINDOW, all_equal, all_follow, random_prompts
+from tests.helpers.serving_scenarios import NEW_TOKENS, SMALL_POOL, all_equal, all_follow, random_prompts
 
 STRICT = {"prefix_reuse": "strict"}
 
