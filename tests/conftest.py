@@ -1,9 +1,13 @@
 """How properties are tried, and the CUDA backend: tests of it are marked `gpu` and skipped where no device can be opened."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
+
+# They start engines: nox -s vllm.
+collect_ignore = [] if find_spec("vllm") else ["vllm_engine"]
 
 # Deterministic unless asked otherwise: the same examples in every run. HYPOTHESIS_PROFILE=nightly or weekly tries others, many
 # more; few is for mutants, each of which runs the tests again.

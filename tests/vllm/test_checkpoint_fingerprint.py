@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elastickv.transformers.model_loading import fingerprint
-from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint
+from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
 from tests.helpers.model_matrix import model
 from tests.helpers.tiny_models import tiny_llama
 
@@ -101,3 +101,18 @@ def test_a_folder_without_weights_or_with_broken_ones_has_none(saved, tmp_path):
     assert checkpoint_fingerprint(folder, text_config(made)) is None
     (folder / "model.safetensors").unlink()
     assert checkpoint_fingerprint(folder, text_config(made)) is None
+
+
+def test_the_folder_of_a_model_is_its_own_or_that_in_the_hubs_cache(saved, tmp_path):
+    _, folder = saved
+    assert checkpoint_folder(str(folder)) == folder
+    cached = tmp_path / "hub" / "models--owner--name"
+    (cached / "snapshots" / "0123").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123", encoding="utf-8")
+    assert checkpoint_folder("owner/name", download_dir=str(tmp_path / "hub")) == cached / "snapshots" / "0123"
+
+
+@pytest.mark.parametrize("model", ["owner/name", "no/such/folder", "", "a b", "x" * 300])
+def test_a_model_that_is_not_on_this_machine_has_no_folder(tmp_path, model):
+    assert checkpoint_folder(model, download_dir=str(tmp_path)) is None

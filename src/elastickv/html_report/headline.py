@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from elastickv.html_report.method_labels import step_label
-from elastickv.html_report.report_data import Evaluation, IntervalEstimate, ModelRun, ReportData, Step
+from elastickv.html_report.report_data import Evaluation, IntervalEstimate, ModelRun, ReportData, Serving, Step
+from elastickv.html_report.serving_results import fastest_step
 from elastickv.results.formats.units import NO_INTERVAL, fixed, interval
 from elastickv.results.kinds.original_result import OriginalResult
 from elastickv.results.kinds.sweep_record import UnmeasuredCell
@@ -33,7 +34,7 @@ class Headline:
 
 
 def headline_of(data: ReportData) -> Headline:
-    """Return the headline: of a decode step where one was measured, else of a model's decode, else of its predictions.
+    """Return the headline: of a decode step where one was measured, else of a model's decode, its predictions, or a server.
 
     Beside it stands what is not on the page: cells that sweeps lack, and files that cannot be read.
     """
@@ -50,7 +51,9 @@ def _measured(data: ReportData) -> Headline:
         return _of_step(step, [*_all_steps(data.steps), *_all_models(data.models)])
     if data.models:
         return _of_model(best_model(data.models))
-    return _of_evaluation(data.evaluations[0]) if data.evaluations else _of_unmeasured(data.unmeasured)
+    if data.evaluations:
+        return _of_evaluation(data.evaluations[0])
+    return _of_serving(data.servings[0]) if data.servings else _of_unmeasured(data.unmeasured)
 
 
 def best_step(steps: Sequence[Step]) -> Step | None:
@@ -183,6 +186,20 @@ def _of_evaluation(evaluation: Evaluation) -> Headline:
         f"the same in {top1} ({bounds}). No speed was measured in these files."
     )
     return Headline(evaluation.provenance.source, sentence, tiles, [evaluation.suggestion] if evaluation.suggestion else ())
+
+
+def _of_serving(serving: Serving) -> Headline:
+    fastest, result = fastest_step(serving.result), serving.result
+    where = f"{serving.provenance.device}, vLLM {result.device.vllm or 'of an unknown version'}, {result.model}"
+    if fastest is None:
+        return Headline(serving.provenance.source, f"On {where}, no step was timed beside the baseline.", (), ())
+    name, step = fastest
+    ratio = interval(step.of_baseline)
+    sentence = (
+        f"On {where}, {step.batch} requests of {step.context} tokens decode with {name} in {ratio} of the time of "
+        f"{result.baseline} (bounds: single rounds). The speed alone says nothing of what the output lost."
+    )
+    return Headline(serving.provenance.source, sentence, [("a step", f"{step.ms:.2f} ms", name)], ())
 
 
 def _all_steps(steps: Sequence[Step]) -> Iterator[str]:

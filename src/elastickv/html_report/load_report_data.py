@@ -8,6 +8,7 @@ from elastickv.benchmark.result import Result
 from elastickv.errors import UsageError
 from elastickv.html_report.model_results import evaluation_view, model_of
 from elastickv.html_report.report_data import ModelRun, ReportData, Step
+from elastickv.html_report.serving_results import serving_view
 from elastickv.html_report.step_results import step_of
 from elastickv.results.compare.result_sets import ResultSet, gather
 from elastickv.results.documents import Document, file_of
@@ -40,6 +41,8 @@ def load_report_data(inputs: Sequence[Any]) -> ReportData:
             everything.add(run, document)
         for document, evaluation in results.evaluations:
             everything.add_evaluation(document, evaluation)
+        for document, serving in results.servings:
+            everything.add_serving(document, serving)
         everything.sweeps += results.sweeps
         everything.unmeasured += results.unmeasured
         everything.incomplete += results.incomplete
@@ -47,9 +50,9 @@ def load_report_data(inputs: Sequence[Any]) -> ReportData:
         for file, reasons in results.unreadable.items():
             everything.unreadable[file] += [reason for reason in reasons if reason not in everything.unreadable[file]]
     steps, models, documents = _views(everything)
-    if everything.empty or not (steps or models or everything.evaluations or everything.unmeasured):
+    evaluations, servings = everything.evaluations, everything.servings
+    if everything.empty or not (steps or models or evaluations or servings or everything.unmeasured):
         raise everything.nothing_measured()
-    evaluations = everything.evaluations
     return ReportData(
         steps=steps,
         models=models,
@@ -59,14 +62,16 @@ def load_report_data(inputs: Sequence[Any]) -> ReportData:
         incomplete=list(dict.fromkeys(everything.incomplete)),
         unreadable=everything.refusals,
         notes=list(dict.fromkeys(everything.notes)),
-        documents=[*documents, *(document for document, _ in evaluations)],
+        documents=[*documents, *(document for document, _ in [*evaluations, *servings])],
         inputs=list(dict.fromkeys(map(file_of, _sources(everything)))),
+        servings=[serving_view(serving, document.source) for document, serving in servings],
     )
 
 
 def _sources(results: ResultSet) -> Iterator[str]:
     yield from (document.source for document in results.documents)
     yield from (document.source for document, _ in results.evaluations)
+    yield from (document.source for document, _ in results.servings)
     yield from (source for source, _ in results.sweeps)
     yield from (cell.sweep for cell in results.unmeasured)
     yield from results.unreadable

@@ -18,7 +18,7 @@ COLUMNS = (
 
 def rows_of(data: ReportData) -> list[dict[str, Any]]:
     """Return a row for each step, cache of a model, loss and pass-key cell, all with the columns of `COLUMNS`."""
-    rows = [*_steps(data), *_models(data), *_evaluations(data)]
+    rows = [*_steps(data), *_models(data), *_evaluations(data), *_servings(data)]
     columns = [*COLUMNS, *(name for name, _ in listed_metrics())]
     return [dict.fromkeys(columns) | row for row in rows]
 
@@ -120,3 +120,14 @@ def _evaluations(data: ReportData) -> list[dict[str, Any]]:
             row = _common(evaluation.provenance, "pass keys") | common | {"context": needle.tokens, "cache": needle.cache}
             rows.append(row | {"pass_keys_found": needle.hits, "pass_keys_tried": needle.tried})
     return rows
+
+
+def _servings(data: ReportData) -> list[dict[str, Any]]:
+    return [
+        _common(serving.provenance, "serving step")
+        | {"model": serving.result.model, "context": step.context, "batch": step.batch, "cache": contender.contender}
+        | {"ms": step.ms, "tokens_per_s": 1e3 * step.batch / step.ms, "peak_bytes": contender.peak_bytes}
+        for serving in data.servings
+        for contender in serving.result.contenders
+        for step in contender.steps
+    ]

@@ -8,6 +8,7 @@ from elastickv.html_report.cost_sections import fidelity, memory, models, needle
 from elastickv.html_report.headline import headline_of
 from elastickv.html_report.record_sections import commands, environment, warnings
 from elastickv.html_report.report_data import ReportData
+from elastickv.html_report.serving_section import serving
 from elastickv.html_report.speed_sections import latency, results, roofline, speedup, time
 
 _FEW = 2  # devices
@@ -18,6 +19,7 @@ SECTIONS: tuple[Callable[[ReportData], Section], ...] = (
     fidelity,
     needle,
     models,
+    serving,
     latency,
     memory,
     results,

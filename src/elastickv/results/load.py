@@ -22,6 +22,7 @@ from elastickv.results.kinds.model_result import (
     TransformersBaseline,
 )
 from elastickv.results.kinds.original_result import OriginalResult
+from elastickv.results.kinds.serving_result import SERVING_KIND, ServingResult
 
 T = TypeVar("T")
 Rows = Callable[[Any], list[dict[str, Any]]]
@@ -75,6 +76,7 @@ KINDS: tuple[ResultKind, ...] = (
     ResultKind(_of_kind(RUN_KIND), RunResult, from_results.generation_run, generation_table.rows, generation_table.FORMATS),
     ResultKind(_of_kind(GGUF_KIND), GgufBaseline, from_results.gguf_run, baseline_table.gguf_rows, baseline_table.GGUF_FORMATS),
     ResultKind(_of_kind(EVALUATION_KIND), EvaluationResult),
+    ResultKind(_of_kind(SERVING_KIND), ServingResult),
 )
 
 
@@ -119,6 +121,19 @@ def evaluation_of(document: Document) -> EvaluationResult | None:
     if kind is None or kind.type is not EvaluationResult:
         return None
     return EvaluationResult.from_dict(document.value, document.source)
+
+
+def serving_of(document: Document) -> ServingResult | None:
+    """Return a result of `benchmarks/serving.py`; None where a document is none.
+
+    Raises
+    ------
+    UsageError : naming the file and the key that is missing, of another type or out of range.
+    """
+    kind = kind_of(document.value)
+    if kind is None or kind.type is not ServingResult:
+        return None
+    return ServingResult.from_dict(document.value, document.source)
 
 
 def guarded(source: str, read: Callable[[], T]) -> T:

@@ -51,7 +51,7 @@ class ElasticAttentionBackend(AttentionBackend):
         if spec.state_content_bytes is not None:
             return spec
         assert ModelSetup.newest is not None, "the model's layers are built before their caches"
-        content = ModelSetup.newest.slab_bytes() // PAGE_TOKENS
+        content = ModelSetup.newest.slab_bytes(spec.head_size) // PAGE_TOKENS
         return replace(spec, dtype=torch.uint8, kv_quant_mode=KVQuantMode.NONE, state_content_bytes=content)
 
 

@@ -1,5 +1,6 @@
 """One layer's attention in vLLM: which caches it has, and what it does in a step."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,31 +47,28 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         config = get_current_vllm_config()
-        check(
-            config,
-            _device(),
-            LayerArguments(
-                name=f"{len(config.compilation_config.static_forward_context)} of the model",
-                query_heads=num_heads,
-                kv_heads=self.num_kv_heads,
-                head_dim=head_size,
-                attention_type=attn_type,
-                kv_cache_dtype=kv_cache_dtype,
-                sliding_window=sliding_window,
-                logits_soft_cap=logits_soft_cap,
-                alibi=alibi_slopes is not None,
-                sinks=others.get("sinks") is not None,
-                shares_cache_of=kv_sharing_target_layer_name,
-            ),
+        self._arguments = LayerArguments(
+            name=f"number {len(config.compilation_config.static_forward_context)}",
+            query_heads=num_heads,
+            kv_heads=self.num_kv_heads,
+            head_dim=head_size,
+            attention_type=attn_type,
+            kv_cache_dtype=kv_cache_dtype,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            alibi=alibi_slopes is not None,
+            sinks=others.get("sinks") is not None,
+            shares_cache_of=kv_sharing_target_layer_name,
         )
+        check(config, _device(), self._arguments)
         self._setup = ModelSetup.joined(self, config, kv_cache_dtype)
         self._shape = AttentionShape(1, num_heads, self.num_kv_heads, head_size)
         self._attention: BlockAttention | None = None
         self._window: WindowCache | None = None
 
     @property
-    def bad_tokens(self) -> BadTokens | None:
-        """What kernels report of all layers; None until the weights are loaded."""
+    def bad_tokens(self) -> BadTokens:
+        """What kernels report of all layers."""
         return self._setup.bad_tokens
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -83,12 +81,13 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         if self._window is not None:  # the weights were loaded anew
             return
         setup, name = self._setup, self._setup.name_of(self)
+        value_head_dim = getattr(setup.layer(name), "head_size_v", self.head_size)
+        check(setup.config, _device(), replace(self._arguments, name=name, value_head_dim=value_head_dim))
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
         self._attention = setup.attention(self._shape, act_dtype, recipe, self.scale)
-        self._window = setup.add_window(name, self._shape, act_dtype)
+        self._window = setup.add_window(name, self._shape, act_dtype, self._attention)
         self._window_name = name + SUFFIX
-        assert setup.bad_tokens is not None
-        self._bad = setup.bad_tokens.word(name)
+        self._bad = setup.bad_tokens.add(name)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ import torch
 from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
 
 _log = logging.getLogger("vllm.elastickv")
+_MOST_LAYERS = 1024
 _STEPS = 8  # from one look at the device's words to the next
 
 
@@ -18,20 +19,20 @@ class BadTokens:
 
     Parameters
     ----------
-    layers : names of the layers.
     device : where the kernels run.
     """
 
-    def __init__(self, layers: list[str], device: str) -> None:
-        self._layers = layers
-        self._words = torch.full((len(layers),), NO_BAD_TOKEN, dtype=torch.int64, device=device)
-        self._copy = torch.full_like(self._words, NO_BAD_TOKEN, device="cpu", pin_memory=device != "cpu")
+    def __init__(self, device: str) -> None:
+        self._layers: list[str] = []
+        self._words = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device=device)
+        self._copy = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, pin_memory=device != "cpu")
         self._copied: Any = torch.cuda.Event() if device != "cpu" else None
         self._steps = 0
 
-    def word(self, layer: str) -> torch.Tensor:
-        """Return a layer's word, (1,) int64."""
-        number = self._layers.index(layer)
+    def add(self, layer: str) -> torch.Tensor:
+        """Return the word of a new layer, (1,) int64."""
+        number = len(self._layers)
+        self._layers.append(layer)
         return self._words[number : number + 1]
 
     def look(self) -> None:
@@ -39,7 +40,7 @@ class BadTokens:
         self._steps += 1
         if self._steps % _STEPS or (self._copied is not None and not self._copied.query()):
             return
-        for layer, word in zip(self._layers, self._copy.tolist(), strict=True):
+        for layer, word in zip(self._layers, self._copy.tolist(), strict=False):
             token = BadToken.of(word)
             if token is not None:
                 _log.error(

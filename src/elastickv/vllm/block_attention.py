@@ -45,6 +45,18 @@ class BlockAttention(Protocol):
 
     slab_bytes: int
 
+    def find_first(
+        self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
+    ) -> None:
+        """Write `WindowMetadata.first`.
+
+        Parameters
+        ----------
+        block_table, lengths, starts : of the window, as in `WindowMetadata` and `PageMetadata`.
+        block_tokens : tokens of a block of the window.
+        first : (requests,) int32, what is written.
+        """
+
     def store(self, step: LayerStep) -> None:
         """Store a step's tokens in the window and quantize the pages that they complete."""
 

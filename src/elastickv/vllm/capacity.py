@@ -13,15 +13,22 @@ class Capacity:
     Attributes
     ----------
     shape : of every layer's window.
+    block_tokens : tokens of a block of pages.
     layers : layers with pages.
     blocks : blocks that pages and windows share, without vLLM's null block.
     longest : tokens of the longest request, for which capacities are given.
     """
 
     shape: WindowShape
+    block_tokens: int
     layers: int
     blocks: int
     longest: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one layer's page."""
+        return self.shape.block_bytes(PAGE_TOKENS)
 
     @property
     def dense_page_bytes(self) -> int:
@@ -31,23 +38,23 @@ class Capacity:
     @property
     def window_bytes(self) -> int:
         """Bytes of one request's window in all layers."""
-        return self.shape.blocks_per_request * self.shape.page_bytes * self.layers
+        return self.shape.blocks_per_request(self.block_tokens) * self.shape.block_bytes(self.block_tokens) * self.layers
 
     @property
     def tokens(self) -> int:
         """Tokens of requests of the longest length that fit together with their windows."""
-        of_request = -(-self.longest // PAGE_TOKENS) + self.shape.blocks_per_request
+        of_request = -(-self.longest // self.block_tokens) + self.shape.blocks_per_request(self.block_tokens)
         return int(self.blocks / of_request * self.longest)
 
     @property
     def dense_tokens(self) -> int:
         """Tokens that would fit in 16 bit."""
-        return self.blocks * self.shape.page_bytes * PAGE_TOKENS // self.dense_page_bytes
+        return self.blocks * self.shape.block_bytes(self.block_tokens) * PAGE_TOKENS // self.dense_page_bytes
 
     def __str__(self) -> str:
         """Return the line for the log."""
         return (
-            f"page {self.shape.page_bytes:,} B, {self.dense_page_bytes / self.shape.page_bytes:.2f}x smaller than in 16 bit; "
+            f"page {self.page_bytes:,} B, {self.dense_page_bytes / self.page_bytes:.2f}x smaller than in 16 bit; "
             f"window {self.shape.tokens} tokens, {self.window_bytes / 1e6:.1f} MB a request; "
             f"capacity {self.tokens:,} tokens in requests of {self.longest:,}, against {self.dense_tokens:,} in 16 bit"
         )

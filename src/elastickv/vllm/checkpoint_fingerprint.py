@@ -1,6 +1,7 @@
 """The fingerprint of a model from its files, without building the model: `transformers.model_loading.fingerprint` of it."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,25 @@ def checkpoint_fingerprint(folder: Path, text_config: Any) -> str | None:
         if "norm" in name.lower() and len(entry.shape) == 1 and all(int(layer) < layers for layer in _LAYER.findall(name)):
             digest.update(_bf16(_mapped(path, entry), entry.dtype))
     return digest.hexdigest()[:16]
+
+
+def checkpoint_folder(model: str, revision: str | None = None, download_dir: str | None = None) -> Path | None:
+    """Return the folder of a model's files on this machine, or None; nothing is downloaded.
+
+    Parameters
+    ----------
+    model : a folder, or a hub id.
+    revision : of the hub id.
+    download_dir : the hub's cache; None: the usual one.
+    """
+    if os.path.isdir(model):
+        return Path(model)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, local_files_only=True))
+    except (ImportError, OSError, ValueError):  # what the hub's errors of a missing model and of a malformed id are
+        return None
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, tuple[Path, TensorEntry]]]:

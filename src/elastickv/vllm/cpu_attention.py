@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cpu.blocks import open_block_kernels
 from elastickv.backends.cpu.blocks.host_blocks import HostBlocks
-from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.vllm.block_attention import LayerStep
 
 _QUERIES = 512  # of a chunk that attend at a time
@@ -35,6 +35,20 @@ class CpuAttention:
 
     def reserve(self) -> None:
         """Allocate nothing: scratch memory is small."""
+
+    def find_first(
+        self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
+    ) -> None:
+        """Write the first token after the newest null block that the step may read, rounded up to a page."""
+        before = lengths[: len(first)] - starts[1 : len(first) + 1] + starts[: len(first)]
+        reach = -(-(self._exact_tokens - 1) // block_tokens) + 1
+        oldest = torch.clamp(before - (self._exact_tokens - 1), min=0) // block_tokens
+        columns = oldest[:, None] + torch.arange(reach)
+        blocks = block_table[: len(first)].gather(1, torch.clamp(columns, max=block_table.shape[1] - 1).long())
+        gone = (blocks == 0) & (columns * block_tokens < before[:, None])
+        after = torch.where(gone, (columns + 1) * block_tokens, 0).amax(dim=1)
+        pages = torch.minimum((after + PAGE_TOKENS - 1) // PAGE_TOKENS, before // PAGE_TOKENS)
+        first.copy_(pages * PAGE_TOKENS)
 
     def store(self, step: LayerStep) -> None:
         """Store a step's tokens in the window and quantize the pages that they complete."""

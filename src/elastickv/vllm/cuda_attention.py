@@ -48,6 +48,26 @@ class CudaAttention:
             shape, kind = self._shape, torch.bfloat16 if self._dtype == "bf16" else torch.float16
             self._scratch = torch.empty(2, SCRATCH_TOKENS, shape.kv_heads, shape.head_dim, dtype=kind, device="cuda")
 
+    def find_first(
+        self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
+    ) -> None:
+        """Write the first token of each request whose window block, and all later ones, are there."""
+        table = BlocksArguments(
+            pages=None,
+            window=None,
+            page_table=None,
+            window_table=block_table.data_ptr(),
+            page_stride=0,
+            window_stride=0,
+            kv_heads=self._shape.kv_heads,
+            slab_bytes=0,
+            page_columns=0,
+            window_columns=block_table.stride(0),
+            window_shift=block_tokens.bit_length() - 1,
+        )
+        self._follow()
+        self._kernels.find_first(table, lengths.data_ptr(), starts.data_ptr(), first.data_ptr(), len(first))
+
     def store(self, step: LayerStep) -> None:
         """Store a step's tokens in the window and quantize the pages that they complete."""
         batch = step.batch

@@ -11,6 +11,7 @@ from elastickv.recipe import AttentionShape, Recipe
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import BlockAttention
 from elastickv.vllm.capacity import Capacity
+from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
 from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.window_cache import SUFFIX, WindowCache, WindowShape
@@ -26,7 +27,8 @@ class ModelSetup:
     ----------
     options : the user's.
     recipe : of layers for which nothing says another.
-    bad_tokens : words in which kernels report what cannot be stored; None until the weights are loaded.
+    config : vLLM's.
+    bad_tokens : words in which kernels report what cannot be stored.
     """
 
     newest: ClassVar["ModelSetup | None"] = None
@@ -36,12 +38,12 @@ class ModelSetup:
         config.additional_config = with_calibration_hash(config.additional_config)
         self.options = ServingOptions.parse(config.additional_config) or ServingOptions()
         self.recipe = recipe_of(self.options, kv_cache_dtype)
-        self.bad_tokens: BadTokens | None = None
-        self._config, self._layers = config, config.compilation_config.static_forward_context
+        self.bad_tokens = BadTokens(current_platform.device_type)
+        self.config, self._layers = config, config.compilation_config.static_forward_context
         self._members: list[Any] = []
         self._recipes: dict[int, Recipe] = {}
         self._attentions: dict[tuple[Any, ...], BlockAttention] = {}
-        self._slab_bytes = 0
+        self._slab_bytes: dict[int, int] = {}
         self._logged = False
 
     @classmethod
@@ -58,43 +60,51 @@ class ModelSetup:
         setup._members.append(impl)
         return setup
 
-    def slab_bytes(self) -> int:
-        """Return the bytes of one KV head's page, which all layers share."""
-        return self._slab_bytes
+    def slab_bytes(self, head_dim: int) -> int:
+        """Return the bytes of one KV head's page, which all layers with such heads share."""
+        return self._slab_bytes[head_dim]
+
+    def layer(self, name: str) -> Any:
+        """Return vLLM's layer of a name."""
+        return self._layers[name]
 
     def name_of(self, impl: Any) -> str:
         """Return the name of the layer that has this attention."""
         return next(name for name, layer in self._layers.items() if getattr(layer, "impl", None) is impl)
 
     def recipe_of_layer(self, name: str, shape: AttentionShape, act_dtype: torch.dtype) -> Recipe:
-        """Return a layer's recipe; the first call decides all layers'.
+        """Return a layer's recipe; the first call decides all layers'. A draft model's layers past the last get the default.
 
         Raises
         ------
         UsageError : if the option `layers` or the calibration does not fit the model.
         """
         if not self._recipes:
-            self._decide(shape, act_dtype)
-        return self._recipes[extract_layer_index(name)]
+            self._recipes = layer_recipes(self.options, self.recipe, self._numbers(), self._served_model(shape, act_dtype))
+        if shape.head_dim not in self._slab_bytes:
+            # Of all ranks' layers, so that the size is the same on all ranks.
+            plan = SlabPlan.of(self._recipes.values(), shape)
+            self._slab_bytes[shape.head_dim] = plan.slab_bytes
+            if plan.wasted_bytes:
+                _log.info("ElasticKV: %s", plan)
+        return self._recipes.get(extract_layer_index(name), self.recipe)
 
-    def _decide(self, shape: AttentionShape, act_dtype: torch.dtype) -> None:
-        names = [self.name_of(impl) for impl in self._members]
-        model = self._config.model_config
-        served = ServedModel(
-            shape=AttentionShape(
-                1, model.model_arch_config.total_num_attention_heads, model.get_total_num_kv_heads(), shape.head_dim
-            ),
+    def _numbers(self) -> list[int]:
+        return sorted({extract_layer_index(self.name_of(impl)) for impl in self._members})
+
+    def _served_model(self, shape: AttentionShape, act_dtype: torch.dtype) -> ServedModel:
+        model, fingerprint = self.config.model_config, None
+        if self.options.calibration is not None:
+            folder = checkpoint_folder(model.model, model.revision, self.config.load_config.download_dir)
+            fingerprint = checkpoint_fingerprint(folder, model.hf_text_config) if folder is not None else None
+        query_heads = model.model_arch_config.total_num_attention_heads
+        return ServedModel(
+            shape=AttentionShape(1, query_heads, model.get_total_num_kv_heads(), shape.head_dim),
             layer_count=model.get_total_num_hidden_layers(),
             context=model.max_model_len,
             dtype=DTYPES[act_dtype],
+            fingerprint=fingerprint,
         )
-        numbers = [extract_layer_index(name) for name in names]
-        self._recipes = layer_recipes(self.options, self.recipe, numbers, served)
-        plan = SlabPlan.of([self._recipes[number] for number in numbers], shape)
-        self._slab_bytes = plan.slab_bytes
-        if plan.wasted_bytes:
-            _log.info("%s", plan)
-        self.bad_tokens = BadTokens(names, current_platform.device_type)
 
     def attention(self, shape: AttentionShape, act_dtype: torch.dtype, recipe: Recipe, scale: float) -> BlockAttention:
         """Return the kernels of a shape and recipe, which layers share.
@@ -112,29 +122,30 @@ class ModelSetup:
             else:
                 from elastickv.vllm.cuda_attention import CudaAttention
 
-                self._attentions[key] = CudaAttention(shape, DTYPES[act_dtype], recipe, scale, self._config)
+                self._attentions[key] = CudaAttention(shape, DTYPES[act_dtype], recipe, scale, self.config)
         return self._attentions[key]
 
-    def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype) -> WindowCache:
+    def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype, attention: BlockAttention) -> WindowCache:
         """Give a layer its window, as a layer of vLLM's."""
-        window = WindowShape.beside(
-            self._slab_bytes,
+        window = WindowShape(
+            slab_bytes=self._slab_bytes[shape.head_dim],
             tokens=self.options.window,
             kv_heads=shape.kv_heads,
             head_size=shape.head_dim,
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
         )
-        cache = self._layers[name + SUFFIX] = WindowCache(window, self._bound)
+        cache = self._layers[name + SUFFIX] = WindowCache(window, attention, self._bound)
         return cache
 
     def _bound(self, memory: torch.Tensor) -> None:
         """Check and report the memory that vLLM allocated, once it is not the little with which it tries graphs."""
         windows = [layer.shape for layer in self._layers.values() if isinstance(layer, WindowCache)]
-        page_bytes, stride = windows[0].page_bytes, memory.stride(0) * memory.element_size()
+        block_tokens = self.config.cache_config.block_size
+        page_bytes, stride = windows[0].block_bytes(block_tokens), memory.stride(0) * memory.element_size()
         if stride != page_bytes:
             _log.warning("vLLM padded pages of %d B to %d B: capacity is lost", page_bytes, stride)
-        capacity = Capacity(windows[0], len(windows), memory.shape[0] - 1, self._config.model_config.max_model_len)
+        capacity = Capacity(windows[0], block_tokens, len(windows), memory.shape[0] - 1, self.config.model_config.max_model_len)
         if capacity.tokens >= capacity.longest and not self._logged:
             self._logged = True
             _log.info("ElasticKV: %s", capacity)

@@ -23,6 +23,7 @@ _STOCK_BACKEND = {
     "cpu": f"serve it with the stock backend: leave out {KEY} in `additional_config`",
 }
 _FUSED_CACHE_WRITES = ("fuse_rope_kvcache", "fuse_qk_norm_rope_kvcache")
+_DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
 _ATTENTION_TYPES = {
     "encoder": "is an encoder's",
     "encoder_only": "is an encoder's",
@@ -102,7 +103,7 @@ def refusals(vllm_config: Any, device: Device, layer: LayerArguments | None = No
     """
     reasons = [*_device_refusals(vllm_config, device), *_model_refusals(vllm_config.model_config, device)]
     reasons += [*_cache_refusals(vllm_config), *_parallel_refusals(vllm_config.parallel_config)]
-    reasons += _compilation_refusals(vllm_config.compilation_config)
+    reasons += [*_compilation_refusals(vllm_config.compilation_config), *_speculation_refusals(vllm_config)]
     if layer is not None:
         reasons += [*_shape_refusals(layer, device), *_layer_refusals(vllm_config, layer, device)]
     return reasons
@@ -182,6 +183,16 @@ def _compilation_refusals(compilation_config: Any) -> Iterator[str]:
                 f"`{name}` writes 16-bit keys and values into the cache past ElasticKV: set {name} to false in `pass_config` "
                 "of `compilation_config`"
             )
+
+
+def _speculation_refusals(vllm_config: Any) -> Iterator[str]:
+    method = getattr(getattr(vllm_config, "speculative_config", None), "method", None)
+    if method is None or method in _DRAFTS_WITHOUT_LAYERS or getattr(vllm_config, "use_v2_model_runner", False):
+        return
+    yield (
+        f"speculation by {method} needs one cache a layer of the draft model in this model runner, and here are two: "
+        f"use vLLM 0.33's model runner V2, or one of {', '.join(_DRAFTS_WITHOUT_LAYERS)}"
+    )
 
 
 def _shape_refusals(layer: LayerArguments, device: Device) -> Iterator[str]:

@@ -7,7 +7,6 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.bad_tokens import BadTokens
 
 
@@ -21,7 +20,7 @@ class PageMetadata(AttentionMetadata):
     lengths : (requests,) int32, tokens of each request with those of the step.
     starts : (requests + 1,) int32, where each request's tokens begin in the step.
     starts_list : `starts` on the host.
-    lengths_list : `lengths` on the host; too large, by rejected drafts, for decodes that were scheduled ahead.
+    lengths_list : `lengths` on the host where the step has prompt chunks, for which they are exact.
     decodes, decode_tokens : requests with few enough tokens for the decode kernels, and their tokens.
     uniform_queries : tokens of each decode; 0 if they differ.
     longest : most tokens of a request.
@@ -51,18 +50,20 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = vllm_config.compilation_config.static_forward_context
-        self._bad_tokens: BadTokens | None = layers[layer_names[0]].impl.bad_tokens if layer_names else None
+        self._bad_tokens: BadTokens = layers[layer_names[0]].impl.bad_tokens
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PageMetadata:
         """Return the metadata of a step, and report tokens of earlier steps that could not be stored."""
-        if self._bad_tokens is not None:
-            self._bad_tokens.look()
+        self._bad_tokens.look()
         batch, threshold = common_attn_metadata, self.reorder_batch_threshold or 1
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
         starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
-        lengths = batch.seq_lens_cpu_upper_bound if batch.seq_lens_cpu_upper_bound is not None else batch.seq_lens.cpu()
+        lengths: list[int] = []
+        if decodes < batch.num_reqs:  # the host needs them for prompt chunks only
+            on_host = batch.seq_lens_cpu_upper_bound if batch.seq_lens_cpu_upper_bound is not None else batch.seq_lens.cpu()
+            lengths = on_host[: batch.num_reqs].tolist()
         counts = {after - before for before, after in zip(starts[:decodes], starts[1 : decodes + 1], strict=True)}
         uniform = decode_tokens // decodes if decodes and len(counts - {0}) <= 1 and decode_tokens % decodes == 0 else 0
         return PageMetadata(
@@ -70,7 +71,7 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
             lengths=batch.seq_lens,
             starts=batch.query_start_loc,
             starts_list=starts,
-            lengths_list=lengths[: batch.num_reqs].tolist(),
+            lengths_list=lengths,
             requests=batch.num_reqs,
             tokens=batch.num_actual_tokens,
             decodes=decodes,
@@ -109,26 +110,14 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         rows = max(scheduler.max_num_seqs, *(compilation.cudagraph_capture_sizes or [0]))
         # A captured graph reads it at this address.
         self._first = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self._block_tokens = kv_cache_spec.block_size
+        self._attention = vllm_config.compilation_config.static_forward_context[layer_names[0]].attention
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> WindowMetadata:
         """Return the metadata of a step."""
-        batch = common_attn_metadata
+        batch, attention = common_attn_metadata, self._attention
         first = self._first[: batch.num_reqs]
-        starts = batch.query_start_loc[: batch.num_reqs + 1]
-        before = batch.seq_lens[: batch.num_reqs] - (starts[1:] - starts[:-1])
-        first.copy_(self._first_present(batch.block_table_tensor[: batch.num_reqs], before))
+        attention.find_first(batch.block_table_tensor, batch.seq_lens, batch.query_start_loc, self._block_tokens, first)
         return WindowMetadata(batch.block_table_tensor, batch.slot_mapping, first)
-
-    def _first_present(self, table: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Return the first token after the newest null block that the step may read, rounded up to a page."""
-        size, window = self.kv_cache_spec.block_size, self.kv_cache_spec.sliding_window
-        reach = -(-(window - 1) // size) + 1
-        oldest = torch.clamp(before - (window - 1), min=0) // size
-        columns = oldest[:, None] + torch.arange(reach, device=table.device, dtype=oldest.dtype)
-        blocks = table.gather(1, torch.clamp(columns, max=table.shape[1] - 1).long())
-        gone = (blocks == 0) & (columns * size < before[:, None])
-        after = torch.where(gone, (columns + 1) * size, 0).amax(dim=1)
-        page = (after + PAGE_TOKENS - 1) // PAGE_TOKENS * PAGE_TOKENS
-        return torch.minimum(page, torch.clamp(before, min=0) // PAGE_TOKENS * PAGE_TOKENS)

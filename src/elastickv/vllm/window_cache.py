@@ -48,46 +48,40 @@ class WindowShape:
     ----------
     tokens : newest tokens that are read exactly.
     slab_bytes : bytes of one KV head's page.
-    block_tokens : tokens of a block, a power of two.
     kv_heads, head_size, dtype : of the model's layer, on this rank.
     soft : whether prefix hits do without the window's blocks.
     """
 
     tokens: int
     slab_bytes: int
-    block_tokens: int
     kv_heads: int
     head_size: int
     dtype: torch.dtype
     soft: bool
-
-    @classmethod
-    def beside(cls, slab_bytes: int, **fields: Any) -> "WindowShape":
-        """Return the window with the largest blocks that fit beside a slab: vLLM's pages all have one size."""
-        row = 2 * fields["head_size"] * fields["dtype"].itemsize
-        tokens = max(size for size in (1, 2, 4, 8, 16, PAGE_TOKENS) if size == 1 or size * row <= slab_bytes)
-        return cls(slab_bytes=slab_bytes, block_tokens=tokens, **fields)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one token's key and value of one KV head."""
         return 2 * self.head_size * self.dtype.itemsize
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a block of pages, and of a block of the window with what pads it."""
-        return self.kv_heads * self.slab_bytes
+    def block_bytes(self, page_block_tokens: int) -> int:
+        """Return the bytes of a block of pages with `page_block_tokens` tokens, and of the window: vLLM's have one size."""
+        return self.kv_heads * self.slab_bytes * page_block_tokens // PAGE_TOKENS
 
-    @property
-    def blocks_per_request(self) -> int:
-        """Blocks of the window that a request holds between steps."""
-        return -(-(self.tokens - 1) // self.block_tokens) + 1
+    def block_tokens(self, page_block_tokens: int) -> int:
+        """Return the tokens of a block of the window: the largest power of two up to 32 that fits the size of a block."""
+        most = self.block_bytes(page_block_tokens) // (self.kv_heads * self.row_bytes)
+        return max(size for size in (1, 2, 4, 8, 16, PAGE_TOKENS) if size <= max(most, 1))
+
+    def blocks_per_request(self, page_block_tokens: int) -> int:
+        """Return the blocks of the window that a request holds between steps."""
+        return -(-(self.tokens - 1) // self.block_tokens(page_block_tokens)) + 1
 
     def spec(self, vllm_config: Any) -> WindowSpec:
         """Return the specification for vLLM. Like pages, blocks are bytes to it, so that it need not clear reused ones."""
         steps = vllm_config.max_concurrent_batches
         return (SoftWindowSpec if self.soft else WindowSpec)(
-            block_size=self.block_tokens,
+            block_size=self.block_tokens(vllm_config.cache_config.block_size),
             num_kv_heads=self.kv_heads,
             head_size=self.head_size,
             dtype=torch.uint8,
@@ -103,6 +97,7 @@ class WindowCache(AttentionLayerBase):
 
     Parameters
     ----------
+    attention : `BlockAttention` of the layer that reads the window.
     bound : called with the memory once vLLM has allocated it.
 
     Attributes
@@ -110,8 +105,8 @@ class WindowCache(AttentionLayerBase):
     kv_cache : (blocks, kv_heads, block_tokens, row_bytes) uint8, each row a token's key, then its value.
     """
 
-    def __init__(self, shape: WindowShape, bound: Callable[[torch.Tensor], None]) -> None:
-        self.shape, self._bound = shape, bound
+    def __init__(self, shape: WindowShape, attention: Any, bound: Callable[[torch.Tensor], None]) -> None:
+        self.shape, self.attention, self._bound = shape, attention, bound
         self.kv_cache = torch.tensor([])
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:

@@ -58,6 +58,9 @@ class RecordingDevice:
     def copy(self, target, source, n_bytes):
         pass
 
+    def kernel(self, variant, name):
+        pass
+
     def blocks_per_multiprocessor(self, variant, name):
         return 2
 

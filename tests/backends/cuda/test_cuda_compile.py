@@ -108,6 +108,9 @@ def paged():
             yield (variant := decode_variant(dim, group, "fp16", recipe_for(text, dim), "90")).storing()
             yield variant.editing()
             yield decode_variant(other, group, "bf16", recipe_for(text, other), "90").fixed()
+            if recipe_for(text, dim).selection == "all":
+                yield blocks_variant(dim, group, "bf16", recipe_for(text, dim), "90")
+                yield blocks_variant(other, group, "bf16", recipe_for(text, other), "90").storing_blocks()
 
 
 VARIANTS = sorted({*each_source(), *pairwise(), *paged()}, key=str)
@@ -341,6 +344,17 @@ def test_pages_come_by_bulk_copies_and_go_to_the_tensor_cores(text, tmp_path):
         assert re.search(copies, code) and re.search(r"\bHMMA\.16816\.F32", code)
         if text.startswith("k=int8"):
             assert re.search(r"\bIMMA\.", code)
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "120"])
+def test_gathered_rows_are_read_and_written_16_bytes_at_a_time(arch, tmp_path):
+    if arch not in SUPPORTED:
+        pytest.skip(f"this NVRTC does not compile for {arch}")
+    variant = blocks_variant(128, 4, "bf16", Recipe.parse("int4"), arch).storing_blocks()
+    code = loop_code(variant.compiled().cubin, tmp_path, "gather_blocks").partition(".section")[0]
+    stores = re.findall(r"\bSTG\.E[.\w]*", code)
+    assert stores and all(".128" in each for each in stores)
+    assert re.search(r"\bLDG\.E[.\w]*\.128", code)
 
 
 def test_kernels_of_a_step_overlap_from_sm_90_on(tmp_path):

@@ -21,6 +21,9 @@ from elastickv.recipe import Recipe
 # About the seconds that a kernel takes on one core, for shares of equal length and a bar that moves evenly.
 SECONDS = {
     "page.attend_page": 3.0,
+    "blocks.block_decode.decode_rows": 3.4,
+    "blocks.block_gather.gather_tokens": 1.5,
+    "blocks.block_store.store_step": 0.8,
     "decode.decode_item": 2.1,
     "page_codes.quantize_keys_int4": 0.7,
     "storage.append_token": 0.5,
@@ -45,8 +48,8 @@ def needed_kernels(recipe: Recipe, dtype: str) -> list[Kernel]:
     return kernels
 
 
-def compile_kernels(kernels: Sequence[Kernel], report: Reporter | None) -> None:
-    """Compile those of `kernels` whose code is not on disk.
+def compile_kernels(kernels: Sequence[Kernel], report: Reporter | None, processes: int | None = None) -> None:
+    """Compile those of `kernels` whose code is not on disk, in up to `processes` processes; by default one for each thread.
 
     Raises
     ------
@@ -55,7 +58,8 @@ def compile_kernels(kernels: Sequence[Kernel], report: Reporter | None) -> None:
     missing = [kernel for kernel in kernels if not kernel.is_compiled()]
     if not missing:
         return
-    own, *others = shares(missing, min(threads.count(), MOST_PROCESSES) if _runs_modules() else 1)
+    most = threads.count() if processes is None else processes
+    own, *others = shares(missing, min(most, MOST_PROCESSES) if _runs_modules() else 1)
     if report is not None:
         report.phase("compiling CPU kernels, once on this machine")
     total = sum(map(_tenths, missing))

@@ -36,7 +36,7 @@ def _features() -> dict[str, bool]:
 
 _HOST = _features()
 _X86 = any(word in llvm.get_process_triple() for word in ("x86_64", "i386", "i686", "AMD64"))
-_HALF_IN_HARDWARE = not _X86 or bool(_HOST.get("f16c", False))
+HALF_IN_HARDWARE = not _X86 or bool(_HOST.get("f16c", False))
 # 4 queries x 32 columns are 8 registers of 512 bits, or 16 of 256: all that AVX2 has. There, 2 at a time.
 BLOCK = 4 if _HOST.get("avx512f", False) else 2
 WIDTHS = (1, 2, 4)[: BLOCK // 2 + 1]
@@ -101,7 +101,7 @@ def widen_fp16(builder: ir.IRBuilder, bits: Any) -> Any:
     """Return the float32 values of halves; without F16C by moving the exponent, which a multiplication normalizes."""
     lanes = bits.type.count
     numbers, integers = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
-    if _HALF_IN_HARDWARE:
+    if HALF_IN_HARDWARE:
         return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), lanes)), numbers)
 
     def every(value: int) -> Any:

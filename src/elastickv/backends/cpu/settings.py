@@ -8,8 +8,8 @@ from elastickv.errors import UsageError
 MAX_THREADS = 1024  # each has a stack and scratch; some thousands end the process
 
 
-def check_settings() -> None:
-    """Import Numba and start its threads with the settings of the environment.
+def check_settings(start_threads: bool = True) -> None:
+    """Import Numba, and start its threads, with the settings of the environment.
 
     Raises
     ------
@@ -24,7 +24,8 @@ def check_settings() -> None:
             raise ValueError("nothing is compiled where NUMBA_DISABLE_JIT is set")
         if numba.config.NUMBA_NUM_THREADS > MAX_THREADS:
             raise ValueError(f"at most {MAX_THREADS} threads are accepted")
-        numba.get_num_threads()
+        if start_threads:
+            numba.get_num_threads()
     except (RuntimeWarning, ValueError) as error:
         reason = str(error).partition("\nThe parse failed")[0].rstrip(".")
         settings = ", ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_"))

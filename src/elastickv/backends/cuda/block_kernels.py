@@ -6,7 +6,7 @@ from elastickv.backends.cuda.arguments import Address
 from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, GatherRows, StepRows
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.backends.cuda.kernel_selection import blocks_variant
-from elastickv.backends.cuda.launch import decode_blocks, gather_blocks, store_blocks
+from elastickv.backends.cuda.launch import decode_blocks, first_in_window, gather_blocks, store_blocks
 from elastickv.backends.cuda.storage import Scratch, ScratchSize
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
@@ -41,7 +41,7 @@ class BlockKernels:
         problems = shape.batch * shape.kv_heads * self._decoding.passes(shape.group)
         self._scratch = Scratch(device, ScratchSize.of(self._decoding, self._grid, problems, 0))
         self._lse = device.allocate(shape.batch * shape.query_heads * 4)
-        for name in ("store_blocks", "gather_blocks"):
+        for name in ("store_blocks", "gather_blocks", "first_in_window"):
             device.kernel(self._storing, name)
 
     def store(
@@ -140,3 +140,16 @@ class BlockKernels:
         """
         if requests and longest:
             gather_blocks(self._device, self._storing, longest, requests, keys=keys, values=values, blocks=blocks, rows=rows)
+
+    def find_first(self, blocks: BlocksArguments, lengths: Address, starts: Address, first: Address, requests: int) -> None:
+        """Write what `decode` takes as `window_first`; `launch.first_in_window` describes the arguments."""
+        first_in_window(
+            self._device,
+            self._storing,
+            requests,
+            blocks=blocks,
+            lengths=lengths,
+            starts=starts,
+            exact_tokens=self._exact_tokens,
+            first=first,
+        )

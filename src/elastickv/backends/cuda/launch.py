@@ -211,15 +211,15 @@ def store_blocks(
     Parameters
     ----------
     lengths : (requests,) int32, tokens of each request after the step.
-    starts : (requests + 1,) int32, where each request's tokens begin. The newest of its tokens that make up its length count:
-        a request of length 0 has none, whatever its starts say.
+    starts : (requests + 1,) int32, where each request's tokens begin. Only the newest lengths[i] of them exist: a request of
+        length 0 has none, whatever its starts say.
     slot_mapping : (tokens,) int64 slots of the window; those of block 0, and negative ones, store nothing.
     bad : a word of `BadToken`, lowered where a token with a slot that is not negative has values that cannot be stored.
     """
     heads = 2 * blocks.kv_heads
     if longest <= PAGE_TOKENS:
         return 1, heads, requests
-    return min(requests * (longest // PAGE_TOKENS + 2), max(1, _STORE_BLOCKS // heads)), heads, 1
+    return min(requests * (longest // PAGE_TOKENS + 2), max(2, _STORE_BLOCKS // heads)), heads, 1
 
 
 @kernel
@@ -234,6 +234,20 @@ def gather_blocks(
     """
     heads = blocks.kv_heads
     return heads, min(-(-longest // PAGE_TOKENS) + 1, max(1, _GATHER_BLOCKS // (heads * requests))), requests
+
+
+@kernel
+def first_in_window(
+    requests: int, *, blocks: BlocksArguments, lengths: Address, starts: Address, exact_tokens: I32, first: Address
+) -> Grid:
+    """Write the first token whose window block, and all later ones before the step, are there; a multiple of 32.
+
+    Parameters
+    ----------
+    lengths, starts : as in `store_blocks`.
+    first : (requests,) int32.
+    """
+    return (requests,)
 
 
 @kernel

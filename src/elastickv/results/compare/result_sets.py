@@ -15,8 +15,9 @@ from elastickv.inputs import file_path
 from elastickv.results.compare.runs import BenchmarkRun
 from elastickv.results.documents import ACCEPTED, Document, documents, file_of
 from elastickv.results.kinds.evaluation_result import EvaluationResult
+from elastickv.results.kinds.serving_result import ServingResult
 from elastickv.results.kinds.sweep_record import MISSING, SweepCell, SweepHeader, UnmeasuredCell, cell_name, sweep_record
-from elastickv.results.load import evaluation_of, run_of
+from elastickv.results.load import evaluation_of, run_of, serving_of
 
 _IN_JSON = re.compile(r", cell [0-9]+\Z")  # of a sweep that is one JSON object
 
@@ -31,6 +32,7 @@ class ResultSet:
     runs : what was measured.
     documents : what the runs were read from, one each.
     evaluations : results of `eval`, with their documents.
+    servings : results of `benchmarks/serving.py`, with their documents.
     sweeps : the source and the header of each sweep.
     unmeasured : cells of sweeps that have no result, the missing ones among them.
     incomplete : a sentence for each sweep that lacks cells.
@@ -43,6 +45,7 @@ class ResultSet:
     runs: list[BenchmarkRun] = field(default_factory=list)
     documents: list[Document] = field(default_factory=list)
     evaluations: list[tuple[Document, EvaluationResult]] = field(default_factory=list)
+    servings: list[tuple[Document, ServingResult]] = field(default_factory=list)
     sweeps: list[tuple[str, SweepHeader]] = field(default_factory=list)
     unmeasured: list[UnmeasuredCell] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
@@ -53,7 +56,8 @@ class ResultSet:
     @property
     def empty(self) -> bool:
         """Whether nothing was measured, and no cell says why not."""
-        return not (self.runs or self.evaluations or any(cell.status != MISSING for cell in self.unmeasured))
+        measured = self.runs or self.evaluations or self.servings
+        return not (measured or any(cell.status != MISSING for cell in self.unmeasured))
 
     @property
     def not_measured(self) -> dict[str, str]:
@@ -92,6 +96,14 @@ class ResultSet:
         else:
             self.notes.append(f"{document.source} is the result of {known} once more, and counts once")
 
+    def add_serving(self, document: Document, serving: ServingResult) -> None:
+        """Add a result of `benchmarks/serving.py`, or a note that it is there already."""
+        known = next((other.source for other, same in self.servings if same == serving), None)
+        if known is None:
+            self.servings.append((document, serving))
+        else:
+            self.notes.append(f"{document.source} is the result of {known} once more, and counts once")
+
     def nothing_measured(self) -> UsageError:
         """Return the error that says that nothing was measured, and why."""
         if self.unreadable:
@@ -126,9 +138,9 @@ def read_result_set(source: Any, name: str) -> ResultSet:
     results.refuse_others()
     if not results.runs:
         raise results.nothing_measured()
-    if results.evaluations:
-        without_times = ", ".join(document.source for document, _ in results.evaluations)
-        results.notes.append(f"not compared, being no results with times: {without_times}")
+    if results.evaluations or results.servings:
+        without_times = ", ".join(document.source for document, _ in [*results.evaluations, *results.servings])
+        results.notes.append(f"not compared, being no results of `bench`: {without_times}")
     return results
 
 
@@ -194,6 +206,8 @@ def _take(document: Document, results: ResultSet, sweep: _OpenSweep) -> None:
         results.add(run, document)
     elif evaluation is not None:
         results.add_evaluation(document, evaluation)
+    elif (serving := serving_of(document)) is not None:
+        results.add_serving(document, serving)
     elif isinstance(record := sweep_record(document.value, document.source), SweepCell):
         results.unmeasured.append(UnmeasuredCell(file_of(document.source), record.name, record.status, record.why))
     elif record is not None:

@@ -17,9 +17,10 @@ def open_block_kernels(shape: "AttentionShape", dtype: str, recipe: "Recipe", ex
     UsageError : if no kernel supports the combination, or Numba cannot run with its environment variables.
     CompileFailure : if a kernel does not compile.
     """
+    from elastickv.backends.cpu.blocks.openmp import loaded_openmp
     from elastickv.backends.cpu.settings import check_settings
 
-    check_settings()
+    check_settings(start_threads=loaded_openmp() is None)
     from elastickv.backends.cpu.numba_cache import cache_kernels_on_disk
 
     with cache_kernels_on_disk():

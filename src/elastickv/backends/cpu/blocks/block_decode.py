@@ -19,14 +19,11 @@ from elastickv.backends.cpu.blocks.block_tokens import (
 )
 from elastickv.backends.cpu.blocks.host_blocks import BlockField
 from elastickv.backends.cpu.decode import merge_partial
-from elastickv.backends.cpu.elements import put
 from elastickv.backends.cpu.intrinsics import (
-    FP16,
     atomic_add,
     double_from_bits,
     inlined,
     invoke_8,
-    load_f32,
     load_i32,
     store_i64,
     words,
@@ -105,11 +102,7 @@ def _merge(a, c, thread, row, head, first, splits):  # type: ignore[no-untyped-d
             partial = a[PARTIAL] + ((first + split) * group + g) * partial_bytes
             top, total = merge_partial(merged, top, total, partial, dim, ZERO)
         target = a[OUTPUT] + row * a[OUTPUT_STRIDE] + (head * group + g) * dim * element
-        if c[EXACT_FORMAT] == FP16:
-            for d in range(dim):
-                put(FP16, target + 2 * d, load_f32(merged + 4 * d) * (ONE / total))
-        else:
-            narrow_row(c[EXACT_FORMAT], merged, dim, target, ONE / total)
+        narrow_row(c[EXACT_FORMAT], merged, dim, target, ONE / total)
 
 
 @inlined

@@ -3,13 +3,13 @@
 import numpy as np
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.blocks.block_rows import copy_bytes
-from elastickv.backends.cpu.blocks.block_tokens import element_bytes, slab, window_row
+from elastickv.backends.cpu.blocks.block_dequantize import dequantize_keys, dequantize_values
+from elastickv.backends.cpu.blocks.block_rows import copy_bytes, narrow_row
+from elastickv.backends.cpu.blocks.block_tokens import ROW_TABLES_BYTES, element_bytes, row_tables, slab, window_row
 from elastickv.backends.cpu.blocks.host_blocks import BlockField
-from elastickv.backends.cpu.elements import limited, plane_bytes, put, scale_bytes
-from elastickv.backends.cpu.intrinsics import atomic_add, inlined, load_i32, words
+from elastickv.backends.cpu.elements import plane_bytes, scale_bytes, scale_group
+from elastickv.backends.cpu.intrinsics import COLUMNS, atomic_add, inlined, load_i32, words
 from elastickv.backends.cpu.numba_cache import kernel
-from elastickv.backends.cpu.page_codes import key_number, value_number
 from elastickv.recipe import PAGE_TOKENS
 
 _B, _F = BlockField, layout.BufferField
@@ -19,6 +19,7 @@ KEYS_OUT, VALUES_OUT = int(_B.KEYS_OUT), int(_B.VALUES_OUT)
 WINDOW_TABLE, WINDOW_COLUMNS, WINDOW_SHIFT = int(_B.WINDOW_TABLE), int(_B.WINDOW_COLUMNS), int(_B.WINDOW_SHIFT)
 DESCRIPTOR, COUNTERS, BOUNDS_OFFSET = int(_B.DESCRIPTOR), int(_B.COUNTERS), int(_B.BOUNDS_OFFSET)
 DIM, VALUE_GROUP, EXACT_FORMAT = int(_F.DIM), int(_F.VALUE_GROUP), int(_F.EXACT_FORMAT)
+ONE = np.float32(1)
 COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
 
 
@@ -32,18 +33,18 @@ def _copy_token(a, c, request, head, token, keys, values):  # type: ignore[no-un
 
 
 @inlined
-def _dequantize_token(a, c, where, token, keys, values):  # type: ignore[no-untyped-def]
-    """Write a page's token `token`; numbers slightly beyond the range of 16 bits become the largest 16-bit number."""
-    key, value, dim, group, fmt = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], c[DIM], c[VALUE_GROUP], c[EXACT_FORMAT]
-    element = element_bytes(c)
-    value_codes = where + plane_bytes(key, dim)
-    key_scales = value_codes + plane_bytes(value, dim)
-    value_scales = key_scales + scale_bytes(key, dim, group, False)
-    for d in range(dim):
-        k = np.float32(key_number(key, where, key_scales, where + a[BOUNDS_OFFSET], dim, token, d))
-        v = np.float32(value_number(value, value_codes, value_scales, dim, group, token, d))
-        put(fmt, keys + d * element, limited(fmt, k))
-        put(fmt, values + d * element, limited(fmt, v))
+def _dequantize(a, c, where, keys, values):  # type: ignore[no-untyped-def]
+    """Write the keys and values of a slab as 32 rows of float32 each."""
+    key, value, dim = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], c[DIM]
+    codes = where + plane_bytes(key, dim)
+    key_scales = codes + plane_bytes(value, dim)
+    scales = key_scales + scale_bytes(key, dim, dim, False)
+    dequantize_keys(key, where, key_scales, where + a[BOUNDS_OFFSET], dim, keys)
+    group = scale_group(value, dim, c[VALUE_GROUP])
+    for start in range(0, dim, group):
+        for column in range(start, start + group, COLUMNS):
+            columns, chunk = min(COLUMNS, start + group - column), codes + plane_bytes(value, column)
+            dequantize_values(value, chunk, scales + start // group * 4 * PAGE_TOKENS, dim, column, columns, values)
 
 
 @kernel("void(int64, int64)")
@@ -52,7 +53,7 @@ def gather_tokens(arguments, thread):  # type: ignore[no-untyped-def]
     a = words(arguments)
     c = words(a[DESCRIPTOR])
     item, base, written = atomic_add(a[COUNTERS], 1), 0, 0
-    row_bytes = c[DIM] * element_bytes(c)
+    dim, row_bytes, scratch = c[DIM], c[DIM] * element_bytes(c), row_tables(a, c, thread) + ROW_TABLES_BYTES
     for entry in range(a[REQUESTS]):
         request = np.int64(load_i32(a[LISTED] + 4 * entry))
         first, count = np.int64(load_i32(a[FIRST] + 4 * entry)), np.int64(load_i32(a[COUNT] + 4 * entry))
@@ -63,13 +64,17 @@ def gather_tokens(arguments, thread):  # type: ignore[no-untyped-def]
         while item < base + items:
             page, head = first_page + (item - base) // a[KV_HEADS], (item - base) % a[KV_HEADS]
             start = page * PAGE_TOKENS
+            if not a[IS_EXACT]:
+                _dequantize(a, c, slab(a, request, page, head), scratch, scratch + PAGE_TOKENS * dim * 4)
             for token in range(max(first, start), min(first + count, start + PAGE_TOKENS)):
                 offset = ((written + token - first) * a[KV_HEADS] + head) * row_bytes
                 keys, values = a[KEYS_OUT] + offset, a[VALUES_OUT] + offset
                 if a[IS_EXACT]:
                     _copy_token(a, c, request, head, token, keys, values)
                 else:
-                    _dequantize_token(a, c, slab(a, request, page, head), token - start, keys, values)
+                    row = scratch + (token - start) * dim * 4
+                    narrow_row(c[EXACT_FORMAT], row, dim, keys, ONE)
+                    narrow_row(c[EXACT_FORMAT], row + PAGE_TOKENS * dim * 4, dim, values, ONE)
             item = atomic_add(a[COUNTERS], 1)
         base += items
         written += count

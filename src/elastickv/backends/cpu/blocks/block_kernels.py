@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from elastickv.backends.compilation_report import current_report
 from elastickv.backends.cpu import page, page_codes, threads
+from elastickv.backends.cpu.blocks import engine_threads
 from elastickv.backends.cpu.blocks.block_decode import decode_rows, most_items
 from elastickv.backends.cpu.blocks.block_gather import gather_tokens
 from elastickv.backends.cpu.blocks.block_store import store_step
@@ -76,11 +77,10 @@ class NumbaBlockKernels:
         recipe.check_shape(shape.head_dim, shape.kv_heads)
         self.slab_bytes = slab_bytes(recipe, shape.head_dim)
         self._shape, self._element, self._exact_tokens = shape, 4 if dtype == "fp32" else 2, exact_tokens
-        self._threads = threads.count()
+        self._threads = engine_threads.count()
         quantizers = page_codes.quantizers(recipe, dtype)
-        compile_kernels(
-            [page.attend_page, decode_rows, store_step, gather_tokens, *dict.fromkeys(quantizers)], current_report()
-        )
+        kernels = [page.attend_page, decode_rows, store_step, gather_tokens, engine_threads.enter, *dict.fromkeys(quantizers)]
+        compile_kernels(kernels, current_report(), self._threads)
         self._make_scratch(recipe, dtype, quantizers)
         self._partials, self._pending = np.empty(0, np.float32), np.zeros(0, np.int64)
         self._words = np.zeros(WORDS, np.int64)
@@ -89,19 +89,17 @@ class NumbaBlockKernels:
         self._words[BlockField.COUNTERS] = address(self._counters)
         self._words[[BlockField.DESCRIPTOR, BlockField.DESCRIPTORS]] = address(self._descriptors)
         self._words[BlockField.SCRATCH] = self._work
-        self._launches = {
-            (kernel, n): threads.Launch(kernel, n, self._words)
-            for kernel in (decode_rows, store_step, gather_tokens)
-            for n in {1, self._threads}
-        }
+        called = (decode_rows, store_step, gather_tokens)
+        self._regions = {kernel: engine_threads.Region(kernel, self._threads, self._words) for kernel in called}
 
     def _make_scratch(self, recipe: Recipe, dtype: str, quantizers: tuple[Kernel, Kernel]) -> None:
         """Describe a cache of one exact page, whose memory is a thread's scratch, and one cold page, which is a slab."""
         shape = self._shape
         described = layout(AttentionShape(1, shape.query_heads, shape.kv_heads, shape.head_dim), 1, dtype, recipe, 1)
         self._work = described.fields[_F.WORK_THREAD_BYTES]
-        exact = page_bytes(dtype, dtype, shape.head_dim, shape.head_dim) + TAIL_BYTES
-        of_thread = self._work + ROW_TABLES_BYTES + up(max(exact, shape.group * shape.head_dim * 4), LINE_BYTES)
+        # A page of exact numbers, or of float32; or the queries of a KV head.
+        numbers = page_bytes("fp32", "fp32", shape.head_dim, shape.head_dim) + TAIL_BYTES
+        of_thread = self._work + ROW_TABLES_BYTES + up(max(numbers, shape.group * shape.head_dim * 4), LINE_BYTES)
         self._scratch = np.zeros(self._threads * of_thread + LINE_BYTES, np.uint8)
         self._state = np.full(len(State), -1, np.int64)
         self._counters = np.zeros(LINE_BYTES // 8, np.int64)
@@ -222,5 +220,5 @@ class NumbaBlockKernels:
 
     def _launch(self, kernel: Kernel, tokens: int) -> None:
         self._counters[0] = 0
-        number = threads.worth(2 * tokens * self._shape.kv_heads * self._shape.head_dim, self._threads)
-        self._launches[kernel, number]()
+        elements = 2 * tokens * self._shape.kv_heads * self._shape.head_dim
+        self._regions[kernel](threads.worth(elements, self._threads) > 1)

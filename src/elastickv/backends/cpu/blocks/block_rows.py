@@ -12,8 +12,10 @@ from numba import types
 from elastickv.backends.cpu.intrinsics import (
     BF16,
     FLOAT_BYTES,
+    FORMAT_CODES,
     FP16,
     FP32,
+    HALF_IN_HARDWARE,
     I16,
     I32,
     I64,
@@ -21,6 +23,8 @@ from elastickv.backends.cpu.intrinsics import (
     VF,
     VI,
     addressed,
+    call,
+    constant,
     load,
     loop,
     splat,
@@ -28,14 +32,16 @@ from elastickv.backends.cpu.intrinsics import (
     widen_bf16,
     widen_fp16,
 )
+from elastickv.kvcache.rounding import LARGEST
 from elastickv.recipe import PAGE_TOKENS
 
 COPIED_BYTES = 32
 SHORTS = ir.VectorType(I16, LANES)
+NAMES = {code: name for name, code in FORMAT_CODES.items()}
 PIECE = ir.VectorType(I64, COPIED_BYTES // 8)
 
 
-def _switch(builder: ir.IRBuilder, code: Any, bodies: dict[int, Callable[[], None]]) -> None:
+def switch(builder: ir.IRBuilder, code: Any, bodies: dict[int, Callable[[], None]]) -> None:
     """Run the body of the case that `code` is."""
     end = builder.append_basic_block("rows.done")
     switch = builder.switch(code, end)
@@ -83,7 +89,7 @@ def _transpose_keys(builder: ir.IRBuilder, size: Any, addresses: Any, dim: Any, 
 
         return emit
 
-    _switch(builder, size, {2: body(SHORTS, 2), 4: body(VI, 4)})
+    switch(builder, size, {2: body(SHORTS, 2), 4: body(VI, 4)})
 
 
 # (bytes of an element, address of the addresses of 16 rows, head_dim, target): writes keys into 16 columns of a page of exact
@@ -106,7 +112,7 @@ def _widen(builder: ir.IRBuilder, code: Any, source: Any, count: Any, target: An
 
         return emit
 
-    _switch(builder, code, {fmt: body(fmt) for fmt in (FP32, FP16, BF16)})
+    switch(builder, code, {fmt: body(fmt) for fmt in (FP32, FP16, BF16)})
 
 
 # (float format, source, count, target, factor): target = factor x source in float32.
@@ -125,7 +131,39 @@ def bf16_rounded(builder: ir.IRBuilder, x: Any) -> Any:
     return builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), every(0x7FC0), rounded), SHORTS)
 
 
+def fp16_rounded(builder: ir.IRBuilder, x: Any) -> Any:
+    """Return the bits of 16 float32s rounded to half precision, as `elements.fp16_bits` does."""
+    if HALF_IN_HARDWARE:
+        return builder.bitcast(builder.fptrunc(x, ir.VectorType(ir.HalfType(), LANES)), SHORTS)
+
+    def every(value: int) -> Any:
+        return ir.Constant(VI, [value] * LANES)
+
+    bits = builder.bitcast(x, VI)
+    sign, magnitude = builder.and_(builder.lshr(bits, every(16)), every(0x8000)), builder.and_(bits, every(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, every(13)), every(1))
+    normal = builder.lshr(builder.add(builder.sub(magnitude, every(0x38000000 - 0xFFF)), odd), every(13))
+    # Adding 0.5 leaves the half's subnormal bits at the bottom, rounded by the processor.
+    shifted = builder.bitcast(builder.fadd(builder.bitcast(magnitude, VF), constant(0.5)), VI)
+    small = builder.sub(shifted, every(0x3F000000))
+    half = builder.select(builder.icmp_signed("<", magnitude, every(0x38800000)), small, normal)
+    half = builder.select(builder.icmp_signed(">=", magnitude, every(0x47800000)), every(0x7C00), half)
+    half = builder.select(builder.icmp_signed(">", magnitude, every(0x7F800000)), every(0x7E00), half)
+    return builder.trunc(builder.or_(sign, half), SHORTS)
+
+
+def _limited(builder: ir.IRBuilder, x: Any, most: float) -> Any:
+    """Return finite numbers beyond the largest one as that."""
+    size = call(builder, f"llvm.fabs.v{LANES}f32", VF, x)
+    beyond = builder.and_(
+        builder.fcmp_ordered(">", size, constant(most)), builder.fcmp_ordered("<", size, constant(float("inf")))
+    )
+    return builder.select(beyond, call(builder, f"llvm.copysign.v{LANES}f32", VF, constant(most), x), x)
+
+
 def _narrow(builder: ir.IRBuilder, code: Any, source: Any, count: Any, target: Any, factor: Any) -> None:
+    round_to = {FP16: fp16_rounded, BF16: bf16_rounded}
+
     def body(fmt: int) -> Callable[[], None]:
         def emit() -> None:
             factors = splat(builder, factor)
@@ -135,12 +173,13 @@ def _narrow(builder: ir.IRBuilder, code: Any, source: Any, count: Any, target: A
                 if fmt == FP32:
                     store(builder, x, target, wide)
                 else:
-                    store(builder, bf16_rounded(builder, x), target, builder.mul(index, I64(LANES * 2)))
+                    bits = round_to[fmt](builder, _limited(builder, x, LARGEST[NAMES[fmt]]))
+                    store(builder, bits, target, builder.mul(index, I64(LANES * 2)))
 
         return emit
 
-    _switch(builder, code, {fmt: body(fmt) for fmt in (FP32, BF16)})
+    switch(builder, code, {fmt: body(fmt) for fmt in (FP32, FP16, BF16)})
 
 
-# (float32 or bfloat16, float32 source, count, target, factor): target = factor x source, rounded.
+# (float format, float32 source, count, target, factor): target = factor x source, rounded; what is finite stays so.
 narrow_row = addressed(4, types.void, _narrow, floats=1)

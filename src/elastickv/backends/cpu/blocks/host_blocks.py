@@ -70,7 +70,7 @@ WORDS = len(BlockField)
 
 @dataclass(frozen=True)
 class HostBlocks:
-    """Blocks in host memory, and which of them each request has.
+    """Blocks in host memory, and which of them each request has. The caller keeps the memory of the blocks alive.
 
     Attributes
     ----------

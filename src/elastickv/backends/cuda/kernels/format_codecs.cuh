@@ -705,7 +705,7 @@ __device__ __forceinline__ CodeIndex key_code_index(int four, int j) {
 // Group of the dims that share int4 scales, of a word of a vector of row `row` of V.
 __device__ __forceinline__ int value_group(int row, int word) {
 #if V_FORMAT == INT4
-    return min((2 * row + (word >> 1)) / GROUP_TILES, GROUPS - 1);
+    return GROUPS == 1 ? 0 : min((2 * row + (word >> 1)) / GROUP_TILES, GROUPS - 1);
 #else
     return 0;
 #endif

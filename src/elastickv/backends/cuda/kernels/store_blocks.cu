@@ -7,7 +7,8 @@
 
 #define STORE_WARPS (STORE_THREADS / 32)
 #define ROWS_PER_WARP (PAGE / STORE_WARPS)
-#define ROW_VECTORS (D / 8)  // of 16 bytes
+#define ROW_WORDS ((D / 2 + 31) / 32)  // of a row per lane, two dims each: dim = 2 (lane + 32 i)
+#define ROW_VECTORS (D / 8)            // of 16 bytes
 // Where no lanes that write numbers at once meet in a bank.
 #define KEY_PITCH (D % 32 ? D : D + 16)
 #define VALUE_PITCH (D + 8)
@@ -28,8 +29,8 @@ __device__ __forceinline__ char* slab_at(const Blocks& b, int request, int page,
     return b.pages + b.page_table[(size_t)request * b.page_columns + page] * b.page_stride + (size_t)head * b.slab_bytes;
 }
 
-// The pages that a step touches are numbered across requests. This is the first number of a request, who has enough of them
-// wherever its tokens begin in a page.
+// The pages that a step touches have slots, numbered across requests. This is the first slot of a request, which has enough of
+// them wherever in a page its tokens begin.
 __device__ __forceinline__ int first_slot(const int* starts, int request) { return starts[request] / PAGE + 2 * request; }
 
 // One warp finds the request of a slot: the last whose first slot is not beyond it.
@@ -44,23 +45,35 @@ __device__ __forceinline__ int request_at(const int* starts, int requests, int s
     return begin;
 }
 
+__device__ __forceinline__ float2 numbers_of(u32 word) {
+#if EXACT_TYPE == BF16
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+#else
+    return __half22float2(*reinterpret_cast<const __half2*>(&word));
+#endif
+}
+
 // One warp reports a row with a value that is not finite, or a key that its format cannot hold: the least word remains.
-__device__ __forceinline__ void report_row(u64* bad, bool value, int request, int position, const float (&x)[ELEMENTS]) {
+__device__ __forceinline__ void report_row(u64* bad, bool value, int request, int position, const u32 (&row)[ROW_WORDS]) {
     const float finite = 3.402823466e38f, most = LARGEST_KEY && !value ? (float)LARGEST_KEY : finite;
-    bool beyond = false, broken = false;
+    auto beyond = [&](float limit) {
+        bool any = false;
 #pragma unroll
-    for (int e = 0; e < ELEMENTS; e++) beyond |= !(fabsf(x[e]) <= most);
-    if (!__any_sync(FULL, beyond)) return;
-#pragma unroll
-    for (int e = 0; e < ELEMENTS; e++) broken |= !(fabsf(x[e]) <= finite);
-    const u64 kind = __any_sync(FULL, broken) ? 0 : 1;
+        for (int i = 0; i < ROW_WORDS; i++) {
+            const float2 x = numbers_of(row[i]);
+            any |= !(fabsf(x.x) <= limit) | !(fabsf(x.y) <= limit);
+        }
+        return __any_sync(FULL, any);
+    };
+    if (!beyond(most)) return;
+    const u64 kind = beyond(finite) ? 0 : 1;
     if ((threadIdx.x & 31) == 0) atomicMin(bad, kind << 63 | (u64)request << 32 | (u32)position);
 }
 
 // `starts`: where each request's tokens begin, and the end of the last; `slot_mapping`: the window's slot of each token, or -1;
 // `bad`: the least of kind << 63 | request << 32 | position; kind 1: finite, but too large for the format of K.
 // grid: 1 and requests, or slots and 1, in x and z; (KV head, keys or values) in y.
-extern "C" __global__ void __launch_bounds__(STORE_THREADS)
+extern "C" __global__ void __launch_bounds__(STORE_THREADS, D > 128 ? 3 : 5)
     store_blocks(STEP_ROWS_SIGNATURE, BLOCKS_SIGNATURE, const int* lengths, const int* starts, const long long* slot_mapping,
                  u64* bad, int requests) {
     __shared__ PageTile tile;
@@ -71,39 +84,50 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
     const long long stride = value ? value_stride : key_stride;
     wait_for_previous();
     let_next_start();
-    const int before = one_request ? first_slot(starts, blockIdx.z) : 0;
-    const int slots = first_slot(starts, one_request ? blockIdx.z + 1 : requests) - before;
+    const int slots = one_request ? 0x7fffffff : first_slot(starts, requests);
     for (int slot = blockIdx.x; slot < slots; slot += gridDim.x) {
         const int request = one_request ? blockIdx.z : request_at(starts, requests, slot);
         const int start = starts[request], length = lengths[request], first = length - (starts[request + 1] - start);
-        const int page = max(first, 0) / PAGE + slot - (first_slot(starts, request) - before);
-        if (page * PAGE >= length) continue;
+        const int page = max(first, 0) / PAGE + slot - (one_request ? 0 : first_slot(starts, request));
+        if (page * PAGE >= length) {
+            if (one_request) return;
+            continue;
+        }
         const bool complete = (page + 1) * PAGE <= length;
-        float x[ROWS_PER_WARP][ELEMENTS];
-        long long to = -1;  // slot of the row that this lane's number is
+        u32 row[ROWS_PER_WARP][ROW_WORDS];
+        long long to = -1;  // lane r: the slot of the warp's row r, if that is a token of this step
         const int lane = threadIdx.x & 31, mine = page * PAGE + lane * STORE_WARPS + warp;
         if (lane < ROWS_PER_WARP && mine >= first && mine < length) to = slot_mapping[start + mine - first];
 #pragma unroll
         for (int r = 0; r < ROWS_PER_WARP; r++) {
             const int position = page * PAGE + r * STORE_WARPS + warp;
+            const char* from = nullptr;
             if (position >= first && position < length)
-                load_row(x[r], rows, (start + position - first) * stride + head * D, EXACT_TYPE, D);
+                from = rows + ((start + position - first) * stride + head * D) * EXACT_BYTES;
             else if (complete)
-                load_row(x[r], window_row(b, value, window_block(b, request, position), position, head), 0, EXACT_TYPE, D);
+                from = window_row(b, value, window_block(b, request, position), position, head);
+#pragma unroll
+            for (int i = 0; i < ROW_WORDS; i++) {
+                const int word = lane + 32 * i;
+                row[r][i] = from && word < D / 2 ? reinterpret_cast<const u32*>(from)[word] : 0;
+            }
         }
 #pragma unroll
         for (int r = 0; r < ROWS_PER_WARP; r++) {
             const int in_page = r * STORE_WARPS + warp, position = page * PAGE + in_page;
             const long long slot = __shfl_sync(FULL, to, r);
-            if (slot >= 0) report_row(bad, value, request, position, x[r]);
+            if (slot >= 0) report_row(bad, value, request, position, row[r]);
             const int block = slot < 0 ? 0 : (int)(slot >> b.window_shift);
-            char* row = window_row(b, value, block, position, head);
+            u32* target = reinterpret_cast<u32*>(window_row(b, value, block, position, head));
 #pragma unroll
-            for (int e = 0; e < ELEMENTS; e++) {
-                const int dim = lane + 32 * e;
-                if (dim >= D) continue;
-                if (block) put_exact(row, dim, x[r][e]);
-                if (complete) tile.x[in_page][dim] = x[r][e];
+            for (int i = 0; i < ROW_WORDS; i++) {
+                const int word = lane + 32 * i;
+                if (word >= D / 2) continue;
+                if (block) target[word] = row[r][i];
+                if (!complete) continue;
+                const float2 x = numbers_of(row[r][i]);
+                tile.x[in_page][2 * word] = x.x;
+                tile.x[in_page][2 * word + 1] = x.y;
             }
         }
         if (!complete) continue;
@@ -183,10 +207,10 @@ __device__ __forceinline__ void unpack_slab(RowTile& tile, const char* slab) {
 }
 
 // Writes tokens first[i] to first[i] + count[i] - 1 of request `first_request` + i to rows start[i] and on, (rows, KV heads,
-// head_dim): from the window where they are exact_first[i] or later, otherwise from pages. Calls that leave no token to read
-// from a page do not read it.
+// head_dim): from the window where they are exact_first[i] or later, otherwise from pages. A page that no token is read from is
+// not read: it may be incomplete.
 // grid: KV heads, pages of a request, requests.
-extern "C" __global__ void __launch_bounds__(STORE_THREADS)
+extern "C" __global__ void __launch_bounds__(STORE_THREADS, D > 128 ? 2 : 4)
     gather_blocks(char* keys, char* values, BLOCKS_SIGNATURE, const int* first, const int* count, const int* start,
                   const int* exact_first, int first_request) {
     __shared__ RowTile tile;
@@ -201,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
             unpack_slab(tile, slab_at(b, request, page, head));
             __syncthreads();
         }
-#pragma unroll
+#pragma unroll 2
         for (int each = 0; each < 2 * PAGE * ROW_VECTORS; each += STORE_THREADS) {
             const int i = each + threadIdx.x, token = i / ROW_VECTORS % PAGE, dim = i % ROW_VECTORS * 8;
             const bool value = i >= PAGE * ROW_VECTORS;
@@ -216,4 +240,20 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
             *reinterpret_cast<uint4*>(target + 2 * dim) = x;
         }
     }
+}
+
+// Writes of each request the first token whose window block, and all later ones before the step, are there: tokens before it
+// are read from pages, so it is rounded up to a page. grid: requests; one warp each.
+extern "C" __global__ void __launch_bounds__(STORE_THREADS)
+    first_in_window(BLOCKS_SIGNATURE, const int* lengths, const int* starts, int exact_tokens, int* first) {
+    const Blocks b = BLOCKS_VALUE;
+    const int request = blockIdx.x, size = 1 << b.window_shift;
+    if (threadIdx.x >= 32) return;
+    const int before = max(lengths[request] - (starts[request + 1] - starts[request]), 0);
+    int gone = 0;
+    for (int token = max(before - exact_tokens + 1, 0) / size * size + (int)threadIdx.x * size; token < before;
+         token += 32 * size)
+        if (!window_block(b, request, token)) gone = token + size;
+    for (int i = 16; i; i >>= 1) gone = max(gone, __shfl_xor_sync(FULL, gone, i));
+    if (threadIdx.x == 0) first[request] = min((gone + PAGE - 1) / PAGE, before / PAGE) * PAGE;
 }

@@ -1,0 +1,120 @@
+"""The read rule of a serving engine, as an attention function of Transformers: `with reading(model, rule): model(ids)`.
+
+A query at position t reads the keys and values of tokens j > t - R exactly, and those of all others as pages store them. A pass
+over a whole text gives what an engine gives token by token: as R is at least a page, every token that is read from a page is in
+a page that was complete before.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from elastickv.kvcache.quantize import stored_values
+from elastickv.recipe import Recipe
+from elastickv.recipe.formats import PAGE_TOKENS
+
+FORMATS = {"int4": "int4", "k8v4": "k=int8,v=int4", "int8": "int8", "fp8": "fp8"}  # an engine's name -> a recipe's text
+IMPLEMENTATION = "elastickv_read_rule"
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class ReadRule:
+    """What a query reads.
+
+    Attributes
+    ----------
+    pages : formats of pages, as a recipe without a selection.
+    window : R, the newest tokens that are read exactly.
+    sinks : first tokens that are always read exactly; pages begin after them.
+    first_page : formats of the first page where they differ from those of the others; 'dense': it is exact.
+    page_window : whether all tokens of a page turn old together, when its last one is R tokens old, as in `ElasticCache`.
+    rounded : dtype to which keys and values are rounded before anything else; None: they stay as the model computes them.
+    """
+
+    pages: Recipe
+    window: int = 128
+    sinks: int = 0
+    first_page: Recipe | None = None
+    page_window: bool = False
+    rounded: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.window < PAGE_TOKENS:
+            raise ValueError(f"window {self.window} is smaller than a page: give {PAGE_TOKENS} or more")
+
+    def stored(self, rows: torch.Tensor, value: bool) -> torch.Tensor:
+        """Return keys or values, (kv_heads, tokens, head_dim), as pages store them; an incomplete page as it is."""
+        numbers = rows.clone()
+        last = self.sinks + (rows.shape[1] - self.sinks) // PAGE_TOKENS * PAGE_TOKENS
+        parts = [(self.sinks, last, self.pages)]
+        if self.first_page is not None:
+            first = min(self.sinks + PAGE_TOKENS, last)
+            parts = [(self.sinks, first, self.first_page), (first, last, self.pages)]
+        for start, end, recipe in parts:
+            fmt = recipe.value_format if value else recipe.key_format
+            if end > start and fmt is not None:
+                piece = rows[:, start:end].reshape(-1, rows.shape[-1]).numpy(force=True)
+                stored = stored_values(piece, fmt, value, recipe.v_group(rows.shape[-1]))
+                numbers[:, start:end] = torch.from_numpy(stored).view(rows.shape[0], end - start, -1)
+        return numbers
+
+    def first_exact(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return, for queries at these positions, the first token of the window."""
+        first = positions + 1 - self.window
+        if self.page_window:
+            first = self.sinks + torch.div(first - self.sinks, PAGE_TOKENS, rounding_mode="floor") * PAGE_TOKENS
+        return first.clamp(min=self.sinks)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Return the outputs, (query_heads, tokens, head_dim), of one sequence from its first token on.
+
+        Parameters
+        ----------
+        query : (query_heads, tokens, head_dim).
+        key, value : (kv_heads, tokens, head_dim).
+        """
+        if self.rounded is not None:
+            key, value = (rows.to(self.rounded).to(rows.dtype) for rows in (key, value))
+        heads, tokens, dim = query.shape
+        queries = query.view(len(key), heads // len(key), tokens, dim)
+        exact = (key[:, None], value[:, None])
+        stored = (self.stored(key, False)[:, None], self.stored(value, True)[:, None])
+        outputs = torch.empty_like(queries)
+        numbers = torch.arange(tokens, device=query.device)
+        for start in range(0, tokens, ROWS_AT_ONCE):
+            rows = numbers[start : start + ROWS_AT_ONCE]
+            first = self.first_exact(rows)
+            old, new = numbers[: int(first[-1])], numbers[int(first[0]) : int(rows[-1]) + 1]
+            seen = torch.cat([old < first[:, None], new >= first[:, None]], -1) & (torch.cat([old, new]) <= rows[:, None])
+            keys, values = (torch.cat([a[:, :, old], b[:, :, new]], 2) for a, b in zip(stored, exact, strict=True))
+            scores = queries[:, :, rows] @ keys.transpose(-1, -2) * scaling
+            outputs[:, :, rows] = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+        return outputs.view(heads, tokens, dim)
+
+
+@contextmanager
+def reading(model: Any, rule: ReadRule) -> Iterator[None]:
+    """Let a model's attention read by a rule, for whole texts from their first token on; restore it on exit.
+
+    Only for models with plain softmax attention to the whole context in every layer.
+    """
+
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **rest: Any
+    ) -> tuple[torch.Tensor, None]:
+        outputs = [rule.attend(q, k, v, scaling) for q, k, v in zip(query, key, value, strict=True)]
+        return torch.stack(outputs).transpose(1, 2), None
+
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

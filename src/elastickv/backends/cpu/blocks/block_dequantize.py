@@ -1,0 +1,171 @@
+"""Pages as rows of float32 numbers, in vector IR: what `page_codes.unpack_rows` does for a cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from elastickv.backends.cpu.blocks.block_rows import SHORTS, switch, transposed
+from elastickv.backends.cpu.intrinsics import (
+    BF16,
+    F32,
+    FLOAT_BYTES,
+    FORMAT_CODES,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    VF,
+    VI,
+    addressed,
+    load,
+    loop,
+    multiply_add,
+    splat,
+    store,
+    widen_bf16,
+    widen_e4m3,
+    widen_fp16,
+)
+from elastickv.backends.cpu.page_codes import EIGHT, FP8, INT4, INT8
+from elastickv.recipe import PAGE_TOKENS
+
+BYTES = ir.VectorType(I8, LANES)
+E4M3_FACTOR = 256.0  # `widen_e4m3` gives 1/256 of the numbers
+STORED = tuple(code for name, code in FORMAT_CODES.items() if name != "fp32")
+
+
+def _nibbles(builder: ir.IRBuilder, words: Any, number: int) -> Any:
+    """Return code `number` of eight in each 32-bit word, as float32."""
+
+    def every(value: int) -> Any:
+        return ir.Constant(words.type, [value] * words.type.count)
+
+    shifted = builder.lshr(words, every(16 * (number % 2) + 4 * (number // 2)))
+    return builder.sitofp(builder.and_(shifted, every(15)), ir.VectorType(F32, words.type.count))
+
+
+def _pair(builder: ir.IRBuilder, address: Any, offset: Any) -> list[Any]:
+    """Return the even and the odd ones of 32 signed bytes, as float32."""
+    both = load(builder, address, ir.VectorType(I8, 2 * LANES), offset)
+    orders = [ir.Constant(ir.VectorType(I32, LANES), list(range(first, 2 * LANES, 2))) for first in (0, 1)]
+    return [builder.sitofp(builder.shuffle_vector(both, both, order), VF) for order in orders]
+
+
+def _page_scale(builder: ir.IRBuilder, scales: Any) -> Any:
+    """Return 256 x the scale of an fp8 page."""
+    scale = widen_bf16(builder, load(builder, scales, ir.VectorType(I16, 1)))
+    return splat(builder, builder.fmul(builder.extract_element(scale, I32(0)), F32(E4M3_FACTOR)))
+
+
+def _floats(builder: ir.IRBuilder, fmt: int, address: Any, offset: Any, scale: Any) -> Any:
+    """Return 16 numbers of fp8, bf16 or fp16."""
+    if fmt == FP8:
+        return builder.fmul(widen_e4m3(builder, load(builder, address, BYTES, offset)), scale)
+    return (widen_bf16 if fmt == BF16 else widen_fp16)(builder, load(builder, address, SHORTS, builder.mul(offset, I64(2))))
+
+
+def _channels(
+    builder: ir.IRBuilder, fmt: int, codes: Any, scales: Any, bounds: Any, dim: Any, first: Any, token: Any, scale: Any
+) -> list[Any]:
+    """Return the numbers of 16 channels from `first` on, of 16 tokens."""
+    if fmt == INT4:
+        at = builder.mul(first, I64(2))
+        steps, zeros = (
+            widen_fp16(builder, load(builder, bounds, SHORTS, offset))
+            for offset in (at, builder.add(at, builder.mul(dim, I64(2))))
+        )
+        numbers = []
+        for eight in range(LANES // EIGHT):
+            row = builder.add(builder.mul(builder.add(first, I64(EIGHT * eight)), I64(PAGE_TOKENS // EIGHT)), token)
+            packed = load(builder, codes, VI, builder.mul(row, I64(4)))
+            for number in range(EIGHT):
+                lane = I32(EIGHT * eight + number)
+                step, zero = (splat(builder, builder.extract_element(of, lane)) for of in (steps, zeros))
+                numbers.append(multiply_add(builder, _nibbles(builder, packed, number), step, zero))
+        return numbers
+    rows = [builder.add(builder.mul(builder.add(first, I64(i)), I64(PAGE_TOKENS)), token) for i in range(LANES)]
+    if fmt == INT8:
+        steps = widen_bf16(builder, load(builder, scales, SHORTS, builder.mul(token, I64(2))))
+        pairs = (_pair(builder, codes, builder.add(row, token)) for row in rows[::2])
+        return [builder.fmul(number, steps) for pair in pairs for number in pair]
+    return [_floats(builder, fmt, codes, row, scale) for row in rows]
+
+
+def _keys(builder: ir.IRBuilder, fmt: Any, codes: Any, scales: Any, bounds: Any, dim: Any, target: Any) -> None:
+    def body(code: int) -> Callable[[], None]:
+        def emit() -> None:
+            scale = _page_scale(builder, scales) if code == FP8 else None
+            with loop(builder, I64(PAGE_TOKENS // LANES), []) as (half, _, _):
+                token = builder.mul(half, I64(LANES))
+                with loop(builder, builder.sdiv(dim, I64(LANES)), []) as (index, _, _):
+                    first = builder.mul(index, I64(LANES))
+                    tile = _channels(builder, code, codes, scales, bounds, dim, first, token, scale)
+                    for number, row in enumerate(transposed(builder, tile)):
+                        at = builder.add(builder.mul(builder.add(token, I64(number)), dim), first)
+                        store(builder, row, target, builder.mul(at, I64(FLOAT_BYTES)))
+
+        return emit
+
+    switch(builder, fmt, {code: body(code) for code in STORED})
+
+
+# (format, codes, scales, bounds, head_dim, target): the keys of a page as 32 rows of float32.
+dequantize_keys = addressed(6, types.void, _keys)
+
+
+def _token_scale(builder: ir.IRBuilder, scales: Any, token: Any, offset: int = 0) -> Any:
+    """Return a bfloat16 of a token, as float32."""
+    bits = load(builder, scales, ir.VectorType(I16, 1), builder.add(builder.mul(token, I64(2)), I64(offset)))
+    return builder.extract_element(widen_bf16(builder, bits), I32(0))
+
+
+def _four_bits(builder: ir.IRBuilder, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any) -> None:
+    """Write `columns` channels, a multiple of eight, of which `start` is the first and `codes` has the chunk."""
+    words = ir.VectorType(I32, EIGHT)
+    turns = builder.sdiv(columns, I64(EIGHT))
+    with loop(builder, I64(PAGE_TOKENS // EIGHT), []) as (eight, _, _), loop(builder, turns, []) as (index, _, _):
+        column = builder.mul(index, I64(EIGHT))
+        packed = load(builder, codes, words, builder.mul(builder.add(builder.mul(eight, columns), column), I64(4)))
+        for number in range(EIGHT):
+            token = builder.add(builder.mul(eight, I64(EIGHT)), I64(number))
+            step, zero = (splat(builder, _token_scale(builder, scales, token, n), EIGHT) for n in (0, 2 * PAGE_TOKENS))
+            x = builder.fadd(builder.fmul(_nibbles(builder, packed, number), step), zero)
+            at = builder.add(builder.mul(token, dim), builder.add(start, column))
+            store(builder, x, target, builder.mul(at, I64(FLOAT_BYTES)))
+
+
+def _other(builder: ir.IRBuilder, fmt: int, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any) -> None:
+    """Write `columns` channels, a multiple of 16."""
+    scale = _page_scale(builder, scales) if fmt == FP8 else None
+    at_once = 2 if fmt == INT8 else 1
+    with loop(builder, I64(PAGE_TOKENS // at_once), []) as (row, _, _):
+        tokens = [builder.add(builder.mul(row, I64(at_once)), I64(i)) for i in range(at_once)]
+        steps = [splat(builder, _token_scale(builder, scales, token)) for token in tokens] if fmt == INT8 else []
+        with loop(builder, builder.sdiv(columns, I64(LANES)), []) as (index, _, _):
+            column = builder.mul(index, I64(LANES))
+            offset = builder.add(builder.mul(row, columns), column)
+            if fmt == INT8:
+                pair = _pair(builder, codes, builder.mul(offset, I64(2)))
+                numbers = [builder.fmul(x, step) for x, step in zip(pair, steps, strict=True)]
+            else:
+                numbers = [_floats(builder, fmt, codes, offset, scale)]
+            for token, x in zip(tokens, numbers, strict=True):
+                at = builder.add(builder.mul(token, dim), builder.add(start, column))
+                store(builder, x, target, builder.mul(at, I64(FLOAT_BYTES)))
+
+
+def _values(builder: ir.IRBuilder, fmt: Any, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any) -> None:
+    def body(code: int) -> Callable[[], None]:
+        if code == INT4:
+            return lambda: _four_bits(builder, codes, scales, dim, start, columns, target)
+        return lambda: _other(builder, code, codes, scales, dim, start, columns, target)
+
+    switch(builder, fmt, {code: body(code) for code in STORED})
+
+
+# (format, the codes of a chunk, its scales, head_dim, first channel, channels, target): a chunk of the values of a page, in 32
+# rows of float32.
+dequantize_values = addressed(7, types.void, _values)

@@ -1,0 +1,76 @@
+"""What is launched over the blocks of a serving engine, and what the word of a token that cannot be stored says; no GPU."""
+
+import pytest
+
+pytest.importorskip("cuda.bindings.nvrtc")
+from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
+from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows, StepRows
+from elastickv.backends.cuda.block_kernels import BlockKernels
+from elastickv.recipe import AttentionShape, Recipe
+from tests.backends.cuda.recording_device import RecordingDevice
+
+STEP = StepRows(keys=1 << 20, values=2 << 20, key_stride=1024, value_stride=2048)
+ROWS = GatherRows(first=1, count=2, start=3, exact_first=4, first_request=5)
+
+
+@pytest.fixture
+def kernels():
+    return BlockKernels(RecordingDevice(), AttentionShape(64, 32, 8, 128), "bf16", Recipe.parse("int4"), 128)
+
+
+def blocks(kv_heads=8):
+    sizes = {"page_stride": 8 * 4736, "window_stride": 32768, "slab_bytes": 4736, "page_columns": 9, "window_columns": 33}
+    tables = {"pages": 10, "window": 11, "page_table": 12, "window_table": 13}
+    return BlocksArguments(**tables, **sizes, kv_heads=kv_heads, window_shift=3)
+
+
+def stored(kernels, requests, longest, kv_heads=8):
+    kernels.store(blocks(kv_heads), STEP, 21, 22, 23, 24, requests, longest)
+    return kernels._device.take()[-1]
+
+
+def gathered(kernels, requests, longest):
+    kernels.gather(blocks(), ROWS, 31, 32, requests, longest)
+    return kernels._device.take()[-1]
+
+
+def test_a_step_of_few_tokens_has_one_block_per_request_and_head_of_keys_or_values(kernels):
+    for longest in (1, 4, 32):
+        assert stored(kernels, 64, longest).grid == (1, 16, 64)
+
+
+def test_a_chunk_has_a_block_for_every_page_that_it_can_touch_up_to_a_limit(kernels):
+    assert stored(kernels, 1, 33).grid == (3, 16, 1)
+    assert stored(kernels, 1, 8192).grid == (258, 16, 1)
+    assert stored(kernels, 3, 64).grid == (12, 16, 1)
+    assert stored(kernels, 1000, 8192).grid == (512, 16, 1)
+    assert stored(kernels, 1000, 8192, kv_heads=10000).grid == (2, 20000, 1)  # one would be a step of few tokens
+
+
+def test_a_store_passes_its_requests_and_the_word_of_the_layer(kernels):
+    values = stored(kernels, 7, 40).values
+    expected = {"lengths": 21, "starts": 22, "slot_mapping": 23, "bad": 24, "requests": 7, "value_stride": 2048, "pages": 10}
+    assert values.items() >= expected.items()
+
+
+def test_a_gather_is_one_launch_of_limited_size(kernels):
+    recorded = gathered(kernels, 4, 129)
+    expected = {"keys": 31, "values": 32, "first": 1, "count": 2, "start": 3, "exact_first": 4, "first_request": 5}
+    assert recorded.values.items() >= expected.items()
+    assert recorded.grid == (8, 6, 4)  # a part of a page at either end
+    assert gathered(kernels, 1, 65536).grid == (8, 1024, 1)
+    assert gathered(kernels, 2000, 65536).grid == (8, 1, 2000)
+
+
+def test_nothing_is_launched_to_gather_nothing(kernels):
+    for requests, longest in ((0, 10), (3, 0)):
+        kernels.gather(blocks(), ROWS, 31, 32, requests, longest)
+    assert not kernels._device.take()
+
+
+def test_a_word_names_request_and_position():
+    assert BadToken.of(NO_BAD_TOKEN) is None
+    assert BadToken.of(3 << 32 | 70000) == BadToken(3, 70000, False)
+    assert BadToken.of(0) == BadToken(0, 0, False)
+    too_large = (1 << 63 | 1023 << 32 | 5) - (1 << 64)  # as an int64
+    assert BadToken.of(too_large) == BadToken(1023, 5, True)

@@ -1,0 +1,77 @@
+"""The table of the docs says what a result of the serving benchmark holds; the result here is made up."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from elastickv.results.kinds.serving_result import ServingResult
+from tests.helpers.serving_results import made_up_serving
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture(scope="module")
+def figures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        yield importlib.import_module("serving_figures")
+
+
+@pytest.fixture(scope="module")
+def lines_of(figures):
+    return lambda value: figures.serving_lines(ServingResult.from_dict(value))
+
+
+@pytest.fixture
+def write(figures, tmp_path, monkeypatch):
+    """Return a function that writes a result file under the name that the figures are read from."""
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+
+    def write_json(name, value):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(value), encoding="utf-8")
+
+    return write_json
+
+
+def test_each_contender_has_a_row_with_its_ratios_to_the_baseline(lines_of):
+    lines = lines_of(made_up_serving())
+    assert "a made-up device" in lines[0] and "FlashAttention 3" in lines[0]
+    assert lines[4] == "| `bf16` | 8.00 | 100,000 | 1250 | 1.50 | 25 | 1.07 |"
+    assert lines[5] == "| `elastickv_int4` | 6.00 (0.75) | 320,000 (3.20) | 1667 (1.33) | 1.50 (0.75) | 25 | 1.07 |"
+
+
+def test_what_was_not_measured_is_a_dash_and_what_never_started_has_no_row(lines_of):
+    value = made_up_serving()
+    value["contenders"][1] |= {"throughput": None, "first_token": None, "graph_bytes": None, "capacity": []}
+    assert lines_of(value)[5] == "| `elastickv_int4` | 6.00 (0.75) | - | - | - | 25 | - |"
+    value["contenders"][1] |= {"steps": [], "startup_s": []}
+    assert not any("elastickv_int4" in line for line in lines_of(value))
+
+
+def test_the_line_of_the_start_is_shown_as_it_was_logged(figures, write):
+    said = "ElasticKV: page 1 B; window 2 tokens, 3 MB a request; capacity 4 tokens"
+    processes = [{"log": ["GPU KV cache size: 5 tokens"]}, {"log": [said]}]
+    write(figures.SERVING, made_up_serving() | {"processes": processes})
+    lines = figures.serving()
+    assert lines[lines.index("```text") + 1] == said
+    write(figures.SERVING, made_up_serving() | {"processes": processes[:1]})
+    assert "```text" not in figures.serving()
+
+
+def test_the_quality_is_that_of_the_rule_that_serves(figures, write):
+    figure = {"mean": 0.25, "low": 0.125, "high": 0.5}
+    cell = {"format": "int4", "exact_tokens": 128, "kl": figure, "ppl_change_percent": figure, "top1_percent": figure}
+    cells = [cell | {"first_page": "as all pages"}, cell | {"first_page": "exact"}]
+    record = {"model": "a model", "windows": [{}, {}], "scored_tokens_of_a_window": 1024, "cells": cells}
+    write("cpu/first_page-a.json", record)
+    *_, row = lines = figures.serving_quality()
+    assert len(lines) == 3
+    assert row == "| a model | `int4` | 128 | 0.2500 [0.1250, 0.5000] | 0.25 [0.12, 0.50] | 0.2 [0.1, 0.5] | 2048 |"
+
+
+def test_without_results_the_page_says_so(figures, write):
+    assert figures.serving() == figures.serving_quality() == ["Not measured yet."]

@@ -1,0 +1,107 @@
+"""The figures of serving with vLLM: speed and capacity by benchmarks/serving.py, quality by benchmarks/first_page.py."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from elastickv.results.kinds.serving_result import RatioOfRounds, ServingContender, ServingResult
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+SERVING = "h200/serving.json"
+QUALITY = "cpu/first_page-*.json"
+AS_SERVED = "as all pages"  # the variant of that study which is what the engine reads
+NOTHING = ["Not measured yet."]
+SERVING_NOTE = (
+    "In parentheses: divided by the baseline's figure of the same run. Capacity is what vLLM counts on for requests of that "
+    "length; throughput is measured with as many of them as fit."
+)
+
+
+def serving() -> list[str]:
+    """Return the figures of the committed result, with the line that the backend logged at its start."""
+    path = RESULTS / SERVING
+    if not path.exists():
+        return NOTHING
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return [*serving_lines(ServingResult.from_dict(record, SERVING)), *start_line(record["processes"])]
+
+
+def start_line(processes: list[dict[str, Any]]) -> list[str]:
+    """Return the backend's line about memory, as a code block; nothing if no process logged it."""
+    for process in processes:
+        for line in process.get("log", ()):
+            if "ElasticKV: page" in line:
+                return ["", "The line at the start of that run:", "", "```text", line, "```"]
+    return []
+
+
+def serving_quality() -> list[str]:
+    """Return what reading by the engine's rule costs predictions: a row for each model, format and window."""
+    headers = ["model", "format", "window", "KL, nats/token", "PPL change %", "top-1 %", "scored tokens"]
+    rows = []
+    for path in sorted(RESULTS.glob(QUALITY)):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        scored = len(record["windows"]) * record["scored_tokens_of_a_window"]
+        for cell in record["cells"]:
+            if cell["first_page"] == AS_SERVED:
+                losses = (_mean(cell["kl"], 4), _mean(cell["ppl_change_percent"], 2), _mean(cell["top1_percent"], 1))
+                rows.append((record["model"], f"`{cell['format']}`", str(cell["exact_tokens"]), *losses, str(scored)))
+    lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *(f"| {' | '.join(row)} |" for row in rows)]
+    return lines if rows else NOTHING
+
+
+def _mean(figure: dict[str, float], digits: int) -> str:
+    return f"{figure['mean']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
+
+
+def serving_lines(result: ServingResult) -> list[str]:
+    """Return a result's source, a table with a row for each contender that started, and how to read it."""
+    started = [contender for contender in result.contenders if contender.startup_s]
+    device, date = result.device, str(result.environment.get("date_utc"))[:10]
+    cells = list(dict.fromkeys((step.context, step.batch) for one in started for step in one.steps))
+    contexts = list(dict.fromkeys(row.context for one in started for row in one.capacity))
+    headers = ["KV cache", *(f"{context} x {batch}, ms a step" for context, batch in cells)]
+    headers += [f"tokens of capacity, requests of {context}" for context in contexts]
+    headers += ["tokens/s at capacity", "first token, s", "start-up, s", "CUDA graphs, GB"]
+    dense = {row.context: row.tokens for one in started if one.contender == result.baseline for row in one.capacity}
+    rows = [_row(one, cells, contexts, dense, result.baseline) for one in started]
+    return [
+        f"`{result.model}`, {result.weights} weights, vLLM {device.vllm}, torch {device.torch}, {device.device}, driver "
+        f"{device.driver}; {date}. {_flash(started, result.baseline)}",
+        "",
+        f"| {' | '.join(headers)} |",
+        "|" + "---|" * len(headers),
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        SERVING_NOTE,
+    ]
+
+
+def _flash(started: list[ServingContender], baseline: str) -> str:
+    version = next((one.flash_attention for one in started if one.contender == baseline), None)
+    return f"The baseline `{baseline}` runs on FlashAttention {version}." if version else f"The baseline is `{baseline}`."
+
+
+def _row(
+    one: ServingContender, cells: list[tuple[int, int]], contexts: list[int], dense: dict[int, float], baseline: str
+) -> list[str]:
+    steps = {(step.context, step.batch): f"{step.ms:.2f}{_ratio(step.of_baseline)}" for step in one.steps}
+    tokens = {}
+    for row in one.capacity:
+        against = f" ({row.tokens / dense[row.context]:.2f})" if one.contender != baseline and row.context in dense else ""
+        tokens[row.context] = f"{row.tokens:,.0f}{against}"
+    full, first = one.throughput, one.first_token
+    return [
+        f"`{one.contender}`",
+        *(steps.get(cell, "-") for cell in cells),
+        *(tokens.get(context, "-") for context in contexts),
+        f"{full.tokens_per_s:.0f}{_ratio(full.of_baseline)}" if full else "-",
+        f"{first.s:.2f}{_ratio(first.of_baseline)}" if first else "-",
+        f"{median(one.startup_s):.0f}",
+        "-" if one.graph_bytes is None else f"{one.graph_bytes / 1e9:.2f}",
+    ]
+
+
+def _ratio(ratio: RatioOfRounds | None) -> str:
+    return "" if ratio is None else f" ({ratio.estimate:.2f})"
