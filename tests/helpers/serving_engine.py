@@ -59,6 +59,7 @@ class WindowRecord:
         sizes = [(group.kv_cache_spec.block_size, getattr(group.kv_cache_spec, "sliding_window", None)) for group in groups]
         self.pages = next(i for i, (_, window) in enumerate(sizes) if window is None)
         self.windows = {i: size for i, (size, window) in enumerate(sizes) if window is not None}
+        self.exact_tokens = max((window for _, window in sizes if window), default=1)
         self.page_tokens = sizes[self.pages][0]
         self.by_block, self.by_request, self.preemptions = {}, {}, {}
         self.window_blocks = {}  # block -> its first token
@@ -76,7 +77,9 @@ class WindowRecord:
 
     def note(self, name, start, count):
         blocks = self.manager.get_blocks(name).blocks
-        first = max([first_token(blocks[group], size, start) for group, size in self.windows.items()], default=0)
+        first = max(
+            [first_token(blocks[group], size, start, self.exact_tokens) for group, size in self.windows.items()], default=0
+        )
         for group, size in self.windows.items():
             self.window_blocks |= {block.block_id: i * size for i, block in enumerate(blocks[group]) if not block.is_null}
         size, pages = self.page_tokens, blocks[self.pages]
@@ -86,12 +89,13 @@ class WindowRecord:
         self.by_request[name] = np.concatenate(used)[: start + count]
 
 
-def first_token(blocks, size, start):
-    """Return the first token whose block, and all later ones up to `start`, are there."""
-    block = -(-start // size)
-    while block and not blocks[block - 1].is_null:
+def first_token(blocks, size, start, exact_tokens):
+    """Return the first token that a step from `start` on reads from the window, in whole pages; 0 if all blocks are there."""
+    block, oldest = -(-start // size), max(0, start - exact_tokens + 1) // size
+    while block > oldest and not blocks[block - 1].is_null:
         block -= 1
-    return min(block * size, start)
+    page = -(-block * size // PAGE_TOKENS)
+    return min(page, start // PAGE_TOKENS) * PAGE_TOKENS if block > oldest else 0
 
 
 def let_vllm_scan_modules():
@@ -123,8 +127,11 @@ class ServingEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
         from vllm import LLM
+        from vllm.v1.attention import selector
 
         let_vllm_scan_modules()
+        # The backend that was selected before, without regard to `additional_config`.
+        selector._cached_get_attn_backend.cache_clear()
         settings = DEFAULTS | options
         if elastickv is not None:
             settings["additional_config"] = {"elastickv": elastickv}
@@ -232,11 +239,8 @@ class ServingEngine:
 
     def close(self):
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-        from vllm.v1.attention import selector
 
         self.engine.engine_core.shutdown()
         del self.llm, self.engine, self.core, self.scheduler, self.record
         gc.collect()
         cleanup_dist_env_and_memory()
-        # Which backend was selected does not depend on `additional_config` there.
-        selector._cached_get_attn_backend.cache_clear()

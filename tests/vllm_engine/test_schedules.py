@@ -85,7 +85,8 @@ def test_aborted_requests_leave_no_block_behind(serve, rule, prompts, base):
         if running and rng.random() < 0.3:
             engine.engine.abort_request([running.pop(int(rng.integers(len(running))))])
             aborted += 1
-        running = [name for name in running if name not in engine.step()]
+        ended = engine.step()
+        running = [name for name in running if name not in ended]
     engine.engine.abort_request(running)
     while engine.engine.has_unfinished_requests():
         engine.step()

@@ -15,7 +15,7 @@ def test_the_reported_capacity_is_that_of_the_pages_even_with_long_prompt_chunks
 
 def test_a_pool_for_one_request_starts_and_serves_a_prompt_in_one_chunk(serve, rule):
     """vLLM's own sliding window would reserve a block for every token of the chunk."""
-    engine = serve(num_gpu_blocks_override=60, max_model_len=1024, max_num_batched_tokens=2048)
+    engine = serve(num_gpu_blocks_override=72, max_model_len=1024, max_num_batched_tokens=2048)
     assert engine.capacity >= 1024
     all_follow(rule(), engine.generate(random_prompts([900]), 60))
 
@@ -31,16 +31,19 @@ def test_a_long_chunk_takes_no_window_blocks_for_tokens_that_leave_the_window(se
     assert engine.free_blocks == start
 
 
-@pytest.mark.parametrize("size", [16, 64])
-def test_blocks_of_another_size_are_refused(serve, size):
-    with pytest.raises(Exception, match=rf"block.*{size}.*32"):
-        serve(block_size=size)
+def test_blocks_smaller_than_a_page_are_refused(serve):
+    with pytest.raises(Exception, match=r"block.*16.*32"):
+        serve(block_size=16)
 
 
-def test_without_a_block_size_pages_have_32_tokens(serve, rule, prompts):
-    engine = serve(block_size=None)
-    assert engine.record.page_tokens == 32
-    all_follow(rule(), engine.generate(prompts, 40))
+@pytest.mark.parametrize("size", [64, None])
+def test_larger_blocks_hold_several_pages(serve, rule, size):
+    """Without a block size vLLM takes 128 tokens on the CPU."""
+    engine, asked = serve(block_size=size, enable_prefix_caching=True), random_prompts([300, 130], seed=8)
+    answers = [engine.generate(asked, 60) for _ in range(2)]
+    assert engine.record.page_tokens == (size or 128)
+    assert [answer.cached for answer in answers[1]] == [256, 128]
+    all_follow(rule(), answers[0] + answers[1])
 
 
 @pytest.mark.parametrize(
