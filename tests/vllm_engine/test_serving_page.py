@@ -89,6 +89,7 @@ def test_the_server_of_the_page_stores_pages_and_says_so_in_one_line(server):
     _, log = server
     (line,) = [line for line in log.splitlines() if "ElasticKV: page" in line]
     assert "window 128 tokens" in line and "capacity" in line
+    assert "capacity is lost" not in log
 
 
 def test_the_client_of_the_page_is_answered(server, capsys):

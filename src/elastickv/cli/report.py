@@ -24,8 +24,9 @@ _NAMES = {"html": "report.html", "md": "report.md", "pdf-ready": "report.html", 
 def command(**arguments: Any) -> int:
     """Make one page of results: what is worth it on this device, and its cost.
 
-    FILES are results of `elastickv bench`, `bench --model`, `run`, `eval` and `baseline`, sweeps, results of the original
-    program, or folders of these. A file that cannot be read or is no result is named and left out, and the exit code is 2.
+    FILES are results of `elastickv bench`, `bench --model`, `run`, `eval` and `baseline`, of `benchmarks/serving.py`, sweeps,
+    results of the original program, or folders of these. A file that cannot be read or is no result is named and left out, and
+    the exit code is 2.
     """
     from elastickv.cli.error_handling import BAD_INPUT
     from elastickv.cli.progress import Bar

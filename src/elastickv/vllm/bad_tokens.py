@@ -25,7 +25,7 @@ class BadTokens:
     def __init__(self, device: str) -> None:
         self._layers: list[str] = []
         self._words = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device=device)
-        self._copy = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, pin_memory=device != "cpu")
+        self._copy = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device="cpu", pin_memory=device != "cpu")
         self._copied: Any = torch.cuda.Event() if device != "cpu" else None
         self._steps = 0
 

@@ -89,6 +89,7 @@ class WindowShape:
             sliding_window=self.tokens,
             steps_in_flight=steps,
             rollback_tokens=vllm_config.num_speculative_tokens * steps,
+            hit_tokens=0 if self.soft else vllm_config.cache_config.block_size,
         )
 
 

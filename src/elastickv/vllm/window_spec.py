@@ -17,19 +17,28 @@ class WindowSpec(SlidingWindowSpec):
     ----------
     steps_in_flight : steps that the engine schedules before the first of them is processed.
     rollback_tokens : most draft tokens by which a step's length may turn out too large.
+    hit_tokens : prefix hits end at multiples of so many tokens, and need the window before there; 0: they do without it.
     """
 
     steps_in_flight: int
     rollback_tokens: int
+    hit_tokens: int
 
     def first_stored(self, tokens: int) -> int:
-        """Return the first token that steps after one which ends with `tokens` tokens may read from the window."""
-        return max(0, tokens - (self.sliding_window - 1) - self.rollback_tokens)
+        """Return the first token that may be read from the window after a step which ends with `tokens` tokens.
+
+        It is read by later steps, or by requests that repeat all but the last of the tokens.
+        """
+        end = tokens - self.rollback_tokens
+        if self.hit_tokens:
+            end = (end - 1) // self.hit_tokens * self.hit_tokens
+        return max(0, end - (self.sliding_window - 1))
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Return the most blocks that a request holds: a window for each step in flight and the one before."""
         stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
-        window = cdiv(self.sliding_window - 1 + 2 * self.rollback_tokens, self.block_size) + 1
+        tokens = self.sliding_window - 1 + 2 * self.rollback_tokens + self.hit_tokens
+        window = cdiv(tokens, self.block_size) + 1
         return min(stock, (self.steps_in_flight + 1) * window)
 
 

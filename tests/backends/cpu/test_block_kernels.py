@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import elastickv
 from elastickv.backends.cpu.blocks import open_block_kernels
+from elastickv.backends.cpu.blocks.block_decode import MOST_PAGES, SPLITS, most_items
 from elastickv.errors import UsageError
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS
@@ -166,6 +167,16 @@ def test_batches_of_any_lengths_are_the_requests_one_by_one(data):
         np.testing.assert_array_equal(alone, output[start : start + m - n])
 
 
+def test_room_is_made_for_all_items_of_a_row():
+    for exact in (32, 128, 4096):
+        most = 0
+        for tokens in range(1, 150_000, 31):
+            counts = [-(-n // PAGE_TOKENS) for n in (max(0, tokens - exact), min(tokens, exact))]
+            sizes = [min(max(-(-n // SPLITS), m), MOST_PAGES) for n, m in zip(counts, (16, 8), strict=True)]
+            most = max(most, sum(-(-n // size) for n, size in zip(counts, sizes, strict=True)))
+            assert most <= most_items(tokens, exact)
+
+
 @pytest.mark.parametrize(
     ("text", "dtype", "said"),
     [
@@ -193,6 +204,29 @@ def test_the_slab_of_int4_is_the_documented_size():
     assert open_block_kernels(AttentionShape(1, 2, 2, 128), "bf16", Recipe.parse("int4"), 128).slab_bytes == 4736
 
 
+def halves_are_correct():
+    of = HostEngine([300, 70], "int8", dtype="fp16")
+    of.values[1] *= np.float16(1e-5)  # less than the least normal half
+    of.store([0, 0], [299, 64])
+    keys, values = (nothing((64, 2, 128), "fp16") for _ in range(2))
+    of.kernels.gather(of.blocks(), [1], [0], [64], False, keys, values)
+    np.testing.assert_array_equal(keys, of.stored(1, False, 64).astype(np.float16))
+    np.testing.assert_array_equal(values, of.stored(1, True, 64).astype(np.float16))
+    query, output = of.decode([299, 64], [300, 65])
+    assert next(of.errors(query, output, [299, 64], [300, 65])) < LIMITS["fp16"]
+
+
+def test_halves_are_rounded_as_numpy_does():
+    halves_are_correct()
+
+
+@pytest.mark.parametrize(
+    "variables", [{"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}, {"NUMBA_NUM_THREADS": "3"}], ids=str
+)
+def test_halves_are_correct_on_any_processor_and_number_of_threads(variables):
+    in_process("from tests.backends.cpu.test_block_kernels import halves_are_correct; halves_are_correct()", **variables)
+
+
 _ON_THREADS = """
 import ctypes, sys
 if sys.argv[1] != "none":
@@ -207,11 +241,11 @@ print(engine_threads.count(), loaded_openmp() is not None, hash(output.tobytes()
 """
 
 
-def on_threads(*arguments, **environment):
-    """Return what a process prints that decodes on the threads that it has."""
+def in_process(code, *arguments, **environment):
+    """Return the words that code prints in a process of its own."""
     source = Path(elastickv.__file__).parents[1]
     paths = {"PYTHONPATH": os.pathsep.join([str(source), str(source.parent)]), "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-c", _ON_THREADS, *arguments]
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, env=os.environ | paths | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -223,8 +257,8 @@ def test_threads_of_an_engine_give_what_others_give():
         ctypes.CDLL("libgomp.so.1")
     except OSError:
         pytest.skip("no OpenMP runtime is installed")
-    number, openmp, *expected = on_threads("libgomp.so.1", OMP_NUM_THREADS="3")
+    number, openmp, *expected = in_process(_ON_THREADS, "libgomp.so.1", OMP_NUM_THREADS="3")
     assert (number, openmp) == ("3", "True")
     for threads in ("1", "2"):
-        number, openmp, *results = on_threads("none", NUMBA_NUM_THREADS=threads)
+        number, openmp, *results = in_process(_ON_THREADS, "none", NUMBA_NUM_THREADS=threads)
         assert (number, openmp, results) == (threads, "False", expected)

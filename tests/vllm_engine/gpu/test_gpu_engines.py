@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 CHUNKED = {"max_num_batched_tokens": 96, "enable_prefix_caching": True}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-LARGEST_MEAN = 0.1  # of |log-probability difference|, bfloat16 against float64
+LARGEST_MEAN = 0.25  # of |log-probability difference|, bfloat16 against float64: keys on the edge of a code move codes
 
 
 def distance(model, answers, window_first=True):

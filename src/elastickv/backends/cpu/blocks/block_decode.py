@@ -49,9 +49,9 @@ ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
 
 
 def most_items(tokens: int, exact_tokens: int) -> int:
-    """Return the most items of one KV head of a row with `tokens` tokens, of which `exact_tokens` are not read from pages."""
-    counts = (-(-tokens // PAGE_TOKENS), -(-exact_tokens // PAGE_TOKENS))
-    return sum(max(SPLITS, -(-pages // MOST_PAGES)) for pages in counts)
+    """Return the most items of one KV head of a row with up to `tokens` tokens and `exact_tokens` not read from pages."""
+    shares = ((-(-tokens // PAGE_TOKENS), PAGES_OF_ITEM), (-(-exact_tokens // PAGE_TOKENS), EXACT_PAGES_OF_ITEM))
+    return sum(min(-(-pages // least), max(SPLITS, -(-pages // MOST_PAGES))) for pages, least in shares)
 
 
 @inlined
