@@ -185,8 +185,10 @@ class ServingEngine:
     def add(self, prompt, tokens, **sampling):
         """Add a request; return its name. `lora` is a folder with an adapter."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         settings = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False}
+        settings["output_kind"] = RequestOutputKind.FINAL_ONLY
         lora = sampling.pop("lora", None)
         if lora is not None:
             from vllm.lora.request import LoRARequest
