@@ -44,7 +44,7 @@ class BadTokens:
             token = BadToken.of(word)
             if token is not None:
                 _log.error(
-                    "%s: %s at position %d of a request: its tokens from there on are wrong",
+                    "ElasticKV: layer %s has %s at position %d of a request: its answer is wrong from there on",
                     layer,
                     token.reason,
                     token.position,

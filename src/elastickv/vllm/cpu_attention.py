@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
 from elastickv.backends.cpu.blocks import open_block_kernels
 from elastickv.backends.cpu.blocks.host_blocks import HostBlocks
-from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.vllm.block_attention import LayerStep
 
+FINITE = torch.finfo(torch.float32).max
 _QUERIES = 512  # of a chunk that attend at a time
 
 
@@ -31,6 +33,7 @@ class CpuAttention:
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float) -> None:
         self._kernels = open_block_kernels(shape, dtype, recipe, recipe.window)
         self._exact_tokens, self._scale = recipe.window, scale
+        self._largest_key = FORMATS[str(recipe.key_format)].largest_key or FINITE
         self.slab_bytes = self._kernels.slab_bytes
 
     def reserve(self) -> None:
@@ -53,8 +56,23 @@ class CpuAttention:
     def store(self, step: LayerStep) -> None:
         """Store a step's tokens in the window and quantize the pages that they complete."""
         batch = step.batch
+        self._report_bad(step)
         tables = array(batch.lengths), array(batch.starts), array(step.recent.slot_mapping)
         self._kernels.store(_blocks(step), array(step.keys), array(step.values), *tables)
+
+    def _report_bad(self, step: LayerStep) -> None:
+        """Leave the first token that cannot be stored in the layer's word, as CUDA's kernels do."""
+        keys, values = step.keys[: step.batch.tokens], step.values[: step.batch.tokens]
+        # Comparisons with NaN are false.
+        if float(keys.abs().amax()) <= self._largest_key and float(values.abs().amax()) <= FINITE:
+            return
+        stored = (keys.abs() <= self._largest_key) & (values.abs() <= FINITE)
+        row = int((~stored.flatten(1).all(1)).nonzero()[0])
+        request = int(torch.searchsorted(step.batch.starts[1:].contiguous(), row, right=True))
+        position = int(step.batch.lengths[request] - step.batch.starts[request + 1]) + row
+        finite = bool(torch.isfinite(keys[row]).all() and torch.isfinite(values[row]).all())
+        if int(step.bad) == NO_BAD_TOKEN:
+            step.bad.fill_(BadToken(request, position, too_large=finite).word)
 
     def decode(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attend with the tokens of decodes: (tokens, query_heads, head_size) each."""

@@ -139,13 +139,18 @@ class ModelSetup:
         return cache
 
     def _bound(self, memory: torch.Tensor) -> None:
-        """Check and report the memory that vLLM allocated, once it is not the little with which it tries graphs."""
+        """Check and report the memory that vLLM allocated, once."""
+        blocks = memory.shape[0]
+        most_requests = self.config.scheduler_config.max_num_seqs
+        graphs = self.config.compilation_config.max_cudagraph_capture_size or 0
+        # With one block a request, vLLM only finds out how much memory its graphs take.
+        if self._logged or blocks == min(most_requests, graphs):
+            return
+        self._logged = True
         windows = [layer.shape for layer in self._layers.values() if isinstance(layer, WindowCache)]
         block_tokens = self.config.cache_config.block_size
-        page_bytes, stride = windows[0].block_bytes(block_tokens), memory.stride(0) * memory.element_size()
-        if stride != page_bytes:
-            _log.warning("vLLM padded pages of %d B to %d B: capacity is lost", page_bytes, stride)
-        capacity = Capacity(windows[0], block_tokens, len(windows), memory.shape[0] - 1, self.config.model_config.max_model_len)
-        if capacity.tokens >= capacity.longest and not self._logged:
-            self._logged = True
-            _log.info("ElasticKV: %s", capacity)
+        block_bytes, stride = windows[0].block_bytes(block_tokens), memory.stride(0) * memory.element_size()
+        if stride != block_bytes:
+            _log.warning("ElasticKV: vLLM padded blocks of %d B to %d B: capacity is lost", block_bytes, stride)
+        longest = self.config.model_config.max_model_len
+        _log.info("ElasticKV: %s", Capacity(windows[0], block_tokens, len(windows), blocks - 1, longest))
