@@ -7,7 +7,7 @@ Engines compute in bfloat16, so their answers are near the plain model's: neares
 import numpy as np
 import pytest
 
-from tests.helpers.read_rule import compare, disagreement
+from tests.helpers.read_rule import compare, disagreement, logits_of
 from tests.helpers.serving_scenarios import NEW_TOKENS, SMALL_POOL, WINDOW, random_prompts
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,7 @@ def distance(model, answers, window_first=True):
     """Return the mean |difference| of log-probabilities between answers and a plain model."""
     differences = []
     for answer in answers:
-        logits = model.logits(answer.sequence, answer.window_first if window_first else None)
+        logits = logits_of(model, answer) if window_first else model.logits(answer.sequence)
         differences.append(compare(logits, len(answer.prompt), answer.tokens, answer.logprobs)[1])
     return float(np.concatenate(differences).mean())
 
