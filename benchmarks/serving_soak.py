@@ -34,6 +34,7 @@ KIND, VERSION = "elastickv-serving-soak", 1
 ENGINE = Path(__file__).with_name("soak_engine.py")
 POLL_S = 0.5
 MOST_GROWTH = 64 << 20  # bytes, of allocated memory after the warm-up
+MOST_LOGGED = 20  # lines of the plug-in's
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ SCALES = {
         batched_tokens=512,
         longest_prompt=1500,
         longest_answer=300,
-        blocks={"ours": 800, "stock": 360},
+        blocks={"ours": 800, "stock": 340},
     ),
     "cpu": Scale(
         Sizes(),
@@ -128,10 +129,10 @@ def run_backend(backend: str, arguments: argparse.Namespace, folder: Path, secon
     defaults = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     command = [sys.executable, str(ENGINE), str(plan_file), str(record_file)]
     began, seen = time.monotonic(), 0.0
-    with log_file.open("wb") as log:
+    with log_file.open("wb") as output:
         # A session of its own: what it starts ends with it.
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=defaults | dict(os.environ) | settings, start_new_session=True
+            command, stdout=output, stderr=output, env=defaults | dict(os.environ) | settings, start_new_session=True
         )
         try:
             while process.poll() is None and time.monotonic() - began < seconds:
@@ -145,8 +146,10 @@ def run_backend(backend: str, arguments: argparse.Namespace, folder: Path, secon
             status = process.wait()
     record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {"done": False}
     record["failed"] = None if record["done"] else record.get("error") or f"exit status {status} after {seconds:.0f} s at most"
+    log = log_file.read_text(encoding="utf-8", errors="replace")
+    record["logged"] = [text for text in log.splitlines() if "ElasticKV:" in text][:MOST_LOGGED]
     if record["failed"]:
-        print(log_file.read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
+        print(log[-4000:], file=sys.stderr)
     return {"engine": plan["engine"]} | record
 
 
@@ -161,6 +164,7 @@ def faults(backend: str, record: dict) -> list[str]:
             )
     if record.get("not_finite"):
         wrong.append(f"{backend}: {record['not_finite']} log-probabilities are not finite")
+    wrong += [f"{backend}: {text}" for text in record.get("logged", []) if "answer is wrong" in text]
     growth = record.get("growth", {}).get("torch_bytes", 0)
     if growth > MOST_GROWTH:
         wrong.append(f"{backend}: PyTorch holds {growth} bytes more at the end than after the warm-up")

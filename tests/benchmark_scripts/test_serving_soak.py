@@ -131,6 +131,8 @@ def test_what_is_wrong_is_named(scripts):
     assert soak.faults("ours", {"blocks_after_check": free | {"prefix_cache_reset": False}})
     assert "3 log-probabilities" in soak.faults("ours", {"not_finite": 3})[0]
     assert "more at the end" in soak.faults("ours", {"growth": {"torch_bytes": 1 << 30}})[0]
+    logged = ["ElasticKV: layer 3 has a NaN at position 7 of a request: its answer is wrong from there on", "ElasticKV: page 1"]
+    assert soak.faults("ours", {"logged": logged}) == [f"ours: {logged[0]}"]
     assert soak.faults("stock", {"failed": "exit status 1"}) == ["stock: exit status 1"]
 
 
@@ -149,6 +151,7 @@ plan, record = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 part = {"done": False, "steps": 500, "environment": {"device": "a GPU", "driver": "1"}}
 part["done"] = not plan["ours"]
 record.write_text(json.dumps(part))
+print("ElasticKV: page 32 tokens", flush=True)
 if plan["ours"]:
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -171,7 +174,7 @@ def test_a_killed_engine_leaves_what_it_had_recorded_and_the_other_backend_runs(
     assert status == 1 and result["device"] == "a GPU" and list(result["backends"]) == ["ours", "stock"]
     ours, stock = result["backends"].values()
     assert ours["steps"] == 500 and "exit status -9" in ours["failed"]
-    assert stock["done"] and stock["failed"] is None
+    assert stock["done"] and stock["failed"] is None and stock["logged"] == ["ElasticKV: page 32 tokens"]
     assert "additional_config" in ours["engine"] and "additional_config" not in stock["engine"]
     assert str(tmp_path) not in json.dumps(result["backends"])
 
