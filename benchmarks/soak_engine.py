@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from engine_environment import engine_environment
 from serving_record import said
-from soak_load import Checked, Load, Sample, Step, agreement, step_times, totals
+from soak_load import Checked, Load, Sample, Step, agreement, in_turns, step_times, totals
 
 CHECKED, ALONE_TOKENS = 50, 64
 WARM_STEPS = 500  # what is compiled or allocated once is by then
@@ -149,7 +149,7 @@ class Soak:
 
     def check(self, deadline, note):
         """Give sampled requests again, each alone in a fresh cache, while there is time; `note` is called now and then."""
-        for number, each in enumerate(self.sample.items):
+        for number, each in enumerate(in_turns(self.sample.items)):
             if time.time() > deadline:
                 break
             self.fresh()

@@ -1,8 +1,9 @@
 """The load of `serving_soak.py`, and what is made of what it gave: no engine is needed for any of it."""
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 
@@ -152,6 +153,14 @@ class Checked:
     alone_logprobs: list[float] = field(default_factory=list)
     read_logprobs: list[float] = field(default_factory=list)
     read_ranks: list[int] = field(default_factory=list)
+
+
+def in_turns(checked):
+    """Return requests so that those of different histories take turns: if time is short, some of each are checked."""
+    by_history = defaultdict(list)
+    for each in checked:
+        by_history[each.history].append(each)
+    return [each for turn in zip_longest(*by_history.values()) for each in turn if each is not None]
 
 
 def agreement(checked):

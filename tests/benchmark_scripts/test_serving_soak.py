@@ -99,6 +99,14 @@ def test_answers_are_compared_until_they_part_and_as_read_throughout(load):
     assert load.agreement([])["all"]["alone"]["tokens"] == 0
 
 
+def test_requests_of_each_history_are_checked_first(load):
+    histories = ["plain", "plain", "plain", "prefix hit", "preempted", "prefix hit"]
+    checked = [load.Checked([number], [], [], history) for number, history in enumerate(histories)]
+    ordered = load.in_turns(checked)
+    assert {each.history for each in ordered[:3]} == set(histories)
+    assert sorted(each.prompt for each in ordered) == [each.prompt for each in checked]
+
+
 def scheduler_of(batches):
     """Return a scheduler that schedules these: tokens by request, new requests, preempted ones."""
     outputs = iter(batches)
