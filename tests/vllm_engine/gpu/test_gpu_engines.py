@@ -7,37 +7,13 @@ Engines compute in bfloat16, so their answers are near the plain model's: neares
 import numpy as np
 import pytest
 
-from tests.helpers.read_rule import compare, disagreement, logits_of
-from tests.helpers.serving_scenarios import NEW_TOKENS, SMALL_POOL, WINDOW, random_prompts
+from tests.helpers.rounded_answers import agree, distance, follow
+from tests.helpers.serving_scenarios import NEW_TOKENS, SMALL_POOL, random_prompts
 
 pytestmark = pytest.mark.gpu
 
 CHUNKED = {"max_num_batched_tokens": 96, "enable_prefix_caching": True}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-LARGEST_MEAN = 0.25  # of |log-probability difference|, bfloat16 against float64: keys on the edge of a code move codes
-
-
-def distance(model, answers, window_first=True):
-    """Return the mean |difference| of log-probabilities between answers and a plain model."""
-    differences = []
-    for answer in answers:
-        logits = logits_of(model, answer) if window_first else model.logits(answer.sequence)
-        differences.append(compare(logits, len(answer.prompt), answer.tokens, answer.logprobs)[1])
-    return float(np.concatenate(differences).mean())
-
-
-def follow(rounded_rule, answers, recipe="int4"):
-    """Assert that answers are nearest to the plain model with their own formats and window."""
-    own = distance(rounded_rule(recipe), answers)
-    others = [distance(rounded_rule(recipe, WINDOW + shift), answers) for shift in (-32, 32)]
-    others += [distance(rounded_rule(other), answers) for other in ("int4", "int8", None) if other != recipe]
-    assert own < min(others), f"{own:.4f} from the own rule, {others} from others"
-    assert own < LARGEST_MEAN
-
-
-def agree(rounded_rule, answers, others):
-    """Assert that two answers part only where the model is nearly indifferent."""
-    assert [disagreement(rounded_rule(), *pair, tie=0.5) for pair in zip(answers, others, strict=True)] == [None] * len(answers)
 
 
 def test_the_engine_is_what_a_user_of_a_gpu_gets(serve_bf16, device):
