@@ -36,9 +36,19 @@ class Capacity:
         return PAGE_TOKENS * 2 * self.shape.kv_heads * self.shape.head_size * DENSE_BYTES_PER_ELEMENT
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of one layer's block."""
+        return self.shape.block_bytes(self.block_tokens)
+
+    @property
+    def dense_block_bytes(self) -> int:
+        """Bytes of one layer's block with the same tokens in 16 bit."""
+        return self.dense_page_bytes * self.block_tokens // PAGE_TOKENS
+
+    @property
     def window_bytes(self) -> int:
         """Bytes of one request's window in all layers."""
-        return self.shape.blocks_per_request(self.block_tokens) * self.shape.block_bytes(self.block_tokens) * self.layers
+        return self.shape.blocks_per_request(self.block_tokens) * self.block_bytes * self.layers
 
     @property
     def tokens(self) -> int:
@@ -49,7 +59,7 @@ class Capacity:
     @property
     def dense_tokens(self) -> int:
         """Tokens that would fit in 16 bit."""
-        return self.blocks * self.shape.block_bytes(self.block_tokens) * PAGE_TOKENS // self.dense_page_bytes
+        return self.blocks * self.block_bytes * PAGE_TOKENS // self.dense_page_bytes
 
     def __str__(self) -> str:
         """Return the line for the log."""

@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
+from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import BlockAttention
@@ -26,7 +27,7 @@ class ModelSetup:
     Attributes
     ----------
     options : the user's.
-    recipe : of layers for which nothing says another.
+    kv_cache_dtype, recipe : of layers for which nothing says another.
     config : vLLM's.
     bad_tokens : words in which kernels report what cannot be stored.
     """
@@ -37,7 +38,7 @@ class ModelSetup:
         # vLLM's hash, which names its compiled graphs, must change with the calibration's content.
         config.additional_config = with_calibration_hash(config.additional_config)
         self.options = ServingOptions.parse(config.additional_config) or ServingOptions()
-        self.recipe = recipe_of(self.options, kv_cache_dtype)
+        self.kv_cache_dtype, self.recipe = kv_cache_dtype, recipe_of(self.options, kv_cache_dtype)
         self.bad_tokens = BadTokens(current_platform.device_type)
         self.config, self._layers = config, config.compilation_config.static_forward_context
         self._members: list[Any] = []
@@ -52,11 +53,16 @@ class ModelSetup:
 
         Raises
         ------
-        UsageError : if the options are not accepted.
+        UsageError : if the options are not accepted, or a draft model has another KV cache dtype.
         """
         setup = cls.newest
         if setup is None or setup._layers is not config.compilation_config.static_forward_context:
             setup = cls.newest = cls(config, kv_cache_dtype)
+        if kv_cache_dtype != setup.kv_cache_dtype:
+            raise UsageError(
+                f"the draft model has `kv_cache_dtype={kv_cache_dtype}` and the model {setup.kv_cache_dtype}: leave out "
+                "`kv_cache_dtype` of `speculative_config`"
+            )
         setup._members.append(impl)
         return setup
 
@@ -138,19 +144,29 @@ class ModelSetup:
         cache = self._layers[name + SUFFIX] = WindowCache(window, attention, self._bound)
         return cache
 
-    def _bound(self, memory: torch.Tensor) -> None:
-        """Check and report the memory that vLLM allocated, once."""
-        blocks = memory.shape[0]
+    def _bound(self, cache: WindowCache) -> None:
+        """Check and report the memory that vLLM allocated, once.
+
+        Raises
+        ------
+        UsageError : if vLLM padded the pages to the size of 16 bit.
+        """
+        blocks, stride = cache.kv_cache.shape[0], cache.kv_cache.stride(0)
         most_requests = self.config.scheduler_config.max_num_seqs
         graphs = self.config.compilation_config.max_cudagraph_capture_size or 0
         # With one block a request, vLLM only finds out how much memory its graphs take.
         if self._logged or blocks == min(most_requests, graphs):
             return
         self._logged = True
-        windows = [layer.shape for layer in self._layers.values() if isinstance(layer, WindowCache)]
-        block_tokens = self.config.cache_config.block_size
-        block_bytes, stride = windows[0].block_bytes(block_tokens), memory.stride(0) * memory.element_size()
+        layers = sum(isinstance(layer, WindowCache) for layer in self._layers.values())
+        longest = self.config.model_config.max_model_len
+        capacity = Capacity(cache.shape, cache.page_block_tokens, layers, blocks - 1, longest)
+        block_bytes, dense_bytes = capacity.block_bytes, capacity.dense_block_bytes
+        if stride >= dense_bytes:
+            raise UsageError(
+                f"vLLM padded blocks of {block_bytes:,} B to {stride:,} B, no less than the {dense_bytes:,} B of 16 bit, to match "
+                "layers of another backend: leave out ElasticKV's `attention_backend` and `kv_cache_dtype`"
+            )
         if stride != block_bytes:
             _log.warning("ElasticKV: vLLM padded blocks of %d B to %d B: capacity is lost", block_bytes, stride)
-        longest = self.config.model_config.max_model_len
-        _log.info("ElasticKV: %s", Capacity(windows[0], block_tokens, len(windows), blocks - 1, longest))
+        _log.info("ElasticKV: %s", capacity)

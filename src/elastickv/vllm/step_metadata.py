@@ -65,7 +65,9 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
             on_host = batch.seq_lens_cpu_upper_bound if batch.seq_lens_cpu_upper_bound is not None else batch.seq_lens.cpu()
             lengths = on_host[: batch.num_reqs].tolist()
         counts = {after - before for before, after in zip(starts[:decodes], starts[1 : decodes + 1], strict=True)}
-        uniform = decode_tokens // decodes if decodes and len(counts - {0}) <= 1 and decode_tokens % decodes == 0 else 0
+        # A graph's batch is padded with requests of no token, whose rows follow the others.
+        each = decode_tokens // max(decodes, 1)
+        uniform = each if each * decodes == decode_tokens and counts <= {0, each} else 0
         return PageMetadata(
             block_table=batch.block_table_tensor,
             lengths=batch.seq_lens,

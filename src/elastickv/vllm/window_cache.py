@@ -99,22 +99,23 @@ class WindowCache(AttentionLayerBase):
     Parameters
     ----------
     attention : `BlockAttention` of the layer that reads the window.
-    bound : called with the memory once vLLM has allocated it.
+    bound : called with the layer once vLLM has allocated its memory.
 
     Attributes
     ----------
     kv_cache : (blocks, kv_heads, block_tokens, row_bytes) uint8, each row a token's key, then its value.
+    page_block_tokens : tokens of a block of pages. vLLM's own number is another once the caches are planned.
     """
 
-    def __init__(self, shape: WindowShape, attention: Any, bound: Callable[[torch.Tensor], None]) -> None:
+    def __init__(self, shape: WindowShape, attention: Any, bound: Callable[["WindowCache"], None]) -> None:
         self.shape, self.attention, self._bound = shape, attention, bound
-        self.kv_cache = torch.tensor([])
+        self.kv_cache, self.page_block_tokens = torch.tensor([]), PAGE_TOKENS
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Take the memory that vLLM allocated; `bound` is called with it."""
+        """Take the memory that vLLM allocated, and call `bound`."""
         self.kv_cache = kv_cache
         if kv_cache.numel():
-            self._bound(kv_cache)
+            self._bound(self)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """Return the backend whose builder makes the window's metadata."""
@@ -122,4 +123,5 @@ class WindowCache(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: Any) -> WindowSpec:
         """Return the window's specification."""
+        self.page_block_tokens = vllm_config.cache_config.block_size
         return self.shape.spec(vllm_config)
