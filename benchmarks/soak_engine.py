@@ -71,8 +71,10 @@ class Soak:
 
     def add(self, name, prompt, tokens, **sampling):
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         settings = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "detokenize": False} | sampling
+        settings["output_kind"] = RequestOutputKind.FINAL_ONLY
         self.engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(max_tokens=tokens, **settings))
 
     def run(self, steps, deadline, note):

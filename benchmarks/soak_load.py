@@ -172,7 +172,7 @@ def agreement(checked):
 
 
 def _agreement(checked):
-    """Until the answers part, and, for the token after which they do, in which place; and as read, over all tokens."""
+    """Return the agreement of one group: alone, over the tokens until two answers part; as read, over all tokens."""
     equal = compared = whole = 0
     before, read, ranks = [], [], []
     for each in checked:
