@@ -29,7 +29,7 @@ from elastickv.results.files import check_writable, write_text
 from elastickv.vllm.versions import installed_version, minor_version
 from tests.helpers.served_llama import Sizes, random_weights, write_model
 
-BACKENDS = ("ours", "stock")
+BACKENDS = ("ours", "strict", "stock")  # "strict" is ours with strict prefix reuse
 KIND, VERSION = "elastickv-serving-soak", 1
 ENGINE = Path(__file__).with_name("soak_engine.py")
 POLL_S = 0.5
@@ -78,7 +78,7 @@ def engine_options(backend: str, device: str, fmt: str) -> dict:
         "max_model_len": scale.longest_prompt + scale.longest_answer + 32,
         "max_num_seqs": scale.requests,
         "max_num_batched_tokens": scale.batched_tokens,
-        "num_gpu_blocks_override": scale.blocks[backend],
+        "num_gpu_blocks_override": scale.blocks["stock" if backend == "stock" else "ours"],
         "enable_prefix_caching": True,
         "skip_tokenizer_init": True,
         "seed": 0,
@@ -88,14 +88,17 @@ def engine_options(backend: str, device: str, fmt: str) -> dict:
         options |= {"gpu_memory_utilization": 0.3, "async_scheduling": True, "cudagraph_capture_sizes": graphs}
     else:
         options |= {"enforce_eager": True}
-    if backend == "ours":
+    if backend != "stock":
+        plug_in = {"prefix_reuse": "strict"} if backend == "strict" else {}
         offered = minor_version(getattr(installed_version(), "version", ""))
         if device == "cuda":
             options["attention_backend"] = "ELASTICKV"
         if device == "cuda" and offered is not None and offered.named_cache_dtypes:
             options["kv_cache_dtype"] = f"elastickv_{fmt}"
         else:
-            options["additional_config"] = {"elastickv": {"format": fmt}}
+            plug_in["format"] = fmt
+        if plug_in:
+            options["additional_config"] = {"elastickv": plug_in}
     return options
 
 
@@ -107,7 +110,7 @@ def run_backend(backend: str, arguments: argparse.Namespace, folder: Path, secon
     scale = SCALES[arguments.device]
     plan = {
         "model": str(folder / "model"),
-        "ours": backend == "ours",
+        "ours": backend != "stock",
         "scan_modules": arguments.device == "cpu",
         "engine": engine_options(backend, arguments.device, arguments.format),
         "vocabulary": scale.sizes.vocabulary,
@@ -231,14 +234,14 @@ def main() -> int:
 def _backends(text: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     if unknown := [name for name in names if name not in BACKENDS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no backend: give {' or '.join(BACKENDS)}, or both with a comma")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no backend: give some of {', '.join(BACKENDS)}")
     return names
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--backends", "--backend", type=_backends, default=list(BACKENDS), help="ours,stock")
+    parser.add_argument("--backends", "--backend", type=_backends, default=["ours", "stock"], help=", ".join(BACKENDS))
     parser.add_argument("--steps", type=int, default=5000, help="of the engine under load, for each backend")
     parser.add_argument("--time-limit", type=float, default=150.0, help="seconds that all of it may take")
     parser.add_argument("--format", default="int4", help="of pages: int4, k8v4, int8, fp8")
