@@ -8,6 +8,17 @@ from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.step_metadata import PageMetadata
 
 
+def scratch_tokens(tile_tokens: int, step_tokens: int, requests: int) -> int:
+    """Return the most tokens of a packed part: of a tile, or of the tokens that leave the windows within a step's chunks.
+
+    Parameters
+    ----------
+    tile_tokens : as `ChunkPlan.of` is given.
+    step_tokens, requests : the most of a step.
+    """
+    return max(tile_tokens, step_tokens, requests * PAGE_TOKENS)
+
+
 @dataclass(frozen=True)
 class KeyRange:
     """Keys of each request that one launch reads.
@@ -70,8 +81,12 @@ class ChunkPlan:
     never: torch.Tensor
 
     @classmethod
-    def of(cls, batch: PageMetadata, exact_tokens: int, scratch_tokens: int, device: torch.device) -> "ChunkPlan":
-        """Return the plan of a step's chunks, with at most about `scratch_tokens` tokens in a packed part."""
+    def of(cls, batch: PageMetadata, exact_tokens: int, tile_tokens: int, device: torch.device) -> "ChunkPlan":
+        """Return the plan of a step's chunks.
+
+        A tile of pages has at most `tile_tokens` tokens of all requests together, but a page of each; `scratch_tokens` says
+        what that, and the tokens that leave the windows, come to.
+        """
         first, starts = batch.decodes, batch.starts_list[batch.decodes :]
         counts = [after - before for before, after in zip(starts, starts[1:], strict=False)]
         lengths = batch.lengths_list[first:]
@@ -101,19 +116,17 @@ class ChunkPlan:
             ),
             chunk_rows=rows,
             exact=reach,
-            packed=list(_packed(before, lengths, exact_tokens, scratch_tokens, device)),
+            packed=_packed(before, lengths, exact_tokens, tile_tokens, device),
             never=torch.full((len(counts),), 2**31 - 1, dtype=torch.int32, device=device),
         )
 
 
-def _packed(
-    before: list[int], lengths: list[int], exact_tokens: int, scratch_tokens: int, device: torch.device
-) -> "list[KeyRange]":
+def _packed(before: list[int], lengths: list[int], exact_tokens: int, tile_tokens: int, device: torch.device) -> list[KeyRange]:
     """Return the ranges below every query's window, in tiles, then the range that the windows leave behind."""
     seen_by_all = [max(0, n - exact_tokens + 1) for n in before]
     ends = [max(0, length - exact_tokens) for length in lengths]
     ranges = []
-    share = max(scratch_tokens // len(before) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS)
+    share = max(tile_tokens // len(before) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS)
     for tile in range(0, max(seen_by_all), share):
         count = [min(max(n - tile, 0), share) for n in seen_by_all]
         ranges.append(KeyRange.of([min(tile, n) for n in seen_by_all], count, device, False))

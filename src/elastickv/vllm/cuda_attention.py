@@ -10,9 +10,9 @@ from elastickv.backends.cuda.device import CudaDevice
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.vllm.block_attention import LayerStep
-from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange
+from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, scratch_tokens
 
-SCRATCH_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
+TILE_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
 
 
 class CudaAttention:
@@ -40,13 +40,14 @@ class CudaAttention:
         self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
         self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
         self._scratch: torch.Tensor | None = None
+        self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
         self.slab_bytes = self._kernels.slab.n_bytes
 
     def reserve(self) -> None:
         """Allocate the scratch memory of dequantized keys and values."""
         if self._scratch is None:
             shape, kind = self._shape, torch.bfloat16 if self._dtype == "bf16" else torch.float16
-            self._scratch = torch.empty(2, SCRATCH_TOKENS, shape.kv_heads, shape.head_dim, dtype=kind, device="cuda")
+            self._scratch = torch.empty(2, self._scratch_tokens, shape.kv_heads, shape.head_dim, dtype=kind, device="cuda")
 
     def find_first(
         self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
@@ -108,7 +109,7 @@ class CudaAttention:
         """Attend with the tokens of prompt chunks: to exact tokens and to dequantized pages, merged by log-sum-exp."""
         batch = step.batch
         if "chunks" not in batch.shared:
-            batch.shared["chunks"] = ChunkPlan.of(batch, self._recipe.window, SCRATCH_TOKENS, query.device)
+            batch.shared["chunks"] = ChunkPlan.of(batch, self._recipe.window, TILE_TOKENS, query.device)
         plan: ChunkPlan = batch.shared["chunks"]
         keys, values = self._exact(step, plan)
         exact_tokens = self._recipe.window
