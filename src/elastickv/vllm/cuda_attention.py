@@ -8,11 +8,12 @@ from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows,
 from elastickv.backends.cuda.block_kernels import BlockKernels
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.kvcache.tensor_view import TensorView
-from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.vllm.block_attention import LayerStep
 from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange
+from elastickv.vllm.step_metadata import most_decode_tokens
 
-SCRATCH_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
+LEAST_SCRATCH_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
 
 
 class CudaAttention:
@@ -24,7 +25,7 @@ class CudaAttention:
     dtype : 'bf16' or 'fp16', of the model and of the window.
     recipe : formats of the pages; its window is the number of exact tokens.
     scale : of scores.
-    vllm_config : says how many tokens a step has.
+    vllm_config : says how many requests and tokens a step has.
 
     Raises
     ------
@@ -33,8 +34,11 @@ class CudaAttention:
 
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float, vllm_config: Any) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        drafts = 1 + vllm_config.num_speculative_tokens
-        rows = max(scheduler.max_num_seqs * drafts, *(compilation.cudagraph_capture_sizes or [0]))
+        self._most_requests = scheduler.max_num_seqs
+        rows = max(self._most_requests * most_decode_tokens(vllm_config), *(compilation.cudagraph_capture_sizes or [0]))
+        # The pages between a chunk's first and last window are read at once, and at least one page of each request is.
+        chunks = scheduler.max_num_batched_tokens + self._most_requests
+        self._scratch_tokens = max(LEAST_SCRATCH_TOKENS, chunks, self._most_requests * PAGE_TOKENS)
         self._device = CudaDevice(torch.accelerator.current_device_index())
         widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
         self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
@@ -42,11 +46,17 @@ class CudaAttention:
         self._scratch: torch.Tensor | None = None
         self.slab_bytes = self._kernels.slab.n_bytes
 
-    def reserve(self) -> None:
-        """Allocate the scratch memory of dequantized keys and values."""
+    def reserve(self, tokens: int) -> None:
+        """Allocate the scratch memory of dequantized keys and values, and let vLLM see the most that `_exact` takes."""
         if self._scratch is None:
-            shape, kind = self._shape, torch.bfloat16 if self._dtype == "bf16" else torch.float16
-            self._scratch = torch.empty(2, SCRATCH_TOKENS, shape.kv_heads, shape.head_dim, dtype=kind, device="cuda")
+            self._scratch = self._rows_of(self._scratch_tokens)
+        chunks = min(self._most_requests, tokens // 2)
+        self._rows_of(tokens + chunks * (self._recipe.window - 1))
+
+    def _rows_of(self, tokens: int) -> torch.Tensor:
+        """Return memory for keys and values: (2, tokens, kv_heads, head_dim)."""
+        kind = torch.bfloat16 if self._dtype == "bf16" else torch.float16
+        return torch.empty(2, tokens, self._shape.kv_heads, self._shape.head_dim, dtype=kind, device="cuda")
 
     def find_first(
         self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
@@ -108,7 +118,7 @@ class CudaAttention:
         """Attend with the tokens of prompt chunks: to exact tokens and to dequantized pages, merged by log-sum-exp."""
         batch = step.batch
         if "chunks" not in batch.shared:
-            batch.shared["chunks"] = ChunkPlan.of(batch, self._recipe.window, SCRATCH_TOKENS, query.device)
+            batch.shared["chunks"] = ChunkPlan.of(batch, self._recipe.window, self._scratch_tokens, query.device)
         plan: ChunkPlan = batch.shared["chunks"]
         keys, values = self._exact(step, plan)
         exact_tokens = self._recipe.window
@@ -132,8 +142,9 @@ class CudaAttention:
         return together
 
     def _gather(self, step: LayerStep, plan: ChunkPlan, part: KeyRange) -> tuple[torch.Tensor, torch.Tensor]:
-        self.reserve()
-        assert self._scratch is not None
+        if self._scratch is None:
+            self._scratch = self._rows_of(self._scratch_tokens)
+        assert part.rows <= self._scratch_tokens, "chunks of more tokens than a step may have"
         keys, values = self._scratch[0, : part.rows], self._scratch[1, : part.rows]
         self._read(step, plan, part, keys, values)
         return keys, values
@@ -205,7 +216,7 @@ class CudaAttention:
     @staticmethod
     def _row_requests(starts: list[int], device: torch.device) -> torch.Tensor:
         counts = torch.tensor([after - before for before, after in zip(starts, starts[1:], strict=False)])
-        return torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts).to(device)
+        return torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts).to(device, non_blocking=True)
 
     def _blocks(self, step: LayerStep) -> BlocksArguments:
         pages, window = step.batch.block_table, step.recent.block_table
