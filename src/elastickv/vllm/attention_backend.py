@@ -10,15 +10,15 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
 from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.attention_impl import ElasticAttentionImpl
 from elastickv.vllm.model_setup import ModelSetup
-from elastickv.vllm.serving_options import CACHE_DTYPES
 from elastickv.vllm.step_metadata import PageMetadataBuilder
 
 
 class ElasticAttentionBackend(AttentionBackend):
     """Attention to low-bit pages and an exact window, on CUDA."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *CACHE_DTYPES]
+    # Whatever a layer is, vLLM may give it to us: its attention says why it is refused, and what to do.
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = []
 
     @staticmethod
     def get_name() -> str:
@@ -46,19 +46,40 @@ class ElasticAttentionBackend(AttentionBackend):
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Accept windows, as far as vLLM asks: the refusal names the flags that give such layers to another backend."""
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Accept learned sinks, as far as vLLM asks."""
+        return True
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """Accept attention to later tokens of an image, as far as vLLM asks."""
+        return True
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Refuse batches whose split among requests the host does not know: rows of drafts find their request by it."""
+        return False
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Return the specification of pages: a slab of bytes for each KV head."""
-        if spec.state_content_bytes is not None:
+        setup = ModelSetup.newest
+        assert setup is not None, "the model's layers are built before their caches"
+        # vLLM also asks what layers in 16 bit, which `kv_cache_dtype_skip_layers` names, would take: they stay as they are.
+        dense = setup.kv_cache_dtype != "auto" and spec.kv_quant_mode == KVQuantMode.NONE
+        if dense or spec.state_content_bytes is not None:
             return spec
-        assert ModelSetup.newest is not None, "the model's layers are built before their caches"
-        content = ModelSetup.newest.slab_bytes(spec.head_size) // PAGE_TOKENS
+        content = setup.slab_bytes(spec.head_size) // PAGE_TOKENS
         return replace(spec, dtype=torch.uint8, kv_quant_mode=KVQuantMode.NONE, state_content_bytes=content)
 
 
 class CpuElasticAttentionBackend(ElasticAttentionBackend):
     """The same on the CPU, where vLLM has one backend, whose place it takes."""
-
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 
     @staticmethod
     def get_name() -> str:

@@ -86,8 +86,7 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
         self._attention = setup.attention(self._shape, act_dtype, recipe, self.scale)
         self._window = setup.add_window(name, self._shape, act_dtype, self._attention)
-        self._window_name = name + SUFFIX
-        self._bad = setup.bad_tokens.add(name)
+        self._name, self._window_name = name, name + SUFFIX
 
     def forward(
         self,
@@ -105,13 +104,14 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         assert self._attention is not None, "the weights were loaded without process_weights_after_loading"
         assert self._window is not None
         assert output_scale is None, "no fused quantization of the output is offered"
+        bad = self.bad_tokens.word(self._name)
         if attn_metadata is None:  # vLLM measures memory
-            self._attention.reserve()
+            self._attention.reserve(len(key))
             return output.fill_(0)
         metadata: Any = get_forward_context().attn_metadata
         recent = metadata[self._window_name]
         batch, decoded, tokens = attn_metadata, attn_metadata.decode_tokens, attn_metadata.tokens
-        step = LayerStep(key, value, kv_cache, self._window.kv_cache, batch, recent, self._bad)
+        step = LayerStep(key, value, kv_cache, self._window.kv_cache, batch, recent, bad)
         self._attention.store(step)
         if decoded:
             self._attention.decode(step, query[:decoded], output[:decoded])

@@ -23,22 +23,29 @@ class BadTokens:
     """
 
     def __init__(self, device: str) -> None:
-        self._layers: list[str] = []
-        self._words = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device=device)
+        self._device, self._layers = device, dict[str, torch.Tensor]()
+        self._words: torch.Tensor | None = None
         self._copy = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device="cpu", pin_memory=device != "cpu")
         self._copied: Any = torch.cuda.Event() if device != "cpu" else None
         self._steps = 0
 
-    def add(self, layer: str) -> torch.Tensor:
-        """Return the word of a new layer, (1,) int64."""
-        number = len(self._layers)
-        self._layers.append(layer)
-        return self._words[number : number + 1]
+    def word(self, layer: str) -> torch.Tensor:
+        """Return the word of a layer, (1,) int64.
+
+        The first call allocates them, while vLLM measures memory: what is allocated with the weights is lost when vLLM sleeps.
+        """
+        if self._words is None:
+            with torch.inference_mode(False):
+                self._words = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device=self._device)
+        if layer not in self._layers:
+            number = len(self._layers)
+            self._layers[layer] = self._words[number : number + 1]
+        return self._layers[layer]
 
     def look(self) -> None:
         """Log what was found; called once a step."""
         self._steps += 1
-        if self._steps % _STEPS or (self._copied is not None and not self._copied.query()):
+        if self._words is None or self._steps % _STEPS or (self._copied is not None and not self._copied.query()):
             return
         for layer, word in zip(self._layers, self._copy.tolist(), strict=False):
             token = BadToken.of(word)

@@ -66,5 +66,5 @@ class BlockAttention(Protocol):
     def prefill(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attend with the tokens of prompt chunks, which follow those of decodes."""
 
-    def reserve(self) -> None:
-        """Allocate what a step needs, while vLLM measures how much memory is left for its caches."""
+    def reserve(self, tokens: int) -> None:
+        """Allocate what a step of `tokens` tokens needs, while vLLM measures how much memory is left for its caches."""

@@ -1,6 +1,6 @@
 """Which keys the prompt chunks of a step read, and in how many parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -106,13 +106,9 @@ class ChunkPlan:
             requests=len(counts),
             query_start=(batch.starts[first : batch.requests + 1] - batch.starts[first]),
             longest=max(counts),
-            tails=KeyRange(
-                torch.tensor([n - tail for n, tail in zip(before, tails, strict=True)], dtype=torch.int32).to(device),
-                torch.tensor(tails, dtype=torch.int32).to(device),
-                reach.start,
-                reach.rows,
-                max(max(tails), 1),
-                False,
+            tails=replace(
+                KeyRange.of([n - tail for n, tail in zip(before, tails, strict=True)], tails, device, False),
+                start=reach.start,  # its own tokens follow each tail
             ),
             chunk_rows=rows,
             exact=reach,

@@ -36,7 +36,7 @@ class CpuAttention:
         self._largest_key = FORMATS[str(recipe.key_format)].largest_key or FINITE
         self.slab_bytes = self._kernels.slab_bytes
 
-    def reserve(self) -> None:
+    def reserve(self, tokens: int) -> None:
         """Allocate nothing: scratch memory is small."""
 
     def find_first(

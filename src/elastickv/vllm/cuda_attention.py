@@ -11,6 +11,7 @@ from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.vllm.block_attention import LayerStep
 from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, scratch_tokens
+from elastickv.vllm.step_metadata import most_decode_tokens
 
 TILE_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
 
@@ -24,7 +25,7 @@ class CudaAttention:
     dtype : 'bf16' or 'fp16', of the model and of the window.
     recipe : formats of the pages; its window is the number of exact tokens.
     scale : of scores.
-    vllm_config : says how many tokens a step has.
+    vllm_config : says how many requests and tokens a step has.
 
     Raises
     ------
@@ -33,21 +34,29 @@ class CudaAttention:
 
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float, vllm_config: Any) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        drafts = 1 + vllm_config.num_speculative_tokens
-        rows = max(scheduler.max_num_seqs * drafts, *(compilation.cudagraph_capture_sizes or [0]))
+        self._most_requests = scheduler.max_num_seqs
+        rows = max(self._most_requests * most_decode_tokens(vllm_config), *(compilation.cudagraph_capture_sizes or [0]))
         self._device = CudaDevice(torch.accelerator.current_device_index())
         widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
         self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
         self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
         self._scratch: torch.Tensor | None = None
-        self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+        self._scratch_tokens = scratch_tokens(
+            TILE_TOKENS, scheduler.max_num_batched_tokens + self._most_requests, self._most_requests
+        )
         self.slab_bytes = self._kernels.slab.n_bytes
 
-    def reserve(self) -> None:
-        """Allocate the scratch memory of dequantized keys and values."""
+    def reserve(self, tokens: int) -> None:
+        """Allocate the scratch memory of dequantized keys and values, and let vLLM see the most that `_exact` takes."""
         if self._scratch is None:
-            shape, kind = self._shape, torch.bfloat16 if self._dtype == "bf16" else torch.float16
-            self._scratch = torch.empty(2, self._scratch_tokens, shape.kv_heads, shape.head_dim, dtype=kind, device="cuda")
+            self._scratch = self._rows_of(self._scratch_tokens)
+        chunks = min(self._most_requests, tokens // 2)
+        self._rows_of(tokens + chunks * (self._recipe.window - 1))
+
+    def _rows_of(self, tokens: int) -> torch.Tensor:
+        """Return memory for keys and values: (2, tokens, kv_heads, head_dim)."""
+        kind = torch.bfloat16 if self._dtype == "bf16" else torch.float16
+        return torch.empty(2, tokens, self._shape.kv_heads, self._shape.head_dim, dtype=kind, device="cuda")
 
     def find_first(
         self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
@@ -133,8 +142,9 @@ class CudaAttention:
         return together
 
     def _gather(self, step: LayerStep, plan: ChunkPlan, part: KeyRange) -> tuple[torch.Tensor, torch.Tensor]:
-        self.reserve()
-        assert self._scratch is not None
+        if self._scratch is None:
+            self._scratch = self._rows_of(self._scratch_tokens)
+        assert part.rows <= self._scratch_tokens, "chunks of more tokens than a step may have"
         keys, values = self._scratch[0, : part.rows], self._scratch[1, : part.rows]
         self._read(step, plan, part, keys, values)
         return keys, values
@@ -206,7 +216,7 @@ class CudaAttention:
     @staticmethod
     def _row_requests(starts: list[int], device: torch.device) -> torch.Tensor:
         counts = torch.tensor([after - before for before, after in zip(starts, starts[1:], strict=False)])
-        return torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts).to(device)
+        return torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts).to(device, non_blocking=True)
 
     def _blocks(self, step: LayerStep) -> BlocksArguments:
         pages, window = step.batch.block_table, step.recent.block_table

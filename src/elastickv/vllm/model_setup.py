@@ -164,7 +164,7 @@ class ModelSetup:
         block_bytes, dense_bytes = capacity.block_bytes, capacity.dense_block_bytes
         if stride >= dense_bytes:
             raise UsageError(
-                f"vLLM padded blocks of {block_bytes:,} B to {stride:,} B, no less than the {dense_bytes:,} B of 16 bit, to match "
+                f"vLLM padded blocks of {block_bytes:,} B to {stride:,} B, no less than the {dense_bytes:,} B of 16 bit, for "
                 "layers of another backend: leave out ElasticKV's `attention_backend` and `kv_cache_dtype`"
             )
         if stride != block_bytes:
