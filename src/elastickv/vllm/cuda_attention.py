@@ -11,7 +11,6 @@ from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.vllm.block_attention import LayerStep
 from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, scratch_tokens
-from elastickv.vllm.step_metadata import most_decode_tokens
 
 TILE_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
 
@@ -35,7 +34,9 @@ class CudaAttention:
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float, vllm_config: Any) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
         self._most_requests = scheduler.max_num_seqs
-        rows = max(self._most_requests * most_decode_tokens(vllm_config), *(compilation.cudagraph_capture_sizes or [0]))
+        rows = max(
+            self._most_requests * (1 + vllm_config.num_speculative_tokens), *(compilation.cudagraph_capture_sizes or [0])
+        )
         self._device = CudaDevice(torch.accelerator.current_device_index())
         widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
         self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
