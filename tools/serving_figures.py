@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from elastickv.results.kinds.serving_result import RatioOfRounds, ServingContender, ServingResult
 
@@ -19,21 +18,11 @@ SERVING_NOTE = (
 
 
 def serving() -> list[str]:
-    """Return the figures of the committed result, with the line that the backend logged at its start."""
+    """Return the figures of the committed result."""
     path = RESULTS / SERVING
     if not path.exists():
         return NOTHING
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return [*serving_lines(ServingResult.from_dict(record, SERVING)), *start_line(record["processes"])]
-
-
-def start_line(processes: list[dict[str, Any]]) -> list[str]:
-    """Return the backend's line about memory, as a code block; nothing if no process logged it."""
-    for process in processes:
-        for line in process.get("log", ()):
-            if "ElasticKV: page" in line:
-                return ["", "The line at the start of that run:", "", "```text", line, "```"]
-    return []
+    return serving_lines(ServingResult.from_dict(json.loads(path.read_text(encoding="utf-8")), SERVING))
 
 
 def serving_quality() -> list[str]:

@@ -52,16 +52,6 @@ def test_what_was_not_measured_is_a_dash_and_what_never_started_has_no_row(lines
     assert not any("elastickv_int4" in line for line in lines_of(value))
 
 
-def test_the_line_of_the_start_is_shown_as_it_was_logged(figures, write):
-    said = "ElasticKV: page 1 B; window 2 tokens, 3 MB a request; capacity 4 tokens"
-    processes = [{"log": ["GPU KV cache size: 5 tokens"]}, {"log": [said]}]
-    write(figures.SERVING, made_up_serving() | {"processes": processes})
-    lines = figures.serving()
-    assert lines[lines.index("```text") + 1] == said
-    write(figures.SERVING, made_up_serving() | {"processes": processes[:1]})
-    assert "```text" not in figures.serving()
-
-
 def test_the_quality_is_that_of_the_rule_that_serves(figures, write):
     figure = {"mean": 0.25, "low": 0.125, "high": 0.5}
     cell = {"format": "int4", "exact_tokens": 128, "kl": figure, "ppl_change_percent": figure, "top1_percent": figure}
