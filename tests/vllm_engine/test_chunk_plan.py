@@ -102,6 +102,11 @@ def test_no_part_is_larger_than_the_scratch_memory(chunks, exact_tokens, scratch
     assert max((part.rows for part in plan.packed if not part.causal), default=0) <= max(scratch, 32 * len(chunks))
 
 
+def test_many_requests_read_a_page_each_at_a_time():
+    plan = ChunkPlan.of(batch_of([(200, 1)] * 40), 32, 1024, CPU)
+    assert plan.packed[0].rows == 40 * 32 == scratch_tokens(1024, 40, 40)
+
+
 def test_pages_that_all_queries_see_are_read_in_tiles():
     plan = ChunkPlan.of(batch_of([(1000, 10), (200, 10)]), 128, 512, CPU)
     *tiles, left = plan.packed
