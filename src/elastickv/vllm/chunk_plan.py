@@ -7,6 +7,17 @@ import torch
 from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.step_metadata import PageMetadata
 
+# Whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels.
+_PACKED_TOKENS = 32768
+
+
+def most_packed_tokens(requests: int, tokens: int) -> int:
+    """Return the most tokens of a packed part, of all requests together, in steps of so many requests and tokens.
+
+    Tiles have at least a page of each request; what windows leave behind is read at once, and is no more than the chunks.
+    """
+    return max(_PACKED_TOKENS, requests * PAGE_TOKENS, tokens)
+
 
 @dataclass(frozen=True)
 class KeyRange:
@@ -71,7 +82,7 @@ class ChunkPlan:
 
     @classmethod
     def of(cls, batch: PageMetadata, exact_tokens: int, scratch_tokens: int, device: torch.device) -> "ChunkPlan":
-        """Return the plan of a step's chunks, with at most about `scratch_tokens` tokens in a packed part."""
+        """Return the plan of a step's chunks, with at most `scratch_tokens` tokens in a packed part: `most_packed_tokens`."""
         first, starts = batch.decodes, batch.starts_list[batch.decodes :]
         counts = [after - before for before, after in zip(starts, starts[1:], strict=False)]
         lengths = batch.lengths_list[first:]

@@ -8,12 +8,10 @@ from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows,
 from elastickv.backends.cuda.block_kernels import BlockKernels
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.kvcache.tensor_view import TensorView
-from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe import AttentionShape, Recipe
 from elastickv.vllm.block_attention import LayerStep
-from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange
+from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, most_packed_tokens
 from elastickv.vllm.step_metadata import most_decode_tokens
-
-LEAST_SCRATCH_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
 
 
 class CudaAttention:
@@ -34,11 +32,10 @@ class CudaAttention:
 
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float, vllm_config: Any) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        self._most_requests = scheduler.max_num_seqs
-        rows = max(self._most_requests * most_decode_tokens(vllm_config), *(compilation.cudagraph_capture_sizes or [0]))
-        # The pages between a chunk's first and last window are read at once, and at least one page of each request is.
-        chunks = scheduler.max_num_batched_tokens + self._most_requests
-        self._scratch_tokens = max(LEAST_SCRATCH_TOKENS, chunks, self._most_requests * PAGE_TOKENS)
+        self._most_requests = requests = scheduler.max_num_seqs
+        rows = max(requests * most_decode_tokens(vllm_config), *(compilation.cudagraph_capture_sizes or [0]))
+        # A draft model of its own has a token more of each request.
+        self._scratch_tokens = most_packed_tokens(requests, scheduler.max_num_batched_tokens + requests)
         self._device = CudaDevice(torch.accelerator.current_device_index())
         widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
         self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)

@@ -1,0 +1,100 @@
+"""What the host plans for a step: which requests are decodes, and how large the parts of prompt chunks are."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+EXACT_TOKENS = 128
+
+
+def plan(lengths, counts, requests, tokens):
+    from elastickv.vllm.chunk_plan import ChunkPlan, most_packed_tokens
+
+    starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    batch = SimpleNamespace(
+        decodes=0,
+        starts_list=starts,
+        lengths_list=lengths,
+        starts=torch.tensor(starts, dtype=torch.int32),
+        requests=len(counts),
+    )
+    most = most_packed_tokens(requests, tokens)
+    return ChunkPlan.of(batch, EXACT_TOKENS, most, torch.device("cpu")), most
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts"),
+    [
+        ([131072], [131072]),
+        ([100000, 40000, 50], [65536, 2, 50]),
+        ([5000] * 2000, [8] * 2000),
+        ([EXACT_TOKENS + 1] * 3, [3, 1, 2]),
+    ],
+)
+def test_every_token_outside_the_window_is_read_in_a_part_that_fits(lengths, counts):
+    parts, most = plan(lengths, counts, len(counts), sum(counts))
+    assert max((part.rows for part in parts.packed), default=0) <= most
+    read = torch.zeros(len(counts), dtype=torch.int64)
+    for part in parts.packed:
+        assert torch.equal(part.start.diff(), part.count)
+        assert torch.equal(part.first[part.count > 0], read[part.count > 0].int())
+        read += part.count
+    assert read.tolist() == [max(0, length - EXACT_TOKENS) for length in lengths]
+
+
+def test_chunks_follow_their_windows():
+    parts, _ = plan([300, 20, 90], [100, 20, 30], 3, 150)
+    assert parts.tails.first.tolist() == [200 - 127, 0, 0]
+    assert parts.tails.count.tolist() == [127, 0, 60]
+    assert parts.exact.start.tolist() == [0, 227, 247, 337]
+    assert parts.tails.start.tolist() == parts.exact.start.tolist()
+    own = [*range(127, 227), *range(227, 247), *range(307, 337)]
+    assert parts.chunk_rows.tolist() == own
+
+
+def metadata(counts, tokens=None, drafts=3, of_draft_model=False, upper_bound=None):
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from elastickv.vllm.step_metadata import PageMetadataBuilder
+
+    builder = PageMetadataBuilder.__new__(PageMetadataBuilder)
+    builder.reorder_batch_threshold, builder._of_draft_model = 1 + drafts, of_draft_model
+    builder._bad_tokens = SimpleNamespace(look=lambda: None)
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+    lengths = torch.tensor([500 if count else 0 for count in counts], dtype=torch.int32)
+    batch = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        num_reqs=len(counts),
+        num_actual_tokens=int(starts[-1]) if tokens is None else tokens,
+        max_query_len=max(counts),
+        max_seq_len=500,
+        block_table_tensor=torch.zeros(len(counts), 20, dtype=torch.int32),
+        slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64),
+        seq_lens_cpu_upper_bound=lengths if upper_bound is None else torch.tensor(upper_bound),
+    )
+    return builder.build(0, batch)
+
+
+@pytest.mark.parametrize(
+    ("counts", "tokens", "uniform"),
+    [
+        ([1, 1, 1], None, 1),
+        ([4, 4], None, 4),
+        ([4, 4, 0, 0], 16, 4),
+        ([1, 3], None, 0),
+        ([2, 2, 0, 0], None, 0),
+        ([4, 0, 4], None, 0),
+    ],
+)
+def test_decodes_are_uniform_only_where_each_row_is_at_its_place(counts, tokens, uniform):
+    built = metadata(counts, tokens)
+    assert (built.decodes, built.uniform_queries) == (len(counts), uniform)
+
+
+def test_lengths_of_prompt_chunks_are_the_hosts_but_for_a_draft_model():
+    counts = [1, 90]
+    assert metadata(counts, upper_bound=[503, 499]).lengths_list == [503, 499]
+    assert metadata(counts, upper_bound=[503, 499], of_draft_model=True).lengths_list == [500, 500]
