@@ -160,13 +160,16 @@ class ModelSetup:
         self._logged = True
         layers = sum(isinstance(layer, WindowCache) for layer in self._layers.values())
         longest = self.config.model_config.max_model_len
-        capacity = Capacity(cache.shape, cache.page_block_tokens, layers, blocks - 1, longest)
+        # Beside layers with larger pages vLLM takes more tokens a block, or pads it where no whole number of times fits.
+        times, padding = divmod(stride, cache.shape.block_bytes(cache.page_block_tokens))
+        block_tokens = cache.page_block_tokens * (1 if padding else times)
+        capacity = Capacity(cache.shape, block_tokens, layers, blocks - 1, longest)
         block_bytes, dense_bytes = capacity.block_bytes, capacity.dense_block_bytes
-        if stride >= dense_bytes:
+        if padding and stride >= dense_bytes:
             raise UsageError(
                 f"vLLM padded blocks of {block_bytes:,} B to {stride:,} B, no less than the {dense_bytes:,} B of 16 bit, for "
                 "layers of another backend: leave out ElasticKV's `attention_backend` and `kv_cache_dtype`"
             )
-        if stride != block_bytes:
+        if padding:
             _log.warning("ElasticKV: vLLM padded blocks of %d B to %d B: capacity is lost", block_bytes, stride)
         _log.info("ElasticKV: %s", capacity)

@@ -131,6 +131,7 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         # A captured graph reads it at this address.
         self._first = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._block_tokens = kv_cache_spec.block_size
+        assert self._block_tokens.bit_count() == 1, "kernels find a token's block by shifts"
         self._attention = vllm_config.compilation_config.static_forward_context[layer_names[0]].attention
 
     def build(
