@@ -8,19 +8,20 @@ import torch
 EXACT_TOKENS = 128
 
 
-def plan(lengths, counts, requests, tokens):
+def plans(lengths, counts, requests, tokens, decodes=0):
+    """Return the plans of a step whose first `decodes` requests are decodes, and the size of scratch memory."""
     from elastickv.vllm.chunk_plan import ChunkPlan, most_packed_tokens
 
     starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
     batch = SimpleNamespace(
-        decodes=0,
+        decodes=decodes,
         starts_list=starts,
         lengths_list=lengths,
         starts=torch.tensor(starts, dtype=torch.int32),
         requests=len(counts),
     )
     most = most_packed_tokens(requests, tokens)
-    return ChunkPlan.of(batch, EXACT_TOKENS, most, torch.device("cpu")), most
+    return ChunkPlan.all_of(batch, EXACT_TOKENS, most, torch.device("cpu")), most
 
 
 @pytest.mark.parametrize(
@@ -33,24 +34,37 @@ def plan(lengths, counts, requests, tokens):
     ],
 )
 def test_every_token_outside_the_window_is_read_in_a_part_that_fits(lengths, counts):
-    parts, most = plan(lengths, counts, len(counts), sum(counts))
-    assert max((part.rows for part in parts.packed), default=0) <= most
+    parts, most = plans(lengths, counts, len(counts), sum(counts))
     read = torch.zeros(len(counts), dtype=torch.int64)
-    for part in parts.packed:
-        assert torch.equal(part.start.diff(), part.count)
-        assert torch.equal(part.first[part.count > 0], read[part.count > 0].int())
-        read += part.count
+    for plan in parts:
+        requests = slice(plan.first_request, plan.first_request + plan.requests)
+        assert plan.exact.rows < most + EXACT_TOKENS
+        for part in plan.packed:
+            assert part.rows <= most
+            assert torch.equal(part.start.diff(), part.count)
+            assert torch.equal(part.first[part.count > 0], read[requests][part.count > 0].int())
+            read[requests] += part.count
     assert read.tolist() == [max(0, length - EXACT_TOKENS) for length in lengths]
 
 
+def test_plans_follow_each_other_through_the_chunks_of_a_step():
+    counts = [1] * 3 + [8] * 2000
+    parts, _ = plans([900] * len(counts), counts, len(counts), sum(counts), decodes=3)
+    assert len(parts) > 1
+    ends = [plan.first_request + plan.requests for plan in parts]
+    assert [3, *ends] == [*(plan.first_request for plan in parts), len(counts)]
+    assert [plan.tokens.start for plan in parts] == [3, *(plan.tokens.stop for plan in parts[:-1])]
+    assert parts[-1].tokens.stop == sum(counts)
+    assert all(plan.query_start[0] == 0 and plan.query_start[-1] == plan.tokens.stop - plan.tokens.start for plan in parts)
+
+
 def test_chunks_follow_their_windows():
-    parts, _ = plan([300, 20, 90], [100, 20, 30], 3, 150)
-    assert parts.tails.first.tolist() == [200 - 127, 0, 0]
-    assert parts.tails.count.tolist() == [127, 0, 60]
-    assert parts.exact.start.tolist() == [0, 227, 247, 337]
-    assert parts.tails.start.tolist() == parts.exact.start.tolist()
-    own = [*range(127, 227), *range(227, 247), *range(307, 337)]
-    assert parts.chunk_rows.tolist() == own
+    (plan,), _ = plans([300, 20, 90], [100, 20, 30], 3, 150)
+    assert plan.tails.first.tolist() == [200 - 127, 0, 0]
+    assert plan.tails.count.tolist() == [127, 0, 60]
+    assert plan.exact.start.tolist() == [0, 227, 247, 337]
+    assert plan.tails.start.tolist() == plan.exact.start.tolist()
+    assert plan.chunk_rows.tolist() == [*range(127, 227), *range(227, 247), *range(307, 337)]
 
 
 def metadata(counts, tokens=None, drafts=3, of_draft_model=False, upper_bound=None):

@@ -52,7 +52,7 @@ class KeyRange:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """The parts of attention of a step's prompt chunks.
+    """The parts of attention of prompt chunks that follow each other in a step.
 
     A query at position t reads tokens j > t - exact_tokens exactly: those of its own chunk and of the window before it. It
     reads the others from pages. All queries of a chunk see the pages before the first one's window; after that, each sees one
@@ -61,6 +61,7 @@ class ChunkPlan:
     Attributes
     ----------
     first_request, requests : rows of the batch.
+    tokens : of the step.
     query_start : (requests + 1,) int32, where each request's queries begin.
     longest : most queries of a request.
     tails : the window before each chunk.
@@ -72,6 +73,7 @@ class ChunkPlan:
 
     first_request: int
     requests: int
+    tokens: slice
     query_start: torch.Tensor
     longest: int
     tails: KeyRange
@@ -81,26 +83,47 @@ class ChunkPlan:
     never: torch.Tensor
 
     @classmethod
-    def of(cls, batch: PageMetadata, exact_tokens: int, scratch_tokens: int, device: torch.device) -> "ChunkPlan":
-        """Return the plan of a step's chunks, with at most `scratch_tokens` tokens in a packed part: `most_packed_tokens`."""
-        first, starts = batch.decodes, batch.starts_list[batch.decodes :]
+    def all_of(cls, batch: PageMetadata, exact_tokens: int, scratch_tokens: int, device: torch.device) -> "list[ChunkPlan]":
+        """Return the plans of a step's chunks.
+
+        Parameters
+        ----------
+        scratch_tokens : most tokens of a packed part, by `most_packed_tokens`. Chunks and the windows before them have no more
+            in a plan, but for the window of a chunk alone.
+        """
+        plans, first, held = [], batch.decodes, 0
+        for request in range(batch.decodes, batch.requests):
+            count = batch.starts_list[request + 1] - batch.starts_list[request]
+            exact = min(batch.lengths_list[request], count + exact_tokens - 1)
+            if request > first and held + exact > scratch_tokens:
+                plans.append(cls.of(batch, first, request, exact_tokens, scratch_tokens, device))
+                first, held = request, 0
+            held += exact
+        return [*plans, cls.of(batch, first, batch.requests, exact_tokens, scratch_tokens, device)]
+
+    @classmethod
+    def of(
+        cls, batch: PageMetadata, first: int, end: int, exact_tokens: int, scratch_tokens: int, device: torch.device
+    ) -> "ChunkPlan":
+        """Return the plan of the chunks of requests `first` to `end` - 1."""
+        starts, lengths = batch.starts_list[first : end + 1], batch.lengths_list[first:end]
         counts = [after - before for before, after in zip(starts, starts[1:], strict=False)]
-        lengths = batch.lengths_list[first:]
         before = [length - count for length, count in zip(lengths, counts, strict=True)]
         tails = [min(n, exact_tokens - 1) for n in before]
         exact = [tail + count for tail, count in zip(tails, counts, strict=True)]
         reach = KeyRange.of([0] * len(counts), exact, device, True)
         rows = None
         if any(tails):
-            own, end = [], 0
+            own, row = [], 0
             for tail, count in zip(tails, counts, strict=True):
-                own.append(torch.arange(end + tail, end + tail + count))
-                end += tail + count
+                own.append(torch.arange(row + tail, row + tail + count))
+                row += tail + count
             rows = torch.cat(own).to(device, non_blocking=True)
         return cls(
             first_request=first,
             requests=len(counts),
-            query_start=(batch.starts[first : batch.requests + 1] - batch.starts[first]),
+            tokens=slice(starts[0], starts[-1]),
+            query_start=batch.starts[first : end + 1] - batch.starts[first],
             longest=max(counts),
             tails=replace(
                 KeyRange.of([n - tail for n, tail in zip(before, tails, strict=True)], tails, device, False),
