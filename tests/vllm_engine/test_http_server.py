@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -52,7 +53,8 @@ def server(serve, weights, tmp_path_factory):
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "llama")),
         *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager"),
-        *("--additional-config", f'{{"elastickv": {{"format": "{RECIPE}", "window": {WINDOW}}}}}'),
+        # Strict: a prompt that is sent again gets the same tokens, whatever of it is cached.
+        *("--additional-config", json.dumps({"elastickv": {"format": RECIPE, "window": WINDOW, "prefix_reuse": "strict"}})),
     ]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-EXACT_TOKENS = 128
+EXACT_TOKENS, TILE_TOKENS = 128, 32768
 
 
 def plans(lengths, counts, requests, tokens, decodes=0):
     """Return the plans of a step whose first `decodes` requests are decodes, and the size of scratch memory."""
-    from elastickv.vllm.chunk_plan import ChunkPlan, most_packed_tokens
+    from elastickv.vllm.chunk_plan import ChunkPlan, scratch_tokens
 
     starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
     batch = SimpleNamespace(
@@ -20,8 +20,8 @@ def plans(lengths, counts, requests, tokens, decodes=0):
         starts=torch.tensor(starts, dtype=torch.int32),
         requests=len(counts),
     )
-    most = most_packed_tokens(requests, tokens)
-    return ChunkPlan.all_of(batch, EXACT_TOKENS, most, torch.device("cpu")), most
+    most = scratch_tokens(TILE_TOKENS, tokens, requests)
+    return ChunkPlan.all_of(batch, EXACT_TOKENS, TILE_TOKENS, most, torch.device("cpu")), most
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_chunks_follow_their_windows():
     assert plan.chunk_rows.tolist() == [*range(127, 227), *range(227, 247), *range(307, 337)]
 
 
-def metadata(counts, tokens=None, drafts=3, of_draft_model=False, upper_bound=None):
+def metadata(counts, tokens=None, drafts=3):
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from elastickv.vllm.step_metadata import PageMetadataBuilder
 
     builder = PageMetadataBuilder.__new__(PageMetadataBuilder)
-    builder.reorder_batch_threshold, builder._of_draft_model = 1 + drafts, of_draft_model
+    builder.reorder_batch_threshold = 1 + drafts
     builder._bad_tokens = SimpleNamespace(look=lambda: None)
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     lengths = torch.tensor([500 if count else 0 for count in counts], dtype=torch.int32)
@@ -87,7 +87,7 @@ def metadata(counts, tokens=None, drafts=3, of_draft_model=False, upper_bound=No
         max_seq_len=500,
         block_table_tensor=torch.zeros(len(counts), 20, dtype=torch.int32),
         slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64),
-        seq_lens_cpu_upper_bound=lengths if upper_bound is None else torch.tensor(upper_bound),
+        seq_lens_cpu_upper_bound=lengths,
     )
     return builder.build(0, batch)
 
@@ -106,9 +106,3 @@ def metadata(counts, tokens=None, drafts=3, of_draft_model=False, upper_bound=No
 def test_decodes_are_uniform_only_where_each_row_is_at_its_place(counts, tokens, uniform):
     built = metadata(counts, tokens)
     assert (built.decodes, built.uniform_queries) == (len(counts), uniform)
-
-
-def test_lengths_of_prompt_chunks_are_the_hosts_but_for_a_draft_model():
-    counts = [1, 90]
-    assert metadata(counts, upper_bound=[503, 499]).lengths_list == [503, 499]
-    assert metadata(counts, upper_bound=[503, 499], of_draft_model=True).lengths_list == [500, 500]

@@ -7,16 +7,16 @@ import torch
 from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.step_metadata import PageMetadata
 
-# Whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels.
-_PACKED_TOKENS = 32768
 
+def scratch_tokens(tile_tokens: int, step_tokens: int, requests: int) -> int:
+    """Return the most tokens of a packed part: of a tile, or of the tokens that leave the windows within a step's chunks.
 
-def most_packed_tokens(requests: int, tokens: int) -> int:
-    """Return the most tokens of a packed part, of all requests together, in steps of so many requests and tokens.
-
-    Tiles have at least a page of each request; what windows leave behind is read at once, and is no more than the chunks.
+    Parameters
+    ----------
+    tile_tokens : as `ChunkPlan.of` is given.
+    step_tokens, requests : the most of a step.
     """
-    return max(_PACKED_TOKENS, requests * PAGE_TOKENS, tokens)
+    return max(tile_tokens, step_tokens, requests * PAGE_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class KeyRange:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """The parts of attention of prompt chunks that follow each other in a step.
+    """The parts of attention of a step's prompt chunks.
 
     A query at position t reads tokens j > t - exact_tokens exactly: those of its own chunk and of the window before it. It
     reads the others from pages. All queries of a chunk see the pages before the first one's window; after that, each sees one
@@ -83,29 +83,37 @@ class ChunkPlan:
     never: torch.Tensor
 
     @classmethod
-    def all_of(cls, batch: PageMetadata, exact_tokens: int, scratch_tokens: int, device: torch.device) -> "list[ChunkPlan]":
-        """Return the plans of a step's chunks.
+    def all_of(
+        cls, batch: PageMetadata, exact_tokens: int, tile_tokens: int, most_tokens: int, device: torch.device
+    ) -> "list[ChunkPlan]":
+        """Return plans of a step's chunks, which follow each other.
 
         Parameters
         ----------
-        scratch_tokens : most tokens of a packed part, by `most_packed_tokens`. Chunks and the windows before them have no more
-            in a plan, but for the window of a chunk alone.
+        tile_tokens : as `of` is given.
+        most_tokens : of chunks and the windows before them in a plan; a chunk alone may have its window more.
         """
         plans, first, held = [], batch.decodes, 0
         for request in range(batch.decodes, batch.requests):
             count = batch.starts_list[request + 1] - batch.starts_list[request]
             exact = min(batch.lengths_list[request], count + exact_tokens - 1)
-            if request > first and held + exact > scratch_tokens:
-                plans.append(cls.of(batch, first, request, exact_tokens, scratch_tokens, device))
+            if request > first and held + exact > most_tokens:
+                plans.append(cls.of(batch, exact_tokens, tile_tokens, device, range(first, request)))
                 first, held = request, 0
             held += exact
-        return [*plans, cls.of(batch, first, batch.requests, exact_tokens, scratch_tokens, device)]
+        return [*plans, cls.of(batch, exact_tokens, tile_tokens, device, range(first, batch.requests))]
 
     @classmethod
     def of(
-        cls, batch: PageMetadata, first: int, end: int, exact_tokens: int, scratch_tokens: int, device: torch.device
+        cls, batch: PageMetadata, exact_tokens: int, tile_tokens: int, device: torch.device, requests: range | None = None
     ) -> "ChunkPlan":
-        """Return the plan of the chunks of requests `first` to `end` - 1."""
+        """Return the plan of a step's chunks, or of those of some requests.
+
+        A tile of pages has at most `tile_tokens` tokens of all requests together, but a page of each; `scratch_tokens` says
+        what that, and the tokens that leave the windows, come to.
+        """
+        requests = requests or range(batch.decodes, batch.requests)
+        first, end = requests.start, requests.stop
         starts, lengths = batch.starts_list[first : end + 1], batch.lengths_list[first:end]
         counts = [after - before for before, after in zip(starts, starts[1:], strict=False)]
         before = [length - count for length, count in zip(lengths, counts, strict=True)]
@@ -131,19 +139,17 @@ class ChunkPlan:
             ),
             chunk_rows=rows,
             exact=reach,
-            packed=list(_packed(before, lengths, exact_tokens, scratch_tokens, device)),
+            packed=_packed(before, lengths, exact_tokens, tile_tokens, device),
             never=torch.full((len(counts),), 2**31 - 1, dtype=torch.int32, device=device),
         )
 
 
-def _packed(
-    before: list[int], lengths: list[int], exact_tokens: int, scratch_tokens: int, device: torch.device
-) -> "list[KeyRange]":
+def _packed(before: list[int], lengths: list[int], exact_tokens: int, tile_tokens: int, device: torch.device) -> list[KeyRange]:
     """Return the ranges below every query's window, in tiles, then the range that the windows leave behind."""
     seen_by_all = [max(0, n - exact_tokens + 1) for n in before]
     ends = [max(0, length - exact_tokens) for length in lengths]
     ranges = []
-    share = max(scratch_tokens // len(before) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS)
+    share = max(tile_tokens // len(before) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS)
     for tile in range(0, max(seen_by_all), share):
         count = [min(max(n - tile, 0), share) for n in seen_by_all]
         ranges.append(KeyRange.of([min(tile, n) for n in seen_by_all], count, device, False))

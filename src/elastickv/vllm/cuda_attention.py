@@ -11,8 +11,9 @@ from elastickv.backends.cuda.device import CudaDevice
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.vllm.block_attention import LayerStep
-from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, most_packed_tokens
-from elastickv.vllm.step_metadata import most_decode_tokens
+from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, scratch_tokens
+
+TILE_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
 
 
 class CudaAttention:
@@ -34,13 +35,12 @@ class CudaAttention:
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float, vllm_config: Any) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
         requests = scheduler.max_num_seqs
-        rows = max(requests * most_decode_tokens(vllm_config), *(compilation.cudagraph_capture_sizes or [0]))
-        # A draft model of its own has a token more of each request.
-        self._scratch_tokens = most_packed_tokens(requests, scheduler.max_num_batched_tokens + requests)
+        rows = max(requests * (1 + vllm_config.num_speculative_tokens), *(compilation.cudagraph_capture_sizes or [0]))
         self._device = CudaDevice(torch.accelerator.current_device_index())
         widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
         self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
         self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
+        self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens, requests)
         self.slab_bytes = self._kernels.slab.n_bytes
 
     def reserve(self, tokens: int) -> None:
@@ -118,7 +118,8 @@ class CudaAttention:
         """Attend with the tokens of prompt chunks: to exact tokens and to dequantized pages, merged by log-sum-exp."""
         batch = step.batch
         if "chunks" not in batch.shared:
-            batch.shared["chunks"] = ChunkPlan.all_of(batch, self._recipe.window, self._scratch_tokens, query.device)
+            window, most = self._recipe.window, self._scratch_tokens
+            batch.shared["chunks"] = ChunkPlan.all_of(batch, window, TILE_TOKENS, most, query.device)
         for plan in batch.shared["chunks"]:
             rows = slice(plan.tokens.start - batch.decode_tokens, plan.tokens.stop - batch.decode_tokens)
             self._prefill(step, plan, query[rows], output[rows])

@@ -53,16 +53,11 @@ class ModelSetup:
 
         Raises
         ------
-        UsageError : if the options are not accepted, or a draft model has another KV cache dtype.
+        UsageError : if the options are not accepted.
         """
         setup = cls.newest
         if setup is None or setup._layers is not config.compilation_config.static_forward_context:
             setup = cls.newest = cls(config, kv_cache_dtype)
-        if kv_cache_dtype != setup.kv_cache_dtype:
-            raise UsageError(
-                f"the draft model has `kv_cache_dtype={kv_cache_dtype}` and the model {setup.kv_cache_dtype}: leave out "
-                "`kv_cache_dtype` of `speculative_config`"
-            )
         setup._members.append(impl)
         return setup
 

@@ -187,12 +187,11 @@ def _compilation_refusals(compilation_config: Any) -> Iterator[str]:
 
 def _speculation_refusals(vllm_config: Any) -> Iterator[str]:
     method = getattr(getattr(vllm_config, "speculative_config", None), "method", None)
-    if method is None or method in _DRAFTS_WITHOUT_LAYERS or getattr(vllm_config, "use_v2_model_runner", False):
-        return
-    yield (
-        f"speculation by {method} needs one cache a layer of the draft model in this model runner, and here are two: "
-        f"use vLLM 0.33's model runner V2, or one of {', '.join(_DRAFTS_WITHOUT_LAYERS)}"
-    )
+    if method is not None and method not in _DRAFTS_WITHOUT_LAYERS:
+        yield (
+            f"speculation by {method} has a draft model with layers of its own, which are not served: use the method "
+            f"{' or '.join(_DRAFTS_WITHOUT_LAYERS)}"
+        )
 
 
 def _shape_refusals(layer: LayerArguments, device: Device) -> Iterator[str]:

@@ -41,19 +41,6 @@ class PageMetadata(AttentionMetadata):
     shared: dict[str, Any] = field(default_factory=dict)
 
 
-def most_decode_tokens(vllm_config: Any) -> int:
-    """Return the most tokens of a request that decode kernels serve in a step: a token and its drafts.
-
-    A draft model of its own also reads the token that the model put in the place of a rejected draft.
-    """
-    return int(1 + vllm_config.num_speculative_tokens + _has_draft_model(vllm_config))
-
-
-def _has_draft_model(vllm_config: Any) -> bool:
-    speculation = vllm_config.speculative_config
-    return speculation is not None and speculation.method == "draft_model"
-
-
 class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
     """Builds `PageMetadata`; a captured graph serves batches whose requests have equally many tokens."""
 
@@ -62,11 +49,8 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-        self._bad_tokens: BadTokens = layer.impl.bad_tokens
-        self._of_draft_model = _has_draft_model(vllm_config) and layer.is_draft_layer
-        if self._of_draft_model:
-            self.reorder_batch_threshold = most_decode_tokens(vllm_config)
+        layers = vllm_config.compilation_config.static_forward_context
+        self._bad_tokens: BadTokens = layers[layer_names[0]].impl.bad_tokens
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -78,9 +62,7 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
         lengths: list[int] = []
         if decodes < batch.num_reqs:  # the host needs them for prompt chunks only
-            on_host = batch.seq_lens_cpu_upper_bound
-            if on_host is None or self._of_draft_model:  # whose chunks have a token more than vLLM's host knows
-                on_host = batch.seq_lens.cpu()
+            on_host = batch.seq_lens_cpu_upper_bound if batch.seq_lens_cpu_upper_bound is not None else batch.seq_lens.cpu()
             lengths = on_host[: batch.num_reqs].tolist()
         counts = {after - before for before, after in zip(starts[:decodes], starts[1 : decodes + 1], strict=True)}
         # A graph's batch is padded with requests of no token, whose rows follow the others.

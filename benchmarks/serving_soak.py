@@ -1,0 +1,257 @@
+"""A soak of vLLM with ElasticKV and with its stock backend: answers, memory and step times under a random load.
+
+    python benchmarks/serving_soak.py --output benchmarks/results/h200/serving_soak.json [--steps 5000] [--time-limit 150]
+
+A small model with random weights answers requests of random lengths that arrive, share prefixes, are sampled several times,
+aborted and preempted, in a pool too small for them. Then some of them are given again, each alone in a fresh cache, once
+generated and once read as one prompt: log-probabilities of the soak's tokens are compared, for each backend with its own. All
+blocks must be free again, memory must not grow, and steps that only decode are timed. The backends run one after the other, in
+processes of their own; the result is written anew as they go, so that it is there, in part, when one is killed.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the model with random weights is the tests'
+
+from elastickv.benchmark.environment import environment
+from elastickv.errors import UsageError
+from elastickv.results.files import check_writable, write_text
+from elastickv.vllm.versions import installed_version, minor_version
+from tests.helpers.served_llama import Sizes, random_weights, write_model
+
+BACKENDS = ("ours", "strict", "stock")  # "strict" is ours with strict prefix reuse
+KIND, VERSION = "elastickv-serving-soak", 1
+ENGINE = Path(__file__).with_name("soak_engine.py")
+POLL_S = 0.5
+MOST_GROWTH = 64 << 20  # bytes, of allocated memory after the warm-up
+MOST_LOGGED = 20  # lines of the plug-in's
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of model, requests and pool on a kind of device. `blocks` are fewer than the requests need, by backend."""
+
+    sizes: Sizes
+    requests: int
+    batched_tokens: int
+    longest_prompt: int
+    longest_answer: int
+    blocks: dict[str, int]
+
+
+SCALES = {
+    "cuda": Scale(
+        Sizes(layers=4, hidden=1024, inner=2816, heads=8, kv_heads=2, head_dim=128, vocabulary=4096),
+        requests=32,
+        batched_tokens=512,
+        longest_prompt=1500,
+        longest_answer=300,
+        blocks={"ours": 800, "stock": 340},
+    ),
+    "cpu": Scale(
+        Sizes(),
+        requests=6,
+        batched_tokens=192,
+        longest_prompt=400,
+        longest_answer=80,
+        blocks={"ours": 160, "stock": 36},
+    ),
+}
+
+
+def engine_options(backend: str, device: str, fmt: str) -> dict:
+    """Return the arguments of `vllm.LLM`."""
+    scale = SCALES[device]
+    options = {
+        "dtype": "bfloat16" if device == "cuda" else "float32",
+        "block_size": 32,
+        "max_model_len": scale.longest_prompt + scale.longest_answer + 32,
+        "max_num_seqs": scale.requests,
+        "max_num_batched_tokens": scale.batched_tokens,
+        "num_gpu_blocks_override": scale.blocks["stock" if backend == "stock" else "ours"],
+        "enable_prefix_caching": True,
+        "skip_tokenizer_init": True,
+        "seed": 0,
+    }
+    if device == "cuda":
+        graphs = [1, 2, 4, *range(8, scale.requests + 1, 8)]
+        options |= {"gpu_memory_utilization": 0.3, "async_scheduling": True, "cudagraph_capture_sizes": graphs}
+    else:
+        options |= {"enforce_eager": True}
+    if backend != "stock":
+        plug_in = {"prefix_reuse": "strict"} if backend == "strict" else {}
+        offered = minor_version(getattr(installed_version(), "version", ""))
+        if device == "cuda":
+            options["attention_backend"] = "ELASTICKV"
+        if device == "cuda" and offered is not None and offered.named_cache_dtypes:
+            options["kv_cache_dtype"] = f"elastickv_{fmt}"
+        else:
+            plug_in["format"] = fmt
+        if plug_in:
+            options["additional_config"] = {"elastickv": plug_in}
+    return options
+
+
+def run_backend(backend: str, arguments: argparse.Namespace, folder: Path, seconds: float, write) -> dict:
+    """Run one backend; return its record, with `failed`: None, or why it did not get to its end.
+
+    `write` is called with the record as it grows.
+    """
+    scale = SCALES[arguments.device]
+    plan = {
+        "model": str(folder / "model"),
+        "ours": backend != "stock",
+        "scan_modules": arguments.device == "cpu",
+        "engine": engine_options(backend, arguments.device, arguments.format),
+        "vocabulary": scale.sizes.vocabulary,
+        "longest_prompt": scale.longest_prompt,
+        "longest_answer": scale.longest_answer,
+        "seed": arguments.seed,
+        "steps": arguments.steps,
+        "seconds": seconds,
+    }
+    plan_file, record_file, log_file = (folder / f"{backend}.{name}" for name in ("plan.json", "json", "log"))
+    plan_file.write_text(json.dumps(plan), encoding="utf-8")
+    settings = {
+        "SOAK_BEGAN": str(time.time()),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    defaults = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    command = [sys.executable, str(ENGINE), str(plan_file), str(record_file)]
+    began, seen = time.monotonic(), 0.0
+    with log_file.open("wb") as output:
+        # A session of its own: what it starts ends with it.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=defaults | dict(os.environ) | settings, start_new_session=True
+        )
+        try:
+            while process.poll() is None and time.monotonic() - began < seconds:
+                time.sleep(POLL_S)
+                if record_file.exists() and (changed := record_file.stat().st_mtime) > seen:
+                    seen = changed
+                    write({"engine": plan["engine"]} | json.loads(record_file.read_text(encoding="utf-8")))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {"done": False}
+    record["failed"] = None if record["done"] else record.get("error") or f"exit status {status} after {seconds:.0f} s at most"
+    log = log_file.read_text(encoding="utf-8", errors="replace")
+    record["logged"] = [text for text in log.splitlines() if "ElasticKV:" in text][:MOST_LOGGED]
+    if record["failed"]:
+        print(log[-4000:], file=sys.stderr)
+    return {"engine": plan["engine"]} | record
+
+
+def faults(backend: str, record: dict) -> list[str]:
+    """Return what is wrong with a backend's record: what must not be, whatever stock does. Times are not judged."""
+    wrong = [f"{backend}: {record['failed']}"] if record.get("failed") else []
+    for name in ("blocks", "blocks_after_check"):
+        blocks = record.get(name)
+        if blocks and (blocks["free_at_start"] != blocks["free_at_end"] or not blocks["prefix_cache_reset"]):
+            wrong.append(
+                f"{backend}: {blocks['free_at_start']} blocks were free at the start, {blocks['free_at_end']} at the end"
+            )
+    if record.get("not_finite"):
+        wrong.append(f"{backend}: {record['not_finite']} log-probabilities are not finite")
+    wrong += [f"{backend}: {text}" for text in record.get("logged", []) if "answer is wrong" in text]
+    growth = record.get("growth", {}).get("torch_bytes", 0)
+    if growth > MOST_GROWTH:
+        wrong.append(f"{backend}: PyTorch holds {growth} bytes more at the end than after the warm-up")
+    return wrong
+
+
+def growth(memory: list[dict]) -> dict:
+    """Return by how many bytes each kind of memory grew from the first note, after the warm-up, to the last."""
+    return {key: memory[-1][key] - value for key, value in memory[0].items() if key != "step"} if len(memory) > 1 else {}
+
+
+def line(backend: str, record: dict) -> str:
+    """Return what a backend did in one line."""
+    decode, counts = record.get("times", {}).get("decode", {}), record.get("counts", {})
+    words = [f"{backend}: {record.get('steps', 0)} steps"]
+    words += [f"{counts[key]} {key.replace('_', ' ')}" for key in ("preemptions", "aborted", "prefix_hits") if key in counts]
+    if decode.get("steps"):
+        ratio = f"p99.9/median {decode['p999_over_median']:.2f}"
+        words.append(f"decode median {decode['median_ms']:.2f} ms, p99 {decode['p99_ms']:.2f} ms, {ratio}")
+    if whole := record.get("agreement", {}).get("all"):
+        words += [f"{name}: |difference| {whole[name].get('mean', 0):.4f}" for name in ("alone", "read")]
+        words.append(f"{whole['alone']['equal_until_parting'] or 0:.1%} equal until they part")
+    return ", ".join(words)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end the process that runs
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(arguments.output)
+    started, scale = time.monotonic(), SCALES[arguments.device]
+    result: dict = {
+        "kind": KIND,
+        "version": VERSION,
+        "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": ["benchmarks/serving_soak.py", *(word for word in sys.argv[1:] if not word.startswith("/"))],
+        "settings": {name: getattr(arguments, name) for name in ("steps", "time_limit", "device", "format", "seed")}
+        | {"model": asdict(scale.sizes), "longest_prompt": scale.longest_prompt, "longest_answer": scale.longest_answer},
+        "environment": environment(),
+        "backends": {},
+    }
+
+    def write(backend: str, record: dict) -> None:
+        about = record.get("environment", {})
+        result.update({key: about[key] for key in ("device", "driver") if key in about})
+        result["backends"][backend] = record | {"growth": growth(record.get("memory", []))}
+        write_text(arguments.output, json.dumps(result, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_model(folder / "model", random_weights(scale.sizes), scale.sizes)
+        for place, backend in enumerate(arguments.backends):
+            left = (arguments.time_limit - (time.monotonic() - started)) / (len(arguments.backends) - place)
+            record = run_backend(backend, arguments, folder, left, lambda record, name=backend: write(name, record))
+            record["engine"].pop("model", None)
+            write(backend, record)
+            print(line(backend, record), flush=True)
+    wrong = [fault for backend, record in result["backends"].items() for fault in faults(backend, record)]
+    for fault in wrong:
+        print(f"serving_soak.py: {fault}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _backends(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in BACKENDS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no backend: give some of {', '.join(BACKENDS)}")
+    return names
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--backends", "--backend", type=_backends, default=["ours", "stock"], help=", ".join(BACKENDS))
+    parser.add_argument("--steps", type=int, default=5000, help="of the engine under load, for each backend")
+    parser.add_argument("--time-limit", type=float, default=150.0, help="seconds that all of it may take")
+    parser.add_argument("--format", default="int4", help="of pages: int4, k8v4, int8, fp8")
+    parser.add_argument("--seed", type=int, default=0, help="of the load")
+    parser.add_argument("--device", choices=SCALES, default="cuda")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        sys.exit(f"serving_soak.py: {error}")
