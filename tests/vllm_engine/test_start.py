@@ -1,5 +1,7 @@
 """What an engine says of its memory when it starts, what it refuses, and small pools."""
 
+import re
+
 import pytest
 
 from tests.helpers.serving_scenarios import all_follow, random_prompts
@@ -11,6 +13,20 @@ def test_the_reported_capacity_is_that_of_the_pages_even_with_long_prompt_chunks
     """float32 keys and values take 6.7 times the bytes of int4 pages; some of the memory holds windows."""
     stock = serve(fmt=None, **LONG).capacity
     assert serve(**LONG).capacity > 5 * stock
+
+
+def test_the_start_line_says_how_many_tokens_the_pages_hold(serve, monkeypatch):
+    """Blocks hold two pages here, and vLLM's own number of tokens in a block is the window's by then."""
+    from elastickv.vllm import model_setup
+
+    lines = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(model_setup._log, level, lambda text, *arguments: lines.append(text % arguments))
+    engine = serve(block_size=64, max_num_seqs=5)
+    (line,) = lines
+    told = int(re.search(r"capacity ([0-9,]+) tokens", line)[1].replace(",", ""))
+    of_request = 1024 // 64 + -(-63 // engine.window_block_tokens) + 1
+    assert told == int(engine.free_blocks / of_request * 1024)
 
 
 def test_a_pool_for_one_request_starts_and_serves_a_prompt_in_one_chunk(serve, rule):

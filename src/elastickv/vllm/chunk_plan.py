@@ -61,6 +61,7 @@ class ChunkPlan:
     Attributes
     ----------
     first_request, requests : rows of the batch.
+    tokens : of the step.
     query_start : (requests + 1,) int32, where each request's queries begin.
     longest : most queries of a request.
     tails : the window before each chunk.
@@ -72,6 +73,7 @@ class ChunkPlan:
 
     first_request: int
     requests: int
+    tokens: slice
     query_start: torch.Tensor
     longest: int
     tails: KeyRange
@@ -81,30 +83,55 @@ class ChunkPlan:
     never: torch.Tensor
 
     @classmethod
-    def of(cls, batch: PageMetadata, exact_tokens: int, tile_tokens: int, device: torch.device) -> "ChunkPlan":
-        """Return the plan of a step's chunks.
+    def all_of(
+        cls, batch: PageMetadata, exact_tokens: int, tile_tokens: int, most_tokens: int, device: torch.device
+    ) -> "list[ChunkPlan]":
+        """Return plans of a step's chunks, which follow each other.
+
+        Parameters
+        ----------
+        tile_tokens : as `of` is given.
+        most_tokens : of chunks and the windows before them in a plan; a chunk alone may have its window more.
+        """
+        plans, first, held = [], batch.decodes, 0
+        for request in range(batch.decodes, batch.requests):
+            count = batch.starts_list[request + 1] - batch.starts_list[request]
+            exact = min(batch.lengths_list[request], count + exact_tokens - 1)
+            if request > first and held + exact > most_tokens:
+                plans.append(cls.of(batch, exact_tokens, tile_tokens, device, range(first, request)))
+                first, held = request, 0
+            held += exact
+        return [*plans, cls.of(batch, exact_tokens, tile_tokens, device, range(first, batch.requests))]
+
+    @classmethod
+    def of(
+        cls, batch: PageMetadata, exact_tokens: int, tile_tokens: int, device: torch.device, requests: range | None = None
+    ) -> "ChunkPlan":
+        """Return the plan of a step's chunks, or of those of some requests.
 
         A tile of pages has at most `tile_tokens` tokens of all requests together, but a page of each; `scratch_tokens` says
         what that, and the tokens that leave the windows, come to.
         """
-        first, starts = batch.decodes, batch.starts_list[batch.decodes :]
+        requests = requests or range(batch.decodes, batch.requests)
+        first, end = requests.start, requests.stop
+        starts, lengths = batch.starts_list[first : end + 1], batch.lengths_list[first:end]
         counts = [after - before for before, after in zip(starts, starts[1:], strict=False)]
-        lengths = batch.lengths_list[first:]
         before = [length - count for length, count in zip(lengths, counts, strict=True)]
         tails = [min(n, exact_tokens - 1) for n in before]
         exact = [tail + count for tail, count in zip(tails, counts, strict=True)]
         reach = KeyRange.of([0] * len(counts), exact, device, True)
         rows = None
         if any(tails):
-            own, end = [], 0
+            own, row = [], 0
             for tail, count in zip(tails, counts, strict=True):
-                own.append(torch.arange(end + tail, end + tail + count))
-                end += tail + count
+                own.append(torch.arange(row + tail, row + tail + count))
+                row += tail + count
             rows = torch.cat(own).to(device, non_blocking=True)
         return cls(
             first_request=first,
             requests=len(counts),
-            query_start=(batch.starts[first : batch.requests + 1] - batch.starts[first]),
+            tokens=slice(starts[0], starts[-1]),
+            query_start=batch.starts[first : end + 1] - batch.starts[first],
             longest=max(counts),
             tails=replace(
                 KeyRange.of([n - tail for n, tail in zip(before, tails, strict=True)], tails, device, False),

@@ -1,5 +1,6 @@
 """Attention over blocks on CUDA: our kernels decode and store; FlashAttention serves prompt chunks."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,26 +34,24 @@ class CudaAttention:
 
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float, vllm_config: Any) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        self._most_requests = scheduler.max_num_seqs
-        rows = max(
-            self._most_requests * (1 + vllm_config.num_speculative_tokens), *(compilation.cudagraph_capture_sizes or [0])
-        )
+        requests = scheduler.max_num_seqs
+        rows = max(requests * (1 + vllm_config.num_speculative_tokens), *(compilation.cudagraph_capture_sizes or [0]))
         self._device = CudaDevice(torch.accelerator.current_device_index())
         widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
         self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
         self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
-        self._scratch: torch.Tensor | None = None
-        self._scratch_tokens = scratch_tokens(
-            TILE_TOKENS, scheduler.max_num_batched_tokens + self._most_requests, self._most_requests
-        )
+        self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens, requests)
         self.slab_bytes = self._kernels.slab.n_bytes
 
     def reserve(self, tokens: int) -> None:
-        """Allocate the scratch memory of dequantized keys and values, and let vLLM see the most that `_exact` takes."""
-        if self._scratch is None:
-            self._scratch = self._rows_of(self._scratch_tokens)
-        chunks = min(self._most_requests, tokens // 2)
-        self._rows_of(tokens + chunks * (self._recipe.window - 1))
+        """Allocate the scratch memory, and for a moment the most that `_exact` takes, so that vLLM counts both."""
+        assert self._scratch.shape[1] >= tokens
+        self._rows_of(self._scratch_tokens + self._recipe.window)
+
+    @cached_property
+    def _scratch(self) -> torch.Tensor:
+        """Memory of dequantized keys and values."""
+        return self._rows_of(self._scratch_tokens)
 
     def _rows_of(self, tokens: int) -> torch.Tensor:
         """Return memory for keys and values: (2, tokens, kv_heads, head_dim)."""
@@ -119,8 +118,13 @@ class CudaAttention:
         """Attend with the tokens of prompt chunks: to exact tokens and to dequantized pages, merged by log-sum-exp."""
         batch = step.batch
         if "chunks" not in batch.shared:
-            batch.shared["chunks"] = ChunkPlan.of(batch, self._recipe.window, TILE_TOKENS, query.device)
-        plan: ChunkPlan = batch.shared["chunks"]
+            window, most = self._recipe.window, self._scratch_tokens
+            batch.shared["chunks"] = ChunkPlan.all_of(batch, window, TILE_TOKENS, most, query.device)
+        for plan in batch.shared["chunks"]:
+            rows = slice(plan.tokens.start - batch.decode_tokens, plan.tokens.stop - batch.decode_tokens)
+            self._prefill(step, plan, query[rows], output[rows])
+
+    def _prefill(self, step: LayerStep, plan: ChunkPlan, query: torch.Tensor, output: torch.Tensor) -> None:
         keys, values = self._exact(step, plan)
         exact_tokens = self._recipe.window
         total = self._flash(query, keys, values, plan, plan.exact, window=(exact_tokens - 1, 0), causal=True, output=output)
@@ -131,8 +135,7 @@ class CudaAttention:
 
     def _exact(self, step: LayerStep, plan: ChunkPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values of the chunks, each behind the window before it."""
-        first, last = step.batch.decode_tokens, step.batch.tokens
-        keys, values = step.keys[first:last], step.values[first:last]
+        keys, values = step.keys[plan.tokens], step.values[plan.tokens]
         if plan.chunk_rows is None:
             return keys, values
         shape = (plan.exact.rows, *keys.shape[1:])
@@ -143,8 +146,6 @@ class CudaAttention:
         return together
 
     def _gather(self, step: LayerStep, plan: ChunkPlan, part: KeyRange) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._scratch is None:
-            self._scratch = self._rows_of(self._scratch_tokens)
         assert part.rows <= self._scratch_tokens, "chunks of more tokens than a step may have"
         keys, values = self._scratch[0, : part.rows], self._scratch[1, : part.rows]
         self._read(step, plan, part, keys, values)
