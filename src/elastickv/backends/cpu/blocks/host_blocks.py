@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu.intrinsics import COLUMNS
 from elastickv.recipe import FORMATS, Recipe
+from elastickv.recipe.formats import ScaleLayout
 
 Table = NDArray[np.int32]
 SLAB_ALIGNMENT = 32
@@ -146,6 +147,6 @@ def slab_bytes(recipe: Recipe, head_dim: int) -> int:
 
 def _beyond(value: str, head_dim: int, group: int) -> int:
     """Return the bytes beyond V's codes that are loaded with its last row."""
-    columns = (group if FORMATS[value].bits == 4 else head_dim) % COLUMNS
+    columns = (group if FORMATS[value].values is ScaleLayout.GROUP else head_dim) % COLUMNS
     rows = {4: 8, 8: 2}.get(FORMATS[value].bits, 1)
     return (COLUMNS - columns) * rows * FORMATS[value].bits // 8 if columns else 0
