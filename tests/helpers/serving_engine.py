@@ -87,6 +87,8 @@ class WindowRecord:
         for group, size in self.windows.items():
             self.window_blocks |= {block.block_id: i * size for i, block in enumerate(blocks[group]) if not block.is_null}
         size, pages = self.page_tokens, blocks[self.pages]
+        for block in pages:  # of the window once, before it was freed
+            self.window_blocks.pop(block.block_id, None)
         for token in range(start, start + count):
             self.by_block.setdefault(pages[token // size].block_id, np.zeros(size, int))[token % size] = first
         used = [self.by_block[block.block_id] for block in pages[: -(-(start + count) // size)]]

@@ -57,7 +57,8 @@ def test_a_hit_without_its_window_reads_pages(serve_bf16, rounded_rule):
     engine.generate(prompts, 10)
     engine.evict_windows()
     answers = engine.generate(prompts, 60)
-    assert all(answer.cached == answer.window_first[answer.cached] == 288 for answer in answers[:1])
+    assert [answer.cached for answer in answers] == [288, 288, 288, 320]
+    assert all(answer.window_first[answer.cached] == answer.cached for answer in answers)
     follow(rounded_rule, answers)
     assert distance(rounded_rule(), answers) < distance(rounded_rule(), answers, window_first=False)
 
@@ -65,7 +66,7 @@ def test_a_hit_without_its_window_reads_pages(serve_bf16, rounded_rule):
 def test_several_answers_to_one_prompt_follow_the_rule(serve_bf16, rounded_rule, prompts):
     engine = serve_bf16(**CHUNKED)
     # At a low temperature, so that likely tokens are compared.
-    name, ended = engine.add(prompts[2], 100, n=4, temperature=0.3, seed=1), {}
+    name, ended = engine.add(prompts[2], 100, n=4, temperature=0.3), {}
     while name not in ended:
         ended |= engine.step()
     follow(rounded_rule, engine.answers(ended[name], prompts[2]))
