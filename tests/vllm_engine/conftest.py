@@ -20,9 +20,9 @@ def plug_in(tmp_path_factory):
     if any(point.value.startswith("elastickv.") for point in importlib.metadata.entry_points(group=group)):
         return
     folder = tmp_path_factory.mktemp("installed")
-    information = folder / "elastickv-0.dist-info"
+    information = folder / "elastickv_plug_in-0.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: elastickv\nVersion: 0\n", encoding="utf-8")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: elastickv-plug-in\nVersion: 0\n", encoding="utf-8")
     (information / "entry_points.txt").write_text(f"[{group}]\nelastickv = elastickv.vllm.plugin:register\n", encoding="utf-8")
     sys.path.append(str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (os.environ.get("PYTHONPATH"), str(folder)) if path)
