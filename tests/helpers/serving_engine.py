@@ -130,7 +130,6 @@ class ServingEngine:
     def __init__(self, folder, elastickv=None, **options):
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
         from vllm import LLM
         from vllm.v1.attention import selector
