@@ -33,8 +33,9 @@ def made_up_serving():
         "device": {"device": "a made-up device", "driver": "0", "vllm": "0.0", "torch": None},
         "model": "shape:made-up",
         "weights": "random",
-        "settings": {"rounds": 2, "samples": 3, "prefill": False},
+        "settings": {"rounds": 2, "samples": 3, "prefill": False, "device": "cuda", "engine": {}, "time_limit": 560.0},
         "baseline": "bf16",
         "contenders": [made_up_contender("bf16", 8.0, 100_000, None), made_up_contender("elastickv_int4", 6.0, 320_000, 0.75)],
         "dropped": ["fp8, round 2: repetition dropped: 20 s were left"],
+        "processes": [],
     }

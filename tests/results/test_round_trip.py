@@ -17,6 +17,7 @@ from elastickv.results.kinds.evaluation_result import EvaluationResult, PassKeyR
 from elastickv.results.kinds.gguf_result import GgufBaseline
 from elastickv.results.kinds.model_result import ModelBenchResult, TransformersBaseline
 from elastickv.results.kinds.original_result import OriginalResult
+from elastickv.results.kinds.serving_result import ServingResult
 from elastickv.results.load import KINDS, kind_of
 from elastickv.results.measurement import Measurement
 from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, result
@@ -112,7 +113,8 @@ def test_every_committed_result_is_read_whole(value):
 
 def test_every_kind_is_committed_or_made_up_here():
     kinds = {kind_of(parameter.values[0]).type for parameter in committed()} | {kind_of(GGUF).type, kind_of(ORIGINAL).type}
-    assert kinds == {Result, OriginalResult, TransformersBaseline, ModelBenchResult, GgufBaseline, EvaluationResult}
+    models = {TransformersBaseline, ModelBenchResult, GgufBaseline, EvaluationResult, ServingResult}
+    assert kinds == {Result, OriginalResult} | models
 
 
 @pytest.mark.parametrize(

@@ -96,16 +96,25 @@ class ServingDevice:
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """How it was measured: with `prefill`, prompts were computed, else their cache was filled."""
+    """How it was measured: with `prefill`, prompts were computed, else their cache was filled.
+
+    `device` is 'cuda' or 'cpu', `engine` holds further arguments of `vllm.LLM`, `time_limit` is in seconds.
+    """
 
     rounds: Count
     samples: Count
     prefill: bool
+    device: str
+    engine: dict[str, Any]
+    time_limit: Duration
 
 
 @dataclass(frozen=True)
 class ServingResult:
-    """vLLM's speed, capacity and start-up with each kind of KV cache, each in processes of its own that took turns."""
+    """vLLM's speed, capacity and start-up with each kind of KV cache, each in processes of its own that took turns.
+
+    `processes` are the records of the processes in their order, as `benchmarks/serving_engine.py` wrote them.
+    """
 
     kind: str
     version: int
@@ -118,6 +127,7 @@ class ServingResult:
     baseline: str
     contenders: list[ServingContender]
     dropped: list[str]
+    processes: list[dict[str, Any]]
 
     @classmethod
     def from_dict(cls, value: Any, source: str = "the result") -> "ServingResult":
