@@ -95,8 +95,8 @@ def test_a_bad_token_is_named_and_others_answers_are_theirs(serve, alone, poison
     engine = serve(folder=poisoned_folder)
     start = engine.free_blocks
     with errors() as messages:
-        bad = engine.word(with_bad_word(word), 10)
-        names = [engine.word(prompt, STEPS) for prompt in prompts]
+        bad = engine.add(with_bad_word(word), 10)
+        names = [engine.add(prompt, STEPS) for prompt in prompts]
         ended = {}
         while engine.engine.has_unfinished_requests():
             ended |= engine.step()
@@ -123,7 +123,7 @@ def looked(found, times=LOOKS):
 
 def test_what_was_found_is_logged_once_with_its_layer(logged):
     found = BadTokens("cpu")
-    first, second = found.word("first"), found.add("second")
+    first, second = found.word("first"), found.word("second")
     assert first.tolist() == second.tolist() == [NO_BAD_TOKEN]
     second.fill_(BadToken(3, 1234, too_large=True).word)
     looked(found, 2 * LOOKS)
