@@ -110,8 +110,9 @@ class Engine:
         output = self.torch.full_like(query, math.nan)
         addresses = output.data_ptr(), lengths.data_ptr(), self.first.data_ptr()
         owners = self.torch.arange(len(counts)).repeat_interleave(self.torch.tensor(counts)).int().cuda()
-        ragged = {"starts": self.inputs[1].data_ptr(), "row_requests": owners.data_ptr()}
-        uniform = counts[0] if len(set(counts)) == 1 else 0
+        uniform, ragged = counts[0] if len(set(counts)) == 1 else 0, {}
+        if not uniform:
+            ragged = {"starts": self.inputs[1].data_ptr(), "row_requests": owners.data_ptr()}
         self.kernels.decode(self.arguments(), rows, self.view(query), *addresses, uniform, **ragged)
         self.torch.cuda.synchronize()
         return query, output
