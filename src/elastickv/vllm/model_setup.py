@@ -74,7 +74,7 @@ class ModelSetup:
         return next(name for name, layer in self._layers.items() if getattr(layer, "impl", None) is impl)
 
     def recipe_of_layer(self, name: str, shape: AttentionShape, act_dtype: torch.dtype) -> Recipe:
-        """Return a layer's recipe; the first call decides all layers'. A draft model's layers past the last get the default.
+        """Return a layer's recipe; the first call decides all layers'.
 
         Raises
         ------
@@ -128,6 +128,7 @@ class ModelSetup:
 
     def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype, attention: BlockAttention) -> WindowCache:
         """Give a layer its window, as a layer of vLLM's."""
+        assert attention.slab_bytes <= self._slab_bytes[shape.head_dim], "a page would reach into the next"
         window = WindowShape(
             slab_bytes=self._slab_bytes[shape.head_dim],
             tokens=self.options.window,
