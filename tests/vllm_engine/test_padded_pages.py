@@ -26,8 +26,8 @@ def bind(stride, monkeypatch):
     shape = WindowShape(
         tokens=128, slab_bytes=SLAB_BYTES, kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16, soft=True
     )
-    cache = WindowCache(shape, None, setup._bound)
-    setup._layers = {"model.layers.0.attn.window": cache}
+    cache = WindowCache("model.layers.0.attn.window", shape, None, setup._bound)
+    setup._layers = {cache.name: cache}
     cache.bind_kv_cache(torch.empty_strided((1000, KV_HEADS, 8, 512), (stride, 4096, 512, 1), dtype=torch.uint8))
     return lines
 

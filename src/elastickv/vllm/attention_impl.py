@@ -16,7 +16,7 @@ from elastickv.vllm.model_setup import ModelSetup
 from elastickv.vllm.startup_checks import Device, LayerArguments, check
 from elastickv.vllm.step_metadata import PageMetadata
 from elastickv.vllm.versions import installed_version
-from elastickv.vllm.window_cache import SUFFIX, WindowCache
+from elastickv.vllm.window_cache import WindowCache
 
 
 class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
@@ -85,8 +85,8 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         check(setup.config, _device(), replace(self._arguments, name=name, value_head_dim=value_head_dim))
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
         self._attention = setup.attention(self._shape, act_dtype, recipe, self.scale)
-        self._window = setup.add_window(name, self._shape, act_dtype, self._attention)
-        self._name, self._window_name = name, name + SUFFIX
+        self._window = setup.add_window(name, self._shape, act_dtype, recipe, self._attention)
+        self._name, self._window_name = name, self._window.name
 
     def forward(
         self,

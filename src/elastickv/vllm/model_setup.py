@@ -15,7 +15,7 @@ from elastickv.vllm.capacity import Capacity
 from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
 from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
-from elastickv.vllm.window_cache import SUFFIX, WindowCache, WindowShape
+from elastickv.vllm.window_cache import WindowCache, WindowShape, window_name
 
 _log = logging.getLogger("vllm.elastickv")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -126,7 +126,9 @@ class ModelSetup:
                 self._attentions[key] = CudaAttention(shape, DTYPES[act_dtype], recipe, scale, self.config)
         return self._attentions[key]
 
-    def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype, attention: BlockAttention) -> WindowCache:
+    def add_window(
+        self, layer: str, shape: AttentionShape, act_dtype: torch.dtype, recipe: Recipe, attention: BlockAttention
+    ) -> WindowCache:
         """Give a layer its window, as a layer of vLLM's."""
         assert attention.slab_bytes <= self._slab_bytes[shape.head_dim], "a page would reach into the next"
         window = WindowShape(
@@ -137,7 +139,8 @@ class ModelSetup:
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
         )
-        cache = self._layers[name + SUFFIX] = WindowCache(window, attention, self._bound)
+        name = window_name(layer, recipe, window)
+        cache = self._layers[name] = WindowCache(name, window, attention, self._bound)
         return cache
 
     def _bound(self, cache: WindowCache) -> None:
