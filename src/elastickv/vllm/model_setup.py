@@ -11,7 +11,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import BlockAttention
-from elastickv.vllm.capacity import Capacity
+from elastickv.vllm.capacity import Capacity, GraphMemory
 from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
 from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
@@ -151,10 +151,8 @@ class ModelSetup:
         UsageError : if vLLM padded the pages to the size of 16 bit.
         """
         blocks, stride = cache.kv_cache.shape[0], cache.kv_cache.stride(0)
-        most_requests = self.config.scheduler_config.max_num_seqs
-        graphs = self.config.compilation_config.max_cudagraph_capture_size or 0
-        # With one block a request, vLLM only finds out how much memory its graphs take.
-        if self._logged or blocks == min(most_requests, graphs):
+        # Before its worker knows a number of blocks, vLLM only finds out how much memory its graphs take.
+        if self._logged or self.config.cache_config.num_gpu_blocks is None:
             return
         self._logged = True
         layers = sum(isinstance(layer, WindowCache) for layer in self._layers.values())
@@ -172,3 +170,4 @@ class ModelSetup:
         if padding:
             _log.warning("ElasticKV: vLLM padded blocks of %d B to %d B: capacity is lost", block_bytes, stride)
         _log.info("ElasticKV: %s", capacity)
+        GraphMemory().start()
