@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
-from elastickv.vllm.bad_tokens import BadTokens
+from elastickv.vllm.bad_tokens import BadTokens, count_nans
 from elastickv.vllm.block_attention import BlockAttention
 from elastickv.vllm.capacity import Capacity, GraphMemory
 from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
@@ -38,6 +38,7 @@ class ModelSetup:
         # vLLM's hash, which names its compiled graphs, must change with the calibration's content.
         config.additional_config = with_calibration_hash(config.additional_config)
         self.options = ServingOptions.parse(config.additional_config) or ServingOptions()
+        count_nans()
         self.kv_cache_dtype, self.recipe = kv_cache_dtype, recipe_of(self.options, kv_cache_dtype)
         self.bad_tokens = BadTokens(current_platform.device_type)
         self.config, self._layers = config, config.compilation_config.static_forward_context
@@ -72,6 +73,11 @@ class ModelSetup:
     def name_of(self, impl: Any) -> str:
         """Return the name of the layer that has this attention."""
         return next(name for name, layer in self._layers.items() if getattr(layer, "impl", None) is impl)
+
+    def is_last(self, name: str) -> bool:
+        """Whether a layer is the last of this rank's part of the model that ElasticKV serves; a draft's layers do not count."""
+        of_model = range(self.config.model_config.get_total_num_hidden_layers())
+        return extract_layer_index(name) == max((number for number in self._numbers() if number in of_model), default=-1)
 
     def recipe_of_layer(self, name: str, shape: AttentionShape, act_dtype: torch.dtype) -> Recipe:
         """Return a layer's recipe; the first call decides all layers'.
