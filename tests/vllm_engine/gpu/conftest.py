@@ -32,19 +32,25 @@ def device():
 
 
 @pytest.fixture(scope="session")
-def serve_bf16(serve, device):
-    """Return the engine with options, in bfloat16, compiled and with graphs unless they say otherwise."""
+def bf16_settings(device):
+    """Return a function that gives the options of an engine in bfloat16, compiled and with graphs on a GPU."""
     from elastickv.vllm.versions import installed_version, minor_version
 
-    def start(fmt="int4", **options):
-        settings = {"dtype": "bfloat16", "enforce_eager": device == "cpu", "async_scheduling": None}
+    def settings(fmt):
+        options = {"dtype": "bfloat16", "enforce_eager": device == "cpu", "async_scheduling": None}
         if device == "cuda":
-            settings |= {"attention_backend": "ELASTICKV", "gpu_memory_utilization": 0.2}
+            options |= {"attention_backend": "ELASTICKV", "gpu_memory_utilization": 0.2}
             if minor_version(installed_version().version).named_cache_dtypes:
-                settings["kv_cache_dtype"] = f"elastickv_{fmt}"
-        return serve(fmt, **(settings | options))
+                options["kv_cache_dtype"] = f"elastickv_{fmt}"
+        return options
 
-    return start
+    return settings
+
+
+@pytest.fixture(scope="session")
+def serve_bf16(serve, bf16_settings):
+    """Return the engine with options, those of `bf16_settings` unless they say otherwise."""
+    return lambda fmt="int4", **options: serve(fmt, **(bf16_settings(fmt) | options))
 
 
 @pytest.fixture(scope="session")
