@@ -109,6 +109,19 @@ def write_adapter(folder, weights, rank, layers=2, alpha=16):
     return added
 
 
+def eagle_weights(weights, sizes=None):
+    """Return an EAGLE head that drafts nearly as the model: its layers on the embeddings, without the sequence's first token."""
+    import torch
+
+    sizes = sizes or Sizes()
+    head = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.layers.")}
+    # The first layer of a head has no norm before its attention: embeddings have a root mean square near 1 already.
+    norm = head.pop("layers.0.input_layernorm.weight")
+    for name in ("q", "k", "v"):
+        head[f"layers.0.self_attn.{name}_proj.weight"] = head[f"layers.0.self_attn.{name}_proj.weight"] * norm
+    return head | {"fc.weight": torch.cat((torch.eye(sizes.hidden), torch.zeros(sizes.hidden, sizes.hidden)), 1)}
+
+
 def write_tokenizer(folder):
     """Write a tokenizer whose words are w0, w1, ...; a chat is the words of its messages."""
     from tokenizers import Tokenizer, models, pre_tokenizers

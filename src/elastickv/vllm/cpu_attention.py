@@ -100,6 +100,7 @@ class CpuAttention:
 
     def _attend_chunk(self, step: LayerStep, request: int, rows: slice, query: torch.Tensor, output: torch.Tensor) -> None:
         length, present = int(step.batch.lengths[request]), int(step.recent.first[request])
+        assert length == step.batch.lengths_list[request], "vLLM says another length on the host"
         before = length - len(query)
         exact_from = max(before - self._exact_tokens + 1, present, 0)
         packed = max(length - self._exact_tokens, exact_from if present else 0, 0)

@@ -12,6 +12,7 @@ from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.vllm.block_attention import LayerStep
 from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, scratch_tokens
+from elastickv.vllm.drafts import more_queries
 
 TILE_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
 
@@ -34,13 +35,13 @@ class CudaAttention:
 
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float, vllm_config: Any) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        requests = scheduler.max_num_seqs
-        rows = max(requests * (1 + vllm_config.num_speculative_tokens), *(compilation.cudagraph_capture_sizes or [0]))
+        requests, more = scheduler.max_num_seqs, more_queries(vllm_config)
+        rows = max(requests * (1 + vllm_config.num_speculative_tokens + more), *(compilation.cudagraph_capture_sizes or [0]))
         self._device = CudaDevice(torch.accelerator.current_device_index())
         widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
         self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
         self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
-        self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens, requests)
+        self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens + requests * more, requests)
         self.slab_bytes = self._kernels.slab.n_bytes
 
     def reserve(self, tokens: int) -> None:

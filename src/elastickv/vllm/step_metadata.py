@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from elastickv.vllm.bad_tokens import BadTokens
+from elastickv.vllm.drafts import more_queries
 
 _log = init_logger("vllm.elastickv")
 
@@ -54,19 +55,21 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = vllm_config.compilation_config.static_forward_context
         self._bad_tokens: BadTokens = layers[layer_names[0]].impl.bad_tokens
+        # vLLM builds a draft model's step of requests one token longer than the model's, and says the model's lengths for it.
+        self._more = more_queries(vllm_config) if all(_is_draft(layers[name]) for name in layer_names) else 0
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PageMetadata:
         """Return the metadata of a step, and report tokens of earlier steps that could not be stored."""
         self._bad_tokens.look()
-        batch, threshold = common_attn_metadata, self.reorder_batch_threshold or 1
+        batch, threshold = common_attn_metadata, (self.reorder_batch_threshold or 1) + self._more
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
         starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
         lengths: list[int] = []
         if decodes < batch.num_reqs:  # the host needs them for prompt chunks only
-            on_host = batch.seq_lens_cpu_upper_bound if batch.seq_lens_cpu_upper_bound is not None else batch.seq_lens.cpu()
-            lengths = on_host[: batch.num_reqs].tolist()
+            on_host = batch.seq_lens_cpu_upper_bound
+            lengths = batch.seq_lens.tolist() if on_host is None else (on_host + self._more).tolist()
         counts = {after - before for before, after in zip(starts[:decodes], starts[1 : decodes + 1], strict=True)}
         # A graph's batch is padded with requests of no token, whose rows follow the others.
         each = decode_tokens // max(decodes, 1)
@@ -84,6 +87,10 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
             uniform_queries=uniform,
             longest=batch.max_query_len,
         )
+
+
+def _is_draft(layer: Any) -> bool:
+    return getattr(layer, "is_draft_layer", False)
 
 
 @dataclass
