@@ -110,7 +110,7 @@ def write_adapter(folder, weights, rank, layers=2, alpha=16):
 
 
 def eagle_weights(weights, sizes=None):
-    """Return an EAGLE head that drafts nearly as the model: its layers on the embeddings, without the sequence's first token."""
+    """Return an EAGLE head that drafts nearly as the model: its layers on embeddings, without the sequence's first token."""
     import torch
 
     sizes = sizes or Sizes()

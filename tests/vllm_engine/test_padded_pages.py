@@ -17,7 +17,7 @@ def bind(stride, monkeypatch):
     setup, lines = model_setup.ModelSetup.__new__(model_setup.ModelSetup), []
     for level in ("info", "warning"):
         monkeypatch.setattr(model_setup._log, level, lambda text, *arguments: lines.append(text % arguments))
-    setup._logged = False
+    setup._reported = []
     setup.config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=256),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=512),

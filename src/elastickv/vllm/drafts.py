@@ -38,9 +38,10 @@ def draft_refusals(vllm_config: Any) -> Iterator[str]:
             f"have one cache where ElasticKV's layers have two: use the method {others}, or what vLLM's log names for V2"
         )
     elif getattr(speculation, "use_multi_module_mtp", bool)():
+        count = vllm_config.speculative_config.num_speculative_tokens
         yield (
-            f"speculation by {method} with num_speculative_tokens={speculation.num_speculative_tokens} runs one MTP module after "
-            "the other over tokens that a window no longer has: give num_speculative_tokens=1"
+            f"speculation by {method} with num_speculative_tokens={count} runs one MTP module after the other, over tokens that a "
+            "window no longer has: give num_speculative_tokens=1"
         )
 
 

@@ -13,6 +13,7 @@ from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import BlockAttention
 from elastickv.vllm.capacity import Capacity
 from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
+from elastickv.vllm.drafts import draft_layers
 from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.window_cache import SUFFIX, WindowCache, WindowShape
@@ -22,12 +23,12 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class ModelSetup:
-    """The layers of one engine's model on this rank.
+    """The layers of one engine's model on this rank, and of its drafter.
 
     Attributes
     ----------
     options : the user's.
-    kv_cache_dtype, recipe : of layers for which nothing says another.
+    kv_cache_dtype, recipe : of layers for which nothing says another, and of a drafter's.
     config : vLLM's.
     bad_tokens : words in which kernels report what cannot be stored.
     """
@@ -42,14 +43,17 @@ class ModelSetup:
         self.bad_tokens = BadTokens(current_platform.device_type)
         self.config, self._layers = config, config.compilation_config.static_forward_context
         self._members: list[Any] = []
+        self._drafter: list[Any] = []
         self._recipes: dict[int, Recipe] = {}
         self._attentions: dict[tuple[Any, ...], BlockAttention] = {}
         self._slab_bytes: dict[int, int] = {}
-        self._logged = False
+        self._reported: list[WindowShape] = []
 
     @classmethod
     def joined(cls, impl: Any, config: Any, kv_cache_dtype: str) -> "ModelSetup":
         """Add a layer's attention to the setup of its engine's model, which is the same for all layers, and return it.
+
+        Layers that come once the model's weights are loaded are a drafter's.
 
         Raises
         ------
@@ -58,7 +62,7 @@ class ModelSetup:
         setup = cls.newest
         if setup is None or setup._layers is not config.compilation_config.static_forward_context:
             setup = cls.newest = cls(config, kv_cache_dtype)
-        setup._members.append(impl)
+        (setup._drafter if setup._recipes else setup._members).append(impl)
         return setup
 
     def slab_bytes(self, head_dim: int) -> int:
@@ -83,12 +87,14 @@ class ModelSetup:
         if not self._recipes:
             self._recipes = layer_recipes(self.options, self.recipe, self._numbers(), self._served_model(shape, act_dtype))
         if shape.head_dim not in self._slab_bytes:
-            # Of all ranks' layers, so that the size is the same on all ranks.
-            plan = SlabPlan.of(self._recipes.values(), shape)
+            # Of all ranks' layers, and of a drafter's, so that the size is the same on all ranks.
+            plan = SlabPlan.of([*self._recipes.values(), *[self.recipe] * draft_layers(self.config)], shape)
             self._slab_bytes[shape.head_dim] = plan.slab_bytes
             if plan.wasted_bytes:
                 _log.info("ElasticKV: %s", plan)
-        return self._recipes.get(extract_layer_index(name), self.recipe)
+        # A drafter's layers have numbers of their own, or those that follow the model's.
+        of_drafter = any(self._layers[name].impl is each for each in self._drafter)
+        return self.recipe if of_drafter else self._recipes.get(extract_layer_index(name), self.recipe)
 
     def _numbers(self) -> list[int]:
         return sorted({extract_layer_index(self.name_of(impl)) for impl in self._members})
@@ -141,7 +147,7 @@ class ModelSetup:
         return cache
 
     def _bound(self, cache: WindowCache) -> None:
-        """Check and report the memory that vLLM allocated, once.
+        """Check and report the memory that vLLM allocated, once for each shape of layers.
 
         Raises
         ------
@@ -151,15 +157,15 @@ class ModelSetup:
         most_requests = self.config.scheduler_config.max_num_seqs
         graphs = self.config.compilation_config.max_cudagraph_capture_size or 0
         # With one block a request, vLLM only finds out how much memory its graphs take.
-        if self._logged or blocks == min(most_requests, graphs):
+        if cache.shape in self._reported or blocks == min(most_requests, graphs):
             return
-        self._logged = True
-        layers = sum(isinstance(layer, WindowCache) for layer in self._layers.values())
+        self._reported.append(cache.shape)
+        windows = [layer.shape for layer in self._layers.values() if isinstance(layer, WindowCache)]
         longest = self.config.model_config.max_model_len
         # Beside layers with larger pages vLLM takes more tokens a block, or pads it where no whole number of times fits.
         times, padding = divmod(stride, cache.shape.block_bytes(cache.page_block_tokens))
         block_tokens = cache.page_block_tokens * (1 if padding else times)
-        capacity = Capacity(cache.shape, block_tokens, layers, blocks - 1, longest)
+        capacity = Capacity(cache.shape, block_tokens, windows.count(cache.shape), blocks - 1, longest, len(set(windows)))
         block_bytes, dense_bytes = capacity.block_bytes, capacity.dense_block_bytes
         if padding and stride >= dense_bytes:
             raise UsageError(
