@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.read_rule import compare
-from tests.helpers.rounded_answers import LARGEST_MEAN, agree, distance, follow
+from tests.helpers.rounded_answers import agree, distance, follow
 from tests.helpers.served_llama import Sizes, write_model
 from tests.helpers.serving_scenarios import ADAPTERS, CHUNKED, NEW_TOKENS, random_prompts
 
@@ -95,5 +95,5 @@ def test_a_long_prompt_in_one_step_gives_the_log_probabilities_of_chunks(serve_b
         compare(rounded_rule(recipe).logits(few), 1, few[1:], found[0][: len(few) - 1])[1].mean() for recipe in ("int4", None)
     )
     print(f"measured: {between:.4f} between the two, {own:.4f} from the rule, {other:.4f} from no pages")
-    assert between < LARGEST_MEAN
-    assert own < min(other, LARGEST_MEAN)
+    assert between < other, "chunks differ from the whole by more than pages do from 16 bit"
+    assert own < other
