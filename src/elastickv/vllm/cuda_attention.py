@@ -62,7 +62,7 @@ class CudaAttention:
     def find_first(
         self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
     ) -> None:
-        """Write the first token of each request whose window block, and all later ones, are there."""
+        """Write `WindowMetadata.first`."""
         table = BlocksArguments(
             pages=None,
             window=None,
