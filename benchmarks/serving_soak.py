@@ -18,7 +18,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the model with random weights is the tests'
+
+from child_process import run_command
 
 from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
@@ -37,7 +38,6 @@ from tests.helpers.served_llama import Sizes, random_weights, write_model
 BACKENDS = ("ours", "stock", "strict")  # "strict" is ours with strict prefix reuse
 KIND, VERSION = "elastickv-serving-soak", 1
 ENGINE = Path(__file__).with_name("soak_engine.py")
-POLL_S = 0.5
 MOST_GROWTH = 64 << 20  # bytes, of allocated memory after the warm-up
 MOST_LOGGED = 20  # lines of the plug-in's
 FIRST_START_S = {"cuda": 40.0, "cpu": 0.0}  # by which the first engine's start takes longer: what it compiles is kept
@@ -128,7 +128,7 @@ def run_backend(backend: str, arguments: argparse.Namespace, folder: Path, secon
         "steps": arguments.steps,
         "seconds": seconds,
     }
-    plan_file, record_file, log_file = (folder / f"{backend}.{name}" for name in ("plan.json", "json", "log"))
+    plan_file, record_file = folder / f"{backend}.plan.json", folder / f"{backend}.json"
     plan_file.write_text(json.dumps(plan), encoding="utf-8")
     settings = {
         "SOAK_BEGAN": str(time.time()),
@@ -139,25 +139,18 @@ def run_backend(backend: str, arguments: argparse.Namespace, folder: Path, secon
     }
     defaults = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     command = [sys.executable, str(ENGINE), str(plan_file), str(record_file)]
-    began, seen = time.monotonic(), 0.0
-    with log_file.open("wb") as output:
-        # A session of its own: what it starts ends with it.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=defaults | dict(os.environ) | settings, start_new_session=True
-        )
-        try:
-            while process.poll() is None and time.monotonic() - began < seconds:
-                time.sleep(POLL_S)
-                if record_file.exists() and (changed := record_file.stat().st_mtime) > seen:
-                    seen = changed
-                    write({"engine": plan["engine"]} | json.loads(record_file.read_text(encoding="utf-8")))
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
+    seen = 0.0
+
+    def look() -> None:
+        nonlocal seen
+        if record_file.exists() and (changed := record_file.stat().st_mtime) > seen:
+            seen = changed
+            write({"engine": plan["engine"]} | json.loads(record_file.read_text(encoding="utf-8")))
+
+    status, log = run_command(command, seconds, defaults | dict(os.environ) | settings, look)
     record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {"done": False}
-    record["failed"] = None if record["done"] else record.get("error") or f"exit status {status} after {seconds:.0f} s at most"
-    log = log_file.read_text(encoding="utf-8", errors="replace")
+    stopped = f"not done after {seconds:.0f} s" if status is None else f"exit status {status}"
+    record["failed"] = None if record["done"] else record.get("error") or stopped
     record["logged"] = [text for text in log.splitlines() if "ElasticKV:" in text][:MOST_LOGGED]
     if record["failed"]:
         print(log[-4000:], file=sys.stderr)

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
+from elastickv.transformers.torch_dtypes import DTYPE_NAMES
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import BlockAttention
 from elastickv.vllm.capacity import Capacity
@@ -19,7 +20,6 @@ from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.window_cache import SUFFIX, WindowCache, WindowShape
 
 _log = logging.getLogger("vllm.elastickv")
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class ModelSetup:
@@ -109,7 +109,7 @@ class ModelSetup:
             shape=AttentionShape(1, query_heads, model.get_total_num_kv_heads(), shape.head_dim),
             layer_count=model.get_total_num_hidden_layers(),
             context=model.max_model_len,
-            dtype=DTYPES[act_dtype],
+            dtype=DTYPE_NAMES[act_dtype],
             fingerprint=fingerprint,
         )
 
@@ -125,11 +125,11 @@ class ModelSetup:
             if current_platform.is_cpu():
                 from elastickv.vllm.cpu_attention import CpuAttention
 
-                self._attentions[key] = CpuAttention(shape, DTYPES[act_dtype], recipe, scale)
+                self._attentions[key] = CpuAttention(shape, DTYPE_NAMES[act_dtype], recipe, scale)
             else:
                 from elastickv.vllm.cuda_attention import CudaAttention
 
-                self._attentions[key] = CudaAttention(shape, DTYPES[act_dtype], recipe, scale, self.config)
+                self._attentions[key] = CudaAttention(shape, DTYPE_NAMES[act_dtype], recipe, scale, self.config)
         return self._attentions[key]
 
     def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype, attention: BlockAttention) -> WindowCache:

@@ -101,8 +101,9 @@ class WindowMetadata(AttentionMetadata):
     ----------
     block_table : (requests, columns) int32 numbers of the window's blocks.
     slot_mapping : (tokens,) int64, where the window stores each token; slots of block 0 store nothing.
-    first : (requests,) int32, the first token whose window block, and all later ones, are there; older tokens are read from
-        pages. A multiple of 32.
+    first : (requests,) int32. Tokens below it are read from pages even if they are among the exact ones: after a prefix hit, a
+        block of the window may be gone. It is the end of the last such block that a query of the step would read, rounded up to
+        a page, but no further than complete pages go; 0 if none is gone.
     """
 
     block_table: torch.Tensor
