@@ -298,3 +298,34 @@ def test_attributes_that_a_version_lacks_are_no_refusals():
         compilation_config=types.SimpleNamespace(),
     )
     assert refusals(bare, CPU, replace(LAYER, kv_cache_dtype="auto")) == []
+
+
+def speculation(method, count=3, runner=True, modules=1):
+    """Return the configuration of a speculative method; `modules` is how many MTP modules the model has."""
+    several = method == "mtp" and min(count, modules) > 1
+    made = types.SimpleNamespace(method=method, num_speculative_tokens=count, use_multi_module_mtp=lambda: several)
+    return config(speculative_config=made, use_v2_model_runner=runner)
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix"])
+@pytest.mark.parametrize("runner", [True, False])
+def test_drafts_without_layers_are_served_by_any_model_runner(method, runner):
+    assert refusals(speculation(method, runner=runner), H200, LAYER) == []
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "mtp"])
+def test_drafters_with_layers_are_served_by_the_second_model_runner(method):
+    assert refusals(speculation(method), H200, LAYER) == []
+    for device in (H200, CPU):
+        message = reason(speculation(method, runner=False), device)
+        assert f"speculation by {method} needs vLLM's model runner V2" in message and "use the method ngram" in message
+
+
+@pytest.mark.parametrize("method", ["dflash", "dspark", "extract_hidden_states", "custom_class"])
+def test_other_drafters_are_refused_with_those_that_are_served(method):
+    assert f"speculation by {method} is not served: use the method draft_model, eagle" in reason(speculation(method))
+
+
+def test_several_mtp_modules_are_refused_and_one_is_served():
+    assert refusals(speculation("mtp", 1, modules=3), H200, LAYER) == []
+    assert "give num_speculative_tokens=1" in reason(speculation("mtp", 3, modules=3))

@@ -17,7 +17,7 @@ def bind(stride, monkeypatch, blocks=1000):
     setup, lines = model_setup.ModelSetup.__new__(model_setup.ModelSetup), []
     for level in ("info", "warning"):
         monkeypatch.setattr(model_setup._log, level, lambda text, *arguments: lines.append(text % arguments))
-    setup._logged = False
+    setup._reported = []
     setup.config = SimpleNamespace(
         cache_config=SimpleNamespace(num_gpu_blocks=blocks),
         model_config=SimpleNamespace(max_model_len=32768),

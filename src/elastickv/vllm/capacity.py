@@ -22,6 +22,8 @@ class Capacity:
     layers : layers with pages.
     blocks : blocks that pages and windows share, without vLLM's null block.
     longest : tokens of the longest request, for which capacities are given.
+    shapes : shapes of layers that share the blocks. With several, as beside a drafter of another size, vLLM alone knows how
+        many tokens fit.
     """
 
     shape: WindowShape
@@ -29,6 +31,7 @@ class Capacity:
     layers: int
     blocks: int
     longest: int
+    shapes: int = 1
 
     @property
     def page_bytes(self) -> int:
@@ -68,11 +71,13 @@ class Capacity:
 
     def __str__(self) -> str:
         """Return the line for the log."""
-        return (
+        line = (
             f"page {self.page_bytes:,} B, {self.dense_page_bytes / self.page_bytes:.2f}x smaller than in 16 bit; "
             f"window {self.shape.tokens} tokens, {self.window_bytes / 1e6:.1f} MB a request; "
-            f"capacity {self.tokens:,} tokens in requests of {self.longest:,}, against {self.dense_tokens:,} in 16 bit"
         )
+        if self.shapes > 1:
+            return f"{line}{self.layers} layers, of {self.shapes} sizes: vLLM's own line says how many tokens fit"
+        return f"{line}capacity {self.tokens:,} tokens in requests of {self.longest:,}, against {self.dense_tokens:,} in 16 bit"
 
 
 class GraphMemory(logging.Filter):

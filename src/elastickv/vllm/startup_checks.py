@@ -12,6 +12,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, AttentionShape
+from elastickv.vllm.drafts import draft_refusals
 from elastickv.vllm.serving_options import KEY
 from elastickv.vllm.versions import minor_version
 
@@ -25,7 +26,6 @@ _STOCK_BACKEND = {
 _FUSED_CACHE_WRITES = ("fuse_rope_kvcache", "fuse_qk_norm_rope_kvcache")
 # They know blocks by the names of layers, which say format and window, or keep them in this process alone.
 _CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
-_DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
 _ATTENTION_TYPES = {
     "encoder": "is an encoder's",
     "encoder_only": "is an encoder's",
@@ -105,7 +105,7 @@ def refusals(vllm_config: Any, device: Device, layer: LayerArguments | None = No
     """
     reasons = [*_device_refusals(vllm_config, device), *_model_refusals(vllm_config.model_config, device)]
     reasons += [*_cache_refusals(vllm_config), *_parallel_refusals(vllm_config.parallel_config)]
-    reasons += [*_compilation_refusals(vllm_config.compilation_config), *_speculation_refusals(vllm_config)]
+    reasons += [*_compilation_refusals(vllm_config.compilation_config), *draft_refusals(vllm_config)]
     if layer is not None:
         reasons += [*_shape_refusals(layer, device), *_layer_refusals(vllm_config, layer, device)]
     return reasons
@@ -202,15 +202,6 @@ def _compilation_refusals(compilation_config: Any) -> Iterator[str]:
                 f"`{name}` writes 16-bit keys and values into the cache past ElasticKV: set {name} to false in `pass_config` "
                 "of `compilation_config`"
             )
-
-
-def _speculation_refusals(vllm_config: Any) -> Iterator[str]:
-    method = getattr(getattr(vllm_config, "speculative_config", None), "method", None)
-    if method is not None and method not in _DRAFTS_WITHOUT_LAYERS:
-        yield (
-            f"speculation by {method} has a draft model with layers of its own, which are not served: use the method "
-            f"{' or '.join(_DRAFTS_WITHOUT_LAYERS)}"
-        )
 
 
 def _shape_refusals(layer: LayerArguments, device: Device) -> Iterator[str]:
