@@ -58,7 +58,8 @@ async def answers(engine, prompts, tokens):
         async for output in serving.generate(prompt, params, f"request-{number}", **to):
             last = output
         part = last.outputs[0]
-        logprobs = [row[token].logprob for token, row in zip(part.token_ids, part.logprobs, strict=True)]
+        rows = part.logprobs or ()  # none where an error ended the request
+        logprobs = [row[token].logprob for token, row in zip(part.token_ids, rows, strict=True)]
         return list(part.token_ids), logprobs
 
     try:
