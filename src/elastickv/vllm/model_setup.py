@@ -30,6 +30,8 @@ class ModelSetup:
     kv_cache_dtype, recipe : of layers for which nothing says another.
     config : vLLM's.
     bad_tokens : words in which kernels report what cannot be stored.
+    newest : of the model built last in this process. vLLM asks the backend for the specification of a layer's pages
+        (`customize_spec`) without saying which model's.
     """
 
     newest: ClassVar["ModelSetup | None"] = None
@@ -49,7 +51,7 @@ class ModelSetup:
 
     @classmethod
     def joined(cls, impl: Any, config: Any, kv_cache_dtype: str) -> "ModelSetup":
-        """Add a layer's attention to the setup of its engine's model, which is the same for all layers, and return it.
+        """Return the setup of a layer's model, with the layer's attention in it; the first layer of a model makes it.
 
         Raises
         ------
