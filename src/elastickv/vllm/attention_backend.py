@@ -18,7 +18,7 @@ from elastickv.vllm.step_metadata import PageMetadataBuilder
 class ElasticAttentionBackend(AttentionBackend):
     """Attention to low-bit pages and an exact window, on CUDA."""
 
-    # Whatever a layer is, vLLM may give it to us: its attention says why it is refused, and what to do.
+    # Claims to support what vLLM asks about: where it does not, `startup_checks` refuses with a reason and a remedy.
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = []
 
@@ -49,22 +49,22 @@ class ElasticAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        """Accept windows, as far as vLLM asks: the refusal names the flags that give such layers to another backend."""
+        """Claim to support windows: `startup_checks` names the flags that give such layers to another backend."""
         return True
 
     @classmethod
     def supports_sink(cls) -> bool:
-        """Accept learned sinks, as far as vLLM asks."""
+        """Claim to support learned sinks: `startup_checks` refuses them."""
         return True
 
     @classmethod
     def supports_mm_prefix(cls) -> bool:
-        """Accept attention to later tokens of an image, as far as vLLM asks."""
+        """Claim to support attention to later tokens of an image: `startup_checks` refuses it."""
         return True
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """Refuse batches whose split among requests the host does not know: rows of drafts find their request by it."""
+        """Ask for the number of tokens of each request on the host: rows of drafts find their request by it."""
         return False
 
     @classmethod

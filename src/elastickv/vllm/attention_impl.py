@@ -22,7 +22,7 @@ from elastickv.vllm.window_cache import SUFFIX, WindowCache
 class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
     """Attention of one layer: the newest tokens are exact, older ones are read from quantized pages.
 
-    The layer's window is a layer of its own to vLLM, which is there once the weights are loaded.
+    To vLLM the window is a layer of its own, which `process_weights_after_loading` adds.
 
     Raises
     ------

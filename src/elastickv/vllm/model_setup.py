@@ -32,6 +32,8 @@ class ModelSetup:
     kv_cache_dtype, recipe : of layers for which nothing says another, and of a drafter's.
     config : vLLM's.
     bad_tokens : words in which kernels report what cannot be stored.
+    newest : of the model built last in this process. vLLM asks the backend for the specification of a layer's pages
+        (`customize_spec`) without saying which model's.
     """
 
     _newest: ClassVar[weakref.ref["ModelSetup"] | None] = None  # weak, so that a closed engine's memory is freed
@@ -57,7 +59,7 @@ class ModelSetup:
 
     @classmethod
     def joined(cls, impl: Any, config: Any, kv_cache_dtype: str) -> "ModelSetup":
-        """Add a layer's attention to the setup of its engine's model, which is the same for all layers, and return it.
+        """Return the setup of a layer's model, with the layer's attention in it; the first layer of a model makes it.
 
         Layers that come once the model's weights are loaded are a drafter's.
 
