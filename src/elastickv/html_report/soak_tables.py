@@ -66,8 +66,8 @@ def _backends(data: ReportData) -> Iterator[dict[str, str]]:
 
 
 def _divergence(record: Mapping[str, Any], name: str) -> str:
-    found = _inner(record, "agreement", "all", name)
-    return f"{found['kl']:.2e}" if "kl" in found else ""
+    divergence = _inner(record, "agreement", "all", name)
+    return f"{divergence['kl']:.2e}" if "kl" in divergence else ""
 
 
 def _inner(record: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
