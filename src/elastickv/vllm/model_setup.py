@@ -1,6 +1,7 @@
 """What the layers of a model share: page formats, kernels, the size of a slab, and the lines logged at the start."""
 
 import logging
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +34,7 @@ class ModelSetup:
     bad_tokens : words in which kernels report what cannot be stored.
     """
 
-    newest: ClassVar["ModelSetup | None"] = None
+    _newest: ClassVar[weakref.ref["ModelSetup"] | None] = None  # weak, so that a closed engine's memory is freed
 
     def __init__(self, config: Any, kv_cache_dtype: str) -> None:
         # vLLM's hash, which names its compiled graphs, must change with the calibration's content.
@@ -50,6 +51,11 @@ class ModelSetup:
         self._reported: list[WindowShape] = []
 
     @classmethod
+    def newest(cls) -> "ModelSetup | None":
+        """Return the setup of the engine that was started last, while its layers exist."""
+        return cls._newest() if cls._newest is not None else None
+
+    @classmethod
     def joined(cls, impl: Any, config: Any, kv_cache_dtype: str) -> "ModelSetup":
         """Add a layer's attention to the setup of its engine's model, which is the same for all layers, and return it.
 
@@ -59,9 +65,10 @@ class ModelSetup:
         ------
         UsageError : if the options are not accepted.
         """
-        setup = cls.newest
+        setup = cls.newest()
         if setup is None or setup._layers is not config.compilation_config.static_forward_context:
-            setup = cls.newest = cls(config, kv_cache_dtype)
+            setup = cls(config, kv_cache_dtype)
+            cls._newest = weakref.ref(setup)
         (setup._drafter if setup._recipes else setup._members).append(impl)
         return setup
 
