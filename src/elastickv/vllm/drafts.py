@@ -40,8 +40,8 @@ def draft_refusals(vllm_config: Any) -> Iterator[str]:
     elif getattr(speculation, "use_multi_module_mtp", bool)():
         count = vllm_config.speculative_config.num_speculative_tokens
         yield (
-            f"speculation by {method} with num_speculative_tokens={count} runs one MTP module after the other, over tokens that a "
-            "window no longer has: give num_speculative_tokens=1"
+            f"speculation by {method} with num_speculative_tokens={count} runs one MTP module after the other, over tokens "
+            "that a window no longer has: give num_speculative_tokens=1"
         )
 
 
