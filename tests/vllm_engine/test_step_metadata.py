@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from elastickv.recipe import AttentionShape
-from elastickv.vllm import cpu_attention
+from elastickv.vllm import cpu_attention, step_metadata
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.step_metadata import PageMetadataBuilder, WindowMetadataBuilder
 
@@ -166,3 +166,15 @@ def test_a_captured_graph_finds_the_start_of_windows_where_it_was(find_first):
     assert other.first.data_ptr() == at
     assert len(builder._first) > 8  # of the largest graph, which has more requests than are served
     assert one.slot_mapping.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("captured", "drafts", "told"),
+    [([1, 2], 0, [(2, 4)]), ([1, 8], 2, [(2, 4)]), ([1, 4], 0, []), ([4, 12], 2, []), ([], 0, [])],
+)
+def test_more_requests_than_graphs_are_captured_for_are_told(monkeypatch, captured, drafts, told):
+    lines = []
+    monkeypatch.setattr(step_metadata._log, "info_once", lambda text, *numbers: lines.append(numbers), raising=False)
+    config = configuration(SimpleNamespace(attention=None), drafts, captured)
+    WindowMetadataBuilder(SimpleNamespace(block_size=8), ["layer"], config, CPU)
+    assert lines == told

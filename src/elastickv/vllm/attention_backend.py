@@ -4,12 +4,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
 
 from elastickv.recipe.formats import PAGE_TOKENS
-from elastickv.vllm.attention_impl import ElasticAttentionImpl
+from elastickv.vllm.attention_impl import ElasticAttentionImpl, serving_device
 from elastickv.vllm.model_setup import ModelSetup
+from elastickv.vllm.startup_checks import refusals
 from elastickv.vllm.step_metadata import PageMetadataBuilder
 
 
@@ -66,9 +68,16 @@ class ElasticAttentionBackend(AttentionBackend):
         return False
 
     @classmethod
+    def validate_configuration(cls, *arguments: Any, **named: Any) -> list[str]:
+        """Return why the configuration cannot be served: in our words where we have them, which say what to do."""
+        config = get_current_vllm_config_or_none()
+        own = refusals(config, serving_device()) if config is not None and config.model_config is not None else []
+        return own or super().validate_configuration(*arguments, **named)
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Return the specification of pages: a slab of bytes for each KV head."""
-        setup = ModelSetup.newest
+        setup = ModelSetup.newest()
         assert setup is not None, "the model's layers are built before their caches"
         # vLLM also asks what layers in 16 bit, which `kv_cache_dtype_skip_layers` names, would take: they stay as they are.
         dense = setup.kv_cache_dtype != "auto" and spec.kv_quant_mode == KVQuantMode.NONE

@@ -42,11 +42,11 @@ class CpuAttention:
     def find_first(
         self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
     ) -> None:
-        """Write the first token after the newest null block that the step may read, rounded up to a page."""
+        """Write `WindowMetadata.first`: the end of the newest block that is gone, rounded up to a page."""
         before = lengths[: len(first)] - starts[1 : len(first) + 1] + starts[: len(first)]
-        reach = -(-(self._exact_tokens - 1) // block_tokens) + 1
         oldest = torch.clamp(before - (self._exact_tokens - 1), min=0) // block_tokens
-        columns = oldest[:, None] + torch.arange(reach)
+        most_blocks = -(-(self._exact_tokens - 1) // block_tokens) + 1  # of a window, which may begin inside a block
+        columns = oldest[:, None] + torch.arange(most_blocks)
         blocks = block_table[: len(first)].gather(1, torch.clamp(columns, max=block_table.shape[1] - 1).long())
         gone = (blocks == 0) & (columns * block_tokens < before[:, None])
         after = torch.where(gone, (columns + 1) * block_tokens, 0).amax(dim=1)

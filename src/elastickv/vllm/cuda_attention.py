@@ -10,6 +10,7 @@ from elastickv.backends.cuda.block_kernels import BlockKernels
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
+from elastickv.transformers.torch_dtypes import TORCH_DTYPES
 from elastickv.vllm.block_attention import LayerStep
 from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, scratch_tokens
 from elastickv.vllm.drafts import more_queries
@@ -56,13 +57,13 @@ class CudaAttention:
 
     def _rows_of(self, tokens: int) -> torch.Tensor:
         """Return memory for keys and values: (2, tokens, kv_heads, head_dim)."""
-        kind = torch.bfloat16 if self._dtype == "bf16" else torch.float16
-        return torch.empty(2, tokens, self._shape.kv_heads, self._shape.head_dim, dtype=kind, device="cuda")
+        shape, dtype = self._shape, TORCH_DTYPES[self._dtype]
+        return torch.empty(2, tokens, shape.kv_heads, shape.head_dim, dtype=dtype, device="cuda")
 
     def find_first(
         self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
     ) -> None:
-        """Write the first token of each request whose window block, and all later ones, are there."""
+        """Write `WindowMetadata.first`."""
         table = BlocksArguments(
             pages=None,
             window=None,

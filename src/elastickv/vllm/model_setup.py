@@ -1,6 +1,7 @@
 """What the layers of a model share: page formats, kernels, the size of a slab, and the lines logged at the start."""
 
 import logging
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from vllm.platforms import current_platform
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
+from elastickv.transformers.torch_dtypes import DTYPE_NAMES
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import BlockAttention
 from elastickv.vllm.capacity import Capacity
@@ -19,7 +21,6 @@ from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.window_cache import SUFFIX, WindowCache, WindowShape
 
 _log = logging.getLogger("vllm.elastickv")
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class ModelSetup:
@@ -33,7 +34,7 @@ class ModelSetup:
     bad_tokens : words in which kernels report what cannot be stored.
     """
 
-    newest: ClassVar["ModelSetup | None"] = None
+    _newest: ClassVar[weakref.ref["ModelSetup"] | None] = None  # weak, so that a closed engine's memory is freed
 
     def __init__(self, config: Any, kv_cache_dtype: str) -> None:
         # vLLM's hash, which names its compiled graphs, must change with the calibration's content.
@@ -50,6 +51,11 @@ class ModelSetup:
         self._reported: list[WindowShape] = []
 
     @classmethod
+    def newest(cls) -> "ModelSetup | None":
+        """Return the setup of the engine that was started last, while its layers exist."""
+        return cls._newest() if cls._newest is not None else None
+
+    @classmethod
     def joined(cls, impl: Any, config: Any, kv_cache_dtype: str) -> "ModelSetup":
         """Add a layer's attention to the setup of its engine's model, which is the same for all layers, and return it.
 
@@ -59,9 +65,10 @@ class ModelSetup:
         ------
         UsageError : if the options are not accepted.
         """
-        setup = cls.newest
+        setup = cls.newest()
         if setup is None or setup._layers is not config.compilation_config.static_forward_context:
-            setup = cls.newest = cls(config, kv_cache_dtype)
+            setup = cls(config, kv_cache_dtype)
+            cls._newest = weakref.ref(setup)
         (setup._drafter if setup._recipes else setup._members).append(impl)
         return setup
 
@@ -109,7 +116,7 @@ class ModelSetup:
             shape=AttentionShape(1, query_heads, model.get_total_num_kv_heads(), shape.head_dim),
             layer_count=model.get_total_num_hidden_layers(),
             context=model.max_model_len,
-            dtype=DTYPES[act_dtype],
+            dtype=DTYPE_NAMES[act_dtype],
             fingerprint=fingerprint,
         )
 
@@ -125,11 +132,11 @@ class ModelSetup:
             if current_platform.is_cpu():
                 from elastickv.vllm.cpu_attention import CpuAttention
 
-                self._attentions[key] = CpuAttention(shape, DTYPES[act_dtype], recipe, scale)
+                self._attentions[key] = CpuAttention(shape, DTYPE_NAMES[act_dtype], recipe, scale)
             else:
                 from elastickv.vllm.cuda_attention import CudaAttention
 
-                self._attentions[key] = CudaAttention(shape, DTYPES[act_dtype], recipe, scale, self.config)
+                self._attentions[key] = CudaAttention(shape, DTYPE_NAMES[act_dtype], recipe, scale, self.config)
         return self._attentions[key]
 
     def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype, attention: BlockAttention) -> WindowCache:

@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.step_metadata import WindowMetadataBuilder
-from elastickv.vllm.window_spec import SoftWindowSpec, WindowSpec
+from elastickv.vllm.window_spec import WindowSpec
 
 SUFFIX = ".window"
 
@@ -80,7 +80,7 @@ class WindowShape:
     def spec(self, vllm_config: Any) -> WindowSpec:
         """Return the specification for vLLM. Like pages, blocks are bytes to it, so that it need not clear reused ones."""
         steps = vllm_config.max_concurrent_batches
-        return (SoftWindowSpec if self.soft else WindowSpec)(
+        return WindowSpec(
             block_size=self.block_tokens(vllm_config.cache_config.block_size),
             num_kv_heads=self.kv_heads,
             head_size=self.head_size,

@@ -17,7 +17,8 @@ class WindowSpec(SlidingWindowSpec):
     ----------
     steps_in_flight : steps that the engine schedules before the first of them is processed.
     rollback_tokens : most draft tokens by which a step's length may turn out too large.
-    hit_tokens : prefix hits end at multiples of so many tokens, and need the window before there; 0: they do without it.
+    hit_tokens : prefix hits end at multiples of so many tokens and need the window's blocks before there; 0: they need none of
+        them, and tokens whose blocks are gone are read from pages.
     """
 
     steps_in_flight: int
@@ -40,8 +41,3 @@ class WindowSpec(SlidingWindowSpec):
         tokens = self.sliding_window - 1 + 2 * self.rollback_tokens + self.hit_tokens
         window = cdiv(tokens, self.block_size) + 1
         return min(stock, (self.steps_in_flight + 1) * window)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftWindowSpec(WindowSpec):
-    """A window that never shortens a prefix hit: tokens whose blocks are gone are read from pages."""
