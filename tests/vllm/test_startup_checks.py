@@ -178,9 +178,31 @@ def test_the_hybrid_cache_manager_is_needed():
     assert "or the KV connector SomeConnector, which cannot have it (vLLM's SupportsHMA)" in message
 
 
-def test_a_connector_that_can_do_hybrid_caches_is_served():
-    transfer = types.SimpleNamespace(kv_connector="OffloadingConnector")
+def joined(*names):
+    extra = {"connectors": [{"kv_connector": name, "kv_role": "kv_both"} for name in names]}
+    return types.SimpleNamespace(kv_connector="MultiConnector", kv_connector_extra_config=extra)
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [
+        None,
+        types.SimpleNamespace(kv_connector=None),
+        types.SimpleNamespace(kv_connector="OffloadingConnector"),
+        joined("OffloadingConnector", "SimpleCPUOffloadConnector"),
+    ],
+)
+def test_connectors_that_tell_formats_apart_are_served(transfer):
     assert refusals(config(kv_transfer_config=transfer), H200, LAYER) == []
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [types.SimpleNamespace(kv_connector="NixlConnector"), joined("OffloadingConnector", "NixlConnector")],
+)
+def test_a_connector_that_could_pass_on_pages_of_another_format_is_refused(transfer):
+    message = reason(config(kv_transfer_config=transfer))
+    assert "NixlConnector" in message and "use OffloadingConnector or" in message
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])

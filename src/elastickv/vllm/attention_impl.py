@@ -16,7 +16,7 @@ from elastickv.vllm.model_setup import ModelSetup
 from elastickv.vllm.startup_checks import Device, LayerArguments, check
 from elastickv.vllm.step_metadata import PageMetadata
 from elastickv.vllm.versions import installed_version
-from elastickv.vllm.window_cache import SUFFIX, WindowCache
+from elastickv.vllm.window_cache import WindowCache
 
 
 class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
@@ -85,8 +85,8 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         check(setup.config, serving_device(), replace(self._arguments, name=name, value_head_dim=value_head_dim))
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
         self._attention = setup.attention(self._shape, act_dtype, recipe, self.scale)
-        self._window = setup.add_window(name, self._shape, act_dtype, self._attention)
-        self._name, self._window_name = name, name + SUFFIX
+        self._window = setup.add_window(name, self._shape, act_dtype, recipe, self._attention)
+        self._name, self._window_name, self._last = name, self._window.name, setup.is_last(name)
 
     def forward(
         self,
@@ -117,6 +117,8 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
             self._attention.decode(step, query[:decoded], output[:decoded])
         if decoded < tokens:
             self._attention.prefill(step, query[decoded:tokens], output[decoded:tokens])
+        if self._last:
+            self._attention.fail(step, self.bad_tokens, self.bad_tokens.layers_up_to(self._name), output)
         return output
 
 

@@ -9,6 +9,7 @@ from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
 from elastickv.backends.cpu.blocks import open_block_kernels
 from elastickv.backends.cpu.blocks.host_blocks import HostBlocks
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import LayerStep
 
 FINITE = torch.finfo(torch.float32).max
@@ -73,6 +74,18 @@ class CpuAttention:
         finite = bool(torch.isfinite(keys[row]).all() and torch.isfinite(values[row]).all())
         if int(step.bad) == NO_BAD_TOKEN:
             step.bad.fill_(BadToken(request, position, too_large=finite).word)
+
+    def fail(self, step: LayerStep, bad: BadTokens, layers: int, output: torch.Tensor) -> None:
+        """Make outputs NaN from the tokens on that could not be stored, and log them."""
+        words = bad.words
+        if bool((words == NO_BAD_TOKEN).all()):
+            return
+        for token in filter(None, map(BadToken.of, words[:layers].tolist())):
+            end = int(step.batch.starts[token.request + 1])
+            output[end - (int(step.batch.lengths[token.request]) - token.position) : end] = torch.nan
+        bad.reported[: len(words)] = words
+        words.fill_(NO_BAD_TOKEN)
+        bad.look()
 
     def decode(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attend with the tokens of decodes: (tokens, query_heads, head_size) each."""

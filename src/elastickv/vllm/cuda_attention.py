@@ -11,6 +11,7 @@ from elastickv.backends.cuda.device import CudaDevice
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.transformers.torch_dtypes import TORCH_DTYPES
+from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import LayerStep
 from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, scratch_tokens
 from elastickv.vllm.drafts import more_queries
@@ -93,6 +94,20 @@ class CudaAttention:
             step.bad.data_ptr(),
             batch.requests,
             batch.longest,
+        )
+
+    def fail(self, step: LayerStep, bad: BadTokens, layers: int, output: torch.Tensor) -> None:
+        """Make outputs NaN from the tokens on that could not be stored, and move their words to the host's memory."""
+        assert output.is_contiguous()
+        self._follow()
+        self._kernels.fail(
+            bad.words.data_ptr(),
+            bad.reported.data_ptr(),
+            layers,
+            len(bad.words),
+            step.batch.lengths.data_ptr(),
+            step.batch.starts.data_ptr(),
+            output.data_ptr(),
         )
 
     def decode(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:

@@ -11,14 +11,14 @@ from vllm.platforms import current_platform
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.transformers.torch_dtypes import DTYPE_NAMES
-from elastickv.vllm.bad_tokens import BadTokens
+from elastickv.vllm.bad_tokens import BadTokens, count_nans
 from elastickv.vllm.block_attention import BlockAttention
-from elastickv.vllm.capacity import Capacity
+from elastickv.vllm.capacity import Capacity, GraphMemory
 from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
 from elastickv.vllm.drafts import draft_layers
 from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
-from elastickv.vllm.window_cache import SUFFIX, WindowCache, WindowShape
+from elastickv.vllm.window_cache import WindowCache, WindowShape, window_name
 
 _log = logging.getLogger("vllm.elastickv")
 
@@ -42,6 +42,7 @@ class ModelSetup:
         # vLLM's hash, which names its compiled graphs, must change with the calibration's content.
         config.additional_config = with_calibration_hash(config.additional_config)
         self.options = ServingOptions.parse(config.additional_config) or ServingOptions()
+        count_nans()
         self.kv_cache_dtype, self.recipe = kv_cache_dtype, recipe_of(self.options, kv_cache_dtype)
         self.bad_tokens = BadTokens(current_platform.device_type)
         self.config, self._layers = config, config.compilation_config.static_forward_context
@@ -85,6 +86,11 @@ class ModelSetup:
     def name_of(self, impl: Any) -> str:
         """Return the name of the layer that has this attention."""
         return next(name for name, layer in self._layers.items() if getattr(layer, "impl", None) is impl)
+
+    def is_last(self, name: str) -> bool:
+        """Whether a layer is the last that ElasticKV serves of this rank's part of the model; a drafter's do not count."""
+        last = max(self._members, key=lambda impl: extract_layer_index(self.name_of(impl)))
+        return self._layers[name].impl is last
 
     def recipe_of_layer(self, name: str, shape: AttentionShape, act_dtype: torch.dtype) -> Recipe:
         """Return a layer's recipe; the first call decides all layers'.
@@ -141,7 +147,9 @@ class ModelSetup:
                 self._attentions[key] = CudaAttention(shape, DTYPE_NAMES[act_dtype], recipe, scale, self.config)
         return self._attentions[key]
 
-    def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype, attention: BlockAttention) -> WindowCache:
+    def add_window(
+        self, layer: str, shape: AttentionShape, act_dtype: torch.dtype, recipe: Recipe, attention: BlockAttention
+    ) -> WindowCache:
         """Give a layer its window, as a layer of vLLM's."""
         assert attention.slab_bytes <= self._slab_bytes[shape.head_dim], "a page would reach into the next"
         window = WindowShape(
@@ -152,7 +160,8 @@ class ModelSetup:
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
         )
-        cache = self._layers[name + SUFFIX] = WindowCache(window, attention, self._bound)
+        name = window_name(layer, recipe, window)
+        cache = self._layers[name] = WindowCache(name, window, attention, self._bound)
         return cache
 
     def _bound(self, cache: WindowCache) -> None:
@@ -163,10 +172,8 @@ class ModelSetup:
         UsageError : if vLLM padded the pages to the size of 16 bit.
         """
         blocks, stride = cache.kv_cache.shape[0], cache.kv_cache.stride(0)
-        most_requests = self.config.scheduler_config.max_num_seqs
-        graphs = self.config.compilation_config.max_cudagraph_capture_size or 0
-        # With one block a request, vLLM only finds out how much memory its graphs take.
-        if cache.shape in self._reported or blocks == min(most_requests, graphs):
+        # Before its worker knows a number of blocks, vLLM only finds out how much memory its graphs take.
+        if cache.shape in self._reported or self.config.cache_config.num_gpu_blocks is None:
             return
         self._reported.append(cache.shape)
         windows = [layer.shape for layer in self._layers.values() if isinstance(layer, WindowCache)]
@@ -184,3 +191,4 @@ class ModelSetup:
         if padding:
             _log.warning("ElasticKV: vLLM padded blocks of %d B to %d B: capacity is lost", block_bytes, stride)
         _log.info("ElasticKV: %s", capacity)
+        GraphMemory().start()

@@ -24,6 +24,8 @@ _STOCK_BACKEND = {
     "cpu": f"serve it with the stock backend: leave out {KEY} in `additional_config`",
 }
 _FUSED_CACHE_WRITES = ("fuse_rope_kvcache", "fuse_qk_norm_rope_kvcache")
+# They know blocks by the names of layers, which say format and window, or keep them in this process alone.
+_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 _ATTENTION_TYPES = {
     "encoder": "is an encoder's",
     "encoder_only": "is an encoder's",
@@ -157,6 +159,23 @@ def _cache_refusals(vllm_config: Any) -> Iterator[str]:
             "the hybrid KV cache manager is off, so that the window would hold all tokens in 16 bit: leave out "
             f"`disable_hybrid_kv_cache_manager`{also}"
         )
+        return
+    for connector in _connectors(transfer):
+        if connector not in _CONNECTORS:
+            yield (
+                f"the KV connector {connector} does not tell pages of one format and window from those of another when it "
+                f"passes them on: use {' or '.join(_CONNECTORS)}, or none"
+            )
+
+
+def _connectors(transfer: Any) -> Iterator[str]:
+    """Yield the KV connectors of a `KVTransferConfig`; those that a MultiConnector joins instead of it."""
+    name = getattr(transfer, "kv_connector", None)
+    if name == "MultiConnector":
+        for each in (getattr(transfer, "kv_connector_extra_config", None) or {}).get("connectors", []):
+            yield str(each.get("kv_connector"))
+    elif name is not None:
+        yield name
 
 
 def _parallel_refusals(parallel_config: Any) -> Iterator[str]:
