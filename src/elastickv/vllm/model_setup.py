@@ -9,12 +9,14 @@ from vllm.platforms import current_platform
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import BlockAttention
 from elastickv.vllm.capacity import Capacity
 from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
 from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
+from elastickv.vllm.stock_windows import share_blocks
 from elastickv.vllm.window_cache import SUFFIX, WindowCache, WindowShape
 
 _log = logging.getLogger("vllm.elastickv")
@@ -137,6 +139,7 @@ class ModelSetup:
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
         )
+        share_blocks(self.config, list(self._layers.values()), window.block_bytes(PAGE_TOKENS))
         cache = self._layers[name + SUFFIX] = WindowCache(window, attention, self._bound)
         return cache
 
