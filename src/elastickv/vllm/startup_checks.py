@@ -136,7 +136,7 @@ def _model_refusals(model_config: Any, device: Device) -> Iterator[str]:
     if getattr(model_config, "attention_chunk_size", None):
         yield f"layers of the model attend within chunks of {model_config.attention_chunk_size} tokens: {device.stock_backend}"
     if sharing := getattr(getattr(model_config, "hf_text_config", None), "num_kv_shared_layers", None):
-        yield f"{sharing} layers of the model read caches of other layers, which have no window for them: {device.stock_backend}"
+        yield f"{sharing} layers of the model read caches of other layers, without windows of theirs: {device.stock_backend}"
     if getattr(model_config, "is_mm_prefix_lm", False):
         yield (
             "the model attends to later tokens within an image, which is not served: for text alone give "

@@ -38,10 +38,10 @@ def share_blocks(vllm_config: Any, layers: Iterable[Any], page_bytes: int) -> No
     filled = {pages: min(_filled(layer, vllm_config, pages * page_bytes) for layer in windowed) for pages in choices}
     pages = next((each for each in choices if filled[each] >= _WELL_FILLED), max(choices, key=lambda each: filled[each]))
     if not filled[pages]:
-        given = f"`block_size={cache.block_size}`" if chosen else f"a block of {choices[-1] * PAGE_TOKENS} tokens"
+        named = f"`block_size={cache.block_size}`" if chosen else f"a block of {choices[-1] * PAGE_TOKENS} tokens"
         remedy = "give none" if chosen else "serve it with a stock backend: leave out ElasticKV's `attention_backend`"
         raise UsageError(
-            f"{given} has {pages * page_bytes:,} B of pages, less than the smallest block of the layers with a sliding window: "
+            f"{named} has {pages * page_bytes:,} B of pages, less than the smallest block of the layers with a sliding window: "
             f"{remedy}"
         )
     cache.block_size, cache.skip_page_size_padded = pages * PAGE_TOKENS, pages * page_bytes
