@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from elastickv.vllm.window_cache import SUFFIX
+from elastickv.vllm.window_cache import WindowCache
 from tests.helpers.serving_scenarios import all_follow, random_prompts
 
 LONG = {"max_model_len": 4096, "max_num_batched_tokens": 8192, "enable_prefix_caching": True}
@@ -97,7 +97,7 @@ def test_a_compiled_model_follows_the_rule(serve, rule, prompts):
 
 def test_a_closed_engine_keeps_no_memory(serve):
     layers = serve().engine.vllm_config.compilation_config.static_forward_context
-    window = weakref.ref(next(layer for name, layer in layers.items() if name.endswith(SUFFIX)))
+    window = weakref.ref(next(layer for layer in layers.values() if isinstance(layer, WindowCache)))
     del layers
     serve.close()
     assert window() is None

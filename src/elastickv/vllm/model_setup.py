@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.transformers.torch_dtypes import DTYPE_NAMES
 from elastickv.vllm.bad_tokens import BadTokens, count_nans
 from elastickv.vllm.block_attention import BlockAttention
@@ -18,6 +19,7 @@ from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkp
 from elastickv.vllm.drafts import draft_layers
 from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
+from elastickv.vllm.stock_windows import share_blocks
 from elastickv.vllm.window_cache import WindowCache, WindowShape, window_name
 
 _log = logging.getLogger("vllm.elastickv")
@@ -160,6 +162,7 @@ class ModelSetup:
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
         )
+        share_blocks(self.config, list(self._layers.values()), window.block_bytes(PAGE_TOKENS))
         name = window_name(layer, recipe, window)
         cache = self._layers[name] = WindowCache(name, window, attention, self._bound)
         return cache
