@@ -9,6 +9,9 @@ generated is compared with the stock backend's, and that of the soak with that o
 free again, memory must not grow, and steps that only decode are timed. What is asked is judged, under `verdicts`; with soft
 prefix reuse tokens may depend on what was cached, so the divergence of `strict` is the one that is judged.
 
+A number that another batch rounds otherwise may get another code, a whole step away, so pages make stock's differences larger
+whatever the load is; the comparison with answers that were generated alone says what the load does.
+
 The backends run one after the other, in processes of their own; the result is written anew as they go, so that it is there, in
 part, when one is killed. The first of them compiles what the others find.
 """
@@ -32,11 +35,11 @@ from child_process import run_command
 from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
 from elastickv.results.files import check_writable, write_text
+from elastickv.results.kinds.soak_result import SOAK_KIND, SOAK_VERSION
 from elastickv.vllm.versions import installed_version, minor_version
 from tests.helpers.served_llama import Sizes, random_weights, write_model
 
 BACKENDS = ("ours", "stock", "strict")  # "strict" is ours with strict prefix reuse
-KIND, VERSION = "elastickv-serving-soak", 1
 ENGINE = Path(__file__).with_name("soak_engine.py")
 MOST_GROWTH = 64 << 20  # bytes, of allocated memory after the warm-up
 MOST_LOGGED = 20  # lines of the plug-in's
@@ -239,14 +242,17 @@ def main() -> int:
     check_writable(arguments.output)
     started, scale = time.monotonic(), SCALES[arguments.device]
     result: dict = {
-        "kind": KIND,
-        "version": VERSION,
+        "kind": SOAK_KIND,
+        "version": SOAK_VERSION,
         "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": ["benchmarks/serving_soak.py", *(word for word in sys.argv[1:] if not word.startswith("/"))],
         "settings": {name: getattr(arguments, name) for name in ("steps", "time_limit", "device", "format", "seed")}
         | {"model": asdict(scale.sizes), "longest_prompt": scale.longest_prompt, "longest_answer": scale.longest_answer},
         "environment": environment(),
+        "device": None,
+        "driver": None,
         "backends": {},
+        "verdicts": [],
     }
 
     def write(backend: str, record: dict) -> None:

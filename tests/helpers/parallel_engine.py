@@ -4,15 +4,17 @@
 """
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MARK = "ANSWERS"
-LIMIT_S = 600
+LIMIT_S = 400
 
 
 def ask(prompts, tokens, **engine):
@@ -23,15 +25,28 @@ def ask(prompts, tokens, **engine):
 
     command = [sys.executable, "-m", __name__, json.dumps({"engine": engine, "prompts": prompts, "tokens": tokens})]
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment)
-    lines = [line.partition(MARK)[2] for line in output.stdout.splitlines() if MARK in line]
-    assert lines, output.stdout[-1000:] + output.stderr[-4000:]
+    output = in_own_session(command, environment)
+    lines = [line.partition(MARK)[2] for line in output.splitlines() if MARK in line]
+    assert lines, output[-4000:]
     found = []
     for number, (chosen, logprobs) in enumerate(json.loads(lines[-1])):
         answer = Answer(prompts[number % len(prompts)], chosen, logprobs)
         answer.window_first = np.zeros(len(answer.sequence), int)
         found.append(answer)
     return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
+
+
+def in_own_session(command, environment):
+    """Return what a command says, all in one text; what it started ends with it."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        return process.communicate(timeout=LIMIT_S)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 async def answers(engine, prompts, tokens):

@@ -150,10 +150,13 @@ class ServingEngine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
         from vllm import LLM
+        from vllm.compilation.monitor import set_cudagraph_capturing_enabled
         from vllm.v1.attention import selector
 
         let_vllm_scan_modules()
-        # The backend that was selected before, without regard to `additional_config`.
+        # What an engine before left behind: model runner V1 forbids graphs once it has captured its own, and the backend was
+        # selected without regard to `additional_config`.
+        set_cudagraph_capturing_enabled(True)
         selector._cached_get_attn_backend.cache_clear()
         settings = DEFAULTS | options
         if elastickv is not None:

@@ -265,6 +265,12 @@ def test_the_command_has_the_options_that_were_passed():
         assert json.loads(words[words.index("--additional-config") + 1]) == options
 
 
+def test_the_command_keeps_text_alone():
+    assert "--language-model-only" not in windowed_layers_command(config(), "0.33.0")
+    text = config(model_config__multimodal_config=types.SimpleNamespace(language_model_only=True))
+    assert windowed_layers_command(text, "0.33.0").endswith(" --language-model-only")
+
+
 def test_a_windowed_layer_on_a_cpu_has_no_other_backend():
     assert "on CPUs one backend serves all layers" in reason(device=CPU, layer=WINDOWED)
 
@@ -273,6 +279,29 @@ def test_a_windowed_layer_on_a_cpu_has_no_other_backend():
 def test_a_model_of_windowed_layers_alone_may_be_served_without_windows(device):
     message = reason(config(cache_config__sliding_window=512), device, WINDOWED)
     assert "`disable_sliding_window=True` to serve up to 512 tokens" in message
+
+
+@pytest.mark.parametrize("longest", [4096, 131072, 262144])
+def test_windows_that_cover_all_tokens_need_one_flag(longest):
+    """As Phi-3.5 and Phi-4-mini have them."""
+    long = config(cache_config__sliding_window=262144, model_config__max_model_len=longest)
+    message = reason(long, layer=replace(LAYER, sliding_window=262144))
+    assert f"requests have at most {longest}: give `disable_sliding_window=True`" in message and "stock" not in message
+
+
+def test_layers_that_share_caches_are_refused_before_flags_for_windows_are_named():
+    text = types.SimpleNamespace(num_kv_shared_layers=15)
+    found = refusals(config(model_config__hf_text_config=text), H200, WINDOWED)
+    assert found[0].startswith("15 layers of the model read caches of other layers") and "vllm serve" not in found[0]
+    text.num_kv_shared_layers = 0
+    assert refusals(config(model_config__hf_text_config=text), H200, LAYER) == []
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"logits_soft_cap": 50.0}, "caps its scores"), ({"sinks": True}, "sinks")])
+def test_flags_for_windows_are_not_the_first_reason_where_full_layers_are_refused_too(changes, said):
+    """As in Gemma 2 and GPT-OSS."""
+    found = refusals(config(), H200, replace(WINDOWED, **changes))
+    assert said in found[0] and "vllm serve" not in found[0]
 
 
 def test_a_layer_that_is_exempt_from_the_cache_dtype_may_not_stay():

@@ -85,14 +85,14 @@ def serve(folder, plug_in):
 @pytest.fixture(scope="session")
 def rule(weights):
     """Return the plain model of a recipe and a window."""
-    from tests.helpers.read_rule import ReadRule
+    from tests.helpers.read_rule import PlainLlama
 
     models = {}
 
     def model(recipe=RECIPE, window=WINDOW, weights=weights, **options):
         key = repr((recipe, window, id(weights), sorted(options.items())))
         if key not in models:
-            models[key] = ReadRule(weights, recipe, window, **options)
+            models[key] = PlainLlama(weights, recipe, window, **options)
         return models[key]
 
     return model

@@ -64,6 +64,6 @@ def test_layers_that_are_exempt_from_the_dtype_keep_their_size(dtype, packed, mo
     from elastickv.vllm.model_setup import ModelSetup
 
     setup = SimpleNamespace(slab_bytes=lambda head_dim: SLAB_BYTES, kv_cache_dtype=dtype)
-    monkeypatch.setattr(ModelSetup, "newest", setup)
+    monkeypatch.setattr(ModelSetup, "newest", lambda: setup)
     spec = FullAttentionSpec(block_size=32, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16)
     assert ElasticAttentionBackend.customize_spec(spec).page_size_bytes == (BLOCK_BYTES if packed else DENSE_BYTES)

@@ -1,4 +1,4 @@
-"""What attention over blocks does in a step, whatever the device."""
+"""What a layer's kernels do in a step: the interface that CUDA and the CPU share."""
 
 from dataclasses import dataclass
 from typing import Protocol

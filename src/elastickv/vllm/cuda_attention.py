@@ -224,6 +224,7 @@ class CudaAttention:
         return output, lse
 
     def _follow(self) -> None:
+        """Queue on PyTorch's stream, which is another one while a graph is captured."""
         self._device.follow(torch.cuda.current_stream().cuda_stream)
 
     def _view(self, tensor: torch.Tensor) -> TensorView:

@@ -1,6 +1,7 @@
 """What the layers of a model share: page formats, kernels, the size of a slab, and the lines logged at the start."""
 
 import logging
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from vllm.platforms import current_platform
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.transformers.torch_dtypes import DTYPE_NAMES
 from elastickv.vllm.bad_tokens import BadTokens, count_nans
 from elastickv.vllm.block_attention import BlockAttention
@@ -17,6 +19,7 @@ from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkp
 from elastickv.vllm.drafts import draft_layers
 from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
+from elastickv.vllm.stock_windows import share_blocks
 from elastickv.vllm.window_cache import WindowCache, WindowShape, window_name
 
 _log = logging.getLogger("vllm.elastickv")
@@ -31,9 +34,11 @@ class ModelSetup:
     kv_cache_dtype, recipe : of layers for which nothing says another, and of a drafter's.
     config : vLLM's.
     bad_tokens : words in which kernels report what cannot be stored.
+    newest : of the model built last in this process. vLLM asks the backend for the specification of a layer's pages
+        (`customize_spec`) without saying which model's.
     """
 
-    newest: ClassVar["ModelSetup | None"] = None
+    _newest: ClassVar[weakref.ref["ModelSetup"] | None] = None  # weak, so that a closed engine's memory is freed
 
     def __init__(self, config: Any, kv_cache_dtype: str) -> None:
         # vLLM's hash, which names its compiled graphs, must change with the calibration's content.
@@ -51,8 +56,13 @@ class ModelSetup:
         self._reported: list[WindowShape] = []
 
     @classmethod
+    def newest(cls) -> "ModelSetup | None":
+        """Return the setup of the engine that was started last, while its layers exist."""
+        return cls._newest() if cls._newest is not None else None
+
+    @classmethod
     def joined(cls, impl: Any, config: Any, kv_cache_dtype: str) -> "ModelSetup":
-        """Add a layer's attention to the setup of its engine's model, which is the same for all layers, and return it.
+        """Return the setup of a layer's model, with the layer's attention in it; the first layer of a model makes it.
 
         Layers that come once the model's weights are loaded are a drafter's.
 
@@ -60,9 +70,10 @@ class ModelSetup:
         ------
         UsageError : if the options are not accepted.
         """
-        setup = cls.newest
+        setup = cls.newest()
         if setup is None or setup._layers is not config.compilation_config.static_forward_context:
-            setup = cls.newest = cls(config, kv_cache_dtype)
+            setup = cls(config, kv_cache_dtype)
+            cls._newest = weakref.ref(setup)
         (setup._drafter if setup._recipes else setup._members).append(impl)
         return setup
 
@@ -151,6 +162,7 @@ class ModelSetup:
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
         )
+        share_blocks(self.config, list(self._layers.values()), window.block_bytes(PAGE_TOKENS))
         name = window_name(layer, recipe, window)
         cache = self._layers[name] = WindowCache(name, window, attention, self._bound)
         return cache

@@ -137,6 +137,8 @@ def _model_refusals(model_config: Any, device: Device) -> Iterator[str]:
         )
     if getattr(model_config, "attention_chunk_size", None):
         yield f"layers of the model attend within chunks of {model_config.attention_chunk_size} tokens: {device.stock_backend}"
+    if sharing := getattr(getattr(model_config, "hf_text_config", None), "num_kv_shared_layers", None):
+        yield f"{sharing} layers of the model read caches of other layers, without windows of theirs: {device.stock_backend}"
     if getattr(model_config, "is_mm_prefix_lm", False):
         yield (
             "the model attends to later tokens within an image, which is not served: for text alone give "
@@ -251,6 +253,9 @@ def _windowed(vllm_config: Any, layer: LayerArguments, device: Device) -> str:
     fact = f"layer {layer.name} attends to a window of {layer.sliding_window} tokens"
     # vLLM sets the cache's window where all layers have it.
     if getattr(vllm_config.cache_config, "sliding_window", None) is not None:
+        longest = getattr(vllm_config.model_config, "max_model_len", None)
+        if longest is not None and longest <= layer.sliding_window:
+            return f"{fact}, and requests have at most {longest}: give `disable_sliding_window=True`, which changes no token"
         return (
             f"{fact}, as all layers do, and there is little to save: give `disable_sliding_window=True` to serve up to "
             f"{layer.sliding_window} tokens without windows; else {device.stock_backend}"
@@ -276,4 +281,7 @@ def windowed_layers_command(vllm_config: Any, version: str) -> str:
     if isinstance(additional, Mapping) and KEY in additional:
         flags["--additional-config"] = json.dumps({KEY: additional[KEY]})
     model = getattr(vllm_config.model_config, "model", "MODEL")
-    return " ".join(["vllm", "serve", shlex.quote(model), *(f"{flag} {shlex.quote(value)}" for flag, value in flags.items())])
+    words = ["vllm", "serve", shlex.quote(model), *(f"{flag} {shlex.quote(value)}" for flag, value in flags.items())]
+    if getattr(getattr(vllm_config.model_config, "multimodal_config", None), "language_model_only", False):
+        words.append("--language-model-only")
+    return " ".join(words)

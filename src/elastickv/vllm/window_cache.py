@@ -93,7 +93,7 @@ class WindowShape:
         return -(-(self.tokens - 1) // self.block_tokens(page_block_tokens)) + 1
 
     def spec(self, vllm_config: Any) -> WindowSpec:
-        """Return the specification for vLLM. Like pages, blocks are bytes to it, so that it need not clear reused ones."""
+        """Return the specification for vLLM. It is of bytes as pages are: where dtypes differ, vLLM clears reused blocks."""
         steps = vllm_config.max_concurrent_batches
         return WindowSpec(
             block_size=self.block_tokens(vllm_config.cache_config.block_size),
