@@ -14,7 +14,9 @@ WINDOW, NEW_TOKENS = 128, 16
 LENGTHS = (60, 100, 300, 201)
 # float32 sums in another order.
 ROUNDING = 5e-4
-# 8-bit keys and values. With 4 bits a median of all families is above.
+# Where a key or value is rounded to the next code, as in other steps it may be.
+OTHER_CODES = 3e-3
+# 8-bit keys and values.
 NEAR = 0.03
 
 
@@ -74,4 +76,4 @@ def test_chunks_and_prefix_hits_answer_as_the_whole_prompt(served):
             same = sum(np.cumprod(np.equal(whole.tokens, other.tokens)))
             assert same
             difference = np.abs(np.subtract(whole.logprobs[:same], other.logprobs[:same]))
-            assert np.median(difference) < ROUNDING
+            assert np.median(difference) < OTHER_CODES
