@@ -15,7 +15,7 @@ from engine_environment import engine_environment
 from serving_record import said
 from soak_load import Checked, Load, Sample, Step, agreement, in_turns, step_times, totals
 
-CHECKED, ALONE_TOKENS = 50, 64
+CHECKED = 50
 WARM_STEPS = 500  # what is compiled or allocated once is by then
 NOTE_EVERY = 500  # steps, of memory and of the record
 NOTE_CHECKS = 10  # requests that are checked
@@ -155,7 +155,7 @@ class Soak:
                 break
             each.read = self.read(f"read-{number}", each.prompt, each.tokens)
             self.fresh()
-            self.add(f"alone-{number}", each.prompt, min(ALONE_TOKENS, len(each.tokens)))
+            self.add(f"alone-{number}", each.prompt, len(each.tokens))
             each.alone, each.alone_logprobs = chosen(self.finish().outputs[0])
             each.alone_read = self.read(f"alone-read-{number}", each.prompt, each.alone)
             self.checked.append(each)

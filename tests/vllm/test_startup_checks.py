@@ -190,6 +190,7 @@ def joined(*names):
         types.SimpleNamespace(kv_connector=None),
         types.SimpleNamespace(kv_connector="OffloadingConnector"),
         joined("OffloadingConnector", "SimpleCPUOffloadConnector"),
+        types.SimpleNamespace(kv_connector="Own", kv_connector_module_path="own.connector"),
     ],
 )
 def test_connectors_that_tell_formats_apart_are_served(transfer):

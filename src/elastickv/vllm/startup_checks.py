@@ -171,12 +171,16 @@ def _cache_refusals(vllm_config: Any) -> Iterator[str]:
 
 
 def _connectors(transfer: Any) -> Iterator[str]:
-    """Yield the KV connectors of a `KVTransferConfig`; those that a MultiConnector joins instead of it."""
+    """Yield vLLM's own KV connectors of a `KVTransferConfig`; those that a MultiConnector joins instead of it.
+
+    What a connector in a module of the user's does with blocks is for the user to know.
+    """
     name = getattr(transfer, "kv_connector", None)
     if name == "MultiConnector":
         for each in (getattr(transfer, "kv_connector_extra_config", None) or {}).get("connectors", []):
-            yield str(each.get("kv_connector"))
-    elif name is not None:
+            if not each.get("kv_connector_module_path"):
+                yield str(each.get("kv_connector"))
+    elif name is not None and not getattr(transfer, "kv_connector_module_path", None):
         yield name
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.helpers.bad_words import INFINITE, NAN, WHY, ended_by_error, ends, errors, named, with_bad_word, with_bad_words
-from tests.helpers.served_llama import write_model
+from tests.helpers.served_llama import Sizes, random_weights, write_model
 from tests.helpers.serving_scenarios import random_prompts
 
 pytestmark = pytest.mark.gpu
@@ -15,8 +15,10 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2,
 
 
 @pytest.fixture(scope="module")
-def bad_folder(weights, tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("bad_words") / "llama", with_bad_words(weights))
+def bad_folder(tmp_path_factory):
+    """A model of more words than vLLM's sampler takes at a time: of fewer it chooses one beyond the last where all are NaN."""
+    sizes = Sizes(vocabulary=2048)
+    return write_model(tmp_path_factory.mktemp("bad_words") / "llama", with_bad_words(random_weights(sizes)), sizes)
 
 
 def fails(engine, prompt, position, tokens, **sampling):

@@ -80,7 +80,7 @@ def gemma3(request, tmp_path_factory):
 def flags(request, start, gemma3):
     from elastickv.vllm.versions import installed_version, minor_version
 
-    given = {"attention_config": {"backend": "ELASTICKV", "backend_per_kind": {"sliding_window": "FLASH_ATTN"}}}
+    given = {"attention_backend": "ELASTICKV", "attention_config": {"backend_per_kind": {"sliding_window": "FLASH_ATTN"}}}
     if request.param == "named":
         if not minor_version(installed_version().version).named_cache_dtypes:
             pytest.skip("vLLM 0.32 has no names for KV cache dtypes")
