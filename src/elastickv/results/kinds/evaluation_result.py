@@ -82,11 +82,27 @@ class GreedyDivergence:
 
 
 @dataclass(frozen=True)
+class StoredFormat:
+    """How a KV format stores: bits of a quantized element with its scales, and of any element, exact tokens included.
+
+    `exact_keys` and `exact_values` are tokens in 16 bit at the end, the first `sinks` ones among them; `source` is the
+    publication, or `recipe`.
+    """
+
+    bits_per_element: Positive
+    stored_bits_per_element: Positive
+    sinks: int
+    exact_keys: int
+    exact_values: int
+    source: str
+
+
+@dataclass(frozen=True)
 class LossRow:
     """What one cache costs at one context, against full attention: means with their intervals over windows.
 
     The fields from `recipe_hash` to `expected_error` are of an elastic cache, `quantiser` and `bits` of Transformers' own
-    quantized one.
+    quantized one, `stored_format` of a KV format that was named. A published one has no recipe.
     """
 
     context: Count
@@ -108,6 +124,7 @@ class LossRow:
     expected_error: float | None = field(default=None, metadata=_ELASTIC)
     quantiser: str | None = field(default=None, metadata=_OPTIONAL)
     bits: int | None = field(default=None, metadata=_OPTIONAL)
+    stored_format: StoredFormat | None = field(default=None, metadata=_OPTIONAL)
     greedy: GreedyDivergence | None = field(default=None, metadata=_OPTIONAL)
 
 

@@ -1,0 +1,45 @@
+"""A layer of Transformers' cache whose tokens have been through a KV format."""
+
+from typing import Any
+
+from transformers.cache_utils import DynamicLayer
+
+from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat, StoredPlane
+from elastickv.evaluation.prefill import Tensor
+
+
+class FormatLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values as attention reads them: rounded to the format once, where they are old enough. It only grows.
+
+    It measures what a format loses, and holds the numbers in the model's dtype: it saves no memory and no time.
+    """
+
+    def __init__(self, stored_as: ReferenceFormat) -> None:
+        super().__init__()
+        self._key_store = _Store(stored_as.keys, stored_as.sinks)
+        self._value_store = _Store(stored_as.values, stored_as.sinks)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv_heads, new, head_dim) tokens and return all, with those that are old enough rounded."""
+        super().update(key_states, value_states, *args, **kwargs)
+        self._key_store.round_old(self.keys)
+        self._value_store.round_old(self.values)
+        return self.keys, self.values
+
+
+class _Store:
+    """How many tokens of K, or of V, are in the format so far."""
+
+    def __init__(self, plane: StoredPlane, sinks: int) -> None:
+        self._plane, self._sinks = plane, sinks
+        self._tokens, self._scale = 0, None
+
+    def round_old(self, states: Tensor) -> None:
+        """Round in place what has become old enough since the last call."""
+        before, self._tokens = self._tokens, self._plane.stored_tokens(states.shape[-2], self._sinks)
+        if self._tokens > before:
+            rows = states[..., self._sinks + before : self._sinks + self._tokens, :]
+            x = rows.float()
+            if before == 0:
+                self._scale = self._plane.layer_scale(x)
+            rows.copy_(self._plane.read_back(x, self._scale))
