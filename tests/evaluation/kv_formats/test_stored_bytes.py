@@ -1,5 +1,8 @@
 """Bytes of every format against a count by hand, and which tokens of a sequence are in it."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from elastickv.errors import UsageError
@@ -136,3 +139,10 @@ def test_exact_tokens_are_sinks_and_a_window(text):
     assert ExactTokens.parse("4+128") == ExactTokens(4, 128) and ExactTokens.parse("own") is None
     with pytest.raises(UsageError, match=r"write own, or sinks and window as in 4\+128$"):
         ExactTokens.parse(text)
+
+
+def test_the_table_in_the_documents_has_every_format_with_its_bits():
+    text = (Path(__file__).parents[3] / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \| ([0-9.]+) \(([0-9.]+)\) \|", text, re.MULTILINE)
+    bits = {name: tuple(f"{published.bits_per_element(n):.2f}" for n in (128, 64)) for name, published in PUBLISHED.items()}
+    assert {name: tuple(shown) for name, *shown in table} == bits
