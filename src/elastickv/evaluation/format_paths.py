@@ -14,6 +14,7 @@ from elastickv.evaluation.subject import DecodePath, Subject
 from elastickv.recipe import Recipe, stored_bytes
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS
 from elastickv.recipe.regions import regions
+from elastickv.transformers.model_support import text_config
 
 _MANY_TOKENS = 1 << 20  # so many that all regions of a recipe are full
 
@@ -53,9 +54,10 @@ def _path(subject: Subject, name: str, exact: ExactTokens | None, span: Span) ->
 def _published(subject: Subject, stored_as: ReferenceFormat, span: Span) -> DecodePath:
     stored_as.check_head(subject.head_dim)
     end = span.first + span.steps
+    exact_layers = stored_as.exact_layers(int(text_config(subject.model).num_hidden_layers)) & set(subject.elastic)
     counted = _CountedBytes(
         stored_as.bits_per_element(subject.head_dim),
-        stored_as.stored_bytes(end, subject.head_dim, subject.shape.kv_heads, subject.layers),
+        stored_as.stored_bytes(end, subject.head_dim, subject.shape.kv_heads, subject.layers, len(exact_layers)),
     )
     keys, values = (end - plane.stored_tokens(end, stored_as.sinks) for plane in (stored_as.keys, stored_as.values))
     exact = {"sinks": stored_as.sinks, "exact_keys": keys, "exact_values": values}

@@ -70,7 +70,10 @@ def stock(model: Any, start: Prefill) -> Iterator[DecodingSession]:
 def published(model: Any, stored_as: ReferenceFormat, start: Prefill) -> Iterator[DecodingSession]:
     """Decode with a published KV format in the layers with full attention; the others keep Transformers' own."""
     cache = transformers.DynamicCache(config=model.config)
-    cache.layers = [FormatLayer(stored_as) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    exact = stored_as.exact_layers(len(cache.layers))
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and number not in exact:
+            cache.layers[number] = FormatLayer(stored_as)
     start.fill(cache.layers, _update)
     yield _SteppedModel(model, cache)
 

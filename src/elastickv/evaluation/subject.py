@@ -22,7 +22,7 @@ class Subject:
     Attributes
     ----------
     shape : of one sequence of a layer with full attention, as it is stored: heads may be padded.
-    layers : number of these layers; recipes, calibrations and bytes are theirs.
+    elastic : indices of these layers; recipes, calibrations and bytes are theirs.
     positions : the model's longest context in tokens, or None.
     """
 
@@ -35,8 +35,13 @@ class Subject:
         if calibration is not None:
             calibration.check_model(self.fingerprint, loaded.name)
         self.shape = AttentionShape(1, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
-        self.layers, self.positions, self.head_dim = len(sizes.elastic), sizes.max_positions, sizes.head_dim
+        self.elastic, self.positions, self.head_dim = sizes.elastic, sizes.max_positions, sizes.head_dim
         self.dtype = _DTYPES[str(self.model.dtype)]
+
+    @property
+    def layers(self) -> int:
+        """Number of layers with full attention."""
+        return len(self.elastic)
 
     def check_room(self, tokens: int) -> None:
         """Refuse more tokens than the model has positions."""

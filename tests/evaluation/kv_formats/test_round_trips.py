@@ -20,6 +20,7 @@ from elastickv.evaluation.kv_formats.per_token_head import (
 from elastickv.evaluation.kv_formats.published_formats import PUBLISHED
 from elastickv.evaluation.kv_formats.rotations import gaussian, random_rotation, random_signs
 from elastickv.evaluation.kv_formats.turboquant import TURBOQUANT3, TURBOQUANT3_QJL
+from elastickv.evaluation.kv_formats.turboquant_presets import TURBOQUANT_3BIT_NC, TURBOQUANT_K8V4
 
 DIM = 64
 # Magnitudes by their codes: exponent bits, then mantissa bits; the last code of e4m3 is NaN.
@@ -132,6 +133,8 @@ def same(mine, formula, share=0.995):
         (KIVI2.values, 32, lambda group: uniform(group, 2)),
         (KIVI4.values, 32, lambda group: uniform(group, 4)),
         (KVARN_K4V4_PLAIN.values, DIM, lambda group: uniform(group, 4)),
+        (TURBOQUANT_3BIT_NC.values, DIM, lambda group: uniform(group, 3)),
+        (TURBOQUANT_K8V4.keys, DIM, lambda row: np.array([e4m3(x) for x in row])),
         (NVFP4.keys, 16, nvfp4),
         (MXFP4.values, 32, mxfp4),
     ],
@@ -186,6 +189,19 @@ def test_turboquant_rounds_a_unit_vectors_rotation_to_the_codebook(rows):
     expected = np.stack([half(n) * nearest(rotation @ unit, codebook) @ rotation for n, unit in zip(norms, units, strict=True)])
     # A coordinate between two centroids may take the other one, which moves all channels of its token.
     assert np.isclose(read_back(TURBOQUANT3.values, rows), expected, rtol=2e-3, atol=2e-3).all(axis=1).mean() > 0.98
+
+
+def test_vllms_turboquant_normalizes_the_rotated_centroids_again(rows):
+    rotation = sylvester(DIM)
+    codebook = np.array([-2.152, -1.344, -0.7560, -0.2451, 0.2451, 0.7560, 1.344, 2.152])
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    rounded = np.stack(
+        [nearest(rotation @ row * math.sqrt(DIM) / (n + 1e-8), codebook) for n, row in zip(norms, rows, strict=True)]
+    )
+    expected = norms[:, None] * (rounded / np.linalg.norm(rounded, axis=1, keepdims=True)) @ rotation
+    read = read_back(TURBOQUANT_3BIT_NC.keys, rows)
+    assert np.isclose(read, expected, rtol=2e-3, atol=2e-3).all(axis=1).mean() > 0.95
+    np.testing.assert_allclose(np.linalg.norm(read, axis=1), norms, rtol=1e-3)
 
 
 def test_the_qjl_residual_adds_what_the_signs_of_a_projection_say(rows):

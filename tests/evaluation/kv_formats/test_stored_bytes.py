@@ -33,6 +33,10 @@ BY_HAND = {
     "turboquant2_qjl": (16 + 16 + 4, 32 + 2),
     "turboquant3_qjl": (32 + 16 + 4, 48 + 2),
     "turboquant4_qjl": (48 + 16 + 4, 64 + 2),
+    "turboquant_k8v4": (128, 64 + 4),
+    "turboquant_4bit_nc": (64 + 2, 64 + 4),
+    "turboquant_k3v4_nc": (48 + 2, 64 + 4),
+    "turboquant_3bit_nc": (48 + 2, 48 + 4),
     "nvfp4": (64 + 8, 64 + 8),
     "nvfp4_calibrated": (64 + 8, 64 + 8),
     "mxfp4": (64 + 4, 64 + 4),
@@ -93,6 +97,14 @@ def test_codebooks_rotations_and_layer_scales_are_counted_once():
         tokens = sum(BY_HAND[name]) * 10 * 2 * 3
         assert published.stored_bytes(10, 128, 2, 3) == tokens + 4 * floats
     assert PUBLISHED["nvfp4_calibrated"].stored_bytes(10, 128, 2, 3) == 144 * 10 * 2 * 3 + 3 * 2 * 4
+
+
+def test_outer_layers_of_vllms_presets_stay_in_16_bit():
+    preset = PUBLISHED["turboquant_4bit_nc"]
+    assert preset.exact_layers(30) == {0, 1, 28, 29} and preset.exact_layers(3) == {0, 2} and not preset.exact_layers(1)
+    assert PUBLISHED["turboquant4"].exact_layers(30) == set()
+    codebook, token = 16 * 4, 134
+    assert preset.stored_bytes(10, 128, 2, 30, 4) == codebook + 10 * 2 * (26 * token + 4 * 512)
 
 
 def test_the_codebook_is_the_best_for_normal_numbers():

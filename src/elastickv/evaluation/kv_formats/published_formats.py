@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 
 from elastickv.errors import UsageError
-from elastickv.evaluation.kv_formats import gguf_blocks, kivi, kvarn, microscaling, per_token_head, turboquant
+from elastickv.evaluation.kv_formats import (
+    gguf_blocks,
+    kivi,
+    kvarn,
+    microscaling,
+    per_token_head,
+    turboquant,
+    turboquant_presets,
+)
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.recipe import Recipe
 from elastickv.recipe.formats import FORMATS, cold_formats
@@ -31,6 +39,10 @@ PUBLISHED: dict[str, ReferenceFormat] = {
         turboquant.TURBOQUANT2_QJL,
         turboquant.TURBOQUANT3_QJL,
         turboquant.TURBOQUANT4_QJL,
+        turboquant_presets.TURBOQUANT_K8V4,
+        turboquant_presets.TURBOQUANT_4BIT_NC,
+        turboquant_presets.TURBOQUANT_K3V4_NC,
+        turboquant_presets.TURBOQUANT_3BIT_NC,
         microscaling.NVFP4,
         microscaling.NVFP4_CALIBRATED,
         microscaling.MXFP4,

@@ -74,6 +74,7 @@ class ReferenceFormat:
     source : the publication, and the repository and file that were followed.
     sinks : the first tokens, which are never quantized.
     shared_bytes : head_dim -> bytes of what K and V of all layers share: codebooks and random matrices.
+    outer_layers : so many of a model's first layers, and of its last ones, stay in 16 bit.
     """
 
     name: str
@@ -82,6 +83,12 @@ class ReferenceFormat:
     source: str
     sinks: int = 0
     shared_bytes: Callable[[int], int] = _nothing
+    outer_layers: int = 0
+
+    def exact_layers(self, layers: int) -> frozenset[int]:
+        """Return the numbers of the layers that stay in 16 bit: never more than half of them at either end."""
+        outer = min(self.outer_layers, layers // 2)
+        return frozenset([*range(outer), *range(layers - outer, layers)])
 
     def with_exact(self, exact: ExactTokens) -> "ReferenceFormat":
         """Return the format with the sinks and the window that all formats of a comparison have."""
@@ -106,9 +113,15 @@ class ReferenceFormat:
         planes = (self.keys, self.values)
         return 4 * sum(plane.group_bytes(head_dim) / (plane.group * head_dim) for plane in planes)
 
-    def stored_bytes(self, tokens: int, head_dim: int, kv_heads: int, layers: int) -> int:
-        """Return the bytes of one sequence in all layers, exact tokens and shared bytes included."""
+    def stored_bytes(self, tokens: int, head_dim: int, kv_heads: int, layers: int, exact_layers: int = 0) -> int:
+        """Return the bytes of one sequence in all layers, exact tokens and shared bytes included.
+
+        Parameters
+        ----------
+        layers : those with full attention; `exact_layers` of them are in 16 bit.
+        """
         planes = (self.keys, self.values)
         heads = kv_heads * sum(plane.head_bytes(tokens, self.sinks, head_dim) for plane in planes)
         scales = sum(_LAYER_SCALE_BYTES for plane in planes if plane.calibrated_to is not None)
-        return layers * (heads + scales) + self.shared_bytes(head_dim)
+        exact = exact_layers * 2 * kv_heads * tokens * head_dim * DENSE_BYTES_PER_ELEMENT
+        return exact + (layers - exact_layers) * (heads + scales) + self.shared_bytes(head_dim)

@@ -24,13 +24,18 @@ _FLOAT_BYTES = 4
 _QJL_SEED = 1
 
 
-def nearest_centroids(unit: Tensor, bits: int) -> Tensor:
-    """Return unit vectors with the coordinates of their rotation rounded to the codebook."""
-    rotation = random_rotation(unit.shape[-1]).to(unit)
+def to_centroids(unit: Tensor, bits: int) -> Tensor:
+    """Return unit vectors with their coordinates rounded to the codebook of a normal distribution."""
     codebook = normal_codebook(bits)
     spread = unit.shape[-1] ** -0.5
     edges, centroids = (torch.tensor(numbers).to(unit) * spread for numbers in (boundaries(codebook), codebook))
-    return centroids[torch.bucketize((unit @ rotation.mT).contiguous(), edges)] @ rotation
+    return centroids[torch.bucketize(unit.contiguous(), edges)]
+
+
+def rotated_to_centroids(unit: Tensor, bits: int) -> Tensor:
+    """Return unit vectors with the coordinates of their random rotation rounded to the codebook."""
+    rotation = random_rotation(unit.shape[-1]).to(unit)
+    return to_centroids(unit @ rotation.mT, bits) @ rotation
 
 
 def residual_signs(residual: Tensor) -> Tensor:
@@ -43,13 +48,13 @@ def residual_signs(residual: Tensor) -> Tensor:
 
 def _mse(x: Tensor, bits: int) -> Tensor:
     norm = x.norm(dim=-1, keepdim=True)
-    return to_half(norm) * nearest_centroids(x / norm.clamp_min(TINY), bits)
+    return to_half(norm) * rotated_to_centroids(x / norm.clamp_min(TINY), bits)
 
 
 def _inner_product(x: Tensor, bits: int) -> Tensor:
     norm = x.norm(dim=-1, keepdim=True)
     unit = x / norm.clamp_min(TINY)
-    rounded = nearest_centroids(unit, bits - 1)
+    rounded = rotated_to_centroids(unit, bits - 1)
     residual = unit - rounded
     size = to_half(residual.norm(dim=-1, keepdim=True))
     return to_half(norm) * (rounded + size * residual_signs(residual / residual.norm(dim=-1, keepdim=True).clamp_min(TINY)))
