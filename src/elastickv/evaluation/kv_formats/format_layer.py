@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers.cache_utils import DynamicLayer
 
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat, StoredPlane
@@ -11,7 +12,8 @@ from elastickv.evaluation.prefill import Tensor
 class FormatLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values as attention reads them: rounded to the format once, where they are old enough. It only grows.
 
-    It measures what a format loses, and holds the numbers in the model's dtype: it saves no memory and no time.
+    All numbers have 16 bits first: those of a float32 model are rounded to bfloat16, as an ElasticCache rounds them. What comes
+    back from a format is held in the model's dtype, so that this saves no memory and no time.
     """
 
     def __init__(self, stored_as: ReferenceFormat) -> None:
@@ -21,10 +23,14 @@ class FormatLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (batch, kv_heads, new, head_dim) tokens and return all, with those that are old enough rounded."""
-        super().update(key_states, value_states, *args, **kwargs)
+        super().update(_in_16_bits(key_states), _in_16_bits(value_states), *args, **kwargs)
         self._key_store.round_old(self.keys)
         self._value_store.round_old(self.values)
         return self.keys, self.values
+
+
+def _in_16_bits(states: Tensor) -> Tensor:
+    return states.bfloat16().float() if states.dtype == torch.float32 else states
 
 
 class _Store:
