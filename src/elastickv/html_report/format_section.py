@@ -17,7 +17,7 @@ def formats(data: ReportData) -> Section:
             "format": loss.cache,
             "bits": fixed(loss.bits, 3),
             "stored bits": fixed(loss.stored_bits, 3),
-            "KL, nats": interval(loss.kl, 5),
+            "KL, nats": interval(loss.kl, 6),
             "same top-1, %": interval(loss.top1_percent, 1),
             "perplexity, %": interval(loss.ppl_percent, 2),
             "front": "yes" if loss in each.front else "",

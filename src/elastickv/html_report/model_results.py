@@ -165,7 +165,7 @@ def evaluation_view(result: EvaluationResult, source: str) -> Evaluation:
     device = model.device_name or result.environment.get("cpu") or model.device
     skipped = [f"left out: {reason}" for reason in result.skipped]
     skipped += [f"left out: {reason}" for row in result.needle for reason in row.skipped]
-    if calibration is None:
+    if calibration is None and not result.of_formats:
         skipped.append("not calibrated: every head reads the same share of its pages")
     return Evaluation(
         provenance=provenance(source, str(device), result.environment, [*result.warnings, *skipped], command=result.command),

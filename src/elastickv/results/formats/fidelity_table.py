@@ -21,8 +21,10 @@ _HEADERS = ("context", "cache", "recipe", "read 1/", "stored 1/", "d-PPL %", "KL
 def fidelity_tables(result: EvaluationResult) -> str:
     """Return the model, a table of losses, one of retrieval, and the suggestion."""
     model, calibration = result.model, result.calibration
-    source = f"calibrated on {calibration.tokens} tokens of {calibration.text}" if calibration else "not calibrated"
-    heading = f"{model.name} ({model.fingerprint}), {model.dtype} on {model.device}, {source}; texts: {_texts(result)}"
+    source = f", calibrated on {calibration.tokens} tokens of {calibration.text}" if calibration else ", not calibrated"
+    if result.of_formats:
+        source = ""
+    heading = f"{model.name} ({model.fingerprint}), {model.dtype} on {model.device}{source}; texts: {_texts(result)}"
     lines = [
         markdown_cell(heading),
         *_windows(result),
@@ -110,7 +112,7 @@ def _format_row(row: LossRow, stored: StoredFormat) -> list[str]:
         f"{stored.stored_bits_per_element:.3f}",
         f"{stored.exact_keys} / {stored.exact_values}",
         _interval(row.ppl_change_percent, 2, "+", alone),
-        _interval(row.kl, 5, "", alone),
+        _interval(row.kl, 6, "", alone),
         _interval(row.top1_percent, 1, "", alone),
         row.recipe_hash or stored.source,
     ]

@@ -184,6 +184,11 @@ class EvaluationResult:
     scored_texts: list[ScoredText] | None = field(default=None, metadata=_OPTIONAL)
     windows: list[ScoredWindow] | None = field(default=None, metadata=_OPTIONAL)
 
+    @property
+    def of_formats(self) -> bool:
+        """Whether all rows are of KV formats that were named, which have nothing to calibrate."""
+        return bool(self.rows) and all(row.stored_format is not None for row in self.rows)
+
     @classmethod
     def from_dict(cls, value: Any, source: str = "the result") -> "EvaluationResult":
         """Return these JSON values as a result.
