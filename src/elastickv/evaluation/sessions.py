@@ -10,7 +10,7 @@ import transformers
 from transformers.cache_utils import DynamicLayer
 
 from elastickv.errors import UsageError
-from elastickv.evaluation.kv_formats.format_layer import FormatLayer
+from elastickv.evaluation.kv_formats.format_layer import FormatLayer, SixteenBitLayer
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.evaluation.prefill import Prefill, Tensor
 from elastickv.recipe import Recipe
@@ -72,8 +72,8 @@ def published(model: Any, stored_as: ReferenceFormat, start: Prefill) -> Iterato
     cache = transformers.DynamicCache(config=model.config)
     exact = stored_as.exact_layers(len(cache.layers))
     for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and number not in exact:
-            cache.layers[number] = FormatLayer(stored_as)
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = SixteenBitLayer() if number in exact else FormatLayer(stored_as)
     start.fill(cache.layers, _update)
     yield _SteppedModel(model, cache)
 

@@ -1,4 +1,7 @@
-"""A layer of Transformers' cache whose tokens have been through a KV format."""
+"""Layers of Transformers' cache whose tokens have 16 bits, or have been through a KV format.
+
+What comes back from a format is held in the model's dtype, so that these layers save no memory and no time. They only grow.
+"""
 
 from typing import Any
 
@@ -9,12 +12,17 @@ from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat, St
 from elastickv.evaluation.prefill import Tensor
 
 
-class FormatLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values as attention reads them: rounded to the format once, where they are old enough. It only grows.
+class SixteenBitLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values in 16 bits: those of a float32 model are rounded to bfloat16, as an ElasticCache rounds exact tokens."""
 
-    All numbers have 16 bits first: those of a float32 model are rounded to bfloat16, as an ElasticCache rounds them. What comes
-    back from a format is held in the model's dtype, so that this saves no memory and no time.
-    """
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv_heads, new, head_dim) tokens and return all."""
+        keys, values = super().update(_in_16_bits(key_states), _in_16_bits(value_states), *args, **kwargs)
+        return keys, values
+
+
+class FormatLayer(SixteenBitLayer):
+    """Keys and values as attention reads them: rounded to a format once, as soon as they are old enough."""
 
     def __init__(self, stored_as: ReferenceFormat) -> None:
         super().__init__()
@@ -23,10 +31,10 @@ class FormatLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (batch, kv_heads, new, head_dim) tokens and return all, with those that are old enough rounded."""
-        super().update(_in_16_bits(key_states), _in_16_bits(value_states), *args, **kwargs)
-        self._key_store.round_old(self.keys)
-        self._value_store.round_old(self.values)
-        return self.keys, self.values
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self._key_store.round_old(keys)
+        self._value_store.round_old(values)
+        return keys, values
 
 
 def _in_16_bits(states: Tensor) -> Tensor:
@@ -34,11 +42,12 @@ def _in_16_bits(states: Tensor) -> Tensor:
 
 
 class _Store:
-    """How many tokens of K, or of V, are in the format so far."""
+    """How many tokens of K, or of V, are in the format so far, and the layer's scale where it has one."""
 
     def __init__(self, plane: StoredPlane, sinks: int) -> None:
         self._plane, self._sinks = plane, sinks
-        self._tokens, self._scale = 0, None
+        self._tokens = 0
+        self._scale: Tensor | None = None
 
     def round_old(self, states: Tensor) -> None:
         """Round in place what has become old enough since the last call."""
