@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from read_rule import FORMATS, ReadRule, reading
+from read_rule import ReadRule, reading
 from suite import heading
 from transformers.cache_utils import DynamicLayer
 
@@ -35,10 +35,11 @@ from elastickv.results.formats import dumps, write_text
 from elastickv.transformers.model_loading import Loaded, fingerprint, load_model
 from elastickv.transformers.model_support import stock_layers, text_config
 from elastickv.transformers.tokenization import tokens_hash
+from elastickv.vllm.serving_options import PAGE_FORMATS
 
 KIND, VERSION = "elastickv-first-page", 1
 RESULTS = Path(__file__).parent / "results" / "cpu"
-RECIPES = {name: Recipe.parse(text) for name, text in FORMATS.items()}
+RECIPES = {name: Recipe.parse(text) for name, text in PAGE_FORMATS.items()}
 EXACT_TOKENS = (128, 64)
 SINKS = 4
 BLOCK_TOKENS = 64

@@ -8,14 +8,12 @@ The steps of a sample are as many as a page has tokens, so that every sample qua
 """
 
 import argparse
-import os
 import re
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+
+from child_process import run_command
 
 import elastickv
 
@@ -44,19 +42,8 @@ def measure(cell: tuple[int, int], target: Path, arguments: argparse.Namespace, 
     command += [f"--batch={cell[1]}", f"--compress={arguments.compress:g}", f"--reps={arguments.reps}"]
     command += [f"--decode-tokens={arguments.tokens}", f"--output={target}", *arguments.options]
     target.unlink(missing_ok=True)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        # A session of its own: what compiles in further processes ends with it.
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
-        try:
-            status = process.wait(timeout=max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        log.seek(0)
-        said = [line.strip() for line in log if line.strip()]
+    status, text = run_command(command, seconds, only_errors=True)
+    said = [line.strip() for line in text.splitlines() if line.strip()]
     last = said[-1] if said else "nothing was said"
     if status is None:
         return f"not done after {seconds:.0f} s, at: {last}"

@@ -2,7 +2,7 @@
 
 A query at position t reads the keys and values of tokens j > t - R exactly, and those of all others as pages store them. A pass
 over a whole text gives what an engine gives token by token: as R is at least a page, every token that is read from a page is in
-a page that was complete before.
+a page that was complete before. The engine's tests read by it too.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ from elastickv.kvcache.quantize import stored_values
 from elastickv.recipe import Recipe
 from elastickv.recipe.formats import PAGE_TOKENS
 
-FORMATS = {"int4": "int4", "k8v4": "k=int8,v=int4", "int8": "int8", "fp8": "fp8"}  # an engine's name -> a recipe's text
 IMPLEMENTATION = "elastickv_read_rule"
 ROWS_AT_ONCE = 256
 
@@ -58,25 +57,39 @@ class ReadRule:
         for start, end, recipe in parts:
             fmt = recipe.value_format if value else recipe.key_format
             if end > start and fmt is not None:
-                piece = rows[:, start:end].reshape(-1, rows.shape[-1]).numpy(force=True)
+                piece = rows[:, start:end].reshape(-1, rows.shape[-1]).float().numpy(force=True)
                 stored = stored_values(piece, fmt, value, recipe.v_group(rows.shape[-1]))
                 numbers[:, start:end] = torch.from_numpy(stored).view(rows.shape[0], end - start, -1)
         return numbers
 
-    def first_exact(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return, for queries at these positions, the first token of the window."""
+    def first_exact(self, positions: torch.Tensor, window_first: torch.Tensor | None = None) -> torch.Tensor:
+        """Return, for queries at these positions, the first token of the window.
+
+        Parameters
+        ----------
+        window_first : of each query, the first token whose window block is there; None: all are.
+        """
         first = positions + 1 - self.window
         if self.page_window:
             first = self.sinks + torch.div(first - self.sinks, PAGE_TOKENS, rounding_mode="floor") * PAGE_TOKENS
-        return first.clamp(min=self.sinks)
+        first = first.clamp(min=self.sinks)
+        return first if window_first is None else first.maximum(window_first.minimum(positions))  # its own token is there
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window_first: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the outputs, (query_heads, tokens, head_dim), of one sequence from its first token on.
 
         Parameters
         ----------
         query : (query_heads, tokens, head_dim).
         key, value : (kv_heads, tokens, head_dim).
+        window_first : (tokens,), as `first_exact` takes it.
         """
         if self.rounded is not None:
             key, value = (rows.to(self.rounded).to(rows.dtype) for rows in (key, value))
@@ -88,8 +101,8 @@ class ReadRule:
         numbers = torch.arange(tokens, device=query.device)
         for start in range(0, tokens, ROWS_AT_ONCE):
             rows = numbers[start : start + ROWS_AT_ONCE]
-            first = self.first_exact(rows)
-            old, new = numbers[: int(first[-1])], numbers[int(first[0]) : int(rows[-1]) + 1]
+            first = self.first_exact(rows, None if window_first is None else window_first[rows])
+            old, new = numbers[: int(first.max())], numbers[int(first.min()) : int(rows[-1]) + 1]
             seen = torch.cat([old < first[:, None], new >= first[:, None]], -1) & (torch.cat([old, new]) <= rows[:, None])
             keys, values = (torch.cat([a[:, :, old], b[:, :, new]], 2) for a, b in zip(stored, exact, strict=True))
             scores = queries[:, :, rows] @ keys.transpose(-1, -2) * scaling

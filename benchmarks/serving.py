@@ -13,13 +13,13 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from child_process import run_command
 from models import parse_cells
 from serving_shapes import SHAPES
 from serving_summary import BASELINE, device_of, graph_bytes, line, logged, summary, telling_line, turns
@@ -103,7 +103,7 @@ def run_process(name: str, arguments: argparse.Namespace, model: str, seconds: f
         (Path(folder) / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         record_file = Path(folder) / "record.json"
         command = [sys.executable, str(ENGINE), f"{folder}/plan.json", str(record_file)]
-        status, text = run_command(command, defaults | dict(os.environ) | settings, seconds)
+        status, text = run_command(command, seconds, defaults | dict(os.environ) | settings)
         record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
     failed, lines = None, logged(text)
     if status is None:
@@ -112,23 +112,6 @@ def run_process(name: str, arguments: argparse.Namespace, model: str, seconds: f
         failed = f"exit status {status}: {record.get('error') or telling_line(text)}"
     whole = {"seconds": time.time() - began, "failed": failed, "log": lines, "graph_bytes": graph_bytes(lines)}
     return {"contender": name, "options": plan["engine"]} | whole | record
-
-
-def run_command(command: list[str], variables: dict[str, str], seconds: float) -> tuple[int | None, str]:
-    """Return the exit status of a command, None if it took too long, and what it said."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        # A session of its own: what it starts ends with it.
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
-        try:
-            status = process.wait(timeout=max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        log.seek(0)
-        return status, log.read()
 
 
 def main() -> int:

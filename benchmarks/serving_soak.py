@@ -1,19 +1,26 @@
 """A soak of vLLM with ElasticKV and with its stock backend: answers, memory and step times under a random load.
 
-    python benchmarks/serving_soak.py --output benchmarks/results/h200/serving_soak.json [--steps 5000] [--time-limit 150]
+    python benchmarks/serving_soak.py --output benchmarks/results/h200/serving_soak.json [--steps 5000] [--time-limit 360]
 
 A small model with random weights answers requests of random lengths that arrive, share prefixes, are sampled several times,
-aborted and preempted, in a pool too small for them. Then some of them are given again, each alone in a fresh cache, once
-generated and once read as one prompt: log-probabilities of the soak's tokens are compared, for each backend with its own. All
-blocks must be free again, memory must not grow, and steps that only decode are timed. The backends run one after the other, in
-processes of their own; the result is written anew as they go, so that it is there, in part, when one is killed.
+aborted and preempted, in a pool too small for them. Then some of them are given again, each alone in a fresh cache: what the
+soak answered is read as one prompt, and so is another answer, generated alone. The divergence of what was read from what was
+generated is compared with the stock backend's, and that of the soak with that of answers which were alone. All blocks must be
+free again, memory must not grow, and steps that only decode are timed. What is asked is judged, under `verdicts`; with soft
+prefix reuse tokens may depend on what was cached, so the divergence of `strict` is the one that is judged.
+
+A number that another batch rounds otherwise may get another code, a whole step away, so pages make stock's differences larger
+whatever the load is; the comparison with answers that were generated alone says what the load does.
+
+The backends run one after the other, in processes of their own; the result is written anew as they go, so that it is there, in
+part, when one is killed. The first of them compiles what the others find.
 """
 
 import argparse
 import json
+import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,18 +30,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the model with random weights is the tests'
 
+from child_process import run_command
+
 from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
 from elastickv.results.files import check_writable, write_text
+from elastickv.results.kinds.soak_result import SOAK_KIND, SOAK_VERSION
 from elastickv.vllm.versions import installed_version, minor_version
 from tests.helpers.served_llama import Sizes, random_weights, write_model
 
-BACKENDS = ("ours", "strict", "stock")  # "strict" is ours with strict prefix reuse
-KIND, VERSION = "elastickv-serving-soak", 1
+BACKENDS = ("ours", "stock", "strict")  # "strict" is ours with strict prefix reuse
 ENGINE = Path(__file__).with_name("soak_engine.py")
-POLL_S = 0.5
 MOST_GROWTH = 64 << 20  # bytes, of allocated memory after the warm-up
 MOST_LOGGED = 20  # lines of the plug-in's
+FIRST_START_S = {"cuda": 40.0, "cpu": 0.0}  # by which the first engine's start takes longer: what it compiles is kept
+MOST_P999 = 3.0  # medians, of steps that only decode
+ERRORS = 2.0  # standard errors by which a divergence may be larger
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def run_backend(backend: str, arguments: argparse.Namespace, folder: Path, secon
         "steps": arguments.steps,
         "seconds": seconds,
     }
-    plan_file, record_file, log_file = (folder / f"{backend}.{name}" for name in ("plan.json", "json", "log"))
+    plan_file, record_file = folder / f"{backend}.plan.json", folder / f"{backend}.json"
     plan_file.write_text(json.dumps(plan), encoding="utf-8")
     settings = {
         "SOAK_BEGAN": str(time.time()),
@@ -131,25 +142,18 @@ def run_backend(backend: str, arguments: argparse.Namespace, folder: Path, secon
     }
     defaults = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     command = [sys.executable, str(ENGINE), str(plan_file), str(record_file)]
-    began, seen = time.monotonic(), 0.0
-    with log_file.open("wb") as output:
-        # A session of its own: what it starts ends with it.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=defaults | dict(os.environ) | settings, start_new_session=True
-        )
-        try:
-            while process.poll() is None and time.monotonic() - began < seconds:
-                time.sleep(POLL_S)
-                if record_file.exists() and (changed := record_file.stat().st_mtime) > seen:
-                    seen = changed
-                    write({"engine": plan["engine"]} | json.loads(record_file.read_text(encoding="utf-8")))
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
+    seen = 0.0
+
+    def look() -> None:
+        nonlocal seen
+        if record_file.exists() and (changed := record_file.stat().st_mtime) > seen:
+            seen = changed
+            write({"engine": plan["engine"]} | json.loads(record_file.read_text(encoding="utf-8")))
+
+    status, log = run_command(command, seconds, defaults | dict(os.environ) | settings, look)
     record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {"done": False}
-    record["failed"] = None if record["done"] else record.get("error") or f"exit status {status} after {seconds:.0f} s at most"
-    log = log_file.read_text(encoding="utf-8", errors="replace")
+    stopped = f"not done after {seconds:.0f} s" if status is None else f"exit status {status}"
+    record["failed"] = None if record["done"] else record.get("error") or stopped
     record["logged"] = [text for text in log.splitlines() if "ElasticKV:" in text][:MOST_LOGGED]
     if record["failed"]:
         print(log[-4000:], file=sys.stderr)
@@ -174,6 +178,41 @@ def faults(backend: str, record: dict) -> list[str]:
     return wrong
 
 
+def verdicts(backends: dict[str, dict]) -> list[dict]:
+    """Return what is asked of the soak: `what`, whether it `holds` (None: it was not measured), and the figures.
+
+    Divergences are compared within `ERRORS` standard errors of their difference.
+    """
+    found = []
+    for backend in (name for name in backends if name != "stock"):
+        record = backends[backend]
+        blocks = [record[name] for name in ("blocks", "blocks_after_check") if name in record]
+        kept = all(each["free_at_start"] == each["free_at_end"] and each["prefix_cache_reset"] for each in blocks)
+        found.append(_verdict(f"{backend}: all blocks are free again", kept if len(blocks) == 2 else None, blocks))
+        grown = record.get("growth", {}).get("torch_bytes")
+        found.append(_verdict(f"{backend}: memory does not grow", None if grown is None else grown <= MOST_GROWTH, grown))
+        ratio = record.get("times", {}).get("decode", {}).get("p999_over_median")
+        what = f"{backend}: p99.9 of steps that only decode is below {MOST_P999:g} medians"
+        found.append(_verdict(what, None if ratio is None else ratio < MOST_P999, ratio))
+    judged = "strict" if "strict" in backends else "ours"
+    own, stock = (backends.get(name, {}).get("agreement", {}).get("all", {}) for name in (judged, "stock"))
+    for what, one, other in (
+        (f"{judged}: the divergence from requests alone is within stock's", own.get("soak"), stock.get("soak")),
+        (f"{judged}: it is within that of answers which were generated alone", own.get("soak"), own.get("alone")),
+    ):
+        if not (one and other and one["tokens"] and other["tokens"]):
+            found.append(_verdict(what, None, None))
+            continue
+        error = math.hypot(one["kl_error"], other["kl_error"])
+        figures = {"kl": one["kl"], "of": other["kl"], "error": error, "requests": own["requests"]}
+        found.append(_verdict(what, one["kl"] - other["kl"] <= ERRORS * error, figures))
+    return found
+
+
+def _verdict(what: str, holds: bool | None, figures: object) -> dict:
+    return {"what": what, "holds": holds, "figures": figures}
+
+
 def growth(memory: list[dict]) -> dict:
     """Return by how many bytes each kind of memory grew from the first note, after the warm-up, to the last."""
     return {key: memory[-1][key] - value for key, value in memory[0].items() if key != "step"} if len(memory) > 1 else {}
@@ -188,8 +227,11 @@ def line(backend: str, record: dict) -> str:
         ratio = f"p99.9/median {decode['p999_over_median']:.2f}"
         words.append(f"decode median {decode['median_ms']:.2f} ms, p99 {decode['p99_ms']:.2f} ms, {ratio}")
     if whole := record.get("agreement", {}).get("all"):
-        words += [f"{name}: |difference| {whole[name].get('mean', 0):.4f}" for name in ("alone", "read")]
-        words.append(f"{whole['alone']['equal_until_parting'] or 0:.1%} equal until they part")
+        words += [
+            f"{name}: divergence {whole[name]['kl']:.2e} +- {whole[name]['kl_error']:.1e}"
+            for name in ("soak", "alone")
+            if whole[name]["tokens"]
+        ]
     return ", ".join(words)
 
 
@@ -200,35 +242,44 @@ def main() -> int:
     check_writable(arguments.output)
     started, scale = time.monotonic(), SCALES[arguments.device]
     result: dict = {
-        "kind": KIND,
-        "version": VERSION,
+        "kind": SOAK_KIND,
+        "version": SOAK_VERSION,
         "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": ["benchmarks/serving_soak.py", *(word for word in sys.argv[1:] if not word.startswith("/"))],
         "settings": {name: getattr(arguments, name) for name in ("steps", "time_limit", "device", "format", "seed")}
         | {"model": asdict(scale.sizes), "longest_prompt": scale.longest_prompt, "longest_answer": scale.longest_answer},
         "environment": environment(),
+        "device": None,
+        "driver": None,
         "backends": {},
+        "verdicts": [],
     }
 
     def write(backend: str, record: dict) -> None:
         about = record.get("environment", {})
         result.update({key: about[key] for key in ("device", "driver") if key in about})
         result["backends"][backend] = record | {"growth": growth(record.get("memory", []))}
+        result["verdicts"] = verdicts(result["backends"])
         write_text(arguments.output, json.dumps(result, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_model(folder / "model", random_weights(scale.sizes), scale.sizes)
         for place, backend in enumerate(arguments.backends):
-            left = (arguments.time_limit - (time.monotonic() - started)) / (len(arguments.backends) - place)
-            record = run_backend(backend, arguments, folder, left, lambda record, name=backend: write(name, record))
+            left, runs = arguments.time_limit - (time.monotonic() - started), len(arguments.backends) - place
+            more = FIRST_START_S[arguments.device] if place == 0 and runs > 1 else 0.0
+            share = more + (left - more) / runs
+            record = run_backend(backend, arguments, folder, share, lambda record, name=backend: write(name, record))
             record["engine"].pop("model", None)
             write(backend, record)
             print(line(backend, record), flush=True)
     wrong = [fault for backend, record in result["backends"].items() for fault in faults(backend, record)]
     for fault in wrong:
         print(f"serving_soak.py: {fault}", file=sys.stderr)
-    return 1 if wrong else 0
+    for each in result["verdicts"]:
+        answer = {True: "yes", False: "NO", None: "not measured"}[each["holds"]]
+        print(f"{each['what']}: {answer} ({json.dumps(each['figures'])})", flush=True)
+    return 1 if wrong or any(each["holds"] is False for each in result["verdicts"]) else 0
 
 
 def _backends(text: str) -> list[str]:
@@ -241,9 +292,9 @@ def _backends(text: str) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--backends", "--backend", type=_backends, default=["ours", "stock"], help=", ".join(BACKENDS))
+    parser.add_argument("--backends", "--backend", type=_backends, default=list(BACKENDS), help=", ".join(BACKENDS))
     parser.add_argument("--steps", type=int, default=5000, help="of the engine under load, for each backend")
-    parser.add_argument("--time-limit", type=float, default=150.0, help="seconds that all of it may take")
+    parser.add_argument("--time-limit", type=float, default=360.0, help="seconds that all of it may take")
     parser.add_argument("--format", default="int4", help="of pages: int4, k8v4, int8, fp8")
     parser.add_argument("--seed", type=int, default=0, help="of the load")
     parser.add_argument("--device", choices=SCALES, default="cuda")

@@ -73,7 +73,7 @@ class Soak:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        settings = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "detokenize": False} | sampling
+        settings = {"temperature": 1.0, "ignore_eos": True, "logprobs": 0, "detokenize": False} | sampling
         settings["output_kind"] = RequestOutputKind.FINAL_ONLY
         self.engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(max_tokens=tokens, **settings))
 
@@ -101,8 +101,7 @@ class Soak:
     def arrive(self, number):
         arrived = self.load.arrivals(number, self.most - len(self.running))
         for request in arrived:
-            sampled = {"n": request.answers, "temperature": 1.0} if request.answers > 1 else {}
-            self.add(request.name, request.prompt, request.tokens, **sampled)
+            self.add(request.name, request.prompt, request.tokens, n=request.answers)
             self.running[request.name] = request
         self.added += arrived
         return bool(arrived)
@@ -154,18 +153,22 @@ class Soak:
         for number, each in enumerate(in_turns(self.sample.items)):
             if time.time() > deadline:
                 break
+            each.read = self.read(f"read-{number}", each.prompt, each.tokens)
             self.fresh()
             self.add(f"alone-{number}", each.prompt, min(ALONE_TOKENS, len(each.tokens)))
             each.alone, each.alone_logprobs = chosen(self.finish().outputs[0])
+            each.alone_read = self.read(f"alone-read-{number}", each.prompt, each.alone)
             self.checked.append(each)
-            self.fresh()
-            self.add(f"read-{number}", each.prompt + each.tokens, 1, prompt_logprobs=0)
-            rows = self.finish().prompt_logprobs[len(each.prompt) :]
-            read = [row[token] for row, token in zip(rows, each.tokens, strict=True)]
-            each.read_logprobs, each.read_ranks = [row.logprob for row in read], [row.rank for row in read]
             if number % NOTE_CHECKS == 0:
                 note()
         note()
+
+    def read(self, name, prompt, tokens):
+        """Return log-probabilities of an answer's tokens, read with its prompt as one prompt in a fresh cache."""
+        self.fresh()
+        self.add(name, prompt + tokens, 1, prompt_logprobs=0)
+        rows = self.finish().prompt_logprobs[len(prompt) :]
+        return [row[token].logprob for row, token in zip(rows, tokens, strict=True)]
 
     def fresh(self):
         self.settle()

@@ -1,5 +1,6 @@
 """The load of `serving_soak.py`, and what is made of what it gave: no engine is needed for any of it."""
 
+import math
 import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -20,8 +21,7 @@ class SoakRequest:
 
     Attributes
     ----------
-    tokens : of the answer.
-    answers : several of them are sampled, and one is greedy.
+    tokens : of an answer, which is sampled at temperature 1.
     """
 
     name: str
@@ -135,24 +135,24 @@ def _times(steps):
 
 @dataclass
 class Checked:
-    """A request of the soak and its answers when it is alone.
+    """A request of the soak, and the same request alone.
 
     Attributes
     ----------
     tokens, logprobs : of the answer in the soak; log-probabilities of its tokens.
     history : what happened to it: 'plain', 'prefix hit', 'preempted'.
-    alone, alone_logprobs : the first tokens of the answer that it gets alone.
-    read_logprobs, read_ranks : of the soak's tokens, when prompt and answer are read as one prompt, alone; rank 1 is the top.
+    read : log-probabilities of `tokens` when prompt and answer are read as one prompt, alone.
+    alone, alone_logprobs, alone_read : the same three of an answer that is generated alone.
     """
 
     prompt: list[int]
     tokens: list[int]
     logprobs: list[float]
     history: str
+    read: list[float] = field(default_factory=list)
     alone: list[int] = field(default_factory=list)
     alone_logprobs: list[float] = field(default_factory=list)
-    read_logprobs: list[float] = field(default_factory=list)
-    read_ranks: list[int] = field(default_factory=list)
+    alone_read: list[float] = field(default_factory=list)
 
 
 def in_turns(checked):
@@ -172,39 +172,39 @@ def agreement(checked):
 
 
 def _agreement(checked):
-    """Return the agreement of one group: alone, over the tokens until two answers part; as read, over all tokens."""
-    equal = compared = whole = 0
-    before, read, ranks = [], [], []
-    for each in checked:
-        count = min(len(each.tokens), len(each.alone))
-        same = next((i for i in range(count) if each.tokens[i] != each.alone[i]), count)
-        equal, compared, whole = equal + same, compared + count, whole + (same == count)
-        before += [abs(a - b) for a, b in zip(each.logprobs[:same], each.alone_logprobs[:same], strict=True)]
-        if each.read_logprobs:
-            read += [abs(a - b) for a, b in zip(each.logprobs, each.read_logprobs, strict=True)]
-        ranks += each.read_ranks
+    """Return how answers of the soak, and answers that were generated alone, differ from the same tokens read alone."""
     return {
         "requests": len(checked),
-        "alone": {
-            "tokens": compared,
-            "equal_until_parting": _share(equal, compared),
-            "answers_equal": _share(whole, len(checked)),
-        }
-        | _differences(before),
-        "read": {"tokens": len(read), "same_top": _share(sum(rank == 1 for rank in ranks), len(ranks))} | _differences(read),
+        "soak": divergence([(each.logprobs, each.read) for each in checked]),
+        "alone": divergence([(each.alone_logprobs, each.alone_read) for each in checked]),
     }
 
 
-def _share(part, whole):
-    return part / whole if whole else None
+def divergence(pairs):
+    """Return the Kullback-Leibler divergence of two distributions, a token, and the log-probabilities' |differences|.
 
+    Tokens are drawn from the first distribution p, so that with d = log q - log p of each the mean of exp(d) - 1 - d estimates
+    the divergence of q from p without bias, and no term is negative (Schulman 2020, "Approximating KL divergence", k3).
 
-def _differences(values):
-    """Return statistics of |log-probability difference|."""
-    if not values:
-        return {}
-    middle = {f"p{round(q * 100)}": float(np.quantile(values, q)) for q in (0.5, 0.99)}
-    return {"mean": statistics.fmean(values)} | middle | {"max": max(values)}
+    Parameters
+    ----------
+    pairs : for each request, log-probabilities of its tokens by p and by q, in nats.
+
+    Returns
+    -------
+    tokens; and where there are some `kl`, its standard error `kl_error` over requests, and statistics of |difference|.
+    """
+    differences = [np.subtract(read, own) for own, read in pairs if len(own)]
+    if not differences:
+        return {"tokens": 0}
+    together = np.concatenate(differences)
+    terms = [np.expm1(each) - each for each in differences]
+    kl = float(np.concatenate(terms).mean())
+    # Of a ratio of sums over requests, which are independent; tokens of a request are not.
+    error = math.sqrt(sum(float((each - kl).sum()) ** 2 for each in terms)) / len(together)
+    middle = {f"p{round(q * 100)}": float(np.quantile(np.abs(together), q)) for q in (0.5, 0.99)}
+    sizes = {"mean": float(np.abs(together).mean())} | middle | {"max": float(np.abs(together).max())}
+    return {"tokens": len(together), "kl": kl, "kl_error": error, "difference": sizes}
 
 
 def totals(requests, cached, preempted, aborted):

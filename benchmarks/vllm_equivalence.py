@@ -191,18 +191,19 @@ def rule_logits(model: Any, ids: list[int], rule: Any) -> np.ndarray:
 def transformers_logits(model: Any, ids: list[int], fmt: str, window: int) -> dict[str, np.ndarray]:
     """Return the logits of everything that runs in Transformers, by the names in `PAIRS`."""
     import torch
-    from read_rule import FORMATS, ReadRule
+    from read_rule import ReadRule
 
     from elastickv.recipe import Recipe
+    from elastickv.vllm.serving_options import PAGE_FORMATS
 
-    pages = Recipe.parse(FORMATS[fmt])
+    pages = Recipe.parse(PAGE_FORMATS[fmt])
     before = model.config._attn_implementation
     logits = {
         "full attention": rule_logits(model, ids, None),
         "rule of the engine": rule_logits(model, ids, ReadRule(pages, window)),
         "rule, aligned": rule_logits(model, ids, ReadRule(pages, window, page_window=True, rounded=torch.bfloat16)),
-        "cache, aligned": cache_logits(model, ids, f"{FORMATS[fmt]},sinks=0,window={window}", True),
-        "cache": cache_logits(model, ids, f"{FORMATS[fmt]},window={window}", False),
+        "cache, aligned": cache_logits(model, ids, f"{PAGE_FORMATS[fmt]},sinks=0,window={window}", True),
+        "cache": cache_logits(model, ids, f"{PAGE_FORMATS[fmt]},window={window}", False),
     }
     model.set_attn_implementation(before)
     return logits

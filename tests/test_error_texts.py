@@ -111,6 +111,7 @@ _OTHERS = {
         "--kv-cache-dtype-skip-layers",
         "--attention-config",
         "--additional-config",
+        "--language-model-only",
     },
 }
 # Notes that results hold: they stay as they are.

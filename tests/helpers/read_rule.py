@@ -1,23 +1,18 @@
-"""A Llama in plain PyTorch whose attention reads as the serving backend does: new tokens exactly, older ones from pages.
+"""A Llama in plain PyTorch whose attention reads as the serving backend does, and how answers are compared with it.
 
-The query at position t reads the keys and values j > t - R as they are, and all others as they come back from a quantized
-page of 32 tokens. All tokens of a sequence are known beforehand; so is, for each, from which token on there was a window.
+All tokens of a sequence are known beforehand; so is, for each, from which token on there was a window.
 """
-
-import math
 
 import numpy as np
 
-from elastickv.kvcache.quantize import stored_values
 from elastickv.recipe import Recipe
-from elastickv.recipe.formats import PAGE_TOKENS
 from tests.helpers.served_llama import Sizes
 
 BAD = 1e-2  # a chosen token whose logit is farther than this below the greatest was not the answer
 NEAR = 2e-2  # by how much one number's other code moves log-probabilities
 
 
-class ReadRule:
+class PlainLlama:
     """The model of a set of weights.
 
     Parameters
@@ -32,9 +27,11 @@ class ReadRule:
     def __init__(self, weights, recipe="int4", exact_tokens=64, layers=None, sizes=None, rounding=None, dtype="float64"):
         import torch
 
-        self.torch, self.sizes, self.exact_tokens = torch, sizes or Sizes(), exact_tokens
+        from benchmarks.read_rule import ReadRule
+
+        self.torch, self.sizes = torch, sizes or Sizes()
         formats = [(layers or {}).get(layer, recipe) for layer in range(self.sizes.layers)]
-        self.recipes = [Recipe.parse(each) if each else None for each in formats]
+        self.rules = [ReadRule(Recipe.parse(each or "dense"), exact_tokens) for each in formats]
         self.dtype, self.rounding = getattr(torch, dtype), rounding
         self.weights = {name: tensor.to(self.dtype) for name, tensor in weights.items()}
 
@@ -46,7 +43,7 @@ class ReadRule:
         """
         torch = self.torch
         tokens = torch.as_tensor(tokens)
-        from_pages = self.from_pages(len(tokens), window_first)
+        first = None if window_first is None else torch.as_tensor(np.asarray(window_first))[: len(tokens)]
         x = self.weights["model.embed_tokens.weight"][tokens]
         for layer in range(self.sizes.layers):
             named = {
@@ -54,18 +51,11 @@ class ReadRule:
                 for name, tensor in self.weights.items()
                 if name.startswith(f"model.layers.{layer}.")
             }
-            x = x + self.attention(self.norm(x, named["input_layernorm"]), named, from_pages, self.recipes[layer])
+            x = x + self.attention(self.norm(x, named["input_layernorm"]), named, self.rules[layer], first)
             inner = self.norm(x, named["post_attention_layernorm"])
             gate = torch.nn.functional.silu(inner @ named["mlp.gate_proj"].T)
             x = x + (gate * (inner @ named["mlp.up_proj"].T)) @ named["mlp.down_proj"].T
         return self.norm(x, self.weights["model.norm.weight"]) @ self.weights["lm_head.weight"].T
-
-    def from_pages(self, count, window_first):
-        """Return which tokens (columns) a query (rows) reads from pages."""
-        torch = self.torch
-        query, token = torch.arange(count)[:, None], torch.arange(count)[None]
-        first = torch.zeros(count, 1) if window_first is None else torch.as_tensor(np.asarray(window_first))[:count, None]
-        return (token <= query - self.exact_tokens) | (token < first) & (token < query)
 
     def norm(self, x, weight):
         return x * (x.square().mean(-1, keepdim=True) + self.sizes.epsilon).rsqrt() * weight
@@ -82,34 +72,15 @@ class ReadRule:
     def rounded(self, x):
         return x if self.rounding is None else x.to(getattr(self.torch, self.rounding)).to(x.dtype)
 
-    def attention(self, x, named, from_pages, recipe):
-        torch, sizes, count = self.torch, self.sizes, len(x)
+    def attention(self, x, named, rule, window_first):
+        sizes, count = self.sizes, len(x)
         query, key, value = (
             (x @ named[f"self_attn.{name}_proj"].T).view(count, -1, sizes.head_dim) for name in ("q", "k", "v")
         )
         query, key, value = self.rounded(self.rotate(query)), self.rounded(self.rotate(key)), self.rounded(value)
-        query = query.view(count, sizes.kv_heads, -1, sizes.head_dim)
-        stored_key, stored_value = self.stored(key, recipe, value=False), self.stored(value, recipe, value=True)
-        scores = torch.where(
-            from_pages, torch.einsum("thgd,jhd->hgtj", query, stored_key), torch.einsum("thgd,jhd->hgtj", query, key)
-        )
-        future = torch.ones(count, count, dtype=torch.bool).triu(1)
-        weights = (scores / math.sqrt(sizes.head_dim)).masked_fill(future, -math.inf).softmax(-1)
-        output = torch.einsum("hgtj,jhd->thgd", weights * from_pages, stored_value)
-        output = output + torch.einsum("hgtj,jhd->thgd", weights * ~from_pages, value)
-        return self.rounded(output.reshape(count, -1)) @ named["self_attn.o_proj"].T
-
-    def stored(self, x, recipe, value):
-        """Return the numbers of (tokens, kv_heads, head_dim) as complete pages hold them. An incomplete page is never read."""
-        if recipe is None:
-            return x
-        whole = len(x) // PAGE_TOKENS * PAGE_TOKENS
-        rows = x.float().numpy()
-        read = rows.astype(np.float64)
-        fmt = recipe.value_format if value else recipe.key_format
-        for head in range(rows.shape[1] if whole else 0):
-            read[:whole, head] = stored_values(rows[:whole, head], fmt, value, recipe.v_group(self.sizes.head_dim))
-        return self.torch.from_numpy(read).to(self.dtype)
+        heads = (each.transpose(0, 1).contiguous() for each in (query, key, value))
+        output = rule.attend(*heads, sizes.head_dim**-0.5, window_first)
+        return self.rounded(output.transpose(0, 1).reshape(count, -1)) @ named["self_attn.o_proj"].T
 
 
 def compare(logits, prompt_tokens, chosen, logprobs=None):
@@ -117,7 +88,7 @@ def compare(logits, prompt_tokens, chosen, logprobs=None):
 
     Parameters
     ----------
-    logits : (tokens, vocabulary) of prompt and answer, as `ReadRule.logits` returns them.
+    logits : (tokens, vocabulary) of prompt and answer, as `PlainLlama.logits` returns them.
     chosen : tokens of the answer.
     logprobs : their log-probabilities by the engine.
 

@@ -90,6 +90,38 @@ def write_model(folder, weights, sizes=None, tokenizer=False):
     return folder
 
 
+def write_adapter(folder, weights, rank, layers=2, alpha=16):
+    """Write an adapter of the query, key and value projections; return what it adds to the weights, by their names."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator, tensors, added = torch.Generator().manual_seed(7), {}, {}
+    parts = ("q_proj", "k_proj", "v_proj")
+    for name in (f"model.layers.{layer}.self_attn.{part}" for layer in range(layers) for part in parts):
+        rows, columns = weights[f"{name}.weight"].shape
+        down = torch.randn(rank, columns, generator=generator) / columns**0.5
+        up = torch.randn(rows, rank, generator=generator) * 0.3
+        tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+        added[f"{name}.weight"] = up @ down * (alpha / rank)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": parts}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return added
+
+
+def eagle_weights(weights, sizes=None):
+    """Return an EAGLE head that drafts nearly as the model: its layers on embeddings, without the sequence's first token."""
+    import torch
+
+    sizes = sizes or Sizes()
+    head = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.layers.")}
+    # The first layer of a head has no norm before its attention: embeddings have a root mean square near 1 already.
+    norm = head.pop("layers.0.input_layernorm.weight")
+    for name in ("q", "k", "v"):
+        head[f"layers.0.self_attn.{name}_proj.weight"] = head[f"layers.0.self_attn.{name}_proj.weight"] * norm
+    return head | {"fc.weight": torch.cat((torch.eye(sizes.hidden), torch.zeros(sizes.hidden, sizes.hidden)), 1)}
+
+
 def write_tokenizer(folder):
     """Write a tokenizer whose words are w0, w1, ...; a chat is the words of its messages."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -1,5 +1,6 @@
 """vLLM's engine in this process, stepped by the test, with a record of what each token could read when it was computed."""
 
+import contextlib
 import gc
 import os
 from dataclasses import dataclass, field
@@ -124,23 +125,44 @@ def let_vllm_scan_modules():
         library.__getattr__ = attribute
 
 
-class ServingEngine:
-    """One engine. Options are those of `vllm.LLM`; `elastickv` are those of the plug-in, None for the stock backend."""
+@contextlib.contextmanager
+def set_variables(environment):
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
-    def __init__(self, folder, elastickv=None, **options):
+
+class ServingEngine:
+    """One engine. Options are those of `vllm.LLM`; `elastickv` are those of the plug-in, None for the stock backend.
+
+    `environment` are variables that vLLM reads when an engine starts, and keeps from then on.
+    """
+
+    def __init__(self, folder, elastickv=None, environment=None, **options):
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
         from vllm import LLM
+        from vllm.compilation.monitor import set_cudagraph_capturing_enabled
         from vllm.v1.attention import selector
 
         let_vllm_scan_modules()
-        # The backend that was selected before, without regard to `additional_config`.
+        # What an engine before left behind: model runner V1 forbids graphs once it has captured its own, and the backend was
+        # selected without regard to `additional_config`.
+        set_cudagraph_capturing_enabled(True)
         selector._cached_get_attn_backend.cache_clear()
         settings = DEFAULTS | options
         if elastickv is not None:
             settings["additional_config"] = {"elastickv": elastickv}
-        self.llm = LLM(model=str(folder), **settings)
+        with set_variables(environment or {}):
+            self.llm = LLM(model=str(folder), **settings)
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler

@@ -39,3 +39,30 @@ def made_up_serving():
         "dropped": ["fp8, round 2: repetition dropped: 20 s were left"],
         "processes": [],
     }
+
+
+def made_up_soak():
+    """Return a result of the soak, as JSON values."""
+    record = {
+        "failed": None,
+        "steps": 5000,
+        "counts": {"requests": 900, "aborted": 90, "preemptions": 12, "prefix_hits": 300},
+        "times": {"decode": {"steps": 2000, "median_ms": 4.0, "p999_over_median": 2.25}},
+        "agreement": {"all": {"soak": {"tokens": 900, "kl": 1.25e-3}, "alone": {"tokens": 0}}},
+    }
+    return {
+        "kind": "elastickv-serving-soak",
+        "version": 1,
+        "date_utc": "2000-01-01T00:00:00Z",
+        "command": ["benchmarks/serving_soak.py"],
+        "settings": {"steps": 5000},
+        "environment": {"commit": "made up"},
+        "device": "a made-up device",
+        "driver": "0",
+        "backends": {"ours": record, "stock": {"failed": "not done after 9 s"}},
+        "verdicts": [
+            {"what": "ours: memory does not grow", "holds": True, "figures": 0},
+            {"what": "strict: within stock's", "holds": False, "figures": {"kl": 0.25, "of": 0.125, "requests": 50}},
+            {"what": "ours: not seen", "holds": None, "figures": None},
+        ],
+    }

@@ -10,6 +10,10 @@ NEW_TOKENS = 104
 # Less than the requests need together: some are preempted.
 SMALL_POOL = {"num_gpu_blocks_override": 100, "max_model_len": 512}
 
+CHUNKED = {"max_num_batched_tokens": 96, "enable_prefix_caching": True}
+ADAPTER_RANK = 8
+ADAPTERS = {"enable_lora": True, "max_lora_rank": ADAPTER_RANK, "max_loras": 1}
+
 
 def random_prompts(lengths, seed=0):
     rng = np.random.default_rng(seed)

@@ -91,11 +91,6 @@ def test_all_ranks_get_the_same_recipes(file):
         assert recipes(range(2), **given) == recipes(range(2, 4), **given) == recipes(**given)
 
 
-def test_layers_of_a_draft_model_have_the_default(file):
-    chosen = recipes([0, 1, 2, 3, 4], calibration=file, compress=3, layers={"0": "int8"})
-    assert chosen[4] == INT4 and chosen[0].formats == "int8"
-
-
 @pytest.mark.parametrize("ratio", [2, 2.5, 3])
 def test_a_calibration_chooses_formats_that_meet_the_ratio_with_every_page_read(file, ratio):
     chosen = recipes(calibration=file, compress=ratio)

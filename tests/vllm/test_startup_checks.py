@@ -178,9 +178,31 @@ def test_the_hybrid_cache_manager_is_needed():
     assert "or the KV connector SomeConnector, which cannot have it (vLLM's SupportsHMA)" in message
 
 
-def test_a_connector_that_can_do_hybrid_caches_is_served():
-    transfer = types.SimpleNamespace(kv_connector="OffloadingConnector")
+def joined(*names):
+    extra = {"connectors": [{"kv_connector": name, "kv_role": "kv_both"} for name in names]}
+    return types.SimpleNamespace(kv_connector="MultiConnector", kv_connector_extra_config=extra)
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [
+        None,
+        types.SimpleNamespace(kv_connector=None),
+        types.SimpleNamespace(kv_connector="OffloadingConnector"),
+        joined("OffloadingConnector", "SimpleCPUOffloadConnector"),
+    ],
+)
+def test_connectors_that_tell_formats_apart_are_served(transfer):
     assert refusals(config(kv_transfer_config=transfer), H200, LAYER) == []
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [types.SimpleNamespace(kv_connector="NixlConnector"), joined("OffloadingConnector", "NixlConnector")],
+)
+def test_a_connector_that_could_pass_on_pages_of_another_format_is_refused(transfer):
+    message = reason(config(kv_transfer_config=transfer))
+    assert "NixlConnector" in message and "use OffloadingConnector or" in message
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
@@ -243,6 +265,12 @@ def test_the_command_has_the_options_that_were_passed():
         assert json.loads(words[words.index("--additional-config") + 1]) == options
 
 
+def test_the_command_keeps_text_alone():
+    assert "--language-model-only" not in windowed_layers_command(config(), "0.33.0")
+    text = config(model_config__multimodal_config=types.SimpleNamespace(language_model_only=True))
+    assert windowed_layers_command(text, "0.33.0").endswith(" --language-model-only")
+
+
 def test_a_windowed_layer_on_a_cpu_has_no_other_backend():
     assert "on CPUs one backend serves all layers" in reason(device=CPU, layer=WINDOWED)
 
@@ -251,6 +279,29 @@ def test_a_windowed_layer_on_a_cpu_has_no_other_backend():
 def test_a_model_of_windowed_layers_alone_may_be_served_without_windows(device):
     message = reason(config(cache_config__sliding_window=512), device, WINDOWED)
     assert "`disable_sliding_window=True` to serve up to 512 tokens" in message
+
+
+@pytest.mark.parametrize("longest", [4096, 131072, 262144])
+def test_windows_that_cover_all_tokens_need_one_flag(longest):
+    """As Phi-3.5 and Phi-4-mini have them."""
+    long = config(cache_config__sliding_window=262144, model_config__max_model_len=longest)
+    message = reason(long, layer=replace(LAYER, sliding_window=262144))
+    assert f"requests have at most {longest}: give `disable_sliding_window=True`" in message and "stock" not in message
+
+
+def test_layers_that_share_caches_are_refused_before_flags_for_windows_are_named():
+    text = types.SimpleNamespace(num_kv_shared_layers=15)
+    found = refusals(config(model_config__hf_text_config=text), H200, WINDOWED)
+    assert found[0].startswith("15 layers of the model read caches of other layers") and "vllm serve" not in found[0]
+    text.num_kv_shared_layers = 0
+    assert refusals(config(model_config__hf_text_config=text), H200, LAYER) == []
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"logits_soft_cap": 50.0}, "caps its scores"), ({"sinks": True}, "sinks")])
+def test_flags_for_windows_are_not_the_first_reason_where_full_layers_are_refused_too(changes, said):
+    """As in Gemma 2 and GPT-OSS."""
+    found = refusals(config(), H200, replace(WINDOWED, **changes))
+    assert said in found[0] and "vllm serve" not in found[0]
 
 
 def test_a_layer_that_is_exempt_from_the_cache_dtype_may_not_stay():
@@ -276,3 +327,34 @@ def test_attributes_that_a_version_lacks_are_no_refusals():
         compilation_config=types.SimpleNamespace(),
     )
     assert refusals(bare, CPU, replace(LAYER, kv_cache_dtype="auto")) == []
+
+
+def speculation(method, count=3, runner=True, modules=1):
+    """Return the configuration of a speculative method; `modules` is how many MTP modules the model has."""
+    several = method == "mtp" and min(count, modules) > 1
+    made = types.SimpleNamespace(method=method, num_speculative_tokens=count, use_multi_module_mtp=lambda: several)
+    return config(speculative_config=made, use_v2_model_runner=runner)
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix"])
+@pytest.mark.parametrize("runner", [True, False])
+def test_drafts_without_layers_are_served_by_any_model_runner(method, runner):
+    assert refusals(speculation(method, runner=runner), H200, LAYER) == []
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "mtp"])
+def test_drafters_with_layers_are_served_by_the_second_model_runner(method):
+    assert refusals(speculation(method), H200, LAYER) == []
+    for device in (H200, CPU):
+        message = reason(speculation(method, runner=False), device)
+        assert f"speculation by {method} needs vLLM's model runner V2" in message and "use the method ngram" in message
+
+
+@pytest.mark.parametrize("method", ["dflash", "dspark", "extract_hidden_states", "custom_class"])
+def test_other_drafters_are_refused_with_those_that_are_served(method):
+    assert f"speculation by {method} is not served: use the method draft_model, eagle" in reason(speculation(method))
+
+
+def test_several_mtp_modules_are_refused_and_one_is_served():
+    assert refusals(speculation("mtp", 1, modules=3), H200, LAYER) == []
+    assert "give num_speculative_tokens=1" in reason(speculation("mtp", 3, modules=3))

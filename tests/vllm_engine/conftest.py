@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.helpers.serving_scenarios import LENGTHS, NEW_TOKENS, RECIPE, WINDOW, random_prompts
+from tests.helpers.serving_scenarios import ADAPTER_RANK, LENGTHS, NEW_TOKENS, RECIPE, WINDOW, random_prompts
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["*"]
@@ -40,6 +40,15 @@ def folder(weights, tmp_path_factory):
     from tests.helpers.served_llama import write_model
 
     return write_model(tmp_path_factory.mktemp("served") / "llama", weights)
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory, weights):
+    """Return the folder of an adapter, and what it adds to the weights."""
+    from tests.helpers.served_llama import write_adapter
+
+    folder = tmp_path_factory.mktemp("adapter")
+    return folder, write_adapter(folder, weights, ADAPTER_RANK)
 
 
 class Engines:
@@ -76,14 +85,14 @@ def serve(folder, plug_in):
 @pytest.fixture(scope="session")
 def rule(weights):
     """Return the plain model of a recipe and a window."""
-    from tests.helpers.read_rule import ReadRule
+    from tests.helpers.read_rule import PlainLlama
 
     models = {}
 
     def model(recipe=RECIPE, window=WINDOW, weights=weights, **options):
         key = repr((recipe, window, id(weights), sorted(options.items())))
         if key not in models:
-            models[key] = ReadRule(weights, recipe, window, **options)
+            models[key] = PlainLlama(weights, recipe, window, **options)
         return models[key]
 
     return model

@@ -1,62 +1,42 @@
-"""Tokens whose keys or values cannot be stored: the log names them, and no other request notices."""
+"""Tokens whose keys or values cannot be stored: the log names them, their request fails, and no other request notices."""
 
-import logging
-import math
-from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
+from elastickv.vllm import window_spec
 from elastickv.vllm.bad_tokens import BadTokens
-from tests.helpers.served_llama import Sizes, write_model
+from tests.helpers.bad_words import (
+    INFINITE,
+    LARGE,
+    NAN,
+    NOT_FINITE,
+    POSITION,
+    TOO_LARGE,
+    WHY,
+    ended_by_error,
+    ends,
+    errors,
+    named,
+    with_bad_word,
+    with_bad_words,
+)
+from tests.helpers.served_llama import write_model
 from tests.helpers.serving_scenarios import all_follow, random_prompts
 
-NAN, INFINITE, LARGE = 509, 510, 511  # words that random prompts do not have
-LOOKS = 8  # steps from one look to the next
-POSITION, STEPS = 70, 40
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
 def poisoned(weights):
-    """Return the weights with three bad words: one is NaN, one infinite, and one has huge keys and usual values.
-
-    The last differs from others in one channel, which only the keys of the first layer read.
-    """
-    sizes, made = Sizes(), {name: tensor.clone() for name, tensor in weights.items()}
-    embedding = made["model.embed_tokens.weight"]
-    embedding[:, -1] = 0
-    embedding[NAN], embedding[INFINITE] = math.nan, math.inf
-    embedding[LARGE] = 0
-    embedding[LARGE, -1] = 1
-    for name, tensor in made.items():
-        if tensor.dim() == 2 and tensor.shape[1] == sizes.hidden and "embed" not in name:
-            tensor[:, -1] = 0
-    # The norm before attention makes the channel 16 times its weight.
-    made["model.layers.0.self_attn.k_proj.weight"][:, -1] = 1e5
-    return made
+    return with_bad_words(weights)
 
 
 @pytest.fixture(scope="module")
 def poisoned_folder(poisoned, tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("poisoned") / "llama", poisoned)
-
-
-@contextmanager
-def errors():
-    """Keep the messages that are logged as errors. vLLM takes other handlers away when an engine starts."""
-    messages = []
-
-    class Kept(logging.Handler):
-        def emit(self, record):
-            messages.append(record.getMessage())
-
-    handler, logger = Kept(logging.ERROR), logging.getLogger("vllm.elastickv")
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -65,46 +45,36 @@ def logged():
         yield messages
 
 
-def with_bad_word(word):
-    prompt = random_prompts([100], seed=7)[0]
-    return [*prompt[:POSITION], word, *prompt[POSITION + 1 :]]
-
-
 @pytest.fixture(scope="module")
 def alone(serve, rule, poisoned, poisoned_folder, prompts):
     """Answers where no request has a bad word."""
     engine = serve(folder=poisoned_folder)
     with errors() as messages:
         answers = engine.generate(prompts, STEPS)
-        engine.generate(prompts[:1], 2 * LOOKS)
     all_follow(rule(weights=poisoned), answers)
     assert messages == []
     return answers
 
 
+WITH_PREFIXES = {"enable_prefix_caching": True}
+
+
 @pytest.mark.parametrize(
     ("word", "reason"),
-    [
-        (NAN, "a NaN or an infinity in keys or values"),
-        (INFINITE, "a NaN or an infinity in keys or values"),
-        (LARGE, "a key beyond the range of the page format"),
-    ],
+    [(NAN, NOT_FINITE), (INFINITE, NOT_FINITE), (LARGE, TOO_LARGE)],
     ids=["nan", "infinite", "large"],
 )
-def test_a_bad_token_is_named_and_others_answers_are_theirs(serve, alone, poisoned_folder, prompts, word, reason):
+def test_a_request_with_a_bad_token_fails_and_others_answers_are_theirs(serve, alone, poisoned_folder, prompts, word, reason):
     engine = serve(folder=poisoned_folder)
     start = engine.free_blocks
     with errors() as messages:
         bad = engine.add(with_bad_word(word), 10)
         names = [engine.add(prompt, STEPS) for prompt in prompts]
-        ended = {}
-        while engine.engine.has_unfinished_requests():
-            ended |= engine.step()
-    assert bad in ended
-    assert messages[0] == (
-        f"ElasticKV: layer model.layers.0.self_attn.attn has {reason} at position {POSITION} of a request: "
-        "its answer is wrong from there on"
-    )
+        ended = ends(engine)
+    assert ended_by_error(ended[bad]) == []
+    # What is wrong is said before the request fails.
+    assert messages[0] == named(POSITION, reason)
+    assert messages[-1] == f"ElasticKV: request {bad} ends with an error: {WHY}"
     together = [engine.answers(ended[name], prompt)[0] for name, prompt in zip(names, prompts, strict=True)]
     assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
     assert engine.free_blocks == start
@@ -116,36 +86,116 @@ def test_a_bad_token_is_named_and_others_answers_are_theirs(serve, alone, poison
     assert engine.free_blocks == start
 
 
-def looked(found, times=LOOKS):
-    for _ in range(times):
-        found.look()
+def test_a_bad_token_far_before_the_end_of_a_chunk_fails_its_request(serve, poisoned_folder):
+    """No later token of the chunk needs it: by the last one it is in a page."""
+    engine = serve(folder=poisoned_folder)
+    prompt = random_prompts([900], seed=9)[0]
+    prompt[POSITION] = NAN
+    with errors() as messages:
+        bad = engine.add(prompt, 10)
+        assert ended_by_error(ends(engine)[bad]) == []
+    assert messages[0] == named(POSITION)
+
+
+def test_a_bad_token_that_the_model_chose_fails_its_request_in_the_next_step(serve, poisoned_folder):
+    engine = serve(folder=poisoned_folder)
+    start = engine.free_blocks
+    with errors() as messages:
+        bad = engine.add(random_prompts([50], seed=9)[0], 10, allowed_token_ids=[NAN])
+        assert ended_by_error(ends(engine)[bad]) == [NAN]
+    assert messages[0] == named(50)
+    assert engine.free_blocks == start
+
+
+def test_blocks_of_a_bad_token_serve_no_prefix_hit(serve, poisoned_folder):
+    engine = serve(folder=poisoned_folder, **WITH_PREFIXES)
+    prompt = with_bad_word(NAN)
+    for _ in range(2):  # the bad token is computed again
+        with errors() as messages:
+            bad = engine.add(prompt, 10)
+            ended_by_error(ends(engine)[bad])
+        assert messages[0] == named(POSITION)
+    clean = [*prompt[:POSITION], *random_prompts([60], seed=10)[0]]
+    (answer,) = engine.generate([clean], 10)
+    assert answer.cached == 0 and len(answer.tokens) == 10
+    (again,) = engine.generate([clean], 10)
+    assert again.cached == 128 and again.tokens == answer.tokens
+
+
+def test_blocks_before_the_chunk_of_a_bad_token_stay_in_the_prefix_cache(serve, poisoned_folder):
+    engine = serve(folder=poisoned_folder, **WITH_PREFIXES)
+    prompt = with_bad_word(NAN)
+    (answer,) = engine.generate([prompt[:POSITION]], 10)
+    bad = engine.add(prompt, 10)
+    ended_by_error(ends(engine)[bad])
+    (again,) = engine.generate([prompt[:POSITION]], 10)
+    assert again.cached == 64 and again.tokens == answer.tokens
+
+
+def test_a_request_that_read_bad_blocks_before_they_were_noticed_fails_too(serve, poisoned_folder, prompts, monkeypatch):
+    """Blocks are in the prefix cache once a step that writes them is planned; another request of it may read them."""
+    engine = serve(folder=poisoned_folder, **WITH_PREFIXES)
+    start = engine.free_blocks
+    prompt = with_bad_word(NAN)
+    with errors() as messages:
+        first = engine.add(prompt, 10)
+        second = engine.add([*prompt, *random_prompts([300], seed=12)[0]], 10)
+        other = engine.add(prompts[0], 10)
+        # Whatever the second makes of the first one's blocks, it is known to have read them.
+        monkeypatch.setattr(engine.scheduler, "_with_nan", lambda *_: iter([first]))
+        ended = ends(engine)
+    assert [ended_by_error(ended[name]) for name in (first, second)] == [[], []]
+    (answer,) = ended[other].outputs
+    assert len(answer.token_ids) == 10 and answer.finish_reason == "length"
+    assert f"ElasticKV: request {first} ends with an error: {WHY}" in messages
+    assert f"ElasticKV: request {second} ends with an error: it read blocks of a request whose logits are NaN" in messages
+    assert engine.free_blocks == start
+
+
+def test_with_drafts_the_request_fails_whose_rows_are_bad(serve, poisoned_folder):
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    engine = serve(folder=poisoned_folder, speculative_config=drafts)
+    repeated = random_prompts([8], seed=11)[0] * 8
+    alone = engine.generate([repeated], STEPS)[0]
+    for order in (0, 1):
+        with errors() as messages:
+            names = [engine.add(repeated, STEPS)] if order else []
+            bad = engine.add(with_bad_word(NAN), 10)
+            names += [] if order else [engine.add(repeated, STEPS)]
+            ended = ends(engine)
+        ended_by_error(ended[bad])
+        (answer,) = ended[names[0]].outputs
+        assert list(answer.token_ids) == alone.tokens
+        assert f"ElasticKV: request {bad} ends with an error: {WHY}" in messages
+
+
+def test_a_scheduler_that_the_user_chose_stays_and_the_log_says_what_it_lacks(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(window_spec._log, "warning", lambda text, *arguments: warnings.append(text % arguments))
+    ours, theirs = SimpleNamespace(scheduler_cls=None, async_scheduling=True), SimpleNamespace(scheduler_cls="mine.Scheduler")
+    for _ in range(2):
+        window_spec.choose_scheduler(ours)
+        window_spec.choose_scheduler(theirs)
+    assert ours.scheduler_cls == "elastickv.vllm.failing_scheduler.FailingAsyncScheduler"
+    assert theirs.scheduler_cls == "mine.Scheduler"
+    (warning,) = warnings
+    assert "mine.Scheduler" in warning and "NaN" in warning
 
 
 def test_what_was_found_is_logged_once_with_its_layer(logged):
     found = BadTokens("cpu")
     first, second = found.word("first"), found.word("second")
     assert first.tolist() == second.tolist() == [NO_BAD_TOKEN]
-    second.fill_(BadToken(3, 1234, too_large=True).word)
-    looked(found, 2 * LOOKS)
+    assert (found.layers_up_to("first"), found.layers_up_to("second")) == (1, 2)
+    found.reported[1] = BadToken(3, 1234, too_large=True).word
+    for _ in range(2):
+        found.look()
     assert logged == [
-        "ElasticKV: layer second has a key beyond the range of the page format at position 1234 of a request: "
-        "its answer is wrong from there on"
+        f"ElasticKV: layer second has {TOO_LARGE} at position 1234 of a request, which ends with an error",
     ]
-    looked(found, 4 * LOOKS)
-    assert len(logged) == 1
-    assert first.tolist() == second.tolist() == [NO_BAD_TOKEN]
-    first.fill_(BadToken(0, 5, too_large=False).word)
-    looked(found, 2 * LOOKS)
-    assert len(logged) == 2 and "layer first has a NaN or an infinity" in logged[1]
-
-
-def test_steps_between_two_looks_read_nothing(logged):
-    found = BadTokens("cpu")
-    found.word("first").fill_(BadToken(0, 0, too_large=False).word)
-    looked(found, 2 * LOOKS - 1)
-    assert logged == []
+    found.reported[0] = BadToken(0, 5, too_large=False).word
     found.look()
-    assert len(logged) == 1
+    assert len(logged) == 2 and "layer first has a NaN or an infinity" in logged[1]
 
 
 @pytest.mark.parametrize("token", [BadToken(0, 0, True), BadToken(0, 0, False), BadToken(2**31 - 2, 2**32 - 1, True)])

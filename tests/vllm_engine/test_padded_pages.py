@@ -9,7 +9,7 @@ SLAB_BYTES, KV_HEADS, HEAD_DIM = 4736, 8, 128
 BLOCK_BYTES, DENSE_BYTES = KV_HEADS * SLAB_BYTES, 32 * KV_HEADS * HEAD_DIM * 2 * 2
 
 
-def bind(stride, monkeypatch):
+def bind(stride, monkeypatch, blocks=1000):
     """Return what the start says of a window whose blocks are `stride` bytes apart."""
     from elastickv.vllm import model_setup
     from elastickv.vllm.window_cache import WindowCache, WindowShape
@@ -17,17 +17,16 @@ def bind(stride, monkeypatch):
     setup, lines = model_setup.ModelSetup.__new__(model_setup.ModelSetup), []
     for level in ("info", "warning"):
         monkeypatch.setattr(model_setup._log, level, lambda text, *arguments: lines.append(text % arguments))
-    setup._logged = False
+    setup._reported = []
     setup.config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_seqs=256),
-        compilation_config=SimpleNamespace(max_cudagraph_capture_size=512),
+        cache_config=SimpleNamespace(num_gpu_blocks=blocks),
         model_config=SimpleNamespace(max_model_len=32768),
     )
     shape = WindowShape(
         tokens=128, slab_bytes=SLAB_BYTES, kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16, soft=True
     )
-    cache = WindowCache(shape, None, setup._bound)
-    setup._layers = {"model.layers.0.attn.window": cache}
+    cache = WindowCache("model.layers.0.attn.window", shape, None, setup._bound)
+    setup._layers = {cache.name: cache}
     cache.bind_kv_cache(torch.empty_strided((1000, KV_HEADS, 8, 512), (stride, 4096, 512, 1), dtype=torch.uint8))
     return lines
 
@@ -36,6 +35,11 @@ def bind(stride, monkeypatch):
 def test_blocks_of_their_own_size_or_of_several_pages_are_right(times, monkeypatch):
     (line,) = bind(times * BLOCK_BYTES, monkeypatch)
     assert f"page {BLOCK_BYTES:,} B" in line
+
+
+def test_the_cache_that_vllm_measures_graphs_with_is_not_reported(monkeypatch):
+    """Its worker knows no number of blocks then, and learns it before it allocates the cache that serves."""
+    assert bind(BLOCK_BYTES, monkeypatch, blocks=None) == []
 
 
 def test_padding_that_costs_capacity_is_said(monkeypatch):
@@ -60,6 +64,6 @@ def test_layers_that_are_exempt_from_the_dtype_keep_their_size(dtype, packed, mo
     from elastickv.vllm.model_setup import ModelSetup
 
     setup = SimpleNamespace(slab_bytes=lambda head_dim: SLAB_BYTES, kv_cache_dtype=dtype)
-    monkeypatch.setattr(ModelSetup, "newest", setup)
+    monkeypatch.setattr(ModelSetup, "newest", lambda: setup)
     spec = FullAttentionSpec(block_size=32, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16)
     assert ElasticAttentionBackend.customize_spec(spec).page_size_bytes == (BLOCK_BYTES if packed else DENSE_BYTES)

@@ -1,19 +1,26 @@
 """Heads split over two processes, each of which loads the plug-in and has caches of its own."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-from tests.helpers.serving_scenarios import LENGTHS, random_prompts
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.bad_words import NAN, with_bad_word, with_bad_words
+from tests.helpers.parallel_engine import ask
+from tests.helpers.served_llama import write_model
+from tests.helpers.serving_engine import DEFAULTS
+from tests.helpers.serving_scenarios import LENGTHS, RECIPE, WINDOW, all_equal, all_follow, random_prompts
 
 
-def test_two_ranks_answer_as_one_engine_does(serve, folder):
-    alone = [answer.tokens for answer in serve().generate(random_prompts(LENGTHS), 24)]
-    command = [sys.executable, "-m", "tests.helpers.parallel_engine", str(folder), "2"]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    answers = [line.partition("ANSWERS")[2] for line in output.stdout.splitlines() if "ANSWERS" in line]
-    assert answers, output.stderr[-2000:]
-    assert json.loads(answers[-1]) == alone
+def test_two_ranks_answer_as_one_engine_does(serve, folder, rule):
+    prompts = random_prompts(LENGTHS)
+    alone = serve().generate(prompts, 24)
+    plug_in = {"elastickv": {"format": RECIPE, "window": WINDOW}}
+    (answers,) = ask(prompts, 24, **DEFAULTS, model=str(folder), tensor_parallel_size=2, additional_config=plug_in)
+    all_follow(rule(), answers)
+    all_equal(rule(), answers, alone)
+
+
+def test_a_request_with_nan_fails_though_other_processes_run_the_model(serve, weights, tmp_path):
+    """Each rank finds it in heads of its own; the process that schedules sees logits only."""
+    serve.close()
+    folder = write_model(tmp_path / "llama", with_bad_words(weights))
+    prompts = [with_bad_word(NAN), *random_prompts(LENGTHS[:2])]
+    plug_in = {"elastickv": {"format": RECIPE, "window": WINDOW}}
+    (answers,) = ask(prompts, 12, **DEFAULTS, model=str(folder), tensor_parallel_size=2, additional_config=plug_in)
+    assert [len(answer.tokens) for answer in answers] == [0, 12, 12]

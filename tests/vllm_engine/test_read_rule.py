@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.read_rule import ReadRule
+from elastickv.recipe import Recipe
 from tests.helpers.read_rule import NEAR, compare, follows
 from tests.helpers.serving_scenarios import WINDOW, random_prompts
 
@@ -23,14 +25,10 @@ def test_stock_vllm_answers_as_the_plain_model_without_pages(serve, rule, prompt
         assert follows(rule(recipe=None), answer) is None
 
 
-def test_queries_read_pages_once_tokens_are_older_than_the_window(rule):
-    read = rule(window=64).from_pages(200, None)
-    assert not read[63].any()
-    assert read[64].nonzero().flatten().tolist() == [0]
-    assert read[199].sum() == 136
-    first = np.full(200, 96)
-    assert rule(window=64).from_pages(200, first)[120].sum() == 96
-    assert rule(window=64).from_pages(200, first)[50].sum() == 50
+def test_queries_read_pages_once_tokens_are_older_than_the_window():
+    rule, positions = ReadRule(Recipe.parse("int4"), 64), torch.arange(200)
+    assert rule.first_exact(positions)[[63, 64, 199]].tolist() == [0, 1, 136]
+    assert rule.first_exact(positions, torch.full((200,), 96))[[50, 120, 199]].tolist() == [50, 96, 136]
 
 
 @pytest.mark.parametrize(("recipe", "window"), [(None, WINDOW), ("int4", WINDOW - 32), ("int4", WINDOW + 32), ("int8", WINDOW)])

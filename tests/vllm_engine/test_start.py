@@ -1,9 +1,11 @@
 """What an engine says of its memory when it starts, what it refuses, and small pools."""
 
 import re
+import weakref
 
 import pytest
 
+from elastickv.vllm.window_cache import WindowCache
 from tests.helpers.serving_scenarios import all_follow, random_prompts
 
 LONG = {"max_model_len": 4096, "max_num_batched_tokens": 8192, "enable_prefix_caching": True}
@@ -91,3 +93,11 @@ def test_asynchronous_scheduling_changes_no_token(serve, rule, prompts, base):
 
 def test_a_compiled_model_follows_the_rule(serve, rule, prompts):
     all_follow(rule(), serve(enforce_eager=False).generate(prompts, 60))
+
+
+def test_a_closed_engine_keeps_no_memory(serve):
+    layers = serve().engine.vllm_config.compilation_config.static_forward_context
+    window = weakref.ref(next(layer for layer in layers.values() if isinstance(layer, WindowCache)))
+    del layers
+    serve.close()
+    assert window() is None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from elastickv.recipe import AttentionShape
-from elastickv.vllm import cpu_attention
+from elastickv.vllm import cpu_attention, step_metadata
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.step_metadata import PageMetadataBuilder, WindowMetadataBuilder
 
@@ -17,11 +17,13 @@ CPU = torch.device("cpu")
 LOOKS = []
 
 
-def configuration(layer, drafts=0, captured=()):
+def configuration(layer, drafts=0, captured=(), method="ngram"):
     return SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={"layer": layer}, cudagraph_capture_sizes=list(captured)),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
-        speculative_config=SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False) if drafts else None,
+        speculative_config=SimpleNamespace(method=method, num_speculative_tokens=drafts, parallel_drafting=False)
+        if drafts
+        else None,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         num_speculative_tokens=drafts,
     )
@@ -46,10 +48,11 @@ def common(counts, lengths=None, table=None, on_host=True, padded_to=None):
     )
 
 
-def page_batch(counts, drafts=0, **options):
+def page_batch(counts, drafts=0, method="ngram", of_drafter=False, **options):
     LOOKS.clear()
-    layer = SimpleNamespace(impl=SimpleNamespace(bad_tokens=SimpleNamespace(look=lambda: LOOKS.append(1))))
-    builder = PageMetadataBuilder(None, ["layer"], configuration(layer, drafts), CPU)
+    impl = SimpleNamespace(bad_tokens=SimpleNamespace(look=lambda: LOOKS.append(1)))
+    layer = SimpleNamespace(impl=impl, is_draft_layer=of_drafter)
+    builder = PageMetadataBuilder(None, ["layer"], configuration(layer, drafts, method=method), CPU)
     return builder.build(0, common(counts, **options))
 
 
@@ -86,6 +89,16 @@ def test_a_graph_sees_requests_that_only_fill_it_up_as_decodes_like_the_others(c
 def test_lengths_are_on_the_host_where_there_are_chunks(on_host):
     assert page_batch([1, 30], lengths=[200, 130], on_host=on_host).lengths_list == [200, 130]
     assert page_batch([1, 1], lengths=[200, 130], on_host=on_host).lengths_list == []
+
+
+def test_requests_of_a_draft_model_are_a_token_longer_than_the_host_says():
+    """vLLM gives the lengths of the model, whose step is a token shorter."""
+    options = {"drafts": 3, "method": "draft_model", "lengths": [200, 130]}
+    batch = page_batch([5, 31], of_drafter=True, **options)
+    assert (batch.decodes, batch.decode_tokens, batch.lengths_list) == (1, 5, [201, 131])
+    assert page_batch([4, 31], **options).lengths_list == [200, 130]
+    options["method"] = "eagle"
+    assert page_batch([4, 31], of_drafter=True, **options).lengths_list == [200, 130]
 
 
 def test_what_layers_share_is_of_one_step_alone():
@@ -153,3 +166,15 @@ def test_a_captured_graph_finds_the_start_of_windows_where_it_was(find_first):
     assert other.first.data_ptr() == at
     assert len(builder._first) > 8  # of the largest graph, which has more requests than are served
     assert one.slot_mapping.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("captured", "drafts", "told"),
+    [([1, 2], 0, [(2, 4)]), ([1, 8], 2, [(2, 4)]), ([1, 4], 0, []), ([4, 12], 2, []), ([], 0, [])],
+)
+def test_more_requests_than_graphs_are_captured_for_are_told(monkeypatch, captured, drafts, told):
+    lines = []
+    monkeypatch.setattr(step_metadata._log, "info_once", lambda text, *numbers: lines.append(numbers), raising=False)
+    config = configuration(SimpleNamespace(attention=None), drafts, captured)
+    WindowMetadataBuilder(SimpleNamespace(block_size=8), ["layer"], config, CPU)
+    assert lines == told

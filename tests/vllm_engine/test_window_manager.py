@@ -14,8 +14,8 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
-from elastickv.vllm.window_manager import SoftWindowManager, WindowManager
-from elastickv.vllm.window_spec import SoftWindowSpec, WindowSpec
+from elastickv.vllm.window_manager import WindowManager
+from elastickv.vllm.window_spec import WindowSpec
 
 PAGE, POOL, LONGEST, MOST_A_STEP = 32, 120, 600, 300
 
@@ -73,7 +73,7 @@ class Schedules(RuleBasedStateMachine):
     def start(self, block, exact, steps, drafts, caching):
         init_none_hash(sha256)
         self.size, self.exact, self.drafts, self.caching = block, exact, drafts, caching
-        self.spec = (SoftWindowSpec if self.soft else WindowSpec)(
+        self.spec = WindowSpec(
             block_size=block,
             num_kv_heads=1,
             head_size=64,
@@ -86,7 +86,7 @@ class Schedules(RuleBasedStateMachine):
         )
         self.most = self.spec.max_admission_blocks_per_request(MOST_A_STEP * steps, LONGEST)
         self.pool = CarefulPool(POOL * PAGE // block, caching, block)
-        self.manager = (SoftWindowManager if self.soft else WindowManager)(
+        self.manager = WindowManager(
             self.spec,
             block_pool=self.pool,
             enable_caching=caching,

@@ -12,15 +12,15 @@ from elastickv.vllm.layer_formats import SlabPlan
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.window_cache import WindowShape
 from elastickv.vllm.window_manager import register_specs
-from elastickv.vllm.window_spec import SoftWindowSpec, WindowSpec
+from elastickv.vllm.window_spec import WindowSpec
 from tests.helpers.served_llama import Sizes, write_model
 
 LAYERS, KV_HEADS, HEAD_DIM, WINDOW = 32, 8, 128, 128
 GIB = 2**30
 
 
-def window(kind=SoftWindowSpec, *, block=8, exact=WINDOW, steps=1, rollback=0, hit=0):
-    return kind(
+def window(*, block=8, exact=WINDOW, steps=1, rollback=0, hit=0):
+    return WindowSpec(
         block_size=block,
         num_kv_heads=KV_HEADS,
         head_size=HEAD_DIM,
@@ -53,7 +53,7 @@ def stock_blocks(spec, in_flight, longest):
     ],
 )
 def test_the_first_stored_token_is_that_which_the_next_query_or_a_repeated_prompt_reads(options, tokens, first):
-    assert window(WindowSpec, **options).first_stored(tokens) == first
+    assert window(**options).first_stored(tokens) == first
 
 
 @given(
@@ -84,7 +84,7 @@ def test_a_request_reserves_a_window_for_each_step_and_never_more_than_stock(
     exact, block, steps, drafts, hit, in_flight, longest
 ):
     rollback = drafts * steps
-    spec = window(WindowSpec, block=block, exact=exact, steps=steps, rollback=rollback, hit=hit)
+    spec = window(block=block, exact=exact, steps=steps, rollback=rollback, hit=hit)
     blocks = spec.max_admission_blocks_per_request(in_flight, longest)
     stock = stock_blocks(spec, in_flight, longest)
     assert blocks <= stock
@@ -200,7 +200,6 @@ def test_the_window_of_a_layer_is_described_by_the_configuration(configure):
     config = configure(1024, steps=2)
     shape = WindowShape(96, 4736, KV_HEADS, HEAD_DIM, torch.bfloat16, True)
     soft, strict = shape.spec(config), replace(shape, soft=False).spec(config)
-    assert type(soft) is SoftWindowSpec and type(strict) is WindowSpec
     assert (soft.steps_in_flight, soft.rollback_tokens, soft.hit_tokens, strict.hit_tokens) == (2, 0, 0, 32)
     assert (soft.block_size, soft.sliding_window) == (8, 96)
     assert soft.page_size_bytes == 8 * KV_HEADS * 4 * HEAD_DIM <= KV_HEADS * 4736

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
+from elastickv.backends.cuda.wheels import cuda_install_command
 from elastickv.backends.gpu_detection import gpu_present
 from elastickv.backends.kernel_cache import cache_folder, obstacle
 from elastickv.benchmark.environment import cpu_name
@@ -80,7 +81,7 @@ def _cuda() -> Iterator[Finding]:
     has_gpu = gpu_present()
     # A compiler without a GPU serves those who change kernels: it is shown where it is, and missed by nobody.
     missing = "broken" if has_gpu else "absent"
-    install = 'pip install "elastickv[cuda]"'
+    install = cuda_install_command()
     try:
         compiler = import_module("elastickv.backends.cuda.compiler")
         major, minor = compiler.nvrtc_version()

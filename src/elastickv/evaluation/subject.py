@@ -11,9 +11,9 @@ from elastickv.evaluation.scoring import Open
 from elastickv.recipe import AttentionShape, ModelCalibration
 from elastickv.transformers.model_loading import Loaded, fingerprint
 from elastickv.transformers.model_support import sizes_of, text_config
+from elastickv.transformers.torch_dtypes import DTYPE_NAMES
 
 STOCK_QUANTIZED = "stock-quantized"
-_DTYPES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
 class Subject:
@@ -36,7 +36,7 @@ class Subject:
             calibration.check_model(self.fingerprint, loaded.name)
         self.shape = AttentionShape(1, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
         self.elastic, self.positions, self.head_dim = sizes.elastic, sizes.max_positions, sizes.head_dim
-        self.dtype = _DTYPES[str(self.model.dtype)]
+        self.dtype = DTYPE_NAMES[self.model.dtype]
 
     @property
     def layers(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from elastickv.html_report.format_losses import ComparedFormats, compared_formats
 from elastickv.html_report.method_labels import step_label
-from elastickv.html_report.report_data import Evaluation, IntervalEstimate, ModelRun, ReportData, Serving, Step
+from elastickv.html_report.report_data import Evaluation, IntervalEstimate, ModelRun, ReportData, Serving, Soak, Step
 from elastickv.html_report.serving_results import fastest_step
 from elastickv.results.formats.units import NO_INTERVAL, fixed, interval
 from elastickv.results.kinds.original_result import OriginalResult
@@ -55,7 +55,9 @@ def _measured(data: ReportData) -> Headline:
         return _of_model(best_model(data.models))
     if data.evaluations:
         return _of_evaluation(data.evaluations[0])
-    return _of_serving(data.servings[0]) if data.servings else _of_unmeasured(data.unmeasured)
+    if data.servings:
+        return _of_serving(data.servings[0])
+    return _of_soak(data.soaks[0]) if data.soaks else _of_unmeasured(data.unmeasured)
 
 
 def best_step(steps: Sequence[Step]) -> Step | None:
@@ -218,6 +220,13 @@ def _of_serving(serving: Serving) -> Headline:
         f"{result.baseline} (bounds: single rounds). The speed alone says nothing of what the output lost."
     )
     return Headline(serving.provenance.source, sentence, [("a step", f"{step.ms:.2f} ms", name)], ())
+
+
+def _of_soak(soak: Soak) -> Headline:
+    judged = [verdict for verdict in soak.result.verdicts if verdict.holds is not None]
+    held = sum(verdict.holds is True for verdict in judged)
+    sentence = f"On {soak.provenance.device}, {held} of {len(judged)} things hold that were asked of vLLM under a random load."
+    return Headline(soak.provenance.source, sentence, (), ())
 
 
 def _all_steps(steps: Sequence[Step]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from elastickv.errors import UsageError
 from elastickv.html_report.model_results import evaluation_view, model_of
 from elastickv.html_report.report_data import ModelRun, ReportData, Step
 from elastickv.html_report.serving_results import serving_view
+from elastickv.html_report.soak_tables import soak_view
 from elastickv.html_report.step_results import step_of
 from elastickv.results.compare.result_sets import ResultSet, gather
 from elastickv.results.documents import Document, file_of
@@ -43,6 +44,8 @@ def load_report_data(inputs: Sequence[Any]) -> ReportData:
             everything.add_evaluation(document, evaluation)
         for document, serving in results.servings:
             everything.add_serving(document, serving)
+        for document, soak in results.soaks:
+            everything.add_soak(document, soak)
         everything.sweeps += results.sweeps
         everything.unmeasured += results.unmeasured
         everything.incomplete += results.incomplete
@@ -50,8 +53,8 @@ def load_report_data(inputs: Sequence[Any]) -> ReportData:
         for file, reasons in results.unreadable.items():
             everything.unreadable[file] += [reason for reason in reasons if reason not in everything.unreadable[file]]
     steps, models, documents = _views(everything)
-    evaluations, servings = everything.evaluations, everything.servings
-    if everything.empty or not (steps or models or evaluations or servings or everything.unmeasured):
+    evaluations, servings, soaks = everything.evaluations, everything.servings, everything.soaks
+    if everything.empty or not (steps or models or evaluations or servings or soaks or everything.unmeasured):
         raise everything.nothing_measured()
     return ReportData(
         steps=steps,
@@ -62,9 +65,10 @@ def load_report_data(inputs: Sequence[Any]) -> ReportData:
         incomplete=list(dict.fromkeys(everything.incomplete)),
         unreadable=everything.refusals,
         notes=list(dict.fromkeys(everything.notes)),
-        documents=[*documents, *(document for document, _ in [*evaluations, *servings])],
+        documents=[*documents, *(document for document, _ in [*evaluations, *servings, *soaks])],
         inputs=list(dict.fromkeys(map(file_of, _sources(everything)))),
         servings=[serving_view(serving, document.source) for document, serving in servings],
+        soaks=[soak_view(soak, document.source) for document, soak in soaks],
     )
 
 
@@ -72,6 +76,7 @@ def _sources(results: ResultSet) -> Iterator[str]:
     yield from (document.source for document in results.documents)
     yield from (document.source for document, _ in results.evaluations)
     yield from (document.source for document, _ in results.servings)
+    yield from (document.source for document, _ in results.soaks)
     yield from (source for source, _ in results.sweeps)
     yield from (cell.sweep for cell in results.unmeasured)
     yield from results.unreadable

@@ -15,6 +15,7 @@ from elastickv.results.kinds.gguf_result import OurFormat
 from elastickv.results.kinds.model_result import QualityDelta
 from elastickv.results.kinds.original_result import OriginalResult
 from elastickv.results.kinds.serving_result import ServingResult
+from elastickv.results.kinds.soak_result import SoakResult
 from elastickv.results.kinds.sweep_record import UnmeasuredCell
 
 BENCH, RUN = "bench", "run"  # programs: of a model that decodes in turns, of a text that was generated once
@@ -276,12 +277,20 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Soak:
+    """A result of `benchmarks/serving_soak.py`."""
+
+    provenance: Provenance
+    result: SoakResult
+
+
+@dataclass(frozen=True)
 class ReportData:
     """All results of a report.
 
     Attributes
     ----------
-    steps, models, evaluations, servings : results by kind, in the order of the inputs.
+    steps, models, evaluations, servings, soaks : results by kind, in the order of the inputs.
     sweeps : what each sweep was to measure: its source and command.
     unmeasured : cells of sweeps that have no result, and why; those that the file lacks are among them.
     incomplete : a sentence for each sweep that lacks cells of its plan.
@@ -302,6 +311,7 @@ class ReportData:
     documents: Sequence[Document]
     inputs: Sequence[str] = ()
     servings: Sequence[Serving] = ()
+    soaks: Sequence[Soak] = ()
 
     @property
     def not_measured(self) -> Mapping[str, str]:
@@ -311,7 +321,7 @@ class ReportData:
     @property
     def provenance(self) -> list[Provenance]:
         """How each result came about."""
-        results: list[Any] = [*self.steps, *self.models, *self.evaluations, *self.servings]
+        results: list[Any] = [*self.steps, *self.models, *self.evaluations, *self.servings, *self.soaks]
         return [result.provenance for result in results]
 
     @cached_property

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from elastickv.html_report.content import Section, tables
 from elastickv.html_report.report_data import ReportData
+from elastickv.html_report.soak_tables import soak_tables
 from elastickv.results.formats.units import duration, fixed, interval, size
 from elastickv.results.kinds.serving_result import ServingContender, ServingResult
 
@@ -24,9 +25,10 @@ def serving(data: ReportData) -> Section:
             *tables("Tokens of KV cache in the same memory, by the context of the requests", _capacities(data), _TEXT),
             *tables("Decoding with as many requests as fit", _throughputs(data), _TEXT),
             *tables("Start-up, memory, and the first token of a long prompt", _startups(data), _TEXT),
+            *soak_tables(data),
         ],
         notes=list(_notes(data)),
-        missing="a result of benchmarks/serving.py",
+        missing="a result of benchmarks/serving.py or serving_soak.py",
     )
 
 

@@ -115,16 +115,16 @@ def built(name: str, dtype: str, device: str, seed: int = 0) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from elastickv.transformers.torch_dtypes import torch_dtype
+
     shape = shape_named(name)
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if shape is None:
         raise UsageError(f"{name} is no shape: choose {', '.join(PREFIX + known for known in SHAPES)}")
-    if dtype not in dtypes:
-        raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(dtypes)}")
+    wanted = torch_dtype(dtype)
     target = torch.device(device)
     with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []), target:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(shape.config(), dtype=dtypes[dtype])
+        model = AutoModelForCausalLM.from_config(shape.config(), dtype=wanted)
     return Loaded(name, model.eval(), None)
 
 

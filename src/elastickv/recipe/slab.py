@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, ROW_ALIGNMENT_BYTES, round_up
 from elastickv.recipe.recipe import Recipe
 
+LAYOUT_VERSION = 1
+"""Raised where bytes of a page or of the window come to mean something else, so that no stored page is read as another."""
+
 
 @dataclass(frozen=True)
 class Slab:

@@ -23,6 +23,7 @@ from elastickv.results.kinds.model_result import (
 )
 from elastickv.results.kinds.original_result import OriginalResult
 from elastickv.results.kinds.serving_result import SERVING_KIND, ServingResult
+from elastickv.results.kinds.soak_result import SOAK_KIND, SoakResult
 
 T = TypeVar("T")
 Rows = Callable[[Any], list[dict[str, Any]]]
@@ -77,6 +78,7 @@ KINDS: tuple[ResultKind, ...] = (
     ResultKind(_of_kind(GGUF_KIND), GgufBaseline, from_results.gguf_run, baseline_table.gguf_rows, baseline_table.GGUF_FORMATS),
     ResultKind(_of_kind(EVALUATION_KIND), EvaluationResult),
     ResultKind(_of_kind(SERVING_KIND), ServingResult),
+    ResultKind(_of_kind(SOAK_KIND), SoakResult),
 )
 
 
@@ -134,6 +136,19 @@ def serving_of(document: Document) -> ServingResult | None:
     if kind is None or kind.type is not ServingResult:
         return None
     return ServingResult.from_dict(document.value, document.source)
+
+
+def soak_of(document: Document) -> SoakResult | None:
+    """Return a result of `benchmarks/serving_soak.py`; None where a document is none.
+
+    Raises
+    ------
+    UsageError : naming the file and the key that is missing, of another type or out of range.
+    """
+    kind = kind_of(document.value)
+    if kind is None or kind.type is not SoakResult:
+        return None
+    return SoakResult.from_dict(document.value, document.source)
 
 
 def guarded(source: str, read: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -19,12 +19,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from elastickv.errors import UsageError
-from elastickv.transformers.graph_breaks import breaks_graph
 from elastickv.transformers.padding import MaskedPositions, check_mask_agrees
 
 IMPLEMENTATION = "elastickv"
 EAGER_IMPLEMENTATION = "elastickv_eager"
 _CARRIES = "elastickv_pending"
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def breaks_graph(function: _Function) -> _Function:
+    """Let compiled models call a function between two graphs: kernels take addresses, and a cache counts on the host."""
+    disabled: _Function = torch.compiler.disable(function)
+    return disabled
 
 
 class AttendingLayer(Protocol):

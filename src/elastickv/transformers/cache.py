@@ -16,6 +16,7 @@ from elastickv.inputs import file_path
 from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.transformers import serialization
+from elastickv.transformers.attention import breaks_graph
 from elastickv.transformers.cache_checks import CacheChecks, NotPicklable, check_same_length
 from elastickv.transformers.cache_report import CacheReport, Ledger, report_of
 from elastickv.transformers.config import ElasticConfig, RecipeLike, config_for
@@ -23,7 +24,6 @@ from elastickv.transformers.cuda_graph.captured import Captured
 from elastickv.transformers.cuda_graph.decode_protocol import DecodeLayer
 from elastickv.transformers.cuda_graph.model_patch import install, uncompiled
 from elastickv.transformers.generation_settings import planned_positions
-from elastickv.transformers.graph_breaks import breaks_graph
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.layer_storage import Backends
 from elastickv.transformers.model_loading import fingerprint

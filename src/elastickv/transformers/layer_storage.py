@@ -17,12 +17,11 @@ from elastickv.kvcache.protocol import CacheState
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 from elastickv.transformers.cuda_graph.in_flight import wait_for_others
 from elastickv.transformers.torch_allocator import TorchAllocator
+from elastickv.transformers.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 GIB = 1 << 30
 
 
@@ -37,18 +36,6 @@ def padded_head_dim(head_dim: int) -> int:
     if not fitting:
         raise UsageError(f"heads of {head_dim} channels are not supported: at most {max(HEAD_DIMS)} are")
     return min(fitting)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the recipe's name of a dtype.
-
-    Raises
-    ------
-    UsageError : if no kernel stores it.
-    """
-    if dtype not in DTYPES:
-        raise UsageError(f"keys of {dtype} are not supported: load the model in {', '.join(map(str, DTYPES))}")
-    return DTYPES[dtype]
 
 
 def backend_for(device: torch.device) -> Backend:
@@ -315,12 +302,12 @@ def _of_one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Return tensors of one dtype that caches take, each with adjacent channels."""
     dtypes = {tensor.dtype for tensor in tensors}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    dtype = dtype if dtype in DTYPES else torch.float32
+    dtype = dtype if dtype in DTYPE_NAMES else torch.float32
     return [t if t.stride(-1) == 1 and t.dtype == dtype else t.to(dtype).contiguous() for t in tensors]
 
 
 def _view(tensor: torch.Tensor) -> TensorView:
-    return TensorView(tensor.data_ptr(), DTYPES[tensor.dtype], tuple(tensor.shape), tensor.stride())
+    return TensorView(tensor.data_ptr(), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.stride())
 
 
 def _rounded(tokens: int) -> int:

@@ -18,9 +18,10 @@ from elastickv.transformers.cache_report import Ledger
 from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.device_events import now
 from elastickv.transformers.device_map import layers_on_same_device
-from elastickv.transformers.layer_storage import TORCH_DTYPES, LayerStorage, dtype_name, new_store, padded_head_dim
+from elastickv.transformers.layer_storage import LayerStorage, new_store, padded_head_dim
 from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
 from elastickv.transformers.padding import Padding
+from elastickv.transformers.torch_dtypes import TORCH_DTYPES, dtype_name
 
 CHECK_EVERY = 32  # decodes between two checks for NaNs and infinities, where a check makes the host wait
 

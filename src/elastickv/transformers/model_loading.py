@@ -119,18 +119,14 @@ class Checkpoint:
 
     def load(self, dtype: str = "fp32", device: str = "cpu") -> Loaded:
         """Load the weights; see `load_model`."""
-        import torch
+        from elastickv.transformers.torch_dtypes import torch_dtype
 
-        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        if dtype not in dtypes:
-            raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(dtypes)}")
+        wanted = torch_dtype(dtype)
         check_device(device)
         options = self._options | ({"use_safetensors": True} if self._gguf is None else {})
         config = self.config
         with self._reading() as transformers:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                self._folder, config=config, dtype=dtypes[dtype], **options
-            )
+            model = transformers.AutoModelForCausalLM.from_pretrained(self._folder, config=config, dtype=wanted, **options)
             check_config(model.config, self.name)
             # For a .gguf file, Transformers sets this to the folder.
             model.config.name_or_path = self.name

@@ -4,19 +4,21 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
 
 from elastickv.recipe.formats import PAGE_TOKENS
-from elastickv.vllm.attention_impl import ElasticAttentionImpl
+from elastickv.vllm.attention_impl import ElasticAttentionImpl, serving_device
 from elastickv.vllm.model_setup import ModelSetup
+from elastickv.vllm.startup_checks import refusals
 from elastickv.vllm.step_metadata import PageMetadataBuilder
 
 
 class ElasticAttentionBackend(AttentionBackend):
     """Attention to low-bit pages and an exact window, on CUDA."""
 
-    # Whatever a layer is, vLLM may give it to us: its attention says why it is refused, and what to do.
+    # Claims to support what vLLM asks about: where it does not, `startup_checks` refuses with a reason and a remedy.
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = []
 
@@ -47,28 +49,35 @@ class ElasticAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        """Accept windows, as far as vLLM asks: the refusal names the flags that give such layers to another backend."""
+        """Claim to support windows: `startup_checks` names the flags that give such layers to another backend."""
         return True
 
     @classmethod
     def supports_sink(cls) -> bool:
-        """Accept learned sinks, as far as vLLM asks."""
+        """Claim to support learned sinks: `startup_checks` refuses them."""
         return True
 
     @classmethod
     def supports_mm_prefix(cls) -> bool:
-        """Accept attention to later tokens of an image, as far as vLLM asks."""
+        """Claim to support attention to later tokens of an image: `startup_checks` refuses it."""
         return True
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """Refuse batches whose split among requests the host does not know: rows of drafts find their request by it."""
+        """Ask for the number of tokens of each request on the host: rows of drafts find their request by it."""
         return False
+
+    @classmethod
+    def validate_configuration(cls, *arguments: Any, **named: Any) -> list[str]:
+        """Return why the configuration cannot be served: in our words where we have them, which say what to do."""
+        config = get_current_vllm_config_or_none()
+        own = refusals(config, serving_device()) if config is not None and config.model_config is not None else []
+        return own or super().validate_configuration(*arguments, **named)
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Return the specification of pages: a slab of bytes for each KV head."""
-        setup = ModelSetup.newest
+        setup = ModelSetup.newest()
         assert setup is not None, "the model's layers are built before their caches"
         # vLLM also asks what layers in 16 bit, which `kv_cache_dtype_skip_layers` names, would take: they stay as they are.
         dense = setup.kv_cache_dtype != "auto" and spec.kv_quant_mode == KVQuantMode.NONE

@@ -16,13 +16,13 @@ from elastickv.vllm.model_setup import ModelSetup
 from elastickv.vllm.startup_checks import Device, LayerArguments, check
 from elastickv.vllm.step_metadata import PageMetadata
 from elastickv.vllm.versions import installed_version
-from elastickv.vllm.window_cache import SUFFIX, WindowCache
+from elastickv.vllm.window_cache import WindowCache
 
 
 class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
     """Attention of one layer: the newest tokens are exact, older ones are read from quantized pages.
 
-    The layer's window is a layer of its own to vLLM, which is there once the weights are loaded.
+    To vLLM the window is a layer of its own, which `process_weights_after_loading` adds.
 
     Raises
     ------
@@ -60,7 +60,7 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
             sinks=others.get("sinks") is not None,
             shares_cache_of=kv_sharing_target_layer_name,
         )
-        check(config, _device(), self._arguments)
+        check(config, serving_device(), self._arguments)
         self._setup = ModelSetup.joined(self, config, kv_cache_dtype)
         self._shape = AttentionShape(1, num_heads, self.num_kv_heads, head_size)
         self._attention: BlockAttention | None = None
@@ -82,11 +82,11 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
             return
         setup, name = self._setup, self._setup.name_of(self)
         value_head_dim = getattr(setup.layer(name), "head_size_v", self.head_size)
-        check(setup.config, _device(), replace(self._arguments, name=name, value_head_dim=value_head_dim))
+        check(setup.config, serving_device(), replace(self._arguments, name=name, value_head_dim=value_head_dim))
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
         self._attention = setup.attention(self._shape, act_dtype, recipe, self.scale)
-        self._window = setup.add_window(name, self._shape, act_dtype, self._attention)
-        self._name, self._window_name = name, name + SUFFIX
+        self._window = setup.add_window(name, self._shape, act_dtype, recipe, self._attention)
+        self._name, self._window_name, self._last = name, self._window.name, setup.is_last(name)
 
     def forward(
         self,
@@ -117,10 +117,12 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
             self._attention.decode(step, query[:decoded], output[:decoded])
         if decoded < tokens:
             self._attention.prefill(step, query[decoded:tokens], output[decoded:tokens])
+        if self._last:
+            self._attention.fail(step, self.bad_tokens, self.bad_tokens.layers_up_to(self._name), output)
         return output
 
 
-def _device() -> Device:
+def serving_device() -> Device:
     """Return the device that serves, for the checks."""
     installed = installed_version()
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None

@@ -1,7 +1,10 @@
-"""Tokens whose keys or values cannot be stored: found on the device, named in the log."""
+"""Tokens whose keys or values cannot be stored: found on the device, named in the log, and their requests made to fail."""
 
 import logging
-from typing import Any
+import os
+import threading
+import time
+import weakref
 
 import torch
 
@@ -9,25 +12,36 @@ from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
 
 _log = logging.getLogger("vllm.elastickv")
 _MOST_LAYERS = 1024
-_STEPS = 8  # from one look at the device's words to the next
+_COUNT_NANS = "VLLM_COMPUTE_NANS_IN_LOGITS"
+_SECONDS = 0.2  # from one look to the next while no step is computed
 
 
 class BadTokens:
     """One word a layer, in which kernels leave the first token with a NaN, an infinity or a key that is too large.
 
-    `look` never waits for the device: it copies the words, and reads the copy some steps later.
+    The last layer of each step empties the words into the host's memory, and makes the outputs of the tokens' requests NaN:
+    vLLM counts NaN in logits by request, and `failing_scheduler` ends such requests. The host never waits for the device.
 
     Parameters
     ----------
     device : where the kernels run.
+
+    Attributes
+    ----------
+    reported : (layers,) int64 in the host's memory, page-locked for a GPU: words of steps before, until `look` has logged them.
     """
 
     def __init__(self, device: str) -> None:
         self._device, self._layers = device, dict[str, torch.Tensor]()
         self._words: torch.Tensor | None = None
-        self._copy = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device="cpu", pin_memory=device != "cpu")
-        self._copied: Any = torch.cuda.Event() if device != "cpu" else None
-        self._steps = 0
+        self.reported = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device="cpu", pin_memory=device != "cpu")
+        self._seen, self._looking = self.reported.numpy(), threading.Lock()
+
+    @property
+    def words(self) -> torch.Tensor:
+        """The words of all layers, (layers,) int64, in the order in which the layers were asked for."""
+        assert self._words is not None
+        return self._words[: len(self._layers)]
 
     def word(self, layer: str) -> torch.Tensor:
         """Return the word of a layer, (1,) int64.
@@ -37,27 +51,51 @@ class BadTokens:
         if self._words is None:
             with torch.inference_mode(False):
                 self._words = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device=self._device)
+            if self._device != "cpu":  # whose last layer looks itself
+                threading.Thread(target=_look_often, args=(weakref.ref(self),), name="elastickv-log", daemon=True).start()
         if layer not in self._layers:
             number = len(self._layers)
             self._layers[layer] = self._words[number : number + 1]
         return self._layers[layer]
 
+    def layers_up_to(self, layer: str) -> int:
+        """Return how many layers were asked for up to this one."""
+        return list(self._layers).index(layer) + 1
+
     def look(self) -> None:
-        """Log what was found; called once a step."""
-        self._steps += 1
-        if self._words is None or self._steps % _STEPS or (self._copied is not None and not self._copied.query()):
+        """Log what was found since the last look."""
+        with self._looking:
+            (layers,) = (self._seen != NO_BAD_TOKEN).nonzero()
+            names = list(self._layers)
+            for number in layers.tolist():
+                token = BadToken.of(int(self._seen[number]))
+                self._seen[number] = NO_BAD_TOKEN
+                if token is not None:
+                    _log.error(
+                        "ElasticKV: layer %s has %s at position %d of a request, which ends with an error",
+                        names[number],
+                        token.reason,
+                        token.position,
+                    )
+
+
+def _look_often(reference: "weakref.ref[BadTokens]") -> None:
+    """Look until the words are gone: what the last step before a pause leaves has no later step to log it."""
+    while True:
+        time.sleep(_SECONDS)
+        words = reference()
+        if words is None:
             return
-        for layer, word in zip(self._layers, self._copy.tolist(), strict=False):
-            token = BadToken.of(word)
-            if token is not None:
-                _log.error(
-                    "ElasticKV: layer %s has %s at position %d of a request: its answer is wrong from there on",
-                    layer,
-                    token.reason,
-                    token.position,
-                )
-        if (self._copy != NO_BAD_TOKEN).any():
-            self._words.fill_(NO_BAD_TOKEN)
-        self._copy.copy_(self._words, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        words.look()
+        del words
+
+
+def count_nans() -> None:
+    """Let vLLM count NaN in logits in this process, which runs the model, unless the environment says something else.
+
+    Called before a sampler is made. A process whose second engine this is remembers the environment of the first.
+    """
+    from vllm import envs
+
+    os.environ.setdefault(_COUNT_NANS, "1")
+    envs.disable_envs_cache()

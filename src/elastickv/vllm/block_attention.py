@@ -1,10 +1,11 @@
-"""What attention over blocks does in a step, whatever the device."""
+"""What a layer's kernels do in a step: the interface that CUDA and the CPU share."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.step_metadata import PageMetadata, WindowMetadata
 
 
@@ -65,6 +66,16 @@ class BlockAttention(Protocol):
 
     def prefill(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attend with the tokens of prompt chunks, which follow those of decodes."""
+
+    def fail(self, step: LayerStep, bad: BadTokens, layers: int, output: torch.Tensor) -> None:
+        """Make outputs NaN from the tokens on that could not be stored, and move their words to where they are logged.
+
+        Parameters
+        ----------
+        step : of the last layer of the step.
+        layers : how many of `bad.words` are of the step's layers.
+        output : (tokens, query_heads, head_size), of the last layer.
+        """
 
     def reserve(self, tokens: int) -> None:
         """Allocate what a step of `tokens` tokens needs, while vLLM measures how much memory is left for its caches."""

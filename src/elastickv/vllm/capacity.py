@@ -1,9 +1,14 @@
-"""How many tokens fit, and what a request's window costs: the line that is logged at the start."""
+"""How many tokens fit, what a request's window costs and what graphs take: the lines that are logged at the start."""
 
+import logging
 from dataclasses import dataclass
 
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS
 from elastickv.vllm.window_cache import WindowShape
+
+_RUNNERS = ("vllm.v1.worker.gpu.model_runner", "vllm.v1.worker.gpu_model_runner")
+_CAPTURED = "Graph capturing finished"
+_log = logging.getLogger("vllm.elastickv")
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,8 @@ class Capacity:
     layers : layers with pages.
     blocks : blocks that pages and windows share, without vLLM's null block.
     longest : tokens of the longest request, for which capacities are given.
+    shapes : shapes of layers that share the blocks. With several, as beside a drafter of another size, vLLM alone knows how
+        many tokens fit.
     """
 
     shape: WindowShape
@@ -24,6 +31,7 @@ class Capacity:
     layers: int
     blocks: int
     longest: int
+    shapes: int = 1
 
     @property
     def page_bytes(self) -> int:
@@ -63,8 +71,37 @@ class Capacity:
 
     def __str__(self) -> str:
         """Return the line for the log."""
-        return (
+        line = (
             f"page {self.page_bytes:,} B, {self.dense_page_bytes / self.page_bytes:.2f}x smaller than in 16 bit; "
             f"window {self.shape.tokens} tokens, {self.window_bytes / 1e6:.1f} MB a request; "
-            f"capacity {self.tokens:,} tokens in requests of {self.longest:,}, against {self.dense_tokens:,} in 16 bit"
         )
+        if self.shapes > 1:
+            return f"{line}{self.layers} layers, of {self.shapes} sizes: vLLM's own line says how many tokens fit"
+        return f"{line}capacity {self.tokens:,} tokens in requests of {self.longest:,}, against {self.dense_tokens:,} in 16 bit"
+
+
+class GraphMemory(logging.Filter):
+    """Logs how much memory CUDA graphs took: vLLM captures them after it has allocated the KV cache, and says so in its log.
+
+    Lets every record pass.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return True."""
+        if str(record.msg).startswith(_CAPTURED) and isinstance(record.args, tuple) and len(record.args) == 2:
+            self.stop()
+            _log.info("ElasticKV: graphs %.0f MB", max(0.0, float(str(record.args[1]))) * 2**30 / 1e6)
+        return True
+
+    def start(self) -> None:
+        """Look at the records of vLLM's model runners. Graphs that were captured before were only to be measured."""
+        self.stop()
+        for name in _RUNNERS:
+            logging.getLogger(name).addFilter(self)
+
+    @staticmethod
+    def stop() -> None:
+        """Look at no more records: of this engine, and of one before it that captured nothing."""
+        for logger in map(logging.getLogger, _RUNNERS):
+            for each in [each for each in logger.filters if isinstance(each, GraphMemory)]:
+                logger.removeFilter(each)

@@ -9,6 +9,7 @@ from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
 from elastickv.backends.cpu.blocks import open_block_kernels
 from elastickv.backends.cpu.blocks.host_blocks import HostBlocks
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import LayerStep
 
 FINITE = torch.finfo(torch.float32).max
@@ -42,11 +43,11 @@ class CpuAttention:
     def find_first(
         self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
     ) -> None:
-        """Write the first token after the newest null block that the step may read, rounded up to a page."""
+        """Write `WindowMetadata.first`: the end of the newest block that is gone, rounded up to a page."""
         before = lengths[: len(first)] - starts[1 : len(first) + 1] + starts[: len(first)]
-        reach = -(-(self._exact_tokens - 1) // block_tokens) + 1
         oldest = torch.clamp(before - (self._exact_tokens - 1), min=0) // block_tokens
-        columns = oldest[:, None] + torch.arange(reach)
+        most_blocks = -(-(self._exact_tokens - 1) // block_tokens) + 1  # of a window, which may begin inside a block
+        columns = oldest[:, None] + torch.arange(most_blocks)
         blocks = block_table[: len(first)].gather(1, torch.clamp(columns, max=block_table.shape[1] - 1).long())
         gone = (blocks == 0) & (columns * block_tokens < before[:, None])
         after = torch.where(gone, (columns + 1) * block_tokens, 0).amax(dim=1)
@@ -74,6 +75,18 @@ class CpuAttention:
         if int(step.bad) == NO_BAD_TOKEN:
             step.bad.fill_(BadToken(request, position, too_large=finite).word)
 
+    def fail(self, step: LayerStep, bad: BadTokens, layers: int, output: torch.Tensor) -> None:
+        """Make outputs NaN from the tokens on that could not be stored, and log them."""
+        words = bad.words
+        if bool((words == NO_BAD_TOKEN).all()):
+            return
+        for token in filter(None, map(BadToken.of, words[:layers].tolist())):
+            end = int(step.batch.starts[token.request + 1])
+            output[end - (int(step.batch.lengths[token.request]) - token.position) : end] = torch.nan
+        bad.reported[: len(words)] = words
+        words.fill_(NO_BAD_TOKEN)
+        bad.look()
+
     def decode(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attend with the tokens of decodes: (tokens, query_heads, head_size) each."""
         batch, decodes = step.batch, step.batch.decodes
@@ -100,6 +113,7 @@ class CpuAttention:
 
     def _attend_chunk(self, step: LayerStep, request: int, rows: slice, query: torch.Tensor, output: torch.Tensor) -> None:
         length, present = int(step.batch.lengths[request]), int(step.recent.first[request])
+        assert length == step.batch.lengths_list[request], "vLLM says another length on the host"
         before = length - len(query)
         exact_from = max(before - self._exact_tokens + 1, present, 0)
         packed = max(length - self._exact_tokens, exact_from if present else 0, 0)

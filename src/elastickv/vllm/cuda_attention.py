@@ -10,8 +10,11 @@ from elastickv.backends.cuda.block_kernels import BlockKernels
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
+from elastickv.transformers.torch_dtypes import TORCH_DTYPES
+from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import LayerStep
 from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, scratch_tokens
+from elastickv.vllm.drafts import more_queries
 
 TILE_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
 
@@ -34,13 +37,13 @@ class CudaAttention:
 
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float, vllm_config: Any) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        requests = scheduler.max_num_seqs
-        rows = max(requests * (1 + vllm_config.num_speculative_tokens), *(compilation.cudagraph_capture_sizes or [0]))
+        requests, more = scheduler.max_num_seqs, more_queries(vllm_config)
+        rows = max(requests * (1 + vllm_config.num_speculative_tokens + more), *(compilation.cudagraph_capture_sizes or [0]))
         self._device = CudaDevice(torch.accelerator.current_device_index())
         widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
         self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
         self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
-        self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens, requests)
+        self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens + requests * more, requests)
         self.slab_bytes = self._kernels.slab.n_bytes
 
     def reserve(self, tokens: int) -> None:
@@ -55,13 +58,13 @@ class CudaAttention:
 
     def _rows_of(self, tokens: int) -> torch.Tensor:
         """Return memory for keys and values: (2, tokens, kv_heads, head_dim)."""
-        kind = torch.bfloat16 if self._dtype == "bf16" else torch.float16
-        return torch.empty(2, tokens, self._shape.kv_heads, self._shape.head_dim, dtype=kind, device="cuda")
+        shape, dtype = self._shape, TORCH_DTYPES[self._dtype]
+        return torch.empty(2, tokens, shape.kv_heads, shape.head_dim, dtype=dtype, device="cuda")
 
     def find_first(
         self, block_table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, block_tokens: int, first: torch.Tensor
     ) -> None:
-        """Write the first token of each request whose window block, and all later ones, are there."""
+        """Write `WindowMetadata.first`."""
         table = BlocksArguments(
             pages=None,
             window=None,
@@ -91,6 +94,20 @@ class CudaAttention:
             step.bad.data_ptr(),
             batch.requests,
             batch.longest,
+        )
+
+    def fail(self, step: LayerStep, bad: BadTokens, layers: int, output: torch.Tensor) -> None:
+        """Make outputs NaN from the tokens on that could not be stored, and move their words to the host's memory."""
+        assert output.is_contiguous()
+        self._follow()
+        self._kernels.fail(
+            bad.words.data_ptr(),
+            bad.reported.data_ptr(),
+            layers,
+            len(bad.words),
+            step.batch.lengths.data_ptr(),
+            step.batch.starts.data_ptr(),
+            output.data_ptr(),
         )
 
     def decode(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
@@ -207,6 +224,7 @@ class CudaAttention:
         return output, lse
 
     def _follow(self) -> None:
+        """Queue on PyTorch's stream, which is another one while a graph is captured."""
         self._device.follow(torch.cuda.current_stream().cuda_stream)
 
     def _view(self, tensor: torch.Tensor) -> TensorView:

@@ -122,8 +122,7 @@ def layer_recipes(
     Parameters
     ----------
     default_recipe : of layers for which neither the option `layers` nor a calibration says another.
-    layer_numbers : of the layers that this rank serves, as in vLLM's names of layers. Numbers from the model's `layer_count` on
-        are those of a draft model and get the default.
+    layer_numbers : of the layers that this rank serves, as in vLLM's names of layers.
 
     Raises
     ------
@@ -148,8 +147,7 @@ def layer_recipes(
             calibration, options.compress, context, model.dtype, sinks=0, window=options.window, select_pages=False
         )
         recipes = dict(zip(calibration.layers, plan.recipes, strict=True))
-    drafts = {number: default_recipe for number in numbers if number >= model.layer_count}
-    return recipes | overridden | drafts
+    return recipes | overridden
 
 
 def check_fits(
@@ -176,7 +174,7 @@ def check_fits(
     if last >= model.layer_count:
         raise UsageError(f"{name} with a layer {last}, and this model has {model.layer_count} layers: {remedy}")
     known = {*calibration.layers, *(number for each in options.layers for number in each.numbers)}
-    missing = [number for number in layer_numbers if number < model.layer_count and number not in known]
+    missing = [number for number in layer_numbers if number not in known]
     if missing:
         raise UsageError(
             f"{name} and has no errors of layer {missing[0]}, which is served: {remedy}, or name the layer's format in the "

@@ -1,6 +1,7 @@
 """What the layers of a model share: page formats, kernels, the size of a slab, and the lines logged at the start."""
 
 import logging
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -9,56 +10,71 @@ from vllm.platforms import current_platform
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
-from elastickv.vllm.bad_tokens import BadTokens
+from elastickv.recipe.formats import PAGE_TOKENS
+from elastickv.transformers.torch_dtypes import DTYPE_NAMES
+from elastickv.vllm.bad_tokens import BadTokens, count_nans
 from elastickv.vllm.block_attention import BlockAttention
-from elastickv.vllm.capacity import Capacity
+from elastickv.vllm.capacity import Capacity, GraphMemory
 from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
+from elastickv.vllm.drafts import draft_layers
 from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
-from elastickv.vllm.window_cache import SUFFIX, WindowCache, WindowShape
+from elastickv.vllm.stock_windows import share_blocks
+from elastickv.vllm.window_cache import WindowCache, WindowShape, window_name
 
 _log = logging.getLogger("vllm.elastickv")
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class ModelSetup:
-    """The layers of one engine's model on this rank.
+    """The layers of one engine's model on this rank, and of its drafter.
 
     Attributes
     ----------
     options : the user's.
-    kv_cache_dtype, recipe : of layers for which nothing says another.
+    kv_cache_dtype, recipe : of layers for which nothing says another, and of a drafter's.
     config : vLLM's.
     bad_tokens : words in which kernels report what cannot be stored.
+    newest : of the model built last in this process. vLLM asks the backend for the specification of a layer's pages
+        (`customize_spec`) without saying which model's.
     """
 
-    newest: ClassVar["ModelSetup | None"] = None
+    _newest: ClassVar[weakref.ref["ModelSetup"] | None] = None  # weak, so that a closed engine's memory is freed
 
     def __init__(self, config: Any, kv_cache_dtype: str) -> None:
         # vLLM's hash, which names its compiled graphs, must change with the calibration's content.
         config.additional_config = with_calibration_hash(config.additional_config)
         self.options = ServingOptions.parse(config.additional_config) or ServingOptions()
+        count_nans()
         self.kv_cache_dtype, self.recipe = kv_cache_dtype, recipe_of(self.options, kv_cache_dtype)
         self.bad_tokens = BadTokens(current_platform.device_type)
         self.config, self._layers = config, config.compilation_config.static_forward_context
         self._members: list[Any] = []
+        self._drafter: list[Any] = []
         self._recipes: dict[int, Recipe] = {}
         self._attentions: dict[tuple[Any, ...], BlockAttention] = {}
         self._slab_bytes: dict[int, int] = {}
-        self._logged = False
+        self._reported: list[WindowShape] = []
+
+    @classmethod
+    def newest(cls) -> "ModelSetup | None":
+        """Return the setup of the engine that was started last, while its layers exist."""
+        return cls._newest() if cls._newest is not None else None
 
     @classmethod
     def joined(cls, impl: Any, config: Any, kv_cache_dtype: str) -> "ModelSetup":
-        """Add a layer's attention to the setup of its engine's model, which is the same for all layers, and return it.
+        """Return the setup of a layer's model, with the layer's attention in it; the first layer of a model makes it.
+
+        Layers that come once the model's weights are loaded are a drafter's.
 
         Raises
         ------
         UsageError : if the options are not accepted.
         """
-        setup = cls.newest
+        setup = cls.newest()
         if setup is None or setup._layers is not config.compilation_config.static_forward_context:
-            setup = cls.newest = cls(config, kv_cache_dtype)
-        setup._members.append(impl)
+            setup = cls(config, kv_cache_dtype)
+            cls._newest = weakref.ref(setup)
+        (setup._drafter if setup._recipes else setup._members).append(impl)
         return setup
 
     def slab_bytes(self, head_dim: int) -> int:
@@ -73,6 +89,11 @@ class ModelSetup:
         """Return the name of the layer that has this attention."""
         return next(name for name, layer in self._layers.items() if getattr(layer, "impl", None) is impl)
 
+    def is_last(self, name: str) -> bool:
+        """Whether a layer is the last that ElasticKV serves of this rank's part of the model; a drafter's do not count."""
+        last = max(self._members, key=lambda impl: extract_layer_index(self.name_of(impl)))
+        return self._layers[name].impl is last
+
     def recipe_of_layer(self, name: str, shape: AttentionShape, act_dtype: torch.dtype) -> Recipe:
         """Return a layer's recipe; the first call decides all layers'.
 
@@ -83,12 +104,14 @@ class ModelSetup:
         if not self._recipes:
             self._recipes = layer_recipes(self.options, self.recipe, self._numbers(), self._served_model(shape, act_dtype))
         if shape.head_dim not in self._slab_bytes:
-            # Of all ranks' layers, so that the size is the same on all ranks.
-            plan = SlabPlan.of(self._recipes.values(), shape)
+            # Of all ranks' layers, and of a drafter's, so that the size is the same on all ranks.
+            plan = SlabPlan.of([*self._recipes.values(), *[self.recipe] * draft_layers(self.config)], shape)
             self._slab_bytes[shape.head_dim] = plan.slab_bytes
             if plan.wasted_bytes:
                 _log.info("ElasticKV: %s", plan)
-        return self._recipes.get(extract_layer_index(name), self.recipe)
+        # A drafter's layers have numbers of their own, or those that follow the model's.
+        of_drafter = any(self._layers[name].impl is each for each in self._drafter)
+        return self.recipe if of_drafter else self._recipes.get(extract_layer_index(name), self.recipe)
 
     def _numbers(self) -> list[int]:
         return sorted({extract_layer_index(self.name_of(impl)) for impl in self._members})
@@ -103,7 +126,7 @@ class ModelSetup:
             shape=AttentionShape(1, query_heads, model.get_total_num_kv_heads(), shape.head_dim),
             layer_count=model.get_total_num_hidden_layers(),
             context=model.max_model_len,
-            dtype=DTYPES[act_dtype],
+            dtype=DTYPE_NAMES[act_dtype],
             fingerprint=fingerprint,
         )
 
@@ -119,14 +142,16 @@ class ModelSetup:
             if current_platform.is_cpu():
                 from elastickv.vllm.cpu_attention import CpuAttention
 
-                self._attentions[key] = CpuAttention(shape, DTYPES[act_dtype], recipe, scale)
+                self._attentions[key] = CpuAttention(shape, DTYPE_NAMES[act_dtype], recipe, scale)
             else:
                 from elastickv.vllm.cuda_attention import CudaAttention
 
-                self._attentions[key] = CudaAttention(shape, DTYPES[act_dtype], recipe, scale, self.config)
+                self._attentions[key] = CudaAttention(shape, DTYPE_NAMES[act_dtype], recipe, scale, self.config)
         return self._attentions[key]
 
-    def add_window(self, name: str, shape: AttentionShape, act_dtype: torch.dtype, attention: BlockAttention) -> WindowCache:
+    def add_window(
+        self, layer: str, shape: AttentionShape, act_dtype: torch.dtype, recipe: Recipe, attention: BlockAttention
+    ) -> WindowCache:
         """Give a layer its window, as a layer of vLLM's."""
         assert attention.slab_bytes <= self._slab_bytes[shape.head_dim], "a page would reach into the next"
         window = WindowShape(
@@ -137,29 +162,29 @@ class ModelSetup:
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
         )
-        cache = self._layers[name + SUFFIX] = WindowCache(window, attention, self._bound)
+        share_blocks(self.config, list(self._layers.values()), window.block_bytes(PAGE_TOKENS))
+        name = window_name(layer, recipe, window)
+        cache = self._layers[name] = WindowCache(name, window, attention, self._bound)
         return cache
 
     def _bound(self, cache: WindowCache) -> None:
-        """Check and report the memory that vLLM allocated, once.
+        """Check and report the memory that vLLM allocated, once for each shape of layers.
 
         Raises
         ------
         UsageError : if vLLM padded the pages to the size of 16 bit.
         """
         blocks, stride = cache.kv_cache.shape[0], cache.kv_cache.stride(0)
-        most_requests = self.config.scheduler_config.max_num_seqs
-        graphs = self.config.compilation_config.max_cudagraph_capture_size or 0
-        # With one block a request, vLLM only finds out how much memory its graphs take.
-        if self._logged or blocks == min(most_requests, graphs):
+        # Before its worker knows a number of blocks, vLLM only finds out how much memory its graphs take.
+        if cache.shape in self._reported or self.config.cache_config.num_gpu_blocks is None:
             return
-        self._logged = True
-        layers = sum(isinstance(layer, WindowCache) for layer in self._layers.values())
+        self._reported.append(cache.shape)
+        windows = [layer.shape for layer in self._layers.values() if isinstance(layer, WindowCache)]
         longest = self.config.model_config.max_model_len
         # Beside layers with larger pages vLLM takes more tokens a block, or pads it where no whole number of times fits.
         times, padding = divmod(stride, cache.shape.block_bytes(cache.page_block_tokens))
         block_tokens = cache.page_block_tokens * (1 if padding else times)
-        capacity = Capacity(cache.shape, block_tokens, layers, blocks - 1, longest)
+        capacity = Capacity(cache.shape, block_tokens, windows.count(cache.shape), blocks - 1, longest, len(set(windows)))
         block_bytes, dense_bytes = capacity.block_bytes, capacity.dense_block_bytes
         if padding and stride >= dense_bytes:
             raise UsageError(
@@ -169,3 +194,4 @@ class ModelSetup:
         if padding:
             _log.warning("ElasticKV: vLLM padded blocks of %d B to %d B: capacity is lost", block_bytes, stride)
         _log.info("ElasticKV: %s", capacity)
+        GraphMemory().start()

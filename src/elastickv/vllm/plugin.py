@@ -1,7 +1,14 @@
 """The entry point that vLLM calls in each of its processes."""
 
+import json
 import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from elastickv.errors import UsageError
+from elastickv.vllm.layer_formats import with_calibration_hash
+from elastickv.vllm.serving_options import CACHE_DTYPES, KEY, ServingOptions, recipe_of
 from elastickv.vllm.versions import installed_version, minor_version, unsupported_reason
 
 _log = logging.getLogger("vllm.elastickv")
@@ -12,6 +19,10 @@ def register() -> None:
     """Register the attention backend, its KV cache dtypes and the window's specification; once a process.
 
     With a version of vLLM that is not supported it logs one line and changes nothing.
+
+    Raises
+    ------
+    SystemExit : with one line, if the process's command line has options of ElasticKV that are not accepted.
     """
     global _registered
     if _registered:
@@ -24,6 +35,9 @@ def register() -> None:
     if reason is not None:
         _log.warning("ElasticKV is not available: %s", reason)
         return
+    refused = refusal(sys.argv[1:])
+    if refused is not None:
+        raise SystemExit(f"ElasticKV: {refused}")
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -39,3 +53,41 @@ def register() -> None:
         from elastickv.vllm.cache_dtypes import register_cache_dtypes
 
         register_cache_dtypes()
+
+
+def refusal(arguments: Sequence[str]) -> str | None:
+    """Return why the options of a command line are not accepted, or None; also where they are not there to be read.
+
+    vLLM gives a plug-in no configuration in the process that the user starts, but loads it there: what its arguments say is
+    known by then. Options of `LLM(...)`, and those in a file of `--config`, are checked by the engine.
+
+    Parameters
+    ----------
+    arguments : of the process, without its name.
+    """
+    try:
+        additional: Any = json.loads(_value(arguments, "additional-config") or "null")
+    except ValueError:
+        return None  # vLLM says it
+    dtype = _value(arguments, "kv-cache-dtype")
+    ours = isinstance(additional, Mapping) and KEY in additional
+    try:
+        if ours:
+            with_calibration_hash(additional)
+        # A file may say another dtype.
+        if dtype in CACHE_DTYPES or (ours and _value(arguments, "config") is None):
+            recipe_of(ServingOptions.parse(additional), dtype or "auto")
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _value(arguments: Sequence[str], name: str) -> str | None:
+    """Return the last value of an option, given after a space or an equals sign, with `-` or `_` between words."""
+    names = {f"--{name}", f"--{name.replace('-', '_')}"}
+    passed = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        option, equals, value = argument.partition("=")
+        if option in names:
+            passed = value if equals else following
+    return passed

@@ -12,6 +12,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, AttentionShape
+from elastickv.vllm.drafts import draft_refusals
 from elastickv.vllm.serving_options import KEY
 from elastickv.vllm.versions import minor_version
 
@@ -23,7 +24,8 @@ _STOCK_BACKEND = {
     "cpu": f"serve it with the stock backend: leave out {KEY} in `additional_config`",
 }
 _FUSED_CACHE_WRITES = ("fuse_rope_kvcache", "fuse_qk_norm_rope_kvcache")
-_DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
+# They know blocks by the names of layers, which say format and window, or keep them in this process alone.
+_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 _ATTENTION_TYPES = {
     "encoder": "is an encoder's",
     "encoder_only": "is an encoder's",
@@ -103,7 +105,7 @@ def refusals(vllm_config: Any, device: Device, layer: LayerArguments | None = No
     """
     reasons = [*_device_refusals(vllm_config, device), *_model_refusals(vllm_config.model_config, device)]
     reasons += [*_cache_refusals(vllm_config), *_parallel_refusals(vllm_config.parallel_config)]
-    reasons += [*_compilation_refusals(vllm_config.compilation_config), *_speculation_refusals(vllm_config)]
+    reasons += [*_compilation_refusals(vllm_config.compilation_config), *draft_refusals(vllm_config)]
     if layer is not None:
         reasons += [*_shape_refusals(layer, device), *_layer_refusals(vllm_config, layer, device)]
     return reasons
@@ -135,6 +137,8 @@ def _model_refusals(model_config: Any, device: Device) -> Iterator[str]:
         )
     if getattr(model_config, "attention_chunk_size", None):
         yield f"layers of the model attend within chunks of {model_config.attention_chunk_size} tokens: {device.stock_backend}"
+    if sharing := getattr(getattr(model_config, "hf_text_config", None), "num_kv_shared_layers", None):
+        yield f"{sharing} layers of the model read caches of other layers, without windows of theirs: {device.stock_backend}"
     if getattr(model_config, "is_mm_prefix_lm", False):
         yield (
             "the model attends to later tokens within an image, which is not served: for text alone give "
@@ -157,6 +161,23 @@ def _cache_refusals(vllm_config: Any) -> Iterator[str]:
             "the hybrid KV cache manager is off, so that the window would hold all tokens in 16 bit: leave out "
             f"`disable_hybrid_kv_cache_manager`{also}"
         )
+        return
+    for connector in _connectors(transfer):
+        if connector not in _CONNECTORS:
+            yield (
+                f"the KV connector {connector} does not tell pages of one format and window from those of another when it "
+                f"passes them on: use {' or '.join(_CONNECTORS)}, or none"
+            )
+
+
+def _connectors(transfer: Any) -> Iterator[str]:
+    """Yield the KV connectors of a `KVTransferConfig`; those that a MultiConnector joins instead of it."""
+    name = getattr(transfer, "kv_connector", None)
+    if name == "MultiConnector":
+        for each in (getattr(transfer, "kv_connector_extra_config", None) or {}).get("connectors", []):
+            yield str(each.get("kv_connector"))
+    elif name is not None:
+        yield name
 
 
 def _parallel_refusals(parallel_config: Any) -> Iterator[str]:
@@ -183,15 +204,6 @@ def _compilation_refusals(compilation_config: Any) -> Iterator[str]:
                 f"`{name}` writes 16-bit keys and values into the cache past ElasticKV: set {name} to false in `pass_config` "
                 "of `compilation_config`"
             )
-
-
-def _speculation_refusals(vllm_config: Any) -> Iterator[str]:
-    method = getattr(getattr(vllm_config, "speculative_config", None), "method", None)
-    if method is not None and method not in _DRAFTS_WITHOUT_LAYERS:
-        yield (
-            f"speculation by {method} has a draft model with layers of its own, which are not served: use the method "
-            f"{' or '.join(_DRAFTS_WITHOUT_LAYERS)}"
-        )
 
 
 def _shape_refusals(layer: LayerArguments, device: Device) -> Iterator[str]:
@@ -241,6 +253,9 @@ def _windowed(vllm_config: Any, layer: LayerArguments, device: Device) -> str:
     fact = f"layer {layer.name} attends to a window of {layer.sliding_window} tokens"
     # vLLM sets the cache's window where all layers have it.
     if getattr(vllm_config.cache_config, "sliding_window", None) is not None:
+        longest = getattr(vllm_config.model_config, "max_model_len", None)
+        if longest is not None and longest <= layer.sliding_window:
+            return f"{fact}, and requests have at most {longest}: give `disable_sliding_window=True`, which changes no token"
         return (
             f"{fact}, as all layers do, and there is little to save: give `disable_sliding_window=True` to serve up to "
             f"{layer.sliding_window} tokens without windows; else {device.stock_backend}"
@@ -266,4 +281,7 @@ def windowed_layers_command(vllm_config: Any, version: str) -> str:
     if isinstance(additional, Mapping) and KEY in additional:
         flags["--additional-config"] = json.dumps({KEY: additional[KEY]})
     model = getattr(vllm_config.model_config, "model", "MODEL")
-    return " ".join(["vllm", "serve", shlex.quote(model), *(f"{flag} {shlex.quote(value)}" for flag, value in flags.items())])
+    words = ["vllm", "serve", shlex.quote(model), *(f"{flag} {shlex.quote(value)}" for flag, value in flags.items())]
+    if getattr(getattr(vllm_config.model_config, "multimodal_config", None), "language_model_only", False):
+        words.append("--language-model-only")
+    return " ".join(words)

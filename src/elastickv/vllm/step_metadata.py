@@ -4,10 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from elastickv.vllm.bad_tokens import BadTokens
+from elastickv.vllm.drafts import more_queries
+
+_log = init_logger("vllm.elastickv")
 
 
 @dataclass
@@ -51,19 +55,21 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = vllm_config.compilation_config.static_forward_context
         self._bad_tokens: BadTokens = layers[layer_names[0]].impl.bad_tokens
+        # vLLM builds a draft model's step of requests one token longer than the model's, and says the model's lengths for it.
+        self._more = more_queries(vllm_config) if all(_is_draft(layers[name]) for name in layer_names) else 0
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PageMetadata:
         """Return the metadata of a step, and report tokens of earlier steps that could not be stored."""
         self._bad_tokens.look()
-        batch, threshold = common_attn_metadata, self.reorder_batch_threshold or 1
+        batch, threshold = common_attn_metadata, (self.reorder_batch_threshold or 1) + self._more
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
         starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
         lengths: list[int] = []
         if decodes < batch.num_reqs:  # the host needs them for prompt chunks only
-            on_host = batch.seq_lens_cpu_upper_bound if batch.seq_lens_cpu_upper_bound is not None else batch.seq_lens.cpu()
-            lengths = on_host[: batch.num_reqs].tolist()
+            on_host = batch.seq_lens_cpu_upper_bound
+            lengths = batch.seq_lens.tolist() if on_host is None else (on_host + self._more).tolist()
         counts = {after - before for before, after in zip(starts[:decodes], starts[1 : decodes + 1], strict=True)}
         # A graph's batch is padded with requests of no token, whose rows follow the others.
         each = decode_tokens // max(decodes, 1)
@@ -83,6 +89,10 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         )
 
 
+def _is_draft(layer: Any) -> bool:
+    return getattr(layer, "is_draft_layer", False)
+
+
 @dataclass
 class WindowMetadata(AttentionMetadata):
     """A step's window.
@@ -91,8 +101,9 @@ class WindowMetadata(AttentionMetadata):
     ----------
     block_table : (requests, columns) int32 numbers of the window's blocks.
     slot_mapping : (tokens,) int64, where the window stores each token; slots of block 0 store nothing.
-    first : (requests,) int32, the first token whose window block, and all later ones, are there; older tokens are read from
-        pages. A multiple of 32.
+    first : (requests,) int32. Tokens below it are read from pages even if they are among the exact ones: after a prefix hit, a
+        block of the window may be gone. It is the end of the last such block that a query of the step would read, rounded up to
+        a page, but no further than complete pages go; 0 if none is gone.
     """
 
     block_table: torch.Tensor
@@ -108,8 +119,16 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        rows = max(scheduler.max_num_seqs, *(compilation.cudagraph_capture_sizes or [0]))
+        requests, graphs = vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.cudagraph_capture_sizes
+        largest, of_decode = max(graphs or [0]), self.reorder_batch_threshold or 1
+        if 0 < largest < requests * of_decode:
+            _log.info_once(
+                "ElasticKV: CUDA graphs serve up to %d requests that decode; steps of more, up to %d, run without them: for "
+                "graphs there too, give a larger `max_cudagraph_capture_size` in `compilation_config`",
+                largest // of_decode,
+                requests,
+            )
+        rows = max(requests, largest)
         # A captured graph reads it at this address.
         self._first = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._block_tokens = kv_cache_spec.block_size

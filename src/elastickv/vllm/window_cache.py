@@ -1,5 +1,7 @@
 """The window as a layer of its own: vLLM allocates, frees, prefix-caches and preempts its blocks."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +11,24 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from elastickv.recipe import Recipe
 from elastickv.recipe.formats import PAGE_TOKENS
+from elastickv.recipe.slab import LAYOUT_VERSION
 from elastickv.vllm.step_metadata import WindowMetadataBuilder
-from elastickv.vllm.window_spec import SoftWindowSpec, WindowSpec
+from elastickv.vllm.window_spec import WindowSpec
 
 SUFFIX = ".window"
+
+
+def window_name(layer: str, recipe: Recipe, shape: "WindowShape") -> str:
+    """Return vLLM's name of a layer's window. It tells apart what may not be read as each other.
+
+    vLLM's tiers that keep blocks beyond a process (files, objects, peers) know a block by the names of all layers, beside its
+    tokens, the model and its KV cache dtype: v1/kv_offload/file_mapper.py. So the name has the version of the layout, the
+    formats, the window, the dtype and the sizes of this layer; a calibration is its formats.
+    """
+    content = [LAYOUT_VERSION, str(recipe), shape.tokens, shape.slab_bytes, shape.kv_heads, shape.head_size, str(shape.dtype)]
+    return f"{layer}{SUFFIX}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
 
 
 class WindowBackend(AttentionBackend):
@@ -78,9 +93,9 @@ class WindowShape:
         return -(-(self.tokens - 1) // self.block_tokens(page_block_tokens)) + 1
 
     def spec(self, vllm_config: Any) -> WindowSpec:
-        """Return the specification for vLLM. Like pages, blocks are bytes to it, so that it need not clear reused ones."""
+        """Return the specification for vLLM. It is of bytes as pages are: where dtypes differ, vLLM clears reused blocks."""
         steps = vllm_config.max_concurrent_batches
-        return (SoftWindowSpec if self.soft else WindowSpec)(
+        return WindowSpec(
             block_size=self.block_tokens(vllm_config.cache_config.block_size),
             num_kv_heads=self.kv_heads,
             head_size=self.head_size,
@@ -103,12 +118,13 @@ class WindowCache(AttentionLayerBase):
 
     Attributes
     ----------
+    name : vLLM's name of this layer.
     kv_cache : (blocks, kv_heads, block_tokens, row_bytes) uint8, each row a token's key, then its value.
     page_block_tokens : tokens of a block of pages. vLLM's own number is another once the caches are planned.
     """
 
-    def __init__(self, shape: WindowShape, attention: Any, bound: Callable[["WindowCache"], None]) -> None:
-        self.shape, self.attention, self._bound = shape, attention, bound
+    def __init__(self, name: str, shape: WindowShape, attention: Any, bound: Callable[["WindowCache"], None]) -> None:
+        self.name, self.shape, self.attention, self._bound = name, shape, attention, bound
         self.kv_cache, self.page_block_tokens = torch.tensor([]), PAGE_TOKENS
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:

@@ -9,14 +9,11 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from elastickv.vllm.window_spec import SoftWindowSpec, WindowSpec
+from elastickv.vllm.window_spec import WindowSpec
 
 
 class WindowManager(SlidingWindowManager):
-    """Gives null blocks to tokens that leave the window within their own step.
-
-    A prefix hit needs all of the window's blocks before it, so that tokens do not depend on what was cached.
-    """
+    """Gives null blocks to tokens that leave the window within their own step, and to prefix hits without a window."""
 
     def __init__(self, kv_cache_spec: WindowSpec, **options: Any) -> None:
         super().__init__(kv_cache_spec, **options)
@@ -79,10 +76,6 @@ class WindowManager(SlidingWindowManager):
         self._freed.pop(request_id, None)
         return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
 
-
-class SoftWindowManager(WindowManager):
-    """Never shortens a prefix hit: where the window's blocks are gone it returns null blocks."""
-
     @classmethod
     def find_longest_cache_hit(
         cls,
@@ -96,7 +89,23 @@ class SoftWindowManager(WindowManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Return a hit as long as `max_length` allows, with the blocks of its window from the last one that is gone on."""
+        """Return the blocks of a hit, and its tokens.
+
+        A hit that needs no window is as long as `max_length` allows. It has the window's blocks that are there up to its end,
+        and null blocks below the last one that is gone.
+        """
+        if kv_cache_spec.hit_tokens:
+            return super().find_longest_cache_hit(
+                block_hashes,
+                max_length,
+                kv_cache_group_ids,
+                block_pool,
+                kv_cache_spec,
+                drop_eagle_block,
+                alignment_tokens,
+                dcp_world_size,
+                pcp_world_size,
+            )
         assert dcp_world_size == pcp_world_size == 1, "a sliding window is not sharded"
         size = kv_cache_spec.block_size
         hashes = resolve_block_hashes(
@@ -120,8 +129,7 @@ class SoftWindowManager(WindowManager):
 
 
 def register_specs() -> None:
-    """Register the specifications of the window with vLLM, once its own are there."""
+    """Register the specification of the window with vLLM, once its own are there."""
     # Were ours the first, vLLM would take its own for registered.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(WindowSpec, WindowManager, uniform_type_base_spec=SlidingWindowSpec)
-    KVCacheSpecRegistry.register(SoftWindowSpec, SoftWindowManager, uniform_type_base_spec=SlidingWindowSpec)

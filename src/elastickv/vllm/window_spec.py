@@ -1,9 +1,15 @@
 """vLLM's description of the window: the newest tokens of every request, in the model's dtype."""
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+_log = logging.getLogger("vllm.elastickv")
+_SCHEDULERS = "elastickv.vllm.failing_scheduler"
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +23,8 @@ class WindowSpec(SlidingWindowSpec):
     ----------
     steps_in_flight : steps that the engine schedules before the first of them is processed.
     rollback_tokens : most draft tokens by which a step's length may turn out too large.
-    hit_tokens : prefix hits end at multiples of so many tokens, and need the window before there; 0: they do without it.
+    hit_tokens : prefix hits end at multiples of so many tokens and need the window's blocks before there; 0: they need none of
+        them, and tokens whose blocks are gone are read from pages.
     """
 
     steps_in_flight: int
@@ -34,6 +41,14 @@ class WindowSpec(SlidingWindowSpec):
             end = (end - 1) // self.hit_tokens * self.hit_tokens
         return max(0, end - (self.sliding_window - 1))
 
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Return the bytes that a request may take, and choose the engine's scheduler, which is not made yet.
+
+        Of all that a plug-in provides, vLLM gives its configuration to this alone in the process that schedules.
+        """
+        choose_scheduler(vllm_config.scheduler_config)
+        return int(super().max_memory_usage_bytes(vllm_config))
+
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Return the most blocks that a request holds: a window for each step in flight and the one before."""
         stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
@@ -42,6 +57,15 @@ class WindowSpec(SlidingWindowSpec):
         return min(stock, (self.steps_in_flight + 1) * window)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SoftWindowSpec(WindowSpec):
-    """A window that never shortens a prefix hit: tokens whose blocks are gone are read from pages."""
+def choose_scheduler(scheduler_config: Any) -> None:
+    """Let vLLM schedule with the class that ends failing requests, unless the user chose another; any number of times."""
+    chosen = scheduler_config.scheduler_cls
+    if chosen is None:
+        name = "FailingAsyncScheduler" if scheduler_config.async_scheduling else "FailingScheduler"
+        scheduler_config.scheduler_cls = f"{_SCHEDULERS}.{name}"
+    elif not str(chosen).startswith(_SCHEDULERS) and str(chosen) not in _warned:
+        _warned.add(str(chosen))
+        _log.warning(
+            "ElasticKV: the scheduler is %s, which does not end requests with NaN in keys or values: their answers are wrong",
+            chosen,
+        )

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from elastickv.backends.bad_token import BadToken
 from elastickv.backends.cuda import launch
 from elastickv.backends.cuda.kernel_selection import blocks_variant
 from elastickv.errors import UsageError
@@ -243,3 +244,33 @@ def test_a_captured_graph_follows_lengths_and_tables(engine):
         if number % 30 == 0 or number == 89:
             assert max(of.errors(query[:2], output[:2], [n + 1 for n in now])) < 4e-3
             assert (output[2] == 0).all()
+
+
+@pytest.mark.gpu
+def test_outputs_are_nan_from_a_bad_token_on_and_words_move_to_the_host(engine):
+    lengths, before = [300, 200, 1000], [288, 199, 700]
+    of = engine(lengths, Recipe.parse("int4"), 128, 2, 4)
+    torch = of.torch
+    of.store([0] * 3, before)
+    of.keys[0][290, 1, 5], of.values[2][700] = math.nan, math.inf
+    words, found = torch.full((40,), -1, device="cuda"), torch.full((40,), -1).pin_memory()
+    of.bad = words[:1]
+    of.store(before, lengths)
+    # A layer names its first bad token only; another layer's word has the second. The last word is of no layer of the step.
+    words[7], words[39] = BadToken(2, 700, too_large=False).word, BadToken(1, 199, too_large=True).word
+
+    def failed(output):
+        of.kernels.fail(words.data_ptr(), found.data_ptr(), 30, 40, *(i.data_ptr() for i in of.inputs[:2]), output.data_ptr())
+        torch.cuda.synchronize()
+        return output
+
+    output = of.random(12 + 1 + 300, 8)
+    expected = output.clone()
+    expected[2:12], expected[13:] = math.nan, math.nan
+    assert torch.equal(failed(output).nan_to_num(-1), expected.nan_to_num(-1))
+    assert (words == -1).all()
+    seen = {layer: BadToken.of(word) for layer, word in enumerate(found.tolist()) if word != -1}
+    assert seen == {0: BadToken(0, 290, False), 7: BadToken(2, 700, False), 39: BadToken(1, 199, True)}
+    # Without a word nothing changes.
+    output = of.random(12 + 1 + 300, 8)
+    assert torch.equal(failed(output.clone()), output)

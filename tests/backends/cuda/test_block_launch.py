@@ -53,6 +53,14 @@ def test_a_store_passes_its_requests_and_the_word_of_the_layer(kernels):
     assert values.items() >= expected.items()
 
 
+def test_failing_requests_is_one_block_for_all_layers(kernels):
+    kernels.fail(1, 2, 30, 36, 3, 4, 5)
+    recorded = kernels._device.take()[-1]
+    expected = {"words": 1, "reported": 2, "layers": 30, "most": 36, "lengths": 3, "starts": 4, "output": 5, "width": 32 * 128}
+    assert (recorded.kernel, recorded.grid) == ("fail_requests", (1,))
+    assert recorded.values == expected
+
+
 def test_a_gather_is_one_launch_of_limited_size(kernels):
     recorded = gathered(kernels, 4, 129)
     expected = {"keys": 31, "values": 32, "first": 1, "count": 2, "start": 3, "exact_first": 4, "first_request": 5}

@@ -80,7 +80,7 @@ class BlockDecodeArguments(ArgumentStruct):
     Attributes
     ----------
     lengths : (requests,) int32, tokens of each request with those of this step.
-    window_first : (requests,) int32, the first token whose window block is there.
+    window_first : (requests,) int32, as `launch.first_in_window` writes it.
     starts : (requests + 1,) int32, where each request's rows begin; read where `queries_per_request` is 0.
     row_requests : (rows,) int32, the request of each row; read where `queries_per_request` is 0.
     partial, partial_ml, counters : what blocks leave for each other to merge.

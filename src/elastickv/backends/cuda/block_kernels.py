@@ -6,7 +6,7 @@ from elastickv.backends.cuda.arguments import Address
 from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, GatherRows, StepRows
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.backends.cuda.kernel_selection import blocks_variant
-from elastickv.backends.cuda.launch import decode_blocks, first_in_window, gather_blocks, store_blocks
+from elastickv.backends.cuda.launch import decode_blocks, fail_requests, first_in_window, gather_blocks, store_blocks
 from elastickv.backends.cuda.storage import Scratch, ScratchSize
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
@@ -41,7 +41,7 @@ class BlockKernels:
         problems = shape.batch * shape.kv_heads * self._decoding.passes(shape.group)
         self._scratch = Scratch(device, ScratchSize.of(self._decoding, self._grid, problems, 0))
         self._lse = device.allocate(shape.batch * shape.query_heads * 4)
-        for name in ("store_blocks", "gather_blocks", "first_in_window"):
+        for name in ("store_blocks", "gather_blocks", "first_in_window", "fail_requests"):
             device.kernel(self._storing, name)
 
     def store(
@@ -152,4 +152,26 @@ class BlockKernels:
             starts=starts,
             exact_tokens=self._exact_tokens,
             first=first,
+        )
+
+    def fail(
+        self, words: Address, reported: Address, layers: int, most: int, lengths: Address, starts: Address, output: Address
+    ) -> None:
+        """Make outputs of requests NaN whose tokens `store` could not store; `launch.fail_requests` describes the arguments.
+
+        Parameters
+        ----------
+        output : (tokens, query_heads, head_dim), of the window's dtype, contiguous.
+        """
+        fail_requests(
+            self._device,
+            self._storing,
+            words=words,
+            reported=reported,
+            layers=layers,
+            most=most,
+            lengths=lengths,
+            starts=starts,
+            output=output,
+            width=self._shape.query_heads * self._shape.head_dim,
         )

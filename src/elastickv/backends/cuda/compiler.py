@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from elastickv.backends.cuda.format_macros import format_macros
+from elastickv.backends.cuda.wheels import cuda_install_command
 from elastickv.backends.kernel_cache import cache_folder, load_compiled, save_compiled
 from elastickv.errors import CompileFailure, UsageError
 
 KERNELS = Path(__file__).parent / "kernels"
 ARCHITECTURES = ("61", "70", "75", "80", "86", "89", "90", "100", "120")
-_INSTALL = 'pip install "elastickv[cuda]"'
 _CACHES = (12, 9)  # the first NVRTC with a cache of its own
 _LOG_LINES = 6
 
@@ -50,7 +50,7 @@ def nvrtc() -> Any:
 
         module.nvrtcVersion()
     except Exception as error:  # the loader raises its own types
-        raise UsageError(f"NVRTC, the CUDA run-time compiler, cannot be loaded: {_INSTALL}") from error
+        raise UsageError(f"NVRTC, the CUDA run-time compiler, cannot be loaded: {cuda_install_command()}") from error
     return module
 
 
@@ -82,7 +82,7 @@ def include_directory() -> str:
     except Exception:  # a missing or old pathfinder
         headers = None
     if not headers or not (Path(headers) / "cuda_fp16.h").is_file():
-        raise UsageError(f"the CUDA headers (cuda_fp16.h) are not found: {_INSTALL}")
+        raise UsageError(f"the CUDA headers (cuda_fp16.h) are not found: {cuda_install_command()}")
     return str(headers)
 
 
@@ -167,7 +167,8 @@ def _failure_message(name: str, arch: str, options: list[str], log: str) -> str:
     macros = " ".join(option.partition("=")[2] for option in options if option.startswith("--define-macro"))
     built = f"{name}.cu ({macros})" if macros else f"{name}.cu"
     version = ".".join(map(str, nvrtc_version()))
-    return f"{built} does not compile for sm_{arch} with NVRTC {version}: {' | '.join(first)}; {_INSTALL} again, or report it"
+    remedy = f"{cuda_install_command()} again, or report it"
+    return f"{built} does not compile for sm_{arch} with NVRTC {version}: {' | '.join(first)}; {remedy}"
 
 
 def _resources(log: str) -> tuple[Resources, ...]:

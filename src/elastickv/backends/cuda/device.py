@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cuda.compiler import nvrtc_version, supported_architectures
 from elastickv.backends.cuda.kernel_selection import Variant
+from elastickv.backends.cuda.wheels import cuda_install_command
 from elastickv.backends.driver_errors import failure
 from elastickv.backends.protocol import Allocator, DeviceInfo
 from elastickv.backends.protocol import DeviceMemory as DeviceMemory
 from elastickv.errors import UsageError
 
 _OLDEST = 61
-_INSTALL = 'pip install "elastickv[cuda]"'
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -45,7 +45,7 @@ def driver_api() -> Any:
         import cuda.core  # noqa: F401
         from cuda.bindings import driver
     except ImportError as error:
-        raise UsageError(f"the CUDA backend is not installed: {_INSTALL}") from error
+        raise UsageError(f"the CUDA backend is not installed: {cuda_install_command()}") from error
     try:
         check(driver.cuInit(0))
         count = check(driver.cuDeviceGetCount())
@@ -155,13 +155,13 @@ class CudaDevice:
         if version // 1000 < compiler[0]:
             raise UsageError(
                 f"the driver is too old: it runs CUDA {version // 1000}.{version % 1000 // 10}, NVRTC is {compiler[0]}."
-                f"{compiler[1]}; update the driver, or {_INSTALL} for CUDA 12"
+                f'{compiler[1]}; update the driver, or pip install "elastickv[cuda]" for CUDA 12'
             )
         fits = [a for a in supported_architectures() if a // 10 == major and a % 10 <= minor]
         if not fits:
             raise UsageError(
                 f"NVRTC {compiler[0]}.{compiler[1]} does not compile for compute capability {major}.{minor}: "
-                f"{_INSTALL if major < 8 else 'pip install ' + chr(34) + 'elastickv[cuda13]' + chr(34)}"
+                f'pip install "elastickv[{"cuda" if major < 8 else "cuda13"}]"'
             )
         return str(max(fits))
 

@@ -251,6 +251,30 @@ def first_in_window(
 
 
 @kernel
+def fail_requests(
+    *,
+    words: Address,
+    reported: Address,
+    layers: I32,
+    most: I32,
+    lengths: Address,
+    starts: Address,
+    output: Address,
+    width: I32,
+) -> Grid:
+    """Move the words of tokens that could not be stored to `reported`, and make their requests' outputs NaN from them on.
+
+    Parameters
+    ----------
+    words, reported : (most,) words of `BadToken`; `reported` may be page-locked memory of the host. A word there is replaced.
+    layers : words of this step's layers, which come first. Later ones are moved, and nothing else.
+    lengths, starts : as in `store_blocks`.
+    output : (tokens, width) of 16 bit, contiguous.
+    """
+    return (1,)
+
+
+@kernel
 def decode_blocks(
     grid: int,
     *,

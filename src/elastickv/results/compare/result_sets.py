@@ -16,8 +16,9 @@ from elastickv.results.compare.runs import BenchmarkRun
 from elastickv.results.documents import ACCEPTED, Document, documents, file_of
 from elastickv.results.kinds.evaluation_result import EvaluationResult
 from elastickv.results.kinds.serving_result import ServingResult
+from elastickv.results.kinds.soak_result import SoakResult
 from elastickv.results.kinds.sweep_record import MISSING, SweepCell, SweepHeader, UnmeasuredCell, cell_name, sweep_record
-from elastickv.results.load import evaluation_of, run_of, serving_of
+from elastickv.results.load import evaluation_of, run_of, serving_of, soak_of
 
 _IN_JSON = re.compile(r", cell [0-9]+\Z")  # of a sweep that is one JSON object
 
@@ -32,7 +33,7 @@ class ResultSet:
     runs : what was measured.
     documents : what the runs were read from, one each.
     evaluations : results of `eval`, with their documents.
-    servings : results of `benchmarks/serving.py`, with their documents.
+    servings, soaks : results of `benchmarks/serving.py` and `benchmarks/serving_soak.py`, with their documents.
     sweeps : the source and the header of each sweep.
     unmeasured : cells of sweeps that have no result, the missing ones among them.
     incomplete : a sentence for each sweep that lacks cells.
@@ -46,6 +47,7 @@ class ResultSet:
     documents: list[Document] = field(default_factory=list)
     evaluations: list[tuple[Document, EvaluationResult]] = field(default_factory=list)
     servings: list[tuple[Document, ServingResult]] = field(default_factory=list)
+    soaks: list[tuple[Document, SoakResult]] = field(default_factory=list)
     sweeps: list[tuple[str, SweepHeader]] = field(default_factory=list)
     unmeasured: list[UnmeasuredCell] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
@@ -56,7 +58,7 @@ class ResultSet:
     @property
     def empty(self) -> bool:
         """Whether nothing was measured, and no cell says why not."""
-        measured = self.runs or self.evaluations or self.servings
+        measured = self.runs or self.evaluations or self.servings or self.soaks
         return not (measured or any(cell.status != MISSING for cell in self.unmeasured))
 
     @property
@@ -104,6 +106,14 @@ class ResultSet:
         else:
             self.notes.append(f"{document.source} is the result of {known} once more, and counts once")
 
+    def add_soak(self, document: Document, soak: SoakResult) -> None:
+        """Add a result of `benchmarks/serving_soak.py`, or a note that it is there already."""
+        known = next((other.source for other, same in self.soaks if same == soak), None)
+        if known is None:
+            self.soaks.append((document, soak))
+        else:
+            self.notes.append(f"{document.source} is the result of {known} once more, and counts once")
+
     def nothing_measured(self) -> UsageError:
         """Return the error that says that nothing was measured, and why."""
         if self.unreadable:
@@ -138,8 +148,9 @@ def read_result_set(source: Any, name: str) -> ResultSet:
     results.refuse_others()
     if not results.runs:
         raise results.nothing_measured()
-    if results.evaluations or results.servings:
-        without_times = ", ".join(document.source for document, _ in [*results.evaluations, *results.servings])
+    others = [*results.evaluations, *results.servings, *results.soaks]
+    if others:
+        without_times = ", ".join(document.source for document, _ in others)
         results.notes.append(f"not compared, being no results of `bench`: {without_times}")
     return results
 
@@ -208,6 +219,8 @@ def _take(document: Document, results: ResultSet, sweep: _OpenSweep) -> None:
         results.add_evaluation(document, evaluation)
     elif (serving := serving_of(document)) is not None:
         results.add_serving(document, serving)
+    elif (soak := soak_of(document)) is not None:
+        results.add_soak(document, soak)
     elif isinstance(record := sweep_record(document.value, document.source), SweepCell):
         results.unmeasured.append(UnmeasuredCell(file_of(document.source), record.name, record.status, record.why))
     elif record is not None:

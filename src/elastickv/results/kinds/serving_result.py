@@ -20,24 +20,27 @@ class RatioOfRounds:
 
 
 @dataclass(frozen=True)
-class ServingStep:
-    """A decode step of `batch` requests at `context` tokens: the median of all samples, and the samples of each round."""
+class ServingFigure:
+    """What was measured with requests of `context` tokens: the samples of each round, of which the figure is the median."""
 
     context: Count
-    batch: Count
-    ms: Duration
-    samples: list[list[Duration]]
+    samples: list[list[Positive]]
     of_baseline: RatioOfRounds | None
 
 
 @dataclass(frozen=True)
-class ServingFirstToken:
-    """Seconds from a prompt of `context` tokens to its first token."""
+class ServingStep(ServingFigure):
+    """A decode step of `batch` requests."""
 
-    context: Count
+    batch: Count
+    ms: Duration
+
+
+@dataclass(frozen=True)
+class ServingFirstToken(ServingFigure):
+    """Seconds from a prompt to its first token."""
+
     s: Duration
-    samples: list[list[Duration]]
-    of_baseline: RatioOfRounds | None
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,12 @@ class ServingCapacity:
 
 
 @dataclass(frozen=True)
-class ServingThroughput:
-    """Decoding with as many requests of `context` tokens as fit."""
+class ServingThroughput(ServingFigure):
+    """Decoding with as many requests as fit."""
 
-    context: Count
     requests: Count
     step_ms: Duration
     tokens_per_s: Positive
-    samples: list[list[Positive]]
-    of_baseline: RatioOfRounds | None
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ class NumbaBlockKernels:
         keys, values, lengths, starts : as in `store`.
         query : (tokens, query_heads, head_dim).
         output : the same shape.
-        window_first : (requests,) int32, the first token whose window block is there; a multiple of 32.
+        window_first : (requests,) int32, the first token whose window block, and all later ones, are there; a multiple of 32.
         scale : of scores.
         """
         words, shape = self._step(blocks, keys, values, lengths, starts), self._shape

@@ -257,3 +257,33 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
     for (int i = 16; i; i >>= 1) gone = max(gone, __shfl_xor_sync(FULL, gone, i));
     if (threadIdx.x == 0) first[request] = min((gone + PAGE - 1) / PAGE, before / PAGE) * PAGE;
 }
+
+// Takes the words that `store_blocks` lowered in the layers of a step: moves them to `reported`, in the host's memory, and
+// makes outputs NaN from the token on that each names, so that no token is chosen by them. One block.
+// `words`, `reported`: (most); those of `layers` and on are of layers whose requests are not this step's.
+extern "C" __global__ void __launch_bounds__(STORE_THREADS)
+    fail_requests(u64* words, u64* reported, int layers, int most, const int* lengths, const int* starts, u16* output,
+                  int width) {
+    __shared__ u64 failed[STORE_THREADS];
+    for (int first = 0; first < most; first += STORE_THREADS) {
+        const int i = first + threadIdx.x;
+        const u64 word = i < most ? words[i] : ~0ull;
+        if (word != ~0ull) {
+            reported[i] = word;
+            words[i] = ~0ull;
+        }
+        failed[threadIdx.x] = i < layers ? word & ~(1ull << 63) : ~0ull >> 1;
+        if (!__syncthreads_or(word != ~0ull)) continue;
+        u64 before = ~0ull;
+        for (int each = 0; each < STORE_THREADS; each++) {
+            const u64 one = failed[each];
+            if (one == ~0ull >> 1 || one == before) continue;
+            before = one;
+            const int request = (int)(one >> 32), end = starts[request + 1];
+            const int row = max(end - (lengths[request] - (int)(u32)one), starts[request]);
+            for (long long at = (long long)row * width + threadIdx.x; at < (long long)end * width; at += STORE_THREADS)
+                output[at] = 0x7fff;  // NaN in either type
+        }
+        __syncthreads();
+    }
+}

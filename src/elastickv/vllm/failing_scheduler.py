@@ -1,0 +1,99 @@
+"""vLLM's schedulers, but a request whose logits are NaN ends with an error, and its blocks are taken from the prefix cache."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+_log = logging.getLogger("vllm.elastickv")
+
+
+class FailingRequests(Scheduler):
+    """Ends requests with NaN in their logits before vLLM looks at the tokens that were chosen by them.
+
+    vLLM counts NaN and only reports them. With drafts it counts by row of logits, of which a request has several, but keeps
+    as many counts as there are requests: a request behind others with drafts may be noticed some steps later.
+    """
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, EngineCoreOutputs]:
+        """Return the outputs of a step; requests that fail in it have no token and the finish reason 'error'."""
+        failed: list[Request] = []
+        if any((model_runner_output.num_nans_in_logits or {}).values()):
+            failed = self._fail(scheduler_output, set(self._with_nan(scheduler_output, model_runner_output)))
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
+        for request in failed:
+            last = EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=request.get_finished_reason(),
+                events=request.take_events(),
+                trace_headers=request.trace_headers,
+            )
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(last)
+        return outputs
+
+    def _with_nan(self, scheduler_output: Any, model_runner_output: Any) -> Iterator[str]:
+        """Yield requests of which a row of logits has NaN that is not a rejected draft's."""
+        counts, indices = model_runner_output.num_nans_in_logits, model_runner_output.req_id_to_index
+        names = sorted(indices, key=indices.__getitem__)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        if not drafts or getattr(self.parallel_config, "enable_batch_sharded_sampling", False):
+            yield from (name for name in names if counts.get(name))
+            return
+        by_row, row = [counts.get(name, 0) for name in names], 0
+        chosen = model_runner_output.sampled_token_ids
+        for index, name in enumerate(names):
+            accepted = max(1, len(chosen[index]) if index < len(chosen) else 0)
+            if any(by_row[row : row + accepted]):
+                yield name
+            row += 1 + len(drafts.get(name, ()))
+
+    def _fail(self, scheduler_output: Any, names: set[str]) -> list[Request]:
+        """End requests, and those that read their blocks through the prefix cache; return them."""
+        begun = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        cached = scheduler_output.scheduled_cached_reqs
+        begun |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        # Drafts that turned out to be rejected may be among the tokens computed before.
+        unsure = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
+        suspects = {name: max(0, begun[name] - unsure) for name in names if name in self.requests}
+        bad, failing = set[int](), set[str]()
+        while suspects:
+            failing |= set(suspects)
+            for name, token in suspects.items():
+                bad |= self._blocks_from(name, token)
+            read = {name: self._first_of(name, bad) for name in self.requests if name not in failing}
+            suspects = {name: token for name, token in read.items() if token is not None}
+        self.kv_cache_manager.evict_blocks(bad)
+        ended: list[Request] = self.finish_requests(failing, RequestStatus.FINISHED_ERROR)
+        for request in ended:
+            why = "its logits are NaN" if request.request_id in names else "it read blocks of a request whose logits are NaN"
+            _log.error("ElasticKV: request %s ends with an error: %s", request.request_id, why)
+        return ended
+
+    @property
+    def _block_tokens(self) -> list[int]:
+        return [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
+
+    def _blocks_from(self, name: str, token: int) -> set[int]:
+        """Return a request's blocks from a token on, without the null block."""
+        groups = self.kv_cache_manager.get_block_ids(name)
+        return {
+            block for size, blocks in zip(self._block_tokens, groups, strict=True) for block in blocks[token // size :] if block
+        }
+
+    def _first_of(self, name: str, bad: set[int]) -> int | None:
+        """Return the first token of a request's that is in bad blocks, or None."""
+        groups = zip(self._block_tokens, self.kv_cache_manager.get_block_ids(name), strict=True)
+        return min((i * size for size, blocks in groups for i, block in enumerate(blocks) if block in bad), default=None)
+
+
+class FailingScheduler(FailingRequests):
+    """vLLM's scheduler, with failing requests."""
+
+
+class FailingAsyncScheduler(FailingRequests, AsyncScheduler):
+    """vLLM's asynchronous scheduler, with failing requests."""

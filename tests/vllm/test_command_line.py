@@ -1,0 +1,73 @@
+"""Options on a server's command line: what is wrong is known before an engine starts."""
+
+import json
+import sys
+
+import pytest
+
+from elastickv.vllm import plugin
+from elastickv.vllm.plugin import refusal
+from elastickv.vllm.versions import Installation
+
+
+def arguments(ours, *others):
+    return ["serve", "MODEL", *others, "--additional-config", json.dumps({"elastickv": ours})]
+
+
+@pytest.mark.parametrize(
+    ("ours", "others", "word"),
+    [
+        ({"format": "int4", "sinks": 4}, (), "sinks"),
+        ({"format": "int4", "window": 31}, (), "window"),
+        ({"format": "int3"}, (), "int3"),
+        ({"format": "int4", "calibration": "missing.json", "compress": 3}, (), "contradict"),
+        ({"calibration": "missing.json", "compress": 3}, (), "missing.json"),
+        ({"calibration": "missing.json"}, (), "compress"),
+        ({}, (), "nothing says the format"),
+        ({"format": "int8"}, ("--kv-cache-dtype", "elastickv_int4"), "contradict"),
+        ({"format": "int8"}, ("--kv_cache_dtype=elastickv_int4",), "contradict"),
+        ({"format": "int8"}, ("--kv-cache-dtype", "fp8"), "fp8"),
+    ],
+)
+def test_what_the_options_alone_show_to_be_wrong_is_one_line(ours, others, word):
+    reason = refusal(arguments(ours, *others))
+    assert reason is not None and word in reason
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["serve", "MODEL"],
+        ["serve", "MODEL", "--kv-cache-dtype", "fp8"],
+        ["serve", "MODEL", "--kv-cache-dtype", "elastickv_int4"],
+        ["serve", "MODEL", "--kv-cache-dtype"],
+        ["serve", "MODEL", "--additional-config"],
+        ["serve", "MODEL", "--additional-config", "no JSON"],
+        ["serve", "MODEL", "--additional-config", '{"other": {"format": "int3"}}'],
+        ["serve", "MODEL", "--additional-config=[1]"],
+        arguments({"format": "int4"}),
+        arguments({"window": 256}, "--kv-cache-dtype", "elastickv_int4"),
+        arguments({"window": 256}, "--config", "options.yaml"),
+    ],
+)
+def test_other_command_lines_are_vllms_own_business(given):
+    assert refusal(given) is None
+
+
+def test_a_file_of_options_hides_only_the_dtype():
+    assert "window" in refusal(arguments({"window": 31}, "--config", "options.yaml"))
+
+
+def test_the_last_of_several_values_counts():
+    given = ["--additional-config={}", *arguments({"format": "int3"}), *arguments({"format": "int4"})]
+    assert refusal(given) is None
+
+
+def test_the_process_that_the_user_starts_ends_with_the_line(monkeypatch):
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(plugin, "installed_version", lambda: Installation("vllm", "0.33.0"))
+    monkeypatch.setattr(sys, "argv", ["vllm", *arguments({"format": "int4", "window": 5})])
+    with pytest.raises(SystemExit, match=r"^ElasticKV: .*window is 5"):
+        plugin.register()

@@ -1,0 +1,78 @@
+"""Tokens that cannot be stored, and what graphs took: with the second model runner, asynchronous scheduling and full graphs."""
+
+import time
+
+import pytest
+
+from tests.helpers.bad_words import INFINITE, NAN, WHY, ended_by_error, ends, errors, named, with_bad_word, with_bad_words
+from tests.helpers.served_llama import write_model
+from tests.helpers.serving_scenarios import random_prompts
+
+pytestmark = pytest.mark.gpu
+
+PREFIXES = {"enable_prefix_caching": True}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+
+
+@pytest.fixture(scope="module")
+def bad_folder(weights, tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("bad_words") / "llama", with_bad_words(weights))
+
+
+def fails(engine, prompt, position, tokens, **sampling):
+    """A request fails; others of the batch and the pool do not notice."""
+    engine.settle()
+    start, others = engine.free_blocks, random_prompts([90, 40], seed=3)
+    with errors() as messages:
+        bad = engine.add(prompt, 30, **sampling)
+        names = [engine.add(other, 30) for other in others]
+        ended = ends(engine)
+        engine.settle()
+        time.sleep(1)  # a thread logs what the last step left
+    assert len(ended_by_error(ended[bad])) <= tokens
+    assert named(position) in messages
+    assert f"ElasticKV: request {bad} ends with an error: {WHY}" in messages
+    for name in names:
+        (answer,) = ended[name].outputs
+        assert (len(answer.token_ids), answer.finish_reason) == (30, "length")
+    assert engine.free_blocks == start
+
+
+@pytest.mark.parametrize("word", [NAN, INFINITE])
+def test_a_bad_token_of_a_prompt_fails_its_request(serve_bf16, bad_folder, word):
+    fails(serve_bf16(folder=bad_folder, **PREFIXES), with_bad_word(word), 70, 0)
+
+
+def test_a_bad_token_far_before_the_end_of_a_chunk_fails_its_request(serve_bf16, bad_folder):
+    prompt = random_prompts([900], seed=9)[0]
+    prompt[70] = NAN
+    fails(serve_bf16(folder=bad_folder, **PREFIXES), prompt, 70, 0)
+
+
+def test_a_bad_token_that_the_model_chose_fails_its_request(serve_bf16, bad_folder):
+    """A decode, by a captured graph."""
+    fails(serve_bf16(folder=bad_folder, **PREFIXES), random_prompts([50], seed=9)[0], 50, 1, allowed_token_ids=[NAN])
+
+
+def test_a_bad_token_is_computed_again_and_fails_again(serve_bf16, bad_folder):
+    engine = serve_bf16(folder=bad_folder, **PREFIXES)
+    for _ in range(2):
+        fails(engine, with_bad_word(NAN), 70, 0)
+
+
+def test_with_drafts_a_bad_token_fails_its_request(serve_bf16, bad_folder):
+    fails(serve_bf16(folder=bad_folder, speculative_config=NGRAM), with_bad_word(NAN), 70, 0)
+
+
+def test_the_memory_of_graphs_is_said_once_they_are_captured(serve_bf16, device, monkeypatch):
+    from elastickv.vllm import capacity, model_setup
+
+    if device == "cpu":
+        pytest.skip("captures graphs on a GPU only")
+    lines = []
+    for module in (model_setup, capacity):
+        monkeypatch.setattr(module._log, "info", lambda text, *arguments: lines.append(text % arguments))
+    serve_bf16(max_num_seqs=7)
+    said = [line for line in lines if line.startswith(("ElasticKV: page", "ElasticKV: graphs"))]
+    assert [line.split()[1] for line in said] == ["page", "graphs"]
+    assert said[1].endswith(" MB")

@@ -1,0 +1,107 @@
+"""What the schedulers make of NaN in logits, told by outputs that are made up: vLLM on CPUs does not schedule ahead."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.helpers.serving_scenarios import random_prompts
+
+
+@pytest.fixture
+def ahead(serve):
+    """Return an asynchronous scheduler of an engine's caches, without an engine."""
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+    from elastickv.vllm.failing_scheduler import FailingAsyncScheduler
+
+    core = serve(enable_prefix_caching=True).core
+    caches = core.scheduler.kv_cache_config
+    block_size, hash_block_size = resolve_kv_cache_block_sizes(caches, core.vllm_config)
+    made = FailingAsyncScheduler(
+        vllm_config=core.vllm_config,
+        kv_cache_config=caches,
+        structured_output_manager=core.structured_output_manager,
+        block_size=block_size,
+        hash_block_size=hash_block_size,
+    )
+    return SimpleNamespace(scheduler=made, hasher=core.request_block_hasher, pool=made.kv_cache_manager.block_pool)
+
+
+def add(ahead, name, prompt):
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    ahead.scheduler.add_request(Request(name, prompt, params, None, block_hasher=ahead.hasher))
+
+
+def output(step, nan=()):
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    names = list(step.num_scheduled_tokens)
+    return ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: index for index, name in enumerate(names)},
+        sampled_token_ids=[[7] for _ in names],
+        num_nans_in_logits={name: int(name in nan) for name in names},
+    )
+
+
+def ended(outputs):
+    return {each.request_id: (str(each.finish_reason), each.new_token_ids) for each in outputs[0].outputs}
+
+
+def test_a_failing_request_and_those_that_read_its_blocks_end_though_a_step_of_them_is_in_flight(ahead):
+    start, prompt = ahead.pool.get_num_free_blocks(), random_prompts([200])[0]
+    add(ahead, "bad", prompt)
+    first = ahead.scheduler.schedule()
+    add(ahead, "reader", [*prompt, 1, 2, 3])
+    add(ahead, "other", random_prompts([200], seed=1)[0])
+    second = ahead.scheduler.schedule()
+    assert second.num_scheduled_tokens["reader"] < 64  # the others are those of the first
+    failed = ended(ahead.scheduler.update_from_output(first, output(first, nan={"bad"})))
+    assert failed == {"bad": ("error", []), "reader": ("error", [])}
+    after = ended(ahead.scheduler.update_from_output(second, output(second)))
+    assert after == {"other": ("None", [7])}
+    # Nothing of the failed ones is hit again, and no block is lost.
+    add(ahead, "again", prompt)
+    third = ahead.scheduler.schedule()
+    assert third.num_scheduled_tokens["again"] == 200
+    ahead.scheduler.finish_requests(["again", "other"], type(ahead.scheduler.requests["other"].status).FINISHED_ABORTED)
+    assert ahead.pool.get_num_free_blocks() == start
+
+
+def test_blocks_of_steps_before_the_failing_one_stay(ahead):
+    prompt = random_prompts([200], seed=2)[0]
+    add(ahead, "bad", prompt)
+    for nan in ((), (), {"bad"}):
+        step = ahead.scheduler.schedule()
+        outputs = ahead.scheduler.update_from_output(step, output(step, nan))
+    assert ended(outputs) == {"bad": ("error", [])}
+    add(ahead, "again", prompt)
+    assert ahead.scheduler.schedule().num_scheduled_tokens["again"] == 200 - 192
+
+
+@pytest.mark.parametrize(
+    ("drafts", "sampled", "rows", "failing"),
+    [
+        ({}, [[1], [1], [1]], [0, 1, 0], ["b"]),
+        ({}, [[1], [], [1]], [0, 1, 0], ["b"]),  # a prompt chunk that is not the last chooses no token
+        ({"a": [5, 6]}, [[1, 1], [1], [1]], [0, 1, 0], ["a"]),
+        ({"a": [5, 6]}, [[1, 1], [1], [1]], [0, 0, 1], []),  # a rejected draft's
+        ({"a": [5]}, [[1], [1], [1]], [0, 0, 1], ["b"]),
+        ({"c": [5]}, [[1], [1], [1, 1]], [0, 0, 1], ["c"]),
+    ],
+)
+def test_rows_of_logits_belong_to_requests_with_their_drafts(drafts, sampled, rows, failing):
+    from elastickv.vllm.failing_scheduler import FailingScheduler
+
+    scheduler = FailingScheduler.__new__(FailingScheduler)
+    scheduler.parallel_config = SimpleNamespace()
+    names = ["a", "b", "c"]
+    made = SimpleNamespace(
+        num_nans_in_logits=dict(zip(names, rows, strict=True)),
+        req_id_to_index={name: index for index, name in enumerate(names)},
+        sampled_token_ids=sampled,
+    )
+    assert list(scheduler._with_nan(SimpleNamespace(scheduled_spec_decode_tokens=drafts), made)) == failing
