@@ -39,9 +39,27 @@ def test_without_a_calibration_one_warning_names_the_command(elastickv, folder):
     assert done.stderr.count("warning") == 1 and f"elastickv calibrate {folder}" in done.stderr
 
 
+def test_formats_are_compared_at_equal_windows(elastickv, folder, tmp_path):
+    result = tmp_path / "formats.json"
+    done = elastickv(
+        "eval", str(folder), f"--text={folder.parent / 'text.txt'}", *QUICK, "--needle=none", "--greedy=0", "--compress=none",
+        "--formats=kivi4,int4", "--formats=k=int8,v=int4", "--exact-tokens=4+64", f"-o{result}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(result.read_text(encoding="utf-8"))["rows"]
+    assert [row["cache"] for row in rows] == ["kivi4", "int4", "k=int8,v=int4"]
+    assert [row["stored_format"]["exact_keys"] for row in rows] == [83, 83, 83], "68 of 499 tokens, and 15 that fill no page"
+    assert "stored bits" in done.stdout and "arXiv 2402.02750" in done.stdout
+    assert "--calibration" not in done.stderr, "there is no C to calibrate for"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        (["--formats=q4_1"], "format q4_1 is unknown: choose all, fp8_per_tensor"),
+        (["--formats=k=int4,v=int5"], "format 'int5' is unknown"),
+        (["--exact-tokens=132"], "--exact-tokens=132 is unknown: write own, or sinks and window as in 4+128"),
+        (["--compress=none"], "give values of C in --compress, or --formats"),
         (["--compress=four"], "--compress=four"),
         (["--compress=0"], "--compress=0"),
         (["--context=-1"], "--context=-1"),

@@ -112,6 +112,17 @@ def test_a_figure_is_drawn(changes, tmp_path):
     assert "<svg" in text
 
 
+def test_formats_are_drawn_against_their_stored_bits(tmp_path):
+    pytest.importorskip("matplotlib")
+    stored = {"bits_per_element": 4.5, "stored_bits_per_element": 5.5, "sinks": 0, "exact_keys": 0, "exact_values": 0}
+    rows = [row(4096, 2) | {"compress": None, "cache": name, "stored_format": stored | {"source": "a paper"}} for name in "ab"]
+    with_ratios, alone = tmp_path / "both.svg", tmp_path / "alone.svg"
+    draw(evaluated(rows=[*RESULT["rows"], *rows]), with_ratios)
+    draw(evaluated(rows=rows, needle=[]), alone)
+    drawn = [file.read_text(encoding="utf-8").count("<!-- stored bits an element -->") for file in (with_ratios, alone)]
+    assert drawn == [1, 1] and "dense bytes / bytes read" not in alone.read_text(encoding="utf-8")
+
+
 def test_a_single_window_has_no_interval_on_a_page(tmp_path):
     """Its bounds in the file are its own figure; an interval of no width would look like certainty."""
     alone = {name: {"mean": 1.0, "low": 1.0, "high": 1.0} for name in ("ppl_change_percent", "kl", "top1_percent")}

@@ -1,6 +1,7 @@
 """`elastickv eval`."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ def _listed(numbers: tuple[float, ...]) -> str:
 
 @click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--compress", default=_listed(_DEFAULTS.ratios), show_default=True, help="Values of C.")
+@click.option("--compress", default=_listed(_DEFAULTS.ratios), show_default=True, help="Values of C; none: no.")
+@click.option("--formats", multiple=True, help="KV formats: all, names with commas between, or one recipe; may be repeated.")
+@click.option(
+    "--exact-tokens",
+    default="own",
+    show_default=True,
+    help="Sinks and window of all --formats, as in 4+128; own: each its own.",
+)
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Text to score; may be repeated.")
 @CALIBRATION
 @click.option("--context", "contexts", default=_listed(_DEFAULTS.contexts), show_default=True, help="Tokens of a window.")
@@ -50,7 +58,7 @@ def _listed(numbers: tuple[float, ...]) -> str:
 @FLOAT32_DTYPE
 @CPU_DEVICE
 def command(**arguments: Any) -> int:
-    """Measure what MODEL's predictions lose at each C, through the decode path that `generate` takes.
+    """Measure what MODEL's predictions lose at each C, through the decode path that `generate` takes, and with KV formats.
 
     MODEL is a local directory, a .gguf file or a hub id; shape:NAME has random weights and no quality to measure. Without
     --text two texts are scored that the package ships.
@@ -81,10 +89,11 @@ def command(**arguments: Any) -> int:
     with Bar() as bar:
         bar.phase("importing PyTorch and Transformers")
         from elastickv.evaluation.evaluate import evaluate
+        from elastickv.evaluation.kv_formats.published_formats import parse_formats
         from elastickv.evaluation.loading_progress import loading_progress
         from elastickv.evaluation.texts import evaluation_texts, read_text
 
-    options = _options(arguments)
+    options = replace(_options(arguments), formats=parse_formats(arguments["formats"]))
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
     texts = [read_text(path) for path in arguments["texts"]] or evaluation_texts()
     if calibration is not None and calibration.text in {text.name for text in texts}:
@@ -93,9 +102,9 @@ def command(**arguments: Any) -> int:
         bar.phase("loading")
         with loading_progress(bar.progress):
             loaded = load_model(arguments["model"], arguments["dtype"], arguments["device"])
-        if calibration is None:
+        if calibration is None and options.ratios:
             click.echo(_uncalibrated(arguments["model"]), err=True)
-        elif (calibration.prefix or ()) != text_prefix(loaded.tokenizer):
+        elif calibration is not None and (calibration.prefix or ()) != text_prefix(loaded.tokenizer):
             click.echo(_begun_otherwise(arguments["model"]), err=True)
         result = evaluate(loaded, texts, options, calibration, bar) | {"command": ["elastickv", *sys.argv[1:]]}
     measured = EvaluationResult.from_dict(result)
@@ -126,6 +135,7 @@ def _begun_otherwise(model: str) -> str:
 def _options(arguments: dict[str, Any]) -> EvaluationOptions:
     from elastickv.errors import UsageError
     from elastickv.evaluation.evaluation_options import EvaluationOptions
+    from elastickv.evaluation.exact_tokens import ExactTokens
     from elastickv.evaluation.suggestion import Tolerance
 
     for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0)):
@@ -133,7 +143,7 @@ def _options(arguments: dict[str, Any]) -> EvaluationOptions:
             raise UsageError(f"--{name}={arguments[name]} is out of range: give a whole number from {least} up")
     lengths = () if arguments["needle"].strip() in ("none", "") else _numbers("needle", arguments["needle"], int)
     return EvaluationOptions(
-        ratios=_numbers("compress", arguments["compress"], float),
+        ratios=() if arguments["compress"].strip() == "none" else _numbers("compress", arguments["compress"], float),
         contexts=_numbers("context", arguments["contexts"], int),
         window_count=arguments["windows"],
         scored=arguments["scored"],
@@ -141,6 +151,7 @@ def _options(arguments: dict[str, Any]) -> EvaluationOptions:
         needle_depths=arguments["depths"],
         greedy_tokens=arguments["greedy"],
         reference=arguments["reference"] is not None,
+        exact_tokens=ExactTokens.parse(arguments["exact_tokens"]),
         tolerance=None if arguments["tolerance"] is None else Tolerance.parse(arguments["tolerance"]),
     )
 

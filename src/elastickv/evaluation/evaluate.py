@@ -1,4 +1,4 @@
-"""The whole evaluation: texts through full attention once, then through every recipe's decode path."""
+"""The whole evaluation: texts through full attention once, then through every recipe and KV format."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.divergence import Divergence, divergence, end_tokens, greedy
 from elastickv.evaluation.evaluation_options import EvaluationOptions
+from elastickv.evaluation.format_paths import format_paths
 from elastickv.evaluation.metrics import fidelity
 from elastickv.evaluation.needle import ANSWER_TOKENS, Case, answered, cases
 from elastickv.evaluation.prefill import Prefill, prefill
@@ -43,6 +44,8 @@ def evaluate(
     UsageError : before anything is measured, if options, texts, calibration and model do not match.
     KeyboardInterrupt : if interrupted before the first row was finished.
     """
+    if not (options.ratios or options.formats):
+        raise UsageError("nothing is measured: give values of C in `compress`, or `formats`")
     progress.phase("choosing windows and recipes")
     subject = Subject(loaded, calibration)
     context_windows = {context: _windows(subject, texts, options, context) for context in options.contexts}
@@ -60,9 +63,9 @@ def evaluate(
     skipped, unmet = unscored(texts, options.window_count, haystacks), list[str]()
     for context in options.contexts:
         span = Span(context - options.scored - 1, options.scored)
-        paths[context], reasons = decode_paths(subject, options.ratios, span, options.reference)
+        paths[context], reasons = _paths(subject, options, span)
         unmet += reasons
-    if paths and not any(path.plan for context_paths in paths.values() for path in context_paths):
+    if unmet and not any(path.figures["compress"] for context_paths in paths.values() for path in context_paths):
         raise UsageError("; ".join(dict.fromkeys(unmet)))
     skipped += unmet
     started, complete = time.monotonic(), True
@@ -100,6 +103,12 @@ def _windows(subject: Subject, texts: Sequence[Text], options: EvaluationOptions
     return windows(texts, subject.loaded.tokenizer, context, options.window_count)
 
 
+def _paths(subject: Subject, options: EvaluationOptions, span: Span) -> tuple[list[DecodePath], list[str]]:
+    """Return the decode paths at one context, and the reasons why a ratio has none."""
+    paths, reasons = decode_paths(subject, options.ratios, span, options.reference)
+    return [*paths, *format_paths(subject, options.formats, options.exact_tokens, span)], reasons
+
+
 def _depths(count: int) -> list[float]:
     return [i / max(1, count - 1) for i in range(count)]
 
@@ -126,7 +135,7 @@ def _context_rows(
         progress.phase(f"{path.name} at {context} tokens")
         began = time.monotonic()
         figures = asdict(fidelity(score(rows, start, path.decoding, progress.progress)))
-        row = {"context": context, "cache": path.name} | path.byte_figures() | figures
+        row = {"context": context, "cache": path.name} | path.figures | figures
         row |= {"windows": len(rows), "scored_tokens": len(rows) * options.scored, "seconds": time.monotonic() - began}
         if full is not None:
             progress.phase(f"{path.name} continues them")
@@ -144,7 +153,7 @@ def _retrieval(subject: Subject, row: Sequence[Case], options: EvaluationOptions
     length = row[0].length
     progress.phase(f"pass keys in {length} tokens")
     start: Prefill = prefill(subject.model, [case.ids[:-1] for case in row], length - 1, 1, progress.progress)
-    paths, skipped = decode_paths(subject, options.ratios, Span(length - 1, ANSWER_TOKENS), options.reference)
+    paths, skipped = _paths(subject, options, Span(length - 1, ANSWER_TOKENS))
     full: Callable[..., Any] = lambda begun, _: sessions.stock(subject.model, begun)  # noqa: E731
     hits = {"full": answered(row, start, full, subject.loaded.tokenizer, progress.progress)}
     for path in paths:

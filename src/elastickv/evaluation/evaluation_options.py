@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from elastickv.evaluation.exact_tokens import ExactTokens
 from elastickv.evaluation.suggestion import Tolerance
 
 CALIBRATION_TOKENS = 16384
@@ -22,6 +23,8 @@ class EvaluationOptions:
     needle_texts : number of texts that serve as haystacks, each with one prompt per depth.
     greedy_tokens : tokens decoded greedily after each window's prefill; 0 to skip.
     reference : whether Transformers' quantized cache is measured too.
+    formats : KV formats to measure: names of published ones, or recipes.
+    exact_tokens : sinks and window of all these formats; None for each format's own.
     tolerance : loss within which a ratio is suggested; None for no suggestion.
     """
 
@@ -34,4 +37,6 @@ class EvaluationOptions:
     needle_texts: int = 1
     greedy_tokens: int = 16
     reference: bool = False
+    formats: tuple[str, ...] = ()
+    exact_tokens: ExactTokens | None = None
     tolerance: Tolerance | None = None

@@ -1,4 +1,4 @@
-"""Decoding after a shared prefill, one token for each row and step: with ElasticCache or one of Transformers' own caches."""
+"""Decoding after a shared prefill, a token a row and step: with ElasticCache, a published KV format, or a stock cache."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +10,8 @@ import transformers
 from transformers.cache_utils import DynamicLayer
 
 from elastickv.errors import UsageError
+from elastickv.evaluation.kv_formats.format_layer import FormatLayer, SixteenBitLayer
+from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.evaluation.prefill import Prefill, Tensor
 from elastickv.recipe import Recipe
 from elastickv.transformers.attention import IMPLEMENTATION
@@ -60,6 +62,18 @@ def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) 
 def stock(model: Any, start: Prefill) -> Iterator[DecodingSession]:
     """Decode with Transformers' default cache."""
     cache = transformers.DynamicCache(config=model.config)
+    start.fill(cache.layers, _update)
+    yield _SteppedModel(model, cache)
+
+
+@contextmanager
+def published(model: Any, stored_as: ReferenceFormat, start: Prefill) -> Iterator[DecodingSession]:
+    """Decode with a published KV format in the layers with full attention; the others keep Transformers' own."""
+    cache = transformers.DynamicCache(config=model.config)
+    exact = stored_as.exact_layers(len(cache.layers))
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = SixteenBitLayer() if number in exact else FormatLayer(stored_as)
     start.fill(cache.layers, _update)
     yield _SteppedModel(model, cache)
 

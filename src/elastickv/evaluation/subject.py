@@ -22,7 +22,7 @@ class Subject:
     Attributes
     ----------
     shape : of one sequence of a layer with full attention, as it is stored: heads may be padded.
-    layers : number of these layers; recipes, calibrations and bytes are theirs.
+    elastic : indices of these layers; recipes, calibrations and bytes are theirs.
     positions : the model's longest context in tokens, or None.
     """
 
@@ -35,8 +35,13 @@ class Subject:
         if calibration is not None:
             calibration.check_model(self.fingerprint, loaded.name)
         self.shape = AttentionShape(1, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
-        self.layers, self.positions, self.head_dim = len(sizes.elastic), sizes.max_positions, sizes.head_dim
+        self.elastic, self.positions, self.head_dim = sizes.elastic, sizes.max_positions, sizes.head_dim
         self.dtype = DTYPE_NAMES[self.model.dtype]
+
+    @property
+    def layers(self) -> int:
+        """Number of layers with full attention."""
+        return len(self.elastic)
 
     def check_room(self, tokens: int) -> None:
         """Refuse more tokens than the model has positions."""
@@ -68,29 +73,13 @@ class DecodePath:
     Attributes
     ----------
     name : as in results.
-    plan : its recipes; None for a stock cache.
     decoding : opens a session that decodes so.
+    figures : what a result's row says of recipes, formats and bytes.
     """
 
     name: str
-    plan: RatioRecipes | None
     decoding: Open
-
-    def byte_figures(self) -> dict[str, Any]:
-        """Return what a result's row says of recipes and bytes."""
-        if self.plan is None:
-            quantizer = sessions.quantizer()
-            return {"compress": None, "quantiser": quantizer, "bits": sessions.QUANTIZED_BITS[quantizer]}
-        return {
-            "compress": self.plan.ratio,
-            "recipe_hash": self.plan.hash,
-            "recipes": [str(recipe) for recipe in self.plan.recipes],
-            "read_ratio": self.plan.read_ratio,
-            "stored_ratio": self.plan.stored_ratio,
-            "step_bytes_read": self.plan.step_bytes,
-            "bytes_stored": self.plan.stored_bytes,
-            "expected_error": self.plan.expected_error,
-        }
+    figures: dict[str, Any]
 
 
 def decode_paths(
@@ -110,11 +99,27 @@ def decode_paths(
         except UsageError as error:
             reasons.append(str(error))
             continue
-        paths.append(DecodePath(f"C={ratio:g}", recipes, _elastic(subject.model, recipes)))
+        paths.append(DecodePath(f"C={ratio:g}", _elastic(subject.model, recipes), _recipe_figures(recipes)))
     if stock_quantized:
         sessions.check_quantizable(subject.model)
-        paths.append(DecodePath(STOCK_QUANTIZED, None, lambda start, _: sessions.stock_quantized(subject.model, start)))
+        quantizer = sessions.quantizer()
+        figures = {"compress": None, "quantiser": quantizer, "bits": sessions.QUANTIZED_BITS[quantizer]}
+        stock: Open = lambda start, _: sessions.stock_quantized(subject.model, start)  # noqa: E731
+        paths.append(DecodePath(STOCK_QUANTIZED, stock, figures))
     return paths, reasons
+
+
+def _recipe_figures(plan: RatioRecipes) -> dict[str, Any]:
+    return {
+        "compress": plan.ratio,
+        "recipe_hash": plan.hash,
+        "recipes": [str(recipe) for recipe in plan.recipes],
+        "read_ratio": plan.read_ratio,
+        "stored_ratio": plan.stored_ratio,
+        "step_bytes_read": plan.step_bytes,
+        "bytes_stored": plan.stored_bytes,
+        "expected_error": plan.expected_error,
+    }
 
 
 def _elastic(model: Any, plan: RatioRecipes) -> Open:

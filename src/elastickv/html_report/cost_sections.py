@@ -37,7 +37,7 @@ def fidelity(data: ReportData) -> Section:
             "recipe": loss.recipe,
         }
         for evaluation in data.evaluations
-        for loss in evaluation.losses
+        for loss in evaluation.caches
     )
     return Section(
         "fidelity",

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from elastickv.html_report.format_losses import ComparedFormats, compared_formats
 from elastickv.html_report.method_labels import step_label
 from elastickv.html_report.report_data import Evaluation, IntervalEstimate, ModelRun, ReportData, Serving, Soak, Step
 from elastickv.html_report.serving_results import fastest_step
@@ -11,6 +12,7 @@ from elastickv.results.formats.units import NO_INTERVAL, fixed, interval
 from elastickv.results.kinds.original_result import OriginalResult
 from elastickv.results.kinds.sweep_record import UnmeasuredCell
 
+_MOST_TILES = 4
 _FEW = 3  # files, each of which is named with its reason
 ERROR_UNKNOWN = "recipe error not measured"
 
@@ -168,7 +170,10 @@ def _of_unmeasured(cells: Sequence[UnmeasuredCell]) -> Headline:
 
 
 def _of_evaluation(evaluation: Evaluation) -> Headline:
-    measured = [loss for loss in evaluation.losses if loss.read is not None]
+    measured = [loss for loss in evaluation.caches if loss.read is not None]
+    compared = compared_formats([evaluation])
+    if not measured and compared:
+        return _of_formats(evaluation, max(compared, key=lambda each: each.context))
     if not measured:
         hits, tried = (sum(getattr(needle, name) for needle in evaluation.needles) for name in ("hits", "tried"))
         sentence = f"{evaluation.model} finds {hits} of {tried} pass keys, over all caches and depths that were tried."
@@ -188,6 +193,19 @@ def _of_evaluation(evaluation: Evaluation) -> Headline:
         f"the same in {top1} ({bounds}). No speed was measured in these files."
     )
     return Headline(evaluation.provenance.source, sentence, tiles, [evaluation.suggestion] if evaluation.suggestion else ())
+
+
+def _of_formats(evaluation: Evaluation, compared: ComparedFormats) -> Headline:
+    least, most = (choose(compared.losses, key=lambda loss: loss.kl.estimate) for choose in (min, max))
+    bits = [loss.stored_bits or 0.0 for loss in compared.losses]
+    sentence = (
+        f"{evaluation.model} decodes with {len(compared.losses)} KV formats at {compared.context} tokens, of {min(bits):.2f} "
+        f"to {max(bits):.2f} stored bits an element; the KL divergence of its predictions is from {least.kl.estimate:.2g} "
+        f"({least.cache}) to {most.kl.estimate:.2g} nats a token ({most.cache}). No speed was measured in these files."
+    )
+    front = compared.front[:_MOST_TILES]
+    tiles = [(loss.cache, f"{loss.stored_bits:.2f} bits", f"KL {loss.kl.estimate:.2g}") for loss in front]
+    return Headline(evaluation.provenance.source, sentence, tiles, ())
 
 
 def _of_serving(serving: Serving) -> Headline:

@@ -165,7 +165,7 @@ def evaluation_view(result: EvaluationResult, source: str) -> Evaluation:
     device = model.device_name or result.environment.get("cpu") or model.device
     skipped = [f"left out: {reason}" for reason in result.skipped]
     skipped += [f"left out: {reason}" for row in result.needle for reason in row.skipped]
-    if calibration is None:
+    if calibration is None and not result.of_formats:
         skipped.append("not calibrated: every head reads the same share of its pages")
     return Evaluation(
         provenance=provenance(source, str(device), result.environment, [*result.warnings, *skipped], command=result.command),
@@ -182,7 +182,9 @@ def evaluation_view(result: EvaluationResult, source: str) -> Evaluation:
 def _loss(row: LossRow) -> Loss:
     greedy = f"{row.greedy.mean_first_different:.0f} of {row.greedy.tokens}" if row.greedy else ""
     recipes = list(dict.fromkeys(row.recipes or ()))
-    named = recipes[0] if len(recipes) == 1 else f"{len(recipes)} recipes" if recipes else row.quantiser
+    stored = row.stored_format
+    published = stored.source if stored else row.quantiser
+    named = recipes[0] if len(recipes) == 1 else f"{len(recipes)} recipes" if recipes else published
     return Loss(
         context=row.context,
         cache=row.cache,
@@ -193,6 +195,8 @@ def _loss(row: LossRow) -> Loss:
         kl=_over_windows(row.kl, row.windows),
         top1_percent=_over_windows(row.top1_percent, row.windows),
         greedy=greedy,
+        bits=stored.bits_per_element if stored else None,
+        stored_bits=stored.stored_bits_per_element if stored else None,
     )
 
 

@@ -207,7 +207,10 @@ class ModelRun:
 
 @dataclass(frozen=True)
 class Loss:
-    """What one cache costs a model's predictions at one context; ratios are None of a cache that is not ours."""
+    """What one cache costs a model's predictions at one context; ratios are None of a cache that is not ours.
+
+    `bits` of a quantized element and `stored_bits` of any element are those of a KV format that was named.
+    """
 
     context: int
     cache: str
@@ -218,6 +221,8 @@ class Loss:
     kl: IntervalEstimate
     top1_percent: IntervalEstimate
     greedy: str
+    bits: float | None = None
+    stored_bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -251,6 +256,11 @@ class Evaluation:
     losses: Sequence[Loss]
     needles: Sequence[Needle]
     suggestion: str
+
+    @property
+    def caches(self) -> list[Loss]:
+        """Losses of caches at a C and of stock caches; those of KV formats are compared by bits."""
+        return [loss for loss in self.losses if loss.stored_bits is None]
 
     @property
     def method(self) -> str:

@@ -12,7 +12,7 @@ COLUMNS = (
     "kind", "source", "date_utc", "device", "model", "context", "batch", "heads", "kv_heads", "head_dim", "cache", "asked",
     "recipe", "ratio_read", "ratio_stored", "baseline", "baseline_ms", "ms", "speedup", "speedup_low", "speedup_high", "faster",
     "cycle_speedup", "recipe_error", "recipe_error_p95", "held_bytes", "peak_bytes", "tokens_per_s", "ppl_change_percent", "kl",
-    "top1_percent", "pass_keys_found", "pass_keys_tried", "pairing", "warnings",
+    "top1_percent", "bits", "stored_bits", "pass_keys_found", "pass_keys_tried", "pairing", "warnings",
 )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def _evaluations(data: ReportData) -> list[dict[str, Any]]:
             row = _common(evaluation.provenance, "loss") | common | {"context": loss.context, "cache": loss.cache}
             row |= {"recipe": loss.recipe, "ratio_read": loss.read, "ratio_stored": loss.stored}
             row |= {"ppl_change_percent": loss.ppl_percent.estimate, "kl": loss.kl.estimate}
-            rows.append(row | {"top1_percent": loss.top1_percent.estimate})
+            rows.append(row | {"top1_percent": loss.top1_percent.estimate, "bits": loss.bits, "stored_bits": loss.stored_bits})
         for needle in evaluation.needles:
             row = _common(evaluation.provenance, "pass keys") | common | {"context": needle.tokens, "cache": needle.cache}
             rows.append(row | {"pass_keys_found": needle.hits, "pass_keys_tried": needle.tried})

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from elastickv.html_report.content import Content, Section
 from elastickv.html_report.cost_sections import fidelity, memory, models, needle
+from elastickv.html_report.format_section import formats
 from elastickv.html_report.headline import headline_of
 from elastickv.html_report.record_sections import commands, environment, warnings
 from elastickv.html_report.report_data import ReportData
@@ -17,6 +18,7 @@ SECTIONS: tuple[Callable[[ReportData], Section], ...] = (
     roofline,
     time,
     fidelity,
+    formats,
     needle,
     models,
     serving,

@@ -114,7 +114,7 @@ def loss_charts(evaluations: Sequence[Evaluation]) -> Iterator[Chart]:
     models: dict[str, list[Loss]] = {}
     several = len({evaluation.method for evaluation in evaluations}) > 1
     for evaluation in evaluations:
-        losses = [loss for loss in evaluation.losses if loss.read is not None]
+        losses = [loss for loss in evaluation.caches if loss.read is not None]
         if losses:
             calibrated = "calibrated" if evaluation.calibration else "not calibrated"
             # No line joins what was evaluated on other texts or in another dtype.

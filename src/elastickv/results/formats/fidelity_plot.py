@@ -1,4 +1,4 @@
-"""A fidelity result as a figure: loss over C for every context, and a heat map of retrieval. Needs matplotlib."""
+"""A fidelity result as a figure: loss over C and over stored bits, and a heat map of retrieval. Needs matplotlib."""
 
 import io
 from importlib.util import find_spec
@@ -51,9 +51,13 @@ def _figure(result: EvaluationResult) -> Any:
     needle = result.needle
     names = list(dict.fromkeys(name for row in needle for name in row.found))
     rows = 2 if needle else 1
-    columns = max(len(_FIGURES), len(names))
+    figures = _FIGURES if any(row.compress for row in result.rows) or not result.rows else ()
+    formats = any(row.stored_format for row in result.rows)
+    columns = max(len(figures) + formats, len(names))
     figure = Figure(figsize=(3.4 * columns, 3.2 * rows), layout="constrained")
-    for number, (name, label) in enumerate(_FIGURES):
+    if formats:
+        _formats(figure.add_subplot(rows, columns, len(figures) + 1), result.rows)
+    for number, (name, label) in enumerate(figures):
         axes = figure.add_subplot(rows, columns, number + 1)
         for context in dict.fromkeys(row.context for row in result.rows):
             _curve(axes, [row for row in result.rows if row.context == context and row.compress], name, context)
@@ -75,6 +79,21 @@ def _curve(axes: Any, rows: list[LossRow], name: str, context: int) -> None:
     below, above = [figure.mean - figure.low for figure in figures], [figure.high - figure.mean for figure in figures]
     bars = [[max(0.0, length) for length in lengths] for lengths in (below, above)]
     axes.errorbar([row.read_ratio for row in rows], means, yerr=bars, marker="o", capsize=3, label=str(context))
+
+
+def _formats(axes: Any, rows: list[LossRow]) -> None:
+    """Draw the KL divergence of KV formats against the bits that they store, a point a format."""
+    for context in dict.fromkeys(row.context for row in rows):
+        mine = [
+            (row.stored_format.stored_bits_per_element, row) for row in rows if row.stored_format and row.context == context
+        ]
+        axes.plot([bits for bits, _ in mine], [row.kl.mean for _, row in mine], "o", label=str(context))
+        for bits, row in mine:
+            axes.annotate(one_line(row.cache), (bits, row.kl.mean), fontsize=5, xytext=(3, 2), textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_xlabel("stored bits an element")
+    axes.set_ylabel("KL, nats")
+    axes.legend(title="context")
 
 
 def _map(axes: Any, rows: list[PassKeyRow], name: str) -> None:

@@ -5,22 +5,31 @@ from collections.abc import Iterator, Sequence
 from elastickv.evaluation.metrics import Estimate
 from elastickv.results.formats.rows import markdown_cell
 from elastickv.results.formats.units import fixed
-from elastickv.results.kinds.evaluation_result import EvaluatedModel, EvaluationResult, LossRow, PassKeyRow, SuggestedRatio
+from elastickv.results.kinds.evaluation_result import (
+    EvaluatedModel,
+    EvaluationResult,
+    LossRow,
+    PassKeyRow,
+    StoredFormat,
+    SuggestedRatio,
+)
 
+_FORMAT_HEADERS = ("context", "format", "bits", "stored bits", "exact K / V", "d-PPL %", "KL", "top-1 %", "source")
 _HEADERS = ("context", "cache", "recipe", "read 1/", "stored 1/", "d-PPL %", "KL", "top-1 %", "greedy leaves at", "length x")
 
 
 def fidelity_tables(result: EvaluationResult) -> str:
     """Return the model, a table of losses, one of retrieval, and the suggestion."""
     model, calibration = result.model, result.calibration
-    source = f"calibrated on {calibration.tokens} tokens of {calibration.text}" if calibration else "not calibrated"
-    heading = f"{model.name} ({model.fingerprint}), {model.dtype} on {model.device}, {source}; texts: {_texts(result)}"
+    source = f", calibrated on {calibration.tokens} tokens of {calibration.text}" if calibration else ", not calibrated"
+    if result.of_formats:
+        source = ""
+    heading = f"{model.name} ({model.fingerprint}), {model.dtype} on {model.device}{source}; texts: {_texts(result)}"
     lines = [
         markdown_cell(heading),
         *_windows(result),
         "",
-        *_table(_HEADERS, [_loss_row(row) for row in result.rows]),
-        "",
+        *_losses(result.rows),
         "Means with 95 % bootstrap intervals over windows, against full attention.",
         *(["One window alone has no interval."] if any(row.windows == 1 for row in result.rows) else []),
         *_layers(model),
@@ -33,6 +42,17 @@ def fidelity_tables(result: EvaluationResult) -> str:
     if result.suggestion is not None:
         lines += ["", _suggested(result.suggestion)]
     return "\n".join(lines) + "\n"
+
+
+def _losses(rows: Sequence[LossRow]) -> Iterator[str]:
+    """Yield a table of caches and one of KV formats, each with a line after it."""
+    caches = [_loss_row(row) for row in rows if row.stored_format is None]
+    if caches:
+        yield from (*_table(_HEADERS, caches), "")
+    formats = [_format_row(row, row.stored_format) for row in rows if row.stored_format is not None]
+    if formats:
+        yield from (*_table(_FORMAT_HEADERS, formats), "")
+        yield "Bits of a quantized element with its scales; stored bits count codebooks and exact tokens too, as at the end."
 
 
 def _texts(result: EvaluationResult) -> str:
@@ -80,6 +100,21 @@ def _loss_row(row: LossRow) -> list[str]:
         _interval(row.top1_percent, 1, "", alone),
         f"{greedy.mean_first_different:.0f} of {greedy.tokens}" if greedy else "",
         f"{greedy.length_ratio:.2f}" if greedy else "",
+    ]
+
+
+def _format_row(row: LossRow, stored: StoredFormat) -> list[str]:
+    alone = row.windows == 1
+    return [
+        str(row.context),
+        row.cache,
+        f"{stored.bits_per_element:.3f}",
+        f"{stored.stored_bits_per_element:.3f}",
+        f"{stored.exact_keys} / {stored.exact_values}",
+        _interval(row.ppl_change_percent, 2, "+", alone),
+        _interval(row.kl, 6, "", alone),
+        _interval(row.top1_percent, 1, "", alone),
+        row.recipe_hash or stored.source,
     ]
 
 

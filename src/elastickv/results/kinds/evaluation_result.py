@@ -82,11 +82,27 @@ class GreedyDivergence:
 
 
 @dataclass(frozen=True)
+class StoredFormat:
+    """How a KV format stores: bits of a quantized element with its scales, and of any element, exact tokens included.
+
+    `exact_keys` and `exact_values` are tokens in 16 bit at the end, the first `sinks` ones among them; `source` is the
+    publication, or `recipe`.
+    """
+
+    bits_per_element: Positive
+    stored_bits_per_element: Positive
+    sinks: int
+    exact_keys: int
+    exact_values: int
+    source: str
+
+
+@dataclass(frozen=True)
 class LossRow:
     """What one cache costs at one context, against full attention: means with their intervals over windows.
 
     The fields from `recipe_hash` to `expected_error` are of an elastic cache, `quantiser` and `bits` of Transformers' own
-    quantized one.
+    quantized one, `stored_format` of a KV format that was named. A published one has no recipe.
     """
 
     context: Count
@@ -108,6 +124,7 @@ class LossRow:
     expected_error: float | None = field(default=None, metadata=_ELASTIC)
     quantiser: str | None = field(default=None, metadata=_OPTIONAL)
     bits: int | None = field(default=None, metadata=_OPTIONAL)
+    stored_format: StoredFormat | None = field(default=None, metadata=_OPTIONAL)
     greedy: GreedyDivergence | None = field(default=None, metadata=_OPTIONAL)
 
 
@@ -166,6 +183,11 @@ class EvaluationResult:
     prefix: WindowPrefix | None = field(default=None, metadata=_OPTIONAL)
     scored_texts: list[ScoredText] | None = field(default=None, metadata=_OPTIONAL)
     windows: list[ScoredWindow] | None = field(default=None, metadata=_OPTIONAL)
+
+    @property
+    def of_formats(self) -> bool:
+        """Whether all rows are of KV formats that were named, which have nothing to calibrate."""
+        return bool(self.rows) and all(row.stored_format is not None for row in self.rows)
 
     @classmethod
     def from_dict(cls, value: Any, source: str = "the result") -> "EvaluationResult":

@@ -1,0 +1,51 @@
+"""Orthogonal rotations of heads. A format rotates what it quantizes and rotates back what it reads.
+
+An engine rotates the query and the output instead, which gives the same attention.
+"""
+
+from functools import cache
+
+import torch
+
+from elastickv.evaluation.prefill import Tensor
+
+
+@cache
+def hadamard(size: int) -> Tensor:
+    """Return the (size, size) orthonormal, symmetric Walsh-Hadamard matrix (Sylvester); `size` is a power of 2."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
+
+
+@cache
+def random_signs(size: int, seed: int = 0) -> Tensor:
+    """Return `size` random signs."""
+    return torch.randint(2, (size,), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
+
+
+@cache
+def random_rotation(size: int, seed: int = 0) -> Tensor:
+    """Return a (size, size) orthogonal matrix of uniform distribution: Q of a Gaussian matrix, with the signs of R's diagonal.
+
+    Mezzadri 2007, How to generate random matrices from the classical compact groups, section 5.
+    """
+    q, r = torch.linalg.qr(gaussian(size, seed).double())
+    return (q * r.diagonal().sign()).float()
+
+
+@cache
+def gaussian(size: int, seed: int = 0) -> Tensor:
+    """Return a (size, size) matrix of independent normal numbers."""
+    return torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def power_of_two(head_dim: int) -> int:
+    """Return the largest power of 2 that divides a number of channels."""
+    return head_dim & -head_dim
+
+
+def by_blocks(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply every block of a head's channels by a matrix, as rows."""
+    return (x.unflatten(-1, (-1, len(matrix))) @ matrix.to(x)).flatten(-2)
