@@ -154,19 +154,19 @@ class CudaAttention:
         """Return the keys and values of the chunks, each behind the window before it."""
         keys, values = step.keys[plan.tokens], step.values[plan.tokens]
         if plan.chunk_rows is None:
-            return keys, values
+            return _finite(keys), _finite(values)
         shape = (plan.exact.rows, *keys.shape[1:])
         together = keys.new_empty(shape), values.new_empty(shape)
         self._read(step, plan, plan.tails, *together)
         together[0].index_copy_(0, plan.chunk_rows, keys)
         together[1].index_copy_(0, plan.chunk_rows, values)
-        return together
+        return _finite(together[0], out=together[0]), _finite(together[1], out=together[1])
 
     def _gather(self, step: LayerStep, plan: ChunkPlan, part: KeyRange) -> tuple[torch.Tensor, torch.Tensor]:
         assert part.rows <= self._scratch_tokens, "chunks of more tokens than a step may have"
         keys, values = self._scratch[0, : part.rows], self._scratch[1, : part.rows]
         self._read(step, plan, part, keys, values)
-        return keys, values
+        return _finite(keys, out=keys), _finite(values, out=values)
 
     def _read(self, step: LayerStep, plan: ChunkPlan, part: KeyRange, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._follow()
@@ -253,3 +253,11 @@ class CudaAttention:
             window_columns=window.stride(0),
             window_shift=step.window_shift,
         )
+
+
+def _finite(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return keys or values with zeros for NaN and infinities, so that they stay within their request.
+
+    FlashAttention 3 loads whole tiles, which reach into the next request's rows: a weight of 0 times NaN would be NaN.
+    """
+    return torch.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0, out=out)
