@@ -53,11 +53,25 @@ def test_formats_are_compared_at_equal_windows(elastickv, folder, tmp_path):
     assert "--calibration" not in done.stderr, "there is no C to calibrate for"
 
 
+def test_selections_are_measured_at_each_c(elastickv, folder, tmp_path):
+    result = tmp_path / "selections.json"
+    done = elastickv(
+        "eval", str(folder), f"--text={folder.parent / 'text.txt'}", *QUICK, "--needle=none", "--greedy=0", "--compress=2",
+        "--selections=h2o,quest_every_layer", f"-o{result}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(result.read_text(encoding="utf-8"))["rows"]
+    assert [row["cache"] for row in rows] == ["C=2", "h2o C=2", "quest_every_layer C=2"]
+    assert all(row["read_ratio"] >= 2 for row in rows) and "arXiv 2306.14048" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--formats=q4_1"], "format q4_1 is unknown: choose all, fp8_per_tensor"),
         (["--formats=k=int4,v=int5"], "format 'int5' is unknown"),
+        (["--selections=quests"], "selection quests is unknown: choose all, streaming_llm, quest"),
+        (["--selections=h2o", "--compress=1"], "--selections need a budget: give values of C above 1 in --compress"),
         (["--exact-tokens=132"], "--exact-tokens=132 is unknown: write own, or sinks and window as in 4+128"),
         (["--compress=none"], "give values of C in --compress, or --formats"),
         (["--compress=four"], "--compress=four"),

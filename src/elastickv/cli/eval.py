@@ -28,6 +28,7 @@ def _listed(numbers: tuple[float, ...]) -> str:
     show_default=True,
     help="Sinks and window of all --formats, as in 4+128; own: each its own.",
 )
+@click.option("--selections", help="Published selections at each C: all, or names with commas between.")
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Text to score; may be repeated.")
 @CALIBRATION
 @click.option("--context", "contexts", default=_listed(_DEFAULTS.contexts), show_default=True, help="Tokens of a window.")
@@ -58,7 +59,7 @@ def _listed(numbers: tuple[float, ...]) -> str:
 @FLOAT32_DTYPE
 @CPU_DEVICE
 def command(**arguments: Any) -> int:
-    """Measure what MODEL's predictions lose at each C, through the decode path that `generate` takes, and with KV formats.
+    """Measure what MODEL's predictions lose at each C, through the decode path that `generate` takes, and with other methods.
 
     MODEL is a local directory, a .gguf file or a hub id; shape:NAME has random weights and no quality to measure. Without
     --text two texts are scored that the package ships.
@@ -90,10 +91,13 @@ def command(**arguments: Any) -> int:
         bar.phase("importing PyTorch and Transformers")
         from elastickv.evaluation.evaluate import evaluate
         from elastickv.evaluation.kv_formats.published_formats import parse_formats
+        from elastickv.evaluation.kv_selections.published_selections import parse_selections
         from elastickv.evaluation.loading_progress import loading_progress
         from elastickv.evaluation.texts import evaluation_texts, read_text
 
-    options = replace(_options(arguments), formats=parse_formats(arguments["formats"]))
+    options = replace(
+        _options(arguments), formats=parse_formats(arguments["formats"]), selections=parse_selections(arguments["selections"])
+    )
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
     texts = [read_text(path) for path in arguments["texts"]] or evaluation_texts()
     if calibration is not None and calibration.text in {text.name for text in texts}:

@@ -54,7 +54,7 @@ def observed(model: Any, positions: Sequence[int], measure: Callable[[int, Layer
     before = model.config._attn_implementation
     hooks = []
     try:
-        for parent, module in _attention_modules(model):
+        for parent, module in attention_modules(model):
             hooks.append(parent.register_forward_pre_hook(note(module), with_kwargs=True))
         model.set_attn_implementation(NAME)
         yield
@@ -83,7 +83,7 @@ def _exact(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: fl
     return outputs.transpose(1, 2).contiguous(), None
 
 
-def _attention_modules(model: Any) -> list[tuple[Any, Any]]:
+def attention_modules(model: Any) -> list[tuple[Any, Any]]:
     """Return (decoder layer, attention module) of every layer that has both a layer number and an output projection."""
     named = dict(model.named_modules())
     pairs = []

@@ -1,4 +1,4 @@
-"""The whole evaluation: texts through full attention once, then through every recipe and KV format."""
+"""The whole evaluation: texts through full attention once, then through every recipe, KV format and selection."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +19,7 @@ from elastickv.evaluation.prefill import Prefill, prefill
 from elastickv.evaluation.recipes_by_ratio import Span
 from elastickv.evaluation.scored_windows import unscored, window_records
 from elastickv.evaluation.scoring import score
+from elastickv.evaluation.selection_paths import selection_paths
 from elastickv.evaluation.subject import DecodePath, Subject, decode_paths
 from elastickv.evaluation.suggestion import suggest
 from elastickv.evaluation.texts import Text, Window, windows
@@ -104,9 +105,11 @@ def _windows(subject: Subject, texts: Sequence[Text], options: EvaluationOptions
 
 
 def _paths(subject: Subject, options: EvaluationOptions, span: Span) -> tuple[list[DecodePath], list[str]]:
-    """Return the decode paths at one context, and the reasons why a ratio has none."""
+    """Return the decode paths at one context, and the reasons why a ratio or a selection has none."""
     paths, reasons = decode_paths(subject, options.ratios, span, options.reference)
-    return [*paths, *format_paths(subject, options.formats, options.exact_tokens, span)], reasons
+    selected, unselected = selection_paths(subject, options.selections, options.ratios, span)
+    formats = format_paths(subject, options.formats, options.exact_tokens, span)
+    return [*paths, *selected, *formats], [*reasons, *unselected]
 
 
 def _depths(count: int) -> list[float]:

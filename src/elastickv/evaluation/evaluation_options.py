@@ -25,6 +25,7 @@ class EvaluationOptions:
     reference : whether Transformers' quantized cache is measured too.
     formats : KV formats to measure: names of published ones, or recipes.
     exact_tokens : sinks and window of all these formats; None for each format's own.
+    selections : names of published selections to measure at each ratio above 1.
     tolerance : loss within which a ratio is suggested; None for no suggestion.
     """
 
@@ -39,4 +40,5 @@ class EvaluationOptions:
     reference: bool = False
     formats: tuple[str, ...] = ()
     exact_tokens: ExactTokens | None = None
+    selections: tuple[str, ...] = ()
     tolerance: Tolerance | None = None

@@ -25,12 +25,14 @@ class Prefill:
     ----------
     keys, values : for each layer a (rows, kv_heads, tokens, head_dim) tensor; None for layers without attention.
     logits : (rows, positions, vocabulary) float32, of the last positions that were read.
+    ids : the token ids of each row in keys and values.
     states : layer -> Transformers' own layer with its state after these tokens, where the layer has no attention.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     logits: Tensor
+    ids: Sequence[Sequence[int]] = ()
     states: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -99,7 +101,7 @@ def _row_by_row(
                         states.append(store.keys.new_empty(len(rows), store.keys.shape[1], stored_tokens, store.keys.shape[3]))
                 keys[layer][number] = store.keys[0, :, :stored_tokens]
                 values[layer][number] = store.values[0, :, :stored_tokens]
-    return Prefill(keys, values, logits)
+    return Prefill(keys, values, logits, [row[:stored_tokens] for row in rows])
 
 
 def _step_by_step(
@@ -121,4 +123,4 @@ def _step_by_step(
                 progress(step, logits.shape[1])
             token = ids[:, stored_tokens + step, None]
             logits[:, step] = model(input_ids=token, use_cache=True, **{CACHE_ARGUMENT: cache}).logits[:, -1].float()
-    return Prefill(keys, values, logits[:, -logit_count:], states)
+    return Prefill(keys, values, logits[:, -logit_count:], [row[:stored_tokens] for row in rows], states)

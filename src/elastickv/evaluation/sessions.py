@@ -1,6 +1,6 @@
-"""Decoding after a shared prefill, a token a row and step: with ElasticCache, a published KV format, or a stock cache."""
+"""Decoding after a shared prefill, a token a row and step: ElasticCache, published formats and selections, stock caches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -12,6 +12,8 @@ from transformers.cache_utils import DynamicLayer
 from elastickv.errors import UsageError
 from elastickv.evaluation.kv_formats.format_layer import FormatLayer, SixteenBitLayer
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
+from elastickv.evaluation.kv_selections.reference_selection import SelectionPlan
+from elastickv.evaluation.kv_selections.selected_layer import SelectedLayer
 from elastickv.evaluation.prefill import Prefill, Tensor
 from elastickv.recipe import Recipe
 from elastickv.transformers.attention import IMPLEMENTATION
@@ -76,6 +78,29 @@ def published(model: Any, stored_as: ReferenceFormat, start: Prefill) -> Iterato
             cache.layers[number] = SixteenBitLayer() if number in exact else FormatLayer(stored_as)
     start.fill(cache.layers, _update)
     yield _SteppedModel(model, cache)
+
+
+@contextmanager
+def selected(model: Any, chosen: SelectionPlan, scores: Mapping[int, Tensor], start: Prefill) -> Iterator[DecodingSession]:
+    """Decode with a published selection in the layers with full attention; restore the model on exit.
+
+    Parameters
+    ----------
+    scores : layer -> (rows, kv_heads, tokens) scores of the prompts' tokens, where the selection needs them.
+    """
+    cache = transformers.DynamicCache(config=model.config)
+    full = [number for number, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
+    for number in full[: chosen.dense_layers]:
+        cache.layers[number] = SixteenBitLayer()
+    for number in full[chosen.dense_layers :]:
+        cache.layers[number] = SelectedLayer(number, chosen.selection.layer(chosen.size, scores.get(number)))
+    start.fill(cache.layers, _update)
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        yield _SteppedModel(model, cache)
+    finally:
+        model.set_attn_implementation(before)
 
 
 @contextmanager

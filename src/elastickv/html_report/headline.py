@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from elastickv.html_report.format_losses import ComparedFormats, compared_formats
+from elastickv.html_report.comparisons.format_losses import ComparedFormats, compared_formats
 from elastickv.html_report.method_labels import step_label
 from elastickv.html_report.report_data import Evaluation, IntervalEstimate, ModelRun, ReportData, Serving, Soak, Step
 from elastickv.html_report.serving_results import fastest_step

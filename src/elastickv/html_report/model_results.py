@@ -183,7 +183,7 @@ def _loss(row: LossRow) -> Loss:
     greedy = f"{row.greedy.mean_first_different:.0f} of {row.greedy.tokens}" if row.greedy else ""
     recipes = list(dict.fromkeys(row.recipes or ()))
     stored = row.stored_format
-    published = stored.source if stored else row.quantiser
+    published = stored.source if stored else row.selection.source if row.selection else row.quantiser
     named = recipes[0] if len(recipes) == 1 else f"{len(recipes)} recipes" if recipes else published
     return Loss(
         context=row.context,
@@ -197,6 +197,8 @@ def _loss(row: LossRow) -> Loss:
         greedy=greedy,
         bits=stored.bits_per_element if stored else None,
         stored_bits=stored.stored_bits_per_element if stored else None,
+        read_bytes=row.step_bytes_read,
+        selection=row.selection.method if row.selection else None,
     )
 
 

@@ -209,7 +209,8 @@ class ModelRun:
 class Loss:
     """What one cache costs a model's predictions at one context; ratios are None of a cache that is not ours.
 
-    `bits` of a quantized element and `stored_bits` of any element are those of a KV format that was named.
+    `bits` of a quantized element and `stored_bits` of any element are those of a KV format that was named. `read_bytes` are
+    those of one sequence in a step; `selection` is the method of a published selection.
     """
 
     context: int
@@ -223,6 +224,8 @@ class Loss:
     greedy: str
     bits: float | None = None
     stored_bits: float | None = None
+    read_bytes: float | None = None
+    selection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -259,8 +262,8 @@ class Evaluation:
 
     @property
     def caches(self) -> list[Loss]:
-        """Losses of caches at a C and of stock caches; those of KV formats are compared by bits."""
-        return [loss for loss in self.losses if loss.stored_bits is None]
+        """Losses of caches at a C and of stock caches; KV formats and selections are compared by bytes."""
+        return [loss for loss in self.losses if loss.stored_bits is None and loss.selection is None]
 
     @property
     def method(self) -> str:

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Callable
 
+from elastickv.html_report.comparisons.format_section import formats
+from elastickv.html_report.comparisons.selection_section import selections
 from elastickv.html_report.content import Content, Section
 from elastickv.html_report.cost_sections import fidelity, memory, models, needle
-from elastickv.html_report.format_section import formats
 from elastickv.html_report.headline import headline_of
 from elastickv.html_report.record_sections import commands, environment, warnings
 from elastickv.html_report.report_data import ReportData
@@ -19,6 +20,7 @@ SECTIONS: tuple[Callable[[ReportData], Section], ...] = (
     time,
     fidelity,
     formats,
+    selections,
     needle,
     models,
     serving,

@@ -18,7 +18,7 @@ from elastickv.html_report.charts.style import (
     shown,
     span,
 )
-from elastickv.html_report.format_losses import ComparedFormats
+from elastickv.html_report.comparisons.format_losses import ComparedFormats
 from elastickv.html_report.report_data import IntervalEstimate, Loss
 
 

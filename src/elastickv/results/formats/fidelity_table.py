@@ -4,17 +4,21 @@ from collections.abc import Iterator, Sequence
 
 from elastickv.evaluation.metrics import Estimate
 from elastickv.results.formats.rows import markdown_cell
-from elastickv.results.formats.units import fixed
+from elastickv.results.formats.units import fixed, size
 from elastickv.results.kinds.evaluation_result import (
     EvaluatedModel,
     EvaluationResult,
     LossRow,
+    MeasuredSelection,
     PassKeyRow,
     StoredFormat,
     SuggestedRatio,
 )
 
 _FORMAT_HEADERS = ("context", "format", "bits", "stored bits", "exact K / V", "d-PPL %", "KL", "top-1 %", "source")
+_SELECTION_HEADERS = (
+    "context", "selection", "reads", "read 1/", "stored 1/", "bytes read", "d-PPL %", "KL", "top-1 %", "source",
+)  # fmt: skip
 _HEADERS = ("context", "cache", "recipe", "read 1/", "stored 1/", "d-PPL %", "KL", "top-1 %", "greedy leaves at", "length x")
 
 
@@ -45,10 +49,15 @@ def fidelity_tables(result: EvaluationResult) -> str:
 
 
 def _losses(rows: Sequence[LossRow]) -> Iterator[str]:
-    """Yield a table of caches and one of KV formats, each with a line after it."""
-    caches = [_loss_row(row) for row in rows if row.stored_format is None]
+    """Yield a table of caches, one of selections and one of KV formats, with a line after each of the last two."""
+    caches = [_loss_row(row) for row in rows if row.stored_format is None and row.selection is None]
     if caches:
         yield from (*_table(_HEADERS, caches), "")
+    selections = [_selection_row(row, row.selection) for row in rows if row.selection is not None]
+    if selections:
+        yield from (*_table(_SELECTION_HEADERS, selections), "")
+        yield "Bytes read of one sequence in a step, by all layers with full attention, the mean over the scored tokens."
+        yield ""
     formats = [_format_row(row, row.stored_format) for row in rows if row.stored_format is not None]
     if formats:
         yield from (*_table(_FORMAT_HEADERS, formats), "")
@@ -115,6 +124,23 @@ def _format_row(row: LossRow, stored: StoredFormat) -> list[str]:
         _interval(row.kl, 6, "", alone),
         _interval(row.top1_percent, 1, "", alone),
         row.recipe_hash or stored.source,
+    ]
+
+
+def _selection_row(row: LossRow, selection: MeasuredSelection) -> list[str]:
+    alone = row.windows == 1
+    dense = f", {selection.dense_layers} layers all" if selection.dense_layers else ""
+    return [
+        str(row.context),
+        row.cache,
+        f"{selection.size} {selection.unit}{dense}",
+        fixed(row.read_ratio, 2),
+        fixed(row.stored_ratio, 2),
+        size(row.step_bytes_read or 0),
+        _interval(row.ppl_change_percent, 2, "+", alone),
+        _interval(row.kl, 4, "", alone),
+        _interval(row.top1_percent, 1, "", alone),
+        selection.source,
     ]
 
 

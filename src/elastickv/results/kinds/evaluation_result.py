@@ -98,11 +98,27 @@ class StoredFormat:
 
 
 @dataclass(frozen=True)
+class MeasuredSelection:
+    """A published selection under a budget: `size` tokens or pages of a layer, as `unit` says; its source.
+
+    The first `dense_layers` layers with full attention read everything.
+    """
+
+    method: str
+    compress: Positive
+    size: Count
+    unit: str
+    dense_layers: int
+    source: str
+
+
+@dataclass(frozen=True)
 class LossRow:
     """What one cache costs at one context, against full attention: means with their intervals over windows.
 
     The fields from `recipe_hash` to `expected_error` are of an elastic cache, `quantiser` and `bits` of Transformers' own
-    quantized one, `stored_format` of a KV format that was named. A published one has no recipe.
+    quantized one, `stored_format` of a KV format that was named. A published one has no recipe. `selection` is a published
+    selection, which has bytes and no recipe; its C is there.
     """
 
     context: Count
@@ -125,6 +141,7 @@ class LossRow:
     quantiser: str | None = field(default=None, metadata=_OPTIONAL)
     bits: int | None = field(default=None, metadata=_OPTIONAL)
     stored_format: StoredFormat | None = field(default=None, metadata=_OPTIONAL)
+    selection: MeasuredSelection | None = field(default=None, metadata=_OPTIONAL)
     greedy: GreedyDivergence | None = field(default=None, metadata=_OPTIONAL)
 
 

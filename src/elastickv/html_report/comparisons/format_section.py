@@ -1,8 +1,8 @@
 """The section on KV formats: loss against stored bits, a point a format."""
 
 from elastickv.html_report.charts.format_charts import format_chart
+from elastickv.html_report.comparisons.format_losses import compared_formats
 from elastickv.html_report.content import Section, tables
-from elastickv.html_report.format_losses import compared_formats
 from elastickv.html_report.report_data import ReportData
 from elastickv.results.formats.units import fixed, interval
 

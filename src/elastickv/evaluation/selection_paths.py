@@ -1,0 +1,84 @@
+"""Decoding with published selections, each at every budget of the evaluation."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.evaluation import sessions
+from elastickv.evaluation.kv_selections.prompt_observation import prompt_scores
+from elastickv.evaluation.kv_selections.published_selections import selection_of
+from elastickv.evaluation.kv_selections.reference_selection import LayerPrompt, SelectionPlan, plan_selection, token_bytes
+from elastickv.evaluation.prefill import Prefill, Tensor
+from elastickv.evaluation.recipes_by_ratio import Span
+from elastickv.evaluation.subject import DecodePath, Subject
+
+
+def selection_paths(
+    subject: Subject, names: Sequence[str], ratios: Sequence[float], span: Span
+) -> tuple[list[DecodePath], list[str]]:
+    """Return a path for each selection and ratio above 1, and the reasons why some have none.
+
+    Parameters
+    ----------
+    names : as `parse_selections` returns them.
+    span : the decode steps over which a selection must meet its ratio; stored bytes are those at its end.
+
+    Raises
+    ------
+    UsageError : if there are selections and no ratio is above 1, or one cannot run with the model.
+    """
+    budgets = [ratio for ratio in ratios if ratio > 1]
+    if names and not budgets:
+        raise UsageError("`selections` need a budget: give values of C above 1 in `compress`")
+    paths, reasons = [], []
+    for name in names:
+        selection = selection_of(name)
+        selection.prepare(subject.model)
+        for ratio in budgets:
+            try:
+                chosen = plan_selection(selection, ratio, span, subject.layers, subject.head_dim)
+            except UsageError as error:
+                reasons.append(str(error))
+                continue
+            figures = _figures(subject, chosen, span)
+            paths.append(DecodePath(f"{name} C={ratio:g}", _SelectedDecoding(subject.model, chosen), figures))
+    return paths, reasons
+
+
+class _SelectedDecoding:
+    """Opens sessions; the scores of the latest prefill are reused."""
+
+    def __init__(self, model: Any, chosen: SelectionPlan) -> None:
+        self._model, self._chosen = model, chosen
+        self._start: Prefill | None = None
+        self._scores: dict[int, Tensor] = {}
+
+    def __call__(self, start: Prefill, tokens: int) -> AbstractContextManager[sessions.DecodingSession]:
+        if self._chosen.selection.reads_prompt and self._start is not start:
+            self._scores, self._start = prompt_scores(self._model, start, self._score), start
+        return sessions.selected(self._model, self._chosen, self._scores, start)
+
+    def _score(self, prompt: LayerPrompt) -> Tensor:
+        return self._chosen.selection.prompt_scores(self._chosen.size, prompt)
+
+
+def _figures(subject: Subject, chosen: SelectionPlan, span: Span) -> dict[str, Any]:
+    heads, end = subject.shape.kv_heads, span.first + span.steps
+    selection = chosen.selection
+    stored_dense = subject.layers * end * token_bytes(subject.head_dim)
+    return {
+        "compress": None,
+        "read_ratio": chosen.dense_bytes / chosen.bytes_read,
+        "stored_ratio": stored_dense / chosen.bytes_stored,
+        "step_bytes_read": heads * chosen.bytes_read / span.steps,
+        "bytes_stored": heads * chosen.bytes_stored,
+        "selection": {
+            "method": selection.name,
+            "compress": chosen.compress,
+            "size": chosen.size,
+            "unit": selection.unit,
+            "dense_layers": chosen.dense_layers,
+            "source": selection.source,
+        },
+    }
