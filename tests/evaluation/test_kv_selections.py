@@ -16,6 +16,8 @@ from elastickv.results.formats import plain_json
 from elastickv.results.formats.fidelity_table import fidelity_tables
 from elastickv.results.kinds.evaluation_result import EvaluationResult
 from tests.evaluation.test_evaluate import TEXTS, Silent
+from tests.evaluation.test_mixed_layers import convolutional, windowed
+from tests.evaluation.test_mixed_layers import loaded as of_config
 from tests.helpers.tiny_models import tiny_llama
 
 OPTIONS = EvaluationOptions(
@@ -129,3 +131,14 @@ def test_selections_without_a_budget_are_refused(loaded, ratios):
     options = replace(OPTIONS, ratios=ratios, formats=("q8_0",))
     with pytest.raises(UsageError, match="`selections` need a budget: give values of C above 1 in `compress`"):
         evaluate(loaded, TEXTS, options, None, Silent())
+
+
+@pytest.mark.parametrize("config", [windowed, convolutional])
+def test_layers_without_full_attention_keep_their_own_cache(config):
+    """One of two layers has full attention, so bytes are those of one layer."""
+    options = replace(OPTIONS, ratios=(1.5,), needle_lengths=(), greedy_tokens=0)
+    result = evaluate(of_config(config()), TEXTS, options, None, Silent())
+    rows, dense = result["rows"][1:], 4 * result["model"]["head_dim"] * 396.5
+    assert [row["selection"]["method"] for row in rows] == list(OPTIONS.selections)
+    assert all(row["read_ratio"] == pytest.approx(dense / row["step_bytes_read"]) for row in rows)
+    assert all(row["kl"]["mean"] > 0 for row in rows)
