@@ -96,7 +96,7 @@ def _value(arguments: Sequence[str], name: str) -> str | None:
 
 
 def _by_parts(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the option where it is given as `--additional-config.elastickv.window 256`: it replaces one in JSON, as in vLLM."""
+    """Return the option where it is given as `--additional-config.elastickv.window 256`: it replaces JSON, as in vLLM."""
     whole: dict[str, Any] = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, equals, text = argument.partition("=")
