@@ -124,7 +124,7 @@ def main() -> int:
         "kind": SERVING_KIND,
         "version": SERVING_VERSION,
         "environment": environment(),
-        "command": ["benchmarks/serving.py", *sys.argv[1:]],
+        "command": ["benchmarks/serving.py", *(word for word in sys.argv[1:] if not word.startswith("/"))],
         "model": arguments.model or f"shape:{arguments.shape}",
         "weights": "real" if arguments.model else "random",
         "settings": settings,

@@ -80,11 +80,11 @@ SCALES = {
 }
 
 
-def engine_options(backend: str, device: str, fmt: str) -> dict:
+def engine_options(backend: str, device: str, fmt: str, dtype: str | None = None) -> dict:
     """Return the arguments of `vllm.LLM`."""
     scale = SCALES[device]
     options = {
-        "dtype": "bfloat16" if device == "cuda" else "float32",
+        "dtype": dtype or ("bfloat16" if device == "cuda" else "float32"),
         "block_size": 32,
         "max_model_len": scale.longest_prompt + scale.longest_answer + 32,
         "max_num_seqs": scale.requests,
@@ -123,7 +123,7 @@ def run_backend(backend: str, arguments: argparse.Namespace, folder: Path, secon
         "model": str(folder / "model"),
         "ours": backend != "stock",
         "scan_modules": arguments.device == "cpu",
-        "engine": engine_options(backend, arguments.device, arguments.format),
+        "engine": engine_options(backend, arguments.device, arguments.format, arguments.dtype),
         "vocabulary": scale.sizes.vocabulary,
         "longest_prompt": scale.longest_prompt,
         "longest_answer": scale.longest_answer,
@@ -246,7 +246,7 @@ def main() -> int:
         "version": SOAK_VERSION,
         "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": ["benchmarks/serving_soak.py", *(word for word in sys.argv[1:] if not word.startswith("/"))],
-        "settings": {name: getattr(arguments, name) for name in ("steps", "time_limit", "device", "format", "seed")}
+        "settings": {name: getattr(arguments, name) for name in ("steps", "time_limit", "device", "format", "dtype", "seed")}
         | {"model": asdict(scale.sizes), "longest_prompt": scale.longest_prompt, "longest_answer": scale.longest_answer},
         "environment": environment(),
         "device": None,
@@ -296,6 +296,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5000, help="of the engine under load, for each backend")
     parser.add_argument("--time-limit", type=float, default=360.0, help="seconds that all of it may take")
     parser.add_argument("--format", default="int4", help="of pages: int4, k8v4, int8, fp8")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the model; default: bfloat16 on a GPU, float32 on a CPU"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the load")
     parser.add_argument("--device", choices=SCALES, default="cuda")
     return parser.parse_args()

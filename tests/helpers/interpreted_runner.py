@@ -16,7 +16,8 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 
 def interpret():
     """Let vLLM take Triton for usable on the CPU; call it before vLLM is imported."""
-    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    # The kernel that counts NaN in logits calls a library which the interpreter does not have.
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_COMPUTE_NANS_IN_LOGITS": "0"}
     from triton import backends
 
     driver = type("InterpretedDriver", (), {"is_active": staticmethod(lambda: True)})

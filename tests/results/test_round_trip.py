@@ -18,6 +18,7 @@ from elastickv.results.kinds.gguf_result import GgufBaseline
 from elastickv.results.kinds.model_result import ModelBenchResult, TransformersBaseline
 from elastickv.results.kinds.original_result import OriginalResult
 from elastickv.results.kinds.serving_result import ServingResult
+from elastickv.results.kinds.soak_result import SoakResult
 from elastickv.results.load import KINDS, kind_of
 from elastickv.results.measurement import Measurement
 from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, result
@@ -113,7 +114,7 @@ def test_every_committed_result_is_read_whole(value):
 
 def test_every_kind_is_committed_or_made_up_here():
     kinds = {kind_of(parameter.values[0]).type for parameter in committed()} | {kind_of(GGUF).type, kind_of(ORIGINAL).type}
-    models = {TransformersBaseline, ModelBenchResult, GgufBaseline, EvaluationResult, ServingResult}
+    models = {TransformersBaseline, ModelBenchResult, GgufBaseline, EvaluationResult, ServingResult, SoakResult}
     assert kinds == {Result, OriginalResult} | models
 
 

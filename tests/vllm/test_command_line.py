@@ -56,6 +56,26 @@ def test_other_command_lines_are_vllms_own_business(given):
     assert refusal(given) is None
 
 
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (["--additional-config.elastickv.format", "int3"], "int3"),
+        (["--additional_config.elastickv.window=31", "--additional-config.elastickv.format=int4"], "window is 31"),
+        (["--additional-config.elastickv.layers.4-7=int3", "--additional-config.elastickv.format=int4"], "layers"),
+        (["--additional-config.elastickv", '{"format": "int3"}'], "int3"),
+        (["--additional-config.elastickv.window", "64"], "nothing says the format"),
+        ([*arguments({"format": "int3"}), "--additional-config.elastickv.format", "int4"], None),
+        (["--additional-config.elastickv.format", "int4", "--additional-config.elastickv.window", "1k"], None),
+        (["--additional-config.other.format", "int3"], None),
+        (["--additional-config.elastickv=int4", "--additional-config.elastickv.window=31"], None),
+        (["--additional-config.elastickv.format"], "format is ''"),
+    ],
+)
+def test_options_may_be_given_part_by_part_as_vllm_reads_them(given, word):
+    reason = refusal(["serve", "MODEL", *given])
+    assert (reason is None) if word is None else (reason is not None and word in reason)
+
+
 def test_a_file_of_options_hides_only_the_dtype():
     assert "window" in refusal(arguments({"window": 31}, "--config", "options.yaml"))
 

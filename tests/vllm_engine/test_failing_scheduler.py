@@ -82,6 +82,20 @@ def test_blocks_of_steps_before_the_failing_one_stay(ahead):
     assert ahead.scheduler.schedule().num_scheduled_tokens["again"] == 200 - 192
 
 
+def test_blocks_of_a_request_that_was_preempted_before_it_failed_are_read_once(ahead):
+    prompt = random_prompts([200], seed=3)[0]
+    add(ahead, "bad", prompt)
+    step = ahead.scheduler.schedule()
+    ahead.scheduler._preempt_request(ahead.scheduler.running.pop(), 0.0)
+    assert ended(ahead.scheduler.update_from_output(step, output(step, nan={"bad"}))) == {"bad": ("error", [])}
+    add(ahead, "reader", prompt)
+    step = ahead.scheduler.schedule()
+    assert step.num_scheduled_tokens["reader"] == 200 - 192
+    assert ended(ahead.scheduler.update_from_output(step, output(step, nan={"reader"}))) == {"reader": ("error", [])}
+    add(ahead, "again", prompt)
+    assert ahead.scheduler.schedule().num_scheduled_tokens["again"] == 200
+
+
 @pytest.mark.parametrize(
     ("drafts", "sampled", "rows", "failing"),
     [

@@ -67,7 +67,7 @@ def test_chunks_follow_their_windows():
     assert plan.chunk_rows.tolist() == [*range(127, 227), *range(227, 247), *range(307, 337)]
 
 
-def metadata(counts, tokens=None, drafts=3):
+def metadata(counts, tokens=None, drafts=3, prefilling=None):
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from elastickv.vllm.step_metadata import PageMetadataBuilder
@@ -88,6 +88,7 @@ def metadata(counts, tokens=None, drafts=3):
         block_table_tensor=torch.zeros(len(counts), 20, dtype=torch.int32),
         slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64),
         seq_lens_cpu_upper_bound=lengths,
+        is_prefilling=None if prefilling is None else torch.tensor(prefilling),
     )
     return builder.build(0, batch)
 
@@ -106,3 +107,17 @@ def metadata(counts, tokens=None, drafts=3):
 def test_decodes_are_uniform_only_where_each_row_is_at_its_place(counts, tokens, uniform):
     built = metadata(counts, tokens)
     assert (built.decodes, built.uniform_queries) == (len(counts), uniform)
+
+
+@pytest.mark.parametrize(
+    ("counts", "prefilling", "prompts"),
+    [
+        ([1, 1], None, False),
+        ([1, 1], [False, False], False),
+        ([1, 1], [False, True], True),  # the last token of a prompt
+        ([1, 40], None, True),
+        ([1, 40], [True, True], True),
+    ],
+)
+def test_a_step_with_tokens_of_prompts_says_so(counts, prefilling, prompts):
+    assert metadata(counts, prefilling=prefilling).prompts is prompts

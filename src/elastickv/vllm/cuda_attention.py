@@ -128,6 +128,7 @@ class CudaAttention:
             step.recent.first.data_ptr(),
             queries_per_request=batch.uniform_queries,
             scale=self._scale,
+            after_store=batch.prompts,
             **ragged,
         )
 

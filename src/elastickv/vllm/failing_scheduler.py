@@ -67,7 +67,9 @@ class FailingRequests(Scheduler):
                 bad |= self._blocks_from(name, token)
             read = {name: self._first_of(name, bad) for name in self.requests if name not in failing}
             suspects = {name: token for name, token in read.items() if token is not None}
-        self.kv_cache_manager.evict_blocks(bad)
+        # One that fails in its first step may have read blocks of a request that was preempted before it failed.
+        hits = [new.req_id for new in scheduler_output.scheduled_new_reqs if new.req_id in failing]
+        self.kv_cache_manager.evict_blocks(bad.union(*(self._blocks_from(name, 0) for name in hits)))
         ended: list[Request] = self.finish_requests(failing, RequestStatus.FINISHED_ERROR)
         for request in ended:
             why = "its logits are NaN" if request.request_id in names else "it read blocks of a request whose logits are NaN"

@@ -69,6 +69,8 @@ def refusal(arguments: Sequence[str]) -> str | None:
         additional: Any = json.loads(_value(arguments, "additional-config") or "null")
     except ValueError:
         return None  # vLLM says it
+    if any(argument.replace("_", "-").startswith("--additional-config.") for argument in arguments):
+        additional = _by_parts(arguments)
     dtype = _value(arguments, "kv-cache-dtype")
     ours = isinstance(additional, Mapping) and KEY in additional
     try:
@@ -91,3 +93,29 @@ def _value(arguments: Sequence[str], name: str) -> str | None:
         if option in names:
             passed = value if equals else following
     return passed
+
+
+def _by_parts(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the option where it is given as `--additional-config.elastickv.window 256`: it replaces JSON, as in vLLM."""
+    whole: dict[str, Any] = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, text = argument.partition("=")
+        name, *path = option.split(".")
+        if name.replace("_", "-") != "--additional-config" or not path:
+            continue
+        text = text if equals else following
+        try:
+            value = json.loads(text)
+        except ValueError:
+            if text[:1].isdigit() or option.endswith("+"):  # 1k is a number to vLLM, and a plus makes lists
+                return {}
+            value = text
+        *outer, last = path
+        inner = whole
+        for each in outer:
+            nested = inner.setdefault(each, {})
+            if not isinstance(nested, dict):
+                return {}  # vLLM says it
+            inner = nested
+        inner[last] = value
+    return whole

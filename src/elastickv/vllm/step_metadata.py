@@ -28,6 +28,8 @@ class PageMetadata(AttentionMetadata):
     decodes, decode_tokens : requests with few enough tokens for the decode kernels, and their tokens.
     uniform_queries : tokens of each decode; 0 if they differ.
     longest : most tokens of a request.
+    prompts : whether the step computes tokens of a prompt. A request that comes with it may have hit the prompt's blocks, and
+        reads what this step stores there.
     shared : what attention computes from the batch in the first layer and reads in the others.
     """
 
@@ -42,6 +44,7 @@ class PageMetadata(AttentionMetadata):
     decode_tokens: int
     uniform_queries: int
     longest: int
+    prompts: bool = False
     shared: dict[str, Any] = field(default_factory=dict)
 
 
@@ -86,6 +89,7 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
             decode_tokens=decode_tokens,
             uniform_queries=uniform,
             longest=batch.max_query_len,
+            prompts=decodes < batch.num_reqs or (batch.is_prefilling is not None and bool(batch.is_prefilling.any())),
         )
 
 

@@ -1,5 +1,6 @@
 """A CUDA device without a GPU: memory is addresses only, and launches are recorded with their packed arguments."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ class Launch:
     threads: int
     shared_bytes: int
     arguments: tuple
+    in_order: bool = False
 
     @property
     def values(self):
@@ -39,7 +41,7 @@ class RecordingDevice:
     def __init__(self, arch="90", multiprocessors=132):
         self.arch, self.multiprocessors, self.free_bytes = arch, multiprocessors, 60 << 30
         self.stream = SimpleNamespace(sync=lambda: None, handle=0)
-        self.launches, self._next = [], 1 << 32
+        self.launches, self._next, self.ordered = [], 1 << 32, False
 
     def allocate(self, n_bytes, fill=None):
         memory = Memory(self._next, max(n_bytes, 16))
@@ -69,7 +71,13 @@ class RecordingDevice:
 
     def launch(self, variant, name, grid, arguments):
         packed = tuple((type(argument), argument.value) for argument in arguments)
-        self.launches.append(Launch(variant.source, name, grid, variant.threads, variant.shared_bytes, packed))
+        self.launches.append(Launch(variant.source, name, grid, variant.threads, variant.shared_bytes, packed, self.ordered))
+
+    @contextmanager
+    def in_order(self):
+        self.ordered = True
+        yield
+        self.ordered = False
 
     def take(self):
         """Return the launches recorded since the last call."""

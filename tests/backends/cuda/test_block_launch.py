@@ -6,6 +6,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
 from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows, StepRows
 from elastickv.backends.cuda.block_kernels import BlockKernels
+from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
 from tests.backends.cuda.recording_device import RecordingDevice
 
@@ -82,3 +83,13 @@ def test_a_word_names_request_and_position():
     assert BadToken.of(0) == BadToken(0, 0, False)
     too_large = (1 << 63 | 1023 << 32 | 5) - (1 << 64)  # as an int64
     assert BadToken.of(too_large) == BadToken(1023, 5, True)
+
+
+@pytest.mark.parametrize("after_store", [False, True])
+def test_a_decode_starts_behind_the_store_only_where_it_reads_what_that_stores(kernels, after_store):
+    query = TensorView(1 << 22, "bf16", (4, 32, 128), (4096, 128, 1))
+    kernels.decode(blocks(), STEP, query, 41, 21, 42, after_store=after_store)
+    stored(kernels, 4, 1)
+    kernels.decode(blocks(), STEP, query, 41, 21, 42, after_store=after_store)
+    assert [(each.kernel, each.in_order) for each in kernels._device.take()] == [("decode_blocks", after_store)]
+    assert not kernels._device.ordered

@@ -65,6 +65,18 @@ def test_several_answers_to_one_prompt_follow_the_rule(serve_bf16, rounded_rule,
     follow(rounded_rule, engine.answers(ended[name], prompts[2]))
 
 
+def test_answers_that_hit_the_prompt_in_the_step_that_computes_it_follow_the_rule(serve_bf16, rounded_rule):
+    """All but one of the requests compute one token, and read what the same step stores."""
+    engine, prompts, answers = serve_bf16(**CHUNKED), random_prompts([65] * 8, seed=62), []  # two pages and a token
+    for prompt in prompts:
+        together = engine.generate([prompt] * 4, 60)
+        assert sorted(answer.cached for answer in together) == [0, 64, 64, 64]
+        firsts = [answer.logprobs[0] for answer in together if answer.tokens[0] == together[0].tokens[0]]
+        assert len(firsts) == 4 and max(firsts) - min(firsts) < 0.2, firsts
+        answers += together
+    follow(rounded_rule, answers)
+
+
 def test_aborted_requests_leave_no_block_behind(serve_bf16, rounded_rule, prompts, graphed):
     engine = serve_bf16(**CHUNKED)
     start, rng, running = engine.free_blocks, np.random.default_rng(0), []

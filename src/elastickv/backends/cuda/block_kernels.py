@@ -1,6 +1,7 @@
 """Store, decode and gather in the blocks of a serving engine, which owns the memory and the tables."""
 
 import math
+from contextlib import nullcontext
 
 from elastickv.backends.cuda.arguments import Address
 from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, GatherRows, StepRows
@@ -86,6 +87,7 @@ class BlockKernels:
         scale: float | None = None,
         starts: Address = None,
         row_requests: Address = None,
+        after_store: bool = False,
     ) -> None:
         """Attend with the newest tokens of each request, which `store` was given before; see `launch.decode_blocks`.
 
@@ -97,6 +99,8 @@ class BlockKernels:
         queries_per_request : rows of each request. 0: they differ, and `starts` and `row_requests` say whose they are.
         scale : of scores; head_dim^-1/2 by default.
         starts, row_requests : as in `BlockDecodeArguments`.
+        after_store : whether a request may read blocks that another one's tokens of this step are stored in, which a prefix
+            hit in the same step is. Without that it reads none that the kernel of `store` writes, and need not wait for it.
         """
         scratch, shape = self._scratch, self._shape
         requests = BlockDecodeArguments(
@@ -114,18 +118,19 @@ class BlockKernels:
             exact_tokens=self._exact_tokens,
             scale_log2=math.log2(math.e) * (shape.head_dim**-0.5 if scale is None else scale),
         )
-        decode_blocks(
-            self._device,
-            self._decoding,
-            self._grid,
-            query=query.address,
-            query_stride=query.strides[0],
-            tokens=tokens,
-            blocks=blocks,
-            output=output,
-            lse=self._lse,
-            requests=requests,
-        )
+        with self._device.in_order() if after_store else nullcontext():
+            decode_blocks(
+                self._device,
+                self._decoding,
+                self._grid,
+                query=query.address,
+                query_stride=query.strides[0],
+                tokens=tokens,
+                blocks=blocks,
+                output=output,
+                lse=self._lse,
+                requests=requests,
+            )
 
     def gather(
         self, blocks: BlocksArguments, rows: GatherRows, keys: Address, values: Address, requests: int, longest: int

@@ -1,7 +1,8 @@
 """One CUDA device: its properties, stream, memory and loaded kernels."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -131,11 +132,21 @@ class CudaDevice:
         self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
         self._kernels = _loaded_on(self.ordinal)
         self._sent: list[tuple[Any, NDArray[Any]]] = []
+        self._in_order = False
 
     def follow(self, stream: int) -> None:
         """Queue on the stream with this handle from now on."""
         if getattr(self.stream, "number", None) != stream:
             self.stream = BorrowedStream(self.driver, stream)
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Let each kernel that is launched meanwhile start when the one before it has ended."""
+        self._in_order = True
+        try:
+            yield
+        finally:
+            self._in_order = False
 
     def _attribute(self, name: str) -> int:
         which = getattr(self.driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
@@ -260,7 +271,8 @@ class CudaDevice:
     def launch(self, variant: Variant, name: str, grid: tuple[int, ...], arguments: Sequence[Argument]) -> None:
         """Launch a kernel on the stream; the functions of `launch` give it typed arguments.
 
-        From SM 9.0 on, kernels of `OVERLAPPING` may start while the previous one still runs: they wait for it themselves.
+        From SM 9.0 on, kernels of `OVERLAPPING` may start while the previous one still runs, but for those that are launched
+        `in_order`: they wait for it themselves.
         """
         driver = self.driver
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
@@ -269,7 +281,7 @@ class CudaDevice:
         config.blockDimX, config.blockDimY, config.blockDimZ = variant.threads, 1, 1
         config.sharedMemBytes = variant.shared_bytes
         config.hStream = self.stream.handle
-        if name in OVERLAPPING and int(variant.arch) >= _OVERLAPS_SINCE:
+        if name in OVERLAPPING and not self._in_order and int(variant.arch) >= _OVERLAPS_SINCE:
             early = driver.CUlaunchAttribute()
             early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             early.value.programmaticStreamSerializationAllowed = 1

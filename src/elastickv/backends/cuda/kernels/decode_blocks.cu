@@ -2,7 +2,8 @@
 //
 // A row of the batch is one query token. Its newest `exact_tokens` tokens are exact; all others are read from pages, and so are
 // tokens before window_first[request], whose window blocks are gone. The tokens of this step are read from `keys` and `values`:
-// the kernel that stores them may still be running, and this one waits for it only when it ends.
+// the kernel that stores them may still be running, and this one waits for it only when it ends. Where a row may read what
+// another request stores in this step, it must not be launched before that kernel has ended.
 #define BLOCK_TABLES 1
 #include "page_decode.cuh"
 
