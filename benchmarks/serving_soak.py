@@ -4,13 +4,13 @@
 
 A small model with random weights answers requests of random lengths that arrive, share prefixes, are sampled several times,
 aborted and preempted, in a pool too small for them. Then some of them are given again, each alone in a fresh cache: what the
-soak answered is read as one prompt, and so is another answer, generated alone. The divergence of what was read from what was
-generated is compared with the stock backend's, and that of the soak with that of answers which were alone. All blocks must be
-free again, memory must not grow, and steps that only decode are timed. What is asked is judged, under `verdicts`; with soft
+soak answered is read as one prompt, twice, the second time in smaller chunks. The divergence of what was read from what was
+generated is compared with the stock backend's, and with that of the two readings, which have no load. All blocks must be free
+again, memory must not grow, and steps that only decode are timed. What is asked is judged, under `verdicts`; with soft
 prefix reuse tokens may depend on what was cached, so the divergence of `strict` is the one that is judged.
 
 A number that another batch rounds otherwise may get another code, a whole step away, so pages make stock's differences larger
-whatever the load is; the comparison with answers that were generated alone says what the load does.
+whatever the load is; the comparison with the two readings says what the load does.
 
 The backends run one after the other, in processes of their own; the result is written anew as they go, so that it is there, in
 part, when one is killed. The first of them compiles what the others find.
@@ -198,7 +198,7 @@ def verdicts(backends: dict[str, dict]) -> list[dict]:
     own, stock = (backends.get(name, {}).get("agreement", {}).get("all", {}) for name in (judged, "stock"))
     for what, one, other in (
         (f"{judged}: the divergence from requests alone is within stock's", own.get("soak"), stock.get("soak")),
-        (f"{judged}: it is within that of answers which were generated alone", own.get("soak"), own.get("alone")),
+        (f"{judged}: it is within that of the same tokens read alone in other chunks", own.get("soak"), own.get("chunks")),
     ):
         if not (one and other and one["tokens"] and other["tokens"]):
             found.append(_verdict(what, None, None))
@@ -229,7 +229,7 @@ def line(backend: str, record: dict) -> str:
     if whole := record.get("agreement", {}).get("all"):
         words += [
             f"{name}: divergence {whole[name]['kl']:.2e} +- {whole[name]['kl_error']:.1e}"
-            for name in ("soak", "alone")
+            for name in ("soak", "chunks")
             if whole[name]["tokens"]
         ]
     return ", ".join(words)

@@ -15,7 +15,7 @@ from engine_environment import engine_environment
 from serving_record import said
 from soak_load import Checked, Load, Sample, Step, agreement, in_turns, step_times, totals
 
-CHECKED = 50
+CHECKED, CHUNK = 50, 64  # requests; tokens of a step when they are read the second time
 WARM_STEPS = 500  # what is compiled or allocated once is by then
 NOTE_EVERY = 500  # steps, of memory and of the record
 NOTE_CHECKS = 10  # requests that are checked
@@ -154,10 +154,10 @@ class Soak:
             if time.time() > deadline:
                 break
             each.read = self.read(f"read-{number}", each.prompt, each.tokens)
-            self.fresh()
-            self.add(f"alone-{number}", each.prompt, len(each.tokens))
-            each.alone, each.alone_logprobs = chosen(self.finish().outputs[0])
-            each.alone_read = self.read(f"alone-read-{number}", each.prompt, each.alone)
+            scheduler, most = self.core.scheduler, self.core.scheduler.max_num_scheduled_tokens
+            scheduler.max_num_scheduled_tokens = CHUNK
+            each.reread = self.read(f"reread-{number}", each.prompt, each.tokens)
+            scheduler.max_num_scheduled_tokens = most
             self.checked.append(each)
             if number % NOTE_CHECKS == 0:
                 note()

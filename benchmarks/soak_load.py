@@ -141,8 +141,8 @@ class Checked:
     ----------
     tokens, logprobs : of the answer in the soak; log-probabilities of its tokens.
     history : what happened to it: 'plain', 'prefix hit', 'preempted'.
-    read : log-probabilities of `tokens` when prompt and answer are read as one prompt, alone.
-    alone, alone_logprobs, alone_read : the same three of an answer that is generated alone.
+    read, reread : log-probabilities of `tokens` when prompt and answer are read as one prompt, alone; the second time in
+        smaller chunks.
     """
 
     prompt: list[int]
@@ -150,9 +150,7 @@ class Checked:
     logprobs: list[float]
     history: str
     read: list[float] = field(default_factory=list)
-    alone: list[int] = field(default_factory=list)
-    alone_logprobs: list[float] = field(default_factory=list)
-    alone_read: list[float] = field(default_factory=list)
+    reread: list[float] = field(default_factory=list)
 
 
 def in_turns(checked):
@@ -172,11 +170,11 @@ def agreement(checked):
 
 
 def _agreement(checked):
-    """Return how answers of the soak, and answers that were generated alone, differ from the same tokens read alone."""
+    """Return how answers of the soak differ from the same tokens read alone, and these from themselves in smaller chunks."""
     return {
         "requests": len(checked),
         "soak": divergence([(each.logprobs, each.read) for each in checked]),
-        "alone": divergence([(each.alone_logprobs, each.alone_read) for each in checked]),
+        "chunks": divergence([(each.reread, each.read) for each in checked]),
     }
 
 

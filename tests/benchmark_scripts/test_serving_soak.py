@@ -95,13 +95,13 @@ def test_the_divergence_of_tokens_is_estimated_without_bias(load):
 
 
 def test_answers_are_compared_with_what_is_read_alone_by_their_history(load):
-    checked = load.Checked([1], [5, 6], [-1.0, -1.0], "plain", [-1.0, -3.0], [7], [-2.0], [-2.5])
-    same = load.Checked([2], [3], [-2.0], "preempted", [-2.0], [3], [-2.0], [-2.0])
+    checked = load.Checked([1], [5, 6], [-1.0, -1.0], "plain", [-1.0, -3.0], [-1.5, -2.5])
+    same = load.Checked([2], [3], [-2.0], "preempted", [-2.0], [-2.0])
     result = load.agreement([checked, same])
     assert set(result) == {"all", "plain", "preempted"}
-    assert result["all"]["soak"]["tokens"] == 3 and result["all"]["alone"]["tokens"] == 2
+    assert result["all"]["soak"]["tokens"] == result["all"]["chunks"]["tokens"] == 3
     assert result["all"]["soak"]["kl"] == pytest.approx((math.exp(-2) + 1) / 3)
-    assert result["plain"]["alone"]["difference"]["mean"] == 0.5
+    assert result["plain"]["chunks"]["difference"]["mean"] == 0.5
     assert result["preempted"]["soak"]["kl"] == 0
     assert load.agreement([])["all"]["soak"] == {"tokens": 0}
 
@@ -151,9 +151,9 @@ def test_what_is_wrong_is_named(scripts):
     assert soak.faults("stock", {"failed": "exit status 1"}) == ["stock: exit status 1"]
 
 
-def record_of(kl, alone=0.001, free_at_end=9, ratio=2.0, grown=0):
+def record_of(kl, chunks=0.001, free_at_end=9, ratio=2.0, grown=0):
     free = {"free_at_start": 9, "free_at_end": free_at_end, "prefix_cache_reset": True}
-    found = {name: {"tokens": 90, "kl": value, "kl_error": 0.0002} for name, value in (("soak", kl), ("alone", alone))}
+    found = {name: {"tokens": 90, "kl": value, "kl_error": 0.0002} for name, value in (("soak", kl), ("chunks", chunks))}
     return {
         "blocks": free,
         "blocks_after_check": free,
@@ -172,7 +172,7 @@ def test_what_is_asked_is_judged(scripts):
         assert [each["holds"] for each in judge(good | {"ours": record_of(0.001, **options)})].index(False) == place
     apart = judge(good | {"strict": record_of(0.002)})
     assert [each["holds"] for each in apart[-2:]] == [False, False] and apart[-1]["figures"]["requests"] == 50
-    assert [each["holds"] for each in judge(good | {"strict": record_of(0.002, alone=0.002)})[-2:]] == [False, True]
+    assert [each["holds"] for each in judge(good | {"strict": record_of(0.002, chunks=0.002)})[-2:]] == [False, True]
     without = judge({"ours": record_of(0.001) | {"agreement": {}, "times": {}}})
     assert [each["holds"] for each in without] == [True, True, None, None, None]
 

@@ -60,7 +60,7 @@ def _backends(data: ReportData) -> Iterator[dict[str, str]]:
                 "prefix hits": str(counts.get("prefix_hits", "")),
                 "decode step, ms": fixed(decode.get("median_ms"), 2),
                 "p99.9 / median": fixed(decode.get("p999_over_median"), 2),
-                **{f"KL, {name}": _divergence(record, name) for name in ("soak", "alone")},
+                **{f"KL, {name}": _divergence(record, name) for name in ("soak", "chunks", "alone")},
                 "result": data.names[soak.provenance.source],
             }
 
