@@ -12,6 +12,7 @@ from elastickv.vllm.serving_options import CACHE_DTYPES, KEY, ServingOptions, re
 from elastickv.vllm.versions import installed_version, minor_version, unsupported_reason
 
 _log = logging.getLogger("vllm.elastickv")
+_OPTIONS = "additional-config"
 _registered = False
 
 
@@ -66,10 +67,10 @@ def refusal(arguments: Sequence[str]) -> str | None:
     arguments : of the process, without its name.
     """
     try:
-        additional: Any = json.loads(_value(arguments, "additional-config") or "null")
+        additional: Any = json.loads(_value(arguments, _OPTIONS) or "null")
     except ValueError:
         return None  # vLLM says it
-    if any(argument.replace("_", "-").startswith("--additional-config.") for argument in arguments):
+    if any(_is_option(argument.partition(".")[0], _OPTIONS) for argument in arguments if "." in argument):
         additional = _by_parts(arguments)
     dtype = _value(arguments, "kv-cache-dtype")
     ours = isinstance(additional, Mapping) and KEY in additional
@@ -86,11 +87,10 @@ def refusal(arguments: Sequence[str]) -> str | None:
 
 def _value(arguments: Sequence[str], name: str) -> str | None:
     """Return the last value of an option, given after a space or an equals sign, with `-` or `_` between words."""
-    names = {f"--{name}", f"--{name.replace('-', '_')}"}
     passed = None
     for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
         option, equals, value = argument.partition("=")
-        if option in names:
+        if _is_option(option, name):
             passed = value if equals else following
     return passed
 
@@ -101,7 +101,7 @@ def _by_parts(arguments: Sequence[str]) -> dict[str, Any]:
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, equals, text = argument.partition("=")
         name, *path = option.split(".")
-        if name.replace("_", "-") != "--additional-config" or not path:
+        if not _is_option(name, _OPTIONS) or not path:
             continue
         text = text if equals else following
         try:
@@ -119,3 +119,7 @@ def _by_parts(arguments: Sequence[str]) -> dict[str, Any]:
             inner = nested
         inner[last] = value
     return whole
+
+
+def _is_option(argument: str, name: str) -> bool:
+    return argument.startswith("--") and argument[2:].replace("_", "-") == name
