@@ -9,6 +9,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 import elastickv
+from tests.helpers.report_sections import rows as rows_of
+from tests.helpers.report_sections import sections
 
 # Stored bits and KL: b is beaten by a, d by c.
 FIGURES = {"a": (4.5, 0.02), "b": (4.75, 0.05), "c": (5.0, 0.001), "d": (8.5, 0.002), "int4": (9.0, 0.0005)}
@@ -43,13 +45,9 @@ def result():
     }  # fmt: skip
 
 
-def sections(made):
-    return {one["name"]: one for one in json.loads(made.to_json())["sections"]}
-
-
 def test_every_format_stands_with_its_bits_and_the_front_is_marked(result):
     (table,) = sections(elastickv.report(result))["formats"]["tables"]
-    rows = [dict(zip(table["headers"], cells, strict=True)) for cells in table["rows"]]
+    rows = rows_of(table)
     assert [(row["format"], row["context"]) for row in rows] == [(name, n) for n in ("1024", "4096") for name in FIGURES]
     assert rows[0]["bits"] == "4.250" and rows[0]["stored bits"] == "4.500" and rows[0]["source"] == "paper of a"
     assert rows[2]["KL, nats"].startswith("0.001000 [0.000900, 0.001100]")

@@ -9,6 +9,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 import elastickv
+from tests.helpers.report_sections import rows as rows_of
+from tests.helpers.report_sections import sections
 
 # Method, C, MiB read, KL.
 FIGURES = [(None, 4, 2.0, 0.01), ("quest", 4, 1.9, 0.03), ("quest", 2, 4.0, 0.004), ("h2o", 4, 2.0, 0.2)]
@@ -49,13 +51,9 @@ def result():
     }  # fmt: skip
 
 
-def sections(made):
-    return {one["name"]: one for one in json.loads(made.to_json())["sections"]}
-
-
 def test_every_selection_stands_beside_our_recipes_by_read_bytes(result):
     (table,) = sections(elastickv.report(result))["selections"]["tables"]
-    rows = [dict(zip(table["headers"], cells, strict=True)) for cells in table["rows"]]
+    rows = rows_of(table)
     shown = [(row["method"], row["cache"], row["bytes read"]) for row in rows if row["context"] == "4096"]
     assert shown == [
         ("ElasticKV, not calibrated", "C=4", "2.0 MiB"),

@@ -10,6 +10,8 @@ pytest.importorskip("jinja2")
 
 import elastickv
 from elastickv import UsageError
+from tests.helpers.report_sections import rows as rows_of
+from tests.helpers.report_sections import sections
 from tests.helpers.serving_results import made_up_serving
 
 
@@ -20,17 +22,11 @@ def result():
 
 @pytest.fixture
 def section(result):
-    return sections(result)["serving"]
-
-
-def sections(*results):
-    page = json.loads(elastickv.report(*results).to_json())
-    return {one["name"]: one for one in page["sections"]}
+    return sections(elastickv.report(result))["serving"]
 
 
 def rows(section, number):
-    table = section["tables"][number]
-    return [dict(zip(table["headers"], row, strict=True)) for row in table["rows"]]
+    return rows_of(section["tables"][number])
 
 
 def test_a_step_stands_with_its_ratio_to_the_baseline(section):
@@ -71,13 +67,13 @@ def test_the_headline_is_the_largest_saving_of_time(result):
 
 def test_what_was_not_measured_is_a_warning(result):
     result["contenders"][1]["failures"] = ["round 1: exit status 1: no kernel"]
-    said = json.dumps(sections(result)["warnings"])
+    said = json.dumps(sections(elastickv.report(result))["warnings"])
     assert "repetition dropped" in said and "elastickv_int4, round 1: exit status 1: no kernel" in said
 
 
 def test_contenders_that_never_started_leave_the_others_on_the_page(result):
     result["contenders"][1] |= {"steps": [], "capacity": [], "throughput": None, "first_token": None, "startup_s": []}
-    section = sections(result)["serving"]
+    section = sections(elastickv.report(result))["serving"]
     assert [row["cache"] for row in rows(section, 0)] == ["bf16"]
     assert "no step was timed beside the baseline" in json.loads(elastickv.report(result).to_json())["headline"]["sentence"]
 

@@ -10,13 +10,14 @@ pytest.importorskip("jinja2")
 
 import elastickv
 from elastickv import UsageError
+from tests.helpers.report_sections import sections
 from tests.helpers.serving_results import made_up_serving, made_up_soak
-from tests.html_report.test_serving_section import rows, sections
+from tests.html_report.test_serving_section import rows
 
 
 @pytest.fixture
 def section():
-    return sections(made_up_soak())["serving"]
+    return sections(elastickv.report(made_up_soak()))["serving"]
 
 
 def test_what_was_asked_stands_with_what_it_was_judged_by(section):
@@ -39,7 +40,7 @@ def test_each_backend_stands_with_what_it_did(section):
 
 
 def test_a_backend_that_failed_is_a_warning():
-    assert "stock: not done after 9 s" in json.dumps(sections(made_up_soak())["warnings"])
+    assert "stock: not done after 9 s" in json.dumps(sections(elastickv.report(made_up_soak()))["warnings"])
 
 
 def test_the_headline_counts_what_holds_unless_speed_was_measured():

@@ -26,6 +26,7 @@ from elastickv.results.kinds.serving_result import SERVING_KIND, ServingResult
 from elastickv.results.kinds.soak_result import SOAK_KIND, SoakResult
 
 T = TypeVar("T")
+Loaded = TypeVar("Loaded", EvaluationResult, ServingResult, SoakResult)
 Rows = Callable[[Any], list[dict[str, Any]]]
 
 
@@ -119,10 +120,7 @@ def evaluation_of(document: Document) -> EvaluationResult | None:
     ------
     UsageError : naming the file and the key that is missing, of another type or out of range.
     """
-    kind = kind_of(document.value)
-    if kind is None or kind.type is not EvaluationResult:
-        return None
-    return EvaluationResult.from_dict(document.value, document.source)
+    return _read_as(EvaluationResult, document)
 
 
 def serving_of(document: Document) -> ServingResult | None:
@@ -132,10 +130,7 @@ def serving_of(document: Document) -> ServingResult | None:
     ------
     UsageError : naming the file and the key that is missing, of another type or out of range.
     """
-    kind = kind_of(document.value)
-    if kind is None or kind.type is not ServingResult:
-        return None
-    return ServingResult.from_dict(document.value, document.source)
+    return _read_as(ServingResult, document)
 
 
 def soak_of(document: Document) -> SoakResult | None:
@@ -145,10 +140,15 @@ def soak_of(document: Document) -> SoakResult | None:
     ------
     UsageError : naming the file and the key that is missing, of another type or out of range.
     """
+    return _read_as(SoakResult, document)
+
+
+def _read_as(result_type: type[Loaded], document: Document) -> Loaded | None:
     kind = kind_of(document.value)
-    if kind is None or kind.type is not SoakResult:
+    if kind is None or kind.type is not result_type:
         return None
-    return SoakResult.from_dict(document.value, document.source)
+    result: Loaded = result_type.from_dict(document.value, document.source)
+    return result
 
 
 def guarded(source: str, read: Callable[[], T]) -> T:
