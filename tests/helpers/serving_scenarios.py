@@ -11,6 +11,7 @@ NEW_TOKENS = 104
 SMALL_POOL = {"num_gpu_blocks_override": 100, "max_model_len": 512}
 
 CHUNKED = {"max_num_batched_tokens": 96, "enable_prefix_caching": True}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 ADAPTER_RANK = 8
 ADAPTERS = {"enable_lora": True, "max_lora_rank": ADAPTER_RANK, "max_loras": 1}
 

@@ -6,12 +6,11 @@ import pytest
 
 from tests.helpers.bad_words import INFINITE, NAN, WHY, ended_by_error, ends, errors, named, with_bad_word, with_bad_words
 from tests.helpers.served_llama import Sizes, random_weights, write_model
-from tests.helpers.serving_scenarios import random_prompts
+from tests.helpers.serving_scenarios import NGRAM, random_prompts
 
 pytestmark = pytest.mark.gpu
 
 PREFIXES = {"enable_prefix_caching": True}
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.rounded_answers import agree, distance, follow
-from tests.helpers.serving_scenarios import CHUNKED, NEW_TOKENS, SMALL_POOL, random_prompts
+from tests.helpers.serving_scenarios import CHUNKED, NEW_TOKENS, NGRAM, SMALL_POOL, random_prompts
 
 pytestmark = pytest.mark.gpu
-
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
 def test_the_engine_is_what_a_user_of_a_gpu_gets(serve_bf16, device):

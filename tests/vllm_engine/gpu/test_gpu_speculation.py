@@ -7,11 +7,9 @@ import pytest
 
 from tests.helpers.rounded_answers import follow
 from tests.helpers.served_llama import Sizes, eagle_weights, random_weights, write_model
-from tests.helpers.serving_scenarios import NEW_TOKENS
+from tests.helpers.serving_scenarios import CHUNKED, NEW_TOKENS
 
 pytestmark = pytest.mark.gpu
-
-CHUNKED = {"max_num_batched_tokens": 96, "enable_prefix_caching": True}
 
 
 @pytest.fixture
