@@ -79,11 +79,14 @@ def test_the_reference_cache_and_the_oracle_store_and_read_it(int6):
 
 
 def test_back_ends_without_a_kernel_refuse_it(int6):
-    with pytest.raises(UsageError, match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4, int8_per_channel$"):
+    with pytest.raises(
+        UsageError, match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4, int8_per_channel$"
+    ):
         open_backend(None).cache(SHAPE, 800, "bf16", Recipe.parse("int6"))
     for text in ("int6", "k=int4,v=int6,pages=1/4"):
         with pytest.raises(
-            UsageError, match=r"^format int6 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4, int8_per_channel, or the cpu"
+            UsageError,
+            match=r"^format int6 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4, int8_per_channel, or the cpu",
         ):
             decode_variant(128, 4, "bf16", Recipe.parse(text), "90")
 

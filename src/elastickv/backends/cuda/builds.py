@@ -51,7 +51,6 @@ RECIPES = (
     "k=bf16,v=int4",
     "k=int8_per_channel,v=int8",
     "k=int8_per_channel,v=int4",
-    "k=int8_per_channel,v=bf16",
     "k=int8_per_channel,v=int8,pages=1/4",
     "int4,pages=1/4",
     "k=int4,v=int8,pages=1/4",
