@@ -17,7 +17,7 @@ from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS, selected
 
 Tensor: TypeAlias = Any  # torch.Tensor: the type checker does not follow PyTorch
-KEY_FORMATS = ("int8", "fp8", "int4")
+KEY_FORMATS = ("int8", "int8_per_channel", "fp8", "int4")
 
 
 @dataclass(frozen=True)
