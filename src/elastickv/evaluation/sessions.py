@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from elastickv.errors import UsageError
 from elastickv.evaluation.kv_formats.format_layer import FormatLayer, SixteenBitLayer
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
+from elastickv.evaluation.kv_selections.recipe_pages import RecipePages
 from elastickv.evaluation.kv_selections.reference_selection import SelectionPlan
 from elastickv.evaluation.kv_selections.selected_layer import SelectedLayer
 from elastickv.evaluation.prefill import Prefill, Tensor, has_attention_everywhere
@@ -112,6 +113,25 @@ def selected(model: Any, chosen: SelectionPlan, scores: Mapping[int, Tensor], st
         cache.layers[number] = SixteenBitLayer()
     for number in full[chosen.dense_layers :]:
         cache.layers[number] = SelectedLayer(number, chosen.selection.layer(chosen.size, scores.get(number)))
+    start.fill(cache.layers, _update)
+    with _attending_layers(model) as takes_several:
+        yield _SteppedModel(model, cache, takes_several)
+
+
+@contextmanager
+def recipe_pages(model: Any, recipes: Sequence[Recipe], start: Prefill) -> Iterator[DecodingSession]:
+    """Decode with 16-bit keys and values, of which a step reads the pages that recipes select; restore the model on exit.
+
+    Parameters
+    ----------
+    recipes : one for each layer with full attention; one that selects no pages reads everything.
+    """
+    cache = transformers.DynamicCache(config=model.config)
+    full = [number for number, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
+    for place, (number, recipe) in enumerate(zip(full, recipes, strict=True)):
+        offset = recipe.layer_anchor_offset(place, len(full))
+        selects = recipe.selection == "pages"
+        cache.layers[number] = SelectedLayer(number, RecipePages(recipe, offset)) if selects else SixteenBitLayer()
     start.fill(cache.layers, _update)
     with _attending_layers(model) as takes_several:
         yield _SteppedModel(model, cache, takes_several)
