@@ -2,14 +2,14 @@
 
     python benchmarks/frontier.py MODEL... [--contexts 4096,16384] [--device cuda] [--output FOLDER] [--time-limit 540]
 
-MODEL is a model folder or a .gguf file. Measured are, in this order, our calibrated recipes at each C of --compress, their parts
-(formats alone, selection alone), the KV formats and the selections, on the same windows after the same exact prefill
+MODEL is a model folder or a .gguf file. Measured are, in this order, our calibrated recipes at each C of --compress, their
+parts (formats alone, selection alone), the KV formats and the selections, on the same windows after the same exact prefill
 (`elastickv.evaluation.evaluate`). Scored are the texts in data/texts, which no calibration and no development has read; recipes
 are calibrated on the text that the package ships.
 
 The folder gets frontier-MODEL-CONTEXT.json, a result of the kind that `elastickv eval` writes, after each row, and
-calibration-MODEL.json unless it is there. A further call measures what a file lacks. A method that fails is a line of `skipped`.
-When the time is over, the row that is being measured is given up and the exit status is 1.
+calibration-MODEL.json unless it is there. A further call measures what a file lacks. A method that fails is a line of
+`skipped`. When the time is over, the row that is being measured is given up and the exit status is 1.
 """
 
 import argparse
@@ -165,7 +165,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--contexts", type=numbers, default=(4096.0,), help="tokens of a window  [default: 4096]")
     parser.add_argument("--compress", type=numbers, default=(2.0, 4.0, 8.0, 16.0), help="values of C  [default: 2,4,8,16]")
     parser.add_argument("--parts", type=numbers, default=(4.0, 8.0, 16.0), help="values of C that are measured in parts too")
-    parser.add_argument("--formats", default=None, help="names with commas between, or none  [default: all, and our own]")
+    parser.add_argument(
+        "--formats", action="append", help="as `elastickv eval` takes them, or none  [default: all, and our own]"
+    )
     parser.add_argument("--selections", default="all", help="names with commas between, or none  [default: all]")
     parser.add_argument("--windows", type=int, default=32, help="most windows of a context  [default: 32]")
     parser.add_argument("--tokens", type=int, default=8 * 28672, help="most tokens in all windows of a context")
@@ -184,9 +186,7 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     arguments = parsed()
     limit, complete = Limit(arguments.time_limit), True
-    formats = parse_formats(("all", *OWN)) if arguments.formats is None else ()
-    if arguments.formats not in (None, "none"):
-        formats = parse_formats((arguments.formats,))
+    formats = () if arguments.formats == ["none"] else parse_formats(arguments.formats or ("all", *OWN))
     selections = parse_selections(None if arguments.selections == "none" else arguments.selections)
     texts = [read_text(path) for path in arguments.texts or TEXTS]
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -58,15 +58,15 @@ class FormatLayer(SixteenBitLayer):
         """
         steps = range(before + 1, keys.shape[2] + 1)
         stores = (self._key_store, self._value_store)
-        # (steps,) numbers of the first token that is not in the format, of K and of V.
-        ends = [torch.tensor([store.end(tokens) for tokens in steps], device=keys.device) for store in stores]
-        settled = min(steps[0], *(int(end[0]) for end in ends))
+        # For each step the number of the first token that is not in the format, of K and of V.
+        ends = [[store.end(tokens) for tokens in steps] for store in stores]
+        settled = min(steps[0], *(end[0] for end in ends))
         exact = [states[:, :, settled:].clone() for states in (keys, values)]
         for store, states in zip(stores, (keys, values), strict=True):
             store.round_old(states, len(steps))
         tokens = torch.arange(settled, keys.shape[2], device=keys.device)
         visible = tokens < torch.tensor(steps, device=keys.device)[:, None]
-        rounded = [tokens < end[:, None] for end in ends]
+        rounded = [tokens < torch.tensor(end, device=keys.device)[:, None] for end in ends]
         read = [[keys[:, :, :settled]], [values[:, :, :settled]]]
         seen = [visible.new_ones(len(steps), settled)]
         for versions in product((True, False), repeat=2):

@@ -1,7 +1,7 @@
 """The pages that a recipe selects, read in 16 bit: what its selection loses without its formats.
 
-Pages are ranked as `kvcache.scorers.bounds` ranks them, by scales and zeros that are not rounded to 16 bit. Anchors are those of
-the cache that decodes.
+Pages are ranked as `kvcache.scorers.bounds` ranks them, by scales and zeros that are not rounded to 16 bit. Anchors are those
+of the cache that decodes.
 """
 
 from functools import partial
