@@ -1,7 +1,7 @@
 """The whole evaluation: texts through full attention once, then through every recipe, KV format and selection."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,6 +16,7 @@ from elastickv.evaluation.format_paths import format_paths
 from elastickv.evaluation.metrics import fidelity
 from elastickv.evaluation.needle import ANSWER_TOKENS, Case, answered, cases
 from elastickv.evaluation.prefill import Prefill, prefill
+from elastickv.evaluation.recipe_parts import part_paths
 from elastickv.evaluation.recipes_by_ratio import Span
 from elastickv.evaluation.scored_windows import unscored, window_records
 from elastickv.evaluation.scoring import score
@@ -37,8 +38,15 @@ def evaluate(
     options: EvaluationOptions,
     calibration: ModelCalibration | None,
     progress: Reporter,
+    done: Collection[str] = (),
+    measured: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Return the result as JSON values; after Ctrl-C, what was finished by then, with `complete` false.
+
+    Parameters
+    ----------
+    done : names of caches that are left out, as rows have them: an earlier evaluation measured them.
+    measured : called after each row with what the result is so far, `complete` false.
 
     Raises
     ------
@@ -69,33 +77,44 @@ def evaluate(
     if unmet and not any(path.figures["compress"] for context_paths in paths.values() for path in context_paths):
         raise UsageError("; ".join(dict.fromkeys(unmet)))
     skipped += unmet
-    started, complete = time.monotonic(), True
+    started = time.monotonic()
     rows: list[dict[str, Any]] = []
     retrieval: list[dict[str, Any]] = []
-    try:
-        for context, scored_windows in context_windows.items():
-            # A list that is extended holds what came before an interrupt.
-            rows.extend(_context_rows(subject, context, scored_windows, paths[context], options, progress))
-        retrieval.extend(_retrieval(subject, prompts, options, progress) for prompts in needles)
-    except KeyboardInterrupt:
-        if not rows and not retrieval:
-            raise
-        complete = False
-    return {
-        "kind": KIND,
-        "version": VERSION,
-        "complete": complete,
+
+    described = {
         "environment": environment() | {"transformers": _version("transformers"), "torch": _version("torch")},
         "model": subject.described(),
         **window_records(texts, loaded.tokenizer, context_windows, options.scored, haystacks),
         "calibration": None if calibration is None else {"text": calibration.text, "tokens": calibration.tokens},
         "options": _plain(options),
         "skipped": skipped,
-        "rows": rows,
-        "needle": retrieval,
-        "suggestion": None if options.tolerance is None or not complete else suggest(rows, options.tolerance),
-        "seconds": time.monotonic() - started,
     }
+
+    def result(complete: bool) -> dict[str, Any]:
+        return {
+            "kind": KIND,
+            "version": VERSION,
+            "complete": complete,
+            **described,
+            "rows": rows,
+            "needle": retrieval,
+            "suggestion": None if options.tolerance is None or not complete else suggest(rows, options.tolerance),
+            "seconds": time.monotonic() - started,
+        }
+
+    try:
+        for context, scored_windows in context_windows.items():
+            wanted = [path for path in paths[context] if path.name not in done]
+            for row in _context_rows(subject, context, scored_windows, wanted, options, progress):
+                rows.append(row)
+                if measured is not None:
+                    measured(result(complete=False))
+        retrieval.extend(_retrieval(subject, prompts, options, progress) for prompts in needles)
+    except KeyboardInterrupt:
+        if not rows and not retrieval:
+            raise
+        return result(complete=False)
+    return result(complete=True)
 
 
 def _windows(subject: Subject, texts: Sequence[Text], options: EvaluationOptions, context: int) -> list[Window]:
@@ -107,9 +126,10 @@ def _windows(subject: Subject, texts: Sequence[Text], options: EvaluationOptions
 def _paths(subject: Subject, options: EvaluationOptions, span: Span) -> tuple[list[DecodePath], list[str]]:
     """Return the decode paths at one context, and the reasons why a ratio or a selection has none."""
     paths, reasons = decode_paths(subject, options.ratios, span, options.reference)
-    selected, unselected = selection_paths(subject, options.selections, options.ratios, span)
+    parts = part_paths(subject, options.parts, span)
     formats = format_paths(subject, options.formats, options.exact_tokens, span)
-    return [*paths, *selected, *formats], [*reasons, *unselected]
+    selected, unselected = selection_paths(subject, options.selections, options.ratios, span)
+    return [*paths, *parts, *formats, *selected], [*reasons, *unselected]
 
 
 def _depths(count: int) -> list[float]:

@@ -26,6 +26,7 @@ class EvaluationOptions:
     formats : KV formats to measure: names of published ones, or recipes.
     exact_tokens : sinks and window of all these formats; None for each format's own.
     selections : names of published selections to measure at each ratio above 1.
+    parts : ratios whose recipes are measured in parts too: formats alone, selection alone.
     tolerance : loss within which a ratio is suggested; None for no suggestion.
     """
 
@@ -41,4 +42,5 @@ class EvaluationOptions:
     formats: tuple[str, ...] = ()
     exact_tokens: ExactTokens | None = None
     selections: tuple[str, ...] = ()
+    parts: tuple[float, ...] = ()
     tolerance: Tolerance | None = None

@@ -24,7 +24,7 @@ class Prefill:
     Attributes
     ----------
     keys, values : for each layer a (rows, kv_heads, tokens, head_dim) tensor; None for layers without attention.
-    logits : (rows, positions, vocabulary) float32, of the last positions that were read.
+    logits : (rows, positions, vocabulary) float32 on the model's device, of the last positions that were read.
     ids : the token ids of each row in keys and values.
     states : layer -> Transformers' own layer with its state after these tokens, where the layer has no attention.
     """
@@ -63,6 +63,11 @@ class Prefill:
                 hold(layers[number], keys, values)
 
 
+def has_attention_everywhere(model: Any) -> bool:
+    """Return whether every layer has keys and values, of all tokens or of a window, and none has a state."""
+    return all(type(layer) in _ATTENTION for layer in stock_layers(text_config(model)))
+
+
 def prefill(
     model: Any, rows: Sequence[Sequence[int]], stored_tokens: int, logit_count: int, progress: Progress | None = None
 ) -> Prefill:
@@ -78,7 +83,7 @@ def prefill(
     logit_count : number of last positions of which logits are returned.
     progress : called with (layers done, layers of all rows), or tokens where they are read one by one.
     """
-    if all(type(layer) in _ATTENTION for layer in stock_layers(text_config(model))):
+    if has_attention_everywhere(model):
         return _row_by_row(model, rows, stored_tokens, logit_count, progress)
     return _step_by_step(model, rows, stored_tokens, logit_count, progress)
 
@@ -88,7 +93,7 @@ def _row_by_row(
 ) -> Prefill:
     keys: list[Tensor] = []
     values: list[Tensor] = []
-    logits = torch.empty(len(rows), logit_count, text_config(model).vocab_size)
+    logits = torch.empty(len(rows), logit_count, text_config(model).vocab_size, device=model.device)
     with torch.inference_mode(), layer_progress(model, progress, len(rows)):
         for number, row in enumerate(rows):
             # Without a configuration all layers keep all tokens; a layer with a window is masked to it.
@@ -117,7 +122,7 @@ def _step_by_step(
             for name in ("keys", "values")
         )
         states = {n: copy.deepcopy(layer) for n, (layer, own) in enumerate(zip(cache.layers, has_keys, strict=True)) if not own}
-        logits = torch.empty(len(rows), ids.shape[1] - stored_tokens, text_config(model).vocab_size)
+        logits = torch.empty(len(rows), ids.shape[1] - stored_tokens, text_config(model).vocab_size, device=model.device)
         for step in range(logits.shape[1]):
             if progress is not None:
                 progress(step, logits.shape[1])
