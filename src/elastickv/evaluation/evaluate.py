@@ -69,8 +69,9 @@ def evaluate(
         ]
         for length in options.needle_lengths
     ]
-    longest = [context + max(0, options.generation.tokens - options.scored) for context in options.contexts]
-    subject.check_room(max([*longest, *(n + ANSWER_TOKENS for n in options.needle_lengths)]))
+    subject.check_room(max([*options.contexts, *(n + ANSWER_TOKENS for n in options.needle_lengths)]))
+    generated = [context - options.scored + options.generation.tokens for context in options.contexts]
+    subject.check_room(max(generated, default=0), "a shorter `context`, or fewer tokens to `generate`")
     paths: dict[int, list[DecodePath]] = {}
     skipped, unmet = unscored(texts, options.window_count, haystacks), list[str]()
     for context in options.contexts:

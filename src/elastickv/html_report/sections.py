@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 from elastickv.html_report.comparisons.format_section import formats
+from elastickv.html_report.comparisons.generation_section import generations
 from elastickv.html_report.comparisons.selection_section import selections
 from elastickv.html_report.content import Content, Section
 from elastickv.html_report.cost_sections import fidelity, memory, models, needle
@@ -21,6 +22,7 @@ SECTIONS: tuple[Callable[[ReportData], Section], ...] = (
     fidelity,
     formats,
     selections,
+    generations,
     needle,
     models,
     serving,
