@@ -91,7 +91,7 @@ def prefill(
     rows : token ids, all rows of one length.
     stored_tokens : number of first positions of which keys and values are returned.
     logit_count : number of last positions of which logits are returned.
-    progress : called with (layers done, layers of all rows), or tokens where they are read one by one.
+    progress : called with (layers done, layers of all rows), or rows on a GPU, or tokens where they are read one by one.
     """
     if has_attention_everywhere(model):
         return _row_by_row(model, rows, stored_tokens, logit_count, progress)
@@ -116,6 +116,8 @@ def _row_by_row(
                         states.append(store.keys.new_empty(len(rows), store.keys.shape[1], stored_tokens, store.keys.shape[3]))
                 keys[layer][number] = store.keys[0, :, :stored_tokens]
                 values[layer][number] = store.values[0, :, :stored_tokens]
+            if progress is not None and model.device.type != "cpu":
+                progress(number + 1, len(rows))
     return Prefill(keys, values, logits, [row[:stored_tokens] for row in rows])
 
 
