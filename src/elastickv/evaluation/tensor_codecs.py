@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from elastickv.kvcache.quantize import FP8_MAX, INT4_LEVELS, INT8_LEVELS, stored_values
+from elastickv.kvcache.quantize import FP8_MAX, INT4_LEVELS, INT8_LEVELS, INT8_PER_CHANNEL_LEVELS, stored_values
 from elastickv.recipe.formats import PAGE_TOKENS
 
 Tensor: TypeAlias = Any
@@ -89,6 +89,7 @@ def _float16_towards(x: Tensor, up: bool) -> Tensor:
 _CODECS: dict[tuple[str, bool], Callable[[Tensor, int], Tensor]] = {
     ("int8", False): _int8,
     ("int8", True): _int8,
+    ("int8_per_channel", False): partial(_by_channel, levels=INT8_PER_CHANNEL_LEVELS),
     ("fp8", False): _fp8,
     ("fp8", True): _fp8,
     ("int4", False): partial(_by_channel, levels=INT4_LEVELS),
