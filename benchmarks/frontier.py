@@ -165,9 +165,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--contexts", type=numbers, default=(4096.0,), help="tokens of a window  [default: 4096]")
     parser.add_argument("--compress", type=numbers, default=(2.0, 4.0, 8.0, 16.0), help="values of C  [default: 2,4,8,16]")
     parser.add_argument("--parts", type=numbers, default=(4.0, 8.0, 16.0), help="values of C that are measured in parts too")
-    parser.add_argument(
-        "--formats", action="append", help="as for elastickv eval, or none  [default: all, and our own]"
-    )
+    parser.add_argument("--formats", action="append", help="as for elastickv eval, or none  [default: all, and our own]")
     parser.add_argument("--selections", default="all", help="names with commas between, or none  [default: all]")
     parser.add_argument("--windows", type=int, default=32, help="most windows of a context  [default: 32]")
     parser.add_argument("--tokens", type=int, default=8 * 28672, help="most tokens in all windows of a context")
