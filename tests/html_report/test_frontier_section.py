@@ -126,8 +126,8 @@ def test_charts_for_each_context_name_each_methods_own_front(everything):
 def test_the_text_says_by_rule_where_ours_is_on_or_below(everything):
     stored, read, *_ = sections(elastickv.report(everything))["frontier"]["notes"]
     assert stored == (
-        "a model, 1024 tokens: ElasticKV is at or below 1 of 4 rivals between 3.5 and 8 stored bits, with no more bits; above 1: "
-        "kivi4 at 5.00 bits (KL 0.001, ours 0.0035 at 5.00); it has nothing at so few stored bits as 2: q4_0 (4.50), "
+        "a model, 1024 tokens: ElasticKV is at or below 1 of 4 rivals between 3.5 and 8 stored bits, with no more bits; "
+        "above 1: kivi4 at 5.00 bits (KL 0.001, ours 0.0035 at 5.00); it has nothing at so few stored bits as 2: q4_0 (4.50), "
         "q4_0_rotated (4.75)."
     )
     assert "at or below 5 of 7 rivals between 1 and 8 read bits" in read
