@@ -7,6 +7,7 @@ from elastickv.evaluation.generations.continuation_options import ContinuationOp
 from elastickv.evaluation.suggestion import Tolerance
 
 CALIBRATION_TOKENS = 16384
+PARTS_METHOD = "our pages in 16 bit"  # the selection of a recipe alone: a reference, which no cache offers
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from elastickv.benchmark.stats.intervals import LEVEL
 from elastickv.benchmark.stats.location import Float64
@@ -82,3 +83,22 @@ def estimate(of_windows: Float64, seed: int = 0, shown: Callable[[Float64], Floa
     means = shown(of_windows[picks].mean(axis=1))
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(shown(of_windows.mean())), float(low), float(high))
+
+
+def token_figures(full: ArrayLike, logits: ArrayLike, targets: ArrayLike) -> tuple[Float64, Float64, Float64, Float64]:
+    """Return (full_nll, nll, kl, same_top), each (rows,), of one prediction for each row, in float64.
+
+    Parameters
+    ----------
+    full, logits : (rows, vocabulary) logits of full attention and of the cache that is measured.
+    targets : (rows,) the tokens that follow in the text.
+    """
+    p, q = (_log_softmax(np.asarray(x, np.float64)) for x in (full, logits))
+    rows, ids = np.arange(len(p)), np.asarray(targets, np.int64)
+    kl = (np.exp(p) * (p - q)).sum(axis=1)
+    return -p[rows, ids], -q[rows, ids], kl, (p.argmax(axis=1) == q.argmax(axis=1)).astype(np.float64)
+
+
+def _log_softmax(x: Float64) -> Float64:
+    shifted = x - x.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

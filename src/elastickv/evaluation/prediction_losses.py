@@ -1,16 +1,16 @@
-"""What every prediction of a cache loses against full attention's, computed where the logits are."""
+"""`metrics.token_figures` of many predictions, computed where the logits are."""
 
 from collections.abc import Sequence
 
 import torch
 
-from elastickv.evaluation.metrics import Float64
+from elastickv.benchmark.stats.location import Float64
 from elastickv.evaluation.prefill import Tensor
 
 _PREDICTIONS_AT_ONCE = 64
 
 
-def token_figures(full: Tensor, logits: Tensor, targets: Sequence[int] | Tensor) -> Float64:
+def prediction_losses(full: Tensor, logits: Tensor, targets: Sequence[int] | Tensor) -> Float64:
     """Return (4, ...) figures of predictions, float64: full_nll, nll, kl, same_top, as `Scores` has them.
 
     Parameters

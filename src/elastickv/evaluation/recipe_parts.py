@@ -9,6 +9,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
+from elastickv.evaluation.evaluation_options import PARTS_METHOD
 from elastickv.evaluation.kv_selections.recipe_pages import pages_read, read_bytes
 from elastickv.evaluation.kv_selections.reference_selection import token_bytes
 from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, measured, plan
@@ -17,7 +18,6 @@ from elastickv.recipe import Recipe
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, FORMATS, PAGE_TOKENS
 from elastickv.recipe.regions import regions
 
-METHOD = "pages of C in 16 bit"
 _SOURCE = "the pages that the recipes at this C read"
 
 
@@ -101,7 +101,7 @@ def _selection_alone(subject: Subject, solved: RatioRecipes, span: Span) -> Deco
         "step_bytes_read": read / span.steps,
         "bytes_stored": stored,
         "selection": {
-            "method": METHOD,
+            "method": PARTS_METHOD,
             "compress": solved.ratio,
             "size": size,
             "unit": "pages of all heads",

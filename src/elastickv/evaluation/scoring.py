@@ -8,7 +8,7 @@ import torch
 
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.metrics import Scores
-from elastickv.evaluation.prediction_losses import token_figures
+from elastickv.evaluation.prediction_losses import prediction_losses
 from elastickv.evaluation.prefill import Prefill
 from elastickv.evaluation.sessions import DecodingSession
 from elastickv.evaluation.texts import Window
@@ -39,7 +39,7 @@ def score(rows: Sequence[Window], start: Prefill, decoding: Open, progress: Prog
             end = min(begin + at_once, steps)
             logits = session.read(ids[:, first + begin : first + end])
             targets = ids[:, first + begin + 1 : first + end + 1]
-            figures[:, :, begin:end] = token_figures(start.logits[:, begin:end], logits, targets)
+            figures[:, :, begin:end] = prediction_losses(start.logits[:, begin:end], logits, targets)
             if progress is not None:
                 progress(end, steps)
     return Scores(*figures)

@@ -48,9 +48,7 @@ def each_source():
         yield decode_variant(128, 4, "bf16", paged, arch).selecting()
         per_channel = Recipe.parse("k=int8_per_channel,v=int8")
         yield decode_variant(128, 4, "bf16", per_channel, arch, "simt")
-        yield decode_variant(128, 4, "bf16", per_channel, arch, "simt").storing()
         if int(arch) >= 80:
-            yield blocks_variant(128, 4, "bf16", per_channel, arch)
             yield decode_variant(128, 4, "bf16", per_channel, arch).fixed()
             yield decode_variant(128, 4, "bf16", paged, arch)
             yield decode_variant(128, 4, "bf16", paged, arch).fixed()
