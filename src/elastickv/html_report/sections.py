@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from elastickv.html_report.comparisons.format_section import formats
 from elastickv.html_report.comparisons.selection_section import selections
+from elastickv.html_report.comparisons.task_section import tasks
 from elastickv.html_report.content import Content, Section
 from elastickv.html_report.cost_sections import fidelity, memory, models, needle
 from elastickv.html_report.headline import headline_of
@@ -22,6 +23,7 @@ SECTIONS: tuple[Callable[[ReportData], Section], ...] = (
     formats,
     selections,
     needle,
+    tasks,
     models,
     serving,
     latency,
