@@ -93,8 +93,8 @@ class SyntheticTask(ABC):
 
 def shuffled_into(rng: random.Random, units: Sequence[str], inserted: Sequence[str]) -> list[str]:
     """Return units with other lines inserted at random places, in the order given."""
-    places = sorted(rng.randint(0, len(units)) for _ in inserted)
+    positions = sorted(rng.randint(0, len(units)) for _ in inserted)
     merged = list(units)
-    for place, line in reversed(list(zip(places, inserted, strict=True))):
-        merged.insert(place, line)
+    for position, line in reversed(list(zip(positions, inserted, strict=True))):
+        merged.insert(position, line)
     return merged

@@ -145,12 +145,12 @@ def _messages(draft: Draft, wording: Wording) -> list[str]:
     example = ""
     if draft.example is not None:
         shown = draft.example
-        asked = wording.instruction.format(context=shown.context, **shown.fields)
-        example = f"{asked}{wording.answer_prefix.format(**shown.fields).rstrip()} {shown.listed_answers()}\n\n"
-    asked_keys = [*(key for key, _ in draft.earlier), draft.fields.get("query", "")]
-    opening = draft.fields | {"query": asked_keys[0]}
+        question = wording.instruction.format(context=shown.context, **shown.fields)
+        example = f"{question}{wording.answer_prefix.format(**shown.fields).rstrip()} {shown.listed_answers()}\n\n"
+    keys = [*(key for key, _ in draft.earlier), draft.fields.get("query", "")]
+    opening = draft.fields | {"query": keys[0]}
     messages = [example + wording.instruction.format(context=_CONTEXT + draft.context, **opening)]
     for turn, (key, answer) in enumerate(draft.earlier):
-        given = wording.answer_prefix.format(query=key).strip()
-        messages += [f"{'' if turn else _LATER}{given} {answer}.", wording.follow_up.format(query=asked_keys[turn + 1])]
+        opening_words = wording.answer_prefix.format(query=key).strip()
+        messages += [f"{'' if turn else _LATER}{opening_words} {answer}.", wording.follow_up.format(query=keys[turn + 1])]
     return messages
