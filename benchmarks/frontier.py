@@ -41,7 +41,16 @@ from elastickv.transformers.torch_dtypes import DTYPE_NAMES
 
 FOLDER = Path(__file__).parent
 TEXTS = sorted((FOLDER / "data" / "texts").glob("*.txt"))
-OWN = ("bf16", "int8", "fp8", "int4", "int4,vgroup=32", "k=int8,v=int4")
+OWN = (
+    "bf16",
+    "int8",
+    "fp8",
+    "int4",
+    "int4,vgroup=32",
+    "k=int8,v=int4",
+    "k=int8_per_channel,v=int8",
+    "k=int8_per_channel,v=int4",
+)
 
 
 class Limit:

@@ -10,9 +10,11 @@ from elastickv.benchmark.environment import environment
 from elastickv.benchmark.reporter import Reporter
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
-from elastickv.evaluation.divergence import Divergence, divergence, end_tokens, greedy
 from elastickv.evaluation.evaluation_options import EvaluationOptions
 from elastickv.evaluation.format_paths import format_paths
+from elastickv.evaluation.generations.continuations import continuations
+from elastickv.evaluation.generations.divergence import Divergence, divergence, end_tokens
+from elastickv.evaluation.generations.generation_rows import generation_rows
 from elastickv.evaluation.metrics import fidelity
 from elastickv.evaluation.needle import ANSWER_TOKENS, Case, answered, cases
 from elastickv.evaluation.prefill import Prefill, prefill
@@ -68,6 +70,8 @@ def evaluate(
         for length in options.needle_lengths
     ]
     subject.check_room(max([*options.contexts, *(n + ANSWER_TOKENS for n in options.needle_lengths)]))
+    generated = [context - options.scored + options.generation.tokens for context in options.contexts]
+    subject.check_room(max(generated, default=0), "a shorter `context`, or fewer tokens to `generate`")
     paths: dict[int, list[DecodePath]] = {}
     skipped, unmet = unscored(texts, options.window_count, haystacks), list[str]()
     for context in options.contexts:
@@ -79,6 +83,7 @@ def evaluate(
     skipped += unmet
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
+    generations: list[dict[str, Any]] = []
     retrieval: list[dict[str, Any]] = []
 
     described = {
@@ -97,6 +102,7 @@ def evaluate(
             "complete": complete,
             **described,
             "rows": rows,
+            "generations": generations,
             "needle": retrieval,
             "suggestion": None if options.tolerance is None or not complete else suggest(rows, options.tolerance),
             "seconds": time.monotonic() - started,
@@ -105,10 +111,16 @@ def evaluate(
     try:
         for context, scored_windows in context_windows.items():
             wanted = [path for path in paths[context] if path.name not in done]
-            for row in _context_rows(subject, context, scored_windows, wanted, options, progress):
+            start = _prefill(subject, context, scored_windows, options, progress)
+            for row in _context_rows(subject, context, scored_windows, start, wanted, options, progress):
                 rows.append(row)
                 if measured is not None:
                     measured(result(complete=False))
+            for row in generation_rows(subject, scored_windows, start, wanted, options.generation, progress):
+                generations.append(row)
+                if measured is not None:
+                    measured(result(complete=False))
+            del start
         retrieval.extend(_retrieval(subject, prompts, options, progress) for prompts in needles)
     except KeyboardInterrupt:
         if not rows and not retrieval:
@@ -136,24 +148,27 @@ def _depths(count: int) -> list[float]:
     return [i / max(1, count - 1) for i in range(count)]
 
 
+def _prefill(subject: Subject, context: int, rows: Sequence[Window], options: EvaluationOptions, progress: Reporter) -> Prefill:
+    progress.phase(f"full attention over {len(rows)} windows of {context} tokens")
+    stored = context - options.scored - 1
+    return prefill(subject.model, [row.ids[:-1] for row in rows], stored, options.scored, progress.progress)
+
+
 def _context_rows(
     subject: Subject,
     context: int,
     rows: Sequence[Window],
+    start: Prefill,
     paths: Sequence[DecodePath],
     options: EvaluationOptions,
     progress: Reporter,
 ) -> Iterator[dict[str, Any]]:
-    progress.phase(f"full attention over {len(rows)} windows of {context} tokens")
-    start = prefill(
-        subject.model, [row.ids[:-1] for row in rows], context - options.scored - 1, options.scored, progress.progress
-    )
     following = [row.ids[start.tokens] for row in rows]
     full = None
     if options.greedy_tokens:
         progress.phase(f"full attention continues {len(rows)} windows of {context} tokens")
         stock: Callable[..., Any] = lambda begun, _: sessions.stock(subject.model, begun)  # noqa: E731
-        full = greedy(following, start, stock, options.greedy_tokens, progress.progress)
+        full = continuations(following, start, stock, options.greedy_tokens, progress.progress)
     for path in paths:
         progress.phase(f"{path.name} at {context} tokens")
         began = time.monotonic()
@@ -162,7 +177,7 @@ def _context_rows(
         row |= {"windows": len(rows), "scored_tokens": len(rows) * options.scored, "seconds": time.monotonic() - began}
         if full is not None:
             progress.phase(f"{path.name} continues them")
-            generated = greedy(following, start, path.decoding, options.greedy_tokens, progress.progress)
+            generated = continuations(following, start, path.decoding, options.greedy_tokens, progress.progress)
             row["greedy"] = _greedy(divergence(full, generated, end_tokens(subject.model)))
         yield row
 

@@ -64,14 +64,20 @@ def fidelity(scores: Scores, seed: int = 0) -> Fidelity:
     """
     change = (scores.nll - scores.full_nll).mean(axis=1)
     return Fidelity(
-        _estimate(change, seed, lambda mean: 100 * np.expm1(mean)),
-        _estimate(scores.kl.mean(axis=1), seed, lambda mean: mean),
-        _estimate(scores.same_top.mean(axis=1), seed, lambda mean: 100 * mean),
+        estimate(change, seed, lambda mean: 100 * np.expm1(mean)),
+        estimate(scores.kl.mean(axis=1), seed),
+        estimate(scores.same_top.mean(axis=1), seed, lambda mean: 100 * mean),
         float(np.exp(scores.full_nll.mean())),
     )
 
 
-def _estimate(of_windows: Float64, seed: int, shown: Callable[[Float64], Float64]) -> Estimate:
+def estimate(of_windows: Float64, seed: int = 0, shown: Callable[[Float64], Float64] = lambda mean: mean) -> Estimate:
+    """Return the mean of (windows,) figures with its 95 % percentile bootstrap interval over windows.
+
+    Parameters
+    ----------
+    shown : of a mean, the figure that is returned.
+    """
     rng = np.random.default_rng(seed)
     picks = rng.integers(len(of_windows), size=(RESAMPLES, len(of_windows)))
     means = shown(of_windows[picks].mean(axis=1))

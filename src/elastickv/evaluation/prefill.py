@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -27,6 +27,7 @@ class Prefill:
     logits : (rows, positions, vocabulary) float32 on the model's device, of the last positions that were read.
     ids : the token ids of each row in keys and values.
     states : layer -> Transformers' own layer with its state after these tokens, where the layer has no attention.
+    copies : how many rows of a cache each row fills, one after the other.
     """
 
     keys: list[Tensor]
@@ -34,11 +35,16 @@ class Prefill:
     logits: Tensor
     ids: Sequence[Sequence[int]] = ()
     states: dict[int, Any] = field(default_factory=dict)
+    copies: int = 1
+
+    def repeated(self, copies: int) -> "Prefill":
+        """Return these rows, each `copies` times in a row, in the same memory; the logits are left out."""
+        return replace(self, logits=self.logits[:, :0], copies=self.copies * copies)
 
     @property
     def rows(self) -> int:
-        """Sequences."""
-        return int(self._of_attention.shape[0])
+        """Rows of a cache that is filled."""
+        return self.copies * int(self._of_attention.shape[0])
 
     @property
     def tokens(self) -> int:
@@ -59,6 +65,10 @@ class Prefill:
         for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             if number in self.states:
                 layers[number] = copy.deepcopy(self.states[number])
+                if self.copies > 1:
+                    layers[number].reorder_cache(torch.arange(self.rows) // self.copies)
+            elif self.copies > 1:
+                hold(layers[number], *(each.repeat_interleave(self.copies, dim=0) for each in (keys, values)))
             else:
                 hold(layers[number], keys, values)
 
@@ -81,7 +91,7 @@ def prefill(
     rows : token ids, all rows of one length.
     stored_tokens : number of first positions of which keys and values are returned.
     logit_count : number of last positions of which logits are returned.
-    progress : called with (layers done, layers of all rows), or tokens where they are read one by one.
+    progress : called with (layers done, layers of all rows), or rows on a GPU, or tokens where they are read one by one.
     """
     if has_attention_everywhere(model):
         return _row_by_row(model, rows, stored_tokens, logit_count, progress)
@@ -106,6 +116,8 @@ def _row_by_row(
                         states.append(store.keys.new_empty(len(rows), store.keys.shape[1], stored_tokens, store.keys.shape[3]))
                 keys[layer][number] = store.keys[0, :, :stored_tokens]
                 values[layer][number] = store.values[0, :, :stored_tokens]
+            if progress is not None and model.device.type != "cpu":
+                progress(number + 1, len(rows))
     return Prefill(keys, values, logits, [row[:stored_tokens] for row in rows])
 
 

@@ -48,7 +48,10 @@ def selection_paths(
 
 
 class _PromptScores:
-    """Scores of the latest prefill, which all budgets share unless a selection scores for its size."""
+    """Scores of the latest prefill, which all budgets share unless a selection scores for its size.
+
+    Whichever copies of the prefill's rows are decoded, each row is scored once.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -59,10 +62,10 @@ class _PromptScores:
         """Return layer -> (rows, kv_heads, tokens) scores; empty where a selection needs none."""
         selection, size = chosen.selection, chosen.size
         of = (start, size if selection.scores_for_size else None)
-        if selection.reads_prompt and (self._of is None or self._of[0] is not start or self._of[1] != of[1]):
+        if selection.reads_prompt and (self._of is None or self._of[0].keys is not start.keys or self._of[1] != of[1]):
             self._scores = prompt_scores(self._model, start, lambda prompt: selection.prompt_scores(size, prompt))
             self._of = of
-        return self._scores
+        return {number: rows.repeat_interleave(start.copies, dim=0) for number, rows in self._scores.items()}
 
 
 class _SelectedDecoding:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 from elastickv.html_report.comparisons.frontier_section import frontier
+from elastickv.html_report.comparisons.generation_section import generations
 from elastickv.html_report.content import Content, Section
 from elastickv.html_report.cost_sections import fidelity, memory, models, needle
 from elastickv.html_report.headline import headline_of
@@ -19,6 +20,7 @@ SECTIONS: tuple[Callable[[ReportData], Section], ...] = (
     time,
     fidelity,
     frontier,
+    generations,
     needle,
     models,
     serving,
