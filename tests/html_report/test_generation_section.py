@@ -5,11 +5,12 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
+from tests.html_report.test_selection_section import result  # noqa: F401
+
 import elastickv
 from elastickv.errors import UsageError
 from tests.helpers.report_sections import rows as rows_of
 from tests.helpers.report_sections import sections
-from tests.html_report.test_selection_section import result  # noqa: F401
 
 
 def estimate(mean, half=0.1):

@@ -25,6 +25,7 @@ from elastickv.evaluation.scoring import score
 from elastickv.evaluation.selection_paths import selection_paths
 from elastickv.evaluation.subject import DecodePath, Subject, decode_paths
 from elastickv.evaluation.suggestion import suggest
+from elastickv.evaluation.tasks.measured_tasks import planned_tasks, task_rows
 from elastickv.evaluation.texts import Text, Window, windows
 from elastickv.recipe import ModelCalibration
 from elastickv.transformers.model_loading import Loaded
@@ -57,6 +58,10 @@ def evaluate(
     """
     if not (options.ratios or options.formats):
         raise UsageError("nothing is measured: give values of C in `compress`, or `formats`")
+    if not (options.contexts or options.needle_lengths or options.tasks or options.datasets):
+        raise UsageError("nothing is measured: give `context`, `needle`, `tasks` or `dataset`")
+    if options.tolerance is not None and not options.contexts:
+        raise UsageError("`tolerance` is of windows, and there are none: give their tokens in `context`")
     progress.phase("choosing windows and recipes")
     subject = Subject(loaded, calibration)
     context_windows = {context: _windows(subject, texts, options, context) for context in options.contexts}
@@ -69,22 +74,24 @@ def evaluate(
         ]
         for length in options.needle_lengths
     ]
-    subject.check_room(max([*options.contexts, *(n + ANSWER_TOKENS for n in options.needle_lengths)]))
+    subject.check_room(max([0, *options.contexts, *(n + ANSWER_TOKENS for n in options.needle_lengths)]))
     generated = [context - options.scored + options.generation.tokens for context in options.contexts]
     subject.check_room(max(generated, default=0), "a shorter `context`, or fewer tokens to `generate`")
+    tasks = planned_tasks(subject, options)
     paths: dict[int, list[DecodePath]] = {}
     skipped, unmet = unscored(texts, options.window_count, haystacks), list[str]()
     for context in options.contexts:
         span = Span(context - options.scored - 1, options.scored)
         paths[context], reasons = _paths(subject, options, span)
         unmet += reasons
-    if unmet and not any(path.figures["compress"] for context_paths in paths.values() for path in context_paths):
+    if unmet and paths and not any(path.figures["compress"] for of_context in paths.values() for path in of_context):
         raise UsageError("; ".join(dict.fromkeys(unmet)))
     skipped += unmet
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     generations: list[dict[str, Any]] = []
     retrieval: list[dict[str, Any]] = []
+    task_results: list[dict[str, Any]] = []
 
     described = {
         "environment": environment() | {"transformers": _version("transformers"), "torch": _version("torch")},
@@ -104,6 +111,7 @@ def evaluate(
             "rows": rows,
             "generations": generations,
             "needle": retrieval,
+            **({"tasks": task_results} if options.tasks or options.datasets else {}),
             "suggestion": None if options.tolerance is None or not complete else suggest(rows, options.tolerance),
             "seconds": time.monotonic() - started,
         }
@@ -122,8 +130,9 @@ def evaluate(
                     measured(result(complete=False))
             del start
         retrieval.extend(_retrieval(subject, prompts, options, progress) for prompts in needles)
+        task_results.extend(task_rows(subject, tasks, lambda span: _paths(subject, options, span), progress))
     except KeyboardInterrupt:
-        if not rows and not retrieval:
+        if not rows and not retrieval and not task_results:
             raise
         return result(complete=False)
     return result(complete=True)

@@ -17,7 +17,7 @@ class EvaluationOptions:
     Attributes
     ----------
     ratios : values of C.
-    contexts : tokens of a window; its last `scored` are scored.
+    contexts : tokens of a window; its last `scored` are scored; empty for no windows.
     window_count : windows of each context, spread over the texts.
     scored : tokens of each window that are scored.
     needle_lengths : tokens of the prompts that hide a pass key; empty to skip retrieval.
@@ -30,6 +30,11 @@ class EvaluationOptions:
     exact_tokens : sinks and window of all these formats; None for each format's own.
     selections : names of published selections to measure at each ratio above 1.
     parts : ratios whose recipes are measured in parts too: formats alone, selection alone.
+    tasks : names of tasks to measure.
+    task_lengths : tokens of a task's prompt and answer together.
+    task_items : items of each task and length.
+    task_batch : items that are decoded together.
+    datasets : paths of files of questions.
     tolerance : loss within which a ratio is suggested; None for no suggestion.
     """
 
@@ -47,4 +52,9 @@ class EvaluationOptions:
     exact_tokens: ExactTokens | None = None
     selections: tuple[str, ...] = ()
     parts: tuple[float, ...] = ()
+    tasks: tuple[str, ...] = ()
+    task_lengths: tuple[int, ...] = (4096,)
+    task_items: int = 20
+    task_batch: int = 8
+    datasets: tuple[str, ...] = ()
     tolerance: Tolerance | None = None

@@ -31,7 +31,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its bootstrap interval over windows."""
+    """A mean and its bootstrap interval over windows or items."""
 
     mean: float
     low: float
@@ -71,18 +71,19 @@ def fidelity(scores: Scores, seed: int = 0) -> Fidelity:
     )
 
 
-def estimate(of_windows: Float64, seed: int = 0, shown: Callable[[Float64], Float64] = lambda mean: mean) -> Estimate:
-    """Return the mean of (windows,) figures with its 95 % percentile bootstrap interval over windows.
+def estimate(figures: Float64, seed: int = 0, shown: Callable[[Float64], Float64] = lambda mean: mean) -> Estimate:
+    """Return the mean of independent figures with its 95 % percentile bootstrap interval (Efron 1979).
 
     Parameters
     ----------
-    shown : of a mean, the figure that is returned.
+    figures : (items,) one of each window or item.
+    shown : applied to the mean and to the means of the resamples.
     """
     rng = np.random.default_rng(seed)
-    picks = rng.integers(len(of_windows), size=(RESAMPLES, len(of_windows)))
-    means = shown(of_windows[picks].mean(axis=1))
+    picks = rng.integers(len(figures), size=(RESAMPLES, len(figures)))
+    means = shown(figures[picks].mean(axis=1))
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(shown(of_windows.mean())), float(low), float(high))
+    return Estimate(float(shown(figures.mean())), float(low), float(high))
 
 
 def token_figures(full: ArrayLike, logits: ArrayLike, targets: ArrayLike) -> tuple[Float64, Float64, Float64, Float64]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from elastickv.html_report.comparisons.frontier_section import frontier
 from elastickv.html_report.comparisons.generation_section import generations
+from elastickv.html_report.comparisons.task_section import tasks
 from elastickv.html_report.content import Content, Section
 from elastickv.html_report.cost_sections import fidelity, memory, models, needle
 from elastickv.html_report.headline import headline_of
@@ -22,6 +23,7 @@ SECTIONS: tuple[Callable[[ReportData], Section], ...] = (
     frontier,
     generations,
     needle,
+    tasks,
     models,
     serving,
     latency,

@@ -191,6 +191,55 @@ class PassKeyRow:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """One cache on one task: means with their intervals over items; `scores` are of each item, from 0 to 1.
+
+    Differences are to full attention on the same items: `worse` items have a smaller score, `better` ones a larger one. The
+    recipe and the ratios are those at the shortest prompt; full attention has none.
+    """
+
+    cache: str
+    score_percent: Annotated[Estimate, SIGNED]
+    difference_points: Annotated[Estimate, SIGNED]
+    worse: int
+    better: int
+    scores: list[float]
+    recipe_hash: str | None = field(default=None, metadata=_OPTIONAL)
+    read_ratio: Positive | None = field(default=None, metadata=_OPTIONAL)
+    stored_ratio: Positive | None = field(default=None, metadata=_OPTIONAL)
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A task at one length, or the questions of a file with one metric: full attention in two wordings, then the caches.
+
+    `tokens` are those of prompt and answer; of a file, those of the longest.
+    """
+
+    task: str
+    source: str
+    metric: str
+    tokens: Count
+    answer_tokens: Count
+    items: Count
+    chat_template: bool
+    caches: list[TaskScore]
+    seconds: float
+    skipped: list[str] = field(default_factory=list)
+
+    def check(self, source: str) -> None:
+        """Refuse a row whose scores are not one an item.
+
+        Raises
+        ------
+        UsageError : naming the cache.
+        """
+        for cache in self.caches:
+            if len(cache.scores) != self.items:
+                raise refused(source, f"has another number of scores than items for {cache.cache} on {self.task}")
+
+
+@dataclass(frozen=True)
 class SuggestedRatio:
     """The largest ratio within a tolerance; None where not even the smallest is."""
 
@@ -225,6 +274,7 @@ class EvaluationResult:
     scored_texts: list[ScoredText] | None = field(default=None, metadata=_OPTIONAL)
     windows: list[ScoredWindow] | None = field(default=None, metadata=_OPTIONAL)
     generations: list[GenerationRow] | None = field(default=None, metadata=_OPTIONAL)
+    tasks: list[TaskRow] = field(default_factory=list)
 
     @property
     def of_formats(self) -> bool:
@@ -243,4 +293,6 @@ class EvaluationResult:
         evaluation = from_dict(cls, value, source)
         for row in evaluation.needle:
             row.check(source)
+        for task in evaluation.tasks:
+            task.check(source)
         return evaluation
