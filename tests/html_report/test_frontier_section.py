@@ -167,3 +167,12 @@ def test_without_a_format_or_a_selection_there_is_no_section():
 def test_the_rows_have_the_bits(formats):
     rows = json.loads(elastickv.report(formats).to_json())["rows"]
     assert [(row["bits"], row["stored_bits"]) for row in rows[:2]] == [(4.25, 4.5), (4.5, 4.75)]
+
+
+def test_equal_exact_tokens_are_another_comparison(formats):
+    other = copy.deepcopy(formats) | {"options": {"exact_tokens": {"sinks": 4, "window": 128}}}
+    (table,) = sections(elastickv.report(formats, other))["frontier"]["tables"]
+    assert {row["model"] for row in rows_of(table)} == {
+        "a model, fp32, a text",
+        "a model, fp32, a text, exact tokens 4+128",
+    }
