@@ -9,10 +9,10 @@ are calibrated on the text that the package ships.
 
 Formats have the exact tokens of their publication; with --exact-tokens 4+128 all of them have 4 sinks and a window of 128.
 
-The folder gets frontier-MODEL-CONTEXT.json (with equal exact tokens frontier-MODEL-CONTEXT-4+128.json), a result of the kind that
-`elastickv eval` writes, after each row, and calibration-MODEL.json unless it is there. A further call measures what a file lacks.
-A method that fails is a line of `skipped`. When the time is over, the row that is being measured is given up and the exit status
-is 1.
+The folder gets frontier-MODEL-CONTEXT.json (with equal exact tokens frontier-MODEL-CONTEXT-4+128.json), a result of the kind
+that `elastickv eval` writes, after each row, and calibration-MODEL.json unless it is there. A further call measures what a file
+lacks. A method that fails is a line of `skipped`. When the time is over, the row that is being measured is given up and the
+exit status is 1.
 """
 
 import argparse
