@@ -62,6 +62,8 @@ def of_this_version(kind, value):
         plain["needle"] = [
             row | {"found": {cache: [True] * len(row["depths"]) for cache in row["found"]}} for row in plain["needle"]
         ]
+        for task in plain["tasks"]:
+            task |= {"items": 2, "caches": [cache | {"scores": [1.0, 0.0]} for cache in task["caches"]]}
     return plain
 
 

@@ -9,9 +9,11 @@ import click
 
 from elastickv.cli.click_options import CALIBRATION, CPU_DEVICE, FLOAT32_DTYPE
 from elastickv.evaluation.evaluation_options import EvaluationOptions
+from elastickv.evaluation.generations.continuation_options import ContinuationOptions
 
 _REFERENCES = ("stock-quantized",)
 _DEFAULTS = EvaluationOptions()
+_GENERATION = ContinuationOptions()
 
 
 def _listed(numbers: tuple[float, ...]) -> str:
@@ -31,7 +33,9 @@ def _listed(numbers: tuple[float, ...]) -> str:
 @click.option("--selections", help="Published selections at each C: all, or names with commas between.")
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Text to score; may be repeated.")
 @CALIBRATION
-@click.option("--context", "contexts", default=_listed(_DEFAULTS.contexts), show_default=True, help="Tokens of a window.")
+@click.option(
+    "--context", "contexts", default=_listed(_DEFAULTS.contexts), show_default=True, help="Tokens of a window; none: no."
+)
 @click.option("--windows", type=int, default=_DEFAULTS.window_count, show_default=True, help="Windows of each context.")
 @click.option(
     "--scored", type=int, default=_DEFAULTS.scored, show_default=True, help="Last tokens of each window that are scored."
@@ -51,6 +55,39 @@ def _listed(numbers: tuple[float, ...]) -> str:
     default=_DEFAULTS.greedy_tokens,
     show_default=True,
     help="Tokens decoded greedily after each window; 0: none.",
+)
+@click.option(
+    "--generate",
+    type=int,
+    default=_GENERATION.tokens,
+    show_default=True,
+    help="Tokens of long texts after each window, one greedy, others sampled; 0: none.",
+)
+@click.option(
+    "--samples", type=int, default=_GENERATION.samples, show_default=True, help="Texts that --generate samples a window."
+)
+@click.option("--temperature", type=float, default=_GENERATION.temperature, show_default=True, help="Of the samples; above 0.")
+@click.option(
+    "--top-p", type=float, default=_GENERATION.top_p, show_default=True, help="Probability that samples are taken from."
+)
+@click.option("--seed", type=int, default=_GENERATION.seed, show_default=True, help="Of the samples' random numbers.")
+@click.option("--tasks", help="RULER's synthetic tasks and others: all, or names with commas between.")
+@click.option(
+    "--task-lengths",
+    default=_listed(_DEFAULTS.task_lengths),
+    show_default=True,
+    help="Tokens of prompt and answer of the --tasks.",
+)
+@click.option("--task-items", type=int, default=_DEFAULTS.task_items, show_default=True, help="Items of each task and length.")
+@click.option(
+    "--task-batch", type=int, default=_DEFAULTS.task_batch, show_default=True, help="Items that are decoded together."
+)
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Questions to answer: a line of JSON with context, question and answers each; may be repeated.",
 )
 @click.option("--tolerance", help="Suggest the largest C within ppl=0.5%, kl=0.01 or top1=96%.")
 @click.option("--reference", help="Measure too: stock-quantized, Transformers' own quantized cache.")
@@ -93,11 +130,18 @@ def command(**arguments: Any) -> int:
         from elastickv.evaluation.kv_formats.published_formats import parse_formats
         from elastickv.evaluation.kv_selections.published_selections import parse_selections
         from elastickv.evaluation.loading_progress import loading_progress
+        from elastickv.evaluation.tasks.question_file import read_questions
+        from elastickv.evaluation.tasks.task_registry import parse_tasks
         from elastickv.evaluation.texts import evaluation_texts, read_text
 
     options = replace(
-        _options(arguments), formats=parse_formats(arguments["formats"]), selections=parse_selections(arguments["selections"])
+        _options(arguments),
+        formats=parse_formats(arguments["formats"]),
+        selections=parse_selections(arguments["selections"]),
+        tasks=parse_tasks(arguments["tasks"]),
     )
+    for path in arguments["datasets"]:
+        read_questions(path)  # a file that cannot be measured is refused before a model is loaded
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
     texts = [read_text(path) for path in arguments["texts"]] or evaluation_texts()
     if calibration is not None and calibration.text in {text.name for text in texts}:
@@ -142,19 +186,29 @@ def _options(arguments: dict[str, Any]) -> EvaluationOptions:
     from elastickv.evaluation.exact_tokens import ExactTokens
     from elastickv.evaluation.suggestion import Tolerance
 
-    for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0)):
+    for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0), ("task_items", 1), ("task_batch", 1)):
         if arguments[name] < least:
-            raise UsageError(f"--{name}={arguments[name]} is out of range: give a whole number from {least} up")
-    lengths = () if arguments["needle"].strip() in ("none", "") else _numbers("needle", arguments["needle"], int)
+            raise UsageError(
+                f"--{name.replace('_', '-')}={arguments[name]} is out of range: give a whole number from {least} up"
+            )
+    none = ("none", "")
+    lengths = () if arguments["needle"].strip() in none else _numbers("needle", arguments["needle"], int)
     return EvaluationOptions(
         ratios=() if arguments["compress"].strip() == "none" else _numbers("compress", arguments["compress"], float),
-        contexts=_numbers("context", arguments["contexts"], int),
+        contexts=() if arguments["contexts"].strip() in none else _numbers("context", arguments["contexts"], int),
         window_count=arguments["windows"],
         scored=arguments["scored"],
         needle_lengths=lengths,
         needle_depths=arguments["depths"],
         greedy_tokens=arguments["greedy"],
+        generation=ContinuationOptions(
+            *(arguments[name] for name in ("generate", "samples", "temperature", "top_p", "seed")),
+        ),
         reference=arguments["reference"] is not None,
+        task_lengths=_numbers("task-lengths", arguments["task_lengths"], int),
+        task_items=arguments["task_items"],
+        task_batch=arguments["task_batch"],
+        datasets=tuple(map(str, arguments["datasets"])),
         exact_tokens=ExactTokens.parse(arguments["exact_tokens"]),
         tolerance=None if arguments["tolerance"] is None else Tolerance.parse(arguments["tolerance"]),
     )

@@ -31,7 +31,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its bootstrap interval over windows."""
+    """A mean and its bootstrap interval over windows or items."""
 
     mean: float
     low: float
@@ -64,19 +64,26 @@ def fidelity(scores: Scores, seed: int = 0) -> Fidelity:
     """
     change = (scores.nll - scores.full_nll).mean(axis=1)
     return Fidelity(
-        _estimate(change, seed, lambda mean: 100 * np.expm1(mean)),
-        _estimate(scores.kl.mean(axis=1), seed, lambda mean: mean),
-        _estimate(scores.same_top.mean(axis=1), seed, lambda mean: 100 * mean),
+        estimate(change, seed, lambda mean: 100 * np.expm1(mean)),
+        estimate(scores.kl.mean(axis=1), seed),
+        estimate(scores.same_top.mean(axis=1), seed, lambda mean: 100 * mean),
         float(np.exp(scores.full_nll.mean())),
     )
 
 
-def _estimate(of_windows: Float64, seed: int, shown: Callable[[Float64], Float64]) -> Estimate:
+def estimate(figures: Float64, seed: int = 0, shown: Callable[[Float64], Float64] = lambda mean: mean) -> Estimate:
+    """Return the mean of independent figures with its 95 % percentile bootstrap interval (Efron 1979).
+
+    Parameters
+    ----------
+    figures : (items,) one of each window or item.
+    shown : applied to the mean and to the means of the resamples.
+    """
     rng = np.random.default_rng(seed)
-    picks = rng.integers(len(of_windows), size=(RESAMPLES, len(of_windows)))
-    means = shown(of_windows[picks].mean(axis=1))
+    picks = rng.integers(len(figures), size=(RESAMPLES, len(figures)))
+    means = shown(figures[picks].mean(axis=1))
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(shown(of_windows.mean())), float(low), float(high))
+    return Estimate(float(shown(figures.mean())), float(low), float(high))
 
 
 def token_figures(full: ArrayLike, logits: ArrayLike, targets: ArrayLike) -> tuple[Float64, Float64, Float64, Float64]:

@@ -165,6 +165,7 @@ def evaluation_view(result: EvaluationResult, source: str) -> Evaluation:
     device = model.device_name or result.environment.get("cpu") or model.device
     skipped = [f"left out: {reason}" for reason in result.skipped]
     skipped += [f"left out: {reason}" for row in result.needle for reason in row.skipped]
+    skipped += list(dict.fromkeys(f"left out: {reason}" for task in result.tasks for reason in task.skipped))
     if calibration is None and not result.of_formats:
         skipped.append("not calibrated: every head reads the same share of its pages")
     return Evaluation(
@@ -176,6 +177,8 @@ def evaluation_view(result: EvaluationResult, source: str) -> Evaluation:
         losses=tuple(map(_loss, result.rows)),
         needles=tuple(needle for row in result.needle for needle in _needles(row)),
         suggestion=_suggestion(result.suggestion),
+        generations=result.generations or (),
+        tasks=result.tasks,
     )
 
 

@@ -12,7 +12,8 @@ COLUMNS = (
     "kind", "source", "date_utc", "device", "model", "context", "batch", "heads", "kv_heads", "head_dim", "cache", "asked",
     "recipe", "ratio_read", "ratio_stored", "baseline", "baseline_ms", "ms", "speedup", "speedup_low", "speedup_high", "faster",
     "cycle_speedup", "recipe_error", "recipe_error_p95", "held_bytes", "peak_bytes", "tokens_per_s", "ppl_change_percent", "kl",
-    "top1_percent", "bits", "stored_bits", "pass_keys_found", "pass_keys_tried", "pairing", "warnings",
+    "top1_percent", "bits", "stored_bits", "pass_keys_found", "pass_keys_tried", "task", "items",
+    "score_percent", "difference_points", "pairing", "warnings",
 )  # fmt: skip
 
 
@@ -119,6 +120,13 @@ def _evaluations(data: ReportData) -> list[dict[str, Any]]:
         for needle in evaluation.needles:
             row = _common(evaluation.provenance, "pass keys") | common | {"context": needle.tokens, "cache": needle.cache}
             rows.append(row | {"pass_keys_found": needle.hits, "pass_keys_tried": needle.tried})
+        for task in evaluation.tasks:
+            of_task = common | {"task": task.task, "context": task.tokens, "items": task.items}
+            for score in task.caches:
+                row = _common(evaluation.provenance, "task") | of_task | {"cache": score.cache}
+                row |= {"ratio_read": score.read_ratio, "ratio_stored": score.stored_ratio}
+                row |= {"score_percent": score.score_percent.mean, "difference_points": score.difference_points.mean}
+                rows.append(row)
     return rows
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from elastickv.evaluation.metrics import Estimate
+from elastickv.results.formats.generated_texts_table import TEXT_HEADERS, described, generated_texts
 from elastickv.results.formats.rows import markdown_cell
+from elastickv.results.formats.task_table import task_lines
 from elastickv.results.formats.units import fixed, size
 from elastickv.results.kinds.evaluation_result import (
     EvaluatedModel,
@@ -38,8 +40,11 @@ def fidelity_tables(result: EvaluationResult) -> str:
         *(["One window alone has no interval."] if any(row.windows == 1 for row in result.rows) else []),
         *_layers(model),
     ]
+    if result.generations:
+        lines += ["", *_table(TEXT_HEADERS, generated_texts(result.generations)), "", described(result.generations)]
     if result.needle:
         lines += ["", *_retrieval(result.needle)]
+    lines += task_lines(result.tasks)
     lines += ["", *(f"left out: {markdown_cell(reason)}" for reason in result.skipped)] if result.skipped else []
     if not result.complete:
         lines += ["", "Interrupted: incomplete. Rows and pass keys that are missing were not measured."]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from elastickv.benchmark.from_dict import SIGNED, Count, Positive, from_dict, optional, refused
+from elastickv.evaluation.generations.text_figures import TextFigures
 from elastickv.evaluation.metrics import Estimate
 from elastickv.results.kinds.model_result import check_version
 
@@ -146,6 +147,29 @@ class LossRow:
 
 
 @dataclass(frozen=True)
+class GenerationRow:
+    """Texts of at most `tokens` tokens that one cache generates after each window: a greedy one, and `samples` others.
+
+    `full` is full attention itself.
+    """
+
+    context: Count
+    cache: str
+    compress: Positive | None
+    windows: Count
+    tokens: Count
+    samples: int
+    greedy: TextFigures
+    sampled: TextFigures | None
+    seconds: float
+
+    @property
+    def of_texts(self) -> dict[str, TextFigures]:
+        """How texts were decoded -> their figures."""
+        return {"greedy": self.greedy} | ({} if self.sampled is None else {"sampled": self.sampled})
+
+
+@dataclass(frozen=True)
 class PassKeyRow:
     """Pass keys in prompts of one length: for each cache, whether the key at each of `depths` was answered."""
 
@@ -164,6 +188,55 @@ class PassKeyRow:
         for cache, answers in self.found.items():
             if len(answers) != len(self.depths):
                 raise refused(source, f"has another number of pass keys than depths for {cache}")
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One cache on one task: means with their intervals over items; `scores` are of each item, from 0 to 1.
+
+    Differences are to full attention on the same items: `worse` items have a smaller score, `better` ones a larger one. The
+    recipe and the ratios are those at the shortest prompt; full attention has none.
+    """
+
+    cache: str
+    score_percent: Annotated[Estimate, SIGNED]
+    difference_points: Annotated[Estimate, SIGNED]
+    worse: int
+    better: int
+    scores: list[float]
+    recipe_hash: str | None = field(default=None, metadata=_OPTIONAL)
+    read_ratio: Positive | None = field(default=None, metadata=_OPTIONAL)
+    stored_ratio: Positive | None = field(default=None, metadata=_OPTIONAL)
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A task at one length, or the questions of a file with one metric: full attention in two wordings, then the caches.
+
+    `tokens` are those of prompt and answer; of a file, those of the longest.
+    """
+
+    task: str
+    source: str
+    metric: str
+    tokens: Count
+    answer_tokens: Count
+    items: Count
+    chat_template: bool
+    caches: list[TaskScore]
+    seconds: float
+    skipped: list[str] = field(default_factory=list)
+
+    def check(self, source: str) -> None:
+        """Refuse a row whose scores are not one an item.
+
+        Raises
+        ------
+        UsageError : naming the cache.
+        """
+        for cache in self.caches:
+            if len(cache.scores) != self.items:
+                raise refused(source, f"has another number of scores than items for {cache.cache} on {self.task}")
 
 
 @dataclass(frozen=True)
@@ -200,6 +273,8 @@ class EvaluationResult:
     prefix: WindowPrefix | None = field(default=None, metadata=_OPTIONAL)
     scored_texts: list[ScoredText] | None = field(default=None, metadata=_OPTIONAL)
     windows: list[ScoredWindow] | None = field(default=None, metadata=_OPTIONAL)
+    generations: list[GenerationRow] | None = field(default=None, metadata=_OPTIONAL)
+    tasks: list[TaskRow] = field(default_factory=list)
 
     @property
     def of_formats(self) -> bool:
@@ -218,4 +293,6 @@ class EvaluationResult:
         evaluation = from_dict(cls, value, source)
         for row in evaluation.needle:
             row.check(source)
+        for task in evaluation.tasks:
+            task.check(source)
         return evaluation

@@ -1,0 +1,61 @@
+"""The scores of tasks, a row a task and a point a cache."""
+
+from typing import Any
+
+from elastickv.html_report.charts.style import (
+    MUTED,
+    PAPER,
+    Chart,
+    hue,
+    legend,
+    legend_height,
+    marker,
+    plain_axis,
+    rows_axes,
+    shown,
+)
+from elastickv.html_report.comparisons.task_scores import ComparedTasks
+
+MOST_CACHES = 10
+_SPREAD = 0.45  # of a row, over which the points of its caches are spread
+
+
+def task_chart(number: int, compared: ComparedTasks) -> Chart:
+    """Return the scores of full attention in both wordings and of the first caches."""
+    names = list(dict.fromkeys(score.cache for row in compared.rows for score in row.caches))
+    drawn, left = names[:MOST_CACHES], len(names[MOST_CACHES:])
+    labels = [row.task for row in compared.rows]
+
+    def draw(figure: Any) -> None:
+        axes = rows_axes(figure, labels)
+        plain_axis(axes.xaxis)
+        axes.set_xlim(-3, 103)
+        handles = []
+        for place, name in enumerate(drawn):
+            points = [
+                (row + _SPREAD * (place + 0.5) / len(drawn), score.score_percent)
+                for row, task in enumerate(compared.rows)
+                for score in task.caches
+                if score.cache == name
+            ]
+            look = {"color": MUTED, "markerfacecolor": PAPER} if place == 0 else {"color": hue(place - 1)}
+            ends = [[p.mean - p.low for _, p in points], [p.high - p.mean for _, p in points]]
+            across, up = [p.mean for _, p in points], [y for y, _ in points]
+            style = {"marker": marker(place), "linestyle": "none", "label": shown(name), "capsize": 2}
+            handles.append(axes.errorbar(across, up, xerr=ends, **style, **look))
+        axes.set_xlabel("score, %")
+        legend(figure, handles)
+
+    said = "; ".join(
+        f"{row.task} " + ", ".join(f"{s.cache} {s.score_percent.mean:.3g}" for s in row.caches if s.cache in drawn)
+        for row in compared.rows
+    )
+    where = f"{shown(compared.model)}, {compared.tokens} tokens"
+    rest = f" {left} more caches are in the table." if left else ""
+    return Chart(
+        f"tasks-{number}",
+        f"Scores of tasks: {where}",
+        f"Scores of tasks in percent, {where}: {said}.{rest}",
+        draw,
+        height=90 + 44 * len(labels) + legend_height(drawn),
+    )
