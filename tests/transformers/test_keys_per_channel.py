@@ -11,7 +11,7 @@ from elastickv.kvcache.key_scales import key_loss, unsuited_loss
 from elastickv.kvcache.rounding import rounded
 from elastickv.recipe import AttentionShape, Recipe, for_ratio, read_ratio
 from elastickv.recipe.solver import PER_CHANNEL
-from elastickv.transformers.layer_tokens import sampled_keys
+from elastickv.transformers.layer_tokens import SAMPLED_PAGES, SAMPLED_ROWS, sampled_keys
 from tests.helpers.model_matrix import model, padded, prompt
 
 INPUTS = prompt(1, 500)
@@ -73,7 +73,7 @@ def test_the_choice_is_saved_and_forgotten_with_the_prompt(biased, tmp_path):
     cache = filled(biased)
     cache.save(tmp_path / "cache")
     loaded = ekv.ElasticCache.load(tmp_path / "cache", biased)
-    assert loaded.recipes == cache.recipes
+    assert loaded.recipes == cache.recipes and loaded.report().by_keys == (1,)
     torch.testing.assert_close(logits(biased, loaded), logits(biased, cache))
     cache.reset()
     assert cache.recipes == {} and cache.report().by_keys == ()
@@ -140,8 +140,8 @@ def test_the_sample_is_of_whole_cold_pages_of_the_first_rows():
     rows = torch.arange(6 * 2 * 3000).reshape(6, 2, 3000, 1).to(torch.float64).expand(-1, -1, -1, 4).to(torch.float16) * 0
     rows = rows + torch.arange(3000)[:, None] % 2048
     sample = sampled_keys(rows, 2000, Recipe.parse("int8"))
-    assert sample.shape == (2, 4 * 16 * 32, 4)
-    first = sample[0, : 16 * 32, 0].reshape(16, 32)
+    assert sample.shape == (2, SAMPLED_ROWS * SAMPLED_PAGES * 32, 4)
+    first = sample[0, : SAMPLED_PAGES * 32, 0].reshape(-1, 32)
     assert ((first - first[:, :1]) == np.arange(32)).all()
     assert first[0, 0] == 4 and (first[:, 0] - 4 >= 0).all() and ((first[:, 0] - 4) % 32 == 0).all()
     assert first.max() < 2000 - 128

@@ -25,6 +25,11 @@ def key_loss(keys: NDArray[np.float32], fmt: str) -> float:
     return float((lost / np.maximum(variance, least)).mean())
 
 
+def has_shared_scale(fmt: str) -> bool:
+    """Return whether the channels of a key share a scale in a format."""
+    return FORMATS[fmt].keys in (ScaleLayout.TOKEN, ScaleLayout.PAGE)
+
+
 def unsuited_loss(keys: NDArray[np.float32], fmt: str, yardstick: str) -> tuple[float, float] | None:
     """Return what a format and a yardstick lose of the head that the format suits least, or None if it suits all heads.
 
@@ -33,13 +38,11 @@ def unsuited_loss(keys: NDArray[np.float32], fmt: str, yardstick: str) -> tuple[
     Parameters
     ----------
     keys : (kv_heads, tokens, head_dim), rounded to the 16 bits from which they are stored; only whole pages count.
-    fmt : the format to judge. One with scales of channels, or without scales, suits all keys.
+    fmt : the format to judge. One without a shared scale suits all keys.
     yardstick : a format of fewer bits with scales of channels.
     """
-    if FORMATS[fmt].keys in (ScaleLayout.NONE, ScaleLayout.CHANNEL):
-        return None
     pages = keys.shape[1] // PAGE_TOKENS
-    if not pages:
+    if not pages or not has_shared_scale(fmt):
         return None
     heads = keys[:, : pages * PAGE_TOKENS]
     losses = [(key_loss(head, fmt), key_loss(head, yardstick)) for head in heads if np.isfinite(head).all()]

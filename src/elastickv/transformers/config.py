@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from elastickv.errors import UsageError
 from elastickv.inputs import file_exists, file_path, parse_json, read_text
-from elastickv.kvcache.key_scales import unsuited_loss
+from elastickv.kvcache.key_scales import has_shared_scale, unsuited_loss
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
 from elastickv.recipe.calibration import FORMAT as CALIBRATION_FORMAT
 from elastickv.recipe.calibration import ModelCalibration
@@ -89,12 +89,10 @@ class ElasticConfig:
 
     def judges_keys(self, layer: int) -> bool:
         """Whether the prompt's keys decide the format of K of a layer: where no recipe is given and nothing is calibrated."""
-        return (
-            self.ratio not in (None, 1)
-            and (self.recipe is None or self.recipe == AUTO)
-            and self.calibration is None
-            and layer not in self.layers
-        )
+        assert self.budget is not None
+        solved = self.ratio is not None and self.recipe in (None, AUTO) and self.calibration is None
+        key_format = self.budget.recipes[layer].key_format
+        return solved and layer not in self.layers and key_format is not None and has_shared_scale(key_format)
 
     def suit_keys(self, layer: int, keys: NDArray[np.float32]) -> Budget:
         """Give a layer scales of channels if a scale for each token or page does not suit the keys of its prompt.
@@ -106,7 +104,7 @@ class ElasticConfig:
         budget = self.budget
         assert budget is not None
         recipe = budget.recipes[layer]
-        losses = None if recipe.key_format is None else unsuited_loss(keys, recipe.key_format, YARDSTICK)
+        losses = unsuited_loss(keys, str(recipe.key_format), YARDSTICK)
         if losses is None or self.ratio is None:
             return budget
         suited = for_ratio(self.ratio, budget.context, budget.shape, budget.dtype, key_formats=PER_CHANNEL)

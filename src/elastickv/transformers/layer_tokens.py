@@ -23,7 +23,7 @@ from elastickv.transformers.memory import check_memory, first_capacity, trim_hea
 from elastickv.transformers.padding import Padding
 from elastickv.transformers.torch_dtypes import TORCH_DTYPES, dtype_name
 
-SAMPLED_ROWS, SAMPLED_PAGES = 4, 16  # of a prompt, by which the format of its keys is judged
+SAMPLED_ROWS, SAMPLED_PAGES = 2, 4  # of a prompt, by which the format of its keys is judged
 CHECK_EVERY = 32  # decodes between two checks for NaNs and infinities, where a check makes the host wait
 
 

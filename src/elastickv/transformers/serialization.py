@@ -67,6 +67,7 @@ def save(path: Path, model: Any, config: ElasticConfig, layers: Sequence[Any]) -
             "capacity": config.capacity,
             "prefill": config.prefill,
             "calibration": None if config.calibration is None else config.calibration.dumps(),
+            "by_keys": list(config.by_keys),
         },
         "budget": _budget_record(config.budget),
         "reading": None if config.present is None else [config.present.since, config.present.until, config.present.scale],
@@ -181,6 +182,7 @@ def _config(record: dict[str, Any], sizes: Sizes) -> ElasticConfig:
     config = ElasticConfig(sizes, ratio, recipe, layers, errors, saved["context"], saved["capacity"], saved["prefill"])
     _check_config(config)
     config.budget = _budget(budget, sizes)
+    config.by_keys = tuple(int(layer) for layer in saved.get("by_keys", ()))  # files of earlier versions have none
     config.present = None if record["reading"] is None else _reading(*record["reading"])
     if config.budget is None and any(entry.get("store") for entry in record["layers"]):
         raise ValueError("it stores tokens without a budget")
