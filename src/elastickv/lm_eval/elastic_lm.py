@@ -61,7 +61,7 @@ class ElasticLM(HFLM):  # type: ignore[misc]
         device = (device or "cuda") if torch.cuda.is_available() else "cpu"
         dtype = dtype or ("fp32" if device == "cpu" else "bf16")
         loaded = load_model(str(pretrained), _DTYPES.get(dtype, dtype), device)
-        options = {"compress": compress, "recipe": recipe, "calibration": calibration, "context": context}
+        options: dict[str, Any] = {"compress": compress, "recipe": recipe, "calibration": calibration, "context": context}
         self._options = {name: value for name, value in options.items() if value is not None}
         ElasticCache.for_model(loaded.model, **self._options)
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **harness)
