@@ -9,8 +9,9 @@ generated is compared with the stock backend's, and with that of the two reading
 again, memory must not grow, and steps that only decode are timed. What is asked is judged, under `verdicts`; with soft
 prefix reuse tokens may depend on what was cached, so the divergence of `strict` is the one that is judged.
 
-A number that another batch rounds otherwise may get another code, a whole step away, so pages make stock's differences larger
-whatever the load is; the comparison with the two readings says what the load does.
+A number that another batch rounds otherwise may get another code, a whole step away, so pages of 4 bits make stock's
+differences larger whatever the load is. Two comparisons say what the load does beyond that: with the two readings, and with
+vLLM's own quantized caches (`stock-int4`, `stock-fp8`), whose codes flip as ours do.
 
 The backends run one after the other, in processes of their own; the result is written anew as they go, so that it is there, in
 part, when one is killed. The first of them compiles what the others find.
@@ -39,7 +40,9 @@ from elastickv.results.kinds.soak_result import SOAK_KIND, SOAK_VERSION
 from elastickv.vllm.versions import installed_version, minor_version
 from tests.helpers.served_llama import Sizes, random_weights, write_model
 
-BACKENDS = ("ours", "stock", "strict")  # "strict" is ours with strict prefix reuse
+STOCK = {"stock": None, "stock-fp8": "fp8", "stock-int4": "int4_per_token_head"}  # vLLM's own, with their KV cache dtypes
+BACKENDS = ("ours", "strict", *STOCK)  # "strict" is ours with strict prefix reuse
+DEFAULT_BACKENDS = {"cuda": ["ours", "stock", "strict", "stock-int4"], "cpu": ["ours", "stock", "strict"]}
 ENGINE = Path(__file__).with_name("soak_engine.py")
 MOST_GROWTH = 64 << 20  # bytes, of allocated memory after the warm-up
 MOST_LOGGED = 20  # lines of the plug-in's
@@ -89,7 +92,7 @@ def engine_options(backend: str, device: str, fmt: str, dtype: str | None = None
         "max_model_len": scale.longest_prompt + scale.longest_answer + 32,
         "max_num_seqs": scale.requests,
         "max_num_batched_tokens": scale.batched_tokens,
-        "num_gpu_blocks_override": scale.blocks["stock" if backend == "stock" else "ours"],
+        "num_gpu_blocks_override": scale.blocks["stock" if backend in STOCK else "ours"],
         "enable_prefix_caching": True,
         "skip_tokenizer_init": True,
         "seed": 0,
@@ -99,7 +102,9 @@ def engine_options(backend: str, device: str, fmt: str, dtype: str | None = None
         options |= {"gpu_memory_utilization": 0.3, "async_scheduling": True, "cudagraph_capture_sizes": graphs}
     else:
         options |= {"enforce_eager": True}
-    if backend != "stock":
+    if kv_cache_dtype := STOCK.get(backend):
+        options["kv_cache_dtype"] = kv_cache_dtype
+    if backend not in STOCK:
         plug_in = {"prefix_reuse": "strict"} if backend == "strict" else {}
         offered = minor_version(getattr(installed_version(), "version", ""))
         if device == "cuda":
@@ -121,7 +126,7 @@ def run_backend(backend: str, arguments: argparse.Namespace, folder: Path, secon
     scale = SCALES[arguments.device]
     plan = {
         "model": str(folder / "model"),
-        "ours": backend != "stock",
+        "ours": backend not in STOCK,
         "scan_modules": arguments.device == "cpu",
         "engine": engine_options(backend, arguments.device, arguments.format, arguments.dtype),
         "vocabulary": scale.sizes.vocabulary,
@@ -184,7 +189,7 @@ def verdicts(backends: dict[str, dict]) -> list[dict]:
     Divergences are compared within `ERRORS` standard errors of their difference.
     """
     found = []
-    for backend in (name for name in backends if name != "stock"):
+    for backend in (name for name in backends if name not in STOCK):
         record = backends[backend]
         blocks = [record[name] for name in ("blocks", "blocks_after_check") if name in record]
         kept = all(each["free_at_start"] == each["free_at_end"] and each["prefix_cache_reset"] for each in blocks)
@@ -195,11 +200,19 @@ def verdicts(backends: dict[str, dict]) -> list[dict]:
         what = f"{backend}: p99.9 of steps that only decode is below {MOST_P999:g} medians"
         found.append(_verdict(what, None if ratio is None else ratio < MOST_P999, ratio))
     judged = "strict" if "strict" in backends else "ours"
-    own, stock = (backends.get(name, {}).get("agreement", {}).get("all", {}) for name in (judged, "stock"))
-    for what, one, other in (
-        (f"{judged}: the divergence from requests alone is within stock's", own.get("soak"), stock.get("soak")),
-        (f"{judged}: it is within that of the same tokens read alone in other chunks", own.get("soak"), own.get("chunks")),
-    ):
+    divergences = {name: record.get("agreement", {}).get("all", {}) for name, record in backends.items()}
+    own = divergences.get(judged, {})
+    comparisons = [
+        (f"{judged}: the divergence from requests alone is within stock's", divergences.get("stock", {}).get("soak")),
+        (f"{judged}: it is within that of the same tokens read alone in other chunks", own.get("chunks")),
+    ]
+    comparisons += [
+        (f"{judged}: it is within that of vLLM's own {dtype}", divergences[name].get("soak"))
+        for name, dtype in STOCK.items()
+        if dtype and name in backends
+    ]
+    for what, other in comparisons:
+        one = own.get("soak")
         if not (one and other and one["tokens"] and other["tokens"]):
             found.append(_verdict(what, None, None))
             continue
@@ -292,7 +305,7 @@ def _backends(text: str) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--backends", "--backend", type=_backends, default=list(BACKENDS), help=", ".join(BACKENDS))
+    parser.add_argument("--backends", "--backend", type=_backends, help=", ".join(BACKENDS))
     parser.add_argument("--steps", type=int, default=5000, help="of the engine under load, for each backend")
     parser.add_argument("--time-limit", type=float, default=360.0, help="seconds that all of it may take")
     parser.add_argument("--format", default="int4", help="of pages: int4, k8v4, int8, fp8")
@@ -301,7 +314,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the load")
     parser.add_argument("--device", choices=SCALES, default="cuda")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.backends = arguments.backends or DEFAULT_BACKENDS[arguments.device]
+    if arguments.device == "cpu" and (quantized := [name for name in arguments.backends if STOCK.get(name)]):
+        parser.error(f"vLLM has no {STOCK[quantized[0]]} on CPUs: leave {quantized[0]} out of --backends, or use --device cuda")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
+from frontier_figures import frontier as frontier
+from frontier_figures import quality as quality
+from frontier_figures import stale_pictures
 from readme_figures import quickstart as quickstart
 from readme_figures import results as results
 from reliability import reliability as reliability
@@ -28,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("BENCHMARKS.md", "RELIABILITY.md", "fidelity.md", "index.md", "vllm.md")),
+    *(ROOT / "docs" / name for name in ("BENCHMARKS.md", "RELIABILITY.md", "fidelity.md", "index.md", "quality.md", "vllm.md")),
 )
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -374,7 +377,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    stale = []
+    stale = stale_pictures(write=not check)
     for document in DOCUMENTS:
         text = render(document)
         if text != document.read_text(encoding="utf-8"):

@@ -22,6 +22,7 @@ RECIPES = [
     "k=int8,v=int4,vgroup=32",
     "int4",
     "int4,pages=1/4,anchor_every=3",
+    "k=int8_per_channel,v=int8",
     "int8,stride=3",
     "int8,reuse,anchor_every=4",
 ]

@@ -21,6 +21,7 @@ RECIPES = (
     "fp8",
     "k=int8,v=int4",
     "k=int4,v=bf16",
+    "k=int8_per_channel,v=int8",
     "int4,pages=1/4",
     "int4,pages=1/2,anchor_every=4,window=0",
 )

@@ -173,6 +173,11 @@ def test_what_is_asked_is_judged(scripts):
     apart = judge(good | {"strict": record_of(0.002)})
     assert [each["holds"] for each in apart[-2:]] == [False, False] and apart[-1]["figures"]["requests"] == 50
     assert [each["holds"] for each in judge(good | {"strict": record_of(0.002, chunks=0.002)})[-2:]] == [False, True]
+    beside = judge(good | {"strict": record_of(0.02), "stock-int4": record_of(0.03), "stock-fp8": record_of(0.01)})
+    assert [(each["what"].split()[-1], each["holds"]) for each in beside[-2:]] == [
+        ("fp8", False),
+        ("int4_per_token_head", True),
+    ]
     without = judge({"ours": record_of(0.001) | {"agreement": {}, "times": {}}})
     assert [each["holds"] for each in without] == [True, True, None, None, None]
 
@@ -228,7 +233,18 @@ def test_one_backend_alone_can_be_run(scripts, monkeypatch, tmp_path):
 def test_an_unknown_backend_is_refused(scripts, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(scripts, monkeypatch, tmp_path, "--backends=ours,theirs")
-    assert "'theirs' is no backend: give some of ours, stock, strict" in capsys.readouterr().err
+    assert "'theirs' is no backend: give some of ours, strict, stock, stock-fp8, stock-int4" in capsys.readouterr().err
+
+
+def test_quantized_caches_of_vllm_are_refused_on_cpus(scripts, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(scripts, monkeypatch, tmp_path, "--backends=stock,stock-int4")
+    assert "no int4_per_token_head on CPUs: leave stock-int4 out" in capsys.readouterr().err
+
+
+def test_a_quantized_cache_of_vllm_is_stock_but_for_its_dtype(scripts):
+    options = scripts["serving_soak"].engine_options
+    assert options("stock-fp8", "cuda", "int4") == options("stock", "cuda", "int4") | {"kv_cache_dtype": "fp8"}
 
 
 @pytest.mark.parametrize(("version", "key"), [("0.33.1", "kv_cache_dtype"), ("0.32.0", "additional_config")])

@@ -83,6 +83,19 @@ def test_tasks_and_questions_of_a_file_are_scored_beside_full_attention(elastick
     assert "questions.jsonl" in done.stdout and "full, second wording" in done.stdout
 
 
+def test_long_texts_are_generated_with_each_cache(elastickv, folder, tmp_path):
+    result = tmp_path / "generated.json"
+    done = elastickv(
+        "eval", str(folder), f"--text={folder.parent / 'text.txt'}", *QUICK, "--needle=none", "--greedy=0", "--compress=1",
+        "--generate=8", "--samples=2", "--temperature=0.7", "--top-p=0.9", "--seed=3", f"-o{result}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads(result.read_text(encoding="utf-8"))
+    assert record["options"]["generation"] == {"tokens": 8, "samples": 2, "temperature": 0.7, "top_p": 0.9, "seed": 3}
+    assert [row["cache"] for row in record["generations"]] == ["full", "C=1"]
+    assert record["generations"][1]["sampled"]["first_different"]["mean"] == 8 and "self-BLEU" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -93,6 +106,12 @@ def test_tasks_and_questions_of_a_file_are_scored_beside_full_attention(elastick
         (["--dataset=/no/such/file"], "/no/such/file"),
         (["--context=none", "--needle=none"], "give --context, --needle, --tasks or --dataset"),
         (["--context=none", "--tolerance=kl=1"], "--tolerance is of windows, and there are none"),
+        (["--generate=-1"], "--generate=-1 is out of range"),
+        (["--generate=9000"], "positions: give a shorter --context, or fewer tokens to --generate"),
+        (["--samples=-1"], "--samples=-1 is out of range"),
+        (["--temperature=0"], "--temperature=0 is out of range: give a number above 0"),
+        (["--top-p=1.2"], "--top-p=1.2 is out of range: give a number above 0 and up to 1"),
+        (["--seed=-1"], "--seed=-1 is out of range"),
         (["--formats=q4_1"], "format q4_1 is unknown: choose all, fp8_per_tensor"),
         (["--formats=k=int4,v=int5"], "format 'int5' is unknown"),
         (["--selections=quests"], "selection quests is unknown: choose all, streaming_llm, quest"),

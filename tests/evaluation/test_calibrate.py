@@ -143,6 +143,7 @@ def test_a_model_is_calibrated_and_left_as_it_was():
     assert (result.layers, result.query_heads, result.kv_heads, result.head_dim) == ((0, 1), 2, 1, 64)
     assert result.pages[1][1 / 8][0][0] > result.pages[1][1 / 2][0][0] > 0
     assert result.keys["int4"][0][0] > result.keys["int8"][0][0] > 0
+    assert result.keys["int4"][0][0] > result.keys["int8_per_channel"][0][0] > 0
     assert ModelCalibration.loads(result.dumps()) == result
     result.check_model(result.fingerprint)
     assert calibrate(tiny_llama(seed=1), Text("letters", TEXT), 1200).fingerprint != result.fingerprint

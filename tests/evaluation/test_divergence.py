@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elastickv.errors import UsageError
-from elastickv.evaluation.divergence import divergence
+from elastickv.evaluation.generations.divergence import divergence
 from elastickv.evaluation.needle import answered, cases
 from elastickv.evaluation.prefill import Prefill
 from elastickv.evaluation.suggestion import Tolerance, suggest

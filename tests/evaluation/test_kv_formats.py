@@ -169,3 +169,26 @@ def test_heads_that_do_not_fit_a_format_are_refused():
     small = tiny_llama(head_dim=32)
     with pytest.raises(UsageError, match="format q4_0_rotated needs heads of a multiple of 64 channels, not of 32"):
         evaluate(small, TEXTS, replace(OPTIONS, formats=("q4_0_rotated",)), None, Silent())
+
+
+WINDOWED = ("q4_0", "nvfp4_calibrated", "kivi2", "kivi4_r32", "kvarn_k4v4_g128", "turboquant_3bit_nc")
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("prompt", [20, 240])
+def test_several_tokens_at_once_are_as_many_steps(name, prompt):
+    """Two layers, so that what the first one rounds reaches the second; windows end and blocks fill up in between."""
+    model = tiny_llama(head_dim=64, num_attention_heads=4, num_key_value_heads=2).model
+    rows = [[(7 * i * i + 3 * i + row) % 128 for i in range(270)] for row in range(2)]
+    start = prefill(model, [row[: prompt + 3] for row in rows], prompt, 2)
+    ids = torch.tensor(rows)[:, prompt : prompt + 30]
+    published = replace(PUBLISHED[name], outer_layers=0)
+    with sessions.published(model, published, start) as session:
+        assert session.takes_several
+        together = torch.cat([session.read(part) for part in ids.split(18, 1)], 1)
+    with sessions.published(model, published, start) as session:
+        logits = torch.stack([session.step(token) for token in ids.T], 1)
+    with sessions.stock(model, start) as session:
+        exact = torch.stack([session.step(token) for token in ids.T], 1)
+    # Other orders of addition turn single codes over.
+    assert (together - logits).abs().mean() < 0.01 * (logits - exact).abs().mean()

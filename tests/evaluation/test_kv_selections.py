@@ -142,3 +142,19 @@ def test_layers_without_full_attention_keep_their_own_cache(config):
     assert [row["selection"]["method"] for row in rows] == list(OPTIONS.selections)
     assert all(row["read_ratio"] == pytest.approx(dense / row["step_bytes_read"]) for row in rows)
     assert all(row["kl"]["mean"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_several_tokens_at_once_are_as_many_steps(loaded, name):
+    start = prefill(loaded.model, ROWS, 30, 5)
+    scores = {layer: torch.rand(2, 1, 30, generator=torch.Generator().manual_seed(layer)) for layer in (0, 1)}
+    plan = chosen(name, 3 if "quest" in name else 12)
+    ids = torch.tensor(ROWS)[:, 30:]
+    with sessions.selected(loaded.model, plan, scores, start) as session:
+        together = session.read(ids)
+    with sessions.selected(loaded.model, plan, scores, start) as session:
+        steps = torch.stack([session.step(token) for token in ids.T], 1)
+    with sessions.stock(loaded.model, start) as session:
+        everything = torch.stack([session.step(token) for token in ids.T], 1)
+    # Other orders of addition round some keys and values to the next 16-bit number.
+    assert (together - steps).abs().mean() < 0.01 * (steps - everything).abs().mean()

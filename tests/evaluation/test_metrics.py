@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from elastickv.evaluation.metrics import Scores, fidelity, token_figures
+from elastickv.evaluation.prediction_losses import prediction_losses
 
 
 def scores(full, nll, kl=0.0, same=1.0):
@@ -32,6 +34,16 @@ def test_equal_predictions_differ_by_nothing():
 def test_large_logits_do_not_overflow():
     figures = token_figures([[1e4, -1e4]], [[-1e4, 1e4]], [0])
     assert np.isfinite(figures).all() and figures[1][0] == pytest.approx(2e4)
+
+
+def test_figures_of_many_predictions_are_those_of_each():
+    full, other = 3 * torch.randn(2, 3, 40, 20, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(120).view(3, 40) % 20
+    together = prediction_losses(full, other, targets)
+    assert together.shape == (4, 3, 40)
+    for row in range(3):
+        each = token_figures(full[row].numpy(), other[row].numpy(), targets[row].numpy())
+        np.testing.assert_allclose(together[:, row], each)
 
 
 def test_the_perplexity_changes_by_the_mean_difference():

@@ -83,7 +83,8 @@ def _zeros(case, rng, keys, values, queries):
 
 def _huge_keys(case, rng, keys, values, queries):
     """Keys up to what their format holds, and queries small enough that scores stay moderate."""
-    largest = min(LARGEST[case.exact], 65280.0 if case.recipe.key_format == "int4" else 1e30)  # a bfloat16, too
+    limited = case.recipe.key_format in ("int4", "int8_per_channel")
+    largest = min(LARGEST[case.exact], 65280.0 if limited else 1e30)  # a bfloat16, too
     keys *= largest / np.abs(keys).max()
     queries /= largest / 4
 
@@ -147,7 +148,8 @@ def recipes(draw, head_dim: int, kv_heads: int, selections=("dense", "all", "str
         fields |= {"anchor_every": draw(st.integers(1, 5)), "decay": draw(st.sampled_from([1.0, 0.95]))}
     if selection in ("all", "pages"):
         formats = ["bf16", "fp16", "fp8", "int8", "int4"]
-        key = "int4" if selection == "pages" else draw(st.sampled_from(formats))
+        per_channel = ["int4", "int8_per_channel"]
+        key = draw(st.sampled_from(per_channel if selection == "pages" else [*formats, "int8_per_channel"]))
         value = draw(st.sampled_from([name for name in formats if {key, name} != {"bf16", "fp16"}]))
         fields["value_group"] = draw(st.sampled_from([0, *value_groups(head_dim)])) if value == "int4" else 0
     if selection == "pages":

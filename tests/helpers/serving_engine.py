@@ -65,6 +65,7 @@ class WindowRecord:
         self.exact_tokens = max((window for _, window in sizes if window), default=1)
         self.page_tokens = sizes[self.pages][0]
         self.by_block, self.by_request, self.preemptions, self.before = {}, {}, {}, {}
+        self.by_text = {}  # tokens up to the end of a page -> its record, for pages that a connector brings back
         self.window_blocks = {}  # block -> its first token
         self.steps = 0
         self.schedule, scheduler.schedule = scheduler.schedule, self.scheduled
@@ -77,7 +78,11 @@ class WindowRecord:
             if request.num_preemptions > self.preemptions.get(name, 0):
                 self.before.setdefault(name, []).append(self.by_request[name])
             self.preemptions[name] = request.num_preemptions
-            self.note(name, request.num_computed_tokens - count, count)
+            start = request.num_computed_tokens - count
+            if name not in self.by_request and self.scheduler.connector is not None:
+                self.bring_back(name, list(request.all_token_ids[:start]))
+            self.note(name, start, count)
+            self.note_text(name, list(request.all_token_ids[: start + count]), start)
         return output
 
     def note(self, name, start, count):
@@ -94,6 +99,19 @@ class WindowRecord:
             self.by_block.setdefault(pages[token // size].block_id, np.zeros(size, int))[token % size] = first
         used = [self.by_block[block.block_id] for block in pages[: -(-(start + count) // size)]]
         self.by_request[name] = np.concatenate(used)[: start + count]
+
+    def note_text(self, name, tokens, start):
+        """Note by their text the pages that a step completes of a prompt: an answer's last tokens may still be in flight."""
+        size = self.page_tokens
+        for end in range((start // size + 1) * size, len(tokens) + 1, size):
+            block = self.manager.get_blocks(name).blocks[self.pages][end // size - 1]
+            self.by_text[tuple(tokens[:end])] = self.by_block[block.block_id].copy()
+
+    def bring_back(self, name, tokens):
+        """Find the record of the pages that a connector has brought, which are in other blocks now."""
+        pages, size = self.manager.get_blocks(name).blocks[self.pages], self.page_tokens
+        for end in range(size, len(tokens) + 1, size):
+            self.by_block[pages[end // size - 1].block_id] = self.by_text[tuple(tokens[:end])].copy()
 
 
 def first_token(blocks, size, start, exact_tokens):

@@ -43,7 +43,7 @@ def test_recipes_name_it(int6):
     for text in ("int6", "k=int6,v=int4,vgroup=32", "k=int4,v=int6,pages=1/4", "int6,stride=4"):
         assert str(Recipe.parse(text)) == text
     assert cold_formats()[-1] == "int6"
-    with pytest.raises(UsageError, match="formats are bf16, fp16, fp8, int8, int4, int6"):
+    with pytest.raises(UsageError, match="formats are bf16, fp16, fp8, int8, int4, int8_per_channel, int6"):
         Recipe(key_format="int5")
     with pytest.raises(UsageError, match="'pages' does not combine with keys in int6"):
         Recipe.parse("int6,pages=1/4")
@@ -79,11 +79,14 @@ def test_the_reference_cache_and_the_oracle_store_and_read_it(int6):
 
 
 def test_back_ends_without_a_kernel_refuse_it(int6):
-    with pytest.raises(UsageError, match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4$"):
+    with pytest.raises(
+        UsageError, match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4, int8_per_channel$"
+    ):
         open_backend(None).cache(SHAPE, 800, "bf16", Recipe.parse("int6"))
     for text in ("int6", "k=int4,v=int6,pages=1/4"):
         with pytest.raises(
-            UsageError, match=r"^format int6 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4, or the cpu"
+            UsageError,
+            match=r"^format int6 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4, int8_per_channel, or the cpu",
         ):
             decode_variant(128, 4, "bf16", Recipe.parse(text), "90")
 
@@ -168,15 +171,18 @@ def test_kernels_get_numbers_codes_and_sizes_from_the_table(monkeypatch):
     variant = decode_variant(80, 4, "bf16", Recipe.parse("k=int4,v=int8"), "90")
     macros = format_macros(dict(variant.macros))
     names = {"bf16": "SIXTEEN_BIT", "fp16": "SIXTEEN_BIT", "fp8": "FP8", "int8": "INT8", "int4": "INT4"}
+    names["int8_per_channel"] = "INT8_PER_CHANNEL"
     assert {name: macros[macro] for name, macro in names.items()} == {
         f.name: f.cuda_id for f in FORMATS.values() if f.cuda_id is not None
     }
     assert FORMATS["int8"].cuda_rows == macros["COLD_INT8"]
     assert FORMATS["bf16"].cuda_rows == FORMATS["fp16"].cuda_rows == macros["COLD_SAME"]
     assert [macros[name] for name in ("INT8_LARGEST", "FP8_LARGEST", "INT4_LARGEST")] == [127, 448, 15]
-    assert (macros["K_BITS"], macros["V_BITS"], macros["LARGEST_KEY"]) == (4, 8, 65504)
+    assert (macros["K_BITS"], macros["V_BITS"], macros["LARGEST_KEY"], macros["CHANNEL_LEVELS"]) == (4, 8, 65504, 15)
     # int4: a float16 scale and zero for each of 96 channels; int8: a bfloat16 scale for each of 32 tokens.
     assert (macros["KEY_SCALES"], macros["VALUE_SCALES"]) == (4 * 96, 2 * 32)
+    wide = format_macros(dict(decode_variant(80, 4, "bf16", Recipe.parse("k=int8_per_channel,v=int8"), "90").macros))
+    assert (wide["K_BITS"], wide["KEY_SCALES"], wide["CHANNEL_LEVELS"]) == (8, 4 * 96, 255)
     assert format_macros({"UNROLL": 4}) == {}
     kernels = "\n".join(p.read_text(encoding="utf-8") for p in (SOURCE / "backends/cuda/kernels").glob("*.cu*"))
     assert not set(re.findall(r"#define (\w+)", kernels)) & macros.keys(), "a kernel states what the table states"

@@ -16,6 +16,7 @@ from elastickv.kvcache.quantize import (
     quantize_int4_keys,
     quantize_int4_values,
     quantize_int8,
+    quantize_int8_keys_per_channel,
     stored_values,
 )
 from elastickv.kvcache.rounding import from_bf16_bits, rounded, to_bf16_bits
@@ -65,25 +66,30 @@ def bf16_rows(limit=2.0**126):
     return hnp.arrays(np.float32, (3, 64), elements=st.floats(-limit, limit, width=32)).map(lambda x: rounded(x, "bf16"))
 
 
-@given(fp16_pages())
-def test_int4_keys_lie_within_what_scale_and_zero_span_and_within_half_a_step(pages):
-    codes, scales, zeros = quantize_int4_keys(pages)
-    assert scales.dtype == zeros.dtype == np.float16 and codes.max() <= 15
+PER_CHANNEL = pytest.mark.parametrize(("quantize", "levels"), [(quantize_int4_keys, 15), (quantize_int8_keys_per_channel, 255)])
+
+
+@PER_CHANNEL
+@given(pages=fp16_pages())
+def test_keys_lie_within_what_scale_and_zero_span_and_within_half_a_step(quantize, levels, pages):
+    codes, scales, zeros = quantize(pages)
+    assert scales.dtype == zeros.dtype == np.float16 and codes.max() <= levels
     low, step = zeros.astype(np.float64)[:, None], scales.astype(np.float64)[:, None]
     assert (low <= pages).all()
     # The range is a difference in float32: it may be short by half a unit of its last place.
-    assert (pages <= low + 15 * step * (1 + 2.0**-23)).all()
+    assert (pages <= low + levels * step * (1 + 2.0**-23)).all()
     error = np.abs(codes * step + low - pages)
     assert (error <= 0.5001 * step + 1e-7 * np.abs(pages)).all()
 
 
-@given(fp16_pages())
-def test_the_scales_of_keys_are_the_least_that_span_them(pages):
-    _, scales, zeros = quantize_int4_keys(pages)
+@PER_CHANNEL
+@given(pages=fp16_pages())
+def test_the_scales_of_keys_are_the_least_that_span_them(quantize, levels, pages):
+    _, scales, zeros = quantize(pages)
     least, most = pages.min(axis=1), pages.max(axis=1)
     # fp16 inputs: their least value is its own zero.
     np.testing.assert_array_equal(zeros.astype(np.float32), least)
-    wide = (most - least) / np.float32(15)
+    wide = (most - least) / np.float32(levels)
     assert (scales.astype(np.float32) >= wide).all()
     assert (np.nextafter(scales, np.float16(-np.inf)).astype(np.float32)[scales > 0] < wide[scales > 0]).all()
 
@@ -111,7 +117,7 @@ def test_a_smaller_group_never_has_a_larger_scale(rows):
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.140625, 2.0**-24, -65504.0, 65504.0])
 def test_a_constant_page_is_kept_exactly(value):
     page = np.full((1, 32, 64), value, np.float32)
-    for fmt, is_value, group in (("int4", False, 64), ("int4", True, 32)):
+    for fmt, is_value, group in (("int4", False, 64), ("int4", True, 32), ("int8_per_channel", False, 64)):
         stored = rounded(page, "fp16" if not is_value else "bf16")
         np.testing.assert_array_equal(stored_values(stored[0], fmt, is_value, group), stored[0])
 
@@ -126,10 +132,12 @@ def test_denormal_keys_keep_their_order_of_magnitude():
     assert not read[..., 1:].any()
 
 
-def test_keys_over_the_range_of_fp16_are_not_turned_into_nan_codes():
+@PER_CHANNEL
+def test_keys_over_the_range_of_fp16_are_not_turned_into_nan_codes(quantize, levels):
     page = np.zeros((1, 32, 8), np.float32)
     page[0, 0, 0], page[0, 1, 0] = -65504, 65504
-    codes, scales, zeros = quantize_int4_keys(page)
+    codes, scales, zeros = quantize(page)
+    assert codes.max() == levels
     assert np.isfinite(scales).all() and np.isfinite(zeros).all()
     read = codes * scales.astype(np.float64)[:, None] + zeros.astype(np.float64)[:, None]
     assert np.abs(read - page).max() <= scales.max() / 2
@@ -215,11 +223,13 @@ def quantized(rows, fmt):
         "fp8": quantize_fp8,
         "int4 keys": quantize_int4_keys,
         "int4 values": lambda x: quantize_int4_values(x, 32),
+        "int8_per_channel keys": quantize_int8_keys_per_channel,
     }[fmt](rows)
 
 
 SHAPES = {"int8": [(2, 32)], "fp8": [(2,)], "int4 keys": [(2, 64)] * 2, "int4 values": [(2, 32, 2)] * 2}
-TYPES = {"int8": "bH", "fp8": "BH", "int4 keys": "Bee", "int4 values": "BHH"}
+SHAPES["int8_per_channel keys"] = SHAPES["int4 keys"]
+TYPES = {"int8": "bH", "fp8": "BH", "int4 keys": "Bee", "int4 values": "BHH", "int8_per_channel keys": "Bee"}
 
 
 @pytest.mark.parametrize("fmt", SHAPES)
@@ -235,7 +245,9 @@ def test_codes_and_scales_have_their_types_and_shapes_whatever_numbers_are_given
         np.testing.assert_array_equal(array, expected[:1])
 
 
-@pytest.mark.parametrize(("fmt", "top"), [("int8", 127), ("fp8", 448), ("int4 keys", 15), ("int4 values", 15)])
+@pytest.mark.parametrize(
+    ("fmt", "top"), [("int8", 127), ("fp8", 448), ("int4 keys", 15), ("int4 values", 15), ("int8_per_channel keys", 255)]
+)
 def test_what_float32_rounds_away_widens_no_scale(fmt, top):
     # The largest number that a scale of 1 holds, and a part of it that float64 alone tells apart.
     rows = np.zeros((1, 32, 64))
@@ -251,13 +263,16 @@ def test_what_has_no_scale_has_codes_of_zero(fmt):
     assert not codes.any() and not any(np.asarray(scale).any() for scale in scales)
 
 
-@pytest.mark.parametrize(("fmt", "value"), [("int8", False), ("fp8", True), ("int4", False), ("int4", True), ("bf16", True)])
+STORED = [("int8", False), ("fp8", True), ("int4", False), ("int4", True), ("bf16", True), ("int8_per_channel", False)]
+
+
+@pytest.mark.parametrize(("fmt", "value"), STORED)
 def test_what_is_stored_reads_as_codes_times_scales(fmt, value):
     rows = rounded(np.random.default_rng(6).standard_normal((64, 32)) * 9, "bf16")
     read = stored_values(rows, fmt, value, 32)
     assert read.dtype == np.float64 and read.shape == rows.shape
     np.testing.assert_array_equal(stored_values(rows.tolist(), fmt, value, 32), read)
-    bound = {"int8": 60 / 127, "fp8": 60 / 16, "int4": 60 / 15, "bf16": 0.0}[fmt]
+    bound = {"int8": 60 / 127, "fp8": 60 / 16, "int4": 60 / 15, "bf16": 0.0, "int8_per_channel": 60 / 255}[fmt]
     assert np.abs(read - rows).max() <= bound
     lines = {("int8", False): read, ("fp8", True): read.reshape(2, -1), ("int4", True): read}
     channels = read.reshape(2, 32, 32).swapaxes(1, 2).reshape(64, 32)

@@ -8,10 +8,11 @@ import pytest
 
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
-from elastickv.recipe.formats import cold_formats
+from elastickv.recipe.formats import FORMATS, cold_formats
 from elastickv.recipe.recipe import SELECTIONS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "recipes.md"
+VALUE_FORMATS = [name for name in cold_formats() if FORMATS[name].values is not None]
 BASE = {"all": {}, "stride": {"stride": 2}, "reuse": {}, "pages": {"fractions": (0.25,)}}
 SIXTEEN_BIT_MIXED = {("bf16", "fp16"), ("fp16", "bf16")}
 
@@ -25,12 +26,12 @@ def accepts(selection, key, value, **terms):
 
 
 def row(selection):
-    pairs = {pair for pair in product(cold_formats(), repeat=2) if accepts(selection, *pair)}
+    pairs = {pair for pair in product(cold_formats(), VALUE_FORMATS) if accepts(selection, *pair)}
     keys = [name for name in cold_formats() if any(key == name for key, _ in pairs)]
     if pairs == {(key, key) for key in keys}:
         values = "as the keys"
     else:
-        assert pairs == {(k, v) for k in keys for v in cold_formats()} - SIXTEEN_BIT_MIXED
+        assert pairs == {(k, v) for k in keys for v in VALUE_FORMATS} - SIXTEEN_BIT_MIXED
         values = "any"
     key, value = next(iter(sorted(pairs)))
     grouped = {v for k, v in pairs if accepts(selection, k, v, value_group=32)}
@@ -48,10 +49,11 @@ def test_the_table_in_the_documents_is_what_recipes_accept():
     for selection in SELECTIONS:
         assert f"| {row(selection)} |" in text
     assert f"`{'`, `'.join(cold_formats())}`" in text
+    assert "`int8_per_channel` (keys only)" in text
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("pair", list(product(cold_formats(), repeat=2)))
+@pytest.mark.parametrize("pair", list(product(cold_formats(), VALUE_FORMATS)))
 def test_a_refusal_names_what_does_not_combine(selection, pair):
     if accepts(selection, *pair):
         return
@@ -61,6 +63,13 @@ def test_a_refusal_names_what_does_not_combine(selection, pair):
     assert "combine" in message
     assert any(re.search(rf"\b{name}\b", message) for name in pair)
     assert pair in SIXTEEN_BIT_MIXED or f"'{selection}'" in message
+
+
+@pytest.mark.parametrize("text", ["int8_per_channel", "k=int8_per_channel", "k=int8,v=int8_per_channel"])
+def test_a_format_of_keys_only_is_refused_for_values_with_those_that_are_not(text):
+    refusal = r"^format int8_per_channel stores keys only: write k=int8_per_channel and v= one of bf16, fp16, fp8, int8, int4$"
+    with pytest.raises(UsageError, match=refusal):
+        Recipe.parse(text)
 
 
 @pytest.mark.parametrize(

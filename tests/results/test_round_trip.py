@@ -62,10 +62,8 @@ def of_this_version(kind, value):
         plain["needle"] = [
             row | {"found": {cache: [True] * len(row["depths"]) for cache in row["found"]}} for row in plain["needle"]
         ]
-        plain["tasks"] = [
-            task | {"items": 2, "caches": [cache | {"scores": [1.0, 0.5]} for cache in task["caches"]]}
-            for task in plain["tasks"]
-        ]
+        for task in plain["tasks"]:
+            task |= {"items": 2, "caches": [cache | {"scores": [1.0, 0.0]} for cache in task["caches"]]}
     return plain
 
 

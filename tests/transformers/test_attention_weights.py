@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import elastickv.transformers as ekv
 from elastickv.errors import UsageError
@@ -123,3 +124,22 @@ def test_the_attention_of_a_parent_class_is_used_for_a_class_in_another_file():
     ekv.ElasticCache.for_model(tiny, recipe="int4")
     ours, our_weights = without_a_cache(tiny)
     assert torch.equal(ours, outputs) and all(map(torch.equal, our_weights, weights))
+
+
+@pytest.mark.parametrize("implementation", ["elastickv", "elastickv_eager"])
+def test_a_wrapper_may_pass_dropout_by_position(implementation, monkeypatch):
+    """As kvpress wraps every registered attention function: mask, dropout, then the rest by name."""
+    tiny = model("gemma3")
+    tiny.set_attn_implementation(implementation)
+    with torch.no_grad():
+        expected = tiny(**INPUTS, use_cache=False).logits
+    attend, dropouts = ALL_ATTENTION_FUNCTIONS[implementation], []
+
+    def wrapper(module, query, key, value, attention_mask, dropout, **kwargs):
+        dropouts.append(dropout)
+        return attend(module, query, key, value, attention_mask, dropout, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, implementation, wrapper)
+    with torch.no_grad():
+        assert torch.equal(tiny(**INPUTS, use_cache=False).logits, expected)
+    assert set(dropouts) == {0.0}

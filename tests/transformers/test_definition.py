@@ -20,6 +20,7 @@ RECIPES = [
     "int8",
     "k=int8,v=int4",
     "int4,vgroup=32",
+    "k=int8_per_channel,v=int8",
     "int4,pages=1/4,anchor_every=3",
     "int8,stride=2",
     "int8,reuse,anchor_every=3",

@@ -40,7 +40,9 @@ def arrays(keys, values, wide):
     return [np.pad(t.float().cpu().numpy(), ((0, 0), (0, 0), (0, 0), (0, wide - t.shape[3]))) for t in (keys, values)]
 
 
-@pytest.mark.parametrize("text", ["dense", "int8", "int4", "fp8", "int4,pages=1/4,anchor_every=3", "k=int8,v=int4"])
+@pytest.mark.parametrize(
+    "text", ["dense", "int8", "int4", "fp8", "int4,pages=1/4,anchor_every=3", "k=int8,v=int4", "k=int8_per_channel,v=int8"]
+)
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 72), (torch.float32, 128)])
 def test_chunks_and_steps_match_the_float64_twin(device, text, dtype, head_dim):
     wide = {64: 64, 72: 80, 128: 128}[head_dim]

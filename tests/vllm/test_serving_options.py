@@ -89,7 +89,7 @@ def test_another_prefix_reuse_is_refused_with_both_choices(reuse):
 
 @pytest.mark.parametrize("name", ["int3", "k=int8,v=int4", "bf16", "elastickv_int4", 4, None])
 def test_another_format_is_refused_with_the_names(name):
-    assert "give int4, int8, k8v4, fp8" in refusal(lambda: parse(format=name))
+    assert "give int4, int8, k8v4, fp8, int8_per_channel" in refusal(lambda: parse(format=name))
     assert "option layers[5] is" in refusal(lambda: parse(layers={"5": name}))
 
 
@@ -165,6 +165,7 @@ def test_whatever_is_passed_there_are_options_or_one_line(value):
         ("elastickv_int8", "int8", "int8"),
         ("elastickv_k8v4", "int8", "int4"),
         ("elastickv_fp8", "fp8", "fp8"),
+        ("elastickv_int8_per_channel", "int8_per_channel", "int8"),
     ],
 )
 def test_a_cache_dtype_names_the_formats_of_keys_and_values(dtype, key, value):
@@ -174,7 +175,7 @@ def test_a_cache_dtype_names_the_formats_of_keys_and_values(dtype, key, value):
     assert Recipe.parse(CACHE_DTYPES[dtype]).formats == recipe.formats
 
 
-@pytest.mark.parametrize("name", ["int4", "int8", "k8v4", "fp8"])
+@pytest.mark.parametrize("name", ["int4", "int8", "k8v4", "fp8", "int8_per_channel"])
 def test_the_option_format_means_the_same_as_the_cache_dtype(name):
     options = parse(format=name)
     assert recipe_of(options, "auto") == recipe_of(None, f"elastickv_{name}") == recipe_of(options, f"elastickv_{name}")
@@ -186,7 +187,7 @@ def test_the_window_of_the_recipe_is_the_option():
 
 
 def test_every_recipe_has_a_slab():
-    assert len({Slab.of(recipe_of(None, dtype), 128).n_bytes for dtype in CACHE_DTYPES}) == 4
+    assert len({Slab.of(recipe_of(None, dtype), 128).n_bytes for dtype in CACHE_DTYPES}) == 5
 
 
 def test_with_a_calibration_the_format_need_not_be_said():
@@ -198,7 +199,7 @@ def test_with_a_calibration_the_format_need_not_be_said():
 @pytest.mark.parametrize("options", [None, ServingOptions(), ServingOptions(layers=(LayerFormat(0, 0, "int8"),))])
 def test_auto_without_a_format_is_refused_with_both_ways_to_say_it(options):
     message = refusal(lambda: recipe_of(options, "auto"))
-    assert "the option format, one of int4, int8, k8v4, fp8" in message and "elastickv_int4" in message
+    assert "the option format, one of int4, int8, k8v4, fp8, int8_per_channel" in message and "elastickv_int4" in message
 
 
 def test_a_format_that_contradicts_the_cache_dtype_is_refused():
@@ -209,4 +210,4 @@ def test_a_format_that_contradicts_the_cache_dtype_is_refused():
 @pytest.mark.parametrize("dtype", ["fp8", "bfloat16", "int4_per_token_head", "elastickv", "elastickv_k4v8", ""])
 def test_a_cache_dtype_of_others_is_refused_with_ours(dtype):
     message = refusal(lambda: recipe_of(parse(format="int4"), dtype))
-    assert "give elastickv_int4, elastickv_int8, elastickv_k8v4, elastickv_fp8, or auto" in message
+    assert "give elastickv_int4, elastickv_int8, elastickv_k8v4, elastickv_fp8, elastickv_int8_per_channel, or auto" in message

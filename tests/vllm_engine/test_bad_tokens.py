@@ -177,7 +177,7 @@ def test_a_scheduler_that_the_user_chose_stays_and_the_log_says_what_it_lacks(mo
     for _ in range(2):
         window_spec.choose_scheduler(ours)
         window_spec.choose_scheduler(theirs)
-    assert ours.scheduler_cls == "elastickv.vllm.failing_scheduler.FailingAsyncScheduler"
+    assert ours.scheduler_cls == "elastickv.vllm.fail_on_nan_scheduler.FailOnNanAsyncScheduler"
     assert theirs.scheduler_cls == "mine.Scheduler"
     (warning,) = warnings
     assert "mine.Scheduler" in warning and "NaN" in warning

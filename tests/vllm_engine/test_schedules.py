@@ -25,7 +25,15 @@ def test_an_engine_whose_window_is_a_page_too_short_is_noticed(serve, rule, prom
         )
 
 
-@pytest.mark.parametrize(("fmt", "recipe"), [("int8", "int8"), ("k8v4", "k=int8,v=int4"), ("fp8", "fp8")])
+@pytest.mark.parametrize(
+    ("fmt", "recipe"),
+    [
+        ("int8", "int8"),
+        ("k8v4", "k=int8,v=int4"),
+        ("fp8", "fp8"),
+        ("int8_per_channel", "k=int8_per_channel,v=int8"),
+    ],
+)
 def test_every_format_follows_its_rule(serve, rule, prompts, fmt, recipe):
     answers = serve(fmt=fmt).generate(prompts, 40)
     all_follow(rule(recipe), answers)

@@ -27,6 +27,7 @@ def test_whatever_changes_the_bytes_changes_the_name(monkeypatch):
         name("int8"),
         name("k=int8,v=int4"),
         name("fp8"),
+        name("k=int8_per_channel,v=int8"),
         name(tokens=256),
         name(dtype=torch.float16),
         name(slab_bytes=8832),

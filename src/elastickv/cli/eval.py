@@ -9,9 +9,11 @@ import click
 
 from elastickv.cli.click_options import CALIBRATION, CPU_DEVICE, FLOAT32_DTYPE
 from elastickv.evaluation.evaluation_options import EvaluationOptions
+from elastickv.evaluation.generations.continuation_options import ContinuationOptions
 
 _REFERENCES = ("stock-quantized",)
 _DEFAULTS = EvaluationOptions()
+_GENERATION = ContinuationOptions()
 
 
 def _listed(numbers: tuple[float, ...]) -> str:
@@ -54,6 +56,21 @@ def _listed(numbers: tuple[float, ...]) -> str:
     show_default=True,
     help="Tokens decoded greedily after each window; 0: none.",
 )
+@click.option(
+    "--generate",
+    type=int,
+    default=_GENERATION.tokens,
+    show_default=True,
+    help="Tokens of long texts after each window, one greedy, others sampled; 0: none.",
+)
+@click.option(
+    "--samples", type=int, default=_GENERATION.samples, show_default=True, help="Texts that --generate samples a window."
+)
+@click.option("--temperature", type=float, default=_GENERATION.temperature, show_default=True, help="Of the samples; above 0.")
+@click.option(
+    "--top-p", type=float, default=_GENERATION.top_p, show_default=True, help="Probability that samples are taken from."
+)
+@click.option("--seed", type=int, default=_GENERATION.seed, show_default=True, help="Of the samples' random numbers.")
 @click.option("--tasks", help="RULER's synthetic tasks and others: all, or names with commas between.")
 @click.option(
     "--task-lengths",
@@ -184,6 +201,9 @@ def _options(arguments: dict[str, Any]) -> EvaluationOptions:
         needle_lengths=lengths,
         needle_depths=arguments["depths"],
         greedy_tokens=arguments["greedy"],
+        generation=ContinuationOptions(
+            *(arguments[name] for name in ("generate", "samples", "temperature", "top_p", "seed")),
+        ),
         reference=arguments["reference"] is not None,
         task_lengths=_numbers("task-lengths", arguments["task_lengths"], int),
         task_items=arguments["task_items"],

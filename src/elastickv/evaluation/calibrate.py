@@ -8,12 +8,13 @@ from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, layer_errors
-from elastickv.evaluation.layer_progress import Progress, layer_progress
+from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.texts import Text, windows
 from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS
 from elastickv.transformers.model_loading import Loaded, fingerprint
+from elastickv.transformers.model_support import sizes_of
 from elastickv.transformers.tokenization import text_prefix, text_tokens
 
 SCHEDULES = (1, 2, 4, 8, 16)
@@ -33,7 +34,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     Parameters
     ----------
     tokens : number of tokens of the text, from its beginning.
-    progress : called with (layers done, layers of all windows).
+    progress : called with (layers measured, layers of all windows).
 
     Raises
     ------
@@ -51,6 +52,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     rows = windows([text], loaded.tokenizer, width, max(1, min(tokens // width, available // own)))
     positions = _positions(width)
     measured: dict[int, list[LayerErrors]] = {}
+    total = len(rows) * len(sizes_of(loaded.model).elastic)
     heads: tuple[int, int, int] | None = None
 
     def measure(layer: int, inputs: LayerInputs) -> None:
@@ -60,9 +62,10 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
             raise UsageError(f"layers of {loaded.name} differ in their heads ({heads} and {sizes}): it cannot be calibrated")
         heads = sizes
         measured.setdefault(layer, []).append(layer_errors(inputs, FRACTIONS, SCHEDULES, RUN))
+        if progress is not None:
+            progress(sum(map(len, measured.values())), total)
 
-    watched = layer_progress(loaded.model, progress, len(rows))
-    with torch.inference_mode(), observed(loaded.model, positions, measure), watched:
+    with torch.inference_mode(), observed(loaded.model, positions, measure):
         for row in rows:
             ids = torch.tensor([row.ids], device=loaded.model.device)
             loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)

@@ -1,7 +1,7 @@
 """The whole evaluation: texts through full attention once, then through every recipe, KV format and selection."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -10,12 +10,15 @@ from elastickv.benchmark.environment import environment
 from elastickv.benchmark.reporter import Reporter
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
-from elastickv.evaluation.divergence import Divergence, divergence, end_tokens, greedy
 from elastickv.evaluation.evaluation_options import EvaluationOptions
 from elastickv.evaluation.format_paths import format_paths
+from elastickv.evaluation.generations.continuations import continuations
+from elastickv.evaluation.generations.divergence import Divergence, divergence, end_tokens
+from elastickv.evaluation.generations.generation_rows import generation_rows
 from elastickv.evaluation.metrics import fidelity
 from elastickv.evaluation.needle import ANSWER_TOKENS, Case, answered, cases
 from elastickv.evaluation.prefill import Prefill, prefill
+from elastickv.evaluation.recipe_parts import part_paths
 from elastickv.evaluation.recipes_by_ratio import Span
 from elastickv.evaluation.scored_windows import unscored, window_records
 from elastickv.evaluation.scoring import score
@@ -38,8 +41,15 @@ def evaluate(
     options: EvaluationOptions,
     calibration: ModelCalibration | None,
     progress: Reporter,
+    done: Collection[str] = (),
+    measured: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Return the result as JSON values; after Ctrl-C, what was finished by then, with `complete` false.
+
+    Parameters
+    ----------
+    done : names of caches that are left out, as rows have them: an earlier evaluation measured them.
+    measured : called after each row with what the result is so far, `complete` false.
 
     Raises
     ------
@@ -65,6 +75,8 @@ def evaluate(
         for length in options.needle_lengths
     ]
     subject.check_room(max([0, *options.contexts, *(n + ANSWER_TOKENS for n in options.needle_lengths)]))
+    generated = [context - options.scored + options.generation.tokens for context in options.contexts]
+    subject.check_room(max(generated, default=0), "a shorter `context`, or fewer tokens to `generate`")
     tasks = planned_tasks(subject, options)
     paths: dict[int, list[DecodePath]] = {}
     skipped, unmet = unscored(texts, options.window_count, haystacks), list[str]()
@@ -75,36 +87,55 @@ def evaluate(
     if unmet and paths and not any(path.figures["compress"] for of_context in paths.values() for path in of_context):
         raise UsageError("; ".join(dict.fromkeys(unmet)))
     skipped += unmet
-    started, complete = time.monotonic(), True
+    started = time.monotonic()
     rows: list[dict[str, Any]] = []
+    generations: list[dict[str, Any]] = []
     retrieval: list[dict[str, Any]] = []
     task_results: list[dict[str, Any]] = []
-    try:
-        for context, scored_windows in context_windows.items():
-            # A list that is extended holds what came before an interrupt.
-            rows.extend(_context_rows(subject, context, scored_windows, paths[context], options, progress))
-        retrieval.extend(_retrieval(subject, prompts, options, progress) for prompts in needles)
-        task_results.extend(task_rows(subject, tasks, lambda span: _paths(subject, options, span), progress))
-    except KeyboardInterrupt:
-        if not rows and not retrieval and not task_results:
-            raise
-        complete = False
-    return {
-        "kind": KIND,
-        "version": VERSION,
-        "complete": complete,
+
+    described = {
         "environment": environment() | {"transformers": _version("transformers"), "torch": _version("torch")},
         "model": subject.described(),
         **window_records(texts, loaded.tokenizer, context_windows, options.scored, haystacks),
         "calibration": None if calibration is None else {"text": calibration.text, "tokens": calibration.tokens},
         "options": _plain(options),
         "skipped": skipped,
-        "rows": rows,
-        "needle": retrieval,
-        **({"tasks": task_results} if options.tasks or options.datasets else {}),
-        "suggestion": None if options.tolerance is None or not complete else suggest(rows, options.tolerance),
-        "seconds": time.monotonic() - started,
     }
+
+    def result(complete: bool) -> dict[str, Any]:
+        return {
+            "kind": KIND,
+            "version": VERSION,
+            "complete": complete,
+            **described,
+            "rows": rows,
+            "generations": generations,
+            "needle": retrieval,
+            **({"tasks": task_results} if options.tasks or options.datasets else {}),
+            "suggestion": None if options.tolerance is None or not complete else suggest(rows, options.tolerance),
+            "seconds": time.monotonic() - started,
+        }
+
+    try:
+        for context, scored_windows in context_windows.items():
+            wanted = [path for path in paths[context] if path.name not in done]
+            start = _prefill(subject, context, scored_windows, options, progress)
+            for row in _context_rows(subject, context, scored_windows, start, wanted, options, progress):
+                rows.append(row)
+                if measured is not None:
+                    measured(result(complete=False))
+            for row in generation_rows(subject, scored_windows, start, wanted, options.generation, progress):
+                generations.append(row)
+                if measured is not None:
+                    measured(result(complete=False))
+            del start
+        retrieval.extend(_retrieval(subject, prompts, options, progress) for prompts in needles)
+        task_results.extend(task_rows(subject, tasks, lambda span: _paths(subject, options, span), progress))
+    except KeyboardInterrupt:
+        if not rows and not retrieval and not task_results:
+            raise
+        return result(complete=False)
+    return result(complete=True)
 
 
 def _windows(subject: Subject, texts: Sequence[Text], options: EvaluationOptions, context: int) -> list[Window]:
@@ -116,33 +147,37 @@ def _windows(subject: Subject, texts: Sequence[Text], options: EvaluationOptions
 def _paths(subject: Subject, options: EvaluationOptions, span: Span) -> tuple[list[DecodePath], list[str]]:
     """Return the decode paths at one context, and the reasons why a ratio or a selection has none."""
     paths, reasons = decode_paths(subject, options.ratios, span, options.reference)
-    selected, unselected = selection_paths(subject, options.selections, options.ratios, span)
+    parts = part_paths(subject, options.parts, span)
     formats = format_paths(subject, options.formats, options.exact_tokens, span)
-    return [*paths, *selected, *formats], [*reasons, *unselected]
+    selected, unselected = selection_paths(subject, options.selections, options.ratios, span)
+    return [*paths, *parts, *formats, *selected], [*reasons, *unselected]
 
 
 def _depths(count: int) -> list[float]:
     return [i / max(1, count - 1) for i in range(count)]
 
 
+def _prefill(subject: Subject, context: int, rows: Sequence[Window], options: EvaluationOptions, progress: Reporter) -> Prefill:
+    progress.phase(f"full attention over {len(rows)} windows of {context} tokens")
+    stored = context - options.scored - 1
+    return prefill(subject.model, [row.ids[:-1] for row in rows], stored, options.scored, progress.progress)
+
+
 def _context_rows(
     subject: Subject,
     context: int,
     rows: Sequence[Window],
+    start: Prefill,
     paths: Sequence[DecodePath],
     options: EvaluationOptions,
     progress: Reporter,
 ) -> Iterator[dict[str, Any]]:
-    progress.phase(f"full attention over {len(rows)} windows of {context} tokens")
-    start = prefill(
-        subject.model, [row.ids[:-1] for row in rows], context - options.scored - 1, options.scored, progress.progress
-    )
     following = [row.ids[start.tokens] for row in rows]
     full = None
     if options.greedy_tokens:
         progress.phase(f"full attention continues {len(rows)} windows of {context} tokens")
         stock: Callable[..., Any] = lambda begun, _: sessions.stock(subject.model, begun)  # noqa: E731
-        full = greedy(following, start, stock, options.greedy_tokens, progress.progress)
+        full = continuations(following, start, stock, options.greedy_tokens, progress.progress)
     for path in paths:
         progress.phase(f"{path.name} at {context} tokens")
         began = time.monotonic()
@@ -151,7 +186,7 @@ def _context_rows(
         row |= {"windows": len(rows), "scored_tokens": len(rows) * options.scored, "seconds": time.monotonic() - began}
         if full is not None:
             progress.phase(f"{path.name} continues them")
-            generated = greedy(following, start, path.decoding, options.greedy_tokens, progress.progress)
+            generated = continuations(following, start, path.decoding, options.greedy_tokens, progress.progress)
             row["greedy"] = _greedy(divergence(full, generated, end_tokens(subject.model)))
         yield row
 

@@ -1,11 +1,13 @@
 """The options of an evaluation and of a calibration, in a module that needs no PyTorch: the command line shows them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from elastickv.evaluation.exact_tokens import ExactTokens
+from elastickv.evaluation.generations.continuation_options import ContinuationOptions
 from elastickv.evaluation.suggestion import Tolerance
 
 CALIBRATION_TOKENS = 16384
+PARTS_METHOD = "our pages in 16 bit"  # the selection of a recipe alone: a reference, which no cache offers
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,12 @@ class EvaluationOptions:
     needle_depths : depths at each length, evenly from the beginning to the end.
     needle_texts : number of texts that serve as haystacks, each with one prompt per depth.
     greedy_tokens : tokens decoded greedily after each window's prefill; 0 to skip.
+    generation : long texts after each window's prefill.
     reference : whether Transformers' quantized cache is measured too.
     formats : KV formats to measure: names of published ones, or recipes.
     exact_tokens : sinks and window of all these formats; None for each format's own.
     selections : names of published selections to measure at each ratio above 1.
+    parts : ratios whose recipes are measured in parts too: formats alone, selection alone.
     tasks : names of tasks to measure.
     task_lengths : tokens of a task's prompt and answer together.
     task_items : items of each task and length.
@@ -42,10 +46,12 @@ class EvaluationOptions:
     needle_depths: int = 5
     needle_texts: int = 1
     greedy_tokens: int = 16
+    generation: ContinuationOptions = field(default_factory=ContinuationOptions)
     reference: bool = False
     formats: tuple[str, ...] = ()
     exact_tokens: ExactTokens | None = None
     selections: tuple[str, ...] = ()
+    parts: tuple[float, ...] = ()
     tasks: tuple[str, ...] = ()
     task_lengths: tuple[int, ...] = (4096,)
     task_items: int = 20

@@ -10,14 +10,15 @@ from typing import Any, TypeAlias
 
 import torch
 
-from elastickv.kvcache.quantize import INT4_LEVELS, quantize_int4_keys, stored_values
+from elastickv.evaluation.tensor_codecs import channel_scales, stored_rows
+from elastickv.kvcache.quantize import INT4_LEVELS
 from elastickv.kvcache.scorers.bounds import SPAN
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS, selected
 
 Tensor: TypeAlias = Any  # torch.Tensor: the type checker does not follow PyTorch
-KEY_FORMATS = ("int8", "fp8", "int4")
+KEY_FORMATS = ("int8", "int8_per_channel", "fp8", "int4")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ def layer_errors(
     values: dict[str, list[float]] = {name: [] for name in value_formats(head_dim)}
     regions = _QueryRegions(inputs.positions, inputs.keys.shape[1], sinks, window)
     lists = [(steps, fraction) for steps in schedules for fraction in fractions if fraction != 1]
+    stored_keys = {name: regions.stored(inputs.keys, name, False, head_dim) for name in keys}
+    formats = [name.partition("/") for name in values]
+    stored_values = [regions.stored(inputs.values, fmt, True, int(group or head_dim)) for fmt, _, group in formats]
     for number in range(kv_heads):
         head = _Head(inputs, number, regions)
         measured = head.errors(head.without(regions.left_out(head.rank, lists, run))) if lists else []
@@ -91,10 +95,9 @@ def layer_errors(
             for fraction in fractions:
                 pages[steps][fraction].append(of_lists.get((steps, fraction), 0.0))
         for name, row in keys.items():
-            row.append(*head.errors(head.with_keys(regions.stored(inputs.keys[number], name, False, head_dim))))
-        formats = [name.partition("/") for name in values]
-        stored = [regions.stored(inputs.values[number], fmt, True, int(group or head_dim)) for fmt, _, group in formats]
-        for row, error in zip(values.values(), head.errors(head.with_values(stored)), strict=True):
+            row.append(*head.errors(head.with_keys(stored_keys[name][number])))
+        of_formats = head.errors(head.with_values([stored[number] for stored in stored_values]))
+        for row, error in zip(values.values(), of_formats, strict=True):
             row.append(error)
     return LayerErrors(pages, keys, values)
 
@@ -111,6 +114,7 @@ class _QueryRegions:
         # (positions, tokens) and (positions, pages).
         self.unseen = torch.arange(tokens, device=positions.device) > positions[:, None]
         self.is_cold = torch.arange(self.pages, device=positions.device) < self._cold[:, None]
+        self._counts: dict[float, Tensor] = {}
 
     def left_out(self, rank: Tensor, lists: Sequence[tuple[int, float]], run: int) -> Tensor:
         """Return (positions, lists, pages): whether a step leaves a page out.
@@ -123,10 +127,7 @@ class _QueryRegions:
         lists : (steps from one anchor to the next, share of the cold pages).
         """
         here = torch.arange(len(rank), device=rank.device)
-        counts = {
-            fraction: torch.tensor([selected(pages, fraction) for pages in self._cold.tolist()], device=rank.device)
-            for fraction in {fraction for _, fraction in lists}
-        }
+        counts = {fraction: self._selected(fraction) for _, fraction in lists}
         left_out = torch.empty(len(rank), len(lists), self.pages, dtype=torch.bool, device=rank.device)
         for number, (steps, fraction) in enumerate(lists):
             anchor = here - here % run % steps
@@ -134,11 +135,17 @@ class _QueryRegions:
             left_out[:, number] = self.is_cold & self.is_cold[anchor] & ~chosen
         return left_out
 
+    def _selected(self, fraction: float) -> Tensor:
+        """Return (positions,) numbers of pages that a step selects of its cold ones; computed once for all heads."""
+        if fraction not in self._counts:
+            counts = [selected(pages, fraction) for pages in self._cold.tolist()]
+            self._counts[fraction] = torch.tensor(counts, device=self._cold.device)
+        return self._counts[fraction]
+
     def stored(self, rows: Tensor, fmt: str, value: bool, group: int) -> Tensor:
-        """Return (tokens, head_dim) rows with the tokens that are cold for the last query read back from a format."""
-        cold = stored_values(rows[self.cold_tokens].cpu().numpy(), fmt, value, group)
+        """Return (kv_heads, tokens, head_dim) rows with the tokens that are cold for the last query read back from a format."""
         whole = rows.clone()
-        whole[self.cold_tokens] = torch.from_numpy(cold).to(rows)
+        whole[:, self.cold_tokens] = stored_rows(rows[:, self.cold_tokens], fmt, value, group)
         return whole
 
 
@@ -179,8 +186,7 @@ class _Head:
         """Return (positions, pages): 0 for the page that scores best, as `kvcache.scorers.bounds` scores."""
         regions = self._regions
         paged = self._keys[regions.cold_tokens].unflatten(0, (regions.pages, PAGE_TOKENS))
-        _, scales, zeros = quantize_int4_keys(paged.cpu().numpy())
-        s, z = (torch.from_numpy(plane.astype("float32")).to(self._keys) for plane in (scales, zeros))
+        s, z = channel_scales(paged)
         signed, size = self._queries.sum(0), self._queries.abs().sum(0)
         scores = signed @ z.T + INT4_LEVELS / 2 * ((signed + SPAN * size) @ s.T)
         scores = scores.masked_fill(~regions.is_cold, -torch.inf)

@@ -64,15 +64,15 @@ def fidelity(scores: Scores, seed: int = 0) -> Fidelity:
     """
     change = (scores.nll - scores.full_nll).mean(axis=1)
     return Fidelity(
-        bootstrap_mean(change, lambda mean: 100 * np.expm1(mean), seed),
-        bootstrap_mean(scores.kl.mean(axis=1), lambda mean: mean, seed),
-        bootstrap_mean(scores.same_top.mean(axis=1), lambda mean: 100 * mean, seed),
+        estimate(change, seed, lambda mean: 100 * np.expm1(mean)),
+        estimate(scores.kl.mean(axis=1), seed),
+        estimate(scores.same_top.mean(axis=1), seed, lambda mean: 100 * mean),
         float(np.exp(scores.full_nll.mean())),
     )
 
 
-def bootstrap_mean(figures: Float64, shown: Callable[[Float64], Float64], seed: int = 0) -> Estimate:
-    """Return a function of the mean of independent figures with its 95 % percentile bootstrap interval (Efron 1979).
+def estimate(figures: Float64, seed: int = 0, shown: Callable[[Float64], Float64] = lambda mean: mean) -> Estimate:
+    """Return the mean of independent figures with its 95 % percentile bootstrap interval (Efron 1979).
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.evaluation.divergence import greedy
+from elastickv.evaluation.generations.continuations import continuations
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.prefill import Prefill
 from elastickv.evaluation.scoring import Open
@@ -84,6 +84,6 @@ def answered(
     ----------
     start : of the prompts without their last token.
     """
-    answers = greedy([row.ids[-1] for row in rows], start, decoding, ANSWER_TOKENS, progress)
+    answers = continuations([row.ids[-1] for row in rows], start, decoding, ANSWER_TOKENS, progress)
     texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
     return [text.strip(" :\n*").startswith(row.key) for text, row in zip(texts, rows, strict=True)]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -24,9 +24,10 @@ class Prefill:
     Attributes
     ----------
     keys, values : for each layer a (rows, kv_heads, tokens, head_dim) tensor; None for layers without attention.
-    logits : (rows, positions, vocabulary) float32, of the last positions that were read.
+    logits : (rows, positions, vocabulary) float32 on the model's device, of the last positions that were read.
     ids : the token ids of each row in keys and values.
     states : layer -> Transformers' own layer with its state after these tokens, where the layer has no attention.
+    copies : how many rows of a cache each row fills, one after the other.
     """
 
     keys: list[Tensor]
@@ -34,11 +35,16 @@ class Prefill:
     logits: Tensor
     ids: Sequence[Sequence[int]] = ()
     states: dict[int, Any] = field(default_factory=dict)
+    copies: int = 1
+
+    def repeated(self, copies: int) -> "Prefill":
+        """Return these rows, each `copies` times in a row, in the same memory; the logits are left out."""
+        return replace(self, logits=self.logits[:, :0], copies=self.copies * copies)
 
     @property
     def rows(self) -> int:
-        """Sequences."""
-        return int(self._of_attention.shape[0])
+        """Rows of a cache that is filled."""
+        return self.copies * int(self._of_attention.shape[0])
 
     @property
     def tokens(self) -> int:
@@ -59,8 +65,17 @@ class Prefill:
         for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             if number in self.states:
                 layers[number] = copy.deepcopy(self.states[number])
+                if self.copies > 1:
+                    layers[number].reorder_cache(torch.arange(self.rows) // self.copies)
+            elif self.copies > 1:
+                hold(layers[number], *(each.repeat_interleave(self.copies, dim=0) for each in (keys, values)))
             else:
                 hold(layers[number], keys, values)
+
+
+def has_attention_everywhere(model: Any) -> bool:
+    """Return whether every layer has keys and values, of all tokens or of a window, and none has a state."""
+    return all(type(layer) in _ATTENTION for layer in stock_layers(text_config(model)))
 
 
 def prefill(
@@ -76,9 +91,9 @@ def prefill(
     rows : token ids, all rows of one length.
     stored_tokens : number of first positions of which keys and values are returned.
     logit_count : number of last positions of which logits are returned.
-    progress : called with (layers done, layers of all rows), or tokens where they are read one by one.
+    progress : called with (layers done, layers of all rows), or rows on a GPU, or tokens where they are read one by one.
     """
-    if all(type(layer) in _ATTENTION for layer in stock_layers(text_config(model))):
+    if has_attention_everywhere(model):
         return _row_by_row(model, rows, stored_tokens, logit_count, progress)
     return _step_by_step(model, rows, stored_tokens, logit_count, progress)
 
@@ -88,7 +103,7 @@ def _row_by_row(
 ) -> Prefill:
     keys: list[Tensor] = []
     values: list[Tensor] = []
-    logits = torch.empty(len(rows), logit_count, text_config(model).vocab_size)
+    logits = torch.empty(len(rows), logit_count, text_config(model).vocab_size, device=model.device)
     with torch.inference_mode(), layer_progress(model, progress, len(rows)):
         for number, row in enumerate(rows):
             # Without a configuration all layers keep all tokens; a layer with a window is masked to it.
@@ -101,6 +116,8 @@ def _row_by_row(
                         states.append(store.keys.new_empty(len(rows), store.keys.shape[1], stored_tokens, store.keys.shape[3]))
                 keys[layer][number] = store.keys[0, :, :stored_tokens]
                 values[layer][number] = store.values[0, :, :stored_tokens]
+            if progress is not None and model.device.type != "cpu":
+                progress(number + 1, len(rows))
     return Prefill(keys, values, logits, [row[:stored_tokens] for row in rows])
 
 
@@ -117,7 +134,7 @@ def _step_by_step(
             for name in ("keys", "values")
         )
         states = {n: copy.deepcopy(layer) for n, (layer, own) in enumerate(zip(cache.layers, has_keys, strict=True)) if not own}
-        logits = torch.empty(len(rows), ids.shape[1] - stored_tokens, text_config(model).vocab_size)
+        logits = torch.empty(len(rows), ids.shape[1] - stored_tokens, text_config(model).vocab_size, device=model.device)
         for step in range(logits.shape[1]):
             if progress is not None:
                 progress(step, logits.shape[1])

@@ -8,7 +8,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.kv_selections.prompt_observation import prompt_scores
 from elastickv.evaluation.kv_selections.published_selections import selection_of
-from elastickv.evaluation.kv_selections.reference_selection import LayerPrompt, SelectionPlan, plan_selection, token_bytes
+from elastickv.evaluation.kv_selections.reference_selection import SelectionPlan, plan_selection, token_bytes
 from elastickv.evaluation.prefill import Prefill, Tensor
 from elastickv.evaluation.recipes_by_ratio import Span
 from elastickv.evaluation.subject import DecodePath, Subject
@@ -35,6 +35,7 @@ def selection_paths(
     for name in names:
         selection = selection_of(name)
         selection.prepare(subject.model)
+        scored = _PromptScores(subject.model)
         for ratio in budgets:
             try:
                 chosen = plan_selection(selection, ratio, span, subject.layers, subject.head_dim)
@@ -42,25 +43,39 @@ def selection_paths(
                 reasons.append(str(error))
                 continue
             figures = _figures(subject, chosen, span)
-            paths.append(DecodePath(f"{name} C={ratio:g}", _SelectedDecoding(subject.model, chosen), figures))
+            paths.append(DecodePath(f"{name} C={ratio:g}", _SelectedDecoding(subject.model, chosen, scored), figures))
     return paths, reasons
 
 
-class _SelectedDecoding:
-    """Opens sessions; the scores of the latest prefill are reused."""
+class _PromptScores:
+    """Scores of the latest prefill, which all budgets share unless a selection scores for its size.
 
-    def __init__(self, model: Any, chosen: SelectionPlan) -> None:
-        self._model, self._chosen = model, chosen
-        self._start: Prefill | None = None
+    Whichever copies of the prefill's rows are decoded, each row is scored once.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._of: tuple[Prefill, int | None] | None = None
         self._scores: dict[int, Tensor] = {}
 
-    def __call__(self, start: Prefill, tokens: int) -> AbstractContextManager[sessions.DecodingSession]:
-        if self._chosen.selection.reads_prompt and self._start is not start:
-            self._scores, self._start = prompt_scores(self._model, start, self._score), start
-        return sessions.selected(self._model, self._chosen, self._scores, start)
+    def __call__(self, start: Prefill, chosen: SelectionPlan) -> dict[int, Tensor]:
+        """Return layer -> (rows, kv_heads, tokens) scores; empty where a selection needs none."""
+        selection, size = chosen.selection, chosen.size
+        of = (start, size if selection.scores_for_size else None)
+        if selection.reads_prompt and (self._of is None or self._of[0].keys is not start.keys or self._of[1] != of[1]):
+            self._scores = prompt_scores(self._model, start, lambda prompt: selection.prompt_scores(size, prompt))
+            self._of = of
+        return {number: rows.repeat_interleave(start.copies, dim=0) for number, rows in self._scores.items()}
 
-    def _score(self, prompt: LayerPrompt) -> Tensor:
-        return self._chosen.selection.prompt_scores(self._chosen.size, prompt)
+
+class _SelectedDecoding:
+    """Opens sessions."""
+
+    def __init__(self, model: Any, chosen: SelectionPlan, scored: _PromptScores) -> None:
+        self._model, self._chosen, self._scored = model, chosen, scored
+
+    def __call__(self, start: Prefill, tokens: int) -> AbstractContextManager[sessions.DecodingSession]:
+        return sessions.selected(self._model, self._chosen, self._scored(start, self._chosen), start)
 
 
 def _figures(subject: Subject, chosen: SelectionPlan, span: Span) -> dict[str, Any]:

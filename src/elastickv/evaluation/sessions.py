@@ -12,9 +12,10 @@ from transformers.cache_utils import DynamicLayer
 from elastickv.errors import UsageError
 from elastickv.evaluation.kv_formats.format_layer import FormatLayer, SixteenBitLayer
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
+from elastickv.evaluation.kv_selections.recipe_pages import RecipePages
 from elastickv.evaluation.kv_selections.reference_selection import SelectionPlan
 from elastickv.evaluation.kv_selections.selected_layer import SelectedLayer
-from elastickv.evaluation.prefill import Prefill, Tensor
+from elastickv.evaluation.prefill import Prefill, Tensor, has_attention_everywhere
 from elastickv.recipe import Recipe
 from elastickv.transformers.attention import IMPLEMENTATION
 from elastickv.transformers.cache import ElasticCache
@@ -27,20 +28,34 @@ _PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
 class DecodingSession(Protocol):
-    """Rows that grow by one token at each step."""
+    """Rows that grow by one token at each step.
+
+    Attributes
+    ----------
+    takes_several : whether `read` takes several tokens a row.
+    """
+
+    takes_several: bool
 
     def step(self, ids: Tensor) -> Tensor:
         """Feed one (rows,) token id to every row; return the (rows, vocabulary) float32 logits that follow."""
 
+    def read(self, ids: Tensor) -> Tensor:
+        """Feed (rows, tokens) ids, each token as a step would read it; return (rows, tokens, vocabulary) float32 logits."""
+
 
 class _SteppedModel:
-    def __init__(self, model: Any, cache: Any) -> None:
+    def __init__(self, model: Any, cache: Any, takes_several: bool = False) -> None:
         self._model, self._cache = model, cache
+        self.takes_several = takes_several
 
     def step(self, ids: Tensor) -> Tensor:
+        return self.read(ids[:, None])[:, -1]
+
+    def read(self, ids: Tensor) -> Tensor:
         with torch.inference_mode():
-            inputs = ids.to(self._model.device)[:, None]
-            return self._model(input_ids=inputs, use_cache=True, **{CACHE_ARGUMENT: self._cache}).logits[:, -1].float()
+            inputs = ids.to(self._model.device)
+            return self._model(input_ids=inputs, use_cache=True, **{CACHE_ARGUMENT: self._cache}).logits.float()
 
 
 @contextmanager
@@ -70,14 +85,18 @@ def stock(model: Any, start: Prefill) -> Iterator[DecodingSession]:
 
 @contextmanager
 def published(model: Any, stored_as: ReferenceFormat, start: Prefill) -> Iterator[DecodingSession]:
-    """Decode with a published KV format in the layers with full attention; the others keep Transformers' own."""
+    """Decode with a published KV format in the layers with full attention; the others keep Transformers' own.
+
+    The model is restored on exit.
+    """
     cache = transformers.DynamicCache(config=model.config)
     exact = stored_as.exact_layers(len(cache.layers))
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[number] = SixteenBitLayer() if number in exact else FormatLayer(stored_as)
+            cache.layers[number] = SixteenBitLayer() if number in exact else FormatLayer(stored_as, number)
     start.fill(cache.layers, _update)
-    yield _SteppedModel(model, cache)
+    with _attending_layers(model) as takes_several:
+        yield _SteppedModel(model, cache, takes_several)
 
 
 @contextmanager
@@ -95,10 +114,36 @@ def selected(model: Any, chosen: SelectionPlan, scores: Mapping[int, Tensor], st
     for number in full[chosen.dense_layers :]:
         cache.layers[number] = SelectedLayer(number, chosen.selection.layer(chosen.size, scores.get(number)))
     start.fill(cache.layers, _update)
+    with _attending_layers(model) as takes_several:
+        yield _SteppedModel(model, cache, takes_several)
+
+
+@contextmanager
+def recipe_pages(model: Any, recipes: Sequence[Recipe], start: Prefill) -> Iterator[DecodingSession]:
+    """Decode with 16-bit keys and values, of which a step reads the pages that recipes select; restore the model on exit.
+
+    Parameters
+    ----------
+    recipes : one for each layer with full attention; one that selects no pages reads everything.
+    """
+    cache = transformers.DynamicCache(config=model.config)
+    full = [number for number, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
+    for place, (number, recipe) in enumerate(zip(full, recipes, strict=True)):
+        offset = recipe.layer_anchor_offset(place, len(full))
+        selects = recipe.selection == "pages"
+        cache.layers[number] = SelectedLayer(number, RecipePages(recipe, offset)) if selects else SixteenBitLayer()
+    start.fill(cache.layers, _update)
+    with _attending_layers(model) as takes_several:
+        yield _SteppedModel(model, cache, takes_several)
+
+
+@contextmanager
+def _attending_layers(model: Any) -> Iterator[bool]:
+    """Let layers of references attend; return whether these may take several tokens: a state is followed one by one."""
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(IMPLEMENTATION)
-        yield _SteppedModel(model, cache)
+        yield has_attention_everywhere(model)
     finally:
         model.set_attn_implementation(before)
 

@@ -43,13 +43,11 @@ class Subject:
         """Number of layers with full attention."""
         return len(self.elastic)
 
-    def check_room(self, tokens: int) -> None:
+    def check_room(self, tokens: int, advice: str = "a shorter `context`") -> None:
         """Refuse more tokens than the model has positions."""
         most = self.positions
         if most is not None and tokens > most:
-            raise UsageError(
-                f"{tokens} tokens are needed and {self.loaded.name} has {most} positions: give a shorter `context`"
-            )
+            raise UsageError(f"{tokens} tokens are needed and {self.loaded.name} has {most} positions: give {advice}")
 
     def described(self) -> dict[str, Any]:
         """Return what the result says of the model."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from elastickv.html_report.comparisons.format_losses import ComparedFormats, compared_formats
+from elastickv.html_report.comparisons.method_losses import ComparedMethods, compared_methods, front, stored_bits
 from elastickv.html_report.method_labels import step_label
 from elastickv.html_report.report_data import Evaluation, IntervalEstimate, ModelRun, ReportData, Serving, Soak, Step
 from elastickv.html_report.serving_results import fastest_step
@@ -171,7 +171,7 @@ def _of_unmeasured(cells: Sequence[UnmeasuredCell]) -> Headline:
 
 def _of_evaluation(evaluation: Evaluation) -> Headline:
     measured = [loss for loss in evaluation.caches if loss.read is not None]
-    compared = compared_formats([evaluation])
+    compared = [each for each in compared_methods([evaluation]) if each.formats]
     if not measured and compared:
         return _of_formats(evaluation, max(compared, key=lambda each: each.context))
     if not measured:
@@ -195,16 +195,17 @@ def _of_evaluation(evaluation: Evaluation) -> Headline:
     return Headline(evaluation.provenance.source, sentence, tiles, [evaluation.suggestion] if evaluation.suggestion else ())
 
 
-def _of_formats(evaluation: Evaluation, compared: ComparedFormats) -> Headline:
-    least, most = (choose(compared.losses, key=lambda loss: loss.kl.estimate) for choose in (min, max))
-    bits = [loss.stored_bits or 0.0 for loss in compared.losses]
+def _of_formats(evaluation: Evaluation, compared: ComparedMethods) -> Headline:
+    losses = compared.formats
+    least, most = (choose(losses, key=lambda loss: loss.kl.estimate) for choose in (min, max))
+    bits = [loss.stored_bits or 0.0 for loss in losses]
     sentence = (
-        f"{evaluation.model} decodes with {len(compared.losses)} KV formats at {compared.context} tokens, of {min(bits):.2f} "
+        f"{evaluation.model} decodes with {len(losses)} KV formats at {compared.context} tokens, of {min(bits):.2f} "
         f"to {max(bits):.2f} stored bits an element; the KL divergence of its predictions is from {least.kl.estimate:.2g} "
         f"({least.cache}) to {most.kl.estimate:.2g} nats a token ({most.cache}). No speed was measured in these files."
     )
-    front = compared.front[:_MOST_TILES]
-    tiles = [(loss.cache, f"{loss.stored_bits:.2f} bits", f"KL {loss.kl.estimate:.2g}") for loss in front]
+    best = front([one for one in compared.losses if one.loss.stored_bits is not None], stored_bits)[:_MOST_TILES]
+    tiles = [(one.loss.cache, f"{one.stored_bits:.2f} bits", f"KL {one.loss.kl.estimate:.2g}") for one in best]
     return Headline(evaluation.provenance.source, sentence, tiles, ())
 
 

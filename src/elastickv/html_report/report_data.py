@@ -11,7 +11,7 @@ from elastickv.benchmark.roofline import RooflinePoint
 from elastickv.results.compare.result_sets import cells_by_name
 from elastickv.results.compare.runs import OutputErrors
 from elastickv.results.documents import Document
-from elastickv.results.kinds.evaluation_result import TaskRow
+from elastickv.results.kinds.evaluation_result import GenerationRow, TaskRow
 from elastickv.results.kinds.gguf_result import OurFormat
 from elastickv.results.kinds.model_result import QualityDelta
 from elastickv.results.kinds.original_result import OriginalResult
@@ -260,6 +260,7 @@ class Evaluation:
     losses: Sequence[Loss]
     needles: Sequence[Needle]
     suggestion: str
+    generations: Sequence[GenerationRow] = ()
     tasks: Sequence[TaskRow] = ()
 
     @property

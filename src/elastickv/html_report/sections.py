@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable
 
-from elastickv.html_report.comparisons.format_section import formats
-from elastickv.html_report.comparisons.selection_section import selections
+from elastickv.html_report.comparisons.frontier_section import frontier
+from elastickv.html_report.comparisons.generation_section import generations
 from elastickv.html_report.comparisons.task_section import tasks
 from elastickv.html_report.content import Content, Section
 from elastickv.html_report.cost_sections import fidelity, memory, models, needle
@@ -20,8 +20,8 @@ SECTIONS: tuple[Callable[[ReportData], Section], ...] = (
     roofline,
     time,
     fidelity,
-    formats,
-    selections,
+    frontier,
+    generations,
     needle,
     tasks,
     models,

@@ -1,8 +1,9 @@
 """The quantizers, bit for bit: every backend must produce these codes and scales.
 
 Scales are rounded to 16 bits before the codes are chosen, and always outward, so that every finite input lies within the range
-of the codes, up to half a unit in the last place of float32, in which the range is computed. int4 keys are finite up to 65504,
-and so are int4 values whose group spans what float32 can hold. A NaN does not count for the range that a page shares.
+of the codes, up to half a unit in the last place of float32, in which the range is computed. Keys in a format with scales of
+channels are finite up to 65504, and so are int4 values whose group spans what float32 can hold. A NaN does not count for the
+range that a page shares.
 
 `CODECS` has the quantizer of every format with scales. A new format adds a line there.
 """
@@ -19,6 +20,7 @@ from elastickv.recipe.formats import FORMATS, PAGE_TOKENS
 
 INT8_LEVELS = int(FORMATS["int8"].largest_code)
 INT4_LEVELS = int(FORMATS["int4"].largest_code)
+INT8_PER_CHANNEL_LEVELS = int(FORMATS["int8_per_channel"].largest_code)
 FP8_MAX = float(FORMATS["fp8"].largest_code)
 
 Planes = tuple[NDArray[Any], ...]
@@ -48,6 +50,17 @@ class Codec:
     ) -> "Codec":
         """Return the codec of a format that stores K and V alike."""
         return cls(quantize, dequantize, lambda rows, group: quantize(rows), dequantize)
+
+    @classmethod
+    def of_keys(
+        cls, quantize: Callable[[NDArray[np.float32]], Planes], dequantize: Callable[..., NDArray[np.float64]]
+    ) -> "Codec":
+        """Return the codec of a format that stores keys only: a recipe cannot name it for values."""
+
+        def no_values(*planes: Any) -> Any:
+            raise ValueError("the format stores keys only")
+
+        return cls(quantize, dequantize, no_values, no_values)
 
 
 def quantize_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
@@ -91,16 +104,29 @@ def quantize_int4_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.
     codes : (..., 32, head_dim) uint8, 0 to 15: round-half-even of (x - zero) / scale.
     scales, zeros : (..., head_dim); x is about scale * code + zero.
     """
-    x = np.asarray(pages, dtype=np.float32)
-    zeros = _float16_towards(np.fmin.reduce(x, axis=-2), -np.inf)
-    wide = zeros.astype(np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        scales = _float16_towards((np.fmax.reduce(x, axis=-2) - wide) / np.float32(INT4_LEVELS), np.inf)
-    return _int4_codes(x, scales.astype(np.float32)[..., None, :], wide[..., None, :]), scales, zeros
+    return _channels(pages, INT4_LEVELS)
 
 
-def dequantize_int4_keys(codes: ArrayLike, scales: ArrayLike, zeros: ArrayLike) -> NDArray[np.float64]:
-    """Return codes x scales + zeros as float64; shapes as `quantize_int4_keys` returns them."""
+def quantize_int8_keys_per_channel(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+    """Quantize each channel of a page to 8 bits with a float16 scale and zero, as `quantize_int4_keys` does.
+
+    A channel's bias is in its zero, which is exact for 16-bit keys of a magnitude of 2^-14 or more: the error of a key depends
+    on the range of its own channel in the page alone. After KIVI (Liu et al. 2024), which stores keys so in 2 and 4 bits.
+
+    Parameters
+    ----------
+    pages : (..., 32, head_dim) float32, of a magnitude up to 65504.
+
+    Returns
+    -------
+    codes : (..., 32, head_dim) uint8, 0 to 255: round-half-even of (x - zero) / scale.
+    scales, zeros : (..., head_dim); x is about scale * code + zero.
+    """
+    return _channels(pages, INT8_PER_CHANNEL_LEVELS)
+
+
+def dequantize_channels(codes: ArrayLike, scales: ArrayLike, zeros: ArrayLike) -> NDArray[np.float64]:
+    """Return codes x scales + zeros as float64; shapes as quantizers of keys with scales of channels return them."""
     wide, base = (np.asarray(plane, np.float16).astype(np.float64)[..., None, :] for plane in (scales, zeros))
     return np.asarray(np.asarray(codes) * wide + base, np.float64)
 
@@ -123,7 +149,7 @@ def quantize_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8]
     wide = from_bf16_bits(zeros)
     with np.errstate(invalid="ignore", over="ignore"):
         scales = _bf16_bits_towards((grouped.max(axis=-1) - wide) / np.float32(INT4_LEVELS), np.inf)
-    codes = _int4_codes(grouped, from_bf16_bits(scales)[..., None], wide[..., None])
+    codes = _affine_codes(grouped, from_bf16_bits(scales)[..., None], wide[..., None], INT4_LEVELS)
     return codes.reshape(x.shape), scales, zeros
 
 
@@ -164,7 +190,8 @@ def dequantize_fp8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
 CODECS: dict[str, Codec] = {
     "int8": Codec.of_both(quantize_int8, dequantize_int8),
     "fp8": Codec.of_both(quantize_fp8, dequantize_fp8),
-    "int4": Codec(quantize_int4_keys, dequantize_int4_keys, quantize_int4_values, dequantize_int4_values),
+    "int4": Codec(quantize_int4_keys, dequantize_channels, quantize_int4_values, dequantize_int4_values),
+    "int8_per_channel": Codec.of_keys(quantize_int8_keys_per_channel, dequantize_channels),
 }
 
 
@@ -186,16 +213,28 @@ def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray
     if stored.is_float:
         return x.astype(np.float64)
     codec = CODECS[fmt]
-    by_row = (stored.values if value else stored.keys).by_row
+    layout = stored.values if value else stored.keys
+    by_row = layout is not None and layout.by_row
     pages = x if by_row else x.reshape(len(x) // PAGE_TOKENS, PAGE_TOKENS, x.shape[-1])
     if value:
         return codec.dequantize_values(*codec.quantize_values(pages, group)).reshape(x.shape)
     return codec.dequantize_keys(*codec.quantize_keys(pages)).reshape(x.shape)
 
 
-def _int4_codes(x: NDArray[np.float32], scales: NDArray[np.float32], zeros: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _channels(pages: ArrayLike, levels: int) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+    x = np.asarray(pages, dtype=np.float32)
+    zeros = _float16_towards(np.fmin.reduce(x, axis=-2), -np.inf)
+    wide = zeros.astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales = _float16_towards((np.fmax.reduce(x, axis=-2) - wide) / np.float32(levels), np.inf)
+    return _affine_codes(x, scales.astype(np.float32)[..., None, :], wide[..., None, :], levels), scales, zeros
+
+
+def _affine_codes(
+    x: NDArray[np.float32], scales: NDArray[np.float32], zeros: NDArray[np.float32], levels: int
+) -> NDArray[np.uint8]:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        codes = np.clip(np.rint((x - zeros) / scales), 0, INT4_LEVELS)
+        codes = np.clip(np.rint((x - zeros) / scales), 0, levels)
         return np.where(scales > 0, np.nan_to_num(codes), 0).astype(np.uint8)
 
 

@@ -14,7 +14,7 @@ from elastickv.kvcache.oracle import Oracle
 from elastickv.kvcache.protocol import CacheState, Lengths, StoredHead
 from elastickv.kvcache.quantize import CODECS, stored_values
 from elastickv.kvcache.rounding import limited, rounded
-from elastickv.kvcache.scorers import scorer_of, select_pages
+from elastickv.kvcache.scorers import scale_factor, scorer_of, select_pages
 from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView, to_array, write_array
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.regions import selected
@@ -123,8 +123,9 @@ class ReferenceCache(CheckedCache):
             return np.concatenate([before[before < at_anchor], np.arange(at_anchor, cold)])
         sinks = regions(length, recipe.sinks, recipe.window).sinks
         keys = self._keys[row, head, sinks : sinks + cold * PAGE_TOKENS].reshape(cold, PAGE_TOKENS, self.shape.head_dim)
-        _, scales, zeros = CODECS[str(recipe.key_format)].quantize_keys(keys)
-        scores = self._scorer.score(queries, scales, zeros)
+        key_format = str(recipe.key_format)
+        _, scales, zeros = CODECS[key_format].quantize_keys(keys)
+        scores = self._scorer.score(queries, scale_factor(key_format) * scales.astype(np.float64), zeros)
         return select_pages(scores, selected(cold, self._fractions[head]))
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:

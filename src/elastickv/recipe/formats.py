@@ -13,6 +13,7 @@ DENSE_BYTES_PER_ELEMENT = 2
 PAGE_TOKENS = 32
 MIN_VALUE_GROUP = 32
 _SCALE_BYTES = 2  # every scale and every zero is a 16-bit float
+_SCALE_CHANNELS = 32
 FLOAT16_MAX = 65504.0
 
 
@@ -54,7 +55,7 @@ class Format:
     ----------
     name : the word used in recipe texts.
     bits : bits per element.
-    keys, values : what shares a scale, in K and in V.
+    keys, values : what shares a scale, in K and in V; values None: it stores keys only.
     signed : whether codes are signed integers.
     largest_code : the largest code (of fp8, the largest element that a code stands for); 0 for plain floats.
     largest_key : the largest magnitude of a cold key that can be stored; None where there is no limit but the dtype's own.
@@ -68,7 +69,7 @@ class Format:
     name: str
     bits: int
     keys: ScaleLayout = ScaleLayout.NONE
-    values: ScaleLayout = ScaleLayout.NONE
+    values: ScaleLayout | None = ScaleLayout.NONE
     signed: bool = False
     largest_code: float = 0
     largest_key: float | None = None
@@ -86,19 +87,19 @@ class Format:
     @property
     def by_row(self) -> bool:
         """Whether single rows of K and V can be stored: what stores every n-th row needs that."""
-        return self.keys.by_row and self.values.by_row
+        return self.keys.by_row and self.values is not None and self.values.by_row
 
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one stored row without its scale, padded to 16 bytes so that every load is a full vector."""
         return round_up(-(-head_dim * self.bits // 8), ROW_ALIGNMENT_BYTES)
 
     def key_scales(self, head_dim: int) -> Scales:
-        """Size of K's scales; those of channels are padded as the rows are."""
-        return _scales(self.keys, self.row_bytes(head_dim) * 8 // self.bits, 1)
+        """Size of K's scales; channels are padded to 32, as rows of 4 bits are."""
+        return _scales(self.keys, round_up(head_dim, _SCALE_CHANNELS), 1)
 
     def value_scales(self, head_dim: int, group: int) -> Scales:
         """Size of V's scales, where `group` channels share one."""
-        return _scales(self.values, head_dim, head_dim // group)
+        return _scales(self.values or ScaleLayout.NONE, head_dim, head_dim // group)
 
 
 def _scales(layout: ScaleLayout, channels: int, groups: int) -> Scales:
@@ -121,6 +122,7 @@ FORMATS: dict[str, Format] = {
         Format("fp8", 8, _PAGE, _PAGE, largest_code=448, cpu_id=4, cuda_id=2),
         Format("int8", 8, _TOKEN, _TOKEN, signed=True, largest_code=127, cpu_id=3, cuda_id=1, cuda_rows=2),
         Format("int4", 4, _CHANNEL, _GROUP, largest_code=15, largest_key=FLOAT16_MAX, cpu_id=5, cuda_id=3),
+        Format("int8_per_channel", 8, _CHANNEL, None, largest_code=255, largest_key=FLOAT16_MAX, cpu_id=6, cuda_id=4),
     )
 }
 DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16")  # of models

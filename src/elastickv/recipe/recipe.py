@@ -98,6 +98,9 @@ class Recipe:
         k, v = self.key_format, self.value_format
         if v is None and not self.is_dense:
             raise UsageError(f"keys in {k} need a format for the values: formats are {', '.join(cold_formats())}")
+        if v is not None and FORMATS[v].values is None:
+            of_values = ", ".join(name for name in cold_formats() if FORMATS[name].values is not None)
+            raise UsageError(f"format {v} stores keys only: write k={v} and v= one of {of_values}")
         if {k, v} == {"bf16", "fp16"}:
             raise UsageError("k=bf16 and v=fp16 do not combine, nor the other way round: sinks and window have one dtype")
         by_row = [name for name in cold_formats() if FORMATS[name].by_row]
@@ -106,7 +109,8 @@ class Recipe:
                 f"{self.selection!r} does not combine with {self.formats}: it takes one of {', '.join(by_row)} for K and V"
             )
         if self.selection == "pages" and not has_page_bounds(k):
-            raise UsageError(f"'pages' does not combine with keys in {k}: the scorer reads int4's scales; write k=int4")
+            bounded = " or ".join(f"k={name}" for name in cold_formats() if has_page_bounds(name))
+            raise UsageError(f"'pages' does not combine with keys in {k}: the scorer reads scales of channels; write {bounded}")
         if self.value_group and (v is None or FORMATS[v].values is not ScaleLayout.GROUP):
             raise UsageError(f"vgroup={self.value_group} does not combine with values in {v}: only with int4")
         if self.value_group and self.value_group < MIN_VALUE_GROUP:

@@ -16,6 +16,8 @@ from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape, is_whole
 MAX_RATIO = 1024.0
 ANCHORS = (1, 2, 4, 8, 16)
 NARROW = ("int8", "fp8", "int4")
+PER_CHANNEL = ("int8_per_channel", "int4")  # for keys that a scale for each token or page does not suit
+_RANKED_AS = {"int8_per_channel": "int8"}
 ALIKE = 1.03  # a ratio of losses that counts as equal: another text changes them by more
 LEAST_FRACTION = 0.5 / MAX_CONTEXT
 
@@ -29,6 +31,7 @@ def for_ratio(
     window: int = DEFAULT_WINDOW,
     anchor_every: int | None = None,
     calibration: Calibration | None = None,
+    key_formats: tuple[str, ...] = NARROW,
 ) -> Recipe:
     """Return the recipe of least predicted loss that reads at most 1/ratio of the dense bytes at `context` tokens.
 
@@ -39,6 +42,8 @@ def for_ratio(
     ----------
     anchor_every : the steps between anchors, where pages are selected.
     calibration : errors of each KV head by fraction, measured on this layer: the pages are then allotted to the heads by them.
+    key_formats : formats of K to choose from. int8 per channel, whose loss was not measured, ranks as int8, which has as many
+        bits and loses more.
 
     Raises
     ------
@@ -50,7 +55,7 @@ def for_ratio(
     if calibration is not None:
         check_calibration(calibration, shape.kv_heads)
     schedules = ANCHORS if anchor_every is None else (anchor_every,)
-    possible = tuple(candidates(shape, sinks, window, schedules))
+    possible = tuple(candidates(shape, sinks, window, schedules, key_formats))
     if ratio == 1:
         return DENSE
     best = _least_loss(possible, ratio, context, shape, dtype)
@@ -68,7 +73,7 @@ Recipe.solver = staticmethod(for_ratio)
 def _least_loss(possible: tuple[Recipe, ...], ratio: float, context: int, shape: AttentionShape, dtype: str) -> Recipe | None:
     """Return the recipe of least predicted loss that meets the ratio, or None; solved once for each input."""
     solved = [solve_fraction(recipe, ratio, context, shape, dtype) for recipe in possible]
-    losses = {recipe: predicted_loss(recipe, shape.head_dim) or 0.0 for recipe in solved if recipe is not None}
+    losses = {recipe: _ranking_loss(recipe, shape.head_dim) for recipe in solved if recipe is not None}
     if not losses:
         return None
     alike = [recipe for recipe, loss in losses.items() if loss <= ALIKE * min(losses.values())]
@@ -80,7 +85,18 @@ def _least_loss(possible: tuple[Recipe, ...], ratio: float, context: int, shape:
     return min(alike, key=rank)
 
 
-def candidates(shape: AttentionShape, sinks: int, window: int, schedules: tuple[int, ...] = ANCHORS) -> Iterator[Recipe]:
+def _ranking_loss(recipe: Recipe, head_dim: int) -> float:
+    measured = replace(recipe, key_format=_RANKED_AS.get(str(recipe.key_format), recipe.key_format))
+    return predicted_loss(measured, head_dim) or 0.0
+
+
+def candidates(
+    shape: AttentionShape,
+    sinks: int,
+    window: int,
+    schedules: tuple[int, ...] = ANCHORS,
+    key_formats: tuple[str, ...] = NARROW,
+) -> Iterator[Recipe]:
     """Yield the recipes among which the solver chooses; those with pages have a fraction of 1, which is still to be solved.
 
     None has a stride: at equal bytes pages lose much less (benchmarks/NOTES.md).
@@ -88,7 +104,7 @@ def candidates(shape: AttentionShape, sinks: int, window: int, schedules: tuple[
     groups = [0 if group == shape.head_dim else group for group in value_groups(shape.head_dim)]
     values = [("int8", 0), ("fp8", 0), *(("int4", group) for group in groups)]
     for value, group in values:
-        for key in NARROW:
+        for key in key_formats:
             yield Recipe(key, value, value_group=group, sinks=sinks, window=window)
         for anchor_every in schedules:
             whole = Recipe("int4", value, value_group=group, selection="pages", fractions=(1.0,), sinks=sinks, window=window)

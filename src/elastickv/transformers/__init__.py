@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from elastickv.transformers.attention import IMPLEMENTATION, register
     from elastickv.transformers.cache import ElasticCache
     from elastickv.transformers.cache_report import CacheReport
-    from elastickv.transformers.config import UncalibratedWarning
+    from elastickv.transformers.config import KeyFormatWarning, UncalibratedWarning
     from elastickv.transformers.context_manager import Session, elastic
     from elastickv.transformers.cuda_graph.captured import NotCapturedWarning
     from elastickv.transformers.cuda_graph.model_patch import release
@@ -19,6 +19,7 @@ __all__ = [
     "IMPLEMENTATION",
     "CacheReport",
     "ElasticCache",
+    "KeyFormatWarning",
     "NotCapturedWarning",
     "Session",
     "UncalibratedWarning",
@@ -34,6 +35,7 @@ _HOMES = {
     "NotCapturedWarning": "cuda_graph.captured",
     "Session": "context_manager",
     "elastic": "context_manager",
+    "KeyFormatWarning": "config",
     "UncalibratedWarning": "config",
     "CacheReport": "cache_report",
     "release": "cuda_graph.model_patch",

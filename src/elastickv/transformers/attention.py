@@ -161,6 +161,7 @@ def elastic_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -170,6 +171,8 @@ def elastic_attention(
     ----------
     query : (batch, query_heads, new, head_dim).
     key, value : (batch, kv_heads, keys, head_dim); only the new tokens where they carry a layer.
+    dropout : probability, for the framework's attention. It stands where all attention functions of Transformers have it:
+        wrappers of them, such as kvpress's, pass it by position.
 
     Returns
     -------
@@ -178,7 +181,7 @@ def elastic_attention(
     """
     kind: Any = type(module)
     eager = None if supports_sdpa(kind) else partial(_causal_without_mask, eager_of(module))
-    return _attend(module, query, key, value, attention_mask, scaling, eager, kwargs)
+    return _attend(module, query, key, value, attention_mask, scaling, eager, kwargs | {"dropout": dropout})
 
 
 def elastic_attention_eager(
@@ -187,11 +190,12 @@ def elastic_attention_eager(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend like `elastic_attention`, for a model that is set to use its own attention, 'eager'."""
-    return _attend(module, query, key, value, attention_mask, scaling, eager_of(module), kwargs)
+    return _attend(module, query, key, value, attention_mask, scaling, eager_of(module), kwargs | {"dropout": dropout})
 
 
 def _causal_without_mask(

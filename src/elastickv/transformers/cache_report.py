@@ -159,6 +159,7 @@ class CacheReport:
     by_context : ratios at other contexts.
     ranks : processes that the model is split over.
     stock_dense_bytes : bytes of what the layers with Transformers' own cache hold, in 16 bit.
+    by_keys : layers that have keys per channel because the prompt's keys are not suited to a scale for each token.
     """
 
     compress: float | None
@@ -182,6 +183,7 @@ class CacheReport:
     by_context: tuple[ContextRow, ...]
     ranks: int = 1
     stock_dense_bytes: int = 0
+    by_keys: tuple[int, ...] = ()
 
     @property
     def quantise_seconds(self) -> float:
@@ -209,6 +211,9 @@ class CacheReport:
         lines = [f"ElasticCache: {target}, {len(self.recipes)} elastic layers, {'' if self.calibrated else 'not '}calibrated"]
         for recipe, layers in _grouped(self.recipes):
             lines.append(f"  {recipe}: layers {layers}")
+        if self.by_keys:
+            layers = ", ".join(map(str, self.by_keys))
+            lines.append(f"  keys per channel, because a scale for each token does not suit the prompt's: layers {layers}")
         if self.holds_from > 1:
             lines.append(f"  the ratio holds from {self.holds_from} tokens on; below, everything is read")
         if self.lengths:
@@ -268,6 +273,7 @@ def report_of(
         dense_read_bytes=dense_read,
         prompt_seconds=ledger.prompt_seconds,
         quantize_seconds=ledger.quantize_seconds,
+        by_keys=config.by_keys,
         by_context=by_context(budget, longest, config.sizes.max_positions) if config.sizes.elastic else (),
         **others,
     )

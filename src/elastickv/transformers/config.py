@@ -12,14 +12,18 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from elastickv.errors import UsageError
 from elastickv.inputs import file_exists, file_path, parse_json, read_text
+from elastickv.kvcache.key_scales import unsuited_loss
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
 from elastickv.recipe.calibration import FORMAT as CALIBRATION_FORMAT
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.recipe.layer_solver import for_ratio_by_layer
 from elastickv.recipe.shape import MAX_CONTEXT
-from elastickv.recipe.solver import check_ratio
+from elastickv.recipe.solver import PER_CHANNEL, check_ratio
 from elastickv.transformers.budget import Budget, Reading
 from elastickv.transformers.layer_storage import Backends
 from elastickv.transformers.model_support import Sizes
@@ -27,11 +31,17 @@ from elastickv.transformers.model_support import Sizes
 USUAL_CONTEXT = 4096
 PREFILLS = ("stored", "exact")
 RECIPES_FORMAT = "elastickv-recipes"
+AUTO = "auto"
+YARDSTICK = "int4"  # keys are not suited to a format of 8 bits that loses more than this
 RecipeLike = Recipe | str
 
 
 class UncalibratedWarning(UserWarning):
     """A ratio selects pages without a calibration, so all KV heads get the same share."""
+
+
+class KeyFormatWarning(UserWarning):
+    """Without a calibration, the prompt's keys showed that a scale for each token does not suit them."""
 
 
 @dataclass
@@ -51,6 +61,7 @@ class ElasticConfig:
     expected : positions that the running `generate` will fill, prompt included, or None.
     budget : the recipes, once the prompt is known.
     present : what is read at present.
+    by_keys : layers whose format of K the prompt's own keys decided.
     backends : where the layers are stored.
     """
 
@@ -65,6 +76,7 @@ class ElasticConfig:
     expected: int | None = None
     budget: Budget | None = None
     present: Reading | None = None
+    by_keys: tuple[int, ...] = ()
     backends: Backends = field(default_factory=Backends)
 
     def settle(self, longest: int, dtype: str) -> Budget:
@@ -75,6 +87,42 @@ class ElasticConfig:
             self.present = None
         return self.budget
 
+    def judges_keys(self, layer: int) -> bool:
+        """Whether the prompt's keys decide the format of K of a layer: where no recipe is given and nothing is calibrated."""
+        return (
+            self.ratio not in (None, 1)
+            and (self.recipe is None or self.recipe == AUTO)
+            and self.calibration is None
+            and layer not in self.layers
+        )
+
+    def suit_keys(self, layer: int, keys: NDArray[np.float32]) -> Budget:
+        """Give a layer scales of channels if a scale for each token or page does not suit the keys of its prompt.
+
+        Parameters
+        ----------
+        keys : (kv_heads, tokens, head_dim), a sample of the prompt's keys in whole pages.
+        """
+        budget = self.budget
+        assert budget is not None
+        recipe = budget.recipes[layer]
+        losses = None if recipe.key_format is None else unsuited_loss(keys, recipe.key_format, YARDSTICK)
+        if losses is None or self.ratio is None:
+            return budget
+        suited = for_ratio(self.ratio, budget.context, budget.shape, budget.dtype, key_formats=PER_CHANNEL)
+        if not self.by_keys:
+            warnings.warn(
+                f"compress={self.ratio:g} without a calibration: the keys of layer {layer} lose {losses[0]:.1%} of their "
+                f"variance in {recipe.key_format} and {losses[1]:.1%} in {YARDSTICK} per channel, so that layers of such "
+                f"keys get {suited} instead of {recipe}; cache.report() names them; to choose by the errors of outputs: "
+                "elastickv calibrate",
+                KeyFormatWarning,
+                stacklevel=outside("transformers", "torch"),
+            )
+        self.by_keys = (*self.by_keys, layer)
+        self.budget, self.present = replace(budget, recipes=dict(budget.recipes) | {layer: suited}), None
+        return self.budget
+
     @property
     def usual(self) -> int:
         """A typical context, within the model's positions."""
@@ -82,7 +130,7 @@ class ElasticConfig:
 
     def forget(self) -> None:
         """Return to the state before the prompt."""
-        self.budget, self.present, self.expected = None, None, None
+        self.budget, self.present, self.expected, self.by_keys = None, None, None, ()
 
     def reading(self, longest: int) -> Reading:
         """Return what is read when the longest row has `longest` tokens."""
@@ -284,8 +332,8 @@ def _check_calibration(calibration: ModelCalibration, sizes: Sizes, compress: fl
 
 
 def _open_or_parsed(text: str) -> RecipeLike:
-    if text.strip() == "auto":
-        return text
+    if text.strip() == AUTO:
+        return AUTO
     try:
         return Recipe.parse(text)
     except UsageError as error:

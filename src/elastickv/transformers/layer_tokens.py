@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers.cache_utils import CacheLayerMixin
 
 from elastickv.errors import NonFiniteError, UsageError
-from elastickv.recipe import AttentionShape
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.transformers.budget import Reading, scaled
 from elastickv.transformers.cache_checks import CacheChecks, check_finite
 from elastickv.transformers.cache_report import Ledger
@@ -23,6 +23,7 @@ from elastickv.transformers.memory import check_memory, first_capacity, trim_hea
 from elastickv.transformers.padding import Padding
 from elastickv.transformers.torch_dtypes import TORCH_DTYPES, dtype_name
 
+SAMPLED_ROWS, SAMPLED_PAGES = 4, 16  # of a prompt, by which the format of its keys is judged
 CHECK_EVERY = 32  # decodes between two checks for NaNs and infinities, where a check makes the host wait
 
 
@@ -157,6 +158,8 @@ class LayerTokens(CacheLayerMixin):  # type: ignore[misc]
         dtype = dtype_name(keys.dtype)
         longest = int(lengths.max())
         budget = config.settle(longest, dtype)
+        if self._checks.ranks.count == 1 and config.judges_keys(self.number):
+            budget = config.suit_keys(self.number, sampled_keys(keys, int(lengths.min()), budget.recipes[self.number]))
         recipe = self._checks.ranks.share(budget.recipes[self.number], config.sizes.kv_heads, heads)
         shape = AttentionShape(self.batch, query_heads, heads, padded_head_dim(head_dim))
         recipe.check_shape(shape.head_dim, heads)
@@ -295,6 +298,27 @@ class LayerTokens(CacheLayerMixin):  # type: ignore[misc]
         other.padding, other.batch, other.capped = self.padding.copy(), self.batch, self.capped
         other._reading, other._uneven, other.is_initialized = self._reading, self._uneven, self.is_initialized
         return other
+
+
+def sampled_keys(keys: torch.Tensor, length: int, recipe: Recipe) -> NDArray[np.float32]:
+    """Return pages of keys as a cache would store them, evenly spaced over the cold tokens, or over all if none is cold.
+
+    Parameters
+    ----------
+    keys : (batch, kv_heads, tokens, head_dim), `length` tokens in every row at least.
+
+    Returns
+    -------
+    sample : (kv_heads, tokens, head_dim) of the first rows, float32, rounded to bfloat16 if the model is float32.
+    """
+    split = regions(length, recipe.sinks, recipe.window)
+    first, pages = (split.sinks, split.cold // PAGE_TOKENS) if split.cold else (0, length // PAGE_TOKENS)
+    chosen = np.unique(np.linspace(0, max(pages - 1, 0), min(pages, SAMPLED_PAGES)).astype(np.int64))
+    tokens = (first + chosen[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).ravel()
+    sample = keys[:SAMPLED_ROWS].index_select(2, torch.as_tensor(tokens, device=keys.device))
+    sample = sample.to(torch.bfloat16) if sample.dtype == torch.float32 else sample
+    by_head: NDArray[np.float32] = sample.transpose(0, 1).flatten(1, 2).float().cpu().numpy()
+    return by_head
 
 
 def without_padding(

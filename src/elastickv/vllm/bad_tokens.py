@@ -20,7 +20,7 @@ class BadTokens:
     """One word a layer, in which kernels leave the first token with a NaN, an infinity or a key that is too large.
 
     The last layer of each step empties the words into the host's memory, and makes the outputs of the tokens' requests NaN:
-    vLLM counts NaN in logits by request, and `failing_scheduler` ends such requests. The host never waits for the device.
+    vLLM counts NaN in logits by request, and `fail_on_nan_scheduler` ends such requests. The host never waits for the device.
 
     Parameters
     ----------

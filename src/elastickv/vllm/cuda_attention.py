@@ -14,7 +14,7 @@ from elastickv.transformers.torch_dtypes import TORCH_DTYPES
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import LayerStep
 from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, scratch_tokens
-from elastickv.vllm.drafts import more_queries
+from elastickv.vllm.drafts import extra_draft_tokens
 
 TILE_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
 
@@ -37,13 +37,13 @@ class CudaAttention:
 
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float, vllm_config: Any) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        requests, more = scheduler.max_num_seqs, more_queries(vllm_config)
-        rows = max(requests * (1 + vllm_config.num_speculative_tokens + more), *(compilation.cudagraph_capture_sizes or [0]))
+        requests, extra = scheduler.max_num_seqs, extra_draft_tokens(vllm_config)
+        rows = max(requests * (1 + vllm_config.num_speculative_tokens + extra), *(compilation.cudagraph_capture_sizes or [0]))
         self._device = CudaDevice(torch.accelerator.current_device_index())
         widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
         self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
         self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
-        self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens + requests * more, requests)
+        self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens + requests * extra, requests)
         self.slab_bytes = self._kernels.slab.n_bytes
 
     def reserve(self, tokens: int) -> None:
@@ -128,7 +128,7 @@ class CudaAttention:
             step.recent.first.data_ptr(),
             queries_per_request=batch.uniform_queries,
             scale=self._scale,
-            after_store=batch.prompts,
+            after_store=batch.computes_prompt,
             **ragged,
         )
 

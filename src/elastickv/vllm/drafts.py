@@ -15,7 +15,7 @@ def draft_layers(vllm_config: Any) -> bool:
     return _method(vllm_config) in WITH_LAYERS
 
 
-def more_queries(vllm_config: Any) -> int:
+def extra_draft_tokens(vllm_config: Any) -> int:
     """Return by how many tokens a request's step of the drafter is longer than the model's.
 
     A draft model computes the accepted tokens and the newest one at once (vLLM's `StandaloneARSpeculator`); EAGLE and MTP

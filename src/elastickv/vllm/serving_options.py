@@ -13,7 +13,13 @@ from elastickv.recipe.shape import is_whole
 from elastickv.recipe.solver import MAX_RATIO
 
 KEY = "elastickv"
-PAGE_FORMATS: dict[str, str] = {"int4": "int4", "int8": "int8", "k8v4": "k=int8,v=int4", "fp8": "fp8"}
+PAGE_FORMATS: dict[str, str] = {
+    "int4": "int4",
+    "int8": "int8",
+    "k8v4": "k=int8,v=int4",
+    "fp8": "fp8",
+    "int8_per_channel": "k=int8_per_channel,v=int8",
+}
 """Name of a page format -> the recipe's text."""
 CACHE_DTYPES: dict[str, str] = {f"elastickv_{name}": text for name, text in PAGE_FORMATS.items()}
 """KV cache dtype of vLLM -> the recipe's text."""

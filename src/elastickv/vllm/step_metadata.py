@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from elastickv.vllm.bad_tokens import BadTokens
-from elastickv.vllm.drafts import more_queries
+from elastickv.vllm.drafts import extra_draft_tokens
 
 _log = init_logger("vllm.elastickv")
 
@@ -28,8 +28,8 @@ class PageMetadata(AttentionMetadata):
     decodes, decode_tokens : requests with few enough tokens for the decode kernels, and their tokens.
     uniform_queries : tokens of each decode; 0 if they differ.
     longest : most tokens of a request.
-    prompts : whether the step computes tokens of a prompt. A request that comes with it may have hit the prompt's blocks, and
-        reads what this step stores there.
+    computes_prompt : whether the step computes tokens of a prompt. A request that comes with it may have hit the prompt's
+        blocks, and reads what this step stores there.
     shared : what attention computes from the batch in the first layer and reads in the others.
     """
 
@@ -44,7 +44,7 @@ class PageMetadata(AttentionMetadata):
     decode_tokens: int
     uniform_queries: int
     longest: int
-    prompts: bool = False
+    computes_prompt: bool = False
     shared: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,20 +59,20 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         layers = vllm_config.compilation_config.static_forward_context
         self._bad_tokens: BadTokens = layers[layer_names[0]].impl.bad_tokens
         # vLLM builds a draft model's step of requests one token longer than the model's, and says the model's lengths for it.
-        self._more = more_queries(vllm_config) if all(_is_draft(layers[name]) for name in layer_names) else 0
+        self._extra_tokens = extra_draft_tokens(vllm_config) if all(_is_draft(layers[name]) for name in layer_names) else 0
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PageMetadata:
         """Return the metadata of a step, and report tokens of earlier steps that could not be stored."""
         self._bad_tokens.look()
-        batch, threshold = common_attn_metadata, (self.reorder_batch_threshold or 1) + self._more
+        batch, threshold = common_attn_metadata, (self.reorder_batch_threshold or 1) + self._extra_tokens
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
         starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
         lengths: list[int] = []
         if decodes < batch.num_reqs:  # the host needs them for prompt chunks only
             on_host = batch.seq_lens_cpu_upper_bound
-            lengths = batch.seq_lens.tolist() if on_host is None else (on_host + self._more).tolist()
+            lengths = batch.seq_lens.tolist() if on_host is None else (on_host + self._extra_tokens).tolist()
         counts = {after - before for before, after in zip(starts[:decodes], starts[1 : decodes + 1], strict=True)}
         # A graph's batch is padded with requests of no token, whose rows follow the others.
         each = decode_tokens // max(decodes, 1)
@@ -89,7 +89,7 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
             decode_tokens=decode_tokens,
             uniform_queries=uniform,
             longest=batch.max_query_len,
-            prompts=decodes < batch.num_reqs or (batch.is_prefilling is not None and bool(batch.is_prefilling.any())),
+            computes_prompt=decodes < batch.num_reqs or (batch.is_prefilling is not None and bool(batch.is_prefilling.any())),
         )
 
 

@@ -8,7 +8,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 _log = logging.getLogger("vllm.elastickv")
-_SCHEDULERS = "elastickv.vllm.failing_scheduler"
+_SCHEDULERS = "elastickv.vllm.fail_on_nan_scheduler"
 _warned: set[str] = set()
 
 
@@ -61,7 +61,7 @@ def choose_scheduler(scheduler_config: Any) -> None:
     """Let vLLM schedule with the class that ends failing requests, unless the user chose another; any number of times."""
     chosen = scheduler_config.scheduler_cls
     if chosen is None:
-        name = "FailingAsyncScheduler" if scheduler_config.async_scheduling else "FailingScheduler"
+        name = "FailOnNanAsyncScheduler" if scheduler_config.async_scheduling else "FailOnNanScheduler"
         scheduler_config.scheduler_cls = f"{_SCHEDULERS}.{name}"
     elif not str(chosen).startswith(_SCHEDULERS) and str(chosen) not in _warned:
         _warned.add(str(chosen))

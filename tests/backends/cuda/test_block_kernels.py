@@ -14,7 +14,7 @@ from elastickv.recipe.formats import FORMATS
 from elastickv.recipe.slab import Slab
 from tests.backends.cuda.block_engine import Engine
 
-RECIPES = ("int4", "int8", "fp8", "k=int8,v=int4", "int4,vgroup=32")
+RECIPES = ("int4", "int8", "fp8", "k=int8,v=int4", "int4,vgroup=32", "k=int8_per_channel,v=int8")
 LENGTHS = (1000, 33, 1, 128, 129, 160, 161, 2049, 31, 32)
 
 

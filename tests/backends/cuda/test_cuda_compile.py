@@ -46,7 +46,10 @@ def each_source():
         yield decode_variant(128, 4, "bf16", paged, arch).storing()
         yield decode_variant(128, 4, "bf16", paged, arch).editing()
         yield decode_variant(128, 4, "bf16", paged, arch).selecting()
+        per_channel = Recipe.parse("k=int8_per_channel,v=int8")
+        yield decode_variant(128, 4, "bf16", per_channel, arch, "simt")
         if int(arch) >= 80:
+            yield decode_variant(128, 4, "bf16", per_channel, arch).fixed()
             yield decode_variant(128, 4, "bf16", paged, arch)
             yield decode_variant(128, 4, "bf16", paged, arch).fixed()
             serving = blocks_variant(128, 4, "bf16", Recipe.parse("int4"), arch)

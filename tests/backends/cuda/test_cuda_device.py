@@ -12,7 +12,8 @@ from elastickv.backends.feedback import Feedback
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.kvcache import Oracle, ReferenceCache
 from elastickv.kvcache.error_metrics import relative_l2
-from elastickv.kvcache.quantize import quantize_int4_keys
+from elastickv.kvcache.quantize import CODECS
+from elastickv.kvcache.scorers import scale_factor
 from elastickv.kvcache.scorers.bounds import page_bounds, score_pages
 from elastickv.recipe import DENSE, HEAD_DIMS, PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.formats import value_groups
@@ -45,6 +46,9 @@ PAGED = (
     "k=int4,v=bf16,sinks=1",
     "k=int8,v=fp8,window=64",
     "k=bf16,v=int8",
+    "k=int8_per_channel,v=int8",
+    "k=int8_per_channel,v=int4,sinks=0,window=0",
+    "k=int8_per_channel,v=bf16,window=33",
 )
 LENGTHS = (1, 3, 4, 5, 31, 32, 33, 63, 65, 127, 128, 129, 131, 132, 133, 159, 160, 163, 164, 165, 195, 196, 197, 513, 900)
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 20)
@@ -152,7 +156,8 @@ def assert_best(cache, twin, queries, row, head):
     if not count:
         return
     keys = twin.stored(row, head).exact_keys[split.sinks : split.sinks + split.cold].reshape(count, PAGE_TOKENS, -1)
-    _, scales, zeros = quantize_int4_keys(keys)
+    _, scales, zeros = CODECS[recipe.key_format].quantize_keys(keys)
+    scales = scale_factor(recipe.key_format) * scales.astype(np.float64)
     scores = score_pages(page_bounds(queries[row, head * group : (head + 1) * group], scales, zeros))
     left = np.setdiff1d(np.arange(count), pages)
     if len(left):
@@ -167,6 +172,8 @@ SELECTING = (
     ("k=int4,v=fp8,pages=1:1/16,anchor_every=2", 96, 8, (1500, 164, 163)),
     ("k=int4,v=bf16,pages=1/8,anchor_every=5,sinks=3", 112, 16, (640, 645, 650)),
     ("int4,pages=1/64,anchor_every=33,window=20", 192, 2, (4000, 60, 2500)),
+    ("k=int8_per_channel,v=int8,pages=1/4", 128, 4, (700, 133, 5)),
+    ("k=int8_per_channel,v=int4,pages=1/3:1/8,anchor_every=3,window=33", 80, 7, (900, 500, 340)),
 )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elastickv.backends.cuda.page_layout import codes_of, dequantized, key_positions, value_positions
-from elastickv.kvcache.quantize import quantize_int4_keys, stored_values
+from elastickv.kvcache.quantize import quantize_int4_keys, quantize_int8_keys_per_channel, stored_values
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, value_groups
 
@@ -21,6 +21,21 @@ def test_every_element_has_one_position(fmt, dim, group):
         present = channel < dim
         positions = list(zip(token[present].tolist(), channel[present].tolist(), strict=True))
         assert len(positions) == len(set(positions)) and set(positions) == expected
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_keys_per_channel_in_page_order_become_the_quantizers_numbers(dim):
+    """As the kernels store them: scales, then zeros, of channels padded to 32."""
+    rows = 1000 + np.random.default_rng(1).standard_normal((2 * PAGE_TOKENS, dim), dtype=np.float32)
+    codes, scales, zeros = quantize_int8_keys_per_channel(rows.reshape(2, PAGE_TOKENS, dim))
+    token, channel = key_positions("int8_per_channel", dim)
+    stored = np.ascontiguousarray(codes[:, token, channel])
+    back = codes_of(stored, "int8_per_channel", (token, channel), dim)
+    plane = np.pad(np.stack([scales, zeros], axis=1), ((0, 0), (0, 0), (0, -dim % 32))).reshape(2, -1).view(np.uint16)
+    assert plane.nbytes == FORMATS["int8_per_channel"].key_scales(dim).bytes_of(2 * PAGE_TOKENS)
+    np.testing.assert_array_equal(back, codes)
+    numbers = dequantized(back, plane, "int8_per_channel", False, "bf16", dim)
+    np.testing.assert_array_equal(numbers, stored_values(rows, "int8_per_channel", False, dim))
 
 
 def test_codes_in_page_order_become_the_quantizers_numbers():

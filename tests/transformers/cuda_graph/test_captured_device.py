@@ -27,7 +27,7 @@ CAPTURED = [
     "granite",
     "olmo2",
 ]
-RECIPES = ["int4,pages=1/4", "int4", "int8", "fp8", "dense", "k=int8,v=int4"]
+RECIPES = ["int4,pages=1/4", "int4", "int8", "fp8", "dense", "k=int8,v=int4", "k=int8_per_channel,v=int8"]
 
 
 @pytest.fixture(autouse=True)

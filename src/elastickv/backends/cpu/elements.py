@@ -18,6 +18,7 @@ from elastickv.backends.cpu.intrinsics import (
 )
 from elastickv.kvcache.quantize import E4M3_VALUES
 from elastickv.kvcache.rounding import LARGEST
+from elastickv.kvcache.scorers import scale_factor
 from elastickv.recipe import FORMATS, PAGE_TOKENS
 from elastickv.recipe.formats import ScaleLayout
 
@@ -34,6 +35,9 @@ KEY_SCALE_BYTES = np.array([layout.scale_bytes(name, 64, 64, False) for name in 
 _ONE_GROUP, _TWO_GROUPS = (np.array([layout.scale_bytes(n, 64, g, True) for n in _BY_CODE], np.int64) for g in (64, 32))
 GROUP_SCALE_BYTES = _TWO_GROUPS - _ONE_GROUP
 VALUE_SCALE_BYTES = _ONE_GROUP - GROUP_SCALE_BYTES
+RANGE_FACTORS = np.array(  # of scales, for the page scorers
+    [scale_factor(n) if FORMATS[n].keys is ScaleLayout.CHANNEL else 1 for n in _BY_CODE], np.float32
+)
 GROUPED = np.array([FORMATS[name].values is ScaleLayout.GROUP for name in _BY_CODE])
 MAGIC = np.float32(12582912.0)
 SUBNORMAL_MAGIC = np.float32(0.5)

@@ -2,15 +2,16 @@
 
 A page holds 32 tokens of one KV head, K before V, in one contiguous stream:
 
-- K transposed, [head_dim][32 tokens]; int8 by pairs of elements, [head_dim / 2][32 tokens][2]; int4 by eights,
-  [head_dim / 8][32 tokens][4 bytes];
+- K transposed, [head_dim][32 tokens]; int8 by pairs of elements, [head_dim / 2][32 tokens][2], but int8 per channel is not;
+  int4 by eights, [head_dim / 8][32 tokens][4 bytes];
 - V in chunks of up to 32 columns, [chunk][32 tokens][columns]; int8 by pairs of tokens, [chunk][16 pairs][columns][2]; int4
   by eights, [chunk][4 eights][columns][4 bytes]. A chunk of int4 lies within one group of channels that share a scale;
 - scales of K, then of V, bfloat16: int8 one for each token; fp8 one; int4 (V only) [group][32 scales, 32 zeros].
 
 Element 2i + h of eight int4 codes is the i-th nibble of the h-th 16-bit word: a shift and a mask give pairs to multiply.
 
-Scales of int4 K are in a separate plane, the only one that the page scorer reads: [page][scale, zero][head_dim] halves.
+Scales of channels of K (int4, int8 per channel) are in a separate plane, the only one that the page scorer reads: [page][scale,
+zero][head_dim] halves.
 
 Each (sequence, KV head) has cold pages, which hold the retained cold tokens without gaps, and exact pages: those of the
 sinks, then a ring for the tokens after the sinks. In `dense` everything is ring, as long as the capacity. Recipes that select
@@ -81,7 +82,7 @@ class BufferField(IntEnum):
     COLD_VALUE_FORMAT = 32
     VALUE_GROUP = 33  # channels of cold V that share a scale
     PADDED = 34  # accumulators of one query: chunks x 32
-    BOUNDS_BASE = 35  # scales and zeros of int4 K
+    BOUNDS_BASE = 35  # scales and zeros of K's channels
     BOUNDS_HEAD_BYTES = 36
     IS_PAGES = 37
     LISTS_BASE = 38
@@ -95,7 +96,7 @@ class BufferField(IntEnum):
     WEIGHTS_KERNEL = 46  # address of the page scorer's function, filled in by the cache
     QUANTIZE_KEYS = 47  # addresses of the quantizers of K and V, filled in by the cache
     QUANTIZE_VALUES = 48
-    BOUNDS_PAGE_BYTES = 49  # from the scales of one page's int4 K to those of the next
+    BOUNDS_PAGE_BYTES = 49  # from the scales of one page's channels to those of the next
 
 
 class State(IntEnum):
@@ -109,7 +110,7 @@ class State(IntEnum):
     LISTED = 5  # pages in the list
     ANCHOR_PAGES = 6  # cold pages at the anchor: later ones are read without being listed
     READ_PAGES = 7  # cold pages at the last decode
-    BEYOND_POSITION = 8  # first key beyond the range of int4's scales, or -1
+    BEYOND_POSITION = 8  # first key beyond the range of a channel's scale, or -1
 
 
 def plane_bytes(fmt: str, head_dim: int) -> int:
@@ -196,8 +197,8 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
     score_splits = max(1, _splits(cold_pages, heads, threads)) if pages else 0
     partial = (dim + PARTIAL_EXTRA) * 4
     padded = max(dim // v_group * up(v_group, COLUMNS), up(dim, COLUMNS))
-    # Of each query: accumulators, queries in float32 and int16, their scales, running state, sums of p x zero.
-    per_query = padded * 4 + dim * 4 + dim * 2 + 4 * 4 + dim // v_group * LANES * 4
+    # Of each query: accumulators, the query, what is multiplied (int16 or float32), its scale, running state, sums of p x zero.
+    per_query = padded * 4 + dim * 4 + dim * 4 + 4 * 4 + dim // v_group * LANES * 4
     work = up(shape.group * per_query + BLOCK * (COLUMNS * 6 + BLOCK_WORDS * 4) + LINE_BYTES, LINE_BYTES)
     score_row = up(cold_pages, LANES) * 4 if pages else 0
     reuse = recipe.selection == "reuse"

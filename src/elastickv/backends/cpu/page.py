@@ -47,13 +47,13 @@ PREFETCH_FP32_BYTES, PREFETCH_NARROW_BYTES = 512, 2048
 def _work(c, thread):  # type: ignore[no-untyped-def]
     """Return the addresses of a thread's scratch.
 
-    Of every query: accumulators, queries, int16 queries, their scales, running state, factors, sums of p x zero. The last is
-    the scratch of the current block of queries.
+    Of every query: accumulators, queries, queries as they are multiplied (int16 or float32), their scales, running state,
+    factors, sums of p x zero. The last is the scratch of the current block of queries.
     """
     accumulators = c[WORK_BASE] + thread * c[WORK_THREAD_BYTES]
     queries = accumulators + c[GROUP] * c[PADDED] * 4
     narrow = queries + c[GROUP] * c[DIM] * 4
-    scales = narrow + c[GROUP] * c[DIM] * 2
+    scales = narrow + c[GROUP] * c[DIM] * 4
     state = scales + c[GROUP] * 4
     factors = state + c[GROUP] * 8
     zero_sums = factors + c[GROUP] * 4
@@ -130,8 +130,8 @@ def _values(c, thread, first, block, value, plane, scales_at, valid, page_distan
 def attend_page(descriptor, thread, key, value, page, bounds, valid, page_distance):  # type: ignore[no-untyped-def]
     """Add the `valid` first tokens of one page to the running softmax of all queries of a group.
 
-    `key` and `value` are its formats, `bounds` is the address of the scales of int4 keys. If `page_distance` is not 0, the next
-    page is that many pages further on.
+    `key` and `value` are its formats, `bounds` is the address of the scales of K's channels. If `page_distance` is not 0, the
+    next page is that many pages further on.
     """
     c = words(descriptor)
     _, _, _, _, state, factors, _, scores = _work(c, thread)

@@ -42,14 +42,14 @@ from elastickv.backends.cpu.intrinsics import (
 )
 from elastickv.backends.cpu.numba_cache import Kernel, kernel
 from elastickv.kvcache.attention import Float64
-from elastickv.kvcache.quantize import CODECS, E4M3_VALUES, FP8_MAX, INT4_LEVELS, INT8_LEVELS
+from elastickv.kvcache.quantize import CODECS, E4M3_VALUES, FP8_MAX, INT4_LEVELS, INT8_LEVELS, INT8_PER_CHANNEL_LEVELS
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe
 from elastickv.recipe.formats import FLOAT16_MAX, ScaleLayout
 
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[Any]
-INT8, FP8, INT4 = (FORMAT_CODES[name] for name in ("int8", "fp8", "int4"))
+INT8, FP8, INT4, INT8_PER_CHANNEL = (FORMAT_CODES[name] for name in ("int8", "fp8", "int4", "int8_per_channel"))
 _F = layout.BufferField
 DIM, SINKS, STRIDE, EXACT_FORMAT = int(_F.DIM), int(_F.SINKS), int(_F.STRIDE), int(_F.EXACT_FORMAT)
 COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
@@ -58,7 +58,7 @@ BOUNDS_BASE, BOUNDS_HEAD_BYTES = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES)
 BEYOND = 8 * int(layout.State.BEYOND_POSITION)
 STATE_BYTES = 8 * layout.STATE_WORDS
 ZERO = np.float32(0)
-LEVELS_8, LEVELS_4 = np.float32(INT8_LEVELS), np.float32(INT4_LEVELS)
+LEVELS_8, LEVELS_4, LEVELS_CHANNEL = np.float32(INT8_LEVELS), np.float32(INT4_LEVELS), np.float32(INT8_PER_CHANNEL_LEVELS)
 MAX_FP8, MAX_FP16 = np.float32(FP8_MAX), np.float32(FLOAT16_MAX)
 EIGHT = 8  # rows of int4 that are interleaved
 # Of a quantizer: the address of a cache's descriptor, a (sequence, KV head), the page's number, and 1 for V or 0 for K.
@@ -146,21 +146,25 @@ def _first_beyond(exact, source, dim):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _keys_int4(exact, source, target, bounds, dim):  # type: ignore[no-untyped-def]
-    """Store K's page, a half scale and zero for each channel. Return the first token beyond what halves hold, or -1."""
+def _key_bounds(exact, source, bounds, dim, levels):  # type: ignore[no-untyped-def]
+    """Store a half scale and zero for each channel of K's page. Return the first token beyond what halves hold, or -1."""
     beyond = False
     for d in range(dim):
         least, greatest = _ends(vectors.range_of_keys(exact, source, dim, d, 0, PAGE_TOKENS))
         beyond |= greatest > MAX_FP16 or least < -MAX_FP16
         zero_bits = fp16_towards(least, False)
-        scale_bits = fp16_towards((greatest - fp16_value(zero_bits)) / LEVELS_4, True)
+        scale_bits = fp16_towards((greatest - fp16_value(zero_bits)) / levels, True)
         store_u16(bounds + 2 * d, scale_bits)
         store_u16(bounds + 2 * (dim + d), zero_bits)
-    for d in range(0, dim, EIGHT):
-        scales = bounds + 2 * d
-        codes = target + d * PAGE_TOKENS // 2
-        vectors.eight_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales, scales + 2 * dim, codes, LEVELS_4)
     return _first_beyond(exact, source, dim) if beyond else -1
+
+
+@inlined
+def _report_beyond(c, head, page, token):  # type: ignore[no-untyped-def]
+    """Record the first key beyond what halves hold, if `token` is not -1."""
+    state = c[STATE_BASE] + head * STATE_BYTES
+    if token >= 0 and load_i64(state + BEYOND) < 0:
+        store_i64(state + BEYOND, c[SINKS] + page * PAGE_TOKENS + token)
 
 
 @inlined
@@ -205,11 +209,25 @@ def quantize_keys_int4(descriptor, head, page, is_value):  # type: ignore[no-unt
     """Store K of a page in int4; record the first key beyond what halves hold."""
     c = words(descriptor)
     source, codes, _ = _planes(c, head, page, is_value)
-    bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * c[DIM] * 4
-    beyond = _keys_int4(c[EXACT_FORMAT], source, codes, bounds, c[DIM])
-    state = c[STATE_BASE] + head * STATE_BYTES
-    if beyond >= 0 and load_i64(state + BEYOND) < 0:
-        store_i64(state + BEYOND, c[SINKS] + page * PAGE_TOKENS + beyond)
+    exact, dim = c[EXACT_FORMAT], c[DIM]
+    bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4
+    _report_beyond(c, head, page, _key_bounds(exact, source, bounds, dim, LEVELS_4))
+    for d in range(0, dim, EIGHT):
+        scales, at = bounds + 2 * d, codes + d * PAGE_TOKENS // 2
+        vectors.eight_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales, scales + 2 * dim, at, LEVELS_4)
+
+
+@kernel(_QUANTIZER)
+def quantize_keys_int8_per_channel(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
+    """Store K of a page in int8 per channel; record the first key beyond what halves hold."""
+    c = words(descriptor)
+    source, codes, _ = _planes(c, head, page, is_value)
+    exact, dim = c[EXACT_FORMAT], c[DIM]
+    bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4
+    _report_beyond(c, head, page, _key_bounds(exact, source, bounds, dim, LEVELS_CHANNEL))
+    for d in range(0, dim, EIGHT):
+        scales = bounds + 2 * d
+        vectors.channel_keys(exact, source, dim, d, scales, scales + 2 * dim, codes + d * PAGE_TOKENS, LEVELS_CHANNEL)
 
 
 @kernel(_QUANTIZER)
@@ -245,7 +263,7 @@ def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:
 
 def _quantizer(fmt: str, stride: int, is_value: bool) -> Kernel:
     int4 = quantize_values_int4 if is_value else quantize_keys_int4
-    whole_pages = {"int8": quantize_int8, "int4": int4, "fp8": quantize_fp8}
+    whole_pages = {"int8": quantize_int8, "int4": int4, "fp8": quantize_fp8, "int8_per_channel": quantize_keys_int8_per_channel}
     return whole_pages.get(fmt, store_rows) if stride == 1 else store_rows
 
 
@@ -264,10 +282,10 @@ def _eight_bits(fmt, where, scale):  # type: ignore[no-untyped-def]
 def key_number(fmt, codes, scales, bounds, dim, token, d):  # type: ignore[no-untyped-def]
     """Return the float64 number of element `d` of a token's key."""
     where = codes + key_offset(fmt, token, d)
-    if fmt == INT4:
+    if fmt in (INT4, INT8_PER_CHANNEL):
         step = np.float64(fp16_value(load_u16(bounds + 2 * d)))
         zero = np.float64(fp16_value(load_u16(bounds + 2 * (dim + d))))
-        return _nibble(where, d % 8) * step + zero
+        return (_nibble(where, d % 8) if fmt == INT4 else np.float64(np.int64(load_i8(where)) & 255)) * step + zero
     if fmt in (INT8, FP8):
         return _eight_bits(fmt, where, np.float64(bf16_value(load_u16(scales + (2 * token if fmt == INT8 else 0)))))
     return np.float64(get(fmt, where))
@@ -295,7 +313,7 @@ def unpack_rows(
     Parameters
     ----------
     raw : its pages.
-    bounds : its scales and zeros of int4 keys.
+    bounds : its scales and zeros of channels of K.
     formats : of K and V.
     group : channels of V that share an int4 scale.
     """

@@ -31,8 +31,8 @@ from elastickv.backends.cpu.intrinsics import (
     widen_e4m3,
     widen_fp16,
 )
-from elastickv.backends.cpu.page_codes import FP8, INT4, INT8
-from elastickv.backends.cpu.scale_folding import fold_page, to_integers, total_of, weigh, weigh_with_zeros
+from elastickv.backends.cpu.page_codes import FP8, INT4, INT8, INT8_PER_CHANNEL
+from elastickv.backends.cpu.scale_folding import fold_page, fold_page_floats, to_integers, total_of, weigh, weigh_with_zeros
 from elastickv.recipe import FORMATS, PAGE_TOKENS
 
 NIBBLES = 4  # of a 16-bit word
@@ -40,7 +40,7 @@ ROW_BYTES = {FP32: 128, INT4: 128}  # of 32 columns; 64 or less for the others
 PAIRS = ir.VectorType(I16, 2 * LANES)
 INTEGERS = (INT8, INT4)  # multiplied by 16-bit integers
 SCALED = tuple(code for name, code in FORMAT_CODES.items() if not FORMATS[name].is_float)
-BIASED = (INT4,)  # each query has a number that is added to its scores
+BIASED = (INT4, INT8_PER_CHANNEL)  # each query has a number that is added to its scores
 FP8_FACTOR = np.float32(256)  # `load_row` gives 1/256 of the numbers
 ONE = np.float32(1)
 
@@ -58,6 +58,9 @@ def load_row(builder: ir.IRBuilder, fmt: int, row: Any) -> list[list[Any]]:
     if fmt == FP8:
         narrow = ir.VectorType(I8, LANES)
         return [[widen_e4m3(builder, load(builder, row, narrow, half * LANES)) for half in range(HALVES)]]
+    if fmt == INT8_PER_CHANNEL:
+        codes = ir.VectorType(I8, LANES)
+        return [[builder.uitofp(load(builder, row, codes, half * LANES), VF) for half in range(HALVES)]]
     widen = widen_bf16 if fmt == BF16 else widen_fp16
     bits = ir.VectorType(I16, LANES)
     return [[widen(builder, load(builder, row, bits, half * LANES * 2)) for half in range(HALVES)]]
@@ -72,7 +75,7 @@ def scaled(builder: ir.IRBuilder, fmt: int, total: Any, is_value: bool, scale: A
     """Return 16 sums of products times the scales; `scale`, `added`, `extra` as in `vector.multiply_page`."""
     if fmt in INTEGERS:
         total = builder.sitofp(total, VF)
-    if fmt == INT4 and not is_value:
+    if fmt in BIASED and not is_value:
         return multiply_add(builder, total, scale, added)
     if fmt in SCALED:
         total = builder.fmul(total, scale)
@@ -116,6 +119,11 @@ def key_operands(key, first, block, dim, queries, narrow, narrow_units, units, s
         biases = units + BLOCK * 4
         fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases, prefetch_bytes)
         return narrow, dim * 2, units, biases
+    if key == INT8_PER_CHANNEL:
+        biases = units + BLOCK * 4
+        fold_page_floats(0, block, bounds, dim, query, dim * 4, narrow, biases, prefetch_bytes)
+        _fill(units, block, ONE)
+        return narrow, dim * 4, units, biases
     if key == INT8:
         return narrow + first * dim * 2, dim * 2, narrow_units + 4 * first, scales_at
     if key == FP8:

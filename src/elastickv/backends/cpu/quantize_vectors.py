@@ -235,6 +235,24 @@ eight_keys = addressed(9, types.void, _eight_rows(False), floats=1)
 eight_values = addressed(9, types.void, _eight_rows(True), floats=1)
 
 
+def _channel_rows(
+    builder: ir.IRBuilder, code: Any, source: Any, dim: Any, first: Any, scales: Any, zeros: Any, target: Any, levels: Any
+) -> None:
+    plane, most = _ExactPlane(builder, code, source, dim, False), splat(builder, levels, UNIT)
+    wide = [widen_fp16(builder, load(builder, address, SHORTS)) for address in (scales, zeros)]
+    with loop(builder, I64(PAGE_TOKENS // UNIT), []) as (unit, _, _):
+        token = builder.mul(unit, I64(UNIT))
+        for number in range(UNIT):
+            scale, zero = (builder.extract_element(plane_of, I32(number)) for plane_of in wide)
+            codes = _affine_codes(builder, plane.unit(builder.add(first, I64(number)), token), scale, zero, most)
+            store(builder, builder.trunc(codes, BYTES), target, builder.add(token, I64(number * PAGE_TOKENS)))
+
+
+# (exact format, plane, head_dim, first channel, scales, zeros, codes, levels): eight channels of K's page in 8 bits, from 0 to
+# levels, each with a half scale and zero.
+channel_keys = addressed(7, types.void, _channel_rows, floats=1)
+
+
 def _e4m3(builder: ir.IRBuilder, x: Any, most: Any) -> Any:
     """Return the bits of float8 e4m3, ties to even; larger numbers become `most`."""
     bits = builder.bitcast(x, WORDS)

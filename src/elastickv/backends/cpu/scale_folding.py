@@ -1,7 +1,9 @@
-"""Folds scales into the multipliers of integer rows: queries (K int4) and probabilities (V int8 and int4).
+"""Folds scales into multipliers of codes: queries (K int4 and int8 per channel) and probabilities (V int8 and int4).
 
 q . (scale x code + zero) = (q x scale) . code + q . zero, and sum of p x (scale x code + zero) = sum of (p x scale) x code
-+ sum of p x zero: no code is ever multiplied by its scale. The folded numbers become 16-bit integers with one unit each.
++ sum of p x zero: no code is ever multiplied by its scale. The folded numbers become 16-bit integers with one unit each. For
+int8 per channel they stay floats: there 16 bits would not do for channels of a small range beside one with a thousand times as
+much, as a key's bias in a fast rotary channel has.
 """
 
 from typing import Any
@@ -92,6 +94,26 @@ def _fold(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) -
             scaled = builder.fmul(load(builder, queries, VF, at), inverses[query])
             shifted = multiply_add(builder, scaled, scale, constant(MAGIC))
             _store_whole(builder, shifted, narrow, builder.add(where, builder.mul(narrow_bytes, I64(query))))
+
+
+def _fold_floats(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) -> None:
+    bounds, dim, queries, query_bytes, folded, biases, prefetch_bytes = args
+    turns, zeros = builder.sdiv(dim, I64(LANES)), builder.mul(dim, I64(2))
+    with loop(builder, turns, [constant(0.0)] * width) as (index, carried, final):
+        where = builder.mul(index, I64(2 * LANES))
+        prefetch(builder, bounds, builder.add(prefetch_bytes, builder.mul(where, I64(2))))
+        scale, zero = halves(builder, bounds, where), halves(builder, bounds, builder.add(where, zeros))
+        for query in range(width):
+            at = builder.add(builder.mul(index, I64(FLOAT_BYTES * LANES)), builder.mul(query_bytes, I64(query)))
+            q = load(builder, queries, VF, at)
+            carried[query] = multiply_add(builder, q, zero, carried[query])
+            store(builder, builder.fmul(q, scale), folded, at)
+    for query in range(width):
+        store(builder, reduce(builder, final[query], builder.fadd), biases, query * FLOAT_BYTES)
+
+
+# (0, width, bounds, head_dim, queries, their bytes, folded queries, biases, prefetch_bytes): the same in float32.
+fold_page_floats = addressed(9, types.void, by_width([0], _fold_floats))
 
 
 # (0, width, bounds, head_dim, queries, query_bytes, int16 queries, their bytes, units, biases, prefetch_bytes): folds one

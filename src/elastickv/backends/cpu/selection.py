@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import carray, cfunc, types
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.elements import cold_tokens
+from elastickv.backends.cpu.elements import RANGE_FACTORS, cold_tokens
 from elastickv.backends.cpu.intrinsics import (
     FLOAT_BYTES,
     I32,
@@ -43,11 +43,12 @@ from elastickv.backends.cpu.intrinsics import (
 )
 from elastickv.backends.cpu.numba_cache import cache_kernels_on_disk, kernel
 from elastickv.backends.cpu.scale_folding import halves
+from elastickv.backends.cpu.vector import scale_into
 from elastickv.kvcache.scorers import Scorer
 from elastickv.recipe import PAGE_TOKENS
 
 _F, _S = layout.BufferField, layout.State
-KV_HEADS, GROUP, DIM = int(_F.KV_HEADS), int(_F.GROUP), int(_F.DIM)
+KV_HEADS, GROUP, DIM, COLD_KEY_FORMAT = int(_F.KV_HEADS), int(_F.GROUP), int(_F.DIM), int(_F.COLD_KEY_FORMAT)
 BOUNDS_BASE, BOUNDS_HEAD_BYTES, STATE_BASE = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES), int(_F.STATE_BASE)
 LISTS_BASE, LISTS_HEAD_BYTES = int(_F.LISTS_BASE), int(_F.LISTS_HEAD_BYTES)
 SCORES_BASE, SCORES_HEAD_BYTES, SCORE_SPLITS = int(_F.SCORES_BASE), int(_F.SCORES_HEAD_BYTES), int(_F.SCORE_SPLITS)
@@ -190,6 +191,8 @@ def score_item(descriptor, item, q, thread):  # type: ignore[no-untyped-def]
     page, last = split * share, min(pages, (split + 1) * share)
     if page < last:
         invoke_4(c[WEIGHTS_KERNEL], q + head * group * dim * 4, group, dim, queries)
+        of_scales = queries + dim * 4
+        scale_into(of_scales, of_scales, dim, RANGE_FACTORS[c[COLD_KEY_FORMAT]])
     while page < last:
         width = MOST_PAGES if page + MOST_PAGES <= last else 1
         bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4

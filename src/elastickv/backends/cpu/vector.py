@@ -36,6 +36,7 @@ from elastickv.backends.cpu.intrinsics import (
     store,
 )
 from elastickv.backends.cpu.page_operands import BIASED, INTEGERS, PAIRS, ROW_BYTES, SCALED, load_row, scaled
+from elastickv.recipe import FORMATS
 
 LINE_BYTES = 64
 
@@ -83,14 +84,15 @@ def _multiply(builder: ir.IRBuilder, fmt: int, width: int, accumulate: bool, arg
 
 def _multiply_any(accumulate: bool) -> Any:
     return by_width(
-        FORMAT_CODES.values(),
+        [code for name, code in FORMAT_CODES.items() if not accumulate or FORMATS[name].values is not None],
         lambda builder, fmt, width, args: _multiply(builder, fmt, width, accumulate, args),
     )
 
 
 # (format, width, base, row_bytes, rows, coefficients, query_bytes, out, out_bytes, scales, extra, prefetch_bytes): addresses
 # and byte counts; data `prefetch_bytes` further on is prefetched. `scales`: one float for each query, of integers and fp8.
-# multiply_page: out[query] = scale x sum; `extra`: for int8 the tokens' bf16 scales, for int4 a float to add for each query.
+# multiply_page: out[query] = scale x sum; `extra`: for int8 the tokens' bf16 scales, for scales of channels a float to add for
+# each query.
 # accumulate_page: out[query] = extra[query] x out[query] + scale x sum.
 multiply_page = addressed(12, types.void, _multiply_any(False))
 accumulate_page = addressed(12, types.void, _multiply_any(True))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, Format
+from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, Format, ScaleLayout
 
 
 def format_macros(macros: Mapping[str, int]) -> dict[str, int]:
@@ -11,7 +11,8 @@ def format_macros(macros: Mapping[str, int]) -> dict[str, int]:
     - `FP32`, `FP16`, `BF16`: values of EXACT_TYPE.
     - `COLD_SAME`, `COLD_INT8`: values of COLD_TYPE for rows.
     - `SIXTEEN_BIT`, `INT8`, ...: values of K_FORMAT and V_FORMAT; `INT8_LARGEST`, ...: the largest code.
-    - In builds for pages, of K and V: bits of an element, bytes of a page's scales, and the largest key that can be stored.
+    - In builds for pages, of K and V: bits of an element, bytes of a page's scales, the largest key that can be stored, and of
+      keys with scales of channels the largest code.
     """
     if "EXACT_TYPE" not in macros:
         return {}
@@ -32,6 +33,7 @@ def format_macros(macros: Mapping[str, int]) -> dict[str, int]:
             "KEY_SCALES": key.key_scales(dim).bytes_of(PAGE_TOKENS),
             "VALUE_SCALES": value.value_scales(dim, macros["V_GROUP"]).bytes_of(PAGE_TOKENS),
             "LARGEST_KEY": int(key.largest_key or 0),
+            "CHANNEL_LEVELS": int(key.largest_code) if key.keys is ScaleLayout.CHANNEL else 0,
         }
     return derived
 

@@ -215,7 +215,7 @@ def _pages_variant(common: dict[str, int], group: int, recipe: Recipe, arch: str
     raise UsageError(f"SM {arch} has too little shared memory for {recipe} and heads of {head_dim}: use kind='simt'")
 
 
-def _value_layout(recipe: Recipe) -> ScaleLayout:
+def _value_layout(recipe: Recipe) -> ScaleLayout | None:
     return FORMATS[str(recipe.value_format)].values
 
 

@@ -91,4 +91,6 @@ def _recipe(text: str) -> Recipe:
 
 
 def _own_formats() -> list[str]:
-    return [name for name in cold_formats() if not FORMATS[name].is_float]
+    """Return our quantized formats; one that stores keys only with int8 values."""
+    quantized = (FORMATS[name] for name in cold_formats() if not FORMATS[name].is_float)
+    return [f.name if f.values is not None else f"k={f.name},v=int8" for f in quantized]

@@ -33,6 +33,8 @@ class KvpressScorer(OneOffEviction):
     UsageError : if kvpress can't be imported, or has no such scorer.
     """
 
+    scores_for_size = True
+
     def __init__(self, press: str) -> None:
         self.name = PREFIX + press
         self.source = f"NVIDIA/kvpress, {press}"

@@ -6,6 +6,8 @@ is one of the budget, which is at least 3 pages. The first two layers read every
 is read for all of them, by the mean of their bounds; the publication's models share none.
 """
 
+import torch
+
 from elastickv.evaluation.kv_selections.reference_selection import LayerSelection, ReferenceSelection, token_bytes
 from elastickv.evaluation.prefill import Tensor
 
@@ -13,19 +15,30 @@ PAGE = 16
 
 
 class _TopPages(LayerSelection):
+    """Reads pages by bounds; those of a page are noted once it is complete."""
+
     def __init__(self, size: int) -> None:
         self._size = size
+        self._least: Tensor = None
+        self._most: Tensor = None
 
     def select(self, query: Tensor, keys: Tensor) -> Tensor:
         tokens = keys.shape[2]
         pages = -(-tokens // PAGE)
         chosen = keys.new_ones((*keys.shape[:2], pages), dtype=bool)
         if pages > self._size:
-            full = keys[:, :, : (pages - 1) * PAGE].unflatten(2, (-1, PAGE))
-            best = page_bounds(query, full.amin(3), full.amax(3)).mean(2).topk(self._size - 1, dim=-1).indices
+            self._note_bounds(keys, pages - 1)
+            best = page_bounds(query, self._least, self._most).mean(2).topk(self._size - 1, dim=-1).indices
             chosen[..., :-1] = False
             chosen.scatter_(2, best, True)
         return chosen.repeat_interleave(PAGE, dim=2)[..., :tokens]
+
+    def _note_bounds(self, keys: Tensor, complete: int) -> None:
+        noted = 0 if self._least is None else self._least.shape[2]
+        if complete > noted:
+            new = keys[:, :, noted * PAGE : complete * PAGE].unflatten(2, (-1, PAGE))
+            parts = ((self._least, new.amin(3)), (self._most, new.amax(3)))
+            self._least, self._most = (part if old is None else torch.cat([old, part], 2) for old, part in parts)
 
 
 def page_bounds(query: Tensor, least: Tensor, most: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ class ReferenceSelection(ABC):
     least : the smallest size.
     dense_layers : so many of a model's first layers read everything, but never more than half of them.
     reads_prompt : whether it needs scores of the prompt's tokens.
+    scores_for_size : whether these depend on the size.
     """
 
     name: str
@@ -106,6 +107,7 @@ class ReferenceSelection(ABC):
     least: int = 1
     dense_layers: int = 0
     reads_prompt: bool = False
+    scores_for_size: bool = False
 
     @abstractmethod
     def read_bytes(self, size: int, tokens: int, prompt: int, head_dim: int) -> int:

@@ -11,7 +11,7 @@ from elastickv.transformers.attention import Call, Pending, carrying
 
 
 class SelectedLayer(SixteenBitLayer):
-    """Exact 16-bit keys and values, of which a step of one token a row attends to some.
+    """Exact 16-bit keys and values, of which a step attends to some.
 
     Attributes
     ----------
@@ -29,12 +29,23 @@ class SelectedLayer(SixteenBitLayer):
         return carrying(keys, pending), carrying(values, pending)
 
     def attend(self, pending: Pending, call: Call) -> torch.Tensor:
-        """Attend to the tokens that are selected: (batch, 1, query_heads, head_dim) of the query's dtype."""
+        """Attend to the tokens that are selected: (batch, new, query_heads, head_dim) of the query's dtype.
+
+        Several new tokens are as many steps: each selects among the tokens up to its own.
+        """
         keys, values = pending.keys.float(), pending.values.float()
-        query = call.query.float().unflatten(1, (keys.shape[1], -1))
-        chosen = self._selection.select(query[..., 0, :], keys)
-        products = query @ keys[:, :, None].mT * call.scaling
-        weights = attention_weights(products, chosen[:, :, None, None], call.softcap, call.sinks)
-        self._selection.attended(weights[..., 0, :])
-        outputs = weights @ values[:, :, None]
-        return outputs.flatten(1, 2).transpose(1, 2).to(call.query.dtype).contiguous()
+        queries = call.query.float().unflatten(1, (keys.shape[1], -1))
+        first = keys.shape[2] - queries.shape[3]
+        steps = [
+            self._step(queries[..., step, :], keys[:, :, : first + step + 1], values[:, :, : first + step + 1], call)
+            for step in range(queries.shape[3])
+        ]
+        return torch.stack(steps, 1).to(call.query.dtype)
+
+    def _step(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> Tensor:
+        """Return the (batch, query_heads, head_dim) outputs of one step's (batch, kv_heads, group, head_dim) queries."""
+        chosen = self._selection.select(query, keys)
+        products = (query @ keys.mT * call.scaling)[..., None, :]
+        weights = attention_weights(products, chosen[:, :, None, None], call.softcap, call.sinks)[..., 0, :]
+        self._selection.attended(weights)
+        return (weights @ values).flatten(1, 2)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from elastickv.evaluation.metrics import bootstrap_mean
+from elastickv.evaluation.metrics import estimate
 
 SECOND_WORDING = "full, second wording"
 FULL = "full"
@@ -26,8 +26,8 @@ def paired_record(name: str, scores: Sequence[float], full: Sequence[float], fig
     own, other = np.asarray(scores, np.float64), np.asarray(full, np.float64)
     return {
         "cache": name,
-        "score_percent": asdict(bootstrap_mean(own, lambda mean: 100 * mean)),
-        "difference_points": asdict(bootstrap_mean(own - other, lambda mean: 100 * mean)),
+        "score_percent": asdict(estimate(own, shown=lambda mean: 100 * mean)),
+        "difference_points": asdict(estimate(own - other, shown=lambda mean: 100 * mean)),
         "worse": int((own < other).sum()),
         "better": int((own > other).sum()),
         "scores": [float(score) for score in own],

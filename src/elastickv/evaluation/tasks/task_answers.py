@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from elastickv.evaluation.divergence import end_tokens
+from elastickv.evaluation.generations.divergence import end_tokens
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.prefill import Prefill
 from elastickv.evaluation.scoring import Open

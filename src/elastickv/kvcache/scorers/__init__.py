@@ -2,10 +2,10 @@
 
 from elastickv.errors import UsageError
 from elastickv.kvcache.scorers.bounds import BOUNDS
-from elastickv.kvcache.scorers.scorer import Scorer, select_pages
+from elastickv.kvcache.scorers.scorer import Scorer, scale_factor, select_pages
 from elastickv.recipe import Recipe
 
-__all__ = ["SCORERS", "Scorer", "scorer_of", "select_pages"]
+__all__ = ["SCORERS", "Scorer", "scale_factor", "scorer_of", "select_pages"]
 
 SCORERS: dict[str, Scorer] = {BOUNDS.name: BOUNDS}
 

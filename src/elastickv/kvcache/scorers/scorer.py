@@ -1,7 +1,8 @@
 """What a page scorer is: the weights that a decode step's queries give to a page's scales and zeros.
 
-A page of K stores a scale and a zero for each channel, so its channel d spans [zero, zero + 15 scale]. A scorer turns the query
-heads that share a KV head into two weights for each channel, and the score of a page is the linear form
+A page of K stores a scale and a zero for each channel, so its channel d spans [zero, zero + 15 scale]; where codes
+go further than 15, `scale_factor` gives the scales of 15 steps. A scorer turns the query heads that share a KV head into two
+weights for each channel, and the score of a page is the linear form
 
     sum over channels of zero_weight * zero + scale_weight * scale.
 
@@ -18,8 +19,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from elastickv.kvcache.attention import Float64
+from elastickv.recipe.formats import FORMATS
 
 ChannelWeights = Callable[[Any], tuple[Any, Any]]
+STEPS = 15  # of a channel's range
+
+
+def scale_factor(key_format: str) -> float:
+    """Return what scales of a format are multiplied by so that a channel spans [zero, zero + 15 scale]."""
+    return FORMATS[key_format].largest_code / STEPS
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Scorer:
         Parameters
         ----------
         queries : (query heads, head_dim) of one KV head.
-        scales, zeros : (pages, head_dim).
+        scales, zeros : (pages, head_dim), scales times their format's `scale_factor`.
 
         Returns
         -------

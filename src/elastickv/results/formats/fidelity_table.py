@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from elastickv.evaluation.metrics import Estimate
+from elastickv.results.formats.generated_texts_table import TEXT_HEADERS, described, generated_texts
 from elastickv.results.formats.rows import markdown_cell
 from elastickv.results.formats.task_table import task_lines
 from elastickv.results.formats.units import fixed, size
@@ -39,6 +40,8 @@ def fidelity_tables(result: EvaluationResult) -> str:
         *(["One window alone has no interval."] if any(row.windows == 1 for row in result.rows) else []),
         *_layers(model),
     ]
+    if result.generations:
+        lines += ["", *_table(TEXT_HEADERS, generated_texts(result.generations)), "", described(result.generations)]
     if result.needle:
         lines += ["", *_retrieval(result.needle)]
     lines += task_lines(result.tasks)

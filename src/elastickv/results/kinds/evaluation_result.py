@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from elastickv.benchmark.from_dict import SIGNED, Count, Positive, from_dict, optional, refused
+from elastickv.evaluation.generations.text_figures import TextFigures
 from elastickv.evaluation.metrics import Estimate
 from elastickv.results.kinds.model_result import check_version
 
@@ -146,6 +147,29 @@ class LossRow:
 
 
 @dataclass(frozen=True)
+class GenerationRow:
+    """Texts of at most `tokens` tokens that one cache generates after each window: a greedy one, and `samples` others.
+
+    `full` is full attention itself.
+    """
+
+    context: Count
+    cache: str
+    compress: Positive | None
+    windows: Count
+    tokens: Count
+    samples: int
+    greedy: TextFigures
+    sampled: TextFigures | None
+    seconds: float
+
+    @property
+    def of_texts(self) -> dict[str, TextFigures]:
+        """How texts were decoded -> their figures."""
+        return {"greedy": self.greedy} | ({} if self.sampled is None else {"sampled": self.sampled})
+
+
+@dataclass(frozen=True)
 class PassKeyRow:
     """Pass keys in prompts of one length: for each cache, whether the key at each of `depths` was answered."""
 
@@ -249,6 +273,7 @@ class EvaluationResult:
     prefix: WindowPrefix | None = field(default=None, metadata=_OPTIONAL)
     scored_texts: list[ScoredText] | None = field(default=None, metadata=_OPTIONAL)
     windows: list[ScoredWindow] | None = field(default=None, metadata=_OPTIONAL)
+    generations: list[GenerationRow] | None = field(default=None, metadata=_OPTIONAL)
     tasks: list[TaskRow] = field(default_factory=list)
 
     @property

@@ -29,7 +29,7 @@ from elastickv.backends.cpu.intrinsics import (
     widen_e4m3,
     widen_fp16,
 )
-from elastickv.backends.cpu.page_codes import EIGHT, FP8, INT4, INT8
+from elastickv.backends.cpu.page_codes import EIGHT, FP8, INT4, INT8, INT8_PER_CHANNEL
 from elastickv.recipe import PAGE_TOKENS
 
 BYTES = ir.VectorType(I8, LANES)
@@ -71,12 +71,13 @@ def _channels(
     builder: ir.IRBuilder, fmt: int, codes: Any, scales: Any, bounds: Any, dim: Any, first: Any, token: Any, scale: Any
 ) -> list[Any]:
     """Return the numbers of 16 channels from `first` on, of 16 tokens."""
-    if fmt == INT4:
+    if fmt in (INT4, INT8_PER_CHANNEL):
         at = builder.mul(first, I64(2))
         steps, zeros = (
             widen_fp16(builder, load(builder, bounds, SHORTS, offset))
             for offset in (at, builder.add(at, builder.mul(dim, I64(2))))
         )
+    if fmt == INT4:
         numbers = []
         for eight in range(LANES // EIGHT):
             row = builder.add(builder.mul(builder.add(first, I64(EIGHT * eight)), I64(PAGE_TOKENS // EIGHT)), token)
@@ -87,6 +88,13 @@ def _channels(
                 numbers.append(multiply_add(builder, _nibbles(builder, packed, number), step, zero))
         return numbers
     rows = [builder.add(builder.mul(builder.add(first, I64(i)), I64(PAGE_TOKENS)), token) for i in range(LANES)]
+    if fmt == INT8_PER_CHANNEL:
+        numbers = []
+        for number, row in enumerate(rows):
+            step, zero = (splat(builder, builder.extract_element(of, I32(number))) for of in (steps, zeros))
+            codes_of = builder.uitofp(load(builder, codes, BYTES, row), VF)
+            numbers.append(multiply_add(builder, codes_of, step, zero))
+        return numbers
     if fmt == INT8:
         steps = widen_bf16(builder, load(builder, scales, SHORTS, builder.mul(token, I64(2))))
         pairs = (_pair(builder, codes, builder.add(row, token)) for row in rows[::2])
@@ -163,7 +171,7 @@ def _values(builder: ir.IRBuilder, fmt: Any, codes: Any, scales: Any, dim: Any, 
             return lambda: _four_bits(builder, codes, scales, dim, start, columns, target)
         return lambda: _other(builder, code, codes, scales, dim, start, columns, target)
 
-    switch(builder, fmt, {code: body(code) for code in STORED})
+    switch(builder, fmt, {code: body(code) for code in STORED if code != INT8_PER_CHANNEL})
 
 
 # (format, the codes of a chunk, its scales, head_dim, first channel, channels, target): a chunk of the values of a page, in 32

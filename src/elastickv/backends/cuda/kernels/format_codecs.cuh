@@ -5,8 +5,8 @@
 // scales are those of kvcache/quantize.py, bit for bit; numbers of formats, largest codes and sizes come as macros from
 // recipe/formats.py.
 //
-// Scales of a page: int8 bf16 [token]; fp8 a bf16 power of two; int4 K fp16 [scale, zero][channel], V bf16
-// [group][token][scale, zero].
+// Scales of a page: int8 bf16 [token]; fp8 a bf16 power of two; int4 K and int8 per channel fp16 [scale, zero][channel]; int4 V
+// bf16 [group][token][scale, zero].
 #pragma once
 #include "pages.cuh"
 #include <cuda_fp8.h>
@@ -46,7 +46,10 @@ __device__ __forceinline__ Element value_element(int row, int lane, int w, int e
 #define VALUE_ONE (V_FORMAT == INT4 || V_FORMAT == INT8 ? CODE_ONE : 1.f)  // the factor on sums of dims g
 #define VALUE_ONE_HIGH (V_FORMAT == INT4 ? CODE_ONE / 16.f : VALUE_ONE)    // of dims g + 8
 #define ZEROS (V_FORMAT == INT4 ? GROUPS : V_FORMAT == INT8 ? 1 : 0)       // sums of weight x zero of a query
-#define KEY_STEPS (K_FORMAT == INT8 ? (KEY_TILES + 1) / 2 : KEY_TILES)     // products of a query with a page's keys
+// A power of two on queries, so that their products with small scales stay normal fp16 numbers: the largest scale of 8 bits is
+// 514, and 2^6 x 514 is below 65504.
+#define QUERY_LIFT (K_FORMAT == INT8_PER_CHANNEL ? 6 : 0)
+#define KEY_STEPS (K_FORMAT == INT8 ? (KEY_TILES + 1) / 2 : KEY_TILES)  // products of a query with a page's keys
 
 // Running results of one warp.
 struct Sums {
@@ -109,7 +112,8 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
         const float step = 1.f, inverse = 1.f;
 #else
         // A power of two above all of them: fp16 has no range to spare.
-        const u32 power = min((__float_as_uint(most) & 0x7f800000u) + 0x00800000u, 0x7e800000u);
+        const u32 lift = QUERY_LIFT << 23, least = lift + 0x00800000u;
+        const u32 power = min(max((__float_as_uint(most) & 0x7f800000u) + 0x00800000u, least), 0x7e800000u) - lift;
         const float step = __uint_as_float(power), inverse = __uint_as_float(0x7f000000u - power);
 #endif
         if (lane == 0) shared.steps[q] = step;
@@ -173,6 +177,16 @@ __device__ __forceinline__ KeyOperands key_operands(const char* stage, int k) {
     const char* scales = stage + KEY_SCALES_AT + (16 * k + 4 * (threadIdx.x & 3)) * 2;
     keys.scale = *reinterpret_cast<const uint2*>(scales);
     keys.base = *reinterpret_cast<const uint2*>(scales + 2 * PADDED);
+#elif K_FORMAT == INT8_PER_CHANNEL
+    const uint4 codes = vector_of(stage, k);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        keys.low[i] = __byte_perm((&codes.x)[i], 0, 0x4140);
+        keys.high[i] = __byte_perm((&codes.x)[i], 0, 0x4342);
+    }
+    const char* scales = stage + KEY_SCALES_AT + (16 * k + 4 * (threadIdx.x & 3)) * 2;
+    keys.scale = *reinterpret_cast<const uint2*>(scales);
+    keys.base = *reinterpret_cast<const uint2*>(scales + 2 * PADDED);
 #elif K_FORMAT == FP8
     const uint4 codes = vector_of(stage, k);
 #pragma unroll
@@ -193,7 +207,7 @@ __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyO
 #pragma unroll
     for (int i = 0; i < 4; i++) mma_int8(sums.x[i], q, (&keys.first.x)[i], (&keys.second.x)[i]);
 #else
-#if K_FORMAT == INT4
+#if CHANNEL_LEVELS
     mma_half(sums.zero, q.x, q.y, q.z, q.w, keys.base.x, keys.base.y);
     // The rounding error of the product goes into the low part, together with the query's own.
     const u32 a = multiply(q.x, keys.scale.x), b = multiply(q.z, keys.scale.y);
@@ -236,6 +250,8 @@ __device__ __forceinline__ float2 key_scores(const KeySums& sums, const char* st
 #elif K_FORMAT == INT4
         const float codes = sums.x[i][b] + sums.x[i][2 + b];
         score[b] = (codes * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + (sums.zero[0] + sums.zero[2])) * step;
+#elif K_FORMAT == INT8_PER_CHANNEL
+        score[b] = ((sums.x[i][b] + sums.x[i][2 + b]) * CODE_ONE + (sums.zero[0] + sums.zero[2])) * step;
 #else
         score[b] = (sums.x[i][b] + sums.x[i][2 + b]) * step;
 #endif
@@ -353,7 +369,8 @@ __device__ __forceinline__ void multiply_values(float (&sum)[4], const u32 (&a)[
 #elif defined(TILE)  // Decode on CUDA cores.
 #include "simt.cuh"
 
-#define KEY_ZEROS (K_FORMAT == INT4 ? (PADDED + 127) / 128 : 1)
+#define KEY_ZEROS (CHANNEL_LEVELS ? (PADDED + 127) / 128 : 1)
+#define CODE_OFFSET (CHANNEL_LEVELS + 1.f)           // what `nibble` and `octet` add
 #define VALUE_ZEROS (V_FORMAT == INT4 ? GROUPS : 0)  // sums of weight x zero of a query
 
 struct Staged {
@@ -361,13 +378,13 @@ struct Staged {
 #if K_FORMAT == INT8
     int2 codes[ROWS][D / 4];  // four channels' high parts and low parts
     float step[ROWS];
-#elif K_FORMAT == INT4
+#elif CHANNEL_LEVELS
     float4 scaled[WARPS][TILE][PADDED / 4];
 #endif
 };
 
 struct KeyScales {
-#if K_FORMAT == INT4
+#if CHANNEL_LEVELS
     uint2 scale[KEY_ZEROS], zero[KEY_ZEROS];  // of channels 4 (lane + 32 i) and on
 #else
     float scale;
@@ -388,7 +405,7 @@ __device__ __forceinline__ int my_token() { return 8 * (threadIdx.x & 3) + ((thr
 __device__ __forceinline__ KeyScales key_scales(const char* scales, size_t page) {
     KeyScales s = {};
     scales += page * KEY_SCALES;
-#if K_FORMAT == INT4
+#if CHANNEL_LEVELS
 #pragma unroll
     for (int i = 0; i < KEY_ZEROS; i++) {
         const int channel = 4 * ((threadIdx.x & 31) + 32 * i);
@@ -427,6 +444,12 @@ __device__ __forceinline__ float nibble(u32 word, int e) {
     return __uint_as_float((moved & 0x780000u) | 0x41800000u);
 }
 
+// 256 + byte e of a word.
+__device__ __forceinline__ float octet(u32 word, int e) {
+    const u32 moved = e < 2 ? word << (15 - 8 * e) : word >> (8 * e - 15);
+    return __uint_as_float((moved & 0x7f8000u) | 0x43800000u);
+}
+
 #define E4M3_ONE 0x1p120f  // the factor that `e4m3` omits
 // Element e of a word of fp8 codes, without the factor E4M3_ONE; subnormal floats are exact too.
 __device__ __forceinline__ float e4m3(u32 word, int e) {
@@ -451,7 +474,7 @@ typedef float Dot;
 
 // Starting values of the products of a page's keys; scales of channels are folded into the warp's queries.
 __device__ __forceinline__ void start_keys(Dot (&dots)[TILE][4][PARTS], Staged& staged, int row, const KeyScales& key_scale) {
-#if K_FORMAT == INT4
+#if CHANNEL_LEVELS
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     __syncwarp();
 #pragma unroll
@@ -467,8 +490,8 @@ __device__ __forceinline__ void start_keys(Dot (&dots)[TILE][4][PARTS], Staged& 
             const float2 a0 = __half22float2(scale[0]), a1 = __half22float2(scale[1]);
             const float2 z0 = __half22float2(zero[0]), z1 = __half22float2(zero[1]);
             staged.scaled[warp][h][channels] = make_float4(q.x * a0.x, q.y * a0.y, q.z * a1.x, q.w * a1.y);
-            sum = fmaf(q.x, fmaf(-16.f, a0.x, z0.x), fmaf(q.y, fmaf(-16.f, a0.y, z0.y), sum));
-            sum = fmaf(q.z, fmaf(-16.f, a1.x, z1.x), fmaf(q.w, fmaf(-16.f, a1.y, z1.y), sum));
+            sum = fmaf(q.x, fmaf(-CODE_OFFSET, a0.x, z0.x), fmaf(q.y, fmaf(-CODE_OFFSET, a0.y, z0.y), sum));
+            sum = fmaf(q.z, fmaf(-CODE_OFFSET, a1.x, z1.x), fmaf(q.w, fmaf(-CODE_OFFSET, a1.y, z1.y), sum));
         }
         // The four lanes of a group add up the starting values.
         for (int i = 4; i < 32; i <<= 1) sum += __shfl_xor_sync(FULL, sum, i);
@@ -486,7 +509,7 @@ __device__ __forceinline__ void multiply_keys(Dot (&dots)[TILE][4][PARTS], const
     const int t = threadIdx.x & 3;
 #if K_FORMAT == INT8
     const int2* codes = staged.codes[row];
-#elif K_FORMAT == INT4
+#elif CHANNEL_LEVELS
     const float4(*query)[PADDED / 4] = staged.scaled[threadIdx.x >> 5];
 #else
     const float4(*query)[PADDED / 4] = staged.query + row;
@@ -525,7 +548,9 @@ __device__ __forceinline__ void multiply_keys(Dot (&dots)[TILE][4][PARTS], const
             for (int i = 0; i < 4; i++)
 #pragma unroll
                 for (int c = 0; c < 4; c++)
-                    x[i][c] = K_FORMAT == INT4 ? nibble(words[2 * tile + (c >> 1)], 4 * (c & 1) + i) : e4m3(words[i], c);
+                    x[i][c] = K_FORMAT == INT4               ? nibble(words[2 * tile + (c >> 1)], 4 * (c & 1) + i)
+                              : K_FORMAT == INT8_PER_CHANNEL ? octet(words[i], c)
+                                                             : e4m3(words[i], c);
 #pragma unroll
             for (int h = 0; h < TILE; h++) {
                 const float4 q = query[h][4 * (COLUMNS * (first + r) + tile) + t];
@@ -721,8 +746,8 @@ __device__ __forceinline__ float bf16_down(float x, u32& bits) {
     return __uint_as_float(bits << 16);
 }
 
-__device__ __forceinline__ u32 code4(float x, float zero, float scale) {
-    const float code = fminf(fmaxf(rintf(__fdiv_rn(x - zero, scale)), 0.f), (float)INT4_LARGEST);
+__device__ __forceinline__ u32 affine_code(float x, float zero, float scale, int largest) {
+    const float code = fminf(fmaxf(rintf(__fdiv_rn(x - zero, scale)), 0.f), (float)largest);
     return scale > 0.f ? (u32)code : 0u;
 }
 
@@ -771,7 +796,7 @@ __device__ __forceinline__ u32 code16(const PageTile& tile, Element at) {
 
 // Scales of a page of K, to the tile and to memory.
 __device__ __forceinline__ void store_key_scales(PageTile& tile, u16* scales) {
-#if K_FORMAT == INT4
+#if CHANNEL_LEVELS
     for (int c = threadIdx.x; c < PADDED; c += STORE_THREADS) {
         float low = c < D ? tile.x[0][c] : 0.f, high = low;
         for (int i = 1; i < PAGE; i++) {
@@ -780,7 +805,7 @@ __device__ __forceinline__ void store_key_scales(PageTile& tile, u16* scales) {
             high = fmaxf(high, x);
         }
         const __half zero = __float2half_rd(low);
-        const __half scale = __float2half_ru(__fdiv_rn(high - __half2float(zero), (float)INT4_LARGEST));
+        const __half scale = __float2half_ru(__fdiv_rn(high - __half2float(zero), (float)CHANNEL_LEVELS));
         tile.scale[c] = __half2float(scale);
         tile.zero[c] = __half2float(zero);
         scales[c] = __half_as_ushort(scale);
@@ -822,8 +847,8 @@ __device__ __forceinline__ void store_value_scales(PageTile& tile, u16* scales) 
 
 // The code of an element of K.
 __device__ __forceinline__ u32 key_code(const PageTile& tile, Element at) {
-#if K_FORMAT == INT4
-    return code4(tile.x[at.token][at.dim], tile.zero[at.dim], tile.scale[at.dim]);
+#if CHANNEL_LEVELS
+    return affine_code(tile.x[at.token][at.dim], tile.zero[at.dim], tile.scale[at.dim], CHANNEL_LEVELS);
 #elif K_FORMAT == SIXTEEN_BIT
     return code16(tile, at);
 #else
@@ -834,7 +859,7 @@ __device__ __forceinline__ u32 key_code(const PageTile& tile, Element at) {
 __device__ __forceinline__ u32 value_code(const PageTile& tile, Element at) {
 #if V_FORMAT == INT4
     const int of = at.dim / V_GROUP * PAGE + at.token;
-    return code4(tile.x[at.token][at.dim], tile.zero[of], tile.scale[of]);
+    return affine_code(tile.x[at.token][at.dim], tile.zero[of], tile.scale[of], INT4_LARGEST);
 #elif V_FORMAT == SIXTEEN_BIT
     return code16(tile, at);
 #else
@@ -852,7 +877,7 @@ __device__ __forceinline__ float number_fp8(u32 code) {
 
 // The number that code `code` of K at `at` represents.
 __device__ __forceinline__ float key_number(u32 code, Element at, const u16* scales) {
-#if K_FORMAT == INT4
+#if CHANNEL_LEVELS
     return fmaf((float)code, half_value(scales[at.dim]), half_value(scales[PADDED + at.dim]));
 #elif K_FORMAT == INT8
     return (float)(signed char)code * bf16_value(scales[at.token]);

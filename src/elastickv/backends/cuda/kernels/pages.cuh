@@ -5,12 +5,13 @@
 // g = lane / 4 and t = lane % 4, the elements of a vector are
 //   K, tile kt of 16 channels: channels 16 kt + 4 t + 0..3 of tokens 8 i + g, i = 0..3;
 //   V, tile m of 16 positions: positions 16 m + g + 8 d, d = 0..1, of tokens 8 i + 2 t + 0..1;
-// in the order that `key_element` and `value_element` give. int4 pads channels to a multiple of 32. A position is a dim; int4
-// dims that share a scale start at a multiple of 16.
+// in the order that `key_element` and `value_element` give. int4, and scales of channels, are padded to a multiple of 32
+// channels. A position is a dim; int4 dims that share a scale start at a multiple of 16.
 //
 // Macros in addition to those of common.cuh: K_FORMAT, V_FORMAT, V_GROUP (dims of V that share a scale and a zero; else
 // HEAD_DIM); from the table of formats (format_macros.py) K_BITS and V_BITS of an element, KEY_SCALES and VALUE_SCALES (bytes
-// of a page), and LARGEST_KEY (the largest magnitude that can be stored; 0: no limit).
+// of a page), LARGEST_KEY (the largest magnitude that can be stored; 0: no limit), and CHANNEL_LEVELS (the largest code of keys
+// with a scale and a zero for each channel of a page; 0: they have none).
 #pragma once
 #include "common.cuh"
 

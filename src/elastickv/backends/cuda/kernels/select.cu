@@ -59,7 +59,7 @@ __device__ __forceinline__ void stage_weights(Shared& sh, const float* query, in
     float* weights = reinterpret_cast<float*>(sh.weights);
     for (int dim = threadIdx.x; dim < PADDED; dim += THREADS) {
         const ChannelWeights x = dim < D ? channel_weights(query + dim, group) : ChannelWeights{0.f, 0.f};
-        weights[dim] = x.scale;
+        weights[dim] = x.scale * (CHANNEL_LEVELS / 15.f);  // scorers speak of scales of 15 steps
         weights[PADDED + dim] = x.zero;
     }
 }

@@ -12,12 +12,12 @@ def ahead(serve):
     """Return an asynchronous scheduler of an engine's caches, without an engine."""
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
-    from elastickv.vllm.failing_scheduler import FailingAsyncScheduler
+    from elastickv.vllm.fail_on_nan_scheduler import FailOnNanAsyncScheduler
 
     core = serve(enable_prefix_caching=True).core
     caches = core.scheduler.kv_cache_config
     block_size, hash_block_size = resolve_kv_cache_block_sizes(caches, core.vllm_config)
-    made = FailingAsyncScheduler(
+    made = FailOnNanAsyncScheduler(
         vllm_config=core.vllm_config,
         kv_cache_config=caches,
         structured_output_manager=core.structured_output_manager,
@@ -108,9 +108,9 @@ def test_blocks_of_a_request_that_was_preempted_before_it_failed_are_read_once(a
     ],
 )
 def test_rows_of_logits_belong_to_requests_with_their_drafts(drafts, sampled, rows, failing):
-    from elastickv.vllm.failing_scheduler import FailingScheduler
+    from elastickv.vllm.fail_on_nan_scheduler import FailOnNanScheduler
 
-    scheduler = FailingScheduler.__new__(FailingScheduler)
+    scheduler = FailOnNanScheduler.__new__(FailOnNanScheduler)
     scheduler.parallel_config = SimpleNamespace()
     names = ["a", "b", "c"]
     made = SimpleNamespace(

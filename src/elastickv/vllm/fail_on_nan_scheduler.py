@@ -12,7 +12,7 @@ from vllm.v1.request import Request, RequestStatus
 _log = logging.getLogger("vllm.elastickv")
 
 
-class FailingRequests(Scheduler):
+class _FailOnNan(Scheduler):
     """Ends requests with NaN in their logits before vLLM looks at the tokens that were chosen by them.
 
     vLLM counts NaN and only reports them. With drafts it counts by row of logits, of which a request has several, but keeps
@@ -93,9 +93,9 @@ class FailingRequests(Scheduler):
         return min((i * size for size, blocks in groups for i, block in enumerate(blocks) if block in bad), default=None)
 
 
-class FailingScheduler(FailingRequests):
-    """vLLM's scheduler, with failing requests."""
+class FailOnNanScheduler(_FailOnNan):
+    """vLLM's scheduler, but requests with NaN in their logits end with an error."""
 
 
-class FailingAsyncScheduler(FailingRequests, AsyncScheduler):
-    """vLLM's asynchronous scheduler, with failing requests."""
+class FailOnNanAsyncScheduler(_FailOnNan, AsyncScheduler):
+    """vLLM's asynchronous scheduler, but requests with NaN in their logits end with an error."""

@@ -1,0 +1,76 @@
+"""The script of methods at equal bytes: what it measures, what a further call adds, and what stops it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tiny_models import tiny_gguf
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import frontier
+
+from elastickv.evaluation import sessions
+
+TEXT = " ".join(f"{number * number} words of a text" for number in range(120))
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "DEFAULT_TOKENS", 1600)
+    model, text = tiny_gguf(tmp_path / "Tiny-Model.Q4_0.gguf"), tmp_path / "held-out.txt"
+    text.write_text(TEXT)
+    settings = [str(model), "--contexts=900", f"--text={text}", "--scored=3", "--windows=2", f"--output={tmp_path}"]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["frontier.py", *settings, *arguments])
+        status = frontier.main()
+        path = tmp_path / "frontier-tiny-model-900.json"
+        return status, json.loads(path.read_text()) if path.exists() else None
+
+    return run
+
+
+def names(result):
+    return [row["cache"] for row in result["rows"]]
+
+
+def test_a_further_call_measures_what_the_file_lacks(call, tmp_path, capsys):
+    status, first = call("--compress=4", "--parts=4", "--formats=q4_0", "--selections=none")
+    assert status == 0 and first["complete"]
+    assert names(first) == ["C=4", "C=4 formats alone", "C=4 selection alone", "q4_0"]
+    assert first["options"]["texts_sha256"].keys() == {"held-out.txt"} and first["calibration"]["text"] == "calibration.txt"
+    assert (tmp_path / "calibration-tiny-model.json").exists() and str(tmp_path) not in json.dumps(first)
+    capsys.readouterr()
+    status, second = call("--compress=4", "--parts=4", "--formats=q4_0,int4", "--selections=streaming_llm")
+    assert status == 0 and names(second) == [*names(first), "int4", "streaming_llm C=4"]
+    assert second["rows"][:4] == first["rows"]
+    said = capsys.readouterr().out
+    assert "900 int4: KL" in said and "q4_0: KL" not in said and "calibrated in" not in said
+    status, third = call("--compress=4", "--formats=none", "--selections=none", "--scored=4")
+    assert names(third)[:1] == ["C=4"] and third["options"]["scored"] == 4, "other windows are measured anew"
+
+
+def test_a_method_that_fails_leaves_the_others(call, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no\nroom")
+
+    monkeypatch.setattr(sessions, "published", refuse)
+    status, result = call("--compress=4", "--parts=none", "--formats=int8,q4_0", "--selections=none")
+    assert status == 0 and names(result) == ["C=4", "int8"]
+    assert any(line.startswith("q4_0 failed: RuntimeError: no") for line in result["skipped"])
+
+
+def test_the_rows_before_the_time_is_over_stay(call, monkeypatch):
+    monkeypatch.setattr(frontier.Measurement, "note", lambda self, result: (self._write(result), setattr(LIMITS[0], "end", 0)))
+    LIMITS.clear()
+    made = frontier.Limit
+    monkeypatch.setattr(frontier, "Limit", lambda seconds: LIMITS.append(made(seconds)) or LIMITS[0])
+    status, result = call("--compress=4", "--parts=none", "--formats=int8,q4_0", "--selections=none")
+    assert status == 1 and names(result) == ["C=4"] and not result["complete"]
+
+
+LIMITS = []

@@ -1,0 +1,176 @@
+"""What the documents show of methods at equal bytes (docs/fidelity.md) and of our own recipes (docs/quality.md)."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from elastickv.evaluation.evaluation_options import PARTS_METHOD
+from elastickv.evaluation.metrics import Estimate
+from elastickv.html_report.charts.frontier_charts import frontier_charts
+from elastickv.html_report.comparisons.equal_bytes import sentences
+from elastickv.html_report.comparisons.method_losses import (
+    ComparedMethods,
+    MethodLoss,
+    compared_methods,
+    front,
+    read_bits,
+    stored_bits,
+)
+from elastickv.html_report.model_results import evaluation_view
+from elastickv.html_report.report_data import IntervalEstimate
+from elastickv.results.kinds.evaluation_result import EvaluationResult, LossRow
+from elastickv.results.kinds.model_result import versions
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+ASSETS = ROOT / "docs" / "assets"
+FORMATS_ALONE, SELECTION_ALONE = " formats alone", " selection alone"
+LIMITS = (0.002, 0.01, 0.05)
+_MARK = "<!-- of results "
+
+
+def measured(pattern: str) -> dict[tuple[str, int], tuple[Path, EvaluationResult]]:
+    """Return the results by model and context; those of a GPU stand for those of a CPU."""
+    results: dict[tuple[str, int], tuple[Path, EvaluationResult]] = {}
+    for path in sorted(RESULTS.glob(pattern), key=lambda path: path.parent.name != "cpu"):
+        result = EvaluationResult.from_dict(json.loads(path.read_text(encoding="utf-8")), path.name)
+        for context in {row.context for row in result.rows}:
+            results[result.model.name, context] = (path, result)
+    return dict(sorted(results.items()))
+
+
+def frontier() -> list[str]:
+    """Return for each model and context where it was measured, the picture, what it says and the methods that none beats."""
+    lines: list[str] = []
+    for (model, context), (path, result) in measured("*/frontier-*.json").items():
+        (compared,) = compared_methods([evaluation_view(result, path.name)])
+        lines += [
+            f"### {_short(model)}, {context} tokens",
+            "",
+            _source(result),
+            "",
+            f"![KL divergence of all methods against stored and read bits, {_short(model)} at {context} tokens]"
+            f"(assets/{path.stem}.svg)",
+            "",
+            *(f"- {sentence.partition(': ')[2]}" for sentence in sentences(compared)),
+            "",
+            *_fronts(compared),
+            "",
+            *_parts(result.rows),
+        ]
+    return lines[:-1] if lines and not lines[-1] else lines
+
+
+def _source(result: EvaluationResult) -> str:
+    model, environment, calibration = result.model, result.environment, result.calibration
+    gpu = environment.get("gpu") or {}
+    driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
+    used = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers") if environment.get(name))
+    elastickv = versions(environment).get("elastickv")
+    row = result.rows[0]
+    calibrated = f" Calibrated on {calibration.tokens} tokens of {calibration.text}." if calibration else ""
+    return (
+        f"{model.name} in {model.dtype} on {model.device_name or environment['cpu']}{driver}; elastickv {elastickv}, {used}; "
+        f"{environment['date_utc'][:10]}. {row.windows} windows x {row.scored_tokens // row.windows} scored tokens of "
+        f"{', '.join(result.texts)}.{calibrated}"
+    )
+
+
+def _fronts(compared: ComparedMethods) -> Iterator[str]:
+    """Yield a table of what no method beats by stored or by read bits, and of ours at each C."""
+    fronts = {word: front(_runnable(compared), bits) for word, bits in (("stored", stored_bits), ("read", read_bits))}
+    chosen = [
+        one for one in _runnable(compared) if any(one in best for best in fronts.values()) or one.loss.cache.startswith("C=")
+    ]
+    rows = [
+        [
+            f"`{one.loss.cache}`",
+            f"{one.stored_bits:.2f}",
+            f"{one.read_bits:.2f}",
+            _figure(one.loss.kl, 5),
+            _figure(one.loss.top1_percent, 1),
+            _figure(one.loss.ppl_percent, 2),
+            " and ".join(word for word, best in fronts.items() if one in best),
+        ]
+        for one in sorted(chosen, key=lambda one: (one.read_bits, one.stored_bits))
+    ]
+    yield from _table(["method", "stored bits", "read bits", "KL", "top-1 %", "PPL change %", "front by bits"], rows)
+
+
+def _runnable(compared: ComparedMethods) -> list[MethodLoss]:
+    return [one for one in compared.losses if one.method != PARTS_METHOD]
+
+
+def _parts(rows: Sequence[LossRow]) -> Iterator[str]:
+    """Yield how much of a ratio's loss is rounding and how much is what is not read, where that was measured."""
+    by_name = {row.cache: row for row in rows}
+    cells = [
+        [name, *(_estimate(by_name[f"{name}{part}"].kl, 5) for part in (FORMATS_ALONE, SELECTION_ALONE, ""))]
+        for name in by_name
+        if f"{name}{FORMATS_ALONE}" in by_name and f"{name}{SELECTION_ALONE}" in by_name
+    ]
+    if cells:
+        yield from _table(["", "KL of its formats, all pages read", "KL of its pages in 16 bit", "KL of both"], cells)
+        yield ""
+
+
+def quality() -> list[str]:
+    """Return a table of KL and top-1 by model, context and C, and the largest C within some losses."""
+    results = measured("*/fidelity-*-[0-9]*.json") | measured("*/frontier-*.json")
+    ratios = sorted(
+        {row.compress for _, result in results.values() for row in result.rows if row.compress and row.compress > 1}
+    )
+    table, chosen = [], []
+    for (model, context), (_, result) in sorted(results.items()):
+        by_ratio = {row.compress: row for row in result.rows if row.compress and row.context == context}
+        cells = [by_ratio.get(ratio) for ratio in ratios]
+        shown = ["-" if row is None else f"{row.kl.mean:.4f} / {row.top1_percent.mean:.1f}" for row in cells]
+        table.append([_short(model), str(context), *shown])
+        within = [max((ratio for ratio, row in by_ratio.items() if row.kl.high <= limit), default=None) for limit in LIMITS]
+        chosen.append([_short(model), str(context), *("none" if ratio is None else f"C={ratio:g}" for ratio in within)])
+    named = [result for _, result in results.values()]
+    texts = sorted({text for result in named for text in result.texts})
+    calibrations = sorted({result.calibration.text for result in named if result.calibration})
+    return [
+        *_table(["model", "context", *(f"C={ratio:g}: KL / same top-1 %" for ratio in ratios)], table),
+        "",
+        "The largest measured C whose KL, with its whole 95 % interval, is at most",
+        "",
+        *_table(["model", "context", *(f"{limit:g}" for limit in LIMITS)], chosen),
+        "",
+        f"Calibrated on {', '.join(calibrations)}; scored on {', '.join(texts)}, which no calibration has read.",
+    ]
+
+
+def stale_pictures(write: bool) -> list[Path]:
+    """Return the pictures whose results have changed; write them, if wanted."""
+    stale = []
+    for path, result in measured("*/frontier-*.json").values():
+        picture = ASSETS / f"{path.stem}.svg"
+        mark = f"{_MARK}{hashlib.sha256(path.read_bytes()).hexdigest()} -->\n"
+        if picture.exists() and picture.read_text(encoding="utf-8").endswith(mark):
+            continue
+        stale.append(picture)
+        if write:
+            (compared,) = compared_methods([evaluation_view(result, path.name)])
+            chart = next(frontier_charts(1, compared))
+            picture.write_text(chart.svg() + mark, encoding="utf-8")
+    return stale
+
+
+def _short(model: str) -> str:
+    return model.partition(".gguf")[0].partition(".Q")[0]
+
+
+def _figure(estimate: IntervalEstimate, digits: int) -> str:
+    bounds = "" if estimate.low is None else f" [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    return f"{estimate.estimate:.{digits}f}{bounds}"
+
+
+def _estimate(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.mean:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+def _table(headers: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers), *("| " + " | ".join(row) + " |" for row in rows)]
