@@ -7,9 +7,12 @@ parts (formats alone, selection alone), the KV formats and the selections, on th
 (`elastickv.evaluation.evaluate`). Scored are the texts in data/texts, which no calibration and no development has read; recipes
 are calibrated on the text that the package ships.
 
-The folder gets frontier-MODEL-CONTEXT.json, a result of the kind that `elastickv eval` writes, after each row, and
-calibration-MODEL.json unless it is there. A further call measures what a file lacks. A method that fails is a line of
-`skipped`. When the time is over, the row that is being measured is given up and the exit status is 1.
+Formats have the exact tokens of their publication; with --exact-tokens 4+128 all of them have 4 sinks and a window of 128.
+
+The folder gets frontier-MODEL-CONTEXT.json (with equal exact tokens frontier-MODEL-CONTEXT-4+128.json), a result of the kind
+that `elastickv eval` writes, after each row, and calibration-MODEL.json unless it is there. A further call measures what a file
+lacks. A method that fails is a line of `skipped`. When the time is over, the row that is being measured is given up and the
+exit status is 1.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from gpu_name import gpu_name
 from elastickv.errors import one_line
 from elastickv.evaluation.calibrate import DEFAULT_TOKENS, calibrate
 from elastickv.evaluation.evaluate import EvaluationOptions, evaluate
+from elastickv.evaluation.exact_tokens import ExactTokens
 from elastickv.evaluation.kv_formats.published_formats import parse_formats
 from elastickv.evaluation.kv_selections.published_selections import parse_selections
 from elastickv.evaluation.texts import Text, calibration_text, read_text
@@ -139,10 +144,15 @@ class Measurement:
             return
         earlier = parse_json(self.path.read_text(encoding="utf-8"))
         model, versions = earlier["model"], earlier["environment"]
-        measured_as = {name: earlier["options"].get(name) for name in ("contexts", "window_count", "scored", "texts_sha256")}
-        here = {"contexts": [*options.contexts], "window_count": options.window_count, "scored": options.scored}
+        here = {
+            "contexts": [*options.contexts],
+            "window_count": options.window_count,
+            "scored": options.scored,
+            "exact_tokens": options.exact_tokens and asdict(options.exact_tokens),
+            "texts_sha256": self.sums,
+        }
         same = (
-            measured_as == here | {"texts_sha256": self.sums}
+            {name: earlier["options"].get(name) for name in here} == here
             and model["fingerprint"] == fingerprint(self.loaded.model)
             and model["dtype"] == DTYPE_NAMES[self.loaded.model.dtype]
             and model.get("device_name") == self.device.get("device_name")
@@ -175,6 +185,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--compress", type=numbers, default=(2.0, 4.0, 8.0, 16.0), help="values of C  [default: 2,4,8,16]")
     parser.add_argument("--parts", type=numbers, default=(4.0, 8.0, 16.0), help="values of C that are measured in parts too")
     parser.add_argument("--formats", action="append", help="as for elastickv eval, or none  [default: all, and our own]")
+    parser.add_argument("--exact-tokens", default="own", help="sinks and window of all formats, as in 4+128  [default: own]")
     parser.add_argument("--selections", default="all", help="names with commas between, or none  [default: all]")
     parser.add_argument("--windows", type=int, default=32, help="most windows of a context  [default: 32]")
     parser.add_argument("--tokens", type=int, default=8 * 28672, help="most tokens in all windows of a context")
@@ -194,6 +205,8 @@ def main() -> int:
     arguments = parsed()
     limit, complete = Limit(arguments.time_limit), True
     formats = () if arguments.formats == ["none"] else parse_formats(arguments.formats or ("all", *OWN))
+    exact = ExactTokens.parse(arguments.exact_tokens)
+    suffix = "" if exact is None else f"-{arguments.exact_tokens}"
     selections = parse_selections(None if arguments.selections == "none" else arguments.selections)
     texts = [read_text(path) for path in arguments.texts or TEXTS]
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -209,9 +222,12 @@ def main() -> int:
                 count = window_count(loaded, texts, context, arguments.windows, arguments.tokens)
                 options = EvaluationOptions(
                     ratios=arguments.compress, contexts=(context,), window_count=count, scored=arguments.scored,
-                    needle_lengths=(), greedy_tokens=0, formats=formats, selections=selections, parts=arguments.parts,
+                    needle_lengths=(), greedy_tokens=0, formats=formats, exact_tokens=exact, selections=selections,
+                    parts=arguments.parts,
                 )  # fmt: skip
-                measurement = Measurement(loaded, texts, calibration, arguments.output / f"frontier-{name}-{context}.json")
+                measurement = Measurement(
+                    loaded, texts, calibration, arguments.output / f"frontier-{name}-{context}{suffix}.json"
+                )
                 complete = measurement.run(options, limit) and complete
             del loaded
     except KeyboardInterrupt:

@@ -30,23 +30,26 @@ LIMITS = (0.002, 0.01, 0.05)
 _MARK = "<!-- of results "
 
 
-def measured(pattern: str) -> dict[tuple[str, int], tuple[Path, EvaluationResult]]:
-    """Return the results by model and context; those of a GPU stand for those of a CPU."""
-    results: dict[tuple[str, int], tuple[Path, EvaluationResult]] = {}
+Results = dict[tuple[str, int, str], tuple[Path, EvaluationResult]]
+
+
+def measured(pattern: str) -> Results:
+    """Return the results by model, context and the exact tokens of all formats; those of a GPU stand for those of a CPU."""
+    results: Results = {}
     for path in sorted(RESULTS.glob(pattern), key=lambda path: path.parent.name != "cpu"):
         result = EvaluationResult.from_dict(json.loads(path.read_text(encoding="utf-8")), path.name)
         for context in {row.context for row in result.rows}:
-            results[result.model.name, context] = (path, result)
+            results[result.model.name, context, result.exact_tokens] = (path, result)
     return dict(sorted(results.items()))
 
 
 def frontier() -> list[str]:
     """Return for each model and context where it was measured, the picture, what it says and the methods that none beats."""
     lines: list[str] = []
-    for (model, context), (path, result) in measured("*/frontier-*.json").items():
+    for (model, context, exact), (path, result) in measured("*/frontier-*.json").items():
         (compared,) = compared_methods([evaluation_view(result, path.name)])
         lines += [
-            f"### {_short(model)}, {context} tokens",
+            f"### {_short(model)}, {context} tokens" + (f", {exact} of them exact in every format" if exact else ""),
             "",
             _source(result),
             "",
@@ -117,7 +120,8 @@ def _parts(rows: Sequence[LossRow]) -> Iterator[str]:
 
 def quality() -> list[str]:
     """Return a table of KL and top-1 by model, context and C, and the largest C within some losses."""
-    results = measured("*/fidelity-*-[0-9]*.json") | measured("*/frontier-*.json")
+    every = measured("*/fidelity-*-[0-9]*.json") | measured("*/frontier-*.json")
+    results = {(model, context): of for (model, context, exact), of in every.items() if not exact}
     ratios = sorted(
         {row.compress for _, result in results.values() for row in result.rows if row.compress and row.compress > 1}
     )

@@ -17,6 +17,8 @@ from elastickv.results.formats import plain_json
 from elastickv.results.formats.fidelity_table import fidelity_tables
 from elastickv.results.kinds.evaluation_result import EvaluationResult
 from tests.evaluation.test_evaluate import TEXTS, Silent
+from tests.evaluation.test_mixed_layers import convolutional, windowed
+from tests.evaluation.test_mixed_layers import loaded as of_config
 from tests.helpers.tiny_models import tiny_llama
 
 FORMATS = ("q8_0", "q4_0", "kivi2_r32", "int4", "k=int8,v=int4")
@@ -192,3 +194,23 @@ def test_several_tokens_at_once_are_as_many_steps(name, prompt):
         exact = torch.stack([session.step(token) for token in ids.T], 1)
     # Other orders of addition turn single codes over.
     assert (together - logits).abs().mean() < 0.01 * (logits - exact).abs().mean()
+
+
+@pytest.mark.parametrize("outer_layers", [0, 1])
+def test_layers_with_a_window_take_several_tokens_too(outer_layers):
+    model = of_config(windowed()).model
+    rows = [[(7 * i * i + 3 * i + row) % 100 for i in range(120)] for row in range(2)]
+    start = prefill(model, [row[:93] for row in rows], 90, 2)
+    ids, q4_0 = torch.tensor(rows)[:, 90:], replace(PUBLISHED["q4_0"], outer_layers=outer_layers)
+    with sessions.published(model, q4_0, start) as session:
+        together = torch.cat([session.read(part) for part in ids.split(18, 1)], 1)
+    with sessions.published(model, q4_0, start) as session:
+        steps = torch.stack([session.step(token) for token in ids.T], 1)
+    assert (together - steps).abs().max() < 1e-3 * steps.abs().max()
+
+
+def test_a_state_is_followed_token_by_token():
+    model = of_config(convolutional()).model
+    start = prefill(model, [list(range(40))], 30, 5)
+    with sessions.published(model, PUBLISHED["q4_0"], start) as session:
+        assert not session.takes_several

@@ -126,18 +126,18 @@ def test_charts_for_each_context_name_each_methods_own_front(everything):
 def test_the_text_says_by_rule_where_ours_is_on_or_below(everything):
     stored, read, *_ = sections(elastickv.report(everything))["frontier"]["notes"]
     assert stored == (
-        "a model, 1024 tokens: ElasticKV is at or below 1 of 4 rivals between 3.5 and 8 stored bits, with no more bits; "
+        "a model, 1024 tokens: ElasticKV is at or below 1 of 4 rivals between 3.5 and 8.5 stored bits, with no more bits; "
         "above 1: kivi4 at 5.00 bits (KL 0.001, ours 0.0035 at 5.00); it has nothing at so few stored bits as 2: q4_0 (4.50), "
         "q4_0_rotated (4.75)."
     )
-    assert "at or below 5 of 7 rivals between 1 and 8 read bits" in read
+    assert "at or below 5 of 7 rivals between 0.9 and 8.5 read bits" in read
     assert "nothing at so few read bits as 1: quest C=4 (3.90)" in read
 
 
 def test_overlapping_intervals_are_level(formats):
     formats["rows"] = [of_format(1024, "int4", 4.4, 0.021), of_format(1024, "q4_0", 4.5, 0.02)]
     (stored, _) = sections(elastickv.report(formats))["frontier"]["notes"]
-    assert stored.endswith("below 0 of 1 rivals between 3.5 and 8 stored bits, with no more bits; within the intervals of 1.")
+    assert stored.endswith("below 0 of 1 rivals between 3.5 and 8.5 stored bits, with no more bits; within the intervals of 1.")
 
 
 def test_formats_are_no_values_of_c(formats):
@@ -167,3 +167,12 @@ def test_without_a_format_or_a_selection_there_is_no_section():
 def test_the_rows_have_the_bits(formats):
     rows = json.loads(elastickv.report(formats).to_json())["rows"]
     assert [(row["bits"], row["stored_bits"]) for row in rows[:2]] == [(4.25, 4.5), (4.5, 4.75)]
+
+
+def test_equal_exact_tokens_are_another_comparison(formats):
+    other = copy.deepcopy(formats) | {"options": {"exact_tokens": {"sinks": 4, "window": 128}}}
+    (table,) = sections(elastickv.report(formats, other))["frontier"]["tables"]
+    assert {row["model"] for row in rows_of(table)} == {
+        "a model, fp32, a text",
+        "a model, fp32, a text, exact tokens 4+128",
+    }

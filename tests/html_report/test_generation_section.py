@@ -5,12 +5,11 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from tests.html_report.test_selection_section import result  # noqa: F401
-
 import elastickv
 from elastickv.errors import UsageError
 from tests.helpers.report_sections import rows as rows_of
 from tests.helpers.report_sections import sections
+from tests.html_report.test_frontier_section import of_ratio, result_of
 
 
 def estimate(mean, half=0.1):
@@ -37,7 +36,12 @@ def generation(context, cache, rate, full=None, loops=0):
 
 
 @pytest.fixture
-def generated(result):  # noqa: F811
+def result():
+    return result_of([of_ratio(4096, 4.0, 4.0, 3.2, 0.0035)])
+
+
+@pytest.fixture
+def generated(result):
     rows = [
         generation(context, *row)
         for context in (1024, 4096)
@@ -69,7 +73,7 @@ def test_a_single_window_has_no_interval(generated):
     assert rows_of(table)[0]["repetition, %"] == "20.0 (no interval)"
 
 
-def test_without_generated_texts_there_is_no_section(result):  # noqa: F811
+def test_without_generated_texts_there_is_no_section(result):
     assert "generations" not in sections(elastickv.report(result))
 
 

@@ -161,7 +161,7 @@ def test_a_temperature_that_is_none_is_refused(temperature):
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("1b", 1.236), ("3b", 3.213), ("8b", 8.030), ("70b", 70.554), ("405b", 405.853)]
+    ("name", "billions"), [("0.5b", 0.494), ("1b", 1.236), ("3b", 3.213), ("8b", 8.030), ("70b", 70.554), ("405b", 405.853)]
 )
 def test_shapes_have_as_many_weights_as_the_models_were_published_with(name, billions):
     assert SHAPES[name].parameters / 1e9 == pytest.approx(billions, abs=0.001)

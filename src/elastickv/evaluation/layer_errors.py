@@ -126,14 +126,11 @@ class _QueryRegions:
         rank : (positions, pages), 0 for the best page.
         lists : (steps from one anchor to the next, share of the cold pages).
         """
-        here = torch.arange(len(rank), device=rank.device)
-        counts = {fraction: self._selected(fraction) for _, fraction in lists}
-        left_out = torch.empty(len(rank), len(lists), self.pages, dtype=torch.bool, device=rank.device)
-        for number, (steps, fraction) in enumerate(lists):
-            anchor = here - here % run % steps
-            chosen = (rank < counts[fraction][:, None])[anchor]
-            left_out[:, number] = self.is_cold & self.is_cold[anchor] & ~chosen
-        return left_out
+        here = torch.arange(len(rank), device=rank.device)[:, None]
+        steps = torch.tensor([steps for steps, _ in lists], device=rank.device)
+        anchors = here - here % run % steps  # (positions, lists)
+        counts = torch.stack([self._selected(fraction) for _, fraction in lists], 1).gather(0, anchors)
+        return self.is_cold[:, None] & self.is_cold[anchors] & (rank[anchors] >= counts[..., None])
 
     def _selected(self, fraction: float) -> Tensor:
         """Return (positions,) numbers of pages that a step selects of its cold ones; computed once for all heads."""

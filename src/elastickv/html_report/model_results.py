@@ -177,6 +177,7 @@ def evaluation_view(result: EvaluationResult, source: str) -> Evaluation:
         losses=tuple(map(_loss, result.rows)),
         needles=tuple(needle for row in result.needle for needle in _needles(row)),
         suggestion=_suggestion(result.suggestion),
+        exact_tokens=result.exact_tokens,
         generations=result.generations or (),
         tasks=result.tasks,
     )

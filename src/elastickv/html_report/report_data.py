@@ -262,6 +262,7 @@ class Evaluation:
     suggestion: str
     generations: Sequence[GenerationRow] = ()
     tasks: Sequence[TaskRow] = ()
+    exact_tokens: str = ""
 
     @property
     def caches(self) -> list[Loss]:
@@ -271,7 +272,8 @@ class Evaluation:
     @property
     def method(self) -> str:
         """On what it was evaluated."""
-        return f"{self.dtype}, {', '.join(self.texts)}"
+        exact = f", exact tokens {self.exact_tokens}" if self.exact_tokens else ""
+        return f"{self.dtype}, {', '.join(self.texts)}{exact}"
 
 
 @dataclass(frozen=True)

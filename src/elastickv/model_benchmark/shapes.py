@@ -76,6 +76,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape("none: for trials", 64, 96, 2, 2, 1, 64, vocabulary=128, positions=8192, rope_factor=1.0),
+    "0.5b": Shape("Qwen2.5 0.5B", 896, 4864, 24, 14, 2, 64, vocabulary=151936, positions=32768, tied=True, rope_factor=1.0),
     "1b": Shape("Llama 3.2 1B", 2048, 8192, 16, 32, 8, 64, tied=True, rope_factor=32.0),
     "3b": Shape("Llama 3.2 3B", 3072, 8192, 28, 24, 8, 128, tied=True, rope_factor=32.0),
     "8b": Shape("Llama 3.1 8B", 4096, 14336, 32, 32, 8, 128),

@@ -23,8 +23,10 @@ class TokenChoice:
     """
 
     def __init__(self, options: ContinuationOptions, windows: int, device: torch.device) -> None:
-        self._options, self._device = options, device
-        self._each = 1 + options.samples
+        self._options = options
+        each = 1 + options.samples
+        # Numbers of rows, where a mask would make the host wait for the device.
+        self._sampled_rows = torch.tensor([row for row in range(windows * each) if row % each], dtype=torch.long, device=device)
         self._generators = [
             torch.Generator(device).manual_seed(_row_seed(options.seed, window, sample))
             for window in range(windows)
@@ -35,8 +37,7 @@ class TokenChoice:
         """Return the (rows,) tokens chosen from (rows, vocabulary) float32 logits on the device."""
         chosen = logits.argmax(-1)
         if self._generators:
-            sampled = torch.arange(len(chosen), device=self._device) % self._each > 0
-            chosen[sampled] = self._sampled(logits[sampled])
+            chosen[self._sampled_rows] = self._sampled(logits[self._sampled_rows])
         return chosen
 
     def _sampled(self, logits: Tensor) -> Tensor:

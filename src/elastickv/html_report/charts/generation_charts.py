@@ -50,7 +50,7 @@ def repetition_chart(number: int, generated: GeneratedTexts) -> Chart:
         + ", ".join(f"{kind} {100 * figures.repetition.mean.mean:.3g} %" for kind, figures in row.of_texts.items())
         for row in rows
     )
-    where = f"{shown(generated.model)}, after {generated.context} tokens"
+    where = f"{shown(generated.model)}, windows of {generated.context} tokens"
     left = len(generated.rows) - len(rows)
     return Chart(
         f"generations-{number}",

@@ -7,7 +7,8 @@ from elastickv.evaluation.evaluation_options import PARTS_METHOD
 from elastickv.html_report.charts.style import bounds
 from elastickv.html_report.comparisons.method_losses import OWN, Bits, ComparedMethods, MethodLoss, read_bits, stored_bits
 
-LEAST_BITS, MOST_BITS = 3.5, 8.0
+# 8 bits have up to half a bit of scales; C = 16 is a bit, of which a selection reads a little less.
+STORED_RANGE, READ_RANGE = (3.5, 8.5), (0.9, 8.5)
 _MOST_NAMED = 6
 
 
@@ -28,12 +29,12 @@ def rivalry(compared: ComparedMethods, bits: Bits, least: float, most: float) ->
 
     Parameters
     ----------
-    least, most : the range of the rivals' bits; 8-bit formats with their scales are in it: `most` is rounded up to 0.5 more.
+    least, most : the range of the rivals' bits.
     """
     own = [one for one in compared.losses if one.method.startswith(OWN)]
     below, level, above, alone = list[MethodLoss](), list[MethodLoss](), list[tuple[MethodLoss, MethodLoss]](), []
     for rival in compared.losses:
-        if rival in own or rival.method == PARTS_METHOD or not least <= bits(rival) <= most + 0.5:
+        if rival in own or rival.method == PARTS_METHOD or not least <= bits(rival) <= most:
             continue
         candidates = [one for one in own if bits(one) <= bits(rival)]
         if not candidates:
@@ -52,7 +53,7 @@ def rivalry(compared: ComparedMethods, bits: Bits, least: float, most: float) ->
 def sentences(compared: ComparedMethods) -> list[str]:
     """Return what the figures say of ours at equal stored bits and at equal read bits; nothing without ours or a rival."""
     said = []
-    ranges = (("stored", stored_bits, LEAST_BITS, MOST_BITS), ("read", read_bits, 1.0, MOST_BITS))
+    ranges = (("stored", stored_bits, *STORED_RANGE), ("read", read_bits, *READ_RANGE))
     for word, bits, least, most in ranges:
         result = rivalry(compared, bits, least, most)
         count = sum(map(len, (result.below, result.level, result.above, result.alone)))

@@ -16,7 +16,7 @@ def generations(data: ReportData) -> Section:
     return Section(
         "generations",
         "Generated texts",
-        "What each cache generates after the same windows: one greedy text each, and sampled ones with the same random numbers "
+        "What each cache generates in the same windows: one greedy text each, and sampled ones with the same random numbers "
         "for every cache. Repetition is the share of 4-grams that occurred earlier in the text (seq-rep-4); a loop is a text "
         "whose last quarter repeats itself. Self-BLEU compares a sample with full attention's other samples: full attention's "
         "own is what two of its texts have in common. Differences to full attention are paired by window.",

@@ -281,6 +281,12 @@ class EvaluationResult:
         """Whether all rows are of KV formats that were named, which have nothing to calibrate."""
         return bool(self.rows) and all(row.stored_format is not None for row in self.rows)
 
+    @property
+    def exact_tokens(self) -> str:
+        """Sinks and window that all KV formats had, as in 4+128; nothing where each had its own."""
+        exact = self.options.get("exact_tokens")
+        return f"{exact.get('sinks')}+{exact.get('window')}" if isinstance(exact, dict) else ""
+
     @classmethod
     def from_dict(cls, value: Any, source: str = "the result") -> "EvaluationResult":
         """Return these JSON values as a result.
