@@ -19,7 +19,7 @@ RUNGS = [
     ("benchmark", "measure", "transformers", "vllm"),
     ("results", "evaluation"),
     ("html_report", "model_benchmark"),
-    ("sweeps", "api"),
+    ("sweeps", "api", "lm_eval"),
     ("cli",),
 ]
 RUNG = {package: rung for rung, packages in enumerate(RUNGS) for package in packages}
@@ -134,7 +134,9 @@ def test_only_peers_import_torch(path):
         "benchmark/contenders/torch_sdpa.py",
         "benchmark/contenders/torch_timing.py",
     )
-    allowed = allowed or path.relative_to(SOURCE).parts[0] in ("transformers", "evaluation", "model_benchmark", "vllm")
+    allowed = allowed or path.relative_to(SOURCE).parts[0] in (
+        "transformers", "evaluation", "lm_eval", "model_benchmark", "vllm",
+    )  # fmt: skip
     modules = imported(ast.parse(path.read_text(encoding="utf-8")))
     assert allowed or not {module.split(".")[0] for module in modules} & {"flashinfer", "torch"}
 

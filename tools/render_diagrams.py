@@ -14,7 +14,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "docs" / "assets"
 # Import order, top first: a package imports from its own row and the rows below it.
 TREE: tuple[tuple[tuple[str, str], ...], ...] = (
     (("cli", "command line"),),
-    (("api", "bench, sweep, compare, report, load"), ("sweeps", "grids of cells")),
+    (("api", "bench, sweep, compare, report, load"), ("sweeps", "grids of cells"), ("lm_eval", "for the harness")),
     (("html_report", "report page"), ("model_benchmark", "whole-model speed")),
     (("results", "load, compare, format"), ("evaluation", "quality of a model")),
     (("benchmark", "paired micro-benchmark"), ("transformers", "ElasticCache"), ("vllm", "attention backend")),

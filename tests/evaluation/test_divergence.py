@@ -27,10 +27,22 @@ def test_continuations_part_at_the_first_token_that_differs():
 def test_a_case_has_its_length_and_hides_its_key_at_its_depth(depth):
     (case,) = cases(TOKENIZER, HAY, 900, [depth])
     text = TOKENIZER.decode(case.ids)
-    assert len(case.ids) == 900 and text.count(case.key) == 2 and len(case.key) == 5
-    assert text.endswith("The pass key is")
-    start, room = text.index("\n\nThe pass key is"), 900 - len(text.replace("hay ", "").rstrip())
-    assert start == pytest.approx(depth * room, abs=16)
+    assert len(case.ids) == 900 and text.count(case.key) == 1 and len(case.key) == 5
+    opening, _, rest = text.partition("afterwards.\n")
+    assert opening.startswith("A special magic number is hidden") and rest.endswith("in the provided text is")
+    before, after = rest.split(f" One of the special magic numbers for pass-key is: {case.key}. ")
+    hay = after.partition("\nWhat is the special magic number")[0]
+    assert len(before) == pytest.approx(depth * len(before + hay), abs=1) and (before + hay) == HAY[: len(before + hay)]
+
+
+def test_a_chat_template_takes_the_prompt_and_the_length_stays():
+    tokenizer = CharacterTokenizer(1 << 20)
+    tokenizer.chat_template = "a template"
+    tokenizer.apply_chat_template = lambda chat, **_: f"[user]{chat[0]['content']}[assistant]"
+    (case,) = cases(tokenizer, HAY, 900, [0.5])
+    text = tokenizer.decode(case.ids)
+    assert len(case.ids) == 900 and text.startswith("[user]A special magic number is hidden")
+    assert text.endswith("[assistant]The special magic number for pass-key mentioned in the provided text is")
 
 
 def test_keys_differ_between_cases_and_are_the_same_in_every_run():

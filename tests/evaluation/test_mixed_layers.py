@@ -110,7 +110,7 @@ def test_texts_that_only_hide_pass_keys_are_listed(gemma):
         contexts=(),
         window_count=0,
         scored=1,
-        needle_lengths=(300,),
+        needle_lengths=(450,),
         needle_depths=1,
         needle_texts=2,
         greedy_tokens=0,

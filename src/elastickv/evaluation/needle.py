@@ -1,4 +1,9 @@
-"""Retrieval of a pass key that is hidden in a text at some depth (after Mohtashami and Jaggi 2023)."""
+"""Retrieval of a pass key that is hidden in a text at some depth (after Mohtashami and Jaggi 2023).
+
+The words are those of RULER's single needle (Hsieh et al. 2024), through the tokenizer's chat template where it has one: the
+model is told beforehand what to look for, and the answer's beginning asks for a number. After a bare "The pass key is" small
+models go on with a description, as in "a musical instrument" in a text on music, with full attention too.
+"""
 
 import random
 from collections.abc import Sequence
@@ -10,12 +15,19 @@ from elastickv.evaluation.generations.continuations import continuations
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.prefill import Prefill
 from elastickv.evaluation.scoring import Open
+from elastickv.evaluation.tasks.task_prompts import prompt_text
 from elastickv.transformers.tokenization import text_prefix, text_tokens
 
 DIGITS = 5
 ANSWER_TOKENS = 10
-NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
-QUESTION = "\n\nWhat is the pass key? The pass key is"
+NEEDLE = " One of the special magic numbers for pass-key is: {key}. "
+OPENING = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number "
+    "afterwards.\n"
+)
+QUESTION = "\nWhat is the special magic number for pass-key mentioned in the provided text?"
+ANSWER_PREFIX = " The special magic number for pass-key mentioned in the provided text is"
+_HAYSTACK = "<<elastickv:haystack>>"
 
 
 @dataclass(frozen=True)
@@ -44,11 +56,13 @@ def cases(tokenizer: Any, haystack: str, length: int, depths: Sequence[float], s
     UsageError : if the haystack is too short, or the length leaves no room for key and question.
     """
     rng = random.Random(seed * 1_000_003 + length)
-    prefix, hay = text_prefix(tokenizer), text_tokens(tokenizer, haystack)
+    text = prompt_text(tokenizer, [OPENING + _HAYSTACK + QUESTION], ANSWER_PREFIX)
+    opening, question = (text_tokens(tokenizer, part) for part in text.split(_HAYSTACK))
+    prefix, hay = (*text_prefix(tokenizer), *opening), text_tokens(tokenizer, haystack)
     prompts = []
     for depth in depths:
         key = "".join(rng.choice("123456789") for _ in range(DIGITS))
-        needle, question = text_tokens(tokenizer, NEEDLE.format(key=key)), text_tokens(tokenizer, QUESTION)
+        needle = text_tokens(tokenizer, NEEDLE.format(key=key))
         room = length - len(prefix) - len(needle) - len(question)
         if room < 1:
             raise UsageError(f"a needle at {length} tokens: at least {length - room + 1} are needed")

@@ -99,17 +99,23 @@ class Script:
 
     def __init__(self, *answers):
         self.answers = [[ord(letter) for letter in answer] for answer in answers]
-        self.read = []
+        self.seen = []
 
     @contextmanager
     def __call__(self, start, tokens):
         self.tokens = tokens
         yield self
 
+    takes_several = False
+
+    def read(self, ids):
+        (column,) = ids.T
+        return self.step(column)[:, None]
+
     def step(self, ids):
-        self.read.append(ids.tolist())
+        self.seen.append(ids.tolist())
         logits = torch.zeros(len(ids), 128)
-        turn = len(self.read) - self.stepped
+        turn = len(self.seen) - self.stepped
         for row, answer in enumerate(self.answers):
             logits[row, answer[turn] if 0 <= turn < len(answer) else 1] = 1
         return logits
@@ -135,18 +141,26 @@ def test_answers_are_scored_up_to_their_end():
 def test_decoding_ends_when_no_score_can_change():
     script = Script("123 and so on", "is 123")
     assert answered(script, item(("123",)), item(("123",))) == [1.0, 1.0]
-    assert len(script.read) == 6
+    assert len(script.seen) == 6
 
 
 def test_a_longer_text_may_lower_f1_so_decoding_goes_on():
     script = Script("may or june")
-    assert answered(script, item(("may",), "f1")) == [0.5] and len(script.read) == 12
+    assert answered(script, item(("may",), "f1")) == [0.5] and len(script.seen) == 12
 
 
 def test_the_last_tokens_of_the_prompt_are_stepped_through_the_cache():
     script = Script("7", "8")
     assert answered(script, item(("7",), stepped=3), item(("9",))) == [1.0, 0.0]
-    assert script.read[:3] == [[17, 17], [18, 18], [19, 19]] and script.tokens == 14
+    assert script.seen[:3] == [[17, 17], [18, 18], [19, 19]] and script.tokens == 14
+
+
+def test_a_reference_reads_several_of_them_at_once(monkeypatch):
+    monkeypatch.setattr("elastickv.evaluation.tasks.task_answers.TOKENS_AT_ONCE", 2)
+    script, pieces = Script("7"), []
+    script.takes_several, script.read = True, lambda ids: pieces.append(ids.tolist())
+    script.step = lambda ids: torch.nn.functional.one_hot(torch.full((1,), ord("7")), 128).float()
+    assert answered(script, item(("7",), stepped=4)) == [1.0] and pieces == [[[16, 17]], [[18]]]
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def _task_row(subject: Subject, task: PlannedTask, paths: Paths, progress: Repor
                 scores = caches.setdefault(path.name, [None] * task.count)
                 figures.setdefault(path.name, path.figures)
                 _put(scores, batch, runner.scores(path.name, path.decoding))
+            del runner  # its keys and values take no memory beside those of the second wording
             # Prompts of a file differ in length in the second wording, even where they are equally long in the first.
             for numbers, items in _equally_long(batch, seconds):
                 _put(

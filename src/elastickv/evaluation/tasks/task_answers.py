@@ -7,7 +7,7 @@ import torch
 from elastickv.evaluation.generations.divergence import end_tokens
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.prefill import Prefill
-from elastickv.evaluation.scoring import Open
+from elastickv.evaluation.scoring import TOKENS_AT_ONCE, Open
 from elastickv.evaluation.subject import Subject
 from elastickv.evaluation.tasks.string_match import GROWING, METRICS
 from elastickv.evaluation.tasks.task_prompts import TaskItem
@@ -39,9 +39,11 @@ def scored_answers(
     scores, open_rows = [0.0] * len(items), set(range(len(items)))
     total = stepped + tokens - 1
     with decoding(start, total) as session:
-        for step in range(stepped - 1):
-            session.step(rows[:, rows.shape[1] - stepped + step])
-            progress(step + 1, total)
+        first, at_once = rows.shape[1] - stepped, TOKENS_AT_ONCE if session.takes_several else 1
+        for begin in range(0, stepped - 1, at_once):
+            end = min(begin + at_once, stepped - 1)
+            session.read(rows[:, first + begin : first + end])
+            progress(end, total)
         following = rows[:, -1]
         for step in range(tokens):
             following = session.step(following).argmax(-1).cpu()
