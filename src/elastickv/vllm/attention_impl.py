@@ -83,6 +83,8 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         setup, name = self._setup, self._setup.name_of(self)
         value_head_dim = getattr(setup.layer(name), "head_size_v", self.head_size)
         check(setup.config, serving_device(), replace(self._arguments, name=name, value_head_dim=value_head_dim))
+        if setup.of_drafter(name):
+            setup.bad_tokens.add_drafter(name)
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
         self._attention = setup.attention(self._shape, act_dtype, recipe, self.scale)
         self._window = setup.add_window(name, self._shape, act_dtype, recipe, self._attention)

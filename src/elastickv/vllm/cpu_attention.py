@@ -143,7 +143,9 @@ class CpuAttention:
             if count:
                 part = slice(packed, None) if exact else slice(packed)
                 self._kernels.gather(blocks, [request], [first], [count], exact, *(array(each[part]) for each in stored))
-        keys, values = (torch.cat([old, new[rows]]) for old, new in zip(stored, (step.keys, step.values), strict=True))
+        pairs = zip(stored, (step.keys, step.values), strict=True)
+        # A weight of 0 times NaN would be NaN: tokens before a bad one of their chunk do not read it.
+        keys, values = (torch.cat([old, new[rows]]).nan_to_num_(0.0, 0.0, 0.0) for old, new in pairs)
         return keys.transpose(0, 1), values.transpose(0, 1)
 
 

@@ -1,13 +1,16 @@
 """vLLM's schedulers, but a request whose logits are NaN ends with an error, and its blocks are taken from the prefix cache."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
+
+from elastickv.backends.bad_token import BadToken
+from elastickv.vllm.bad_tokens import take_bad_tokens
 
 _log = logging.getLogger("vllm.elastickv")
 
@@ -16,14 +19,21 @@ class _FailOnNan(Scheduler):
     """Ends requests with NaN in their logits before vLLM looks at the tokens that were chosen by them.
 
     vLLM counts NaN and only reports them. With drafts it counts by row of logits, of which a request has several, but keeps
-    as many counts as there are requests: a request behind others with drafts may be noticed some steps later.
+    as many counts as there are requests: those of a request behind others with drafts are lost. Tokens that could not be stored
+    are therefore asked for themselves (`take_bad_tokens`), which has an answer where this process runs the model too.
     """
+
+    _late: Sequence[BadToken] = ()  # reported before their step's output came
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, EngineCoreOutputs]:
         """Return the outputs of a step; requests that fail in it have no token and the finish reason 'error'."""
-        failed: list[Request] = []
+        begun = _begun(scheduler_output)
+        suspects = self._with_bad_tokens(scheduler_output, model_runner_output, begun)
         if any((model_runner_output.num_nans_in_logits or {}).values()):
-            failed = self._fail(scheduler_output, set(self._with_nan(scheduler_output, model_runner_output)))
+            for name in self._with_nan(scheduler_output, model_runner_output):
+                suspects.setdefault(name, max(0, begun[name] - self._unsure_tokens))
+        suspects = {name: token for name, token in suspects.items() if name in self.requests}
+        failed = self._fail(scheduler_output, suspects) if suspects else []
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
             last = EngineCoreOutput(
@@ -36,30 +46,46 @@ class _FailOnNan(Scheduler):
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(last)
         return outputs
 
+    @property
+    def _unsure_tokens(self) -> int:
+        """Drafts that turned out to be rejected may be among the tokens computed before: at most so many."""
+        unsure: int = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
+        return unsure
+
+    def _with_bad_tokens(self, scheduler_output: Any, model_runner_output: Any, begun: Mapping[str, int]) -> dict[str, int]:
+        """Return requests of the step with the first of their tokens that could not be stored; rejected drafts do not count.
+
+        With asynchronous scheduling tokens of the next step may be reported already: they wait for its output.
+        """
+        names, late, suspects = _in_order(model_runner_output), list[BadToken](), dict[str, int]()
+        for token in [*self._late, *take_bad_tokens(self.vllm_config.instance_id)]:
+            name = names[token.request] if token.request < len(names) else ""
+            first, last = begun.get(name, 0), begun.get(name, 0) + scheduler_output.num_scheduled_tokens.get(name, 0)
+            if not first - self._unsure_tokens <= token.position < last:
+                late += [] if token in self._late else [token]
+                continue
+            drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(name, ()))
+            if token.position < last - drafts + _accepted(model_runner_output, names.index(name)) - 1 or not drafts:
+                suspects[name] = min(token.position, suspects.get(name, token.position))
+        self._late = late
+        return suspects
+
     def _with_nan(self, scheduler_output: Any, model_runner_output: Any) -> Iterator[str]:
         """Yield requests of which a row of logits has NaN that is not a rejected draft's."""
-        counts, indices = model_runner_output.num_nans_in_logits, model_runner_output.req_id_to_index
-        names = sorted(indices, key=indices.__getitem__)
+        counts, names = model_runner_output.num_nans_in_logits, _in_order(model_runner_output)
         drafts = scheduler_output.scheduled_spec_decode_tokens
         if not drafts or getattr(self.parallel_config, "enable_batch_sharded_sampling", False):
             yield from (name for name in names if counts.get(name))
             return
         by_row, row = [counts.get(name, 0) for name in names], 0
-        chosen = model_runner_output.sampled_token_ids
         for index, name in enumerate(names):
-            accepted = max(1, len(chosen[index]) if index < len(chosen) else 0)
-            if any(by_row[row : row + accepted]):
+            if any(by_row[row : row + _accepted(model_runner_output, index)]):
                 yield name
             row += 1 + len(drafts.get(name, ()))
 
-    def _fail(self, scheduler_output: Any, names: set[str]) -> list[Request]:
-        """End requests, and those that read their blocks through the prefix cache; return them."""
-        begun = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-        cached = scheduler_output.scheduled_cached_reqs
-        begun |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        # Drafts that turned out to be rejected may be among the tokens computed before.
-        unsure = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
-        suspects = {name: max(0, begun[name] - unsure) for name in names if name in self.requests}
+    def _fail(self, scheduler_output: Any, suspects: dict[str, int]) -> list[Request]:
+        """End requests, each bad from a token on, and those that read their blocks through the prefix cache; return them."""
+        names = set(suspects)
         bad, failing = set[int](), set[str]()
         while suspects:
             failing |= set(suspects)
@@ -91,6 +117,25 @@ class _FailOnNan(Scheduler):
         """Return the first token of a request's that is in bad blocks, or None."""
         groups = zip(self._block_tokens, self.kv_cache_manager.get_block_ids(name), strict=True)
         return min((i * size for size, blocks in groups for i, block in enumerate(blocks) if block in bad), default=None)
+
+
+def _begun(scheduler_output: Any) -> dict[str, int]:
+    """Return how many tokens of each request of a step were computed before it, if all drafts before were accepted."""
+    cached = scheduler_output.scheduled_cached_reqs
+    begun = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+    return begun | dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+
+
+def _in_order(model_runner_output: Any) -> list[str]:
+    """Return the requests of a step in the order of the model's batch."""
+    indices = model_runner_output.req_id_to_index
+    return sorted(indices, key=indices.__getitem__)
+
+
+def _accepted(model_runner_output: Any, index: int) -> int:
+    """Return how many rows of logits of a request gave a token; at least the first is no draft's."""
+    chosen = model_runner_output.sampled_token_ids
+    return max(1, len(chosen[index]) if index < len(chosen) else 0)
 
 
 class FailOnNanScheduler(_FailOnNan):

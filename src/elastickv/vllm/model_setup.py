@@ -46,7 +46,7 @@ class ModelSetup:
         self.options = ServingOptions.parse(config.additional_config) or ServingOptions()
         count_nans()
         self.kv_cache_dtype, self.recipe = kv_cache_dtype, recipe_of(self.options, kv_cache_dtype)
-        self.bad_tokens = BadTokens(current_platform.device_type)
+        self.bad_tokens = BadTokens(current_platform.device_type, config.instance_id)
         self.config, self._layers = config, config.compilation_config.static_forward_context
         self._members: list[Any] = []
         self._drafter: list[Any] = []
@@ -89,6 +89,10 @@ class ModelSetup:
         """Return the name of the layer that has this attention."""
         return next(name for name, layer in self._layers.items() if getattr(layer, "impl", None) is impl)
 
+    def of_drafter(self, name: str) -> bool:
+        """Whether a layer is a drafter's."""
+        return any(self._layers[name].impl is each for each in self._drafter)
+
     def is_last(self, name: str) -> bool:
         """Whether a layer is the last that ElasticKV serves of this rank's part of the model; a drafter's do not count."""
         last = max(self._members, key=lambda impl: extract_layer_index(self.name_of(impl)))
@@ -110,8 +114,7 @@ class ModelSetup:
             if plan.wasted_bytes:
                 _log.info("ElasticKV: %s", plan)
         # A drafter's layers have numbers of their own, or those that follow the model's.
-        of_drafter = any(self._layers[name].impl is each for each in self._drafter)
-        return self.recipe if of_drafter else self._recipes.get(extract_layer_index(name), self.recipe)
+        return self.recipe if self.of_drafter(name) else self._recipes.get(extract_layer_index(name), self.recipe)
 
     def _numbers(self) -> list[int]:
         return sorted({extract_layer_index(self.name_of(impl)) for impl in self._members})
