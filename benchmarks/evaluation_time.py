@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation_time.py [--model MODEL] [--device cuda] [--dtype bf16] [--time-limit 230] --output FILE
 
-Loads a model (a folder, a .gguf file, or random weights as `shape:0.5b`), calibrates it on the text of the command's default and
+Loads a model (a folder, a .gguf file, or random weights as `shape:0.5b`), calibrates it on the command's default text and
 evaluates it with the command's defaults. The file is written after every phase; at the time limit the phase that runs is left
 out. A thread looks every 10 ms at what the host runs: shares are of its looks, by the innermost function of ElasticKV.
 """

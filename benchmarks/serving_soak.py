@@ -251,7 +251,10 @@ def line(backend: str, record: dict) -> str:
 def main() -> int:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end the process that runs
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{arguments.output} cannot be written ({error.strerror}): choose another --output") from error
     check_writable(arguments.output)
     started, scale = time.monotonic(), SCALES[arguments.device]
     result: dict = {
@@ -325,4 +328,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UsageError as error:
-        sys.exit(f"serving_soak.py: {error}")
+        print(f"serving_soak.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -19,6 +19,7 @@ from reliability import reliability as reliability
 from serving_figures import serving as serving
 from serving_figures import serving_cpu as serving_cpu
 from serving_figures import serving_quality as serving_quality
+from serving_figures import serving_soak as serving_soak
 
 from elastickv.benchmark import Result
 from elastickv.benchmark.stats.intervals import Interval

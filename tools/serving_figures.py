@@ -1,4 +1,4 @@
-"""The figures of serving with vLLM: by benchmarks/serving.py, on CPUs by cpu_blocks.py, quality by first_page.py."""
+"""The figures of serving with vLLM: by serving.py, serving_soak.py, cpu_blocks.py and first_page.py of benchmarks."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,13 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 SERVING = "h200/serving.json"
 CPU_BLOCKS = "cpu/blocks.json"
 QUALITY = "cpu/first_page-*.json"
+SOAKS = ("h200/serving_soak-quantized.json", "cpu/serving_soak-fp32.json")
+SOAKED = {
+    "ours": "`elastickv_{format}`, `soft`",
+    "strict": "`elastickv_{format}`, `strict`",
+    "stock": "the model's dtype",
+    "stock-int4": "`int4_per_token_head`",
+}
 AS_SERVED = "as all pages"  # the variant of that study which is what the engine reads
 NOTHING = ["Not measured yet."]
 SERVING_NOTE = (
@@ -62,6 +69,30 @@ def serving_quality() -> list[str]:
                 rows.append((record["model"], f"`{cell['format']}`", str(cell["exact_tokens"]), *losses, str(scored)))
     lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *(f"| {' | '.join(row)} |" for row in rows)]
     return lines if rows else NOTHING
+
+
+def serving_soak() -> list[str]:
+    """Return how far requests under load are from themselves alone: a row for each backend that was soaked."""
+    headers = ["KV cache", "model", "device", "under load", "alone, in chunks of 64", "requests", "steps"]
+    rows = []
+    for name in SOAKS:
+        record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        dtype = record["backends"]["stock"]["engine"]["dtype"]
+        for backend, soaked in record["backends"].items():
+            whole = soaked["agreement"]["all"]
+            cache = SOAKED[backend].format(format=record["settings"]["format"])
+            kl = [f"{whole[kind]['kl']:.1e}" for kind in ("soak", "chunks")]
+            rows.append(
+                (
+                    cache,
+                    dtype,
+                    record["device"] or record["environment"]["cpu"],
+                    *kl,
+                    str(whole["requests"]),
+                    str(soaked["steps"]),
+                )
+            )
+    return [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _mean(figure: dict[str, float], digits: int) -> str:

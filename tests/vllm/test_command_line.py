@@ -9,9 +9,11 @@ from elastickv.vllm import plugin
 from elastickv.vllm.plugin import refusal
 from elastickv.vllm.versions import Installation
 
+BACKEND = ("--attention-backend", "ELASTICKV")
+
 
 def arguments(ours, *others):
-    return ["serve", "MODEL", *others, "--additional-config", json.dumps({"elastickv": ours})]
+    return ["serve", "MODEL", *BACKEND, *others, "--additional-config", json.dumps({"elastickv": ours})]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_other_command_lines_are_vllms_own_business(given):
     ],
 )
 def test_options_may_be_given_part_by_part_as_vllm_reads_them(given, word):
-    reason = refusal(["serve", "MODEL", *given])
+    reason = refusal(["serve", "MODEL", *BACKEND, *given])
     assert (reason is None) if word is None else (reason is not None and word in reason)
 
 
@@ -80,8 +82,37 @@ def test_a_file_of_options_hides_only_the_dtype():
     assert "window" in refusal(arguments({"window": 31}, "--config", "options.yaml"))
 
 
+OPTIONS = ["--additional-config", '{"elastickv": {"format": "int4"}}']
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--attention-backend=elastickv"],
+        ["--attention_backend", "ELASTICKV"],
+        ["--attention-config.backend", "ELASTICKV"],
+        ["--attention-config", '{"backend": "ELASTICKV"}'],
+        ["-ac.backend=ELASTICKV"],
+        ["--config", "options.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_on_gpus_options_need_the_backend(asked):
+    reason = refusal(["serve", "MODEL", *OPTIONS])
+    assert reason is not None and "add `attention_backend=ELASTICKV`" in reason and "\n" not in reason
+    assert refusal(["serve", "MODEL", *OPTIONS, *asked]) is None
+
+
+def test_on_cpus_the_options_alone_ask_for_elastickv():
+    reason = refusal(["serve", "MODEL", *BACKEND], on_cpu=True)
+    assert reason is not None and 'give `additional_config={"elastickv": {"format": "int4"}}`' in reason
+    assert refusal(["serve", "MODEL", *OPTIONS], on_cpu=True) is None
+    assert refusal(["serve", "MODEL", *OPTIONS, *BACKEND], on_cpu=True) is None
+    assert refusal(["serve", "MODEL"], on_cpu=True) is None
+
+
 def test_the_last_of_several_values_counts():
-    given = ["--additional-config={}", *arguments({"format": "int3"}), *arguments({"format": "int4"})]
+    given = [*BACKEND, "--additional-config={}", *arguments({"format": "int3"}), *arguments({"format": "int4"})]
     assert refusal(given) is None
 
 

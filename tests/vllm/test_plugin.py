@@ -54,7 +54,7 @@ def serving(monkeypatch):
 
 
 OURS = ("ELASTICKV", "elastickv.vllm.attention_backend.ElasticAttentionBackend")
-ON_CPU = (STOCK_CPU, "elastickv.vllm.cpu_backend.Selected")
+ON_CPU = (STOCK_CPU, "elastickv.vllm.cpu_backend.CPU_ATTN")
 
 
 @pytest.mark.parametrize(

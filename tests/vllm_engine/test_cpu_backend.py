@@ -6,14 +6,15 @@ import pytest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+from elastickv.errors import UsageError
 from elastickv.vllm import cpu_backend
 from elastickv.vllm.attention_backend import CpuElasticAttentionBackend
 
 
-def selected(monkeypatch, config):
-    """Return the class that vLLM loads, as it loads it."""
+def selected(monkeypatch, config, name="CPU_ATTN"):
+    """Return the class that vLLM loads in place of one of its own, as it loads it."""
     monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config)
-    return resolve_obj_by_qualname(cpu_backend.PATH)
+    return resolve_obj_by_qualname(cpu_backend.path_of(name))
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,15 @@ def test_our_options_select_our_backend_under_the_stock_name(monkeypatch, option
     assert found.get_name() == CPUAttentionBackend.get_name()
 
 
+@pytest.mark.parametrize("name", ["CPU_MLA", "AMX_MLA"])
+def test_backends_of_latent_attention_are_stock_without_our_options_and_refused_with_them(monkeypatch, name):
+    stock = selected(monkeypatch, SimpleNamespace(additional_config={}), name)
+    assert stock.get_name() == name and stock.is_mla()
+    monkeypatch.setattr("elastickv.vllm.startup_checks.refusals", lambda config, device: [f"MLA on {device.kind}"])
+    with pytest.raises(UsageError, match=r"^MLA on cpu$"):
+        selected(monkeypatch, SimpleNamespace(additional_config={"elastickv": {}}), name)
+
+
 def test_the_choice_is_made_anew_each_time(monkeypatch):
     ours = SimpleNamespace(additional_config={"elastickv": {"format": "int4"}})
     stock = SimpleNamespace(additional_config={})
@@ -47,4 +57,4 @@ def test_the_choice_is_made_anew_each_time(monkeypatch):
 
 def test_other_names_are_not_there():
     with pytest.raises(AttributeError, match=r"elastickv\.vllm\.cpu_backend has no attribute Other"):
-        resolve_obj_by_qualname(cpu_backend.PATH.replace("Selected", "Other"))
+        resolve_obj_by_qualname(cpu_backend.path_of("Other"))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape
 from elastickv.vllm.layer_formats import SlabPlan
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
@@ -194,6 +195,15 @@ def test_a_pool_that_the_stock_reserve_refuses_is_accepted(configure):
     assert reported(config, memory, fmt="int4") >= 8192
     with pytest.raises(ValueError, match="max seq len"):
         reported(config, 256 * LAYERS * 37888, fmt="int4")
+
+
+def test_a_block_size_whose_windows_have_blocks_of_no_power_of_two_is_refused(configure, monkeypatch):
+    config, shape = configure(1024), WindowShape(128, 2432, KV_HEADS, 64, torch.bfloat16, True)
+    monkeypatch.setattr(config.cache_config, "block_size", 2048)
+    with pytest.raises(UsageError, match=r"`block_size=2048` makes blocks of 608 exact tokens.*give `block_size=32`"):
+        shape.spec(config)
+    monkeypatch.setattr(config.cache_config, "block_size", 64)
+    assert shape.spec(config).block_size.bit_count() == 1
 
 
 def test_the_window_of_a_layer_is_described_by_the_configuration(configure):

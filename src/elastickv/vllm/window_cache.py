@@ -11,6 +11,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.recipe.slab import LAYOUT_VERSION
@@ -93,10 +94,23 @@ class WindowShape:
         return -(-(self.tokens - 1) // self.block_tokens(page_block_tokens)) + 1
 
     def spec(self, vllm_config: Any) -> WindowSpec:
-        """Return the specification for vLLM. It is of bytes as pages are: where dtypes differ, vLLM clears reused blocks."""
-        steps = vllm_config.max_concurrent_batches
+        """Return the specification for vLLM. It is of bytes as pages are: where dtypes differ, vLLM clears reused blocks.
+
+        Raises
+        ------
+        UsageError : if vLLM's block size makes blocks of the window whose tokens are no power of two.
+        """
+        steps, page_block_tokens = vllm_config.max_concurrent_batches, vllm_config.cache_config.block_size
+        # vLLM makes the window's blocks a whole number of times longer where that gives them the size of the pages' blocks.
+        smallest = self.block_tokens(page_block_tokens)
+        times, padding = divmod(self.block_bytes(page_block_tokens), smallest * self.kv_heads * self.row_bytes)
+        if not padding and times.bit_count() != 1:
+            raise UsageError(
+                f"`block_size={page_block_tokens}` makes blocks of {times * smallest} exact tokens, and kernels find tokens in "
+                f"blocks of a power of two: give `block_size={PAGE_TOKENS}`, or none"
+            )
         return WindowSpec(
-            block_size=self.block_tokens(vllm_config.cache_config.block_size),
+            block_size=smallest,
             num_kv_heads=self.kv_heads,
             head_size=self.head_size,
             dtype=torch.uint8,
@@ -104,7 +118,7 @@ class WindowShape:
             sliding_window=self.tokens,
             steps_in_flight=steps,
             rollback_tokens=vllm_config.num_speculative_tokens * steps,
-            hit_tokens=0 if self.soft else vllm_config.cache_config.block_size,
+            hit_tokens=0 if self.soft else page_block_tokens,
         )
 
 
