@@ -27,13 +27,10 @@ class _FailOnNan(Scheduler):
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, EngineCoreOutputs]:
         """Return the outputs of a step; requests that fail in it have no token and the finish reason 'error'."""
-        begun = _begun(scheduler_output)
-        suspects = self._with_bad_tokens(scheduler_output, model_runner_output, begun)
-        if any((model_runner_output.num_nans_in_logits or {}).values()):
-            for name in self._with_nan(scheduler_output, model_runner_output):
-                suspects.setdefault(name, max(0, begun[name] - self._unsure_tokens))
-        suspects = {name: token for name, token in suspects.items() if name in self.requests}
-        failed = self._fail(scheduler_output, suspects) if suspects else []
+        tokens = [*self._late, *take_bad_tokens(self.vllm_config.instance_id)]
+        failed: list[Request] = []
+        if tokens or any((model_runner_output.num_nans_in_logits or {}).values()):
+            failed = self._fail(scheduler_output, self._suspects(scheduler_output, model_runner_output, tokens))
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
             last = EngineCoreOutput(
@@ -52,27 +49,37 @@ class _FailOnNan(Scheduler):
         unsure: int = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
         return unsure
 
-    def _with_bad_tokens(self, scheduler_output: Any, model_runner_output: Any, begun: Mapping[str, int]) -> dict[str, int]:
+    def _suspects(self, scheduler_output: Any, model_runner_output: Any, tokens: Sequence[BadToken]) -> dict[str, int]:
+        """Return the requests of a step that fail, with the first token of each that may be bad."""
+        begun = _begun(scheduler_output)
+        suspects = self._with_bad_tokens(scheduler_output, model_runner_output, begun, tokens)
+        for name in self._with_nan(scheduler_output, model_runner_output):
+            suspects.setdefault(name, max(0, begun[name] - self._unsure_tokens))
+        return {name: token for name, token in suspects.items() if name in self.requests}
+
+    def _with_bad_tokens(
+        self, scheduler_output: Any, model_runner_output: Any, begun: Mapping[str, int], tokens: Sequence[BadToken]
+    ) -> dict[str, int]:
         """Return requests of the step with the first of their tokens that could not be stored; rejected drafts do not count.
 
         With asynchronous scheduling tokens of the next step may be reported already: they wait for its output.
         """
         names, late, suspects = _in_order(model_runner_output), list[BadToken](), dict[str, int]()
-        for token in [*self._late, *take_bad_tokens(self.vllm_config.instance_id)]:
+        for token in tokens:
             name = names[token.request] if token.request < len(names) else ""
             first, last = begun.get(name, 0), begun.get(name, 0) + scheduler_output.num_scheduled_tokens.get(name, 0)
             if not first - self._unsure_tokens <= token.position < last:
                 late += [] if token in self._late else [token]
                 continue
             drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(name, ()))
-            if token.position < last - drafts + _accepted(model_runner_output, names.index(name)) - 1 or not drafts:
+            if not drafts or token.position < last - drafts + _accepted(model_runner_output, names.index(name)) - 1:
                 suspects[name] = min(token.position, suspects.get(name, token.position))
         self._late = late
         return suspects
 
     def _with_nan(self, scheduler_output: Any, model_runner_output: Any) -> Iterator[str]:
         """Yield requests of which a row of logits has NaN that is not a rejected draft's."""
-        counts, names = model_runner_output.num_nans_in_logits, _in_order(model_runner_output)
+        counts, names = model_runner_output.num_nans_in_logits or {}, _in_order(model_runner_output)
         drafts = scheduler_output.scheduled_spec_decode_tokens
         if not drafts or getattr(self.parallel_config, "enable_batch_sharded_sampling", False):
             yield from (name for name in names if counts.get(name))
