@@ -54,7 +54,7 @@ def frontier() -> list[str]:
             _source(result),
             "",
             f"![KL divergence of all methods against stored and read bits, {_short(model)} at {context} tokens]"
-            f"(assets/{path.stem}.svg)",
+            f"(assets/{picture_name(path)})",
             "",
             *(f"- {sentence.partition(': ')[2]}" for sentence in sentences(compared)),
             "",
@@ -147,11 +147,16 @@ def quality() -> list[str]:
     ]
 
 
+def picture_name(path: Path) -> str:
+    """Return the name of a result's picture; a plus would be written otherwise in the address of a page."""
+    return f"{path.stem.replace('+', '-and-')}.svg"
+
+
 def stale_pictures(write: bool) -> list[Path]:
     """Return the pictures whose results have changed; write them, if wanted."""
     stale = []
     for path, result in measured("*/frontier-*.json").values():
-        picture = ASSETS / f"{path.stem}.svg"
+        picture = ASSETS / picture_name(path)
         mark = f"{_MARK}{hashlib.sha256(path.read_bytes()).hexdigest()} -->\n"
         if picture.exists() and picture.read_text(encoding="utf-8").endswith(mark):
             continue
