@@ -146,9 +146,13 @@ def _first_beyond(exact, source, dim):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _key_bounds(exact, source, bounds, dim, levels):  # type: ignore[no-untyped-def]
-    """Store a half scale and zero for each channel of K's page. Return the first token beyond what halves hold, or -1."""
-    beyond = False
+def _key_bounds(c, head, page, source, levels):  # type: ignore[no-untyped-def]
+    """Store a half scale and zero for each channel of K's page; record the first key beyond what halves hold.
+
+    Returns the address of the scales, which the zeros follow.
+    """
+    exact, dim, beyond = c[EXACT_FORMAT], c[DIM], False
+    bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4
     for d in range(dim):
         least, greatest = _ends(vectors.range_of_keys(exact, source, dim, d, 0, PAGE_TOKENS))
         beyond |= greatest > MAX_FP16 or least < -MAX_FP16
@@ -156,15 +160,11 @@ def _key_bounds(exact, source, bounds, dim, levels):  # type: ignore[no-untyped-
         scale_bits = fp16_towards((greatest - fp16_value(zero_bits)) / levels, True)
         store_u16(bounds + 2 * d, scale_bits)
         store_u16(bounds + 2 * (dim + d), zero_bits)
-    return _first_beyond(exact, source, dim) if beyond else -1
-
-
-@inlined
-def _report_beyond(c, head, page, token):  # type: ignore[no-untyped-def]
-    """Record the first key beyond what halves hold, if `token` is not -1."""
+    token = _first_beyond(exact, source, dim) if beyond else -1
     state = c[STATE_BASE] + head * STATE_BYTES
     if token >= 0 and load_i64(state + BEYOND) < 0:
         store_i64(state + BEYOND, c[SINKS] + page * PAGE_TOKENS + token)
+    return bounds
 
 
 @inlined
@@ -209,9 +209,7 @@ def quantize_keys_int4(descriptor, head, page, is_value):  # type: ignore[no-unt
     """Store K of a page in int4; record the first key beyond what halves hold."""
     c = words(descriptor)
     source, codes, _ = _planes(c, head, page, is_value)
-    exact, dim = c[EXACT_FORMAT], c[DIM]
-    bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4
-    _report_beyond(c, head, page, _key_bounds(exact, source, bounds, dim, LEVELS_4))
+    exact, dim, bounds = c[EXACT_FORMAT], c[DIM], _key_bounds(c, head, page, source, LEVELS_4)
     for d in range(0, dim, EIGHT):
         scales, at = bounds + 2 * d, codes + d * PAGE_TOKENS // 2
         vectors.eight_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales, scales + 2 * dim, at, LEVELS_4)
@@ -222,9 +220,7 @@ def quantize_keys_int8_per_channel(descriptor, head, page, is_value):  # type: i
     """Store K of a page in int8 per channel; record the first key beyond what halves hold."""
     c = words(descriptor)
     source, codes, _ = _planes(c, head, page, is_value)
-    exact, dim = c[EXACT_FORMAT], c[DIM]
-    bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4
-    _report_beyond(c, head, page, _key_bounds(exact, source, bounds, dim, LEVELS_CHANNEL))
+    exact, dim, bounds = c[EXACT_FORMAT], c[DIM], _key_bounds(c, head, page, source, LEVELS_CHANNEL)
     for d in range(0, dim, EIGHT):
         scales = bounds + 2 * d
         vectors.channel_keys(exact, source, dim, d, scales, scales + 2 * dim, codes + d * PAGE_TOKENS, LEVELS_CHANNEL)
