@@ -8,7 +8,12 @@ from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.kv_selections.prompt_observation import prompt_scores
 from elastickv.evaluation.kv_selections.published_selections import selection_of
-from elastickv.evaluation.kv_selections.reference_selection import SelectionPlan, plan_selection, token_bytes
+from elastickv.evaluation.kv_selections.reference_selection import (
+    PromptScoredSelection,
+    SelectionPlan,
+    plan_selection,
+    token_bytes,
+)
 from elastickv.evaluation.prefill import Prefill, Tensor
 from elastickv.evaluation.recipes_by_ratio import Span
 from elastickv.evaluation.subject import DecodePath, Subject
@@ -61,8 +66,10 @@ class _PromptScores:
     def __call__(self, start: Prefill, chosen: SelectionPlan) -> dict[int, Tensor]:
         """Return layer -> (rows, kv_heads, tokens) scores; empty where a selection needs none."""
         selection, size = chosen.selection, chosen.size
+        if not isinstance(selection, PromptScoredSelection):
+            return {}
         of = (start, size if selection.scores_for_size else None)
-        if selection.reads_prompt and (self._of is None or self._of[0].keys is not start.keys or self._of[1] != of[1]):
+        if self._of is None or self._of[0].keys is not start.keys or self._of[1] != of[1]:
             self._scores = prompt_scores(self._model, start, lambda prompt: selection.prompt_scores(size, prompt))
             self._of = of
         return {number: rows.repeat_interleave(start.copies, dim=0) for number, rows in self._scores.items()}

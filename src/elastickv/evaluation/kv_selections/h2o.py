@@ -10,7 +10,7 @@ import torch
 from elastickv.evaluation.kv_selections.reference_selection import (
     LayerPrompt,
     LayerSelection,
-    ReferenceSelection,
+    PromptScoredSelection,
     token_bytes,
 )
 from elastickv.evaluation.prefill import Tensor
@@ -47,13 +47,12 @@ class _HeavyHitters(LayerSelection):
         self._alive = alive
 
 
-class HeavyHitterOracle(ReferenceSelection):
+class HeavyHitterOracle(PromptScoredSelection):
     """`size` tokens a step, its own included, each with a float32 sum of attention."""
 
     name = "h2o"
     source = "H2O (arXiv 2306.14048), FMInference/H2O"
     least = 3
-    reads_prompt = True
 
     def read_bytes(self, size: int, tokens: int, prompt: int, head_dim: int) -> int:
         """Return the bytes of the tokens in the cache, and of the sums of all but the step's own."""

@@ -1,6 +1,6 @@
 """Eviction once, at the end of the prompt: the tokens with the best scores stay, and so do all that follow."""
 
-from elastickv.evaluation.kv_selections.reference_selection import LayerSelection, ReferenceSelection, token_bytes
+from elastickv.evaluation.kv_selections.reference_selection import LayerSelection, PromptScoredSelection, token_bytes
 from elastickv.evaluation.prefill import Tensor
 
 
@@ -15,10 +15,8 @@ class _Remaining(LayerSelection):
         return chosen
 
 
-class OneOffEviction(ReferenceSelection):
+class OneOffEviction(PromptScoredSelection):
     """`size` tokens of the prompt, and all tokens after it."""
-
-    reads_prompt = True
 
     def read_bytes(self, size: int, tokens: int, prompt: int, head_dim: int) -> int:
         """Return the bytes of the tokens that were not evicted."""

@@ -97,8 +97,6 @@ class ReferenceSelection(ABC):
     unit : what a size counts: tokens or pages.
     least : the smallest size.
     dense_layers : so many of a model's first layers read everything, but never more than half of them.
-    reads_prompt : whether it needs scores of the prompt's tokens.
-    scores_for_size : whether these depend on the size.
     """
 
     name: str
@@ -106,8 +104,6 @@ class ReferenceSelection(ABC):
     unit: str = "tokens"
     least: int = 1
     dense_layers: int = 0
-    reads_prompt: bool = False
-    scores_for_size: bool = False
 
     @abstractmethod
     def read_bytes(self, size: int, tokens: int, prompt: int, head_dim: int) -> int:
@@ -129,9 +125,20 @@ class ReferenceSelection(ABC):
         UsageError : if it can't.
         """
 
+
+class PromptScoredSelection(ReferenceSelection):
+    """A selection that needs scores of the prompt's tokens.
+
+    Attributes
+    ----------
+    scores_for_size : whether the scores depend on the size.
+    """
+
+    scores_for_size: bool = False
+
+    @abstractmethod
     def prompt_scores(self, size: int, prompt: LayerPrompt) -> Tensor:
         """Return the scores of a prompt's tokens: (kv_heads, tokens)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
