@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 
 from elastickv.benchmark.stats.intervals import Interval
-from elastickv.evaluation.metrics import Estimate
 from elastickv.html_report.provenance import provenance
 from elastickv.html_report.report_data import (
     BENCH,
@@ -195,22 +194,15 @@ def _loss(row: LossRow) -> Loss:
         recipe=" ".join(part for part in (named, row.recipe_hash) if part),
         read=row.read_ratio,
         stored=row.stored_ratio,
-        ppl_percent=_over_windows(row.ppl_change_percent, row.windows),
-        kl=_over_windows(row.kl, row.windows),
-        top1_percent=_over_windows(row.top1_percent, row.windows),
+        ppl_percent=IntervalEstimate.over(row.ppl_change_percent, row.windows),
+        kl=IntervalEstimate.over(row.kl, row.windows),
+        top1_percent=IntervalEstimate.over(row.top1_percent, row.windows),
         greedy=greedy,
         bits=stored.bits_per_element if stored else None,
         stored_bits=stored.stored_bits_per_element if stored else None,
         read_bytes=row.step_bytes_read,
         selection=row.selection.method if row.selection else None,
     )
-
-
-def _over_windows(figure: Estimate, windows: int) -> IntervalEstimate:
-    """Return a mean over windows with its interval, which a single window lacks: its bounds in a file are the mean."""
-    if windows == 1:
-        return IntervalEstimate(figure.mean)
-    return IntervalEstimate(figure.mean, figure.low, figure.high)
 
 
 def _needles(row: PassKeyRow) -> Iterator[Needle]:

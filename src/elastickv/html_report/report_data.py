@@ -8,6 +8,7 @@ from typing import Any
 
 from elastickv.benchmark.result import RecipeUsed, Result, Timing
 from elastickv.benchmark.roofline import RooflinePoint
+from elastickv.evaluation.metrics import Estimate
 from elastickv.results.compare.result_sets import cells_by_name
 from elastickv.results.compare.runs import OutputErrors
 from elastickv.results.documents import Document
@@ -29,6 +30,13 @@ class IntervalEstimate:
     estimate: float
     low: float | None = None
     high: float | None = None
+
+    @classmethod
+    def over(cls, figure: Estimate, rows: int, scale: float = 1.0) -> "IntervalEstimate":
+        """Return a mean over windows or items, times `scale`; of a single one the bounds in a file are the mean itself."""
+        if rows == 1:
+            return cls(scale * figure.mean)
+        return cls(scale * figure.mean, scale * figure.low, scale * figure.high)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from elastickv.html_report.charts.style import (
     rows_axes,
     shown,
 )
-from elastickv.html_report.comparisons.generated_texts import GeneratedTexts, scaled
+from elastickv.html_report.comparisons.generated_texts import GeneratedTexts
+from elastickv.html_report.report_data import IntervalEstimate
 from elastickv.results.kinds.evaluation_result import GenerationRow
 
 MOST_ROWS = 24
@@ -32,7 +33,7 @@ def repetition_chart(number: int, generated: GeneratedTexts) -> Chart:
             for line, row in enumerate(rows):
                 if kind not in row.of_texts:
                     continue
-                rate = scaled(row.of_texts[kind].repetition.mean, row.windows, 100)
+                rate = IntervalEstimate.over(row.of_texts[kind].repetition.mean, row.windows, 100)
                 look = {"color": hue(place), "marker": marker(place), "markerfacecolor": hue(place) if line else PAPER}
                 drawn = axes.errorbar(
                     [rate.estimate], [line], xerr=bars([rate]), capsize=3, linestyle="none", label=kind, **look
@@ -45,11 +46,7 @@ def repetition_chart(number: int, generated: GeneratedTexts) -> Chart:
         axes.set_xlabel("4-grams that occurred before, % of a text's")
         legend(figure, handles)
 
-    said = "; ".join(
-        f"{row.cache} "
-        + ", ".join(f"{kind} {100 * figures.repetition.mean.mean:.3g} %" for kind, figures in row.of_texts.items())
-        for row in rows
-    )
+    said = "; ".join(f"{row.cache} {_rates(row)}" for row in rows)
     where = f"{shown(generated.model)}, windows of {generated.context} tokens"
     left = len(generated.rows) - len(rows)
     return Chart(

@@ -6,6 +6,7 @@ from elastickv.html_report.charts.style import (
     MUTED,
     PAPER,
     Chart,
+    bars,
     hue,
     legend,
     legend_height,
@@ -15,6 +16,7 @@ from elastickv.html_report.charts.style import (
     shown,
 )
 from elastickv.html_report.comparisons.task_scores import ComparedTasks
+from elastickv.html_report.report_data import IntervalEstimate
 
 MOST_CACHES = 10
 _SPREAD = 0.45  # of a row, over which the points of its caches are spread
@@ -33,16 +35,15 @@ def task_chart(number: int, compared: ComparedTasks) -> Chart:
         handles = []
         for place, name in enumerate(drawn):
             points = [
-                (row + _SPREAD * (place + 0.5) / len(drawn), score.score_percent)
+                (row + _SPREAD * (place + 0.5) / len(drawn), IntervalEstimate.over(score.score_percent, task.items))
                 for row, task in enumerate(compared.rows)
                 for score in task.caches
                 if score.cache == name
             ]
             look = {"color": MUTED, "markerfacecolor": PAPER} if place == 0 else {"color": hue(place - 1)}
-            ends = [[p.mean - p.low for _, p in points], [p.high - p.mean for _, p in points]]
-            across, up = [p.mean for _, p in points], [y for y, _ in points]
+            across, up = [score for _, score in points], [y for y, _ in points]
             style = {"marker": marker(place), "linestyle": "none", "label": shown(name), "capsize": 2}
-            handles.append(axes.errorbar(across, up, xerr=ends, **style, **look))
+            handles.append(axes.errorbar([score.estimate for score in across], up, xerr=bars(across), **style, **look))
         axes.set_xlabel("score, %")
         legend(figure, handles)
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elastickv.evaluation.metrics import Estimate
-from elastickv.html_report.report_data import Evaluation, IntervalEstimate
+from elastickv.html_report.report_data import Evaluation
 from elastickv.results.kinds.evaluation_result import GenerationRow
 
 
@@ -29,10 +28,3 @@ def generated_texts_of(evaluations: Sequence[Evaluation]) -> list[GeneratedTexts
         for evaluation in evaluations
         for context in dict.fromkeys(row.context for row in evaluation.generations)
     ]
-
-
-def scaled(figure: Estimate, windows: int, scale: float = 1.0) -> IntervalEstimate:
-    """Return an estimate times `scale`, without the interval that a single window lacks."""
-    if windows == 1:
-        return IntervalEstimate(scale * figure.mean)
-    return IntervalEstimate(scale * figure.mean, scale * figure.low, scale * figure.high)

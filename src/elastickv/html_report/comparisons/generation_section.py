@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from elastickv.evaluation.generations.text_figures import ComparedMean
 from elastickv.html_report.charts.generation_charts import repetition_chart
-from elastickv.html_report.comparisons.generated_texts import GeneratedTexts, generated_texts_of, scaled
+from elastickv.html_report.comparisons.generated_texts import GeneratedTexts, generated_texts_of
 from elastickv.html_report.content import Section, tables
-from elastickv.html_report.report_data import ReportData
+from elastickv.html_report.report_data import IntervalEstimate, ReportData
 from elastickv.results.formats.units import interval
 
 
@@ -46,15 +46,15 @@ def _rows(generated: GeneratedTexts) -> Iterator[dict[str, str]]:
                 "tokens to full": _difference(figures.length, row.windows, 1, 0),
                 "self-BLEU, %": _mean(figures.self_bleu, row.windows, 100, 1),
                 "self-BLEU to full, %": _difference(figures.self_bleu, row.windows, 100, 1),
-                "leaves full at": "" if leaves is None else interval(scaled(leaves, row.windows), 0),
+                "leaves full at": "" if leaves is None else interval(IntervalEstimate.over(leaves, row.windows), 0),
             }
 
 
 def _mean(figure: ComparedMean | None, windows: int, scale: float, digits: int) -> str:
-    return "" if figure is None else interval(scaled(figure.mean, windows, scale), digits)
+    return "" if figure is None else interval(IntervalEstimate.over(figure.mean, windows, scale), digits)
 
 
 def _difference(figure: ComparedMean | None, windows: int, scale: float, digits: int) -> str:
     if figure is None or figure.difference is None:
         return ""
-    return interval(scaled(figure.difference, windows, scale), digits)
+    return interval(IntervalEstimate.over(figure.difference, windows, scale), digits)
