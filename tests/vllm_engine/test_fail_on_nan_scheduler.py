@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from elastickv.backends.bad_token import BadToken
 from tests.helpers.serving_scenarios import random_prompts
 
 
@@ -119,3 +120,46 @@ def test_rows_of_logits_belong_to_requests_with_their_drafts(drafts, sampled, ro
         sampled_token_ids=sampled,
     )
     assert list(scheduler._with_nan(SimpleNamespace(scheduled_spec_decode_tokens=drafts), made)) == failing
+
+
+def reported(monkeypatch, *tokens):
+    """Let the model's process report tokens that could not be stored, all at once."""
+    left = list(tokens)
+    monkeypatch.setattr(
+        "elastickv.vllm.fail_on_nan_scheduler.take_bad_tokens", lambda engine: [left.pop(0) for _ in range(len(left))]
+    )
+
+
+def test_a_token_that_is_reported_a_step_early_waits_for_its_steps_output(ahead, monkeypatch):
+    add(ahead, "early", random_prompts([100], seed=3)[0])
+    first = ahead.scheduler.schedule()
+    add(ahead, "bad", random_prompts([180], seed=4)[0])
+    second = ahead.scheduler.schedule()
+    place = list(second.num_scheduled_tokens).index("bad")
+    reported(monkeypatch, BadToken(place, 150, too_large=True))
+    assert ended(ahead.scheduler.update_from_output(first, output(first))) == {"early": ("None", [7])}
+    failed = ended(ahead.scheduler.update_from_output(second, output(second)))
+    assert failed["bad"] == ("error", [])
+    assert failed.get("early", ("None", []))[0] == "None"
+
+
+def test_a_token_of_no_step_is_forgotten_after_the_next_one(ahead, monkeypatch):
+    add(ahead, "good", random_prompts([100], seed=5)[0])
+    reported(monkeypatch, BadToken(0, 700, too_large=False), BadToken(9, 3, too_large=False))
+    for kept in (2, 0):
+        step = ahead.scheduler.schedule()
+        assert ended(ahead.scheduler.update_from_output(step, output(step))) == {"good": ("None", [7])}
+        assert len(ahead.scheduler._late) == kept
+
+
+@pytest.mark.parametrize(("position", "fails"), [(104, False), (103, True)], ids=["a rejected draft", "an accepted one"])
+def test_a_rejected_draft_that_could_not_be_stored_fails_no_request(position, fails, monkeypatch):
+    """A step of one token and four drafts, of which three are accepted."""
+    from elastickv.vllm.fail_on_nan_scheduler import FailOnNanScheduler
+
+    scheduler = FailOnNanScheduler.__new__(FailOnNanScheduler)
+    scheduler.num_spec_tokens, scheduler.vllm_config = 4, SimpleNamespace(max_concurrent_batches=1)
+    step = SimpleNamespace(num_scheduled_tokens={"one": 5}, scheduled_spec_decode_tokens={"one": [1, 2, 3, 4]})
+    chosen = SimpleNamespace(req_id_to_index={"one": 0}, sampled_token_ids=[[1, 2, 3, 9]])
+    tokens = [BadToken(0, position, too_large=False)]
+    assert scheduler._with_bad_tokens(step, chosen, {"one": 100}, tokens) == ({"one": position} if fails else {})
