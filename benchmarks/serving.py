@@ -28,6 +28,7 @@ from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
 from elastickv.results.files import check_writable, write_text
 from elastickv.results.kinds.serving_result import SERVING_KIND, SERVING_VERSION
+from elastickv.vllm.serving_options import CACHE_DTYPES
 
 REFUSED = 2  # exit status
 ENGINE = Path(__file__).with_name("serving_engine.py")
@@ -45,7 +46,7 @@ class Contender:
 CONTENDERS = {
     BASELINE: Contender("auto"),
     "fp8": Contender("fp8"),
-    **{f"elastickv_{name}": Contender(f"elastickv_{name}", "ELASTICKV") for name in ("int4", "int8", "k8v4", "fp8")},
+    **{name: Contender(name, "ELASTICKV") for name in CACHE_DTYPES},
     "int4_per_token_head": Contender("int4_per_token_head", one_request=True),
     "turboquant_4bit_nc": Contender("turboquant_4bit_nc", one_request=True),
 }

@@ -37,6 +37,7 @@ from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
 from elastickv.results.files import check_writable, write_text
 from elastickv.results.kinds.soak_result import SOAK_KIND, SOAK_VERSION
+from elastickv.vllm.serving_options import PAGE_FORMATS
 from elastickv.vllm.versions import installed_version, minor_version
 from tests.helpers.served_llama import Sizes, random_weights, write_model
 
@@ -311,7 +312,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backends", "--backend", type=_backends, help=", ".join(BACKENDS))
     parser.add_argument("--steps", type=int, default=5000, help="of the engine under load, for each backend")
     parser.add_argument("--time-limit", type=float, default=360.0, help="seconds that all of it may take")
-    parser.add_argument("--format", default="int4", help="of pages: int4, k8v4, int8, fp8")
+    parser.add_argument("--format", choices=tuple(PAGE_FORMATS), default="int4", help="of pages")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the model; default: bfloat16 on a GPU, float32 on a CPU"
     )

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,3 +258,13 @@ def test_the_format_is_named_as_the_version_of_vllm_takes_it(scripts, monkeypatc
         not {"kv_cache_dtype", "additional_config", "attention_backend"} & soak.engine_options("stock", "cuda", "int8").keys()
     )
     assert math.prod((options["max_num_seqs"], options["max_model_len"] // 32)) > options["num_gpu_blocks_override"]
+
+
+@pytest.mark.parametrize(("script", "option"), [("serving", "--out"), ("serving_soak", "--output")])
+def test_a_place_that_cannot_be_written_is_one_line_and_status_2(tmp_path, script, option):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), option, str(tmp_path / "file" / "inside" / "it.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"{script}.py: ") and f"choose another {option}" in ended.stderr
+    assert ended.stderr.count("\n") == 1
