@@ -15,8 +15,8 @@ PREFIXES = {"enable_prefix_caching": True}
 
 @pytest.fixture(scope="module")
 def bad_folder(tmp_path_factory):
-    """A model of more words than vLLM's sampler takes at a time: of fewer it chooses one beyond the last where all are NaN."""
-    sizes = Sizes(vocabulary=2048)
+    """A model of as many words as vLLM's samplers take at a time: of fewer they choose one beyond the last if all are NaN."""
+    sizes = Sizes(vocabulary=8192)
     return write_model(tmp_path_factory.mktemp("bad_words") / "llama", with_bad_words(random_weights(sizes)), sizes)
 
 
