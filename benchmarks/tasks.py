@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_name import gpu_name
+
 from elastickv.cli.progress import Bar
 from elastickv.errors import UsageError
 from elastickv.evaluation.evaluate import evaluate
@@ -62,6 +64,7 @@ def main() -> None:
     with Bar() as bar:
         bar.phase("loading")
         loaded = load_model(given.model, given.dtype, given.device)
+        gpu = gpu_name() if loaded.model.device.type == "cuda" else {}
         for length in map(int, given.lengths.split(",")):
             for task in parse_tasks(given.tasks):
                 left = ends - time.monotonic()
@@ -82,6 +85,9 @@ def main() -> None:
                     continue
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
+                if gpu:
+                    measured["environment"]["gpu"] = gpu
+                    measured["model"]["device_name"] = gpu["device"]
                 result = joined(result, measured) | {"command": [*sys.argv]}
                 write_text(given.output, dumps(result | {"complete": False}))
     if result is None:

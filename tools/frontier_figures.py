@@ -49,11 +49,11 @@ def frontier() -> list[str]:
     for (model, context, exact), (path, result) in measured("*/frontier-*.json").items():
         (compared,) = compared_methods([evaluation_view(result, path.name)])
         lines += [
-            f"### {_short(model)}, {context} tokens" + (f", {exact} of them exact in every format" if exact else ""),
+            f"### {short_name(model)}, {context} tokens" + (f", {exact} of them exact in every format" if exact else ""),
             "",
             _source(result),
             "",
-            f"![KL divergence of all methods against stored and read bits, {_short(model)} at {context} tokens]"
+            f"![KL divergence of all methods against stored and read bits, {short_name(model)} at {context} tokens]"
             f"(assets/{picture_name(path)})",
             "",
             *(f"- {sentence.partition(': ')[2]}" for sentence in sentences(compared)),
@@ -65,18 +65,25 @@ def frontier() -> list[str]:
     return lines[:-1] if lines and not lines[-1] else lines
 
 
-def _source(result: EvaluationResult) -> str:
+def measured_with(result: EvaluationResult) -> str:
+    """Return the model, the device and the versions of a result, and the calibration of its recipes."""
     model, environment, calibration = result.model, result.environment, result.calibration
     gpu = environment.get("gpu") or {}
     driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
     used = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers") if environment.get(name))
     elastickv = versions(environment).get("elastickv")
-    row = result.rows[0]
     calibrated = f" Calibrated on {calibration.tokens} tokens of {calibration.text}." if calibration else ""
     return (
         f"{model.name} in {model.dtype} on {model.device_name or environment['cpu']}{driver}; elastickv {elastickv}, {used}; "
-        f"{environment['date_utc'][:10]}. {row.windows} windows x {row.scored_tokens // row.windows} scored tokens of "
-        f"{', '.join(result.texts)}.{calibrated}"
+        f"{environment['date_utc'][:10]}.{calibrated}"
+    )
+
+
+def _source(result: EvaluationResult) -> str:
+    row = result.rows[0]
+    return (
+        f"{measured_with(result)} {row.windows} windows x {row.scored_tokens // row.windows} scored tokens of "
+        f"{', '.join(result.texts)}."
     )
 
 
@@ -98,7 +105,7 @@ def _fronts(compared: ComparedMethods) -> Iterator[str]:
         ]
         for one in sorted(chosen, key=lambda one: (one.read_bits, one.stored_bits))
     ]
-    yield from _table(["method", "stored bits", "read bits", "KL", "top-1 %", "PPL change %", "front by bits"], rows)
+    yield from table(["method", "stored bits", "read bits", "KL", "top-1 %", "PPL change %", "front by bits"], rows)
 
 
 def _runnable(compared: ComparedMethods) -> list[MethodLoss]:
@@ -114,7 +121,7 @@ def _parts(rows: Sequence[LossRow]) -> Iterator[str]:
         if f"{name}{FORMATS_ALONE}" in by_name and f"{name}{SELECTION_ALONE}" in by_name
     ]
     if cells:
-        yield from _table(["", "KL of its formats, all pages read", "KL of its pages in 16 bit", "KL of both"], cells)
+        yield from table(["", "KL of its formats, all pages read", "KL of its pages in 16 bit", "KL of both"], cells)
         yield ""
 
 
@@ -125,23 +132,23 @@ def quality() -> list[str]:
     ratios = sorted(
         {row.compress for _, result in results.values() for row in result.rows if row.compress and row.compress > 1}
     )
-    table, chosen = [], []
+    losses, chosen = [], []
     for (model, context), (_, result) in sorted(results.items()):
         by_ratio = {row.compress: row for row in result.rows if row.compress and row.context == context}
         cells = [by_ratio.get(ratio) for ratio in ratios]
         shown = ["-" if row is None else f"{row.kl.mean:.4f} / {row.top1_percent.mean:.1f}" for row in cells]
-        table.append([_short(model), str(context), *shown])
+        losses.append([short_name(model), str(context), *shown])
         within = [max((ratio for ratio, row in by_ratio.items() if row.kl.high <= limit), default=None) for limit in LIMITS]
-        chosen.append([_short(model), str(context), *("none" if ratio is None else f"C={ratio:g}" for ratio in within)])
+        chosen.append([short_name(model), str(context), *("none" if ratio is None else f"C={ratio:g}" for ratio in within)])
     named = [result for _, result in results.values()]
     texts = sorted({text for result in named for text in result.texts})
     calibrations = sorted({result.calibration.text for result in named if result.calibration})
     return [
-        *_table(["model", "context", *(f"C={ratio:g}: KL / same top-1 %" for ratio in ratios)], table),
+        *table(["model", "context", *(f"C={ratio:g}: KL / same top-1 %" for ratio in ratios)], losses),
         "",
         "The largest measured C whose KL, with its whole 95 % interval, is at most",
         "",
-        *_table(["model", "context", *(f"{limit:g}" for limit in LIMITS)], chosen),
+        *table(["model", "context", *(f"{limit:g}" for limit in LIMITS)], chosen),
         "",
         f"Calibrated on {', '.join(calibrations)}; scored on {', '.join(texts)}, which no calibration has read.",
     ]
@@ -168,7 +175,8 @@ def stale_pictures(write: bool) -> list[Path]:
     return stale
 
 
-def _short(model: str) -> str:
+def short_name(model: str) -> str:
+    """Return a model's name without its suffix and the format of its weights."""
     return model.partition(".gguf")[0].partition(".Q")[0]
 
 
@@ -181,5 +189,6 @@ def _estimate(estimate: Estimate, digits: int) -> str:
     return f"{estimate.mean:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> list[str]:
+def table(headers: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     return ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers), *("| " + " | ".join(row) + " |" for row in rows)]
