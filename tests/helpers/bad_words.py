@@ -16,7 +16,8 @@ WHY = "its logits are NaN"
 def with_bad_words(weights):
     """Return the weights with three bad words: one is NaN, one infinite, and one has huge keys and usual values.
 
-    The last differs from others in one channel, which only the keys of the first layer read.
+    The last differs from others in one channel, which only the keys of the first layer read. The model chooses none of them by
+    itself.
     """
     sizes, made = Sizes(), {name: tensor.clone() for name, tensor in weights.items()}
     embedding = made["model.embed_tokens.weight"]
@@ -24,6 +25,7 @@ def with_bad_words(weights):
     embedding[NAN], embedding[INFINITE] = math.nan, math.inf
     embedding[LARGE] = 0
     embedding[LARGE, -1] = 1
+    made["lm_head.weight"][[NAN, INFINITE, LARGE]] = 0
     for name, tensor in made.items():
         if tensor.dim() == 2 and tensor.shape[1] == sizes.hidden and "embed" not in name:
             tensor[:, -1] = 0

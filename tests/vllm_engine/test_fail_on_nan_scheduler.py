@@ -158,8 +158,43 @@ def test_a_rejected_draft_that_could_not_be_stored_fails_no_request(position, fa
     from elastickv.vllm.fail_on_nan_scheduler import FailOnNanScheduler
 
     scheduler = FailOnNanScheduler.__new__(FailOnNanScheduler)
-    scheduler.num_spec_tokens, scheduler.vllm_config = 4, SimpleNamespace(max_concurrent_batches=1)
     step = SimpleNamespace(num_scheduled_tokens={"one": 5}, scheduled_spec_decode_tokens={"one": [1, 2, 3, 4]})
     chosen = SimpleNamespace(req_id_to_index={"one": 0}, sampled_token_ids=[[1, 2, 3, 9]])
     tokens = [BadToken(0, position, too_large=False)]
-    assert scheduler._with_bad_tokens(step, chosen, {"one": 100}, tokens) == ({"one": position} if fails else {})
+    assert scheduler._with_bad_tokens(step, chosen, {"one": range(100, 105)}, tokens) == ({"one": position} if fails else {})
+
+
+@pytest.mark.parametrize(
+    ("scheduled", "known", "first"),
+    [(203, 201, 200), (200, 201, 200), (64, 200, 64)],
+    ids=["drafts before were rejected", "drafts before were accepted", "a chunk of a prompt"],
+)
+def test_a_step_begins_at_the_last_known_token_whatever_was_scheduled_ahead(scheduled, known, first):
+    scheduler, step = of_two_requests(scheduled, known)
+    assert scheduler._computed(step)["one"] == range(first, first + 4)
+
+
+def test_a_token_of_a_request_that_has_ended_since_fails_no_other():
+    """It is in none of the tokens that the step computed for others, now and in the next step."""
+    scheduler, step = of_two_requests(203, 201)
+    computed = scheduler._computed(step)
+    assert computed["ended"] == range(94, 104)
+    chosen = SimpleNamespace(req_id_to_index={"ended": 0, "one": 1}, sampled_token_ids=[[], [7]])
+    assert scheduler._with_bad_tokens(step, chosen, computed, [BadToken(0, 97, too_large=False)]) == {"ended": 97}
+    assert scheduler._late == []
+
+
+def of_two_requests(scheduled, known):
+    """Return a scheduler and a step of three drafts each of a request of `known` tokens and of one that has ended."""
+    from elastickv.vllm.fail_on_nan_scheduler import FailOnNanScheduler
+
+    scheduler = FailOnNanScheduler.__new__(FailOnNanScheduler)
+    scheduler.requests = {"one": SimpleNamespace(num_tokens=known)}
+    scheduler.num_spec_tokens, scheduler.vllm_config = 3, SimpleNamespace(max_concurrent_batches=2)
+    step = SimpleNamespace(
+        num_scheduled_tokens={"one": 4, "ended": 4},
+        scheduled_spec_decode_tokens={},
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=["one", "ended"], num_computed_tokens=[scheduled, 100]),
+    )
+    return scheduler, step

@@ -43,36 +43,50 @@ class _FailOnNan(Scheduler):
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(last)
         return outputs
 
-    @property
-    def _unsure_tokens(self) -> int:
-        """Drafts that turned out to be rejected may be among the tokens computed before: at most so many."""
-        unsure: int = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
-        return unsure
+    def _computed(self, scheduler_output: Any) -> dict[str, range]:
+        """Return which tokens of each request a step computed.
 
-    def _suspects(self, scheduler_output: Any, model_runner_output: Any, tokens: Sequence[BadToken]) -> dict[str, int]:
+        vLLM schedules ahead as if all drafts in flight were accepted. Once the outputs of the steps before have come, the last
+        token that is known is the first of a step that decodes. Of a request that has ended since, the most that it can be.
+        """
+        cached = scheduler_output.scheduled_cached_reqs
+        begun = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        begun |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        tokens = {}
+        for name, latest in begun.items():
+            count = scheduler_output.num_scheduled_tokens[name]
+            if name in self.requests:
+                first = min(latest, self.requests[name].num_tokens - 1)
+                tokens[name] = range(first, first + count)
+            else:
+                ahead = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
+                tokens[name] = range(max(0, latest - ahead), latest + count)
+        return tokens
+
+    def _suspects(self, scheduler_output: Any, model_runner_output: Any, reported: Sequence[BadToken]) -> dict[str, int]:
         """Return the requests of a step that fail, with the first token of each that may be bad."""
-        begun = _begun(scheduler_output)
-        suspects = self._with_bad_tokens(scheduler_output, model_runner_output, begun, tokens)
+        computed = self._computed(scheduler_output)
+        suspects = self._with_bad_tokens(scheduler_output, model_runner_output, computed, reported)
         for name in self._with_nan(scheduler_output, model_runner_output):
-            suspects.setdefault(name, max(0, begun[name] - self._unsure_tokens))
+            suspects.setdefault(name, computed[name].start)
         return {name: token for name, token in suspects.items() if name in self.requests}
 
     def _with_bad_tokens(
-        self, scheduler_output: Any, model_runner_output: Any, begun: Mapping[str, int], tokens: Sequence[BadToken]
+        self, scheduler_output: Any, model_runner_output: Any, computed: Mapping[str, range], reported: Sequence[BadToken]
     ) -> dict[str, int]:
         """Return requests of the step with the first of their tokens that could not be stored; rejected drafts do not count.
 
         With asynchronous scheduling tokens of the next step may be reported already: they wait for its output.
         """
         names, late, suspects = _in_order(model_runner_output), list[BadToken](), dict[str, int]()
-        for token in tokens:
+        for token in reported:
             name = names[token.request] if token.request < len(names) else ""
-            first, last = begun.get(name, 0), begun.get(name, 0) + scheduler_output.num_scheduled_tokens.get(name, 0)
-            if not first - self._unsure_tokens <= token.position < last:
+            tokens = computed.get(name, range(0))
+            if token.position not in tokens:
                 late += [] if token in self._late else [token]
                 continue
             drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(name, ()))
-            if not drafts or token.position < last - drafts + _accepted(model_runner_output, names.index(name)) - 1:
+            if not drafts or token.position < tokens.stop - drafts + _accepted(model_runner_output, names.index(name)) - 1:
                 suspects[name] = min(token.position, suspects.get(name, token.position))
         self._late = late
         return suspects
@@ -124,13 +138,6 @@ class _FailOnNan(Scheduler):
         """Return the first token of a request's that is in bad blocks, or None."""
         groups = zip(self._block_tokens, self.kv_cache_manager.get_block_ids(name), strict=True)
         return min((i * size for size, blocks in groups for i, block in enumerate(blocks) if block in bad), default=None)
-
-
-def _begun(scheduler_output: Any) -> dict[str, int]:
-    """Return how many tokens of each request of a step were computed before it, if all drafts before were accepted."""
-    cached = scheduler_output.scheduled_cached_reqs
-    begun = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-    return begun | dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
 
 
 def _in_order(model_runner_output: Any) -> list[str]:
