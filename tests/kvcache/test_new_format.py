@@ -43,7 +43,7 @@ def test_recipes_name_it(int6):
     for text in ("int6", "k=int6,v=int4,vgroup=32", "k=int4,v=int6,pages=1/4", "int6,stride=4"):
         assert str(Recipe.parse(text)) == text
     assert cold_formats()[-1] == "int6"
-    with pytest.raises(UsageError, match="formats are bf16, fp16, fp8, int8, int4, int8_per_channel, int6"):
+    with pytest.raises(UsageError, match="formats are bf16, fp16, fp8, int8, int4, int8_per_channel, int3, int6"):
         Recipe(key_format="int5")
     with pytest.raises(UsageError, match="'pages' does not combine with keys in int6"):
         Recipe.parse("int6,pages=1/4")
@@ -80,7 +80,7 @@ def test_the_reference_cache_and_the_oracle_store_and_read_it(int6):
 
 def test_back_ends_without_a_kernel_refuse_it(int6):
     with pytest.raises(
-        UsageError, match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4, int8_per_channel$"
+        UsageError, match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4, int8_per_channel, int3$"
     ):
         open_backend(None).cache(SHAPE, 800, "bf16", Recipe.parse("int6"))
     for text in ("int6", "k=int4,v=int6,pages=1/4"):
@@ -172,6 +172,7 @@ def test_kernels_get_numbers_codes_and_sizes_from_the_table(monkeypatch):
     macros = format_macros(dict(variant.macros))
     names = {"bf16": "SIXTEEN_BIT", "fp16": "SIXTEEN_BIT", "fp8": "FP8", "int8": "INT8", "int4": "INT4"}
     names["int8_per_channel"] = "INT8_PER_CHANNEL"
+    assert "INT3_LARGEST" not in macros, "no kernel reads it"
     assert {name: macros[macro] for name, macro in names.items()} == {
         f.name: f.cuda_id for f in FORMATS.values() if f.cuda_id is not None
     }
