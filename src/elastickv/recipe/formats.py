@@ -140,6 +140,15 @@ def cold_formats() -> tuple[str, ...]:
     return tuple(f.name for f in FORMATS.values() if f.cold)
 
 
+def unread_formats(device: str | None) -> tuple[str, ...]:
+    """Return the formats that the kernels of a kind of device, 'cpu' or 'cuda', do not read; None: of either."""
+    return tuple(
+        f.name
+        for f in FORMATS.values()
+        if (f.cpu_id is None and device != "cuda") or (f.cuda_id is None and f.cold and device != "cpu")
+    )
+
+
 def round_up(value: int, multiple: int) -> int:
     """Return the least multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
