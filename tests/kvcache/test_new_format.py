@@ -11,7 +11,7 @@ import pytest
 import elastickv
 from elastickv.backends.cpu import open_backend
 from elastickv.backends.cuda.format_macros import format_macros
-from elastickv.backends.cuda.kernel_selection import decode_variant
+from elastickv.backends.cuda.kernel_selection import blocks_variant, decode_variant
 from elastickv.errors import UsageError
 from elastickv.kvcache import Oracle, ReferenceCache
 from elastickv.kvcache.attention import attend
@@ -19,7 +19,7 @@ from elastickv.kvcache.error_metrics import relative_l2
 from elastickv.kvcache.quantize import CODECS, Codec, dequantize_int8
 from elastickv.kvcache.rounding import from_bf16_bits, to_bf16_bits
 from elastickv.recipe import AttentionShape, Recipe, predicted_loss, step_bytes, stored_bytes
-from elastickv.recipe.formats import FORMATS, Format, ScaleLayout, cold_formats
+from elastickv.recipe.formats import FORMATS, Format, ScaleLayout, cold_formats, unread_formats
 
 SOURCE = Path(elastickv.__file__).parent
 SHAPE = AttentionShape(2, 6, 2, 64)
@@ -83,12 +83,22 @@ def test_back_ends_without_a_kernel_refuse_it(int6):
         UsageError, match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4, int8_per_channel, int3$"
     ):
         open_backend(None).cache(SHAPE, 800, "bf16", Recipe.parse("int6"))
-    for text in ("int6", "k=int4,v=int6,pages=1/4"):
+    for text, last in (("int6", "int8_per_channel"), ("k=int4,v=int6,pages=1/4", "int4")):
         with pytest.raises(
-            UsageError,
-            match=r"^format int6 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4, int8_per_channel, or the cpu",
+            UsageError, match=rf"^format int6 has no CUDA kernel: choose bf16, fp16, fp8, int8, .*{last}, or the cpu backend$"
         ):
             decode_variant(128, 4, "bf16", Recipe.parse(text), "90")
+
+
+@pytest.mark.parametrize("arch", ["61", "80", "90", "120"])
+def test_cuda_refuses_values_in_3_bits_in_caches_and_in_an_engines_blocks(arch):
+    refusal = r"^format int3 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4, or the cpu backend$"
+    for text in ("k=int4,v=int3", "k=int8,v=int3,vgroup=32", "v=int3,pages=1/4", "k=bf16,v=int3"):
+        with pytest.raises(UsageError, match=refusal):
+            decode_variant(128, 4, "bf16", Recipe.parse(text), arch)
+    with pytest.raises(UsageError, match=refusal if arch != "61" else "need SM 8.0"):
+        blocks_variant(128, 4, "bf16", Recipe.parse("k=int4,v=int3"), arch)
+    assert set(unread_formats("cuda")) == {"int3"} == set(unread_formats(None)) and not unread_formats("cpu")
 
 
 def test_no_two_formats_have_one_number():
