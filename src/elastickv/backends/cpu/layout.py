@@ -131,7 +131,7 @@ def scale_bytes(fmt: str, head_dim: int, group: int, value: bool) -> int:
 
 
 def page_bytes(key_format: str, value_format: str, head_dim: int, group: int) -> int:
-    """Return the bytes of one page, K and V and scales; `group` channels of V share an int4 scale."""
+    """Return the bytes of one page, K and V and scales; `group` channels of V share an int4 or int3 scale."""
     codes = plane_bytes(key_format, head_dim) + plane_bytes(value_format, head_dim)
     scales = scale_bytes(key_format, head_dim, group, False) + scale_bytes(value_format, head_dim, group, True)
     return up(codes + scales, LINE_BYTES)
