@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.evaluate import EvaluationOptions, evaluate
 from elastickv.evaluation.exact_tokens import ExactTokens
+from elastickv.evaluation.format_paths import refused_formats
 from elastickv.evaluation.kv_formats.format_layer import FormatLayer
 from elastickv.evaluation.kv_formats.published_formats import PUBLISHED
 from elastickv.evaluation.prefill import prefill
@@ -214,3 +216,12 @@ def test_a_state_is_followed_token_by_token():
     start = prefill(model, [list(range(40))], 30, 5)
     with sessions.published(model, PUBLISHED["q4_0"], start) as session:
         assert not session.takes_several
+
+
+def test_a_recipe_that_the_models_device_does_not_read_is_left_out_and_named():
+    on_gpu, on_cpu = SimpleNamespace(device="cuda"), SimpleNamespace(device="cpu")
+    names = ("kivi2", "k=int4,v=int3", "int4")
+    assert refused_formats(on_gpu, names) == {"k=int4,v=int3": "k=int4,v=int3 is not measured: format int3 has no CUDA kernel"}
+    assert refused_formats(on_cpu, names) == refused_formats(on_gpu, ()) == {}
+    with pytest.raises(UsageError, match=r"^k=int4,v=int3 is not measured: .*: give other formats, or the cpu as device$"):
+        refused_formats(on_gpu, names[1:2])

@@ -135,7 +135,9 @@ NUMBERS = {
 
 
 @st.composite
-def recipes(draw, head_dim: int, kv_heads: int, selections=("dense", "all", "stride", "reuse", "pages")) -> Recipe:
+def recipes(
+    draw, head_dim: int, kv_heads: int, selections=("dense", "all", "stride", "reuse", "pages"), three_bits: bool = False
+) -> Recipe:
     """Return any recipe of a shape; windows may be larger than any context."""
     selection = draw(st.sampled_from(selections))
     if selection == "dense":
@@ -150,8 +152,9 @@ def recipes(draw, head_dim: int, kv_heads: int, selections=("dense", "all", "str
         formats = ["bf16", "fp16", "fp8", "int8", "int4"]
         per_channel = ["int4", "int8_per_channel"]
         key = draw(st.sampled_from(per_channel if selection == "pages" else [*formats, "int8_per_channel"]))
-        value = draw(st.sampled_from([name for name in formats if {key, name} != {"bf16", "fp16"}]))
-        fields["value_group"] = draw(st.sampled_from([0, *value_groups(head_dim)])) if value == "int4" else 0
+        of_values = [*formats, "int3"] if three_bits else formats
+        value = draw(st.sampled_from([name for name in of_values if {key, name} != {"bf16", "fp16"}]))
+        fields["value_group"] = draw(st.sampled_from([0, *value_groups(head_dim)])) if value in ("int4", "int3") else 0
     if selection == "pages":
         heads = draw(st.sampled_from([1, kv_heads]))
         shares = st.sampled_from([1.0, 0.5, 0.3, 1 / 8])
@@ -172,7 +175,7 @@ def cases(draw, kind, numbers=("normal",), longest: int = LONGEST, dtypes=DTYPES
     """Return any case that a kind of backend runs."""
     kv_heads, batch = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     group, head_dim = draw(st.sampled_from(kind.groups)), draw(st.sampled_from(kind.head_dims))
-    recipe = draw(recipes(head_dim, kv_heads, **terms))
+    recipe = draw(recipes(head_dim, kv_heads, three_bits="cuda" not in kind.name, **terms))
     return Case(
         AttentionShape(batch, kv_heads * group, kv_heads, head_dim),
         recipe,

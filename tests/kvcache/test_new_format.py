@@ -11,7 +11,7 @@ import pytest
 import elastickv
 from elastickv.backends.cpu import open_backend
 from elastickv.backends.cuda.format_macros import format_macros
-from elastickv.backends.cuda.kernel_selection import decode_variant
+from elastickv.backends.cuda.kernel_selection import blocks_variant, decode_variant
 from elastickv.errors import UsageError
 from elastickv.kvcache import Oracle, ReferenceCache
 from elastickv.kvcache.attention import attend
@@ -19,7 +19,7 @@ from elastickv.kvcache.error_metrics import relative_l2
 from elastickv.kvcache.quantize import CODECS, Codec, dequantize_int8
 from elastickv.kvcache.rounding import from_bf16_bits, to_bf16_bits
 from elastickv.recipe import AttentionShape, Recipe, predicted_loss, step_bytes, stored_bytes
-from elastickv.recipe.formats import FORMATS, Format, ScaleLayout, cold_formats
+from elastickv.recipe.formats import FORMATS, Format, ScaleLayout, cold_formats, unread_formats
 
 SOURCE = Path(elastickv.__file__).parent
 SHAPE = AttentionShape(2, 6, 2, 64)
@@ -43,7 +43,7 @@ def test_recipes_name_it(int6):
     for text in ("int6", "k=int6,v=int4,vgroup=32", "k=int4,v=int6,pages=1/4", "int6,stride=4"):
         assert str(Recipe.parse(text)) == text
     assert cold_formats()[-1] == "int6"
-    with pytest.raises(UsageError, match="formats are bf16, fp16, fp8, int8, int4, int8_per_channel, int6"):
+    with pytest.raises(UsageError, match="formats are bf16, fp16, fp8, int8, int4, int8_per_channel, int3, int6"):
         Recipe(key_format="int5")
     with pytest.raises(UsageError, match="'pages' does not combine with keys in int6"):
         Recipe.parse("int6,pages=1/4")
@@ -80,15 +80,25 @@ def test_the_reference_cache_and_the_oracle_store_and_read_it(int6):
 
 def test_back_ends_without_a_kernel_refuse_it(int6):
     with pytest.raises(
-        UsageError, match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4, int8_per_channel$"
+        UsageError, match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4, int8_per_channel, int3$"
     ):
         open_backend(None).cache(SHAPE, 800, "bf16", Recipe.parse("int6"))
-    for text in ("int6", "k=int4,v=int6,pages=1/4"):
+    for text, last in (("int6", "int8_per_channel"), ("k=int4,v=int6,pages=1/4", "int4")):
         with pytest.raises(
-            UsageError,
-            match=r"^format int6 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4, int8_per_channel, or the cpu",
+            UsageError, match=rf"^format int6 has no CUDA kernel: choose bf16, fp16, fp8, int8, .*{last}, or the cpu backend$"
         ):
             decode_variant(128, 4, "bf16", Recipe.parse(text), "90")
+
+
+@pytest.mark.parametrize("arch", ["61", "80", "90", "120"])
+def test_cuda_refuses_values_in_3_bits_in_caches_and_in_an_engines_blocks(arch):
+    refusal = r"^format int3 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4, or the cpu backend$"
+    for text in ("k=int4,v=int3", "k=int8,v=int3,vgroup=32", "v=int3,pages=1/4", "k=bf16,v=int3"):
+        with pytest.raises(UsageError, match=refusal):
+            decode_variant(128, 4, "bf16", Recipe.parse(text), arch)
+    with pytest.raises(UsageError, match=refusal if arch != "61" else "need SM 8.0"):
+        blocks_variant(128, 4, "bf16", Recipe.parse("k=int4,v=int3"), arch)
+    assert set(unread_formats("cuda")) == {"int3"} == set(unread_formats(None)) and not unread_formats("cpu")
 
 
 def test_no_two_formats_have_one_number():
@@ -172,6 +182,7 @@ def test_kernels_get_numbers_codes_and_sizes_from_the_table(monkeypatch):
     macros = format_macros(dict(variant.macros))
     names = {"bf16": "SIXTEEN_BIT", "fp16": "SIXTEEN_BIT", "fp8": "FP8", "int8": "INT8", "int4": "INT4"}
     names["int8_per_channel"] = "INT8_PER_CHANNEL"
+    assert "INT3_LARGEST" not in macros, "no kernel reads it"
     assert {name: macros[macro] for name, macro in names.items()} == {
         f.name: f.cuda_id for f in FORMATS.values() if f.cuda_id is not None
     }

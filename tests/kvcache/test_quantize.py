@@ -13,6 +13,7 @@ from elastickv.kvcache.quantize import (
     dequantize_fp8,
     dequantize_int8,
     quantize_fp8,
+    quantize_int3_values,
     quantize_int4_keys,
     quantize_int4_values,
     quantize_int8,
@@ -94,13 +95,17 @@ def test_the_scales_of_keys_are_the_least_that_span_them(quantize, levels, pages
     assert (np.nextafter(scales, np.float16(-np.inf)).astype(np.float32)[scales > 0] < wide[scales > 0]).all()
 
 
-@given(bf16_rows(), st.sampled_from([32, 64]))
-def test_int4_values_are_within_half_a_step_of_their_group(rows, group):
-    codes, scale_bits, zero_bits = quantize_int4_values(rows, group)
-    assert codes.max() <= 15 and scale_bits.shape == (3, 64 // group)
+GROUPED = pytest.mark.parametrize(("quantize", "levels"), [(quantize_int4_values, 15), (quantize_int3_values, 7)])
+
+
+@GROUPED
+@given(rows=bf16_rows(), group=st.sampled_from([32, 64]))
+def test_values_are_within_half_a_step_of_their_group(quantize, levels, rows, group):
+    codes, scale_bits, zero_bits = quantize(rows, group)
+    assert codes.max() <= levels and scale_bits.shape == (3, 64 // group)
     low, step = (from_bf16_bits(bits).astype(np.float64)[..., None] for bits in (zero_bits, scale_bits))
     grouped = rows.reshape(3, -1, group).astype(np.float64)
-    assert (low <= grouped).all() and (grouped <= low + 15 * step * (1 + 1e-6)).all()
+    assert (low <= grouped).all() and (grouped <= low + levels * step * (1 + 1e-6)).all()
     error = np.abs(codes.reshape(grouped.shape) * step + low - grouped)
     # The code is chosen in float32, whose rounding of (x - zero) counts where the zero is large beside the step.
     assert (error <= 0.5001 * step + 2e-7 * (np.abs(grouped) + np.abs(low))).all()
@@ -117,7 +122,7 @@ def test_a_smaller_group_never_has_a_larger_scale(rows):
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.140625, 2.0**-24, -65504.0, 65504.0])
 def test_a_constant_page_is_kept_exactly(value):
     page = np.full((1, 32, 64), value, np.float32)
-    for fmt, is_value, group in (("int4", False, 64), ("int4", True, 32), ("int8_per_channel", False, 64)):
+    for fmt, is_value, group in (("int4", False, 64), ("int4", True, 32), ("int3", True, 32), ("int8_per_channel", False, 64)):
         stored = rounded(page, "fp16" if not is_value else "bf16")
         np.testing.assert_array_equal(stored_values(stored[0], fmt, is_value, group), stored[0])
 
@@ -204,13 +209,14 @@ def test_fp8_reads_back_every_number_it_has():
     np.testing.assert_array_equal(codes.reshape(-1)[: len(numbers)], every)
 
 
-@given(hnp.arrays(np.float32, (3, 64), elements=st.floats(-65504, 65504, width=16)), st.sampled_from([32, 64]))
-def test_int4_values_of_halves_have_a_zero_beneath_them(rows, group):
+@GROUPED
+@given(rows=hnp.arrays(np.float32, (3, 64), elements=st.floats(-65504, 65504, width=16)), group=st.sampled_from([32, 64]))
+def test_values_of_halves_have_a_zero_beneath_them(quantize, levels, rows, group):
     """A half has more digits than a bfloat16: here the zero is truly rounded."""
-    codes, scale_bits, zero_bits = quantize_int4_values(rows, group)
+    codes, scale_bits, zero_bits = quantize(rows, group)
     low, step = (from_bf16_bits(bits).astype(np.float64)[..., None] for bits in (zero_bits, scale_bits))
     grouped = rows.reshape(3, -1, group).astype(np.float64)
-    assert (low <= grouped).all() and (grouped <= low + 15 * step * (1 + 1e-6)).all()
+    assert (low <= grouped).all() and (grouped <= low + levels * step * (1 + 1e-6)).all()
     # Rounded down by less than one unit in the last place: 2^-7 of itself at most.
     assert (grouped.min(axis=-1, keepdims=True) - low <= np.abs(low) * 2.0**-7).all()
     np.testing.assert_array_equal(codes.reshape(grouped.shape)[np.broadcast_to(step == 0, grouped.shape)], 0)
@@ -224,12 +230,14 @@ def quantized(rows, fmt):
         "int4 keys": quantize_int4_keys,
         "int4 values": lambda x: quantize_int4_values(x, 32),
         "int8_per_channel keys": quantize_int8_keys_per_channel,
+        "int3 values": lambda x: quantize_int3_values(x, 32),
     }[fmt](rows)
 
 
 SHAPES = {"int8": [(2, 32)], "fp8": [(2,)], "int4 keys": [(2, 64)] * 2, "int4 values": [(2, 32, 2)] * 2}
-SHAPES["int8_per_channel keys"] = SHAPES["int4 keys"]
+SHAPES |= {"int8_per_channel keys": SHAPES["int4 keys"], "int3 values": SHAPES["int4 values"]}
 TYPES = {"int8": "bH", "fp8": "BH", "int4 keys": "Bee", "int4 values": "BHH", "int8_per_channel keys": "Bee"}
+TYPES["int3 values"] = TYPES["int4 values"]
 
 
 @pytest.mark.parametrize("fmt", SHAPES)
@@ -246,7 +254,15 @@ def test_codes_and_scales_have_their_types_and_shapes_whatever_numbers_are_given
 
 
 @pytest.mark.parametrize(
-    ("fmt", "top"), [("int8", 127), ("fp8", 448), ("int4 keys", 15), ("int4 values", 15), ("int8_per_channel keys", 255)]
+    ("fmt", "top"),
+    [
+        ("int8", 127),
+        ("fp8", 448),
+        ("int4 keys", 15),
+        ("int4 values", 15),
+        ("int8_per_channel keys", 255),
+        ("int3 values", 7),
+    ],
 )
 def test_what_float32_rounds_away_widens_no_scale(fmt, top):
     # The largest number that a scale of 1 holds, and a part of it that float64 alone tells apart.
@@ -264,6 +280,7 @@ def test_what_has_no_scale_has_codes_of_zero(fmt):
 
 
 STORED = [("int8", False), ("fp8", True), ("int4", False), ("int4", True), ("bf16", True), ("int8_per_channel", False)]
+STORED += [("int3", True)]
 
 
 @pytest.mark.parametrize(("fmt", "value"), STORED)
@@ -272,14 +289,14 @@ def test_what_is_stored_reads_as_codes_times_scales(fmt, value):
     read = stored_values(rows, fmt, value, 32)
     assert read.dtype == np.float64 and read.shape == rows.shape
     np.testing.assert_array_equal(stored_values(rows.tolist(), fmt, value, 32), read)
-    bound = {"int8": 60 / 127, "fp8": 60 / 16, "int4": 60 / 15, "bf16": 0.0, "int8_per_channel": 60 / 255}[fmt]
-    assert np.abs(read - rows).max() <= bound
-    lines = {("int8", False): read, ("fp8", True): read.reshape(2, -1), ("int4", True): read}
+    bounds = {"int8": 60 / 127, "fp8": 60 / 16, "int4": 60 / 15, "bf16": 0.0, "int8_per_channel": 60 / 255, "int3": 60 / 7}
+    assert np.abs(read - rows).max() <= bounds[fmt]
+    lines = {("int8", False): read, ("fp8", True): read.reshape(2, -1), ("int4", True): read, ("int3", True): read}
     channels = read.reshape(2, 32, 32).swapaxes(1, 2).reshape(64, 32)
     # A row, a page or a channel of a page has one scale, and no more numbers than codes.
     if fmt != "bf16":
         most = max(len(np.unique(line)) for line in lines.get((fmt, value), channels))
-        assert most <= (16 if fmt == "int4" else 255)
+        assert most <= {"int4": 16, "int3": 8}.get(fmt, 255)
 
 
 TINY, HUGE = 1e-45, 3e38  # a denormal whose share of any range is 0, and a number whose distance to its negative is infinite
@@ -295,7 +312,7 @@ def test_no_number_gives_rise_to_a_warning(fmt, numbers):
     with warnings.catch_warnings(), np.errstate(divide="warn", invalid="warn", over="warn"):
         warnings.simplefilter("error")
         quantized(rows, fmt)
-        stored_values(rows[0], fmt.partition(" ")[0], fmt == "int4 values", 32)
+        stored_values(rows[0], fmt.partition(" ")[0], fmt.endswith(" values"), 32)
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf])

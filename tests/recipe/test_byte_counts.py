@@ -17,6 +17,7 @@ from elastickv.recipe import (
     stored_bytes,
     stored_ratio,
 )
+from elastickv.recipe.slab import Slab
 
 shapes = st.builds(
     lambda batch, kv, group, dim: AttentionShape(batch, kv * group, kv, dim),
@@ -88,7 +89,8 @@ def test_reuse_stores_an_output_with_its_log_sum_exp_for_every_query_head():
 
 
 @pytest.mark.parametrize(
-    "text", ["int8", "fp8", "k=int8,v=int4,vgroup=32", "int4,pages=1/4", "int4,pages=1", "int8,stride=3", "dense"]
+    "text",
+    ["int8", "fp8", "k=int8,v=int4,vgroup=32", "k=int4,v=int3", "int4,pages=1/4", "int4,pages=1", "int8,stride=3", "dense"],
 )
 def test_bytes_are_whole_numbers_by_their_type(text):
     step = step_bytes(Recipe.parse(text), [500], AttentionShape(1, 4, 2, 64))
@@ -111,3 +113,15 @@ def test_outputs_and_queries_are_itemised_and_do_not_count_in_c():
 def test_what_dense_stores_depends_on_the_models_dtype():
     shape = AttentionShape(1, 2, 1, 64)
     assert [stored_ratio(DENSE, [100], shape, dtype) for dtype in ("fp32", "fp16", "bf16")] == [0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_values_in_3_bits_take_three_eighths_of_a_byte_at_every_head_size(head_dim):
+    shape, recipe = AttentionShape(1, 2, 1, head_dim), Recipe.parse("k=int8,v=int3,sinks=0,window=0")
+    keys, codes, scales = head_dim + 2, head_dim * 3 // 8, 4
+    assert stored_bytes(recipe, [320], shape) == 320 * (keys + codes + scales)
+    slab = Slab.of(recipe, head_dim)
+    assert (slab.value_codes, slab.value_scales) == (32 * codes, 32 * scales)
+    narrow = Recipe.parse("k=int8,v=int3,vgroup=32,sinks=0,window=0")
+    if head_dim % 32 == 0:
+        assert stored_bytes(narrow, [320], shape) == 320 * (keys + codes + 4 * head_dim // 32)

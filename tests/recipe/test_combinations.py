@@ -12,6 +12,7 @@ from elastickv.recipe.formats import FORMATS, cold_formats
 from elastickv.recipe.recipe import SELECTIONS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "recipes.md"
+KEY_FORMATS = [name for name in cold_formats() if FORMATS[name].keys is not None]
 VALUE_FORMATS = [name for name in cold_formats() if FORMATS[name].values is not None]
 BASE = {"all": {}, "stride": {"stride": 2}, "reuse": {}, "pages": {"fractions": (0.25,)}}
 SIXTEEN_BIT_MIXED = {("bf16", "fp16"), ("fp16", "bf16")}
@@ -26,8 +27,8 @@ def accepts(selection, key, value, **terms):
 
 
 def row(selection):
-    pairs = {pair for pair in product(cold_formats(), VALUE_FORMATS) if accepts(selection, *pair)}
-    keys = [name for name in cold_formats() if any(key == name for key, _ in pairs)]
+    pairs = {pair for pair in product(KEY_FORMATS, VALUE_FORMATS) if accepts(selection, *pair)}
+    keys = [name for name in KEY_FORMATS if any(key == name for key, _ in pairs)]
     if pairs == {(key, key) for key in keys}:
         values = "as the keys"
     else:
@@ -40,7 +41,7 @@ def row(selection):
         "yes" if accepts(selection, key, value, anchor_every=4) else "refused",
         "yes" if accepts(selection, key, value, anchor_every=4, decay=0.9) else "refused",
     ]
-    named = "any" if keys == list(cold_formats()) else ", ".join(f"`{key}`" for key in keys)
+    named = "any" if keys == KEY_FORMATS else ", ".join(f"`{key}`" for key in keys)
     return " | ".join([f"`{selection}`", named, values, *terms])
 
 
@@ -48,12 +49,14 @@ def test_the_table_in_the_documents_is_what_recipes_accept():
     text = DOCUMENT.read_text(encoding="utf-8")
     for selection in SELECTIONS:
         assert f"| {row(selection)} |" in text
-    assert f"`{'`, `'.join(cold_formats())}`" in text
-    assert "`int8_per_channel` (keys only)" in text
+    only = {name: " (values only)" for name in cold_formats() if name not in KEY_FORMATS}
+    only |= {name: " (keys only)" for name in cold_formats() if name not in VALUE_FORMATS}
+    assert ", ".join(f"`{name}`{only.get(name, '')}" for name in cold_formats()) in text
+    assert len(only) == 2
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("pair", list(product(cold_formats(), VALUE_FORMATS)))
+@pytest.mark.parametrize("pair", list(product(KEY_FORMATS, VALUE_FORMATS)))
 def test_a_refusal_names_what_does_not_combine(selection, pair):
     if accepts(selection, *pair):
         return
@@ -67,7 +70,16 @@ def test_a_refusal_names_what_does_not_combine(selection, pair):
 
 @pytest.mark.parametrize("text", ["int8_per_channel", "k=int8_per_channel", "k=int8,v=int8_per_channel"])
 def test_a_format_of_keys_only_is_refused_for_values_with_those_that_are_not(text):
-    refusal = r"^format int8_per_channel stores keys only: write k=int8_per_channel and v= one of bf16, fp16, fp8, int8, int4$"
+    refusal = (
+        r"^format int8_per_channel stores keys only: write k=int8_per_channel and v= one of bf16, fp16, fp8, int8, int4, int3$"
+    )
+    with pytest.raises(UsageError, match=refusal):
+        Recipe.parse(text)
+
+
+@pytest.mark.parametrize("text", ["int3", "k=int3", "v=int3", "k=int3,v=int4", "int3,pages=1/4", "int3,stride=2"])
+def test_a_format_of_values_only_is_refused_for_keys_with_those_that_are_not(text):
+    refusal = r"^format int3 stores values only: write v=int3 and k= one of bf16, fp16, fp8, int8, int4, int8_per_channel$"
     with pytest.raises(UsageError, match=refusal):
         Recipe.parse(text)
 

@@ -206,3 +206,23 @@ def test_a_calibration_file_has_a_line_for_every_layer_of_a_table():
 def test_a_ratio_of_one_reads_everything_in_every_layer():
     plan = for_ratio_by_layer(CALIBRATION, 1, 4096)
     assert (plan.recipes, plan.ratio, plan.error) == ((DENSE,) * LAYERS, 1.0, 0.0)
+
+
+THREE_BITS = replace(
+    CALIBRATION, values=CALIBRATION.values | {f"int3/{n}": table(lambda *_, e=e: e) for n, e in ((32, 1.1e-4), (64, 3.1e-4))}
+)
+
+
+def test_values_in_3_bits_are_chosen_where_they_lose_little_and_every_kernel_of_the_device_reads_them():
+    for ratio in (3, 4, 8):
+        chosen = for_ratio_by_layer(THREE_BITS, ratio, 32768, device="cpu")
+        assert "int3" in {recipe.value_format for recipe in chosen.recipes}
+        assert chosen.error < for_ratio_by_layer(CALIBRATION, ratio, 32768).error
+    assert for_ratio_by_layer(THREE_BITS, 3.7, 1 << 20, select_pages=False, device="cpu").ratio >= 3.7
+
+
+@pytest.mark.parametrize("device", ["cuda", None])
+@pytest.mark.parametrize("ratio", [2, 3, 4, 8])
+def test_a_calibration_that_lists_a_format_without_a_kernel_gives_the_recipes_of_one_without_it(ratio, device):
+    assert for_ratio_by_layer(THREE_BITS, ratio, 8192, device=device) == for_ratio_by_layer(CALIBRATION, ratio, 8192)
+    assert for_ratio_by_layer(CALIBRATION, ratio, 8192, device="cpu") == for_ratio_by_layer(CALIBRATION, ratio, 8192)

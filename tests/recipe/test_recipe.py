@@ -125,6 +125,7 @@ def test_the_hash_never_changes_between_versions():
     assert Recipe.parse("int8").hash == "71e641100f41"
     assert Recipe.parse("int8,stride=2").hash == "d25d6cbcd663"
     assert Recipe.parse("k=int8_per_channel,v=int8").hash == "a7103fc14571"
+    assert Recipe.parse("k=int4,v=int3").hash == "020cd8d8c9a5"
 
 
 @pytest.mark.parametrize("text", ["int8,stride=3", " int8 , stride=3 ", "stride=3,int8"])

@@ -319,3 +319,21 @@ def test_a_cache_keeps_no_model_alive():
     gc.collect()
     assert alive() is None
     assert cache.lengths == (32,)
+
+
+def test_a_calibration_chooses_formats_that_the_models_device_reads(tiny, tmp_path):
+    little = ((1e-9, 1e-9),) * 2
+    errors = errors_of(tiny, values={"int8": little, "int4/64": little, "int3/64": little})
+    cache = ekv.ElasticCache.for_model(tiny, 3, calibration=errors)
+    with torch.no_grad():
+        tiny(**prompt(1, 300), past_key_values=cache)
+    assert {recipe.value_format for recipe in cache.recipes.values()} == {"int3"}
+    assert {layer.store.cache.recipe.value_format for layer in cache.elastic_layers} == {"int3"}
+    cache.save(tmp_path / "cache")
+    loaded = ekv.ElasticCache.load(tmp_path / "cache", tiny)
+    loaded.reset()
+    for again in (loaded, cache.another()):
+        on_cpu = again._config.settle(300, "bf16", "cpu")
+        assert {recipe.value_format for recipe in on_cpu.recipes.values()} == {"int3"}
+    moved = cache.another()._config.settle(300, "bf16", "cuda")
+    assert {recipe.value_format for recipe in moved.recipes.values()} == {"int4"}

@@ -216,3 +216,14 @@ def test_layers_of_one_format_waste_nothing():
 def test_the_waste_is_said_in_bytes_and_as_a_share():
     plan = SlabPlan.of([page_recipe("int8", 128), INT4], AttentionShape(1, 4, 1, 128))
     assert str(plan) == ("slab 8,320 B a page and KV head; layers of smaller formats leave 3,584 of 16,640 B unused (21.5%)")
+
+
+def test_a_calibration_with_values_in_3_bits_chooses_them_on_cpus_alone(tmp_path):
+    path = tmp_path / "three.json"
+    values = CALIBRATION.values | {"int3/32": table(1.01e-4), "int3/64": table(2.01e-4)}
+    path.write_text(replace(CALIBRATION, values=values).dumps(), encoding="utf-8")
+    chosen = {
+        device: {recipe.value_format for recipe in recipes(calibration=str(path), compress=3, model=model).values()}
+        for device, model in ((device, replace(MODEL, device=device)) for device in ("cpu", "cuda", None))
+    }
+    assert "int3" in chosen["cpu"] and "int3" not in chosen["cuda"] | chosen[None]

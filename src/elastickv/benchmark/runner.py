@@ -22,7 +22,8 @@ from elastickv.benchmark.summary import AA_BASELINE, Summary, speedup_interval
 from elastickv.benchmark.telemetry import Telemetry
 from elastickv.benchmark.time_budget import TimeBudget, TimedPhases, opening
 from elastickv.errors import UsageError
-from elastickv.recipe import Recipe
+from elastickv.recipe import FORMATS, Recipe
+from elastickv.recipe.formats import ScaleLayout
 
 # Of a time limit, what is over when the recipe error and the ceilings are measured at the latest.
 ACCURACY_SHARE, CEILINGS_SHARE, FALLBACK_SHARE = 0.35, 0.4, 0.6
@@ -145,9 +146,13 @@ def _on_sample(
     differs = None
     if recipe != timed:
         differs = f"solved anew for C={options.compress:g} at the sample's {sample.tokens} tokens: {why}"
-    elif timed.value_format == "int4" and timed.v_group(shape.head_dim) != timed.v_group(options.dim):
+    elif _has_value_groups(timed) and timed.v_group(shape.head_dim) != timed.v_group(options.dim):
         differs = f"values share a scale over the sample's {shape.head_dim} channels, not over {options.dim}"
     return OnSample(_replayed(backend, sample, recipe, options.dtype, budget, report), refused, differs)
+
+
+def _has_value_groups(recipe: Recipe) -> bool:
+    return recipe.value_format is not None and FORMATS[recipe.value_format].values is ScaleLayout.GROUP
 
 
 def _replayed(

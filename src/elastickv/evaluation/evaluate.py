@@ -11,7 +11,7 @@ from elastickv.benchmark.reporter import Reporter
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.evaluation_options import EvaluationOptions
-from elastickv.evaluation.format_paths import format_paths
+from elastickv.evaluation.format_paths import format_paths, refused_formats
 from elastickv.evaluation.generations.continuations import continuations
 from elastickv.evaluation.generations.divergence import Divergence, divergence, end_tokens
 from elastickv.evaluation.generations.generation_rows import generation_rows
@@ -86,7 +86,7 @@ def evaluate(
         unmet += reasons
     if unmet and paths and not any(path.figures["compress"] for of_context in paths.values() for path in of_context):
         raise UsageError("; ".join(dict.fromkeys(unmet)))
-    skipped += unmet
+    skipped += [*unmet, *refused_formats(subject, options.formats).values()]
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     generations: list[dict[str, Any]] = []

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.exact_tokens import ExactTokens
 from elastickv.evaluation.kv_formats.published_formats import format_of
@@ -12,7 +13,7 @@ from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.evaluation.recipes_by_ratio import Span, measured
 from elastickv.evaluation.subject import DecodePath, Subject
 from elastickv.recipe import Recipe, stored_bytes
-from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS
+from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
 from elastickv.recipe.regions import regions
 from elastickv.transformers.model_support import text_config
 
@@ -27,8 +28,26 @@ class _CountedBytes:
     bytes_stored: int
 
 
+def refused_formats(subject: Subject, names: Sequence[str]) -> dict[str, str]:
+    """Return those of `names` that no kernel of the model's device reads, each with the reason.
+
+    Raises
+    ------
+    UsageError : if there are names, and all of them are such.
+    """
+    unread, refused = unread_formats(subject.device), dict[str, str]()
+    for name in names:
+        recipe = format_of(name)
+        of_recipe = () if isinstance(recipe, ReferenceFormat) else (recipe.key_format, recipe.value_format)
+        for missing in set(of_recipe) & set(unread):
+            refused[name] = f"{name} is not measured: format {missing} has no {(subject.device or 'CUDA').upper()} kernel"
+    if refused and len(refused) == len(names):
+        raise UsageError(f"{'; '.join(refused.values())}: give other formats, or the cpu as device")
+    return refused
+
+
 def format_paths(subject: Subject, names: Sequence[str], exact: ExactTokens | None, span: Span) -> list[DecodePath]:
-    """Return a path for each format.
+    """Return a path for each format but those that `refused_formats` names.
 
     Parameters
     ----------
@@ -40,7 +59,8 @@ def format_paths(subject: Subject, names: Sequence[str], exact: ExactTokens | No
     ------
     UsageError : if a format does not fit the model's heads.
     """
-    return [_path(subject, name, exact, span) for name in names]
+    refused = refused_formats(subject, names)
+    return [_path(subject, name, exact, span) for name in names if name not in refused]
 
 
 def _path(subject: Subject, name: str, exact: ExactTokens | None, span: Span) -> DecodePath:

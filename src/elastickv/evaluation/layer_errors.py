@@ -58,8 +58,8 @@ class LayerErrors:
 
 
 def value_formats(head_dim: int) -> list[str]:
-    """Return the formats of V to measure, int4 with each group of channels."""
-    return ["int8", "fp8", *(f"int4/{group}" for group in value_groups(head_dim))]
+    """Return the formats of V to measure, int4 and int3 with each group of channels."""
+    return ["int8", "fp8", *(f"{name}/{group}" for name in ("int4", "int3") for group in value_groups(head_dim))]
 
 
 def layer_errors(

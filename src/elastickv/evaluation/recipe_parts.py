@@ -33,7 +33,7 @@ def part_paths(subject: Subject, ratios: Sequence[float], span: Span) -> list[De
     paths = []
     for ratio in ratios:
         try:
-            solved = plan(ratio, span, subject.shape, subject.layers, subject.dtype, subject.calibration)
+            solved = plan(ratio, span, subject.shape, subject.layers, subject.dtype, subject.calibration, subject.device)
         except UsageError:
             continue
         if any(recipe.selection == "pages" for recipe in solved.recipes):

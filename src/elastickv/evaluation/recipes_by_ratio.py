@@ -61,7 +61,13 @@ class RatioRecipes:
 
 
 def plan(
-    ratio: float, span: Span, shape: AttentionShape, layers: int, dtype: str, calibration: ModelCalibration | None
+    ratio: float,
+    span: Span,
+    shape: AttentionShape,
+    layers: int,
+    dtype: str,
+    calibration: ModelCalibration | None,
+    device: str | None = None,
 ) -> RatioRecipes:
     """Return recipes that read at most 1/ratio of the dense bytes, summed over a span.
 
@@ -69,6 +75,7 @@ def plan(
     ----------
     shape : of one sequence of one layer.
     calibration : of the model; without one every layer has the same recipe with one fraction for all heads.
+    device : where the recipes are decoded, as for `for_ratio_by_layer`.
 
     Raises
     ------
@@ -80,7 +87,7 @@ def plan(
     for _ in range(_TRIES):
         error = None
         if calibration is not None:
-            solved = for_ratio_by_layer(calibration, target, middle, dtype)
+            solved = for_ratio_by_layer(calibration, target, middle, dtype, device=device)
             recipes, error = solved.recipes, solved.error
         else:
             recipes = (for_ratio(target, middle, shape, dtype),) * layers

@@ -10,7 +10,7 @@ from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, plan
 from elastickv.evaluation.scoring import Open
 from elastickv.recipe import AttentionShape, ModelCalibration
 from elastickv.transformers.model_loading import Loaded, fingerprint
-from elastickv.transformers.model_support import sizes_of, text_config
+from elastickv.transformers.model_support import device_kind, sizes_of, text_config
 from elastickv.transformers.torch_dtypes import DTYPE_NAMES
 
 STOCK_QUANTIZED = "stock-quantized"
@@ -24,6 +24,7 @@ class Subject:
     shape : of one sequence of a layer with full attention, as it is stored: heads may be padded.
     elastic : indices of these layers; recipes, calibrations and bytes are theirs.
     positions : the model's longest context in tokens, or None.
+    device : the kind of device that decodes; None if there are several.
     """
 
     def __init__(self, loaded: Loaded, calibration: ModelCalibration | None) -> None:
@@ -36,7 +37,7 @@ class Subject:
             calibration.check_model(self.fingerprint, loaded.name)
         self.shape = AttentionShape(1, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
         self.elastic, self.positions, self.head_dim = sizes.elastic, sizes.max_positions, sizes.head_dim
-        self.dtype = DTYPE_NAMES[self.model.dtype]
+        self.dtype, self.device = DTYPE_NAMES[self.model.dtype], device_kind(self.model)
 
     @property
     def layers(self) -> int:
@@ -93,7 +94,7 @@ def decode_paths(
     paths, reasons = [], []
     for ratio in ratios:
         try:
-            recipes = plan(ratio, span, subject.shape, subject.layers, subject.dtype, subject.calibration)
+            recipes = plan(ratio, span, subject.shape, subject.layers, subject.dtype, subject.calibration, subject.device)
         except UsageError as error:
             reasons.append(str(error))
             continue

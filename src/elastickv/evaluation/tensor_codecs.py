@@ -9,7 +9,14 @@ from typing import Any, TypeAlias
 
 import torch
 
-from elastickv.kvcache.quantize import FP8_MAX, INT4_LEVELS, INT8_LEVELS, INT8_PER_CHANNEL_LEVELS, stored_values
+from elastickv.kvcache.quantize import (
+    FP8_MAX,
+    INT3_LEVELS,
+    INT4_LEVELS,
+    INT8_LEVELS,
+    INT8_PER_CHANNEL_LEVELS,
+    stored_values,
+)
 from elastickv.recipe.formats import PAGE_TOKENS
 
 Tensor: TypeAlias = Any
@@ -51,11 +58,11 @@ def _by_channel(rows: Tensor, _: int, levels: int) -> Tensor:
     return _affine(pages, scales, zeros, levels).flatten(-3, -2)
 
 
-def _int4_values(rows: Tensor, group: int) -> Tensor:
+def _by_group(rows: Tensor, group: int, levels: int) -> Tensor:
     grouped = rows.unflatten(-1, (-1, group))
     zeros = _bfloat16_towards(grouped.amin(-1, keepdim=True), up=False)
-    scales = _bfloat16_towards((grouped.amax(-1, keepdim=True) - zeros) / INT4_LEVELS, up=True)
-    return _affine(grouped, scales, zeros, INT4_LEVELS).flatten(-2)
+    scales = _bfloat16_towards((grouped.amax(-1, keepdim=True) - zeros) / levels, up=True)
+    return _affine(grouped, scales, zeros, levels).flatten(-2)
 
 
 def _fp8(rows: Tensor, _: int) -> Tensor:
@@ -93,5 +100,6 @@ _CODECS: dict[tuple[str, bool], Callable[[Tensor, int], Tensor]] = {
     ("fp8", False): _fp8,
     ("fp8", True): _fp8,
     ("int4", False): partial(_by_channel, levels=INT4_LEVELS),
-    ("int4", True): _int4_values,
+    ("int4", True): partial(_by_group, levels=INT4_LEVELS),
+    ("int3", True): partial(_by_group, levels=INT3_LEVELS),
 }

@@ -2,8 +2,8 @@
 
 Scales are rounded to 16 bits before the codes are chosen, and always outward, so that every finite input lies within the range
 of the codes, up to half a unit in the last place of float32, in which the range is computed. Keys in a format with scales of
-channels are finite up to 65504, and so are int4 values whose group spans what float32 can hold. A NaN does not count for the
-range that a page shares.
+channels are finite up to 65504, and so are int4 and int3 values whose group spans what float32 can hold. A NaN does not count
+for the range that a page shares.
 
 `CODECS` has the quantizer of every format with scales. A new format adds a line there.
 """
@@ -20,6 +20,7 @@ from elastickv.recipe.formats import FORMATS, PAGE_TOKENS
 
 INT8_LEVELS = int(FORMATS["int8"].largest_code)
 INT4_LEVELS = int(FORMATS["int4"].largest_code)
+INT3_LEVELS = int(FORMATS["int3"].largest_code)
 INT8_PER_CHANNEL_LEVELS = int(FORMATS["int8_per_channel"].largest_code)
 FP8_MAX = float(FORMATS["fp8"].largest_code)
 
@@ -61,6 +62,17 @@ class Codec:
             raise ValueError("the format stores keys only")
 
         return cls(quantize, dequantize, no_values, no_values)
+
+    @classmethod
+    def of_values(
+        cls, quantize: Callable[[NDArray[np.float32], int], Planes], dequantize: Callable[..., NDArray[np.float64]]
+    ) -> "Codec":
+        """Return the codec of a format that stores values only: a recipe cannot name it for keys."""
+
+        def no_keys(*planes: Any) -> Any:
+            raise ValueError("the format stores values only")
+
+        return cls(no_keys, no_keys, quantize, dequantize)
 
 
 def quantize_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
@@ -143,18 +155,16 @@ def quantize_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8]
     codes : (..., head_dim) uint8, 0 to 15.
     scales, zeros : (..., head_dim / group) uint16, bfloat16 bits.
     """
-    x = np.asarray(rows, dtype=np.float32)
-    grouped = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
-    zeros = _bf16_bits_towards(grouped.min(axis=-1), -np.inf)
-    wide = from_bf16_bits(zeros)
-    with np.errstate(invalid="ignore", over="ignore"):
-        scales = _bf16_bits_towards((grouped.max(axis=-1) - wide) / np.float32(INT4_LEVELS), np.inf)
-    codes = _affine_codes(grouped, from_bf16_bits(scales)[..., None], wide[..., None], INT4_LEVELS)
-    return codes.reshape(x.shape), scales, zeros
+    return _groups(rows, group, INT4_LEVELS)
 
 
-def dequantize_int4_values(codes: ArrayLike, scales: ArrayLike, zeros: ArrayLike) -> NDArray[np.float64]:
-    """Return codes x scales + zeros as float64; shapes as `quantize_int4_values` returns them."""
+def quantize_int3_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
+    """Quantize each `group` of channels of a row to 3 bits, as `quantize_int4_values` does to 4: codes are 0 to 7."""
+    return _groups(rows, group, INT3_LEVELS)
+
+
+def dequantize_groups(codes: ArrayLike, scales: ArrayLike, zeros: ArrayLike) -> NDArray[np.float64]:
+    """Return codes x scales + zeros as float64; shapes as quantizers of values with scales of groups return them."""
     rows, bits = np.asarray(codes), np.asarray(scales)
     grouped = rows.reshape(*bits.shape, rows.shape[-1] // bits.shape[-1])
     values = grouped * from_bf16_bits(bits).astype(np.float64)[..., None] + from_bf16_bits(zeros)[..., None]
@@ -190,8 +200,9 @@ def dequantize_fp8(codes: ArrayLike, scales: ArrayLike) -> NDArray[np.float64]:
 CODECS: dict[str, Codec] = {
     "int8": Codec.of_both(quantize_int8, dequantize_int8),
     "fp8": Codec.of_both(quantize_fp8, dequantize_fp8),
-    "int4": Codec(quantize_int4_keys, dequantize_channels, quantize_int4_values, dequantize_int4_values),
+    "int4": Codec(quantize_int4_keys, dequantize_channels, quantize_int4_values, dequantize_groups),
     "int8_per_channel": Codec.of_keys(quantize_int8_keys_per_channel, dequantize_channels),
+    "int3": Codec.of_values(quantize_int3_values, dequantize_groups),
 }
 
 
@@ -228,6 +239,17 @@ def _channels(pages: ArrayLike, levels: int) -> tuple[NDArray[np.uint8], NDArray
     with np.errstate(invalid="ignore", over="ignore"):
         scales = _float16_towards((np.fmax.reduce(x, axis=-2) - wide) / np.float32(levels), np.inf)
     return _affine_codes(x, scales.astype(np.float32)[..., None, :], wide[..., None, :], levels), scales, zeros
+
+
+def _groups(rows: ArrayLike, group: int, levels: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
+    x = np.asarray(rows, dtype=np.float32)
+    grouped = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    zeros = _bf16_bits_towards(grouped.min(axis=-1), -np.inf)
+    wide = from_bf16_bits(zeros)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales = _bf16_bits_towards((grouped.max(axis=-1) - wide) / np.float32(levels), np.inf)
+    codes = _affine_codes(grouped, from_bf16_bits(scales)[..., None], wide[..., None], levels)
+    return codes.reshape(x.shape), scales, zeros
 
 
 def _affine_codes(

@@ -39,7 +39,7 @@ class ModelCalibration:
     text, tokens, queries : the text, its tokens that were read, and the positions that were scored.
     pages : anchor_every -> fraction of the cold pages that is read -> errors.
     keys : format of K -> errors of storing cold keys in it.
-    values : format of V, int4 with its group as 'int4/32' -> errors of storing cold values in it.
+    values : format of V, int4 and int3 with their group as 'int4/32' -> errors of storing cold values in it.
     prefix : the special tokens before every window of the text; None in older files, whose windows had none.
     """
 

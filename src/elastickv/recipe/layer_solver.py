@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from elastickv.errors import UsageError
 from elastickv.recipe.byte_counts import interval_bytes, stored_ratio
 from elastickv.recipe.calibration import HeadErrors, ModelCalibration
+from elastickv.recipe.formats import unread_formats
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe, has_page_bounds
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
 from elastickv.recipe.solver import check_context, check_ratio, unmet
@@ -63,6 +64,7 @@ def for_ratio_by_layer(
     anchor_every: int | None = None,
     stored: float | None = None,
     select_pages: bool = True,
+    device: str | None = None,
 ) -> LayerPlan:
     """Return the recipes of least calibrated error that together read at most 1/ratio of the dense bytes at `context`.
 
@@ -73,6 +75,7 @@ def for_ratio_by_layer(
     stored : formats whose cold tokens take more than 1/stored of the dense bytes are excluded. None: three quarters of
         `ratio`, but at most 3: fewer bytes read should mean fewer bytes stored, and 4 bits with their scales reach 3.2.
     select_pages : whether a recipe may select pages. False: every page is read, and only the formats are chosen.
+    device : 'cpu' or 'cuda': formats that its kernels do not read are excluded. None: those that the kernels of either do not.
 
     Raises
     ------
@@ -87,7 +90,7 @@ def for_ratio_by_layer(
     if ratio == 1:
         return LayerPlan((DENSE,) * layers, 1.0, 0.0)
     least = min(_STORED_SHARE * ratio, _MOST_STORED) if stored is None else stored
-    options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least, select_pages)
+    options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least, select_pages, device)
     budget = dense / ratio
 
     def chosen(byte_weight: float) -> list[_Choice]:
@@ -117,16 +120,19 @@ def _options(
     anchor_every: int | None,
     stored: float,
     select_pages: bool,
+    device: str | None,
 ) -> list[_Option]:
     if anchor_every is not None and anchor_every not in calibration.pages:
         raise UsageError(
             f"anchor_every={anchor_every} was not calibrated: choose {', '.join(map(str, sorted(calibration.pages)))}"
         )
-    options = []
+    options, unread = [], unread_formats(device)
     for value, value_errors in calibration.values.items():
         name, _, channels = value.partition("/")
         v_group = 0 if int(channels or 0) == head.head_dim else int(channels or 0)
         for key, key_errors in calibration.keys.items():
+            if name in unread or key in unread:
+                continue
             recipe = Recipe(key, name, value_group=v_group, sinks=sinks, window=window)
             if stored_ratio(recipe, [MAX_CONTEXT], head, dtype) < stored:
                 continue

@@ -29,7 +29,7 @@ class Recipe:
     Attributes
     ----------
     key_format, value_format : formats of cold K and V; None for `dense`, which stores all tokens in the model's own dtype.
-    value_group : channels of V that share an int4 scale; 0 is the whole head.
+    value_group : channels of V that share an int4 or int3 scale; 0 is the whole head.
     selection : 'all'; 'stride' (every `stride`-th cold token, the only ones stored, mass-compensated); 'reuse' (the cold
         region's output is computed at anchors and reused in between); 'pages' (the pages that score best at an anchor).
     stride : step of the stride, 1 unless `selection == 'stride'`.
@@ -101,6 +101,9 @@ class Recipe:
         if v is not None and FORMATS[v].values is None:
             of_values = ", ".join(name for name in cold_formats() if FORMATS[name].values is not None)
             raise UsageError(f"format {v} stores keys only: write k={v} and v= one of {of_values}")
+        if k is not None and FORMATS[k].keys is None:
+            of_keys = ", ".join(name for name in cold_formats() if FORMATS[name].keys is not None)
+            raise UsageError(f"format {k} stores values only: write v={k} and k= one of {of_keys}")
         if {k, v} == {"bf16", "fp16"}:
             raise UsageError("k=bf16 and v=fp16 do not combine, nor the other way round: sinks and window have one dtype")
         by_row = [name for name in cold_formats() if FORMATS[name].by_row]
@@ -111,8 +114,9 @@ class Recipe:
         if self.selection == "pages" and not has_page_bounds(k):
             bounded = " or ".join(f"k={name}" for name in cold_formats() if has_page_bounds(name))
             raise UsageError(f"'pages' does not combine with keys in {k}: the scorer reads scales of channels; write {bounded}")
+        grouped = " or ".join(name for name in cold_formats() if FORMATS[name].values is ScaleLayout.GROUP)
         if self.value_group and (v is None or FORMATS[v].values is not ScaleLayout.GROUP):
-            raise UsageError(f"vgroup={self.value_group} does not combine with values in {v}: only with int4")
+            raise UsageError(f"vgroup={self.value_group} does not combine with values in {v}: only with {grouped}")
         if self.value_group and self.value_group < MIN_VALUE_GROUP:
             raise UsageError(f"vgroup={self.value_group} is out of range: {MIN_VALUE_GROUP} or more is accepted")
 
@@ -156,7 +160,7 @@ class Recipe:
         return self.fractions[kv_head] if len(self.fractions) > 1 else self.fractions[0]
 
     def v_group(self, head_dim: int) -> int:
-        """Channels of V that share an int4 scale."""
+        """Channels of V that share an int4 or int3 scale."""
         return self.value_group or head_dim
 
     @property
@@ -350,7 +354,7 @@ def has_page_bounds(key_format: str | None) -> bool:
 def _help() -> str:
     return (
         f"a recipe is 'dense' or terms joined by commas: a format ({', '.join(cold_formats())}) or k=FORMAT,v=FORMAT, "
-        "'vgroup=N' (channels of V to an int4 scale), 'pages[=FRACTION][,anchor_every=N][,scorer=NAME]', "
+        "'vgroup=N' (channels of V to an int4 or int3 scale), 'pages[=FRACTION][,anchor_every=N][,scorer=NAME]', "
         "'stride[=N]' or 'reuse[,anchor_every=N][,decay=D]', 'sinks=N', 'window=N'; for example int4,pages=1/4,anchor_every=4"
     )
 

@@ -27,7 +27,7 @@ from elastickv.transformers.generation_settings import planned_positions
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.layer_storage import Backends
 from elastickv.transformers.model_loading import fingerprint
-from elastickv.transformers.model_support import sizes_of, stock_layers, text_config
+from elastickv.transformers.model_support import device_kind, sizes_of, stock_layers, text_config
 
 
 class ElasticCache(Cache):  # type: ignore[misc]
@@ -86,6 +86,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         model = uncompiled(model)
         sizes = sizes_of(model)
         config = config_for(sizes, compress, recipe, layers, calibration, context, capacity, prefill)
+        config.device = device_kind(model)
         if config.calibration is not None:
             config.calibration.check_model(fingerprint(model), type(model).__name__)
         config.warn_uncalibrated(getattr(model.config, "_name_or_path", "") or "MODEL")

@@ -58,6 +58,7 @@ class ElasticConfig:
     context : the context at which the ratio must be met. None: from the prompt's length on.
     capacity : tokens that a row may have. None: as many as fit.
     prefill : 'stored': later chunks of a prompt read what is stored; 'exact': 16 bit until the prompt ends.
+    device : the kind of device that decodes; None: any, for which only formats that all kernels read are chosen.
     expected : positions that the running `generate` will fill, prompt included, or None.
     budget : the recipes, once the prompt is known.
     present : what is read at present.
@@ -73,14 +74,17 @@ class ElasticConfig:
     context: int | None
     capacity: int | None
     prefill: str
+    device: str | None = None
     expected: int | None = None
     budget: Budget | None = None
     present: Reading | None = None
     by_keys: tuple[int, ...] = ()
     backends: Backends = field(default_factory=Backends)
 
-    def settle(self, longest: int, dtype: str) -> Budget:
-        """Choose the recipes for a prompt whose longest row has `longest` tokens."""
+    def settle(self, longest: int, dtype: str, device: str | None = None) -> Budget:
+        """Choose the recipes for a prompt whose longest row has `longest` tokens; `device` is where its keys are."""
+        if device != self.device:
+            self.device = None  # the model was moved, or is on several
         if self.budget is None:
             # Formats are chosen for the length a conversation may reach; the share of pages follows the context.
             self.budget = self.budget_for(self.context or max(longest, self.usual), dtype)
@@ -177,7 +181,7 @@ class ElasticConfig:
             return [resolve(self.recipe, self.ratio, context, shape, dtype)] * count
         if self.calibration is None:
             return [for_ratio(self.ratio, context, shape, dtype)] * count
-        plan = for_ratio_by_layer(self.calibration, self.ratio, context, dtype)
+        plan = for_ratio_by_layer(self.calibration, self.ratio, context, dtype, device=self.device)
         by_layer = dict(zip(self.calibration.layers, plan.recipes, strict=True))
         return [by_layer[layer] for layer in self.sizes.elastic]
 

@@ -157,7 +157,7 @@ class LayerTokens(CacheLayerMixin):  # type: ignore[misc]
         heads, head_dim = keys.shape[1], keys.shape[3]
         dtype = dtype_name(keys.dtype)
         longest = int(lengths.max())
-        budget = config.settle(longest, dtype)
+        budget = config.settle(longest, dtype, device.type)
         if self._checks.ranks.count == 1 and config.judges_keys(self.number):
             budget = config.suit_keys(self.number, sampled_keys(keys, int(lengths.min()), budget.recipes[self.number]))
         recipe = self._checks.ranks.share(budget.recipes[self.number], config.sizes.kv_heads, heads)

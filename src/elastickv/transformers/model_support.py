@@ -41,6 +41,12 @@ class Sizes:
         return padded_head_dim(self.head_dim)
 
 
+def device_kind(model: Any) -> str | None:
+    """Return the kind of device that holds a model's parameters, such as 'cpu'; None if there are several."""
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
 def text_config(model: Any) -> Any:
     """Return the configuration of a model's decoder."""
     return model.config.get_text_config(decoder=True)

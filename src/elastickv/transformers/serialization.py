@@ -29,7 +29,7 @@ from elastickv.transformers.device_map import layer_devices
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.layer_storage import LayerStorage, check_room, new_store
 from elastickv.transformers.model_loading import fingerprint
-from elastickv.transformers.model_support import Sizes, sizes_of
+from elastickv.transformers.model_support import Sizes, device_kind, sizes_of
 from elastickv.transformers.padding import Padding
 from elastickv.transformers.tensor_parallel import ranks_of
 
@@ -102,6 +102,7 @@ class SavedCache:
         self._path, self._record, self._tensors, self._model = path, record, tensors, model
         with _naming(path):
             self.config = _config(record, sizes_of(model))
+        self.config.device = device_kind(model)
 
     def restore(self, layers: Sequence[Any]) -> None:
         """Fill the empty layers of a cache that was made with `config`.

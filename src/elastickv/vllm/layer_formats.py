@@ -102,6 +102,7 @@ class ServedModel:
     layer_count : layers of the model.
     context : tokens at which a calibration's ratio must be met: the most that a request may have.
     dtype : the model's own, 'fp32', 'fp16' or 'bf16'.
+    device : 'cpu' or 'cuda', whose kernels serve; None: formats that both read.
     fingerprint : of configuration and weights, or None where it is not known; then a calibration's sizes alone are compared.
     """
 
@@ -109,6 +110,7 @@ class ServedModel:
     layer_count: int
     context: int
     dtype: str = "bf16"
+    device: str | None = None
     fingerprint: str | None = None
 
 
@@ -144,7 +146,14 @@ def layer_recipes(
         check_fits(calibration, options, numbers, model)
         context = min(model.context, MAX_CONTEXT)
         plan = for_ratio_by_layer(
-            calibration, options.compress, context, model.dtype, sinks=0, window=options.window, select_pages=False
+            calibration,
+            options.compress,
+            context,
+            model.dtype,
+            sinks=0,
+            window=options.window,
+            select_pages=False,
+            device=model.device,
         )
         recipes = dict(zip(calibration.layers, plan.recipes, strict=True))
     return recipes | overridden

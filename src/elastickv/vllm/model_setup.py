@@ -130,6 +130,7 @@ class ModelSetup:
             layer_count=model.get_total_num_hidden_layers(),
             context=model.max_model_len,
             dtype=DTYPE_NAMES[act_dtype],
+            device="cpu" if current_platform.is_cpu() else "cuda",
             fingerprint=fingerprint,
         )
 

@@ -20,7 +20,7 @@ from elastickv.recipe import Recipe
 
 # About the seconds that a kernel takes on one core, for shares of equal length and a bar that moves evenly.
 SECONDS = {
-    "page.attend_page": 3.0,
+    "page.attend_page": 3.5,
     "blocks.block_decode.decode_rows": 3.4,
     "blocks.block_gather.gather_tokens": 1.5,
     "blocks.block_store.store_step": 0.8,
@@ -29,6 +29,7 @@ SECONDS = {
     "storage.append_token": 0.5,
     "selection.score_item": 0.5,
     "page_codes.quantize_values_int4": 0.4,
+    "page_codes.quantize_values_int3": 0.3,
     "page_codes.store_rows": 0.4,
 }
 OTHER_SECONDS = 0.2

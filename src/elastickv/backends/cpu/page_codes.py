@@ -42,14 +42,22 @@ from elastickv.backends.cpu.intrinsics import (
 )
 from elastickv.backends.cpu.numba_cache import Kernel, kernel
 from elastickv.kvcache.attention import Float64
-from elastickv.kvcache.quantize import CODECS, E4M3_VALUES, FP8_MAX, INT4_LEVELS, INT8_LEVELS, INT8_PER_CHANNEL_LEVELS
+from elastickv.kvcache.quantize import (
+    CODECS,
+    E4M3_VALUES,
+    FP8_MAX,
+    INT3_LEVELS,
+    INT4_LEVELS,
+    INT8_LEVELS,
+    INT8_PER_CHANNEL_LEVELS,
+)
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe
 from elastickv.recipe.formats import FLOAT16_MAX, ScaleLayout
 
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[Any]
-INT8, FP8, INT4, INT8_PER_CHANNEL = (FORMAT_CODES[name] for name in ("int8", "fp8", "int4", "int8_per_channel"))
+INT8, FP8, INT4, INT8_PER_CHANNEL, INT3 = (FORMAT_CODES[n] for n in ("int8", "fp8", "int4", "int8_per_channel", "int3"))
 _F = layout.BufferField
 DIM, SINKS, STRIDE, EXACT_FORMAT = int(_F.DIM), int(_F.SINKS), int(_F.STRIDE), int(_F.EXACT_FORMAT)
 COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
@@ -58,9 +66,11 @@ BOUNDS_BASE, BOUNDS_HEAD_BYTES = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES)
 BEYOND = 8 * int(layout.State.BEYOND_POSITION)
 STATE_BYTES = 8 * layout.STATE_WORDS
 ZERO = np.float32(0)
-LEVELS_8, LEVELS_4, LEVELS_CHANNEL = np.float32(INT8_LEVELS), np.float32(INT4_LEVELS), np.float32(INT8_PER_CHANNEL_LEVELS)
+LEVELS_8, LEVELS_4, LEVELS_3 = np.float32(INT8_LEVELS), np.float32(INT4_LEVELS), np.float32(INT3_LEVELS)
+LEVELS_CHANNEL = np.float32(INT8_PER_CHANNEL_LEVELS)
 MAX_FP8, MAX_FP16 = np.float32(FP8_MAX), np.float32(FLOAT16_MAX)
 EIGHT = 8  # rows of int4 that are interleaved
+WORDS, PAIRS_OF_WORD = 3, 5  # of a column of int3: 32-bit words, and pairs of codes in each
 # Of a quantizer: the address of a cache's descriptor, a (sequence, KV head), the page's number, and 1 for V or 0 for K.
 _QUANTIZER = "void(int64, int64, int64, int64)"
 
@@ -76,13 +86,23 @@ def key_offset(fmt, token, d):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def value_offset(fmt, group, token, d):  # type: ignore[no-untyped-def]
-    """Return the bytes from V's start to element `d` of the value of token `token`, in groups of `group` channels."""
+def _place_in_chunk(group, d):  # type: ignore[no-untyped-def]
+    """Return the column of element `d` in its chunk of V, and the chunk's columns."""
     within = d if d < group else d % group  # a division takes longer than the rest
     column = within % COLUMNS
-    chunk = d - column
-    columns = min(COLUMNS, group - within + column)
-    start = plane_bytes(fmt, chunk)
+    return column, min(COLUMNS, group - within + column)
+
+
+@inlined
+def value_offset(fmt, group, token, d):  # type: ignore[no-untyped-def]
+    """Return the bytes from V's start to element `d` of the value of token `token`, in groups of `group` channels.
+
+    Of int3 it is the first of three 16-bit words.
+    """
+    column, columns = _place_in_chunk(group, d)
+    start = plane_bytes(fmt, d - column)
+    if fmt == INT3:
+        return start + column * 4 + token % 2 * 2
     if fmt == INT4:
         return start + (token // 8 * columns + column) * 4 + token % 2 * 2
     if fmt == INT8:
@@ -168,21 +188,39 @@ def _key_bounds(c, head, page, source, levels):  # type: ignore[no-untyped-def]
 
 
 @inlined
+def _group_scales(exact, source, dim, start, group, scales, levels):  # type: ignore[no-untyped-def]
+    """Store a bfloat16 scale and zero for each token of a group of V's channels; return the address of the scales."""
+    where = scales + start // group * 4 * PAGE_TOKENS
+    for token in range(PAGE_TOKENS):
+        least, greatest = _ends(vectors.range_of_values(exact, source, dim, token, start, group))
+        zero_bits = bf16_towards(least, False)
+        scale_bits = bf16_towards((greatest - bf16_value(zero_bits)) / levels, True)
+        store_u16(where + 2 * token, scale_bits)
+        store_u16(where + 2 * (PAGE_TOKENS + token), zero_bits)
+    return where
+
+
+@inlined
 def _values_int4(exact, source, target, scales, dim, group):  # type: ignore[no-untyped-def]
-    """Store V's page, a bfloat16 scale and zero for each token and group of channels."""
+    """Store V's page."""
     for start in range(0, dim, group):
-        where = scales + start // group * 4 * PAGE_TOKENS
-        for token in range(PAGE_TOKENS):
-            least, greatest = _ends(vectors.range_of_values(exact, source, dim, token, start, group))
-            zero_bits = bf16_towards(least, False)
-            scale_bits = bf16_towards((greatest - bf16_value(zero_bits)) / LEVELS_4, True)
-            store_u16(where + 2 * token, scale_bits)
-            store_u16(where + 2 * (PAGE_TOKENS + token), zero_bits)
+        where = _group_scales(exact, source, dim, start, group, scales, LEVELS_4)
         for column in range(0, group, COLUMNS):
             columns, first = min(COLUMNS, group - column), start + column
             for token in range(0, PAGE_TOKENS, EIGHT):
                 at, codes = where + 2 * token, target + (first * PAGE_TOKENS + token * columns) // 2
                 vectors.eight_values(exact, source, dim, token, first, columns, at, at + 2 * PAGE_TOKENS, codes, LEVELS_4)
+
+
+@inlined
+def _values_int3(exact, source, target, scales, dim, group):  # type: ignore[no-untyped-def]
+    """Store V's page."""
+    for start in range(0, dim, group):
+        where = _group_scales(exact, source, dim, start, group, scales, LEVELS_3)
+        for column in range(0, group, COLUMNS):
+            columns, first = min(COLUMNS, group - column), start + column
+            codes = target + first * 4 * WORDS
+            vectors.three_bit_values(exact, source, dim, first, columns, where, where + 2 * PAGE_TOKENS, codes, LEVELS_3)
 
 
 @kernel(_QUANTIZER)
@@ -235,6 +273,14 @@ def quantize_values_int4(descriptor, head, page, is_value):  # type: ignore[no-u
 
 
 @kernel(_QUANTIZER)
+def quantize_values_int3(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
+    """Store V of a page in int3."""
+    c = words(descriptor)
+    source, codes, scales = _planes(c, head, page, is_value)
+    _values_int3(c[EXACT_FORMAT], source, codes, scales, c[DIM], c[VALUE_GROUP])
+
+
+@kernel(_QUANTIZER)
 def store_rows(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
     """Store the retained rows of a page in bf16, fp16 or int8."""
     c = words(descriptor)
@@ -259,13 +305,31 @@ def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:
 
 def _quantizer(fmt: str, stride: int, is_value: bool) -> Kernel:
     int4 = quantize_values_int4 if is_value else quantize_keys_int4
-    whole_pages = {"int8": quantize_int8, "int4": int4, "fp8": quantize_fp8, "int8_per_channel": quantize_keys_int8_per_channel}
+    whole_pages = {
+        "int8": quantize_int8,
+        "int4": int4,
+        "fp8": quantize_fp8,
+        "int8_per_channel": quantize_keys_int8_per_channel,
+        "int3": quantize_values_int3,
+    }
     return whole_pages.get(fmt, store_rows) if stride == 1 else store_rows
 
 
 @inlined
 def _nibble(where, number):  # type: ignore[no-untyped-def]
     return np.float64(np.int64(load_u16(where)) >> (4 * (number // 2)) & 15)
+
+
+@inlined
+def _three_bits(where, word_bytes, pair):  # type: ignore[no-untyped-def]
+    """Return the int3 code of pair `pair` of tokens in words that are `word_bytes` apart."""
+    if pair < WORDS * PAIRS_OF_WORD:
+        word = np.int64(load_u16(where + pair // PAIRS_OF_WORD * word_bytes))
+        return np.float64(word >> (pair % PAIRS_OF_WORD * 3) & 7)
+    code = np.int64(0)
+    for number in range(WORDS):
+        code |= np.int64(load_u16(where + number * word_bytes)) >> 15 << number
+    return np.float64(code)
 
 
 @inlined
@@ -291,9 +355,11 @@ def key_number(fmt, codes, scales, bounds, dim, token, d):  # type: ignore[no-un
 def value_number(fmt, codes, scales, dim, group, token, d):  # type: ignore[no-untyped-def]
     """Return the float64 number of element `d` of a token's value."""
     where = codes + value_offset(fmt, scale_group(fmt, dim, group), token, d)
-    if fmt == INT4:
+    if fmt in (INT4, INT3):
         at = scales + d // group * 4 * PAGE_TOKENS + 2 * token
         step, zero = np.float64(bf16_value(load_u16(at))), np.float64(bf16_value(load_u16(at + 2 * PAGE_TOKENS)))
+        if fmt == INT3:
+            return _three_bits(where, 4 * _place_in_chunk(group, d)[1], token // 2) * step + zero
         return _nibble(where, token % 8) * step + zero
     if fmt in (INT8, FP8):
         return _eight_bits(fmt, where, np.float64(bf16_value(load_u16(scales + (2 * token if fmt == INT8 else 0)))))
@@ -311,7 +377,7 @@ def unpack_rows(
     raw : its pages.
     bounds : its scales and zeros of channels of K.
     formats : of K and V.
-    group : channels of V that share an int4 scale.
+    group : channels of V that share an int4 or int3 scale.
     """
     if not len(rows):
         return np.zeros((0, head_dim)), np.zeros((0, head_dim))
@@ -362,6 +428,14 @@ def _nibbles(words: Numbers) -> Numbers:
     return np.asarray(words[..., None, :] >> shifts & 15, np.uint8).reshape(*words.shape[:-1], 8)
 
 
+def _triples(words: Numbers) -> Numbers:
+    """(pages, 3, columns, 2) 16-bit words -> (pages, 32 tokens, columns) codes of int3."""
+    fives = words[:, :, None] >> (3 * np.arange(PAIRS_OF_WORD, dtype=np.uint16)[:, None, None]) & 7
+    last = (words >> 15 << np.arange(WORDS, dtype=np.uint16)[:, None, None]).sum(axis=1, keepdims=True, dtype=np.uint16)
+    pairs = np.concatenate([fives.reshape(len(words), -1, *words.shape[2:]), last], axis=1)
+    return np.asarray(pairs.transpose(0, 1, 3, 2), np.uint8).reshape(len(words), PAGE_TOKENS, -1)
+
+
 def _keys(plane: Bytes, fmt: str, head_dim: int) -> Numbers:
     """(pages, bytes) -> (pages, 32 tokens, head_dim) elements as stored."""
     elements = _elements(plane, fmt)
@@ -382,6 +456,8 @@ def _values(plane: Bytes, fmt: str, head_dim: int, group: int) -> Numbers:
             columns = min(COLUMNS, start + group - column)
             first, last = (layout.plane_bytes(fmt, column), layout.plane_bytes(fmt, column + columns))
             chunk = _elements(plane[:, first:last], fmt)
+            if FORMATS[fmt].bits == 3:
+                chunk = _triples(chunk.reshape(-1, WORDS, columns, 2))
             if FORMATS[fmt].bits == 4:
                 chunk = _nibbles(chunk.reshape(-1, PAGE_TOKENS // 8, columns, 2)).transpose(0, 1, 3, 2)
             if FORMATS[fmt].signed:

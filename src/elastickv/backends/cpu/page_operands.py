@@ -18,6 +18,7 @@ from elastickv.backends.cpu.intrinsics import (
     HALVES,
     I8,
     I16,
+    I64,
     LANES,
     VF,
     inlined,
@@ -31,22 +32,22 @@ from elastickv.backends.cpu.intrinsics import (
     widen_e4m3,
     widen_fp16,
 )
-from elastickv.backends.cpu.page_codes import FP8, INT4, INT8, INT8_PER_CHANNEL
+from elastickv.backends.cpu.page_codes import FP8, INT3, INT4, INT8, INT8_PER_CHANNEL, PAIRS_OF_WORD, WORDS
 from elastickv.backends.cpu.scale_folding import fold_page, fold_page_floats, to_integers, total_of, weigh, weigh_with_zeros
 from elastickv.recipe import FORMATS, PAGE_TOKENS
 
 NIBBLES = 4  # of a 16-bit word
-ROW_BYTES = {FP32: 128, INT4: 128}  # of 32 columns; 64 or less for the others
+ROW_BYTES = {FP32: 128, INT4: 128, INT3: 384}  # of 32 columns; 64 or less for the others
 PAIRS = ir.VectorType(I16, 2 * LANES)
-INTEGERS = (INT8, INT4)  # multiplied by 16-bit integers
+INTEGERS = (INT8, INT4, INT3)  # multiplied by 16-bit integers
 SCALED = tuple(code for name, code in FORMAT_CODES.items() if not FORMATS[name].is_float)
 BIASED = (INT4, INT8_PER_CHANNEL)  # each query has a number that is added to its scores
 FP8_FACTOR = np.float32(256)  # `load_row` gives 1/256 of the numbers
 ONE = np.float32(1)
 
 
-def load_row(builder: ir.IRBuilder, fmt: int, row: Any) -> list[list[Any]]:
-    """Load one row of 32 columns as two operands of 16; for int8, a pair of rows, for int4 four pairs, interleaved."""
+def load_row(builder: ir.IRBuilder, fmt: int, row: Any, row_bytes: Any) -> list[list[Any]]:
+    """Load one row of 32 columns as two operands of 16; for int8, a pair of rows, for int4 four, for int3 16, interleaved."""
     if fmt == FP32:
         return [[load(builder, row, VF, half * LANES * 4) for half in range(HALVES)]]
     if fmt == INT8:
@@ -55,6 +56,8 @@ def load_row(builder: ir.IRBuilder, fmt: int, row: Any) -> list[list[Any]]:
     if fmt == INT4:
         packed = [load(builder, row, PAIRS, half * LANES * 4) for half in range(HALVES)]
         return [[_nibble(builder, word, i) for word in packed] for i in range(NIBBLES)]
+    if fmt == INT3:
+        return _three_bits(builder, row, row_bytes)
     if fmt == FP8:
         narrow = ir.VectorType(I8, LANES)
         return [[widen_e4m3(builder, load(builder, row, narrow, half * LANES)) for half in range(HALVES)]]
@@ -66,9 +69,28 @@ def load_row(builder: ir.IRBuilder, fmt: int, row: Any) -> list[list[Any]]:
     return [[widen(builder, load(builder, row, bits, half * LANES * 2)) for half in range(HALVES)]]
 
 
+def _every(value: int) -> Any:
+    return ir.Constant(PAIRS, [value] * 2 * LANES)
+
+
 def _nibble(builder: ir.IRBuilder, words: Any, number: int) -> Any:
-    shifted = builder.lshr(words, ir.Constant(PAIRS, [4 * number] * 2 * LANES)) if number else words
-    return builder.and_(shifted, ir.Constant(PAIRS, [15] * 2 * LANES)) if number < NIBBLES - 1 else shifted
+    shifted = builder.lshr(words, _every(4 * number)) if number else words
+    return builder.and_(shifted, _every(15)) if number < NIBBLES - 1 else shifted
+
+
+def _three_bits(builder: ir.IRBuilder, row: Any, row_bytes: Any) -> list[list[Any]]:
+    """Return 16 pairs of tokens of int3: five of each word, and one of the bits that the words have left."""
+    word_bytes = builder.udiv(row_bytes, I64(WORDS))
+    pairs, last = [], [_every(0)] * HALVES
+    for number in range(WORDS):
+        first = builder.add(row, builder.mul(word_bytes, I64(number)))
+        words = [load(builder, first, PAIRS, half * LANES * 4) for half in range(HALVES)]
+        for pair in range(PAIRS_OF_WORD):
+            shifted = [builder.lshr(word, _every(3 * pair)) for word in words] if pair else words
+            pairs.append([builder.and_(codes, _every(7)) for codes in shifted])
+        bits = [builder.and_(builder.lshr(word, _every(15 - number)), _every(1 << number)) for word in words]
+        last = [builder.or_(whole, bit) for whole, bit in zip(last, bits, strict=True)]
+    return [*pairs, last]
 
 
 def scaled(builder: ir.IRBuilder, fmt: int, total: Any, is_value: bool, scale: Any, added: Any, extra: Any, half: int) -> Any:
@@ -87,6 +109,8 @@ def scaled(builder: ir.IRBuilder, fmt: int, total: Any, is_value: bool, scale: A
 @inlined
 def rows_at_once(fmt):  # type: ignore[no-untyped-def]
     """Return how many rows are interleaved."""
+    if fmt == INT3:
+        return PAGE_TOKENS
     if fmt == INT4:
         return 8
     return 2 if fmt == INT8 else 1
@@ -137,7 +161,7 @@ def weigh_tokens(value, block, number, scores, weights, units, scales_at, factor
     if value == INT8:
         for g in range(block):
             weigh(scores + g * COLUMNS * 4, scales_at, weights + g * COLUMNS * 2, units + 4 * g)
-    elif value == INT4:
+    elif value in (INT4, INT3):
         for g in range(block):
             weigh_with_zeros(
                 scores + g * COLUMNS * 4, scales_at + number * 4 * PAGE_TOKENS, weights + g * COLUMNS * 2, units + 4 * g,
@@ -150,7 +174,7 @@ def weigh_tokens(value, block, number, scores, weights, units, scales_at, factor
 @inlined
 def finish_values(value, target, source, columns, sums):  # type: ignore[no-untyped-def]
     """Write the accumulators of one group of columns as results; `sums` are of probability x zero."""
-    if value == INT4:
+    if value in (INT4, INT3):
         added = total_of(sums)
         for d in range(columns):
             store_f32(target + 4 * d, load_f32(source + 4 * d) + added)

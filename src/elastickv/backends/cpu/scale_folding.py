@@ -1,4 +1,4 @@
-"""Folds scales into multipliers of codes: queries (K int4 and int8 per channel) and probabilities (V int8 and int4).
+"""Folds scales into multipliers of codes: queries (K int4 and int8 per channel) and probabilities (V int8, int4 and int3).
 
 q . (scale x code + zero) = (q x scale) . code + q . zero, and sum of p x (scale x code + zero) = sum of (p x scale) x code
 + sum of p x zero: no code is ever multiplied by its scale. The folded numbers become 16-bit integers with one unit each. For

@@ -4,7 +4,7 @@
 32 tokens fill vector registers and nothing is reduced across lanes), and weighted values when rows are tokens.
 `softmax_page` is one step of the online softmax (Milakov and Gimelshein 2018).
 
-Integer rows are multiplied by 16-bit integers (`fold` makes them): int8 in pairs of rows, int4 in eights.
+Integer rows are multiplied by 16-bit integers (`fold` makes them): int8 in pairs of rows, int4 in eights, int3 in 32.
 """
 
 from typing import Any
@@ -57,7 +57,7 @@ def _multiply(builder: ir.IRBuilder, fmt: int, width: int, accumulate: bool, arg
     zero = ir.Constant(VI if integer else VF, [0] * LANES)
     with loop(builder, count, [zero] * (HALVES * width)) as (index, sums, final):
         row = builder.add(base, builder.mul(index, row_bytes))
-        steps = load_row(builder, fmt, row)
+        steps = load_row(builder, fmt, row, row_bytes)
         for line in range(0, ROW_BYTES.get(fmt, LINE_BYTES), LINE_BYTES):
             prefetch(builder, row, builder.add(prefetch_bytes, I64(line)))
         first = builder.mul(index, I64(FLOAT_BYTES * len(steps)))
@@ -83,8 +83,9 @@ def _multiply(builder: ir.IRBuilder, fmt: int, width: int, accumulate: bool, arg
 
 
 def _multiply_any(accumulate: bool) -> Any:
+    layouts = {code: FORMATS[name].values if accumulate else FORMATS[name].keys for name, code in FORMAT_CODES.items()}
     return by_width(
-        [code for name, code in FORMAT_CODES.items() if not accumulate or FORMATS[name].values is not None],
+        [code for code, layout in layouts.items() if layout is not None],
         lambda builder, fmt, width, args: _multiply(builder, fmt, width, accumulate, args),
     )
 

@@ -190,8 +190,8 @@ def _pages_variant(common: dict[str, int], group: int, recipe: Recipe, arch: str
     head_dim = common["HEAD_DIM"]
     common = common | {
         "COLD_TYPE": _COLD_PAGES,
-        "K_FORMAT": _page_format(recipe.key_format),
-        "V_FORMAT": _page_format(recipe.value_format),
+        "K_FORMAT": _page_format(recipe.key_format, False),
+        "V_FORMAT": _page_format(recipe.value_format, True),
         "V_GROUP": recipe.v_group(head_dim) if _value_layout(recipe) is ScaleLayout.GROUP else head_dim,
         "SELECT": int(recipe.selection == "pages"),
         "QTILES": 1,
@@ -219,9 +219,10 @@ def _value_layout(recipe: Recipe) -> ScaleLayout | None:
     return FORMATS[str(recipe.value_format)].values
 
 
-def _page_format(name: str | None) -> int:
+def _page_format(name: str | None, value: bool) -> int:
     if name not in _PAGE_FORMATS:
-        raise UsageError(f"format {name} has no CUDA kernel: choose {', '.join(_PAGE_FORMATS)}, or the cpu backend")
+        fitting = [f for f in _PAGE_FORMATS if (FORMATS[f].values if value else FORMATS[f].keys) is not None]
+        raise UsageError(f"format {name} has no CUDA kernel: choose {', '.join(fitting)}, or the cpu backend")
     return _PAGE_FORMATS[name]
 
 

@@ -91,6 +91,8 @@ def _recipe(text: str) -> Recipe:
 
 
 def _own_formats() -> list[str]:
-    """Return our quantized formats; one that stores keys only with int8 values."""
-    quantized = (FORMATS[name] for name in cold_formats() if not FORMATS[name].is_float)
-    return [f.name if f.values is not None else f"k={f.name},v=int8" for f in quantized]
+    """Return our quantized formats; one that stores keys only with int8 values, one that stores values only with int4 keys."""
+    quantized = [FORMATS[name] for name in cold_formats() if not FORMATS[name].is_float]
+    beside = {f.name: f"k={f.name},v=int8" for f in quantized if f.values is None}
+    beside |= {f.name: f"k=int4,v={f.name}" for f in quantized if f.keys is None}
+    return [beside.get(f.name, f.name) for f in quantized]

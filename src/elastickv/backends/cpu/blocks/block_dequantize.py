@@ -29,7 +29,7 @@ from elastickv.backends.cpu.intrinsics import (
     widen_e4m3,
     widen_fp16,
 )
-from elastickv.backends.cpu.page_codes import EIGHT, FP8, INT4, INT8, INT8_PER_CHANNEL
+from elastickv.backends.cpu.page_codes import EIGHT, FP8, INT3, INT4, INT8, INT8_PER_CHANNEL, PAIRS_OF_WORD, WORDS
 from elastickv.recipe import PAGE_TOKENS
 
 BYTES = ir.VectorType(I8, LANES)
@@ -117,7 +117,7 @@ def _keys(builder: ir.IRBuilder, fmt: Any, codes: Any, scales: Any, bounds: Any,
 
         return emit
 
-    switch(builder, fmt, {code: body(code) for code in STORED})
+    switch(builder, fmt, {code: body(code) for code in STORED if code != INT3})
 
 
 # (format, codes, scales, bounds, head_dim, target): the keys of a page as 32 rows of float32.
@@ -145,6 +145,35 @@ def _four_bits(builder: ir.IRBuilder, codes: Any, scales: Any, dim: Any, start: 
             store(builder, x, target, builder.mul(at, I64(FLOAT_BYTES)))
 
 
+def _three_bits(builder: ir.IRBuilder, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any) -> None:
+    """Do what `_four_bits` does, for int3."""
+    words, floats = ir.VectorType(I32, EIGHT), ir.VectorType(F32, EIGHT)
+
+    def every(value: int) -> Any:
+        return ir.Constant(words, [value] * EIGHT)
+
+    def bits(word: Any, first: int, mask: int) -> Any:
+        return builder.and_(builder.lshr(word, every(first)), every(mask))
+
+    with loop(builder, builder.sdiv(columns, I64(EIGHT)), []) as (index, _, _):
+        column = builder.mul(index, I64(EIGHT))
+        rows = [builder.add(builder.mul(columns, I64(number)), column) for number in range(WORDS)]
+        packed = [load(builder, codes, words, builder.mul(row, I64(4))) for row in rows]
+        for number in range(PAGE_TOKENS):
+            (word, place), half = divmod(number // 2, PAIRS_OF_WORD), 16 * (number % 2)
+            if word < WORDS:
+                code = bits(packed[word], half + 3 * place, 7)
+            else:
+                code = every(0)
+                for i, left in enumerate(packed):
+                    code = builder.or_(code, builder.shl(bits(left, half + 15, 1), every(i)))
+            token = I64(number)
+            step, zero = (splat(builder, _token_scale(builder, scales, token, n), EIGHT) for n in (0, 2 * PAGE_TOKENS))
+            x = builder.fadd(builder.fmul(builder.sitofp(code, floats), step), zero)
+            at = builder.add(builder.mul(token, dim), builder.add(start, column))
+            store(builder, x, target, builder.mul(at, I64(FLOAT_BYTES)))
+
+
 def _other(builder: ir.IRBuilder, fmt: int, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any) -> None:
     """Write `columns` channels, a multiple of 16."""
     scale = _page_scale(builder, scales) if fmt == FP8 else None
@@ -167,8 +196,9 @@ def _other(builder: ir.IRBuilder, fmt: int, codes: Any, scales: Any, dim: Any, s
 
 def _values(builder: ir.IRBuilder, fmt: Any, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any) -> None:
     def body(code: int) -> Callable[[], None]:
-        if code == INT4:
-            return lambda: _four_bits(builder, codes, scales, dim, start, columns, target)
+        if code in (INT4, INT3):
+            write = _four_bits if code == INT4 else _three_bits
+            return lambda: write(builder, codes, scales, dim, start, columns, target)
         return lambda: _other(builder, code, codes, scales, dim, start, columns, target)
 
     switch(builder, fmt, {code: body(code) for code in STORED if code != INT8_PER_CHANNEL})

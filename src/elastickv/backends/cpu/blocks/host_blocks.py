@@ -148,5 +148,5 @@ def slab_bytes(recipe: Recipe, head_dim: int) -> int:
 def _beyond(value: str, head_dim: int, group: int) -> int:
     """Return the bytes beyond V's codes that are loaded with its last row."""
     columns = (group if FORMATS[value].values is ScaleLayout.GROUP else head_dim) % COLUMNS
-    rows = {4: 8, 8: 2}.get(FORMATS[value].bits, 1)
-    return (COLUMNS - columns) * rows * FORMATS[value].bits // 8 if columns else 0
+    loaded = {8: 2, 16: 2}.get(FORMATS[value].bits, 4)  # of a column at once
+    return (COLUMNS - columns) * loaded if columns else 0
