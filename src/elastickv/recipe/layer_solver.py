@@ -143,7 +143,8 @@ def _options(
             options.append(_Option(recipe, rotate, (n_bytes,), (rounding,), (1.0,)))
             if not select_pages or not has_page_bounds(key):
                 continue
-            # What a selection loses was measured with pages that are ranked in the model's own channels.
+            # What a selection loses was measured with unrotated keys. Rotated ones have channels of like ranges, by which pages
+            # are hard to tell apart.
             rounding, rotate = _added(calibration.keys[key], value_errors), tuple("v" * v for v in values_rotated)
             for steps, curve in calibration.pages.items():
                 if anchor_every in (None, steps):
