@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from elastickv.kvcache.hadamard import rotated
 from elastickv.kvcache.quantize import stored_values
 from elastickv.recipe import Recipe
 from elastickv.recipe.formats import PAGE_TOKENS
@@ -58,7 +59,9 @@ class ReadRule:
             fmt = recipe.value_format if value else recipe.key_format
             if end > start and fmt is not None:
                 piece = rows[:, start:end].reshape(-1, rows.shape[-1]).float().numpy(force=True)
-                stored = stored_values(piece, fmt, value, recipe.v_group(rows.shape[-1]))
+                is_rotated = recipe.rotates_values if value else recipe.rotates_keys
+                stored = stored_values(rotated(piece) if is_rotated else piece, fmt, value, recipe.v_group(rows.shape[-1]))
+                stored = rotated(stored) if is_rotated else stored
                 numbers[:, start:end] = torch.from_numpy(stored).view(rows.shape[0], end - start, -1)
         return numbers
 

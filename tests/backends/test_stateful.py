@@ -29,7 +29,7 @@ class Caches(RuleBasedStateMachine):
         each, draw = self.each, data.draw
         batch, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
         group, head_dim = draw(st.sampled_from(each.groups)), draw(st.sampled_from(each.head_dims[:2]))
-        recipe = draw(recipes(head_dim, kv_heads, (self.selection,)))
+        recipe = draw(recipes(head_dim, kv_heads, (self.selection,), rotations=True))
         if not recipe.is_dense and draw(st.integers(0, 9)) < 9:
             # Most with pages that leave the window soon.
             recipe = replace(recipe, sinks=recipe.sinks % 8, window=draw(st.sampled_from([0, 1, 16, 31, 32, 33, 48])))

@@ -24,6 +24,8 @@ RECIPES = [
     "int8,stride=3",
     "int4,pages=1/2,anchor_every=3,window=32",
     "int8,reuse,anchor_every=4,window=32",
+    "int4,rotate=kv,pages=1/2,anchor_every=3,window=32",
+    "k=int8_per_channel,v=int4,rotate=v",
 ]
 
 

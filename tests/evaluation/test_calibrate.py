@@ -63,13 +63,38 @@ def test_selection_errs_as_it_does_on_the_back_end(inputs, fraction, steps):
 
 @pytest.mark.parametrize(
     ("recipe", "key", "value"),
-    [("int8", "int8", "int8"), ("k=int8,v=int4,vgroup=32", "int8", "int4/32"), ("int4", "int4", "int4/64")],
+    [
+        ("int8", "int8", "int8"),
+        ("k=int8,v=int4,vgroup=32", "int8", "int4/32"),
+        ("int4", "int4", "int4/64"),
+        ("int8,rotate=k", "int8+rotated", "int8"),
+        ("k=int8,v=int4,vgroup=32,rotate=kv", "int8+rotated", "int4/32+rotated"),
+        ("int4,rotate=kv", "int4+rotated", "int4/64+rotated"),
+    ],
 )
 def test_rounding_errs_as_it_does_on_the_back_end(inputs, recipe, key, value):
     measured = layer_errors(inputs, (1.0,), (1,), RUN)
     together = np.array(measured.keys[key]) + np.array(measured.values[value])
     # The window is kept in bfloat16 by the backend, and the last positions' rounding begins a page early here.
     np.testing.assert_allclose(together, replayed(inputs, Recipe.parse(recipe)), rtol=0.35)
+
+
+def test_a_rotation_errs_less_where_a_few_channels_of_values_are_large(inputs):
+    values = inputs.values.clone()
+    values[..., [3, 40]] *= 20
+    errors = layer_errors(replace(inputs, values=values), (1.0,), (1,), RUN).values
+    for name in ("int8", "int4/32", "int4/64"):
+        assert sum(errors[f"{name}+rotated"]) < 0.5 * sum(errors[name])
+
+
+def test_the_sixteen_bits_of_rotated_exact_tokens_count(inputs):
+    """A large bias has few bits of its own, and many once it is in every channel: in the window, too."""
+    keys = inputs.keys.clone()
+    keys[..., 9] = 512
+    exact, biased = (
+        layer_errors(replace(inputs, keys=k), (1.0,), (1,), RUN, window=2 * TOKENS).keys for k in (inputs.keys, keys)
+    )
+    assert sum(biased["int4"]) == 0 < sum(exact["int4+rotated"]) < 0.01 * sum(biased["int4+rotated"])
 
 
 def test_fewer_pages_never_err_less_and_all_pages_do_not_err(inputs):

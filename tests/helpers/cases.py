@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from elastickv.recipe import DENSE, PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.formats import value_groups
+from elastickv.recipe.formats import FORMATS, value_groups
 
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 9, 16)
 LONGEST = 700
@@ -136,9 +136,14 @@ NUMBERS = {
 
 @st.composite
 def recipes(
-    draw, head_dim: int, kv_heads: int, selections=("dense", "all", "stride", "reuse", "pages"), three_bits: bool = False
+    draw,
+    head_dim: int,
+    kv_heads: int,
+    selections=("dense", "all", "stride", "reuse", "pages"),
+    three_bits: bool = False,
+    rotations: bool = False,
 ) -> Recipe:
-    """Return any recipe of a shape; windows may be larger than any context."""
+    """Return any recipe of a shape, rotated if `rotations`; windows may be larger than any context."""
     selection = draw(st.sampled_from(selections))
     if selection == "dense":
         return DENSE
@@ -160,6 +165,11 @@ def recipes(
         shares = st.sampled_from([1.0, 0.5, 0.3, 1 / 8])
         fields["fractions"] = tuple(draw(st.lists(shares, min_size=heads, max_size=heads)))
         fields["anchor_every"] = draw(st.integers(1, 5))
+    if rotations:
+        quantized = "".join(letter for letter, name in (("k", key), ("v", value)) if not FORMATS[name].is_float)
+        fields["rotate"] = draw(
+            st.sampled_from(["", *{"k": ["k"], "v": ["v"], "kv": ["k", "v", "kv", "kv"]}.get(quantized, [])])
+        )
     return Recipe(key, value, selection=selection, **fields)
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 from elastickv.kvcache.attention import Partial, attend, merge
+from elastickv.kvcache.hadamard import rotated_tokens
 from elastickv.kvcache.quantize import stored_values
 from elastickv.kvcache.rounding import limited, rounded
 from elastickv.recipe import PAGE_TOKENS
@@ -44,12 +45,18 @@ class TokenLists:
 
     def add(self, keys, values, counts):
         """Give row b the first `counts[b]` of (batch, kv_heads, tokens, head_dim)."""
-        both = rounded(np.stack([keys, values]), self.case.exact)
+        both = rounded(np.stack(rotated_tokens(keys, values, self.recipe)), self.case.exact)
         for row, count in enumerate(counts):
             self.rows[row] += [both[:, row, :, token] for token in range(count)]
 
     def parts(self, row, head):
-        """Return (cold keys, cold values, exact keys, exact values) as they are stored, and the places of the cold ones."""
+        """Return (cold keys, cold values, exact keys, exact values) as they are read, and the places of the cold ones."""
+        (cold_keys, cold_values, *exact), places = self._held(row, head)
+        cold = rotated_tokens(cold_keys, cold_values, self.recipe)
+        return (*cold, *rotated_tokens(*exact, self.recipe)), places
+
+    def _held(self, row, head):
+        """Return what `parts` returns as it is stored, perhaps rotated."""
         recipe, dim, tokens = self.recipe, self.shape.head_dim, self.rows[row]
         cold = self.cold(len(tokens))
         places = list(range(recipe.sinks, recipe.sinks + cold, recipe.stride)) if cold else []
@@ -74,7 +81,7 @@ class TokenLists:
         """Keep the first tokens; those that were cold and are no more keep what their codes stand for."""
         for row, length in enumerate(lengths):
             again = range(self.cold(length), self.cold(len(self.rows[row])))
-            heads = [self.parts(row, head)[0][:2] for head in range(self.shape.kv_heads)]
+            heads = [self._held(row, head)[0][:2] for head in range(self.shape.kv_heads)]
             for number in again:
                 read = np.array([[which[number] for which in head] for head in heads]).swapaxes(0, 1)
                 self.rows[row][self.recipe.sinks + number] = limited(read, self.case.exact)

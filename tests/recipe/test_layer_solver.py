@@ -226,3 +226,42 @@ def test_values_in_3_bits_are_chosen_where_they_lose_little_and_every_kernel_of_
 def test_a_calibration_that_lists_a_format_without_a_kernel_gives_the_recipes_of_one_without_it(ratio, device):
     assert for_ratio_by_layer(THREE_BITS, ratio, 8192, device=device) == for_ratio_by_layer(CALIBRATION, ratio, 8192)
     assert for_ratio_by_layer(CALIBRATION, ratio, 8192, device="cpu") == for_ratio_by_layer(CALIBRATION, ratio, 8192)
+
+
+def rotated_calibration(keys=1.0, values=1.0):
+    """CALIBRATION with rotated int4 that errs so many times as plain int4, in the first layer only; the same in the others."""
+    rotated = {
+        "keys": {"int4+rotated": table(lambda layer, _: 1e-4 * (keys if layer == 0 else 1))},
+        "values": {"int4/64+rotated": table(lambda layer, _: 3e-4 * (values if layer == 0 else 1))},
+    }
+    return replace(CALIBRATION, **{name: getattr(CALIBRATION, name) | errors for name, errors in rotated.items()})
+
+
+def test_layers_are_rotated_where_that_errs_less_and_nowhere_else():
+    only = {"keys": {"int4": None, "int4+rotated": None}, "values": {"int4/64": None, "int4/64+rotated": None}}
+
+    def rotations(select_pages=False, **factors):
+        full = rotated_calibration(**factors)
+        small = replace(full, **{name: {each: getattr(full, name)[each] for each in only[name]} for name in only})
+        plan = for_ratio_by_layer(small, 3, 32768, select_pages=select_pages)
+        return [recipe.rotate for recipe in plan.recipes], plan.error
+
+    assert rotations()[0] == ["", "", ""]
+    assert rotations(values=0.95)[0] == ["", "", ""]  # within what another text changes
+    assert rotations(keys=0.5)[0] == ["k", "", ""]
+    assert rotations(values=0.5)[0] == ["v", "", ""]
+    both, error = rotations(keys=0.5, values=0.5)
+    assert both == ["kv", "", ""] and error == pytest.approx(LAYERS * KV_HEADS * 4e-4 - KV_HEADS * 2e-4)
+    assert rotations(keys=2.0, values=2.0)[0] == ["", "", ""]
+
+
+def test_keys_of_layers_that_select_pages_are_not_rotated():
+    """The pages that a selection reads were measured as unrotated keys rank them."""
+    plan = for_ratio_by_layer(rotated_calibration(keys=0.1, values=0.1), 8, 32768)
+    assert plan.recipes[0].selection == "pages" and plan.recipes[0].rotate == "v"
+
+
+def test_a_calibration_with_rotations_comes_back_from_its_file_and_one_without_them_is_still_read():
+    for calibration in (CALIBRATION, rotated_calibration(values=0.5)):
+        assert ModelCalibration.loads(calibration.dumps()) == calibration
+    assert {recipe.rotate for recipe in for_ratio_by_layer(CALIBRATION, 3, 32768).recipes} == {""}

@@ -214,3 +214,38 @@ def test_the_phases_of_layers_are_whole_and_spread_over_an_interval():
 
 def test_a_ratio_without_a_shape_is_reckoned_for_one_sequence_of_eight_heads():
     assert Recipe.for_ratio(8, 4096) == Recipe.for_ratio(8, 4096, AttentionShape(1, 32, 8, 128))
+
+
+@pytest.mark.parametrize(
+    ("text", "digest"),
+    [("int4", "dc4af32e03f5"), ("k=int8,v=int4,vgroup=32", "312c13994b5d"), ("int4,pages=1/4,anchor_every=4", "1b117eea3681")],
+)
+def test_recipes_that_rotate_nothing_keep_their_hashes(text, digest):
+    assert Recipe.parse(text).hash == digest
+    assert Recipe.parse(text).rotate == ""
+
+
+@pytest.mark.parametrize("rotate", ["k", "v", "kv"])
+def test_a_rotation_is_part_of_text_and_hash(rotate):
+    plain, recipe = Recipe.parse("k=int8,v=int4"), Recipe.parse(f"k=int8,v=int4,rotate={rotate}")
+    assert str(recipe) == f"k=int8,v=int4,rotate={rotate}" and recipe.hash != plain.hash
+    assert (recipe.rotates_keys, recipe.rotates_values) == ("k" in rotate, "v" in rotate)
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("int4,rotate=vk", "rotate=vk is no choice of tensors: write rotate=k, rotate=v or rotate=kv"),
+        ("int4,rotate=", "recipe 'int4,rotate=': 'rotate=' is not a term; a recipe is .*"),
+        ("bf16,rotate=k", "rotate=k does not combine with keys in bf16: only with quantized ones"),
+        ("k=int4,v=bf16,rotate=kv", "rotate=kv does not combine with values in bf16: only with quantized ones"),
+    ],
+)
+def test_a_rotation_without_a_meaning_is_refused_in_one_line(text, refusal):
+    with pytest.raises(UsageError, match=f"^{refusal}$"):
+        Recipe.parse(text)
+
+
+def test_dense_takes_no_rotation():
+    with pytest.raises(UsageError, match=r"^'dense' keeps and reads everything: it takes no other term$"):
+        replace(DENSE, rotate="k")

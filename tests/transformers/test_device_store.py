@@ -41,7 +41,17 @@ def arrays(keys, values, wide):
 
 
 @pytest.mark.parametrize(
-    "text", ["dense", "int8", "int4", "fp8", "int4,pages=1/4,anchor_every=3", "k=int8,v=int4", "k=int8_per_channel,v=int8"]
+    "text",
+    [
+        "dense",
+        "int8",
+        "int4",
+        "fp8",
+        "int4,pages=1/4,anchor_every=3",
+        "k=int8,v=int4",
+        "k=int8_per_channel,v=int8",
+        "int4,rotate=kv",
+    ],
 )
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 72), (torch.float32, 128)])
 def test_chunks_and_steps_match_the_float64_twin(device, text, dtype, head_dim):

@@ -1,10 +1,13 @@
 """Answers do not depend on how requests were batched, cut into chunks, preempted or aborted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from elastickv.vllm import model_setup
 from tests.helpers.read_rule import follows
 from tests.helpers.serving_scenarios import NEW_TOKENS, SMALL_POOL, WINDOW, all_equal, all_follow, random_prompts
 
@@ -51,6 +54,24 @@ def test_formats_of_layers_follow_the_rule(serve, prompts, rule):
     all_follow(rule("int4", layers={1: "int8"}), answers)
     assert follows(rule("int4"), answers[2]) is not None
     assert follows(rule("int8"), answers[2]) is not None
+
+
+def test_rotated_layers_follow_the_rule_of_rotated_pages(serve, prompts, rule, monkeypatch):
+    """A calibration rotates layers; here their recipes are changed where the engine gets them."""
+    rotate = {0: "v", 1: "kv"}
+    solved = model_setup.layer_recipes
+
+    def recipes(*arguments):
+        return {layer: replace(recipe, rotate=rotate[layer]) for layer, recipe in solved(*arguments).items()}
+
+    monkeypatch.setattr(model_setup, "layer_recipes", recipes)
+    serve.close()
+    try:
+        answers = serve(max_num_batched_tokens=48).generate(prompts, 40)
+    finally:
+        serve.close()
+    all_follow(rule("int4", layers={layer: f"int4,rotate={each}" for layer, each in rotate.items()}), answers)
+    assert follows(rule("int4"), answers[2]) is not None
 
 
 @pytest.mark.parametrize("chunk", [48, 200])

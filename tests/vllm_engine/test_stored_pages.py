@@ -25,6 +25,7 @@ def test_whatever_changes_the_bytes_changes_the_name(monkeypatch):
     names = [
         name(),
         name("int8"),
+        name("int4,rotate=v"),
         name("k=int8,v=int4"),
         name("fp8"),
         name("k=int8_per_channel,v=int8"),

@@ -10,15 +10,18 @@ from typing import Any, TypeAlias
 
 import torch
 
+from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard
 from elastickv.evaluation.tensor_codecs import channel_scales, stored_rows
+from elastickv.kvcache.hadamard import rotated_block
 from elastickv.kvcache.quantize import INT4_LEVELS
 from elastickv.kvcache.scorers.bounds import SPAN
+from elastickv.recipe.calibration import ROTATED
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS, selected
 
 Tensor: TypeAlias = Any  # torch.Tensor: the type checker does not follow PyTorch
-KEY_FORMATS = ("int8", "int8_per_channel", "fp8", "int4")
+KEY_FORMATS = ("int8", "int8_per_channel", "fp8", "int4", f"int8{ROTATED}", f"int4{ROTATED}")
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,9 @@ class LayerErrors:
 
 
 def value_formats(head_dim: int) -> list[str]:
-    """Return the formats of V to measure, int4 and int3 with each group of channels."""
-    return ["int8", "fp8", *(f"{name}/{group}" for name in ("int4", "int3") for group in value_groups(head_dim))]
+    """Return the formats of V to measure, int4 and int3 with each group of channels; integers rotated, too."""
+    grouped = [f"{name}/{group}" for name in ("int4", "int3") for group in value_groups(head_dim)]
+    return ["int8", "fp8", *grouped, *(name + ROTATED for name in ("int8", *grouped))]
 
 
 def layer_errors(
@@ -84,9 +88,8 @@ def layer_errors(
     values: dict[str, list[float]] = {name: [] for name in value_formats(head_dim)}
     regions = _QueryRegions(inputs.positions, inputs.keys.shape[1], sinks, window)
     lists = [(steps, fraction) for steps in schedules for fraction in fractions if fraction != 1]
-    stored_keys = {name: regions.stored(inputs.keys, name, False, head_dim) for name in keys}
-    formats = [name.partition("/") for name in values]
-    stored_values = [regions.stored(inputs.values, fmt, True, int(group or head_dim)) for fmt, _, group in formats]
+    stored_keys = {name: regions.stored(inputs.keys, name, False) for name in keys}
+    stored_values = [regions.stored(inputs.values, name, True) for name in values]
     for number in range(kv_heads):
         head = _Head(inputs, number, regions)
         measured = head.errors(head.without(regions.left_out(head.rank, lists, run))) if lists else []
@@ -139,11 +142,19 @@ class _QueryRegions:
             self._counts[fraction] = torch.tensor(counts, device=self._cold.device)
         return self._counts[fraction]
 
-    def stored(self, rows: Tensor, fmt: str, value: bool, group: int) -> Tensor:
-        """Return (kv_heads, tokens, head_dim) rows with the tokens that are cold for the last query read back from a format."""
-        whole = rows.clone()
-        whole[:, self.cold_tokens] = stored_rows(rows[:, self.cold_tokens], fmt, value, group)
-        return whole
+    def stored(self, rows: Tensor, name: str, value: bool) -> Tensor:
+        """Return (kv_heads, tokens, head_dim) rows with the tokens that are cold for the last query read back from a format.
+
+        Parameters
+        ----------
+        name : as in `ModelCalibration`. Rotated tensors are rounded to 16 bits once more, all tokens, as a cache stores them.
+        """
+        plain, mark, _ = name.partition(ROTATED)
+        fmt, _, group = plain.partition("/")
+        matrix = hadamard(rotated_block(rows.shape[-1]) if mark else 1)
+        whole = by_blocks(rows, matrix).bfloat16().float() if mark else rows.clone()
+        whole[:, self.cold_tokens] = stored_rows(whole[:, self.cold_tokens], fmt, value, int(group or rows.shape[-1]))
+        return by_blocks(whole, matrix) if mark else whole
 
 
 class _Head:

@@ -23,7 +23,7 @@ CacheState = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class StoredHead:
-    """The dequantized tokens of one KV head of one sequence: the codes that the oracle reads.
+    """The dequantized tokens of one KV head of one sequence: the codes that the oracle reads, a rotation undone in float64.
 
     Attributes
     ----------
@@ -184,7 +184,7 @@ class LayerCache(Protocol):
     @overload
     def read(self, first: int, last: int, out: tuple[TensorView, TensorView]) -> None: ...
     def read(self, first: int, last: int, out: tuple[TensorView, TensorView] | None = None) -> tuple[Float32, Float32] | None:
-        """Return tokens `first` to `last` - 1 of all rows as they are stored, dequantized.
+        """Return tokens `first` to `last` - 1 of all rows as they are stored, dequantized and with a rotation undone.
 
         Parameters
         ----------
@@ -233,7 +233,7 @@ class LayerCache(Protocol):
         """
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
-        """Return what is stored of one KV head of one sequence."""
+        """Return what is stored of one KV head of one sequence, dequantized and with a rotation undone."""
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
         """Return the numbers of the cold pages that the last decode read, ascending; None where the recipe selects none."""

@@ -10,6 +10,7 @@ from elastickv.errors import NonFiniteError
 from elastickv.kvcache.attention import Float64
 from elastickv.kvcache.checked_cache import CheckedCache
 from elastickv.kvcache.checks import beyond_largest_key, check_anchor, check_marked, cold_tokens
+from elastickv.kvcache.hadamard import rotated, rotated_head, rotated_tokens
 from elastickv.kvcache.oracle import Oracle
 from elastickv.kvcache.protocol import CacheState, Lengths, StoredHead
 from elastickv.kvcache.quantize import CODECS, stored_values
@@ -71,6 +72,7 @@ class ReferenceCache(CheckedCache):
 
     def _append(self, keys: Float32, values: Float32) -> None:
         exact = self.recipe.exact_dtype(self.dtype)
+        keys, values = rotated_tokens(keys, values, self.recipe)
         for row, length in enumerate(self._lengths):
             self._keys[row, :, length], self._values[row, :, length] = rounded(keys[row], exact), rounded(values[row], exact)
         self._lengths = self._lengths + 1
@@ -124,6 +126,7 @@ class ReferenceCache(CheckedCache):
         sinks = regions(length, recipe.sinks, recipe.window).sinks
         keys = self._keys[row, head, sinks : sinks + cold * PAGE_TOKENS].reshape(cold, PAGE_TOKENS, self.shape.head_dim)
         key_format = str(recipe.key_format)
+        queries = rotated(queries) if recipe.rotates_keys else queries
         _, scales, zeros = CODECS[key_format].quantize_keys(keys)
         scores = self._scorer.score(queries, scale_factor(key_format) * scales.astype(np.float64), zeros)
         return select_pages(scores, selected(cold, self._fractions[head]))
@@ -133,7 +136,10 @@ class ReferenceCache(CheckedCache):
         return self._pages[row, kv_head] if self.recipe.selection == "pages" else None
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
-        """Return what is stored of one KV head of one sequence."""
+        """Return what is stored of one KV head of one sequence, with a rotation undone."""
+        return rotated_head(self._held(row, kv_head), self.recipe)
+
+    def _held(self, row: int, kv_head: int) -> StoredHead:
         length = int(self._lengths[row])
         keys, values = self._keys[row, kv_head, :length], self._values[row, kv_head, :length]
         key_format, value_format = self.recipe.key_format, self.recipe.value_format
@@ -156,7 +162,10 @@ class ReferenceCache(CheckedCache):
         return self._keys.nbytes + self._values.nbytes
 
     def _extend(self, keys: Tensor, values: Tensor, lengths: Lengths) -> None:
-        new_keys, new_values = (to_array(tensor, self.shape.head_dim) for tensor in (keys, values))
+        k, v = (to_array(tensor, self.shape.head_dim) for tensor in (keys, values))
+        self._extend_rotated(*rotated_tokens(k, v, self.recipe), lengths)
+
+    def _extend_rotated(self, new_keys: Float32, new_values: Float32, lengths: Lengths) -> None:
         exact, after = self.recipe.exact_dtype(self.dtype), self._lengths + lengths
         for row, (first, last) in enumerate(zip(self._lengths, after, strict=True)):
             for target, source in ((self._keys, new_keys), (self._values, new_values)):
@@ -165,10 +174,13 @@ class ReferenceCache(CheckedCache):
         self._restart_steps()
 
     def _read(self, first: int, last: int) -> tuple[Float32, Float32]:
+        return rotated_tokens(*self._read_held(first, last), self.recipe)
+
+    def _read_held(self, first: int, last: int) -> tuple[Float32, Float32]:
         rows = (self.shape.batch, self.shape.kv_heads, last - first, self.shape.head_dim)
         keys, values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         for row, head in np.ndindex(rows[:2]):
-            stored, length = self.stored(row, head), int(self._lengths[row])
+            stored, length = self._held(row, head), int(self._lengths[row])
             split = regions(length, self.recipe.sinks, self.recipe.window)
             cold = range(0) if self.recipe.is_dense else range(split.sinks, split.sinks + split.cold, self.recipe.stride)
             exact = np.setdiff1d(np.arange(length), np.arange(split.sinks, split.sinks + split.cold) if len(cold) else [])
@@ -205,7 +217,7 @@ class ReferenceCache(CheckedCache):
 
     def _crop(self, lengths: Lengths) -> None:
         exact = self.recipe.exact_dtype(self.dtype)
-        keys, values = self._read(0, int(self._lengths.max(initial=0)))
+        keys, values = self._read_held(0, int(self._lengths.max(initial=0)))
         for row, pair in enumerate(zip(self._lengths.tolist(), lengths.tolist(), strict=True)):
             old, new = (cold_tokens(self.recipe, length) for length in pair)
             span = slice(self.recipe.sinks + new, self.recipe.sinks + old)
@@ -227,7 +239,8 @@ class ReferenceCache(CheckedCache):
         """Replace the contents by what `state` returned."""
         if state["keys"].shape[2] > self.capacity or state["keys"].shape[:2] != self._keys.shape[:2]:
             raise ValueError(f"the saved tokens of shape {state['keys'].shape} do not fit a cache of {self._keys.shape}")
-        self.prefill(state["keys"], state["values"], state["lengths"])
+        self._overwrite(np.zeros_like(self._lengths))
+        self._extend_rotated(state["keys"], state["values"], self._checked_prompt(state["lengths"], state["keys"].shape[2]))
         self._fractions = state["fractions"].tolist()
 
     def mark(self) -> None:

@@ -17,6 +17,7 @@ from elastickv.inputs import file_path, parse_json, read_text
 
 FORMAT = "elastickv-calibration"
 VERSION = 1
+ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 HeadErrors = tuple[tuple[float, ...], ...]
@@ -38,8 +39,10 @@ class ModelCalibration:
     query_heads, kv_heads, head_dim : of each of these layers.
     text, tokens, queries : the text, its tokens that were read, and the positions that were scored.
     pages : anchor_every -> fraction of the cold pages that is read -> errors.
-    keys : format of K -> errors of storing cold keys in it.
-    values : format of V, int4 and int3 with their group as 'int4/32' -> errors of storing cold values in it.
+    keys : format of K -> errors of storing cold keys in it; 'int4+rotated' of keys that are rotated before, which older files
+        lack.
+    values : format of V, int4 and int3 with their group as 'int4/32' -> errors of storing cold values in it; 'int4/32+rotated'
+        likewise.
     prefix : the special tokens before every window of the text; None in older files, whose windows had none.
     """
 

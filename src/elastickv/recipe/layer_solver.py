@@ -1,7 +1,7 @@
 """Solve for one recipe for each layer by a calibration: the least total error that reads at most 1/C of the dense bytes.
 
-Every layer gets the formats and the selection, and every KV head the share of pages, that minimize error + lambda * bytes;
-lambda is the smallest at which all layers together stay within the budget (Everett 1963).
+Every layer gets the formats, the rotation and the selection, and every KV head the share of pages, that minimize
+error + lambda * bytes; lambda is the smallest at which all layers together stay within the budget (Everett 1963).
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from elastickv.errors import UsageError
 from elastickv.recipe.byte_counts import interval_bytes, stored_ratio
-from elastickv.recipe.calibration import HeadErrors, ModelCalibration
+from elastickv.recipe.calibration import ROTATED, HeadErrors, ModelCalibration
 from elastickv.recipe.formats import unread_formats
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe, has_page_bounds
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
@@ -19,6 +19,7 @@ from elastickv.recipe.solver import check_context, check_ratio, unmet
 _HALVINGS = 44  # of the logarithm of lambda, between these powers of e: to 1e-11 of it
 _STORED_SHARE, _MOST_STORED = 0.75, 3.0
 _LEAST, _MOST = -80.0, 80.0
+_ROTATION_GAIN = 0.9  # share of the error that a rotation may leave: it takes time, and another text changes errors by more
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,13 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class _Option:
-    """One way to store and read a layer: bytes of a head by fraction, errors by layer, head and fraction."""
+    """One way to store and read a layer: bytes of a head by fraction, errors by layer, head and fraction.
+
+    `rotate` is that of the recipe, by layer: it changes errors, and no bytes.
+    """
 
     recipe: Recipe
+    rotate: tuple[str, ...]
     bytes_at: tuple[float, ...]
     errors_at: tuple[HeadErrors, ...]
     fractions: tuple[float, ...]
@@ -127,34 +132,59 @@ def _options(
             f"anchor_every={anchor_every} was not calibrated: choose {', '.join(map(str, sorted(calibration.pages)))}"
         )
     options, unread = [], unread_formats(device)
-    for value, value_errors in calibration.values.items():
+    for value in _plain(calibration.values):
+        value_errors, values_rotated = _least(calibration.values, value)
         name, _, channels = value.partition("/")
         v_group = 0 if int(channels or 0) == head.head_dim else int(channels or 0)
-        for key, key_errors in calibration.keys.items():
+        for key in _plain(calibration.keys):
             if name in unread or key in unread:
                 continue
+            key_errors, keys_rotated = _least(calibration.keys, key)
+            rotate = tuple("k" * k + "v" * v for k, v in zip(keys_rotated, values_rotated, strict=True))
             recipe = Recipe(key, name, value_group=v_group, sinks=sinks, window=window)
             if stored_ratio(recipe, [MAX_CONTEXT], head, dtype) < stored:
                 continue
             rounding = _added(key_errors, value_errors)
-            options.append(_Option(recipe, (interval_bytes(recipe, [context], head, dtype).kv,), (rounding,), (1.0,)))
+            n_bytes = interval_bytes(recipe, [context], head, dtype).kv
+            options.append(_Option(recipe, rotate, (n_bytes,), (rounding,), (1.0,)))
             if not select_pages or not has_page_bounds(key):
                 continue
+            # What a selection loses was measured with unrotated keys. Rotated ones have channels of like ranges, by which pages
+            # are hard to tell apart.
+            rounding, rotate = _added(calibration.keys[key], value_errors), tuple("v" * v for v in values_rotated)
             for steps, curve in calibration.pages.items():
                 if anchor_every in (None, steps):
                     by_pages = replace(recipe, selection="pages", fractions=(1.0,), anchor_every=steps)
-                    options.append(_pages_option(by_pages, curve, rounding, context, head, dtype))
+                    options.append(_pages_option(by_pages, rotate, curve, rounding, context, head, dtype))
     if not options:
         raise UsageError(f"no calibrated format stores cold tokens in 1/{stored:g} of the dense bytes: ask for less")
     return options
 
 
+def _plain(errors: Mapping[str, HeadErrors]) -> list[str]:
+    """Return the names of formats without a rotation."""
+    return [name for name in errors if not name.endswith(ROTATED)]
+
+
+def _least(errors: Mapping[str, HeadErrors], name: str) -> tuple[HeadErrors, tuple[bool, ...]]:
+    """Return the errors of a format, rotated in layers where all heads together gain by it, and in which layers they are."""
+    plain, rotated = errors[name], errors.get(name + ROTATED, errors[name])
+    gains = tuple(sum(r) < _ROTATION_GAIN * sum(p) for p, r in zip(plain, rotated, strict=True))
+    return tuple(r if gain else p for p, r, gain in zip(plain, rotated, gains, strict=True)), gains
+
+
 def _pages_option(
-    recipe: Recipe, curve: Mapping[float, HeadErrors], rounding: HeadErrors, context: int, head: AttentionShape, dtype: str
+    recipe: Recipe,
+    rotate: tuple[str, ...],
+    curve: Mapping[float, HeadErrors],
+    rounding: HeadErrors,
+    context: int,
+    head: AttentionShape,
+    dtype: str,
 ) -> _Option:
     fractions = tuple(sorted(curve, reverse=True))
     read = [interval_bytes(replace(recipe, fractions=(f,)), [context], head, dtype).kv for f in fractions]
-    return _Option(recipe, tuple(read), tuple(_added(curve[f], rounding) for f in fractions), fractions)
+    return _Option(recipe, rotate, tuple(read), tuple(_added(curve[f], rounding) for f in fractions), fractions)
 
 
 def _added(first: HeadErrors, second: HeadErrors) -> HeadErrors:
@@ -174,7 +204,7 @@ def _cheapest(options: Sequence[_Option], layer: int, byte_weight: float) -> _Ch
         return cost, n_bytes, option, points
 
     _, n_bytes, option, points = min(map(weighed, options), key=lambda candidate: candidate[:2])
-    recipe = option.recipe
+    recipe = replace(option.recipe, rotate=option.rotate[layer])
     if recipe.fractions:
         fractions = tuple(option.fractions[i] for i in points)
         recipe = replace(recipe, fractions=fractions[:1] if len(set(fractions)) == 1 else fractions)

@@ -91,11 +91,11 @@ def predicted_loss(recipe: Recipe, head_dim: int) -> float | None:
     """Return the recipe error to expect, root mean square over layers, heads and queries; None where none was measured.
 
     Errors of quantization and of selection are independent, so their squares add up (benchmarks/NOTES.md). The solver
-    never chooses `stride` and `reuse`: they have no prediction.
+    never chooses `stride`, `reuse` and rotations: they have no prediction.
     """
     if recipe.key_format is None or recipe.value_format is None:
         return 0.0
-    if recipe.selection not in ("all", "pages"):
+    if recipe.selection not in ("all", "pages") or recipe.rotate:
         return None
     table = measured()
     rounding = table.of_formats(recipe.key_format, recipe.value_format, recipe.v_group(head_dim))

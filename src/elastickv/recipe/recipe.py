@@ -38,6 +38,8 @@ class Recipe:
     fractions : 'pages': the share of the cold pages that is read, one for all KV heads or one for each.
     sinks, window : exact tokens at the start and at the end.
     scorer : 'pages': the name of the page scorer, a key of `kvcache.scorers.SCORERS`, which the caches look up.
+    rotate : 'k', 'v' or 'kv': K, V or both are stored after an orthonormal Hadamard rotation of their heads
+        (`kvcache.hadamard`); '' for neither.
     """
 
     # `recipe.solver`, which makes recipes and therefore imports this module, puts its `for_ratio` here.
@@ -54,6 +56,7 @@ class Recipe:
     sinks: int = DEFAULT_SINKS
     window: int = DEFAULT_WINDOW
     scorer: str = DEFAULT_SCORER
+    rotate: str = ""
 
     def __post_init__(self) -> None:
         for name in (self.key_format, self.value_format):
@@ -70,8 +73,9 @@ class Recipe:
             self.sinks,
             self.window,
             self.scorer,
+            self.rotate,
         )
-        if self.is_dense and (self.value_format is not None or rest != ("all", 1, 1, 1.0, (), 0, 0, DEFAULT_SCORER)):
+        if self.is_dense and (self.value_format is not None or rest != ("all", 1, 1, 1.0, (), 0, 0, DEFAULT_SCORER, "")):
             raise UsageError("'dense' keeps and reads everything: it takes no other term")
         # 1, 1.0 and NumPy's 1.0 are equal: text and hash must be too.
         object.__setattr__(self, "decay", float(self.decay))
@@ -93,6 +97,7 @@ class Recipe:
         self._check_formats()
         self._check_fractions()
         self._check_scorer()
+        self._check_rotation()
 
     def _check_formats(self) -> None:
         k, v = self.key_format, self.value_format
@@ -125,6 +130,14 @@ class Recipe:
             raise UsageError(f"scorer={self.scorer} is no name of a page scorer: write scorer={DEFAULT_SCORER}")
         if self.scorer != DEFAULT_SCORER and self.selection != "pages":
             raise UsageError(f"scorer={self.scorer} does not combine with {self.selection!r}: only with 'pages'")
+
+    def _check_rotation(self) -> None:
+        if self.rotate not in ("", "k", "v", "kv"):
+            raise UsageError(f"rotate={self.rotate} is no choice of tensors: write rotate=k, rotate=v or rotate=kv")
+        stored = (("k", "keys", self.key_format), ("v", "values", self.value_format))
+        for letter, tensor, name in stored:
+            if letter in self.rotate and name is not None and FORMATS[name].is_float:
+                raise UsageError(f"rotate={self.rotate} does not combine with {tensor} in {name}: only with quantized ones")
 
     def _check_fractions(self) -> None:
         if (self.selection == "pages") != bool(self.fractions):
@@ -164,6 +177,16 @@ class Recipe:
         return self.value_group or head_dim
 
     @property
+    def rotates_keys(self) -> bool:
+        """Whether K is stored rotated, so that queries are rotated too."""
+        return "k" in self.rotate
+
+    @property
+    def rotates_values(self) -> bool:
+        """Whether V is stored rotated, so that outputs are rotated back."""
+        return "v" in self.rotate
+
+    @property
     def is_dense(self) -> bool:
         """Whether every token is stored in the model's own dtype and read at every step."""
         return self.key_format is None
@@ -182,6 +205,8 @@ class Recipe:
             fields += f";fractions={':'.join(map(repr, self.fractions))}"
         if self.scorer != DEFAULT_SCORER:
             fields += f";scorer={self.scorer}"
+        if self.rotate:
+            fields += f";rotate={self.rotate}"
         return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
     def steps_since_refresh(self, step: int, anchor_offset: int = 0) -> int:
@@ -236,6 +261,8 @@ class Recipe:
         terms = [self.formats]
         if self.value_group:
             terms.append(f"vgroup={self.value_group}")
+        if self.rotate:
+            terms.append(f"rotate={self.rotate}")
         if self.selection == "pages":
             terms.append(f"pages={':'.join(map(_shortest, self.fractions))}")
             if self.anchor_every != 1:
@@ -330,7 +357,7 @@ def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | N
             put(name, _whole(name, raw))
         elif equals and name == "vgroup":
             put("value_group", _whole(name, raw))
-        elif equals and name == "scorer":
+        elif (equals and name == "scorer") or (raw and name == "rotate"):
             put(name, raw)
         elif equals and name == "decay":
             put(name, _number(name, raw))
@@ -354,7 +381,8 @@ def has_page_bounds(key_format: str | None) -> bool:
 def _help() -> str:
     return (
         f"a recipe is 'dense' or terms joined by commas: a format ({', '.join(cold_formats())}) or k=FORMAT,v=FORMAT, "
-        "'vgroup=N' (channels of V to an int4 or int3 scale), 'pages[=FRACTION][,anchor_every=N][,scorer=NAME]', "
+        "'vgroup=N' (channels of V to an int4 or int3 scale), 'rotate=k', 'rotate=v' or 'rotate=kv', "
+        "'pages[=FRACTION][,anchor_every=N][,scorer=NAME]', "
         "'stride[=N]' or 'reuse[,anchor_every=N][,decay=D]', 'sinks=N', 'window=N'; for example int4,pages=1/4,anchor_every=4"
     )
 

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from elastickv.recipe import AttentionShape
 from elastickv.vllm.bad_tokens import BadTokens
-from elastickv.vllm.block_attention import BlockAttention, LayerStep
+from elastickv.vllm.block_attention import BlockAttention, HeadRotation, LayerStep
 from elastickv.vllm.model_setup import ModelSetup
 from elastickv.vllm.startup_checks import Device, LayerArguments, check
 from elastickv.vllm.step_metadata import PageMetadata
@@ -64,6 +64,7 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         self._setup = ModelSetup.joined(self, config, kv_cache_dtype)
         self._shape = AttentionShape(1, num_heads, self.num_kv_heads, head_size)
         self._attention: BlockAttention | None = None
+        self._rotation: HeadRotation | None = None
         self._window: WindowCache | None = None
 
     @property
@@ -86,7 +87,10 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         if setup.of_drafter(name):
             setup.bad_tokens.add_drafter(name)
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
-        self._attention = setup.attention(self._shape, act_dtype, recipe, self.scale)
+        # The kernels get what is rotated already.
+        self._attention = setup.attention(self._shape, act_dtype, replace(recipe, rotate=""), self.scale)
+        if recipe.rotate:
+            self._rotation = HeadRotation(recipe, self.head_size, act_dtype, current_platform.device_type)
         self._window = setup.add_window(name, self._shape, act_dtype, recipe, self._attention)
         self._name, self._window_name, self._last = name, self._window.name, setup.is_last(name)
 
@@ -107,6 +111,8 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         assert self._window is not None
         assert output_scale is None, "no fused quantization of the output is offered"
         bad = self.bad_tokens.word(self._name)
+        if self._rotation is not None:
+            query, key, value = self._rotation.rotate(query, key, value)
         if attn_metadata is None:  # vLLM measures memory
             self._attention.reserve(len(key))
             return output.fill_(0)
@@ -119,6 +125,8 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
             self._attention.decode(step, query[:decoded], output[:decoded])
         if decoded < tokens:
             self._attention.prefill(step, query[decoded:tokens], output[decoded:tokens])
+        if self._rotation is not None:
+            self._rotation.rotate_back(output)
         if self._last:
             self._attention.fail(step, self.bad_tokens, self.bad_tokens.layers_up_to(self._name), output)
         return output

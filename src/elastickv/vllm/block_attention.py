@@ -1,10 +1,13 @@
-"""What a layer's kernels do in a step: the interface that CUDA and the CPU share."""
+"""What a layer's kernels do in a step: the interface that CUDA and the CPU share, and the rotation around it."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from elastickv.kvcache.hadamard import rotated, rotated_block
+from elastickv.recipe import Recipe
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.step_metadata import PageMetadata, WindowMetadata
 
@@ -79,3 +82,34 @@ class BlockAttention(Protocol):
 
     def reserve(self, tokens: int) -> None:
         """Allocate what a step of `tokens` tokens needs, while vLLM measures how much memory is left for its caches."""
+
+
+class HeadRotation:
+    """Rotates a step's heads as a recipe stores them, and its outputs back: all that a kernel sees is rotated.
+
+    Parameters
+    ----------
+    head_dim : channels of a head.
+    dtype, device : of the step's tensors; the rotation is a product of matrices in them.
+    """
+
+    def __init__(self, recipe: Recipe, head_dim: int, dtype: torch.dtype, device: str) -> None:
+        self._keys, self._values = recipe.rotates_keys, recipe.rotates_values
+        self._block = rotated_block(head_dim)
+        self._matrix = torch.from_numpy(rotated(np.eye(self._block, dtype=np.float32))).to(device, dtype)
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return a step's queries, keys and values, (tokens, heads, head_dim) each, as the kernels take them."""
+        if self._keys:
+            query, key = self._rotated(query), self._rotated(key)
+        return query, key, self._rotated(value) if self._values else value
+
+    def rotate_back(self, output: torch.Tensor) -> None:
+        """Turn outputs, (tokens, heads, head_dim), into those of unrotated values, in place."""
+        if self._values:
+            output.copy_(self._rotated(output))
+
+    def _rotated(self, rows: torch.Tensor) -> torch.Tensor:
+        return (rows.unflatten(-1, (-1, self._block)) @ self._matrix).flatten(-2)

@@ -42,6 +42,7 @@ class RecordingDevice:
         self.arch, self.multiprocessors, self.free_bytes = arch, multiprocessors, 60 << 30
         self.stream = SimpleNamespace(sync=lambda: None, handle=0)
         self.launches, self._next, self.ordered = [], 1 << 32, False
+        self.variants = []  # of all launches
 
     def allocate(self, n_bytes, fill=None):
         memory = Memory(self._next, max(n_bytes, 16))
@@ -70,6 +71,7 @@ class RecordingDevice:
         return 1 << 20
 
     def launch(self, variant, name, grid, arguments):
+        self.variants.append(variant)
         packed = tuple((type(argument), argument.value) for argument in arguments)
         self.launches.append(Launch(variant.source, name, grid, variant.threads, variant.shared_bytes, packed, self.ordered))
 

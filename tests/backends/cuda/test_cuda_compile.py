@@ -45,6 +45,10 @@ def each_source():
         yield decode_variant(128, 4, "bf16", paged, arch, "simt")
         yield decode_variant(128, 4, "bf16", paged, arch).storing()
         yield decode_variant(128, 4, "bf16", paged, arch).editing()
+        yield decode_variant(128, 4, "bf16", paged, arch).rotating()
+        if arch in ("61", "90"):
+            yield decode_variant(128, 4, "bf16", paged, arch).storing("kv")
+            yield decode_variant(80, 4, "bf16", paged, arch).editing("kv")
         yield decode_variant(128, 4, "bf16", paged, arch).selecting()
         per_channel = Recipe.parse("k=int8_per_channel,v=int8")
         yield decode_variant(128, 4, "bf16", per_channel, arch, "simt")
@@ -160,7 +164,7 @@ def test_nothing_spills_from_sm_80_on(compiled):
 def test_every_architecture_has_every_source(compiled):
     built = {(v.arch, v.source) for v in compiled}
     for arch in SUPPORTED:
-        everywhere = ("decode_simt", "decode_pages_simt", "append", "select", "ceilings")
+        everywhere = ("decode_simt", "decode_pages_simt", "append", "edit", "rotate", "select", "ceilings")
         for source in (
             *everywhere,
             *(("decode_mma", "decode_split", "decode_pages", "decode_blocks", "store_blocks") if int(arch) >= 80 else ()),

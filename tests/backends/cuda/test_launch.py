@@ -49,6 +49,7 @@ def variants():
     tensor_cores = decode_variant(128, 4, "bf16", rows, ARCH, "mma")
     paged = decode_variant(128, 4, "bf16", pages, ARCH)
     yield from (paged, paged.fixed(), paged.storing(), paged.editing(), paged.selecting())
+    yield from (paged.storing("kv"), paged.editing("kv"), paged.rotating())
     serving = blocks_variant(128, 4, "bf16", Recipe.parse("int4"), ARCH)
     yield from (serving, serving.storing_blocks())
     yield from (tensor_cores, tensor_cores.storing(), tensor_cores.editing(), split_variant(tensor_cores, 4, Split(8, True)))
@@ -263,6 +264,50 @@ def test_lengths_that_differ_decode_with_partial_results_of_shared_work(device):
     values = single(device.take(), "decode").values
     assert (values["partial"], values["partial_ml"]) == (cache._scratch.partial.pointer, cache._scratch.partial_ml.pointer)
     assert (values["output"], values["lse"]) == (cache.storage.outputs.pointer, cache.storage.lse.pointer)
+
+
+def test_rotated_tensors_are_stored_read_and_cropped_by_kernels_that_rotate_and_outputs_are_rotated_back(device):
+    programs = {}
+    for rotate in ("", "k", "v", "kv"):
+        text = "int4,pages=1/4,sinks=3,window=40" + f",rotate={rotate}" * bool(rotate)
+        cache = CudaBackend().cache(SHAPE, 900, "bf16", Recipe.parse(text))
+        cache.prefill(*np.zeros((2, 3, 2, 300, 80), np.float32), np.full(3, 300))
+        cache.append(*np.zeros((2, 3, 2, 80), np.float32))
+        cache.decode(np.zeros((3, 10, 80), np.float32))
+        cache.read(0, 200)
+        cache.crop(np.full(3, 200))
+        recorded = device.take()
+        programs[rotate] = [each.kernel for each in recorded]
+        wanted = {} if not rotate else {"ROTATED": {"k": 1, "v": 2, "kv": 3}[rotate]}
+        built = [variant for variant in device.variants if variant.source in ("append", "edit")]
+        assert built and all({n: v for n, v in variant.macros if n == "ROTATED"} == wanted for variant in built)
+        assert all("ROTATED" not in dict(variant.macros) for variant in device.variants if variant not in built)
+        device.variants.clear()
+        decode = single(recorded, "decode")
+        if "v" in rotate:
+            back, s = single(recorded, "rotate_rows"), cache.storage
+            assert recorded.index(back) == recorded.index(decode) + 1
+            assert decode.values["output"] == s.outputs.pointer and decode.values["output_type"] == TYPES["fp32"]
+            assert back.values == {
+                **{"source": s.outputs.pointer, "output": s.outputs.pointer, "rows": 30, "output_type": TYPES["fp32"]},
+            }
+            assert back.grid == (4,)
+    assert programs["k"] == programs[""] and programs["kv"] == programs["v"]
+
+
+def test_an_output_of_16_bit_is_rotated_back_from_float32(device):
+    cache = CudaBackend().cache(SHAPE, 900, "bf16", Recipe.parse("int8,rotate=v"))
+    cache.fill_random(np.full(3, 700), 5)
+    device.take()
+    tokens = [TensorView(n << 20, "bf16", (3, 2, 80), (160, 80, 1)) for n in (1, 2)]
+    queries = TensorView(3 << 20, "bf16", (3, 10, 80), (800, 80, 1))
+    outputs, lse = TensorView(4 << 20, "fp16", (3, 10, 80), (800, 80, 1)), TensorView(5 << 20, "fp32", (3, 10), (10, 1))
+    cache.enqueue_step(*tokens, queries, 1.0, outputs, lse)
+    append, decode, back = device.take()
+    assert [each.kernel for each in (append, decode, back)] == ["append_rows", "decode", "rotate_rows"]
+    scratch = cache.storage.outputs.pointer
+    assert (decode.values["output"], decode.values["output_type"], decode.values["lse"]) == (scratch, TYPES["fp32"], 5 << 20)
+    assert (back.values["source"], back.values["output"], back.values["output_type"]) == (scratch, 4 << 20, TYPES["fp16"])
 
 
 def test_a_token_without_a_decode_and_one_of_the_previous_layer_are_appended(device):

@@ -11,6 +11,7 @@ from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, NO_ANCHOR, STATE_W
 from elastickv.errors import NonFiniteError
 from elastickv.kvcache.attention import Float64
 from elastickv.kvcache.checks import beyond_largest_key, check_anchor, check_marked, check_room, check_shape
+from elastickv.kvcache.hadamard import rotated_head
 from elastickv.kvcache.protocol import Lengths, StoredHead
 from elastickv.kvcache.scorers import scorer_of
 from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView, to_array, write_array
@@ -192,7 +193,7 @@ class CpuCache(CpuEditing):
             self._state[...] = before
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
-        """Return what is stored of one KV head of one sequence, dequantized."""
+        """Return what is stored of one KV head of one sequence, dequantized and with a rotation undone."""
         length = int(self._state[row, kv_head, State.LENGTH])
         split = regions(length, self.recipe.sinks, self.recipe.window)
         cold = 0 if self.recipe.is_dense else split.cold
@@ -205,7 +206,8 @@ class CpuCache(CpuEditing):
         exact = self.recipe.exact_dtype(self.dtype)
         formats = (self.recipe.key_format or exact, self.recipe.value_format or exact)
         cold_keys, cold_values = self._rows("cold", head, formats, self.recipe.v_group(self.shape.head_dim), cold_rows)
-        return StoredHead(cold_keys, cold_values, *self._rows("exact", head, (exact, exact), self.shape.head_dim, exact_rows))
+        exact_keys, exact_values = self._rows("exact", head, (exact, exact), self.shape.head_dim, exact_rows)
+        return rotated_head(StoredHead(cold_keys, cold_values, exact_keys, exact_values), self.recipe)
 
     def _rows(
         self, section: str, head: int, formats: tuple[str, str], group: int, rows: NDArray[np.int64]

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.elements import cold_tokens, steps_since_refresh_at
+from elastickv.backends.cpu.elements import cold_tokens, rotate, steps_since_refresh_at
 from elastickv.backends.cpu.intrinsics import (
     atomic_add,
     double_from_bits,
@@ -37,6 +37,7 @@ BOUNDS_BASE, BOUNDS_HEAD_BYTES = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES)
 EXACT_FORMAT, EXACT_BASE, EXACT_PAGE_BYTES = int(_F.EXACT_FORMAT), int(_F.EXACT_BASE), int(_F.EXACT_PAGE_BYTES)
 EXACT_HEAD_BYTES, EXACT_SPLITS = int(_F.EXACT_HEAD_BYTES), int(_F.EXACT_SPLITS)
 SINK_PAGES, RING_PAGES, STATE_BASE = int(_F.SINK_PAGES), int(_F.RING_PAGES), int(_F.STATE_BASE)
+VALUE_ROTATION = int(_F.VALUE_ROTATION)
 PARTIAL_BASE, REUSED_BASE = int(_F.PARTIAL_BASE), int(_F.REUSED_BASE)
 PAGE_KERNEL, LOG2_DECAY = int(_F.PAGE_KERNEL), int(_F.LOG2_DECAY)
 LENGTH, STEP, ANCHOR_STEP, PENDING = 8 * int(_S.LENGTH), 8 * int(_S.STEP), 8 * int(_S.ANCHOR_STEP), 8 * int(_S.PENDING)
@@ -146,6 +147,7 @@ def _merge(c, head, out, lse):  # type: ignore[no-untyped-def]
                 store_f32(target + 4 * d, ZERO)
         else:
             scale_into(target, target, dim, ONE / total)
+            rotate(target, dim, c[VALUE_ROTATION])
         store_f32(lse + 4 * g, (top + np.log2(total)) * LN_2)
     if c[IS_REUSE] and steps_since_refresh == 0:
         store_i64(state + ANCHOR_STEP, step)

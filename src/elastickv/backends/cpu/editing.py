@@ -11,6 +11,7 @@ from elastickv.backends.cpu import readback, steps, threads
 from elastickv.backends.cpu.layout import NO_ANCHOR, STATE_WORDS, BufferField, BufferLayout, State
 from elastickv.kvcache.checked_cache import CheckedCache
 from elastickv.kvcache.checks import check_fractions, check_lists, cold_tokens
+from elastickv.kvcache.hadamard import rotated_tokens
 from elastickv.kvcache.protocol import CacheState, Lengths
 from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView, write_array
 from elastickv.recipe import PAGE_TOKENS, regions
@@ -59,6 +60,9 @@ class CpuEditing(CheckedCache):
         self._state[..., State.ANCHOR_STEP] = NO_ANCHOR
 
     def _read(self, first: int, last: int) -> tuple[Float32, Float32]:
+        return rotated_tokens(*self._read_held(first, last), self.recipe)
+
+    def _read_held(self, first: int, last: int) -> tuple[Float32, Float32]:
         rows = (self.shape.batch, self.shape.kv_heads, last - first, self.shape.head_dim)
         keys, values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         counters = np.zeros(steps.TICKET_WORDS, np.int64)
@@ -111,7 +115,7 @@ class CpuEditing(CheckedCache):
         first = recipe.sinks + min((new for old, new in cold if old > new), default=0)
         last = recipe.sinks + max((old for old, new in cold if old > new), default=0)
         if last > first:
-            keys, values = self._read(first, last)
+            keys, values = self._read_held(first, last)
             for row, (old, new) in enumerate(cold):
                 span = slice(recipe.sinks + new - first, min(recipe.sinks + old, int(after[row])) - first)
                 if old > new and span.stop > span.start:

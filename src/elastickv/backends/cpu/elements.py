@@ -1,5 +1,7 @@
 """Elements of a page: their offsets (see `layout`), and rounding to 16 and 8 bits."""
 
+import math
+
 import numpy as np
 
 from elastickv.backends.cpu import layout
@@ -44,6 +46,23 @@ SUBNORMAL_MAGIC = np.float32(0.5)
 TWO_112 = np.float32(2.0**112)
 HALF_MAX, BF16_MAX, FP32_MAX = (np.float32(LARGEST[name]) for name in ("fp16", "bf16", "fp32"))
 E4M3_MAX, E4M3_LEAST_NORMAL, E4M3_STEPS = np.float32(np.nanmax(E4M3_VALUES)), np.float32(2.0**-6), np.float32(512)
+
+
+@inlined
+def rotate(row, dim, block):  # type: ignore[no-untyped-def]
+    """Rotate a float32 row in place, as `kvcache.hadamard.rotated` does; `block` 0 leaves it."""
+    step = 1
+    while step < block:
+        for start in range(0, dim, 2 * step):
+            for d in range(start, start + step):
+                first, second = load_f32(row + 4 * d), load_f32(row + 4 * (d + step))
+                store_f32(row + 4 * d, first + second)
+                store_f32(row + 4 * (d + step), first - second)
+        step *= 2
+    if block > 0:
+        scale = np.float32(1 / math.sqrt(block))
+        for d in range(dim):
+            store_f32(row + 4 * d, load_f32(row + 4 * d) * scale)
 
 
 @inlined

@@ -28,6 +28,7 @@ from enum import IntEnum
 
 from elastickv.backends.cpu.intrinsics import BLOCK, COLUMNS, FORMAT_CODES, LANES
 from elastickv.errors import UsageError
+from elastickv.kvcache.hadamard import rotated_block
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.formats import ScaleLayout
 from elastickv.recipe.regions import retained_tokens, selected
@@ -100,6 +101,9 @@ class BufferField(IntEnum):
     QUANTIZE_KEYS = 47  # addresses of the quantizers of K and V, filled in by the cache
     QUANTIZE_VALUES = 48
     BOUNDS_PAGE_BYTES = 49  # from the scales of one page's channels to those of the next
+    KEY_ROTATION = 50  # channels of K that are rotated together; 0: it is stored as it is
+    VALUE_ROTATION = 51
+    ROTATED_BASE = 52  # a key and a value for each (sequence, KV head), float32: a token that is appended
 
 
 class State(IntEnum):
@@ -221,6 +225,7 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
         "fractions": shape.kv_heads * 8 if pages else 0,
         "work": threads * work,
         "counters": COUNTER_BYTES,
+        "rotated": 2 * heads * dim * 4 if recipe.rotate else 0,
         "step_keys": heads * dim * 4,
         "step_values": heads * dim * 4,
         "step_queries": heads * shape.group * dim * 4,
@@ -269,6 +274,9 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
         BufferField.BOUNDS_BASE: at["bounds"],
         BufferField.BOUNDS_HEAD_BYTES: bounds_head,
         BufferField.BOUNDS_PAGE_BYTES: 4 * dim,
+        BufferField.KEY_ROTATION: rotated_block(dim) if recipe.rotates_keys else 0,
+        BufferField.VALUE_ROTATION: rotated_block(dim) if recipe.rotates_values else 0,
+        BufferField.ROTATED_BASE: at["rotated"],
         BufferField.IS_PAGES: int(pages),
         BufferField.LISTS_BASE: at["lists"],
         BufferField.LISTS_HEAD_BYTES: lists_head,

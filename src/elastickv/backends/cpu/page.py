@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.elements import plane_bytes, scale_bytes, scale_group
+from elastickv.backends.cpu.elements import plane_bytes, rotate, scale_bytes, scale_group
 from elastickv.backends.cpu.intrinsics import (
     BLOCK,
     COLUMNS,
@@ -35,6 +35,7 @@ from elastickv.recipe import PAGE_TOKENS
 _F = layout.BufferField
 GROUP, DIM, VALUE_GROUP, PADDED = int(_F.GROUP), int(_F.DIM), int(_F.VALUE_GROUP), int(_F.PADDED)
 COLD_PAGE_BYTES, BOUNDS_PAGE_BYTES, LINE_BYTES = int(_F.COLD_PAGE_BYTES), int(_F.BOUNDS_PAGE_BYTES), layout.LINE_BYTES
+KEY_ROTATION = int(_F.KEY_ROTATION)
 WORK_BASE, WORK_THREAD_BYTES = int(_F.WORK_BASE), int(_F.WORK_THREAD_BYTES)
 EXTRA = layout.PARTIAL_EXTRA
 LOG2_E = np.float32(1 / math.log(2))
@@ -67,13 +68,14 @@ def _zero_bytes(c):  # type: ignore[no-untyped-def]
 
 @inlined
 def prepare(c, thread, q, key):  # type: ignore[no-untyped-def]
-    """Scale a group's queries (float32, and int16 with a scale for int8 keys) and clear the running state."""
+    """Rotate and scale a group's queries (float32, and int16 with a scale for int8 keys) and clear the running state."""
     accumulators, queries, narrow, scales, state, _, zero_sums, _ = _work(c, thread)
     scale = LOG2_E / np.float32(math.sqrt(c[DIM]))
     scale_into(queries, q, c[GROUP] * c[DIM], scale * query_factor(key))
     for g in range(c[GROUP]):
         store_f32(state + 8 * g, NOTHING)
         store_f32(state + 8 * g + 4, ZERO)
+        rotate(queries + g * c[DIM] * 4, c[DIM], c[KEY_ROTATION])
         narrow_query(key, queries + g * c[DIM] * 4, c[DIM], narrow + g * c[DIM] * 2, scales + 4 * g)
     clear(accumulators, c[GROUP] * c[PADDED])
     clear(zero_sums, c[GROUP] * _zero_bytes(c) // 4)

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import carray, cfunc, types
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.elements import RANGE_FACTORS, cold_tokens
+from elastickv.backends.cpu.elements import RANGE_FACTORS, cold_tokens, rotate
 from elastickv.backends.cpu.intrinsics import (
     FLOAT_BYTES,
     I32,
@@ -52,12 +52,13 @@ KV_HEADS, GROUP, DIM, COLD_KEY_FORMAT = int(_F.KV_HEADS), int(_F.GROUP), int(_F.
 BOUNDS_BASE, BOUNDS_HEAD_BYTES, STATE_BASE = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES), int(_F.STATE_BASE)
 LISTS_BASE, LISTS_HEAD_BYTES = int(_F.LISTS_BASE), int(_F.LISTS_HEAD_BYTES)
 SCORES_BASE, SCORES_HEAD_BYTES, SCORE_SPLITS = int(_F.SCORES_BASE), int(_F.SCORES_HEAD_BYTES), int(_F.SCORE_SPLITS)
+PADDED, KEY_ROTATION = int(_F.PADDED), int(_F.KEY_ROTATION)
 WEIGHTS_KERNEL = int(_F.WEIGHTS_KERNEL)
 FRACTIONS_BASE, WORK_BASE, WORK_THREAD_BYTES = int(_F.FRACTIONS_BASE), int(_F.WORK_BASE), int(_F.WORK_THREAD_BYTES)
 LENGTH, STEP, PENDING, LISTED = 8 * int(_S.LENGTH), 8 * int(_S.STEP), 8 * int(_S.PENDING), 8 * int(_S.LISTED)
 ANCHOR_STEP, ANCHOR_PAGES = 8 * int(_S.ANCHOR_STEP), 8 * int(_S.ANCHOR_PAGES)
 STATE_BYTES = 8 * layout.STATE_WORDS
-NOTHING = np.float32(-np.inf)
+NOTHING, ONE = np.float32(-np.inf), np.float32(1)
 LEAST_KEY, GREATEST_KEY = -(1 << 31), (1 << 31) - 1
 MOST_PAGES = WIDTHS[-1]
 
@@ -190,7 +191,14 @@ def score_item(descriptor, item, q, thread):  # type: ignore[no-untyped-def]
     queries = c[WORK_BASE] + thread * c[WORK_THREAD_BYTES]
     page, last = split * share, min(pages, (split + 1) * share)
     if page < last:
-        invoke_4(c[WEIGHTS_KERNEL], q + head * group * dim * 4, group, dim, queries)
+        source = q + head * group * dim * 4
+        if c[KEY_ROTATION] > 0:
+            rotated = queries + group * (c[PADDED] + dim) * 4  # behind the weights of any group
+            scale_into(rotated, source, group * dim, ONE)
+            for g in range(group):
+                rotate(rotated + g * dim * 4, dim, c[KEY_ROTATION])
+            source = rotated
+        invoke_4(c[WEIGHTS_KERNEL], source, group, dim, queries)
         of_scales = queries + dim * 4
         scale_into(of_scales, of_scales, dim, RANGE_FACTORS[c[COLD_KEY_FORMAT]])
     while page < last:

@@ -57,6 +57,8 @@ RECIPES = (
     "k=int4,v=bf16,pages=1/4",
 )
 
+ROTATED = ("int8", "int4")  # rows and pages: the storing kernels of these are also built with a rotation
+
 
 def recipe_for(text: str, head_dim: int) -> Recipe:
     """Return a recipe of `RECIPES`; V stands for the smallest group of V channels that the head allows."""
@@ -69,6 +71,7 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
     for arch, head_dim, group, recipe in itertools.product(architectures, HEAD_DIMS, (1, 2, 4, 8, 16, 32), RECIPES):
         for dtype, kind in itertools.product(DTYPES, ("mma", "simt")):
             parsed = recipe_for(recipe, head_dim)
+            rotated = [recipe_for(text, head_dim) for text in ROTATED]
             if kind == "mma" and (int(arch) < MMA_SINCE or parsed.exact_dtype(dtype) == "fp32"):
                 continue
             variant = decode_variant(head_dim, group, dtype, parsed, arch, kind)
@@ -81,6 +84,7 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
                 variant.fixed(),
                 variant.storing(),
                 variant.editing(),
+                *((variant.storing("kv"), variant.editing("kv"), variant.rotating()) if parsed in rotated else ()),
                 selecting,
                 serving,
                 serving and serving.storing_blocks(),

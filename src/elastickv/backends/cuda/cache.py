@@ -17,6 +17,7 @@ from elastickv.backends.cuda.storage import DeviceLayout, Scratch, Storage
 from elastickv.backends.cuda.tensor_arguments import StagedTokens, query_arguments, token_rows
 from elastickv.backends.feedback import Feedback
 from elastickv.kvcache.checks import check_anchor, check_marked, check_room
+from elastickv.kvcache.hadamard import rotated, rotated_head
 from elastickv.kvcache.protocol import Lengths, StoredHead
 from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
@@ -47,6 +48,7 @@ class CudaCache(CudaEditing):
     ) -> None:
         self._describe(shape, capacity, dtype, recipe, anchor_offset)
         self.stored_recipe, self.variant, self.blocks = stored_recipe, variant, blocks
+        self._storing, self._editing = variant.storing(recipe.rotate), variant.editing(recipe.rotate)
         self._device, self._scratch, self._resized = device, scratch, resized
         self.storage = Storage(device, layout)
         self._store_arguments = StoreArguments.of(self.storage, stored_recipe)
@@ -92,7 +94,7 @@ class CudaCache(CudaEditing):
         for fill in (launch.fill_random, *((launch.fill_pages,) if self.variant.paged else ())):
             fill(
                 self._device,
-                self.variant.storing(),
+                self._storing,
                 int(max(lengths)),
                 store=self._store_arguments,
                 state=self.storage.state,
@@ -119,7 +121,7 @@ class CudaCache(CudaEditing):
         self._device.upload(storage.lengths, self._lengths.astype(np.int32))
         launch.set_state(
             self._device,
-            self.variant.storing(),
+            self._storing,
             state=storage.state,
             lengths=storage.lengths,
             kv_heads=self.shape.kv_heads,
@@ -149,7 +151,7 @@ class CudaCache(CudaEditing):
         storage, shape = self.storage, self.shape
         launch.append_rows(
             self._device,
-            self.variant.storing(),
+            self._storing,
             storage.layout.heads,
             store=self._store_arguments,
             state=storage.state,
@@ -169,7 +171,7 @@ class CudaCache(CudaEditing):
         """Queue the append of the token that `feedback` makes of `outputs`, and write the next `queries`."""
         launch.append(
             self._device,
-            self.variant.storing(),
+            self._storing,
             self.storage.layout.heads,
             store=self._store_arguments,
             state=self.storage.state,
@@ -182,22 +184,29 @@ class CudaCache(CudaEditing):
 
     def _decode(self, queries: Float32) -> tuple[Float32, Float32]:
         dims = (self.shape.batch, self.shape.query_heads, self.shape.head_dim)
-        self._device.upload(self.storage.queries, np.asarray(queries, np.float32))
+        self.upload_queries(self.storage.queries, queries)
         self.launch_decode(self.storage.queries, self.storage.outputs, self.storage.lse)
         outputs = self._device.download(self.storage.outputs, dims, np.float32)
         return outputs, self._device.download(self.storage.lse, dims[:2], np.float32)
 
+    def upload_queries(self, target: DeviceMemory, queries: Float32) -> None:
+        """Copy queries from the host for `launch_decode`, rotated as the keys are."""
+        rows = np.asarray(queries, np.float32)
+        self._device.upload(target, rotated(rows) if self.recipe.rotates_keys else rows)
+
     @property
     def kernels_to_decode(self) -> int:
         """Kernels that a decode launches."""
-        return 2 if self.recipe.selection == "pages" else 1
+        return 1 + (self.recipe.selection == "pages") + self.recipe.rotates_values
 
     def load(self) -> None:
         """Load every kernel of a step, which is not allowed during a capture."""
         self._device.kernel(self._decoding[0], "decode")
-        self._device.kernel(self.variant.storing(), "append")
+        self._device.kernel(self._storing, "append")
         if self.recipe.selection == "pages":
             self._device.kernel(self.variant.selecting(), "select")
+        if self.recipe.rotates_values:
+            self._device.kernel(self.variant.rotating(), "rotate_rows")
 
     def _launch_select(self, queries: DeviceMemory, after_append: bool) -> None:
         layout, device = self.storage.layout, self._device
@@ -215,7 +224,10 @@ class CudaCache(CudaEditing):
         after_append: bool = False,
         output_dtype: str = "fp32",
     ) -> None:
-        """Queue a decode. `after_append`: since the last one, one token was appended and other caches' kernels were queued."""
+        """Queue a decode of queries that are rotated as the keys are; outputs are rotated back.
+
+        `after_append`: since the last one, one token was appended and other caches' kernels were queued.
+        """
         if self.recipe.selection == "pages":
             self._launch_select(queries, after_append)
         variant, blocks = self._decoding
@@ -224,11 +236,20 @@ class CudaCache(CudaEditing):
             variant,
             blocks,
             query=queries,
-            output=outputs,
+            output=self.storage.outputs if self.recipe.rotates_values else outputs,
             lse=lse,
             cache=self._decode_arguments,
-            output_type=TYPES[output_dtype],
+            output_type=TYPES["fp32" if self.recipe.rotates_values else output_dtype],
         )
+        if self.recipe.rotates_values:
+            launch.rotate_rows(
+                self._device,
+                self.variant.rotating(),
+                source=self.storage.outputs,
+                output=outputs,
+                rows=self.shape.batch * self.shape.query_heads,
+                output_type=TYPES[output_dtype],
+            )
 
     def expect_decodes(self, first: int, last: int) -> None:
         """Note that steps `first` to `last` are decoded; RuntimeError if the first reuses what was never computed."""
@@ -257,14 +278,14 @@ class CudaCache(CudaEditing):
         return cast("Self", self._resized(self, batch, capacity))
 
     def stored(self, row: int, kv_head: int) -> StoredHead:
-        """Return the stored tokens of one KV head of one sequence."""
+        """Return the stored tokens of one KV head of one sequence, with a rotation undone."""
         held = self._contents.of(row * self.shape.kv_heads + kv_head, int(self._lengths[row]))
         if self.recipe.is_dense:
             keys, values = (
                 np.concatenate(p) for p in ((held.cold_keys, held.exact_keys), (held.cold_values, held.exact_values))
             )
             return StoredHead(keys[:0], values[:0], keys, values)
-        return held
+        return rotated_head(held, self.recipe)
 
     def pages_read(self, row: int, kv_head: int) -> NDArray[np.int64] | None:
         """Return the numbers of the cold pages that the last decode read; None where the recipe selects none."""

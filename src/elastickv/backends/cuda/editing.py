@@ -45,6 +45,7 @@ class CudaEditing(CheckedCache):
 
     stored_recipe: Recipe
     variant: Variant
+    _editing: Variant
     storage: Storage
     _store_arguments: StoreArguments
     _device: CudaDevice
@@ -97,7 +98,7 @@ class CudaEditing(CheckedCache):
         for extend in (*(() if self.stored_recipe.is_dense else (launch.extend_cold,)), launch.extend_exact):
             extend(
                 device,
-                self.variant.editing(),
+                self._editing,
                 longest,
                 store=self._store_arguments,
                 state=storage.state,
@@ -121,7 +122,7 @@ class CudaEditing(CheckedCache):
     def _read_to(self, first: int, last: int, keys: TensorView, values: TensorView) -> None:
         launch.read_rows(
             self._device,
-            self.variant.editing(),
+            self._editing,
             store=self._store_arguments,
             state=self.storage.state,
             heads=self.storage.layout.heads,
@@ -198,7 +199,7 @@ class CudaEditing(CheckedCache):
         rows = on_device.pointer + table.nbytes
         launch.copy_rows(
             device,
-            self.variant.editing(),
+            self._editing,
             len(table),
             planes=on_device,
             from_rows=rows,
@@ -214,7 +215,7 @@ class CudaEditing(CheckedCache):
         self._device.upload(storage.lengths, after.astype(np.int32))
         launch.crop_rows(
             self._device,
-            self.variant.editing(),
+            self._editing,
             int((before - after).max()),
             store=self._store_arguments,
             state=storage.state,

@@ -13,6 +13,7 @@ from elastickv.recipe.formats import ScaleLayout, round_up
 TYPES = {f.name: f.cuda_dtype for f in FORMATS.values() if f.cuda_dtype is not None}
 _COLD_NONE, _COLD_SAME, _COLD_INT8, _COLD_PAGES = range(4)
 _PAGE_FORMATS = {f.name: f.cuda_id for f in FORMATS.values() if f.cuda_id is not None}
+_ROTATED = {"k": 1, "v": 2, "kv": 3}  # values of the macro ROTATED
 _ONE_QUERY_TILE = (("REUSE", 0), ("QTILES", 1))
 MMA_SINCE = 80
 _WARPS = 8  # of a block of kernels that are compiled for one block size only
@@ -92,18 +93,24 @@ class Variant:
             return None
         return Variant(self.source, self.arch, _macros(dict(self.macros) | {"FIXED": 1}))
 
-    def storing(self) -> "Variant":
-        """Return the variant of the storing kernels for the same cache."""
+    def storing(self, rotate: str = "") -> "Variant":
+        """Return the variant of the storing kernels for the same cache, which rotate what a recipe's `rotate` names."""
         names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE", *(("K_FORMAT", "V_FORMAT", "V_GROUP") if self.paged else ()))
-        return Variant("append", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 8)))
+        rotated = (("ROTATED", _ROTATED[rotate]),) if rotate else ()
+        return Variant("append", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 8), *rotated))
 
     def storing_blocks(self) -> "Variant":
         """Return the variant of the kernels that store and read pages in a serving engine's blocks."""
         return Variant("store_blocks", self.arch, self.storing().macros)
 
-    def editing(self) -> "Variant":
-        """Return the variant of the kernels that serve a model in addition to decode steps."""
-        return Variant("edit", self.arch, self.storing().macros)
+    def editing(self, rotate: str = "") -> "Variant":
+        """Return the variant of the kernels that serve a model in addition to decode steps, with the rotation of `storing`."""
+        return Variant("edit", self.arch, self.storing(rotate).macros)
+
+    def rotating(self) -> "Variant":
+        """Return the variant of the kernel that rotates outputs back."""
+        unread = {"EXACT_TYPE": TYPES["bf16"], "COLD_TYPE": _COLD_NONE}
+        return Variant("rotate", self.arch, _macros({"HEAD_DIM": self["HEAD_DIM"]} | unread | dict(_ONE_QUERY_TILE), WARPS=8))
 
     def selecting(self) -> "Variant":
         """Return the variant of the selecting kernel for the same cache; it reads only the scales of the keys."""

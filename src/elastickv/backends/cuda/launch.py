@@ -164,7 +164,13 @@ def copy_rows(n_planes: int, *, planes: Address, from_rows: Address, to_rows: Ad
     return _COPY_BLOCKS, n_planes, min(heads, _MOST_GRID_Z)
 
 
-# kernels/select.cu and kernels/decode_*.cu
+# kernels/rotate.cu, kernels/select.cu and kernels/decode_*.cu
+
+
+@kernel
+def rotate_rows(*, source: Address, output: Address, rows: I32, output_type: I32) -> Grid:
+    """Rotate float32 rows of a head, and write them as `output_type`, a value of `kernel_selection.TYPES`; in place, too."""
+    return (-(-rows // _WARPS),)
 
 
 @kernel

@@ -132,8 +132,8 @@ def attention_program(
 ) -> CudaProgram:
     """Return a program of `steps` decodes that cycle through `caches`."""
     query_buffers, outputs, lse = _buffers(device, caches)
-    for memory, array in zip(query_buffers, queries, strict=True):
-        device.upload(memory, np.asarray(array, np.float32))
+    for cache, memory, array in zip(caches, query_buffers, queries, strict=True):
+        cache.upload_queries(memory, array)
 
     def queue() -> None:
         for step in range(steps):

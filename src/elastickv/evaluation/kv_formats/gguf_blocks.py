@@ -8,9 +8,10 @@ Walsh-Hadamard matrix over the largest power of 2 that divides K's head, and ove
 from collections.abc import Callable
 
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat, StoredPlane
-from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard, power_of_two
+from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard
 from elastickv.evaluation.kv_formats.rounding_modes import half_away, to_half
 from elastickv.evaluation.prefill import Tensor
+from elastickv.kvcache.hadamard import rotated_block
 
 BLOCK = 32
 _ROTATED = 64
@@ -39,7 +40,7 @@ def _over(blocks: Tensor, scale: Tensor) -> Tensor:
 
 def _rotated(round_trip: Callable[[Tensor], Tensor], of_keys: bool) -> Callable[[Tensor], Tensor]:
     def rotated(x: Tensor) -> Tensor:
-        matrix = hadamard(power_of_two(x.shape[-1]) if of_keys else _ROTATED)
+        matrix = hadamard(rotated_block(x.shape[-1]) if of_keys else _ROTATED)
         return by_blocks(round_trip(by_blocks(x, matrix)), matrix)
 
     return rotated

@@ -12,9 +12,10 @@ from functools import partial
 import torch
 
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat, StoredPlane
-from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard, power_of_two
+from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard
 from elastickv.evaluation.kv_formats.rounding_modes import to_half, uniform_codes
 from elastickv.evaluation.prefill import Tensor
+from elastickv.kvcache.hadamard import rotated_block
 
 TILE = 128
 SINKS = 128
@@ -67,7 +68,7 @@ def _by_row(tiles: Tensor, bits: int, normalized: bool) -> Tensor:
 
 
 def _round_trip(x: Tensor, bits: int, of_keys: bool, normalized: bool) -> Tensor:
-    rotation = hadamard(power_of_two(x.shape[-1]) if normalized else 1)
+    rotation = hadamard(rotated_block(x.shape[-1]) if normalized else 1)
     tiles = by_blocks(x, rotation).unflatten(-2, (-1, TILE))
     rounded = _by_row(tiles.mT, bits, normalized).mT if of_keys else _by_row(tiles, bits, normalized)
     return by_blocks(rounded.flatten(-3, -2), rotation)

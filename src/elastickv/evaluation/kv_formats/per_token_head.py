@@ -8,9 +8,10 @@ largest number of a layer's first tokens to 448.
 from collections.abc import Callable
 
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat, StoredPlane
-from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard, power_of_two, random_signs
+from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard, random_signs
 from elastickv.evaluation.kv_formats.rounding_modes import E4M3_MAX, half_away, to_e4m3
 from elastickv.evaluation.prefill import Tensor
+from elastickv.kvcache.hadamard import rotated_block
 
 _SCALE_BYTES = 4
 _LEAST_SCALE = 1e-6
@@ -38,7 +39,7 @@ def _int4(x: Tensor) -> Tensor:
 
 def _int4_rotated(x: Tensor) -> Tensor:
     """Round after a randomized Hadamard transform: random signs, then Hadamard over the head."""
-    size = power_of_two(x.shape[-1])
+    size = rotated_block(x.shape[-1])
     signs = random_signs(size).to(x).repeat(x.shape[-1] // size)
     return by_blocks(_int4(by_blocks(x * signs, hadamard(size))), hadamard(size)) * signs
 

@@ -5,18 +5,17 @@ An engine rotates the query and the output instead, which gives the same attenti
 
 from functools import cache
 
+import numpy as np
 import torch
 
 from elastickv.evaluation.prefill import Tensor
+from elastickv.kvcache.hadamard import rotated
 
 
 @cache
 def hadamard(size: int) -> Tensor:
     """Return the (size, size) orthonormal, symmetric Walsh-Hadamard matrix (Sylvester); `size` is a power of 2."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
+    return torch.from_numpy(rotated(np.eye(size, dtype=np.float32)))
 
 
 @cache
@@ -39,11 +38,6 @@ def random_rotation(size: int, seed: int = 0) -> Tensor:
 def gaussian(size: int, seed: int = 0) -> Tensor:
     """Return a (size, size) matrix of independent normal numbers."""
     return torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def power_of_two(head_dim: int) -> int:
-    """Return the largest power of 2 that divides a number of channels."""
-    return head_dim & -head_dim
 
 
 def by_blocks(x: Tensor, matrix: Tensor) -> Tensor:

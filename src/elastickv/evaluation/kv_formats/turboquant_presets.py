@@ -9,10 +9,11 @@ quantized, except in hybrids with state-space layers, where vLLM quantizes these
 from functools import partial
 
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat, StoredPlane
-from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard, power_of_two
+from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard
 from elastickv.evaluation.kv_formats.rounding_modes import TINY, half_away, to_e4m3, to_half
 from elastickv.evaluation.kv_formats.turboquant import to_centroids
 from elastickv.evaluation.prefill import Tensor
+from elastickv.kvcache.hadamard import rotated_block
 
 _NORM_BYTES = 2
 _SCALE_AND_ZERO_BYTES = 4
@@ -22,7 +23,7 @@ _OUTER_LAYERS = 2
 
 
 def _keys(x: Tensor, bits: int) -> Tensor:
-    rotation = hadamard(power_of_two(x.shape[-1]))
+    rotation = hadamard(rotated_block(x.shape[-1]))
     norm = x.norm(dim=-1, keepdim=True)
     rounded = to_centroids(by_blocks(x / (norm + _LEAST_SCALE), rotation), bits)
     return to_half(norm) * by_blocks(rounded / rounded.norm(dim=-1, keepdim=True).clamp_min(TINY), rotation)

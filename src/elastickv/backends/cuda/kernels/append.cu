@@ -23,7 +23,7 @@ __device__ __forceinline__ u64 mix(u64 z) {  // SplitMix64 (Steele, Lea, Flood 2
     return z ^ (z >> 31);
 }
 
-// One row of normal numbers (Box-Muller) from a counter: element = f(seed, plane, head, position, dim).
+// One row of normal numbers (Box-Muller) from a counter, as it is to be stored: element = f(seed, plane, head, position, dim).
 __device__ __forceinline__ void random_row(u64 seed, bool value, size_t head, int position, float (&x)[ELEMENTS]) {
     const int lane = threadIdx.x & 31;
     const u64 row = mix(seed * 2 + value) + ((u64)head << 32 | (u32)position) * 256;
@@ -34,6 +34,7 @@ __device__ __forceinline__ void random_row(u64 seed, bool value, size_t head, in
         x[e] = lane + 32 * e < D ? radius * cospif(angle) : 0.f;
         if (e + 1 < ELEMENTS) x[e + 1 < ELEMENTS ? e + 1 : e] = lane + 32 * (e + 1) < D ? radius * sinpif(angle) : 0.f;
     }
+    rotate_token(value, x);
 }
 
 // grid.y: keys, values.
@@ -191,9 +192,11 @@ __device__ __forceinline__ void append_feedback_token(const Store& s, const Feed
         if (job && mapped) load_map(map, from.tables + (mapped = 0));
         apply_map(x, map, job ? from.query_rms : value ? from.value_rms : from.key_rms, rows[warp], y);
         if (!job) {
+            rotate_token(value, y);
             store_exact_token(s, value, head, position, y);
             continue;
         }
+        rotate_query(y);
 #pragma unroll
         for (int i = 0; i < ELEMENTS; i++)
             if (lane + 32 * i < D) from.queries[(head * from.group + query) * D + lane + 32 * i] = y[i];
@@ -275,6 +278,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             const int query = 2 * (job - 1) + value;
             load_row(x, query_rows, batch * query_batch_stride + (kv_head * group + query) * query_head_stride, tokens.type,
                      tokens.dim);
+            rotate_query(x);
 #pragma unroll
             for (int i = 0; i < ELEMENTS; i++)
                 if (lane + 32 * i < D) queries[(head * group + query) * D + lane + 32 * i] = x[i] * query_scale;

@@ -81,8 +81,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     }
 }
 
-// Writes tokens `first` to `last` - 1 as they are stored to (heads, last - first, dim) rows of `type`: zeros where a sequence
-// has ended or a stride has dropped the token. grid.y: keys, values; grid.z: heads.
+// Writes tokens `first` to `last` - 1 as they are stored, a rotation undone, to (heads, last - first, dim) rows of `type`:
+// zeros where a sequence has ended or a stride has dropped the token. grid.y: keys, values; grid.z: heads.
 extern "C" __global__ void __launch_bounds__(256, 1)
     read_rows(STORE_SIGNATURE, const int2* state, int heads, int first, int last, char* keys, char* values, int type, int dim) {
     const Store s = STORE_VALUE;
@@ -118,6 +118,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                     if (number % s.stride == 0) load_cold(x, s, value, head, number / s.stride);
 #endif
                 }
+                rotate_token(value, x);  // back
                 char* to = value ? values : keys;
                 const size_t row = ((size_t)head * (last - first) + position - first) * dim;
 #pragma unroll

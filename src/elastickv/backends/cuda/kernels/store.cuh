@@ -1,11 +1,9 @@
 // Shared by all kernels that store, read back or move tokens: where tokens are stored, and how they are read.
 #pragma once
-#include "common.cuh"
+#include "rotation.cuh"
 #if COLD_TYPE == COLD_PAGES
 #include "format_codecs.cuh"
 #endif
-
-#define ELEMENTS ((D + 31) / 32)  // elements of a row per lane: dim = lane + 32 i
 
 struct Store {
     char *exact_k, *exact_v, *cold_k, *cold_v;
@@ -211,9 +209,11 @@ __device__ __forceinline__ void load_row(float (&x)[ELEMENTS], const char* from,
     }
 }
 
+// Loads a token as it is to be stored but for its rounding: rotated where the recipe says so.
 __device__ __forceinline__ void load_token(float (&x)[ELEMENTS], const TokenRows& g, bool value, int batch, int kv_head,
                                            int token) {
     const size_t row = value ? batch * g.value_batch_stride + kv_head * g.value_head_stride + token * g.value_token_stride
                              : batch * g.key_batch_stride + kv_head * g.key_head_stride + token * g.key_token_stride;
     load_row(x, value ? g.values : g.keys, row, g.type, g.dim);
+    rotate_token(value, x);
 }
