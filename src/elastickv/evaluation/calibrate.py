@@ -10,7 +10,7 @@ from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, layer_errors, smoothing
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.texts import Text, windows
-from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration
+from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration, Smoothing
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS
 from elastickv.transformers.model_loading import Loaded, fingerprint
@@ -52,7 +52,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     rows = windows([text], loaded.tokenizer, width, max(1, min(tokens // width, available // own)))
     positions = _positions(width)
     measured: dict[int, list[LayerErrors]] = {}
-    smooth: dict[int, tuple[tuple[int, ...], ...]] = {}
+    smooth: dict[int, Smoothing] = {}
     total = len(rows) * len(sizes_of(loaded.model).elastic)
     heads: tuple[int, int, int] | None = None
 

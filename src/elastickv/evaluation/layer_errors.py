@@ -15,7 +15,7 @@ from elastickv.evaluation.tensor_codecs import channel_scales, stored_rows
 from elastickv.kvcache.hadamard import rotated_block
 from elastickv.kvcache.quantize import INT4_LEVELS
 from elastickv.kvcache.scorers.bounds import SPAN
-from elastickv.recipe.calibration import MOST_SMOOTHING, ROTATED
+from elastickv.recipe.calibration import MOST_SMOOTHING, ROTATED, Smoothing
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS, selected
@@ -71,7 +71,7 @@ def layer_errors(
     fractions: Sequence[float],
     schedules: Sequence[int],
     run: int,
-    smoothing: Sequence[Sequence[int]] | None = None,
+    smoothing: Smoothing | None = None,
     sinks: int = DEFAULT_SINKS,
     window: int = DEFAULT_WINDOW,
 ) -> LayerErrors:
@@ -108,8 +108,8 @@ def layer_errors(
     return LayerErrors(pages, keys, values)
 
 
-def smoothing(inputs: LayerInputs) -> tuple[tuple[int, ...], ...]:
-    """Return the smoothing of a layer's keys, [KV head][channel] -> n: 2^n is nearest to sqrt(sd(query) / sd(key)).
+def smoothing(inputs: LayerInputs) -> Smoothing:
+    """Return the smoothing of a layer's keys: 2^n is nearest to sqrt(sd(query) / sd(key)).
 
     A rotation spreads the rounding error of K evenly over its channels, so channels that matter more, those of large queries,
     should be larger before, as in SmoothQuant (Xiao et al. 2023, arXiv 2211.10438). sd(query) is the root mean square over the

@@ -24,6 +24,8 @@ FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 HeadErrors = tuple[tuple[float, ...], ...]
 """[layer][KV head] -> error."""
+Smoothing = tuple[tuple[int, ...], ...]
+"""[KV head][channel] -> n, of factors 2^n, of one layer."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class ModelCalibration:
     keys: Mapping[str, HeadErrors]
     values: Mapping[str, HeadErrors]
     prefix: tuple[int, ...] | None = None
-    smoothing: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    smoothing: tuple[Smoothing, ...] | None = None
 
-    def smoothing_of(self, layer: int) -> tuple[tuple[int, ...], ...] | None:
-        """Return the smoothing of one of `layers`, [KV head][channel] -> n, or None for none."""
+    def smoothing_of(self, layer: int) -> Smoothing | None:
+        """Return the smoothing of one of `layers`, or None for none."""
         if self.smoothing is None or layer not in self.layers:
             return None
         return self.smoothing[self.layers.index(layer)]
@@ -138,7 +140,7 @@ class ModelCalibration:
                 raise ValueError("an error that is negative or not finite")
             return table
 
-        def smoothing(rows: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        def smoothing(rows: Any) -> tuple[Smoothing, ...]:
             table = tuple(tuple(tuple(int(n) for n in head) for head in layer) for layer in rows)
             sizes = {(len(layer), *map(len, layer)) for layer in table}
             if len(table) != len(layers) or sizes != {(heads, *[int(record["head_dim"])] * heads)}:

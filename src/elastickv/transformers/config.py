@@ -20,7 +20,7 @@ from elastickv.inputs import file_exists, file_path, parse_json, read_text
 from elastickv.kvcache.key_scales import has_shared_scale, unsuited_loss
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
 from elastickv.recipe.calibration import FORMAT as CALIBRATION_FORMAT
-from elastickv.recipe.calibration import ModelCalibration
+from elastickv.recipe.calibration import ModelCalibration, Smoothing
 from elastickv.recipe.layer_solver import for_ratio_by_layer
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import PER_CHANNEL, check_ratio
@@ -181,7 +181,7 @@ class ElasticConfig:
         by_layer = dict(zip(self.calibration.layers, plan.recipes, strict=True))
         return [by_layer[layer] for layer in self.sizes.elastic]
 
-    def smoothing_of(self, layer: int) -> tuple[tuple[int, ...], ...] | None:
+    def smoothing_of(self, layer: int) -> Smoothing | None:
         """Return the smoothing of a layer's keys, for a recipe that rotates them; None without a calibration that has it."""
         return None if self.calibration is None else self.calibration.smoothing_of(layer)
 
