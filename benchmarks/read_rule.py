@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from elastickv.kvcache.hadamard import rotated
 from elastickv.kvcache.quantize import stored_values
 from elastickv.recipe import Recipe
+from elastickv.recipe.calibration import Smoothing
 from elastickv.recipe.formats import PAGE_TOKENS
 
 IMPLEMENTATION = "elastickv_read_rule"
@@ -33,6 +34,7 @@ class ReadRule:
     sinks : first tokens that are always read exactly; pages begin after them.
     first_page : formats of the first page where they differ from those of the others; 'dense': it is exact.
     page_window : whether all tokens of a page turn old together, when its last one is R tokens old, as in `ElasticCache`.
+    smoothing : of keys that are rotated, [KV head][channel], as a calibration has it; None for none.
     rounded : dtype to which keys and values are rounded before anything else; None: they stay as the model computes them.
     """
 
@@ -41,6 +43,7 @@ class ReadRule:
     sinks: int = 0
     first_page: Recipe | None = None
     page_window: bool = False
+    smoothing: Smoothing | None = None
     rounded: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -58,11 +61,14 @@ class ReadRule:
         for start, end, recipe in parts:
             fmt = recipe.value_format if value else recipe.key_format
             if end > start and fmt is not None:
-                piece = rows[:, start:end].reshape(-1, rows.shape[-1]).float().numpy(force=True)
+                factors = torch.tensor(1.0)
+                if self.smoothing is not None and recipe.rotates_keys and not value:
+                    factors = torch.tensor(self.smoothing).float().exp2()[:, None]
+                piece = (rows[:, start:end] * factors).reshape(-1, rows.shape[-1]).float().numpy(force=True)
                 is_rotated = recipe.rotates_values if value else recipe.rotates_keys
                 stored = stored_values(rotated(piece) if is_rotated else piece, fmt, value, recipe.v_group(rows.shape[-1]))
                 stored = rotated(stored) if is_rotated else stored
-                numbers[:, start:end] = torch.from_numpy(stored).view(rows.shape[0], end - start, -1)
+                numbers[:, start:end] = torch.from_numpy(stored).view(rows.shape[0], end - start, -1) / factors
         return numbers
 
     def first_exact(self, positions: torch.Tensor, window_first: torch.Tensor | None = None) -> torch.Tensor:

@@ -19,19 +19,24 @@ class PlainLlama:
     ----------
     weights : tensors by the names of the model's file.
     recipe : formats of pages; None: all tokens are exact.
-    layers : formats of single layers, by number.
+    layers, smoothing : formats and smoothing of single layers, by number.
     exact_tokens : R.
     rounding : dtype to which queries, keys and values are rounded; the rest is computed in `dtype`.
     """
 
-    def __init__(self, weights, recipe="int4", exact_tokens=64, layers=None, sizes=None, rounding=None, dtype="float64"):
+    def __init__(
+        self, weights, recipe="int4", exact_tokens=64, layers=None, smoothing=None, sizes=None, rounding=None, dtype="float64"
+    ):
         import torch
 
         from benchmarks.read_rule import ReadRule
 
         self.torch, self.sizes = torch, sizes or Sizes()
         formats = [(layers or {}).get(layer, recipe) for layer in range(self.sizes.layers)]
-        self.rules = [ReadRule(Recipe.parse(each or "dense"), exact_tokens) for each in formats]
+        self.rules = [
+            ReadRule(Recipe.parse(each or "dense"), exact_tokens, smoothing=(smoothing or {}).get(layer))
+            for layer, each in enumerate(formats)
+        ]
         self.dtype, self.rounding = getattr(torch, dtype), rounding
         self.weights = {name: tensor.to(self.dtype) for name, tensor in weights.items()}
 

@@ -15,7 +15,7 @@ from elastickv.transformers.cuda_graph import captured
 from elastickv.transformers.cuda_graph import recorder as recorders
 from elastickv.transformers.layer_storage import LayerStorage
 from elastickv.transformers.model_loading import fingerprint
-from elastickv.transformers.tensor_parallel import Ranks
+from elastickv.transformers.placement import Ranks
 from tests.helpers.captured_decode import FakeRecorder
 from tests.helpers.model_matrix import model, padded, prompt
 from tests.helpers.ranks import run_on_ranks, split
@@ -252,3 +252,9 @@ def test_two_gpus_capture_alike(tmp_path):
     assert first["captured"] == first["plain"]
     # One rehearsal while everything is read, and one when the second rank's heads come to read unlike shares.
     assert first["counts"] == [23, 21, None]
+
+
+def test_ranks_share_what_is_of_each_head():
+    of_heads = ((1,), (2,), (3,), (4,))
+    assert [Ranks(number, 2).share_heads(of_heads, 2) for number in (0, 1)] == [((1,), (2,)), ((3,), (4,))]
+    assert Ranks().share_heads(None, 4) is None

@@ -11,8 +11,8 @@ import elastickv.transformers as ekv
 from elastickv.errors import UsageError
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.transformers import layer_storage
-from elastickv.transformers.device_map import layers_on_same_device
 from elastickv.transformers.model_loading import fingerprint
+from elastickv.transformers.placement import layers_on_same_device
 from tests.helpers.model_matrix import CONFIGS, model, padded, prompt
 
 

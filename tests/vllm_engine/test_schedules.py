@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from elastickv.vllm import model_setup
 from tests.helpers.read_rule import follows
+from tests.helpers.served_llama import Sizes
 from tests.helpers.serving_scenarios import NEW_TOKENS, SMALL_POOL, WINDOW, all_equal, all_follow, random_prompts
 
 
@@ -57,20 +58,25 @@ def test_formats_of_layers_follow_the_rule(serve, prompts, rule):
 
 
 def test_rotated_layers_follow_the_rule_of_rotated_pages(serve, prompts, rule, monkeypatch):
-    """A calibration rotates layers; here their recipes are changed where the engine gets them."""
-    rotate = {0: "v", 1: "kv"}
+    """A calibration rotates layers and smooths their keys; here their recipes are changed where the engine gets them."""
+    rotate, sizes = {0: "v", 1: "kv"}, Sizes()
+    head = [tuple((channel * factor) % 5 - 2 for channel in range(sizes.head_dim)) for factor in range(3, 3 + sizes.kv_heads)]
+    smoothing = {0: tuple(head), 1: tuple(head[::-1])}
     solved = model_setup.layer_recipes
 
     def recipes(*arguments):
         return {layer: replace(recipe, rotate=rotate[layer]) for layer, recipe in solved(*arguments).items()}
 
     monkeypatch.setattr(model_setup, "layer_recipes", recipes)
+    monkeypatch.setattr(model_setup, "layer_smoothing", lambda options: smoothing)
     serve.close()
     try:
         answers = serve(max_num_batched_tokens=48).generate(prompts, 40)
     finally:
         serve.close()
-    all_follow(rule("int4", layers={layer: f"int4,rotate={each}" for layer, each in rotate.items()}), answers)
+    layers = {layer: f"int4,rotate={each}" for layer, each in rotate.items()}
+    all_follow(rule("int4", layers=layers, smoothing=smoothing), answers)
+    assert follows(rule("int4", layers=layers), answers[2]) is not None
     assert follows(rule("int4"), answers[2]) is not None
 
 

@@ -12,8 +12,8 @@ LAYER = "model.layers.3.self_attn.attn"
 SHAPE = WindowShape(128, 4736, 8, 128, torch.bfloat16, True)
 
 
-def name(recipe="int4", **changes):
-    return window_name(LAYER, Recipe.parse(recipe), dataclasses.replace(SHAPE, **changes))
+def name(recipe="int4", smoothing=None, **changes):
+    return window_name(LAYER, Recipe.parse(recipe), dataclasses.replace(SHAPE, **changes), smoothing)
 
 
 def test_the_name_is_the_same_in_every_process():
@@ -26,6 +26,9 @@ def test_whatever_changes_the_bytes_changes_the_name(monkeypatch):
         name(),
         name("int8"),
         name("int4,rotate=v"),
+        name("int4,rotate=k"),
+        name("int4,rotate=k", smoothing=((0, 1), (0, 0))),
+        name("int4,rotate=k", smoothing=((0, 0), (0, 1))),
         name("k=int8,v=int4"),
         name("fp8"),
         name("k=int8_per_channel,v=int8"),

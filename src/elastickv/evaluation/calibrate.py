@@ -7,10 +7,10 @@ import torch
 from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
-from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, layer_errors
+from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, layer_errors, smoothing
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.texts import Text, windows
-from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration
+from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration, Smoothing
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS
 from elastickv.transformers.model_loading import Loaded, fingerprint
@@ -52,6 +52,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     rows = windows([text], loaded.tokenizer, width, max(1, min(tokens // width, available // own)))
     positions = _positions(width)
     measured: dict[int, list[LayerErrors]] = {}
+    smooth: dict[int, Smoothing] = {}
     total = len(rows) * len(sizes_of(loaded.model).elastic)
     heads: tuple[int, int, int] | None = None
 
@@ -61,7 +62,9 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
         if heads not in (None, sizes):
             raise UsageError(f"layers of {loaded.name} differ in their heads ({heads} and {sizes}): it cannot be calibrated")
         heads = sizes
-        measured.setdefault(layer, []).append(layer_errors(inputs, FRACTIONS, SCHEDULES, RUN))
+        if layer not in smooth:  # the first window decides
+            smooth[layer] = smoothing(inputs)
+        measured.setdefault(layer, []).append(layer_errors(inputs, FRACTIONS, SCHEDULES, RUN, smooth[layer]))
         if progress is not None:
             progress(sum(map(len, measured.values())), total)
 
@@ -94,6 +97,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
         keys={name: mean(lambda e, name=name: e.keys[name]) for name in sample.keys},  # type: ignore[misc]
         values={name: mean(lambda e, name=name: e.values[name]) for name in sample.values},  # type: ignore[misc]
         prefix=prefix,
+        smoothing=tuple(smooth[layer] for layer in layers),
     )
 
 

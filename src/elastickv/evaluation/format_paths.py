@@ -97,8 +97,7 @@ def _own(subject: Subject, name: str, recipe: Recipe, span: Span) -> DecodePath:
     figures = _figures(subject, counted, end, exact | {"sinks": recipe.sinks, "source": "recipe"})
     figures |= {"recipe_hash": recipe.hash, "recipes": [str(recipe)], "read_ratio": plan.read_ratio}
     figures |= {"step_bytes_read": plan.step_bytes, "expected_error": None}
-    decoding = lambda start, tokens: sessions.elastic(subject.model, plan.recipes, start, tokens)  # noqa: E731
-    return DecodePath(name, decoding, figures)
+    return DecodePath(name, subject.decoding(plan.recipes), figures)
 
 
 def _figures(subject: Subject, counted: _CountedBytes, tokens: int, described: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from elastickv.evaluation.tensor_codecs import channel_scales, stored_rows
 from elastickv.kvcache.hadamard import rotated_block
 from elastickv.kvcache.quantize import INT4_LEVELS
 from elastickv.kvcache.scorers.bounds import SPAN
-from elastickv.recipe.calibration import ROTATED
+from elastickv.recipe.calibration import MOST_SMOOTHING, ROTATED, Smoothing
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS, selected
@@ -71,6 +71,7 @@ def layer_errors(
     fractions: Sequence[float],
     schedules: Sequence[int],
     run: int,
+    smoothing: Smoothing | None = None,
     sinks: int = DEFAULT_SINKS,
     window: int = DEFAULT_WINDOW,
 ) -> LayerErrors:
@@ -81,6 +82,7 @@ def layer_errors(
     fractions : shares of the cold pages.
     schedules : steps from one anchor to the next.
     run : length of the runs of consecutive positions; each run begins with an anchor.
+    smoothing : of keys that are rotated, as `ModelCalibration.smoothing_of` has it.
     """
     kv_heads, _, head_dim = inputs.keys.shape
     pages: dict[int, dict[float, list[float]]] = {steps: {f: [] for f in fractions} for steps in schedules}
@@ -88,7 +90,8 @@ def layer_errors(
     values: dict[str, list[float]] = {name: [] for name in value_formats(head_dim)}
     regions = _QueryRegions(inputs.positions, inputs.keys.shape[1], sinks, window)
     lists = [(steps, fraction) for steps in schedules for fraction in fractions if fraction != 1]
-    stored_keys = {name: regions.stored(inputs.keys, name, False) for name in keys}
+    factors = None if smoothing is None else torch.tensor(smoothing, device=inputs.keys.device).float().exp2()[:, None]
+    stored_keys = {name: regions.stored(inputs.keys, name, False, factors) for name in keys}
     stored_values = [regions.stored(inputs.values, name, True) for name in values]
     for number in range(kv_heads):
         head = _Head(inputs, number, regions)
@@ -103,6 +106,25 @@ def layer_errors(
         for row, error in zip(values.values(), of_formats, strict=True):
             row.append(error)
     return LayerErrors(pages, keys, values)
+
+
+def smoothing(inputs: LayerInputs) -> Smoothing:
+    """Return the smoothing of a layer's keys: 2^n is nearest to sqrt(sd(query) / sd(key)).
+
+    A rotation spreads the rounding error of K evenly over its channels, so channels that matter more, those of large queries,
+    should be larger before, as in SmoothQuant (Xiao et al. 2023, arXiv 2211.10438). sd(query) is the root mean square over the
+    positions and query heads; sd(key) is the standard deviation within pages, because scales of channels are those of a page.
+    The mean n of a head is 0. Powers of 2 change no mantissa.
+    """
+    kv_heads, tokens, head_dim = inputs.keys.shape
+    whole = tokens // PAGE_TOKENS * PAGE_TOKENS
+    paged = inputs.keys[:, :whole].unflatten(1, (-1, PAGE_TOKENS))
+    of_keys = (paged - paged.mean(2, keepdim=True)).square().mean((1, 2))
+    of_queries = inputs.queries.reshape(kv_heads, -1, head_dim).square().mean(1)
+    least = torch.finfo(torch.float32).tiny
+    exponents = (of_queries.clamp_min(least).log2() - of_keys.clamp_min(least).log2()) / 4
+    centered = (exponents - exponents.mean(1, keepdim=True)).round().clamp(-MOST_SMOOTHING, MOST_SMOOTHING)
+    return tuple(tuple(map(int, head)) for head in centered.tolist())
 
 
 class _QueryRegions:
@@ -142,19 +164,21 @@ class _QueryRegions:
             self._counts[fraction] = torch.tensor(counts, device=self._cold.device)
         return self._counts[fraction]
 
-    def stored(self, rows: Tensor, name: str, value: bool) -> Tensor:
+    def stored(self, rows: Tensor, name: str, value: bool, smoothing: Tensor | None = None) -> Tensor:
         """Return (kv_heads, tokens, head_dim) rows with the tokens that are cold for the last query read back from a format.
 
         Parameters
         ----------
         name : as in `ModelCalibration`. Rotated tensors are rounded to 16 bits once more, all tokens, as a cache stores them.
+        smoothing : (kv_heads, 1, head_dim) factors of the channels before a rotation, or None.
         """
         plain, mark, _ = name.partition(ROTATED)
         fmt, _, group = plain.partition("/")
         matrix = hadamard(rotated_block(rows.shape[-1]) if mark else 1)
-        whole = by_blocks(rows, matrix).bfloat16().float() if mark else rows.clone()
+        smooth = smoothing if mark and smoothing is not None else rows.new_ones(())
+        whole = by_blocks(rows * smooth, matrix).bfloat16().float() if mark else rows.clone()
         whole[:, self.cold_tokens] = stored_rows(whole[:, self.cold_tokens], fmt, value, int(group or rows.shape[-1]))
-        return by_blocks(whole, matrix) if mark else whole
+        return by_blocks(whole, matrix) / smooth if mark else whole
 
 
 class _Head:

@@ -70,8 +70,7 @@ def _formats_alone(subject: Subject, solved: RatioRecipes, span: Span) -> Decode
             "source": f"recipes of C={solved.ratio:g}, all pages read",
         },
     }
-    decoding = lambda start, tokens: sessions.elastic(subject.model, alone.recipes, start, tokens)  # noqa: E731
-    return DecodePath(f"C={solved.ratio:g} formats alone", decoding, figures)
+    return DecodePath(f"C={solved.ratio:g} formats alone", subject.decoding(alone.recipes), figures)
 
 
 def _bits(recipe: Recipe, head_dim: int) -> float:

@@ -16,7 +16,7 @@ from elastickv.evaluation.kv_selections.recipe_pages import RecipePages
 from elastickv.evaluation.kv_selections.reference_selection import SelectionPlan
 from elastickv.evaluation.kv_selections.selected_layer import SelectedLayer
 from elastickv.evaluation.prefill import Prefill, Tensor, has_attention_everywhere
-from elastickv.recipe import Recipe
+from elastickv.recipe import ModelCalibration, Recipe
 from elastickv.transformers.attention import IMPLEMENTATION
 from elastickv.transformers.cache import ElasticCache
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
@@ -59,13 +59,19 @@ class _SteppedModel:
 
 
 @contextmanager
-def elastic(model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int) -> Iterator[DecodingSession]:
+def elastic(
+    model: Any, recipes: Sequence[Recipe], start: Prefill, tokens: int, calibration: ModelCalibration | None = None
+) -> Iterator[DecodingSession]:
     """Decode `tokens` tokens with an ElasticCache of one recipe for each layer with full attention; restore the model on exit.
+
+    Rotated keys are smoothed as the calibration says.
 
     These layers start in the state in which `prefill="exact"` leaves them before a prompt's last token: they hold exact keys
     and values, which the first step stores.
     """
-    cache = ElasticCache.for_model(model, recipe=list(recipes), capacity=start.tokens + tokens, prefill="exact")
+    used = calibration if any(recipe.rotates_keys for recipe in recipes) else None
+    capacity = start.tokens + tokens
+    cache = ElasticCache.for_model(model, recipe=list(recipes), calibration=used, capacity=capacity, prefill="exact")
     start.fill(cache.layers, _hold)
     before = model.config._attn_implementation
     try:

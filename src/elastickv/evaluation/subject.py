@@ -8,7 +8,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, plan
 from elastickv.evaluation.scoring import Open
-from elastickv.recipe import AttentionShape, ModelCalibration
+from elastickv.recipe import AttentionShape, ModelCalibration, Recipe
 from elastickv.transformers.model_loading import Loaded, fingerprint
 from elastickv.transformers.model_support import device_kind, sizes_of, text_config
 from elastickv.transformers.torch_dtypes import DTYPE_NAMES
@@ -64,6 +64,10 @@ class Subject:
             "head_dim": self.head_dim,
         }
 
+    def decoding(self, recipes: Sequence[Recipe]) -> Open:
+        """Return what decodes with recipes, one for each layer with full attention."""
+        return lambda start, tokens: sessions.elastic(self.model, recipes, start, tokens, self.calibration)
+
 
 @dataclass(frozen=True)
 class DecodePath:
@@ -98,7 +102,7 @@ def decode_paths(
         except UsageError as error:
             reasons.append(str(error))
             continue
-        paths.append(DecodePath(f"C={ratio:g}", _elastic(subject.model, recipes), _recipe_figures(recipes)))
+        paths.append(DecodePath(f"C={ratio:g}", subject.decoding(recipes.recipes), _recipe_figures(recipes)))
     if stock_quantized:
         sessions.check_quantizable(subject.model)
         quantizer = sessions.quantizer()
@@ -119,7 +123,3 @@ def _recipe_figures(plan: RatioRecipes) -> dict[str, Any]:
         "bytes_stored": plan.stored_bytes,
         "expected_error": plan.expected_error,
     }
-
-
-def _elastic(model: Any, plan: RatioRecipes) -> Open:
-    return lambda start, tokens: sessions.elastic(model, plan.recipes, start, tokens)

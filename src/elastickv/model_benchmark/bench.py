@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from traceback import clear_frames
 from typing import Any
 
@@ -170,12 +171,12 @@ def measure_with_quality(
         raise UsageError(f"`scored`={scored} is out of range: give a whole number from 0 up")
     loaded = _loaded(options, progress)
     result = measure(options, command, progress, loaded)
-    delta, reason = _quality(loaded, options.context, result["caches"][-1], text, scored, progress)
+    delta, reason = _quality(loaded, options, result["caches"][-1], text, scored, progress)
     return result | {"fidelity": None if delta is None else asdict(delta), "fidelity_not_measured": reason}
 
 
 def _quality(
-    loaded: Loaded, context: int, cache: Mapping[str, Any], text: Text, scored: int, progress: Reporter
+    loaded: Loaded, options: ModelBench, cache: Mapping[str, Any], text: Text, scored: int, progress: Reporter
 ) -> tuple[QualityDelta | None, str | None]:
     """Return the quality of a timed elastic cache's recipes at the timed context, or why it is not measured."""
     assert cache["cache"] == ELASTIC
@@ -185,14 +186,15 @@ def _quality(
         return None, "random weights have nothing to lose"
     recipes = [Recipe.parse(recipe) for recipe in cache["recipes"].values()]
     try:
-        rows = windows([text], loaded.tokenizer, context + scored + 1, 1)
+        rows = windows([text], loaded.tokenizer, options.context + scored + 1, 1)
     except UsageError as error:
         return None, str(error)
     release(loaded.model)
     progress.phase("predictions")
-    start = prefill(loaded.model, [rows[0].ids[:-1]], context, scored, progress.progress)
-    scores = score(rows, start, lambda begun, steps: sessions.elastic(loaded.model, recipes, begun, steps), progress.progress)
-    return quality_delta(STOCK, text.name, context, scores), None
+    start = prefill(loaded.model, [rows[0].ids[:-1]], options.context, scored, progress.progress)
+    decoding = partial(sessions.elastic, loaded.model, recipes, calibration=options.wanted.get("calibration"))
+    scores = score(rows, start, decoding, progress.progress)
+    return quality_delta(STOCK, text.name, options.context, scores), None
 
 
 def _tried(make: Callable[[], Generation], name: str, begun: list[Generation], progress: Reporter) -> dict[str, str]:

@@ -17,11 +17,15 @@ from elastickv.inputs import file_path, parse_json, read_text
 
 FORMAT = "elastickv-calibration"
 VERSION = 1
+MOST_SMOOTHING = 12  # 16-bit floats have room for 2^12 times the largest keys that are known
+_LATER = ("prefix", "smoothing")  # which older files lack
 ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 HeadErrors = tuple[tuple[float, ...], ...]
 """[layer][KV head] -> error."""
+Smoothing = tuple[tuple[int, ...], ...]
+"""[KV head][channel] -> n, of factors 2^n, of one layer."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class ModelCalibration:
     values : format of V, int4 and int3 with their group as 'int4/32' -> errors of storing cold values in it; 'int4/32+rotated'
         likewise.
     prefix : the special tokens before every window of the text; None in older files, whose windows had none.
+    smoothing : [layer][KV head][channel] -> n: where K is rotated, its channels are multiplied by 2^n before, and those of the
+        queries by 2^-n. None in older files: all are 0.
     """
 
     model: str
@@ -59,6 +65,13 @@ class ModelCalibration:
     keys: Mapping[str, HeadErrors]
     values: Mapping[str, HeadErrors]
     prefix: tuple[int, ...] | None = None
+    smoothing: tuple[Smoothing, ...] | None = None
+
+    def smoothing_of(self, layer: int) -> Smoothing | None:
+        """Return the smoothing of one of `layers`, or None for none."""
+        if self.smoothing is None or layer not in self.layers:
+            return None
+        return self.smoothing[self.layers.index(layer)]
 
     def check_model(self, fingerprint: str, name: str = "this model") -> None:
         """Refuse to be used with another model.
@@ -75,7 +88,7 @@ class ModelCalibration:
 
     def dumps(self) -> str:
         """Return the file's text."""
-        record = {name: value for name, value in asdict(self).items() if name != "prefix" or value is not None}
+        record = {name: value for name, value in asdict(self).items() if name not in _LATER or value is not None}
         text = json.dumps({"format": FORMAT, "version": VERSION} | record, indent=1)
         # A row of numbers a line.
         return re.sub(r"\[[^][]*\]", lambda row: "[" + ", ".join(row[0][1:-1].replace(",", " ").split()) + "]", text) + "\n"
@@ -128,6 +141,15 @@ class ModelCalibration:
                 raise ValueError("an error that is negative or not finite")
             return table
 
+        def smoothing(rows: Any) -> tuple[Smoothing, ...]:
+            table = tuple(tuple(tuple(int(n) for n in head) for head in layer) for layer in rows)
+            sizes = {(len(layer), *map(len, layer)) for layer in table}
+            if len(table) != len(layers) or sizes != {(heads, *[int(record["head_dim"])] * heads)}:
+                raise ValueError(f"smoothing of {len(layers)} layers of {heads} KV heads is needed, a number a channel")
+            if any(abs(n) > MOST_SMOOTHING for layer in table for head in layer for n in head):
+                raise ValueError(f"smoothing beyond {MOST_SMOOTHING}")
+            return table
+
         pages = {int(r): {float(f): errors(rows) for f, rows in curve.items()} for r, curve in record["pages"].items()}
         if not layers or not pages or any(1.0 not in curve or len(curve) < 2 for curve in pages.values()):
             raise ValueError("errors at fraction 1 and another are needed")
@@ -149,4 +171,5 @@ class ModelCalibration:
             keys={str(name): errors(rows) for name, rows in record["keys"].items()},
             values={str(name): errors(rows) for name, rows in record["values"].items()},
             prefix=None if record.get("prefix") is None else tuple(int(token) for token in record["prefix"]),
+            smoothing=None if record.get("smoothing") is None else smoothing(record["smoothing"]),
         )

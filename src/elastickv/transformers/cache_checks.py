@@ -16,7 +16,7 @@ from elastickv.transformers.attention import EAGER_IMPLEMENTATION, IMPLEMENTATIO
 from elastickv.transformers.cuda_graph.decode_protocol import Recording
 from elastickv.transformers.generation_settings import NO_WEIGHTS
 from elastickv.transformers.model_support import text_config
-from elastickv.transformers.tensor_parallel import ranks_of
+from elastickv.transformers.placement import ranks_of
 from elastickv.transformers.torch_dtypes import dtype_name
 
 NO_GRADIENT = "a cache in 8 or 4 bits has no gradient: run the model under torch.no_grad() or inference_mode()"

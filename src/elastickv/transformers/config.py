@@ -20,7 +20,7 @@ from elastickv.inputs import file_exists, file_path, parse_json, read_text
 from elastickv.kvcache.key_scales import has_shared_scale, unsuited_loss
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
 from elastickv.recipe.calibration import FORMAT as CALIBRATION_FORMAT
-from elastickv.recipe.calibration import ModelCalibration
+from elastickv.recipe.calibration import ModelCalibration, Smoothing
 from elastickv.recipe.layer_solver import for_ratio_by_layer
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import PER_CHANNEL, check_ratio
@@ -54,7 +54,7 @@ class ElasticConfig:
     ratio : C, or None where recipes are given.
     recipe : of all layers, or a text that leaves a number open for the ratio to decide. None: the solver's.
     layers : recipes of single layers, which override all else.
-    calibration : errors of the model's heads, or None.
+    calibration : errors of the model's heads and the smoothing of rotated keys, or None.
     context : the context at which the ratio must be met. None: from the prompt's length on.
     capacity : tokens that a row may have. None: as many as fit.
     prefill : 'stored': later chunks of a prompt read what is stored; 'exact': 16 bit until the prompt ends.
@@ -185,6 +185,10 @@ class ElasticConfig:
         by_layer = dict(zip(self.calibration.layers, plan.recipes, strict=True))
         return [by_layer[layer] for layer in self.sizes.elastic]
 
+    def smoothing_of(self, layer: int) -> Smoothing | None:
+        """Return the smoothing of a layer's keys, for a recipe that rotates them; None without a calibration that has it."""
+        return None if self.calibration is None else self.calibration.smoothing_of(layer)
+
     def warn_uncalibrated(self, model_name: str) -> None:
         """Warn that all heads read the same share, with the expected loss and the command that calibrates."""
         if self.ratio is None or self.recipe is not None or self.calibration is not None or not self.sizes.elastic:
@@ -311,7 +315,8 @@ def config_for(
     if isinstance(chosen, str) and compress is None:
         raise UsageError(f"recipe {chosen!r} leaves a number open: give compress too, or write the number")
     if calibration is not None:
-        _check_calibration(calibration, sizes, compress)
+        rotated = any(isinstance(named, Recipe) and named.rotates_keys for named in (chosen, *single.values()))
+        _check_calibration(calibration, sizes, compress is not None or rotated)
     return ElasticConfig(sizes, compress, chosen, single, calibration, context, capacity, prefill)
 
 
@@ -324,9 +329,11 @@ def outside(*others: str) -> int:
     return level
 
 
-def _check_calibration(calibration: ModelCalibration, sizes: Sizes, compress: float | None) -> None:
-    if compress is None:
-        raise UsageError("a calibration is not a recipe: give compress too, and recipes are solved for it")
+def _check_calibration(calibration: ModelCalibration, sizes: Sizes, used: bool) -> None:
+    if not used:
+        raise UsageError(
+            "a calibration is not a recipe: give compress too, and recipes are solved for it, or a recipe with rotate=k"
+        )
     missing = sorted(set(sizes.elastic) - set(calibration.layers))
     heads = (calibration.query_heads, calibration.kv_heads, calibration.head_dim)
     if missing or heads != (sizes.query_heads, sizes.kv_heads, sizes.head_dim):

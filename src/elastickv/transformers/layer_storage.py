@@ -16,6 +16,7 @@ from elastickv.kvcache import LayerCache, TensorView
 from elastickv.kvcache.protocol import CacheState
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 from elastickv.transformers.cuda_graph.in_flight import wait_for_others
+from elastickv.transformers.key_smoothing import KeySmoothing
 from elastickv.transformers.torch_allocator import TorchAllocator
 from elastickv.transformers.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 
@@ -100,6 +101,7 @@ def new_store(
     head_dim: int,
     device: torch.device,
     anchor_offset: int = 0,
+    smoothing: Sequence[Sequence[int]] | None = None,
 ) -> LayerStorage:
     """Return an empty store.
 
@@ -108,11 +110,13 @@ def new_store(
     shape : of the layer, with the padded head.
     head_dim : the model's own.
     anchor_offset : steps by which the layer's anchors come early.
+    smoothing : of K, if the recipe rotates it, [KV head][channel]; see `ModelCalibration`.
     """
     backend = backends.at(device)
     with _on_current_stream(backend, device):
         cache = backend.cache(shape, capacity, dtype, recipe, anchor_offset)
-        return LayerStorage(backends, backend, cache, head_dim, device)
+        smooth = KeySmoothing(smoothing, device) if smoothing is not None and recipe.rotates_keys else None
+        return LayerStorage(backends, backend, cache, head_dim, device, smooth)
 
 
 def _on_current_stream(backend: Backend, device: torch.device) -> AbstractContextManager[Any]:
@@ -142,8 +146,17 @@ class LayerStorage:
     On a GPU all work is enqueued on PyTorch's current stream.
     """
 
-    def __init__(self, backends: Backends, backend: Backend, cache: LayerCache, head_dim: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        backends: Backends,
+        backend: Backend,
+        cache: LayerCache,
+        head_dim: int,
+        device: torch.device,
+        smoothing: KeySmoothing | None = None,
+    ) -> None:
         self._backends, self._backend, self.head_dim, self._device = backends, backend, head_dim, device
+        self._smoothing = smoothing
         self._replace(cache)
 
     def __del__(self) -> None:
@@ -199,7 +212,7 @@ class LayerStorage:
         """Store a prompt or a further chunk, of row b the first `lengths[b]` tokens; the next decode is an anchor."""
         with self._in_use():
             self._grow(lengths)
-            keys, values = _of_one_dtype(keys, values)
+            keys, values = _of_one_dtype(keys if self._smoothing is None else self._smoothing.keys(keys), values)
             self.cache.extend(_view(keys), _view(values), lengths)
 
     def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,7 +221,7 @@ class LayerStorage:
         keys, values = (torch.empty(shape, dtype=torch.float32, device=self._device) for _ in range(2))
         with self._in_use():
             self.cache.read(first, last, (_view(keys), _view(values)))
-        return keys, values
+        return keys if self._smoothing is None else self._smoothing.stored_keys(keys), values
 
     def prepare_step(self) -> None:
         """Make room for one more token a row, and check that it can be decoded."""
@@ -232,6 +245,8 @@ class LayerStorage:
         outputs : (batch, query_heads, head_dim), float32 or the model's dtype; valid until the next step.
         lse : (batch, query_heads) float32, natural logarithm.
         """
+        if self._smoothing is not None:
+            keys, queries = self._smoothing.keys(keys), self._smoothing.queries(queries)
         token_keys, token_values, queries = _of_one_dtype(keys[:, :, 0], values[:, :, 0], queries)
         inputs = (_view(token_keys), _view(token_values), _view(queries))
         # Backends divide by the root of the padded head.
@@ -285,7 +300,7 @@ class LayerStorage:
         """Return a store of another model cache that shares nothing with this one."""
         with self._in_use():
             cache = self.cache.gather(np.arange(self.cache.shape.batch), self.cache.capacity)
-            return type(self)(backends, self._backend, cache, self.head_dim, self._device)
+            return type(self)(backends, self._backend, cache, self.head_dim, self._device, self._smoothing)
 
     def state(self) -> CacheState:
         """Return copies of all that `load_state` needs."""

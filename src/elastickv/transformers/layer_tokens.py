@@ -17,10 +17,10 @@ from elastickv.transformers.cache_checks import CacheChecks, check_finite
 from elastickv.transformers.cache_report import Ledger
 from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.device_events import now
-from elastickv.transformers.device_map import layers_on_same_device
 from elastickv.transformers.layer_storage import LayerStorage, new_store, padded_head_dim
 from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
 from elastickv.transformers.padding import Padding
+from elastickv.transformers.placement import layers_on_same_device
 from elastickv.transformers.torch_dtypes import TORCH_DTYPES, dtype_name
 
 SAMPLED_ROWS, SAMPLED_PAGES = 2, 4  # of a prompt, by which the format of its keys is judged
@@ -167,7 +167,9 @@ class LayerTokens(CacheLayerMixin):  # type: ignore[misc]
         same_device = layers_on_same_device(self.number, config.sizes.elastic, self._checks.device_map)
         if self.number == same_device[0]:
             check_memory(config.backends.at(device), config, self._checks.ranks, shape, capacity, dtype, same_device)
-        store = new_store(config.backends, shape, capacity, dtype, recipe, head_dim, device, budget.anchor_offset(self.number))
+        smoothing = self._checks.ranks.share_heads(config.smoothing_of(self.number), heads)
+        offset = budget.anchor_offset(self.number)
+        store = new_store(config.backends, shape, capacity, dtype, recipe, head_dim, device, offset, smoothing)
         store.extend(keys, values, lengths)
         self.store, self.held = store, None
         self.raise_non_finite()

@@ -13,7 +13,7 @@ from elastickv.recipe import AttentionShape, for_ratio
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.layer_storage import GIB
-from elastickv.transformers.tensor_parallel import Ranks
+from elastickv.transformers.placement import Ranks
 
 _ROUNDING = 64
 _LEAST_SPARE = 256

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 
 from elastickv.errors import UsageError
 from elastickv.transformers.layer_storage import padded_head_dim
-from elastickv.transformers.tensor_parallel import ranks_of
+from elastickv.transformers.placement import ranks_of
 
 _KEYS = ("k_proj", "qkv_proj", "query_key_value")
 STOCK_LAYERS = (DynamicSlidingWindowLayer, LinearAttentionLayer)

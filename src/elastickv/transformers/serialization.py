@@ -25,13 +25,12 @@ from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import check_context, check_ratio
 from elastickv.transformers.budget import Budget, Reading
 from elastickv.transformers.config import PREFILLS, ElasticConfig
-from elastickv.transformers.device_map import layer_devices
 from elastickv.transformers.layer import ElasticLayer
 from elastickv.transformers.layer_storage import LayerStorage, check_room, new_store
 from elastickv.transformers.model_loading import fingerprint
 from elastickv.transformers.model_support import Sizes, device_kind, sizes_of
 from elastickv.transformers.padding import Padding
-from elastickv.transformers.tensor_parallel import ranks_of
+from elastickv.transformers.placement import layer_devices, ranks_of
 
 FORMAT = "elastickv-cache"
 VERSION = 2
@@ -291,7 +290,7 @@ def _restore_elastic(
         if any(tensors[name].shape != shape or not tensors[name].is_floating_point() for name in ("held_keys", "held_values")):
             raise ValueError(f"its exact tokens are not {shape}")
         held = (tensors["held_keys"].to(device), tensors["held_values"].to(device))
-    store = None if record["store"] is None else _restored_store(config, record["store"], batch, tensors, device)
+    store = None if record["store"] is None else _restored_store(config, layer.number, record["store"], batch, tensors, device)
     if store is not None and (store.lengths != real.sum(axis=1)).any():
         raise ValueError(f"its layer has {store.lengths.tolist()} tokens stored for {real.sum(axis=1).tolist()} positions")
     padding = Padding()
@@ -303,7 +302,12 @@ def _restore_elastic(
 
 
 def _restored_store(
-    config: ElasticConfig, record: dict[str, Any], batch: int, tensors: dict[str, torch.Tensor], device: torch.device
+    config: ElasticConfig,
+    number: int,
+    record: dict[str, Any],
+    batch: int,
+    tensors: dict[str, torch.Tensor],
+    device: torch.device,
 ) -> LayerStorage:
     backend, sizes = config.backends.at(device), config.sizes
     if backend.name != record["backend"]:
@@ -319,7 +323,8 @@ def _restored_store(
     recipe.check_anchor_offset(record["phase"])
     # The file may claim any size: memory is checked before it is allocated.
     check_room(backend, shape, capacity, dtype, recipe)
-    store = new_store(config.backends, shape, capacity, dtype, recipe, sizes.head_dim, device, record["phase"])
+    smoothing = config.smoothing_of(number)
+    store = new_store(config.backends, shape, capacity, dtype, recipe, sizes.head_dim, device, record["phase"], smoothing)
     store.load_state(
         {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("real", "held_keys", "held_values")}
     )

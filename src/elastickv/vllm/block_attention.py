@@ -8,6 +8,7 @@ import torch
 
 from elastickv.kvcache.hadamard import rotated, rotated_block
 from elastickv.recipe import Recipe
+from elastickv.recipe.calibration import Smoothing
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.step_metadata import PageMetadata, WindowMetadata
 
@@ -91,17 +92,28 @@ class HeadRotation:
     ----------
     head_dim : channels of a head.
     dtype, device : of the step's tensors; the rotation is a product of matrices in them.
+    smoothing : of the layer's KV heads, if keys are rotated: keys are multiplied by its powers of 2, and queries divided.
     """
 
-    def __init__(self, recipe: Recipe, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, recipe: Recipe, head_dim: int, dtype: torch.dtype, device: str, smoothing: Smoothing | None = None
+    ) -> None:
         self._keys, self._values = recipe.rotates_keys, recipe.rotates_values
         self._block = rotated_block(head_dim)
         self._matrix = torch.from_numpy(rotated(np.eye(self._block, dtype=np.float32))).to(device, dtype)
+        self._smoothing: tuple[torch.Tensor, torch.Tensor] | None = None
+        if smoothing is not None:
+            exponents = torch.tensor(smoothing, dtype=torch.float32)
+            self._smoothing = exponents.exp2().to(device, dtype), (-exponents).exp2().to(device, dtype)
 
     def rotate(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return a step's queries, keys and values, (tokens, heads, head_dim) each, as the kernels take them."""
+        if self._smoothing is not None:
+            of_keys, of_queries = self._smoothing
+            query = (query.unflatten(1, (len(of_queries), -1)) * of_queries[:, None]).flatten(1, 2)
+            key = key * of_keys
         if self._keys:
             query, key = self._rotated(query), self._rotated(key)
         return query, key, self._rotated(value) if self._values else value

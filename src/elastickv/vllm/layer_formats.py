@@ -8,6 +8,7 @@ from typing import Any
 from elastickv.errors import UsageError
 from elastickv.inputs import decoded, file_path, read_bytes
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, for_ratio_by_layer
+from elastickv.recipe.calibration import Smoothing
 from elastickv.recipe.formats import round_up
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.slab import Slab
@@ -157,6 +158,19 @@ def layer_recipes(
         )
         recipes = dict(zip(calibration.layers, plan.recipes, strict=True))
     return recipes | overridden
+
+
+def layer_smoothing(options: ServingOptions) -> dict[int, Smoothing]:
+    """Return the smoothing of rotated keys by layer number, as the calibration has it; none where there is no calibration.
+
+    Raises
+    ------
+    UsageError : as `read_calibration`.
+    """
+    calibration = read_calibration(options)
+    if calibration is None or calibration.smoothing is None:
+        return {}
+    return dict(zip(calibration.layers, calibration.smoothing, strict=True))
 
 
 def check_fits(

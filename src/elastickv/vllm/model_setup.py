@@ -5,11 +5,13 @@ import weakref
 from typing import Any, ClassVar
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe.calibration import Smoothing
 from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.transformers.torch_dtypes import DTYPE_NAMES
 from elastickv.vllm.bad_tokens import BadTokens, count_nans
@@ -17,7 +19,7 @@ from elastickv.vllm.block_attention import BlockAttention
 from elastickv.vllm.capacity import Capacity, GraphMemory
 from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
 from elastickv.vllm.drafts import draft_layers
-from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, with_calibration_hash
+from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, layer_smoothing, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.stock_windows import share_blocks
 from elastickv.vllm.window_cache import WindowCache, WindowShape, window_name
@@ -51,6 +53,7 @@ class ModelSetup:
         self._members: list[Any] = []
         self._drafter: list[Any] = []
         self._recipes: dict[int, Recipe] = {}
+        self._smoothing: dict[int, Smoothing] = {}
         self._attentions: dict[tuple[Any, ...], BlockAttention] = {}
         self._slab_bytes: dict[int, int] = {}
         self._reported: list[WindowShape] = []
@@ -107,6 +110,7 @@ class ModelSetup:
         """
         if not self._recipes:
             self._recipes = layer_recipes(self.options, self.recipe, self._numbers(), self._served_model(shape, act_dtype))
+            self._smoothing = layer_smoothing(self.options)
         if shape.head_dim not in self._slab_bytes:
             # Of all ranks' layers, and of a drafter's, so that the size is the same on all ranks.
             plan = SlabPlan.of([*self._recipes.values(), *[self.recipe] * draft_layers(self.config)], shape)
@@ -115,6 +119,17 @@ class ModelSetup:
                 _log.info("ElasticKV: %s", plan)
         # A drafter's layers have numbers of their own, or those that follow the model's.
         return self.recipe if self.of_drafter(name) else self._recipes.get(extract_layer_index(name), self.recipe)
+
+    def smoothing_of_layer(self, name: str, recipe: Recipe, kv_heads: int) -> Smoothing | None:
+        """Return the smoothing of this rank's KV heads of a layer; None where the recipe does not rotate keys."""
+        if not recipe.rotates_keys or self.of_drafter(name):
+            return None
+        smoothing = self._smoothing.get(extract_layer_index(name))
+        parallel = self.config.parallel_config
+        # With more ranks than heads, vLLM gives each head to several ranks.
+        first = get_tensor_model_parallel_rank() * self.config.model_config.get_total_num_kv_heads()
+        first //= parallel.tensor_parallel_size
+        return None if smoothing is None else smoothing[first : first + kv_heads]
 
     def _numbers(self) -> list[int]:
         return sorted({extract_layer_index(self.name_of(impl)) for impl in self._members})
@@ -154,7 +169,13 @@ class ModelSetup:
         return self._attentions[key]
 
     def add_window(
-        self, layer: str, shape: AttentionShape, act_dtype: torch.dtype, recipe: Recipe, attention: BlockAttention
+        self,
+        layer: str,
+        shape: AttentionShape,
+        act_dtype: torch.dtype,
+        recipe: Recipe,
+        attention: BlockAttention,
+        smoothing: Smoothing | None,
     ) -> WindowCache:
         """Give a layer its window, as a layer of vLLM's."""
         assert attention.slab_bytes <= self._slab_bytes[shape.head_dim], "a page would reach into the next"
@@ -167,7 +188,7 @@ class ModelSetup:
             soft=self.options.prefix_reuse == "soft",
         )
         share_blocks(self.config, list(self._layers.values()), window.block_bytes(PAGE_TOKENS))
-        name = window_name(layer, recipe, window)
+        name = window_name(layer, recipe, window, smoothing)
         cache = self._layers[name] = WindowCache(name, window, attention, self._bound)
         return cache
 

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
+from elastickv.recipe.calibration import Smoothing
 from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.recipe.slab import LAYOUT_VERSION
 from elastickv.vllm.step_metadata import WindowMetadataBuilder
@@ -21,14 +22,15 @@ from elastickv.vllm.window_spec import WindowSpec
 SUFFIX = ".window"
 
 
-def window_name(layer: str, recipe: Recipe, shape: "WindowShape") -> str:
+def window_name(layer: str, recipe: Recipe, shape: "WindowShape", smoothing: Smoothing | None = None) -> str:
     """Return vLLM's name of a layer's window. It tells apart what may not be read as each other.
 
     vLLM's tiers that keep blocks beyond a process (files, objects, peers) know a block by the names of all layers, beside its
     tokens, the model and its KV cache dtype: v1/kv_offload/file_mapper.py. So the name has the version of the layout, the
-    formats, the window, the dtype and the sizes of this layer; a calibration is its formats.
+    formats, the window, the dtype and the sizes of this layer; a calibration is its formats and its smoothing.
     """
     content = [LAYOUT_VERSION, str(recipe), shape.tokens, shape.slab_bytes, shape.kv_heads, shape.head_size, str(shape.dtype)]
+    content += [] if smoothing is None else [smoothing]
     return f"{layer}{SUFFIX}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
 
 

@@ -1,13 +1,17 @@
-"""The ranks that a model is split over (`tp_plan`). Each has its own KV heads, and all take the same steps."""
+"""Where a model's layers and heads are: devices that Accelerate spreads layers over, and ranks of tensor parallelism."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from elastickv.recipe import Recipe
+
+Head = TypeVar("Head")
+_OFFLOADED = ("cpu", "disk")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Ranks:
         first = self.number * local
         return replace(recipe, fractions=recipe.fractions[first : first + local])
 
+    def share_heads(self, of_heads: Sequence[Head] | None, local: int) -> Sequence[Head] | None:
+        """Return this rank's `local` entries of one for each of the model's KV heads; None of None."""
+        first = self.number * local
+        return None if of_heads is None else of_heads[first : first + local]
+
     def uneven(self, recipe: Recipe) -> tuple[bool, ...]:
         """Return for each rank whether its heads have unequal shares of pages, which needs another kernel. () for one rank."""
         local = len(recipe.fractions) // self.count
@@ -61,3 +70,34 @@ def ranks_of(model: Any) -> Ranks:
             mesh = mesh["tp"] if mesh.ndim > 1 else mesh
             return Ranks(mesh.get_local_rank(), mesh.size(), mesh.get_group(), parameter.device)
     return Ranks()
+
+
+def layer_devices(layers: Sequence[int], device_map: Mapping[str, Any] | None) -> dict[int, str | None]:
+    """Return the device on which each of `layers` computes; None where the map does not say.
+
+    Parameters
+    ----------
+    device_map : the model's `hf_device_map`, from module names to devices; None for a model on one device. Offloaded modules
+        compute on the first GPU.
+    """
+    devices = {name: _device_name(device) for name, device in (device_map or {}).items()}
+    first_gpu = next((device for device in devices.values() if device not in _OFFLOADED), "cpu")
+    by_layer: dict[int, str] = {}
+    for name, device in devices.items():
+        number = next(filter(str.isdecimal, name.split(".")), None)
+        if number is not None:
+            by_layer.setdefault(int(number), first_gpu if device in _OFFLOADED else device)
+    whole = devices.get("")
+    return {layer: by_layer.get(layer, first_gpu if whole in _OFFLOADED else whole) for layer in layers}
+
+
+def layers_on_same_device(layer: int, layers: Sequence[int], device_map: Mapping[str, Any] | None) -> list[int]:
+    """Return those of `layers` that compute on the device of `layer`, including `layer`; `device_map` as in `layer_devices`."""
+    devices = layer_devices(layers, device_map)
+    return [other for other in layers if devices[other] == devices[layer]]
+
+
+def _device_name(device: Any) -> str:
+    if isinstance(device, int):
+        return f"cuda:{device}"
+    return "cuda:0" if str(device) == "cuda" else str(device)
