@@ -170,7 +170,9 @@ def test_a_model_is_calibrated_and_left_as_it_was():
     assert result.keys["int4"][0][0] > result.keys["int8"][0][0] > 0
     assert result.keys["int4"][0][0] > result.keys["int8_per_channel"][0][0] > 0
     assert result.values["int3/64"][0][0] > result.values["int4/64"][0][0] > 0
-    assert {name for name in result.values if "/" in name} == {"int4/32", "int4/64", "int3/32", "int3/64"}
+    grouped = {"int4/32", "int4/64", "int3/32", "int3/64"}
+    assert {name for name in result.values if "/" in name} == grouped | {f"{name}+rotated" for name in grouped}
+    assert {len(head) for layer in result.smoothing for head in layer} == {64}
     assert ModelCalibration.loads(result.dumps()) == result
     result.check_model(result.fingerprint)
     assert calibrate(tiny_llama(seed=1), Text("letters", TEXT), 1200).fingerprint != result.fingerprint
