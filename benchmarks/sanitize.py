@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elastickv.backends.cuda.builds import RECIPES, recipe_for
+from elastickv.backends.cuda.builds import RECIPES, ROTATED, recipe_for
 from elastickv.backends.cuda.kernel_selection import requires_pages
 from elastickv.backends.feedback import Feedback
 from elastickv.kvcache import Oracle
@@ -84,6 +84,9 @@ def matrix() -> list[Case]:
         if "reuse" not in text:
             planned += [("mma", {"SPLITS": 8}, text, EQUAL), ("mma", {"SPLITS": 4, "CLUSTER": 0}, text, RAGGED)]
     planned += [("pages", {}, text, EQUAL) for text in DENSE_PAGES]
+    for text in ROTATED:
+        kernel, macros = ("auto", {}) if requires_pages(recipe_for(text, 64)) else ("mma", {"SPLITS": 0})
+        planned.append((kernel, macros, f"{text},rotate=kv", RAGGED))
     cases, turns = [], itertools.cycle(TURNS)
     for kernel, macros, text, lengths in planned:
         shape, dtype = next((s, d) for s, d in turns if runs(kernel, macros, text, s, d))

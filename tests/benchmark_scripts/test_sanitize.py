@@ -42,7 +42,9 @@ def run_by(case):
         variant = split_variant(variant, shape.group, Split(blocks, case.macros.get("CLUSTER", 1) == 1))
     fixed = variant.fixed() if len(set(case.lengths)) == 1 else None
     selecting = variant.selecting() if recipe.selection == "pages" else None
-    return filter(None, [fixed or variant, variant.storing(), variant.editing(), selecting])
+    rotating = variant.rotating() if recipe.rotates_values else None
+    others = [variant.storing(recipe.rotate), variant.editing(recipe.rotate), selecting, rotating]
+    return filter(None, [fixed or variant, *others])
 
 
 def test_every_kernel_in_every_format_is_a_case():

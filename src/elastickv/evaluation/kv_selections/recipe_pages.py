@@ -8,9 +8,11 @@ from functools import partial
 
 import torch
 
+from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard
 from elastickv.evaluation.kv_selections.reference_selection import LayerSelection, token_bytes
 from elastickv.evaluation.prefill import Tensor
 from elastickv.evaluation.recipes_by_ratio import Span
+from elastickv.kvcache.hadamard import rotated_block
 from elastickv.kvcache.quantize import INT4_LEVELS
 from elastickv.kvcache.scorers.bounds import SPAN
 from elastickv.recipe import AttentionShape, Recipe, step_bytes
@@ -42,6 +44,7 @@ class RecipePages(LayerSelection):
 
     def _best(self, query: Tensor, cold: Tensor, pages: int) -> Tensor:
         self._note_scales(cold, pages)
+        query = self._as_stored(query)
         signed, size = query.sum(2, keepdim=True), query.abs().sum(2, keepdim=True)
         middle = INT4_LEVELS / 2 * (signed + SPAN * size)
         scores = (signed @ self._zeros.mT + middle @ self._scales.mT)[:, :, 0]
@@ -49,11 +52,15 @@ class RecipePages(LayerSelection):
         counts = [selected(pages, self._recipe.fraction(head)) for head in range(cold.shape[1])]
         return rank < torch.tensor(counts, device=cold.device)[:, None]
 
+    def _as_stored(self, rows: Tensor) -> Tensor:
+        """Return queries or keys in the channels by which the recipe ranks pages."""
+        return by_blocks(rows, hadamard(rotated_block(rows.shape[-1]))) if self._recipe.rotates_keys else rows
+
     def _note_scales(self, cold: Tensor, pages: int) -> None:
         """Add the zeros and scales of pages that became cold."""
         noted = 0 if self._zeros is None else self._zeros.shape[2]
         if pages > noted or self._zeros is None:
-            paged = cold[:, :, noted * PAGE_TOKENS :].unflatten(2, (pages - noted, PAGE_TOKENS))
+            paged = self._as_stored(cold[:, :, noted * PAGE_TOKENS :]).unflatten(2, (pages - noted, PAGE_TOKENS))
             zeros = paged.amin(3)
             scales = (paged.amax(3) - zeros) / INT4_LEVELS
             joined = partial(torch.cat, dim=2)
