@@ -49,9 +49,13 @@ TEXTS = sorted((FOLDER / "data" / "texts").glob("*.txt"))
 OWN = (
     "bf16",
     "int8",
+    "int8,rotate=kv",
     "fp8",
     "int4",
+    "int4,rotate=v",
+    "int4,rotate=kv",
     "int4,vgroup=32",
+    "k=int4,v=int3,rotate=kv",
     "k=int8,v=int4",
     "k=int8_per_channel,v=int8",
     "k=int8_per_channel,v=int4",
