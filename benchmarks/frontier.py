@@ -22,11 +22,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from gpu_name import gpu_name
 
 from elastickv.errors import one_line
@@ -161,7 +161,7 @@ class Measurement:
             and model["dtype"] == DTYPE_NAMES[self.loaded.model.dtype]
             and model.get("device_name") == self.device.get("device_name")
             and earlier["calibration"] == {"text": self.calibration.text, "tokens": self.calibration.tokens}
-            and (versions["torch"], versions["transformers"]) == (torch.__version__, transformers.__version__)
+            and all(versions[name] == version(name) for name in ("torch", "transformers"))
         )
         if same:
             self.earlier = earlier
