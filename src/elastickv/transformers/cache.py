@@ -70,7 +70,8 @@ class ElasticCache(Cache):  # type: ignore[misc]
         recipe : instead of `compress`, what is stored and read: a `Recipe`, its text, one for each full-attention layer, a
             mapping from layer numbers, or a file. A text may leave a number open for `compress` to decide ('int4,pages').
         layers : recipes of single layers, which override the others.
-        calibration : the output of `elastickv calibrate`, or its file; needs `compress`.
+        calibration : the output of `elastickv calibrate`, or its file; needs `compress`, or a recipe that rotates keys,
+            which are smoothed as it says.
         context : tokens from which on `compress` holds; recipes are solved for exactly that context. None: they are solved for
             the prompt, and the share of pages follows the growing context.
         capacity : tokens that a sequence may have, reserved with the prompt. None: as many as `generate` needs, growing.
