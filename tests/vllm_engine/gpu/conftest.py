@@ -61,11 +61,11 @@ def rounded_rule(rule, weights):
     rounded = {name: tensor.to(torch.bfloat16).float() for name, tensor in weights.items()}
     sums = {None: rounded}
 
-    def model(recipe="int4", window=64, added=None):
+    def model(recipe="int4", window=64, added=None, **options):
         key = added and id(added)
         if key not in sums:
             sums[key] = {name: tensor + added.get(name, 0) for name, tensor in rounded.items()}
-        return rule(recipe, window, weights=sums[key], rounding="bfloat16")
+        return rule(recipe, window, weights=sums[key], rounding="bfloat16", **options)
 
     return model
 

@@ -1,5 +1,6 @@
 """What may be asked of an engine on a GPU: adapters, log-probabilities, the first model runner, many requests, long steps."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -67,6 +68,27 @@ def test_the_first_model_runner_gives_the_same_answers(serve_bf16, rounded_rule,
     again = engine.generate(prompts, 40)
     assert sum(answer.cached for answer in again) > 0
     follow(rounded_rule, again)
+
+
+def test_rotated_layers_follow_the_rule_of_rotated_pages(serve_bf16, rounded_rule, prompts, monkeypatch):
+    """A calibration rotates layers and smooths their keys; here the recipes are changed where the engine gets them."""
+    from elastickv.vllm import model_setup
+
+    sizes, rotate = Sizes(), {0: "v", 1: "kv"}
+    head = [tuple((channel * factor) % 5 - 2 for channel in range(sizes.head_dim)) for factor in range(3, 3 + sizes.kv_heads)]
+    solved, smoothing = model_setup.layer_recipes, {0: tuple(head), 1: tuple(head[::-1])}
+    monkeypatch.setattr(
+        model_setup,
+        "layer_recipes",
+        lambda *given: {layer: replace(recipe, rotate=rotate[layer]) for layer, recipe in solved(*given).items()},
+    )
+    monkeypatch.setattr(model_setup, "layer_smoothing", lambda options: smoothing)
+    # Another number of requests: engines are kept by their options.
+    answers = serve_bf16(**CHUNKED, max_num_seqs=6).generate(prompts, NEW_TOKENS)
+    layers = {layer: f"int4,rotate={each}" for layer, each in rotate.items()}
+    own, plain = distance(rounded_rule(layers=layers, smoothing=smoothing), answers), distance(rounded_rule(), answers)
+    print(f"measured: {own:.4f} from the rule of rotated pages, {plain:.4f} from that of others")
+    assert own < plain
 
 
 @pytest.fixture(scope="module")
