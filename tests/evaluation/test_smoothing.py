@@ -67,7 +67,13 @@ def test_a_file_keeps_it_and_an_older_one_has_none(calibration):
 
 @pytest.mark.parametrize(
     ("smoothing", "named"),
-    [([[[1, -2]]], "2 KV heads"), ([[[1], [2]]], "a number a channel"), ([[[1, 2], [3, 99]]], "beyond 12"), ([5], "damaged")],
+    [
+        ([[[1, -2]]], "2 KV heads"),
+        ([[[1], [2]]], "a number a channel"),
+        ([[[1, 2], [3, 99]]], "beyond 12"),
+        ([[[1, 1.7], [3, 4]]], "whole number"),
+        ([5], "damaged"),
+    ],
 )
 def test_a_damaged_one_is_refused(calibration, smoothing, named):
     text = json.dumps(json.loads(calibration.dumps()) | {"smoothing": smoothing})

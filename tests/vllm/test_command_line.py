@@ -111,6 +111,13 @@ def test_on_cpus_the_options_alone_ask_for_elastickv():
     assert refusal(["serve", "MODEL"], on_cpu=True) is None
 
 
+def test_a_file_that_is_no_calibration_is_refused_where_the_user_starts(tmp_path):
+    file = tmp_path / "calibration.json"
+    file.write_text("{}", encoding="utf-8")
+    said = refusal([*BACKEND, *arguments({"calibration": str(file), "compress": 3})])
+    assert said is not None and "no calibration" in said and "\n" not in said
+
+
 def test_the_last_of_several_values_counts():
     given = [*BACKEND, "--additional-config={}", *arguments({"format": "int3"}), *arguments({"format": "int4"})]
     assert refusal(given) is None

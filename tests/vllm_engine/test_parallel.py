@@ -1,8 +1,9 @@
 """Heads split over two processes, each of which loads the plug-in and has caches of its own."""
 
+from elastickv.recipe import ModelCalibration
 from tests.helpers.bad_words import NAN, with_bad_word, with_bad_words
 from tests.helpers.parallel_engine import ask
-from tests.helpers.served_llama import write_model
+from tests.helpers.served_llama import Sizes, write_model
 from tests.helpers.serving_engine import DEFAULTS
 from tests.helpers.serving_scenarios import LENGTHS, RECIPE, WINDOW, all_equal, all_follow, random_prompts
 
@@ -14,6 +15,34 @@ def test_two_ranks_answer_as_one_engine_does(serve, folder, rule):
     (answers,) = ask(prompts, 24, **DEFAULTS, model=str(folder), tensor_parallel_size=2, additional_config=plug_in)
     all_follow(rule(), answers)
     all_equal(rule(), answers, alone)
+
+
+def test_each_rank_smooths_the_keys_of_its_own_heads(serve, folder, tmp_path):
+    """A calibration by which all layers have rotated keys; the factors of the two KV heads differ."""
+    from transformers import AutoConfig
+
+    from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint
+
+    sizes = Sizes()
+    errors = tuple((0.1,) * sizes.kv_heads for _ in range(sizes.layers))
+    head = [tuple((channel * factor) % 5 - 2 for channel in range(sizes.head_dim)) for factor in range(3, 3 + sizes.kv_heads)]
+    calibration = ModelCalibration(
+        model="random", fingerprint=checkpoint_fingerprint(folder, AutoConfig.from_pretrained(folder)),
+        layers=tuple(range(sizes.layers)), query_heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim,
+        text="none", tokens=1, queries=1, pages={1: {1.0: errors, 0.5: errors}},
+        keys={"int4": errors, "int4+rotated": tuple((0.01,) * sizes.kv_heads for _ in errors)}, values={"int4/64": errors},
+        smoothing=(tuple(head), tuple(head[::-1])),
+    )  # fmt: skip
+    file = tmp_path / "calibration.json"
+    file.write_text(calibration.dumps(), encoding="utf-8")
+    plug_in = {"elastickv": {"calibration": str(file), "compress": 2, "window": WINDOW}}
+    prompts = random_prompts(LENGTHS)
+    serve.close()
+    one, two = (
+        ask(prompts, 24, **DEFAULTS, model=str(folder), tensor_parallel_size=ranks, additional_config=plug_in)[0]
+        for ranks in (1, 2)
+    )
+    assert [answer.tokens for answer in one] == [answer.tokens for answer in two]
 
 
 def test_a_request_with_nan_fails_though_other_processes_run_the_model(serve, weights, tmp_path):

@@ -38,6 +38,8 @@ def test_a_rank_has_the_smoothing_of_its_heads(rank, ranks, heads, first, monkey
         model_config=SimpleNamespace(get_total_num_kv_heads=lambda: 4),
     )
     name = "model.layers.3.self_attn.attn"
-    assert setup.smoothing_of_layer(name, KEYS, heads) == SMOOTHING[first : first + heads]
-    assert setup.smoothing_of_layer("model.layers.2.self_attn.attn", KEYS, heads) is None
-    assert setup.smoothing_of_layer(name, Recipe.parse("int4,rotate=v"), heads) is None
+    assert setup.smoothing_of_layer(name, KEYS) == SMOOTHING  # of all heads: names are the same on all ranks
+    assert setup.of_this_rank(SMOOTHING, heads) == SMOOTHING[first : first + heads]
+    assert setup.smoothing_of_layer("model.layers.2.self_attn.attn", KEYS) is None
+    assert setup.smoothing_of_layer(name, Recipe.parse("int4,rotate=v")) is None
+    assert setup.of_this_rank(None, heads) is None

@@ -142,7 +142,9 @@ class ModelCalibration:
             return table
 
         def smoothing(rows: Any) -> tuple[Smoothing, ...]:
-            table = tuple(tuple(tuple(int(n) for n in head) for head in layer) for layer in rows)
+            table = tuple(tuple(tuple(head) for head in layer) for layer in rows)
+            if not all(isinstance(n, int) for layer in table for head in layer for n in head):
+                raise ValueError("a smoothing that is not a whole number")
             sizes = {(len(layer), *map(len, layer)) for layer in table}
             if len(table) != len(layers) or sizes != {(heads, *[int(record["head_dim"])] * heads)}:
                 raise ValueError(f"smoothing of {len(layers)} layers of {heads} KV heads is needed, a number a channel")

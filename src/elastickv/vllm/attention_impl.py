@@ -89,9 +89,10 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
         # The kernels get what is rotated already.
         self._attention = setup.attention(self._shape, act_dtype, replace(recipe, rotate=""), self.scale)
-        smoothing = setup.smoothing_of_layer(name, recipe, self.num_kv_heads)
+        smoothing = setup.smoothing_of_layer(name, recipe)
         if recipe.rotate:
-            self._rotation = HeadRotation(recipe, self.head_size, act_dtype, current_platform.device_type, smoothing)
+            ours = setup.of_this_rank(smoothing, self.num_kv_heads)
+            self._rotation = HeadRotation(recipe, self.head_size, act_dtype, current_platform.device_type, ours)
         self._window = setup.add_window(name, self._shape, act_dtype, recipe, self._attention, smoothing)
         self._name, self._window_name, self._last = name, self._window.name, setup.is_last(name)
 

@@ -1,7 +1,7 @@
 """vLLM's schedulers, but a request whose logits are NaN ends with an error, and its blocks are taken from the prefix cache."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -23,14 +23,22 @@ class _FailOnNan(Scheduler):
     are therefore asked for themselves (`take_bad_tokens`), which has an answer where this process runs the model too.
     """
 
-    _late: Sequence[BadToken] = ()  # reported before their step's output came
+    _in_flight: Sequence[Any] = ()  # outputs of `schedule` whose steps have not been updated from
+    _late: Sequence[tuple[BadToken, str]] = ()  # tokens that may be of the step in flight, and whose they are if they are not
+
+    def schedule(self, *arguments: Any, **options: Any) -> Any:
+        """Return what the next step computes."""
+        output = super().schedule(*arguments, **options)
+        self._in_flight = [*self._in_flight, output]
+        return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, EngineCoreOutputs]:
         """Return the outputs of a step; requests that fail in it have no token and the finish reason 'error'."""
-        tokens = [*self._late, *take_bad_tokens(self.vllm_config.instance_id)]
+        self._in_flight = [each for each in self._in_flight if each is not scheduler_output]
+        tokens = take_bad_tokens(self.vllm_config.instance_id)
         failed: list[Request] = []
-        if tokens or any((model_runner_output.num_nans_in_logits or {}).values()):
-            failed = self._fail(scheduler_output, self._suspects(scheduler_output, model_runner_output, tokens))
+        if tokens or self._late or any((model_runner_output.num_nans_in_logits or {}).values()):
+            failed = self._fail(self._suspects(scheduler_output, model_runner_output, tokens))
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
             last = EngineCoreOutput(
@@ -43,52 +51,69 @@ class _FailOnNan(Scheduler):
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(last)
         return outputs
 
-    def _computed(self, scheduler_output: Any) -> dict[str, range]:
-        """Return which tokens of each request a step computed.
-
-        vLLM schedules ahead as if all drafts in flight were accepted. Once the outputs of the steps before have come, the last
-        token that is known is the first of a step that decodes. Of a request that has ended since, the most that it can be.
-        """
+    def _widest(self, scheduler_output: Any) -> dict[str, range]:
+        """Return which tokens of each request a step may compute: vLLM schedules as if all drafts in flight were accepted."""
         cached = scheduler_output.scheduled_cached_reqs
         begun = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         begun |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        tokens = {}
-        for name, latest in begun.items():
+        ahead, counts = self.num_spec_tokens * self.vllm_config.max_concurrent_batches, scheduler_output.num_scheduled_tokens
+        return {name: range(max(0, latest - ahead), latest + counts[name]) for name, latest in begun.items()}
+
+    def _computed(self, scheduler_output: Any) -> dict[str, range]:
+        """Return which tokens of each request a step computed; of one that has ended since, the most that it can be.
+
+        Once the outputs of the steps before have come, the last token that is known is the first of a step that decodes.
+        """
+        tokens = self._widest(scheduler_output)
+        ahead = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
+        for name in tokens.keys() & self.requests.keys():
             count = scheduler_output.num_scheduled_tokens[name]
-            if name in self.requests:
-                first = min(latest, self.requests[name].num_tokens - 1)
-                tokens[name] = range(first, first + count)
-            else:
-                ahead = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
-                tokens[name] = range(max(0, latest - ahead), latest + count)
+            latest = tokens[name].stop - count
+            first = min(latest, max(latest - ahead, self.requests[name].num_tokens - 1))
+            tokens[name] = range(first, first + count)
         return tokens
 
     def _suspects(self, scheduler_output: Any, model_runner_output: Any, reported: Sequence[BadToken]) -> dict[str, int]:
         """Return the requests of a step that fail, with the first token of each that may be bad."""
         computed = self._computed(scheduler_output)
-        suspects = self._with_bad_tokens(scheduler_output, model_runner_output, computed, reported)
-        for name in self._with_nan(scheduler_output, model_runner_output):
+        with_nan = set(self._with_nan(scheduler_output, model_runner_output))
+        suspects = self._with_bad_tokens(scheduler_output, model_runner_output, computed, reported, with_nan)
+        for name in with_nan:
             suspects.setdefault(name, computed[name].start)
         return {name: token for name, token in suspects.items() if name in self.requests}
 
     def _with_bad_tokens(
-        self, scheduler_output: Any, model_runner_output: Any, computed: Mapping[str, range], reported: Sequence[BadToken]
+        self,
+        scheduler_output: Any,
+        model_runner_output: Any,
+        computed: Mapping[str, range],
+        reported: Sequence[BadToken],
+        with_nan: Collection[str] = (),
     ) -> dict[str, int]:
         """Return requests of the step with the first of their tokens that could not be stored; rejected drafts do not count.
 
-        With asynchronous scheduling tokens of the next step may be reported already: they wait for its output.
+        With asynchronous scheduling the next step's tokens may be reported already, by their places in its batch, which come
+        with its output. What may be of that step waits, unless the logits of its request here have NaN.
         """
-        names, late, suspects = _in_order(model_runner_output), list[BadToken](), dict[str, int]()
-        for token in reported:
+        names, suspects = _in_order(model_runner_output), dict[str, int]()
+
+        def owner(token: BadToken) -> str:
+            """Return the request of this step that a token is of, or ''."""
             name = names[token.request] if token.request < len(names) else ""
             tokens = computed.get(name, range(0))
-            if token.position not in tokens:
-                late += [] if token in self._late else [token]
-                continue
             drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(name, ()))
-            if not drafts or token.position < tokens.stop - drafts + _accepted(model_runner_output, names.index(name)) - 1:
+            kept = len(tokens) if not drafts else len(tokens) - drafts + _accepted(model_runner_output, names.index(name)) - 1
+            return name if token.position in tokens[:kept] else ""
+
+        found = [(token, owner(token) or earlier) for token, earlier in self._late]
+        self._late = late = list[tuple[BadToken, str]]()
+        for token in reported:
+            name = owner(token)
+            ahead = any(token.position in tokens for each in self._in_flight for tokens in self._widest(each).values())
+            (late if ahead and name not in with_nan else found).append((token, name))
+        for token, name in found:
+            if name:
                 suspects[name] = min(token.position, suspects.get(name, token.position))
-        self._late = late
         return suspects
 
     def _with_nan(self, scheduler_output: Any, model_runner_output: Any) -> Iterator[str]:
@@ -104,8 +129,11 @@ class _FailOnNan(Scheduler):
                 yield name
             row += 1 + len(drafts.get(name, ()))
 
-    def _fail(self, scheduler_output: Any, suspects: dict[str, int]) -> list[Request]:
-        """End requests, each bad from a token on, and those that read their blocks through the prefix cache; return them."""
+    def _fail(self, suspects: dict[str, int]) -> list[Request]:
+        """End requests, each bad from a token on, and those that read their blocks through the prefix cache; return them.
+
+        None of their blocks serves another hit: of several tokens that cannot be stored only one may have been reported.
+        """
         names = set(suspects)
         bad, failing = set[int](), set[str]()
         while suspects:
@@ -114,9 +142,7 @@ class _FailOnNan(Scheduler):
                 bad |= self._blocks_from(name, token)
             read = {name: self._first_of(name, bad) for name in self.requests if name not in failing}
             suspects = {name: token for name, token in read.items() if token is not None}
-        # One that fails in its first step may have read blocks of a request that was preempted before it failed.
-        hits = [new.req_id for new in scheduler_output.scheduled_new_reqs if new.req_id in failing]
-        self.kv_cache_manager.evict_blocks(bad.union(*(self._blocks_from(name, 0) for name in hits)))
+        self.kv_cache_manager.evict_blocks(bad.union(*(self._blocks_from(name, 0) for name in failing)))
         ended: list[Request] = self.finish_requests(failing, RequestStatus.FINISHED_ERROR)
         for request in ended:
             why = "its logits are NaN" if request.request_id in names else "it read blocks of a request whose logits are NaN"

@@ -120,15 +120,17 @@ class ModelSetup:
         # A drafter's layers have numbers of their own, or those that follow the model's.
         return self.recipe if self.of_drafter(name) else self._recipes.get(extract_layer_index(name), self.recipe)
 
-    def smoothing_of_layer(self, name: str, recipe: Recipe, kv_heads: int) -> Smoothing | None:
-        """Return the smoothing of this rank's KV heads of a layer; None where the recipe does not rotate keys."""
+    def smoothing_of_layer(self, name: str, recipe: Recipe) -> Smoothing | None:
+        """Return the smoothing of a layer, of all KV heads; None where the recipe does not rotate keys."""
         if not recipe.rotates_keys or self.of_drafter(name):
             return None
-        smoothing = self._smoothing.get(extract_layer_index(name))
-        parallel = self.config.parallel_config
+        return self._smoothing.get(extract_layer_index(name))
+
+    def of_this_rank(self, smoothing: Smoothing | None, kv_heads: int) -> Smoothing | None:
+        """Return the part of a layer's smoothing that is of this rank's KV heads."""
         # With more ranks than heads, vLLM gives each head to several ranks.
         first = get_tensor_model_parallel_rank() * self.config.model_config.get_total_num_kv_heads()
-        first //= parallel.tensor_parallel_size
+        first //= self.config.parallel_config.tensor_parallel_size
         return None if smoothing is None else smoothing[first : first + kv_heads]
 
     def _numbers(self) -> list[int]:
@@ -177,7 +179,12 @@ class ModelSetup:
         attention: BlockAttention,
         smoothing: Smoothing | None,
     ) -> WindowCache:
-        """Give a layer its window, as a layer of vLLM's."""
+        """Give a layer its window, as a layer of vLLM's.
+
+        Parameters
+        ----------
+        smoothing : of all KV heads: vLLM groups layers by their names, which must be the same on all ranks.
+        """
         assert attention.slab_bytes <= self._slab_bytes[shape.head_dim], "a page would reach into the next"
         window = WindowShape(
             slab_bytes=self._slab_bytes[shape.head_dim],

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.vllm.layer_formats import with_calibration_hash
+from elastickv.vllm.layer_formats import read_calibration, with_calibration_hash
 from elastickv.vllm.serving_options import CACHE_DTYPES, KEY, PAGE_FORMATS, ServingOptions, recipe_of
 from elastickv.vllm.versions import installed_version, minor_version, unsupported_reason
 
@@ -80,7 +80,7 @@ def refusal(arguments: Sequence[str], on_cpu: bool = False) -> str | None:
     ours = isinstance(additional, Mapping) and KEY in additional
     try:
         if ours:
-            with_calibration_hash(additional)
+            read_calibration(ServingOptions.parse(with_calibration_hash(additional)) or ServingOptions())
         # A file may say another dtype.
         if dtype in CACHE_DTYPES or (ours and _value(arguments, "config") is None):
             recipe_of(ServingOptions.parse(additional), dtype or "auto")

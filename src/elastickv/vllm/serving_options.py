@@ -159,7 +159,7 @@ def _shown(value: object) -> str:
 
 
 def _suggestion(name: object, accepted: list[str]) -> str:
-    close = difflib.get_close_matches(name, accepted, 1) if isinstance(name, str) else []
+    close = difflib.get_close_matches(name, accepted, 1, 0.8) if isinstance(name, str) else []
     return f" (did you mean {close[0]}?)" if close else ""
 
 
