@@ -154,6 +154,22 @@ def quality() -> list[str]:
     ]
 
 
+def three_bits() -> list[str]:
+    """Return stored bits and KL of 4-bit keys with values in 3 and in 4 bits, plain and rotated: on CPUs, which read all of them."""
+    names = ("int4", "int4,rotate=kv", "k=int4,v=int3", "k=int4,v=int3,rotate=kv")
+    rows, sources = [], []
+    for (model, context, _), (_, result) in measured("cpu/frontier-*-4+128.json").items():
+        by_name = {row.cache: row for row in result.rows}
+        found = [by_name[name] for name in names]
+        rows.append([short_name(model), str(context), *(_estimate(row.kl, 5) for row in found)])
+        sources.append(_source(result))
+    return [
+        *table(["model", "context", *(f"`{name}`" for name in names)], rows),
+        "",
+        "KL with its 95 % interval. " + " ".join(sources),
+    ]
+
+
 def picture_name(path: Path) -> str:
     """Return the name of a result's picture; a plus would be written otherwise in the address of a page."""
     return f"{path.stem.replace('+', '-and-')}.svg"

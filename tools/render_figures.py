@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from frontier_figures import frontier as frontier
 from frontier_figures import quality as quality
 from frontier_figures import stale_pictures
+from frontier_figures import three_bits as three_bits
 from readme_figures import quickstart as quickstart
 from readme_figures import results as results
 from reliability import reliability as reliability
@@ -33,7 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("BENCHMARKS.md", "RELIABILITY.md", "fidelity.md", "index.md", "quality.md", "vllm.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("BENCHMARKS.md", "RELIABILITY.md", "fidelity.md", "index.md", "quality.md", "recipes.md", "vllm.md")
+    ),
 )
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
