@@ -155,7 +155,7 @@ def quality() -> list[str]:
 
 
 def three_bits() -> list[str]:
-    """Return stored bits and KL of 4-bit keys with values in 3 and in 4 bits, plain and rotated: on CPUs, which read all of them."""
+    """Return the KL of 4-bit keys with values in 3 and in 4 bits, plain and rotated: on CPUs, which read all of them."""
     names = ("int4", "int4,rotate=kv", "k=int4,v=int3", "k=int4,v=int3,rotate=kv")
     rows, sources = [], []
     for (model, context, _), (_, result) in measured("cpu/frontier-*-4+128.json").items():
