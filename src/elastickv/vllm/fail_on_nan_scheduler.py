@@ -102,16 +102,16 @@ class _FailOnNan(Scheduler):
             name = names[token.request] if token.request < len(names) else ""
             tokens = computed.get(name, range(0))
             drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(name, ()))
-            kept = len(tokens) if not drafts else len(tokens) - drafts + _accepted(model_runner_output, names.index(name)) - 1
-            return name if token.position in tokens[:kept] else ""
+            count = len(tokens) if not drafts else len(tokens) - drafts + _accepted(model_runner_output, names.index(name)) - 1
+            return name if token.position in tokens[:count] else ""
 
-        found = [(token, owner(token) or earlier) for token, earlier in self._late]
+        owned = [(token, owner(token) or earlier) for token, earlier in self._late]
         self._late = late = list[tuple[BadToken, str]]()
         for token in reported:
             name = owner(token)
             ahead = any(token.position in tokens for each in self._in_flight for tokens in self._widest(each).values())
-            (late if ahead and name not in with_nan else found).append((token, name))
-        for token, name in found:
+            (late if ahead and name not in with_nan else owned).append((token, name))
+        for token, name in owned:
             if name:
                 suspects[name] = min(token.position, suspects.get(name, token.position))
         return suspects
