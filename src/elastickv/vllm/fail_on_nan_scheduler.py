@@ -51,13 +51,19 @@ class _FailOnNan(Scheduler):
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(last)
         return outputs
 
+    @property
+    def _most_rejected(self) -> int:
+        """Drafts of the steps in flight, all of which may turn out to be rejected."""
+        drafts: int = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
+        return drafts
+
     def _widest(self, scheduler_output: Any) -> dict[str, range]:
         """Return which tokens of each request a step may compute: vLLM schedules as if all drafts in flight were accepted."""
         cached = scheduler_output.scheduled_cached_reqs
         begun = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         begun |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        ahead, counts = self.num_spec_tokens * self.vllm_config.max_concurrent_batches, scheduler_output.num_scheduled_tokens
-        return {name: range(max(0, latest - ahead), latest + counts[name]) for name, latest in begun.items()}
+        counts = scheduler_output.num_scheduled_tokens
+        return {name: range(max(0, latest - self._most_rejected), latest + counts[name]) for name, latest in begun.items()}
 
     def _computed(self, scheduler_output: Any) -> dict[str, range]:
         """Return which tokens of each request a step computed; of one that has ended since, the most that it can be.
@@ -65,11 +71,9 @@ class _FailOnNan(Scheduler):
         Once the outputs of the steps before have come, the last token that is known is the first of a step that decodes.
         """
         tokens = self._widest(scheduler_output)
-        ahead = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
         for name in tokens.keys() & self.requests.keys():
             count = scheduler_output.num_scheduled_tokens[name]
-            latest = tokens[name].stop - count
-            first = min(latest, max(latest - ahead, self.requests[name].num_tokens - 1))
+            first = min(tokens[name].stop - count, max(tokens[name].start, self.requests[name].num_tokens - 1))
             tokens[name] = range(first, first + count)
         return tokens
 
