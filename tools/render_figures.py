@@ -21,7 +21,6 @@ from serving_figures import serving as serving
 from serving_figures import serving_cpu as serving_cpu
 from serving_figures import serving_quality as serving_quality
 from serving_figures import serving_soak as serving_soak
-from task_figures import tasks as tasks
 
 from elastickv.benchmark import Result
 from elastickv.benchmark.stats.intervals import Interval
