@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from elastickv.errors import UsageError
-from elastickv.evaluation.layer_errors import LayerInputs, layer_errors, smoothing
+from elastickv.evaluation.layer_errors import LayerInputs, key_smoothing, layer_errors
 from elastickv.recipe import ModelCalibration
 
 TOKENS, DIM, RUN = 512, 64, 16
@@ -28,21 +28,21 @@ def inputs():
 
 
 def test_channels_that_matter_more_become_larger(inputs):
-    for head in smoothing(inputs):
+    for head in key_smoothing(inputs):
         usual = sorted(head)[DIM // 2]
         assert [head[channel] - usual for channel in (3, 5, 7)] == pytest.approx([3, -2, 5], abs=1)
 
 
 def test_the_size_of_all_queries_or_keys_does_not_matter(inputs):
     larger = replace(inputs, queries=256 * inputs.queries, keys=inputs.keys / 128)
-    assert smoothing(larger) == smoothing(inputs)
+    assert key_smoothing(larger) == key_smoothing(inputs)
 
 
 def test_rotated_keys_err_less_with_it(inputs):
     keys = inputs.keys.clone()
     keys[..., 7] = 0
     even = replace(inputs, keys=keys)
-    plain, smoothed = (layer_errors(even, (1.0,), (1,), RUN, chosen).keys for chosen in (None, smoothing(even)))
+    plain, smoothed = (layer_errors(even, (1.0,), (1,), RUN, chosen).keys for chosen in (None, key_smoothing(even)))
     assert sum(smoothed["int4+rotated"]) < sum(plain["int4+rotated"]) / 2
     assert smoothed["int4"] == plain["int4"]
 

@@ -7,7 +7,7 @@ import torch
 from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
-from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, layer_errors, smoothing
+from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, key_smoothing, layer_errors
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.texts import Text, windows
 from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration, Smoothing
@@ -63,7 +63,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
             raise UsageError(f"layers of {loaded.name} differ in their heads ({heads} and {sizes}): it cannot be calibrated")
         heads = sizes
         if layer not in smooth:  # the first window decides
-            smooth[layer] = smoothing(inputs)
+            smooth[layer] = key_smoothing(inputs)
         measured.setdefault(layer, []).append(layer_errors(inputs, FRACTIONS, SCHEDULES, RUN, smooth[layer]))
         if progress is not None:
             progress(sum(map(len, measured.values())), total)

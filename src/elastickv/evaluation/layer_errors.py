@@ -108,7 +108,7 @@ def layer_errors(
     return LayerErrors(pages, keys, values)
 
 
-def smoothing(inputs: LayerInputs) -> Smoothing:
+def key_smoothing(inputs: LayerInputs) -> Smoothing:
     """Return the smoothing of a layer's keys: 2^n is nearest to sqrt(sd(query) / sd(key)).
 
     A rotation spreads the rounding error of K evenly over its channels, so channels that matter more, those of large queries,

@@ -116,6 +116,8 @@ def new_store(
     with _on_current_stream(backend, device):
         cache = backend.cache(shape, capacity, dtype, recipe, anchor_offset)
         smooth = KeySmoothing(smoothing, device) if smoothing is not None and recipe.rotates_keys else None
+        if smooth is not None:
+            smooth.factors(TORCH_DTYPES[dtype])
         return LayerStorage(backends, backend, cache, head_dim, device, smooth)
 
 

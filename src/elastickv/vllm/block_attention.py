@@ -1,6 +1,7 @@
 """What a layer's kernels do in a step: the interface that CUDA and the CPU share, and the rotation around it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from elastickv.kvcache.hadamard import rotated, rotated_block
 from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import Smoothing
+from elastickv.transformers.key_smoothing import KeySmoothing
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.step_metadata import PageMetadata, WindowMetadata
 
@@ -88,6 +90,8 @@ class BlockAttention(Protocol):
 class HeadRotation:
     """Rotates a step's heads as a recipe stores them, and its outputs back: all that a kernel sees is rotated.
 
+    The first step allocates what it needs, while vLLM measures memory: what comes with the weights is lost when vLLM sleeps.
+
     Parameters
     ----------
     head_dim : channels of a head.
@@ -99,21 +103,19 @@ class HeadRotation:
         self, recipe: Recipe, head_dim: int, dtype: torch.dtype, device: str, smoothing: Smoothing | None = None
     ) -> None:
         self._keys, self._values = recipe.rotates_keys, recipe.rotates_values
-        self._block = rotated_block(head_dim)
-        self._matrix = torch.from_numpy(rotated(np.eye(self._block, dtype=np.float32))).to(device, dtype)
-        self._smoothing: tuple[torch.Tensor, torch.Tensor] | None = None
-        if smoothing is not None:
-            exponents = torch.tensor(smoothing, dtype=torch.float32)
-            self._smoothing = exponents.exp2().to(device, dtype), (-exponents).exp2().to(device, dtype)
+        self._block, self._dtype, self._device = rotated_block(head_dim), dtype, torch.device(device)
+        self._smoothing = None if smoothing is None else KeySmoothing(smoothing, self._device)
+
+    @cached_property
+    def _matrix(self) -> torch.Tensor:
+        return torch.from_numpy(rotated(np.eye(self._block, dtype=np.float32))).to(self._device, self._dtype)
 
     def rotate(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return a step's queries, keys and values, (tokens, heads, head_dim) each, as the kernels take them."""
         if self._smoothing is not None:
-            of_keys, of_queries = self._smoothing
-            query = (query.unflatten(1, (len(of_queries), -1)) * of_queries[:, None]).flatten(1, 2)
-            key = key * of_keys
+            query, key = self._smoothing.queries(query), self._smoothing.keys(key[:, :, None])[:, :, 0]
         if self._keys:
             query, key = self._rotated(query), self._rotated(key)
         return query, key, self._rotated(value) if self._values else value
