@@ -62,7 +62,7 @@ class Layers:
         self.first = torch.zeros(requests, dtype=torch.int32, device="cuda")
         self.starts = torch.arange(requests + 1, dtype=torch.int32, device="cuda")
         self.slots = torch.arange(requests, device="cuda") + BLOCK
-        self.bad = torch.full((1,), NO_BAD_TOKEN, device="cuda")
+        self.bad = torch.full((requests,), NO_BAD_TOKEN, device="cuda")
         self.lengths = torch.full((requests,), context, dtype=torch.int32, device="cuda")
         self.tensors, self.layers = [windows], []
         for _ in range(self.count):

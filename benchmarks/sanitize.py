@@ -197,7 +197,7 @@ def serve(case: Case) -> None:
         window_shift=SERVED_BLOCK.bit_length() - 1,
     )
     stored = [rounded(rng.standard_normal((2, n, kv_heads, dim), dtype=np.float32), case.dtype) for n in case.lengths]
-    first, bad = sent(np.zeros(batch, np.int32)), sent(np.full(1, NO_BAD_TOKEN, np.int64))
+    first, bad = sent(np.zeros(batch, np.int32)), sent(np.full(batch, NO_BAD_TOKEN, np.int64))
     before = [0] * batch
     for left in range(SERVED_STEPS, -1, -1):
         after = [n - left for n in case.lengths]
@@ -235,11 +235,11 @@ def serve(case: Case) -> None:
         error = relative_l2(numbers, np.concatenate(expected)).max()
         if not error <= OPERAND_ROUNDING[case.dtype]:
             sys.exit(f"gathered rows differ from the oracle by {error:.3g}")
-    if device.download(bad, (1,), np.int64)[0] != NO_BAD_TOKEN:
+    if (device.download(bad, (batch,), np.int64) != NO_BAD_TOKEN).any():
         sys.exit("a finite token was reported")
     keys[-1, 0, 1] = np.nan
     kernels.store(blocks, StepRows.of(rows(keys), rows(values)), *where, batch, 1)
-    if BadToken.of(int(device.download(bad, (1,), np.int64)[0])) != BadToken(batch - 1, case.lengths[-1] - 1, False):
+    if BadToken.of(int(device.download(bad, (batch,), np.int64)[-1])) != BadToken(0, case.lengths[-1] - 1, False):
         sys.exit("NaN was not reported")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
 from elastickv.vllm import window_spec
-from elastickv.vllm.bad_tokens import BadTokens, take_bad_tokens
+from elastickv.vllm.bad_tokens import BadTokens, begin_step, take_bad_tokens
 from tests.helpers.bad_words import (
     INFINITE,
     LARGE,
@@ -210,35 +210,70 @@ def test_a_scheduler_that_the_user_chose_stays_and_the_log_says_what_it_lacks(mo
 
 
 def test_what_was_found_is_logged_once_with_its_layer(logged):
-    found = BadTokens("cpu")
-    first, second = found.word("first"), found.word("second")
-    assert first.tolist() == second.tolist() == [NO_BAD_TOKEN]
-    assert (found.layers_up_to("first"), found.layers_up_to("second")) == (1, 2)
-    found.reported[1] = BadToken(3, 1234, too_large=True).word
+    found = BadTokens("cpu", 4)
+    assert [found.layer(name) for name in ("first", "second", "first")] == [0, 1, 0]
+    assert found.words.tolist() == [NO_BAD_TOKEN] * 4
+    found.reported[2, 3] = BadToken(1, 1234, too_large=True).word
     for _ in range(2):
         found.look()
     assert logged == [
         f"ElasticKV: layer second has {TOO_LARGE} at position 1234 of a request, which ends with an error",
     ]
-    found.reported[0] = BadToken(0, 5, too_large=False).word
+    found.reported[0, 0] = BadToken(0, 5, too_large=False).word
     found.look()
     assert len(logged) == 2 and "layer first has a NaN or an infinity" in logged[1]
 
 
-def test_of_a_request_the_first_layer_is_logged_and_a_drafters_tokens_fail_no_request(logged):
-    found = BadTokens("cpu", engine="an engine")
-    for layer in ("first", "second", "drafter"):
-        found.word(layer)
+def test_tokens_are_taken_by_their_step_and_a_drafters_fail_no_request(logged):
+    found = BadTokens("cpu", 4, engine="an engine")
+    for name in ("first", "second", "drafter"):
+        found.layer(name)
     found.add_drafter("drafter")
-    tokens = [BadToken(3, 40, too_large=False), BadToken(3, 41, too_large=False), BadToken(3, 42, too_large=False)]
-    found.reported[:3] = torch.tensor([token.word for token in tokens])
-    assert take_bad_tokens("an engine") == tokens[:1]
-    assert take_bad_tokens("an engine") == take_bad_tokens("another") == []
-    assert [text.split(" has ")[0] for text in logged] == ["ElasticKV: layer first", "ElasticKV: layer drafter"]
-    assert logged[1].endswith("position 42 of a request, whose drafts are wrong")
+    steps = [begin_step("an engine") for _ in range(5)]
+    assert steps == [1, 2, 3, 4, 5] and begin_step("another") == 0
+    here, next_step, of_drafter = BadToken(1, 40, False), BadToken(0, 41, False), BadToken(2, 42, False)
+    found.reported[4 % 4, 3] = here.word
+    found.reported[5 % 4, 3], found.reported[5 % 4, 0] = next_step.word, of_drafter.word
+    assert take_bad_tokens("an engine", 4) == {3: here}
+    assert take_bad_tokens("an engine", 4) == take_bad_tokens("another", 4) == {}
+    assert take_bad_tokens("an engine", 5) == {3: next_step}
+    assert sorted(text.split(" has ")[0] for text in logged) == [
+        f"ElasticKV: layer {n}" for n in ("drafter", "first", "second")
+    ]
+    (line,) = (text for text in logged if "drafter" in text)
+    assert line.endswith("position 42 of a request, whose drafts are wrong")
 
 
-@pytest.mark.parametrize("token", [BadToken(0, 0, True), BadToken(0, 0, False), BadToken(2**31 - 2, 2**32 - 1, True)])
+def test_kernels_see_the_step_that_was_begun_last():
+    found = BadTokens("cpu", 4)
+    assert found.begin_step() == 1
+    found.mark_step()
+    found.layer("first")  # of the first step: vLLM on CPUs has computed nothing before
+    number = found.step
+    assert int(number) == 1
+    for step in (2, 3):
+        assert found.begin_step() == step
+        for _ in range(2):  # of several groups of layers
+            found.mark_step()
+        assert int(number) == step
+
+
+@pytest.mark.parametrize("token", [BadToken(0, 0, True), BadToken(0, 0, False), BadToken(2**30 - 2, 2**32 - 1, True)])
 def test_a_word_says_which_token_it_was(token):
     word = torch.tensor([token.word], dtype=torch.int64)
     assert BadToken.of(int(word)) == token
+
+
+def test_two_requests_of_a_step_with_keys_that_are_too_large_are_both_named_and_fail(serve, poisoned_folder, prompts):
+    engine = serve(folder=poisoned_folder)
+    start = engine.free_blocks
+    second = random_prompts([60], seed=13)[0]
+    second[33] = LARGE
+    with errors() as messages:
+        bad = [engine.add(with_bad_word(LARGE), 10), engine.add(second, 10)]
+        other = engine.add(prompts[0], 10)
+        ended = ends(engine)
+    assert [ended_by_error(ended[name]) for name in bad] == [[], []]
+    assert len(ended[other].outputs[0].token_ids) == 10
+    assert {named(POSITION, TOO_LARGE), named(33, TOO_LARGE)} <= set(messages)
+    assert engine.free_blocks == start

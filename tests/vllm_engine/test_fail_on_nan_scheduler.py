@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from elastickv.backends.bad_token import BadToken
+from elastickv.vllm.bad_tokens import BadTokens
 from tests.helpers.serving_scenarios import random_prompts
 
 
@@ -25,7 +26,11 @@ def ahead(serve):
         block_size=block_size,
         hash_block_size=hash_block_size,
     )
-    return SimpleNamespace(scheduler=made, hasher=core.request_block_hasher, pool=made.kv_cache_manager.block_pool)
+    tokens = BadTokens("cpu", 8, core.vllm_config.instance_id)
+    tokens.layer("first")
+    return SimpleNamespace(
+        scheduler=made, hasher=core.request_block_hasher, pool=made.kv_cache_manager.block_pool, tokens=tokens
+    )
 
 
 def add(ahead, name, prompt):
@@ -123,77 +128,71 @@ def test_rows_of_logits_belong_to_requests_with_their_drafts(drafts, sampled, ro
     assert list(scheduler._with_nan(SimpleNamespace(scheduled_spec_decode_tokens=drafts), made)) == failing
 
 
-def reported(monkeypatch, *tokens):
-    """Let the model's process report tokens that could not be stored, all at once."""
-    left = list(tokens)
-    monkeypatch.setattr(
-        "elastickv.vllm.fail_on_nan_scheduler.take_bad_tokens", lambda engine: [left.pop(0) for _ in range(len(left))]
-    )
+def report(ahead, step, place, position):
+    """Let the model report a key that is too large of a request at a place of a step's batch."""
+    ahead.tokens.reported[step % 4, place] = BadToken(0, position, too_large=True).word
 
 
-def test_a_token_that_is_reported_a_step_early_waits_for_its_steps_output(ahead, monkeypatch):
-    add(ahead, "early", random_prompts([100], seed=3)[0])
-    first = ahead.scheduler.schedule()
-    add(ahead, "bad", random_prompts([180], seed=4)[0])
-    second = ahead.scheduler.schedule()
-    place = list(second.num_scheduled_tokens).index("bad")
-    reported(monkeypatch, BadToken(place, 150, too_large=True))
-    assert ended(ahead.scheduler.update_from_output(first, output(first))) == {"early": ("None", [7])}
-    failed = ended(ahead.scheduler.update_from_output(second, output(second)))
-    assert failed["bad"] == ("error", [])
-    assert failed.get("early", ("None", []))[0] == "None"
-
-
-@pytest.mark.parametrize("nan", [(), {"innocent"}], ids=["none", "its logits have NaN"])
-def test_a_token_that_may_be_of_either_step_is_of_the_later_one_unless_there_is_nan(nan, ahead, monkeypatch):
+def test_a_token_fails_the_request_at_its_place_in_its_own_step(ahead):
+    """With asynchronous scheduling the next step's tokens may be reported before the output of this one has come."""
     add(ahead, "innocent", random_prompts([300], seed=3)[0])
     first = ahead.scheduler.schedule()
     add(ahead, "bad", random_prompts([180], seed=4)[0])
     second = ahead.scheduler.schedule()
-    place = list(second.num_scheduled_tokens).index("bad")
     order = [*second.num_scheduled_tokens]
+    place = order.index("bad")
     order[0], order[place] = order[place], order[0]  # a runner orders each batch anew
-    reported(monkeypatch, BadToken(0, 150, too_large=True))
-    before = ended(ahead.scheduler.update_from_output(first, output(first, nan)))["innocent"]
+    report(ahead, 2, 0, 150)
+    assert ended(ahead.scheduler.update_from_output(first, output(first))) == {"innocent": ("None", [7])}
     made = output(second)
     made.req_ids, made.req_id_to_index = order, {name: index for index, name in enumerate(order)}
     after = ended(ahead.scheduler.update_from_output(second, made))
-    assert (before[0], after["bad"][0]) == (("error", "None") if nan else ("None", "error"))
+    assert after == {"bad": ("error", []), "innocent": ("None", [7])}
 
 
-def test_a_token_that_is_not_of_the_step_in_flight_is_of_the_one_before(ahead, monkeypatch):
+def test_a_token_of_a_step_fails_its_request_though_the_next_step_is_in_flight(ahead):
     add(ahead, "bad", random_prompts([300], seed=3)[0])
     first = ahead.scheduler.schedule()
     add(ahead, "innocent", random_prompts([180], seed=4)[0])
     second = ahead.scheduler.schedule()
-    reported(monkeypatch, BadToken(0, 150, too_large=True))
-    assert ended(ahead.scheduler.update_from_output(first, output(first))) == {"bad": ("None", [7])}
-    made = output(second)
-    order = ["bad", *(name for name in made.req_ids if name != "bad")]
-    made.req_ids, made.req_id_to_index = order, {name: index for index, name in enumerate(order)}
-    after = ended(ahead.scheduler.update_from_output(second, made))
-    assert after["bad"][0] == "error" and after["innocent"] == ("None", [7])
+    report(ahead, 1, 0, 150)
+    assert ended(ahead.scheduler.update_from_output(first, output(first))) == {"bad": ("error", [])}
+    assert ended(ahead.scheduler.update_from_output(second, output(second))) == {"innocent": ("None", [7])}
 
 
-def test_a_token_of_no_step_is_forgotten(ahead, monkeypatch):
+def test_all_requests_of_a_step_with_a_bad_token_fail(ahead):
+    for number in range(4):
+        add(ahead, f"request {number}", random_prompts([100], seed=number)[0])
+    step = ahead.scheduler.schedule()
+    report(ahead, 1, 1, 50)
+    report(ahead, 1, 3, 7)
+    assert {name: reason for name, (reason, _) in ended(ahead.scheduler.update_from_output(step, output(step))).items()} == {
+        "request 0": "None",
+        "request 1": "error",
+        "request 2": "None",
+        "request 3": "error",
+    }
+
+
+def test_what_was_reported_before_the_first_step_fails_no_request(ahead):
+    """Where a model is warmed up, its requests are made up."""
+    for row in range(4):
+        report(ahead, row, 0, 5)
     add(ahead, "good", random_prompts([100], seed=5)[0])
-    reported(monkeypatch, BadToken(0, 700, too_large=False), BadToken(9, 3, too_large=False))
-    for _ in range(2):
+    for _ in range(6):
         step = ahead.scheduler.schedule()
         assert ended(ahead.scheduler.update_from_output(step, output(step))) == {"good": ("None", [7])}
-        assert not ahead.scheduler._late
 
 
 @pytest.mark.parametrize(("position", "fails"), [(104, False), (103, True)], ids=["a rejected draft", "an accepted one"])
-def test_a_rejected_draft_that_could_not_be_stored_fails_no_request(position, fails, monkeypatch):
+def test_a_rejected_draft_that_could_not_be_stored_fails_no_request(position, fails):
     """A step of one token and four drafts, of which three are accepted."""
-    from elastickv.vllm.fail_on_nan_scheduler import FailOnNanScheduler
+    from elastickv.vllm.fail_on_nan_scheduler import _with_bad_tokens
 
-    scheduler = FailOnNanScheduler.__new__(FailOnNanScheduler)
     step = SimpleNamespace(num_scheduled_tokens={"one": 5}, scheduled_spec_decode_tokens={"one": [1, 2, 3, 4]})
     chosen = SimpleNamespace(req_id_to_index={"one": 0}, sampled_token_ids=[[1, 2, 3, 9]])
-    tokens = [BadToken(0, position, too_large=False)]
-    assert scheduler._with_bad_tokens(step, chosen, {"one": range(100, 105)}, tokens) == ({"one": position} if fails else {})
+    tokens = {0: BadToken(0, position, too_large=False)}
+    assert _with_bad_tokens(step, chosen, {"one": range(100, 105)}, tokens) == ({"one": position} if fails else {})
 
 
 @pytest.mark.parametrize(
@@ -206,14 +205,11 @@ def test_a_step_begins_at_the_last_known_token_whatever_was_scheduled_ahead(sche
     assert scheduler._computed(step)["one"] == range(first, first + 4)
 
 
-def test_a_token_of_a_request_that_has_ended_since_fails_no_other():
-    """It is in none of the tokens that the step computed for others, now and in the next step."""
+def test_a_token_of_a_request_that_has_ended_since_fails_no_request():
     scheduler, step = of_two_requests(203, 201)
-    computed = scheduler._computed(step)
-    assert computed["ended"] == range(94, 104)
-    chosen = SimpleNamespace(req_id_to_index={"ended": 0, "one": 1}, sampled_token_ids=[[], [7]])
-    assert scheduler._with_bad_tokens(step, chosen, computed, [BadToken(0, 97, too_large=False)]) == {"ended": 97}
-    assert not scheduler._late
+    chosen = SimpleNamespace(req_id_to_index={"ended": 0, "one": 1}, sampled_token_ids=[[], [7]], num_nans_in_logits={})
+    assert scheduler._suspects(step, chosen, {0: BadToken(0, 97, too_large=False)}) == {}
+    assert scheduler._suspects(step, chosen, {1: BadToken(0, 203, too_large=False)}) == {"one": 203}
 
 
 def of_two_requests(scheduled, known):

@@ -14,7 +14,7 @@ from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.step_metadata import PageMetadataBuilder, WindowMetadataBuilder
 
 CPU = torch.device("cpu")
-LOOKS = []
+MARKS = []
 
 
 def configuration(layer, drafts=0, captured=(), method="ngram"):
@@ -49,8 +49,8 @@ def common(counts, lengths=None, table=None, on_host=True, padded_to=None):
 
 
 def page_batch(counts, drafts=0, method="ngram", of_drafter=False, **options):
-    LOOKS.clear()
-    impl = SimpleNamespace(bad_tokens=SimpleNamespace(look=lambda: LOOKS.append(1)))
+    MARKS.clear()
+    impl = SimpleNamespace(bad_tokens=SimpleNamespace(mark_step=lambda: MARKS.append(1)))
     layer = SimpleNamespace(impl=impl, is_draft_layer=of_drafter)
     builder = PageMetadataBuilder(None, ["layer"], configuration(layer, drafts, method=method), CPU)
     return builder.build(0, common(counts, **options))
@@ -75,7 +75,7 @@ def test_decodes_come_first_and_are_uniform_if_they_have_equally_many_tokens(cou
     assert (batch.decodes, batch.decode_tokens, batch.uniform_queries) == (decodes, decode_tokens, uniform)
     assert (batch.requests, batch.tokens, batch.longest) == (len(counts), sum(counts), max(counts))
     assert batch.starts_list == batch.starts.tolist()
-    assert LOOKS == [1]  # tokens of earlier steps that could not be stored are reported
+    assert MARKS == [1]  # kernels learn which step theirs is
 
 
 @pytest.mark.parametrize(("counts", "drafts", "uniform"), [([1, 1, 0, 0], 0, 1), ([4, 4, 0, 0], 3, 4), ([0, 0], 0, 1)])

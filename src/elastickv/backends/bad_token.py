@@ -3,21 +3,21 @@
 from dataclasses import dataclass
 
 NO_BAD_TOKEN = -1
-_TOO_LARGE = 1 << 63
+REPORTED_STEPS = 4  # of which a kernel's reports are kept apart; kernels/store_blocks.cu
 
 
 @dataclass(frozen=True)
 class BadToken:
-    """A token of a step with a value that cannot be stored; of several the one of the least request, then position.
+    """A token of a request with a value that cannot be stored; of several the one of the least layer, then position.
 
     Attributes
     ----------
-    request : row of the step's `lengths`.
+    layer : number of the layer.
     position : in the request.
     too_large : a finite key that is beyond the range of its format; otherwise a key or value is NaN or infinite.
     """
 
-    request: int
+    layer: int
     position: int
     too_large: bool
 
@@ -26,14 +26,12 @@ class BadToken:
         """Return what an int64 word says that a kernel may have lowered; None if it is still `NO_BAD_TOKEN`."""
         if word == NO_BAD_TOKEN:
             return None
-        bits = word & (2 * _TOO_LARGE - 1)
-        return cls(request=bits >> 32 & 0x7FFFFFFF, position=bits & 0xFFFFFFFF, too_large=bits >= _TOO_LARGE)
+        return cls(layer=word >> 33, position=word >> 1 & 0xFFFFFFFF, too_large=bool(word & 1))
 
     @property
     def word(self) -> int:
         """The int64 word, as `of` reads it."""
-        bits = (_TOO_LARGE if self.too_large else 0) | self.request << 32 | self.position
-        return bits - 2 * _TOO_LARGE if bits >= _TOO_LARGE else bits
+        return self.layer << 33 | self.position << 1 | self.too_large
 
     @property
     def reason(self) -> str:

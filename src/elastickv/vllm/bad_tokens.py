@@ -5,21 +5,19 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 
 import torch
 
-from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
+from elastickv.backends.bad_token import NO_BAD_TOKEN, REPORTED_STEPS, BadToken
 
 _log = logging.getLogger("vllm.elastickv")
-_MOST_LAYERS = 1024
 _COUNT_NANS = "VLLM_COMPUTE_NANS_IN_LOGITS"
 _SECONDS = 0.2  # from one look to the next while no step is computed
 _of_engine: "weakref.WeakValueDictionary[str, BadTokens]" = weakref.WeakValueDictionary()
 
 
 class BadTokens:
-    """One word a layer, in which kernels leave the first token with a NaN, an infinity or a key that is too large.
+    """One word a request, in which kernels leave its first token with a NaN, an infinity or a key that is too large.
 
     The last layer of each step empties the words into the host's memory, and makes the outputs of the tokens' requests NaN:
     vLLM counts NaN in logits by request. `fail_on_nan_scheduler` ends such requests, and where it runs in the process of the
@@ -28,95 +26,110 @@ class BadTokens:
     Parameters
     ----------
     device : where the kernels run.
+    requests : the most that a step has.
     engine : vLLM's `instance_id` of the engine's configuration.
 
     Attributes
     ----------
-    reported : (layers,) int64 in the host's memory, page-locked for a GPU: words of steps before, until `look` has logged them.
+    words : (requests,) int64, of the requests of the step that is computed.
+    step : () int32, on the device: the step's number, as `begin_step` counted.
+    reported : (4, requests) int64 in the host's memory, page-locked for a GPU: words of step s in row s modulo 4, until `look`
+        has logged them.
     """
 
-    def __init__(self, device: str, engine: str = "") -> None:
-        self._device, self._layers, self._drafter = device, dict[str, torch.Tensor](), set[str]()
-        self._to_fail: deque[BadToken] = deque(maxlen=_MOST_LAYERS)  # nothing takes them where the scheduler is elsewhere
+    words: torch.Tensor
+    step: torch.Tensor
+
+    def __init__(self, device: str, requests: int, engine: str = "") -> None:
+        self._device, self._layers, self._drafter = device, list[str](), set[str]()
+        self._to_fail = [dict[int, BadToken]() for _ in range(REPORTED_STEPS)]
         _of_engine[engine] = self
-        self._words: torch.Tensor | None = None
-        self.reported = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device="cpu", pin_memory=device != "cpu")
+        self._begun = self._marked = 0
+        pinned = device != "cpu"
+        self.reported = torch.full((REPORTED_STEPS, requests), NO_BAD_TOKEN, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._seen, self._looking = self.reported.numpy(), threading.Lock()
 
-    @property
-    def words(self) -> torch.Tensor:
-        """The words of all layers, (layers,) int64, in the order in which the layers were asked for."""
-        assert self._words is not None
-        return self._words[: len(self._layers)]
+    def layer(self, name: str) -> int:
+        """Return the number of a layer: layers are numbered in the order in which they are asked for.
 
-    def word(self, layer: str) -> torch.Tensor:
-        """Return the word of a layer, (1,) int64.
-
-        The first call allocates them, while vLLM measures memory: what is allocated with the weights is lost when vLLM sleeps.
+        The first call allocates the words, while vLLM measures memory: what is allocated with the weights is lost when vLLM
+        sleeps.
         """
-        if self._words is None:
+        if not self._layers:
             with torch.inference_mode(False):
-                self._words = torch.full((_MOST_LAYERS,), NO_BAD_TOKEN, dtype=torch.int64, device=self._device)
+                self.words = torch.full(self.reported.shape[1:], NO_BAD_TOKEN, dtype=torch.int64, device=self._device)
+                self.step = torch.full((), self._marked, dtype=torch.int32, device=self._device)
             if self._device != "cpu":  # whose last layer looks itself
                 threading.Thread(target=_look_often, args=(weakref.ref(self),), name="elastickv-log", daemon=True).start()
-        if layer not in self._layers:
-            number = len(self._layers)
-            self._layers[layer] = self._words[number : number + 1]
-        return self._layers[layer]
-
-    def layers_up_to(self, layer: str) -> int:
-        """Return how many layers were asked for up to this one."""
-        return list(self._layers).index(layer) + 1
+        if name not in self._layers:
+            self._layers.append(name)
+        return self._layers.index(name)
 
     def add_drafter(self, layer: str) -> None:
         """Note that a layer is a drafter's: bad tokens there spoil drafts, and no request."""
         self._drafter.add(layer)
 
-    def take(self) -> list[BadToken]:
-        """Return the tokens since the last call for which their requests have to fail."""
+    def begin_step(self) -> int:
+        """Return the number of a step that is scheduled now. The model computes it before the next is scheduled."""
+        self._begun = (self._begun + 1) % 2**30
         self.look()
-        tokens = []
-        while self._to_fail:
-            tokens.append(self._to_fail.popleft())
+        self._to_fail[self._begun % REPORTED_STEPS].clear()  # of no step that is still computed
+        return self._begun
+
+    def mark_step(self) -> None:
+        """Tell kernels that run from now on which step they are of."""
+        if self._marked != self._begun:
+            self._marked = self._begun
+            if self._layers:
+                self.step.fill_(self._begun)
+
+    def take(self, step: int) -> dict[int, BadToken]:
+        """Return the tokens of a step for which requests have to fail, by the requests' places in its batch."""
+        self.look()
+        row = step % REPORTED_STEPS
+        tokens, self._to_fail[row] = self._to_fail[row], {}
         return tokens
 
     def look(self) -> None:
-        """Log what was found since the last look: of a request the first layer, from which the others have it."""
+        """Log what was found since the last look."""
         with self._looking:
-            (layers,) = (self._seen != NO_BAD_TOKEN).nonzero()
-            names, requests = list(self._layers), set[tuple[int, bool]]()
-            for number in layers.tolist():
-                token, of_drafter = BadToken.of(int(self._seen[number])), names[number] in self._drafter
-                self._seen[number] = NO_BAD_TOKEN
-                if token is None or (token.request, of_drafter) in requests:
-                    continue
-                requests.add((token.request, of_drafter))
-                if not of_drafter:
-                    self._to_fail.append(token)
+            for row, request in zip(*(self._seen != NO_BAD_TOKEN).nonzero(), strict=True):
+                token = BadToken.of(int(self._seen[row, request]))
+                self._seen[row, request] = NO_BAD_TOKEN
+                assert token is not None
+                layer = self._layers[token.layer]
+                if layer not in self._drafter:
+                    self._to_fail[row][int(request)] = token
                 _log.error(
                     "ElasticKV: layer %s has %s at position %d of a request, %s",
-                    names[number],
+                    layer,
                     token.reason,
                     token.position,
-                    "whose drafts are wrong" if of_drafter else "which ends with an error",
+                    "whose drafts are wrong" if layer in self._drafter else "which ends with an error",
                 )
 
 
-def take_bad_tokens(engine: str) -> list[BadToken]:
-    """Return the tokens for which requests of an engine have to fail; none where another process runs its model."""
-    words = _of_engine.get(engine)
-    return [] if words is None else words.take()
+def begin_step(engine: str) -> int:
+    """Return the number of a step that an engine schedules now; 0 where another process runs its model."""
+    tokens = _of_engine.get(engine)
+    return 0 if tokens is None else tokens.begin_step()
+
+
+def take_bad_tokens(engine: str, step: int) -> dict[int, BadToken]:
+    """Return what `BadTokens.take` says of an engine's step; nothing where another process runs its model."""
+    tokens = _of_engine.get(engine)
+    return {} if tokens is None else tokens.take(step)
 
 
 def _look_often(reference: "weakref.ref[BadTokens]") -> None:
     """Look until the words are gone: what the last step before a pause leaves has no later step to log it."""
     while True:
         time.sleep(_SECONDS)
-        words = reference()
-        if words is None:
+        tokens = reference()
+        if tokens is None:
             return
-        words.look()
-        del words
+        tokens.look()
+        del tokens
 
 
 def count_nans() -> None:

@@ -25,7 +25,8 @@ class LayerStep:
     pages : (blocks, kv_heads, 32, slab bytes / 32) uint8.
     window : (blocks, kv_heads, block tokens, row bytes) uint8.
     batch, recent : metadata of the pages and of the window.
-    bad : (1,) int64, lowered where a token has numbers that cannot be stored: `BadToken`.
+    bad : (requests,) int64, lowered where a token has numbers that cannot be stored: `BadToken`.
+    layer : the layer's number there.
     """
 
     keys: torch.Tensor
@@ -35,6 +36,7 @@ class LayerStep:
     batch: PageMetadata
     recent: WindowMetadata
     bad: torch.Tensor
+    layer: int
 
     @property
     def slab_bytes(self) -> int:
@@ -73,13 +75,12 @@ class BlockAttention(Protocol):
     def prefill(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attend with the tokens of prompt chunks, which follow those of decodes."""
 
-    def fail(self, step: LayerStep, bad: BadTokens, layers: int, output: torch.Tensor) -> None:
+    def fail(self, step: LayerStep, bad: BadTokens, output: torch.Tensor) -> None:
         """Make outputs NaN from the tokens on that could not be stored, and move their words to where they are logged.
 
         Parameters
         ----------
         step : of the last layer of the step.
-        layers : how many of `bad.words` are of the step's layers.
         output : (tokens, query_heads, head_size), of the last layer.
         """
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
+from elastickv.backends.bad_token import NO_BAD_TOKEN, REPORTED_STEPS, BadToken
 from elastickv.backends.cpu.blocks import open_block_kernels
 from elastickv.backends.cpu.blocks.host_blocks import HostBlocks
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
@@ -62,28 +62,34 @@ class CpuAttention:
         self._kernels.store(_blocks(step), array(step.keys), array(step.values), *tables)
 
     def _report_bad(self, step: LayerStep) -> None:
-        """Leave the first token that cannot be stored in the layer's word, as CUDA's kernels do."""
+        """Leave the first token of each request that cannot be stored in its word, as CUDA's kernels do."""
         keys, values = step.keys[: step.batch.tokens], step.values[: step.batch.tokens]
         # Comparisons with NaN are false.
         if float(keys.abs().amax()) <= self._largest_key and float(values.abs().amax()) <= FINITE:
             return
         stored = (keys.abs() <= self._largest_key) & (values.abs() <= FINITE)
-        row = int((~stored.flatten(1).all(1)).nonzero()[0])
-        request = int(torch.searchsorted(step.batch.starts[1:].contiguous(), row, right=True))
-        position = int(step.batch.lengths[request] - step.batch.starts[request + 1]) + row
-        finite = bool(torch.isfinite(keys[row]).all() and torch.isfinite(values[row]).all())
-        if int(step.bad) == NO_BAD_TOKEN:
-            step.bad.fill_(BadToken(request, position, too_large=finite).word)
+        starts, lengths = step.batch.starts, step.batch.lengths
+        rows = (~stored.flatten(1).all(1)).nonzero().flatten()
+        requests, counts = torch.searchsorted(starts[1:].contiguous(), rows, right=True).unique_consecutive(return_counts=True)
+        firsts = rows[counts.cumsum(0) - counts]
+        for request, row in zip(requests.tolist(), firsts.tolist(), strict=True):
+            if int(step.bad[request]) != NO_BAD_TOKEN:  # of a layer before
+                continue
+            position = int(lengths[request] - starts[request + 1]) + row
+            finite = bool(torch.isfinite(keys[row]).all() and torch.isfinite(values[row]).all())
+            step.bad[request] = BadToken(step.layer, position, too_large=finite).word
 
-    def fail(self, step: LayerStep, bad: BadTokens, layers: int, output: torch.Tensor) -> None:
+    def fail(self, step: LayerStep, bad: BadTokens, output: torch.Tensor) -> None:
         """Make outputs NaN from the tokens on that could not be stored, and log them."""
         words = bad.words
         if bool((words == NO_BAD_TOKEN).all()):
             return
-        for token in filter(None, map(BadToken.of, words[:layers].tolist())):
-            end = int(step.batch.starts[token.request + 1])
-            output[end - (int(step.batch.lengths[token.request]) - token.position) : end] = torch.nan
-        bad.reported[: len(words)] = words
+        for request in (words[: step.batch.requests] != NO_BAD_TOKEN).nonzero().flatten().tolist():
+            token = BadToken.of(int(words[request]))
+            if token is not None and token.layer <= step.layer:
+                end = int(step.batch.starts[request + 1])
+                output[end - (int(step.batch.lengths[request]) - token.position) : end] = torch.nan
+        bad.reported[int(bad.step) % REPORTED_STEPS] = words
         words.fill_(NO_BAD_TOKEN)
         bad.look()
 

@@ -94,16 +94,19 @@ class CudaAttention:
             step.bad.data_ptr(),
             batch.requests,
             batch.longest,
+            step.layer,
         )
 
-    def fail(self, step: LayerStep, bad: BadTokens, layers: int, output: torch.Tensor) -> None:
+    def fail(self, step: LayerStep, bad: BadTokens, output: torch.Tensor) -> None:
         """Make outputs NaN from the tokens on that could not be stored, and move their words to the host's memory."""
         assert output.is_contiguous()
         self._follow()
         self._kernels.fail(
             bad.words.data_ptr(),
             bad.reported.data_ptr(),
-            layers,
+            bad.step.data_ptr(),
+            step.layer + 1,
+            step.batch.requests,
             len(bad.words),
             step.batch.lengths.data_ptr(),
             step.batch.starts.data_ptr(),

@@ -1,7 +1,7 @@
 """vLLM's schedulers, but a request whose logits are NaN ends with an error, and its blocks are taken from the prefix cache."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -10,7 +10,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from elastickv.backends.bad_token import BadToken
-from elastickv.vllm.bad_tokens import take_bad_tokens
+from elastickv.vllm.bad_tokens import begin_step, take_bad_tokens
 
 _log = logging.getLogger("vllm.elastickv")
 
@@ -23,21 +23,21 @@ class _FailOnNan(Scheduler):
     are therefore asked for themselves (`take_bad_tokens`), which has an answer where this process runs the model too.
     """
 
-    _in_flight: Sequence[Any] = ()  # outputs of `schedule` whose steps have not been updated from
-    _late: Sequence[tuple[BadToken, str]] = ()  # tokens that may be of the step in flight, and whose they are if they are not
+    _in_flight: Sequence[tuple[int, Any]] = ()  # numbers of steps that have not been updated from, and what they compute
 
     def schedule(self, *arguments: Any, **options: Any) -> Any:
         """Return what the next step computes."""
         output = super().schedule(*arguments, **options)
-        self._in_flight = [*self._in_flight, output]
+        self._in_flight = [*self._in_flight, (begin_step(self.vllm_config.instance_id), output)]
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, EngineCoreOutputs]:
         """Return the outputs of a step; requests that fail in it have no token and the finish reason 'error'."""
-        self._in_flight = [each for each in self._in_flight if each is not scheduler_output]
-        tokens = take_bad_tokens(self.vllm_config.instance_id)
+        step = next(number for number, output in self._in_flight if output is scheduler_output)
+        self._in_flight = [each for each in self._in_flight if each[1] is not scheduler_output]
+        tokens = take_bad_tokens(self.vllm_config.instance_id, step)
         failed: list[Request] = []
-        if tokens or self._late or any((model_runner_output.num_nans_in_logits or {}).values()):
+        if tokens or any((model_runner_output.num_nans_in_logits or {}).values()):
             failed = self._fail(self._suspects(scheduler_output, model_runner_output, tokens))
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
@@ -51,74 +51,30 @@ class _FailOnNan(Scheduler):
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(last)
         return outputs
 
-    @property
-    def _most_rejected(self) -> int:
-        """Drafts of the steps in flight, all of which may turn out to be rejected."""
-        drafts: int = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
-        return drafts
+    def _computed(self, scheduler_output: Any) -> dict[str, range]:
+        """Return which tokens of each request a step computed.
 
-    def _widest(self, scheduler_output: Any) -> dict[str, range]:
-        """Return which tokens of each request a step may compute: vLLM schedules as if all drafts in flight were accepted."""
+        vLLM schedules as if all drafts in flight were accepted. Once the outputs of the steps before have come, the last token
+        that is known is the first of a step that decodes. Of a request that has ended since, it is what was scheduled.
+        """
         cached = scheduler_output.scheduled_cached_reqs
         begun = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         begun |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        counts = scheduler_output.num_scheduled_tokens
-        return {name: range(max(0, latest - self._most_rejected), latest + counts[name]) for name, latest in begun.items()}
-
-    def _computed(self, scheduler_output: Any) -> dict[str, range]:
-        """Return which tokens of each request a step computed; of one that has ended since, the most that it can be.
-
-        Once the outputs of the steps before have come, the last token that is known is the first of a step that decodes.
-        """
-        tokens = self._widest(scheduler_output)
-        for name in tokens.keys() & self.requests.keys():
-            count = scheduler_output.num_scheduled_tokens[name]
-            first = min(tokens[name].stop - count, max(tokens[name].start, self.requests[name].num_tokens - 1))
-            tokens[name] = range(first, first + count)
+        most_rejected = self.num_spec_tokens * self.vllm_config.max_concurrent_batches
+        tokens = dict[str, range]()
+        for name, first in begun.items():
+            if name in self.requests:
+                first = min(first, max(0, first - most_rejected, self.requests[name].num_tokens - 1))
+            tokens[name] = range(first, first + scheduler_output.num_scheduled_tokens[name])
         return tokens
 
-    def _suspects(self, scheduler_output: Any, model_runner_output: Any, reported: Sequence[BadToken]) -> dict[str, int]:
+    def _suspects(self, scheduler_output: Any, model_runner_output: Any, bad: Mapping[int, BadToken]) -> dict[str, int]:
         """Return the requests of a step that fail, with the first token of each that may be bad."""
         computed = self._computed(scheduler_output)
-        with_nan = set(self._with_nan(scheduler_output, model_runner_output))
-        suspects = self._with_bad_tokens(scheduler_output, model_runner_output, computed, reported, with_nan)
-        for name in with_nan:
+        suspects = _with_bad_tokens(scheduler_output, model_runner_output, computed, bad)
+        for name in self._with_nan(scheduler_output, model_runner_output):
             suspects.setdefault(name, computed[name].start)
         return {name: token for name, token in suspects.items() if name in self.requests}
-
-    def _with_bad_tokens(
-        self,
-        scheduler_output: Any,
-        model_runner_output: Any,
-        computed: Mapping[str, range],
-        reported: Sequence[BadToken],
-        with_nan: Collection[str] = (),
-    ) -> dict[str, int]:
-        """Return requests of the step with the first of their tokens that could not be stored; rejected drafts do not count.
-
-        With asynchronous scheduling the next step's tokens may be reported already, by their places in its batch, which come
-        with its output. What may be of that step waits, unless the logits of its request here have NaN.
-        """
-        names, suspects = _in_order(model_runner_output), dict[str, int]()
-
-        def owner(token: BadToken) -> str:
-            """Return the request of this step that a token is of, or ''."""
-            name = names[token.request] if token.request < len(names) else ""
-            tokens = computed.get(name, range(0))
-            drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(name, ()))
-            count = len(tokens) if not drafts else len(tokens) - drafts + _accepted(model_runner_output, names.index(name)) - 1
-            return name if token.position in tokens[:count] else ""
-
-        owned = [(token, owner(token) or earlier) for token, earlier in self._late]
-        self._late = late = list[tuple[BadToken, str]]()
-        for token in reported:
-            name = owner(token)
-            ahead = any(token.position in tokens for each in self._in_flight for tokens in self._widest(each).values())
-            (late if ahead and name not in with_nan else owned).append((token, name))
-        for token, name in owned:
-            if name:
-                suspects[name] = min(token.position, suspects.get(name, token.position))
-        return suspects
 
     def _with_nan(self, scheduler_output: Any, model_runner_output: Any) -> Iterator[str]:
         """Yield requests of which a row of logits has NaN that is not a rejected draft's."""
@@ -136,7 +92,7 @@ class _FailOnNan(Scheduler):
     def _fail(self, suspects: dict[str, int]) -> list[Request]:
         """End requests, each bad from a token on, and those that read their blocks through the prefix cache; return them.
 
-        None of their blocks serves another hit: of several tokens that cannot be stored only one may have been reported.
+        None of their blocks serves another hit: beside a request's first token that cannot be stored there may be others.
         """
         names = set(suspects)
         bad, failing = set[int](), set[str]()
@@ -174,6 +130,20 @@ def _in_order(model_runner_output: Any) -> list[str]:
     """Return the requests of a step in the order of the model's batch."""
     indices = model_runner_output.req_id_to_index
     return sorted(indices, key=indices.__getitem__)
+
+
+def _with_bad_tokens(
+    scheduler_output: Any, model_runner_output: Any, computed: Mapping[str, range], bad: Mapping[int, BadToken]
+) -> dict[str, int]:
+    """Return the requests of a step with a token that could not be stored, and the token; rejected drafts do not count."""
+    names, tokens = _in_order(model_runner_output), dict[str, int]()
+    for index, token in bad.items():
+        name = names[index]
+        drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(name, ()))
+        rejected = 1 + drafts - _accepted(model_runner_output, index) if drafts else 0
+        if token.position < computed[name].stop - rejected:
+            tokens[name] = token.position
+    return tokens
 
 
 def _accepted(model_runner_output: Any, index: int) -> int:

@@ -21,6 +21,7 @@ from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkp
 from elastickv.vllm.drafts import draft_layers
 from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, layer_smoothing, with_calibration_hash
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
+from elastickv.vllm.step_metadata import most_requests
 from elastickv.vllm.stock_windows import share_blocks
 from elastickv.vllm.window_cache import WindowCache, WindowShape, window_name
 
@@ -48,7 +49,7 @@ class ModelSetup:
         self.options = ServingOptions.parse(config.additional_config) or ServingOptions()
         count_nans()
         self.kv_cache_dtype, self.recipe = kv_cache_dtype, recipe_of(self.options, kv_cache_dtype)
-        self.bad_tokens = BadTokens(current_platform.device_type, config.instance_id)
+        self.bad_tokens = BadTokens(current_platform.device_type, most_requests(config), config.instance_id)
         self.config, self._layers = config, config.compilation_config.static_forward_context
         self._members: list[Any] = []
         self._drafter: list[Any] = []

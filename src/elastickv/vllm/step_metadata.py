@@ -14,6 +14,12 @@ from elastickv.vllm.drafts import extra_draft_tokens
 _log = init_logger("vllm.elastickv")
 
 
+def most_requests(config: Any) -> int:
+    """Return the most requests that a step has; a captured graph's are padded to as many as its tokens."""
+    graphs: list[int] = config.compilation_config.cudagraph_capture_sizes or []
+    return max([config.scheduler_config.max_num_seqs, *graphs])
+
+
 @dataclass
 class PageMetadata(AttentionMetadata):
     """A step's requests: decodes first, then prompt chunks.
@@ -64,8 +70,8 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PageMetadata:
-        """Return the metadata of a step, and report tokens of earlier steps that could not be stored."""
-        self._bad_tokens.look()
+        """Return the metadata of a step."""
+        self._bad_tokens.mark_step()
         batch, threshold = common_attn_metadata, (self.reorder_batch_threshold or 1) + self._extra_tokens
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
         starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
@@ -123,8 +129,8 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        requests, graphs = vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.cudagraph_capture_sizes
-        largest, of_decode = max(graphs or [0]), self.reorder_batch_threshold or 1
+        requests, of_decode = vllm_config.scheduler_config.max_num_seqs, self.reorder_batch_threshold or 1
+        largest = max(vllm_config.compilation_config.cudagraph_capture_sizes or [0])
         if 0 < largest < requests * of_decode:
             _log.info_once(
                 "ElasticKV: CUDA graphs serve up to %d requests that decode; steps of more, up to %d, run without them: for "
@@ -132,9 +138,8 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
                 largest // of_decode,
                 requests,
             )
-        rows = max(requests, largest)
         # A captured graph reads it at this address.
-        self._first = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self._first = torch.zeros(most_requests(vllm_config) + 1, dtype=torch.int32, device=device)
         self._block_tokens = kv_cache_spec.block_size
         assert self._block_tokens.bit_count() == 1, "kernels find a token's block by shifts"
         self._attention = vllm_config.compilation_config.static_forward_context[layer_names[0]].attention

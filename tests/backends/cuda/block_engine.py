@@ -37,7 +37,7 @@ class Engine:
             (int(self.window_table.max()) + 1, kv_heads, window_block, 2 * head_dim), math.nan, dtype=self.kind, device="cuda"
         )
         self.first = torch.zeros(len(lengths), dtype=torch.int32, device="cuda")
-        self.bad = torch.full((1,), -1, device="cuda")
+        self.bad = torch.full((len(lengths),), -1, device="cuda")
 
     def random(self, *shape):
         return self.torch.randn(*shape, self.dim, device="cuda").to(self.kind)
@@ -83,7 +83,7 @@ class Engine:
 
         return StepRows.of(*map(self.view, self.step))
 
-    def store(self, before, after):
+    def store(self, before, after, layer=0):
         """Store tokens before[i] to after[i] of each request. Tokens that leave the window in the step get no block."""
         torch = self.torch
         starts = torch.tensor([0, *itertools.accumulate(m - n for n, m in zip(before, after, strict=True))], dtype=torch.int32)
@@ -96,7 +96,7 @@ class Engine:
         self.device.follow(torch.cuda.current_stream().cuda_stream)
         longest = max(m - n for n, m in zip(before, after, strict=True))
         rows = self.rows(before, after)
-        self.kernels.store(self.arguments(), rows, *(each.data_ptr() for each in self.inputs), len(after), longest)
+        self.kernels.store(self.arguments(), rows, *(each.data_ptr() for each in self.inputs), len(after), longest, layer)
         return rows
 
     def decode(self, before, after):

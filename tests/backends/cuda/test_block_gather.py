@@ -73,7 +73,7 @@ def test_a_token_that_cannot_be_stored_is_named(engine, text, value, number, too
     of = engine([500, 300], Recipe.parse(text), 128, 2, 4)
     (of.values if value else of.keys)[1][position, 1, 37] = number
     of.store([0, 0], [500, 300])
-    assert BadToken.of(int(of.bad)) == BadToken(1, position, too_large)
+    assert named(of) == {1: BadToken(0, position, too_large)}
 
 
 @pytest.mark.gpu
@@ -83,18 +83,26 @@ def test_a_step_of_one_token_names_it_and_only_it(engine):
     of.keys[1][7] = math.nan  # stored before, as it was
     of.values[2][64, 0, 127] = math.nan
     of.store([499, 299, 64], [500, 300, 65])
-    assert BadToken.of(int(of.bad)) == BadToken(2, 64, False)
+    assert named(of) == {2: BadToken(0, 64, False)}
 
 
 @pytest.mark.gpu
-def test_of_several_tokens_the_first_is_named_and_not_finite_comes_before_too_large(engine):
-    of = engine([500, 300], Recipe.parse("int4"), 128, 2, 4)
+def test_of_each_request_the_first_token_is_named(engine):
+    of = engine([500, 300, 80], Recipe.parse("int4"), 128, 2, 4)
     of.keys[0][3, 0, 0] = 1e6
-    of.store([0, 0], [500, 300])
-    assert BadToken.of(int(of.bad)) == BadToken(0, 3, True)
-    of.keys[1][290, 1, 0] = of.values[1][200, 0, 64] = math.nan
-    of.store([0, 0], [500, 300])
-    assert BadToken.of(int(of.bad)) == BadToken(1, 200, False)
+    of.keys[0][4, 0, 0] = of.keys[1][290, 1, 0] = of.values[1][200, 0, 64] = math.nan
+    of.store([0] * 3, [500, 300, 80])
+    assert named(of) == {0: BadToken(0, 3, True), 1: BadToken(0, 200, False)}
+
+
+@pytest.mark.gpu
+def test_a_later_layer_leaves_the_words_of_those_before(engine):
+    of = engine([80, 300], Recipe.parse("int4"), 128, 2, 4)
+    of.keys[0][7, 0, 0] = math.nan
+    of.bad[0], of.bad[1] = BadToken(0, 70, True).word, BadToken(2, 9, False).word
+    of.keys[1][9, 0, 0] = math.nan
+    of.store([0, 0], [80, 300], layer=1)
+    assert named(of) == {0: BadToken(0, 70, True), 1: BadToken(1, 9, False)}
 
 
 @pytest.mark.gpu
@@ -103,4 +111,9 @@ def test_what_the_format_holds_is_not_reported(engine, text, value):
     of = engine([500, 300], Recipe.parse(text), 128, 2, 4)
     (of.values if value else of.keys)[1][3, 1, 37] = 1e6
     of.store([0, 0], [500, 300])
-    assert int(of.bad) == NO_BAD_TOKEN
+    assert named(of) == {}
+
+
+def named(engine):
+    """Return the first tokens that an engine could not store, by request."""
+    return {request: BadToken.of(word) for request, word in enumerate(engine.bad.tolist()) if word != NO_BAD_TOKEN}

@@ -181,7 +181,7 @@ def test_rows_of_no_request_store_nothing_and_attend_to_nothing(engine, starts):
     pages, recent = of.pages.clone(), of.recent.clone()
     of.kernels.store(of.arguments(), rows, *(each.data_ptr() for each in inputs), 3, 1)
     query, output = of.attend(rows, lengths, [1] * len(lengths))
-    assert torch.equal(of.pages, pages) and int(of.bad) == -1
+    assert torch.equal(of.pages, pages) and (of.bad == -1).all()
     changed = (of.recent.view(torch.int16) != recent.view(torch.int16)).any(dim=-1).any(dim=1)
     assert changed.nonzero().tolist() == [[own // of.size, own % of.size]]
     assert max(of.errors(query[:1], output[:1], [300])) < 4e-3
@@ -203,7 +203,7 @@ def test_rows_before_the_start_of_a_request_are_nothing(engine):
     of.device.follow(torch.cuda.current_stream().cuda_stream)
     of.kernels.store(of.arguments(), rows, *(each.data_ptr() for each in inputs), 2, 4)
     query, output = of.attend(rows, lengths, [4] * len(lengths))
-    assert int(of.bad) == -1
+    assert (of.bad == -1).all()
     assert (output[[0, 1, 4, 5]] == 0).all()
     assert max(of.errors(query[[2, 3, 6, 7]], output[[2, 3, 6, 7]], [2, 2], 2)) < 4e-3
     assert of.torch.equal(of.gather(0, [0, 0], [2, 2], [0, 0])[0], torch.cat(of.keys))
@@ -253,14 +253,17 @@ def test_outputs_are_nan_from_a_bad_token_on_and_words_move_to_the_host(engine):
     torch = of.torch
     of.store([0] * 3, before)
     of.keys[0][290, 1, 5], of.values[2][700] = math.nan, math.inf
-    words, found = torch.full((40,), -1, device="cuda"), torch.full((40,), -1).pin_memory()
-    of.bad = words[:1]
+    words, found = torch.full((600,), -1, device="cuda"), torch.full((4, 600), -1).pin_memory()
+    number = torch.tensor(7, dtype=torch.int32, device="cuda")
+    of.bad = words
     of.store(before, lengths)
-    # A layer names its first bad token only; another layer's word has the second. The last word is of no layer of the step.
-    words[7], words[39] = BadToken(2, 700, too_large=False).word, BadToken(1, 199, too_large=True).word
+    # The second request's word is of a layer that the step has not, and so is one beyond the step's requests.
+    words[1] = words[599] = BadToken(30, 199, too_large=True).word
 
     def failed(output):
-        of.kernels.fail(words.data_ptr(), found.data_ptr(), 30, 40, *(i.data_ptr() for i in of.inputs[:2]), output.data_ptr())
+        addresses = (each.data_ptr() for each in (words, found, number))
+        step = (each.data_ptr() for each in of.inputs[:2])
+        of.kernels.fail(*addresses, 30, 3, 600, *step, output.data_ptr())
         torch.cuda.synchronize()
         return output
 
@@ -269,8 +272,10 @@ def test_outputs_are_nan_from_a_bad_token_on_and_words_move_to_the_host(engine):
     expected[2:12], expected[13:] = math.nan, math.nan
     assert torch.equal(failed(output).nan_to_num(-1), expected.nan_to_num(-1))
     assert (words == -1).all()
-    seen = {layer: BadToken.of(word) for layer, word in enumerate(found.tolist()) if word != -1}
-    assert seen == {0: BadToken(0, 290, False), 7: BadToken(2, 700, False), 39: BadToken(1, 199, True)}
+    assert (found[[0, 1, 2]] == -1).all()
+    seen = {request: BadToken.of(word) for request, word in enumerate(found[7 % 4].tolist()) if word != -1}
+    of_no_layer = BadToken(30, 199, True)
+    assert seen == {0: BadToken(0, 290, False), 1: of_no_layer, 2: BadToken(0, 700, False), 599: of_no_layer}
     # Without a word nothing changes.
     output = of.random(12 + 1 + 300, 8)
     assert torch.equal(failed(output.clone()), output)

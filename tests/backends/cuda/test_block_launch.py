@@ -48,16 +48,26 @@ def test_a_chunk_has_a_block_for_every_page_that_it_can_touch_up_to_a_limit(kern
     assert stored(kernels, 1000, 8192, kv_heads=10000).grid == (2, 20000, 1)  # one would be a step of few tokens
 
 
-def test_a_store_passes_its_requests_and_the_word_of_the_layer(kernels):
+def test_a_store_passes_its_requests_their_words_and_the_layer(kernels):
     values = stored(kernels, 7, 40).values
-    expected = {"lengths": 21, "starts": 22, "slot_mapping": 23, "bad": 24, "requests": 7, "value_stride": 2048, "pages": 10}
+    expected = {
+        "lengths": 21,
+        "starts": 22,
+        "slot_mapping": 23,
+        "bad": 24,
+        "requests": 7,
+        "layer": 0,
+        "value_stride": 2048,
+        "pages": 10,
+    }
     assert values.items() >= expected.items()
 
 
 def test_failing_requests_is_one_block_for_all_layers(kernels):
-    kernels.fail(1, 2, 30, 36, 3, 4, 5)
+    kernels.fail(1, 2, 6, 30, 7, 36, 3, 4, 5)
     recorded = kernels._device.take()[-1]
-    expected = {"words": 1, "reported": 2, "layers": 30, "most": 36, "lengths": 3, "starts": 4, "output": 5, "width": 32 * 128}
+    expected = {"words": 1, "reported": 2, "step": 6, "layers": 30, "requests": 7, "most": 36}
+    expected |= {"lengths": 3, "starts": 4, "output": 5, "width": 32 * 128}
     assert (recorded.kernel, recorded.grid) == ("fail_requests", (1,))
     assert recorded.values == expected
 
@@ -77,12 +87,11 @@ def test_nothing_is_launched_to_gather_nothing(kernels):
     assert not kernels._device.take()
 
 
-def test_a_word_names_request_and_position():
+def test_a_word_names_layer_and_position():
     assert BadToken.of(NO_BAD_TOKEN) is None
-    assert BadToken.of(3 << 32 | 70000) == BadToken(3, 70000, False)
+    assert BadToken.of(3 << 33 | 70000 << 1) == BadToken(3, 70000, False)
     assert BadToken.of(0) == BadToken(0, 0, False)
-    too_large = (1 << 63 | 1023 << 32 | 5) - (1 << 64)  # as an int64
-    assert BadToken.of(too_large) == BadToken(1023, 5, True)
+    assert BadToken.of(1023 << 33 | 5 << 1 | 1) == BadToken(1023, 5, True)
 
 
 @pytest.mark.parametrize("after_store", [False, True])

@@ -4,7 +4,19 @@ import time
 
 import pytest
 
-from tests.helpers.bad_words import INFINITE, NAN, WHY, ended_by_error, ends, errors, named, with_bad_word, with_bad_words
+from tests.helpers.bad_words import (
+    INFINITE,
+    LARGE,
+    NAN,
+    TOO_LARGE,
+    WHY,
+    ended_by_error,
+    ends,
+    errors,
+    named,
+    with_bad_word,
+    with_bad_words,
+)
 from tests.helpers.served_llama import Sizes, random_weights, write_model
 from tests.helpers.serving_scenarios import NGRAM, random_prompts
 
@@ -59,6 +71,24 @@ def test_a_bad_token_is_computed_again_and_fails_again(serve_bf16, bad_folder):
     engine = serve_bf16(folder=bad_folder, **PREFIXES)
     for _ in range(2):
         fails(engine, with_bad_word(NAN), 70, 0)
+
+
+def test_all_requests_of_a_step_with_keys_that_are_too_large_fail(serve_bf16, bad_folder):
+    engine = serve_bf16(folder=bad_folder, **PREFIXES)
+    engine.settle()
+    start, positions = engine.free_blocks, (70, 33, 5)
+    prompts, (other,) = random_prompts([100, 60, 90], seed=13), random_prompts([80], seed=14)
+    for prompt, position in zip(prompts, positions, strict=True):
+        prompt[position] = LARGE
+    with errors() as messages:
+        bad = [engine.add(prompt, 30) for prompt in prompts]
+        good = engine.add(other, 30)
+        ended = ends(engine)
+        engine.settle()
+    assert [ended_by_error(ended[name]) for name in bad] == [[], [], []]
+    assert len(ended[good].outputs[0].token_ids) == 30
+    assert {named(position, TOO_LARGE) for position in positions} <= set(messages)
+    assert engine.free_blocks == start
 
 
 def test_with_drafts_a_bad_token_fails_its_request(serve_bf16, bad_folder):

@@ -55,6 +55,7 @@ class BlockKernels:
         bad: Address,
         requests: int,
         longest: int,
+        layer: int = 0,
     ) -> None:
         """Store a step's tokens and quantize the pages that they complete; `launch.store_blocks` describes the arguments.
 
@@ -73,6 +74,7 @@ class BlockKernels:
             slot_mapping=slot_mapping,
             bad=bad,
             requests=requests,
+            layer=layer,
         )
 
     def decode(
@@ -160,7 +162,16 @@ class BlockKernels:
         )
 
     def fail(
-        self, words: Address, reported: Address, layers: int, most: int, lengths: Address, starts: Address, output: Address
+        self,
+        words: Address,
+        reported: Address,
+        step: Address,
+        layers: int,
+        requests: int,
+        most: int,
+        lengths: Address,
+        starts: Address,
+        output: Address,
     ) -> None:
         """Make outputs of requests NaN whose tokens `store` could not store; `launch.fail_requests` describes the arguments.
 
@@ -173,7 +184,9 @@ class BlockKernels:
             self._storing,
             words=words,
             reported=reported,
+            step=step,
             layers=layers,
+            requests=requests,
             most=most,
             lengths=lengths,
             starts=starts,

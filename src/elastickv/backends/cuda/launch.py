@@ -211,6 +211,7 @@ def store_blocks(
     slot_mapping: Address,
     bad: Address,
     requests: I32,
+    layer: I32,
 ) -> Grid:
     """Store the tokens of a step, up to `longest` a request, in the window, and quantize the pages that they complete.
 
@@ -220,7 +221,9 @@ def store_blocks(
     starts : (requests + 1,) int32, where each request's tokens begin. Only the newest lengths[i] of them exist: a request of
         length 0 has none, whatever its starts say.
     slot_mapping : (tokens,) int64 slots of the window; those of block 0, and negative ones, store nothing.
-    bad : a word of `BadToken`, lowered where a token with a slot that is not negative has values that cannot be stored.
+    bad : (requests,) words of `BadToken`, lowered where a token with a slot that is not negative has values that cannot be
+        stored.
+    layer : its number, which the words name.
     """
     heads = 2 * blocks.kv_heads
     if longest <= PAGE_TOKENS:
@@ -261,7 +264,9 @@ def fail_requests(
     *,
     words: Address,
     reported: Address,
+    step: Address,
     layers: I32,
+    requests: I32,
     most: I32,
     lengths: Address,
     starts: Address,
@@ -272,8 +277,11 @@ def fail_requests(
 
     Parameters
     ----------
-    words, reported : (most,) words of `BadToken`; `reported` may be page-locked memory of the host. A word there is replaced.
-    layers : words of this step's layers, which come first. Later ones are moved, and nothing else.
+    words : (most,) words of `BadToken`, a request's each.
+    reported : (4, most) words, of which those of row `step` modulo 4 are written; may be page-locked memory of the host.
+    step : an int32, the step's number.
+    layers : how many layers the step has. Words of layers with larger numbers are moved, and nothing else.
+    requests : of the step.
     lengths, starts : as in `store_blocks`.
     output : (tokens, width) of 16 bit, contiguous.
     """

@@ -6,6 +6,7 @@
 #include "blocks.cuh"
 
 #define STORE_WARPS (STORE_THREADS / 32)
+#define REPORTED_STEPS 4  // more than are ever computed before the host has looked
 #define ROWS_PER_WARP (PAGE / STORE_WARPS)
 #define ROW_WORDS ((D / 2 + 31) / 32)  // of a row per lane, two dims each: dim = 2 (lane + 32 i)
 #define ROW_VECTORS (D / 8)            // of 16 bytes
@@ -54,7 +55,7 @@ __device__ __forceinline__ float2 numbers_of(u32 word) {
 }
 
 // One warp reports a row with a value that is not finite, or a key that its format cannot hold: the least word remains.
-__device__ __forceinline__ void report_row(u64* bad, bool value, int request, int position, const u32 (&row)[ROW_WORDS]) {
+__device__ __forceinline__ void report_row(u64* bad, bool value, int layer, int position, const u32 (&row)[ROW_WORDS]) {
     const float finite = 3.402823466e38f, most = LARGEST_KEY && !value ? (float)LARGEST_KEY : finite;
     auto beyond = [&](float limit) {
         bool any = false;
@@ -67,15 +68,15 @@ __device__ __forceinline__ void report_row(u64* bad, bool value, int request, in
     };
     if (!beyond(most)) return;
     const u64 kind = beyond(finite) ? 0 : 1;
-    if ((threadIdx.x & 31) == 0) atomicMin(bad, kind << 63 | (u64)request << 32 | (u32)position);
+    if ((threadIdx.x & 31) == 0) atomicMin(bad, (u64)layer << 33 | (u64)(u32)position << 1 | kind);
 }
 
 // `starts`: where each request's tokens begin, and the end of the last; `slot_mapping`: the window's slot of each token, or -1;
-// `bad`: the least of kind << 63 | request << 32 | position; kind 1: finite, but too large for the format of K.
+// `bad`: of each request the least of layer << 33 | position << 1 | kind; kind 1: finite, but too large for the format of K.
 // grid: 1 and requests, or slots and 1, in x and z; (KV head, keys or values) in y.
 extern "C" __global__ void __launch_bounds__(STORE_THREADS, D > 128 ? 3 : 5)
     store_blocks(STEP_ROWS_SIGNATURE, BLOCKS_SIGNATURE, const int* lengths, const int* starts, const long long* slot_mapping,
-                 u64* bad, int requests) {
+                 u64* bad, int requests, int layer) {
     __shared__ PageTile tile;
     const Blocks b = BLOCKS_VALUE;
     const int head = blockIdx.y >> 1, warp = threadIdx.x >> 5;
@@ -116,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS, D > 128 ? 3 : 5)
         for (int r = 0; r < ROWS_PER_WARP; r++) {
             const int in_page = r * STORE_WARPS + warp, position = page * PAGE + in_page;
             const long long slot = __shfl_sync(FULL, to, r);
-            if (slot >= 0) report_row(bad, value, request, position, row[r]);
+            if (slot >= 0) report_row(bad + request, value, layer, position, row[r]);
             const int block = slot < 0 ? 0 : (int)(slot >> b.window_shift);
             u32* target = reinterpret_cast<u32*>(window_row(b, value, block, position, head));
 #pragma unroll
@@ -258,29 +259,30 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
     if (threadIdx.x == 0) first[request] = min((gone + PAGE - 1) / PAGE, before / PAGE) * PAGE;
 }
 
-// Takes the words that `store_blocks` lowered in the layers of a step: moves them to `reported`, in the host's memory, and
-// makes outputs NaN from the token on that each names, so that no token is chosen by them. One block.
-// `words`, `reported`: (most); those of `layers` and on are of layers whose requests are not this step's.
+// Takes the words that `store_blocks` lowered in the layers of a step: moves them to the step's row of `reported`, in the host's
+// memory, and makes outputs NaN from the token on that each names, so that no token is chosen by them. One block.
+// `words`: (most), the first `requests` of them of the step's; `reported`: (REPORTED_STEPS, most); words of layers that are not
+// among the first `layers` are of a drafter's step before: they are moved, and fail nothing.
 extern "C" __global__ void __launch_bounds__(STORE_THREADS)
-    fail_requests(u64* words, u64* reported, int layers, int most, const int* lengths, const int* starts, u16* output,
-                  int width) {
-    __shared__ u64 failed[STORE_THREADS];
+    fail_requests(u64* words, u64* reported, const int* step, int layers, int requests, int most, const int* lengths,
+                  const int* starts, u16* output, int width) {
+    __shared__ u32 failed[STORE_THREADS];
+    const u32 NONE = ~0u;
+    u64* row_of_step = reported + (size_t)(*step % REPORTED_STEPS) * most;
     for (int first = 0; first < most; first += STORE_THREADS) {
         const int i = first + threadIdx.x;
         const u64 word = i < most ? words[i] : ~0ull;
         if (word != ~0ull) {
-            reported[i] = word;
+            row_of_step[i] = word;
             words[i] = ~0ull;
         }
-        failed[threadIdx.x] = i < layers ? word & ~(1ull << 63) : ~0ull >> 1;
-        if (!__syncthreads_or(word != ~0ull)) continue;
-        u64 before = ~0ull;
+        const bool fails = i < requests && word >> 33 < layers;
+        failed[threadIdx.x] = fails ? (u32)(word >> 1) : NONE;
+        if (!__syncthreads_or(fails)) continue;
         for (int each = 0; each < STORE_THREADS; each++) {
-            const u64 one = failed[each];
-            if (one == ~0ull >> 1 || one == before) continue;
-            before = one;
-            const int request = (int)(one >> 32), end = starts[request + 1];
-            const int row = max(end - (lengths[request] - (int)(u32)one), starts[request]);
+            if (failed[each] == NONE) continue;
+            const int request = first + each, end = starts[request + 1];
+            const int row = max(end - (lengths[request] - (int)failed[each]), starts[request]);
             for (long long at = (long long)row * width + threadIdx.x; at < (long long)end * width; at += STORE_THREADS)
                 output[at] = 0x7fff;  // NaN in either type
         }
