@@ -30,12 +30,26 @@ def run(tmp_path):
 
 def test_finished_tasks_stand_in_one_result_and_others_are_named(run):
     done, output = run("--compress=1", "--tasks=fwe,cwe", "--lengths=1300,1400")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     record = json.loads(output.read_text(encoding="utf-8"))
     assert [(task["task"], task["tokens"]) for task in record["tasks"]] == [("fwe", 1300), ("fwe", 1400)]
     assert record["complete"] is False and record["options"]["task_lengths"] == [1300, 1400]
     assert "cwe at 1300 tokens left out: `task_lengths`=1300 is too short for cwe" in done.stderr
     assert len(EvaluationResult.from_dict(record).tasks) == 2
+
+
+def test_processes_share_the_tasks_and_a_further_call_measures_what_is_missing(run):
+    done, output = run("--compress=1", "--tasks=niah_single_1,fwe", "--lengths=1300", "--processes=2")
+    assert done.returncode == 0, done.stderr
+    first = json.loads(output.read_text(encoding="utf-8"))
+    assert [task["task"] for task in first["tasks"]] == ["niah_single_1", "fwe"] and first["complete"]
+    assert [path.name for path in output.parent.glob("*.json")] == [output.name]
+    again, _ = run("--compress=1", "--tasks=fwe,cwe,niah_single_1", "--lengths=1300")
+    second = json.loads(output.read_text(encoding="utf-8"))
+    assert again.returncode == 1 and "cwe at 1300 tokens is missing" in again.stderr
+    assert second["tasks"] == [first["tasks"][1], first["tasks"][0]] and not second["complete"]
+    other, _ = run("--compress=2", "--tasks=fwe", "--lengths=1300", "--minutes=0")
+    assert other.returncode == 1 and "tasks.json was measured in another way" in other.stderr
 
 
 def test_without_time_nothing_is_begun(run):
