@@ -67,7 +67,7 @@ class Clock:
                 self._looks[f"{Path(code.co_filename).stem}.{code.co_name} > {leaf}"] += 1
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="shape:0.5b")
     parser.add_argument("--device", default="cuda")
@@ -119,7 +119,8 @@ def main() -> None:
     print(f"start {starting:.1f} s; calibration {clock.seconds('calibrating'):.1f} s; ", end="")
     rest = whole - starting - clock.seconds("calibrating")
     print(f"evaluation {rest:.1f} s{'' if complete else ', cut off at the time limit'}", flush=True)
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
