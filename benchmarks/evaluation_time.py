@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Clock:
     """Times phases; the reporter of an evaluation. Samples the main thread in the background."""
 
     def __init__(self, output: Path, about: dict[str, Any]) -> None:
-        self._output, self._about = output, about
+        self._output, self.about = output, about
         self._phases: list[dict[str, Any]] = []
         self._main = threading.main_thread().ident
         self._looks: Counter[str] = Counter()
@@ -43,7 +44,7 @@ class Clock:
         self._phases.append(ended)
         print(f"{ended['seconds']:8.2f} s  {self._name}  {dict(list(host.items())[:3])}", flush=True)
         self._name, self._began, self._steps = name, now, 0
-        record = self._about | {"seconds": round(now - STARTED, 3), "phases": self._phases}
+        record = self.about | {"seconds": round(now - STARTED, 3), "phases": self._phases}
         self._output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def progress(self, done: int, total: int) -> None:
@@ -66,7 +67,7 @@ class Clock:
                 self._looks[f"{Path(code.co_filename).stem}.{code.co_name} > {leaf}"] += 1
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="shape:0.5b")
     parser.add_argument("--device", default="cuda")
@@ -77,12 +78,19 @@ def main() -> None:
     clock = Clock(arguments.output, {name: str(getattr(arguments, name)) for name in ("model", "device", "dtype")})
     clock.phase("importing")
     import torch
+    import transformers
 
+    import elastickv
     from elastickv.evaluation.calibrate import DEFAULT_TOKENS, calibrate
     from elastickv.evaluation.evaluate import evaluate
     from elastickv.evaluation.evaluation_options import EvaluationOptions
     from elastickv.evaluation.texts import calibration_text, evaluation_texts
     from elastickv.model_benchmark.model_source import open_model
+
+    if arguments.device.startswith("cuda"):
+        clock.about["device_name"] = torch.cuda.get_device_name(arguments.device)
+    versions = {package.__name__: package.__version__ for package in (elastickv, torch, transformers)}
+    clock.about |= {"versions": versions, "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
     def wait() -> None:
         if arguments.device.startswith("cuda"):
@@ -104,13 +112,15 @@ def main() -> None:
     except KeyboardInterrupt:
         pass
     signal.setitimer(signal.ITIMER_REAL, 0)
+    clock.about["complete"] = complete
     clock.phase("end")
     whole = time.monotonic() - STARTED
     starting = clock.seconds("starting", "importing", "loading")
     print(f"start {starting:.1f} s; calibration {clock.seconds('calibrating'):.1f} s; ", end="")
     rest = whole - starting - clock.seconds("calibrating")
     print(f"evaluation {rest:.1f} s{'' if complete else ', cut off at the time limit'}", flush=True)
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

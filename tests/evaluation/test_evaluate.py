@@ -10,7 +10,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.calibrate import calibrate
 from elastickv.evaluation.evaluate import EvaluationOptions, evaluate
-from elastickv.evaluation.prefill import prefill
+from elastickv.evaluation.prefill import TOKENS_A_PASS, prefill
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.suggestion import Tolerance
 from elastickv.evaluation.texts import Text, windows
@@ -102,13 +102,19 @@ def test_recipes_are_what_the_decode_path_runs(loaded):
     assert 0 < scores.kl.mean() < crude.kl.mean() / 10
 
 
-def test_a_prefill_is_what_the_model_computes(loaded):
-    rows = [tuple(range(40)), tuple(range(40, 80))]
+@pytest.mark.parametrize("tokens_a_pass", [1, 90])
+def test_a_prefill_is_what_the_model_computes(loaded, monkeypatch, tokens_a_pass):
+    """One row after the other, or two together and the third alone."""
+    monkeypatch.setitem(TOKENS_A_PASS, "cpu", tokens_a_pass)
+    rows = [tuple(range(40)), tuple(range(40, 80)), tuple(range(20, 60))]
     start = prefill(loaded.model, rows, 30, 5)
     with torch.inference_mode():
         logits = loaded.model(input_ids=torch.tensor(rows)).logits[:, -5:]
     torch.testing.assert_close(start.logits, logits, rtol=1e-4, atol=1e-4)
-    assert (start.rows, start.tokens) == (2, 30)
+    assert (start.rows, start.tokens) == (3, 30)
+    alone = prefill(loaded.model, rows[1:2], 30, 5)
+    torch.testing.assert_close(start.keys[1][1:2], alone.keys[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(start.values[1][1:2], alone.values[1], rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_is_left_as_it_was_when_decoding_fails(loaded):

@@ -15,6 +15,9 @@ from elastickv.transformers.model_support import stock_layers, text_config
 
 Tensor: TypeAlias = Any
 _ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
+# Tokens that a pass over rows reads at least, by kind of device: a small model takes longer to launch than to read one row.
+TOKENS_A_PASS = {"cpu": 1}
+_TOKENS_A_PASS = 16384
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,9 @@ def prefill(
 ) -> Prefill:
     """Read rows of tokens, all of them of `stored_tokens` + `logit_count` tokens.
 
-    Rows are read one by one. Where layers have a state instead of keys and values (linear attention, Mamba), which can't be cut
-    back to `stored_tokens`, all rows are read at once and the last tokens one by one.
+    Rows are read one by one, on a GPU as many together as have 16384 tokens. Where layers have a state instead of keys and
+    values (linear attention, Mamba), which can't be cut back to `stored_tokens`, all rows are read at once and the last tokens
+    one by one.
 
     Parameters
     ----------
@@ -105,19 +109,21 @@ def _row_by_row(
     values: list[Tensor] = []
     logits = torch.empty(len(rows), logit_count, text_config(model).vocab_size, device=model.device)
     with torch.inference_mode(), layer_progress(model, progress, len(rows)):
-        for number, row in enumerate(rows):
+        at_once = max(1, TOKENS_A_PASS.get(model.device.type, _TOKENS_A_PASS) // len(rows[0]))
+        for begin in range(0, len(rows), at_once):
+            some = slice(begin, min(begin + at_once, len(rows)))
             # Without a configuration all layers keep all tokens; a layer with a window is masked to it.
             cache = transformers.DynamicCache()
-            ids = torch.tensor([list(row)], device=model.device)
-            logits[number] = model(input_ids=ids, logits_to_keep=logit_count, **{CACHE_ARGUMENT: cache}).logits[0].float()
+            ids = torch.tensor([list(row) for row in rows[some]], device=model.device)
+            logits[some] = model(input_ids=ids, logits_to_keep=logit_count, **{CACHE_ARGUMENT: cache}).logits.float()
             for layer, store in enumerate(cache.layers):
-                if number == 0:
+                if begin == 0:
                     for states in (keys, values):
                         states.append(store.keys.new_empty(len(rows), store.keys.shape[1], stored_tokens, store.keys.shape[3]))
-                keys[layer][number] = store.keys[0, :, :stored_tokens]
-                values[layer][number] = store.values[0, :, :stored_tokens]
+                keys[layer][some] = store.keys[:, :, :stored_tokens]
+                values[layer][some] = store.values[:, :, :stored_tokens]
             if progress is not None and model.device.type != "cpu":
-                progress(number + 1, len(rows))
+                progress(some.stop, len(rows))
     return Prefill(keys, values, logits, [row[:stored_tokens] for row in rows])
 
 

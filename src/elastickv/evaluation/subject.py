@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, plan
@@ -58,6 +60,7 @@ class Subject:
             "fingerprint": self.fingerprint,
             "dtype": self.dtype,
             "device": str(self.model.device),
+            **({"device_name": torch.cuda.get_device_name(self.model.device)} if self.model.device.type == "cuda" else {}),
             "layers": int(text_config(self.model).num_hidden_layers),
             "elastic_layers": self.layers,
             **shape,

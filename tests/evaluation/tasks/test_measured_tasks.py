@@ -12,7 +12,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation.evaluate import evaluate
 from elastickv.evaluation.evaluation_options import EvaluationOptions
 from elastickv.evaluation.layer_progress import Progress
-from elastickv.evaluation.tasks.task_answers import scored_answers
+from elastickv.evaluation.tasks.task_answers import STEPS_A_LOOK, scored_answers
 from elastickv.evaluation.tasks.task_prompts import TaskItem
 from elastickv.evaluation.texts import Text
 from elastickv.results.formats.fidelity_table import fidelity_tables
@@ -142,6 +142,14 @@ def test_decoding_ends_when_no_score_can_change():
     script = Script("123 and so on", "is 123")
     assert answered(script, item(("123",)), item(("123",))) == [1.0, 1.0]
     assert len(script.seen) == 6
+
+
+def test_answers_that_are_looked_at_seldom_have_the_same_scores(monkeypatch):
+    monkeypatch.setitem(STEPS_A_LOOK, "cpu", 5)
+    script = Script("a 12#34", "12 and 34", "#")
+    assert answered(script, *[item(("12", "34"))] * 3) == [0.5, 1.0, 0.0]
+    assert len(script.seen) == 10
+    assert answered(Script("may or june"), item(("may",), "f1")) == [0.5]
 
 
 def test_a_longer_text_may_lower_f1_so_decoding_goes_on():

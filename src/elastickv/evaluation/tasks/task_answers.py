@@ -6,11 +6,15 @@ import torch
 
 from elastickv.evaluation.generations.divergence import end_tokens
 from elastickv.evaluation.layer_progress import Progress
-from elastickv.evaluation.prefill import Prefill
+from elastickv.evaluation.prefill import Prefill, Tensor
 from elastickv.evaluation.scoring import TOKENS_AT_ONCE, Open
 from elastickv.evaluation.subject import Subject
 from elastickv.evaluation.tasks.string_match import GROWING, METRICS
 from elastickv.evaluation.tasks.task_prompts import TaskItem
+
+# Decode steps, by kind of device, until answers are looked at: looking waits for the device and spells out every answer.
+STEPS_A_LOOK = {"cpu": 1}
+_STEPS_A_LOOK = 8
 
 
 def stepped_tokens(items: Sequence[TaskItem]) -> int:
@@ -33,10 +37,7 @@ def scored_answers(
     tokens : the most tokens of an answer.
     """
     rows = torch.tensor([item.ids for item in items])
-    stepped = stepped_tokens(items)
-    ends = end_tokens(subject.model) | _ends(subject.loaded.tokenizer)
-    answers: list[list[int]] = [[] for _ in items]
-    scores, open_rows = [0.0] * len(items), set(range(len(items)))
+    stepped, answers = stepped_tokens(items), _Answers(subject, items)
     total = stepped + tokens - 1
     with decoding(start, total) as session:
         first, at_once = rows.shape[1] - stepped, TOKENS_AT_ONCE if session.takes_several else 1
@@ -44,20 +45,38 @@ def scored_answers(
             end = min(begin + at_once, stepped - 1)
             session.read(rows[:, first + begin : first + end])
             progress(end, total)
-        following = rows[:, -1]
+        following, unseen = rows[:, -1], list[Tensor]()
         for step in range(tokens):
-            following = session.step(following).argmax(-1).cpu()
-            for row in sorted(open_rows):
-                token = int(following[row])
-                if token not in ends:
-                    answers[row].append(token)
-                    scores[row] = score_of(subject, items[row], answers[row])
-                if token in ends or (scores[row] == 1 and items[row].metric in GROWING):
-                    open_rows.discard(row)
+            following = session.step(following).argmax(-1)
+            unseen.append(following)
             progress(stepped + step, total)
-            if not open_rows:
-                break
-    return scores
+            if len(unseen) == STEPS_A_LOOK.get(following.device.type, _STEPS_A_LOOK) or step == tokens - 1:
+                answers.extend(torch.stack(unseen, 1).tolist())
+                unseen.clear()
+                if not answers.open:
+                    break
+    return answers.scores
+
+
+class _Answers:
+    """The answers of a batch as far as they have been looked at, and the rows whose score can still change."""
+
+    def __init__(self, subject: Subject, items: Sequence[TaskItem]) -> None:
+        self._subject, self._items = subject, items
+        self._ends = end_tokens(subject.model) | _ends(subject.loaded.tokenizer)
+        self._ids: list[list[int]] = [[] for _ in items]
+        self.scores, self.open = [0.0] * len(items), set(range(len(items)))
+
+    def extend(self, chosen: Sequence[Sequence[int]]) -> None:
+        """Take the next tokens of every row, and score the rows that are open."""
+        for row in sorted(self.open):
+            item, own = self._items[row], self._ids[row]
+            end = next((number for number, token in enumerate(chosen[row]) if token in self._ends), None)
+            own += chosen[row][:end]
+            if own:
+                self.scores[row] = score_of(self._subject, item, own)
+            if end is not None or (self.scores[row] == 1 and item.metric in GROWING):
+                self.open.discard(row)
 
 
 def score_of(subject: Subject, item: TaskItem, ids: Sequence[int]) -> float:
