@@ -30,6 +30,9 @@ def _listed(numbers: tuple[float, ...]) -> str:
     show_default=True,
     help="Sinks and window of all --formats, as in 4+128; own: each its own.",
 )
+@click.option(
+    "--stored-bits", help="Bits an element, as 4.75: the calibration chooses formats by layer; commas between several."
+)
 @click.option("--selections", help="Published selections at each C: all, or names with commas between.")
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Text to score; may be repeated.")
 @CALIBRATION
@@ -137,6 +140,7 @@ def command(**arguments: Any) -> int:
     options = replace(
         _options(arguments),
         formats=parse_formats(arguments["formats"]),
+        stored_bits=() if arguments["stored_bits"] is None else _numbers("stored-bits", arguments["stored_bits"], float),
         selections=parse_selections(arguments["selections"]),
         tasks=parse_tasks(arguments["tasks"]),
     )
