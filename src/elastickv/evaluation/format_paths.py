@@ -76,8 +76,8 @@ def unmet_budgets(subject: Subject, budgets: Sequence[float]) -> list[str]:
     """
     if budgets and subject.calibration is None:
         raise UsageError(
-            f"stored_bits={budgets[0]:g} needs a calibration, which says what each layer loses in each format: run "
-            f"`elastickv calibrate {subject.loaded.name} -o FILE`, then give --calibration FILE"
+            f"`stored_bits`={budgets[0]:g} needs a calibration, which says what each layer loses in each format: run "
+            f"`elastickv calibrate {subject.loaded.name} -o FILE` and give `calibration` FILE"
         )
     reasons = []
     for bits in budgets:

@@ -158,8 +158,8 @@ def for_stored_bits(
         least = min((option.recipe for option in options), key=lambda recipe: page_bytes(recipe, head_dim))
         lowest = math.ceil(1000 * stored_bits(least, head_dim)) / 1000
         raise UsageError(
-            f"stored_bits={bits:g} is less than any calibrated format that {_readers(device)} takes: give {lowest:g} or more, "
-            f"which is {least.formats} with its scales in heads of {head_dim}"
+            f"`stored_bits`={bits:g} is less than any calibrated format that {_readers(device)} takes: give {lowest:g} or "
+            f"more, which is {least.formats} with its scales in heads of {head_dim}"
         )
     solved = [of_layer[number] for of_layer, number in zip(choices, chosen, strict=True)]
     dense = len(layers) * calibration.kv_heads * interval_bytes(DENSE, [MAX_CONTEXT], head).kv
@@ -170,9 +170,9 @@ def check_stored_bits(bits: Any) -> None:
     """Raise UsageError unless a budget of stored bits is a number above 0 and at most 16."""
     most = 8 * DENSE_BYTES_PER_ELEMENT
     if isinstance(bits, bool) or not isinstance(bits, Real):
-        raise UsageError(f"stored_bits={bits!r} is not a number: give bits an element, above 0 and at most {most}")
-    if not 0 < float(bits) <= most:
-        raise UsageError(f"stored_bits={bits:g} is out of range: give bits an element, above 0 and at most {most}")
+        raise UsageError(f"`stored_bits`={bits!r} is not a number: give bits an element, above 0 and at most {most}")
+    if not 0 < bits <= most:
+        raise UsageError(f"`stored_bits`={bits} is out of range: give bits an element, above 0 and at most {most}")
 
 
 def _readers(device: str | None) -> str:

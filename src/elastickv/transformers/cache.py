@@ -71,7 +71,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         recipe : instead of `compress`, what is stored and read: a `Recipe`, its text, one for each full-attention layer, a
             mapping from layer numbers, or a file. A text may leave a number open for `compress` to decide ('int4,pages').
         layers : recipes of single layers, which override the others.
-        stored_bits : instead of `compress`: bits an element, mean over the elastic layers, scales and zeros included. Each layer
+        stored_bits : instead of `compress`: bits an element, mean over elastic layers, scales and zeros included. Each layer
             gets formats of the calibration, so that all together err least within it. Sinks and window stay in 16 bit, are not
             counted, and everything is read.
         calibration : the output of `elastickv calibrate`, or its file; needs `compress`, `stored_bits`, or a recipe that
@@ -94,6 +94,8 @@ class ElasticCache(Cache):  # type: ignore[misc]
         config.device = device_kind(model)
         if config.calibration is not None:
             config.calibration.check_model(fingerprint(model), type(model).__name__)
+        if config.stored_bits is not None:
+            config.budget_for(config.usual, "bf16")  # refuses too few bits before a prompt is read
         config.warn_uncalibrated(getattr(model.config, "_name_or_path", "") or "MODEL")
         if not sizes.elastic:
             config.warn_windowed(type(model).__name__)

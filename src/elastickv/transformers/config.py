@@ -344,16 +344,16 @@ def _check_stored_bits(bits: float, calibration: ModelCalibration | None, others
     check_stored_bits(bits)
     if others:
         raise UsageError(
-            f"stored_bits={bits:g} chooses the recipes of all layers: leave out compress, recipe and layers, or it"
+            f"`stored_bits`={bits:g} chooses all layers' recipes: leave out compress, recipe and layers, or leave out it"
         )
     if calibration is None:
-        raise UsageError(f"stored_bits={bits:g} needs a calibration: run `elastickv calibrate`, then give calibration=FILE")
+        raise UsageError(f"`stored_bits`={bits:g} needs a calibration: run `elastickv calibrate`, then give calibration=FILE")
 
 
 def _check_calibration(calibration: ModelCalibration, sizes: Sizes, used: bool) -> None:
     if not used:
         raise UsageError(
-            "a calibration is not a recipe: give compress or stored_bits too, and recipes are solved for it, or a recipe with "
+            "a calibration is not a recipe: give compress too, or stored_bits, and recipes are solved for it, or a recipe with "
             "rotate=k"
         )
     missing = sorted(set(sizes.elastic) - set(calibration.layers))
