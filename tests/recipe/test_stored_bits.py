@@ -124,7 +124,7 @@ def test_each_device_gets_formats_that_its_kernels_read():
     ],
 )
 def test_too_few_bits_are_refused_with_the_least_there_is(device, least, formats, reader):
-    with pytest.raises(UsageError, match=rf"`stored_bits`=4.2 is less .*{reader}.*: give {least} or more, which is {formats} "):
+    with pytest.raises(UsageError, match=rf"stored_bits=4.2 is less .*{reader}.*: give {least} or more, which is {formats} "):
         for_stored_bits(CALIBRATION, 4.2, device=device)
     plan = for_stored_bits(CALIBRATION, least, device=device)
     assert mean_bits(plan) == least and {recipe.formats for recipe in plan.recipes} == {formats}

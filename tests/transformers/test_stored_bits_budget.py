@@ -139,7 +139,7 @@ def test_what_contradicts_it_or_is_missing_is_refused_in_one_line(tiny, options,
 
 
 def test_too_few_bits_and_another_models_calibration_are_refused_before_there_is_a_prompt(tiny, calibration):
-    with pytest.raises(UsageError, match=r"`stored_bits`=3 is less than .* the CPU reads takes: give 4\.25 or more"):
+    with pytest.raises(UsageError, match=r"stored_bits=3 is less than .* the CPU reads takes: give 4\.25 or more"):
         cache_of(tiny, 3, calibration)
     with pytest.raises(UsageError, match="not of LlamaForCausalLM"):
         cache_of(tiny, 5, replace(calibration, fingerprint="0" * 16))

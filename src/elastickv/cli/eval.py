@@ -130,6 +130,7 @@ def command(**arguments: Any) -> int:
     with Bar() as bar:
         bar.phase("importing PyTorch and Transformers")
         from elastickv.evaluation.evaluate import evaluate
+        from elastickv.evaluation.format_paths import check_budgets
         from elastickv.evaluation.kv_formats.published_formats import parse_formats
         from elastickv.evaluation.kv_selections.published_selections import parse_selections
         from elastickv.evaluation.loading_progress import loading_progress
@@ -147,6 +148,7 @@ def command(**arguments: Any) -> int:
     for path in arguments["datasets"]:
         read_questions(path)  # a file that cannot be measured is refused before a model is loaded
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
+    check_budgets(options.stored_bits, calibration, arguments["model"])
     texts = [read_text(path) for path in arguments["texts"]] or evaluation_texts()
     if calibration is not None and calibration.text in {text.name for text in texts}:
         click.echo(f"elastickv: warning: {calibration.text} was calibrated on and is scored too", err=True)

@@ -15,7 +15,7 @@ from elastickv.evaluation.kv_formats.published_formats import format_of
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.evaluation.recipes_by_ratio import Span, measured
 from elastickv.evaluation.subject import DecodePath, Subject
-from elastickv.recipe import LayerPlan, Recipe, for_stored_bits, stored_bits, stored_bytes
+from elastickv.recipe import LayerPlan, ModelCalibration, Recipe, for_stored_bits, stored_bits, stored_bytes
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
 from elastickv.recipe.layer_solver import check_stored_bits
 from elastickv.recipe.regions import regions
@@ -67,21 +67,32 @@ def format_paths(subject: Subject, names: Sequence[str], exact: ExactTokens | No
     return [_path(subject, name, exact, span) for name in names if name not in refused]
 
 
+def check_budgets(budgets: Sequence[float], calibration: ModelCalibration | None, model: str) -> None:
+    """Check that budgets of stored bits are numbers of bits, and that there is a calibration to choose formats by.
+
+    Raises
+    ------
+    UsageError : naming what is missing.
+    """
+    for bits in budgets:
+        check_stored_bits(bits)
+    if budgets and calibration is None:
+        raise UsageError(
+            f"`stored_bits`={budgets[0]:g} needs a calibration, which says what each layer loses in each format: run "
+            f"`elastickv calibrate {model} -o FILE` and give `calibration` FILE"
+        )
+
+
 def unmet_budgets(subject: Subject, budgets: Sequence[float]) -> list[str]:
     """Return, for budgets of stored bits an element that are too small for the formats of the model's device, why they are.
 
     Raises
     ------
-    UsageError : if there are budgets and all are too small, one is no number of bits, or there is no calibration.
+    UsageError : if there are budgets and all are too small, or as `check_budgets`.
     """
-    if budgets and subject.calibration is None:
-        raise UsageError(
-            f"`stored_bits`={budgets[0]:g} needs a calibration, which says what each layer loses in each format: run "
-            f"`elastickv calibrate {subject.loaded.name} -o FILE` and give `calibration` FILE"
-        )
+    check_budgets(budgets, subject.calibration, subject.loaded.name)
     reasons = []
     for bits in budgets:
-        check_stored_bits(bits)
         try:
             _within(subject, bits)
         except UsageError as error:

@@ -158,7 +158,7 @@ def for_stored_bits(
         least = min((option.recipe for option in options), key=lambda recipe: page_bytes(recipe, head_dim))
         lowest = math.ceil(1000 * stored_bits(least, head_dim)) / 1000
         raise UsageError(
-            f"`stored_bits`={bits:g} is less than any calibrated format that {_readers(device)} takes: give {lowest:g} or "
+            f"stored_bits={bits:g} is less than any calibrated format that {_readers(device)} takes: give {lowest:g} or "
             f"more, which is {least.formats} with its scales in heads of {head_dim}"
         )
     solved = [of_layer[number] for of_layer, number in zip(choices, chosen, strict=True)]
