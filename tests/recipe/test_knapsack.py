@@ -5,11 +5,11 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastickv.recipe.knapsack import Item, least_cost
+from elastickv.recipe.knapsack import KnapsackItem, least_cost
 
 # Costs that repeat, vanish or differ by orders of magnitude; a weight of 0 is allowed.
 COSTS = st.sampled_from((0.0, 1.0, 2.0)) | st.floats(1e-9, 10, allow_subnormal=False)
-GROUPS = st.lists(st.lists(st.builds(Item, st.integers(0, 12), COSTS), min_size=1, max_size=5), max_size=5)
+GROUPS = st.lists(st.lists(st.builds(KnapsackItem, st.integers(0, 12), COSTS), min_size=1, max_size=5), max_size=5)
 
 
 def totals(items):
@@ -30,7 +30,7 @@ def test_no_choice_within_the_weight_costs_less_or_as_much_with_less_weight(grou
 
 def curve(steps, scale):
     """Items of a format's kind: a quarter of the error for every 512 bytes more."""
-    return [Item(2176 + 64 * step, scale * 4.0 ** (-step / 8)) for step in range(steps)]
+    return [KnapsackItem(2176 + 64 * step, scale * 4.0 ** (-step / 8)) for step in range(steps)]
 
 
 def test_many_groups_are_as_cheap_as_a_table_of_all_weights_says():
@@ -49,7 +49,11 @@ def test_many_groups_are_as_cheap_as_a_table_of_all_weights_says():
 
 
 def test_a_gain_that_fits_is_taken_where_a_larger_one_for_its_weight_does_not_fit():
-    groups = [[Item(0, 10.0), Item(6, 0.0)], [Item(0, 9.0), Item(5, 1.0)], [Item(0, 4.0), Item(5, 0.5)]]
+    groups = [
+        [KnapsackItem(0, 10.0), KnapsackItem(6, 0.0)],
+        [KnapsackItem(0, 9.0), KnapsackItem(5, 1.0)],
+        [KnapsackItem(0, 4.0), KnapsackItem(5, 0.5)],
+    ]
     assert least_cost(groups, 10) == [0, 1, 1]
     assert least_cost(groups, 11) == [1, 1, 0]
     assert least_cost(groups, 4) == [0, 0, 0]
@@ -57,4 +61,4 @@ def test_a_gain_that_fits_is_taken_where_a_larger_one_for_its_weight_does_not_fi
 
 def test_without_groups_nothing_is_chosen_and_items_that_are_too_heavy_leave_no_choice():
     assert least_cost([], 0) == []
-    assert least_cost([[Item(1, 0.0)], [Item(2, 0.0)]], 2) is None
+    assert least_cost([[KnapsackItem(1, 0.0)], [KnapsackItem(2, 0.0)]], 2) is None

@@ -16,7 +16,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe.byte_counts import interval_bytes, page_bytes, stored_bits, stored_ratio
 from elastickv.recipe.calibration import ROTATED, HeadErrors, ModelCalibration
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
-from elastickv.recipe.knapsack import Item, least_cost
+from elastickv.recipe.knapsack import KnapsackItem, least_cost
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe, has_page_bounds
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
 from elastickv.recipe.solver import check_context, check_ratio, unmet
@@ -150,7 +150,9 @@ def for_stored_bits(
     # Without pages to select, an option is one choice for a layer, whatever a byte weighs.
     choices = [[_cheapest([option], layer, 0.0) for option in options] for layer in layers]
     weights = [page_bytes(option.recipe, head_dim) for option in options]
-    groups = [[Item(weight, choice.error) for weight, choice in zip(weights, of_layer, strict=True)] for of_layer in choices]
+    groups = [
+        [KnapsackItem(weight, choice.error) for weight, choice in zip(weights, of_layer, strict=True)] for of_layer in choices
+    ]
     page_elements = 2 * PAGE_TOKENS * head_dim
     # As the user wrote the number: 4.3 is not the float below it.
     chosen = least_cost(groups, math.floor(Fraction(str(float(bits))) * len(layers) * page_elements / 8))
@@ -169,7 +171,8 @@ def for_stored_bits(
 def check_stored_bits(bits: Any) -> None:
     """Raise UsageError unless a budget of stored bits is a number above 0 and at most 16."""
     most = 8 * DENSE_BYTES_PER_ELEMENT
-    if isinstance(bits, bool) or not isinstance(bits, Real):
+    number: Any = bits
+    if isinstance(number, bool) or not isinstance(number, Real):
         raise UsageError(f"`stored_bits`={bits!r} is not a number: give bits an element, above 0 and at most {most}")
     if not 0 < bits <= most:
         raise UsageError(f"`stored_bits`={bits} is out of range: give bits an element, above 0 and at most {most}")
