@@ -36,7 +36,8 @@ class LayerPlan:
     recipes : one for each of `ModelCalibration.layers`, in that order.
     ratio : dense bytes / bytes read, all these layers together, at the context it was solved for; the longest one for
         `for_stored_bits`.
-    error : sum of the calibrated errors over layers and heads.
+    error : sum of the calibrated errors over layers and heads; of `for_stored_bits`, in nats a token where the calibration has
+        sensitivities.
     """
 
     recipes: tuple[Recipe, ...]
@@ -131,6 +132,8 @@ def for_stored_bits(
 ) -> LayerPlan:
     """Return the recipes of least calibrated error whose stored bits an element are at most `bits`, mean over the layers.
 
+    Errors are weighed by the sensitivity of the model's predictions to each layer, where the calibration has it.
+
     Bits are those of cold tokens with their scales and zeros, as `byte_counts.stored_bits` counts them; sinks and window stay
     in 16 bit. Every page is read. No other choice of the calibrated formats has a smaller error within the budget.
 
@@ -144,6 +147,7 @@ def for_stored_bits(
     UsageError : if `bits` is no number above 0 and at most 16, or less than the formats take; the message names the least.
     """
     check_stored_bits(bits)
+    calibration = calibration.in_nats()
     layers, head_dim = range(len(calibration.layers)), calibration.head_dim
     head = AttentionShape(1, calibration.query_heads // calibration.kv_heads, 1, head_dim)
     options = _options(calibration, MAX_CONTEXT, head, dtype, sinks, window, None, 0.0, False, device)
