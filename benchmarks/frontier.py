@@ -226,6 +226,8 @@ def main() -> int:
             name = short_name(model)
             path = (arguments.calibrations or arguments.output) / f"calibration-{name}.json"
             calibration = calibrated(loaded, path, limit)
+            if arguments.stored_bits and calibration.sensitivity is None:
+                print(f"{path.name} has no sensitivities of layers: remove it and calibrate again in fp32", flush=True)
             for context in map(int, arguments.contexts):
                 count = window_count(loaded, texts, context, arguments.windows, arguments.tokens)
                 options = EvaluationOptions(

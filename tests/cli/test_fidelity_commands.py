@@ -33,6 +33,15 @@ def test_a_model_is_calibrated_and_evaluated(elastickv, folder, tmp_path):
     assert "stored_bits=4 is less than any calibrated format that the CPU reads takes: give 4.25 or more" in done.stdout
     assert "compress=64 cannot be met" in done.stdout and "Largest C within kl=0.001: 1" in done.stdout
     assert "warning" not in done.stderr
+    older = json.loads(calibration.read_text(encoding="utf-8"))
+    del older["sensitivity"]
+    calibration.write_text(json.dumps(older), encoding="utf-8")
+    done = elastickv(
+        "eval", str(folder), f"--text={text}", f"--calibration={calibration}", *QUICK, "--compress=none", "--needle=none",
+        "--greedy=0", "--stored-bits=5",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning") == 1 and f"elastickv calibrate {folder} --dtype fp32" in done.stderr
 
 
 def test_without_a_calibration_one_warning_names_the_command(elastickv, folder):

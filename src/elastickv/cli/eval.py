@@ -149,6 +149,8 @@ def command(**arguments: Any) -> int:
         read_questions(path)  # a file that cannot be measured is refused before a model is loaded
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
     check_budgets(options.stored_bits, calibration, arguments["model"])
+    if options.stored_bits and calibration is not None and calibration.sensitivity is None:
+        click.echo(_insensitive(arguments["model"]), err=True)
     texts = [read_text(path) for path in arguments["texts"]] or evaluation_texts()
     if calibration is not None and calibration.text in {text.name for text in texts}:
         click.echo(f"elastickv: warning: {calibration.text} was calibrated on and is scored too", err=True)
@@ -176,6 +178,13 @@ def _uncalibrated(model: str) -> str:
     return (
         "elastickv: warning: no --calibration: every head reads the same share of its pages, and the loss is several times "
         f"larger than it needs to be; elastickv calibrate {model}"
+    )
+
+
+def _insensitive(model: str) -> str:
+    return (
+        "elastickv: warning: the calibration has no sensitivities of layers, and stored bits go to the layers of large errors "
+        f"instead of those that matter: elastickv calibrate {model} --dtype fp32"
     )
 
 
