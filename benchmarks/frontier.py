@@ -1,11 +1,12 @@
 """What every KV format, selection and recipe loses at equal bytes: one evaluation a model and context.
 
-    python benchmarks/frontier.py MODEL... [--contexts 4096,16384] [--device cuda] [--output FOLDER] [--time-limit 540]
+    python benchmarks/frontier.py MODEL... [--contexts 4096,16384] [--stored-bits 4.25,4.75,8.5] [--device cuda]
+        [--output FOLDER] [--time-limit 540]
 
 MODEL is a model folder or a .gguf file. Measured are, in this order, our calibrated recipes at each C of --compress, their
-parts (formats alone, selection alone), the KV formats and the selections, on the same windows after the same exact prefill
-(`elastickv.evaluation.evaluate`). Scored are the texts in data/texts, which no calibration and no development has read; recipes
-are calibrated on the text that the package ships.
+parts (formats alone, selection alone), the formats by layer within --stored-bits, the KV formats and the selections, on the
+same windows after the same exact prefill (`elastickv.evaluation.evaluate`). Scored are the texts in data/texts, which no
+calibration and no development has read; recipes are calibrated on the text that the package ships.
 
 Formats have the exact tokens of their publication; with --exact-tokens 4+128 all of them have 4 sinks and a window of 128.
 
@@ -188,6 +189,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--contexts", type=numbers, default=(4096.0,), help="tokens of a window  [default: 4096]")
     parser.add_argument("--compress", type=numbers, default=(2.0, 4.0, 8.0, 16.0), help="values of C  [default: 2,4,8,16]")
     parser.add_argument("--parts", type=numbers, default=(4.0, 8.0, 16.0), help="values of C that are measured in parts too")
+    parser.add_argument(
+        "--stored-bits", type=numbers, default=(), help="bits an element for which a calibration chooses formats by layer"
+    )
     parser.add_argument("--formats", action="append", help="as for elastickv eval, or none  [default: all, and our own]")
     parser.add_argument("--exact-tokens", default="own", help="sinks and window of all formats, as in 4+128  [default: own]")
     parser.add_argument("--selections", default="all", help="names with commas between, or none  [default: all]")
@@ -222,12 +226,14 @@ def main() -> int:
             name = short_name(model)
             path = (arguments.calibrations or arguments.output) / f"calibration-{name}.json"
             calibration = calibrated(loaded, path, limit)
+            if arguments.stored_bits and calibration.sensitivity is None:
+                print(f"{path.name} has no sensitivities of layers: remove it and calibrate again in fp32", flush=True)
             for context in map(int, arguments.contexts):
                 count = window_count(loaded, texts, context, arguments.windows, arguments.tokens)
                 options = EvaluationOptions(
                     ratios=arguments.compress, contexts=(context,), window_count=count, scored=arguments.scored,
                     needle_lengths=(), greedy_tokens=0, formats=formats, exact_tokens=exact, selections=selections,
-                    parts=arguments.parts,
+                    parts=arguments.parts, stored_bits=arguments.stored_bits,
                 )  # fmt: skip
                 measurement = Measurement(
                     loaded, texts, calibration, arguments.output / f"frontier-{name}-{context}{suffix}.json"

@@ -46,6 +46,8 @@ PYTHON: dict[str, tuple[str, ...]] = {
                 "predicted_loss",
                 "largest_ratio_scoring_every_step",
                 "for_ratio_by_layer",
+                "for_stored_bits",
+                "stored_bits",
                 "ModelCalibration",
             )
         ),

@@ -24,13 +24,24 @@ def test_a_model_is_calibrated_and_evaluated(elastickv, folder, tmp_path):
     assert "2 layers x 1 KV heads of tiny" in done.stdout
     assert ModelCalibration.load(calibration).tokens == 1000
     done = elastickv(
-        "eval", str(folder), f"--text={text}", f"--calibration={calibration}", f"-o{result}", "--tolerance=kl=0.001", *QUICK
-    )
+        "eval", str(folder), f"--text={text}", f"--calibration={calibration}", f"-o{result}", "--tolerance=kl=0.001", *QUICK,
+        "--stored-bits=4,5",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads(result.read_text(encoding="utf-8"))
-    assert [row["cache"] for row in record["rows"]] == ["C=1", "C=2"]
+    assert [row["cache"] for row in record["rows"]] == ["C=1", "C=2", "stored_bits=5"]
+    assert "stored_bits=4 is less than any calibrated format that the CPU reads takes: give 4.25 or more" in done.stdout
     assert "compress=64 cannot be met" in done.stdout and "Largest C within kl=0.001: 1" in done.stdout
     assert "warning" not in done.stderr
+    older = json.loads(calibration.read_text(encoding="utf-8"))
+    del older["sensitivity"]
+    calibration.write_text(json.dumps(older), encoding="utf-8")
+    done = elastickv(
+        "eval", str(folder), f"--text={text}", f"--calibration={calibration}", *QUICK, "--compress=none", "--needle=none",
+        "--greedy=0", "--stored-bits=5",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning") == 1 and f"elastickv calibrate {folder} --dtype fp32" in done.stderr
 
 
 def test_without_a_calibration_one_warning_names_the_command(elastickv, folder):
@@ -117,6 +128,10 @@ def test_long_texts_are_generated_with_each_cache(elastickv, folder, tmp_path):
         (["--selections=quests"], "selection quests is unknown: choose all, streaming_llm, quest"),
         (["--selections=h2o", "--compress=1"], "--selections need a budget: give values of C above 1 in --compress"),
         (["--exact-tokens=132"], "--exact-tokens=132 is unknown: write own, or sinks and window as in 4+128"),
+        (["--stored-bits=4.75"], "--stored-bits=4.75 needs a calibration, which says what each layer loses"),
+        (["--stored-bits=none"], "--stored-bits=none is no list of numbers"),
+        (["--stored-bits=0,4"], "--stored-bits=0,4 is out of range"),
+        (["--stored-bits=17"], "--stored-bits=17.0 is out of range: give bits an element, above 0 and at most 16"),
         (["--compress=none"], "give values of C in --compress, or --formats"),
         (["--compress=four"], "--compress=four"),
         (["--compress=0"], "--compress=0"),

@@ -38,4 +38,4 @@ def test_a_model_without_a_list_of_layers_is_run_without_a_word():
 def test_calibration_reports_layers_and_not_only_windows():
     seen = []
     calibrate(tiny_llama(), Text("letters", TEXT), 2 * LEAST_TOKENS, lambda *step: seen.append(step))
-    assert seen == [(1, 2), (2, 2)]
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]

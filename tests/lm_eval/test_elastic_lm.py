@@ -122,3 +122,8 @@ def test_without_the_harness_the_command_says_what_to_install(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT / "src", check=False)
     assert done.returncode == 2 and done.stderr == "error: lm_eval is not installed: pip install lm_eval\n"
+
+
+def test_stored_bits_are_a_budget_of_their_own_that_needs_a_calibration(adapter, tiny):
+    with pytest.raises(UsageError, match=r"`stored_bits`=4\.75 needs a calibration"):
+        adapter.ElasticLM(tiny, stored_bits=4.75, device="cpu")

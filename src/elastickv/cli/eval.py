@@ -30,6 +30,9 @@ def _listed(numbers: tuple[float, ...]) -> str:
     show_default=True,
     help="Sinks and window of all --formats, as in 4+128; own: each its own.",
 )
+@click.option(
+    "--stored-bits", help="Bits an element, as 4.75: the calibration chooses formats by layer; commas between several."
+)
 @click.option("--selections", help="Published selections at each C: all, or names with commas between.")
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Text to score; may be repeated.")
 @CALIBRATION
@@ -127,6 +130,7 @@ def command(**arguments: Any) -> int:
     with Bar() as bar:
         bar.phase("importing PyTorch and Transformers")
         from elastickv.evaluation.evaluate import evaluate
+        from elastickv.evaluation.format_paths import check_budgets
         from elastickv.evaluation.kv_formats.published_formats import parse_formats
         from elastickv.evaluation.kv_selections.published_selections import parse_selections
         from elastickv.evaluation.loading_progress import loading_progress
@@ -137,12 +141,16 @@ def command(**arguments: Any) -> int:
     options = replace(
         _options(arguments),
         formats=parse_formats(arguments["formats"]),
+        stored_bits=() if arguments["stored_bits"] is None else _numbers("stored-bits", arguments["stored_bits"], float),
         selections=parse_selections(arguments["selections"]),
         tasks=parse_tasks(arguments["tasks"]),
     )
     for path in arguments["datasets"]:
         read_questions(path)  # a file that cannot be measured is refused before a model is loaded
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
+    check_budgets(options.stored_bits, calibration, arguments["model"])
+    if options.stored_bits and calibration is not None and calibration.sensitivity is None:
+        click.echo(_insensitive(arguments["model"]), err=True)
     texts = [read_text(path) for path in arguments["texts"]] or evaluation_texts()
     if calibration is not None and calibration.text in {text.name for text in texts}:
         click.echo(f"elastickv: warning: {calibration.text} was calibrated on and is scored too", err=True)
@@ -170,6 +178,13 @@ def _uncalibrated(model: str) -> str:
     return (
         "elastickv: warning: no --calibration: every head reads the same share of its pages, and the loss is several times "
         f"larger than it needs to be; elastickv calibrate {model}"
+    )
+
+
+def _insensitive(model: str) -> str:
+    return (
+        "elastickv: warning: the calibration has no sensitivities of layers, and stored bits go to the layers of large errors "
+        f"instead of those that matter: elastickv calibrate {model} --dtype fp32"
     )
 
 

@@ -9,6 +9,7 @@ from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, key_smoothing, layer_errors
 from elastickv.evaluation.layer_progress import Progress
+from elastickv.evaluation.sensitivity.layer_sensitivity import KEYS, STORED_AS, VALUES, layer_losses
 from elastickv.evaluation.texts import Text, windows
 from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration, Smoothing
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
@@ -29,7 +30,8 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     """Measure the error of every KV head of a model at each fraction of its pages and in each format.
 
     The text is read in windows of up to 4096 tokens (or the model's own limit, if lower); 256 positions of the second
-    half of each are scored.
+    half of each are scored. The sensitivities of the layers are measured on the same windows, of float32 models: rounding to 16
+    bits changes the predictions more than a single layer in 4 bits.
 
     Parameters
     ----------
@@ -53,7 +55,9 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     positions = _positions(width)
     measured: dict[int, list[LayerErrors]] = {}
     smooth: dict[int, Smoothing] = {}
-    total = len(rows) * len(sizes_of(loaded.model).elastic)
+    elastic = sizes_of(loaded.model).elastic
+    sensitive = loaded.model.dtype == torch.float32
+    total = len(rows) * len(elastic) * (2 if sensitive else 1)
     heads: tuple[int, int, int] | None = None
 
     def measure(layer: int, inputs: LayerInputs) -> None:
@@ -83,6 +87,15 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
             for layer in layers
         )
 
+    keys = {name: mean(lambda e, name=name: e.keys[name]) for name in sample.keys}  # type: ignore[misc]
+    values = {name: mean(lambda e, name=name: e.values[name]) for name in sample.values}  # type: ignore[misc]
+    sensitivity = None
+    if sensitive:
+        report = None if progress is None else (lambda done, of: progress(total - of + done, total))
+        losses = layer_losses(loaded.model, [row.ids for row in rows], layers, report)
+        errors = {KEYS: keys[STORED_AS], VALUES: values.get(f"{STORED_AS}/{heads[2]}", values["int8"])}
+        sensitivity = {tensor: _per_error(losses[tensor], errors[tensor]) for tensor in losses}
+
     return ModelCalibration(
         model=loaded.name,
         fingerprint=fingerprint(loaded.model),
@@ -94,11 +107,18 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
         tokens=width * len(rows),
         queries=len(positions) * len(rows),
         pages={r: {f: mean(lambda e, r=r, f=f: e.pages[r][f]) for f in FRACTIONS} for r in SCHEDULES},  # type: ignore[misc]
-        keys={name: mean(lambda e, name=name: e.keys[name]) for name in sample.keys},  # type: ignore[misc]
-        values={name: mean(lambda e, name=name: e.values[name]) for name in sample.values},  # type: ignore[misc]
+        keys=keys,
+        values=values,
         prefix=prefix,
         smoothing=tuple(smooth[layer] for layer in layers),
+        sensitivity=sensitivity,
     )
+
+
+def _per_error(losses: Sequence[float], errors: HeadErrors) -> tuple[float, ...]:
+    """Return each layer's loss for a unit of its error, all heads together; 0 where there is no error."""
+    sums = map(sum, errors)
+    return tuple(_rounded(loss / error) if error > 0 else 0.0 for loss, error in zip(losses, sums, strict=True))
 
 
 def _rounded(error: float) -> float:

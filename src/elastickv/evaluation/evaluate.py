@@ -11,7 +11,7 @@ from elastickv.benchmark.reporter import Reporter
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.evaluation_options import EvaluationOptions
-from elastickv.evaluation.format_paths import format_paths, refused_formats
+from elastickv.evaluation.format_paths import format_paths, refused_formats, stored_bits_paths, unmet_budgets
 from elastickv.evaluation.generations.continuations import continuations
 from elastickv.evaluation.generations.divergence import Divergence, divergence, end_tokens
 from elastickv.evaluation.generations.generation_rows import generation_rows
@@ -56,14 +56,15 @@ def evaluate(
     UsageError : before anything is measured, if options, texts, calibration and model do not match.
     KeyboardInterrupt : if interrupted before the first row was finished.
     """
-    if not (options.ratios or options.formats):
-        raise UsageError("nothing is measured: give values of C in `compress`, or `formats`")
+    if not (options.ratios or options.formats or options.stored_bits):
+        raise UsageError("nothing is measured: give values of C in `compress`, or `formats`, or `stored_bits`")
     if not (options.contexts or options.needle_lengths or options.tasks or options.datasets):
         raise UsageError("nothing is measured: give `context`, `needle`, `tasks` or `dataset`")
     if options.tolerance is not None and not options.contexts:
         raise UsageError("`tolerance` is of windows, and there are none: give their tokens in `context`")
     progress.phase("choosing windows and recipes")
     subject = Subject(loaded, calibration)
+    over_budget = unmet_budgets(subject, options.stored_bits)
     context_windows = {context: _windows(subject, texts, options, context) for context in options.contexts}
     haystacks = options.needle_texts if options.needle_lengths else 0
     needles = [
@@ -86,7 +87,7 @@ def evaluate(
         unmet += reasons
     if unmet and paths and not any(path.figures["compress"] for of_context in paths.values() for path in of_context):
         raise UsageError("; ".join(dict.fromkeys(unmet)))
-    skipped += [*unmet, *refused_formats(subject, options.formats).values()]
+    skipped += [*unmet, *over_budget, *refused_formats(subject, options.formats).values()]
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     generations: list[dict[str, Any]] = []
@@ -148,9 +149,10 @@ def _paths(subject: Subject, options: EvaluationOptions, span: Span) -> tuple[li
     """Return the decode paths at one context, and the reasons why a ratio or a selection has none."""
     paths, reasons = decode_paths(subject, options.ratios, span, options.reference)
     parts = part_paths(subject, options.parts, span)
+    within = stored_bits_paths(subject, options.stored_bits, span)
     formats = format_paths(subject, options.formats, options.exact_tokens, span)
     selected, unselected = selection_paths(subject, options.selections, options.ratios, span)
-    return [*paths, *parts, *formats, *selected], [*reasons, *unselected]
+    return [*paths, *parts, *within, *formats, *selected], [*reasons, *unselected]
 
 
 def _depths(count: int) -> list[float]:

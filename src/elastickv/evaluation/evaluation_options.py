@@ -28,6 +28,7 @@ class EvaluationOptions:
     reference : whether Transformers' quantized cache is measured too.
     formats : KV formats to measure: names of published ones, or recipes.
     exact_tokens : sinks and window of all these formats; None for each format's own.
+    stored_bits : budgets of stored bits an element, within which a calibration chooses formats by layer.
     selections : names of published selections to measure at each ratio above 1.
     parts : ratios whose recipes are measured in parts too: formats alone, selection alone.
     tasks : names of tasks to measure.
@@ -50,6 +51,7 @@ class EvaluationOptions:
     reference: bool = False
     formats: tuple[str, ...] = ()
     exact_tokens: ExactTokens | None = None
+    stored_bits: tuple[float, ...] = ()
     selections: tuple[str, ...] = ()
     parts: tuple[float, ...] = ()
     tasks: tuple[str, ...] = ()

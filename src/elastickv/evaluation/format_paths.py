@@ -1,4 +1,7 @@
-"""Decoding with KV formats: the published ones as references, our own through the cache that `generate` uses."""
+"""Decoding with KV formats: the published ones as references, our own through the cache that `generate` uses.
+
+Our own are named, or those that a calibration chooses for each layer within a budget of stored bits.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +15,9 @@ from elastickv.evaluation.kv_formats.published_formats import format_of
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.evaluation.recipes_by_ratio import Span, measured
 from elastickv.evaluation.subject import DecodePath, Subject
-from elastickv.recipe import Recipe, stored_bytes
+from elastickv.recipe import LayerPlan, ModelCalibration, Recipe, for_stored_bits, stored_bits, stored_bytes
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
+from elastickv.recipe.layer_solver import check_stored_bits
 from elastickv.recipe.regions import regions
 from elastickv.transformers.model_support import text_config
 
@@ -61,6 +65,79 @@ def format_paths(subject: Subject, names: Sequence[str], exact: ExactTokens | No
     """
     refused = refused_formats(subject, names)
     return [_path(subject, name, exact, span) for name in names if name not in refused]
+
+
+def check_budgets(budgets: Sequence[float], calibration: ModelCalibration | None, model: str) -> None:
+    """Check that budgets of stored bits are numbers of bits, and that there is a calibration to choose formats by.
+
+    Raises
+    ------
+    UsageError : naming what is missing.
+    """
+    for bits in budgets:
+        check_stored_bits(bits)
+    if budgets and calibration is None:
+        raise UsageError(
+            f"`stored_bits`={budgets[0]:g} needs a calibration, which says what each layer loses in each format: run "
+            f"`elastickv calibrate {model} -o FILE` and give `calibration` FILE"
+        )
+
+
+def unmet_budgets(subject: Subject, budgets: Sequence[float]) -> list[str]:
+    """Return, for budgets of stored bits an element that are too small for the formats of the model's device, why they are.
+
+    Raises
+    ------
+    UsageError : if there are budgets and all are too small, or as `check_budgets`.
+    """
+    check_budgets(budgets, subject.calibration, subject.loaded.name)
+    reasons = []
+    for bits in budgets:
+        try:
+            _within(subject, bits)
+        except UsageError as error:
+            reasons.append(str(error))
+    if reasons and len(reasons) == len(budgets):
+        raise UsageError(reasons[-1])
+    return reasons
+
+
+def stored_bits_paths(subject: Subject, budgets: Sequence[float], span: Span) -> list[DecodePath]:
+    """Return a path for each budget of stored bits an element but those that `unmet_budgets` names.
+
+    Parameters
+    ----------
+    span : the decode steps; bytes are those at its end.
+    """
+    paths = []
+    for bits in budgets:
+        try:
+            chosen = _within(subject, bits)
+        except UsageError:
+            continue
+        paths.append(_calibrated(subject, f"stored_bits={bits:g}", chosen, span))
+    return paths
+
+
+def _within(subject: Subject, bits: float) -> LayerPlan:
+    """Return the recipes of least calibrated error that take at most `bits` an element."""
+    calibration = subject.calibration
+    assert calibration is not None
+    if calibration.layers != tuple(subject.elastic):
+        raise UsageError("the calibration has other layers than the model: calibrate it again")
+    return for_stored_bits(calibration, bits, subject.dtype, device=subject.device)
+
+
+def _calibrated(subject: Subject, name: str, chosen: LayerPlan, span: Span) -> DecodePath:
+    end = span.first + span.steps
+    plan = measured(1.0, chosen.recipes, span, subject.shape, subject.dtype)
+    bits = sum(stored_bits(recipe, subject.head_dim) for recipe in chosen.recipes) / len(chosen.recipes)
+    exact = {regions(end, recipe.sinks, recipe.window).exact for recipe in chosen.recipes}.pop()
+    described = {"sinks": chosen.recipes[0].sinks, "exact_keys": exact, "exact_values": exact, "source": "formats by layer"}
+    figures = _figures(subject, _CountedBytes(bits, plan.stored_bytes), end, described)
+    figures |= {"recipe_hash": plan.hash, "recipes": [str(recipe) for recipe in plan.recipes], "read_ratio": plan.read_ratio}
+    figures |= {"step_bytes_read": plan.step_bytes, "expected_error": chosen.error}
+    return DecodePath(name, subject.decoding(plan.recipes), figures)
 
 
 def _path(subject: Subject, name: str, exact: ExactTokens | None, span: Span) -> DecodePath:

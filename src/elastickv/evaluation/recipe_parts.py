@@ -14,8 +14,8 @@ from elastickv.evaluation.kv_selections.recipe_pages import pages_read, read_byt
 from elastickv.evaluation.kv_selections.reference_selection import token_bytes
 from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, measured, plan
 from elastickv.evaluation.subject import DecodePath, Subject
-from elastickv.recipe import Recipe
-from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, FORMATS, PAGE_TOKENS
+from elastickv.recipe import Recipe, stored_bits
+from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.recipe.regions import regions
 
 _SOURCE = "the pages that the recipes at this C read"
@@ -62,7 +62,7 @@ def _formats_alone(subject: Subject, solved: RatioRecipes, span: Span) -> Decode
         "bytes_stored": alone.stored_bytes,
         "expected_error": None,
         "stored_format": {
-            "bits_per_element": sum(_bits(recipe, shape.head_dim) for recipe in recipes) / len(recipes),
+            "bits_per_element": sum(stored_bits(recipe, shape.head_dim) for recipe in recipes) / len(recipes),
             "stored_bits_per_element": 8 * alone.stored_bytes / elements,
             "sinks": max(recipe.sinks for recipe in recipes),
             "exact_keys": max(exact),
@@ -71,17 +71,6 @@ def _formats_alone(subject: Subject, solved: RatioRecipes, span: Span) -> Decode
         },
     }
     return DecodePath(f"C={solved.ratio:g} formats alone", subject.decoding(alone.recipes), figures)
-
-
-def _bits(recipe: Recipe, head_dim: int) -> float:
-    """Return the bits of a cold element with its scales, without padding."""
-    if recipe.key_format is None or recipe.value_format is None:
-        return 8.0 * DENSE_BYTES_PER_ELEMENT
-    key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
-    scales = key.key_scales(head_dim).bytes_of(PAGE_TOKENS)
-    scales += value.value_scales(head_dim, recipe.v_group(head_dim)).bytes_of(PAGE_TOKENS)
-    rows = key.row_bytes(head_dim) + value.row_bytes(head_dim)
-    return 8 * (rows / (2 * head_dim) + scales / (2 * head_dim * PAGE_TOKENS))
 
 
 def _selection_alone(subject: Subject, solved: RatioRecipes, span: Span) -> DecodePath:

@@ -34,7 +34,8 @@ class ElasticLM(HFLM):  # type: ignore[misc]
     Parameters
     ----------
     pretrained : a model's folder, a .gguf file or a hub id; weights are never unpickled, and no code of the model's is run.
-    compress, recipe, calibration, context : as in `ElasticCache.for_model`; a recipe with commas is read from a file.
+    compress, recipe, calibration, context, stored_bits : as in `ElasticCache.for_model`; a recipe with commas is read from a
+        file.
     dtype : 'fp32', 'fp16' or 'bf16', or PyTorch's name of these; by default bf16 on a GPU and fp32 elsewhere.
     device : 'cpu' or 'cuda'; a GPU by default. Where there is none: the CPU.
     **harness : `batch_size` (of generation), `max_length`, `add_bos_token` and the like, as the harness's `hf` takes them.
@@ -53,15 +54,17 @@ class ElasticLM(HFLM):  # type: ignore[misc]
         context: int | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        stored_bits: float | None = None,
         **harness: Any,
     ) -> None:
-        if compress is None and recipe is None:
+        if compress is None and recipe is None and stored_bits is None:
             raise UsageError("`compress` is missing in the model's arguments: give for example pretrained=MODEL,compress=4")
         # The harness names a GPU where no device was named, and its `hf` uses the CPU then if there is none.
         device = (device or "cuda") if torch.cuda.is_available() else "cpu"
         dtype = dtype or ("fp32" if device == "cpu" else "bf16")
         loaded = load_model(str(pretrained), _DTYPES.get(dtype, dtype), device)
         options: dict[str, Any] = {"compress": compress, "recipe": recipe, "calibration": calibration, "context": context}
+        options["stored_bits"] = stored_bits
         self._options = {name: value for name, value in options.items() if value is not None}
         ElasticCache.for_model(loaded.model, **self._options)
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **harness)

@@ -8,12 +8,13 @@ from elastickv.recipe.byte_counts import (
     largest_step_bytes,
     read_ratio,
     step_bytes,
+    stored_bits,
     stored_bytes,
     stored_ratio,
 )
 from elastickv.recipe.calibration import ModelCalibration
 from elastickv.recipe.formats import DTYPES, FORMATS, Format
-from elastickv.recipe.layer_solver import LayerPlan, for_ratio_by_layer
+from elastickv.recipe.layer_solver import LayerPlan, for_ratio_by_layer, for_stored_bits
 from elastickv.recipe.losses import predicted_loss
 from elastickv.recipe.recipe import DENSE, Recipe
 from elastickv.recipe.regions import PAGE_TOKENS, Regions, regions
@@ -39,6 +40,7 @@ __all__ = [
     "explanation",
     "for_ratio",
     "for_ratio_by_layer",
+    "for_stored_bits",
     "interval_bytes",
     "largest_ratio_scoring_every_step",
     "largest_step_bytes",
@@ -47,6 +49,7 @@ __all__ = [
     "regions",
     "resolve",
     "step_bytes",
+    "stored_bits",
     "stored_bytes",
     "stored_ratio",
 ]

@@ -162,6 +162,29 @@ def stored_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, 
     return total
 
 
+def page_bytes(recipe: Recipe, head_dim: int) -> int:
+    """Return the bytes of a page of cold tokens of one KV head: codes, scales and zeros of K and V.
+
+    Raises
+    ------
+    ValueError : if the recipe is dense.
+    """
+    if recipe.key_format is None or recipe.value_format is None:
+        raise ValueError(f"{recipe} has no pages")
+    key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
+    rows = retained_tokens(PAGE_TOKENS, recipe.stride)
+    codes = rows * (key.row_bytes(head_dim) + value.row_bytes(head_dim))
+    scales = (key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim)))
+    return codes + sum(each.bytes_of(rows) for each in scales)
+
+
+def stored_bits(recipe: Recipe, head_dim: int) -> float:
+    """Return the bits that an element of a cold token takes with its scales and zeros, mean over K and V; dense: 16."""
+    if recipe.is_dense:
+        return 8.0 * DENSE_BYTES_PER_ELEMENT
+    return 8 * page_bytes(recipe, head_dim) / (_PLANES * PAGE_TOKENS * head_dim)
+
+
 def stored_ratio(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> float:
     """Return dense 16-bit bytes / bytes stored."""
     return dense_bytes(lengths, shape) / stored_bytes(recipe, lengths, shape, model_dtype)

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from elastickv.inputs import file_path, parse_json, read_text
 FORMAT = "elastickv-calibration"
 VERSION = 1
 MOST_SMOOTHING = 12  # 16-bit floats have room for 2^12 times the largest keys that are known
-_LATER = ("prefix", "smoothing")  # which older files lack
+_LATER = ("prefix", "smoothing", "sensitivity")  # which older files lack
 ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
@@ -50,6 +50,8 @@ class ModelCalibration:
     prefix : the special tokens before every window of the text; None in older files, whose windows had none.
     smoothing : [layer][KV head][channel] -> n: where K is rotated, its channels are multiplied by 2^n before, and those of the
         queries by 2^-n. None in older files: all are 0.
+    sensitivity : 'keys' and 'values' -> [layer] -> KL divergence of the model's predictions, in nats a token, for a unit of the
+        layer's error, all heads together. None in older files and of 16-bit models.
     """
 
     model: str
@@ -66,6 +68,23 @@ class ModelCalibration:
     values: Mapping[str, HeadErrors]
     prefix: tuple[int, ...] | None = None
     smoothing: tuple[Smoothing, ...] | None = None
+    sensitivity: Mapping[str, tuple[float, ...]] | None = None
+
+    def in_nats(self) -> "ModelCalibration":
+        """Return this calibration with the errors of formats as losses of the model's predictions, comparable between layers.
+
+        Each is multiplied by its layer's sensitivity. A calibration without sensitivities is returned as it is.
+        """
+        if self.sensitivity is None:
+            return self
+        keys, values = (
+            {
+                name: tuple(tuple(error * factor for error in row) for row, factor in zip(rows, factors, strict=True))
+                for name, rows in errors.items()
+            }
+            for errors, factors in ((self.keys, self.sensitivity["keys"]), (self.values, self.sensitivity["values"]))
+        )
+        return replace(self, keys=keys, values=values, sensitivity=None)
 
     def smoothing_of(self, layer: int) -> Smoothing | None:
         """Return the smoothing of one of `layers`, or None for none."""
@@ -152,6 +171,12 @@ class ModelCalibration:
                 raise ValueError(f"smoothing beyond {MOST_SMOOTHING}")
             return table
 
+        def sensitivity(factors: Any) -> tuple[float, ...]:
+            row = tuple(float(factor) for factor in factors)
+            if len(row) != len(layers) or not all(factor >= 0 and math.isfinite(factor) for factor in row):
+                raise ValueError(f"sensitivities of {len(layers)} layers are needed, finite and not negative")
+            return row
+
         pages = {int(r): {float(f): errors(rows) for f, rows in curve.items()} for r, curve in record["pages"].items()}
         if not layers or not pages or any(1.0 not in curve or len(curve) < 2 for curve in pages.values()):
             raise ValueError("errors at fraction 1 and another are needed")
@@ -174,4 +199,7 @@ class ModelCalibration:
             values={str(name): errors(rows) for name, rows in record["values"].items()},
             prefix=None if record.get("prefix") is None else tuple(int(token) for token in record["prefix"]),
             smoothing=None if record.get("smoothing") is None else smoothing(record["smoothing"]),
+            sensitivity=None
+            if record.get("sensitivity") is None
+            else {tensor: sensitivity(record["sensitivity"][tensor]) for tensor in ("keys", "values")},
         )

@@ -1,17 +1,22 @@
-"""Solve for one recipe for each layer by a calibration: the least total error that reads at most 1/C of the dense bytes.
+"""Solve for one recipe for each layer by a calibration: the least total error within a budget.
 
-Every layer gets the formats, the rotation and the selection, and every KV head the share of pages, that minimize
-error + lambda * bytes; lambda is the smallest at which all layers together stay within the budget (Everett 1963).
+A budget of bytes read (`for_ratio_by_layer`): every layer gets the formats, the rotation and the selection, and every KV head
+the share of pages, that minimize error + lambda * bytes; lambda is the smallest at which all layers together stay within the
+budget (Everett 1963). A budget of stored bits (`for_stored_bits`): formats and rotation alone, with the least error there is.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from numbers import Real
+from typing import Any
 
 from elastickv.errors import UsageError
-from elastickv.recipe.byte_counts import interval_bytes, stored_ratio
+from elastickv.recipe.byte_counts import interval_bytes, page_bytes, stored_bits, stored_ratio
 from elastickv.recipe.calibration import ROTATED, HeadErrors, ModelCalibration
-from elastickv.recipe.formats import unread_formats
+from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
+from elastickv.recipe.knapsack import KnapsackItem, least_cost
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe, has_page_bounds
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
 from elastickv.recipe.solver import check_context, check_ratio, unmet
@@ -29,8 +34,10 @@ class LayerPlan:
     Attributes
     ----------
     recipes : one for each of `ModelCalibration.layers`, in that order.
-    ratio : dense bytes / bytes read, all these layers together, at the context it was solved for.
-    error : sum of the calibrated errors over layers and heads.
+    ratio : dense bytes / bytes read, all these layers together, at the context it was solved for; the longest one for
+        `for_stored_bits`.
+    error : sum of the calibrated errors over layers and heads; of `for_stored_bits`, in nats a token where the calibration has
+        sensitivities.
     """
 
     recipes: tuple[Recipe, ...]
@@ -113,6 +120,70 @@ def for_ratio_by_layer(
         low, high = (low, middle) if _bytes(chosen(math.exp(middle))) <= budget else (middle, high)
     choices = _filled(chosen(math.exp(high)), chosen(math.exp(low)), budget)
     return LayerPlan(tuple(c.recipe for c in choices), dense / _bytes(choices), sum(c.error for c in choices))
+
+
+def for_stored_bits(
+    calibration: ModelCalibration,
+    bits: float,
+    dtype: str = "bf16",
+    sinks: int = DEFAULT_SINKS,
+    window: int = DEFAULT_WINDOW,
+    device: str | None = None,
+) -> LayerPlan:
+    """Return the recipes of least calibrated error whose stored bits an element are at most `bits`, mean over the layers.
+
+    Errors are weighed by the sensitivity of the model's predictions to each layer, where the calibration has it.
+
+    Bits are those of cold tokens with their scales and zeros, as `byte_counts.stored_bits` counts them; sinks and window stay
+    in 16 bit. Every page is read. No other choice of the calibrated formats has a smaller error within the budget.
+
+    Parameters
+    ----------
+    dtype : the model's own dtype.
+    device : 'cpu' or 'cuda': formats that its kernels do not read are excluded. None: those that the kernels of either do not.
+
+    Raises
+    ------
+    UsageError : if `bits` is no number above 0 and at most 16, or less than the formats take; the message names the least.
+    """
+    check_stored_bits(bits)
+    calibration = calibration.in_nats()
+    layers, head_dim = range(len(calibration.layers)), calibration.head_dim
+    head = AttentionShape(1, calibration.query_heads // calibration.kv_heads, 1, head_dim)
+    options = _options(calibration, MAX_CONTEXT, head, dtype, sinks, window, None, 0.0, False, device)
+    # Without pages to select, an option is one choice for a layer, whatever a byte weighs.
+    choices = [[_cheapest([option], layer, 0.0) for option in options] for layer in layers]
+    weights = [page_bytes(option.recipe, head_dim) for option in options]
+    groups = [
+        [KnapsackItem(weight, choice.error) for weight, choice in zip(weights, of_layer, strict=True)] for of_layer in choices
+    ]
+    page_elements = 2 * PAGE_TOKENS * head_dim
+    # As the user wrote the number: 4.3 is not the float below it.
+    chosen = least_cost(groups, math.floor(Fraction(str(float(bits))) * len(layers) * page_elements / 8))
+    if chosen is None:
+        least = min((option.recipe for option in options), key=lambda recipe: page_bytes(recipe, head_dim))
+        lowest = math.ceil(1000 * stored_bits(least, head_dim)) / 1000
+        raise UsageError(
+            f"stored_bits={bits:g} is less than any calibrated format that {_readers(device)} takes: give {lowest:g} or "
+            f"more, which is {least.formats} with its scales in heads of {head_dim}"
+        )
+    solved = [of_layer[number] for of_layer, number in zip(choices, chosen, strict=True)]
+    dense = len(layers) * calibration.kv_heads * interval_bytes(DENSE, [MAX_CONTEXT], head).kv
+    return LayerPlan(tuple(c.recipe for c in solved), dense / _bytes(solved), sum(c.error for c in solved))
+
+
+def check_stored_bits(bits: Any) -> None:
+    """Raise UsageError unless a budget of stored bits is a number above 0 and at most 16."""
+    most = 8 * DENSE_BYTES_PER_ELEMENT
+    number: Any = bits
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise UsageError(f"`stored_bits`={bits!r} is not a number: give bits an element, above 0 and at most {most}")
+    if not 0 < bits <= most:
+        raise UsageError(f"`stored_bits`={bits} is out of range: give bits an element, above 0 and at most {most}")
+
+
+def _readers(device: str | None) -> str:
+    return {"cpu": "the CPU reads", "cuda": "CUDA reads"}.get(device or "", "the CPU and CUDA both read")
 
 
 def _options(

@@ -52,6 +52,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
         *,
         recipe: RecipeLike | Path | Mapping[int, RecipeLike] | Sequence[RecipeLike] | None = None,
         layers: Mapping[int, RecipeLike] | None = None,
+        stored_bits: float | None = None,
         calibration: ModelCalibration | Path | str | None = None,
         context: int | None = None,
         capacity: int | None = None,
@@ -70,8 +71,11 @@ class ElasticCache(Cache):  # type: ignore[misc]
         recipe : instead of `compress`, what is stored and read: a `Recipe`, its text, one for each full-attention layer, a
             mapping from layer numbers, or a file. A text may leave a number open for `compress` to decide ('int4,pages').
         layers : recipes of single layers, which override the others.
-        calibration : the output of `elastickv calibrate`, or its file; needs `compress`, or a recipe that rotates keys,
-            which are smoothed as it says.
+        stored_bits : instead of `compress`: bits an element, mean over elastic layers, scales and zeros included. Each layer
+            gets formats of the calibration, so that all together err least within it. Sinks and window stay in 16 bit, are not
+            counted, and everything is read.
+        calibration : the output of `elastickv calibrate`, or its file; needs `compress`, `stored_bits`, or a recipe that
+            rotates keys, which are smoothed as it says.
         context : tokens from which on `compress` holds; recipes are solved for exactly that context. None: they are solved for
             the prompt, and the share of pages follows the growing context.
         capacity : tokens that a sequence may have, reserved with the prompt. None: as many as `generate` needs, growing.
@@ -86,10 +90,12 @@ class ElasticCache(Cache):  # type: ignore[misc]
         """
         model = uncompiled(model)
         sizes = sizes_of(model)
-        config = config_for(sizes, compress, recipe, layers, calibration, context, capacity, prefill)
+        config = config_for(sizes, compress, recipe, layers, calibration, context, capacity, prefill, stored_bits)
         config.device = device_kind(model)
         if config.calibration is not None:
             config.calibration.check_model(fingerprint(model), type(model).__name__)
+        if config.stored_bits is not None:
+            config.budget_for(config.usual, "bf16")  # refuses too few bits before a prompt is read
         config.warn_uncalibrated(getattr(model.config, "_name_or_path", "") or "MODEL")
         if not sizes.elastic:
             config.warn_windowed(type(model).__name__)

@@ -9,7 +9,7 @@ from itertools import starmap
 from typing import Any
 
 from elastickv.kvcache import LayerCache
-from elastickv.recipe import AttentionShape, Recipe, dense_bytes, step_bytes, stored_bytes
+from elastickv.recipe import AttentionShape, Recipe, dense_bytes, step_bytes, stored_bits, stored_bytes
 from elastickv.transformers.budget import Budget, scaled
 from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.device_events import Timestamp, on_one_clock, seconds
@@ -160,6 +160,9 @@ class CacheReport:
     ranks : processes that the model is split over.
     stock_dense_bytes : bytes of what the layers with Transformers' own cache hold, in 16 bit.
     by_keys : layers that have keys per channel because the prompt's keys are not suited to a scale for each token.
+    stored_bits : the requested bits an element, or None.
+    bits_per_element : bits of an element that is not exact, with its scales and zeros, mean over the elastic layers; 16 of a
+        layer that is stored whole. 0 without elastic layers.
     """
 
     compress: float | None
@@ -184,6 +187,8 @@ class CacheReport:
     ranks: int = 1
     stock_dense_bytes: int = 0
     by_keys: tuple[int, ...] = ()
+    stored_bits: float | None = None
+    bits_per_element: float = 0.0
 
     @property
     def quantise_seconds(self) -> float:
@@ -208,6 +213,8 @@ class CacheReport:
 
     def __str__(self) -> str:
         target = "recipes as given" if self.compress is None else f"compress={self.compress:g}"
+        if self.stored_bits is not None:
+            target = f"stored_bits={self.stored_bits:g} ({self.bits_per_element:.3f} bits an element)"
         lines = [f"ElasticCache: {target}, {len(self.recipes)} elastic layers, {'' if self.calibrated else 'not '}calibrated"]
         for recipe, layers in _grouped(self.recipes):
             lines.append(f"  {recipe}: layers {layers}")
@@ -274,6 +281,8 @@ def report_of(
         prompt_seconds=ledger.prompt_seconds,
         quantize_seconds=ledger.quantize_seconds,
         by_keys=config.by_keys,
+        stored_bits=config.stored_bits,
+        bits_per_element=_mean_bits(budget),
         by_context=by_context(budget, longest, config.sizes.max_positions) if config.sizes.elastic else (),
         **others,
     )
@@ -298,6 +307,12 @@ def held_bytes(budget: Budget, lengths: Sequence[int]) -> tuple[int, int]:
     shape: AttentionShape = replace(budget.shape, batch=len(lengths))
     stored = sum(stored_bytes(recipe, lengths, shape, budget.dtype) for recipe in budget.recipes.values())
     return stored, len(budget.recipes) * dense_bytes(lengths, shape)
+
+
+def _mean_bits(budget: Budget) -> float:
+    """Return the bits of a cold element, mean over the elastic layers."""
+    bits = [stored_bits(recipe, budget.shape.head_dim) for recipe in budget.recipes.values()]
+    return sum(bits) / len(bits) if bits else 0.0
 
 
 def _grouped(recipes: Mapping[int, Recipe]) -> list[tuple[Recipe, str]]:

@@ -21,7 +21,7 @@ from elastickv.kvcache.key_scales import has_shared_scale, unsuited_loss
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
 from elastickv.recipe.calibration import FORMAT as CALIBRATION_FORMAT
 from elastickv.recipe.calibration import ModelCalibration, Smoothing
-from elastickv.recipe.layer_solver import for_ratio_by_layer
+from elastickv.recipe.layer_solver import LayerPlan, check_stored_bits, for_ratio_by_layer, for_stored_bits
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import PER_CHANNEL, check_ratio
 from elastickv.transformers.budget import Budget, Reading
@@ -59,6 +59,7 @@ class ElasticConfig:
     capacity : tokens that a row may have. None: as many as fit.
     prefill : 'stored': later chunks of a prompt read what is stored; 'exact': 16 bit until the prompt ends.
     device : the kind of device that decodes; None: any, for which only formats that all kernels read are chosen.
+    stored_bits : the mean of bits an element that the calibration's formats may take, or None for another budget.
     expected : positions that the running `generate` will fill, prompt included, or None.
     budget : the recipes, once the prompt is known.
     present : what is read at present.
@@ -75,6 +76,7 @@ class ElasticConfig:
     capacity: int | None
     prefill: str
     device: str | None = None
+    stored_bits: float | None = None
     expected: int | None = None
     budget: Budget | None = None
     present: Reading | None = None
@@ -162,6 +164,8 @@ class ElasticConfig:
         count = len(self.sizes.elastic)
         if isinstance(self.recipe, Recipe):
             return [self.recipe] * count, context
+        if self.stored_bits is not None and self.calibration is not None:
+            return self._of_plan(for_stored_bits(self.calibration, self.stored_bits, dtype, device=self.device)), context
         if self.recipe is None and self.ratio in (None, 1):
             return [DENSE] * count, context
         try:
@@ -181,7 +185,10 @@ class ElasticConfig:
             return [resolve(self.recipe, self.ratio, context, shape, dtype)] * count
         if self.calibration is None:
             return [for_ratio(self.ratio, context, shape, dtype)] * count
-        plan = for_ratio_by_layer(self.calibration, self.ratio, context, dtype, device=self.device)
+        return self._of_plan(for_ratio_by_layer(self.calibration, self.ratio, context, dtype, device=self.device))
+
+    def _of_plan(self, plan: LayerPlan) -> Sequence[Recipe]:
+        assert self.calibration is not None
         by_layer = dict(zip(self.calibration.layers, plan.recipes, strict=True))
         return [by_layer[layer] for layer in self.sizes.elastic]
 
@@ -260,6 +267,7 @@ def config_for(
     context: int | None,
     capacity: int | None,
     prefill: str,
+    stored_bits: float | None = None,
 ) -> ElasticConfig:
     """Return the config for the arguments of `ElasticCache.for_model`.
 
@@ -306,9 +314,11 @@ def config_for(
         if isinstance(named, Recipe) and sizes.elastic:
             named.check_shape(sizes.stored_head_dim, sizes.kv_heads)
     covered = set(sizes.elastic) <= set(single)
+    if stored_bits is not None:
+        _check_stored_bits(stored_bits, calibration, compress is not None or chosen is not None or bool(single))
     if unknown := sorted(set(single) - set(sizes.elastic)):
         raise UsageError(f"layer {unknown[0]} has no full attention: recipes can be given for {_numbers(sizes.elastic)}")
-    if chosen is None and compress is None and not covered:
+    if chosen is None and compress is None and stored_bits is None and not covered:
         raise UsageError("neither compress nor a recipe is given: give compress=4, or recipe='int4', or recipe=FILE")
     if isinstance(chosen, Recipe) and compress is not None:
         raise UsageError(f"compress={compress:g} and the recipe {chosen} are both given: the recipe fixes the ratio; give one")
@@ -316,8 +326,9 @@ def config_for(
         raise UsageError(f"recipe {chosen!r} leaves a number open: give compress too, or write the number")
     if calibration is not None:
         rotated = any(isinstance(named, Recipe) and named.rotates_keys for named in (chosen, *single.values()))
-        _check_calibration(calibration, sizes, compress is not None or rotated)
-    return ElasticConfig(sizes, compress, chosen, single, calibration, context, capacity, prefill)
+        _check_calibration(calibration, sizes, compress is not None or stored_bits is not None or rotated)
+    bits = None if stored_bits is None else float(stored_bits)
+    return ElasticConfig(sizes, compress, chosen, single, calibration, context, capacity, prefill, stored_bits=bits)
 
 
 def outside(*others: str) -> int:
@@ -329,10 +340,21 @@ def outside(*others: str) -> int:
     return level
 
 
+def _check_stored_bits(bits: float, calibration: ModelCalibration | None, others: bool) -> None:
+    check_stored_bits(bits)
+    if others:
+        raise UsageError(
+            f"`stored_bits`={bits:g} chooses all layers' recipes: leave out compress, recipe and layers, or leave out it"
+        )
+    if calibration is None:
+        raise UsageError(f"`stored_bits`={bits:g} needs a calibration: run `elastickv calibrate`, then give calibration=FILE")
+
+
 def _check_calibration(calibration: ModelCalibration, sizes: Sizes, used: bool) -> None:
     if not used:
         raise UsageError(
-            "a calibration is not a recipe: give compress too, and recipes are solved for it, or a recipe with rotate=k"
+            "a calibration is not a recipe: give compress too, or stored_bits, and recipes are solved for it, or a recipe with "
+            "rotate=k"
         )
     missing = sorted(set(sizes.elastic) - set(calibration.layers))
     heads = (calibration.query_heads, calibration.kv_heads, calibration.head_dim)

@@ -20,6 +20,7 @@ from elastickv.errors import UsageError
 from elastickv.inputs import parse_json
 from elastickv.recipe import DTYPES, AttentionShape, Recipe
 from elastickv.recipe.calibration import ModelCalibration
+from elastickv.recipe.layer_solver import check_stored_bits
 from elastickv.recipe.recipe import parse_open
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import check_context, check_ratio
@@ -67,6 +68,7 @@ def save(path: Path, model: Any, config: ElasticConfig, layers: Sequence[Any]) -
             "prefill": config.prefill,
             "calibration": None if config.calibration is None else config.calibration.dumps(),
             "by_keys": list(config.by_keys),
+            "stored_bits": config.stored_bits,
         },
         "budget": _budget_record(config.budget),
         "reading": None if config.present is None else [config.present.since, config.present.until, config.present.scale],
@@ -180,9 +182,10 @@ def _config(record: dict[str, Any], sizes: Sizes) -> ElasticConfig:
     layers = {int(number): Recipe.parse(value) for number, value in saved["layers"].items()}
     errors = None if saved["calibration"] is None else ModelCalibration.loads(saved["calibration"])
     config = ElasticConfig(sizes, ratio, recipe, layers, errors, saved["context"], saved["capacity"], saved["prefill"])
+    config.stored_bits = saved.get("stored_bits")  # files of earlier versions have none, nor `by_keys`
     _check_config(config)
     config.budget = _budget(budget, sizes)
-    config.by_keys = tuple(int(layer) for layer in saved.get("by_keys", ()))  # files of earlier versions have none
+    config.by_keys = tuple(int(layer) for layer in saved.get("by_keys", ()))
     config.present = None if record["reading"] is None else _reading(*record["reading"])
     if config.budget is None and any(entry.get("store") for entry in record["layers"]):
         raise ValueError("it stores tokens without a budget")
@@ -230,6 +233,10 @@ def _check_config(config: ElasticConfig) -> None:
     """Raise ValueError unless the file holds valid arguments of `for_model`."""
     if config.ratio is not None:
         check_ratio(config.ratio)
+    if config.stored_bits is not None:
+        check_stored_bits(config.stored_bits)
+        if config.calibration is None:
+            raise ValueError("its stored bits have no calibration")
     for tokens in (config.context, config.capacity):
         if tokens is not None:
             check_context(tokens)

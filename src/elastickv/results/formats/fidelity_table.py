@@ -67,6 +67,25 @@ def _losses(rows: Sequence[LossRow]) -> Iterator[str]:
     if formats:
         yield from (*_table(_FORMAT_HEADERS, formats), "")
         yield "Bits of a quantized element with its scales; stored bits count codebooks and exact tokens too, as at the end."
+    yield from dict.fromkeys(map(_by_layer, (row for row in rows if row.stored_format and len(set(row.recipes or ())) > 1)))
+
+
+def _by_layer(row: LossRow) -> str:
+    """Return which layers have which recipe, numbered among those with full attention."""
+    layers: dict[str, list[int]] = {}
+    for number, recipe in enumerate(row.recipes or ()):
+        layers.setdefault(recipe, []).append(number)
+    each = "; ".join(f"{recipe} in {_ranges(numbers)}" for recipe, numbers in layers.items())
+    return markdown_cell(f"{row.cache}, layers with full attention from 0 on: {each}.")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers with ranges of three and more in short: 0, 2-5."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    runs = zip(starts, ends, strict=True)
+    parts = (f"{a}-{b}" if b > a + 1 else f"{a}, {b}" if b > a else f"{a}" for a, b in runs)
+    return ", ".join(parts)
 
 
 def _texts(result: EvaluationResult) -> str:

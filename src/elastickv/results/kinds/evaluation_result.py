@@ -118,8 +118,8 @@ class LossRow:
     """What one cache costs at one context, against full attention: means with their intervals over windows.
 
     The fields from `recipe_hash` to `expected_error` are of an elastic cache, `quantiser` and `bits` of Transformers' own
-    quantized one, `stored_format` of a KV format that was named. A published one has no recipe. `selection` is a published
-    selection, which has bytes and no recipe; its C is there.
+    quantized one, `stored_format` of a KV format that was named, or of formats within a budget of stored bits. A published one
+    has no recipe. `selection` is a published selection, which has bytes and no recipe; its C is there.
     """
 
     context: Count
@@ -278,8 +278,11 @@ class EvaluationResult:
 
     @property
     def of_formats(self) -> bool:
-        """Whether all rows are of KV formats that were named, which have nothing to calibrate."""
-        return bool(self.rows) and all(row.stored_format is not None for row in self.rows)
+        """Whether all rows are of KV formats that were named, which have nothing to calibrate.
+
+        Formats that a calibration chose have the error that it expects.
+        """
+        return bool(self.rows) and all(row.stored_format is not None and row.expected_error is None for row in self.rows)
 
     @property
     def exact_tokens(self) -> str:

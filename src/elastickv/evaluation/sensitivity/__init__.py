@@ -1,0 +1,1 @@
+"""How much an error in each layer changes what the model predicts."""

@@ -1,0 +1,109 @@
+"""What one layer's keys or values in 4 bits change of the predictions, and what a calibration and the solver make of it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from elastickv.errors import UsageError
+from elastickv.evaluation.calibrate import calibrate
+from elastickv.evaluation.sensitivity.layer_sensitivity import SCORED, layer_losses
+from elastickv.evaluation.tensor_codecs import stored_rows
+from elastickv.evaluation.texts import Text
+from elastickv.recipe import ModelCalibration, for_stored_bits, stored_bits
+from elastickv.transformers.cache_argument import CACHE_ARGUMENT
+from tests.helpers.tiny_models import TEXT, tiny_llama
+
+ROW = tuple(map(ord, TEXT[:500]))
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The second layer writes a tenth of what the first one writes."""
+    made = tiny_llama()
+    with torch.no_grad():
+        made.model.model.layers[1].self_attn.o_proj.weight *= 0.1
+    return made
+
+
+@pytest.fixture(scope="module")
+def calibration(loaded):
+    return calibrate(loaded, Text("letters", TEXT), 1000)
+
+
+def loss_of(model, layer, of_values):
+    """Without a prefill or a session of ours: the whole text once, then its last tokens after an edited cache."""
+    first, ids = len(ROW) - SCORED, torch.tensor([ROW])
+    predicted = []
+    with torch.inference_mode():
+        for edited in (False, True):
+            cache = DynamicCache()
+            model(input_ids=ids[:, :first], **{CACHE_ARGUMENT: cache})
+            rows = cache.layers[layer].values if of_values else cache.layers[layer].keys
+            if edited:
+                cold = slice(4, 4 + (first - 4 - 128) // 32 * 32)
+                rows[:, :, cold] = stored_rows(rows[:, :, cold], "int4", of_values, 64)
+            logits = model(input_ids=ids[:, first:], **{CACHE_ARGUMENT: cache}).logits[0]
+            predicted.append(logits.double().log_softmax(-1))
+    exact, other = predicted
+    return float((exact.exp() * (exact - other)).sum(-1).mean())
+
+
+def test_each_loss_is_that_of_one_tensor_of_one_layer(loaded):
+    losses = layer_losses(loaded.model, [ROW], (0, 1))
+    for tensor, of_layers in losses.items():
+        for layer, loss in enumerate(of_layers):
+            assert loss == pytest.approx(loss_of(loaded.model, layer, tensor == "values"), rel=1e-3)
+    twice = layer_losses(loaded.model, [ROW, ROW], (1,))
+    assert twice["keys"] == pytest.approx(losses["keys"][1:])
+
+
+def test_a_calibration_says_what_a_unit_of_error_costs_and_keeps_it_in_its_file(loaded, calibration):
+    losses = layer_losses(loaded.model, [tuple(map(ord, TEXT[:1000]))], (0, 1))
+    for tensor, errors in (("keys", calibration.keys["int4"]), ("values", calibration.values["int4/64"])):
+        factors = [loss / sum(row) for loss, row in zip(losses[tensor], errors, strict=True)]
+        assert calibration.sensitivity[tensor] == pytest.approx(factors, rel=1e-4)
+    assert ModelCalibration.loads(calibration.dumps()) == calibration
+    older = replace(calibration, sensitivity=None)
+    assert "sensitivity" not in json.loads(older.dumps()) and ModelCalibration.loads(older.dumps()) == older
+
+
+def test_rounding_to_16_bits_hides_a_layers_loss_so_that_none_is_measured():
+    half = tiny_llama()
+    half.model.bfloat16()
+    assert calibrate(half, Text("letters", TEXT), 800).sensitivity is None
+
+
+def test_errors_in_nats_are_those_of_formats_times_the_sensitivity_of_their_layer(calibration):
+    weighed = calibration.in_nats()
+    for tensor in ("keys", "values"):
+        for name, rows in getattr(calibration, tensor).items():
+            for row, other, factor in zip(rows, getattr(weighed, tensor)[name], calibration.sensitivity[tensor], strict=True):
+                assert other == pytest.approx([factor * error for error in row])
+    assert weighed.in_nats() is weighed and weighed.pages == calibration.pages
+
+
+def test_the_layer_that_predictions_depend_on_gets_the_bits(calibration):
+    even = replace(
+        calibration,
+        keys={name: (rows[0], rows[0]) for name, rows in calibration.keys.items()},
+        values={name: (rows[0], rows[0]) for name, rows in calibration.values.items()},
+    )
+    for first, second in ((1.0, 1e-3), (1e-3, 1.0)):
+        swayed = replace(even, sensitivity=dict.fromkeys(("keys", "values"), (first, second)))
+        plan = for_stored_bits(swayed, 5.5, device="cpu")
+        bits = [stored_bits(recipe, 64) for recipe in plan.recipes]
+        assert (bits[0] > bits[1]) == (first > second) and sum(bits) <= 11
+        assert plan.error < sum(max(first, second) * sum(rows[0]) for rows in (even.keys["int4"], even.values["int4/64"]))
+
+
+@pytest.mark.parametrize(
+    "sensitivity", [{"keys": [1.0, 2.0]}, {"keys": [1.0], "values": [1.0, 2.0]}, {"keys": [-1.0, 1.0], "values": [1.0, 1.0]}, 5]
+)
+def test_a_damaged_one_is_refused_in_one_line(calibration, sensitivity):
+    text = json.dumps(json.loads(calibration.dumps()) | {"sensitivity": sensitivity})
+    with pytest.raises(UsageError, match="is damaged") as refusal:
+        ModelCalibration.loads(text)
+    assert "\n" not in str(refusal.value)

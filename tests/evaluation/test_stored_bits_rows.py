@@ -1,0 +1,85 @@
+"""Budgets of stored bits through the evaluation: rows by name, their formats by layer, and what cannot be measured."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from elastickv.errors import UsageError
+from elastickv.evaluation.calibrate import calibrate
+from elastickv.evaluation.evaluate import EvaluationOptions, evaluate
+from elastickv.evaluation.texts import Text
+from elastickv.html_report.model_results import evaluation_view
+from elastickv.recipe import Recipe, stored_bits
+from elastickv.results.formats import plain_json
+from elastickv.results.formats.fidelity_table import fidelity_tables
+from elastickv.results.kinds.evaluation_result import EvaluationResult
+from tests.evaluation.test_evaluate import TEXTS, Silent
+from tests.helpers.tiny_models import TEXT, tiny_llama
+
+BUDGETS = (4.2, 4.25, 5.5, 8.5)
+OPTIONS = EvaluationOptions(
+    ratios=(), contexts=(400,), window_count=2, scored=6, needle_lengths=(), greedy_tokens=0, stored_bits=BUDGETS,
+    formats=("int4",),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def calibration(loaded):
+    return calibrate(loaded, Text("other", TEXT[1000:3000]), 1000)
+
+
+@pytest.fixture(scope="module")
+def result(loaded, calibration):
+    return evaluate(loaded, TEXTS, OPTIONS, calibration, Silent())
+
+
+def test_each_budget_that_can_be_met_is_a_row_within_it(result):
+    rows = {row["cache"]: row for row in result["rows"]}
+    assert list(rows) == ["stored_bits=4.25", "stored_bits=5.5", "stored_bits=8.5", "int4"]
+    for budget in BUDGETS[1:]:
+        row = rows[f"stored_bits={budget:g}"]
+        bits = [stored_bits(Recipe.parse(recipe), 64) for recipe in row["recipes"]]
+        assert len(bits) == 2 and row["stored_format"]["bits_per_element"] == sum(bits) / 2 <= budget
+        assert row["compress"] is None and row["expected_error"] > 0 and row["read_ratio"] > 1
+    assert rows["stored_bits=4.25"]["stored_format"]["bits_per_element"] == 4.25
+    kl = [row["kl"]["mean"] for row in result["rows"]]
+    assert kl[0] > kl[1] > kl[2] and kl[1] < kl[3]
+    assert [line for line in result["skipped"] if "stored_bits=4.2 is less" in line and "give 4.25 or more" in line]
+
+
+def test_tables_and_report_name_the_budget_and_the_formats_of_the_layers(result):
+    read = EvaluationResult.from_dict(json.loads(plain_json.dumps(result)))
+    shown = fidelity_tables(read)
+    row = read.rows[1]
+    assert len(set(row.recipes)) == 2, "the layers of this model differ"
+    assert f"stored_bits=5.5, layers with full attention from 0 on: {row.recipes[0]} in 0; {row.recipes[1]} in 1." in shown
+    assert "calibrated on 1000 tokens of other" in shown and read.options["stored_bits"] == list(BUDGETS)
+    view = evaluation_view(read, "source")
+    assert [loss.cache for loss in view.losses] == [row.cache for row in read.rows]
+
+
+def test_layers_in_a_row_are_named_in_short(result):
+    read = EvaluationResult.from_dict(json.loads(plain_json.dumps(result)))
+    recipes = ["int4"] * 4 + ["int8", "int4", "int8", "int8"]
+    shown = fidelity_tables(replace(read, rows=[replace(read.rows[1], recipes=recipes)]))
+    assert "from 0 on: int4 in 0-3, 5; int8 in 4, 6, 7." in shown
+
+
+@pytest.mark.parametrize(
+    ("budgets", "calibrated", "named"),
+    [
+        ((4.75,), False, "`stored_bits`=4.75 needs a calibration, .* `elastickv calibrate tiny -o FILE`"),
+        ((3.0, 4.0), True, r"stored_bits=4 is less than any .*: give 4\.25 or more"),
+        ((5.0, 17.0), True, "`stored_bits`=17.0 is out of range"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(loaded, calibration, budgets, calibrated, named):
+    options = replace(OPTIONS, stored_bits=budgets)
+    with pytest.raises(UsageError, match=named):
+        evaluate(loaded, TEXTS, options, calibration if calibrated else None, Silent())
