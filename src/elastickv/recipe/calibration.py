@@ -4,9 +4,11 @@ The file stores errors, not recipes: `layer_solver` turns them into recipes for 
 reading it runs no code.
 """
 
+import base64
 import json
 import math
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from elastickv.inputs import file_path, parse_json, read_text
 FORMAT = "elastickv-calibration"
 VERSION = 1
 MOST_SMOOTHING = 12  # 16-bit floats have room for 2^12 times the largest keys that are known
-_LATER = ("prefix", "smoothing")  # which older files lack
+_LATER = ("prefix", "smoothing", "hessians")  # which older files lack
 ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
@@ -26,6 +28,33 @@ HeadErrors = tuple[tuple[float, ...], ...]
 """[layer][KV head] -> error."""
 Smoothing = tuple[tuple[int, ...], ...]
 """[KV head][channel] -> n, of factors 2^n, of one layer."""
+HessianTexts = tuple[str, ...]
+"""[KV head] -> a Hessian as `kvcache.gptq.hessian_text` writes it, of one layer's K or V."""
+
+
+@dataclass(frozen=True)
+class StorageStatistics:
+    """What a calibration says of how the tokens of one layer are stored. Each is None where it says nothing.
+
+    Attributes
+    ----------
+    smoothing : of keys that are rotated.
+    key_hessians, value_hessians : of `rounding=gptq`.
+    """
+
+    smoothing: Smoothing | None = None
+    key_hessians: HessianTexts | None = None
+    value_hessians: HessianTexts | None = None
+
+    def of_heads(self, first: int, count: int) -> "StorageStatistics":
+        """Return those of `count` KV heads from number `first` on."""
+        heads = slice(first, first + count)
+        smoothing, keys, values = self.smoothing, self.key_hessians, self.value_hessians
+        return StorageStatistics(
+            None if smoothing is None else smoothing[heads],
+            None if keys is None else keys[heads],
+            None if values is None else values[heads],
+        )
 
 
 @dataclass(frozen=True)
@@ -50,6 +79,8 @@ class ModelCalibration:
     prefix : the special tokens before every window of the text; None in older files, whose windows had none.
     smoothing : [layer][KV head][channel] -> n: where K is rotated, its channels are multiplied by 2^n before, and those of the
         queries by 2^-n. None in older files: all are 0.
+    hessians : 'keys' and 'values' -> [layer][KV head] -> the cost of an error e of a key or value, e H e^T, as text. None in
+        older files.
     """
 
     model: str
@@ -66,12 +97,22 @@ class ModelCalibration:
     values: Mapping[str, HeadErrors]
     prefix: tuple[int, ...] | None = None
     smoothing: tuple[Smoothing, ...] | None = None
+    hessians: Mapping[str, tuple[HessianTexts, ...]] | None = None
 
     def smoothing_of(self, layer: int) -> Smoothing | None:
         """Return the smoothing of one of `layers`, or None for none."""
         if self.smoothing is None or layer not in self.layers:
             return None
         return self.smoothing[self.layers.index(layer)]
+
+    def statistics_of(self, layer: int) -> StorageStatistics:
+        """Return what is known of one layer; nothing if it is none of `layers`."""
+        if layer not in self.layers:
+            return StorageStatistics()
+        if self.hessians is None:
+            return StorageStatistics(self.smoothing_of(layer))
+        keys, values = (self.hessians[tensor][self.layers.index(layer)] for tensor in ("keys", "values"))
+        return StorageStatistics(self.smoothing_of(layer), keys, values)
 
     def check_model(self, fingerprint: str, name: str = "this model") -> None:
         """Refuse to be used with another model.
@@ -152,6 +193,15 @@ class ModelCalibration:
                 raise ValueError(f"smoothing beyond {MOST_SMOOTHING}")
             return table
 
+        def hessians(rows: Any) -> tuple[HessianTexts, ...]:
+            table = tuple(tuple(layer) for layer in rows)
+            if len(table) != len(layers) or any(len(layer) != heads for layer in table):
+                raise ValueError(f"Hessians of {len(layers)} layers of {heads} KV heads are needed")
+            for layer in table:
+                for text in layer:
+                    check_hessian_text(text, int(record["head_dim"]))
+            return table
+
         pages = {int(r): {float(f): errors(rows) for f, rows in curve.items()} for r, curve in record["pages"].items()}
         if not layers or not pages or any(1.0 not in curve or len(curve) < 2 for curve in pages.values()):
             raise ValueError("errors at fraction 1 and another are needed")
@@ -174,4 +224,22 @@ class ModelCalibration:
             values={str(name): errors(rows) for name, rows in record["values"].items()},
             prefix=None if record.get("prefix") is None else tuple(int(token) for token in record["prefix"]),
             smoothing=None if record.get("smoothing") is None else smoothing(record["smoothing"]),
+            hessians=None
+            if record.get("hessians") is None
+            else {tensor: hessians(record["hessians"][tensor]) for tensor in ("keys", "values")},
         )
+
+
+def check_hessian_text(text: Any, head_dim: int) -> None:
+    """Check the text of one Hessian; see `kvcache.gptq.hessian_text`.
+
+    Raises
+    ------
+    ValueError : if it is of another size, or its diagonal has a number that is negative or not finite.
+    """
+    content = base64.b64decode(text, validate=True)
+    if len(content) != 4 * head_dim + head_dim * (head_dim - 1):
+        raise ValueError(f"a Hessian of {len(content)} bytes for heads of {head_dim} channels")
+    diagonal = struct.unpack(f"<{head_dim}f", content[: 4 * head_dim])
+    if not all(number >= 0 and math.isfinite(number) for number in diagonal):
+        raise ValueError("a Hessian whose diagonal has a number that is negative or not finite")
