@@ -47,6 +47,6 @@ def test_scales_of_channels_are_those_of_the_codes(case):
 
 
 def test_a_format_without_a_codec_here_takes_the_quantizer(monkeypatch):
-    monkeypatch.setattr("elastickv.evaluation.tensor_codecs._CODECS", {})
+    monkeypatch.setattr("elastickv.evaluation.tensor_codecs._GRIDS", {})
     expected = np.stack([stored_values(head, "int4", True, 32) for head in ROWS]).astype(np.float32)
     np.testing.assert_array_equal(stored_rows(torch.from_numpy(ROWS), "int4", True, 32).numpy(), expected)

@@ -12,6 +12,7 @@ from elastickv.evaluation.kv_formats.published_formats import format_of
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.evaluation.recipes_by_ratio import Span, measured
 from elastickv.evaluation.subject import DecodePath, Subject
+from elastickv.kvcache.gptq import no_hessians
 from elastickv.recipe import Recipe, stored_bytes
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
 from elastickv.recipe.regions import regions
@@ -41,6 +42,11 @@ def refused_formats(subject: Subject, names: Sequence[str]) -> dict[str, str]:
         of_recipe = () if isinstance(recipe, ReferenceFormat) else (recipe.key_format, recipe.value_format)
         for missing in set(of_recipe) & set(unread):
             refused[name] = f"{name} is not measured: format {missing} has no {(subject.device or 'CUDA').upper()} kernel"
+        if isinstance(recipe, Recipe) and recipe.uses_hessians:
+            if subject.device != "cpu":
+                refused[name] = f"{name} is not measured: rounding={recipe.rounding} has no CUDA kernel"
+            elif subject.calibration is None or subject.calibration.hessians is None:
+                refused[name] = str(no_hessians(recipe))
     if refused and len(refused) == len(names):
         raise UsageError(f"{'; '.join(refused.values())}: give other formats, or the cpu as device")
     return refused

@@ -38,6 +38,8 @@ class LayerInputs:
     scaling : factor on q.k.
     softcap : scores become softcap * tanh(score / softcap); None for none.
     sink_logits : (query_heads,) scores that only take part in the normalizer; None for none.
+    query_products : (kv_heads, head_dim, head_dim), the mean of q q^T over the tokens after the sinks and the query heads of a
+        KV head; None: over `queries` alone.
     """
 
     queries: Tensor
@@ -49,6 +51,7 @@ class LayerInputs:
     scaling: float
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    query_products: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,23 @@ def key_smoothing(inputs: LayerInputs) -> Smoothing:
     exponents = (of_queries.clamp_min(least).log2() - of_keys.clamp_min(least).log2()) / 4
     centered = (exponents - exponents.mean(1, keepdim=True)).round().clamp(-MOST_SMOOTHING, MOST_SMOOTHING)
     return tuple(tuple(map(int, head)) for head in centered.tolist())
+
+
+def hessians(inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+    """Return what errors of a layer's keys and values cost, (kv_heads, head_dim, head_dim) each: e H e^T on average.
+
+    Of keys it is E[q q^T], of values W_o^T W_o of the query heads that share them (`kvcache.gptq`).
+    """
+    kv_heads, _, head_dim = inputs.keys.shape
+    columns = inputs.projection.unflatten(1, (kv_heads, -1, head_dim)).permute(1, 0, 2, 3).flatten(1, 2)
+    products = mean_products(inputs.queries, kv_heads) if inputs.query_products is None else inputs.query_products
+    return products, columns.mT @ columns
+
+
+def mean_products(queries: Tensor, kv_heads: int) -> Tensor:
+    """Return (kv_heads, head_dim, head_dim), the mean of q q^T of (query_heads, positions, head_dim) queries."""
+    rows = queries.reshape(kv_heads, -1, queries.shape[-1])
+    return rows.mT @ rows / rows.shape[1]
 
 
 class _QueryRegions:

@@ -64,12 +64,12 @@ def elastic(
 ) -> Iterator[DecodingSession]:
     """Decode `tokens` tokens with an ElasticCache of one recipe for each layer with full attention; restore the model on exit.
 
-    Rotated keys are smoothed as the calibration says.
+    Rotated keys are smoothed, and codes chosen by Hessians, as the calibration says.
 
     These layers start in the state in which `prefill="exact"` leaves them before a prompt's last token: they hold exact keys
     and values, which the first step stores.
     """
-    used = calibration if any(recipe.rotates_keys for recipe in recipes) else None
+    used = calibration if any(recipe.rotates_keys or recipe.uses_hessians for recipe in recipes) else None
     capacity = start.tokens + tokens
     cache = ElasticCache.for_model(model, recipe=list(recipes), calibration=used, capacity=capacity, prefill="exact")
     start.fill(cache.layers, _hold)

@@ -109,9 +109,7 @@ def _of_tensor(fmt: str | None, hessians: NDArray[np.float64]) -> Compensation |
     return compensation(hessians) if fmt is not None and FORMATS[fmt].is_integer else None
 
 
-def transformed(
-    hessians: NDArray[np.float64], is_rotated: bool, smoothing: Smoothing | None = None
-) -> NDArray[np.float64]:
+def transformed(hessians: NDArray[np.float64], is_rotated: bool, smoothing: Smoothing | None = None) -> NDArray[np.float64]:
     """Return the Hessians of tensors as they are stored: with rows x S R for x, they are R^T S^-1 H S^-1 R.
 
     Parameters

@@ -156,6 +156,8 @@ def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:
     nearest = page_codes.quantizers(recipe, dtype)
     if not recipe.uses_hessians:
         return nearest
-    chosen = zip((recipe.key_format, recipe.value_format), (quantize_keys_in_turn, quantize_values_in_turn), nearest, strict=True)
+    chosen = zip(
+        (recipe.key_format, recipe.value_format), (quantize_keys_in_turn, quantize_values_in_turn), nearest, strict=True
+    )
     keys, values = (in_turn if fmt is not None and FORMATS[fmt].is_integer else plain for fmt, in_turn, plain in chosen)
     return keys, values
