@@ -1,7 +1,6 @@
 """Windows of texts for `format_study.py`: an exact prefill, and predictions with other keys and values in its place."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from format_study_codecs import Statistics, Tensor
@@ -39,7 +38,7 @@ class Windows:
             layers: dict[int, tuple[Tensor, ...]] = {}
 
             def take(layer: int, inputs: LayerInputs, layers: dict[int, tuple[Tensor, ...]] = layers) -> None:
-                layers[layer] = (inputs.keys, inputs.values, *hessians(replace(inputs, query_products=None)))
+                layers[layer] = (inputs.keys, inputs.values, *hessians(inputs))
 
             with torch.inference_mode(), observed(self.model, range(DEFAULT_SINKS, self.prefix), take):
                 self.model(ids[None, : self.prefix], use_cache=False, logits_to_keep=1)

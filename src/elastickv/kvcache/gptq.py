@@ -159,7 +159,7 @@ def codes_in_turn(
     return np.moveaxis(of_channels, 0, -1)
 
 
-def hessian_text(hessian: NDArray[np.floating]) -> str:  # type: ignore[type-arg]
+def hessian_text(hessian: NDArray[np.float64]) -> str:
     """Return a symmetric matrix without negative eigenvalues as text: base64 of its diagonal, then of correlations.
 
     The diagonal is little-endian float32. Then come H[i, j] / sqrt(H[i, i] H[j, j]) for i < j, row by row, in units of

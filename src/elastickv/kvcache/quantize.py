@@ -235,32 +235,28 @@ def stored_values(
     pages = x if by_row else x.reshape(len(x) // PAGE_TOKENS, PAGE_TOKENS, x.shape[-1])
     planes = codec.quantize_values(pages, group) if value else codec.quantize_keys(pages)
     if compensation is not None:
-        codes, scales, zeros = planes if len(planes) == 3 else (*planes, None)
-        chosen = _codes_in_turn(pages, scales, zeros, stored, layout, compensation).astype(codes.dtype)
-        planes = (chosen, *planes[1:])
+        chosen = _codes_in_turn(pages, planes, stored, layout, compensation)
+        planes = (chosen.astype(planes[0].dtype), *planes[1:])
     return (codec.dequantize_values if value else codec.dequantize_keys)(*planes).reshape(x.shape)
 
 
 def _codes_in_turn(
-    pages: NDArray[np.float32],
-    scales: NDArray[Any],
-    zeros: NDArray[Any] | None,
-    stored: Format,
-    layout: ScaleLayout | None,
-    compensation: HeadCompensation,
+    pages: NDArray[np.float32], planes: Planes, stored: Format, layout: ScaleLayout | None, compensation: HeadCompensation
 ) -> NDArray[np.float32]:
-    def wide(plane: NDArray[Any] | None) -> NDArray[np.float32]:
-        if plane is None:
-            return np.zeros(1, np.float32)
+    """Return codes of rows with the scales and zeros of `planes`."""
+
+    def wide(plane: NDArray[Any]) -> NDArray[np.float32]:
         if layout is ScaleLayout.CHANNEL:
             return np.asarray(plane, np.float32)[..., None, :]
         numbers = from_bf16_bits(plane)
         if layout is ScaleLayout.GROUP:
-            return np.repeat(numbers, pages.shape[-1] // plane.shape[-1], axis=-1)
+            return np.asarray(np.repeat(numbers, pages.shape[-1] // plane.shape[-1], axis=-1))
         return numbers[..., None]
 
-    low = -stored.largest_code if stored.signed else 0
-    return codes_in_turn(pages, wide(scales), wide(zeros), low, stored.largest_code, *compensation)
+    scales = wide(planes[1])
+    zeros = wide(planes[2]) if len(planes) > 2 else np.zeros(1, np.float32)
+    low = -stored.largest_code if stored.signed else 0.0
+    return codes_in_turn(pages, scales, zeros, low, stored.largest_code, *compensation)
 
 
 def _channels(pages: ArrayLike, levels: int) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:

@@ -123,7 +123,7 @@ def planes(c, head, page, is_value):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def element(exact, plane, dim, token, d, is_value):  # type: ignore[no-untyped-def]
+def _element(exact, plane, dim, token, d, is_value):  # type: ignore[no-untyped-def]
     return get(exact, plane + (value_offset(exact, dim, token, d) if is_value else key_offset(exact, token, d)))
 
 
@@ -134,12 +134,12 @@ def _row(exact, source, token, fmt, target, slot, scales, dim, is_value):  # typ
     if fmt == INT8:
         peak = ZERO
         for d in range(dim):
-            peak = max(peak, abs(element(exact, source, dim, token, d, is_value)))
+            peak = max(peak, abs(_element(exact, source, dim, token, d, is_value)))
         scale = np.uint16((float_bits(peak / LEVELS_8) + np.uint32(0xFFFF)) >> np.uint32(16))
         store_u16(scales + 2 * slot, scale)
         divisor = bf16_value(scale)
     for d in range(dim):
-        x = element(exact, source, dim, token, d, is_value)
+        x = _element(exact, source, dim, token, d, is_value)
         where = target + (value_offset(fmt, dim, slot, d) if is_value else key_offset(fmt, slot, d))
         if fmt != INT8:
             put(fmt, where, x)
