@@ -92,8 +92,8 @@ def _codes_in_turn(rows: Tensor, scales: Tensor, zeros: Tensor, low: float, high
     """Return the codes of rows, chosen as `kvcache.gptq.codes_in_turn` does: the same in float32, operation by operation."""
     heads, head_dim = in_turn.order.shape
     # (head_dim, ..., kv_heads, tokens): channels in the order of their head.
-    places = in_turn.order[:, None].expand(rows.shape)
-    rest, steps = ((rows - zeros).gather(-1, places), scales.expand(rows.shape).gather(-1, places))
+    positions = in_turn.order[:, None].expand(rows.shape)
+    rest, steps = ((rows - zeros).gather(-1, positions), scales.expand(rows.shape).gather(-1, positions))
     rest, steps = (each.movedim(-1, 0).contiguous() for each in (rest, steps))
     shares = in_turn.shares.permute(1, 2, 0).reshape(head_dim, head_dim, *(1,) * (rows.dim() - 3), heads, 1)
     codes = torch.empty_like(rest)
@@ -102,7 +102,7 @@ def _codes_in_turn(rows: Tensor, scales: Tensor, zeros: Tensor, low: float, high
         codes[j] = torch.where(steps[j] > 0, whole, 0)
         error = rest[j] - codes[j] * steps[j]
         rest[j + 1 :] -= error * shares[j + 1 :, j]
-    return torch.empty_like(rows).scatter_(-1, places, codes.movedim(0, -1))
+    return torch.empty_like(rows).scatter_(-1, positions, codes.movedim(0, -1))
 
 
 def _int8_grid(rows: Tensor, _: int) -> _Grid:
