@@ -158,7 +158,9 @@ def test_a_hessian_that_no_queries_can_have_is_refused():
 
 def test_a_cache_without_hessians_refuses_a_recipe_that_needs_them():
     recipe, shape = Recipe.parse("int4,rounding=gptq"), AttentionShape(1, 2, 1, DIM)
-    refusal = r"^int4,rounding=gptq needs a calibration with Hessians: run `elastickv calibrate` and give its file, or leave out rou"
+    refusal = (
+        r"^int4,rounding=gptq needs a calibration with Hessians: run `elastickv calibrate` and give its file, or leave out rou"
+    )
     with pytest.raises(UsageError, match=refusal):
         ReferenceCache(shape, 64, "bf16", recipe)
     with pytest.raises(UsageError, match=refusal):

@@ -38,6 +38,8 @@ def test_what_it_does_not_combine_with_is_refused(text, message):
         Recipe.parse(text)
 
 
-@pytest.mark.parametrize("text", ["k=fp8,v=int3", "k=int8,v=bf16", "int4,pages=1/4,anchor_every=4", "int8,reuse,anchor_every=2"])
+@pytest.mark.parametrize(
+    "text", ["k=fp8,v=int3", "k=int8,v=bf16", "int4,pages=1/4,anchor_every=4", "int8,reuse,anchor_every=2"]
+)
 def test_one_integer_tensor_is_enough(text):
     assert Recipe.parse(f"{text},rounding=gptq").uses_hessians

@@ -75,8 +75,8 @@ def stored_rows(rows: Tensor, fmt: str, value: bool, group: int, in_turn: Tensor
         else:
             codes = torch.where(scales > 0, ((rows - zeros) / scales).round().clamp(low, high), 0)
         return (codes.double() * scales + zeros).float()
-    if fmt == "fp8":
-        return _fp8(rows)
+    if fmt in _FLOATS:
+        return _FLOATS[fmt](rows)
     flat = rows.flatten(0, -3) if rows.dim() > 2 else rows[None]
     stored = [torch.from_numpy(stored_values(each.cpu().numpy(), fmt, value, group)).to(rows) for each in flat]
     return torch.stack(stored).view(rows.shape)
@@ -154,3 +154,4 @@ _GRIDS: dict[tuple[str, bool], Callable[[Tensor, int], _Grid]] = {
     ("int4", True): partial(_group_grid, levels=INT4_LEVELS),
     ("int3", True): partial(_group_grid, levels=INT3_LEVELS),
 }
+_FLOATS: dict[str, Callable[[Tensor], Tensor]] = {"fp8": _fp8}

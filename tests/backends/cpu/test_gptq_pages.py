@@ -14,8 +14,8 @@ from elastickv.recipe.calibration import StorageStatistics
 TOKENS, HEADS = 300, 2
 BIASES = (1.0, 10.0, 100.0, 1e3, 1e4)
 TEXTS = [
-    "int4", "int8", "int4,rotate=kv", "k=int4,v=int3,rotate=kv", "k=int8_per_channel,v=int4,vgroup=32", "k=fp8,v=int3,vgroup=32",
-    "int4,pages=1/2",
+    "int4", "int8", "int4,rotate=kv", "k=int4,v=int3,rotate=kv", "k=int8_per_channel,v=int4,vgroup=32",
+    "k=fp8,v=int3,vgroup=32", "int4,pages=1/2",
 ]  # fmt: skip
 
 
@@ -85,7 +85,9 @@ def test_a_copy_goes_on_rounding_so():
         cache.prefill(keys[:, :, :200], values[:, :, :200], np.array([200]))
         copy = cache.gather(np.array([0]), TOKENS)
         for each in (cache, copy):
-            each.extend(np.ascontiguousarray(keys[:, :, 200:]), np.ascontiguousarray(values[:, :, 200:]), np.array([TOKENS - 200]))
+            each.extend(
+                np.ascontiguousarray(keys[:, :, 200:]), np.ascontiguousarray(values[:, :, 200:]), np.array([TOKENS - 200])
+            )
         assert_alike(cache, copy)
 
 

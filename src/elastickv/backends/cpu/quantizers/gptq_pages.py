@@ -44,6 +44,7 @@ from elastickv.backends.cpu.quantizers.gptq_vectors import (
     values_plane,
     values_rows,
 )
+from elastickv.errors import UsageError
 from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe
 
 _F = layout.BufferField
@@ -151,13 +152,26 @@ def quantize_values_in_turn(descriptor, head, page, is_value):  # type: ignore[n
                     vectors.eight_values(FP32, errors, dim, token, first, columns, ones, zeros, target, levels)
 
 
+KEYS: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int8_per_channel"), quantize_keys_in_turn)
+VALUES: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int3"), quantize_values_in_turn)
+
+
 def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:
-    """Return the kernels that store K and V of a page that leaves the window of a recipe's cache."""
-    nearest = page_codes.quantizers(recipe, dtype)
+    """Return the kernels that store K and V of a page that leaves the window of a recipe's cache.
+
+    Raises
+    ------
+    UsageError : if no kernel rounds a format as the recipe says.
+    """
+    keys, values = page_codes.quantizers(recipe, dtype)
     if not recipe.uses_hessians:
+        return keys, values
+    return _in_turn(recipe.key_format, KEYS, keys), _in_turn(recipe.value_format, VALUES, values)
+
+
+def _in_turn(fmt: str | None, kernels: dict[str, Kernel], nearest: Kernel) -> Kernel:
+    if fmt is None or not FORMATS[fmt].is_integer:
         return nearest
-    chosen = zip(
-        (recipe.key_format, recipe.value_format), (quantize_keys_in_turn, quantize_values_in_turn), nearest, strict=True
-    )
-    keys, values = (in_turn if fmt is not None and FORMATS[fmt].is_integer else plain for fmt, in_turn, plain in chosen)
-    return keys, values
+    if fmt not in kernels:
+        raise UsageError(f"format {fmt} has no CPU kernel for rounding=gptq: choose {', '.join(kernels)}")
+    return kernels[fmt]
