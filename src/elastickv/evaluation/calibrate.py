@@ -68,7 +68,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
             smooth[layer] = key_smoothing(inputs)
         of_keys, of_values = hessians(inputs)
         costs[layer] = [costs[layer][0] + of_keys if layer in costs else of_keys, of_values]
-        measured.setdefault(layer, []).append(layer_errors(inputs, FRACTIONS, SCHEDULES, RUN, smooth[layer]))
+        measured.setdefault(layer, []).append(layer_errors(inputs, FRACTIONS, SCHEDULES, RUN, smooth[layer], costs[layer]))
         if progress is not None:
             progress(sum(map(len, measured.values())), total)
 

@@ -22,6 +22,7 @@ VERSION = 1
 MOST_SMOOTHING = 12  # 16-bit floats have room for 2^12 times the largest keys that are known
 _LATER = ("prefix", "smoothing", "hessians")  # which older files lack
 ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
+GPTQ = "+gptq"  # likewise, behind that: of tensors that are rounded by Hessians
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 HeadErrors = tuple[tuple[float, ...], ...]
@@ -72,8 +73,8 @@ class ModelCalibration:
     query_heads, kv_heads, head_dim : of each of these layers.
     text, tokens, queries : the text, its tokens that were read, and the positions that were scored.
     pages : anchor_every -> fraction of the cold pages that is read -> errors.
-    keys : format of K -> errors of storing cold keys in it; 'int4+rotated' of keys that are rotated before, which older files
-        lack.
+    keys : format of K -> errors of storing cold keys in it; 'int4+rotated' of keys that are rotated before, 'int4+gptq' and
+        'int4+rotated+gptq' of keys that are rounded by Hessians. Older files lack them.
     values : format of V, int4 and int3 with their group as 'int4/32' -> errors of storing cold values in it; 'int4/32+rotated'
         likewise.
     prefix : the special tokens before every window of the text; None in older files, whose windows had none.

@@ -182,7 +182,7 @@ class ElasticConfig:
             return [resolve(self.recipe, self.ratio, context, shape, dtype)] * count
         if self.calibration is None:
             return [for_ratio(self.ratio, context, shape, dtype)] * count
-        plan = for_ratio_by_layer(self.calibration, self.ratio, context, dtype, device=self.device)
+        plan = for_ratio_by_layer(self.calibration, self.ratio, context, dtype, device=self.device, gptq=self.device == "cpu")
         by_layer = dict(zip(self.calibration.layers, plan.recipes, strict=True))
         return [by_layer[layer] for layer in self.sizes.elastic]
 
