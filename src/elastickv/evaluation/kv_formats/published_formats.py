@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from elastickv.errors import UsageError
+from elastickv.evaluation.evaluation_options import REFERENCE
 from elastickv.evaluation.kv_formats import (
     gguf_blocks,
     kivi,
@@ -12,6 +13,7 @@ from elastickv.evaluation.kv_formats import (
     turboquant,
     turboquant_presets,
 )
+from elastickv.evaluation.kv_formats.own_formats import check_reference
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.recipe import Recipe
 from elastickv.recipe.formats import FORMATS, cold_formats
@@ -59,7 +61,8 @@ def parse_formats(lists: Sequence[str]) -> tuple[str, ...]:
 
     Parameters
     ----------
-    lists : each is names, separated by commas, or a single recipe. `all` stands for the published formats and our own.
+    lists : each is names, separated by commas, or a single recipe. `all` stands for the published formats and our own. A recipe
+        behind `reference:` is measured in PyTorch, without its kernels.
 
     Raises
     ------
@@ -70,14 +73,16 @@ def parse_formats(lists: Sequence[str]) -> tuple[str, ...]:
         for name in [text] if "=" in text else text.split(","):
             names += [*PUBLISHED, *_own_formats()] if name.strip() == ALL else [name.strip()]
     for name in names:
-        if name not in PUBLISHED:
+        if name.startswith(REFERENCE):
+            check_reference(_recipe(name.removeprefix(REFERENCE)))
+        elif name not in PUBLISHED:
             _recipe(name)
     return tuple(dict.fromkeys(names))
 
 
 def format_of(name: str) -> ReferenceFormat | Recipe:
-    """Return the published format, or the recipe, that a name stands for."""
-    return PUBLISHED[name] if name in PUBLISHED else _recipe(name)
+    """Return the published format, or the recipe, that a name stands for; `reference:` before a recipe does not count."""
+    return PUBLISHED[name] if name in PUBLISHED else _recipe(name.removeprefix(REFERENCE))
 
 
 def _recipe(text: str) -> Recipe:

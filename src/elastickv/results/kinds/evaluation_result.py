@@ -86,8 +86,9 @@ class GreedyDivergence:
 class StoredFormat:
     """How a KV format stores: bits of a quantized element with its scales, and of any element, exact tokens included.
 
-    `exact_keys` and `exact_values` are tokens in 16 bit at the end, the first `sinks` ones among them; `source` is the
-    publication, or `recipe`.
+    `exact_keys` and `exact_values` are tokens that count as 16 bit at the end, the first `sinks` ones among them; `source` is
+    the publication, or `recipe`. `exact_dtype` is what these tokens, and those that are quantized later, were rounded to first:
+    in older files, which lack it, it was bf16 if the model is fp32.
     """
 
     bits_per_element: Positive
@@ -96,6 +97,7 @@ class StoredFormat:
     exact_keys: int
     exact_values: int
     source: str
+    exact_dtype: str | None = field(default=None, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""Our own formats as references: what a recipe stores, without its kernels, on any device.
+
+Codes and scales are those of `kvcache.quantize`, rotations those of `kvcache.hadamard`, and a calibration smooths keys as in an
+ElasticCache. A 16-bit model rounds what is rotated to 16 bits before it is quantized, as the window of an ElasticCache does. In
+a float32 model nothing is rounded but what the formats round, and exact tokens stay as they are: an ElasticCache rounds
+everything to bfloat16 first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from elastickv.errors import UsageError
+from elastickv.evaluation.evaluation_options import REFERENCE
+from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat, StoredPlane
+from elastickv.evaluation.kv_formats.rotations import rotated_rows
+from elastickv.evaluation.prefill import Tensor
+from elastickv.evaluation.tensor_codecs import stored_rows
+from elastickv.recipe import Recipe
+from elastickv.recipe.calibration import Smoothing
+from elastickv.recipe.formats import DTYPES, FORMATS, PAGE_TOKENS, Scales
+from elastickv.transformers.torch_dtypes import TORCH_DTYPES
+
+
+@dataclass(frozen=True)
+class OwnRoundTrip:
+    """How keys, or values, of one layer are stored and read back.
+
+    Attributes
+    ----------
+    stored_in : name of a format.
+    group : channels of V that share a scale.
+    head_dim : channels of a stored head: zeros are added to the model's.
+    rotated : whether rows are stored rotated.
+    dtype : of the model: rows have it when they are quantized.
+    smoothing : (kv_heads, 1, the model's head_dim) powers of 2, factors of keys before they are rotated; None for none.
+    """
+
+    stored_in: str
+    of_values: bool
+    group: int
+    head_dim: int
+    rotated: bool
+    dtype: str
+    smoothing: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return (..., kv_heads, tokens, channels) float32 rows, whole pages of tokens, as they are read after being stored."""
+        factors = None if self.smoothing is None else self.smoothing.to(x.device)
+        rows = torch.nn.functional.pad(x if factors is None else x * factors, (0, self.head_dim - x.shape[-1]))
+        rows = rotated_rows(rows) if self.rotated else rows
+        in_window = self.stored_in if self.stored_in in DTYPES else self.dtype
+        rows = rows.to(TORCH_DTYPES[in_window]).float()
+        if not FORMATS[self.stored_in].is_float:
+            rows = stored_rows(rows, self.stored_in, self.of_values, self.group)
+        read = (rotated_rows(rows) if self.rotated else rows)[..., : x.shape[-1]]
+        return read if factors is None else read / factors
+
+
+def check_reference(recipe: Recipe) -> None:
+    """Refuse a recipe of which a reference is no measure: one that does not read all tokens.
+
+    Raises
+    ------
+    UsageError : naming the selection.
+    """
+    if recipe.selection != "all":
+        raise UsageError(
+            f"format {REFERENCE}{recipe} selects by {recipe.selection!r}, and a reference reads all tokens: write "
+            f"{REFERENCE}{recipe.formats}, or {recipe} without {REFERENCE}"
+        )
+
+
+def own_format(recipe: Recipe, head_dim: int, dtype: str, smoothing: Smoothing | None = None) -> ReferenceFormat | None:
+    """Return what a recipe stores in one layer, as a reference; None for `dense`, which leaves it as it is.
+
+    Parameters
+    ----------
+    head_dim : channels of a stored head.
+    dtype : of the model.
+    smoothing : of the layer's keys, as `ModelCalibration.smoothing_of` returns it: counts where they are rotated.
+
+    Raises
+    ------
+    UsageError : if the recipe does not read all tokens.
+    """
+    check_reference(recipe)
+    if recipe.key_format is None or recipe.value_format is None:
+        return None
+    factors = None
+    if smoothing is not None and recipe.rotates_keys:
+        factors = torch.tensor(smoothing, dtype=torch.float32).exp2()[:, None]
+    key, value, group = FORMATS[recipe.key_format], FORMATS[recipe.value_format], recipe.v_group(head_dim)
+    keys = OwnRoundTrip(key.name, False, head_dim, head_dim, recipe.rotates_keys, dtype, factors)
+    values = OwnRoundTrip(value.name, True, group, head_dim, recipe.rotates_values, dtype)
+    return ReferenceFormat(
+        f"{REFERENCE}{recipe}",
+        _plane(keys, key.row_bytes(head_dim), key.key_scales(head_dim), recipe.window),
+        _plane(values, value.row_bytes(head_dim), value.value_scales(head_dim, group), recipe.window),
+        "recipe",
+        recipe.sinks,
+    )
+
+
+def _plane(round_trip: OwnRoundTrip, row_bytes: int, scales: Scales, window: int) -> StoredPlane:
+    page_bytes = PAGE_TOKENS * row_bytes + scales.bytes_of(PAGE_TOKENS)
+    return StoredPlane(round_trip, lambda _: page_bytes, group=PAGE_TOKENS, window=window)
