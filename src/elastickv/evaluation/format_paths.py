@@ -1,4 +1,4 @@
-"""Decoding with KV formats: the published ones as references, our own through the cache that `generate` uses or as references."""
+"""Decoding with KV formats: published ones as references, our own through the cache that `generate` uses or as references."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,10 +39,9 @@ def refused_formats(subject: Subject, names: Sequence[str]) -> dict[str, str]:
     """
     unread, refused = unread_formats(subject.device), dict[str, str]()
     for name in names:
-        recipe = format_of(name)
-        in_torch = isinstance(recipe, ReferenceFormat) or name.startswith(REFERENCE)
-        of_recipe = () if in_torch else (recipe.key_format, recipe.value_format)
-        for missing in set(of_recipe) & set(unread):
+        named = format_of(name)
+        recipes = () if isinstance(named, ReferenceFormat) or name.startswith(REFERENCE) else named.all
+        for missing in {fmt for recipe in recipes for fmt in (recipe.key_format, recipe.value_format)} & set(unread):
             kernel = f"{(subject.device or 'CUDA').upper()} kernel"
             refused[name] = f"{name} is not measured: format {missing} has no {kernel}, {REFERENCE}{name} needs none"
     if refused and len(refused) == len(names):
@@ -71,10 +70,10 @@ def _path(subject: Subject, name: str, exact: ExactTokens | None, span: Span) ->
     stored_as = format_of(name)
     if isinstance(stored_as, ReferenceFormat):
         return _published(subject, stored_as if exact is None else stored_as.with_exact(exact), span)
-    recipe = stored_as if exact is None else replace(stored_as, sinks=exact.sinks, window=exact.window)
-    if name.startswith(REFERENCE):
-        return reference_path(subject, name, (recipe,) * subject.layers, span)
-    return _own(subject, name, recipe, span)
+    recipes = stored_as.by_layer(name, subject.elastic)
+    if exact is not None:
+        recipes = tuple(each if each.is_dense else replace(each, sinks=exact.sinks, window=exact.window) for each in recipes)
+    return reference_path(subject, name, recipes, span) if name.startswith(REFERENCE) else _own(subject, name, recipes, span)
 
 
 def reference_path(subject: Subject, name: str, recipes: Sequence[Recipe], span: Span) -> DecodePath:
@@ -96,7 +95,7 @@ def reference_path(subject: Subject, name: str, recipes: Sequence[Recipe], span:
     formats = dict[int, ReferenceFormat]()
     for layer, recipe in zip(subject.elastic, recipes, strict=True):
         recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
-        smoothing = subject.calibration and subject.calibration.smoothing_of(layer)
+        smoothing = None if subject.calibration is None else subject.calibration.smoothing_of(layer)
         stored_as = own_format(recipe, subject.shape.head_dim, subject.dtype, smoothing)
         if stored_as is not None:
             formats[layer] = stored_as
@@ -120,10 +119,11 @@ def _published(subject: Subject, stored_as: ReferenceFormat, span: Span) -> Deco
     return DecodePath(stored_as.name, decoding, figures)
 
 
-def _own(subject: Subject, name: str, recipe: Recipe, span: Span) -> DecodePath:
-    recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
-    recipes = (recipe,) * subject.layers
-    figures = _recipe_figures(subject, recipes, span, subject.dtype, recipe.exact_dtype(subject.dtype))
+def _own(subject: Subject, name: str, recipes: Sequence[Recipe], span: Span) -> DecodePath:
+    for recipe in set(recipes):
+        recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
+    exact_dtypes = sorted({recipe.exact_dtype(subject.dtype) for recipe in recipes})
+    figures = _recipe_figures(subject, recipes, span, subject.dtype, " and ".join(exact_dtypes))
     return DecodePath(name, subject.decoding(recipes), figures)
 
 

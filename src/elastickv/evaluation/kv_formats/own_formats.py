@@ -6,6 +6,7 @@ a float32 model nothing is rounded but what the formats round, and exact tokens 
 everything to bfloat16 first.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,11 @@ from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat, St
 from elastickv.evaluation.kv_formats.rotations import rotated_rows
 from elastickv.evaluation.prefill import Tensor
 from elastickv.evaluation.tensor_codecs import stored_rows
-from elastickv.recipe import Recipe
+from elastickv.inputs import file_exists, file_path
+from elastickv.recipe import ModelCalibration, Recipe
 from elastickv.recipe.calibration import Smoothing
 from elastickv.recipe.formats import DTYPES, FORMATS, PAGE_TOKENS, Scales
+from elastickv.transformers.config import recipes_in
 from elastickv.transformers.torch_dtypes import TORCH_DTYPES
 
 
@@ -57,18 +60,74 @@ class OwnRoundTrip:
         return read if factors is None else read / factors
 
 
-def check_reference(recipe: Recipe) -> None:
-    """Refuse a recipe of which a reference is no measure: one that does not read all tokens.
+@dataclass(frozen=True)
+class NamedRecipes:
+    """What a format's name says of our recipes, `reference:` left out.
+
+    Attributes
+    ----------
+    whole : of all layers that are not in `layers`; None for none.
+    layers : number of a layer -> its recipe.
+    """
+
+    whole: Recipe | None
+    layers: Mapping[int, Recipe]
+
+    @classmethod
+    def of(cls, name: str) -> "NamedRecipes":
+        """Return the recipe, or the file of recipes, that a name stands for.
+
+        Raises
+        ------
+        UsageError : if it is neither, or a reference selects tokens.
+        """
+        text = name.removeprefix(REFERENCE)
+        try:
+            named = cls(Recipe.parse(text), {})
+        except UsageError:
+            if not file_exists(text):
+                raise
+            read = recipes_in(file_path(text))
+            if isinstance(read, ModelCalibration):
+                raise UsageError(f"format {name} is a calibration: give a recipe, or a file of recipes") from None
+            named = cls(*read)
+        if name.startswith(REFERENCE):
+            check_reference(named.all)
+        return named
+
+    @property
+    def all(self) -> Sequence[Recipe]:
+        """Each recipe once."""
+        return tuple(dict.fromkeys([*self.layers.values(), *([] if self.whole is None else [self.whole])]))
+
+    def by_layer(self, name: str, layers: Sequence[int]) -> tuple[Recipe, ...]:
+        """Return the recipes of layers, with their format's name for messages.
+
+        Raises
+        ------
+        UsageError : if a layer has none, or what is no layer has one.
+        """
+        recipes = [self.layers.get(layer, self.whole) for layer in layers]
+        found = tuple(recipe for recipe in recipes if recipe is not None)
+        if len(found) < len(layers) or not set(self.layers) <= set(layers):
+            expected = ", ".join(map(str, layers))
+            raise UsageError(f"format {name} is not of this model, whose layers with full attention are {expected}: name these")
+        return found
+
+
+def check_reference(recipes: Iterable[Recipe]) -> None:
+    """Refuse recipes of which a reference is no measure: those that do not read all tokens.
 
     Raises
     ------
     UsageError : naming the selection.
     """
-    if recipe.selection != "all":
-        raise UsageError(
-            f"format {REFERENCE}{recipe} selects by {recipe.selection!r}, and a reference reads all tokens: write "
-            f"{REFERENCE}{recipe.formats}, or {recipe} without {REFERENCE}"
-        )
+    for recipe in recipes:
+        if recipe.selection != "all":
+            raise UsageError(
+                f"format {REFERENCE}{recipe} selects by {recipe.selection!r}, and a reference reads all tokens: write "
+                f"{REFERENCE}{recipe.formats}, or {recipe} without {REFERENCE}"
+            )
 
 
 def own_format(recipe: Recipe, head_dim: int, dtype: str, smoothing: Smoothing | None = None) -> ReferenceFormat | None:
@@ -84,7 +143,7 @@ def own_format(recipe: Recipe, head_dim: int, dtype: str, smoothing: Smoothing |
     ------
     UsageError : if the recipe does not read all tokens.
     """
-    check_reference(recipe)
+    check_reference([recipe])
     if recipe.key_format is None or recipe.value_format is None:
         return None
     factors = None

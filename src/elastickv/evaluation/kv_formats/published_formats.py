@@ -13,9 +13,9 @@ from elastickv.evaluation.kv_formats import (
     turboquant,
     turboquant_presets,
 )
-from elastickv.evaluation.kv_formats.own_formats import check_reference
+from elastickv.evaluation.kv_formats.own_formats import NamedRecipes
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
-from elastickv.recipe import Recipe
+from elastickv.inputs import file_exists
 from elastickv.recipe.formats import FORMATS, cold_formats
 
 PUBLISHED: dict[str, ReferenceFormat] = {
@@ -61,8 +61,8 @@ def parse_formats(lists: Sequence[str]) -> tuple[str, ...]:
 
     Parameters
     ----------
-    lists : each is names, separated by commas, or a single recipe. `all` stands for the published formats and our own. A recipe
-        behind `reference:` is measured in PyTorch, without its kernels.
+    lists : each is names, separated by commas, or a single recipe, or a file of recipes by layer. `all` stands for the
+        published formats and our own. Recipes and files behind `reference:` are measured in PyTorch, without their kernels.
 
     Raises
     ------
@@ -73,24 +73,27 @@ def parse_formats(lists: Sequence[str]) -> tuple[str, ...]:
         for name in [text] if "=" in text else text.split(","):
             names += [*PUBLISHED, *_own_formats()] if name.strip() == ALL else [name.strip()]
     for name in names:
-        if name.startswith(REFERENCE):
-            check_reference(_recipe(name.removeprefix(REFERENCE)))
-        elif name not in PUBLISHED:
-            _recipe(name)
+        format_of(name)
     return tuple(dict.fromkeys(names))
 
 
-def format_of(name: str) -> ReferenceFormat | Recipe:
-    """Return the published format, or the recipe, that a name stands for; `reference:` before a recipe does not count."""
-    return PUBLISHED[name] if name in PUBLISHED else _recipe(name.removeprefix(REFERENCE))
+def format_of(name: str) -> ReferenceFormat | NamedRecipes:
+    """Return the published format, or the recipes, that a name stands for.
 
-
-def _recipe(text: str) -> Recipe:
+    Raises
+    ------
+    UsageError : if it is neither.
+    """
+    if name in PUBLISHED:
+        return PUBLISHED[name]
     try:
-        return Recipe.parse(text)
+        return NamedRecipes.of(name)
     except UsageError as error:
-        if "=" in text or text in FORMATS:
+        text = name.removeprefix(REFERENCE)
+        if "=" in text or text in FORMATS or file_exists(text):
             raise
+        if text in PUBLISHED:
+            raise UsageError(f"format {name} is no recipe: published formats are references, write {text}") from error
         accepted = ", ".join([ALL, *PUBLISHED, *_own_formats()])
         raise UsageError(f"format {text or 'without a name'} is unknown: choose {accepted}, or write a recipe") from error
 
