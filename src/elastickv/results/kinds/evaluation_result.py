@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from elastickv.benchmark.from_dict import SIGNED, Count, Positive, from_dict, optional, refused
 from elastickv.evaluation.generations.text_figures import TextFigures
 from elastickv.evaluation.metrics import Estimate
+from elastickv.recipe.formats import sixteen_bit
 from elastickv.results.kinds.model_result import check_version
 
 EVALUATION_KIND = "elastickv-fidelity"
@@ -98,6 +99,10 @@ class StoredFormat:
     exact_values: int
     source: str
     exact_dtype: str | None = field(default=None, metadata=_OPTIONAL)
+
+    def rounded_to(self, model_dtype: str) -> str:
+        """Return the dtype to which numbers were rounded before they were quantized, and exact ones too."""
+        return self.exact_dtype or sixteen_bit(model_dtype)
 
 
 @dataclass(frozen=True)
