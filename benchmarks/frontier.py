@@ -188,10 +188,8 @@ class Measurement:
             again = [row for row in earlier["rows"] if row["cache"] in options.formats and rounded_first(row, model["dtype"])]
             self.earlier = earlier | {"rows": [row for row in earlier["rows"] if row not in again]}
             if again:
-                print(
-                    f"{self.path.name}: {len(again)} published formats were rounded to bfloat16 first: they are measured anew",
-                    flush=True,
-                )
+                names = ", ".join(row["cache"] for row in again)
+                print(f"{self.path.name}: measured anew without a rounding to bfloat16 before: {names}", flush=True)
         else:
             print(f"{self.path.name} was measured in another way: it is measured anew", flush=True)
 

@@ -65,7 +65,7 @@ def test_published_formats_that_were_rounded_first_are_measured_anew(call, tmp_p
     assert names(second) == ["int8", "kivi2", "q4_0", "reference:int8"]
     dtypes = {row["cache"]: row["stored_format"].get("exact_dtype") for row in second["rows"]}
     assert dtypes == {"int8": None, "kivi2": None, "q4_0": "fp32", "reference:int8": "fp32"}
-    assert "1 published formats were rounded to bfloat16 first" in capsys.readouterr().out
+    assert "measured anew without a rounding to bfloat16 before: q4_0\n" in capsys.readouterr().out
 
 
 def test_our_references_are_recipes_that_need_no_kernel():

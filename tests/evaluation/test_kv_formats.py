@@ -194,8 +194,9 @@ def test_several_tokens_at_once_are_as_many_steps(name, prompt):
         logits = torch.stack([session.step(token) for token in ids.T], 1)
     with sessions.stock(model, start) as session:
         exact = torch.stack([session.step(token) for token in ids.T], 1)
-    # Other orders of addition turn single codes over.
-    assert (together - logits).abs().mean() < 0.01 * (logits - exact).abs().mean()
+    # Other orders of addition turn single codes over; where windows hold all tokens, nothing is rounded.
+    noise = 1e-5 * exact.abs().max()
+    assert (together - logits).abs().mean() < 0.01 * (logits - exact).abs().mean() + noise
 
 
 @pytest.mark.parametrize("outer_layers", [0, 1])
