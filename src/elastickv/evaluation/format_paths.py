@@ -1,4 +1,4 @@
-"""Decoding with KV formats: the published ones as references, our own through the cache that `generate` uses."""
+"""Decoding with KV formats: published ones as references, our own through the cache that `generate` uses or as references."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,14 +7,17 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
+from elastickv.evaluation.evaluation_options import REFERENCE
 from elastickv.evaluation.exact_tokens import ExactTokens
+from elastickv.evaluation.kv_formats.own_formats import own_format
 from elastickv.evaluation.kv_formats.published_formats import format_of
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.evaluation.recipes_by_ratio import Span, measured
 from elastickv.evaluation.subject import DecodePath, Subject
-from elastickv.kvcache.gptq import no_hessians
+from elastickv.kvcache.gptq import layer_compensation, no_hessians
 from elastickv.recipe import Recipe, stored_bytes
-from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
+from elastickv.recipe.calibration import StorageStatistics
+from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, sixteen_bit, unread_formats
 from elastickv.recipe.regions import regions
 from elastickv.transformers.model_support import text_config
 
@@ -38,15 +41,20 @@ def refused_formats(subject: Subject, names: Sequence[str]) -> dict[str, str]:
     """
     unread, refused = unread_formats(subject.device), dict[str, str]()
     for name in names:
-        recipe = format_of(name)
-        of_recipe = () if isinstance(recipe, ReferenceFormat) else (recipe.key_format, recipe.value_format)
-        for missing in set(of_recipe) & set(unread):
-            refused[name] = f"{name} is not measured: format {missing} has no {(subject.device or 'CUDA').upper()} kernel"
-        if isinstance(recipe, Recipe) and recipe.uses_hessians:
-            if subject.device != "cpu":
-                refused[name] = f"{name} is not measured: rounding={recipe.rounding} has no CUDA kernel"
-            elif subject.calibration is None or subject.calibration.hessians is None:
-                refused[name] = str(no_hessians(recipe))
+        named = format_of(name)
+        recipes = () if isinstance(named, ReferenceFormat) else named.all
+        by_hessians = [recipe for recipe in recipes if recipe.uses_hessians]
+        if by_hessians and (subject.calibration is None or subject.calibration.hessians is None):
+            refused[name] = f"{name} is not measured: {no_hessians(by_hessians[0])}"
+        if name.startswith(REFERENCE):
+            continue
+        kernel = f"{(subject.device or 'CUDA').upper()} kernel"
+        missing = {fmt for recipe in recipes for fmt in (recipe.key_format, recipe.value_format)} & set(unread)
+        lacking = [f"format {fmt}" for fmt in sorted(map(str, missing))]
+        lacking += [f"rounding={by_hessians[0].rounding}"] if by_hessians and subject.device != "cpu" else []
+        have = "has" if len(lacking) == 1 else "have"
+        if lacking:
+            refused[name] = f"{name} is not measured: {' and '.join(lacking)} {have} no {kernel}, {REFERENCE}{name} needs none"
     if refused and len(refused) == len(names):
         raise UsageError(f"{'; '.join(refused.values())}: give other formats, or the cpu as device")
     return refused
@@ -73,8 +81,39 @@ def _path(subject: Subject, name: str, exact: ExactTokens | None, span: Span) ->
     stored_as = format_of(name)
     if isinstance(stored_as, ReferenceFormat):
         return _published(subject, stored_as if exact is None else stored_as.with_exact(exact), span)
-    recipe = stored_as if exact is None else replace(stored_as, sinks=exact.sinks, window=exact.window)
-    return _own(subject, name, recipe, span)
+    recipes = stored_as.by_layer(name, subject.elastic)
+    if exact is not None:
+        recipes = tuple(each if each.is_dense else replace(each, sinks=exact.sinks, window=exact.window) for each in recipes)
+    return reference_path(subject, name, recipes, span) if name.startswith(REFERENCE) else _own(subject, name, recipes, span)
+
+
+def reference_path(subject: Subject, name: str, recipes: Sequence[Recipe], span: Span) -> DecodePath:
+    """Return the path of recipes as references, on any device, with the smoothing and the Hessians of the calibration.
+
+    Parameters
+    ----------
+    name : of the row: `reference:` and what stands for the recipes.
+    recipes : one for each layer with full attention; they read all tokens.
+
+    Raises
+    ------
+    UsageError : if a recipe selects tokens or does not fit the model's heads, or their number is not that of the layers.
+    """
+    if len(recipes) != subject.layers:
+        raise UsageError(f"format {name} has {len(recipes)} recipes, and the model {subject.layers} layers: give one for each")
+    if not name.startswith(REFERENCE):
+        raise UsageError(f"format {name} would be taken for one with kernels: begin its name with {REFERENCE}")
+    formats = dict[int, ReferenceFormat]()
+    for layer, recipe in zip(subject.elastic, recipes, strict=True):
+        recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
+        known = StorageStatistics() if subject.calibration is None else subject.calibration.statistics_of(layer)
+        compensation = layer_compensation(recipe, subject.shape.head_dim, known)
+        stored_as = own_format(recipe, subject.shape.head_dim, subject.dtype, known.smoothing, compensation)
+        if stored_as is not None:
+            formats[layer] = stored_as
+    decoding = lambda start, _: sessions.by_layer(subject.model, formats, start)  # noqa: E731
+    figures = _recipe_figures(subject, recipes, span, sixteen_bit(subject.dtype), subject.dtype)
+    return DecodePath(name, decoding, figures)
 
 
 def _published(subject: Subject, stored_as: ReferenceFormat, span: Span) -> DecodePath:
@@ -86,24 +125,47 @@ def _published(subject: Subject, stored_as: ReferenceFormat, span: Span) -> Deco
         stored_as.stored_bytes(end, subject.head_dim, subject.shape.kv_heads, subject.layers, len(exact_layers)),
     )
     keys, values = (end - plane.stored_tokens(end, stored_as.sinks) for plane in (stored_as.keys, stored_as.values))
-    exact = {"sinks": stored_as.sinks, "exact_keys": keys, "exact_values": values}
+    exact = {"sinks": stored_as.sinks, "exact_keys": keys, "exact_values": values, "exact_dtype": subject.dtype}
     figures = _figures(subject, counted, end, exact | {"source": stored_as.source})
     decoding = lambda start, _: sessions.published(subject.model, stored_as, start)  # noqa: E731
     return DecodePath(stored_as.name, decoding, figures)
 
 
-def _own(subject: Subject, name: str, recipe: Recipe, span: Span) -> DecodePath:
-    recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
+def _own(subject: Subject, name: str, recipes: Sequence[Recipe], span: Span) -> DecodePath:
+    for recipe in set(recipes):
+        recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
+    exact_dtypes = sorted({recipe.exact_dtype(subject.dtype) for recipe in recipes})
+    figures = _recipe_figures(subject, recipes, span, subject.dtype, " and ".join(exact_dtypes))
+    return DecodePath(name, subject.decoding(recipes), figures)
+
+
+def _recipe_figures(subject: Subject, recipes: Sequence[Recipe], span: Span, dtype: str, exact_dtype: str) -> dict[str, Any]:
+    """Return what a row says of recipes, one for each layer.
+
+    Parameters
+    ----------
+    dtype : of which the model counts as in their bytes.
+    exact_dtype : to which everything is rounded before it is quantized.
+    """
     end = span.first + span.steps
-    plan = measured(1.0, (recipe,) * subject.layers, span, subject.shape, subject.dtype)
-    held = partial(stored_bytes, recipe, shape=subject.shape, model_dtype=subject.dtype)
-    page = held([_MANY_TOKENS + PAGE_TOKENS]) - held([_MANY_TOKENS])
-    counted = _CountedBytes(8 * page / (2 * PAGE_TOKENS * subject.shape.kv_heads * subject.head_dim), plan.stored_bytes)
-    exact = dict.fromkeys(("exact_keys", "exact_values"), regions(end, recipe.sinks, recipe.window).exact)
-    figures = _figures(subject, counted, end, exact | {"sinks": recipe.sinks, "source": "recipe"})
-    figures |= {"recipe_hash": recipe.hash, "recipes": [str(recipe)], "read_ratio": plan.read_ratio}
+    plan = measured(1.0, recipes, span, subject.shape, dtype)
+    bits = {recipe: _quantized_bits(subject, recipe, dtype) for recipe in set(recipes)}
+    counted = _CountedBytes(sum(bits[recipe] for recipe in recipes) / len(recipes), plan.stored_bytes)
+    most_exact = max(end if recipe.is_dense else regions(end, recipe.sinks, recipe.window).exact for recipe in recipes)
+    exact = dict.fromkeys(("exact_keys", "exact_values"), most_exact)
+    exact |= {"sinks": max(recipe.sinks for recipe in recipes)}
+    figures = _figures(subject, counted, end, exact | {"exact_dtype": exact_dtype, "source": "recipe"})
+    named = recipes if len(bits) > 1 else recipes[:1]
+    figures |= {"recipe_hash": plan.hash, "recipes": [*map(str, named)], "read_ratio": plan.read_ratio}
     figures |= {"step_bytes_read": plan.step_bytes, "expected_error": None}
-    return DecodePath(name, subject.decoding(plan.recipes), figures)
+    return figures
+
+
+def _quantized_bits(subject: Subject, recipe: Recipe, dtype: str) -> float:
+    """Return the bits of a cold element with its scales: those of a page that is added to many."""
+    held = partial(stored_bytes, recipe, shape=subject.shape, model_dtype=dtype)
+    page = held([_MANY_TOKENS + PAGE_TOKENS]) - held([_MANY_TOKENS])
+    return 8 * page / (2 * PAGE_TOKENS * subject.shape.kv_heads * subject.head_dim)
 
 
 def _figures(subject: Subject, counted: _CountedBytes, tokens: int, described: dict[str, Any]) -> dict[str, Any]:

@@ -95,11 +95,24 @@ def published(model: Any, stored_as: ReferenceFormat, start: Prefill) -> Iterato
 
     The model is restored on exit.
     """
+    layers = stock_layers(text_config(model))
+    exact = stored_as.exact_layers(len(layers))
+    full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer and number not in exact]
+    with by_layer(model, dict.fromkeys(full, stored_as), start) as session:
+        yield session
+
+
+@contextmanager
+def by_layer(model: Any, formats: Mapping[int, ReferenceFormat], start: Prefill) -> Iterator[DecodingSession]:
+    """Decode with a KV format for each layer that has one; the others keep Transformers' own. Restore the model on exit.
+
+    Parameters
+    ----------
+    formats : number of a layer with full attention -> its format.
+    """
     cache = transformers.DynamicCache(config=model.config)
-    exact = stored_as.exact_layers(len(cache.layers))
-    for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[number] = SixteenBitLayer() if number in exact else FormatLayer(stored_as, number)
+    for number, stored_as in formats.items():
+        cache.layers[number] = FormatLayer(stored_as, number)
     start.fill(cache.layers, _update)
     with _attending_layers(model) as takes_several:
         yield _SteppedModel(model, cache, takes_several)

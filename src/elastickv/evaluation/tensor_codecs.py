@@ -55,7 +55,11 @@ class TensorCompensation:
     @classmethod
     def at(cls, chosen: Compensation, device: Any) -> "TensorCompensation":
         """Return a copy of a compensation on a device."""
-        return cls(torch.from_numpy(chosen.order).to(device), torch.from_numpy(chosen.shares).to(device))
+        return cls(torch.from_numpy(chosen.order), torch.from_numpy(chosen.shares)).to(device)
+
+    def to(self, device: Any) -> "TensorCompensation":
+        """Return it on a device."""
+        return TensorCompensation(self.order.to(device), self.shares.to(device))
 
 
 def stored_rows(rows: Tensor, fmt: str, value: bool, group: int, in_turn: TensorCompensation | None = None) -> Tensor:

@@ -288,7 +288,7 @@ def config_for(
     elif isinstance(recipe, Recipe):
         chosen = recipe
     elif isinstance(recipe, os.PathLike) or (isinstance(recipe, str) and file_exists(recipe)):
-        record = _file(file_path(recipe))
+        record = recipes_in(file_path(recipe))
         if isinstance(record, ModelCalibration):
             calibration = record
         else:
@@ -367,8 +367,17 @@ def _parsed(value: RecipeLike) -> Recipe:
     return Recipe.parse(value)
 
 
-def _file(path: Path) -> ModelCalibration | tuple[Recipe | None, dict[int, Recipe]]:
-    """Read a calibration, a JSON file of recipes, or a file with the text of one recipe."""
+def recipes_in(path: Path) -> ModelCalibration | tuple[Recipe | None, dict[int, Recipe]]:
+    """Read a calibration, a JSON file of recipes, or a file with the text of one recipe.
+
+    Returns
+    -------
+    recipes : that of all layers, if there is one, and those of single layers.
+
+    Raises
+    ------
+    UsageError : if the file is none of these.
+    """
     text = read_text(path, f"recipe file {path}", "give a calibration, recipes, or a file of one recipe's text")
     if not text.lstrip().startswith("{"):
         return Recipe.parse(text.strip()), {}
