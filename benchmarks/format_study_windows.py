@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
-from elastickv.evaluation.layer_errors import LayerInputs
+from elastickv.evaluation.layer_errors import LayerInputs, hessians
 from elastickv.evaluation.texts import Text, windows
 from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
@@ -38,7 +38,7 @@ class Windows:
             layers: dict[int, tuple[Tensor, ...]] = {}
 
             def take(layer: int, inputs: LayerInputs, layers: dict[int, tuple[Tensor, ...]] = layers) -> None:
-                layers[layer] = (inputs.keys, inputs.values, *second_moments(inputs))
+                layers[layer] = (inputs.keys, inputs.values, *hessians(inputs))
 
             with torch.inference_mode(), observed(self.model, range(DEFAULT_SINKS, self.prefix), take):
                 self.model(ids[None, : self.prefix], use_cache=False, logits_to_keep=1)
@@ -75,14 +75,6 @@ class Windows:
             kl.append((p.exp() * (p - q)).sum(-1).mean().item())
             same.append((exact.argmax(-1) == other.argmax(-1)).double().mean().item())
         return kl, 100 * sum(same) / len(same)
-
-
-def second_moments(inputs: LayerInputs) -> tuple[Tensor, Tensor]:
-    """Return (KV heads, head_dim, head_dim) E[q q^T] and W_o^T W_o of the query heads of each KV head."""
-    kv_heads, _, head_dim = inputs.keys.shape
-    queries = inputs.queries.reshape(kv_heads, -1, head_dim)
-    columns = inputs.projection.unflatten(1, (kv_heads, -1, head_dim)).permute(1, 0, 2, 3).flatten(1, 2)
-    return queries.mT @ queries / queries.shape[1], columns.mT @ columns
 
 
 def statistics_of(calibration: Windows) -> dict[str, Statistics]:

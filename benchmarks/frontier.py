@@ -8,12 +8,16 @@ parts (formats alone, selection alone), the formats by layer within --stored-bit
 same windows after the same exact prefill (`elastickv.evaluation.evaluate`). Scored are the texts in data/texts, which no
 calibration and no development has read; recipes are calibrated on the text that the package ships.
 
+Our formats are measured twice: through the cache, which rounds a float32 model's keys and values to bfloat16 and needs kernels
+for them, and as references in PyTorch, which do neither and run on any device, as `reference:` and the recipe. `--formats
+references` measures the latter alone.
+
 Formats have the exact tokens of their publication; with --exact-tokens 4+128 all of them have 4 sinks and a window of 128.
 
 The folder gets frontier-MODEL-CONTEXT.json (with equal exact tokens frontier-MODEL-CONTEXT-4+128.json), a result of the kind
 that `elastickv eval` writes, after each row, and calibration-MODEL.json unless it is there. A further call measures what a file
-lacks. A method that fails is a line of `skipped`. When the time is over, the row that is being measured is given up and the
-exit status is 1.
+lacks, and published formats again that an earlier version rounded to bfloat16 first. A method that fails is a line of
+`skipped`. When the time is over, the row that is being measured is given up and the exit status is 1.
 """
 
 import argparse
@@ -33,8 +37,9 @@ from gpu_name import gpu_name
 from elastickv.errors import one_line
 from elastickv.evaluation.calibrate import DEFAULT_TOKENS, calibrate
 from elastickv.evaluation.evaluate import EvaluationOptions, evaluate
+from elastickv.evaluation.evaluation_options import REFERENCE
 from elastickv.evaluation.exact_tokens import ExactTokens
-from elastickv.evaluation.kv_formats.published_formats import parse_formats
+from elastickv.evaluation.kv_formats.published_formats import PUBLISHED, parse_formats
 from elastickv.evaluation.kv_selections.published_selections import parse_selections
 from elastickv.evaluation.texts import Text, calibration_text, read_text
 from elastickv.recipe import ModelCalibration
@@ -51,15 +56,39 @@ OWN = (
     "bf16",
     "int8",
     "int8,rotate=kv",
+    "int8,rotate=kv,rounding=gptq",
     "fp8",
     "int4",
     "int4,rotate=v",
     "int4,rotate=kv",
+    "int4,rounding=gptq",
+    "int4,rotate=kv,rounding=gptq",
     "int4,vgroup=32",
     "k=int4,v=int3,rotate=kv",
+    "k=int4,v=int3,rotate=kv,rounding=gptq",
     "k=int8,v=int4",
     "k=int8_per_channel,v=int8",
     "k=int8_per_channel,v=int4",
+)
+REFERENCES = tuple(
+    f"{REFERENCE}{recipe}"
+    for recipe in (
+        "k=int4,v=int3",
+        "k=int4,v=int3,rotate=kv",
+        "k=int4,v=int3,rotate=kv,rounding=gptq",
+        "int4",
+        "int4,rotate=kv",
+        "int4,rounding=gptq",
+        "int4,rotate=kv,rounding=gptq",
+        "k=int8,v=int4,rotate=kv",
+        "k=int8_per_channel,v=int4,rotate=v",
+        "fp8",
+        "int8",
+        "int8,rotate=kv",
+        "int8,rotate=kv,rounding=gptq",
+        "k=int8_per_channel,v=int8",
+        "k=int8_per_channel,v=int8,rotate=v",
+    )
 )
 
 
@@ -165,9 +194,18 @@ class Measurement:
             and all(versions[name] == version(name) for name in ("torch", "transformers"))
         )
         if same:
-            self.earlier = earlier
+            again = [row for row in earlier["rows"] if row["cache"] in options.formats and rounded_first(row, model["dtype"])]
+            self.earlier = earlier | {"rows": [row for row in earlier["rows"] if row not in again]}
+            if again:
+                names = ", ".join(row["cache"] for row in again)
+                print(f"{self.path.name}: measured anew without a rounding to bfloat16 before: {names}", flush=True)
         else:
             print(f"{self.path.name} was measured in another way: it is measured anew", flush=True)
+
+
+def rounded_first(row: dict[str, Any], dtype: str) -> bool:
+    """Return whether an earlier version measured a published format after it had rounded keys and values to bfloat16."""
+    return dtype == "fp32" and row["cache"] in PUBLISHED and "exact_dtype" not in row["stored_format"]
 
 
 def calibrated(loaded: Loaded, path: Path, limit: Limit) -> ModelCalibration:
@@ -192,7 +230,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--stored-bits", type=numbers, default=(), help="bits an element for which a calibration chooses formats by layer"
     )
-    parser.add_argument("--formats", action="append", help="as for elastickv eval, or none  [default: all, and our own]")
+    parser.add_argument("--formats", action="append", help="as for elastickv eval, references or none  [default: everything]")
     parser.add_argument("--exact-tokens", default="own", help="sinks and window of all formats, as in 4+128  [default: own]")
     parser.add_argument("--selections", default="all", help="names with commas between, or none  [default: all]")
     parser.add_argument("--windows", type=int, default=32, help="most windows of a context  [default: 32]")
@@ -212,7 +250,9 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     arguments = parsed()
     limit, complete = Limit(arguments.time_limit), True
-    formats = () if arguments.formats == ["none"] else parse_formats(arguments.formats or ("all", *OWN))
+    lists = {"none": (), "references": REFERENCES}
+    named = arguments.formats or ("all", *OWN, *REFERENCES)
+    formats = parse_formats([text for each in named for text in lists.get(each, (each,))])
     exact = ExactTokens.parse(arguments.exact_tokens)
     suffix = "" if exact is None else f"-{arguments.exact_tokens}"
     selections = parse_selections(None if arguments.selections == "none" else arguments.selections)

@@ -53,7 +53,7 @@ def frontier() -> list[str]:
         lines += [
             f"### {short_name(model)}, {context} tokens" + (f", {exact} of them exact in every format" if exact else ""),
             "",
-            _source(result),
+            f"{_source(result)}{_rounded(result)}",
             "",
             f"![KL divergence of all methods against stored and read bits, {short_name(model)} at {context} tokens]"
             f"(assets/{picture_name(path)})",
@@ -97,6 +97,17 @@ def _with_gap(lines: Iterable[str]) -> list[str]:
     """Return lines with an empty one after them, nothing where there are none."""
     some = list(lines)
     return [*some, ""] if some else []
+
+
+def _rounded(result: EvaluationResult) -> str:
+    """Return a sentence on published formats that were measured after a rounding to 16 bits, where there are any."""
+    dtype = result.model.dtype
+    published = {row.cache: row.stored_format for row in result.rows if row.stored_format and not row.recipes}
+    rounded = [name for name, stored in published.items() if stored.rounded_to(dtype) != dtype]
+    if not rounded:
+        return ""
+    named = "all published formats" if len(rounded) == len(published) else ", ".join(f"`{name}`" for name in rounded)
+    return f" Keys and values were rounded to bf16 before {named}, as our caches do."
 
 
 def _fronts(compared: ComparedMethods) -> Iterator[str]:

@@ -54,6 +54,25 @@ def test_a_further_call_measures_what_the_file_lacks(call, tmp_path, capsys):
     assert names(third)[:1] == ["C=4"] and third["options"]["scored"] == 4, "other windows are measured anew"
 
 
+def test_published_formats_that_were_rounded_first_are_measured_anew(call, tmp_path, capsys):
+    settings = ("--compress=none", "--parts=none", "--selections=none")
+    _, first = call(*settings, "--formats=q4_0,int8,kivi2")
+    for row in first["rows"]:
+        del row["stored_format"]["exact_dtype"]
+    (tmp_path / "frontier-tiny-model-900.json").write_text(json.dumps(first))
+    capsys.readouterr()
+    _, second = call(*settings, "--formats=q4_0,int8,reference:int8")
+    assert names(second) == ["int8", "kivi2", "q4_0", "reference:int8"]
+    dtypes = {row["cache"]: row["stored_format"].get("exact_dtype") for row in second["rows"]}
+    assert dtypes == {"int8": None, "kivi2": None, "q4_0": "fp32", "reference:int8": "fp32"}
+    assert "measured anew without a rounding to bfloat16 before: q4_0\n" in capsys.readouterr().out
+
+
+def test_our_references_are_recipes_that_need_no_kernel():
+    assert frontier.parse_formats(frontier.REFERENCES) == frontier.REFERENCES
+    assert not set(frontier.REFERENCES) & {*frontier.OWN, *frontier.PUBLISHED}
+
+
 def test_a_method_that_fails_leaves_the_others(call, monkeypatch):
     def refuse(*_):
         raise RuntimeError("no\nroom")

@@ -10,9 +10,11 @@ from elastickv.backends.cpu import open_backend
 from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.calibrate import calibrate
-from elastickv.evaluation.layer_errors import LayerInputs, _Head, _QueryRegions, layer_errors
+from elastickv.evaluation.layer_errors import LayerInputs, _Head, _QueryRegions, hessians, layer_errors
 from elastickv.evaluation.texts import Text
+from elastickv.kvcache.gptq import hessian_of, hessian_text, layer_compensation
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe
+from elastickv.recipe.calibration import StorageStatistics
 from tests.helpers.tiny_models import TEXT, tiny_llama
 
 TOKENS, RUN = 600, 16
@@ -35,7 +37,11 @@ def inputs():
 def replayed(inputs, recipe):
     """The error of every KV head by the CPU backend: prefill, then append and decode each position."""
     shape = AttentionShape(1, 4, 2, 64)
-    dense, cache = (open_backend(None).cache(shape, TOKENS, "fp32", r) for r in (Recipe.parse("dense"), recipe))
+    known = StorageStatistics(None, *(tuple(hessian_text(h) for h in of.double().numpy()) for of in hessians(inputs)))
+    dense, cache = (
+        open_backend(None).cache(shape, TOKENS, "fp32", r, 0, layer_compensation(r, 64, known))
+        for r in (Recipe.parse("dense"), recipe)
+    )
     keys, values = (x.numpy()[None] for x in (inputs.keys, inputs.values))
     first = TOKENS - RUN
     total = np.zeros(2)
@@ -70,6 +76,8 @@ def test_selection_errs_as_it_does_on_the_back_end(inputs, fraction, steps):
         ("int8,rotate=k", "int8+rotated", "int8"),
         ("k=int8,v=int4,vgroup=32,rotate=kv", "int8+rotated", "int4/32+rotated"),
         ("int4,rotate=kv", "int4+rotated", "int4/64+rotated"),
+        ("int4,rounding=gptq", "int4+gptq", "int4/64+gptq"),
+        ("k=int4,v=int3,rotate=kv,rounding=gptq", "int4+rotated+gptq", "int3/64+rotated+gptq"),
     ],
 )
 def test_rounding_errs_as_it_does_on_the_back_end(inputs, recipe, key, value):
@@ -77,6 +85,21 @@ def test_rounding_errs_as_it_does_on_the_back_end(inputs, recipe, key, value):
     together = np.array(measured.keys[key]) + np.array(measured.values[value])
     # The window is kept in bfloat16 by the backend, and the last positions' rounding begins a page early here.
     np.testing.assert_allclose(together, replayed(inputs, Recipe.parse(recipe)), rtol=0.35)
+
+
+def test_rounding_by_hessians_errs_less_where_queries_and_columns_are_correlated(inputs):
+    """Of 64 channels, 24 directions matter to the queries, and as many to the output."""
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.randn(4, RUN, 24, generator=generator) @ torch.randn(24, 64, generator=generator) / 4
+    few = torch.randn(24, 64, generator=generator)
+    projection = torch.cat([torch.randn(48, 24, generator=generator) @ few for _ in range(4)], 1)
+    errors = layer_errors(replace(inputs, queries=queries, projection=projection), (1.0,), (1,), RUN)
+    for of_tensor, names in (
+        (errors.keys, ("int4", "int4+rotated", "int8+rotated")),
+        (errors.values, ("int4/64", "int3/64+rotated")),
+    ):
+        for name in names:
+            assert sum(of_tensor[f"{name}+gptq"]) < 0.7 * sum(of_tensor[name])
 
 
 def test_a_rotation_errs_less_where_a_few_channels_of_values_are_large(inputs):
@@ -171,7 +194,10 @@ def test_a_model_is_calibrated_and_left_as_it_was():
     assert result.keys["int4"][0][0] > result.keys["int8_per_channel"][0][0] > 0
     assert result.values["int3/64"][0][0] > result.values["int4/64"][0][0] > 0
     grouped = {"int4/32", "int4/64", "int3/32", "int3/64"}
-    assert {name for name in result.values if "/" in name} == grouped | {f"{name}+rotated" for name in grouped}
+    in_turn = {"int4/64+gptq", "int4/64+rotated+gptq", "int3/64+rotated+gptq"}
+    assert {name for name in result.values if "/" in name} == grouped | {f"{name}+rotated" for name in grouped} | in_turn
+    known = result.statistics_of(1)
+    assert [hessian_of(texts[0], 64).shape for texts in (known.key_hessians, known.value_hessians)] == [(64, 64)] * 2
     assert {len(head) for layer in result.smoothing for head in layer} == {64}
     assert ModelCalibration.loads(result.dumps()) == result
     result.check_model(result.fingerprint)

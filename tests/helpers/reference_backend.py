@@ -45,8 +45,8 @@ class ReferenceBackend:
     def __init__(self, noise=0.01, seed=0):
         self._rng, self._noise = np.random.default_rng(seed), noise
 
-    def cache(self, shape, capacity, dtype, recipe, anchor_offset=0):
-        return ReferenceCache(shape, capacity, dtype, recipe, anchor_offset)
+    def cache(self, shape, capacity, dtype, recipe, anchor_offset=0, compensation=None):
+        return ReferenceCache(shape, capacity, dtype, recipe, anchor_offset, compensation)
 
     def cache_bytes(self, shape, capacity, dtype, recipe):
         return shape.batch * shape.kv_heads * capacity * shape.head_dim * 8

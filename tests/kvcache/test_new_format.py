@@ -130,6 +130,7 @@ PLACES = {
     "backends/cpu/page_codes.py",
     "backends/cpu/page_operands.py",
     "backends/cpu/blocks/block_dequantize.py",
+    "backends/cpu/quantizers/gptq_pages.py",
     "backends/cuda/page_layout.py",
     "backends/cuda/kernels/format_codecs.cuh",
 }
@@ -159,7 +160,7 @@ def formats_in_kernel(text):
     return re.findall(rf"\b({names}|SIXTEEN_BIT|[KV]_FORMAT|[KV]_BITS (?===))\b", re.sub(r"//.*", "", text))
 
 
-def test_a_format_is_in_the_table_and_six_other_files():
+def test_a_format_is_in_the_table_and_seven_other_files():
     files = [p for name in ("kvcache", "backends") for p in (SOURCE / name).rglob("*.*") if p.suffix in {".py", ".cu", ".cuh"}]
     formats_of = {}
     for path in files:
@@ -167,7 +168,7 @@ def test_a_format_is_in_the_table_and_six_other_files():
         formats_of[path.relative_to(SOURCE).as_posix()] = set(read(path.read_text(encoding="utf-8")))
     assert all(formats_of[name] <= {"int8"} for name in SELECTS_ROWS)
     naming = {name for name, formats in formats_of.items() if formats} - SELECTS_ROWS - {BUILDS, SCORER}
-    assert naming == PLACES and len(PLACES) <= 6
+    assert naming == PLACES and len(PLACES) <= 7
 
 
 def test_extending_lists_these_files():
@@ -200,3 +201,11 @@ def test_kernels_get_numbers_codes_and_sizes_from_the_table(monkeypatch):
     monkeypatch.setitem(FORMATS, "int4", dataclasses.replace(FORMATS["int4"], largest_code=14, values=ScaleLayout.TOKEN))
     changed = format_macros(dict(decode_variant(80, 4, "bf16", Recipe.parse("k=int8,v=int4"), "90").macros))
     assert (changed["INT4_LARGEST"], changed["VALUE_SCALES"]) == (14, 64)
+
+
+@pytest.mark.parametrize("arch", ["61", "80", "90", "120"])
+def test_cuda_refuses_rounding_by_hessians(arch):
+    refusal = r"^rounding=gptq has no CUDA kernel: leave it out of .*, or use the cpu backend$"
+    for text in ("int4,rounding=gptq", "int8,rounding=gptq", "int4,pages=1/4,rotate=v,rounding=gptq"):
+        with pytest.raises(UsageError, match=refusal):
+            decode_variant(128, 4, "bf16", Recipe.parse(text), arch)

@@ -261,6 +261,25 @@ def test_keys_of_layers_that_select_pages_are_not_rotated():
     assert plan.recipes[0].selection == "pages" and plan.recipes[0].rotate == "v"
 
 
+def test_codes_are_chosen_by_hessians_where_that_errs_less_and_the_caches_can():
+    """The first layer gains by it, rotated; the second loses; of the third it was not measured better."""
+    factors = {0: 0.5, 1: 2.0, 3: 1.0}
+    in_turn = table(lambda layer, _: 1e-4 * factors[CALIBRATION.layers[layer]])
+    rotated = table(lambda *_: 2e-4)
+    full = replace(
+        rotated_calibration(),
+        keys={"int4": CALIBRATION.keys["int4"], "int4+gptq": in_turn, "int4+rotated": rotated, "int4+rotated+gptq": rotated},
+        hessians={},
+    )
+
+    def roundings(calibration, **options):
+        return [r.rounding for r in for_ratio_by_layer(calibration, 3, 32768, select_pages=False, **options).recipes]
+
+    assert roundings(full, gptq=True) == ["gptq", "nearest", "nearest"]
+    assert roundings(full) == roundings(replace(full, hessians=None), gptq=True) == ["nearest"] * 3
+    assert {r.rotate for r in for_ratio_by_layer(full, 3, 32768, select_pages=False, gptq=True).recipes} == {""}
+
+
 def test_a_calibration_with_rotations_comes_back_from_its_file_and_one_without_them_is_still_read():
     for calibration in (CALIBRATION, rotated_calibration(values=0.5)):
         assert ModelCalibration.loads(calibration.dumps()) == calibration

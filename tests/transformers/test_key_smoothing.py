@@ -6,6 +6,7 @@ import torch
 
 from elastickv.errors import UsageError
 from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe.calibration import StorageStatistics
 from elastickv.transformers.key_smoothing import KeySmoothing
 from elastickv.transformers.layer_storage import Backends, new_store
 
@@ -27,7 +28,8 @@ def tensors():
 
 def decoded(recipe, smoothing, tensors):
     keys, values, queries = tensors
-    store = new_store(Backends(), SHAPE, TOKENS, "fp32", Recipe.parse(recipe), DIM, CPU, smoothing=smoothing)
+    known = StorageStatistics(smoothing)
+    store = new_store(Backends(), SHAPE, TOKENS, "fp32", Recipe.parse(recipe), DIM, CPU, statistics=known)
     store.extend(keys[:, :, :-1], values[:, :, :-1], np.array([TOKENS - 1]))
     store.prepare_step()
     outputs, _ = store.enqueue_step(keys[:, :, -1:], values[:, :, -1:], queries, DIM**-0.5)

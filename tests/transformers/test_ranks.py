@@ -10,7 +10,7 @@ import torch
 import elastickv.transformers as ekv
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import Recipe
-from elastickv.recipe.calibration import ModelCalibration
+from elastickv.recipe.calibration import ModelCalibration, StorageStatistics
 from elastickv.transformers.cuda_graph import captured
 from elastickv.transformers.cuda_graph import recorder as recorders
 from elastickv.transformers.layer_storage import LayerStorage
@@ -255,6 +255,7 @@ def test_two_gpus_capture_alike(tmp_path):
 
 
 def test_ranks_share_what_is_of_each_head():
-    of_heads = ((1,), (2,), (3,), (4,))
-    assert [Ranks(number, 2).share_heads(of_heads, 2) for number in (0, 1)] == [((1,), (2,)), ((3,), (4,))]
-    assert Ranks().share_heads(None, 4) is None
+    of_model = StorageStatistics(((1,), (2,), (3,), (4,)), ("a", "b", "c", "d"), ("e", "f", "g", "h"))
+    assert Ranks(0, 2).share_heads(of_model, 2) == StorageStatistics(((1,), (2,)), ("a", "b"), ("e", "f"))
+    assert Ranks(1, 2).share_heads(of_model, 2) == StorageStatistics(((3,), (4,)), ("c", "d"), ("g", "h"))
+    assert Ranks(1, 2).share_heads(StorageStatistics(), 2) == StorageStatistics()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from elastickv.backends.feedback import Feedback
+from elastickv.kvcache.gptq import LayerCompensation
 from elastickv.kvcache.protocol import LayerCache
 from elastickv.kvcache.tensor_view import Float32
 from elastickv.recipe import AttentionShape, Recipe
@@ -124,12 +125,21 @@ class Backend(Protocol):
     @property
     def device(self) -> DeviceInfo: ...
 
-    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> LayerCache:
+    def cache(
+        self,
+        shape: AttentionShape,
+        capacity: int,
+        dtype: str,
+        recipe: Recipe,
+        anchor_offset: int = 0,
+        compensation: LayerCompensation | None = None,
+    ) -> LayerCache:
         """Allocate the cache of one layer.
 
         Parameters
         ----------
         anchor_offset : steps by which the layer's anchors come early (see `LayerCache`), 0 to recipe.anchor_every - 1.
+        compensation : of a recipe with `rounding=gptq`, of these KV heads.
 
         Raises
         ------

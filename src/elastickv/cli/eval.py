@@ -23,7 +23,11 @@ def _listed(numbers: tuple[float, ...]) -> str:
 @click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.option("--compress", default=_listed(_DEFAULTS.ratios), show_default=True, help="Values of C; none: no.")
-@click.option("--formats", multiple=True, help="KV formats: all, names with commas between, or one recipe; may be repeated.")
+@click.option(
+    "--formats",
+    multiple=True,
+    help="KV formats: all, names with commas between, one recipe or a file, reference:RECIPE; may be repeated.",
+)
 @click.option(
     "--exact-tokens",
     default="own",

@@ -10,7 +10,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from elastickv.errors import UsageError
-from elastickv.evaluation.layer_errors import LayerInputs
+from elastickv.evaluation.layer_errors import LayerInputs, mean_products
+from elastickv.recipe.recipe import DEFAULT_SINKS
 
 NAME = "elastickv_observed"
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -38,6 +39,7 @@ def observed(model: Any, positions: Sequence[int], measure: Callable[[int, Layer
                 scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
                 softcap=rest.get("softcap"),
                 sink_logits=None if sinks is None else sinks.detach().float(),
+                query_products=mean_products(query[0, :, DEFAULT_SINKS:].float(), key.shape[1]),
             )
             measure(module.layer_idx, inputs)
         return _exact(module, query, key, value, mask, scaling, rest)

@@ -7,11 +7,12 @@ import torch
 from elastickv.errors import UsageError
 from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
-from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, key_smoothing, layer_errors
+from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, hessians, key_smoothing, layer_errors
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.sensitivity.layer_sensitivity import KEYS, STORED_AS, VALUES, layer_losses
 from elastickv.evaluation.texts import Text, windows
-from elastickv.recipe.calibration import FRACTIONS, HeadErrors, ModelCalibration, Smoothing
+from elastickv.kvcache.gptq import hessian_text
+from elastickv.recipe.calibration import FRACTIONS, HeadErrors, HessianTexts, ModelCalibration, Smoothing
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS
 from elastickv.transformers.model_loading import Loaded, fingerprint
@@ -55,6 +56,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     positions = _positions(width)
     measured: dict[int, list[LayerErrors]] = {}
     smooth: dict[int, Smoothing] = {}
+    costs: dict[int, list[torch.Tensor]] = {}  # of keys, summed over windows; of values
     elastic = sizes_of(loaded.model).elastic
     sensitive = loaded.model.dtype == torch.float32
     total = len(rows) * len(elastic) * (2 if sensitive else 1)
@@ -68,7 +70,9 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
         heads = sizes
         if layer not in smooth:  # the first window decides
             smooth[layer] = key_smoothing(inputs)
-        measured.setdefault(layer, []).append(layer_errors(inputs, FRACTIONS, SCHEDULES, RUN, smooth[layer]))
+        of_keys, of_values = hessians(inputs)
+        costs[layer] = [costs[layer][0] + of_keys if layer in costs else of_keys, of_values]
+        measured.setdefault(layer, []).append(layer_errors(inputs, FRACTIONS, SCHEDULES, RUN, smooth[layer], costs[layer]))
         if progress is not None:
             progress(sum(map(len, measured.values())), total)
 
@@ -80,6 +84,9 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
         raise UsageError(f"model {loaded.name} has no layer with attention over the whole context: nothing to calibrate")
     layers = tuple(sorted(measured))
     sample = measured[layers[0]][0]
+
+    def texts(number: int) -> tuple[HessianTexts, ...]:
+        return tuple(tuple(map(hessian_text, costs[layer][number].double().cpu().numpy())) for layer in layers)
 
     def mean(pick: Callable[[LayerErrors], Sequence[float]]) -> HeadErrors:
         return tuple(
@@ -112,6 +119,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
         prefix=prefix,
         smoothing=tuple(smooth[layer] for layer in layers),
         sensitivity=sensitivity,
+        hessians={"keys": texts(0), "values": texts(1)},
     )
 
 

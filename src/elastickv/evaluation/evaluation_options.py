@@ -7,6 +7,7 @@ from elastickv.evaluation.generations.continuation_options import ContinuationOp
 from elastickv.evaluation.suggestion import Tolerance
 
 CALIBRATION_TOKENS = 16384
+REFERENCE = "reference:"  # before a recipe: its formats in PyTorch, without kernels
 PARTS_METHOD = "our pages in 16 bit"  # the selection of a recipe alone: a reference, which no cache offers
 
 
@@ -26,7 +27,7 @@ class EvaluationOptions:
     greedy_tokens : tokens decoded greedily after each window's prefill; 0 to skip.
     generation : long texts after each window's prefill.
     reference : whether Transformers' quantized cache is measured too.
-    formats : KV formats to measure: names of published ones, or recipes.
+    formats : KV formats to measure: names of published ones, recipes, or recipes behind `reference:`.
     exact_tokens : sinks and window of all these formats; None for each format's own.
     stored_bits : budgets of stored bits an element, within which a calibration chooses formats by layer.
     selections : names of published selections to measure at each ratio above 1.

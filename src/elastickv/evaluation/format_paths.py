@@ -1,4 +1,4 @@
-"""Decoding with KV formats: the published ones as references, our own through the cache that `generate` uses.
+"""Decoding with KV formats: published ones as references, our own through the cache that `generate` uses or as references.
 
 Our own are named, or those that a calibration chooses for each layer within a budget of stored bits.
 """
@@ -10,17 +10,22 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
+from elastickv.evaluation.evaluation_options import REFERENCE
 from elastickv.evaluation.exact_tokens import ExactTokens
+from elastickv.evaluation.kv_formats.own_formats import own_format
 from elastickv.evaluation.kv_formats.published_formats import format_of
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.evaluation.recipes_by_ratio import Span, measured
 from elastickv.evaluation.subject import DecodePath, Subject
+from elastickv.kvcache.gptq import layer_compensation, no_hessians
 from elastickv.recipe import LayerPlan, ModelCalibration, Recipe, for_stored_bits, stored_bits, stored_bytes
-from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
+from elastickv.recipe.calibration import StorageStatistics
+from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, sixteen_bit, unread_formats
 from elastickv.recipe.layer_solver import check_stored_bits
 from elastickv.recipe.regions import regions
 from elastickv.transformers.model_support import text_config
 
+_OF_REFERENCES = "cpu"  # whose kernels read all formats, and whose caches round by Hessians
 _MANY_TOKENS = 1 << 20  # so many that all regions of a recipe are full
 
 
@@ -41,10 +46,20 @@ def refused_formats(subject: Subject, names: Sequence[str]) -> dict[str, str]:
     """
     unread, refused = unread_formats(subject.device), dict[str, str]()
     for name in names:
-        recipe = format_of(name)
-        of_recipe = () if isinstance(recipe, ReferenceFormat) else (recipe.key_format, recipe.value_format)
-        for missing in set(of_recipe) & set(unread):
-            refused[name] = f"{name} is not measured: format {missing} has no {(subject.device or 'CUDA').upper()} kernel"
+        named = format_of(name)
+        recipes = () if isinstance(named, ReferenceFormat) else named.all
+        by_hessians = [recipe for recipe in recipes if recipe.uses_hessians]
+        if by_hessians and (subject.calibration is None or subject.calibration.hessians is None):
+            refused[name] = f"{name} is not measured: {no_hessians(by_hessians[0])}"
+        if name.startswith(REFERENCE):
+            continue
+        kernel = f"{(subject.device or 'CUDA').upper()} kernel"
+        missing = {fmt for recipe in recipes for fmt in (recipe.key_format, recipe.value_format)} & set(unread)
+        lacking = [f"format {fmt}" for fmt in sorted(map(str, missing))]
+        lacking += [f"rounding={by_hessians[0].rounding}"] if by_hessians and subject.device != "cpu" else []
+        have = "has" if len(lacking) == 1 else "have"
+        if lacking:
+            refused[name] = f"{name} is not measured: {' and '.join(lacking)} {have} no {kernel}, {REFERENCE}{name} needs none"
     if refused and len(refused) == len(names):
         raise UsageError(f"{'; '.join(refused.values())}: give other formats, or the cpu as device")
     return refused
@@ -91,19 +106,17 @@ def unmet_budgets(subject: Subject, budgets: Sequence[float]) -> list[str]:
     UsageError : if there are budgets and all are too small, or as `check_budgets`.
     """
     check_budgets(budgets, subject.calibration, subject.loaded.name)
-    reasons = []
-    for bits in budgets:
-        try:
-            _within(subject, bits)
-        except UsageError as error:
-            reasons.append(str(error))
-    if reasons and len(reasons) == len(budgets):
-        raise UsageError(reasons[-1])
-    return reasons
+    reasons = [_within(subject, bits, subject.device) for bits in budgets]
+    if budgets and all(isinstance(_within(subject, bits, _OF_REFERENCES), str) for bits in budgets):
+        raise UsageError(next(reason for reason in reversed(reasons) if isinstance(reason, str)))
+    return [reason for reason in reasons if isinstance(reason, str)]
 
 
 def stored_bits_paths(subject: Subject, budgets: Sequence[float], span: Span) -> list[DecodePath]:
-    """Return a path for each budget of stored bits an element but those that `unmet_budgets` names.
+    """Return two paths for each budget of stored bits an element: through the cache, and as a reference.
+
+    The cache has formats that the model's device reads, and is missing for a budget that `unmet_budgets` names. The reference
+    has those of the CPU, which reads them all, on any device.
 
     Parameters
     ----------
@@ -111,21 +124,25 @@ def stored_bits_paths(subject: Subject, budgets: Sequence[float], span: Span) ->
     """
     paths = []
     for bits in budgets:
-        try:
-            chosen = _within(subject, bits)
-        except UsageError:
-            continue
-        paths.append(_calibrated(subject, f"stored_bits={bits:g}", chosen, span))
+        name = f"stored_bits={bits:g}"
+        through_cache, as_reference = _within(subject, bits, subject.device), _within(subject, bits, _OF_REFERENCES)
+        if isinstance(through_cache, LayerPlan):
+            paths.append(_calibrated(subject, name, through_cache, span))
+        if isinstance(as_reference, LayerPlan):
+            paths.append(reference_path(subject, f"{REFERENCE}{name}", as_reference.recipes, span))
     return paths
 
 
-def _within(subject: Subject, bits: float) -> LayerPlan:
-    """Return the recipes of least calibrated error that take at most `bits` an element."""
+def _within(subject: Subject, bits: float, device: str | None) -> LayerPlan | str:
+    """Return the recipes of least calibrated error that take at most `bits` an element, or why a device reads none."""
     calibration = subject.calibration
     assert calibration is not None
     if calibration.layers != tuple(subject.elastic):
         raise UsageError("the calibration has other layers than the model: calibrate it again")
-    return for_stored_bits(calibration, bits, subject.dtype, device=subject.device)
+    try:
+        return for_stored_bits(calibration, bits, subject.dtype, device=device, gptq=device == "cpu")
+    except UsageError as error:
+        return str(error)
 
 
 def _calibrated(subject: Subject, name: str, chosen: LayerPlan, span: Span) -> DecodePath:
@@ -144,8 +161,39 @@ def _path(subject: Subject, name: str, exact: ExactTokens | None, span: Span) ->
     stored_as = format_of(name)
     if isinstance(stored_as, ReferenceFormat):
         return _published(subject, stored_as if exact is None else stored_as.with_exact(exact), span)
-    recipe = stored_as if exact is None else replace(stored_as, sinks=exact.sinks, window=exact.window)
-    return _own(subject, name, recipe, span)
+    recipes = stored_as.by_layer(name, subject.elastic)
+    if exact is not None:
+        recipes = tuple(each if each.is_dense else replace(each, sinks=exact.sinks, window=exact.window) for each in recipes)
+    return reference_path(subject, name, recipes, span) if name.startswith(REFERENCE) else _own(subject, name, recipes, span)
+
+
+def reference_path(subject: Subject, name: str, recipes: Sequence[Recipe], span: Span) -> DecodePath:
+    """Return the path of recipes as references, on any device, with the smoothing and the Hessians of the calibration.
+
+    Parameters
+    ----------
+    name : of the row: `reference:` and what stands for the recipes.
+    recipes : one for each layer with full attention; they read all tokens.
+
+    Raises
+    ------
+    UsageError : if a recipe selects tokens or does not fit the model's heads, or their number is not that of the layers.
+    """
+    if len(recipes) != subject.layers:
+        raise UsageError(f"format {name} has {len(recipes)} recipes, and the model {subject.layers} layers: give one for each")
+    if not name.startswith(REFERENCE):
+        raise UsageError(f"format {name} would be taken for one with kernels: begin its name with {REFERENCE}")
+    formats = dict[int, ReferenceFormat]()
+    for layer, recipe in zip(subject.elastic, recipes, strict=True):
+        recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
+        known = StorageStatistics() if subject.calibration is None else subject.calibration.statistics_of(layer)
+        compensation = layer_compensation(recipe, subject.shape.head_dim, known)
+        stored_as = own_format(recipe, subject.shape.head_dim, subject.dtype, known.smoothing, compensation)
+        if stored_as is not None:
+            formats[layer] = stored_as
+    decoding = lambda start, _: sessions.by_layer(subject.model, formats, start)  # noqa: E731
+    figures = _recipe_figures(subject, recipes, span, sixteen_bit(subject.dtype), subject.dtype)
+    return DecodePath(name, decoding, figures)
 
 
 def _published(subject: Subject, stored_as: ReferenceFormat, span: Span) -> DecodePath:
@@ -157,24 +205,47 @@ def _published(subject: Subject, stored_as: ReferenceFormat, span: Span) -> Deco
         stored_as.stored_bytes(end, subject.head_dim, subject.shape.kv_heads, subject.layers, len(exact_layers)),
     )
     keys, values = (end - plane.stored_tokens(end, stored_as.sinks) for plane in (stored_as.keys, stored_as.values))
-    exact = {"sinks": stored_as.sinks, "exact_keys": keys, "exact_values": values}
+    exact = {"sinks": stored_as.sinks, "exact_keys": keys, "exact_values": values, "exact_dtype": subject.dtype}
     figures = _figures(subject, counted, end, exact | {"source": stored_as.source})
     decoding = lambda start, _: sessions.published(subject.model, stored_as, start)  # noqa: E731
     return DecodePath(stored_as.name, decoding, figures)
 
 
-def _own(subject: Subject, name: str, recipe: Recipe, span: Span) -> DecodePath:
-    recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
+def _own(subject: Subject, name: str, recipes: Sequence[Recipe], span: Span) -> DecodePath:
+    for recipe in set(recipes):
+        recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
+    exact_dtypes = sorted({recipe.exact_dtype(subject.dtype) for recipe in recipes})
+    figures = _recipe_figures(subject, recipes, span, subject.dtype, " and ".join(exact_dtypes))
+    return DecodePath(name, subject.decoding(recipes), figures)
+
+
+def _recipe_figures(subject: Subject, recipes: Sequence[Recipe], span: Span, dtype: str, exact_dtype: str) -> dict[str, Any]:
+    """Return what a row says of recipes, one for each layer.
+
+    Parameters
+    ----------
+    dtype : of which the model counts as in their bytes.
+    exact_dtype : to which everything is rounded before it is quantized.
+    """
     end = span.first + span.steps
-    plan = measured(1.0, (recipe,) * subject.layers, span, subject.shape, subject.dtype)
-    held = partial(stored_bytes, recipe, shape=subject.shape, model_dtype=subject.dtype)
-    page = held([_MANY_TOKENS + PAGE_TOKENS]) - held([_MANY_TOKENS])
-    counted = _CountedBytes(8 * page / (2 * PAGE_TOKENS * subject.shape.kv_heads * subject.head_dim), plan.stored_bytes)
-    exact = dict.fromkeys(("exact_keys", "exact_values"), regions(end, recipe.sinks, recipe.window).exact)
-    figures = _figures(subject, counted, end, exact | {"sinks": recipe.sinks, "source": "recipe"})
-    figures |= {"recipe_hash": recipe.hash, "recipes": [str(recipe)], "read_ratio": plan.read_ratio}
+    plan = measured(1.0, recipes, span, subject.shape, dtype)
+    bits = {recipe: _quantized_bits(subject, recipe, dtype) for recipe in set(recipes)}
+    counted = _CountedBytes(sum(bits[recipe] for recipe in recipes) / len(recipes), plan.stored_bytes)
+    most_exact = max(end if recipe.is_dense else regions(end, recipe.sinks, recipe.window).exact for recipe in recipes)
+    exact = dict.fromkeys(("exact_keys", "exact_values"), most_exact)
+    exact |= {"sinks": max(recipe.sinks for recipe in recipes)}
+    figures = _figures(subject, counted, end, exact | {"exact_dtype": exact_dtype, "source": "recipe"})
+    named = recipes if len(bits) > 1 else recipes[:1]
+    figures |= {"recipe_hash": plan.hash, "recipes": [*map(str, named)], "read_ratio": plan.read_ratio}
     figures |= {"step_bytes_read": plan.step_bytes, "expected_error": None}
-    return DecodePath(name, subject.decoding(plan.recipes), figures)
+    return figures
+
+
+def _quantized_bits(subject: Subject, recipe: Recipe, dtype: str) -> float:
+    """Return the bits of a cold element with its scales: those of a page that is added to many."""
+    held = partial(stored_bytes, recipe, shape=subject.shape, model_dtype=dtype)
+    page = held([_MANY_TOKENS + PAGE_TOKENS]) - held([_MANY_TOKENS])
+    return 8 * page / (2 * PAGE_TOKENS * subject.shape.kv_heads * subject.head_dim)
 
 
 def _figures(subject: Subject, counted: _CountedBytes, tokens: int, described: dict[str, Any]) -> dict[str, Any]:

@@ -11,17 +11,20 @@ from typing import Any, TypeAlias
 import torch
 
 from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard
-from elastickv.evaluation.tensor_codecs import channel_scales, stored_rows
+from elastickv.evaluation.tensor_codecs import TensorCompensation, channel_scales, stored_rows
 from elastickv.kvcache.hadamard import rotated_block
 from elastickv.kvcache.quantize import INT4_LEVELS
 from elastickv.kvcache.scorers.bounds import SPAN
-from elastickv.recipe.calibration import MOST_SMOOTHING, ROTATED, Smoothing
+from elastickv.recipe.calibration import GPTQ, MOST_SMOOTHING, ROTATED, Smoothing
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS, selected
 
 Tensor: TypeAlias = Any  # torch.Tensor: the type checker does not follow PyTorch
-KEY_FORMATS = ("int8", "int8_per_channel", "fp8", "int4", f"int8{ROTATED}", f"int4{ROTATED}")
+KEY_FORMATS = (
+    *("int8", "int8_per_channel", "fp8", "int4", f"int8{ROTATED}", f"int4{ROTATED}"),
+    *(f"int4{GPTQ}", f"int8{ROTATED}{GPTQ}", f"int4{ROTATED}{GPTQ}"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class LayerInputs:
     scaling : factor on q.k.
     softcap : scores become softcap * tanh(score / softcap); None for none.
     sink_logits : (query_heads,) scores that only take part in the normalizer; None for none.
+    query_products : (kv_heads, head_dim, head_dim), the mean of q q^T over the tokens after the sinks and the query heads of a
+        KV head; None: over `queries` alone.
     """
 
     queries: Tensor
@@ -49,6 +54,7 @@ class LayerInputs:
     scaling: float
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    query_products: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,13 @@ class LayerErrors:
 
 
 def value_formats(head_dim: int) -> list[str]:
-    """Return the formats of V to measure, int4 and int3 with each group of channels; integers rotated, too."""
+    """Return the formats of V to measure, int4 and int3 with each group of channels; integers rotated, too.
+
+    Whole heads of them are rounded by Hessians, too, which takes longer to measure.
+    """
     grouped = [f"{name}/{group}" for name in ("int4", "int3") for group in value_groups(head_dim)]
-    return ["int8", "fp8", *grouped, *(name + ROTATED for name in ("int8", *grouped))]
+    in_turn = [f"int4/{head_dim}{GPTQ}", *(f"{name}/{head_dim}{ROTATED}{GPTQ}" for name in ("int4", "int3"))]
+    return ["int8", "fp8", *grouped, *(name + ROTATED for name in ("int8", *grouped)), *in_turn]
 
 
 def layer_errors(
@@ -72,6 +82,7 @@ def layer_errors(
     schedules: Sequence[int],
     run: int,
     smoothing: Smoothing | None = None,
+    costs: Sequence[Tensor] | None = None,
     sinks: int = DEFAULT_SINKS,
     window: int = DEFAULT_WINDOW,
 ) -> LayerErrors:
@@ -83,6 +94,7 @@ def layer_errors(
     schedules : steps from one anchor to the next.
     run : length of the runs of consecutive positions; each run begins with an anchor.
     smoothing : of keys that are rotated, as `ModelCalibration.smoothing_of` has it.
+    costs : of errors of keys and of values, as `hessians` returns them; None: those of these inputs.
     """
     kv_heads, _, head_dim = inputs.keys.shape
     pages: dict[int, dict[float, list[float]]] = {steps: {f: [] for f in fractions} for steps in schedules}
@@ -90,9 +102,9 @@ def layer_errors(
     values: dict[str, list[float]] = {name: [] for name in value_formats(head_dim)}
     regions = _QueryRegions(inputs.positions, inputs.keys.shape[1], sinks, window)
     lists = [(steps, fraction) for steps in schedules for fraction in fractions if fraction != 1]
-    factors = None if smoothing is None else torch.tensor(smoothing, device=inputs.keys.device).float().exp2()[:, None]
-    stored_keys = {name: regions.stored(inputs.keys, name, False, factors) for name in keys}
-    stored_values = [regions.stored(inputs.values, name, True) for name in values]
+    of_keys, of_values = hessians(inputs) if costs is None else costs
+    stored_keys = {name: regions.stored(inputs.keys, name, False, of_keys, smoothing) for name in keys}
+    stored_values = [regions.stored(inputs.values, name, True, of_values) for name in values]
     for number in range(kv_heads):
         head = _Head(inputs, number, regions)
         measured = head.errors(head.without(regions.left_out(head.rank, lists, run))) if lists else []
@@ -125,6 +137,23 @@ def key_smoothing(inputs: LayerInputs) -> Smoothing:
     exponents = (of_queries.clamp_min(least).log2() - of_keys.clamp_min(least).log2()) / 4
     centered = (exponents - exponents.mean(1, keepdim=True)).round().clamp(-MOST_SMOOTHING, MOST_SMOOTHING)
     return tuple(tuple(map(int, head)) for head in centered.tolist())
+
+
+def hessians(inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+    """Return what errors of a layer's keys and values cost, (kv_heads, head_dim, head_dim) each: e H e^T on average.
+
+    Of keys it is E[q q^T], of values W_o^T W_o of the query heads that share them (`kvcache.gptq`).
+    """
+    kv_heads, _, head_dim = inputs.keys.shape
+    columns = inputs.projection.unflatten(1, (kv_heads, -1, head_dim)).permute(1, 0, 2, 3).flatten(1, 2)
+    products = mean_products(inputs.queries, kv_heads) if inputs.query_products is None else inputs.query_products
+    return products, columns.mT @ columns
+
+
+def mean_products(queries: Tensor, kv_heads: int) -> Tensor:
+    """Return (kv_heads, head_dim, head_dim), the mean of q q^T of (query_heads, positions, head_dim) queries."""
+    rows = queries.reshape(kv_heads, -1, queries.shape[-1])
+    return rows.mT @ rows / rows.shape[1]
 
 
 class _QueryRegions:
@@ -164,20 +193,25 @@ class _QueryRegions:
             self._counts[fraction] = torch.tensor(counts, device=self._cold.device)
         return self._counts[fraction]
 
-    def stored(self, rows: Tensor, name: str, value: bool, smoothing: Tensor | None = None) -> Tensor:
+    def stored(self, rows: Tensor, name: str, value: bool, costs: Tensor, smoothing: Smoothing | None = None) -> Tensor:
         """Return (kv_heads, tokens, head_dim) rows with the tokens that are cold for the last query read back from a format.
 
         Parameters
         ----------
         name : as in `ModelCalibration`. Rotated tensors are rounded to 16 bits once more, all tokens, as a cache stores them.
-        smoothing : (kv_heads, 1, head_dim) factors of the channels before a rotation, or None.
+        costs : (kv_heads, head_dim, head_dim), by which the codes of '+gptq' are chosen.
+        smoothing : of channels before a rotation, or None.
         """
-        plain, mark, _ = name.partition(ROTATED)
+        of_format = name.removesuffix(GPTQ)
+        plain, mark, _ = of_format.partition(ROTATED)
         fmt, _, group = plain.partition("/")
+        known = smoothing if mark else None
+        in_turn = None if of_format == name else TensorCompensation.of(costs, bool(mark), known)
         matrix = hadamard(rotated_block(rows.shape[-1]) if mark else 1)
-        smooth = smoothing if mark and smoothing is not None else rows.new_ones(())
+        smooth = rows.new_ones(()) if known is None else torch.tensor(known, device=rows.device).float().exp2()[:, None]
         whole = by_blocks(rows * smooth, matrix).bfloat16().float() if mark else rows.clone()
-        whole[:, self.cold_tokens] = stored_rows(whole[:, self.cold_tokens], fmt, value, int(group or rows.shape[-1]))
+        cold = whole[:, self.cold_tokens]
+        whole[:, self.cold_tokens] = stored_rows(cold, fmt, value, int(group or rows.shape[-1]), in_turn)
         return by_blocks(whole, matrix) / smooth if mark else whole
 
 

@@ -87,7 +87,7 @@ def plan(
     for _ in range(_TRIES):
         error = None
         if calibration is not None:
-            solved = for_ratio_by_layer(calibration, target, middle, dtype, device=device)
+            solved = for_ratio_by_layer(calibration, target, middle, dtype, device=device, gptq=device == "cpu")
             recipes, error = solved.recipes, solved.error
         else:
             recipes = (for_ratio(target, middle, shape, dtype),) * layers

@@ -64,12 +64,12 @@ def elastic(
 ) -> Iterator[DecodingSession]:
     """Decode `tokens` tokens with an ElasticCache of one recipe for each layer with full attention; restore the model on exit.
 
-    Rotated keys are smoothed as the calibration says.
+    Rotated keys are smoothed, and codes chosen by Hessians, as the calibration says.
 
     These layers start in the state in which `prefill="exact"` leaves them before a prompt's last token: they hold exact keys
     and values, which the first step stores.
     """
-    used = calibration if any(recipe.rotates_keys for recipe in recipes) else None
+    used = calibration if any(recipe.rotates_keys or recipe.uses_hessians for recipe in recipes) else None
     capacity = start.tokens + tokens
     cache = ElasticCache.for_model(model, recipe=list(recipes), calibration=used, capacity=capacity, prefill="exact")
     start.fill(cache.layers, _hold)
@@ -95,11 +95,24 @@ def published(model: Any, stored_as: ReferenceFormat, start: Prefill) -> Iterato
 
     The model is restored on exit.
     """
+    layers = stock_layers(text_config(model))
+    exact = stored_as.exact_layers(len(layers))
+    full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer and number not in exact]
+    with by_layer(model, dict.fromkeys(full, stored_as), start) as session:
+        yield session
+
+
+@contextmanager
+def by_layer(model: Any, formats: Mapping[int, ReferenceFormat], start: Prefill) -> Iterator[DecodingSession]:
+    """Decode with a KV format for each layer that has one; the others keep Transformers' own. Restore the model on exit.
+
+    Parameters
+    ----------
+    formats : number of a layer with full attention -> its format.
+    """
     cache = transformers.DynamicCache(config=model.config)
-    exact = stored_as.exact_layers(len(cache.layers))
-    for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[number] = SixteenBitLayer() if number in exact else FormatLayer(stored_as, number)
+    for number, stored_as in formats.items():
+        cache.layers[number] = FormatLayer(stored_as, number)
     start.fill(cache.layers, _update)
     with _attending_layers(model) as takes_several:
         yield _SteppedModel(model, cache, takes_several)

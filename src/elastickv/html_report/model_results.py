@@ -173,7 +173,7 @@ def evaluation_view(result: EvaluationResult, source: str) -> Evaluation:
         dtype=model.dtype,
         texts=result.texts,
         calibration="" if calibration is None else f"{calibration.tokens} tokens of {calibration.text}",
-        losses=tuple(map(_loss, result.rows)),
+        losses=tuple(_loss(row, result.model.dtype) for row in result.rows),
         needles=tuple(needle for row in result.needle for needle in _needles(row)),
         suggestion=_suggestion(result.suggestion),
         exact_tokens=result.exact_tokens,
@@ -182,7 +182,7 @@ def evaluation_view(result: EvaluationResult, source: str) -> Evaluation:
     )
 
 
-def _loss(row: LossRow) -> Loss:
+def _loss(row: LossRow, dtype: str) -> Loss:
     greedy = f"{row.greedy.mean_first_different:.0f} of {row.greedy.tokens}" if row.greedy else ""
     recipes = list(dict.fromkeys(row.recipes or ()))
     stored = row.stored_format
@@ -202,6 +202,7 @@ def _loss(row: LossRow) -> Loss:
         stored_bits=stored.stored_bits_per_element if stored else None,
         read_bytes=row.step_bytes_read,
         selection=row.selection.method if row.selection else None,
+        exact_dtype=stored.rounded_to(dtype) if stored else None,
     )
 
 

@@ -218,8 +218,9 @@ class ModelRun:
 class Loss:
     """What one cache costs a model's predictions at one context; ratios are None of a cache that is not ours.
 
-    `bits` of a quantized element and `stored_bits` of any element are those of a KV format that was named. `read_bytes` are
-    those of one sequence in a step; `selection` is the method of a published selection.
+    `bits` of a quantized element and `stored_bits` of any element are those of a KV format that was named, and `exact_dtype` is
+    what its numbers were rounded to first. `read_bytes` are those of one sequence in a step; `selection` is the method of a
+    published selection.
     """
 
     context: int
@@ -235,6 +236,7 @@ class Loss:
     stored_bits: float | None = None
     read_bytes: float | None = None
     selection: str | None = None
+    exact_dtype: str | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from elastickv.kvcache.checks import (
     checked_lengths,
     checked_rows,
 )
+from elastickv.kvcache.gptq import LayerCompensation, no_hessians
 from elastickv.kvcache.protocol import Floats, Lengths
 from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView
 from elastickv.recipe import AttentionShape, Recipe
@@ -41,9 +42,22 @@ class CheckedCache(ABC):
     capacity: int
     anchor_offset: int
 
-    def _describe(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int) -> None:
+    compensation: LayerCompensation | None
+
+    def _describe(
+        self,
+        shape: AttentionShape,
+        capacity: int,
+        dtype: str,
+        recipe: Recipe,
+        anchor_offset: int,
+        compensation: LayerCompensation | None = None,
+    ) -> None:
         recipe.check_anchor_offset(anchor_offset)
+        if recipe.uses_hessians and compensation is None:
+            raise no_hessians(recipe)
         self.shape, self.capacity, self.dtype, self.recipe, self.anchor_offset = shape, capacity, dtype, recipe, anchor_offset
+        self.compensation = compensation
 
     @property
     @abstractmethod

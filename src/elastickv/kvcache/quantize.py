@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from elastickv.kvcache.gptq import codes_in_turn
 from elastickv.kvcache.rounding import from_bf16_bits
-from elastickv.recipe.formats import FORMATS, PAGE_TOKENS
+from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, Format, ScaleLayout
 
 INT8_LEVELS = int(FORMATS["int8"].largest_code)
 INT4_LEVELS = int(FORMATS["int4"].largest_code)
@@ -26,6 +27,8 @@ FP8_MAX = float(FORMATS["fp8"].largest_code)
 
 Planes = tuple[NDArray[Any], ...]
 """Codes, then scales, then zeros where the format has them."""
+HeadCompensation = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""Order and shares of one KV head, as `gptq.Compensation` has them."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,9 @@ CODECS: dict[str, Codec] = {
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray[np.float64]:
+def stored_values(
+    rows: ArrayLike, fmt: str, value: bool, group: int, compensation: HeadCompensation | None = None
+) -> NDArray[np.float64]:
     """Return the numbers that `rows`, already rounded to the 16-bit dtype of the window, become once stored in a format.
 
     Numbers that are not finite, or too large to be stored, come back as NaN or infinity without a warning: the caches report
@@ -218,6 +223,7 @@ def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray
     rows : (tokens, head_dim); whole pages where the format has scales of pages.
     value : whether these are values; else keys.
     group : channels of V that share a scale.
+    compensation : by which the codes are chosen; None: the nearest ones.
     """
     x = np.asarray(rows, np.float32)
     stored = FORMATS[fmt]
@@ -227,9 +233,30 @@ def stored_values(rows: ArrayLike, fmt: str, value: bool, group: int) -> NDArray
     layout = stored.values if value else stored.keys
     by_row = layout is not None and layout.by_row
     pages = x if by_row else x.reshape(len(x) // PAGE_TOKENS, PAGE_TOKENS, x.shape[-1])
-    if value:
-        return codec.dequantize_values(*codec.quantize_values(pages, group)).reshape(x.shape)
-    return codec.dequantize_keys(*codec.quantize_keys(pages)).reshape(x.shape)
+    planes = codec.quantize_values(pages, group) if value else codec.quantize_keys(pages)
+    if compensation is not None:
+        chosen = _codes_in_turn(pages, planes, stored, layout, compensation)
+        planes = (chosen.astype(planes[0].dtype), *planes[1:])
+    return (codec.dequantize_values if value else codec.dequantize_keys)(*planes).reshape(x.shape)
+
+
+def _codes_in_turn(
+    pages: NDArray[np.float32], planes: Planes, stored: Format, layout: ScaleLayout | None, compensation: HeadCompensation
+) -> NDArray[np.float32]:
+    """Return codes of rows with the scales and zeros of `planes`."""
+
+    def wide(plane: NDArray[Any]) -> NDArray[np.float32]:
+        if layout is ScaleLayout.CHANNEL:
+            return np.asarray(plane, np.float32)[..., None, :]
+        numbers = from_bf16_bits(plane)
+        if layout is ScaleLayout.GROUP:
+            return np.asarray(np.repeat(numbers, pages.shape[-1] // plane.shape[-1], axis=-1))
+        return numbers[..., None]
+
+    scales = wide(planes[1])
+    zeros = wide(planes[2]) if len(planes) > 2 else np.zeros(1, np.float32)
+    low = -stored.largest_code if stored.signed else 0.0
+    return codes_in_turn(pages, scales, zeros, low, stored.largest_code, *compensation)
 
 
 def _channels(pages: ArrayLike, levels: int) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:

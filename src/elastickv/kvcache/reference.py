@@ -10,6 +10,7 @@ from elastickv.errors import NonFiniteError
 from elastickv.kvcache.attention import Float64
 from elastickv.kvcache.checked_cache import CheckedCache
 from elastickv.kvcache.checks import beyond_largest_key, check_anchor, check_marked, cold_tokens
+from elastickv.kvcache.gptq import LayerCompensation
 from elastickv.kvcache.hadamard import rotated, rotated_head, rotated_tokens
 from elastickv.kvcache.oracle import Oracle
 from elastickv.kvcache.protocol import CacheState, Lengths, StoredHead
@@ -24,9 +25,17 @@ from elastickv.recipe.regions import selected
 class ReferenceCache(CheckedCache):
     """A `LayerCache` that stores every token in float32, derives the stored form on request and decodes in float64."""
 
-    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> None:
+    def __init__(
+        self,
+        shape: AttentionShape,
+        capacity: int,
+        dtype: str,
+        recipe: Recipe,
+        anchor_offset: int = 0,
+        compensation: LayerCompensation | None = None,
+    ) -> None:
         recipe.check_shape(shape.head_dim, shape.kv_heads)
-        self._describe(shape, capacity, dtype, recipe, anchor_offset)
+        self._describe(shape, capacity, dtype, recipe, anchor_offset, compensation)
         rows = (shape.batch, shape.kv_heads, capacity, shape.head_dim)
         self._keys, self._values = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self._lengths = np.zeros(shape.batch, np.int64)
@@ -149,9 +158,11 @@ class ReferenceCache(CheckedCache):
         split = regions(length, self.recipe.sinks, self.recipe.window)
         cold = slice(split.sinks, split.sinks + split.cold, self.recipe.stride)
         exact = np.r_[0 : split.sinks, split.sinks + split.cold : length]
+        parts = (None, None) if self.compensation is None else (self.compensation.keys, self.compensation.values)
+        of_keys, of_values = (None if part is None else (part.order[kv_head], part.shares[kv_head]) for part in parts)
         return StoredHead(
-            stored_values(keys[cold], key_format, False, self.shape.head_dim),
-            stored_values(values[cold], value_format, True, self.recipe.v_group(self.shape.head_dim)),
+            stored_values(keys[cold], key_format, False, self.shape.head_dim, of_keys),
+            stored_values(values[cold], value_format, True, self.recipe.v_group(self.shape.head_dim), of_values),
             keys[exact].astype(np.float64),
             values[exact].astype(np.float64),
         )
@@ -198,7 +209,8 @@ class ReferenceCache(CheckedCache):
             write_array(target, rows)
 
     def _gather(self, rows: Lengths, capacity: int) -> "ReferenceCache":
-        other = ReferenceCache(replace(self.shape, batch=len(rows)), capacity, self.dtype, self.recipe, self.anchor_offset)
+        shape = replace(self.shape, batch=len(rows))
+        other = ReferenceCache(shape, capacity, self.dtype, self.recipe, self.anchor_offset, self.compensation)
         longest = int(self._lengths.max(initial=0))
         for mine, copied in ((self._keys, other._keys), (self._values, other._values)):
             copied[:, :, :longest] = mine[rows, :, :longest]

@@ -4,9 +4,11 @@ The file stores errors, not recipes: `layer_solver` turns them into recipes for 
 reading it runs no code.
 """
 
+import base64
 import json
 import math
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,14 +20,42 @@ from elastickv.inputs import file_path, parse_json, read_text
 FORMAT = "elastickv-calibration"
 VERSION = 1
 MOST_SMOOTHING = 12  # 16-bit floats have room for 2^12 times the largest keys that are known
-_LATER = ("prefix", "smoothing", "sensitivity")  # which older files lack
+_LATER = ("prefix", "smoothing", "sensitivity", "hessians")  # which older files lack
 ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
+GPTQ = "+gptq"  # likewise, behind that: of tensors that are rounded by Hessians
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 HeadErrors = tuple[tuple[float, ...], ...]
 """[layer][KV head] -> error."""
 Smoothing = tuple[tuple[int, ...], ...]
 """[KV head][channel] -> n, of factors 2^n, of one layer."""
+HessianTexts = tuple[str, ...]
+"""[KV head] -> a Hessian as `kvcache.gptq.hessian_text` writes it, of one layer's K or V."""
+
+
+@dataclass(frozen=True)
+class StorageStatistics:
+    """What a calibration says of how the tokens of one layer are stored. Each is None where it says nothing.
+
+    Attributes
+    ----------
+    smoothing : of keys that are rotated.
+    key_hessians, value_hessians : of `rounding=gptq`.
+    """
+
+    smoothing: Smoothing | None = None
+    key_hessians: HessianTexts | None = None
+    value_hessians: HessianTexts | None = None
+
+    def of_heads(self, first: int, count: int) -> "StorageStatistics":
+        """Return those of `count` KV heads from number `first` on."""
+        heads = slice(first, first + count)
+        smoothing, keys, values = self.smoothing, self.key_hessians, self.value_hessians
+        return StorageStatistics(
+            None if smoothing is None else smoothing[heads],
+            None if keys is None else keys[heads],
+            None if values is None else values[heads],
+        )
 
 
 @dataclass(frozen=True)
@@ -43,8 +73,8 @@ class ModelCalibration:
     query_heads, kv_heads, head_dim : of each of these layers.
     text, tokens, queries : the text, its tokens that were read, and the positions that were scored.
     pages : anchor_every -> fraction of the cold pages that is read -> errors.
-    keys : format of K -> errors of storing cold keys in it; 'int4+rotated' of keys that are rotated before, which older files
-        lack.
+    keys : format of K -> errors of storing cold keys in it; 'int4+rotated' of keys that are rotated before, 'int4+gptq' and
+        'int4+rotated+gptq' of keys that are rounded by Hessians. Older files lack them.
     values : format of V, int4 and int3 with their group as 'int4/32' -> errors of storing cold values in it; 'int4/32+rotated'
         likewise.
     prefix : the special tokens before every window of the text; None in older files, whose windows had none.
@@ -52,6 +82,8 @@ class ModelCalibration:
         queries by 2^-n. None in older files: all are 0.
     sensitivity : 'keys' and 'values' -> [layer] -> KL divergence of the model's predictions, in nats a token, for a unit of the
         layer's error, all heads together. None in older files and of 16-bit models.
+    hessians : 'keys' and 'values' -> [layer][KV head] -> the cost of an error e of a key or value, e H e^T, as text. None in
+        older files.
     """
 
     model: str
@@ -69,6 +101,7 @@ class ModelCalibration:
     prefix: tuple[int, ...] | None = None
     smoothing: tuple[Smoothing, ...] | None = None
     sensitivity: Mapping[str, tuple[float, ...]] | None = None
+    hessians: Mapping[str, tuple[HessianTexts, ...]] | None = None
 
     def in_nats(self) -> "ModelCalibration":
         """Return this calibration with the errors of formats as losses of the model's predictions, comparable between layers.
@@ -91,6 +124,15 @@ class ModelCalibration:
         if self.smoothing is None or layer not in self.layers:
             return None
         return self.smoothing[self.layers.index(layer)]
+
+    def statistics_of(self, layer: int) -> StorageStatistics:
+        """Return what is known of one layer; nothing if it is none of `layers`."""
+        if layer not in self.layers:
+            return StorageStatistics()
+        if self.hessians is None:
+            return StorageStatistics(self.smoothing_of(layer))
+        keys, values = (self.hessians[tensor][self.layers.index(layer)] for tensor in ("keys", "values"))
+        return StorageStatistics(self.smoothing_of(layer), keys, values)
 
     def check_model(self, fingerprint: str, name: str = "this model") -> None:
         """Refuse to be used with another model.
@@ -177,6 +219,15 @@ class ModelCalibration:
                 raise ValueError(f"sensitivities of {len(layers)} layers are needed, finite and not negative")
             return row
 
+        def hessians(rows: Any) -> tuple[HessianTexts, ...]:
+            table = tuple(tuple(layer) for layer in rows)
+            if len(table) != len(layers) or any(len(layer) != heads for layer in table):
+                raise ValueError(f"Hessians of {len(layers)} layers of {heads} KV heads are needed")
+            for layer in table:
+                for text in layer:
+                    check_hessian_text(text, int(record["head_dim"]))
+            return table
+
         pages = {int(r): {float(f): errors(rows) for f, rows in curve.items()} for r, curve in record["pages"].items()}
         if not layers or not pages or any(1.0 not in curve or len(curve) < 2 for curve in pages.values()):
             raise ValueError("errors at fraction 1 and another are needed")
@@ -202,4 +253,22 @@ class ModelCalibration:
             sensitivity=None
             if record.get("sensitivity") is None
             else {tensor: sensitivity(record["sensitivity"][tensor]) for tensor in ("keys", "values")},
+            hessians=None
+            if record.get("hessians") is None
+            else {tensor: hessians(record["hessians"][tensor]) for tensor in ("keys", "values")},
         )
+
+
+def check_hessian_text(text: Any, head_dim: int) -> None:
+    """Check the text of one Hessian; see `kvcache.gptq.hessian_text`.
+
+    Raises
+    ------
+    ValueError : if it is of another size, or its diagonal has a number that is negative or not finite.
+    """
+    content = base64.b64decode(text, validate=True)
+    if len(content) != 4 * head_dim + head_dim * (head_dim - 1):
+        raise ValueError(f"a Hessian of {len(content)} bytes for heads of {head_dim} channels")
+    diagonal = struct.unpack(f"<{head_dim}f", content[: 4 * head_dim])
+    if not all(number >= 0 and math.isfinite(number) for number in diagonal):
+        raise ValueError("a Hessian whose diagonal has a number that is negative or not finite")

@@ -87,6 +87,11 @@ class Format:
         return self.keys is ScaleLayout.NONE
 
     @property
+    def is_integer(self) -> bool:
+        """Whether codes are whole numbers: what they stand for is evenly spaced, from a scale, with or without a zero."""
+        return not self.is_float and self.keys is not ScaleLayout.PAGE
+
+    @property
     def by_row(self) -> bool:
         """Whether single rows of K and V can be stored: what stores every n-th row needs that."""
         return all(layout is not None and layout.by_row for layout in (self.keys, self.values))

@@ -9,15 +9,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import product
 from numbers import Real
 from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.recipe.byte_counts import interval_bytes, page_bytes, stored_bits, stored_ratio
-from elastickv.recipe.calibration import ROTATED, HeadErrors, ModelCalibration
+from elastickv.recipe.calibration import GPTQ, ROTATED, HeadErrors, ModelCalibration
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
 from elastickv.recipe.knapsack import KnapsackItem, least_cost
-from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe, has_page_bounds
+from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, ROUNDINGS, Recipe, has_page_bounds
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
 from elastickv.recipe.solver import check_context, check_ratio, unmet
 
@@ -77,6 +78,7 @@ def for_ratio_by_layer(
     stored: float | None = None,
     select_pages: bool = True,
     device: str | None = None,
+    gptq: bool = False,
 ) -> LayerPlan:
     """Return the recipes of least calibrated error that together read at most 1/ratio of the dense bytes at `context`.
 
@@ -88,6 +90,7 @@ def for_ratio_by_layer(
         `ratio`, but at most 3: fewer bytes read should mean fewer bytes stored, and 4 bits with their scales reach 3.2.
     select_pages : whether a recipe may select pages. False: every page is read, and only the formats are chosen.
     device : 'cpu' or 'cuda': formats that its kernels do not read are excluded. None: those that the kernels of either do not.
+    gptq : whether a recipe may have `rounding=gptq`, where the calibration measured that it loses less: the CPU's caches can.
 
     Raises
     ------
@@ -102,7 +105,7 @@ def for_ratio_by_layer(
     if ratio == 1:
         return LayerPlan((DENSE,) * layers, 1.0, 0.0)
     least = min(_STORED_SHARE * ratio, _MOST_STORED) if stored is None else stored
-    options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least, select_pages, device)
+    options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least, select_pages, device, gptq)
     budget = dense / ratio
 
     def chosen(byte_weight: float) -> list[_Choice]:
@@ -129,6 +132,7 @@ def for_stored_bits(
     sinks: int = DEFAULT_SINKS,
     window: int = DEFAULT_WINDOW,
     device: str | None = None,
+    gptq: bool = False,
 ) -> LayerPlan:
     """Return the recipes of least calibrated error whose stored bits an element are at most `bits`, mean over the layers.
 
@@ -141,6 +145,7 @@ def for_stored_bits(
     ----------
     dtype : the model's own dtype.
     device : 'cpu' or 'cuda': formats that its kernels do not read are excluded. None: those that the kernels of either do not.
+    gptq : as in `for_ratio_by_layer`.
 
     Raises
     ------
@@ -150,7 +155,7 @@ def for_stored_bits(
     calibration = calibration.in_nats()
     layers, head_dim = range(len(calibration.layers)), calibration.head_dim
     head = AttentionShape(1, calibration.query_heads // calibration.kv_heads, 1, head_dim)
-    options = _options(calibration, MAX_CONTEXT, head, dtype, sinks, window, None, 0.0, False, device)
+    options = _options(calibration, MAX_CONTEXT, head, dtype, sinks, window, None, 0.0, False, device, gptq)
     # Without pages to select, an option is one choice for a layer, whatever a byte weighs.
     choices = [[_cheapest([option], layer, 0.0) for option in options] for layer in layers]
     weights = [page_bytes(option.recipe, head_dim) for option in options]
@@ -197,49 +202,66 @@ def _options(
     stored: float,
     select_pages: bool,
     device: str | None,
+    gptq: bool,
 ) -> list[_Option]:
     if anchor_every is not None and anchor_every not in calibration.pages:
         raise UsageError(
             f"anchor_every={anchor_every} was not calibrated: choose {', '.join(map(str, sorted(calibration.pages)))}"
         )
     options, unread = [], unread_formats(device)
-    for value in _plain(calibration.values):
-        value_errors, values_rotated = _least(calibration.values, value)
+    roundings = ROUNDINGS if gptq and calibration.hessians is not None else ROUNDINGS[:1]
+    for value, rounding in product(_plain(calibration.values), roundings):
+        value_errors, values_rotated = _least(calibration.values, value, rounding)
         name, _, channels = value.partition("/")
         v_group = 0 if int(channels or 0) == head.head_dim else int(channels or 0)
         for key in _plain(calibration.keys):
             if name in unread or key in unread:
                 continue
-            key_errors, keys_rotated = _least(calibration.keys, key)
+            if rounding != ROUNDINGS[0] and not _measured_so(calibration, key, value):
+                continue
+            key_errors, keys_rotated = _least(calibration.keys, key, rounding)
             rotate = tuple("k" * k + "v" * v for k, v in zip(keys_rotated, values_rotated, strict=True))
-            recipe = Recipe(key, name, value_group=v_group, sinks=sinks, window=window)
+            recipe = Recipe(key, name, value_group=v_group, sinks=sinks, window=window, rounding=rounding)
             if stored_ratio(recipe, [MAX_CONTEXT], head, dtype) < stored:
                 continue
-            rounding = _added(key_errors, value_errors)
+            of_formats = _added(key_errors, value_errors)
             n_bytes = interval_bytes(recipe, [context], head, dtype).kv
-            options.append(_Option(recipe, rotate, (n_bytes,), (rounding,), (1.0,)))
+            options.append(_Option(recipe, rotate, (n_bytes,), (of_formats,), (1.0,)))
             if not select_pages or not has_page_bounds(key):
                 continue
             # What a selection loses was measured with unrotated keys. Rotated ones have channels of like ranges, by which pages
             # are hard to tell apart.
-            rounding, rotate = _added(calibration.keys[key], value_errors), tuple("v" * v for v in values_rotated)
+            of_formats = _added(_errors(calibration.keys, key, rounding), value_errors)
+            rotate = tuple("v" * v for v in values_rotated)
             for steps, curve in calibration.pages.items():
                 if anchor_every in (None, steps):
                     by_pages = replace(recipe, selection="pages", fractions=(1.0,), anchor_every=steps)
-                    options.append(_pages_option(by_pages, rotate, curve, rounding, context, head, dtype))
+                    options.append(_pages_option(by_pages, rotate, curve, of_formats, context, head, dtype))
     if not options:
         raise UsageError(f"no calibrated format stores cold tokens in 1/{stored:g} of the dense bytes: ask for less")
     return options
 
 
 def _plain(errors: Mapping[str, HeadErrors]) -> list[str]:
-    """Return the names of formats without a rotation."""
-    return [name for name in errors if not name.endswith(ROTATED)]
+    """Return the names of formats without a rotation, rounded to the nearest."""
+    return [name for name in errors if not name.endswith((ROTATED, GPTQ))]
 
 
-def _least(errors: Mapping[str, HeadErrors], name: str) -> tuple[HeadErrors, tuple[bool, ...]]:
+def _measured_so(calibration: ModelCalibration, key: str, value: str) -> bool:
+    """Return whether a calibration has errors of K or of V in a format that is rounded by Hessians."""
+    tensors = ((calibration.keys, key), (calibration.values, value))
+    return any(name + mark + GPTQ in errors for errors, name in tensors for mark in ("", ROTATED))
+
+
+def _errors(errors: Mapping[str, HeadErrors], name: str, rounding: str) -> HeadErrors:
+    """Return the errors of a format in a rounding; those of the nearest codes, which are larger, if it was not measured."""
+    return errors.get(name + GPTQ, errors[name]) if rounding == "gptq" else errors[name]
+
+
+def _least(errors: Mapping[str, HeadErrors], name: str, rounding: str) -> tuple[HeadErrors, tuple[bool, ...]]:
     """Return the errors of a format, rotated in layers where all heads together gain by it, and in which layers they are."""
-    plain, rotated = errors[name], errors.get(name + ROTATED, errors[name])
+    plain = _errors(errors, name, rounding)
+    rotated = _errors(errors, name + ROTATED, rounding) if name + ROTATED in errors else plain
     gains = tuple(sum(r) < _ROTATION_GAIN * sum(p) for p, r in zip(plain, rotated, strict=True))
     return tuple(r if gain else p for p, r, gain in zip(plain, rotated, gains, strict=True)), gains
 
@@ -248,14 +270,14 @@ def _pages_option(
     recipe: Recipe,
     rotate: tuple[str, ...],
     curve: Mapping[float, HeadErrors],
-    rounding: HeadErrors,
+    of_formats: HeadErrors,
     context: int,
     head: AttentionShape,
     dtype: str,
 ) -> _Option:
     fractions = tuple(sorted(curve, reverse=True))
     read = [interval_bytes(replace(recipe, fractions=(f,)), [context], head, dtype).kv for f in fractions]
-    return _Option(recipe, rotate, tuple(read), tuple(_added(curve[f], rounding) for f in fractions), fractions)
+    return _Option(recipe, rotate, tuple(read), tuple(_added(curve[f], of_formats) for f in fractions), fractions)
 
 
 def _added(first: HeadErrors, second: HeadErrors) -> HeadErrors:

@@ -19,6 +19,7 @@ MAX_ANCHOR_EVERY = 4096
 MAX_WINDOW = 1 << 20
 _MAX_DENOMINATOR = 999_999_999
 DEFAULT_SCORER = "bounds"
+ROUNDINGS: tuple[str, ...] = ("nearest", "gptq")
 _SCORER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 
@@ -40,6 +41,7 @@ class Recipe:
     scorer : 'pages': the name of the page scorer, a key of `kvcache.scorers.SCORERS`, which the caches look up.
     rotate : 'k', 'v' or 'kv': K, V or both are stored after an orthonormal Hadamard rotation of their heads
         (`kvcache.hadamard`); '' for neither.
+    rounding : how codes are chosen: 'nearest', or 'gptq' (`kvcache.gptq`), which needs a calibration and changes no bytes.
     """
 
     # `recipe.solver`, which makes recipes and therefore imports this module, puts its `for_ratio` here.
@@ -57,6 +59,7 @@ class Recipe:
     window: int = DEFAULT_WINDOW
     scorer: str = DEFAULT_SCORER
     rotate: str = ""
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         for name in (self.key_format, self.value_format):
@@ -74,8 +77,10 @@ class Recipe:
             self.window,
             self.scorer,
             self.rotate,
+            self.rounding,
         )
-        if self.is_dense and (self.value_format is not None or rest != ("all", 1, 1, 1.0, (), 0, 0, DEFAULT_SCORER, "")):
+        plain = ("all", 1, 1, 1.0, (), 0, 0, DEFAULT_SCORER, "", "nearest")
+        if self.is_dense and (self.value_format is not None or rest != plain):
             raise UsageError("'dense' keeps and reads everything: it takes no other term")
         # 1, 1.0 and NumPy's 1.0 are equal: text and hash must be too.
         object.__setattr__(self, "decay", float(self.decay))
@@ -98,6 +103,7 @@ class Recipe:
         self._check_fractions()
         self._check_scorer()
         self._check_rotation()
+        self._check_rounding()
 
     def _check_formats(self) -> None:
         k, v = self.key_format, self.value_format
@@ -138,6 +144,17 @@ class Recipe:
         for letter, tensor, name in stored:
             if letter in self.rotate and name is not None and FORMATS[name].is_float:
                 raise UsageError(f"rotate={self.rotate} does not combine with {tensor} in {name}: only with quantized ones")
+
+    def _check_rounding(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise UsageError(f"rounding={self.rounding} is unknown: write rounding={' or rounding='.join(ROUNDINGS)}")
+        if not self.uses_hessians:
+            return
+        if not any(name is not None and FORMATS[name].is_integer for name in (self.key_format, self.value_format)):
+            integers = ", ".join(name for name in cold_formats() if FORMATS[name].is_integer)
+            raise UsageError(f"rounding={self.rounding} does not combine with {self.formats}: K or V in one of {integers}")
+        if self.selection == "stride":
+            raise UsageError(f"rounding={self.rounding} does not combine with 'stride', which stores single rows")
 
     def _check_fractions(self) -> None:
         if (self.selection == "pages") != bool(self.fractions):
@@ -187,6 +204,11 @@ class Recipe:
         return "v" in self.rotate
 
     @property
+    def uses_hessians(self) -> bool:
+        """Whether codes are chosen by the Hessians of a calibration."""
+        return self.rounding == "gptq"
+
+    @property
     def is_dense(self) -> bool:
         """Whether every token is stored in the model's own dtype and read at every step."""
         return self.key_format is None
@@ -207,6 +229,8 @@ class Recipe:
             fields += f";scorer={self.scorer}"
         if self.rotate:
             fields += f";rotate={self.rotate}"
+        if self.rounding != "nearest":
+            fields += f";rounding={self.rounding}"
         return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
     def steps_since_refresh(self, step: int, anchor_offset: int = 0) -> int:
@@ -263,6 +287,8 @@ class Recipe:
             terms.append(f"vgroup={self.value_group}")
         if self.rotate:
             terms.append(f"rotate={self.rotate}")
+        if self.rounding != "nearest":
+            terms.append(f"rounding={self.rounding}")
         if self.selection == "pages":
             terms.append(f"pages={':'.join(map(_shortest, self.fractions))}")
             if self.anchor_every != 1:
@@ -357,7 +383,7 @@ def parse_open(text: str, default_format: str = "bf16") -> tuple[Recipe, str | N
             put(name, _whole(name, raw))
         elif equals and name == "vgroup":
             put("value_group", _whole(name, raw))
-        elif (equals and name == "scorer") or (raw and name == "rotate"):
+        elif (equals and name == "scorer") or (raw and name in ("rotate", "rounding")):
             put(name, raw)
         elif equals and name == "decay":
             put(name, _number(name, raw))
@@ -381,7 +407,7 @@ def has_page_bounds(key_format: str | None) -> bool:
 def _help() -> str:
     return (
         f"a recipe is 'dense' or terms joined by commas: a format ({', '.join(cold_formats())}) or k=FORMAT,v=FORMAT, "
-        "'vgroup=N' (channels of V to an int4 or int3 scale), 'rotate=k', 'rotate=v' or 'rotate=kv', "
+        "'vgroup=N' (channels of V to an int4 or int3 scale), 'rotate=k', 'rotate=v' or 'rotate=kv', 'rounding=gptq', "
         "'pages[=FRACTION][,anchor_every=N][,scorer=NAME]', "
         "'stride[=N]' or 'reuse[,anchor_every=N][,decay=D]', 'sinks=N', 'window=N'; for example int4,pages=1/4,anchor_every=4"
     )

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from elastickv.errors import UsageError
 from elastickv.inputs import file_exists, file_path, parse_json, read_text
+from elastickv.kvcache.gptq import no_hessians
 from elastickv.kvcache.key_scales import has_shared_scale, unsuited_loss
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
 from elastickv.recipe.calibration import FORMAT as CALIBRATION_FORMAT
-from elastickv.recipe.calibration import ModelCalibration, Smoothing
+from elastickv.recipe.calibration import ModelCalibration, StorageStatistics
 from elastickv.recipe.layer_solver import LayerPlan, check_stored_bits, for_ratio_by_layer, for_stored_bits
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.solver import PER_CHANNEL, check_ratio
@@ -54,7 +55,7 @@ class ElasticConfig:
     ratio : C, or None where recipes are given.
     recipe : of all layers, or a text that leaves a number open for the ratio to decide. None: the solver's.
     layers : recipes of single layers, which override all else.
-    calibration : errors of the model's heads and the smoothing of rotated keys, or None.
+    calibration : errors of the model's heads, and what storing its tokens needs to know, or None.
     context : the context at which the ratio must be met. None: from the prompt's length on.
     capacity : tokens that a row may have. None: as many as fit.
     prefill : 'stored': later chunks of a prompt read what is stored; 'exact': 16 bit until the prompt ends.
@@ -165,7 +166,9 @@ class ElasticConfig:
         if isinstance(self.recipe, Recipe):
             return [self.recipe] * count, context
         if self.stored_bits is not None and self.calibration is not None:
-            return self._of_plan(for_stored_bits(self.calibration, self.stored_bits, dtype, device=self.device)), context
+            gptq = self.device == "cpu"
+            plan = for_stored_bits(self.calibration, self.stored_bits, dtype, device=self.device, gptq=gptq)
+            return self._of_plan(plan), context
         if self.recipe is None and self.ratio in (None, 1):
             return [DENSE] * count, context
         try:
@@ -185,16 +188,17 @@ class ElasticConfig:
             return [resolve(self.recipe, self.ratio, context, shape, dtype)] * count
         if self.calibration is None:
             return [for_ratio(self.ratio, context, shape, dtype)] * count
-        return self._of_plan(for_ratio_by_layer(self.calibration, self.ratio, context, dtype, device=self.device))
+        plan = for_ratio_by_layer(self.calibration, self.ratio, context, dtype, device=self.device, gptq=self.device == "cpu")
+        return self._of_plan(plan)
 
     def _of_plan(self, plan: LayerPlan) -> Sequence[Recipe]:
         assert self.calibration is not None
         by_layer = dict(zip(self.calibration.layers, plan.recipes, strict=True))
         return [by_layer[layer] for layer in self.sizes.elastic]
 
-    def smoothing_of(self, layer: int) -> Smoothing | None:
-        """Return the smoothing of a layer's keys, for a recipe that rotates them; None without a calibration that has it."""
-        return None if self.calibration is None else self.calibration.smoothing_of(layer)
+    def statistics_of(self, layer: int) -> StorageStatistics:
+        """Return what the calibration says of how a layer's tokens are stored; nothing without one."""
+        return StorageStatistics() if self.calibration is None else self.calibration.statistics_of(layer)
 
     def warn_uncalibrated(self, model_name: str) -> None:
         """Warn that all heads read the same share, with the expected loss and the command that calibrates."""
@@ -295,7 +299,7 @@ def config_for(
     elif isinstance(recipe, Recipe):
         chosen = recipe
     elif isinstance(recipe, os.PathLike) or (isinstance(recipe, str) and file_exists(recipe)):
-        record = _file(file_path(recipe))
+        record = recipes_in(file_path(recipe))
         if isinstance(record, ModelCalibration):
             calibration = record
         else:
@@ -324,9 +328,13 @@ def config_for(
         raise UsageError(f"compress={compress:g} and the recipe {chosen} are both given: the recipe fixes the ratio; give one")
     if isinstance(chosen, str) and compress is None:
         raise UsageError(f"recipe {chosen!r} leaves a number open: give compress too, or write the number")
+    named_recipes = [named for named in (chosen, *single.values()) if isinstance(named, Recipe)]
     if calibration is not None:
-        rotated = any(isinstance(named, Recipe) and named.rotates_keys for named in (chosen, *single.values()))
-        _check_calibration(calibration, sizes, compress is not None or stored_bits is not None or rotated)
+        used = any(named.rotates_keys or named.uses_hessians for named in named_recipes)
+        _check_calibration(calibration, sizes, compress is not None or stored_bits is not None or used)
+    for named in named_recipes:
+        if named.uses_hessians and (calibration is None or calibration.hessians is None):
+            raise no_hessians(named)
     bits = None if stored_bits is None else float(stored_bits)
     return ElasticConfig(sizes, compress, chosen, single, calibration, context, capacity, prefill, stored_bits=bits)
 
@@ -354,7 +362,7 @@ def _check_calibration(calibration: ModelCalibration, sizes: Sizes, used: bool) 
     if not used:
         raise UsageError(
             "a calibration is not a recipe: give compress too, or stored_bits, and recipes are solved for it, or a recipe with "
-            "rotate=k"
+            "rotate=k or rounding=gptq"
         )
     missing = sorted(set(sizes.elastic) - set(calibration.layers))
     heads = (calibration.query_heads, calibration.kv_heads, calibration.head_dim)
@@ -383,8 +391,17 @@ def _parsed(value: RecipeLike) -> Recipe:
     return Recipe.parse(value)
 
 
-def _file(path: Path) -> ModelCalibration | tuple[Recipe | None, dict[int, Recipe]]:
-    """Read a calibration, a JSON file of recipes, or a file with the text of one recipe."""
+def recipes_in(path: Path) -> ModelCalibration | tuple[Recipe | None, dict[int, Recipe]]:
+    """Read a calibration, a JSON file of recipes, or a file with the text of one recipe.
+
+    Returns
+    -------
+    recipes : that of all layers, if there is one, and those of single layers.
+
+    Raises
+    ------
+    UsageError : if the file is none of these.
+    """
     text = read_text(path, f"recipe file {path}", "give a calibration, recipes, or a file of one recipe's text")
     if not text.lstrip().startswith("{"):
         return Recipe.parse(text.strip()), {}

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from elastickv.backends import Backend, load
 from elastickv.errors import UsageError
 from elastickv.kvcache import LayerCache, TensorView
+from elastickv.kvcache.gptq import layer_compensation
 from elastickv.kvcache.protocol import CacheState
 from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
+from elastickv.recipe.calibration import StorageStatistics
 from elastickv.transformers.cuda_graph.in_flight import wait_for_others
 from elastickv.transformers.key_smoothing import KeySmoothing
 from elastickv.transformers.torch_allocator import TorchAllocator
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 GIB = 1 << 30
+NOTHING_KNOWN = StorageStatistics()
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -101,7 +104,7 @@ def new_store(
     head_dim: int,
     device: torch.device,
     anchor_offset: int = 0,
-    smoothing: Sequence[Sequence[int]] | None = None,
+    statistics: StorageStatistics = NOTHING_KNOWN,
 ) -> LayerStorage:
     """Return an empty store.
 
@@ -110,11 +113,17 @@ def new_store(
     shape : of the layer, with the padded head.
     head_dim : the model's own.
     anchor_offset : steps by which the layer's anchors come early.
-    smoothing : of K, if the recipe rotates it, [KV head][channel]; see `ModelCalibration`.
+    statistics : of these KV heads; see `ModelCalibration`.
+
+    Raises
+    ------
+    UsageError : as `Backend.cache`; if the recipe needs what the calibration does not have.
     """
     backend = backends.at(device)
     with _on_current_stream(backend, device):
-        cache = backend.cache(shape, capacity, dtype, recipe, anchor_offset)
+        compensation = layer_compensation(recipe, shape.head_dim, statistics)
+        cache = backend.cache(shape, capacity, dtype, recipe, anchor_offset, compensation)
+        smoothing = statistics.smoothing
         smooth = KeySmoothing(smoothing, device) if smoothing is not None and recipe.rotates_keys else None
         if smooth is not None:
             smooth.factors(TORCH_DTYPES[dtype])

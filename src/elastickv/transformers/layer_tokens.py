@@ -167,9 +167,9 @@ class LayerTokens(CacheLayerMixin):  # type: ignore[misc]
         same_device = layers_on_same_device(self.number, config.sizes.elastic, self._checks.device_map)
         if self.number == same_device[0]:
             check_memory(config.backends.at(device), config, self._checks.ranks, shape, capacity, dtype, same_device)
-        smoothing = self._checks.ranks.share_heads(config.smoothing_of(self.number), heads)
+        statistics = self._checks.ranks.share_heads(config.statistics_of(self.number), heads)
         offset = budget.anchor_offset(self.number)
-        store = new_store(config.backends, shape, capacity, dtype, recipe, head_dim, device, offset, smoothing)
+        store = new_store(config.backends, shape, capacity, dtype, recipe, head_dim, device, offset, statistics)
         store.extend(keys, values, lengths)
         self.store, self.held = store, None
         self.raise_non_finite()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from elastickv.recipe import Recipe
+from elastickv.recipe.calibration import StorageStatistics
 
-Head = TypeVar("Head")
 _OFFLOADED = ("cpu", "disk")
 
 
@@ -41,10 +41,9 @@ class Ranks:
         first = self.number * local
         return replace(recipe, fractions=recipe.fractions[first : first + local])
 
-    def share_heads(self, of_heads: Sequence[Head] | None, local: int) -> Sequence[Head] | None:
-        """Return this rank's `local` entries of one for each of the model's KV heads; None of None."""
-        first = self.number * local
-        return None if of_heads is None else of_heads[first : first + local]
+    def share_heads(self, statistics: StorageStatistics, local: int) -> StorageStatistics:
+        """Return the statistics of this rank's `local` KV heads."""
+        return statistics.of_heads(self.number * local, local)
 
     def uneven(self, recipe: Recipe) -> tuple[bool, ...]:
         """Return for each rank whether its heads have unequal shares of pages, which needs another kernel. () for one rank."""

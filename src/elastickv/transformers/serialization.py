@@ -330,8 +330,8 @@ def _restored_store(
     recipe.check_anchor_offset(record["phase"])
     # The file may claim any size: memory is checked before it is allocated.
     check_room(backend, shape, capacity, dtype, recipe)
-    smoothing = config.smoothing_of(number)
-    store = new_store(config.backends, shape, capacity, dtype, recipe, sizes.head_dim, device, record["phase"], smoothing)
+    statistics = config.statistics_of(number)
+    store = new_store(config.backends, shape, capacity, dtype, recipe, sizes.head_dim, device, record["phase"], statistics)
     store.load_state(
         {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("real", "held_keys", "held_values")}
     )

@@ -121,7 +121,7 @@ def test_the_codebook_is_the_best_for_normal_numbers():
 def test_names_and_recipes_are_read_from_lists():
     assert parse_formats(["kivi2, q4_0", "k=int8,v=int4", "int4,kivi2"]) == ("kivi2", "q4_0", "k=int8,v=int4", "int4")
     assert parse_formats(["all"]) == (*PUBLISHED, "fp8", "int8", "int4", "k=int8_per_channel,v=int8", "k=int4,v=int3")
-    assert format_of("k=int8,v=int4") == Recipe.parse("k=int8,v=int4") and format_of("kivi2") is PUBLISHED["kivi2"]
+    assert format_of("k=int8,v=int4").whole == Recipe.parse("k=int8,v=int4") and format_of("kivi2") is PUBLISHED["kivi2"]
 
 
 @pytest.mark.parametrize("text", ["int5", "q4_1,kivi2", "", "kivi2,"])

@@ -13,6 +13,7 @@ from elastickv.backends.cpu.programs import AttentionProgram, CycleProgram
 from elastickv.backends.feedback import Feedback
 from elastickv.backends.protocol import Ceilings, DeviceInfo, Reporter
 from elastickv.errors import UsageError
+from elastickv.kvcache.gptq import LayerCompensation, no_hessians
 from elastickv.kvcache.protocol import LayerCache
 from elastickv.kvcache.tensor_view import Float32
 from elastickv.recipe import DTYPES, AttentionShape, Recipe
@@ -36,13 +37,21 @@ class CpuBackend:
     def follow(self, stream: int) -> None:
         """Do nothing: there are no streams."""
 
-    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> CpuCache:
+    def cache(
+        self,
+        shape: AttentionShape,
+        capacity: int,
+        dtype: str,
+        recipe: Recipe,
+        anchor_offset: int = 0,
+        compensation: LayerCompensation | None = None,
+    ) -> CpuCache:
         """Allocate the cache of one layer. Its anchors come `anchor_offset` steps early.
 
         Raises
         ------
-        UsageError : if dtype, capacity or the recipe on this shape are not supported, or it does not fit the free memory;
-            before any allocation.
+        UsageError : if dtype, capacity or the recipe on this shape are not supported, it does not fit the free memory, or a
+            compensation is needed and not there; before any allocation.
         CompileFailure : if a kernel does not compile.
         ValueError : if the offset is not 0 to recipe.anchor_every - 1.
         """
@@ -52,6 +61,8 @@ class CpuBackend:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give a whole number from 1 up")
         recipe.check_shape(shape.head_dim, shape.kv_heads)
         recipe.check_anchor_offset(anchor_offset)
+        if recipe.uses_hessians and compensation is None:
+            raise no_hessians(recipe)
         needed, free = self.cache_bytes(shape, capacity, dtype, recipe), self.device.free_bytes
         if needed > free:
             fits = self._fitting_context(shape, capacity, dtype, recipe, free)
@@ -61,7 +72,7 @@ class CpuBackend:
                 f"{free} ({free / GIB:.1f} GiB) are free; {remedy}"
             )
         compile_kernels(needed_kernels(recipe, dtype), self._report or current_report())
-        return CpuCache(shape, capacity, dtype, recipe, anchor_offset)
+        return CpuCache(shape, capacity, dtype, recipe, anchor_offset, compensation)
 
     def cache_bytes(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe) -> int:
         """Return the bytes that `cache` allocates: pages, scratch for each thread and partial result, and the marked copy."""

@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 from elastickv.backends.cpu import decode, page, page_codes, selection, steps, storage, threads
 from elastickv.backends.cpu.editing import CpuEditing
 from elastickv.backends.cpu.layout import LIST_BYTES, MARKED, NO_ANCHOR, STATE_WORDS, BufferField, BufferLayout, State, layout
+from elastickv.backends.cpu.quantizers.gptq_pages import quantizers
 from elastickv.errors import NonFiniteError
 from elastickv.kvcache.attention import Float64
 from elastickv.kvcache.checks import beyond_largest_key, check_anchor, check_marked, check_room, check_shape
+from elastickv.kvcache.gptq import LayerCompensation
 from elastickv.kvcache.hadamard import rotated_head
 from elastickv.kvcache.protocol import Lengths, StoredHead
 from elastickv.kvcache.scorers import scorer_of
@@ -19,6 +21,8 @@ from elastickv.recipe import AttentionShape, Recipe, regions
 from elastickv.recipe.regions import PAGE_TOKENS, retained_tokens
 
 ALIGNMENT_BYTES = 64
+KEY_COMPENSATION = (BufferField.KEY_ORDER, BufferField.KEY_SHARES)
+VALUE_COMPENSATION = (BufferField.VALUE_ORDER, BufferField.VALUE_SHARES)
 
 
 class CpuCache(CpuEditing):
@@ -27,8 +31,16 @@ class CpuCache(CpuEditing):
     Python threads may work at the same time, each on its own caches; a second thread inside one cache raises RuntimeError.
     """
 
-    def __init__(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> None:
-        self._describe(shape, capacity, dtype, recipe, anchor_offset)
+    def __init__(
+        self,
+        shape: AttentionShape,
+        capacity: int,
+        dtype: str,
+        recipe: Recipe,
+        anchor_offset: int = 0,
+        compensation: LayerCompensation | None = None,
+    ) -> None:
+        self._describe(shape, capacity, dtype, recipe, anchor_offset, compensation)
         self.thread_count, self._own = threads.count(), threads.OneThread()
         self.layout: BufferLayout = layout(shape, capacity, dtype, recipe, self.thread_count)
         # Zeros, not empty: the tokens beyond a short page are multiplied by zero, so they must not be NaN.
@@ -43,8 +55,12 @@ class CpuCache(CpuEditing):
         self.descriptor[BufferField.ITEM_KERNEL] = decode.decode_item.address
         self.descriptor[BufferField.APPEND_KERNEL] = storage.append_token.address
         if not recipe.is_dense:
-            quantizers = page_codes.quantizers(recipe, dtype)
-            self.descriptor[[BufferField.QUANTIZE_KEYS, BufferField.QUANTIZE_VALUES]] = [one.address for one in quantizers]
+            of_pages = quantizers(recipe, dtype)
+            self.descriptor[[BufferField.QUANTIZE_KEYS, BufferField.QUANTIZE_VALUES]] = [one.address for one in of_pages]
+        if compensation is not None:
+            for part, fields in ((compensation.keys, KEY_COMPENSATION), (compensation.values, VALUE_COMPENSATION)):
+                if part is not None:
+                    self.descriptor[list(fields)] = part.order.ctypes.data, part.shares.ctypes.data
         if recipe.selection == "pages":
             self.descriptor[BufferField.SCORE_KERNEL] = selection.score_item.address
             self._weights_kernel = selection.weights_kernel(scorer_of(recipe))
@@ -230,7 +246,8 @@ class CpuCache(CpuEditing):
         return np.r_[listed.astype(np.int64), np.arange(state[State.ANCHOR_PAGES], state[State.READ_PAGES])]
 
     def _empty_like(self, batch: int, capacity: int) -> "CpuCache":
-        return CpuCache(replace(self.shape, batch=batch), capacity, self.dtype, self.recipe, self.anchor_offset)
+        shape = replace(self.shape, batch=batch)
+        return CpuCache(shape, capacity, self.dtype, self.recipe, self.anchor_offset, self.compensation)
 
     def mark(self) -> None:
         """Save the present state."""

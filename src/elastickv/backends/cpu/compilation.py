@@ -13,8 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from time import sleep
 
-from elastickv.backends.cpu import decode, page, page_codes, selection, steps, storage, threads
+from elastickv.backends.cpu import decode, page, selection, steps, storage, threads
 from elastickv.backends.cpu.numba_cache import Kernel, cache_kernels_on_disk, compiled_folder
+from elastickv.backends.cpu.quantizers.gptq_pages import quantizers
 from elastickv.backends.protocol import Reporter
 from elastickv.recipe import Recipe
 
@@ -31,6 +32,8 @@ SECONDS = {
     "page_codes.quantize_values_int4": 0.4,
     "page_codes.quantize_values_int3": 0.3,
     "page_codes.store_rows": 0.4,
+    "quantizers.gptq_pages.quantize_keys_in_turn": 1.5,
+    "quantizers.gptq_pages.quantize_values_in_turn": 1.5,
 }
 OTHER_SECONDS = 0.2
 START_SECONDS = 1.2  # of a process, to import Numba
@@ -43,7 +46,7 @@ def needed_kernels(recipe: Recipe, dtype: str) -> list[Kernel]:
     """Return the kernels that a cache of a recipe is made with."""
     kernels = [page.attend_page, decode.decode_item, storage.append_token, steps.attend, steps.store_block]
     if not recipe.is_dense:
-        kernels += dict.fromkeys(page_codes.quantizers(recipe, dtype))
+        kernels += dict.fromkeys(quantizers(recipe, dtype))
     if recipe.selection == "pages":
         kernels.append(selection.score_item)
     return kernels

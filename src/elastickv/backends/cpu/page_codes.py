@@ -72,7 +72,7 @@ MAX_FP8, MAX_FP16 = np.float32(FP8_MAX), np.float32(FLOAT16_MAX)
 EIGHT = 8  # rows of int4 that are interleaved
 WORDS, PAIRS_OF_WORD = 3, 5  # of a column of int3: 32-bit words, and pairs of codes in each
 # Of a quantizer: the address of a cache's descriptor, a (sequence, KV head), the page's number, and 1 for V or 0 for K.
-_QUANTIZER = "void(int64, int64, int64, int64)"
+QUANTIZER = "void(int64, int64, int64, int64)"
 
 
 @inlined
@@ -111,7 +111,7 @@ def value_offset(fmt, group, token, d):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _planes(c, head, page, is_value):  # type: ignore[no-untyped-def]
+def planes(c, head, page, is_value):  # type: ignore[no-untyped-def]
     """Return the addresses of K or V: exact numbers, codes and scales."""
     exact, dim, key, value = c[EXACT_FORMAT], c[DIM], c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT]
     source, _ = exact_page(c, head, c[SINKS] + page * PAGE_TOKENS)
@@ -166,7 +166,7 @@ def _first_beyond(exact, source, dim):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _key_bounds(c, head, page, source, levels):  # type: ignore[no-untyped-def]
+def key_bounds(c, head, page, source, levels):  # type: ignore[no-untyped-def]
     """Store a half scale and zero for each channel of K's page; record the first key beyond what halves hold.
 
     Returns the address of the scales, which the zeros follow.
@@ -188,7 +188,7 @@ def _key_bounds(c, head, page, source, levels):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _group_scales(exact, source, dim, start, group, scales, levels):  # type: ignore[no-untyped-def]
+def group_scales(exact, source, dim, start, group, scales, levels):  # type: ignore[no-untyped-def]
     """Store a bfloat16 scale and zero for each token of a group of V's channels; return the address of the scales."""
     where = scales + start // group * 4 * PAGE_TOKENS
     for token in range(PAGE_TOKENS):
@@ -204,7 +204,7 @@ def _group_scales(exact, source, dim, start, group, scales, levels):  # type: ig
 def _values_int4(exact, source, target, scales, dim, group):  # type: ignore[no-untyped-def]
     """Store V's page."""
     for start in range(0, dim, group):
-        where = _group_scales(exact, source, dim, start, group, scales, LEVELS_4)
+        where = group_scales(exact, source, dim, start, group, scales, LEVELS_4)
         for column in range(0, group, COLUMNS):
             columns, first = min(COLUMNS, group - column), start + column
             for token in range(0, PAGE_TOKENS, EIGHT):
@@ -216,75 +216,75 @@ def _values_int4(exact, source, target, scales, dim, group):  # type: ignore[no-
 def _values_int3(exact, source, target, scales, dim, group):  # type: ignore[no-untyped-def]
     """Store V's page."""
     for start in range(0, dim, group):
-        where = _group_scales(exact, source, dim, start, group, scales, LEVELS_3)
+        where = group_scales(exact, source, dim, start, group, scales, LEVELS_3)
         for column in range(0, group, COLUMNS):
             columns, first = min(COLUMNS, group - column), start + column
             codes = target + first * 4 * WORDS
             vectors.three_bit_values(exact, source, dim, first, columns, where, where + 2 * PAGE_TOKENS, codes, LEVELS_3)
 
 
-@kernel(_QUANTIZER)
+@kernel(QUANTIZER)
 def quantize_int8(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
     """Store a page in int8."""
     c = words(descriptor)
-    source, codes, scales = _planes(c, head, page, is_value)
+    source, codes, scales = planes(c, head, page, is_value)
     if is_value:
         vectors.symmetric_values(c[EXACT_FORMAT], source, c[DIM], codes, scales, LEVELS_8)
     else:
         vectors.symmetric_keys(c[EXACT_FORMAT], source, c[DIM], codes, scales, LEVELS_8)
 
 
-@kernel(_QUANTIZER)
+@kernel(QUANTIZER)
 def quantize_fp8(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
     """Store a page in fp8."""
     c = words(descriptor)
-    source, codes, scales = _planes(c, head, page, is_value)
+    source, codes, scales = planes(c, head, page, is_value)
     vectors.float_page(c[EXACT_FORMAT], source, c[DIM], codes, scales, MAX_FP8)
 
 
-@kernel(_QUANTIZER)
+@kernel(QUANTIZER)
 def quantize_keys_int4(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
     """Store K of a page in int4; record the first key beyond what halves hold."""
     c = words(descriptor)
-    source, codes, _ = _planes(c, head, page, is_value)
-    exact, dim, bounds = c[EXACT_FORMAT], c[DIM], _key_bounds(c, head, page, source, LEVELS_4)
+    source, codes, _ = planes(c, head, page, is_value)
+    exact, dim, bounds = c[EXACT_FORMAT], c[DIM], key_bounds(c, head, page, source, LEVELS_4)
     for d in range(0, dim, EIGHT):
         scales, at = bounds + 2 * d, codes + d * PAGE_TOKENS // 2
         vectors.eight_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales, scales + 2 * dim, at, LEVELS_4)
 
 
-@kernel(_QUANTIZER)
+@kernel(QUANTIZER)
 def quantize_keys_int8_per_channel(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
     """Store K of a page in int8 per channel; record the first key beyond what halves hold."""
     c = words(descriptor)
-    source, codes, _ = _planes(c, head, page, is_value)
-    exact, dim, bounds = c[EXACT_FORMAT], c[DIM], _key_bounds(c, head, page, source, LEVELS_CHANNEL)
+    source, codes, _ = planes(c, head, page, is_value)
+    exact, dim, bounds = c[EXACT_FORMAT], c[DIM], key_bounds(c, head, page, source, LEVELS_CHANNEL)
     for d in range(0, dim, EIGHT):
         scales = bounds + 2 * d
         vectors.channel_keys(exact, source, dim, d, scales, scales + 2 * dim, codes + d * PAGE_TOKENS, LEVELS_CHANNEL)
 
 
-@kernel(_QUANTIZER)
+@kernel(QUANTIZER)
 def quantize_values_int4(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
     """Store V of a page in int4."""
     c = words(descriptor)
-    source, codes, scales = _planes(c, head, page, is_value)
+    source, codes, scales = planes(c, head, page, is_value)
     _values_int4(c[EXACT_FORMAT], source, codes, scales, c[DIM], c[VALUE_GROUP])
 
 
-@kernel(_QUANTIZER)
+@kernel(QUANTIZER)
 def quantize_values_int3(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
     """Store V of a page in int3."""
     c = words(descriptor)
-    source, codes, scales = _planes(c, head, page, is_value)
+    source, codes, scales = planes(c, head, page, is_value)
     _values_int3(c[EXACT_FORMAT], source, codes, scales, c[DIM], c[VALUE_GROUP])
 
 
-@kernel(_QUANTIZER)
+@kernel(QUANTIZER)
 def store_rows(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
     """Store the retained rows of a page in bf16, fp16 or int8."""
     c = words(descriptor)
-    source, codes, scales = _planes(c, head, page, is_value)
+    source, codes, scales = planes(c, head, page, is_value)
     fmt = c[COLD_VALUE_FORMAT] if is_value else c[COLD_KEY_FORMAT]
     for token in range(PAGE_TOKENS):
         cold = page * PAGE_TOKENS + token

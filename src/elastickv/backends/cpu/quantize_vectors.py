@@ -47,7 +47,7 @@ def _every(value: int) -> Any:
 
 
 @dataclass(frozen=True)
-class _ExactPlane:
+class ExactPlane:
     """K or V of an exact page: `code` is its format, known when the kernel runs."""
 
     builder: ir.IRBuilder
@@ -127,7 +127,7 @@ def _symmetric_codes(builder: ir.IRBuilder, x: Any, divisor: Any) -> Any:
 
 
 def _symmetric_keys(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target: Any, scales: Any, levels: Any) -> None:
-    plane = _ExactPlane(builder, code, source, dim, False)
+    plane = ExactPlane(builder, code, source, dim, False)
     with loop(builder, I64(PAGE_TOKENS // UNIT), []) as (unit, _, _):
         token = builder.mul(unit, I64(UNIT))
         with loop(builder, dim, [constant(0.0, UNIT)]) as (d, peaks, final):
@@ -142,7 +142,7 @@ def _symmetric_keys(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, tar
 
 
 def _symmetric_values(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target: Any, scales: Any, levels: Any) -> None:
-    plane, units = _ExactPlane(builder, code, source, dim, True), builder.sdiv(dim, I64(UNIT))
+    plane, units = ExactPlane(builder, code, source, dim, True), builder.sdiv(dim, I64(UNIT))
     with loop(builder, I64(PAGE_TOKENS // 2), []) as (pair, _, _):
         tokens, divisors = [builder.add(builder.mul(pair, I64(2)), I64(i)) for i in (0, 1)], []
         for token in tokens:
@@ -171,7 +171,7 @@ symmetric_values = addressed(5, types.void, _symmetric_values, floats=1)
 
 def _range(is_value: bool) -> Callable[..., Any]:
     def body(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, row: Any, first: Any, columns: Any) -> Any:
-        plane = _ExactPlane(builder, code, source, dim, is_value)
+        plane = ExactPlane(builder, code, source, dim, is_value)
         starts = [constant(INFINITY, UNIT), constant(-INFINITY, UNIT)]
         with loop(builder, builder.sdiv(columns, I64(UNIT)), starts) as (unit, ends, final):
             x = plane.unit(row, builder.add(first, builder.mul(unit, I64(UNIT))))
@@ -213,7 +213,7 @@ def _eight_rows(is_value: bool) -> Callable[..., None]:
         target: Any,
         levels: Any,
     ) -> None:
-        plane, most = _ExactPlane(builder, code, source, dim, is_value), splat(builder, levels, UNIT)
+        plane, most = ExactPlane(builder, code, source, dim, is_value), splat(builder, levels, UNIT)
         wide = [widen(builder, load(builder, address, SHORTS)) for address in (scales, zeros)]
         with loop(builder, builder.sdiv(columns, I64(UNIT)), []) as (unit, _, _):
             after = builder.mul(unit, I64(UNIT))
@@ -247,7 +247,7 @@ def _whole_columns(
     target: Any,
     levels: Any,
 ) -> None:
-    plane, most = _ExactPlane(builder, code, source, dim, True), splat(builder, levels, UNIT)
+    plane, most = ExactPlane(builder, code, source, dim, True), splat(builder, levels, UNIT)
     one = ir.VectorType(I16, 1)
 
     def codes(token: Any, column: Any) -> Any:
@@ -283,7 +283,7 @@ three_bit_values = addressed(8, types.void, _whole_columns, floats=1)
 def _channel_rows(
     builder: ir.IRBuilder, code: Any, source: Any, dim: Any, first: Any, scales: Any, zeros: Any, target: Any, levels: Any
 ) -> None:
-    plane, most = _ExactPlane(builder, code, source, dim, False), splat(builder, levels, UNIT)
+    plane, most = ExactPlane(builder, code, source, dim, False), splat(builder, levels, UNIT)
     wide = [widen_fp16(builder, load(builder, address, SHORTS)) for address in (scales, zeros)]
     with loop(builder, I64(PAGE_TOKENS // UNIT), []) as (unit, _, _):
         token = builder.mul(unit, I64(UNIT))
@@ -322,7 +322,7 @@ def _e4m3(builder: ir.IRBuilder, x: Any, most: Any) -> Any:
 
 
 def _float_page(builder: ir.IRBuilder, code: Any, source: Any, dim: Any, target: Any, scales: Any, most: Any) -> None:
-    plane = _ExactPlane(builder, code, source, dim, False)
+    plane = ExactPlane(builder, code, source, dim, False)
     units = builder.mul(dim, I64(PAGE_TOKENS // UNIT))
     with loop(builder, units, [constant(0.0, UNIT)]) as (unit, peaks, final):
         x = plane.numbers(builder.mul(unit, I64(UNIT)))

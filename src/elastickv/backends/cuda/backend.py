@@ -23,6 +23,7 @@ from elastickv.backends.cuda.storage import DeviceLayout, Scratch, ScratchSize
 from elastickv.backends.feedback import Feedback
 from elastickv.backends.protocol import Allocator, Ceilings, DeviceInfo
 from elastickv.errors import UsageError
+from elastickv.kvcache.gptq import LayerCompensation
 from elastickv.kvcache.protocol import LayerCache
 from elastickv.kvcache.tensor_view import Float32
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
@@ -122,7 +123,15 @@ class CudaBackend:
         _, scratch = self._grid(shape, variant, layout)
         return layout.n_bytes + layout.marked_bytes + scratch.n_bytes
 
-    def cache(self, shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, anchor_offset: int = 0) -> LayerCache:
+    def cache(
+        self,
+        shape: AttentionShape,
+        capacity: int,
+        dtype: str,
+        recipe: Recipe,
+        anchor_offset: int = 0,
+        compensation: LayerCompensation | None = None,
+    ) -> LayerCache:
         """Allocate the cache of one layer.
 
         Raises

@@ -130,6 +130,8 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
     ------
     UsageError : if no kernel supports the combination.
     """
+    if recipe.uses_hessians:
+        raise UsageError(f"rounding={recipe.rounding} has no CUDA kernel: leave it out of {recipe}, or use the cpu backend")
     exact = TYPES[recipe.exact_dtype(dtype)]
     cold = _COLD_NONE if recipe.is_dense else _COLD_INT8 if recipe.key_format == "int8" else _COLD_SAME
     can_mma = int(arch) >= MMA_SINCE and exact != TYPES["fp32"]

@@ -1,4 +1,4 @@
-"""Layers of Transformers' cache whose tokens have 16 bits, or have been through a KV format.
+"""Layers of Transformers' cache whose tokens have been through a KV format, or have 16 bits.
 
 What comes back from a format is held in the model's dtype, so that these layers save no memory and no time. They only grow.
 """
@@ -16,7 +16,10 @@ from elastickv.transformers.attention import Call, Pending, carrying
 
 
 class SixteenBitLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values in 16 bits: those of a float32 model are rounded to bfloat16, as an ElasticCache rounds exact tokens."""
+    """Keys and values in 16 bits: those of a float32 model are rounded to bfloat16, as an ElasticCache rounds exact tokens.
+
+    Selections read these, so that they differ from an ElasticCache by what they leave out alone.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (batch, kv_heads, new, head_dim) tokens and return all."""
@@ -24,8 +27,8 @@ class SixteenBitLayer(DynamicLayer):  # type: ignore[misc]
         return keys, values
 
 
-class FormatLayer(SixteenBitLayer):
-    """Keys and values as attention reads them: rounded to a format once, as soon as they are old enough.
+class FormatLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values as attention reads them: rounded to a format once, as soon as they are old enough, and not before.
 
     Several tokens that follow others are as many steps: each reads what has been rounded by then.
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from elastickv.errors import UsageError
+from elastickv.evaluation.evaluation_options import REFERENCE
 from elastickv.evaluation.kv_formats import (
     gguf_blocks,
     kivi,
@@ -12,8 +13,9 @@ from elastickv.evaluation.kv_formats import (
     turboquant,
     turboquant_presets,
 )
+from elastickv.evaluation.kv_formats.own_formats import NamedRecipes
 from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
-from elastickv.recipe import Recipe
+from elastickv.inputs import file_exists
 from elastickv.recipe.formats import FORMATS, cold_formats
 
 PUBLISHED: dict[str, ReferenceFormat] = {
@@ -59,7 +61,8 @@ def parse_formats(lists: Sequence[str]) -> tuple[str, ...]:
 
     Parameters
     ----------
-    lists : each is names, separated by commas, or a single recipe. `all` stands for the published formats and our own.
+    lists : each is names, separated by commas, or a single recipe, or a file of recipes by layer. `all` stands for the
+        published formats and our own. Recipes and files behind `reference:` are measured in PyTorch, without their kernels.
 
     Raises
     ------
@@ -70,22 +73,27 @@ def parse_formats(lists: Sequence[str]) -> tuple[str, ...]:
         for name in [text] if "=" in text else text.split(","):
             names += [*PUBLISHED, *_own_formats()] if name.strip() == ALL else [name.strip()]
     for name in names:
-        if name not in PUBLISHED:
-            _recipe(name)
+        format_of(name)
     return tuple(dict.fromkeys(names))
 
 
-def format_of(name: str) -> ReferenceFormat | Recipe:
-    """Return the published format, or the recipe, that a name stands for."""
-    return PUBLISHED[name] if name in PUBLISHED else _recipe(name)
+def format_of(name: str) -> ReferenceFormat | NamedRecipes:
+    """Return the published format, or the recipes, that a name stands for.
 
-
-def _recipe(text: str) -> Recipe:
+    Raises
+    ------
+    UsageError : if it is neither.
+    """
+    if name in PUBLISHED:
+        return PUBLISHED[name]
     try:
-        return Recipe.parse(text)
+        return NamedRecipes.of(name)
     except UsageError as error:
-        if "=" in text or text in FORMATS:
+        text = name.removeprefix(REFERENCE)
+        if "=" in text or text in FORMATS or file_exists(text):
             raise
+        if text in PUBLISHED:
+            raise UsageError(f"format {name} is no recipe: published formats are references, write {text}") from error
         accepted = ", ".join([ALL, *PUBLISHED, *_own_formats()])
         raise UsageError(f"format {text or 'without a name'} is unknown: choose {accepted}, or write a recipe") from error
 

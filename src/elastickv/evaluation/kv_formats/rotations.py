@@ -3,13 +3,14 @@
 An engine rotates the query and the output instead, which gives the same attention.
 """
 
+import math
 from functools import cache
 
 import numpy as np
 import torch
 
 from elastickv.evaluation.prefill import Tensor
-from elastickv.kvcache.hadamard import rotated
+from elastickv.kvcache.hadamard import rotated, rotated_block
 
 
 @cache
@@ -43,3 +44,14 @@ def gaussian(size: int, seed: int = 0) -> Tensor:
 def by_blocks(x: Tensor, matrix: Tensor) -> Tensor:
     """Multiply every block of a head's channels by a matrix, as rows."""
     return (x.unflatten(-1, (-1, len(matrix))) @ matrix.to(x)).flatten(-2)
+
+
+def rotated_rows(x: Tensor) -> Tensor:
+    """Return (..., head_dim) float32 rows rotated as a recipe's `rotate` does, bit for bit as `kvcache.hadamard.rotated`."""
+    size = rotated_block(x.shape[-1])
+    rows, step = x.reshape(-1, size), 1
+    while step < size:
+        first, second = rows.view(-1, size // (2 * step), 2, step).unbind(2)
+        rows = torch.stack([first + second, first - second], 2).view(-1, size)
+        step *= 2
+    return (rows * (1 / math.sqrt(size))).view(x.shape)

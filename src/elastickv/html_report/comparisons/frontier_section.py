@@ -19,7 +19,8 @@ def frontier(data: ReportData) -> Section:
         "Methods at equal bytes",
         "Published KV formats and selections, as PyTorch references, and our own recipes, through the cache that generates. "
         "Bits are those of an element of K and V, of which a dense cache stores and reads 16: exact tokens, scales, codebooks "
-        "and what scoring reads count. A line joins what no other of its method beats; the rest is hollow.",
+        "and what scoring reads count. Numbers have the dtype in `from` before they are quantized. A line joins what no "
+        "other of its method beats; the rest is hollow.",
         charts=[chart for number, each in enumerate(compared, 1) for chart in frontier_charts(number, each)],
         tables=tables("Methods, with 95 % intervals over windows", rows, ("model", "method", "cache", "front", "source")),
         notes=[sentence for each in compared for sentence in sentences(each)],
@@ -36,6 +37,7 @@ def _rows(compared: ComparedMethods) -> Iterator[Mapping[str, str]]:
             "context": str(compared.context),
             "method": one.method,
             "cache": loss.cache,
+            "from": loss.exact_dtype or "",
             "bits": fixed(loss.bits, 3),
             "stored bits": fixed(one.stored_bits, 3),
             "read bits": fixed(one.read_bits, 3),

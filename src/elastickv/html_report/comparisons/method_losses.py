@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from elastickv.evaluation.evaluation_options import REFERENCE
 from elastickv.html_report.report_data import Evaluation, Loss
 
 OWN = "ElasticKV"
+BY_REFERENCE = f"{OWN} by reference"
 DENSE_BITS = 16
 _FAMILIES = {
     "turboquant": "TurboQuant",
@@ -111,6 +113,8 @@ def _measured(loss: Loss, calibrated: bool) -> MethodLoss | None:
         return None
     if loss.selection:
         return MethodLoss(loss.selection, loss, stored, read)
+    if loss.cache.startswith(REFERENCE):
+        return MethodLoss(BY_REFERENCE, loss, stored, read)
     if loss.read is not None:
         return MethodLoss(OWN if calibrated else f"{OWN}, not calibrated", loss, stored, read)
     family = next((name for prefix, name in _FAMILIES.items() if loss.cache.startswith(prefix)), loss.cache)

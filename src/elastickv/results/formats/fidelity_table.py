@@ -17,7 +17,7 @@ from elastickv.results.kinds.evaluation_result import (
     SuggestedRatio,
 )
 
-_FORMAT_HEADERS = ("context", "format", "bits", "stored bits", "exact K / V", "d-PPL %", "KL", "top-1 %", "source")
+_FORMAT_HEADERS = ("context", "format", "bits", "stored bits", "exact K / V", "from", "d-PPL %", "KL", "top-1 %", "source")
 _SELECTION_HEADERS = (
     "context", "selection", "reads", "read 1/", "stored 1/", "bytes read", "d-PPL %", "KL", "top-1 %", "source",
 )  # fmt: skip
@@ -35,7 +35,7 @@ def fidelity_tables(result: EvaluationResult) -> str:
         markdown_cell(heading),
         *_windows(result),
         "",
-        *_losses(result.rows),
+        *_losses(result.rows, model.dtype),
         "Means with 95 % bootstrap intervals over windows, against full attention.",
         *(["One window alone has no interval."] if any(row.windows == 1 for row in result.rows) else []),
         *_layers(model),
@@ -53,7 +53,7 @@ def fidelity_tables(result: EvaluationResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _losses(rows: Sequence[LossRow]) -> Iterator[str]:
+def _losses(rows: Sequence[LossRow], dtype: str) -> Iterator[str]:
     """Yield a table of caches, one of selections and one of KV formats, with a line after each of the last two."""
     caches = [_loss_row(row) for row in rows if row.stored_format is None and row.selection is None]
     if caches:
@@ -63,10 +63,12 @@ def _losses(rows: Sequence[LossRow]) -> Iterator[str]:
         yield from (*_table(_SELECTION_HEADERS, selections), "")
         yield "Bytes read of one sequence in a step, by all layers with full attention, the mean over the scored tokens."
         yield ""
-    formats = [_format_row(row, row.stored_format) for row in rows if row.stored_format is not None]
+    formats = [_format_row(row, row.stored_format, dtype) for row in rows if row.stored_format is not None]
     if formats:
         yield from (*_table(_FORMAT_HEADERS, formats), "")
         yield "Bits of a quantized element with its scales; stored bits count codebooks and exact tokens too, as at the end."
+        yield ""
+        yield "Numbers have the dtype in `from` before they are quantized, and where they stay exact."
     yield from dict.fromkeys(map(_by_layer, (row for row in rows if row.stored_format and len(set(row.recipes or ())) > 1)))
 
 
@@ -136,7 +138,7 @@ def _loss_row(row: LossRow) -> list[str]:
     ]
 
 
-def _format_row(row: LossRow, stored: StoredFormat) -> list[str]:
+def _format_row(row: LossRow, stored: StoredFormat, dtype: str) -> list[str]:
     alone = row.windows == 1
     return [
         str(row.context),
@@ -144,6 +146,7 @@ def _format_row(row: LossRow, stored: StoredFormat) -> list[str]:
         f"{stored.bits_per_element:.3f}",
         f"{stored.stored_bits_per_element:.3f}",
         f"{stored.exact_keys} / {stored.exact_values}",
+        stored.rounded_to(dtype),
         _interval(row.ppl_change_percent, 2, "+", alone),
         _interval(row.kl, 6, "", alone),
         _interval(row.top1_percent, 1, "", alone),

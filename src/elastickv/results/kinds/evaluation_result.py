@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from elastickv.benchmark.from_dict import SIGNED, Count, Positive, from_dict, optional, refused
 from elastickv.evaluation.generations.text_figures import TextFigures
 from elastickv.evaluation.metrics import Estimate
+from elastickv.recipe.formats import sixteen_bit
 from elastickv.results.kinds.model_result import check_version
 
 EVALUATION_KIND = "elastickv-fidelity"
@@ -86,8 +87,9 @@ class GreedyDivergence:
 class StoredFormat:
     """How a KV format stores: bits of a quantized element with its scales, and of any element, exact tokens included.
 
-    `exact_keys` and `exact_values` are tokens in 16 bit at the end, the first `sinks` ones among them; `source` is the
-    publication, or `recipe`.
+    `exact_keys` and `exact_values` are tokens that count as 16 bit at the end, the first `sinks` ones among them; `source` is
+    the publication, or `recipe`. `exact_dtype` is what these tokens, and those that are quantized later, were rounded to first:
+    in older files, which lack it, it was bf16 if the model is fp32.
     """
 
     bits_per_element: Positive
@@ -96,6 +98,11 @@ class StoredFormat:
     exact_keys: int
     exact_values: int
     source: str
+    exact_dtype: str | None = field(default=None, metadata=_OPTIONAL)
+
+    def rounded_to(self, model_dtype: str) -> str:
+        """Return the dtype to which numbers were rounded before they were quantized, and exact ones too."""
+        return self.exact_dtype or sixteen_bit(model_dtype)
 
 
 @dataclass(frozen=True)

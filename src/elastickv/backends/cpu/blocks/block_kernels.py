@@ -74,6 +74,8 @@ class NumbaBlockKernels:
             raise UsageError(f"dtype {dtype!r} is unknown: choose {', '.join(DTYPES)}")
         if recipe.is_dense or recipe.selection != "all" or recipe.stride > 1:
             raise UsageError(f"{recipe} does not store and read every token: a serving engine's blocks need formats only")
+        if recipe.uses_hessians:
+            raise UsageError(f"{recipe}: a serving engine's blocks have no rounding={recipe.rounding}: leave it out")
         recipe.check_shape(shape.head_dim, shape.kv_heads)
         self.slab_bytes = slab_bytes(recipe, shape.head_dim)
         self._shape, self._element, self._exact_tokens = shape, 4 if dtype == "fp32" else 2, exact_tokens

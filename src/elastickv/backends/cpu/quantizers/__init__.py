@@ -1,0 +1,1 @@
+"""Quantizers of a page that choose codes channel by channel."""
