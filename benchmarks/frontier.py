@@ -78,7 +78,7 @@ REFERENCES = tuple(
         "int8",
         "int8,rotate=kv",
         "k=int8_per_channel,v=int8",
-        "k=int8_per_channel,v=int8,rotate=v",
+        "k=int8_per_channel,v=int8,rotate=kv",
     )
 )
 
