@@ -87,7 +87,7 @@ REFERENCES = tuple(
         "int8,rotate=kv",
         "int8,rotate=kv,rounding=gptq",
         "k=int8_per_channel,v=int8",
-        "k=int8_per_channel,v=int8,rotate=v",
+        "k=int8_per_channel,v=int8,rotate=kv",
     )
 )
 

@@ -111,12 +111,11 @@ class NamedRecipes:
         ------
         UsageError : if a layer has none, or what is no layer has one.
         """
-        recipes = [self.layers.get(layer, self.whole) for layer in layers]
-        found = tuple(recipe for recipe in recipes if recipe is not None)
-        if len(found) < len(layers) or not set(self.layers) <= set(layers):
+        if not set(self.layers) <= set(layers) or (self.whole is None and len(self.layers) < len(layers)):
             expected = ", ".join(map(str, layers))
             raise UsageError(f"format {name} is not of this model, whose layers with full attention are {expected}: name these")
-        return found
+        recipes = (self.layers.get(layer, self.whole) for layer in layers)
+        return tuple(recipe for recipe in recipes if recipe is not None)
 
 
 def check_reference(recipes: Iterable[Recipe]) -> None:

@@ -74,7 +74,7 @@ class ReferenceFormat:
     source : the publication, and the repository and file that were followed.
     sinks : the first tokens, which are never quantized.
     shared_bytes : head_dim -> bytes of what K and V of all layers share: codebooks and random matrices.
-    outer_layers : so many of a model's first layers, and of its last ones, stay in 16 bit.
+    outer_layers : so many of a model's first layers, and of its last ones, are not quantized; they count as 16 bit.
     """
 
     name: str
@@ -86,7 +86,7 @@ class ReferenceFormat:
     outer_layers: int = 0
 
     def exact_layers(self, layers: int) -> frozenset[int]:
-        """Return the numbers of the layers that stay in 16 bit: never more than half of them at either end."""
+        """Return the numbers of the layers that are not quantized: never more than half of them at either end."""
         outer = min(self.outer_layers, layers // 2)
         return frozenset([*range(outer), *range(layers - outer, layers)])
 
@@ -118,7 +118,7 @@ class ReferenceFormat:
 
         Parameters
         ----------
-        layers : those with full attention; `exact_layers` of them are in 16 bit.
+        layers : those with full attention; `exact_layers` of them count as 16 bit.
         """
         planes = (self.keys, self.values)
         heads = kv_heads * sum(plane.head_bytes(tokens, self.sinks, head_dim) for plane in planes)
