@@ -41,13 +41,14 @@ def names(result):
 def test_a_further_call_measures_what_the_file_lacks(call, tmp_path, capsys):
     status, first = call("--compress=4", "--parts=4", "--formats=q4_0", "--selections=none", "--stored-bits=5")
     assert status == 0 and first["complete"]
-    assert names(first) == ["C=4", "C=4 formats alone", "C=4 selection alone", "stored_bits=5", "q4_0"]
+    parts = ["C=4", "C=4 formats alone", "C=4 selection alone"]
+    assert names(first) == [*parts, "stored_bits=5", "reference:stored_bits=5", "q4_0"]
     assert first["options"]["texts_sha256"].keys() == {"held-out.txt"} and first["calibration"]["text"] == "calibration.txt"
     assert (tmp_path / "calibration-tiny-model.json").exists() and str(tmp_path) not in json.dumps(first)
     capsys.readouterr()
     status, second = call("--compress=4", "--parts=4", "--formats=q4_0,int4", "--selections=streaming_llm")
     assert status == 0 and names(second) == [*names(first), "int4", "streaming_llm C=4"]
-    assert second["rows"][:5] == first["rows"]
+    assert second["rows"][:6] == first["rows"]
     said = capsys.readouterr().out
     assert "900 int4: KL" in said and "q4_0: KL" not in said and "calibrated in" not in said
     status, third = call("--compress=4", "--formats=none", "--selections=none", "--scored=4")

@@ -29,7 +29,7 @@ def test_a_model_is_calibrated_and_evaluated(elastickv, folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads(result.read_text(encoding="utf-8"))
-    assert [row["cache"] for row in record["rows"]] == ["C=1", "C=2", "stored_bits=5"]
+    assert [row["cache"] for row in record["rows"]] == ["C=1", "C=2", "stored_bits=5", "reference:stored_bits=5"]
     assert "stored_bits=4 is less than any calibrated format that the CPU reads takes: give 4.25 or more" in done.stdout
     assert "compress=64 cannot be met" in done.stdout and "Largest C within kl=0.001: 1" in done.stdout
     assert "warning" not in done.stderr

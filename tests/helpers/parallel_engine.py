@@ -17,14 +17,18 @@ MARK = "ANSWERS"
 LIMIT_S = 400
 
 
-def ask(prompts, tokens, **engine):
-    """Return the answers of an engine with these options, of vLLM's `AsyncLLM`: for each rank of data, one for each prompt."""
+def ask(prompts, tokens, variables=(), **engine):
+    """Return the answers of an engine with these options, of vLLM's `AsyncLLM`: for each rank of data, one for each prompt.
+
+    `variables` are of the environment.
+    """
     import numpy as np
 
     from tests.helpers.serving_engine import Answer
 
     command = [sys.executable, "-m", __name__, json.dumps({"engine": engine, "prompts": prompts, "tokens": tokens})]
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment.update(variables)
     output = in_own_session(command, environment)
     lines = [line.partition(MARK)[2] for line in output.splitlines() if MARK in line]
     assert lines, output[-4000:]

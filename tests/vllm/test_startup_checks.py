@@ -21,6 +21,7 @@ DEFAULTS = {
         "dtype": "torch.bfloat16",
         "use_mla": False,
         "is_encoder_decoder": False,
+        "runner_type": "generate",
         "is_hybrid": False,
         "is_mm_prefix_lm": False,
         "attention_chunk_size": None,
@@ -94,6 +95,7 @@ def test_a_usual_decoder_is_served(device, layer):
     [
         ({"model_config__use_mla": True}, "multi-head latent attention (MLA)"),
         ({"model_config__is_encoder_decoder": True}, "an encoder and a decoder"),
+        ({"model_config__runner_type": "pooling"}, "served for pooling"),
         ({"model_config__is_hybrid": True}, "state-space or linear layers"),
         ({"model_config__attention_chunk_size": 8192}, "within chunks of 8192 tokens"),
     ],

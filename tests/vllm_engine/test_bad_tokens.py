@@ -7,7 +7,7 @@ import torch
 
 from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
 from elastickv.vllm import window_spec
-from elastickv.vllm.bad_tokens import BadTokens, begin_step, take_bad_tokens
+from elastickv.vllm.bad_tokens import BadTokens, of_engine
 from tests.helpers.bad_words import (
     INFINITE,
     LARGE,
@@ -211,44 +211,51 @@ def test_a_scheduler_that_the_user_chose_stays_and_the_log_says_what_it_lacks(mo
 
 def test_what_was_found_is_logged_once_with_its_layer(logged):
     found = BadTokens("cpu", 4)
-    assert [found.layer(name) for name in ("first", "second", "first")] == [0, 1, 0]
-    assert found.words.tolist() == [NO_BAD_TOKEN] * 4
-    found.reported[2, 3] = BadToken(1, 1234, too_large=True).word
+    assert [found.of_layer(name)[0] for name in ("first", "second", "first")] == [0, 1, 0]
+    assert found.words.tolist() == [[NO_BAD_TOKEN] * 4] * 2
+    found.reported[2, 0, 3] = BadToken(1, 1234, too_large=True).word
     for _ in range(2):
         found.look()
     assert logged == [
         f"ElasticKV: layer second has {TOO_LARGE} at position 1234 of a request, which ends with an error",
     ]
-    found.reported[0, 0] = BadToken(0, 5, too_large=False).word
+    found.reported[0, 0, 0] = BadToken(0, 5, too_large=False).word
     found.look()
     assert len(logged) == 2 and "layer first has a NaN or an infinity" in logged[1]
 
 
 def test_tokens_are_taken_by_their_step_and_a_drafters_fail_no_request(logged):
-    found = BadTokens("cpu", 4, engine="an engine")
-    for name in ("first", "second", "drafter"):
-        found.layer(name)
+    found = BadTokens("cpu", 4)
     found.add_drafter("drafter")
-    steps = [begin_step("an engine") for _ in range(5)]
-    assert steps == [1, 2, 3, 4, 5] and begin_step("another") == 0
+    words = [found.of_layer(name)[1].data_ptr() for name in ("first", "second", "drafter")]
+    assert words[0] == words[1] == found.words[0].data_ptr() and words[2] == found.words[1].data_ptr()
+    assert [found.begin_step() for _ in range(5)] == [1, 2, 3, 4, 5]
     here, next_step, of_drafter = BadToken(1, 40, False), BadToken(0, 41, False), BadToken(2, 42, False)
-    found.reported[4 % 4, 3] = here.word
-    found.reported[5 % 4, 3], found.reported[5 % 4, 0] = next_step.word, of_drafter.word
-    assert take_bad_tokens("an engine", 4) == {3: here}
-    assert take_bad_tokens("an engine", 4) == take_bad_tokens("another", 4) == {}
-    assert take_bad_tokens("an engine", 5) == {3: next_step}
-    assert sorted(text.split(" has ")[0] for text in logged) == [
-        f"ElasticKV: layer {n}" for n in ("drafter", "first", "second")
-    ]
+    found.reported[4 % 4, 0, 3] = here.word
+    found.reported[5 % 4, 0, 3], found.reported[5 % 4, 1, 0] = next_step.word, of_drafter.word
+    assert found.take(4) == {3: here}
+    assert found.take(4) == {}
+    assert found.take(5) == {3: next_step}
+    assert sorted(text.split(" has ")[0].split()[-1] for text in logged) == ["drafter", "first", "second"]
     (line,) = (text for text in logged if "drafter" in text)
     assert line.endswith("position 42 of a request, whose drafts are wrong")
+
+
+def test_an_engine_is_known_by_its_layers_whatever_it_is_named():
+    """In a process of its own vLLM names a configuration anew once the model is loaded."""
+    layers = {}
+    found = BadTokens("cpu", 4, layers)
+    config, other = (SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=each)) for each in (layers, {}))
+    assert of_engine(config) is found and of_engine(other) is None
+    del found
+    assert of_engine(config) is None
 
 
 def test_kernels_see_the_step_that_was_begun_last():
     found = BadTokens("cpu", 4)
     assert found.begin_step() == 1
     found.mark_step()
-    found.layer("first")  # of the first step: vLLM on CPUs has computed nothing before
+    found.of_layer("first")  # of the first step: vLLM on CPUs has computed nothing before
     number = found.step
     assert int(number) == 1
     for step in (2, 3):
@@ -258,7 +265,13 @@ def test_kernels_see_the_step_that_was_begun_last():
         assert int(number) == step
 
 
-@pytest.mark.parametrize("token", [BadToken(0, 0, True), BadToken(0, 0, False), BadToken(2**30 - 2, 2**32 - 1, True)])
+@pytest.mark.parametrize("later", [(1, 60, False), (0, 70, True), (1, 70, False)])
+def test_of_two_tokens_the_word_of_the_first_in_its_first_layer_is_less(later):
+    assert BadToken(0, 70, False).word != BadToken(*later).word
+    assert (BadToken(*later).word < BadToken(0, 70, False).word) == (later == (1, 60, False))
+
+
+@pytest.mark.parametrize("token", [BadToken(0, 0, True), BadToken(0, 0, False), BadToken(2**30 - 1, 2**32 - 1, True)])
 def test_a_word_says_which_token_it_was(token):
     word = torch.tensor([token.word], dtype=torch.int64)
     assert BadToken.of(int(word)) == token

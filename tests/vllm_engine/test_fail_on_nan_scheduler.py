@@ -26,8 +26,8 @@ def ahead(serve):
         block_size=block_size,
         hash_block_size=hash_block_size,
     )
-    tokens = BadTokens("cpu", 8, core.vllm_config.instance_id)
-    tokens.layer("first")
+    tokens = BadTokens("cpu", 8, core.vllm_config.compilation_config.static_forward_context)
+    tokens.of_layer("first")
     return SimpleNamespace(
         scheduler=made, hasher=core.request_block_hasher, pool=made.kv_cache_manager.block_pool, tokens=tokens
     )
@@ -89,18 +89,39 @@ def test_no_block_of_a_failed_request_is_hit_again(ahead):
     assert ahead.scheduler.schedule().num_scheduled_tokens["again"] == 200
 
 
-def test_blocks_of_a_request_that_was_preempted_before_it_failed_are_read_once(ahead):
+def test_blocks_of_a_request_that_was_preempted_before_it_failed_serve_no_hit(ahead):
     prompt = random_prompts([200], seed=3)[0]
     add(ahead, "bad", prompt)
     step = ahead.scheduler.schedule()
     ahead.scheduler._preempt_request(ahead.scheduler.running.pop(), 0.0)
     assert ended(ahead.scheduler.update_from_output(step, output(step, nan={"bad"}))) == {"bad": ("error", [])}
-    add(ahead, "reader", prompt)
-    step = ahead.scheduler.schedule()
-    assert step.num_scheduled_tokens["reader"] == 200 - 192
-    assert ended(ahead.scheduler.update_from_output(step, output(step, nan={"reader"}))) == {"reader": ("error", [])}
     add(ahead, "again", prompt)
     assert ahead.scheduler.schedule().num_scheduled_tokens["again"] == 200
+
+
+def test_blocks_that_a_step_in_flight_writes_for_an_aborted_request_serve_no_hit(ahead):
+    """Nothing looks any more at what that step says of them; those of steps before are still hit."""
+    from vllm.v1.request import RequestStatus
+
+    start, prompt = ahead.pool.get_num_free_blocks(), random_prompts([400], seed=6)[0]
+    ahead.scheduler.max_num_scheduled_tokens = 256
+    add(ahead, "aborted", prompt)
+    steps = [ahead.scheduler.schedule() for _ in range(2)]
+    ahead.scheduler.update_from_output(steps[0], output(steps[0]))
+    ahead.scheduler.finish_requests("aborted", RequestStatus.FINISHED_ABORTED)
+    ahead.scheduler.update_from_output(steps[1], output(steps[1]))
+    assert ahead.pool.get_num_free_blocks() == start
+    add(ahead, "again", prompt)
+    assert ahead.scheduler.schedule().num_scheduled_tokens["again"] == 400 - 256
+
+
+def test_an_output_of_no_step_is_left_to_vllm(ahead):
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    add(ahead, "good", random_prompts([100], seed=5)[0])
+    step, empty = ahead.scheduler.schedule(), SchedulerOutput.make_empty()
+    assert ahead.scheduler.update_from_output(empty, output(empty)) == {}
+    assert ended(ahead.scheduler.update_from_output(step, output(step))) == {"good": ("None", [7])}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +151,7 @@ def test_rows_of_logits_belong_to_requests_with_their_drafts(drafts, sampled, ro
 
 def report(ahead, step, place, position):
     """Let the model report a key that is too large of a request at a place of a step's batch."""
-    ahead.tokens.reported[step % 4, place] = BadToken(0, position, too_large=True).word
+    ahead.tokens.reported[step % 4, 0, place] = BadToken(0, position, too_large=True).word
 
 
 def test_a_token_fails_the_request_at_its_place_in_its_own_step(ahead):

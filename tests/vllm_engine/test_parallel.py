@@ -1,7 +1,7 @@
 """Heads split over two processes, each of which loads the plug-in and has caches of its own."""
 
 from elastickv.recipe import ModelCalibration
-from tests.helpers.bad_words import NAN, with_bad_word, with_bad_words
+from tests.helpers.bad_words import LARGE, NAN, with_bad_word, with_bad_words
 from tests.helpers.parallel_engine import ask
 from tests.helpers.served_llama import Sizes, write_model
 from tests.helpers.serving_engine import DEFAULTS
@@ -53,3 +53,14 @@ def test_a_request_with_nan_fails_though_other_processes_run_the_model(serve, we
     plug_in = {"elastickv": {"format": RECIPE, "window": WINDOW}}
     (answers,) = ask(prompts, 12, **DEFAULTS, model=str(folder), tensor_parallel_size=2, additional_config=plug_in)
     assert [len(answer.tokens) for answer in answers] == [0, 12, 12]
+
+
+def test_a_server_whose_scheduler_runs_the_model_fails_requests_by_their_tokens(serve, weights, tmp_path):
+    """As on one GPU: an engine in a process of its own, without a process for the model, and without counts of NaN."""
+    serve.close()
+    folder = write_model(tmp_path / "llama", with_bad_words(weights))
+    prompts = [with_bad_word(NAN), random_prompts(LENGTHS[:1])[0], with_bad_word(LARGE)]
+    plug_in = {"elastickv": {"format": RECIPE, "window": WINDOW}}
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_COMPUTE_NANS_IN_LOGITS": "0"}
+    (answers,) = ask(prompts, 12, one_process, **DEFAULTS, model=str(folder), additional_config=plug_in)
+    assert [len(answer.tokens) for answer in answers] == [0, 12, 0]

@@ -8,7 +8,7 @@ REPORTED_STEPS = 4  # of which a kernel's reports are kept apart; kernels/store_
 
 @dataclass(frozen=True)
 class BadToken:
-    """A token of a request with a value that cannot be stored; of several the one of the least layer, then position.
+    """A token of a request with a value that cannot be stored; of several the first, in the first layer that has it.
 
     Attributes
     ----------
@@ -26,12 +26,12 @@ class BadToken:
         """Return what an int64 word says that a kernel may have lowered; None if it is still `NO_BAD_TOKEN`."""
         if word == NO_BAD_TOKEN:
             return None
-        return cls(layer=word >> 33, position=word >> 1 & 0xFFFFFFFF, too_large=bool(word & 1))
+        return cls(layer=word >> 1 & 0x3FFFFFFF, position=word >> 31, too_large=bool(word & 1))
 
     @property
     def word(self) -> int:
         """The int64 word, as `of` reads it."""
-        return self.layer << 33 | self.position << 1 | self.too_large
+        return self.position << 31 | self.layer << 1 | self.too_large
 
     @property
     def reason(self) -> str:

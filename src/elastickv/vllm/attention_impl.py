@@ -112,7 +112,7 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         assert self._attention is not None, "the weights were loaded without process_weights_after_loading"
         assert self._window is not None
         assert output_scale is None, "no fused quantization of the output is offered"
-        number = self.bad_tokens.layer(self._name)
+        number, words = self.bad_tokens.of_layer(self._name)
         if self._rotation is not None:
             query, key, value = self._rotation.rotate(query, key, value)
         if attn_metadata is None:  # vLLM measures memory
@@ -121,7 +121,7 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         metadata: Any = get_forward_context().attn_metadata
         recent = metadata[self._window_name]
         batch, decoded, tokens = attn_metadata, attn_metadata.decode_tokens, attn_metadata.tokens
-        step = LayerStep(key, value, kv_cache, self._window.kv_cache, batch, recent, self.bad_tokens.words, number)
+        step = LayerStep(key, value, kv_cache, self._window.kv_cache, batch, recent, words, number)
         self._attention.store(step)
         if decoded:
             self._attention.decode(step, query[:decoded], output[:decoded])

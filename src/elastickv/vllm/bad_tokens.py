@@ -5,6 +5,8 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from elastickv.backends.bad_token import NO_BAD_TOKEN, REPORTED_STEPS, BadToken
 _log = logging.getLogger("vllm.elastickv")
 _COUNT_NANS = "VLLM_COMPUTE_NANS_IN_LOGITS"
 _SECONDS = 0.2  # from one look to the next while no step is computed
-_of_engine: "weakref.WeakValueDictionary[str, BadTokens]" = weakref.WeakValueDictionary()
+_of_layers: "weakref.WeakValueDictionary[int, BadTokens]" = weakref.WeakValueDictionary()
 
 
 class BadTokens:
@@ -27,30 +29,32 @@ class BadTokens:
     ----------
     device : where the kernels run.
     requests : the most that a step has.
-    engine : vLLM's `instance_id` of the engine's configuration.
+    layers : the layers of an engine's configuration (`static_forward_context`), by which `of_engine` knows it. Its
+        `instance_id` changes while an engine starts in a process of its own.
 
     Attributes
     ----------
-    words : (requests,) int64, of the requests of the step that is computed.
+    words : (2, requests) int64: of the model's layers, which fail requests, and of a drafter's, which do not.
     step : () int32, on the device: the step's number, as `begin_step` counted.
-    reported : (4, requests) int64 in the host's memory, page-locked for a GPU: words of step s in row s modulo 4, until `look`
+    reported : (4, 2, requests) int64 in the host's memory, page-locked for a GPU: words of step s at s modulo 4, until `look`
         has logged them.
     """
 
     words: torch.Tensor
     step: torch.Tensor
 
-    def __init__(self, device: str, requests: int, engine: str = "") -> None:
-        self._device, self._layers, self._drafter = device, list[str](), set[str]()
+    def __init__(self, device: str, requests: int, layers: Mapping[str, Any] | None = None) -> None:
+        self._device, self._layers, self._drafter = device, dict[str, int](), set[str]()
         self._to_fail = [dict[int, BadToken]() for _ in range(REPORTED_STEPS)]
-        _of_engine[engine] = self
         self._begun = self._marked = 0
-        pinned = device != "cpu"
-        self.reported = torch.full((REPORTED_STEPS, requests), NO_BAD_TOKEN, dtype=torch.int64, device="cpu", pin_memory=pinned)
+        shape, pinned = (REPORTED_STEPS, 2, requests), device != "cpu"
+        self.reported = torch.full(shape, NO_BAD_TOKEN, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._seen, self._looking = self.reported.numpy(), threading.Lock()
+        self._engine_layers = layers  # held, so that no other object gets its identity
+        _of_layers[id(layers)] = self
 
-    def layer(self, name: str) -> int:
-        """Return the number of a layer: layers are numbered in the order in which they are asked for.
+    def of_layer(self, name: str) -> tuple[int, torch.Tensor]:
+        """Return the number of a layer, counted in the order in which they are asked for, and its words, (requests,).
 
         The first call allocates the words, while vLLM measures memory: what is allocated with the weights is lost when vLLM
         sleeps.
@@ -61,9 +65,7 @@ class BadTokens:
                 self.step = torch.full((), self._marked, dtype=torch.int32, device=self._device)
             if self._device != "cpu":  # whose last layer looks itself
                 threading.Thread(target=_look_often, args=(weakref.ref(self),), name="elastickv-log", daemon=True).start()
-        if name not in self._layers:
-            self._layers.append(name)
-        return self._layers.index(name)
+        return self._layers.setdefault(name, len(self._layers)), self.words[int(name in self._drafter)]
 
     def add_drafter(self, layer: str) -> None:
         """Note that a layer is a drafter's: bad tokens there spoil drafts, and no request."""
@@ -93,32 +95,25 @@ class BadTokens:
     def look(self) -> None:
         """Log what was found since the last look."""
         with self._looking:
-            for row, request in zip(*(self._seen != NO_BAD_TOKEN).nonzero(), strict=True):
-                token = BadToken.of(int(self._seen[row, request]))
-                self._seen[row, request] = NO_BAD_TOKEN
+            names = list(self._layers)
+            for at in zip(*(self._seen != NO_BAD_TOKEN).nonzero(), strict=True):
+                token, (row, of_drafter, request) = BadToken.of(int(self._seen[at])), at
+                self._seen[at] = NO_BAD_TOKEN
                 assert token is not None
-                layer = self._layers[token.layer]
-                if layer not in self._drafter:
+                if not of_drafter:
                     self._to_fail[row][int(request)] = token
                 _log.error(
                     "ElasticKV: layer %s has %s at position %d of a request, %s",
-                    layer,
+                    names[token.layer],
                     token.reason,
                     token.position,
-                    "whose drafts are wrong" if layer in self._drafter else "which ends with an error",
+                    "whose drafts are wrong" if of_drafter else "which ends with an error",
                 )
 
 
-def begin_step(engine: str) -> int:
-    """Return the number of a step that an engine schedules now; 0 where another process runs its model."""
-    tokens = _of_engine.get(engine)
-    return 0 if tokens is None else tokens.begin_step()
-
-
-def take_bad_tokens(engine: str, step: int) -> dict[int, BadToken]:
-    """Return what `BadTokens.take` says of an engine's step; nothing where another process runs its model."""
-    tokens = _of_engine.get(engine)
-    return {} if tokens is None else tokens.take(step)
+def of_engine(config: Any) -> BadTokens | None:
+    """Return the bad tokens of the engine with a configuration of vLLM's; None where another process runs its model."""
+    return _of_layers.get(id(config.compilation_config.static_forward_context))
 
 
 def _look_often(reference: "weakref.ref[BadTokens]") -> None:

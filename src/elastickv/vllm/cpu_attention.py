@@ -73,23 +73,22 @@ class CpuAttention:
         requests, counts = torch.searchsorted(starts[1:].contiguous(), rows, right=True).unique_consecutive(return_counts=True)
         firsts = rows[counts.cumsum(0) - counts]
         for request, row in zip(requests.tolist(), firsts.tolist(), strict=True):
-            if int(step.bad[request]) != NO_BAD_TOKEN:  # of a layer before
-                continue
             position = int(lengths[request] - starts[request + 1]) + row
             finite = bool(torch.isfinite(keys[row]).all() and torch.isfinite(values[row]).all())
-            step.bad[request] = BadToken(step.layer, position, too_large=finite).word
+            word, before = BadToken(step.layer, position, too_large=finite).word, int(step.bad[request])
+            step.bad[request] = word if before == NO_BAD_TOKEN else min(before, word)
 
     def fail(self, step: LayerStep, bad: BadTokens, output: torch.Tensor) -> None:
         """Make outputs NaN from the tokens on that could not be stored, and log them."""
         words = bad.words
         if bool((words == NO_BAD_TOKEN).all()):
             return
-        for request in (words[: step.batch.requests] != NO_BAD_TOKEN).nonzero().flatten().tolist():
-            token = BadToken.of(int(words[request]))
-            if token is not None and token.layer <= step.layer:
+        for request, token in enumerate(map(BadToken.of, words[0, : step.batch.requests].tolist())):
+            if token is not None:
                 end = int(step.batch.starts[request + 1])
                 output[end - (int(step.batch.lengths[request]) - token.position) : end] = torch.nan
-        bad.reported[int(bad.step) % REPORTED_STEPS] = words
+        reported = bad.reported[int(bad.step) % REPORTED_STEPS]
+        reported.copy_(torch.where(reported == NO_BAD_TOKEN, words, reported))
         words.fill_(NO_BAD_TOKEN)
         bad.look()
 

@@ -10,7 +10,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from elastickv.backends.bad_token import BadToken
-from elastickv.vllm.bad_tokens import begin_step, take_bad_tokens
+from elastickv.vllm.bad_tokens import of_engine
 
 _log = logging.getLogger("vllm.elastickv")
 
@@ -20,7 +20,7 @@ class _FailOnNan(Scheduler):
 
     vLLM counts NaN and only reports them. With drafts it counts by row of logits, of which a request has several, but keeps
     as many counts as there are requests: those of a request behind others with drafts are lost. Tokens that could not be stored
-    are therefore asked for themselves (`take_bad_tokens`), which has an answer where this process runs the model too.
+    are therefore asked for themselves (`BadTokens.take`), which has an answer where this process runs the model too.
     """
 
     _in_flight: Sequence[tuple[int, Any]] = ()  # numbers of steps that have not been updated from, and what they compute
@@ -28,17 +28,21 @@ class _FailOnNan(Scheduler):
     def schedule(self, *arguments: Any, **options: Any) -> Any:
         """Return what the next step computes."""
         output = super().schedule(*arguments, **options)
-        self._in_flight = [*self._in_flight, (begin_step(self.vllm_config.instance_id), output)]
+        tokens = of_engine(self.vllm_config)
+        self._in_flight = [*self._in_flight, (0 if tokens is None else tokens.begin_step(), output)]
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, EngineCoreOutputs]:
         """Return the outputs of a step; requests that fail in it have no token and the finish reason 'error'."""
-        step = next(number for number, output in self._in_flight if output is scheduler_output)
+        # An output that vLLM makes up for a connector's sake is of no step.
+        steps = [number for number, output in self._in_flight if output is scheduler_output]
         self._in_flight = [each for each in self._in_flight if each[1] is not scheduler_output]
-        tokens = take_bad_tokens(self.vllm_config.instance_id, step)
+        tokens, bad = of_engine(self.vllm_config), dict[int, BadToken]()
+        if tokens is not None and steps:
+            bad = tokens.take(steps[0])
         failed: list[Request] = []
-        if tokens or any((model_runner_output.num_nans_in_logits or {}).values()):
-            failed = self._fail(self._suspects(scheduler_output, model_runner_output, tokens))
+        if bad or any((model_runner_output.num_nans_in_logits or {}).values()):
+            failed = self._fail(self._suspects(scheduler_output, model_runner_output, bad))
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
             last = EngineCoreOutput(
@@ -50,6 +54,25 @@ class _FailOnNan(Scheduler):
             )
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(last)
         return outputs
+
+    def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> Any:
+        """End requests; blocks that a step in flight writes are taken from the prefix cache with an aborted one."""
+        names = [request_ids] if isinstance(request_ids, str) else list(self.requests if request_ids is None else request_ids)
+        if finished_status == RequestStatus.FINISHED_ABORTED:
+            self._evict_unchecked(names)
+        return super().finish_requests(None if request_ids is None else names, finished_status)
+
+    def _preempt_request(self, request: Request, *arguments: Any, **options: Any) -> None:
+        self._evict_unchecked([request.request_id])
+        super()._preempt_request(request, *arguments, **options)
+
+    def _evict_unchecked(self, names: Sequence[str]) -> None:
+        """Take blocks from the prefix cache that a step in flight writes: once a request has lost them, nothing else would."""
+        for _, output in self._in_flight:
+            computed = self._computed(output)
+            for name in names:
+                if name in computed and name in self.requests:
+                    self.kv_cache_manager.evict_blocks(self._blocks_from(name, computed[name].start))
 
     def _computed(self, scheduler_output: Any) -> dict[str, range]:
         """Return which tokens of each request a step computed.

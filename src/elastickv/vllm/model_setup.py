@@ -49,8 +49,8 @@ class ModelSetup:
         self.options = ServingOptions.parse(config.additional_config) or ServingOptions()
         count_nans()
         self.kv_cache_dtype, self.recipe = kv_cache_dtype, recipe_of(self.options, kv_cache_dtype)
-        self.bad_tokens = BadTokens(current_platform.device_type, most_requests(config), config.instance_id)
         self.config, self._layers = config, config.compilation_config.static_forward_context
+        self.bad_tokens = BadTokens(current_platform.device_type, most_requests(config), self._layers)
         self._members: list[Any] = []
         self._drafter: list[Any] = []
         self._recipes: dict[int, Recipe] = {}

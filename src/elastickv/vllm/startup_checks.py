@@ -128,6 +128,10 @@ def _model_refusals(model_config: Any, device: Device) -> Iterator[str]:
             "the model has multi-head latent attention (MLA), whose cache is compressed already and has no keys and values of "
             f"heads: {device.stock_backend}"
         )
+    if getattr(model_config, "runner_type", "generate") == "pooling":
+        yield (
+            f"the model is served for pooling, without decode steps, in which smaller pages are faster: {device.stock_backend}"
+        )
     if getattr(model_config, "is_encoder_decoder", False):
         yield f"the model is an encoder and a decoder, and only decoders are served: {device.stock_backend}"
     if getattr(model_config, "is_hybrid", False):

@@ -96,13 +96,12 @@ def test_of_each_request_the_first_token_is_named(engine):
 
 
 @pytest.mark.gpu
-def test_a_later_layer_leaves_the_words_of_those_before(engine):
+def test_a_later_layer_names_earlier_tokens_only(engine):
     of = engine([80, 300], Recipe.parse("int4"), 128, 2, 4)
-    of.keys[0][7, 0, 0] = math.nan
-    of.bad[0], of.bad[1] = BadToken(0, 70, True).word, BadToken(2, 9, False).word
-    of.keys[1][9, 0, 0] = math.nan
+    of.keys[0][7, 0, 0] = of.keys[1][9, 0, 0] = math.nan
+    of.bad[0], of.bad[1] = BadToken(0, 7, True).word, BadToken(0, 10, False).word
     of.store([0, 0], [80, 300], layer=1)
-    assert named(of) == {0: BadToken(0, 70, True), 1: BadToken(1, 9, False)}
+    assert named(of) == {0: BadToken(0, 7, True), 1: BadToken(1, 9, False)}
 
 
 @pytest.mark.gpu

@@ -253,17 +253,18 @@ def test_outputs_are_nan_from_a_bad_token_on_and_words_move_to_the_host(engine):
     torch = of.torch
     of.store([0] * 3, before)
     of.keys[0][290, 1, 5], of.values[2][700] = math.nan, math.inf
-    words, found = torch.full((600,), -1, device="cuda"), torch.full((4, 600), -1).pin_memory()
+    words, found = torch.full((2, 300), -1, device="cuda"), torch.full((4, 2, 300), -1).pin_memory()
     number = torch.tensor(7, dtype=torch.int32, device="cuda")
-    of.bad = words
+    of.bad = words[0]
     of.store(before, lengths)
-    # The second request's word is of a layer that the step has not, and so is one beyond the step's requests.
-    words[1] = words[599] = BadToken(30, 199, too_large=True).word
+    # A drafter's words fail no request. What the host has not taken yet stays.
+    words[1, 1] = words[1, 299] = BadToken(30, 199, too_large=True).word
+    found[3, 0, 2] = BadToken(0, 650, too_large=True).word
 
     def failed(output):
         addresses = (each.data_ptr() for each in (words, found, number))
         step = (each.data_ptr() for each in of.inputs[:2])
-        of.kernels.fail(*addresses, 30, 3, 600, *step, output.data_ptr())
+        of.kernels.fail(*addresses, 3, 600, *step, output.data_ptr())
         torch.cuda.synchronize()
         return output
 
@@ -273,9 +274,9 @@ def test_outputs_are_nan_from_a_bad_token_on_and_words_move_to_the_host(engine):
     assert torch.equal(failed(output).nan_to_num(-1), expected.nan_to_num(-1))
     assert (words == -1).all()
     assert (found[[0, 1, 2]] == -1).all()
-    seen = {request: BadToken.of(word) for request, word in enumerate(found[7 % 4].tolist()) if word != -1}
-    of_no_layer = BadToken(30, 199, True)
-    assert seen == {0: BadToken(0, 290, False), 1: of_no_layer, 2: BadToken(0, 700, False), 599: of_no_layer}
+    seen = [{request: BadToken.of(word) for request, word in enumerate(row) if word != -1} for row in found[7 % 4].tolist()]
+    of_drafter = BadToken(30, 199, True)
+    assert seen == [{0: BadToken(0, 290, False), 2: BadToken(0, 650, True)}, {1: of_drafter, 299: of_drafter}]
     # Without a word nothing changes.
     output = of.random(12 + 1 + 300, 8)
     assert torch.equal(failed(output.clone()), output)

@@ -265,7 +265,6 @@ def fail_requests(
     words: Address,
     reported: Address,
     step: Address,
-    layers: I32,
     requests: I32,
     most: I32,
     lengths: Address,
@@ -278,10 +277,10 @@ def fail_requests(
     Parameters
     ----------
     words : (most,) words of `BadToken`, a request's each.
-    reported : (4, most) words, of which those of row `step` modulo 4 are written; may be page-locked memory of the host.
+    reported : (4, most) words, of which those of row `step` modulo 4 are written where there is none; may be page-locked memory
+        of the host.
     step : an int32, the step's number.
-    layers : how many layers the step has. Words of layers with larger numbers are moved, and nothing else.
-    requests : of the step.
+    requests : of the step, whose words come first; others are moved, and nothing else.
     lengths, starts : as in `store_blocks`.
     output : (tokens, width) of 16 bit, contiguous.
     """

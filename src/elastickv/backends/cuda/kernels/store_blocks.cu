@@ -68,11 +68,11 @@ __device__ __forceinline__ void report_row(u64* bad, bool value, int layer, int 
     };
     if (!beyond(most)) return;
     const u64 kind = beyond(finite) ? 0 : 1;
-    if ((threadIdx.x & 31) == 0) atomicMin(bad, (u64)layer << 33 | (u64)(u32)position << 1 | kind);
+    if ((threadIdx.x & 31) == 0) atomicMin(bad, (u64)(u32)position << 31 | (u64)layer << 1 | kind);
 }
 
 // `starts`: where each request's tokens begin, and the end of the last; `slot_mapping`: the window's slot of each token, or -1;
-// `bad`: of each request the least of layer << 33 | position << 1 | kind; kind 1: finite, but too large for the format of K.
+// `bad`: of each request the least of position << 31 | layer << 1 | kind; kind 1: finite, but too large for the format of K.
 // grid: 1 and requests, or slots and 1, in x and z; (KV head, keys or values) in y.
 extern "C" __global__ void __launch_bounds__(STORE_THREADS, D > 128 ? 3 : 5)
     store_blocks(STEP_ROWS_SIGNATURE, BLOCKS_SIGNATURE, const int* lengths, const int* starts, const long long* slot_mapping,
@@ -259,28 +259,28 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
     if (threadIdx.x == 0) first[request] = min((gone + PAGE - 1) / PAGE, before / PAGE) * PAGE;
 }
 
-// Takes the words that `store_blocks` lowered in the layers of a step: moves them to the step's row of `reported`, in the host's
-// memory, and makes outputs NaN from the token on that each names, so that no token is chosen by them. One block.
-// `words`: (most), the first `requests` of them of the step's; `reported`: (REPORTED_STEPS, most); words of layers that are not
-// among the first `layers` are of a drafter's step before: they are moved, and fail nothing.
+// Takes the words that `store_blocks` lowered in the layers of a step: moves them to the step's row of `reported`, in the
+// host's memory, and makes outputs NaN from the token on that each names, so that no token is chosen by them. A word that the
+// host has not taken yet remains there: what follows from a bad token never hides it. One block. `words`: (most), the first
+// `requests` of them of the step's requests; others are moved alone. `reported`: (REPORTED_STEPS, most).
 extern "C" __global__ void __launch_bounds__(STORE_THREADS)
-    fail_requests(u64* words, u64* reported, const int* step, int layers, int requests, int most, const int* lengths,
-                  const int* starts, u16* output, int width) {
+    fail_requests(u64* words, u64* reported, const int* step, int requests, int most, const int* lengths, const int* starts,
+                  u16* output, int width) {
     __shared__ u32 failed[STORE_THREADS];
-    const u32 NONE = ~0u;
+    const u64 NONE = ~0ull;
     u64* row_of_step = reported + (size_t)(*step % REPORTED_STEPS) * most;
     for (int first = 0; first < most; first += STORE_THREADS) {
         const int i = first + threadIdx.x;
-        const u64 word = i < most ? words[i] : ~0ull;
-        if (word != ~0ull) {
-            row_of_step[i] = word;
-            words[i] = ~0ull;
+        const u64 word = i < most ? words[i] : NONE;
+        if (word != NONE) {
+            if (row_of_step[i] == NONE) row_of_step[i] = word;
+            words[i] = NONE;
         }
-        const bool fails = i < requests && word >> 33 < layers;
-        failed[threadIdx.x] = fails ? (u32)(word >> 1) : NONE;
+        const bool fails = i < requests && word != NONE;
+        failed[threadIdx.x] = fails ? (u32)(word >> 31) : (u32)NONE;
         if (!__syncthreads_or(fails)) continue;
         for (int each = 0; each < STORE_THREADS; each++) {
-            if (failed[each] == NONE) continue;
+            if (failed[each] == (u32)NONE) continue;
             const int request = first + each, end = starts[request + 1];
             const int row = max(end - (lengths[request] - (int)failed[each]), starts[request]);
             for (long long at = (long long)row * width + threadIdx.x; at < (long long)end * width; at += STORE_THREADS)
