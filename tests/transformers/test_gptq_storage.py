@@ -11,9 +11,12 @@ from elastickv.errors import UsageError
 from elastickv.kvcache.gptq import hessian_of, hessian_text
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe
 from elastickv.recipe.calibration import StorageStatistics
+from elastickv.transformers import ElasticCache
 from elastickv.transformers.config import config_for
 from elastickv.transformers.layer_storage import Backends, new_store
+from elastickv.transformers.model_loading import fingerprint
 from elastickv.transformers.model_support import Sizes
+from tests.helpers.model_matrix import model
 
 CPU, KV_HEADS, DIM, TOKENS = torch.device("cpu"), 2, 64, 300
 SHAPE = AttentionShape(1, 6, KV_HEADS, DIM)
@@ -48,15 +51,13 @@ def costs(recipe, statistics, tensors):
 
 
 @pytest.mark.parametrize("smoothing", [None, SMOOTHING])
-def test_rotated_tensors_are_rounded_by_rotated_hessians(tensors, smoothing):
+def test_rotated_tensors_are_rounded_by_rotated_hessians(tensors, smoothing, monkeypatch):
     known = StorageStatistics(smoothing, *map(texts, tensors[2]))
     in_turn, nearest = (costs(text, known, tensors) for text in (GPTQ, "int4,rotate=kv"))
     assert all(ours < 0.7 * plain for ours, plain in zip(in_turn, nearest, strict=True))
     # Hessians that are not turned with the tensors make errors good where it does not help.
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patched:
-        patched.setattr("elastickv.kvcache.gptq.transformed", lambda hessians, *_: hessians)
-        unturned = costs(GPTQ, known, tensors)
+    monkeypatch.setattr("elastickv.kvcache.gptq.transformed", lambda hessians, *_: hessians)
+    unturned = costs(GPTQ, known, tensors)
     assert all(wrong > plain for wrong, plain in zip(unturned, nearest, strict=True))
 
 
@@ -131,3 +132,34 @@ def test_a_model_without_hessians_refuses_the_recipe_before_its_first_token(cali
         with pytest.raises(UsageError, match=refusal):
             config(recipe={4: GPTQ}, calibration=older)
     assert config(recipe=GPTQ, calibration=calibration).statistics_of(4) == calibration.statistics_of(4)
+
+
+def test_a_model_generates_with_it_and_a_saved_cache_goes_on_as_before(calibration, tmp_path):
+    tiny = model("llama")
+    (keys,), (values,) = (calibration.hessians[name] for name in ("keys", "values"))
+    errors = ((0.5, 0.25),) * 2
+    known = replace(
+        calibration, fingerprint=fingerprint(tiny), layers=(0, 1), query_heads=4, smoothing=(SMOOTHING,) * 2,
+        pages={1: {1.0: errors, 0.5: errors}}, keys={"int4": errors}, values={"int8": errors},
+        hessians={"keys": (keys, keys), "values": (values, values)},
+    )  # fmt: skip
+    prompt = torch.randint(3, 60, (1, 130), generator=torch.Generator().manual_seed(0))
+    options = {"do_sample": False, "pad_token_id": 0}
+
+    def generated(cache, text, tokens):
+        return tiny.generate(
+            text, attention_mask=torch.ones_like(text), past_key_values=cache, max_new_tokens=tokens, **options
+        )
+
+    made = ElasticCache.for_model(tiny, recipe=f"{GPTQ},window=16", calibration=known)
+    nearest = ElasticCache.for_model(tiny, recipe="int4,rotate=kv,window=16", calibration=known)
+    text = generated(made, prompt, 40)
+    generated(nearest, text, 1)
+    stored = [cache.layers[1].dequantized()[0][:, :, :128] for cache in (made, nearest)]
+    assert not torch.equal(*stored)
+    made.save(tmp_path / "cache.safetensors")
+    saved = ElasticCache.load(tmp_path / "cache.safetensors", tiny)
+    assert [str(recipe) for recipe in saved.recipes.values()] == [f"{GPTQ},window=16"] * 2
+    assert torch.equal(*(generated(cache, text, 40) for cache in (saved, made)))
+    for ours, others in zip(saved.layers[0].dequantized(), made.layers[0].dequantized(), strict=True):
+        assert torch.equal(ours, others)
