@@ -22,7 +22,7 @@ from elastickv.recipe.regions import PAGE_TOKENS, selected
 
 Tensor: TypeAlias = Any  # torch.Tensor: the type checker does not follow PyTorch
 KEY_FORMATS = (
-    *("int8", "int8_per_channel", "fp8", "int4", f"int8{ROTATED}", f"int4{ROTATED}"),
+    *("int8", "int8_per_channel", "fp8", "int4", f"int8{ROTATED}", f"int8_per_channel{ROTATED}", f"int4{ROTATED}"),
     *(f"int4{GPTQ}", f"int8{ROTATED}{GPTQ}", f"int4{ROTATED}{GPTQ}"),
 )
 
