@@ -104,27 +104,20 @@ class ModelCalibration:
     hessians: Mapping[str, tuple[HessianTexts, ...]] | None = None
 
     def in_nats(self) -> "ModelCalibration":
-        """Return this calibration with errors as losses of the model's predictions, comparable between layers.
+        """Return this calibration with the errors of formats as losses of the model's predictions, comparable between layers.
 
-        Each is multiplied by its layer's sensitivity, those of pages by the sensitivity to keys: a page that is left out, as a
-        key that is rounded, changes what a query attends to. A calibration without sensitivities is returned as it is.
+        Each is multiplied by its layer's sensitivity. A calibration without sensitivities is returned as it is.
         """
         if self.sensitivity is None:
             return self
-
-        def weighed(rows: HeadErrors, tensor: str) -> HeadErrors:
-            assert self.sensitivity is not None
-            factors = self.sensitivity[tensor]
-            return tuple(tuple(error * factor for error in row) for row, factor in zip(rows, factors, strict=True))
-
-        pages = {
-            steps: {fraction: weighed(rows, "keys") for fraction, rows in curve.items()} for steps, curve in self.pages.items()
-        }
         keys, values = (
-            {name: weighed(rows, tensor) for name, rows in errors.items()}
-            for tensor, errors in (("keys", self.keys), ("values", self.values))
+            {
+                name: tuple(tuple(error * factor for error in row) for row, factor in zip(rows, factors, strict=True))
+                for name, rows in errors.items()
+            }
+            for errors, factors in ((self.keys, self.sensitivity["keys"]), (self.values, self.sensitivity["values"]))
         )
-        return replace(self, pages=pages, keys=keys, values=values, sensitivity=None)
+        return replace(self, keys=keys, values=values, sensitivity=None)
 
     def smoothing_of(self, layer: int) -> Smoothing | None:
         """Return the smoothing of one of `layers`, or None for none."""

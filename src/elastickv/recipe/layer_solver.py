@@ -82,8 +82,6 @@ def for_ratio_by_layer(
 ) -> LayerPlan:
     """Return the recipes of least calibrated error that together read at most 1/ratio of the dense bytes at `context`.
 
-    Errors are weighed by the sensitivity of the model's predictions to each layer, where the calibration has it.
-
     Parameters
     ----------
     dtype : the model's own dtype.
@@ -100,7 +98,6 @@ def for_ratio_by_layer(
     """
     check_ratio(ratio)
     check_context(context)
-    calibration = calibration.in_nats()
     layers = len(calibration.layers)
     group = calibration.query_heads // calibration.kv_heads
     head = AttentionShape(1, group, 1, calibration.head_dim)
