@@ -1,4 +1,4 @@
-"""What the documents show of methods at equal bytes (docs/fidelity.md) and of our own recipes (docs/quality.md)."""
+"""What the documents show of methods at equal bytes (docs/fidelity.md) and of values in 3 bits (docs/recipes.md)."""
 
 import hashlib
 import json
@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
 FORMATS_ALONE, SELECTION_ALONE = " formats alone", " selection alone"
-LIMITS = (0.002, 0.01, 0.05)
 _MARK = "<!-- of results "
 
 
@@ -146,35 +145,6 @@ def _parts(rows: Sequence[LossRow]) -> Iterator[str]:
     if cells:
         yield from table(["", "KL of its formats, all pages read", "KL of its pages in 16 bit", "KL of both"], cells)
         yield ""
-
-
-def quality() -> list[str]:
-    """Return a table of KL and top-1 by model, context and C, and the largest C within some losses."""
-    every = measured("*/fidelity-*-[0-9]*.json") | measured("*/frontier-*.json")
-    results = {(model, context): of for (model, context, exact), of in every.items() if not exact}
-    ratios = sorted(
-        {row.compress for _, result in results.values() for row in result.rows if row.compress and row.compress > 1}
-    )
-    losses, chosen = [], []
-    for (model, context), (_, result) in sorted(results.items()):
-        by_ratio = {row.compress: row for row in result.rows if row.compress and row.context == context}
-        cells = [by_ratio.get(ratio) for ratio in ratios]
-        shown = ["-" if row is None else f"{row.kl.mean:.4f} / {row.top1_percent.mean:.1f}" for row in cells]
-        losses.append([short_name(model), str(context), *shown])
-        within = [max((ratio for ratio, row in by_ratio.items() if row.kl.high <= limit), default=None) for limit in LIMITS]
-        chosen.append([short_name(model), str(context), *("none" if ratio is None else f"C={ratio:g}" for ratio in within)])
-    named = [result for _, result in results.values()]
-    texts = sorted({text for result in named for text in result.texts})
-    calibrations = sorted({result.calibration.text for result in named if result.calibration})
-    return [
-        *table(["model", "context", *(f"C={ratio:g}: KL / same top-1 %" for ratio in ratios)], losses),
-        "",
-        "The largest measured C whose KL, with its whole 95 % interval, is at most",
-        "",
-        *table(["model", "context", *(f"{limit:g}" for limit in LIMITS)], chosen),
-        "",
-        f"Calibrated on {', '.join(calibrations)}; scored on {', '.join(texts)}, which no calibration has read.",
-    ]
 
 
 def three_bits() -> list[str]:

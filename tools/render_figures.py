@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
+from evaluation_figures import evaluation_time as evaluation_time
+from evaluation_figures import generations as generations
+from evaluation_figures import pass_keys as pass_keys
 from frontier_figures import frontier as frontier
-from frontier_figures import quality as quality
 from frontier_figures import stale_pictures
 from frontier_figures import three_bits as three_bits
+from quality_figures import quality as quality
 from readme_figures import quickstart as quickstart
 from readme_figures import results as results
 from reliability import reliability as reliability
@@ -21,6 +24,7 @@ from serving_figures import serving as serving
 from serving_figures import serving_cpu as serving_cpu
 from serving_figures import serving_quality as serving_quality
 from serving_figures import serving_soak as serving_soak
+from task_figures import tasks as tasks
 
 from elastickv.benchmark import Result
 from elastickv.benchmark.stats.intervals import Interval
@@ -303,18 +307,13 @@ def fidelity() -> list[str]:
         "top-1 %",
         "windows x scored tokens",
     ]
-    lines = [
+    return [
         f"{first.model.name} in float32 on {environment['cpu']}; torch {environment['torch']}, transformers "
         f"{environment['transformers']}; {environment['date_utc'][:10]}. Calibrated on {calibration.tokens} tokens of "
         f"{calibration.text}; scored on {', '.join(first.texts)}.",
         "",
         *table(headers, rows),
     ]
-    name = "cpu/fidelity-smollm2-135m-needle.json"
-    for row in EvaluationResult.from_dict(load(name), name).needle:
-        counts = ", ".join(f"{cache} {sum(hits)}" for cache, hits in row.found.items())
-        lines += ["", f"Pass keys retrieved, of {len(row.depths)}, in {row.tokens} tokens: {counts}."]
-    return lines
 
 
 MODEL_CELLS = (("4096x1", "4096"), ("32768x1", "32768"), ("65536x1", "65536"), ("32768x8", "8 x 32768"))

@@ -360,12 +360,12 @@ _RECIPES = {"format": "elastickv-recipes", "version": 1, "recipe": "int8", "laye
 
 
 def recipe_files(data: bytes) -> None:
-    from elastickv.transformers.config import _file
+    from elastickv.transformers.config import recipes_in
 
     source = Source(data)
     kind = source.below(4)
     raw = source.rest() if kind == 0 else as_json(edits(_RECIPES if kind < 3 else _calibration(), source))
-    found = _file(written("recipe", raw))
+    found = recipes_in(written("recipe", raw))
     if not isinstance(found, ModelCalibration):
         whole, layers = found
         assert all(Recipe.parse(str(r)) == r for r in (*layers.values(), *([whole] if whole else [])))

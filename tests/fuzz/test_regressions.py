@@ -116,12 +116,12 @@ def test_f10_f11_f12_what_nests_too_deep_is_refused(tmp_path):
     kept.write_bytes(sha256(body).digest() + body)
     assert _read(kept) is None
     pytest.importorskip("torch")
-    from elastickv.transformers.config import _file
+    from elastickv.transformers.config import recipes_in
 
     path = tmp_path / "recipes"
     path.write_text(DEEP)
     with pytest.raises(UsageError, match="deep"):
-        _file(path)
+        recipes_in(path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names of files are text there")

@@ -34,7 +34,7 @@ FILES = {
     "bench": result(quiet(0.5), quiet(1.0)),
     "model": load("h100/model-8b-32768x1.json"),
     "losses": load("cpu/fidelity-smollm2-135m-4096.json"),
-    "pass keys": load("cpu/fidelity-smollm2-135m-needle.json"),
+    "pass keys": load("h200/fidelity-smollm2-135m-instruct-needle.json"),
     "original": ORIGINAL,
     "gguf": GGUF,
     "run": run_result(stock=15.0, speedup=INTERVAL),

@@ -25,7 +25,7 @@ RESULTS = [
 ]
 MODEL = COMMITTED / "h100" / "model-8b-32768x1.json"
 LOSSES = COMMITTED / "cpu" / "fidelity-smollm2-135m-4096.json"
-NEEDLES = COMMITTED / "cpu" / "fidelity-smollm2-135m-needle.json"
+NEEDLES = COMMITTED / "h200" / "fidelity-smollm2-135m-instruct-needle.json"
 SECTIONS = {
     "speedup", "roofline", "time", "fidelity", "needle", "models", "latency", "memory", "results", "warnings", "environment",
     "commands",

@@ -264,7 +264,7 @@ def test_outputs_are_nan_from_a_bad_token_on_and_words_move_to_the_host(engine):
     def failed(output):
         addresses = (each.data_ptr() for each in (words, found, number))
         step = (each.data_ptr() for each in of.inputs[:2])
-        of.kernels.fail(*addresses, 3, 600, *step, output.data_ptr())
+        of.kernels.fail(*addresses, 300, *step, output.data_ptr())
         torch.cuda.synchronize()
         return output
 

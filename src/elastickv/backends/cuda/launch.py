@@ -266,7 +266,6 @@ def fail_requests(
     reported: Address,
     step: Address,
     requests: I32,
-    most: I32,
     lengths: Address,
     starts: Address,
     output: Address,
@@ -276,11 +275,11 @@ def fail_requests(
 
     Parameters
     ----------
-    words : (most,) words of `BadToken`, a request's each.
-    reported : (4, most) words, of which those of row `step` modulo 4 are written where there is none; may be page-locked memory
-        of the host.
+    words : (2, requests) words of `BadToken`, a request's each: of the model's layers, and of a drafter's, which fail nothing.
+    reported : (4, 2, requests) words, of which those at `step` modulo 4 are written where there is none; may be page-locked
+        memory of the host.
     step : an int32, the step's number.
-    requests : of the step, whose words come first; others are moved, and nothing else.
+    requests : the most that a step has.
     lengths, starts : as in `store_blocks`.
     output : (tokens, width) of 16 bit, contiguous.
     """

@@ -261,13 +261,14 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS)
 
 // Takes the words that `store_blocks` lowered in the layers of a step: moves them to the step's row of `reported`, in the
 // host's memory, and makes outputs NaN from the token on that each names, so that no token is chosen by them. A word that the
-// host has not taken yet remains there: what follows from a bad token never hides it. One block. `words`: (most), the first
-// `requests` of them of the step's requests; others are moved alone. `reported`: (REPORTED_STEPS, most).
+// host has not taken yet remains there: what follows from a bad token never hides it. One block.
+// `words`: (2, requests), those of a drafter's layers second, which fail nothing; `reported`: (REPORTED_STEPS, 2, requests).
 extern "C" __global__ void __launch_bounds__(STORE_THREADS)
-    fail_requests(u64* words, u64* reported, const int* step, int requests, int most, const int* lengths, const int* starts,
-                  u16* output, int width) {
+    fail_requests(u64* words, u64* reported, const int* step, int requests, const int* lengths, const int* starts, u16* output,
+                  int width) {
     __shared__ u32 failed[STORE_THREADS];
     const u64 NONE = ~0ull;
+    const int most = 2 * requests;
     u64* row_of_step = reported + (size_t)(*step % REPORTED_STEPS) * most;
     for (int first = 0; first < most; first += STORE_THREADS) {
         const int i = first + threadIdx.x;
