@@ -191,7 +191,7 @@ def joined(*names):
         None,
         types.SimpleNamespace(kv_connector=None),
         types.SimpleNamespace(kv_connector="OffloadingConnector"),
-        joined("OffloadingConnector", "SimpleCPUOffloadConnector"),
+        joined("OffloadingConnector", "OffloadingConnector"),
         types.SimpleNamespace(kv_connector="Own", kv_connector_module_path="own.connector"),
     ],
 )
@@ -205,7 +205,16 @@ def test_connectors_that_tell_formats_apart_are_served(transfer):
 )
 def test_a_connector_that_could_pass_on_pages_of_another_format_is_refused(transfer):
     message = reason(config(kv_transfer_config=transfer))
-    assert "NixlConnector" in message and "use OffloadingConnector or" in message
+    assert "NixlConnector" in message and "use OffloadingConnector, or none" in message
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [types.SimpleNamespace(kv_connector="SimpleCPUOffloadConnector"), joined("SimpleCPUOffloadConnector")],
+)
+def test_a_connector_that_needs_all_blocks_in_the_prefix_cache_is_refused(transfer):
+    message = reason(config(kv_transfer_config=transfer))
+    assert "stay in the prefix cache" in message and "use OffloadingConnector" in message
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 
 from elastickv.backends.bad_token import BadToken
+from elastickv.vllm import bad_tokens
 from elastickv.vllm.bad_tokens import BadTokens
 from tests.helpers.serving_scenarios import random_prompts
 
 
 @pytest.fixture
 def ahead(serve):
-    """Return an asynchronous scheduler of an engine's caches, without an engine."""
+    """Yield an asynchronous scheduler of an engine's caches, without an engine."""
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
     from elastickv.vllm.fail_on_nan_scheduler import FailOnNanAsyncScheduler
@@ -26,11 +27,13 @@ def ahead(serve):
         block_size=block_size,
         hash_block_size=hash_block_size,
     )
-    tokens = BadTokens("cpu", 8, core.vllm_config.compilation_config.static_forward_context)
+    layers = core.vllm_config.compilation_config.static_forward_context
+    of_the_engine = bad_tokens._of_layers[id(layers)]
+    tokens = BadTokens("cpu", 8, layers)
     tokens.of_layer("first")
-    return SimpleNamespace(
-        scheduler=made, hasher=core.request_block_hasher, pool=made.kv_cache_manager.block_pool, tokens=tokens
-    )
+    pool = made.kv_cache_manager.block_pool
+    yield SimpleNamespace(scheduler=made, hasher=core.request_block_hasher, pool=pool, tokens=tokens)
+    bad_tokens._of_layers[id(layers)] = of_the_engine
 
 
 def add(ahead, name, prompt):
@@ -99,20 +102,67 @@ def test_blocks_of_a_request_that_was_preempted_before_it_failed_serve_no_hit(ah
     assert ahead.scheduler.schedule().num_scheduled_tokens["again"] == 200
 
 
-def test_blocks_that_a_step_in_flight_writes_for_an_aborted_request_serve_no_hit(ahead):
-    """Nothing looks any more at what that step says of them; those of steps before are still hit."""
+def aborted(ahead, name):
     from vllm.v1.request import RequestStatus
 
-    start, prompt = ahead.pool.get_num_free_blocks(), random_prompts([400], seed=6)[0]
-    ahead.scheduler.max_num_scheduled_tokens = 256
-    add(ahead, "aborted", prompt)
-    steps = [ahead.scheduler.schedule() for _ in range(2)]
-    ahead.scheduler.update_from_output(steps[0], output(steps[0]))
-    ahead.scheduler.finish_requests("aborted", RequestStatus.FINISHED_ABORTED)
-    ahead.scheduler.update_from_output(steps[1], output(steps[1]))
-    assert ahead.pool.get_num_free_blocks() == start
+    ahead.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+
+def ended_by_vllm(ahead, name):
+    from vllm.v1.request import RequestStatus
+
+    ahead.scheduler.finish_requests(iter([name]), RequestStatus.FINISHED_ERROR)
+
+
+def preempted(ahead, name):
+    running = ahead.scheduler.running
+    ahead.scheduler._preempt_request(running.pop([each.request_id for each in running].index(name)), 0.0)
+
+
+@pytest.mark.parametrize("lose", [aborted, ended_by_vllm, preempted])
+def test_readers_of_a_bad_block_fail_though_its_writer_has_lost_it(lose, ahead):
+    start, prompt = ahead.pool.get_num_free_blocks(), random_prompts([200], seed=6)[0]
+    add(ahead, "bad", prompt)
+    first = ahead.scheduler.schedule()
+    add(ahead, "reader", [*prompt, 1, 2, 3])
+    add(ahead, "other", random_prompts([100], seed=7)[0])
+    second = ahead.scheduler.schedule()
+    lose(ahead, "bad")
+    report(ahead, 1, 0, 40)
+    failed = ended(ahead.scheduler.update_from_output(first, output(first)))
+    assert failed.pop("bad", ("error", [])) == ("error", []) and failed == {"reader": ("error", [])}
+    after = ended(ahead.scheduler.update_from_output(second, output(second)))
+    assert after == {"other": ("None", [7])}
+    assert not ahead.scheduler._lost
     add(ahead, "again", prompt)
-    assert ahead.scheduler.schedule().num_scheduled_tokens["again"] == 400 - 256
+    assert ahead.scheduler.schedule().num_scheduled_tokens["again"] == 200
+    for name in list(ahead.scheduler.requests):
+        aborted(ahead, name)
+    assert ahead.pool.get_num_free_blocks() == start
+
+
+def test_blocks_of_an_aborted_request_that_was_good_are_hit(ahead):
+    prompt = random_prompts([200], seed=6)[0]
+    add(ahead, "aborted", prompt)
+    step = ahead.scheduler.schedule()
+    aborted(ahead, "aborted")
+    ahead.scheduler.update_from_output(step, output(step))
+    add(ahead, "again", prompt)
+    assert ahead.scheduler.schedule().num_scheduled_tokens["again"] == 200 - 192
+
+
+def test_a_lost_block_that_holds_another_requests_tokens_by_now_fails_nobody(ahead):
+    add(ahead, "bad", random_prompts([200], seed=6)[0])
+    steps = [ahead.scheduler.schedule() for _ in range(2)]
+    aborted(ahead, "bad")
+    ahead.scheduler.update_from_output(steps[0], output(steps[0]))
+    (lost,) = ahead.scheduler._lost.values()
+    for block, content in (each for group in lost for each in group if each[1] is not None):
+        ahead.pool._maybe_evict_cached_block(ahead.pool.blocks[block])
+        assert ahead.pool.blocks[block].block_hash != content
+    report(ahead, 2, 0, 200)
+    assert ahead.scheduler._blocks_from("bad", 0) == set()
+    assert ahead.scheduler.update_from_output(steps[1], output(steps[1])) == {}
 
 
 def test_an_output_of_no_step_is_left_to_vllm(ahead):

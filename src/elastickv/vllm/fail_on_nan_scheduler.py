@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -24,12 +25,16 @@ class _FailOnNan(Scheduler):
     """
 
     _in_flight: Sequence[tuple[int, Any]] = ()  # numbers of steps that have not been updated from, and what they compute
+    # Of requests that lost their blocks while a step of theirs was in flight: the blocks of each group, with their hashes.
+    _lost: Mapping[str, Sequence[Sequence[tuple[int, Any]]]] = MappingProxyType({})
 
     def schedule(self, *arguments: Any, **options: Any) -> Any:
         """Return what the next step computes."""
         output = super().schedule(*arguments, **options)
         tokens = of_engine(self.vllm_config)
-        self._in_flight = [*self._in_flight, (0 if tokens is None else tokens.begin_step(), output)]
+        # After a fault that vLLM recovers from, outputs of some steps never come.
+        most = self.vllm_config.max_concurrent_batches
+        self._in_flight = [*self._in_flight[-most:], (0 if tokens is None else tokens.begin_step(), output)]
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, EngineCoreOutputs]:
@@ -53,26 +58,30 @@ class _FailOnNan(Scheduler):
                 trace_headers=request.trace_headers,
             )
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(last)
+        if self._lost:
+            self._lost = {name: blocks for name, blocks in self._lost.items() if name in self._scheduled}
         return outputs
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> Any:
-        """End requests; blocks that a step in flight writes are taken from the prefix cache with an aborted one."""
+        """End requests; a step in flight may still report tokens of theirs, which other requests have read."""
         names = [request_ids] if isinstance(request_ids, str) else list(self.requests if request_ids is None else request_ids)
-        if finished_status == RequestStatus.FINISHED_ABORTED:
-            self._evict_unchecked(names)
+        self._remember_blocks(names)
         return super().finish_requests(None if request_ids is None else names, finished_status)
 
     def _preempt_request(self, request: Request, *arguments: Any, **options: Any) -> None:
-        self._evict_unchecked([request.request_id])
+        self._remember_blocks([request.request_id])
         super()._preempt_request(request, *arguments, **options)
 
-    def _evict_unchecked(self, names: Sequence[str]) -> None:
-        """Take blocks from the prefix cache that a step in flight writes: once a request has lost them, nothing else would."""
-        for _, output in self._in_flight:
-            computed = self._computed(output)
-            for name in names:
-                if name in computed and name in self.requests:
-                    self.kv_cache_manager.evict_blocks(self._blocks_from(name, computed[name].start))
+    @property
+    def _scheduled(self) -> set[str]:
+        """Requests of the steps in flight."""
+        return {name for _, output in self._in_flight for name in output.num_scheduled_tokens}
+
+    def _remember_blocks(self, names: Sequence[str]) -> None:
+        blocks = self.kv_cache_manager.block_pool.blocks
+        for name in self._scheduled.intersection(names) & self.requests.keys():
+            groups = self.kv_cache_manager.get_block_ids(name)
+            self._lost = {**self._lost, name: [[(block, blocks[block].block_hash) for block in group] for group in groups]}
 
     def _computed(self, scheduler_output: Any) -> dict[str, range]:
         """Return which tokens of each request a step computed.
@@ -97,7 +106,7 @@ class _FailOnNan(Scheduler):
         suspects = _with_bad_tokens(scheduler_output, model_runner_output, computed, bad)
         for name in self._with_nan(scheduler_output, model_runner_output):
             suspects.setdefault(name, computed[name].start)
-        return {name: token for name, token in suspects.items() if name in self.requests}
+        return {name: token for name, token in suspects.items() if name in self.requests or name in self._lost}
 
     def _with_nan(self, scheduler_output: Any, model_runner_output: Any) -> Iterator[str]:
         """Yield requests of which a row of logits has NaN that is not a rejected draft's."""
@@ -126,7 +135,7 @@ class _FailOnNan(Scheduler):
             read = {name: self._first_of(name, bad) for name in self.requests if name not in failing}
             suspects = {name: token for name, token in read.items() if token is not None}
         self.kv_cache_manager.evict_blocks(bad.union(*(self._blocks_from(name, 0) for name in failing)))
-        ended: list[Request] = self.finish_requests(failing, RequestStatus.FINISHED_ERROR)
+        ended: list[Request] = self.finish_requests(failing & self.requests.keys(), RequestStatus.FINISHED_ERROR)
         for request in ended:
             why = "its logits are NaN" if request.request_id in names else "it read blocks of a request whose logits are NaN"
             _log.error("ElasticKV: request %s ends with an error: %s", request.request_id, why)
@@ -137,10 +146,17 @@ class _FailOnNan(Scheduler):
         return [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
 
     def _blocks_from(self, name: str, token: int) -> set[int]:
-        """Return a request's blocks from a token on, without the null block."""
-        groups = self.kv_cache_manager.get_block_ids(name)
-        return {
-            block for size, blocks in zip(self._block_tokens, groups, strict=True) for block in blocks[token // size :] if block
+        """Return a request's blocks from a token on, without the null block, and those it lost that still hold its tokens."""
+        groups, lost = self.kv_cache_manager.get_block_ids(name), self._lost.get(name, ())
+        pool = self.kv_cache_manager.block_pool.blocks
+        held = {
+            block for size, group in zip(self._block_tokens, groups, strict=True) for block in group[token // size :] if block
+        }
+        return held | {
+            block
+            for size, group in zip(self._block_tokens, lost, strict=False)
+            for block, content in group[token // size :]
+            if block and content is not None and pool[block].block_hash == content
         }
 
     def _first_of(self, name: str, bad: set[int]) -> int | None:

@@ -24,8 +24,8 @@ _STOCK_BACKEND = {
     "cpu": f"serve it with the stock backend: leave out {KEY} in `additional_config`",
 }
 _FUSED_CACHE_WRITES = ("fuse_rope_kvcache", "fuse_qk_norm_rope_kvcache")
-# They know blocks by the names of layers, which say format and window, or keep them in this process alone.
-_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+# It knows blocks by the names of layers, which say format and window.
+_CONNECTOR = "OffloadingConnector"
 _ATTENTION_TYPES = {
     "encoder": "is an encoder's",
     "encoder_only": "is an encoder's",
@@ -130,7 +130,8 @@ def _model_refusals(model_config: Any, device: Device) -> Iterator[str]:
         )
     if getattr(model_config, "runner_type", "generate") == "pooling":
         yield (
-            f"the model is served for pooling, without decode steps, in which smaller pages are faster: {device.stock_backend}"
+            "the model is served for pooling, without decode steps, in which smaller pages are faster: to generate with it "
+            f"give `runner=generate`, else {device.stock_backend}"
         )
     if getattr(model_config, "is_encoder_decoder", False):
         yield f"the model is an encoder and a decoder, and only decoders are served: {device.stock_backend}"
@@ -167,10 +168,15 @@ def _cache_refusals(vllm_config: Any) -> Iterator[str]:
         )
         return
     for connector in _connectors(transfer):
-        if connector not in _CONNECTORS:
+        if connector == "SimpleCPUOffloadConnector":
+            yield (
+                f"the KV connector {connector} needs blocks to stay in the prefix cache until it has stored them, and those of "
+                f"a request with a NaN leave it: use {_CONNECTOR}, or none"
+            )
+        elif connector != _CONNECTOR:
             yield (
                 f"the KV connector {connector} does not tell pages of one format and window from those of another when it "
-                f"passes them on: use {' or '.join(_CONNECTORS)}, or none"
+                f"passes them on: use {_CONNECTOR}, or none"
             )
 
 
