@@ -24,7 +24,9 @@ def quality() -> list[str]:
         name = short_name(model)
         losses.append([name, str(context), *(_cell(row, answered, name) for row in cells)])
         within = [max((ratio for ratio, row in by_ratio.items() if row.kl.high <= limit), default=None) for limit in LIMITS]
-        chosen.append([name, str(context), *("none" if ratio is None else f"C={ratio:g}" for ratio in within)])
+        chosen.append(
+            [name, str(context), *(f"below C={min(by_ratio):g}" if ratio is None else f"C={ratio:g}" for ratio in within)]
+        )
     named = [result for _, result in results.values()]
     texts = sorted({text for result in named for text in result.texts})
     calibrations = sorted({result.calibration.text for result in named if result.calibration})

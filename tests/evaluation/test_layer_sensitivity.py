@@ -100,10 +100,27 @@ def test_the_layer_that_predictions_depend_on_gets_the_bits(calibration):
 
 
 @pytest.mark.parametrize(
-    "sensitivity", [{"keys": [1.0, 2.0]}, {"keys": [1.0], "values": [1.0, 2.0]}, {"keys": [-1.0, 1.0], "values": [1.0, 1.0]}, 5]
+    "sensitivity",
+    [
+        {"keys": [1.0, 2.0]},
+        {"keys": [1.0], "values": [1.0, 2.0]},
+        {"keys": [-1.0, 1.0], "values": [1.0, 1.0]},
+        5,
+        {"keys": ["1", 2.0], "values": [1.0, 2.0]},
+        {"keys": [True, 2.0], "values": [1.0, 2.0]},
+        {"keys": [1e300, 1.0], "values": [1.0, 1.0]},
+    ],
 )
 def test_a_damaged_one_is_refused_in_one_line(calibration, sensitivity):
     text = json.dumps(json.loads(calibration.dumps()) | {"sensitivity": sensitivity})
     with pytest.raises(UsageError, match="is damaged") as refusal:
         ModelCalibration.loads(text)
+    assert "\n" not in str(refusal.value)
+
+
+def test_errors_of_what_is_no_format_are_refused_in_one_line(calibration):
+    record = json.loads(calibration.dumps())
+    record["values"]["int4/x"] = record["values"]["int8"]
+    with pytest.raises(UsageError, match=r"is damaged \(errors of 'int4/x', which names no format\): run") as refusal:
+        ModelCalibration.loads(json.dumps(record))
     assert "\n" not in str(refusal.value)

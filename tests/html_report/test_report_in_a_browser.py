@@ -11,6 +11,8 @@ from tests.helpers.pages import EVIL, evil
 from tests.helpers.results import COMMITTED, GGUF, ORIGINAL, quiet, result, write
 from tests.helpers.run_results import run_result
 
+NEEDLES = COMMITTED / "h200" / "fidelity-smollm2-135m-instruct-needle.json"
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
@@ -76,7 +78,7 @@ def test_no_table_is_cut_off_on_a_page_of_every_kind_of_result(opened, tmp_path,
     unpaired["recipe"]["text"] = "int4,vgroup=64,pages=0.816,anchor_every=8"
     header = {"sweep": {"version": 1, "plan_hash": "h", "cells": 40, "axes": {"seq": list(range(1, 21)), "dim": [64, 128]}}}
     path = write(tmp_path, "cells.jsonl", [header, {"cell": {"seq": 1, "dim": 64}, "status": "failed", "reason": "no " * 200}])
-    losses = (COMMITTED / "cpu" / f"fidelity-smollm2-135m-{name}.json" for name in ("4096", "needle"))
+    losses = (COMMITTED / "cpu" / "fidelity-smollm2-135m-4096.json", NEEDLES)
     model = COMMITTED / "h100" / "model-8b-32768x1.json"
     made = report(path, unpaired, result(seq=2048, cycle=True), run_result(stock=16.0), GGUF, ORIGINAL, model, *losses)
     made.save(tmp_path / "page.html")
@@ -136,7 +138,7 @@ def test_a_hostile_file_runs_nothing(opened, tmp_path):
 
 
 def test_every_kind_of_result_on_a_phone(opened, tmp_path):
-    report(COMMITTED / "cpu").save(tmp_path / "cpu.html")
+    report(COMMITTED / "cpu", NEEDLES).save(tmp_path / "cpu.html")
     with Visit(opened, tmp_path / "cpu.html", 360) as visit:
         picture = visit.keep("report-cpu-360-light")
         assert visit.logged == visit.asked == []

@@ -188,7 +188,7 @@ def _uncalibrated(model: str) -> str:
 def _insensitive(model: str) -> str:
     return (
         "elastickv: warning: the calibration has no sensitivities of layers, and stored bits go to the layers of large errors "
-        f"instead of those that matter: elastickv calibrate {model} --dtype fp32"
+        f"instead of those that matter; a float32 model has them: elastickv calibrate {model} --dtype fp32, and evaluate so too"
     )
 
 

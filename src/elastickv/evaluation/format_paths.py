@@ -61,7 +61,8 @@ def refused_formats(subject: Subject, names: Sequence[str]) -> dict[str, str]:
         if lacking:
             refused[name] = f"{name} is not measured: {' and '.join(lacking)} {have} no {kernel}, {REFERENCE}{name} needs none"
     if refused and len(refused) == len(names):
-        raise UsageError(f"{'; '.join(refused.values())}: give other formats, or the cpu as device")
+        elsewhere = "" if subject.device == "cpu" else ", or the cpu as device"
+        raise UsageError(f"{'; '.join(refused.values())}: give other formats{elsewhere}")
     return refused
 
 

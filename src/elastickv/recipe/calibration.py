@@ -19,9 +19,11 @@ from elastickv.inputs import file_path, parse_json, read_text
 
 FORMAT = "elastickv-calibration"
 VERSION = 1
+MOST_SENSITIVITY = 1e30  # losses weighed by it are added up over layers
 MOST_SMOOTHING = 12  # 16-bit floats have room for 2^12 times the largest keys that are known
 _LATER = ("prefix", "smoothing", "sensitivity", "hessians")  # which older files lack
 ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
+_ERRORS_OF = r"[a-z0-9_]+(/[1-9][0-9]{0,3})?(\+rotated)?(\+gptq)?"
 GPTQ = "+gptq"  # likewise, behind that: of tensors that are rounded by Hessians
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
@@ -214,10 +216,11 @@ class ModelCalibration:
             return table
 
         def sensitivity(factors: Any) -> tuple[float, ...]:
-            row = tuple(float(factor) for factor in factors)
-            if len(row) != len(layers) or not all(factor >= 0 and math.isfinite(factor) for factor in row):
-                raise ValueError(f"sensitivities of {len(layers)} layers are needed, finite and not negative")
-            return row
+            row = tuple(factors) if isinstance(factors, list) else ()
+            numbers = all(isinstance(factor, int | float) and not isinstance(factor, bool) for factor in row)
+            if len(row) != len(layers) or not numbers or not all(0 <= factor <= MOST_SENSITIVITY for factor in row):
+                raise ValueError(f"sensitivities of {len(layers)} layers are needed, from 0 to {MOST_SENSITIVITY:g}")
+            return tuple(map(float, row))
 
         def hessians(rows: Any) -> tuple[HessianTexts, ...]:
             table = tuple(tuple(layer) for layer in rows)
@@ -233,6 +236,9 @@ class ModelCalibration:
             raise ValueError("errors at fraction 1 and another are needed")
         if not record["keys"] or not record["values"]:
             raise ValueError("errors of formats are needed")
+        for name in (*record["keys"], *record["values"]):
+            if re.fullmatch(_ERRORS_OF, name) is None:
+                raise ValueError(f"errors of {name!r}, which names no format")
         if any(not 0 < fraction <= 1 for curve in pages.values() for fraction in curve):
             raise ValueError("a fraction that is not above 0 and at most 1")
         return cls(

@@ -75,7 +75,7 @@ class ElasticCache(Cache):  # type: ignore[misc]
             gets formats of the calibration, so that all together err least within it. Sinks and window stay in 16 bit, are not
             counted, and everything is read.
         calibration : the output of `elastickv calibrate`, or its file; needs `compress`, `stored_bits`, or a recipe that
-            rotates keys, which are smoothed as it says.
+            rotates keys, which are smoothed as it says, or that has `rounding=gptq`.
         context : tokens from which on `compress` holds; recipes are solved for exactly that context. None: they are solved for
             the prompt, and the share of pages follows the growing context.
         capacity : tokens that a sequence may have, reserved with the prompt. None: as many as `generate` needs, growing.
