@@ -9,6 +9,7 @@ import pytest
 from elastickv.errors import UsageError
 from elastickv.evaluation.calibrate import calibrate
 from elastickv.evaluation.evaluate import EvaluationOptions, evaluate
+from elastickv.evaluation.exact_tokens import ExactTokens
 from elastickv.evaluation.format_paths import unmet_budgets
 from elastickv.evaluation.texts import Text
 from elastickv.html_report.model_results import evaluation_view
@@ -69,6 +70,14 @@ def test_tables_and_report_name_the_budget_and_the_formats_of_the_layers(result)
     assert "calibrated on 1000 tokens of other" in shown and read.options["stored_bits"] == list(BUDGETS)
     view = evaluation_view(read, "source")
     assert [loss.cache for loss in view.losses] == [row.cache for row in read.rows]
+
+
+def test_all_rows_have_the_exact_tokens_that_were_asked_for(loaded, calibration):
+    options = replace(OPTIONS, stored_bits=(5.0,), exact_tokens=ExactTokens(0, 64), window_count=1)
+    rows = evaluate(loaded, TEXTS, options, calibration, Silent())["rows"]
+    assert len(rows) == 3
+    assert len({(row["stored_format"]["sinks"], row["stored_format"]["exact_keys"]) for row in rows}) == 1
+    assert rows[0]["stored_format"]["sinks"] == 0 and rows[0]["stored_format"]["exact_keys"] < 64 + 32
 
 
 def test_layers_in_a_row_are_named_in_short(result):

@@ -149,7 +149,7 @@ def _paths(subject: Subject, options: EvaluationOptions, span: Span) -> tuple[li
     """Return the decode paths at one context, and the reasons why a ratio or a selection has none."""
     paths, reasons = decode_paths(subject, options.ratios, span, options.reference)
     parts = part_paths(subject, options.parts, span)
-    within = stored_bits_paths(subject, options.stored_bits, span)
+    within = stored_bits_paths(subject, options.stored_bits, options.exact_tokens, span)
     formats = format_paths(subject, options.formats, options.exact_tokens, span)
     selected, unselected = selection_paths(subject, options.selections, options.ratios, span)
     return [*paths, *parts, *within, *formats, *selected], [*reasons, *unselected]

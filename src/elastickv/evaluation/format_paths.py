@@ -22,6 +22,7 @@ from elastickv.recipe import LayerPlan, ModelCalibration, Recipe, for_stored_bit
 from elastickv.recipe.calibration import StorageStatistics
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, sixteen_bit, unread_formats
 from elastickv.recipe.layer_solver import check_stored_bits
+from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import regions
 from elastickv.transformers.model_support import text_config
 
@@ -113,7 +114,7 @@ def unmet_budgets(subject: Subject, budgets: Sequence[float]) -> list[str]:
     return [reason for reason in reasons if isinstance(reason, str)]
 
 
-def stored_bits_paths(subject: Subject, budgets: Sequence[float], span: Span) -> list[DecodePath]:
+def stored_bits_paths(subject: Subject, budgets: Sequence[float], exact: ExactTokens | None, span: Span) -> list[DecodePath]:
     """Return two paths for each budget of stored bits an element: through the cache, and as a reference.
 
     The cache has formats that the model's device reads, and is missing for a budget that `unmet_budgets` names. The reference
@@ -121,12 +122,13 @@ def stored_bits_paths(subject: Subject, budgets: Sequence[float], span: Span) ->
 
     Parameters
     ----------
+    exact : sinks and window of all recipes; None for those that recipes have without a word.
     span : the decode steps; bytes are those at its end.
     """
     paths = []
     for bits in budgets:
         name = f"stored_bits={bits:g}"
-        through_cache, as_reference = _within(subject, bits, subject.device), _within(subject, bits, _OF_REFERENCES)
+        through_cache, as_reference = (_within(subject, bits, device, exact) for device in (subject.device, _OF_REFERENCES))
         if isinstance(through_cache, LayerPlan):
             paths.append(_calibrated(subject, name, through_cache, span))
         if isinstance(as_reference, LayerPlan):
@@ -134,14 +136,15 @@ def stored_bits_paths(subject: Subject, budgets: Sequence[float], span: Span) ->
     return paths
 
 
-def _within(subject: Subject, bits: float, device: str | None) -> LayerPlan | str:
+def _within(subject: Subject, bits: float, device: str | None, exact: ExactTokens | None = None) -> LayerPlan | str:
     """Return the recipes of least calibrated error that take at most `bits` an element, or why a device reads none."""
     calibration = subject.calibration
     assert calibration is not None
     if calibration.layers != tuple(subject.elastic):
         raise UsageError("the calibration has other layers than the model: calibrate it again")
     try:
-        return for_stored_bits(calibration, bits, subject.dtype, device=device, gptq=device == "cpu")
+        sinks, window = (DEFAULT_SINKS, DEFAULT_WINDOW) if exact is None else (exact.sinks, exact.window)
+        return for_stored_bits(calibration, bits, subject.dtype, sinks, window, device, gptq=device == "cpu")
     except UsageError as error:
         return str(error)
 
