@@ -18,7 +18,7 @@ from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.evaluation.recipes_by_ratio import Span, measured
 from elastickv.evaluation.subject import DecodePath, Subject
 from elastickv.kvcache.gptq import layer_compensation, no_hessians
-from elastickv.recipe import LayerPlan, ModelCalibration, Recipe, for_stored_bits, stored_bits, stored_bytes
+from elastickv.recipe import LayerPlan, ModelCalibration, Recipe, for_stored_bits, stored_bytes
 from elastickv.recipe.calibration import StorageStatistics
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, sixteen_bit, unread_formats
 from elastickv.recipe.layer_solver import check_stored_bits
@@ -122,7 +122,7 @@ def stored_bits_paths(subject: Subject, budgets: Sequence[float], exact: ExactTo
 
     Parameters
     ----------
-    exact : sinks and window of all recipes; None for those that recipes have without a word.
+    exact : sinks and window of all recipes; None for the defaults.
     span : the decode steps; bytes are those at its end.
     """
     paths = []
@@ -130,9 +130,9 @@ def stored_bits_paths(subject: Subject, budgets: Sequence[float], exact: ExactTo
         name = f"stored_bits={bits:g}"
         through_cache, as_reference = (_within(subject, bits, device, exact) for device in (subject.device, _OF_REFERENCES))
         if isinstance(through_cache, LayerPlan):
-            paths.append(_calibrated(subject, name, through_cache, span))
+            paths.append(_own(subject, name, through_cache.recipes, span, through_cache.error))
         if isinstance(as_reference, LayerPlan):
-            paths.append(reference_path(subject, f"{REFERENCE}{name}", as_reference.recipes, span))
+            paths.append(reference_path(subject, f"{REFERENCE}{name}", as_reference.recipes, span, as_reference.error))
     return paths
 
 
@@ -149,18 +149,6 @@ def _within(subject: Subject, bits: float, device: str | None, exact: ExactToken
         return str(error)
 
 
-def _calibrated(subject: Subject, name: str, chosen: LayerPlan, span: Span) -> DecodePath:
-    end = span.first + span.steps
-    plan = measured(1.0, chosen.recipes, span, subject.shape, subject.dtype)
-    bits = sum(stored_bits(recipe, subject.head_dim) for recipe in chosen.recipes) / len(chosen.recipes)
-    exact = {regions(end, recipe.sinks, recipe.window).exact for recipe in chosen.recipes}.pop()
-    described = {"sinks": chosen.recipes[0].sinks, "exact_keys": exact, "exact_values": exact, "source": "formats by layer"}
-    figures = _figures(subject, _CountedBytes(bits, plan.stored_bytes), end, described)
-    figures |= {"recipe_hash": plan.hash, "recipes": [str(recipe) for recipe in plan.recipes], "read_ratio": plan.read_ratio}
-    figures |= {"step_bytes_read": plan.step_bytes, "expected_error": chosen.error}
-    return DecodePath(name, subject.decoding(plan.recipes), figures)
-
-
 def _path(subject: Subject, name: str, exact: ExactTokens | None, span: Span) -> DecodePath:
     stored_as = format_of(name)
     if isinstance(stored_as, ReferenceFormat):
@@ -171,13 +159,16 @@ def _path(subject: Subject, name: str, exact: ExactTokens | None, span: Span) ->
     return reference_path(subject, name, recipes, span) if name.startswith(REFERENCE) else _own(subject, name, recipes, span)
 
 
-def reference_path(subject: Subject, name: str, recipes: Sequence[Recipe], span: Span) -> DecodePath:
+def reference_path(
+    subject: Subject, name: str, recipes: Sequence[Recipe], span: Span, error: float | None = None
+) -> DecodePath:
     """Return the path of recipes as references, on any device, with the smoothing and the Hessians of the calibration.
 
     Parameters
     ----------
     name : of the row: `reference:` and what stands for the recipes.
     recipes : one for each layer with full attention; they read all tokens.
+    error : that the solver expects.
 
     Raises
     ------
@@ -196,7 +187,7 @@ def reference_path(subject: Subject, name: str, recipes: Sequence[Recipe], span:
         if stored_as is not None:
             formats[layer] = stored_as
     decoding = lambda start, _: sessions.by_layer(subject.model, formats, start)  # noqa: E731
-    figures = _recipe_figures(subject, recipes, span, sixteen_bit(subject.dtype), subject.dtype)
+    figures = _recipe_figures(subject, recipes, span, sixteen_bit(subject.dtype), subject.dtype, error)
     return DecodePath(name, decoding, figures)
 
 
@@ -215,21 +206,24 @@ def _published(subject: Subject, stored_as: ReferenceFormat, span: Span) -> Deco
     return DecodePath(stored_as.name, decoding, figures)
 
 
-def _own(subject: Subject, name: str, recipes: Sequence[Recipe], span: Span) -> DecodePath:
+def _own(subject: Subject, name: str, recipes: Sequence[Recipe], span: Span, error: float | None = None) -> DecodePath:
     for recipe in set(recipes):
         recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
     exact_dtypes = sorted({recipe.exact_dtype(subject.dtype) for recipe in recipes})
-    figures = _recipe_figures(subject, recipes, span, subject.dtype, " and ".join(exact_dtypes))
+    figures = _recipe_figures(subject, recipes, span, subject.dtype, " and ".join(exact_dtypes), error)
     return DecodePath(name, subject.decoding(recipes), figures)
 
 
-def _recipe_figures(subject: Subject, recipes: Sequence[Recipe], span: Span, dtype: str, exact_dtype: str) -> dict[str, Any]:
+def _recipe_figures(
+    subject: Subject, recipes: Sequence[Recipe], span: Span, dtype: str, exact_dtype: str, error: float | None
+) -> dict[str, Any]:
     """Return what a row says of recipes, one for each layer.
 
     Parameters
     ----------
     dtype : of which the model counts as in their bytes.
     exact_dtype : to which everything is rounded before it is quantized.
+    error : that the solver expects; None for recipes that were named.
     """
     end = span.first + span.steps
     plan = measured(1.0, recipes, span, subject.shape, dtype)
@@ -241,7 +235,7 @@ def _recipe_figures(subject: Subject, recipes: Sequence[Recipe], span: Span, dty
     figures = _figures(subject, counted, end, exact | {"exact_dtype": exact_dtype, "source": "recipe"})
     named = recipes if len(bits) > 1 else recipes[:1]
     figures |= {"recipe_hash": plan.hash, "recipes": [*map(str, named)], "read_ratio": plan.read_ratio}
-    figures |= {"step_bytes_read": plan.step_bytes, "expected_error": None}
+    figures |= {"step_bytes_read": plan.step_bytes, "expected_error": error}
     return figures
 
 
