@@ -194,8 +194,8 @@ def test_a_model_is_calibrated_and_left_as_it_was():
     assert result.keys["int4"][0][0] > result.keys["int8_per_channel"][0][0] > 0
     assert result.values["int3/64"][0][0] > result.values["int4/64"][0][0] > 0
     grouped = {"int4/32", "int4/64", "int3/32", "int3/64"}
-    in_turn = {"int4/64+gptq", "int4/64+rotated+gptq", "int3/64+rotated+gptq"}
-    assert {name for name in result.values if "/" in name} == grouped | {f"{name}+rotated" for name in grouped} | in_turn
+    by_hessians = {"int4/64+gptq", "int4/64+rotated+gptq", "int3/64+rotated+gptq"}
+    assert {name for name in result.values if "/" in name} == grouped | {f"{name}+rotated" for name in grouped} | by_hessians
     known = result.statistics_of(1)
     assert [hessian_of(texts[0], 64).shape for texts in (known.key_hessians, known.value_hessians)] == [(64, 64)] * 2
     assert {len(head) for layer in result.smoothing for head in layer} == {64}

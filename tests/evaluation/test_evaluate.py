@@ -10,7 +10,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.calibrate import calibrate
 from elastickv.evaluation.evaluate import EvaluationOptions, evaluate
-from elastickv.evaluation.prefill import TOKENS_A_PASS, prefill
+from elastickv.evaluation.prefill import TOKENS_PER_PASS, prefill
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.suggestion import Tolerance
 from elastickv.evaluation.texts import Text, windows
@@ -102,10 +102,10 @@ def test_recipes_are_what_the_decode_path_runs(loaded):
     assert 0 < scores.kl.mean() < crude.kl.mean() / 10
 
 
-@pytest.mark.parametrize("tokens_a_pass", [1, 90])
-def test_a_prefill_is_what_the_model_computes(loaded, monkeypatch, tokens_a_pass):
+@pytest.mark.parametrize("tokens_per_pass", [1, 90])
+def test_a_prefill_is_what_the_model_computes(loaded, monkeypatch, tokens_per_pass):
     """One row after the other, or two together and the third alone."""
-    monkeypatch.setitem(TOKENS_A_PASS, "cpu", tokens_a_pass)
+    monkeypatch.setitem(TOKENS_PER_PASS, "cpu", tokens_per_pass)
     rows = [tuple(range(40)), tuple(range(40, 80)), tuple(range(20, 60))]
     start = prefill(loaded.model, rows, 30, 5)
     with torch.inference_mode():

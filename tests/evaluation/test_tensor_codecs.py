@@ -55,10 +55,10 @@ def test_a_format_without_a_codec_here_takes_the_quantizer(monkeypatch):
 @pytest.mark.parametrize(("fmt", "value", "group"), [each for each in FORMAT_CASES if each[0] != "fp8"])
 def test_rows_are_rounded_by_hessians_as_the_reference_rounds_them(fmt, value, group):
     mixed = torch.randn(len(ROWS), CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(0))
-    in_turn = TensorCompensation.of(mixed.mT @ mixed, is_rotated=True)
+    compensation = TensorCompensation.of(mixed.mT @ mixed, is_rotated=True)
     batch = torch.stack([torch.from_numpy(ROWS), torch.from_numpy(ROWS).flip(-2)])
-    stored = stored_rows(batch, fmt, value, group, in_turn)
-    heads = [(order.numpy(), shares.numpy()) for order, shares in zip(in_turn.order, in_turn.shares, strict=True)]
+    stored = stored_rows(batch, fmt, value, group, compensation)
+    heads = [(order.numpy(), shares.numpy()) for order, shares in zip(compensation.order, compensation.shares, strict=True)]
     expected = [[stored_values(x, fmt, value, group, of) for x, of in zip(each.numpy(), heads, strict=True)] for each in batch]
     np.testing.assert_array_equal(stored.numpy(), np.array(expected, np.float32))
     assert not torch.equal(stored, stored_rows(batch, fmt, value, group))

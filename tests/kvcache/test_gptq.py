@@ -7,8 +7,8 @@ from elastickv.errors import UsageError
 from elastickv.kvcache import ReferenceCache
 from elastickv.kvcache.gptq import (
     DAMPING,
-    codes_in_turn,
-    compensation,
+    Compensation,
+    gptq_codes,
     hessian_of,
     hessian_text,
     layer_compensation,
@@ -42,12 +42,12 @@ def rows_of(seed, bias=0.0, tokens=TOKENS, dim=DIM):
 
 
 def of_head(hessian):
-    chosen = compensation(hessian[None])
+    chosen = Compensation.of(hessian[None])
     return chosen.order[0], chosen.shares[0]
 
 
-def cost(rows, hessian, fmt, value, group, in_turn):
-    errors = stored_values(rows, fmt, value, group, of_head(hessian) if in_turn else None) - rows
+def cost(rows, hessian, fmt, value, group, by_hessians):
+    errors = stored_values(rows, fmt, value, group, of_head(hessian) if by_hessians else None) - rows
     return float(((errors @ hessian) * errors).sum(-1).mean())
 
 
@@ -70,23 +70,23 @@ def optimal_codes(rows, scales, zeros, levels, hessian):
 def test_every_channel_makes_good_what_those_before_it_left_over():
     rows, hessian = rows_of(0), correlated(1)
     scales, zeros = np.linspace(0.2, 0.4, DIM, dtype=np.float32), np.linspace(-3, -2, DIM, dtype=np.float32)
-    codes = codes_in_turn(rows, scales, zeros, 0, 15, *of_head(hessian))
+    codes = gptq_codes(rows, scales, zeros, 0, 15, *of_head(hessian))
     assert np.mean(codes == optimal_codes(rows, scales, zeros, 15, hessian)) > 0.999  # float32 decides a tie
 
 
 @pytest.mark.parametrize(("fmt", "value", "group"), FORMATS)
 def test_it_costs_less_than_the_nearest_codes_where_channels_are_correlated(fmt, value, group):
     rows, hessian = rows_of(2), correlated(3)
-    in_turn, nearest = (cost(rows, hessian, fmt, value, group, chosen) for chosen in (True, False))
-    assert in_turn < 0.7 * nearest
+    by_hessians, nearest = (cost(rows, hessian, fmt, value, group, chosen) for chosen in (True, False))
+    assert by_hessians < 0.7 * nearest
 
 
 @pytest.mark.parametrize("fmt", ["int4", "int8_per_channel"])
 @pytest.mark.parametrize("bias", BIASES)
 def test_so_it_does_with_a_bias_in_a_channel_that_has_its_own_scale(fmt, bias):
     rows, hessian = rows_of(2, bias), correlated(3)
-    in_turn, nearest = (cost(rows, hessian, fmt, False, DIM, chosen) for chosen in (True, False))
-    assert in_turn < 0.7 * nearest
+    by_hessians, nearest = (cost(rows, hessian, fmt, False, DIM, chosen) for chosen in (True, False))
+    assert by_hessians < 0.7 * nearest
 
 
 @pytest.mark.parametrize(("fmt", "value", "group"), FORMATS)
@@ -94,8 +94,8 @@ def test_it_costs_hardly_more_than_the_nearest_codes_where_there_is_little_to_ga
     rng = np.random.default_rng(4)
     queries = rng.standard_normal((4096, DIM))
     hessian = queries.T @ queries / len(queries)
-    in_turn, nearest = (cost(rows_of(5), hessian, fmt, value, group, chosen) for chosen in (True, False))
-    assert in_turn < 1.01 * nearest
+    by_hessians, nearest = (cost(rows_of(5), hessian, fmt, value, group, chosen) for chosen in (True, False))
+    assert by_hessians < 1.01 * nearest
 
 
 @pytest.mark.parametrize(("fmt", "value", "group"), FORMATS)
@@ -109,7 +109,7 @@ def test_what_is_on_the_grid_stays_there():
     rows = stored_values(rows_of(7, 30.0), "int4", False, DIM).astype(np.float32)
     _, scales, zeros = CODECS["int4"].quantize_keys(rows.reshape(-1, 32, DIM))
     scales, zeros = (np.repeat(each.astype(np.float32), 32, axis=0) for each in (scales, zeros))
-    codes = codes_in_turn(rows, scales, zeros, 0, 15, *of_head(correlated(8)))
+    codes = gptq_codes(rows, scales, zeros, 0, 15, *of_head(correlated(8)))
     np.testing.assert_allclose(codes * scales + zeros, rows, rtol=0, atol=1e-5)
 
 
@@ -153,7 +153,7 @@ def test_channels_that_a_hessian_lacks_are_zeros():
 
 def test_a_hessian_that_no_queries_can_have_is_refused():
     with pytest.raises(UsageError, match="not positive: run `elastickv calibrate` again"):
-        compensation(-np.eye(4)[None])
+        Compensation.of(-np.eye(4)[None])
 
 
 def test_a_cache_without_hessians_refuses_a_recipe_that_needs_them():

@@ -264,11 +264,16 @@ def test_keys_of_layers_that_select_pages_are_not_rotated():
 def test_codes_are_chosen_by_hessians_where_that_errs_less_and_the_caches_can():
     """The first layer gains by it, rotated; the second loses; of the third it was not measured better."""
     factors = {0: 0.5, 1: 2.0, 3: 1.0}
-    in_turn = table(lambda layer, _: 1e-4 * factors[CALIBRATION.layers[layer]])
+    by_hessians = table(lambda layer, _: 1e-4 * factors[CALIBRATION.layers[layer]])
     rotated = table(lambda *_: 2e-4)
     full = replace(
         rotated_calibration(),
-        keys={"int4": CALIBRATION.keys["int4"], "int4+gptq": in_turn, "int4+rotated": rotated, "int4+rotated+gptq": rotated},
+        keys={
+            "int4": CALIBRATION.keys["int4"],
+            "int4+gptq": by_hessians,
+            "int4+rotated": rotated,
+            "int4+rotated+gptq": rotated,
+        },
         hessians={},
     )
 

@@ -53,8 +53,8 @@ def costs(recipe, statistics, tensors):
 @pytest.mark.parametrize("smoothing", [None, SMOOTHING])
 def test_rotated_tensors_are_rounded_by_rotated_hessians(tensors, smoothing, monkeypatch):
     known = StorageStatistics(smoothing, *map(texts, tensors[2]))
-    in_turn, nearest = (costs(text, known, tensors) for text in (GPTQ, "int4,rotate=kv"))
-    assert all(ours < 0.7 * plain for ours, plain in zip(in_turn, nearest, strict=True))
+    by_hessians, nearest = (costs(text, known, tensors) for text in (GPTQ, "int4,rotate=kv"))
+    assert all(ours < 0.7 * plain for ours, plain in zip(by_hessians, nearest, strict=True))
     # Hessians that are not turned with the tensors make errors good where it does not help.
     monkeypatch.setattr("elastickv.kvcache.gptq.transformed", lambda hessians, *_: hessians)
     unturned = costs(GPTQ, known, tensors)

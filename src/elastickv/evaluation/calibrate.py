@@ -96,11 +96,11 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
 
     keys = {name: mean(lambda e, name=name: e.keys[name]) for name in sample.keys}  # type: ignore[misc]
     values = {name: mean(lambda e, name=name: e.values[name]) for name in sample.values}  # type: ignore[misc]
-    sensitivity = None
-    if sensitive:
+    sensitivity, whole_head = None, f"{STORED_AS}/{heads[2]}"
+    if sensitive and whole_head in values:  # heads of fewer than 32 channels have no values in 4 bits
         report = None if progress is None else (lambda done, of: progress(total - of + done, total))
         losses = layer_losses(loaded.model, [row.ids for row in rows], layers, report)
-        errors = {KEYS: keys[STORED_AS], VALUES: values.get(f"{STORED_AS}/{heads[2]}", values["int8"])}
+        errors = {KEYS: keys[STORED_AS], VALUES: values[whole_head]}
         sensitivity = {tensor: _per_error(losses[tensor], errors[tensor]) for tensor in losses}
 
     return ModelCalibration(

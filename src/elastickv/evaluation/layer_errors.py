@@ -72,8 +72,8 @@ def value_formats(head_dim: int) -> list[str]:
     Whole heads of them are rounded by Hessians, too, which takes longer to measure.
     """
     grouped = [f"{name}/{group}" for name in ("int4", "int3") for group in value_groups(head_dim)]
-    in_turn = [f"int4/{head_dim}{GPTQ}", *(f"{name}/{head_dim}{ROTATED}{GPTQ}" for name in ("int4", "int3"))]
-    return ["int8", "fp8", *grouped, *(name + ROTATED for name in ("int8", *grouped)), *in_turn]
+    by_hessians = [f"int4/{head_dim}{GPTQ}", *(f"{name}/{head_dim}{ROTATED}{GPTQ}" for name in ("int4", "int3"))]
+    return ["int8", "fp8", *grouped, *(name + ROTATED for name in ("int8", *grouped)), *by_hessians]
 
 
 def layer_errors(
@@ -206,12 +206,12 @@ class _QueryRegions:
         plain, mark, _ = of_format.partition(ROTATED)
         fmt, _, group = plain.partition("/")
         known = smoothing if mark else None
-        in_turn = None if of_format == name else TensorCompensation.of(costs, bool(mark), known)
+        compensation = None if of_format == name else TensorCompensation.of(costs, bool(mark), known)
         matrix = hadamard(rotated_block(rows.shape[-1]) if mark else 1)
         smooth = rows.new_ones(()) if known is None else torch.tensor(known, device=rows.device).float().exp2()[:, None]
         whole = by_blocks(rows * smooth, matrix).bfloat16().float() if mark else rows.clone()
         cold = whole[:, self.cold_tokens]
-        whole[:, self.cold_tokens] = stored_rows(cold, fmt, value, int(group or rows.shape[-1]), in_turn)
+        whole[:, self.cold_tokens] = stored_rows(cold, fmt, value, int(group or rows.shape[-1]), compensation)
         return by_blocks(whole, matrix) / smooth if mark else whole
 
 

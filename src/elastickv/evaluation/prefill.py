@@ -16,8 +16,7 @@ from elastickv.transformers.model_support import stock_layers, text_config
 Tensor: TypeAlias = Any
 _ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
 # Tokens that a pass over rows reads at least, by kind of device: a small model takes longer to launch than to read one row.
-TOKENS_A_PASS = {"cpu": 1}
-_TOKENS_A_PASS = 16384
+TOKENS_PER_PASS = {"cpu": 1, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _row_by_row(
     values: list[Tensor] = []
     logits = torch.empty(len(rows), logit_count, text_config(model).vocab_size, device=model.device)
     with torch.inference_mode(), layer_progress(model, progress, len(rows)):
-        at_once = max(1, TOKENS_A_PASS.get(model.device.type, _TOKENS_A_PASS) // len(rows[0]))
+        at_once = max(1, TOKENS_PER_PASS.get(model.device.type, 1) // len(rows[0]))
         for begin in range(0, len(rows), at_once):
             some = slice(begin, min(begin + at_once, len(rows)))
             # Without a configuration all layers keep all tokens; a layer with a window is masked to it.

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from elastickv.kvcache.gptq import Compensation, compensation, transformed
+from elastickv.kvcache.gptq import Compensation, transformed
 from elastickv.kvcache.quantize import (
     FP8_MAX,
     INT3_LEVELS,
@@ -49,7 +49,7 @@ class TensorCompensation:
         ----------
         is_rotated, smoothing : how the tensor is stored, as in `kvcache.gptq.transformed`.
         """
-        chosen = compensation(transformed(hessians.double().cpu().numpy(), is_rotated, smoothing))
+        chosen = Compensation.of(transformed(hessians.double().cpu().numpy(), is_rotated, smoothing))
         return cls.at(chosen, hessians.device)
 
     @classmethod
@@ -62,20 +62,20 @@ class TensorCompensation:
         return TensorCompensation(self.order.to(device), self.shares.to(device))
 
 
-def stored_rows(rows: Tensor, fmt: str, value: bool, group: int, in_turn: TensorCompensation | None = None) -> Tensor:
+def stored_rows(rows: Tensor, fmt: str, value: bool, group: int, compensation: TensorCompensation | None = None) -> Tensor:
     """Return what finite rows become once stored in a format, as `kvcache.quantize.stored_values` does.
 
     Parameters
     ----------
-    rows : (..., tokens, head_dim) float32; whole pages of tokens. (..., kv_heads, tokens, head_dim) with `in_turn`.
+    rows : (..., tokens, head_dim) float32; whole pages of tokens. (..., kv_heads, tokens, head_dim) with `compensation`.
     value : whether these are values; else keys.
     group : channels of V that share a scale.
-    in_turn : by which codes are chosen, in an integer format; None: the nearest ones.
+    compensation : by which codes are chosen, in an integer format; None: the nearest ones.
     """
     if (fmt, value) in _GRIDS:
         scales, zeros, low, high = _GRIDS[fmt, value](rows, group)
-        if in_turn is not None:
-            codes = _codes_in_turn(rows, scales, zeros, low, high, in_turn)
+        if compensation is not None:
+            codes = _gptq_codes(rows, scales, zeros, low, high, compensation)
         else:
             codes = torch.where(scales > 0, ((rows - zeros) / scales).round().clamp(low, high), 0)
         return (codes.double() * scales + zeros).float()
@@ -92,14 +92,16 @@ def channel_scales(pages: Tensor, levels: int = INT4_LEVELS) -> tuple[Tensor, Te
     return _float16_towards((pages.amax(-2) - zeros) / levels, up=True), zeros
 
 
-def _codes_in_turn(rows: Tensor, scales: Tensor, zeros: Tensor, low: float, high: float, in_turn: TensorCompensation) -> Tensor:
-    """Return the codes of rows, chosen as `kvcache.gptq.codes_in_turn` does: the same in float32, operation by operation."""
-    heads, head_dim = in_turn.order.shape
+def _gptq_codes(
+    rows: Tensor, scales: Tensor, zeros: Tensor, low: float, high: float, compensation: TensorCompensation
+) -> Tensor:
+    """Return the codes of rows, chosen as `kvcache.gptq.gptq_codes` does: the same in float32, operation by operation."""
+    heads, head_dim = compensation.order.shape
     # (head_dim, ..., kv_heads, tokens): channels in the order of their head.
-    positions = in_turn.order[:, None].expand(rows.shape)
+    positions = compensation.order[:, None].expand(rows.shape)
     rest, steps = ((rows - zeros).gather(-1, positions), scales.expand(rows.shape).gather(-1, positions))
     rest, steps = (each.movedim(-1, 0).contiguous() for each in (rest, steps))
-    shares = in_turn.shares.permute(1, 2, 0).reshape(head_dim, head_dim, *(1,) * (rows.dim() - 3), heads, 1)
+    shares = compensation.shares.permute(1, 2, 0).reshape(head_dim, head_dim, *(1,) * (rows.dim() - 3), heads, 1)
     codes = torch.empty_like(rest)
     for j in range(head_dim):
         whole = (rest[j] / steps[j]).clamp(low, high).round()

@@ -21,7 +21,7 @@ from elastickv.kvcache.checks import (
     checked_lengths,
     checked_rows,
 )
-from elastickv.kvcache.gptq import LayerCompensation, no_hessians
+from elastickv.kvcache.gptq import LayerCompensation, check_compensation
 from elastickv.kvcache.protocol import Floats, Lengths
 from elastickv.kvcache.tensor_view import Float32, Tensor, TensorView
 from elastickv.recipe import AttentionShape, Recipe
@@ -41,7 +41,6 @@ class CheckedCache(ABC):
     dtype: str
     capacity: int
     anchor_offset: int
-
     compensation: LayerCompensation | None
 
     def _describe(
@@ -54,8 +53,7 @@ class CheckedCache(ABC):
         compensation: LayerCompensation | None = None,
     ) -> None:
         recipe.check_anchor_offset(anchor_offset)
-        if recipe.uses_hessians and compensation is None:
-            raise no_hessians(recipe)
+        check_compensation(recipe, compensation)
         self.shape, self.capacity, self.dtype, self.recipe, self.anchor_offset = shape, capacity, dtype, recipe, anchor_offset
         self.compensation = compensation
 

@@ -39,6 +39,31 @@ class Compensation:
     order: NDArray[np.int64]
     shares: NDArray[np.float32]
 
+    @classmethod
+    def of(cls, hessians: NDArray[np.float64]) -> "Compensation":
+        """Return how errors are made good by Hessians, (kv_heads, head_dim, head_dim).
+
+        A hundredth of the mean of its diagonal is added to the diagonal of each. The channels of the largest diagonal come
+        first: they have the most channels to follow. With the Cholesky factor U^T U of the inverse, an error of channel i takes
+        U[i, j] / U[i, i] of it from channel j.
+
+        Raises
+        ------
+        UsageError : if a Hessian is not positive definite.
+        """
+        diagonals = np.diagonal(hessians, axis1=1, axis2=2)
+        damped = hessians + DAMPING * np.maximum(diagonals.mean(axis=1), 1e-30)[:, None, None] * np.eye(hessians.shape[-1])
+        order = np.argsort(-diagonals, axis=1, kind="stable")
+        shares = np.empty(hessians.shape, np.float32)
+        for head, channels in enumerate(order):
+            try:
+                inverse = np.linalg.inv(damped[head][np.ix_(channels, channels)])
+                lower = np.linalg.cholesky(inverse)  # L = U^T
+            except np.linalg.LinAlgError:
+                raise UsageError("a Hessian of the calibration is not positive: run `elastickv calibrate` again") from None
+            shares[head] = np.tril(lower / np.diagonal(lower), -1)
+        return cls(np.ascontiguousarray(order, np.int64), shares)
+
 
 @dataclass(frozen=True)
 class LayerCompensation:
@@ -46,31 +71,6 @@ class LayerCompensation:
 
     keys: Compensation | None
     values: Compensation | None
-
-
-def compensation(hessians: NDArray[np.float64]) -> Compensation:
-    """Return how errors are made good by Hessians, (kv_heads, head_dim, head_dim).
-
-    A hundredth of the mean of its diagonal is added to the diagonal of each. The channels of the largest diagonal come first:
-    they have the most channels to follow. With the Cholesky factor U^T U of the inverse, an error of channel i takes
-    U[i, j] / U[i, i] of it from channel j.
-
-    Raises
-    ------
-    UsageError : if a Hessian is not positive definite.
-    """
-    diagonals = np.diagonal(hessians, axis1=1, axis2=2)
-    damped = hessians + DAMPING * np.maximum(diagonals.mean(axis=1), 1e-30)[:, None, None] * np.eye(hessians.shape[-1])
-    order = np.argsort(-diagonals, axis=1, kind="stable")
-    shares = np.empty(hessians.shape, np.float32)
-    for head, channels in enumerate(order):
-        try:
-            inverse = np.linalg.inv(damped[head][np.ix_(channels, channels)])
-            lower = np.linalg.cholesky(inverse)  # L = U^T
-        except np.linalg.LinAlgError:
-            raise UsageError("a Hessian of the calibration is not positive: run `elastickv calibrate` again") from None
-        shares[head] = np.tril(lower / np.diagonal(lower), -1)
-    return Compensation(np.ascontiguousarray(order, np.int64), shares)
 
 
 def layer_compensation(recipe: Recipe, head_dim: int, statistics: StorageStatistics) -> LayerCompensation | None:
@@ -105,8 +105,14 @@ def no_hessians(recipe: Recipe) -> UsageError:
     )
 
 
+def check_compensation(recipe: Recipe, compensation: LayerCompensation | None) -> None:
+    """Raise `no_hessians` if a recipe needs a compensation and there is none."""
+    if recipe.uses_hessians and compensation is None:
+        raise no_hessians(recipe)
+
+
 def _of_tensor(fmt: str | None, hessians: NDArray[np.float64]) -> Compensation | None:
-    return compensation(hessians) if fmt is not None and FORMATS[fmt].is_integer else None
+    return Compensation.of(hessians) if fmt is not None and FORMATS[fmt].is_integer else None
 
 
 def transformed(hessians: NDArray[np.float64], is_rotated: bool, smoothing: Smoothing | None = None) -> NDArray[np.float64]:
@@ -127,7 +133,7 @@ def transformed(hessians: NDArray[np.float64], is_rotated: bool, smoothing: Smoo
     return np.swapaxes(rotated(np.swapaxes(rotated(hessians), 1, 2)), 1, 2)
 
 
-def codes_in_turn(
+def gptq_codes(
     x: NDArray[np.float32],
     scales: NDArray[np.float32],
     zeros: NDArray[np.float32],
@@ -164,7 +170,7 @@ def hessian_text(hessian: NDArray[np.float64]) -> str:
 
     The diagonal is little-endian float32. Then come H[i, j] / sqrt(H[i, i] H[j, j]) for i < j, row by row, in units of
     1 / 32767 as little-endian int16: their rounding moves no eigenvalue by more than 2^-16 of the trace, which is less than the
-    damping of `compensation` up to 256 channels.
+    damping of `Compensation.of` up to 256 channels.
     """
     matrix = np.asarray(hessian, np.float64)
     diagonal = np.maximum(np.diagonal(matrix), 0)

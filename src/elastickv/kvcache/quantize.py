@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from elastickv.kvcache.gptq import codes_in_turn
+from elastickv.kvcache.gptq import gptq_codes
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, Format, ScaleLayout
 
@@ -235,12 +235,12 @@ def stored_values(
     pages = x if by_row else x.reshape(len(x) // PAGE_TOKENS, PAGE_TOKENS, x.shape[-1])
     planes = codec.quantize_values(pages, group) if value else codec.quantize_keys(pages)
     if compensation is not None:
-        chosen = _codes_in_turn(pages, planes, stored, layout, compensation)
+        chosen = _gptq_codes(pages, planes, stored, layout, compensation)
         planes = (chosen.astype(planes[0].dtype), *planes[1:])
     return (codec.dequantize_values if value else codec.dequantize_keys)(*planes).reshape(x.shape)
 
 
-def _codes_in_turn(
+def _gptq_codes(
     pages: NDArray[np.float32], planes: Planes, stored: Format, layout: ScaleLayout | None, compensation: HeadCompensation
 ) -> NDArray[np.float32]:
     """Return codes of rows with the scales and zeros of `planes`."""
@@ -256,7 +256,7 @@ def _codes_in_turn(
     scales = wide(planes[1])
     zeros = wide(planes[2]) if len(planes) > 2 else np.zeros(1, np.float32)
     low = -stored.largest_code if stored.signed else 0.0
-    return codes_in_turn(pages, scales, zeros, low, stored.largest_code, *compensation)
+    return gptq_codes(pages, scales, zeros, low, stored.largest_code, *compensation)
 
 
 def _channels(pages: ArrayLike, levels: int) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:

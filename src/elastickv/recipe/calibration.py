@@ -23,8 +23,8 @@ MOST_SENSITIVITY = 1e30  # losses weighed by it are added up over layers
 MOST_SMOOTHING = 12  # 16-bit floats have room for 2^12 times the largest keys that are known
 _LATER = ("prefix", "smoothing", "sensitivity", "hessians")  # which older files lack
 ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
-_ERRORS_OF = r"[a-z0-9_]+(/[1-9][0-9]{0,3})?(\+rotated)?(\+gptq)?"
 GPTQ = "+gptq"  # likewise, behind that: of tensors that are rounded by Hessians
+_ERRORS_OF = r"[a-z0-9_]+(/[1-9][0-9]{0,3})?(\+rotated)?(\+gptq)?"  # keys of `keys` and `values`
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 HeadErrors = tuple[tuple[float, ...], ...]

@@ -12,7 +12,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation.evaluate import evaluate
 from elastickv.evaluation.evaluation_options import EvaluationOptions
 from elastickv.evaluation.layer_progress import Progress
-from elastickv.evaluation.tasks.task_answers import STEPS_A_LOOK, scored_answers
+from elastickv.evaluation.tasks.task_answers import STEPS_PER_CHECK, scored_answers
 from elastickv.evaluation.tasks.task_prompts import TaskItem
 from elastickv.evaluation.texts import Text
 from elastickv.results.formats.fidelity_table import fidelity_tables
@@ -145,7 +145,7 @@ def test_decoding_ends_when_no_score_can_change():
 
 
 def test_answers_that_are_looked_at_seldom_have_the_same_scores(monkeypatch):
-    monkeypatch.setitem(STEPS_A_LOOK, "cpu", 5)
+    monkeypatch.setitem(STEPS_PER_CHECK, "cpu", 5)
     script = Script("a 12#34", "12 and 34", "#")
     assert answered(script, *[item(("12", "34"))] * 3) == [0.5, 1.0, 0.0]
     assert len(script.seen) == 10

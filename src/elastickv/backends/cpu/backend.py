@@ -13,7 +13,7 @@ from elastickv.backends.cpu.programs import AttentionProgram, CycleProgram
 from elastickv.backends.feedback import Feedback
 from elastickv.backends.protocol import Ceilings, DeviceInfo, Reporter
 from elastickv.errors import UsageError
-from elastickv.kvcache.gptq import LayerCompensation, no_hessians
+from elastickv.kvcache.gptq import LayerCompensation, check_compensation
 from elastickv.kvcache.protocol import LayerCache
 from elastickv.kvcache.tensor_view import Float32
 from elastickv.recipe import DTYPES, AttentionShape, Recipe
@@ -61,8 +61,7 @@ class CpuBackend:
             raise UsageError(f"a capacity of {capacity} tokens holds nothing: give a whole number from 1 up")
         recipe.check_shape(shape.head_dim, shape.kv_heads)
         recipe.check_anchor_offset(anchor_offset)
-        if recipe.uses_hessians and compensation is None:
-            raise no_hessians(recipe)
+        check_compensation(recipe, compensation)
         needed, free = self.cache_bytes(shape, capacity, dtype, recipe), self.device.free_bytes
         if needed > free:
             fits = self._fitting_context(shape, capacity, dtype, recipe, free)

@@ -32,8 +32,8 @@ SECONDS = {
     "page_codes.quantize_values_int4": 0.4,
     "page_codes.quantize_values_int3": 0.3,
     "page_codes.store_rows": 0.4,
-    "quantizers.gptq_pages.quantize_keys_in_turn": 0.5,
-    "quantizers.gptq_pages.quantize_values_in_turn": 0.7,
+    "quantizers.gptq_pages.quantize_keys_gptq": 0.5,
+    "quantizers.gptq_pages.quantize_values_gptq": 0.7,
 }
 OTHER_SECONDS = 0.2
 START_SECONDS = 1.2  # of a process, to import Numba

@@ -44,7 +44,7 @@ MARKED = ("state", "lists", "reused")  # sections that `mark` copies, and a ring
 PARTIAL_EXTRA = 16  # running maximum and sum behind a partial's row, padded to a line
 TAIL_BYTES = 4096  # 32 columns are loaded of the last row of a narrower chunk
 LIST_BYTES = 4
-IN_TURN_CONSTANTS = 2 * 2 * PAGE_TOKENS  # bytes of 32 ones and 32 zeros, 16 bits each
+GPTQ_CONSTANTS = 2 * 2 * PAGE_TOKENS  # bytes of 32 ones and 32 zeros, 16 bits each
 SCALE_ALIGNMENT = 32
 BLOCK_WORDS = 8  # floats of block scratch for each query: factors and such
 
@@ -109,8 +109,8 @@ class BufferField(IntEnum):
     KEY_SHARES = 54
     VALUE_ORDER = 55
     VALUE_SHARES = 56
-    IN_TURN_BASE = 57  # scratch of a page that is rounded channel by channel
-    IN_TURN_HEAD_BYTES = 58
+    GPTQ_BASE = 57  # scratch of a page that is rounded channel by channel
+    GPTQ_HEAD_BYTES = 58
 
 
 class State(IntEnum):
@@ -218,7 +218,7 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
     reuse = recipe.selection == "reuse"
     wraps = ring_pages < all_pages
     # Of each (sequence, KV head): codes and errors of a page, float32, and constants.
-    in_turn = 2 * dim * PAGE_TOKENS * 4 + IN_TURN_CONSTANTS if recipe.uses_hessians else 0
+    gptq = 2 * dim * PAGE_TOKENS * 4 + GPTQ_CONSTANTS if recipe.uses_hessians else 0
     # Room for all pages: `set_fractions` may select them.
     lists_head = up(cold_pages * LIST_BYTES, LINE_BYTES) if pages else 0
     sizes = {
@@ -235,7 +235,7 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
         "work": threads * work,
         "counters": COUNTER_BYTES,
         "rotated": 2 * heads * dim * 4 if recipe.rotate else 0,
-        "in_turn": heads * in_turn,
+        "gptq": heads * gptq,
         "step_keys": heads * dim * 4,
         "step_values": heads * dim * 4,
         "step_queries": heads * shape.group * dim * 4,
@@ -287,8 +287,8 @@ def layout(shape: AttentionShape, capacity: int, dtype: str, recipe: Recipe, thr
         BufferField.KEY_ROTATION: rotated_block(dim) if recipe.rotates_keys else 0,
         BufferField.VALUE_ROTATION: rotated_block(dim) if recipe.rotates_values else 0,
         BufferField.ROTATED_BASE: at["rotated"],
-        BufferField.IN_TURN_BASE: at["in_turn"],
-        BufferField.IN_TURN_HEAD_BYTES: in_turn,
+        BufferField.GPTQ_BASE: at["gptq"],
+        BufferField.GPTQ_HEAD_BYTES: gptq,
         BufferField.IS_PAGES: int(pages),
         BufferField.LISTS_BASE: at["lists"],
         BufferField.LISTS_HEAD_BYTES: lists_head,

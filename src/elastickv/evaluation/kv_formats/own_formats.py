@@ -18,7 +18,7 @@ from elastickv.evaluation.kv_formats.rotations import rotated_rows
 from elastickv.evaluation.prefill import Tensor
 from elastickv.evaluation.tensor_codecs import TensorCompensation, stored_rows
 from elastickv.inputs import file_exists, file_path
-from elastickv.kvcache.gptq import LayerCompensation, no_hessians
+from elastickv.kvcache.gptq import LayerCompensation, check_compensation
 from elastickv.recipe import ModelCalibration, Recipe
 from elastickv.recipe.calibration import Smoothing
 from elastickv.recipe.formats import DTYPES, FORMATS, PAGE_TOKENS, Scales
@@ -38,7 +38,7 @@ class OwnRoundTrip:
     rotated : whether rows are stored rotated.
     dtype : of the model: rows have it when they are quantized.
     smoothing : (kv_heads, 1, the model's head_dim) powers of 2, factors of keys before they are rotated; None for none.
-    in_turn : by which codes are chosen; None: the nearest ones.
+    compensation : by which codes are chosen; None: the nearest ones.
     """
 
     stored_in: str
@@ -48,7 +48,7 @@ class OwnRoundTrip:
     rotated: bool
     dtype: str
     smoothing: Tensor | None = None
-    in_turn: TensorCompensation | None = None
+    compensation: TensorCompensation | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return (..., kv_heads, tokens, channels) float32 rows, whole pages of tokens, as they are read after being stored."""
@@ -58,8 +58,8 @@ class OwnRoundTrip:
         in_window = self.stored_in if self.stored_in in DTYPES else self.dtype
         rows = rows.to(TORCH_DTYPES[in_window]).float()
         if not FORMATS[self.stored_in].is_float:
-            in_turn = None if self.in_turn is None else self.in_turn.to(x.device)
-            rows = stored_rows(rows, self.stored_in, self.of_values, self.group, in_turn)
+            compensation = None if self.compensation is None else self.compensation.to(x.device)
+            rows = stored_rows(rows, self.stored_in, self.of_values, self.group, compensation)
         read = (rotated_rows(rows) if self.rotated else rows)[..., : x.shape[-1]]
         return read if factors is None else read / factors
 
@@ -154,8 +154,7 @@ def own_format(
     UsageError : if the recipe does not read all tokens, or needs a compensation.
     """
     check_reference([recipe])
-    if recipe.uses_hessians and compensation is None:
-        raise no_hessians(recipe)
+    check_compensation(recipe, compensation)
     if recipe.key_format is None or recipe.value_format is None:
         return None
     factors = None

@@ -13,8 +13,7 @@ from elastickv.evaluation.tasks.string_match import GROWING, METRICS
 from elastickv.evaluation.tasks.task_prompts import TaskItem
 
 # Decode steps, by kind of device, until answers are looked at: looking waits for the device and spells out every answer.
-STEPS_A_LOOK = {"cpu": 1}
-_STEPS_A_LOOK = 8
+STEPS_PER_CHECK = {"cpu": 1, "cuda": 8}
 
 
 def stepped_tokens(items: Sequence[TaskItem]) -> int:
@@ -50,7 +49,7 @@ def scored_answers(
             following = session.step(following).argmax(-1)
             unseen.append(following)
             progress(stepped + step, total)
-            if len(unseen) == STEPS_A_LOOK.get(following.device.type, _STEPS_A_LOOK) or step == tokens - 1:
+            if len(unseen) == STEPS_PER_CHECK.get(following.device.type, 1) or step == tokens - 1:
                 answers.extend(torch.stack(unseen, 1).tolist())
                 unseen.clear()
                 if not answers.open:

@@ -51,14 +51,14 @@ _F = layout.BufferField
 KV_HEADS = int(_F.KV_HEADS)
 KEY_ORDER, KEY_SHARES = int(_F.KEY_ORDER), int(_F.KEY_SHARES)
 VALUE_ORDER, VALUE_SHARES = int(_F.VALUE_ORDER), int(_F.VALUE_SHARES)
-IN_TURN_BASE, IN_TURN_HEAD_BYTES = int(_F.IN_TURN_BASE), int(_F.IN_TURN_HEAD_BYTES)
+GPTQ_BASE, GPTQ_HEAD_BYTES = int(_F.GPTQ_BASE), int(_F.GPTQ_HEAD_BYTES)
 ONE_FP16, ONE_BF16, NO_BITS = np.uint16(0x3C00), np.uint16(0x3F80), np.uint16(0)
 
 
 @inlined
 def _scratch(c, head, one):  # type: ignore[no-untyped-def]
     """Return the addresses of rows of codes, rows of errors, 32 scales of 1, and 32 zeros."""
-    rows = c[IN_TURN_BASE] + head * c[IN_TURN_HEAD_BYTES]
+    rows = c[GPTQ_BASE] + head * c[GPTQ_HEAD_BYTES]
     ones = rows + 2 * c[DIM] * ROW_BYTES
     zeros = ones + 2 * PAGE_TOKENS
     for token in range(PAGE_TOKENS):
@@ -73,7 +73,7 @@ def _whole_number(rows, token, d):  # type: ignore[no-untyped-def]
 
 
 @kernel(QUANTIZER)
-def quantize_keys_in_turn(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
+def quantize_keys_gptq(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
     """Store K of a page in int4, int8_per_channel or int8."""
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
@@ -110,7 +110,7 @@ def quantize_keys_in_turn(descriptor, head, page, is_value):  # type: ignore[no-
 
 
 @kernel(QUANTIZER)
-def quantize_values_in_turn(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
+def quantize_values_gptq(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
     """Store V of a page in int4, int3 or int8."""
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
@@ -152,8 +152,8 @@ def quantize_values_in_turn(descriptor, head, page, is_value):  # type: ignore[n
                     vectors.eight_values(FP32, errors, dim, token, first, columns, ones, zeros, target, levels)
 
 
-KEYS: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int8_per_channel"), quantize_keys_in_turn)
-VALUES: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int3"), quantize_values_in_turn)
+KEYS: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int8_per_channel"), quantize_keys_gptq)
+VALUES: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int3"), quantize_values_gptq)
 
 
 def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:
@@ -166,10 +166,10 @@ def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:
     keys, values = page_codes.quantizers(recipe, dtype)
     if not recipe.uses_hessians:
         return keys, values
-    return _in_turn(recipe.key_format, KEYS, keys), _in_turn(recipe.value_format, VALUES, values)
+    return _gptq(recipe.key_format, KEYS, keys), _gptq(recipe.value_format, VALUES, values)
 
 
-def _in_turn(fmt: str | None, kernels: dict[str, Kernel], nearest: Kernel) -> Kernel:
+def _gptq(fmt: str | None, kernels: dict[str, Kernel], nearest: Kernel) -> Kernel:
     if fmt is None or not FORMATS[fmt].is_integer:
         return nearest
     if fmt not in kernels:

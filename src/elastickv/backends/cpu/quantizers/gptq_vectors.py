@@ -1,4 +1,4 @@
-"""Steps of `kvcache.gptq.codes_in_turn` in vector IR: the 32 tokens of a page are the lanes, channels come one after the other.
+"""Steps of `kvcache.gptq.gptq_codes` in vector IR: the 32 tokens of a page are the lanes, channels come one after the other.
 
 A row is one channel's 32 float32 numbers. Products and differences are not fused, so that codes equal the reference's bit for
 bit.
