@@ -1,9 +1,11 @@
 """What is launched over the blocks of a serving engine, and what the word of a token that cannot be stored says; no GPU."""
 
+from importlib import resources
+
 import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
-from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
+from elastickv.backends.bad_token import NO_BAD_TOKEN, REPORTED_STEPS, BadToken
 from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows, StepRows
 from elastickv.backends.cuda.block_kernels import BlockKernels
 from elastickv.kvcache.tensor_view import TensorView
@@ -85,6 +87,12 @@ def test_nothing_is_launched_to_gather_nothing(kernels):
     for requests, longest in ((0, 10), (3, 0)):
         kernels.gather(blocks(), ROWS, 31, 32, requests, longest)
     assert not kernels._device.take()
+
+
+def test_kernel_and_host_keep_the_reports_of_as_many_steps_apart():
+    """The host allocates the memory that the kernel writes to."""
+    source = resources.files("elastickv.backends.cuda").joinpath("kernels", "store_blocks.cu").read_text(encoding="utf-8")
+    assert f"#define REPORTED_STEPS {REPORTED_STEPS} " in source
 
 
 def test_a_word_names_layer_and_position():
