@@ -352,7 +352,7 @@ def _check_stored_bits(bits: float, calibration: ModelCalibration | None, others
     check_stored_bits(bits)
     if others:
         raise UsageError(
-            f"`stored_bits`={bits:g} chooses all layers' recipes: leave out compress, recipe and layers, or `stored_bits` itself"
+            f"`stored_bits`={bits:g} chooses the recipe of each layer: leave out compress, recipe and layers, or `stored_bits`"
         )
     if calibration is None:
         raise UsageError(f"`stored_bits`={bits:g} needs a calibration: run `elastickv calibrate`, then give calibration=FILE")
