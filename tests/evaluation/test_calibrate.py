@@ -78,6 +78,8 @@ def test_selection_errs_as_it_does_on_the_back_end(inputs, fraction, steps):
         ("int4,rotate=kv", "int4+rotated", "int4/64+rotated"),
         ("int4,rounding=gptq", "int4+gptq", "int4/64+gptq"),
         ("k=int4,v=int3,rotate=kv,rounding=gptq", "int4+rotated+gptq", "int3/64+rotated+gptq"),
+        ("int3", "int3", "int3/64"),
+        ("int3,rotate=kv,rounding=gptq", "int3+rotated+gptq", "int3/64+rotated+gptq"),
     ],
 )
 def test_rounding_errs_as_it_does_on_the_back_end(inputs, recipe, key, value):
@@ -95,7 +97,7 @@ def test_rounding_by_hessians_errs_less_where_queries_and_columns_are_correlated
     projection = torch.cat([torch.randn(48, 24, generator=generator) @ few for _ in range(4)], 1)
     errors = layer_errors(replace(inputs, queries=queries, projection=projection), (1.0,), (1,), RUN)
     for of_tensor, names in (
-        (errors.keys, ("int4", "int4+rotated", "int8+rotated")),
+        (errors.keys, ("int4", "int4+rotated", "int3", "int3+rotated", "int8+rotated")),
         (errors.values, ("int4/64", "int3/64+rotated")),
     ):
         for name in names:
@@ -192,6 +194,7 @@ def test_a_model_is_calibrated_and_left_as_it_was():
     assert result.pages[1][1 / 8][0][0] > result.pages[1][1 / 2][0][0] > 0
     assert result.keys["int4"][0][0] > result.keys["int8"][0][0] > 0
     assert result.keys["int4"][0][0] > result.keys["int8_per_channel"][0][0] > 0
+    assert result.keys["int3"][0][0] > result.keys["int4"][0][0]
     assert result.values["int3/64"][0][0] > result.values["int4/64"][0][0] > 0
     grouped = {"int4/32", "int4/64", "int3/32", "int3/64"}
     by_hessians = {"int4/64+gptq", "int4/64+rotated+gptq", "int3/64+rotated+gptq"}

@@ -20,7 +20,7 @@ from elastickv.results.kinds.evaluation_result import EvaluationResult
 from tests.evaluation.test_evaluate import TEXTS, Silent
 from tests.helpers.tiny_models import TEXT, tiny_llama
 
-BUDGETS = (4.2, 4.25, 5.5, 8.5)
+BUDGETS = (3.7, 4.0, 5.5, 8.5)
 OPTIONS = EvaluationOptions(
     ratios=(), contexts=(400,), window_count=2, scored=6, needle_lengths=(), greedy_tokens=0, stored_bits=BUDGETS,
     formats=("int4",),
@@ -54,11 +54,11 @@ def test_each_budget_that_can_be_met_is_a_row_within_it(result):
         reference = rows[f"reference:stored_bits={budget:g}"]
         assert reference["recipes"] == row["recipes"], "the CPU reads all formats"
         assert reference["stored_format"]["bits_per_element"] == row["stored_format"]["bits_per_element"]
-    assert rows["stored_bits=4.25"]["stored_format"]["bits_per_element"] == 4.25
+    assert rows["stored_bits=4"]["stored_format"]["bits_per_element"] == 4
     for prefix in ("", "reference:"):
         kl = [rows[prefix + name]["kl"]["mean"] for name in names]
         assert kl[0] > kl[1] > kl[2] and kl[1] < rows["int4"]["kl"]["mean"]
-    assert [line for line in result["skipped"] if "stored_bits=4.2 is less" in line and "give 4.25 or more" in line]
+    assert [line for line in result["skipped"] if "stored_bits=3.7 is less" in line and "give 3.75 or more" in line]
 
 
 def test_tables_and_report_name_the_budget_and_the_formats_of_the_layers(result):
@@ -95,15 +95,15 @@ def test_where_a_device_reads_too_few_formats_a_budget_has_its_reference(loaded,
     (reason,) = unmet_budgets(subject, (4.25, 5.0))
     assert "stored_bits=4.25 is less than any calibrated format that CUDA reads takes: give 4.75 or more" in reason
     assert len(unmet_budgets(subject, (4.25,))) == 1, "its reference is measured"
-    with pytest.raises(UsageError, match=r"stored_bits=4\.2 is less"):
-        unmet_budgets(subject, (4.2,))
+    with pytest.raises(UsageError, match=r"stored_bits=3\.7 is less"):
+        unmet_budgets(subject, (3.7,))
 
 
 @pytest.mark.parametrize(
     ("budgets", "calibrated", "named"),
     [
         ((4.75,), False, "`stored_bits`=4.75 needs a calibration, .* `elastickv calibrate tiny -o FILE`"),
-        ((3.0, 4.0), True, r"stored_bits=4 is less than any .*: give 4\.25 or more"),
+        ((3.0, 3.5), True, r"stored_bits=3\.5 is less than any .*: give 3\.75 or more"),
         ((5.0, 17.0), True, "`stored_bits`=17.0 is out of range"),
     ],
 )

@@ -154,11 +154,10 @@ def recipes(
     if selection == "reuse":
         fields |= {"anchor_every": draw(st.integers(1, 5)), "decay": draw(st.sampled_from([1.0, 0.95]))}
     if selection in ("all", "pages"):
-        formats = ["bf16", "fp16", "fp8", "int8", "int4"]
-        per_channel = ["int4", "int8_per_channel"]
+        narrow = ["int4", "int3"] if three_bits else ["int4"]
+        formats, per_channel = ["bf16", "fp16", "fp8", "int8", *narrow], [*narrow, "int8_per_channel"]
         key = draw(st.sampled_from(per_channel if selection == "pages" else [*formats, "int8_per_channel"]))
-        of_values = [*formats, "int3"] if three_bits else formats
-        value = draw(st.sampled_from([name for name in of_values if {key, name} != {"bf16", "fp16"}]))
+        value = draw(st.sampled_from([name for name in formats if {key, name} != {"bf16", "fp16"}]))
         fields["value_group"] = draw(st.sampled_from([0, *value_groups(head_dim)])) if value in ("int4", "int3") else 0
     if selection == "pages":
         heads = draw(st.sampled_from([1, kv_heads]))

@@ -91,13 +91,13 @@ def test_back_ends_without_a_kernel_refuse_it(int6):
 
 
 @pytest.mark.parametrize("arch", ["61", "80", "90", "120"])
-def test_cuda_refuses_values_in_3_bits_in_caches_and_in_an_engines_blocks(arch):
-    refusal = r"^format int3 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4, or the cpu backend$"
-    for text in ("k=int4,v=int3", "k=int8,v=int3,vgroup=32", "v=int3,pages=1/4", "k=bf16,v=int3"):
+def test_cuda_refuses_3_bits_in_caches_and_in_an_engines_blocks(arch):
+    refusal = r"^format int3 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4(, int8_per_channel)?, or the cpu backend$"
+    for text in ("k=int4,v=int3", "v=int3,pages=1/4", "k=bf16,v=int3", "int3", "k=int3,v=int8,pages=1/4"):
         with pytest.raises(UsageError, match=refusal):
             decode_variant(128, 4, "bf16", Recipe.parse(text), arch)
-    with pytest.raises(UsageError, match=refusal if arch != "61" else "need SM 8.0"):
-        blocks_variant(128, 4, "bf16", Recipe.parse("k=int4,v=int3"), arch)
+        with pytest.raises(UsageError, match=refusal if arch != "61" else "need SM 8.0"):
+            blocks_variant(128, 4, "bf16", Recipe.parse(text.partition(",pages")[0]), arch)
     assert set(unread_formats("cuda")) == {"int3"} == set(unread_formats(None)) and not unread_formats("cpu")
 
 

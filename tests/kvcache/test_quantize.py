@@ -13,6 +13,7 @@ from elastickv.kvcache.quantize import (
     dequantize_fp8,
     dequantize_int8,
     quantize_fp8,
+    quantize_int3_keys,
     quantize_int3_values,
     quantize_int4_keys,
     quantize_int4_values,
@@ -67,7 +68,9 @@ def bf16_rows(limit=2.0**126):
     return hnp.arrays(np.float32, (3, 64), elements=st.floats(-limit, limit, width=32)).map(lambda x: rounded(x, "bf16"))
 
 
-PER_CHANNEL = pytest.mark.parametrize(("quantize", "levels"), [(quantize_int4_keys, 15), (quantize_int8_keys_per_channel, 255)])
+PER_CHANNEL = pytest.mark.parametrize(
+    ("quantize", "levels"), [(quantize_int4_keys, 15), (quantize_int3_keys, 7), (quantize_int8_keys_per_channel, 255)]
+)
 
 
 @PER_CHANNEL
@@ -119,10 +122,13 @@ def test_a_smaller_group_never_has_a_larger_scale(rows):
     assert (parts <= whole * (1 + 2.0**-7) + slack).all()
 
 
+CONSTANT = [("int4", False, 64), ("int3", False, 64), ("int8_per_channel", False, 64), ("int4", True, 32), ("int3", True, 32)]
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.140625, 2.0**-24, -65504.0, 65504.0])
 def test_a_constant_page_is_kept_exactly(value):
     page = np.full((1, 32, 64), value, np.float32)
-    for fmt, is_value, group in (("int4", False, 64), ("int4", True, 32), ("int3", True, 32), ("int8_per_channel", False, 64)):
+    for fmt, is_value, group in CONSTANT:
         stored = rounded(page, "fp16" if not is_value else "bf16")
         np.testing.assert_array_equal(stored_values(stored[0], fmt, is_value, group), stored[0])
 
@@ -230,14 +236,15 @@ def quantized(rows, fmt):
         "int4 keys": quantize_int4_keys,
         "int4 values": lambda x: quantize_int4_values(x, 32),
         "int8_per_channel keys": quantize_int8_keys_per_channel,
+        "int3 keys": quantize_int3_keys,
         "int3 values": lambda x: quantize_int3_values(x, 32),
     }[fmt](rows)
 
 
 SHAPES = {"int8": [(2, 32)], "fp8": [(2,)], "int4 keys": [(2, 64)] * 2, "int4 values": [(2, 32, 2)] * 2}
-SHAPES |= {"int8_per_channel keys": SHAPES["int4 keys"], "int3 values": SHAPES["int4 values"]}
+SHAPES |= {"int8_per_channel keys": SHAPES["int4 keys"], "int3 keys": SHAPES["int4 keys"], "int3 values": SHAPES["int4 values"]}
 TYPES = {"int8": "bH", "fp8": "BH", "int4 keys": "Bee", "int4 values": "BHH", "int8_per_channel keys": "Bee"}
-TYPES["int3 values"] = TYPES["int4 values"]
+TYPES |= {"int3 keys": TYPES["int4 keys"], "int3 values": TYPES["int4 values"]}
 
 
 @pytest.mark.parametrize("fmt", SHAPES)
@@ -261,6 +268,7 @@ def test_codes_and_scales_have_their_types_and_shapes_whatever_numbers_are_given
         ("int4 keys", 15),
         ("int4 values", 15),
         ("int8_per_channel keys", 255),
+        ("int3 keys", 7),
         ("int3 values", 7),
     ],
 )
@@ -280,7 +288,7 @@ def test_what_has_no_scale_has_codes_of_zero(fmt):
 
 
 STORED = [("int8", False), ("fp8", True), ("int4", False), ("int4", True), ("bf16", True), ("int8_per_channel", False)]
-STORED += [("int3", True)]
+STORED += [("int3", False), ("int3", True)]
 
 
 @pytest.mark.parametrize(("fmt", "value"), STORED)

@@ -14,6 +14,7 @@ from elastickv.recipe import (
     largest_step_bytes,
     read_ratio,
     step_bytes,
+    stored_bits,
     stored_bytes,
     stored_ratio,
 )
@@ -90,7 +91,17 @@ def test_reuse_stores_an_output_with_its_log_sum_exp_for_every_query_head():
 
 @pytest.mark.parametrize(
     "text",
-    ["int8", "fp8", "k=int8,v=int4,vgroup=32", "k=int4,v=int3", "int4,pages=1/4", "int4,pages=1", "int8,stride=3", "dense"],
+    [
+        "int8",
+        "fp8",
+        "k=int8,v=int4,vgroup=32",
+        "k=int4,v=int3",
+        "int3",
+        "int4,pages=1/4",
+        "int4,pages=1",
+        "int8,stride=3",
+        "dense",
+    ],
 )
 def test_bytes_are_whole_numbers_by_their_type(text):
     step = step_bytes(Recipe.parse(text), [500], AttentionShape(1, 4, 2, 64))
@@ -125,3 +136,15 @@ def test_values_in_3_bits_take_three_eighths_of_a_byte_at_every_head_size(head_d
     narrow = Recipe.parse("k=int8,v=int3,vgroup=32,sinks=0,window=0")
     if head_dim % 32 == 0:
         assert stored_bytes(narrow, [320], shape) == 320 * (keys + codes + 4 * head_dim // 32)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_keys_in_3_bits_take_three_eighths_of_a_byte_of_whole_32_channels(head_dim):
+    shape, recipe = AttentionShape(1, 2, 1, head_dim), Recipe.parse("k=int3,v=int8,sinks=0,window=0")
+    channels = -(-head_dim // 32) * 32
+    codes, scales, values = channels * 3 // 8, 4 * channels // 32, head_dim + 2
+    assert stored_bytes(recipe, [320], shape) == 320 * (codes + scales + values)
+    slab = Slab.of(recipe, head_dim)
+    assert (slab.key_codes, slab.key_scales) == (32 * codes, 32 * scales)
+    if head_dim == channels:
+        assert stored_bits(Recipe.parse("int3"), head_dim) == (3 + 1 + 3 + 32 / head_dim) / 2

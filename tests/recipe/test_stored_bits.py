@@ -130,6 +130,19 @@ def test_too_few_bits_are_refused_with_the_least_there_is(device, least, formats
     assert mean_bits(plan) == least and {recipe.formats for recipe in plan.recipes} == {formats}
 
 
+def test_keys_in_3_bits_leave_bits_to_the_layers_that_need_them():
+    """At 4.25 bits every layer would have k=int4,v=int3; with keys in 3 bits some have better values and keys."""
+    more = replace(CALIBRATION, keys=CALIBRATION.keys | {"int3": errors(2e-3)})
+    plan, before = (for_stored_bits(calibration, 4.25, device="cpu") for calibration in (more, CALIBRATION))
+    assert mean_bits(plan) <= 4.25 and plan.error < before.error
+    assert {recipe.key_format for recipe in plan.recipes} > {"int3"} and len({r.formats for r in plan.recipes}) > 1
+    with pytest.raises(UsageError, match=r"stored_bits=3\.7 is less .*: give 3\.75 or more, which is int3 "):
+        for_stored_bits(more, 3.7, device="cpu")
+    assert {recipe.formats for recipe in for_stored_bits(more, 3.75, device="cpu").recipes} == {"int3"}
+    for device in ("cuda", None):
+        assert "int3" not in {recipe.key_format for recipe in for_stored_bits(more, 5, device=device).recipes}
+
+
 def test_the_least_that_a_refusal_names_is_accepted_where_it_has_many_digits():
     only = replace(CALIBRATION, keys={"fp8": CALIBRATION.keys["fp8"]}, values={"int4/64": CALIBRATION.values["int4/64"]})
     with pytest.raises(UsageError, match=r"give 6\.254 or more"):  # 6.25390625, rounded up

@@ -21,9 +21,10 @@ from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS, selected
 
 Tensor: TypeAlias = Any  # torch.Tensor: the type checker does not follow PyTorch
+_KEY_INTEGERS = ("int8", "int8_per_channel", "int4", "int3")
 KEY_FORMATS = (
-    *("int8", "int8_per_channel", "fp8", "int4", f"int8{ROTATED}", f"int8_per_channel{ROTATED}", f"int4{ROTATED}"),
-    *(f"int4{GPTQ}", f"int8{ROTATED}{GPTQ}", f"int4{ROTATED}{GPTQ}"),
+    *("fp8", *_KEY_INTEGERS, *(name + ROTATED for name in _KEY_INTEGERS)),
+    *(f"int8{ROTATED}{GPTQ}", *(name + mark + GPTQ for name in ("int4", "int3") for mark in ("", ROTATED))),
 )
 
 

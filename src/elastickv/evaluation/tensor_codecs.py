@@ -158,6 +158,7 @@ _GRIDS: dict[tuple[str, bool], Callable[[Tensor, int], _Grid]] = {
     ("int8_per_channel", False): partial(_channel_grid, levels=INT8_PER_CHANNEL_LEVELS),
     ("int4", False): partial(_channel_grid, levels=INT4_LEVELS),
     ("int4", True): partial(_group_grid, levels=INT4_LEVELS),
+    ("int3", False): partial(_channel_grid, levels=INT3_LEVELS),
     ("int3", True): partial(_group_grid, levels=INT3_LEVELS),
 }
 _FLOATS: dict[str, Callable[[Tensor], Tensor]] = {"fp8": _fp8}

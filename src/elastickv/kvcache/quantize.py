@@ -66,17 +66,6 @@ class Codec:
 
         return cls(quantize, dequantize, no_values, no_values)
 
-    @classmethod
-    def of_values(
-        cls, quantize: Callable[[NDArray[np.float32], int], Planes], dequantize: Callable[..., NDArray[np.float64]]
-    ) -> "Codec":
-        """Return the codec of a format that stores values only: a recipe cannot name it for keys."""
-
-        def no_keys(*planes: Any) -> Any:
-            raise ValueError("the format stores values only")
-
-        return cls(no_keys, no_keys, quantize, dequantize)
-
 
 def quantize_int8(rows: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
     """Quantize each row symmetrically to 8 bits with one bfloat16 scale.
@@ -161,6 +150,11 @@ def quantize_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8]
     return _groups(rows, group, INT4_LEVELS)
 
 
+def quantize_int3_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+    """Quantize each channel of a page to 3 bits, as `quantize_int4_keys` does to 4: codes are 0 to 7."""
+    return _channels(pages, INT3_LEVELS)
+
+
 def quantize_int3_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
     """Quantize each `group` of channels of a row to 3 bits, as `quantize_int4_values` does to 4: codes are 0 to 7."""
     return _groups(rows, group, INT3_LEVELS)
@@ -205,7 +199,7 @@ CODECS: dict[str, Codec] = {
     "fp8": Codec.of_both(quantize_fp8, dequantize_fp8),
     "int4": Codec(quantize_int4_keys, dequantize_channels, quantize_int4_values, dequantize_groups),
     "int8_per_channel": Codec.of_keys(quantize_int8_keys_per_channel, dequantize_channels),
-    "int3": Codec.of_values(quantize_int3_values, dequantize_groups),
+    "int3": Codec(quantize_int3_keys, dequantize_channels, quantize_int3_values, dequantize_groups),
 }
 
 

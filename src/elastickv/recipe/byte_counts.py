@@ -108,7 +108,7 @@ def _head_bytes(
         scales = sectors(key_scales.bytes_of(rows)) + sectors(value_scales.bytes_of(rows))
         cached = shape.group * (head_dim + 1) * _FLOAT_BYTES
     return StepBytes(
-        codes=sectors(rows * key.row_bytes(head_dim)) + sectors(rows * value.row_bytes(head_dim)),
+        codes=sectors(rows * key.key_row_bytes(head_dim)) + sectors(rows * value.row_bytes(head_dim)),
         scales=scales,
         scoring=scoring,
         lists=lists,
@@ -173,7 +173,7 @@ def page_bytes(recipe: Recipe, head_dim: int) -> int:
         raise ValueError(f"{recipe} has no pages")
     key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
     rows = retained_tokens(PAGE_TOKENS, recipe.stride)
-    codes = rows * (key.row_bytes(head_dim) + value.row_bytes(head_dim))
+    codes = rows * (key.key_row_bytes(head_dim) + value.row_bytes(head_dim))
     scales = (key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim)))
     return codes + sum(each.bytes_of(rows) for each in scales)
 

@@ -55,11 +55,11 @@ class Format:
     ----------
     name : the word used in recipe texts.
     bits : bits per element.
-    keys, values : what shares a scale, in K and in V; None: it stores no keys, or no values.
+    keys, values : what shares a scale, in K and in V; None: it stores no values.
     signed : whether codes are signed integers.
     largest_code : the largest code (of fp8, the largest element that a code stands for); 0 for plain floats.
     largest_key : the largest magnitude of a cold key that can be stored; None where there is no limit but the dtype's own.
-    packed_tokens : tokens whose codes are packed, and padded to 16 bytes, together.
+    packed : how many are packed together: rows, which are padded to 16 bytes, and channels of a key, which is padded to them.
     cold : whether a recipe may name it; else only a model's dtype may be it.
     cpu_id : number in the CPU kernels; None: no CPU kernel reads it.
     cuda_id : value of the CUDA macros K_FORMAT and V_FORMAT (`kernels/format_codecs.cuh`); None: no kernel reads pages of it.
@@ -69,12 +69,12 @@ class Format:
 
     name: str
     bits: int
-    keys: ScaleLayout | None = ScaleLayout.NONE
+    keys: ScaleLayout = ScaleLayout.NONE
     values: ScaleLayout | None = ScaleLayout.NONE
     signed: bool = False
     largest_code: float = 0
     largest_key: float | None = None
-    packed_tokens: int = 1
+    packed: int = 1
     cold: bool = True
     cpu_id: int | None = None
     cuda_id: int | None = None
@@ -101,12 +101,15 @@ class Format:
 
         They are padded to 16 bytes, so that every load is a full vector.
         """
-        packed = self.packed_tokens * -(-head_dim * self.bits // 8)
-        return round_up(packed, ROW_ALIGNMENT_BYTES) // self.packed_tokens
+        return round_up(self.packed * -(-head_dim * self.bits // 8), ROW_ALIGNMENT_BYTES) // self.packed
+
+    def key_row_bytes(self, head_dim: int) -> int:
+        """Bytes of one stored key without its scale."""
+        return self.row_bytes(round_up(head_dim, self.packed))
 
     def key_scales(self, head_dim: int) -> Scales:
         """Size of K's scales; channels are padded to 32, as rows of 4 bits are."""
-        return _scales(self.keys or ScaleLayout.NONE, round_up(head_dim, _SCALE_CHANNELS), 1)
+        return _scales(self.keys, round_up(head_dim, _SCALE_CHANNELS), 1)
 
     def value_scales(self, head_dim: int, group: int) -> Scales:
         """Size of V's scales, where `group` channels share one."""
@@ -134,7 +137,7 @@ FORMATS: dict[str, Format] = {
         Format("int8", 8, _TOKEN, _TOKEN, signed=True, largest_code=127, cpu_id=3, cuda_id=1, cuda_rows=2),
         Format("int4", 4, _CHANNEL, _GROUP, largest_code=15, largest_key=FLOAT16_MAX, cpu_id=5, cuda_id=3),
         Format("int8_per_channel", 8, _CHANNEL, None, largest_code=255, largest_key=FLOAT16_MAX, cpu_id=6, cuda_id=4),
-        Format("int3", 3, None, _GROUP, largest_code=7, packed_tokens=PAGE_TOKENS, cpu_id=7),
+        Format("int3", 3, _CHANNEL, _GROUP, largest_code=7, largest_key=FLOAT16_MAX, packed=PAGE_TOKENS, cpu_id=7),
     )
 }
 DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16")  # of models

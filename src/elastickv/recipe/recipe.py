@@ -112,9 +112,6 @@ class Recipe:
         if v is not None and FORMATS[v].values is None:
             of_values = ", ".join(name for name in cold_formats() if FORMATS[name].values is not None)
             raise UsageError(f"format {v} stores keys only: write k={v} and v= one of {of_values}")
-        if k is not None and FORMATS[k].keys is None:
-            of_keys = ", ".join(name for name in cold_formats() if FORMATS[name].keys is not None)
-            raise UsageError(f"format {k} stores values only: write v={k} and k= one of {of_keys}")
         if {k, v} == {"bf16", "fp16"}:
             raise UsageError("k=bf16 and v=fp16 do not combine, nor the other way round: sinks and window have one dtype")
         by_row = [name for name in cold_formats() if FORMATS[name].by_row]

@@ -36,7 +36,8 @@ class Slab:
         key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
         scales = (key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim)))
         key_scales, value_scales = (round_up(each.bytes_of(PAGE_TOKENS), ROW_ALIGNMENT_BYTES) for each in scales)
-        return cls(PAGE_TOKENS * key.row_bytes(head_dim), key_scales, PAGE_TOKENS * value.row_bytes(head_dim), value_scales)
+        key_codes, value_codes = PAGE_TOKENS * key.key_row_bytes(head_dim), PAGE_TOKENS * value.row_bytes(head_dim)
+        return cls(key_codes, key_scales, value_codes, value_scales)
 
     @property
     def n_bytes(self) -> int:

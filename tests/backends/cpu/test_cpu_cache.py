@@ -313,6 +313,7 @@ def test_decoding_a_cache_of_zeros_gives_zeros(text: str, backend: Backend, driv
         ("int8,stride=3", ["store_rows", "store_rows"]),
         ("k=bf16,v=int4", ["store_rows", "quantize_values_int4"]),
         ("k=fp8,v=int3", ["quantize_fp8", "quantize_values_int3"]),
+        ("k=int3,v=int8", ["quantize_keys_int3", "quantize_int8"]),
     ],
 )
 def test_a_page_goes_to_the_vector_quantizers_of_its_formats(text: str, names: list[str], backend: Backend) -> None:

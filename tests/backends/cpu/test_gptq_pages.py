@@ -15,7 +15,7 @@ TOKENS, HEADS = 300, 2
 BIASES = (1.0, 10.0, 100.0, 1e3, 1e4)
 TEXTS = [
     "int4", "int8", "int4,rotate=kv", "k=int4,v=int3,rotate=kv", "k=int8_per_channel,v=int4,vgroup=32",
-    "k=fp8,v=int3,vgroup=32", "int4,pages=1/2",
+    "k=fp8,v=int3,vgroup=32", "int4,pages=1/2", "int3", "k=int3,v=int8,rotate=kv",
 ]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_a_prompt_is_stored_in_the_references_codes(text, dim):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("bias", BIASES)
 def test_biases_change_nothing_about_that(bias, dtype):
-    cpu, reference = caches_of("k=int4,v=int3", 80, dtype)
+    cpu, reference = caches_of("int3", 80, dtype)
     for cache in (cpu, reference):
         cache.prefill(*tokens_of(80, bias), np.array([TOKENS]))
     assert_alike(cpu, reference)

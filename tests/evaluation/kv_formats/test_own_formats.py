@@ -34,6 +34,7 @@ RECIPES = (
     "k=int4,v=int3,rotate=kv",
     "k=int8_per_channel,v=int8",
     "k=int8_per_channel,v=int3,rotate=v",
+    "k=int3,v=int4,rotate=kv",
     "int8,rotate=kv",
     "fp8",
     "k=bf16,v=int8",
@@ -193,7 +194,7 @@ def test_a_file_of_recipes_is_a_format(tmp_path):
         ),
         ("reference:kivi2", r"^format reference:kivi2 is no recipe: published formats are references, write kivi2$"),
         ("reference:int5", r"^format int5 is unknown: choose all, "),
-        ("reference:k=int3,v=int3", r"^format int3 stores values only"),
+        ("reference:k=int3,v=int8_per_channel", r"^format int8_per_channel stores keys only"),
     ],
 )
 def test_what_cannot_be_a_reference_is_refused(name, said):

@@ -30,6 +30,7 @@ SECONDS = {
     "storage.append_token": 0.5,
     "selection.score_item": 0.5,
     "page_codes.quantize_values_int4": 0.4,
+    "page_codes.quantize_keys_int3": 0.3,
     "page_codes.quantize_values_int3": 0.3,
     "page_codes.store_rows": 0.4,
     "quantizers.gptq_pages.quantize_keys_gptq": 0.5,

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.elements import plane_bytes, rotate, scale_bytes, scale_group
+from elastickv.backends.cpu.elements import key_plane_bytes, plane_bytes, rotate, scale_bytes, scale_group
 from elastickv.backends.cpu.intrinsics import (
     BLOCK,
     COLUMNS,
@@ -100,7 +100,8 @@ def _scores(c, thread, first, block, key, page, scales_at, bounds, page_distance
     )
     rows = rows_at_once(key)
     multiply_page(
-        key, block, page, plane_bytes(key, rows), dim // rows, query, query_bytes, scores, stride, units, extra, prefetch_bytes
+        key, block, page, plane_bytes(key, rows), (dim + rows - 1) // rows, query, query_bytes, scores, stride, units, extra,
+        prefetch_bytes,
     )  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def attend_page(descriptor, thread, key, value, page, bounds, valid, page_distan
     c = words(descriptor)
     _, _, _, _, state, factors, _, scores = _work(c, thread)
     group, dim = c[GROUP], c[DIM]
-    values = page + plane_bytes(key, dim)
+    values = page + key_plane_bytes(key, dim)
     key_scales = values + plane_bytes(value, dim)
     value_scales = key_scales + scale_bytes(key, dim, dim, False)
     first = np.int64(0)  # typed, or everything below is compiled for the literal 0, too

@@ -20,6 +20,7 @@ from elastickv.backends.cpu.elements import (
     fp16_towards,
     fp16_value,
     get,
+    key_plane_bytes,
     plane_bytes,
     put,
     scale_bytes,
@@ -70,16 +71,22 @@ LEVELS_8, LEVELS_4, LEVELS_3 = np.float32(INT8_LEVELS), np.float32(INT4_LEVELS),
 LEVELS_CHANNEL = np.float32(INT8_PER_CHANNEL_LEVELS)
 MAX_FP8, MAX_FP16 = np.float32(FP8_MAX), np.float32(FLOAT16_MAX)
 EIGHT = 8  # rows of int4 that are interleaved
-WORDS, PAIRS_OF_WORD = 3, 5  # of a column of int3: 32-bit words, and pairs of codes in each
+# Of a column of int3: rows that are interleaved, 32-bit words, and pairs of codes in each.
+ROWS, WORDS, PAIRS_OF_WORD = 32, 3, 5
 # Of a quantizer: the address of a cache's descriptor, a (sequence, KV head), the page's number, and 1 for V or 0 for K.
 QUANTIZER = "void(int64, int64, int64, int64)"
 
 
 @inlined
 def key_offset(fmt, token, d):  # type: ignore[no-untyped-def]
-    """Return the bytes from a page's start to element `d` of the key of its token number `token`; of int4, its 16-bit word."""
+    """Return the bytes from a page's start to element `d` of the key of its token number `token`.
+
+    Of int4 it is the element's 16-bit word, of int3 the first of three.
+    """
     if fmt == INT4:
-        return (d // 8 * PAGE_TOKENS + token) * 4 + d % 2 * 2
+        return (d // EIGHT * PAGE_TOKENS + token) * 4 + d % 2 * 2
+    if fmt == INT3:
+        return (d // ROWS * WORDS * PAGE_TOKENS + token) * 4 + d % 2 * 2
     if fmt == INT8:
         return d // 2 * 2 * PAGE_TOKENS + 2 * token + d % 2
     return plane_bytes(fmt, d) + token * (plane_bytes(fmt, 1) // PAGE_TOKENS)
@@ -116,9 +123,10 @@ def planes(c, head, page, is_value):  # type: ignore[no-untyped-def]
     exact, dim, key, value = c[EXACT_FORMAT], c[DIM], c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT]
     source, _ = exact_page(c, head, c[SINKS] + page * PAGE_TOKENS)
     codes = cold_page(c, head, page)
-    scales = codes + plane_bytes(key, dim) + plane_bytes(value, dim)
+    value_codes = codes + key_plane_bytes(key, dim)
+    scales = value_codes + plane_bytes(value, dim)
     if is_value:
-        return source + plane_bytes(exact, dim), codes + plane_bytes(key, dim), scales + scale_bytes(key, dim, dim, False)
+        return source + plane_bytes(exact, dim), value_codes, scales + scale_bytes(key, dim, dim, False)
     return source, codes, scales
 
 
@@ -220,7 +228,7 @@ def _values_int3(exact, source, target, scales, dim, group):  # type: ignore[no-
         for column in range(0, group, COLUMNS):
             columns, first = min(COLUMNS, group - column), start + column
             codes = target + first * 4 * WORDS
-            vectors.three_bit_values(exact, source, dim, first, columns, where, where + 2 * PAGE_TOKENS, codes, LEVELS_3)
+            vectors.three_bit_values(exact, source, dim, 0, first, columns, where, where + 2 * PAGE_TOKENS, codes, LEVELS_3)
 
 
 @kernel(QUANTIZER)
@@ -251,6 +259,17 @@ def quantize_keys_int4(descriptor, head, page, is_value):  # type: ignore[no-unt
     for d in range(0, dim, EIGHT):
         scales, at = bounds + 2 * d, codes + d * PAGE_TOKENS // 2
         vectors.eight_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales, scales + 2 * dim, at, LEVELS_4)
+
+
+@kernel(QUANTIZER)
+def quantize_keys_int3(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
+    """Store K of a page in int3; record the first key beyond what halves hold."""
+    c = words(descriptor)
+    source, codes, _ = planes(c, head, page, is_value)
+    exact, dim, bounds = c[EXACT_FORMAT], c[DIM], key_bounds(c, head, page, source, LEVELS_3)
+    for d in range(0, dim, ROWS):
+        at = codes + key_offset(INT3, 0, d)
+        vectors.three_bit_keys(exact, source, dim, d, 0, PAGE_TOKENS, bounds + 2 * d, bounds + 2 * (dim + d), at, LEVELS_3)
 
 
 @kernel(QUANTIZER)
@@ -304,13 +323,12 @@ def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:
 
 
 def _quantizer(fmt: str, stride: int, is_value: bool) -> Kernel:
-    int4 = quantize_values_int4 if is_value else quantize_keys_int4
     whole_pages = {
         "int8": quantize_int8,
-        "int4": int4,
+        "int4": quantize_values_int4 if is_value else quantize_keys_int4,
         "fp8": quantize_fp8,
         "int8_per_channel": quantize_keys_int8_per_channel,
-        "int3": quantize_values_int3,
+        "int3": quantize_values_int3 if is_value else quantize_keys_int3,
     }
     return whole_pages.get(fmt, store_rows) if stride == 1 else store_rows
 
@@ -322,7 +340,7 @@ def _nibble(where, number):  # type: ignore[no-untyped-def]
 
 @inlined
 def _three_bits(where, word_bytes, pair):  # type: ignore[no-untyped-def]
-    """Return the int3 code of pair `pair` of tokens in words that are `word_bytes` apart."""
+    """Return the int3 code of pair `pair` of rows in words that are `word_bytes` apart."""
     if pair < WORDS * PAIRS_OF_WORD:
         word = np.int64(load_u16(where + pair // PAIRS_OF_WORD * word_bytes))
         return np.float64(word >> (pair % PAIRS_OF_WORD * 3) & 7)
@@ -342,10 +360,12 @@ def _eight_bits(fmt, where, scale):  # type: ignore[no-untyped-def]
 def key_number(fmt, codes, scales, bounds, dim, token, d):  # type: ignore[no-untyped-def]
     """Return the float64 number of element `d` of a token's key."""
     where = codes + key_offset(fmt, token, d)
-    if fmt in (INT4, INT8_PER_CHANNEL):
+    if fmt in (INT4, INT3, INT8_PER_CHANNEL):
         step = np.float64(fp16_value(load_u16(bounds + 2 * d)))
         zero = np.float64(fp16_value(load_u16(bounds + 2 * (dim + d))))
-        return (_nibble(where, d % 8) if fmt == INT4 else np.float64(np.int64(load_i8(where)) & 255)) * step + zero
+        if fmt == INT3:
+            return _three_bits(where, 4 * PAGE_TOKENS, d % ROWS // 2) * step + zero
+        return (_nibble(where, d % EIGHT) if fmt == INT4 else np.float64(np.int64(load_i8(where)) & 255)) * step + zero
     if fmt in (INT8, FP8):
         return _eight_bits(fmt, where, np.float64(bf16_value(load_u16(scales + (2 * token if fmt == INT8 else 0)))))
     return np.float64(get(fmt, where))
@@ -385,7 +405,7 @@ def unpack_rows(
     pages = raw.reshape(-1, layout.page_bytes(*formats, head_dim, group))[used]
     key, value = formats
     sizes = (
-        layout.plane_bytes(key, head_dim),
+        layout.key_plane_bytes(key, head_dim),
         layout.plane_bytes(value, head_dim),
         layout.scale_bytes(key, head_dim, group, False),
     )
@@ -429,16 +449,19 @@ def _nibbles(words: Numbers) -> Numbers:
 
 
 def _triples(words: Numbers) -> Numbers:
-    """(pages, 3, columns, 2) 16-bit words -> (pages, 32 tokens, columns) codes of int3."""
+    """(n, 3, columns, 2) 16-bit words -> (n, 32 rows, columns) codes of int3."""
     fives = words[:, :, None] >> (3 * np.arange(PAIRS_OF_WORD, dtype=np.uint16)[:, None, None]) & 7
     last = (words >> 15 << np.arange(WORDS, dtype=np.uint16)[:, None, None]).sum(axis=1, keepdims=True, dtype=np.uint16)
     pairs = np.concatenate([fives.reshape(len(words), -1, *words.shape[2:]), last], axis=1)
-    return np.asarray(pairs.transpose(0, 1, 3, 2), np.uint8).reshape(len(words), PAGE_TOKENS, -1)
+    return np.asarray(pairs.transpose(0, 1, 3, 2), np.uint8).reshape(len(words), ROWS, -1)
 
 
 def _keys(plane: Bytes, fmt: str, head_dim: int) -> Numbers:
     """(pages, bytes) -> (pages, 32 tokens, head_dim) elements as stored."""
     elements = _elements(plane, fmt)
+    if FORMATS[fmt].bits == 3:
+        codes = _triples(elements.reshape(-1, WORDS, PAGE_TOKENS, 2))
+        return codes.reshape(len(plane), -1, PAGE_TOKENS).transpose(0, 2, 1)[..., :head_dim]
     if FORMATS[fmt].bits == 4:
         codes = _nibbles(elements.reshape(-1, head_dim // 8, PAGE_TOKENS, 2))
         return codes.transpose(0, 2, 1, 3).reshape(-1, PAGE_TOKENS, head_dim)

@@ -32,7 +32,7 @@ from elastickv.backends.cpu.intrinsics import (
     widen_e4m3,
     widen_fp16,
 )
-from elastickv.backends.cpu.page_codes import FP8, INT3, INT4, INT8, INT8_PER_CHANNEL, PAIRS_OF_WORD, WORDS
+from elastickv.backends.cpu.page_codes import EIGHT, FP8, INT3, INT4, INT8, INT8_PER_CHANNEL, PAIRS_OF_WORD, ROWS, WORDS
 from elastickv.backends.cpu.scale_folding import fold_page, fold_page_floats, to_integers, total_of, weigh, weigh_with_zeros
 from elastickv.recipe import FORMATS, PAGE_TOKENS
 
@@ -41,7 +41,7 @@ ROW_BYTES = {FP32: 128, INT4: 128, INT3: 384}  # of 32 columns; 64 or less for t
 PAIRS = ir.VectorType(I16, 2 * LANES)
 INTEGERS = (INT8, INT4, INT3)  # multiplied by 16-bit integers
 SCALED = tuple(code for name, code in FORMAT_CODES.items() if not FORMATS[name].is_float)
-BIASED = (INT4, INT8_PER_CHANNEL)  # each query has a number that is added to its scores
+BIASED = (INT4, INT3, INT8_PER_CHANNEL)  # each query has a number that is added to its scores
 FP8_FACTOR = np.float32(256)  # `load_row` gives 1/256 of the numbers
 ONE = np.float32(1)
 
@@ -79,7 +79,7 @@ def _nibble(builder: ir.IRBuilder, words: Any, number: int) -> Any:
 
 
 def _three_bits(builder: ir.IRBuilder, row: Any, row_bytes: Any) -> list[list[Any]]:
-    """Return 16 pairs of tokens of int3: five of each word, and one of the bits that the words have left."""
+    """Return 16 pairs of rows of int3: five of each word, and one of the bits that the words have left."""
     word_bytes = builder.udiv(row_bytes, I64(WORDS))
     pairs, last = [], [_every(0)] * HALVES
     for number in range(WORDS):
@@ -110,9 +110,9 @@ def scaled(builder: ir.IRBuilder, fmt: int, total: Any, is_value: bool, scale: A
 def rows_at_once(fmt):  # type: ignore[no-untyped-def]
     """Return how many rows are interleaved."""
     if fmt == INT3:
-        return PAGE_TOKENS
+        return ROWS
     if fmt == INT4:
-        return 8
+        return EIGHT
     return 2 if fmt == INT8 else 1
 
 
@@ -139,7 +139,7 @@ def _fill(units, block, scale):  # type: ignore[no-untyped-def]
 def key_operands(key, first, block, dim, queries, narrow, narrow_units, units, scales_at, bounds, prefetch_bytes):  # type: ignore[no-untyped-def]
     """Fold a page's scales into a block of queries; return the addresses of the queries, their bytes, units, and `extra`."""
     query = queries + first * dim * 4
-    if key == INT4:
+    if key in (INT4, INT3):
         biases = units + BLOCK * 4
         fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases, prefetch_bytes)
         return narrow, dim * 2, units, biases

@@ -235,49 +235,59 @@ eight_keys = addressed(9, types.void, _eight_rows(False), floats=1)
 eight_values = addressed(9, types.void, _eight_rows(True), floats=1)
 
 
-def _whole_columns(
-    builder: ir.IRBuilder,
-    code: Any,
-    source: Any,
-    dim: Any,
-    first: Any,
-    columns: Any,
-    scales: Any,
-    zeros: Any,
-    target: Any,
-    levels: Any,
-) -> None:
-    plane, most = ExactPlane(builder, code, source, dim, True), splat(builder, levels, UNIT)
-    one = ir.VectorType(I16, 1)
+def _thirty_two_rows(is_value: bool) -> Callable[..., None]:
+    widen, one = widen_bf16 if is_value else widen_fp16, ir.VectorType(I16, 1)
 
-    def codes(token: Any, column: Any) -> Any:
-        at = builder.mul(token, I64(2))
-        numbers = (widen_bf16(builder, load(builder, address, one, at)) for address in (scales, zeros))
-        scale, zero = (builder.extract_element(number, I32(0)) for number in numbers)
-        return _affine_codes(builder, plane.unit(token, column), scale, zero, most)
+    def body(
+        builder: ir.IRBuilder,
+        code: Any,
+        source: Any,
+        dim: Any,
+        row: Any,
+        first: Any,
+        columns: Any,
+        scales: Any,
+        zeros: Any,
+        target: Any,
+        levels: Any,
+    ) -> None:
+        plane, most = ExactPlane(builder, code, source, dim, is_value), splat(builder, levels, UNIT)
+        rows = builder.sub(I64(PAGE_TOKENS) if is_value else dim, row)
 
-    def shift(bits: Any) -> Any:
-        return splat(builder, builder.trunc(bits, I16), UNIT)
+        def codes(number: Any, column: Any) -> Any:
+            exists = builder.icmp_signed("<", number, rows)
+            used = builder.select(exists, number, I64(0))
+            at = builder.mul(used, I64(2))
+            numbers = (widen(builder, load(builder, address, one, at)) for address in (scales, zeros))
+            scale, zero = (builder.extract_element(number, I32(0)) for number in numbers)
+            chosen = _affine_codes(builder, plane.unit(builder.add(row, used), column), scale, zero, most)
+            return builder.select(splat(builder, exists, UNIT), chosen, ir.Constant(SHORTS, [0] * UNIT))
 
-    with loop(builder, builder.sdiv(columns, I64(UNIT)), []) as (unit, _, _):
-        after = builder.mul(unit, I64(UNIT))
-        column = builder.add(first, after)
-        last = [codes(I64(PAGE_TOKENS - 2 + half), column) for half in (0, 1)]
-        with loop(builder, I64(3), []) as (word, _, _):
-            top = ir.Constant(SHORTS, [15] * UNIT)
-            left = [builder.shl(builder.lshr(each, shift(word)), top) for each in last]
-            with loop(builder, I64(5), left) as (pair, halves, final):
-                token = builder.mul(builder.add(builder.mul(word, I64(5)), pair), I64(2))
-                for half in (0, 1):
-                    code_of = codes(builder.add(token, I64(half)), column)
-                    halves[half] = builder.or_(halves[half], builder.shl(code_of, shift(builder.mul(pair, I64(3)))))
-            at = builder.mul(builder.add(builder.mul(word, columns), after), I64(4))
-            store(builder, _interleaved(builder, *final), target, at)
+        def shift(bits: Any) -> Any:
+            return splat(builder, builder.trunc(bits, I16), UNIT)
+
+        with loop(builder, builder.sdiv(columns, I64(UNIT)), []) as (unit, _, _):
+            after = builder.mul(unit, I64(UNIT))
+            column = builder.add(first, after)
+            last = [codes(I64(30 + half), column) for half in (0, 1)]
+            with loop(builder, I64(3), []) as (word, _, _):
+                top = ir.Constant(SHORTS, [15] * UNIT)
+                left = [builder.shl(builder.lshr(each, shift(word)), top) for each in last]
+                with loop(builder, I64(5), left) as (pair, halves, final):
+                    number = builder.mul(builder.add(builder.mul(word, I64(5)), pair), I64(2))
+                    for half in (0, 1):
+                        code_of = codes(builder.add(number, I64(half)), column)
+                        halves[half] = builder.or_(halves[half], builder.shl(code_of, shift(builder.mul(pair, I64(3)))))
+                at = builder.mul(builder.add(builder.mul(word, columns), after), I64(4))
+                store(builder, _interleaved(builder, *final), target, at)
+
+    return body
 
 
-# (exact format, plane, head_dim, first column, columns, scales, zeros, codes, levels): a chunk of V in 3 bits, from 0 to
-# levels, each row with a bfloat16 scale and zero.
-three_bit_values = addressed(8, types.void, _whole_columns, floats=1)
+# (exact format, plane, head_dim, first row, first column, columns, scales, zeros, codes, levels): 32 rows in 3 bits, from 0 to
+# levels, each with a scale and a zero of 16 bits, as above. Rows beyond the last channel of K have codes of 0.
+three_bit_keys = addressed(9, types.void, _thirty_two_rows(False), floats=1)
+three_bit_values = addressed(9, types.void, _thirty_two_rows(True), floats=1)
 
 
 def _channel_rows(

@@ -8,6 +8,7 @@ from elastickv.backends.cpu.elements import (
     cold_tokens,
     exact_page,
     get,
+    key_plane_bytes,
     limited,
     plane_bytes,
     put,
@@ -41,7 +42,7 @@ def _read_cold(c, head, number, keys, values):  # type: ignore[no-untyped-def]
     page, token = number // PAGE_TOKENS, number % PAGE_TOKENS
     key, value, dim, group = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], c[DIM], c[VALUE_GROUP]
     codes = cold_page(c, head, page)
-    value_codes = codes + plane_bytes(key, dim)
+    value_codes = codes + key_plane_bytes(key, dim)
     key_scales = value_codes + plane_bytes(value, dim)
     value_scales = key_scales + scale_bytes(key, dim, group, False)
     bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4

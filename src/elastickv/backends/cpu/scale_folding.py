@@ -1,4 +1,4 @@
-"""Folds scales into multipliers of codes: queries (K int4 and int8 per channel) and probabilities (V int8, int4 and int3).
+"""Folds scales into multipliers of codes: queries (K with scales of channels) and probabilities (V int8, int4 and int3).
 
 q . (scale x code + zero) = (q x scale) . code + q . zero, and sum of p x (scale x code + zero) = sum of (p x scale) x code
 + sum of p x zero: no code is ever multiplied by its scale. The folded numbers become 16-bit integers with one unit each. For
@@ -84,7 +84,7 @@ def _fold(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) -
         peak = reduce(builder, final[width + query], lambda a, b: larger(builder, a, b))
         store(builder, bias, biases, query * FLOAT_BYTES)
         store(builder, builder.fmul(peak, F32(1 / INT16_MAX)), units, query * FLOAT_BYTES)
-        # Keys of int4 are halves: the scores of a query with such a peak are zero in float32.
+        # Bounds of keys are halves: the scores of a query with such a peak are zero in float32.
         inverses.append(splat(builder, _inverse(builder, peak)))
     with loop(builder, turns, []) as (index, _, _):
         where = builder.mul(index, I64(2 * LANES))

@@ -254,7 +254,7 @@ def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: 
     """Return the size of `Shared` of page_shared.cuh, which asserts it."""
     dim = macros["HEAD_DIM"]
     key, value = format_of(macros["K_FORMAT"]), format_of(macros["V_FORMAT"])
-    codes = PAGE_TOKENS * (key.row_bytes(dim) + value.row_bytes(dim))
+    codes = PAGE_TOKENS * (key.key_row_bytes(dim) + value.row_bytes(dim))
     scales = (key.key_scales(dim).bytes_of(PAGE_TOKENS), value.value_scales(dim, macros["V_GROUP"]).bytes_of(PAGE_TOKENS))
     stage = round_up(codes + sum(round_up(n_bytes, 16) for n_bytes in scales), 128)
     queries = _HEADS_OF_MMA_TILE * tiles

@@ -48,7 +48,7 @@ def value_positions(fmt: str, head_dim: int, group: int) -> tuple[Indices, Indic
 
 def query_operands(key: Format, head_dim: int) -> int:
     """Return the operands of a query that meet the keys of a page on tensor cores: integers multiply 32 channels at once."""
-    tiles = key.row_bytes(head_dim) * 8 // key.bits // 16
+    tiles = key.key_row_bytes(head_dim) * 8 // key.bits // 16
     return -(-tiles // 2) if key.signed else tiles
 
 

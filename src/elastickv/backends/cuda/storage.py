@@ -74,7 +74,7 @@ class DeviceLayout:
             cold = retained_tokens(regions(capacity, recipe.sinks, recipe.window).cold, recipe.stride)
             cold_rows = round_up(cold, PAGE_TOKENS * _PAGES_ALIGNED if paged else _SCALE_ROWS)
             key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
-            key_plane, value_plane = (heads * cold_rows * f.row_bytes(dim) for f in (key, value))
+            key_plane, value_plane = (heads * cold_rows * n_bytes for n_bytes in (key.key_row_bytes(dim), value.row_bytes(dim)))
             key_scales = heads * key.key_scales(dim).bytes_of(cold_rows)
             value_scales = heads * value.value_scales(dim, recipe.v_group(dim)).bytes_of(cold_rows)
             if recipe.selection == "pages":

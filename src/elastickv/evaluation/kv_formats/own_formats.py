@@ -167,7 +167,7 @@ def own_format(
     values = OwnRoundTrip(value.name, True, group, head_dim, recipe.rotates_values, dtype, None, of_values)
     return ReferenceFormat(
         f"{REFERENCE}{recipe}",
-        _plane(keys, key.row_bytes(head_dim), key.key_scales(head_dim), recipe.window),
+        _plane(keys, key.key_row_bytes(head_dim), key.key_scales(head_dim), recipe.window),
         _plane(values, value.row_bytes(head_dim), value.value_scales(head_dim, group), recipe.window),
         "recipe",
         recipe.sinks,

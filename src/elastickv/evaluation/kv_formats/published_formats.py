@@ -99,8 +99,6 @@ def format_of(name: str) -> ReferenceFormat | NamedRecipes:
 
 
 def _own_formats() -> list[str]:
-    """Return our quantized formats; one that stores keys only with int8 values, one that stores values only with int4 keys."""
+    """Return our quantized formats, one that stores keys only with int8 values."""
     quantized = [FORMATS[name] for name in cold_formats() if not FORMATS[name].is_float]
-    beside = {f.name: f"k={f.name},v=int8" for f in quantized if f.values is None}
-    beside |= {f.name: f"k=int4,v={f.name}" for f in quantized if f.keys is None}
-    return [beside.get(f.name, f.name) for f in quantized]
+    return [f"k={f.name},v=int8" if f.values is None else f.name for f in quantized]

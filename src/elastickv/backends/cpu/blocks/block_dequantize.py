@@ -29,7 +29,7 @@ from elastickv.backends.cpu.intrinsics import (
     widen_e4m3,
     widen_fp16,
 )
-from elastickv.backends.cpu.page_codes import EIGHT, FP8, INT3, INT4, INT8, INT8_PER_CHANNEL, PAIRS_OF_WORD, WORDS
+from elastickv.backends.cpu.page_codes import EIGHT, FP8, INT3, INT4, INT8, INT8_PER_CHANNEL, PAIRS_OF_WORD, ROWS, WORDS
 from elastickv.recipe import PAGE_TOKENS
 
 BYTES = ir.VectorType(I8, LANES)
@@ -45,6 +45,23 @@ def _nibbles(builder: ir.IRBuilder, words: Any, number: int) -> Any:
 
     shifted = builder.lshr(words, every(16 * (number % 2) + 4 * (number // 2)))
     return builder.sitofp(builder.and_(shifted, every(15)), ir.VectorType(F32, words.type.count))
+
+
+def _triple(builder: ir.IRBuilder, packed: list[Any], number: int) -> Any:
+    """Return code `number` of 32 of int3 in each column's three 32-bit words, as float32."""
+
+    def bits(word: Any, first: int, mask: int) -> Any:
+        first_bit, ones = (ir.Constant(word.type, [n] * word.type.count) for n in (first, mask))
+        return builder.and_(builder.lshr(word, first_bit), ones)
+
+    (word, place), half = divmod(number // 2, PAIRS_OF_WORD), 16 * (number % 2)
+    if word < WORDS:
+        code = bits(packed[word], half + 3 * place, 7)
+    else:
+        code = bits(packed[0], half + 15, 1)
+        for i, left in enumerate(packed[1:], 1):
+            code = builder.or_(code, builder.shl(bits(left, half + 15, 1), ir.Constant(left.type, [i] * left.type.count)))
+    return builder.sitofp(code, ir.VectorType(F32, code.type.count))
 
 
 def _pair(builder: ir.IRBuilder, address: Any, offset: Any) -> list[Any]:
@@ -68,15 +85,32 @@ def _floats(builder: ir.IRBuilder, fmt: int, address: Any, offset: Any, scale: A
 
 
 def _channels(
-    builder: ir.IRBuilder, fmt: int, codes: Any, scales: Any, bounds: Any, dim: Any, first: Any, token: Any, scale: Any
+    builder: ir.IRBuilder,
+    fmt: int,
+    codes: Any,
+    scales: Any,
+    bounds: Any,
+    dim: Any,
+    first: Any,
+    part: int,
+    token: Any,
+    scale: Any,
 ) -> list[Any]:
-    """Return the numbers of 16 channels from `first` on, of 16 tokens."""
-    if fmt in (INT4, INT8_PER_CHANNEL):
+    """Return the numbers of 16 channels from `first` on, of 16 tokens; `part`: of int3, the first one's place among 32."""
+    if fmt in (INT4, INT3, INT8_PER_CHANNEL):
         at = builder.mul(first, I64(2))
         steps, zeros = (
             widen_fp16(builder, load(builder, bounds, SHORTS, offset))
             for offset in (at, builder.add(at, builder.mul(dim, I64(2))))
         )
+    if fmt == INT3:
+        row = builder.add(builder.mul(builder.udiv(first, I64(ROWS)), I64(WORDS * PAGE_TOKENS)), token)
+        packed = [load(builder, codes, VI, builder.mul(builder.add(row, I64(n * PAGE_TOKENS)), I64(4))) for n in range(WORDS)]
+        numbers = []
+        for number in range(LANES):
+            step, zero = (splat(builder, builder.extract_element(of, I32(number))) for of in (steps, zeros))
+            numbers.append(multiply_add(builder, _triple(builder, packed, part + number), step, zero))
+        return numbers
     if fmt == INT4:
         numbers = []
         for eight in range(LANES // EIGHT):
@@ -108,16 +142,19 @@ def _keys(builder: ir.IRBuilder, fmt: Any, codes: Any, scales: Any, bounds: Any,
             scale = _page_scale(builder, scales) if code == FP8 else None
             with loop(builder, I64(PAGE_TOKENS // LANES), []) as (half, _, _):
                 token = builder.mul(half, I64(LANES))
-                with loop(builder, builder.sdiv(dim, I64(LANES)), []) as (index, _, _):
-                    first = builder.mul(index, I64(LANES))
-                    tile = _channels(builder, code, codes, scales, bounds, dim, first, token, scale)
-                    for number, row in enumerate(transposed(builder, tile)):
-                        at = builder.add(builder.mul(builder.add(token, I64(number)), dim), first)
-                        store(builder, row, target, builder.mul(at, I64(FLOAT_BYTES)))
+                at_once = ROWS if code == INT3 else LANES
+                with loop(builder, builder.sdiv(builder.add(dim, I64(at_once - 1)), I64(at_once)), []) as (index, _, _):
+                    for part in range(0, at_once, LANES):
+                        first = builder.add(builder.mul(index, I64(at_once)), I64(part))
+                        with builder.if_then(builder.icmp_signed("<", first, dim)):
+                            tile = _channels(builder, code, codes, scales, bounds, dim, first, part, token, scale)
+                            for number, row in enumerate(transposed(builder, tile)):
+                                at = builder.add(builder.mul(builder.add(token, I64(number)), dim), first)
+                                store(builder, row, target, builder.mul(at, I64(FLOAT_BYTES)))
 
         return emit
 
-    switch(builder, fmt, {code: body(code) for code in STORED if code != INT3})
+    switch(builder, fmt, {code: body(code) for code in STORED})
 
 
 # (format, codes, scales, bounds, head_dim, target): the keys of a page as 32 rows of float32.
@@ -147,29 +184,15 @@ def _four_bits(builder: ir.IRBuilder, codes: Any, scales: Any, dim: Any, start: 
 
 def _three_bits(builder: ir.IRBuilder, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any) -> None:
     """Do what `_four_bits` does, for int3."""
-    words, floats = ir.VectorType(I32, EIGHT), ir.VectorType(F32, EIGHT)
-
-    def every(value: int) -> Any:
-        return ir.Constant(words, [value] * EIGHT)
-
-    def bits(word: Any, first: int, mask: int) -> Any:
-        return builder.and_(builder.lshr(word, every(first)), every(mask))
-
+    words = ir.VectorType(I32, EIGHT)
     with loop(builder, builder.sdiv(columns, I64(EIGHT)), []) as (index, _, _):
         column = builder.mul(index, I64(EIGHT))
         rows = [builder.add(builder.mul(columns, I64(number)), column) for number in range(WORDS)]
         packed = [load(builder, codes, words, builder.mul(row, I64(4))) for row in rows]
         for number in range(PAGE_TOKENS):
-            (word, place), half = divmod(number // 2, PAIRS_OF_WORD), 16 * (number % 2)
-            if word < WORDS:
-                code = bits(packed[word], half + 3 * place, 7)
-            else:
-                code = every(0)
-                for i, left in enumerate(packed):
-                    code = builder.or_(code, builder.shl(bits(left, half + 15, 1), every(i)))
             token = I64(number)
             step, zero = (splat(builder, _token_scale(builder, scales, token, n), EIGHT) for n in (0, 2 * PAGE_TOKENS))
-            x = builder.fadd(builder.fmul(builder.sitofp(code, floats), step), zero)
+            x = builder.fadd(builder.fmul(_triple(builder, packed, number), step), zero)
             at = builder.add(builder.mul(token, dim), builder.add(start, column))
             store(builder, x, target, builder.mul(at, I64(FLOAT_BYTES)))
 

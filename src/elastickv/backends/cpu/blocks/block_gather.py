@@ -7,7 +7,7 @@ from elastickv.backends.cpu.blocks.block_dequantize import dequantize_keys, dequ
 from elastickv.backends.cpu.blocks.block_rows import copy_bytes, narrow_row
 from elastickv.backends.cpu.blocks.block_tokens import ROW_TABLES_BYTES, element_bytes, row_tables, slab, window_row
 from elastickv.backends.cpu.blocks.host_blocks import BlockField
-from elastickv.backends.cpu.elements import plane_bytes, scale_bytes, scale_group
+from elastickv.backends.cpu.elements import key_plane_bytes, plane_bytes, scale_bytes, scale_group
 from elastickv.backends.cpu.intrinsics import COLUMNS, atomic_add, inlined, load_i32, words
 from elastickv.backends.cpu.numba_cache import kernel
 from elastickv.recipe import PAGE_TOKENS
@@ -36,7 +36,7 @@ def _copy_token(a, c, request, head, token, keys, values):  # type: ignore[no-un
 def _dequantize(a, c, where, keys, values):  # type: ignore[no-untyped-def]
     """Write the keys and values of a slab as 32 rows of float32 each."""
     key, value, dim = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], c[DIM]
-    codes = where + plane_bytes(key, dim)
+    codes = where + key_plane_bytes(key, dim)
     key_scales = codes + plane_bytes(value, dim)
     scales = key_scales + scale_bytes(key, dim, dim, False)
     dequantize_keys(key, where, key_scales, where + a[BOUNDS_OFFSET], dim, keys)

@@ -141,7 +141,7 @@ def slab_bytes(recipe: Recipe, head_dim: int) -> int:
     """
     key, value, group = str(recipe.key_format), str(recipe.value_format), recipe.v_group(head_dim)
     n_bytes = bounds_offset(recipe, head_dim) + layout.bounds_bytes(key, head_dim)
-    codes = layout.plane_bytes(key, head_dim) + layout.plane_bytes(value, head_dim)
+    codes = layout.key_plane_bytes(key, head_dim) + layout.plane_bytes(value, head_dim)
     return layout.up(max(n_bytes, codes + _beyond(value, head_dim, group)), SLAB_ALIGNMENT)
 
 

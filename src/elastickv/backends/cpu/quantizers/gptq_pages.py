@@ -20,11 +20,13 @@ from elastickv.backends.cpu.page_codes import (
     INT3,
     INT4,
     INT8,
+    INT8_PER_CHANNEL,
     LEVELS_3,
     LEVELS_4,
     LEVELS_8,
     LEVELS_CHANNEL,
     QUANTIZER,
+    ROWS,
     VALUE_GROUP,
     WORDS,
     ZERO,
@@ -72,15 +74,23 @@ def _whole_number(rows, token, d):  # type: ignore[no-untyped-def]
     return np.int8(load_f32(rows + d * ROW_BYTES + 4 * token))
 
 
+@inlined
+def _levels(fmt):  # type: ignore[no-untyped-def]
+    if fmt == INT8:
+        return LEVELS_8
+    if fmt == INT8_PER_CHANNEL:
+        return LEVELS_CHANNEL
+    return LEVELS_4 if fmt == INT4 else LEVELS_3
+
+
 @kernel(QUANTIZER)
 def quantize_keys_gptq(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
-    """Store K of a page in int4, int8_per_channel or int8."""
+    """Store K of a page in int4, int3, int8_per_channel or int8."""
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
     exact, dim, fmt = c[EXACT_FORMAT], c[DIM], c[COLD_KEY_FORMAT]
     rows, errors, ones, zeros = _scratch(c, head, ONE_FP16)
-    levels = LEVELS_8 if fmt == INT8 else (LEVELS_4 if fmt == INT4 else LEVELS_CHANNEL)
-    bounds = scales
+    levels, bounds = _levels(fmt), scales
     if fmt == INT8:
         vectors.symmetric_keys(exact, source, dim, codes, scales, LEVELS_8)
     else:
@@ -102,6 +112,10 @@ def quantize_keys_gptq(descriptor, head, page, is_value):  # type: ignore[no-unt
             for token in range(PAGE_TOKENS):
                 store_i8(codes + key_offset(fmt, token, d), _whole_number(rows, token, d))
         return
+    if fmt == INT3:
+        for d in range(0, dim, ROWS):
+            vectors.three_bit_keys(FP32, rows, dim, d, 0, PAGE_TOKENS, ones, zeros, codes + key_offset(fmt, 0, d), levels)
+        return
     for d in range(0, dim, EIGHT):
         if fmt == INT4:
             vectors.eight_keys(FP32, rows, dim, d, 0, PAGE_TOKENS, ones, zeros, codes + d * PAGE_TOKENS // 2, levels)
@@ -116,7 +130,7 @@ def quantize_values_gptq(descriptor, head, page, is_value):  # type: ignore[no-u
     source, codes, scales = planes(c, head, page, is_value)
     exact, dim, fmt, group = c[EXACT_FORMAT], c[DIM], c[COLD_VALUE_FORMAT], c[VALUE_GROUP]
     rows, errors, ones, zeros = _scratch(c, head, ONE_BF16)
-    levels = LEVELS_8 if fmt == INT8 else (LEVELS_4 if fmt == INT4 else LEVELS_3)
+    levels = _levels(fmt)
     if fmt == INT8:
         vectors.symmetric_values(exact, source, dim, codes, scales, LEVELS_8)
     else:
@@ -145,14 +159,14 @@ def quantize_values_gptq(descriptor, head, page, is_value):  # type: ignore[no-u
             columns = min(COLUMNS, start + group - first)
             if fmt == INT3:
                 target = codes + first * 4 * WORDS
-                vectors.three_bit_values(FP32, errors, dim, first, columns, ones, zeros, target, levels)
+                vectors.three_bit_values(FP32, errors, dim, 0, first, columns, ones, zeros, target, levels)
             else:
                 for token in range(0, PAGE_TOKENS, EIGHT):
                     target = codes + (first * PAGE_TOKENS + token * columns) // 2
                     vectors.eight_values(FP32, errors, dim, token, first, columns, ones, zeros, target, levels)
 
 
-KEYS: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int8_per_channel"), quantize_keys_gptq)
+KEYS: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int3", "int8_per_channel"), quantize_keys_gptq)
 VALUES: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int3"), quantize_values_gptq)
 
 

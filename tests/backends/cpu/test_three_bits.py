@@ -1,4 +1,7 @@
-"""Values in 3 bits: packed by pages, so that no row is padded, and the reference's numbers, bit for bit, of every head size."""
+"""Keys and values in 3 bits: the numbers of the reference, bit for bit, of every head size.
+
+Values are packed by pages, so that no row is padded, and keys by 32 channels.
+"""
 
 from typing import Any
 
@@ -6,10 +9,10 @@ import numpy as np
 import pytest
 
 from elastickv.backends.cpu import open_backend
-from elastickv.backends.cpu.layout import plane_bytes
+from elastickv.backends.cpu.layout import key_plane_bytes, plane_bytes
 from elastickv.kvcache import Oracle, ReferenceCache
 from elastickv.kvcache.error_metrics import relative_l2
-from elastickv.kvcache.quantize import dequantize_groups, quantize_int3_values
+from elastickv.kvcache.quantize import dequantize_channels, dequantize_groups, quantize_int3_keys, quantize_int3_values
 from elastickv.kvcache.rounding import rounded
 from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.formats import FORMATS, value_groups
@@ -30,9 +33,11 @@ def values_of(shape: AttentionShape, tokens: int, bias: float = 0.0) -> np.ndarr
     return rounded(values, "bf16")
 
 
-def pair(recipe: Recipe, shape: AttentionShape, values: np.ndarray, lengths: np.ndarray) -> tuple[Any, Any]:
+def pair(
+    recipe: Recipe, shape: AttentionShape, values: np.ndarray, lengths: np.ndarray, keys: np.ndarray | None = None
+) -> tuple[Any, Any]:
     """Return a cache of the CPU and one of the reference that hold the same tokens."""
-    keys = values_of(shape, values.shape[2], 0.5)
+    keys = values_of(shape, values.shape[2], 0.5) if keys is None else keys
     caches = open_backend(None).cache(shape, 400, "bf16", recipe), ReferenceCache(shape, 400, "bf16", recipe)
     for cache in caches:
         cache.prefill(keys, values, lengths)
@@ -89,3 +94,64 @@ def test_a_page_has_exactly_three_bits_a_code(head_dim):
     fmt, page = FORMATS["int3"], PAGE_TOKENS * head_dim * 3 // 8
     assert PAGE_TOKENS * fmt.row_bytes(head_dim) == plane_bytes("int3", head_dim) == page
     assert page % 16 == 0, "16-byte vectors"
+
+
+@pytest.mark.parametrize("rest", ["", ",pages=1/2", ",rotate=kv"])
+@pytest.mark.parametrize("values", ["int3", "int8"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_keys_of_ragged_sequences_are_those_of_the_reference(head_dim, values, rest):
+    shape, recipe = AttentionShape(3, 4, 2, head_dim), Recipe.parse(f"k=int3,v={values}{rest}")
+    own, twin = pair(recipe, shape, values_of(shape, 331), LENGTHS)
+    more = values_of(shape, 30, 2)
+    queries = np.random.default_rng(3).standard_normal((3, 4, head_dim), dtype=np.float32)
+    for step in range(30):
+        for cache in (own, twin):
+            cache.append(more[:, :, step], more[:, :, -1 - step])
+    for row, head in np.ndindex(3, 2):
+        np.testing.assert_array_equal(own.stored(row, head).cold_keys, twin.stored(row, head).cold_keys)
+    output, expected = own.decode(queries)[0], twin.decode(queries)[0]
+    np.testing.assert_array_equal(expected, Oracle(own).decode(queries)[0])
+    assert relative_l2(output, expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 112])
+def test_every_code_of_every_channel_of_a_key_reads_as_itself(head_dim):
+    """Codes of all three words, the bits of the last two of 32 channels among them, with a scale of 1 and a zero of 0."""
+    shape, rng = AttentionShape(1, 1, 1, head_dim), np.random.default_rng(1)
+    codes = rng.integers(0, 8, (1, 1, 8 * PAGE_TOKENS, head_dim))
+    codes[..., ::8, :], codes[..., 1::8, :] = 0, 7
+    recipe = Recipe.parse("k=int3,v=int8,sinks=0,window=0")
+    own, _ = pair(recipe, shape, np.ones_like(codes, np.float32), np.array([256]), codes.astype(np.float32))
+    np.testing.assert_array_equal(own.stored(0, 0).cold_keys, codes[0, 0])
+    np.testing.assert_array_equal(own.read(0, 256)[0], codes)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("channel", [0, 63], ids=["fast", "slow"])
+def test_the_error_of_a_key_is_half_a_step_of_its_own_channel_whatever_the_bias(bias, channel):
+    """Rotary embedding turns channel 0 fastest: it takes both signs of its bias; channel 63 hardly turns."""
+    shape = AttentionShape(1, 2, 1, 128)
+    keys = values_of(shape, 192)
+    angle = np.arange(192) * 10000.0 ** (-channel / 64)
+    keys[0, 0, :, channel] += bias * np.cos(angle)
+    keys[0, 0, :, channel + 64] += bias * np.sin(angle)
+    keys = rounded(keys, "bf16")
+    recipe = Recipe.parse("k=int3,v=int8,sinks=0,window=0")
+    own, twin = pair(recipe, shape, values_of(shape, 192), np.array([192]), keys)
+    stored = own.stored(0, 0).cold_keys
+    np.testing.assert_array_equal(stored, twin.stored(0, 0).cold_keys)
+    pages = keys[0, 0].reshape(-1, PAGE_TOKENS, 128).astype(np.float64)
+    np.testing.assert_array_equal(stored, dequantize_channels(*quantize_int3_keys(pages)).reshape(stored.shape))
+    low, high = pages.min(1, keepdims=True), pages.max(1, keepdims=True)
+    # Zero and scale are rounded outward by up to 2^-10 of themselves, or 2^-24.
+    bound = (high - low + 2.0**-10 * np.abs(low)) / 14 * (1 + 2.0**-10) + 1e-6 * np.abs(high) + 2.0**-23
+    assert (np.abs(stored.reshape(pages.shape) - pages) <= bound).all()
+    if channel:  # the folded query of a fast channel has more of a step than the others can stand beside; int4's, too
+        queries = np.random.default_rng(4).standard_normal((1, 2, 128), dtype=np.float32)
+        assert relative_l2(own.decode(queries)[0], twin.decode(queries)[0]).max() < 1e-3
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_a_page_of_keys_has_three_bits_a_code_of_whole_32_channels(head_dim):
+    page = PAGE_TOKENS * -(-head_dim // 32) * 32 * 3 // 8
+    assert PAGE_TOKENS * FORMATS["int3"].key_row_bytes(head_dim) == key_plane_bytes("int3", head_dim) == page
