@@ -5,8 +5,9 @@ import torch
 
 from elastickv.evaluation.kv_formats.published_formats import PUBLISHED
 from elastickv.evaluation.kv_formats.rotations import hadamard, random_rotation
+from elastickv.evaluation.tensor_codecs import stored_rows
 
-PER_CHANNEL = ("kivi4", "kvarn_k4v4_g128_plain")
+PER_CHANNEL = ("kivi4", "kvarn_k4v4_g128_plain", "fp8_per_channel_centered")
 PER_TOKEN = (
     "int4_per_token_head",
     "int4_per_token_head_unrotated",
@@ -47,6 +48,22 @@ def test_keys_per_token_lose_everything_to_a_large_bias(name):
 @pytest.mark.parametrize("name", ["int4_per_token_head", "int4_per_token_head_unrotated", "q4_0_rotated", "turboquant4"])
 def test_a_bias_of_a_hundred_is_enough_for_four_bits(name):
     assert attention_error(name, 100) > 5 * attention_error(name, 0) and attention_error(name, 100) > 0.5
+
+
+def test_a_scale_a_channel_alone_keeps_a_bias_where_it_is():
+    """A float has three bits of a number, and so of its bias: what varies on top of it is lost, in its channel alone."""
+    x = torch.randn(1, 1, 128, 64, generator=torch.Generator().manual_seed(3))
+    x[..., 5] += 1000
+    scaled, centered, whole = (
+        stored(x) - x
+        for stored in (
+            *(PUBLISHED[f"fp8_per_channel{name}"].keys.round_trip for name in ("", "_centered")),
+            lambda keys: stored_rows(keys, "int8_per_channel", False, 64),
+        )
+    )
+    assert scaled[..., 5].std() > 0.7 * x[..., 5].std() > 20 * centered[..., 5].std()
+    assert scaled[..., :5].abs().max() < 0.3
+    assert whole.norm() < 0.5 * centered.norm(), "at the same bytes"
 
 
 def test_floats_lose_what_varies_on_top_of_a_bias_and_nothing_else():

@@ -10,6 +10,7 @@ from elastickv.evaluation.kv_formats.gguf_blocks import Q4_0, Q4_0_ROTATED, Q8_0
 from elastickv.evaluation.kv_formats.kivi import KIVI2, KIVI4
 from elastickv.evaluation.kv_formats.kvarn import KVARN_K4V2, KVARN_K4V4_PLAIN, variance_scales
 from elastickv.evaluation.kv_formats.microscaling import MXFP4, NVFP4
+from elastickv.evaluation.kv_formats.per_channel_floats import FP8_PER_CHANNEL, FP8_PER_CHANNEL_CENTERED
 from elastickv.evaluation.kv_formats.per_token_head import (
     FP8_PER_TENSOR,
     FP8_PER_TOKEN_HEAD,
@@ -142,6 +143,26 @@ def same(mine, formula, share=0.995):
 )
 def test_a_token_is_rounded_in_its_groups_of_channels(rows, plane, size, formula):
     same(read_back(plane, rows), np.stack([by_blocks(row, size, formula) for row in rows]))
+
+
+def fp8_channel(page, middle=0.0):
+    scale = half(abs(page - middle).max() / 448)
+    return np.array([e4m3((x - middle) / scale) * scale if scale else 0 for x in page]) + middle
+
+
+@pytest.mark.parametrize(
+    ("plane", "middle"),
+    [
+        (FP8_PER_CHANNEL.keys, lambda page: 0.0),
+        (FP8_PER_CHANNEL_CENTERED.keys, lambda page: half((page.min() + page.max()) / 2)),
+    ],
+    ids=["scaled", "centered"],
+)
+def test_fp8_keys_per_channel_share_a_scale_over_a_page(rows, plane, middle):
+    def quantize(page):
+        return fp8_channel(page, middle(page))
+
+    same(read_back(plane, rows), np.stack([by_blocks(channel, 32, quantize) for channel in rows.T], axis=1))
 
 
 @pytest.mark.parametrize(("plane", "tokens"), [(KIVI2.keys, 32), (KIVI4.keys, 32), (KVARN_K4V4_PLAIN.keys, 128)])

@@ -43,6 +43,8 @@ BY_HAND = {
     "kvarn_k4v2_g128": (8192 + 768, 4096 + 768),  # 768: three planes of 128 float16
     "kvarn_k4v4_g128": (8192 + 768, 8192 + 768),  # 17920 for both: the record of the vLLM fork
     "kvarn_k4v4_g128_plain": (8192 + 512, 8192 + 512),
+    "fp8_per_channel": (128 * (32 + 2), 128 + 4),
+    "fp8_per_channel_centered": (128 * (32 + 4), 128 + 4),
 }
 
 

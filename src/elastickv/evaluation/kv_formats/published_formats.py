@@ -9,6 +9,7 @@ from elastickv.evaluation.kv_formats import (
     kivi,
     kvarn,
     microscaling,
+    per_channel_floats,
     per_token_head,
     turboquant,
     turboquant_presets,
@@ -51,6 +52,8 @@ PUBLISHED: dict[str, ReferenceFormat] = {
         kvarn.KVARN_K4V2,
         kvarn.KVARN_K4V4,
         kvarn.KVARN_K4V4_PLAIN,
+        per_channel_floats.FP8_PER_CHANNEL,
+        per_channel_floats.FP8_PER_CHANNEL_CENTERED,
     )
 }
 ALL = "all"
