@@ -13,8 +13,10 @@ from elastickv.evaluation.calibrate import calibrate
 from elastickv.evaluation.layer_errors import LayerInputs, _Head, _QueryRegions, hessians, layer_errors
 from elastickv.evaluation.texts import Text
 from elastickv.kvcache.gptq import hessian_of, hessian_text, layer_compensation
-from elastickv.recipe import AttentionShape, ModelCalibration, Recipe
+from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, for_ratio_by_layer, for_stored_bits
 from elastickv.recipe.calibration import StorageStatistics
+from elastickv.recipe.shape import padded_head_dim
+from elastickv.transformers import ElasticCache
 from tests.helpers.tiny_models import TEXT, tiny_llama
 
 TOKENS, RUN = 600, 16
@@ -205,6 +207,22 @@ def test_a_model_is_calibrated_and_left_as_it_was():
     assert ModelCalibration.loads(result.dumps()) == result
     result.check_model(result.fingerprint)
     assert calibrate(tiny_llama(seed=1), Text("letters", TEXT), 1200).fingerprint != result.fingerprint
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 72])
+def test_heads_that_a_cache_pads_are_measured_as_they_are_stored(head_dim):
+    """Groups of values are those of the stored head, and every way from the file to recipes is open."""
+    loaded = tiny_llama(head_dim=head_dim)
+    result = ModelCalibration.loads(calibrate(loaded, Text("letters", TEXT), 1200).dumps())
+    stored = padded_head_dim(head_dim)
+    assert result.head_dim == head_dim and f"int4/{stored}" in result.values
+    plans = for_stored_bits(result, 5, device="cpu", gptq=True), for_ratio_by_layer(result, 2, 1200, device="cpu", gptq=True)
+    for plan in plans:
+        assert all(recipe.v_group(stored) for recipe in plan.recipes)
+    for given in ({"stored_bits": 5}, {"compress": 2}):
+        cache = ElasticCache.for_model(loaded.model, calibration=result, **given)
+        ids = torch.arange(400)[None] % 50
+        assert loaded.model.generate(ids, max_new_tokens=2, past_key_values=cache, do_sample=False).shape == (1, 402)
 
 
 def test_a_model_is_left_as_it_was_when_the_measurement_fails():

@@ -15,6 +15,7 @@ from elastickv.kvcache.gptq import hessian_text
 from elastickv.recipe.calibration import FRACTIONS, HeadErrors, HessianTexts, ModelCalibration, Smoothing
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS
+from elastickv.recipe.shape import padded_head_dim
 from elastickv.transformers.model_loading import Loaded, fingerprint
 from elastickv.transformers.model_support import sizes_of
 from elastickv.transformers.tokenization import text_prefix, text_tokens
@@ -96,11 +97,11 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
 
     keys = {name: mean(lambda e, name=name: e.keys[name]) for name in sample.keys}  # type: ignore[misc]
     values = {name: mean(lambda e, name=name: e.values[name]) for name in sample.values}  # type: ignore[misc]
-    sensitivity, whole_head = None, f"{STORED_AS}/{heads[2]}"
-    if sensitive and whole_head in values:  # heads of fewer than 32 channels have no values in 4 bits
+    sensitivity = None
+    if sensitive:
         report = None if progress is None else (lambda done, of: progress(total - of + done, total))
         losses = layer_losses(loaded.model, [row.ids for row in rows], layers, report)
-        errors = {KEYS: keys[STORED_AS], VALUES: values[whole_head]}
+        errors = {KEYS: keys[STORED_AS], VALUES: values[f"{STORED_AS}/{padded_head_dim(heads[2])}"]}
         sensitivity = {tensor: _per_error(losses[tensor], errors[tensor]) for tensor in losses}
 
     return ModelCalibration(

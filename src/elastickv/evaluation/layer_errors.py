@@ -5,20 +5,20 @@ a sum over some of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 
-from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard
-from elastickv.evaluation.tensor_codecs import TensorCompensation, channel_scales, stored_rows
-from elastickv.kvcache.hadamard import rotated_block
+from elastickv.evaluation.kv_formats.own_formats import OwnRoundTrip
+from elastickv.evaluation.tensor_codecs import TensorCompensation, channel_scales
 from elastickv.kvcache.quantize import INT4_LEVELS
 from elastickv.kvcache.scorers.bounds import SPAN
 from elastickv.recipe.calibration import GPTQ, MOST_SMOOTHING, ROTATED, Smoothing
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS, selected
+from elastickv.recipe.shape import padded_head_dim
 
 Tensor: TypeAlias = Any  # torch.Tensor: the type checker does not follow PyTorch
 _KEY_INTEGERS = ("int8", "int8_per_channel", "int4", "int3")
@@ -71,6 +71,10 @@ def value_formats(head_dim: int) -> list[str]:
     """Return the formats of V to measure, int4 and int3 with each group of channels; integers rotated, too.
 
     Whole heads of them are rounded by Hessians, too, which takes longer to measure.
+
+    Parameters
+    ----------
+    head_dim : channels of a stored head.
     """
     grouped = [f"{name}/{group}" for name in ("int4", "int3") for group in value_groups(head_dim)]
     by_hessians = [f"int4/{head_dim}{GPTQ}", *(f"{name}/{head_dim}{ROTATED}{GPTQ}" for name in ("int4", "int3"))]
@@ -97,10 +101,10 @@ def layer_errors(
     smoothing : of keys that are rotated, as `ModelCalibration.smoothing_of` has it.
     costs : of errors of keys and of values, as `hessians` returns them; None: those of these inputs.
     """
-    kv_heads, _, head_dim = inputs.keys.shape
+    kv_heads = len(inputs.keys)
     pages: dict[int, dict[float, list[float]]] = {steps: {f: [] for f in fractions} for steps in schedules}
     keys: dict[str, list[float]] = {name: [] for name in KEY_FORMATS}
-    values: dict[str, list[float]] = {name: [] for name in value_formats(head_dim)}
+    values: dict[str, list[float]] = {name: [] for name in value_formats(padded_head_dim(inputs.values.shape[-1]))}
     regions = _QueryRegions(inputs.positions, inputs.keys.shape[1], sinks, window)
     lists = [(steps, fraction) for steps in schedules for fraction in fractions if fraction != 1]
     of_keys, of_values = hessians(inputs) if costs is None else costs
@@ -206,14 +210,17 @@ class _QueryRegions:
         of_format = name.removesuffix(GPTQ)
         plain, mark, _ = of_format.partition(ROTATED)
         fmt, _, group = plain.partition("/")
-        known = smoothing if mark else None
-        compensation = None if of_format == name else TensorCompensation.of(costs, bool(mark), known)
-        matrix = hadamard(rotated_block(rows.shape[-1]) if mark else 1)
-        smooth = rows.new_ones(()) if known is None else torch.tensor(known, device=rows.device).float().exp2()[:, None]
-        whole = by_blocks(rows * smooth, matrix).bfloat16().float() if mark else rows.clone()
-        cold = whole[:, self.cold_tokens]
-        whole[:, self.cold_tokens] = stored_rows(cold, fmt, value, int(group or rows.shape[-1]), compensation)
-        return by_blocks(whole, matrix) / smooth if mark else whole
+        known, head_dim = smoothing if mark else None, padded_head_dim(rows.shape[-1])
+        added = head_dim - rows.shape[-1]
+        compensation = None
+        if of_format != name:
+            compensation = TensorCompensation.of(torch.nn.functional.pad(costs, (0, added, 0, added)), bool(mark), known)
+        factors = None if known is None else torch.tensor(known).float().exp2()[:, None]
+        dtype = "bf16" if mark else "fp32"
+        store = OwnRoundTrip(fmt, value, int(group or head_dim), head_dim, bool(mark), dtype, factors, compensation)
+        whole = replace(store, stored_in=dtype)(rows).clone()
+        whole[:, self.cold_tokens] = store(rows[:, self.cold_tokens])
+        return whole
 
 
 class _Head:

@@ -19,7 +19,7 @@ from elastickv.recipe.calibration import GPTQ, ROTATED, HeadErrors, ModelCalibra
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
 from elastickv.recipe.knapsack import KnapsackItem, least_cost
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, ROUNDINGS, Recipe, has_page_bounds
-from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape
+from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape, padded_head_dim
 from elastickv.recipe.solver import check_context, check_ratio, unmet
 
 _HALVINGS = 44  # of the logarithm of lambda, between these powers of e: to 1e-11 of it
@@ -100,7 +100,7 @@ def for_ratio_by_layer(
     check_context(context)
     layers = len(calibration.layers)
     group = calibration.query_heads // calibration.kv_heads
-    head = AttentionShape(1, group, 1, calibration.head_dim)
+    head = AttentionShape(1, group, 1, padded_head_dim(calibration.head_dim))
     dense = layers * calibration.kv_heads * interval_bytes(DENSE, [context], head).kv
     if ratio == 1:
         return LayerPlan((DENSE,) * layers, 1.0, 0.0)
@@ -153,7 +153,7 @@ def for_stored_bits(
     """
     check_stored_bits(bits)
     calibration = calibration.in_nats()
-    layers, head_dim = range(len(calibration.layers)), calibration.head_dim
+    layers, head_dim = range(len(calibration.layers)), padded_head_dim(calibration.head_dim)
     head = AttentionShape(1, calibration.query_heads // calibration.kv_heads, 1, head_dim)
     options = _options(calibration, MAX_CONTEXT, head, dtype, sinks, window, None, 0.0, False, device, gptq)
     # Without pages to select, an option is one choice for a layer, whatever a byte weighs.

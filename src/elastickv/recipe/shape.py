@@ -17,6 +17,19 @@ def is_whole(value: Any) -> bool:
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
+def padded_head_dim(head_dim: int) -> int:
+    """Return the smallest head size, from `head_dim` up, that the kernels are built for; the added channels are zeros.
+
+    Raises
+    ------
+    UsageError : if the head is larger than all of them.
+    """
+    fitting = [size for size in HEAD_DIMS if size >= head_dim]
+    if not fitting:
+        raise UsageError(f"heads of {head_dim} channels are not supported: at most {max(HEAD_DIMS)} are")
+    return min(fitting)
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """Batch, heads and head size of one layer.

@@ -15,7 +15,7 @@ from elastickv.errors import UsageError
 from elastickv.kvcache import LayerCache, TensorView
 from elastickv.kvcache.gptq import layer_compensation
 from elastickv.kvcache.protocol import CacheState
-from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
+from elastickv.recipe import AttentionShape, Recipe
 from elastickv.recipe.calibration import StorageStatistics
 from elastickv.transformers.cuda_graph.in_flight import wait_for_others
 from elastickv.transformers.key_smoothing import KeySmoothing
@@ -27,19 +27,6 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 NOTHING_KNOWN = StorageStatistics()
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Return the smallest head size, from `head_dim` up, that the kernels are built for; the added channels are zeros.
-
-    Raises
-    ------
-    UsageError : if the head is larger than all of them.
-    """
-    fitting = [size for size in HEAD_DIMS if size >= head_dim]
-    if not fitting:
-        raise UsageError(f"heads of {head_dim} channels are not supported: at most {max(HEAD_DIMS)} are")
-    return min(fitting)
 
 
 def backend_for(device: torch.device) -> Backend:

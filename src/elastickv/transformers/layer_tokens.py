@@ -12,12 +12,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from elastickv.errors import NonFiniteError, UsageError
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
+from elastickv.recipe.shape import padded_head_dim
 from elastickv.transformers.budget import Reading, scaled
 from elastickv.transformers.cache_checks import CacheChecks, check_finite
 from elastickv.transformers.cache_report import Ledger
 from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.device_events import now
-from elastickv.transformers.layer_storage import LayerStorage, new_store, padded_head_dim
+from elastickv.transformers.layer_storage import LayerStorage, new_store
 from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
 from elastickv.transformers.padding import Padding
 from elastickv.transformers.placement import layers_on_same_device

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from elastickv.errors import UsageError
-from elastickv.transformers.layer_storage import padded_head_dim
+from elastickv.recipe.shape import padded_head_dim
 from elastickv.transformers.placement import ranks_of
 
 _KEYS = ("k_proj", "qkv_proj", "query_key_value")

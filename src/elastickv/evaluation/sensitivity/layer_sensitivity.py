@@ -12,12 +12,13 @@ from dataclasses import replace
 import torch
 
 from elastickv.evaluation import sessions
+from elastickv.evaluation.kv_formats.own_formats import OwnRoundTrip
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.prediction_losses import prediction_losses
 from elastickv.evaluation.prefill import Prefill, Tensor, has_attention_everywhere, prefill
-from elastickv.evaluation.tensor_codecs import stored_rows
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import regions
+from elastickv.recipe.shape import padded_head_dim
 
 SCORED = 64
 STORED_AS = "int4"
@@ -58,7 +59,9 @@ def _with_stored(start: Prefill, tensor: str, layer: int) -> Prefill:
     split = regions(start.tokens, DEFAULT_SINKS, DEFAULT_WINDOW)
     cold = slice(DEFAULT_SINKS, DEFAULT_SINKS + split.cold)
     changed = states[layer].clone()
-    changed[:, :, cold] = stored_rows(changed[:, :, cold].float(), STORED_AS, tensor == VALUES, changed.shape[-1])
+    head_dim = padded_head_dim(changed.shape[-1])
+    store = OwnRoundTrip(STORED_AS, tensor == VALUES, head_dim, head_dim, rotated=False, dtype="fp32")
+    changed[:, :, cold] = store(changed[:, :, cold].float())
     states[layer] = changed
     return replace(start, keys=states) if tensor == KEYS else replace(start, values=states)
 
