@@ -25,12 +25,12 @@ def test_a_model_is_calibrated_and_evaluated(elastickv, folder, tmp_path):
     assert ModelCalibration.load(calibration).tokens == 1000
     done = elastickv(
         "eval", str(folder), f"--text={text}", f"--calibration={calibration}", f"-o{result}", "--tolerance=kl=0.001", *QUICK,
-        "--stored-bits=4,5",
+        "--stored-bits=3.5,5",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads(result.read_text(encoding="utf-8"))
     assert [row["cache"] for row in record["rows"]] == ["C=1", "C=2", "stored_bits=5", "reference:stored_bits=5"]
-    assert "stored_bits=4 is less than any calibrated format that the CPU reads takes: give 4.25 or more" in done.stdout
+    assert "stored_bits=3.5 is less than any calibrated format that the CPU reads takes: give 3.75 or more" in done.stdout
     assert "compress=64 cannot be met" in done.stdout and "Largest C within kl=0.001: 1" in done.stdout
     assert "warning" not in done.stderr
     older = json.loads(calibration.read_text(encoding="utf-8"))
@@ -130,8 +130,9 @@ def test_long_texts_are_generated_with_each_cache(elastickv, folder, tmp_path):
         (["--exact-tokens=132"], "--exact-tokens=132 is unknown: write own, or sinks and window as in 4+128"),
         (["--stored-bits=4.75"], "--stored-bits=4.75 needs a calibration, which says what each layer loses"),
         (["--stored-bits=none"], "--stored-bits=none is no list of numbers"),
-        (["--stored-bits=0,4"], "--stored-bits=0,4 is out of range"),
-        (["--stored-bits=17"], "--stored-bits=17.0 is out of range: give bits an element, above 0 and at most 16"),
+        (["--stored-bits=0,4"], "--stored-bits=0,4 is out of range: give numbers above 0 and at most 16"),
+        (["--stored-bits=17"], "--stored-bits=17 is out of range: give numbers above 0 and at most 16"),
+        (["--stored-bits=nan"], "--stored-bits=nan is out of range: give numbers above 0 and at most 16"),
         (["--compress=none"], "give values of C in --compress, or --formats"),
         (["--compress=four"], "--compress=four"),
         (["--compress=0"], "--compress=0"),

@@ -145,7 +145,7 @@ def command(**arguments: Any) -> int:
     options = replace(
         _options(arguments),
         formats=parse_formats(arguments["formats"]),
-        stored_bits=() if arguments["stored_bits"] is None else _numbers("stored-bits", arguments["stored_bits"], float),
+        stored_bits=() if arguments["stored_bits"] is None else _numbers("stored-bits", arguments["stored_bits"], float, 16),
         selections=parse_selections(arguments["selections"]),
         tasks=parse_tasks(arguments["tasks"]),
     )
@@ -233,13 +233,14 @@ def _options(arguments: dict[str, Any]) -> EvaluationOptions:
     )
 
 
-def _numbers(name: str, text: str, kind: Any) -> Any:
+def _numbers(name: str, text: str, kind: Any, most: float | None = None) -> Any:
     from elastickv.errors import UsageError
 
     try:
         numbers = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
         raise UsageError(f"--{name}={text} is no list of numbers: write for example 2,4,8") from None
-    if not all(0 < number < float("inf") for number in numbers):
-        raise UsageError(f"--{name}={text} is out of range: give numbers above 0")
+    if not all(0 < number < float("inf") if most is None else 0 < number <= most for number in numbers):
+        accepted = "above 0" if most is None else f"above 0 and at most {most:g}"
+        raise UsageError(f"--{name}={text} is out of range: give numbers {accepted}")
     return numbers
