@@ -73,7 +73,7 @@ def test_a_preset_gives_way_to_what_is_given_beside_it(monkeypatch):
         ({"paired": 1}, "`paired`=1 is not true or false"),
         ({"compress": float("nan")}, "`compress`=nan"),
         ({"recipe": 4}, "`recipe`=4 is not a text"),
-        ({"recipe": "int2"}, "int2"),
+        ({"recipe": "int5"}, "int5"),
         ({"preset": "medium"}, "long, short"),
         ({"gate": "silver"}, "golden"),
         ({"calibration": "x.json"}, "`model`"),

@@ -388,7 +388,7 @@ def test_ctrl_c_in_the_inference_cycle_keeps_what_came_before(backend, monkeypat
         ({"truncate": 50}, "`truncate`=50"),
         ({"dtype": "fp8"}, "`dtype`=fp8"),
         ({"cache": "warm"}, "`cache`=warm"),
-        ({"recipe": "int2"}, "int2"),
+        ({"recipe": "int5"}, "int5"),
         ({"recipe": "int8", "anchor_every": 4}, "anchor_every=4 does not combine"),
         ({"until_ci_percent": 1.0, "paired": False}, "`paired=True`"),
     ],

@@ -63,7 +63,7 @@ def test_bench_shows_a_table_and_writes_what_the_suffix_says(tmp_path):
         (["--compress=nan"], "compress=nan"),
         (["--compress=64"], "context"),
         (["--dim=100"], "supported are"),
-        (["--recipe=int2"], "int2"),
+        (["--recipe=int5"], "int5"),
         (["--dtype=int8"], "--dtype=int8"),
         (["--preset=medium"], "long, short"),
         (["--format=xml"], "table, json"),

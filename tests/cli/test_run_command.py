@@ -92,7 +92,7 @@ def test_without_a_calibration_one_warning_says_so(elastickv, folder):
         (["-pa", "--max-new-tokens=9999"], "4096 positions"),
         (["-pa", "--compress=0.5"], "compress=0.5"),
         (["-pa", "--compress=4", "--recipe=int4"], "give one"),
-        (["-pa", "--recipe=int2"], "int2"),
+        (["-pa", "--recipe=int5"], "int5"),
         (["-pa", "--temperature=-1"], "temperature -1"),
         (["-pa", "--dtype=int8"], "choose fp32, fp16, bf16"),
         (["-pa", "--calibration=/no/such/file"], "/no/such/file"),

@@ -82,6 +82,8 @@ def test_selection_errs_as_it_does_on_the_back_end(inputs, fraction, steps):
         ("k=int4,v=int3,rotate=kv,rounding=gptq", "int4+rotated+gptq", "int3/64+rotated+gptq"),
         ("int3", "int3", "int3/64"),
         ("int3,rotate=kv,rounding=gptq", "int3+rotated+gptq", "int3/64+rotated+gptq"),
+        ("int2,rotate=kv,rounding=gptq", "int2+rotated+gptq", "int2/64+rotated+gptq"),
+        ("k=int2,v=int8,rotate=k", "int2+rotated", "int8"),
     ],
 )
 def test_rounding_errs_as_it_does_on_the_back_end(inputs, recipe, key, value):
@@ -99,7 +101,7 @@ def test_rounding_by_hessians_errs_less_where_queries_and_columns_are_correlated
     projection = torch.cat([torch.randn(48, 24, generator=generator) @ few for _ in range(4)], 1)
     errors = layer_errors(replace(inputs, queries=queries, projection=projection), (1.0,), (1,), RUN)
     for of_tensor, names in (
-        (errors.keys, ("int4", "int4+rotated", "int3", "int3+rotated", "int8+rotated")),
+        (errors.keys, ("int4", "int4+rotated", "int3+rotated", "int2+rotated", "int8+rotated")),
         (errors.values, ("int4/64", "int3/64+rotated")),
     ):
         for name in names:
@@ -198,8 +200,8 @@ def test_a_model_is_calibrated_and_left_as_it_was():
     assert result.keys["int4"][0][0] > result.keys["int8_per_channel"][0][0] > 0
     assert result.keys["int3"][0][0] > result.keys["int4"][0][0]
     assert result.values["int3/64"][0][0] > result.values["int4/64"][0][0] > 0
-    grouped = {"int4/32", "int4/64", "int3/32", "int3/64"}
-    by_hessians = {"int4/64+gptq", "int4/64+rotated+gptq", "int3/64+rotated+gptq"}
+    grouped = {f"{fmt}/{group}" for fmt in ("int4", "int3", "int2") for group in (32, 64)}
+    by_hessians = {"int4/64+gptq", *(f"{fmt}/64+rotated+gptq" for fmt in ("int4", "int3", "int2"))}
     assert {name for name in result.values if "/" in name} == grouped | {f"{name}+rotated" for name in grouped} | by_hessians
     known = result.statistics_of(1)
     assert [hessian_of(texts[0], 64).shape for texts in (known.key_hessians, known.value_hessians)] == [(64, 64)] * 2

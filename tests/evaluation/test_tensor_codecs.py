@@ -25,7 +25,7 @@ FORMAT_CASES = [
     for fmt in CODECS
     for value in (False, True)
     if getattr(FORMATS[fmt], "values" if value else "keys") is not None
-    for group in (value_groups(CHANNELS) if value and fmt in ("int4", "int3") else (CHANNELS,))
+    for group in (value_groups(CHANNELS) if value and fmt in ("int4", "int3", "int2") else (CHANNELS,))
 ]
 
 

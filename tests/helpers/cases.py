@@ -140,7 +140,7 @@ def recipes(
     head_dim: int,
     kv_heads: int,
     selections=("dense", "all", "stride", "reuse", "pages"),
-    three_bits: bool = False,
+    few_bits: bool = False,
     rotations: bool = False,
 ) -> Recipe:
     """Return any recipe of a shape, rotated if `rotations`; windows may be larger than any context."""
@@ -154,11 +154,11 @@ def recipes(
     if selection == "reuse":
         fields |= {"anchor_every": draw(st.integers(1, 5)), "decay": draw(st.sampled_from([1.0, 0.95]))}
     if selection in ("all", "pages"):
-        narrow = ["int4", "int3"] if three_bits else ["int4"]
+        narrow = ["int4", "int3", "int2"] if few_bits else ["int4"]
         formats, per_channel = ["bf16", "fp16", "fp8", "int8", *narrow], [*narrow, "int8_per_channel"]
         key = draw(st.sampled_from(per_channel if selection == "pages" else [*formats, "int8_per_channel"]))
         value = draw(st.sampled_from([name for name in formats if {key, name} != {"bf16", "fp16"}]))
-        fields["value_group"] = draw(st.sampled_from([0, *value_groups(head_dim)])) if value in ("int4", "int3") else 0
+        fields["value_group"] = draw(st.sampled_from([0, *value_groups(head_dim)])) if value in narrow else 0
     if selection == "pages":
         heads = draw(st.sampled_from([1, kv_heads]))
         shares = st.sampled_from([1.0, 0.5, 0.3, 1 / 8])
@@ -184,7 +184,7 @@ def cases(draw, kind, numbers=("normal",), longest: int = LONGEST, dtypes=DTYPES
     """Return any case that a kind of backend runs."""
     kv_heads, batch = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     group, head_dim = draw(st.sampled_from(kind.groups)), draw(st.sampled_from(kind.head_dims))
-    recipe = draw(recipes(head_dim, kv_heads, three_bits="cuda" not in kind.name, **terms))
+    recipe = draw(recipes(head_dim, kv_heads, few_bits="cuda" not in kind.name, **terms))
     return Case(
         AttentionShape(batch, kv_heads * group, kv_heads, head_dim),
         recipe,

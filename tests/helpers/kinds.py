@@ -128,7 +128,7 @@ class Kind:
         """Relative error of an operand, a query or a probability, in the kernel's own arithmetic."""
         if self.name == "reference":
             return 1e-14
-        whole = {"int8", "int4", "int3"} & {case.recipe.key_format, case.recipe.value_format}
+        whole = {"int8", "int4", "int3", "int2"} & {case.recipe.key_format, case.recipe.value_format}
         if self.name == "cpu":
             return 2.0**-15 if whole else 2.0**-18
         return {"fp32": 2.0**-18, "fp16": 2.0**-10, "bf16": 2.0**-7}[case.exact]

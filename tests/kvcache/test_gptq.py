@@ -23,6 +23,7 @@ DIM, TOKENS = 64, 64
 BIASES = (1.0, 10.0, 100.0, 1e3, 1e4)
 FORMATS = [
     ("int8", False, DIM), ("int8_per_channel", False, DIM), ("int4", False, DIM), ("int3", False, DIM),
+    ("int2", False, DIM), ("int2", True, 32),
     ("int8", True, DIM), ("int4", True, 32), ("int3", True, DIM),
 ]  # fmt: skip
 

@@ -43,7 +43,7 @@ def test_recipes_name_it(int6):
     for text in ("int6", "k=int6,v=int4,vgroup=32", "k=int4,v=int6,pages=1/4", "int6,stride=4"):
         assert str(Recipe.parse(text)) == text
     assert cold_formats()[-1] == "int6"
-    with pytest.raises(UsageError, match="formats are bf16, fp16, fp8, int8, int4, int8_per_channel, int3, int6"):
+    with pytest.raises(UsageError, match="formats are bf16, fp16, fp8, int8, int4, int8_per_channel, int3, int2, int6"):
         Recipe(key_format="int5")
     with pytest.raises(UsageError, match="'pages' does not combine with keys in int6"):
         Recipe.parse("int6,pages=1/4")
@@ -80,7 +80,8 @@ def test_the_reference_cache_and_the_oracle_store_and_read_it(int6):
 
 def test_back_ends_without_a_kernel_refuse_it(int6):
     with pytest.raises(
-        UsageError, match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4, int8_per_channel, int3$"
+        UsageError,
+        match=r"^format int6 has no CPU kernel: choose fp32, bf16, fp16, fp8, int8, int4, int8_per_channel, int3, int2$",
     ):
         open_backend(None).cache(SHAPE, 800, "bf16", Recipe.parse("int6"))
     for text, last in (("int6", "int8_per_channel"), ("k=int4,v=int6,pages=1/4", "int4")):
@@ -92,13 +93,15 @@ def test_back_ends_without_a_kernel_refuse_it(int6):
 
 @pytest.mark.parametrize("arch", ["61", "80", "90", "120"])
 def test_cuda_refuses_3_bits_in_caches_and_in_an_engines_blocks(arch):
-    refusal = r"^format int3 has no CUDA kernel: choose bf16, fp16, fp8, int8, int4(, int8_per_channel)?, or the cpu backend$"
-    for text in ("k=int4,v=int3", "v=int3,pages=1/4", "k=bf16,v=int3", "int3", "k=int3,v=int8,pages=1/4"):
+    refusal = (
+        r"^format int[23] has no CUDA kernel: choose bf16, fp16, fp8, int8, int4(, int8_per_channel)?, or the cpu backend$"
+    )
+    for text in ("k=int4,v=int3", "v=int3,pages=1/4", "k=bf16,v=int3", "int3", "k=int3,v=int8,pages=1/4", "int2"):
         with pytest.raises(UsageError, match=refusal):
             decode_variant(128, 4, "bf16", Recipe.parse(text), arch)
         with pytest.raises(UsageError, match=refusal if arch != "61" else "need SM 8.0"):
             blocks_variant(128, 4, "bf16", Recipe.parse(text.partition(",pages")[0]), arch)
-    assert set(unread_formats("cuda")) == {"int3"} == set(unread_formats(None)) and not unread_formats("cpu")
+    assert set(unread_formats("cuda")) == {"int3", "int2"} == set(unread_formats(None)) and not unread_formats("cpu")
 
 
 def test_no_two_formats_have_one_number():
@@ -130,7 +133,7 @@ PLACES = {
     "backends/cpu/page_codes.py",
     "backends/cpu/page_operands.py",
     "backends/cpu/blocks/block_dequantize.py",
-    "backends/cpu/quantizers/gptq_pages.py",
+    "backends/cpu/quantizers/nearest_pages.py",
     "backends/cuda/page_layout.py",
     "backends/cuda/kernels/format_codecs.cuh",
 }

@@ -13,6 +13,8 @@ from elastickv.kvcache.quantize import (
     dequantize_fp8,
     dequantize_int8,
     quantize_fp8,
+    quantize_int2_keys,
+    quantize_int2_values,
     quantize_int3_keys,
     quantize_int3_values,
     quantize_int4_keys,
@@ -69,7 +71,8 @@ def bf16_rows(limit=2.0**126):
 
 
 PER_CHANNEL = pytest.mark.parametrize(
-    ("quantize", "levels"), [(quantize_int4_keys, 15), (quantize_int3_keys, 7), (quantize_int8_keys_per_channel, 255)]
+    ("quantize", "levels"),
+    [(quantize_int4_keys, 15), (quantize_int3_keys, 7), (quantize_int2_keys, 3), (quantize_int8_keys_per_channel, 255)],
 )
 
 
@@ -98,7 +101,9 @@ def test_the_scales_of_keys_are_the_least_that_span_them(quantize, levels, pages
     assert (np.nextafter(scales, np.float16(-np.inf)).astype(np.float32)[scales > 0] < wide[scales > 0]).all()
 
 
-GROUPED = pytest.mark.parametrize(("quantize", "levels"), [(quantize_int4_values, 15), (quantize_int3_values, 7)])
+GROUPED = pytest.mark.parametrize(
+    ("quantize", "levels"), [(quantize_int4_values, 15), (quantize_int3_values, 7), (quantize_int2_values, 3)]
+)
 
 
 @GROUPED
@@ -123,6 +128,7 @@ def test_a_smaller_group_never_has_a_larger_scale(rows):
 
 
 CONSTANT = [("int4", False, 64), ("int3", False, 64), ("int8_per_channel", False, 64), ("int4", True, 32), ("int3", True, 32)]
+CONSTANT += [("int2", False, 64), ("int2", True, 32)]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.140625, 2.0**-24, -65504.0, 65504.0])
@@ -236,6 +242,8 @@ def quantized(rows, fmt):
         "int4 keys": quantize_int4_keys,
         "int4 values": lambda x: quantize_int4_values(x, 32),
         "int8_per_channel keys": quantize_int8_keys_per_channel,
+        "int2 keys": quantize_int2_keys,
+        "int2 values": lambda x: quantize_int2_values(x, 32),
         "int3 keys": quantize_int3_keys,
         "int3 values": lambda x: quantize_int3_values(x, 32),
     }[fmt](rows)
@@ -243,8 +251,9 @@ def quantized(rows, fmt):
 
 SHAPES = {"int8": [(2, 32)], "fp8": [(2,)], "int4 keys": [(2, 64)] * 2, "int4 values": [(2, 32, 2)] * 2}
 SHAPES |= {"int8_per_channel keys": SHAPES["int4 keys"], "int3 keys": SHAPES["int4 keys"], "int3 values": SHAPES["int4 values"]}
+SHAPES |= {"int2 keys": SHAPES["int4 keys"], "int2 values": SHAPES["int4 values"]}
 TYPES = {"int8": "bH", "fp8": "BH", "int4 keys": "Bee", "int4 values": "BHH", "int8_per_channel keys": "Bee"}
-TYPES |= {"int3 keys": TYPES["int4 keys"], "int3 values": TYPES["int4 values"]}
+TYPES |= {f"{fmt} {part}": TYPES[f"int4 {part}"] for fmt in ("int3", "int2") for part in ("keys", "values")}
 
 
 @pytest.mark.parametrize("fmt", SHAPES)
@@ -270,6 +279,8 @@ def test_codes_and_scales_have_their_types_and_shapes_whatever_numbers_are_given
         ("int8_per_channel keys", 255),
         ("int3 keys", 7),
         ("int3 values", 7),
+        ("int2 keys", 3),
+        ("int2 values", 3),
     ],
 )
 def test_what_float32_rounds_away_widens_no_scale(fmt, top):
@@ -288,7 +299,7 @@ def test_what_has_no_scale_has_codes_of_zero(fmt):
 
 
 STORED = [("int8", False), ("fp8", True), ("int4", False), ("int4", True), ("bf16", True), ("int8_per_channel", False)]
-STORED += [("int3", False), ("int3", True)]
+STORED += [(fmt, value) for fmt in ("int3", "int2") for value in (False, True)]
 
 
 @pytest.mark.parametrize(("fmt", "value"), STORED)
@@ -297,14 +308,28 @@ def test_what_is_stored_reads_as_codes_times_scales(fmt, value):
     read = stored_values(rows, fmt, value, 32)
     assert read.dtype == np.float64 and read.shape == rows.shape
     np.testing.assert_array_equal(stored_values(rows.tolist(), fmt, value, 32), read)
-    bounds = {"int8": 60 / 127, "fp8": 60 / 16, "int4": 60 / 15, "bf16": 0.0, "int8_per_channel": 60 / 255, "int3": 60 / 7}
+    bounds = {
+        "int8": 60 / 127,
+        "fp8": 60 / 16,
+        "int4": 60 / 15,
+        "bf16": 0.0,
+        "int8_per_channel": 60 / 255,
+        "int3": 60 / 7,
+        "int2": 60 / 3,
+    }
     assert np.abs(read - rows).max() <= bounds[fmt]
-    lines = {("int8", False): read, ("fp8", True): read.reshape(2, -1), ("int4", True): read, ("int3", True): read}
+    lines = {
+        ("int8", False): read,
+        ("fp8", True): read.reshape(2, -1),
+        ("int4", True): read,
+        ("int3", True): read,
+        ("int2", True): read,
+    }
     channels = read.reshape(2, 32, 32).swapaxes(1, 2).reshape(64, 32)
     # A row, a page or a channel of a page has one scale, and no more numbers than codes.
     if fmt != "bf16":
         most = max(len(np.unique(line)) for line in lines.get((fmt, value), channels))
-        assert most <= {"int4": 16, "int3": 8}.get(fmt, 255)
+        assert most <= {"int4": 16, "int3": 8, "int2": 4}.get(fmt, 255)
 
 
 TINY, HUGE = 1e-45, 3e38  # a denormal whose share of any range is 0, and a number whose distance to its negative is infinite

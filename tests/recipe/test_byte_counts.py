@@ -97,6 +97,7 @@ def test_reuse_stores_an_output_with_its_log_sum_exp_for_every_query_head():
         "k=int8,v=int4,vgroup=32",
         "k=int4,v=int3",
         "int3",
+        "int2",
         "int4,pages=1/4",
         "int4,pages=1",
         "int8,stride=3",

@@ -26,7 +26,10 @@ def test_it_takes_no_bytes():
     ("text", "message"),
     [
         ("int4,rounding=up", r"rounding=up is unknown: write rounding=nearest or rounding=gptq"),
-        ("fp8,rounding=gptq", r"rounding=gptq does not combine with fp8: K or V in one of int8, int4, int8_per_channel, int3"),
+        (
+            "fp8,rounding=gptq",
+            r"rounding=gptq does not combine with fp8: K or V in one of int8, int4, int8_per_channel, int3, int2",
+        ),
         ("bf16,rounding=gptq", r"rounding=gptq does not combine with bf16"),
         ("int8,stride=2,rounding=gptq", r"rounding=gptq does not combine with 'stride', which stores single rows"),
         ("int4,rounding=gptq,rounding=gptq", r"names rounding twice"),

@@ -21,10 +21,11 @@ from elastickv.recipe.regions import PAGE_TOKENS, selected
 from elastickv.recipe.shape import padded_head_dim
 
 Tensor: TypeAlias = Any  # torch.Tensor: the type checker does not follow PyTorch
-_KEY_INTEGERS = ("int8", "int8_per_channel", "int4", "int3")
+NARROW = ("int4", "int3", "int2")
+_KEY_INTEGERS = ("int8", "int8_per_channel", *NARROW)
 KEY_FORMATS = (
     *("fp8", *_KEY_INTEGERS, *(name + ROTATED for name in _KEY_INTEGERS)),
-    *(f"int8{ROTATED}{GPTQ}", *(name + mark + GPTQ for name in ("int4", "int3") for mark in ("", ROTATED))),
+    *(f"int4{GPTQ}", *(name + ROTATED + GPTQ for name in ("int8", *NARROW))),
 )
 
 
@@ -68,7 +69,7 @@ class LayerErrors:
 
 
 def value_formats(head_dim: int) -> list[str]:
-    """Return the formats of V to measure, int4 and int3 with each group of channels; integers rotated, too.
+    """Return the formats of V to measure, those of 4 bits and fewer with each group of channels; integers rotated, too.
 
     Whole heads of them are rounded by Hessians, too, which takes longer to measure.
 
@@ -76,8 +77,8 @@ def value_formats(head_dim: int) -> list[str]:
     ----------
     head_dim : channels of a stored head.
     """
-    grouped = [f"{name}/{group}" for name in ("int4", "int3") for group in value_groups(head_dim)]
-    by_hessians = [f"int4/{head_dim}{GPTQ}", *(f"{name}/{head_dim}{ROTATED}{GPTQ}" for name in ("int4", "int3"))]
+    grouped = [f"{name}/{group}" for name in NARROW for group in value_groups(head_dim)]
+    by_hessians = [f"int4/{head_dim}{GPTQ}", *(f"{name}/{head_dim}{ROTATED}{GPTQ}" for name in NARROW)]
     return ["int8", "fp8", *grouped, *(name + ROTATED for name in ("int8", *grouped)), *by_hessians]
 
 

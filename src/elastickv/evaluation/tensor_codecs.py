@@ -13,6 +13,7 @@ import torch
 from elastickv.kvcache.gptq import Compensation, transformed
 from elastickv.kvcache.quantize import (
     FP8_MAX,
+    INT2_LEVELS,
     INT3_LEVELS,
     INT4_LEVELS,
     INT8_LEVELS,
@@ -158,6 +159,8 @@ _GRIDS: dict[tuple[str, bool], Callable[[Tensor, int], _Grid]] = {
     ("int8_per_channel", False): partial(_channel_grid, levels=INT8_PER_CHANNEL_LEVELS),
     ("int4", False): partial(_channel_grid, levels=INT4_LEVELS),
     ("int4", True): partial(_group_grid, levels=INT4_LEVELS),
+    ("int2", False): partial(_channel_grid, levels=INT2_LEVELS),
+    ("int2", True): partial(_group_grid, levels=INT2_LEVELS),
     ("int3", False): partial(_channel_grid, levels=INT3_LEVELS),
     ("int3", True): partial(_group_grid, levels=INT3_LEVELS),
 }

@@ -2,8 +2,8 @@
 
 Scales are rounded to 16 bits before the codes are chosen, and always outward, so that every finite input lies within the range
 of the codes, up to half a unit in the last place of float32, in which the range is computed. Keys in a format with scales of
-channels are finite up to 65504, and so are int4 and int3 values whose group spans what float32 can hold. A NaN does not count
-for the range that a page shares.
+channels are finite up to 65504, and so are values in 4 bits or fewer whose group spans what float32 can hold. A NaN does not
+count for the range that a page shares.
 
 `CODECS` has the quantizer of every format with scales. A new format adds a line there.
 """
@@ -22,6 +22,7 @@ from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, Format, ScaleLayout
 INT8_LEVELS = int(FORMATS["int8"].largest_code)
 INT4_LEVELS = int(FORMATS["int4"].largest_code)
 INT3_LEVELS = int(FORMATS["int3"].largest_code)
+INT2_LEVELS = int(FORMATS["int2"].largest_code)
 INT8_PER_CHANNEL_LEVELS = int(FORMATS["int8_per_channel"].largest_code)
 FP8_MAX = float(FORMATS["fp8"].largest_code)
 
@@ -150,6 +151,16 @@ def quantize_int4_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8]
     return _groups(rows, group, INT4_LEVELS)
 
 
+def quantize_int2_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+    """Quantize each channel of a page to 2 bits, as `quantize_int4_keys` does to 4: codes are 0 to 3."""
+    return _channels(pages, INT2_LEVELS)
+
+
+def quantize_int2_values(rows: ArrayLike, group: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
+    """Quantize each `group` of channels of a row to 2 bits, as `quantize_int4_values` does to 4: codes are 0 to 3."""
+    return _groups(rows, group, INT2_LEVELS)
+
+
 def quantize_int3_keys(pages: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
     """Quantize each channel of a page to 3 bits, as `quantize_int4_keys` does to 4: codes are 0 to 7."""
     return _channels(pages, INT3_LEVELS)
@@ -200,6 +211,7 @@ CODECS: dict[str, Codec] = {
     "int4": Codec(quantize_int4_keys, dequantize_channels, quantize_int4_values, dequantize_groups),
     "int8_per_channel": Codec.of_keys(quantize_int8_keys_per_channel, dequantize_channels),
     "int3": Codec(quantize_int3_keys, dequantize_channels, quantize_int3_values, dequantize_groups),
+    "int2": Codec(quantize_int2_keys, dequantize_channels, quantize_int2_values, dequantize_groups),
 }
 
 

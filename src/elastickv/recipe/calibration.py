@@ -77,8 +77,8 @@ class ModelCalibration:
     pages : anchor_every -> fraction of the cold pages that is read -> errors.
     keys : format of K -> errors of storing cold keys in it; 'int4+rotated' of keys that are rotated before, 'int4+gptq' and
         'int4+rotated+gptq' of keys that are rounded by Hessians. Older files lack them.
-    values : format of V, int4 and int3 with their group as 'int4/32' -> errors of storing cold values in it; 'int4/32+rotated'
-        likewise.
+    values : format of V, of 4 bits and fewer with its group as 'int4/32' -> errors of storing cold values in it;
+        'int4/32+rotated' likewise.
     prefix : the special tokens before every window of the text; None in older files, whose windows had none.
     smoothing : [layer][KV head][channel] -> n: where K is rotated, its channels are multiplied by 2^n before, and those of the
         queries by 2^-n. None in older files: all are 0.

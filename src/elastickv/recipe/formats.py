@@ -138,6 +138,7 @@ FORMATS: dict[str, Format] = {
         Format("int4", 4, _CHANNEL, _GROUP, largest_code=15, largest_key=FLOAT16_MAX, cpu_id=5, cuda_id=3),
         Format("int8_per_channel", 8, _CHANNEL, None, largest_code=255, largest_key=FLOAT16_MAX, cpu_id=6, cuda_id=4),
         Format("int3", 3, _CHANNEL, _GROUP, largest_code=7, largest_key=FLOAT16_MAX, packed=PAGE_TOKENS, cpu_id=7),
+        Format("int2", 2, _CHANNEL, _GROUP, largest_code=3, largest_key=FLOAT16_MAX, packed=16, cpu_id=8),
     )
 }
 DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16")  # of models

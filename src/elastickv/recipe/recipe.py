@@ -30,7 +30,7 @@ class Recipe:
     Attributes
     ----------
     key_format, value_format : formats of cold K and V; None for `dense`, which stores all tokens in the model's own dtype.
-    value_group : channels of V that share an int4 or int3 scale; 0 is the whole head.
+    value_group : channels of V that share a scale in 4 bits or fewer; 0 is the whole head.
     selection : 'all'; 'stride' (every `stride`-th cold token, the only ones stored, mass-compensated); 'reuse' (the cold
         region's output is computed at anchors and reused in between); 'pages' (the pages that score best at an anchor).
     stride : step of the stride, 1 unless `selection == 'stride'`.
@@ -187,7 +187,7 @@ class Recipe:
         return self.fractions[kv_head] if len(self.fractions) > 1 else self.fractions[0]
 
     def v_group(self, head_dim: int) -> int:
-        """Channels of V that share an int4 or int3 scale."""
+        """Channels of V that share a scale in 4 bits or fewer."""
         return self.value_group or head_dim
 
     @property
@@ -404,7 +404,7 @@ def has_page_bounds(key_format: str | None) -> bool:
 def _help() -> str:
     return (
         f"a recipe is 'dense' or terms joined by commas: a format ({', '.join(cold_formats())}) or k=FORMAT,v=FORMAT, "
-        "'vgroup=N' (channels of V to an int4 or int3 scale), 'rotate=k', 'rotate=v' or 'rotate=kv', 'rounding=gptq', "
+        "'vgroup=N' (channels of V to a scale in 4 bits or fewer), 'rotate=k', 'rotate=v' or 'rotate=kv', 'rounding=gptq', "
         "'pages[=FRACTION][,anchor_every=N][,scorer=NAME]', "
         "'stride[=N]' or 'reuse[,anchor_every=N][,decay=D]', 'sinks=N', 'window=N'; for example int4,pages=1/4,anchor_every=4"
     )

@@ -313,16 +313,17 @@ def test_decoding_a_cache_of_zeros_gives_zeros(text: str, backend: Backend, driv
         ("int8,stride=3", ["store_rows", "store_rows"]),
         ("k=bf16,v=int4", ["store_rows", "quantize_values_int4"]),
         ("k=fp8,v=int3", ["quantize_fp8", "quantize_values_int3"]),
-        ("k=int3,v=int8", ["quantize_keys_int3", "quantize_int8"]),
+        ("k=int3,v=int2", ["quantize_keys_int3", "quantize_values_int2"]),
+        ("k=int2,v=int8", ["quantize_keys_int2", "quantize_int8"]),
     ],
 )
 def test_a_page_goes_to_the_vector_quantizers_of_its_formats(text: str, names: list[str], backend: Backend) -> None:
-    from elastickv.backends.cpu import page_codes
     from elastickv.backends.cpu.layout import BufferField
+    from elastickv.backends.cpu.quantizers import nearest_pages
 
     recipe = Recipe.parse(text)
-    kernels = page_codes.quantizers(recipe, "bf16")
-    assert [kernel.name for kernel in kernels] == [f"page_codes.{name}" for name in names]
+    kernels = nearest_pages.quantizers(recipe, "bf16")
+    assert [kernel.name for kernel in kernels] == [f"quantizers.nearest_pages.{name}" for name in names]
     cache = backend.cache(AttentionShape(1, 1, 1, 64), 100, "bf16", recipe)
     used = cache.descriptor[[BufferField.QUANTIZE_KEYS, BufferField.QUANTIZE_VALUES]]
     assert used.tolist() == [kernel.address for kernel in kernels]

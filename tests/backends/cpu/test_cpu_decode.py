@@ -34,11 +34,13 @@ RECIPES = (
     "k=int8_per_channel,v=int4,pages=1/3,window=0",
     "k=int8,v=int3,vgroup=32",
     "int3,pages=1/4,anchor_every=2",
+    "int2,vgroup=32",
+    "k=int2,v=int3,pages=1/3",
     "int4,pages=1/4",
     "int4,pages=1/2:1/5,anchor_every=4,window=0",
     "k=int4,v=int8,pages=1/8,anchor_every=33,sinks=0,window=0",
 )
-NARROW = ("int4", "int4,pages=1/4", "fp8", "k=int8_per_channel,v=int8", "int3")
+NARROW = ("int4", "int4,pages=1/4", "fp8", "k=int8_per_channel,v=int8", "int3", "int2")
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 9, 16)
 
 
@@ -98,6 +100,7 @@ def test_every_phase_decodes_and_reads_like_the_reference(text: str, anchor_offs
         "int4,pages=1/2,window=0",
         "k=int8_per_channel,v=bf16,pages=1/2,window=0",
         "int3,window=0",
+        "int2,window=0",
     ],
 )
 def test_every_head_dim_decodes_like_the_reference(text: str, head_dim: int, driver: Any) -> None:

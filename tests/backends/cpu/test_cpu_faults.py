@@ -269,8 +269,9 @@ def compiling(folder, recipe, **variables):
 def test_only_what_a_run_needs_is_compiled_with_a_bar_and_once(tmp_path):
     shown, kernels = compiling(tmp_path, "k=int8,v=int4", NUMBA_NUM_THREADS="2")
     unused = {"selection.score_item", "steps.one_token", "readback.read_block", "readback.write_window"}
-    unused |= {"page_codes.quantize_fp8", "page_codes.quantize_keys_int4", "page_codes.store_rows", "ceilings._read"}
-    assert {"page.attend_page", "page_codes.quantize_int8", "page_codes.quantize_values_int4"} < kernels
+    stores = "nearest_pages.quantize"
+    unused |= {f"{stores}_fp8", f"{stores}_keys_int4", "nearest_pages.store_rows", "ceilings._read"}
+    assert {"page.attend_page", f"{stores}_int8", f"{stores}_values_int4"} < kernels
     assert not kernels & unused
     assert shown[0].startswith("phase compiling CPU kernels") and shown[-1] == "decoded True"
     steps = [[int(number) for number in line.split()[1:]] for line in shown if line.startswith("progress")]

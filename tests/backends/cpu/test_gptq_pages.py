@@ -16,6 +16,7 @@ BIASES = (1.0, 10.0, 100.0, 1e3, 1e4)
 TEXTS = [
     "int4", "int8", "int4,rotate=kv", "k=int4,v=int3,rotate=kv", "k=int8_per_channel,v=int4,vgroup=32",
     "k=fp8,v=int3,vgroup=32", "int4,pages=1/2", "int3", "k=int3,v=int8,rotate=kv",
+    "int2", "int2,vgroup=32,rotate=kv",
 ]  # fmt: skip
 
 

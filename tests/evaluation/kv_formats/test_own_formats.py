@@ -34,7 +34,7 @@ RECIPES = (
     "k=int4,v=int3,rotate=kv",
     "k=int8_per_channel,v=int8",
     "k=int8_per_channel,v=int3,rotate=v",
-    "k=int3,v=int4,rotate=kv",
+    "k=int3,v=int2,rotate=kv",
     "int8,rotate=kv",
     "fp8",
     "k=bf16,v=int8",

@@ -122,7 +122,7 @@ def test_the_codebook_is_the_best_for_normal_numbers():
 
 def test_names_and_recipes_are_read_from_lists():
     assert parse_formats(["kivi2, q4_0", "k=int8,v=int4", "int4,kivi2"]) == ("kivi2", "q4_0", "k=int8,v=int4", "int4")
-    assert parse_formats(["all"]) == (*PUBLISHED, "fp8", "int8", "int4", "k=int8_per_channel,v=int8", "int3")
+    assert parse_formats(["all"]) == (*PUBLISHED, "fp8", "int8", "int4", "k=int8_per_channel,v=int8", "int3", "int2")
     assert format_of("k=int8,v=int4").whole == Recipe.parse("k=int8,v=int4") and format_of("kivi2") is PUBLISHED["kivi2"]
 
 
@@ -130,7 +130,7 @@ def test_names_and_recipes_are_read_from_lists():
 def test_an_unknown_format_is_one_line_with_all_names(text):
     with pytest.raises(
         UsageError,
-        match=r"^format \S.* is unknown: choose all, fp8_per_tensor, .*kvarn.*, int4, k=int8_per_channel,v=int8, int3",
+        match=r"^format \S.* is unknown: choose all, fp8_per_tensor, .*kvarn.*, int4, k=int8_per_channel,v=int8, int3, int2",
     ) as error:
         parse_formats([text])
     assert "\n" not in str(error.value)

@@ -3,18 +3,19 @@
 A page holds 32 tokens of one KV head, K before V, in one contiguous stream:
 
 - K transposed, [head_dim][32 tokens]; int8 by pairs of elements, [head_dim / 2][32 tokens][2], but int8 per channel is not;
-  int4 by eights, [head_dim / 8][32 tokens][4 bytes]; int3 by 32, [head_dim / 32][3 words][32 tokens][4 bytes], where codes of 0
-  fill the last 32 channels;
+  int4 by eights, [head_dim / 8][32 tokens][4 bytes], and int2 by 16; int3 by 32, [head_dim / 32][3 words][32 tokens][4 bytes],
+  where codes of 0 fill the last 32 channels;
 - V in chunks of up to 32 columns, [chunk][32 tokens][columns]; int8 by pairs of tokens, [chunk][16 pairs][columns][2]; int4
-  by eights, [chunk][4 eights][columns][4 bytes]; int3 [chunk][3 words][columns][4 bytes]. A chunk of int4 or int3 lies within
-  one group of channels that share a scale;
-- scales of K, then of V, bfloat16: int8 one for each token; fp8 one; V of int4 and int3 [group][32 scales, 32 zeros].
+  by eights, [chunk][4 eights][columns][4 bytes], and int2 by 16; int3 [chunk][3 words][columns][4 bytes]. A chunk of these
+  lies within one group of channels that share a scale;
+- scales of K, then of V, bfloat16: int8 one for each token; fp8 one; V of int4, int3 and int2 [group][32 scales, 32 zeros].
 
-Element 2i + h of eight int4 codes is the i-th nibble of the h-th 16-bit word: a shift and a mask give pairs to multiply. Of
-int3 the three words of a column of V are all of its page, token 2i + h in half h: five codes a word from bit 0 on, and bit n of
-the last two tokens' codes as bit 15 of word n. The three words of a token of K are 32 of its channels, likewise.
+Element 2i + h of eight int4 codes is the i-th nibble of the h-th 16-bit word, and of 16 int2 codes the i-th two bits: a shift
+and a mask give pairs to multiply. Of int3 the three words of a column of V are all of its page, token 2i + h in half h: five
+codes a word from bit 0 on, and bit n of the last two tokens' codes as bit 15 of word n. The three words of a token of K are 32
+of its channels, likewise.
 
-Scales of channels of K (int4, int3, int8 per channel) are in a separate plane, the only one that the page scorer reads:
+Scales of channels of K (int4, int3, int2, int8 per channel) are in a separate plane, the only one that the page scorer reads:
 [page][scale, zero][head_dim] halves.
 
 Each (sequence, KV head) has cold pages, which hold the retained cold tokens without gaps, and exact pages: those of the
@@ -148,7 +149,7 @@ def scale_bytes(fmt: str, head_dim: int, group: int, value: bool) -> int:
 
 
 def page_bytes(key_format: str, value_format: str, head_dim: int, group: int) -> int:
-    """Return the bytes of one page, K and V and scales; `group` channels of V share an int4 or int3 scale."""
+    """Return the bytes of one page, K and V and scales; `group` channels of V share a scale in 4 bits or fewer."""
     codes = key_plane_bytes(key_format, head_dim) + plane_bytes(value_format, head_dim)
     scales = scale_bytes(key_format, head_dim, group, False) + scale_bytes(value_format, head_dim, group, True)
     return up(codes + scales, LINE_BYTES)

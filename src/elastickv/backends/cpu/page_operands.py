@@ -1,6 +1,6 @@
 """How decode reads the codes of each format: rows as operands, and where scales are applied.
 
-A new format is added here, and in `page_codes` for storing and reading back.
+A new format is added here, and as `page_codes` says.
 """
 
 from typing import Any
@@ -32,30 +32,42 @@ from elastickv.backends.cpu.intrinsics import (
     widen_e4m3,
     widen_fp16,
 )
-from elastickv.backends.cpu.page_codes import EIGHT, FP8, INT3, INT4, INT8, INT8_PER_CHANNEL, PAIRS_OF_WORD, ROWS, WORDS
+from elastickv.backends.cpu.page_codes import (
+    EIGHT,
+    FP8,
+    INT2,
+    INT3,
+    INT4,
+    INT8,
+    INT8_PER_CHANNEL,
+    NARROW,
+    PAIRS_OF_WORD,
+    ROWS,
+    SIXTEEN,
+    WORDS,
+)
 from elastickv.backends.cpu.scale_folding import fold_page, fold_page_floats, to_integers, total_of, weigh, weigh_with_zeros
 from elastickv.recipe import FORMATS, PAGE_TOKENS
 
-NIBBLES = 4  # of a 16-bit word
-ROW_BYTES = {FP32: 128, INT4: 128, INT3: 384}  # of 32 columns; 64 or less for the others
+ROW_BYTES = {FP32: 128, INT4: 128, INT3: 384, INT2: 128}  # of 32 columns; 64 or less for the others
 PAIRS = ir.VectorType(I16, 2 * LANES)
-INTEGERS = (INT8, INT4, INT3)  # multiplied by 16-bit integers
+INTEGERS = (INT8, *NARROW)  # multiplied by 16-bit integers
 SCALED = tuple(code for name, code in FORMAT_CODES.items() if not FORMATS[name].is_float)
-BIASED = (INT4, INT3, INT8_PER_CHANNEL)  # each query has a number that is added to its scores
+BIASED = (*NARROW, INT8_PER_CHANNEL)  # each query has a number that is added to its scores
 FP8_FACTOR = np.float32(256)  # `load_row` gives 1/256 of the numbers
 ONE = np.float32(1)
 
 
 def load_row(builder: ir.IRBuilder, fmt: int, row: Any, row_bytes: Any) -> list[list[Any]]:
-    """Load one row of 32 columns as two operands of 16; for int8, a pair of rows, for int4 four, for int3 16, interleaved."""
+    """Load one row of 32 columns as two operands of 16; for int8, a pair of rows, for int4 four, for int2 8, for int3 16."""
     if fmt == FP32:
         return [[load(builder, row, VF, half * LANES * 4) for half in range(HALVES)]]
     if fmt == INT8:
         narrow = ir.VectorType(I8, 2 * LANES)
         return [[builder.sext(load(builder, row, narrow, half * 2 * LANES), PAIRS) for half in range(HALVES)]]
-    if fmt == INT4:
-        packed = [load(builder, row, PAIRS, half * LANES * 4) for half in range(HALVES)]
-        return [[_nibble(builder, word, i) for word in packed] for i in range(NIBBLES)]
+    if fmt in (INT4, INT2):
+        packed, bits = [load(builder, row, PAIRS, half * LANES * 4) for half in range(HALVES)], 4 if fmt == INT4 else 2
+        return [[_packed(builder, word, first, bits) for word in packed] for first in range(0, 16, bits)]
     if fmt == INT3:
         return _three_bits(builder, row, row_bytes)
     if fmt == FP8:
@@ -73,9 +85,10 @@ def _every(value: int) -> Any:
     return ir.Constant(PAIRS, [value] * 2 * LANES)
 
 
-def _nibble(builder: ir.IRBuilder, words: Any, number: int) -> Any:
-    shifted = builder.lshr(words, _every(4 * number)) if number else words
-    return builder.and_(shifted, _every(15)) if number < NIBBLES - 1 else shifted
+def _packed(builder: ir.IRBuilder, words: Any, first: int, bits: int) -> Any:
+    """Return the codes at bit `first` of 16-bit words."""
+    shifted = builder.lshr(words, _every(first)) if first else words
+    return builder.and_(shifted, _every((1 << bits) - 1)) if first < 16 - bits else shifted
 
 
 def _three_bits(builder: ir.IRBuilder, row: Any, row_bytes: Any) -> list[list[Any]]:
@@ -111,6 +124,8 @@ def rows_at_once(fmt):  # type: ignore[no-untyped-def]
     """Return how many rows are interleaved."""
     if fmt == INT3:
         return ROWS
+    if fmt == INT2:
+        return SIXTEEN
     if fmt == INT4:
         return EIGHT
     return 2 if fmt == INT8 else 1
@@ -139,7 +154,7 @@ def _fill(units, block, scale):  # type: ignore[no-untyped-def]
 def key_operands(key, first, block, dim, queries, narrow, narrow_units, units, scales_at, bounds, prefetch_bytes):  # type: ignore[no-untyped-def]
     """Fold a page's scales into a block of queries; return the addresses of the queries, their bytes, units, and `extra`."""
     query = queries + first * dim * 4
-    if key in (INT4, INT3):
+    if key in NARROW:
         biases = units + BLOCK * 4
         fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases, prefetch_bytes)
         return narrow, dim * 2, units, biases
@@ -161,7 +176,7 @@ def weigh_tokens(value, block, number, scores, weights, units, scales_at, factor
     if value == INT8:
         for g in range(block):
             weigh(scores + g * COLUMNS * 4, scales_at, weights + g * COLUMNS * 2, units + 4 * g)
-    elif value in (INT4, INT3):
+    elif value in NARROW:
         for g in range(block):
             weigh_with_zeros(
                 scores + g * COLUMNS * 4, scales_at + number * 4 * PAGE_TOKENS, weights + g * COLUMNS * 2, units + 4 * g,
@@ -174,7 +189,7 @@ def weigh_tokens(value, block, number, scores, weights, units, scales_at, factor
 @inlined
 def finish_values(value, target, source, columns, sums):  # type: ignore[no-untyped-def]
     """Write the accumulators of one group of columns as results; `sums` are of probability x zero."""
-    if value in (INT4, INT3):
+    if value in NARROW:
         added = total_of(sums)
         for d in range(columns):
             store_f32(target + 4 * d, load_f32(source + 4 * d) + added)

@@ -197,8 +197,8 @@ def _affine_codes(builder: ir.IRBuilder, x: Any, scale: Any, zero: Any, most: An
     return builder.select(positive, codes, ir.Constant(SHORTS, [0] * UNIT))
 
 
-def _eight_rows(is_value: bool) -> Callable[..., None]:
-    widen = widen_bf16 if is_value else widen_fp16
+def _rows_of_word(is_value: bool, bits: int) -> Callable[..., None]:
+    widen, rows = widen_bf16 if is_value else widen_fp16, 32 // bits
 
     def body(
         builder: ir.IRBuilder,
@@ -214,25 +214,30 @@ def _eight_rows(is_value: bool) -> Callable[..., None]:
         levels: Any,
     ) -> None:
         plane, most = ExactPlane(builder, code, source, dim, is_value), splat(builder, levels, UNIT)
-        wide = [widen(builder, load(builder, address, SHORTS)) for address in (scales, zeros)]
+        wide = [
+            [widen(builder, load(builder, address, SHORTS, 2 * some)) for address in (scales, zeros)]
+            for some in range(0, rows, UNIT)
+        ]
         with loop(builder, builder.sdiv(columns, I64(UNIT)), []) as (unit, _, _):
             after = builder.mul(unit, I64(UNIT))
             words = [ir.Constant(SHORTS, [0] * UNIT)] * 2
-            for number in range(UNIT):
-                scale, zero = (builder.extract_element(plane_of, I32(number)) for plane_of in wide)
+            for number in range(rows):
+                scale, zero = (builder.extract_element(part, I32(number % UNIT)) for part in wide[number // UNIT])
                 x = plane.unit(builder.add(row, I64(number)), builder.add(first, after))
-                shift = ir.Constant(SHORTS, [4 * (number // 2)] * UNIT)
-                nibble = builder.shl(_affine_codes(builder, x, scale, zero, most), shift)
-                words[number % 2] = builder.or_(words[number % 2], nibble)
+                shift = ir.Constant(SHORTS, [bits * (number // 2)] * UNIT)
+                field = builder.shl(_affine_codes(builder, x, scale, zero, most), shift)
+                words[number % 2] = builder.or_(words[number % 2], field)
             store(builder, _interleaved(builder, *words), target, builder.mul(after, I64(4)))
 
     return body
 
 
-# (exact format, plane, head_dim, first row, first column, columns, scales, zeros, codes, levels): eight rows in 4 bits, from 0
-# to levels, each with a scale and a zero of 16 bits: halves for K, bfloat16 for V.
-eight_keys = addressed(9, types.void, _eight_rows(False), floats=1)
-eight_values = addressed(9, types.void, _eight_rows(True), floats=1)
+# (exact format, plane, head_dim, first row, first column, columns, scales, zeros, codes, levels): eight rows in 4 bits or 16 in
+# 2 bits, from 0 to levels, each with a scale and a zero of 16 bits: halves for K, bfloat16 for V.
+four_bit_keys = addressed(9, types.void, _rows_of_word(False, 4), floats=1)
+four_bit_values = addressed(9, types.void, _rows_of_word(True, 4), floats=1)
+two_bit_keys = addressed(9, types.void, _rows_of_word(False, 2), floats=1)
+two_bit_values = addressed(9, types.void, _rows_of_word(True, 2), floats=1)
 
 
 def _thirty_two_rows(is_value: bool) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Folds scales into multipliers of codes: queries (K with scales of channels) and probabilities (V int8, int4 and int3).
+"""Folds scales into multipliers of codes: queries (K with scales of channels) and probabilities (V in int8 and fewer bits).
 
 q . (scale x code + zero) = (q x scale) . code + q . zero, and sum of p x (scale x code + zero) = sum of (p x scale) x code
 + sum of p x zero: no code is ever multiplied by its scale. The folded numbers become 16-bit integers with one unit each. For

@@ -4,7 +4,8 @@
 32 tokens fill vector registers and nothing is reduced across lanes), and weighted values when rows are tokens.
 `softmax_page` is one step of the online softmax (Milakov and Gimelshein 2018).
 
-Integer rows are multiplied by 16-bit integers (`fold` makes them): int8 in pairs of rows, int4 in eights, int3 in 32.
+Integer rows are multiplied by 16-bit integers (`fold` makes them): int8 in pairs of rows, int4 in eights, int2 in 16 and int3
+in 32.
 """
 
 from typing import Any

@@ -29,7 +29,19 @@ from elastickv.backends.cpu.intrinsics import (
     widen_e4m3,
     widen_fp16,
 )
-from elastickv.backends.cpu.page_codes import EIGHT, FP8, INT3, INT4, INT8, INT8_PER_CHANNEL, PAIRS_OF_WORD, ROWS, WORDS
+from elastickv.backends.cpu.page_codes import (
+    EIGHT,
+    FP8,
+    INT2,
+    INT3,
+    INT4,
+    INT8,
+    INT8_PER_CHANNEL,
+    NARROW,
+    PAIRS_OF_WORD,
+    ROWS,
+    WORDS,
+)
 from elastickv.recipe import PAGE_TOKENS
 
 BYTES = ir.VectorType(I8, LANES)
@@ -37,14 +49,14 @@ E4M3_FACTOR = 256.0  # `widen_e4m3` gives 1/256 of the numbers
 STORED = tuple(code for name, code in FORMAT_CODES.items() if name != "fp32")
 
 
-def _nibbles(builder: ir.IRBuilder, words: Any, number: int) -> Any:
-    """Return code `number` of eight in each 32-bit word, as float32."""
+def _packed(builder: ir.IRBuilder, words: Any, number: int, bits: int) -> Any:
+    """Return code `number` of those in each 32-bit word, of 4 or 2 bits, as float32."""
 
     def every(value: int) -> Any:
         return ir.Constant(words.type, [value] * words.type.count)
 
-    shifted = builder.lshr(words, every(16 * (number % 2) + 4 * (number // 2)))
-    return builder.sitofp(builder.and_(shifted, every(15)), ir.VectorType(F32, words.type.count))
+    shifted = builder.lshr(words, every(16 * (number % 2) + bits * (number // 2)))
+    return builder.sitofp(builder.and_(shifted, every((1 << bits) - 1)), ir.VectorType(F32, words.type.count))
 
 
 def _triple(builder: ir.IRBuilder, packed: list[Any], number: int) -> Any:
@@ -97,7 +109,7 @@ def _channels(
     scale: Any,
 ) -> list[Any]:
     """Return the numbers of 16 channels from `first` on, of 16 tokens; `part`: of int3, the first one's place among 32."""
-    if fmt in (INT4, INT3, INT8_PER_CHANNEL):
+    if fmt in (*NARROW, INT8_PER_CHANNEL):
         at = builder.mul(first, I64(2))
         steps, zeros = (
             widen_fp16(builder, load(builder, bounds, SHORTS, offset))
@@ -111,15 +123,15 @@ def _channels(
             step, zero = (splat(builder, builder.extract_element(of, I32(number))) for of in (steps, zeros))
             numbers.append(multiply_add(builder, _triple(builder, packed, part + number), step, zero))
         return numbers
-    if fmt == INT4:
-        numbers = []
-        for eight in range(LANES // EIGHT):
-            row = builder.add(builder.mul(builder.add(first, I64(EIGHT * eight)), I64(PAGE_TOKENS // EIGHT)), token)
+    if fmt in (INT4, INT2):
+        bits, numbers = 4 if fmt == INT4 else 2, []
+        of_word = 32 // bits
+        for start in range(0, LANES, of_word):
+            row = builder.add(builder.mul(builder.add(first, I64(start)), I64(PAGE_TOKENS // of_word)), token)
             packed = load(builder, codes, VI, builder.mul(row, I64(4)))
-            for number in range(EIGHT):
-                lane = I32(EIGHT * eight + number)
-                step, zero = (splat(builder, builder.extract_element(of, lane)) for of in (steps, zeros))
-                numbers.append(multiply_add(builder, _nibbles(builder, packed, number), step, zero))
+            for number in range(of_word):
+                step, zero = (splat(builder, builder.extract_element(of, I32(start + number))) for of in (steps, zeros))
+                numbers.append(multiply_add(builder, _packed(builder, packed, number, bits), step, zero))
         return numbers
     rows = [builder.add(builder.mul(builder.add(first, I64(i)), I64(PAGE_TOKENS)), token) for i in range(LANES)]
     if fmt == INT8_PER_CHANNEL:
@@ -167,23 +179,25 @@ def _token_scale(builder: ir.IRBuilder, scales: Any, token: Any, offset: int = 0
     return builder.extract_element(widen_bf16(builder, bits), I32(0))
 
 
-def _four_bits(builder: ir.IRBuilder, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any) -> None:
-    """Write `columns` channels, a multiple of eight, of which `start` is the first and `codes` has the chunk."""
-    words = ir.VectorType(I32, EIGHT)
+def _rows_of_words(
+    builder: ir.IRBuilder, bits: int, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any
+) -> None:
+    """Write `columns` channels, a multiple of eight; `start` is the first, and `codes` has the chunk in int4 or int2."""
+    words, rows = ir.VectorType(I32, EIGHT), 32 // bits
     turns = builder.sdiv(columns, I64(EIGHT))
-    with loop(builder, I64(PAGE_TOKENS // EIGHT), []) as (eight, _, _), loop(builder, turns, []) as (index, _, _):
+    with loop(builder, I64(PAGE_TOKENS // rows), []) as (word, _, _), loop(builder, turns, []) as (index, _, _):
         column = builder.mul(index, I64(EIGHT))
-        packed = load(builder, codes, words, builder.mul(builder.add(builder.mul(eight, columns), column), I64(4)))
-        for number in range(EIGHT):
-            token = builder.add(builder.mul(eight, I64(EIGHT)), I64(number))
+        packed = load(builder, codes, words, builder.mul(builder.add(builder.mul(word, columns), column), I64(4)))
+        for number in range(rows):
+            token = builder.add(builder.mul(word, I64(rows)), I64(number))
             step, zero = (splat(builder, _token_scale(builder, scales, token, n), EIGHT) for n in (0, 2 * PAGE_TOKENS))
-            x = builder.fadd(builder.fmul(_nibbles(builder, packed, number), step), zero)
+            x = builder.fadd(builder.fmul(_packed(builder, packed, number, bits), step), zero)
             at = builder.add(builder.mul(token, dim), builder.add(start, column))
             store(builder, x, target, builder.mul(at, I64(FLOAT_BYTES)))
 
 
 def _three_bits(builder: ir.IRBuilder, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any) -> None:
-    """Do what `_four_bits` does, for int3."""
+    """Do what `_rows_of_words` does, for int3."""
     words = ir.VectorType(I32, EIGHT)
     with loop(builder, builder.sdiv(columns, I64(EIGHT)), []) as (index, _, _):
         column = builder.mul(index, I64(EIGHT))
@@ -219,9 +233,10 @@ def _other(builder: ir.IRBuilder, fmt: int, codes: Any, scales: Any, dim: Any, s
 
 def _values(builder: ir.IRBuilder, fmt: Any, codes: Any, scales: Any, dim: Any, start: Any, columns: Any, target: Any) -> None:
     def body(code: int) -> Callable[[], None]:
-        if code in (INT4, INT3):
-            write = _four_bits if code == INT4 else _three_bits
-            return lambda: write(builder, codes, scales, dim, start, columns, target)
+        if code == INT3:
+            return lambda: _three_bits(builder, codes, scales, dim, start, columns, target)
+        if code in NARROW:
+            return lambda: _rows_of_words(builder, 4 if code == INT4 else 2, codes, scales, dim, start, columns, target)
         return lambda: _other(builder, code, codes, scales, dim, start, columns, target)
 
     switch(builder, fmt, {code: body(code) for code in STORED if code != INT8_PER_CHANNEL})

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.compilation_report import current_report
-from elastickv.backends.cpu import page, page_codes, threads
+from elastickv.backends.cpu import page, threads
 from elastickv.backends.cpu.blocks import engine_threads
 from elastickv.backends.cpu.blocks.block_decode import decode_rows, most_items
 from elastickv.backends.cpu.blocks.block_gather import gather_tokens
@@ -38,6 +38,7 @@ from elastickv.backends.cpu.layout import (
     up,
 )
 from elastickv.backends.cpu.numba_cache import Kernel
+from elastickv.backends.cpu.quantizers import nearest_pages
 from elastickv.errors import UsageError
 from elastickv.recipe import DTYPES, PAGE_TOKENS, AttentionShape, Recipe
 
@@ -80,7 +81,7 @@ class NumbaBlockKernels:
         self.slab_bytes = slab_bytes(recipe, shape.head_dim)
         self._shape, self._element, self._exact_tokens = shape, 4 if dtype == "fp32" else 2, exact_tokens
         self._threads = engine_threads.count()
-        quantizers = page_codes.quantizers(recipe, dtype)
+        quantizers = nearest_pages.quantizers(recipe, dtype)
         kernels = [page.attend_page, decode_rows, store_step, gather_tokens, engine_threads.enter, *dict.fromkeys(quantizers)]
         compile_kernels(kernels, current_report(), self._threads)
         self._make_scratch(recipe, dtype, quantizers)

@@ -1,41 +1,28 @@
 """Quantizers of a page that make the error of each channel good in those that follow: `kvcache.gptq`.
 
-Scales and zeros are those of `page_codes`. The codes are chosen as float32 numbers, one row of 32 tokens for each channel, and
-packed by the quantizers of `quantize_vectors`, with scales of 1 and zeros of 0.
+Scales and zeros are those of `nearest_pages`. The codes are chosen as float32 numbers, one row of 32 tokens for each channel,
+and packed by the quantizers of `quantize_vectors`, with scales of 1 and zeros of 0.
 """
 
 import numpy as np
 
-from elastickv.backends.cpu import layout, page_codes
+from elastickv.backends.cpu import layout
 from elastickv.backends.cpu import quantize_vectors as vectors
 from elastickv.backends.cpu.elements import fp16_value
-from elastickv.backends.cpu.intrinsics import COLUMNS, FP32, inlined, load_f32, load_i64, load_u16, store_i8, store_u16, words
-from elastickv.backends.cpu.numba_cache import Kernel, kernel
-from elastickv.backends.cpu.page_codes import (
-    COLD_KEY_FORMAT,
-    COLD_VALUE_FORMAT,
-    DIM,
-    EIGHT,
-    EXACT_FORMAT,
-    INT3,
-    INT4,
-    INT8,
-    INT8_PER_CHANNEL,
-    LEVELS_3,
-    LEVELS_4,
-    LEVELS_8,
-    LEVELS_CHANNEL,
-    QUANTIZER,
-    ROWS,
-    VALUE_GROUP,
-    WORDS,
-    ZERO,
-    group_scales,
-    key_bounds,
-    key_offset,
-    planes,
-    value_offset,
+from elastickv.backends.cpu.intrinsics import (
+    FORMAT_CODES,
+    FP32,
+    inlined,
+    load_f32,
+    load_i64,
+    load_u16,
+    store_i8,
+    store_u16,
+    words,
 )
+from elastickv.backends.cpu.numba_cache import Kernel, kernel
+from elastickv.backends.cpu.page_codes import GROUP_SCALE_BYTES, ZEROS_BYTES, key_offset, value_offset
+from elastickv.backends.cpu.quantizers import nearest_pages
 from elastickv.backends.cpu.quantizers.gptq_vectors import (
     ROW_BYTES,
     keys_row,
@@ -46,27 +33,45 @@ from elastickv.backends.cpu.quantizers.gptq_vectors import (
     values_plane,
     values_rows,
 )
+from elastickv.backends.cpu.quantizers.nearest_pages import (
+    COLD_KEY_FORMAT,
+    COLD_VALUE_FORMAT,
+    DIM,
+    EXACT_FORMAT,
+    QUANTIZER,
+    VALUE_GROUP,
+    ZERO,
+    group_scales,
+    key_bounds,
+    pack_keys,
+    pack_values,
+    planes,
+)
 from elastickv.errors import UsageError
 from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe
+from elastickv.recipe.formats import ScaleLayout
 
 _F = layout.BufferField
 KV_HEADS = int(_F.KV_HEADS)
 KEY_ORDER, KEY_SHARES = int(_F.KEY_ORDER), int(_F.KEY_SHARES)
 VALUE_ORDER, VALUE_SHARES = int(_F.VALUE_ORDER), int(_F.VALUE_SHARES)
 GPTQ_BASE, GPTQ_HEAD_BYTES = int(_F.GPTQ_BASE), int(_F.GPTQ_HEAD_BYTES)
+_BY_CODE = sorted(FORMAT_CODES, key=FORMAT_CODES.__getitem__)
+LEVELS = np.array([FORMATS[name].largest_code for name in _BY_CODE], np.float32)
+BY_TOKEN = np.array([FORMATS[name].keys is ScaleLayout.TOKEN for name in _BY_CODE])  # codes of both signs, and no zeros
 ONE_FP16, ONE_BF16, NO_BITS = np.uint16(0x3C00), np.uint16(0x3F80), np.uint16(0)
 
 
 @inlined
 def _scratch(c, head, one):  # type: ignore[no-untyped-def]
-    """Return the addresses of rows of codes, rows of errors, 32 scales of 1, and 32 zeros."""
+    """Return the addresses of rows of codes, rows of errors, and 32 scales of 1, which 32 zeros follow."""
     rows = c[GPTQ_BASE] + head * c[GPTQ_HEAD_BYTES]
     ones = rows + 2 * c[DIM] * ROW_BYTES
-    zeros = ones + 2 * PAGE_TOKENS
+    zeros = ones + ZEROS_BYTES
     for token in range(PAGE_TOKENS):
         store_u16(ones + 2 * token, one)
         store_u16(zeros + 2 * token, NO_BITS)
-    return rows, rows + c[DIM] * ROW_BYTES, ones, zeros
+    return rows, rows + c[DIM] * ROW_BYTES, ones
 
 
 @inlined
@@ -74,25 +79,16 @@ def _whole_number(rows, token, d):  # type: ignore[no-untyped-def]
     return np.int8(load_f32(rows + d * ROW_BYTES + 4 * token))
 
 
-@inlined
-def _levels(fmt):  # type: ignore[no-untyped-def]
-    if fmt == INT8:
-        return LEVELS_8
-    if fmt == INT8_PER_CHANNEL:
-        return LEVELS_CHANNEL
-    return LEVELS_4 if fmt == INT4 else LEVELS_3
-
-
 @kernel(QUANTIZER)
 def quantize_keys_gptq(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
-    """Store K of a page in int4, int3, int8_per_channel or int8."""
+    """Store K of a page in an integer format."""
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
     exact, dim, fmt = c[EXACT_FORMAT], c[DIM], c[COLD_KEY_FORMAT]
-    rows, errors, ones, zeros = _scratch(c, head, ONE_FP16)
-    levels, bounds = _levels(fmt), scales
-    if fmt == INT8:
-        vectors.symmetric_keys(exact, source, dim, codes, scales, LEVELS_8)
+    rows, errors, ones = _scratch(c, head, ONE_FP16)
+    levels, bounds, zeros = LEVELS[fmt], scales, ones + ZEROS_BYTES
+    if BY_TOKEN[fmt]:
+        vectors.symmetric_keys(exact, source, dim, codes, scales, levels)
     else:
         bounds = key_bounds(c, head, page, source, levels)
     order = c[KEY_ORDER] + head % c[KV_HEADS] * dim * 8
@@ -100,74 +96,56 @@ def quantize_keys_gptq(descriptor, head, page, is_value):  # type: ignore[no-unt
     for j in range(dim):
         d = load_i64(order + 8 * j)
         row, error = rows + d * ROW_BYTES, errors + j * ROW_BYTES
-        keys_row(exact, source, dim, d, row, ZERO if fmt == INT8 else fp16_value(load_u16(bounds + 2 * (dim + d))))
+        keys_row(exact, source, dim, d, row, ZERO if BY_TOKEN[fmt] else fp16_value(load_u16(bounds + 2 * (dim + d))))
         if j > 0:
             subtract_errors(row, errors, shares + j * dim * 4, j)
-        if fmt == INT8:
+        if BY_TOKEN[fmt]:
             round_by_token(row, error, scales, -levels, levels)
         else:
             round_keys(row, error, fp16_value(load_u16(bounds + 2 * d)), ZERO, levels)
-    if fmt == INT8:
+    if BY_TOKEN[fmt]:
         for d in range(dim):
             for token in range(PAGE_TOKENS):
                 store_i8(codes + key_offset(fmt, token, d), _whole_number(rows, token, d))
         return
-    if fmt == INT3:
-        for d in range(0, dim, ROWS):
-            vectors.three_bit_keys(FP32, rows, dim, d, 0, PAGE_TOKENS, ones, zeros, codes + key_offset(fmt, 0, d), levels)
-        return
-    for d in range(0, dim, EIGHT):
-        if fmt == INT4:
-            vectors.eight_keys(FP32, rows, dim, d, 0, PAGE_TOKENS, ones, zeros, codes + d * PAGE_TOKENS // 2, levels)
-        else:
-            vectors.channel_keys(FP32, rows, dim, d, ones, zeros, codes + d * PAGE_TOKENS, levels)
+    pack_keys(fmt, FP32, rows, dim, ones, zeros, 0, codes)
 
 
 @kernel(QUANTIZER)
 def quantize_values_gptq(descriptor, head, page, is_value):  # type: ignore[no-untyped-def]
-    """Store V of a page in int4, int3 or int8."""
+    """Store V of a page in an integer format."""
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
     exact, dim, fmt, group = c[EXACT_FORMAT], c[DIM], c[COLD_VALUE_FORMAT], c[VALUE_GROUP]
-    rows, errors, ones, zeros = _scratch(c, head, ONE_BF16)
-    levels = _levels(fmt)
-    if fmt == INT8:
-        vectors.symmetric_values(exact, source, dim, codes, scales, LEVELS_8)
+    rows, errors, ones = _scratch(c, head, ONE_BF16)
+    levels = LEVELS[fmt]
+    if BY_TOKEN[fmt]:
+        vectors.symmetric_values(exact, source, dim, codes, scales, levels)
     else:
-        for start in range(0, dim, group):
-            group_scales(exact, source, dim, start, group, scales, levels)
+        group_scales(exact, source, dim, group, scales, levels)
     values_rows(exact, source, dim, rows)
     order = c[VALUE_ORDER] + head % c[KV_HEADS] * dim * 8
     shares = c[VALUE_SHARES] + head % c[KV_HEADS] * dim * dim * 4
     for j in range(dim):
         d = load_i64(order + 8 * j)
         row, at = rows + d * ROW_BYTES, scales
-        if fmt != INT8:
-            at = scales + d // group * 4 * PAGE_TOKENS
-            subtract_zeros(row, at + 2 * PAGE_TOKENS)
+        if not BY_TOKEN[fmt]:
+            at = scales + d // group * GROUP_SCALE_BYTES
+            subtract_zeros(row, at + ZEROS_BYTES)
         if j > 0:
             subtract_errors(row, errors, shares + j * dim * 4, j)
-        round_by_token(row, errors + j * ROW_BYTES, at, -levels if fmt == INT8 else ZERO, levels)
-    if fmt == INT8:
+        round_by_token(row, errors + j * ROW_BYTES, at, -levels if BY_TOKEN[fmt] else ZERO, levels)
+    if BY_TOKEN[fmt]:
         for d in range(dim):
             for token in range(PAGE_TOKENS):
                 store_i8(codes + value_offset(fmt, dim, token, d), _whole_number(rows, token, d))
         return
     values_plane(rows, dim, errors)
-    for start in range(0, dim, group):
-        for first in range(start, start + group, COLUMNS):
-            columns = min(COLUMNS, start + group - first)
-            if fmt == INT3:
-                target = codes + first * 4 * WORDS
-                vectors.three_bit_values(FP32, errors, dim, 0, first, columns, ones, zeros, target, levels)
-            else:
-                for token in range(0, PAGE_TOKENS, EIGHT):
-                    target = codes + (first * PAGE_TOKENS + token * columns) // 2
-                    vectors.eight_values(FP32, errors, dim, token, first, columns, ones, zeros, target, levels)
+    pack_values(fmt, FP32, errors, dim, group, ones, 0, codes)
 
 
-KEYS: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int3", "int8_per_channel"), quantize_keys_gptq)
-VALUES: dict[str, Kernel] = dict.fromkeys(("int8", "int4", "int3"), quantize_values_gptq)
+KEYS: dict[str, Kernel] = {f.name: quantize_keys_gptq for f in FORMATS.values() if f.is_integer}
+VALUES: dict[str, Kernel] = {name: quantize_values_gptq for name in KEYS if FORMATS[name].values is not None}
 
 
 def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:
@@ -177,7 +155,7 @@ def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:
     ------
     UsageError : if no kernel rounds a format as the recipe says.
     """
-    keys, values = page_codes.quantizers(recipe, dtype)
+    keys, values = nearest_pages.quantizers(recipe, dtype)
     if not recipe.uses_hessians:
         return keys, values
     return _gptq(recipe.key_format, KEYS, keys), _gptq(recipe.value_format, VALUES, values)
