@@ -1,11 +1,11 @@
-"""What the documents show of methods at equal bytes (docs/fidelity.md) and of values in 3 bits (docs/recipes.md)."""
+"""What the documents show of methods at equal bytes (docs/fidelity.md), and of few bits (docs/recipes.md)."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from elastickv.evaluation.evaluation_options import PARTS_METHOD
+from elastickv.evaluation.evaluation_options import PARTS_METHOD, REFERENCE
 from elastickv.evaluation.metrics import Estimate
 from elastickv.html_report.charts.frontier_charts import frontier_charts
 from elastickv.html_report.comparisons.equal_bytes import sentences
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
 FORMATS_ALONE, SELECTION_ALONE = " formats alone", " selection alone"
+BUDGET = "stored_bits="
 _MARK = "<!-- of results "
 
 
@@ -161,6 +162,22 @@ def three_bits() -> list[str]:
         "",
         "KL with its 95 % interval. " + " ".join(sources),
     ]
+
+
+def stored_bits_budgets() -> list[str]:
+    """Return the loss of formats by layer at each budget of stored bits: on CPUs, which read all of them."""
+    rows, sources = [], []
+    for (model, context, _), (_, result) in measured("cpu/stored_bits-*.json").items():
+        by_name = {row.cache: row for row in result.rows}
+        budgets = sorted(float(name.removeprefix(BUDGET)) for name in by_name if name.startswith(BUDGET))
+        for bits in budgets:
+            of_cache, of_formats = by_name[f"{BUDGET}{bits:g}"], by_name.get(f"{REFERENCE}{BUDGET}{bits:g}")
+            alone = "-" if of_formats is None else _estimate(of_formats.kl, 5)
+            cells = [_estimate(of_cache.kl, 5), alone, _estimate(of_cache.top1_percent, 1)]
+            rows.append([short_name(model), str(context), f"{bits:g}", *cells])
+        sources.append(_source(result))
+    heads = ["model", "context", "bits at most", "KL through the cache", "KL of the formats alone", "same top-1 %"]
+    return [*table(heads, rows), "", "With 95 % intervals. " + " ".join(sources)]
 
 
 def picture_name(path: Path) -> str:

@@ -15,6 +15,7 @@ from evaluation_figures import generations as generations
 from evaluation_figures import pass_keys as pass_keys
 from frontier_figures import frontier as frontier
 from frontier_figures import stale_pictures
+from frontier_figures import stored_bits_budgets as stored_bits_budgets
 from frontier_figures import three_bits as three_bits
 from quality_figures import quality as quality
 from readme_figures import quickstart as quickstart
