@@ -129,7 +129,7 @@ def test_long_texts_are_generated_with_each_cache(elastickv, folder, tmp_path):
         (["--selections=h2o", "--compress=1"], "--selections need a budget: give values of C above 1 in --compress"),
         (["--exact-tokens=132"], "--exact-tokens=132 is unknown: write own, or sinks and window as in 4+128"),
         (["--stored-bits=4.75"], "--stored-bits=4.75 needs a calibration, which says what each layer loses"),
-        (["--stored-bits=none"], "--stored-bits=none is no list of numbers"),
+        (["--stored-bits=none"], "--stored-bits=none is no list of numbers: write for example 4.25,4.75"),
         (["--stored-bits=0,4"], "--stored-bits=0,4 is out of range: give numbers above 0 and at most 16"),
         (["--stored-bits=17"], "--stored-bits=17 is out of range: give numbers above 0 and at most 16"),
         (["--stored-bits=nan"], "--stored-bits=nan is out of range: give numbers above 0 and at most 16"),

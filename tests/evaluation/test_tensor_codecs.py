@@ -24,7 +24,7 @@ FORMAT_CASES = [
     (fmt, value, group)
     for fmt in CODECS
     for value in (False, True)
-    if getattr(FORMATS[fmt], "values" if value else "keys") is not None
+    if not value or FORMATS[fmt].values is not None
     for group in (value_groups(CHANNELS) if value and fmt in ("int4", "int3", "int2") else (CHANNELS,))
 ]
 

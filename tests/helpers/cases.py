@@ -83,7 +83,7 @@ def _zeros(case, rng, keys, values, queries):
 
 def _huge_keys(case, rng, keys, values, queries):
     """Keys up to what their format holds, and queries small enough that scores stay moderate."""
-    limited = case.recipe.key_format in ("int4", "int8_per_channel")
+    limited = case.recipe.key_format is not None and FORMATS[case.recipe.key_format].largest_key is not None
     largest = min(LARGEST[case.exact], 65280.0 if limited else 1e30)  # a bfloat16, too
     keys *= largest / np.abs(keys).max()
     queries /= largest / 4

@@ -143,9 +143,9 @@ def test_values_in_3_bits_take_three_eighths_of_a_byte_at_every_head_size(head_d
 def test_keys_in_3_bits_take_three_eighths_of_a_byte_of_whole_32_channels(head_dim):
     shape, recipe = AttentionShape(1, 2, 1, head_dim), Recipe.parse("k=int3,v=int8,sinks=0,window=0")
     channels = -(-head_dim // 32) * 32
-    codes, scales, values = channels * 3 // 8, 4 * channels // 32, head_dim + 2
-    assert stored_bytes(recipe, [320], shape) == 320 * (codes + scales + values)
+    codes, values = channels * 3 // 8, head_dim + 2
+    assert stored_bytes(recipe, [320], shape) == 320 * (codes + values) + 10 * 4 * head_dim
     slab = Slab.of(recipe, head_dim)
-    assert (slab.key_codes, slab.key_scales) == (32 * codes, 32 * scales)
+    assert (slab.key_codes, slab.key_scales) == (32 * codes, 4 * head_dim)
     if head_dim == channels:
         assert stored_bits(Recipe.parse("int3"), head_dim) == (3 + 1 + 3 + 32 / head_dim) / 2

@@ -176,6 +176,7 @@ def test_a_calibration_of_another_model_is_refused():
         ({"pages": {"1": {f: [[0, 0]] * 3 for f in ("1.0", "0.0")}}}, "a fraction that is not above 0 and at most 1"),
         ({"pages": {"1": {f: [[0, 0]] * 3 for f in ("1.0", "1.1")}}}, "a fraction that is not above 0 and at most 1"),
         ({"keys": None}, "damaged"),
+        ({"values": {"int4/48": [[0, 0]] * 3}}, "no group of the 64 channels that are stored"),
         ({"tokens": "many"}, "damaged"),
     ],
 )

@@ -250,3 +250,13 @@ def test_each_input_is_solved_once(monkeypatch):
     count = len(inputs)
     assert [for_ratio(ratio, 98765, SHAPE) for ratio in (3.01, 3.02)] == first
     assert len(inputs) == count
+
+
+@pytest.mark.parametrize("key", ["int3", "int2"])
+def test_key_formats_that_nobody_ranked_are_refused_instead_of_chosen(key):
+    shape = AttentionShape(1, 32, 8, 128)
+    assert for_ratio(1.5, 32768, shape, key_formats=("int8", "int4")).key_format == "int8"
+    with pytest.raises(
+        UsageError, match=f"^keys in {key} have no predicted loss to be ranked by: choose key formats of int8"
+    ):
+        for_ratio(1.5, 32768, shape, key_formats=("int8", "int4", key))

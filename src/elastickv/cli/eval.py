@@ -239,7 +239,8 @@ def _numbers(name: str, text: str, kind: Any, most: float | None = None) -> Any:
     try:
         numbers = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
-        raise UsageError(f"--{name}={text} is no list of numbers: write for example 2,4,8") from None
+        example = "4.25,4.75" if kind is float and most is not None else "2,4,8"
+        raise UsageError(f"--{name}={text} is no list of numbers: write for example {example}") from None
     if not all(0 < number < float("inf") if most is None else 0 < number <= most for number in numbers):
         accepted = "above 0" if most is None else f"above 0 and at most {most:g}"
         raise UsageError(f"--{name}={text} is out of range: give numbers {accepted}")

@@ -5,13 +5,14 @@ a sum over some of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
-from elastickv.evaluation.kv_formats.own_formats import OwnRoundTrip
-from elastickv.evaluation.tensor_codecs import TensorCompensation, channel_scales
+from elastickv.evaluation.kv_formats.rotations import by_blocks, hadamard
+from elastickv.evaluation.tensor_codecs import TensorCompensation, channel_scales, stored_rows
+from elastickv.kvcache.hadamard import rotated_block
 from elastickv.kvcache.quantize import INT4_LEVELS
 from elastickv.kvcache.scorers.bounds import SPAN
 from elastickv.recipe.calibration import GPTQ, MOST_SMOOTHING, ROTATED, Smoothing
@@ -216,12 +217,13 @@ class _QueryRegions:
         compensation = None
         if of_format != name:
             compensation = TensorCompensation.of(torch.nn.functional.pad(costs, (0, added, 0, added)), bool(mark), known)
-        factors = None if known is None else torch.tensor(known).float().exp2()[:, None]
-        dtype = "bf16" if mark else "fp32"
-        store = OwnRoundTrip(fmt, value, int(group or head_dim), head_dim, bool(mark), dtype, factors, compensation)
-        whole = replace(store, stored_in=dtype)(rows).clone()
-        whole[:, self.cold_tokens] = store(rows[:, self.cold_tokens])
-        return whole
+        matrix = hadamard(rotated_block(head_dim) if mark else 1)
+        smooth = rows.new_ones(()) if known is None else torch.tensor(known, device=rows.device).float().exp2()[:, None]
+        whole = torch.nn.functional.pad(rows * smooth, (0, added))
+        whole = by_blocks(whole, matrix).bfloat16().float() if mark else whole
+        cold = whole[:, self.cold_tokens]
+        whole[:, self.cold_tokens] = stored_rows(cold, fmt, value, int(group or head_dim), compensation)
+        return (by_blocks(whole, matrix) if mark else whole)[..., : rows.shape[-1]] / smooth
 
 
 class _Head:

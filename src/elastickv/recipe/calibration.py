@@ -16,6 +16,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.inputs import file_path, parse_json, read_text
+from elastickv.recipe.shape import padded_head_dim
 
 FORMAT = "elastickv-calibration"
 VERSION = 1
@@ -236,9 +237,12 @@ class ModelCalibration:
             raise ValueError("errors at fraction 1 and another are needed")
         if not record["keys"] or not record["values"]:
             raise ValueError("errors of formats are needed")
+        stored = padded_head_dim(int(record["head_dim"]))
         for name in (*record["keys"], *record["values"]):
             if re.fullmatch(_ERRORS_OF, name) is None:
                 raise ValueError(f"errors of {name!r}, which names no format")
+            if (group := re.search("/([0-9]+)", name)) and stored % int(group[1]):
+                raise ValueError(f"errors of {name!r}, which is no group of the {stored} channels that are stored")
         if any(not 0 < fraction <= 1 for curve in pages.values() for fraction in curve):
             raise ValueError("a fraction that is not above 0 and at most 1")
         return cls(

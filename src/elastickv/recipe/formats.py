@@ -59,7 +59,7 @@ class Format:
     signed : whether codes are signed integers.
     largest_code : the largest code (of fp8, the largest element that a code stands for); 0 for plain floats.
     largest_key : the largest magnitude of a cold key that can be stored; None where there is no limit but the dtype's own.
-    packed : how many are packed together: rows, which are padded to 16 bytes, and channels of a key, which is padded to them.
+    packed : how many rows are packed, and padded to 16 bytes, together; keys are padded to a multiple of so many channels.
     cold : whether a recipe may name it; else only a model's dtype may be it.
     cpu_id : number in the CPU kernels; None: no CPU kernel reads it.
     cuda_id : value of the CUDA macros K_FORMAT and V_FORMAT (`kernels/format_codecs.cuh`); None: no kernel reads pages of it.
@@ -108,8 +108,8 @@ class Format:
         return self.row_bytes(round_up(head_dim, self.packed))
 
     def key_scales(self, head_dim: int) -> Scales:
-        """Size of K's scales; channels are padded to 32, as rows of 4 bits are."""
-        return _scales(self.keys, round_up(head_dim, _SCALE_CHANNELS), 1)
+        """Size of K's scales; where rows are padded one by one, channels are padded to 32."""
+        return _scales(self.keys, round_up(head_dim, _SCALE_CHANNELS) if self.packed == 1 else head_dim, 1)
 
     def value_scales(self, head_dim: int, group: int) -> Scales:
         """Size of V's scales, where `group` channels share one."""

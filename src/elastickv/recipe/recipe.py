@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -120,9 +120,9 @@ class Recipe:
                 f"{self.selection!r} does not combine with {self.formats}: it takes one of {', '.join(by_row)} for K and V"
             )
         if self.selection == "pages" and not has_page_bounds(k):
-            bounded = " or ".join(f"k={name}" for name in cold_formats() if has_page_bounds(name))
+            bounded = _one_of(f"k={name}" for name in cold_formats() if has_page_bounds(name))
             raise UsageError(f"'pages' does not combine with keys in {k}: the scorer reads scales of channels; write {bounded}")
-        grouped = " or ".join(name for name in cold_formats() if FORMATS[name].values is ScaleLayout.GROUP)
+        grouped = _one_of(name for name in cold_formats() if FORMATS[name].values is ScaleLayout.GROUP)
         if self.value_group and (v is None or FORMATS[v].values is not ScaleLayout.GROUP):
             raise UsageError(f"vgroup={self.value_group} does not combine with values in {v}: only with {grouped}")
         if self.value_group and self.value_group < MIN_VALUE_GROUP:
@@ -324,6 +324,12 @@ class Recipe:
         if open_field:
             raise UsageError(f"recipe {text!r} leaves {open_field} open: write {open_field}=N")
         return recipe
+
+
+def _one_of(names: Iterable[str]) -> str:
+    """Return 'a, b or c'."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _check(name: str, value: int, low: int, high: int) -> None:

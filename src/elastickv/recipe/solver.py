@@ -87,7 +87,13 @@ def _least_loss(possible: tuple[Recipe, ...], ratio: float, context: int, shape:
 
 def _ranking_loss(recipe: Recipe, head_dim: int) -> float:
     measured = replace(recipe, key_format=_RANKED_AS.get(str(recipe.key_format), recipe.key_format))
-    return predicted_loss(measured, head_dim) or 0.0
+    loss = predicted_loss(measured, head_dim)
+    if loss is None:
+        raise UsageError(
+            f"keys in {recipe.key_format} have no predicted loss to be ranked by: choose key formats of "
+            f"{', '.join([*NARROW, *_RANKED_AS])}, or solve by a calibration, `for_ratio_by_layer` or `for_stored_bits`"
+        )
+    return loss
 
 
 def candidates(

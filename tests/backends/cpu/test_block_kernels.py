@@ -20,7 +20,10 @@ from elastickv.recipe import HEAD_DIMS, AttentionShape, Recipe
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS
 from tests.helpers.host_engine import HostEngine, nothing, numbers
 
-RECIPES = ("int4", "int8", "fp8", "k=int8,v=int4", "int4,vgroup=32", "bf16", "k=int8_per_channel,v=int8", "int3", "int2")
+RECIPES = (
+    "int4", "int8", "fp8", "k=int8,v=int4", "int4,vgroup=32", "bf16", "k=int8_per_channel,v=int8", "k=int4,v=int3",
+    "k=int3,v=int2", "int2,vgroup=32",
+)  # fmt: skip
 LENGTHS = (1000, 33, 1, 128, 129, 160, 161, 2049, 31, 32)
 LIMITS = {"fp32": 4e-4, "bf16": 4e-3, "fp16": 1e-3}
 

@@ -1,6 +1,7 @@
 """Keys and values in 3 and 2 bits: the numbers of the reference, bit for bit, of every head size.
 
-Rows are packed together, so that no row is padded: 32 of values in 3 bits, 16 in 2. So are 32, or 16, channels of keys.
+Rows are packed together, so that no row is padded: 32 of values in 3 bits, 16 in 2. Of keys so many channels are, and in 3
+bits 80 and 112 are padded.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from elastickv.backends.cpu import open_backend
-from elastickv.backends.cpu.layout import key_plane_bytes, plane_bytes
+from elastickv.backends.cpu.layout import bounds_bytes, key_plane_bytes, plane_bytes, scale_bytes
 from elastickv.kvcache import Oracle, ReferenceCache
 from elastickv.kvcache.error_metrics import relative_l2
 from elastickv.kvcache.quantize import (
@@ -22,6 +23,7 @@ from elastickv.kvcache.quantize import (
 )
 from elastickv.kvcache.rounding import rounded
 from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe.byte_counts import page_bytes
 from elastickv.recipe.formats import FORMATS, value_groups
 
 KEYS = {"int3": quantize_int3_keys, "int2": quantize_int2_keys}
@@ -114,6 +116,8 @@ def test_no_code_of_a_page_is_padded_but_those_of_the_last_channels_of_a_key(fmt
     of_keys = PAGE_TOKENS * -(-head_dim // together) * together * bits // 8
     assert PAGE_TOKENS * FORMATS[fmt].key_row_bytes(head_dim) == key_plane_bytes(fmt, head_dim) == of_keys
     assert page % 16 == of_keys % 16 == 0, "16-byte vectors"
+    stored = of_keys + page + bounds_bytes(fmt, head_dim) + scale_bytes(fmt, head_dim, head_dim, True)
+    assert page_bytes(Recipe(fmt, fmt), head_dim) == stored, "what is counted is what is stored"
 
 
 @BITS

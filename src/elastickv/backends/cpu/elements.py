@@ -33,7 +33,7 @@ SINK_PAGES, RING_PAGES = int(_F.SINK_PAGES), int(_F.RING_PAGES)
 _BY_CODE = sorted(FORMAT_CODES, key=FORMAT_CODES.__getitem__)
 # By format code, bytes of a page: of one channel's codes, of the scales that do not depend on the head, of a group's scales.
 CHANNEL_BYTES = np.array([layout.plane_bytes(name, 1) for name in _BY_CODE], np.int64)
-KEY_PADDING = np.array([FORMATS[name].packed - 1 for name in _BY_CODE], np.int64)  # of powers of two
+KEY_PADDING = np.array([FORMATS[name].packed - 1 for name in _BY_CODE], np.int64)  # `packed` is a power of two
 KEY_SCALE_BYTES = np.array([layout.scale_bytes(name, 64, 64, False) for name in _BY_CODE], np.int64)
 _ONE_GROUP, _TWO_GROUPS = (np.array([layout.scale_bytes(n, 64, g, True) for n in _BY_CODE], np.int64) for g in (64, 32))
 GROUP_SCALE_BYTES = _TWO_GROUPS - _ONE_GROUP

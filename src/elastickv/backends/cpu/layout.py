@@ -4,7 +4,7 @@ A page holds 32 tokens of one KV head, K before V, in one contiguous stream:
 
 - K transposed, [head_dim][32 tokens]; int8 by pairs of elements, [head_dim / 2][32 tokens][2], but int8 per channel is not;
   int4 by eights, [head_dim / 8][32 tokens][4 bytes], and int2 by 16; int3 by 32, [head_dim / 32][3 words][32 tokens][4 bytes],
-  where codes of 0 fill the last 32 channels;
+  where codes of 0 fill up the last 32 channels of 80 and 112;
 - V in chunks of up to 32 columns, [chunk][32 tokens][columns]; int8 by pairs of tokens, [chunk][16 pairs][columns][2]; int4
   by eights, [chunk][4 eights][columns][4 bytes], and int2 by 16; int3 [chunk][3 words][columns][4 bytes]. A chunk of these
   lies within one group of channels that share a scale;

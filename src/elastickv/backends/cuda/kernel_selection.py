@@ -230,7 +230,7 @@ def _value_layout(recipe: Recipe) -> ScaleLayout | None:
 
 def _page_format(name: str | None, value: bool) -> int:
     if name not in _PAGE_FORMATS:
-        fitting = [f for f in _PAGE_FORMATS if (FORMATS[f].values if value else FORMATS[f].keys) is not None]
+        fitting = [f for f in _PAGE_FORMATS if not value or FORMATS[f].values is not None]
         raise UsageError(f"format {name} has no CUDA kernel: choose {', '.join(fitting)}, or the cpu backend")
     return _PAGE_FORMATS[name]
 

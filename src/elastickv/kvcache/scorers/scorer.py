@@ -1,8 +1,8 @@
 """What a page scorer is: the weights that a decode step's queries give to a page's scales and zeros.
 
-A page of K stores a scale and a zero for each channel, so its channel d spans [zero, zero + 15 scale]; where codes
-go further than 15, `scale_factor` gives the scales of 15 steps. A scorer turns the query heads that share a KV head into two
-weights for each channel, and the score of a page is the linear form
+A page of K stores a scale and a zero for each channel, so its channel d spans [zero, zero + 15 scale]; of codes with
+another largest than 15, `scale_factor` gives the scales of 15 steps. A scorer turns the query heads that share a KV head into
+two weights for each channel, and the score of a page is the linear form
 
     sum over channels of zero_weight * zero + scale_weight * scale.
 

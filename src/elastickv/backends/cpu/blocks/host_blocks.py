@@ -1,7 +1,8 @@
 """The memory of a serving engine, and the words by which the kernels know it and a call's arguments.
 
-A block of pages holds 32 tokens: of each KV head a slab, which is a page (`layout`) and, for int4 keys, its scales and zeros. A
-block of the window holds 2^shift tokens: [KV head][token][key, value] rows of the model's dtype.
+A block of pages holds 32 tokens: of each KV head a slab, which is a page (`layout`) and the scales and zeros of its keys'
+channels, where there are any. A block of the window holds 2^shift tokens: [KV head][token][key, value] rows of the model's
+dtype.
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class BlockField(IntEnum):
     DESCRIPTOR = 34  # of the page machinery, `layout.BufferField`
     COUNTERS = 35
     SCRATCH = 36  # first byte, in a thread's scratch, behind that of the page machinery
-    BOUNDS_OFFSET = 37  # from a slab to the scales of its int4 keys
+    BOUNDS_OFFSET = 37  # from a slab to the scales of its keys' channels
     DESCRIPTORS = 38  # a copy of the descriptor for each thread
 
 
@@ -130,7 +131,7 @@ def address(array: NDArray[Any]) -> int:
 
 
 def bounds_offset(recipe: Recipe, head_dim: int) -> int:
-    """Return the bytes from a slab to the scales and zeros of its int4 keys, which follow the page."""
+    """Return the bytes from a slab to the scales and zeros of its keys' channels, which follow the page."""
     return layout.page_bytes(str(recipe.key_format), str(recipe.value_format), head_dim, recipe.v_group(head_dim))
 
 

@@ -21,7 +21,7 @@ from elastickv.backends.cpu.intrinsics import (
     words,
 )
 from elastickv.backends.cpu.numba_cache import Kernel, kernel
-from elastickv.backends.cpu.page_codes import GROUP_SCALE_BYTES, ZEROS_BYTES, key_offset, value_offset
+from elastickv.backends.cpu.page_codes import NEXT_SCALES_BYTES, ZEROS_BYTES, key_offset, value_offset
 from elastickv.backends.cpu.quantizers import nearest_pages
 from elastickv.backends.cpu.quantizers.gptq_vectors import (
     ROW_BYTES,
@@ -38,6 +38,8 @@ from elastickv.backends.cpu.quantizers.nearest_pages import (
     COLD_VALUE_FORMAT,
     DIM,
     EXACT_FORMAT,
+    PACKED_KEYS,
+    PACKED_VALUES,
     QUANTIZER,
     VALUE_GROUP,
     ZERO,
@@ -58,7 +60,7 @@ VALUE_ORDER, VALUE_SHARES = int(_F.VALUE_ORDER), int(_F.VALUE_SHARES)
 GPTQ_BASE, GPTQ_HEAD_BYTES = int(_F.GPTQ_BASE), int(_F.GPTQ_HEAD_BYTES)
 _BY_CODE = sorted(FORMAT_CODES, key=FORMAT_CODES.__getitem__)
 LEVELS = np.array([FORMATS[name].largest_code for name in _BY_CODE], np.float32)
-BY_TOKEN = np.array([FORMATS[name].keys is ScaleLayout.TOKEN for name in _BY_CODE])  # codes of both signs, and no zeros
+BY_TOKEN = np.array([FORMATS[name].keys is ScaleLayout.TOKEN for name in _BY_CODE])  # scales; codes of both signs, no zeros
 ONE_FP16, ONE_BF16, NO_BITS = np.uint16(0x3C00), np.uint16(0x3F80), np.uint16(0)
 
 
@@ -130,7 +132,7 @@ def quantize_values_gptq(descriptor, head, page, is_value):  # type: ignore[no-u
         d = load_i64(order + 8 * j)
         row, at = rows + d * ROW_BYTES, scales
         if not BY_TOKEN[fmt]:
-            at = scales + d // group * GROUP_SCALE_BYTES
+            at = scales + d // group * NEXT_SCALES_BYTES
             subtract_zeros(row, at + ZEROS_BYTES)
         if j > 0:
             subtract_errors(row, errors, shares + j * dim * 4, j)
@@ -144,8 +146,9 @@ def quantize_values_gptq(descriptor, head, page, is_value):  # type: ignore[no-u
     pack_values(fmt, FP32, errors, dim, group, ones, 0, codes)
 
 
-KEYS: dict[str, Kernel] = {f.name: quantize_keys_gptq for f in FORMATS.values() if f.is_integer}
-VALUES: dict[str, Kernel] = {name: quantize_values_gptq for name in KEYS if FORMATS[name].values is not None}
+_SYMMETRIC = [name for name in _BY_CODE if FORMATS[name].keys is ScaleLayout.TOKEN]
+KEYS: dict[str, Kernel] = dict.fromkeys([*_SYMMETRIC, *PACKED_KEYS], quantize_keys_gptq)
+VALUES: dict[str, Kernel] = dict.fromkeys([*_SYMMETRIC, *PACKED_VALUES], quantize_values_gptq)
 
 
 def quantizers(recipe: Recipe, dtype: str) -> tuple[Kernel, Kernel]:

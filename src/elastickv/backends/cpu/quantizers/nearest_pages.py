@@ -36,12 +36,12 @@ from elastickv.backends.cpu.intrinsics import (
 from elastickv.backends.cpu.numba_cache import Kernel, kernel
 from elastickv.backends.cpu.page_codes import (
     EIGHT,
-    GROUP_SCALE_BYTES,
     INT2,
     INT3,
     INT4,
     INT8,
     INT8_PER_CHANNEL,
+    NEXT_SCALES_BYTES,
     ROWS,
     SIXTEEN,
     ZEROS_BYTES,
@@ -156,13 +156,13 @@ def key_bounds(c, head, page, source, levels):  # type: ignore[no-untyped-def]
 def group_scales(exact, source, dim, group, scales, levels):  # type: ignore[no-untyped-def]
     """Store a bfloat16 scale and zero for each token of each group of V's channels."""
     for start in range(0, dim, group):
-        where = scales + start // group * GROUP_SCALE_BYTES
+        where = scales + start // group * NEXT_SCALES_BYTES
         for token in range(PAGE_TOKENS):
             least, greatest = _ends(vectors.range_of_values(exact, source, dim, token, start, group))
             zero_bits = bf16_towards(least, False)
             scale_bits = bf16_towards((greatest - bf16_value(zero_bits)) / levels, True)
             store_u16(where + 2 * token, scale_bits)
-            store_u16(where + 2 * (PAGE_TOKENS + token), zero_bits)
+            store_u16(where + ZEROS_BYTES + 2 * token, zero_bits)
 
 
 # Each stores the codes of K's page, with scales and zeros of channels that are `step` bytes apart.
@@ -235,27 +235,30 @@ def two_bit_values(exact, source, dim, group, scales, step, codes):  # type: ign
                 vectors.two_bit_values(exact, source, dim, token, first, columns, row, row + ZEROS_BYTES, at, LEVELS_2)
 
 
+PACKED_KEYS, PACKED_VALUES = ("int4", "int3", "int2", "int8_per_channel"), ("int4", "int3", "int2")
+
+
 @inlined
 def pack_keys(fmt, exact, source, dim, scales, zeros, step, codes):  # type: ignore[no-untyped-def]
-    """Store the codes of K's page in any format with scales of channels."""
+    """Store the codes of K's page in one of `PACKED_KEYS`."""
     if fmt == INT4:
         four_bit_keys(exact, source, dim, scales, zeros, step, codes)
     elif fmt == INT3:
         three_bit_keys(exact, source, dim, scales, zeros, step, codes)
     elif fmt == INT2:
         two_bit_keys(exact, source, dim, scales, zeros, step, codes)
-    else:
+    elif fmt == INT8_PER_CHANNEL:
         eight_bit_keys(exact, source, dim, scales, zeros, step, codes)
 
 
 @inlined
 def pack_values(fmt, exact, source, dim, group, scales, step, codes):  # type: ignore[no-untyped-def]
-    """Store the codes of V's page in any format with scales of groups."""
+    """Store the codes of V's page in one of `PACKED_VALUES`."""
     if fmt == INT4:
         four_bit_values(exact, source, dim, group, scales, step, codes)
     elif fmt == INT3:
         three_bit_values(exact, source, dim, group, scales, step, codes)
-    else:
+    elif fmt == INT2:
         two_bit_values(exact, source, dim, group, scales, step, codes)
 
 
@@ -320,7 +323,7 @@ def quantize_values_int4(descriptor, head, page, is_value):  # type: ignore[no-u
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
     group_scales(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, LEVELS_4)
-    four_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, GROUP_SCALE_BYTES, codes)
+    four_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, NEXT_SCALES_BYTES, codes)
 
 
 @kernel(QUANTIZER)
@@ -329,7 +332,7 @@ def quantize_values_int3(descriptor, head, page, is_value):  # type: ignore[no-u
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
     group_scales(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, LEVELS_3)
-    three_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, GROUP_SCALE_BYTES, codes)
+    three_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, NEXT_SCALES_BYTES, codes)
 
 
 @kernel(QUANTIZER)
@@ -338,7 +341,7 @@ def quantize_values_int2(descriptor, head, page, is_value):  # type: ignore[no-u
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
     group_scales(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, LEVELS_2)
-    two_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, GROUP_SCALE_BYTES, codes)
+    two_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, NEXT_SCALES_BYTES, codes)
 
 
 @kernel(QUANTIZER)
