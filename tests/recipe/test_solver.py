@@ -256,7 +256,5 @@ def test_each_input_is_solved_once(monkeypatch):
 def test_key_formats_that_nobody_ranked_are_refused_instead_of_chosen(key):
     shape = AttentionShape(1, 32, 8, 128)
     assert for_ratio(1.5, 32768, shape, key_formats=("int8", "int4")).key_format == "int8"
-    with pytest.raises(
-        UsageError, match=f"^keys in {key} have no predicted loss to be ranked by: choose key formats of int8"
-    ):
+    with pytest.raises(UsageError, match=f"^keys in {key} have no predicted loss to be ranked by: choose key formats of int8"):
         for_ratio(1.5, 32768, shape, key_formats=("int8", "int4", key))
