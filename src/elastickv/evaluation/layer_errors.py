@@ -22,11 +22,11 @@ from elastickv.recipe.regions import PAGE_TOKENS, selected
 from elastickv.recipe.shape import padded_head_dim
 
 Tensor: TypeAlias = Any  # torch.Tensor: the type checker does not follow PyTorch
-NARROW = ("int4", "int3", "int2")
-_KEY_INTEGERS = ("int8", "int8_per_channel", *NARROW)
+FEW_BITS = ("int4", "int3", "int2")
+_KEY_INTEGERS = ("int8", "int8_per_channel", *FEW_BITS)
 KEY_FORMATS = (
     *("fp8", *_KEY_INTEGERS, *(name + ROTATED for name in _KEY_INTEGERS)),
-    *(f"int4{GPTQ}", *(name + ROTATED + GPTQ for name in ("int8", *NARROW))),
+    *(f"int4{GPTQ}", *(name + ROTATED + GPTQ for name in ("int8", *FEW_BITS))),
 )
 
 
@@ -78,8 +78,8 @@ def value_formats(head_dim: int) -> list[str]:
     ----------
     head_dim : channels of a stored head.
     """
-    grouped = [f"{name}/{group}" for name in NARROW for group in value_groups(head_dim)]
-    by_hessians = [f"int4/{head_dim}{GPTQ}", *(f"{name}/{head_dim}{ROTATED}{GPTQ}" for name in NARROW)]
+    grouped = [f"{name}/{group}" for name in FEW_BITS for group in value_groups(head_dim)]
+    by_hessians = [f"int4/{head_dim}{GPTQ}", *(f"{name}/{head_dim}{ROTATED}{GPTQ}" for name in FEW_BITS)]
     return ["int8", "fp8", *grouped, *(name + ROTATED for name in ("int8", *grouped)), *by_hessians]
 
 

@@ -59,22 +59,32 @@ def pair(
     return caches
 
 
+def go_on(*caches: Any) -> None:
+    """Append the same 30 tokens to caches."""
+    more = values_of(caches[0].shape, 30, 2)
+    for step in range(30):
+        for cache in caches:
+            cache.append(more[:, :, step], more[:, :, -1 - step])
+
+
+def assert_decodes_alike(own: Any, twin: Any) -> None:
+    shape = own.shape
+    queries = np.random.default_rng(3).standard_normal((shape.batch, shape.query_heads, shape.head_dim), dtype=np.float32)
+    output, expected = own.decode(queries)[0], twin.decode(queries)[0]
+    np.testing.assert_array_equal(expected, Oracle(own).decode(queries)[0])
+    assert relative_l2(output, expected).max() < 1e-3
+
+
 @BITS
 @pytest.mark.parametrize(("head_dim", "group"), GROUPED_HEADS)
 def test_pages_of_ragged_sequences_hold_the_codes_of_the_reference(fmt, head_dim, group):
     shape = AttentionShape(3, 4, 2, head_dim)
     own, twin = pair(recipe_of(fmt, head_dim, group), shape, values_of(shape, 331), LENGTHS)
-    more = values_of(shape, 30, 2)
-    queries = np.random.default_rng(3).standard_normal((3, 4, head_dim), dtype=np.float32)
-    for step in range(30):
-        for cache in (own, twin):
-            cache.append(more[:, :, step], more[:, :, -1 - step])
+    go_on(own, twin)
     for row, head in np.ndindex(3, 2):
         np.testing.assert_array_equal(own.stored(row, head).cold_values, twin.stored(row, head).cold_values)
     assert len(own.stored(0, 0).cold_values) == 224 and not len(own.stored(2, 0).cold_values)
-    output, expected = own.decode(queries)[0], twin.decode(queries)[0]
-    np.testing.assert_array_equal(expected, Oracle(own).decode(queries)[0])
-    assert relative_l2(output, expected).max() < 1e-3
+    assert_decodes_alike(own, twin)
 
 
 @BITS
@@ -127,16 +137,10 @@ def test_no_code_of_a_page_is_padded_but_those_of_the_last_channels_of_a_key(fmt
 def test_keys_of_ragged_sequences_are_those_of_the_reference(fmt, head_dim, values, rest):
     shape, recipe = AttentionShape(3, 4, 2, head_dim), Recipe.parse(f"k={fmt},v={values}{rest}")
     own, twin = pair(recipe, shape, values_of(shape, 331), LENGTHS)
-    more = values_of(shape, 30, 2)
-    queries = np.random.default_rng(3).standard_normal((3, 4, head_dim), dtype=np.float32)
-    for step in range(30):
-        for cache in (own, twin):
-            cache.append(more[:, :, step], more[:, :, -1 - step])
+    go_on(own, twin)
     for row, head in np.ndindex(3, 2):
         np.testing.assert_array_equal(own.stored(row, head).cold_keys, twin.stored(row, head).cold_keys)
-    output, expected = own.decode(queries)[0], twin.decode(queries)[0]
-    np.testing.assert_array_equal(expected, Oracle(own).decode(queries)[0])
-    assert relative_l2(output, expected).max() < 1e-3
+    assert_decodes_alike(own, twin)
 
 
 @BITS

@@ -30,18 +30,18 @@ ANCHOR_EVERY, ANCHOR_OFFSET = int(_F.ANCHOR_EVERY), int(_F.ANCHOR_OFFSET)
 COLD_BASE, COLD_PAGE_BYTES, COLD_HEAD_BYTES = int(_F.COLD_BASE), int(_F.COLD_PAGE_BYTES), int(_F.COLD_HEAD_BYTES)
 EXACT_BASE, EXACT_PAGE_BYTES, EXACT_HEAD_BYTES = int(_F.EXACT_BASE), int(_F.EXACT_PAGE_BYTES), int(_F.EXACT_HEAD_BYTES)
 SINK_PAGES, RING_PAGES = int(_F.SINK_PAGES), int(_F.RING_PAGES)
-_BY_CODE = sorted(FORMAT_CODES, key=FORMAT_CODES.__getitem__)
+BY_CODE = sorted(FORMAT_CODES, key=FORMAT_CODES.__getitem__)  # names of formats
 # By format code, bytes of a page: of one channel's codes, of the scales that do not depend on the head, of a group's scales.
-CHANNEL_BYTES = np.array([layout.plane_bytes(name, 1) for name in _BY_CODE], np.int64)
-KEY_PADDING = np.array([FORMATS[name].packed - 1 for name in _BY_CODE], np.int64)  # `packed` is a power of two
-KEY_SCALE_BYTES = np.array([layout.scale_bytes(name, 64, 64, False) for name in _BY_CODE], np.int64)
-_ONE_GROUP, _TWO_GROUPS = (np.array([layout.scale_bytes(n, 64, g, True) for n in _BY_CODE], np.int64) for g in (64, 32))
+CHANNEL_BYTES = np.array([layout.plane_bytes(name, 1) for name in BY_CODE], np.int64)
+KEY_PADDING = np.array([FORMATS[name].packed - 1 for name in BY_CODE], np.int64)  # `packed` is a power of two
+KEY_SCALE_BYTES = np.array([layout.scale_bytes(name, 64, 64, False) for name in BY_CODE], np.int64)
+_ONE_GROUP, _TWO_GROUPS = (np.array([layout.scale_bytes(n, 64, g, True) for n in BY_CODE], np.int64) for g in (64, 32))
 GROUP_SCALE_BYTES = _TWO_GROUPS - _ONE_GROUP
 VALUE_SCALE_BYTES = _ONE_GROUP - GROUP_SCALE_BYTES
 RANGE_FACTORS = np.array(  # of scales, for the page scorers
-    [scale_factor(n) if FORMATS[n].keys is ScaleLayout.CHANNEL else 1 for n in _BY_CODE], np.float32
+    [scale_factor(n) if FORMATS[n].keys is ScaleLayout.CHANNEL else 1 for n in BY_CODE], np.float32
 )
-GROUPED = np.array([FORMATS[name].values is ScaleLayout.GROUP for name in _BY_CODE])
+GROUPED = np.array([FORMATS[name].values is ScaleLayout.GROUP for name in BY_CODE])
 MAGIC = np.float32(12582912.0)
 SUBNORMAL_MAGIC = np.float32(0.5)
 TWO_112 = np.float32(2.0**112)

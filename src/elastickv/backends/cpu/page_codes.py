@@ -36,12 +36,12 @@ Bytes = NDArray[np.uint8]
 Numbers = NDArray[Any]
 INT8, FP8, INT4, INT8_PER_CHANNEL = (FORMAT_CODES[n] for n in ("int8", "fp8", "int4", "int8_per_channel"))
 INT3, INT2 = (FORMAT_CODES[n] for n in ("int3", "int2"))
-NARROW = (INT4, INT3, INT2)  # with a zero beside each scale of V, too
+FEW_BITS = (INT4, INT3, INT2)  # with a zero beside each scale of V, too
 EIGHT, SIXTEEN = 8, 16  # rows of int4, and of int2, that are interleaved in a 32-bit word
 # Of a column of int3: rows that are interleaved, 32-bit words, and pairs of codes in each.
 ROWS, WORDS, PAIRS_OF_WORD = 32, 3, 5
 # Of V: from a group's scales to its zeros, and to the scales of the next group.
-ZEROS_BYTES, NEXT_SCALES_BYTES = 2 * PAGE_TOKENS, 4 * PAGE_TOKENS
+ZEROS_BYTES, SCALES_STRIDE = 2 * PAGE_TOKENS, 4 * PAGE_TOKENS
 
 
 @inlined
@@ -116,7 +116,7 @@ def _eight_bits(fmt, where, scale):  # type: ignore[no-untyped-def]
 def key_number(fmt, codes, scales, bounds, dim, token, d):  # type: ignore[no-untyped-def]
     """Return the float64 number of element `d` of a token's key."""
     where = codes + key_offset(fmt, token, d)
-    if fmt == INT8_PER_CHANNEL or fmt in NARROW:
+    if fmt == INT8_PER_CHANNEL or fmt in FEW_BITS:
         step = np.float64(fp16_value(load_u16(bounds + 2 * d)))
         zero = np.float64(fp16_value(load_u16(bounds + 2 * (dim + d))))
         if fmt == INT3:
@@ -133,8 +133,8 @@ def key_number(fmt, codes, scales, bounds, dim, token, d):  # type: ignore[no-un
 def value_number(fmt, codes, scales, dim, group, token, d):  # type: ignore[no-untyped-def]
     """Return the float64 number of element `d` of a token's value."""
     where = codes + value_offset(fmt, scale_group(fmt, dim, group), token, d)
-    if fmt in NARROW:
-        at = scales + d // group * NEXT_SCALES_BYTES + 2 * token
+    if fmt in FEW_BITS:
+        at = scales + d // group * SCALES_STRIDE + 2 * token
         step, zero = np.float64(bf16_value(load_u16(at))), np.float64(bf16_value(load_u16(at + ZEROS_BYTES)))
         if fmt == INT3:
             return _three_bits(where, 4 * _place_in_chunk(group, d)[1], token // 2) * step + zero

@@ -34,13 +34,13 @@ from elastickv.backends.cpu.intrinsics import (
 )
 from elastickv.backends.cpu.page_codes import (
     EIGHT,
+    FEW_BITS,
     FP8,
     INT2,
     INT3,
     INT4,
     INT8,
     INT8_PER_CHANNEL,
-    NARROW,
     PAIRS_OF_WORD,
     ROWS,
     SIXTEEN,
@@ -51,9 +51,9 @@ from elastickv.recipe import FORMATS, PAGE_TOKENS
 
 ROW_BYTES = {FP32: 128, INT4: 128, INT3: 384, INT2: 128}  # of 32 columns; 64 or less for the others
 PAIRS = ir.VectorType(I16, 2 * LANES)
-INTEGERS = (INT8, *NARROW)  # multiplied by 16-bit integers
+INTEGERS = (INT8, *FEW_BITS)  # multiplied by 16-bit integers
 SCALED = tuple(code for name, code in FORMAT_CODES.items() if not FORMATS[name].is_float)
-BIASED = (*NARROW, INT8_PER_CHANNEL)  # each query has a number that is added to its scores
+BIASED = (*FEW_BITS, INT8_PER_CHANNEL)  # each query has a number that is added to its scores
 FP8_FACTOR = np.float32(256)  # `load_row` gives 1/256 of the numbers
 ONE = np.float32(1)
 
@@ -154,7 +154,7 @@ def _fill(units, block, scale):  # type: ignore[no-untyped-def]
 def key_operands(key, first, block, dim, queries, narrow, narrow_units, units, scales_at, bounds, prefetch_bytes):  # type: ignore[no-untyped-def]
     """Fold a page's scales into a block of queries; return the addresses of the queries, their bytes, units, and `extra`."""
     query = queries + first * dim * 4
-    if key in NARROW:
+    if key in FEW_BITS:
         biases = units + BLOCK * 4
         fold_page(0, block, bounds, dim, query, dim * 4, narrow, dim * 2, units, biases, prefetch_bytes)
         return narrow, dim * 2, units, biases
@@ -176,7 +176,7 @@ def weigh_tokens(value, block, number, scores, weights, units, scales_at, factor
     if value == INT8:
         for g in range(block):
             weigh(scores + g * COLUMNS * 4, scales_at, weights + g * COLUMNS * 2, units + 4 * g)
-    elif value in NARROW:
+    elif value in FEW_BITS:
         for g in range(block):
             weigh_with_zeros(
                 scores + g * COLUMNS * 4, scales_at + number * 4 * PAGE_TOKENS, weights + g * COLUMNS * 2, units + 4 * g,
@@ -189,7 +189,7 @@ def weigh_tokens(value, block, number, scores, weights, units, scales_at, factor
 @inlined
 def finish_values(value, target, source, columns, sums):  # type: ignore[no-untyped-def]
     """Write the accumulators of one group of columns as results; `sums` are of probability x zero."""
-    if value in NARROW:
+    if value in FEW_BITS:
         added = total_of(sums)
         for d in range(columns):
             store_f32(target + 4 * d, load_f32(source + 4 * d) + added)

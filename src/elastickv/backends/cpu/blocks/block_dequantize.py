@@ -31,13 +31,13 @@ from elastickv.backends.cpu.intrinsics import (
 )
 from elastickv.backends.cpu.page_codes import (
     EIGHT,
+    FEW_BITS,
     FP8,
     INT2,
     INT3,
     INT4,
     INT8,
     INT8_PER_CHANNEL,
-    NARROW,
     PAIRS_OF_WORD,
     ROWS,
     WORDS,
@@ -109,7 +109,7 @@ def _channels(
     scale: Any,
 ) -> list[Any]:
     """Return the numbers of 16 channels from `first` on, of 16 tokens; `part`: of int3, the first one's place among 32."""
-    if fmt in (*NARROW, INT8_PER_CHANNEL):
+    if fmt in (*FEW_BITS, INT8_PER_CHANNEL):
         at = builder.mul(first, I64(2))
         steps, zeros = (
             widen_fp16(builder, load(builder, bounds, SHORTS, offset))
@@ -235,7 +235,7 @@ def _values(builder: ir.IRBuilder, fmt: Any, codes: Any, scales: Any, dim: Any, 
     def body(code: int) -> Callable[[], None]:
         if code == INT3:
             return lambda: _three_bits(builder, codes, scales, dim, start, columns, target)
-        if code in NARROW:
+        if code in FEW_BITS:
             return lambda: _rows_of_words(builder, 4 if code == INT4 else 2, codes, scales, dim, start, columns, target)
         return lambda: _other(builder, code, codes, scales, dim, start, columns, target)
 

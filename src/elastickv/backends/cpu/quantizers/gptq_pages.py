@@ -8,9 +8,8 @@ import numpy as np
 
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu import quantize_vectors as vectors
-from elastickv.backends.cpu.elements import fp16_value
+from elastickv.backends.cpu.elements import BY_CODE, fp16_value
 from elastickv.backends.cpu.intrinsics import (
-    FORMAT_CODES,
     FP32,
     inlined,
     load_f32,
@@ -21,7 +20,7 @@ from elastickv.backends.cpu.intrinsics import (
     words,
 )
 from elastickv.backends.cpu.numba_cache import Kernel, kernel
-from elastickv.backends.cpu.page_codes import NEXT_SCALES_BYTES, ZEROS_BYTES, key_offset, value_offset
+from elastickv.backends.cpu.page_codes import SCALES_STRIDE, ZEROS_BYTES, key_offset, value_offset
 from elastickv.backends.cpu.quantizers import nearest_pages
 from elastickv.backends.cpu.quantizers.gptq_vectors import (
     ROW_BYTES,
@@ -38,6 +37,7 @@ from elastickv.backends.cpu.quantizers.nearest_pages import (
     COLD_VALUE_FORMAT,
     DIM,
     EXACT_FORMAT,
+    LEVELS,
     PACKED_KEYS,
     PACKED_VALUES,
     QUANTIZER,
@@ -58,9 +58,7 @@ KV_HEADS = int(_F.KV_HEADS)
 KEY_ORDER, KEY_SHARES = int(_F.KEY_ORDER), int(_F.KEY_SHARES)
 VALUE_ORDER, VALUE_SHARES = int(_F.VALUE_ORDER), int(_F.VALUE_SHARES)
 GPTQ_BASE, GPTQ_HEAD_BYTES = int(_F.GPTQ_BASE), int(_F.GPTQ_HEAD_BYTES)
-_BY_CODE = sorted(FORMAT_CODES, key=FORMAT_CODES.__getitem__)
-LEVELS = np.array([FORMATS[name].largest_code for name in _BY_CODE], np.float32)
-BY_TOKEN = np.array([FORMATS[name].keys is ScaleLayout.TOKEN for name in _BY_CODE])  # scales; codes of both signs, no zeros
+BY_TOKEN = np.array([FORMATS[name].keys is ScaleLayout.TOKEN for name in BY_CODE])  # scales; codes of both signs, no zeros
 ONE_FP16, ONE_BF16, NO_BITS = np.uint16(0x3C00), np.uint16(0x3F80), np.uint16(0)
 
 
@@ -132,7 +130,7 @@ def quantize_values_gptq(descriptor, head, page, is_value):  # type: ignore[no-u
         d = load_i64(order + 8 * j)
         row, at = rows + d * ROW_BYTES, scales
         if not BY_TOKEN[fmt]:
-            at = scales + d // group * NEXT_SCALES_BYTES
+            at = scales + d // group * SCALES_STRIDE
             subtract_zeros(row, at + ZEROS_BYTES)
         if j > 0:
             subtract_errors(row, errors, shares + j * dim * 4, j)
@@ -146,7 +144,7 @@ def quantize_values_gptq(descriptor, head, page, is_value):  # type: ignore[no-u
     pack_values(fmt, FP32, errors, dim, group, ones, 0, codes)
 
 
-_SYMMETRIC = [name for name in _BY_CODE if FORMATS[name].keys is ScaleLayout.TOKEN]
+_SYMMETRIC = [name for name in BY_CODE if FORMATS[name].keys is ScaleLayout.TOKEN]
 KEYS: dict[str, Kernel] = dict.fromkeys([*_SYMMETRIC, *PACKED_KEYS], quantize_keys_gptq)
 VALUES: dict[str, Kernel] = dict.fromkeys([*_SYMMETRIC, *PACKED_VALUES], quantize_values_gptq)
 

@@ -9,6 +9,7 @@ import numpy as np
 from elastickv.backends.cpu import layout
 from elastickv.backends.cpu import quantize_vectors as vectors
 from elastickv.backends.cpu.elements import (
+    BY_CODE,
     bf16_towards,
     bf16_value,
     cold_page,
@@ -36,27 +37,20 @@ from elastickv.backends.cpu.intrinsics import (
 from elastickv.backends.cpu.numba_cache import Kernel, kernel
 from elastickv.backends.cpu.page_codes import (
     EIGHT,
+    FP8,
     INT2,
     INT3,
     INT4,
     INT8,
     INT8_PER_CHANNEL,
-    NEXT_SCALES_BYTES,
     ROWS,
+    SCALES_STRIDE,
     SIXTEEN,
     ZEROS_BYTES,
     key_offset,
     value_offset,
 )
-from elastickv.kvcache.quantize import (
-    FP8_MAX,
-    INT2_LEVELS,
-    INT3_LEVELS,
-    INT4_LEVELS,
-    INT8_LEVELS,
-    INT8_PER_CHANNEL_LEVELS,
-)
-from elastickv.recipe import PAGE_TOKENS, Recipe
+from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe
 from elastickv.recipe.formats import FLOAT16_MAX
 
 _F = layout.BufferField
@@ -67,9 +61,8 @@ BOUNDS_BASE, BOUNDS_HEAD_BYTES = int(_F.BOUNDS_BASE), int(_F.BOUNDS_HEAD_BYTES)
 BEYOND = 8 * int(layout.State.BEYOND_POSITION)
 STATE_BYTES = 8 * layout.STATE_WORDS
 ZERO = np.float32(0)
-LEVELS_8, LEVELS_CHANNEL = np.float32(INT8_LEVELS), np.float32(INT8_PER_CHANNEL_LEVELS)
-LEVELS_4, LEVELS_3, LEVELS_2 = np.float32(INT4_LEVELS), np.float32(INT3_LEVELS), np.float32(INT2_LEVELS)
-MAX_FP8, MAX_FP16 = np.float32(FP8_MAX), np.float32(FLOAT16_MAX)
+LEVELS = np.array([FORMATS[name].largest_code for name in BY_CODE], np.float32)  # by format code
+MAX_FP16 = np.float32(FLOAT16_MAX)
 # Of a quantizer: the address of a cache's descriptor, a (sequence, KV head), the page's number, and 1 for V or 0 for K.
 QUANTIZER = "void(int64, int64, int64, int64)"
 
@@ -100,7 +93,7 @@ def _row(exact, source, token, fmt, target, slot, scales, dim, is_value):  # typ
         peak = ZERO
         for d in range(dim):
             peak = max(peak, abs(_element(exact, source, dim, token, d, is_value)))
-        scale = np.uint16((float_bits(peak / LEVELS_8) + np.uint32(0xFFFF)) >> np.uint32(16))
+        scale = np.uint16((float_bits(peak / LEVELS[INT8]) + np.uint32(0xFFFF)) >> np.uint32(16))
         store_u16(scales + 2 * slot, scale)
         divisor = bf16_value(scale)
     for d in range(dim):
@@ -156,7 +149,7 @@ def key_bounds(c, head, page, source, levels):  # type: ignore[no-untyped-def]
 def group_scales(exact, source, dim, group, scales, levels):  # type: ignore[no-untyped-def]
     """Store a bfloat16 scale and zero for each token of each group of V's channels."""
     for start in range(0, dim, group):
-        where = scales + start // group * NEXT_SCALES_BYTES
+        where = scales + start // group * SCALES_STRIDE
         for token in range(PAGE_TOKENS):
             least, greatest = _ends(vectors.range_of_values(exact, source, dim, token, start, group))
             zero_bits = bf16_towards(least, False)
@@ -173,7 +166,7 @@ def four_bit_keys(exact, source, dim, scales, zeros, step, codes):  # type: igno
     """Store int4."""
     for d in range(0, dim, EIGHT):
         at = codes + key_offset(INT4, 0, d)
-        vectors.four_bit_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales + d * step, zeros + d * step, at, LEVELS_4)
+        vectors.four_bit_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales + d * step, zeros + d * step, at, LEVELS[INT4])
 
 
 @inlined
@@ -181,7 +174,7 @@ def three_bit_keys(exact, source, dim, scales, zeros, step, codes):  # type: ign
     """Store int3."""
     for d in range(0, dim, ROWS):
         at = codes + key_offset(INT3, 0, d)
-        vectors.three_bit_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales + d * step, zeros + d * step, at, LEVELS_3)
+        vectors.three_bit_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales + d * step, zeros + d * step, at, LEVELS[INT3])
 
 
 @inlined
@@ -189,7 +182,7 @@ def two_bit_keys(exact, source, dim, scales, zeros, step, codes):  # type: ignor
     """Store int2."""
     for d in range(0, dim, SIXTEEN):
         at = codes + key_offset(INT2, 0, d)
-        vectors.two_bit_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales + d * step, zeros + d * step, at, LEVELS_2)
+        vectors.two_bit_keys(exact, source, dim, d, 0, PAGE_TOKENS, scales + d * step, zeros + d * step, at, LEVELS[INT2])
 
 
 @inlined
@@ -197,7 +190,7 @@ def eight_bit_keys(exact, source, dim, scales, zeros, step, codes):  # type: ign
     """Store int8 per channel."""
     for d in range(0, dim, EIGHT):
         at = codes + key_offset(INT8_PER_CHANNEL, 0, d)
-        vectors.channel_keys(exact, source, dim, d, scales + d * step, zeros + d * step, at, LEVELS_CHANNEL)
+        vectors.channel_keys(exact, source, dim, d, scales + d * step, zeros + d * step, at, LEVELS[INT8_PER_CHANNEL])
 
 
 # Each stores the codes of V's page; the scales and zeros of one group's tokens are `step` bytes from those of the next.
@@ -211,7 +204,7 @@ def four_bit_values(exact, source, dim, group, scales, step, codes):  # type: ig
             columns, where = min(COLUMNS, start + group - first), scales + start // group * step
             for token in range(0, PAGE_TOKENS, EIGHT):
                 row, at = where + 2 * token, codes + plane_bytes(INT4, first) + token // EIGHT * columns * 4
-                vectors.four_bit_values(exact, source, dim, token, first, columns, row, row + ZEROS_BYTES, at, LEVELS_4)
+                vectors.four_bit_values(exact, source, dim, token, first, columns, row, row + ZEROS_BYTES, at, LEVELS[INT4])
 
 
 @inlined
@@ -221,7 +214,7 @@ def three_bit_values(exact, source, dim, group, scales, step, codes):  # type: i
         for first in range(start, start + group, COLUMNS):
             columns, where = min(COLUMNS, start + group - first), scales + start // group * step
             at = codes + plane_bytes(INT3, first)
-            vectors.three_bit_values(exact, source, dim, 0, first, columns, where, where + ZEROS_BYTES, at, LEVELS_3)
+            vectors.three_bit_values(exact, source, dim, 0, first, columns, where, where + ZEROS_BYTES, at, LEVELS[INT3])
 
 
 @inlined
@@ -232,7 +225,7 @@ def two_bit_values(exact, source, dim, group, scales, step, codes):  # type: ign
             columns, where = min(COLUMNS, start + group - first), scales + start // group * step
             for token in range(0, PAGE_TOKENS, SIXTEEN):
                 row, at = where + 2 * token, codes + plane_bytes(INT2, first) + token // SIXTEEN * columns * 4
-                vectors.two_bit_values(exact, source, dim, token, first, columns, row, row + ZEROS_BYTES, at, LEVELS_2)
+                vectors.two_bit_values(exact, source, dim, token, first, columns, row, row + ZEROS_BYTES, at, LEVELS[INT2])
 
 
 PACKED_KEYS, PACKED_VALUES = ("int4", "int3", "int2", "int8_per_channel"), ("int4", "int3", "int2")
@@ -268,9 +261,9 @@ def quantize_int8(descriptor, head, page, is_value):  # type: ignore[no-untyped-
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
     if is_value:
-        vectors.symmetric_values(c[EXACT_FORMAT], source, c[DIM], codes, scales, LEVELS_8)
+        vectors.symmetric_values(c[EXACT_FORMAT], source, c[DIM], codes, scales, LEVELS[INT8])
     else:
-        vectors.symmetric_keys(c[EXACT_FORMAT], source, c[DIM], codes, scales, LEVELS_8)
+        vectors.symmetric_keys(c[EXACT_FORMAT], source, c[DIM], codes, scales, LEVELS[INT8])
 
 
 @kernel(QUANTIZER)
@@ -278,7 +271,7 @@ def quantize_fp8(descriptor, head, page, is_value):  # type: ignore[no-untyped-d
     """Store a page in fp8."""
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
-    vectors.float_page(c[EXACT_FORMAT], source, c[DIM], codes, scales, MAX_FP8)
+    vectors.float_page(c[EXACT_FORMAT], source, c[DIM], codes, scales, LEVELS[FP8])
 
 
 @kernel(QUANTIZER)
@@ -286,7 +279,7 @@ def quantize_keys_int4(descriptor, head, page, is_value):  # type: ignore[no-unt
     """Store K of a page in int4; record the first key beyond what halves hold."""
     c = words(descriptor)
     source, codes, _ = planes(c, head, page, is_value)
-    bounds = key_bounds(c, head, page, source, LEVELS_4)
+    bounds = key_bounds(c, head, page, source, LEVELS[INT4])
     four_bit_keys(c[EXACT_FORMAT], source, c[DIM], bounds, bounds + 2 * c[DIM], 2, codes)
 
 
@@ -295,7 +288,7 @@ def quantize_keys_int3(descriptor, head, page, is_value):  # type: ignore[no-unt
     """Store K of a page in int3; record the first key beyond what halves hold."""
     c = words(descriptor)
     source, codes, _ = planes(c, head, page, is_value)
-    bounds = key_bounds(c, head, page, source, LEVELS_3)
+    bounds = key_bounds(c, head, page, source, LEVELS[INT3])
     three_bit_keys(c[EXACT_FORMAT], source, c[DIM], bounds, bounds + 2 * c[DIM], 2, codes)
 
 
@@ -304,7 +297,7 @@ def quantize_keys_int2(descriptor, head, page, is_value):  # type: ignore[no-unt
     """Store K of a page in int2; record the first key beyond what halves hold."""
     c = words(descriptor)
     source, codes, _ = planes(c, head, page, is_value)
-    bounds = key_bounds(c, head, page, source, LEVELS_2)
+    bounds = key_bounds(c, head, page, source, LEVELS[INT2])
     two_bit_keys(c[EXACT_FORMAT], source, c[DIM], bounds, bounds + 2 * c[DIM], 2, codes)
 
 
@@ -313,7 +306,7 @@ def quantize_keys_int8_per_channel(descriptor, head, page, is_value):  # type: i
     """Store K of a page in int8 per channel; record the first key beyond what halves hold."""
     c = words(descriptor)
     source, codes, _ = planes(c, head, page, is_value)
-    bounds = key_bounds(c, head, page, source, LEVELS_CHANNEL)
+    bounds = key_bounds(c, head, page, source, LEVELS[INT8_PER_CHANNEL])
     eight_bit_keys(c[EXACT_FORMAT], source, c[DIM], bounds, bounds + 2 * c[DIM], 2, codes)
 
 
@@ -322,8 +315,8 @@ def quantize_values_int4(descriptor, head, page, is_value):  # type: ignore[no-u
     """Store V of a page in int4."""
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
-    group_scales(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, LEVELS_4)
-    four_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, NEXT_SCALES_BYTES, codes)
+    group_scales(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, LEVELS[INT4])
+    four_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, SCALES_STRIDE, codes)
 
 
 @kernel(QUANTIZER)
@@ -331,8 +324,8 @@ def quantize_values_int3(descriptor, head, page, is_value):  # type: ignore[no-u
     """Store V of a page in int3."""
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
-    group_scales(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, LEVELS_3)
-    three_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, NEXT_SCALES_BYTES, codes)
+    group_scales(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, LEVELS[INT3])
+    three_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, SCALES_STRIDE, codes)
 
 
 @kernel(QUANTIZER)
@@ -340,8 +333,8 @@ def quantize_values_int2(descriptor, head, page, is_value):  # type: ignore[no-u
     """Store V of a page in int2."""
     c = words(descriptor)
     source, codes, scales = planes(c, head, page, is_value)
-    group_scales(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, LEVELS_2)
-    two_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, NEXT_SCALES_BYTES, codes)
+    group_scales(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, LEVELS[INT2])
+    two_bit_values(c[EXACT_FORMAT], source, c[DIM], c[VALUE_GROUP], scales, SCALES_STRIDE, codes)
 
 
 @kernel(QUANTIZER)
