@@ -9,7 +9,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,8 @@ class ModelCalibration:
     prefix : the special tokens before every window of the text; None in older files, whose windows had none.
     smoothing : [layer][KV head][channel] -> n: where K is rotated, its channels are multiplied by 2^n before, and those of the
         queries by 2^-n. None in older files: all are 0.
-    sensitivity : 'keys' and 'values' -> [layer] -> KL divergence of the model's predictions, in nats a token, for a unit of the
-        layer's error, all heads together. None in older files and of 16-bit models.
+    sensitivity : 'keys', 'values' and 'pages' -> [layer] -> KL divergence of the model's predictions, in nats a token, for a
+        unit of the layer's error, all heads together. None in older files and of 16-bit models; some older files lack 'pages'.
     hessians : 'keys' and 'values' -> [layer][KV head] -> the cost of an error e of a key or value, e H e^T, as text. None in
         older files.
     """
@@ -107,20 +107,23 @@ class ModelCalibration:
     hessians: Mapping[str, tuple[HessianTexts, ...]] | None = None
 
     def in_nats(self) -> "ModelCalibration":
-        """Return this calibration with the errors of formats as losses of the model's predictions, comparable between layers.
+        """Return this calibration with its errors as losses of the model's predictions, comparable between layers.
 
-        Each is multiplied by its layer's sensitivity. A calibration without sensitivities is returned as it is.
+        Each is multiplied by its layer's sensitivity. A calibration without sensitivities is returned as it is, and errors of
+        pages are left as they are where their sensitivities were not measured.
         """
         if self.sensitivity is None:
             return self
-        keys, values = (
-            {
-                name: tuple(tuple(error * factor for error in row) for row, factor in zip(rows, factors, strict=True))
-                for name, rows in errors.items()
+        weighed: dict[str, Any] = {"sensitivity": None}
+        for tensor in ("keys", "values"):
+            weighed[tensor] = {name: _times(rows, self.sensitivity[tensor]) for name, rows in getattr(self, tensor).items()}
+        if "pages" in self.sensitivity:
+            of_pages = self.sensitivity["pages"]
+            weighed["pages"] = {
+                steps: {fraction: _times(rows, of_pages) for fraction, rows in curve.items()}
+                for steps, curve in self.pages.items()
             }
-            for errors, factors in ((self.keys, self.sensitivity["keys"]), (self.values, self.sensitivity["values"]))
-        )
-        return replace(self, keys=keys, values=values, sensitivity=None)
+        return replace(self, **weighed)
 
     def smoothing_of(self, layer: int) -> Smoothing | None:
         """Return the smoothing of one of `layers`, or None for none."""
@@ -262,11 +265,20 @@ class ModelCalibration:
             smoothing=None if record.get("smoothing") is None else smoothing(record["smoothing"]),
             sensitivity=None
             if record.get("sensitivity") is None
-            else {tensor: sensitivity(record["sensitivity"][tensor]) for tensor in ("keys", "values")},
+            else {
+                tensor: sensitivity(record["sensitivity"][tensor])
+                for tensor in ("keys", "values", "pages")
+                if tensor != "pages" or tensor in record["sensitivity"]
+            },
             hessians=None
             if record.get("hessians") is None
             else {tensor: hessians(record["hessians"][tensor]) for tensor in ("keys", "values")},
         )
+
+
+def _times(errors: HeadErrors, factors: Sequence[float]) -> HeadErrors:
+    """Return errors with those of each layer times its factor."""
+    return tuple(tuple(error * factor for error in row) for row, factor in zip(errors, factors, strict=True))
 
 
 def check_hessian_text(text: Any, head_dim: int) -> None:

@@ -37,8 +37,7 @@ class LayerPlan:
     recipes : one for each of `ModelCalibration.layers`, in that order.
     ratio : dense bytes / bytes read, all these layers together, at the context it was solved for; the longest one for
         `for_stored_bits`.
-    error : sum of the calibrated errors over layers and heads; of `for_stored_bits`, in nats a token where the calibration has
-        sensitivities.
+    error : sum of the calibrated errors over layers and heads, in nats a token where they are weighed by sensitivities.
     """
 
     recipes: tuple[Recipe, ...]
@@ -82,6 +81,8 @@ def for_ratio_by_layer(
 ) -> LayerPlan:
     """Return the recipes of least calibrated error that together read at most 1/ratio of the dense bytes at `context`.
 
+    Errors are weighed by the sensitivity of the model's predictions to each layer, where the calibration has that of its pages.
+
     Parameters
     ----------
     dtype : the model's own dtype.
@@ -98,6 +99,8 @@ def for_ratio_by_layer(
     """
     check_ratio(ratio)
     check_context(context)
+    if calibration.sensitivity is not None and "pages" in calibration.sensitivity:
+        calibration = calibration.in_nats()
     layers = len(calibration.layers)
     group = calibration.query_heads // calibration.kv_heads
     head = AttentionShape(1, group, 1, padded_head_dim(calibration.head_dim))

@@ -1,12 +1,14 @@
-"""The sensitivity of a model's predictions to each layer's keys and values: what one layer alone in 4 bits changes.
+"""The sensitivity of a model's predictions to each layer: what one layer in 4 bits, or with few of its pages, changes.
 
 An error that is measured at a layer's output says how formats of this layer compare, and little of other layers: later layers
 ignore much of what some layers write. As in mixed precision for weights (HAWQ-V2, Dong et al. 2019, arXiv 1911.03852), the
 error of each layer is therefore multiplied by a sensitivity of the loss to it. Here it is measured: the KL divergence of the
-predictions with this layer's keys or values in 4 bits and everything else exact, for a unit of the layer's error.
+predictions with this layer's keys or values in 4 bits, or with the best eighth of its pages, and everything else exact, for a
+unit of the layer's error.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -16,41 +18,48 @@ from elastickv.evaluation.kv_formats.own_formats import OwnRoundTrip
 from elastickv.evaluation.layer_progress import Progress
 from elastickv.evaluation.prediction_losses import prediction_losses
 from elastickv.evaluation.prefill import Prefill, Tensor, has_attention_everywhere, prefill
-from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
+from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe
 from elastickv.recipe.regions import regions
 from elastickv.recipe.shape import padded_head_dim
 
 SCORED = 64
 STORED_AS = "int4"
-KEYS, VALUES = "keys", "values"
+KEYS, VALUES, PAGES = "keys", "values", "pages"
+FRACTION = 1 / 8
+_SELECTING = Recipe.parse(f"int4,pages={FRACTION},anchor_every=1")
 
 
 def layer_losses(
     model: torch.nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int], progress: Progress | None = None
 ) -> Mapping[str, tuple[float, ...]]:
-    """Return 'keys' and 'values' -> for each layer the KL divergence in nats a token with this tensor of this layer in int4.
+    """Return for each layer the KL divergence in nats a token of 'keys', 'values' in int4, and of an eighth of its 'pages'.
 
     The last 64 predictions of each row are scored. Sinks and the newest tokens before them stay exact, as in a cache; the
-    values of a token share one scale.
+    values of a token share one scale; pages are selected at each step.
 
     Parameters
     ----------
     rows : token ids, all rows of one length.
-    layers : numbers of layers with full attention.
+    layers : numbers of the layers with full attention, ascending: all of them.
     progress : called with (layers done, layers of all rows).
     """
-    totals = {tensor: [0.0] * len(layers) for tensor in (KEYS, VALUES)}
+    totals = {changed: [0.0] * len(layers) for changed in (KEYS, VALUES, PAGES)}
     for number, row in enumerate(rows):
         start = prefill(model, [row], len(row) - SCORED, SCORED)
         last = torch.tensor([list(row[-SCORED:])])
-        exact = _logits(model, start, last)
+        exact = _logits(model, sessions.stock(model, start), last)
         for place, layer in enumerate(layers):
-            for tensor, losses in totals.items():
-                changed = _logits(model, _with_stored(start, tensor, layer), last)
-                losses[place] += float(prediction_losses(exact, changed, last)[2].mean()) / len(rows)
+            selecting = [_SELECTING if each == layer else DENSE for each in layers]
+            predicted = {
+                KEYS: _logits(model, sessions.stock(model, _with_stored(start, KEYS, layer)), last),
+                VALUES: _logits(model, sessions.stock(model, _with_stored(start, VALUES, layer)), last),
+                PAGES: _logits(model, sessions.recipe_pages(model, selecting, start, others_in_16_bits=False), last),
+            }
+            for changed, logits in predicted.items():
+                totals[changed][place] += float(prediction_losses(exact, logits, last)[2].mean()) / len(rows)
             if progress is not None:
                 progress(number * len(layers) + place + 1, len(rows) * len(layers))
-    return {tensor: tuple(max(0.0, loss) for loss in losses) for tensor, losses in totals.items()}
+    return {changed: tuple(max(0.0, loss) for loss in losses) for changed, losses in totals.items()}
 
 
 def _with_stored(start: Prefill, tensor: str, layer: int) -> Prefill:
@@ -66,9 +75,9 @@ def _with_stored(start: Prefill, tensor: str, layer: int) -> Prefill:
     return replace(start, keys=states) if tensor == KEYS else replace(start, values=states)
 
 
-def _logits(model: torch.nn.Module, start: Prefill, last: Tensor) -> Tensor:
-    """Return the (1, tokens, vocabulary) logits of the last tokens after a prefill."""
+def _logits(model: torch.nn.Module, opened: AbstractContextManager[sessions.DecodingSession], last: Tensor) -> Tensor:
+    """Return the (1, tokens, vocabulary) logits of the last tokens in a session after a prefill."""
     # What has a state is followed token by token.
     at_once = last.shape[1] if has_attention_everywhere(model) else 1
-    with sessions.stock(model, start) as session:
+    with opened as session:
         return torch.cat([session.read(ids) for ids in last.split(at_once, 1)], 1)
