@@ -22,6 +22,7 @@ FORMAT = "elastickv-calibration"
 VERSION = 1
 MOST_SENSITIVITY = 1e30  # losses weighed by it are added up over layers
 MOST_SMOOTHING = 12  # 16-bit floats have room for 2^12 times the largest keys that are known
+_LATER_SENSITIVITIES = ("pages", "keys/int2", "values/int2")
 _LATER = ("prefix", "smoothing", "sensitivity", "hessians")  # which older files lack
 ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
 GPTQ = "+gptq"  # likewise, behind that: of tensors that are rounded by Hessians
@@ -84,7 +85,8 @@ class ModelCalibration:
     smoothing : [layer][KV head][channel] -> n: where K is rotated, its channels are multiplied by 2^n before, and those of the
         queries by 2^-n. None in older files: all are 0.
     sensitivity : 'keys', 'values' and 'pages' -> [layer] -> KL divergence of the model's predictions, in nats a token, for a
-        unit of the layer's error, all heads together. None in older files and of 16-bit models; some older files lack 'pages'.
+        unit of the layer's error, all heads together: of `int4`, and of an eighth of the pages; 'keys/int2' and 'values/int2'
+        are those of `int2`. None in older files and of 16-bit models; some older files have 'keys' and 'values' only.
     hessians : 'keys' and 'values' -> [layer][KV head] -> the cost of an error e of a key or value, e H e^T, as text. None in
         older files.
     """
@@ -109,14 +111,21 @@ class ModelCalibration:
     def in_nats(self) -> "ModelCalibration":
         """Return this calibration with its errors as losses of the model's predictions, comparable between layers.
 
-        Each is multiplied by its layer's sensitivity. A calibration without sensitivities is returned as it is, and errors of
-        pages are left as they are where their sensitivities were not measured.
+        Each is multiplied by its layer's sensitivity. A loss grows faster than its error in some layers: between the errors of
+        `int4` and `int2` the sensitivity is a power of the error through those of both. A calibration without sensitivities is
+        returned as it is, and errors of pages are left as they are where their sensitivities were not measured.
         """
         if self.sensitivity is None:
             return self
         weighed: dict[str, Any] = {"sensitivity": None}
-        for tensor in ("keys", "values"):
-            weighed[tensor] = {name: _times(rows, self.sensitivity[tensor]) for name, rows in getattr(self, tensor).items()}
+        for tensor, group in (("keys", ""), ("values", f"/{padded_head_dim(self.head_dim)}")):
+            table = getattr(self, tensor)
+            points = [
+                (list(map(sum, table[f"{fmt}{group}"])), self.sensitivity[measured])
+                for fmt, measured in (("int4", tensor), ("int2", f"{tensor}/int2"))
+                if measured in self.sensitivity
+            ]
+            weighed[tensor] = {name: _in_nats(rows, points) for name, rows in table.items()}
         if "pages" in self.sensitivity:
             of_pages = self.sensitivity["pages"]
             weighed["pages"] = {
@@ -267,13 +276,35 @@ class ModelCalibration:
             if record.get("sensitivity") is None
             else {
                 tensor: sensitivity(record["sensitivity"][tensor])
-                for tensor in ("keys", "values", "pages")
-                if tensor != "pages" or tensor in record["sensitivity"]
+                for tensor in ("keys", "values", *_LATER_SENSITIVITIES)
+                if tensor not in _LATER_SENSITIVITIES or tensor in record["sensitivity"]
             },
             hessians=None
             if record.get("hessians") is None
             else {tensor: hessians(record["hessians"][tensor]) for tensor in ("keys", "values")},
         )
+
+
+def _in_nats(errors: HeadErrors, points: Sequence[tuple[Sequence[float], Sequence[float]]]) -> HeadErrors:
+    """Return errors times their layers' sensitivities.
+
+    Parameters
+    ----------
+    points : one or two pairs of the layers' errors, all heads together, and the sensitivities at these errors.
+    """
+    factors = [
+        _sensitivity_at(sum(row), [(at[layer], factor[layer]) for at, factor in points]) for layer, row in enumerate(errors)
+    ]
+    return _times(errors, factors)
+
+
+def _sensitivity_at(error: float, points: Sequence[tuple[float, float]]) -> float:
+    """Return a sensitivity at an error: that of the nearest point, between two points a power of the error through both."""
+    (low, first), (high, second) = points[0], points[-1]
+    if error <= low or not low < high or not 0 < first < second:
+        return first
+    exponent = math.log(second / first) / math.log(high / low)
+    return float(first * (min(error, high) / low) ** exponent)
 
 
 def _times(errors: HeadErrors, factors: Sequence[float]) -> HeadErrors:
