@@ -20,7 +20,7 @@ from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unrea
 from elastickv.recipe.knapsack import KnapsackItem, least_cost
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, ROUNDINGS, Recipe, has_page_bounds
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape, padded_head_dim
-from elastickv.recipe.solver import check_context, check_ratio, unmet
+from elastickv.recipe.solver import UNMET_REMEDY, check_context, check_ratio, unmet
 
 _HALVINGS = 44  # of the logarithm of lambda, between these powers of e: to 1e-11 of it
 _STORED_SHARE, _MOST_STORED = 0.75, 3.0
@@ -78,6 +78,7 @@ def for_ratio_by_layer(
     select_pages: bool = True,
     device: str | None = None,
     gptq: bool = False,
+    remedy: str = UNMET_REMEDY,
 ) -> LayerPlan:
     """Return the recipes of least calibrated error that together read at most 1/ratio of the dense bytes at `context`.
 
@@ -92,6 +93,7 @@ def for_ratio_by_layer(
     select_pages : whether a recipe may select pages. False: every page is read, and only the formats are chosen.
     device : 'cpu' or 'cuda': formats that its kernels do not read are excluded. None: those that the kernels of either do not.
     gptq : whether a recipe may have `rounding=gptq`, where the calibration measured that it loses less: the CPU's caches can.
+    remedy : what the message of a ratio that is not met says to do.
 
     Raises
     ------
@@ -120,7 +122,7 @@ def for_ratio_by_layer(
         fewest = (
             replace(smallest.recipe, fractions=(min(smallest.fractions),)) if smallest.recipe.fractions else smallest.recipe
         )
-        raise UsageError(unmet(ratio, context, head, dtype, [fewest]))
+        raise UsageError(unmet(ratio, context, head, dtype, [fewest], remedy))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if _bytes(chosen(math.exp(middle))) <= budget else (middle, high)

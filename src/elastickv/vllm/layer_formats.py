@@ -155,6 +155,7 @@ def layer_recipes(
             window=options.window,
             select_pages=False,
             device=model.device,
+            remedy=_UNMET,
         )
         recipes = dict(zip(calibration.layers, plan.recipes, strict=True))
     return recipes | overridden
@@ -205,6 +206,7 @@ def check_fits(
         )
 
 
+_UNMET = f"give a smaller `compress` or `window` of {KEY}, or a larger `max_model_len`, which is the context"
 _REMEDY = "give a file that `elastickv calibrate` wrote"
 
 
