@@ -12,6 +12,7 @@ from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import Smoothing
 from elastickv.transformers.key_smoothing import KeySmoothing
 from elastickv.vllm.bad_tokens import BadTokens
+from elastickv.vllm.page_selection import LayerSelection
 from elastickv.vllm.step_metadata import PageMetadata, WindowMetadata
 
 
@@ -27,6 +28,7 @@ class LayerStep:
     batch, recent : metadata of the pages and of the window.
     bad : (requests,) int64, lowered where a token has numbers that cannot be stored: `BadToken`.
     layer : the layer's number there.
+    selection : which pages the layer's decodes read; None: every page.
     """
 
     keys: torch.Tensor
@@ -37,6 +39,7 @@ class LayerStep:
     recent: WindowMetadata
     bad: torch.Tensor
     layer: int
+    selection: LayerSelection | None = None
 
     @property
     def slab_bytes(self) -> int:

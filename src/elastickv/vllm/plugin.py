@@ -8,7 +8,7 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.vllm.layer_formats import read_calibration, with_calibration_hash
-from elastickv.vllm.serving_options import CACHE_DTYPES, KEY, PAGE_FORMATS, ServingOptions, recipe_of
+from elastickv.vllm.serving_options import CACHE_DTYPES, KEY, PAGE_FORMATS, ServingOptions, recipe_of, selection_refusal
 from elastickv.vllm.versions import installed_version, minor_version, unsupported_reason
 
 _log = logging.getLogger("vllm.elastickv")
@@ -84,8 +84,11 @@ def refusal(arguments: Sequence[str], on_cpu: bool = False) -> str | None:
         # A file may say another dtype.
         if dtype in CACHE_DTYPES or (ours and _value(arguments, "config") is None):
             recipe_of(ServingOptions.parse(additional), dtype or "auto")
+        selection = selection_refusal(ServingOptions.parse(additional), "cpu" if on_cpu else "cuda")
     except UsageError as error:
         return str(error)
+    if selection is not None:
+        return selection
     if _value(arguments, "config") is not None:
         return None
     named = any("elastickv" in argument.lower() for argument in _of_attention(arguments))

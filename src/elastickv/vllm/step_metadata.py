@@ -36,6 +36,7 @@ class PageMetadata(AttentionMetadata):
     longest : most tokens of a request.
     computes_prompt : whether the step computes tokens of a prompt. A request that comes with it may have hit the prompt's
         blocks, and reads what this step stores there.
+    prompts : (requests,) tokens of each request's prompt, which read every page; None: every token does.
     shared : what attention computes from the batch in the first layer and reads in the others.
     """
 
@@ -51,6 +52,7 @@ class PageMetadata(AttentionMetadata):
     uniform_queries: int
     longest: int
     computes_prompt: bool = False
+    prompts: torch.Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
 
 
@@ -96,6 +98,7 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
             uniform_queries=uniform,
             longest=batch.max_query_len,
             computes_prompt=decodes < batch.num_reqs or (batch.is_prefilling is not None and bool(batch.is_prefilling.any())),
+            prompts=batch.rswa_prefix_lens,
         )
 
 
