@@ -27,7 +27,7 @@ def test_the_table_of_options_is_that_of_the_package():
     table = {name.strip("`"): default.strip("`") for name, default, _ in rows(section("Options"))[1:]}
     options = ServingOptions()
     defaults = {each.name: getattr(options, each.name) for each in fields(ServingOptions)}
-    assert table == {name: str(value) if value else "-" for name, value in defaults.items()}
+    assert table == {name: str(value).lower() if value else "-" for name, value in defaults.items()}
 
 
 def test_every_additional_config_on_the_page_is_accepted():

@@ -13,7 +13,7 @@ from elastickv.recipe import AttentionShape
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import BlockAttention, HeadRotation, LayerStep
 from elastickv.vllm.model_setup import ModelSetup
-from elastickv.vllm.page_selection import LayerSelection
+from elastickv.vllm.selection.decode_selection import DecodeSelection
 from elastickv.vllm.startup_checks import Device, LayerArguments, check
 from elastickv.vllm.step_metadata import PageMetadata
 from elastickv.vllm.versions import installed_version
@@ -66,7 +66,7 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         self._shape = AttentionShape(1, num_heads, self.num_kv_heads, head_size)
         self._attention: BlockAttention | None = None
         self._rotation: HeadRotation | None = None
-        self._selection: LayerSelection | None = None
+        self._selection: DecodeSelection | None = None
         self._window: WindowCache | None = None
 
     @property

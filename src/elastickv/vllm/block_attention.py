@@ -12,7 +12,7 @@ from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import Smoothing
 from elastickv.transformers.key_smoothing import KeySmoothing
 from elastickv.vllm.bad_tokens import BadTokens
-from elastickv.vllm.page_selection import LayerSelection
+from elastickv.vllm.selection.decode_selection import DecodeSelection
 from elastickv.vllm.step_metadata import PageMetadata, WindowMetadata
 
 
@@ -39,7 +39,7 @@ class LayerStep:
     recent: WindowMetadata
     bad: torch.Tensor
     layer: int
-    selection: LayerSelection | None = None
+    selection: DecodeSelection | None = None
 
     @property
     def slab_bytes(self) -> int:

@@ -13,7 +13,7 @@ from elastickv.backends.cpu.blocks.host_blocks import HostBlocks, Table
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import LayerStep
-from elastickv.vllm.page_selection import Requests, SelectedPages
+from elastickv.vllm.selection.decode_selection import Requests, SelectedPages
 
 FINITE = torch.finfo(torch.float32).max
 _QUERIES = 512  # of a chunk that attend at a time

@@ -28,7 +28,7 @@ from elastickv.vllm.layer_formats import (
     uncalibrated,
     with_calibration_hash,
 )
-from elastickv.vllm.page_selection import LayerSelection
+from elastickv.vllm.selection.decode_selection import DecodeSelection
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.step_metadata import most_requests
 from elastickv.vllm.stock_windows import share_blocks
@@ -123,7 +123,7 @@ class ModelSetup:
         if not self._recipes:
             self._served = self._served_model(shape, act_dtype)
             self._recipes = layer_recipes(self.options, self.recipe, self._numbers(), self._served)
-            self._tell_selection()
+            self._tell_selection(self._served)
             self._smoothing = layer_smoothing(self.options)
         if shape.head_dim not in self._slab_bytes:
             # Of all ranks' layers, and of a drafter's, so that the size is the same on all ranks.
@@ -134,7 +134,7 @@ class ModelSetup:
         # A drafter's layers have numbers of their own, or those that follow the model's.
         return self.recipe if self.of_drafter(name) else self._recipes.get(extract_layer_index(name), self.recipe)
 
-    def _tell_selection(self) -> None:
+    def _tell_selection(self, served: ServedModel) -> None:
         """Log what a selection of pages loses where nothing is calibrated, and ask vLLM for the lengths of prompts."""
         selecting = [recipe for recipe in self._recipes.values() if recipe.selection == "pages"]
         if not selecting:
@@ -142,7 +142,7 @@ class ModelSetup:
         # A window of generated tokens that covers all of them: vLLM then says with each step where prompts end.
         self.config.model_config.model_arch_config.rswa_window = self.config.model_config.max_model_len
         if self.options.calibration is None and get_tensor_model_parallel_rank() == 0:
-            _log.warning("ElasticKV: %s", uncalibrated(self.options, selecting[0], self._served))
+            _log.warning("ElasticKV: %s", uncalibrated(self.options, selecting[0], served))
 
     def smoothing_of_layer(self, name: str, recipe: Recipe) -> Smoothing | None:
         """Return the smoothing of a layer, of all KV heads; None where the recipe does not rotate keys."""
@@ -150,12 +150,12 @@ class ModelSetup:
             return None
         return self._smoothing.get(extract_layer_index(name))
 
-    def selection_of_layer(self, name: str, recipe: Recipe, kv_heads: int) -> LayerSelection | None:
+    def selection_of_layer(self, name: str, recipe: Recipe, kv_heads: int) -> DecodeSelection | None:
         """Return which pages a layer's decodes read; None: every page."""
         if recipe.selection != "pages":
             return None
         layer, layers = extract_layer_index(name), self.config.model_config.get_total_num_hidden_layers()
-        return LayerSelection(
+        return DecodeSelection(
             recipe,
             lambda ratio: self._recipes_of_ratio(ratio)[layer],
             self._heads_of_rank(kv_heads),
@@ -243,6 +243,7 @@ class ModelSetup:
             head_size=shape.head_dim,
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
+            selects=any(each.selection == "pages" for each in self._recipes.values()),
         )
         share_blocks(self.config, list(self._layers.values()), window.block_bytes(PAGE_TOKENS))
         name = window_name(layer, recipe, window, smoothing)

@@ -2,14 +2,13 @@
 
 A token of a prompt reads every page. Of a request's own tokens, the ones that it generated, the first and every N-th after it
 are anchors (`Recipe.steps_since_refresh`): at an anchor each KV head lists the best of the pages that have left the window, and
-the tokens up to the next anchor read that list, with the pages that leave the window meanwhile. So what a token reads depends on
-its position and its past alone: not on the step that computes it, its drafts, the batch or an earlier preemption.
+the tokens up to the next anchor read that list, with the pages that leave the window meanwhile. So what a token reads depends
+on its position and its past alone: not on the step that computes it, its drafts, the batch or an earlier preemption.
 
 A list stays with the block of pages that holds its anchor's token, and is forgotten when the token is written anew: whoever
 reads the block as its own past, after a move in the batch or a prefix hit, has the list too.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,48 +17,11 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cpu.blocks.host_blocks import EVERY_PAGE, NO_ROW, AnchorField, RowField, Table, address
 from elastickv.recipe import PAGE_TOKENS, Recipe
+from elastickv.vllm.selection.page_lists import PageLists, Whole
 
-Whole = NDArray[np.int64]
 Fractions = NDArray[np.float64]
 LISTS_OF_REQUEST = 4
 """Blocks with lists that are kept for each request of the largest batch: those of ended requests are among them."""
-
-
-class PageLists:
-    """Lists of one layer by the block and the position of their anchors; the blocks used least recently are forgotten.
-
-    Parameters
-    ----------
-    most_blocks : blocks that may have lists.
-    """
-
-    def __init__(self, most_blocks: int) -> None:
-        self._most, self._blocks = most_blocks, OrderedDict[int, dict[int, tuple[bytes, Table]]]()
-
-    def find(self, block: int, anchor: int, counts: Whole) -> Table | None:
-        """Return the list of an anchor, (kv_heads, pages); None where there is none of so many pages for each KV head."""
-        lists = self._blocks.get(block)
-        if lists is None or anchor not in lists:
-            return None
-        self._blocks.move_to_end(block)
-        kept, pages = lists[anchor]
-        return pages if kept == counts.tobytes() else None
-
-    def keep(self, block: int, anchor: int, counts: Whole, pages: Table) -> None:
-        """Keep a list, (kv_heads, pages), of which each KV head has so many."""
-        self._blocks.setdefault(block, {})[anchor] = counts.tobytes(), pages
-        self._blocks.move_to_end(block)
-        while len(self._blocks) > self._most:
-            self._blocks.popitem(last=False)
-
-    def forget(self, block: int, first: int, end: int) -> None:
-        """Forget the lists of anchors at positions from `first` to `end` - 1."""
-        lists = self._blocks.get(block)
-        if lists is not None:
-            for anchor in [each for each in lists if first <= each < end]:
-                del lists[anchor]
-            if not lists:
-                del self._blocks[block]
 
 
 @dataclass(frozen=True)
@@ -105,7 +67,7 @@ class SelectedPages:
         return first
 
 
-class LayerSelection:
+class DecodeSelection:
     """Selection of pages in one layer.
 
     Parameters
@@ -180,14 +142,14 @@ class LayerSelection:
         rows = np.zeros((len(of_row), len(RowField) + kv_heads), np.int64)
         for row in np.flatnonzero(selects).tolist():
             request, anchor = int(of_row[row]), int(anchors[row])
-            number, found = row_of_anchor.get((request, anchor)), None
+            number, listing = row_of_anchor.get((request, anchor)), None
             if number is not None:
-                found = new[number]
+                listing = new[number]
             elif anchor < positions[row]:
-                found = self.lists.find(self._block(requests, request, anchor), anchor, listed[row])
-                memory += [] if found is None else [found]
-            if found is not None:  # where it is gone, every page is read until the next anchor
-                rows[row, : len(RowField)] = address(found), found.strides[0], pages[row]
+                listing = self.lists.find(self._block(requests, request, anchor), anchor, listed[row])
+                memory += [] if listing is None else [listing]
+            if listing is not None:  # where it is gone, every page is read until the next anchor
+                rows[row, : len(RowField)] = address(listing), listing.strides[0], pages[row]
                 rows[row, len(RowField) :] = listed[row]
         to_list = np.zeros((len(choosers), len(AnchorField) + kv_heads), np.int64)
         to_list[:, AnchorField.REQUEST], to_list[:, AnchorField.ROW] = of_row[choosers], choosers
