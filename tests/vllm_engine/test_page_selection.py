@@ -1,14 +1,20 @@
 """Decodes that read the best pages alone: what each token reads depends on its position and its past, not on the schedule."""
 
+import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
+from benchmarks.read_rule import ReadRule
 from elastickv.recipe import Recipe
 from elastickv.vllm import model_setup
+from elastickv.vllm.selection.decode_selection import DecodeSelection
 from tests.helpers.read_rule import follows
-from tests.helpers.serving_scenarios import WINDOW, all_follow, random_prompts
+from tests.helpers.serving_scenarios import NGRAM, SMALL_POOL, WINDOW, all_equal, all_follow, random_prompts
 
 RECIPES = {0: "int4,pages=1/4:1/2,anchor_every=4", 1: "int4,pages=1/3,anchor_every=3"}
-LENGTHS, NEW_TOKENS = (400, 37, 300, 64, 5), 90
+LENGTHS, NEW_TOKENS = (300, 37, 200, 64, 5), 90
+STRICT = {"compress": 4, "prefix_reuse": "strict"}
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +59,120 @@ def test_answers_follow_the_rule_of_selected_pages(together, selected):
 def test_another_selection_is_noticed(together, rule, other):
     for answer in (together[0], together[2]):
         assert follows(rule(layers=other), answer) is not None
+
+
+def test_lists_of_pages_are_those_of_the_rule(selecting, selected, prompts, monkeypatch):
+    """The plain model's queries and keys are those of the engine up to rounding, which rarely changes an order of pages."""
+    listed, keep = {}, DecodeSelection.keep
+
+    def record(self, requests, pages):
+        for anchor, lists in zip(pages.anchors, pages.lists[0], strict=True):
+            of_heads = [page[:count].tolist() for page, count in zip(lists, anchor[-len(lists) :], strict=True)]
+            listed.setdefault(id(self), {})[int(requests.lengths[0]) - 1] = of_heads
+        keep(self, requests, pages)
+
+    monkeypatch.setattr(DecodeSelection, "keep", record)
+    answer, lists_of_rules, lists = selecting().generate([prompts[0]], 40)[0], [], ReadRule.lists
+
+    def record_rule(self, *given):
+        lists_of_rules.append(lists(self, *given))
+        return lists_of_rules[-1]
+
+    monkeypatch.setattr(ReadRule, "lists", record_rule)
+    selected.logits(answer.sequence, prompt=len(answer.prompt))
+    assert len(listed) == len(lists_of_rules) == 2
+    for engine, rule in zip(listed.values(), lists_of_rules, strict=True):
+        assert engine.keys() == rule.keys() and len(rule) >= 10
+        assert np.mean([engine[anchor] == rule[anchor] for anchor in rule]) > 0.9
+
+
+def test_a_wrong_page_is_noticed(selecting, selected, prompts, monkeypatch):
+    keep = DecodeSelection.keep
+
+    def keep_another(self, requests, pages):
+        for anchor, lists in zip(pages.anchors, pages.lists[0], strict=True):
+            lists[1, anchor[-1] - 1] = (lists[1, anchor[-1] - 1] + 1) % anchor[2]
+        keep(self, requests, pages)
+
+    monkeypatch.setattr(DecodeSelection, "keep", keep_another)
+    assert follows(selected, selecting().generate([prompts[0]], NEW_TOKENS)[0]) is not None
+
+
+def test_a_list_that_is_forgotten_is_noticed(selecting, selected, prompts, monkeypatch):
+    monkeypatch.setattr(DecodeSelection, "keep", lambda *given: None)
+    assert follows(selected, selecting().generate([prompts[0]], NEW_TOKENS)[0]) is not None
+
+
+def test_chunked_prompts_and_moves_in_the_batch_change_no_answer(selecting, selected, prompts, together):
+    answers = selecting(max_num_batched_tokens=48).generate(prompts, NEW_TOKENS)
+    all_follow(selected, answers)
+    all_equal(selected, answers, together)
+
+
+@pytest.mark.parametrize("cached", [{}, {"enable_prefix_caching": True, "elastickv": STRICT}], ids=["computed", "strict"])
+def test_preempted_requests_read_the_lists_that_they_had(selecting, selected, prompts, together, cached):
+    """What they generated before is computed in chunks, whose tokens select as decodes do."""
+    answers = selecting(**SMALL_POOL, **cached).generate(prompts * 2, NEW_TOKENS)
+    assert sum(answer.preemptions for answer in answers) > 0
+    all_follow(selected, answers, window_first=False)
+    all_equal(selected, answers, together * 2)
+
+
+def test_strict_hits_of_an_answer_end_within_its_prompt(selecting, selected):
+    engine = selecting(enable_prefix_caching=True, elastickv=STRICT)
+    prompt = random_prompts([200], seed=8)[0]
+    first = engine.generate([prompt], 100)[0]
+    second = engine.generate([[*prompt, *first.tokens, 7]], 40)[0]
+    assert 0 < second.cached <= len(prompt)
+    all_follow(selected, [first, second], window_first=False)
+
+
+@pytest.mark.parametrize("pool", [{}, SMALL_POOL], ids=["room", "preempted"])
+def test_drafts_change_no_answer(selecting, selected, prompts, together, pool):
+    engine = selecting(speculative_config=NGRAM, **pool)
+    answers = engine.generate(prompts, NEW_TOKENS)
+    drafted, accepted = (engine.counter(f"vllm:spec_decode_num_{name}_tokens") for name in ("draft", "accepted"))
+    assert drafted > accepted > 0
+    all_follow(selected, answers)
+    all_equal(selected, answers, together)
+
+
+RAGGED = [(int(n), int(m)) for n, m in np.random.default_rng(4).integers((1, 3), (260, 40), (14, 2))]
+
+
+@pytest.fixture(scope="module")
+def ragged(selecting, selected):
+    """Prompts with their answers by an engine that gets one after the other."""
+    prompts = random_prompts([length for length, _ in RAGGED], seed=9)
+    engine = selecting(enable_prefix_caching=True, elastickv=STRICT, **SMALL_POOL)
+    alone = [engine.generate([prompt], count)[0] for prompt, (_, count) in zip(prompts, RAGGED, strict=True)]
+    all_follow(selected, alone, window_first=False)
+    return prompts, alone
+
+
+@given(
+    order=st.permutations(range(len(RAGGED))),
+    gaps=st.lists(st.integers(0, 3), min_size=len(RAGGED), max_size=len(RAGGED)),
+    chunk=st.integers(32, 300),
+    aborted=st.sets(st.integers(0, len(RAGGED) - 1), max_size=3),
+)
+@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])  # an example takes seconds: none is shrunk
+def test_any_schedule_gives_the_answers_of_requests_alone(selecting, selected, ragged, order, gaps, chunk, aborted):
+    prompts, expected = ragged
+    engine = selecting(enable_prefix_caching=True, elastickv=STRICT, **SMALL_POOL)
+    start, whole_step = engine.free_blocks, engine.scheduler.max_num_scheduled_tokens
+    engine.scheduler.max_num_scheduled_tokens = chunk
+    names, ended = {}, {}
+    for number, gap in zip(order, gaps, strict=True):
+        names[number] = engine.add(prompts[number], RAGGED[number][1])
+        for _ in range(gap):
+            ended |= engine.step()
+    engine.engine.abort_request([names[number] for number in aborted if names[number] not in ended])
+    while engine.engine.has_unfinished_requests():
+        ended |= engine.step()
+    engine.scheduler.max_num_scheduled_tokens = whole_step
+    answered = [number for number in names if names[number] in ended and number not in aborted]
+    answers = [engine.answers(ended[names[number]], prompts[number])[0] for number in answered]
+    assert len(answers) >= len(RAGGED) - 3
+    all_equal(selected, [expected[number] for number in answered], answers)
+    assert engine.free_blocks == start
