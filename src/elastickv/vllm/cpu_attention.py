@@ -11,6 +11,7 @@ from elastickv.backends.bad_token import NO_BAD_TOKEN, REPORTED_STEPS, BadToken
 from elastickv.backends.cpu.blocks import open_block_kernels
 from elastickv.backends.cpu.blocks.host_blocks import HostBlocks, Table
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import LayerStep
 from elastickv.vllm.selection.decode_selection import Requests, SelectedPages
@@ -208,7 +209,9 @@ class _Part:
         selecting = None
         if batch.prompts is not None:
             prompts, table = batch.prompts[rows].numpy().astype(np.int64), array(batch.block_table)[rows]
-            selecting = Requests(lengths, starts, prompts, table, {})
+            ratios = {request - requests.start: ratio for request, ratio in batch.ratios.items() if request in requests}
+            prompts[[request for request, ratio in ratios.items() if ratio == 1]] = MAX_CONTEXT  # they read every page
+            selecting = Requests(lengths, starts, prompts, table, ratios)
         first = array(step.recent.first)[rows]
         return cls(_blocks(step, rows), step.keys[own], step.values[own], lengths, starts, first, selecting)
 
