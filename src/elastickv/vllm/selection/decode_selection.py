@@ -100,10 +100,12 @@ class DecodeSelection:
         The caller lists the pages of the anchors, then calls `keep`.
         """
         counts = np.diff(requests.starts).astype(np.int64)
-        of_row = np.repeat(np.arange(len(counts)), counts)
         first = requests.lengths - counts
-        positions = first[of_row] + np.arange(len(of_row)) - (requests.starts[:-1] - requests.starts[0])[of_row]
         self._forget(requests, first)
+        if (requests.lengths <= requests.prompts).all():
+            return None
+        of_row = np.repeat(np.arange(len(counts)), counts)
+        positions = first[of_row] + np.arange(len(of_row)) - (requests.starts[:-1] - requests.starts[0])[of_row]
         own = positions - requests.prompts[of_row]
         anchors = self._anchors(positions, own)
         pages = np.maximum(anchors + 1 - self._window, 0) // PAGE_TOKENS
@@ -115,6 +117,8 @@ class DecodeSelection:
 
     def keep(self, requests: Requests, selected: SelectedPages) -> None:
         """Keep the lists of a step's anchors that later steps may read."""
+        if self._every == 1:  # every token lists its own
+            return
         heads = len(AnchorField)
         for anchor, pages in zip(selected.anchors, selected.lists[0], strict=True):
             request, row = int(anchor[AnchorField.REQUEST]), int(anchor[AnchorField.ROW])
@@ -163,7 +167,9 @@ class DecodeSelection:
         return np.asarray(positions - np.minimum(np.maximum(own, 0), (own + self._offset) % self._every))
 
     def _anchor(self, position: int, prompt: int) -> int:
-        return int(self._anchors(np.array([position]), np.array([position - prompt]))[0])
+        """Return what `_anchors` does for one row."""
+        own = position - prompt
+        return position - min(max(own, 0), (own + self._offset) % self._every)
 
     def _counts(self, ratios: Mapping[int, float], of_row: Whole, pages: Whole) -> Whole:
         """Return how many pages each KV head of each row lists, (rows, kv_heads), as `regions.selected` counts them."""
