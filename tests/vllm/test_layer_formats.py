@@ -15,6 +15,7 @@ from elastickv.vllm.layer_formats import (
     calibration_hash,
     layer_recipes,
     read_calibration,
+    selection_line,
     uncalibrated,
     with_calibration_hash,
 )
@@ -133,6 +134,12 @@ def test_without_a_calibration_all_layers_select_the_same_share_and_the_warning_
         f"compress=8 without a calibration: all KV heads read the same share of pages; at 32768 tokens that is {recipe}"
     )
     assert f"expected loss {predicted_loss(recipe, HEAD_DIM):.3f}" in said and "\n" not in said
+
+
+def test_the_log_says_what_decodes_read(file):
+    chosen = recipes(calibration=file, compress=8)
+    ratio = LAYERS * KV_HEADS * MODEL.context * HEAD_DIM * 4 / read_by_heads(chosen)
+    assert selection_line(chosen, MODEL) == f"decodes read selected pages: 1/{ratio:.2f} of the dense bytes at 32768 tokens"
 
 
 @pytest.mark.parametrize("name", ["int8", "k8v4", "fp8"])

@@ -170,16 +170,6 @@ def test_preempted_requests_read_the_lists_that_they_had(selecting, selected, pr
     all_equal(selected, answers, together)
 
 
-def test_a_soft_hit_without_its_window_reads_pages_and_selects_among_them(selecting, selected):
-    engine, prompt = selecting(**CACHED), random_prompts([200], seed=6)[0]
-    engine.generate([prompt], 4)
-    engine.evict_windows()
-    answer = engine.generate([[*prompt[:196], 7]], 60)[0]
-    assert answer.cached == 192 and answer.window_first[192] == 192
-    assert follows(selected, answer) is None
-    assert follows(selected, answer, window_first=False) is not None
-
-
 RAGGED = [(int(n), int(m)) for n, m in np.random.default_rng(4).integers((1, 3), (260, 30), (9, 2))]
 
 
@@ -218,6 +208,16 @@ def test_any_schedule_gives_the_answers_of_requests_alone(selecting, selected, r
     assert len(answers) >= len(RAGGED) - 3
     all_equal(selected, [expected[number] for number in answered], answers)
     assert engine.free_blocks == start
+
+
+def test_a_soft_hit_without_its_window_reads_pages_and_selects_among_them(selecting, selected):
+    engine, prompt = selecting(**CACHED), random_prompts([200], seed=6)[0]
+    engine.generate([prompt], 4)
+    engine.evict_windows()
+    answer = engine.generate([[*prompt[:196], 7]], 60)[0]
+    assert answer.cached == 192 and answer.window_first[192] == 192
+    assert follows(selected, answer) is None
+    assert follows(selected, answer, window_first=False) is not None
 
 
 def test_drafts_change_no_answer_nor_do_they_when_requests_are_preempted(selecting, selected, prompts, together):

@@ -176,6 +176,13 @@ def at_ratio(recipes: Mapping[int, Recipe], ratio: float, model: ServedModel) ->
     return {layer: budget.recipe_at(layer, model.solved_context) for layer in recipes}
 
 
+def selection_line(recipes: Mapping[int, Recipe], model: ServedModel) -> str:
+    """Return the line for the log about a selection of pages."""
+    context = model.solved_context
+    ratio = Budget(recipes, model.shape, model.dtype, None, context, fixed=False).ratio_at(context, 1.0)
+    return f"decodes read selected pages: 1/{ratio:.2f} of the dense bytes at {context} tokens"
+
+
 def uncalibrated(options: ServingOptions, recipe: Recipe, model: ServedModel) -> str:
     """Return the warning of a selection that no calibration chose."""
     loss = predicted_loss(recipe, model.shape.head_dim)

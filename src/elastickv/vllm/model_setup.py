@@ -25,6 +25,7 @@ from elastickv.vllm.layer_formats import (
     at_ratio,
     layer_recipes,
     layer_smoothing,
+    selection_line,
     uncalibrated,
     with_calibration_hash,
 )
@@ -135,13 +136,16 @@ class ModelSetup:
         return self.recipe if self.of_drafter(name) else self._recipes.get(extract_layer_index(name), self.recipe)
 
     def _tell_selection(self, served: ServedModel) -> None:
-        """Log what a selection of pages loses where nothing is calibrated, and ask vLLM for the lengths of prompts."""
+        """Log what a selection of pages reads, and loses where nothing is calibrated; ask vLLM for the lengths of prompts."""
         selecting = [recipe for recipe in self._recipes.values() if recipe.selection == "pages"]
         if not selecting:
             return
         # A window of generated tokens that covers all of them: vLLM then says with each step where prompts end.
         self.config.model_config.model_arch_config.rswa_window = self.config.model_config.max_model_len
-        if self.options.calibration is None and get_tensor_model_parallel_rank() == 0:
+        if get_tensor_model_parallel_rank() > 0:
+            return
+        _log.info("ElasticKV: %s", selection_line(self._recipes, served))
+        if self.options.calibration is None:
             _log.warning("ElasticKV: %s", uncalibrated(self.options, selecting[0], served))
 
     def smoothing_of_layer(self, name: str, recipe: Recipe) -> Smoothing | None:
