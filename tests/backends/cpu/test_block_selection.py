@@ -57,6 +57,15 @@ def test_a_head_that_lists_as_many_pages_as_there_are_lists_all():
     assert lists[0, 0, :20].tolist() == list(range(20))
 
 
+def test_queries_that_are_no_numbers_list_pages_that_there_are():
+    of, _, query = stored("int4", 64, 2, 2)
+    query[0], query[1] = -np.nan, np.inf
+    lists = listed(of, query[:2], [20, 5], [[19, 7], [4, 1]])
+    for request, (pages, counts) in enumerate(((20, (19, 7)), (5, (4, 1)))):
+        for head, count in enumerate(counts):
+            assert ((lists[request, head, :count] >= 0) & (lists[request, head, :count] < pages)).all()
+
+
 def errors(of, arguments, query, pages, counts, selected):
     output = of.attend(query, arguments, list(range(len(LENGTHS))), selected)
     for request, length in enumerate(LENGTHS):

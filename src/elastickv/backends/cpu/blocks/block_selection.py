@@ -58,7 +58,9 @@ def list_pages(arguments, thread):  # type: ignore[no-untyped-def]
             scores = a[SCORES] + thread * a[SCORES_BYTES]
             _score(a, c, thread, load_i64(anchor + REQUEST), load_i64(anchor + ROW), head, pages, scores)
             store_f32(scores, GREATEST)
-            list_best(scores, pages, count, target)
+            listed = list_best(scores, pages, count, target)
+            for number in range(listed, count):  # among scores that are NaN there may be fewer
+                store_i32(target + 4 * number, 0)
         else:
             for page in range(count):
                 store_i32(target + 4 * page, page)
