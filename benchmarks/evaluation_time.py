@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,9 @@ class Clock:
         self._main = threading.main_thread().ident
         self._looks: Counter[str] = Counter()
         self._name, self._began, self._steps = "starting", STARTED, 0
-        threading.Thread(target=self._sample, daemon=True).start()
+        self._ended = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
 
     def phase(self, name: str) -> None:
         """End a phase and begin another."""
@@ -47,6 +48,11 @@ class Clock:
         record = self.about | {"seconds": round(now - STARTED, 3), "phases": self._phases}
         self._output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
+    def stop(self) -> None:
+        """End the sampling: a thread that runs while the interpreter ends can abort it."""
+        self._ended.set()
+        self._sampler.join()
+
     def progress(self, done: int, total: int) -> None:
         """Count steps."""
         self._steps = done
@@ -56,8 +62,7 @@ class Clock:
         return sum(one["seconds"] for one in self._phases if any(part in one["phase"] for part in parts))
 
     def _sample(self) -> None:
-        while True:
-            time.sleep(EVERY_S)
+        while not self._ended.wait(EVERY_S):
             frame = sys._current_frames().get(self._main or 0)
             leaf = frame and frame.f_code.co_name
             while frame and "elastickv" not in frame.f_code.co_filename:
@@ -81,6 +86,7 @@ def main() -> int:
     import transformers
 
     import elastickv
+    from elastickv.benchmark.environment import environment
     from elastickv.evaluation.calibrate import DEFAULT_TOKENS, calibrate
     from elastickv.evaluation.evaluate import evaluate
     from elastickv.evaluation.evaluation_options import EvaluationOptions
@@ -90,7 +96,7 @@ def main() -> int:
     if arguments.device.startswith("cuda"):
         clock.about["device_name"] = torch.cuda.get_device_name(arguments.device)
     versions = {package.__name__: package.__version__ for package in (elastickv, torch, transformers)}
-    clock.about |= {"versions": versions, "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    clock.about |= {"versions": versions} | {name: environment()[name] for name in ("date_utc", "commit")}
 
     def wait() -> None:
         if arguments.device.startswith("cuda"):
@@ -114,6 +120,7 @@ def main() -> int:
     signal.setitimer(signal.ITIMER_REAL, 0)
     clock.about["complete"] = complete
     clock.phase("end")
+    clock.stop()
     whole = time.monotonic() - STARTED
     starting = clock.seconds("starting", "importing", "loading")
     print(f"start {starting:.1f} s; calibration {clock.seconds('calibrating'):.1f} s; ", end="")

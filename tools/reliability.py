@@ -15,12 +15,12 @@ Row = tuple[str, str, str, str, str]
 def reliability() -> list[str]:
     """Return the table, a row for each result file."""
     lines = ["| " + " | ".join(HEADERS) + " |", "|" + "---|" * len(HEADERS)]
-    for name, read in _READERS.items():
-        path = RESULTS / name
-        if not path.exists():
-            lines.append(f"| {name} | not run yet | | | |")
-            continue
-        lines += ["| " + " | ".join(row) + " |" for row in read(json.loads(path.read_text(encoding="utf-8")))]
+    for pattern, read in _READERS.items():
+        paths = sorted(RESULTS.glob(pattern))
+        if not paths:
+            lines.append(f"| {pattern} | not run yet | | | |")
+        for path in paths:
+            lines += ["| " + " | ".join(row) + " |" for row in read(json.loads(path.read_text(encoding="utf-8")))]
     return lines
 
 
@@ -32,11 +32,17 @@ def _where(record: dict[str, Any], device: str | None = None) -> str:
 
 
 def _command(command: list[str] | str) -> str:
-    return f"`{command if isinstance(command, str) else ' '.join(command)}`"
+    if not isinstance(command, str):
+        command = " ".join(f'"{part}"' if " " in part else part for part in command)
+    return f"`{command}`"
 
 
 def _number(count: int) -> str:
     return f"{count:,}"
+
+
+def _tests(count: int) -> str:
+    return "1 test" if count == 1 else f"{_number(count)} tests"
 
 
 def _properties(record: dict[str, Any]) -> Iterator[Row]:
@@ -67,11 +73,11 @@ def _fuzzing(record: dict[str, Any]) -> Iterator[Row]:
         yield f"fuzzing of {what}", f"{count} inputs", said, where, _command(record["command"])
 
 
-def _suite(record: dict[str, Any]) -> Iterator[Row]:
+def _suite(record: dict[str, Any], which: str = "the GPU test suite") -> Iterator[Row]:
     tests = record["tests"]
     said = f"{_number(tests['passed'])} passed, {tests.get('failed', 0)} failed"
     said += f", {tests['skipped']} skipped (missing hardware or package)" if tests.get("skipped") else ""
-    yield ("the GPU test suite", f"{_number(sum(tests.values()))} tests", said, _where(record), _command(record["command"]))
+    yield (which, _tests(sum(tests.values())), said, _where(record), _command(record["command"]))
 
 
 def _faults(record: dict[str, Any]) -> Iterator[Row]:
@@ -126,6 +132,8 @@ _READERS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "h100/properties.json": _properties,
     "h200/properties.json": _properties,
     "h200/suite.json": _suite,
+    "h200/block_tests.json": lambda record: _suite(record, "kernels that read block tables"),
+    "h200/serving_tests-*.json": lambda record: _suite(record, "the vLLM plug-in on a GPU"),
     "reliability/mutation.json": _mutants,
     "reliability/fuzzing.json": _fuzzing,
     "reliability/faults.json": _faults,

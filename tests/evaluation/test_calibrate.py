@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from elastickv.backends.cpu import open_backend
 from elastickv.errors import UsageError
-from elastickv.evaluation.attention_inputs import observed
+from elastickv.evaluation.attention_inputs import norms_of_outputs, observed, through_norm
 from elastickv.evaluation.calibrate import calibrate
 from elastickv.evaluation.layer_errors import LayerInputs, _Head, _QueryRegions, hessians, layer_errors
 from elastickv.evaluation.texts import Text
@@ -238,6 +239,62 @@ def test_a_model_is_left_as_it_was_when_the_measurement_fails():
         loaded.model(input_ids=torch.arange(8)[None])
     assert loaded.model.config._attn_implementation == before
     assert not any(module._forward_pre_hooks for module in loaded.model.modules())
+
+
+def with_norms_of_outputs(kind):
+    """A small random model whose layers normalize what their attention writes."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "head_dim": 64, "pad_token_id": 0}
+    if kind == "Gemma3":
+        config = transformers.Gemma3TextConfig(**sizes, layer_types=["full_attention"] * 2)
+        model = transformers.Gemma3ForCausalLM(config)
+    else:
+        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.5)
+    return replace(tiny_llama(), name=kind, model=model.eval())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("Gemma3", "post_attention_layernorm"), ("Olmo2", "post_attention_layernorm"), ("Glm4", "post_self_attn_layernorm")],
+)
+def test_the_norm_of_an_attentions_output_is_found(kind, name):
+    model = with_norms_of_outputs(kind).model
+    assert norms_of_outputs(model) == {layer.self_attn: getattr(layer, name) for layer in model.model.layers}
+
+
+def test_a_norm_of_the_sum_is_none_of_the_output():
+    assert norms_of_outputs(tiny_llama().model) == {}
+
+
+def test_errors_are_those_behind_the_norm_of_the_output():
+    """Where the output is normalized, a factor on it changes nothing."""
+    loaded, positions = with_norms_of_outputs("Gemma3"), [3, 7]
+    ids, inputs = torch.arange(8)[None], []
+    for _ in range(2):
+        with torch.inference_mode(), observed(loaded.model, positions, lambda layer, given: inputs.append(given)):
+            loaded.model(input_ids=ids)
+        with torch.no_grad():
+            for layer in loaded.model.model.layers:
+                layer.self_attn.o_proj.weight *= 8
+    costs = [each.projection.square() / each.residual[:, None, None] for each in inputs]
+    torch.testing.assert_close(costs[2:], costs[:2], rtol=1e-3, atol=0)
+
+
+def test_a_small_change_goes_through_the_norm_as_its_errors_say():
+    """The square of a change behind the norm, against the gains and the mean square that it is measured with."""
+    torch.manual_seed(0)
+    norm = transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm(64)
+    torch.nn.init.normal_(norm.weight)
+    module = torch.nn.Module()
+    module.o_proj = torch.nn.Linear(128, 64, bias=False)
+    attended, change = torch.randn(500, 2, 64), 1e-3 * torch.randn(500, 2, 64)
+    gains, mean_square = through_norm(norm, module, attended)
+    before, after = (norm(module.o_proj(each.flatten(1))) for each in (attended, attended + change))
+    expected = (change.flatten(1) @ (gains * module.o_proj.weight).T).square().sum(1) / mean_square
+    # Without what the change adds to the root mean square itself, one direction of 64.
+    torch.testing.assert_close((after - before).square().sum(1).mean(), expected.mean(), rtol=0.06, atol=0)
 
 
 def test_observing_changes_no_logit():

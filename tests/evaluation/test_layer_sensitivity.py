@@ -8,11 +8,14 @@ import torch
 from transformers import DynamicCache
 
 from elastickv.errors import UsageError
+from elastickv.evaluation import sessions
 from elastickv.evaluation.calibrate import calibrate
+from elastickv.evaluation.prefill import prefill
 from elastickv.evaluation.sensitivity.layer_sensitivity import SCORED, layer_losses
 from elastickv.evaluation.tensor_codecs import stored_rows
 from elastickv.evaluation.texts import Text
-from elastickv.recipe import ModelCalibration, for_stored_bits, stored_bits
+from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, for_ratio_by_layer, for_stored_bits, stored_bits
+from elastickv.recipe.byte_counts import interval_bytes
 from elastickv.transformers.cache_argument import CACHE_ARGUMENT
 from tests.helpers.tiny_models import TEXT, tiny_llama
 
@@ -33,7 +36,7 @@ def calibration(loaded):
     return calibrate(loaded, Text("letters", TEXT), 1000)
 
 
-def loss_of(model, layer, of_values):
+def loss_of(model, layer, of_values, fmt="int4"):
     """Without a prefill or a session of ours: the whole text once, then its last tokens after an edited cache."""
     first, ids = len(ROW) - SCORED, torch.tensor([ROW])
     predicted = []
@@ -44,7 +47,7 @@ def loss_of(model, layer, of_values):
             rows = cache.layers[layer].values if of_values else cache.layers[layer].keys
             if edited:
                 cold = slice(4, 4 + (first - 4 - 128) // 32 * 32)
-                rows[:, :, cold] = stored_rows(rows[:, :, cold], "int4", of_values, 64)
+                rows[:, :, cold] = stored_rows(rows[:, :, cold], fmt, of_values, 64)
             logits = model(input_ids=ids[:, first:], **{CACHE_ARGUMENT: cache}).logits[0]
             predicted.append(logits.double().log_softmax(-1))
     exact, other = predicted
@@ -53,16 +56,35 @@ def loss_of(model, layer, of_values):
 
 def test_each_loss_is_that_of_one_tensor_of_one_layer(loaded):
     losses = layer_losses(loaded.model, [ROW], (0, 1))
-    for tensor, of_layers in losses.items():
-        for layer, loss in enumerate(of_layers):
-            assert loss == pytest.approx(loss_of(loaded.model, layer, tensor == "values"), rel=1e-3)
-    twice = layer_losses(loaded.model, [ROW, ROW], (1,))
-    assert twice["keys"] == pytest.approx(losses["keys"][1:])
+    for changed, fmt in (("keys", "int4"), ("values", "int4"), ("keys/int2", "int2"), ("values/int2", "int2")):
+        for layer, loss in enumerate(losses[changed]):
+            assert loss == pytest.approx(loss_of(loaded.model, layer, changed.startswith("values"), fmt), rel=1e-3)
+    twice = layer_losses(loaded.model, [ROW, ROW], (0, 1))
+    assert all(twice[tensor] == pytest.approx(losses[tensor]) for tensor in losses)
+
+
+def test_the_loss_of_a_layers_pages_is_that_of_a_cache_that_selects_in_it_alone(loaded):
+    """The cache stores them in 8 bits, which loses next to nothing beside seven eighths of the pages."""
+    first, ids = len(ROW) - SCORED, torch.tensor([ROW])
+    losses = layer_losses(loaded.model, [ROW], (0, 1))["pages"]
+    start = prefill(loaded.model, [ROW], first, SCORED)
+    with torch.inference_mode():
+        exact = loaded.model(input_ids=ids).logits[0, first:].double().log_softmax(-1)
+    for layer, loss in enumerate(losses):
+        recipes = [Recipe.parse("dense")] * 2
+        recipes[layer] = Recipe.parse("k=int8_per_channel,v=int8,pages=1/8,anchor_every=1")
+        with sessions.elastic(loaded.model, recipes, start, SCORED) as session:
+            steps = [session.step(ids[:, n])[0] for n in range(first, len(ROW))]
+        other = torch.stack(steps).double().log_softmax(-1)
+        assert loss == pytest.approx(float((exact.exp() * (exact - other)).sum(-1).mean()), rel=0.05)
+    assert losses[0] > 10 * losses[1] > 0
 
 
 def test_a_calibration_says_what_a_unit_of_error_costs_and_keeps_it_in_its_file(loaded, calibration):
     losses = layer_losses(loaded.model, [tuple(map(ord, TEXT[:1000]))], (0, 1))
-    for tensor, errors in (("keys", calibration.keys["int4"]), ("values", calibration.values["int4/64"])):
+    measured = {"keys": calibration.keys["int4"], "values": calibration.values["int4/64"], "pages": calibration.pages[1][1 / 8]}
+    measured |= {"keys/int2": calibration.keys["int2"], "values/int2": calibration.values["int2/64"]}
+    for tensor, errors in measured.items():
         factors = [loss / sum(row) for loss, row in zip(losses[tensor], errors, strict=True)]
         assert calibration.sensitivity[tensor] == pytest.approx(factors, rel=1e-4)
     assert ModelCalibration.loads(calibration.dumps()) == calibration
@@ -76,13 +98,53 @@ def test_rounding_to_16_bits_hides_a_layers_loss_so_that_none_is_measured():
     assert calibrate(half, Text("letters", TEXT), 800).sensitivity is None
 
 
-def test_errors_in_nats_are_those_of_formats_times_the_sensitivity_of_their_layer(calibration):
-    weighed = calibration.in_nats()
-    for tensor in ("keys", "values"):
-        for name, rows in getattr(calibration, tensor).items():
-            for row, other, factor in zip(rows, getattr(weighed, tensor)[name], calibration.sensitivity[tensor], strict=True):
+def test_errors_in_nats_are_those_times_the_sensitivity_of_their_layer(calibration):
+    sensitivity = {name: calibration.sensitivity[name] for name in ("keys", "values", "pages")}
+    weighed = replace(calibration, sensitivity=sensitivity).in_nats()
+    tables = [(tensor, getattr(calibration, tensor), getattr(weighed, tensor)) for tensor in ("keys", "values")]
+    tables += [("pages", calibration.pages[steps], weighed.pages[steps]) for steps in calibration.pages]
+    for tensor, before, after in tables:
+        for name, rows in before.items():
+            for row, other, factor in zip(rows, after[name], sensitivity[tensor], strict=True):
                 assert other == pytest.approx([factor * error for error in row])
-    assert weighed.in_nats() is weighed and weighed.pages == calibration.pages
+    assert weighed.in_nats() is weighed
+
+
+def test_a_loss_that_grows_faster_than_its_error_is_a_power_of_it_between_4_and_2_bits(calibration):
+    """With sensitivities 1 at `int4` and 8 at `int2`, whose error is 16 times larger: the factor is error^0.75."""
+    table = {"int8": 0.1, "int4": 1.0, "int3": 4.0, "int2": 16.0, "int2+rotated": 20.0}
+    keys = {name: ((error / 2, error / 2), (error / 4, 3 * error / 4)) for name, error in table.items()}
+    even = dict.fromkeys(("keys", "values", "values/int2"), (1.0, 1.0))
+    weighed = replace(calibration, keys=keys, sensitivity=even | {"keys/int2": (8.0, 0.5)}).in_nats()
+    losses = {name: [sum(row) for row in rows] for name, rows in weighed.keys.items()}
+    expected = {"int8": 0.1, "int4": 1.0, "int3": 4 * 4**0.75, "int2": 16 * 8, "int2+rotated": 20 * 8}
+    assert {name: row[0] for name, row in losses.items()} == pytest.approx(expected)
+    assert {name: row[1] for name, row in losses.items()} == pytest.approx(table), "a loss that grows slower is taken as it is"
+    assert weighed.keys["int3"][1][1] == pytest.approx(3 * weighed.keys["int3"][1][0])
+
+
+def test_a_calibration_without_sensitivities_of_pages_is_solved_for_a_ratio_by_its_errors(calibration):
+    of_formats = {tensor: calibration.sensitivity[tensor] for tensor in ("keys", "values")}
+    older = replace(calibration, sensitivity=of_formats)
+    assert ModelCalibration.loads(older.dumps()) == older
+    assert older.in_nats().pages == older.pages
+    plain = replace(calibration, sensitivity=None)
+    assert for_ratio_by_layer(older, 6, 2000) == for_ratio_by_layer(plain, 6, 2000)
+
+
+def test_the_layer_that_predictions_depend_on_reads_more_pages(calibration):
+    even = replace(
+        calibration,
+        keys={name: (rows[0], rows[0]) for name, rows in calibration.keys.items()},
+        values={name: (rows[0], rows[0]) for name, rows in calibration.values.items()},
+        pages={r: {f: (rows[0], rows[0]) for f, rows in curve.items()} for r, curve in calibration.pages.items()},
+    )
+    head = AttentionShape(1, 2, 1, 64)
+    for first, second in ((1.0, 1e-3), (1e-3, 1.0)):
+        swayed = replace(even, sensitivity=dict.fromkeys(("keys", "values", "pages"), (first, second)))
+        plan = for_ratio_by_layer(swayed, 8, 8000)
+        read = [interval_bytes(recipe, [8000], head, "bf16").kv for recipe in plan.recipes]
+        assert (read[0] > 2 * read[1]) == (first > second)
 
 
 def test_the_layer_that_predictions_depend_on_gets_the_bits(calibration):
@@ -109,6 +171,8 @@ def test_the_layer_that_predictions_depend_on_gets_the_bits(calibration):
         {"keys": ["1", 2.0], "values": [1.0, 2.0]},
         {"keys": [True, 2.0], "values": [1.0, 2.0]},
         {"keys": [1e300, 1.0], "values": [1.0, 1.0]},
+        {"keys": [1.0, 1.0], "values": [1.0, 1.0], "pages": [1.0]},
+        {"keys": [1.0, 1.0], "values": [1.0, 1.0], "keys/int2": [1.0, -1.0]},
     ],
 )
 def test_a_damaged_one_is_refused_in_one_line(calibration, sensitivity):

@@ -6,6 +6,8 @@ from tests.helpers.read_rule import disagreement, follows
 
 RECIPE, WINDOW = "int4", 64
 LENGTHS = (100, 37, 211, 64, 5)
+# Share of a GPU's memory for an engine: those that a process has closed may keep theirs, and a file starts a dozen.
+GPU_MEMORY = 0.07
 NEW_TOKENS = 104
 # Less than the requests need together: some are preempted.
 SMALL_POOL = {"num_gpu_blocks_override": 100, "max_model_len": 512}

@@ -44,7 +44,8 @@ def test_what_the_options_alone_show_to_be_wrong_is_one_line(ours, others, word)
         [],
         ["serve", "MODEL"],
         ["serve", "MODEL", "--kv-cache-dtype", "fp8"],
-        ["serve", "MODEL", "--kv-cache-dtype", "elastickv_int4"],
+        ["serve", "MODEL", "--kv-cache-dtype", "elastickv_int4", "--config", "options.yaml"],
+        ["serve", "MODEL", "--kv-cache-dtype", "elastickv_int4", *BACKEND],
         ["serve", "MODEL", "--kv-cache-dtype"],
         ["serve", "MODEL", "--additional-config"],
         ["serve", "MODEL", "--additional-config", "no JSON"],
@@ -94,6 +95,7 @@ OPTIONS = ["--additional-config", '{"elastickv": {"format": "int4"}}']
         ["--attention-config.backend", "ELASTICKV"],
         ["--attention-config", '{"backend": "ELASTICKV"}'],
         ["-ac.backend=ELASTICKV"],
+        ["-ac", '{"backend": "ELASTICKV"}'],
         ["--config", "options.yaml"],
     ],
     ids=" ".join,
@@ -102,6 +104,25 @@ def test_on_gpus_options_need_the_backend(asked):
     reason = refusal(["serve", "MODEL", *OPTIONS])
     assert reason is not None and "add `attention_backend=ELASTICKV`" in reason and "\n" not in reason
     assert refusal(["serve", "MODEL", *OPTIONS, *asked]) is None
+
+
+def test_on_gpus_a_cache_dtype_needs_the_backend():
+    """vLLM would name all backends of its own, none of which stores it."""
+    reason = refusal(["serve", "MODEL", "--kv-cache-dtype", "elastickv_int8"])
+    assert reason is not None and "elastickv_int8" in reason and "add `attention_backend=ELASTICKV`" in reason
+
+
+@pytest.mark.parametrize(
+    ("ours", "remedy"),
+    [(None, {"format": "k8v4"}), ({"window": 64}, {"format": "k8v4", "window": 64}), ({"format": "k8v4"}, {"format": "k8v4"})],
+    ids=str,
+)
+def test_where_cache_dtypes_have_no_name_the_format_goes_into_the_options(ours, remedy):
+    options = [] if ours is None else ["--additional-config", json.dumps({"elastickv": ours})]
+    given = ["serve", "MODEL", "--kv-cache-dtype", "elastickv_k8v4", *options]
+    reason = refusal(given, on_cpu=True, named_cache_dtypes=False)
+    assert reason is not None and f"give `additional_config={json.dumps({'elastickv': remedy})}`" in reason
+    assert refusal(given, on_cpu=True) is None
 
 
 def test_on_cpus_the_options_alone_ask_for_elastickv():

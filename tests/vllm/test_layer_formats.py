@@ -168,6 +168,7 @@ def test_a_ratio_that_formats_alone_cannot_meet_is_refused_with_the_largest(file
 def test_a_context_within_the_window_meets_no_ratio(file):
     message = refusal(lambda: recipes(model=replace(MODEL, context=128), calibration=file, compress=2))
     assert "cannot be met at a context of 128" in message
+    assert "larger `max_model_len`" in message and "sinks`" not in message
 
 
 def test_the_option_layers_overrides_the_calibration(file):

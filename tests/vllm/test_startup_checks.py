@@ -154,6 +154,13 @@ def test_a_32_bit_model_is_served_on_cpus_only():
     assert refusals(wide, CPU, LAYER) == []
 
 
+@pytest.mark.parametrize("device", [H200, CPU])
+def test_sums_in_one_order_are_not_promised(device):
+    """On CPUs vLLM does not ask the backend."""
+    message = reason(device=replace(device, batch_invariant=True))
+    assert "VLLM_BATCH_INVARIANT" in message and device.stock_backend in message
+
+
 @pytest.mark.parametrize("size", [32, 64, 96, 128, 256])
 def test_a_block_of_whole_pages_is_mapped_by_vllm(size):
     blocks = {"cache_config__block_size": size, "cache_config__user_specified_block_size": True}

@@ -14,6 +14,7 @@ from elastickv.evaluation.layer_errors import LayerInputs, mean_products
 from elastickv.recipe.recipe import DEFAULT_SINKS
 
 NAME = "elastickv_observed"
+_FEW = 4
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
@@ -24,17 +25,20 @@ def observed(model: Any, positions: Sequence[int], measure: Callable[[int, Layer
     The attention function is registered through Transformers' interface; hooks on the decoder layers see the residual stream.
     """
     residual: dict[Any, torch.Tensor] = {}
+    norms = norms_of_outputs(model)
     here = torch.tensor(positions, device=model.device)
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **rest: Any) -> Any:
+        exact = _exact(module, query, key, value, mask, scaling, rest)
         if not rest.get("sliding_window") and not getattr(module, "sliding_window", None) and module in residual:
             sinks = rest.get("s_aux")
+            gains, mean_square = through_norm(norms.get(module), module, exact[0][0, here])
             inputs = LayerInputs(
                 queries=query[0, :, here].float(),
                 keys=key[0].float(),
                 values=value[0].float(),
-                projection=_projection(module).weight.detach().float(),
-                residual=residual[module],
+                projection=gains * _projection(module).weight.detach().float(),
+                residual=residual[module] * mean_square,
                 positions=here,
                 scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
                 softcap=rest.get("softcap"),
@@ -42,7 +46,7 @@ def observed(model: Any, positions: Sequence[int], measure: Callable[[int, Layer
                 query_products=mean_products(query[0, :, DEFAULT_SINKS:].float(), key.shape[1]),
             )
             measure(module.layer_idx, inputs)
-        return _exact(module, query, key, value, mask, scaling, rest)
+        return exact
 
     def note(module: Any) -> Callable[..., None]:
         def hook(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -95,6 +99,64 @@ def attention_modules(model: Any) -> list[tuple[Any, Any]]:
     if not pairs:
         raise UsageError(f"{type(model).__name__} has no attention whose output projection is known: {', '.join(_PROJECTIONS)}")
     return pairs
+
+
+def norms_of_outputs(model: Any) -> dict[Any, Any]:
+    """Return the norm that each attention module's output goes through before it is added to the residual stream, if any.
+
+    Gemma 2 and 3, OLMo 2 and GLM-4 have one. Names do not tell: `post_attention_layernorm` of Llama normalizes the sum. So the
+    model reads a few tokens, and the norm is the one whose input is the output.
+    """
+    outputs: dict[Any, Any] = {}
+    norms: dict[Any, Any] = {}
+    hooks = []
+
+    def note(module: Any) -> Callable[..., None]:
+        def hook(_: Any, arguments: Any, output: Any) -> None:
+            outputs[module] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def compare(module: Any) -> Callable[..., None]:
+        def hook(norm: Any, arguments: tuple[Any, ...]) -> None:
+            if arguments and arguments[0] is outputs.get(module):
+                norms[module] = norm
+
+        return hook
+
+    try:
+        for parent, module in attention_modules(model):
+            hooks.append(module.register_forward_hook(note(module)))
+            normalizing = (child for child in parent.children() if getattr(getattr(child, "weight", None), "ndim", 0) == 1)
+            hooks += [child.register_forward_pre_hook(compare(module)) for child in normalizing]
+        with torch.inference_mode():
+            model(input_ids=torch.zeros((1, _FEW), dtype=torch.long, device=model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return norms
+
+
+def through_norm(norm: Any, module: Any, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return by what a norm of the attention's output multiplies a small change of it, and by what it divides its square.
+
+    An RMS norm multiplies channel h by g[h] and divides by the root mean square of the output, which a small change hardly
+    changes.
+
+    Parameters
+    ----------
+    norm : None for none.
+    attended : (positions, query_heads, head_dim), what the output projection gets.
+
+    Returns
+    -------
+    (hidden, 1) gains and (positions,) mean squares; ones without a norm.
+    """
+    if norm is None:
+        return attended.new_ones((1, 1), dtype=torch.float32), attended.new_ones(len(attended), dtype=torch.float32)
+    output = _projection(module)(attended.flatten(1))
+    gains = norm.weight if isinstance(norm, torch.nn.LayerNorm) else norm(torch.ones_like(output[:1]))[0]
+    return gains.detach().float()[:, None], output.float().square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _projection(module: Any) -> Any:

@@ -9,7 +9,7 @@ from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, hessians, key_smoothing, layer_errors
 from elastickv.evaluation.layer_progress import Progress
-from elastickv.evaluation.sensitivity.layer_sensitivity import KEYS, STORED_AS, VALUES, layer_losses
+from elastickv.evaluation.sensitivity.layer_sensitivity import FRACTION, KEYS, PAGES, STORED_AS, layer_losses
 from elastickv.evaluation.texts import Text, windows
 from elastickv.kvcache.gptq import hessian_text
 from elastickv.recipe.calibration import FRACTIONS, HeadErrors, HessianTexts, ModelCalibration, Smoothing
@@ -101,8 +101,12 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     if sensitive:
         report = None if progress is None else (lambda done, of: progress(total - of + done, total))
         losses = layer_losses(loaded.model, [row.ids for row in rows], layers, report)
-        errors = {KEYS: keys[STORED_AS], VALUES: values[f"{STORED_AS}/{padded_head_dim(heads[2])}"]}
-        sensitivity = {tensor: _per_error(losses[tensor], errors[tensor]) for tensor in losses}
+        group = padded_head_dim(heads[2])
+        errors = {
+            changed: keys[fmt] if changed.startswith(KEYS) else values[f"{fmt}/{group}"] for changed, fmt in STORED_AS.items()
+        }
+        errors[PAGES] = mean(lambda measured_errors: measured_errors.pages[1][FRACTION])
+        sensitivity = {changed: _per_error(losses[changed], errors[changed]) for changed in losses}
 
     return ModelCalibration(
         model=loaded.name,

@@ -138,19 +138,24 @@ def selected(model: Any, chosen: SelectionPlan, scores: Mapping[int, Tensor], st
 
 
 @contextmanager
-def recipe_pages(model: Any, recipes: Sequence[Recipe], start: Prefill) -> Iterator[DecodingSession]:
+def recipe_pages(
+    model: Any, recipes: Sequence[Recipe], start: Prefill, others_in_16_bits: bool = True
+) -> Iterator[DecodingSession]:
     """Decode with 16-bit keys and values, of which a step reads the pages that recipes select; restore the model on exit.
 
     Parameters
     ----------
     recipes : one for each layer with full attention; one that selects no pages reads everything.
+    others_in_16_bits : whether layers that read everything are rounded to 16 bits too, or have the model's dtype.
     """
     cache = transformers.DynamicCache(config=model.config)
     full = [number for number, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
     for place, (number, recipe) in enumerate(zip(full, recipes, strict=True)):
         offset = recipe.layer_anchor_offset(place, len(full))
-        selects = recipe.selection == "pages"
-        cache.layers[number] = SelectedLayer(number, RecipePages(recipe, offset)) if selects else SixteenBitLayer()
+        if recipe.selection == "pages":
+            cache.layers[number] = SelectedLayer(number, RecipePages(recipe, offset))
+        elif others_in_16_bits:
+            cache.layers[number] = SixteenBitLayer()
     start.fill(cache.layers, _update)
     with _attending_layers(model) as takes_several:
         yield _SteppedModel(model, cache, takes_several)

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ FORMAT = "elastickv-calibration"
 VERSION = 1
 MOST_SENSITIVITY = 1e30  # losses weighed by it are added up over layers
 MOST_SMOOTHING = 12  # 16-bit floats have room for 2^12 times the largest keys that are known
+_LATER_SENSITIVITIES = ("pages", "keys/int2", "values/int2")
 _LATER = ("prefix", "smoothing", "sensitivity", "hessians")  # which older files lack
 ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
 GPTQ = "+gptq"  # likewise, behind that: of tensors that are rounded by Hessians
@@ -83,8 +84,9 @@ class ModelCalibration:
     prefix : the special tokens before every window of the text; None in older files, whose windows had none.
     smoothing : [layer][KV head][channel] -> n: where K is rotated, its channels are multiplied by 2^n before, and those of the
         queries by 2^-n. None in older files: all are 0.
-    sensitivity : 'keys' and 'values' -> [layer] -> KL divergence of the model's predictions, in nats a token, for a unit of the
-        layer's error, all heads together. None in older files and of 16-bit models.
+    sensitivity : 'keys', 'values' and 'pages' -> [layer] -> KL divergence of the model's predictions, in nats a token, for a
+        unit of the layer's error, all heads together: of `int4`, and of an eighth of the pages; 'keys/int2' and 'values/int2'
+        are those of `int2`. None in older files and of 16-bit models; some older files have 'keys' and 'values' only.
     hessians : 'keys' and 'values' -> [layer][KV head] -> the cost of an error e of a key or value, e H e^T, as text. None in
         older files.
     """
@@ -107,20 +109,30 @@ class ModelCalibration:
     hessians: Mapping[str, tuple[HessianTexts, ...]] | None = None
 
     def in_nats(self) -> "ModelCalibration":
-        """Return this calibration with the errors of formats as losses of the model's predictions, comparable between layers.
+        """Return this calibration with its errors as losses of the model's predictions, comparable between layers.
 
-        Each is multiplied by its layer's sensitivity. A calibration without sensitivities is returned as it is.
+        Each is multiplied by its layer's sensitivity. A loss grows faster than its error in some layers: between the errors of
+        `int4` and `int2` the sensitivity is a power of the error through those of both. A calibration without sensitivities is
+        returned as it is, and errors of pages are left as they are where their sensitivities were not measured.
         """
         if self.sensitivity is None:
             return self
-        keys, values = (
-            {
-                name: tuple(tuple(error * factor for error in row) for row, factor in zip(rows, factors, strict=True))
-                for name, rows in errors.items()
+        weighed: dict[str, Any] = {"sensitivity": None}
+        for tensor, group in (("keys", ""), ("values", f"/{padded_head_dim(self.head_dim)}")):
+            table = getattr(self, tensor)
+            points = [
+                (list(map(sum, table[f"{fmt}{group}"])), self.sensitivity[measured])
+                for fmt, measured in (("int4", tensor), ("int2", f"{tensor}/int2"))
+                if measured in self.sensitivity
+            ]
+            weighed[tensor] = {name: _in_nats(rows, points) for name, rows in table.items()}
+        if "pages" in self.sensitivity:
+            of_pages = self.sensitivity["pages"]
+            weighed["pages"] = {
+                steps: {fraction: _times(rows, of_pages) for fraction, rows in curve.items()}
+                for steps, curve in self.pages.items()
             }
-            for errors, factors in ((self.keys, self.sensitivity["keys"]), (self.values, self.sensitivity["values"]))
-        )
-        return replace(self, keys=keys, values=values, sensitivity=None)
+        return replace(self, **weighed)
 
     def smoothing_of(self, layer: int) -> Smoothing | None:
         """Return the smoothing of one of `layers`, or None for none."""
@@ -262,11 +274,42 @@ class ModelCalibration:
             smoothing=None if record.get("smoothing") is None else smoothing(record["smoothing"]),
             sensitivity=None
             if record.get("sensitivity") is None
-            else {tensor: sensitivity(record["sensitivity"][tensor]) for tensor in ("keys", "values")},
+            else {
+                tensor: sensitivity(record["sensitivity"][tensor])
+                for tensor in ("keys", "values", *_LATER_SENSITIVITIES)
+                if tensor not in _LATER_SENSITIVITIES or tensor in record["sensitivity"]
+            },
             hessians=None
             if record.get("hessians") is None
             else {tensor: hessians(record["hessians"][tensor]) for tensor in ("keys", "values")},
         )
+
+
+def _in_nats(errors: HeadErrors, points: Sequence[tuple[Sequence[float], Sequence[float]]]) -> HeadErrors:
+    """Return errors times their layers' sensitivities.
+
+    Parameters
+    ----------
+    points : one or two pairs of the layers' errors, all heads together, and the sensitivities at these errors.
+    """
+    factors = [
+        _sensitivity_at(sum(row), [(at[layer], factor[layer]) for at, factor in points]) for layer, row in enumerate(errors)
+    ]
+    return _times(errors, factors)
+
+
+def _sensitivity_at(error: float, points: Sequence[tuple[float, float]]) -> float:
+    """Return a sensitivity at an error: that of the nearest point, between two points a power of the error through both."""
+    (low, first), (high, second) = points[0], points[-1]
+    if error <= low or not low < high or not 0 < first < second:
+        return first
+    exponent = math.log(second / first) / math.log(high / low)
+    return float(first * (min(error, high) / low) ** exponent)
+
+
+def _times(errors: HeadErrors, factors: Sequence[float]) -> HeadErrors:
+    """Return errors with those of each layer times its factor."""
+    return tuple(tuple(error * factor for error in row) for row, factor in zip(errors, factors, strict=True))
 
 
 def check_hessian_text(text: Any, head_dim: int) -> None:

@@ -20,7 +20,7 @@ from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unrea
 from elastickv.recipe.knapsack import KnapsackItem, least_cost
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, ROUNDINGS, Recipe, has_page_bounds
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape, padded_head_dim
-from elastickv.recipe.solver import check_context, check_ratio, unmet
+from elastickv.recipe.solver import UNMET_REMEDY, check_context, check_ratio, unmet
 
 _HALVINGS = 44  # of the logarithm of lambda, between these powers of e: to 1e-11 of it
 _STORED_SHARE, _MOST_STORED = 0.75, 3.0
@@ -37,8 +37,7 @@ class LayerPlan:
     recipes : one for each of `ModelCalibration.layers`, in that order.
     ratio : dense bytes / bytes read, all these layers together, at the context it was solved for; the longest one for
         `for_stored_bits`.
-    error : sum of the calibrated errors over layers and heads; of `for_stored_bits`, in nats a token where the calibration has
-        sensitivities.
+    error : sum of the calibrated errors over layers and heads, in nats a token where they are weighed by sensitivities.
     """
 
     recipes: tuple[Recipe, ...]
@@ -79,8 +78,11 @@ def for_ratio_by_layer(
     select_pages: bool = True,
     device: str | None = None,
     gptq: bool = False,
+    remedy: str = UNMET_REMEDY,
 ) -> LayerPlan:
     """Return the recipes of least calibrated error that together read at most 1/ratio of the dense bytes at `context`.
+
+    Errors are weighed by the sensitivity of the model's predictions to each layer, where the calibration has that of its pages.
 
     Parameters
     ----------
@@ -91,6 +93,7 @@ def for_ratio_by_layer(
     select_pages : whether a recipe may select pages. False: every page is read, and only the formats are chosen.
     device : 'cpu' or 'cuda': formats that its kernels do not read are excluded. None: those that the kernels of either do not.
     gptq : whether a recipe may have `rounding=gptq`, where the calibration measured that it loses less: the CPU's caches can.
+    remedy : what the message of a ratio that is not met says to do.
 
     Raises
     ------
@@ -98,6 +101,8 @@ def for_ratio_by_layer(
     """
     check_ratio(ratio)
     check_context(context)
+    if calibration.sensitivity is not None and "pages" in calibration.sensitivity:
+        calibration = calibration.in_nats()
     layers = len(calibration.layers)
     group = calibration.query_heads // calibration.kv_heads
     head = AttentionShape(1, group, 1, padded_head_dim(calibration.head_dim))
@@ -117,7 +122,7 @@ def for_ratio_by_layer(
         fewest = (
             replace(smallest.recipe, fractions=(min(smallest.fractions),)) if smallest.recipe.fractions else smallest.recipe
         )
-        raise UsageError(unmet(ratio, context, head, dtype, [fewest]))
+        raise UsageError(unmet(ratio, context, head, dtype, [fewest], remedy))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if _bytes(chosen(math.exp(middle))) <= budget else (middle, high)

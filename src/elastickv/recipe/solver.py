@@ -20,6 +20,7 @@ PER_CHANNEL = ("int8_per_channel", "int4")  # for keys that a scale for each tok
 _RANKED_AS = {"int8_per_channel": "int8"}
 ALIKE = 1.03  # a ratio of losses that counts as equal: another text changes them by more
 LEAST_FRACTION = 0.5 / MAX_CONTEXT
+UNMET_REMEDY = "give a smaller `compress`, a longer `context`, or fewer `sinks` and `window`"
 
 
 def for_ratio(
@@ -69,12 +70,15 @@ def for_ratio(
 Recipe.solver = staticmethod(for_ratio)
 
 
-def with_pages(recipe: Recipe, ratio: float, context: int, shape: AttentionShape, dtype: str = "bf16") -> Recipe:
+def with_pages(
+    recipe: Recipe, ratio: float, context: int, shape: AttentionShape, dtype: str = "bf16", remedy: str = UNMET_REMEDY
+) -> Recipe:
     """Return a recipe's formats with the share of pages, and the steps between anchors, of least predicted loss.
 
     Parameters
     ----------
     recipe : formats, sinks and window; every page of it is read.
+    remedy : what the message of a ratio that is not met says to do.
 
     Raises
     ------
@@ -89,7 +93,7 @@ def with_pages(recipe: Recipe, ratio: float, context: int, shape: AttentionShape
     best = _least_loss(possible, ratio, context, shape, dtype)
     if best is None:
         least = [replace(each, fractions=(LEAST_FRACTION,)) if each.fractions else each for each in possible]
-        raise UsageError(unmet(ratio, context, shape, dtype, least))
+        raise UsageError(unmet(ratio, context, shape, dtype, least, remedy))
     return best
 
 
@@ -222,21 +226,20 @@ def meets(recipe: Recipe, ratio: float, context: int, shape: AttentionShape, dty
     return read_ratio(recipe, [context], shape, dtype) >= ratio
 
 
-def unmet(ratio: float, context: int, shape: AttentionShape, dtype: str, recipes: list[Recipe]) -> str:
-    """Return the error message for a ratio that none of `recipes`, those of fewest bytes, meets."""
+def unmet(
+    ratio: float, context: int, shape: AttentionShape, dtype: str, recipes: list[Recipe], remedy: str = UNMET_REMEDY
+) -> str:
+    """Return the error message for a ratio that none of `recipes`, those of fewest bytes, meets; it ends with `remedy`."""
     best = max(recipes, key=lambda r: read_ratio(r, [context], shape, dtype))
     reached = read_ratio(best, [context], shape, dtype)
     start = holds_from(ratio, context, shape, dtype, recipes)
-    remedy = f"it can be met from a context of {start}" if start else f"no context up to {MAX_CONTEXT} meets it"
+    outlook = f"it can be met from a context of {start}" if start else f"no context up to {MAX_CONTEXT} meets it"
     least = f"{best.formats} and one page" if best.selection == "pages" else str(best)
     largest = f"the largest ratio is {reached:.2f} ({least})"
     if best.selection == "pages" and best.anchor_every > 1:
         every_step = largest_ratio_scoring_every_step(context, shape, dtype, best.sinks, best.window)
         largest += f", and {every_step:.2f} with the pages scored every step"
-    return (
-        f"compress={ratio:g} cannot be met at a context of {context}: {largest}; {remedy}; "
-        "give a smaller `compress`, a longer `context`, or fewer `sinks` and `window`"
-    )
+    return f"compress={ratio:g} cannot be met at a context of {context}: {largest}; {outlook}; {remedy}"
 
 
 def holds_from(ratio: float, context: int, shape: AttentionShape, dtype: str, recipes: list[Recipe]) -> int | None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
@@ -146,4 +147,5 @@ def serving_device() -> Device:
         kind=current_platform.device_type,
         capability=(capability.major, capability.minor) if capability is not None else None,
         version=installed.version if installed is not None else "",
+        batch_invariant=envs.VLLM_BATCH_INVARIANT,
     )

