@@ -1,7 +1,7 @@
 """One layer's attention in vLLM: which caches it has, and what it does in a step."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import envs
@@ -14,11 +14,13 @@ from elastickv.recipe import AttentionShape
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import BlockAttention, HeadRotation, LayerStep
 from elastickv.vllm.model_setup import ModelSetup
-from elastickv.vllm.selection.decode_selection import DecodeSelection
 from elastickv.vllm.startup_checks import Device, LayerArguments, check
 from elastickv.vllm.step_metadata import PageMetadata
 from elastickv.vllm.versions import installed_version
 from elastickv.vllm.window_cache import WindowCache
+
+if TYPE_CHECKING:  # it loads the kernels of CPUs
+    from elastickv.vllm.selection.decode_selection import DecodeSelection
 
 
 class ElasticAttentionImpl(AttentionImpl[PageMetadata]):

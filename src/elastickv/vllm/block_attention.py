@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import Smoothing
 from elastickv.transformers.key_smoothing import KeySmoothing
 from elastickv.vllm.bad_tokens import BadTokens
-from elastickv.vllm.selection.decode_selection import DecodeSelection
 from elastickv.vllm.step_metadata import PageMetadata, WindowMetadata
+
+if TYPE_CHECKING:  # it loads the kernels of CPUs
+    from elastickv.vllm.selection.decode_selection import DecodeSelection
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class LayerStep:
     recent: WindowMetadata
     bad: torch.Tensor
     layer: int
-    selection: DecodeSelection | None = None
+    selection: "DecodeSelection | None" = None
 
     @property
     def slab_bytes(self) -> int:

@@ -13,7 +13,6 @@ from elastickv.recipe.formats import round_up
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.slab import Slab
 from elastickv.recipe.solver import with_pages
-from elastickv.transformers.budget import Budget
 from elastickv.vllm.serving_options import KEY, ServingOptions, page_recipe
 
 SLAB_ALIGNMENT_BYTES = 64  # 32 tokens of whole 16-bit numbers, as a cache in a 16-bit dtype is sized
@@ -173,12 +172,16 @@ def layer_recipes(
 
 def at_ratio(recipes: Mapping[int, Recipe], ratio: float, model: ServedModel) -> dict[int, Recipe]:
     """Return recipes of all layers with larger shares of the pages, in proportion, that meet a smaller ratio."""
+    from elastickv.transformers.budget import Budget  # its package loads Transformers
+
     budget = Budget(recipes, model.shape, model.dtype, ratio, context=0, fixed=False)
     return {layer: budget.recipe_at(layer, model.solved_context) for layer in recipes}
 
 
 def selection_line(recipes: Mapping[int, Recipe], model: ServedModel) -> str:
     """Return the line for the log about a selection of pages."""
+    from elastickv.transformers.budget import Budget
+
     context = model.solved_context
     ratio = Budget(recipes, model.shape, model.dtype, None, context, fixed=False).ratio_at(context, 1.0)
     return f"decodes read selected pages: 1/{ratio:.2f} of the dense bytes at {context} tokens"

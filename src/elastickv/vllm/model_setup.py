@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -29,11 +29,13 @@ from elastickv.vllm.layer_formats import (
     uncalibrated,
     with_calibration_hash,
 )
-from elastickv.vllm.selection.decode_selection import DecodeSelection
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.step_metadata import most_requests
 from elastickv.vllm.stock_windows import share_blocks
 from elastickv.vllm.window_cache import WindowCache, WindowShape, window_name
+
+if TYPE_CHECKING:  # it loads the kernels of CPUs
+    from elastickv.vllm.selection.decode_selection import DecodeSelection
 
 _log = logging.getLogger("vllm.elastickv")
 
@@ -154,10 +156,12 @@ class ModelSetup:
             return None
         return self._smoothing.get(extract_layer_index(name))
 
-    def selection_of_layer(self, name: str, recipe: Recipe, kv_heads: int) -> DecodeSelection | None:
+    def selection_of_layer(self, name: str, recipe: Recipe, kv_heads: int) -> "DecodeSelection | None":
         """Return which pages a layer's decodes read; None: every page."""
         if recipe.selection != "pages":
             return None
+        from elastickv.vllm.selection.decode_selection import DecodeSelection
+
         layer, layers = extract_layer_index(name), self.config.model_config.get_total_num_hidden_layers()
         return DecodeSelection(
             recipe,
