@@ -10,14 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from elastickv.kvcache.hadamard import rotated
-from elastickv.kvcache.quantize import stored_values
+from elastickv.kvcache.quantize import CODECS, stored_values
+from elastickv.kvcache.scorers import scale_factor, select_pages
+from elastickv.kvcache.scorers.bounds import BOUNDS
 from elastickv.recipe import Recipe
 from elastickv.recipe.calibration import Smoothing
 from elastickv.recipe.formats import PAGE_TOKENS
+from elastickv.recipe.regions import selected
 
 IMPLEMENTATION = "elastickv_read_rule"
 ROWS_AT_ONCE = 256
@@ -29,7 +33,9 @@ class ReadRule:
 
     Attributes
     ----------
-    pages : formats of pages, as a recipe without a selection.
+    pages : formats of pages, as a recipe. With a selection, `attend` is told where the prompt ends: later tokens read the first
+        page, the best ones of the last anchor, and those that have left the window since.
+    anchor_offset : by how many steps anchors come early, as in a cache.
     window : R, the newest tokens that are read exactly.
     sinks : first tokens that are always read exactly; pages begin after them.
     first_page : formats of the first page where they differ from those of the others; 'dense': it is exact.
@@ -45,6 +51,7 @@ class ReadRule:
     page_window: bool = False
     smoothing: Smoothing | None = None
     rounded: torch.dtype | None = None
+    anchor_offset: int = 0
 
     def __post_init__(self) -> None:
         if self.window < PAGE_TOKENS:
@@ -84,6 +91,44 @@ class ReadRule:
         first = first.clamp(min=self.sinks)
         return first if window_first is None else first.maximum(window_first.minimum(positions))  # its own token is there
 
+    def lists(self, query: torch.Tensor, key: torch.Tensor, prompt: int) -> dict[int, list[list[int]]]:
+        """Return the pages that each anchor of a sequence lists: its position -> a list for each KV head.
+
+        Parameters
+        ----------
+        query, key : (kv_heads, group, tokens, head_dim) and (kv_heads, tokens, head_dim), as `attend` has them.
+        prompt : tokens of the prompt, which read every page.
+        """
+        assert not self.pages.rotates_keys and self.sinks == 0 and not self.page_window, "no such selection is served"
+        fmt, tokens = str(self.pages.key_format), key.shape[1]
+        whole = key[:, : tokens // PAGE_TOKENS * PAGE_TOKENS].reshape(len(key), -1, PAGE_TOKENS, key.shape[-1])
+        stored = [CODECS[fmt].quantize_keys(pages.float().numpy(force=True)) for pages in whole]
+        anchors = (t for t in range(prompt, tokens) if not self.pages.steps_since_refresh(t - prompt, self.anchor_offset))
+        lists = {}
+        for anchor in anchors:
+            count = max(0, anchor + 1 - self.window) // PAGE_TOKENS
+            lists[anchor] = list[list[int]]()
+            for head, (_, scales, zeros) in enumerate(stored):
+                scale = scale_factor(fmt) * scales[:count].astype(np.float64)
+                scores = BOUNDS.score(query[head, :, anchor].numpy(force=True), scale, zeros[:count])
+                scores[:1] = np.inf
+                lists[anchor].append(select_pages(scores, selected(count, self.pages.fraction(head))).tolist())
+        return lists
+
+    def unread(self, query: torch.Tensor, key: torch.Tensor, prompt: int) -> torch.Tensor:
+        """Return which pages tokens do not read: (kv_heads, tokens, pages) of bool. Parameters are those of `lists`."""
+        tokens = key.shape[1]
+        unread = torch.zeros(len(key), tokens, -(-tokens // PAGE_TOKENS), dtype=torch.bool)
+        for anchor, lists in self.lists(query, key, prompt).items():
+            count = max(0, anchor + 1 - self.window) // PAGE_TOKENS
+            for token in range(anchor, tokens):
+                if token - self.pages.steps_since_refresh(token - prompt, self.anchor_offset) != anchor:
+                    break
+                for head, pages in enumerate(lists):
+                    unread[head, token, :count] = True
+                    unread[head, token, pages] = False
+        return unread
+
     def attend(
         self,
         query: torch.Tensor,
@@ -91,6 +136,7 @@ class ReadRule:
         value: torch.Tensor,
         scaling: float,
         window_first: torch.Tensor | None = None,
+        prompt: int | None = None,
     ) -> torch.Tensor:
         """Return the outputs, (query_heads, tokens, head_dim), of one sequence from its first token on.
 
@@ -99,6 +145,7 @@ class ReadRule:
         query : (query_heads, tokens, head_dim).
         key, value : (kv_heads, tokens, head_dim).
         window_first : (tokens,), as `first_exact` takes it.
+        prompt : tokens that read every page; None: all do.
         """
         if self.rounded is not None:
             key, value = (rows.to(self.rounded).to(rows.dtype) for rows in (key, value))
@@ -107,12 +154,18 @@ class ReadRule:
         exact = (key[:, None], value[:, None])
         stored = (self.stored(key, False)[:, None], self.stored(value, True)[:, None])
         outputs = torch.empty_like(queries)
-        numbers = torch.arange(tokens, device=query.device)
+        numbers, unread = torch.arange(tokens, device=query.device), None
+        if prompt is not None and self.pages.selection == "pages":
+            unread = self.unread(queries, key, prompt).to(query.device)
         for start in range(0, tokens, ROWS_AT_ONCE):
             rows = numbers[start : start + ROWS_AT_ONCE]
             first = self.first_exact(rows, None if window_first is None else window_first[rows])
             old, new = numbers[: int(first.max())], numbers[int(first.min()) : int(rows[-1]) + 1]
             seen = torch.cat([old < first[:, None], new >= first[:, None]], -1) & (torch.cat([old, new]) <= rows[:, None])
+            if unread is not None:
+                skipped = unread[:, rows][:, :, old // PAGE_TOKENS]
+                nothing = torch.zeros(len(key), len(rows), len(new), dtype=torch.bool, device=query.device)
+                seen = (seen & ~torch.cat([skipped, nothing], -1))[:, None]
             keys, values = (torch.cat([a[:, :, old], b[:, :, new]], 2) for a, b in zip(stored, exact, strict=True))
             scores = queries[:, :, rows] @ keys.transpose(-1, -2) * scaling
             outputs[:, :, rows] = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values

@@ -7,8 +7,10 @@ import numpy as np
 
 from elastickv.backends.cpu.blocks import open_block_kernels
 from elastickv.backends.cpu.blocks.host_blocks import HostBlocks
-from elastickv.kvcache.quantize import stored_values
+from elastickv.kvcache.quantize import CODECS, stored_values
 from elastickv.kvcache.rounding import from_bf16_bits, rounded, to_bf16_bits
+from elastickv.kvcache.scorers import scale_factor, select_pages
+from elastickv.kvcache.scorers.bounds import BOUNDS
 from elastickv.recipe import AttentionShape, Recipe
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS
 
@@ -80,12 +82,12 @@ class HostEngine:
         self.kernels.store(self.blocks(requests), *arguments, np.concatenate(slots))
         return arguments
 
-    def attend(self, query, arguments, requests):
+    def attend(self, query, arguments, requests, selected=None):
         output = nothing(query.shape, self.dtype)
         keys, values, lengths, starts = arguments
         first = np.ascontiguousarray(self.first[requests])
         scale = 1 / math.sqrt(self.dim)
-        self.kernels.decode(self.blocks(requests), keys, values, query, output, lengths, starts, first, scale)
+        self.kernels.decode(self.blocks(requests), keys, values, query, output, lengths, starts, first, scale, selected)
         return output
 
     def decode(self, before, after):
@@ -103,14 +105,33 @@ class HostEngine:
         of_heads = [stored_values(rows[:, head], fmt, value, self.recipe.v_group(self.dim)) for head in range(self.kv_heads)]
         return np.stack(of_heads, axis=1)[:tokens]
 
-    def expected(self, request, length, query):
-        """Float64 attention of one query, (query heads, head_dim), with `length` tokens."""
+    def best_pages(self, request, query, pages, counts):
+        """Return the pages of the best scores for a query, (query heads, head_dim), among the first `pages`, for each KV head.
+
+        The first page is always among them.
+        """
+        q = numbers(query).reshape(self.kv_heads, self.group, self.dim)
+        keys, fmt = numbers(self.keys[request][: pages * PAGE_TOKENS]), self.recipe.key_format
+        for head, count in enumerate(counts):
+            _, scales, zeros = CODECS[fmt].quantize_keys(keys[:, head].reshape(pages, PAGE_TOKENS, self.dim))
+            scores = BOUNDS.score(q[head], scale_factor(fmt) * scales.astype(np.float64), zeros)
+            scores[:1] = np.inf
+            yield select_pages(scores, count)
+
+    def expected(self, request, length, query, unread=None):
+        """Float64 attention of one query, (query heads, head_dim), with `length` tokens.
+
+        `unread` are the pages that a KV head does not read, one list for each.
+        """
         cold = max(length - self.window, int(self.first[request]), 0)
         keys, values = (numbers(of[request][:length]).astype(np.float64) for of in (self.keys, self.values))
         if cold:
             keys[:cold], values[:cold] = (self.stored(request, value, cold) for value in (False, True))
         q = numbers(query).astype(np.float64).reshape(self.kv_heads, self.group, self.dim)
         scores = np.einsum("hgd,khd->hgk", q, keys) / math.sqrt(self.dim)
+        for head, pages in enumerate(unread or ()):
+            for page in pages:
+                scores[head, :, page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         return np.einsum("hgk,khd->hgd", weights / weights.sum(-1, keepdims=True), values).reshape(-1, self.dim)
 

@@ -34,17 +34,22 @@ class PlainLlama:
         self.torch, self.sizes = torch, sizes or Sizes()
         formats = [(layers or {}).get(layer, recipe) for layer in range(self.sizes.layers)]
         self.rules = [
-            ReadRule(Recipe.parse(each or "dense"), exact_tokens, smoothing=(smoothing or {}).get(layer))
-            for layer, each in enumerate(formats)
+            ReadRule(
+                each := Recipe.parse(text or "dense"),
+                exact_tokens,
+                smoothing=(smoothing or {}).get(layer),
+                anchor_offset=each.layer_anchor_offset(layer, len(formats)),
+            )
+            for layer, text in enumerate(formats)
         ]
         self.dtype, self.rounding = getattr(torch, dtype), rounding
         self.weights = {name: tensor.to(self.dtype) for name, tensor in weights.items()}
 
-    def logits(self, tokens, window_first=None):
+    def logits(self, tokens, window_first=None, prompt=None):
         """Return the logits after each token, (tokens, vocabulary).
 
         `window_first` holds for each token the first one that had a block of the window when it was computed; those before it
-        were read from pages.
+        were read from pages. `prompt` is how many tokens read every page where a recipe selects pages; None: all do.
         """
         torch = self.torch
         tokens = torch.as_tensor(tokens)
@@ -56,7 +61,7 @@ class PlainLlama:
                 for name, tensor in self.weights.items()
                 if name.startswith(f"model.layers.{layer}.")
             }
-            x = x + self.attention(self.norm(x, named["input_layernorm"]), named, self.rules[layer], first)
+            x = x + self.attention(self.norm(x, named["input_layernorm"]), named, self.rules[layer], first, prompt)
             inner = self.norm(x, named["post_attention_layernorm"])
             gate = torch.nn.functional.silu(inner @ named["mlp.gate_proj"].T)
             x = x + (gate * (inner @ named["mlp.up_proj"].T)) @ named["mlp.down_proj"].T
@@ -77,14 +82,14 @@ class PlainLlama:
     def rounded(self, x):
         return x if self.rounding is None else x.to(getattr(self.torch, self.rounding)).to(x.dtype)
 
-    def attention(self, x, named, rule, window_first):
+    def attention(self, x, named, rule, window_first, prompt=None):
         sizes, count = self.sizes, len(x)
         query, key, value = (
             (x @ named[f"self_attn.{name}_proj"].T).view(count, -1, sizes.head_dim) for name in ("q", "k", "v")
         )
         query, key, value = self.rounded(self.rotate(query)), self.rounded(self.rotate(key)), self.rounded(value)
         heads = (each.transpose(0, 1).contiguous() for each in (query, key, value))
-        output = rule.attend(*heads, sizes.head_dim**-0.5, window_first)
+        output = rule.attend(*heads, sizes.head_dim**-0.5, window_first, prompt)
         return self.rounded(output.transpose(0, 1).reshape(count, -1)) @ named["self_attn.o_proj"].T
 
 
@@ -124,7 +129,7 @@ def logits_of(model, answer):
     for first in (*answer.before_preemptions, answer.window_first):
         count, done = min(len(first), len(answer.sequence)), sum(map(len, rows))
         if count > done:
-            rows.append(model.logits(answer.sequence[:count], first)[done:])
+            rows.append(model.logits(answer.sequence[:count], first, len(answer.prompt))[done:])
     return torch.cat(rows)
 
 
@@ -133,7 +138,7 @@ def follows(model, answer, greedy=True, window_first=True):
 
     A number may be rounded to another code where the engine adds in another order: a few tokens of a sequence may show it.
     """
-    logits = logits_of(model, answer) if window_first else model.logits(answer.sequence)
+    logits = logits_of(model, answer) if window_first else model.logits(answer.sequence, prompt=len(answer.prompt))
     bad, differences = compare(logits, len(answer.prompt), answer.tokens, answer.logprobs)
     count = len(answer.tokens)
     if len(answer.logprobs) != count or len(answer.sequence) > len(answer.window_first):

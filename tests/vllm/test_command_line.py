@@ -25,6 +25,7 @@ def arguments(ours, *others):
         ({"format": "int4", "calibration": "missing.json", "compress": 3}, (), "contradict"),
         ({"calibration": "missing.json", "compress": 3}, (), "missing.json"),
         ({"calibration": "missing.json"}, (), "compress"),
+        ({"compress": 8}, (), "served on CPUs only"),
         ({}, (), "nothing says the format"),
         ({"format": "int8"}, ("--kv-cache-dtype", "elastickv_int4"), "contradict"),
         ({"format": "int8"}, ("--kv_cache_dtype=elastickv_int4",), "contradict"),
@@ -130,6 +131,7 @@ def test_on_cpus_the_options_alone_ask_for_elastickv():
     assert refusal(["serve", "MODEL", *OPTIONS], on_cpu=True) is None
     assert refusal(["serve", "MODEL", *OPTIONS, *BACKEND], on_cpu=True) is None
     assert refusal(["serve", "MODEL"], on_cpu=True) is None
+    assert refusal(arguments({"compress": 8}), on_cpu=True) is None
 
 
 def test_a_file_that_is_no_calibration_is_refused_where_the_user_starts(tmp_path):

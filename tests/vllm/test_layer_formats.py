@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 
 from elastickv.errors import UsageError
-from elastickv.recipe import HEAD_DIMS, AttentionShape, ModelCalibration, interval_bytes
+from elastickv.recipe import HEAD_DIMS, AttentionShape, ModelCalibration, interval_bytes, predicted_loss
 from elastickv.recipe.slab import Slab
 from elastickv.vllm.layer_formats import (
     ServedModel,
     SlabPlan,
+    at_ratio,
     calibration_hash,
     layer_recipes,
     read_calibration,
+    selection_line,
+    uncalibrated,
     with_calibration_hash,
 )
 from elastickv.vllm.serving_options import PAGE_FORMATS, ServingOptions, page_recipe
@@ -87,13 +90,13 @@ def test_a_layer_that_the_model_lacks_is_refused_with_the_last_one():
 
 
 def test_all_ranks_get_the_same_recipes(file):
-    for given in ({"layers": {"3": "int8"}}, {"calibration": file, "compress": 3}):
+    for given in ({"layers": {"3": "int8"}}, {"calibration": file, "compress": 3}, {"compress": 8}):
         assert recipes(range(2), **given) == recipes(range(2, 4), **given) == recipes(**given)
 
 
 @pytest.mark.parametrize("ratio", [2, 2.5, 3])
 def test_a_calibration_chooses_formats_that_meet_the_ratio_with_every_page_read(file, ratio):
-    chosen = recipes(calibration=file, compress=ratio)
+    chosen = recipes(calibration=file, compress=ratio, select_pages=False)
     head = AttentionShape(1, 2, 1, HEAD_DIM)
     read = sum(interval_bytes(recipe, [MODEL.context], head).kv for recipe in chosen.values())
     assert LAYERS * MODEL.context * HEAD_DIM * 4 / read >= ratio
@@ -102,14 +105,63 @@ def test_a_calibration_chooses_formats_that_meet_the_ratio_with_every_page_read(
     }
 
 
+def read_by_heads(chosen):
+    """Return the bytes that a step reads, all layers and KV heads together."""
+    head = AttentionShape(1, 2, 1, HEAD_DIM)
+    each = [
+        replace(recipe, fractions=(recipe.fraction(number),)) if recipe.fractions else recipe
+        for recipe in chosen.values()
+        for number in range(KV_HEADS)
+    ]
+    return sum(interval_bytes(recipe, [MODEL.context], head).kv for recipe in each)
+
+
+@pytest.mark.parametrize("given", [(), ("calibration",)])
+@pytest.mark.parametrize("ratio", [6, 8])
+def test_ratios_that_formats_do_not_reach_are_met_by_selected_pages(file, ratio, given):
+    chosen = recipes(compress=ratio, **dict.fromkeys(given, file))
+    assert read_by_heads(chosen) * ratio <= LAYERS * KV_HEADS * MODEL.context * HEAD_DIM * 4
+    assert {(recipe.sinks, recipe.window) for recipe in chosen.values()} == {(0, 128)}
+    assert "pages" in {recipe.selection for recipe in chosen.values()}
+
+
+def test_without_a_calibration_all_layers_select_the_same_share_and_the_warning_says_so():
+    given = options(compress=8)
+    recipe, *others = set(recipes(compress=8).values())
+    assert not others and recipe.formats == "int4" and len(recipe.fractions) == 1
+    said = uncalibrated(given, recipe, MODEL)
+    assert said.startswith(
+        f"compress=8 without a calibration: all KV heads read the same share of pages; at 32768 tokens that is {recipe}"
+    )
+    assert f"expected loss {predicted_loss(recipe, HEAD_DIM):.3f}" in said and "\n" not in said
+
+
+def test_the_log_says_what_decodes_read(file):
+    chosen = recipes(calibration=file, compress=8)
+    ratio = LAYERS * KV_HEADS * MODEL.context * HEAD_DIM * 4 / read_by_heads(chosen)
+    assert selection_line(chosen, MODEL) == f"decodes read selected pages: 1/{ratio:.2f} of the dense bytes at 32768 tokens"
+
+
+@pytest.mark.parametrize("name", ["int8", "k8v4", "fp8"])
+def test_formats_whose_keys_have_no_bounds_do_not_select(name):
+    assert "cannot be met" in refusal(lambda: recipes(default=page_recipe(name, 128), format=name, compress=8))
+
+
+def test_a_request_with_a_smaller_ratio_reads_larger_shares_that_meet_it(file):
+    chosen, dense = recipes(calibration=file, compress=8), LAYERS * KV_HEADS * MODEL.context * HEAD_DIM * 4
+    for ratio in (4, 6):
+        assert ratio <= dense / read_by_heads(at_ratio(chosen, ratio, MODEL)) < 1.1 * ratio
+    assert all(fraction == 1 for recipe in at_ratio(chosen, 2, MODEL).values() for fraction in recipe.fractions)
+
+
 def test_layers_that_lose_more_get_the_finer_formats(file):
-    chosen = recipes(calibration=file, compress=2.5)
+    chosen = recipes(calibration=file, compress=2.5, select_pages=False)
     sizes = [Slab.of(chosen[layer], HEAD_DIM).n_bytes for layer in range(LAYERS)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
 def test_a_ratio_that_formats_alone_cannot_meet_is_refused_with_the_largest(file):
-    message = refusal(lambda: recipes(calibration=file, compress=16))
+    message = refusal(lambda: recipes(calibration=file, compress=16, select_pages=False))
     assert "stores cold tokens" in message or "cannot be met" in message
 
 
@@ -224,7 +276,10 @@ def test_a_calibration_with_values_in_3_bits_chooses_them_on_cpus_alone(tmp_path
     values = CALIBRATION.values | {"int3/32": table(1.01e-4), "int3/64": table(2.01e-4)}
     path.write_text(replace(CALIBRATION, values=values).dumps(), encoding="utf-8")
     chosen = {
-        device: {recipe.value_format for recipe in recipes(calibration=str(path), compress=3, model=model).values()}
+        device: {
+            recipe.value_format
+            for recipe in recipes(calibration=str(path), compress=3, select_pages=False, model=model).values()
+        }
         for device, model in ((device, replace(MODEL, device=device)) for device in ("cpu", "cuda", None))
     }
     assert "int3" in chosen["cpu"] and "int3" not in chosen["cuda"] | chosen[None]

@@ -10,13 +10,18 @@ from hypothesis import strategies as st
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.recipe.slab import Slab
-from elastickv.vllm.serving_options import CACHE_DTYPES, LayerFormat, ServingOptions, page_recipe, recipe_of
+from elastickv.vllm.serving_options import CACHE_DTYPES, LayerFormat, ServingOptions, page_recipe, recipe_of, selection_refusal
 
 SHA256 = "0123456789abcdef" * 4
 
 
 def parse(**options):
     return ServingOptions.parse({"elastickv": options})
+
+
+OPTIONS = (
+    "format", "window", "prefix_reuse", "layers", "calibration", "compress", "calibration_hash", "select_pages",
+)  # fmt: skip
 
 
 def refusal(call):
@@ -33,7 +38,7 @@ def test_a_configuration_without_our_key_has_no_options(additional_config):
 
 
 def test_an_empty_object_is_all_defaults():
-    assert parse() == ServingOptions(None, 128, "soft", (), None, None, None)
+    assert parse() == ServingOptions(None, 128, "soft", (), None, None, None, True)
 
 
 def test_every_option_is_read():
@@ -41,6 +46,7 @@ def test_every_option_is_read():
     assert options == ServingOptions("fp8", 64, "strict", (LayerFormat(0, 0, "int8"), LayerFormat(4, 7, "k8v4")))
     options = parse(calibration="c.json", compress=3, calibration_hash=SHA256)
     assert (options.calibration, options.compress, options.calibration_hash) == ("c.json", 3.0, SHA256)
+    assert not parse(calibration="c.json", compress=3, select_pages=False).select_pages
 
 
 def test_options_survive_the_json_of_a_command_line():
@@ -59,7 +65,7 @@ def test_what_is_no_object_is_refused_with_an_example(value):
 def test_an_unknown_option_is_refused_with_the_accepted_ones_and_the_nearest(key, suggestion):
     message = refusal(lambda: parse(**{key: 1}))
     assert f"has no option '{key}' (did you mean {suggestion}?)" in message
-    assert message.endswith("it has format, window, prefix_reuse, layers, calibration, compress, calibration_hash")
+    assert message.endswith(f"it has {', '.join(OPTIONS)}")
 
 
 @pytest.mark.parametrize("key", ["quality", "", 3, None])
@@ -125,7 +131,9 @@ def test_another_ratio_is_refused_with_its_range(ratio):
     ("options", "said"),
     [
         ({"calibration": "c.json"}, "calibration needs compress too"),
-        ({"compress": 3}, "compress needs calibration too"),
+        ({"compress": 3, "select_pages": False}, "select_pages=false needs compress and calibration too"),
+        ({"format": "int4", "select_pages": False}, "select_pages=false needs compress and calibration too"),
+        ({"calibration": "c.json", "compress": 3, "select_pages": 0}, "give true or false"),
         ({"calibration_hash": SHA256}, "calibration_hash needs calibration too"),
         ({"calibration": "c.json", "compress": 3, "format": "int4"}, "contradict each other"),
         ({"calibration": "", "compress": 3}, "give the path of a file"),
@@ -143,7 +151,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=5,
 )
-KEYS = st.sampled_from(["format", "window", "prefix_reuse", "layers", "calibration", "compress", "calibration_hash"])
+KEYS = st.sampled_from(OPTIONS)
 
 
 @given(st.dictionaries(KEYS | st.text(), JSON) | JSON)
@@ -188,6 +196,20 @@ def test_the_window_of_the_recipe_is_the_option():
 
 def test_every_recipe_has_a_slab():
     assert len({Slab.of(recipe_of(None, dtype), 128).n_bytes for dtype in CACHE_DTYPES}) == 5
+
+
+def test_a_ratio_alone_selects_among_pages_of_int4_and_a_format_may_be_named():
+    assert recipe_of(parse(compress=8), "auto") == page_recipe("int4", 128)
+    assert recipe_of(parse(compress=8, format="int8_per_channel"), "auto") == page_recipe("int8_per_channel", 128)
+
+
+@pytest.mark.parametrize("given", [{"compress": 8}, {"compress": 8, "calibration": "c.json"}])
+def test_a_selection_of_pages_is_refused_where_no_cpu_serves_it(given):
+    said = selection_refusal(parse(**given), "cuda")
+    assert said is not None and "served on CPUs only" in said and '"select_pages": false' in said and "\n" not in said
+    assert selection_refusal(parse(**given), "cpu") is None
+    assert selection_refusal(parse(**given | {"calibration": "c.json", "select_pages": False}), "cuda") is None
+    assert selection_refusal(parse(format="int4"), "cuda") is selection_refusal(None, "cuda") is None
 
 
 def test_with_a_calibration_the_format_need_not_be_said():

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from elastickv.recipe import HEAD_DIMS
+from elastickv.vllm.selection.request_ratios import ARGUMENT
 from elastickv.vllm.serving_options import CACHE_DTYPES, PAGE_FORMATS, ServingOptions
 from elastickv.vllm.versions import SUPPORTED
 
@@ -27,7 +28,7 @@ def test_the_table_of_options_is_that_of_the_package():
     table = {name.strip("`"): default.strip("`") for name, default, _ in rows(section("Options"))[1:]}
     options = ServingOptions()
     defaults = {each.name: getattr(options, each.name) for each in fields(ServingOptions)}
-    assert table == {name: str(value) if value else "-" for name, value in defaults.items()}
+    assert table == {name: str(value).lower() if value else "-" for name, value in defaults.items()}
 
 
 def test_every_additional_config_on_the_page_is_accepted():
@@ -39,7 +40,7 @@ def test_every_additional_config_on_the_page_is_accepted():
 def test_the_table_of_formats_is_that_of_the_package():
     table = [(dtype.strip("`"), name.strip("`")) for dtype, name, _, _ in rows(section("Start"))[1:]]
     assert dict(table) == dict(zip(CACHE_DTYPES, PAGE_FORMATS, strict=True))
-    assert set(re.findall(r"elastickv_\w+", PAGE)) <= CACHE_DTYPES.keys()
+    assert set(re.findall(r"elastickv_\w+", PAGE)) <= {*CACHE_DTYPES, ARGUMENT}
 
 
 def test_the_table_of_versions_is_that_of_the_package():

@@ -377,3 +377,9 @@ def test_other_drafters_are_refused_with_those_that_are_served(method):
 def test_several_mtp_modules_are_refused_and_one_is_served():
     assert refusals(speculation("mtp", 1, modules=3), H200, LAYER) == []
     assert "give num_speculative_tokens=1" in reason(speculation("mtp", 3, modules=3))
+
+
+def test_a_selection_of_pages_is_refused_on_gpus_alone():
+    selecting = config(additional_config={"elastickv": {"compress": 8}})
+    assert any("selects pages, which is served on CPUs only" in reason for reason in refusals(selecting, H200))
+    assert refusals(selecting, CPU) == []

@@ -9,7 +9,7 @@ from elastickv.recipe.allocation import Calibration, allot, check_calibration
 from elastickv.recipe.byte_counts import read_ratio
 from elastickv.recipe.formats import value_groups
 from elastickv.recipe.losses import predicted_loss
-from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe
+from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, Recipe, has_page_bounds
 from elastickv.recipe.regions import PAGE_TOKENS, regions, selected
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape, is_whole
 
@@ -68,6 +68,33 @@ def for_ratio(
 
 
 Recipe.solver = staticmethod(for_ratio)
+
+
+def with_pages(
+    recipe: Recipe, ratio: float, context: int, shape: AttentionShape, dtype: str = "bf16", remedy: str = UNMET_REMEDY
+) -> Recipe:
+    """Return a recipe's formats with the share of pages, and the steps between anchors, of least predicted loss.
+
+    Parameters
+    ----------
+    recipe : formats, sinks and window; every page of it is read.
+    remedy : what the message of a ratio that is not met says to do.
+
+    Raises
+    ------
+    UsageError : if `ratio` is out of range, or no share of the pages meets it at this context.
+    """
+    check_ratio(ratio)
+    check_context(context)
+    possible: tuple[Recipe, ...] = (recipe,)
+    if has_page_bounds(recipe.key_format):
+        whole = replace(recipe, selection="pages", fractions=(1.0,))
+        possible += tuple(replace(whole, anchor_every=steps) for steps in ANCHORS)
+    best = _least_loss(possible, ratio, context, shape, dtype)
+    if best is None:
+        least = [replace(each, fractions=(LEAST_FRACTION,)) if each.fractions else each for each in possible]
+        raise UsageError(unmet(ratio, context, shape, dtype, least, remedy))
+    return best
 
 
 @lru_cache(maxsize=256)

@@ -63,6 +63,11 @@ class ElasticAttentionBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_rswa(cls) -> bool:
+        """Claim to support a window of generated tokens: `ModelSetup` gives one that covers all, to learn prompts' lengths."""
+        return True
+
+    @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         """Ask for the number of tokens of each request on the host: rows of drafts find their request by it."""
         return False

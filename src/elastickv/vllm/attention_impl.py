@@ -1,7 +1,7 @@
 """One layer's attention in vLLM: which caches it has, and what it does in a step."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import envs
@@ -18,6 +18,9 @@ from elastickv.vllm.startup_checks import Device, LayerArguments, check
 from elastickv.vllm.step_metadata import PageMetadata
 from elastickv.vllm.versions import installed_version
 from elastickv.vllm.window_cache import WindowCache
+
+if TYPE_CHECKING:  # it loads the kernels of CPUs
+    from elastickv.vllm.selection.decode_selection import DecodeSelection
 
 
 class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
@@ -66,6 +69,7 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         self._shape = AttentionShape(1, num_heads, self.num_kv_heads, head_size)
         self._attention: BlockAttention | None = None
         self._rotation: HeadRotation | None = None
+        self._selection: DecodeSelection | None = None
         self._window: WindowCache | None = None
 
     @property
@@ -89,7 +93,9 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
             setup.bad_tokens.add_drafter(name)
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
         # The kernels get what is rotated already.
-        self._attention = setup.attention(self._shape, act_dtype, replace(recipe, rotate=""), self.scale)
+        stored = replace(recipe, rotate="", selection="all", fractions=(), anchor_every=1)
+        self._attention = setup.attention(self._shape, act_dtype, stored, self.scale)
+        self._selection = setup.selection_of_layer(name, recipe, self.num_kv_heads)
         smoothing = setup.smoothing_of_layer(name, recipe)
         if recipe.rotate:
             ours = setup.of_this_rank(smoothing, self.num_kv_heads)
@@ -122,7 +128,7 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         metadata: Any = get_forward_context().attn_metadata
         recent = metadata[self._window_name]
         batch, decoded, tokens = attn_metadata, attn_metadata.decode_tokens, attn_metadata.tokens
-        step = LayerStep(key, value, kv_cache, self._window.kv_cache, batch, recent, words, number)
+        step = LayerStep(key, value, kv_cache, self._window.kv_cache, batch, recent, words, number, self._selection)
         self._attention.store(step)
         if decoded:
             self._attention.decode(step, query[:decoded], output[:decoded])

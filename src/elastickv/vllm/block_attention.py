@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from elastickv.recipe.calibration import Smoothing
 from elastickv.transformers.key_smoothing import KeySmoothing
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.step_metadata import PageMetadata, WindowMetadata
+
+if TYPE_CHECKING:  # it loads the kernels of CPUs
+    from elastickv.vllm.selection.decode_selection import DecodeSelection
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class LayerStep:
     batch, recent : metadata of the pages and of the window.
     bad : (requests,) int64, lowered where a token has numbers that cannot be stored: `BadToken`.
     layer : the layer's number there.
+    selection : which pages the layer's decodes read; None: every page.
     """
 
     keys: torch.Tensor
@@ -37,6 +41,7 @@ class LayerStep:
     recent: WindowMetadata
     bad: torch.Tensor
     layer: int
+    selection: "DecodeSelection | None" = None
 
     @property
     def slab_bytes(self) -> int:

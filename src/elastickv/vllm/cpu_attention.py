@@ -1,16 +1,20 @@
 """Attention over blocks on the CPU: our kernels decode and store; PyTorch serves prompt chunks."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from elastickv.backends.bad_token import NO_BAD_TOKEN, REPORTED_STEPS, BadToken
 from elastickv.backends.cpu.blocks import open_block_kernels
-from elastickv.backends.cpu.blocks.host_blocks import HostBlocks
+from elastickv.backends.cpu.blocks.host_blocks import HostBlocks, Table
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
+from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import LayerStep
+from elastickv.vllm.selection.decode_selection import Requests, SelectedPages
 
 FINITE = torch.finfo(torch.float32).max
 _QUERIES = 512  # of a chunk that attend at a time
@@ -94,32 +98,61 @@ class CpuAttention:
 
     def decode(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attend with the tokens of decodes: (tokens, query_heads, head_size) each."""
-        batch, decodes = step.batch, step.batch.decodes
+        part = _Part.of(step, range(step.batch.decodes))
+        self._attend_rows(part, query, output, self._selected(step, part, query))
+
+    def _selected(self, step: LayerStep, part: "_Part", query: torch.Tensor) -> SelectedPages | None:
+        """Return what the rows of some requests read, with the pages of new lists in them; None: every page."""
+        requests = part.requests
+        if step.selection is None or requests is None:
+            return None
+        selected = step.selection.plan(requests)
+        if selected is not None and len(selected.anchors):
+            self._kernels.list_pages(part.blocks, array(query), selected.anchors)
+            step.selection.keep(requests, selected)
+        return selected
+
+    def _attend_rows(
+        self, part: "_Part", query: torch.Tensor, output: torch.Tensor, selected: SelectedPages | None = None
+    ) -> None:
         self._kernels.decode(
-            _blocks(step),
-            array(step.keys),
-            array(step.values),
+            part.blocks,
+            array(part.keys),
+            array(part.values),
             array(query),
             array(output),
-            array(batch.lengths[:decodes]),
-            array(batch.starts[: decodes + 1]),
-            array(step.recent.first[:decodes]),
+            part.lengths,
+            part.starts,
+            part.first,
             self._scale,
+            None if selected is None else selected.rows,
         )
 
     def prefill(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
-        """Attend with the tokens of prompt chunks to dequantized pages, the window and the chunk, one request at a time."""
+        """Attend with the tokens of prompt chunks to dequantized pages, the window and the chunk, one request at a time.
+
+        Tokens that a request generated before it was preempted are in its chunk too: from the first on that reads a list of
+        pages, they attend as decodes do.
+        """
         batch = step.batch
         for request in range(batch.decodes, batch.requests):
             start, end = batch.starts_list[request : request + 2]
-            if start < end:
-                rows = slice(start - batch.decode_tokens, end - batch.decode_tokens)
-                self._attend_chunk(step, request, slice(start, end), query[rows], output[rows])
+            if start == end:
+                continue
+            rows = slice(start - batch.decode_tokens, end - batch.decode_tokens)
+            own_query, own_output, part = query[rows], output[rows], _Part.of(step, range(request, request + 1))
+            selected = self._selected(step, part, own_query)
+            whole = len(own_query) if selected is None else selected.skip_every_page()
+            if whole:
+                self._attend_chunk(step, request, slice(start, end), own_query[:whole], own_output[:whole])
+            if whole < len(own_query):
+                self._attend_rows(part, own_query, own_output, selected)
 
     def _attend_chunk(self, step: LayerStep, request: int, rows: slice, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attend with the first tokens of a chunk, which has the step's `rows`."""
         length, present = int(step.batch.lengths[request]), int(step.recent.first[request])
         assert length == step.batch.lengths_list[request], "vLLM says another length on the host"
-        before = length - len(query)
+        before = length - (rows.stop - rows.start)
         exact_from = max(before - self._exact_tokens + 1, present, 0)
         packed = max(length - self._exact_tokens, exact_from if present else 0, 0)
         keys, values = self._read(step, request, rows, packed, exact_from, before)
@@ -154,13 +187,42 @@ class CpuAttention:
         return keys.transpose(0, 1), values.transpose(0, 1)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Requests of a step that follow each other, as kernels take them; rows are counted from the first one's."""
+
+    blocks: HostBlocks
+    keys: torch.Tensor
+    values: torch.Tensor
+    lengths: Table
+    starts: Table
+    first: Table
+    requests: Requests | None
+
+    @classmethod
+    def of(cls, step: LayerStep, requests: range) -> "_Part":
+        """Return some requests of a step."""
+        batch, rows = step.batch, slice(requests.start, requests.stop)
+        starts: Table = array(batch.starts)[requests.start : requests.stop + 1]
+        own = slice(int(starts[0]), int(starts[-1]))
+        lengths, starts = array(batch.lengths)[rows], starts - starts[0]
+        selecting = None
+        if batch.prompts is not None:
+            prompts, table = batch.prompts[rows].numpy().astype(np.int64), array(batch.block_table)[rows]
+            ratios = {request - requests.start: ratio for request, ratio in batch.ratios.items() if request in requests}
+            prompts[[request for request, ratio in ratios.items() if ratio == 1]] = MAX_CONTEXT  # they read every page
+            selecting = Requests(lengths, starts, prompts, table, ratios)
+        first = array(step.recent.first)[rows]
+        return cls(_blocks(step, rows), step.keys[own], step.values[own], lengths, starts, first, selecting)
+
+
 def array(tensor: torch.Tensor) -> NDArray[Any]:
     """Return a view of a tensor; bfloat16 as the bits of it, uint16."""
     return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
-def _blocks(step: LayerStep) -> HostBlocks:
-    pages, window = step.batch.block_table, step.recent.block_table
+def _blocks(step: LayerStep, requests: slice = slice(None)) -> HostBlocks:
+    pages, window = step.batch.block_table[requests], step.recent.block_table[requests]
     return HostBlocks(
         pages=step.pages.data_ptr(),
         page_stride=step.pages.stride(0),

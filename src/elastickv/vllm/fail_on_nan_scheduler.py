@@ -1,7 +1,11 @@
-"""vLLM's schedulers, but a request whose logits are NaN ends with an error, and its blocks are taken from the prefix cache."""
+"""vLLM's schedulers, but a request whose logits are NaN ends with an error, and its blocks are taken from the prefix cache.
+
+Requests may also ask for a ratio of their own (`request_ratios`): what is no such ratio ends the request with an error, too.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +15,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from elastickv.backends.bad_token import BadToken
+from elastickv.errors import UsageError
 from elastickv.vllm.bad_tokens import of_engine
+from elastickv.vllm.selection.request_ratios import RequestRatios
 
 _log = logging.getLogger("vllm.elastickv")
 
@@ -28,9 +34,31 @@ class _FailOnNan(Scheduler):
     # Of requests that lost their blocks while a step of theirs was in flight: the blocks of each group, with their hashes.
     _lost: Mapping[str, Sequence[Sequence[tuple[int, Any]]]] = MappingProxyType({})
 
+    _refused: Sequence[Request] = ()  # ended, and not reported yet
+
+    @cached_property
+    def _ratios(self) -> RequestRatios:
+        return RequestRatios(self.vllm_config.additional_config)
+
+    def add_request(self, request: Request) -> None:
+        """Take a request; one whose ratio is not accepted ends in the next step."""
+        super().add_request(request)
+        try:
+            self._ratios.add(request)
+        except UsageError as error:
+            _log.error("ElasticKV: request %s is refused: %s", request.request_id, error)
+            ended = super().finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+            self._refused = [*self._refused, *(request for request in ended)]
+
+    def has_requests(self) -> bool:
+        """Whether a step is needed: also to report a request that was refused."""
+        return bool(self._refused) or super().has_requests()
+
     def schedule(self, *arguments: Any, **options: Any) -> Any:
         """Return what the next step computes."""
         output = super().schedule(*arguments, **options)
+        blocks_of, groups = self.kv_cache_manager.get_block_ids, self.kv_cache_config.kv_cache_groups
+        self._ratios.attach(output, self.requests, groups, blocks_of)
         tokens = of_engine(self.vllm_config)
         # After a fault that vLLM recovers from, outputs of some steps never come.
         most = self.vllm_config.max_concurrent_batches
@@ -49,6 +77,7 @@ class _FailOnNan(Scheduler):
         if bad or any((model_runner_output.num_nans_in_logits or {}).values()):
             failed = self._fail(self._suspects(scheduler_output, model_runner_output, bad))
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
+        failed, self._refused = [*failed, *self._refused], ()
         for request in failed:
             last = EngineCoreOutput(
                 request_id=request.request_id,

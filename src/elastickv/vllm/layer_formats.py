@@ -7,11 +7,12 @@ from typing import Any
 
 from elastickv.errors import UsageError
 from elastickv.inputs import decoded, file_path, read_bytes
-from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, for_ratio_by_layer
+from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, for_ratio_by_layer, predicted_loss
 from elastickv.recipe.calibration import Smoothing
 from elastickv.recipe.formats import round_up
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.slab import Slab
+from elastickv.recipe.solver import with_pages
 from elastickv.vllm.serving_options import KEY, ServingOptions, page_recipe
 
 SLAB_ALIGNMENT_BYTES = 64  # 32 tokens of whole 16-bit numbers, as a cache in a 16-bit dtype is sized
@@ -101,7 +102,7 @@ class ServedModel:
     ----------
     shape : of its layers, all heads and not a rank's share; the batch does not matter.
     layer_count : layers of the model.
-    context : tokens at which a calibration's ratio must be met: the most that a request may have.
+    context : the most tokens that a request may have.
     dtype : the model's own, 'fp32', 'fp16' or 'bf16'.
     device : 'cpu' or 'cuda', whose kernels serve; None: formats that both read.
     fingerprint : of configuration and weights, or None where it is not known; then a calibration's sizes alone are compared.
@@ -114,11 +115,18 @@ class ServedModel:
     device: str | None = None
     fingerprint: str | None = None
 
+    @property
+    def solved_context(self) -> int:
+        """The context at which a ratio is met."""
+        return min(self.context, MAX_CONTEXT)
+
 
 def layer_recipes(
     options: ServingOptions, default_recipe: Recipe, layer_numbers: Iterable[int], model: ServedModel
 ) -> dict[int, Recipe]:
-    """Return the recipe of every layer of the model: layer number -> recipe, all of which read every page.
+    """Return the recipe of every layer of the model: layer number -> recipe.
+
+    With `compress` recipes may select pages; without a calibration, all KV heads of all layers have one share of them.
 
     All ranks get the same recipes, and so one size of slab, whichever of the layers they serve.
 
@@ -129,8 +137,8 @@ def layer_recipes(
 
     Raises
     ------
-    UsageError : if the option `layers` names a layer that the model does not have, or the calibration is of another model or
-        cannot meet the ratio.
+    UsageError : if the option `layers` names a layer that the model does not have, the calibration is of another model, or the
+        ratio cannot be met.
     """
     for each in options.layers:
         if each.last >= model.layer_count:
@@ -140,25 +148,54 @@ def layer_recipes(
             )
     numbers = sorted(layer_numbers)
     overridden = {number: page_recipe(each.format, options.window) for each in options.layers for number in each.numbers}
-    calibration = read_calibration(options)
-    if calibration is None or options.compress is None:
-        recipes = dict.fromkeys(range(model.layer_count), default_recipe)
+    calibration, recipe = read_calibration(options), default_recipe
+    if options.compress is not None and calibration is None:
+        recipe = with_pages(default_recipe, options.compress, model.solved_context, model.shape, model.dtype, _UNMET)
+    if options.compress is None or calibration is None:
+        recipes = dict.fromkeys(range(model.layer_count), recipe)
     else:
         check_fits(calibration, options, numbers, model)
-        context = min(model.context, MAX_CONTEXT)
         plan = for_ratio_by_layer(
             calibration,
             options.compress,
-            context,
+            model.solved_context,
             model.dtype,
             sinks=0,
             window=options.window,
-            select_pages=False,
+            select_pages=options.select_pages,
             device=model.device,
             remedy=_UNMET,
         )
         recipes = dict(zip(calibration.layers, plan.recipes, strict=True))
     return recipes | overridden
+
+
+def at_ratio(recipes: Mapping[int, Recipe], ratio: float, model: ServedModel) -> dict[int, Recipe]:
+    """Return recipes of all layers with larger shares of the pages, in proportion, that meet a smaller ratio."""
+    from elastickv.transformers.budget import Budget  # its package loads Transformers
+
+    budget = Budget(recipes, model.shape, model.dtype, ratio, context=0, fixed=False)
+    return {layer: budget.recipe_at(layer, model.solved_context) for layer in recipes}
+
+
+def selection_line(recipes: Mapping[int, Recipe], model: ServedModel) -> str:
+    """Return the line for the log about a selection of pages."""
+    from elastickv.transformers.budget import Budget
+
+    context = model.solved_context
+    ratio = Budget(recipes, model.shape, model.dtype, None, context, fixed=False).ratio_at(context, 1.0)
+    return f"decodes read selected pages: 1/{ratio:.2f} of the dense bytes at {context} tokens"
+
+
+def uncalibrated(options: ServingOptions, recipe: Recipe, model: ServedModel) -> str:
+    """Return the warning of a selection that no calibration chose."""
+    loss = predicted_loss(recipe, model.shape.head_dim)
+    expected = "a loss that was not measured for its formats" if loss is None else f"expected loss {loss:.3f}"
+    return (
+        f"compress={options.compress:g} without a calibration: all KV heads read the same share of pages; at "
+        f"{model.solved_context} tokens that is {recipe}, {expected}; to lose less: elastickv calibrate, then the option "
+        "calibration"
+    )
 
 
 def layer_smoothing(options: ServingOptions) -> dict[int, Smoothing]:

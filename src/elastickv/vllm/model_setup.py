@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -19,11 +19,23 @@ from elastickv.vllm.block_attention import BlockAttention
 from elastickv.vllm.capacity import Capacity, GraphMemory
 from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
 from elastickv.vllm.drafts import draft_layers
-from elastickv.vllm.layer_formats import ServedModel, SlabPlan, layer_recipes, layer_smoothing, with_calibration_hash
+from elastickv.vllm.layer_formats import (
+    ServedModel,
+    SlabPlan,
+    at_ratio,
+    layer_recipes,
+    layer_smoothing,
+    selection_line,
+    uncalibrated,
+    with_calibration_hash,
+)
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.step_metadata import most_requests
 from elastickv.vllm.stock_windows import share_blocks
 from elastickv.vllm.window_cache import WindowCache, WindowShape, window_name
+
+if TYPE_CHECKING:  # it loads the kernels of CPUs
+    from elastickv.vllm.selection.decode_selection import DecodeSelection
 
 _log = logging.getLogger("vllm.elastickv")
 
@@ -54,6 +66,8 @@ class ModelSetup:
         self._members: list[Any] = []
         self._drafter: list[Any] = []
         self._recipes: dict[int, Recipe] = {}
+        self._by_ratio: dict[float, dict[int, Recipe]] = {}
+        self._served: ServedModel | None = None
         self._smoothing: dict[int, Smoothing] = {}
         self._attentions: dict[tuple[Any, ...], BlockAttention] = {}
         self._slab_bytes: dict[int, int] = {}
@@ -110,7 +124,9 @@ class ModelSetup:
         UsageError : if the option `layers` or the calibration does not fit the model.
         """
         if not self._recipes:
-            self._recipes = layer_recipes(self.options, self.recipe, self._numbers(), self._served_model(shape, act_dtype))
+            self._served = self._served_model(shape, act_dtype)
+            self._recipes = layer_recipes(self.options, self.recipe, self._numbers(), self._served)
+            self._tell_selection(self._served)
             self._smoothing = layer_smoothing(self.options)
         if shape.head_dim not in self._slab_bytes:
             # Of all ranks' layers, and of a drafter's, so that the size is the same on all ranks.
@@ -121,18 +137,59 @@ class ModelSetup:
         # A drafter's layers have numbers of their own, or those that follow the model's.
         return self.recipe if self.of_drafter(name) else self._recipes.get(extract_layer_index(name), self.recipe)
 
+    def _tell_selection(self, served: ServedModel) -> None:
+        """Log what a selection of pages reads, and loses where nothing is calibrated; ask vLLM for the lengths of prompts."""
+        selecting = [recipe for recipe in self._recipes.values() if recipe.selection == "pages"]
+        if not selecting:
+            return
+        # A window of generated tokens that covers all of them: vLLM then says with each step where prompts end.
+        self.config.model_config.model_arch_config.rswa_window = self.config.model_config.max_model_len
+        if get_tensor_model_parallel_rank() > 0:
+            return
+        _log.info("ElasticKV: %s", selection_line(self._recipes, served))
+        if self.options.calibration is None:
+            _log.warning("ElasticKV: %s", uncalibrated(self.options, selecting[0], served))
+
     def smoothing_of_layer(self, name: str, recipe: Recipe) -> Smoothing | None:
         """Return the smoothing of a layer, of all KV heads; None where the recipe does not rotate keys."""
         if not recipe.rotates_keys or self.of_drafter(name):
             return None
         return self._smoothing.get(extract_layer_index(name))
 
+    def selection_of_layer(self, name: str, recipe: Recipe, kv_heads: int) -> "DecodeSelection | None":
+        """Return which pages a layer's decodes read; None: every page."""
+        if recipe.selection != "pages":
+            return None
+        from elastickv.vllm.selection.decode_selection import DecodeSelection
+
+        layer, layers = extract_layer_index(name), self.config.model_config.get_total_num_hidden_layers()
+        return DecodeSelection(
+            recipe,
+            lambda ratio: self._recipes_of_ratio(ratio)[layer],
+            self._heads_of_rank(kv_heads),
+            recipe.layer_anchor_offset(layer, layers),
+            self.config.num_speculative_tokens,
+            self.config.scheduler_config.max_num_seqs,
+        )
+
+    def _recipes_of_ratio(self, ratio: float) -> dict[int, Recipe]:
+        """Return the recipes of all layers for a request's own ratio."""
+        if ratio not in self._by_ratio:
+            assert self._served is not None
+            self._by_ratio[ratio] = at_ratio(self._recipes, ratio, self._served)
+        return self._by_ratio[ratio]
+
     def of_this_rank(self, smoothing: Smoothing | None, kv_heads: int) -> Smoothing | None:
         """Return the part of a layer's smoothing that is of this rank's KV heads."""
+        heads = self._heads_of_rank(kv_heads)
+        return None if smoothing is None else smoothing[heads.start : heads.stop]
+
+    def _heads_of_rank(self, kv_heads: int) -> range:
+        """Return the numbers of this rank's KV heads, of which there are so many."""
         # With more ranks than heads, vLLM gives each head to several ranks.
         first = get_tensor_model_parallel_rank() * self.config.model_config.get_total_num_kv_heads()
         first //= self.config.parallel_config.tensor_parallel_size
-        return None if smoothing is None else smoothing[first : first + kv_heads]
+        return range(first, first + kv_heads)
 
     def _numbers(self) -> list[int]:
         return sorted({extract_layer_index(self.name_of(impl)) for impl in self._members})
@@ -194,6 +251,7 @@ class ModelSetup:
             head_size=shape.head_dim,
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
+            selects=any(each.selection == "pages" for each in self._recipes.values()),
         )
         share_blocks(self.config, list(self._layers.values()), window.block_bytes(PAGE_TOKENS))
         name = window_name(layer, recipe, window, smoothing)

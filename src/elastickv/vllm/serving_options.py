@@ -61,8 +61,9 @@ class ServingOptions:
         them, so that tokens do not depend on what is cached.
     layers : page formats of single layers, in ascending order; they override all else.
     calibration : path of a file by `elastickv calibrate`, which chooses the format of each layer.
-    compress : dense bytes / bytes read that the calibration's formats must reach.
+    compress : dense bytes / bytes read that formats and the selection of pages must reach.
     calibration_hash : SHA-256 of the calibration's content, 64 hex digits; the file must have it.
+    select_pages : whether decodes may read the best pages alone; False: formats reach `compress` by themselves.
     """
 
     format: str | None = None
@@ -72,6 +73,7 @@ class ServingOptions:
     calibration: str | None = None
     compress: float | None = None
     calibration_hash: str | None = None
+    select_pages: bool = True
 
     @classmethod
     def parse(cls, additional_config: object) -> "ServingOptions | None":
@@ -95,10 +97,13 @@ class ServingOptions:
         return options
 
     def _check_combination(self) -> None:
-        if (self.calibration is None) != (self.compress is None):
-            alone, missing = ("compress", "calibration") if self.calibration is None else ("calibration", "compress")
-            example = "a file by `elastickv calibrate`" if missing == "calibration" else "a ratio such as 3"
-            raise UsageError(f"{KEY} option {alone} needs {missing} too: give {missing}, {example}")
+        if self.calibration is not None and self.compress is None:
+            raise UsageError(f"{KEY} option calibration needs compress too: give compress, a ratio such as 8")
+        if not self.select_pages and self.calibration is None:
+            raise UsageError(
+                f"{KEY} option select_pages=false needs compress and calibration too: a file by `elastickv calibrate` chooses "
+                "the formats that reach a ratio by themselves"
+            )
         if self.calibration_hash is not None and self.calibration is None:
             raise UsageError(f"{KEY} option calibration_hash needs calibration too: give the path of the file")
         if self.calibration is not None and self.format is not None:
@@ -108,11 +113,21 @@ class ServingOptions:
             )
 
 
+def selection_refusal(options: ServingOptions | None, device: str) -> str | None:
+    """Return why a device cannot serve the options' selection of pages, or None."""
+    if options is None or options.compress is None or not options.select_pages or device == "cpu":
+        return None
+    remedy = 'add "select_pages": false, with which formats alone must reach it'
+    if options.calibration is None:
+        remedy = 'leave out compress, or give a calibration and "select_pages": false, with which formats alone must reach it'
+    return f"{KEY} option compress={options.compress:g} selects pages, which is served on CPUs only for now: {remedy}"
+
+
 def recipe_of(options: ServingOptions | None, kv_cache_dtype: str) -> Recipe:
     """Return the recipe of layers for which neither option `layers` nor a calibration says another.
 
     Its formats are those of the pages; it has no sinks, and its window is the number of exact tokens. With a calibration and
-    dtype 'auto' the formats are int4's.
+    dtype 'auto' the formats are int4's, as with `compress` alone.
 
     Parameters
     ----------
@@ -125,7 +140,7 @@ def recipe_of(options: ServingOptions | None, kv_cache_dtype: str) -> Recipe:
     """
     options = options or ServingOptions()
     if kv_cache_dtype == "auto":
-        if options.format is None and options.calibration is None:
+        if options.format is None and options.compress is None:
             raise UsageError(
                 f"nothing says the format of the pages: give {KEY} in `additional_config` the option format, one of "
                 f"{', '.join(PAGE_FORMATS)}, or from vLLM 0.33 on a `kv_cache_dtype` such as elastickv_int4"
@@ -226,6 +241,12 @@ def _calibration_hash(value: Any) -> str:
     return value
 
 
+def _select_pages(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{KEY} option select_pages is {_shown(value)}: give true or false")
+    return value
+
+
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "format": _one_of("format", tuple(PAGE_FORMATS)),
     "window": _window,
@@ -234,4 +255,5 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "calibration": _calibration,
     "compress": _compress,
     "calibration_hash": _calibration_hash,
+    "select_pages": _select_pages,
 }

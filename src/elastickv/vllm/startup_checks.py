@@ -13,7 +13,7 @@ from typing import Any
 from elastickv.errors import UsageError
 from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, AttentionShape
 from elastickv.vllm.drafts import draft_refusals
-from elastickv.vllm.serving_options import KEY
+from elastickv.vllm.serving_options import KEY, ServingOptions, selection_refusal
 from elastickv.vllm.versions import minor_version
 
 DEVICES = ("cuda", "cpu")
@@ -127,6 +127,9 @@ def _device_refusals(vllm_config: Any, device: Device) -> Iterator[str]:
     dtype = str(getattr(vllm_config.model_config, "dtype", "")).removeprefix("torch.")
     if device.kind == "cuda" and dtype == "float32":
         yield "the model's dtype is float32, and on GPUs 16 bit is served: give `dtype=bfloat16` or `dtype=float16`"
+    selection = selection_refusal(ServingOptions.parse(getattr(vllm_config, "additional_config", None)), device.kind)
+    if selection is not None:
+        yield selection
 
 
 def _model_refusals(model_config: Any, device: Device) -> Iterator[str]:

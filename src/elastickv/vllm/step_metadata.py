@@ -1,5 +1,6 @@
 """What a step's attention needs of the batch, built once a step for all layers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,8 +9,10 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.drafts import extra_draft_tokens
+from elastickv.vllm.selection.request_ratios import ratios_of_step
 
 _log = init_logger("vllm.elastickv")
 
@@ -36,6 +39,8 @@ class PageMetadata(AttentionMetadata):
     longest : most tokens of a request.
     computes_prompt : whether the step computes tokens of a prompt. A request that comes with it may have hit the prompt's
         blocks, and reads what this step stores there.
+    prompts : (requests,) tokens of each request's prompt, which read every page; None: every token does.
+    ratios : request -> its own ratio of dense bytes / bytes read, of those that have one.
     shared : what attention computes from the batch in the first layer and reads in the others.
     """
 
@@ -51,6 +56,8 @@ class PageMetadata(AttentionMetadata):
     uniform_queries: int
     longest: int
     computes_prompt: bool = False
+    prompts: torch.Tensor | None = None
+    ratios: Mapping[int, float] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
 
 
@@ -96,7 +103,16 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
             uniform_queries=uniform,
             longest=batch.max_query_len,
             computes_prompt=decodes < batch.num_reqs or (batch.is_prefilling is not None and bool(batch.is_prefilling.any())),
+            prompts=batch.rswa_prefix_lens,
+            ratios=_ratios(batch) if ratios_of_step() else {},
         )
+
+
+def _ratios(batch: CommonAttentionMetadata) -> dict[int, float]:
+    """Return the ratios of a step's requests, which are known by the block of the newest token."""
+    columns = (batch.seq_lens - 1).clamp(min=0) // PAGE_TOKENS
+    blocks = batch.block_table_tensor.gather(1, columns[:, None].long())[:, 0].tolist()
+    return {request: ratio for request, block in enumerate(blocks) if (ratio := ratios_of_step().get(block)) is not None}
 
 
 def _is_draft(layer: Any) -> bool:

@@ -68,6 +68,7 @@ class WindowShape:
     slab_bytes : bytes of one KV head's page.
     kv_heads, head_size, dtype : of the model's layer, on this rank.
     soft : whether prefix hits do without the window's blocks.
+    selects : whether decodes of the model read selected pages.
     """
 
     tokens: int
@@ -76,6 +77,7 @@ class WindowShape:
     head_size: int
     dtype: torch.dtype
     soft: bool
+    selects: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -121,6 +123,7 @@ class WindowShape:
             steps_in_flight=steps,
             rollback_tokens=vllm_config.num_speculative_tokens * steps,
             hit_tokens=0 if self.soft else page_block_tokens,
+            prompt_hits=self.selects and not self.soft,
         )
 
 

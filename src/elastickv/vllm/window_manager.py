@@ -59,6 +59,12 @@ class WindowManager(SlidingWindowManager):
         blocks.extend(new)
         return new
 
+    def cache_blocks(self, request: Any, num_tokens: int, *arguments: Any, **options: Any) -> None:
+        """Let later requests hit the blocks of a request's first tokens, but for what it generated with selected pages."""
+        if self._spec.prompt_hits:
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        super().cache_blocks(request, num_tokens, *arguments, **options)
+
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         """Free blocks; unlike in vLLM's window, null blocks may be among them."""
         blocks = self.req_to_blocks.get(request_id)

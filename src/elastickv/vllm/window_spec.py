@@ -25,11 +25,14 @@ class WindowSpec(SlidingWindowSpec):
     rollback_tokens : most draft tokens by which a step's length may turn out too large.
     hit_tokens : prefix hits end at multiples of so many tokens and need the window's blocks before there; 0: they need none of
         them, and tokens whose blocks are gone are read from pages.
+    prompt_hits : whether hits that need the window's blocks end within the prompt that stored them. What requests generate is
+        computed with selected pages, and as part of a prompt with all of them.
     """
 
     steps_in_flight: int
     rollback_tokens: int
     hit_tokens: int
+    prompt_hits: bool = False
 
     def first_stored(self, tokens: int) -> int:
         """Return the first token that may be read from the window after a step which ends with `tokens` tokens.

@@ -81,7 +81,7 @@ def _score(builder: ir.IRBuilder, code: int, width: int, args: tuple[Any, ...]) 
 
 
 # (0, pages, bounds, head_dim, queries, weights, out): queries . zero + weights . scale of consecutive pages.
-_score_pages = addressed(7, types.void, by_width([0], _score))
+score_pages = addressed(7, types.void, by_width([0], _score))
 
 
 def _order(builder: ir.IRBuilder, row: Any, vectors: Any) -> None:
@@ -115,7 +115,7 @@ def listed_page(c, head, number, listed, anchor_pages):  # type: ignore[no-untyp
 
 
 @inlined
-def _list_best(scores, pages, count, target):  # type: ignore[no-untyped-def]
+def list_best(scores, pages, count, target):  # type: ignore[no-untyped-def]
     """List the `count` pages of highest score in ascending order, the first of equals. Return how many are listed."""
     vectors = (pages + LANES - 1) // LANES
     for number in range(pages, vectors * LANES):
@@ -204,7 +204,7 @@ def score_item(descriptor, item, q, thread):  # type: ignore[no-untyped-def]
     while page < last:
         width = MOST_PAGES if page + MOST_PAGES <= last else 1
         bounds = c[BOUNDS_BASE] + head * c[BOUNDS_HEAD_BYTES] + page * dim * 4
-        _score_pages(0, width, bounds, dim, queries, queries + dim * 4, scores + 4 * page)
+        score_pages(0, width, bounds, dim, queries, queries + dim * 4, scores + 4 * page)
         page += width
     if atomic_add(state + PENDING, 1) == c[SCORE_SPLITS] - 1:
         store_i64(state + PENDING, 0)
@@ -212,7 +212,7 @@ def score_item(descriptor, item, q, thread):  # type: ignore[no-untyped-def]
         if pages > 0:
             wanted = np.int64(load_f64(c[FRACTIONS_BASE] + 8 * (head % c[KV_HEADS])) * pages)
             target = c[LISTS_BASE] + head * c[LISTS_HEAD_BYTES]
-            listed = _list_best(scores, pages, min(pages, max(1, wanted)), target)
+            listed = list_best(scores, pages, min(pages, max(1, wanted)), target)
         store_i64(state + LISTED, listed)
         store_i64(state + ANCHOR_PAGES, pages)
         store_i64(state + ANCHOR_STEP, load_i64(state + STEP))

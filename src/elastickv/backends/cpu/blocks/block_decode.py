@@ -2,6 +2,7 @@
 
 Each row of queries is divided into items of some pages of one KV head, in the same way whatever else is in the batch and
 however many threads there are: results depend on neither. The item that finishes a row's head last merges its partials.
+A row may read listed pages alone (`block_selection`).
 """
 
 import numpy as np
@@ -17,7 +18,7 @@ from elastickv.backends.cpu.blocks.block_tokens import (
     slab,
     step_tokens,
 )
-from elastickv.backends.cpu.blocks.host_blocks import BlockField
+from elastickv.backends.cpu.blocks.host_blocks import EVERY_PAGE, NO_ROW, BlockField, RowField
 from elastickv.backends.cpu.decode import merge_partial
 from elastickv.backends.cpu.intrinsics import (
     atomic_add,
@@ -25,6 +26,7 @@ from elastickv.backends.cpu.intrinsics import (
     inlined,
     invoke_8,
     load_i32,
+    load_i64,
     store_i64,
     words,
 )
@@ -39,6 +41,8 @@ OUTPUT, OUTPUT_STRIDE = int(_B.OUTPUT), int(_B.OUTPUT_STRIDE)
 FACTOR, EXACT_TOKENS = int(_B.FACTOR), int(_B.EXACT_TOKENS)
 PARTIAL, PENDING = int(_B.PARTIAL), int(_B.PENDING)
 DESCRIPTOR, COUNTERS, BOUNDS_OFFSET = int(_B.DESCRIPTOR), int(_B.COUNTERS), int(_B.BOUNDS_OFFSET)
+SELECTED, LIST, HEAD_BYTES, LISTED_PAGES = int(_B.SELECTED), *(8 * int(field) for field in RowField)
+ROW_WORDS = len(RowField)
 GROUP, DIM, EXACT_FORMAT, PAGE_KERNEL = int(_F.GROUP), int(_F.DIM), int(_F.EXACT_FORMAT), int(_F.PAGE_KERNEL)
 COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
 EXTRA = layout.PARTIAL_EXTRA
@@ -61,15 +65,41 @@ def _item_pages(pages, least):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _attend_pages(a, thread, request, head, first, last, tokens):  # type: ignore[no-untyped-def]
-    """Attend to pages `first` to `last` - 1, of which only `tokens` tokens are read."""
+def _list_of(a, row, head):  # type: ignore[no-untyped-def]
+    """Return the address of a head's listed pages and how many there are, and where those begin that are read beside them.
+
+    The address is `EVERY_PAGE` where nothing is selected.
+    """
+    listed, count, others = EVERY_PAGE, np.int64(0), np.int64(0)
+    if a[SELECTED] != 0:
+        entry = a[SELECTED] + row * 8 * (ROW_WORDS + a[KV_HEADS])
+        listed = load_i64(entry + LIST)
+        if listed != EVERY_PAGE and listed != NO_ROW:
+            listed += head * load_i64(entry + HEAD_BYTES)
+            count, others = load_i64(entry + 8 * (ROW_WORDS + head)), load_i64(entry + LISTED_PAGES)
+    return listed, count, others
+
+
+@inlined
+def _page(listed, count, others, number):  # type: ignore[no-untyped-def]
+    """Return the `number`-th page that is read."""
+    if number >= count:
+        return others + number - count
+    return np.int64(load_i32(listed + 4 * number))
+
+
+@inlined
+def _attend_pages(a, thread, request, row, head, first, last, tokens):  # type: ignore[no-untyped-def]
+    """Attend to the `first`-th to `last` - 1-th page that is read, of which only `tokens` tokens are read."""
     descriptor = a[DESCRIPTOR]
     c = words(descriptor)
-    following = slab(a, request, first, head)
-    for page in range(first, last):
-        where = following
-        following = slab(a, request, min(page + 1, last - 1), head)
-        valid = min(PAGE_TOKENS, tokens - page * PAGE_TOKENS)
+    listed, count, others = _list_of(a, row, head)
+    page = _page(listed, count, others, first)
+    following = slab(a, request, page, head)
+    for number in range(first, last):
+        where, valid = following, min(PAGE_TOKENS, tokens - page * PAGE_TOKENS)
+        page = _page(listed, count, others, min(number + 1, last - 1))
+        following = slab(a, request, page, head)
         invoke_8(
             c[PAGE_KERNEL], descriptor, thread, c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], where, where + a[BOUNDS_OFFSET],
             valid, following - where,
@@ -106,13 +136,12 @@ def _merge(a, c, thread, row, head, first, splits):  # type: ignore[no-untyped-d
 
 
 @inlined
-def _attend_item(a, thread, request, row, position, step_first, start, base, item):  # type: ignore[no-untyped-def]
-    """Attend with the queries of one KV head to a share of what they read; `base` is the row's first item."""
+def _attend_item(a, thread, request, row, head, position, step_first, start, base, item):  # type: ignore[no-untyped-def]
+    """Attend with the queries of one KV head to a share of what they read; `base` is the head's first item."""
     c = words(a[DESCRIPTOR])
     group, dim = c[GROUP], c[DIM]
-    cold, cold_size, cold_splits, exact_size, exact_splits = _shares(a, request, position)
-    splits = cold_splits + exact_splits
-    head, split = (item - base) // splits, (item - base) % splits
+    cold, pages, cold_size, cold_splits, exact_size, exact_splits = _shares(a, request, row, head, position)
+    splits, split = cold_splits + exact_splits, item - base
     queries = row_tables(a, c, thread) + ROW_TABLES_BYTES
     source = a[QUERY] + row * a[QUERY_STRIDE] + head * group * dim * element_bytes(c)
     widen_row(c[EXACT_FORMAT], source, group * dim, queries, np.float32(double_from_bits(a[FACTOR])))
@@ -120,8 +149,8 @@ def _attend_item(a, thread, request, row, position, step_first, start, base, ite
     value = c[COLD_VALUE_FORMAT] if is_cold else c[EXACT_FORMAT]
     prepare(c, thread, queries, c[COLD_KEY_FORMAT] if is_cold else c[EXACT_FORMAT])
     if is_cold:
-        pages, first = (cold + PAGE_TOKENS - 1) // PAGE_TOKENS, split * cold_size
-        _attend_pages(a, thread, request, head, first, min(pages, first + cold_size), cold)
+        first = split * cold_size
+        _attend_pages(a, thread, request, row, head, first, min(pages, first + cold_size), cold)
     else:
         size = exact_size * PAGE_TOKENS
         first = cold + (split - cold_splits) * size
@@ -130,31 +159,40 @@ def _attend_item(a, thread, request, row, position, step_first, start, base, ite
     pending = a[PENDING] + 8 * (row * a[KV_HEADS] + head)
     if atomic_add(pending, 1) == splits - 1:
         store_i64(pending, 0)
-        _merge(a, c, thread, row, head, base + head * splits, splits)
+        _merge(a, c, thread, row, head, base, splits)
 
 
 @inlined
-def _shares(a, request, position):  # type: ignore[no-untyped-def]
-    """Return how many tokens a query at `position` reads from pages, and pages of an item and items: of pages, of exact."""
+def _shares(a, request, row, head, position):  # type: ignore[no-untyped-def]
+    """Return what one KV head of a query at `position` reads, and its shares.
+
+    Tokens below the first number are read from pages, of which the second number says how many are read. Then follow pages of
+    an item and items: of pages, of exact tokens. A row that does not attend has no item.
+    """
     window_first = np.int64(load_i32(a[WINDOW_FIRST] + 4 * request))
     cold = max(0, position - a[EXACT_TOKENS] + 1, min(window_first, position + 1))
     pages, exact_pages = (cold + PAGE_TOKENS - 1) // PAGE_TOKENS, (position - cold + PAGE_TOKENS) // PAGE_TOKENS
+    listed, count, others = _list_of(a, row, head)
+    if listed == NO_ROW:
+        pages, exact_pages = np.int64(0), np.int64(0)
+    elif listed != EVERY_PAGE:
+        pages += count - others
     size, exact_size = _item_pages(pages, PAGES_OF_ITEM), _item_pages(exact_pages, EXACT_PAGES_OF_ITEM)
-    return cold, size, (pages + size - 1) // size, exact_size, (exact_pages + exact_size - 1) // exact_size
+    return cold, pages, size, (pages + size - 1) // size, exact_size, (exact_pages + exact_size - 1) // exact_size
 
 
 @kernel("void(int64, int64)")
 def decode_rows(arguments, thread):  # type: ignore[no-untyped-def]
-    """Write the outputs of all rows of queries. Threads take items by ticket, and walk along the rows with them."""
+    """Write the outputs of all rows of queries. Threads take items by ticket, and walk along rows and heads with them."""
     a = words(arguments)
     item, base = atomic_add(a[COUNTERS], 1), 0
     for request in range(a[REQUESTS]):
         length, start, count = step_tokens(a, request)
         for number in range(count):
-            position = length - count + number
-            _, _, cold_splits, _, exact_splits = _shares(a, request, position)
-            items = a[KV_HEADS] * (cold_splits + exact_splits)
-            while item < base + items:
-                _attend_item(a, thread, request, start + number, position, length - count, start, base, item)
-                item = atomic_add(a[COUNTERS], 1)
-            base += items
+            row, position = start + number, length - count + number
+            for head in range(a[KV_HEADS]):
+                _, _, _, cold_splits, _, exact_splits = _shares(a, request, row, head, position)
+                while item < base + cold_splits + exact_splits:
+                    _attend_item(a, thread, request, row, head, position, length - count, start, base, item)
+                    item = atomic_add(a[COUNTERS], 1)
+                base += cold_splits + exact_splits

@@ -13,11 +13,13 @@ from elastickv.backends.cpu import page, threads
 from elastickv.backends.cpu.blocks import engine_threads
 from elastickv.backends.cpu.blocks.block_decode import decode_rows, most_items
 from elastickv.backends.cpu.blocks.block_gather import gather_tokens
+from elastickv.backends.cpu.blocks.block_selection import list_pages
 from elastickv.backends.cpu.blocks.block_store import store_step
 from elastickv.backends.cpu.blocks.block_tokens import ROW_TABLES_BYTES
 from elastickv.backends.cpu.blocks.host_blocks import (
     DESCRIPTOR_BYTES,
     WORDS,
+    AnchorField,
     BlockField,
     HostBlocks,
     Table,
@@ -39,7 +41,9 @@ from elastickv.backends.cpu.layout import (
 )
 from elastickv.backends.cpu.numba_cache import Kernel
 from elastickv.backends.cpu.quantizers import nearest_pages
+from elastickv.backends.cpu.selection import weights_kernel
 from elastickv.errors import UsageError
+from elastickv.kvcache.scorers import scorer_of
 from elastickv.recipe import DTYPES, PAGE_TOKENS, AttentionShape, Recipe
 
 Rows = NDArray[Any]
@@ -82,17 +86,19 @@ class NumbaBlockKernels:
         self._shape, self._element, self._exact_tokens = shape, 4 if dtype == "fp32" else 2, exact_tokens
         self._threads = engine_threads.count()
         quantizers = nearest_pages.quantizers(recipe, dtype)
-        kernels = [page.attend_page, decode_rows, store_step, gather_tokens, engine_threads.enter, *dict.fromkeys(quantizers)]
+        called = (decode_rows, store_step, gather_tokens, list_pages)
+        self._weights = weights_kernel(scorer_of(recipe))
+        kernels = [page.attend_page, *called, engine_threads.enter, *dict.fromkeys(quantizers)]
         compile_kernels(kernels, current_report(), self._threads)
         self._make_scratch(recipe, dtype, quantizers)
         self._partials, self._pending = np.empty(0, np.float32), np.zeros(0, np.int64)
+        self._scores = np.empty(0, np.float32)
         self._words = np.zeros(WORDS, np.int64)
         self._words[BlockField.EXACT_TOKENS] = exact_tokens
         self._words[BlockField.BOUNDS_OFFSET] = bounds_offset(recipe, shape.head_dim)
         self._words[BlockField.COUNTERS] = address(self._counters)
         self._words[[BlockField.DESCRIPTOR, BlockField.DESCRIPTORS]] = address(self._descriptors)
         self._words[BlockField.SCRATCH] = self._work
-        called = (decode_rows, store_step, gather_tokens)
         self._regions = {kernel: engine_threads.Region(kernel, self._threads, self._words) for kernel in called}
 
     def _make_scratch(self, recipe: Recipe, dtype: str, quantizers: tuple[Kernel, Kernel]) -> None:
@@ -100,9 +106,9 @@ class NumbaBlockKernels:
         shape = self._shape
         described = layout(AttentionShape(1, shape.query_heads, shape.kv_heads, shape.head_dim), 1, dtype, recipe, 1)
         self._work = described.fields[_F.WORK_THREAD_BYTES]
-        # A page of exact numbers, or of float32; or the queries of a KV head.
+        # A page of exact numbers, or of float32; or the queries of a KV head, with the weights of scales and zeros.
         numbers = page_bytes("fp32", "fp32", shape.head_dim, shape.head_dim) + TAIL_BYTES
-        of_thread = self._work + ROW_TABLES_BYTES + up(max(numbers, shape.group * shape.head_dim * 4), LINE_BYTES)
+        of_thread = self._work + ROW_TABLES_BYTES + up(max(numbers, (shape.group + 2) * shape.head_dim * 4), LINE_BYTES)
         self._scratch = np.zeros(self._threads * of_thread + LINE_BYTES, np.uint8)
         self._state = np.full(len(State), -1, np.int64)
         self._counters = np.zeros(LINE_BYTES // 8, np.int64)
@@ -116,6 +122,7 @@ class NumbaBlockKernels:
         fields[_F.WORK_THREAD_BYTES] = of_thread
         fields[_F.STATE_BASE] = address(self._state)
         fields[_F.PAGE_KERNEL] = page.attend_page.address
+        fields[_F.WEIGHTS_KERNEL] = self._weights.address
         fields[[_F.QUANTIZE_KEYS, _F.QUANTIZE_VALUES]] = [one.address for one in quantizers]
         self._descriptors = np.tile(fields, (self._threads, 1))
         assert self._descriptors.strides[0] == DESCRIPTOR_BYTES
@@ -147,6 +154,7 @@ class NumbaBlockKernels:
         starts: Table,
         window_first: Table,
         scale: float,
+        selected: NDArray[np.int64] | None = None,
     ) -> None:
         """Attend with a step's tokens, which `store` was given before, to their past and themselves.
 
@@ -160,6 +168,8 @@ class NumbaBlockKernels:
         output : the same shape.
         window_first : (requests,) int32, the first token whose window block, and all later ones, are there; a multiple of 32.
         scale : of scores.
+        selected : (tokens, fields + kv_heads), `RowField` and how many pages of its list each KV head has; None: every page is
+            read. The caller keeps the lists alive.
         """
         words, shape = self._step(blocks, keys, values, lengths, starts), self._shape
         rows, longest = len(query), int(lengths.max(initial=0))
@@ -169,7 +179,28 @@ class NumbaBlockKernels:
         words[BlockField.QUERY : BlockField.FACTOR + 1] = (
             address(query), query.strides[0], address(output), output.strides[0], address(window_first), factor,
         )  # fmt: skip
+        words[BlockField.SELECTED] = 0 if selected is None else address(selected)
         self._launch(decode_rows, rows * longest)
+
+    def list_pages(self, blocks: HostBlocks, query: Rows, anchors: NDArray[np.int64]) -> None:
+        """List the pages of the best scores for rows of queries, the first page always among them, ascending.
+
+        Parameters
+        ----------
+        query : (tokens, query_heads, head_dim).
+        anchors : (anchors, fields + kv_heads), `AnchorField` and how many pages each KV head lists, at least 1.
+        """
+        words, pages = self._words, int(anchors[:, AnchorField.PAGES].max(initial=0))
+        of_thread = up(pages, LINE_BYTES // 4) + LINE_BYTES // 4  # scores are read in whole vectors
+        if len(self._scores) < of_thread * self._threads:
+            self._scores = np.empty(of_thread * self._threads, np.float32)
+        words[: BlockField.WINDOW_SHIFT + 1] = blocks.words
+        words[[BlockField.QUERY, BlockField.QUERY_STRIDE]] = address(query), query.strides[0]
+        words[BlockField.ANCHORS : BlockField.SCORES_BYTES + 1] = (
+            address(anchors), len(anchors), address(self._scores), 4 * of_thread,
+        )  # fmt: skip
+        # A score reads a scale and a zero for each channel of a page: like one of its tokens.
+        self._launch(list_pages, len(anchors) * pages)
 
     def gather(
         self,

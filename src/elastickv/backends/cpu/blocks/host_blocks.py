@@ -64,8 +64,32 @@ class BlockField(IntEnum):
     SCRATCH = 36  # first byte, in a thread's scratch, behind that of the page machinery
     BOUNDS_OFFSET = 37  # from a slab to the scales of its keys' channels
     DESCRIPTORS = 38  # a copy of the descriptor for each thread
+    SELECTED = 39  # of `decode`: for each row what it reads, `RowField` and a count for each KV head; 0: every page
+    ANCHORS = 40  # of `list_pages`: `AnchorField` and a count for each KV head, and how many anchors there are
+    ANCHOR_COUNT = 41
+    SCORES = 42
+    SCORES_BYTES = 43  # of one thread
 
 
+class RowField(IntEnum):
+    """Word of what one row of queries reads. Behind them stands how many pages of the list each KV head has."""
+
+    LIST = 0  # address of the numbers of pages; `EVERY_PAGE`, or `NO_ROW` for a row that does not attend
+    HEAD_BYTES = 1  # from one KV head's list to the next
+    LISTED_PAGES = 2  # pages among which the list was chosen; those from there on are read too
+
+
+class AnchorField(IntEnum):
+    """Word of a row of queries that lists pages. Behind them stands how many pages each KV head lists."""
+
+    REQUEST = 0
+    ROW = 1
+    PAGES = 2  # among which it chooses
+    TARGET = 3  # address of the list, int32
+    HEAD_BYTES = 4
+
+
+EVERY_PAGE, NO_ROW = 0, -1
 DESCRIPTOR_BYTES = 8 * len(layout.BufferField)
 WORDS = len(BlockField)
 

@@ -1,0 +1,1 @@
+"""Which pages decodes read on a CPU."""

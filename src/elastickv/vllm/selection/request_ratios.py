@@ -1,0 +1,97 @@
+"""Ratios that single requests ask for, on their way from the scheduler to the process that runs the model.
+
+vLLM hands a plug-in's attention no request: only blocks and lengths. So the scheduler says with each step which blocks belong
+to requests with ratios of their own. It is an attribute of vLLM's `SchedulerOutput`, which arrives where that is unpickled.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from elastickv.errors import UsageError
+from elastickv.recipe import PAGE_TOKENS
+from elastickv.vllm.serving_options import KEY, ServingOptions
+
+ARGUMENT = f"{KEY}_compress"
+"""Key of `SamplingParams.extra_args`."""
+_ATTRIBUTE = f"{KEY}_ratios"
+_of_step: Mapping[int, float] = MappingProxyType({})
+
+
+def ratios_of_step() -> Mapping[int, float]:
+    """Return the ratios of the step that is computed: block of a request's newest page -> its ratio."""
+    return _of_step
+
+
+def _deliver(ratios: Mapping[int, float]) -> "StepRatios":
+    global _of_step
+    _of_step = ratios
+    return StepRatios(ratios)
+
+
+class StepRatios:
+    """Ratios of a step's requests by the blocks of pages that hold their newest tokens; unpickled, they are the step's."""
+
+    def __init__(self, ratios: Mapping[int, float]) -> None:
+        self._ratios = ratios
+
+    def __reduce__(self) -> tuple[Callable[..., "StepRatios"], tuple[Mapping[int, float]]]:
+        """Return the call that delivers the ratios where the model runs."""
+        return _deliver, (self._ratios,)
+
+
+class RequestRatios:
+    """The ratios of an engine's requests, for its scheduler.
+
+    Parameters
+    ----------
+    additional_config : vLLM's.
+    """
+
+    def __init__(self, additional_config: Any) -> None:
+        options = ServingOptions.parse(additional_config) or ServingOptions()
+        self._most = options.compress if options.compress is not None and options.select_pages else None
+        self._ratios = dict[str, float]()
+
+    def add(self, request: Any) -> None:
+        """Take the ratio of a request that has one.
+
+        Raises
+        ------
+        UsageError : if it is no number from 1 to the server's ratio.
+        """
+        passed = (getattr(request.sampling_params, "extra_args", None) or {}).get(ARGUMENT)
+        if passed is None:
+            return
+        number = isinstance(passed, (int, float)) and not isinstance(passed, bool)
+        if self._most is None and not (number and passed == 1):
+            raise UsageError(
+                f"{ARGUMENT}={passed!r} and this server selects no pages: leave it out, or start the server with the option "
+                "compress"
+            )
+        if not number or not 1 <= passed <= (self._most or 1):
+            raise UsageError(f"{ARGUMENT}={passed!r} is out of range: give a number from 1, every page, to {self._most:g}")
+        if self._most is not None and passed != self._most:
+            self._ratios[request.request_id] = float(passed)
+
+    def attach(self, output: Any, requests: Mapping[str, Any], groups: Any, blocks_of: Callable[[str], Any]) -> None:
+        """Let a step bring the ratios of its requests to where the model runs.
+
+        Parameters
+        ----------
+        output : vLLM's `SchedulerOutput`.
+        requests : of the scheduler.
+        groups : of the caches.
+        blocks_of : request -> its blocks of each group.
+        """
+        if self._most is None:
+            return
+        self._ratios = {name: ratio for name, ratio in self._ratios.items() if name in requests}
+        pages = next(i for i, group in enumerate(groups) if getattr(group.kv_cache_spec, "sliding_window", None) is None)
+        size, ratios = groups[pages].kv_cache_spec.block_size, dict[int, float]()
+        for name in self._ratios.keys() & output.num_scheduled_tokens.keys():
+            # The last token of a prompt is always computed, into a block that is the request's own, as later ones are.
+            own = blocks_of(name)[pages][(requests[name].num_prompt_tokens - 1) // size :]
+            times = size // PAGE_TOKENS  # a block of several pages is as many blocks to the model
+            ratios |= {block * times + page: self._ratios[name] for block in own for page in range(times)}
+        setattr(output, _ATTRIBUTE, _deliver(ratios))
