@@ -123,6 +123,12 @@ def test_a_loss_that_grows_faster_than_its_error_is_a_power_of_it_between_4_and_
     assert weighed.keys["int3"][1][1] == pytest.approx(3 * weighed.keys["int3"][1][0])
 
 
+def test_sensitivities_hold_for_the_formats_that_a_calibration_has(calibration):
+    fewer = replace(calibration, keys={"int8": calibration.keys["int8"]}, values={"int8": calibration.values["int8"]})
+    for row, other, factor in zip(fewer.keys["int8"], fewer.in_nats().keys["int8"], fewer.sensitivity["keys"], strict=True):
+        assert other == pytest.approx([factor * error for error in row])
+
+
 def test_a_calibration_without_sensitivities_of_pages_is_solved_for_a_ratio_by_its_errors(calibration):
     of_formats = {tensor: calibration.sensitivity[tensor] for tensor in ("keys", "values")}
     older = replace(calibration, sensitivity=of_formats)

@@ -120,11 +120,12 @@ class ModelCalibration:
         weighed: dict[str, Any] = {"sensitivity": None}
         for tensor, group in (("keys", ""), ("values", f"/{padded_head_dim(self.head_dim)}")):
             table = getattr(self, tensor)
+            measured = {f"int4{group}": self.sensitivity[tensor], f"int2{group}": self.sensitivity.get(f"{tensor}/int2")}
             points = [
-                (list(map(sum, table[f"{fmt}{group}"])), self.sensitivity[measured])
-                for fmt, measured in (("int4", tensor), ("int2", f"{tensor}/int2"))
-                if measured in self.sensitivity
+                ([float(sum(row)) for row in table[f]], at) for f, at in measured.items() if at is not None and f in table
             ]
+            # Where the errors of `int4` were left out of a calibration, its sensitivity holds for all errors.
+            points = points or [([0.0] * len(self.layers), self.sensitivity[tensor])]
             weighed[tensor] = {name: _in_nats(rows, points) for name, rows in table.items()}
         if "pages" in self.sensitivity:
             of_pages = self.sensitivity["pages"]
