@@ -261,6 +261,28 @@ class ServingEngine:
             ended |= self.step()
         return [self.answers(ended[name], prompt)[0] for name, prompt in zip(names, prompts, strict=True)]
 
+    def finish_schedule(self, requests, order, gaps, chunk, aborted=()):
+        """Add requests in an order with steps between them, abort some, finish the others; return what ended by its number.
+
+        Parameters
+        ----------
+        requests : (prompt, tokens of the answer) of each.
+        order, gaps : numbers of requests, and how many steps follow when each was added.
+        chunk : most tokens of a step.
+        aborted : numbers of requests that are aborted when all were added, unless they have ended.
+        """
+        whole_step, names, ended = self.scheduler.max_num_scheduled_tokens, {}, {}
+        self.scheduler.max_num_scheduled_tokens = chunk
+        for number, gap in zip(order, gaps, strict=True):
+            names[number] = self.add(*requests[number])
+            for _ in range(gap):
+                ended |= self.step()
+        self.engine.abort_request([names[number] for number in aborted if names[number] not in ended])
+        while self.engine.has_unfinished_requests():
+            ended |= self.step()
+        self.scheduler.max_num_scheduled_tokens = whole_step
+        return {number: self.answers(ended[name], requests[number][0])[0] for number, name in names.items() if name in ended}
+
     def answers(self, output, prompt):
         """Return an `Answer` for each sequence of an output."""
         several = len(output.outputs) > 1

@@ -192,21 +192,12 @@ def ragged(selecting, selected):
 def test_any_schedule_gives_the_answers_of_requests_alone(selecting, selected, ragged, order, gaps, chunk, aborted):
     prompts, expected = ragged
     engine = selecting(elastickv=STRICT, **CACHED)
-    start, whole_step = engine.free_blocks, engine.scheduler.max_num_scheduled_tokens
-    engine.scheduler.max_num_scheduled_tokens = chunk
-    names, ended = {}, {}
-    for number, gap in zip(order, gaps, strict=True):
-        names[number] = engine.add(prompts[number], RAGGED[number][1])
-        for _ in range(gap):
-            ended |= engine.step()
-    engine.engine.abort_request([names[number] for number in aborted if names[number] not in ended])
-    while engine.engine.has_unfinished_requests():
-        ended |= engine.step()
-    engine.scheduler.max_num_scheduled_tokens = whole_step
-    answered = [number for number in names if names[number] in ended and number not in aborted]
-    answers = [engine.answers(ended[names[number]], prompts[number])[0] for number in answered]
-    assert len(answers) >= len(RAGGED) - 3
-    all_equal(selected, [expected[number] for number in answered], answers)
+    start = engine.free_blocks
+    requests = [(prompt, count) for prompt, (_, count) in zip(prompts, RAGGED, strict=True)]
+    ended = engine.finish_schedule(requests, order, gaps, chunk, aborted)
+    answered = [number for number in ended if number not in aborted]
+    assert len(answered) >= len(RAGGED) - 3
+    all_equal(selected, [expected[number] for number in answered], [ended[number] for number in answered])
     assert engine.free_blocks == start
 
 

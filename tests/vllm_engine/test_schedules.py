@@ -156,16 +156,8 @@ def ragged(serve, rule):
 def test_any_schedule_of_ragged_requests_gives_their_answers(serve, rule, ragged, order, gaps, chunk):
     prompts, expected = ragged
     engine = serve(**SMALL_POOL)
-    start, whole_step = engine.free_blocks, engine.scheduler.max_num_scheduled_tokens
-    engine.scheduler.max_num_scheduled_tokens = chunk
-    names, ended = {}, {}
-    for number, gap in zip(order, gaps, strict=True):
-        names[number] = engine.add(prompts[number], RAGGED[number][1])
-        for _ in range(gap):
-            ended |= engine.step()
-    while engine.engine.has_unfinished_requests():
-        ended |= engine.step()
-    engine.scheduler.max_num_scheduled_tokens = whole_step
-    answers = [engine.answers(ended[names[number]], prompt)[0] for number, prompt in enumerate(prompts)]
-    all_equal(rule(), expected, answers)
+    start = engine.free_blocks
+    requests = [(prompt, count) for prompt, (_, count) in zip(prompts, RAGGED, strict=True)]
+    answers = engine.finish_schedule(requests, order, gaps, chunk)
+    all_equal(rule(), expected, [answers[number] for number in range(len(prompts))])
     assert engine.free_blocks == start

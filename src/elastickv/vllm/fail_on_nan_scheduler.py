@@ -33,7 +33,6 @@ class _FailOnNan(Scheduler):
     _in_flight: Sequence[tuple[int, Any]] = ()  # numbers of steps that have not been updated from, and what they compute
     # Of requests that lost their blocks while a step of theirs was in flight: the blocks of each group, with their hashes.
     _lost: Mapping[str, Sequence[Sequence[tuple[int, Any]]]] = MappingProxyType({})
-
     _refused: Sequence[Request] = ()  # ended, and not reported yet
 
     @cached_property
@@ -48,7 +47,7 @@ class _FailOnNan(Scheduler):
         except UsageError as error:
             _log.error("ElasticKV: request %s is refused: %s", request.request_id, error)
             ended = super().finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
-            self._refused = [*self._refused, *(request for request in ended)]
+            self._refused = [*self._refused, *ended]
 
     def has_requests(self) -> bool:
         """Whether a step is needed: also to report a request that was refused."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cpu.blocks.host_blocks import EVERY_PAGE, NO_ROW, AnchorField, RowField, Table, address
 from elastickv.recipe import PAGE_TOKENS, Recipe
-from elastickv.vllm.selection.page_lists import PageLists, Whole
+from elastickv.vllm.selection.page_lists import Int64Array, PageLists
 
 Fractions = NDArray[np.float64]
 LISTS_OF_REQUEST = 4
@@ -39,7 +39,7 @@ class Requests:
 
     lengths: Table
     starts: Table
-    prompts: Whole
+    prompts: Int64Array
     blocks: Table
     ratios: Mapping[int, float]
 
@@ -55,8 +55,8 @@ class SelectedPages:
     lists : memory of the lists, which must stay alive.
     """
 
-    rows: Whole
-    anchors: Whole
+    rows: Int64Array
+    anchors: Int64Array
     lists: list[Table]
 
     def skip_every_page(self) -> int:
@@ -132,11 +132,11 @@ class DecodeSelection:
     def _selected(
         self,
         requests: Requests,
-        of_row: Whole,
-        positions: Whole,
-        anchors: Whole,
-        pages: Whole,
-        listed: Whole,
+        of_row: Int64Array,
+        positions: Int64Array,
+        anchors: Int64Array,
+        pages: Int64Array,
+        listed: Int64Array,
         selects: NDArray[np.bool_],
     ) -> SelectedPages:
         kv_heads = listed.shape[1]
@@ -162,16 +162,15 @@ class DecodeSelection:
         to_list[:, len(AnchorField) :] = listed[choosers]
         return SelectedPages(rows, to_list, memory)
 
-    def _anchors(self, positions: Whole, own: Whole) -> Whole:
+    def _anchors(self, positions: Int64Array | np.int64, own: Int64Array | np.int64) -> Int64Array:
         """Return the position of each row's anchor, as `Recipe.steps_since_refresh` says it for the `own`-th token."""
         return np.asarray(positions - np.minimum(np.maximum(own, 0), (own + self._offset) % self._every))
 
     def _anchor(self, position: int, prompt: int) -> int:
-        """Return what `_anchors` does for one row."""
-        own = position - prompt
-        return position - min(max(own, 0), (own + self._offset) % self._every)
+        """Return the position of one row's anchor."""
+        return int(self._anchors(np.int64(position), np.int64(position - prompt)))
 
-    def _counts(self, ratios: Mapping[int, float], of_row: Whole, pages: Whole) -> Whole:
+    def _counts(self, ratios: Mapping[int, float], of_row: Int64Array, pages: Int64Array) -> Int64Array:
         """Return how many pages each KV head of each row lists, (rows, kv_heads), as `regions.selected` counts them."""
         fractions = np.tile(self._usual, (len(of_row), 1))
         for request, ratio in ratios.items():

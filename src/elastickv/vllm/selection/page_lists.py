@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from elastickv.backends.cpu.blocks.host_blocks import Table
 
-Whole = NDArray[np.int64]
+Int64Array = NDArray[np.int64]
 
 
 class PageLists:
@@ -21,7 +21,7 @@ class PageLists:
     def __init__(self, most_blocks: int) -> None:
         self._most, self._blocks = most_blocks, OrderedDict[int, dict[int, tuple[bytes, Table]]]()
 
-    def find(self, block: int, anchor: int, counts: Whole) -> Table | None:
+    def find(self, block: int, anchor: int, counts: Int64Array) -> Table | None:
         """Return the list of an anchor, (kv_heads, pages); None where there is none of so many pages for each KV head."""
         lists = self._blocks.get(block)
         if lists is None or anchor not in lists:
@@ -30,7 +30,7 @@ class PageLists:
         of_counts, pages = lists[anchor]
         return pages if of_counts == counts.tobytes() else None
 
-    def keep(self, block: int, anchor: int, counts: Whole, pages: Table) -> None:
+    def keep(self, block: int, anchor: int, counts: Int64Array, pages: Table) -> None:
         """Keep a list, (kv_heads, pages), of which each KV head has so many."""
         self._blocks.setdefault(block, {})[anchor] = counts.tobytes(), pages
         self._blocks.move_to_end(block)
