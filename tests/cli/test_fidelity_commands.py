@@ -140,6 +140,7 @@ def test_long_texts_are_generated_with_each_cache(elastickv, folder, tmp_path):
         (["--windows=0"], "--windows=0"),
         (["--tolerance=ppl"], "write ppl=0.5%"),
         (["--reference=eager"], "choose stock-quantized"),
+        (["--engine=sglang"], "--engine sglang is unknown: choose transformers, vllm"),
         (["--text=/no/such/file"], "/no/such/file"),
         (["--calibration=/no/such/file"], "/no/such/file"),
         (["--output=/no/such/folder/x.json"], "does not exist"),

@@ -1,0 +1,143 @@
+"""`elastickv eval --engine vllm`: figures are those of Transformers where its attention reads as the engine's does."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.read_rule import ReadRule, reading
+from elastickv.benchmark.reporter import SILENT
+from elastickv.errors import UsageError
+from elastickv.evaluation.evaluation_options import EvaluationOptions
+from elastickv.evaluation.metrics import Scores, fidelity
+from elastickv.evaluation.prediction_losses import prediction_losses
+from elastickv.evaluation.serving.engine_options import EngineOptions
+from elastickv.evaluation.serving.evaluate_served import evaluate_served
+from elastickv.evaluation.serving.served_checkpoint import ServedCheckpoint
+from elastickv.evaluation.texts import Text, windows
+from elastickv.recipe import Recipe
+from elastickv.results.formats.fidelity_table import fidelity_tables
+from elastickv.results.kinds.evaluation_result import EvaluationResult
+from tests.helpers.served_llama import write_model
+
+WINDOW, CONTEXT, SCORED = 64, 400, 96
+OPTIONS = EvaluationOptions(
+    ratios=(1.0, 3.0),
+    formats=("int4",),
+    contexts=(CONTEXT,),
+    window_count=2,
+    scored=SCORED,
+    needle_lengths=(),
+    greedy_tokens=8,
+)
+# Of a KL, in parts of it. Float32 alone moves it by less than a tenth of that, as sums have another order and a few numbers get
+# another code; other rules move it by more than five times that.
+TOLERANCE = 1e-3
+RULES = {
+    "a window of two tokens more": lambda layer, rule: replace(rule, window=rule.window + 2),
+    "formats of more bits": lambda layer, rule: replace(rule, pages=replace(rule.pages, key_format="int8_per_channel")),
+    "exact prompts": lambda layer, rule: replace(rule, window=CONTEXT) if layer else rule,
+}
+SELECTIONS = {
+    "other anchors": lambda layer, rule: replace(rule, anchor_offset=rule.anchor_offset + 1),
+    "more pages": lambda layer, rule: replace(rule, pages=replace(rule.pages, fractions=(0.3,))),
+    "every page": lambda layer, rule: replace(rule, pages=replace(rule.pages, selection="all", fractions=(), anchor_every=1)),
+}
+
+
+@pytest.fixture(scope="module")
+def model(weights, tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("evaluated") / "llama", weights, tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(5)
+    return [Text(f"{name}.txt", " ".join(f"w{word}" for word in rng.integers(0, 500, 900))) for name in "ab"]
+
+
+def served(model, **arguments):
+    return ServedCheckpoint(str(model), None, "cpu", EngineOptions(arguments, {"window": WINDOW}), None)
+
+
+@pytest.fixture(scope="module")
+def result(model, texts):
+    return evaluate_served(served(model), texts, OPTIONS, None, SILENT)
+
+
+@pytest.fixture(scope="module")
+def rows(result):
+    return {row["cache"]: row for row in result["rows"]}
+
+
+@pytest.fixture(scope="module")
+def in_transformers(model, texts):
+    """Return what is lost in Transformers where its attention reads by the recipes of a row, and by the engine's rule."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    models = {dtype: AutoModelForCausalLM.from_pretrained(model, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+    cut, prompt = windows(texts, AutoTokenizer.from_pretrained(model), CONTEXT, OPTIONS.window_count), CONTEXT - SCORED - 1
+
+    def logits(ids, rules, dtype):
+        with torch.no_grad(), nullcontext() if rules is None else reading(models[dtype], rules, prompt):
+            return models[dtype](torch.tensor([ids])).logits[0, prompt:]
+
+    def losses(row, changed=lambda layer, rule: rule, dtype=torch.float64):
+        recipes = [Recipe.parse(text) for text in row["recipes"] * (2 if len(row["recipes"]) == 1 else 1)]
+        rules = [
+            changed(layer, ReadRule(each, each.window, anchor_offset=each.layer_anchor_offset(layer, 2)))
+            for layer, each in enumerate(recipes)
+        ]
+        pairs = [[logits(window.ids[:-1], each, dtype) for each in (None, rules)] for window in cut]
+        each = [prediction_losses(*pair, window.ids[-SCORED:]) for pair, window in zip(pairs, cut, strict=True)]
+        return fidelity(Scores(*np.stack(each, 1)))
+
+    return losses
+
+
+def difference(kl, of):
+    return abs(kl / of - 1)
+
+
+@pytest.mark.parametrize("cache", ["C=3", "int4"])
+def test_losses_are_those_of_transformers(rows, in_transformers, cache):
+    row, losses, in_float32 = rows[cache], in_transformers(rows[cache]), in_transformers(rows[cache], dtype=torch.float32)
+    assert difference(in_float32.kl.mean, losses.kl.mean) < TOLERANCE / 10
+    assert difference(row["kl"]["mean"], losses.kl.mean) < TOLERANCE
+    assert row["ppl_change_percent"]["mean"] == pytest.approx(losses.ppl_change_percent.mean, abs=0.1)
+    assert row["top1_percent"]["mean"] == pytest.approx(losses.top1_percent.mean, abs=1.1)  # a token of a window
+    assert row["full_ppl"] == pytest.approx(losses.full_ppl, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cache", "other"),
+    [*((cache, name) for cache in ("C=3", "int4") for name in RULES), *(("C=3", name) for name in SELECTIONS)],
+)
+def test_another_rule_is_noticed(rows, in_transformers, cache, other):
+    losses = in_transformers(rows[cache], (RULES | SELECTIONS)[other])
+    assert difference(rows[cache]["kl"]["mean"], losses.kl.mean) > 5 * TOLERANCE
+
+
+def test_a_result_says_what_served(result, rows):
+    evaluation = EvaluationResult.from_dict(json.loads(json.dumps(result)))
+    assert evaluation.complete and evaluation.model_name == f"llama in vLLM {result['engine']['version']}"
+    assert evaluation.engine.options == {"additional_config": {"elastickv": {"window": WINDOW}}}
+    backends = [getattr(evaluation.engine, name)["backends"] for name in ("reference", "served")]
+    assert [all("elastickv" in name for name in each) for each in backends] == [False, True]
+    assert result["skipped"] == ["C=1 is not measured through vLLM: its own cache is what the others are compared with"]
+    assert "pages=" in rows["C=3"]["recipes"][0] and rows["C=3"]["read_ratio"] >= 3
+    assert rows["int4"]["stored_format"]["exact_keys"] == WINDOW
+    assert evaluation.model_name in fidelity_tables(evaluation)
+
+
+def test_greedy_texts_are_compared(rows):
+    assert all(len(row["greedy"]["first_different"]) == 2 for row in rows.values())
+
+
+def test_what_vllm_refuses_is_one_line(model, texts):
+    with pytest.raises(UsageError, match=r"vLLM does not run this model with these options: .*swap") as raised:
+        evaluate_served(served(model, swap="no"), texts, OPTIONS, None, SILENT)
+    assert "\n" not in str(raised.value)
