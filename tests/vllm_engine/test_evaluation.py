@@ -42,7 +42,7 @@ RULES = {
     "exact prompts": lambda layer, rule: replace(rule, window=CONTEXT) if layer else rule,
 }
 SELECTIONS = {
-    "other anchors": lambda layer, rule: replace(rule, anchor_offset=rule.anchor_offset + 1),
+    "fewer anchors": lambda layer, rule: replace(rule, pages=replace(rule.pages, anchor_every=2 * rule.pages.anchor_every)),
     "more pages": lambda layer, rule: replace(rule, pages=replace(rule.pages, fractions=(0.3,))),
     "every page": lambda layer, rule: replace(rule, pages=replace(rule.pages, selection="all", fractions=(), anchor_every=1)),
 }
