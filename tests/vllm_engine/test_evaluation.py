@@ -1,28 +1,26 @@
 """`elastickv eval --engine vllm`: figures are those of Transformers where its attention reads as the engine's does."""
 
+import importlib
 import json
-from contextlib import nullcontext
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.read_rule import ReadRule, reading
 from elastickv.benchmark.reporter import SILENT
 from elastickv.errors import UsageError
 from elastickv.evaluation.evaluation_options import EvaluationOptions
-from elastickv.evaluation.metrics import Scores, fidelity
-from elastickv.evaluation.prediction_losses import prediction_losses
 from elastickv.evaluation.serving.engine_options import EngineOptions
 from elastickv.evaluation.serving.evaluate_served import evaluate_served
 from elastickv.evaluation.serving.served_checkpoint import ServedCheckpoint
 from elastickv.evaluation.texts import Text, windows
-from elastickv.recipe import Recipe
 from elastickv.results.formats.fidelity_table import fidelity_tables
 from elastickv.results.kinds.evaluation_result import EvaluationResult
 from tests.helpers.served_llama import write_model
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WINDOW, CONTEXT, SCORED = 64, 400, 96
 OPTIONS = EvaluationOptions(
     ratios=(1.0, 3.0),
@@ -79,23 +77,18 @@ def in_transformers(model, texts):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     models = {dtype: AutoModelForCausalLM.from_pretrained(model, dtype=dtype) for dtype in (torch.float32, torch.float64)}
-    cut, prompt = windows(texts, AutoTokenizer.from_pretrained(model), CONTEXT, OPTIONS.window_count), CONTEXT - SCORED - 1
+    cut = windows(texts, AutoTokenizer.from_pretrained(model), CONTEXT, OPTIONS.window_count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        script = importlib.import_module("engine_fidelity")
 
-    def logits(ids, rules, dtype):
-        with torch.no_grad(), nullcontext() if rules is None else reading(models[dtype], rules, prompt):
-            return models[dtype](torch.tensor([ids])).logits[0, prompt:]
+        def losses(row, changed=lambda layer, rule: rule, dtype=torch.float64):
+            rules = [changed(layer, rule) for layer, rule in enumerate(script.rules_of(row["recipes"], 2, None))]
+            return script.losses(models[dtype], cut, SCORED, rules)
 
-    def losses(row, changed=lambda layer, rule: rule, dtype=torch.float64):
-        recipes = [Recipe.parse(text) for text in row["recipes"] * (2 if len(row["recipes"]) == 1 else 1)]
-        rules = [
-            changed(layer, ReadRule(each, each.window, anchor_offset=each.layer_anchor_offset(layer, 2)))
-            for layer, each in enumerate(recipes)
-        ]
-        pairs = [[logits(window.ids[:-1], each, dtype) for each in (None, rules)] for window in cut]
-        each = [prediction_losses(*pair, window.ids[-SCORED:]) for pair, window in zip(pairs, cut, strict=True)]
-        return fidelity(Scores(*np.stack(each, 1)))
-
-    return losses
+        yield losses
+    for name in ("engine_fidelity", "read_rule"):
+        sys.modules.pop(name, None)
 
 
 def difference(kl, of):
