@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from elastickv.evaluation.serving import engine_options, evaluate_served
+from elastickv.html_report.charts.fidelity_charts import loss_charts
+from elastickv.html_report.load_report_data import load_report_data
 from elastickv.recipe import Recipe
 from elastickv.vllm.versions import Installation
 
@@ -81,6 +83,17 @@ def test_a_model_is_evaluated_through_vllm(elastickv, folder, tmp_path, started)
     assert [each.arguments["max_model_len"] for each in others] == [500, 500, 500, 460, 460, 460]
     assert all(each.arguments["max_num_batched_tokens"] == 256 and each.serving["window"] == 64 for each in others)
     assert others[0].serving["compress"] >= 3 and others[1].serving == {"window": 64, "format": "int8"}
+
+
+def test_a_report_keeps_rows_of_an_engine_apart_from_those_of_transformers(elastickv, folder, tmp_path, started):
+    text, quick = f"--text={folder.parent / 'text.txt'}", [*QUICK[1:], "--needle=none", "--greedy=0", "--compress=3"]
+    paths = [tmp_path / f"{engine}.json" for engine in engine_options.ENGINES]
+    for engine, path in zip(engine_options.ENGINES, paths, strict=True):
+        done = elastickv("eval", str(folder), text, *quick, f"--engine={engine}", f"-o{path}")
+        assert done.returncode == 0, done.stderr
+    evaluations = load_report_data([str(path) for path in paths]).evaluations
+    assert [each.model for each in evaluations] == ["tiny", "tiny in vLLM 0.32.0"]
+    assert len(list(loss_charts(evaluations))) == 4  # KL and perplexity of each
 
 
 def test_a_calibration_is_passed_on(elastickv, folder, tmp_path, started):

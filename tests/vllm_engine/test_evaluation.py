@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,11 +38,11 @@ TOLERANCE = 1e-3
 RULES = {
     "a window of two tokens more": lambda layer, rule: replace(rule, window=rule.window + 2),
     "formats of more bits": lambda layer, rule: replace(rule, pages=replace(rule.pages, key_format="int8_per_channel")),
-    "exact prompts": lambda layer, rule: replace(rule, window=CONTEXT) if layer else rule,
+    "an exact layer": lambda layer, rule: replace(rule, window=CONTEXT) if layer else rule,
 }
 SELECTIONS = {
     "fewer anchors": lambda layer, rule: replace(rule, pages=replace(rule.pages, anchor_every=2 * rule.pages.anchor_every)),
-    "more pages": lambda layer, rule: replace(rule, pages=replace(rule.pages, fractions=(0.3,))),
+    "another share of the pages": lambda layer, rule: replace(rule, pages=replace(rule.pages, fractions=(0.3,))),
     "every page": lambda layer, rule: replace(rule, pages=replace(rule.pages, selection="all", fractions=(), anchor_every=1)),
 }
 
