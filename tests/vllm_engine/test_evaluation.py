@@ -1,37 +1,21 @@
 """`elastickv eval --engine vllm`: figures are those of Transformers where its attention reads as the engine's does."""
 
-import importlib
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from elastickv.benchmark.reporter import SILENT
 from elastickv.errors import UsageError
-from elastickv.evaluation.evaluation_options import EvaluationOptions
 from elastickv.evaluation.serving.engine_options import EngineOptions
 from elastickv.evaluation.serving.evaluate_served import evaluate_served
 from elastickv.evaluation.serving.served_checkpoint import ServedCheckpoint
-from elastickv.evaluation.texts import Text, windows
 from elastickv.results.formats.fidelity_table import fidelity_tables
 from elastickv.results.kinds.evaluation_result import EvaluationResult
+from tests.helpers.served_evaluation import CONTEXT, OPTIONS, WINDOW, difference, losses_in_transformers, random_texts
 from tests.helpers.served_llama import write_model
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-WINDOW, CONTEXT, SCORED = 64, 400, 96
-OPTIONS = EvaluationOptions(
-    ratios=(1.0, 3.0),
-    formats=("int4",),
-    contexts=(CONTEXT,),
-    window_count=2,
-    scored=SCORED,
-    needle_lengths=(),
-    greedy_tokens=8,
-)
 # Of a KL, in parts of it. Float32 alone moves it by less than a tenth of that, as sums have another order and a few numbers get
 # another code; other rules move it by more than five times that.
 TOLERANCE = 1e-3
@@ -54,8 +38,7 @@ def model(weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts():
-    rng = np.random.default_rng(5)
-    return [Text(f"{name}.txt", " ".join(f"w{word}" for word in rng.integers(0, 500, 900))) for name in "ab"]
+    return random_texts()
 
 
 def served(model, **arguments):
@@ -74,26 +57,8 @@ def rows(result):
 
 @pytest.fixture(scope="module")
 def in_transformers(model, texts):
-    """Return what is lost in Transformers where its attention reads by the recipes of a row, and by the engine's rule."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    models = {dtype: AutoModelForCausalLM.from_pretrained(model, dtype=dtype) for dtype in (torch.float32, torch.float64)}
-    cut = windows(texts, AutoTokenizer.from_pretrained(model), CONTEXT, OPTIONS.window_count)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        script = importlib.import_module("engine_fidelity")
-
-        def losses(row, changed=lambda layer, rule: rule, dtype=torch.float64):
-            rules = [changed(layer, rule) for layer, rule in enumerate(script.rules_of(row["recipes"], 2, None))]
-            return script.losses(models[dtype], cut, SCORED, rules)
-
+    with losses_in_transformers(model, texts) as losses:
         yield losses
-    for name in ("engine_fidelity", "read_rule"):
-        sys.modules.pop(name, None)
-
-
-def difference(kl, of):
-    return abs(kl / of - 1)
 
 
 @pytest.mark.parametrize("cache", ["C=3", "int4"])
