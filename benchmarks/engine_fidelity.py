@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-RESULT = Path(__file__).parent / "results" / "cpu" / "engine_fidelity.json"
+RESULTS = Path(__file__).parent / "results"
 KIND, VERSION = "elastickv-engine-fidelity", 1
 FIGURES = ("kl", "ppl_change_percent", "top1_percent")
 
@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, action="append", default=[], help="that was scored, if not the shipped ones")
     parser.add_argument("--dtype", help="of the model; the result's, if it is not given")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu/engine_fidelity-MODEL.json")
     options = parser.parse_args()
     from suite import heading
 
@@ -116,7 +116,8 @@ def main() -> int:
     from elastickv.results.formats import dumps, write_text
     from elastickv.transformers.model_loading import load_model
 
-    check_writable(options.output)
+    output = options.output or RESULTS / "cpu" / f"engine_fidelity-{options.folder.name}.json"
+    check_writable(output)
     start, result = time.monotonic(), json.loads(options.result.read_text(encoding="utf-8"))
     dtype = options.dtype or result["model"]["dtype"]
     loaded = load_model(str(options.folder), dtype, options.device)
@@ -129,7 +130,7 @@ def main() -> int:
         name: result["engine"]["served"][name] for name in ("device", "backend_names", "runner")
     }
     record |= {"model": result["model"], "engine": engine, "dtype": dtype, "device": options.device, "texts": result["texts"]}
-    write_text(options.output, dumps(record | {"calibration": result["calibration"], "rows": rows}))
+    write_text(output, dumps(record | {"calibration": result["calibration"], "rows": rows}))
     for row in rows:
         kls = [row[name]["kl"]["mean"] for name in ("engine", "transformers")]
         print(f"{row['cache']} at {row['context']}: KL {kls[0]:.5f} in the engine, {kls[1]:.5f} in Transformers")
