@@ -1,6 +1,7 @@
 """The process of an engine: its replies, its failures, its end."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(engine_process, "_WORKER", "tests.helpers.fake_engine_worker")
     monkeypatch.setattr(engine_process, "_WAIT_S", 0.3)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.chdir(Path(__file__).parents[3])
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     yield
     assert list(tmp_path.iterdir()) == []
 
@@ -48,6 +49,20 @@ def test_variables_of_the_user_are_left_alone(monkeypatch, user, started):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # the model must be within reach
     with running_engine({"model": "works"}, {"STARTED_WITH": "ours"}) as engine:
         assert engine.environment["started"] == [started, "0"]
+
+
+def test_the_log_stays_where_a_file_is_named_and_nothing_is_imported_from_the_current_folder(monkeypatch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("current")
+    if sys.version_info >= (3, 11):  # as vLLM needs
+        (folder / "json.py").write_text("raise AssertionError", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv(engine_process.LOG_VARIABLE, str(folder / "engine.log"))
+    with running_engine({"model": "works"}) as engine:
+        assert engine.greedy([1], [2], 1) == [2]
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"ValueError: no such model"), running_engine({"model": "ends"}):
+            raise AssertionError("it has not started")
+    assert (folder / "engine.log").read_text(encoding="utf-8").count("no such model") == 2
 
 
 @pytest.mark.parametrize("error", [UsageError, NonFiniteError])

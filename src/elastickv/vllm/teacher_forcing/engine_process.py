@@ -20,8 +20,16 @@ from elastickv.vllm.teacher_forcing.engine_worker import EXPECTED
 
 _SOURCE = str(Path(__file__).parents[3])
 _WORKER = "elastickv.vllm.teacher_forcing.engine_worker"
-# One process is the whole engine, so that the model's logits are within reach; and it says nothing to anybody else.
-_VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
+# One process is the whole engine, so that the model's logits are within reach; it says nothing to anybody else, and imports
+# nothing from the folder that it is started in.
+_VARIABLES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "PYTHONSAFEPATH": "1",
+}
+LOG_VARIABLE = "ELASTICKV_ENGINE_LOG"
+"""Variable of the environment: a file to which the logs of engines are appended."""
 _WAIT_S = 10
 
 
@@ -83,10 +91,14 @@ def running_engine(arguments: Mapping[str, Any], variables: Mapping[str, str] | 
     Raises
     ------
     UsageError : if vLLM does not start, with the reason.
+    OSError : if the file that `LOG_VARIABLE` names cannot be written.
     """
     paths = [_SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**(variables or {}), **os.environ, **_VARIABLES, "PYTHONPATH": os.pathsep.join(paths)}
-    with tempfile.TemporaryDirectory(prefix="elastickv-") as folder, (Path(folder) / "log").open("w+", errors="replace") as log:
+    with (
+        tempfile.TemporaryDirectory(prefix="elastickv-") as folder,
+        _log_file(Path(folder)).open("a+", errors="replace") as log,
+    ):
         process = subprocess.Popen(
             [sys.executable, "-m", _WORKER],
             stdin=subprocess.PIPE,
@@ -108,6 +120,10 @@ def running_engine(arguments: Mapping[str, Any], variables: Mapping[str, str] | 
                 process.wait(_WAIT_S)
         finally:
             _kill(process)
+
+
+def _log_file(folder: str) -> Path:
+    return Path(os.environ.get(LOG_VARIABLE) or Path(folder) / "log")
 
 
 def _exchange(process: "subprocess.Popen[str]", log: IO[str], value: dict[str, Any]) -> dict[str, Any]:
