@@ -97,7 +97,7 @@ def running_engine(arguments: Mapping[str, Any], variables: Mapping[str, str] | 
     environment = {**(variables or {}), **os.environ, **_VARIABLES, "PYTHONPATH": os.pathsep.join(paths)}
     with (
         tempfile.TemporaryDirectory(prefix="elastickv-") as folder,
-        _log_file(Path(folder)).open("a+", errors="replace") as log,
+        _log_file(folder).open("a+", errors="replace") as log,
     ):
         process = subprocess.Popen(
             [sys.executable, "-m", _WORKER],
