@@ -77,7 +77,7 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         layers = vllm_config.compilation_config.static_forward_context
         impl = layers[layer_names[0]].impl
         self._bad_tokens: BadTokens = impl.bad_tokens
-        self._selects = impl.selects_pages and not any(_is_draft(layers[name]) for name in layer_names)
+        self._selects = impl.selects_pages and not all(_is_draft(layers[name]) for name in layer_names)
         self._rows = impl.rows_for(most_requests(vllm_config) + 1, device) if self._selects else None
         # vLLM builds a draft model's step of requests one token longer than the model's, and says the model's lengths for it.
         self._extra_tokens = extra_draft_tokens(vllm_config) if all(_is_draft(layers[name]) for name in layer_names) else 0

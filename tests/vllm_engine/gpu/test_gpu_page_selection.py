@@ -98,15 +98,15 @@ def test_chunked_prompts_and_moves_in_the_batch_change_little(selecting, rounded
 def test_requests_have_ratios_of_their_own(selecting, rounded_rule, prompts):
     """One reads every page beside others that read larger shares of them, or those of the server."""
     served = ServedModel(AttentionShape(1, 4, 2, 64), 2, context=1024)
-    larger = {layer: str(recipe) for layer, recipe in at_ratio(PARSED, 2, served).items()}
+    larger = {layer: str(recipe) for layer, recipe in at_ratio(PARSED, 3.5, served).items()}
     every = {0: "int4", 1: "int4"}
-    engine, ratios = selecting(), (1, 2, None, 1, 2, None)
+    engine, ratios = selecting(), (1, 3.5, None, 1, 3.5, None)
     asked = [{"extra_args": {"elastickv_compress": ratio}} if ratio else {} for ratio in ratios]
     own_prompts = random_prompts([900] * len(ratios), seed=5)
     for _ in range(2):  # the second time with prefixes that are cached
         names = [engine.add(prompt, NEW_TOKENS, **each) for prompt, each in zip(own_prompts, asked, strict=True)]
         answers = engine.finish(names, own_prompts)
-        of_ratio = {1: every, 2: larger, None: RECIPES}
+        of_ratio = {1: every, 3.5: larger, None: RECIPES}
         for ratio, layers in of_ratio.items():
             own = [answer for answer, each in zip(answers, ratios, strict=True) if each == ratio]
             near(rounded_rule, own, layers, [other for other in of_ratio.values() if other is not layers])
