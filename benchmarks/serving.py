@@ -36,10 +36,19 @@ ENGINE = Path(__file__).with_name("serving_engine.py")
 
 @dataclass(frozen=True)
 class Contender:
-    """Options of `vllm.LLM` that make a contender; `one_request` is one whose long prompts take minutes: batch 1 alone."""
+    """Options that make a contender.
+
+    Attributes
+    ----------
+    dtype : vLLM's `kv_cache_dtype`.
+    backend : vLLM's `attention_backend`.
+    compress : ElasticKV's option, without a calibration: all KV heads read one share of the pages.
+    one_request : whether its long prompts take minutes: batch 1 alone.
+    """
 
     dtype: str
     backend: str | None = None
+    compress: float | None = None
     one_request: bool = False
 
 
@@ -47,6 +56,7 @@ CONTENDERS = {
     BASELINE: Contender("auto"),
     "fp8": Contender("fp8"),
     **{name: Contender(name, "ELASTICKV") for name in CACHE_DTYPES},
+    **{f"elastickv_compress{ratio}": Contender("elastickv_int4", "ELASTICKV", ratio) for ratio in (4, 8, 16)},
     "int4_per_token_head": Contender("int4_per_token_head", one_request=True),
     "turboquant_4bit_nc": Contender("turboquant_4bit_nc", one_request=True),
 }
@@ -76,6 +86,9 @@ def engine_options(contender: Contender, arguments: argparse.Namespace) -> dict:
         }
     elif contender.backend:
         options["attention_backend"] = contender.backend
+    if contender.compress is not None:
+        ours = options.setdefault("additional_config", {}).setdefault("elastickv", {})
+        ours["compress"] = contender.compress
     return options | arguments.engine
 
 

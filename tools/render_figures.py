@@ -23,6 +23,7 @@ from readme_figures import results as results
 from reliability import reliability as reliability
 from serving_figures import served_fidelity as served_fidelity
 from serving_figures import serving as serving
+from serving_figures import serving_budget as serving_budget
 from serving_figures import serving_cpu as serving_cpu
 from serving_figures import serving_quality as serving_quality
 from serving_figures import serving_soak as serving_soak

@@ -8,6 +8,7 @@ from elastickv.results.kinds.serving_result import RatioOfRounds, ServingContend
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 SERVING = "h200/serving.json"
+BUDGET = "h200/serving-budget.json"
 CPU_BLOCKS = "cpu/blocks.json"
 QUALITY = "cpu/first_page-*.json"
 THROUGH_ENGINE = "*/engine_fidelity-*.json"
@@ -29,10 +30,19 @@ SERVING_NOTE = (
 
 def serving() -> list[str]:
     """Return the figures of the committed result."""
-    path = RESULTS / SERVING
+    return _of_result(SERVING)
+
+
+def serving_budget() -> list[str]:
+    """Return the figures of decodes that read selected pages."""
+    return _of_result(BUDGET)
+
+
+def _of_result(name: str) -> list[str]:
+    path = RESULTS / name
     if not path.exists():
         return NOTHING
-    return serving_lines(ServingResult.from_dict(json.loads(path.read_text(encoding="utf-8")), SERVING))
+    return serving_lines(ServingResult.from_dict(json.loads(path.read_text(encoding="utf-8")), name))
 
 
 def serving_cpu() -> list[str]:
@@ -134,6 +144,8 @@ def serving_lines(result: ServingResult) -> list[str]:
     headers += ["tokens/s at capacity", "first token, s", "start-up, s", "CUDA graphs, GB"]
     dense = {row.context: row.tokens for one in started if one.contender == result.baseline for row in one.capacity}
     rows = [_row(one, cells, contexts, dense, result.baseline) for one in started]
+    measured = [number for number, column in enumerate(zip(*rows, strict=True)) if set(column) != {"-"}]
+    headers, *rows = ([row[number] for number in measured] for row in (headers, *rows))
     return [
         f"`{result.model}`, {result.weights} weights, vLLM {device.vllm}, torch {device.torch}, {device.device}, driver "
         f"{device.driver}; {date}. {_flash(started, result.baseline)}",

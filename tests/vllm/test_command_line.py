@@ -25,7 +25,6 @@ def arguments(ours, *others):
         ({"format": "int4", "calibration": "missing.json", "compress": 3}, (), "contradict"),
         ({"calibration": "missing.json", "compress": 3}, (), "missing.json"),
         ({"calibration": "missing.json"}, (), "compress"),
-        ({"compress": 8}, (), "served on CPUs only"),
         ({}, (), "nothing says the format"),
         ({"format": "int8"}, ("--kv-cache-dtype", "elastickv_int4"), "contradict"),
         ({"format": "int8"}, ("--kv_cache_dtype=elastickv_int4",), "contradict"),

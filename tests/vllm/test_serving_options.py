@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
 from elastickv.recipe.slab import Slab
-from elastickv.vllm.serving_options import CACHE_DTYPES, LayerFormat, ServingOptions, page_recipe, recipe_of, selection_refusal
+from elastickv.vllm.serving_options import CACHE_DTYPES, LayerFormat, ServingOptions, page_recipe, recipe_of
 
 SHA256 = "0123456789abcdef" * 4
 
@@ -201,15 +201,6 @@ def test_every_recipe_has_a_slab():
 def test_a_ratio_alone_selects_among_pages_of_int4_and_a_format_may_be_named():
     assert recipe_of(parse(compress=8), "auto") == page_recipe("int4", 128)
     assert recipe_of(parse(compress=8, format="int8_per_channel"), "auto") == page_recipe("int8_per_channel", 128)
-
-
-@pytest.mark.parametrize("given", [{"compress": 8}, {"compress": 8, "calibration": "c.json"}])
-def test_a_selection_of_pages_is_refused_where_no_cpu_serves_it(given):
-    said = selection_refusal(parse(**given), "cuda")
-    assert said is not None and "served on CPUs only" in said and '"select_pages": false' in said and "\n" not in said
-    assert selection_refusal(parse(**given), "cpu") is None
-    assert selection_refusal(parse(**given | {"calibration": "c.json", "select_pages": False}), "cuda") is None
-    assert selection_refusal(parse(format="int4"), "cuda") is selection_refusal(None, "cuda") is None
 
 
 def test_with_a_calibration_the_format_need_not_be_said():

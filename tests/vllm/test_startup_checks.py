@@ -148,6 +148,18 @@ def test_another_device_is_refused(kind):
     assert f"this is {kind}" in reason(device=Device(kind))
 
 
+@pytest.mark.parametrize("calibrated", [{}, {"calibration": "c.json"}])
+def test_pages_are_selected_on_gpus_by_the_second_model_runner(calibrated):
+    selecting = config(additional_config={"elastickv": {"compress": 8} | calibrated})
+    said = reason(selecting)
+    assert "compress=8" in said and "model runner V2" in said and '"select_pages": false' in said
+    assert refusals(selecting, CPU) == []
+    selecting.use_v2_model_runner = True
+    assert refusals(selecting, H200) == []
+    every_page = config(additional_config={"elastickv": {"compress": 3, "calibration": "c.json", "select_pages": False}})
+    assert refusals(every_page, H200) == []
+
+
 def test_a_32_bit_model_is_served_on_cpus_only():
     wide = config(model_config__dtype="torch.float32")
     assert "`dtype=bfloat16` or `dtype=float16`" in reason(wide)
@@ -377,9 +389,3 @@ def test_other_drafters_are_refused_with_those_that_are_served(method):
 def test_several_mtp_modules_are_refused_and_one_is_served():
     assert refusals(speculation("mtp", 1, modules=3), H200, LAYER) == []
     assert "give num_speculative_tokens=1" in reason(speculation("mtp", 3, modules=3))
-
-
-def test_a_selection_of_pages_is_refused_on_gpus_alone():
-    selecting = config(additional_config={"elastickv": {"compress": 8}})
-    assert any("selects pages, which is served on CPUs only" in reason for reason in refusals(selecting, H200))
-    assert refusals(selecting, CPU) == []

@@ -21,6 +21,8 @@ from elastickv.vllm.window_cache import WindowCache
 
 if TYPE_CHECKING:  # it loads the kernels of CPUs
     from elastickv.vllm.selection.decode_selection import DecodeSelection
+    from elastickv.vllm.selection.device_selection import DeviceLayerSelection
+    from elastickv.vllm.selection.row_writer import RowWriter
 
 
 class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
@@ -69,13 +71,22 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         self._shape = AttentionShape(1, num_heads, self.num_kv_heads, head_size)
         self._attention: BlockAttention | None = None
         self._rotation: HeadRotation | None = None
-        self._selection: DecodeSelection | None = None
+        self._selection: DecodeSelection | DeviceLayerSelection | None = None
         self._window: WindowCache | None = None
 
     @property
     def bad_tokens(self) -> BadTokens:
         """What kernels report of all layers."""
         return self._setup.bad_tokens
+
+    @property
+    def selects_pages(self) -> bool:
+        """Whether layers of the model read selected pages."""
+        return self._setup.selects_pages
+
+    def rows_for(self, requests: int, device: torch.device) -> "RowWriter | None":
+        """Return the memory of what kernels that select pages read of up to `requests` requests; None on a CPU."""
+        return self._setup.rows_for(requests, device)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Give the layer its window: all layers are known by now, and vLLM has not asked for their caches yet.
@@ -92,8 +103,9 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
         if setup.of_drafter(name):
             setup.bad_tokens.add_drafter(name)
         recipe = setup.recipe_of_layer(name, self._shape, act_dtype)
-        # The kernels get what is rotated already.
-        stored = replace(recipe, rotate="", selection="all", fractions=(), anchor_every=1)
+        # The kernels get what is rotated already; `selection_of_layer` has the fractions and anchors.
+        fractions = (1.0,) if recipe.selection == "pages" else ()
+        stored = replace(recipe, rotate="", fractions=fractions, anchor_every=1)
         self._attention = setup.attention(self._shape, act_dtype, stored, self.scale)
         self._selection = setup.selection_of_layer(name, recipe, self.num_kv_heads)
         smoothing = setup.smoothing_of_layer(name, recipe)
@@ -124,6 +136,8 @@ class ElasticAttentionImpl(AttentionImpl[PageMetadata]):
             query, key, value = self._rotation.rotate(query, key, value)
         if attn_metadata is None:  # vLLM measures memory
             self._attention.reserve(len(key))
+            if self._selection is not None:
+                self._selection.reserve()
             return output.fill_(0)
         metadata: Any = get_forward_context().attn_metadata
         recent = metadata[self._window_name]

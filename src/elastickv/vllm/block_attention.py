@@ -16,6 +16,7 @@ from elastickv.vllm.step_metadata import PageMetadata, WindowMetadata
 
 if TYPE_CHECKING:  # it loads the kernels of CPUs
     from elastickv.vllm.selection.decode_selection import DecodeSelection
+    from elastickv.vllm.selection.device_selection import DeviceLayerSelection
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class LayerStep:
     recent: WindowMetadata
     bad: torch.Tensor
     layer: int
-    selection: "DecodeSelection | None" = None
+    selection: "DecodeSelection | DeviceLayerSelection | None" = None
 
     @property
     def slab_bytes(self) -> int:

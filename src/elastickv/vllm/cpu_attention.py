@@ -1,6 +1,6 @@
 """Attention over blocks on the CPU: our kernels decode and store; PyTorch serves prompt chunks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import LayerStep
-from elastickv.vllm.selection.decode_selection import Requests, SelectedPages
+from elastickv.vllm.selection.decode_selection import DecodeSelection, Requests, SelectedPages
 
 FINITE = torch.finfo(torch.float32).max
 _QUERIES = 512  # of a chunk that attend at a time
@@ -36,7 +36,8 @@ class CpuAttention:
     """
 
     def __init__(self, shape: AttentionShape, dtype: str, recipe: Recipe, scale: float) -> None:
-        self._kernels = open_block_kernels(shape, dtype, recipe, recipe.window)
+        every_page = replace(recipe, selection="all", fractions=())  # rows of `SelectedPages` say what is read
+        self._kernels = open_block_kernels(shape, dtype, every_page, recipe.window)
         self._exact_tokens, self._scale = recipe.window, scale
         self._largest_key = FORMATS[str(recipe.key_format)].largest_key or FINITE
         self.slab_bytes = self._kernels.slab_bytes
@@ -106,6 +107,7 @@ class CpuAttention:
         requests = part.requests
         if step.selection is None or requests is None:
             return None
+        assert isinstance(step.selection, DecodeSelection)
         selected = step.selection.plan(requests)
         if selected is not None and len(selected.anchors):
             self._kernels.list_pages(part.blocks, array(query), selected.anchors)

@@ -9,12 +9,13 @@ from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows,
 from elastickv.backends.cuda.block_kernels import BlockKernels
 from elastickv.backends.cuda.device import CudaDevice
 from elastickv.kvcache.tensor_view import TensorView
-from elastickv.recipe import AttentionShape, Recipe
+from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.transformers.torch_dtypes import TORCH_DTYPES
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.block_attention import LayerStep
 from elastickv.vllm.chunk_plan import ChunkPlan, KeyRange, scratch_tokens
 from elastickv.vllm.drafts import extra_draft_tokens
+from elastickv.vllm.selection.device_selection import DeviceLayerSelection
 
 TILE_TOKENS = 32768  # whose keys and values are dequantized at a time: 128 MiB for 8 KV heads of 128 channels
 
@@ -26,7 +27,7 @@ class CudaAttention:
     ----------
     shape : of the layers' attention; its batch is not used.
     dtype : 'bf16' or 'fp16', of the model and of the window.
-    recipe : formats of the pages; its window is the number of exact tokens.
+    recipe : formats of the pages, and whether decodes read listed ones; its window is the number of exact tokens.
     scale : of scores.
     vllm_config : says how many requests and tokens a step has.
 
@@ -41,7 +42,8 @@ class CudaAttention:
         rows = max(requests * (1 + vllm_config.num_speculative_tokens + extra), *(compilation.cudagraph_capture_sizes or [0]))
         self._device = CudaDevice(torch.accelerator.current_device_index())
         widest = AttentionShape(rows, shape.query_heads, shape.kv_heads, shape.head_dim)
-        self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window)
+        pages = -(-vllm_config.model_config.max_model_len // PAGE_TOKENS)
+        self._kernels = BlockKernels(self._device, widest, dtype, recipe, recipe.window, pages)
         self._shape, self._dtype, self._recipe, self._scale = shape, dtype, recipe, scale
         self._scratch_tokens = scratch_tokens(TILE_TOKENS, scheduler.max_num_batched_tokens + requests * extra, requests)
         self.slab_bytes = self._kernels.slab.n_bytes
@@ -113,7 +115,11 @@ class CudaAttention:
 
     def decode(self, step: LayerStep, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attend with the tokens of decodes: (tokens, query_heads, head_size) each."""
-        batch = step.batch
+        batch, lists = step.batch, None
+        if step.selection is not None:
+            assert isinstance(step.selection, DeviceLayerSelection)
+            assert batch.rows is not None
+            lists = step.selection.arguments(batch.rows)
         ragged: dict[str, Any] = {}
         if not batch.uniform_queries:
             if "row_requests" not in batch.shared:
@@ -130,6 +136,7 @@ class CudaAttention:
             queries_per_request=batch.uniform_queries,
             scale=self._scale,
             after_store=batch.computes_prompt,
+            lists=lists,
             **ragged,
         )
 

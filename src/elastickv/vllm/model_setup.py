@@ -36,6 +36,8 @@ from elastickv.vllm.window_cache import WindowCache, WindowShape, window_name
 
 if TYPE_CHECKING:  # it loads the kernels of CPUs
     from elastickv.vllm.selection.decode_selection import DecodeSelection
+    from elastickv.vllm.selection.device_selection import DeviceLayerSelection, DeviceSelection
+    from elastickv.vllm.selection.row_writer import RowWriter
 
 _log = logging.getLogger("vllm.elastickv")
 
@@ -67,6 +69,7 @@ class ModelSetup:
         self._drafter: list[Any] = []
         self._recipes: dict[int, Recipe] = {}
         self._by_ratio: dict[float, dict[int, Recipe]] = {}
+        self._device_selection: DeviceSelection | None = None
         self._served: ServedModel | None = None
         self._smoothing: dict[int, Smoothing] = {}
         self._attentions: dict[tuple[Any, ...], BlockAttention] = {}
@@ -143,13 +146,9 @@ class ModelSetup:
         return self.recipe if self.of_drafter(name) else self._recipes.get(extract_layer_index(name), self.recipe)
 
     def _tell_selection(self, served: ServedModel) -> None:
-        """Log what a selection of pages reads, and loses where nothing is calibrated; ask vLLM for the lengths of prompts."""
+        """Log what a selection of pages reads, and loses where nothing is calibrated."""
         selecting = [recipe for recipe in self._recipes.values() if recipe.selection == "pages"]
-        if not selecting:
-            return
-        # A window of generated tokens that covers all of them: vLLM then says with each step where prompts end.
-        self.config.model_config.model_arch_config.rswa_window = self.config.model_config.max_model_len
-        if get_tensor_model_parallel_rank() > 0:
+        if not selecting or get_tensor_model_parallel_rank() > 0:
             return
         _log.info("ElasticKV: %s", selection_line(self._recipes, served))
         if self.options.calibration is None:
@@ -161,24 +160,41 @@ class ModelSetup:
             return None
         return self._smoothing.get(extract_layer_index(name))
 
-    def selection_of_layer(self, name: str, recipe: Recipe, kv_heads: int) -> "DecodeSelection | None":
+    @property
+    def selects_pages(self) -> bool:
+        """Whether layers read selected pages."""
+        return any(recipe.selection == "pages" for recipe in self._recipes.values())
+
+    def selection_of_layer(self, name: str, recipe: Recipe, kv_heads: int) -> "DecodeSelection | DeviceLayerSelection | None":
         """Return which pages a layer's decodes read; None: every page."""
         if recipe.selection != "pages":
             return None
-        from elastickv.vllm.selection.decode_selection import DecodeSelection
-
         layer, layers = extract_layer_index(name), self.config.model_config.get_total_num_hidden_layers()
-        return DecodeSelection(
-            recipe,
-            lambda ratio: self._recipes_of_ratio(ratio)[layer],
-            self._heads_of_rank(kv_heads),
-            recipe.layer_anchor_offset(layer, layers),
-            self.config.num_speculative_tokens,
-            self.config.scheduler_config.max_num_seqs,
-        )
+        heads, offset = self._heads_of_rank(kv_heads), recipe.layer_anchor_offset(layer, layers)
+        drafts, requests = self.config.num_speculative_tokens, self.config.scheduler_config.max_num_seqs
+        if current_platform.is_cpu():
+            from elastickv.vllm.selection.decode_selection import DecodeSelection
 
-    def _recipes_of_ratio(self, ratio: float) -> dict[int, Recipe]:
-        """Return the recipes of all layers for a request's own ratio."""
+            return DecodeSelection(recipe, lambda ratio: self._recipes_of_ratio(ratio)[layer], heads, offset, drafts, requests)
+        if self._device_selection is None:
+            from elastickv.vllm.selection.device_selection import DeviceSelection
+
+            pages = -(-self.config.model_config.max_model_len // PAGE_TOKENS)
+            self._device_selection = DeviceSelection(self._recipes_of_ratio, requests, drafts, pages)
+        return self._device_selection.add_layer(layer, recipe, heads, offset)
+
+    def rows_for(self, requests: int, device: torch.device) -> "RowWriter | None":
+        """Return the memory of what kernels that select pages read of up to `requests` requests; None on a CPU."""
+        if self._device_selection is None:
+            return None
+        from elastickv.vllm.selection.row_writer import RowWriter
+
+        return RowWriter(self._device_selection, requests, device)
+
+    def _recipes_of_ratio(self, ratio: float | None) -> dict[int, Recipe]:
+        """Return the recipes of all layers for a request's own ratio; None: the server's."""
+        if ratio is None:
+            return self._recipes
         if ratio not in self._by_ratio:
             assert self._served is not None
             self._by_ratio[ratio] = at_ratio(self._recipes, ratio, self._served)
@@ -256,7 +272,7 @@ class ModelSetup:
             head_size=shape.head_dim,
             dtype=act_dtype,
             soft=self.options.prefix_reuse == "soft",
-            selects=any(each.selection == "pages" for each in self._recipes.values()),
+            selects=self.selects_pages,
         )
         share_blocks(self.config, list(self._layers.values()), window.block_bytes(PAGE_TOKENS))
         name = window_name(layer, recipe, window, smoothing)

@@ -16,7 +16,6 @@ from elastickv.vllm.serving_options import (
     PAGE_FORMATS,
     ServingOptions,
     recipe_of,
-    selection_refusal,
 )
 from elastickv.vllm.versions import installed_version, is_for_cpus, minor_version, unsupported_reason
 
@@ -96,11 +95,8 @@ def refusal(arguments: Sequence[str], on_cpu: bool = False, named_cache_dtypes: 
         # A file may say another dtype.
         if dtype in CACHE_DTYPES or (ours and _value(arguments, "config") is None):
             recipe_of(ServingOptions.parse(additional), dtype or "auto")
-        selection = selection_refusal(ServingOptions.parse(additional), "cpu" if on_cpu else "cuda")
     except UsageError as error:
         return str(error)
-    if selection is not None:
-        return selection
     if dtype in CACHE_DTYPES and not named_cache_dtypes:
         options = json.dumps({KEY: {"format": FORMAT_NAMES[dtype]} | dict(additional[KEY] if ours else {})})
         return f"`kv_cache_dtype={dtype}` has a name from vLLM 0.33 on: leave it out and give `additional_config={options}`"

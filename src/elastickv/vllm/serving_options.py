@@ -113,16 +113,6 @@ class ServingOptions:
             )
 
 
-def selection_refusal(options: ServingOptions | None, device: str) -> str | None:
-    """Return why a device cannot serve the options' selection of pages, or None."""
-    if options is None or options.compress is None or not options.select_pages or device == "cpu":
-        return None
-    remedy = 'add "select_pages": false, with which formats alone must reach it'
-    if options.calibration is None:
-        remedy = 'leave out compress, or give a calibration and "select_pages": false, with which formats alone must reach it'
-    return f"{KEY} option compress={options.compress:g} selects pages, which is served on CPUs only for now: {remedy}"
-
-
 def recipe_of(options: ServingOptions | None, kv_cache_dtype: str) -> Recipe:
     """Return the recipe of layers for which neither option `layers` nor a calibration says another.
 

@@ -13,7 +13,7 @@ from typing import Any
 from elastickv.errors import UsageError
 from elastickv.recipe import HEAD_DIMS, PAGE_TOKENS, AttentionShape
 from elastickv.vllm.drafts import draft_refusals
-from elastickv.vllm.serving_options import KEY, ServingOptions, selection_refusal
+from elastickv.vllm.serving_options import KEY, ServingOptions
 from elastickv.vllm.versions import minor_version
 
 DEVICES = ("cuda", "cpu")
@@ -127,9 +127,14 @@ def _device_refusals(vllm_config: Any, device: Device) -> Iterator[str]:
     dtype = str(getattr(vllm_config.model_config, "dtype", "")).removeprefix("torch.")
     if device.kind == "cuda" and dtype == "float32":
         yield "the model's dtype is float32, and on GPUs 16 bit is served: give `dtype=bfloat16` or `dtype=float16`"
-    selection = selection_refusal(ServingOptions.parse(getattr(vllm_config, "additional_config", None)), device.kind)
-    if selection is not None:
-        yield selection
+    options = ServingOptions.parse(getattr(vllm_config, "additional_config", None)) or ServingOptions()
+    selects = options.compress is not None and options.select_pages
+    if selects and device.kind == "cuda" and not getattr(vllm_config, "use_v2_model_runner", False):
+        remedy = ', or give a calibration and "select_pages": false, with which formats alone must reach it'
+        yield (
+            f"{KEY} option compress={options.compress:g} selects pages, which on GPUs needs vLLM's model runner V2: leave out "
+            f"VLLM_USE_V2_MODEL_RUNNER=0, or what vLLM's log names for V2{remedy}"
+        )
 
 
 def _model_refusals(model_config: Any, device: Device) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.logger import init_logger
@@ -13,6 +13,9 @@ from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.drafts import extra_draft_tokens
 from elastickv.vllm.selection.request_ratios import ratios_of_step
+
+if TYPE_CHECKING:  # it loads the CUDA backend
+    from elastickv.vllm.selection.device_selection import SelectionRows
 
 _log = init_logger("vllm.elastickv")
 
@@ -40,7 +43,8 @@ class PageMetadata(AttentionMetadata):
     computes_prompt : whether the step computes tokens of a prompt. A request that comes with it may have hit the prompt's
         blocks, and reads what this step stores there.
     prompts : (requests,) tokens of each request's prompt, which read every page; None: every token does.
-    ratios : request -> its own ratio of dense bytes / bytes read, of those that have one.
+    ratios : request -> its own ratio of dense bytes / bytes read, of those that have one; on a CPU.
+    rows : what kernels that select pages read of the requests; on a GPU.
     shared : what attention computes from the batch in the first layer and reads in the others.
     """
 
@@ -58,6 +62,7 @@ class PageMetadata(AttentionMetadata):
     computes_prompt: bool = False
     prompts: torch.Tensor | None = None
     ratios: Mapping[int, float] = field(default_factory=dict)
+    rows: "SelectionRows | None" = None
     shared: dict[str, Any] = field(default_factory=dict)
 
 
@@ -70,7 +75,10 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = vllm_config.compilation_config.static_forward_context
-        self._bad_tokens: BadTokens = layers[layer_names[0]].impl.bad_tokens
+        impl = layers[layer_names[0]].impl
+        self._bad_tokens: BadTokens = impl.bad_tokens
+        self._selects = impl.selects_pages and not all(_is_draft(layers[name]) for name in layer_names)
+        self._rows = impl.rows_for(most_requests(vllm_config) + 1, device) if self._selects else None
         # vLLM builds a draft model's step of requests one token longer than the model's, and says the model's lengths for it.
         self._extra_tokens = extra_draft_tokens(vllm_config) if all(_is_draft(layers[name]) for name in layer_names) else 0
 
@@ -79,6 +87,11 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
     ) -> PageMetadata:
         """Return the metadata of a step."""
         self._bad_tokens.mark_step()
+        if self._selects:
+            # A window of generated tokens that covers all of them: from the next step on vLLM says where prompts end. Not
+            # earlier, so that layers of other backends, whose builders are there by now, do not look at it.
+            model = self.vllm_config.model_config
+            model.model_arch_config.rswa_window = model.max_model_len
         batch, threshold = common_attn_metadata, (self.reorder_batch_threshold or 1) + self._extra_tokens
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
         starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
@@ -104,7 +117,8 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
             longest=batch.max_query_len,
             computes_prompt=decodes < batch.num_reqs or (batch.is_prefilling is not None and bool(batch.is_prefilling.any())),
             prompts=batch.rswa_prefix_lens,
-            ratios=_ratios(batch) if ratios_of_step() else {},
+            ratios=_ratios(batch) if ratios_of_step() and self._rows is None else {},
+            rows=self._rows.write(batch, ratios_of_step()) if self._rows is not None else None,
         )
 
 

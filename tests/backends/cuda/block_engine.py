@@ -13,7 +13,9 @@ from elastickv.recipe.formats import PAGE_TOKENS
 class Engine:
     """Requests whose blocks are scattered, and the plain numbers that were stored in them."""
 
-    def __init__(self, lengths, recipe, head_dim, kv_heads, group, window=128, window_block=8, dtype="bf16", seed=0):
+    def __init__(
+        self, lengths, recipe, head_dim, kv_heads, group, window=128, window_block=8, dtype="bf16", seed=0, list_capacity=0
+    ):
         import torch
 
         from elastickv.backends.cuda.block_kernels import BlockKernels
@@ -27,7 +29,7 @@ class Engine:
         self.values = [self.random(n, kv_heads) for n in lengths]
         self.device = CudaDevice(0)
         shape = AttentionShape(4 * len(lengths), kv_heads * group, kv_heads, head_dim)
-        self.kernels = BlockKernels(self.device, shape, dtype, recipe, window)
+        self.kernels = BlockKernels(self.device, shape, dtype, recipe, window, list_capacity)
         self.slab = self.kernels.slab.n_bytes
         self.page_table = self.table(lengths, PAGE_TOKENS)
         self.window_table = self.table(lengths, window_block)
@@ -104,7 +106,7 @@ class Engine:
         rows = self.store(before, after)
         return self.attend(rows, self.inputs[0], [m - n for n, m in zip(before, after, strict=True)])
 
-    def attend(self, rows, lengths, counts):
+    def attend(self, rows, lengths, counts, **others):
         """Attend with `counts[i]` tokens of each request."""
         query = self.random(sum(counts), self.kv_heads * self.group)
         output = self.torch.full_like(query, math.nan)
@@ -113,7 +115,7 @@ class Engine:
         uniform, ragged = counts[0] if len(set(counts)) == 1 else 0, {}
         if not uniform:
             ragged = {"starts": self.inputs[1].data_ptr(), "row_requests": owners.data_ptr()}
-        self.kernels.decode(self.arguments(), rows, self.view(query), *addresses, uniform, **ragged)
+        self.kernels.decode(self.arguments(), rows, self.view(query), *addresses, uniform, **ragged, **others)
         self.torch.cuda.synchronize()
         return query, output
 
@@ -143,12 +145,18 @@ class Engine:
             exact[:cold, head] = stored_values(whole, fmt, bool(value), self.recipe.v_group(self.dim))[:cold]
         return exact
 
-    def expected(self, request, length, query):
-        """Float64 attention of one query, (query heads, head_dim), with `length` tokens."""
+    def expected(self, request, length, query, unread=None):
+        """Float64 attention of one query, (query heads, head_dim), with `length` tokens.
+
+        `unread` are the pages that a KV head does not read, one list for each.
+        """
         cold = max(length - self.window, int(self.first[request]), 0)
         keys, values = (self.numbers(request, cold, value)[:length] for value in range(2))
         q = query.double().cpu().numpy().reshape(self.kv_heads, self.group, self.dim)
         scores = np.einsum("hgd,khd->hgk", q, keys) / math.sqrt(self.dim)
+        for head, pages in enumerate(unread or ()):
+            for page in pages:
+                scores[head, :, page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         return np.einsum("hgk,khd->hgd", weights / weights.sum(-1, keepdims=True), values).reshape(-1, self.dim)
 

@@ -37,7 +37,7 @@ def test_the_slab_of_int4_is_the_documented_size():
 
 @pytest.mark.parametrize(
     ("dtype", "text", "arch"),
-    [("bf16", "int4,pages=1/4", "90"), ("fp32", "int4", "90"), ("bf16", "int4", "75"), ("fp16", "bf16", "90")],
+    [("bf16", "int8,stride=2", "90"), ("fp32", "int4", "90"), ("bf16", "int4", "75"), ("fp16", "bf16", "90")],
 )
 def test_what_no_kernel_serves_is_refused(dtype, text, arch):
     with pytest.raises(UsageError, match="serving engine"):

@@ -6,8 +6,9 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
 from elastickv.backends.bad_token import NO_BAD_TOKEN, REPORTED_STEPS, BadToken
-from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows, StepRows
+from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows, PageListArguments, StepRows
 from elastickv.backends.cuda.block_kernels import BlockKernels
+from elastickv.backends.cuda.kernel_selection import ONE_BLOCK_PAGES
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import AttentionShape, Recipe
 from tests.backends.cuda.recording_device import RecordingDevice
@@ -110,3 +111,64 @@ def test_a_decode_starts_behind_the_store_only_where_it_reads_what_that_stores(k
     kernels.decode(blocks(), STEP, query, 41, 21, 42, after_store=after_store)
     assert [(each.kernel, each.in_order) for each in kernels._device.take()] == [("decode_blocks", after_store)]
     assert not kernels._device.ordered
+
+
+LISTS = PageListArguments(
+    request_indices=51,
+    prompts=52,
+    ratio_numbers=53,
+    fractions=54,
+    headers=55,
+    page_lists=56,
+    anchor_every=4,
+    anchor_offset=1,
+    ring=2,
+    list_capacity=4096,
+)
+
+
+def selecting(rows, capacity=4096, device=None):
+    shape = AttentionShape(rows, 32, 8, 128)
+    return BlockKernels(device or RecordingDevice(), shape, "bf16", Recipe.parse("int4,pages=1"), 128, capacity)
+
+
+@pytest.mark.parametrize("after_store", [False, True])
+def test_a_decode_of_listed_pages_selects_them_first(after_store):
+    kernels = selecting(64)
+    query = TensorView(1 << 22, "bf16", (4, 32, 128), (4096, 128, 1))
+    kernels.decode(blocks(), STEP, query, 41, 21, 42, lists=LISTS, after_store=after_store)
+    select, decode = kernels._device.take()
+    assert (select.kernel, decode.kernel) == ("select_blocks", "decode_blocks")
+    assert (select.in_order, decode.in_order) == (after_store, after_store)
+    assert select.values["listings"] == decode.values["listings"] is not None
+    assert decode.values.items() >= {"page_lists": 56, "list_capacity": 4096, "rows": 4}.items()
+    assert select.values.items() >= {"headers": 55, "page_lists": 56, "anchor_every": 4, "ring": 2, "lengths": 21}.items()
+
+
+def test_heads_of_few_rows_are_scored_by_several_blocks_each_and_of_many_by_one():
+    kernels, parts = selecting(256), {}
+    for rows in (1, 4, 24, 25, 256):
+        query = TensorView(1 << 22, "bf16", (rows, 32, 128), (4096, 128, 1))
+        kernels.decode(blocks(), STEP, query, 41, 21, 42, lists=LISTS)
+        select = kernels._device.take()[0]
+        parts[rows] = select.values["parts"]
+        assert select.grid == (rows * 8 * parts[rows],)
+    assert parts == {1: 49, 4: 12, 24: 2, 25: 1, 256: 1}
+
+
+def test_scores_have_room_where_they_are_exchanged():
+    """One block keeps the scores of a head in its shared memory, unless there are too many."""
+    assert selecting(256)._scratch.size.scores == 24 * 8 * 4096 * 4
+    assert selecting(4)._scratch.size.scores == 4 * 8 * 4096 * 4
+    assert selecting(256, ONE_BLOCK_PAGES + 1)._scratch.size.scores == 256 * 8 * (ONE_BLOCK_PAGES + 1) * 4
+    assert (
+        BlockKernels(
+            RecordingDevice(), AttentionShape(256, 32, 8, 128), "bf16", Recipe.parse("int4"), 128, 4096
+        )._scratch.size.scores
+        == 0
+    )
+
+
+def test_kernel_and_host_agree_how_many_scores_one_block_keeps():
+    source = resources.files("elastickv.backends.cuda").joinpath("kernels", "best_pages.cuh").read_text(encoding="utf-8")
+    assert f"#define SHARED_SCORES {ONE_BLOCK_PAGES} " in source

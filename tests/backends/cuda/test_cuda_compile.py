@@ -56,9 +56,9 @@ def each_source():
             yield decode_variant(128, 4, "bf16", per_channel, arch).fixed()
             yield decode_variant(128, 4, "bf16", paged, arch)
             yield decode_variant(128, 4, "bf16", paged, arch).fixed()
-            serving = blocks_variant(128, 4, "bf16", Recipe.parse("int4"), arch)
-            yield serving
-            yield serving.storing_blocks()
+            yield blocks_variant(128, 4, "bf16", Recipe.parse("int4"), arch)
+            serving = blocks_variant(128, 4, "bf16", paged, arch)
+            yield from (serving, serving.storing_blocks(), serving.selecting_blocks())
             general = decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "mma")
             yield general
             yield split_variant(general, 4, Split(8, True))
@@ -115,9 +115,10 @@ def paged():
             yield (variant := decode_variant(dim, group, "fp16", recipe_for(text, dim), "90")).storing()
             yield variant.editing()
             yield decode_variant(other, group, "bf16", recipe_for(text, other), "90").fixed()
-            if recipe_for(text, dim).selection == "all":
-                yield blocks_variant(dim, group, "bf16", recipe_for(text, dim), "90")
-                yield blocks_variant(other, group, "bf16", recipe_for(text, other), "90").storing_blocks()
+            yield (serving := blocks_variant(dim, group, "bf16", recipe_for(text, dim), "90"))
+            yield blocks_variant(other, group, "bf16", recipe_for(text, other), "90").storing_blocks()
+            if serving["SELECT"]:
+                yield serving.selecting_blocks()
 
 
 VARIANTS = sorted({*each_source(), *pairwise(), *paged()}, key=str)
@@ -167,7 +168,8 @@ def test_every_architecture_has_every_source(compiled):
         everywhere = ("decode_simt", "decode_pages_simt", "append", "edit", "rotate", "select", "ceilings")
         for source in (
             *everywhere,
-            *(("decode_mma", "decode_split", "decode_pages", "decode_blocks", "store_blocks") if int(arch) >= 80 else ()),
+            *(("decode_mma", "decode_split", "decode_pages") if int(arch) >= 80 else ()),
+            *(("decode_blocks", "store_blocks", "select_blocks") if int(arch) >= 80 else ()),
         ):
             assert (arch, source) in built
     assert all(c.resources for c in compiled.values())

@@ -20,13 +20,12 @@ ROUNDING = 0.15
 
 
 def test_losses_are_those_of_transformers_up_to_rounding(weights, device, tmp_path):
-    """A ratio that the device does not serve yet is left out, with the reason."""
     folder, texts = write_model(tmp_path / "llama", weights, tokenizer=True), random_texts()
     arguments = {} if device == "cpu" else {"gpu_memory_utilization": GPU_MEMORY}
     served = ServedCheckpoint(str(folder), "bf16", device, EngineOptions(arguments, {"window": WINDOW}), None)
     result = evaluate_served(served, texts, OPTIONS, None, SILENT)
-    rows, reasons = {row["cache"]: row for row in result["rows"]}, result["skipped"][1:]
-    assert "int4" in rows and len(rows) + len(reasons) == 2
+    rows = {row["cache"]: row for row in result["rows"]}
+    assert list(rows) == ["C=3", "int4"] and "pages=" in rows["C=3"]["recipes"][0]
     with losses_in_transformers(folder, texts) as losses:
         for cache, row in rows.items():
             expected = losses(row).kl.mean

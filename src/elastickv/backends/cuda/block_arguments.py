@@ -74,8 +74,8 @@ class GatherRows(ArgumentStruct):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockDecodeArguments(ArgumentStruct):
-    """What a decode of a serving engine's requests reads beside their blocks.
+class BlockRows(ArgumentStruct):
+    """The rows of queries of a step, one query token each: the newest tokens of every request, in their order.
 
     Attributes
     ----------
@@ -83,24 +83,88 @@ class BlockDecodeArguments(ArgumentStruct):
     window_first : (requests,) int32, as `launch.first_in_window` writes it.
     starts : (requests + 1,) int32, where each request's rows begin; read where `queries_per_request` is 0.
     row_requests : (rows,) int32, the request of each row; read where `queries_per_request` is 0.
-    partial, partial_ml, counters : what blocks leave for each other to merge.
-    rows : query tokens, the newest of each request.
+    rows : query tokens.
     queries_per_request : rows of each request; 0 if they differ.
-    group, passes : query heads of a KV head, and passes over them.
+    group : query heads of a KV head.
     exact_tokens : newest tokens that are read from the window.
-    scale_log2 : factor of every score, in units of log2.
     """
 
     lengths: Address
     window_first: Address
     starts: Address
     row_requests: Address
-    partial: Address
-    partial_ml: Address
-    counters: Address
     rows: I32
     queries_per_request: I32
     group: I32
-    passes: I32
     exact_tokens: I32
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDecodeArguments(ArgumentStruct):
+    """What a decode of a serving engine's requests needs beside their rows and blocks.
+
+    Attributes
+    ----------
+    partial, partial_ml, counters : what blocks leave for each other to merge.
+    passes : passes over the query heads of a KV head.
+    scale_log2 : factor of every score, in units of log2.
+    listings, page_lists : what `launch.select_blocks` has written; None where every page is read.
+    list_capacity : page numbers of a list.
+    """
+
+    partial: Address
+    partial_ml: Address
+    counters: Address
+    passes: I32
     scale_log2: F32
+    listings: Address
+    page_lists: Address
+    list_capacity: I32
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSelectArguments(ArgumentStruct):
+    """What a selection of pages writes, and its scratch memory.
+
+    Attributes
+    ----------
+    listings : (rows, kv_heads, 4) int32, what each row reads: `Listing` of kernels/blocks.cuh.
+    scores : (rows, kv_heads, list_capacity) float32; not used by one part of at most `ONE_BLOCK_PAGES` pages.
+    counters : (rows, kv_heads) int32 zeros, before and after.
+    parts : blocks that score the pages of one KV head of a row.
+    """
+
+    listings: Address
+    scores: Address
+    counters: Address
+    parts: I32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageListArguments(ArgumentStruct):
+    """One layer's lists of pages, and what says which of them a request's tokens read.
+
+    Attributes
+    ----------
+    request_indices : (requests,) int32, each one's index of its lists.
+    prompts : (requests,) int32, tokens of each one's prompt, which read every page.
+    ratio_numbers : (requests,) int32, each one's row of `fractions`.
+    fractions : (ratios, kv_heads) float64, shares of the pages to list.
+    headers : (indices, ring, kv_heads, 4) int32, of each list: position of its anchor, that token's block of pages, and how
+        many pages it has. Where they are not those expected, every page is read.
+    page_lists : (indices, ring, kv_heads, list_capacity) uint16 numbers of pages.
+    anchor_every, anchor_offset : as in `Recipe.steps_since_refresh`, in a request's own tokens.
+    ring : lists of a request's last anchors that are kept: as many as one step's tokens read.
+    list_capacity : at least the pages of the longest request.
+    """
+
+    request_indices: Address
+    prompts: Address
+    ratio_numbers: Address
+    fractions: Address
+    headers: Address
+    page_lists: Address
+    anchor_every: I32
+    anchor_offset: I32
+    ring: I32
+    list_capacity: I32

@@ -4,10 +4,25 @@ import math
 from contextlib import nullcontext
 
 from elastickv.backends.cuda.arguments import Address
-from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, GatherRows, StepRows
+from elastickv.backends.cuda.block_arguments import (
+    BlockDecodeArguments,
+    BlockRows,
+    BlocksArguments,
+    BlockSelectArguments,
+    GatherRows,
+    PageListArguments,
+    StepRows,
+)
 from elastickv.backends.cuda.device import CudaDevice
-from elastickv.backends.cuda.kernel_selection import blocks_variant
-from elastickv.backends.cuda.launch import decode_blocks, fail_requests, first_in_window, gather_blocks, store_blocks
+from elastickv.backends.cuda.kernel_selection import ONE_BLOCK_PAGES, blocks_variant, parts_of_selection
+from elastickv.backends.cuda.launch import (
+    decode_blocks,
+    fail_requests,
+    first_in_window,
+    gather_blocks,
+    select_blocks,
+    store_blocks,
+)
 from elastickv.backends.cuda.storage import Scratch, ScratchSize
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
@@ -24,15 +39,24 @@ class BlockKernels:
     ----------
     shape : of the attention; `batch` is the largest number of query tokens of a `decode`.
     dtype : 'bf16' or 'fp16', of the model and of the window.
-    recipe : formats of the pages; its sinks and window are not used.
+    recipe : formats of the pages, and whether decodes read listed pages; nothing else of it is used.
     exact_tokens : newest tokens that are read from the window. At least 32, so that a page is complete before it is read.
+    list_capacity : most pages of a request, if decodes read listed pages.
 
     Raises
     ------
     UsageError : if no kernel supports the combination.
     """
 
-    def __init__(self, device: CudaDevice, shape: AttentionShape, dtype: str, recipe: Recipe, exact_tokens: int) -> None:
+    def __init__(
+        self,
+        device: CudaDevice,
+        shape: AttentionShape,
+        dtype: str,
+        recipe: Recipe,
+        exact_tokens: int,
+        list_capacity: int = 0,
+    ) -> None:
         assert exact_tokens >= PAGE_TOKENS, "a page would be read before it is complete"
         self.slab = Slab.of(recipe, shape.head_dim)
         self._device, self._shape, self._exact_tokens = device, shape, exact_tokens
@@ -40,10 +64,26 @@ class BlockKernels:
         self._storing = self._decoding.storing_blocks()
         self._grid = device.multiprocessors * device.blocks_per_multiprocessor(self._decoding, "decode_blocks")
         problems = shape.batch * shape.kv_heads * self._decoding.passes(shape.group)
-        self._scratch = Scratch(device, ScratchSize.of(self._decoding, self._grid, problems, 0))
+        self._selecting = self._decoding.selecting_blocks() if recipe.selection == "pages" else None
+        self._list_capacity = list_capacity
+        scores = self._most_scores() if self._selecting else 0
+        self._scratch = Scratch(device, ScratchSize.of(self._decoding, self._grid, problems, scores))
+        self._listings = device.allocate(shape.batch * shape.kv_heads * 16 if self._selecting else 0, 0)
         self._lse = device.allocate(shape.batch * shape.query_heads * 4)
         for name in ("store_blocks", "gather_blocks", "first_in_window", "fail_requests"):
             device.kernel(self._storing, name)
+        if self._selecting:
+            device.kernel(self._selecting, "select_blocks")
+
+    def _parts(self, rows: int) -> int:
+        return parts_of_selection(self._list_capacity, rows * self._shape.kv_heads, self._device.multiprocessors)
+
+    def _most_scores(self) -> int:
+        """Return how many scores a launch for any number of rows writes at most."""
+        rows = self._shape.batch
+        if self._list_capacity <= ONE_BLOCK_PAGES:
+            rows = max((each for each in range(1, rows + 1) if self._parts(each) > 1), default=0)
+        return rows * self._shape.kv_heads * self._list_capacity
 
     def store(
         self,
@@ -90,6 +130,7 @@ class BlockKernels:
         starts: Address = None,
         row_requests: Address = None,
         after_store: bool = False,
+        lists: PageListArguments | None = None,
     ) -> None:
         """Attend with the newest tokens of each request, which `store` was given before; see `launch.decode_blocks`.
 
@@ -97,30 +138,54 @@ class BlockKernels:
         ----------
         query : (rows, query_heads, head_dim), the newest tokens of each request in their order.
         output : the same shape, contiguous.
-        lengths, window_first : as in `BlockDecodeArguments`.
+        lengths, window_first : as in `BlockRows`.
         queries_per_request : rows of each request. 0: they differ, and `starts` and `row_requests` say whose they are.
         scale : of scores; head_dim^-1/2 by default.
-        starts, row_requests : as in `BlockDecodeArguments`.
+        starts, row_requests : as in `BlockRows`.
         after_store : whether a request may read blocks that another one's tokens of this step are stored in, which a prefix
             hit in the same step is. Without that it reads none that the kernel of `store` writes, and need not wait for it.
+        lists : which pages rows read, if decodes read listed pages; anchors among the rows list theirs first.
         """
         scratch, shape = self._scratch, self._shape
-        requests = BlockDecodeArguments(
+        assert (lists is None) == (self._selecting is None)
+        rows = BlockRows(
             lengths=lengths,
             window_first=window_first,
             starts=starts,
             row_requests=row_requests,
-            partial=scratch.partial,
-            partial_ml=scratch.partial_ml,
-            counters=scratch.counters,
             rows=query.shape[0],
             queries_per_request=queries_per_request,
             group=shape.group,
-            passes=self._decoding.passes(shape.group),
             exact_tokens=self._exact_tokens,
+        )
+        decode = BlockDecodeArguments(
+            partial=scratch.partial,
+            partial_ml=scratch.partial_ml,
+            counters=scratch.counters,
+            passes=self._decoding.passes(shape.group),
             scale_log2=math.log2(math.e) * (shape.head_dim**-0.5 if scale is None else scale),
+            listings=self._listings if lists else None,
+            page_lists=lists.page_lists if lists else None,
+            list_capacity=self._list_capacity,
         )
         with self._device.in_order() if after_store else nullcontext():
+            if self._selecting and lists:
+                assert lists.list_capacity == self._list_capacity
+                select_blocks(
+                    self._device,
+                    self._selecting,
+                    query=query.address,
+                    query_stride=query.strides[0],
+                    blocks=blocks,
+                    rows=rows,
+                    lists=lists,
+                    select=BlockSelectArguments(
+                        listings=self._listings,
+                        scores=scratch.scores,
+                        counters=scratch.counters,
+                        parts=self._parts(rows.rows),
+                    ),
+                )
             decode_blocks(
                 self._device,
                 self._decoding,
@@ -131,7 +196,8 @@ class BlockKernels:
                 blocks=blocks,
                 output=output,
                 lse=self._lse,
-                requests=requests,
+                rows=rows,
+                decode=decode,
             )
 
     def gather(

@@ -77,7 +77,8 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
             variant = decode_variant(head_dim, group, dtype, parsed, arch, kind)
             split = [split_variant(variant, group, Split(n, n <= LARGEST_CLUSTER)) for n in (2, 4, 8, 16)]
             selecting = variant.selecting() if parsed.selection == "pages" else None
-            paged = kind == "mma" and parsed.exact_dtype(dtype) == dtype and not parsed.is_dense and parsed.selection == "all"
+            paged = kind == "mma" and parsed.exact_dtype(dtype) == dtype and not parsed.is_dense
+            paged = paged and parsed.selection in ("all", "pages")
             serving = blocks_variant(head_dim, group, dtype, parsed, arch) if paged else None
             for each in (
                 variant,
@@ -88,6 +89,7 @@ def all_variants(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Varia
                 selecting,
                 serving,
                 serving and serving.storing_blocks(),
+                serving and serving.selecting_blocks() if selecting else None,
                 overlapping(variant),
                 *split,
             ):

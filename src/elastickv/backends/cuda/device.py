@@ -95,8 +95,8 @@ class BorrowedStream:
         check(self._driver.cuStreamSynchronize(self.handle))
 
 
-_FULL_SHARED_MEMORY = frozenset({"append", "select", "decode_pages", "store_blocks", "decode_blocks"})
-OVERLAPPING = frozenset({"append", "append_rows", "select", "decode", "store_blocks", "decode_blocks"})
+_FULL_SHARED_MEMORY = frozenset({"append", "select", "decode_pages", "store_blocks", "select_blocks", "decode_blocks"})
+OVERLAPPING = frozenset({"append", "append_rows", "select", "decode", "store_blocks", "select_blocks", "decode_blocks"})
 _OVERLAPS_SINCE = 90
 _SMALL_BYTES, _MOST_SENT = 1 << 16, 256
 Argument: TypeAlias = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.c_ulonglong | ctypes.c_float

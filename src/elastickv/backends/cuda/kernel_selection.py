@@ -25,6 +25,8 @@ KINDS = ("auto", "mma", "simt", "pages")
 _SPLIT_WARPS = 8
 _MOST_ROUNDS = 4  # units of one warp up to which waiting costs more than an even split of the work gains
 LARGEST_CLUSTER = 8
+_SELECTING_AT_ONCE = 3  # blocks of a multiprocessor
+ONE_BLOCK_PAGES = 8192  # whose scores fit its shared memory: SHARED_SCORES of kernels/best_pages.cuh
 _LEAST_BUSY = 0.9  # share of the multiprocessors that a fixed split must fill
 _CLUSTERS = ("90", "100")  # architectures whose blocks can write to each other's shared memory
 
@@ -99,6 +101,14 @@ class Variant:
         rotated = (("ROTATED", _ROTATED[rotate]),) if rotate else ()
         return Variant("append", self.arch, (*((n, self[n]) for n in names), *_ONE_QUERY_TILE, ("WARPS", 8), *rotated))
 
+    def selecting_blocks(self) -> "Variant":
+        """Return the variant of the kernel that selects pages in a serving engine's blocks."""
+        names = ("HEAD_DIM", "EXACT_TYPE", "COLD_TYPE", "K_FORMAT", "SCORER")
+        unread = {"V_FORMAT": _PAGE_FORMATS["bf16"], "V_GROUP": self["HEAD_DIM"]}
+        macros = {name: self[name] for name in names} | unread | dict(_ONE_QUERY_TILE)
+        blocks = 3 if self["HEAD_DIM"] <= 128 else 2  # of a multiprocessor, by the registers
+        return Variant("select_blocks", self.arch, _macros(macros, WARPS=8, MIN_BLOCKS=blocks))
+
     def storing_blocks(self) -> "Variant":
         """Return the variant of the kernels that store and read pages in a serving engine's blocks."""
         return Variant("store_blocks", self.arch, self.storing().macros)
@@ -157,14 +167,14 @@ def decode_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: 
 
 
 def blocks_variant(head_dim: int, group: int, dtype: str, recipe: Recipe, arch: str) -> Variant:
-    """Return the kernel that attends to the blocks of a serving engine, of a recipe that reads every page.
+    """Return the kernel that attends to the blocks of a serving engine, of a recipe that reads every page or listed ones.
 
     Raises
     ------
     UsageError : if no kernel supports the combination.
     """
-    if recipe.selection != "all":
-        raise UsageError(f"{recipe} reads a part of the tokens: a serving engine's blocks are read whole; use formats only")
+    if recipe.selection not in ("all", "pages"):
+        raise UsageError(f"{recipe} reads no pages of a serving engine's blocks: use formats, with or without pages=")
     if int(arch) < MMA_SINCE or dtype == "fp32":
         raise UsageError(f"a serving engine's blocks need SM 8.0 and a 16-bit dtype; this is {dtype} on SM {arch}")
     if recipe.exact_dtype(dtype) != dtype:
@@ -262,6 +272,11 @@ def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: 
     sums = warps * (queries // 2 * (2 * dim + 8) * 4 + queries * 8)
     operands = tiles * (round_up(dim, 32) // 16 + steps) * 32 * 16
     return round_up(warps * stages * stage + sums + operands + queries * 4 + warps * stages * 8, 16)
+
+
+def parts_of_selection(pages: int, heads: int, multiprocessors: int) -> int:
+    """Return the blocks that score one head's pages in a serving engine, which need not all run at once."""
+    return max(1, min(-(-pages // 64), _SELECTING_AT_ONCE * multiprocessors // heads))
 
 
 def selecting_blocks(page_capacity: int, heads: int, multiprocessors: int) -> int:

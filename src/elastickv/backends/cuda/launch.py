@@ -25,7 +25,15 @@ from elastickv.backends.cuda.arguments import (
     TokenRows,
     pack,
 )
-from elastickv.backends.cuda.block_arguments import BlockDecodeArguments, BlocksArguments, GatherRows, StepRows
+from elastickv.backends.cuda.block_arguments import (
+    BlockDecodeArguments,
+    BlockRows,
+    BlocksArguments,
+    BlockSelectArguments,
+    GatherRows,
+    PageListArguments,
+    StepRows,
+)
 from elastickv.backends.cuda.device import Argument, CudaDevice
 from elastickv.backends.cuda.kernel_selection import Variant
 from elastickv.recipe import PAGE_TOKENS
@@ -197,7 +205,7 @@ def decode(blocks: int, *, query: Address, output: Address, lse: Address, cache:
     return (blocks,)
 
 
-# kernels/store_blocks.cu and kernels/decode_blocks.cu
+# kernels/store_blocks.cu, kernels/select_blocks.cu and kernels/decode_blocks.cu
 
 
 @kernel
@@ -287,6 +295,25 @@ def fail_requests(
 
 
 @kernel
+def select_blocks(
+    *,
+    query: Address,
+    query_stride: I64,
+    blocks: BlocksArguments,
+    rows: BlockRows,
+    lists: PageListArguments,
+    select: BlockSelectArguments,
+) -> Grid:
+    """Write which pages each row reads, and list the best for rows that are anchors.
+
+    Parameters
+    ----------
+    query, query_stride : as in `decode_blocks`.
+    """
+    return (rows.rows * blocks.kv_heads * select.parts,)
+
+
+@kernel
 def decode_blocks(
     grid: int,
     *,
@@ -296,7 +323,8 @@ def decode_blocks(
     blocks: BlocksArguments,
     output: Address,
     lse: Address,
-    requests: BlockDecodeArguments,
+    rows: BlockRows,
+    decode: BlockDecodeArguments,
 ) -> Grid:
     """Attend with the newest tokens of every request, which are `tokens`.
 

@@ -15,7 +15,7 @@ from elastickv.transformers.model_support import sizes_of_config
 from elastickv.transformers.torch_dtypes import DTYPE_NAMES, torch_dtype
 from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint, checkpoint_folder
 from elastickv.vllm.layer_formats import ServedModel, layer_recipes
-from elastickv.vllm.serving_options import KEY, ServingOptions, recipe_of, selection_refusal
+from elastickv.vllm.serving_options import KEY, ServingOptions, recipe_of
 
 _BACKEND = "ELASTICKV"
 _GIB = 2**30
@@ -155,9 +155,6 @@ class ServedCheckpoint:
         """
         serving = ServingOptions.parse({KEY: path.serving})
         assert serving is not None
-        refused = selection_refusal(serving, self.device)
-        if refused is not None:
-            raise UsageError(refused)
         model = ServedModel(self.shape, int(self._text.num_hidden_layers), tokens, self.dtype, self.device, self.fingerprint)
         return layer_recipes(serving, recipe_of(serving, "auto"), self.elastic, model)
 

@@ -94,6 +94,9 @@ class DecodeSelection:
         self._usual, self._of_ratio = self._fractions(recipe), dict[float, Fractions]()
         self.lists = PageLists(LISTS_OF_REQUEST * requests)
 
+    def reserve(self) -> None:
+        """Allocate nothing: lists are small."""
+
     def plan(self, requests: Requests) -> SelectedPages | None:
         """Return what the rows of some requests read; None: every page. Lists of tokens that they write anew are forgotten.
 

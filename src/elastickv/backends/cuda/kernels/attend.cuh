@@ -43,14 +43,6 @@ __device__ __forceinline__ u32 pack_half(float lo, float hi) {
     return r;
 }
 
-__device__ __forceinline__ float2 unpack16(u32 v) {
-#if EXACT_TYPE == BF16
-    return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
-#else
-    return __half22float2(*reinterpret_cast<__half2*>(&v));
-#endif
-}
-
 #define MMA16(type)                                                                                                            \
     asm LOAD_ORDER("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "       \
                    "{%0,%1,%2,%3};"                                                                                            \

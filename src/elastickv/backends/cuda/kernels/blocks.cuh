@@ -22,5 +22,28 @@ struct Blocks {
             window_columns, window_shift                                                                                       \
     }
 
+// The rows of queries of a step, one query token each: the newest tokens of every request, in their order. Row r is one of
+// `queries_per_request` rows of request r / queries_per_request; where that is 0, `starts` and `row_requests` say whose it is.
+struct BlockRows {
+    const int *lengths, *window_first, *starts, *row_requests;
+    int rows, queries_per_request, group, exact_tokens;
+};
+
+#define BLOCK_ROWS_SIGNATURE                                                                                                   \
+    const int *lengths, const int *window_first, const int *starts, const int *row_requests, int rows,                         \
+        int queries_per_request, int group, int exact_tokens
+#define BLOCK_ROWS_VALUE                                                                                                       \
+    BlockRows { lengths, window_first, starts, row_requests, rows, queries_per_request, group, exact_tokens }
+
+// Which pages a (row, KV head) reads: those of a list, and those from number `fresh` on; (0, 0) reads every page.
+struct __align__(16) Listing {
+    int count, fresh, list, units;  // `list`: its number; `units`: units of work with those of exact rows
+};
+
+__device__ __forceinline__ Listing listing_at(const Listing* from) {
+    const int4 x = __ldcg(reinterpret_cast<const int4*>(from));
+    return {x.x, x.y, x.z, x.w};
+}
+
 // The keys and values of a step's tokens, (tokens, KV heads, head_dim); strides in elements between tokens.
 #define STEP_ROWS_SIGNATURE const char *keys, const char *values, long long key_stride, long long value_stride

@@ -64,10 +64,11 @@ struct Args {
     int output_type;
 #if BLOCK_TABLES
     Blocks blocks;
-    const int *lengths, *window_first, *starts, *row_requests;
+    BlockRows rows;
     const char *keys, *values;  // of this step
     long long query_stride, key_stride, value_stride;
-    int queries_per_request;
+    const Listing* listings;  // of each (row, KV head)
+    const u16* page_lists;    // page_capacity page numbers each
 #endif
 };
 
@@ -124,6 +125,15 @@ __device__ __forceinline__ uint4 load16(const char* p) {
 #endif
 }
 
+// Two 16-bit numbers of the dtype of exact rows.
+__device__ __forceinline__ float2 unpack16(u32 v) {
+#if EXACT_TYPE == BF16
+    return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+#else
+    return __half22float2(*reinterpret_cast<__half2*>(&v));
+#endif
+}
+
 // Prefetches one unit into L2.
 __device__ __forceinline__ void prefetch(const char* keys, const char* values, int unit, int end, u32 unit_bytes,
                                          size_t limit) {
@@ -148,6 +158,9 @@ struct Span {
     const int* window;                // the request's blocks
     size_t window_head;
     const char *keys, *values;  // of token `first_new`
+#if SELECT
+    const u16* list;  // numbers of the listed pages
+#endif
 #endif
 };
 
@@ -212,24 +225,34 @@ __device__ __forceinline__ void publish_next_state(const Args& a, size_t head, i
 }
 
 #if BLOCK_TABLES
-// A row is one query token, one of `queries_per_request` of a request, or of as many as `starts` says where that is 0.
-__device__ __forceinline__ int request_of(const Args& a, int row) {
-    return a.queries_per_request ? row / a.queries_per_request : __ldg(a.row_requests + row);
+__device__ __forceinline__ Args args_of(const Blocks& blocks, const BlockRows& rows) {
+    Args a = {};
+    a.blocks = blocks;
+    a.rows = rows;
+    a.batch = rows.rows;
+    a.kv_heads = blocks.kv_heads;
+    a.group = rows.group;
+    a.window = rows.exact_tokens;
+    return a;
 }
 
-// The newest `window` tokens up to a row's own are exact.
-__device__ __forceinline__ Span span_at(const Args& a, size_t head) {
+__device__ __forceinline__ int request_of(const Args& a, int row) {
+    return a.rows.queries_per_request ? row / a.rows.queries_per_request : __ldg(a.rows.row_requests + row);
+}
+
+// The span of one (row, KV head) that reads every page. The newest `window` tokens up to the row's own are exact.
+__device__ __forceinline__ Span whole_span(const Args& a, size_t head) {
     const int row = head / a.kv_heads, request = request_of(a, row);
-    int start = request * a.queries_per_request, count = a.queries_per_request;
+    int start = request * a.rows.queries_per_request, count = a.rows.queries_per_request;
     if (!count) {
-        start = __ldg(a.starts + request);
-        count = __ldg(a.starts + request + 1) - start;
+        start = __ldg(a.rows.starts + request);
+        count = __ldg(a.rows.starts + request + 1) - start;
     }
     Span s = {};
-    s.first_new = a.lengths[request] - count;
+    s.first_new = a.rows.lengths[request] - count;
     s.end = max(s.first_new + 1 + row - start, 0);
     // A row of no request has no tokens, whatever window_first says.
-    s.first_exact = min(max(max(s.end - a.window, 0), a.window_first[request]), s.end);
+    s.first_exact = min(max(max(s.end - a.window, 0), a.rows.window_first[request]), s.end);
     s.cold = s.first_exact;
     s.exact = s.end - s.first_exact;
     s.cold_units = (s.cold + PAGE - 1) / PAGE;
@@ -240,13 +263,33 @@ __device__ __forceinline__ Span span_at(const Args& a, size_t head) {
     s.values = a.values + start * a.value_stride + head % a.kv_heads * EXACT_ROW;
     return s;
 }
+
+// Leaves of the pages only those of a list, and those from number `fresh` on.
+__device__ __forceinline__ void restrict_pages(Span& s, int listed, int fresh) {
+    s.listed = listed;
+    s.fresh = fresh;
+    s.cold_units += listed - fresh;
+    s.units += listed - fresh;
+}
+
+__device__ __forceinline__ Span span_at(const Args& a, size_t head) {
+    Span s = whole_span(a, head);
+#if SELECT
+    const Listing listing = listing_at(a.listings + head);
+    restrict_pages(s, listing.count, listing.fresh);
+    s.list = a.page_lists + (size_t)listing.list * a.page_capacity;
+#endif
+    return s;
+}
 #else
 __device__ __forceinline__ Span span_at(const Args& a, size_t head) { return span_with(a, head, a.state[head]); }
 #endif
 
 // Number of the `unit`th page to read.
 __device__ __forceinline__ int page_at(const Args& a, const Span& s, size_t head, int unit) {
-#if SELECT
+#if SELECT && BLOCK_TABLES
+    return unit < s.listed ? s.list[unit] : s.fresh + unit - s.listed;
+#elif SELECT
     return unit < s.listed ? __ldcg(a.listed_pages + head * a.page_capacity + unit) : s.fresh + unit - s.listed;
 #else
     return unit;
@@ -279,6 +322,15 @@ __device__ __forceinline__ u32 warp_sum(u32 v) {
     return v;
 }
 
+// Units of the problems of a row of `heads` KV heads, see `find_work`.
+__device__ __forceinline__ u32 units_of(const Args& a, int row, int heads) {
+#if SELECT && BLOCK_TABLES
+    return listing_at(a.listings + row).units;
+#else
+    return span_at(a, (size_t)row * heads).units;
+#endif
+}
+
 __device__ __forceinline__ Work find_work(const Args& a) {
     const int lane = threadIdx.x & 31;
     // All problems of one row have equally many units. A row is a sequence, or, where pages are listed, a KV head.
@@ -286,10 +338,10 @@ __device__ __forceinline__ Work find_work(const Args& a) {
     const u32 per_row = heads * a.passes;
     u32 total = 0, most = 0, least = 0xffffffffu;
     if (rows == 1) {
-        total = most = least = span_at(a, 0).units;
+        total = most = least = units_of(a, 0, heads);
     } else {
         for (int r = lane; r < rows; r += 32) {
-            u32 u = span_at(a, (size_t)r * heads).units;
+            const u32 u = units_of(a, r, heads);
             total += u;
             most = max(most, u);
             least = min(least, u);
@@ -325,7 +377,7 @@ __device__ __forceinline__ Work find_work(const Args& a) {
         u32 before = 0;
         for (int first = 0; first < rows; first += 32) {
             int r = first + lane;
-            u32 u = r < rows ? span_at(a, (size_t)r * heads).units : 0, sum = u * per_row;
+            u32 u = r < rows ? units_of(a, r, heads) : 0, sum = u * per_row;
             for (int i = 1; i < 32; i <<= 1) {
                 u32 other = __shfl_up_sync(FULL, sum, i);
                 if (lane >= i) sum += other;

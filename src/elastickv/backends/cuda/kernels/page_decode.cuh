@@ -219,9 +219,9 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
         start(0, walk.end);
         if (EARLY) load_queries(words, a, task.p);
     };
-    // Blocks of a serving engine: nothing that the previous kernel stores is read here. To be in order with later kernels, a
-    // block waits for it when it ends.
-    if (!BLOCK_TABLES) wait_for_previous();
+    // Blocks of a serving engine: nothing that the previous kernel stores is read here, only what `select_blocks` lists. To be
+    // in order with later kernels, a block waits for it when it ends.
+    if (!BLOCK_TABLES || SELECT) wait_for_previous();
     let_next_start();
     Work w = find_work(a);
     if (!w.left || w.problem >= w.problems) {
@@ -292,7 +292,10 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
                 float score[TILES][8];
                 score_page(score, at, shared, page);
 #if BLOCK_TABLES
-                const int unit = walk.first + i * walk.step;
+                int unit = walk.first + i * walk.step;
+#if SELECT
+                unit += saved.s.fresh - saved.s.listed;  // the last page is not a listed one
+#endif
                 if ((unit + 1) * PAGE > saved.s.cold) hide_tokens(score, saved.s.cold - unit * PAGE);
 #endif
                 raise_maxima(r, score);
@@ -381,7 +384,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
 #else
         if (!alone) arrive_and_merge(a, p, saved.s, w, QUERIES, &shared.sums[0][0]);
 #endif
-#if SELECT && !FIXED
+#if SELECT && !FIXED && !BLOCK_TABLES
         if (threadIdx.x == 0 && blockIdx.x == p.first_block && p.first_query == 0)
             publish_next_state(a, p.head, __ldcg(a.state + p.head));
 #endif

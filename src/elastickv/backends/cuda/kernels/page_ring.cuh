@@ -72,7 +72,8 @@ __device__ __forceinline__ void load_page_numbers(Walk& walk, const Args& a, con
     const int unit = walk.first + (index + (threadIdx.x & 31)) * walk.step;
 #if BLOCK_TABLES
     const int request = request_of(a, head / a.kv_heads);
-    const int block = unit < s.cold_units ? __ldg(a.blocks.page_table + (size_t)request * a.blocks.page_columns + unit) : 0;
+    const int page = unit < s.cold_units ? page_at(a, s, head, unit) : 0;
+    const int block = unit < s.cold_units ? __ldg(a.blocks.page_table + (size_t)request * a.blocks.page_columns + page) : 0;
     walk.numbers = block * a.kv_heads + head % a.kv_heads;
 #else
     const int base = head * a.page_capacity;

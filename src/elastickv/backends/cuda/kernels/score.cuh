@@ -12,13 +12,14 @@ struct ChannelWeights {
     float zero, scale;
 };
 
-// `query` points at the channel of the first of `group` query heads; heads are D floats apart.
-__device__ __forceinline__ ChannelWeights channel_weights(const float* query, int group) {
+// `query(i)` is the channel of the i-th of `group` query heads.
+template <class Query>
+__device__ __forceinline__ ChannelWeights channel_weights(Query query, int group) {
 #if SCORER == 0  // bounds: kvcache/scorers/bounds.py
     float total = 0.f, size = 0.f;
 #pragma unroll 4
     for (int h = 0; h < group; h++) {
-        const float x = __ldg(query + h * D);
+        const float x = query(h);
         total += x;
         size += fabsf(x);
     }
