@@ -117,6 +117,20 @@ class ServedModel:
     device: str | None = None
     fingerprint: str | None = None
 
+    @classmethod
+    def of(cls, config: Any, head_dim: int, dtype: str, device: str, fingerprint: str | None = None) -> "ServedModel":
+        """Return what vLLM's configuration says of the model, and these attributes."""
+        model = config.model_config
+        query_heads = model.model_arch_config.total_num_attention_heads
+        return cls(
+            shape=AttentionShape(1, query_heads, model.get_total_num_kv_heads(), head_dim),
+            layer_count=model.get_total_num_hidden_layers(),
+            context=model.max_model_len,
+            dtype=dtype,
+            device=device,
+            fingerprint=fingerprint,
+        )
+
     @property
     def solved_context(self) -> int:
         """The context at which a ratio is met."""
