@@ -97,6 +97,19 @@ class Engine:
             raise NotTogether(f"{len(prompts)} requests did not decode together: {finished} ended in the last step")
         return (ended[-1] - ended[-1 - (TOKENS - SETTLED)]) / (TOKENS - SETTLED) * 1e3
 
+    def reads(self, context, prompts):
+        """Return the counters of ElasticKV's metrics after such steps.
+
+        vLLM's statistics are off while steps are timed, so that these are other ones.
+        """
+        scheduler = self.core.scheduler
+        scheduler.reads = scheduler.read_counter()
+        try:
+            self.step_ms(context, prompts)
+            return vars(scheduler.reads.take())
+        finally:
+            scheduler.reads = None
+
     def prompts(self, context, batch):
         """Return prompts that a decode ends at the context; without a filler they are computed here, once."""
         made = [self.prompt(context - TOKENS) for _ in range(batch)]
@@ -182,6 +195,9 @@ def measure(plan, recorder, began):
         if samples:
             recorder.record["steps"].append({"context": context, "batch": batch, "samples_ms": samples})
         recorder.save()
+        if samples and plan["ours"]:
+            recorder.record["steps"][-1]["reads"] = reads_of_cell(engine, recorder, context, batch, prompts)
+            recorder.save()
     if plan["throughput"]:
         recorder.save(throughput=throughput(engine, recorder, plan["capacity"]))
     if plan["first_token"]:
@@ -191,6 +207,15 @@ def measure(plan, recorder, began):
             recorder.save(first_token={"context": context, "samples_s": samples})
     recorder.save(memory=engine.memory(), done=True)
     return 0
+
+
+def reads_of_cell(engine, recorder, context, batch, prompts):
+    """Return what decodes of a cell read; None where that was not counted."""
+    try:
+        reads = recorder.sample(f"{context}x{batch}, bytes", partial(engine.reads, context, prompts), share=0)
+    except NotTogether:  # which is noted
+        return None
+    return reads[0] if reads else None
 
 
 def throughput(engine, recorder, context):

@@ -33,10 +33,10 @@ class Recorder:
 
         Parameters
         ----------
-        share : of the samples of a step, taken of what takes long.
+        share : of the samples of a step, taken of what takes long; at least one is.
         """
         samples = []
-        wanted = math.ceil(self._samples * share)
+        wanted = max(1, math.ceil(self._samples * share))
         for _ in range(wanted):
             if time.time() - self._began > 0.9 * self._limit:
                 self.record["not_measured"].append(f"{what}: {len(samples)} of {wanted} samples, no time was left")

@@ -35,7 +35,9 @@ def _figures(name: str, processes: list[dict]) -> dict:
         "backends": own[0]["environment"]["backends"] if own else [],
         "flash_attention": max(flash - {None}, default=None),
         "steps": [
-            {"context": context, "batch": batch} | timed(name, processes, step_samples(context, batch), "ms")
+            {"context": context, "batch": batch}
+            | timed(name, processes, step_samples(context, batch), "ms")
+            | _reads(own, context, batch)
             for context, batch in cells
         ],
         "capacity": own[0]["capacity"] if own else [],
@@ -56,6 +58,13 @@ def step_samples(context, batch):
         return cells[0]["samples_ms"] if cells else []
 
     return samples
+
+
+def _reads(own, context, batch):
+    """Return what decodes of a cell read, all processes together; nothing where none counted it."""
+    cells = [cell for process in own for cell in process["steps"] if (cell["context"], cell["batch"]) == (context, batch)]
+    counted = [cell["reads"] for cell in cells if cell.get("reads")]
+    return {"reads": {name: sum(reads[name] for reads in counted) for name in counted[0]}} if counted else {}
 
 
 def _tokens_per_s(process):

@@ -24,6 +24,9 @@ environment = {
 record = {"environment": environment, "startup_s": 2.0, "not_measured": [], "memory": {"peak_bytes": 5e9}}
 ms = {"auto": 8.0}.get(contender, 6.0)
 record["steps"] = [{"context": c, "batch": b, "samples_ms": [ms, ms + 1, ms - 1]} for c, b in plan["cells"]]
+if plan["ours"]:
+    counted = {"read_bytes": 1e9, "dense_bytes": 4e9, "steps": 135, "tokens": 135, "layer_tokens": 540, "anchors": 135}
+    record["steps"][0]["reads"], record["steps"][1]["reads"] = counted, None
 record["capacity"] = [{"context": c, "tokens": 1e6 / ms, "requests": 1e6 / ms / c} for c in plan["capacities"]]
 record["throughput"] = {"context": 32768, "requests": 10, "samples_ms": [20.0]} if plan["throughput"] else None
 record["first_token"] = {"context": plan["first_token"], "samples_s": [1.5]}
@@ -89,12 +92,28 @@ def test_a_result_holds_ratios_to_the_baseline_and_every_sample(run):
     assert result["device"]["device"] == "a made-up device"
 
 
+def test_bytes_read_are_those_of_all_rounds_where_they_were_counted(run):
+    _, _, result = run()
+    counted, other = (step.get("reads") for step in contender(result, "elastickv_int4")["steps"])
+    assert counted == {
+        "read_bytes": 2e9,
+        "dense_bytes": 8e9,
+        "steps": 270,
+        "tokens": 270,
+        "layer_tokens": 1080,
+        "anchors": 270,
+    }
+    assert other is None and not any("reads" in step for step in contender(result, "bf16")["steps"])
+
+
 def test_the_result_is_one_that_the_package_reads(run, tmp_path):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
     run()
     report = elastickv.report(tmp_path / "serving.json")
-    assert "0.750 [0.750, 0.750] of the time of bf16" in json.loads(report.to_json())["headline"]["sentence"]
+    page = report.to_json()
+    assert "0.750 [0.750, 0.750] of the time of bf16" in json.loads(page)["headline"]["sentence"]
+    assert "Bytes of the KV cache that decode steps read" in page
 
 
 def test_the_bounds_of_a_ratio_are_those_of_single_rounds(scripts):

@@ -77,6 +77,44 @@ def test_a_probe_that_fails_is_named_too(engine, recorder):
     assert record.record["not_measured"] == ["throughput: ZeroDivisionError: integer division or modulo by zero"]
 
 
+class CountingScheduler:
+    """Counts the steps of an engine while it has a counter."""
+
+    def __init__(self):
+        self.reads = None
+
+    def read_counter(self):
+        totals = SimpleNamespace(steps=0)
+        return SimpleNamespace(totals=totals, take=lambda: totals)
+
+
+def counting_engine(engine, step_ms):
+    made = engine.Engine.__new__(engine.Engine)
+    made.core = SimpleNamespace(scheduler=CountingScheduler())
+    made.step_ms = lambda context, prompts: step_ms(made.core.scheduler, context, prompts)
+    return made
+
+
+def test_bytes_are_counted_in_steps_of_their_own_and_not_while_others_are_timed(engine, recorder):
+    def step_ms(scheduler, context, prompts):
+        scheduler.reads.totals.steps += context * len(prompts)
+
+    counting, record = counting_engine(engine, step_ms), recorder()
+    assert engine.reads_of_cell(counting, record, 100, 2, [None] * 2) == {"steps": 200}
+    assert counting.core.scheduler.reads is None and not record.record["not_measured"]
+
+
+@pytest.mark.parametrize("error", ["NotTogether", "MemoryError"])
+def test_bytes_that_could_not_be_counted_are_named_and_timing_goes_on(engine, recorder, error):
+    def step_ms(scheduler, context, prompts):
+        raise getattr(engine, error, MemoryError)("too many")
+
+    counting, record = counting_engine(engine, step_ms), recorder()
+    assert engine.reads_of_cell(counting, record, 100, 2, [None] * 2) is None
+    assert record.record["not_measured"] == [f"100x2, bytes: {error}: too many"]
+    assert counting.core.scheduler.reads is None
+
+
 def test_without_time_there_are_fewer_samples(recorder):
     record = recorder(seconds=0)
     assert record.sample("1024x1", lambda: 1.0) == []

@@ -22,6 +22,11 @@ def ask(prompts, tokens, variables=(), **engine):
 
     `variables` are of the environment.
     """
+    return ask_and_count(prompts, tokens, variables, **engine)[0]
+
+
+def ask_and_count(prompts, tokens, variables=(), **engine):
+    """Return what `ask` does, and ElasticKV's counters by their names, without vLLM's prefix, all ranks of data together."""
     import numpy as np
 
     from tests.helpers.serving_engine import Answer
@@ -33,11 +38,12 @@ def ask(prompts, tokens, variables=(), **engine):
     lines = [line.partition(MARK)[2] for line in output.splitlines() if MARK in line]
     assert lines, output[-4000:]
     found = []
-    for number, (chosen, logprobs) in enumerate(json.loads(lines[-1])):
+    said = json.loads(lines[-1])
+    for number, (chosen, logprobs) in enumerate(said["answers"]):
         answer = Answer(prompts[number % len(prompts)], chosen, logprobs)
         answer.window_first = np.zeros(len(answer.sequence), int)
         found.append(answer)
-    return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
+    return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))], said["counters"]
 
 
 def in_own_session(command, environment):
@@ -57,6 +63,9 @@ async def answers(engine, prompts, tokens):
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    from tests.helpers.serving_engine import read_counters
 
     serving = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine))
     ranks = engine.get("data_parallel_size", 1)
@@ -82,7 +91,8 @@ async def answers(engine, prompts, tokens):
         return list(part.token_ids), logprobs
 
     try:
-        return await asyncio.gather(*(answer(number) for number in range(ranks * len(prompts))))
+        found = await asyncio.gather(*(answer(number) for number in range(ranks * len(prompts))))
+        return {"answers": found, "counters": read_counters(get_metrics_snapshot())}
     finally:
         serving.shutdown()
 

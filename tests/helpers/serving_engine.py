@@ -157,6 +157,16 @@ def set_variables(environment):
                 os.environ[name] = value
 
 
+def read_counters(metrics):
+    """Return ElasticKV's counters among vLLM's metrics by their names without vLLM's prefix, ranks of data together."""
+    sums = {}
+    for metric in metrics:
+        _, ours, name = metric.name.partition("vllm:elastickv_")
+        if ours:
+            sums[name] = sums.get(name, 0) + metric.value
+    return sums
+
+
 class ServingEngine:
     """One engine. Options are those of `vllm.LLM`; `elastickv` are those of the plug-in, None for the stock backend.
 
@@ -206,6 +216,10 @@ class ServingEngine:
     def counter(self, name):
         """Return a counter of the engine's metrics."""
         return next(metric.value for metric in self.llm.get_metrics() if metric.name == name)
+
+    def reads(self):
+        """Return the counters of what decodes read."""
+        return read_counters(self.llm.get_metrics())
 
     @property
     def runner_module(self):

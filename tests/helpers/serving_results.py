@@ -23,6 +23,18 @@ def made_up_contender(name, ms, tokens, ratio):
     }
 
 
+def made_up_reads():
+    """Return the reads of 135 steps of 2 requests in 4 layers."""
+    return {
+        "read_bytes": 135 * 2**20,
+        "dense_bytes": 135 * 2**23,
+        "steps": 135,
+        "tokens": 270,
+        "layer_tokens": 1080,
+        "anchors": 270,
+    }
+
+
 def made_up_serving():
     """Return a result of the serving benchmark, as JSON values."""
     return {

@@ -12,7 +12,7 @@ import elastickv
 from elastickv import UsageError
 from tests.helpers.report_sections import rows as rows_of
 from tests.helpers.report_sections import sections
-from tests.helpers.serving_results import made_up_serving
+from tests.helpers.serving_results import made_up_reads, made_up_serving
 
 
 @pytest.fixture
@@ -33,6 +33,27 @@ def test_a_step_stands_with_its_ratio_to_the_baseline(section):
     dense, ours = rows(section, 0)
     assert (dense["a step"], dense["time / baseline"]) == ("8 ms", "")
     assert (ours["context × batch"], ours["a step"], ours["time / baseline"]) == ("4096 × 2", "6 ms", "0.750 [0.740, 0.760]")
+
+
+def test_bytes_read_stand_with_their_ratio_and_the_share_of_anchors(result):
+    result["contenders"][1]["steps"][0]["reads"] = made_up_reads()
+    section = sections(elastickv.report(result))["serving"]
+    (row,) = rows(section, 1)
+    assert section["tables"][1]["caption"] == "Bytes of the KV cache that decode steps read"
+    assert (row["cache"], row["context × batch"]) == ("elastickv_int4", "4096 × 2")
+    assert (row["bytes a step"], row["dense 16 bit"], row["read 1/"]) == ("1.0 MiB", "8.0 MiB", "8.00")
+    assert row["steps at anchors"] == "25.0%"
+
+
+def test_a_result_without_bytes_read_has_no_such_table(section):
+    assert len(section["tables"]) == 4 and not any("Bytes" in table["caption"] for table in section["tables"])
+
+
+def test_bytes_read_that_are_none_are_refused_in_one_line(result):
+    result["contenders"][1]["steps"][0]["reads"] = made_up_reads() | {"read_bytes": 0}
+    with pytest.raises(UsageError, match=r"reads\.read_bytes") as caught:
+        elastickv.report(result)
+    assert "\n" not in str(caught.value)
 
 
 def test_capacity_is_given_against_the_baselines(section):

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from elastickv.recipe import HEAD_DIMS
+from elastickv.vllm.metrics.decode_reads import COUNTERS
 from elastickv.vllm.selection.request_ratios import ARGUMENT
 from elastickv.vllm.serving_options import CACHE_DTYPES, PAGE_FORMATS, ServingOptions
 from elastickv.vllm.versions import SUPPORTED
@@ -40,7 +41,17 @@ def test_every_additional_config_on_the_page_is_accepted():
 def test_the_table_of_formats_is_that_of_the_package():
     table = [(dtype.strip("`"), name.strip("`")) for dtype, name, _, _ in rows(section("Start"))[1:]]
     assert dict(table) == dict(zip(CACHE_DTYPES, PAGE_FORMATS, strict=True))
-    assert set(re.findall(r"elastickv_\w+", PAGE)) <= {*CACHE_DTYPES, ARGUMENT}
+    assert set(re.findall(r"elastickv_\w+", PAGE)) <= {
+        *CACHE_DTYPES,
+        ARGUMENT,
+        *(name.removeprefix("vllm:") for name, _ in COUNTERS.values()),
+    }
+
+
+def test_the_table_of_counters_is_that_of_the_package():
+    table = [name.strip("`") for name, _ in rows(section("Metrics"))[1:]]
+    assert sorted(table) == sorted(name for name, _ in COUNTERS.values())
+    assert set(re.findall(r"vllm:elastickv_\w+", section("Metrics"))) == set(table)
 
 
 def test_the_table_of_versions_is_that_of_the_package():

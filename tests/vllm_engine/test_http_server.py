@@ -129,3 +129,32 @@ def test_a_bad_request_is_refused_and_the_server_lives(client):
     with pytest.raises(BadRequestError):
         client.completions.create(model=NAME, prompt=[1] * 2000, max_tokens=4)
     assert client.completions.create(model=NAME, prompt=[1, 2, 3], max_tokens=4, **GREEDY).usage.completion_tokens == 4
+
+
+def scraped(address):
+    """Return ElasticKV's counters of the server, by their names without vLLM's prefix."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    counters = [line for line in lines if line.startswith("vllm:elastickv_") and "_created" not in line]
+    assert all(f'{{engine="0",model_name="{NAME}"}}' in line for line in counters)
+    return {line.partition("{")[0].removeprefix("vllm:elastickv_"): float(line.rpartition(" ")[2]) for line in counters}
+
+
+def test_the_server_counts_what_decodes_read(server, client):
+    """int4 of 2 layers and 2 KV heads of 64 channels, and a window in float32."""
+    before = scraped(server)
+    client.completions.create(model=NAME, prompt=random_prompts([150], seed=4)[0], max_tokens=40, **GREEDY)
+    end = time.monotonic() + 30
+    while (after := scraped(server))["decode_tokens_total"] < before["decode_tokens_total"] + 39 and time.monotonic() < end:
+        time.sleep(0.2)
+    found = {name: after[name] - value for name, value in before.items()}
+    lengths, heads = range(151, 190), 2 * 2
+    pages = sum(-(-(length - WINDOW) // 32) for length in lengths)
+    assert found == {
+        "kv_read_bytes_total": heads * (pages * (2 * 32 * 32 + 64 * 4 + 32 * 4) + 39 * WINDOW * 2 * 64 * 4),
+        "kv_dense_bytes_total": heads * sum(lengths) * 2 * 64 * 2,
+        "decode_steps_total": 39,
+        "decode_tokens_total": 39,
+        "layer_tokens_total": 78,
+        "anchors_total": 0,
+    }

@@ -2,19 +2,23 @@
 
 from elastickv.recipe import ModelCalibration
 from tests.helpers.bad_words import LARGE, NAN, with_bad_word, with_bad_words
-from tests.helpers.parallel_engine import ask
+from tests.helpers.parallel_engine import ask, ask_and_count
 from tests.helpers.served_llama import Sizes, write_model
 from tests.helpers.serving_engine import DEFAULTS
 from tests.helpers.serving_scenarios import LENGTHS, RECIPE, WINDOW, all_equal, all_follow, random_prompts
 
 
 def test_two_ranks_answer_as_one_engine_does(serve, folder, rule):
-    prompts = random_prompts(LENGTHS)
-    alone = serve().generate(prompts, 24)
+    prompts, engine = random_prompts(LENGTHS), serve()
+    before = engine.reads()
+    alone = engine.generate(prompts, 24)
     plug_in = {"elastickv": {"format": RECIPE, "window": WINDOW}}
-    (answers,) = ask(prompts, 24, **DEFAULTS, model=str(folder), tensor_parallel_size=2, additional_config=plug_in)
+    options = DEFAULTS | {"model": str(folder), "tensor_parallel_size": 2, "additional_config": plug_in}
+    (answers,), reads = ask_and_count(prompts, 24, **options)
     all_follow(rule(), answers)
     all_equal(rule(), answers, alone)
+    one = {name: value - before[name] for name, value in engine.reads().items()}
+    assert reads["kv_read_bytes"] == one["kv_read_bytes"] > 0 and reads["kv_dense_bytes"] == one["kv_dense_bytes"]
 
 
 def test_each_rank_smooths_the_keys_of_its_own_heads(serve, folder, tmp_path):
@@ -38,11 +42,12 @@ def test_each_rank_smooths_the_keys_of_its_own_heads(serve, folder, tmp_path):
     plug_in = {"elastickv": {"calibration": str(file), "compress": 2, "window": WINDOW}}
     prompts = random_prompts(LENGTHS)
     serve.close()
-    one, two = (
-        ask(prompts, 24, **DEFAULTS, model=str(folder), tensor_parallel_size=ranks, additional_config=plug_in)[0]
+    (one, of_one), (two, of_two) = (
+        ask_and_count(prompts, 24, **DEFAULTS, model=str(folder), tensor_parallel_size=ranks, additional_config=plug_in)
         for ranks in (1, 2)
     )
-    assert [answer.tokens for answer in one] == [answer.tokens for answer in two]
+    assert [answer.tokens for answer in one[0]] == [answer.tokens for answer in two[0]]
+    assert of_one["kv_read_bytes"] == of_two["kv_read_bytes"] > 0 and of_one["anchors"] == of_two["anchors"]
 
 
 def test_a_request_with_nan_fails_though_other_processes_run_the_model(serve, weights, tmp_path):

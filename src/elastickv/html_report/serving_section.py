@@ -19,9 +19,11 @@ def serving(data: ReportData) -> Section:
         "Serving with vLLM",
         "The same server with each kind of KV cache, in processes that took turns. A time divided by the baseline's is below 1 "
         "where it is faster, a throughput above 1; in brackets the least and the greatest of single rounds, not a confidence "
-        "interval. Capacity is what vLLM itself counts on, throughput what ran with as many requests as fit.",
+        "interval. Bytes are those of all layers that ElasticKV serves; a layer's step is at an anchor where it lists pages "
+        "anew. Capacity is what vLLM itself counts on, throughput what ran with as many requests as fit.",
         tables=[
             *tables("A decode step", _steps(data), _TEXT),
+            *tables("Bytes of the KV cache that decode steps read", _reads(data), _TEXT),
             *tables("Tokens of KV cache in the same memory, by the context of the requests", _capacities(data), _TEXT),
             *tables("Decoding with as many requests as fit", _throughputs(data), _TEXT),
             *tables("Start-up, memory, and the first token of a long prompt", _startups(data), _TEXT),
@@ -59,6 +61,23 @@ def _steps(data: ReportData) -> Iterator[dict[str, str]]:
                 }
                 | end
             )
+
+
+def _reads(data: ReportData) -> Iterator[dict[str, str]]:
+    for _, contender, begin, end in _contenders(data):
+        for step in contender.steps:
+            if (reads := step.reads) is not None:
+                yield (
+                    begin
+                    | {
+                        "context × batch": f"{step.context} × {step.batch}",
+                        "bytes a step": size(reads.read_bytes / reads.steps),
+                        "dense 16 bit": size(reads.dense_bytes / reads.steps),
+                        "read 1/": fixed(reads.ratio, 2),
+                        "steps at anchors": f"{reads.anchor_share:.1%}",
+                    }
+                    | end
+                )
 
 
 def _capacities(data: ReportData) -> Iterator[dict[str, str]]:

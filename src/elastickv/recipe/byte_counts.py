@@ -15,7 +15,7 @@ from elastickv.recipe.shape import AttentionShape
 
 _PLANES = 2  # K and V
 _FLOAT_BYTES = 4
-_LIST_BYTES = 4
+LIST_ENTRY_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _head_bytes(
     if recipe.selection == "pages":
         listed = selected(at_anchor // PAGE_TOKENS, fraction)
         pages = listed + (split.cold - at_anchor) // PAGE_TOKENS
-        rows, lists = pages * PAGE_TOKENS, sectors(listed * _LIST_BYTES)
+        rows, lists = pages * PAGE_TOKENS, sectors(listed * LIST_ENTRY_BYTES)
         # Pages are not contiguous: the scales of each are sectors of their own.
         scales = pages * (sectors(key_scales.bytes_of(PAGE_TOKENS)) + sectors(value_scales.bytes_of(PAGE_TOKENS)))
         scoring = 0 if steps_since_refresh else sectors(key_scales.bytes_of(split.cold))

@@ -1,6 +1,7 @@
 """vLLM's schedulers, but a request whose logits are NaN ends with an error, and its blocks are taken from the prefix cache.
 
 Requests may also ask for a ratio of their own (`request_ratios`): what is no such ratio ends the request with an error, too.
+What decodes read is counted for vLLM's metrics (`metrics`).
 """
 
 import logging
@@ -17,6 +18,9 @@ from vllm.v1.request import Request, RequestStatus
 from elastickv.backends.bad_token import BadToken
 from elastickv.errors import UsageError
 from elastickv.vllm.bad_tokens import of_engine
+from elastickv.vllm.metrics.read_counter import ReadCounter
+from elastickv.vllm.metrics.read_metrics import attach
+from elastickv.vllm.metrics.served_reads import served_reads
 from elastickv.vllm.selection.request_ratios import RequestRatios
 
 _log = logging.getLogger("vllm.elastickv")
@@ -34,10 +38,29 @@ class _FailOnNan(Scheduler):
     # Of requests that lost their blocks while a step of theirs was in flight: the blocks of each group, with their hashes.
     _lost: Mapping[str, Sequence[Sequence[tuple[int, Any]]]] = MappingProxyType({})
     _refused: Sequence[Request] = ()  # ended, and not reported yet
+    reads: ReadCounter | None = None
+    """Counts what decodes read; None where vLLM's statistics are off."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.log_stats:
+            self.reads = self.read_counter()
+
+    def read_counter(self) -> ReadCounter:
+        """Return a counter of what decodes read, for requests that come from now on."""
+        reads = served_reads(self.vllm_config, self.kv_cache_config)
+        return ReadCounter(reads, 1 + self.num_spec_tokens, self._ratios.ratio)
 
     @cached_property
     def _ratios(self) -> RequestRatios:
         return RequestRatios(self.vllm_config.additional_config)
+
+    def make_stats(self, *arguments: Any, **options: Any) -> Any:
+        """Return vLLM's statistics with what decodes have read since the last ones; None where there are none."""
+        stats = super().make_stats(*arguments, **options)
+        if stats is not None and self.reads is not None:
+            attach(stats, self.reads.take())
+        return stats
 
     def add_request(self, request: Request) -> None:
         """Take a request; one whose ratio is not accepted ends in the next step."""
@@ -69,6 +92,8 @@ class _FailOnNan(Scheduler):
         # An output that vLLM makes up for a connector's sake is of no step.
         steps = [number for number, output in self._in_flight if output is scheduler_output]
         self._in_flight = [each for each in self._in_flight if each[1] is not scheduler_output]
+        if self.reads is not None and steps:
+            self.reads.count(scheduler_output, self._computed(scheduler_output))
         tokens, bad = of_engine(self.vllm_config), dict[int, BadToken]()
         if tokens is not None and steps:
             bad = tokens.take(steps[0])

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from elastickv.errors import UsageError
@@ -16,6 +17,7 @@ from elastickv.recipe.solver import with_pages
 from elastickv.vllm.serving_options import KEY, ServingOptions, page_recipe
 
 SLAB_ALIGNMENT_BYTES = 64  # 32 tokens of whole 16-bit numbers, as a cache in a 16-bit dtype is sized
+_RATIOS = 32  # ratios of single requests that are remembered, for the worker and the scheduler of a process
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,20 @@ class ServedModel:
     device: str | None = None
     fingerprint: str | None = None
 
+    @classmethod
+    def of(cls, config: Any, head_dim: int, dtype: str, device: str, fingerprint: str | None = None) -> "ServedModel":
+        """Return what vLLM's configuration says of the model, and these attributes."""
+        model = config.model_config
+        query_heads = model.model_arch_config.total_num_attention_heads
+        return cls(
+            shape=AttentionShape(1, query_heads, model.get_total_num_kv_heads(), head_dim),
+            layer_count=model.get_total_num_hidden_layers(),
+            context=model.max_model_len,
+            dtype=dtype,
+            device=device,
+            fingerprint=fingerprint,
+        )
+
     @property
     def solved_context(self) -> int:
         """The context at which a ratio is met."""
@@ -172,10 +188,18 @@ def layer_recipes(
 
 def at_ratio(recipes: Mapping[int, Recipe], ratio: float, model: ServedModel) -> dict[int, Recipe]:
     """Return recipes of all layers with larger shares of the pages, in proportion, that meet a smaller ratio."""
-    from elastickv.transformers.budget import Budget  # its package loads Transformers
+    from elastickv.transformers.budget import scaled  # its package loads Transformers
 
-    budget = Budget(recipes, model.shape, model.dtype, ratio, context=0, fixed=False)
-    return {layer: budget.recipe_at(layer, model.solved_context) for layer in recipes}
+    scale = _scale_of_ratio(tuple(recipes.items()), ratio, model)
+    return {layer: scaled(recipe, scale) for layer, recipe in recipes.items()}
+
+
+@lru_cache(_RATIOS)
+def _scale_of_ratio(recipes: tuple[tuple[int, Recipe], ...], ratio: float, model: ServedModel) -> float | None:
+    """Return the factor on the shares of all layers; None: every page. For tens of layers that takes about a second."""
+    from elastickv.transformers.budget import Budget
+
+    return Budget(dict(recipes), model.shape, model.dtype, ratio, context=0, fixed=False).reading(model.solved_context).scale
 
 
 def selection_line(recipes: Mapping[int, Recipe], model: ServedModel) -> str:

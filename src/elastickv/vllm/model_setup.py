@@ -220,15 +220,8 @@ class ModelSetup:
         if self.options.calibration is not None:
             folder = checkpoint_folder(model.model, model.revision, self.config.load_config.download_dir)
             fingerprint = checkpoint_fingerprint(folder, model.hf_text_config) if folder is not None else None
-        query_heads = model.model_arch_config.total_num_attention_heads
-        return ServedModel(
-            shape=AttentionShape(1, query_heads, model.get_total_num_kv_heads(), shape.head_dim),
-            layer_count=model.get_total_num_hidden_layers(),
-            context=model.max_model_len,
-            dtype=DTYPE_NAMES[act_dtype],
-            device="cpu" if current_platform.is_cpu() else "cuda",
-            fingerprint=fingerprint,
-        )
+        device = "cpu" if current_platform.is_cpu() else "cuda"
+        return ServedModel.of(self.config, shape.head_dim, DTYPE_NAMES[act_dtype], device, fingerprint)
 
     def attention(self, shape: AttentionShape, act_dtype: torch.dtype, recipe: Recipe, scale: float) -> BlockAttention:
         """Return the kernels of a shape and recipe, which layers share.

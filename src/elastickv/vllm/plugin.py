@@ -26,7 +26,7 @@ _registered = False
 
 
 def register() -> None:
-    """Register the attention backend, its KV cache dtypes and the window's specification; once a process.
+    """Register the attention backend, its KV cache dtypes, the window's specification and metrics; once a process.
 
     With a version of vLLM that is not supported it logs one line and changes nothing.
 
@@ -55,9 +55,11 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from elastickv.vllm import cpu_backend
+    from elastickv.vllm.metrics.read_metrics import register_metrics
     from elastickv.vllm.window_manager import register_specs
 
     register_specs()
+    register_metrics()
     register_backend("ELASTICKV", "elastickv.vllm.attention_backend.ElasticAttentionBackend")
     if current_platform.is_cpu():
         for name in cpu_backend.NAMES:

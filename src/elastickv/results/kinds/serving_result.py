@@ -1,9 +1,9 @@
 """Results of `benchmarks/serving.py`: vLLM with each kind of KV cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from elastickv.benchmark.from_dict import Count, Duration, Positive, from_dict
+from elastickv.benchmark.from_dict import Count, Duration, Positive, from_dict, optional
 from elastickv.results.kinds.model_result import check_version
 
 SERVING_KIND = "elastickv-serving"
@@ -29,11 +29,38 @@ class ServingFigure:
 
 
 @dataclass(frozen=True)
+class ServingReads:
+    """What decodes read, in all layers together, by the counters of ElasticKV's metrics in vLLM.
+
+    `steps` are the engine's and `tokens` those of decodes, which every layer has in `layer_tokens`; at `anchors` of these a
+    layer lists its pages anew.
+    """
+
+    read_bytes: Positive
+    dense_bytes: Positive
+    steps: Count
+    tokens: Count
+    layer_tokens: Count
+    anchors: int
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes / bytes read."""
+        return self.dense_bytes / self.read_bytes
+
+    @property
+    def anchor_share(self) -> float:
+        """The share of tokens at which a layer lists its pages anew."""
+        return self.anchors / self.layer_tokens
+
+
+@dataclass(frozen=True)
 class ServingStep(ServingFigure):
     """A decode step of `batch` requests."""
 
     batch: Count
     ms: Duration
+    reads: ServingReads | None = field(default=None, metadata=optional())
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class RequestRatios:
         ------
         UsageError : if it is no number from 1 to the server's ratio.
         """
-        passed = (getattr(request.sampling_params, "extra_args", None) or {}).get(ARGUMENT)
+        passed = _passed(request.sampling_params)
         if passed is None:
             return
         number = isinstance(passed, (int, float)) and not isinstance(passed, bool)
@@ -71,8 +71,13 @@ class RequestRatios:
             )
         if not number or not 1 <= passed <= (self._most or 1):
             raise UsageError(f"{ARGUMENT}={passed!r} is out of range: give a number from 1, every page, to {self._most:g}")
-        if self._most is not None and passed != self._most:
-            self._ratios[request.request_id] = float(passed)
+        if (ratio := self.ratio(request.sampling_params)) is not None:
+            self._ratios[request.request_id] = ratio
+
+    def ratio(self, sampling_params: Any) -> float | None:
+        """Return the ratio that an accepted request's sampling parameters ask for; None: the server's."""
+        passed = _passed(sampling_params)
+        return None if passed is None or self._most in (None, passed) else float(passed)
 
     def attach(self, output: Any, requests: Mapping[str, Any], groups: Any, blocks_of: Callable[[str], Any]) -> None:
         """Let a step bring the ratios of its requests to where the model runs.
@@ -95,3 +100,7 @@ class RequestRatios:
             times = size // PAGE_TOKENS  # a block of several pages is as many blocks to the model
             ratios |= {block * times + page: self._ratios[name] for block in own for page in range(times)}
         setattr(output, _ATTRIBUTE, _deliver(ratios))
+
+
+def _passed(sampling_params: Any) -> Any:
+    return (getattr(sampling_params, "extra_args", None) or {}).get(ARGUMENT)
