@@ -5,7 +5,7 @@ over a whole text gives what an engine gives token by token: as R is at least a 
 a page that was complete before. The engine's tests read by it too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -173,16 +173,22 @@ class ReadRule:
 
 
 @contextmanager
-def reading(model: Any, rule: ReadRule) -> Iterator[None]:
+def reading(model: Any, rule: ReadRule | Sequence[ReadRule], prompt: int | None = None) -> Iterator[None]:
     """Let a model's attention read by a rule, for whole texts from their first token on; restore it on exit.
 
     Only for models with plain softmax attention to the whole context in every layer.
+
+    Parameters
+    ----------
+    rule : of all layers, or one for each.
+    prompt : tokens that read every page, as `ReadRule.attend` takes it.
     """
 
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **rest: Any
     ) -> tuple[torch.Tensor, None]:
-        outputs = [rule.attend(q, k, v, scaling) for q, k, v in zip(query, key, value, strict=True)]
+        own = rule if isinstance(rule, ReadRule) else rule[module.layer_idx]
+        outputs = [own.attend(q, k, v, scaling, prompt=prompt) for q, k, v in zip(query, key, value, strict=True)]
         return torch.stack(outputs).transpose(1, 2), None
 
     AttentionInterface.register(IMPLEMENTATION, attention)

@@ -17,8 +17,9 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from engine_environment import engine_environment
 from serving_record import NotTogether, Recorder, said
+
+from elastickv.vllm.teacher_forcing.engine_environment import engine_environment
 
 TOKENS, SETTLED = 136, 8
 SAMPLE_TOKENS = 1024  # of the prompt whose blocks fill the cache

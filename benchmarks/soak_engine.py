@@ -11,9 +11,10 @@ import traceback
 from pathlib import Path
 
 import numpy as np
-from engine_environment import engine_environment
 from serving_record import said
 from soak_load import Checked, Load, Sample, Step, agreement, in_turns, step_times, totals
+
+from elastickv.vllm.teacher_forcing.engine_environment import engine_environment
 
 CHECKED, CHUNK = 50, 64  # requests; tokens of a step when they are read the second time
 WARM_STEPS = 500  # what is compiled or allocated once is by then

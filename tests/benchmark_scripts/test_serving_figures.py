@@ -63,6 +63,22 @@ def test_the_quality_is_that_of_the_rule_that_serves(figures, write):
     assert row == "| a model | `int4` | 128 | 0.2500 [0.1250, 0.5000] | 0.25 [0.12, 0.50] | 0.2 [0.1, 0.5] | 2048 |"
 
 
+def test_what_an_engine_loses_stands_beside_what_transformers_loses(figures, write):
+    sides = {
+        side: {name: {"mean": mean, "low": 0.125, "high": 0.5} for name in ("kl", "top1_percent")}
+        for side, mean in (("engine", 0.25), ("transformers", 0.375))
+    }
+    row = {"context": 2048, "cache": "C=4", "read_ratio": 4.01, "scored_tokens": 256} | sides
+    environment = {"cpu": "a made-up device", "date_utc": "2000-01-01T00:00:00"}
+    record = {"model": {"name": "a model", "dtype": "fp32"}, "engine": {"device": "CPU", "version": "0.0"}, "rows": [row]}
+    record |= {"environment": environment, "calibration": {"tokens": 7, "text": "a text"}}
+    write("cpu/engine_fidelity-a.json", record)
+    source, _, _, _, shown = figures.served_fidelity()
+    assert source == "a model in fp32 on a made-up device; vLLM 0.0; 2000-01-01. Calibrated on 7 tokens of a text."
+    losses = [f"{mean} [0.1250, 0.5000] | {top} [0.1, 0.5]" for mean, top in (("0.2500", "0.2"), ("0.3750", "0.4"))]
+    assert shown == f"| 2048 | `C=4` | 4.01 | {' | '.join(losses)} | 256 |"
+
+
 def test_on_cpus_a_row_has_the_speedups_of_one_batch(figures, write):
     cells = [
         {"requests": requests, "context": 1024, "dtype": dtype, "recipe": "int4", "speedup": speedup}
@@ -80,4 +96,5 @@ def test_on_cpus_a_row_has_the_speedups_of_one_batch(figures, write):
 
 
 def test_without_results_the_page_says_so(figures, write):
-    assert figures.serving() == figures.serving_quality() == figures.serving_cpu() == ["Not measured yet."]
+    blocks = (figures.serving, figures.serving_quality, figures.serving_cpu, figures.served_fidelity)
+    assert all(block() == ["Not measured yet."] for block in blocks)

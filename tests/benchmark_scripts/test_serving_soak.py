@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("serving_soak", "soak_engine", "soak_load", "engine_environment", "serving_record")
+NAMES = ("serving_soak", "soak_engine", "soak_load", "serving_record")
 
 
 @pytest.fixture

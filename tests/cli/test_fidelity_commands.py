@@ -140,6 +140,7 @@ def test_long_texts_are_generated_with_each_cache(elastickv, folder, tmp_path):
         (["--windows=0"], "--windows=0"),
         (["--tolerance=ppl"], "write ppl=0.5%"),
         (["--reference=eager"], "choose stock-quantized"),
+        (["--engine=sglang"], "--engine sglang is unknown: choose transformers, vllm"),
         (["--text=/no/such/file"], "/no/such/file"),
         (["--calibration=/no/such/file"], "/no/such/file"),
         (["--output=/no/such/folder/x.json"], "does not exist"),
@@ -213,7 +214,7 @@ def test_every_option_in_the_document_exists():
 
     known = {name for module in (calibrate, evaluation) for parameter in module.command.params for name in parameter.opts}
     used = set(re.findall(r"(--[a-z][a-z-]*)", (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")))
-    others = {"--model", "--contexts"}  # of lm-evaluation-harness and of benchmarks/frontier.py
+    others = {"--model", "--contexts", "--folder"}  # of lm-evaluation-harness and of scripts in benchmarks
     assert used and used - others <= known
 
 

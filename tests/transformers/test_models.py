@@ -7,7 +7,8 @@ import pytest
 import transformers
 
 from elastickv.errors import UsageError
-from elastickv.transformers.model_loading import load_model
+from elastickv.transformers.model_loading import fingerprint, load_model
+from elastickv.vllm.checkpoint_fingerprint import checkpoint_fingerprint
 from tests.helpers.tiny_models import tiny_gguf, tiny_llama
 
 
@@ -48,6 +49,17 @@ def test_a_gguf_file_is_parsed_once_and_gives_the_weights_that_transformers_give
     theirs = expected.state_dict()
     assert all(weight.equal(theirs[name]) for name, weight in loaded.model.state_dict().items())
     assert loaded.tokenizer.decode([3 + byte for byte in b"text"]) == "text"
+
+
+def test_a_gguf_file_is_saved_as_a_folder_of_the_same_model(tmp_path):
+    pytest.importorskip("gguf")
+    loaded = load_model(str(tiny_gguf(tmp_path / "m.gguf")))
+    loaded.save(tmp_path / "folder")
+    folder = load_model(str(tmp_path / "folder"))
+    assert fingerprint(folder.model) == fingerprint(loaded.model)
+    assert all(weight.equal(folder.model.state_dict()[name]) for name, weight in loaded.model.state_dict().items())
+    assert folder.tokenizer("text").input_ids == loaded.tokenizer("text").input_ids
+    assert checkpoint_fingerprint(tmp_path / "folder", folder.model.config) == fingerprint(loaded.model)
 
 
 def test_a_device_that_does_not_exist_is_refused_before_the_model_is_read(tmp_path):

@@ -1,15 +1,19 @@
 """`elastickv eval`."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from elastickv.cli.click_options import CALIBRATION, CPU_DEVICE, FLOAT32_DTYPE
+from elastickv.cli.click_options import CALIBRATION
 from elastickv.evaluation.evaluation_options import EvaluationOptions
 from elastickv.evaluation.generations.continuation_options import ContinuationOptions
+from elastickv.evaluation.serving.engine_options import ENGINES
+
+if TYPE_CHECKING:
+    from elastickv.evaluation.texts import Text
+    from elastickv.recipe import ModelCalibration
 
 _REFERENCES = ("stock-quantized",)
 _DEFAULTS = EvaluationOptions()
@@ -100,27 +104,32 @@ def _listed(numbers: tuple[float, ...]) -> str:
 @click.option("--reference", help="Measure too: stock-quantized, Transformers' own quantized cache.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result here: .json, or .md for the tables.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the figures into this .png, .svg or .pdf.")
-@FLOAT32_DTYPE
-@CPU_DEVICE
+@click.option("--engine", default=ENGINES[0], show_default=True, help="What decodes: transformers, or vllm with our backend.")
+@click.option("--engine-options", help="Arguments of vLLM's LLM, as a JSON object.")
+@click.option(
+    "--dtype",
+    help="Load the model's weights as fp32, fp16 or bf16.  [default: fp32; with vLLM on GPUs the model's own 16 bits, or bf16]",
+)
+@click.option("--device", help="Where the model runs: cpu or cuda.  [default: cpu; with vLLM where that runs]")
 def command(**arguments: Any) -> int:
     """Measure what MODEL's predictions lose at each C, through the decode path that `generate` takes, and with other methods.
 
     MODEL is a local directory, a .gguf file or a hub id; shape:NAME has random weights and no quality to measure. Without
-    --text two texts are scored that the package ships.
+    --text two texts are scored that the package ships. With --engine vllm the same is measured through vLLM.
     """
     from elastickv.cli.error_handling import interrupted
     from elastickv.cli.output import shown_after
-    from elastickv.cli.progress import Bar
     from elastickv.errors import UsageError
     from elastickv.recipe import ModelCalibration
     from elastickv.results.files import check_writable, write_text
     from elastickv.results.formats import plain_json
     from elastickv.results.formats.fidelity_table import fidelity_tables
     from elastickv.results.kinds.evaluation_result import EvaluationResult
-    from elastickv.transformers.model_loading import NEEDED, load_model, require
-    from elastickv.transformers.tokenization import text_prefix
+    from elastickv.transformers.model_loading import NEEDED, require
 
     require(*NEEDED)
+    if arguments["engine"] not in ENGINES:
+        raise UsageError(f"`engine={arguments['engine']}` is unknown: choose {', '.join(ENGINES)}")
     if arguments["reference"] not in (None, *_REFERENCES):
         raise UsageError(f"--reference={arguments['reference']} is unknown: choose {', '.join(_REFERENCES)}")
     output, plot = arguments["output"], arguments["plot"]
@@ -131,42 +140,9 @@ def command(**arguments: Any) -> int:
     for target in (output, plot):
         if target is not None:
             check_writable(target)
-    with Bar() as bar:
-        bar.phase("importing PyTorch and Transformers")
-        from elastickv.evaluation.evaluate import evaluate
-        from elastickv.evaluation.format_paths import check_budgets
-        from elastickv.evaluation.kv_formats.published_formats import parse_formats
-        from elastickv.evaluation.kv_selections.published_selections import parse_selections
-        from elastickv.evaluation.loading_progress import loading_progress
-        from elastickv.evaluation.tasks.question_file import read_questions
-        from elastickv.evaluation.tasks.task_registry import parse_tasks
-        from elastickv.evaluation.texts import evaluation_texts, read_text
-
-    options = replace(
-        _options(arguments),
-        formats=parse_formats(arguments["formats"]),
-        stored_bits=() if arguments["stored_bits"] is None else _numbers("stored-bits", arguments["stored_bits"], float, 16),
-        selections=parse_selections(arguments["selections"]),
-        tasks=parse_tasks(arguments["tasks"]),
-    )
-    for path in arguments["datasets"]:
-        read_questions(path)  # a file that cannot be measured is refused before a model is loaded
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
-    check_budgets(options.stored_bits, calibration, arguments["model"])
-    if options.stored_bits and calibration is not None and calibration.sensitivity is None:
-        click.echo(_insensitive(arguments["model"]), err=True)
-    texts = [read_text(path) for path in arguments["texts"]] or evaluation_texts()
-    if calibration is not None and calibration.text in {text.name for text in texts}:
-        click.echo(f"elastickv: warning: {calibration.text} was calibrated on and is scored too", err=True)
-    with Bar() as bar:
-        bar.phase("loading")
-        with loading_progress(bar.progress):
-            loaded = load_model(arguments["model"], arguments["dtype"], arguments["device"])
-        if calibration is None and options.ratios:
-            click.echo(_uncalibrated(arguments["model"]), err=True)
-        elif calibration is not None and (calibration.prefix or ()) != text_prefix(loaded.tokenizer):
-            click.echo(_begun_otherwise(arguments["model"]), err=True)
-        result = evaluate(loaded, texts, options, calibration, bar) | {"command": ["elastickv", *sys.argv[1:]]}
+    measure = _through_vllm if arguments["engine"] == "vllm" else _in_transformers
+    result = measure(arguments, calibration) | {"command": ["elastickv", *sys.argv[1:]]}
     measured = EvaluationResult.from_dict(result)
     with shown_after(fidelity_tables(measured)):
         if output is not None:
@@ -176,6 +152,85 @@ def command(**arguments: Any) -> int:
 
             draw(measured, plot)
     return 0 if result["complete"] else interrupted()
+
+
+def _in_transformers(arguments: dict[str, Any], calibration: "ModelCalibration | None") -> dict[str, Any]:
+    """Evaluate with a model of Transformers in this process."""
+    from elastickv.cli.progress import Bar
+    from elastickv.errors import UsageError
+    from elastickv.transformers.model_loading import load_model
+
+    if arguments["engine_options"] is not None:
+        raise UsageError("`engine_options` are vLLM's: give `engine=vllm`, or leave them out")
+    with Bar() as bar:
+        bar.phase("importing PyTorch and Transformers")
+        from elastickv.evaluation.evaluate import evaluate
+        from elastickv.evaluation.format_paths import check_budgets
+        from elastickv.evaluation.kv_formats.published_formats import parse_formats
+        from elastickv.evaluation.kv_selections.published_selections import parse_selections
+        from elastickv.evaluation.loading_progress import loading_progress
+        from elastickv.evaluation.tasks.question_file import read_questions
+
+    options = _options(arguments, parse_formats(arguments["formats"]), parse_selections(arguments["selections"]))
+    for path in arguments["datasets"]:
+        read_questions(path)  # a file that cannot be measured is refused before a model is loaded
+    check_budgets(options.stored_bits, calibration, arguments["model"])
+    if options.stored_bits and calibration is not None and calibration.sensitivity is None:
+        click.echo(_insensitive(arguments["model"]), err=True)
+    texts = _texts(arguments, calibration)
+    with Bar() as bar:
+        bar.phase("loading")
+        with loading_progress(bar.progress):
+            loaded = load_model(arguments["model"], arguments["dtype"] or "fp32", arguments["device"] or "cpu")
+        _warn(arguments["model"], options, calibration, loaded.tokenizer)
+        return evaluate(loaded, texts, options, calibration, bar)
+
+
+def _through_vllm(arguments: dict[str, Any], calibration: "ModelCalibration | None") -> dict[str, Any]:
+    """Evaluate with engines of vLLM, in processes of their own."""
+    from elastickv.cli.progress import Bar
+    from elastickv.errors import UsageError
+    from elastickv.evaluation.serving.engine_options import (
+        EngineOptions,
+        device_of,
+        installed_engine,
+        parse_page_formats,
+        served_options,
+    )
+
+    options = _options(arguments, parse_page_formats(arguments["formats"]), arguments["selections"] or ())
+    served_options(options)
+    engine_options, device = EngineOptions.parse(arguments["engine_options"]), device_of(installed_engine())
+    if arguments["device"] not in (None, device):
+        raise UsageError(f"`device={arguments['device']}`: the installed vLLM serves on {device}: leave the option out")
+    with Bar() as bar:
+        bar.phase("importing PyTorch and Transformers")
+        from elastickv.evaluation.serving.evaluate_served import evaluate_served
+        from elastickv.evaluation.serving.served_checkpoint import ServedCheckpoint
+
+        texts = _texts(arguments, calibration)
+        model = ServedCheckpoint(arguments["model"], arguments["dtype"], device, engine_options, arguments["calibration"])
+        _warn(arguments["model"], options, calibration, model.checkpoint.tokenizer)
+        return evaluate_served(model, texts, options, calibration, bar)
+
+
+def _texts(arguments: dict[str, Any], calibration: "ModelCalibration | None") -> "list[Text]":
+    from elastickv.evaluation.texts import evaluation_texts, read_text
+
+    texts = [read_text(path) for path in arguments["texts"]] or evaluation_texts()
+    if calibration is not None and calibration.text in {text.name for text in texts}:
+        click.echo(f"elastickv: warning: {calibration.text} was calibrated on and is scored too", err=True)
+    return texts
+
+
+def _warn(model: str, options: EvaluationOptions, calibration: "ModelCalibration | None", tokenizer: Any) -> None:
+    """Warn of a calibration that is missing, or read its text otherwise."""
+    from elastickv.transformers.tokenization import text_prefix
+
+    if calibration is None and options.ratios:
+        click.echo(_uncalibrated(model), err=True)
+    elif calibration is not None and (calibration.prefix or ()) != text_prefix(tokenizer):
+        click.echo(_begun_otherwise(model), err=True)
 
 
 def _uncalibrated(model: str) -> str:
@@ -199,11 +254,11 @@ def _begun_otherwise(model: str) -> str:
     )
 
 
-def _options(arguments: dict[str, Any]) -> EvaluationOptions:
+def _options(arguments: dict[str, Any], formats: tuple[str, ...], selections: tuple[str, ...]) -> EvaluationOptions:
     from elastickv.errors import UsageError
-    from elastickv.evaluation.evaluation_options import EvaluationOptions
     from elastickv.evaluation.exact_tokens import ExactTokens
     from elastickv.evaluation.suggestion import Tolerance
+    from elastickv.evaluation.tasks.task_registry import parse_tasks
 
     for name, least in (("windows", 1), ("scored", 1), ("depths", 1), ("greedy", 0), ("task_items", 1), ("task_batch", 1)):
         if arguments[name] < least:
@@ -224,6 +279,10 @@ def _options(arguments: dict[str, Any]) -> EvaluationOptions:
             *(arguments[name] for name in ("generate", "samples", "temperature", "top_p", "seed")),
         ),
         reference=arguments["reference"] is not None,
+        formats=formats,
+        stored_bits=() if arguments["stored_bits"] is None else _numbers("stored-bits", arguments["stored_bits"], float, 16),
+        selections=selections,
+        tasks=parse_tasks(arguments["tasks"]),
         task_lengths=_numbers("task-lengths", arguments["task_lengths"], int),
         task_items=arguments["task_items"],
         task_batch=arguments["task_batch"],

@@ -6,7 +6,7 @@ Our own are named, or those that a calibration chooses for each layer within a b
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
@@ -18,7 +18,7 @@ from elastickv.evaluation.kv_formats.reference_format import ReferenceFormat
 from elastickv.evaluation.recipes_by_ratio import Span, measured
 from elastickv.evaluation.subject import DecodePath, Subject
 from elastickv.kvcache.gptq import layer_compensation, no_hessians
-from elastickv.recipe import LayerPlan, ModelCalibration, Recipe, for_stored_bits, stored_bytes
+from elastickv.recipe import AttentionShape, LayerPlan, ModelCalibration, Recipe, for_stored_bits, stored_bytes
 from elastickv.recipe.calibration import StorageStatistics
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, sixteen_bit, unread_formats
 from elastickv.recipe.layer_solver import check_stored_bits
@@ -28,6 +28,22 @@ from elastickv.transformers.model_support import text_config
 
 _OF_REFERENCES = "cpu"  # whose kernels read all formats, and whose caches round by Hessians
 _MANY_TOKENS = 1 << 20  # so many that all regions of a recipe are full
+
+
+class AttentionSizes(Protocol):
+    """The layers with full attention of a model, whose bytes are counted."""
+
+    @property
+    def shape(self) -> AttentionShape:
+        """Of one sequence of a layer, as it is stored."""
+
+    @property
+    def layers(self) -> int:
+        """Number of the layers."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +203,7 @@ def reference_path(
         if stored_as is not None:
             formats[layer] = stored_as
     decoding = lambda start, _: sessions.by_layer(subject.model, formats, start)  # noqa: E731
-    figures = _recipe_figures(subject, recipes, span, sixteen_bit(subject.dtype), subject.dtype, error)
+    figures = format_figures(subject, recipes, span, sixteen_bit(subject.dtype), subject.dtype, error)
     return DecodePath(name, decoding, figures)
 
 
@@ -210,14 +226,19 @@ def _own(subject: Subject, name: str, recipes: Sequence[Recipe], span: Span, err
     for recipe in set(recipes):
         recipe.check_shape(subject.shape.head_dim, subject.shape.kv_heads)
     exact_dtypes = sorted({recipe.exact_dtype(subject.dtype) for recipe in recipes})
-    figures = _recipe_figures(subject, recipes, span, subject.dtype, " and ".join(exact_dtypes), error)
+    figures = format_figures(subject, recipes, span, subject.dtype, " and ".join(exact_dtypes), error)
     return DecodePath(name, subject.decoding(recipes), figures)
 
 
-def _recipe_figures(
-    subject: Subject, recipes: Sequence[Recipe], span: Span, dtype: str, exact_dtype: str, error: float | None
+def format_figures(
+    model: AttentionSizes,
+    recipes: Sequence[Recipe],
+    span: Span,
+    dtype: str,
+    exact_dtype: str,
+    error: float | None = None,
 ) -> dict[str, Any]:
-    """Return what a row says of recipes, one for each layer.
+    """Return what a row says of recipes as formats, one for each layer.
 
     Parameters
     ----------
@@ -226,28 +247,28 @@ def _recipe_figures(
     error : that the solver expects; None for recipes that were named.
     """
     end = span.first + span.steps
-    plan = measured(1.0, recipes, span, subject.shape, dtype)
-    bits = {recipe: _quantized_bits(subject, recipe, dtype) for recipe in set(recipes)}
+    plan = measured(1.0, recipes, span, model.shape, dtype)
+    bits = {recipe: _quantized_bits(model, recipe, dtype) for recipe in set(recipes)}
     counted = _CountedBytes(sum(bits[recipe] for recipe in recipes) / len(recipes), plan.stored_bytes)
     most_exact = max(end if recipe.is_dense else regions(end, recipe.sinks, recipe.window).exact for recipe in recipes)
     exact = dict.fromkeys(("exact_keys", "exact_values"), most_exact)
     exact |= {"sinks": max(recipe.sinks for recipe in recipes)}
-    figures = _figures(subject, counted, end, exact | {"exact_dtype": exact_dtype, "source": "recipe"})
+    figures = _figures(model, counted, end, exact | {"exact_dtype": exact_dtype, "source": "recipe"})
     named = recipes if len(bits) > 1 else recipes[:1]
     figures |= {"recipe_hash": plan.hash, "recipes": [*map(str, named)], "read_ratio": plan.read_ratio}
     figures |= {"step_bytes_read": plan.step_bytes, "expected_error": error}
     return figures
 
 
-def _quantized_bits(subject: Subject, recipe: Recipe, dtype: str) -> float:
+def _quantized_bits(model: AttentionSizes, recipe: Recipe, dtype: str) -> float:
     """Return the bits of a cold element with its scales: those of a page that is added to many."""
-    held = partial(stored_bytes, recipe, shape=subject.shape, model_dtype=dtype)
+    held = partial(stored_bytes, recipe, shape=model.shape, model_dtype=dtype)
     page = held([_MANY_TOKENS + PAGE_TOKENS]) - held([_MANY_TOKENS])
-    return 8 * page / (2 * PAGE_TOKENS * subject.shape.kv_heads * subject.head_dim)
+    return 8 * page / (2 * PAGE_TOKENS * model.shape.kv_heads * model.head_dim)
 
 
-def _figures(subject: Subject, counted: _CountedBytes, tokens: int, described: dict[str, Any]) -> dict[str, Any]:
-    elements = 2 * tokens * subject.layers * subject.shape.kv_heads * subject.head_dim
+def _figures(model: AttentionSizes, counted: _CountedBytes, tokens: int, described: dict[str, Any]) -> dict[str, Any]:
+    elements = 2 * tokens * model.layers * model.shape.kv_heads * model.head_dim
     return {
         "compress": None,
         "stored_ratio": elements * DENSE_BYTES_PER_ELEMENT / counted.bytes_stored,

@@ -85,5 +85,10 @@ def answered(
     start : of the prompts without their last token.
     """
     answers = continuations([row.ids[-1] for row in rows], start, decoding, ANSWER_TOKENS, progress)
-    texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
-    return [text.strip(" :\n*").startswith(row.key) for text, row in zip(texts, rows, strict=True)]
+    return [begins_with_key(ids.tolist(), row, tokenizer) for ids, row in zip(answers, rows, strict=True)]
+
+
+def begins_with_key(answer: Sequence[int], case: Case, tokenizer: Any) -> bool:
+    """Return whether the text of generated tokens begins with the key of a case."""
+    text: str = tokenizer.decode(list(answer), skip_special_tokens=True)
+    return text.strip(" :\n*").startswith(case.key)

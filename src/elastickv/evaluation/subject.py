@@ -105,7 +105,7 @@ def decode_paths(
         except UsageError as error:
             reasons.append(str(error))
             continue
-        paths.append(DecodePath(f"C={ratio:g}", subject.decoding(recipes.recipes), _recipe_figures(recipes)))
+        paths.append(DecodePath(f"C={ratio:g}", subject.decoding(recipes.recipes), ratio_figures(recipes)))
     if stock_quantized:
         sessions.check_quantizable(subject.model)
         quantizer = sessions.quantizer()
@@ -115,7 +115,8 @@ def decode_paths(
     return paths, reasons
 
 
-def _recipe_figures(plan: RatioRecipes) -> dict[str, Any]:
+def ratio_figures(plan: RatioRecipes) -> dict[str, Any]:
+    """Return what a row says of the recipes of a ratio."""
     return {
         "compress": plan.ratio,
         "recipe_hash": plan.hash,

@@ -169,7 +169,7 @@ def evaluation_view(result: EvaluationResult, source: str) -> Evaluation:
         skipped.append("not calibrated: every head reads the same share of its pages")
     return Evaluation(
         provenance=provenance(source, str(device), result.environment, [*result.warnings, *skipped], command=result.command),
-        model=model.name,
+        model=result.model_name,
         dtype=model.dtype,
         texts=result.texts,
         calibration="" if calibration is None else f"{calibration.tokens} tokens of {calibration.text}",

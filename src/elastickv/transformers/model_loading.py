@@ -1,5 +1,6 @@
 """Load a model by name: a local directory, a .gguf file or a hub id. Random weights: `model_benchmark.model_source`."""
 
+import copy
 import hashlib
 import os
 import re
@@ -49,6 +50,16 @@ class Loaded:
     name: str
     model: Any
     tokenizer: Any
+
+    def save(self, folder: Path) -> None:
+        """Write the model as a folder of Transformers in its dtype, which other programs read: a .gguf file is none to them."""
+        config = copy.deepcopy(self.model.config)
+        if hasattr(config, "quantization_config"):  # of the file: these weights are numbers
+            del config.quantization_config
+        plain = type(self.model)(config).to(self.model.dtype)
+        plain.load_state_dict(self.model.state_dict())
+        plain.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def require(*packages: str) -> None:
@@ -116,6 +127,15 @@ class Checkpoint:
         """Its tokenizer."""
         with self._reading() as transformers:
             return transformers.AutoTokenizer.from_pretrained(self._folder, **self._options)
+
+    @cached_property
+    def generation_config(self) -> Any:
+        """Transformers' settings of generation; where there is no file of them, those in the configuration."""
+        with self._reading() as transformers:
+            try:
+                return transformers.GenerationConfig.from_pretrained(self._folder, **self._options)
+            except OSError:
+                return transformers.GenerationConfig.from_model_config(self.config)
 
     def load(self, dtype: str = "fp32", device: str = "cpu") -> Loaded:
         """Load the weights; see `load_model`."""

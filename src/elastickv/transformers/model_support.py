@@ -77,6 +77,23 @@ def sizes_of(model: Any) -> Sizes:
     if not isinstance(getattr(text, "num_attention_heads", None), int):
         raise UsageError(f"{called} has no KV cache: ElasticCache serves models that decode with attention")
     _check_attention(model, called, text)
+    sizes = sizes_of_config(text, called)
+    _check_ranks(model, called, sizes.kv_heads)
+    return sizes
+
+
+def sizes_of_config(text: Any, called: str) -> Sizes:
+    """Return the sizes of a decoder that has a KV cache.
+
+    Parameters
+    ----------
+    text : its configuration.
+    called : its name in messages.
+
+    Raises
+    ------
+    UsageError : with the reason, for one that cannot be served.
+    """
     elastic = _elastic_layers(called, text)
     heads = {_heads(text, number) for number in elastic or (0,)}
     if len(heads) > 1:
@@ -86,7 +103,6 @@ def sizes_of(model: Any) -> Sizes:
     query_heads, kv_heads, head_dim = heads.pop()
     if elastic:
         padded_head_dim(head_dim)
-    _check_ranks(model, called, kv_heads)
     return Sizes(text.model_type, elastic, query_heads, kv_heads, head_dim, _positions(text))
 
 

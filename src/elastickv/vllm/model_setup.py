@@ -98,6 +98,11 @@ class ModelSetup:
         (setup._drafter if setup._recipes else setup._members).append(impl)
         return setup
 
+    @property
+    def served_recipes(self) -> dict[int, Recipe]:
+        """The recipes of the layers that ElasticKV serves on this rank, by their numbers; a drafter's are not among them."""
+        return {number: self._recipes.get(number, self.recipe) for number in self._numbers()}
+
     def slab_bytes(self, head_dim: int) -> int:
         """Return the bytes of one KV head's page, which all layers with such heads share."""
         return self._slab_bytes[head_dim]

@@ -1,6 +1,7 @@
 """Greedy decoding of a cache against full attention: the first token that differs, and the lengths of the texts."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from elastickv.evaluation.generations.token_choice import texts_of
 from elastickv.evaluation.prefill import Tensor
@@ -22,6 +23,11 @@ class Divergence:
     same_rows: int
     length_ratio: float
     tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a result says of it, as JSON values."""
+        mean = sum(self.first_different) / len(self.first_different)
+        return asdict(self) | {"first_different": list(self.first_different), "mean_first_different": mean}
 
 
 def divergence(full: Tensor, generated: Tensor, ends: set[int]) -> Divergence:

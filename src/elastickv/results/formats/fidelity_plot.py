@@ -69,7 +69,7 @@ def _figure(result: EvaluationResult) -> Any:
     for number, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, columns + number + 1)
         _map(axes, needle, name)
-    figure.suptitle("\n".join(wrap(one_line(f"{result.model.name}: {', '.join(result.texts)}"), 32 * columns)))
+    figure.suptitle("\n".join(wrap(one_line(f"{result.model_name}: {', '.join(result.texts)}"), 32 * columns)))
     return figure
 
 

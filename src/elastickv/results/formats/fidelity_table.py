@@ -22,6 +22,7 @@ _SELECTION_HEADERS = (
     "context", "selection", "reads", "read 1/", "stored 1/", "bytes read", "d-PPL %", "KL", "top-1 %", "source",
 )  # fmt: skip
 _HEADERS = ("context", "cache", "recipe", "read 1/", "stored 1/", "d-PPL %", "KL", "top-1 %", "greedy leaves at", "length x")
+_SERVED = "The reference is the engine's own cache. Tokens of prompts, too, read pages where these are older than the window."
 
 
 def fidelity_tables(result: EvaluationResult) -> str:
@@ -30,10 +31,11 @@ def fidelity_tables(result: EvaluationResult) -> str:
     source = f", calibrated on {calibration.tokens} tokens of {calibration.text}" if calibration else ", not calibrated"
     if result.of_formats:
         source = ""
-    heading = f"{model.name} ({model.fingerprint}), {model.dtype} on {model.device}{source}; texts: {_texts(result)}"
+    heading = f"{result.model_name} ({model.fingerprint}), {model.dtype} on {model.device}{source}; texts: {_texts(result)}"
     lines = [
         markdown_cell(heading),
         *_windows(result),
+        *([_SERVED] if result.engine else []),
         "",
         *_losses(result.rows, model.dtype),
         "Means with 95 % bootstrap intervals over windows, against full attention.",

@@ -11,6 +11,7 @@ from elastickv.results.kinds.model_result import check_version
 
 EVALUATION_KIND = "elastickv-fidelity"
 EVALUATION_VERSION = 1
+_ENGINES = {"vllm": "vLLM"}
 _ELASTIC, _OPTIONAL = optional("recipes"), optional()
 
 
@@ -70,6 +71,24 @@ class CalibrationSource:
 
     text: str
     tokens: Count
+
+
+@dataclass(frozen=True)
+class EvaluationEngine:
+    """What served the model: name and version, the options that it was started with beside those of the evaluation.
+
+    `reference` and `served` are the environments of the engine with its own cache and of the last one with ElasticKV's.
+    """
+
+    name: str
+    version: str
+    options: dict[str, Any]
+    reference: dict[str, Any]
+    served: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return the name as its project writes it, with the version."""
+        return f"{_ENGINES.get(self.name, self.name)} {self.version}"
 
 
 @dataclass(frozen=True)
@@ -259,7 +278,8 @@ class SuggestedRatio:
 class EvaluationResult:
     """A result of `elastickv eval`; `complete` is False where it was interrupted.
 
-    `texts` are the names of those that were scored, as is `scored_texts`, which older files lack.
+    `texts` are the names of those that were scored, as is `scored_texts`, which older files lack. Without an `engine` the model
+    ran in Transformers.
     """
 
     kind: str
@@ -282,6 +302,12 @@ class EvaluationResult:
     windows: list[ScoredWindow] | None = field(default=None, metadata=_OPTIONAL)
     generations: list[GenerationRow] | None = field(default=None, metadata=_OPTIONAL)
     tasks: list[TaskRow] = field(default_factory=list)
+    engine: EvaluationEngine | None = field(default=None, metadata=_OPTIONAL)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name, with the engine that served it: its rows are never of one curve with those of Transformers."""
+        return self.model.name if self.engine is None else f"{self.model.name} in {self.engine}"
 
     @property
     def of_formats(self) -> bool:

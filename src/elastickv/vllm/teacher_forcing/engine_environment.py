@@ -1,10 +1,11 @@
 """What an engine of vLLM in this process is: versions, device, backend, runner, cache."""
 
 import subprocess
+from typing import Any
 
 
-def engine_environment(core):
-    """Return what runs: versions, device, backend class of every kind of layer, runner, cache.
+def engine_environment(core: Any) -> dict[str, Any]:
+    """Return what runs, as JSON values: versions, device, backend class of every kind of layer, runner, cache.
 
     Parameters
     ----------
@@ -17,7 +18,7 @@ def engine_environment(core):
     cuda = config.device_config.device_type == "cuda"
     layers = [layer for layer in config.compilation_config.static_forward_context.values() if hasattr(layer, "attn_backend")]
     backends = {f"{layer.attn_backend.__module__}.{layer.attn_backend.__qualname__}" for layer in layers}
-    flash = {getattr(getattr(layer, "impl", None), "vllm_flash_attn_version", None) for layer in layers} - {None}
+    flash: set[Any] = {getattr(getattr(layer, "impl", None), "vllm_flash_attn_version", None) for layer in layers} - {None}
     cache, groups = config.cache_config, core.scheduler.kv_cache_config.kv_cache_groups
     worker = core.model_executor.driver_worker
     runner = getattr(worker, "worker", worker).model_runner
@@ -46,9 +47,10 @@ def engine_environment(core):
     }
 
 
-def _driver():
+def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0].strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.split("\n")[0].strip()
