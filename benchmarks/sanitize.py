@@ -5,8 +5,8 @@
 A case is one kind of kernel with one recipe, in a process of its own under each tool: filled, appended to until a page has left
 the window, decoded against the float64 oracle; a chunk behind it, its rows moved, read back and cropped within the window and
 far behind it; then a short inference cycle, whose kernels overlap. `blocks` are the kernels over a serving engine's blocks:
-a chunk and steps of one token are stored and decoded, tokens gathered, and a NaN reported. The file holds what each tool said
-of each case.
+a chunk and steps of one token are stored and decoded, by listed pages where the recipe selects, tokens gathered, and a NaN
+reported. The file holds what each tool said of each case.
 """
 
 import argparse
@@ -50,6 +50,7 @@ TURNS = (
 # Two tokens before a page leaves the window; of the second row before one is full.
 EQUAL, RAGGED = (290, 290), (290, 162)
 SERVED_WINDOW, SERVED_BLOCK, SERVED_STEPS = 64, 8, 4
+SERVED_SHARE, SERVED_ANCHORS = 0.5, 2  # of the pages that are read, and steps from one selection to the next
 SKIPPED = 7  # tokens at the start that are not gathered
 
 
@@ -95,7 +96,7 @@ def matrix() -> list[Case]:
     cases.append(Case("mma", {"SPLITS": 0}, "int8", (34, 16, 4, 64), "bf16", EQUAL * 17))
     cases.append(Case("auto", {}, "int4,pages=1/4:1/3,anchor_every=2", (2, 8, 2, 64), "bf16", RAGGED))
     for text in RECIPES:
-        if recipe_for(text, 64).selection == "all" and not recipe_for(text, 64).is_dense:
+        if recipe_for(text, 64).selection in ("all", "pages") and not recipe_for(text, 64).is_dense:
             shape, dtype = next((s, d) for s, d in turns if d != "fp32" and recipe_for(text, s[3]).exact_dtype(d) == d)
             cases.append(Case("blocks", {}, str(recipe_for(text, shape[3])), shape, dtype, RAGGED))
     return [*cases, Case("ceilings", {}, "", (1, 1, 1, 64), "bf16", (1,))]
@@ -161,13 +162,13 @@ def run_case(number: int) -> None:
 def serve(case: Case) -> None:
     """Store and decode requests in a serving engine's blocks, gather them from there, and have a NaN reported."""
     from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
-    from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows, StepRows
+    from elastickv.backends.cuda.block_arguments import BlocksArguments, GatherRows, PageListArguments, StepRows
     from elastickv.backends.cuda.block_kernels import BlockKernels
     from elastickv.backends.cuda.device import CudaDevice
 
     recipe, (batch, query_heads, kv_heads, dim), rng = Recipe.parse(case.recipe), case.shape, np.random.default_rng(0)
-    device, held = CudaDevice(None), []
-    kernels = BlockKernels(device, AttentionShape(*case.shape), case.dtype, recipe, SERVED_WINDOW)
+    device, held, columns = CudaDevice(None), [], -(-max(case.lengths) // PAGE_TOKENS)
+    kernels = BlockKernels(device, AttentionShape(*case.shape), case.dtype, recipe, SERVED_WINDOW, columns)
 
     def sent(array):
         held.append(device.allocate(array.nbytes))
@@ -178,7 +179,6 @@ def serve(case: Case) -> None:
         bits = to_bf16_bits(array) if case.dtype == "bf16" else array.astype(np.float16)
         return TensorView(sent(bits).pointer, case.dtype, array.shape, (array.shape[1] * dim, dim, 1))
 
-    columns = -(-max(case.lengths) // PAGE_TOKENS)
     page_table = 1 + rng.permutation(batch * columns).astype(np.int32).reshape(batch, columns)
     window_columns = columns * PAGE_TOKENS // SERVED_BLOCK
     window_table = 1 + rng.permutation(batch * window_columns).astype(np.int32).reshape(batch, window_columns)
@@ -198,7 +198,20 @@ def serve(case: Case) -> None:
     )
     stored = [rounded(rng.standard_normal((2, n, kv_heads, dim), dtype=np.float32), case.dtype) for n in case.lengths]
     first, bad = sent(np.zeros(batch, np.int32)), sent(np.full(batch, NO_BAD_TOKEN, np.int64))
-    before = [0] * batch
+    before, lists = [0] * batch, None
+    if recipe.selection == "pages":
+        lists = PageListArguments(
+            request_indices=sent(np.arange(batch, dtype=np.int32)[::-1].copy()),
+            prompts=sent(np.array(case.lengths, np.int32) - SERVED_STEPS),
+            ratio_numbers=sent(np.zeros(batch, np.int32)),
+            fractions=sent(np.full((1, kv_heads), SERVED_SHARE)),
+            headers=sent(np.full((batch, kv_heads, 4), -1, np.int32)),
+            page_lists=device.allocate(batch * kv_heads * columns * 2),
+            anchor_every=SERVED_ANCHORS,
+            anchor_offset=0,
+            ring=1,
+            list_capacity=columns,
+        )
     for left in range(SERVED_STEPS, -1, -1):
         after = [n - left for n in case.lengths]
         parts = [s[:, n:m] for s, n, m in zip(stored, before, after, strict=True)]
@@ -212,12 +225,22 @@ def serve(case: Case) -> None:
         if before[0]:
             query = rounded(rng.standard_normal((batch, query_heads, dim), dtype=np.float32), case.dtype)
             output = device.allocate(2 * query.size)
-            kernels.decode(blocks, step, rows(query), output, lengths, first)
+            kernels.decode(blocks, step, rows(query), output, lengths, first, lists=lists)
         before = after
     read = device.download(output, query.shape, np.uint16)
     answers = from_bf16_bits(read) if case.dtype == "bf16" else read.view(np.float16)
+    unread = [[()] * kv_heads] * batch
+    if lists is not None:
+        headers = device.download(lists.headers, (batch, kv_heads, 4), np.int32)[::-1]
+        listed = device.download(lists.page_lists, (batch, kv_heads, columns), np.uint16)[::-1]
+        unread = [
+            [np.setdiff1d(range(header[3]), pages[: header[2]]) for header, pages in zip(*each, strict=True)]
+            for each in zip(headers, listed, strict=True)
+        ]
+        if not all(len(pages) for each in unread for pages in each):
+            sys.exit("nothing was selected")
     for number, n in enumerate(case.lengths):
-        expected = attended(query[number], stored[number], n - SERVED_WINDOW, recipe)
+        expected = attended(query[number], stored[number], n - SERVED_WINDOW, recipe, unread[number])
         error = relative_l2(answers[number].astype(np.float64), expected).max()
         if not error <= 3 * OPERAND_ROUNDING[case.dtype]:  # the output is rounded too
             sys.exit(f"decode in blocks differs from the oracle by {error:.3g}")
@@ -253,12 +276,18 @@ def held(stored, cold: int, recipe: Recipe):
     return numbers
 
 
-def attended(query, stored, cold: int, recipe: Recipe):
-    """Return float64 attention of a request's queries to keys and values of which the first `cold` are read from pages."""
+def attended(query, stored, cold: int, recipe: Recipe, unread):
+    """Return float64 attention of a request's queries to keys and values of which the first `cold` are read from pages.
+
+    `unread` are the pages that each KV head does not read.
+    """
     kv_heads, dim = stored.shape[2:]
     numbers = held(stored, cold, recipe)
     grouped = query.astype(np.float64).reshape(kv_heads, -1, dim)
     scores = np.einsum("hgd,khd->hgk", grouped, numbers[0]) / dim**0.5
+    for head, pages in enumerate(unread):
+        for page in pages:
+            scores[head, :, page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hgk,khd->hgd", weights / weights.sum(-1, keepdims=True), numbers[1]).reshape(query.shape)
 

@@ -36,7 +36,8 @@ def run_by(case):
     shape, recipe = AttentionShape(*case.shape), Recipe.parse(case.recipe)
     if case.kernel == "blocks":
         serving = blocks_variant(shape.head_dim, shape.group, case.dtype, recipe, "90")
-        return [serving, serving.storing_blocks()]
+        selecting = [serving.selecting_blocks()] if recipe.selection == "pages" else []
+        return [serving, serving.storing_blocks(), *selecting]
     variant = decode_variant(shape.head_dim, shape.group, case.dtype, recipe, "90", case.kernel)
     if blocks := case.macros.get("SPLITS"):
         variant = split_variant(variant, shape.group, Split(blocks, case.macros.get("CLUSTER", 1) == 1))

@@ -38,12 +38,20 @@ def test_every_additional_config_on_the_page_is_accepted():
     assert all(ServingOptions.parse(config) is not None for config in shown)
 
 
+def contenders():
+    """Return what the serving benchmark has measured."""
+    files = (ROOT / "benchmarks" / "results" / "h200").glob("serving*.json")
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    return {each["contender"] for result in results for each in result.get("contenders", ())}
+
+
 def test_the_table_of_formats_is_that_of_the_package():
     table = [(dtype.strip("`"), name.strip("`")) for dtype, name, _, _ in rows(section("Start"))[1:]]
     assert dict(table) == dict(zip(CACHE_DTYPES, PAGE_FORMATS, strict=True))
     assert set(re.findall(r"elastickv_\w+", PAGE)) <= {
         *CACHE_DTYPES,
         ARGUMENT,
+        *contenders(),
         *(name.removeprefix("vllm:") for name, _ in COUNTERS.values()),
     }
 
