@@ -12,7 +12,7 @@ from elastickv.errors import UsageError
 from elastickv.recipe import PAGE_TOKENS, Recipe
 from elastickv.vllm.selection.decode_selection import DecodeSelection, Requests
 from elastickv.vllm.selection.page_lists import PageLists
-from elastickv.vllm.selection.request_ratios import RequestRatios
+from elastickv.vllm.selection.request_ratios import RequestRatios, _deliver, ratios_of_step
 
 HEADS, WINDOW, DRAFTS = 2, 64, 3
 
@@ -165,3 +165,30 @@ def test_a_server_that_selects_no_pages_reads_them_all(config):
     ratios.add(Asking(elastickv_compress=1))
     with pytest.raises(UsageError, match="this server selects no pages: leave it out"):
         ratios.add(Asking(elastickv_compress=2))
+
+
+def of_step(ratios, prompt, blocks, size=PAGE_TOKENS):
+    """Return what a step brings of one request, of so many tokens of a prompt and in these blocks."""
+    kinds = [type("Spec", (), {"block_size": n, "sliding_window": w})() for n, w in ((8, 64), (size, None))]
+    groups = [type("Group", (), {"kv_cache_spec": kind})() for kind in kinds]
+    output = type("Output", (), {"num_scheduled_tokens": {"name": 1}})()
+    request = type("Request", (), {"num_prompt_tokens": prompt})()
+    ratios.attach(output, {"name": request}, groups, lambda name: ([], blocks))
+    try:
+        return dict(ratios_of_step())
+    finally:
+        _deliver({})
+
+
+@pytest.mark.parametrize("drafts", [0, 3, 40])
+def test_a_step_brings_the_blocks_that_may_hold_the_newest_token(drafts):
+    """Not all of them: an answer has thousands."""
+    ratios = RequestRatios({"elastickv": {"compress": 8}}, drafts)
+    ratios.add(Asking(elastickv_compress=2))
+    brought = of_step(ratios, 100, list(range(1000, 1500)))
+    # Lookahead and two steps in flight with all drafts rejected, from a token in any place of its block.
+    assert set(range(1500 - 1 - -(-3 * (1 + drafts) // PAGE_TOKENS), 1500)) <= brought.keys()
+    assert len(brought) <= 3 + 4 * (1 + drafts) // PAGE_TOKENS
+    # None of its prompt's, which others may share, but the last.
+    assert of_step(ratios, 100, list(range(1000, 1004))).keys() == {1003}
+    assert of_step(ratios, 100, list(range(1000, 1003)), size=2 * PAGE_TOKENS).keys() == set(range(2002, 2006))

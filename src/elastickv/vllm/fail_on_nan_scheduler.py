@@ -53,7 +53,7 @@ class _FailOnNan(Scheduler):
 
     @cached_property
     def _ratios(self) -> RequestRatios:
-        return RequestRatios(self.vllm_config.additional_config)
+        return RequestRatios(self.vllm_config.additional_config, self.num_spec_tokens)
 
     def make_stats(self, *arguments: Any, **options: Any) -> Any:
         """Return vLLM's statistics with what decodes have read since the last ones; None where there are none."""

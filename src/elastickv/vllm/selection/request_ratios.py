@@ -46,12 +46,13 @@ class RequestRatios:
     Parameters
     ----------
     additional_config : vLLM's.
+    drafts : most draft tokens of a request in a step.
     """
 
-    def __init__(self, additional_config: Any) -> None:
+    def __init__(self, additional_config: Any, drafts: int = 0) -> None:
         options = ServingOptions.parse(additional_config) or ServingOptions()
         self._most = options.compress if options.compress is not None and options.select_pages else None
-        self._ratios = dict[str, float]()
+        self._ratios, self._drafts = dict[str, float](), drafts
 
     def add(self, request: Any) -> None:
         """Take the ratio of a request that has one.
@@ -95,8 +96,11 @@ class RequestRatios:
         pages = next(i for i, group in enumerate(groups) if getattr(group.kv_cache_spec, "sliding_window", None) is None)
         size, ratios = groups[pages].kv_cache_spec.block_size, dict[int, float]()
         for name in self._ratios.keys() & output.num_scheduled_tokens.keys():
-            # The last token of a prompt is always computed, into a block that is the request's own, as later ones are.
-            own = blocks_of(name)[pages][(requests[name].num_prompt_tokens - 1) // size :]
+            # The last token of a prompt is always computed, into a block that is the request's own, as later ones are. Where
+            # drafts of the steps in flight are rejected, the newest token comes that much before the end of the blocks.
+            blocks, in_flight = blocks_of(name)[pages], 4 * (1 + self._drafts)
+            first = max((requests[name].num_prompt_tokens - 1) // size, len(blocks) - 2 - in_flight // size)
+            own = blocks[first:]
             times = size // PAGE_TOKENS  # a block of several pages is as many blocks to the model
             ratios |= {block * times + page: self._ratios[name] for block in own for page in range(times)}
         setattr(output, _ATTRIBUTE, _deliver(ratios))
