@@ -1,6 +1,7 @@
 """Lists of pages follow their requests: through drafts, chunks, moves, prefix hits and blocks that others take over."""
 
 import ctypes
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,3 +193,24 @@ def test_a_step_brings_the_blocks_that_may_hold_the_newest_token(drafts):
     # None of its prompt's, which others may share, but the last.
     assert of_step(ratios, 100, list(range(1000, 1004))).keys() == {1003}
     assert of_step(ratios, 100, list(range(1000, 1003)), size=2 * PAGE_TOKENS).keys() == set(range(2002, 2006))
+
+
+def test_a_ratio_is_known_by_its_blocks_in_all_groups_of_the_models_pages():
+    """vLLM divides layers into groups of equally many: each has blocks of its own, and layers of each look for theirs."""
+
+    def group(tokens, window=None):
+        return SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=tokens, sliding_window=window))
+
+    groups = [group(16, 64), group(64), group(64), group(96)]  # a stock window, two of the model's pages, a drafter's
+    blocks = {"name": [[1, 2], [3, 4, 5], [6, 7, 8], [9, 10]], "other": [[11], [12], [13], [14]]}
+    requests = {name: SimpleNamespace(num_prompt_tokens=100) for name in blocks}
+    output = SimpleNamespace(num_scheduled_tokens=dict.fromkeys(blocks, 1))
+    ratios = RequestRatios({"elastickv": {"compress": 8}})
+    ratios.add(Asking(elastickv_compress=2))
+    try:
+        ratios.attach(output, requests, groups, blocks.__getitem__)
+        # From the page of the prompt's last token on, in pages of 32 tokens.
+        assert ratios_of_step() == dict.fromkeys([8, 9, 10, 11, 14, 15, 16, 17], 2.0)
+    finally:
+        ratios.attach(output, {}, groups, blocks.__getitem__)
+    assert ratios_of_step() == {}

@@ -9,6 +9,7 @@ pytest.importorskip("torch")
 pytest.importorskip("cuda.bindings")
 import torch
 
+from elastickv.errors import UsageError
 from elastickv.recipe import PAGE_TOKENS, Recipe
 from elastickv.vllm.selection.device_selection import NEVER, DeviceSelection
 from elastickv.vllm.selection.row_writer import RowWriter
@@ -68,6 +69,12 @@ def test_layers_share_the_memory_of_equal_sizes(selection):
     assert [(each.index, each.memory_key) for each in selection.layers.values()] == [(0, (2, 2)), (0, (2, 3)), (1, (2, 2))]
     shapes = {memory.lists.shape[1:] for memory in selection._memory.values()}
     assert shapes == {(REQUESTS, 2, 2, PAGES), (REQUESTS, 3, 2, PAGES)}
+
+
+def test_requests_of_more_pages_than_lists_can_name_are_refused():
+    DeviceSelection(recipes, REQUESTS, drafts=0, capacity=2**16, device="cpu")
+    with pytest.raises(UsageError, match=r"^decodes of up to 2,097,184 tokens cannot select pages: give .* most 2,097,152, "):
+        DeviceSelection(recipes, REQUESTS, drafts=0, capacity=2**16 + 1, device="cpu")
 
 
 def test_each_layer_has_its_own_addresses_and_fractions(selection):

@@ -160,8 +160,9 @@ def test_a_ratio_is_solved_once_for_all_layers(file, monkeypatch):
     solved, reading = [], Budget.reading
     monkeypatch.setattr(Budget, "reading", lambda budget, context: solved.append(context) or reading(budget, context))
     chosen = recipes(calibration=file, compress=8)
-    assert at_ratio(chosen, 5.25, MODEL) == at_ratio(chosen, 5.25, MODEL)
-    assert solved == [MODEL.solved_context]
+    ratios = [5 + n / 1024 for n in range(1024)]  # as many requests as may run at a time, each with its own
+    assert [at_ratio(chosen, ratio, MODEL) for ratio in ratios] == [at_ratio(chosen, ratio, MODEL) for ratio in ratios]
+    assert solved == [MODEL.solved_context] * len(ratios)
 
 
 def test_layers_that_lose_more_get_the_finer_formats(file):

@@ -27,7 +27,7 @@ def reads():
 
 @pytest.fixture
 def counter(reads):
-    return ReadCounter(reads, 1 + 3, lambda params: params)
+    return ReadCounter(reads, 1 + 3, lambda params: params, chunks_list=True)
 
 
 def step(counter, computed, new=(), resumed=(), finished=()):
@@ -65,6 +65,20 @@ def test_a_resumed_request_may_come_as_a_new_one(counter, reads):
     step(counter, {"a": (32, 40)}, new=[("a", 10, None)])
     step(counter, {"a": (40, 41)})
     assert reads.asked == [(40, 10, 32, None)]
+
+
+@pytest.mark.parametrize("resumed", [{"resumed": ["a"]}, {"new": [("a", 10, None)]}], ids=["known", "new"])
+def test_on_gpus_chunks_that_are_computed_again_make_no_lists(reads, resumed):
+    counter = ReadCounter(reads, 1 + 3, lambda params: params, chunks_list=False)
+    step(counter, {"a": (0, 10)}, new=[("a", 10, None)])
+    step(counter, {"a": (10, 12)})
+    step(counter, {"a": (12, 13)})
+    assert [since for _, _, since, _ in reads.asked] == [10, 10, 10]
+    step(counter, {"a": (0, 32)}, **resumed)
+    step(counter, {"a": (32, 40)})
+    step(counter, {"a": (40, 41)})
+    step(counter, {"a": (41, 42)})
+    assert reads.asked[3:] == [(40, 10, 40, None), (41, 10, 40, None)]
 
 
 def test_a_request_that_ended_is_forgotten_and_its_name_may_come_again(counter, reads):

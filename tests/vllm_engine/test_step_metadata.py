@@ -17,8 +17,10 @@ CPU = torch.device("cpu")
 MARKS = []
 
 
-def configuration(layer, drafts=0, captured=(), method="ngram"):
+def configuration(layer, drafts=0, captured=(), method="ngram", blocks=100):
     return SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=blocks),
+        model_config=SimpleNamespace(max_model_len=128, model_arch_config=SimpleNamespace(rswa_window=None)),
         compilation_config=SimpleNamespace(static_forward_context={"layer": layer}, cudagraph_capture_sizes=list(captured)),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
         speculative_config=SimpleNamespace(method=method, num_speculative_tokens=drafts, parallel_drafting=False)
@@ -48,10 +50,14 @@ def common(counts, lengths=None, table=None, on_host=True, padded_to=None):
     )
 
 
+def implementation(selects=False):
+    bad_tokens = SimpleNamespace(mark_step=lambda: MARKS.append(1))
+    return SimpleNamespace(bad_tokens=bad_tokens, selects_pages=selects, rows_for=lambda requests, device: None)
+
+
 def page_batch(counts, drafts=0, method="ngram", of_drafter=False, **options):
     MARKS.clear()
-    impl = SimpleNamespace(bad_tokens=SimpleNamespace(mark_step=lambda: MARKS.append(1)))
-    layer = SimpleNamespace(impl=impl, is_draft_layer=of_drafter)
+    layer = SimpleNamespace(impl=implementation(), is_draft_layer=of_drafter)
     builder = PageMetadataBuilder(None, ["layer"], configuration(layer, drafts, method=method), CPU)
     return builder.build(0, common(counts, **options))
 
@@ -105,6 +111,30 @@ def test_what_layers_share_is_of_one_step_alone():
     one, other = page_batch([1]), page_batch([1])
     one.shared["chunks"] = 1
     assert other.shared == {}
+
+
+@pytest.mark.parametrize("window", [32, 33, 64, 128])
+def test_decodes_wait_for_pages_that_they_complete_and_read(window):
+    for count in range(1, 130):
+        # Of a request with `first` tokens, the last row reads pages from tokens before its window.
+        completed_and_read = any(
+            page + 32 > first and page + 32 <= first + count and page < first + count - window
+            for first in range(512, 544)
+            for page in range(0, 704, 32)
+        )
+        assert page_batch([count], drafts=200).reads_new_pages(window) == completed_and_read
+
+
+@pytest.mark.parametrize(("selects", "blocks", "asked"), [(True, 100, True), (True, None, False), (False, 100, False)], ids=str)
+def test_prompts_are_asked_for_only_once_the_builders_of_other_backends_that_serve_are_there(selects, blocks, asked):
+    """Before vLLM knows its number of blocks it captures graphs to measure them, and builds every builder anew."""
+    config = configuration(SimpleNamespace(impl=implementation(selects)), blocks=blocks)
+    builder, model = PageMetadataBuilder(None, ["layer"], config, CPU), config.model_config
+    # vLLM says a number while graphs are measured, and takes it back.
+    config.cache_config.num_gpu_blocks = 4
+    assert model.model_arch_config.rswa_window is None
+    builder.build(0, common([1]))
+    assert model.model_arch_config.rswa_window == (model.max_model_len if asked else None)
 
 
 def first_in_window(row, before, exact_tokens, block):

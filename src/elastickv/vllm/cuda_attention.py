@@ -135,7 +135,7 @@ class CudaAttention:
             step.recent.first.data_ptr(),
             queries_per_request=batch.uniform_queries,
             scale=self._scale,
-            after_store=batch.computes_prompt,
+            after_store=batch.reads_new_pages(self._recipe.window),
             lists=lists,
             **ragged,
         )

@@ -10,6 +10,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -49,7 +50,7 @@ class _FailOnNan(Scheduler):
     def read_counter(self) -> ReadCounter:
         """Return a counter of what decodes read, for requests that come from now on."""
         reads = served_reads(self.vllm_config, self.kv_cache_config)
-        return ReadCounter(reads, 1 + self.num_spec_tokens, self._ratios.ratio)
+        return ReadCounter(reads, 1 + self.num_spec_tokens, self._ratios.ratio, chunks_list=current_platform.is_cpu())
 
     @cached_property
     def _ratios(self) -> RequestRatios:

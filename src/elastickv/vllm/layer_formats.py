@@ -17,7 +17,7 @@ from elastickv.recipe.solver import with_pages
 from elastickv.vllm.serving_options import KEY, ServingOptions, page_recipe
 
 SLAB_ALIGNMENT_BYTES = 64  # 32 tokens of whole 16-bit numbers, as a cache in a 16-bit dtype is sized
-_RATIOS = 32  # ratios of single requests that are remembered, for the worker and the scheduler of a process
+_RATIOS = 4096  # of single requests that are remembered: more than run at a time, or each step would solve them all anew
 
 
 @dataclass(frozen=True)

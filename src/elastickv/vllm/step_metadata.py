@@ -65,6 +65,14 @@ class PageMetadata(AttentionMetadata):
     rows: "SelectionRows | None" = None
     shared: dict[str, Any] = field(default_factory=dict)
 
+    def reads_new_pages(self, exact_tokens: int) -> bool:
+        """Whether decodes may read pages that are completed in this step, so that they must wait until those are stored.
+
+        The last of a request's query tokens reads pages that begin before its newest `exact_tokens` tokens. Where these are
+        few, drafts complete such a page.
+        """
+        return self.computes_prompt or self.longest > exact_tokens - PAGE_TOKENS + 1
+
 
 class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
     """Builds `PageMetadata`; a captured graph serves batches whose requests have equally many tokens."""
@@ -79,6 +87,8 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         self._bad_tokens: BadTokens = impl.bad_tokens
         self._selects = impl.selects_pages and not all(_is_draft(layers[name]) for name in layer_names)
         self._rows = impl.rows_for(most_requests(vllm_config) + 1, device) if self._selects else None
+        # vLLM captures graphs twice: at first to measure them, without knowing how many blocks it will have, then to serve.
+        self._serves = vllm_config.cache_config.num_gpu_blocks is not None
         # vLLM builds a draft model's step of requests one token longer than the model's, and says the model's lengths for it.
         self._extra_tokens = extra_draft_tokens(vllm_config) if all(_is_draft(layers[name]) for name in layer_names) else 0
 
@@ -87,9 +97,9 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
     ) -> PageMetadata:
         """Return the metadata of a step."""
         self._bad_tokens.mark_step()
-        if self._selects:
+        if self._selects and self._serves:
             # A window of generated tokens that covers all of them: from the next step on vLLM says where prompts end. Not
-            # earlier, so that layers of other backends, whose builders are there by now, do not look at it.
+            # earlier, so that layers of other backends do not look at it: their builders that serve are there by now.
             model = self.vllm_config.model_config
             model.model_arch_config.rswa_window = model.max_model_len
         batch, threshold = common_attn_metadata, (self.reorder_batch_threshold or 1) + self._extra_tokens

@@ -16,12 +16,12 @@ class _RequestReads:
     Attributes
     ----------
     prompt : tokens of its prompt.
-    since : the first token that was computed since it got its blocks; those before came from the prefix cache.
+    since : the first token that may have made a list since the request got its blocks; None until it is known.
     ratio : its own, or None.
     """
 
     prompt: int
-    since: int
+    since: int | None
     ratio: float | None
 
 
@@ -36,10 +36,13 @@ class ReadCounter:
     reads : of the engine's model.
     most_tokens : of a decode: one, and its drafts.
     ratio_of : returns the ratio that sampling parameters ask for; None: the server's.
+    chunks_list : whether tokens make lists that are computed again in chunks, as on CPUs; else those of decodes alone do.
     """
 
-    def __init__(self, reads: DecodeReads, most_tokens: int, ratio_of: Callable[[Any], float | None]) -> None:
-        self._reads, self._most_tokens, self._ratio_of = reads, most_tokens, ratio_of
+    def __init__(
+        self, reads: DecodeReads, most_tokens: int, ratio_of: Callable[[Any], float | None], chunks_list: bool
+    ) -> None:
+        self._reads, self._most_tokens, self._ratio_of, self._chunks_list = reads, most_tokens, ratio_of, chunks_list
         self._requests = dict[str, _RequestReads]()
         self._totals = ReadTotals()
 
@@ -54,14 +57,16 @@ class ReadCounter:
         for name in output.finished_req_ids:
             self._requests.pop(name, None)
         for new in output.scheduled_new_reqs:
-            since, ratio = computed[new.req_id].start, self._ratio_of(new.sampling_params)
+            since, ratio = self._since(computed[new.req_id]), self._ratio_of(new.sampling_params)
             self._requests[new.req_id] = _RequestReads(new.prompt_len, since, ratio)
         for name in output.scheduled_cached_reqs.resumed_req_ids & self._requests.keys():
-            self._requests[name].since = computed[name].start
+            self._requests[name].since = self._since(computed[name])
         by_ratio = dict[float | None, list[tuple[int, int, int, int]]]()
         for name, tokens in computed.items():
             request = self._requests.get(name)  # none if the output of its first step never came
             if request is not None and request.prompt <= tokens.start and len(tokens) <= self._most_tokens:
+                if request.since is None:
+                    request.since = tokens.start
                 part = (tokens.start, len(tokens), request.prompt, request.since)
                 by_ratio.setdefault(request.ratio, []).append(part)
         for ratio, parts in by_ratio.items():
@@ -70,6 +75,9 @@ class ReadCounter:
             positions = first[of_token] + np.arange(len(of_token)) - (np.cumsum(counts) - counts)[of_token]
             self._totals += self._reads.totals(positions, prompts[of_token], since[of_token], ratio)
         self._totals += ReadTotals(steps=bool(by_ratio))
+
+    def _since(self, first_step: range) -> int | None:
+        return first_step.start if self._chunks_list else None
 
     def take(self) -> ReadTotals:
         """Return the sums since the last call."""

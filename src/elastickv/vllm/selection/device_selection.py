@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from elastickv.backends.cuda.block_arguments import PageListArguments
-from elastickv.recipe import Recipe
+from elastickv.errors import UsageError
+from elastickv.recipe import PAGE_TOKENS, Recipe
 
 NEVER = 2**31 - 1  # the end of a prompt that has none
+_MOST_PAGES = 1 << 16  # that numbers of 16 bits can name
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class DeviceSelection:
     drafts : most draft tokens of a request in a step.
     capacity : most pages of a request.
     device : of the lists.
+
+    Raises
+    ------
+    UsageError : if a list cannot name so many pages.
     """
 
     def __init__(
@@ -75,6 +81,12 @@ class DeviceSelection:
         capacity: int,
         device: str = "cuda",
     ) -> None:
+        if capacity > _MOST_PAGES:
+            most = _MOST_PAGES * PAGE_TOKENS
+            raise UsageError(
+                f"decodes of up to {capacity * PAGE_TOKENS:,} tokens cannot select pages: give a `max_model_len` of at most "
+                f"{most:,}, or leave out `compress`"
+            )
         self._recipes_of_ratio, self._requests, self._drafts = recipes_of_ratio, requests, drafts
         self.capacity, self._device = capacity, device
         self._layers: dict[int, DeviceLayerSelection] = {}

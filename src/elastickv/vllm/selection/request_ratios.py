@@ -5,6 +5,7 @@ to requests with ratios of their own. It is an attribute of vLLM's `SchedulerOut
 """
 
 from collections.abc import Callable, Mapping
+from itertools import compress
 from types import MappingProxyType
 from typing import Any
 
@@ -93,17 +94,24 @@ class RequestRatios:
         if self._most is None:
             return
         self._ratios = {name: ratio for name, ratio in self._ratios.items() if name in requests}
-        pages = next(i for i, group in enumerate(groups) if getattr(group.kv_cache_spec, "sliding_window", None) is None)
-        size, ratios = groups[pages].kv_cache_spec.block_size, dict[int, float]()
+        sizes = [group.kv_cache_spec.block_size for group in groups if _holds_pages(group)]
+        # A drafter's pages may be in blocks of another size. The model's are the first, of all groups that vLLM divides them
+        # into; a block is in one group alone.
+        of_model = [_holds_pages(group) and group.kv_cache_spec.block_size == sizes[0] for group in groups]
+        size, ratios = sizes[0], dict[int, float]()
         for name in self._ratios.keys() & output.num_scheduled_tokens.keys():
             # The last token of a prompt is always computed, into a block that is the request's own, as later ones are. Where
             # drafts of the steps in flight are rejected, the newest token comes that much before the end of the blocks.
-            blocks, in_flight = blocks_of(name)[pages], 4 * (1 + self._drafts)
-            first = max((requests[name].num_prompt_tokens - 1) // size, len(blocks) - 2 - in_flight // size)
-            own = blocks[first:]
+            own, in_flight = (requests[name].num_prompt_tokens - 1) // size, 4 * (1 + self._drafts)
+            of_groups = compress(blocks_of(name), of_model)
+            newest = [block for blocks in of_groups for block in blocks[max(own, len(blocks) - 2 - in_flight // size) :]]
             times = size // PAGE_TOKENS  # a block of several pages is as many blocks to the model
-            ratios |= {block * times + page: self._ratios[name] for block in own for page in range(times)}
+            ratios |= {block * times + page: self._ratios[name] for block in newest for page in range(times)}
         setattr(output, _ATTRIBUTE, _deliver(ratios))
+
+
+def _holds_pages(group: Any) -> bool:
+    return getattr(group.kv_cache_spec, "sliding_window", None) is None
 
 
 def _passed(sampling_params: Any) -> Any:
