@@ -75,6 +75,7 @@ def metadata(counts, tokens=None, drafts=3, prefilling=None):
     builder = PageMetadataBuilder.__new__(PageMetadataBuilder)
     builder.reorder_batch_threshold = 1 + drafts
     builder._bad_tokens, builder._extra_tokens = SimpleNamespace(mark_step=lambda: None), 0
+    builder._selects, builder._rows = False, None
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     lengths = torch.tensor([500 if count else 0 for count in counts], dtype=torch.int32)
     batch = CommonAttentionMetadata(
