@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from elastickv.recipe.formats import PAGE_TOKENS
 from elastickv.vllm.bad_tokens import BadTokens
 from elastickv.vllm.drafts import extra_draft_tokens
-from elastickv.vllm.selection.request_ratios import ratios_of_step
+from elastickv.vllm.selection.request_ratios import newest_blocks, ratios_of_step
 
 if TYPE_CHECKING:  # it loads the CUDA backend
     from elastickv.vllm.selection.device_selection import SelectionRows
@@ -85,12 +85,13 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         layers = vllm_config.compilation_config.static_forward_context
         impl = layers[layer_names[0]].impl
         self._bad_tokens: BadTokens = impl.bad_tokens
-        self._selects = impl.selects_pages and not all(_is_draft(layers[name]) for name in layer_names)
+        of_drafter = all(getattr(layers[name], "is_draft_layer", False) for name in layer_names)
+        self._selects = impl.selects_pages and not of_drafter
         self._rows = impl.rows_for(most_requests(vllm_config) + 1, device) if self._selects else None
         # vLLM captures graphs twice: at first to measure them, without knowing how many blocks it will have, then to serve.
         self._serves = vllm_config.cache_config.num_gpu_blocks is not None
         # vLLM builds a draft model's step of requests one token longer than the model's, and says the model's lengths for it.
-        self._extra_tokens = extra_draft_tokens(vllm_config) if all(_is_draft(layers[name]) for name in layer_names) else 0
+        self._extra_tokens = extra_draft_tokens(vllm_config) if of_drafter else 0
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -134,13 +135,8 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
 
 def _ratios(batch: CommonAttentionMetadata) -> dict[int, float]:
     """Return the ratios of a step's requests, which are known by the block of the newest token."""
-    columns = (batch.seq_lens - 1).clamp(min=0) // PAGE_TOKENS
-    blocks = batch.block_table_tensor.gather(1, columns[:, None].long())[:, 0].tolist()
+    blocks = newest_blocks(batch).tolist()
     return {request: ratio for request, block in enumerate(blocks) if (ratio := ratios_of_step().get(block)) is not None}
-
-
-def _is_draft(layer: Any) -> bool:
-    return getattr(layer, "is_draft_layer", False)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from elastickv.backends.cuda.block_arguments import PageListArguments
 from elastickv.errors import UsageError
 from elastickv.recipe import PAGE_TOKENS, Recipe
 
-NEVER = 2**31 - 1  # the end of a prompt that has none
+NEVER = 2**31 - 1  # tokens of the prompt of a row of no request: no token comes after it
 _MOST_PAGES = 1 << 16  # that numbers of 16 bits can name
 
 
@@ -126,7 +126,7 @@ class DeviceSelection:
 
         Parameters
         ----------
-        in_step : request -> ratio, of the step: others' numbers may be taken once all are.
+        in_step : block -> ratio, of the step: the numbers of other ratios are reused once all are taken.
         """
         if ratio not in self._numbers:
             if len(self._numbers) == self._requests:

@@ -24,6 +24,12 @@ def ratios_of_step() -> Mapping[int, float]:
     return _of_step
 
 
+def newest_blocks(batch: Any) -> Any:
+    """Return the block of each request's newest token, (requests,) int32, from vLLM's `CommonAttentionMetadata`."""
+    columns = (batch.seq_lens - 1).clamp(min=0) // PAGE_TOKENS
+    return batch.block_table_tensor.gather(1, columns[:, None].long())[:, 0]
+
+
 def _deliver(ratios: Mapping[int, float]) -> "StepRatios":
     global _of_step
     _of_step = ratios

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from elastickv.recipe import PAGE_TOKENS
 from elastickv.vllm.selection.device_selection import NEVER, DeviceSelection, SelectionRows
+from elastickv.vllm.selection.request_ratios import newest_blocks
 
 
 class RowWriter:
@@ -60,8 +60,7 @@ class RowWriter:
         blocks, own = (self._sent(torch.tensor(list(each))) for each in (of_block.keys(), of_block.values()))
         self._numbers_of_blocks.zero_()
         self._numbers_of_blocks[blocks] = own.int()
-        columns = (batch.seq_lens - 1).clamp(min=0) // PAGE_TOKENS
-        newest = batch.block_table_tensor.gather(1, columns[:, None].long())[:, 0].long()
+        newest = newest_blocks(batch).long()
         known = newest < len(self._numbers_of_blocks)
         numbers.copy_(torch.where(known, self._numbers_of_blocks[torch.where(known, newest, 0)], 0))
 
