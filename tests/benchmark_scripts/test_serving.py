@@ -241,3 +241,14 @@ def test_the_line_that_says_why_is_the_error_not_what_follows_it(scripts):
     text = "Traceback:\n  File x\nValueError: a reason\nINFO: shutting down\n"
     assert scripts["serving_summary"].telling_line(text) == "ValueError: a reason"
     assert scripts["serving_summary"].telling_line("") == "nothing was said"
+
+
+def test_a_contender_with_a_budget_asks_for_it_beside_its_format(run):
+    _, _, result = run("--rounds=1", "--contenders=bf16,elastickv_compress8")
+    options = {each["contender"]: each["options"] for each in result["processes"]}
+    assert options["elastickv_compress8"]["kv_cache_dtype"] == "elastickv_int4"
+    assert options["elastickv_compress8"]["additional_config"] == {"elastickv": {"compress": 8}}
+    assert "additional_config" not in options["bf16"]
+    _, _, result = run("--rounds=1", "--contenders=bf16,elastickv_compress4", "--device=cpu")
+    ours = result["processes"][-1]["options"]
+    assert (ours["kv_cache_dtype"], ours["additional_config"]) == ("auto", {"elastickv": {"format": "int4", "compress": 4}})

@@ -52,6 +52,15 @@ def test_what_was_not_measured_is_a_dash_and_what_never_started_has_no_row(lines
     assert not any("elastickv_int4" in line for line in lines_of(value))
 
 
+def test_what_no_contender_measured_has_no_column(lines_of):
+    value = made_up_serving()
+    assert "first token, s" in lines_of(value)[2]
+    for each in value["contenders"]:
+        each["first_token"] = None
+    lines = lines_of(value)
+    assert "first token, s" not in lines[2] and len({line.count("|") for line in lines[2:6]}) == 1
+
+
 def test_the_quality_is_that_of_the_rule_that_serves(figures, write):
     figure = {"mean": 0.25, "low": 0.125, "high": 0.5}
     cell = {"format": "int4", "exact_tokens": 128, "kl": figure, "ppl_change_percent": figure, "top1_percent": figure}
