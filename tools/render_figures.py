@@ -21,6 +21,7 @@ from quality_figures import quality as quality
 from readme_figures import quickstart as quickstart
 from readme_figures import results as results
 from reliability import reliability as reliability
+from serving_figures import served as served
 from serving_figures import served_fidelity as served_fidelity
 from serving_figures import serving as serving
 from serving_figures import serving_budget as serving_budget
