@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from elastickv.backends.cuda import launch as launches
+from elastickv.backends.cuda import block_launch, launch
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Launch:
 
     @property
     def values(self):
-        """Values by the names that `launch.py` declares."""
-        declared = list(launches.kernel_arguments(getattr(launches, self.kernel)))
+        """Values by the names that `launch.py` and `block_launch.py` declare."""
+        function = vars(launch).get(self.kernel) or vars(block_launch)[self.kernel]
+        declared = list(launch.kernel_arguments(function))
         assert [ctype for _, ctype in declared] == [ctype for ctype, _ in self.arguments]
         return {name: value for (name, _), (_, value) in zip(declared, self.arguments, strict=True)}
 

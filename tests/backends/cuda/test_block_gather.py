@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from elastickv.backends.bad_token import NO_BAD_TOKEN, BadToken
-from elastickv.backends.cuda import launch
+from elastickv.backends.cuda import block_launch
 from elastickv.backends.cuda.builds import recipe_for
 from elastickv.recipe import Recipe
 from tests.backends.cuda.block_engine import Engine
@@ -49,7 +49,7 @@ def test_gathered_tokens_are_those_of_pages_and_exactly_those_of_the_window(engi
 @pytest.mark.gpu
 @pytest.mark.parametrize("window_block", [1, 32])
 def test_a_grid_smaller_than_the_work_gathers_all(engine, monkeypatch, window_block):
-    monkeypatch.setattr(launch, "_GATHER_BLOCKS", 1)
+    monkeypatch.setattr(block_launch, "_GATHER_BLOCKS", 1)
     of = engine([5000, 64], Recipe.parse("int4"), 128, 2, 4, window_block=window_block)
     of.store([0, 0], [5000, 64])
     for value, read in enumerate(of.gather(0, [0, 32], [4992, 32], [4900, ALL_FROM_PAGES])):

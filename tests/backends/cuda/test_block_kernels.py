@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elastickv.backends.bad_token import BadToken
-from elastickv.backends.cuda import launch
+from elastickv.backends.cuda import block_launch
 from elastickv.backends.cuda.kernel_selection import blocks_variant
 from elastickv.errors import UsageError
 from elastickv.recipe import Recipe
@@ -153,9 +153,9 @@ def test_steps_of_one_token_complete_pages(engine):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("blocks", [launch._STORE_BLOCKS, 1])
+@pytest.mark.parametrize("blocks", [block_launch._STORE_BLOCKS, 1])
 def test_the_blocks_of_a_chunk_are_shared_out_to_many_requests(engine, monkeypatch, blocks):
-    monkeypatch.setattr(launch, "_STORE_BLOCKS", blocks)
+    monkeypatch.setattr(block_launch, "_STORE_BLOCKS", blocks)
     lengths = [5 + i % 7 for i in range(1100)]
     lengths[0], lengths[33], lengths[700], lengths[1099] = 40, 1000, 65, 200
     of = engine(lengths, Recipe.parse("int4"), 128, 1, 2)

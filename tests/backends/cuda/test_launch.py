@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
 from elastickv.backends.cuda import backend as backend_module
-from elastickv.backends.cuda import compiler, launch
+from elastickv.backends.cuda import block_launch, compiler, launch
 from elastickv.backends.cuda.arguments import F32, I32, I64, U64, Address, StoreArguments
 from elastickv.backends.cuda.backend import CudaBackend
 from elastickv.backends.cuda.kernel_selection import (
@@ -121,8 +121,9 @@ def signatures():
 
 
 def launch_functions():
-    """The launches of `launch.py`, by the kernel's name."""
-    return {name: f for name, f in vars(launch).items() if inspect.isfunction(f) and hasattr(f, "__wrapped__")}
+    """The launches of both modules, by the kernel's name."""
+    declared = {**vars(launch), **vars(block_launch)}
+    return {name: f for name, f in declared.items() if inspect.isfunction(f) and hasattr(f, "__wrapped__")}
 
 
 def test_every_kernel_has_one_launch_with_its_signature_as_compiled(signatures):

@@ -80,7 +80,7 @@ class BlockRows(ArgumentStruct):
     Attributes
     ----------
     lengths : (requests,) int32, tokens of each request with those of this step.
-    window_first : (requests,) int32, as `launch.first_in_window` writes it.
+    window_first : (requests,) int32, as `block_launch.first_in_window` writes it.
     starts : (requests + 1,) int32, where each request's rows begin; read where `queries_per_request` is 0.
     row_requests : (rows,) int32, the request of each row; read where `queries_per_request` is 0.
     rows : query tokens.
@@ -108,7 +108,7 @@ class BlockDecodeArguments(ArgumentStruct):
     partial, partial_ml, counters : what blocks leave for each other to merge.
     passes : passes over the query heads of a KV head.
     scale_log2 : factor of every score, in units of log2.
-    listings, page_lists : what `launch.select_blocks` has written; None where every page is read.
+    listings, page_lists : what `block_launch.select_blocks` has written; None where every page is read.
     list_capacity : page numbers of a list.
     """
 

@@ -13,9 +13,7 @@ from elastickv.backends.cuda.block_arguments import (
     PageListArguments,
     StepRows,
 )
-from elastickv.backends.cuda.device import CudaDevice
-from elastickv.backends.cuda.kernel_selection import ONE_BLOCK_PAGES, blocks_variant, parts_of_selection
-from elastickv.backends.cuda.launch import (
+from elastickv.backends.cuda.block_launch import (
     decode_blocks,
     fail_requests,
     first_in_window,
@@ -23,6 +21,8 @@ from elastickv.backends.cuda.launch import (
     select_blocks,
     store_blocks,
 )
+from elastickv.backends.cuda.device import CudaDevice
+from elastickv.backends.cuda.kernel_selection import ONE_BLOCK_PAGES, blocks_variant, parts_of_selection
 from elastickv.backends.cuda.storage import Scratch, ScratchSize
 from elastickv.kvcache.tensor_view import TensorView
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe
@@ -97,7 +97,7 @@ class BlockKernels:
         longest: int,
         layer: int = 0,
     ) -> None:
-        """Store a step's tokens and quantize the pages that they complete; `launch.store_blocks` describes the arguments.
+        """Store a step's tokens and quantize the pages that they complete; `block_launch.store_blocks` describes the arguments.
 
         Parameters
         ----------
@@ -132,7 +132,7 @@ class BlockKernels:
         after_store: bool = False,
         lists: PageListArguments | None = None,
     ) -> None:
-        """Attend with the newest tokens of each request, which `store` was given before; see `launch.decode_blocks`.
+        """Attend with the newest tokens of each request, which `store` was given before; see `block_launch.decode_blocks`.
 
         Parameters
         ----------
@@ -215,7 +215,7 @@ class BlockKernels:
             gather_blocks(self._device, self._storing, longest, requests, keys=keys, values=values, blocks=blocks, rows=rows)
 
     def find_first(self, blocks: BlocksArguments, lengths: Address, starts: Address, first: Address, requests: int) -> None:
-        """Write what `decode` takes as `window_first`; `launch.first_in_window` describes the arguments."""
+        """Write what `decode` takes as `window_first`; `block_launch.first_in_window` describes the arguments."""
         first_in_window(
             self._device,
             self._storing,
@@ -237,7 +237,7 @@ class BlockKernels:
         starts: Address,
         output: Address,
     ) -> None:
-        """Make outputs of requests NaN whose tokens `store` could not store; `launch.fail_requests` describes the arguments.
+        """Make outputs of requests NaN whose tokens `store` could not store: `block_launch.fail_requests`.
 
         Parameters
         ----------

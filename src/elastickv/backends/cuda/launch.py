@@ -1,5 +1,7 @@
 """One typed function per kernel of `kernels/`: its arguments by name, with the types that it is compiled with.
 
+Those over the blocks of a serving engine are in `block_launch.py`.
+
 A function's keyword-only parameters are the kernel's arguments, in the kernel's order and under the kernel's names. A struct
 stands for its fields. Positional parameters only size the grid, which the function returns; `kernel` turns it into a launch.
 `tests/backends/cuda/test_launch.py` compares each with the signature of the compiled kernel.
@@ -25,15 +27,6 @@ from elastickv.backends.cuda.arguments import (
     TokenRows,
     pack,
 )
-from elastickv.backends.cuda.block_arguments import (
-    BlockDecodeArguments,
-    BlockRows,
-    BlocksArguments,
-    BlockSelectArguments,
-    GatherRows,
-    PageListArguments,
-    StepRows,
-)
 from elastickv.backends.cuda.device import Argument, CudaDevice
 from elastickv.backends.cuda.kernel_selection import Variant
 from elastickv.recipe import PAGE_TOKENS
@@ -45,8 +38,6 @@ _MOST_GRID_Z = 65535
 _MOST_BLOCKS = 4096
 _COPY_BLOCKS = 64
 _FILL_BLOCKS = 16384
-_STORE_BLOCKS = 8192
-_GATHER_BLOCKS = 8192
 _WARPS = 8  # of a block of the kernels that store, read and move tokens
 
 
@@ -203,139 +194,6 @@ def decode(blocks: int, *, query: Address, output: Address, lse: Address, cache:
     cache : buffers, recipe and sizes of the cache.
     """
     return (blocks,)
-
-
-# kernels/store_blocks.cu, kernels/select_blocks.cu and kernels/decode_blocks.cu
-
-
-@kernel
-def store_blocks(
-    longest: int,
-    *,
-    tokens: StepRows,
-    blocks: BlocksArguments,
-    lengths: Address,
-    starts: Address,
-    slot_mapping: Address,
-    bad: Address,
-    requests: I32,
-    layer: I32,
-) -> Grid:
-    """Store the tokens of a step, up to `longest` a request, in the window, and quantize the pages that they complete.
-
-    Parameters
-    ----------
-    lengths : (requests,) int32, tokens of each request after the step.
-    starts : (requests + 1,) int32, where each request's tokens begin. Only the newest lengths[i] of them exist: a request of
-        length 0 has none, whatever its starts say.
-    slot_mapping : (tokens,) int64 slots of the window; those of block 0, and negative ones, store nothing.
-    bad : (requests,) words of `BadToken`, lowered where a token with a slot that is not negative has values that cannot be
-        stored.
-    layer : its number, which the words name.
-    """
-    heads = 2 * blocks.kv_heads
-    if longest <= PAGE_TOKENS:
-        return 1, heads, requests
-    return min(requests * (longest // PAGE_TOKENS + 2), max(2, _STORE_BLOCKS // heads)), heads, 1
-
-
-@kernel
-def gather_blocks(
-    longest: int, requests: int, *, keys: Address, values: Address, blocks: BlocksArguments, rows: GatherRows
-) -> Grid:
-    """Write stored tokens of some requests, up to `longest` each, to `keys` and `values`.
-
-    Parameters
-    ----------
-    keys, values : (rows, kv_heads, head_dim) of the window's dtype, contiguous and aligned to 16 bytes.
-    """
-    heads = blocks.kv_heads
-    return heads, min(-(-longest // PAGE_TOKENS) + 1, max(1, _GATHER_BLOCKS // (heads * requests))), requests
-
-
-@kernel
-def first_in_window(
-    requests: int, *, blocks: BlocksArguments, lengths: Address, starts: Address, exact_tokens: I32, first: Address
-) -> Grid:
-    """Write the first token whose window block, and all later ones before the step, are there; a multiple of 32.
-
-    Parameters
-    ----------
-    lengths, starts : as in `store_blocks`.
-    first : (requests,) int32.
-    """
-    return (requests,)
-
-
-@kernel
-def fail_requests(
-    *,
-    words: Address,
-    reported: Address,
-    step: Address,
-    requests: I32,
-    lengths: Address,
-    starts: Address,
-    output: Address,
-    width: I32,
-) -> Grid:
-    """Move the words of tokens that could not be stored to `reported`, and make their requests' outputs NaN from them on.
-
-    Parameters
-    ----------
-    words : (2, requests) words of `BadToken`, a request's each: of the model's layers, and of a drafter's, which fail nothing.
-    reported : (4, 2, requests) words, of which those at `step` modulo 4 are written where there is none; may be page-locked
-        memory of the host.
-    step : an int32, the step's number.
-    requests : the most that a step has.
-    lengths, starts : as in `store_blocks`.
-    output : (tokens, width) of 16 bit, contiguous.
-    """
-    return (1,)
-
-
-@kernel
-def select_blocks(
-    *,
-    query: Address,
-    query_stride: I64,
-    blocks: BlocksArguments,
-    rows: BlockRows,
-    lists: PageListArguments,
-    select: BlockSelectArguments,
-) -> Grid:
-    """Write which pages each row reads, and list the best for rows that are anchors.
-
-    Parameters
-    ----------
-    query, query_stride : as in `decode_blocks`.
-    """
-    return (rows.rows * blocks.kv_heads * select.parts,)
-
-
-@kernel
-def decode_blocks(
-    grid: int,
-    *,
-    query: Address,
-    query_stride: I64,
-    tokens: StepRows,
-    blocks: BlocksArguments,
-    output: Address,
-    lse: Address,
-    rows: BlockRows,
-    decode: BlockDecodeArguments,
-) -> Grid:
-    """Attend with the newest tokens of every request, which are `tokens`.
-
-    Parameters
-    ----------
-    grid : blocks of the grid.
-    query : (rows, query_heads, head_dim) of the window's dtype; `query_stride` elements from one row to the next.
-    output : the same shape and dtype, contiguous.
-    lse : (rows, query_heads) float32 log-sum-exps.
-    """
-    return (grid,)
 
 
 # kernels/ceilings.cu
