@@ -70,6 +70,15 @@ def test_ragged_requests_attend_to_pages_and_the_window(engine, text, head_dim, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(9000, *range(40, 640, 12)), (*range(40, 640, 12), 9000), (200,) * 70])
+def test_long_and_short_requests_share_the_device(engine, lengths):
+    """More (request, KV head) pairs than blocks, of which some begin behind a pair's last unit."""
+    of = engine(lengths, Recipe.parse("int4"), 128, 4, 4)
+    query, output = prefill_then_step(of, lengths)
+    assert max(of.errors(query, output, lengths)) < 4e-3
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("window_block", [1, 4, 16, 32])
 @pytest.mark.parametrize("window", [32, 100, 128])
 def test_any_block_of_the_window(engine, window, window_block):

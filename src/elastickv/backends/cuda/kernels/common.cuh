@@ -2,8 +2,10 @@
 //
 // Work is cut into units of equal bytes. A problem is one (sequence, KV head, pass over query heads). The units of all
 // problems, end to end, are cut into equal ranges, one per block, using the lengths in device memory: one captured grid serves
-// every step, and ragged batches balance themselves. Block j's partial result of problem p has index j + p, which is unique:
-// along the staircase of (block, problem) pairs the sum grows by one at every step.
+// every step, and ragged batches balance themselves. A problem counts as START_UNITS units more, behind its own: what starting
+// it and merging its results costs, so that blocks of many small problems take no longer than those of one large one. Block j's
+// partial result of problem p has index j + p, which is unique: along the staircase of (block, problem) pairs the sum grows by
+// one at every step.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -18,6 +20,10 @@
 #endif
 #ifndef BLOCK_TABLES  // whether tokens are in blocks of a serving engine
 #define BLOCK_TABLES 0
+#endif
+
+#ifndef START_UNITS
+#define START_UNITS 0
 #endif
 
 typedef unsigned int u32;
@@ -312,7 +318,7 @@ struct Work {
     u32 per, left;          // units a block, units left to this block
     u32 problem, problems;  // current problem
     u32 base, offset;       // first unit of the current problem; this block's first unit in it
-    u32 pad;                // units of a problem rounded up so that blocks do not straddle problems; 0 if they may
+    u32 extra;              // units that a problem counts as beside its own, behind them
 };
 
 __device__ __forceinline__ float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
@@ -354,30 +360,30 @@ __device__ __forceinline__ Work find_work(const Args& a) {
     }
     Work w;
     w.problems = rows * per_row;
-    const u32 all = total * per_row, blocks = gridDim.x;
+    const u32 all = (total + rows * START_UNITS) * per_row, blocks = gridDim.x;
     w.per = max((all + blocks - 1) / blocks, (u32)WARPS_PER_TILE);
-    w.pad = 0;
+    w.extra = START_UNITS;
     if (most == least && w.problems <= blocks) {
         // A block within one problem fills and drains its loads only once: worth up to an eighth of idle blocks.
         u32 splits = blocks / w.problems, aligned = max((most + splits - 1) / splits, (u32)WARPS_PER_TILE);
-        if (aligned <= w.per + w.per / 8) {
+        if (aligned + START_UNITS <= w.per + w.per / 8) {
             w.per = aligned;
-            w.pad = (most + aligned - 1) / aligned * aligned;
+            w.extra = (most + aligned - 1) / aligned * aligned - most;
         }
     }
     const u32 start = blockIdx.x * w.per;
     w.left = w.per;
+    u32 units = most;
     if (most == least) {
-        u32 size = w.pad ? w.pad : most;
-        w.problem = start / size;
-        w.base = w.problem * size;
+        w.problem = start / (units + w.extra);
+        w.base = w.problem * (units + w.extra);
     } else {
         w.problem = w.problems;
         w.base = 0;
         u32 before = 0;
         for (int first = 0; first < rows; first += 32) {
             int r = first + lane;
-            u32 u = r < rows ? units_of(a, r, heads) : 0, sum = u * per_row;
+            u32 size = r < rows ? units_of(a, r, heads) + w.extra : 0, sum = size * per_row;
             for (int i = 1; i < 32; i <<= 1) {
                 u32 other = __shfl_up_sync(FULL, sum, i);
                 if (lane >= i) sum += other;
@@ -385,16 +391,24 @@ __device__ __forceinline__ Work find_work(const Args& a) {
             u32 hit = __ballot_sync(FULL, before + sum > start);
             if (hit) {
                 int at = __ffs(hit) - 1;
-                u32 units = __shfl_sync(FULL, u, at), from = before + __shfl_sync(FULL, sum, at) - units * per_row;
-                u32 index = (start - from) / units;
+                size = __shfl_sync(FULL, size, at);
+                u32 from = before + __shfl_sync(FULL, sum, at) - size * per_row, index = (start - from) / size;
+                units = size - w.extra;
                 w.problem = (first + at) * per_row + index;
-                w.base = from + index * units;
+                w.base = from + index * size;
                 break;
             }
             before += __shfl_sync(FULL, sum, 31);
         }
     }
     w.offset = start - w.base;
+    if (START_UNITS && w.problem < w.problems && w.offset >= units) {
+        const u32 size = units + w.extra;
+        w.left -= min(w.left, size - w.offset);
+        w.base += size;
+        w.offset = 0;
+        w.problem++;
+    }
     return w;
 }
 

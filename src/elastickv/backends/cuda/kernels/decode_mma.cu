@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(ARGS_SI
         s = saved_span;
         write_partial(a, p, SEGMENTS - 1, r);
         arrive_and_merge(a, p, s, w, ROWS, reinterpret_cast<float*>(scratch));
-        const u32 size = w.pad ? w.pad : s.units;
+        const u32 size = s.units + w.extra;
         w.left -= min(w.left, size - w.offset);
         w.base += size;
         w.offset = 0;

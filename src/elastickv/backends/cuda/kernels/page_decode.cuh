@@ -317,7 +317,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
         const Problem p = saved.p;
 #if !FIXED
         w = saved_work;
-        const u32 size = w.pad ? w.pad : saved.s.units;
+        const u32 size = saved.s.units + w.extra;
         Work next = w;
         next.left -= min(w.left, size - w.offset);
         next.base += size;
