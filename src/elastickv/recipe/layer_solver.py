@@ -364,7 +364,8 @@ def _spent(choices: list[_Choice], budget: float) -> tuple[list[_Choice], _Step 
     """
     choices, left = list(choices), budget - _bytes(choices)
     while True:
-        step = max(_next_pages(choices), key=lambda each: each.gain / each.n_bytes, default=None)
+        # Two fractions of few pages may be the same number of them: a step that takes nothing comes first.
+        step = max(_next_pages(choices), key=lambda each: each.gain / max(each.n_bytes, 1e-9), default=None)
         if step is None or step.n_bytes > left:
             return choices, step
         choices[step.layer] = choices[step.layer].with_next_pages(step.head)
