@@ -13,7 +13,7 @@ from elastickv.evaluation import sessions
 from elastickv.evaluation.calibrate import calibrate
 from elastickv.evaluation.kv_formats.own_formats import own_format
 from elastickv.evaluation.prefill import prefill
-from elastickv.evaluation.sensitivity.layer_sensitivity import SCORED, LayerStorage, layer_losses
+from elastickv.evaluation.sensitivity.layer_sensitivity import SCORED, RoundedLayer, layer_losses
 from elastickv.evaluation.tensor_codecs import stored_rows
 from elastickv.evaluation.texts import Text
 from elastickv.kvcache.gptq import hessian_of, layer_compensation
@@ -48,7 +48,7 @@ def storage(calibration):
         known = calibration.statistics_of(layer)
         texts = (known.key_hessians, known.value_hessians)
         hessians = [torch.tensor(np.array([hessian_of(text, 64) for text in of_heads])).float() for of_heads in texts]
-        made[layer] = LayerStorage(known.smoothing, hessians)
+        made[layer] = RoundedLayer(known.smoothing, hessians)
     return made
 
 

@@ -9,7 +9,7 @@ from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, hessians, key_smoothing, layer_errors
 from elastickv.evaluation.layer_progress import Progress
-from elastickv.evaluation.sensitivity.layer_sensitivity import FRACTION, PAGES, LayerStorage, layer_losses
+from elastickv.evaluation.sensitivity.layer_sensitivity import FRACTION, PAGES, RoundedLayer, layer_losses
 from elastickv.evaluation.texts import Text, windows
 from elastickv.kvcache.gptq import hessian_text
 from elastickv.recipe.calibration import (
@@ -107,7 +107,7 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     sensitivity = None
     if sensitive:
         report = None if progress is None else (lambda done, of: progress(total - of + done, total))
-        storage = {layer: LayerStorage(smooth[layer], costs[layer]) for layer in layers}
+        storage = {layer: RoundedLayer(smooth[layer], costs[layer]) for layer in layers}
         losses = layer_losses(loaded.model, [row.ids for row in rows], storage, report)
         tables, head_dim = {"keys": keys, "values": values}, heads[2]
         errors = {name: tables[name.partition("/")[0]][sensitivity_errors(name, head_dim)] for name in SENSITIVITY_FORMATS}

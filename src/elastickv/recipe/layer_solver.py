@@ -94,7 +94,7 @@ class _Choice:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _PageStep:
     """A head's step to its next larger fraction: the error that it saves and the bytes that it takes."""
 
     layer: int
@@ -356,7 +356,7 @@ def _filled(within: list[_Choice], beyond: list[_Choice], budget: float) -> list
     return choices
 
 
-def _spent(choices: list[_Choice], budget: float) -> tuple[list[_Choice], _Step | None]:
+def _spent(choices: list[_Choice], budget: float) -> tuple[list[_Choice], _PageStep | None]:
     """Return choices whose heads read more pages while the budget lasts, and the step of which only a part is left.
 
     Choices differ by whole layers and by the fractions that were calibrated, and so leave some of the budget. Steps that save
@@ -372,18 +372,18 @@ def _spent(choices: list[_Choice], budget: float) -> tuple[list[_Choice], _Step 
         left -= step.n_bytes
 
 
-def _next_pages(choices: Sequence[_Choice]) -> Iterator[_Step]:
+def _next_pages(choices: Sequence[_Choice]) -> Iterator[_PageStep]:
     """Yield the steps of heads to their next larger fractions that save error."""
     for layer, choice in enumerate(choices):
         errors, n_bytes = choice.option.errors_at, choice.option.bytes_at
         for head, point in enumerate(choice.points):
             if point and errors[point - 1][choice.layer][head] < errors[point][choice.layer][head]:
                 gain = errors[point][choice.layer][head] - errors[point - 1][choice.layer][head]
-                yield _Step(layer, head, gain, n_bytes[point - 1] - n_bytes[point])
+                yield _PageStep(layer, head, gain, n_bytes[point - 1] - n_bytes[point])
 
 
 def _partly(
-    choice: _Choice, step: _Step, left: float, context: int, head: AttentionShape, dtype: str
+    choice: _Choice, step: _PageStep, left: float, context: int, head: AttentionShape, dtype: str
 ) -> tuple[Recipe, float, float]:
     """Return a layer's recipe with as many more pages of a head as `left` bytes allow, their share of a step, and their bytes.
 

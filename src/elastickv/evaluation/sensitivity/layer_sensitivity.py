@@ -35,7 +35,7 @@ _SELECTING = Recipe.parse(f"int4,pages={FRACTION},anchor_every=1")
 
 
 @dataclass(frozen=True)
-class LayerStorage:
+class RoundedLayer:
     """What decides how a layer's keys and values are stored where they are rotated and rounded by Hessians.
 
     Attributes
@@ -67,7 +67,7 @@ class LayerStorage:
 def layer_losses(
     model: torch.nn.Module,
     rows: Sequence[Sequence[int]],
-    storage: Mapping[int, LayerStorage],
+    storage: Mapping[int, RoundedLayer],
     progress: Progress | None = None,
 ) -> Mapping[str, tuple[float, ...]]:
     """Return for each layer the KL divergence in nats a token of its keys, of its values, and of an eighth of its 'pages'.
