@@ -11,7 +11,7 @@ from elastickv.evaluation import sessions
 from elastickv.evaluation.calibrate import calibrate
 from elastickv.evaluation.evaluate import evaluate
 from elastickv.evaluation.evaluation_options import EvaluationOptions
-from elastickv.evaluation.prefill import prefill
+from elastickv.evaluation.prefill import TOKENS_AT_ONCE, prefill
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.texts import Text, windows
 from elastickv.recipe import ModelCalibration, Recipe
@@ -55,6 +55,27 @@ def result(gemma):
     assert (calibration.layers, calibration.kv_heads, calibration.prefix) == ((1,), 1, (1,))
     assert ModelCalibration.loads(calibration.dumps()) == calibration
     return evaluate(gemma, TEXTS, OPTIONS, calibration, Silent())
+
+
+@pytest.mark.parametrize("at_once", [7, 40, 250, 290, 291, 600])
+def test_long_rows_are_read_in_parts_and_give_the_same(gemma, monkeypatch, at_once):
+    """Of 300 tokens the last part has the 10 logits at least. One layer's window is of 48 tokens."""
+    rows = [tuple(map(ord, TEXT[begin : begin + 300])) for begin in (0, 300)]
+    whole = prefill(gemma.model, rows, 290, 10)
+    reads = []
+    handle = gemma.model.register_forward_pre_hook(
+        lambda _, __, inputs: reads.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", at_once)
+    try:
+        parts = prefill(gemma.model, rows, 290, 10)
+    finally:
+        handle.remove()
+    assert sum(reads) == 2 * 300 and len(reads) == 2 * (1 + 290 // at_once) and reads[-1] >= 10
+    for name in ("keys", "values"):
+        for of_parts, of_whole in zip(getattr(parts, name), getattr(whole, name), strict=True):
+            torch.testing.assert_close(of_parts, of_whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-4, atol=1e-5)
 
 
 def plain_perplexity(loaded, result):

@@ -9,13 +9,20 @@ from elastickv.evaluation.attention_inputs import observed
 from elastickv.evaluation.evaluation_options import CALIBRATION_TOKENS
 from elastickv.evaluation.layer_errors import LayerErrors, LayerInputs, hessians, key_smoothing, layer_errors
 from elastickv.evaluation.layer_progress import Progress
-from elastickv.evaluation.sensitivity.layer_sensitivity import FRACTION, KEYS, PAGES, STORED_AS, layer_losses
+from elastickv.evaluation.sensitivity.layer_sensitivity import FRACTION, PAGES, RoundedLayer, layer_losses
 from elastickv.evaluation.texts import Text, windows
 from elastickv.kvcache.gptq import hessian_text
-from elastickv.recipe.calibration import FRACTIONS, HeadErrors, HessianTexts, ModelCalibration, Smoothing
+from elastickv.recipe.calibration import (
+    FRACTIONS,
+    SENSITIVITY_FORMATS,
+    HeadErrors,
+    HessianTexts,
+    ModelCalibration,
+    Smoothing,
+    sensitivity_errors,
+)
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW
 from elastickv.recipe.regions import PAGE_TOKENS
-from elastickv.recipe.shape import padded_head_dim
 from elastickv.transformers.model_loading import Loaded, fingerprint
 from elastickv.transformers.model_support import sizes_of
 from elastickv.transformers.tokenization import text_prefix, text_tokens
@@ -100,11 +107,10 @@ def calibrate(loaded: Loaded, text: Text, tokens: int = DEFAULT_TOKENS, progress
     sensitivity = None
     if sensitive:
         report = None if progress is None else (lambda done, of: progress(total - of + done, total))
-        losses = layer_losses(loaded.model, [row.ids for row in rows], layers, report)
-        group = padded_head_dim(heads[2])
-        errors = {
-            changed: keys[fmt] if changed.startswith(KEYS) else values[f"{fmt}/{group}"] for changed, fmt in STORED_AS.items()
-        }
+        storage = {layer: RoundedLayer(smooth[layer], costs[layer]) for layer in layers}
+        losses = layer_losses(loaded.model, [row.ids for row in rows], storage, report)
+        tables, head_dim = {"keys": keys, "values": values}, heads[2]
+        errors = {name: tables[name.partition("/")[0]][sensitivity_errors(name, head_dim)] for name in SENSITIVITY_FORMATS}
         errors[PAGES] = mean(lambda measured_errors: measured_errors.pages[1][FRACTION])
         sensitivity = {changed: _per_error(losses[changed], errors[changed]) for changed in losses}
 

@@ -17,6 +17,9 @@ Tensor: TypeAlias = Any
 _ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
 # Tokens that a pass over rows reads at least, by kind of device: a small model takes longer to launch than to read one row.
 TOKENS_PER_PASS = {"cpu": 1, "cuda": 16384}
+# Tokens of a row that a pass reads at most, about: PyTorch has no kernel for float32 with grouped heads but the one that holds
+# all scores, 47 GB of 28672 tokens in 14 heads. What follows other tokens has a mask, with which it has another one.
+TOKENS_AT_ONCE = {"cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,9 @@ def prefill(
 ) -> Prefill:
     """Read rows of tokens, all of them of `stored_tokens` + `logit_count` tokens.
 
-    Rows are read one by one, on a GPU as many together as have 16384 tokens. Where layers have a state instead of keys and
-    values (linear attention, Mamba), which can't be cut back to `stored_tokens`, all rows are read at once and the last tokens
-    one by one.
+    Rows are read one by one, on a GPU as many together as have 16384 tokens, and longer ones in parts. Where layers have a
+    state instead of keys and values (linear attention, Mamba), which can't be cut back to `stored_tokens`, all rows are read at
+    once and the last tokens one by one.
 
     Parameters
     ----------
@@ -114,7 +117,10 @@ def _row_by_row(
             # Without a configuration all layers keep all tokens; a layer with a window is masked to it.
             cache = transformers.DynamicCache()
             ids = torch.tensor([list(row) for row in rows[some]], device=model.device)
-            logits[some] = model(input_ids=ids, logits_to_keep=logit_count, **{CACHE_ARGUMENT: cache}).logits.float()
+            *earlier, last = ids.split(_parts(ids.shape[1], logit_count, TOKENS_AT_ONCE.get(model.device.type)), 1)
+            for part in earlier:
+                model(input_ids=part, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+            logits[some] = model(input_ids=last, logits_to_keep=logit_count, **{CACHE_ARGUMENT: cache}).logits.float()
             for layer, store in enumerate(cache.layers):
                 if begin == 0:
                     for states in (keys, values):
@@ -124,6 +130,12 @@ def _row_by_row(
             if progress is not None and model.device.type != "cpu":
                 progress(some.stop, len(rows))
     return Prefill(keys, values, logits, [row[:stored_tokens] for row in rows])
+
+
+def _parts(tokens: int, logit_count: int, most: int | None) -> list[int]:
+    """Return the lengths of the parts in which rows are read: `most` tokens, and a last one that has all logits."""
+    whole = 0 if most is None else max(0, tokens - logit_count) // most
+    return [*[most or 0] * whole, tokens - whole * (most or 0)]
 
 
 def _step_by_step(

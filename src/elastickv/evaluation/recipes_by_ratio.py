@@ -17,7 +17,7 @@ from elastickv.recipe import (
 )
 
 _TRIES = 8
-_MARGIN = 1.004
+_MARGIN = 0.0003
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def plan(
     if calibration is not None and len(calibration.layers) != layers:
         raise UsageError(f"the calibration has {len(calibration.layers)} layers and the model {layers}: calibrate it again")
     middle, target = span.first + span.steps // 2, ratio
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
         error = None
         if calibration is not None:
             solved = for_ratio_by_layer(calibration, target, middle, dtype, device=device, gptq=device == "cpu")
@@ -94,7 +94,8 @@ def plan(
         candidate = measured(ratio, recipes, span, shape, dtype, error)
         if candidate.read_ratio >= ratio or ratio == 1:
             return candidate
-        target = min(target * _MARGIN, target + 1)
+        # By what it lacks, and a little more at each attempt: bytes change by whole pages.
+        target = min(target * ratio / candidate.read_ratio * (1 + _MARGIN * 2**attempt), target + 1)
     raise UsageError(
         f"compress={ratio:g} cannot be met over tokens {span.first} to {span.first + span.steps}: give a smaller one"
     )

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from elastickv.errors import UsageError
 from elastickv.inputs import file_path, parse_json, read_text
@@ -22,10 +22,17 @@ FORMAT = "elastickv-calibration"
 VERSION = 1
 MOST_SENSITIVITY = 1e30  # losses weighed by it are added up over layers
 MOST_SMOOTHING = 12  # 16-bit floats have room for 2^12 times the largest keys that are known
-_LATER_SENSITIVITIES = ("pages", "keys/int2", "values/int2")
 _LATER = ("prefix", "smoothing", "sensitivity", "hessians")  # which older files lack
 ROTATED = "+rotated"  # behind the name of a format: of tensors that are stored rotated
 GPTQ = "+gptq"  # likewise, behind that: of tensors that are rounded by Hessians
+SENSITIVITY_FORMATS: Mapping[str, str] = {
+    "keys": "int4",
+    "values": "int4",
+    "keys/int2": "int2",
+    "values/int2": "int2",
+    **{f"{tensor}/{name}": name for tensor in ("keys", "values") for name in (f"int4{ROTATED}{GPTQ}", f"int2{ROTATED}{GPTQ}")},
+}
+"""Name of a sensitivity of keys or of values -> the format in which they are stored where it is measured."""
 _ERRORS_OF = r"[a-z0-9_]+(/[1-9][0-9]{0,3})?(\+rotated)?(\+gptq)?"  # keys of `keys` and `values`
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
@@ -33,6 +40,7 @@ HeadErrors = tuple[tuple[float, ...], ...]
 """[layer][KV head] -> error."""
 Smoothing = tuple[tuple[int, ...], ...]
 """[KV head][channel] -> n, of factors 2^n, of one layer."""
+_Point: TypeAlias = tuple[Sequence[float], Sequence[float]]  # errors and sensitivities, by layer
 HessianTexts = tuple[str, ...]
 """[KV head] -> a Hessian as `kvcache.gptq.hessian_text` writes it, of one layer's K or V."""
 
@@ -85,8 +93,9 @@ class ModelCalibration:
     smoothing : [layer][KV head][channel] -> n: where K is rotated, its channels are multiplied by 2^n before, and those of the
         queries by 2^-n. None in older files: all are 0.
     sensitivity : 'keys', 'values' and 'pages' -> [layer] -> KL divergence of the model's predictions, in nats a token, for a
-        unit of the layer's error, all heads together: of `int4`, and of an eighth of the pages; 'keys/int2' and 'values/int2'
-        are those of `int2`. None in older files and of 16-bit models; some older files have 'keys' and 'values' only.
+        unit of the layer's error, all heads together: of `int4`, and of an eighth of the pages; 'keys/int2' is that of `int2`,
+        'keys/int4+rotated+gptq' of what is rounded by Hessians (`SENSITIVITY_FORMATS`). None in older files and of 16-bit
+        models; some older files have 'keys' and 'values' only.
     hessians : 'keys' and 'values' -> [layer][KV head] -> the cost of an error e of a key or value, e H e^T, as text. None in
         older files.
     """
@@ -112,21 +121,21 @@ class ModelCalibration:
         """Return this calibration with its errors as losses of the model's predictions, comparable between layers.
 
         Each is multiplied by its layer's sensitivity. A loss grows faster than its error in some layers: between the errors of
-        `int4` and `int2` the sensitivity is a power of the error through those of both. A calibration without sensitivities is
+        `int4` and `int2` the sensitivity is a power of the error through those of both. What Hessians leave of an error lies in
+        other directions, so it has sensitivities of its own where they were measured. A calibration without sensitivities is
         returned as it is, and errors of pages are left as they are where their sensitivities were not measured.
         """
         if self.sensitivity is None:
             return self
         weighed: dict[str, Any] = {"sensitivity": None}
-        for tensor, group in (("keys", ""), ("values", f"/{padded_head_dim(self.head_dim)}")):
-            table = getattr(self, tensor)
-            measured = {f"int4{group}": self.sensitivity[tensor], f"int2{group}": self.sensitivity.get(f"{tensor}/int2")}
-            points = [
-                ([float(sum(row)) for row in table[f]], at) for f, at in measured.items() if at is not None and f in table
-            ]
+        for tensor in ("keys", "values"):
             # Where the errors of `int4` were left out of a calibration, its sensitivity holds for all errors.
-            points = points or [([0.0] * len(self.layers), self.sensitivity[tensor])]
-            weighed[tensor] = {name: _in_nats(rows, points) for name, rows in table.items()}
+            nearest = self._points(tensor, by_hessians=False) or [([0.0] * len(self.layers), self.sensitivity[tensor])]
+            by_hessians = self._points(tensor, by_hessians=True) or nearest
+            weighed[tensor] = {
+                name: _in_nats(rows, by_hessians if name.endswith(GPTQ) else nearest)
+                for name, rows in getattr(self, tensor).items()
+            }
         if "pages" in self.sensitivity:
             of_pages = self.sensitivity["pages"]
             weighed["pages"] = {
@@ -134,6 +143,16 @@ class ModelCalibration:
                 for steps, curve in self.pages.items()
             }
         return replace(self, **weighed)
+
+    def _points(self, tensor: str, by_hessians: bool) -> list[_Point]:
+        """Return the measured sensitivities of K or of V and the errors that they are of, small errors first."""
+        points = list[_Point]()
+        for name, at in (self.sensitivity or {}).items():
+            if name.partition("/")[0] == tensor and name.endswith(GPTQ) == by_hessians:
+                measured_as = sensitivity_errors(name, self.head_dim)
+                if measured_as in (table := getattr(self, tensor)):
+                    points.append(([float(sum(row)) for row in table[measured_as]], at))
+        return points
 
     def smoothing_of(self, layer: int) -> Smoothing | None:
         """Return the smoothing of one of `layers`, or None for none."""
@@ -277,8 +296,8 @@ class ModelCalibration:
             if record.get("sensitivity") is None
             else {
                 tensor: sensitivity(record["sensitivity"][tensor])
-                for tensor in ("keys", "values", *_LATER_SENSITIVITIES)
-                if tensor not in _LATER_SENSITIVITIES or tensor in record["sensitivity"]
+                for tensor in (*SENSITIVITY_FORMATS, "pages")
+                if tensor in ("keys", "values") or tensor in record["sensitivity"]
             },
             hessians=None
             if record.get("hessians") is None
@@ -286,7 +305,19 @@ class ModelCalibration:
         )
 
 
-def _in_nats(errors: HeadErrors, points: Sequence[tuple[Sequence[float], Sequence[float]]]) -> HeadErrors:
+def sensitivity_errors(name: str, head_dim: int) -> str:
+    """Return what `keys` or `values` call the errors that a sensitivity is of: 'values/int2' is of 'int2/64'.
+
+    Parameters
+    ----------
+    name : one of `SENSITIVITY_FORMATS`.
+    head_dim : of the model; the values of a token share one scale.
+    """
+    bits, mark, rest = SENSITIVITY_FORMATS[name].partition(ROTATED)
+    return bits + (f"/{padded_head_dim(head_dim)}" if name.startswith("values") else "") + mark + rest
+
+
+def _in_nats(errors: HeadErrors, points: Sequence[_Point]) -> HeadErrors:
     """Return errors times their layers' sensitivities.
 
     Parameters

@@ -2,11 +2,12 @@
 
 A budget of bytes read (`for_ratio_by_layer`): every layer gets the formats, the rotation and the selection, and every KV head
 the share of pages, that minimize error + lambda * bytes; lambda is the smallest at which all layers together stay within the
-budget (Everett 1963). A budget of stored bits (`for_stored_bits`): formats and rotation alone, with the least error there is.
+budget (Everett 1963), and what is left of it goes to more pages. A budget of stored bits (`for_stored_bits`): formats and
+rotation alone, with the least error there is.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
@@ -19,8 +20,9 @@ from elastickv.recipe.calibration import GPTQ, ROTATED, HeadErrors, ModelCalibra
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
 from elastickv.recipe.knapsack import KnapsackItem, least_cost
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, ROUNDINGS, Recipe, has_page_bounds
+from elastickv.recipe.regions import regions, selected
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape, padded_head_dim
-from elastickv.recipe.solver import UNMET_REMEDY, check_context, check_ratio, unmet
+from elastickv.recipe.solver import UNMET_REMEDY, check_context, check_ratio, fraction_of, unmet
 
 _HALVINGS = 44  # of the logarithm of lambda, between these powers of e: to 1e-11 of it
 _STORED_SHARE, _MOST_STORED = 0.75, 3.0
@@ -61,8 +63,43 @@ class _Option:
 
 @dataclass(frozen=True)
 class _Choice:
-    recipe: Recipe
-    error: float
+    """A layer's option and, for each head, which of its fractions is read."""
+
+    option: _Option
+    layer: int
+    points: tuple[int, ...]
+
+    @property
+    def error(self) -> float:
+        return sum(self.option.errors_at[point][self.layer][head] for head, point in enumerate(self.points))
+
+    @property
+    def n_bytes(self) -> float:
+        return sum(self.option.bytes_at[point] for point in self.points)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.reading([self.option.fractions[point] for point in self.points])
+
+    def reading(self, fractions: Sequence[float]) -> Recipe:
+        """Return the recipe that reads a fraction of the pages of each head."""
+        recipe = replace(self.option.recipe, rotate=self.option.rotate[self.layer])
+        if not recipe.fractions:
+            return recipe
+        return replace(recipe, fractions=tuple(fractions[:1] if len(set(fractions)) == 1 else fractions))
+
+    def with_next_pages(self, head: int) -> "_Choice":
+        """Return the choice with a head's next larger fraction."""
+        return replace(self, points=tuple(point - (number == head) for number, point in enumerate(self.points)))
+
+
+@dataclass(frozen=True)
+class _PageStep:
+    """A head's step to its next larger fraction: the error that it saves and the bytes that it takes."""
+
+    layer: int
+    head: int
+    gain: float
     n_bytes: float
 
 
@@ -127,7 +164,12 @@ def for_ratio_by_layer(
         middle = (low + high) / 2
         low, high = (low, middle) if _bytes(chosen(math.exp(middle))) <= budget else (middle, high)
     choices = _filled(chosen(math.exp(high)), chosen(math.exp(low)), budget)
-    return LayerPlan(tuple(c.recipe for c in choices), dense / _bytes(choices), sum(c.error for c in choices))
+    choices, step = _spent(choices, budget)
+    recipes, error, used = [choice.recipe for choice in choices], sum(choice.error for choice in choices), _bytes(choices)
+    if step is not None:
+        recipes[step.layer], share, more = _partly(choices[step.layer], step, budget - used, context, head, dtype)
+        error, used = error - share * step.gain, used + more
+    return LayerPlan(tuple(recipes), dense / used, error)
 
 
 def for_stored_bits(
@@ -301,12 +343,8 @@ def _cheapest(options: Sequence[_Option], layer: int, byte_weight: float) -> _Ch
             cost, n_bytes = cost + costs[point], n_bytes + option.bytes_at[point]
         return cost, n_bytes, option, points
 
-    _, n_bytes, option, points = min(map(weighed, options), key=lambda candidate: candidate[:2])
-    recipe = replace(option.recipe, rotate=option.rotate[layer])
-    if recipe.fractions:
-        fractions = tuple(option.fractions[i] for i in points)
-        recipe = replace(recipe, fractions=fractions[:1] if len(set(fractions)) == 1 else fractions)
-    return _Choice(recipe, sum(option.errors_at[i][layer][h] for h, i in enumerate(points)), n_bytes)
+    _, _, option, points = min(map(weighed, options), key=lambda candidate: candidate[:2])
+    return _Choice(option, layer, tuple(points))
 
 
 def _filled(within: list[_Choice], beyond: list[_Choice], budget: float) -> list[_Choice]:
@@ -316,6 +354,52 @@ def _filled(within: list[_Choice], beyond: list[_Choice], budget: float) -> list
         if _bytes(choices) - choices[layer].n_bytes + better.n_bytes <= budget and better.error < choices[layer].error:
             choices[layer] = better
     return choices
+
+
+def _spent(choices: list[_Choice], budget: float) -> tuple[list[_Choice], _PageStep | None]:
+    """Return choices whose heads read more pages while the budget lasts, and the step of which only a part is left.
+
+    Choices differ by whole layers and by the fractions that were calibrated, and so leave some of the budget. Steps that save
+    most error by a byte come first.
+    """
+    choices, left = list(choices), budget - _bytes(choices)
+    while True:
+        # Two fractions of few pages may be the same number of them: a step that takes nothing comes first.
+        step = max(_next_pages(choices), key=lambda each: each.gain / max(each.n_bytes, 1e-9), default=None)
+        if step is None or step.n_bytes > left:
+            return choices, step
+        choices[step.layer] = choices[step.layer].with_next_pages(step.head)
+        left -= step.n_bytes
+
+
+def _next_pages(choices: Sequence[_Choice]) -> Iterator[_PageStep]:
+    """Yield the steps of heads to their next larger fractions that save error."""
+    for layer, choice in enumerate(choices):
+        errors, n_bytes = choice.option.errors_at, choice.option.bytes_at
+        for head, point in enumerate(choice.points):
+            if point and errors[point - 1][choice.layer][head] < errors[point][choice.layer][head]:
+                gain = errors[point][choice.layer][head] - errors[point - 1][choice.layer][head]
+                yield _PageStep(layer, head, gain, n_bytes[point - 1] - n_bytes[point])
+
+
+def _partly(
+    choice: _Choice, step: _PageStep, left: float, context: int, head: AttentionShape, dtype: str
+) -> tuple[Recipe, float, float]:
+    """Return a layer's recipe with as many more pages of a head as `left` bytes allow, their share of a step, and their bytes.
+
+    The error between two calibrated fractions is taken from the line between theirs.
+    """
+    option, point = choice.option, choice.points[step.head]
+    pages = regions(context, option.recipe.sinks, option.recipe.window).cold // PAGE_TOKENS
+    fewest, most = (selected(pages, option.fractions[each]) for each in (point, point - 1))
+    for count in range(fewest + int(left / step.n_bytes * (most - fewest)), fewest, -1):
+        fraction = fraction_of(count, pages)
+        read = interval_bytes(replace(option.recipe, fractions=(fraction,)), [context], head, dtype).kv
+        if (more := read - option.bytes_at[point]) <= left:  # rounded to whole sectors, pages may take more than their share
+            fractions = [option.fractions[each] for each in choice.points]
+            fractions[step.head] = fraction
+            return choice.reading(fractions), (count - fewest) / (most - fewest), more
+    return choice.recipe, 0.0, 0.0
 
 
 def _bytes(choices: Sequence[_Choice]) -> float:
