@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, read_ratio, step_bytes
 from elastickv.transformers.budget import Budget
 from elastickv.vllm.layer_formats import ServedModel, at_ratio, selection_line
-from elastickv.vllm.metrics.decode_reads import DecodeReads, ReadTotals
+from elastickv.vllm.metrics.decode_reads import SERVERS_RATIO, DecodeReads, ReadTotals
+from elastickv.vllm.selection.ratio_shares import RatioShares
 from elastickv.vllm.serving_options import PAGE_FORMATS, page_recipe
 
 SHAPE, WINDOW, LONGEST = AttentionShape(1, 8, 4, 64), 128, 40_000
@@ -30,13 +31,14 @@ SELECTING = {
 
 
 def reads(recipes=SELECTING, dtype="bf16", shape=SHAPE):
-    model = ServedModel(shape, len(recipes), LONGEST, dtype)
-    return DecodeReads(recipes, shape, dtype, len(recipes), LONGEST, lambda ratio: at_ratio(recipes, ratio, model))
+    of_ratio = RatioShares(recipes, ServedModel(shape, len(recipes), LONGEST, dtype))
+    return DecodeReads(recipes, shape, dtype, len(recipes), LONGEST, lambda ratio: of_ratio.of_layers(list(recipes), ratio))
 
 
 def of(counted, positions, prompts, since=0, ratio=None):
     positions, prompts = np.atleast_1d(positions).astype(np.int64), np.atleast_1d(prompts).astype(np.int64)
-    return counted.totals(positions, prompts, np.full(len(positions), since), ratio)
+    ratios = np.broadcast_to(SERVERS_RATIO if ratio is None else ratio, len(positions))
+    return counted.totals(positions, prompts, np.full(len(positions), since), ratios)
 
 
 def ages(position, prompt, recipes=SELECTING):
@@ -139,6 +141,21 @@ def test_a_ratio_of_a_request_reads_more_and_1_every_page():
     assert larger == of(reads(at_ratio(SELECTING, 3.5, ServedModel(SHAPE, len(SELECTING), LONGEST))), positions, prompts)
     assert 3.5 <= larger.dense_bytes / larger.read_bytes < 3.6
     assert (one.anchors, one.tokens) == (0, len(own))
+
+
+def test_requests_of_one_step_each_read_by_their_own_ratio():
+    """More of them than are counted at a time."""
+    rng, counted = np.random.default_rng(1), reads()
+    prompts = rng.integers(1, 30_000, 600)
+    positions, ratios = (
+        prompts + rng.integers(0, 500, 600),
+        rng.choice([SERVERS_RATIO, 1, 2, 3, *np.linspace(3.1, 3.9, 9)], 600),
+    )
+    single = [of(counted, *each) for each in zip(positions, prompts, np.zeros(600, int), ratios, strict=True)]
+    of_server = of(counted, positions, prompts)
+    together = of(counted, positions, prompts, ratio=ratios)
+    assert together == sum(single, ReadTotals())
+    assert of_server.read_bytes < together.read_bytes < of(counted, positions, prompts, ratio=1).read_bytes
 
 
 def test_tokens_add_up():

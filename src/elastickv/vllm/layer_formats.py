@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from elastickv.errors import UsageError
@@ -17,7 +16,6 @@ from elastickv.recipe.solver import with_pages
 from elastickv.vllm.serving_options import KEY, ServingOptions, page_recipe
 
 SLAB_ALIGNMENT_BYTES = 64  # 32 tokens of whole 16-bit numbers, as a cache in a 16-bit dtype is sized
-_RATIOS = 4096  # of single requests that are remembered: more than run at a time, or each step would solve them all anew
 
 
 @dataclass(frozen=True)
@@ -188,18 +186,11 @@ def layer_recipes(
 
 def at_ratio(recipes: Mapping[int, Recipe], ratio: float, model: ServedModel) -> dict[int, Recipe]:
     """Return recipes of all layers with larger shares of the pages, in proportion, that meet a smaller ratio."""
-    from elastickv.transformers.budget import scaled  # its package loads Transformers
+    from elastickv.transformers.budget import Budget, scaled  # its package loads Transformers
 
-    scale = _scale_of_ratio(tuple(recipes.items()), ratio, model)
+    budget = Budget(recipes, model.shape, model.dtype, ratio, context=0, fixed=False)
+    scale = budget.reading(model.solved_context).scale
     return {layer: scaled(recipe, scale) for layer, recipe in recipes.items()}
-
-
-@lru_cache(_RATIOS)
-def _scale_of_ratio(recipes: tuple[tuple[int, Recipe], ...], ratio: float, model: ServedModel) -> float | None:
-    """Return the factor on the shares of all layers; None: every page. For tens of layers that takes about a second."""
-    from elastickv.transformers.budget import Budget
-
-    return Budget(dict(recipes), model.shape, model.dtype, ratio, context=0, fixed=False).reading(model.solved_context).scale
 
 
 def selection_line(recipes: Mapping[int, Recipe], model: ServedModel) -> str:
