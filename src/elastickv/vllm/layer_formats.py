@@ -15,6 +15,7 @@ from elastickv.recipe.slab import Slab
 from elastickv.recipe.solver import with_pages
 from elastickv.vllm.serving_options import KEY, ServingOptions, page_recipe
 
+UNMET_REMEDY = f"give a smaller `compress` or `window` of {KEY}, or a larger `max_model_len`, which is the context"
 SLAB_ALIGNMENT_BYTES = 64  # 32 tokens of whole 16-bit numbers, as a cache in a 16-bit dtype is sized
 
 
@@ -136,7 +137,11 @@ class ServedModel:
 
 
 def layer_recipes(
-    options: ServingOptions, default_recipe: Recipe, layer_numbers: Iterable[int], model: ServedModel
+    options: ServingOptions,
+    default_recipe: Recipe,
+    layer_numbers: Iterable[int],
+    model: ServedModel,
+    remedy: str = UNMET_REMEDY,
 ) -> dict[int, Recipe]:
     """Return the recipe of every layer of the model: layer number -> recipe.
 
@@ -148,6 +153,7 @@ def layer_recipes(
     ----------
     default_recipe : of layers for which neither the option `layers` nor a calibration says another.
     layer_numbers : of the layers that this rank serves, as in vLLM's names of layers.
+    remedy : what the message of a ratio that is not met says to do.
 
     Raises
     ------
@@ -164,7 +170,7 @@ def layer_recipes(
     overridden = {number: page_recipe(each.format, options.window) for each in options.layers for number in each.numbers}
     calibration, recipe = read_calibration(options), default_recipe
     if options.compress is not None and calibration is None:
-        recipe = with_pages(default_recipe, options.compress, model.solved_context, model.shape, model.dtype, _UNMET)
+        recipe = with_pages(default_recipe, options.compress, model.solved_context, model.shape, model.dtype, remedy)
     if options.compress is None or calibration is None:
         recipes = dict.fromkeys(range(model.layer_count), recipe)
     else:
@@ -178,7 +184,7 @@ def layer_recipes(
             window=options.window,
             select_pages=options.select_pages,
             device=model.device,
-            remedy=_UNMET,
+            remedy=remedy,
         )
         recipes = dict(zip(calibration.layers, plan.recipes, strict=True))
     return recipes | overridden
@@ -258,7 +264,6 @@ def check_fits(
         )
 
 
-_UNMET = f"give a smaller `compress` or `window` of {KEY}, or a larger `max_model_len`, which is the context"
 _REMEDY = "give a file that `elastickv calibrate` wrote"
 
 
