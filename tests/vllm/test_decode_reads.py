@@ -30,9 +30,9 @@ SELECTING = {
 }
 
 
-def reads(recipes=SELECTING, dtype="bf16", shape=SHAPE):
-    of_ratio = RatioShares(recipes, ServedModel(shape, len(recipes), LONGEST, dtype))
-    return DecodeReads(recipes, shape, dtype, len(recipes), LONGEST, lambda ratio: of_ratio.of_layers(list(recipes), ratio))
+def reads(recipes=SELECTING, shape=SHAPE):
+    of_ratio = RatioShares(recipes, ServedModel(shape, len(recipes), LONGEST))
+    return DecodeReads(recipes, shape, len(recipes), LONGEST, lambda ratio: of_ratio.of_layers(list(recipes), ratio))
 
 
 def of(counted, positions, prompts, since=0, ratio=None):
@@ -48,10 +48,10 @@ def ages(position, prompt, recipes=SELECTING):
     }
 
 
-def by_recipe(position, prompt, recipes=SELECTING, dtype="bf16"):
+def by_recipe(position, prompt, recipes=SELECTING):
     """Return the bytes that the recipes count for one token."""
     since = ages(position, prompt, recipes)
-    return sum(step_bytes(recipe, [position + 1], SHAPE, dtype, since[layer]).kv for layer, recipe in recipes.items())
+    return sum(step_bytes(recipe, [position + 1], SHAPE, "bf16", since[layer]).kv for layer, recipe in recipes.items())
 
 
 @given(pages=st.integers(20, 1000), own=st.integers(0, 300))
@@ -74,14 +74,15 @@ def test_formats_without_a_selection_read_what_their_recipes_count(name):
     assert found == counted if name != "fp8" else counted < found < 1.01 * counted
 
 
-def test_the_mean_over_an_interval_is_the_ratio_that_the_log_and_an_evaluation_say():
-    """Tokens of one context at every distance from their anchors."""
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_mean_over_an_interval_is_the_ratio_that_the_log_and_an_evaluation_say(dtype):
+    """Tokens of one context at every distance from their anchors. An element of a window is 2 bytes to all three."""
     position = 32768 - 1
     own = 1000 + np.arange(48)  # a multiple of all `anchor_every`
     found = of(reads(), np.full(len(own), position), position - own)
-    budget = Budget(SELECTING, SHAPE, "bf16", None, position + 1, fixed=False)
+    budget = Budget(SELECTING, SHAPE, dtype, None, position + 1, fixed=False)
     assert found.dense_bytes / found.read_bytes == pytest.approx(budget.ratio_at(position + 1, 1.0), rel=1e-12)
-    model = ServedModel(SHAPE, len(SELECTING), position + 1)
+    model = ServedModel(SHAPE, len(SELECTING), position + 1, dtype)
     assert f"1/{found.dense_bytes / found.read_bytes:.2f} of" in selection_line(SELECTING, model)
     alone = {0: SELECTING[0]}
     found = of(reads(alone), np.full(4, position), position - own[:4])
@@ -123,13 +124,6 @@ def test_a_list_that_is_gone_is_read_as_every_page_until_the_next_anchor():
     every = of(reads({0: page_recipe("int4", WINDOW)}), position, prompt)
     assert listed.read_bytes < anchor.read_bytes < gone.read_bytes == every.read_bytes
     assert (listed.anchors, gone.anchors, anchor.anchors) == (0, 0, 1)
-
-
-def test_a_float32_window_counts_as_it_is_stored():
-    recipes = {0: page_recipe("int4", WINDOW)}
-    wide, narrow = (of(reads(recipes, dtype), 1000, 10) for dtype in ("fp32", "bf16"))
-    assert wide.read_bytes - narrow.read_bytes == WINDOW * SHAPE.kv_heads * 2 * SHAPE.head_dim * 2
-    assert wide.dense_bytes == narrow.dense_bytes
 
 
 def test_a_ratio_of_a_request_reads_more_and_1_every_page():

@@ -3,7 +3,8 @@
 A token at position p attends to p + 1 tokens. It reads the newest `window` of them from its window and each older one from its
 page, whole pages. Where a layer selects pages it reads those on its list and those that have left the window since the list
 was made; at an anchor also the scales and zeros of all keys, by which pages are ranked. Every contiguous range of memory is
-counted in DRAM sectors of 32 bytes, as `recipe.byte_counts` does.
+counted in DRAM sectors of 32 bytes, as `recipe.byte_counts` does, and an element of a window as 2 bytes, as it and the dense
+cache that reads are compared with do: in a float32 model both have 4.
 """
 
 from collections.abc import Callable, Mapping
@@ -112,7 +113,6 @@ class DecodeReads:
     ----------
     recipes : layer -> recipe; all have one window and no sinks.
     shape : of a layer, all heads and not a rank's share.
-    dtype : the model's, in which the window is stored.
     layer_count : layers of the model, over which anchors are spread.
     longest : most tokens of a request.
     shares_of_ratio : returns the shares of the pages of the same layers for a request's own ratio, (layers, kv_heads).
@@ -122,7 +122,6 @@ class DecodeReads:
         self,
         recipes: Mapping[int, Recipe],
         shape: AttentionShape,
-        dtype: str,
         layer_count: int,
         longest: int,
         shares_of_ratio: Callable[[float], Shares],
@@ -130,8 +129,7 @@ class DecodeReads:
         (self._window,) = {recipe.window for recipe in recipes.values()}
         self._shape, self._layers, self._shares_of_ratio = shape, len(recipes), shares_of_ratio
         rows = 2 * shape.kv_heads * len(recipes)  # of K and V
-        self._dense_row_bytes = rows * shape.head_dim * DENSE_BYTES_PER_ELEMENT
-        self._exact_row_bytes = rows * FORMATS[dtype].row_bytes(shape.head_dim)
+        self._row_bytes = rows * shape.head_dim * DENSE_BYTES_PER_ELEMENT  # of a window, or of a dense cache
         self._page_bytes = shape.kv_heads * sum(map(self._slab_bytes, recipes.values()))
         self._selecting = self._selecting_layers(recipes, layer_count)
         if self._selecting is not None:
@@ -150,14 +148,14 @@ class DecodeReads:
         """
         exact = np.minimum(positions + 1, self._window)
         pages = -(-(positions + 1 - exact) // PAGE_TOKENS)
-        read = self._exact_row_bytes * int(exact.sum()) + self._page_bytes * int(pages.sum())
+        read = self._row_bytes * int(exact.sum()) + self._page_bytes * int(pages.sum())
         anchors = 0
         if self._selecting is not None:
             saved, scoring, anchors = self._selected(self._selecting, positions, prompts, since, ratios)
             read += scoring - saved
         return ReadTotals(
             read_bytes=read,
-            dense_bytes=self._dense_row_bytes * int((positions + 1).sum()),
+            dense_bytes=self._row_bytes * int((positions + 1).sum()),
             tokens=len(positions),
             layer_tokens=len(positions) * self._layers,
             anchors=anchors,

@@ -29,7 +29,7 @@ def served_reads(config: Any, kv_cache_config: Any) -> DecodeReads:
 
     own, shares = {layer: recipes[layer] for layer in layers}, RatioShares(recipes, model)
     longest = model.context + 1 + config.num_speculative_tokens
-    return DecodeReads(own, model.shape, model.dtype, model.layer_count, longest, partial(shares.of_layers, layers))
+    return DecodeReads(own, model.shape, model.layer_count, longest, partial(shares.of_layers, layers))
 
 
 def served_layers(config: Any, kv_cache_config: Any) -> list[int]:
