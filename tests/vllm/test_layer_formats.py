@@ -144,7 +144,9 @@ def test_the_log_says_what_decodes_read(file):
 
 @pytest.mark.parametrize("name", ["int8", "k8v4", "fp8"])
 def test_formats_whose_keys_have_no_bounds_do_not_select(name):
-    assert "cannot be met" in refusal(lambda: recipes(default=page_recipe(name, 128), format=name, compress=8))
+    message = refusal(lambda: recipes(default=page_recipe(name, 128), format=name, compress=8))
+    assert "cannot be met" in message and "max_model_len" not in message
+    assert message.endswith("; give a smaller `compress`, or a `format` whose pages can be selected: int4 or int8_per_channel")
 
 
 def test_a_request_with_a_smaller_ratio_reads_larger_shares_that_meet_it(file):

@@ -10,10 +10,11 @@ from elastickv.inputs import decoded, file_path, read_bytes
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, for_ratio_by_layer, predicted_loss
 from elastickv.recipe.calibration import Smoothing
 from elastickv.recipe.formats import round_up
+from elastickv.recipe.recipe import has_page_bounds
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.slab import Slab
 from elastickv.recipe.solver import with_pages
-from elastickv.vllm.serving_options import KEY, ServingOptions, page_recipe
+from elastickv.vllm.serving_options import KEY, MIN_EXACT_TOKENS, PAGE_FORMATS, ServingOptions, page_recipe
 
 UNMET_REMEDY = f"give a smaller `compress` or `window` of {KEY}, or a larger `max_model_len`, which is the context"
 SLAB_ALIGNMENT_BYTES = 64  # 32 tokens of whole 16-bit numbers, as a cache in a 16-bit dtype is sized
@@ -170,6 +171,7 @@ def layer_recipes(
     overridden = {number: page_recipe(each.format, options.window) for each in options.layers for number in each.numbers}
     calibration, recipe = read_calibration(options), default_recipe
     if options.compress is not None and calibration is None:
+        remedy = remedy if has_page_bounds(default_recipe.key_format) else _OTHER_FORMAT
         recipe = with_pages(default_recipe, options.compress, model.solved_context, model.shape, model.dtype, remedy)
     if options.compress is None or calibration is None:
         recipes = dict.fromkeys(range(model.layer_count), recipe)
@@ -264,6 +266,8 @@ def check_fits(
         )
 
 
+_SELECTABLE = " or ".join(name for name in PAGE_FORMATS if has_page_bounds(page_recipe(name, MIN_EXACT_TOKENS).key_format))
+_OTHER_FORMAT = f"give a smaller `compress`, or a `format` whose pages can be selected: {_SELECTABLE}"
 _REMEDY = "give a file that `elastickv calibrate` wrote"
 
 
