@@ -27,6 +27,7 @@ from serving_figures import serving as serving
 from serving_figures import serving_budget as serving_budget
 from serving_figures import serving_cpu as serving_cpu
 from serving_figures import serving_quality as serving_quality
+from serving_figures import serving_schedules as serving_schedules
 from serving_figures import serving_soak as serving_soak
 from task_figures import tasks as tasks
 

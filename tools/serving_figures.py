@@ -1,4 +1,4 @@
-"""The figures of serving with vLLM: by serving.py, serving_soak.py, cpu_blocks.py, first_page.py and engine_fidelity.py."""
+"""The figures of serving with vLLM: by serving.py, serving_soak.py, random_schedules.py, cpu_blocks.py and others."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,8 @@ QUALITY = "cpu/first_page-*.json"
 THROUGH_ENGINE = "*/engine_fidelity-*.json"
 EVALUATED = "*/served-*.json"
 SOAKS = ("h200/serving_soak-quantized.json", "cpu/serving_soak-fp32.json")
+SCHEDULES = "cpu/schedules.json"
+SCHEDULED = {"stock": "the model's dtype", "elastickv": "`elastickv_int4` with selected pages, `strict`"}
 SOAKED = {
     "ours": "`elastickv_{format}`, `soft`",
     "strict": "`elastickv_{format}`, `strict`",
@@ -155,6 +157,30 @@ def serving_soak() -> list[str]:
                 )
             )
     return [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def serving_schedules() -> list[str]:
+    """Return how far requests in random schedules are from themselves alone: a row for each backend."""
+    headers = ["KV cache", "schedules", "requests", "aborted", "preemptions", "prefix hits"]
+    headers += ["largest difference of logits", "answers partly in chunks", "their largest", "other codes", "their largest"]
+    headers += ["lists of pages", "other than alone", "other than the rule's"]
+    path, rows = RESULTS / SCHEDULES, []
+    if not path.exists():
+        return NOTHING
+    for backend, measured in json.loads(path.read_text(encoding="utf-8"))["backends"].items():
+        totals = measured["totals"]
+        counts = [totals[name] for name in ("requests", "aborted", "preemptions", "prefix_hits")]
+        same, chunks, codes = totals["groups"].values()
+        cells = [_largest(same), chunks["requests"], _largest(chunks), codes["requests"], _largest(codes)]
+        others = totals["missing_lists"] + totals["other_lists_than_alone"], totals["other_lists_than_reference"]
+        lists = [totals["lists"], *others] if totals["lists"] else ["-"] * 3
+        row = [SCHEDULED[backend], len(measured["schedules"]), *counts, *cells, *lists]
+        rows.append(f"| {' | '.join(map(str, row))} |")
+    return [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *rows]
+
+
+def _largest(group: dict[str, float | None]) -> str:
+    return "-" if group["largest_difference"] is None else f"{group['largest_difference']:.1e}"
 
 
 def _mean(figure: dict[str, float], digits: int) -> str:

@@ -5,6 +5,8 @@ A message names a parameter of the Python API between backquotes, alone or with 
 message as the flags of the command that was typed: `--seq`, `--backend cpu`.
 """
 
+from typing import Any
+
 MAX_CHARACTERS = 2000
 
 
@@ -30,6 +32,20 @@ class UsageError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class PartialResult(RuntimeError):
+    """Something failed after a part of the result was finished. The command line shows and writes the part, then the error.
+
+    Attributes
+    ----------
+    result : what was finished, as JSON values.
+    error : what failed; it decides the exit code.
+    """
+
+    def __init__(self, result: dict[str, Any], error: Exception) -> None:
+        super().__init__(str(error))
+        self.result, self.error = result, error
 
 
 class DoesNotFit(UsageError):

@@ -277,7 +277,7 @@ def test_an_evaluation_that_is_ended_keeps_the_rows_that_are_finished(elastickv,
     record = json.loads(path.read_text())
     assert [row["cache"] for row in record["rows"]] == ["C=1"]
     assert record["complete"] is False and record["suggestion"] is None and record["needle"] == []
-    assert "Interrupted: incomplete." in done.stdout and list(tmp_path.iterdir()) == [path]
+    assert "Incomplete. Rows" in done.stdout and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.fault("signals")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from elastickv.errors import NonFiniteError, UsageError
 from elastickv.evaluation.serving import engine_options, evaluate_served
 from elastickv.html_report.charts.fidelity_charts import loss_charts
 from elastickv.html_report.load_report_data import load_report_data
@@ -120,11 +121,36 @@ def test_what_is_finished_stays_after_an_interruption(elastickv, folder, tmp_pat
     monkeypatch.setattr(evaluate_served, "fidelity", ending)
     text = f"--text={folder.parent / 'text.txt'}"
     done = elastickv("eval", str(folder), text, *QUICK, "--compress=2,3", f"-o{result}")
-    assert done.returncode == 130 and "Interrupted: incomplete" in done.stdout
+    assert done.returncode == 130 and "Incomplete. Rows" in done.stdout
     record = json.loads(result.read_text(encoding="utf-8"))
     assert ([row["cache"] for row in record["rows"]], record["complete"]) == (["C=2"], False)
     done = elastickv("eval", str(folder), text, *QUICK, "--compress=2", f"-o{tmp_path / 'none.json'}")
     assert done.returncode == 130 and not (tmp_path / "none.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "code"), [(UsageError, 2), (NonFiniteError, 1), (OSError, 2)])
+def test_what_other_engines_finish_stays_where_one_fails(elastickv, folder, tmp_path, started, monkeypatch, kind, code):
+    result, text, greedy = tmp_path / "result.json", f"--text={folder.parent / 'text.txt'}", FakeEngine.greedy
+
+    def failing(self, *given):
+        if self.serving and self.serving.get("format") == "int8":
+            raise kind("vLLM ended with status -9")
+        return greedy(self, *given)
+
+    monkeypatch.setattr(FakeEngine, "greedy", failing)
+    arguments = ["eval", str(folder), text, *QUICK, "--compress=none", f"-o{result}"]
+    done = elastickv(*arguments, "--formats=int8,int4")
+    assert done.returncode == code and "Incomplete. Rows" in done.stdout
+    where = [f"{what}: vLLM ended with status -9" for what in ("int8 at 500 tokens", "pass keys in 450 tokens, int8")]
+    assert done.stderr.splitlines()[-1] == f"elastickv: error: {where[0]}"
+    record = json.loads(result.read_text(encoding="utf-8"))
+    assert ([row["cache"] for row in record["rows"]], record["complete"]) == (["int4"], False)
+    assert record["skipped"] == where and all(f"left out: {reason}" in done.stdout for reason in where)
+    assert [list(row["found"]) for row in record["needle"]] == [["full", "int4"]]
+    result.unlink()
+    done = elastickv(*arguments, "--formats=int8")
+    assert (done.returncode, done.stdout, result.exists()) == (code, "", False)
+    assert done.stderr.splitlines()[-1] == f"elastickv: error: {where[0]}"
 
 
 def test_a_stock_backend_is_not_taken_for_elastickv(elastickv, folder, started, monkeypatch):
@@ -144,7 +170,7 @@ def test_a_stock_backend_is_not_taken_for_elastickv(elastickv, folder, started, 
         (["--reference=stock-quantized"], "--reference is not measured through vLLM"),
         (["--formats=kivi4"], "format kivi4 is not served by vLLM with ElasticKV: choose int4, int8, k8v4"),
         (["--compress=1"], "give values of C in --compress, or --formats"),
-        (["--compress=64"], "compress=64"),
+        (["--compress=64"], "; give a smaller --compress, a longer --context or --needle, or in --engine-options a smaller"),
         (["--device=cuda"], "--device cuda: the installed vLLM serves on cpu: leave the option out"),
         (["--dtype=int8"], "choose fp32, fp16, bf16"),
         (["--engine-options=window"], "--engine-options=window is no JSON object: write arguments of vLLM's LLM"),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, read_ratio, step_bytes
 from elastickv.transformers.budget import Budget
 from elastickv.vllm.layer_formats import ServedModel, at_ratio, selection_line
-from elastickv.vllm.metrics.decode_reads import DecodeReads, ReadTotals
+from elastickv.vllm.metrics.decode_reads import SERVERS_RATIO, DecodeReads, ReadTotals
+from elastickv.vllm.selection.ratio_shares import RatioShares
 from elastickv.vllm.serving_options import PAGE_FORMATS, page_recipe
 
 SHAPE, WINDOW, LONGEST = AttentionShape(1, 8, 4, 64), 128, 40_000
@@ -29,14 +30,15 @@ SELECTING = {
 }
 
 
-def reads(recipes=SELECTING, dtype="bf16", shape=SHAPE):
-    model = ServedModel(shape, len(recipes), LONGEST, dtype)
-    return DecodeReads(recipes, shape, dtype, len(recipes), LONGEST, lambda ratio: at_ratio(recipes, ratio, model))
+def reads(recipes=SELECTING, shape=SHAPE):
+    of_ratio = RatioShares(recipes, ServedModel(shape, len(recipes), LONGEST))
+    return DecodeReads(recipes, shape, len(recipes), LONGEST, lambda ratio: of_ratio.of_layers(list(recipes), ratio))
 
 
 def of(counted, positions, prompts, since=0, ratio=None):
     positions, prompts = np.atleast_1d(positions).astype(np.int64), np.atleast_1d(prompts).astype(np.int64)
-    return counted.totals(positions, prompts, np.full(len(positions), since), ratio)
+    ratios = np.broadcast_to(SERVERS_RATIO if ratio is None else ratio, len(positions))
+    return counted.totals(positions, prompts, np.full(len(positions), since), ratios)
 
 
 def ages(position, prompt, recipes=SELECTING):
@@ -46,10 +48,10 @@ def ages(position, prompt, recipes=SELECTING):
     }
 
 
-def by_recipe(position, prompt, recipes=SELECTING, dtype="bf16"):
+def by_recipe(position, prompt, recipes=SELECTING):
     """Return the bytes that the recipes count for one token."""
     since = ages(position, prompt, recipes)
-    return sum(step_bytes(recipe, [position + 1], SHAPE, dtype, since[layer]).kv for layer, recipe in recipes.items())
+    return sum(step_bytes(recipe, [position + 1], SHAPE, "bf16", since[layer]).kv for layer, recipe in recipes.items())
 
 
 @given(pages=st.integers(20, 1000), own=st.integers(0, 300))
@@ -72,14 +74,15 @@ def test_formats_without_a_selection_read_what_their_recipes_count(name):
     assert found == counted if name != "fp8" else counted < found < 1.01 * counted
 
 
-def test_the_mean_over_an_interval_is_the_ratio_that_the_log_and_an_evaluation_say():
-    """Tokens of one context at every distance from their anchors."""
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_mean_over_an_interval_is_the_ratio_that_the_log_and_an_evaluation_say(dtype):
+    """Tokens of one context at every distance from their anchors. An element of a window is 2 bytes to all three."""
     position = 32768 - 1
     own = 1000 + np.arange(48)  # a multiple of all `anchor_every`
     found = of(reads(), np.full(len(own), position), position - own)
-    budget = Budget(SELECTING, SHAPE, "bf16", None, position + 1, fixed=False)
+    budget = Budget(SELECTING, SHAPE, dtype, None, position + 1, fixed=False)
     assert found.dense_bytes / found.read_bytes == pytest.approx(budget.ratio_at(position + 1, 1.0), rel=1e-12)
-    model = ServedModel(SHAPE, len(SELECTING), position + 1)
+    model = ServedModel(SHAPE, len(SELECTING), position + 1, dtype)
     assert f"1/{found.dense_bytes / found.read_bytes:.2f} of" in selection_line(SELECTING, model)
     alone = {0: SELECTING[0]}
     found = of(reads(alone), np.full(4, position), position - own[:4])
@@ -123,13 +126,6 @@ def test_a_list_that_is_gone_is_read_as_every_page_until_the_next_anchor():
     assert (listed.anchors, gone.anchors, anchor.anchors) == (0, 0, 1)
 
 
-def test_a_float32_window_counts_as_it_is_stored():
-    recipes = {0: page_recipe("int4", WINDOW)}
-    wide, narrow = (of(reads(recipes, dtype), 1000, 10) for dtype in ("fp32", "bf16"))
-    assert wide.read_bytes - narrow.read_bytes == WINDOW * SHAPE.kv_heads * 2 * SHAPE.head_dim * 2
-    assert wide.dense_bytes == narrow.dense_bytes
-
-
 def test_a_ratio_of_a_request_reads_more_and_1_every_page():
     position = WINDOW + 1000 * PAGE_TOKENS - 1
     own = 1000 + np.arange(48)
@@ -139,6 +135,21 @@ def test_a_ratio_of_a_request_reads_more_and_1_every_page():
     assert larger == of(reads(at_ratio(SELECTING, 3.5, ServedModel(SHAPE, len(SELECTING), LONGEST))), positions, prompts)
     assert 3.5 <= larger.dense_bytes / larger.read_bytes < 3.6
     assert (one.anchors, one.tokens) == (0, len(own))
+
+
+def test_requests_of_one_step_each_read_by_their_own_ratio():
+    """More of them than are counted at a time."""
+    rng, counted = np.random.default_rng(1), reads()
+    prompts = rng.integers(1, 30_000, 600)
+    positions, ratios = (
+        prompts + rng.integers(0, 500, 600),
+        rng.choice([SERVERS_RATIO, 1, 2, 3, *np.linspace(3.1, 3.9, 9)], 600),
+    )
+    single = [of(counted, *each) for each in zip(positions, prompts, np.zeros(600, int), ratios, strict=True)]
+    of_server = of(counted, positions, prompts)
+    together = of(counted, positions, prompts, ratio=ratios)
+    assert together == sum(single, ReadTotals())
+    assert of_server.read_bytes < together.read_bytes < of(counted, positions, prompts, ratio=1).read_bytes
 
 
 def test_tokens_add_up():

@@ -20,8 +20,7 @@ HEADS, WINDOW, DRAFTS = 2, 64, 3
 
 def selection(every, offset=0, drafts=DRAFTS, requests=4):
     recipe = Recipe.parse(f"int4,pages=1/4:1/2,anchor_every={every},sinks=0,window={WINDOW}")
-    larger = Recipe.parse(f"int4,pages=1/2:1,anchor_every={every},sinks=0,window={WINDOW}")
-    return DecodeSelection(recipe, lambda ratio: larger, range(HEADS), offset, drafts, requests)
+    return DecodeSelection(recipe, lambda ratio: np.array([1 / 2, 1]), range(HEADS), offset, drafts, requests)
 
 
 def step(of, blocks, spans, prompts, ratios=None):

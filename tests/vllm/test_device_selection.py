@@ -23,19 +23,21 @@ RECIPES = {
 }
 
 
-def recipes(ratio):
-    parsed = {layer: Recipe.parse(text) for layer, text in RECIPES.items()}
-    if ratio is None:
-        return parsed
-    return {layer: Recipe.parse(f"int4,pages={1 / ratio}") for layer in parsed}
+PARSED = {layer: Recipe.parse(text) for layer, text in RECIPES.items()}
+HEADS = 4  # of a layer, on all ranks
+
+
+def shares(layer, ratio):
+    recipe = PARSED[layer] if ratio is None else Recipe.parse(f"int4,pages={1 / ratio}")
+    return np.array([recipe.fraction(head % 2) for head in range(HEADS)])
 
 
 @pytest.fixture
 def selection():
-    of = DeviceSelection(recipes, REQUESTS, drafts=3, capacity=PAGES, device="cpu")
+    of = DeviceSelection(shares, REQUESTS, drafts=3, capacity=PAGES, device="cpu")
     of.layers = {
         layer: of.add_layer(layer, recipe, range(2, 4) if layer == 5 else range(2), layer)
-        for layer, recipe in recipes(None).items()
+        for layer, recipe in PARSED.items()
         if layer != 1
     }
     of.reserve()
@@ -72,9 +74,9 @@ def test_layers_share_the_memory_of_equal_sizes(selection):
 
 
 def test_requests_of_more_pages_than_lists_can_name_are_refused():
-    DeviceSelection(recipes, REQUESTS, drafts=0, capacity=2**16, device="cpu")
+    DeviceSelection(shares, REQUESTS, drafts=0, capacity=2**16, device="cpu")
     with pytest.raises(UsageError, match=r"^decodes of up to 2,097,184 tokens cannot select pages: give .* most 2,097,152, "):
-        DeviceSelection(recipes, REQUESTS, drafts=0, capacity=2**16 + 1, device="cpu")
+        DeviceSelection(shares, REQUESTS, drafts=0, capacity=2**16 + 1, device="cpu")
 
 
 def test_each_layer_has_its_own_addresses_and_fractions(selection):

@@ -2,10 +2,9 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from elastickv.vllm.metrics.decode_reads import ReadTotals
+from elastickv.vllm.metrics.decode_reads import SERVERS_RATIO, ReadTotals
 from elastickv.vllm.metrics.read_counter import ReadCounter
 
 
@@ -15,8 +14,8 @@ class Reads:
     def __init__(self):
         self.asked = []
 
-    def totals(self, positions, prompts, since, ratio):
-        self.asked += [(*map(int, each), ratio) for each in np.stack([positions, prompts, since], axis=1)]
+    def totals(self, positions, prompts, since, ratios):
+        self.asked += list(zip(positions.tolist(), prompts.tolist(), since.tolist(), ratios.tolist(), strict=True))
         return ReadTotals(tokens=len(positions), read_bytes=int(positions.sum()))
 
 
@@ -42,7 +41,7 @@ def test_tokens_after_a_prompt_are_counted_with_their_drafts(counter, reads):
     step(counter, {"a": (0, 10), "b": (4, 7)}, new=[("a", 10, None), ("b", 7, 2.0)])
     assert (reads.asked, counter.take()) == ([], ReadTotals())
     step(counter, {"a": (10, 11), "b": (7, 11)})
-    assert sorted(reads.asked) == [(7, 7, 4, 2.0), (8, 7, 4, 2.0), (9, 7, 4, 2.0), (10, 7, 4, 2.0), (10, 10, 0, None)]
+    assert sorted(reads.asked) == [(7, 7, 4, 2.0), (8, 7, 4, 2.0), (9, 7, 4, 2.0), (10, 7, 4, 2.0), (10, 10, 0, SERVERS_RATIO)]
     assert counter.take() == ReadTotals(tokens=5, read_bytes=10 + 7 + 8 + 9 + 10, steps=1)
     assert counter.take() == ReadTotals()
 
@@ -56,7 +55,7 @@ def test_what_is_computed_again_in_chunks_is_no_decode_and_lists_before_it_are_g
     step(counter, {"a": (0, 10)}, new=[("a", 10, None)])
     step(counter, {"a": (32, 40)}, resumed=["a"])
     step(counter, {"a": (40, 41)})
-    assert reads.asked == [(40, 10, 32, None)]
+    assert reads.asked == [(40, 10, 32, SERVERS_RATIO)]
 
 
 def test_a_resumed_request_may_come_as_a_new_one(counter, reads):
@@ -64,7 +63,7 @@ def test_a_resumed_request_may_come_as_a_new_one(counter, reads):
     step(counter, {"a": (0, 10)}, new=[("a", 10, None)])
     step(counter, {"a": (32, 40)}, new=[("a", 10, None)])
     step(counter, {"a": (40, 41)})
-    assert reads.asked == [(40, 10, 32, None)]
+    assert reads.asked == [(40, 10, 32, SERVERS_RATIO)]
 
 
 @pytest.mark.parametrize("resumed", [{"resumed": ["a"]}, {"new": [("a", 10, None)]}], ids=["known", "new"])
@@ -78,14 +77,14 @@ def test_on_gpus_chunks_that_are_computed_again_make_no_lists(reads, resumed):
     step(counter, {"a": (32, 40)})
     step(counter, {"a": (40, 41)})
     step(counter, {"a": (41, 42)})
-    assert reads.asked[3:] == [(40, 10, 40, None), (41, 10, 40, None)]
+    assert reads.asked[3:] == [(40, 10, 40, SERVERS_RATIO), (41, 10, 40, SERVERS_RATIO)]
 
 
 def test_a_request_that_ended_is_forgotten_and_its_name_may_come_again(counter, reads):
     step(counter, {"a": (0, 10)}, new=[("a", 10, None)])
     step(counter, {"a": (0, 20)}, new=[("a", 20, None)], finished=["a"])
     step(counter, {"a": (20, 21)})
-    assert reads.asked == [(20, 20, 0, None)]
+    assert reads.asked == [(20, 20, 0, SERVERS_RATIO)]
     step(counter, {}, finished=["a"])
     assert not counter._requests
 

@@ -119,7 +119,7 @@ def command(**arguments: Any) -> int:
     """
     from elastickv.cli.error_handling import interrupted
     from elastickv.cli.output import shown_after
-    from elastickv.errors import UsageError
+    from elastickv.errors import PartialResult, UsageError
     from elastickv.recipe import ModelCalibration
     from elastickv.results.files import check_writable, write_text
     from elastickv.results.formats import plain_json
@@ -142,7 +142,12 @@ def command(**arguments: Any) -> int:
             check_writable(target)
     calibration = None if arguments["calibration"] is None else ModelCalibration.load(arguments["calibration"])
     measure = _through_vllm if arguments["engine"] == "vllm" else _in_transformers
-    result = measure(arguments, calibration) | {"command": ["elastickv", *sys.argv[1:]]}
+    failure: Exception | None = None
+    try:
+        result = measure(arguments, calibration)
+    except PartialResult as partial:
+        result, failure = partial.result, partial.error
+    result |= {"command": ["elastickv", *sys.argv[1:]]}
     measured = EvaluationResult.from_dict(result)
     with shown_after(fidelity_tables(measured)):
         if output is not None:
@@ -151,6 +156,8 @@ def command(**arguments: Any) -> int:
             from elastickv.results.formats.fidelity_plot import draw
 
             draw(measured, plot)
+    if failure is not None:
+        raise failure
     return 0 if result["complete"] else interrupted()
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, FORMATS, round_up, sectors
+from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, FORMATS, Scales, round_up, sectors
 from elastickv.recipe.recipe import Recipe
 from elastickv.recipe.regions import PAGE_TOKENS, regions, retained_tokens, selected
 from elastickv.recipe.shape import AttentionShape
@@ -100,8 +100,7 @@ def _head_bytes(
         listed = selected(at_anchor // PAGE_TOKENS, fraction)
         pages = listed + (split.cold - at_anchor) // PAGE_TOKENS
         rows, lists = pages * PAGE_TOKENS, sectors(listed * LIST_ENTRY_BYTES)
-        # Pages are not contiguous: the scales of each are sectors of their own.
-        scales = pages * (sectors(key_scales.bytes_of(PAGE_TOKENS)) + sectors(value_scales.bytes_of(PAGE_TOKENS)))
+        scales = pages * _selected_scales_bytes(key_scales, value_scales)
         scoring = 0 if steps_since_refresh else sectors(key_scales.bytes_of(split.cold))
     elif steps_since_refresh:
         rows -= at_anchor
@@ -115,6 +114,25 @@ def _head_bytes(
         exact=_PLANES * sectors(split.exact * exact_row),
         cached=cached,
     )
+
+
+def _selected_scales_bytes(key_scales: Scales, value_scales: Scales) -> int:
+    """Return the bytes of the scales of a selected page, which are sectors of their own: such pages are not contiguous."""
+    return sectors(key_scales.bytes_of(PAGE_TOKENS)) + sectors(value_scales.bytes_of(PAGE_TOKENS))
+
+
+def selected_page_bytes(recipe: Recipe, head_dim: int) -> int:
+    """Return the bytes that a KV head reads of a selected page: codes and scales of K and V.
+
+    Raises
+    ------
+    ValueError : if the recipe selects no pages.
+    """
+    if recipe.selection != "pages" or recipe.key_format is None or recipe.value_format is None:
+        raise ValueError(f"{recipe} selects no pages")
+    key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
+    codes = PAGE_TOKENS * (key.key_row_bytes(head_dim) + value.row_bytes(head_dim))  # whole sectors
+    return codes + _selected_scales_bytes(key.key_scales(head_dim), value.value_scales(head_dim, recipe.v_group(head_dim)))
 
 
 def interval_bytes(recipe: Recipe, lengths: Sequence[int], shape: AttentionShape, model_dtype: str = "bf16") -> StepBytes:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from elastickv.recipe import DENSE, PAGE_TOKENS, AttentionShape, Recipe
-from elastickv.recipe.byte_counts import dense_bytes, interval_bytes
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickv.recipe import DENSE, FORMATS, PAGE_TOKENS, AttentionShape, Recipe, interval_bytes
+from elastickv.recipe.byte_counts import LIST_ENTRY_BYTES, dense_bytes, selected_page_bytes
+from elastickv.recipe.formats import SECTOR_BYTES
 from elastickv.recipe.shape import MAX_CONTEXT
 
 GROWTH = 8  # the share is solved again when the context has grown by 1 / GROWTH
@@ -31,12 +35,101 @@ def scaled(recipe: Recipe, scale: float | None) -> Recipe:
         return replace(recipe, fractions=(1.0,))
     if scale == 1:
         return recipe
-    return replace(recipe, fractions=tuple(min(1.0, _short(fraction * scale)) for fraction in recipe.fractions))
+    return replace(recipe, fractions=tuple(_scaled_shares(np.array(recipe.fractions), scale).tolist()))
 
 
-def _short(fraction: float) -> float:
-    """Return a fraction rounded down to few digits."""
-    return max(math.floor(fraction * _DIGITS) / _DIGITS, _LEAST_SCALE)
+def _scaled_shares(shares: NDArray[np.float64], scale: float | None) -> NDArray[np.float64]:
+    """Return `scale` times some shares, rounded down to few digits. None: all pages."""
+    if scale is None:
+        return np.ones_like(shares)
+    if scale == 1:
+        return shares
+    return np.clip(np.floor(shares * scale * _DIGITS) / _DIGITS, _LEAST_SCALE, 1)
+
+
+@dataclass(frozen=True)
+class _ContextReads:
+    """Bytes of a step of all layers at some contexts, averaged over an anchor interval.
+
+    Attributes
+    ----------
+    unscaled : (contexts,) bytes that do not depend on the shares.
+    shares : (parts,) of the pages that heads of one part read.
+    pages : (contexts, parts) pages that were cold at the anchor.
+    times : (contexts, parts) heads of a part, times its share of the steps of an interval.
+    page_bytes : (parts,) of a page.
+    """
+
+    unscaled: NDArray[np.float64]
+    shares: NDArray[np.float64]
+    pages: NDArray[np.int64]
+    times: NDArray[np.float64]
+    page_bytes: NDArray[np.int64]
+
+    def n_bytes(self, scale: float | None) -> NDArray[np.float64]:
+        """Return the bytes with all shares times `scale`, (contexts,)."""
+        shares = _scaled_shares(self.shares, scale)
+        listed = np.minimum(np.maximum((shares * self.pages).astype(np.int64), 1), self.pages)  # as `regions.selected`
+        of_lists = listed * self.page_bytes + _sectors(listed * LIST_ENTRY_BYTES)
+        return np.asarray(self.unscaled + (of_lists * self.times).sum(axis=1))
+
+
+class _LayerReads:
+    """The sum of `interval_bytes` over layers, for many factors on their shares.
+
+    Parameters
+    ----------
+    recipes : one for each layer.
+    shape : of a layer, for one sequence.
+    dtype : the model's own.
+    """
+
+    def __init__(self, recipes: Iterable[Recipe], shape: AttentionShape, dtype: str) -> None:
+        self._shape, self._dtype = shape, dtype
+        self._unselected, heads = Counter[Recipe](), Counter[tuple[int, int, float]]()
+        kinds = dict[tuple[int, ...], int]()  # sizes of recipes that differ by their shares alone -> their number
+        for recipe, layers in Counter(recipes).items():
+            if recipe.selection != "pages":
+                self._unselected[recipe] += layers
+                continue
+            kind = kinds.setdefault(self._sizes(recipe), len(kinds))
+            # The pages that were cold at the anchor are those of now, or so many fewer.
+            for fewer in range(1 + -(-(recipe.anchor_every - 1) // PAGE_TOKENS)):
+                for fraction, alike in Counter(map(recipe.fraction, range(shape.kv_heads))).items():
+                    heads[kind, fewer, fraction] += layers * alike
+        sizes = np.array([*kinds], np.int64).reshape(-1, 5)
+        self._every, self._exact_tokens, self._page_bytes, self._scoring_bytes, self._row_bytes = sizes.T
+        parts = np.array([*heads], np.float64).reshape(-1, 3)
+        self._kind, self._fewer = parts[:, :2].astype(np.int64).T
+        self._shares, self._heads = parts[:, 2], np.array([*heads.values()], np.int64)
+        of_now = self._fewer == 0
+        self._kind_heads = np.bincount(self._kind[of_now], self._heads[of_now], len(kinds))
+
+    def _sizes(self, recipe: Recipe) -> tuple[int, ...]:
+        head_dim, key = self._shape.head_dim, FORMATS[str(recipe.key_format)]
+        row = FORMATS[recipe.exact_dtype(self._dtype)].row_bytes(head_dim)
+        scoring = key.key_scales(head_dim).bytes_of(PAGE_TOKENS)
+        return recipe.anchor_every, recipe.sinks + recipe.window, selected_page_bytes(recipe, head_dim), scoring, row
+
+    def at(self, contexts: Sequence[int]) -> _ContextReads:
+        """Return what is read at some contexts, without shares that are scaled."""
+        tokens, kind = np.array(contexts, np.int64)[:, None], self._kind
+        full, begun = np.divmod(tokens - self._exact_tokens, PAGE_TOKENS)
+        cold = np.maximum(full, 0)
+        pages = np.maximum(full[:, kind] - self._fewer, 0)
+        last = begun[:, kind] + 1 + PAGE_TOKENS * self._fewer  # step since the anchor with so many pages, and the next one
+        steps = np.minimum(last, self._every[kind]) - np.maximum(last - PAGE_TOKENS, 0)
+        times = self._heads * np.maximum(steps, 0) / self._every[kind]
+        exact = 2 * _sectors((tokens - PAGE_TOKENS * cold) * self._row_bytes)
+        unscaled = ((exact + _sectors(cold * self._scoring_bytes) / self._every) * self._kind_heads).sum(axis=1)
+        unscaled += ((cold[:, kind] - pages) * self._page_bytes[kind] * times).sum(axis=1)
+        for recipe, layers in self._unselected.items():
+            unscaled += [layers * interval_bytes(recipe, [each], self._shape, self._dtype).kv for each in contexts]
+        return _ContextReads(unscaled, self._shares, pages, times, self._page_bytes[kind])
+
+
+def _sectors(n_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
+    return -(-n_bytes // SECTOR_BYTES) * SECTOR_BYTES
 
 
 @dataclass(frozen=True)
@@ -81,22 +174,22 @@ class Budget:
 
     def ratio_at(self, context: int, scale: float | None) -> float:
         """Return dense bytes / bytes read, all layers together, averaged over an anchor interval."""
-        read = sum(
-            times * interval_bytes(scaled(recipe, scale), [context], self.shape, self.dtype).kv
-            for recipe, times in Counter(self.recipes.values()).items()
-        )
-        return len(self.recipes) * dense_bytes([context], self.shape) / read
+        return len(self.recipes) * dense_bytes([context], self.shape) / float(self._reads.at([context]).n_bytes(scale)[0])
+
+    @cached_property
+    def _reads(self) -> _LayerReads:
+        return _LayerReads(self.recipes.values(), self.shape, self.dtype)
 
     @property
     def _selects(self) -> bool:
         return self.ratio is not None and any(recipe.selection == "pages" for recipe in self.recipes.values())
 
-    def _meets(self, context: int, scale: float) -> bool:
-        """Whether the ratio is met at `context` and just before the next page turns cold, the worst case."""
-        assert self.ratio is not None
-        recipe = next(iter(self.recipes.values()))
-        worst = context + (recipe.sinks + recipe.window - 1 - context) % PAGE_TOKENS
-        return all(self.ratio_at(length, scale) >= self.ratio for length in (context, worst))
+    def _meeting(self, context: int) -> Callable[[float], bool]:
+        """Return whether a scale meets the ratio at `context` and just before the next page turns cold, the worst case."""
+        ratio, recipe = self.ratio or 1.0, next(iter(self.recipes.values()))
+        contexts = [context, context + (recipe.sinks + recipe.window - 1 - context) % PAGE_TOKENS]
+        dense, reads = len(self.recipes) * dense_bytes([1], self.shape) * np.array(contexts), self._reads.at(contexts)
+        return lambda scale: bool((dense / reads.n_bytes(scale) >= ratio).all())
 
     @cached_property
     def holds_from(self) -> int:
@@ -106,11 +199,11 @@ class Budget:
         if self.fixed:
             return self.context
         low, high = 0, PAGE_TOKENS
-        while not self._meets(high, _LEAST_SCALE) and high < MAX_CONTEXT:
+        while not self._meeting(high)(_LEAST_SCALE) and high < MAX_CONTEXT:
             low, high = high, 2 * high
         while high - low > PAGE_TOKENS:
             middle = (low + high) // 2 // PAGE_TOKENS * PAGE_TOKENS
-            low, high = (low, middle) if self._meets(middle, _LEAST_SCALE) else (middle, high)
+            low, high = (low, middle) if self._meeting(middle)(_LEAST_SCALE) else (middle, high)
         return high
 
     def reading(self, context: int) -> Reading:
@@ -129,14 +222,14 @@ class Budget:
 
     def _scale(self, context: int) -> float | None:
         """Return the largest factor on the shares at which the ratio is met. None: everything can be read."""
-        assert self.ratio is not None
         most = 1 / min(min(recipe.fractions) for recipe in self.recipes.values() if recipe.fractions)
-        if self._meets(context, most):
+        meets = self._meeting(context)
+        if meets(most):
             return None
         low, high = math.log(_LEAST_SCALE), math.log(most)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._meets(context, math.exp(middle)) else (low, middle)
+            low, high = (middle, high) if meets(math.exp(middle)) else (low, middle)
         return math.exp(low)
 
     def recipe_at(self, layer: int, context: int) -> Recipe:

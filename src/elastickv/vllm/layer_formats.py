@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from elastickv.errors import UsageError
@@ -11,13 +10,14 @@ from elastickv.inputs import decoded, file_path, read_bytes
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe, for_ratio_by_layer, predicted_loss
 from elastickv.recipe.calibration import Smoothing
 from elastickv.recipe.formats import round_up
+from elastickv.recipe.recipe import has_page_bounds
 from elastickv.recipe.shape import MAX_CONTEXT
 from elastickv.recipe.slab import Slab
 from elastickv.recipe.solver import with_pages
-from elastickv.vllm.serving_options import KEY, ServingOptions, page_recipe
+from elastickv.vllm.serving_options import KEY, MIN_EXACT_TOKENS, PAGE_FORMATS, ServingOptions, page_recipe
 
+UNMET_REMEDY = f"give a smaller `compress` or `window` of {KEY}, or a larger `max_model_len`, which is the context"
 SLAB_ALIGNMENT_BYTES = 64  # 32 tokens of whole 16-bit numbers, as a cache in a 16-bit dtype is sized
-_RATIOS = 4096  # of single requests that are remembered: more than run at a time, or each step would solve them all anew
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,11 @@ class ServedModel:
 
 
 def layer_recipes(
-    options: ServingOptions, default_recipe: Recipe, layer_numbers: Iterable[int], model: ServedModel
+    options: ServingOptions,
+    default_recipe: Recipe,
+    layer_numbers: Iterable[int],
+    model: ServedModel,
+    remedy: str = UNMET_REMEDY,
 ) -> dict[int, Recipe]:
     """Return the recipe of every layer of the model: layer number -> recipe.
 
@@ -150,6 +154,7 @@ def layer_recipes(
     ----------
     default_recipe : of layers for which neither the option `layers` nor a calibration says another.
     layer_numbers : of the layers that this rank serves, as in vLLM's names of layers.
+    remedy : what the message of a ratio that is not met says to do.
 
     Raises
     ------
@@ -166,7 +171,8 @@ def layer_recipes(
     overridden = {number: page_recipe(each.format, options.window) for each in options.layers for number in each.numbers}
     calibration, recipe = read_calibration(options), default_recipe
     if options.compress is not None and calibration is None:
-        recipe = with_pages(default_recipe, options.compress, model.solved_context, model.shape, model.dtype, _UNMET)
+        remedy = remedy if has_page_bounds(default_recipe.key_format) else _OTHER_FORMAT
+        recipe = with_pages(default_recipe, options.compress, model.solved_context, model.shape, model.dtype, remedy)
     if options.compress is None or calibration is None:
         recipes = dict.fromkeys(range(model.layer_count), recipe)
     else:
@@ -180,7 +186,7 @@ def layer_recipes(
             window=options.window,
             select_pages=options.select_pages,
             device=model.device,
-            remedy=_UNMET,
+            remedy=remedy,
         )
         recipes = dict(zip(calibration.layers, plan.recipes, strict=True))
     return recipes | overridden
@@ -188,18 +194,11 @@ def layer_recipes(
 
 def at_ratio(recipes: Mapping[int, Recipe], ratio: float, model: ServedModel) -> dict[int, Recipe]:
     """Return recipes of all layers with larger shares of the pages, in proportion, that meet a smaller ratio."""
-    from elastickv.transformers.budget import scaled  # its package loads Transformers
+    from elastickv.transformers.budget import Budget, scaled  # its package loads Transformers
 
-    scale = _scale_of_ratio(tuple(recipes.items()), ratio, model)
+    budget = Budget(recipes, model.shape, model.dtype, ratio, context=0, fixed=False)
+    scale = budget.reading(model.solved_context).scale
     return {layer: scaled(recipe, scale) for layer, recipe in recipes.items()}
-
-
-@lru_cache(_RATIOS)
-def _scale_of_ratio(recipes: tuple[tuple[int, Recipe], ...], ratio: float, model: ServedModel) -> float | None:
-    """Return the factor on the shares of all layers; None: every page. For tens of layers that takes about a second."""
-    from elastickv.transformers.budget import Budget
-
-    return Budget(dict(recipes), model.shape, model.dtype, ratio, context=0, fixed=False).reading(model.solved_context).scale
 
 
 def selection_line(recipes: Mapping[int, Recipe], model: ServedModel) -> str:
@@ -267,7 +266,8 @@ def check_fits(
         )
 
 
-_UNMET = f"give a smaller `compress` or `window` of {KEY}, or a larger `max_model_len`, which is the context"
+_SELECTABLE = " or ".join(name for name in PAGE_FORMATS if has_page_bounds(page_recipe(name, MIN_EXACT_TOKENS).key_format))
+_OTHER_FORMAT = f"give a smaller `compress`, or a `format` whose pages can be selected: {_SELECTABLE}"
 _REMEDY = "give a file that `elastickv calibrate` wrote"
 
 

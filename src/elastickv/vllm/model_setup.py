@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,13 +23,13 @@ from elastickv.vllm.drafts import draft_layers
 from elastickv.vllm.layer_formats import (
     ServedModel,
     SlabPlan,
-    at_ratio,
     layer_recipes,
     layer_smoothing,
     selection_line,
     uncalibrated,
     with_calibration_hash,
 )
+from elastickv.vllm.selection.ratio_shares import RatioShares
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 from elastickv.vllm.step_metadata import most_requests
 from elastickv.vllm.stock_windows import share_blocks
@@ -68,7 +69,7 @@ class ModelSetup:
         self._members: list[Any] = []
         self._drafter: list[Any] = []
         self._recipes: dict[int, Recipe] = {}
-        self._by_ratio: dict[float, dict[int, Recipe]] = {}
+        self._shares: RatioShares | None = None
         self._device_selection: DeviceSelection | None = None
         self._served: ServedModel | None = None
         self._smoothing: dict[int, Smoothing] = {}
@@ -134,6 +135,7 @@ class ModelSetup:
         if not self._recipes:
             self._served = self._served_model(shape, act_dtype)
             self._recipes = layer_recipes(self.options, self.recipe, self._numbers(), self._served)
+            self._shares = RatioShares(self._recipes, self._served)
             self._tell_selection(self._served)
             self._smoothing = layer_smoothing(self.options)
         if shape.head_dim not in self._slab_bytes:
@@ -169,18 +171,19 @@ class ModelSetup:
         """Return which pages a layer's decodes read; None: every page."""
         if recipe.selection != "pages":
             return None
+        assert self._shares is not None, "layers have recipes"
         layer, layers = extract_layer_index(name), self.config.model_config.get_total_num_hidden_layers()
         heads, offset = self._heads_of_rank(kv_heads), recipe.layer_anchor_offset(layer, layers)
         drafts, requests = self.config.num_speculative_tokens, self.config.scheduler_config.max_num_seqs
         if current_platform.is_cpu():
             from elastickv.vllm.selection.decode_selection import DecodeSelection
 
-            return DecodeSelection(recipe, lambda ratio: self._recipes_of_ratio(ratio)[layer], heads, offset, drafts, requests)
+            return DecodeSelection(recipe, partial(self._shares.of_layer, layer), heads, offset, drafts, requests)
         if self._device_selection is None:
             from elastickv.vllm.selection.device_selection import DeviceSelection
 
             pages = -(-self.config.model_config.max_model_len // PAGE_TOKENS)
-            self._device_selection = DeviceSelection(self._recipes_of_ratio, requests, drafts, pages)
+            self._device_selection = DeviceSelection(self._shares.of_layer, requests, drafts, pages)
         return self._device_selection.add_layer(layer, recipe, heads, offset)
 
     def rows_for(self, requests: int, device: torch.device) -> "RowWriter | None":
@@ -190,15 +193,6 @@ class ModelSetup:
         from elastickv.vllm.selection.row_writer import RowWriter
 
         return RowWriter(self._device_selection, requests, device)
-
-    def _recipes_of_ratio(self, ratio: float | None) -> dict[int, Recipe]:
-        """Return the recipes of all layers for a request's own ratio; None: the server's."""
-        if ratio is None:
-            return self._recipes
-        if ratio not in self._by_ratio:
-            assert self._served is not None
-            self._by_ratio[ratio] = at_ratio(self._recipes, ratio, self._served)
-        return self._by_ratio[ratio]
 
     def of_this_rank(self, smoothing: Smoothing | None, kv_heads: int) -> Smoothing | None:
         """Return the part of a layer's smoothing that is of this rank's KV heads."""

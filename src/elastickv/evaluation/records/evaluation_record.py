@@ -26,7 +26,7 @@ class EvaluationRecord:
     ----------
     packages : names of packages whose versions the environment has too.
     model : as `EvaluatedModel` has it.
-    skipped : reasons why something is not measured.
+    skipped : reasons why something is not measured; they may be extended.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class EvaluationRecord:
         self._environment = environment() | {name: _version(name) for name in packages}
         self._windows = window_records(texts, tokenizer, inputs.windows, options.scored, inputs.haystacks)
         self._calibration = None if calibration is None else {"text": calibration.text, "tokens": calibration.tokens}
-        self._skipped = skipped
+        self.skipped = skipped
 
     @property
     def empty(self) -> bool:
@@ -76,7 +76,7 @@ class EvaluationRecord:
             **self._windows,
             "calibration": self._calibration,
             "options": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()},
-            "skipped": self._skipped,
+            "skipped": self.skipped,
             "rows": self.rows,
             "generations": self.generations,
             "needle": self.needle,

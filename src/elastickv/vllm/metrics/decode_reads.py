@@ -3,13 +3,12 @@
 A token at position p attends to p + 1 tokens. It reads the newest `window` of them from its window and each older one from its
 page, whole pages. Where a layer selects pages it reads those on its list and those that have left the window since the list
 was made; at an anchor also the scales and zeros of all keys, by which pages are ranked. Every contiguous range of memory is
-counted in DRAM sectors of 32 bytes, as `recipe.byte_counts` does.
+counted in DRAM sectors of 32 bytes, as `recipe.byte_counts` does, and an element of a window as 2 bytes, as it and the dense
+cache that reads are compared with do: in a float32 model both have 4.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +17,13 @@ from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.byte_counts import LIST_ENTRY_BYTES
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, SECTOR_BYTES, sectors
 from elastickv.recipe.slab import Slab
+from elastickv.vllm.selection.ratio_shares import Shares, layer_shares
 from elastickv.vllm.serving_options import KEY
 
 Int64Array = NDArray[np.int64]
-RATIOS = 32
-"""Ratios of single requests whose tables are remembered."""
+SERVERS_RATIO = 0.0
+"""In place of a request's own ratio."""
+_TOKENS_AT_ONCE = 256  # to bound the memory that they take
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,38 @@ COUNTERS = {
 
 
 @dataclass(frozen=True)
-class _Anchors:
-    """What selection saves and costs in layers that have their anchors at the same tokens.
+class _SelectingLayers:
+    """The layers that select pages.
 
     Attributes
     ----------
-    every, offset : (groups,) of the layers of each group.
-    saved : (groups, pages + 1) bytes of the pages that lists of so many leave out, less the bytes of the lists.
-    scoring : (groups, pages + 1) bytes that ranking so many pages reads.
-    layers : (groups, pages + 1) layers that select among so many pages.
+    rows : (layers,) their places among the layers that ElasticKV serves.
+    every, offset : (groups,) of layers that have their anchors at the same tokens.
+    group : (layers,) the group of each layer.
+    page_bytes : (layers,) of a page of one KV head.
+    scoring_bytes : (layers,) that ranking a page reads, for all KV heads.
     """
 
+    rows: Int64Array
     every: Int64Array
     offset: Int64Array
-    saved: Int64Array
-    scoring: Int64Array
-    layers: Int64Array
+    group: Int64Array
+    page_bytes: Int64Array
+    scoring_bytes: Int64Array
+
+    def reads(self, pages: Int64Array, shares: Shares) -> Int64Array:
+        """Return the bytes that lists save, those that ranking reads, and whether there are lists, (3, tokens, layers).
+
+        Parameters
+        ----------
+        pages : (tokens, layers) pages that had left the window at the anchor.
+        shares : (layers, kv_heads) of them that are listed, or (tokens, layers, kv_heads).
+        """
+        all_pages = pages[:, :, None]
+        listed = np.minimum(np.maximum((shares * all_pages).astype(np.int64), 1), all_pages)  # as `regions.selected` counts
+        saved = (self.page_bytes[:, None] * (all_pages - listed) - _sectors(listed * LIST_ENTRY_BYTES)).sum(axis=2)
+        selects = (listed < all_pages).any(axis=2)
+        return np.stack([saved, self.scoring_bytes * pages, np.ones_like(pages)]) * selects
 
 
 class DecodeReads:
@@ -96,32 +113,29 @@ class DecodeReads:
     ----------
     recipes : layer -> recipe; all have one window and no sinks.
     shape : of a layer, all heads and not a rank's share.
-    dtype : the model's, in which the window is stored.
     layer_count : layers of the model, over which anchors are spread.
     longest : most tokens of a request.
-    recipes_of_ratio : returns the recipes of the same layers for a request's own ratio.
+    shares_of_ratio : returns the shares of the pages of the same layers for a request's own ratio, (layers, kv_heads).
     """
 
     def __init__(
         self,
         recipes: Mapping[int, Recipe],
         shape: AttentionShape,
-        dtype: str,
         layer_count: int,
         longest: int,
-        recipes_of_ratio: Callable[[float], Mapping[int, Recipe]],
+        shares_of_ratio: Callable[[float], Shares],
     ) -> None:
         (self._window,) = {recipe.window for recipe in recipes.values()}
-        self._shape, self._layers, self._layer_count = shape, len(recipes), layer_count
-        self._most_pages = -(-longest // PAGE_TOKENS)
+        self._shape, self._layers, self._shares_of_ratio = shape, len(recipes), shares_of_ratio
         rows = 2 * shape.kv_heads * len(recipes)  # of K and V
-        self._dense_row_bytes = rows * shape.head_dim * DENSE_BYTES_PER_ELEMENT
-        self._exact_row_bytes = rows * FORMATS[dtype].row_bytes(shape.head_dim)
+        self._row_bytes = rows * shape.head_dim * DENSE_BYTES_PER_ELEMENT  # of a window, or of a dense cache
         self._page_bytes = shape.kv_heads * sum(map(self._slab_bytes, recipes.values()))
-        self._usual = self._anchors(recipes)
-        self._of_ratio = lru_cache(RATIOS)(lambda ratio: self._anchors(recipes_of_ratio(ratio)))
+        self._selecting = self._selecting_layers(recipes, layer_count)
+        if self._selecting is not None:
+            self._usual = self._table(self._selecting, layer_shares(recipes, shape.kv_heads), -(-longest // PAGE_TOKENS))
 
-    def totals(self, positions: Int64Array, prompts: Int64Array, since: Int64Array, ratio: float | None = None) -> ReadTotals:
+    def totals(self, positions: Int64Array, prompts: Int64Array, since: Int64Array, ratios: Shares) -> ReadTotals:
         """Return what tokens read that requests have generated, without `steps`.
 
         Parameters
@@ -130,59 +144,81 @@ class DecodeReads:
         prompts : (tokens,) lengths of the prompts, at most the positions.
         since : (tokens,) the first token of the request that was computed since it got its blocks. A list of an anchor before
             it is taken to be gone, so that every page is read.
-        ratio : the requests' own; None: the server's.
+        ratios : (tokens,) the requests' own; `SERVERS_RATIO` where they have none.
         """
         exact = np.minimum(positions + 1, self._window)
         pages = -(-(positions + 1 - exact) // PAGE_TOKENS)
-        read = self._exact_row_bytes * int(exact.sum()) + self._page_bytes * int(pages.sum())
-        anchors, groups = 0, self._selection(ratio)
-        if groups is not None:
-            own = (positions - prompts)[:, None]
-            age = np.minimum(own, (own + groups.offset) % groups.every)  # `Recipe.steps_since_refresh`
-            anchor = positions[:, None] - age
-            at = np.arange(len(groups.every)), np.maximum(anchor + 1 - self._window, 0) // PAGE_TOKENS
-            present = anchor >= since[:, None]
-            at_anchor = present & (age == 0)
-            read -= int((groups.saved[at] * present).sum())
-            read += int((groups.scoring[at] * at_anchor).sum())
-            anchors = int((groups.layers[at] * at_anchor).sum())
+        read = self._row_bytes * int(exact.sum()) + self._page_bytes * int(pages.sum())
+        anchors = 0
+        if self._selecting is not None:
+            saved, scoring, anchors = self._selected(self._selecting, positions, prompts, since, ratios)
+            read += scoring - saved
         return ReadTotals(
             read_bytes=read,
-            dense_bytes=self._dense_row_bytes * int((positions + 1).sum()),
+            dense_bytes=self._row_bytes * int((positions + 1).sum()),
             tokens=len(positions),
             layer_tokens=len(positions) * self._layers,
             anchors=anchors,
         )
 
-    def _selection(self, ratio: float | None) -> _Anchors | None:
-        """Return the tables of a ratio; None where every page is read."""
-        if ratio is None or self._usual is None:
-            return self._usual
-        return None if ratio == 1 else self._of_ratio(ratio)
+    def _selected(
+        self, layers: _SelectingLayers, positions: Int64Array, prompts: Int64Array, since: Int64Array, ratios: Shares
+    ) -> tuple[int, int, int]:
+        """Return the bytes that lists save, those that ranking reads, and the anchors."""
+        own = (positions - prompts)[:, None]
+        age = np.minimum(own, (own + layers.offset) % layers.every)  # `Recipe.steps_since_refresh`
+        anchor = positions[:, None] - age
+        pages = np.maximum(anchor + 1 - self._window, 0) // PAGE_TOKENS
+        counted = anchor >= since[:, None]
+        at_anchor = counted & (age == 0)
+        usual = np.flatnonzero(ratios == SERVERS_RATIO)
+        of_groups = self._usual[:, pages[usual], np.arange(len(layers.every))]
+        sums = _summed(of_groups, counted[usual], at_anchor[usual])
+        others = np.flatnonzero((ratios != SERVERS_RATIO) & (ratios != 1))  # with 1 every page is read
+        for first in range(0, len(others), _TOKENS_AT_ONCE):
+            some = others[first : first + _TOKENS_AT_ONCE]
+            distinct, number = np.unique(ratios[some], return_inverse=True)
+            shares = np.stack([self._shares_of_ratio(ratio)[layers.rows] for ratio in distinct.tolist()])[number]
+            of_layers = layers.reads(pages[some][:, layers.group], shares)
+            sums += _summed(of_layers, counted[some][:, layers.group], at_anchor[some][:, layers.group])
+        saved, scoring, anchors = sums.tolist()
+        return saved, scoring, anchors
 
-    def _anchors(self, recipes: Mapping[int, Recipe]) -> _Anchors | None:
-        groups = defaultdict[tuple[int, int], list[Recipe]](list)
-        for layer, recipe in recipes.items():
-            if recipe.selection == "pages":
-                groups[recipe.anchor_every, recipe.layer_anchor_offset(layer, self._layer_count)].append(recipe)
-        if not groups:
+    def _selecting_layers(self, recipes: Mapping[int, Recipe], layer_count: int) -> _SelectingLayers | None:
+        chosen = [(row, layer, recipe) for row, (layer, recipe) in enumerate(recipes.items()) if recipe.selection == "pages"]
+        if not chosen:
             return None
-        tables = [np.sum([self._of_layer(recipe) for recipe in alike], axis=0) for alike in groups.values()]
-        saved, scoring, layers = np.stack(tables, axis=1)
-        every, offset = np.array(list(groups), np.int64).T
-        return _Anchors(every, offset, saved, scoring, layers)
+        anchors = [(recipe.anchor_every, recipe.layer_anchor_offset(layer, layer_count)) for _, layer, recipe in chosen]
+        groups = list(dict.fromkeys(anchors))
+        every, offset = np.array(groups, np.int64).T
+        scales = [FORMATS[str(recipe.key_format)].key_scales(self._shape.head_dim) for _, _, recipe in chosen]
+        return _SelectingLayers(
+            rows=np.array([row for row, _, _ in chosen]),
+            every=every,
+            offset=offset,
+            group=np.array([groups.index(each) for each in anchors]),
+            page_bytes=np.array([self._slab_bytes(recipe) for _, _, recipe in chosen]),
+            scoring_bytes=self._shape.kv_heads * np.array([sectors(each.bytes_of(PAGE_TOKENS)) for each in scales]),
+        )
 
-    def _of_layer(self, recipe: Recipe) -> Int64Array:
-        """Return the rows of `_Anchors` for one layer, (3, pages + 1)."""
-        assert recipe.key_format is not None, "it selects by the scales of its keys"
-        pages, heads = np.arange(self._most_pages + 1), self._shape.kv_heads
-        fractions = np.array([recipe.fraction(head) for head in range(heads)])[:, None]
-        listed = np.minimum(np.maximum((fractions * pages).astype(np.int64), 1), pages)  # as `regions.selected` counts them
-        selects = (listed < pages).any(axis=0)
-        scales = FORMATS[recipe.key_format].key_scales(self._shape.head_dim).bytes_of(PAGE_TOKENS)
-        lists = -(-listed * LIST_ENTRY_BYTES // SECTOR_BYTES) * SECTOR_BYTES
-        saved = (self._slab_bytes(recipe) * (pages - listed) - lists).sum(axis=0)
-        return np.stack([saved, heads * sectors(scales) * pages, np.ones_like(pages)]) * selects
+    def _table(self, layers: _SelectingLayers, shares: Shares, most_pages: int) -> Int64Array:
+        """Return `_SelectingLayers.reads` by the number of pages, summed over the layers of a group: (3, pages + 1, groups)."""
+        of_group = layers.group[:, None] == np.arange(len(layers.every))
+        parts = []
+        for first in range(0, most_pages + 1, _TOKENS_AT_ONCE):
+            pages = np.arange(first, min(first + _TOKENS_AT_ONCE, most_pages + 1))
+            parts.append(layers.reads(np.repeat(pages[:, None], len(layers.group), axis=1), shares[layers.rows]) @ of_group)
+        return np.concatenate(parts, axis=1)
 
     def _slab_bytes(self, recipe: Recipe) -> int:
         return sectors(Slab.of(recipe, self._shape.head_dim).n_bytes)
+
+
+def _summed(reads: Int64Array, counted: NDArray[np.bool_], at_anchor: NDArray[np.bool_]) -> Int64Array:
+    """Return (3,) sums of what lists save where they count, and of what they cost where they are made."""
+    saved, scoring, layers = reads
+    return np.array([(saved * counted).sum(), (scoring * at_anchor).sum(), (layers * at_anchor).sum()])
+
+
+def _sectors(n_bytes: Int64Array) -> Int64Array:
+    return -(-n_bytes // SECTOR_BYTES) * SECTOR_BYTES

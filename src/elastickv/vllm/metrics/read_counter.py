@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from elastickv.vllm.metrics.decode_reads import DecodeReads, ReadTotals
+from elastickv.vllm.metrics.decode_reads import SERVERS_RATIO, DecodeReads, ReadTotals
 
 
 @dataclass
@@ -17,12 +17,12 @@ class _RequestReads:
     ----------
     prompt : tokens of its prompt.
     since : the first token that may have made a list since the request got its blocks; None until it is known.
-    ratio : its own, or None.
+    ratio : its own, or `SERVERS_RATIO`.
     """
 
     prompt: int
     since: int | None
-    ratio: float | None
+    ratio: float
 
 
 class ReadCounter:
@@ -58,23 +58,24 @@ class ReadCounter:
             self._requests.pop(name, None)
         for new in output.scheduled_new_reqs:
             since, ratio = self._since(computed[new.req_id]), self._ratio_of(new.sampling_params)
-            self._requests[new.req_id] = _RequestReads(new.prompt_len, since, ratio)
+            self._requests[new.req_id] = _RequestReads(new.prompt_len, since, SERVERS_RATIO if ratio is None else ratio)
         for name in output.scheduled_cached_reqs.resumed_req_ids & self._requests.keys():
             self._requests[name].since = self._since(computed[name])
-        by_ratio = dict[float | None, list[tuple[int, int, int, int]]]()
+        parts, ratios = list[tuple[int, int, int, int]](), list[float]()
         for name, tokens in computed.items():
             request = self._requests.get(name)  # none if the output of its first step never came
             if request is not None and request.prompt <= tokens.start and len(tokens) <= self._most_tokens:
                 if request.since is None:
                     request.since = tokens.start
-                part = (tokens.start, len(tokens), request.prompt, request.since)
-                by_ratio.setdefault(request.ratio, []).append(part)
-        for ratio, parts in by_ratio.items():
-            first, counts, prompts, since = np.array(parts, np.int64).T
-            of_token = np.repeat(np.arange(len(counts)), counts)
-            positions = first[of_token] + np.arange(len(of_token)) - (np.cumsum(counts) - counts)[of_token]
-            self._totals += self._reads.totals(positions, prompts[of_token], since[of_token], ratio)
-        self._totals += ReadTotals(steps=bool(by_ratio))
+                parts.append((tokens.start, len(tokens), request.prompt, request.since))
+                ratios.append(request.ratio)
+        if not parts:
+            return
+        first, counts, prompts, since = np.array(parts, np.int64).T
+        of_token = np.repeat(np.arange(len(counts)), counts)
+        positions = first[of_token] + np.arange(len(of_token)) - (np.cumsum(counts) - counts)[of_token]
+        self._totals += self._reads.totals(positions, prompts[of_token], since[of_token], np.array(ratios)[of_token])
+        self._totals += ReadTotals(steps=1)
 
     def _since(self, first_step: range) -> int | None:
         return first_step.start if self._chunks_list else None

@@ -1,13 +1,15 @@
 """What an engine's decodes read, by the configuration that the process has which schedules them."""
 
+from functools import partial
 from typing import Any
 
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from elastickv.transformers.torch_dtypes import DTYPE_NAMES
-from elastickv.vllm.layer_formats import ServedModel, at_ratio, layer_recipes
+from elastickv.vllm.layer_formats import ServedModel, layer_recipes
 from elastickv.vllm.metrics.decode_reads import DecodeReads
+from elastickv.vllm.selection.ratio_shares import RatioShares
 from elastickv.vllm.serving_options import ServingOptions, recipe_of
 
 
@@ -25,13 +27,9 @@ def served_reads(config: Any, kv_cache_config: Any) -> DecodeReads:
     model = ServedModel.of(config, model_config.get_head_size(), DTYPE_NAMES[model_config.dtype], device)
     recipes = layer_recipes(options, default, layers, model)
 
-    def recipes_of_ratio(ratio: float) -> dict[int, Any]:
-        of_ratio = at_ratio(recipes, ratio, model)
-        return {layer: of_ratio[layer] for layer in layers}
-
-    own = {layer: recipes[layer] for layer in layers}
+    own, shares = {layer: recipes[layer] for layer in layers}, RatioShares(recipes, model)
     longest = model.context + 1 + config.num_speculative_tokens
-    return DecodeReads(own, model.shape, model.dtype, model.layer_count, longest, recipes_of_ratio)
+    return DecodeReads(own, model.shape, model.layer_count, longest, partial(shares.of_layers, layers))
 
 
 def served_layers(config: Any, kv_cache_config: Any) -> list[int]:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from elastickv.backends.cpu.blocks.host_blocks import EVERY_PAGE, NO_ROW, AnchorField, RowField, Table, address
 from elastickv.recipe import PAGE_TOKENS, Recipe
 from elastickv.vllm.selection.page_lists import Int64Array, PageLists
+from elastickv.vllm.selection.ratio_shares import Shares
 
-Fractions = NDArray[np.float64]
 LISTS_OF_REQUEST = 4
 """Blocks with lists that are kept for each request of the largest batch: those of ended requests are among them."""
 
@@ -73,7 +73,7 @@ class DecodeSelection:
     Parameters
     ----------
     recipe : the layer's, of requests that ask for no ratio of their own.
-    recipe_of_ratio : returns the layer's recipe for a request's ratio, with other fractions alone.
+    shares_of_ratio : returns the shares of the pages for a request's own ratio, of all KV heads of the layer.
     kv_heads : numbers of this rank's KV heads.
     offset : by how many steps the layer's anchors come early.
     drafts : most draft tokens of a request in a step, by which its next step may go back.
@@ -83,15 +83,15 @@ class DecodeSelection:
     def __init__(
         self,
         recipe: Recipe,
-        recipe_of_ratio: Callable[[float], Recipe],
+        shares_of_ratio: Callable[[float], Shares],
         kv_heads: range,
         offset: int,
         drafts: int,
         requests: int,
     ) -> None:
         self._every, self._offset, self._window, self._drafts = recipe.anchor_every, offset, recipe.window, drafts
-        self._kv_heads, self._recipe_of_ratio = kv_heads, recipe_of_ratio
-        self._usual, self._of_ratio = self._fractions(recipe), dict[float, Fractions]()
+        self._kv_heads, self._shares_of_ratio = kv_heads, shares_of_ratio
+        self._usual = np.array([recipe.fraction(head) for head in kv_heads])
         self.lists = PageLists(LISTS_OF_REQUEST * requests)
 
     def reserve(self) -> None:
@@ -175,15 +175,10 @@ class DecodeSelection:
 
     def _counts(self, ratios: Mapping[int, float], of_row: Int64Array, pages: Int64Array) -> Int64Array:
         """Return how many pages each KV head of each row lists, (rows, kv_heads), as `regions.selected` counts them."""
-        fractions = np.tile(self._usual, (len(of_row), 1))
+        shares = np.tile(self._usual, (len(of_row), 1))
         for request, ratio in ratios.items():
-            if ratio not in self._of_ratio:
-                self._of_ratio[ratio] = self._fractions(self._recipe_of_ratio(ratio))
-            fractions[of_row == request] = self._of_ratio[ratio]
-        return np.minimum(np.maximum((fractions * pages[:, None]).astype(np.int64), 1), pages[:, None])
-
-    def _fractions(self, recipe: Recipe) -> Fractions:
-        return np.array([recipe.fraction(head) for head in self._kv_heads], np.float64)
+            shares[of_row == request] = np.take(self._shares_of_ratio(ratio), self._kv_heads)
+        return np.minimum(np.maximum((shares * pages[:, None]).astype(np.int64), 1), pages[:, None])
 
     def _forget(self, requests: Requests, first: NDArray[np.int64]) -> None:
         """Forget lists of tokens that are written in the step, and those that no token of theirs reads any more."""

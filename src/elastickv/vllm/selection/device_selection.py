@@ -8,11 +8,13 @@ it is in the batch. What is computed from a prompt, or anew after a preemption, 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from elastickv.backends.cuda.block_arguments import PageListArguments
 from elastickv.errors import UsageError
 from elastickv.recipe import PAGE_TOKENS, Recipe
+from elastickv.vllm.selection.ratio_shares import Shares
 
 NEVER = 2**31 - 1  # tokens of the prompt of a row of no request: no token comes after it
 _MOST_PAGES = 1 << 16  # that numbers of 16 bits can name
@@ -62,7 +64,8 @@ class DeviceSelection:
 
     Parameters
     ----------
-    recipes_of_ratio : returns the recipes of all layers for a request's own ratio; None is the server's.
+    shares_of_layer : returns the shares of the pages of a layer's KV heads, all of them, for a request's own ratio; None is the
+        server's.
     requests : most requests that run at a time.
     drafts : most draft tokens of a request in a step.
     capacity : most pages of a request.
@@ -75,7 +78,7 @@ class DeviceSelection:
 
     def __init__(
         self,
-        recipes_of_ratio: Callable[[float | None], Mapping[int, Recipe]],
+        shares_of_layer: Callable[[int, float | None], Shares],
         requests: int,
         drafts: int,
         capacity: int,
@@ -87,7 +90,7 @@ class DeviceSelection:
                 f"decodes of up to {capacity * PAGE_TOKENS:,} tokens cannot select pages: give a `max_model_len` of at most "
                 f"{most:,}, or leave out `compress`"
             )
-        self._recipes_of_ratio, self._requests, self._drafts = recipes_of_ratio, requests, drafts
+        self._shares_of_layer, self._requests, self._drafts = shares_of_layer, requests, drafts
         self.capacity, self._device = capacity, device
         self._layers: dict[int, DeviceLayerSelection] = {}
         self._memory: dict[tuple[int, int], _ListMemory] = {}
@@ -142,11 +145,10 @@ class DeviceSelection:
             memory.headers.index_fill_(1, request_indices, -1)
 
     def _write_fractions(self, number: int, ratio: float | None) -> None:
-        recipes = self._recipes_of_ratio(ratio)
         for key, memory in self._memory.items():
             layers = [layer for layer, each in self._layers.items() if each.memory_key == key]  # in the order of their indices
-            rows = [[recipes[layer].fraction(head) for head in self._layers[layer].kv_heads] for layer in layers]
-            memory.fractions[:, number] = torch.tensor(rows, dtype=torch.float64).to(self._device)
+            shares = [np.take(self._shares_of_layer(layer, ratio), self._layers[layer].kv_heads) for layer in layers]
+            memory.fractions[:, number] = torch.from_numpy(np.stack(shares)).to(self._device)
 
 
 @dataclass(frozen=True)

