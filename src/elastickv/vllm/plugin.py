@@ -22,6 +22,7 @@ from elastickv.vllm.versions import installed_version, is_for_cpus, minor_versio
 _log = logging.getLogger("vllm.elastickv")
 _OPTIONS = "additional-config"
 _ABOUT_ATTENTION = re.compile(r"-+(?:attention-|ac(?:[.=]|$))")
+_BACKEND = "ELASTICKV"
 _registered = False
 
 
@@ -60,7 +61,9 @@ def register() -> None:
 
     register_specs()
     register_metrics()
-    register_backend("ELASTICKV", "elastickv.vllm.attention_backend.ElasticAttentionBackend")
+    register_backend(_BACKEND, "elastickv.vllm.attention_backend.ElasticAttentionBackend")
+    # By default pickle looks the member up by its value, which a new process does not have before it loads plug-ins.
+    setattr(AttentionBackendEnum[_BACKEND], "__reduce_ex__", lambda protocol: (unpickled_backend, ()))  # noqa: B010
     if current_platform.is_cpu():
         for name in cpu_backend.NAMES:
             if (stock := getattr(AttentionBackendEnum, name, None)) is not None:
@@ -69,6 +72,14 @@ def register() -> None:
         from elastickv.vllm.cache_dtypes import register_cache_dtypes
 
         register_cache_dtypes()
+
+
+def unpickled_backend() -> Any:
+    """Return vLLM's name of the backend, in a process that may not have loaded plug-ins: one that runs a part of a model."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register()
+    return AttentionBackendEnum[_BACKEND]
 
 
 def refusal(arguments: Sequence[str], on_cpu: bool = False, named_cache_dtypes: bool = True) -> str | None:
