@@ -1,5 +1,6 @@
 """The entry point that vLLM calls in each of its processes."""
 
+import copyreg
 import json
 import logging
 import re
@@ -62,8 +63,7 @@ def register() -> None:
     register_specs()
     register_metrics()
     register_backend(_BACKEND, "elastickv.vllm.attention_backend.ElasticAttentionBackend")
-    # By default pickle looks the member up by its value, which a new process does not have before it loads plug-ins.
-    setattr(AttentionBackendEnum[_BACKEND], "__reduce_ex__", lambda protocol: (unpickled_backend, ()))  # noqa: B010
+    copyreg.pickle(AttentionBackendEnum, _reduced)
     if current_platform.is_cpu():
         for name in cpu_backend.NAMES:
             if (stock := getattr(AttentionBackendEnum, name, None)) is not None:
@@ -74,8 +74,16 @@ def register() -> None:
         register_cache_dtypes()
 
 
-def unpickled_backend() -> Any:
-    """Return vLLM's name of the backend, in a process that may not have loaded plug-ins: one that runs a part of a model."""
+def _reduced(backend: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return how to pickle one of vLLM's backends: ElasticKV's by its name, and others by their values, as enumerations are.
+
+    A spawned process of vLLM unpickles its configuration before it loads plug-ins, and has no such value until then.
+    """
+    return (registered_backend, ()) if backend.name == _BACKEND else (type(backend), (backend.value,))
+
+
+def registered_backend() -> Any:
+    """Register what `register` does, and return vLLM's member for the attention backend."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     register()
