@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -40,23 +41,17 @@ class Asked:
     blocks: int
 
 
-def ask(prompts, tokens, variables=(), **engine):
+def ask(prompts, tokens, variables=(), spawn=False, **engine):
     """Ask an engine with these options, of vLLM's `AsyncLLM`; return an `Asked`.
 
-    `variables` are of the environment.
+    `variables` are of the environment. Processes of an engine on CPUs are forked, or spawned as vLLM does it.
     """
     import numpy as np
 
     from tests.helpers.serving_engine import Answer
 
-    command = [sys.executable, "-m", __name__, json.dumps({"engine": engine, "prompts": prompts, "tokens": tokens})]
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    environment.update(variables)
-    output = in_own_session(command, environment)
-    lines = [line.partition(MARK)[2] for line in output.splitlines() if MARK in line]
-    assert lines, output[-4000:]
+    said, _ = result_of({"engine": engine, "prompts": prompts, "tokens": tokens, "spawn": spawn}, variables)
     found = []
-    said = json.loads(lines[-1])
     for number, (chosen, logprobs) in enumerate(said["answers"]):
         answer = Answer(prompts[number % len(prompts)], chosen, logprobs)
         answer.window_first = np.zeros(len(answer.sequence), int)
@@ -71,8 +66,13 @@ def kill_rank(rank, prompts, tokens, **engine):
     What came of it are `errors`, of each request, `seconds` until all had theirs, how many of the engine's processes `ended`
     and how many did not, `left`, and the `counts` of tokens.
     """
-    asked = {"engine": engine, "prompts": prompts, "tokens": tokens, "rank": rank}
+    return result_of({"engine": engine, "prompts": prompts, "tokens": tokens, "spawn": False, "rank": rank})
+
+
+def result_of(asked, variables=()):
+    """Return what `main` came to, and all that its processes said; `variables` are of the environment."""
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment.update(variables)
     output = in_own_session([sys.executable, "-m", __name__, json.dumps(asked)], environment)
     lines = [line.partition(MARK)[2] for line in output.splitlines() if MARK in line]
     assert lines, output[-4000:]
@@ -171,11 +171,22 @@ async def errors_after_kill(engine, prompts, tokens, rank):
     return {"errors": errors, "seconds": seconds, "ended": len(ended), "left": len(left), "counts": counts}
 
 
+def fork_on_cpus():
+    """Let vLLM fork its processes on CPUs, where each that it spawns imports all modules for ten seconds."""
+    from vllm.platforms import current_platform
+    from vllm.utils import system_utils
+
+    if current_platform.is_cpu():
+        system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
 def main():
     os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     asked = json.loads(sys.argv[1])
+    if not asked.pop("spawn"):
+        fork_on_cpus()
     act = errors_after_kill if "rank" in asked else answers
     print(MARK + json.dumps(asyncio.run(act(**asked))), flush=True)
 
