@@ -41,16 +41,16 @@ class Asked:
     blocks: int
 
 
-def ask(prompts, tokens, variables=(), spawn=False, **engine):
+def ask(prompts, tokens, variables=(), **engine):
     """Ask an engine with these options, of vLLM's `AsyncLLM`; return an `Asked`.
 
-    `variables` are of the environment. Processes of an engine on CPUs are forked, or spawned as vLLM does it.
+    `variables` are of the environment.
     """
     import numpy as np
 
     from tests.helpers.serving_engine import Answer
 
-    said, _ = result_of({"engine": engine, "prompts": prompts, "tokens": tokens, "spawn": spawn}, variables)
+    said, _ = result_of({"engine": engine, "prompts": prompts, "tokens": tokens}, variables)
     found = []
     for number, (chosen, logprobs) in enumerate(said["answers"]):
         answer = Answer(prompts[number % len(prompts)], chosen, logprobs)
@@ -66,7 +66,7 @@ def kill_rank(rank, prompts, tokens, **engine):
     What came of it are `errors`, of each request, `seconds` until all had theirs, how many of the engine's processes `ended`
     and how many did not, `left`, and the `counts` of tokens.
     """
-    return result_of({"engine": engine, "prompts": prompts, "tokens": tokens, "spawn": False, "rank": rank})
+    return result_of({"engine": engine, "prompts": prompts, "tokens": tokens, "rank": rank})
 
 
 def result_of(asked, variables=()):
@@ -76,7 +76,7 @@ def result_of(asked, variables=()):
     output = in_own_session([sys.executable, "-m", __name__, json.dumps(asked)], environment)
     lines = [line.partition(MARK)[2] for line in output.splitlines() if MARK in line]
     assert lines, output[-4000:]
-    return json.loads(lines[-1]), output
+    return json.JSONDecoder().raw_decode(lines[-1])[0], output  # other processes may write behind it
 
 
 def workers_of(process):
@@ -167,8 +167,18 @@ async def errors_after_kill(engine, prompts, tokens, rank):
     errors = await asyncio.gather(*requests)
     seconds = time.monotonic() - began
     serving.shutdown()
-    ended, left = psutil.wait_procs(processes, timeout=GONE_S)
-    return {"errors": errors, "seconds": seconds, "ended": len(ended), "left": len(left), "counts": counts}
+    deadline = time.monotonic() + GONE_S
+    while (left := sum(map(is_alive, processes))) and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    return {"errors": errors, "seconds": seconds, "ended": len(processes) - left, "left": left, "counts": counts}
+
+
+def is_alive(process):
+    """Whether a process goes on; one that nobody waits for has ended, too."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def fork_on_cpus():
@@ -185,8 +195,7 @@ def main():
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     asked = json.loads(sys.argv[1])
-    if not asked.pop("spawn"):
-        fork_on_cpus()
+    fork_on_cpus()
     act = errors_after_kill if "rank" in asked else answers
     print(MARK + json.dumps(asyncio.run(act(**asked))), flush=True)
 

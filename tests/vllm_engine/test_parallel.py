@@ -44,7 +44,7 @@ def test_two_ranks_answer_as_one_engine_does(serve, folder, rule):
     alone = engine.generate(prompts, 24)
     plug_in = {"elastickv": {"format": RECIPE, "window": WINDOW}}
     options = DEFAULTS | {"model": str(folder), "tensor_parallel_size": 2, "additional_config": plug_in}
-    asked = ask(prompts, 24, spawn=True, **options)
+    asked = ask(prompts, 24, **options)
     (answers,), reads = asked.answers, asked.counters
     all_follow(rule(), answers)
     all_equal(rule(), answers, alone)
