@@ -70,12 +70,12 @@ class ReadRule:
             if end > start and fmt is not None:
                 factors = torch.tensor(1.0)
                 if self.smoothing is not None and recipe.rotates_keys and not value:
-                    factors = torch.tensor(self.smoothing).float().exp2()[:, None]
+                    factors = torch.tensor(self.smoothing, device=rows.device).float().exp2()[:, None]
                 piece = (rows[:, start:end] * factors).reshape(-1, rows.shape[-1]).float().numpy(force=True)
                 is_rotated = recipe.rotates_values if value else recipe.rotates_keys
                 stored = stored_values(rotated(piece) if is_rotated else piece, fmt, value, recipe.v_group(rows.shape[-1]))
                 stored = rotated(stored) if is_rotated else stored
-                numbers[:, start:end] = torch.from_numpy(stored).view(rows.shape[0], end - start, -1) / factors
+                numbers[:, start:end] = torch.from_numpy(stored).to(rows.device).view(rows.shape[0], end - start, -1) / factors
         return numbers
 
     def first_exact(self, positions: torch.Tensor, window_first: torch.Tensor | None = None) -> torch.Tensor:
@@ -140,6 +140,8 @@ class ReadRule:
     ) -> torch.Tensor:
         """Return the outputs, (query_heads, tokens, head_dim), of one sequence from its first token on.
 
+        They are computed in float32, as an engine does, or in a finer dtype of the tensors.
+
         Parameters
         ----------
         query : (query_heads, tokens, head_dim).
@@ -149,7 +151,8 @@ class ReadRule:
         """
         if self.rounded is not None:
             key, value = (rows.to(self.rounded).to(rows.dtype) for rows in (key, value))
-        heads, tokens, dim = query.shape
+        dtype, (heads, tokens, dim) = query.dtype, query.shape
+        query, key, value = (rows.to(torch.promote_types(dtype, torch.float32)) for rows in (query, key, value))
         queries = query.view(len(key), heads // len(key), tokens, dim)
         exact = (key[:, None], value[:, None])
         stored = (self.stored(key, False)[:, None], self.stored(value, True)[:, None])
@@ -169,7 +172,7 @@ class ReadRule:
             keys, values = (torch.cat([a[:, :, old], b[:, :, new]], 2) for a, b in zip(stored, exact, strict=True))
             scores = queries[:, :, rows] @ keys.transpose(-1, -2) * scaling
             outputs[:, :, rows] = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
-        return outputs.view(heads, tokens, dim)
+        return outputs.view(heads, tokens, dim).to(dtype)
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def run_process(name: str, arguments: argparse.Namespace, model: str, seconds: f
         "cells": [cell for cell in arguments.cells if cell[1] == 1 or not contender.one_request],
         "capacities": arguments.capacities,
         "capacity": max(arguments.capacities),
-        "throughput": not (arguments.prefill or contender.one_request),
+        "throughput": arguments.throughput and not (arguments.prefill or contender.one_request),
         "first_token": arguments.first_token,
         "samples": arguments.samples,
         "seconds": seconds,
@@ -244,6 +244,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--first-token", type=int, default=512 if small else 65536, help="tokens of that prompt; 0 leaves it out"
     )
+    parser.add_argument(
+        "--throughput", action=argparse.BooleanOptionalAction, default=True, help="with as many requests as fit"
+    )
     parser.add_argument("--rounds", type=_count, default=2, help="processes of each contender")
     parser.add_argument("--samples", type=_count, default=3, help="of each measurement in each process")
     parser.add_argument("--add", action="store_true", help="add rounds to the serving.json that is there")
@@ -255,8 +258,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batched-tokens", type=int, default=1024 if small else 16384, help="vLLM's max_num_batched_tokens")
     parser.add_argument("--graphs", type=int, default=128, help="CUDA graphs are captured up to this batch, in steps of 8")
     parser.add_argument("--memory", type=float, default=0.92, help="vLLM's gpu_memory_utilization")
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=_count,
+        default=1,
+        help="GPUs that the heads of every layer are split over, as vLLM's option",
+    )
     parser.add_argument("--engine", type=_options, default={}, help="JSON of further arguments of vllm.LLM, for all contenders")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.tensor_parallel_size > 1:
+        arguments.engine = {"tensor_parallel_size": arguments.tensor_parallel_size} | arguments.engine
+    return arguments
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from serving_record import NotTogether, Recorder, said
 
-from elastickv.vllm.teacher_forcing.engine_environment import engine_environment
+from elastickv.vllm.teacher_forcing.engine_environment import engine_environment, worker_memory
 
 TOKENS, SETTLED = 136, 8
 SAMPLE_TOKENS = 1024  # of the prompt whose blocks fill the cache
@@ -142,13 +142,11 @@ class Engine:
         return engine_environment(self.core)
 
     def memory(self):
-        """Return the most bytes that PyTorch held, and the bytes in use on the device; nothing on a CPU."""
-        import torch
-
+        """Return the most bytes that PyTorch held, and the bytes in use, on the GPU with the most; nothing on a CPU."""
         if not self.cuda:
             return None
-        free, total = torch.cuda.mem_get_info()
-        return {"peak_bytes": torch.cuda.max_memory_reserved(), "device_bytes": total - free}
+        ranks = self.core.model_executor.collective_rpc(worker_memory)
+        return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
 
 
 def not_the_baseline(environment):

@@ -134,6 +134,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "h200/suite.json": _suite,
     "h200/block_tests.json": lambda record: _suite(record, "kernels that read block tables"),
     "h200/serving_tests-*.json": lambda record: _suite(record, "the vLLM plug-in on a GPU"),
+    "h200x2/serving_tests-*.json": lambda record: _suite(record, "the vLLM plug-in on two GPUs"),
     "reliability/mutation.json": _mutants,
     "reliability/fuzzing.json": _fuzzing,
     "reliability/faults.json": _faults,

@@ -17,11 +17,13 @@ from frontier_figures import frontier as frontier
 from frontier_figures import stale_pictures
 from frontier_figures import stored_bits_budgets as stored_bits_budgets
 from frontier_figures import three_bits as three_bits
+from parallel_figures import large_models as large_models
+from parallel_figures import parallel_ranks as parallel_ranks
+from parallel_figures import parallel_serving as parallel_serving
 from quality_figures import quality as quality
 from readme_figures import quickstart as quickstart
 from readme_figures import results as results
 from reliability import reliability as reliability
-from serving_figures import served as served
 from serving_figures import served_fidelity as served_fidelity
 from serving_figures import serving as serving
 from serving_figures import serving_budget as serving_budget
@@ -40,13 +42,8 @@ from elastickv.results.kinds.model_result import ModelBenchResult, versions
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (
-    ROOT / "README.md",
-    *(
-        ROOT / "docs" / name
-        for name in ("BENCHMARKS.md", "RELIABILITY.md", "fidelity.md", "index.md", "quality.md", "recipes.md", "vllm.md")
-    ),
-)
+_PAGES = ("BENCHMARKS", "RELIABILITY", "fidelity", "index", "parallel", "quality", "recipes", "vllm")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

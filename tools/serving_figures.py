@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from elastickv.results.kinds.serving_result import RatioOfRounds, ServingContender, ServingResult
 
@@ -13,7 +12,6 @@ BUDGET = "h200/serving-budget.json"
 CPU_BLOCKS = "cpu/blocks.json"
 QUALITY = "cpu/first_page-*.json"
 THROUGH_ENGINE = "*/engine_fidelity-*.json"
-EVALUATED = "*/served-*.json"
 SOAKS = ("h200/serving_soak-quantized.json", "cpu/serving_soak-fp32.json")
 SCHEDULES = "cpu/schedules.json"
 SCHEDULED = {"stock": "the model's dtype", "elastickv": "`elastickv_int4` with selected pages, `strict`"}
@@ -34,15 +32,16 @@ SERVING_NOTE = (
 
 def serving() -> list[str]:
     """Return the figures of the committed result."""
-    return _of_result(SERVING)
+    return serving_of(SERVING)
 
 
 def serving_budget() -> list[str]:
     """Return the figures of decodes that read selected pages."""
-    return _of_result(BUDGET)
+    return serving_of(BUDGET)
 
 
-def _of_result(name: str) -> list[str]:
+def serving_of(name: str) -> list[str]:
+    """Return the figures of a result of `serving.py`."""
     path = RESULTS / name
     if not path.exists():
         return NOTHING
@@ -93,46 +92,20 @@ def served_fidelity() -> list[str]:
     lines: list[str] = []
     for path in sorted(RESULTS.glob(THROUGH_ENGINE)):
         record = json.loads(path.read_text(encoding="utf-8"))
+        model, engine, environment = record["model"], record["engine"], record["environment"]
+        device = engine["device"] if engine["device"] != "CPU" else environment["cpu"]
+        source = f"{model['name']} in {model['dtype']} on {device}; vLLM {engine['version']}; {environment['date_utc'][:10]}."
+        if record["calibration"] is not None:
+            source += f" Calibrated on {record['calibration']['tokens']} tokens of {record['calibration']['text']}."
         rows = [
             [str(row["context"]), f"`{row['cache']}`", f"{row['read_ratio']:.2f}"]
             + [_mean(row[side][name], digits) for side in ("engine", "transformers") for name, digits in _LOSSES]
             + [str(row["scored_tokens"])]
             for row in record["rows"]
         ]
-        lines += ["", _source_of(record, record["engine"]["device"]), ""]
-        lines += [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *(f"| {' | '.join(row)} |" for row in rows)]
+        lines += ["", source, "", f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
     return lines[1:] or NOTHING
-
-
-def served() -> list[str]:
-    """Return what `elastickv eval --engine vllm` measured: losses of each budget, and pass keys beside the reference's."""
-    headers = ["context", "cache", "read 1/", "KL", "top-1 %", "scored tokens", "pass keys", "with every page in 16 bit"]
-    lines: list[str] = []
-    for path in sorted(RESULTS.glob(EVALUATED)):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        tokens = sum(text["scored_tokens"] for text in record["scored_texts"])
-        rows = [
-            [str(row["context"]), f"`{row['cache']}`", f"{row['read_ratio']:.2f}"]
-            + [_mean(row[name], digits) for name, digits in _LOSSES]
-            + [str(tokens), *(_pass_keys(record["needle"], cache) for cache in (row["cache"], "full"))]
-            for row in record["rows"]
-        ]
-        lines += ["", _source_of(record, record["engine"]["served"]["device"]), ""]
-        lines += [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *(f"| {' | '.join(row)} |" for row in rows)]
-    return lines[1:] or NOTHING
-
-
-def _pass_keys(prompts: list[dict[str, Any]], cache: str) -> str:
-    found = [f"{sum(each['found'][cache])} of {len(each['found'][cache])} in {each['tokens']} tokens" for each in prompts]
-    return "; ".join(found) or "-"
-
-
-def _source_of(record: dict[str, Any], device: str) -> str:
-    model, calibration = record["model"], record["calibration"]
-    device = device if device != "CPU" else record["environment"]["cpu"]
-    source = f"{model['name']} in {model['dtype']} on {device}; vLLM {record['engine']['version']}; "
-    source += f"{record['environment']['date_utc'][:10]}."
-    return source if calibration is None else f"{source} Calibrated on {calibration['tokens']} tokens of {calibration['text']}."
 
 
 def serving_soak() -> list[str]:

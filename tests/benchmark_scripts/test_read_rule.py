@@ -64,6 +64,16 @@ def test_a_query_reads_the_newest_tokens_exactly_and_all_others_from_pages(read_
         assert torch.allclose(outputs[head, position].double(), reference, atol=1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["int4", "int4,pages=1/4"])
+def test_a_model_in_bfloat16_reads_as_its_numbers_do_in_float32(read_rule, tensors, recipe):
+    """But for the rounding of outputs: scores are not rounded."""
+    rule = read_rule.ReadRule(Recipe.parse(recipe), WINDOW)
+    query, key, value = (10 * tensor.bfloat16() for tensor in tensors)
+    outputs = rule.attend(query, key, value, 0.125, prompt=TOKENS // 2)
+    assert outputs.dtype == torch.bfloat16
+    assert torch.equal(outputs, rule.attend(query.float(), key.float(), value.float(), 0.125, prompt=TOKENS // 2).bfloat16())
+
+
 def test_the_first_page_may_have_formats_of_its_own(read_rule, tensors):
     rows = tensors[1]
     for value in (False, True):

@@ -185,6 +185,13 @@ def test_rounds_of_another_model_or_method_are_not_added(run, other):
         run("--rounds=1", "--contenders=bf16", "--add", other)
 
 
+def test_heads_are_split_over_gpus_in_all_contenders(run):
+    _, _, result = run("--rounds=1", "--tensor-parallel-size=2", "--no-throughput")
+    assert [process["options"]["tensor_parallel_size"] for process in result["processes"]] == [2, 2, 2]
+    assert result["settings"]["engine"] == {"tensor_parallel_size": 2}  # so that rounds of one GPU are not added
+    assert all(one["throughput"] is None for one in result["contenders"])
+
+
 def test_without_a_result_there_is_nothing_to_add_to(run):
     with pytest.raises(elastickv.UsageError, match="leave out --add"):
         run("--add")

@@ -88,20 +88,6 @@ def test_what_an_engine_loses_stands_beside_what_transformers_loses(figures, wri
     assert shown == f"| 2048 | `C=4` | 4.01 | {' | '.join(losses)} | 256 |"
 
 
-def test_what_an_evaluation_through_the_engine_measured(figures, write):
-    figure = {"mean": 0.25, "low": 0.125, "high": 0.5}
-    row = {"context": 2048, "cache": "C=4", "read_ratio": 4.01, "kl": figure, "top1_percent": figure}
-    record = {"model": {"name": "a model", "dtype": "bf16"}, "environment": {"cpu": "-", "date_utc": "2000-01-01T00:00:00"}}
-    record |= {"engine": {"version": "0.0", "served": {"device": "a made-up device"}}, "calibration": None, "rows": [row]}
-    record |= {"scored_texts": [{"scored_tokens": 96}, {"scored_tokens": 32}]}
-    record |= {"needle": [{"tokens": 900, "found": {"full": [True, True, True], "C=4": [True, False, True]}}]}
-    write("h200/served-a.json", record)
-    source, _, _, _, shown = figures.served()
-    assert source == "a model in bf16 on a made-up device; vLLM 0.0; 2000-01-01."
-    losses = "0.2500 [0.1250, 0.5000] | 0.2 [0.1, 0.5]"
-    assert shown == f"| 2048 | `C=4` | 4.01 | {losses} | 128 | 2 of 3 in 900 tokens | 3 of 3 in 900 tokens |"
-
-
 def test_on_cpus_a_row_has_the_speedups_of_one_batch(figures, write):
     cells = [
         {"requests": requests, "context": 1024, "dtype": dtype, "recipe": "int4", "speedup": speedup}
@@ -119,5 +105,5 @@ def test_on_cpus_a_row_has_the_speedups_of_one_batch(figures, write):
 
 
 def test_without_results_the_page_says_so(figures, write):
-    blocks = (figures.serving, figures.serving_quality, figures.serving_cpu, figures.served, figures.served_fidelity)
+    blocks = (figures.serving, figures.serving_quality, figures.serving_cpu, figures.served_fidelity)
     assert all(block() == ["Not measured yet."] for block in blocks)

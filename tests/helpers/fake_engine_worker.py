@@ -19,6 +19,11 @@ def main():
     if behavior == "ends":
         print("ValueError: no such model\n", file=sys.stderr)
         sys.exit(3)
+    if behavior and behavior.startswith("rank: "):
+        print("(Worker_TP1 pid=7) INFO 01-01 00:00:00 [runner.py:1] SomeError: none", file=sys.stderr)
+        print(f"(Worker_TP1 pid=7) ERROR 01-01 00:00:00 [executor.py:9] {behavior.removeprefix('rank: ')}", file=sys.stderr)
+        reply({"error": "Exception: failed in a background process. See stack trace", "kind": None})
+        return
     if behavior in ("UsageError", "NonFiniteError", None):
         reply({"error": "what was wrong", "kind": behavior})
         return

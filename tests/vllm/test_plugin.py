@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from enum import Enum
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -32,13 +33,17 @@ def serving(monkeypatch):
         if parent in sys.modules:
             monkeypatch.setattr(sys.modules[parent], last, made, raising=False)
 
+    class Backends(str, Enum):
+        CPU_ATTN = STOCK_CPU
+        ELASTICKV = OURS[1]
+
     def register(version, package="vllm", cpu=False, times=1):
         installation = None if version is None else Installation(package, version)
         monkeypatch.setattr(plugin, "installed_version", lambda: installation)
         module("vllm.platforms", current_platform=SimpleNamespace(is_cpu=lambda: cpu))
         module(
             "vllm.v1.attention.backends.registry",
-            AttentionBackendEnum=SimpleNamespace(CPU_ATTN=STOCK_CPU),
+            AttentionBackendEnum=Backends,
             register_backend=notes.backend,
         )
         module("elastickv.vllm.window_manager", register_specs=lambda: notes.append("specs"))

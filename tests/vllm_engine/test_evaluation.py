@@ -96,6 +96,16 @@ def test_greedy_texts_are_compared(rows):
     assert all(len(row["greedy"]["first_different"]) == 2 for row in rows.values())
 
 
+def test_two_ranks_lose_as_one_does(model, texts, rows):
+    """Logits are gathered from both, and each reads the pages of its own KV head."""
+    result = evaluate_served(served(model, tensor_parallel_size=2), texts, replace(OPTIONS, formats=()), None, SILENT)
+    assert [result["engine"][name]["tensor_parallel_size"] for name in ("reference", "served")] == [2, 2]
+    assert all("elastickv" in name for name in result["engine"]["served"]["backends"])
+    (row,), one = result["rows"], rows["C=3"]
+    assert difference(row["kl"]["mean"], one["kl"]["mean"]) < TOLERANCE
+    assert row["greedy"] == one["greedy"] and row["recipes"] == one["recipes"]
+
+
 def test_what_vllm_refuses_is_one_line(model, texts):
     with pytest.raises(UsageError, match=r"vLLM does not run this model with these options: .*swap") as raised:
         evaluate_served(served(model, swap="no"), texts, OPTIONS, None, SILENT)

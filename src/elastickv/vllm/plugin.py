@@ -1,5 +1,6 @@
 """The entry point that vLLM calls in each of its processes."""
 
+import copyreg
 import json
 import logging
 import re
@@ -22,6 +23,7 @@ from elastickv.vllm.versions import installed_version, is_for_cpus, minor_versio
 _log = logging.getLogger("vllm.elastickv")
 _OPTIONS = "additional-config"
 _ABOUT_ATTENTION = re.compile(r"-+(?:attention-|ac(?:[.=]|$))")
+_BACKEND = "ELASTICKV"
 _registered = False
 
 
@@ -60,7 +62,8 @@ def register() -> None:
 
     register_specs()
     register_metrics()
-    register_backend("ELASTICKV", "elastickv.vllm.attention_backend.ElasticAttentionBackend")
+    register_backend(_BACKEND, "elastickv.vllm.attention_backend.ElasticAttentionBackend")
+    copyreg.pickle(AttentionBackendEnum, _reduced)
     if current_platform.is_cpu():
         for name in cpu_backend.NAMES:
             if (stock := getattr(AttentionBackendEnum, name, None)) is not None:
@@ -69,6 +72,22 @@ def register() -> None:
         from elastickv.vllm.cache_dtypes import register_cache_dtypes
 
         register_cache_dtypes()
+
+
+def _reduced(backend: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return how to pickle one of vLLM's backends: ElasticKV's by its name, and others by their values, as enumerations are.
+
+    A spawned process of vLLM unpickles its configuration before it loads plug-ins, and has no such value until then.
+    """
+    return (registered_backend, ()) if backend.name == _BACKEND else (type(backend), (backend.value,))
+
+
+def registered_backend() -> Any:
+    """Register what `register` does, and return vLLM's member for the attention backend."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register()
+    return AttentionBackendEnum[_BACKEND]
 
 
 def refusal(arguments: Sequence[str], on_cpu: bool = False, named_cache_dtypes: bool = True) -> str | None:

@@ -77,6 +77,19 @@ def test_another_error_is_vllms():
         raise AssertionError("it has not started")
 
 
+@pytest.mark.parametrize(
+    ("logged", "expected"),
+    [
+        ("elastickv.errors.UsageError: what was wrong", "^what was wrong$"),
+        ("torch.OutOfMemoryError: no room", "^vLLM does not run this model with these options: OutOfMemoryError: no room$"),
+        ("it stopped", "^vLLM does not run this model with these options: Exception: failed in a background process"),
+    ],
+)
+def test_an_error_of_a_rank_is_told_in_place_of_a_remark_that_there_was_one(logged, expected):
+    with pytest.raises(UsageError, match=expected), running_engine({"model": f"rank: {logged}"}):
+        raise AssertionError("it has not started")
+
+
 def test_a_process_that_ends_by_itself_is_named_with_its_last_line():
     with (
         pytest.raises(UsageError, match=r"^vLLM ended with status 3: ValueError: no such model$"),

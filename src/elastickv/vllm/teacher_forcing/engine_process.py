@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ _VARIABLES = {
 LOG_VARIABLE = "ELASTICKV_ENGINE_LOG"
 """Variable of the environment: a file to which the logs of engines are appended."""
 _WAIT_S = 10
+_RANKS_ERROR = re.compile(r"\(Worker\S* pid=\d+\) ERROR [^\]]*\] (?:\w+\.)*(\w+(?:Error|Exception)): (.+)")
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,21 @@ def _exchange(process: "subprocess.Popen[str]", log: IO[str], value: dict[str, A
         raise UsageError(f"vLLM ended with status {process.wait()}: {_last_line(log)}")
     reply: dict[str, Any] = json.loads(line)
     if "error" in reply:
-        expected = {kind.__name__: kind for kind in EXPECTED}
-        if reply["kind"] in expected:
-            raise expected[reply["kind"]](reply["error"])
-        raise UsageError(f"vLLM does not run this model with these options: {reply['error']}")
+        kind, text = reply["kind"], reply["error"]
+        if kind is None and "background process" in text:  # which is all that vLLM says of an error while one loads the model
+            kind, text = _error_of_rank(log) or (None, text)
+        expected = {error.__name__: error for error in EXPECTED}
+        if kind in expected:
+            raise expected[kind](text)
+        raise UsageError(f"vLLM does not run this model with these options: {f'{kind}: ' if kind else ''}{text}")
     return reply
+
+
+def _error_of_rank(log: IO[str]) -> tuple[str, str] | None:
+    """Return the class and the text of the first error that a process of the model logged, or None."""
+    log.flush()
+    log.seek(0)
+    return next(((match[1], match[2]) for line in log if (match := _RANKS_ERROR.match(line))), None)
 
 
 def _last_line(log: IO[str]) -> str:
