@@ -51,12 +51,28 @@ __device__ __forceinline__ Element value_element(int row, int lane, int w, int e
 #define QUERY_LIFT (K_FORMAT == INT8_PER_CHANNEL ? 6 : 0)
 #define KEY_STEPS (K_FORMAT == INT8 ? (KEY_TILES + 1) / 2 : KEY_TILES)  // products of a query with a page's keys
 
+// FEW: at most 4 queries. The keys are then the rows of a product, and its eight columns are the high (even) and the low (odd)
+// parts of 4 queries; a lane has scores of query t only. Weights have two columns a query, for tokens 16 j + 0..7 and 8..15.
+#ifndef FEW
+#define FEW 0
+#endif
+#if FEW
+static_assert(TILES == 1, "one tile of queries");
+#define FEW_QUERIES 4
+#define FEW_SUMS (ZEROS ? 2 : 4)
+#endif
+
 // Running results of one warp.
 struct Sums {
+#if FEW
+    float acc[VALUE_TILES][FEW_SUMS];  // of query t: dims g and g + 8, or each of both from even and odd eights of tokens
+#else
     float acc[TILES][VALUE_TILES][4];  // [tile of queries][tile of dims][dim g: q 2t, 2t+1; dim g + 8: the same]
-    float m[TILES], l[TILES];          // of query g; l over this lane's tokens only
+#endif
+    float m[TILES], l[TILES];  // of query g (FEW: t); l over this lane's tokens only
     float zero[TILES][ZEROS ? ZEROS : 1];
     float exponent;  // 2^this bounds the V scales seen
+    float normal;    // FEW: 2^(V_SHIFT - exponent)
 };
 
 __device__ __forceinline__ uint4 vector_of(const char* part, int row) {
@@ -97,7 +113,7 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
 #pragma unroll
     for (int j = 0; j * WARPS < QUERIES; j++) {
         const int q = warp + j * WARPS;
-        if (q >= QUERIES) continue;
+        if (q >= (FEW ? 4 : QUERIES)) continue;
         float most = 0.f;
 #pragma unroll
         for (int i = 0; i < PADDED / 32; i++) {
@@ -120,7 +136,34 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
 #pragma unroll
         for (int i = 0; i < PADDED / 32; i++) {
             const int dim = lane + 32 * i, lanes = q % HEADS * 4 + (dim >> 2 & 3);
+#if FEW
+            // Lane 8 q + (dim / 4) % 4 has the high part, the lane 4 further the low one. Where keys have scales of channels,
+            // the high part follows the low one, and zeros the high one, to carry the rounding error of products.
+            const int channels = K_FORMAT == INT8 ? 32 : 16, step_of = dim / channels;
+            if (step_of >= KEY_STEPS) continue;
+            const int vector = CHANNEL_LEVELS ? step_of : step_of / 2;
+            char* to = tile + (vector * 32 + 8 * q + (dim >> 2 & 3)) * 16 + (CHANNEL_LEVELS ? 0 : step_of % 2 * 8);
 #if K_FORMAT == INT8
+            const int code = __float2int_rn(words.page[j][i] * inverse), high = (code + 64) >> 7;
+            to += (dim >> 4 & 1) * 4 + (dim & 3);
+            to[0] = (char)high;
+            to[64] = (char)(code - high * 128);
+#else
+            u16* half = reinterpret_cast<u16*>(to + (dim >> 1 & 1) * 4 + (dim & 1) * 2);
+            const float scaled = words.page[j][i] * inverse;
+#if K_FORMAT == SIXTEEN_BIT
+            const u32 high = pack16(scaled, 0.f), low = pack16(scaled - unpack16(high).x, 0.f);
+#else
+            const u32 high = pack_half(scaled, 0.f), low = pack_half(scaled - __half2float(__ushort_as_half((u16)high)), 0.f);
+#endif
+            half[0] = (u16)high;
+            half[32] = (u16)low;
+#if CHANNEL_LEVELS
+            half[4] = 0;
+            half[36] = (u16)high;
+#endif
+#endif
+#elif K_FORMAT == INT8
             const int code = __float2int_rn(words.page[j][i] * inverse), high = (code + 64) >> 7;
             char* to = tile + ((dim >> 5) * 32 + lanes) * 16 + (dim >> 4 & 1) * 8 + (dim & 3);
             to[0] = (char)high;
@@ -143,7 +186,13 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
 
 // Products of a tile of queries with the tokens of a page, of the queries' high and low parts.
 struct KeySums {
+#if FEW  // [tokens 16 j and on][token g: high, low part; token g + 8: the same]
 #if K_FORMAT == INT8
+    int x[2][4];
+#else
+    float x[2][4], zero[4];
+#endif
+#elif K_FORMAT == INT8
     int x[4][4];
 #else
     float x[4][4], zero[4];
@@ -202,8 +251,39 @@ __device__ __forceinline__ KeyOperands key_operands(const char* stage, int k) {
     return keys;
 }
 
+__device__ __forceinline__ u32 negated(u32 x) {
+    u32 r;
+    asm("neg.f16x2 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
 __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyOperands& keys) {
+#if FEW
 #if K_FORMAT == INT8
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const uint4 codes = make_uint4((&keys.first.x)[2 * j], (&keys.first.x)[2 * j + 1], (&keys.second.x)[2 * j],
+                                       (&keys.second.x)[2 * j + 1]);
+        mma_int8(sums.x[j], codes, q.x, q.y);
+    }
+#else
+#if CHANNEL_LEVELS
+    mma_half(sums.zero, keys.base.x, keys.base.x, keys.base.y, keys.base.y, q.x, q.y);
+    // The rounding error of the high part's product goes into the low part's.
+    const u32 a = multiply(q.z, keys.scale.x), b = multiply(q.w, keys.scale.y);
+    q.x = multiply_add(q.x, keys.scale.x, multiply_add(q.z, keys.scale.x, negated(a)));
+    q.y = multiply_add(q.y, keys.scale.y, multiply_add(q.w, keys.scale.y, negated(b)));
+#endif
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#if K_FORMAT == SIXTEEN_BIT
+        mma_exact(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q.x, q.y);
+#else
+        mma_half(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q.x, q.y);
+#endif
+    }
+#endif
+#elif K_FORMAT == INT8
 #pragma unroll
     for (int i = 0; i < 4; i++) mma_int8(sums.x[i], q, (&keys.first.x)[i], (&keys.second.x)[i]);
 #else
@@ -211,8 +291,8 @@ __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyO
     mma_half(sums.zero, q.x, q.y, q.z, q.w, keys.base.x, keys.base.y);
     // The rounding error of the product goes into the low part, together with the query's own.
     const u32 a = multiply(q.x, keys.scale.x), b = multiply(q.z, keys.scale.y);
-    q.y = multiply_add(q.y, keys.scale.x, multiply_add(q.x, keys.scale.x, a ^ 0x80008000u));
-    q.w = multiply_add(q.w, keys.scale.y, multiply_add(q.z, keys.scale.y, b ^ 0x80008000u));
+    q.y = multiply_add(q.y, keys.scale.x, multiply_add(q.x, keys.scale.x, negated(a)));
+    q.w = multiply_add(q.w, keys.scale.y, multiply_add(q.z, keys.scale.y, negated(b)));
     q.x = a;
     q.z = b;
 #endif
@@ -236,6 +316,22 @@ __device__ __forceinline__ float key_page_scale(const char* stage, int page) {
 #endif
 }
 
+#if FEW
+// Score of token 8 i + g and query t.
+__device__ __forceinline__ float key_score(const KeySums& sums, const char* stage, int i, float step) {
+    const auto high = sums.x[i >> 1][2 * (i & 1)], low = sums.x[i >> 1][2 * (i & 1) + 1];
+#if K_FORMAT == INT8
+    const u16 of = *reinterpret_cast<const u16*>(stage + KEY_SCALES_AT + (8 * i + (threadIdx.x >> 2 & 7)) * 2);
+    return (float)(high * 128 + low) * (step * bf16_value(of));
+#elif K_FORMAT == INT4
+    return ((high + low) * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + (sums.zero[0] + sums.zero[1])) * step;
+#elif K_FORMAT == INT8_PER_CHANNEL
+    return ((high + low) * CODE_ONE + (sums.zero[0] + sums.zero[1])) * step;
+#else
+    return (high + low) * step;
+#endif
+}
+#else
 // Scores of tokens 8 i + 2 t + 0..1.
 __device__ __forceinline__ float2 key_scores(const KeySums& sums, const char* stage, int i, float step) {
     float score[2];
@@ -258,7 +354,69 @@ __device__ __forceinline__ float2 key_scores(const KeySums& sums, const char* st
     }
     return make_float2(score[0], score[1]);
 }
+#endif
 
+#if FEW
+// Scale and zero of V of token 8 i + g, as bf16: of one byte, the scale in the low half.
+__device__ __forceinline__ u32 value_scale_of(const char* stage, int page, int group, int i) {
+    const int token = 8 * i + (threadIdx.x >> 2 & 7);
+    const char* scales = stage + VALUE_SCALES_AT;
+#if V_FORMAT == INT4
+    return reinterpret_cast<const u32*>(scales)[group * PAGE + token];
+#elif V_FORMAT == INT8
+    return reinterpret_cast<const u16*>(scales)[token];
+#elif V_FORMAT == FP8
+    return reinterpret_cast<const u16*>(scales)[page & 7];
+#else
+    return 0;
+#endif
+}
+
+__device__ __forceinline__ float largest_scale(const char* stage, int page) {
+    float largest = 0.f;
+#pragma unroll
+    for (int group = 0; group < (V_FORMAT == INT4 ? GROUPS : 1); group++)
+#pragma unroll
+        for (int i = 0; i < (V_FORMAT == FP8 ? 1 : 4); i++)
+            largest = fmaxf(largest, __uint_as_float(value_scale_of(stage, page, group, i) << 16));
+    return largest;
+}
+
+__device__ __forceinline__ u32 transposed(u32 x) {
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
+// Makes the weights of tokens 8 i + g operands for one group of dims, scales of V included: of tokens 16 j + 0..7 in column 2 q,
+// of tokens 16 j + 8..15 in column 2 q + 1. Adds what the zeros of V contribute.
+__device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&weight)[4], const char* stage, int page,
+                                            int group, float normal) {
+    const bool odd = threadIdx.x & 4;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const float w0 = weight[2 * j], w1 = weight[2 * j + 1];
+#if V_FORMAT == SIXTEEN_BIT
+        const u32 both = pack16(w0, w1);
+        const float2 rounded = unpack16(both);
+        r.l[0] += rounded.x + rounded.y;
+#else
+        const u32 of0 = value_scale_of(stage, page, group, 2 * j), of1 = value_scale_of(stage, page, group, 2 * j + 1);
+        const u32 both = pack_half(w0 * (__uint_as_float(of0 << 16) * normal), w1 * (__uint_as_float(of1 << 16) * normal));
+#if V_FORMAT == INT4
+        r.zero[0][group] += w0 * __uint_as_float(of0 & 0xffff0000u) + w1 * __uint_as_float(of1 & 0xffff0000u);
+#elif V_FORMAT == INT8
+        // Codes are VALUE_OFFSET too large.
+        const float2 rounded = __half22float2(*reinterpret_cast<const __half2*>(&both));
+        r.zero[0][0] += rounded.x + rounded.y;
+#endif
+#endif
+        const u32 turned = transposed(both);
+        p[2 * j] = odd ? 0 : turned;
+        p[2 * j + 1] = odd ? turned : 0;
+    }
+}
+#else
 #if V_FORMAT == INT4
 __device__ __forceinline__ uint2 value_scales(const char* stage, int group, int i) {
     return *reinterpret_cast<const uint2*>(stage + VALUE_SCALES_AT + (group * PAGE + 8 * i + 2 * (threadIdx.x & 3)) * 4);
@@ -323,6 +481,7 @@ __device__ __forceinline__ void weigh_group(u32 (&p)[TILES][4], Sums& r, const f
         }
     }
 }
+#endif
 
 // The values of tile `m` of dims as operands: [tokens 0-15, 16-31][operand].
 __device__ __forceinline__ void value_operands(u32 (&a)[2][4], const char* values, int m) {

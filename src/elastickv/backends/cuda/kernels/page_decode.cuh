@@ -17,6 +17,10 @@
 #include "page_attend.cuh"
 #include "page_ring.cuh"
 
+#ifndef ABLATE  // the study of where time goes: 1 loads pages only, 2 attends to the first pages only, again and again
+#define ABLATE 0
+#endif
+
 // Pages that a warp starts to load while previous kernels run: few at a time, because those kernels' loads queue behind them.
 #ifndef PAGES_EARLY
 #define PAGES_EARLY 2
@@ -81,13 +85,19 @@ __device__ __forceinline__ ExactRows exact_rows_of(const Args& a, const Span& s,
 
 #if BLOCK_TABLES
 // Excludes the tokens of a page from number `tokens` on.
-__device__ __forceinline__ void hide_tokens(float (&score)[TILES][8], int tokens) {
+__device__ __forceinline__ void hide_tokens(float (&score)[TILES][FEW ? 4 : 8], int tokens) {
+#if FEW
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (8 * i + (threadIdx.x >> 2 & 7) >= tokens) score[0][i] = -INFINITY;
+#else
     const int t = threadIdx.x & 3;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int e = 0; e < 8; e++)
             if (8 * (e >> 1) + 2 * t + (e & 1) >= tokens) score[tile][e] = -INFINITY;
+#endif
 }
 #endif
 
@@ -281,15 +291,19 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) r.m[tile] = NOTHING;
             r.exponent = -100.f;
+            r.normal = exp2_fast((float)V_SHIFT + 100.f);
             int now = walk.numbers;  // numbers of the pages in use; `walk` is ahead of them
 #pragma unroll 1
             for (int i = 0; walk.first + i * walk.step < walk.end; i++) {
                 const u32 stage = used % STAGES;
-                wait_for_page(arrived + 8 * stage, used / STAGES & 1);
+                if (ABLATE != 2 || i < STAGES) wait_for_page(arrived + 8 * stage, used / STAGES & 1);
                 const char* at = memory + (warp * STAGES + stage) * STAGE;
                 // A slab has scales of its own; those of planes can share 16 bytes with other pages.
                 const int page = BLOCK_TABLES ? 0 : __shfl_sync(FULL, now, i & 31);
-                float score[TILES][8];
+#if ABLATE == 1
+                r.l[0] += *reinterpret_cast<const float*>(at + 4 * lane);
+#else
+                float score[TILES][FEW ? 4 : 8];
                 score_page(score, at, shared, page);
 #if BLOCK_TABLES
                 int unit = walk.first + i * walk.step;
@@ -300,12 +314,13 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
 #endif
                 raise_maxima(r, score);
                 add_values(r, score, at, page);
+#endif
                 __syncwarp();
                 if ((i & 31) == 31) now = walk.numbers;
                 const int upcoming = i + STAGES;
                 if ((upcoming & 31) == 0) load_page_numbers(walk, a, saved.s, saved.p.head, upcoming);
                 const int next = __shfl_sync(FULL, walk.numbers, upcoming & 31);
-                if (walk.first + upcoming * walk.step < walk.end)
+                if (ABLATE != 2 && walk.first + upcoming * walk.step < walk.end)
                     start_page(stages + stage * STAGE, arrived + 8 * stage, a, next);
                 end_group();
                 used++;
