@@ -42,9 +42,27 @@ __device__ __forceinline__ Element value_element(int row, int lane, int w, int e
 #include "attend.cuh"
 
 #define QUERIES (HEADS * TILES)
+#ifndef FEW
+#define FEW 0
+#endif
+#ifndef VINT
+#define VINT 0
+#endif
+// INTEGER_VALUES: weights are 32-bit integers, four bytes of which meet the codes of V on the integer tensor cores. Sums are exact.
+#define INTEGER_VALUES (FEW && VINT && (V_FORMAT == INT4 || V_FORMAT == INT8))
 #define CODE_ONE 16777216.f  // 2^24: the inverse of a code's bit 0 as an fp16 number
+#if INTEGER_VALUES
+#define VALUE_ONE 1.f
+#define VALUE_ONE_HIGH (V_FORMAT == INT4 ? 1.f / 16.f : 1.f)
+#define WEIGHT_SHIFT 27  // weight x scale of V reaches 2^(4 + 27)
+#define SCORE_ROOM 4.f   // log2 by which a score may exceed the running maximum
+#define MOST_UNSETTLED 512  // pages whose sums surely fit 32 bits
+#else
 #define VALUE_ONE (V_FORMAT == INT4 || V_FORMAT == INT8 ? CODE_ONE : 1.f)  // the factor on sums of dims g
 #define VALUE_ONE_HIGH (V_FORMAT == INT4 ? CODE_ONE / 16.f : VALUE_ONE)    // of dims g + 8
+#define WEIGHT_SHIFT V_SHIFT
+#define SCORE_ROOM RESCALE
+#endif
 #define ZEROS (V_FORMAT == INT4 ? GROUPS : V_FORMAT == INT8 ? 1 : 0)       // sums of weight x zero of a query
 // A power of two on queries, so that their products with small scales stay normal fp16 numbers: the largest scale of 8 bits is
 // 514, and 2^6 x 514 is below 65504.
@@ -53,9 +71,6 @@ __device__ __forceinline__ Element value_element(int row, int lane, int w, int e
 
 // FEW: at most 4 queries. The keys are then the rows of a product, and its eight columns are the high (even) and the low (odd)
 // parts of 4 queries; a lane has scores of query t only. Weights have two columns a query, for tokens 16 j + 0..7 and 8..15.
-#ifndef FEW
-#define FEW 0
-#endif
 #if FEW
 static_assert(TILES == 1, "one tile of queries");
 #define FEW_QUERIES 4
@@ -72,7 +87,11 @@ struct Sums {
     float m[TILES], l[TILES];  // of query g (FEW: t); l over this lane's tokens only
     float zero[TILES][ZEROS ? ZEROS : 1];
     float exponent;  // 2^this bounds the V scales seen
-    float normal;    // FEW: 2^(V_SHIFT - exponent)
+    float normal;    // FEW: 2^(WEIGHT_SHIFT - exponent)
+#if INTEGER_VALUES
+    int codes[VALUE_TILES][2][4];  // [tile of dims][low, high half of weights][dim g: high, low byte; dim g + 8: the same]
+    int unsettled;                 // pages in `codes`
+#endif
 };
 
 __device__ __forceinline__ uint4 vector_of(const char* part, int row) {
@@ -137,19 +156,19 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
         for (int i = 0; i < PADDED / 32; i++) {
             const int dim = lane + 32 * i, lanes = q % HEADS * 4 + (dim >> 2 & 3);
 #if FEW
-            // Lane 8 q + (dim / 4) % 4 has the high part, the lane 4 further the low one. Where keys have scales of channels,
-            // the high part follows the low one, and zeros the high one, to carry the rounding error of products.
-            const int channels = K_FORMAT == INT8 ? 32 : 16, step_of = dim / channels;
+            // Lane 8 q + (dim / 4) % 4 has the high part, the lane 4 further the low one; a vector serves two steps. Where keys
+            // have scales of channels, a second vector carries the rounding error of products: zeros and the high part.
+            const int step_of = dim / (K_FORMAT == INT8 ? 32 : 16), odd = step_of % 2;
             if (step_of >= KEY_STEPS) continue;
-            const int vector = CHANNEL_LEVELS ? step_of : step_of / 2;
-            char* to = tile + (vector * 32 + 8 * q + (dim >> 2 & 3)) * 16 + (CHANNEL_LEVELS ? 0 : step_of % 2 * 8);
+            char* to = tile + ((CHANNEL_LEVELS ? step_of & ~1 : step_of / 2) * 32 + 8 * q + (dim >> 2 & 3)) * 16;
 #if K_FORMAT == INT8
             const int code = __float2int_rn(words.page[j][i] * inverse), high = (code + 64) >> 7;
-            to += (dim >> 4 & 1) * 4 + (dim & 3);
+            to += odd * 8 + (dim >> 4 & 1) * 4 + (dim & 3);
             to[0] = (char)high;
             to[64] = (char)(code - high * 128);
 #else
-            u16* half = reinterpret_cast<u16*>(to + (dim >> 1 & 1) * 4 + (dim & 1) * 2);
+            const int pair = dim >> 1 & 1;
+            u16* half = reinterpret_cast<u16*>(to + (CHANNEL_LEVELS ? pair * 8 + odd * 4 : odd * 8 + pair * 4)) + (dim & 1);
             const float scaled = words.page[j][i] * inverse;
 #if K_FORMAT == SIXTEEN_BIT
             const u32 high = pack16(scaled, 0.f), low = pack16(scaled - unpack16(high).x, 0.f);
@@ -159,8 +178,8 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
             half[0] = (u16)high;
             half[32] = (u16)low;
 #if CHANNEL_LEVELS
-            half[4] = 0;
-            half[36] = (u16)high;
+            half[256] = 0;
+            half[288] = (u16)high;
 #endif
 #endif
 #elif K_FORMAT == INT8
@@ -190,7 +209,7 @@ struct KeySums {
 #if K_FORMAT == INT8
     int x[2][4];
 #else
-    float x[2][4], zero[4];
+    float x[2][4], zero[2][4];  // of zeros: rows 0..7 of the first product and rows 8..15 of the second
 #endif
 #elif K_FORMAT == INT8
     int x[4][4];
@@ -257,33 +276,9 @@ __device__ __forceinline__ u32 negated(u32 x) {
     return r;
 }
 
+#if !FEW
 __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyOperands& keys) {
-#if FEW
 #if K_FORMAT == INT8
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const uint4 codes = make_uint4((&keys.first.x)[2 * j], (&keys.first.x)[2 * j + 1], (&keys.second.x)[2 * j],
-                                       (&keys.second.x)[2 * j + 1]);
-        mma_int8(sums.x[j], codes, q.x, q.y);
-    }
-#else
-#if CHANNEL_LEVELS
-    mma_half(sums.zero, keys.base.x, keys.base.x, keys.base.y, keys.base.y, q.x, q.y);
-    // The rounding error of the high part's product goes into the low part's.
-    const u32 a = multiply(q.z, keys.scale.x), b = multiply(q.w, keys.scale.y);
-    q.x = multiply_add(q.x, keys.scale.x, multiply_add(q.z, keys.scale.x, negated(a)));
-    q.y = multiply_add(q.y, keys.scale.y, multiply_add(q.w, keys.scale.y, negated(b)));
-#endif
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-#if K_FORMAT == SIXTEEN_BIT
-        mma_exact(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q.x, q.y);
-#else
-        mma_half(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q.x, q.y);
-#endif
-    }
-#endif
-#elif K_FORMAT == INT8
 #pragma unroll
     for (int i = 0; i < 4; i++) mma_int8(sums.x[i], q, (&keys.first.x)[i], (&keys.second.x)[i]);
 #else
@@ -307,6 +302,49 @@ __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyO
 #endif
 }
 
+#else
+// Products of a query's parts (two operands) with the keys of a step; see KeySums.
+__device__ __forceinline__ void multiply_step(KeySums& sums, u32 q0, u32 q1, const KeyOperands& keys) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#if K_FORMAT == INT8
+        const uint4 codes = make_uint4((&keys.first.x)[2 * j], (&keys.first.x)[2 * j + 1], (&keys.second.x)[2 * j],
+                                       (&keys.second.x)[2 * j + 1]);
+        mma_int8(sums.x[j], codes, q0, q1);
+#elif K_FORMAT == SIXTEEN_BIT
+        mma_exact(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q0, q1);
+#else
+        mma_half(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q0, q1);
+#endif
+    }
+}
+
+#if CHANNEL_LEVELS
+// A query's part times the scales of two channels. The high part's `error` is 0; the low part's is the high part, whose product's
+// rounding error it carries.
+__device__ __forceinline__ u32 scaled_part(u32 part, u32 error, u32 scale) {
+    return multiply_add(part, scale, multiply_add(error, scale, negated(multiply(error, scale))));
+}
+#endif
+
+// Products of the queries with the keys of steps k and k + 1.
+__device__ __forceinline__ void multiply_steps(KeySums& sums, const uint4* query, const char* stage, int k) {
+    const KeyOperands first = key_operands(stage, k), second = key_operands(stage, k + 1);
+    const uint4 q = load_query(query);
+#if CHANNEL_LEVELS
+    const uint4 error = load_query(query + 32);
+    // Rows of the left operand are the zeros of channels 4 t + 0..1, and 8 rows further those of 4 t + 2..3, of both steps.
+    mma_half(sums.zero[0], first.base.x, first.base.y, second.base.x, second.base.y, q.x, q.y);
+    mma_half(sums.zero[1], first.base.x, first.base.y, second.base.x, second.base.y, q.z, q.w);
+    multiply_step(sums, scaled_part(q.x, error.x, first.scale.x), scaled_part(q.z, error.z, first.scale.y), first);
+    multiply_step(sums, scaled_part(q.y, error.y, second.scale.x), scaled_part(q.w, error.w, second.scale.y), second);
+#else
+    multiply_step(sums, q.x, q.y, first);
+    if (k + 1 < KEY_STEPS) multiply_step(sums, q.z, q.w, second);
+#endif
+}
+#endif
+
 // The scale that all keys of a page share.
 __device__ __forceinline__ float key_page_scale(const char* stage, int page) {
 #if K_FORMAT == FP8
@@ -320,13 +358,16 @@ __device__ __forceinline__ float key_page_scale(const char* stage, int page) {
 // Score of token 8 i + g and query t.
 __device__ __forceinline__ float key_score(const KeySums& sums, const char* stage, int i, float step) {
     const auto high = sums.x[i >> 1][2 * (i & 1)], low = sums.x[i >> 1][2 * (i & 1) + 1];
+#if CHANNEL_LEVELS
+    const float zero = (sums.zero[0][0] + sums.zero[0][1]) + (sums.zero[1][2] + sums.zero[1][3]);
+#endif
 #if K_FORMAT == INT8
     const u16 of = *reinterpret_cast<const u16*>(stage + KEY_SCALES_AT + (8 * i + (threadIdx.x >> 2 & 7)) * 2);
     return (float)(high * 128 + low) * (step * bf16_value(of));
 #elif K_FORMAT == INT4
-    return ((high + low) * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + (sums.zero[0] + sums.zero[1])) * step;
+    return ((high + low) * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + zero) * step;
 #elif K_FORMAT == INT8_PER_CHANNEL
-    return ((high + low) * CODE_ONE + (sums.zero[0] + sums.zero[1])) * step;
+    return ((high + low) * CODE_ONE + zero) * step;
 #else
     return (high + low) * step;
 #endif
@@ -416,6 +457,68 @@ __device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&
         p[2 * j + 1] = odd ? turned : 0;
     }
 }
+
+#if INTEGER_VALUES
+// Bytes of the weights of a page's tokens as operands: even lane groups g, which are columns, have the high bytes of 16 bits of
+// each weight, odd ones the low bytes. `from`: those 16 bits of tokens 8 i + g, the first and the second two.
+__device__ __forceinline__ uint2 weight_bytes(u32 first, u32 second) {
+    const bool odd = threadIdx.x & 4;
+    const u32 a = transposed(first), b = transposed(second);
+    const u32 keep = __byte_perm(a, b, odd ? 0x6420 : 0x7531);
+    const u32 other = __shfl_xor_sync(FULL, __byte_perm(a, b, odd ? 0x7531 : 0x6420), 4);
+#if V_FORMAT == INT4
+    return make_uint2(__byte_perm(keep, other, odd ? 0x1504 : 0x5140), __byte_perm(keep, other, odd ? 0x3726 : 0x7362));
+#else
+    return make_uint2(__byte_perm(keep, other, odd ? 0x1054 : 0x5410), __byte_perm(keep, other, odd ? 0x3276 : 0x7632));
+#endif
+}
+
+// Makes the weights of tokens 8 i + g operands for one group of dims: p[0] low, p[1] high halves.
+__device__ __forceinline__ void weigh_group(uint2 (&p)[2], Sums& r, const float (&weight)[4], const char* stage, int page,
+                                            int group) {
+    u32 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const u32 of = value_scale_of(stage, page, group, i);
+        const float weighted = weight[i] * (__uint_as_float(of << 16) * r.normal);
+        x[i] = __float2uint_rn(weighted);
+#if V_FORMAT == INT4
+        r.zero[0][group] += weight[i] * __uint_as_float(of & 0xffff0000u);
+#else
+        r.zero[0][0] += weighted;  // codes are VALUE_OFFSET too large
+#endif
+    }
+    p[0] = weight_bytes(__byte_perm(x[0], x[1], 0x5410), __byte_perm(x[2], x[3], 0x5410));
+    p[1] = weight_bytes(__byte_perm(x[0], x[1], 0x7632), __byte_perm(x[2], x[3], 0x7632));
+}
+
+// Multiplies the codes of tile `m` of dims.
+__device__ __forceinline__ void multiply_codes(int (&sums)[2][4], const char* values, int m, const uint2 (&p)[2]) {
+    const uint4 codes = vector_of(values, V_FORMAT == INT4 ? m >> 1 : m);
+#if V_FORMAT == INT4
+    const u32 first = m & 1 ? codes.z : codes.x, second = m & 1 ? codes.w : codes.y;
+    const uint4 a = make_uint4(first & 0x0f0f0f0fu, first & 0xf0f0f0f0u, second & 0x0f0f0f0fu, second & 0xf0f0f0f0u);
+#else
+    const uint4 a = make_uint4(codes.x, codes.z, codes.y, codes.w);
+#endif
+#pragma unroll
+    for (int half = 0; half < 2; half++) mma_bytes(sums[half], a.x, a.y, a.z, a.w, p[half].x, p[half].y);
+}
+
+// Moves the integer sums to the float ones.
+__device__ __forceinline__ void settle(Sums& r) {
+    r.unsettled = 0;
+#pragma unroll
+    for (int m = 0; m < VALUE_TILES; m++)
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+            int(&codes)[2][4] = r.codes[m];
+            const float high = fmaf((float)codes[1][e], 256.f, (float)codes[1][e + 1]);
+            r.acc[m][e / 2] += fmaf(fmaf(high, 256.f, (float)codes[0][e]), 256.f, (float)codes[0][e + 1]);
+            codes[0][e] = codes[0][e + 1] = codes[1][e] = codes[1][e + 1] = 0;
+        }
+}
+#endif
 #else
 #if V_FORMAT == INT4
 __device__ __forceinline__ uint2 value_scales(const char* stage, int group, int i) {

@@ -5,6 +5,9 @@
 
 #if FEW
 __device__ __forceinline__ void scale_sums(Sums& r, float alpha) {
+#if INTEGER_VALUES
+    settle(r);
+#endif
 #pragma unroll
     for (int m = 0; m < VALUE_TILES; m++)
 #pragma unroll
@@ -27,16 +30,9 @@ __device__ __forceinline__ float sum_of_tokens(float x) {
 __device__ __forceinline__ void score_page(float (&score)[1][4], const char* stage, const Shared& shared, int page) {
     const int lane = threadIdx.x & 31;
     KeySums sums = {};
-    uint4 q;
 #pragma unroll
-    for (int k = 0; k < KEY_STEPS; k++) {
-        const KeyOperands keys = key_operands(stage, k);
-        if (CHANNEL_LEVELS || k % 2 == 0)
-            q = load_query(shared.page_query + (CHANNEL_LEVELS ? k : k / 2) * 32 + lane);
-        else
-            q.x = q.z, q.y = q.w;
-        multiply_keys(sums, q, keys);
-    }
+    for (int k = 0; k < KEY_STEPS; k += 2)
+        multiply_steps(sums, shared.page_query + (CHANNEL_LEVELS ? k : k / 2) * 32 + lane, stage, k);
     const float step = shared.steps[lane & 3] * key_page_scale(stage, page);
 #pragma unroll
     for (int i = 0; i < 4; i++) score[0][i] = key_score(sums, stage, i, step);
@@ -44,7 +40,7 @@ __device__ __forceinline__ void score_page(float (&score)[1][4], const char* sta
 
 __device__ __forceinline__ void raise_maxima(Sums& r, const float (&score)[1][4]) {
     float most = fmaxf(fmaxf(score[0][0], score[0][1]), fmaxf(score[0][2], score[0][3]));
-    if (!__any_sync(FULL, most > r.m[0] + RESCALE)) return;
+    if (!__any_sync(FULL, most > r.m[0] + SCORE_ROOM)) return;
     most = fmaxf(most_of_tokens(most), r.m[0]);
     const float alpha = exp2_fast(r.m[0] - most);
     r.m[0] = most;
@@ -59,14 +55,14 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][4], 
     u32 p[4];
 #if VALUE_SCALES
     float largest = largest_scale(stage, page);
-    if (__any_sync(FULL, largest * r.normal > (float)(1 << V_SHIFT))) {
+    if (__any_sync(FULL, largest * r.normal > (float)(1 << WEIGHT_SHIFT))) {
         largest = most_of_tokens(largest);
         const float exponent = fmaxf(r.exponent, (float)((int)(__float_as_uint(largest) >> 23) - 126));
         const float factor = exp2_fast(r.exponent - exponent);
         scale_sums(r, factor);
         if (V_FORMAT == INT8) r.zero[0][0] *= factor;
         r.exponent = exponent;
-        r.normal = exp2_fast((float)V_SHIFT - exponent);
+        r.normal = exp2_fast((float)WEIGHT_SHIFT - exponent);
     }
     normal = r.normal;
 #endif
@@ -75,6 +71,16 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][4], 
         weight[i] = exp2_fast(score[0][i] - r.m[0]);
         if (VALUE_SCALES) r.l[0] += weight[i];
     }
+#if INTEGER_VALUES
+    uint2 bytes[2];
+#pragma unroll
+    for (int m = 0; m < VALUE_TILES; m++) {
+        const int group = m / GROUP_TILES;
+        if (m % GROUP_TILES == 0 && group < GROUPS) weigh_group(bytes, r, weight, stage, page, group);
+        multiply_codes(r.codes[m], stage + VALUES_AT, m, bytes);
+    }
+    if (++r.unsettled == MOST_UNSETTLED) settle(r);
+#else
 #pragma unroll
     for (int m = 0; m < VALUE_TILES; m++) {
         const int group = m / GROUP_TILES;
@@ -94,12 +100,16 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][4], 
         for (int half = 0; half < 2; half++) r.acc[m][half] += sum[2 * half] + sum[2 * half + 1];
 #endif
     }
+#endif
 }
 
 // Writes a warp's results of its pages to shared memory, as floats in the order of dims; adds to what is there if `more`.
 __device__ __forceinline__ void leave_pages(Sums& r, float* sums, float2* sums_ml, bool more) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const float unit = VALUE_SCALES ? exp2_fast(r.exponent - (float)V_SHIFT) : 1.f;
+    const float unit = VALUE_SCALES ? exp2_fast(r.exponent - (float)WEIGHT_SHIFT) : 1.f;
+#if INTEGER_VALUES
+    settle(r);
+#endif
     const float l = sum_of_tokens(r.l[0]);
     const float2 exact = more ? sums_ml[t] : make_float2(NOTHING, 0.f);
     const float top = fmaxf(exact.x, r.m[0]), theirs = exp2_fast(exact.x - top), mine = exp2_fast(r.m[0] - top);

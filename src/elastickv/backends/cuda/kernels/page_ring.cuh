@@ -23,6 +23,9 @@ __device__ __forceinline__ void copy_part(u32 to, const char* from, u32 arrived)
 #endif
 }
 
+#ifndef ELECT  // study
+#define ELECT 1
+#endif
 #if BULK
 // True in one lane of a converged warp. The compiler knows that it is one, so that a bulk copy needs no loop over lanes.
 __device__ __forceinline__ bool elected() {
@@ -35,7 +38,11 @@ __device__ __forceinline__ bool elected() {
 // Starts the load of a page into a stage.
 __device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a, int page) {
 #if BULK
+#if ELECT
     if (!elected()) return;
+#else
+    if (threadIdx.x & 31) return;
+#endif
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(STAGE_BYTES) : "memory");
 #endif
 #if BLOCK_TABLES
