@@ -5,7 +5,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 from elastickv.backends.cuda.backend import CudaBackend
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, step_bytes
-from variants import ABLATED, RINGS, VARIANTS, built, compile_all, use
+from variants import ABLATED, RINGS, TIMED_ONLY, VARIANTS, built, compile_all, use
 
 SHAPES = [(8, 32, 8, 128, 32768), (1, 32, 8, 128, 32768), (1, 32, 8, 128, 131072)]
 CELLS = ["int4", "int8", "fp8", "auto@4", "auto@8"]
@@ -16,7 +16,7 @@ def recipe_of(text, row):
 
 def variants_of(text):
     if text == "dense": return {"dense": {}}
-    return dict(VARIANTS) | RINGS.get(text, {}) | (ABLATED if text in ("int4", "int8", "fp8") else {})
+    return dict(VARIANTS) | RINGS.get(text, {}) | TIMED_ONLY.get(text, {}) | (ABLATED if text in ("int4", "int8", "fp8") else {})
 
 def main():
     p = argparse.ArgumentParser(); p.add_argument("--output", required=True); p.add_argument("--rounds", type=int, default=20)

@@ -75,6 +75,7 @@ __device__ __forceinline__ Element value_element(int row, int lane, int w, int e
 static_assert(TILES == 1, "one tile of queries");
 #define FEW_QUERIES 4
 #define FEW_SUMS (ZEROS ? 2 : 4)
+#define FEW_SCORES (4 * STAGE_PAGES)
 #endif
 
 // Running results of one warp.
@@ -96,6 +97,16 @@ struct Sums {
 
 __device__ __forceinline__ uint4 vector_of(const char* part, int row) {
     return *reinterpret_cast<const uint4*>(part + (row * 32 + (threadIdx.x & 31)) * 16);
+}
+
+// The parts of a page in a stage.
+struct PageParts {
+    const char *keys, *key_scales, *values, *value_scales;
+};
+
+__device__ __forceinline__ PageParts parts_of(const char* stage, int page) {
+    return {stage + page * KEY_PAGE, stage + KEY_SCALES_AT + page * KEY_SCALES, stage + VALUES_AT + page * VALUE_PAGE,
+            stage + VALUE_SCALES_AT + page * VALUE_SCALES};
 }
 
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
@@ -228,13 +239,13 @@ struct KeyOperands {
 #endif
 };
 
-__device__ __forceinline__ KeyOperands key_operands(const char* stage, int k) {
+__device__ __forceinline__ KeyOperands key_operands(const PageParts& at, int k) {
     KeyOperands keys;
 #if K_FORMAT == INT8
-    keys.first = vector_of(stage, 2 * k);
-    keys.second = 2 * k + 1 < KEY_TILES ? vector_of(stage, 2 * k + 1) : make_uint4(0, 0, 0, 0);
+    keys.first = vector_of(at.keys, 2 * k);
+    keys.second = 2 * k + 1 < KEY_TILES ? vector_of(at.keys, 2 * k + 1) : make_uint4(0, 0, 0, 0);
 #elif K_FORMAT == INT4
-    const uint4 codes = vector_of(stage, k >> 1);
+    const uint4 codes = vector_of(at.keys, k >> 1);
     const u32 w0 = k & 1 ? codes.z : codes.x, w1 = k & 1 ? codes.w : codes.y;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -242,28 +253,28 @@ __device__ __forceinline__ KeyOperands key_operands(const char* stage, int k) {
         keys.low[i] = w0 >> (i & 2 ? 8 : 0) & mask;
         keys.high[i] = w1 >> (i & 2 ? 8 : 0) & mask;
     }
-    const char* scales = stage + KEY_SCALES_AT + (16 * k + 4 * (threadIdx.x & 3)) * 2;
+    const char* scales = at.key_scales + (16 * k + 4 * (threadIdx.x & 3)) * 2;
     keys.scale = *reinterpret_cast<const uint2*>(scales);
     keys.base = *reinterpret_cast<const uint2*>(scales + 2 * PADDED);
 #elif K_FORMAT == INT8_PER_CHANNEL
-    const uint4 codes = vector_of(stage, k);
+    const uint4 codes = vector_of(at.keys, k);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         keys.low[i] = __byte_perm((&codes.x)[i], 0, 0x4140);
         keys.high[i] = __byte_perm((&codes.x)[i], 0, 0x4342);
     }
-    const char* scales = stage + KEY_SCALES_AT + (16 * k + 4 * (threadIdx.x & 3)) * 2;
+    const char* scales = at.key_scales + (16 * k + 4 * (threadIdx.x & 3)) * 2;
     keys.scale = *reinterpret_cast<const uint2*>(scales);
     keys.base = *reinterpret_cast<const uint2*>(scales + 2 * PADDED);
 #elif K_FORMAT == FP8
-    const uint4 codes = vector_of(stage, k);
+    const uint4 codes = vector_of(at.keys, k);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         keys.low[i] = fp8_to_half((&codes.x)[i]);
         keys.high[i] = fp8_to_half((&codes.x)[i] >> 16);
     }
 #else
-    const uint4 first = vector_of(stage, 2 * k), second = vector_of(stage, 2 * k + 1);
+    const uint4 first = vector_of(at.keys, 2 * k), second = vector_of(at.keys, 2 * k + 1);
     keys.low[0] = first.x, keys.high[0] = first.y, keys.low[1] = first.z, keys.high[1] = first.w;
     keys.low[2] = second.x, keys.high[2] = second.y, keys.low[3] = second.z, keys.high[3] = second.w;
 #endif
@@ -328,8 +339,8 @@ __device__ __forceinline__ u32 scaled_part(u32 part, u32 error, u32 scale) {
 #endif
 
 // Products of the queries with the keys of steps k and k + 1.
-__device__ __forceinline__ void multiply_steps(KeySums& sums, const uint4* query, const char* stage, int k) {
-    const KeyOperands first = key_operands(stage, k), second = key_operands(stage, k + 1);
+__device__ __forceinline__ void multiply_steps(KeySums& sums, const uint4* query, const PageParts& at, int k) {
+    const KeyOperands first = key_operands(at, k), second = key_operands(at, k + 1);
     const uint4 q = load_query(query);
 #if CHANNEL_LEVELS
     const uint4 error = load_query(query + 32);
@@ -346,9 +357,9 @@ __device__ __forceinline__ void multiply_steps(KeySums& sums, const uint4* query
 #endif
 
 // The scale that all keys of a page share.
-__device__ __forceinline__ float key_page_scale(const char* stage, int page) {
+__device__ __forceinline__ float key_page_scale(const PageParts& at, int page) {
 #if K_FORMAT == FP8
-    return __uint_as_float((u32) reinterpret_cast<const u16*>(stage + KEY_SCALES_AT)[page & 7] << 16);
+    return __uint_as_float((u32) reinterpret_cast<const u16*>(at.key_scales)[page & 7] << 16);
 #else
     return 1.f;
 #endif
@@ -356,13 +367,13 @@ __device__ __forceinline__ float key_page_scale(const char* stage, int page) {
 
 #if FEW
 // Score of token 8 i + g and query t.
-__device__ __forceinline__ float key_score(const KeySums& sums, const char* stage, int i, float step) {
+__device__ __forceinline__ float key_score(const KeySums& sums, const PageParts& at, int i, float step) {
     const auto high = sums.x[i >> 1][2 * (i & 1)], low = sums.x[i >> 1][2 * (i & 1) + 1];
 #if CHANNEL_LEVELS
     const float zero = (sums.zero[0][0] + sums.zero[0][1]) + (sums.zero[1][2] + sums.zero[1][3]);
 #endif
 #if K_FORMAT == INT8
-    const u16 of = *reinterpret_cast<const u16*>(stage + KEY_SCALES_AT + (8 * i + (threadIdx.x >> 2 & 7)) * 2);
+    const u16 of = *reinterpret_cast<const u16*>(at.key_scales + (8 * i + (threadIdx.x >> 2 & 7)) * 2);
     return (float)(high * 128 + low) * (step * bf16_value(of));
 #elif K_FORMAT == INT4
     return ((high + low) * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + zero) * step;
@@ -399,9 +410,9 @@ __device__ __forceinline__ float2 key_scores(const KeySums& sums, const char* st
 
 #if FEW
 // Scale and zero of V of token 8 i + g, as bf16: of one byte, the scale in the low half.
-__device__ __forceinline__ u32 value_scale_of(const char* stage, int page, int group, int i) {
+__device__ __forceinline__ u32 value_scale_of(const PageParts& at, int page, int group, int i) {
     const int token = 8 * i + (threadIdx.x >> 2 & 7);
-    const char* scales = stage + VALUE_SCALES_AT;
+    const char* scales = at.value_scales;
 #if V_FORMAT == INT4
     return reinterpret_cast<const u32*>(scales)[group * PAGE + token];
 #elif V_FORMAT == INT8
@@ -413,13 +424,13 @@ __device__ __forceinline__ u32 value_scale_of(const char* stage, int page, int g
 #endif
 }
 
-__device__ __forceinline__ float largest_scale(const char* stage, int page) {
+__device__ __forceinline__ float largest_scale(const PageParts& at, int page) {
     float largest = 0.f;
 #pragma unroll
     for (int group = 0; group < (V_FORMAT == INT4 ? GROUPS : 1); group++)
 #pragma unroll
         for (int i = 0; i < (V_FORMAT == FP8 ? 1 : 4); i++)
-            largest = fmaxf(largest, __uint_as_float(value_scale_of(stage, page, group, i) << 16));
+            largest = fmaxf(largest, __uint_as_float(value_scale_of(at, page, group, i) << 16));
     return largest;
 }
 
@@ -431,7 +442,7 @@ __device__ __forceinline__ u32 transposed(u32 x) {
 
 // Makes the weights of tokens 8 i + g operands for one group of dims, scales of V included: of tokens 16 j + 0..7 in column 2 q,
 // of tokens 16 j + 8..15 in column 2 q + 1. Adds what the zeros of V contribute.
-__device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&weight)[4], const char* stage, int page,
+__device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&weight)[4], const PageParts& at, int page,
                                             int group, float normal) {
     const bool odd = threadIdx.x & 4;
 #pragma unroll
@@ -442,7 +453,7 @@ __device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&
         const float2 rounded = unpack16(both);
         r.l[0] += rounded.x + rounded.y;
 #else
-        const u32 of0 = value_scale_of(stage, page, group, 2 * j), of1 = value_scale_of(stage, page, group, 2 * j + 1);
+        const u32 of0 = value_scale_of(at, page, group, 2 * j), of1 = value_scale_of(at, page, group, 2 * j + 1);
         const u32 both = pack_half(w0 * (__uint_as_float(of0 << 16) * normal), w1 * (__uint_as_float(of1 << 16) * normal));
 #if V_FORMAT == INT4
         r.zero[0][group] += w0 * __uint_as_float(of0 & 0xffff0000u) + w1 * __uint_as_float(of1 & 0xffff0000u);
@@ -474,12 +485,12 @@ __device__ __forceinline__ uint2 weight_bytes(u32 first, u32 second) {
 }
 
 // Makes the weights of tokens 8 i + g operands for one group of dims: p[0] low, p[1] high halves.
-__device__ __forceinline__ void weigh_group(uint2 (&p)[2], Sums& r, const float (&weight)[4], const char* stage, int page,
+__device__ __forceinline__ void weigh_group(uint2 (&p)[2], Sums& r, const float (&weight)[4], const PageParts& at, int page,
                                             int group) {
     u32 x[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const u32 of = value_scale_of(stage, page, group, i);
+        const u32 of = value_scale_of(at, page, group, i);
         const float weighted = weight[i] * (__uint_as_float(of << 16) * r.normal);
         x[i] = __float2uint_rn(weighted);
 #if V_FORMAT == INT4
@@ -493,8 +504,8 @@ __device__ __forceinline__ void weigh_group(uint2 (&p)[2], Sums& r, const float 
 }
 
 // Multiplies the codes of tile `m` of dims.
-__device__ __forceinline__ void multiply_codes(int (&sums)[2][4], const char* values, int m, const uint2 (&p)[2]) {
-    const uint4 codes = vector_of(values, V_FORMAT == INT4 ? m >> 1 : m);
+__device__ __forceinline__ void multiply_codes(int (&sums)[2][4], const PageParts& at, int m, const uint2 (&p)[2]) {
+    const uint4 codes = vector_of(at.values, V_FORMAT == INT4 ? m >> 1 : m);
 #if V_FORMAT == INT4
     const u32 first = m & 1 ? codes.z : codes.x, second = m & 1 ? codes.w : codes.y;
     const uint4 a = make_uint4(first & 0x0f0f0f0fu, first & 0xf0f0f0f0u, second & 0x0f0f0f0fu, second & 0xf0f0f0f0u);

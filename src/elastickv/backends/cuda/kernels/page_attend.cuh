@@ -26,20 +26,29 @@ __device__ __forceinline__ float sum_of_tokens(float x) {
     return x;
 }
 
-// Scores of a page's tokens 8 i + g with query t, in log2.
-__device__ __forceinline__ void score_page(float (&score)[1][4], const char* stage, const Shared& shared, int page) {
+// Scores of the tokens 8 i + g of the stage's pages with query t, in log2: 4 a page.
+__device__ __forceinline__ void score_page(float (&score)[1][FEW_SCORES], const PageParts (&at)[STAGE_PAGES],
+                                           const Shared& shared, int page) {
     const int lane = threadIdx.x & 31;
-    KeySums sums = {};
+    KeySums sums[STAGE_PAGES] = {};
 #pragma unroll
     for (int k = 0; k < KEY_STEPS; k += 2)
-        multiply_steps(sums, shared.page_query + (CHANNEL_LEVELS ? k : k / 2) * 32 + lane, stage, k);
-    const float step = shared.steps[lane & 3] * key_page_scale(stage, page);
 #pragma unroll
-    for (int i = 0; i < 4; i++) score[0][i] = key_score(sums, stage, i, step);
+        for (int h = 0; h < STAGE_PAGES; h++)
+            multiply_steps(sums[h], shared.page_query + (CHANNEL_LEVELS ? k : k / 2) * 32 + lane, at[h], k);
+#pragma unroll
+    for (int h = 0; h < STAGE_PAGES; h++) {
+        const float step = shared.steps[lane & 3] * key_page_scale(at[h], page);
+#pragma unroll
+        for (int i = 0; i < 4; i++) score[0][4 * h + i] = key_score(sums[h], at[h], i, step);
+    }
 }
 
-__device__ __forceinline__ void raise_maxima(Sums& r, const float (&score)[1][4]) {
+__device__ __forceinline__ void raise_maxima(Sums& r, const float (&score)[1][FEW_SCORES]) {
     float most = fmaxf(fmaxf(score[0][0], score[0][1]), fmaxf(score[0][2], score[0][3]));
+#if TWO_PAGES
+    most = fmaxf(most, fmaxf(fmaxf(score[0][4], score[0][5]), fmaxf(score[0][6], score[0][7])));
+#endif
     if (!__any_sync(FULL, most > r.m[0] + SCORE_ROOM)) return;
     most = fmaxf(most_of_tokens(most), r.m[0]);
     const float alpha = exp2_fast(r.m[0] - most);
@@ -50,11 +59,12 @@ __device__ __forceinline__ void raise_maxima(Sums& r, const float (&score)[1][4]
     scale_sums(r, alpha);
 }
 
-__device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][4], const char* stage, int page) {
-    float weight[4], normal = 1.f;
-    u32 p[4];
+__device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][FEW_SCORES], const PageParts (&at)[STAGE_PAGES],
+                                           int page) {
+    float weight[STAGE_PAGES][4];
 #if VALUE_SCALES
-    float largest = largest_scale(stage, page);
+    float largest = largest_scale(at[0], page);
+    if (TWO_PAGES) largest = fmaxf(largest, largest_scale(at[STAGE_PAGES - 1], page));
     if (__any_sync(FULL, largest * r.normal > (float)(1 << WEIGHT_SHIFT))) {
         largest = most_of_tokens(largest);
         const float exponent = fmaxf(r.exponent, (float)((int)(__float_as_uint(largest) >> 23) - 126));
@@ -64,29 +74,30 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][4], 
         r.exponent = exponent;
         r.normal = exp2_fast((float)WEIGHT_SHIFT - exponent);
     }
-    normal = r.normal;
 #endif
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        weight[i] = exp2_fast(score[0][i] - r.m[0]);
-        if (VALUE_SCALES) r.l[0] += weight[i];
+    for (int i = 0; i < 4 * STAGE_PAGES; i++) {
+        weight[i >> 2][i & 3] = exp2_fast(score[0][i] - r.m[0]);
+        if (VALUE_SCALES) r.l[0] += weight[i >> 2][i & 3];
     }
 #if INTEGER_VALUES
-    uint2 bytes[2];
+    uint2 bytes[STAGE_PAGES][2];
 #pragma unroll
     for (int m = 0; m < VALUE_TILES; m++) {
         const int group = m / GROUP_TILES;
-        if (m % GROUP_TILES == 0 && group < GROUPS) weigh_group(bytes, r, weight, stage, page, group);
-        multiply_codes(r.codes[m], stage + VALUES_AT, m, bytes);
+#pragma unroll
+        for (int h = 0; h < STAGE_PAGES; h++) {
+            if (m % GROUP_TILES == 0 && group < GROUPS) weigh_group(bytes[h], r, weight[h], at[h], page, group);
+            multiply_codes(r.codes[m], at[h], m, bytes[h]);
+        }
     }
-    if (++r.unsettled == MOST_UNSETTLED) settle(r);
+    r.unsettled += STAGE_PAGES;
+    if (r.unsettled >= MOST_UNSETTLED) settle(r);
 #else
+    u32 p[STAGE_PAGES][4];
 #pragma unroll
     for (int m = 0; m < VALUE_TILES; m++) {
         const int group = m / GROUP_TILES;
-        if (m % GROUP_TILES == 0 && group < GROUPS) weigh_group(p, r, weight, stage, page, group, normal);
-        u32 a[2][4];
-        value_operands(a, stage + VALUES_AT, m);
 #if ZEROS
         // As below: every page's sums start at 0.
         float sum[4] = {};
@@ -94,7 +105,13 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][4], 
         float (&sum)[4] = r.acc[m];
 #endif
 #pragma unroll
-        for (int k = 0; k < 2; k++) multiply_values(sum, a[k], p[2 * k], p[2 * k + 1]);
+        for (int h = 0; h < STAGE_PAGES; h++) {
+            if (m % GROUP_TILES == 0 && group < GROUPS) weigh_group(p[h], r, weight[h], at[h], page, group, r.normal);
+            u32 a[2][4];
+            value_operands(a, at[h].values, m);
+#pragma unroll
+            for (int k = 0; k < 2; k++) multiply_values(sum, a[k], p[h][2 * k], p[h][2 * k + 1]);
+        }
 #if ZEROS
 #pragma unroll
         for (int half = 0; half < 2; half++) r.acc[m][half] += sum[2 * half] + sum[2 * half + 1];
@@ -157,12 +174,12 @@ __device__ __forceinline__ void score_page(float (&score)[TILES][8], const char*
     KeySums sums[TILES] = {};
 #pragma unroll
     for (int k = 0; k < KEY_STEPS; k++) {
-        const KeyOperands keys = key_operands(stage, k);
+        const KeyOperands keys = key_operands(parts_of(stage, 0), k);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
             multiply_keys(sums[tile], load_query(shared.page_query + (tile * KEY_STEPS + k) * 32 + lane), keys);
     }
-    const float scale = key_page_scale(stage, page);
+    const float scale = key_page_scale(parts_of(stage, 0), page);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
         const float step = shared.steps[tile * HEADS + g] * scale;

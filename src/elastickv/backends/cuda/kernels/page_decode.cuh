@@ -83,9 +83,15 @@ __device__ __forceinline__ ExactRows exact_rows_of(const Args& a, const Span& s,
 }
 #endif
 
+#if FEW
+#define SCORES FEW_SCORES
+#else
+#define SCORES 8
+#endif
+
 #if BLOCK_TABLES
 // Excludes the tokens of a page from number `tokens` on.
-__device__ __forceinline__ void hide_tokens(float (&score)[TILES][FEW ? 4 : 8], int tokens) {
+__device__ __forceinline__ void hide_tokens(float (&score)[TILES][SCORES], int tokens) {
 #if FEW
 #pragma unroll
     for (int i = 0; i < 4; i++)
@@ -175,7 +181,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
     }
 #else
     load_page_numbers(walk, a, task.s, head, 0);
-    start(0, a.page_capacity, PAGES_EARLY, IN_FLIGHT_EARLY);
+    start(0, (a.page_capacity + STAGE_PAGES - 1) / STAGE_PAGES, PAGES_EARLY, IN_FLIGHT_EARLY);
 #endif
     if (has_first) load_exact();
 #endif
@@ -187,7 +193,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
 #endif
     let_next_start();
     task.s = span_with(a, head, now);
-    walk.end = task.cold_end = task.s.cold_units;
+    walk.end = task.cold_end = (task.s.cold_units + STAGE_PAGES - 1) / STAGE_PAGES;
 #if BULK
     if (has_first && first_exact(task) == exact_row(a, task.s, task.s.exact - 1) / EXACT_UNIT) load_exact();
 #if SELECT
@@ -303,8 +309,22 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
 #if ABLATE == 1
                 r.l[0] += *reinterpret_cast<const float*>(at + 4 * lane);
 #else
-                float score[TILES][FEW ? 4 : 8];
+                float score[TILES][SCORES];
+#if FEW
+                // Where the last page has no second one, it takes its place, without weight.
+                const bool second = 2 * (walk.first + i * walk.step) + 1 < saved.s.cold_units;
+                PageParts parts[STAGE_PAGES];
+                parts[0] = parts_of(at, 0);
+                if (TWO_PAGES) parts[STAGE_PAGES - 1] = parts_of(at, second);
+                score_page(score, parts, shared, page);
+#if TWO_PAGES
+                if (!second)
+#pragma unroll
+                    for (int e = 4; e < 8; e++) score[0][e] = -INFINITY;
+#endif
+#else
                 score_page(score, at, shared, page);
+#endif
 #if BLOCK_TABLES
                 int unit = walk.first + i * walk.step;
 #if SELECT
@@ -313,7 +333,11 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
                 if ((unit + 1) * PAGE > saved.s.cold) hide_tokens(score, saved.s.cold - unit * PAGE);
 #endif
                 raise_maxima(r, score);
+#if FEW
+                add_values(r, score, parts, page);
+#else
                 add_values(r, score, at, page);
+#endif
 #endif
                 __syncwarp();
                 if ((i & 31) == 31) now = walk.numbers;
