@@ -40,8 +40,10 @@ PIPES = {
     "control": "BRA BSSY BSYNC WARPSYNC NOP YIELD EXIT CALL RET BMOV DEPBAR LDGDEPBAR",
 }
 # Cycles for which one instruction of a warp occupies its pipe of one scheduler, on Hopper. Shared memory serves a
-# multiprocessor's four schedulers, 128 bytes a cycle. Tensor cores: at the rate of `mma.sync`, about 0.6 of that of `wgmma`.
+# multiprocessor's four schedulers, 128 bytes a cycle: a cycle of its own is four of theirs, and a load of 16 bytes a lane takes
+# four (`WIDE`; fewer where lanes share words). Tensor cores: at the rate of `mma.sync`, about 0.6 of that of `wgmma`.
 CYCLES = {"tensor": 6.5, "fma": 1.0, "alu": 2.0, "xu": 8.0, "shared": 4.0, "uniform": 2.0, "control": 1.0, "other": 1.0}
+WIDE = {"128": 4, "64": 2}
 LOAD_STARTS = ("UBLKCP", "LDGSTS")
 
 
@@ -60,7 +62,7 @@ def disassembler() -> list[str]:
         for place in places:
             if (place / name).is_file():
                 return [str(place / name), *options]
-    raise SystemExit("neither nvdisasm nor cuobjdump is found: pip install nvidia-cuda-nvdisasm, or add the CUDA toolkit to PATH")
+    raise SystemExit("neither nvdisasm nor cuobjdump is found: pip install nvidia-cuda-nvdisasm, or install the CUDA toolkit")
 
 
 def page_variant(text: str, head_dim: int, group: int, arch: str, macros: dict[str, int]) -> Variant:
@@ -145,6 +147,10 @@ def budget(text: str, arguments: argparse.Namespace, macros: dict[str, int]) -> 
     loop = page_loop(*instructions(compiled.cubin))
     counts = Counter(opcode(each).split(".")[0] for each in loop)
     pipes = Counter(pipe_of(opcode(each)) for each in loop)
+    busy = dict.fromkeys(CYCLES, 0.0)
+    for name in map(opcode, loop):
+        wide = WIDE.get(name.split(".")[-1], 1) if name.startswith("LDS") else 1
+        busy[pipe_of(name)] += CYCLES[pipe_of(name)] * wide
     size, elements = page_bytes(variant), 2 * PAGE_TOKENS * arguments.head_dim
     cycles = SCHEDULERS * size * arguments.multiprocessors / arguments.read_gbs * arguments.ghz
     issued = len(loop)
@@ -159,15 +165,16 @@ def budget(text: str, arguments: argparse.Namespace, macros: dict[str, int]) -> 
         "issued_per_element": issued * LANES / elements,
         "available_per_element": cycles * LANES / elements,
         "of_issue_slots": issued / cycles,
-        "pipes": {pipe: {"issued": n, "share": n * CYCLES[pipe] / cycles} for pipe, n in sorted(pipes.items())},
+        "pipes": {pipe: {"issued": n, "share": busy[pipe] / cycles} for pipe, n in sorted(pipes.items())},
         "opcodes": dict(counts.most_common()),
     }
 
 
 def table(rows: list[dict]) -> list[str]:
     pipes = [*PIPES, "uniform"]
-    lines = [f"| recipe | bytes a page | issued | available | an element: issued / available | {' | '.join(pipes)} | registers |"]
-    lines.append("|" + "---|" * (6 + len(pipes)))
+    columns = ["recipe", "bytes a page", "issued", "available", "an element: issued / available", *pipes, "registers"]
+    lines = [f"| {' | '.join(columns)} |"]
+    lines.append("|" + "---|" * len(columns))
     for r in rows:
         parts = [r["pipes"].get(pipe, {"issued": 0, "share": 0.0}) for pipe in pipes]
         shares = " | ".join(f"{part['issued']} ({part['share']:.0%})" for part in parts)

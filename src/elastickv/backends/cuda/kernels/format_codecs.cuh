@@ -338,12 +338,32 @@ __device__ __forceinline__ u32 scaled_part(u32 part, u32 error, u32 scale) {
 }
 #endif
 
-// Products of the queries with the keys of steps k and k + 1.
-__device__ __forceinline__ void multiply_steps(KeySums& sums, const uint4* query, const PageParts& at, int k) {
-    const KeyOperands first = key_operands(at, k), second = key_operands(at, k + 1);
-    const uint4 q = load_query(query);
+// The parts of the queries for steps k and k + 1.
+struct StepQueries {
+    uint4 parts;
 #if CHANNEL_LEVELS
-    const uint4 error = load_query(query + 32);
+    uint4 errors;
+#endif
+};
+
+__device__ __forceinline__ StepQueries step_queries(const uint4* query, int k) {
+    StepQueries q;
+    query += threadIdx.x & 31;
+#if CHANNEL_LEVELS
+    q.parts = load_query(query + k * 32);
+    q.errors = load_query(query + (k + 1) * 32);
+#else
+    q.parts = load_query(query + k / 2 * 32);
+#endif
+    return q;
+}
+
+// Products of the queries with the keys of steps k and k + 1.
+__device__ __forceinline__ void multiply_steps(KeySums& sums, const StepQueries& of, const PageParts& at, int k) {
+    const KeyOperands first = key_operands(at, k), second = key_operands(at, k + 1);
+    const uint4 q = of.parts;
+#if CHANNEL_LEVELS
+    const uint4 error = of.errors;
     // Rows of the left operand are the zeros of channels 4 t + 0..1, and 8 rows further those of 4 t + 2..3, of both steps.
     mma_half(sums.zero[0], first.base.x, first.base.y, second.base.x, second.base.y, q.x, q.y);
     mma_half(sums.zero[1], first.base.x, first.base.y, second.base.x, second.base.y, q.z, q.w);

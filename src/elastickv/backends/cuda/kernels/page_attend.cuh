@@ -32,10 +32,11 @@ __device__ __forceinline__ void score_page(float (&score)[1][FEW_SCORES], const 
     const int lane = threadIdx.x & 31;
     KeySums sums[STAGE_PAGES] = {};
 #pragma unroll
-    for (int k = 0; k < KEY_STEPS; k += 2)
+    for (int k = 0; k < KEY_STEPS; k += 2) {
+        const StepQueries queries = step_queries(shared.page_query, k);
 #pragma unroll
-        for (int h = 0; h < STAGE_PAGES; h++)
-            multiply_steps(sums[h], shared.page_query + (CHANNEL_LEVELS ? k : k / 2) * 32 + lane, at[h], k);
+        for (int h = 0; h < STAGE_PAGES; h++) multiply_steps(sums[h], queries, at[h], k);
+    }
 #pragma unroll
     for (int h = 0; h < STAGE_PAGES; h++) {
         const float step = shared.steps[lane & 3] * key_page_scale(at[h], page);
