@@ -1,12 +1,15 @@
 """A few decodes of one variant, for ncu: python profile_one.py int4 few [shape index]"""
+
 import sys
 from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 from elastickv.backends.cuda.backend import CudaBackend
 from elastickv.recipe import AttentionShape
 from time_variants import SHAPES, recipe_of, variants_of
 from variants import use
+
 text, name = sys.argv[1:3]
 row = SHAPES[int(sys.argv[3]) if len(sys.argv) > 3 else 0]
 backend, shape = CudaBackend(None, "auto"), AttentionShape(*row[:4])

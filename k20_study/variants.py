@@ -1,4 +1,5 @@
 """Shared by the scripts of issue 20: builds of the page decode to compare."""
+
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +17,12 @@ VARIANTS = {
 INT = {"FEW": 1, "VINT": 1}
 TWO = INT | {"TWO_PAGES": 1}  # two adjacent pages a stage and a turn; only with equally many blocks a head, without selection
 RINGS = {
-    "int4": {"two_8x2": TWO | {"STAGES": 2}, "fewtwo_8x2": {"FEW": 1, "TWO_PAGES": 1, "STAGES": 2},
-             "int_12x2": INT | {"WARPS": 12, "STAGES": 2}, "int_8x4": INT | {"STAGES": 4}},
+    "int4": {
+        "two_8x2": TWO | {"STAGES": 2},
+        "fewtwo_8x2": {"FEW": 1, "TWO_PAGES": 1, "STAGES": 2},
+        "int_12x2": INT | {"WARPS": 12, "STAGES": 2},
+        "int_8x4": INT | {"STAGES": 4},
+    },
     "int8": {"two_6x2": TWO | {"WARPS": 6, "STAGES": 2}, "int_10x2": INT | {"WARPS": 10, "STAGES": 2}},
     "fp8": {"few_10x2": {"FEW": 1, "WARPS": 10, "STAGES": 2}},
 }
@@ -39,7 +44,9 @@ def shared_bytes(macros, pages):
     key, value = format_of(macros["K_FORMAT"]), format_of(macros["V_FORMAT"])
     scales = (key.key_scales(dim).bytes_of(32), value.value_scales(dim, macros["V_GROUP"]).bytes_of(32))
     one = round_up(32 * (key.key_row_bytes(dim) + value.row_bytes(dim)) + sum(round_up(n, 16) for n in scales), 128)
-    many = round_up(pages * 32 * (key.key_row_bytes(dim) + value.row_bytes(dim)) + sum(round_up(pages * n, 16) for n in scales), 128)
+    many = round_up(
+        pages * 32 * (key.key_row_bytes(dim) + value.row_bytes(dim)) + sum(round_up(pages * n, 16) for n in scales), 128
+    )
     return _pages_shared_bytes(macros, warps, macros["TILES"], stages) + warps * stages * (many - one)
 
 

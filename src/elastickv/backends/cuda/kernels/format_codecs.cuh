@@ -538,6 +538,7 @@ __device__ __forceinline__ void multiply_codes(int (&sums)[2][4], const PagePart
 
 // Moves the integer sums to the float ones.
 __device__ __forceinline__ void settle(Sums& r) {
+    if (!r.unsettled) return;
     r.unsettled = 0;
 #pragma unroll
     for (int m = 0; m < VALUE_TILES; m++)

@@ -296,8 +296,8 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
             Sums r = {};
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) r.m[tile] = NOTHING;
-            r.exponent = -100.f;
-            r.normal = exp2_fast((float)WEIGHT_SHIFT + 100.f);
+            r.exponent = -98.f;
+            r.normal = exp2_fast((float)WEIGHT_SHIFT + 98.f);
             int now = walk.numbers;  // numbers of the pages in use; `walk` is ahead of them
 #pragma unroll 1
             for (int i = 0; walk.first + i * walk.step < walk.end; i++) {
