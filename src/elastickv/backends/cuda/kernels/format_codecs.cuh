@@ -42,71 +42,54 @@ __device__ __forceinline__ Element value_element(int row, int lane, int w, int e
 #include "attend.cuh"
 
 #define QUERIES (HEADS * TILES)
-#ifndef FEW
-#define FEW 0
-#endif
-#ifndef VINT
-#define VINT 0
-#endif
-// INTEGER_VALUES: weights are 32-bit integers, four bytes of which meet the codes of V on the integer tensor cores. Sums are exact.
-#define INTEGER_VALUES (FEW && VINT && (V_FORMAT == INT4 || V_FORMAT == INT8))
 #define CODE_ONE 16777216.f  // 2^24: the inverse of a code's bit 0 as an fp16 number
-#if INTEGER_VALUES
-#define VALUE_ONE 1.f
-#define VALUE_ONE_HIGH (V_FORMAT == INT4 ? 1.f / 16.f : 1.f)
-#define WEIGHT_SHIFT 27  // weight x scale of V reaches 2^(4 + 27)
-#define SCORE_ROOM 4.f   // log2 by which a score may exceed the running maximum
-#define MOST_UNSETTLED 512  // pages whose sums surely fit 32 bits
-#else
 #define VALUE_ONE (V_FORMAT == INT4 || V_FORMAT == INT8 ? CODE_ONE : 1.f)  // the factor on sums of dims g
 #define VALUE_ONE_HIGH (V_FORMAT == INT4 ? CODE_ONE / 16.f : VALUE_ONE)    // of dims g + 8
-#define WEIGHT_SHIFT V_SHIFT
-#define SCORE_ROOM RESCALE
-#endif
 #define ZEROS (V_FORMAT == INT4 ? GROUPS : V_FORMAT == INT8 ? 1 : 0)       // sums of weight x zero of a query
 // A power of two on queries, so that their products with small scales stay normal fp16 numbers: the largest scale of 8 bits is
 // 514, and 2^6 x 514 is below 65504.
 #define QUERY_LIFT (K_FORMAT == INT8_PER_CHANNEL ? 6 : 0)
 #define KEY_STEPS (K_FORMAT == INT8 ? (KEY_TILES + 1) / 2 : KEY_TILES)  // products of a query with a page's keys
 
-// FEW: at most 4 queries. The keys are then the rows of a product, and its eight columns are the high (even) and the low (odd)
-// parts of 4 queries; a lane has scores of query t only. Weights have two columns a query, for tokens 16 j + 0..7 and 8..15.
-#if FEW
+// A product of K has 16 rows and 8 columns, and a query has two parts, high and low. Two ways to fill it:
+//
+//   Queries as rows: 8 queries, the high parts in rows 0..7 and the low ones in rows 8..15; 8 tokens are the columns. A lane
+//   has scores of query g, of tokens 8 i + 2 t + 0..1. The weights of the values then have a column for each query.
+//   KEYS_AS_ROWS (at most 4 queries): 16 tokens are the rows; columns 2 q and 2 q + 1 are the high and the low part of query q.
+//   Half as many products, and no row is empty. A lane has scores of query t, of tokens 8 i + g. The weights have two columns a
+//   query: of tokens 16 j + 0..7 and of tokens 16 j + 8..15; the other eight tokens of a column are 0.
+//
+// Both read the same pages: a left and a right operand have the same elements in a lane.
+#if KEYS_AS_ROWS
 static_assert(TILES == 1, "one tile of queries");
-#define FEW_QUERIES 4
-#define FEW_SUMS (ZEROS ? 2 : 4)
-#define FEW_SCORES (4 * STAGE_PAGES)
+#define PAGE_QUERIES 4
+#define PAGE_SCORES 4  // of a lane
+#define PAIRED_STEPS ((KEY_STEPS + 1) / 2)
+#define QUERY_VECTORS (CHANNEL_LEVELS ? 2 * PAIRED_STEPS : PAIRED_STEPS)  // of a lane, for all steps; see stage_query
+#else
+#define PAGE_QUERIES QUERIES
+#define PAGE_SCORES 8
+#define QUERY_VECTORS KEY_STEPS
 #endif
 
 // Running results of one warp.
 struct Sums {
-#if FEW
-    float acc[VALUE_TILES][FEW_SUMS];  // of query t: dims g and g + 8, or each of both from even and odd eights of tokens
+#if KEYS_AS_ROWS
+    // Of query t, [tile of dims]: dims g and g + 8; or, without zeros, of each the sums of both columns.
+    float acc[VALUE_TILES][ZEROS ? 2 : 4];
 #else
     float acc[TILES][VALUE_TILES][4];  // [tile of queries][tile of dims][dim g: q 2t, 2t+1; dim g + 8: the same]
 #endif
-    float m[TILES], l[TILES];  // of query g (FEW: t); l over this lane's tokens only
+    float m[TILES], l[TILES];  // of query g, KEYS_AS_ROWS: query t; l over this lane's tokens only
     float zero[TILES][ZEROS ? ZEROS : 1];
     float exponent;  // 2^this bounds the V scales seen
-    float normal;    // FEW: 2^(WEIGHT_SHIFT - exponent)
-#if INTEGER_VALUES
-    int codes[VALUE_TILES][2][4];  // [tile of dims][low, high half of weights][dim g: high, low byte; dim g + 8: the same]
-    int unsettled;                 // pages in `codes`
+#if KEYS_AS_ROWS
+    float normal;  // 2^(V_SHIFT - exponent)
 #endif
 };
 
 __device__ __forceinline__ uint4 vector_of(const char* part, int row) {
     return *reinterpret_cast<const uint4*>(part + (row * 32 + (threadIdx.x & 31)) * 16);
-}
-
-// The parts of a page in a stage.
-struct PageParts {
-    const char *keys, *key_scales, *values, *value_scales;
-};
-
-__device__ __forceinline__ PageParts parts_of(const char* stage, int page) {
-    return {stage + page * KEY_PAGE, stage + KEY_SCALES_AT + page * KEY_SCALES, stage + VALUES_AT + page * VALUE_PAGE,
-            stage + VALUE_SCALES_AT + page * VALUE_SCALES};
 }
 
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
@@ -118,6 +101,12 @@ __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
     const __half2 r =
         __hfma2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b), *reinterpret_cast<__half2*>(&c));
     return *reinterpret_cast<const u32*>(&r);
+}
+
+__device__ __forceinline__ u32 negated(u32 x) {
+    u32 r;
+    asm("neg.f16x2 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
 }
 
 // Two e4m3 numbers, in the low half of `bytes`, as fp16.
@@ -132,6 +121,56 @@ __device__ __forceinline__ u32 fp8_to_half(u32 bytes) {
 #endif
 }
 
+// Stores channel `dim` of query `q`, in units of its step, in both parts as operands for the products with keys.
+//
+// Queries as rows: a vector is the operand of one step; lane 4 (q % 8) + dim / 4 % 4 has both parts.
+// KEYS_AS_ROWS: a vector is the right operands of steps k and k + 1; lane 8 q + dim / 4 % 4 has the high part, the lane 4
+// further the low one. Where keys have scales of channels, a pair of steps has a second vector with what `scaled_part` needs.
+__device__ __forceinline__ void stage_query(char* operands, int q, int dim, float x) {
+    const int step = dim / (K_FORMAT == INT8 ? 32 : 16), quad = dim >> 2 & 3;
+#if KEYS_AS_ROWS
+    const int odd = step & 1;
+    if (step / 2 >= PAIRED_STEPS) return;
+    char* to = operands + (step / 2 * (QUERY_VECTORS / PAIRED_STEPS) * 32 + 8 * q + quad) * 16;
+#else
+    if (step >= KEY_STEPS) return;
+    char* to = operands + ((q / HEADS * KEY_STEPS + step) * 32 + q % HEADS * 4 + quad) * 16;
+#endif
+#if K_FORMAT == INT8
+    const int code = __float2int_rn(x), high = (code + 64) >> 7, low = code - high * 128, second = dim >> 4 & 1;
+#if KEYS_AS_ROWS
+    to += odd * 8 + second * 4 + (dim & 3);
+    to[0] = (char)high;
+    to[4 * 16] = (char)low;
+#else
+    to += second * 8 + (dim & 3);
+    to[0] = (char)high;
+    to[4] = (char)low;
+#endif
+#else
+#if K_FORMAT == SIXTEEN_BIT
+    const u16 high = (u16)pack16(x, 0.f), low = (u16)pack16(x - unpack16(high).x, 0.f);
+#else
+    const u16 high = (u16)pack_half(x, 0.f), low = (u16)pack_half(x - __half2float(__ushort_as_half(high)), 0.f);
+#endif
+    const int second = dim >> 1 & 1;  // pair of channels
+#if !KEYS_AS_ROWS
+    u16* part = reinterpret_cast<u16*>(to + second * 8) + (dim & 1);
+    part[0] = high;
+    part[2] = low;
+#else
+    // Scales of channels: first all pairs 4 t + 0..1, then 4 t + 2..3, which is how zeros meet them.
+    u16* part = reinterpret_cast<u16*>(to + (CHANNEL_LEVELS ? second * 8 + odd * 4 : odd * 8 + second * 4)) + (dim & 1);
+    part[0] = high;
+    part[4 * 8] = low;
+#if CHANNEL_LEVELS
+    part[32 * 8] = 0;
+    part[36 * 8] = high;
+#endif
+#endif
+#endif
+}
+
 // Stores a block's queries in shared memory as operands, for exact rows and for pages.
 template <class Words, class Shared>
 __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Shared& shared) {
@@ -143,7 +182,7 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
 #pragma unroll
     for (int j = 0; j * WARPS < QUERIES; j++) {
         const int q = warp + j * WARPS;
-        if (q >= (FEW ? 4 : QUERIES)) continue;
+        if (q >= PAGE_QUERIES) continue;
         float most = 0.f;
 #pragma unroll
         for (int i = 0; i < PADDED / 32; i++) {
@@ -151,7 +190,6 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
             most = fmaxf(most, fabsf(words.page[j][i]));
         }
         for (int i = 16; i; i >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, i));
-        char* tile = reinterpret_cast<char*>(shared.page_query + q / HEADS * KEY_STEPS * 32);
 #if K_FORMAT == INT8
         const float step = most / 16256.f, inverse = most > 0.f ? 16256.f / most : 0.f;
 #elif K_FORMAT == SIXTEEN_BIT
@@ -164,63 +202,18 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
 #endif
         if (lane == 0) shared.steps[q] = step;
 #pragma unroll
-        for (int i = 0; i < PADDED / 32; i++) {
-            const int dim = lane + 32 * i, lanes = q % HEADS * 4 + (dim >> 2 & 3);
-#if FEW
-            // Lane 8 q + (dim / 4) % 4 has the high part, the lane 4 further the low one; a vector serves two steps. Where keys
-            // have scales of channels, a second vector carries the rounding error of products: zeros and the high part.
-            const int step_of = dim / (K_FORMAT == INT8 ? 32 : 16), odd = step_of % 2;
-            if (step_of >= KEY_STEPS) continue;
-            char* to = tile + ((CHANNEL_LEVELS ? step_of & ~1 : step_of / 2) * 32 + 8 * q + (dim >> 2 & 3)) * 16;
-#if K_FORMAT == INT8
-            const int code = __float2int_rn(words.page[j][i] * inverse), high = (code + 64) >> 7;
-            to += odd * 8 + (dim >> 4 & 1) * 4 + (dim & 3);
-            to[0] = (char)high;
-            to[64] = (char)(code - high * 128);
-#else
-            const int pair = dim >> 1 & 1;
-            u16* half = reinterpret_cast<u16*>(to + (CHANNEL_LEVELS ? pair * 8 + odd * 4 : odd * 8 + pair * 4)) + (dim & 1);
-            const float scaled = words.page[j][i] * inverse;
-#if K_FORMAT == SIXTEEN_BIT
-            const u32 high = pack16(scaled, 0.f), low = pack16(scaled - unpack16(high).x, 0.f);
-#else
-            const u32 high = pack_half(scaled, 0.f), low = pack_half(scaled - __half2float(__ushort_as_half((u16)high)), 0.f);
-#endif
-            half[0] = (u16)high;
-            half[32] = (u16)low;
-#if CHANNEL_LEVELS
-            half[256] = 0;
-            half[288] = (u16)high;
-#endif
-#endif
-#elif K_FORMAT == INT8
-            const int code = __float2int_rn(words.page[j][i] * inverse), high = (code + 64) >> 7;
-            char* to = tile + ((dim >> 5) * 32 + lanes) * 16 + (dim >> 4 & 1) * 8 + (dim & 3);
-            to[0] = (char)high;
-            to[4] = (char)(code - high * 128);
-#else
-            if ((dim >> 4) >= KEY_STEPS) continue;
-            u16* to = reinterpret_cast<u16*>(tile + ((dim >> 4) * 32 + lanes) * 16 + (dim >> 1 & 1) * 8 + (dim & 1) * 2);
-            const float scaled = words.page[j][i] * inverse;
-#if K_FORMAT == SIXTEEN_BIT
-            const u32 high = pack16(scaled, 0.f), low = pack16(scaled - unpack16(high).x, 0.f);
-#else
-            const u32 high = pack_half(scaled, 0.f), low = pack_half(scaled - __half2float(__ushort_as_half((u16)high)), 0.f);
-#endif
-            to[0] = (u16)high;
-            to[2] = (u16)low;
-#endif
-        }
+        for (int i = 0; i < PADDED / 32; i++)
+            stage_query(reinterpret_cast<char*>(shared.page_query), q, lane + 32 * i, words.page[j][i] * inverse);
     }
 }
 
 // Products of a tile of queries with the tokens of a page, of the queries' high and low parts.
 struct KeySums {
-#if FEW  // [tokens 16 j and on][token g: high, low part; token g + 8: the same]
+#if KEYS_AS_ROWS  // [tokens 16 j and on][token g: high, low part; token g + 8: the same]
 #if K_FORMAT == INT8
     int x[2][4];
 #else
-    float x[2][4], zero[2][4];  // of zeros: rows 0..7 of the first product and rows 8..15 of the second
+    float x[2][4], zero[2][4];  // zeros of channels: see multiply_keys
 #endif
 #elif K_FORMAT == INT8
     int x[4][4];
@@ -239,13 +232,13 @@ struct KeyOperands {
 #endif
 };
 
-__device__ __forceinline__ KeyOperands key_operands(const PageParts& at, int k) {
+__device__ __forceinline__ KeyOperands key_operands(const char* stage, int k) {
     KeyOperands keys;
 #if K_FORMAT == INT8
-    keys.first = vector_of(at.keys, 2 * k);
-    keys.second = 2 * k + 1 < KEY_TILES ? vector_of(at.keys, 2 * k + 1) : make_uint4(0, 0, 0, 0);
+    keys.first = vector_of(stage, 2 * k);
+    keys.second = 2 * k + 1 < KEY_TILES ? vector_of(stage, 2 * k + 1) : make_uint4(0, 0, 0, 0);
 #elif K_FORMAT == INT4
-    const uint4 codes = vector_of(at.keys, k >> 1);
+    const uint4 codes = vector_of(stage, k >> 1);
     const u32 w0 = k & 1 ? codes.z : codes.x, w1 = k & 1 ? codes.w : codes.y;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -253,41 +246,82 @@ __device__ __forceinline__ KeyOperands key_operands(const PageParts& at, int k) 
         keys.low[i] = w0 >> (i & 2 ? 8 : 0) & mask;
         keys.high[i] = w1 >> (i & 2 ? 8 : 0) & mask;
     }
-    const char* scales = at.key_scales + (16 * k + 4 * (threadIdx.x & 3)) * 2;
+    const char* scales = stage + KEY_SCALES_AT + (16 * k + 4 * (threadIdx.x & 3)) * 2;
     keys.scale = *reinterpret_cast<const uint2*>(scales);
     keys.base = *reinterpret_cast<const uint2*>(scales + 2 * PADDED);
 #elif K_FORMAT == INT8_PER_CHANNEL
-    const uint4 codes = vector_of(at.keys, k);
+    const uint4 codes = vector_of(stage, k);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         keys.low[i] = __byte_perm((&codes.x)[i], 0, 0x4140);
         keys.high[i] = __byte_perm((&codes.x)[i], 0, 0x4342);
     }
-    const char* scales = at.key_scales + (16 * k + 4 * (threadIdx.x & 3)) * 2;
+    const char* scales = stage + KEY_SCALES_AT + (16 * k + 4 * (threadIdx.x & 3)) * 2;
     keys.scale = *reinterpret_cast<const uint2*>(scales);
     keys.base = *reinterpret_cast<const uint2*>(scales + 2 * PADDED);
 #elif K_FORMAT == FP8
-    const uint4 codes = vector_of(at.keys, k);
+    const uint4 codes = vector_of(stage, k);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         keys.low[i] = fp8_to_half((&codes.x)[i]);
         keys.high[i] = fp8_to_half((&codes.x)[i] >> 16);
     }
 #else
-    const uint4 first = vector_of(at.keys, 2 * k), second = vector_of(at.keys, 2 * k + 1);
+    const uint4 first = vector_of(stage, 2 * k), second = vector_of(stage, 2 * k + 1);
     keys.low[0] = first.x, keys.high[0] = first.y, keys.low[1] = first.z, keys.high[1] = first.w;
     keys.low[2] = second.x, keys.high[2] = second.y, keys.low[3] = second.z, keys.high[3] = second.w;
 #endif
     return keys;
 }
 
-__device__ __forceinline__ u32 negated(u32 x) {
-    u32 r;
-    asm("neg.f16x2 %0, %1;" : "=r"(r) : "r"(x));
-    return r;
+#if KEYS_AS_ROWS
+// Products of all queries, whose parts are an operand of two registers, with the keys of a step.
+__device__ __forceinline__ void multiply_step(KeySums& sums, u32 q0, u32 q1, const KeyOperands& keys) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#if K_FORMAT == INT8
+        const uint4 codes = make_uint4((&keys.first.x)[2 * j], (&keys.first.x)[2 * j + 1], (&keys.second.x)[2 * j],
+                                       (&keys.second.x)[2 * j + 1]);
+        mma_int8(sums.x[j], codes, q0, q1);
+#elif K_FORMAT == SIXTEEN_BIT
+        mma_exact(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q0, q1);
+#else
+        mma_half(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q0, q1);
+#endif
+    }
 }
 
-#if !FEW
+#if CHANNEL_LEVELS
+// A query's part times the scales of two channels. The high part's `error` is 0; the low part's is the high part, whose
+// product's rounding error it carries.
+__device__ __forceinline__ u32 scaled_part(u32 part, u32 error, u32 scale) {
+    return multiply_add(part, scale, multiply_add(error, scale, negated(multiply(error, scale))));
+}
+#endif
+
+// Products of all queries with the keys of steps k and k + 1.
+__device__ __forceinline__ void multiply_keys(KeySums& sums, const uint4* operands, const char* stage, int k) {
+    const uint4* vectors = operands + k / 2 * (QUERY_VECTORS / PAIRED_STEPS) * 32 + (threadIdx.x & 31);
+    const uint4 q = load_query(vectors);
+    KeyOperands first = key_operands(stage, k), second = {};
+    if (k + 1 < KEY_STEPS) second = key_operands(stage, k + 1);
+#if CHANNEL_LEVELS
+    const uint4 error = load_query(vectors + 32);
+    // Zeros of channels are the same for every token. As they are loaded, those of channels 4 t + 0..1 of both steps are rows
+    // 0..7 of a left operand, and those of 4 t + 2..3 are rows 8..15. Of the product with the query's channels 4 t + 0..1 rows
+    // 0..7 are needed, of that with 4 t + 2..3 rows 8..15.
+    mma_half(sums.zero[0], first.base.x, first.base.y, second.base.x, second.base.y, q.x, q.y);
+    mma_half(sums.zero[1], first.base.x, first.base.y, second.base.x, second.base.y, q.z, q.w);
+    multiply_step(sums, scaled_part(q.x, error.x, first.scale.x), scaled_part(q.z, error.z, first.scale.y), first);
+    if (k + 1 < KEY_STEPS)
+        multiply_step(sums, scaled_part(q.y, error.y, second.scale.x), scaled_part(q.w, error.w, second.scale.y), second);
+#else
+    multiply_step(sums, q.x, q.y, first);
+    if (k + 1 < KEY_STEPS) multiply_step(sums, q.z, q.w, second);
+#endif
+}
+#else
+// Products of a tile of queries, whose operand is `q`, with the keys of a step.
 __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyOperands& keys) {
 #if K_FORMAT == INT8
 #pragma unroll
@@ -312,88 +346,26 @@ __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyO
     }
 #endif
 }
-
-#else
-// Products of a query's parts (two operands) with the keys of a step; see KeySums.
-__device__ __forceinline__ void multiply_step(KeySums& sums, u32 q0, u32 q1, const KeyOperands& keys) {
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-#if K_FORMAT == INT8
-        const uint4 codes = make_uint4((&keys.first.x)[2 * j], (&keys.first.x)[2 * j + 1], (&keys.second.x)[2 * j],
-                                       (&keys.second.x)[2 * j + 1]);
-        mma_int8(sums.x[j], codes, q0, q1);
-#elif K_FORMAT == SIXTEEN_BIT
-        mma_exact(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q0, q1);
-#else
-        mma_half(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q0, q1);
-#endif
-    }
-}
-
-#if CHANNEL_LEVELS
-// A query's part times the scales of two channels. The high part's `error` is 0; the low part's is the high part, whose product's
-// rounding error it carries.
-__device__ __forceinline__ u32 scaled_part(u32 part, u32 error, u32 scale) {
-    return multiply_add(part, scale, multiply_add(error, scale, negated(multiply(error, scale))));
-}
-#endif
-
-// The parts of the queries for steps k and k + 1.
-struct StepQueries {
-    uint4 parts;
-#if CHANNEL_LEVELS
-    uint4 errors;
-#endif
-};
-
-__device__ __forceinline__ StepQueries step_queries(const uint4* query, int k) {
-    StepQueries q;
-    query += threadIdx.x & 31;
-#if CHANNEL_LEVELS
-    q.parts = load_query(query + k * 32);
-    q.errors = load_query(query + (k + 1) * 32);
-#else
-    q.parts = load_query(query + k / 2 * 32);
-#endif
-    return q;
-}
-
-// Products of the queries with the keys of steps k and k + 1.
-__device__ __forceinline__ void multiply_steps(KeySums& sums, const StepQueries& of, const PageParts& at, int k) {
-    const KeyOperands first = key_operands(at, k), second = key_operands(at, k + 1);
-    const uint4 q = of.parts;
-#if CHANNEL_LEVELS
-    const uint4 error = of.errors;
-    // Rows of the left operand are the zeros of channels 4 t + 0..1, and 8 rows further those of 4 t + 2..3, of both steps.
-    mma_half(sums.zero[0], first.base.x, first.base.y, second.base.x, second.base.y, q.x, q.y);
-    mma_half(sums.zero[1], first.base.x, first.base.y, second.base.x, second.base.y, q.z, q.w);
-    multiply_step(sums, scaled_part(q.x, error.x, first.scale.x), scaled_part(q.z, error.z, first.scale.y), first);
-    multiply_step(sums, scaled_part(q.y, error.y, second.scale.x), scaled_part(q.w, error.w, second.scale.y), second);
-#else
-    multiply_step(sums, q.x, q.y, first);
-    if (k + 1 < KEY_STEPS) multiply_step(sums, q.z, q.w, second);
-#endif
-}
 #endif
 
 // The scale that all keys of a page share.
-__device__ __forceinline__ float key_page_scale(const PageParts& at, int page) {
+__device__ __forceinline__ float key_page_scale(const char* stage, int page) {
 #if K_FORMAT == FP8
-    return __uint_as_float((u32) reinterpret_cast<const u16*>(at.key_scales)[page & 7] << 16);
+    return __uint_as_float((u32) reinterpret_cast<const u16*>(stage + KEY_SCALES_AT)[page & 7] << 16);
 #else
     return 1.f;
 #endif
 }
 
-#if FEW
+#if KEYS_AS_ROWS
 // Score of token 8 i + g and query t.
-__device__ __forceinline__ float key_score(const KeySums& sums, const PageParts& at, int i, float step) {
+__device__ __forceinline__ float key_score(const KeySums& sums, const char* stage, int i, float step) {
     const auto high = sums.x[i >> 1][2 * (i & 1)], low = sums.x[i >> 1][2 * (i & 1) + 1];
 #if CHANNEL_LEVELS
     const float zero = (sums.zero[0][0] + sums.zero[0][1]) + (sums.zero[1][2] + sums.zero[1][3]);
 #endif
 #if K_FORMAT == INT8
-    const u16 of = *reinterpret_cast<const u16*>(at.key_scales + (8 * i + (threadIdx.x >> 2 & 7)) * 2);
+    const u16 of = *reinterpret_cast<const u16*>(stage + KEY_SCALES_AT + (8 * i + (threadIdx.x >> 2 & 7)) * 2);
     return (float)(high * 128 + low) * (step * bf16_value(of));
 #elif K_FORMAT == INT4
     return ((high + low) * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + zero) * step;
@@ -428,11 +400,11 @@ __device__ __forceinline__ float2 key_scores(const KeySums& sums, const char* st
 }
 #endif
 
-#if FEW
+#if KEYS_AS_ROWS
 // Scale and zero of V of token 8 i + g, as bf16: of one byte, the scale in the low half.
-__device__ __forceinline__ u32 value_scale_of(const PageParts& at, int page, int group, int i) {
+__device__ __forceinline__ u32 value_scale_of(const char* stage, int page, int group, int i) {
     const int token = 8 * i + (threadIdx.x >> 2 & 7);
-    const char* scales = at.value_scales;
+    const char* scales = stage + VALUE_SCALES_AT;
 #if V_FORMAT == INT4
     return reinterpret_cast<const u32*>(scales)[group * PAGE + token];
 #elif V_FORMAT == INT8
@@ -444,13 +416,13 @@ __device__ __forceinline__ u32 value_scale_of(const PageParts& at, int page, int
 #endif
 }
 
-__device__ __forceinline__ float largest_scale(const PageParts& at, int page) {
+__device__ __forceinline__ float largest_scale(const char* stage, int page) {
     float largest = 0.f;
 #pragma unroll
     for (int group = 0; group < (V_FORMAT == INT4 ? GROUPS : 1); group++)
 #pragma unroll
         for (int i = 0; i < (V_FORMAT == FP8 ? 1 : 4); i++)
-            largest = fmaxf(largest, __uint_as_float(value_scale_of(at, page, group, i) << 16));
+            largest = fmaxf(largest, __uint_as_float(value_scale_of(stage, page, group, i) << 16));
     return largest;
 }
 
@@ -460,9 +432,9 @@ __device__ __forceinline__ u32 transposed(u32 x) {
     return r;
 }
 
-// Makes the weights of tokens 8 i + g operands for one group of dims, scales of V included: of tokens 16 j + 0..7 in column 2 q,
-// of tokens 16 j + 8..15 in column 2 q + 1. Adds what the zeros of V contribute.
-__device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&weight)[4], const PageParts& at, int page,
+// Makes the weights of tokens 8 i + g operands for one group of dims, scales of V included: of tokens 16 j + 0..7 in column 2
+// q, of tokens 16 j + 8..15 in column 2 q + 1. Adds what the zeros of V contribute.
+__device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&weight)[4], const char* stage, int page,
                                             int group, float normal) {
     const bool odd = threadIdx.x & 4;
 #pragma unroll
@@ -473,12 +445,12 @@ __device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&
         const float2 rounded = unpack16(both);
         r.l[0] += rounded.x + rounded.y;
 #else
-        const u32 of0 = value_scale_of(at, page, group, 2 * j), of1 = value_scale_of(at, page, group, 2 * j + 1);
+        const u32 of0 = value_scale_of(stage, page, group, 2 * j), of1 = value_scale_of(stage, page, group, 2 * j + 1);
         const u32 both = pack_half(w0 * (__uint_as_float(of0 << 16) * normal), w1 * (__uint_as_float(of1 << 16) * normal));
 #if V_FORMAT == INT4
         r.zero[0][group] += w0 * __uint_as_float(of0 & 0xffff0000u) + w1 * __uint_as_float(of1 & 0xffff0000u);
 #elif V_FORMAT == INT8
-        // Codes are VALUE_OFFSET too large.
+        // Codes are VALUE_OFFSET too large, which `leave_pages` takes off.
         const float2 rounded = __half22float2(*reinterpret_cast<const __half2*>(&both));
         r.zero[0][0] += rounded.x + rounded.y;
 #endif
@@ -488,69 +460,6 @@ __device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&
         p[2 * j + 1] = odd ? turned : 0;
     }
 }
-
-#if INTEGER_VALUES
-// Bytes of the weights of a page's tokens as operands: even lane groups g, which are columns, have the high bytes of 16 bits of
-// each weight, odd ones the low bytes. `from`: those 16 bits of tokens 8 i + g, the first and the second two.
-__device__ __forceinline__ uint2 weight_bytes(u32 first, u32 second) {
-    const bool odd = threadIdx.x & 4;
-    const u32 a = transposed(first), b = transposed(second);
-    const u32 keep = __byte_perm(a, b, odd ? 0x6420 : 0x7531);
-    const u32 other = __shfl_xor_sync(FULL, __byte_perm(a, b, odd ? 0x7531 : 0x6420), 4);
-#if V_FORMAT == INT4
-    return make_uint2(__byte_perm(keep, other, odd ? 0x1504 : 0x5140), __byte_perm(keep, other, odd ? 0x3726 : 0x7362));
-#else
-    return make_uint2(__byte_perm(keep, other, odd ? 0x1054 : 0x5410), __byte_perm(keep, other, odd ? 0x3276 : 0x7632));
-#endif
-}
-
-// Makes the weights of tokens 8 i + g operands for one group of dims: p[0] low, p[1] high halves.
-__device__ __forceinline__ void weigh_group(uint2 (&p)[2], Sums& r, const float (&weight)[4], const PageParts& at, int page,
-                                            int group) {
-    u32 x[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const u32 of = value_scale_of(at, page, group, i);
-        const float weighted = weight[i] * (__uint_as_float(of << 16) * r.normal);
-        x[i] = __float2uint_rn(weighted);
-#if V_FORMAT == INT4
-        r.zero[0][group] += weight[i] * __uint_as_float(of & 0xffff0000u);
-#else
-        r.zero[0][0] += weighted;  // codes are VALUE_OFFSET too large
-#endif
-    }
-    p[0] = weight_bytes(__byte_perm(x[0], x[1], 0x5410), __byte_perm(x[2], x[3], 0x5410));
-    p[1] = weight_bytes(__byte_perm(x[0], x[1], 0x7632), __byte_perm(x[2], x[3], 0x7632));
-}
-
-// Multiplies the codes of tile `m` of dims.
-__device__ __forceinline__ void multiply_codes(int (&sums)[2][4], const PageParts& at, int m, const uint2 (&p)[2]) {
-    const uint4 codes = vector_of(at.values, V_FORMAT == INT4 ? m >> 1 : m);
-#if V_FORMAT == INT4
-    const u32 first = m & 1 ? codes.z : codes.x, second = m & 1 ? codes.w : codes.y;
-    const uint4 a = make_uint4(first & 0x0f0f0f0fu, first & 0xf0f0f0f0u, second & 0x0f0f0f0fu, second & 0xf0f0f0f0u);
-#else
-    const uint4 a = make_uint4(codes.x, codes.z, codes.y, codes.w);
-#endif
-#pragma unroll
-    for (int half = 0; half < 2; half++) mma_bytes(sums[half], a.x, a.y, a.z, a.w, p[half].x, p[half].y);
-}
-
-// Moves the integer sums to the float ones.
-__device__ __forceinline__ void settle(Sums& r) {
-    if (!r.unsettled) return;
-    r.unsettled = 0;
-#pragma unroll
-    for (int m = 0; m < VALUE_TILES; m++)
-#pragma unroll
-        for (int e = 0; e < 4; e += 2) {
-            int(&codes)[2][4] = r.codes[m];
-            const float high = fmaf((float)codes[1][e], 256.f, (float)codes[1][e + 1]);
-            r.acc[m][e / 2] += fmaf(fmaf(high, 256.f, (float)codes[0][e]), 256.f, (float)codes[0][e + 1]);
-            codes[0][e] = codes[0][e + 1] = codes[1][e] = codes[1][e + 1] = 0;
-        }
-}
-#endif
 #else
 #if V_FORMAT == INT4
 __device__ __forceinline__ uint2 value_scales(const char* stage, int group, int i) {

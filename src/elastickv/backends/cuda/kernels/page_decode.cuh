@@ -1,25 +1,22 @@
 // Decode attention over pages on tensor cores (SM 8.0 and newer): any pair of formats, all pages or the listed ones.
 //
 // A warp owns a ring of stages in shared memory. One page with its scales is one stage; it loads while earlier ones are in use,
-// by four bulk copies that one lane starts (SM 9.0) or a group of cp.async, and no other warp waits for it. A stage holds MMA
-// operands without conversion (pages.cuh): a word of int4 codes becomes four operands by masks and one shift, because a nibble
-// is an fp16 number by itself (n 2^-24 or, four bits higher, n 2^-20). Scales of K are folded into the query, high and low
-// part; scales of V into the probabilities. Before a block merges its results of a KV head, it starts the loads of the next.
+// by four bulk copies that an elected lane starts (SM 9.0) or a group of cp.async, and no other warp waits for it. A stage
+// holds MMA operands without conversion (pages.cuh): a word of int4 codes becomes four operands by masks and one shift, because
+// a nibble is an fp16 number by itself (n 2^-24 or, four bits higher, n 2^-20). Scales of K are folded into the query, high and
+// low part; scales of V into the probabilities. Before a block merges its results of a KV head, it starts the loads of the
+// next.
 //
 // FIXED: equally many blocks attend to each KV head, for batches whose heads all read equally much. A warp's first pages then
 // follow from the capacity alone, and their loads start before the length is known. Otherwise blocks divide the work by the
 // lengths in device memory. BLOCK_TABLES: pages and recent tokens are in blocks of a serving engine (common.cuh).
 //
-// Macros in addition to those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES; the macros
-// with a default below can be overridden.
+// Macros in addition to those of pages.cuh: TILES of 8 query heads that one pass holds, KEYS_AS_ROWS (1: a KV head has at most
+// 4 query heads; format_codecs.cuh), STAGES, FIXED, SHARED_BYTES; the macros with a default below can be overridden.
 #pragma once
 #include "split_kv_buffer.cuh"
 #include "page_attend.cuh"
 #include "page_ring.cuh"
-
-#ifndef ABLATE  // the study of where time goes: 1 loads pages only, 2 attends to the first pages only, again and again
-#define ABLATE 0
-#endif
 
 // Pages that a warp starts to load while previous kernels run: few at a time, because those kernels' loads queue behind them.
 #ifndef PAGES_EARLY
@@ -83,27 +80,15 @@ __device__ __forceinline__ ExactRows exact_rows_of(const Args& a, const Span& s,
 }
 #endif
 
-#if FEW
-#define SCORES FEW_SCORES
-#else
-#define SCORES 8
-#endif
-
 #if BLOCK_TABLES
 // Excludes the tokens of a page from number `tokens` on.
-__device__ __forceinline__ void hide_tokens(float (&score)[TILES][SCORES], int tokens) {
-#if FEW
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (8 * i + (threadIdx.x >> 2 & 7) >= tokens) score[0][i] = -INFINITY;
-#else
-    const int t = threadIdx.x & 3;
+__device__ __forceinline__ void hide_tokens(float (&score)[TILES][PAGE_SCORES], int tokens) {
+    const int g = threadIdx.x >> 2 & 7, t = threadIdx.x & 3;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-        for (int e = 0; e < 8; e++)
-            if (8 * (e >> 1) + 2 * t + (e & 1) >= tokens) score[tile][e] = -INFINITY;
-#endif
+        for (int e = 0; e < PAGE_SCORES; e++)
+            if ((KEYS_AS_ROWS ? 8 * e + g : 8 * (e >> 1) + 2 * t + (e & 1)) >= tokens) score[tile][e] = -INFINITY;
 }
 #endif
 
@@ -181,7 +166,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
     }
 #else
     load_page_numbers(walk, a, task.s, head, 0);
-    start(0, (a.page_capacity + STAGE_PAGES - 1) / STAGE_PAGES, PAGES_EARLY, IN_FLIGHT_EARLY);
+    start(0, a.page_capacity, PAGES_EARLY, IN_FLIGHT_EARLY);
 #endif
     if (has_first) load_exact();
 #endif
@@ -193,7 +178,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
 #endif
     let_next_start();
     task.s = span_with(a, head, now);
-    walk.end = task.cold_end = (task.s.cold_units + STAGE_PAGES - 1) / STAGE_PAGES;
+    walk.end = task.cold_end = task.s.cold_units;
 #if BULK
     if (has_first && first_exact(task) == exact_row(a, task.s, task.s.exact - 1) / EXACT_UNIT) load_exact();
 #if SELECT
@@ -296,35 +281,20 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
             Sums r = {};
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) r.m[tile] = NOTHING;
-            r.exponent = -98.f;
-            r.normal = exp2_fast((float)WEIGHT_SHIFT + 98.f);
+            r.exponent = -100.f;
+#if KEYS_AS_ROWS
+            r.normal = exp2_fast((float)V_SHIFT - r.exponent);
+#endif
             int now = walk.numbers;  // numbers of the pages in use; `walk` is ahead of them
 #pragma unroll 1
             for (int i = 0; walk.first + i * walk.step < walk.end; i++) {
                 const u32 stage = used % STAGES;
-                if (ABLATE != 2 || i < STAGES) wait_for_page(arrived + 8 * stage, used / STAGES & 1);
+                wait_for_page(arrived + 8 * stage, used / STAGES & 1);
                 const char* at = memory + (warp * STAGES + stage) * STAGE;
                 // A slab has scales of its own; those of planes can share 16 bytes with other pages.
                 const int page = BLOCK_TABLES ? 0 : __shfl_sync(FULL, now, i & 31);
-#if ABLATE == 1
-                r.l[0] += *reinterpret_cast<const float*>(at + 4 * lane);
-#else
-                float score[TILES][SCORES];
-#if FEW
-                // Where the last page has no second one, it takes its place, without weight.
-                const bool second = 2 * (walk.first + i * walk.step) + 1 < saved.s.cold_units;
-                PageParts parts[STAGE_PAGES];
-                parts[0] = parts_of(at, 0);
-                if (TWO_PAGES) parts[STAGE_PAGES - 1] = parts_of(at, second);
-                score_page(score, parts, shared, page);
-#if TWO_PAGES
-                if (!second)
-#pragma unroll
-                    for (int e = 4; e < 8; e++) score[0][e] = -INFINITY;
-#endif
-#else
+                float score[TILES][PAGE_SCORES];
                 score_page(score, at, shared, page);
-#endif
 #if BLOCK_TABLES
                 int unit = walk.first + i * walk.step;
 #if SELECT
@@ -333,18 +303,13 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
                 if ((unit + 1) * PAGE > saved.s.cold) hide_tokens(score, saved.s.cold - unit * PAGE);
 #endif
                 raise_maxima(r, score);
-#if FEW
-                add_values(r, score, parts, page);
-#else
                 add_values(r, score, at, page);
-#endif
-#endif
                 __syncwarp();
                 if ((i & 31) == 31) now = walk.numbers;
                 const int upcoming = i + STAGES;
                 if ((upcoming & 31) == 0) load_page_numbers(walk, a, saved.s, saved.p.head, upcoming);
                 const int next = __shfl_sync(FULL, walk.numbers, upcoming & 31);
-                if (ABLATE != 2 && walk.first + upcoming * walk.step < walk.end)
+                if (walk.first + upcoming * walk.step < walk.end)
                     start_page(stages + stage * STAGE, arrived + 8 * stage, a, next);
                 end_group();
                 used++;

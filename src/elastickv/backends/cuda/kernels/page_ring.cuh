@@ -23,11 +23,9 @@ __device__ __forceinline__ void copy_part(u32 to, const char* from, u32 arrived)
 #endif
 }
 
-#ifndef ELECT  // study
-#define ELECT 1
-#endif
 #if BULK
-// True in one lane of a converged warp. The compiler knows that it is one, so that a bulk copy needs no loop over lanes.
+// True in one lane of a converged warp. With `threadIdx.x % 32 == 0` the compiler does not know that it is one lane: every bulk
+// copy, whose operands are the same in all lanes, becomes a loop over those that may be left.
 __device__ __forceinline__ bool elected() {
     u32 chosen;
     asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(chosen));
@@ -35,17 +33,11 @@ __device__ __forceinline__ bool elected() {
 }
 #endif
 
-// Starts the load of a page into a stage.
+// Starts the load of a page into a stage, for all lanes of a warp.
 __device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a, int page) {
 #if BULK
-#if ELECT
     if (!elected()) return;
-#else
-    if (threadIdx.x & 31) return;
-#endif
-#if !TWO_PAGES
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(STAGE_BYTES) : "memory");
-#endif
 #endif
 #if BLOCK_TABLES
     copy_part<STAGE_BYTES>(stage,
@@ -53,27 +45,10 @@ __device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a
                                (size_t)(page % a.kv_heads) * a.blocks.slab_bytes,
                            arrived);
 #else
-#if TWO_PAGES
-    // `page` is the first of two; the second is not there where a head's capacity ends.
-    const int pages = page % a.page_capacity + 1 < a.page_capacity ? 2 : 1;
-    auto copy = [&](u32 to, const void* from, int bytes) {
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                     "l"(static_cast<const char*>(from) + (size_t)page * bytes), "r"(bytes * pages), "r"(arrived)
-                     : "memory");
-    };
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived),
-                 "r"(pages * (KEY_PAGE + KEY_SCALES + VALUE_PAGE + VALUE_SCALES))
-                 : "memory");
-    copy(stage, a.cold_k, KEY_PAGE);
-    copy(stage + KEY_SCALES_AT, a.k_scale, KEY_SCALES);
-    copy(stage + VALUES_AT, a.cold_v, VALUE_PAGE);
-    copy(stage + VALUE_SCALES_AT, a.v_scale, VALUE_SCALES);
-#else
     copy_part<KEY_PAGE>(stage, a.cold_k + (size_t)page * KEY_PAGE, arrived);
     copy_part<VALUES_AT - KEY_SCALES_AT>(stage + KEY_SCALES_AT, scales_of(a.k_scale, page, KEY_SCALES), arrived);
     copy_part<VALUE_PAGE>(stage + VALUES_AT, a.cold_v + (size_t)page * VALUE_PAGE, arrived);
     copy_part<STAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(a.v_scale, page, VALUE_SCALES), arrived);
-#endif
 #endif
 }
 
@@ -117,7 +92,7 @@ __device__ __forceinline__ void load_page_numbers(Walk& walk, const Args& a, con
     const int listed = unit < a.page_capacity ? __ldcg(a.listed_pages + base + unit) : 0;
     walk.numbers = base + (unit < s.listed ? listed : s.fresh + unit - s.listed);
 #else
-    walk.numbers = base + STAGE_PAGES * unit;
+    walk.numbers = base + unit;
 #endif
 #endif
 }

@@ -25,15 +25,11 @@
 #define KEY_PAGE (KEY_TILES * 16 * PAGE * K_BITS / 8)
 #define VALUE_PAGE (VALUE_TILES * 16 * PAGE * V_BITS / 8)
 
-// A page in a stage of page_decode.cuh: copies move 16 bytes at least. TWO_PAGES: adjacent pages share a stage, plane by plane.
-#ifndef TWO_PAGES
-#define TWO_PAGES 0
-#endif
-#define STAGE_PAGES (TWO_PAGES ? 2 : 1)
-#define KEY_SCALES_AT (STAGE_PAGES * KEY_PAGE)
-#define VALUES_AT (KEY_SCALES_AT + (STAGE_PAGES * KEY_SCALES + 15) / 16 * 16)
-#define VALUE_SCALES_AT (VALUES_AT + STAGE_PAGES * VALUE_PAGE)
-#define STAGE_BYTES (VALUE_SCALES_AT + (STAGE_PAGES * VALUE_SCALES + 15) / 16 * 16)
+// A page in a stage of page_decode.cuh: copies move 16 bytes at least.
+#define KEY_SCALES_AT KEY_PAGE
+#define VALUES_AT (KEY_SCALES_AT + (KEY_SCALES + 15) / 16 * 16)
+#define VALUE_SCALES_AT (VALUES_AT + VALUE_PAGE)
+#define STAGE_BYTES (VALUE_SCALES_AT + (VALUE_SCALES + 15) / 16 * 16)
 
 struct Element {
     int token, dim;  // dim D or more: padding
