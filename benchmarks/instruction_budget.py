@@ -1,7 +1,7 @@
 """Instructions that the page decode kernels issue for a page against those that the memory leaves time for.
 
     python benchmarks/instruction_budget.py --output benchmarks/results/h200/instruction_budget.json
-    python benchmarks/instruction_budget.py --output FILE --recipes "int4;int8" --group 4 --macros FEW=1
+    python benchmarks/instruction_budget.py --output FILE --recipes "int4;int8" --group 8
 
 Needs no GPU: kernels are compiled with NVRTC and disassembled with nvdisasm or cuobjdump (of the CUDA toolkit, of the package
 nvidia-cuda-nvdisasm, or of Triton). Issued: the instructions of one turn of the loop over pages, without blocks that few turns
@@ -189,7 +189,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipes", default=";".join(RECIPES), help="separated by semicolons")
-    parser.add_argument("--macros", default="", help="of the builds, in addition to the planned ones: FEW=1,STAGES=2")
+    parser.add_argument(
+        "--macros", default="", help="of the builds, in addition to the planned ones: PAGES_EARLY=1,IN_FLIGHT_EARLY=2"
+    )
     parser.add_argument("--arch", default="90")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--group", type=int, default=4, help="query heads of a KV head")
