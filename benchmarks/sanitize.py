@@ -37,6 +37,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BARRIERS = 1 << 13  # that synccheck tracks; a launch fails where a kernel's blocks have more between them
 OPERAND_ROUNDING = {"bf16": 4e-3, "fp16": 4e-3, "fp32": 1e-5}
 DENSE_PAGES = ("bf16", "fp16,window=0", "int8")  # what also runs from rows, here from pages
+FEW_HEADS = 4  # query heads of a KV head up to which kernels over pages have the keys as rows of their products
 # Batch, query heads, KV heads, head_dim, and the model's dtype.
 TURNS = (
     ((2, 8, 2, 128), "bf16"),
@@ -76,15 +77,16 @@ class Case:
 
 def matrix() -> list[Case]:
     """Return every kernel with every recipe that it runs, shapes and dtypes in turn."""
-    planned = []
+    planned: list[tuple[str, dict[str, int], str, tuple[int, ...]]] = []
+    paged = [("pages", text, EQUAL) for text in DENSE_PAGES]
     for text in RECIPES:
         if requires_pages(recipe_for(text, 64)):
-            planned += [("auto", {}, text, EQUAL), ("auto", {}, text, RAGGED), ("simt", {}, text, RAGGED)]
+            paged += [("auto", text, EQUAL), ("auto", text, RAGGED)]
+            planned.append(("simt", {}, text, RAGGED))
             continue
         planned += [("simt", {}, text, EQUAL), ("mma", {"SPLITS": 0}, text, RAGGED)]
         if "reuse" not in text:
             planned += [("mma", {"SPLITS": 8}, text, EQUAL), ("mma", {"SPLITS": 4, "CLUSTER": 0}, text, RAGGED)]
-    planned += [("pages", {}, text, EQUAL) for text in DENSE_PAGES]
     for text in ROTATED:
         kernel, macros = ("auto", {}) if requires_pages(recipe_for(text, 64)) else ("mma", {"SPLITS": 0})
         planned.append((kernel, macros, f"{text},rotate=kv", RAGGED))
@@ -92,13 +94,13 @@ def matrix() -> list[Case]:
     for kernel, macros, text, lengths in planned:
         shape, dtype = next((s, d) for s, d in turns if runs(kernel, macros, text, s, d))
         cases.append(Case(kernel, macros, str(recipe_for(text, shape[3])), shape, dtype, lengths))
+    paged += [("blocks", text, RAGGED) for text in RECIPES if in_blocks(text)]
+    for (kernel, text, lengths), few in itertools.product(paged, (True, False)):
+        shape, dtype = next((s, d) for s, d in turns if runs_on_tensor_cores(kernel, text, s, d, few))
+        cases.append(Case(kernel, {}, str(recipe_for(text, shape[3])), shape, dtype, lengths))
     # More KV heads than multiprocessors: blocks that serve one head after the other.
     cases.append(Case("mma", {"SPLITS": 0}, "int8", (34, 16, 4, 64), "bf16", EQUAL * 17))
     cases.append(Case("auto", {}, "int4,pages=1/4:1/3,anchor_every=2", (2, 8, 2, 64), "bf16", RAGGED))
-    for text in RECIPES:
-        if recipe_for(text, 64).selection in ("all", "pages") and not recipe_for(text, 64).is_dense:
-            shape, dtype = next((s, d) for s, d in turns if d != "fp32" and recipe_for(text, s[3]).exact_dtype(d) == d)
-            cases.append(Case("blocks", {}, str(recipe_for(text, shape[3])), shape, dtype, RAGGED))
     return [*cases, Case("ceilings", {}, "", (1, 1, 1, 64), "bf16", (1,))]
 
 
@@ -108,6 +110,20 @@ def runs(kernel: str, macros: dict[str, int], text: str, shape: tuple[int, int, 
     if kernel in ("mma", "pages") and recipe_for(text, head_dim).exact_dtype(dtype) == "fp32":
         return False
     return not macros.get("SPLITS") or (head_dim <= 128 and query_heads <= 8 * kv_heads)
+
+
+def in_blocks(text: str) -> bool:
+    """Whether a serving engine's blocks can store a recipe."""
+    recipe = recipe_for(text, 64)
+    return recipe.selection in ("all", "pages") and not recipe.is_dense
+
+
+def runs_on_tensor_cores(kernel: str, text: str, shape: tuple[int, int, int, int], dtype: str, few: bool) -> bool:
+    """Whether a kernel over pages uses tensor cores on a shape with at most `FEW_HEADS` query heads a KV head, or with more."""
+    _, query_heads, kv_heads, head_dim = shape
+    exact = recipe_for(text, head_dim).exact_dtype(dtype)
+    served = dtype if kernel == "blocks" else exact
+    return exact == served != "fp32" and (query_heads <= FEW_HEADS * kv_heads) == few
 
 
 CASES = matrix()

@@ -54,9 +54,12 @@ def each_source():
         yield decode_variant(128, 4, "bf16", per_channel, arch, "simt")
         if int(arch) >= 80:
             yield decode_variant(128, 4, "bf16", per_channel, arch).fixed()
+            yield decode_variant(80, 4, "bf16", per_channel, arch).fixed()  # an odd number of products with the keys
             yield decode_variant(128, 4, "bf16", paged, arch)
             yield decode_variant(128, 4, "bf16", paged, arch).fixed()
+            yield decode_variant(128, 8, "bf16", paged, arch).fixed()
             yield blocks_variant(128, 4, "bf16", Recipe.parse("int4"), arch)
+            yield blocks_variant(128, 8, "bf16", Recipe.parse("int4"), arch)
             serving = blocks_variant(128, 4, "bf16", paged, arch)
             yield from (serving, serving.storing_blocks(), serving.selecting_blocks())
             general = decode_variant(128, 4, "bf16", Recipe.parse("int8"), arch, "mma")
@@ -357,6 +360,34 @@ def test_pages_come_by_bulk_copies_and_go_to_the_tensor_cores(text, tmp_path):
         assert re.search(copies, code) and re.search(r"\bHMMA\.16816\.F32", code)
         if text.startswith("k=int8"):
             assert re.search(r"\bIMMA\.", code)
+
+
+@pytest.mark.parametrize(("group", "as_rows"), [(1, 1), (4, 1), (5, 0), (8, 0), (16, 0)])
+@pytest.mark.parametrize("text", ["int4", "fp8", "k=int8_per_channel,v=int8", "int4,pages=1/4"])
+def test_keys_are_rows_of_the_products_with_at_most_four_query_heads(group, as_rows, text):
+    for dim in HEAD_DIMS:
+        planned = decode_variant(dim, group, "bf16", Recipe.parse(text), "90")
+        variants = (planned, planned.fixed(), blocks_variant(dim, group, "bf16", Recipe.parse(text), "90"))
+        assert [variant["KEYS_AS_ROWS"] for variant in variants] == [as_rows] * 3
+        assert not as_rows or planned.passes(group) == 1
+
+
+def test_keys_as_rows_halve_the_products_with_keys(tmp_path):
+    if "90" not in SUPPORTED:
+        pytest.skip("this NVRTC does not compile for 90")
+    recipe, found = Recipe.parse("k=int8,v=fp8"), {}
+    for group in (4, 8):
+        code = loop_code(decode_variant(128, group, "bf16", recipe, "90").fixed().compiled().cubin, tmp_path)
+        found[group] = len(re.findall(r"\bIMMA\.", code))
+    assert found == {4: 8, 8: 16}
+
+
+def test_an_elected_lane_starts_bulk_copies_without_loops_over_lanes(tmp_path):
+    if "90" not in SUPPORTED:
+        pytest.skip("this NVRTC does not compile for 90")
+    code = loop_code(decode_variant(128, 4, "bf16", Recipe.parse("int4"), "90").fixed().compiled().cubin, tmp_path)
+    assert len(re.findall(r"\bUBLKCP", code)) >= 4
+    assert "BRA.U.ANY" not in code[code.index("UBLKCP") : code.rindex("UBLKCP")]
 
 
 @pytest.mark.parametrize("arch", ["80", "90", "120"])

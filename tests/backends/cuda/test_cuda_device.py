@@ -146,6 +146,35 @@ def test_pages_of_every_format_agree_with_the_oracle(open_cuda, kind, dtype, tex
         cache.append(*rng.standard_normal((2, 3, 2, head_dim), dtype=np.float32))
 
 
+def few_heads_cases():
+    """Every pair of formats with at most four query heads."""
+    formats = ("int4", "int8", "fp8", "bf16", "fp16")
+    sizes = zip(itertools.cycle(HEAD_DIMS), itertools.cycle([4, 1, 3, 2]), strict=False)
+    for key, value in itertools.product(("int8_per_channel", *formats), formats):
+        if {key, value} != {"bf16", "fp16"}:
+            yield f"k={key},v={value}", *next(sizes)
+    for dim in (80, 112):  # an odd number of products of a query with the keys
+        yield "k=int8_per_channel,v=int8", dim, 4
+        yield "k=fp8,v=fp8", dim, 4
+
+
+@pytest.mark.parametrize("lengths", [(700, 700, 700), (700, 133, 5)], ids=["equal", "ragged"])
+@pytest.mark.parametrize(("text", "head_dim", "group"), list(few_heads_cases()))
+def test_at_most_four_query_heads_share_a_product_with_keys(open_cuda, text, head_dim, group, lengths):
+    recipe, shape = Recipe.parse(text), AttentionShape(3, 2 * group, 2, head_dim)
+    rng = np.random.default_rng([head_dim, group, *lengths])
+    cache = open_cuda("pages").cache(shape, max(lengths) + 40, "bf16", recipe)
+    assert cache.variant["KEYS_AS_ROWS"] == 1
+    keys, values = random_tokens(rng, shape, max(lengths))
+    keys[..., 3] += 6
+    cache.prefill(keys, values, np.array(lengths))
+    oracle = Oracle(cache)
+    for step in range(3):
+        queries = rng.standard_normal((3, 2 * group, head_dim), dtype=np.float32) * (1 if step % 2 else 4)
+        check_decode(cache, oracle, queries, limit_of(recipe, "bf16"))
+        cache.append(*rng.standard_normal((2, 3, 2, head_dim), dtype=np.float32))
+
+
 def assert_best(cache, twin, queries, row, head):
     """The pages that an anchor lists are those of the highest scores, up to the rounding of scores."""
     recipe, group = cache.recipe, cache.shape.group

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from elastickv.backends.cuda.compiler import Compiled, compile_source
 from elastickv.backends.cuda.format_macros import format_of
-from elastickv.backends.cuda.page_layout import query_operands
+from elastickv.backends.cuda.page_layout import query_vectors
 from elastickv.errors import UsageError
 from elastickv.kvcache.scorers import SCORERS, scorer_of
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
@@ -21,6 +21,7 @@ _BULK_SINCE = 90
 _DENSE_PAGES_FROM = 400 << 20  # bytes of K and V
 _PAGED_INT8_FROM = 32  # (sequence, KV head) pairs
 _HEADS_OF_MMA_TILE = 8
+_HEADS_BESIDE_KEYS = 4  # query heads whose two parts fill the eight columns of a product with keys as its rows
 KINDS = ("auto", "mma", "simt", "pages")
 _SPLIT_WARPS = 8
 _MOST_ROUNDS = 4  # units of one warp up to which waiting costs more than an even split of the work gains
@@ -222,6 +223,7 @@ def _pages_variant(common: dict[str, int], group: int, recipe: Recipe, arch: str
         tile = min(max(32 * 8 // head_dim, 1), 4, 1 << (group - 1).bit_length())
         return Variant("decode_pages_simt", arch, _macros(common, WARPS=4, TILE=tile))
     tiles = 2 if group > _HEADS_OF_MMA_TILE and head_dim <= 128 else 1
+    common["KEYS_AS_ROWS"] = int(group <= _HEADS_BESIDE_KEYS)
     limit = _SHARED_BYTES.get(arch, _LEAST_SHARED_BYTES)
     if limit == _SHARED_BYTES["90"] and _PAGE_FORMATS["bf16"] not in (common["K_FORMAT"], common["V_FORMAT"]):
         limit -= _NEXT_KERNEL_BYTES
@@ -268,9 +270,9 @@ def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: 
     scales = (key.key_scales(dim).bytes_of(PAGE_TOKENS), value.value_scales(dim, macros["V_GROUP"]).bytes_of(PAGE_TOKENS))
     stage = round_up(codes + sum(round_up(n_bytes, 16) for n_bytes in scales), 128)
     queries = _HEADS_OF_MMA_TILE * tiles
-    steps = query_operands(key, dim)
+    vectors = query_vectors(key, dim, macros["KEYS_AS_ROWS"] == 1)
     sums = warps * (queries // 2 * (2 * dim + 8) * 4 + queries * 8)
-    operands = tiles * (round_up(dim, 32) // 16 + steps) * 32 * 16
+    operands = tiles * (round_up(dim, 32) // 16 + vectors) * 32 * 16
     return round_up(warps * stages * stage + sums + operands + queries * 4 + warps * stages * 8, 16)
 
 

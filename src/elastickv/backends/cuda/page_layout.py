@@ -46,10 +46,17 @@ def value_positions(fmt: str, head_dim: int, group: int) -> tuple[Indices, Indic
     return 8 * (2 * (w & 1) + (e >> 1 & 1)) + 2 * t + (e >> 2), dim
 
 
-def query_operands(key: Format, head_dim: int) -> int:
-    """Return the operands of a query that meet the keys of a page on tensor cores: integers multiply 32 channels at once."""
+def query_vectors(key: Format, head_dim: int, keys_as_rows: bool) -> int:
+    """Return the 16-byte vectors of a lane with a tile of queries as operands: QUERY_VECTORS of format_codecs.cuh.
+
+    Integers multiply 32 channels at once, others 16. With keys as rows, a vector serves two of these steps, and scales of
+    channels need a second one.
+    """
     tiles = key.key_row_bytes(head_dim) * 8 // key.bits // 16
-    return -(-tiles // 2) if key.signed else tiles
+    steps = -(-tiles // 2) if key.signed else tiles
+    if not keys_as_rows:
+        return steps
+    return -(-steps // 2) * (2 if key.keys is ScaleLayout.CHANNEL else 1)
 
 
 def codes_of(raw: NDArray[np.uint8], fmt: str, positions: tuple[Indices, Indices], head_dim: int) -> NDArray[np.uint16]:

@@ -51,12 +51,41 @@ __device__ __forceinline__ Element value_element(int row, int lane, int w, int e
 #define QUERY_LIFT (K_FORMAT == INT8_PER_CHANNEL ? 6 : 0)
 #define KEY_STEPS (K_FORMAT == INT8 ? (KEY_TILES + 1) / 2 : KEY_TILES)  // products of a query with a page's keys
 
+// A product of K has 16 rows and 8 columns, and a query has two parts, high and low. Two ways to fill it:
+//
+//   Queries as rows: 8 queries, the high parts in rows 0..7 and the low ones in rows 8..15; 8 tokens are the columns. A lane
+//   has scores of query g, of tokens 8 i + 2 t + 0..1. The weights of the values then have a column for each query.
+//   KEYS_AS_ROWS (at most 4 queries): 16 tokens are the rows; columns 2 q and 2 q + 1 are the high and the low part of query q.
+//   Half as many products, and no row is empty. A lane has scores of query t, of tokens 8 i + g. The weights have two columns a
+//   query: of tokens 16 j + 0..7 and of tokens 16 j + 8..15; the other eight tokens of a column are 0.
+//
+// Both read the same pages: a left and a right operand have the same elements in a lane.
+#if KEYS_AS_ROWS
+static_assert(TILES == 1, "one tile of queries");
+#define PAGE_QUERIES 4
+#define PAGE_SCORES 4  // of a lane
+#define PAIRED_STEPS ((KEY_STEPS + 1) / 2)
+#define QUERY_VECTORS (CHANNEL_LEVELS ? 2 * PAIRED_STEPS : PAIRED_STEPS)  // of a lane, for all steps; see stage_query
+#else
+#define PAGE_QUERIES QUERIES
+#define PAGE_SCORES 8
+#define QUERY_VECTORS KEY_STEPS
+#endif
+
 // Running results of one warp.
 struct Sums {
+#if KEYS_AS_ROWS
+    // Of query t, [tile of dims]: dims g and g + 8; or, without zeros, of each the sums of both columns.
+    float acc[VALUE_TILES][ZEROS ? 2 : 4];
+#else
     float acc[TILES][VALUE_TILES][4];  // [tile of queries][tile of dims][dim g: q 2t, 2t+1; dim g + 8: the same]
-    float m[TILES], l[TILES];          // of query g; l over this lane's tokens only
+#endif
+    float m[TILES], l[TILES];  // of query g, KEYS_AS_ROWS: query t; l over this lane's tokens only
     float zero[TILES][ZEROS ? ZEROS : 1];
     float exponent;  // 2^this bounds the V scales seen
+#if KEYS_AS_ROWS
+    float normal;  // 2^(V_SHIFT - exponent)
+#endif
 };
 
 __device__ __forceinline__ uint4 vector_of(const char* part, int row) {
@@ -74,6 +103,12 @@ __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
     return *reinterpret_cast<const u32*>(&r);
 }
 
+__device__ __forceinline__ u32 negated(u32 x) {
+    u32 r;
+    asm("neg.f16x2 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
 // Two e4m3 numbers, in the low half of `bytes`, as fp16.
 __device__ __forceinline__ u32 fp8_to_half(u32 bytes) {
 #if __CUDA_ARCH__ >= 890
@@ -83,6 +118,56 @@ __device__ __forceinline__ u32 fp8_to_half(u32 bytes) {
 #else
     const u32 w = __byte_perm(bytes, 0, 0x1404);                               // each byte on top of its half
     return multiply((w & 0x80008000u) | (w >> 1 & 0x3f803f80u), 0x5c005c00u);  // exponents are 8 apart: times 256
+#endif
+}
+
+// Stores channel `dim` of query `q`, in units of its step, in both parts as operands for the products with keys.
+//
+// Queries as rows: a vector is the operand of one step; lane 4 (q % 8) + dim / 4 % 4 has both parts.
+// KEYS_AS_ROWS: a vector is the right operands of steps k and k + 1; lane 8 q + dim / 4 % 4 has the high part, the lane 4
+// further the low one. Where keys have scales of channels, a pair of steps has a second vector with what `scaled_part` needs.
+__device__ __forceinline__ void stage_query(char* operands, int q, int dim, float x) {
+    const int step = dim / (K_FORMAT == INT8 ? 32 : 16), quad = dim >> 2 & 3;
+#if KEYS_AS_ROWS
+    const int odd = step & 1;
+    if (step / 2 >= PAIRED_STEPS) return;
+    char* to = operands + (step / 2 * (QUERY_VECTORS / PAIRED_STEPS) * 32 + 8 * q + quad) * 16;
+#else
+    if (step >= KEY_STEPS) return;
+    char* to = operands + ((q / HEADS * KEY_STEPS + step) * 32 + q % HEADS * 4 + quad) * 16;
+#endif
+#if K_FORMAT == INT8
+    const int code = __float2int_rn(x), high = (code + 64) >> 7, low = code - high * 128, second = dim >> 4 & 1;
+#if KEYS_AS_ROWS
+    to += odd * 8 + second * 4 + (dim & 3);
+    to[0] = (char)high;
+    to[4 * 16] = (char)low;
+#else
+    to += second * 8 + (dim & 3);
+    to[0] = (char)high;
+    to[4] = (char)low;
+#endif
+#else
+#if K_FORMAT == SIXTEEN_BIT
+    const u16 high = (u16)pack16(x, 0.f), low = (u16)pack16(x - unpack16(high).x, 0.f);
+#else
+    const u16 high = (u16)pack_half(x, 0.f), low = (u16)pack_half(x - __half2float(__ushort_as_half(high)), 0.f);
+#endif
+    const int second = dim >> 1 & 1;  // pair of channels
+#if !KEYS_AS_ROWS
+    u16* part = reinterpret_cast<u16*>(to + second * 8) + (dim & 1);
+    part[0] = high;
+    part[2] = low;
+#else
+    // Scales of channels: first all pairs 4 t + 0..1, then 4 t + 2..3, which is how zeros meet them.
+    u16* part = reinterpret_cast<u16*>(to + (CHANNEL_LEVELS ? second * 8 + odd * 4 : odd * 8 + second * 4)) + (dim & 1);
+    part[0] = high;
+    part[4 * 8] = low;
+#if CHANNEL_LEVELS
+    part[32 * 8] = 0;
+    part[36 * 8] = high;
+#endif
+#endif
 #endif
 }
 
@@ -97,7 +182,7 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
 #pragma unroll
     for (int j = 0; j * WARPS < QUERIES; j++) {
         const int q = warp + j * WARPS;
-        if (q >= QUERIES) continue;
+        if (q >= PAGE_QUERIES) continue;
         float most = 0.f;
 #pragma unroll
         for (int i = 0; i < PADDED / 32; i++) {
@@ -105,7 +190,6 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
             most = fmaxf(most, fabsf(words.page[j][i]));
         }
         for (int i = 16; i; i >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, i));
-        char* tile = reinterpret_cast<char*>(shared.page_query + q / HEADS * KEY_STEPS * 32);
 #if K_FORMAT == INT8
         const float step = most / 16256.f, inverse = most > 0.f ? 16256.f / most : 0.f;
 #elif K_FORMAT == SIXTEEN_BIT
@@ -118,32 +202,20 @@ __device__ __forceinline__ void stage_queries(Words& words, const Args& a, Share
 #endif
         if (lane == 0) shared.steps[q] = step;
 #pragma unroll
-        for (int i = 0; i < PADDED / 32; i++) {
-            const int dim = lane + 32 * i, lanes = q % HEADS * 4 + (dim >> 2 & 3);
-#if K_FORMAT == INT8
-            const int code = __float2int_rn(words.page[j][i] * inverse), high = (code + 64) >> 7;
-            char* to = tile + ((dim >> 5) * 32 + lanes) * 16 + (dim >> 4 & 1) * 8 + (dim & 3);
-            to[0] = (char)high;
-            to[4] = (char)(code - high * 128);
-#else
-            if ((dim >> 4) >= KEY_STEPS) continue;
-            u16* to = reinterpret_cast<u16*>(tile + ((dim >> 4) * 32 + lanes) * 16 + (dim >> 1 & 1) * 8 + (dim & 1) * 2);
-            const float scaled = words.page[j][i] * inverse;
-#if K_FORMAT == SIXTEEN_BIT
-            const u32 high = pack16(scaled, 0.f), low = pack16(scaled - unpack16(high).x, 0.f);
-#else
-            const u32 high = pack_half(scaled, 0.f), low = pack_half(scaled - __half2float(__ushort_as_half((u16)high)), 0.f);
-#endif
-            to[0] = (u16)high;
-            to[2] = (u16)low;
-#endif
-        }
+        for (int i = 0; i < PADDED / 32; i++)
+            stage_query(reinterpret_cast<char*>(shared.page_query), q, lane + 32 * i, words.page[j][i] * inverse);
     }
 }
 
 // Products of a tile of queries with the tokens of a page, of the queries' high and low parts.
 struct KeySums {
+#if KEYS_AS_ROWS  // [tokens 16 j and on][token g: high, low part; token g + 8: the same]
 #if K_FORMAT == INT8
+    int x[2][4];
+#else
+    float x[2][4], zero[2][4];  // zeros of channels: see multiply_keys
+#endif
+#elif K_FORMAT == INT8
     int x[4][4];
 #else
     float x[4][4], zero[4];
@@ -202,6 +274,54 @@ __device__ __forceinline__ KeyOperands key_operands(const char* stage, int k) {
     return keys;
 }
 
+#if KEYS_AS_ROWS
+// Products of all queries, whose parts are an operand of two registers, with the keys of a step.
+__device__ __forceinline__ void multiply_step(KeySums& sums, u32 q0, u32 q1, const KeyOperands& keys) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#if K_FORMAT == INT8
+        const uint4 codes = make_uint4((&keys.first.x)[2 * j], (&keys.first.x)[2 * j + 1], (&keys.second.x)[2 * j],
+                                       (&keys.second.x)[2 * j + 1]);
+        mma_int8(sums.x[j], codes, q0, q1);
+#elif K_FORMAT == SIXTEEN_BIT
+        mma_exact(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q0, q1);
+#else
+        mma_half(sums.x[j], keys.low[2 * j], keys.low[2 * j + 1], keys.high[2 * j], keys.high[2 * j + 1], q0, q1);
+#endif
+    }
+}
+
+#if CHANNEL_LEVELS
+// A query's part times the scales of two channels. The high part's `error` is 0; the low part's is the high part, whose
+// product's rounding error it carries.
+__device__ __forceinline__ u32 scaled_part(u32 part, u32 error, u32 scale) {
+    return multiply_add(part, scale, multiply_add(error, scale, negated(multiply(error, scale))));
+}
+#endif
+
+// Products of all queries with the keys of steps k and k + 1.
+__device__ __forceinline__ void multiply_keys(KeySums& sums, const uint4* operands, const char* stage, int k) {
+    const uint4* vectors = operands + k / 2 * (QUERY_VECTORS / PAIRED_STEPS) * 32 + (threadIdx.x & 31);
+    const uint4 q = load_query(vectors);
+    KeyOperands first = key_operands(stage, k), second = {};
+    if (k + 1 < KEY_STEPS) second = key_operands(stage, k + 1);
+#if CHANNEL_LEVELS
+    const uint4 error = load_query(vectors + 32);
+    // Zeros of channels are the same for every token. As they are loaded, those of channels 4 t + 0..1 of both steps are rows
+    // 0..7 of a left operand, and those of 4 t + 2..3 are rows 8..15. Of the product with the query's channels 4 t + 0..1 rows
+    // 0..7 are needed, of that with 4 t + 2..3 rows 8..15.
+    mma_half(sums.zero[0], first.base.x, first.base.y, second.base.x, second.base.y, q.x, q.y);
+    mma_half(sums.zero[1], first.base.x, first.base.y, second.base.x, second.base.y, q.z, q.w);
+    multiply_step(sums, scaled_part(q.x, error.x, first.scale.x), scaled_part(q.z, error.z, first.scale.y), first);
+    if (k + 1 < KEY_STEPS)
+        multiply_step(sums, scaled_part(q.y, error.y, second.scale.x), scaled_part(q.w, error.w, second.scale.y), second);
+#else
+    multiply_step(sums, q.x, q.y, first);
+    if (k + 1 < KEY_STEPS) multiply_step(sums, q.z, q.w, second);
+#endif
+}
+#else
+// Products of a tile of queries, whose operand is `q`, with the keys of a step.
 __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyOperands& keys) {
 #if K_FORMAT == INT8
 #pragma unroll
@@ -211,8 +331,8 @@ __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyO
     mma_half(sums.zero, q.x, q.y, q.z, q.w, keys.base.x, keys.base.y);
     // The rounding error of the product goes into the low part, together with the query's own.
     const u32 a = multiply(q.x, keys.scale.x), b = multiply(q.z, keys.scale.y);
-    q.y = multiply_add(q.y, keys.scale.x, multiply_add(q.x, keys.scale.x, a ^ 0x80008000u));
-    q.w = multiply_add(q.w, keys.scale.y, multiply_add(q.z, keys.scale.y, b ^ 0x80008000u));
+    q.y = multiply_add(q.y, keys.scale.x, multiply_add(q.x, keys.scale.x, negated(a)));
+    q.w = multiply_add(q.w, keys.scale.y, multiply_add(q.z, keys.scale.y, negated(b)));
     q.x = a;
     q.z = b;
 #endif
@@ -226,6 +346,7 @@ __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyO
     }
 #endif
 }
+#endif
 
 // The scale that all keys of a page share.
 __device__ __forceinline__ float key_page_scale(const char* stage, int page) {
@@ -236,6 +357,25 @@ __device__ __forceinline__ float key_page_scale(const char* stage, int page) {
 #endif
 }
 
+#if KEYS_AS_ROWS
+// Score of token 8 i + g and query t.
+__device__ __forceinline__ float key_score(const KeySums& sums, const char* stage, int i, float step) {
+    const auto high = sums.x[i >> 1][2 * (i & 1)], low = sums.x[i >> 1][2 * (i & 1) + 1];
+#if CHANNEL_LEVELS
+    const float zero = (sums.zero[0][0] + sums.zero[0][1]) + (sums.zero[1][2] + sums.zero[1][3]);
+#endif
+#if K_FORMAT == INT8
+    const u16 of = *reinterpret_cast<const u16*>(stage + KEY_SCALES_AT + (8 * i + (threadIdx.x >> 2 & 7)) * 2);
+    return (float)(high * 128 + low) * (step * bf16_value(of));
+#elif K_FORMAT == INT4
+    return ((high + low) * (i & 1 ? CODE_ONE / 16.f : CODE_ONE) + zero) * step;
+#elif K_FORMAT == INT8_PER_CHANNEL
+    return ((high + low) * CODE_ONE + zero) * step;
+#else
+    return (high + low) * step;
+#endif
+}
+#else
 // Scores of tokens 8 i + 2 t + 0..1.
 __device__ __forceinline__ float2 key_scores(const KeySums& sums, const char* stage, int i, float step) {
     float score[2];
@@ -258,7 +398,69 @@ __device__ __forceinline__ float2 key_scores(const KeySums& sums, const char* st
     }
     return make_float2(score[0], score[1]);
 }
+#endif
 
+#if KEYS_AS_ROWS
+// Scale and zero of V of token 8 i + g, as bf16: of one byte, the scale in the low half.
+__device__ __forceinline__ u32 value_scale_of(const char* stage, int page, int group, int i) {
+    const int token = 8 * i + (threadIdx.x >> 2 & 7);
+    const char* scales = stage + VALUE_SCALES_AT;
+#if V_FORMAT == INT4
+    return reinterpret_cast<const u32*>(scales)[group * PAGE + token];
+#elif V_FORMAT == INT8
+    return reinterpret_cast<const u16*>(scales)[token];
+#elif V_FORMAT == FP8
+    return reinterpret_cast<const u16*>(scales)[page & 7];
+#else
+    return 0;
+#endif
+}
+
+__device__ __forceinline__ float largest_scale(const char* stage, int page) {
+    float largest = 0.f;
+#pragma unroll
+    for (int group = 0; group < (V_FORMAT == INT4 ? GROUPS : 1); group++)
+#pragma unroll
+        for (int i = 0; i < (V_FORMAT == FP8 ? 1 : 4); i++)
+            largest = fmaxf(largest, __uint_as_float(value_scale_of(stage, page, group, i) << 16));
+    return largest;
+}
+
+__device__ __forceinline__ u32 transposed(u32 x) {
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
+// Makes the weights of tokens 8 i + g operands for one group of dims, scales of V included: of tokens 16 j + 0..7 in column 2
+// q, of tokens 16 j + 8..15 in column 2 q + 1. Adds what the zeros of V contribute.
+__device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&weight)[4], const char* stage, int page,
+                                            int group, float normal) {
+    const bool odd = threadIdx.x & 4;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const float w0 = weight[2 * j], w1 = weight[2 * j + 1];
+#if V_FORMAT == SIXTEEN_BIT
+        const u32 both = pack16(w0, w1);
+        const float2 rounded = unpack16(both);
+        r.l[0] += rounded.x + rounded.y;
+#else
+        const u32 of0 = value_scale_of(stage, page, group, 2 * j), of1 = value_scale_of(stage, page, group, 2 * j + 1);
+        const u32 both = pack_half(w0 * (__uint_as_float(of0 << 16) * normal), w1 * (__uint_as_float(of1 << 16) * normal));
+#if V_FORMAT == INT4
+        r.zero[0][group] += w0 * __uint_as_float(of0 & 0xffff0000u) + w1 * __uint_as_float(of1 & 0xffff0000u);
+#elif V_FORMAT == INT8
+        // Codes are VALUE_OFFSET too large, which `leave_pages` takes off.
+        const float2 rounded = __half22float2(*reinterpret_cast<const __half2*>(&both));
+        r.zero[0][0] += rounded.x + rounded.y;
+#endif
+#endif
+        const u32 turned = transposed(both);
+        p[2 * j] = odd ? 0 : turned;
+        p[2 * j + 1] = odd ? turned : 0;
+    }
+}
+#else
 #if V_FORMAT == INT4
 __device__ __forceinline__ uint2 value_scales(const char* stage, int group, int i) {
     return *reinterpret_cast<const uint2*>(stage + VALUE_SCALES_AT + (group * PAGE + 8 * i + 2 * (threadIdx.x & 3)) * 4);
@@ -323,6 +525,7 @@ __device__ __forceinline__ void weigh_group(u32 (&p)[TILES][4], Sums& r, const f
         }
     }
 }
+#endif
 
 // The values of tile `m` of dims as operands: [tokens 0-15, 16-31][operand].
 __device__ __forceinline__ void value_operands(u32 (&a)[2][4], const char* values, int m) {

@@ -1,17 +1,18 @@
 // Decode attention over pages on tensor cores (SM 8.0 and newer): any pair of formats, all pages or the listed ones.
 //
 // A warp owns a ring of stages in shared memory. One page with its scales is one stage; it loads while earlier ones are in use,
-// by four bulk copies that one lane starts (SM 9.0) or a group of cp.async, and no other warp waits for it. A stage holds MMA
-// operands without conversion (pages.cuh): a word of int4 codes becomes four operands by masks and one shift, because a nibble
-// is an fp16 number by itself (n 2^-24 or, four bits higher, n 2^-20). Scales of K are folded into the query, high and low
-// part; scales of V into the probabilities. Before a block merges its results of a KV head, it starts the loads of the next.
+// by four bulk copies that an elected lane starts (SM 9.0) or a group of cp.async, and no other warp waits for it. A stage
+// holds MMA operands without conversion (pages.cuh): a word of int4 codes becomes four operands by masks and one shift, because
+// a nibble is an fp16 number by itself (n 2^-24 or, four bits higher, n 2^-20). Scales of K are folded into the query, high and
+// low part; scales of V into the probabilities. Before a block merges its results of a KV head, it starts the loads of the
+// next.
 //
 // FIXED: equally many blocks attend to each KV head, for batches whose heads all read equally much. A warp's first pages then
 // follow from the capacity alone, and their loads start before the length is known. Otherwise blocks divide the work by the
 // lengths in device memory. BLOCK_TABLES: pages and recent tokens are in blocks of a serving engine (common.cuh).
 //
-// Macros in addition to those of pages.cuh: TILES of 8 query heads that one pass holds, STAGES, FIXED, SHARED_BYTES; the macros
-// with a default below can be overridden.
+// Macros in addition to those of pages.cuh: TILES of 8 query heads that one pass holds, KEYS_AS_ROWS (1: a KV head has at most
+// 4 query heads; format_codecs.cuh), STAGES, FIXED, SHARED_BYTES; the macros with a default below can be overridden.
 #pragma once
 #include "split_kv_buffer.cuh"
 #include "page_attend.cuh"
@@ -81,13 +82,13 @@ __device__ __forceinline__ ExactRows exact_rows_of(const Args& a, const Span& s,
 
 #if BLOCK_TABLES
 // Excludes the tokens of a page from number `tokens` on.
-__device__ __forceinline__ void hide_tokens(float (&score)[TILES][8], int tokens) {
-    const int t = threadIdx.x & 3;
+__device__ __forceinline__ void hide_tokens(float (&score)[TILES][PAGE_SCORES], int tokens) {
+    const int g = threadIdx.x >> 2 & 7, t = threadIdx.x & 3;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-        for (int e = 0; e < 8; e++)
-            if (8 * (e >> 1) + 2 * t + (e & 1) >= tokens) score[tile][e] = -INFINITY;
+        for (int e = 0; e < PAGE_SCORES; e++)
+            if ((KEYS_AS_ROWS ? 8 * e + g : 8 * (e >> 1) + 2 * t + (e & 1)) >= tokens) score[tile][e] = -INFINITY;
 }
 #endif
 
@@ -281,6 +282,9 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) r.m[tile] = NOTHING;
             r.exponent = -100.f;
+#if KEYS_AS_ROWS
+            r.normal = exp2_fast((float)V_SHIFT - r.exponent);
+#endif
             int now = walk.numbers;  // numbers of the pages in use; `walk` is ahead of them
 #pragma unroll 1
             for (int i = 0; walk.first + i * walk.step < walk.end; i++) {
@@ -289,7 +293,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
                 const char* at = memory + (warp * STAGES + stage) * STAGE;
                 // A slab has scales of its own; those of planes can share 16 bytes with other pages.
                 const int page = BLOCK_TABLES ? 0 : __shfl_sync(FULL, now, i & 31);
-                float score[TILES][8];
+                float score[TILES][PAGE_SCORES];
                 score_page(score, at, shared, page);
 #if BLOCK_TABLES
                 int unit = walk.first + i * walk.step;

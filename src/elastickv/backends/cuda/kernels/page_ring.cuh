@@ -23,10 +23,20 @@ __device__ __forceinline__ void copy_part(u32 to, const char* from, u32 arrived)
 #endif
 }
 
-// Starts the load of a page into a stage.
+#if BULK
+// True in one lane of a converged warp. With `threadIdx.x % 32 == 0` the compiler does not know that it is one lane: every bulk
+// copy, whose operands are the same in all lanes, becomes a loop over those that may be left.
+__device__ __forceinline__ bool elected() {
+    u32 chosen;
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(chosen));
+    return chosen;
+}
+#endif
+
+// Starts the load of a page into a stage, for all lanes of a warp.
 __device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a, int page) {
 #if BULK
-    if (threadIdx.x & 31) return;
+    if (!elected()) return;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(STAGE_BYTES) : "memory");
 #endif
 #if BLOCK_TABLES

@@ -13,7 +13,7 @@ struct Shared {
     char stages[WARPS][STAGES][STAGE];
     float sums[WARPS][QUERIES / 2 * PAIR];
     float2 sums_ml[WARPS][QUERIES];
-    uint4 exact_query[TILES * K16 * 2 * 32], page_query[TILES * KEY_STEPS * 32];
+    uint4 exact_query[TILES * K16 * 2 * 32], page_query[TILES * QUERY_VECTORS * 32];
     float steps[QUERIES];
     u64 arrived[WARPS][STAGES];
 };
