@@ -7,7 +7,7 @@ rotation alone, with the least error there is.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
@@ -19,10 +19,18 @@ from elastickv.recipe.byte_counts import interval_bytes, page_bytes, stored_bits
 from elastickv.recipe.calibration import GPTQ, ROTATED, HeadErrors, ModelCalibration
 from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, PAGE_TOKENS, unread_formats
 from elastickv.recipe.knapsack import KnapsackItem, least_cost
+from elastickv.recipe.layer_choices import (
+    LayerChoice,
+    LayerOption,
+    cheapest_choice,
+    part_of_step,
+    total_bytes,
+    with_better_layers,
+    with_more_pages,
+)
 from elastickv.recipe.recipe import DEFAULT_SINKS, DEFAULT_WINDOW, DENSE, ROUNDINGS, Recipe, has_page_bounds
-from elastickv.recipe.regions import regions, selected
 from elastickv.recipe.shape import MAX_CONTEXT, AttentionShape, padded_head_dim
-from elastickv.recipe.solver import UNMET_REMEDY, check_context, check_ratio, fraction_of, unmet
+from elastickv.recipe.solver import UNMET_REMEDY, check_context, check_ratio, unmet
 
 _HALVINGS = 44  # of the logarithm of lambda, between these powers of e: to 1e-11 of it
 _STORED_SHARE, _MOST_STORED = 0.75, 3.0
@@ -45,62 +53,6 @@ class LayerPlan:
     recipes: tuple[Recipe, ...]
     ratio: float
     error: float
-
-
-@dataclass(frozen=True)
-class _Option:
-    """One way to store and read a layer: bytes of a head by fraction, errors by layer, head and fraction.
-
-    `rotate` is that of the recipe, by layer: it changes errors, and no bytes.
-    """
-
-    recipe: Recipe
-    rotate: tuple[str, ...]
-    bytes_at: tuple[float, ...]
-    errors_at: tuple[HeadErrors, ...]
-    fractions: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A layer's option and, for each head, which of its fractions is read."""
-
-    option: _Option
-    layer: int
-    points: tuple[int, ...]
-
-    @property
-    def error(self) -> float:
-        return sum(self.option.errors_at[point][self.layer][head] for head, point in enumerate(self.points))
-
-    @property
-    def n_bytes(self) -> float:
-        return sum(self.option.bytes_at[point] for point in self.points)
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.reading([self.option.fractions[point] for point in self.points])
-
-    def reading(self, fractions: Sequence[float]) -> Recipe:
-        """Return the recipe that reads a fraction of the pages of each head."""
-        recipe = replace(self.option.recipe, rotate=self.option.rotate[self.layer])
-        if not recipe.fractions:
-            return recipe
-        return replace(recipe, fractions=tuple(fractions[:1] if len(set(fractions)) == 1 else fractions))
-
-    def with_next_pages(self, head: int) -> "_Choice":
-        """Return the choice with a head's next larger fraction."""
-        return replace(self, points=tuple(point - (number == head) for number, point in enumerate(self.points)))
-
-
-@dataclass(frozen=True)
-class _PageStep:
-    """A head's step to its next larger fraction: the error that it saves and the bytes that it takes."""
-
-    layer: int
-    head: int
-    gain: float
-    n_bytes: float
 
 
 def for_ratio_by_layer(
@@ -150,11 +102,11 @@ def for_ratio_by_layer(
     options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least, select_pages, device, gptq)
     budget = dense / ratio
 
-    def chosen(byte_weight: float) -> list[_Choice]:
-        return [_cheapest(options, layer, byte_weight) for layer in range(layers)]
+    def chosen(byte_weight: float) -> list[LayerChoice]:
+        return [cheapest_choice(options, layer, byte_weight) for layer in range(layers)]
 
     low, high = _LEAST, _MOST
-    if _bytes(chosen(math.exp(high))) > budget:
+    if total_bytes(chosen(math.exp(high))) > budget:
         smallest = min(options, key=lambda option: min(option.bytes_at))
         fewest = (
             replace(smallest.recipe, fractions=(min(smallest.fractions),)) if smallest.recipe.fractions else smallest.recipe
@@ -162,12 +114,12 @@ def for_ratio_by_layer(
         raise UsageError(unmet(ratio, context, head, dtype, [fewest], remedy))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if _bytes(chosen(math.exp(middle))) <= budget else (middle, high)
-    choices = _filled(chosen(math.exp(high)), chosen(math.exp(low)), budget)
-    choices, step = _spent(choices, budget)
-    recipes, error, used = [choice.recipe for choice in choices], sum(choice.error for choice in choices), _bytes(choices)
+        low, high = (low, middle) if total_bytes(chosen(math.exp(middle))) <= budget else (middle, high)
+    choices = with_better_layers(chosen(math.exp(high)), chosen(math.exp(low)), budget)
+    choices, step = with_more_pages(choices, budget)
+    recipes, error, used = [choice.recipe for choice in choices], sum(choice.error for choice in choices), total_bytes(choices)
     if step is not None:
-        recipes[step.layer], share, more = _partly(choices[step.layer], step, budget - used, context, head, dtype)
+        recipes[step.layer], share, more = part_of_step(choices[step.layer], step, budget - used, context, head, dtype)
         error, used = error - share * step.gain, used + more
     return LayerPlan(tuple(recipes), dense / used, error)
 
@@ -204,7 +156,7 @@ def for_stored_bits(
     head = AttentionShape(1, calibration.query_heads // calibration.kv_heads, 1, head_dim)
     options = _options(calibration, MAX_CONTEXT, head, dtype, sinks, window, None, 0.0, False, device, gptq)
     # Without pages to select, an option is one choice for a layer, whatever a byte weighs.
-    choices = [[_cheapest([option], layer, 0.0) for option in options] for layer in layers]
+    choices = [[cheapest_choice([option], layer, 0.0) for option in options] for layer in layers]
     weights = [page_bytes(option.recipe, head_dim) for option in options]
     groups = [
         [KnapsackItem(weight, choice.error) for weight, choice in zip(weights, of_layer, strict=True)] for of_layer in choices
@@ -221,7 +173,7 @@ def for_stored_bits(
         )
     solved = [of_layer[number] for of_layer, number in zip(choices, chosen, strict=True)]
     dense = len(layers) * calibration.kv_heads * interval_bytes(DENSE, [MAX_CONTEXT], head).kv
-    return LayerPlan(tuple(c.recipe for c in solved), dense / _bytes(solved), sum(c.error for c in solved))
+    return LayerPlan(tuple(c.recipe for c in solved), dense / total_bytes(solved), sum(c.error for c in solved))
 
 
 def check_stored_bits(bits: Any) -> None:
@@ -250,7 +202,7 @@ def _options(
     select_pages: bool,
     device: str | None,
     gptq: bool,
-) -> list[_Option]:
+) -> list[LayerOption]:
     if anchor_every is not None and anchor_every not in calibration.pages:
         raise UsageError(
             f"anchor_every={anchor_every} was not calibrated: choose {', '.join(map(str, sorted(calibration.pages)))}"
@@ -273,7 +225,7 @@ def _options(
                 continue
             of_formats = _added(key_errors, value_errors)
             n_bytes = interval_bytes(recipe, [context], head, dtype).kv
-            options.append(_Option(recipe, rotate, (n_bytes,), (of_formats,), (1.0,)))
+            options.append(LayerOption(recipe, rotate, (n_bytes,), (of_formats,), (1.0,)))
             if not select_pages or not has_page_bounds(key):
                 continue
             # What a selection loses was measured with unrotated keys. Rotated ones have channels of like ranges, by which pages
@@ -321,86 +273,11 @@ def _pages_option(
     context: int,
     head: AttentionShape,
     dtype: str,
-) -> _Option:
+) -> LayerOption:
     fractions = tuple(sorted(curve, reverse=True))
     read = [interval_bytes(replace(recipe, fractions=(f,)), [context], head, dtype).kv for f in fractions]
-    return _Option(recipe, rotate, tuple(read), tuple(_added(curve[f], of_formats) for f in fractions), fractions)
+    return LayerOption(recipe, rotate, tuple(read), tuple(_added(curve[f], of_formats) for f in fractions), fractions)
 
 
 def _added(first: HeadErrors, second: HeadErrors) -> HeadErrors:
     return tuple(tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in zip(first, second, strict=True))
-
-
-def _cheapest(options: Sequence[_Option], layer: int, byte_weight: float) -> _Choice:
-    """Return the layer's choice of least error + byte_weight * bytes; of equals the one of fewest bytes."""
-
-    def weighed(option: _Option) -> tuple[float, float, _Option, list[int]]:
-        points, cost, n_bytes = [], 0.0, 0.0
-        for head in range(len(option.errors_at[0][layer])):
-            costs = [errors[layer][head] + byte_weight * b for errors, b in zip(option.errors_at, option.bytes_at, strict=True)]
-            point = min(range(len(costs)), key=lambda i: (costs[i], option.bytes_at[i]))
-            points.append(point)
-            cost, n_bytes = cost + costs[point], n_bytes + option.bytes_at[point]
-        return cost, n_bytes, option, points
-
-    _, _, option, points = min(map(weighed, options), key=lambda candidate: candidate[:2])
-    return _Choice(option, layer, tuple(points))
-
-
-def _filled(within: list[_Choice], beyond: list[_Choice], budget: float) -> list[_Choice]:
-    """Return `within` with layers of `beyond`, the solution at the next lower weight of a byte, while the budget lasts."""
-    choices = list(within)
-    for layer, better in enumerate(beyond):
-        if _bytes(choices) - choices[layer].n_bytes + better.n_bytes <= budget and better.error < choices[layer].error:
-            choices[layer] = better
-    return choices
-
-
-def _spent(choices: list[_Choice], budget: float) -> tuple[list[_Choice], _PageStep | None]:
-    """Return choices whose heads read more pages while the budget lasts, and the step of which only a part is left.
-
-    Choices differ by whole layers and by the fractions that were calibrated, and so leave some of the budget. Steps that save
-    most error by a byte come first.
-    """
-    choices, left = list(choices), budget - _bytes(choices)
-    while True:
-        # Two fractions of few pages may be the same number of them: a step that takes nothing comes first.
-        step = max(_next_pages(choices), key=lambda each: each.gain / max(each.n_bytes, 1e-9), default=None)
-        if step is None or step.n_bytes > left:
-            return choices, step
-        choices[step.layer] = choices[step.layer].with_next_pages(step.head)
-        left -= step.n_bytes
-
-
-def _next_pages(choices: Sequence[_Choice]) -> Iterator[_PageStep]:
-    """Yield the steps of heads to their next larger fractions that save error."""
-    for layer, choice in enumerate(choices):
-        errors, n_bytes = choice.option.errors_at, choice.option.bytes_at
-        for head, point in enumerate(choice.points):
-            if point and errors[point - 1][choice.layer][head] < errors[point][choice.layer][head]:
-                gain = errors[point][choice.layer][head] - errors[point - 1][choice.layer][head]
-                yield _PageStep(layer, head, gain, n_bytes[point - 1] - n_bytes[point])
-
-
-def _partly(
-    choice: _Choice, step: _PageStep, left: float, context: int, head: AttentionShape, dtype: str
-) -> tuple[Recipe, float, float]:
-    """Return a layer's recipe with as many more pages of a head as `left` bytes allow, their share of a step, and their bytes.
-
-    The error between two calibrated fractions is taken from the line between theirs.
-    """
-    option, point = choice.option, choice.points[step.head]
-    pages = regions(context, option.recipe.sinks, option.recipe.window).cold // PAGE_TOKENS
-    fewest, most = (selected(pages, option.fractions[each]) for each in (point, point - 1))
-    for count in range(fewest + int(left / step.n_bytes * (most - fewest)), fewest, -1):
-        fraction = fraction_of(count, pages)
-        read = interval_bytes(replace(option.recipe, fractions=(fraction,)), [context], head, dtype).kv
-        if (more := read - option.bytes_at[point]) <= left:  # rounded to whole sectors, pages may take more than their share
-            fractions = [option.fractions[each] for each in choice.points]
-            fractions[step.head] = fraction
-            return choice.reading(fractions), (count - fewest) / (most - fewest), more
-    return choice.recipe, 0.0, 0.0
-
-
-def _bytes(choices: Sequence[_Choice]) -> float:
-    return sum(choice.n_bytes for choice in choices)
