@@ -16,9 +16,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from elastickv.kvcache.page_counts import selected_pages, whole_sectors
 from elastickv.recipe import DENSE, FORMATS, PAGE_TOKENS, AttentionShape, Recipe, interval_bytes
 from elastickv.recipe.byte_counts import LIST_ENTRY_BYTES, dense_bytes, selected_page_bytes
-from elastickv.recipe.formats import SECTOR_BYTES
 from elastickv.recipe.shape import MAX_CONTEXT
 
 GROWTH = 8  # the share is solved again when the context has grown by 1 / GROWTH
@@ -69,8 +69,8 @@ class _ContextReads:
     def n_bytes(self, scale: float | None) -> NDArray[np.float64]:
         """Return the bytes with all shares times `scale`, (contexts,)."""
         shares = _scaled_shares(self.shares, scale)
-        listed = np.minimum(np.maximum((shares * self.pages).astype(np.int64), 1), self.pages)  # as `regions.selected`
-        of_lists = listed * self.page_bytes + _sectors(listed * LIST_ENTRY_BYTES)
+        listed = selected_pages(shares, self.pages)
+        of_lists = listed * self.page_bytes + whole_sectors(listed * LIST_ENTRY_BYTES)
         return np.asarray(self.unscaled + (of_lists * self.times).sum(axis=1))
 
 
@@ -120,16 +120,12 @@ class _LayerReads:
         last = begun[:, kind] + 1 + PAGE_TOKENS * self._fewer  # step since the anchor with so many pages, and the next one
         steps = np.minimum(last, self._every[kind]) - np.maximum(last - PAGE_TOKENS, 0)
         times = self._heads * np.maximum(steps, 0) / self._every[kind]
-        exact = 2 * _sectors((tokens - PAGE_TOKENS * cold) * self._row_bytes)
-        unscaled = ((exact + _sectors(cold * self._scoring_bytes) / self._every) * self._kind_heads).sum(axis=1)
+        exact = 2 * whole_sectors((tokens - PAGE_TOKENS * cold) * self._row_bytes)
+        unscaled = ((exact + whole_sectors(cold * self._scoring_bytes) / self._every) * self._kind_heads).sum(axis=1)
         unscaled += ((cold[:, kind] - pages) * self._page_bytes[kind] * times).sum(axis=1)
         for recipe, layers in self._unselected.items():
             unscaled += [layers * interval_bytes(recipe, [each], self._shape, self._dtype).kv for each in contexts]
         return _ContextReads(unscaled, self._shares, pages, times, self._page_bytes[kind])
-
-
-def _sectors(n_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
-    return -(-n_bytes // SECTOR_BYTES) * SECTOR_BYTES
 
 
 @dataclass(frozen=True)

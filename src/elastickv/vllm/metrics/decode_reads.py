@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from elastickv.kvcache.page_counts import selected_pages, whole_sectors
 from elastickv.recipe import FORMATS, PAGE_TOKENS, AttentionShape, Recipe
 from elastickv.recipe.byte_counts import LIST_ENTRY_BYTES
-from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, SECTOR_BYTES, sectors
+from elastickv.recipe.formats import DENSE_BYTES_PER_ELEMENT, sectors
 from elastickv.recipe.slab import Slab
 from elastickv.vllm.selection.ratio_shares import Shares, layer_shares
 from elastickv.vllm.serving_options import KEY
@@ -100,8 +101,8 @@ class _SelectingLayers:
         shares : (layers, kv_heads) of them that are listed, or (tokens, layers, kv_heads).
         """
         all_pages = pages[:, :, None]
-        listed = np.minimum(np.maximum((shares * all_pages).astype(np.int64), 1), all_pages)  # as `regions.selected` counts
-        saved = (self.page_bytes[:, None] * (all_pages - listed) - _sectors(listed * LIST_ENTRY_BYTES)).sum(axis=2)
+        listed = selected_pages(shares, all_pages)
+        saved = (self.page_bytes[:, None] * (all_pages - listed) - whole_sectors(listed * LIST_ENTRY_BYTES)).sum(axis=2)
         selects = (listed < all_pages).any(axis=2)
         return np.stack([saved, self.scoring_bytes * pages, np.ones_like(pages)]) * selects
 
@@ -218,7 +219,3 @@ def _summed(reads: Int64Array, counted: NDArray[np.bool_], at_anchor: NDArray[np
     """Return (3,) sums of what lists save where they count, and of what they cost where they are made."""
     saved, scoring, layers = reads
     return np.array([(saved * counted).sum(), (scoring * at_anchor).sum(), (layers * at_anchor).sum()])
-
-
-def _sectors(n_bytes: Int64Array) -> Int64Array:
-    return -(-n_bytes // SECTOR_BYTES) * SECTOR_BYTES

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.backends.cpu.blocks.host_blocks import EVERY_PAGE, NO_ROW, AnchorField, RowField, Table, address
+from elastickv.kvcache.page_counts import selected_pages
 from elastickv.recipe import PAGE_TOKENS, Recipe
 from elastickv.vllm.selection.page_lists import Int64Array, PageLists
 from elastickv.vllm.selection.ratio_shares import Shares
@@ -174,11 +175,11 @@ class DecodeSelection:
         return int(self._anchors(np.int64(position), np.int64(position - prompt)))
 
     def _counts(self, ratios: Mapping[int, float], of_row: Int64Array, pages: Int64Array) -> Int64Array:
-        """Return how many pages each KV head of each row lists, (rows, kv_heads), as `regions.selected` counts them."""
+        """Return how many pages each KV head of each row lists, (rows, kv_heads)."""
         shares = np.tile(self._usual, (len(of_row), 1))
         for request, ratio in ratios.items():
             shares[of_row == request] = np.take(self._shares_of_ratio(ratio), self._kv_heads)
-        return np.minimum(np.maximum((shares * pages[:, None]).astype(np.int64), 1), pages[:, None])
+        return selected_pages(shares, pages[:, None])
 
     def _forget(self, requests: Requests, first: NDArray[np.int64]) -> None:
         """Forget lists of tokens that are written in the step, and those that no token of theirs reads any more."""
