@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def reliability() -> list[str]:
     for pattern, read in _READERS.items():
         paths = sorted(RESULTS.glob(pattern))
         if not paths:
-            lines.append(f"| {pattern} | not run yet | | | |")
+            lines.append(f"| {_SUITES.get(pattern, pattern)} | not run yet | | | |")
         for path in paths:
             lines += ["| " + " | ".join(row) + " |" for row in read(json.loads(path.read_text(encoding="utf-8")))]
     return lines
@@ -73,11 +74,11 @@ def _fuzzing(record: dict[str, Any]) -> Iterator[Row]:
         yield f"fuzzing of {what}", f"{count} inputs", said, where, _command(record["command"])
 
 
-def _suite(record: dict[str, Any], which: str = "the GPU test suite") -> Iterator[Row]:
+def _suite(record: dict[str, Any], check: str) -> Iterator[Row]:
     tests = record["tests"]
     said = f"{_number(tests['passed'])} passed, {tests.get('failed', 0)} failed"
     said += f", {tests['skipped']} skipped (missing hardware or package)" if tests.get("skipped") else ""
-    yield (which, _tests(sum(tests.values())), said, _where(record), _command(record["command"]))
+    yield (check, _tests(sum(tests.values())), said, _where(record), _command(record["command"]))
 
 
 def _faults(record: dict[str, Any]) -> Iterator[Row]:
@@ -127,14 +128,17 @@ def _aa(record: dict[str, Any]) -> Iterator[Row]:
            "`python benchmarks/aa_study.py --backend BACKEND --output FILE`")  # fmt: skip
 
 
+_SUITES = {
+    "h200/suite.json": "the GPU test suite",
+    "h200/block_tests.json": "kernels that read block tables",
+    "h200/serving_tests-*.json": "the vLLM plug-in on a GPU",
+    "h200x2/serving_tests-*.json": "the vLLM plug-in on two GPUs",
+}
 _READERS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "reliability/properties.json": _properties,
     "h100/properties.json": _properties,
     "h200/properties.json": _properties,
-    "h200/suite.json": _suite,
-    "h200/block_tests.json": lambda record: _suite(record, "kernels that read block tables"),
-    "h200/serving_tests-*.json": lambda record: _suite(record, "the vLLM plug-in on a GPU"),
-    "h200x2/serving_tests-*.json": lambda record: _suite(record, "the vLLM plug-in on two GPUs"),
+    **{pattern: partial(_suite, check=check) for pattern, check in _SUITES.items()},
     "reliability/mutation.json": _mutants,
     "reliability/fuzzing.json": _fuzzing,
     "reliability/faults.json": _faults,
