@@ -21,10 +21,13 @@ from typing import Any
 from child_process import run_command
 
 from elastickv.benchmark.environment import environment
+from elastickv.errors import UsageError
 from elastickv.results.files import check_writable, write_text
 
 STOCK = "stock"
 SETTLING = 12  # tokens before those that are timed: kernels are loaded, and graphs recorded
+RANK_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # that torchrun sets, and their values without it
+REPORTED = ("first_token_s", "kv_allocated_bytes", "read_ratio", "captured_share", "not_captured", "recipe_hash", "peak_bytes")
 
 
 def load(name: str, device: Any, dtype: Any, ranks: int) -> Any:
@@ -79,18 +82,9 @@ def measure(plan: dict[str, Any], rank: int, ranks: int, device: Any) -> list[di
             piece = text.advance(plan["tokens"])
             samples.append(1e3 * statistics.fmean(piece.step_s))
         figures = text.metrics()
-        kept = (
-            "first_token_s",
-            "kv_allocated_bytes",
-            "read_ratio",
-            "captured_share",
-            "not_captured",
-            "recipe_hash",
-            "peak_bytes",
-        )
         rows.append(
             {"cache": name, "compress": ratio, "ms": statistics.median(samples), "samples_ms": samples}
-            | {key: figures[key] for key in kept if key in figures}
+            | {key: figures[key] for key in REPORTED if key in figures}
             | {"tokens_sha256": _digest(text.text_ids())}
         )
         del text
@@ -110,7 +104,7 @@ def of_rank(plan_file: str) -> None:
     import torch
 
     plan = json.loads(Path(plan_file).read_text(encoding="utf-8"))
-    rank, ranks, local = (int(os.environ.get(name, default)) for name, default in _RANKS.items())
+    rank, ranks, local = (int(os.environ.get(name, default)) for name, default in RANK_VARIABLES.items())
     device = torch.device("cpu" if plan["device"] == "cpu" else f"cuda:{local}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -122,16 +116,13 @@ def of_rank(plan_file: str) -> None:
         write_text(Path(plan["about"]), json.dumps(about))
     if ranks > 1:
         torch.distributed.barrier()
-    # A process group that is torn down while graphs refer to it may hang: all is written.
+    # Everything is written, and destroying a process group that CUDA graphs refer to may hang.
     sys.stdout.flush()
     os._exit(0)
 
 
-_RANKS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-
-
 def run(count: int, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Run on a number of GPUs; return its record, with `failed`: None, or why it did not get to its end."""
+    """Measure on a number of GPUs; return the record, with `failed`: None, or why the run did not finish."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         files = {name: str(Path(folder) / f"{name}.json") for name in ("plan", "rows", "about")}
@@ -139,26 +130,24 @@ def run(count: int, arguments: argparse.Namespace, seconds: float) -> dict[str, 
         Path(files["plan"]).write_text(json.dumps(plan | files), encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
         command = [sys.executable, *launcher, __file__, f"--rank-of={files['plan']}"]
-        status, said = run_command(
-            command, seconds, dict(os.environ) | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")}
-        )
+        status, output = run_command(command, seconds, {"OMP_NUM_THREADS": "4"} | dict(os.environ))
         rows, about = (
             json.loads(Path(files[name]).read_text(encoding="utf-8")) if Path(files[name]).exists() else []
             for name in ("rows", "about")
         )
     failed = None
     if status is None or status:
-        lines = [line.strip() for line in said.splitlines() if line.strip()] or ["nothing was said"]
-        told = next((line for line in lines if "Error" in line and not line.startswith("File ")), lines[-1])
-        failed = f"not done after {seconds:.0f} s, at: {lines[-1]}" if status is None else f"exit status {status}: {told}"
+        lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+        message = next((line for line in lines if "Error" in line and not line.startswith("File ")), lines[-1])
+        failed = f"not finished after {seconds:.0f} s: {lines[-1]}" if status is None else f"exit status {status}: {message}"
     return {"gpus": count, "failed": failed, "seconds": time.monotonic() - began, "rows": rows} | dict(about)
 
 
 def line(one: dict[str, Any]) -> str:
-    """Return what a run came to."""
+    """Return the line that is printed about a run."""
     parts = [f"{row['cache']} {row['ms']:.2f} ms, first token {row['first_token_s']:.1f} s" for row in one["rows"]]
     parts += [one["failed"]] if one["failed"] else []
-    return f"{one['gpus']} GPUs: {'; '.join(parts)} ({one['seconds']:.0f} s)"
+    return f"{one['gpus']} GPU{'s' if one['gpus'] > 1 else ''}: {'; '.join(parts)} ({one['seconds']:.0f} s)"
 
 
 def main() -> int:
@@ -185,6 +174,12 @@ def main() -> int:
     return 1 if any(one["failed"] for one in runs) else 0
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
+    return int(text)
+
+
 def _numbers(kind: type, text: str) -> list[Any]:
     try:
         numbers = [kind(part) for part in text.split(",")]
@@ -198,12 +193,16 @@ def _numbers(kind: type, text: str) -> list[Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("tensor_parallel.json"), help="the result file")
-    parser.add_argument("--gpus", type=lambda text: _numbers(int, text), default=[1, 2], help="how many, with commas between")
+    parser.add_argument(
+        "--gpus", type=lambda text: _numbers(int, text), default=[1, 2], help="numbers of GPUs, separated by commas"
+    )
     parser.add_argument("--model", default="shape:8b", help="random weights in a shape, or a folder of real ones")
-    parser.add_argument("--context", type=int, default=65536, help="tokens of the prompt")
-    parser.add_argument("--compress", type=lambda text: _numbers(float, text), default=[1.0, 4.0, 8.0], help="values of C")
-    parser.add_argument("--tokens", type=int, default=32, help="of a sample")
-    parser.add_argument("--samples", type=int, default=3, help="of each cache")
+    parser.add_argument("--context", type=_count, default=65536, help="tokens of the prompt")
+    parser.add_argument(
+        "--compress", type=lambda text: _numbers(float, text), default=[1.0, 4.0, 8.0], help="values of C, separated by commas"
+    )
+    parser.add_argument("--tokens", type=_count, default=32, help="tokens of a sample")
+    parser.add_argument("--samples", type=_count, default=3, help="samples of each cache")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--time-limit", type=float, default=300.0, help="seconds that all runs may take")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
@@ -211,4 +210,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        print(f"tensor_parallel.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -61,5 +61,14 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tensor_parallel.py", f"--output={target}", *options])
     assert script().main() == 1
     (run,) = json.loads(target.read_text())["runs"]
-    assert run["failed"].startswith("exit status 1: ") and "Error" in run["failed"]
-    assert "1 GPUs: " in capsys.readouterr().out
+    assert run["failed"].startswith("exit status 2: tensor_parallel.py: 9000 tokens of prompt and ")
+    assert "1 GPU: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--gpus=0", "--context=none", "--compress=-1", "--tokens=0", "--samples=1.5"])
+def test_an_option_that_is_not_accepted_is_named(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tensor_parallel.py", option])
+    with pytest.raises(SystemExit, match="2"):
+        script().main()
+    name, _, value = option.partition("=")
+    assert f"argument {name}: '{value}': give " in capsys.readouterr().err
