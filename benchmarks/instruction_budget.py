@@ -22,9 +22,9 @@ from pathlib import Path
 
 import elastickv
 from elastickv.backends.cuda.compiler import nvrtc_version
-from elastickv.backends.cuda.format_macros import format_of
 from elastickv.backends.cuda.kernel_selection import Variant, decode_variant
 from elastickv.recipe import PAGE_TOKENS, Recipe
+from elastickv.recipe.byte_counts import page_bytes
 
 KIND, VERSION = "elastickv-instruction-budget", 1
 RECIPES = ("int4", "int4,vgroup=32", "k=int8_per_channel,v=int4", "k=int8,v=int4", "int8", "fp8", "bf16")
@@ -54,15 +54,15 @@ def disassembler() -> list[str]:
     ------
     SystemExit : if there is none.
     """
-    places = [Path(found).parent for name in ("nvdisasm", "cuobjdump") if (found := shutil.which(name))]
-    for package, below in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
-        spec = find_spec(package)
-        places += [Path(root) / below for root in (spec.submodule_search_locations or ()) if spec] if spec else []
+    folders = [Path(path).parent for name in ("nvdisasm", "cuobjdump") if (path := shutil.which(name))]
+    for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        if spec := find_spec(package):
+            folders += [Path(root) / folder for root in spec.submodule_search_locations or ()]
     for name, options in (("nvdisasm", ["-c"]), ("cuobjdump", ["-sass"])):
-        for place in places:
-            if (place / name).is_file():
-                return [str(place / name), *options]
-    raise SystemExit("neither nvdisasm nor cuobjdump is found: pip install nvidia-cuda-nvdisasm, or install the CUDA toolkit")
+        for folder in folders:
+            if (folder / name).is_file():
+                return [str(folder / name), *options]
+    raise SystemExit("neither nvdisasm nor cuobjdump is installed: pip install nvidia-cuda-nvdisasm, or the CUDA toolkit")
 
 
 def page_variant(text: str, head_dim: int, group: int, arch: str, macros: dict[str, int]) -> Variant:
@@ -78,15 +78,15 @@ def instructions(cubin: bytes) -> tuple[list[str], dict[str, int]]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([*disassembler(), file.name], capture_output=True, text=True, check=True).stdout
-    found: list[str] = []
+    listed: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(found)
+            labels[label[1]] = len(listed)
         elif instruction := re.match(r"\s*/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", line):
-            labels.setdefault(f"0x{int(instruction[1], 16):x}", len(found))  # cuobjdump's branches name addresses
-            found.append(instruction[2])
-    return found, labels
+            labels.setdefault(f"0x{int(instruction[1], 16):x}", len(listed))  # cuobjdump's branches name addresses
+            listed.append(instruction[2])
+    return listed, labels
 
 
 def target_of(instruction: str, labels: dict[str, int]) -> int | None:
@@ -96,29 +96,32 @@ def target_of(instruction: str, labels: dict[str, int]) -> int | None:
 
 
 def opcode(instruction: str) -> str:
+    """Return an instruction's opcode with its suffixes, without a predicate."""
     return re.sub(r"^@!?U?P\d+\s+", "", instruction).split()[0]
 
 
-def page_loop(found: list[str], labels: dict[str, int]) -> list[str]:
+def page_loop(listed: list[str], labels: dict[str, int]) -> list[str]:
     """Return the instructions of a turn of the loop over pages, without blocks that few turns enter."""
     loops = []
-    for i, instruction in enumerate(found):
+    for i, instruction in enumerate(listed):
         start = target_of(instruction, labels)
         if start is not None and start <= i:
-            names = [opcode(each) for each in found[start : i + 1]]
+            names = [opcode(each) for each in listed[start : i + 1]]
             if any("MMA" in name for name in names) and any(name.startswith(LOAD_STARTS) for name in names):
                 loops.append((i + 1 - start, start, i + 1))
     if not loops:
-        raise SystemExit("the loop over pages is not found in the disassembly")
+        raise SystemExit(
+            "the disassembly has no loop over pages, with products on tensor cores and loads: is this a page decode kernel?"
+        )
     _, start, end = min(loops)
-    kept, i = [], start
+    turn, i = [], start
     while i < end:
-        kept.append(found[i])
-        target = target_of(found[i], labels)
-        skipped = [opcode(each) for each in found[i + 1 : target]] if target is not None and i < target <= end else []
+        turn.append(listed[i])
+        target = target_of(listed[i], labels)
+        skipped = [opcode(each) for each in listed[i + 1 : target]] if target is not None and i < target <= end else []
         seldom = skipped and not any("MMA" in name or name.startswith(LOAD_STARTS) for name in skipped)
         i = target if seldom and target else i + 1
-    return kept
+    return turn
 
 
 def pipe_of(name: str) -> str:
@@ -132,14 +135,6 @@ def pipe_of(name: str) -> str:
     return "shared" if base.startswith(("LD", "ST", "ATOM", "RED")) else "other"
 
 
-def page_bytes(variant: Variant) -> int:
-    """Return the bytes of a page: codes and scales of K and V."""
-    dim = variant["HEAD_DIM"]
-    key, value = format_of(variant["K_FORMAT"]), format_of(variant["V_FORMAT"])
-    scales = key.key_scales(dim).bytes_of(PAGE_TOKENS) + value.value_scales(dim, variant["V_GROUP"]).bytes_of(PAGE_TOKENS)
-    return PAGE_TOKENS * (key.key_row_bytes(dim) + value.row_bytes(dim)) + scales
-
-
 def budget(text: str, arguments: argparse.Namespace, macros: dict[str, int]) -> dict:
     """Return what one recipe's kernel issues for a page, and what is available."""
     variant = page_variant(text, arguments.head_dim, arguments.group, arguments.arch, macros)
@@ -151,7 +146,7 @@ def budget(text: str, arguments: argparse.Namespace, macros: dict[str, int]) -> 
     for name in map(opcode, loop):
         wide = WIDE.get(name.split(".")[-1], 1) if name.startswith("LDS") else 1
         busy[pipe_of(name)] += CYCLES[pipe_of(name)] * wide
-    size, elements = page_bytes(variant), 2 * PAGE_TOKENS * arguments.head_dim
+    size, elements = page_bytes(Recipe.parse(text), arguments.head_dim), 2 * PAGE_TOKENS * arguments.head_dim
     cycles = SCHEDULERS * size * arguments.multiprocessors / arguments.read_gbs * arguments.ghz
     issued = len(loop)
     return {
@@ -171,6 +166,7 @@ def budget(text: str, arguments: argparse.Namespace, macros: dict[str, int]) -> 
 
 
 def table(rows: list[dict]) -> list[str]:
+    """Return the lines of a Markdown table."""
     pipes = [*PIPES, "uniform"]
     columns = ["recipe", "bytes a page", "issued", "available", "an element: issued / available", *pipes, "registers"]
     lines = [f"| {' | '.join(columns)} |"]
@@ -185,12 +181,19 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def _macros(text: str) -> dict[str, int]:
+    pairs = [term.split("=") for term in text.split(",")]
+    if not all(len(pair) == 2 and pair[1].isdecimal() for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=NUMBER, separated by commas")
+    return {name: int(value) for name, value in pairs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipes", default=";".join(RECIPES), help="separated by semicolons")
     parser.add_argument(
-        "--macros", default="", help="of the builds, in addition to the planned ones: PAGES_EARLY=1,IN_FLIGHT_EARLY=2"
+        "--macros", type=_macros, default={}, help="beside those of the planned build: PAGES_EARLY=1,IN_FLIGHT_EARLY=2"
     )
     parser.add_argument("--arch", default="90")
     parser.add_argument("--head-dim", type=int, default=128)
@@ -199,8 +202,7 @@ def main() -> None:
     parser.add_argument("--ghz", type=float, default=1.98, help="clock of the multiprocessors")
     parser.add_argument("--read-gbs", type=float, default=4600.0, help="bandwidth of reading, in 10^9 bytes a second")
     arguments = parser.parse_args()
-    macros = {name: int(value) for name, value in (term.split("=") for term in arguments.macros.split(",") if term)}
-    rows = [budget(text, arguments, macros) for text in arguments.recipes.split(";")]
+    rows = [budget(text, arguments, arguments.macros) for text in arguments.recipes.split(";")]
     names = ("arch", "head_dim", "group", "multiprocessors", "ghz", "read_gbs")
     result = {
         "kind": KIND,

@@ -86,3 +86,11 @@ def test_a_compiled_kernel_has_a_budget(script, tmp_path, monkeypatch, capsys):
     assert row["issued"] == sum(part["issued"] for part in row["pipes"].values())
     assert 0 < row["of_issue_slots"] < 1
     assert "| `int4` | 4736 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["PAGES_EARLY", "PAGES_EARLY=no", "PAGES_EARLY=1,,"])
+def test_macros_that_are_no_numbers_are_refused(script, monkeypatch, capsys, text):
+    monkeypatch.setattr(sys, "argv", ["instruction_budget.py", "--output", "none", "--macros", text])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "give NAME=NUMBER, separated by commas" in capsys.readouterr().err
