@@ -77,7 +77,7 @@ def evaluate_served(
             evaluation.read_reference(longest)
             for context, requests in windows.items():
                 for path in paths[requests][0]:
-                    with evaluation.going_on(f"{path.name} at {context} tokens"):
+                    with evaluation.skipping_failures(f"{path.name} at {context} tokens"):
                         evaluation.add_row(context, path, requests)
             for cases in inputs.pass_keys:
                 requests = prompts[cases[0].length]
@@ -143,7 +143,7 @@ class _ServedEvaluation:
 
     Attributes
     ----------
-    failures : what vLLM failed with, in rows that are missing.
+    failures : the errors of the rows that are missing.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class _ServedEvaluation:
         answers = {_FULL: self._answers[length]}
         for path in paths:
             phase = f"pass keys in {length} tokens, {path.name}"
-            with self.going_on(phase), self._running(path, requests.tokens) as engine:
+            with self.skipping_failures(phase), self._running(path, requests.tokens) as engine:
                 self._served(engine)
                 answers[path.name] = self._answered(engine, cases, phase)
         if len(answers) > 1 or not paths:
@@ -213,8 +213,8 @@ class _ServedEvaluation:
             self._record.needle.append(row)
 
     @contextmanager
-    def going_on(self, what: str) -> Iterator[None]:
-        """Leave out what vLLM fails at, and say why: other rows have engines of their own."""
+    def skipping_failures(self, what: str) -> Iterator[None]:
+        """Record an error of vLLM and skip what it fails at, with the reason: other rows have engines of their own."""
         try:
             yield
         except (*EXPECTED, OSError) as error:

@@ -21,7 +21,7 @@ from elastickv.vllm.model_setup import ModelSetup
 from elastickv.vllm.plugin import register
 from elastickv.vllm.teacher_forcing.engine_environment import engine_environment
 
-_NOTICED_S = 2.0  # from the error that a process's end leads to until its end is seen
+_EXIT_WAIT_S = 2.0  # for the exit of a process that an error may come from
 
 
 class ForcedEngine:
@@ -98,7 +98,7 @@ class ForcedEngine:
 
     @contextmanager
     def _naming_lost_workers(self) -> Iterator[None]:
-        """Where an error comes from a process of the model that ended, say which; others do not know."""
+        """Replace an error by one that names the processes of the model that ended, if any did."""
         try:
             yield
         except (UsageError, NonFiniteError):
@@ -107,11 +107,14 @@ class ForcedEngine:
             executor = self._engine.engine_core.engine_core.model_executor
             processes = [handle.proc for handle in getattr(executor, "workers", None) or []]  # none: this one runs the model
             if processes:
-                wait([process.sentinel for process in processes], _NOTICED_S)
+                wait([process.sentinel for process in processes], _EXIT_WAIT_S)
             lost = [f"{process.name} (exit code {process.exitcode})" for process in processes if process.exitcode]
             if not lost:
                 raise
-            raise UsageError(f"a process in which vLLM runs a part of the model ended: {', '.join(lost)}") from error
+            raise UsageError(
+                f"a process in which vLLM runs a part of the model ended: {', '.join(lost)}; for vLLM's log, set "
+                "ELASTICKV_ENGINE_LOG to a file and run the command again"
+            ) from error
 
     def _newest_logits(self) -> NDArray[np.float32]:
         """Return the (vocabulary,) logits of the last step.
@@ -122,7 +125,7 @@ class ForcedEngine:
         """
         logits: NDArray[np.float32] = next(each for each in self._llm.apply_model(newest_logits) if each is not None)
         if np.isnan(logits).any():
-            raise NonFiniteError("a logit is NaN: the model cannot be measured in this dtype")
+            raise NonFiniteError("a logit is NaN: the model cannot be measured in this dtype, give another `dtype`")
         return logits
 
     @staticmethod
@@ -131,7 +134,7 @@ class ForcedEngine:
             raise RuntimeError(f"vLLM generated {list(new)} in a step that token {forced} was given for")
 
 
-# What follows runs in each process that has a part of the model, which these functions are called with.
+# What follows runs in each process that has a part of the model; `apply_model` gives these functions that part.
 
 
 class ForcedLogits:
