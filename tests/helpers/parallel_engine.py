@@ -21,13 +21,13 @@ import psutil
 ROOT = Path(__file__).parents[2]
 MARK = "ANSWERS"
 LIMIT_S = 400
-UNDER_WAY = 4  # tokens of each request after which a process is killed
-GONE_S = 60
+TOKENS_BEFORE_KILL = 4  # tokens of each request after which a process is killed
+EXIT_LIMIT_S = 60
 
 
 @dataclass
-class Asked:
-    """What an engine came to.
+class EngineResult:
+    """What an engine returned.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Asked:
 
 
 def ask(prompts, tokens, variables=(), **engine):
-    """Ask an engine with these options, of vLLM's `AsyncLLM`; return an `Asked`.
+    """Ask an engine with these options, of vLLM's `AsyncLLM`; return its `EngineResult`.
 
     `variables` are of the environment.
     """
@@ -57,20 +57,20 @@ def ask(prompts, tokens, variables=(), **engine):
         answer.window_first = np.zeros(len(answer.sequence), int)
         found.append(answer)
     by_rank = [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
-    return Asked(by_rank, said["counters"], said["blocks"])
+    return EngineResult(by_rank, said["counters"], said["blocks"])
 
 
 def kill_rank(rank, prompts, tokens, **engine):
-    """Kill a process of the model while an engine answers; return what came of that, and what the engine's processes said.
+    """Kill a process of the model while an engine answers; return the outcome, and what the engine's processes logged.
 
-    What came of it are `errors`, of each request, `seconds` until all had theirs, how many of the engine's processes `ended`
-    and how many did not, `left`, and the `counts` of tokens.
+    The outcome has `errors`, one for each request, `seconds` until all requests had ended, how many of the engine's processes
+    `ended` and how many did not (`left`), and `counts`, the tokens of each request.
     """
     return result_of({"engine": engine, "prompts": prompts, "tokens": tokens, "rank": rank})
 
 
 def result_of(asked, variables=()):
-    """Return what `main` came to, and all that its processes said; `variables` are of the environment."""
+    """Return what `main` printed, and the whole output of its processes; `variables` are of the environment."""
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     environment.update(variables)
     output = in_own_session([sys.executable, "-m", __name__, json.dumps(asked)], environment)
@@ -159,7 +159,7 @@ async def errors_after_kill(engine, prompts, tokens, rank):
         return "finished"
 
     requests = [asyncio.create_task(error_of(number)) for number in range(len(prompts))]
-    while min(counts) < UNDER_WAY:
+    while min(counts) < TOKENS_BEFORE_KILL:
         await asyncio.sleep(0.02)
     processes = [child for child in me.children(recursive=True) if "VLLM::" in " ".join(child.cmdline())]
     workers_of(me)[rank].kill()
@@ -167,7 +167,7 @@ async def errors_after_kill(engine, prompts, tokens, rank):
     errors = await asyncio.gather(*requests)
     seconds = time.monotonic() - began
     serving.shutdown()
-    deadline = time.monotonic() + GONE_S
+    deadline = time.monotonic() + EXIT_LIMIT_S
     while (left := sum(map(is_alive, processes))) and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
     return {"errors": errors, "seconds": seconds, "ended": len(processes) - left, "left": left, "counts": counts}

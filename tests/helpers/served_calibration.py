@@ -1,14 +1,14 @@
-"""A calibration of the tiny served model by which its two KV heads read unlike shares of their pages."""
+"""A calibration of the tiny served model by which its two KV heads read different shares of their pages."""
 
 from elastickv.recipe import ModelCalibration
 from tests.helpers.served_llama import Sizes
 
 SHARES = (1.0, 1 / 2, 1 / 4, 1 / 8)
 # Errors of one share after the other: a head that hardly needs its pages, and one that needs them.
-CHEAP, DEAR = (0.0, 1e-6, 2e-6, 4e-6), (0.0, 0.1, 0.4, 0.9)
+LOW_ERRORS, HIGH_ERRORS = (0.0, 1e-6, 2e-6, 4e-6), (0.0, 0.1, 0.4, 0.9)
 
 
-def write_calibration(file, model, first=CHEAP, second=DEAR, smoothing=None):
+def write_calibration(file, model, first=LOW_ERRORS, second=HIGH_ERRORS, smoothing=None):
     """Write a calibration of the model in a folder; return the options of ElasticKV that name it.
 
     Parameters

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.helpers.bad_words import LARGE, NAN, with_bad_word, with_bad_words
-from tests.helpers.parallel_engine import Asked, ask
+from tests.helpers.parallel_engine import EngineResult, ask
 from tests.helpers.read_rule import follows
 from tests.helpers.served_calibration import SHARES, write_calibration
 from tests.helpers.served_llama import Sizes, write_model
@@ -22,7 +22,7 @@ def ask_one_and_two(serve, folder):
             before = engine.reads()
             answers = engine.generate(prompts, tokens)
             counters = {name: value - before.get(name, 0) for name, value in engine.reads().items()}
-            one = Asked([answers], counters, engine.scheduler.kv_cache_config.num_blocks)
+            one = EngineResult([answers], counters, engine.scheduler.kv_cache_config.num_blocks)
         finally:
             engine.close()
         options = {"model": str(folder), "tensor_parallel_size": 2, "additional_config": {"elastickv": plug_in}}
