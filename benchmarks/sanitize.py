@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from elastickv.backends.cuda.builds import RECIPES, ROTATED, recipe_for
-from elastickv.backends.cuda.kernel_selection import requires_pages
+from elastickv.backends.cuda.kernel_selection import KEYS_AS_ROWS_MOST_HEADS, requires_pages
 from elastickv.backends.feedback import Feedback
 from elastickv.kvcache import Oracle
 from elastickv.kvcache.error_metrics import relative_l2
@@ -37,7 +37,6 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BARRIERS = 1 << 13  # that synccheck tracks; a launch fails where a kernel's blocks have more between them
 OPERAND_ROUNDING = {"bf16": 4e-3, "fp16": 4e-3, "fp32": 1e-5}
 DENSE_PAGES = ("bf16", "fp16,window=0", "int8")  # what also runs from rows, here from pages
-FEW_HEADS = 4  # query heads of a KV head up to which kernels over pages have the keys as rows of their products
 # Batch, query heads, KV heads, head_dim, and the model's dtype.
 TURNS = (
     ((2, 8, 2, 128), "bf16"),
@@ -95,8 +94,8 @@ def matrix() -> list[Case]:
         shape, dtype = next((s, d) for s, d in turns if runs(kernel, macros, text, s, d))
         cases.append(Case(kernel, macros, str(recipe_for(text, shape[3])), shape, dtype, lengths))
     paged += [("blocks", text, RAGGED) for text in RECIPES if in_blocks(text)]
-    for (kernel, text, lengths), few in itertools.product(paged, (True, False)):
-        shape, dtype = next((s, d) for s, d in turns if runs_on_tensor_cores(kernel, text, s, d, few))
+    for (kernel, text, lengths), keys_as_rows in itertools.product(paged, (True, False)):
+        shape, dtype = next((s, d) for s, d in turns if runs_on_tensor_cores(kernel, text, s, d, keys_as_rows))
         cases.append(Case(kernel, {}, str(recipe_for(text, shape[3])), shape, dtype, lengths))
     # More KV heads than multiprocessors: blocks that serve one head after the other.
     cases.append(Case("mma", {"SPLITS": 0}, "int8", (34, 16, 4, 64), "bf16", EQUAL * 17))
@@ -118,12 +117,12 @@ def in_blocks(text: str) -> bool:
     return recipe.selection in ("all", "pages") and not recipe.is_dense
 
 
-def runs_on_tensor_cores(kernel: str, text: str, shape: tuple[int, int, int, int], dtype: str, few: bool) -> bool:
-    """Whether a kernel over pages uses tensor cores on a shape with at most `FEW_HEADS` query heads a KV head, or with more."""
+def runs_on_tensor_cores(kernel: str, text: str, shape: tuple[int, int, int, int], dtype: str, keys_as_rows: bool) -> bool:
+    """Whether a kernel over pages uses tensor cores on a shape, with the keys or with the queries as rows of its products."""
     _, query_heads, kv_heads, head_dim = shape
     exact = recipe_for(text, head_dim).exact_dtype(dtype)
     served = dtype if kernel == "blocks" else exact
-    return exact == served != "fp32" and (query_heads <= FEW_HEADS * kv_heads) == few
+    return exact == served != "fp32" and (query_heads <= KEYS_AS_ROWS_MOST_HEADS * kv_heads) == keys_as_rows
 
 
 CASES = matrix()

@@ -58,6 +58,8 @@ def parallel_ranks() -> list[str]:
         return NOTHING
     record = json.loads(path.read_text(encoding="utf-8"))
     runs = sorted((run for run in record["runs"] if run["rows"]), key=lambda run: run["gpus"])
+    if not runs:
+        return NOTHING
     caches = list(dict.fromkeys(row["cache"] for run in runs for row in run["rows"]))
     found = {(run["gpus"], row["cache"]): row for run in runs for row in run["rows"]}
     rows = []

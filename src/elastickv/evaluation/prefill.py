@@ -17,8 +17,8 @@ Tensor: TypeAlias = Any
 _ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
 # Tokens that a pass over rows reads at least, by kind of device: a small model takes longer to launch than to read one row.
 TOKENS_PER_PASS = {"cpu": 1, "cuda": 16384}
-# Tokens of a row that a pass reads at most, about: PyTorch has no kernel for float32 with grouped heads but the one that holds
-# all scores, 47 GB of 28672 tokens in 14 heads. What follows other tokens has a mask, with which it has another one.
+# About the most tokens of a row that a pass reads. For float32 with grouped heads PyTorch has only the kernel that stores all
+# scores, 47 GB for 28672 tokens and 14 heads. A part that follows other tokens has a mask, with which another kernel runs.
 TOKENS_AT_ONCE = {"cuda": 4096}
 
 

@@ -21,7 +21,8 @@ _BULK_SINCE = 90
 _DENSE_PAGES_FROM = 400 << 20  # bytes of K and V
 _PAGED_INT8_FROM = 32  # (sequence, KV head) pairs
 _HEADS_OF_MMA_TILE = 8
-_HEADS_BESIDE_KEYS = 4  # query heads whose two parts fill the eight columns of a product with keys as its rows
+KEYS_AS_ROWS_MOST_HEADS = 4
+"""Query heads of a KV head up to which keys are the rows of a product: the two parts of each query fill its eight columns."""
 KINDS = ("auto", "mma", "simt", "pages")
 _SPLIT_WARPS = 8
 _MOST_ROUNDS = 4  # units of one warp up to which waiting costs more than an even split of the work gains
@@ -223,7 +224,7 @@ def _pages_variant(common: dict[str, int], group: int, recipe: Recipe, arch: str
         tile = min(max(32 * 8 // head_dim, 1), 4, 1 << (group - 1).bit_length())
         return Variant("decode_pages_simt", arch, _macros(common, WARPS=4, TILE=tile))
     tiles = 2 if group > _HEADS_OF_MMA_TILE and head_dim <= 128 else 1
-    common["KEYS_AS_ROWS"] = int(group <= _HEADS_BESIDE_KEYS)
+    common["KEYS_AS_ROWS"] = int(group <= KEYS_AS_ROWS_MOST_HEADS)
     limit = _SHARED_BYTES.get(arch, _LEAST_SHARED_BYTES)
     if limit == _SHARED_BYTES["90"] and _PAGE_FORMATS["bf16"] not in (common["K_FORMAT"], common["V_FORMAT"]):
         limit -= _NEXT_KERNEL_BYTES

@@ -23,7 +23,7 @@ from elastickv.vllm.serving_options import KEY
 
 Int64Array = NDArray[np.int64]
 SERVERS_RATIO = 0.0
-"""In place of a request's own ratio."""
+"""Stands for the server's ratio where a request has none of its own."""
 _TOKENS_AT_ONCE = 256  # to bound the memory that they take
 
 
@@ -78,7 +78,7 @@ class _SelectingLayers:
 
     Attributes
     ----------
-    rows : (layers,) their places among the layers that ElasticKV serves.
+    rows : (layers,) their indices among the layers that ElasticKV serves.
     every, offset : (groups,) of layers that have their anchors at the same tokens.
     group : (layers,) the group of each layer.
     page_bytes : (layers,) of a page of one KV head.

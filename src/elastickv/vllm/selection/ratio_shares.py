@@ -11,7 +11,7 @@ from elastickv.vllm.layer_formats import ServedModel, at_ratio
 
 Shares = NDArray[np.float64]
 RATIOS = 4096
-"""Ratios whose shares are remembered: more than run at a time, or each step would solve them all anew."""
+"""Ratios whose shares are cached. More than the requests that run at a time, or each step would solve all of them again."""
 
 
 def layer_shares(recipes: Mapping[int, Recipe], kv_heads: int) -> Shares:
@@ -20,12 +20,12 @@ def layer_shares(recipes: Mapping[int, Recipe], kv_heads: int) -> Shares:
 
 
 class RatioShares:
-    """Shares of an engine's layers.
+    """Shares of the pages in an engine's layers, solved once for each ratio.
 
     Parameters
     ----------
     recipes : of all layers of the model, for requests that ask for no ratio of their own.
-    model : whose context a ratio is met at.
+    model : the served model; ratios are met at its context.
     """
 
     def __init__(self, recipes: Mapping[int, Recipe], model: ServedModel) -> None:

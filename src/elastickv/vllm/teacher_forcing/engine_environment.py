@@ -65,7 +65,7 @@ def worker_environment(worker: Any) -> dict[str, Any]:
 
 
 def worker_memory(worker: Any) -> dict[str, int]:
-    """Return the most bytes that PyTorch held on a worker's GPU, and the bytes in use there."""
+    """Return the most bytes that PyTorch reserved on a worker's GPU (`peak_bytes`), and those in use there (`device_bytes`)."""
     import torch
 
     free, total = torch.cuda.mem_get_info()

@@ -2,10 +2,10 @@
 //
 // Work is cut into units of equal bytes. A problem is one (sequence, KV head, pass over query heads). The units of all
 // problems, end to end, are cut into equal ranges, one per block, using the lengths in device memory: one captured grid serves
-// every step, and ragged batches balance themselves. A problem counts as START_UNITS units more, behind its own: what starting
-// it and merging its results costs, so that blocks of many small problems take no longer than those of one large one. Block j's
-// partial result of problem p has index j + p, which is unique: along the staircase of (block, problem) pairs the sum grows by
-// one at every step.
+// every step, and ragged batches balance themselves. START_UNITS units are added behind a problem's own, for the time that
+// starting it and merging its results take, so that blocks of many small problems take no longer than those of one large one.
+// Block j's partial result of problem p has index j + p, which is unique: along the staircase of (block, problem) pairs the sum
+// grows by one at every step.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -318,7 +318,7 @@ struct Work {
     u32 per, left;          // units a block, units left to this block
     u32 problem, problems;  // current problem
     u32 base, offset;       // first unit of the current problem; this block's first unit in it
-    u32 extra;              // units that a problem counts as beside its own, behind them
+    u32 extra;              // units that are added behind a problem's own
 };
 
 __device__ __forceinline__ float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
