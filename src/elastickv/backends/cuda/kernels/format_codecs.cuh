@@ -66,6 +66,7 @@ static_assert(TILES == 1, "one tile of queries");
 #define PAGE_SCORES 4  // of a lane
 #define PAIRED_STEPS ((KEY_STEPS + 1) / 2)
 #define QUERY_VECTORS (CHANNEL_LEVELS ? 2 * PAIRED_STEPS : PAIRED_STEPS)  // of a lane, for all steps; see stage_query
+#define CODE_ZEROS (V_FORMAT == INT8)  // sums of zeros are of weights that include scales, for the zero of codes VALUE_OFFSET
 #else
 #define PAGE_QUERIES QUERIES
 #define PAGE_SCORES 8

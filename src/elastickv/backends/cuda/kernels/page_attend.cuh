@@ -57,7 +57,7 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][4], 
         const float exponent = fmaxf(r.exponent, (float)((int)(__float_as_uint(largest) >> 23) - 126));
         const float factor = exp2_fast(r.exponent - exponent);
         scale_sums(r, factor);
-        if (V_FORMAT == INT8) r.zero[0][0] *= factor;
+        if (CODE_ZEROS) r.zero[0][0] *= factor;
         r.exponent = exponent;
         r.normal = exp2_fast((float)V_SHIFT - exponent);
     }
@@ -98,7 +98,7 @@ __device__ __forceinline__ void leave_pages(Sums& r, float* sums, float2* sums_m
     if (g == 0) sums_ml[t] = make_float2(top, exact.y * theirs + l * mine);
     float zero[ZEROS ? ZEROS : 1] = {};
 #pragma unroll
-    for (int z = 0; z < ZEROS; z++) zero[z] = sum_of_tokens(r.zero[0][z]) * (V_FORMAT == INT8 ? -VALUE_OFFSET * unit : 1.f);
+    for (int z = 0; z < ZEROS; z++) zero[z] = sum_of_tokens(r.zero[0][z]) * (CODE_ZEROS ? -VALUE_OFFSET * unit : 1.f);
 #pragma unroll
     for (int m = 0; m < VALUE_TILES; m++) {
         const int z = min(m / GROUP_TILES, GROUPS - 1);
