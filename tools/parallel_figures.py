@@ -84,7 +84,7 @@ def large_models() -> list[str]:
     headers += ["requests that fit: bf16", "int4", f"read in a step of {REQUESTS}, GB: bf16", "int4"]
     headers += [f"C={ratio}" for ratio in RATIOS]
     return [
-        "Of each GPU, with weights in bf16 and requests of "
+        "Computed from the published sizes, not measured. For each GPU, with weights in bf16 and requests of "
         f"{CONTEXT:,} tokens; {SHARE_OF_MEMORY:.0%} of its memory is for weights and KV cache.",
         "",
         *_table(headers, [_model_row(each) for each in MACHINES]),
