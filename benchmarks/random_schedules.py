@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from child_process import run_command
+from command_line import exit_with, whole_number
 
 from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
@@ -207,10 +208,8 @@ def _lines(path: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=20, help="schedules, of the seeds from 0 on")
+    parser.add_argument("--seeds", type=whole_number, default=20, help="schedules, of the seeds from 0 on")
     arguments = parser.parse_args()
-    if arguments.seeds < 1:
-        parser.error(f"--seeds={arguments.seeds}: give 1 or more")
     check_writable(arguments.output)
     start, schedules = time.monotonic(), [Schedule.random(seed) for seed in range(arguments.seeds)]
     backends = {}
@@ -236,8 +235,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UsageError as error:
-        print(f"random_schedules.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

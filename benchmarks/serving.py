@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from child_process import run_command
+from command_line import exit_with, whole_number
 from models import parse_cells
 from serving_shapes import SHAPES
 from serving_summary import BASELINE, device_of, graph_bytes, line, logged, summary, telling_line, turns
@@ -206,12 +207,6 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
-    return int(text)
-
-
 def _contexts(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers of tokens, separated by commas, such as 1024,8192,32768")
@@ -247,8 +242,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--throughput", action=argparse.BooleanOptionalAction, default=True, help="with as many requests as fit"
     )
-    parser.add_argument("--rounds", type=_count, default=2, help="processes of each contender")
-    parser.add_argument("--samples", type=_count, default=3, help="of each measurement in each process")
+    parser.add_argument("--rounds", type=whole_number, default=2, help="processes of each contender")
+    parser.add_argument("--samples", type=whole_number, default=3, help="of each measurement in each process")
     parser.add_argument("--add", action="store_true", help="add rounds to the serving.json that is there")
     parser.add_argument("--time-limit", type=float, default=570.0, help="seconds that all of it may take")
     parser.add_argument("--process-timeout", type=float, default=240.0, help="seconds after which a process is given up")
@@ -260,7 +255,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=0.92, help="vLLM's gpu_memory_utilization")
     parser.add_argument(
         "--tensor-parallel-size",
-        type=_count,
+        type=whole_number,
         default=1,
         help="GPUs that the heads of every layer are split over, as vLLM's option",
     )
@@ -272,8 +267,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UsageError as error:
-        print(f"serving.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

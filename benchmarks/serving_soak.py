@@ -32,6 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the model with random weights is the tests'
 
 from child_process import run_command
+from command_line import exit_with
 
 from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
@@ -326,8 +327,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UsageError as error:
-        print(f"serving_soak.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

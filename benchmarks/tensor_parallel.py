@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from child_process import run_command
+from command_line import exit_with, whole_number
 
 from elastickv.benchmark.environment import environment
-from elastickv.errors import UsageError
 from elastickv.results.files import check_writable, write_text
 
 STOCK = "stock"
@@ -174,12 +174,6 @@ def main() -> int:
     return 1 if any(one["failed"] for one in runs) else 0
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
-    return int(text)
-
-
 def _numbers(kind: type, text: str) -> list[Any]:
     try:
         numbers = [kind(part) for part in text.split(",")]
@@ -197,12 +191,12 @@ def parse_arguments() -> argparse.Namespace:
         "--gpus", type=lambda text: _numbers(int, text), default=[1, 2], help="numbers of GPUs, separated by commas"
     )
     parser.add_argument("--model", default="shape:8b", help="random weights in a shape, or a folder of real ones")
-    parser.add_argument("--context", type=_count, default=65536, help="tokens of the prompt")
+    parser.add_argument("--context", type=whole_number, default=65536, help="tokens of the prompt")
     parser.add_argument(
         "--compress", type=lambda text: _numbers(float, text), default=[1.0, 4.0, 8.0], help="values of C, separated by commas"
     )
-    parser.add_argument("--tokens", type=_count, default=32, help="tokens of a sample")
-    parser.add_argument("--samples", type=_count, default=3, help="samples of each cache")
+    parser.add_argument("--tokens", type=whole_number, default=32, help="tokens of a sample")
+    parser.add_argument("--samples", type=whole_number, default=3, help="samples of each cache")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--time-limit", type=float, default=300.0, help="seconds that all runs may take")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
@@ -210,8 +204,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UsageError as error:
-        print(f"tensor_parallel.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -32,7 +32,7 @@ SENSITIVITY_FORMATS: Mapping[str, str] = {
     "values/int2": "int2",
     **{f"{tensor}/{name}": name for tensor in ("keys", "values") for name in (f"int4{ROTATED}{GPTQ}", f"int2{ROTATED}{GPTQ}")},
 }
-"""Name of a sensitivity of keys or of values -> the format in which they are stored where it is measured."""
+"""Name of a sensitivity of keys or of values -> the format in which they are stored where it is measured; fine ones first."""
 _ERRORS_OF = r"[a-z0-9_]+(/[1-9][0-9]{0,3})?(\+rotated)?(\+gptq)?"  # keys of `keys` and `values`
 FRACTIONS: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
@@ -147,11 +147,12 @@ class ModelCalibration:
     def _points(self, tensor: str, by_hessians: bool) -> list[_Point]:
         """Return the measured sensitivities of K or of V and the errors that they are of, small errors first."""
         points = list[_Point]()
-        for name, at in (self.sensitivity or {}).items():
-            if name.partition("/")[0] == tensor and name.endswith(GPTQ) == by_hessians:
+        sensitivity, table = self.sensitivity or {}, getattr(self, tensor)
+        for name in SENSITIVITY_FORMATS:
+            if name in sensitivity and name.partition("/")[0] == tensor and name.endswith(GPTQ) == by_hessians:
                 measured_as = sensitivity_errors(name, self.head_dim)
-                if measured_as in (table := getattr(self, tensor)):
-                    points.append(([float(sum(row)) for row in table[measured_as]], at))
+                if measured_as in table:
+                    points.append(([float(sum(row)) for row in table[measured_as]], sensitivity[name]))
         return points
 
     def smoothing_of(self, layer: int) -> Smoothing | None:
