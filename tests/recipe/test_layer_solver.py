@@ -135,16 +135,30 @@ def test_a_larger_ratio_never_errs_less():
     assert errors == sorted(errors)
 
 
+def stored_ratios(plan):
+    return [stored_ratio(recipe, [1 << 20], SHAPE) for recipe in plan.recipes]
+
+
 def test_who_asks_for_fewer_bytes_read_gets_fewer_stored():
     for ratio, least in ((2, 1.5), (4, 3), (8, 3)):
-        plan = for_ratio_by_layer(CALIBRATION, ratio, 32768)
-        assert min(stored_ratio(recipe, [1 << 20], SHAPE) for recipe in plan.recipes) >= least
+        shares = [1 / each for each in stored_ratios(for_ratio_by_layer(CALIBRATION, ratio, 32768))]
+        assert sum(shares) / len(shares) <= 1 / least
+        assert min(stored_ratios(for_ratio_by_layer(CALIBRATION, ratio, 32768, stored_by_layer=True))) >= least
     coarse = replace(CALIBRATION, values=CALIBRATION.values | {f"int4/{g}": table(lambda *_: 99.0) for g in (32, 64)})
     free = for_ratio_by_layer(coarse, 4, 32768, stored=1)
     assert {recipe.value_format for recipe in free.recipes} == {"int8"}
     assert free.error < for_ratio_by_layer(coarse, 4, 32768).error
     with pytest.raises(UsageError, match="no calibrated format stores"):
         for_ratio_by_layer(CALIBRATION, 4, 32768, stored=5)
+
+
+def test_a_layer_that_loses_most_by_four_bits_stores_more_where_the_others_store_less():
+    sensitive = table(lambda layer, _: 1e4 if layer == 0 else 1e-6)
+    calibration = replace(CALIBRATION, values=CALIBRATION.values | {f"int4/{group}": sensitive for group in (32, 64)})
+    together, alike = (for_ratio_by_layer(calibration, 4, 32768, stored=2.8, stored_by_layer=each) for each in (False, True))
+    assert together.recipes[0].value_format == "int8" and together.recipes[1].value_format == "int4"
+    assert {recipe.value_format for recipe in alike.recipes} == {"int4"}
+    assert together.error < alike.error / 2
 
 
 def test_recipes_have_the_group_that_was_calibrated_and_the_sinks_and_window_that_are_asked_for():

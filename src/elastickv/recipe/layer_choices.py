@@ -23,6 +23,7 @@ class LayerOption:
     ----------
     recipe : without `rotate`; where it selects pages, its fractions are replaced by those that are chosen.
     rotate : `rotate` of the recipe in each layer. It changes errors, and no bytes.
+    stored_ratio : dense bytes / bytes stored of cold tokens.
     bytes_at : bytes that one KV head reads in a step, for each of `fractions`.
     errors_at : errors of each layer's heads, for each of `fractions`.
     fractions : fractions of the cold pages that may be read, the largest first.
@@ -30,6 +31,7 @@ class LayerOption:
 
     recipe: Recipe
     rotate: tuple[str, ...]
+    stored_ratio: float
     bytes_at: tuple[float, ...]
     errors_at: tuple[HeadErrors, ...]
     fractions: tuple[float, ...]
@@ -149,6 +151,11 @@ def part_of_step(
             fractions[step.head] = fraction
             return choice.reading(fractions), (count - fewest) / (most - fewest), more
     return choice.recipe, 0.0, 0.0
+
+
+def stored_ratio_of(choices: Sequence[LayerChoice]) -> float:
+    """Return dense bytes / bytes stored of cold tokens of all layers together."""
+    return len(choices) / sum(1 / choice.option.stored_ratio for choice in choices)
 
 
 def total_bytes(choices: Sequence[LayerChoice]) -> float:

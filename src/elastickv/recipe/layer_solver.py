@@ -7,7 +7,7 @@ rotation alone, with the least error there is.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
@@ -24,6 +24,7 @@ from elastickv.recipe.layer_choices import (
     LayerOption,
     cheapest_choice,
     part_of_step,
+    stored_ratio_of,
     total_bytes,
     with_better_layers,
     with_more_pages,
@@ -64,6 +65,7 @@ def for_ratio_by_layer(
     window: int = DEFAULT_WINDOW,
     anchor_every: int | None = None,
     stored: float | None = None,
+    stored_by_layer: bool = False,
     select_pages: bool = True,
     device: str | None = None,
     gptq: bool = False,
@@ -77,8 +79,9 @@ def for_ratio_by_layer(
     ----------
     dtype : the model's own dtype.
     anchor_every : the steps between anchors where pages are selected; free among the calibrated ones if None.
-    stored : formats whose cold tokens take more than 1/stored of the dense bytes are excluded. None: three quarters of
-        `ratio`, but at most 3: fewer bytes read should mean fewer bytes stored, and 4 bits with their scales reach 3.2.
+    stored : the cold tokens of all layers together take at most 1/stored of the dense bytes. None: three quarters of `ratio`,
+        but at most 3: fewer bytes read should mean fewer bytes stored, and 4 bits with their scales reach 3.2.
+    stored_by_layer : whether each layer meets `stored` by itself, as where the pages of all layers have one size.
     select_pages : whether a recipe may select pages. False: every page is read, and only the formats are chosen.
     device : 'cpu' or 'cuda': formats that its kernels do not read are excluded. None: those that the kernels of either do not.
     gptq : whether a recipe may have `rounding=gptq`, where the calibration measured that it loses less: the CPU's caches can.
@@ -99,29 +102,48 @@ def for_ratio_by_layer(
     if ratio == 1:
         return LayerPlan((DENSE,) * layers, 1.0, 0.0)
     least = min(_STORED_SHARE * ratio, _MOST_STORED) if stored is None else stored
-    options = _options(calibration, context, head, dtype, sinks, window, anchor_every, least, select_pages, device, gptq)
     budget = dense / ratio
-
-    def chosen(byte_weight: float) -> list[LayerChoice]:
-        return [cheapest_choice(options, layer, byte_weight) for layer in range(layers)]
-
-    low, high = _LEAST, _MOST
-    if total_bytes(chosen(math.exp(high))) > budget:
-        smallest = min(options, key=lambda option: min(option.bytes_at))
-        fewest = (
-            replace(smallest.recipe, fractions=(min(smallest.fractions),)) if smallest.recipe.fractions else smallest.recipe
-        )
-        raise UsageError(unmet(ratio, context, head, dtype, [fewest], remedy))
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if total_bytes(chosen(math.exp(middle))) <= budget else (middle, high)
-    choices = with_better_layers(chosen(math.exp(high)), chosen(math.exp(low)), budget)
+    options = _options(calibration, context, head, dtype, sinks, window, anchor_every, select_pages, device, gptq)
+    stored_ratios = {option.stored_ratio for option in options}
+    if max(stored_ratios) < least:
+        raise UsageError(f"no calibrated format stores cold tokens in 1/{least:g} of the dense bytes: ask for less")
+    # The loosest limit to each layer with which all of them together store few enough bytes.
+    looser = () if stored_by_layer else sorted(each for each in stored_ratios if each < least)
+    for limit in (*looser, least):
+        kept = [option for option in options if option.stored_ratio >= limit]
+        choices = _within_budget(kept, layers, budget)
+        if total_bytes(choices) > budget:
+            raise UsageError(unmet(ratio, context, head, dtype, [_reading_least(kept)], remedy))
+        if stored_ratio_of(choices) >= least:
+            break
     choices, step = with_more_pages(choices, budget)
     recipes, error, used = [choice.recipe for choice in choices], sum(choice.error for choice in choices), total_bytes(choices)
     if step is not None:
         recipes[step.layer], share, more = part_of_step(choices[step.layer], step, budget - used, context, head, dtype)
         error, used = error - share * step.gain, used + more
     return LayerPlan(tuple(recipes), dense / used, error)
+
+
+def _within_budget(options: Sequence[LayerOption], layers: int, budget: float) -> list[LayerChoice]:
+    """Return the layers' choices of least error that read at most `budget` bytes, or those of fewest bytes if none do."""
+
+    def chosen(byte_weight: float) -> list[LayerChoice]:
+        return [cheapest_choice(options, layer, byte_weight) for layer in range(layers)]
+
+    low, high = _LEAST, _MOST
+    fewest = chosen(math.exp(high))
+    if total_bytes(fewest) > budget:
+        return fewest
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if total_bytes(chosen(math.exp(middle))) <= budget else (middle, high)
+    return with_better_layers(chosen(math.exp(high)), chosen(math.exp(low)), budget)
+
+
+def _reading_least(options: Sequence[LayerOption]) -> Recipe:
+    """Return the recipe that reads the fewest bytes."""
+    option = min(options, key=lambda option: min(option.bytes_at))
+    return replace(option.recipe, fractions=(min(option.fractions),)) if option.recipe.fractions else option.recipe
 
 
 def for_stored_bits(
@@ -154,7 +176,7 @@ def for_stored_bits(
     calibration = calibration.in_nats()
     layers, head_dim = range(len(calibration.layers)), padded_head_dim(calibration.head_dim)
     head = AttentionShape(1, calibration.query_heads // calibration.kv_heads, 1, head_dim)
-    options = _options(calibration, MAX_CONTEXT, head, dtype, sinks, window, None, 0.0, False, device, gptq)
+    options = _options(calibration, MAX_CONTEXT, head, dtype, sinks, window, None, False, device, gptq)
     # Without pages to select, an option is one choice for a layer, whatever a byte weighs.
     choices = [[cheapest_choice([option], layer, 0.0) for option in options] for layer in layers]
     weights = [page_bytes(option.recipe, head_dim) for option in options]
@@ -198,7 +220,6 @@ def _options(
     sinks: int,
     window: int,
     anchor_every: int | None,
-    stored: float,
     select_pages: bool,
     device: str | None,
     gptq: bool,
@@ -221,11 +242,10 @@ def _options(
             key_errors, keys_rotated = _least(calibration.keys, key, rounding)
             rotate = tuple("k" * k + "v" * v for k, v in zip(keys_rotated, values_rotated, strict=True))
             recipe = Recipe(key, name, value_group=v_group, sinks=sinks, window=window, rounding=rounding)
-            if stored_ratio(recipe, [MAX_CONTEXT], head, dtype) < stored:
-                continue
             of_formats = _added(key_errors, value_errors)
+            stored = stored_ratio(recipe, [MAX_CONTEXT], head, dtype)
             n_bytes = interval_bytes(recipe, [context], head, dtype).kv
-            options.append(LayerOption(recipe, rotate, (n_bytes,), (of_formats,), (1.0,)))
+            options.append(LayerOption(recipe, rotate, stored, (n_bytes,), (of_formats,), (1.0,)))
             if not select_pages or not has_page_bounds(key):
                 continue
             # What a selection loses was measured with unrotated keys. Rotated ones have channels of like ranges, by which pages
@@ -235,9 +255,7 @@ def _options(
             for steps, curve in calibration.pages.items():
                 if anchor_every in (None, steps):
                     by_pages = replace(recipe, selection="pages", fractions=(1.0,), anchor_every=steps)
-                    options.append(_pages_option(by_pages, rotate, curve, of_formats, context, head, dtype))
-    if not options:
-        raise UsageError(f"no calibrated format stores cold tokens in 1/{stored:g} of the dense bytes: ask for less")
+                    options.append(_pages_option(by_pages, rotate, stored, curve, of_formats, context, head, dtype))
     return options
 
 
@@ -268,6 +286,7 @@ def _least(errors: Mapping[str, HeadErrors], name: str, rounding: str) -> tuple[
 def _pages_option(
     recipe: Recipe,
     rotate: tuple[str, ...],
+    stored: float,
     curve: Mapping[float, HeadErrors],
     of_formats: HeadErrors,
     context: int,
@@ -276,7 +295,7 @@ def _pages_option(
 ) -> LayerOption:
     fractions = tuple(sorted(curve, reverse=True))
     read = [interval_bytes(replace(recipe, fractions=(f,)), [context], head, dtype).kv for f in fractions]
-    return LayerOption(recipe, rotate, tuple(read), tuple(_added(curve[f], of_formats) for f in fractions), fractions)
+    return LayerOption(recipe, rotate, stored, tuple(read), tuple(_added(curve[f], of_formats) for f in fractions), fractions)
 
 
 def _added(first: HeadErrors, second: HeadErrors) -> HeadErrors:

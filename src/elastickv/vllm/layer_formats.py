@@ -184,6 +184,7 @@ def layer_recipes(
             model.dtype,
             sinks=0,
             window=options.window,
+            stored_by_layer=True,  # a slab holds the largest format
             select_pages=options.select_pages,
             device=model.device,
             remedy=remedy,
