@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def test_it_is_registered_under_its_name(adapter):
         from lm_eval.api.registry import get_model
 
         assert get_model("elastickv") is adapter.ElasticLM
+
+
+def test_the_harness_finds_it_as_an_entry_point_of_the_package(adapter):
+    """Releases after 0.4.13 look for models of other packages in this group."""
+    (entry,) = entry_points(group="lm_eval.models", name="elastickv")
+    assert entry.load() is adapter.ElasticLM
 
 
 def test_without_compression_log_likelihoods_are_the_models_own(exact):

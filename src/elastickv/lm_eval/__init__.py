@@ -1,5 +1,6 @@
 """Models with an elastic cache for lm-evaluation-harness.
 
-Importing `elastickv.lm_eval.elastic_lm` registers the model `elastickv`; `python -m elastickv.lm_eval` is the harness's own
-command with that model registered, since the harness (0.4.13) finds no models in other packages by itself.
+Importing `elastickv.lm_eval.elastic_lm` registers the model `elastickv`. Releases of the harness after 0.4.13 find it by the
+entry point `lm_eval.models` of this package; `python -m elastickv.lm_eval` is the harness's own command with that model
+registered, for any release.
 """
