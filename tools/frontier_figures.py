@@ -1,13 +1,15 @@
 """What the documents show of methods at equal bytes (docs/fidelity.md), and of few bits (docs/recipes.md)."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from picture_files import picture_name
+
 from elastickv.evaluation.evaluation_options import PARTS_METHOD, REFERENCE
 from elastickv.evaluation.metrics import Estimate
 from elastickv.html_report.charts.frontier_charts import frontier_charts
+from elastickv.html_report.charts.style import Chart
 from elastickv.html_report.comparisons.equal_bytes import sentences
 from elastickv.html_report.comparisons.method_losses import (
     ComparedMethods,
@@ -24,10 +26,8 @@ from elastickv.results.kinds.model_result import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-ASSETS = ROOT / "docs" / "assets"
 FORMATS_ALONE, SELECTION_ALONE = " formats alone", " selection alone"
 BUDGET = "stored_bits="
-_MARK = "<!-- of results "
 
 
 Results = dict[tuple[str, int, str], tuple[Path, EvaluationResult]]
@@ -180,27 +180,12 @@ def stored_bits_budgets() -> list[str]:
     return [*table(heads, rows), "", "With 95 % intervals. " + " ".join(sources)]
 
 
-def picture_name(path: Path) -> str:
-    """Return the name of a result's picture; a plus would be written otherwise in the address of a page."""
-    return f"{path.stem.replace('+', '-and-')}.svg"
-
-
-def stale_pictures(write: bool) -> list[Path]:
-    """Return the pictures whose results have changed; write them, if wanted."""
-    stale = []
+def pictures() -> Iterator[tuple[Path, Chart]]:
+    """Yield the results that are compared, each with its picture."""
     for path, result in measured("*/frontier-*.json").values():
         compared = _compared(path, result)
-        if compared is None:
-            continue
-        picture = ASSETS / picture_name(path)
-        mark = f"{_MARK}{hashlib.sha256(path.read_bytes()).hexdigest()} -->\n"
-        if picture.exists() and picture.read_text(encoding="utf-8").endswith(mark):
-            continue
-        stale.append(picture)
-        if write:
-            chart = next(frontier_charts(1, compared))
-            picture.write_text(chart.svg() + mark, encoding="utf-8")
-    return stale
+        if compared is not None:
+            yield path, next(frontier_charts(1, compared))
 
 
 def short_name(model: str) -> str:

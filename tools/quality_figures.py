@@ -1,9 +1,10 @@
 """What our recipes cost, by model, context and C (docs/quality.md)."""
 
 from frontier_figures import measured, short_name, table
-from task_figures import Measured, mean_difference, solved, task_results
+from task_figures import Measured, task_results
 
 from elastickv.evaluation.tasks.paired_scores import SECOND_WORDING
+from elastickv.html_report.comparisons.task_scores import mean_difference, solved
 from elastickv.results.kinds.evaluation_result import LossRow
 
 LIMITS = (0.002, 0.01, 0.05)
@@ -45,16 +46,16 @@ def quality() -> list[str]:
 def _cell(row: LossRow | None, answered: Measured, model: str) -> str:
     if row is None:
         return "-"
-    _, tasks = answered.get((model, row.context), (None, []))
-    points = mean_difference(solved(tasks), row.cache)
+    tasks = answered.get((model, row.context))
+    points = mean_difference(solved(tasks.rows), row.cache) if tasks else None
     return f"{row.kl.mean:.4f} / {row.top1_percent.mean:.1f}{'' if points is None else f' / {points.mean:+.1f}'}"
 
 
 def _of_tasks(answered: Measured) -> list[str]:
     """Return what stands behind the change of the tasks' scores: how many items, and what other words of the prompts change."""
     lines = []
-    for (model, tokens), (_, rows) in answered.items():
-        shown = solved(rows)
+    for (model, tokens), measured_tasks in answered.items():
+        shown = solved(measured_tasks.rows)
         if (words := mean_difference(shown, SECOND_WORDING)) is not None:
             items = " or ".join(map(str, sorted({row.items for row in shown})))
             lines += [

@@ -14,12 +14,13 @@ from evaluation_figures import evaluation_time as evaluation_time
 from evaluation_figures import generations as generations
 from evaluation_figures import pass_keys as pass_keys
 from frontier_figures import frontier as frontier
-from frontier_figures import stale_pictures
+from frontier_figures import pictures as frontier_pictures
 from frontier_figures import stored_bits_budgets as stored_bits_budgets
 from frontier_figures import three_bits as three_bits
 from parallel_figures import large_models as large_models
 from parallel_figures import parallel_ranks as parallel_ranks
 from parallel_figures import parallel_serving as parallel_serving
+from picture_files import stale_pictures
 from quality_figures import quality as quality
 from readme_figures import quickstart as quickstart
 from readme_figures import results as results
@@ -31,6 +32,8 @@ from serving_figures import serving_cpu as serving_cpu
 from serving_figures import serving_quality as serving_quality
 from serving_figures import serving_schedules as serving_schedules
 from serving_figures import serving_soak as serving_soak
+from task_figures import pictures as task_pictures
+from task_figures import task_methods as task_methods
 from task_figures import tasks as tasks
 
 from elastickv.benchmark import Result
@@ -383,7 +386,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    stale = stale_pictures(write=not check)
+    stale = stale_pictures([*frontier_pictures(), *task_pictures()], write=not check)
     for document in DOCUMENTS:
         text = render(document)
         if text != document.read_text(encoding="utf-8"):

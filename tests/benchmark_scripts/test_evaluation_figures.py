@@ -85,7 +85,32 @@ def test_tasks_that_full_attention_solves_are_compared_with_it(figures, write):
 def test_a_gpus_tasks_stand_for_a_cpus(figures, write):
     write("cpu/tasks-m-4096.json", evaluation(tasks=TASKS[:1]))
     write("h200/tasks-m-4096.json", evaluation(tasks=TASKS[1:2]))
-    assert [row.task for _, rows in figures["task_figures"].task_results().values() for row in rows] == ["fwe"]
+    assert [row.task for measured in figures["task_figures"].task_results().values() for row in measured.rows] == ["fwe"]
+
+
+def test_methods_stand_with_their_bits_and_the_change_of_the_mean_score(figures, write):
+    bytes_of = {"C=4": {"recipe_hash": "f00d", "read_ratio": 4.0, "stored_ratio": 3.2}, "kivi4": {"stored_ratio": 2.5}}
+    bytes_of["quest C=4"] = {"read_ratio": 4.0, "stored_ratio": 1.0}
+    measured = [
+        task(
+            name, answered("full", 1.0, 1.0), answered(WORDS, 1.0, 1.0),
+            *(answered(cache, 1.0, score, full=(1.0, 1.0)) | figures_of for cache, figures_of in bytes_of.items()),
+        )
+        for name, score in (("vt", 0.0), ("fwe", 1.0))
+    ]  # fmt: skip
+    write("h200/task_methods-m-4096.json", evaluation(tasks=[*measured, TASKS[2]]))
+    lines = figures["task_figures"].task_methods()
+    assert lines[0] == "### M, tasks of 4096 tokens" and "(assets/task_methods-m-4096.svg)" in lines[4]
+    assert lines[6].startswith("`vt`, `fwe`, 2 items each. Full attention on a second wording: +0.0")
+    rows = [line.split(" | ") for line in lines if line.startswith("| `")]
+    assert [row[:3] for row in rows] == [
+        ["| `C=4`", "5.00", "4.00"],
+        ["| `quest C=4`", "16.00", "4.00"],
+        ["| `kivi4`", "6.40", "6.40"],
+    ]
+    assert all(row[3].startswith("-25.0 [") for row in rows)
+    ((path, chart),) = figures["task_figures"].pictures()
+    assert path.name == "task_methods-m-4096.json" and "quest -25 at 4.00" in chart.alt
 
 
 def test_a_cache_without_all_tasks_has_no_mean(figures, write):

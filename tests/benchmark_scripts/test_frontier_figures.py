@@ -22,4 +22,4 @@ def figures(monkeypatch, tmp_path):
 def test_a_result_of_our_recipes_alone_has_no_section_and_no_picture(figures, tmp_path):
     shutil.copy(OWN_RECIPES, tmp_path / "cpu" / "frontier-smollm2-4096.json")
     assert list(figures.measured("*/frontier-*.json")) == [("SmolLM2-135M-Instruct.Q4_1.gguf", 4096, "")]
-    assert figures.frontier() == [] and figures.stale_pictures(write=False) == []
+    assert figures.frontier() == [] and list(figures.pictures()) == []

@@ -58,6 +58,24 @@ def test_a_chart_for_each_length_has_a_row_for_each_task(result):
     assert "vt full 75, full, second wording 70, C=4 50; cwe full 75" in made.figures["tasks-1"]
 
 
+def test_mean_scores_stand_against_the_bits_of_each_method(result):
+    """A format reads what it stores; a task that full attention does not solve does not count."""
+    by_bits = [
+        score("kivi4", 60.0, -15.0) | {"stored_ratio": 3.2},
+        score("quest C=8", 40.0, -35.0) | {"read_ratio": 8.0, "stored_ratio": 1.0},
+    ]
+    for row in result["tasks"][:2]:
+        row["caches"] += copy.deepcopy(by_bits)
+    unsolved = task("qa", 4096, score("C=4", 0.0, 0.0))
+    unsolved["caches"][0]["score_percent"] = {"mean": 5.0, "low": 0.0, "high": 9.0}
+    result["tasks"].append(unsolved)
+    made = elastickv.report(result)
+    said = made.figures["tasks-1-bits"]
+    assert "4096 tokens, 2 tasks" in said
+    assert "ElasticKV, not calibrated +0 at 3.90" in said and "KIVI +0 at 5.00" in said and "quest +0 at 2.00" in said
+    assert "tasks-2-bits" not in made.figures, "no cache was measured at 32768"
+
+
 def test_scores_are_rows_of_the_downloads(result):
     rows = [row for row in elastickv.report(result).rows() if row["kind"] == "task"]
     assert len(rows) == 8 and {row["task"] for row in rows} == {"vt", "cwe"}

@@ -110,10 +110,10 @@ def for_ratio_by_layer(
     # The loosest limit to each layer with which all of them together store few enough bytes.
     looser = () if stored_by_layer else sorted(each for each in stored_ratios if each < least)
     for limit in (*looser, least):
-        kept = [option for option in options if option.stored_ratio >= limit]
-        choices = _within_budget(kept, layers, budget)
+        allowed = [option for option in options if option.stored_ratio >= limit]
+        choices = _within_budget(allowed, layers, budget)
         if total_bytes(choices) > budget:
-            raise UsageError(unmet(ratio, context, head, dtype, [_reading_least(kept)], remedy))
+            raise UsageError(unmet(ratio, context, head, dtype, [_reading_least(allowed)], remedy))
         if stored_ratio_of(choices) >= least:
             break
     choices, step = with_more_pages(choices, budget)

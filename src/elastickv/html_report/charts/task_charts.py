@@ -1,7 +1,9 @@
-"""The scores of tasks, a row a task and a point a cache."""
+"""The scores of tasks: a row a task and a point a cache, and the mean of all tasks against the bits of each method."""
 
+from collections.abc import Iterator
 from typing import Any
 
+from elastickv.html_report.charts.curve_charts import READ, STORED, Panel, curves_chart
 from elastickv.html_report.charts.style import (
     MUTED,
     PAPER,
@@ -15,7 +17,8 @@ from elastickv.html_report.charts.style import (
     rows_axes,
     shown,
 )
-from elastickv.html_report.comparisons.task_scores import ComparedTasks
+from elastickv.html_report.comparisons.method_losses import front, read_bits, stored_bits
+from elastickv.html_report.comparisons.task_scores import ComparedTasks, scores_by_method, solved
 from elastickv.html_report.report_data import IntervalEstimate
 
 MOST_CACHES = 10
@@ -59,4 +62,24 @@ def task_chart(number: int, compared: ComparedTasks) -> Chart:
         f"Scores of tasks in percent, {where}: {said}.{rest}",
         draw,
         height=90 + 44 * len(labels) + legend_height(drawn),
+    )
+
+
+def task_bits_chart(number: int, compared: ComparedTasks) -> Iterator[Chart]:
+    """Yield the change of the mean score against stored and against read bits, if bytes of a cache are counted."""
+    curves = scores_by_method(compared)
+    if not curves:
+        return
+    where = f"{shown(compared.model)}, {compared.tokens} tokens, {len(solved(compared.rows))} tasks"
+    said = "; ".join(
+        f"{name} " + ", ".join(f"{one.change.estimate:+.2g} at {one.read_bits:.2f}" for one in front(curve, read_bits))
+        for name, curve in curves.items()
+    )
+    up = "change of the mean score, points"
+    yield curves_chart(
+        f"tasks-{number}-bits",
+        f"Scores of tasks by bits: {where}",
+        f"Change of the mean score of tasks against stored bits and against read bits, {where}. By read bits: {said}.",
+        curves,
+        [Panel(STORED, stored_bits, up, lambda one: one.change), Panel(READ, read_bits, up, lambda one: one.change)],
     )

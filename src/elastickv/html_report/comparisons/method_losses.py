@@ -1,7 +1,8 @@
 """Methods that were compared: KV formats, selections and our recipes with one model, text and context, by bits."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from elastickv.evaluation.evaluation_options import REFERENCE
 from elastickv.html_report.report_data import Evaluation, Loss
@@ -23,25 +24,47 @@ _FAMILIES = {
 }
 
 
+class MethodPoint(Protocol):
+    """A method's bits for each element of K and V, of which a dense cache stores and reads 16, and what it costs."""
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits that are stored."""
+
+    @property
+    def read_bits(self) -> float:
+        """Bits that a step reads."""
+
+    @property
+    def cost(self) -> float:
+        """What is to be small."""
+
+
+Point = TypeVar("Point", bound=MethodPoint)
+Bits = Callable[[MethodPoint], float]
+
+
 @dataclass(frozen=True)
 class MethodLoss:
-    """What one method costs, and its bits for each element of K and V: a dense cache stores and reads 16."""
+    """What predictions lose by one method."""
 
     method: str
     loss: Loss
     stored_bits: float
     read_bits: float
 
+    @property
+    def cost(self) -> float:
+        """The KL divergence."""
+        return self.loss.kl.estimate
 
-Bits = Callable[[MethodLoss], float]
 
-
-def stored_bits(of: MethodLoss) -> float:
+def stored_bits(of: MethodPoint) -> float:
     """Return the bits that are stored."""
     return of.stored_bits
 
 
-def read_bits(of: MethodLoss) -> float:
+def read_bits(of: MethodPoint) -> float:
     """Return the bits that a step reads."""
     return of.read_bits
 
@@ -66,11 +89,11 @@ class ComparedMethods:
         return sorted(losses, key=lambda loss: (loss.stored_bits or 0, loss.kl.estimate))
 
 
-def front(losses: Iterable[MethodLoss], bits: Bits) -> list[MethodLoss]:
-    """Return the Pareto front by bits: losses of which no other has both fewer bits and a smaller KL divergence."""
-    best: list[MethodLoss] = []
-    for one in sorted(losses, key=lambda one: (bits(one), one.loss.kl.estimate)):
-        if not best or one.loss.kl.estimate < best[-1].loss.kl.estimate:
+def front(points: Iterable[Point], bits: Bits) -> list[Point]:
+    """Return the Pareto front by bits: points of which no other has both fewer bits and a smaller cost."""
+    best: list[Point] = []
+    for one in sorted(points, key=lambda one: (bits(one), one.cost)):
+        if not best or one.cost < best[-1].cost:
             best.append(one)
     return best
 
@@ -91,17 +114,13 @@ def compared_methods(evaluations: Sequence[Evaluation]) -> list[ComparedMethods]
             if measured is not None:
                 curves = together.setdefault((model, loss.context), {})
                 curves.setdefault(measured.method, []).append(measured)
-    return [
-        ComparedMethods(
-            model,
-            context,
-            {
-                name: sorted(curves[name], key=lambda one: (one.stored_bits, one.read_bits))
-                for name in sorted(curves, key=lambda name: not name.startswith(OWN))
-            },
-        )
-        for (model, context), curves in together.items()
-    ]
+    return [ComparedMethods(model, context, own_first(curves)) for (model, context), curves in together.items()]
+
+
+def own_first(curves: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
+    """Return curves of methods by stored bits, ours first."""
+    ordered = sorted(curves, key=lambda name: not name.startswith(OWN))
+    return {name: sorted(curves[name], key=lambda one: (one.stored_bits, one.read_bits)) for name in ordered}
 
 
 def _measured(loss: Loss, calibrated: bool) -> MethodLoss | None:
@@ -111,11 +130,24 @@ def _measured(loss: Loss, calibrated: bool) -> MethodLoss | None:
     read = DENSE_BITS / loss.read if loss.read else stored
     if stored is None or read is None:
         return None
-    if loss.selection:
-        return MethodLoss(loss.selection, loss, stored, read)
-    if loss.cache.startswith(REFERENCE):
-        return MethodLoss(BY_REFERENCE, loss, stored, read)
-    if loss.read is not None:
-        return MethodLoss(OWN if calibrated else f"{OWN}, not calibrated", loss, stored, read)
-    family = next((name for prefix, name in _FAMILIES.items() if loss.cache.startswith(prefix)), loss.cache)
-    return MethodLoss(family, loss, stored, read)
+    own = loss.read is not None and not loss.selection
+    return MethodLoss(method_name(loss.cache, loss.selection, own, calibrated), loss, stored, read)
+
+
+def method_name(cache: str, selection: str | None, own: bool, calibrated: bool) -> str:
+    """Return the method that a cache belongs to.
+
+    Parameters
+    ----------
+    cache : its name in a result.
+    selection : the published selection that it has.
+    own : whether it has a recipe of ours.
+    calibrated : whether the result's recipes are calibrated.
+    """
+    if selection:
+        return selection
+    if cache.startswith(REFERENCE):
+        return BY_REFERENCE
+    if own:
+        return OWN if calibrated else f"{OWN}, not calibrated"
+    return next((name for prefix, name in _FAMILIES.items() if cache.startswith(prefix)), cache)
