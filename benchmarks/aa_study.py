@@ -15,6 +15,8 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+from command_line import exit_with
+
 from elastickv.backends import load
 from elastickv.benchmark.contenders import ours, plan_rotation
 from elastickv.benchmark.environment import environment
@@ -94,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from command_line import exit_with
 from gpu_name import gpu_name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -300,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from command_line import exit_with
 from revisions import ROOT, Worker
 
 KIND, VERSION = "elastickv-calibration-revisions", 1
@@ -103,4 +104,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

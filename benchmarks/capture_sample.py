@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from command_line import exit_with
 from replay import Head, listed
 from safetensors.numpy import save
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -213,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

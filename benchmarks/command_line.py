@@ -20,8 +20,8 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def exit_with(main: Callable[[], int]) -> None:
-    """Run a script's `main` and exit with its status; with one line and status 2 after a `UsageError`."""
+def exit_with(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit with its status (None: 0); with one line and status 2 after a `UsageError`."""
     try:
         sys.exit(main())
     except UsageError as error:

@@ -18,6 +18,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from command_line import exit_with
+
 from elastickv.benchmark import Options, prepare, run
 from elastickv.benchmark.environment import environment
 from elastickv.results.compare.comparison import Comparison, compare
@@ -119,4 +121,4 @@ def summary(comparison: Comparison) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

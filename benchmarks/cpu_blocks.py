@@ -23,6 +23,7 @@ from time import perf_counter, process_time
 import numpy as np
 import torch
 import vllm._C  # noqa: F401  its operators
+from command_line import exit_with
 from vllm import _custom_ops as operators
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
@@ -215,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -25,6 +25,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from command_line import exit_with
 
 from elastickv.backends import Backend
 from elastickv.backends.cpu import open_backend
@@ -273,4 +274,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

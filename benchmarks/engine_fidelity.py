@@ -10,7 +10,6 @@ Needs: pip install "elastickv[transformers]"; no vLLM.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import exit_with
 
 RESULTS = Path(__file__).parent / "results"
 KIND, VERSION = "elastickv-engine-fidelity", 1
@@ -138,4 +138,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

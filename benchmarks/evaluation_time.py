@@ -17,6 +17,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from command_line import exit_with
+
 STARTED = time.monotonic()
 EVERY_S = 0.01
 SHOWN = 8
@@ -130,4 +132,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -1,12 +1,12 @@
 """Provoke every fault that a test has, and write down what came of it: python benchmarks/faults.py --output FILE.json."""
 
 import argparse
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from command_line import exit_with
 from suite import Outcomes, heading
 
 from elastickv.results.files import check_writable
@@ -64,4 +64,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

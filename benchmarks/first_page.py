@@ -13,7 +13,6 @@ Needs: pip install "elastickv[transformers]".
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from command_line import exit_with
 from read_rule import ReadRule, reading
 from suite import heading
 from transformers.cache_utils import DynamicLayer
@@ -165,4 +165,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import exit_with
 from format_study_codecs import ACCEPTED, Statistics, Tensor, Variant, quantized
 from format_study_windows import Windows, statistics_of
 from frontier import short_name
@@ -274,4 +275,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

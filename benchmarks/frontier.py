@@ -23,7 +23,6 @@ lacks, and published formats again that an earlier version rounded to bfloat16 f
 import argparse
 import hashlib
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import exit_with
 from gpu_name import gpu_name
 
 from elastickv.errors import one_line
@@ -262,11 +262,11 @@ def main() -> int:
     suffix = "" if exact is None else f"-{arguments.exact_tokens}"
     selections = parse_selections(None if arguments.selections == "none" else arguments.selections)
     texts = [read_text(path) for path in arguments.texts or TEXTS]
-    arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         for model in arguments.models:
             began = time.monotonic()
             loaded = load_model(model, arguments.dtype, arguments.device)
+            arguments.output.mkdir(parents=True, exist_ok=True)
             print(f"{loaded.name}: loaded in {time.monotonic() - began:.0f} s", flush=True)
             name = short_name(model)
             path = (arguments.calibrations or arguments.output) / f"calibration-{name}.json"
@@ -292,4 +292,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

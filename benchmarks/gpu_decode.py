@@ -9,6 +9,7 @@ import json
 import statistics
 
 import numpy as np
+from command_line import exit_with
 from kernels import SHAPES
 
 from elastickv.backends.cuda.backend import CudaBackend
@@ -117,4 +118,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

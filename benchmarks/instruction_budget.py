@@ -20,6 +20,8 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+from command_line import exit_with
+
 import elastickv
 from elastickv.backends.cuda.compiler import nvrtc_version
 from elastickv.backends.cuda.kernel_selection import Variant, decode_variant
@@ -219,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

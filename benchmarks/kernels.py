@@ -300,4 +300,6 @@ def write(arguments: argparse.Namespace, rows: list[dict], results: dict[str, di
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import exit_with
+
+    exit_with(main)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from child_process import run_command
+from command_line import exit_with
 
 import elastickv
 
@@ -110,4 +111,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

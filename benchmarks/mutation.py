@@ -30,6 +30,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from command_line import exit_with
+
 from elastickv.benchmark.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -297,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

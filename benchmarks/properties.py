@@ -10,12 +10,12 @@ import argparse
 import json
 import os
 import re
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from command_line import exit_with
 from gpu_name import gpu_name
 
 from elastickv.benchmark.environment import environment
@@ -81,4 +81,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

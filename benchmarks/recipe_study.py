@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import exit_with
 from replay import Bools, Float32, Head, listed
 from scipy.linalg import hadamard
 from storage import package, shared_scale, tried
@@ -388,4 +389,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

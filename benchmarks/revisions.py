@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+from command_line import exit_with
 
 ROOT = Path(__file__).resolve().parents[1]
 KIND, VERSION = "elastickv-revisions", 1
@@ -181,4 +182,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -378,4 +378,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import exit_with
+
+    exit_with(main)

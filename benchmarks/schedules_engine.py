@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from command_line import exit_with
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the model with random weights, and the plain model, are the tests'
 
@@ -179,4 +180,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

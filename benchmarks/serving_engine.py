@@ -17,6 +17,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+from command_line import exit_with
 from serving_record import NotTogether, Recorder, said
 
 from elastickv.vllm.teacher_forcing.engine_environment import engine_environment, worker_memory
@@ -257,4 +258,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

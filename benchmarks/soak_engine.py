@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+from command_line import exit_with
 from serving_record import said
 from soak_load import Checked, Load, Sample, Step, agreement, in_turns, step_times, totals
 
@@ -263,4 +264,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -278,4 +278,6 @@ def milliseconds() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import exit_with
+
+    exit_with(main)

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from command_line import exit_with
+
 RESULTS = Path(__file__).parent / "results" / "sample" / "recipe_study.json"
 BITS = {"bf16": 16, "fp8": 8 + 16 / 2048, "int8": 8 + 16 / 64, "int4": 5}
 VALUE_BITS = BITS | {"int4": 4 + 32 / 64, "int4/32": 5, "int4/64": 4.5, "int4/128": 4.25, "int4/192": 4 + 32 / 192}
@@ -88,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from command_line import exit_with
 from gpu_name import gpu_name
 
 from elastickv.benchmark.environment import environment
@@ -80,4 +81,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

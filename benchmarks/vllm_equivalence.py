@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import exit_with
 
 FORMAT, TOKENS, WINDOW, PAGE_TOKENS = "int4", 512, 128, 32
 KIND, VERSION = "elastickv-vllm-equivalence", 1
@@ -287,4 +288,4 @@ def installed(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)
