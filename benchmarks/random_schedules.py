@@ -9,7 +9,10 @@ same schedules run through vLLM's own backend, whose differences are the toleran
 
 Two groups of requests are counted apart. A key or value that another order of additions moves over a boundary gets another
 4-bit code, a whole step away: requests whose pages have other codes. And tokens that a preempted request had generated are
-computed again in a chunk, whose kernels multiply dequantized numbers, where a decode's multiply codes by 16-bit integers.
+computed again in a chunk.
+
+Everything runs twice. The second time PyTorch's products (linear layers, and attention in chunks) are computed in float64 and
+rounded to float32: they are the same in any batch, and what differs then is ElasticKV's.
 
 The lists of pages that anchors choose are compared with those of the request alone, and with those of the read rule in float64
 (`read_rule.py`).
@@ -33,9 +36,10 @@ from elastickv.benchmark.environment import environment
 from elastickv.errors import UsageError
 from elastickv.results.files import check_writable, write_text
 
-KIND, VERSION = "elastickv-random-schedules", 1
+KIND, VERSION = "elastickv-random-schedules", 2
 ENGINE = Path(__file__).with_name("schedules_engine.py")
-BACKENDS = {"stock": False, "elastickv": True}
+BACKENDS = ("stock", "elastickv")
+PRODUCTS = ("float32", "float64")
 WINDOW = 64
 RECIPES = {0: "int4,pages=1/4:1/2,anchor_every=4", 1: "int4,pages=1/3,anchor_every=3"}
 RATIOS = (None, None, 1, 2.5)  # of requests; None: the server's
@@ -180,16 +184,17 @@ def totals(rows: list[dict]) -> dict:
     return {name: sum(row[name] for row in rows) for name in rows[0] if name not in ("seed", "groups")} | {"groups": groups}
 
 
-def measured(backend: str, schedules: list[Schedule], folder: Path) -> tuple[list[dict], dict]:
-    """Return the rows of all schedules through a backend, in a process of its own, and what ran."""
+def measured(backend: str, products: str, schedules: list[Schedule], folder: Path) -> dict:
+    """Return what ran, the totals and the rows of all schedules through a backend, in a process of its own."""
     plan, result = folder / "plan.json", folder / "rows.jsonl"
-    plan.write_text(json.dumps({"elastickv": BACKENDS[backend], "schedules": [asdict(each) for each in schedules]}))
+    settings = {"elastickv": backend == "elastickv", "products": products}
+    plan.write_text(json.dumps(settings | {"schedules": [asdict(each) for each in schedules]}))
     result.unlink(missing_ok=True)
     lines: list[str] = []
 
     def show() -> None:
         for line in _lines(result)[len(lines) :]:
-            print(f"{backend}: {line}", flush=True)
+            print(f"{backend}, products in {products}: {line}", flush=True)
             lines.append(line)
 
     status, output = run_command([sys.executable, str(ENGINE), str(plan), str(result)], LIMIT_S, look=show)
@@ -197,7 +202,7 @@ def measured(backend: str, schedules: list[Schedule], folder: Path) -> tuple[lis
         ended = f"did not finish in {LIMIT_S} s" if status is None else f"ended with status {status}"
         raise UsageError(f"the engine of {backend} {ended}: {output[-2000:]}")
     about, *rows = map(json.loads, lines)
-    return rows, about
+    return {"backend": backend, "products": products, "environment": about, "totals": totals(rows), "schedules": rows}
 
 
 def _lines(path: Path) -> list[str]:
@@ -212,11 +217,8 @@ def main() -> int:
     arguments = parser.parse_args()
     check_writable(arguments.output)
     start, schedules = time.monotonic(), [Schedule.random(seed) for seed in range(arguments.seeds)]
-    backends = {}
     with tempfile.TemporaryDirectory() as folder:
-        for backend in BACKENDS:
-            rows, about = measured(backend, schedules, Path(folder))
-            backends[backend] = {"environment": about, "totals": totals(rows), "schedules": rows}
+        runs = [measured(backend, kind, schedules, Path(folder)) for kind in PRODUCTS for backend in BACKENDS]
     record = {
         "kind": KIND,
         "version": VERSION,
@@ -226,11 +228,11 @@ def main() -> int:
         "window": WINDOW,
         "recipes": RECIPES,
         "ratios": RATIOS,
-        "backends": backends,
+        "runs": runs,
     }
     write_text(arguments.output, json.dumps(record, indent=1) + "\n")
-    for backend, each in backends.items():
-        print(f"{backend}: {each['totals']}")
+    for run in runs:
+        print(f"{run['backend']}, products in {run['products']}: {run['totals']}")
     return 0
 
 

@@ -150,9 +150,28 @@ def lists_of_rule(weights, request, tokens):
     }
 
 
+def compute_products_in_float64():
+    """Make PyTorch round products of float64 numbers: they depend neither on the batch nor on the chunk."""
+    import torch
+    from vllm.model_executor.layers import utils
+
+    def rounded(product):
+        def call(*inputs, **options):
+            wide = [each.double() if torch.is_tensor(each) and each.is_floating_point() else each for each in inputs]
+            return product(*wide, **options).float()
+
+        return call
+
+    linear = rounded(torch.nn.functional.linear)
+    utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", linear)
+    torch.nn.functional.scaled_dot_product_attention = rounded(torch.nn.functional.scaled_dot_product_attention)
+
+
 def main():
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     schedules, weights, elastic = [Schedule.of(each) for each in plan["schedules"]], random_weights(), plan["elastickv"]
+    if plan["products"] == "float64":
+        compute_products_in_float64()
     if elastic:
         from elastickv.vllm import model_setup
         from elastickv.vllm.metrics import served_reads

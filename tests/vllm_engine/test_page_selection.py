@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
 
 from benchmarks.read_rule import ReadRule
 from elastickv.recipe import AttentionShape, Recipe
@@ -130,11 +132,31 @@ def test_requests_have_ratios_of_their_own(selecting, rule, selected, prompts, t
         assert reasons == [model is of_its_ratio for model in (rule(), rule(layers=larger), selected)]
 
 
-@pytest.mark.parametrize("ratio", [0.5, 4.1, "4", True, float("nan")])
-def test_a_request_with_another_ratio_is_refused_in_one_line_and_the_engine_goes_on(
-    selecting, prompts, together, caplog, ratio
+BAD_RATIOS = [0.5, 4.1, "4", True, float("nan")]
+
+
+@pytest.mark.parametrize("ratio", BAD_RATIOS)
+def test_a_request_with_another_ratio_is_refused_when_it_comes(selecting, prompts, together, ratio):
+    engine = selecting()
+    with pytest.raises(VLLMValidationError) as refused:
+        engine.add(prompts[4], 8, extra_args={"elastickv_compress": ratio})
+    assert refused.value.parameter == "elastickv_compress"
+    assert f"elastickv_compress={ratio!r} is out of range: give a number from 1, every page, to 4" in str(refused.value)
+    assert not engine.engine.has_unfinished_requests()
+    assert engine.generate([prompts[4]], 8)[0].tokens == together[4].tokens[:8]
+
+
+def test_an_engine_without_elastickv_does_not_look_at_ratios(serve, prompts):
+    engine = serve(fmt=None)
+    assert len(engine.generate([prompts[4]], 8, extra_args={"elastickv_compress": 0.5})[0].tokens) == 8
+
+
+@pytest.mark.parametrize("ratio", BAD_RATIOS)
+def test_a_ratio_that_another_front_end_lets_pass_ends_its_request_in_one_line_and_the_engine_goes_on(
+    selecting, prompts, together, caplog, monkeypatch, ratio
 ):
     engine = selecting()
+    monkeypatch.setattr(InputProcessor, "_validate_params", InputProcessor._validate_params.__wrapped__)
     bad, good = engine.add(prompts[4], 8, extra_args={"elastickv_compress": ratio}), engine.add(prompts[4], 8)
     ended = {}
     while engine.engine.has_unfinished_requests():

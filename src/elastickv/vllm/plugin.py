@@ -58,10 +58,12 @@ def register() -> None:
 
     from elastickv.vllm import cpu_backend
     from elastickv.vllm.metrics.read_metrics import register_metrics
+    from elastickv.vllm.selection.ratio_validation import validate_ratios
     from elastickv.vllm.window_manager import register_specs
 
     register_specs()
     register_metrics()
+    validate_ratios()
     register_backend(_BACKEND, "elastickv.vllm.attention_backend.ElasticAttentionBackend")
     copyreg.pickle(AttentionBackendEnum, _reduced)
     if current_platform.is_cpu():

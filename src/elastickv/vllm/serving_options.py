@@ -113,6 +113,12 @@ class ServingOptions:
             )
 
 
+def asks_for_pages(vllm_config: Any) -> bool:
+    """Whether vLLM's configuration has a KV cache dtype or options of ElasticKV."""
+    additional = vllm_config.additional_config
+    return vllm_config.cache_config.cache_dtype in CACHE_DTYPES or (isinstance(additional, Mapping) and KEY in additional)
+
+
 def recipe_of(options: ServingOptions | None, kv_cache_dtype: str) -> Recipe:
     """Return the recipe of layers for which neither option `layers` nor a calibration says another.
 

@@ -22,8 +22,9 @@ from elastickv.recipe import Recipe
 # About the seconds that a kernel takes on one core, for shares of equal length and a bar that moves evenly.
 SECONDS = {
     "page.attend_page": 3.5,
-    "blocks.block_decode.decode_rows": 3.4,
-    "blocks.block_gather.gather_tokens": 1.5,
+    "blocks.block_decode.decode_rows": 3.6,
+    "blocks.block_dequantize.dequantize_slab": 0.9,
+    "blocks.block_gather.gather_tokens": 0.4,
     "blocks.block_store.store_step": 0.8,
     "decode.decode_item": 2.1,
     "quantizers.nearest_pages.quantize_keys_int4": 0.7,

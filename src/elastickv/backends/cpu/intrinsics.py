@@ -284,7 +284,7 @@ def invoke(count: int) -> Any:
     return addressed(count + 1, types.void, body)
 
 
-invoke_2, invoke_4, invoke_6, invoke_8 = invoke(2), invoke(4), invoke(6), invoke(8)
+invoke_2, invoke_4, invoke_5, invoke_6, invoke_8 = invoke(2), invoke(4), invoke(5), invoke(6), invoke(8)
 
 
 @intrinsic

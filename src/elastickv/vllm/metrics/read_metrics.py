@@ -13,7 +13,7 @@ from vllm.v1.metrics.perf import DebugPerfStats, PerfMetricsProm, PerfStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from elastickv.vllm.metrics.decode_reads import COUNTERS, ReadTotals
-from elastickv.vllm.serving_options import CACHE_DTYPES, KEY
+from elastickv.vllm.serving_options import KEY, asks_for_pages
 
 
 def attach(stats: Any, totals: ReadTotals) -> None:
@@ -46,8 +46,7 @@ class ReadMetrics(PerfMetricsProm):
     def __init__(self, vllm_config: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]) -> None:
         super().__init__(vllm_config, labelnames, per_engine_labelvalues)
         self._reads: dict[str, Any] = {}
-        additional = vllm_config.additional_config
-        if vllm_config.cache_config.cache_dtype in CACHE_DTYPES or (isinstance(additional, dict) and KEY in additional):
+        if asks_for_pages(vllm_config):
             self._reads = {
                 name: create_metric_per_engine(self._counter_cls(counter, what, labelnames=labelnames), per_engine_labelvalues)
                 for name, (counter, what) in COUNTERS.items()

@@ -66,9 +66,20 @@ class RequestRatios:
 
         Raises
         ------
+        UsageError : as `check`.
+        """
+        self.check(request.sampling_params)
+        if (ratio := self.ratio(request.sampling_params)) is not None:
+            self._ratios[request.request_id] = ratio
+
+    def check(self, sampling_params: Any) -> None:
+        """Check the ratio that sampling parameters ask for, if they do.
+
+        Raises
+        ------
         UsageError : if it is no number from 1 to the server's ratio.
         """
-        passed = _passed(request.sampling_params)
+        passed = _passed(sampling_params)
         if passed is None:
             return
         number = isinstance(passed, (int, float)) and not isinstance(passed, bool)
@@ -79,8 +90,6 @@ class RequestRatios:
             )
         if not number or not 1 <= passed <= (self._most or 1):
             raise UsageError(f"{ARGUMENT}={passed!r} is out of range: give a number from 1, every page, to {self._most:g}")
-        if (ratio := self.ratio(request.sampling_params)) is not None:
-            self._ratios[request.request_id] = ratio
 
     def ratio(self, sampling_params: Any) -> float | None:
         """Return the ratio that an accepted request's sampling parameters ask for; None: the server's."""

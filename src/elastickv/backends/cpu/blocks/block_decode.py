@@ -3,6 +3,9 @@
 Each row of queries is divided into items of some pages of one KV head, in the same way whatever else is in the batch and
 however many threads there are: results depend on neither. The item that finishes a row's head last merges its partials.
 A row may read listed pages alone (`block_selection`).
+
+Pages of a float32 model are dequantized before they are multiplied, as those of a prompt's chunk are: 16-bit integers would
+round its queries, and what a token attends to would depend on the step that computes it.
 """
 
 import numpy as np
@@ -24,9 +27,11 @@ from elastickv.backends.cpu.intrinsics import (
     atomic_add,
     double_from_bits,
     inlined,
+    invoke_5,
     invoke_8,
     load_i32,
     load_i64,
+    prefetch_line,
     store_i64,
     words,
 )
@@ -41,11 +46,12 @@ OUTPUT, OUTPUT_STRIDE = int(_B.OUTPUT), int(_B.OUTPUT_STRIDE)
 FACTOR, EXACT_TOKENS = int(_B.FACTOR), int(_B.EXACT_TOKENS)
 PARTIAL, PENDING = int(_B.PARTIAL), int(_B.PENDING)
 DESCRIPTOR, COUNTERS, BOUNDS_OFFSET = int(_B.DESCRIPTOR), int(_B.COUNTERS), int(_B.BOUNDS_OFFSET)
+SLAB_STRIDE, DEQUANTIZE, IN_FLOATS = int(_B.SLAB_STRIDE), int(_B.DEQUANTIZE), int(_B.IN_FLOATS)
 SELECTED, LIST, HEAD_BYTES, LISTED_PAGES = int(_B.SELECTED), *(8 * int(field) for field in RowField)
 ROW_WORDS = len(RowField)
 GROUP, DIM, EXACT_FORMAT, PAGE_KERNEL = int(_F.GROUP), int(_F.DIM), int(_F.EXACT_FORMAT), int(_F.PAGE_KERNEL)
 COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
-EXTRA = layout.PARTIAL_EXTRA
+EXTRA, LINE_BYTES = layout.PARTIAL_EXTRA, layout.LINE_BYTES
 SPLITS = 16  # of a row's pages, at most, until they reach the most pages of an item
 PAGES_OF_ITEM, EXACT_PAGES_OF_ITEM = 16, 8  # at least; a page of exact numbers takes longer
 MOST_PAGES = layout.SPLIT_MAX_PAGES
@@ -89,10 +95,19 @@ def _page(listed, count, others, number):  # type: ignore[no-untyped-def]
 
 
 @inlined
+def _formats(a, c, is_cold):  # type: ignore[no-untyped-def]
+    """Return the formats of K and V as they are multiplied."""
+    if is_cold and not a[IN_FLOATS]:
+        return c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT]
+    return c[EXACT_FORMAT], c[EXACT_FORMAT]
+
+
+@inlined
 def _attend_pages(a, thread, request, row, head, first, last, tokens):  # type: ignore[no-untyped-def]
     """Attend to the `first`-th to `last` - 1-th page that is read, of which only `tokens` tokens are read."""
     descriptor = a[DESCRIPTOR]
     c = words(descriptor)
+    key, value = _formats(a, c, True)
     listed, count, others = _list_of(a, row, head)
     page = _page(listed, count, others, first)
     following = slab(a, request, page, head)
@@ -100,10 +115,14 @@ def _attend_pages(a, thread, request, row, head, first, last, tokens):  # type: 
         where, valid = following, min(PAGE_TOKENS, tokens - page * PAGE_TOKENS)
         page = _page(listed, count, others, min(number + 1, last - 1))
         following = slab(a, request, page, head)
-        invoke_8(
-            c[PAGE_KERNEL], descriptor, thread, c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], where, where + a[BOUNDS_OFFSET],
-            valid, following - where,
-        )  # fmt: skip
+        bounds, distance = where + a[BOUNDS_OFFSET], following - where
+        if a[IN_FLOATS]:
+            floats = row_tables(a, c, thread) + ROW_TABLES_BYTES
+            for line in range(0, a[SLAB_STRIDE], LINE_BYTES):
+                prefetch_line(following + line)
+            invoke_5(a[DEQUANTIZE], descriptor, where, bounds, floats, 1)
+            where, distance = floats, 0
+        invoke_8(c[PAGE_KERNEL], descriptor, thread, key, value, where, bounds, valid, distance)
 
 
 @inlined
@@ -146,8 +165,8 @@ def _attend_item(a, thread, request, row, head, position, step_first, start, bas
     source = a[QUERY] + row * a[QUERY_STRIDE] + head * group * dim * element_bytes(c)
     widen_row(c[EXACT_FORMAT], source, group * dim, queries, np.float32(double_from_bits(a[FACTOR])))
     is_cold = split < cold_splits
-    value = c[COLD_VALUE_FORMAT] if is_cold else c[EXACT_FORMAT]
-    prepare(c, thread, queries, c[COLD_KEY_FORMAT] if is_cold else c[EXACT_FORMAT])
+    key, value = _formats(a, c, is_cold)
+    prepare(c, thread, queries, key)
     if is_cold:
         first = split * cold_size
         _attend_pages(a, thread, request, row, head, first, min(pages, first + cold_size), cold)

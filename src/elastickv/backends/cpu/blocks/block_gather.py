@@ -3,12 +3,10 @@
 import numpy as np
 
 from elastickv.backends.cpu import layout
-from elastickv.backends.cpu.blocks.block_dequantize import dequantize_keys, dequantize_values
 from elastickv.backends.cpu.blocks.block_rows import copy_bytes, narrow_row
 from elastickv.backends.cpu.blocks.block_tokens import ROW_TABLES_BYTES, element_bytes, row_tables, slab, window_row
 from elastickv.backends.cpu.blocks.host_blocks import BlockField
-from elastickv.backends.cpu.elements import key_plane_bytes, plane_bytes, scale_bytes, scale_group
-from elastickv.backends.cpu.intrinsics import COLUMNS, atomic_add, inlined, load_i32, words
+from elastickv.backends.cpu.intrinsics import atomic_add, inlined, invoke_5, load_i32, words
 from elastickv.backends.cpu.numba_cache import kernel
 from elastickv.recipe import PAGE_TOKENS
 
@@ -17,10 +15,10 @@ KV_HEADS, REQUESTS, IS_EXACT = int(_B.KV_HEADS), int(_B.REQUESTS), int(_B.IS_EXA
 LISTED, FIRST, COUNT = int(_B.LISTED), int(_B.FIRST), int(_B.COUNT)
 KEYS_OUT, VALUES_OUT = int(_B.KEYS_OUT), int(_B.VALUES_OUT)
 WINDOW_TABLE, WINDOW_COLUMNS, WINDOW_SHIFT = int(_B.WINDOW_TABLE), int(_B.WINDOW_COLUMNS), int(_B.WINDOW_SHIFT)
-DESCRIPTOR, COUNTERS, BOUNDS_OFFSET = int(_B.DESCRIPTOR), int(_B.COUNTERS), int(_B.BOUNDS_OFFSET)
-DIM, VALUE_GROUP, EXACT_FORMAT = int(_F.DIM), int(_F.VALUE_GROUP), int(_F.EXACT_FORMAT)
+DESCRIPTOR, COUNTERS = int(_B.DESCRIPTOR), int(_B.COUNTERS)
+BOUNDS_OFFSET, DEQUANTIZE = int(_B.BOUNDS_OFFSET), int(_B.DEQUANTIZE)
+DIM, EXACT_FORMAT = int(_F.DIM), int(_F.EXACT_FORMAT)
 ONE = np.float32(1)
-COLD_KEY_FORMAT, COLD_VALUE_FORMAT = int(_F.COLD_KEY_FORMAT), int(_F.COLD_VALUE_FORMAT)
 
 
 @inlined
@@ -30,21 +28,6 @@ def _copy_token(a, c, request, head, token, keys, values):  # type: ignore[no-un
     where, row_bytes = window_row(a, c, block, token, head), c[DIM] * element_bytes(c)
     copy_bytes(where, keys, row_bytes)
     copy_bytes(where + row_bytes, values, row_bytes)
-
-
-@inlined
-def _dequantize(a, c, where, keys, values):  # type: ignore[no-untyped-def]
-    """Write the keys and values of a slab as 32 rows of float32 each."""
-    key, value, dim = c[COLD_KEY_FORMAT], c[COLD_VALUE_FORMAT], c[DIM]
-    codes = where + key_plane_bytes(key, dim)
-    key_scales = codes + plane_bytes(value, dim)
-    scales = key_scales + scale_bytes(key, dim, dim, False)
-    dequantize_keys(key, where, key_scales, where + a[BOUNDS_OFFSET], dim, keys)
-    group = scale_group(value, dim, c[VALUE_GROUP])
-    for start in range(0, dim, group):
-        for column in range(start, start + group, COLUMNS):
-            columns, chunk = min(COLUMNS, start + group - column), codes + plane_bytes(value, column)
-            dequantize_values(value, chunk, scales + start // group * 4 * PAGE_TOKENS, dim, column, columns, values)
 
 
 @kernel("void(int64, int64)")
@@ -65,7 +48,8 @@ def gather_tokens(arguments, thread):  # type: ignore[no-untyped-def]
             page, head = first_page + (item - base) // a[KV_HEADS], (item - base) % a[KV_HEADS]
             start = page * PAGE_TOKENS
             if not a[IS_EXACT]:
-                _dequantize(a, c, slab(a, request, page, head), scratch, scratch + PAGE_TOKENS * dim * 4)
+                where = slab(a, request, page, head)
+                invoke_5(a[DEQUANTIZE], a[DESCRIPTOR], where, where + a[BOUNDS_OFFSET], scratch, 0)
             for token in range(max(first, start), min(first + count, start + PAGE_TOKENS)):
                 offset = ((written + token - first) * a[KV_HEADS] + head) * row_bytes
                 keys, values = a[KEYS_OUT] + offset, a[VALUES_OUT] + offset

@@ -12,6 +12,7 @@ from elastickv.backends.compilation_report import current_report
 from elastickv.backends.cpu import page, threads
 from elastickv.backends.cpu.blocks import engine_threads
 from elastickv.backends.cpu.blocks.block_decode import decode_rows, most_items
+from elastickv.backends.cpu.blocks.block_dequantize import dequantize_slab
 from elastickv.backends.cpu.blocks.block_gather import gather_tokens
 from elastickv.backends.cpu.blocks.block_selection import list_pages
 from elastickv.backends.cpu.blocks.block_store import store_step
@@ -40,6 +41,7 @@ from elastickv.backends.cpu.layout import (
     up,
 )
 from elastickv.backends.cpu.numba_cache import Kernel
+from elastickv.backends.cpu.page_operands import INTEGERS
 from elastickv.backends.cpu.quantizers import nearest_pages
 from elastickv.backends.cpu.selection import weights_kernel
 from elastickv.errors import UsageError
@@ -88,7 +90,7 @@ class NumbaBlockKernels:
         quantizers = nearest_pages.quantizers(recipe, dtype)
         called = (decode_rows, store_step, gather_tokens, list_pages)
         self._weights = weights_kernel(scorer_of(recipe))
-        kernels = [page.attend_page, *called, engine_threads.enter, *dict.fromkeys(quantizers)]
+        kernels = [page.attend_page, *called, dequantize_slab, engine_threads.enter, *dict.fromkeys(quantizers)]
         compile_kernels(kernels, current_report(), self._threads)
         self._make_scratch(recipe, dtype, quantizers)
         self._partials, self._pending = np.empty(0, np.float32), np.zeros(0, np.int64)
@@ -97,6 +99,9 @@ class NumbaBlockKernels:
         self._words[BlockField.EXACT_TOKENS] = exact_tokens
         self._words[BlockField.BOUNDS_OFFSET] = bounds_offset(recipe, shape.head_dim)
         self._words[BlockField.COUNTERS] = address(self._counters)
+        self._words[BlockField.DEQUANTIZE] = dequantize_slab.address
+        formats = {format_code(str(fmt)) for fmt in (recipe.key_format, recipe.value_format)}
+        self._words[BlockField.IN_FLOATS] = dtype == "fp32" and not formats.isdisjoint(INTEGERS)
         self._words[[BlockField.DESCRIPTOR, BlockField.DESCRIPTORS]] = address(self._descriptors)
         self._words[BlockField.SCRATCH] = self._work
         self._regions = {kernel: engine_threads.Region(kernel, self._threads, self._words) for kernel in called}

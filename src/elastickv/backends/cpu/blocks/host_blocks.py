@@ -69,6 +69,8 @@ class BlockField(IntEnum):
     ANCHOR_COUNT = 41
     SCORES = 42
     SCORES_BYTES = 43  # of one thread
+    DEQUANTIZE = 44  # address of the function that makes float32 numbers of a slab
+    IN_FLOATS = 45  # whether decodes multiply those, not codes by integers
 
 
 class RowField(IntEnum):
