@@ -43,6 +43,7 @@ PEER_COLUMNS = {
     "SDPA cuDNN": ("torch-sdpa-cudnn", True),
     "SDPA efficient": ("torch-sdpa-efficient", True),
     "FlexAttention": ("flex-attention", True),
+    "FlashAttention 3": ("flash-attention-3", True),
     "FlashInfer": ("flashinfer", True),
     "FlashInfer fp8 KV": ("flashinfer", False),
 }

@@ -3,11 +3,12 @@
 import re
 
 from elastickv.benchmark.contenders.base import Contender, Peer, PeerWork
+from elastickv.benchmark.contenders.flash_attention import FlashAttention3
 from elastickv.benchmark.contenders.flash_infer import FlashInfer
 from elastickv.benchmark.contenders.flex_attention import FlexAttention
 from elastickv.benchmark.contenders.torch_sdpa import TorchSdpa
 
-PEERS: tuple[Peer, ...] = (TorchSdpa(), FlexAttention(), FlashInfer())
+PEERS: tuple[Peer, ...] = (TorchSdpa(), FlexAttention(), FlashInfer(), FlashAttention3())
 ALL_PEERS = "all"
 # Seconds of a time limit, below which no package is imported and no variant of one begins.
 IMPORT_S, LEAST_S = 5.0, 1.0
