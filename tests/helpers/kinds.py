@@ -14,7 +14,7 @@ KINDS = ("reference", "cpu", "cuda", "cuda simt")
 NAN_WORD = 0x7FFFFFFF  # a NaN as float32, as two fp16 and as two bf16
 _STORAGE = ("cold", "exact", "bounds", "lists", "reused", "tail")
 _SCRATCH = ("partial", "scores", "work", "step_keys", "step_values", "step_queries", "step_outputs", "step_lse")
-_PLANES = ("exact_k", "exact_v", "cold_k", "cold_v", "k_scale", "v_scale")
+_PLANES = ("exact_k", "exact_v", "cold_k", "cold_v", "k_scale", "v_scale", "cold_pages")
 
 
 ELEMENTS = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}

@@ -40,6 +40,18 @@ class Slab:
         return cls(key_codes, key_scales, value_codes, value_scales)
 
     @property
+    def keys(self) -> tuple[slice, slice]:
+        """Bytes of the codes and of the scales of K."""
+        return slice(self.key_codes), slice(self.key_codes, self.key_codes + self.key_scales)
+
+    @property
+    def values(self) -> tuple[slice, slice]:
+        """Bytes of the codes and of the scales of V."""
+        first = self.key_codes + self.key_scales
+        scales = first + self.value_codes
+        return slice(first, scales), slice(scales, scales + self.value_scales)
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the slab."""
         return self.key_codes + self.key_scales + self.value_codes + self.value_scales

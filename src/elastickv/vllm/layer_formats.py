@@ -17,7 +17,7 @@ from elastickv.recipe.solver import with_pages
 from elastickv.vllm.serving_options import KEY, MIN_EXACT_TOKENS, PAGE_FORMATS, ServingOptions, page_recipe
 
 UNMET_REMEDY = f"give a smaller `compress` or `window` of {KEY}, or a larger `max_model_len`, which is the context"
-SLAB_ALIGNMENT_BYTES = 64  # 32 tokens of whole 16-bit numbers, as a cache in a 16-bit dtype is sized
+SLAB_ALIGNMENT_BYTES = 128  # a line of a GPU's cache; 32 tokens of whole 16-bit numbers, as a cache in a 16-bit dtype is sized
 
 
 @dataclass(frozen=True)

@@ -224,8 +224,9 @@ def test_a_step_appends_selects_and_decodes_with_the_buffers_and_sizes_of_its_ca
     recorded, s = device.take(), cache.storage
     assert [each.kernel for each in recorded] == ["append_rows", "select", "decode"]
     append, select, decode = recorded
-    planes = {name: getattr(s, name).pointer for name in ("exact_k", "exact_v", "cold_k", "cold_v", "k_scale", "v_scale")}
-    sizes = {"sinks": 3, "window": 40, "ring": 96, "stride": 1, "exact_rows": 99, "cold_rows": 1024}
+    names = ("exact_k", "exact_v", "cold_k", "cold_v", "k_scale", "v_scale", "cold_pages")
+    planes = {name: getattr(s, name).pointer for name in names}
+    sizes = {"sinks": 3, "window": 40, "ring": 96, "stride": 1, "exact_rows": 99, "cold_rows": 832}
     keys = {"keys": 1 << 20, "key_batch_stride": 777, "key_head_stride": 155, "key_token_stride": 0}
     values = {"values": 2 << 20, "value_batch_stride": 778, "value_head_stride": 156, "value_token_stride": 0}
     queries = {"query_rows": 3 << 20, "query_batch_stride": 900, "query_head_stride": 91, "queries": s.queries.pointer}
@@ -234,12 +235,13 @@ def test_a_step_appends_selects_and_decodes_with_the_buffers_and_sizes_of_its_ca
     assert append.values == {**stored, **keys, **values, **queries, **numbers}
     assert (append.source, append.grid, append.threads, append.shared_bytes) == ("append", (6, 2), 256, 0)
 
-    pages = {"listed_pages": s.lists.pointer, "listed": s.listed.pointer, "page_capacity": 32}
+    pages = {"listed_pages": s.lists.pointer, "listed": s.listed.pointer, "page_capacity": 26}
     anchors = {"anchor_every": 4, "anchor_offset": 2}
     scratch = cache._scratch
     assert select.values == {
-        **{"query": s.queries.pointer, "k_scale": s.k_scale.pointer, "state": s.state.pointer, "sinks": 3, "window": 40},
-        **{"counts": s.counts.pointer, "counts_stride": 33, "scores": scratch.scores.pointer, "after_append": 1},
+        **{"query": s.queries.pointer, "cold_pages": s.cold_pages.pointer, "page_stride": 3584, "sinks": 3},
+        **{"state": s.state.pointer, "window": 40},
+        **{"counts": s.counts.pointer, "counts_stride": 27, "scores": scratch.scores.pointer, "after_append": 1},
         **{"counters": scratch.counters.pointer, "kv_heads": 2, "group": 5, **pages, **anchors},
     }
     assert (select.source, select.grid, select.threads) == ("select", (1, 6), 256)

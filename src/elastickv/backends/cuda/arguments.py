@@ -60,6 +60,7 @@ class StoreArguments(ArgumentStruct):
     cold_v: Address
     k_scale: Address
     v_scale: Address
+    cold_pages: Address
     bad: Address
     sinks: I32
     window: I32
@@ -79,6 +80,7 @@ class StoreArguments(ArgumentStruct):
             cold_v=storage.cold_v,
             k_scale=storage.k_scale,
             v_scale=storage.v_scale,
+            cold_pages=storage.cold_pages,
             bad=storage.bad,
             sinks=recipe.sinks,
             window=recipe.window,
@@ -192,14 +194,15 @@ class SelectArguments(ArgumentStruct):
 
     Attributes
     ----------
-    k_scale : scales and zeros of the int4 keys.
+    cold_pages, page_stride : the pages, of which it reads the scales of the keys, and bytes between them.
     state : length and step of each (sequence, KV head), three planes.
     counts : (kv_heads, counts_stride) numbers of pages to list, by the number of pages.
     scores, counters : scratch memory; counters are zero before and after.
     listed_pages, listed : the page numbers of each (sequence, KV head), and their count with the number of pages.
     """
 
-    k_scale: Address
+    cold_pages: Address
+    page_stride: I32
     state: Address
     counts: Address
     counts_stride: I32
@@ -222,7 +225,8 @@ class SelectArguments(ArgumentStruct):
         """Return the arguments of a selection of pages."""
         layout = storage.layout
         return cls(
-            k_scale=storage.k_scale,
+            cold_pages=storage.cold_pages,
+            page_stride=layout.page_stride,
             state=storage.state,
             counts=storage.counts,
             counts_stride=layout.page_capacity + 1,
@@ -246,7 +250,7 @@ class DecodeArguments(ArgumentStruct):
 
     Attributes
     ----------
-    exact_k, ..., v_scale : planes, as in `StoreArguments`.
+    exact_k, ..., cold_pages : planes, as in `StoreArguments`.
     state : length and step of each (sequence, KV head), three planes.
     partial, partial_ml, counters : what blocks leave for each other to merge.
     cached_output, cached_lse : cold results of the last anchor, where the recipe reuses them.
@@ -262,6 +266,7 @@ class DecodeArguments(ArgumentStruct):
     cold_v: Address
     k_scale: Address
     v_scale: Address
+    cold_pages: Address
     state: Address
     partial: Address
     partial_ml: Address
@@ -304,6 +309,7 @@ class DecodeArguments(ArgumentStruct):
             cold_v=storage.cold_v,
             k_scale=storage.k_scale,
             v_scale=storage.v_scale,
+            cold_pages=storage.cold_pages,
             state=storage.state,
             partial=partial,
             partial_ml=partial_ml,

@@ -175,6 +175,7 @@ class CudaEditing(CheckedCache):
             "cold_values": plane(storage.cold_v, layout.value_plane, cold, layout.cold_rows),
             "key_scales": plane(storage.k_scale, layout.key_scales, cold, layout.cold_rows),
             "value_scales": plane(storage.v_scale, layout.value_scales, cold, layout.cold_rows),
+            "cold_pages": plane(storage.cold_pages, layout.cold_pages, cold, layout.cold_rows),
             "lists": plane(storage.lists, layout.lists, cold, layout.cold_rows),
             "listed": plane(storage.listed, layout.listed, 1, 1),
             "key_state": _Plane(storage.state, 0, 8, 8),

@@ -23,6 +23,8 @@ _PAGED_INT8_FROM = 32  # (sequence, KV head) pairs
 _HEADS_OF_MMA_TILE = 8
 KEYS_AS_ROWS_MOST_HEADS = 4
 """Query heads of a KV head up to which keys are the rows of a product: the two parts of each query fill its eight columns."""
+PAGE_ALIGNMENT_BYTES = 128
+"""Of pages in memory and of stages of a ring: PAGE_STRIDE of kernels/pages.cuh."""
 KINDS = ("auto", "mma", "simt", "pages")
 _SPLIT_WARPS = 8
 _MOST_ROUNDS = 4  # units of one warp up to which waiting costs more than an even split of the work gains
@@ -195,10 +197,14 @@ def stored_recipe_for(recipe: Recipe, shape: AttentionShape, capacity: int, dtyp
 
 
 def gains_from_pages(recipe: Recipe, shape: AttentionShape, arch: str, multiprocessors: int) -> bool:
-    """Return whether int8 is read faster from pages than from rows: with few blocks per KV head, all of them busy."""
+    """Return whether int8 is read faster from pages than from rows.
+
+    It is where keys are the rows of the product, and else with few blocks for each KV head, all of them busy.
+    """
+    if not recipe.key_format == recipe.value_format == "int8" or recipe.selection != "all" or int(arch) < _BULK_SINCE:
+        return False
     heads = shape.batch * shape.kv_heads
-    int8 = recipe.key_format == recipe.value_format == "int8" and recipe.selection == "all"
-    return int8 and int(arch) >= _BULK_SINCE and heads >= _PAGED_INT8_FROM and bool(fixed_blocks(heads, multiprocessors))
+    return shape.group <= KEYS_AS_ROWS_MOST_HEADS or (heads >= _PAGED_INT8_FROM and bool(fixed_blocks(heads, multiprocessors)))
 
 
 def requires_pages(recipe: Recipe) -> bool:
@@ -226,9 +232,12 @@ def _pages_variant(common: dict[str, int], group: int, recipe: Recipe, arch: str
     tiles = 2 if group > _HEADS_OF_MMA_TILE and head_dim <= 128 else 1
     common["KEYS_AS_ROWS"] = int(group <= KEYS_AS_ROWS_MOST_HEADS)
     limit = _SHARED_BYTES.get(arch, _LEAST_SHARED_BYTES)
-    if limit == _SHARED_BYTES["90"] and _PAGE_FORMATS["bf16"] not in (common["K_FORMAT"], common["V_FORMAT"]):
+    narrow = _PAGE_FORMATS["bf16"] not in (common["K_FORMAT"], common["V_FORMAT"])
+    if narrow and limit == _SHARED_BYTES["90"]:
         limit -= _NEXT_KERNEL_BYTES
     for warps, stages in _RINGS:
+        if narrow and warps * (stages - 1) * _stage_bytes(common) >= _IN_FLIGHT_BYTES:
+            continue
         shared = _pages_shared_bytes(common, warps, tiles, stages)
         if shared + _STATIC_SHARED_BYTES <= limit:
             return Variant(
@@ -260,21 +269,28 @@ _SHARED_BYTES = {"80": 163 << 10, "87": 163 << 10, "90": 227 << 10, "100": 227 <
 _NEXT_KERNEL_BYTES = 44 << 10  # of a block of append or select, which must fit together with one of decode
 _LEAST_SHARED_BYTES = 99 << 10
 _STATIC_SHARED_BYTES = 256
+_IN_FLIGHT_BYTES = 110 << 10  # of loads: another stage gains nothing
 _RINGS = ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2))  # warps of a block, stages of each
 
 
-def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: int) -> int:
-    """Return the size of `Shared` of page_shared.cuh, which asserts it."""
+def _stage_bytes(macros: dict[str, int]) -> int:
+    """Return the size of a stage of a ring, which holds a page."""
     dim = macros["HEAD_DIM"]
     key, value = format_of(macros["K_FORMAT"]), format_of(macros["V_FORMAT"])
     codes = PAGE_TOKENS * (key.key_row_bytes(dim) + value.row_bytes(dim))
     scales = (key.key_scales(dim).bytes_of(PAGE_TOKENS), value.value_scales(dim, macros["V_GROUP"]).bytes_of(PAGE_TOKENS))
-    stage = round_up(codes + sum(round_up(n_bytes, 16) for n_bytes in scales), 128)
+    return round_up(codes + sum(round_up(n_bytes, 16) for n_bytes in scales), PAGE_ALIGNMENT_BYTES)
+
+
+def _pages_shared_bytes(macros: dict[str, int], warps: int, tiles: int, stages: int) -> int:
+    """Return the size of `Shared` of page_shared.cuh, which asserts it."""
+    dim, key = macros["HEAD_DIM"], format_of(macros["K_FORMAT"])
     queries = _HEADS_OF_MMA_TILE * tiles
     vectors = query_vectors(key, dim, macros["KEYS_AS_ROWS"] == 1)
-    sums = warps * (queries // 2 * (2 * dim + 8) * 4 + queries * 8)
+    results = KEYS_AS_ROWS_MOST_HEADS if macros["KEYS_AS_ROWS"] else queries
+    sums = warps * (results // 2 * (2 * dim + 8) * 4 + results * 8)
     operands = tiles * (round_up(dim, 32) // 16 + vectors) * 32 * 16
-    return round_up(warps * stages * stage + sums + operands + queries * 4 + warps * stages * 8, 16)
+    return round_up(warps * stages * (_stage_bytes(macros) + 8) + sums + operands + queries * 4, 16)
 
 
 def parts_of_selection(pages: int, heads: int, multiprocessors: int) -> int:

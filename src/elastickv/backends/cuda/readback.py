@@ -15,6 +15,7 @@ from elastickv.kvcache.protocol import StoredHead
 from elastickv.kvcache.rounding import from_bf16_bits
 from elastickv.recipe import FORMATS, PAGE_TOKENS, Recipe, regions
 from elastickv.recipe.regions import retained_tokens
+from elastickv.recipe.slab import Slab
 
 _V_CODE_OFFSET = 128
 _TOO_LARGE, _NOTHING = 1 << 31, (1 << 32) - 1
@@ -66,16 +67,14 @@ class Contents:
 
     def _pages(self, head: int, value: bool, count: int) -> NDArray[np.float64]:
         """Return the (tokens, head_dim) numbers of the first pages of a head."""
-        recipe, dim, storage = self.recipe, self.head_dim, self.storage
+        recipe, dim, layout = self.recipe, self.head_dim, self.storage.layout
         fmt = str(recipe.value_format if value else recipe.key_format)
-        group = recipe.v_group(dim)
-        per_page = PAGE_TOKENS * FORMATS[fmt].row_bytes(dim)
-        scales = FORMATS[fmt].value_scales(dim, group) if value else FORMATS[fmt].key_scales(dim)
-        words = scales.bytes_of(PAGE_TOKENS) // 2
-        first = head * storage.layout.page_capacity
-        plane, scale_plane = (storage.cold_v, storage.v_scale) if value else (storage.cold_k, storage.k_scale)
-        raw = self.device.download(plane, (count, per_page), np.uint8, first * per_page)
-        bits = self.device.download(scale_plane, (count, words), np.uint16, first * words * 2)
+        group, slab, stride = recipe.v_group(dim), Slab.of(recipe, dim), layout.page_stride
+        pages = self.device.download(self.storage.cold_pages, (count, stride), np.uint8, head * layout.page_capacity * stride)
+        codes, scales = slab.values if value else slab.keys
+        n_scales = FORMATS[fmt].value_scales(dim, group) if value else FORMATS[fmt].key_scales(dim)
+        raw = np.ascontiguousarray(pages[:, codes])
+        bits = np.ascontiguousarray(pages[:, scales][:, : n_scales.bytes_of(PAGE_TOKENS)]).view(np.uint16)
         positions = value_positions(fmt, dim, group) if value else key_positions(fmt, dim)
         return dequantized(codes_of(raw, fmt, positions, dim), bits, fmt, value, recipe.exact_dtype(self.dtype), group)
 

@@ -4,7 +4,7 @@ Everything is sized for the capacity and contiguous per (sequence, KV head):
 
 - Exact planes: all tokens if `dense`; otherwise the sinks, then a ring of whole pages for the window and the page that fills
   up behind it.
-- Cold planes: retained rows or pages, oldest first. Scales have separate planes.
+- Cold tokens, oldest first: planes of retained rows, with the scales in planes of their own, or pages (pages.cuh).
 - State: length and step of a sequence, per KV head once for K and once for V, so that a block counts its own token without
   waiting for others, and a third time as predicted for the next decode.
 """
@@ -13,10 +13,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from elastickv.backends.cuda.device import CudaDevice, DeviceMemory
-from elastickv.backends.cuda.kernel_selection import Variant
+from elastickv.backends.cuda.kernel_selection import PAGE_ALIGNMENT_BYTES, Variant
 from elastickv.recipe import PAGE_TOKENS, AttentionShape, Recipe, regions
 from elastickv.recipe.formats import FORMATS, round_up
 from elastickv.recipe.regions import retained_tokens
+from elastickv.recipe.slab import Slab
 
 _NAN_WORD = 0x7FFFFFFF
 _EMPTY_WORD = 0xFFFF1E77  # EMPTY of kernels/split_kv_buffer.cuh
@@ -25,7 +26,6 @@ _MERGE_LEVELS = 2
 _UNIT, _INT8_UNIT = 16, 32
 _STATES = 3
 _SCALE_ROWS = 32  # a lane loads the scales of 8 tokens at once, a warp those of 32
-_PAGES_ALIGNED = 8  # their fp8 scales fill the smallest copy
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class DeviceLayout:
     Attributes
     ----------
     heads : (sequence, KV head) pairs.
-    exact_rows, cold_rows : rows of a pair in the exact and in the cold planes.
+    exact_rows, cold_rows : rows of a pair in the exact and in the cold planes, or in pages.
+    page_stride : bytes from one page to the next; 0 without pages.
     ring : tokens of the ring; 0 when dense.
     wraps : whether the ring overwrites tokens, so that `mark` must copy it.
     """
@@ -50,6 +51,8 @@ class DeviceLayout:
     value_plane: int
     key_scales: int
     value_scales: int
+    cold_pages: int
+    page_stride: int
     lists: int
     counts: int
     reused: int
@@ -65,18 +68,23 @@ class DeviceLayout:
         exact_row = FORMATS[recipe.exact_dtype(dtype)].row_bytes(dim)
         queries = shape.batch * shape.query_heads
         exact_rows, ring, wraps, cold_rows = capacity, 0, False, 0
-        key_plane = value_plane = key_scales = value_scales = lists = counts = 0
+        key_plane = value_plane = key_scales = value_scales = cold_pages = page_stride = lists = counts = 0
         if recipe.key_format is not None and recipe.value_format is not None:
             needed = round_up(recipe.window, PAGE_TOKENS) + PAGE_TOKENS
             all_tokens = max(round_up(capacity - recipe.sinks, PAGE_TOKENS), PAGE_TOKENS)
             ring, wraps = min(needed, all_tokens), needed < capacity - recipe.sinks
             exact_rows = recipe.sinks + ring
             cold = retained_tokens(regions(capacity, recipe.sinks, recipe.window).cold, recipe.stride)
-            cold_rows = round_up(cold, PAGE_TOKENS * _PAGES_ALIGNED if paged else _SCALE_ROWS)
+            cold_rows = round_up(cold, PAGE_TOKENS if paged else _SCALE_ROWS)
             key, value = FORMATS[recipe.key_format], FORMATS[recipe.value_format]
-            key_plane, value_plane = (heads * cold_rows * n_bytes for n_bytes in (key.key_row_bytes(dim), value.row_bytes(dim)))
-            key_scales = heads * key.key_scales(dim).bytes_of(cold_rows)
-            value_scales = heads * value.value_scales(dim, recipe.v_group(dim)).bytes_of(cold_rows)
+            if paged:
+                page_stride = round_up(Slab.of(recipe, dim).n_bytes, PAGE_ALIGNMENT_BYTES)
+                cold_pages = heads * cold_rows // PAGE_TOKENS * page_stride
+            else:
+                rows = heads * cold_rows
+                key_plane, value_plane = rows * key.key_row_bytes(dim), rows * value.row_bytes(dim)
+                key_scales = heads * key.key_scales(dim).bytes_of(cold_rows)
+                value_scales = heads * value.value_scales(dim, recipe.v_group(dim)).bytes_of(cold_rows)
             if recipe.selection == "pages":
                 lists = heads * cold_rows // PAGE_TOKENS * 4
                 counts = shape.kv_heads * (cold_rows // PAGE_TOKENS + 1) * 4
@@ -91,6 +99,8 @@ class DeviceLayout:
             value_plane=value_plane,
             key_scales=key_scales,
             value_scales=value_scales,
+            cold_pages=cold_pages,
+            page_stride=page_stride,
             lists=lists,
             counts=counts,
             reused=queries * (dim + dim // 4) * _FLOAT if recipe.selection == "reuse" else 0,
@@ -108,9 +118,9 @@ class DeviceLayout:
     @property
     def n_bytes(self) -> int:
         """Bytes that a cache allocates for itself, without the copies that `mark` makes."""
-        planes = 2 * self.exact_plane + self.key_plane + self.value_plane + self.key_scales + self.value_scales
+        rows = self.key_plane + self.value_plane + self.key_scales + self.value_scales
         own = self.lists + self.listed + self.counts + self.reused + self.state + self.bad + self.lengths
-        return planes + own + 2 * self.outputs + self.lse
+        return 2 * self.exact_plane + rows + self.cold_pages + own + 2 * self.outputs + self.lse
 
     @property
     def marked_bytes(self) -> int:
@@ -190,6 +200,7 @@ class Storage:
         self.cold_v = device.allocate(layout.value_plane, 0)
         self.k_scale = device.allocate(layout.key_scales, 0)
         self.v_scale = device.allocate(layout.value_scales, 0)
+        self.cold_pages = device.allocate(layout.cold_pages, 0)
         self.lists = device.allocate(layout.lists, 0)
         self.listed = device.allocate(layout.listed, 0)
         self.counts = device.allocate(layout.counts, 0)

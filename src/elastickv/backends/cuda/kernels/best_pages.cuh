@@ -16,7 +16,6 @@
 #ifndef IN_FLIGHT
 #define IN_FLIGHT 8  // 16-byte loads of a lane
 #endif
-#define PAGE_BYTES KEY_SCALES
 // Eight lanes hold a page's scales and zeros in LOADS pieces of 16 bytes each; a warp takes 4 * ROWS pages at once.
 #define LOADS (PADDED / 32)
 #define ROWS (8 * LOADS <= IN_FLIGHT ? 8 : 4 * LOADS <= IN_FLIGHT ? 4 : 2)

@@ -56,6 +56,7 @@ struct Args {
     float* lse;
     const char *exact_k, *exact_v, *cold_k, *cold_v;
     const u16 *k_scale, *v_scale;
+    const char* cold_pages;
     int2* state;
     float* partial;
     float2* partial_ml;
@@ -80,15 +81,16 @@ struct Args {
 
 #define ARGS_SIGNATURE                                                                                                         \
     const float *query, char *output, float *lse, const char *exact_k, const char *exact_v, const char *cold_k,                \
-        const char *cold_v, const u16 *k_scale, const u16 *v_scale, int2 *state, float *partial, float2 *partial_ml,           \
-        u32 *counters, float *cached_output, float *cached_lse, const int *listed_pages, const int2 *listed, int batch,        \
-        int kv_heads, int group, int passes, int sinks, int window, int ring, int stride, int anchor_every, int anchor_offset, \
-        int exact_rows, int cold_rows, int page_capacity, float log2_decay, float scale_log2, int output_type
+        const char *cold_v, const u16 *k_scale, const u16 *v_scale, const char *cold_pages, int2 *state, float *partial,       \
+        float2 *partial_ml, u32 *counters, float *cached_output, float *cached_lse, const int *listed_pages,                   \
+        const int2 *listed, int batch, int kv_heads, int group, int passes, int sinks, int window, int ring, int stride,       \
+        int anchor_every, int anchor_offset, int exact_rows, int cold_rows, int page_capacity, float log2_decay,               \
+        float scale_log2, int output_type
 #define ARGS_VALUE                                                                                                             \
     Args {                                                                                                                     \
-        query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, state, partial, partial_ml, counters,          \
-            cached_output, cached_lse, listed_pages, listed, batch, kv_heads, group, passes, sinks, window, ring, stride,      \
-            anchor_every, anchor_offset, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2, output_type             \
+        query, output, lse, exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, cold_pages, state, partial, partial_ml,        \
+            counters, cached_output, cached_lse, listed_pages, listed, batch, kv_heads, group, passes, sinks, window, ring,    \
+            stride, anchor_every, anchor_offset, exact_rows, cold_rows, page_capacity, log2_decay, scale_log2, output_type     \
     }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     a.query = reinterpret_cast<const float*>(query);
     a.output = output;
     a.lse = lse;
-    a.cold_k = pages;
+    a.cold_pages = pages;
     a.exact_k = window;
     a.exact_v = window + EXACT_ROW;
     a.partial = partial;

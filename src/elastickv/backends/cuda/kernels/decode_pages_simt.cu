@@ -57,34 +57,33 @@ __device__ __forceinline__ float warp_sum(float v) {
 __device__ __forceinline__ void attend_pages(Paged& r, const Args& a, const Span& s, size_t head, Staged& staged, int unit,
                                              int end) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = warp % QTILES * TILE;
-    const size_t base = head * a.page_capacity;
-    const char *keys = a.cold_k + base * KEY_PAGE, *values = a.cold_v + base * VALUE_PAGE;
-    const char* k_scales = reinterpret_cast<const char*>(a.k_scale) + base * KEY_SCALES;
-    const char* v_scales = reinterpret_cast<const char*>(a.v_scale) + base * VALUE_SCALES;
     if (unit >= end) return;
-    size_t page = page_at(a, s, head, unit);
+    auto address_of = [&](int unit) {
+        return a.cold_pages + (head * a.page_capacity + page_at(a, s, head, unit)) * PAGE_STRIDE;
+    };
+    const char* page = address_of(unit);
     uint4 k[KEY_BATCH], v[VALUE_BATCH];
-    load_rows(k, keys + page * KEY_PAGE, 0);
-    KeyScales key_scale = key_scales(k_scales, page);
+    load_rows(k, page, 0);
+    KeyScales key_scale = key_scales(page);
     for (;;) {
         const bool more = unit + WARPS_PER_TILE < end;
-        const size_t next = more ? page_at(a, s, head, unit + WARPS_PER_TILE) : page;
-        load_rows(v, values + page * VALUE_PAGE, 0);
-        const ValueScales value_scale = value_scales(v_scales, page);
+        const char* next = more ? address_of(unit + WARPS_PER_TILE) : page;
+        load_rows(v, page + VALUES_AT, 0);
+        const ValueScales value_scale = value_scales(page);
 
         Dot dots[TILE][4][PARTS] = {};
         start_keys(dots, staged, row, key_scale);
 #pragma unroll
         for (int first = 0; first < KEY_ROWS; first += KEY_BATCH) {
             multiply_keys(dots, k, first, staged, row);
-            if (first + KEY_BATCH < KEY_ROWS) load_rows(k, keys + page * KEY_PAGE, first + KEY_BATCH);
+            if (first + KEY_BATCH < KEY_ROWS) load_rows(k, page, first + KEY_BATCH);
         }
         float p[TILE];
 #pragma unroll
         for (int h = 0; h < TILE; h++) p[h] = token_score(dots[h], staged, row + h, key_scale);
         if (more) {
-            load_rows(k, keys + next * KEY_PAGE, 0);
-            key_scale = key_scales(k_scales, next);
+            load_rows(k, next, 0);
+            key_scale = key_scales(next);
         }
         float weights[TILE][8];
 #pragma unroll
@@ -101,7 +100,7 @@ __device__ __forceinline__ void attend_pages(Paged& r, const Args& a, const Span
 #pragma unroll
         for (int first = 0; first < VALUE_ROWS; first += VALUE_BATCH) {
             multiply_values(r.acc, weights, v, first, p, value_scale);
-            if (first + VALUE_BATCH < VALUE_ROWS) load_rows(v, values + page * VALUE_PAGE, first + VALUE_BATCH);
+            if (first + VALUE_BATCH < VALUE_ROWS) load_rows(v, page + VALUES_AT, first + VALUE_BATCH);
         }
         if (!more) return;
         unit += WARPS_PER_TILE;

@@ -350,9 +350,9 @@ __device__ __forceinline__ void multiply_keys(KeySums& sums, uint4 q, const KeyO
 #endif
 
 // The scale that all keys of a page share.
-__device__ __forceinline__ float key_page_scale(const char* stage, int page) {
+__device__ __forceinline__ float key_page_scale(const char* stage) {
 #if K_FORMAT == FP8
-    return __uint_as_float((u32) reinterpret_cast<const u16*>(stage + KEY_SCALES_AT)[page & 7] << 16);
+    return __uint_as_float((u32) reinterpret_cast<const u16*>(stage + KEY_SCALES_AT)[0] << 16);
 #else
     return 1.f;
 #endif
@@ -403,7 +403,7 @@ __device__ __forceinline__ float2 key_scores(const KeySums& sums, const char* st
 
 #if KEYS_AS_ROWS
 // Scale and zero of V of token 8 i + g, as bf16: of one byte, the scale in the low half.
-__device__ __forceinline__ u32 value_scale_of(const char* stage, int page, int group, int i) {
+__device__ __forceinline__ u32 value_scale_of(const char* stage, int group, int i) {
     const int token = 8 * i + (threadIdx.x >> 2 & 7);
     const char* scales = stage + VALUE_SCALES_AT;
 #if V_FORMAT == INT4
@@ -411,19 +411,19 @@ __device__ __forceinline__ u32 value_scale_of(const char* stage, int page, int g
 #elif V_FORMAT == INT8
     return reinterpret_cast<const u16*>(scales)[token];
 #elif V_FORMAT == FP8
-    return reinterpret_cast<const u16*>(scales)[page & 7];
+    return reinterpret_cast<const u16*>(scales)[0];
 #else
     return 0;
 #endif
 }
 
-__device__ __forceinline__ float largest_scale(const char* stage, int page) {
+__device__ __forceinline__ float largest_scale(const char* stage) {
     float largest = 0.f;
 #pragma unroll
     for (int group = 0; group < (V_FORMAT == INT4 ? GROUPS : 1); group++)
 #pragma unroll
         for (int i = 0; i < (V_FORMAT == FP8 ? 1 : 4); i++)
-            largest = fmaxf(largest, __uint_as_float(value_scale_of(stage, page, group, i) << 16));
+            largest = fmaxf(largest, __uint_as_float(value_scale_of(stage, group, i) << 16));
     return largest;
 }
 
@@ -435,8 +435,8 @@ __device__ __forceinline__ u32 transposed(u32 x) {
 
 // Makes the weights of tokens 8 i + g operands for one group of dims, scales of V included: of tokens 16 j + 0..7 in column 2
 // q, of tokens 16 j + 8..15 in column 2 q + 1. Adds what the zeros of V contribute.
-__device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&weight)[4], const char* stage, int page,
-                                            int group, float normal) {
+__device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&weight)[4], const char* stage, int group,
+                                            float normal) {
     const bool odd = threadIdx.x & 4;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
@@ -446,7 +446,7 @@ __device__ __forceinline__ void weigh_group(u32 (&p)[4], Sums& r, const float (&
         const float2 rounded = unpack16(both);
         r.l[0] += rounded.x + rounded.y;
 #else
-        const u32 of0 = value_scale_of(stage, page, group, 2 * j), of1 = value_scale_of(stage, page, group, 2 * j + 1);
+        const u32 of0 = value_scale_of(stage, group, 2 * j), of1 = value_scale_of(stage, group, 2 * j + 1);
         const u32 both = pack_half(w0 * (__uint_as_float(of0 << 16) * normal), w1 * (__uint_as_float(of1 << 16) * normal));
 #if V_FORMAT == INT4
         r.zero[0][group] += w0 * __uint_as_float(of0 & 0xffff0000u) + w1 * __uint_as_float(of1 & 0xffff0000u);
@@ -469,7 +469,7 @@ __device__ __forceinline__ uint2 value_scales(const char* stage, int group, int 
 #endif
 
 // The largest scale of V that this lane multiplies by.
-__device__ __forceinline__ float largest_scale(const char* stage, int page) {
+__device__ __forceinline__ float largest_scale(const char* stage) {
     float largest = 0.f;
 #if V_FORMAT == INT4
 #pragma unroll
@@ -486,14 +486,14 @@ __device__ __forceinline__ float largest_scale(const char* stage, int page) {
         largest = fmaxf(largest, fmaxf(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)));
     }
 #elif V_FORMAT == FP8
-    largest = __uint_as_float((u32) reinterpret_cast<const u16*>(stage + VALUE_SCALES_AT)[page & 7] << 16);
+    largest = __uint_as_float((u32) reinterpret_cast<const u16*>(stage + VALUE_SCALES_AT)[0] << 16);
 #endif
     return largest;
 }
 
 // Makes the tokens' weights operands for one group of dims, scales of V included, and adds what the zeros of V contribute.
 __device__ __forceinline__ void weigh_group(u32 (&p)[TILES][4], Sums& r, const float (&weight)[TILES][8], const char* stage,
-                                            int page, int group, float normal) {
+                                            int group, float normal) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
 #if V_FORMAT == INT4
@@ -504,7 +504,7 @@ __device__ __forceinline__ void weigh_group(u32 (&p)[TILES][4], Sums& r, const f
         const u32 pair = *reinterpret_cast<const u32*>(stage + VALUE_SCALES_AT + (8 * i + 2 * (threadIdx.x & 3)) * 2);
         const float s0 = __uint_as_float(pair << 16) * normal, s1 = __uint_as_float(pair & 0xffff0000u) * normal;
 #elif V_FORMAT == FP8
-        const float s0 = largest_scale(stage, page) * normal, s1 = s0;
+        const float s0 = largest_scale(stage) * normal, s1 = s0;
 #endif
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
@@ -606,9 +606,9 @@ struct ValueScales {
 // The token that a lane scores and weighs.
 __device__ __forceinline__ int my_token() { return 8 * (threadIdx.x & 3) + ((threadIdx.x & 31) >> 2); }
 
-__device__ __forceinline__ KeyScales key_scales(const char* scales, size_t page) {
+__device__ __forceinline__ KeyScales key_scales(const char* page) {
+    const char* scales = page + KEY_SCALES_AT;
     KeyScales s = {};
-    scales += page * KEY_SCALES;
 #if CHANNEL_LEVELS
 #pragma unroll
     for (int i = 0; i < KEY_ZEROS; i++) {
@@ -626,9 +626,9 @@ __device__ __forceinline__ KeyScales key_scales(const char* scales, size_t page)
     return s;
 }
 
-__device__ __forceinline__ ValueScales value_scales(const char* scales, size_t page) {
+__device__ __forceinline__ ValueScales value_scales(const char* page) {
+    const char* scales = page + VALUE_SCALES_AT;
     ValueScales s = {};
-    scales += page * VALUE_SCALES;
 #if V_FORMAT == INT4
 #pragma unroll
     for (int i = 0; i < GROUPS; i++) s.pair[i] = __ldg(reinterpret_cast<const u32*>(scales) + i * PAGE + my_token());

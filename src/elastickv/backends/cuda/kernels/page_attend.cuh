@@ -26,11 +26,11 @@ __device__ __forceinline__ float sum_of_tokens(float x) {
 }
 
 // Scores of a page's tokens 8 i + g with query t in score[0][i], in log2.
-__device__ __forceinline__ void score_page(float (&score)[1][4], const char* stage, const Shared& shared, int page) {
+__device__ __forceinline__ void score_page(float (&score)[1][4], const char* stage, const Shared& shared) {
     KeySums sums = {};
 #pragma unroll
     for (int k = 0; k < KEY_STEPS; k += 2) multiply_keys(sums, shared.page_query, stage, k);
-    const float step = shared.steps[threadIdx.x & 3] * key_page_scale(stage, page);
+    const float step = shared.steps[threadIdx.x & 3] * key_page_scale(stage);
 #pragma unroll
     for (int i = 0; i < 4; i++) score[0][i] = key_score(sums, stage, i, step);
 }
@@ -47,11 +47,11 @@ __device__ __forceinline__ void raise_maxima(Sums& r, const float (&score)[1][4]
     scale_sums(r, alpha);
 }
 
-__device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][4], const char* stage, int page) {
+__device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][4], const char* stage) {
     float weight[4];
     u32 p[4];
 #if VALUE_SCALES
-    float largest = largest_scale(stage, page);
+    float largest = largest_scale(stage);
     if (__any_sync(FULL, largest * r.normal > (float)(1 << V_SHIFT))) {
         largest = most_of_tokens(largest);
         const float exponent = fmaxf(r.exponent, (float)((int)(__float_as_uint(largest) >> 23) - 126));
@@ -70,7 +70,7 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[1][4], 
 #pragma unroll
     for (int m = 0; m < VALUE_TILES; m++) {
         const int group = m / GROUP_TILES;
-        if (m % GROUP_TILES == 0 && group < GROUPS) weigh_group(p, r, weight, stage, page, group, r.normal);
+        if (m % GROUP_TILES == 0 && group < GROUPS) weigh_group(p, r, weight, stage, group, r.normal);
         u32 a[2][4];
         value_operands(a, stage + VALUES_AT, m);
 #if ZEROS
@@ -132,7 +132,7 @@ __device__ __forceinline__ void scale_tile(Sums& r, int tile, float alpha) {
 }
 
 // Scores of a page's tokens 8 i + 2 t + b in score[tile][2 i + b], in log2.
-__device__ __forceinline__ void score_page(float (&score)[TILES][8], const char* stage, const Shared& shared, int page) {
+__device__ __forceinline__ void score_page(float (&score)[TILES][8], const char* stage, const Shared& shared) {
     const int lane = threadIdx.x & 31, g = lane >> 2;
     KeySums sums[TILES] = {};
 #pragma unroll
@@ -142,7 +142,7 @@ __device__ __forceinline__ void score_page(float (&score)[TILES][8], const char*
         for (int tile = 0; tile < TILES; tile++)
             multiply_keys(sums[tile], load_query(shared.page_query + (tile * KEY_STEPS + k) * 32 + lane), keys);
     }
-    const float scale = key_page_scale(stage, page);
+    const float scale = key_page_scale(stage);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
         const float step = shared.steps[tile * HEADS + g] * scale;
@@ -179,12 +179,12 @@ __device__ __forceinline__ void raise_maxima(Sums& r, const float (&score)[TILES
     }
 }
 
-__device__ __forceinline__ void add_values(Sums& r, const float (&score)[TILES][8], const char* stage, int page) {
+__device__ __forceinline__ void add_values(Sums& r, const float (&score)[TILES][8], const char* stage) {
     float weight[TILES][8];
     u32 p[TILES][4];
     float normal = 1.f;
 #if VALUE_SCALES
-    float largest = largest_scale(stage, page);
+    float largest = largest_scale(stage);
     if (__any_sync(FULL, largest > exp2_fast(r.exponent))) {
         largest = fmaxf(largest, __shfl_xor_sync(FULL, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(FULL, largest, 2));
@@ -205,7 +205,7 @@ __device__ __forceinline__ void add_values(Sums& r, const float (&score)[TILES][
 #pragma unroll
     for (int m = 0; m < VALUE_TILES; m++) {
         const int group = m / GROUP_TILES;
-        if (m % GROUP_TILES == 0 && group < GROUPS) weigh_group(p, r, weight, stage, page, group, normal);
+        if (m % GROUP_TILES == 0 && group < GROUPS) weigh_group(p, r, weight, stage, group, normal);
         u32 a[2][4];
         value_operands(a, stage + VALUES_AT, m);
 #pragma unroll
@@ -279,7 +279,8 @@ __device__ __forceinline__ void leave_exact(Running& r, float* sums, float2* sum
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     r.l += __shfl_xor_sync(FULL, r.l, 1);
     r.l += __shfl_xor_sync(FULL, r.l, 2);
-    if (t == 0) sums_ml[g] = make_float2(r.m, r.l);
+    if (t == 0 && g < RESULTS) sums_ml[g] = make_float2(r.m, r.l);
+    if (2 * t >= RESULTS) return;
 #pragma unroll
     for (int q = 0; q < 2; q++)
 #pragma unroll

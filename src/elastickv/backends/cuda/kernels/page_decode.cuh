@@ -1,7 +1,7 @@
 // Decode attention over pages on tensor cores (SM 8.0 and newer): any pair of formats, all pages or the listed ones.
 //
-// A warp owns a ring of stages in shared memory. One page with its scales is one stage; it loads while earlier ones are in use,
-// by four bulk copies that an elected lane starts (SM 9.0) or a group of cp.async, and no other warp waits for it. A stage
+// A warp owns a ring of stages in shared memory. One page is one stage; it loads while earlier ones are in use, by a bulk copy
+// that an elected lane starts (SM 9.0) or a group of cp.async, and no other warp waits for it. A stage
 // holds MMA operands without conversion (pages.cuh): a word of int4 codes becomes four operands by masks and one shift, because
 // a nibble is an fp16 number by itself (n 2^-24 or, four bits higher, n 2^-20). Scales of K are folded into the query, high and
 // low part; scales of V into the probabilities. Before a block merges its results of a KV head, it starts the loads of the
@@ -120,7 +120,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
             const int page = __shfl_sync(FULL, walk.numbers, i);
             if (walk.first + i * walk.step < end) {
                 if (i >= from + in_flight) wait_for_page(arrived + 8 * (before % STAGES), before / STAGES & 1);
-                start_page(stages + stage * STAGE, arrived + 8 * stage, a, page);
+                start_page(stages + stage * PAGE_STRIDE, arrived + 8 * stage, a, page);
                 issued = i + 1;
             }
             end_group();
@@ -285,16 +285,13 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
 #if KEYS_AS_ROWS
             r.normal = exp2_fast((float)V_SHIFT - r.exponent);
 #endif
-            int now = walk.numbers;  // numbers of the pages in use; `walk` is ahead of them
 #pragma unroll 1
             for (int i = 0; walk.first + i * walk.step < walk.end; i++) {
                 const u32 stage = used % STAGES;
                 wait_for_page(arrived + 8 * stage, used / STAGES & 1);
-                const char* at = memory + (warp * STAGES + stage) * STAGE;
-                // A slab has scales of its own; those of planes can share 16 bytes with other pages.
-                const int page = BLOCK_TABLES ? 0 : __shfl_sync(FULL, now, i & 31);
+                const char* at = memory + (warp * STAGES + stage) * PAGE_STRIDE;
                 float score[TILES][PAGE_SCORES];
-                score_page(score, at, shared, page);
+                score_page(score, at, shared);
 #if BLOCK_TABLES
                 int unit = walk.first + i * walk.step;
 #if SELECT
@@ -303,14 +300,13 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
                 if ((unit + 1) * PAGE > saved.s.cold) hide_tokens(score, saved.s.cold - unit * PAGE);
 #endif
                 raise_maxima(r, score);
-                add_values(r, score, at, page);
+                add_values(r, score, at);
                 __syncwarp();
-                if ((i & 31) == 31) now = walk.numbers;
                 const int upcoming = i + STAGES;
                 if ((upcoming & 31) == 0) load_page_numbers(walk, a, saved.s, saved.p.head, upcoming);
                 const int next = __shfl_sync(FULL, walk.numbers, upcoming & 31);
                 if (walk.first + upcoming * walk.step < walk.end)
-                    start_page(stages + stage * STAGE, arrived + 8 * stage, a, next);
+                    start_page(stages + stage * PAGE_STRIDE, arrived + 8 * stage, a, next);
                 end_group();
                 used++;
                 issued--;

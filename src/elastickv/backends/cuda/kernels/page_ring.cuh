@@ -2,27 +2,6 @@
 #pragma once
 #include "page_shared.cuh"
 
-// Start of the scales of a page; if they are less than the 16 bytes that a copy must move at least, of the pages that share 16.
-__device__ __forceinline__ const char* scales_of(const void* plane, int page, int bytes) {
-    return static_cast<const char*>(plane) + (bytes && bytes < 16 ? (size_t)(page * bytes & ~15) : (size_t)page * bytes);
-}
-
-template <int BYTES>
-__device__ __forceinline__ void copy_part(u32 to, const char* from, u32 arrived) {
-    if (!BYTES) return;
-#if BULK
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "r"(BYTES), "r"(arrived)
-                 : "memory");
-#else
-#pragma unroll
-    for (int i = 0; i < BYTES; i += 512) {
-        const int at = i + (threadIdx.x & 31) * 16;
-        if (at < BYTES) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(from + at) : "memory");
-    }
-#endif
-}
-
 #if BULK
 // True in one lane of a converged warp. With `threadIdx.x % 32 == 0` the compiler does not know that it is one lane: every bulk
 // copy, whose operands are the same in all lanes, becomes a loop over those that may be left.
@@ -33,22 +12,31 @@ __device__ __forceinline__ bool elected() {
 }
 #endif
 
+__device__ __forceinline__ const char* address_of(const Args& a, int page) {
+#if BLOCK_TABLES
+    return a.cold_pages + (size_t)(page / a.kv_heads) * a.blocks.page_stride +
+           (size_t)(page % a.kv_heads) * a.blocks.slab_bytes;
+#else
+    return a.cold_pages + (size_t)page * PAGE_STRIDE;
+#endif
+}
+
 // Starts the load of a page into a stage, for all lanes of a warp.
 __device__ __forceinline__ void start_page(u32 stage, u32 arrived, const Args& a, int page) {
 #if BULK
     if (!elected()) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(STAGE_BYTES) : "memory");
-#endif
-#if BLOCK_TABLES
-    copy_part<STAGE_BYTES>(stage,
-                           a.cold_k + (size_t)(page / a.kv_heads) * a.blocks.page_stride +
-                               (size_t)(page % a.kv_heads) * a.blocks.slab_bytes,
-                           arrived);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived), "r"(PAGE_BYTES) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(stage),
+                 "l"(address_of(a, page)), "r"(PAGE_BYTES), "r"(arrived)
+                 : "memory");
 #else
-    copy_part<KEY_PAGE>(stage, a.cold_k + (size_t)page * KEY_PAGE, arrived);
-    copy_part<VALUES_AT - KEY_SCALES_AT>(stage + KEY_SCALES_AT, scales_of(a.k_scale, page, KEY_SCALES), arrived);
-    copy_part<VALUE_PAGE>(stage + VALUES_AT, a.cold_v + (size_t)page * VALUE_PAGE, arrived);
-    copy_part<STAGE_BYTES - VALUE_SCALES_AT>(stage + VALUE_SCALES_AT, scales_of(a.v_scale, page, VALUE_SCALES), arrived);
+    const char* from = address_of(a, page);
+#pragma unroll
+    for (int i = 0; i < PAGE_BYTES; i += 512) {
+        const int at = i + (threadIdx.x & 31) * 16;
+        if (at < PAGE_BYTES)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(stage + at), "l"(from + at) : "memory");
+    }
 #endif
 }
 

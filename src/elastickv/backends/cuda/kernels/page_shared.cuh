@@ -4,15 +4,15 @@
 
 #define BULK (__CUDA_ARCH__ >= 900)
 
-#define STAGE ((STAGE_BYTES + 127) / 128 * 128)
-#define PAIR (2 * D + 8)  // floats of two queries, apart so that lanes meet different banks
+#define RESULTS (KEYS_AS_ROWS ? 4 : QUERIES)  // queries of which a warp leaves results
+#define PAIR (2 * D + 8)                      // floats of two queries, apart so that lanes meet different banks
 
 #define EARLY (WARPS >= 8 && D <= 128)  // otherwise there are no registers for queries and exact rows in flight
 
 struct Shared {
-    char stages[WARPS][STAGES][STAGE];
-    float sums[WARPS][QUERIES / 2 * PAIR];
-    float2 sums_ml[WARPS][QUERIES];
+    char stages[WARPS][STAGES][PAGE_STRIDE];
+    float sums[WARPS][RESULTS / 2 * PAIR];
+    float2 sums_ml[WARPS][RESULTS];
     uint4 exact_query[TILES * K16 * 2 * 32], page_query[TILES * QUERY_VECTORS * 32];
     float steps[QUERIES];
     u64 arrived[WARPS][STAGES];

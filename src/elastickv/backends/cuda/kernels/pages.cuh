@@ -1,8 +1,9 @@
 // Memory layout of a cold page (32 tokens of one KV head).
 //
-// Planes, each contiguous per (sequence, KV head): codes of K, scales of K, codes of V, scales of V. Inside a page codes are in
-// MMA fragment order: rows of 32 vectors of 16 bytes, one per lane of a warp, that are operands without conversion. With
-// g = lane / 4 and t = lane % 4, the elements of a vector are
+// Codes of K, scales of K, codes of V, scales of V, each padded to 16 bytes, so that one bulk copy loads a page. The pages of a
+// (sequence, KV head) follow each other, PAGE_STRIDE bytes apart; a serving engine has blocks of them (blocks.cuh). Codes are
+// in MMA fragment order: rows of 32 vectors of 16 bytes, one per lane of a warp, that are operands without conversion. With g =
+// lane / 4 and t = lane % 4, the elements of a vector are
 //   K, tile kt of 16 channels: channels 16 kt + 4 t + 0..3 of tokens 8 i + g, i = 0..3;
 //   V, tile m of 16 positions: positions 16 m + g + 8 d, d = 0..1, of tokens 8 i + 2 t + 0..1;
 // in the order that `key_element` and `value_element` give. int4, and scales of channels, are padded to a multiple of 32
@@ -25,11 +26,11 @@
 #define KEY_PAGE (KEY_TILES * 16 * PAGE * K_BITS / 8)
 #define VALUE_PAGE (VALUE_TILES * 16 * PAGE * V_BITS / 8)
 
-// A page in a stage of page_decode.cuh: copies move 16 bytes at least.
 #define KEY_SCALES_AT KEY_PAGE
 #define VALUES_AT (KEY_SCALES_AT + (KEY_SCALES + 15) / 16 * 16)
 #define VALUE_SCALES_AT (VALUES_AT + VALUE_PAGE)
-#define STAGE_BYTES (VALUE_SCALES_AT + (VALUE_SCALES + 15) / 16 * 16)
+#define PAGE_BYTES (VALUE_SCALES_AT + (VALUE_SCALES + 15) / 16 * 16)
+#define PAGE_STRIDE ((PAGE_BYTES + 127) / 128 * 128)  // whole lines of the cache
 
 struct Element {
     int token, dim;  // dim D or more: padding

@@ -10,21 +10,21 @@
 //
 // Between anchors nothing happens. At anchors listed_pages[head * page_capacity ...] receives the page numbers, ascending, and
 // listed[head] their count and the number of pages; (0, 0) if all pages are read, without scoring.
-//   query: (heads, group, head_dim); k_scale: [head][page_capacity][scale, zero][padded channel], fp16
+//   query: (heads, group, head_dim); cold_pages: `page_stride` bytes apart; only the scales of keys are read
 //   counts[kv_head * counts_stride + pages]: how many of `pages` pages to list
 //   scores: heads * (page_capacity rounded up to 32) floats; counters: one per head, zero before and after
 #include "best_pages.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    select(const float* query, const u16* k_scale, const int2* state, const int* counts, int counts_stride, float* scores,
-           u32* counters, int* listed_pages, int2* listed, int kv_heads, int group, int sinks, int window, int anchor_every,
-           int anchor_offset, int page_capacity, int after_append) {
+    select(const float* query, const char* cold_pages, int page_stride, const int2* state, const int* counts, int counts_stride,
+           float* scores, u32* counters, int* listed_pages, int2* listed, int kv_heads, int group, int sinks, int window,
+           int anchor_every, int anchor_offset, int page_capacity, int after_append) {
     __shared__ Shared sh;
     const size_t head = blockIdx.y;
     const int lane = threadIdx.x & 31, first = (threadIdx.x >> 5) * STEP;
-    const char* plane = reinterpret_cast<const char*>(k_scale) + head * page_capacity * PAGE_BYTES;
+    const char* scales = cold_pages + head * page_capacity * page_stride + KEY_SCALES_AT;
     const auto load_pages = [&](uint4(&to)[ROWS][LOADS], int first, int end) {
-        load_pieces(to, [&](int i) { return plane + (size_t)min(first + (lane >> 3) * ROWS + i, end - 1) * PAGE_BYTES; });
+        load_pieces(to, [&](int i) { return scales + (size_t)min(first + (lane >> 3) * ROWS + i, end - 1) * page_stride; });
     };
     const auto share_of = [&](int pages) { return Share(pages, blockIdx.x, gridDim.x); };
     auto pages_of = [&](int length) { return max(length - sinks - window, 0) / PAGE; };

@@ -8,6 +8,7 @@
 struct Store {
     char *exact_k, *exact_v, *cold_k, *cold_v;
     u16 *k_scale, *v_scale;
+    char* cold_pages;
     u32* bad;  // per (sequence, KV head): the least position of a value that is not finite, or TOO_LARGE | position of one too
                // large to store
     int sinks, window, ring, stride, exact_rows, cold_rows;
@@ -156,25 +157,33 @@ __device__ __forceinline__ void quantize_values(PageTile& tile, u32* codes, u16*
     }
 }
 
+__device__ __forceinline__ void quantize_to(PageTile& tile, bool value, char* page) {
+    if (value)
+        quantize_values(tile, reinterpret_cast<u32*>(page + VALUES_AT), reinterpret_cast<u16*>(page + VALUE_SCALES_AT));
+    else
+        quantize_keys(tile, reinterpret_cast<u32*>(page), reinterpret_cast<u16*>(page + KEY_SCALES_AT));
+}
+
+__device__ __forceinline__ char* page_of(const Store& s, size_t head, int page) {
+    return s.cold_pages + (head * (s.cold_rows / PAGE) + page) * PAGE_STRIDE;
+}
+
 // One block quantizes the page in the tile and stores it.
 __device__ __forceinline__ void store_page(const Store& s, PageTile& tile, bool value, size_t head, int page) {
-    const size_t at = head * (s.cold_rows / PAGE) + page;
     __syncthreads();
-    if (value)
-        quantize_values(tile, reinterpret_cast<u32*>(s.cold_v + at * VALUE_PAGE),
-                        reinterpret_cast<u16*>(reinterpret_cast<char*>(s.v_scale) + at * VALUE_SCALES));
-    else
-        quantize_keys(tile, reinterpret_cast<u32*>(s.cold_k + at * KEY_PAGE),
-                      reinterpret_cast<u16*>(reinterpret_cast<char*>(s.k_scale) + at * KEY_SCALES));
+    quantize_to(tile, value, page_of(s, head, page));
     __syncthreads();
 }
 #endif
 
 #define STORE_SIGNATURE                                                                                                        \
-    char *exact_k, char *exact_v, char *cold_k, char *cold_v, u16 *k_scale, u16 *v_scale, u32 *bad, int sinks, int window,     \
-        int ring, int stride, int exact_rows, int cold_rows
+    char *exact_k, char *exact_v, char *cold_k, char *cold_v, u16 *k_scale, u16 *v_scale, char *cold_pages, u32 *bad,          \
+        int sinks, int window, int ring, int stride, int exact_rows, int cold_rows
 #define STORE_VALUE                                                                                                            \
-    Store { exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, bad, sinks, window, ring, stride, exact_rows, cold_rows }
+    Store {                                                                                                                    \
+        exact_k, exact_v, cold_k, cold_v, k_scale, v_scale, cold_pages, bad, sinks, window, ring, stride, exact_rows,          \
+            cold_rows                                                                                                          \
+    }
 
 // Keys and values by address and strides, (sequence, KV head, token) each, of one of three types. The first `dim` channels are
 // present, the rest are zeros.

@@ -133,11 +133,7 @@ extern "C" __global__ void __launch_bounds__(STORE_THREADS, D > 128 ? 3 : 5)
         }
         if (!complete) continue;
         __syncthreads();
-        char* slab = slab_at(b, request, page, head);
-        if (value)
-            quantize_values(tile, reinterpret_cast<u32*>(slab + VALUES_AT), reinterpret_cast<u16*>(slab + VALUE_SCALES_AT));
-        else
-            quantize_keys(tile, reinterpret_cast<u32*>(slab), reinterpret_cast<u16*>(slab + KEY_SCALES_AT));
+        quantize_to(tile, value, slab_at(b, request, page, head));
         __syncthreads();
     }
 }

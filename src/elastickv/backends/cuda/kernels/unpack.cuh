@@ -4,7 +4,9 @@
 
 #if COLD_TYPE == COLD_PAGES
 // One block writes the numbers of a page's codes of K or V to the tile.
-__device__ __forceinline__ void unpack_codes(PageTile& tile, bool value, const u32* codes, const u16* scales) {
+__device__ __forceinline__ void unpack_codes(PageTile& tile, bool value, const char* page) {
+    const u32* codes = reinterpret_cast<const u32*>(page + (value ? VALUES_AT : 0));
+    const u16* scales = reinterpret_cast<const u16*>(page + (value ? VALUE_SCALES_AT : KEY_SCALES_AT));
     const int words = (value ? VALUE_PAGE : KEY_PAGE) / 4;
     for (int i = threadIdx.x; i < words; i += STORE_THREADS) {
         const u32 word = codes[i];
@@ -28,11 +30,8 @@ __device__ __forceinline__ void unpack_codes(PageTile& tile, bool value, const u
 
 // One block writes the numbers of a page to the tile.
 __device__ __forceinline__ void unpack_page(const Store& s, PageTile& tile, bool value, size_t head, int page) {
-    const size_t at = head * (s.cold_rows / PAGE) + page;
-    const char* plane = reinterpret_cast<const char*>(value ? s.v_scale : s.k_scale);
     __syncthreads();
-    unpack_codes(tile, value, reinterpret_cast<const u32*>(value ? s.cold_v + at * VALUE_PAGE : s.cold_k + at * KEY_PAGE),
-                 reinterpret_cast<const u16*>(plane + at * (value ? VALUE_SCALES : KEY_SCALES)));
+    unpack_codes(tile, value, page_of(s, head, page));
     __syncthreads();
 }
 #endif
