@@ -182,13 +182,13 @@ def serve(case: Case) -> None:
     from elastickv.backends.cuda.device import CudaDevice
 
     recipe, (batch, query_heads, kv_heads, dim), rng = Recipe.parse(case.recipe), case.shape, np.random.default_rng(0)
-    device, held, columns = CudaDevice(None), [], -(-max(case.lengths) // PAGE_TOKENS)
+    device, allocations, columns = CudaDevice(None), [], -(-max(case.lengths) // PAGE_TOKENS)
     kernels = BlockKernels(device, AttentionShape(*case.shape), case.dtype, recipe, SERVED_WINDOW, columns)
 
     def sent(array):
-        held.append(device.allocate(array.nbytes))
-        device.upload(held[-1], array)
-        return held[-1]
+        allocations.append(device.allocate(array.nbytes))
+        device.upload(allocations[-1], array)
+        return allocations[-1]
 
     def rows(array):
         bits = to_bf16_bits(array) if case.dtype == "bf16" else array.astype(np.float16)

@@ -124,7 +124,15 @@ def headline() -> list[str]:
     ]
 
 
+def h200() -> list[str]:
+    return _of_gpu("h200")
+
+
 def h100() -> list[str]:
+    return _of_gpu("h100")
+
+
+def _of_gpu(folder: str) -> list[str]:
     presets = [
         ("short", "short"),
         ("long", "long"),
@@ -133,10 +141,10 @@ def h100() -> list[str]:
         ("131072", "131072 tokens"),
         ("131072-original-schedule", "131072, the original program's schedule"),
     ]
-    lines = [source(bench_result("h100/long.json")), ""]
-    lines += table(PRESET_HEADERS, [preset_row(f"h100/{name}.json", label) for name, label in presets])
+    lines = [source(bench_result(f"{folder}/long.json")), ""]
+    lines += table(PRESET_HEADERS, [preset_row(f"{folder}/{name}.json", label) for name, label in presets])
     rows = []
-    for path in sorted((RESULTS / "h100" / "kernels").glob("*--int8.json")):
+    for path in sorted((RESULTS / folder / "kernels").glob("*--int8.json")):
         result = bench_result(path)
         times = times_us(result)
         peers = {t.name: times[t.name] for t in result.contenders if t.kind == "peer" and t.dtype == "bf16"}
@@ -166,13 +174,13 @@ def h100() -> list[str]:
         "`int8`, us",
         "`int8` vs. fastest dense",
     ]
-    return [*lines, "", ERROR_NOTE, "", *table(headers, rows), "", *narrow()]
+    return [*lines, "", ERROR_NOTE, "", *table(headers, rows), "", *narrow(folder)]
 
 
-def narrow() -> list[str]:
+def narrow(folder: str) -> list[str]:
     """Return the rows of the paged formats and selections, with the peers of the same run."""
     rows = []
-    for path in sorted((RESULTS / "h100" / "kernels").glob("*--*.json")):
+    for path in sorted((RESULTS / folder / "kernels").glob("*--*.json")):
         result = bench_result(path)
         recipe, times, sample = result.recipe, times_us(result), result.fidelity.sample
         if recipe.text in ("dense", "int8"):
