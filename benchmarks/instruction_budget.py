@@ -211,7 +211,7 @@ def main() -> None:
         "version": VERSION,
         "elastickv": elastickv.__version__,
         "nvrtc": ".".join(map(str, nvrtc_version())),
-        "given": {name: getattr(arguments, name) for name in names},
+        "assumed": {name: getattr(arguments, name) for name in names},
         "cycles_of_an_instruction": CYCLES,
         "rows": rows,
     }
