@@ -1,6 +1,7 @@
 """Recipes of a whole model: the budget goes to the layers and heads that lose most without it."""
 
 import json
+import random
 from dataclasses import replace
 from itertools import product
 
@@ -159,6 +160,24 @@ def test_a_layer_that_loses_most_by_four_bits_stores_more_where_the_others_store
     assert together.recipes[0].value_format == "int8" and together.recipes[1].value_format == "int4"
     assert {recipe.value_format for recipe in alike.recipes} == {"int4"}
     assert together.error < alike.error / 2
+
+
+@pytest.mark.parametrize("ratio", [2, 3, 4, 8])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_limit_of_all_layers_together_never_errs_more_than_one_of_each_layer(seed, ratio):
+    draw = random.Random(seed)
+    formats = {"int8": 1e-4, "int4": 1e-2, "int3": 1e-1, "int2": 1.0}
+    calibration = replace(
+        CALIBRATION,
+        pages={n: {f: table(lambda *_, f=f: (1 / f - 1) * 10 ** draw.uniform(-3, 0)) for f in FRACTIONS} for n in (1, 4)},
+        keys={name: table(lambda *_, e=e: e * 10 ** draw.uniform(-2, 2)) for name, e in formats.items()},
+        values={f"{n}/64": table(lambda *_, e=e: e * 10 ** draw.uniform(-2, 2)) for n, e in formats.items() if n != "int8"}
+        | {"int8": table(lambda *_: 1e-4)},
+    )
+    together, alike = (
+        for_ratio_by_layer(calibration, ratio, 16384, device="cpu", stored_by_layer=each) for each in (False, True)
+    )
+    assert together.error <= alike.error * (1 + 1e-9)
 
 
 def test_recipes_have_the_group_that_was_calibrated_and_the_sinks_and_window_that_are_asked_for():

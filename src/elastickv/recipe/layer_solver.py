@@ -107,15 +107,29 @@ def for_ratio_by_layer(
     stored_ratios = {option.stored_ratio for option in options}
     if max(stored_ratios) < least:
         raise UsageError(f"no calibrated format stores cold tokens in 1/{least:g} of the dense bytes: ask for less")
-    # The loosest limit to each layer with which all of them together store few enough bytes.
+    # The loosest limit to each layer with which all of them together store few enough bytes, and `least` itself: a looser one
+    # does not always leave smaller errors.
     looser = () if stored_by_layer else sorted(each for each in stored_ratios if each < least)
+    plans: list[LayerPlan] = []
     for limit in (*looser, least):
+        if plans and limit < least:
+            continue
         allowed = [option for option in options if option.stored_ratio >= limit]
         choices = _within_budget(allowed, layers, budget)
         if total_bytes(choices) > budget:
+            if plans:
+                break
             raise UsageError(unmet(ratio, context, head, dtype, [_reading_least(allowed)], remedy))
-        if stored_ratio_of(choices) >= least:
-            break
+        if limit == least or stored_ratio_of(choices) >= least:
+            plans.append(_with_pages(choices, dense, ratio, context, head, dtype))
+    return min(plans, key=lambda plan: plan.error)
+
+
+def _with_pages(
+    choices: list[LayerChoice], dense: float, ratio: float, context: int, head: AttentionShape, dtype: str
+) -> LayerPlan:
+    """Return the plan that spends what `choices` leave of `dense` / `ratio` bytes on more pages."""
+    budget = dense / ratio
     choices, step = with_more_pages(choices, budget)
     recipes, error, used = [choice.recipe for choice in choices], sum(choice.error for choice in choices), total_bytes(choices)
     if step is not None:
