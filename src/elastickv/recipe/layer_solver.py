@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import product
+from itertools import islice, product
 from numbers import Real
 from typing import Any
 
@@ -107,21 +107,18 @@ def for_ratio_by_layer(
     stored_ratios = {option.stored_ratio for option in options}
     if max(stored_ratios) < least:
         raise UsageError(f"no calibrated format stores cold tokens in 1/{least:g} of the dense bytes: ask for less")
+
+    def chosen(limit: float) -> list[LayerChoice]:
+        return _within_budget([option for option in options if option.stored_ratio >= limit], layers, budget)
+
     # The loosest limit to each layer with which all of them together store few enough bytes, and `least` itself: a looser one
     # does not always leave smaller errors.
     looser = () if stored_by_layer else sorted(each for each in stored_ratios if each < least)
-    plans: list[LayerPlan] = []
-    for limit in (*looser, least):
-        if plans and limit < least:
-            continue
-        allowed = [option for option in options if option.stored_ratio >= limit]
-        choices = _within_budget(allowed, layers, budget)
-        if total_bytes(choices) > budget:
-            if plans:
-                break
-            raise UsageError(unmet(ratio, context, head, dtype, [_reading_least(allowed)], remedy))
-        if limit == least or stored_ratio_of(choices) >= least:
-            plans.append(_with_pages(choices, dense, ratio, context, head, dtype))
+    together = (choices for choices in map(chosen, looser) if stored_ratio_of(choices) >= least)
+    solved = [choices for choices in (*islice(together, 1), chosen(least)) if total_bytes(choices) <= budget]
+    if not solved:
+        raise UsageError(unmet(ratio, context, head, dtype, [_reading_least(options)], remedy))
+    plans = [_with_pages(choices, dense, ratio, context, head, dtype) for choices in solved]
     return min(plans, key=lambda plan: plan.error)
 
 
