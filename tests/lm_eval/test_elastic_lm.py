@@ -56,7 +56,7 @@ def test_it_is_registered_under_its_name(adapter):
 
 
 def test_the_harness_finds_it_as_an_entry_point_of_the_package(adapter):
-    """Releases after 0.4.13 look for models of other packages in this group."""
+    """The harness after 0.4.13 looks for models of other packages in this group."""
     (entry,) = entry_points(group="lm_eval.models", name="elastickv")
     assert entry.load() is adapter.ElasticLM
 
