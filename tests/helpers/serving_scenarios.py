@@ -6,8 +6,9 @@ from tests.helpers.read_rule import disagreement, follows
 
 RECIPE, WINDOW = "int4", 64
 LENGTHS = (100, 37, 211, 64, 5)
-# Share of a GPU's memory for an engine: those that a process has closed may keep theirs, and a file starts a dozen.
-GPU_MEMORY = 0.07
+# Memory of an engine on a GPU. Those that a process has closed may keep theirs, and a file starts a dozen. The cache's size is
+# given, because vLLM would count what other processes allocate while an engine starts.
+GPU_MEMORY = {"gpu_memory_utilization": 0.07, "kv_cache_memory_bytes": 2 << 30}
 NEW_TOKENS = 104
 # Less than the requests need together: some are preempted.
 SMALL_POOL = {"num_gpu_blocks_override": 100, "max_model_len": 512}

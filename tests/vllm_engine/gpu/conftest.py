@@ -39,7 +39,7 @@ def bf16_settings(device):
     def settings(fmt):
         options = {"dtype": "bfloat16", "enforce_eager": device == "cpu", "async_scheduling": None}
         if device == "cuda":
-            options |= {"attention_backend": "ELASTICKV", "gpu_memory_utilization": GPU_MEMORY}
+            options |= {"attention_backend": "ELASTICKV"} | GPU_MEMORY
             if minor_version(installed_version().version).named_cache_dtypes:
                 options["kv_cache_dtype"] = f"elastickv_{fmt}"
         return options

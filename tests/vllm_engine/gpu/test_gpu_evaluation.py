@@ -21,7 +21,7 @@ ROUNDING = 0.15
 
 def test_losses_are_those_of_transformers_up_to_rounding(weights, device, tmp_path):
     folder, texts = write_model(tmp_path / "llama", weights, tokenizer=True), random_texts()
-    arguments = {} if device == "cpu" else {"gpu_memory_utilization": GPU_MEMORY}
+    arguments = {} if device == "cpu" else GPU_MEMORY
     served = ServedCheckpoint(str(folder), "bf16", device, EngineOptions(arguments, {"window": WINDOW}), None)
     result = evaluate_served(served, texts, OPTIONS, None, SILENT)
     rows = {row["cache"]: row for row in result["rows"]}

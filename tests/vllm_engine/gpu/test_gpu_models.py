@@ -26,7 +26,7 @@ SHARED = {"enable_prefix_caching": True, "max_num_batched_tokens": 256}
 def start(serve, device):
     if device == "cpu":
         pytest.skip("on CPUs one backend serves all layers")
-    settings = {"dtype": "bfloat16", "enforce_eager": False, "async_scheduling": None, "gpu_memory_utilization": GPU_MEMORY}
+    settings = {"dtype": "bfloat16", "enforce_eager": False, "async_scheduling": None} | GPU_MEMORY
     return lambda *plug_in, **options: serve(*plug_in, **(settings | {"block_size": None} | SHARED | options))
 
 
