@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipes", default=";".join(RECIPES), help="separated by semicolons")
     parser.add_argument(
-        "--macros", type=_macros, default={}, help="beside those of the planned build: PAGES_EARLY=1,IN_FLIGHT_EARLY=2"
+        "--macros", type=_macros, default={}, help="beside those of the planned build: PAGES_EARLY=2,STAGES=2"
     )
     parser.add_argument("--arch", default="90")
     parser.add_argument("--head-dim", type=int, default=128)

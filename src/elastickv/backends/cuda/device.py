@@ -1,6 +1,7 @@
 """One CUDA device: its properties, stream, memory and loaded kernels."""
 
 import ctypes
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -59,13 +60,9 @@ def driver_api() -> Any:
 
 class _DriverMemory:
     def __init__(self, driver: Any, n_bytes: int) -> None:
-        self._driver, self.n_bytes = driver, n_bytes
+        self.n_bytes = n_bytes
         self.pointer = int(check(driver.cuMemAlloc(n_bytes)))
-
-    def __del__(self) -> None:
-        pointer = getattr(self, "pointer", 0)
-        if pointer:
-            self._driver.cuMemFree(pointer)
+        weakref.finalize(self, driver.cuMemFree, self.pointer)  # also at exit, while the driver's functions are still there
 
 
 class DriverAllocator:

@@ -211,16 +211,33 @@ __device__ __forceinline__ Span span_of(const Args& a, int2 state) {
     return s;
 }
 
+// Leaves of the pages only those of a list, and those from number `fresh` on.
+__device__ __forceinline__ void restrict_pages(Span& s, int listed, int fresh) {
+    s.listed = listed;
+    s.fresh = fresh;
+    s.cold_units += listed - fresh;
+    s.units += listed - fresh;
+}
+
+// What device memory holds of one (sequence, KV head): length and step; how many pages are listed, and the first that is read
+// in addition.
+struct HeadState {
+    int2 state, listed;
+};
+
+__device__ __forceinline__ HeadState head_state(const Args& a, const int2* states, size_t head) {
+    HeadState s = {__ldcg(states + head), {0, 0}};
+#if SELECT && !BLOCK_TABLES
+    s.listed = __ldcg(a.listed + head);
+#endif
+    return s;
+}
+
 // The span of one (sequence, KV head), with its list of pages.
-__device__ __forceinline__ Span span_with(const Args& a, size_t head, int2 state) {
-    Span s = span_of(a, state);
+__device__ __forceinline__ Span span_with(const Args& a, const HeadState& head) {
+    Span s = span_of(a, head.state);
 #if SELECT
-    const int2 listed = __ldcg(a.listed + head);
-    s.listed = listed.x;
-    s.fresh = listed.y;
-    s.units -= s.cold_units;
-    s.cold_units += s.listed - s.fresh;
-    s.units += s.cold_units;
+    restrict_pages(s, head.listed.x, head.listed.y);
 #endif
     return s;
 }
@@ -272,14 +289,6 @@ __device__ __forceinline__ Span whole_span(const Args& a, size_t head) {
     return s;
 }
 
-// Leaves of the pages only those of a list, and those from number `fresh` on.
-__device__ __forceinline__ void restrict_pages(Span& s, int listed, int fresh) {
-    s.listed = listed;
-    s.fresh = fresh;
-    s.cold_units += listed - fresh;
-    s.units += listed - fresh;
-}
-
 __device__ __forceinline__ Span span_at(const Args& a, size_t head) {
     Span s = whole_span(a, head);
 #if SELECT
@@ -290,7 +299,7 @@ __device__ __forceinline__ Span span_at(const Args& a, size_t head) {
     return s;
 }
 #else
-__device__ __forceinline__ Span span_at(const Args& a, size_t head) { return span_with(a, head, a.state[head]); }
+__device__ __forceinline__ Span span_at(const Args& a, size_t head) { return span_with(a, head_state(a, a.state, head)); }
 #endif
 
 // Number of the `unit`th page to read.

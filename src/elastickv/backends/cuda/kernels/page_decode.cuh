@@ -18,12 +18,9 @@
 #include "page_attend.cuh"
 #include "page_ring.cuh"
 
-// Pages that a warp starts to load while previous kernels run: few at a time, because those kernels' loads queue behind them.
+// Pages that a warp starts to load while previous kernels run: few, because those kernels' loads queue behind them.
 #ifndef PAGES_EARLY
-#define PAGES_EARLY 2
-#endif
-#ifndef IN_FLIGHT_EARLY
-#define IN_FLIGHT_EARLY 1
+#define PAGES_EARLY 1
 #endif
 
 // A part of a problem that one block attends to. Each block has the same share of the exact units as of the pages: exact loads
@@ -112,14 +109,13 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
     Unit16 exact;
     Words words;
     Task task = {};
-    // Starts pages from number `from` on, up to `most` of the ring's stages, at most `in_flight` at a time.
-    auto start = [&](int from, int end, int most = STAGES, int in_flight = STAGES) {
+    // Starts pages from number `from` on, up to `most` of the ring's stages.
+    auto start = [&](int from, int end, int most = STAGES) {
 #pragma unroll 1
         for (int i = from; i < most; i++) {
-            const u32 stage = (used + i) % STAGES, before = used + i - in_flight;
+            const u32 stage = (used + i) % STAGES;
             const int page = __shfl_sync(FULL, walk.numbers, i);
             if (walk.first + i * walk.step < end) {
-                if (i >= from + in_flight) wait_for_page(arrived + 8 * (before % STAGES), before / STAGES & 1);
                 start_page(stages + stage * PAGE_STRIDE, arrived + 8 * stage, a, page);
                 issued = i + 1;
             }
@@ -155,29 +151,33 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
     const bool has_first = EARLY && first_exact(task) < task.exact_end;
 #if BULK  // older devices have waited
 #if SELECT
-    const bool again =
-        steps_since_refresh(__ldcg(a.state + 2 * a.batch * a.kv_heads + head).y, a.anchor_every, a.anchor_offset);
+    __shared__ HeadState expected;
+    if (threadIdx.x == 0) expected = head_state(a, a.state + 2 * a.batch * a.kv_heads, head);
+    __syncthreads();
+    const bool again = steps_since_refresh(expected.state.y, a.anchor_every, a.anchor_offset);
     if (again) {
-        const int2 listed = __ldcg(a.listed + head);
-        task.s.listed = listed.x;
-        task.s.fresh = listed.y;
+        restrict_pages(task.s, expected.listed.x, expected.listed.y);
         load_page_numbers(walk, a, task.s, head, 0);
-        start(0, listed.x, PAGES_EARLY, IN_FLIGHT_EARLY);
+        start(0, expected.listed.x, PAGES_EARLY);
     }
 #else
     load_page_numbers(walk, a, task.s, head, 0);
-    start(0, a.page_capacity, PAGES_EARLY, IN_FLIGHT_EARLY);
+    start(0, a.page_capacity, PAGES_EARLY);
 #endif
     if (has_first) load_exact();
 #endif
     wait_for_previous();
-    const int2 now = __ldcg(a.state + head);
+    // One thread reads for its block: where every warp asks for the same line, requests queue.
+    __shared__ HeadState current;
+    if (threadIdx.x == 0) current = head_state(a, a.state, head);
     if (EARLY) load_queries(words, a, task.p);
+    __syncthreads();
+    const int2 now = current.state;
 #if SELECT
     if (threadIdx.x == 0 && split == 0 && task.p.first_query == 0) publish_next_state(a, head, now);
 #endif
     let_next_start();
-    task.s = span_with(a, head, now);
+    task.s = span_with(a, current);
     walk.end = task.cold_end = task.s.cold_units;
 #if BULK
     if (has_first && first_exact(task) == exact_row(a, task.s, task.s.exact - 1) / EXACT_UNIT) load_exact();
@@ -193,7 +193,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
 #else
     const int newest = walk.end - 1 - walk.first;
     if (cold_tokens(a, now.x) > cold_tokens(a, now.x - 1) && newest >= 0 && newest % walk.step == 0 &&
-        newest / walk.step < STAGES) {
+        newest / walk.step < PAGES_EARLY) {
         // This warp may have loaded the newest page as it was before append: load it again.
         drain();
         __syncwarp();
@@ -233,7 +233,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
     begin();
 #endif
     while (true) {
-        __syncthreads();
+        if (!FIXED) __syncthreads();
         if (threadIdx.x == 0) {
             saved = task;
 #if !FIXED
@@ -334,8 +334,8 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
         const u32 items = p.queries * (D / 4);
 #if FIXED
         const size_t buffer = (size_t)p.problem * splits * (QUERIES * D / 4);
-        auto buffer_index = [&](u32 from, u32 item) { return buffer + from * items + item; };
-        float4* buffer_o = reinterpret_cast<float4*>(a.partial);
+        float4* buffer_o = reinterpret_cast<float4*>(a.partial) + buffer;
+        float2* buffer_ml = a.partial_ml + buffer;
 #endif
         for (u32 item = threadIdx.x; item < items; item += THREADS) {
             const int q = item / (D / 4), dim = item % (D / 4) * 4;
@@ -347,7 +347,7 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
                 continue;
             }
 #if FIXED
-            send(buffer_o + buffer_index(split, item), a.partial_ml + buffer_index(split, item), sum);
+            send(buffer_o + split * items + item, buffer_ml + split * items + item, sum);
 #else
             const size_t row = partial_row(p, blockIdx.x, 0, q, QUERIES);
             __stcg(reinterpret_cast<float4*>(a.partial + row * D + dim), sum.o);
@@ -355,32 +355,9 @@ __device__ __forceinline__ void decode_pages(const Args& a) {
 #endif
         }
 #if FIXED
-        if (!alone) {
-            // A share of the items, as many at once as allow one thread per partial.
-            const u32 share = (items + splits - 1) / splits, begin = split * share, end = min(begin + share, items);
-            const u32 at_once = max(THREADS / splits, 1u);
-            Merged* partials = reinterpret_cast<Merged*>(&shared.sums[0][0]);
-#pragma unroll 1
-            for (u32 first = begin; first < end; first += at_once) {
-                __syncthreads();
-                for (u32 i = threadIdx.x; i < splits * at_once; i += THREADS) {
-                    const u32 item = first + i % at_once;
-                    if (item < end)
-                        partials[i] =
-                            receive(buffer_o + buffer_index(i / at_once, item), a.partial_ml + buffer_index(i / at_once, item));
-                }
-                __syncthreads();
-                const u32 item = first + threadIdx.x;
-                if (threadIdx.x >= at_once || item >= end) continue;
-                Merged sum = partials[threadIdx.x];
-#pragma unroll 4
-                for (u32 b = 1; b < splits; b++) {
-                    const Merged other = partials[b * at_once + threadIdx.x];
-                    combine(sum, other.o, other.m, other.l);
-                }
-                write_result(a, p, item / (D / 4), item % (D / 4) * 4, sum);
-            }
-        }
+        if (!alone)
+            merge_share(buffer_o, buffer_ml, items, split, splits,
+                        [&](u32 item, const Merged& sum) { write_result(a, p, item / (D / 4), item % (D / 4) * 4, sum); });
 #else
         if (!alone) arrive_and_merge(a, p, saved.s, w, QUERIES, &shared.sums[0][0]);
 #endif
