@@ -98,9 +98,21 @@ def test_keys_without_a_bias_keep_the_recipe_that_was_solved():
 
 
 @pytest.mark.filterwarnings("ignore::elastickv.transformers.config.KeyFormatWarning")
-@pytest.mark.parametrize("inputs", [padded([500, 300]), prompt(2, 80)], ids=["padded", "shorter than the window"])
+@pytest.mark.parametrize(
+    "inputs",
+    [padded([500, 300]), padded([500, 30]), padded([500, 5]), padded([3, 500, 4]), prompt(2, 80), prompt(1, 31), prompt(1, 10)],
+    ids=["padded", "a row of less than a page", "a row of 5", "the longest second", "within the window", "31 tokens", "10 tokens"],
+)
 def test_padding_and_short_prompts_do_not_hide_the_bias(biased, inputs):
     assert filled(biased, inputs, recipe="auto").report().by_keys == (1,)
+
+
+@pytest.mark.filterwarnings("ignore::elastickv.transformers.config.KeyFormatWarning")
+def test_a_short_first_chunk_does_not_hide_the_bias(biased):
+    cache = filled(biased, prompt(1, 16))
+    with torch.no_grad():
+        biased(input_ids=prompt(1, 300)["input_ids"], past_key_values=cache)
+    assert cache.report().by_keys == (1,)
 
 
 @pytest.mark.parametrize("compress", [1.2, 1.8, 1.9, 2, 2.3, 3, 4, 8])
@@ -136,12 +148,19 @@ def test_channels_that_hardly_vary_and_heads_that_are_not_finite_decide_nothing(
     assert unsuited_loss(keys, "int8", "int4") is None
 
 
-def test_the_sample_is_of_whole_cold_pages_of_the_first_rows():
+def test_the_sample_is_of_whole_cold_pages_of_the_longest_rows():
     rows = torch.arange(6 * 2 * 3000).reshape(6, 2, 3000, 1).to(torch.float64).expand(-1, -1, -1, 4).to(torch.float16) * 0
     rows = rows + torch.arange(3000)[:, None] % 2048
-    sample = sampled_keys(rows, 2000, Recipe.parse("int8"))
+    sample = sampled_keys(rows, np.array([3, 2000, 40, 2000, 1, 2000]), Recipe.parse("int8"))
     assert sample.shape == (2, SAMPLED_ROWS * SAMPLED_PAGES * 32, 4)
     first = sample[0, : SAMPLED_PAGES * 32, 0].reshape(-1, 32)
     assert ((first - first[:, :1]) == np.arange(32)).all()
     assert first[0, 0] == 4 and (first[:, 0] - 4 >= 0).all() and ((first[:, 0] - 4) % 32 == 0).all()
     assert first.max() < 2000 - 128
+
+
+def test_a_row_without_a_page_repeats_its_tokens_and_a_shorter_one_has_no_sample():
+    rows = torch.arange(100.0).reshape(1, 1, 100, 1).expand(2, 2, -1, 4)
+    sample = sampled_keys(rows, np.array([3, 12]), Recipe.parse("int8"))
+    np.testing.assert_array_equal(sample[0, :, 0], np.arange(32) % 12)
+    assert sampled_keys(rows, np.array([3, 7]), Recipe.parse("int8")).shape == (2, 0, 4)

@@ -23,7 +23,7 @@ from elastickv.evaluation.records.scored_windows import unscored
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.selection_paths import selection_paths
 from elastickv.evaluation.subject import DecodePath, Subject, decode_paths
-from elastickv.evaluation.tasks.measured_tasks import planned_tasks, task_rows
+from elastickv.evaluation.tasks.measured_tasks import PlannedTask, planned_tasks, task_rows
 from elastickv.evaluation.texts import Text, Window
 from elastickv.recipe import ModelCalibration
 from elastickv.transformers.model_loading import Loaded
@@ -58,6 +58,8 @@ def evaluate(
     generated = [context - options.scored + options.generation.tokens for context in options.contexts]
     subject.check_room(max(generated, default=0), "a shorter `context`, or fewer tokens to `generate`")
     tasks = planned_tasks(subject, options)
+    if any(ratio > 1 for ratio in options.ratios):
+        subject.judge_keys(_first_prompt(inputs, tasks))
     paths: dict[int, list[DecodePath]] = {}
     skipped, unmet = unscored(texts, options.window_count, inputs.haystacks), list[str]()
     for context in options.contexts:
@@ -91,6 +93,14 @@ def evaluate(
             raise
         return record.as_dict(complete=False)
     return record.as_dict(complete=True)
+
+
+def _first_prompt(inputs: EvaluationInputs, tasks: Sequence[PlannedTask]) -> Sequence[int]:
+    for windows in inputs.windows.values():
+        return windows[0].ids
+    for cases in inputs.pass_keys:
+        return cases[0].ids
+    return next((task.item(0)[0].ids for task in tasks), ())
 
 
 def _paths(subject: Subject, options: EvaluationOptions, span: Span) -> tuple[list[DecodePath], list[str]]:

@@ -12,7 +12,7 @@ from elastickv.evaluation import sessions
 from elastickv.evaluation.evaluation_options import PARTS_METHOD
 from elastickv.evaluation.kv_selections.recipe_pages import pages_read, read_bytes
 from elastickv.evaluation.kv_selections.reference_selection import token_bytes
-from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, measured, plan
+from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, measured
 from elastickv.evaluation.subject import DecodePath, Subject
 from elastickv.recipe import Recipe, stored_bits
 from elastickv.recipe.formats import PAGE_TOKENS
@@ -33,7 +33,7 @@ def part_paths(subject: Subject, ratios: Sequence[float], span: Span) -> list[De
     paths = []
     for ratio in ratios:
         try:
-            solved = plan(ratio, span, subject.shape, subject.layers, subject.dtype, subject.calibration, subject.device)
+            solved = subject.plan(ratio, span)
         except UsageError:
             continue
         if any(recipe.selection == "pages" for recipe in solved.recipes):

@@ -4,7 +4,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from elastickv.errors import UsageError
+from elastickv.kvcache.key_scales import YARDSTICK, unsuited_loss
 from elastickv.recipe import (
     AttentionShape,
     ModelCalibration,
@@ -15,6 +19,7 @@ from elastickv.recipe import (
     step_bytes,
     stored_bytes,
 )
+from elastickv.recipe.solver import PER_CHANNEL
 
 _TRIES = 8
 _MARGIN = 0.0003
@@ -68,6 +73,7 @@ def plan(
     dtype: str,
     calibration: ModelCalibration | None,
     device: str | None = None,
+    keys: Sequence[NDArray[np.float32]] | None = None,
 ) -> RatioRecipes:
     """Return recipes that read at most 1/ratio of the dense bytes, summed over a span.
 
@@ -76,6 +82,8 @@ def plan(
     shape : of one sequence of one layer.
     calibration : of the model; without one every layer has the same recipe with one fraction for all heads.
     device : where the recipes are decoded, as for `for_ratio_by_layer`.
+    keys : for each layer a (kv_heads, tokens, head_dim) sample of a prompt's keys, in whole pages. Without a calibration, layers
+        to whose keys a scale for each token or page is not suited then get scales of channels, as in `ElasticCache`.
 
     Raises
     ------
@@ -90,7 +98,7 @@ def plan(
             solved = for_ratio_by_layer(calibration, target, middle, dtype, device=device, gptq=device == "cpu")
             recipes, error = solved.recipes, solved.error
         else:
-            recipes = (for_ratio(target, middle, shape, dtype),) * layers
+            recipes = _uncalibrated(target, middle, shape, dtype, layers, keys)
         candidate = measured(ratio, recipes, span, shape, dtype, error)
         if candidate.read_ratio >= ratio or ratio == 1:
             return candidate
@@ -99,6 +107,25 @@ def plan(
     raise UsageError(
         f"compress={ratio:g} cannot be met over tokens {span.first} to {span.first + span.steps}: give a smaller one"
     )
+
+
+def _uncalibrated(
+    ratio: float,
+    context: int,
+    shape: AttentionShape,
+    dtype: str,
+    layers: int,
+    keys: Sequence[NDArray[np.float32]] | None,
+) -> tuple[Recipe, ...]:
+    usual = for_ratio(ratio, context, shape, dtype)
+    if keys is None or usual.key_format is None:
+        return (usual,) * layers
+    key_format = usual.key_format
+    unsuited = [unsuited_loss(of_layer, key_format, YARDSTICK) is not None for of_layer in keys]
+    if not any(unsuited):
+        return (usual,) * layers
+    suited = for_ratio(ratio, context, shape, dtype, key_formats=PER_CHANNEL)
+    return tuple(suited if other else usual for other in unsuited)
 
 
 def measured(

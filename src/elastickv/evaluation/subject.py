@@ -1,21 +1,28 @@
 """The model that an evaluation measures, and the ways to decode with it: a recipe for each ratio, and the stock caches."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
+from elastickv.evaluation.prefill import prefill
 from elastickv.evaluation.recipes_by_ratio import RatioRecipes, Span, plan
 from elastickv.evaluation.scoring import Open
 from elastickv.recipe import AttentionShape, ModelCalibration, Recipe
+from elastickv.transformers.config import KeyFormatWarning
+from elastickv.transformers.layer_tokens import sampled_keys
 from elastickv.transformers.model_loading import Loaded, fingerprint
 from elastickv.transformers.model_support import device_kind, sizes_of, text_config
 from elastickv.transformers.torch_dtypes import DTYPE_NAMES
 
 STOCK_QUANTIZED = "stock-quantized"
+_KEY_TOKENS = 2048  # of a prompt, by whose keys recipes are chosen without a calibration
 
 
 class Subject:
@@ -40,6 +47,8 @@ class Subject:
         self.shape = AttentionShape(1, sizes.query_heads, sizes.kv_heads, sizes.stored_head_dim)
         self.elastic, self.positions, self.head_dim = sizes.elastic, sizes.max_positions, sizes.head_dim
         self.dtype, self.device = DTYPE_NAMES[self.model.dtype], device_kind(self.model)
+        self._keys: list[NDArray[np.float32]] | None = None
+        self._warned: set[float] = set()
 
     @property
     def layers(self) -> int:
@@ -66,6 +75,39 @@ class Subject:
             **shape,
             "head_dim": self.head_dim,
         }
+
+    def judge_keys(self, ids: Sequence[int]) -> None:
+        """Let the keys of a prompt decide between scales of tokens and of channels, as in `ElasticCache`; see `plan`.
+
+        With a calibration, which has measured both, they decide nothing.
+        """
+        if self.calibration is not None or len(ids) < 2:
+            return
+        ids = ids[:_KEY_TOKENS]
+        start = prefill(self.model, [ids], len(ids) - 1, 1)
+        every = np.array([start.tokens])
+        self._keys = [sampled_keys(start.keys[number], every, Recipe.parse("int8")) for number in self.elastic]
+
+    def plan(self, ratio: float, span: Span) -> RatioRecipes:
+        """Return the recipes that an `ElasticCache` chooses for a ratio, with the calibration or by the keys of a prompt.
+
+        Raises
+        ------
+        UsageError : if no recipe meets the ratio.
+        """
+        solved = plan(ratio, span, self.shape, self.layers, self.dtype, self.calibration, self.device, self._keys)
+        if self.calibration is None and len(set(solved.recipes)) > 1 and ratio not in self._warned:
+            self._warned.add(ratio)
+            suited = next(recipe for recipe in solved.recipes if recipe.key_format == "int8_per_channel")
+            usual = next(recipe for recipe in solved.recipes if recipe != suited)
+            layers = ", ".join(str(n) for n, recipe in zip(self.elastic, solved.recipes, strict=True) if recipe == suited)
+            warnings.warn(
+                f"compress={ratio:g} without a calibration: a scale for each token does not suit the keys of layers {layers}, "
+                f"which get {suited} instead of {usual}; to choose by the errors of outputs: elastickv calibrate",
+                KeyFormatWarning,
+                stacklevel=2,
+            )
+        return solved
 
     def decoding(self, recipes: Sequence[Recipe]) -> Open:
         """Return what decodes with recipes, one for each layer with full attention."""
@@ -101,7 +143,7 @@ def decode_paths(
     paths, reasons = [], []
     for ratio in ratios:
         try:
-            recipes = plan(ratio, span, subject.shape, subject.layers, subject.dtype, subject.calibration, subject.device)
+            recipes = subject.plan(ratio, span)
         except UsageError as error:
             reasons.append(str(error))
             continue

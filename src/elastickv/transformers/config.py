@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from elastickv.errors import UsageError
 from elastickv.inputs import file_exists, file_path, parse_json, read_text
 from elastickv.kvcache.gptq import no_hessians
-from elastickv.kvcache.key_scales import has_shared_scale, unsuited_loss
+from elastickv.kvcache.key_scales import YARDSTICK, has_shared_scale, unsuited_loss
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
 from elastickv.recipe.calibration import FORMAT as CALIBRATION_FORMAT
 from elastickv.recipe.calibration import ModelCalibration, StorageStatistics
@@ -33,7 +33,6 @@ USUAL_CONTEXT = 4096
 PREFILLS = ("stored", "exact")
 RECIPES_FORMAT = "elastickv-recipes"
 AUTO = "auto"
-YARDSTICK = "int4"  # keys are not suited to a format of 8 bits that loses more than this
 RecipeLike = Recipe | str
 
 

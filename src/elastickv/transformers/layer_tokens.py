@@ -25,6 +25,7 @@ from elastickv.transformers.placement import layers_on_same_device
 from elastickv.transformers.torch_dtypes import TORCH_DTYPES, dtype_name
 
 SAMPLED_ROWS, SAMPLED_PAGES = 2, 4  # of a prompt, by which the format of its keys is judged
+LEAST_SAMPLED_TOKENS = 8  # the range of fewer says little of a channel's
 CHECK_EVERY = 32  # decodes between two checks for NaNs and infinities, where a check makes the host wait
 
 
@@ -160,7 +161,7 @@ class LayerTokens(CacheLayerMixin):  # type: ignore[misc]
         longest = int(lengths.max())
         budget = config.settle(longest, dtype, device.type)
         if self._checks.ranks.count == 1 and config.judges_keys(self.number):
-            budget = config.suit_keys(self.number, sampled_keys(keys, int(lengths.min()), budget.recipes[self.number]))
+            budget = config.suit_keys(self.number, sampled_keys(keys, lengths, budget.recipes[self.number]))
         recipe = self._checks.ranks.share(budget.recipes[self.number], config.sizes.kv_heads, heads)
         shape = AttentionShape(self.batch, query_heads, heads, padded_head_dim(head_dim))
         recipe.check_shape(shape.head_dim, heads)
@@ -303,25 +304,41 @@ class LayerTokens(CacheLayerMixin):  # type: ignore[misc]
         return other
 
 
-def sampled_keys(keys: torch.Tensor, length: int, recipe: Recipe) -> NDArray[np.float32]:
-    """Return pages of keys as a cache would store them, evenly spaced over the cold tokens, or over all if none is cold.
+def sampled_keys(keys: torch.Tensor, lengths: NDArray[np.int64], recipe: Recipe) -> NDArray[np.float32]:
+    """Return pages of keys as a cache would store them, of the longest rows.
+
+    They are evenly spaced over a row's cold tokens, or over all if none is cold. A row that fills no page repeats its tokens in
+    one; of fewer than `LEAST_SAMPLED_TOKENS` there is no sample.
 
     Parameters
     ----------
-    keys : (batch, kv_heads, tokens, head_dim), `length` tokens in every row at least.
+    keys : (batch, kv_heads, tokens, head_dim), the tokens of a row first.
+    lengths : (batch,) tokens of each row.
 
     Returns
     -------
-    sample : (kv_heads, tokens, head_dim) of the first rows, float32, rounded to bfloat16 if the model is float32.
+    sample : (kv_heads, tokens, head_dim), float32, rounded to bfloat16 if the model is float32.
     """
+    longest = np.argsort(-lengths, kind="stable")[:SAMPLED_ROWS]
+    sampled = [
+        keys[row].index_select(1, torch.as_tensor(_sampled_tokens(int(lengths[row]), recipe), device=keys.device))
+        for row in longest.tolist()
+        if lengths[row] >= LEAST_SAMPLED_TOKENS
+    ]
+    sample = torch.cat(sampled, dim=1) if sampled else keys[0, :, :0]
+    sample = sample.to(torch.bfloat16) if sample.dtype == torch.float32 else sample
+    by_head: NDArray[np.float32] = sample.float().cpu().numpy()
+    return by_head
+
+
+def _sampled_tokens(length: int, recipe: Recipe) -> NDArray[np.int64]:
     split = regions(length, recipe.sinks, recipe.window)
     first, pages = (split.sinks, split.cold // PAGE_TOKENS) if split.cold else (0, length // PAGE_TOKENS)
-    chosen = np.unique(np.linspace(0, max(pages - 1, 0), min(pages, SAMPLED_PAGES)).astype(np.int64))
-    tokens = (first + chosen[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).ravel()
-    sample = keys[:SAMPLED_ROWS].index_select(2, torch.as_tensor(tokens, device=keys.device))
-    sample = sample.to(torch.bfloat16) if sample.dtype == torch.float32 else sample
-    by_head: NDArray[np.float32] = sample.transpose(0, 1).flatten(1, 2).float().cpu().numpy()
-    return by_head
+    if not pages:
+        return np.arange(PAGE_TOKENS) % length
+    chosen = np.unique(np.linspace(0, pages - 1, min(pages, SAMPLED_PAGES)).astype(np.int64))
+    tokens: NDArray[np.int64] = (first + chosen[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).ravel()
+    return tokens
 
 
 def without_padding(
