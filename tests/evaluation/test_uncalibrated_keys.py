@@ -15,7 +15,9 @@ from tests.helpers.model_matrix import VOCABULARY, model, prompt
 from tests.helpers.tiny_models import TEXT, CharacterTokenizer
 
 RATIO, BIASED, TOKENS = 1.6, 1, 1500
-WINDOWS = EvaluationOptions(ratios=(RATIO, 4.0), contexts=(TOKENS,), window_count=2, scored=8, needle_lengths=(), greedy_tokens=0)
+WINDOWS = EvaluationOptions(
+    ratios=(RATIO, 4.0), contexts=(TOKENS,), window_count=2, scored=8, needle_lengths=(), greedy_tokens=0
+)
 TASKS = EvaluationOptions(ratios=(RATIO,), contexts=(), needle_lengths=(TOKENS,), needle_depths=1, greedy_tokens=0)
 
 
@@ -40,7 +42,9 @@ def recipes_of_a_cache(made):
 
 @pytest.fixture(scope="module")
 def result(biased):
-    with pytest.warns(ekv.KeyFormatWarning, match=f"compress={RATIO} .* keys of layers {BIASED}, which get k=int8_per_") as said:
+    with pytest.warns(
+        ekv.KeyFormatWarning, match=f"compress={RATIO} .* keys of layers {BIASED}, which get k=int8_per_"
+    ) as said:
         made = evaluate(biased, [Text("text", TEXT)], WINDOWS, None, SILENT)
     assert len([each for each in said if each.category is ekv.KeyFormatWarning]) == 1
     return made

@@ -101,7 +101,15 @@ def test_keys_without_a_bias_keep_the_recipe_that_was_solved():
 @pytest.mark.parametrize(
     "inputs",
     [padded([500, 300]), padded([500, 30]), padded([500, 5]), padded([3, 500, 4]), prompt(2, 80), prompt(1, 31), prompt(1, 10)],
-    ids=["padded", "a row of less than a page", "a row of 5", "the longest second", "within the window", "31 tokens", "10 tokens"],
+    ids=[
+        "padded",
+        "a row of less than a page",
+        "a row of 5",
+        "the longest second",
+        "within the window",
+        "31 tokens",
+        "10 tokens",
+    ],
 )
 def test_padding_and_short_prompts_do_not_hide_the_bias(biased, inputs):
     assert filled(biased, inputs, recipe="auto").report().by_keys == (1,)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ class RatioRecipes:
     step_bytes : bytes read by one sequence in one step, all layers, mean over the span.
     stored_bytes : bytes held of one sequence, all layers, at the span's end.
     expected_error : the error that the solver expects; None without a calibration.
+    by_keys : indices of the recipes that a prompt's keys decided.
     """
 
     ratio: float
@@ -55,6 +56,7 @@ class RatioRecipes:
     step_bytes: float
     stored_bytes: int
     expected_error: float | None
+    by_keys: tuple[int, ...] = ()
 
     @property
     def hash(self) -> str:
@@ -82,8 +84,8 @@ def plan(
     shape : of one sequence of one layer.
     calibration : of the model; without one every layer has the same recipe with one fraction for all heads.
     device : where the recipes are decoded, as for `for_ratio_by_layer`.
-    keys : for each layer a (kv_heads, tokens, head_dim) sample of a prompt's keys, in whole pages. Without a calibration, layers
-        to whose keys a scale for each token or page is not suited then get scales of channels, as in `ElasticCache`.
+    keys : for each layer a (kv_heads, tokens, head_dim) sample of a prompt's keys, in whole pages. Without a calibration,
+        layers to whose keys a scale for each token or page is not suited get scales of channels, as in `ElasticCache`.
 
     Raises
     ------
@@ -93,13 +95,13 @@ def plan(
         raise UsageError(f"the calibration has {len(calibration.layers)} layers and the model {layers}: calibrate it again")
     middle, target = span.first + span.steps // 2, ratio
     for attempt in range(_TRIES):
-        error = None
+        error, by_keys = None, tuple[int, ...]()
         if calibration is not None:
             solved = for_ratio_by_layer(calibration, target, middle, dtype, device=device, gptq=device == "cpu")
             recipes, error = solved.recipes, solved.error
         else:
-            recipes = _uncalibrated(target, middle, shape, dtype, layers, keys)
-        candidate = measured(ratio, recipes, span, shape, dtype, error)
+            recipes, by_keys = _uncalibrated(target, middle, shape, dtype, layers, keys)
+        candidate = replace(measured(ratio, recipes, span, shape, dtype, error), by_keys=by_keys)
         if candidate.read_ratio >= ratio or ratio == 1:
             return candidate
         # By what it lacks, and a little more at each attempt: bytes change by whole pages.
@@ -116,16 +118,16 @@ def _uncalibrated(
     dtype: str,
     layers: int,
     keys: Sequence[NDArray[np.float32]] | None,
-) -> tuple[Recipe, ...]:
-    usual = for_ratio(ratio, context, shape, dtype)
-    if keys is None or usual.key_format is None:
-        return (usual,) * layers
-    key_format = usual.key_format
-    unsuited = [unsuited_loss(of_layer, key_format, YARDSTICK) is not None for of_layer in keys]
-    if not any(unsuited):
-        return (usual,) * layers
-    suited = for_ratio(ratio, context, shape, dtype, key_formats=PER_CHANNEL)
-    return tuple(suited if other else usual for other in unsuited)
+) -> tuple[tuple[Recipe, ...], tuple[int, ...]]:
+    """Return a recipe for each layer, and the indices of those that the keys decided."""
+    recipes = [for_ratio(ratio, context, shape, dtype)] * layers
+    key_format = recipes[0].key_format
+    if keys is None or key_format is None:
+        return tuple(recipes), ()
+    unsuited = tuple(n for n, of_layer in enumerate(keys) if unsuited_loss(of_layer, key_format, YARDSTICK) is not None)
+    for n in unsuited:
+        recipes[n] = for_ratio(ratio, context, shape, dtype, key_formats=PER_CHANNEL)
+    return tuple(recipes), unsuited
 
 
 def measured(

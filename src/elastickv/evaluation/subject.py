@@ -96,14 +96,13 @@ class Subject:
         UsageError : if no recipe meets the ratio.
         """
         solved = plan(ratio, span, self.shape, self.layers, self.dtype, self.calibration, self.device, self._keys)
-        if self.calibration is None and len(set(solved.recipes)) > 1 and ratio not in self._warned:
+        if solved.by_keys and ratio not in self._warned:
             self._warned.add(ratio)
-            suited = next(recipe for recipe in solved.recipes if recipe.key_format == "int8_per_channel")
-            usual = next(recipe for recipe in solved.recipes if recipe != suited)
-            layers = ", ".join(str(n) for n, recipe in zip(self.elastic, solved.recipes, strict=True) if recipe == suited)
+            layers = ", ".join(str(self.elastic[n]) for n in solved.by_keys)
             warnings.warn(
                 f"compress={ratio:g} without a calibration: a scale for each token does not suit the keys of layers {layers}, "
-                f"which get {suited} instead of {usual}; to choose by the errors of outputs: elastickv calibrate",
+                f"which get {solved.recipes[solved.by_keys[0]]}, as in ElasticCache; to choose by the errors of outputs: "
+                "elastickv calibrate",
                 KeyFormatWarning,
                 stacklevel=2,
             )
