@@ -79,6 +79,8 @@ def test_an_answer_counts_if_the_key_comes_first():
     rows = cases(TOKENIZER, HAY, 900, [0.0, 0.5, 1.0])
     said = [f" {rows[0].key}. And", f" not {rows[1].key}", f" {rows[2].key[:4]}0"]
     assert answered(rows, Prefill([], [], torch.zeros(3, 0, 128)), lambda *_: Saying(said), TOKENIZER) == [True, False, False]
+    longer = [f" {rows[0].key}6", f'\n"{rows[1].key}"', f"**{rows[2].key}**"]
+    assert answered(rows, Prefill([], [], torch.zeros(3, 0, 128)), lambda *_: Saying(longer), TOKENIZER) == [False, True, True]
 
 
 def row(compress, mean, high=None):

@@ -75,6 +75,12 @@ def test_without_compression_log_likelihoods_are_the_models_own(exact):
     assert [greedy for _, greedy in answers] == [False, False, False, True]
 
 
+@pytest.mark.parametrize("name", ["calibraton", "parallelize"])
+def test_an_unknown_argument_is_named_with_those_that_there_are(adapter, tiny, name):
+    with pytest.raises(UsageError, match=f"^{name}: no such argument of the model; give pretrained, compress, .*max_length"):
+        adapter.ElasticLM(tiny, compress=2, device="cpu", **{name: "x"})
+
+
 def test_a_request_that_is_too_long_loses_its_beginning(adapter, tiny):
     short = adapter.ElasticLM(tiny, compress=1, device="cpu", max_length=32)
     ((total, _),) = short._loglikelihood_tokens([(None, CONTEXT[:100], [7, 9])], disable_tqdm=True)

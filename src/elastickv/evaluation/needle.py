@@ -6,6 +6,7 @@ models go on with a description, as in "a musical instrument" in a text on music
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,7 @@ def answered(
 
 
 def begins_with_key(answer: Sequence[int], case: Case, tokenizer: Any) -> bool:
-    """Return whether the text of generated tokens begins with the key of a case."""
+    """Return whether the first number of the text of generated tokens is the key of a case, and nothing but marks before it."""
     text: str = tokenizer.decode(list(answer), skip_special_tokens=True)
-    return text.strip(" :\n*").startswith(case.key)
+    first = re.match(r"[\s:*\"'`“(]*(\d+)", text)
+    return first is not None and first[1] == case.key

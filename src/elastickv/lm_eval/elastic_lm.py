@@ -5,6 +5,7 @@ After lm-evaluation-harness 0.4.13, `lm_eval/models/huggingface.py` and `lm_eval
 
 import copy
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,6 +21,21 @@ from elastickv.transformers.model_loading import load_model
 
 # The harness's names of dtypes beside our own.
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+# Arguments of the harness's `hf` that it uses with a model that is loaded already.
+HARNESS_ARGUMENTS = (
+    "add_bos_token",
+    "backend",
+    "batch_size",
+    "chat_template_args",
+    "enable_thinking",
+    "logits_cache",
+    "max_batch_size",
+    "max_length",
+    "prefix_token_id",
+    "softmax_dtype",
+    "think_end_token",
+    "truncation",
+)
 Request = tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]
 
 
@@ -38,11 +54,13 @@ class ElasticLM(HFLM):  # type: ignore[misc]
         file.
     dtype : 'fp32', 'fp16' or 'bf16', or PyTorch's name of these; by default bf16 on a GPU and fp32 elsewhere.
     device : 'cpu' or 'cuda'; a GPU by default. Where there is none: the CPU.
-    **harness : `batch_size` (of generation), `max_length`, `add_bos_token` and the like, as the harness's `hf` takes them.
+    **harness : `batch_size` (of generation), `max_length`, `add_bos_token` and the other `HARNESS_ARGUMENTS`, as the harness's
+        `hf` takes them.
 
     Raises
     ------
-    UsageError : before anything is evaluated, if the model cannot be loaded or the cache's options do not fit it.
+    UsageError : before anything is evaluated, if an argument is unknown, the model cannot be loaded, or the cache's options do
+        not fit it.
     """
 
     def __init__(
@@ -57,6 +75,11 @@ class ElasticLM(HFLM):  # type: ignore[misc]
         stored_bits: float | None = None,
         **harness: Any,
     ) -> None:
+        if unknown := sorted(set(harness) - set(HARNESS_ARGUMENTS)):
+            ours = [name for name in signature(type(self)).parameters if name != "harness"]
+            raise UsageError(
+                f"{', '.join(unknown)}: no such argument of the model; give {', '.join((*ours, *HARNESS_ARGUMENTS))}"
+            )
         if compress is None and recipe is None and stored_bits is None:
             raise UsageError("`compress` is missing in the model's arguments: give for example pretrained=MODEL,compress=4")
         # The harness names a GPU where no device was named, and its `hf` uses the CPU then if there is none.

@@ -121,6 +121,14 @@ def test_the_answer_of_a_cloze_stands_in_one_document_and_the_sentence_too():
         assert item.context.count("Document ") >= 12 and document
 
 
+def test_no_question_shows_its_answer_and_no_document_has_it_in_another_word():
+    documents = "\n".join(MATERIAL.paragraphs).lower()
+    for number, (_, sentence, word) in enumerate(cloze_questions(MATERIAL)):
+        query = draft("qa_cloze", units=2, number=number).fields["query"]
+        assert "_____" in query and word.lower() not in query.lower() and word in sentence
+        assert documents.count(word.lower()) == 1
+
+
 def test_questions_do_not_repeat_for_five_hundred_items_and_none_is_of_the_calibration_text():
     questions = cloze_questions(MATERIAL)
     calibrated = " ".join(calibration_text().content.split())

@@ -2,7 +2,7 @@
 
 RULER's `qa` asks SQuAD's and HotpotQA's questions about one document among others (Hsieh et al. 2024, `qa.py`). These are cloze
 questions (Taylor 1953; Hermann et al. 2015) in its prompt, so that nothing is downloaded and every answer can be checked: the
-sentence stands in exactly one document, and the word in no other sentence of it and in no other document.
+sentence stands in exactly one document, and the word once in all of them, not even as a part of another word.
 """
 
 import random
@@ -53,19 +53,26 @@ class ClozeQuestions(SyntheticTask):
         others = [order[i % len(order)] for i in range(size.units - 1)]
         documents = [*others[: round(place * len(others))], number, *others[round(place * len(others)) :]]
         context = "\n\n".join(f"Document {i}:\n{material.paragraphs[chosen]}" for i, chosen in enumerate(documents, 1))
-        return Draft(context, {"query": re.sub(rf"\b{word}\b", _BLANK, sentence)}, (word,))
+        return Draft(context, {"query": sentence.replace(word, _BLANK)}, (word,))
 
 
 @cache
 def cloze_questions(material: Material) -> list[tuple[int, str, str]]:
     """Return (number of a paragraph, a sentence of it, the word to leave out) for every sentence with such a word, shuffled."""
-    counts = Counter(word.lower() for paragraph in material.paragraphs for word in _WORDS.findall(paragraph))
+    whole = "\n".join(material.paragraphs).lower()
+    counts = Counter(_WORDS.findall(whole))
     questions = []
     for number, paragraph in enumerate(material.paragraphs):
         for sentence in sentences_of(paragraph):
             words = _WORDS.findall(sentence)
-            rare = [word for word in words[1:] if len(word) >= _LEAST_LETTERS and counts[word.lower()] == 1]
-            if len(words) in _SENTENCE_WORDS and rare:
+            if len(words) not in _SENTENCE_WORDS:
+                continue
+            rare = [
+                word
+                for word in words[1:]
+                if len(word) >= _LEAST_LETTERS and counts[word.lower()] == 1 and whole.count(word.lower()) == 1
+            ]
+            if rare:
                 questions.append((number, sentence, max(rare, key=len)))
     random.Random(0).shuffle(questions)
     return questions
