@@ -109,12 +109,15 @@ ERROR_NOTE = (
 
 def headline() -> list[str]:
     rows = [
-        preset_row("h100/kernels/8-32-8-128-32768--int4.json", "H100, 8 x 32768 tokens, 32/8 heads x 128"),
-        preset_row("h100/kernels/1-32-8-128-131072--int4.json", "H100, 131072 tokens, 32/8 heads x 128"),
-        preset_row("h100/kernels/1-32-8-128-131072--auto-8.json", "the same, C=8"),
-        preset_row("h100/131072.json", "the same, C=4"),
-        preset_row("h100/long.json", "H100, long preset (4096 x 32 x 128), C=4"),
-        preset_row("h100/long-original-schedule.json", "the same, the original program's schedule"),
+        preset_row("h200/kernels/8-32-8-128-32768--int4.json", "H200, 8 x 32768 tokens, 32/8 heads x 128"),
+        preset_row("h200/kernels/8-32-8-128-32768--int8.json", "the same, 8 bits"),
+        preset_row("h200/kernels/8-32-8-128-32768--auto-4.json", "the same, C=4"),
+        preset_row("h200/kernels/8-32-8-128-32768--auto-8.json", "the same, C=8"),
+        preset_row("h200/kernels/1-32-8-128-32768--int4.json", "H200, 32768 tokens, 32/8 heads x 128"),
+        preset_row("h200/kernels/1-32-8-128-32768--auto-8.json", "the same, C=8"),
+        preset_row("h200/131072.json", "H200, 131072 tokens, 32/8 heads x 128, C=4"),
+        preset_row("h200/long.json", "H200, long preset (4096 x 32 x 128), C=4"),
+        preset_row("h200/long-original-schedule.json", "the same, the original program's schedule"),
         preset_row("cpu/short.json", "CPU, 2 threads, short preset (1024 x 16 x 64), C=2"),
     ]
     return [

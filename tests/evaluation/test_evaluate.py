@@ -10,6 +10,7 @@ from elastickv.errors import UsageError
 from elastickv.evaluation import sessions
 from elastickv.evaluation.calibrate import calibrate
 from elastickv.evaluation.evaluate import EvaluationOptions, evaluate
+from elastickv.evaluation.generations.continuation_options import ContinuationOptions
 from elastickv.evaluation.prefill import TOKENS_PER_PASS, prefill
 from elastickv.evaluation.scoring import score
 from elastickv.evaluation.suggestion import Tolerance
@@ -139,6 +140,7 @@ def test_the_frameworks_quantised_cache_is_measured_beside(loaded, calibration):
         ({"contexts": (5000,)}, "positions|tokens and a window needs"),
         ({"ratios": (64.0,)}, "compress=64 cannot be met"),
         ({"needle_lengths": (40,)}, "a needle at 40 tokens"),
+        ({"contexts": (), "tolerance": None, "generation": ContinuationOptions(tokens=7)}, "`generate` continues windows"),
     ],
 )
 def test_options_that_cannot_be_measured_are_refused_before_anything_is(loaded, change, named):

@@ -176,3 +176,18 @@ def test_equal_exact_tokens_are_another_comparison(formats):
         "a model, fp32, a text",
         "a model, fp32, a text, exact tokens 4+128",
     }
+
+
+def test_what_only_references_reach_is_said(formats):
+    formats["rows"] = [
+        of_format(1024, "reference:int4", 4.4, 0.01),
+        of_format(1024, "int4", 4.6, 0.01),
+        of_format(1024, "q4_0", 4.5, 0.02),
+        of_format(1024, "kivi4", 5.0, 0.02),
+    ]
+    (stored, read) = sections(elastickv.report(formats))["frontier"]["notes"]
+    said = (
+        "below 2 of 2 rivals between {} bits, with no more bits; 1 of these with a cache of the device, the others by "
+        "reference."
+    )
+    assert stored.endswith(said.format("3.5 and 8.5 stored")) and read.endswith(said.format("0.9 and 8.5 read"))

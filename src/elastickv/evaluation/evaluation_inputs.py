@@ -40,6 +40,8 @@ class EvaluationInputs:
             raise UsageError("nothing is measured: give `context`, `needle`, `tasks` or `dataset`")
         if options.tolerance is not None and not options.contexts:
             raise UsageError("`tolerance` is of windows, and there are none: give their tokens in `context`")
+        if options.generation.tokens and not options.contexts:
+            raise UsageError("`generate` continues windows, and there are none: give their tokens in `context`")
         haystacks = options.needle_texts if options.needle_lengths else 0
         return cls(
             {context: _windows(texts, tokenizer, options, context) for context in options.contexts},

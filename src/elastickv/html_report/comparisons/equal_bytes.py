@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from elastickv.evaluation.evaluation_options import PARTS_METHOD
 from elastickv.html_report.charts.style import bounds
-from elastickv.html_report.comparisons.method_losses import OWN, Bits, ComparedMethods, MethodLoss, read_bits, stored_bits
+from elastickv.html_report.comparisons.method_losses import (
+    BY_REFERENCE,
+    OWN,
+    Bits,
+    ComparedMethods,
+    MethodLoss,
+    read_bits,
+    stored_bits,
+)
 
 # 8 bits have up to half a bit of scales; C = 16 is a bit, of which a selection reads a little less.
 STORED_RANGE, READ_RANGE = (3.5, 8.5), (0.9, 8.5)
@@ -22,7 +30,7 @@ class Rivalry:
     alone: Sequence[MethodLoss]
 
 
-def rivalry(compared: ComparedMethods, bits: Bits, least: float, most: float) -> Rivalry:
+def rivalry(compared: ComparedMethods, bits: Bits, least: float, most: float, by_reference: bool = True) -> Rivalry:
     """Compare each rival with ours of the smallest KL divergence at no more bits.
 
     Ours is level with a rival that is better where the two intervals overlap.
@@ -30,11 +38,12 @@ def rivalry(compared: ComparedMethods, bits: Bits, least: float, most: float) ->
     Parameters
     ----------
     least, most : the range of the rivals' bits.
+    by_reference : whether ours are references, too, or the caches of the device alone.
     """
-    own = [one for one in compared.losses if one.method.startswith(OWN)]
+    own = [one for one in compared.losses if one.method.startswith(OWN) and (by_reference or one.method != BY_REFERENCE)]
     below, level, above, alone = list[MethodLoss](), list[MethodLoss](), list[tuple[MethodLoss, MethodLoss]](), []
     for rival in compared.losses:
-        if rival in own or rival.method == PARTS_METHOD or not least <= bits(rival) <= most:
+        if rival.method.startswith(OWN) or rival.method == PARTS_METHOD or not least <= bits(rival) <= most:
             continue
         candidates = [one for one in own if bits(one) <= bits(rival)]
         if not candidates:
@@ -63,6 +72,9 @@ def sentences(compared: ComparedMethods) -> list[str]:
             f"{OWN} is at or below {len(result.below)} of {count} rivals between {least:g} and {most:g} {word} bits, with no "
             "more bits"
         ]
+        cached = len(rivalry(compared, bits, least, most, by_reference=False).below)
+        if cached < len(result.below):
+            parts.append(f"{cached} of these with a cache of the device, the others by reference")
         if result.level:
             parts.append(f"within the intervals of {len(result.level)}")
         if result.above:

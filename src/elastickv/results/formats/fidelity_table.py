@@ -31,17 +31,18 @@ def fidelity_tables(result: EvaluationResult) -> str:
     source = f", calibrated on {calibration.tokens} tokens of {calibration.text}" if calibration else ", not calibrated"
     if result.of_formats:
         source = ""
-    heading = f"{result.model_name} ({model.fingerprint}), {model.dtype} on {model.device}{source}; texts: {_texts(result)}"
+    texts = _texts(result)
+    heading = f"{result.model_name} ({model.fingerprint}), {model.dtype} on {model.device}{source}"
     lines = [
-        markdown_cell(heading),
+        markdown_cell(f"{heading}; texts: {texts}" if texts else heading),
         *_windows(result),
         *([_SERVED] if result.engine else []),
-        "",
-        *_losses(result.rows, model.dtype),
-        "Means with 95 % bootstrap intervals over windows, against full attention.",
-        *(["One window alone has no interval."] if any(row.windows == 1 for row in result.rows) else []),
-        *_layers(model),
     ]
+    if result.rows:
+        lines += ["", *_losses(result.rows, model.dtype)]
+        lines += ["Means with 95 % bootstrap intervals over windows, against full attention."]
+        lines += ["One window alone has no interval."] if any(row.windows == 1 for row in result.rows) else []
+    lines += _layers(model)
     if result.generations:
         lines += ["", *_table(TEXT_HEADERS, generated_texts(result.generations)), "", described(result.generations)]
     if result.needle:
@@ -100,7 +101,7 @@ def _texts(result: EvaluationResult) -> str:
 
 def _windows(result: EvaluationResult) -> Iterator[str]:
     """Yield how windows begin, and for each context where they are and what is scored."""
-    if result.prefix is not None:
+    if result.prefix is not None and (result.windows or result.rows or result.needle):
         ids = ", ".join(map(str, result.prefix.ids))
         begins = f"with `{result.prefix.text}` ({ids}), which counts as a part of it" if ids else "without a special token"
         yield f"Every window begins {begins}."

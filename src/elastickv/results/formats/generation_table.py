@@ -1,5 +1,6 @@
 """What generated text took, as text: of `elastickv run` and `elastickv bench --model`."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -166,6 +167,7 @@ def _sentences(result: RunResult | ModelBenchResult) -> list[str]:
     lines = [ratio_sentence(ratio) for ratio in model_ratios(result).values()]
     if result.noise_floor:
         lines.append(f"noise floor: {with_bounds(result.noise_floor)}")
+    lines += [sentence for cache in result.caches if (sentence := _layers_by_keys(cache))]
     if not isinstance(result, ModelBenchResult):
         return lines if result.compression is None else [*lines, compression_sentence(result.compression, result.compress)]
     if any(cache.step_ms is None or not cache.step_ms.is_shown for cache in result.caches):
@@ -173,6 +175,19 @@ def _sentences(result: RunResult | ModelBenchResult) -> list[str]:
     lines += prompt_lines(result.prompt)
     lines += [f"beware: {flag}" for flag in result.host_flags]
     return [*lines, *(f"not run: {name}: {reason}" for name, reason in result.not_run.items())]
+
+
+def _layers_by_keys(cache: CacheRecord) -> str | None:
+    """Return the layers with other recipes than most; None with a calibration, which gives each layer its own."""
+    recipes = cache.recipes or {}
+    if cache.calibrated or len(set(recipes.values())) < 2:
+        return None
+    usual = Counter(recipes.values()).most_common(1)[0][0]
+    others: dict[str, list[str]] = {}
+    for layer, recipe in recipes.items():
+        if recipe != usual:
+            others.setdefault(recipe, []).append(layer)
+    return f"recipe {usual}; " + "; ".join(f"{recipe} in layers {', '.join(layers)}" for recipe, layers in others.items())
 
 
 def _heading(result: RunResult | ModelBenchResult) -> str:
