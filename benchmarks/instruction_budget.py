@@ -194,9 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipes", default=";".join(RECIPES), help="separated by semicolons")
-    parser.add_argument(
-        "--macros", type=_macros, default={}, help="beside those of the planned build: PAGES_EARLY=2,STAGES=2"
-    )
+    parser.add_argument("--macros", type=_macros, default={}, help="beside those of the planned build: PAGES_EARLY=2,STAGES=2")
     parser.add_argument("--arch", default="90")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--group", type=int, default=4, help="query heads of a KV head")

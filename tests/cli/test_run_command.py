@@ -1,10 +1,12 @@
 """`elastickv run` and `elastickv bench --model` as a shell sees them, on models of a few thousand weights."""
 
 import json
+import shutil
 import statistics
 
 import pytest
 
+from tests.helpers.model_matrix import model
 from tests.helpers.tiny_models import TEXT
 
 PROMPT = TEXT[:300]
@@ -79,6 +81,20 @@ def test_two_turns_make_no_interval_and_the_summary_says_so(elastickv, folder, t
 def test_without_a_calibration_one_warning_says_so(elastickv, folder):
     done = elastickv("run", folder, f"-p{PROMPT}", "--max-new-tokens=2", "--compress=8")
     assert done.stderr.count("warning") == 1 and "elastickv calibrate" in done.stderr
+
+
+def test_layers_whose_keys_do_not_suit_are_warned_of_once_and_named(elastickv, folder, tmp_path):
+    import torch
+
+    made = model("qwen2")
+    with torch.no_grad():
+        made.model.layers[1].self_attn.k_proj.bias[62] = 400
+    shutil.copytree(folder, tmp_path / "biased")
+    made.save_pretrained(tmp_path / "biased")
+    done = elastickv("run", tmp_path / "biased", "--raw", f"-p{PROMPT}", "--max-new-tokens=2", "--compress=1.8")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the keys of layer 1 lose") == 1
+    assert "recipe int8; k=int8_per_channel" in done.stderr and "in layers 1\n" in done.stderr
 
 
 @pytest.mark.parametrize(
