@@ -120,7 +120,17 @@ def test_charts_for_each_context_name_each_methods_own_front(everything):
     chart = made.figures["frontier-2"]
     assert "GGUF blocks 0.02 at 4.50, 0.002 at 8.50; KIVI 0.001 at 5.00; quest 0.004 at 16.00" in chart
     assert "stored bits an element" in chart and "bits an element read in a step" in chart
-    assert "quest 2.5 % at 3.90, 2.5 % at 7.80; h2o 2.5 % at 4.00." in made.figures["frontier-1-predictions"]
+    predictions = made.figures["frontier-1-predictions"]
+    assert "quest 2.5 % at 3.90, 2.5 % at 7.80; h2o 2.5 % at 4.00." in predictions
+    assert predictions.count("stored bits an element") == 2 == predictions.count("bits an element read in a step")
+
+
+def test_descriptions_of_charts_have_what_was_measured_where_it_is_below_the_axis(formats):
+    formats["rows"] = [of_format(1024, "q4_0", 4.5, 1e-9), of_format(1024, "kivi4", 5.0, 0.02)]
+    for row in formats["rows"]:
+        row["top1_percent"] = {"mean": 100.0, "low": 100.0, "high": 100.0}
+    made = elastickv.report(formats)
+    assert "1e-09 at 4.50" in made.figures["frontier-1"] and "0 % at 4.50" in made.figures["frontier-1-predictions"]
 
 
 def test_the_text_says_by_rule_where_ours_is_on_or_below(everything):

@@ -157,7 +157,8 @@ def _loss(name: str, model: str, losses: Sequence[Loss], label: str, logarithmic
         axes.set_ylabel(label)
         legend(figure, handles)
 
-    summary = "; ".join(f"{loss.cache} at {loss.context} tokens {value(loss).estimate:.2g}" for loss in losses[:MOST_NAMED])
+    measured = [(loss, loss.kl if logarithmic else loss.ppl_percent) for loss in losses[:MOST_NAMED]]
+    summary = "; ".join(f"{loss.cache} at {loss.context} tokens {figure.estimate:.2g}" for loss, figure in measured)
     return Chart(
         name,
         f"{label.partition(',')[0].capitalize() if not logarithmic else 'KL divergence'} against C: {shown(model)}",

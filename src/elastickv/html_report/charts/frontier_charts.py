@@ -17,13 +17,13 @@ def kl(loss: Loss) -> IntervalEstimate:
 
 
 def other_top(loss: Loss) -> IntervalEstimate:
-    """Return the share of tokens with another most likely prediction, in percent."""
+    """Return the share of tokens with another most likely prediction, in percent, as far as a logarithmic axis has it."""
     low, high = bounds(loss.top1_percent)
-    return _at_least(_LEAST_PERCENT, 100 - loss.top1_percent.estimate, 100 - high, 100 - low)
+    return _at_least(_LEAST_PERCENT, _changed(loss), 100 - high, 100 - low)
 
 
 def frontier_charts(number: int, compared: ComparedMethods) -> Iterator[Chart]:
-    """Yield the KL divergence against stored and against read bits, then other measures against read bits."""
+    """Yield the KL divergence against stored and against read bits, then other measures against both."""
     where = f"{shown(compared.model)}, {compared.context} tokens"
     said = "; ".join(
         f"{name} " + ", ".join(f"{one.loss.kl.estimate:.2g} at {one.stored_bits:.2f}" for one in front(curve, stored_bits))
@@ -37,20 +37,25 @@ def frontier_charts(number: int, compared: ComparedMethods) -> Iterator[Chart]:
         [Panel(STORED, stored_bits, "KL, nats a token", _of(kl)), Panel(READ, read_bits, "KL, nats a token", _of(kl))],
     )
     tops = "; ".join(
-        f"{name} "
-        + ", ".join(f"{other_top(one.loss).estimate:.2g} % at {one.read_bits:.2f}" for one in front(curve, read_bits))
+        f"{name} " + ", ".join(f"{_changed(one.loss):.2g} % at {one.read_bits:.2f}" for one in front(curve, read_bits))
         for name, curve in compared.curves.items()
     )
     yield curves_chart(
         f"frontier-{number}-predictions",
-        f"Changed predictions and perplexity by read bits: {where}",
-        f"Share of other top-1 predictions, and change of perplexity, against read bits, {where}. Other top-1: {tops}.",
+        f"Changed predictions and perplexity by bits: {where}",
+        "Share of other top-1 predictions, and change of perplexity, against stored bits and against read bits, "
+        f"{where}. Other top-1 by read bits: {tops}.",
         compared.curves,
         [
-            Panel(READ, read_bits, "other top-1, %", _of(other_top)),
-            Panel(READ, read_bits, "perplexity, %", _of(lambda loss: loss.ppl_percent)),
+            Panel(across, bits, up, _of(figure))
+            for up, figure in (("other top-1, %", other_top), ("perplexity, %", lambda loss: loss.ppl_percent))
+            for across, bits in ((STORED, stored_bits), (READ, read_bits))
         ],
     )
+
+
+def _changed(loss: Loss) -> float:
+    return 100 - loss.top1_percent.estimate
 
 
 def _of(figure: Callable[[Loss], IntervalEstimate]) -> Callable[[MethodLoss], IntervalEstimate]:
