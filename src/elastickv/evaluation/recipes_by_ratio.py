@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickv.errors import UsageError
-from elastickv.kvcache.key_scales import YARDSTICK, unsuited_loss
+from elastickv.kvcache.key_scales import unsuited_loss
 from elastickv.recipe import (
     AttentionShape,
     ModelCalibration,
@@ -19,7 +19,7 @@ from elastickv.recipe import (
     step_bytes,
     stored_bytes,
 )
-from elastickv.recipe.solver import PER_CHANNEL
+from elastickv.recipe.solver import PER_CHANNEL, YARDSTICK
 
 _TRIES = 8
 _MARGIN = 0.0003

@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 from elastickv.kvcache.quantize import stored_values
 from elastickv.recipe.formats import FORMATS, PAGE_TOKENS, ScaleLayout
 
-YARDSTICK = "int4"  # keys are not suited to a format of 8 bits that loses more than this
 _LEAST_VARIANCE = 0.01  # of the channels' median: what channels that hardly vary lose does not count in full
 
 

@@ -17,6 +17,7 @@ MAX_RATIO = 1024.0
 ANCHORS = (1, 2, 4, 8, 16)
 NARROW = ("int8", "fp8", "int4")
 PER_CHANNEL = ("int8_per_channel", "int4")  # for keys that a scale for each token or page does not suit
+YARDSTICK = "int4"  # keys are not suited to a format of 8 bits that loses more than this
 _RANKED_AS = {"int8_per_channel": "int8"}
 ALIKE = 1.03  # a ratio of losses that counts as equal: another text changes them by more
 LEAST_FRACTION = 0.5 / MAX_CONTEXT

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from elastickv.errors import UsageError
 from elastickv.inputs import file_exists, file_path, parse_json, read_text
 from elastickv.kvcache.gptq import no_hessians
-from elastickv.kvcache.key_scales import YARDSTICK, has_shared_scale, unsuited_loss
+from elastickv.kvcache.key_scales import has_shared_scale, unsuited_loss
 from elastickv.recipe import DENSE, AttentionShape, Recipe, for_ratio, predicted_loss, resolve
 from elastickv.recipe.calibration import FORMAT as CALIBRATION_FORMAT
 from elastickv.recipe.calibration import ModelCalibration, StorageStatistics
 from elastickv.recipe.layer_solver import LayerPlan, check_stored_bits, for_ratio_by_layer, for_stored_bits
 from elastickv.recipe.shape import MAX_CONTEXT
-from elastickv.recipe.solver import PER_CHANNEL, check_ratio
+from elastickv.recipe.solver import PER_CHANNEL, YARDSTICK, check_ratio
 from elastickv.transformers.budget import Budget, Reading
 from elastickv.transformers.layer_storage import Backends
 from elastickv.transformers.model_support import Sizes
