@@ -12,8 +12,8 @@ from elastickv.transformers.attention import Call, Pending, carrying
 from elastickv.transformers.cache_checks import check_call, check_finite, check_no_weights, check_tokens
 from elastickv.transformers.chunked_attention import Scoring, attend_stored
 from elastickv.transformers.device_events import now
-from elastickv.transformers.layer_tokens import LayerTokens, without_padding
-from elastickv.transformers.padding import MaskedPositions, real_tokens, visible_new
+from elastickv.transformers.layer_tokens import LayerTokens
+from elastickv.transformers.padding import MaskedPositions, real_tokens, visible_new, without_padding
 
 
 class ElasticLayer(LayerTokens):

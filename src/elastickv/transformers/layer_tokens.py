@@ -20,7 +20,7 @@ from elastickv.transformers.config import ElasticConfig
 from elastickv.transformers.device_events import now
 from elastickv.transformers.layer_storage import LayerStorage, new_store
 from elastickv.transformers.memory import check_memory, first_capacity, trim_heap
-from elastickv.transformers.padding import Padding
+from elastickv.transformers.padding import Padding, without_padding
 from elastickv.transformers.placement import layers_on_same_device
 from elastickv.transformers.torch_dtypes import TORCH_DTYPES, dtype_name
 
@@ -339,16 +339,3 @@ def _sampled_tokens(length: int, recipe: Recipe) -> NDArray[np.int64]:
     chosen = np.unique(np.linspace(0, pages - 1, min(pages, SAMPLED_PAGES)).astype(np.int64))
     tokens: NDArray[np.int64] = (first + chosen[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).ravel()
     return tokens
-
-
-def without_padding(
-    keys: torch.Tensor, values: torch.Tensor, real: NDArray[np.bool_] | None
-) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
-    """Return keys and values with every row's tokens first, and how many there are."""
-    batch, heads, tokens, dim = keys.shape
-    if real is None:
-        return keys, values, np.full(batch, tokens, np.int64)
-    lengths = real.sum(axis=1).astype(np.int64)
-    order = np.argsort(~real, axis=1, kind="stable")[:, : max(1, int(lengths.max()))]
-    index = torch.as_tensor(order, device=keys.device)[:, None, :, None].expand(-1, heads, -1, dim)
-    return keys.gather(2, index), values.gather(2, index), lengths

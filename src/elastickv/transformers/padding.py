@@ -148,6 +148,19 @@ def visible_new(mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
     return None if mask is None else _as_bool(mask)[..., -new:]
 
 
+def without_padding(
+    keys: torch.Tensor, values: torch.Tensor, real: Bools | None
+) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
+    """Return keys and values with every row's tokens first, and how many there are."""
+    batch, heads, tokens, dim = keys.shape
+    if real is None:
+        return keys, values, np.full(batch, tokens, np.int64)
+    lengths = real.sum(axis=1).astype(np.int64)
+    order = np.argsort(~real, axis=1, kind="stable")[:, : max(1, int(lengths.max()))]
+    index = torch.as_tensor(order, device=keys.device)[:, None, :, None].expand(-1, heads, -1, dim)
+    return keys.gather(2, index), values.gather(2, index), lengths
+
+
 def _as_bool(mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return mask
