@@ -1,6 +1,7 @@
 """A fidelity result is shown as tables, and as a figure where matplotlib is there."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,8 @@ from elastickv.errors import UsageError
 from elastickv.results.formats.fidelity_plot import check_plot, draw
 from elastickv.results.formats.fidelity_table import fidelity_tables
 from elastickv.results.kinds.evaluation_result import EvaluationResult
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
 def figure(mean):
@@ -86,6 +89,12 @@ def test_the_tables_hold_every_figure():
 def test_what_was_not_measured_is_left_out():
     shown = fidelity_tables(evaluated(needle=[], skipped=[], suggestion=None))
     assert "pass key" not in shown and "Largest" not in shown
+
+
+def test_a_result_of_tasks_alone_has_no_line_on_windows():
+    tasks = json.loads((RESULTS / "h200/task_methods-qwen2.5-coder-0.5b-instruct-4096.json").read_text(encoding="utf-8"))
+    text = fidelity_tables(EvaluationResult.from_dict(tasks))
+    assert "| fwe" in text and "window" not in text and "texts:" not in text
 
 
 def test_no_ratio_within_the_tolerance_is_said():
